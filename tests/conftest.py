@@ -1,0 +1,59 @@
+"""Settings of every test: eight CPU devices, float32 matrix products, no silent rank promotion."""
+
+import json
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+).strip()
+
+import jax
+import matplotlib as mpl
+import numpy as np
+import pytest
+from absl import flags
+
+mpl.use("Agg")
+jax.config.update("jax_default_matmul_precision", "float32")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    "--update-goldens", action="store_true", help="rewrite tests/goldens/*.json from this run"
+  )
+
+
+@pytest.fixture
+def golden_json(request):
+  """`golden_json(name, value)`: compares `value` with tests/goldens/<name>.json, or rewrites it."""
+
+  def check(name, value):
+    path = GOLDENS / f"{name}.json"
+    if request.config.getoption("--update-goldens"):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    assert value == json.loads(path.read_text()), (
+      f"{path.name} differs; if that is meant, run pytest --update-goldens and review the diff"
+    )
+
+  return check
+
+
+@pytest.fixture
+def load_golden():
+  """`load_golden("vit_a")`: the fixture's config (dict), inputs and outputs (dicts of arrays)."""
+
+  def load(name):
+    folder = GOLDENS / name
+    config = json.loads((folder / "config.json").read_text())
+    inputs = dict(np.load(folder / "inputs.npz"))
+    outputs = dict(np.load(folder / "outputs.npz"))
+    return config, inputs, outputs
+
+  return load

@@ -1,0 +1,1 @@
+"""Scores as the papers report them, computed on the host with numpy."""

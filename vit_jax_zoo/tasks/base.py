@@ -1,0 +1,185 @@
+"""The task protocol: the one thing the training loop knows about what is learned.
+
+A task turns a model's outputs and a batch into losses, predictions and scores. It is handed a model
+as a pair of pure functions (`init`, `apply`) and never imports one; the loop is handed a task and
+never looks inside. A new problem is a new file beside this one.
+
+Where things run:
+
+* `init`, `normalizers`, `loss`, `predict` are traced by `jax.jit`; they see global arrays and write
+  no communication of their own;
+* `evaluator` and `figures` run on the host, on numpy arrays.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+import clu.metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
+
+Batch: TypeAlias = Mapping[str, Any]
+"""Arrays whose first axis is the example. `mask [b]` (True = real) is there when a batch is padded."""
+
+Variables: TypeAlias = Mapping[str, Any]
+"""A Linen variable tree: `params`, and whatever else the model keeps (`batch_stats`, ...)."""
+
+Predictions: TypeAlias = Mapping[str, Any]
+"""Arrays whose first axis is the example, in the order of the batch."""
+
+
+@struct.dataclass
+class Mean(clu.metrics.Average):
+  """A metric as a sum and a count, merged over batches, steps and hosts before any division."""
+
+  @classmethod
+  def of(cls, values: Float[Array, "*shape"], where: Array | None = None) -> "Mean":
+    """Sums `values`, and counts them; with `where`, only those at which it is True."""
+    weights = jnp.ones_like(values) if where is None else jnp.broadcast_to(where, values.shape)
+    weights = weights.astype(jnp.float32)
+    return cls(total=jnp.sum(values.astype(jnp.float32) * weights), count=jnp.sum(weights))
+
+
+class Model(Protocol):
+  """What a task may ask of a model: Linen's two pure functions."""
+
+  def init(self, *args: Any, **kwargs: Any) -> Any:
+    """Returns fresh variables."""
+    ...
+
+  def apply(self, *args: Any, **kwargs: Any) -> Any:
+    """Returns outputs, and the changed variable collections when `mutable` names some."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+  """One party of a game: the parameters below `params[name]`, trained on a loss of their own.
+
+  Most tasks have a single player, `Player()`, which owns every parameter. A task with a critic
+  names two; in each training step they move in the listed order, and each sees what the others have
+  already become.
+
+  Attributes:
+    name: top-level key in `params`; None stands for all of them.
+    updates: how many updates the player makes in each training step.
+    begin_step: the first training step in which it moves; before, its parameters and its
+      optimizer stand still.
+  """
+
+  name: str | None = None
+  updates: int = 1
+  begin_step: int = 0
+
+
+@struct.dataclass
+class LossContext:
+  """What a loss may depend on besides variables and batch.
+
+  Attributes:
+    rng: a key that differs from step to step, player to player and micro-batch to micro-batch.
+    step: the number of training steps completed before this one.
+    normalizers: what `Task.normalizers` said of the whole batch of this step, on all devices and
+      over all micro-batches.
+    player: the `Player.name` whose loss is asked for.
+  """
+
+  rng: jax.Array
+  step: Int[Array, ""]
+  normalizers: Mapping[str, Array]
+  player: str | None = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class LossOutput:
+  """What a loss returns.
+
+  Attributes:
+    loss: the scalar to differentiate: the sum over these examples, divided by the normalizers of
+      the whole step, so that summing over micro-batches gives the loss of the whole batch.
+    metrics: what is logged, by name.
+    model_state: the variable collections other than `params`, as this forward pass leaves them.
+  """
+
+  loss: Float[Array, ""]
+  metrics: Mapping[str, Mean]
+  model_state: Mapping[str, Any]
+
+
+class Evaluator(abc.ABC):
+  """Scores predictions on the host. Each host feeds its own examples; the loop merges the hosts.
+
+  It must be picklable: that is how it travels from host to host.
+  """
+
+  @abc.abstractmethod
+  def add(self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]) -> None:
+    """Takes one batch, padding included: rows whose `batch["mask"]` is False must not count."""
+
+  @abc.abstractmethod
+  def merge(self, other: "Evaluator") -> None:
+    """Takes over all that another host's evaluator has been fed."""
+
+  @abc.abstractmethod
+  def result(self) -> dict[str, float]:
+    """Returns the scores by name, over all examples."""
+
+
+class Task(abc.ABC):
+  """What is learned, from a batch to a score. Subclasses are frozen dataclasses of plain fields."""
+
+  @property
+  def players(self) -> tuple[Player, ...]:
+    """The parties of the game, in the order in which they move."""
+    return (Player(),)
+
+  @property
+  @abc.abstractmethod
+  def best_metric(self) -> str:
+    """The score by which the best checkpoint is chosen; higher is better."""
+
+  @abc.abstractmethod
+  def init(self, rng: jax.Array, batch: Batch) -> Variables:
+    """Returns fresh variables for batches shaped like this one."""
+
+  def normalizers(self, batch: Batch) -> dict[str, Array]:
+    """Returns what the loss of a step is divided by: functions of the whole global batch alone."""
+    return {"examples": jnp.sum(example_mask(batch).astype(jnp.float32))}
+
+  @abc.abstractmethod
+  def loss(self, variables: Variables, batch: Batch, context: LossContext) -> LossOutput:
+    """Returns the training loss of `context.player` on a batch or micro-batch."""
+
+  @abc.abstractmethod
+  def predict(self, variables: Variables, batch: Batch) -> Predictions:
+    """Returns what the evaluator and the figures need, one row for each example."""
+
+  @abc.abstractmethod
+  def evaluator(self) -> Evaluator:
+    """Returns an empty evaluator."""
+
+  def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
+    """Draws a training batch as the model will see it, by figure name. Optional."""
+    del batch
+    return {}
+
+  def figures(
+    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
+  ) -> dict[str, Figure]:
+    """Draws predictions beside the truth, by figure name. Optional."""
+    del batch, predictions
+    return {}
+
+
+def example_mask(batch: Batch) -> Array:
+  """Returns `[b]`, True for real examples: the batch's own mask, or all of them."""
+  if "mask" in batch:
+    return jnp.asarray(batch["mask"], dtype=bool)
+  first = next(iter(batch.values()))
+  return jnp.ones(first.shape[0], dtype=bool)
