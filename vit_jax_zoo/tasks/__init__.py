@@ -1,0 +1,49 @@
+"""What is learned, one problem a file. `create_task` finds them by name.
+
+A task's file is imported when its task is made, so that importing the protocol (`tasks.base`)
+brings no task with it.
+"""
+
+import dataclasses
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vit_jax_zoo.ops.names import unknown_name
+
+if TYPE_CHECKING:
+  from vit_jax_zoo.tasks.base import Model, Task
+
+TASKS = {
+  "classification": ("vit_jax_zoo.tasks.classification", "Classification"),
+}
+"""Task name -> module and class."""
+
+
+def create_task(name: str, model: "Model", **fields: Any) -> "Task":
+  """Returns the task of that name for a model.
+
+  Args:
+    name: a key of `TASKS`.
+    model: what is to learn, as `create_model` returns it.
+    **fields: the task's own fields, plain values as configs hold them (lists become tuples).
+
+  Raises:
+    ValueError: for an unknown task, or a field that is unknown, missing or out of its range.
+  """
+  if name not in TASKS:
+    raise ValueError(unknown_name("task", name, TASKS))
+  module, class_name = TASKS[name]
+  task_class = getattr(importlib.import_module(module), class_name)
+  _check_fields(name, task_class, fields)
+  plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+  return task_class(model=model, **plain)
+
+
+def _check_fields(name: str, task_class: type, given: dict[str, Any]) -> None:
+  fields = {f.name: f for f in dataclasses.fields(task_class) if f.name != "model"}
+  for key in given:
+    if key not in fields:
+      raise ValueError(unknown_name(f"field of task {name!r}", key, fields))
+  for key, field in fields.items():
+    if field.default is field.default_factory is dataclasses.MISSING and key not in given:
+      raise ValueError(f"task {name!r} needs the field {key!r}")

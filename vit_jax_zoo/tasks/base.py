@@ -24,8 +24,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.evaluation.base import Evaluator as Evaluator
+
 Batch: TypeAlias = Mapping[str, Any]
-"""Arrays whose first axis is the example. `mask [b]` (True = real) is there when a batch is padded."""
+"""Arrays whose first axis is the example; a padded batch has `mask [b]`, True = real."""
 
 Variables: TypeAlias = Mapping[str, Any]
 """A Linen variable tree: `params`, and whatever else the model keeps (`batch_stats`, ...)."""
@@ -110,25 +112,6 @@ class LossOutput:
   loss: Float[Array, ""]
   metrics: Mapping[str, Mean]
   model_state: Mapping[str, Any]
-
-
-class Evaluator(abc.ABC):
-  """Scores predictions on the host. Each host feeds its own examples; the loop merges the hosts.
-
-  It must be picklable: that is how it travels from host to host.
-  """
-
-  @abc.abstractmethod
-  def add(self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]) -> None:
-    """Takes one batch, padding included: rows whose `batch["mask"]` is False must not count."""
-
-  @abc.abstractmethod
-  def merge(self, other: "Evaluator") -> None:
-    """Takes over all that another host's evaluator has been fed."""
-
-  @abc.abstractmethod
-  def result(self) -> dict[str, float]:
-    """Returns the scores by name, over all examples."""
 
 
 class Task(abc.ABC):

@@ -1,0 +1,42 @@
+"""Images as models want them: floats around zero."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+
+def normalize_images(
+  images: Shaped[Array, "b h w c"],
+  mean: float | Sequence[float] = 0.5,
+  std: float | Sequence[float] = 0.5,
+) -> Float[Array, "b h w c"]:
+  """Maps pixels in [0, 255] to float32 `(pixels / 255 - mean) / std`.
+
+  It runs inside the jitted step: images travel to the device as uint8, a quarter of the bytes.
+
+  Args:
+    images: uint8, or floats in [0, 255].
+    mean: of the data in [0, 1], one for all channels or one for each. The default, with its `std`,
+      maps to [-1, 1], as the ViT references do; ImageNet's (0.485, 0.456, 0.406) is what ResNets
+      were trained with.
+    std: as `mean`.
+
+  Raises:
+    ValueError: when `mean` or `std` has another number of channels than the images.
+  """
+  center = 255.0 * _per_channel("mean", mean, images.shape[-1])
+  scale = 255.0 * _per_channel("std", std, images.shape[-1])
+  return (images.astype(jnp.float32) - center) / scale
+
+
+def _per_channel(
+  name: str, value: float | Sequence[float], channels: int
+) -> Float[Array, "1 1 1 #c"]:
+  array = jnp.asarray(value, jnp.float32)
+  if array.ndim > 1 or array.size not in (1, channels):
+    raise ValueError(
+      f"image {name} has {array.size} values, but the images have {channels} channels; "
+      "give one value for all or one for each"
+    )
+  return array.reshape(1, 1, 1, -1)

@@ -1,0 +1,231 @@
+"""Pictures of classification: a training batch, predictions beside the truth, a confusion matrix.
+
+Figures are made without `pyplot`, so that nothing is kept alive and no window opens. Right and
+wrong differ in colour, mark and words; blue and vermilion are those of Okabe and Ito's palette,
+which every kind of colour blindness tells apart.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer, Num, Shaped, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RIGHT = "#0072B2"
+WRONG = "#D55E00"
+QUIET = "#555555"
+CELL = 1.45  # inches
+MAX_NAME = 18  # characters that fit below a cell
+
+
+def draw_batch(
+  images: Num[np.ndarray, "b h w c"],
+  labels: Shaped[np.ndarray, "b ..."],
+  class_names: Sequence[str] = (),
+  *,
+  title: str = "Training batch",
+  max_images: int = 24,
+) -> Figure:
+  """Draws images with their labels.
+
+  Args:
+    images: uint8, or floats in [0, 255]; 1 or 3 channels.
+    labels: class indices [b], or weights [b k]: the two heaviest classes are named, with their
+      share of the image's weights when these are mixed.
+    class_names: in order; class numbers by default.
+    title: of the figure.
+    max_images: draws the first so many.
+  """
+  shown = min(len(images), max_images)
+  height, width = images.shape[1:3]
+  figure, axes = _grid(shown, lines=2)
+  _write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
+  for i, ax in enumerate(axes):
+    _draw_image(ax, images[i])
+    ax.set_xlabel(_describe(labels[i], class_names), fontsize=8.5, labelpad=4)
+  return figure
+
+
+def draw_predictions(
+  images: Num[np.ndarray, "b h w c"],
+  labels: Shaped[np.ndarray, "b ..."],
+  predictions: Mapping[str, Any],
+  class_names: Sequence[str] = (),
+  *,
+  title: str = "Predictions",
+  max_images: int = 24,
+) -> Figure:
+  """Draws images with the most likely class: framed blue where right, vermilion where wrong.
+
+  Args:
+    images: uint8, or floats in [0, 255]; 1 or 3 channels.
+    labels: class indices [b], or weights [b k].
+    predictions: `labels` [b r], best first, `probabilities` [b r], and `correct` [b r], as the
+      classification task's `predict` returns them.
+    class_names: in order; class numbers by default.
+    title: of the figure.
+    max_images: draws the first so many.
+  """
+  shown = min(len(images), max_images)
+  correct = np.asarray(predictions["correct"])[:shown, 0]
+  figure, axes = _grid(shown, lines=2)
+  _write_title(figure, title, f"{int(correct.sum())} of {shown} right")
+  _write_legend(figure)
+  for i, ax in enumerate(axes):
+    color = RIGHT if correct[i] else WRONG
+    _draw_image(ax, images[i], frame=color)
+    name = _name(int(predictions["labels"][i][0]), class_names)
+    chance = float(predictions["probabilities"][i][0])
+    ax.set_xlabel(
+      f"{'✓' if correct[i] else '✗'} {_shorten(name, MAX_NAME - 6)} {chance:.0%}",
+      fontsize=9,
+      labelpad=4,
+      color=color,
+      weight="bold",
+    )
+    if not correct[i]:
+      truth = _describe(labels[i], class_names).replace("\n", ", ")
+      below = _shorten(f"is {truth}", MAX_NAME + 2)
+      ax.text(0.5, -0.19, below, transform=ax.transAxes, ha="center", va="top", fontsize=8.5)
+  return figure
+
+
+def draw_confusion(
+  matrix: Integer[np.ndarray, "k k"],
+  class_names: Sequence[str] = (),
+  *,
+  title: str = "Confusion",
+) -> Figure:
+  """Draws how often class i (row) was taken for class j (column), as a share of the row.
+
+  Up to 20 classes the counts are written into the cells, up to 60 the classes beside them.
+  """
+  classes = len(matrix)
+  shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+  side = float(np.clip(0.42 * classes, 3.2, 9.0))
+  figure = Figure(figsize=(side + 2.2, side + 1.7), dpi=110, layout="constrained")
+  ax = figure.subplots()
+  image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+  if classes <= 20:
+    _write_counts(ax, matrix, shares)
+  _label_classes(ax, [_shorten(_name(i, class_names), MAX_NAME) for i in range(classes)])
+  bar = figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02, format="{x:.0%}")
+  bar.set_label("share of the row", fontsize=9)
+  bar.ax.tick_params(labelsize=8)
+  bar.outline.set_visible(False)  # pyrefly: ignore[not-callable]
+  right, total = int(np.trace(matrix)), int(matrix.sum())
+  ax.set_title(f"{title}: {right} of {total} on the diagonal", loc="left", weight="bold", pad=10)
+  return figure
+
+
+def _write_counts(
+  ax: Axes, matrix: Integer[np.ndarray, "k k"], shares: Shaped[np.ndarray, "k k"]
+) -> None:
+  for row, column in zip(*np.nonzero(matrix), strict=True):
+    color = "white" if shares[row, column] > 0.5 else "black"
+    count = str(matrix[row, column])
+    ax.text(column, row, count, ha="center", va="center", color=color, fontsize=8)
+
+
+def _label_classes(ax: Axes, names: Sequence[str]) -> None:
+  ax.set_xlabel("predicted", fontsize=10)
+  ax.set_ylabel("label", fontsize=10)
+  for spine in ax.spines.values():
+    spine.set_visible(False)
+  ax.tick_params(length=0, labelsize=8)
+  if len(names) > 60:
+    return
+  upright = max(map(len, names)) <= 3
+  ax.set_xticks(range(len(names)), names, rotation=0 if upright else 90)
+  ax.set_yticks(range(len(names)), names)
+
+
+def _grid(count: int, lines: int) -> tuple[Figure, list[Axes]]:
+  """Lays out `count` square cells, each with room for `lines` lines of text below."""
+  if not count:
+    raise ValueError("there is no image to draw")
+  columns = min(count, 8 if count > 12 else 6)
+  rows = -(-count // columns)
+  text, margin, head = 0.21 * lines, 0.25, 0.75  # inches
+  width = max(columns * CELL, 4.2) + 2 * margin
+  height = rows * (CELL + text) + head + margin
+  figure = Figure(figsize=(width, height), dpi=110)
+  grid = figure.subplots(rows, columns, squeeze=False)
+  side = (width - columns * CELL) / 2 / width
+  figure.subplots_adjust(
+    left=side,
+    right=1 - side,
+    bottom=(margin + text) / height,
+    top=1 - head / height,
+    wspace=0.14,
+    hspace=(text + 0.1) / CELL,
+  )
+  axes = list(grid.flat)
+  for ax in axes:
+    ax.set(xticks=[], yticks=[])
+  for ax in axes[count:]:
+    ax.remove()
+  return figure, axes[:count]
+
+
+def _write_title(figure: Figure, title: str, subtitle: str) -> None:
+  width, height = figure.get_size_inches()
+  left = 0.3 / width
+  figure.suptitle(
+    title, x=left, y=1 - 0.16 / height, ha="left", va="top", fontsize=13, weight="bold"
+  )
+  figure.text(left, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET)
+
+
+def _write_legend(figure: Figure) -> None:
+  width, height = figure.get_size_inches()
+  for inches, text, color in ((1.0, "✓ right", RIGHT), (0.3, "✗ wrong", WRONG)):
+    figure.text(
+      1 - inches / width,
+      1 - 0.2 / height,
+      text,
+      ha="right",
+      va="top",
+      fontsize=9.5,
+      color=color,
+      weight="bold",
+    )
+
+
+def _draw_image(ax: Axes, image: Num[np.ndarray, "h w c"], frame: str = "#bbbbbb") -> None:
+  pixels = _to_uint8(image)
+  small = max(pixels.shape[:2]) < 64
+  if pixels.shape[-1] == 1:
+    pixels = np.repeat(pixels, 3, axis=-1)
+  ax.imshow(pixels, interpolation="nearest" if small else "auto")
+  for spine in ax.spines.values():
+    spine.set(color=frame, linewidth=1.0 if frame == "#bbbbbb" else 3.0)
+
+
+def _to_uint8(image: Num[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+  return np.clip(np.round(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
+
+
+def _describe(label: Any, class_names: Sequence[str]) -> str:  # a scalar, or one row of weights
+  weights = np.asarray(label)
+  if weights.ndim == 0:
+    return _shorten(_name(int(weights), class_names), MAX_NAME)
+  heaviest = [int(i) for i in np.argsort(-weights, kind="stable")[:2] if weights[i] > 0]
+  if not heaviest:
+    return "no label"
+  if len(heaviest) == 1 or np.all(weights[weights > 0] == 1):
+    return "\n".join(_shorten(_name(i, class_names), MAX_NAME) for i in heaviest)
+  total = float(weights.sum())
+  return "\n".join(
+    f"{weights[i] / total:.0%} {_shorten(_name(i, class_names), MAX_NAME - 5)}" for i in heaviest
+  )
+
+
+def _name(index: int, class_names: Sequence[str]) -> str:
+  return class_names[index] if index < len(class_names) else str(index)
+
+
+def _shorten(text: str, length: int) -> str:
+  return text if len(text) <= length else text[: length - 1].rstrip() + "…"
