@@ -1,0 +1,148 @@
+"""Multi-head attention, through one function for the dot product.
+
+Attention Is All You Need, arXiv:1706.03762, section 3.2. Every Transformer of the package attends
+with `MultiHeadAttention`: encoders (one input), causal decoders (`is_causal`), and cross-attention
+whose queries and keys carry positions that the values do not (three inputs).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
+"""Score of a pair that must not attend: finite, so that a row without any key gives no NaN."""
+
+
+def attend(
+  query: Float[Array, "b n h d"],
+  key: Float[Array, "b m h d"],
+  value: Float[Array, "b m h d"],
+  *,
+  mask: Bool[Array, "#b #h #n #m"] | None = None,
+  is_causal: bool = False,
+  implementation: str | None = None,
+) -> Float[Array, "b n h d"]:
+  """Returns softmax(query key^T / sqrt(d)) value for each head; the softmax is in float32.
+
+  Args:
+    query: one vector for each position and head.
+    key: what queries are compared with.
+    value: what is averaged.
+    mask: True where a query may look at a key.
+    is_causal: also hides keys after the query's own position.
+    implementation: what `jax.nn.dot_product_attention` takes: None leaves the choice to JAX,
+      "xla" works everywhere, "cudnn" is the fused kernel of NVIDIA GPUs (16-bit inputs only).
+  """
+  return jax.nn.dot_product_attention(
+    query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
+  )
+
+
+def attention_weights(
+  query: Float[Array, "b n h d"],
+  key: Float[Array, "b m h d"],
+  *,
+  mask: Bool[Array, "#b #h #n #m"] | None = None,
+  is_causal: bool = False,
+) -> Float[Array, "b h n m"]:
+  """Returns the attention map itself, in float32: what `attend` never writes to memory."""
+  scale = query.shape[-1] ** -0.5
+  scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
+  if is_causal:
+    causal = jnp.tril(jnp.ones((1, 1, *scores.shape[2:]), dtype=bool))
+    mask = causal if mask is None else mask & causal
+  if mask is not None:
+    scores = jnp.where(mask, scores, NEGATIVE)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def key_padding_mask(keep: Bool[Array, "b m"]) -> Bool[Array, "b 1 1 m"]:
+  """Turns "which keys are real" into a mask that every head and query shares."""
+  return keep[:, None, None, :]
+
+
+class MultiHeadAttention(nn.Module):
+  """Projects to heads, attends, and projects back to the width of the query's input.
+
+  The attention map is sown as `weights` [b h n m] when the `intermediates` collection is mutable;
+  then, and when attention itself has dropout, the map is computed openly instead of by the fused
+  path.
+
+  Attributes:
+    num_heads: must divide the width.
+    qkv_bias: whether query, key and value have biases.
+    out_bias: whether the output projection has one.
+    dropout_rate: of the attention map, while training.
+    kernel_init: of all four projections, as matrices of width x width.
+    dtype: of the computation; the softmax is in float32 and parameters stay float32.
+    implementation: see `attend`.
+  """
+
+  num_heads: int
+  qkv_bias: bool = True
+  out_bias: bool = True
+  dropout_rate: float = 0.0
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+  dtype: Dtype = jnp.float32
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: Float[Array, "b n d"],
+    keys: Float[Array, "b m e"] | None = None,
+    values: Float[Array, "b m f"] | None = None,
+    *,
+    mask: Bool[Array, "#b #h #n #m"] | None = None,
+    is_causal: bool = False,
+    train: bool = False,
+  ) -> Float[Array, "b n d"]:
+    """Attends from `queries` to `keys`, averaging `values`.
+
+    Args:
+      queries: input of the query projection.
+      keys: input of the key projection; `queries` if None.
+      values: input of the value projection; `keys` if None.
+      mask: True where a query may look at a key.
+      is_causal: also hides keys after the query's own position.
+      train: whether attention dropout is on.
+    """
+    keys = queries if keys is None else keys
+    values = keys if values is None else values
+    query = checkpoint_name(self._heads("query", queries.shape[-1])(queries), "query")
+    key = checkpoint_name(self._heads("key", queries.shape[-1])(keys), "key")
+    value = checkpoint_name(self._heads("value", queries.shape[-1])(values), "value")
+    if self.is_mutable_collection("intermediates") or (train and self.dropout_rate):
+      weights = attention_weights(query, key, mask=mask, is_causal=is_causal)
+      self.sow("intermediates", "weights", weights)
+      weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not train)
+      context = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
+    else:
+      context = attend(
+        query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation
+      )
+    out = nn.DenseGeneral(
+      queries.shape[-1],
+      axis=(-2, -1),
+      use_bias=self.out_bias,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      name="out",
+    )(context)
+    return checkpoint_name(out, "attention_out")
+
+  def _heads(self, name: str, width: int) -> nn.Module:
+    if width % self.num_heads:
+      raise ValueError(
+        f"width {width} is not a multiple of num_heads {self.num_heads}; change one of them"
+      )
+    return nn.DenseGeneral(
+      (self.num_heads, width // self.num_heads),
+      use_bias=self.qkv_bias,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      name=name,
+    )

@@ -1,0 +1,140 @@
+"""The ResNet in front of a hybrid ViT: group norm, and convolutions with standardised weights.
+
+Big Transfer, arXiv:1912.11370, section 3.1, in the form that vision_transformer's hybrids have:
+post-activation bottlenecks, the stride on the 3x3 convolution, and TensorFlow's SAME padding (which
+for an even side pads more at the bottom and right).
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+
+class StandardizedConv(nn.Module):
+  """A convolution, without bias, whose kernel has mean 0 and deviation 1 for each output channel.
+
+  Weight Standardization, arXiv:1903.10520: w -> (w - mean) / (sqrt(var + variance_epsilon) +
+  std_epsilon), over height, width and input channels, with the biased variance.
+
+  Attributes:
+    features: output channels.
+    kernel_size: side of the square kernel.
+    stride: the same in both directions.
+    std_epsilon: added to the deviation; 1e-5 in vision_transformer, 0 in timm.
+    variance_epsilon: added under the root; 0 in vision_transformer, 1e-8 in timm.
+    dtype: of the convolution; the kernel is standardised in float32.
+  """
+
+  features: int
+  kernel_size: int
+  stride: int = 1
+  std_epsilon: float = 1e-5
+  variance_epsilon: float = 0.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    """Convolves with SAME padding: the output's sides are ceil(side / stride)."""
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    kernel = kernel - jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.mean(kernel**2, axis=(0, 1, 2), keepdims=True)
+    kernel = kernel / (jnp.sqrt(variance + self.variance_epsilon) + self.std_epsilon)
+    return jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      "SAME",
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+class BottleneckUnit(nn.Module):
+  """1x1, 3x3 (with the stride), 1x1 to four times the width; ReLU after the sum.
+
+  Attributes:
+    width: channels of the middle convolution.
+    stride: of the unit.
+    conv: makes a convolution from features, kernel size, stride and name.
+    norm: makes a group norm.
+  """
+
+  width: int
+  stride: int
+  conv: Callable[..., nn.Module]
+  norm: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    """Returns the unit's output; the shortcut is projected where its shape must change."""
+    shortcut = x
+    if x.shape[-1] != 4 * self.width or self.stride != 1:
+      shortcut = self.conv(4 * self.width, 1, self.stride, name="shortcut_conv")(x)
+      shortcut = self.norm(name="shortcut_norm")(shortcut)
+    y = self.conv(self.width, 1, name="conv_1")(x)
+    y = nn.relu(self.norm(name="norm_1")(y))
+    y = self.conv(self.width, 3, self.stride, name="conv_2")(y)
+    y = nn.relu(self.norm(name="norm_2")(y))
+    y = self.conv(4 * self.width, 1, name="conv_3")(y)
+    y = self.norm(name="norm_3", scale_init=nn.initializers.zeros)(y)
+    y = nn.relu(shortcut + y)
+    self.sow("intermediates", "output", y)
+    return y
+
+
+class StandardizedResNet(nn.Module):
+  """7x7 stride-2 root with max-pool, then stages of bottleneck units.
+
+  Attributes:
+    stage_sizes: units in each stage; () leaves the root alone, whose stride is 4. Each stage after
+      the first halves the sides.
+    width: channels of the root; stage i works at width * 2^i and returns four times that.
+    num_groups: of the group norms.
+    group_norm_epsilon: 1e-6 in vision_transformer, 1e-5 in timm.
+    std_epsilon: see `StandardizedConv`.
+    variance_epsilon: see `StandardizedConv`.
+    remat: whether the units keep only their inputs for the backward pass.
+    dtype: of the computation.
+  """
+
+  stage_sizes: tuple[int, ...]
+  width: int = 64
+  num_groups: int = 32
+  group_norm_epsilon: float = 1e-6
+  std_epsilon: float = 1e-5
+  variance_epsilon: float = 0.0
+  remat: bool = False
+  dtype: Dtype = jnp.float32
+
+  @property
+  def stride(self) -> int:
+    """Pixels of the image to one of the output, along each side."""
+    return 4 * 2 ** max(len(self.stage_sizes) - 1, 0)
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+    """Returns the last stage's activations."""
+    conv = functools.partial(
+      StandardizedConv,
+      std_epsilon=self.std_epsilon,
+      variance_epsilon=self.variance_epsilon,
+      dtype=self.dtype,
+    )
+    norm = functools.partial(
+      nn.GroupNorm, num_groups=self.num_groups, epsilon=self.group_norm_epsilon, dtype=self.dtype
+    )
+    x = conv(self.width, 7, 2, name="root_conv")(images)
+    x = norm(name="root_norm")(x)
+    x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding="SAME")
+    unit_class = nn.remat(BottleneckUnit) if self.remat else BottleneckUnit
+    for stage, size in enumerate(self.stage_sizes):
+      for unit in range(size):
+        stride = 2 if stage > 0 and unit == 0 else 1
+        name = f"stage_{stage}_unit_{unit}"
+        x = unit_class(self.width * 2**stage, stride, conv, norm, name=name)(x)
+    return x

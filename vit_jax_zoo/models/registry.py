@@ -1,0 +1,64 @@
+"""Models by name. A family's module is imported when one of its names is asked for."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from flax import linen as nn
+
+from vit_jax_zoo.ops.names import unknown_name
+
+FAMILIES = {
+  "vit": ("vit_jax_zoo.models.vit", "VisionTransformer"),
+}
+"""Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`."""
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+  """Returns the Linen module of this name, its parameters not yet made.
+
+  Args:
+    name: one of `list_models()`, such as "vit_b16".
+    **overrides: fields of the model's class, over those of the variant.
+
+  Raises:
+    ValueError: the name or a field is unknown; the message has the nearest known one.
+  """
+  family = _family(name)
+  module, class_name = _load(family)
+  model_class = getattr(module, class_name)
+  known = [f.name for f in dataclasses.fields(model_class) if f.name not in ("parent", "name")]
+  for field in overrides:
+    if field not in known:
+      raise ValueError(unknown_name(f"field of {name}", field, known))
+  return model_class(**{**module.VARIANTS[name], **overrides})
+
+
+def list_models(pattern: str = "*") -> list[str]:
+  """Returns the model names that match a shell pattern such as "vit_*", sorted."""
+  return sorted(fnmatch.filter((name for f in FAMILIES for name in variants(f)), pattern))
+
+
+def variants(family: str) -> Mapping[str, Mapping[str, Any]]:
+  """Returns the fields of each variant of a family, by model name."""
+  return _load(family)[0].VARIANTS
+
+
+def sharding_rules(name: str) -> tuple[tuple[str, Any], ...]:
+  """Returns the parameter sharding rules of the family that has this model."""
+  return _load(_family(name))[0].SHARDING_RULES
+
+
+def _load(family: str) -> tuple[ModuleType, str]:
+  path, class_name = FAMILIES[family]
+  return import_module(path), class_name
+
+
+def _family(name: str) -> str:
+  for family in FAMILIES:
+    if name.startswith(family) and name in variants(family):
+      return family
+  raise ValueError(unknown_name("model", name, list_models()))
