@@ -1,0 +1,385 @@
+"""Checkpoints: what a run leaves on disk, and how another mesh, run or program picks it up (Orbax).
+
+    <workdir>/checkpoints/<step>/   state: everything a run needs to go on;  metadata: JSON
+    <workdir>/best/<step>/          variables: what predicts best so far;    metadata: JSON
+
+A save returns once the arrays are copied off the devices; a background thread writes them into a
+temporary directory that is renamed when it is complete. Hence a run may be killed at any moment:
+what is half-written is ignored and cleared away, and older checkpoints are deleted only after a
+newer one is complete. All processes of a multi-process run call each function, and each writes its
+part.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+PathLike: TypeAlias = str | os.PathLike[str]
+
+CHECKPOINTS, BEST = "checkpoints", "best"
+_STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
+_MAX_LISTED = 8
+
+
+class Checkpointer:
+  """Saves and restores the state of one run, and the variables that scored best.
+
+  Closing waits for saves under way: use it as a context manager.
+
+  Attributes:
+    workdir: the run's directory; made if missing, with its parents.
+  """
+
+  def __init__(
+    self,
+    workdir: PathLike,
+    *,
+    keep: int = 1,
+    keep_every: int | None = None,
+    best_mode: str = "max",
+  ):
+    """Opens or makes `<workdir>/checkpoints`; `best` is made with the first best variables.
+
+    Args:
+      workdir: the run's directory.
+      keep: how many of the newest checkpoints stay.
+      keep_every: checkpoints at multiples of this step stay for good, besides.
+      best_mode: whether a higher ("max") or a lower ("min") score is better.
+
+    Raises:
+      ValueError: `keep` is below 1 or `best_mode` unknown.
+    """
+    if keep < 1:
+      raise ValueError(f"checkpoint keep is {keep}; at least 1 must stay, or no run could resume")
+    if best_mode not in ("max", "min"):
+      raise ValueError(f"best_mode is {best_mode!r}; expected 'max' or 'min'")
+    self.workdir = _absolute(workdir)
+    self._best_mode = best_mode
+    self._manager = _open(self.workdir / CHECKPOINTS, max_to_keep=keep, keep_period=keep_every)
+    self._best = _open(
+      self.workdir / BEST,
+      max_to_keep=1,
+      best_fn=lambda metrics: metrics["score"],
+      best_mode=best_mode,
+    )
+    best_step = self._best.best_step()
+    metrics = None if best_step is None else self._best.metrics(best_step)
+    self._best_score = None if metrics is None else float(metrics["score"])
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  @property
+  def latest_step(self) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    return self._manager.latest_step()
+
+  @property
+  def best_score(self) -> float | None:
+    """The score of the best variables so far, those of earlier starts of the run included."""
+    return self._best_score
+
+  def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> bool:
+    """Starts to save the state after `step` training steps; returns False if it is there already.
+
+    The state's arrays may be donated as soon as this returns.
+
+    Args:
+      step: training steps completed.
+      state: a tree of arrays on the devices.
+      metadata: what JSON can hold, such as the config.
+    """
+    if step in self._manager.all_steps():
+      return False
+    saved = ocp.args.Composite(
+      **{
+        _STATE: ocp.args.StandardSave(state),
+        _METADATA: ocp.args.JsonSave({**(metadata or {}), "step": step}),
+      }
+    )
+    return self._manager.save(step, args=saved, force=True)
+
+  def restore(self, abstract_state: Any) -> Any | None:
+    """Returns the newest complete checkpoint, or None if there is none.
+
+    Args:
+      abstract_state: the state, as arrays or `jax.ShapeDtypeStruct`s whose `sharding` says where to
+        put each array; the mesh may differ from the one that saved.
+
+    Raises:
+      ValueError: names, shapes or dtypes differ from those saved; the message lists them.
+    """
+    step = self.latest_step
+    if step is None:
+      return None
+    directory = self.workdir / CHECKPOINTS / str(step)
+    saved, wanted = _saved_arrays(directory / _STATE), _by_path(abstract_state)
+    problems = [*_differences(wanted, saved, with_dtype=True), *_unused(wanted, saved)]
+    _raise_if_any(problems, f"the checkpoint {directory} does not fit this run's state")
+    arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract_state)})
+    return self._manager.restore(step, args=arguments)[_STATE]
+
+  def metadata(self, step: int | None = None) -> dict[str, Any] | None:
+    """Returns the metadata saved at `step` (the newest, if None), or None if there is none."""
+    step = self.latest_step if step is None else step
+    if step is None:
+      return None
+    arguments = ocp.args.Composite(**{_METADATA: ocp.args.JsonRestore()})
+    return self._manager.restore(step, args=arguments)[_METADATA]
+
+  def save_best(
+    self, step: int, variables: Any, score: float, metadata: Mapping[str, Any] | None = None
+  ) -> bool:
+    """Saves the variables if the score beats all before; returns whether it does.
+
+    Every process must give the same score. A score that is not a number never wins.
+    """
+    if not self._is_better(score):
+      return False
+    self._best_score = score = float(score)
+    if step in self._best.all_steps():  # a repeated step came out differently
+      self._best.delete(step)
+    found = {"step": step, "score": score, "best_mode": self._best_mode}
+    saved = ocp.args.Composite(
+      **{
+        _VARIABLES: ocp.args.StandardSave(variables),
+        _METADATA: ocp.args.JsonSave({**(metadata or {}), **found}),
+      }
+    )
+    return self._best.save(step, args=saved, metrics={"score": score}, force=True)
+
+  def _is_better(self, score: float) -> bool:
+    if not math.isfinite(score) or self._best_score is None:
+      return math.isfinite(score)
+    return score > self._best_score if self._best_mode == "max" else score < self._best_score
+
+  def wait(self) -> None:
+    """Returns when all saves are complete on disk; raises what went wrong with them."""
+    self._manager.wait_until_finished()
+    self._best.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits, and gives up the background threads."""
+    self.wait()
+    self._manager.close()
+    self._best.close()
+
+
+def restore_variables(
+  path: PathLike,
+  abstract_variables: Mapping[str, Any] | None = None,
+  *,
+  prefer_best: bool = True,
+  use_ema: bool = True,
+) -> dict[str, Any]:
+  """Reads parameters and model state alone, from a run or a single checkpoint.
+
+  Args:
+    path: a run's workdir, its `checkpoints` or `best` directory, or one step's directory in there.
+    abstract_variables: `params` and the model's other collections, as arrays or
+      `jax.ShapeDtypeStruct`s; each leaf is restored into its dtype and onto its `sharding` (one
+      device of this process, if it has none). None gives numpy arrays, as they were saved.
+    prefer_best: take the best variables of a workdir that has some; else the newest checkpoint.
+    use_ema: take the averaged parameters, where there are any.
+
+  Raises:
+    FileNotFoundError: there is no complete checkpoint.
+    ValueError: parameters are missing, unused or of another shape; the message lists them all.
+  """
+  directory = find_checkpoint(path, prefer_best=prefer_best)
+  item = directory / (_STATE if (directory / _STATE).exists() else _VARIABLES)
+  saved = _saved_arrays(item)
+  names = _collections(saved, use_ema=use_ema) if item.name == _STATE else {}
+  if abstract_variables is None:
+    abstract_variables = _abstract_from(saved, names)
+    return _read(item, abstract_variables, names, as_numpy=True)
+  wanted = {_renamed(key, names): leaf for key, leaf in _by_path(abstract_variables).items()}
+  here = {key: leaf for key, leaf in saved.items() if item.name != _STATE or _in(key, names)}
+  problems = [*_differences(wanted, saved, with_dtype=False), *_unused(wanted, here)]
+  _raise_if_any(problems, f"the checkpoint {directory} does not fit this model")
+  return _read(item, abstract_variables, names, as_numpy=False)
+
+
+def restore_metadata(path: PathLike, *, prefer_best: bool = True) -> dict[str, Any]:
+  """Returns the metadata (config, step, ...) of the checkpoint that `restore_variables` reads."""
+  directory = find_checkpoint(path, prefer_best=prefer_best)
+  return _reader(ocp.JsonCheckpointHandler()).restore(directory / _METADATA)
+
+
+def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
+  """Returns the directory of one complete checkpoint: `path` itself, or the newest below it.
+
+  Raises:
+    FileNotFoundError: there is none.
+  """
+  root = _absolute(path)
+  if (root / _STATE).exists() or (root / _VARIABLES).exists():
+    return root
+  order = (BEST, CHECKPOINTS) if prefer_best else (CHECKPOINTS, BEST)
+  for directory in (*(root / name for name in order), root):
+    steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
+    if steps:
+      newest = max(steps) if directory.name != BEST else max(steps, key=_merit(directory))
+      return directory / str(newest)
+  raise FileNotFoundError(
+    f"no complete checkpoint in {root}; give a run's workdir (with {CHECKPOINTS}/ or {BEST}/), "
+    "or the directory of one checkpoint"
+  )
+
+
+def _merit(directory: epath.Path) -> Callable[[int], float]:
+  """How good the best variables of a step are: a kill can leave those that were best before too."""
+
+  def merit(step: int) -> float:
+    found = _reader(ocp.JsonCheckpointHandler()).restore(directory / str(step) / _METADATA)
+    return found["score"] if found["best_mode"] == "max" else -found["score"]
+
+  return merit
+
+
+def _absolute(path: PathLike) -> epath.Path:
+  return epath.Path(path).expanduser().absolute()
+
+
+def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
+  return ocp.CheckpointManager(
+    directory,
+    options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, **options),
+    item_handlers={
+      _STATE: ocp.StandardCheckpointHandler(),
+      _VARIABLES: ocp.StandardCheckpointHandler(),
+      _METADATA: ocp.JsonCheckpointHandler(),
+    },
+  )
+
+
+def _reader(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
+  return ocp.Checkpointer(handler)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  """Returns the leaves by "/"-joined path: attributes, keys and indices alike, as Orbax does."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _saved_arrays(item: epath.Path) -> dict[str, Any]:
+  """Returns shape and dtype of each saved array by path, without reading any array."""
+  metadata = _reader(ocp.PyTreeCheckpointHandler()).metadata(item).item_metadata
+  if metadata is None:
+    raise ValueError(f"the checkpoint {item} does not say what it holds; it was not written by us")
+  return _by_path(metadata.tree)
+
+
+def _collections(saved: Mapping[str, Any], *, use_ema: bool) -> dict[str, str]:
+  """Says under which name a training state keeps each collection of variables."""
+  has_ema = any(key.startswith("ema_params/") for key in saved)
+  names = {"params": "ema_params" if use_ema and has_ema else "params"}
+  for key in saved:
+    if key.startswith("model_state/"):
+      name = key.split("/")[1]
+      names[name] = f"model_state/{name}"
+  return names
+
+
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+  collection, _, rest = key.partition("/")
+  return f"{names.get(collection, collection)}/{rest}"
+
+
+def _in(key: str, names: Mapping[str, str]) -> bool:
+  return any(key.startswith(f"{name}/") for name in names.values())
+
+
+def _abstract_from(saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+  """Builds a tree of variables, with shapes, out of the saved paths."""
+  places = names or {key.split("/")[0]: key.split("/")[0] for key in saved}
+  tree: dict[str, Any] = {}
+  for collection, place in places.items():
+    for key, leaf in saved.items():
+      if key.startswith(f"{place}/"):
+        *parents, name = [collection, *key.removeprefix(f"{place}/").split("/")]
+        node = tree
+        for parent in parents:
+          node = node.setdefault(parent, {})
+        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+  return tree
+
+
+def _read(
+  item: epath.Path, variables: Mapping[str, Any], names: Mapping[str, str], *, as_numpy: bool
+) -> dict[str, Any]:
+  """Reads only the named part of what `item` holds."""
+  if as_numpy:
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), variables)
+  else:
+    variables = jax.tree.map(_placed, variables)
+    arguments = ocp.checkpoint_utils.construct_restore_args(variables)
+  restored = _reader(ocp.PyTreeCheckpointHandler()).restore(
+    item,
+    args=ocp.args.PyTreeRestore(
+      item=_as_saved(variables, names),
+      restore_args=_as_saved(arguments, names),
+      partial_restore=True,
+    ),
+  )
+  return {name: _at(restored, names.get(name, name)) for name in variables}
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _as_saved(variables: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+  """Moves each collection to where a training state keeps it."""
+  tree: dict[str, Any] = {}
+  for name, value in variables.items():
+    *parents, last = names.get(name, name).split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = value
+  return tree
+
+
+def _at(tree: Any, path: str) -> Any:
+  for key in path.split("/"):
+    tree = tree[key]
+  return tree
+
+
+def _differences(
+  wanted: Mapping[str, Any], saved: Mapping[str, Any], *, with_dtype: bool
+) -> Iterator[str]:
+  for key, leaf in wanted.items():
+    if key not in saved:
+      yield f"{key} is not in the checkpoint"
+    elif tuple(leaf.shape) != tuple(saved[key].shape):
+      yield f"{key} has shape {tuple(leaf.shape)} here and {tuple(saved[key].shape)} there"
+    elif with_dtype and leaf.dtype != saved[key].dtype:
+      yield f"{key} is {leaf.dtype} here and {np.dtype(saved[key].dtype)} there"
+
+
+def _unused(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
+  return (f"{key} is only in the checkpoint" for key in saved if key not in wanted)
+
+
+def _raise_if_any(problems: Sequence[str], what: str) -> None:
+  if problems:
+    logging.error("%s:\n%s", what, "\n".join(problems))
+    more = len(problems) - _MAX_LISTED
+    listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+    raise ValueError(f"{what}: {listed}")
