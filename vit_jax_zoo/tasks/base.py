@@ -14,14 +14,14 @@ Where things run:
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import clu.metrics
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.base import Evaluator as Evaluator
@@ -38,7 +38,15 @@ Predictions: TypeAlias = Mapping[str, Any]
 
 @struct.dataclass
 class Mean(clu.metrics.Average):
-  """A metric as a sum and a count, merged over batches, steps and hosts before any division."""
+  """A metric as a sum and a count, merged over batches, steps and hosts before any division.
+
+  Attributes:
+    total: float32 [], the sum.
+    count: float32 [], how many were summed.
+  """
+
+  total: Any  # not typed as arrays: `jax.eval_shape` puts shapes here
+  count: Any
 
   @classmethod
   def of(cls, values: Float[Array, "*shape"], where: Array | None = None) -> "Mean":
@@ -48,6 +56,7 @@ class Mean(clu.metrics.Average):
     return cls(total=jnp.sum(values.astype(jnp.float32) * weights), count=jnp.sum(weights))
 
 
+@runtime_checkable
 class Model(Protocol):
   """What a task may ask of a model: Linen's two pure functions."""
 
@@ -85,15 +94,15 @@ class LossContext:
   """What a loss may depend on besides variables and batch.
 
   Attributes:
-    rng: a key that differs from step to step, player to player and micro-batch to micro-batch.
-    step: the number of training steps completed before this one.
+    rng: a PRNG key that differs from step to step, player to player and micro-batch to micro-batch.
+    step: int32 [], the number of training steps completed before this one.
     normalizers: what `Task.normalizers` said of the whole batch of this step, on all devices and
       over all micro-batches.
     player: the `Player.name` whose loss is asked for.
   """
 
-  rng: jax.Array
-  step: Int[Array, ""]
+  rng: Any
+  step: Any
   normalizers: Mapping[str, Array]
   player: str | None = struct.field(pytree_node=False, default=None)
 
@@ -103,15 +112,16 @@ class LossOutput:
   """What a loss returns.
 
   Attributes:
-    loss: the scalar to differentiate: the sum over these examples, divided by the normalizers of
-      the whole step, so that summing over micro-batches gives the loss of the whole batch.
+    loss: float32 [], the scalar to differentiate: the sum over these examples, divided by the
+      normalizers of the whole step, so that summing over micro-batches gives the loss of the whole
+      batch.
     metrics: what is logged, by name.
     model_state: the variable collections other than `params`, as this forward pass leaves them.
   """
 
-  loss: Float[Array, ""]
+  loss: Any
   metrics: Mapping[str, Mean]
-  model_state: Mapping[str, Any]
+  model_state: Any
 
 
 class Task(abc.ABC):

@@ -94,7 +94,7 @@ class Classification(base.Task):
     )
     logits = self._logits(outputs)
     mask = base.example_mask(batch)
-    targets = self._targets(batch["label"], mask)
+    targets = self._targets(jnp.asarray(batch["label"]), mask)
     losses = jnp.where(mask, self._losses(logits, smooth(targets, self.label_smoothing)), 0.0)
     return base.LossOutput(
       loss=jnp.sum(losses) / context.normalizers["examples"],
@@ -118,7 +118,7 @@ class Classification(base.Task):
     if "label" not in batch:
       return predictions
     mask = base.example_mask(batch)
-    targets = self._targets(batch["label"], mask)
+    targets = self._targets(jnp.asarray(batch["label"]), mask)
     losses = jnp.where(mask, self._losses(logits, targets), 0.0)
     return predictions | {"loss": losses, "correct": is_correct(targets, labels)}
 
@@ -137,6 +137,8 @@ class Classification(base.Task):
   ) -> dict[str, Figure]:
     """Draws images with what was predicted, right or wrong, and how surely."""
     real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
+    if not real.any():
+      return {}
     figure = draw.draw_predictions(
       np.asarray(batch["image"])[real],
       np.asarray(batch["label"])[real],

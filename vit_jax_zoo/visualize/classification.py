@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 RIGHT = "#0072B2"
 WRONG = "#D55E00"
 QUIET = "#555555"
-CELL = 1.45  # inches
-MAX_NAME = 18  # characters that fit below a cell
+SMALL = 64  # pixels; below, single pixels are shown
 
 
 def draw_batch(
@@ -40,11 +39,12 @@ def draw_batch(
   """
   shown = min(len(images), max_images)
   height, width = images.shape[1:3]
-  figure, axes = _grid(shown, lines=2)
+  cell = _cell_size(images)
+  figure, axes = _grid(shown, cell)
   _write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
   for i, ax in enumerate(axes):
     _draw_image(ax, images[i])
-    ax.set_xlabel(_describe(labels[i], class_names), fontsize=8.5, labelpad=4)
+    ax.set_xlabel(_describe(labels[i], class_names, int(12.5 * cell)), fontsize=8.5, labelpad=4)
   return figure
 
 
@@ -70,25 +70,23 @@ def draw_predictions(
   """
   shown = min(len(images), max_images)
   correct = np.asarray(predictions["correct"])[:shown, 0]
-  figure, axes = _grid(shown, lines=2)
+  cell = _cell_size(images)
+  figure, axes = _grid(shown, cell)
   _write_title(figure, title, f"{int(correct.sum())} of {shown} right")
   _write_legend(figure)
   for i, ax in enumerate(axes):
-    color = RIGHT if correct[i] else WRONG
+    best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
+    name = _shorten(_name(best, class_names), int(10.5 * cell) - 6)
+    mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
-    name = _name(int(predictions["labels"][i][0]), class_names)
-    chance = float(predictions["probabilities"][i][0])
-    ax.set_xlabel(
-      f"{'✓' if correct[i] else '✗'} {_shorten(name, MAX_NAME - 6)} {chance:.0%}",
-      fontsize=9,
-      labelpad=4,
-      color=color,
-      weight="bold",
-    )
+    ax.set_xlabel(f"{mark} {name} {chance:.0%}", fontsize=9, labelpad=4, color=color, weight="bold")
     if not correct[i]:
-      truth = _describe(labels[i], class_names).replace("\n", ", ")
-      below = _shorten(f"is {truth}", MAX_NAME + 2)
-      ax.text(0.5, -0.19, below, transform=ax.transAxes, ha="center", va="top", fontsize=8.5)
+      truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
+      below = _shorten(f"is {truth}", int(13 * cell))
+      ax.annotate(
+        below, (0.5, 0), (0, -18), "axes fraction", "offset points", ha="center", va="top",
+        fontsize=8.5,
+      )  # fmt: skip
   return figure
 
 
@@ -110,8 +108,8 @@ def draw_confusion(
   image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
   if classes <= 20:
     _write_counts(ax, matrix, shares)
-  _label_classes(ax, [_shorten(_name(i, class_names), MAX_NAME) for i in range(classes)])
-  bar = figure.colorbar(image, ax=ax, shrink=0.8, pad=0.02, format="{x:.0%}")
+  _label_classes(ax, [_shorten(_name(i, class_names), 18) for i in range(classes)])
+  bar = figure.colorbar(image, ax=ax, shrink=0.6, pad=0.02, format="{x:.0%}")
   bar.set_label("share of the row", fontsize=9)
   bar.ax.tick_params(labelsize=8)
   bar.outline.set_visible(False)  # pyrefly: ignore[not-callable]
@@ -142,25 +140,30 @@ def _label_classes(ax: Axes, names: Sequence[str]) -> None:
   ax.set_yticks(range(len(names)), names)
 
 
-def _grid(count: int, lines: int) -> tuple[Figure, list[Axes]]:
-  """Lays out `count` square cells, each with room for `lines` lines of text below."""
+def _cell_size(images: Num[np.ndarray, "b h w c"]) -> float:
+  """Returns the side of a cell in inches: photos need more than digits."""
+  return 1.45 if max(images.shape[1:3]) < SMALL else 2.0
+
+
+def _grid(count: int, cell: float) -> tuple[Figure, list[Axes]]:
+  """Lays out `count` square cells of `cell` inches, each with two lines of text below."""
   if not count:
     raise ValueError("there is no image to draw")
-  columns = min(count, 8 if count > 12 else 6)
+  columns = min(count, 8 if cell < 2 and count > 12 else 6)
   rows = -(-count // columns)
-  text, margin, head = 0.21 * lines, 0.25, 0.75  # inches
-  width = max(columns * CELL, 4.2) + 2 * margin
-  height = rows * (CELL + text) + head + margin
+  text, margin, head = 0.42, 0.25, 0.75  # inches
+  width = max(columns * cell, 4.2) + 2 * margin
+  height = rows * (cell + text) + head + margin
   figure = Figure(figsize=(width, height), dpi=110)
   grid = figure.subplots(rows, columns, squeeze=False)
-  side = (width - columns * CELL) / 2 / width
+  side = (width - columns * cell) / 2 / width
   figure.subplots_adjust(
     left=side,
     right=1 - side,
     bottom=(margin + text) / height,
     top=1 - head / height,
     wspace=0.14,
-    hspace=(text + 0.1) / CELL,
+    hspace=(text + 0.1) / cell,
   )
   axes = list(grid.flat)
   for ax in axes:
@@ -181,7 +184,7 @@ def _write_title(figure: Figure, title: str, subtitle: str) -> None:
 
 def _write_legend(figure: Figure) -> None:
   width, height = figure.get_size_inches()
-  for inches, text, color in ((1.0, "✓ right", RIGHT), (0.3, "✗ wrong", WRONG)):
+  for inches, text, color in ((1.1, "✓ right", RIGHT), (0.3, "✗ wrong", WRONG)):
     figure.text(
       1 - inches / width,
       1 - 0.2 / height,
@@ -196,7 +199,7 @@ def _write_legend(figure: Figure) -> None:
 
 def _draw_image(ax: Axes, image: Num[np.ndarray, "h w c"], frame: str = "#bbbbbb") -> None:
   pixels = _to_uint8(image)
-  small = max(pixels.shape[:2]) < 64
+  small = max(pixels.shape[:2]) < SMALL
   if pixels.shape[-1] == 1:
     pixels = np.repeat(pixels, 3, axis=-1)
   ax.imshow(pixels, interpolation="nearest" if small else "auto")
@@ -208,18 +211,19 @@ def _to_uint8(image: Num[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
   return np.clip(np.round(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
 
 
-def _describe(label: Any, class_names: Sequence[str]) -> str:  # a scalar, or one row of weights
+def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
+  """Names the class, or the two heaviest of a row of weights, in lines of `length` characters."""
   weights = np.asarray(label)
   if weights.ndim == 0:
-    return _shorten(_name(int(weights), class_names), MAX_NAME)
+    return _shorten(_name(int(weights), class_names), length)
   heaviest = [int(i) for i in np.argsort(-weights, kind="stable")[:2] if weights[i] > 0]
   if not heaviest:
     return "no label"
   if len(heaviest) == 1 or np.all(weights[weights > 0] == 1):
-    return "\n".join(_shorten(_name(i, class_names), MAX_NAME) for i in heaviest)
+    return "\n".join(_shorten(_name(i, class_names), length) for i in heaviest)
   total = float(weights.sum())
   return "\n".join(
-    f"{weights[i] / total:.0%} {_shorten(_name(i, class_names), MAX_NAME - 5)}" for i in heaviest
+    f"{weights[i] / total:.0%} {_shorten(_name(i, class_names), length - 4)}" for i in heaviest
   )
 
 
@@ -228,4 +232,4 @@ def _name(index: int, class_names: Sequence[str]) -> str:
 
 
 def _shorten(text: str, length: int) -> str:
-  return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+  return text if len(text) <= length else text[: length - 1].rstrip(" ,;") + "…"

@@ -1,0 +1,27 @@
+"""Normalisation of images on the device."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo.ops.images import normalize_images
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_the_default_is_the_references(dtype):
+  images = np.arange(0, 240, 5, dtype=dtype).reshape(1, 4, 4, 3)
+  expected = (images.astype(np.float32) - 127.5) / 127.5
+  np.testing.assert_allclose(normalize_images(jnp.asarray(images)), expected, atol=1e-7)
+  assert normalize_images(jnp.asarray(images)).dtype == np.float32
+
+
+def test_each_channel_has_its_own_statistics():
+  images = np.full((1, 1, 1, 3), 255, np.uint8)
+  out = normalize_images(jnp.asarray(images), mean=(0.0, 0.5, 1.0), std=(1.0, 0.25, 0.5))
+  np.testing.assert_allclose(out[0, 0, 0], [1.0, 2.0, 0.0], atol=1e-6)
+
+
+def test_other_numbers_of_channels_are_named():
+  images = np.zeros((1, 2, 2, 1), np.uint8)
+  with pytest.raises(ValueError, match="image std has 3 values, but the images have 1 channels"):
+    normalize_images(jnp.asarray(images), std=(1.0, 1.0, 1.0))
