@@ -114,7 +114,10 @@ def test_a_state_that_does_not_fit_is_one_line_with_every_name(run):
   target.params["dense"]["kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
   target.params["dense"]["bias"] = jax.ShapeDtypeStruct((16,), jnp.float32)
   target.params["new"] = target.params.pop("frozen")
-  with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError) as error:
+  with (
+    Checkpointer(workdir) as checkpointer,
+    pytest.raises(ValueError, match="does not fit") as error,
+  ):
     checkpointer.restore(target)
   message = str(error.value)
   assert "\n" not in message
@@ -211,7 +214,7 @@ def test_variables_that_do_not_fit_are_one_line_with_every_name(run):
   target = abstract({"params": state.params, "other": {"y": jnp.ones(3)}})
   target["params"]["dense"]["kernel"] = jax.ShapeDtypeStruct((8, 4), jnp.float32)
   del target["params"]["frozen"]
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(ValueError, match="does not fit") as error:
     restore_variables(workdir, target)
   message = str(error.value)
   assert "\n" not in message
@@ -231,13 +234,15 @@ def test_best_variables_are_preferred_unless_told(run, tmp_path):
 
 
 def test_no_checkpoint_is_one_line(tmp_path):
-  with pytest.raises(FileNotFoundError, match="no complete checkpoint in .*; give a run's workdir"):
+  with pytest.raises(
+    FileNotFoundError, match=r"no complete checkpoint in .*; give a run's workdir"
+  ):
     restore_variables(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"keep": 0}, {"best_mode": "highest"}])
 def test_bad_options(tmp_path, options):
-  with pytest.raises(ValueError, match="keep is 0|best_mode is 'highest'"):
+  with pytest.raises(ValueError, match=r"keep is 0|best_mode is 'highest'"):
     Checkpointer(tmp_path, **options)
 
 
@@ -254,8 +259,11 @@ with Checkpointer(sys.argv[1]) as checkpointer:
 """
 
 
-def _kill_while_saving(workdir, delay):
-  """Starts the endless saver, and kills it `delay` seconds after it shows a temporary directory."""
+def _kill_while_saving(workdir, after, delay):
+  """Starts the endless saver, and kills it while it saves.
+
+  That is, `delay` seconds after a temporary directory is seen beside a complete step > `after`.
+  """
   process = subprocess.Popen(
     [sys.executable, "-c", SAVE_FOREVER, str(workdir)], stdout=subprocess.PIPE, text=True,
     cwd=pathlib.Path(__file__).parents[2],
@@ -264,7 +272,9 @@ def _kill_while_saving(workdir, delay):
     assert process.stdout.readline() == "ready\n"
     deadline = time.monotonic() + 60
     folder = workdir / "checkpoints"
-    while not (list(folder.glob("*tmp*")) and list(folder.glob("[0-9]"))):
+    while not (
+      list(folder.glob("*tmp*")) and any(int(path.name) > after for path in folder.glob("[0-9]"))
+    ):
       assert time.monotonic() < deadline
       assert process.poll() is None
     time.sleep(delay)
@@ -278,7 +288,7 @@ def _kill_while_saving(workdir, delay):
 def test_kill_9_while_saving_leaves_a_complete_checkpoint(tmp_path):
   last = 0
   for delay in (0.0, 0.013):
-    _kill_while_saving(tmp_path, delay)
+    _kill_while_saving(tmp_path, last, delay)
     with Checkpointer(tmp_path) as checkpointer:
       step = checkpointer.latest_step
       target = {str(i): jax.ShapeDtypeStruct((512, 512), jnp.float32) for i in range(24)}

@@ -275,9 +275,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 def _saved_arrays(item: epath.Path) -> dict[str, Any]:
   """Returns shape and dtype of each saved array by path, without reading any array."""
-  metadata = _reader(ocp.PyTreeCheckpointHandler()).metadata(item).item_metadata
-  if metadata is None:
-    raise ValueError(f"the checkpoint {item} does not say what it holds; it was not written by us")
+  metadata = ocp.PyTreeCheckpointHandler().metadata(item)
   return _by_path(metadata.tree)
 
 
