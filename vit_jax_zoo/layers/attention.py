@@ -5,12 +5,18 @@ with `MultiHeadAttention`: encoders (one input), causal decoders (`is_causal`), 
 whose queries and keys carry positions that the values do not (three inputs).
 """
 
+from typing import Literal, TypeAlias
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
+
+Implementation: TypeAlias = Literal["xla", "cudnn"] | None
+"""What `jax.nn.dot_product_attention` takes: None leaves the choice to JAX, "xla" runs everywhere,
+"cudnn" is the fused kernel of NVIDIA GPUs (16-bit inputs only)."""
 
 NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a pair that must not attend: finite, so that a row without any key gives no NaN."""
@@ -23,7 +29,7 @@ def attend(
   *,
   mask: Bool[Array, "#b #h #n #m"] | None = None,
   is_causal: bool = False,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "b n h d"]:
   """Returns softmax(query key^T / sqrt(d)) value for each head; the softmax is in float32.
 
@@ -33,8 +39,7 @@ def attend(
     value: what is averaged.
     mask: True where a query may look at a key.
     is_causal: also hides keys after the query's own position.
-    implementation: what `jax.nn.dot_product_attention` takes: None leaves the choice to JAX,
-      "xla" works everywhere, "cudnn" is the fused kernel of NVIDIA GPUs (16-bit inputs only).
+    implementation: see `Implementation`.
   """
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
@@ -78,7 +83,7 @@ class MultiHeadAttention(nn.Module):
     dropout_rate: of the attention map, while training.
     kernel_init: of all four projections, as matrices of width x width.
     dtype: of the computation; the softmax is in float32 and parameters stay float32.
-    implementation: see `attend`.
+    implementation: see `Implementation`.
   """
 
   num_heads: int
@@ -87,7 +92,7 @@ class MultiHeadAttention(nn.Module):
   dropout_rate: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
   dtype: Dtype = jnp.float32
-  implementation: str | None = None
+  implementation: Implementation = None
 
   @nn.compact
   def __call__(

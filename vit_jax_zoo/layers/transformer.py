@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.layers.attention import MultiHeadAttention
+from vit_jax_zoo.layers.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.layers.drop_path import DropPath, drop_path_rates
 from vit_jax_zoo.layers.mlp import Mlp
 from vit_jax_zoo.ops.names import unknown_name
@@ -59,7 +59,7 @@ class EncoderBlock(nn.Module):
     qkv_bias: whether query, key and value have biases.
     layer_norm_epsilon: under the root of both norms.
     dtype: of the computation; norms and softmax are in float32 inside.
-    attention_implementation: see `attention.attend`.
+    attention_implementation: see `attention.Implementation`.
   """
 
   num_heads: int
@@ -69,7 +69,7 @@ class EncoderBlock(nn.Module):
   qkv_bias: bool = True
   layer_norm_epsilon: float = 1e-6
   dtype: Dtype = jnp.float32
-  attention_implementation: str | None = None
+  attention_implementation: Implementation = None
 
   @nn.compact
   def __call__(

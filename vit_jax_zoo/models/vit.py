@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.layers.attention import Implementation
 from vit_jax_zoo.layers.position import PositionEmbedding
 from vit_jax_zoo.layers.standardized_resnet import StandardizedResNet
 from vit_jax_zoo.layers.transformer import Encoder
@@ -118,7 +119,7 @@ class VisionTransformer(nn.Module):
     dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
     remat: what blocks keep for the backward pass: a rung of `transformer.REMAT_LADDER`.
     scan_layers: one block compiled and run `depth` times, or `depth` blocks.
-    attention_implementation: see `attention.attend`.
+    attention_implementation: see `attention.Implementation`.
   """
 
   num_classes: int | None = 1000
@@ -143,7 +144,7 @@ class VisionTransformer(nn.Module):
   dtype: Dtype = "float32"
   remat: str = "none"
   scan_layers: bool = True
-  attention_implementation: str | None = None
+  attention_implementation: Implementation = None
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
@@ -161,7 +162,7 @@ class VisionTransformer(nn.Module):
     """
     self._check()
     patches = self._patches(images)
-    grid = patches.shape[1:3]
+    grid = (patches.shape[1], patches.shape[2])
     tokens = patches.reshape(patches.shape[0], -1, self.width)
     tokens = self._prefix(tokens, grid)  # Eq. 1
     self.sow("intermediates", "embedded", tokens)
