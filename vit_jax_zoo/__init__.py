@@ -17,7 +17,7 @@ _LAZY = {
   "list_models": "vit_jax_zoo.models.registry",
   "load_pretrained": "vit_jax_zoo.weights",
 }
-__all__ = ["__version__", "create_model", "list_models", "load_pretrained"]  # noqa: F822
+__all__ = ["__version__", "create_model", "list_models", "load_pretrained"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,1 @@
+"""One paper, one file; `registry` finds them by name."""

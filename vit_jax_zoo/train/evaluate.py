@@ -1,0 +1,106 @@
+"""Evaluation: predictions on the mesh, scores on the hosts, every example counted once."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.tasks.base import Task, Variables
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
+from vit_jax_zoo.train.step import PredictStep
+
+
+@dataclasses.dataclass
+class Report:
+  """What an evaluation found: scores by name, and figures by name."""
+
+  scores: dict[str, float]
+  figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
+
+
+@runtime_checkable
+class Evaluation(Protocol):
+  """Anything that judges variables. The loop calls it and logs its report under its name."""
+
+  def __call__(self, variables: Variables) -> Report:
+    """Judges `variables`. Called on all processes at once."""
+    ...
+
+
+@runtime_checkable
+class SizedBatches(Sized, Iterable[dict[str, np.ndarray]], Protocol):
+  """A finite sequence of batches; as many on every process."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictionScores:
+  """The usual evaluation: predict every batch of a split, and let the task's evaluator score it.
+
+  Attributes:
+    task: gives the evaluator and draws the figures.
+    predict_step: compiled, see `make_predict_step`.
+    batches: makes the split's batches anew: this process's part of each.
+    mesh: where to predict.
+    name: of the split, for progress lines.
+  """
+
+  task: Task
+  predict_step: PredictStep
+  batches: Callable[[], SizedBatches]
+  mesh: Mesh
+  name: str
+
+  def __call__(self, variables: Variables) -> Report:
+    """Returns the scores over the whole split, and figures of its first batch."""
+    evaluator, figures = self.task.evaluator(), {}
+    batches = self.batches()
+    clock = _Clock(self.name, len(batches))
+    for index, (batch, predictions) in enumerate(self._predictions(variables, batches)):
+      evaluator.add(batch, predictions)
+      if index == 0 and is_primary():
+        figures = self.task.figures(batch, predictions)
+      clock.tick(index + 1)
+    first, *others = all_gather_objects(evaluator)
+    for other in others:
+      first.merge(other)
+    return Report(first.result(), figures)
+
+  def _predictions(self, variables: Variables, batches: SizedBatches) -> Iterable[tuple[Any, Any]]:
+    """Yields batches with their predictions, one batch behind: the device never waits for us."""
+    ahead = None
+    for batch in batches:
+      predictions = self.predict_step(variables, sharding.to_global(batch, self.mesh))
+      if ahead is not None:
+        yield ahead[0], sharding.to_local(ahead[1])
+      ahead = batch, predictions
+    if ahead is not None:
+      yield ahead[0], sharding.to_local(ahead[1])
+
+
+class _Clock:
+  """Says every ten seconds how far an evaluation has come."""
+
+  def __init__(self, name: str, total: int) -> None:
+    self._name, self._total = name, total
+    self._start = self._said = time.monotonic()
+
+  def tick(self, done: int) -> None:
+    now = time.monotonic()
+    if now - self._said < 10:
+      return
+    self._said = now
+    left = (now - self._start) / done * (self._total - done)
+    logging.info("evaluating %s: %d/%d batches, ETA %.0f s", self._name, done, self._total, left)
+
+
+def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
+  """Compiles a predict step: variables as laid out, batches and predictions split by example."""
+  split = sharding.batch_sharding(mesh)
+  return jax.jit(predict_step, in_shardings=(shardings, split), out_shardings=split)

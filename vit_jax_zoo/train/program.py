@@ -1,0 +1,165 @@
+"""The program of a run: state, shardings and compiled steps for one task, batch shape and mesh.
+
+Everything here is derived from shapes. Nothing touches a device before `initial_state`, and the
+devices of the mesh need not exist on this machine: to plan for another one, lower `train_step` with
+`abstract_state` and `abstract_batch`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from vit_jax_zoo.tasks.base import Batch, Task, Variables
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.evaluate import compile_predict_step
+from vit_jax_zoo.train.optimizer import Optimizer, create_optimizer
+from vit_jax_zoo.train.state import (
+  TrainState,
+  abstract_like,
+  create_state,
+  player_params,
+  state_shardings,
+)
+from vit_jax_zoo.train.step import PredictStep, make_predict_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run executes.
+
+  Attributes:
+    task: what is learned.
+    mesh: where.
+    optimizers: one for each of the task's players.
+    abstract_batch: shapes, dtypes and shardings of a global training batch.
+    abstract_state: the same of the train state.
+    train_step: jitted, with shardings, donating its state.
+    predict_step: jitted, with shardings.
+  """
+
+  task: Task
+  mesh: Mesh
+  optimizers: tuple[Optimizer, ...]
+  abstract_batch: Batch
+  abstract_state: TrainState
+  train_step: Any
+  predict_step: PredictStep
+
+  @property
+  def schedules(self) -> dict[str, Callable[[int], Any]]:
+    """The learning rates as functions of the step, by the name under which they are logged."""
+    return {
+      f"{player.name}_learning_rate" if player.name else "learning_rate": optimizer.schedule
+      for player, optimizer in zip(self.task.players, self.optimizers, strict=True)
+    }
+
+  def initial_state(
+    self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
+  ) -> TrainState:
+    """Makes the state before the first step, each device its own part.
+
+    Args:
+      seed: of everything random in the run.
+      pretrain: takes the fresh variables and returns those to start from.
+    """
+    init_rng, train_rng = jax.random.split(jax.random.key(seed))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+    init = jax.jit(
+      lambda rng: self.task.init(rng, _zeros(self.abstract_batch)),
+      out_shardings={"params": shardings.params, **shardings.model_state},
+    )
+    variables = init(init_rng)
+    if pretrain is not None:
+      variables = pretrain(variables)
+    create = functools.partial(
+      create_state,
+      self.task,
+      self.optimizers,
+      with_ema=self.abstract_state.ema_params is not None,
+    )
+    return jax.jit(create, out_shardings=shardings)(variables, train_rng)
+
+
+def build_program(
+  task: Task,
+  abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
+  *,
+  mesh: Mesh,
+  rules: sharding.Rules,
+  optimizer: Mapping[str, Any],
+  num_steps: int,
+  accumulation_steps: int = 1,
+  ema_decay: float | None = None,
+) -> Program:
+  """Derives a run's program.
+
+  Args:
+    task: what is learned.
+    abstract_batch: shapes and dtypes of a global training batch.
+    mesh: see `sharding.create_mesh`.
+    rules: see `sharding`.
+    optimizer: see `create_optimizer`; for a task of several players, one such mapping by player.
+    num_steps: the length that the schedules span.
+    accumulation_steps: see `make_train_step`.
+    ema_decay: see `make_train_step`.
+
+  Raises:
+    ValueError: the batch does not fit the mesh, or a rule cannot apply.
+  """
+  batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
+  sharding.check_batch_size(batch_size, mesh, accumulation_steps)
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(lambda: task.init(jax.random.key(0), _zeros(abstract_batch)))
+  optimizers = tuple(
+    create_optimizer(
+      optimizer if player.name is None else optimizer[player.name],
+      player_params(abstract["params"], player),
+      num_steps,
+      begin_step=player.begin_step,
+      updates_per_step=player.updates,
+    )
+    for player in task.players
+  )
+  create = functools.partial(create_state, task, optimizers, with_ema=ema_decay is not None)
+  abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
+  shardings = state_shardings(abstract_state, rules, mesh)
+  split = sharding.batch_sharding(mesh)
+  train_step = make_train_step(
+    task, optimizers, accumulation_steps=accumulation_steps, ema_decay=ema_decay
+  )
+  return Program(
+    task=task,
+    mesh=mesh,
+    optimizers=optimizers,
+    abstract_batch={
+      key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
+      for key, leaf in abstract_batch.items()
+    },
+    abstract_state=abstract_like(abstract_state, shardings),
+    train_step=jax.jit(
+      train_step,
+      in_shardings=(shardings, split),
+      out_shardings=(shardings, sharding.replicated(mesh)),
+      donate_argnums=0,
+    ),
+    predict_step=compile_predict_step(
+      make_predict_step(task), {"params": shardings.params, **shardings.model_state}, mesh
+    ),
+  )
+
+
+def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a global batch of `batch_size`, of which `batch` is a process's part."""
+  return {
+    key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
+    for key, value in batch.items()
+  }
+
+
+def _zeros(abstract_batch: Batch) -> dict[str, jax.Array]:
+  return {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}

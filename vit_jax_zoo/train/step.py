@@ -1,0 +1,152 @@
+"""The training step: a pure function of state and batch, the same for every task.
+
+    for each player, in order, as often as it moves:
+      gradients of its loss in its own parameters, summed over the micro-batches
+      optimizer update
+    average of the parameters
+
+The step is written for the whole batch. Where its parts run, and what is summed over devices, XLA
+derives from the shardings with which the loop compiles it.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+
+from vit_jax_zoo.ops.sharding import BATCH_AXES
+from vit_jax_zoo.tasks.base import Batch, LossContext, LossOutput, Mean, Player, Predictions
+from vit_jax_zoo.tasks.base import Task, Variables
+from vit_jax_zoo.train.optimizer import Optimizer
+from vit_jax_zoo.train.state import TrainState, player_params, with_player_params
+
+Metrics: TypeAlias = dict[str, Mean]
+TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+PredictStep: TypeAlias = Callable[[Variables, Batch], Predictions]
+
+
+def make_train_step(
+  task: Task,
+  optimizers: Sequence[Optimizer],
+  *,
+  accumulation_steps: int = 1,
+  ema_decay: float | None = None,
+) -> TrainStep:
+  """Returns `train_step(state, batch) -> (state, metrics)`, not yet compiled.
+
+  Args:
+    task: gives the losses.
+    optimizers: one for each of the task's players.
+    accumulation_steps: into how many micro-batches a batch is cut; they run one after the other,
+      and give the gradient of the whole batch up to float rounding.
+    ema_decay: weight of the past in the average of the parameters; None keeps no average.
+  """
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    step_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+    normalizers = task.normalizers(batch)
+    opt_states, metrics = list(state.opt_state), {}
+    for index, player in enumerate(task.players):
+      for update in range(player.updates):
+        rng = jax.random.fold_in(jax.random.fold_in(step_rng, index), update)
+        context = LossContext(rng, state.step, normalizers, player.name)
+        state, opt_states[index], found = _move(
+          task, player, optimizers[index], state, opt_states[index],
+          _micro_batches(batch, accumulation_steps), context,
+        )  # fmt: skip
+        metrics |= found
+    ema_params = state.ema_params
+    if ema_decay is not None:
+      ema_params = optax.incremental_update(state.params, ema_params, 1.0 - ema_decay)
+    state = state.replace(step=state.step + 1, opt_state=tuple(opt_states), ema_params=ema_params)
+    return state, metrics
+
+  return train_step
+
+
+def make_predict_step(task: Task) -> PredictStep:
+  """Returns `predict_step(variables, batch) -> predictions`, not yet compiled."""
+  return task.predict
+
+
+def _move(
+  task: Task,
+  player: Player,
+  optimizer: Optimizer,
+  state: TrainState,
+  opt_state: Any,
+  micro_batches: Batch,
+  context: LossContext,
+) -> tuple[TrainState, Any, Metrics]:
+  """Lets one player make one update; returns the state, its optimizer's state, and metrics."""
+
+  def move(_: None) -> tuple[Any, Any, Any, Metrics]:
+    grads, output = _gradients(task, player, state, micro_batches, context)
+    grads = optimizer.freeze(grads)
+    own = player_params(state.params, player)
+    updates, new_opt_state = optimizer.update(grads, opt_state, own)
+    params = with_player_params(state.params, player, optimizer.apply(own, updates))
+    name = "gradient_norm" if player.name is None else f"{player.name}_gradient_norm"
+    metrics = {**output.metrics, name: Mean.of(optax.tree.norm(grads))}
+    return params, output.model_state, new_opt_state, metrics
+
+  def stand_still(_: None) -> tuple[Any, Any, Any, Metrics]:
+    *_, metrics = jax.eval_shape(move, None)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
+    return state.params, state.model_state, opt_state, nothing
+
+  if player.begin_step:
+    outcome = jax.lax.cond(context.step >= player.begin_step, move, stand_still, None)
+  else:
+    outcome = move(None)
+  params, model_state, opt_state, metrics = outcome
+  return state.replace(params=params, model_state=model_state), opt_state, metrics
+
+
+def _gradients(
+  task: Task, player: Player, state: TrainState, micro_batches: Batch, context: LossContext
+) -> tuple[Any, LossOutput]:
+  """Sums the gradient of the player's loss, and its metrics, over the micro-batches."""
+  own = player_params(state.params, player)
+
+  def loss(own: Any, model_state: Any, batch: Batch, context: LossContext) -> tuple[Any, Any]:
+    params = with_player_params(state.params, player, own)
+    output = task.loss({"params": params, **model_state}, batch, context)
+    return output.loss, output
+
+  gradient = jax.grad(loss, has_aux=True)
+  count = jax.tree.leaves(micro_batches)[0].shape[0]
+  if count == 1:
+    return gradient(own, state.model_state, jax.tree.map(lambda x: x[0], micro_batches), context)
+
+  def accumulate(carry: tuple[Any, Any], x: tuple[Any, Batch]) -> tuple[tuple[Any, Any], Any]:
+    (grads, model_state), (index, batch) = carry, x
+    rng = jax.random.fold_in(context.rng, index)
+    more, output = gradient(own, model_state, batch, context.replace(rng=rng))
+    summed = jax.tree.map(jnp.add, grads, more)
+    return (summed, output.model_state), output.replace(model_state=None)
+
+  zeros = jax.tree.map(jnp.zeros_like, own)
+  (grads, model_state), outputs = jax.lax.scan(
+    accumulate, (zeros, state.model_state), (jnp.arange(count), micro_batches)
+  )
+  total = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
+  return grads, total.replace(model_state=model_state)
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """Cuts `[b ...]` into `[count b/count ...]`, each micro-batch spread over all devices.
+
+  Micro-batch i takes examples i, i + count, ...: no example moves to another device.
+  """
+
+  def cut(x: jax.Array) -> jax.Array:
+    x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    if count > 1 and set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+      x = jax.lax.with_sharding_constraint(x, PartitionSpec(None, BATCH_AXES))
+    return x
+
+  return jax.tree.map(cut, batch)
