@@ -1,0 +1,129 @@
+"""What every source of examples has in common: its interface, its description, its splits.
+
+A split is written as TFDS writes it: `train`, `train[:99%]`, `train[1000:2000]`, `train+test`. Two
+names stand for the usual way to hold out a part of a training set that has no validation split:
+`minitrain` is `train[:99%]` and `minival` is `train[99%:]`.
+"""
+
+import abc
+import bisect
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from vit_jax_zoo.ops.names import unknown_name
+
+Example: TypeAlias = dict[str, Any]
+"""`image`: encoded bytes or uint8 [h w 3]; `label`: an int, or several of them for multi-label."""
+
+ALIASES = {"minitrain": "train[:99%]", "minival": "train[99%:]"}
+
+_PART = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+
+
+class CorruptExampleError(ValueError):
+  """An example whose data cannot be used. The pipeline names it, and skips it if told to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+  """What is known of a source without reading its examples.
+
+  Attributes:
+    name: what it was loaded as, with the split: "demo:digits train[:90%]".
+    num_examples: how many there are.
+    num_classes: how many classes the labels come from; None when the source has no labels, or
+      labels of no stated range.
+    class_names: one name for each class, or empty when there are none.
+  """
+
+  name: str
+  num_examples: int
+  num_classes: int | None = None
+  class_names: tuple[str, ...] = ()
+
+
+class Source(abc.ABC):
+  """Examples by index. It travels to worker processes by pickle, so it holds paths, not files."""
+
+  info: DatasetInfo
+
+  def __len__(self) -> int:
+    return self.info.num_examples
+
+  @abc.abstractmethod
+  def __getitem__(self, index: int) -> Example:
+    """Returns example `index`, 0 <= index < len(self)."""
+
+  @abc.abstractmethod
+  def example_name(self, index: int) -> str:
+    """Returns what an error message calls this example: its file, or its split and position."""
+
+
+Splits: TypeAlias = Mapping[str, Callable[[], Source]]
+"""The whole splits of a dataset by name, opened on demand."""
+
+
+class SlicedSource(Source):
+  """Ranges of other sources, one after the other."""
+
+  def __init__(self, name: str, parts: list[tuple[Source, range]]) -> None:
+    self._parts = parts
+    self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
+    self.info = dataclasses.replace(parts[0][0].info, name=name, num_examples=self._ends[-1])
+
+  def _find(self, index: int) -> tuple[Source, int]:
+    if not 0 <= index < len(self):
+      raise IndexError(f"{self.info.name} has {len(self)} examples; there is no number {index}")
+    part = bisect.bisect_right(self._ends, index)
+    source, indices = self._parts[part]
+    return source, indices[index - self._ends[part]]
+
+  def __getitem__(self, index: int) -> Example:
+    source, position = self._find(index)
+    return source[position]
+
+  def example_name(self, index: int) -> str:
+    """Returns the name that the example has in the source it comes from."""
+    source, position = self._find(index)
+    return source.example_name(position)
+
+
+def select_split(splits: Splits, split: str, dataset: str) -> Source:
+  """Returns the examples that a split specification asks for.
+
+  Args:
+    splits: the whole splits of the dataset.
+    split: one split, a slice of one, or several joined with `+`. Percentages are rounded to the
+      nearest example; negative positions count from the end.
+    dataset: the name under which the user asked for the dataset.
+
+  Raises:
+    ValueError: the specification cannot be read, names no split of this dataset, or is empty.
+  """
+  parts = []
+  for text in (ALIASES.get(p, p) if p not in splits else p for p in split.split("+")):
+    match = _PART.fullmatch(text.strip())
+    if match is None:
+      raise ValueError(
+        f"cannot read the split {split!r} of {dataset}; write it as 'train', 'train[:99%]', "
+        "'train[1000:2000]' or 'train+test'"
+      )
+    if match["name"] not in splits:
+      raise ValueError(f"{dataset}: {unknown_name('split', match['name'], splits)}")
+    source = splits[match["name"]]()
+    start, stop = (_position(match[end], len(source)) for end in ("start", "stop"))
+    parts.append((source, range(len(source))[start:stop]))
+  if not any(len(indices) for _, indices in parts):
+    raise ValueError(f"the split {split!r} of {dataset} holds no example")
+  return SlicedSource(f"{dataset} {split}", parts)
+
+
+def _position(text: str | None, length: int) -> int | None:
+  if text is None:
+    return None
+  if text.endswith("%"):
+    return round(int(text[:-1]) * length / 100)
+  return int(text)

@@ -1,0 +1,129 @@
+"""Your own images: a folder for each class.
+
+    flowers/daisy/01.jpg  flowers/rose/17.png                    split by a hash of the file name
+    flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split as the folders say
+
+Without `train/` there is a fixed random split: 90 % `train`, 10 % `test`, decided by a hash of each
+file's path below the root, so that it is the same on every machine, and adding files moves none of
+the others. `all` is both. Examples are ordered by the same hash: any slice mixes the classes.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+
+from absl import logging
+
+from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits
+
+IMAGE_SUFFIXES = frozenset(
+  (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+)
+SPLIT_FOLDERS = ("train", "test", "val", "validation")
+TEST_FRACTION = 0.1
+
+
+class FolderSource(Source):
+  """Image files, each with the class of the folder it lies in. `image` is the file's bytes."""
+
+  def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, int]]) -> None:
+    self.info = info
+    self._root = root
+    self._files = files
+
+  def __getitem__(self, index: int) -> Example:
+    path, label = self._files[index]
+    return {"image": pathlib.Path(self._root, path).read_bytes(), "label": label}
+
+  def example_name(self, index: int) -> str:
+    """Returns the path of the file."""
+    return os.path.join(self._root, self._files[index][0])
+
+
+def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
+  """Finds the images below a folder.
+
+  Args:
+    location: the folder.
+    class_names: the classes in the order of their labels, or a text file with one on each line,
+      when labels must agree with a published model's. Without it, folder names in sorted order.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: it holds no class folders, no images, or a class that `class_names` lacks.
+  """
+  root = pathlib.Path(location).expanduser()
+  if not root.is_dir():
+    raise FileNotFoundError(
+      f"folder:{location} is not a folder; expected one folder for each class, with images inside "
+      "(demo:photos needs no files)"
+    )
+  names = _read_names(class_names)
+  folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
+  if root / "train" not in folders:
+    folders = []
+  found = {folder: _scan(folder) for folder in folders or [root]}
+  if not any(found.values()):
+    raise ValueError(
+      f"{root} holds no images in class folders; expected {root}/<class>/<image>, with one of "
+      f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+    )
+  names = names or tuple(sorted({name for files in found.values() for _, name in files}))
+  whole = DatasetInfo(f"folder:{location}", 0, len(names), names)
+  if folders:
+    splits = {f.name: _labelled(f, files, names) for f, files in found.items() if files}
+    return {n: functools.partial(_open, whole, root / n, splits[n]) for n in splits}
+  return _hashed_splits(whole, root, _labelled(root, found[root], names))
+
+
+def _hashed_splits(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> Splits:
+  test = [file for file in files if _hash(file[0]) < TEST_FRACTION * 2**64]
+  train = [file for file in files if _hash(file[0]) >= TEST_FRACTION * 2**64]
+  splits = {"train": train, "test": test, "all": files}
+  return {name: functools.partial(_open, whole, root, splits[name]) for name in splits}
+
+
+def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> Source:
+  return FolderSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
+
+
+def _read_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:
+  if isinstance(class_names, str):
+    text = pathlib.Path(class_names).expanduser().read_text()
+    class_names = [line.strip() for line in text.splitlines() if line.strip()]
+  return tuple(class_names or ())
+
+
+def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
+  """Returns (path below the root, class) of every image in a class folder, ordered by hash."""
+  found, ignored = [], 0
+  for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")):
+    for parent, _, files in os.walk(folder):
+      below = os.path.relpath(parent, root)
+      images = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
+      ignored += len(files) - len(images)
+      found += [(pathlib.PurePath(below, f).as_posix(), folder.name) for f in images]
+  if ignored:
+    logging.info("%s: ignored %d files that are not images", root, ignored)
+  return sorted(found, key=lambda file: (_hash(file[0]), file[0]))
+
+
+def _labelled(
+  root: pathlib.Path, files: list[tuple[str, str]], names: tuple[str, ...]
+) -> list[tuple[str, int]]:
+  labels = {name: label for label, name in enumerate(names)}
+  unknown = sorted({name for _, name in files} - set(labels))
+  if unknown:
+    raise ValueError(
+      f"{root / unknown[0]} is not one of the {len(names)} class_names; the list must name every "
+      f"class folder ({len(unknown)} are missing)"
+    )
+  return [(path, labels[name]) for path, name in files]
+
+
+def _hash(path: str) -> int:
+  """Returns a number in [0, 2**64) that depends on the path alone."""
+  return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")

@@ -1,0 +1,51 @@
+"""Sources by name: `kind:location`, and a split.
+
+    demo:digits demo:photos       images that ship with Python packages; always there
+    folder:/path                  a folder for each class
+    tfds:imagenet2012             a dataset that `vit_jax_zoo.data.prepare` has prepared
+    tfds:/path/to/prepared/1.0.0  the same, by its folder
+
+A new kind is one file with an `open_splits(location, **options)` and one line in `KINDS`.
+"""
+
+import importlib
+import inspect
+from typing import Any
+
+from vit_jax_zoo.data.base import Source, select_split
+from vit_jax_zoo.ops.names import unknown_name
+
+KINDS = {
+  "demo": "vit_jax_zoo.data.demos",
+  "folder": "vit_jax_zoo.data.folder",
+  "tfds": "vit_jax_zoo.data.tfds_source",
+}
+
+
+def load_source(name: str, split: str, **options: Any) -> Source:
+  """Returns the examples of one split.
+
+  Args:
+    name: `kind:location`; see the module's docstring.
+    split: `train`, `train[:99%]`, `minival`, ...; see `data/base.py`.
+    **options: fields of the kind: the arguments of its `open_splits`, such as `data_dir` for tfds.
+
+  Raises:
+    ValueError: one line, about an unknown kind, dataset, split or option.
+    FileNotFoundError: one line, about data that is not there, and how to get it.
+
+  >>> source = load_source("demo:digits", "test")
+  >>> len(source), source.info.num_classes
+  (360, 10)
+  """
+  kind, colon, location = name.partition(":")
+  if kind not in KINDS:
+    raise ValueError(unknown_name("kind of source", kind, KINDS) + f"; got the source {name!r}")
+  if not colon or not location:
+    raise ValueError(f"the source {name!r} says nothing after its kind; write {kind}:<which one>")
+  open_splits = importlib.import_module(KINDS[kind]).open_splits
+  known = list(inspect.signature(open_splits).parameters)[1:]
+  for option in options:
+    if option not in known:
+      raise ValueError(unknown_name(f"option of {kind}:", option, known))
+  return select_split(open_splits(location, **options), split, name)

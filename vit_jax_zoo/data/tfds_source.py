@@ -1,0 +1,191 @@
+"""Datasets that TFDS has prepared, read without TensorFlow.
+
+ArrayRecord folders are read through TFDS's own data source. A folder of TFRecord files, which TFDS
+itself can only read with TensorFlow and in order, goes through `data/tfrecord.py`. Image bytes stay
+encoded: the pipeline decodes them, and only the part it needs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from vit_jax_zoo.data import tfrecord
+from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits
+
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class TfdsSource(Source):
+  """One split of a prepared dataset, with the two features that classification needs.
+
+  `label` is an int, or int32 [n] where the dataset gives several labels for each image.
+  """
+
+  def __init__(self, info: DatasetInfo, records: Any, keys: tuple[str, str | None]) -> None:
+    self.info = info
+    self._records = records
+    self._image_key, self._label_key = keys
+
+  def __getitem__(self, index: int) -> Example:
+    record = self._records[index]
+    example = {"image": record[self._image_key]}
+    if self._label_key is not None:
+      label = record[self._label_key]
+      # TFDS hands out sequences as lists, and an empty one without a type.
+      several = isinstance(label, list | tuple | np.ndarray) and np.ndim(label) > 0
+      example["label"] = np.asarray(label, np.int32).reshape(-1) if several else int(label)
+    return example
+
+  def example_name(self, index: int) -> str:
+    """Returns split and position."""
+    return f"{self.info.name}[{index}]"
+
+
+def open_splits(
+  location: str,
+  data_dir: str | None = None,
+  image_key: str | None = None,
+  label_key: str | None = None,
+) -> Splits:
+  """Opens a prepared dataset.
+
+  Args:
+    location: `name`, `name/config`, either with `:version`, or the path of the folder that holds
+      `dataset_info.json`.
+    data_dir: where datasets lie; the default is `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+    image_key: the image feature; by default the only one there is.
+    label_key: the label feature; by default `label`, else `labels`, else none.
+
+  Raises:
+    FileNotFoundError: it has not been prepared there.
+    ValueError: it has no such features, or lies in files that cannot be read by index.
+  """
+  is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
+  folder = _at_path(location) if is_path else _find(location, data_dir)
+  return open_folder(folder, f"tfds:{location}", image_key, label_key)
+
+
+def open_folder(
+  folder: pathlib.Path, name: str, image_key: str | None = None, label_key: str | None = None
+) -> Splits:
+  """Opens the prepared dataset in `folder`; `name` is what its examples are called by."""
+  builder = tfds.builder_from_directory(folder)
+  keys = _keys(builder.info.features, name, image_key, label_key)
+  num_classes, class_names = _classes(builder.info.features, keys[1])
+  whole = DatasetInfo(name, 0, num_classes, class_names)
+  return {
+    split: functools.partial(_open_split, builder, split, whole, keys)
+    for split in builder.info.splits
+  }
+
+
+@contextlib.contextmanager
+def quiet_progress() -> Iterator[None]:
+  """Keeps TFDS from drawing progress bars, and from saying that it downloads what it computes."""
+  tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    tfds.enable_progress_bar()
+
+
+def default_data_dir() -> pathlib.Path:
+  """Returns where TFDS keeps datasets unless told otherwise."""
+  return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def _open_split(
+  builder: Any, split: str, whole: DatasetInfo, keys: tuple[str, str | None]
+) -> Source:
+  info = builder.info.splits[split]
+  decoders = {keys[0]: tfds.decode.SkipDecoding()}
+  if str(builder.info.file_format.value) == "tfrecord":
+    files = [str(path) for path in info.filepaths]
+    records = tfrecord.TFRecordFiles(
+      files, info.shard_lengths, functools.partial(_decode, builder.info.features, decoders)
+    )
+  else:
+    records = builder.as_data_source(split, decoders=decoders)
+  one = dataclasses.replace(whole, name=f"{whole.name} {split}", num_examples=info.num_examples)
+  return TfdsSource(one, records, keys)
+
+
+def _decode(features: Any, decoders: dict[str, Any], record: bytes) -> dict[str, Any]:
+  return features.deserialize_example_np(record, decoders=decoders)
+
+
+def _keys(
+  features: Any, name: str, image_key: str | None, label_key: str | None
+) -> tuple[str, str | None]:
+  """Returns the names of the image feature and of the label feature."""
+  images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+  for given in (image_key, label_key):
+    if given is not None and given not in features:
+      raise ValueError(f"{name} has no feature {given!r}; it has {', '.join(sorted(features))}")
+  if image_key is None and len(images) != 1:
+    found = ", ".join(sorted(images)) or "none"
+    raise ValueError(f"{name}: which feature is the image? Set image_key; image features: {found}")
+  labels = [key for key in ("label", "labels") if key in features]
+  return image_key or images[0], label_key or (labels[0] if labels else None)
+
+
+def _classes(features: Any, label_key: str | None) -> tuple[int | None, tuple[str, ...]]:
+  feature = features[label_key] if label_key else None
+  feature = getattr(feature, "feature", feature)  # what a Sequence is a sequence of
+  if not isinstance(feature, tfds.features.ClassLabel):
+    return None, ()
+  named = feature.num_classes is not None and not _only_numbers(feature)
+  return feature.num_classes, tuple(feature.names) if named else ()
+
+
+def _only_numbers(feature: tfds.features.ClassLabel) -> bool:
+  """Whether the names are just 0, 1, 2, ...: what TFDS makes up for a class count."""
+  return getattr(feature, "_int2str", None) is None
+
+
+def _at_path(location: str) -> pathlib.Path:
+  folder = pathlib.Path(location).expanduser()
+  if not (folder / "dataset_info.json").is_file():
+    raise FileNotFoundError(
+      f"{folder} holds no dataset_info.json; give the innermost folder of a prepared dataset, such "
+      "as .../imagenet2012/5.1.0 (demo:digits needs none)"
+    )
+  return folder
+
+
+def _find(location: str, data_dir: str | None) -> pathlib.Path:
+  name, _, version = location.partition(":")
+  root = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+  versions = _versions(root / name)
+  if not version and versions:
+    return max(versions, key=lambda folder: tuple(map(int, folder.name.split("."))))
+  for folder in versions:
+    if folder.name == version:
+      return folder
+  there = f" (there: {', '.join(f.name for f in versions)})" if versions else ""
+  raise FileNotFoundError(
+    f"tfds:{location} is not prepared in {root}{there}; run python -m vit_jax_zoo.data.prepare "
+    f"--dataset={location} --data_dir={root}, or use demo:digits, which needs no data"
+  )
+
+
+def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns the prepared versions in a folder, or in its only configuration."""
+  if not folder.is_dir():
+    return []
+  inside = sorted(f for f in folder.iterdir() if (f / "dataset_info.json").is_file())
+  versions = [f for f in inside if _VERSION.fullmatch(f.name)]
+  if versions:
+    return versions
+  configs = [f for f in folder.iterdir() if f.is_dir() and _versions(f)]
+  return _versions(configs[0]) if len(configs) == 1 else []
