@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,15 +59,15 @@ class BatchNorm(nn.Module):
         self._update(running_var, unbiased)
     return _normalize(x, mean, var, scale, bias, self.epsilon).astype(self.dtype)
 
-  def _update(self, running: nn.Variable, new: Float[Array, "c"]) -> None:
+  def _update(self, running: nn.Variable, new: Float[Array, " c"]) -> None:
     running.value = self.momentum * running.value + (1 - self.momentum) * new
 
 
 class FrozenBatchNorm(nn.Module):
   """Batch normalisation that never changes: scale, bias, mean and variance are given, not learned.
 
-  For backbones trained elsewhere (DETR, Mask R-CNN): all four live in "batch_stats", so no optimizer
-  sees them and they do not count as parameters.
+  For backbones trained elsewhere (DETR, Mask R-CNN): all four live in "batch_stats", so that no
+  optimizer sees them and they do not count as parameters.
 
   Attributes:
     epsilon: added to the variance under the root.
@@ -104,7 +105,7 @@ def norm_factory(
   num_groups: int = 32,
   dtype: Dtype = "float32",
 ) -> Callable[..., nn.Module]:
-  """Returns what makes a norm of this kind: called with `name`, and `scale_init` where it is learned.
+  """Returns what makes a norm of this kind, called with `name` and, optionally, `scale_init`.
 
   Args:
     kind: "batch_norm", "frozen_batch_norm" or "group_norm".
@@ -125,15 +126,15 @@ def norm_factory(
   raise ValueError(unknown_name("norm", kind, NORMS))
 
 
-def _frozen(scale_init: Initializer | None = None, **fields: float | str | Dtype) -> nn.Module:
+def _frozen(scale_init: Initializer | None = None, **fields: Any) -> nn.Module:
   """A frozen norm has no scale to initialise: its values come from a checkpoint."""
   del scale_init
   return FrozenBatchNorm(**fields)
 
 
 def _moments(
-  x: Float[Array, "*b c"], origin: Float[Array, "c"]
-) -> tuple[Float[Array, "c"], Float[Array, "c"]]:
+  x: Float[Array, "*b c"], origin: Float[Array, " c"]
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
   """Returns mean and biased variance of each channel, computed around `origin`."""
   axes = tuple(range(x.ndim - 1))
   offset = x - _as_channels(origin, x)
@@ -144,15 +145,15 @@ def _moments(
 
 def _normalize(
   x: Float[Array, "*b c"],
-  mean: Float[Array, "c"],
-  var: Float[Array, "c"],
-  scale: Float[Array, "c"],
-  bias: Float[Array, "c"],
+  mean: Float[Array, " c"],
+  var: Float[Array, " c"],
+  scale: Float[Array, " c"],
+  bias: Float[Array, " c"],
   epsilon: float,
 ) -> Float[Array, "*b c"]:
   factor = scale * jax.lax.rsqrt(var + epsilon)
   return (x - _as_channels(mean, x)) * _as_channels(factor, x) + _as_channels(bias, x)
 
 
-def _as_channels(values: Float[Array, "c"], x: Float[Array, "*b c"]) -> Float[Array, "*ones c"]:
+def _as_channels(values: Float[Array, " c"], x: Float[Array, "*b c"]) -> Float[Array, "*ones c"]:
   return values.reshape((1,) * (x.ndim - 1) + values.shape)

@@ -18,9 +18,9 @@ INITIALIZATIONS = ("paper", "timm")
 class LambdaLayer(nn.Module):
   """Exchanges information over a map through lambdas; takes the place of a 3x3 convolution.
 
-  Queries and values are batch-normalised after their projection, keys by a softmax over the positions
-  of the context; there is no output projection. The parameters: `qkv` (a 1x1 convolution whose
-  outputs are queries (head k), keys (u k) and values (u v), side by side), `query_norm`,
+  Queries and values are batch-normalised after their projection, keys by a softmax over the
+  positions of the context; there is no output projection. The parameters: `qkv` (a 1x1 convolution
+  whose outputs are queries (head k), keys (u k) and values (u v), side by side), `query_norm`,
   `value_norm`, `position_embedding` `[dy dx u k]` (context minus query) and, by choice,
   `position_bias` `[k]`.
 

@@ -1,4 +1,4 @@
-"""Residual networks of bottleneck blocks: plain, ResNet-D, ResNet-RS; the backbone of several models.
+"""Residual networks of bottleneck blocks, plain, ResNet-D and ResNet-RS: backbones of the models.
 
 He et al., arXiv:1512.03385 (with the stride on the 3x3 convolution, as torchvision and timm have
 it); ResNet-D: arXiv:1812.01187; ResNet-RS: arXiv:2103.07579. Padding, pooling and norms follow
@@ -6,6 +6,7 @@ PyTorch, so that published weights give the published features.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from vit_jax_zoo.layers.drop_path import DropPath, drop_path_rates
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.sharding import shard_batch
 
-# arXiv:1512.03385, Table 1; from 200 on: ResNet-RS, arXiv:2103.07579, Table 8.
+# arXiv:1512.03385, Table 1; from 200 on, ResNet-RS (arXiv:2103.07579).
 RESNET_BLOCKS = {
   50: (3, 4, 6, 3),
   101: (3, 4, 23, 3),
@@ -217,7 +218,7 @@ class Bottleneck(nn.Module):
       stride = 1
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
-  def _conv(self, features: int, size: int, stride: int = 1, **fields: object) -> ConvNorm:
+  def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:
     fields = {"activation": self.activation, "dtype": self.dtype, **fields}
     return ConvNorm(features, size, self.norm, stride, **fields)
 
@@ -293,7 +294,9 @@ class ResNet(nn.Module):
     rates = iter(drop_path_rates(self.drop_path_rate, sum(self.blocks)))
     features = {}
     for stage, strides in zip(STAGES, self._strides(), strict=True):
-      call = nn.remat(_call_block, static_argnums=(2,)) if stage in self.remat_stages else _call_block
+      call = (
+        nn.remat(_call_block, static_argnums=(2,)) if stage in self.remat_stages else _call_block
+      )
       for index, (stride, dilation) in enumerate(strides):
         block = self.block(
           stage,
@@ -315,7 +318,7 @@ class ResNet(nn.Module):
       features[stage] = x
     return features
 
-  def block(self, stage: str, index: int, **fields: object) -> nn.Module:
+  def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
     """Makes block `index` of `stage`; subclasses choose another class for some of them."""
     del stage, index
     return Bottleneck(**fields)
