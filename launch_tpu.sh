@@ -7,6 +7,7 @@
 # from ssh; this machine may go away while it trains.
 #
 # Runs on bash 3.2 and later (macOS), hence ${array[@]+"${array[@]}"} for arrays that may be empty.
+# A bare `return` inside a trap repeats the status from before the trap; every one here has a value.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -123,13 +124,13 @@ ask() {
   local describe=(gcloud compute tpus "$1" describe "$NAME" "${WHERE[@]}" "--format=value($2)")
   if [[ -n $DRY_RUN ]]; then
     show "${describe[@]}"
-    return
+    return 0
   fi
   error=$(mktemp)
   if answer=$("${describe[@]}" 2>"$error"); then
     rm -f "$error"
     printf '%s\n' "$answer"
-    return
+    return 0
   fi
   answer=$(tr '\n' ' ' <"$error")
   rm -f "$error"
@@ -147,11 +148,11 @@ slice_state() {
   if [[ -n $DRY_RUN ]]; then
     ask queued-resources state.state
     ask tpu-vm state
-    return
+    return 0
   fi
-  state=$(ask queued-resources state.state) || return
+  state=$(ask queued-resources state.state) || return $?
   if [[ $state == ACTIVE ]]; then
-    state=$(ask tpu-vm state) || return
+    state=$(ask tpu-vm state) || return $?
     # The request is there and its node is not: the node has been taken away.
     if [[ $state == "$ABSENT" ]]; then state=PREEMPTED; fi
   fi
@@ -173,11 +174,15 @@ slice_is_lost() {
 }
 
 request_slice() {
-  local shape=("--accelerator-type=$TYPE") spot=()
-  if [[ -n $TOPOLOGY ]]; then shape=("--type=$TYPE" "--topology=$TOPOLOGY"); fi
+  local gcloud=(gcloud) shape=("--accelerator-type=$TYPE") spot=()
+  if [[ -n $TOPOLOGY ]]; then
+    shape=("--type=$TYPE" "--topology=$TOPOLOGY")
+    # Where it takes a topology, the released track knows generations up to v4 only (gcloud 528).
+    case $TYPE in v2 | v3 | v4) ;; *) gcloud=(gcloud alpha) ;; esac
+  fi
   if [[ -n $SPOT ]]; then spot=(--spot); fi
-  execute gcloud compute tpus queued-resources create "$NAME" "--node-id=$NAME" "${WHERE[@]}" \
-    "${shape[@]}" "--runtime-version=$VERSION" ${spot[@]+"${spot[@]}"}
+  execute "${gcloud[@]}" compute tpus queued-resources create "$NAME" "--node-id=$NAME" \
+    "${WHERE[@]}" "${shape[@]}" "--runtime-version=$VERSION" ${spot[@]+"${spot[@]}"}
 }
 
 remove_slice() {
@@ -188,12 +193,12 @@ wait_until_ready() {
   local state last="" misses=0
   if [[ -n $DRY_RUN ]]; then
     slice_state
-    return
+    return 0
   fi
   while true; do
     state=$(slice_state) || state=UNKNOWN
     case $state in
-      READY) return ;;
+      READY) return 0 ;;
       FAILED | "$ABSENT" | DELETING)
         note "$NAME is $state: Cloud TPU did not give it, or somebody deleted it"
         return 1
@@ -214,15 +219,15 @@ create() {
   if [[ -n $DRY_RUN ]]; then
     ask queued-resources state.state
   else
-    state=$(slice_state) || return
+    state=$(slice_state) || return $?
   fi
   if is_lost "$state"; then
     note "$NAME is $state; deleting what is left of it"
-    remove_slice || return
+    remove_slice || return $?
     state=$ABSENT
   fi
   if [[ $state == "$ABSENT" ]]; then
-    request_slice || return
+    request_slice || return $?
   else
     note "$NAME exists already ($state)"
   fi
@@ -234,7 +239,7 @@ delete() {
   if [[ -n $DRY_RUN ]]; then
     ask queued-resources state.state
   else
-    state=$(ask queued-resources state.state) || return
+    state=$(ask queued-resources state.state) || return $?
   fi
   if [[ $state == "$ABSENT" ]]; then
     note "there is no $NAME in $ZONE: nothing to delete"
@@ -261,7 +266,7 @@ pack_folder() {
 install_folder() {
   local unpack="mkdir -p ~/vit_jax_zoo && tar -xzf ~/vit_jax_zoo.tar.gz -C ~/vit_jax_zoo"
   execute gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:vit_jax_zoo.tar.gz" "${WHERE[@]}" \
-    --worker=all || return
+    --worker=all || return $?
   on_workers all "$unpack && $INSTALL"
 }
 
@@ -276,13 +281,13 @@ setup() {
   local try install=install_repo
   if [[ -z $REPO ]]; then
     install=install_folder
-    pack_folder || return
+    pack_folder || return $?
   fi
   # A slice that has just come up may refuse ssh for a minute.
   for try in 1 2 3; do
     if "$install"; then
       if [[ -n $ARCHIVE ]]; then execute rm -f "$ARCHIVE"; fi
-      return
+      return 0
     fi
     if slice_is_lost; then return "$LOST"; fi
     note "setup failed on $NAME (attempt $try of 3)"
@@ -300,10 +305,9 @@ readonly JOB='echo $$ > run.pid; .venv/bin/python -m vit_jax_zoo.main "$@"; echo
 # shellcheck disable=SC2016
 readonly ALIVE='[ -s run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null'
 # shellcheck disable=SC2016
-readonly STARTED='for _ in 1 2 3 4 5 6 7 8 9; do [ -s run.pid ] && break; sleep 1; done; '\
-'[ -s run.pid ]'
+readonly STARTED='for _ in $(seq 50); do [ -s run.pid ] && break; sleep 0.2; done; [ -s run.pid ]'
 # shellcheck disable=SC2016
-readonly TAIL='cd ~/vit_jax_zoo && tail -n 100 -s 0.5 --pid="$(cat run.pid)" -f run.log'
+readonly TAIL='cd ~/vit_jax_zoo && tail -n 100 -s 0.2 --pid="$(cat run.pid)" -f run.log'
 readonly REPORT="cd ~/vit_jax_zoo && \
 if [ -s run.status ]; then echo \"status=\$(cat run.status)\"; \
 elif $ALIVE; then echo status=running; else echo status=none; fi"
@@ -320,7 +324,7 @@ rm -f run.pid run.status; $job >>run.log 2>&1 </dev/null & $STARTED; fi"
 # Prints the workers' states without repetition: `0`, `running`, `0 1`, ...
 worker_states() {
   local lines
-  lines=$(on_workers all "$REPORT") || return
+  lines=$(on_workers all "$REPORT") || return $?
   printf '%s\n' "$lines" | sed -n 's/^status=//p' | sort -u | tr '\n' ' ' | sed 's/ $//'
 }
 
@@ -332,7 +336,7 @@ follow_run() {
     on_workers 0 "$TAIL"
     slice_state
     on_workers all "$REPORT"
-    return
+    return 0
   fi
   while true; do
     on_workers 0 "$TAIL" || note "no connection to worker 0's log; looking at the run"
@@ -363,7 +367,7 @@ follow_run() {
 judge() {
   if [[ $1 == 0 ]]; then
     note "the run has ended well on every worker"
-    return
+    return 0
   fi
   sleep "$POLL"
   if slice_is_lost; then return "$LOST"; fi
@@ -390,9 +394,9 @@ status() {
   if [[ -n $DRY_RUN ]]; then
     slice_state
   else
-    state=$(slice_state) || return
+    state=$(slice_state) || return $?
     printf 'slice: %s\n' "$state"
-    if [[ $state != READY ]]; then return; fi
+    if [[ $state != READY ]]; then return 0; fi
   fi
   on_workers all "$REPORT; tail -n 3 run.log"
 }
@@ -400,8 +404,8 @@ status() {
 # --- the whole life ------------------------------------------------------------------------------
 
 attempt() {
-  create || return
-  setup || return
+  create || return $?
+  setup || return $?
   if ! run; then
     if slice_is_lost; then return "$LOST"; else return 1; fi
   fi
@@ -464,7 +468,7 @@ set_option() {
 parse() {
   while (($#)); do
     case $1 in
-      --) shift && MAIN_ARGS=("$@") && return ;;
+      --) shift && MAIN_ARGS=("$@") && return 0 ;;
       --help | -h) usage && exit ;;
       --spot) SPOT=1 ;;
       --keep) KEEP=1 ;;
