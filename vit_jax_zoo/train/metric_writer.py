@@ -1,0 +1,220 @@
+"""What a run writes down: TensorBoard files, `metrics.jsonl`, and figures as PNG.
+
+    <workdir>/metrics.jsonl               a line for each write: {"step": 100, "train/loss": 0.5}
+    <workdir>/events.out.tfevents.*       the same for TensorBoard, with figures, text and hparams
+    <workdir>/figures/<name>_<step>.png   figures; a "/" in a name makes a directory
+
+Numbers that JSON cannot hold are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity", as
+Python's `float` reads them. `read_metrics` gives them back as floats.
+
+A run that is resumed at step s drops what its former life wrote about later steps, so that its log
+ends like that of an undisturbed run.
+"""
+
+import concurrent.futures
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tensorboardX.summary
+from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+METRICS_FILE = "metrics.jsonl"
+FIGURES = "figures"
+
+# A NaN is written as it is; that the library remarks on each one says nothing more.
+logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+
+
+class MetricWriter:
+  """Writes scalars, figures, text and hyper-parameters of one run, in a thread of its own.
+
+  Only process 0 writes; elsewhere, every method returns at once. What goes wrong while writing (a
+  full disk) is raised by a later call. Use it as a context manager, or `close` it.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    *,
+    resume_step: int | None = None,
+    enabled: bool | None = None,
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: the run's directory; made if missing.
+      resume_step: training steps that the resumed checkpoint has behind it: what was written about
+        later steps is dropped. None begins a new log, and drops all that is there.
+      enabled: whether this process writes; by default, whether it is process 0.
+    """
+    self._enabled = jax.process_index() == 0 if enabled is None else enabled
+    self._futures: list[concurrent.futures.Future[None]] = []
+    if not self._enabled:
+      return
+    self._workdir = pathlib.Path(workdir)
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    path = self._workdir / METRICS_FILE
+    _truncate(path, -1 if resume_step is None else resume_step)
+    self._file = path.open("a", encoding="utf-8")
+    self._tensorboard = tensorboardX.SummaryWriter(
+      str(self._workdir),
+      purge_step=0 if resume_step is None else resume_step + 1,
+      # TensorBoard reads files in the order of their names: two of the same second need a number.
+      filename_suffix=f".{len(list(self._workdir.glob('events.out.tfevents.*'))):04d}",
+    )
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
+
+  def __enter__(self) -> "MetricWriter":
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self.close()
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    """Writes numbers. Arrays still being computed do not hold up the caller.
+
+    Args:
+      step: training steps completed.
+      scalars: name to number or scalar array, for example {"train/loss": 0.5}.
+    """
+    self._submit(self._write_scalars, step, dict(scalars))
+
+  def write_figures(self, step: int, figures: Mapping[str, Figure]) -> None:
+    """Writes figures, by name, and closes them."""
+    for name, figure in figures.items():
+      if self._enabled:  # drawn here: matplotlib is not thread-safe
+        self._submit(self._write_picture, step, name, _render(figure))
+      plt.close(figure)
+
+  def write_text(self, step: int, texts: Mapping[str, str]) -> None:
+    """Writes Markdown texts, by name, for TensorBoard."""
+    for name, text in texts.items():
+      self._submit(lambda name, text: self._tensorboard.add_text(name, text, step), name, text)
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    """Writes the configuration, nested dicts as "optimizer.learning_rate", for TensorBoard."""
+    self._submit(self._write_hparams, dict(_flatten(hparams)))
+
+  def flush(self) -> None:
+    """Returns when all is on disk: call it before a checkpoint, so that no row can be missing."""
+    if not self._enabled:
+      return
+    futures, self._futures = self._futures, []
+    for future in futures:
+      future.result()
+    self._file.flush()
+    self._tensorboard.flush()
+
+  def close(self) -> None:
+    """Writes what is left, and closes the files."""
+    if not self._enabled:
+      return
+    try:
+      self.flush()
+    finally:
+      self._enabled = False
+      self._pool.shutdown()
+      self._file.close()
+      self._tensorboard.close()
+
+  def _submit(self, write: Callable[..., None], *args: Any) -> None:
+    if not self._enabled:
+      return
+    done = [future for future in self._futures if future.done()]
+    self._futures = [future for future in self._futures if not future.done()]
+    for future in done:
+      future.result()
+    self._futures.append(self._pool.submit(write, *args))
+
+  def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    values = {name: _as_float(name, value) for name, value in scalars.items()}
+    row = {"step": step} | {name: _json_safe(value) for name, value in values.items()}
+    self._file.write(json.dumps(row, allow_nan=False) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._tensorboard.add_scalar(name, value, step)
+
+  def _write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
+    path = self._workdir / FIGURES / f"{name}_{step:08d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    _write_atomically(path, buffer.getvalue())
+    self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+
+  def _write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    writer = self._tensorboard.file_writer
+    if writer is not None:
+      for summary in tensorboardX.summary.hparams(dict(hparams), {}):
+        writer.add_summary(summary)
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+  """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats."""
+  lines = (pathlib.Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [{k: v if k == "step" else float(v) for k, v in row.items()} for row in rows]
+
+
+def _truncate(path: pathlib.Path, last_step: int) -> None:
+  """Drops the rows about steps after `last_step`, and a last row that a kill cut short."""
+  if not path.exists():
+    return
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  kept = [line for line in lines if _step_of(line) <= last_step]
+  if kept != lines:
+    _write_atomically(path, "".join(kept).encode())
+
+
+def _step_of(line: str) -> float:
+  try:
+    return json.loads(line)["step"] if line.endswith("\n") else math.inf
+  except (ValueError, KeyError, TypeError):
+    return math.inf
+
+
+def _write_atomically(path: pathlib.Path, content: bytes) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_bytes(content)
+  os.replace(temporary, path)
+
+
+def _as_float(name: str, value: Any) -> float:
+  array = np.asarray(value)
+  if array.size != 1:
+    raise ValueError(f"metric {name!r} has shape {array.shape}; write_scalars takes single numbers")
+  return float(array.reshape(()))
+
+
+def _json_safe(value: float) -> float | str:
+  if math.isfinite(value):
+    return value
+  return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _render(figure: Figure) -> np.ndarray:
+  """Draws a figure to uint8 [h w 3]."""
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _flatten(value, f"{prefix}{key}.")
+    else:
+      number = isinstance(value, bool | int | float | str)
+      yield f"{prefix}{key}", value if number else str(value)

@@ -1,0 +1,218 @@
+"""How fast a run is, how long it will take, and where the host spends its time.
+
+Steps run on the devices while the host goes on. So rates are measured from one report to the next,
+where the loop has waited for the metrics of the last step, and never around a single call.
+"""
+
+import contextlib
+import datetime
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+from absl import logging
+
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+  ("TPU7x", 1153.5e12),
+  ("TPU v6", 918e12),
+  ("TPU v5 lite", 197e12),
+  ("TPU v5e", 197e12),
+  ("TPU v5", 459e12),
+  ("TPU v4 lite", 138e12),
+  ("TPU v4", 275e12),
+  ("TPU v3", 61.5e12),
+  ("TPU v2", 22.5e12),
+  ("GB200", 2500e12),
+  ("B200", 2250e12),
+  ("GH200", 989e12),
+  ("H200", 989e12),
+  ("H100 PCIe", 756e12),
+  ("H100 NVL", 835e12),
+  ("H100", 989e12),
+  ("A100", 312e12),
+  ("L40S", 362e12),
+  ("L4", 121e12),
+  ("A10", 125e12),
+  ("V100", 125e12),
+  ("T4", 65e12),
+)
+"""Peak dense bfloat16 FLOP/s of a JAX device (float16 for V100 and T4, which lack bfloat16).
+
+The first name that is part of `device.device_kind` counts. From the vendors' data sheets; a TPU v2,
+v3 or 7x chip is two JAX devices, with half of the chip's peak each.
+"""
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Returns the peak dense bfloat16 FLOP/s of a device, or None if it is not known (a CPU's).
+
+  >>> peak_flops("NVIDIA H100 80GB HBM3")
+  989000000000000.0
+  """
+  return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+
+
+class Progress:
+  """Measures, and says so in one line.
+
+  progress = Progress(num_steps=1200, batch_size=64)
+  with progress.outside("compile"):
+    compiled = ...
+  for step in ...:
+    with progress.inside("input_wait"):
+      batch = next(batches)
+    state, metrics = compiled(state, batch)
+    if log:
+      rates = progress.report(step + 1)    # once the metrics of this step are on the host
+      progress.log(step + 1, {"loss": ...})
+    with progress.outside("evaluate"):
+      ...
+  """
+
+  def __init__(
+    self,
+    num_steps: int,
+    batch_size: int,
+    *,
+    start_step: int = 0,
+    flops_per_step: float | None = None,
+    devices: Sequence[Any] = (),
+    bar: bool | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    """Starts the clock.
+
+    Args:
+      num_steps: training steps of the whole run.
+      batch_size: examples of a step, over all devices and hosts.
+      start_step: the step that a resumed run begins with.
+      flops_per_step: floating-point operations of a step (forward, backward, update), over all
+        devices.
+      devices: `jax.devices()`; their number and kind give the peak that `mfu` is relative to.
+      bar: draw a progress bar; by default, when the standard error stream is a terminal.
+      clock: returns seconds.
+    """
+    self.num_steps, self.batch_size = num_steps, batch_size
+    self._flops_per_step = flops_per_step
+    peak = peak_flops(devices[0].device_kind) if devices else None
+    self._peak = None if peak is None else peak * len(devices)
+    self._clock = clock
+    self._start_step, self._step = start_step, start_step
+    self._outside: dict[str, float] = {}
+    self._paused = False
+    self._step_time: float | None = None
+    self._begin_window(start_step)
+    wanted = sys.stderr.isatty() if bar is None else bar
+    self._bar = _start_bar(num_steps, start_step) if wanted else None
+
+  def close(self) -> None:
+    """Takes the progress bar away."""
+    if self._bar is not None:
+      self._bar.stop()
+      self._bar = None
+
+  @property
+  def compile_seconds(self) -> float:
+    """Seconds spent in `outside("compile")`, in all."""
+    return self._outside.get("compile", 0.0)
+
+  @contextlib.contextmanager
+  def inside(self, part: str) -> Iterator[None]:
+    """Counts the host's time in the block as `part` of the training: "input_wait", "logging"."""
+    begin = self._clock()
+    try:
+      yield
+    finally:
+      if not self._paused:
+        self._inside[part] = self._inside.get(part, 0.0) + self._clock() - begin
+
+  @contextlib.contextmanager
+  def outside(self, part: str) -> Iterator[None]:
+    """Leaves the time in the block out of the rates: "compile", "evaluate", "checkpoint"."""
+    if self._paused:
+      raise RuntimeError(f"progress.outside({part!r}) within another outside block")
+    begin, self._paused = self._clock(), True
+    try:
+      yield
+    finally:
+      self._paused, spent = False, self._clock() - begin
+      self._excluded += spent
+      self._outside[part] = self._outside.get(part, 0.0) + spent
+
+  def report(self, step: int) -> dict[str, float]:
+    """Returns the rates since the last report.
+
+    Args:
+      step: training steps completed, the devices' work included.
+
+    Returns:
+      `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `inside`
+      (shares of the time, 0 to 1), `mfu` (model FLOP utilisation, 0 to 1) where FLOPs and the
+      device's peak are known. Empty if no step has been completed since.
+    """
+    steps = step - self._step
+    seconds = self._clock() - self._begin - self._excluded
+    if steps <= 0 or seconds <= 0:
+      return {}
+    step_time = self._step_time = seconds / steps
+    rates = {"step_time": step_time, "images_per_second": self.batch_size / step_time}
+    rates |= {part: spent / seconds for part, spent in self._inside.items()}
+    if self._flops_per_step and self._peak:
+      rates["mfu"] = self._flops_per_step / (step_time * self._peak)
+    self._begin_window(step)
+    return rates
+
+  def eta_seconds(self) -> float | None:
+    """Returns how long the rest will take, evaluation as often as so far; None before a report."""
+    done, left = self._step - self._start_step, self.num_steps - self._step
+    if self._step_time is None or done <= 0:
+      return None
+    between = sum(spent for part, spent in self._outside.items() if part != "compile")
+    return left * (self._step_time + between / done)
+
+  def line(self, step: int, metrics: Mapping[str, float]) -> str:
+    """Returns where the run is, in one line.
+
+    >>> Progress(num_steps=1200, batch_size=64).line(300, {"loss": 0.41234})
+    'step 300/1200 (25 %) loss 0.4123'
+    """
+    share = 100 * step // max(self.num_steps, 1)
+    parts = [f"step {step}/{self.num_steps} ({share} %)"]
+    parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
+    if self._step_time is not None:
+      parts.append(f"{_readable(self.batch_size / self._step_time)} images/s")
+    eta = self.eta_seconds()
+    if eta is not None:
+      parts.append(f"ETA {datetime.timedelta(seconds=round(eta))}")
+    return " ".join(parts)
+
+  def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Logs `line`, or shows it above the progress bar, and moves the bar."""
+    if self._bar is None:
+      logging.info("%s", self.line(step, metrics))
+      return
+    self._bar.console.print(self.line(step, metrics), highlight=False, markup=False)
+    self._bar.update(self._bar.task_ids[0], completed=step)
+
+  def _begin_window(self, step: int) -> None:
+    self._step, self._begin = step, self._clock()
+    self._excluded, self._inside = 0.0, {}
+
+
+def _readable(value: float) -> str:
+  return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _start_bar(num_steps: int, start_step: int) -> rich.progress.Progress:
+  columns = (
+    rich.progress.BarColumn(),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.TimeElapsedColumn(),
+  )
+  bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
+  bar.add_task("train", total=num_steps, completed=start_step)
+  bar.start()
+  return bar
