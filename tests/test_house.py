@@ -1,0 +1,183 @@
+"""The house's own rules: sizes, docstrings, declared dependencies, nothing from one machine."""
+
+import ast
+import configparser
+import importlib.metadata
+import importlib.util
+import pathlib
+import re
+import sys
+
+import ml_collections
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "vit_jax_zoo").rglob("*.py"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 400
+# `path` or `path:function`. Empty: split the function or the file.
+TOO_LONG = frozenset()
+
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def name_of(path):
+  return path.relative_to(ROOT).as_posix()
+
+
+def length(node):
+  """Lines of a function from its first decorator to its end."""
+  first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+  return node.end_lineno - first + 1
+
+
+def long_functions(source):
+  nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, FUNCTION)]
+  return [(n.name, length(n)) for n in nodes if length(n) > MAX_FUNCTION_LINES]
+
+
+def test_functions_can_be_read_at_once():
+  found = {
+    f"{name_of(path)}:{name}": lines
+    for path in PACKAGE
+    for name, lines in long_functions(path.read_text())
+  }
+  assert {k: v for k, v in found.items() if k not in TOO_LONG} == {}
+
+
+def test_long_functions_are_found():
+  body = "\n".join("  x = 1" for _ in range(MAX_FUNCTION_LINES))
+  assert long_functions(f"@decorator\ndef f():\n{body}") == [("f", MAX_FUNCTION_LINES + 2)]
+  assert long_functions("def f():\n  x = 1") == []
+
+
+def test_files_can_be_read_in_one_sitting():
+  lengths = {name_of(p): len(p.read_text().splitlines()) for p in PACKAGE}
+  too_long = {k: v for k, v in lengths.items() if v > MAX_FILE_LINES and k not in TOO_LONG}
+  assert too_long == {}
+
+
+def test_every_module_says_what_it_is():
+  modules = PACKAGE + CONFIGS + BENCHMARKS
+  silent = [name_of(p) for p in modules if not ast.get_docstring(ast.parse(p.read_text()))]
+  assert silent == []
+
+
+def text_files():
+  folders = ["vit_jax_zoo", "configs", "tests", "benchmarks", "colabs", ".ci", ".github", "docs"]
+  files = [p for p in ROOT.iterdir() if p.is_file()]
+  files += [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
+  suffixes = {"", ".py", ".md", ".cfg", ".toml", ".sh", ".yml", ".json", ".ipynb", ".txt"}
+  return [p for p in files if p.suffix in suffixes and "__pycache__" not in p.parts]
+
+
+# A path of somebody's machine, or of a package index that others do not have.
+FOREIGN = re.compile(r"(?<![\w.~/])/(?:work|opt|root|home)/\w|(?:index-url|find-links)[ =]")
+
+
+def test_nothing_from_one_machine():
+  assert FOREIGN.search("see " + "/".join(["", "work", "x"]))
+  found = [
+    f"{name_of(path)}:{number}: {line.strip()[:80]}"
+    for path in text_files()
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1)
+    if FOREIGN.search(line)
+  ]
+  assert found == []
+
+
+def test_nothing_is_left_to_do():
+  marker = re.compile(r"\b(?:TODO|FIXME|XXX)\b")
+  left = [name_of(p) for p in PACKAGE + CONFIGS if marker.search(p.read_text())]
+  assert left == []
+
+
+def test_the_repository_stays_small():
+  size = sum(p.stat().st_size for p in (ROOT / "tests").rglob("*") if p.is_file())
+  assert size < 25e6
+
+
+def test_changelog_leads_with_what_is_new():
+  headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+  version = r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}"
+  assert headings[0] == "[Unreleased]" or re.fullmatch(version, headings[0])
+  assert all(re.fullmatch(version, h) for h in headings[1:])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_config_loads(path):
+  sys.modules.pop("_config_under_test", None)
+  spec = importlib.util.spec_from_file_location("_config_under_test", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if path.name in ("__init__.py", "common.py"):
+    return
+  config = module.get_config()
+  assert isinstance(config, ml_collections.ConfigDict)
+  assert {"model", "task", "data", "optimizer"} <= set(config)
+
+
+# --- dependencies ------------------------------------------------------------------------------
+
+
+def imported_packages(tree):
+  """Names imported when a module is: also below `if` and `try`, not inside functions."""
+  for node in tree.body if hasattr(tree, "body") else []:
+    if isinstance(node, ast.Import):
+      yield from (alias.name.partition(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.level == 0:
+      yield node.module.partition(".")[0]
+    elif not isinstance(node, FUNCTION):
+      yield from imported_packages(node)
+      for block in ("orelse", "finalbody", "handlers"):
+        for inner in getattr(node, block, []):
+          yield from imported_packages(ast.Module(body=[inner], type_ignores=[]))
+
+
+def canonical(name):
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg")
+  lines = setup["options"]["install_requires"].splitlines()
+  names = [re.match(r"[\w.-]+", line) for line in lines]
+  return {canonical(n.group()) for n in names if n}
+
+
+def test_imports_are_read_wherever_they_run():
+  source = """
+import os.path
+from a.b import c
+from . import sibling
+if True:
+  import d
+try:
+  import e
+except ImportError:
+  import f
+else:
+  import g
+class K:
+  import h
+def function():
+  import lazy
+"""
+  assert sorted(imported_packages(ast.parse(source))) == ["a", "d", "e", "f", "g", "h", "os"]
+
+
+def test_every_import_is_declared():
+  distributions = importlib.metadata.packages_distributions()
+  undeclared = {}
+  for path in PACKAGE:
+    for name in set(imported_packages(ast.parse(path.read_text()))):
+      if name in sys.stdlib_module_names or name == "vit_jax_zoo":
+        continue
+      owners = {canonical(d) for d in distributions.get(name, [f"no distribution has {name}"])}
+      if not owners & declared():
+        undeclared.setdefault(name, []).append(name_of(path))
+  assert undeclared == {}
