@@ -23,8 +23,11 @@ ARCHIVE=""
 
 # What slice_state answers where Cloud TPU knows no such slice.
 readonly ABSENT=ABSENT
-# What a step returns when the slice was taken away under it (EX_TEMPFAIL).
+# What a step returns when the slice was taken away under it, or the run was told to stop
+# (EX_TEMPFAIL: trying again helps).
 readonly LOST=75
+# main's exit status after SIGTERM, when it has saved its state and is not finished.
+readonly STOPPED=143
 # How often in a row a step looks in vain at workers of a slice that is up.
 readonly MISSES=40
 
@@ -53,7 +56,7 @@ Options
   --spot               cheaper, and may be taken away at any time
   --repo=URL           setup: clone this git repository in place of copying this folder
   --ref=REF            setup: the branch, tag or commit of --repo
-  --retries=20         all: how often a lost slice is created anew
+  --retries=20         all: how often a run that was cut short is resumed
   --poll=15            seconds between two looks at the slice
   --keep               all: leave the slice there in the end, at your cost
   --dry-run            print every command, one to a line, and run none
@@ -362,14 +365,15 @@ follow_run() {
   judge "$states"
 }
 
-# judge STATES: says how the run ended. One that fails on a slice that is just being taken away has
-# been stopped, and will resume.
+# judge STATES: says how the run ended. One that was told to stop, by a preemption or by maintenance
+# of the machine, or that fails on a slice that is just being taken away, will resume.
 judge() {
   if [[ $1 == 0 ]]; then
     note "the run has ended well on every worker"
     return 0
   fi
   sleep "$POLL"
+  case " $1 " in *" $STOPPED "*) return "$LOST" ;; esac
   if slice_is_lost; then return "$LOST"; fi
   if [[ $1 == none ]]; then
     note "no run has been started on $NAME, or it was killed: start it with 'run'"
@@ -384,7 +388,7 @@ follow() {
   local result=0
   follow_run || result=$?
   if [[ $result == "$LOST" ]]; then
-    note "$NAME is gone; the command 'all', with the same arguments, creates it anew and resumes"
+    note "the run on $NAME was cut short; the command 'all', with the same arguments, resumes it"
   fi
   return "$result"
 }
@@ -438,11 +442,11 @@ all() {
     attempt || result=$?
     if [[ $result != "$LOST" ]]; then exit "$result"; fi
     if ((lost >= RETRIES)); then
-      note "$NAME was lost $((lost + 1)) times; --retries=$RETRIES allows no more"
+      note "the run was cut short $((lost + 1)) times; --retries=$RETRIES allows no more"
       exit 1
     fi
     lost=$((lost + 1))
-    note "$NAME was lost; creating it anew ($lost of $RETRIES) to resume the run"
+    note "the run was cut short; resuming it, on a new slice if need be ($lost of $RETRIES)"
   done
 }
 

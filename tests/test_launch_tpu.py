@@ -57,7 +57,6 @@ def use_up(name):
 def create():
   if read("request"):
     fail("ALREADY_EXISTS")
-  (STATE / "creations").write_text(str(int(read("creations") or 0) + 1))
   (STATE / "request").write_text(read("next_states") or "ACTIVE")
 
 
@@ -137,11 +136,10 @@ STATE = pathlib.Path(os.environ["STAND_IN"])
 worker = pathlib.Path(os.environ["HOME"]).name
 with (STATE / "runs.jsonl").open("a") as runs:
   runs.write(json.dumps({"worker": worker, "args": sys.argv[1:]}) + "\n")
-creations = STATE / "creations"
-slice_number = int(creations.read_text()) if creations.exists() else 1
+number = (STATE / "runs.jsonl").read_text().count(worker)
 behaviours = (STATE / "behaviours").read_text().split()
-behaviour = behaviours[min(slice_number, len(behaviours)) - 1]
-print(f"{worker} of slice {slice_number}: step 1", flush=True)
+behaviour = behaviours[min(number, len(behaviours)) - 1]
+print(f"{worker}, run {number}: step 1", flush=True)
 if behaviour == "hold":
   deadline = time.time() + 30
   while not (STATE / "release").exists() and time.time() < deadline:
@@ -152,6 +150,8 @@ elif behaviour == "suspended":
 elif behaviour == "preempted":
   (STATE / "node").write_text("PREEMPTED")
   sys.exit(143)
+elif behaviour == "terminated":
+  sys.exit(143 if worker == "worker1" else 1)
 elif behaviour == "fail" and worker == "worker1":
   sys.exit("ValueError: the batch does not fit")
 print(f"{worker}: done", flush=True)
@@ -267,7 +267,7 @@ def test_main_gets_its_arguments_unchanged_on_every_worker(tpu):
   result = tpu.launch("all", *PLACE, "--", *TRICKY)
   assert sorted(r["worker"] for r in tpu.runs()) == ["worker0", "worker1"]
   assert [r["args"] for r in tpu.runs()] == [["-m", "vit_jax_zoo.main", *TRICKY]] * 2
-  assert "worker0 of slice 1: step 1\nworker0: done\n" in result.stdout
+  assert "worker0, run 1: step 1\nworker0: done\n" in result.stdout
   assert "worker1" not in result.stdout  # one log is enough to read
 
 
@@ -309,18 +309,26 @@ def test_preempted_run_resumes_on_a_new_slice(tpu, how):
   tpu.set(behaviours=f"{how} ok")
   result = tpu.launch("all", *PLACE, "--spot", "--", *MAIN)
   assert result.returncode == 0, result.stderr
-  assert "lost; creating it anew (1 of 20)" in result.stderr
+  assert "cut short; resuming it, on a new slice if need be (1 of 20)" in result.stderr
   assert len(tpu.calls("create")) == len(tpu.calls("delete")) == 2
   assert {tuple(r["args"][2:]) for r in tpu.runs()} == {tuple(MAIN)}
-  assert "worker0 of slice 2: step 1\nworker0: done\n" in result.stdout
+  assert "worker0, run 2: step 1\nworker0: done\n" in result.stdout
   assert not tpu.exists
+
+
+def test_run_that_was_told_to_stop_resumes_on_its_slice(tpu):
+  tpu.set(behaviours="terminated ok")
+  result = tpu.launch("all", *PLACE, "--", *MAIN)
+  assert result.returncode == 0, result.stderr
+  assert len(tpu.calls("create")) == len(tpu.calls("delete")) == 1
+  assert len(tpu.runs()) == 4
 
 
 def test_preemptions_without_end(tpu):
   tpu.set(behaviours="suspended")
   result = tpu.launch("all", *PLACE, "--retries=2", "--", *MAIN)
   assert result.returncode == 1
-  assert "was lost 3 times; --retries=2 allows no more" in result.stderr
+  assert "cut short 3 times; --retries=2 allows no more" in result.stderr
   assert len(tpu.calls("create")) == 3
   assert not tpu.exists
 
@@ -329,7 +337,7 @@ def test_follow_reports_a_preemption(tpu):
   tpu.set(request="SUSPENDED")
   result = tpu.launch("follow", *PLACE)
   assert result.returncode == 75
-  assert "resumes" in result.stderr
+  assert "resumes it" in result.stderr
 
 
 def test_failed_run_shows_the_logs_and_deletes(tpu):
