@@ -1,0 +1,235 @@
+"""The training loop. It knows no model and no task: a step, batches, and what to do between steps.
+
+Each step goes in one order that never changes:
+
+    next batch, train, log, evaluate, checkpoint
+
+so that what is written under step N belongs to the state after N steps. The position in the data is
+a function of the step, so a run that is killed anywhere and started again repeats the lost steps and
+ends with the same bits.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from vit_jax_zoo.tasks.base import Mean, Variables
+from vit_jax_zoo.train.checkpoint import Checkpointer
+from vit_jax_zoo.train.evaluate import Evaluation, Report
+from vit_jax_zoo.train.metric_writer import MetricWriter
+from vit_jax_zoo.train.preemption import PreemptionGuard
+from vit_jax_zoo.train.progress import Progress
+from vit_jax_zoo.train.state import TrainState
+from vit_jax_zoo.train.step import Metrics, TrainStep
+
+STEPS_IN_FLIGHT = 3
+"""How many steps may wait on the device's queue: enough to keep it busy, few enough that batches do
+not pile up in its memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+  """When what happens, in steps.
+
+  Attributes:
+    num_steps: length of the run.
+    log_every: how often training metrics are fetched and written.
+    eval_every: how often the evaluations run; 0: at the end alone. They always run at the end.
+    checkpoint_every: how often the state is saved; 0: at the end alone.
+    best: the score that chooses the best checkpoint, "<evaluation>/<score>"; higher is better.
+    profile: the half-open window of steps of which `jax.profiler` takes a trace, or None.
+  """
+
+  num_steps: int
+  log_every: int = 50
+  eval_every: int = 0
+  checkpoint_every: int = 0
+  best: str | None = None
+  profile: tuple[int, int] | None = None
+
+  def is_due(self, every: int, step: int) -> bool:
+    """Returns whether something that happens every so often happens after this step."""
+    return step == self.num_steps or (every > 0 and step % every == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How a run ended.
+
+  Attributes:
+    state: the last one.
+    finished: False when a signal ended the run before its last step; the state is saved then.
+    scores: of the last evaluation, "<evaluation>/<score>".
+  """
+
+  state: TrainState
+  finished: bool
+  scores: dict[str, float]
+
+
+@dataclasses.dataclass
+class Loop:
+  """A training run in progress.
+
+  Attributes:
+    train_step: compiled; donates its state.
+    evaluations: by name; what runs every `eval_every` steps.
+    schedules: learning rates to log, as functions of the step, by metric name.
+    settings: when what happens.
+    checkpointer: saves the state.
+    writer: takes scalars and figures.
+    progress: keeps time.
+    workdir: where a profile goes.
+  """
+
+  train_step: TrainStep
+  evaluations: Mapping[str, Evaluation]
+  schedules: Mapping[str, Callable[[int], Any]]
+  settings: LoopSettings
+  checkpointer: Checkpointer
+  writer: MetricWriter
+  progress: Progress
+  workdir: epath.Path
+
+  def run(self, state: TrainState, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
+    """Trains from where `state` is to the last step.
+
+    Args:
+      state: fresh or restored. It is donated: do not use it afterwards.
+      batches: global arrays; the first one is that of the state's next step.
+
+    Raises:
+      FloatingPointError: a loss was not finite. No later state has been saved.
+    """
+    settings, scores = self.settings, {}
+    training = _TrainingLog(self)
+    first = int(state.step) + 1
+    with PreemptionGuard() as guard:
+      for step in range(first, settings.num_steps + 1):
+        self._profile(step)
+        with self.progress.inside("input_wait"):
+          batch = next(batches)
+        with self.progress.outside("compile") if step == first else contextlib.nullcontext():
+          state, metrics = self.train_step(state, batch)
+        training.add(step, metrics)
+        stop = guard.requested(step) and step < settings.num_steps
+        evaluate = settings.is_due(settings.eval_every, step) and not stop
+        save = settings.is_due(settings.checkpoint_every, step) or stop
+        if settings.is_due(settings.log_every, step) or evaluate or save:
+          training.write(step)  # raises, before anything is done with it, if the loss is not finite
+        if evaluate:
+          scores = self.evaluate(step, state.variables)
+        if save:
+          with self.progress.outside("checkpoint"):
+            self.writer.flush()
+            self.checkpointer.save(step, state)
+        if stop:
+          return Outcome(state, finished=False, scores=scores)
+    return Outcome(state, finished=True, scores=scores)
+
+  def evaluate(self, step: int, variables: Variables) -> dict[str, float]:
+    """Runs every evaluation, writes what they report, and keeps the best variables."""
+    with self.progress.outside("evaluate"):
+      report = run_evaluations(self.evaluations, variables)
+      self.writer.write_scalars(step, report.scores)
+      self.writer.write_figures(step, report.figures)
+      logging.info("step %d: %s", step, _in_words(report.scores))
+      if self.settings.best in report.scores:
+        self.checkpointer.save_best(step, variables, report.scores[self.settings.best])
+      self.writer.flush()
+    return report.scores
+
+  def _profile(self, step: int) -> None:
+    if self.settings.profile is None:
+      return
+    first, last = self.settings.profile
+    if step == first:
+      jax.profiler.start_trace(str(self.workdir / "profile"))
+    elif step == last:
+      jax.profiler.stop_trace()
+      logging.info("profile of steps %d to %d is in %s", first, last - 1, self.workdir / "profile")
+
+
+def run_evaluations(evaluations: Mapping[str, Evaluation], variables: Variables) -> Report:
+  """Runs them in order; scores are named "<evaluation>/<score>", figures "<evaluation>_<name>"."""
+  whole = Report({}, {})
+  for name, evaluation in evaluations.items():
+    report = evaluation(variables)
+    whole.scores.update({f"{name}/{score}": value for score, value in report.scores.items()})
+    whole.figures.update({f"{name}_{key}": figure for key, figure in report.figures.items()})
+  return whole
+
+
+def _in_words(scores: Mapping[str, float]) -> str:
+  return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+
+
+class _TrainingLog:
+  """Collects each step's metrics on the device, and fetches them when they are written."""
+
+  def __init__(self, loop: Loop) -> None:
+    self._loop = loop
+    self._pending: dict[int, Metrics] = {}
+    self._in_flight: collections.deque[Any] = collections.deque()
+
+  def add(self, step: int, metrics: Metrics) -> None:
+    """Takes the metrics of a step; waits for the step `STEPS_IN_FLIGHT` before it."""
+    self._pending[step] = metrics
+    self._in_flight.append(jax.tree.leaves(metrics)[0])
+    if len(self._in_flight) > STEPS_IN_FLIGHT:
+      self._in_flight.popleft().block_until_ready()
+
+  def write(self, step: int) -> None:
+    """Writes the means over the steps since the last time, and raises if a loss is not finite."""
+    if not self._pending:
+      return
+    pending, self._pending = jax.device_get(self._pending), {}
+    for at, metrics in pending.items():
+      _check_finite(at, metrics, self._loop.checkpointer)
+    loop = self._loop
+    means = {f"train/{name}": mean for name, mean in _merged_means(pending.values()).items()}
+    # The update numbered t from 0 uses the schedule at t, and the last one was number step - 1.
+    rates = {f"train/{name}": float(rate(step - 1)) for name, rate in loop.schedules.items()}
+    speed = {f"speed/{name}": value for name, value in loop.progress.report(step).items()}
+    with loop.progress.inside("logging"):
+      loop.writer.write_scalars(step, {**means, **rates, **speed})
+      loop.progress.log(step, {name.removeprefix("train/"): v for name, v in (means | rates).items()})
+
+
+def _merged_means(history: Any) -> dict[str, float]:
+  """Merges each metric over the steps; one that counted nothing is left out."""
+  merged: dict[str, Mean] = {}
+  for metrics in history:
+    for name, mean in metrics.items():
+      merged[name] = merged[name].merge(mean) if name in merged else mean
+  return {name: float(m.total / m.count) for name, m in merged.items() if m.count > 0}
+
+
+def _check_finite(step: int, metrics: Metrics, checkpointer: Checkpointer) -> None:
+  for name, mean in metrics.items():
+    value = float(np.asarray(mean.total))
+    if "loss" in name and not math.isfinite(value):
+      saved = checkpointer.latest_step
+      last = "there is no checkpoint yet" if saved is None else f"the last good one is step {saved}"
+      raise FloatingPointError(
+        f"{name} is {value} at step {step}; {last}. Look at learning_rate, warmup_steps, clip_norm, "
+        "bfloat16 and the labels; --overfit_one_batch tells data from model"
+      )
+
+
+def prefetch(batches: Iterator[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+  """Keeps `depth` batches on their way to the devices while the one before is worked on."""
+  queue: collections.deque[Any] = collections.deque()
+  for batch in batches:
+    queue.append(put(batch))
+    if len(queue) >= depth:
+      yield queue.popleft()
+  yield from queue
