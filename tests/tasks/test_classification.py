@@ -1,4 +1,4 @@
-"""The classification task: the reference's losses, sums that add up, padding that does not count."""
+"""The classification task: the reference's losses, sums that add up, padding without effect."""
 
 import dataclasses
 
@@ -249,6 +249,7 @@ def test_figures(tiny_classifier, batch):
       r"unknown field of task 'classification' 'num_clases'; did you mean 'num_cl",
     ),
     ({}, "task 'classification' needs the field 'num_classes'"),
+    ({"num_classes": None}, "the data does not tell it"),
     ({"num_classes": 7, "objective": "sigmoids"}, "did you mean 'sigmoid'"),
     ({"num_classes": 7, "label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\)"),
     ({"num_classes": 7, "class_names": ["a"]}, "1 class_names were given for 7 classes"),

@@ -45,5 +45,6 @@ def _check_fields(name: str, task_class: type, given: dict[str, Any]) -> None:
     if key not in fields:
       raise ValueError(unknown_name(f"field of task {name!r}", key, fields))
   for key, field in fields.items():
-    if field.default is field.default_factory is dataclasses.MISSING and key not in given:
-      raise ValueError(f"task {name!r} needs the field {key!r}")
+    needed = field.default is field.default_factory is dataclasses.MISSING
+    if needed and given.get(key) is None:
+      raise ValueError(f"task {name!r} needs the field {key!r}; the data does not tell it")

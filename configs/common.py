@@ -1,0 +1,74 @@
+"""What all configs share: how the text behind `--config=configs/vit.py:` picks and changes one.
+
+    --config=configs/vit.py                                  the demo
+    --config=configs/vit.py:b16_imagenet21k                  a variant
+    --config=configs/vit.py:b16_imagenet21k,image_size=384   a variant with another field
+
+A variant is a function; its keyword arguments are the fields that may be set, their defaults give
+the types. Anything else in the config is reached by flags: `--config.optimizer.learning_rate=3e-4`.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from ml_collections import ConfigDict
+
+from vit_jax_zoo.ops.names import unknown_name
+
+Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
+
+
+def build(arg: str | None, variants: Variants) -> ConfigDict:
+  """Returns the config that the argument asks for; without one, the first variant.
+
+  Raises:
+    ValueError: one line, about a misspelt variant, field or value.
+  """
+  variant, texts = parse_arg(arg, variants)
+  defaults = {p.name: p.default for p in inspect.signature(variants[variant]).parameters.values()}
+  fields = {}
+  for name, text in texts.items():
+    if name not in defaults:
+      raise ValueError(unknown_name(f"field of {variant}", name, defaults))
+    fields[name] = _parse_value(f"{variant},{name}", text, defaults[name])
+  return variants[variant](**fields)
+
+
+def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:
+  """Splits `variant,field=value,...`; the variant comes first and may be left out.
+
+  >>> parse_arg("b16,image_size=384", {"demo": ConfigDict, "b16": ConfigDict})
+  ('b16', {'image_size': '384'})
+  """
+  parts = [part.strip() for part in (arg or "").split(",") if part.strip()]
+  first = next(iter(variants))
+  variant = parts.pop(0) if parts and "=" not in parts[0] else first
+  if variant not in variants:
+    raise ValueError(unknown_name("variant", variant, variants))
+  fields: dict[str, str] = {}
+  for part in parts:
+    name, equals, text = part.partition("=")
+    if not equals:
+      raise ValueError(f"cannot read {part!r} in {arg!r}; write variant,field=value,field=value")
+    if name in fields:
+      raise ValueError(f"the field {name!r} is set twice in {arg!r}")
+    fields[name] = text
+  return variant, fields
+
+
+def _parse_value(where: str, text: str, default: Any) -> Any:
+  """Reads a value as the type of the field's default."""
+  if isinstance(default, bool):
+    if text not in ("true", "false"):
+      raise ValueError(f"{where}={text!r}: expected true or false")
+    return text == "true"
+  kind = type(default)
+  try:
+    return kind(text)
+  except ValueError:
+    message = f"{where}={text!r}: expected {_KINDS[kind]}, such as {default}"
+    raise ValueError(message) from None
+
+
+_KINDS = {int: "a whole number", float: "a number"}

@@ -1,0 +1,63 @@
+"""All configs: what they resolve to, and that all they name exists."""
+
+import importlib
+import json
+import pathlib
+
+import jax.numpy as jnp
+import pytest
+
+from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.train.optimizer import create_optimizer
+
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
+SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
+CASES = [
+  (system, variant)
+  for system in SYSTEMS
+  for variant in importlib.import_module(f"configs.{system}").VARIANTS
+]
+
+
+def resolve(system, variant=""):
+  return importlib.import_module(f"configs.{system}").get_config(variant)
+
+
+def test_resolved_configs_are_the_goldens(golden_json):
+  configs = {f"{system}:{variant}": resolve(system, variant).to_dict() for system, variant in CASES}
+  golden_json("configs", json.loads(json.dumps(configs)))
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_default_is_a_demo_on_embedded_data(system):
+  config = resolve(system)
+  assert config == resolve(system, "demo")
+  assert config.data.train.source.startswith("demo:")
+
+
+@pytest.mark.parametrize(("system", "variant"), CASES)
+def test_all_that_a_config_names_exists(system, variant):
+  config = resolve(system, variant)
+  known = {"num_classes": 10, "class_names": ()}
+  fields = {
+    section: {k: known.get(k) if v is None else v for k, v in config[section].to_dict().items()}
+    for section in ("model", "task")
+  }
+  create_task(model=create_model(**fields["model"]), **fields["task"])
+  for split in (config.data.train, *config.data.eval.values()):
+    assert build_transforms(split.transforms)
+  params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+  optimizer = create_optimizer(config.optimizer.to_dict(), params, num_steps=100_000)
+  assert float(optimizer.schedule(20_000)) >= 0
+  assert ("num_steps" in config) != ("num_epochs" in config)
+
+
+@pytest.mark.parametrize(("system", "variant"), CASES)
+def test_each_variant_is_a_page_of_the_lab_book(system, variant):
+  page = importlib.import_module(f"configs.{system}").VARIANTS[variant]
+  text = getattr(page, "func", page).__doc__
+  for entry in ("Paper:", "Hardware:", "Expected"):
+    assert entry in text
+  assert ("Not yet run here." in text) == (variant != "demo")
