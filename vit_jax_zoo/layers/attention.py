@@ -5,6 +5,7 @@ with `MultiHeadAttention`: encoders (one input), causal decoders (`is_causal`), 
 whose queries and keys carry positions that the values do not (three inputs).
 """
 
+import functools
 from typing import Literal, TypeAlias
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
 """What `jax.nn.dot_product_attention` takes: None leaves the choice to JAX, "xla" runs everywhere,
@@ -64,6 +65,36 @@ def attention_weights(
   return jax.nn.softmax(scores, axis=-1)
 
 
+def attend_after(
+  query: Float[Array, "b n h d"],
+  key: Float[Array, "b n h d"],
+  value: Float[Array, "b n h d"],
+  past: tuple[Float[Array, "b m h d"], Float[Array, "b m h d"]],
+  past_length: Int[Array, ""],
+) -> Float[Array, "b n h d"]:
+  """Attends causally from new positions to themselves and to those that came before.
+
+  The past is neither copied nor extended, so that a loop can keep it in one place.
+
+  Args:
+    query: of the new positions.
+    key: of the new positions.
+    value: of the new positions.
+    past: keys and values of earlier positions, in a buffer that may be longer than they are.
+    past_length: how many of the buffer's positions are filled.
+  """
+  scale, length = query.shape[-1] ** -0.5, past[0].shape[1]
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  before = product("bnhd,bmhd->bhnm", query, past[0]) * scale
+  before = jnp.where(jnp.arange(length) < past_length, before, NEGATIVE)
+  among = product("bnhd,bmhd->bhnm", query, key) * scale
+  among = jnp.where(jnp.tril(jnp.ones(among.shape[2:], dtype=bool)), among, NEGATIVE)
+  weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1).astype(value.dtype)
+  context = product("bhnm,bmhd->bnhd", weights[..., :length], past[1])
+  context += product("bhnm,bmhd->bnhd", weights[..., length:], value)
+  return context.astype(value.dtype)
+
+
 def key_padding_mask(keep: Bool[Array, "b m"]) -> Bool[Array, "b 1 1 m"]:
   """Turns "which keys are real" into a mask that every head and query shares."""
   return keep[:, None, None, :]
@@ -74,7 +105,9 @@ class MultiHeadAttention(nn.Module):
 
   The attention map is sown as `weights` [b h n m] when the `intermediates` collection is mutable;
   then, and when attention itself has dropout, the map is computed openly instead of by the fused
-  path.
+  path. To decode token by token, the projected `key` and `value` [b n h d] of a call are handed out
+  in the collection `present` when that is mutable, and those of earlier calls are taken from the
+  collection `past`, where their owner has put them.
 
   Attributes:
     num_heads: must divide the width.
@@ -82,6 +115,7 @@ class MultiHeadAttention(nn.Module):
     out_bias: whether the output projection has one.
     dropout_rate: of the attention map, while training.
     kernel_init: of all four projections, as matrices of width x width.
+    out_kernel_init: of the output projection; None: `kernel_init`.
     dtype: of the computation; the softmax is in float32 and parameters stay float32.
     implementation: see `Implementation`.
   """
@@ -91,6 +125,7 @@ class MultiHeadAttention(nn.Module):
   out_bias: bool = True
   dropout_rate: float = 0.0
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+  out_kernel_init: nn.initializers.Initializer | None = None
   dtype: Dtype = jnp.float32
   implementation: Implementation = None
 
@@ -103,6 +138,7 @@ class MultiHeadAttention(nn.Module):
     *,
     mask: Bool[Array, "#b #h #n #m"] | None = None,
     is_causal: bool = False,
+    past_length: Int[Array, ""] | None = None,
     train: bool = False,
   ) -> Float[Array, "b n d"]:
     """Attends from `queries` to `keys`, averaging `values`.
@@ -113,6 +149,7 @@ class MultiHeadAttention(nn.Module):
       values: input of the value projection; `keys` if None.
       mask: True where a query may look at a key.
       is_causal: also hides keys after the query's own position.
+      past_length: go on after so many positions in `past`, causally; see `attend_after`.
       train: whether attention dropout is on.
     """
     keys = queries if keys is None else keys
@@ -120,7 +157,11 @@ class MultiHeadAttention(nn.Module):
     query = checkpoint_name(self._heads("query", queries.shape[-1])(queries), "query")
     key = checkpoint_name(self._heads("key", queries.shape[-1])(keys), "key")
     value = checkpoint_name(self._heads("value", queries.shape[-1])(values), "value")
-    if self.is_mutable_collection("intermediates") or (train and self.dropout_rate):
+    self._hand_out(key=key, value=value)
+    if past_length is not None:
+      past = (self.get_variable("past", "key"), self.get_variable("past", "value"))
+      context = attend_after(query, key, value, past, past_length)
+    elif self.is_mutable_collection("intermediates") or (train and self.dropout_rate):
       weights = attention_weights(query, key, mask=mask, is_causal=is_causal)
       self.sow("intermediates", "weights", weights)
       weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not train)
@@ -133,11 +174,16 @@ class MultiHeadAttention(nn.Module):
       queries.shape[-1],
       axis=(-2, -1),
       use_bias=self.out_bias,
-      kernel_init=self.kernel_init,
+      kernel_init=self.out_kernel_init or self.kernel_init,
       dtype=self.dtype,
       name="out",
     )(context)
     return checkpoint_name(out, "attention_out")
+
+  def _hand_out(self, **present: Array) -> None:
+    if self.is_mutable_collection("present") and not self.is_initializing():
+      for name, array in present.items():
+        self.put_variable("present", name, array)
 
   def _heads(self, name: str, width: int) -> nn.Module:
     if width % self.num_heads:

@@ -14,9 +14,11 @@ from vit_jax_zoo.ops.names import unknown_name
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+  "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
   "relu": jax.nn.relu,
 }
-"""`gelu` is the exact one (timm, Hugging Face), `gelu_tanh` its approximation (the papers' JAX)."""
+"""`gelu` is the exact one (timm, Hugging Face), `gelu_tanh` its approximation (the papers' JAX);
+`quick_gelu` is a coarser one (image-gpt, CLIP)."""
 
 
 class Mlp(nn.Module):
@@ -26,6 +28,8 @@ class Mlp(nn.Module):
     hidden_dim: width of the layer between.
     activation: a key of `ACTIVATIONS`.
     dropout_rate: after the activation and after the output.
+    use_bias: whether the two layers have biases.
+    kernel_init: of both kernels.
     bias_init: of both biases.
     dtype: of the computation; parameters stay float32.
   """
@@ -33,6 +37,8 @@ class Mlp(nn.Module):
   hidden_dim: int
   activation: str = "gelu_tanh"
   dropout_rate: float = 0.0
+  use_bias: bool = True
+  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
   bias_init: nn.initializers.Initializer = nn.initializers.normal(1e-6)
   dtype: Dtype = jnp.float32
 
@@ -43,7 +49,8 @@ class Mlp(nn.Module):
       raise ValueError(unknown_name("activation", self.activation, ACTIVATIONS))
     dense = functools.partial(
       nn.Dense,
-      kernel_init=nn.initializers.xavier_uniform(),
+      use_bias=self.use_bias,
+      kernel_init=self.kernel_init,
       bias_init=self.bias_init,
       dtype=self.dtype,
     )
