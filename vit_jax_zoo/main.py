@@ -101,7 +101,7 @@ def _say_where(outcome: Outcome, workdir: epath.Path) -> None:
   """Says what came out of the run, and where everything lies."""
   step = int(outcome.state.step)
   if outcome.finished:
-    scores = "  ".join(f"{name} {value:.4f}" for name, value in outcome.scores.items())
+    scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
     logging.info("done after %d steps: %s", step, scores or "(the config names no evaluation)")
   else:
     logging.info("stopped by a signal after step %d; the same command goes on from there", step)

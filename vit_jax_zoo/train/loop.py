@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -97,7 +98,7 @@ class Loop:
   checkpointer: Checkpointer
   writer: MetricWriter
   progress: Progress
-  workdir: epath.Path
+  workdir: epath.PathLike
 
   def run(self, state: TrainState, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
     """Trains from where `state` is to the last step.
@@ -151,11 +152,12 @@ class Loop:
     if self.settings.profile is None:
       return
     first, last = self.settings.profile
+    directory = os.path.join(self.workdir, "profile")
     if step == first:
-      jax.profiler.start_trace(str(self.workdir / "profile"))
+      jax.profiler.start_trace(directory)
     elif step == last:
       jax.profiler.stop_trace()
-      logging.info("profile of steps %d to %d is in %s", first, last - 1, self.workdir / "profile")
+      logging.info("profile of steps %d to %d is in %s", first, last - 1, directory)
 
 
 def run_evaluations(evaluations: Mapping[str, Evaluation], variables: Variables) -> Report:
@@ -201,7 +203,13 @@ class _TrainingLog:
     speed = {f"speed/{name}": value for name, value in loop.progress.report(step).items()}
     with loop.progress.inside("logging"):
       loop.writer.write_scalars(step, {**means, **rates, **speed})
-      loop.progress.log(step, {name.removeprefix("train/"): v for name, v in (means | rates).items()})
+      loop.progress.log(step, _for_the_line(means | rates))
+
+
+def _for_the_line(scalars: Mapping[str, float]) -> dict[str, float]:
+  """Losses first: they are what one looks for."""
+  names = sorted(scalars, key=lambda name: "loss" not in name)
+  return {name.removeprefix("train/"): scalars[name] for name in names}
 
 
 def _merged_means(history: Any) -> dict[str, float]:

@@ -1,0 +1,214 @@
+"""The loop, on a toy: what happens when, exact resumption, and losses that are not finite."""
+
+import dataclasses
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from tests.train import toy
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
+from vit_jax_zoo.train.evaluate import PredictionScores
+from vit_jax_zoo.train.loop import Loop, LoopSettings, prefetch
+from vit_jax_zoo.train.metric_writer import MetricWriter, read_metrics
+from vit_jax_zoo.train.program import abstract_batch_of, build_program
+from vit_jax_zoo.train.progress import Progress
+
+SETTINGS = LoopSettings(
+  num_steps=12, log_every=3, eval_every=4, checkpoint_every=5, best="held_out/score"
+)
+
+
+@functools.cache
+def make_program():
+  batch = toy.batches(1)[0]
+  return build_program(
+    toy.Regression(),
+    abstract_batch_of(batch, len(batch["x"])),
+    mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
+    rules=toy.RULES,
+    optimizer={"name": "adamw", "learning_rate": 1e-2},
+    num_steps=12,
+  )
+
+
+def train(workdir, *, settings=SETTINGS, data=None, on_step=None):
+  """Runs the loop from the last checkpoint in `workdir`, as `experiment.run` does."""
+  made = make_program()
+  data = data or toy.batches(settings.num_steps)
+
+  def step(state, batch):
+    if on_step is not None:
+      on_step(int(state.step) + 1)
+    return made.train_step(state, batch)
+
+  scores = PredictionScores(
+    task=made.task,
+    predict_step=made.predict_step,
+    batches=lambda: toy.batches(2, seed=9),
+    mesh=made.mesh,
+    name="held_out",
+  )
+  with jax.set_mesh(made.mesh), Checkpointer(workdir, keep=3) as checkpointer:
+    state = checkpointer.restore(made.abstract_state) or made.initial_state(seed=0)
+    start = int(state.step)
+    with MetricWriter(workdir, resume_step=start or None) as writer:
+      loop = Loop(
+        train_step=step,
+        evaluations={"held_out": scores},
+        schedules=made.schedules,
+        settings=settings,
+        checkpointer=checkpointer,
+        writer=writer,
+        progress=Progress(settings.num_steps, 16, start_step=start, bar=False),
+        workdir=workdir,
+      )
+      put = functools.partial(sharding.to_global, mesh=made.mesh)
+      outcome = loop.run(state, prefetch(iter(data[start:]), put))
+      return dataclasses.replace(outcome, state=toy.host(outcome.state))
+
+
+def rows(workdir):
+  """The log without what depends on the clock."""
+  return [
+    {key: value for key, value in row.items() if not key.startswith("speed/")}
+    for row in read_metrics(workdir)
+  ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  return train(workdir), workdir
+
+
+def test_everything_happens_when_it_is_due(undisturbed):
+  outcome, workdir = undisturbed
+  assert outcome.finished
+  assert int(outcome.state.step) == 12
+  training = [row for row in rows(workdir) if "train/loss" in row]
+  scoring = [row for row in rows(workdir) if "held_out/score" in row]
+  # Metrics are written when they are due, and before every evaluation and checkpoint.
+  assert [row["step"] for row in training] == [3, 4, 5, 6, 8, 9, 10, 12]
+  assert [row["step"] for row in scoring] == [4, 8, 12]
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "12", "5"]
+  assert outcome.scores["held_out/error"] == scoring[-1]["held_out/error"]
+  assert training[0]["train/learning_rate"] == pytest.approx(1e-2)
+  assert "speed/images_per_second" in read_metrics(workdir)[0]
+
+
+def test_logged_losses_are_means_over_all_steps_since_the_last_time(undisturbed):
+  made, losses = make_program(), []
+  with jax.set_mesh(made.mesh):
+    state = made.initial_state(seed=0)
+    for batch in toy.batches(12):
+      state, metrics = made.train_step(state, sharding.to_global(batch, made.mesh))
+      losses.append(float(metrics["loss"].compute()))
+  logged = {row["step"]: row["train/loss"] for row in rows(undisturbed[1]) if "train/loss" in row}
+  assert logged[3] == pytest.approx(np.mean(losses[:3]), rel=1e-6)
+  assert logged[12] == pytest.approx(np.mean(losses[10:]), rel=1e-6)
+
+
+def test_the_best_variables_are_those_of_the_best_score(undisturbed):
+  _, workdir = undisturbed
+  scores = {r["step"]: r["held_out/score"] for r in rows(workdir) if "held_out/score" in r}
+  best = max(scores, key=scores.get)
+  assert (workdir / "best" / str(best)).exists()
+  kept = restore_variables(workdir / "best")
+  assert kept["params"]["head"]["kernel"].shape == (32, 1)
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed, tmp_path, stop_at):
+  def send_sigterm(step):
+    if step == stop_at:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  stopped = train(tmp_path, on_step=send_sigterm)
+  assert not stopped.finished
+  assert int(stopped.state.step) == stop_at
+  resumed = train(tmp_path)
+  assert resumed.finished
+  jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
+  finals = [{**r} for r in rows(tmp_path) if r["step"] == 12]
+  assert finals == [r for r in rows(undisturbed[1]) if r["step"] == 12]
+
+
+class Killed(BaseException):
+  pass
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(undisturbed, tmp_path):
+  def crash(step):
+    if step == 9:
+      raise Killed
+
+  with pytest.raises(Killed):
+    train(tmp_path, on_step=crash)
+  resumed = train(tmp_path)  # from step 5; what was logged about 6 to 8 is written again
+  jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
+  assert rows(tmp_path) == rows(undisturbed[1])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
+  data = toy.batches(12)
+  data[6] = {**data[6], "y": data[6]["y"] * np.nan}
+  with pytest.raises(
+    FloatingPointError, match=r"loss is nan at step 7; the last good one is step 5"
+  ):
+    train(tmp_path, data=data)
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+  assert all(np.isfinite(row["train/loss"]) for row in rows(tmp_path) if "train/loss" in row)
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path):
+  data = toy.batches(12)
+  data[0] = {**data[0], "x": data[0]["x"] * np.inf}
+  with pytest.raises(FloatingPointError, match="at step 1; there is no checkpoint yet"):
+    train(tmp_path, data=data)
+
+
+def test_a_profile_is_taken_of_the_steps_asked_for(tmp_path):
+  settings = dataclasses.replace(SETTINGS, num_steps=4, profile=(2, 4))
+  train(tmp_path, settings=settings)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_prefetch_keeps_order_and_depth():
+  asked = []
+
+  def source():
+    for i in range(5):
+      asked.append(i)
+      yield i
+
+  batches = prefetch(source(), lambda x: x * 10, depth=2)
+  assert next(batches) == 0
+  assert asked == [0, 1]
+  assert list(batches) == [10, 20, 30, 40]
+
+
+def test_evaluation_merges_every_batch_once():
+  made = make_program()
+  data = toy.batches(3, seed=4)
+  data[2]["mask"] = np.arange(16) < 5
+  scores = PredictionScores(made.task, made.predict_step, lambda: data, made.mesh, "x")
+  with jax.set_mesh(made.mesh):
+    variables = made.initial_state(seed=0).variables
+    report = scores(variables)
+    predicted = [
+      np.asarray(made.task.predict(variables, {"x": jnp.asarray(b["x"])})["y"]) for b in data
+    ]
+  errors = np.concatenate([(p - b["y"]) ** 2 for p, b in zip(predicted, data, strict=True)])[:37]
+  assert report.scores["error"] == pytest.approx(errors.mean(), rel=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+  logging.set_verbosity(logging.WARNING)
