@@ -5,7 +5,8 @@
     --config=configs/vit.py:b16_imagenet21k,image_size=384   a variant with another field
 
 A variant is a function; its keyword arguments are the fields that may be set, their defaults give
-the types. Anything else in the config is reached by flags: `--config.optimizer.learning_rate=3e-4`.
+the types. Anything else in the config is reached by flags: `--config.optimizer.learning_rate=3e-4`,
+also what a recipe leaves open, such as `--config.init_from` or `--config.sharding.mesh.fsdp`.
 """
 
 import inspect
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.ops.names import unknown_name
 
@@ -32,7 +34,20 @@ def build(arg: str | None, variants: Variants) -> ConfigDict:
     if name not in defaults:
       raise ValueError(unknown_name(f"field of {variant}", name, defaults))
     fields[name] = _parse_value(f"{variant},{name}", text, defaults[name])
-  return variants[variant](**fields)
+  return _with_open_fields(variants[variant](**fields))
+
+
+def _with_open_fields(config: ConfigDict) -> ConfigDict:
+  """Adds what the recipe leaves open: a flag can set only fields that are there, with a type."""
+  for name, kind in _OPEN.items():
+    if name not in config:
+      config[name] = placeholder(kind)
+  config.accumulation_steps = config.get("accumulation_steps", 1)
+  mesh = config.get("sharding", {}).get("mesh", {"data": -1})
+  config.sharding = {"mesh": {"data": 1, "fsdp": 1, "model": 1, **mesh}}
+  loader = config.data.get("loader", {})
+  config.data.loader = {"num_workers": 0, "on_corrupt": "error", **loader}
+  return config
 
 
 def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:
@@ -71,4 +86,11 @@ def _parse_value(where: str, text: str, default: Any) -> Any:
     raise ValueError(message) from None
 
 
+_OPEN = {
+  "num_steps": int,
+  "num_epochs": int,
+  "eval_batch_size": int,
+  "ema_decay": float,
+  "init_from": str,
+}
 _KINDS = {int: "a whole number", float: "a number"}

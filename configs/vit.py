@@ -26,6 +26,7 @@ import functools
 from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import common
 from vit_jax_zoo.ops.names import unknown_name
@@ -50,7 +51,7 @@ def demo(*, num_steps: int = 1200, batch_size: int = 128) -> ConfigDict:
       "batch_size": batch_size,
       "model": {
         "name": "vit_ti16",
-        "num_classes": None,
+        "num_classes": placeholder(int),
         "patch_size": 2,
         "width": 64,
         "depth": 6,
@@ -58,7 +59,12 @@ def demo(*, num_steps: int = 1200, batch_size: int = 128) -> ConfigDict:
         "mlp_dim": 128,
         "dropout_rate": 0.1,
       },
-      "task": {"name": "classification", "num_classes": None, "class_names": None, "top_k": 3},
+      "task": {
+        "name": "classification",
+        "num_classes": placeholder(int),
+        "class_names": placeholder(tuple),
+        "top_k": 3,
+      },
       "data": {
         "train": {
           "source": "demo:digits",
@@ -282,8 +288,12 @@ def _from_scratch(model: str, source: str, image_size: int, batch_size: int) -> 
     {
       "seed": 0,
       "batch_size": batch_size,
-      "model": {"name": model, "num_classes": None, "dtype": "bfloat16"},
-      "task": {"name": "classification", "num_classes": None, "class_names": None},
+      "model": {"name": model, "num_classes": placeholder(int), "dtype": "bfloat16"},
+      "task": {
+        "name": "classification",
+        "num_classes": placeholder(int),
+        "class_names": placeholder(tuple),
+      },
       "data": {
         "train": {
           "source": source,

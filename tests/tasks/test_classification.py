@@ -123,8 +123,8 @@ def test_micro_batches_add_up_to_the_batch(tiny_classifier, batch, parts):
   np.testing.assert_allclose(sum(losses), loss, rtol=1e-6)
   summed = jax.tree.map(lambda *leaves: sum(leaves), *gradients)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), summed, gradient)
-  metrics = [task.loss(variables, piece, context).metrics for piece in pieces]
-  whole = task.loss(variables, batch, context).metrics
+  measure = jax.jit(lambda b: task.loss(variables, b, context).metrics)
+  metrics, whole = [measure(piece) for piece in pieces], measure(batch)
   for name, value in whole.items():
     merged = metrics[0][name]
     for other in metrics[1:]:
@@ -142,11 +142,12 @@ def test_padding_changes_nothing(tiny_classifier, batch, label):
     "mask": np.array([True] * 12 + [False] * 4),
   }
 
+  @jax.jit
+  @jax.value_and_grad
   def loss(params, examples):
     return task.loss({"params": params}, examples, make_context(task, examples)).loss
 
-  left = jax.value_and_grad(loss)(variables["params"], batch)
-  right = jax.value_and_grad(loss)(variables["params"], padded)
+  left, right = loss(variables["params"], batch), loss(variables["params"], padded)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), left, right)
   scores = []
   for examples in (batch, padded):
