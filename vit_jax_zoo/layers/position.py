@@ -48,7 +48,7 @@ class PositionEmbedding(nn.Module):
   def _table(self, shape: tuple[int, ...], grid: tuple[int, int]) -> Float[Array, "1 n d"]:
     normal = nn.initializers.normal(0.02)
     if self.kind == "learned_1d":
-      return self.param("table", normal, (1, *shape))
+      return jnp.asarray(self.param("table", normal, (1, *shape)))
     if self.kind == "learned_2d":
       half = shape[-1] // 2
       rows = self.param("rows", normal, (grid[0], half))

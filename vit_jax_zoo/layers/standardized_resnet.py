@@ -6,7 +6,7 @@ for an even side pads more at the bottom and right).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +87,11 @@ class BottleneckUnit(nn.Module):
     return y
 
 
+def total_stride(stage_sizes: Sequence[int]) -> int:
+  """Returns how many pixels stand behind one position of the output, along each side."""
+  return 4 * 2 ** max(len(stage_sizes) - 1, 0)
+
+
 class StandardizedResNet(nn.Module):
   """7x7 stride-2 root with max-pool, then stages of bottleneck units.
 
@@ -110,11 +115,6 @@ class StandardizedResNet(nn.Module):
   variance_epsilon: float = 0.0
   remat: bool = False
   dtype: Dtype = jnp.float32
-
-  @property
-  def stride(self) -> int:
-    """Pixels of the image to one of the output, along each side."""
-    return 4 * 2 ** max(len(self.stage_sizes) - 1, 0)
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:

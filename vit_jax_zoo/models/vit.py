@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.attention import Implementation
 from vit_jax_zoo.layers.position import PositionEmbedding
-from vit_jax_zoo.layers.standardized_resnet import StandardizedResNet
+from vit_jax_zoo.layers.standardized_resnet import StandardizedResNet, total_stride
 from vit_jax_zoo.layers.transformer import Encoder
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -146,8 +147,16 @@ class VisionTransformer(nn.Module):
   scan_layers: bool = True
   attention_implementation: Implementation = None
 
+  @property
+  def patch_side(self) -> int:
+    """Pixels of the image behind one token, along each side: a hybrid's stride counts."""
+    stride = 1 if self.resnet is None else total_stride(self.resnet["stage_sizes"])
+    return stride * self.patch_size
+
   @nn.compact
-  def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
+  def __call__(
+    self, images: Float[Array | np.ndarray, "b h w c"], *, train: bool = False
+  ) -> dict[str, Array]:
     """Classifies `images`.
 
     Args:
@@ -161,7 +170,7 @@ class VisionTransformer(nn.Module):
       and logits are float32.
     """
     self._check()
-    patches = self._patches(images)
+    patches = self._patches(jnp.asarray(images))
     grid = (patches.shape[1], patches.shape[2])
     tokens = patches.reshape(patches.shape[0], -1, self.width)
     tokens = self._prefix(tokens, grid)  # Eq. 1
@@ -181,23 +190,11 @@ class VisionTransformer(nn.Module):
     return {"tokens": tokens, **self._head(features)}
 
   def _patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+    self._check_sides(images.shape[1], images.shape[2])
     x = shard_batch(images)
-    stride = self.patch_size
-    resnet = None
     if self.resnet is not None:
       remat = self.remat != "none"
-      resnet = StandardizedResNet(dtype=self.dtype, remat=remat, name="resnet", **self.resnet)
-      stride *= resnet.stride
-    for name, side in zip(("height", "width"), images.shape[1:3], strict=True):
-      if side % stride or not side:
-        below, above = side // stride * stride, (side // stride + 1) * stride
-        fits = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-          f"image {name} {side} is not a multiple of {stride}, the side of a patch in pixels;"
-          f" resize to {fits}"
-        )
-    if resnet is not None:
-      x = resnet(x)
+      x = StandardizedResNet(dtype=self.dtype, remat=remat, name="resnet", **self.resnet)(x)
     side = (self.patch_size, self.patch_size)
     x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="embedding")(x)
     self.sow("intermediates", "patches", x)
@@ -254,6 +251,17 @@ class VisionTransformer(nn.Module):
   @property
   def _has_cls_token(self) -> bool:
     return self.pool == "cls" if self.cls_token is None else self.cls_token
+
+  def _check_sides(self, height: int, width: int) -> None:
+    stride = self.patch_side
+    for name, side in (("height", height), ("width", width)):
+      if side % stride or not side:
+        below, above = side // stride * stride, (side // stride + 1) * stride
+        fits = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+          f"image {name} {side} is not a multiple of {stride}, the side of a patch in pixels; "
+          f"resize to {fits}"
+        )
 
   def _check(self) -> None:
     if self.pool not in POOLS:

@@ -1,0 +1,6 @@
+"""Published checkpoints, in and out: one declarative table a format, read in both directions."""
+
+from vit_jax_zoo.weights.load import Preprocess, Pretrained, load_into, load_pretrained
+from vit_jax_zoo.weights.table import WeightsError
+
+__all__ = ["Preprocess", "Pretrained", "WeightsError", "load_into", "load_pretrained"]

@@ -1,0 +1,184 @@
+"""Published checkpoint <-> our parameter tree: the mechanism. The tables stand beside it.
+
+A table is a tuple of rows `(published key, our path, transform)`. Keys and paths are patterns with
+numbers in braces: "blocks.{i}.norm1.weight" <-> "encoder/block_{i}/attention_norm/scale". The same
+rows read and write:
+
+* reading looks each parameter of the model up, by the first row that matches its path and whose key
+  the file has: several rows for one path are several spellings of a published name;
+* writing uses the first row of each path.
+
+Tables know unrolled layers alone (`block_0/...`, `block_1/...`); `unroll` and `stack` stand between
+them and models that scan their layers (`blocks/...`, with a leading axis).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+Array = np.ndarray
+Flat = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+  """A change of layout and its inverse.
+
+  Attributes:
+    read: (published array, our shape) -> our array.
+    write: our array -> published array, bit for bit what `read` was given.
+  """
+
+  read: Callable[[Array, tuple[int, ...]], Array]
+  write: Callable[[Array], Array]
+
+
+def _drop_unit_axes(array: Array, shape: tuple[int, ...]) -> Array:
+  # Only axes of size 1 may go: any other reshape would hide a wrong file.
+  return array.reshape(shape) if array.shape[-len(shape) :] == shape else array
+
+
+KEEP = Transform(lambda array, _: array, lambda array: array)
+CHANNELS_4D = Transform(_drop_unit_axes, lambda array: array.reshape(1, 1, 1, -1))
+"""[c] kept as [1 1 1 c]; [c] itself is read, too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of a table.
+
+  Attributes:
+    published: pattern of the key in the file; "{s+1}" where the file counts from 1.
+    ours: pattern of the "/"-joined path below `params`, layers unrolled.
+    transform: between the two.
+  """
+
+  published: str
+  ours: str
+  transform: Transform = KEEP
+
+  def key(self, path: str) -> str | None:
+    """Returns the published key of our parameter, or None if the row is not about it."""
+    return _translate(path, self.ours, self.published)
+
+
+def _translate(name: str, source: str, target: str) -> str | None:
+  parts = re.split(r"\{(\w+)\}", source)
+  pattern = "".join(
+    f"(?P<{part}>\\d+)" if i % 2 else re.escape(part) for i, part in enumerate(parts)
+  )
+  match = re.fullmatch(pattern, name)
+  if match is None:
+    return None
+  return re.sub(r"\{(\w+)(\+1)?\}", lambda slot: str(int(match[slot[1]]) + bool(slot[2])), target)
+
+
+class WeightsError(ValueError):
+  """A file does not fit the model. The message lists everything that is wrong, not the first."""
+
+
+def read(
+  published: Mapping[str, Array],
+  table: Sequence[Row],
+  shapes: Mapping[str, tuple[int, ...]],
+  *,
+  source: str,
+  ignore: Iterable[str] = (),
+) -> Flat:
+  """Takes each of the model's parameters out of a file.
+
+  Args:
+    published: the file's arrays by key.
+    table: rows that connect keys and paths.
+    shapes: the model's parameters by path, layers unrolled.
+    source: the file's name, for the message.
+    ignore: regular expressions of keys that may stay unused.
+
+  Raises:
+    WeightsError: parameters without an array, arrays without a parameter, or shapes that differ.
+  """
+  found: Flat = {}
+  used, problems = set(), []
+  for path, shape in shapes.items():
+    candidates = [(key, row) for row in table if (key := row.key(path)) is not None]
+    present = next(((key, row) for key, row in candidates if key in published), None)
+    if present is None:
+      names = " or ".join(key for key, _ in candidates) or "no published name"
+      problems.append(f"missing: {path} {shape} ({names})")
+      continue
+    key, row = present
+    used.add(key)
+    found[path] = row.transform.read(published[key], shape)
+    if found[path].shape != shape:
+      problems.append(f"wrong shape: {key} is {published[key].shape}, {path} needs {shape}")
+  for key in published:
+    if key not in used and not any(re.fullmatch(pattern, key) for pattern in ignore):
+      problems.append(f"unused: {key} {published[key].shape}")
+  if problems:
+    raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+  return found
+
+
+def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
+  """Returns the parameters (by path, layers unrolled) under their published keys.
+
+  Raises:
+    WeightsError: some parameters have no published name.
+  """
+  published: Flat = {}
+  nameless = []
+  for path, array in parameters.items():
+    named = next(((key, row) for row in table if (key := row.key(path)) is not None), None)
+    if named is None:
+      nameless.append(path)
+    else:
+      published[named[0]] = named[1].transform.write(np.asarray(array))
+  if nameless:
+    raise WeightsError(f"the format has no name for: {', '.join(nameless)}")
+  return published
+
+
+_SCANNED = re.compile(r"(.*/)?blocks/(.*)")
+_UNROLLED = re.compile(r"(.*/)?block_(\d+)/(.*)")
+
+
+def unroll(parameters: Mapping[str, Array]) -> Flat:
+  """Cuts scanned layers, `blocks/x` [depth ...], into `block_0/x`, `block_1/x`, ..."""
+  flat: Flat = {}
+  for path, array in parameters.items():
+    match = _SCANNED.fullmatch(path)
+    if match is None:
+      flat[path] = array
+    else:
+      head, rest = match.group(1) or "", match.group(2)
+      flat.update({f"{head}block_{i}/{rest}": layer for i, layer in enumerate(array)})
+  return flat
+
+
+def unroll_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+  """Does to shapes what `unroll` does to arrays."""
+  placeholders = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
+  return {path: array.shape for path, array in unroll(placeholders).items()}
+
+
+def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
+  """Brings unrolled parameters into a model's own layout: the inverse of `unroll`.
+
+  Args:
+    parameters: by path, layers unrolled.
+    paths: the model's own; those with `blocks/` are stacked.
+  """
+  layers: dict[str, dict[int, Array]] = {}
+  for path, array in parameters.items():
+    match = _UNROLLED.fullmatch(path)
+    if match is not None:
+      scanned = f"{match.group(1) or ''}blocks/{match.group(3)}"
+      layers.setdefault(scanned, {})[int(match.group(2))] = array
+  return {
+    path: np.stack([layers[path][i] for i in range(len(layers[path]))])
+    if path in layers
+    else parameters[path]
+    for path in paths
+  }
