@@ -61,7 +61,7 @@ def test_right_and_wrong_differ_in_colour_mark_and_words(images):
   predictions["correct"] = predictions["labels"] == labels[:, None]
   figure = draw_predictions(images, labels, predictions, NAMES)
   assert subtitle(figure) == "3 of 5 right"
-  assert captions(figure)[:2] == ["✓ cat 90%", "✗ dog 90%"]
+  assert captions(figure)[:2] == ["✓ cat (90%)", "✗ dog (90%)"]
   right, wrong = figure.axes[:2]
   assert right.spines["left"].get_edgecolor() != wrong.spines["left"].get_edgecolor()
   assert right.xaxis.label.get_color() == RIGHT

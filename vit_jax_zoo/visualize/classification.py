@@ -76,10 +76,12 @@ def draw_predictions(
   _write_legend(figure)
   for i, ax in enumerate(axes):
     best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
-    name = _shorten(_name(best, class_names), int(10.5 * cell) - 6)
+    name = _shorten(_name(best, class_names), int(10.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
-    ax.set_xlabel(f"{mark} {name} {chance:.0%}", fontsize=9, labelpad=4, color=color, weight="bold")
+    ax.set_xlabel(
+      f"{mark} {name} ({chance:.0%})", fontsize=9, labelpad=4, color=color, weight="bold"
+    )
     if not correct[i]:
       truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
       below = _shorten(f"is {truth}", int(13 * cell))
