@@ -138,7 +138,7 @@ class Checkpointer:
     return self._manager.restore(step, args=arguments)[_METADATA]
 
   def save_best(
-    self, step: int, variables: Any, score: float, metadata: Mapping[str, Any] | None = None
+    self, step: int, variables: Any, score: float | int, metadata: Mapping[str, Any] | None = None
   ) -> bool:
     """Saves the variables if the score beats all before; returns whether it does.
 
@@ -158,7 +158,7 @@ class Checkpointer:
     )
     return self._best.save(step, args=saved, metrics={"score": score}, force=True)
 
-  def _is_better(self, score: float) -> bool:
+  def _is_better(self, score: float | int) -> bool:
     if not math.isfinite(score) or self._best_score is None:
       return math.isfinite(score)
     return score > self._best_score if self._best_mode == "max" else score < self._best_score

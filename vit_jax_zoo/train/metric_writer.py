@@ -132,10 +132,8 @@ class MetricWriter:
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
     if not self._enabled:
       return
-    done = [future for future in self._futures if future.done()]
-    self._futures = [future for future in self._futures if not future.done()]
-    for future in done:
-      future.result()
+    while self._futures and self._futures[0].done():  # one thread: they end in order
+      self._futures.pop(0).result()
     self._futures.append(self._pool.submit(write, *args))
 
   def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -180,7 +178,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
 
 def _step_of(line: str) -> float:
   try:
-    return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
   except (ValueError, KeyError, TypeError):
     return math.inf
 

@@ -31,6 +31,7 @@ from flax import traverse_util
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.train.schedule import (
   Config,
+  Number,
   Schedule,
   check_fields,
   create_schedule,
@@ -166,14 +167,14 @@ def _as_dtype(field: str, value: Any) -> Any:
 
 
 def _adam(
-  *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: Any = None,
+  *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
   nesterov: bool = False,
 ) -> _Core:  # fmt: skip
   return _Core(optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov), "l2")
 
 
 def _adamw(
-  *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, mu_dtype: Any = None,
+  *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
   nesterov: bool = False,
 ) -> _Core:  # fmt: skip
   core = _adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov)
@@ -181,31 +182,31 @@ def _adamw(
 
 
 def _sgd(
-  *, momentum: float | None = None, nesterov: bool = False, accumulator_dtype: Any = None
+  *, momentum: Number | None = None, nesterov: bool = False, accumulator_dtype: Any = None
 ) -> _Core:
   if momentum is None:
     return _Core(optax.identity(), "l2")
   return _Core(optax.trace(momentum, nesterov, accumulator_dtype), "l2")
 
 
-def _lion(*, b1: float = 0.9, b2: float = 0.99, mu_dtype: Any = None) -> _Core:
+def _lion(*, b1: Number = 0.9, b2: Number = 0.99, mu_dtype: Any = None) -> _Core:
   return _Core(optax.scale_by_lion(b1, b2, mu_dtype), "decoupled")
 
 
-def _lamb(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-6) -> _Core:
+def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> _Core:
   return _Core(optax.scale_by_adam(b1, b2, eps), "decoupled", optax.scale_by_trust_ratio())
 
 
 def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
   *,
-  decay_rate: float = 0.8,
-  beta2_cap: float = 0.999,
+  decay_rate: Number = 0.8,
+  beta2_cap: Number = 0.999,
   min_dim_size_to_factor: int = 32,
-  clipping_threshold: float | None = None,
+  clipping_threshold: Number | None = None,
   multiply_by_parameter_scale: bool = False,
-  momentum: float | None = 0.9,
+  momentum: Number | None = 0.9,
   momentum_dtype: Any = jnp.bfloat16,
-  eps: float = 1e-30,
+  eps: Number = 1e-30,
 ) -> _Core:
   """Adafactor as Scaling Vision Transformers has it (arXiv:2106.04560, section 3.4).
 
@@ -248,8 +249,8 @@ _CORES: dict[str, Callable[..., _Core]] = {
 class _Setting:
   """What the rules say of one parameter: two multipliers and a flag."""
 
-  learning_rate: float
-  weight_decay: float
+  learning_rate: Number
+  weight_decay: Number
   frozen: bool
 
 

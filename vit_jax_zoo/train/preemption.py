@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM from a scheduler, or Ctrl-C, becomes a question for the loop to ask."""
+"""Being told to stop: SIGTERM from a scheduler, or Ctrl-C, becomes a question the loop can ask."""
 
 import signal
 import threading

@@ -78,7 +78,7 @@ class Progress:
     batch_size: int,
     *,
     start_step: int = 0,
-    flops_per_step: float | None = None,
+    flops_per_step: float | int | None = None,
     devices: Sequence[Any] = (),
     bar: bool | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -173,7 +173,7 @@ class Progress:
     between = sum(spent for part, spent in self._outside.items() if part != "compile")
     return left * (self._step_time + between / done)
 
-  def line(self, step: int, metrics: Mapping[str, float]) -> str:
+  def line(self, step: int, metrics: Mapping[str, Any]) -> str:
     """Returns where the run is, in one line.
 
     >>> Progress(num_steps=1200, batch_size=64).line(300, {"loss": 0.41234})
@@ -189,7 +189,7 @@ class Progress:
       parts.append(f"ETA {datetime.timedelta(seconds=round(eta))}")
     return " ".join(parts)
 
-  def log(self, step: int, metrics: Mapping[str, float]) -> None:
+  def log(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Logs `line`, or shows it above the progress bar, and moves the bar."""
     if self._bar is None:
       logging.info("%s", self.line(step, metrics))

@@ -36,7 +36,8 @@ Schedule: TypeAlias = Callable[[Any], Float[Array, ""]]
 """From the number of updates made to the learning rate of the next one; int or traced array."""
 
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
-Steps: TypeAlias = int | float
+Number: TypeAlias = int | float
+Steps: TypeAlias = Number
 
 
 def create_schedule(config: Config, num_steps: int) -> Schedule:
@@ -108,19 +109,19 @@ def _positive_or_zero(field: str, value: Any) -> float:
 
 
 def _constant(
-  base: float, num_steps: int, _: int, *, end_value: float = 0.0, cooldown_steps: Steps = 0
+  base: float, num_steps: int, _: int, *, end_value: Number = 0.0, cooldown_steps: Steps = 0
 ) -> Schedule:
   return _with_cooldown(lambda _: jnp.asarray(base), num_steps, cooldown_steps, end_value)
 
 
-def _linear(base: float, num_steps: int, warmup: int, *, end_value: float = 0.0) -> Schedule:
+def _linear(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
   def rate(step: jax.Array) -> jax.Array:
     return end_value + (base - end_value) * (1.0 - _progress(step, num_steps, warmup))
 
   return rate
 
 
-def _cosine(base: float, num_steps: int, warmup: int, *, end_value: float = 0.0) -> Schedule:
+def _cosine(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
   def rate(step: jax.Array) -> jax.Array:
     wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, num_steps, warmup)))
     return end_value + (base - end_value) * wave
@@ -134,7 +135,7 @@ def _rsqrt(
   warmup: int,
   *,
   timescale: Steps = 10_000,
-  end_value: float = 0.0,
+  end_value: Number = 0.0,
   cooldown_steps: Steps = 0,
 ) -> Schedule:
   scale = count_steps("timescale", timescale, num_steps)
@@ -154,8 +155,8 @@ def _step(
   *,
   boundaries: Sequence[Steps] | None = None,
   every: Steps | None = None,
-  factor: float = 0.1,
-  factors: Sequence[float] | None = None,
+  factor: Number = 0.1,
+  factors: Sequence[Number] | None = None,
 ) -> Schedule:
   if (boundaries is None) == (every is None):
     raise ValueError("the step schedule needs either `boundaries` or `every`, and not both")
@@ -175,7 +176,7 @@ def _step(
 
 
 def _staircase(
-  base: float, edges: Sequence[int], multipliers: Sequence[float], step: jax.Array
+  base: float, edges: Sequence[int], multipliers: Sequence[Number], step: jax.Array
 ) -> jax.Array:
   rate = jnp.asarray(base)
   for edge, multiplier in zip(edges, multipliers, strict=True):
@@ -189,7 +190,7 @@ def _progress(step: jax.Array, num_steps: int, warmup: int) -> jax.Array:
 
 
 def _with_cooldown(
-  rate: Schedule, num_steps: int, cooldown_steps: Steps, end_value: float
+  rate: Schedule, num_steps: int, cooldown_steps: Steps, end_value: Number
 ) -> Schedule:
   cooldown = count_steps("cooldown_steps", cooldown_steps, num_steps)
   if not cooldown:
