@@ -24,11 +24,12 @@ cv2.setNumThreads(0)  # one image, one thread: the pipeline has enough images at
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _REDUCED = {
   1: _READ,
-  2: cv2.IMREAD_REDUCED_COLOR_2 | _READ,
-  4: cv2.IMREAD_REDUCED_COLOR_4 | _READ,
-  8: cv2.IMREAD_REDUCED_COLOR_8 | _READ,
+  2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | _READ,
+  4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | _READ,
+  8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | _READ,
 }
-"""Reduced decoding leaves out part of JPEG's inverse cosine transform: an average, and cheap."""
+"""Reduced decoding leaves out part of JPEG's inverse cosine transform: an average, and cheap.
+The names say grey, but that is the colour flag's to decide; theirs set BGR, which excludes RGB."""
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -86,7 +87,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def resize(
   image: Pixels | FloatPixels, height: int, width: int, method: Method = "antialias"
-) -> Pixels | FloatPixels:
+) -> UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W 3"]:
   """Resizes in whichever of the two types comes in; uint8 is rounded.
 
   For training: fast, and without aliasing. Where an axis shrinks, every output pixel is the mean of

@@ -7,7 +7,7 @@ resize_bilinear_op, resize_area_op and scale_and_translate_op); OpenCV's is anot
 """
 
 import functools
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Float32, Int, UInt8
@@ -15,7 +15,6 @@ from jaxtyping import Float32, Int, UInt8
 from vit_jax_zoo.ops.names import unknown_name
 
 Pixels: TypeAlias = Float32[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w c"]
-Method: TypeAlias = Literal["bilinear", "area", "antialias"]
 
 METHODS = ("bilinear", "area", "antialias")
 
@@ -26,7 +25,7 @@ _ONE, _HALF = np.float32(1), np.float32(0.5)
 
 
 def tf_resize(
-  image: Pixels, height: int, width: int, method: Method = "bilinear"
+  image: Pixels, height: int, width: int, method: str = "bilinear"
 ) -> Float32[np.ndarray, "H W c"]:
   """Resizes an image as `tf.image.resize` does, without rounding.
 

@@ -70,7 +70,7 @@ def open_splits(
     ValueError: it has no such features, or lies in files that cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
-  folder = _at_path(location) if is_path else _find(location, data_dir)
+  folder = at_path(location) if is_path else _find(location, data_dir)
   return open_folder(folder, f"tfds:{location}", image_key, label_key)
 
 
@@ -153,7 +153,12 @@ def _only_numbers(feature: tfds.features.ClassLabel) -> bool:
   return getattr(feature, "_int2str", None) is None
 
 
-def _at_path(location: str) -> pathlib.Path:
+def at_path(location: str) -> pathlib.Path:
+  """Returns the folder of a prepared dataset.
+
+  Raises:
+    FileNotFoundError: it is not there, or is not the innermost one.
+  """
   folder = pathlib.Path(location).expanduser()
   if not (folder / "dataset_info.json").is_file():
     raise FileNotFoundError(

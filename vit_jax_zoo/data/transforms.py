@@ -12,8 +12,8 @@ step: there the batch is whole, while a host sees only its own rows.
 import abc
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import cv2
 import numpy as np
@@ -25,7 +25,10 @@ from vit_jax_zoo.ops.names import unknown_name
 Size: TypeAlias = int | tuple[int, int] | list[int]
 """A side in pixels, or (height, width)."""
 
-PixelType: TypeAlias = Literal["uint8", "float32"]
+Range: TypeAlias = Sequence[float | int]
+"""The smallest and the largest value."""
+
+PIXEL_TYPES = ("uint8", "float32")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +97,8 @@ class RandomResizedCrop(Transform):
   name = "random_resized_crop"
 
   size: Size
-  area: tuple[float, float] = (0.05, 1.0)
-  aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  area: Range = (0.05, 1.0)
+  aspect_ratio: Range = (3 / 4, 4 / 3)
   antialias: bool = True
 
   def __post_init__(self) -> None:
@@ -120,8 +123,8 @@ class RandomResizedCrop(Transform):
 
 def sample_distorted_box(
   size: tuple[int, int],
-  area: tuple[float, float],
-  aspect_ratio: tuple[float, float],
+  area: Range,
+  aspect_ratio: Range,
   rng: np.random.Generator,
 ) -> tuple[int, int, int, int]:
   """Draws (top, left, height, width) in an image of `size`; see RandomResizedCrop."""
@@ -151,10 +154,9 @@ def _decode_for(
   image = images.decode_image(data, reduce)
   if image.shape[:2] == size:
     return image, box
-  scale_y, scale_x = image.shape[0] / size[0], image.shape[1] / size[1]
-  top, left = math.floor(box[0] * scale_y), math.floor(box[1] * scale_x)
-  bottom = max(top + 1, round((box[0] + box[2]) * scale_y))
-  right = max(left + 1, round((box[1] + box[3]) * scale_x))
+  top, left, bottom, right = (
+    round(edge / reduce) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3])
+  )
   return image, (top, left, bottom - top, right - left)
 
 
@@ -240,12 +242,12 @@ class Resize(ImageTransform):
   name = "resize"
 
   size: Size
-  method: tf_resize.Method = "bilinear"
-  dtype: PixelType = "uint8"
+  method: str = "bilinear"
+  dtype: str = "uint8"
 
   def __post_init__(self) -> None:
     _check_choice("resize method", self.method, tf_resize.METHODS)
-    _check_choice("pixel type", self.dtype, ("uint8", "float32"))
+    _check_choice("pixel type", self.dtype, PIXEL_TYPES)
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the resized image."""
@@ -266,12 +268,12 @@ class ResizeSmall(ImageTransform):
   name = "resize_small"
 
   size: int
-  method: tf_resize.Method = "area"
-  dtype: PixelType = "uint8"
+  method: str = "area"
+  dtype: str = "uint8"
 
   def __post_init__(self) -> None:
     _check_choice("resize method", self.method, tf_resize.METHODS)
-    _check_choice("pixel type", self.dtype, ("uint8", "float32"))
+    _check_choice("pixel type", self.dtype, PIXEL_TYPES)
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the resized image."""
@@ -318,9 +320,7 @@ def _labels(label: Any, num_classes: int) -> np.ndarray:
   return labels
 
 
-def _resized(
-  image: np.ndarray, new: tuple[int, int], method: tf_resize.Method, dtype: PixelType
-) -> np.ndarray:
+def _resized(image: np.ndarray, new: tuple[int, int], method: str, dtype: str) -> np.ndarray:
   resized = tf_resize.tf_resize(image, *new, method)
   return tf_resize.truncate(resized) if dtype == "uint8" else resized
 
@@ -340,7 +340,7 @@ def _window(image: np.ndarray, size: Size) -> tuple[int, int]:
   return height, width
 
 
-def _check_range(field: str, value: tuple[float, float], upper: float) -> None:
+def _check_range(field: str, value: Range, upper: float) -> None:
   if not (len(value) == 2 and 0 < value[0] <= value[1] <= upper):
     raise ValueError(f"random_resized_crop: {field} must be (smallest, largest), got {value}")
 

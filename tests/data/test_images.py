@@ -1,0 +1,122 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data import images
+from vit_jax_zoo.data.base import CorruptExampleError
+from vit_jax_zoo.data.images import decode_image
+
+PHOTO = photo(48, 64)
+
+
+def as_pillow(data):
+  return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_are_exact(image_format):
+  assert np.array_equal(decode_image(encode(PHOTO, image_format)), PHOTO)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "WEBP", "GIF"])
+def test_other_formats_agree_with_pillow(image_format):
+  data = encode(PHOTO, image_format)
+  assert np.abs(decode_image(data).astype(int) - as_pillow(data)).max() <= 1
+
+
+def test_exif_orientation_is_ignored():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # "turn by 90 degrees"
+  data = encode(PHOTO, "JPEG", exif=exif)
+  assert decode_image(data).shape == (48, 64, 3)
+  assert np.array_equal(decode_image(data), decode_image(encode(PHOTO, "JPEG")))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+def test_grey_becomes_three_equal_channels(image_format):
+  grey = PHOTO[..., 0]
+  decoded = decode_image(encode(grey, image_format))
+  assert decoded.shape == (48, 64, 3)
+  assert np.all(decoded == decoded[..., :1])
+  assert np.abs(decoded[..., 0].astype(int) - grey).max() <= 8
+
+
+def test_alpha_is_dropped():
+  alpha = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64, 1)
+  data = encode(np.concatenate([PHOTO, alpha], axis=2), "PNG")
+  assert np.array_equal(decode_image(data), PHOTO)
+
+
+def test_palette():
+  data = encode(Image.fromarray(PHOTO).convert("P"), "PNG")
+  assert np.array_equal(decode_image(data), as_pillow(data))
+
+
+def test_cmyk():
+  data = encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG", quality=100, subsampling=0)
+  assert np.abs(decode_image(data).astype(int) - PHOTO).mean() < 2
+
+
+def test_sixteen_bits_keep_the_upper_byte():
+  grey = (PHOTO[..., 0].astype(np.uint16) << 8) + 77
+  decoded = decode_image(encode(Image.fromarray(grey), "PNG"))
+  assert np.array_equal(decoded, np.repeat(PHOTO[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("reduce", [2, 4, 8])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF"])
+def test_reduced_decoding_averages(reduce, image_format):
+  data = encode(photo(96, 128), image_format)
+  reduced = decode_image(data, reduce)
+  whole = decode_image(data).astype(float)
+  blocks = whole.reshape(96 // reduce, reduce, 128 // reduce, reduce, 3).mean((1, 3))
+  assert reduced.shape == blocks.shape
+  assert np.abs(reduced - blocks).mean() < 3
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP"])
+@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
+def test_truncated_files_are_corrupt(image_format, share):
+  data = encode(PHOTO, image_format)
+  with pytest.raises(CorruptExampleError, match=r"bytes\)"):
+    decode_image(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xd9", b"GIF8"])
+def test_garbage_is_corrupt(data):
+  with pytest.raises(CorruptExampleError) as error:
+    decode_image(data)
+  assert "\n" not in str(error.value)
+  with pytest.raises(CorruptExampleError):
+    images.image_size(data)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
+def test_something_after_the_end_does_no_harm(image_format):
+  data = encode(PHOTO, image_format)
+  assert np.array_equal(decode_image(data + b"\0\0\0"), decode_image(data))
+
+
+def test_image_size():
+  assert images.image_size(encode(PHOTO)) == (48, 64)
+
+
+class TestResize:
+  def test_shrinking_averages(self):
+    image = np.random.default_rng(0).integers(256, size=(64, 96, 3), dtype=np.uint8)
+    blocks = image.reshape(16, 4, 24, 4, 3).mean((1, 3))
+    assert np.abs(images.resize(image, 16, 24) - blocks).max() <= 0.5
+    assert np.abs(images.resize(image, 16, 24, "bilinear") - blocks).max() > 20
+
+  def test_growing_interpolates(self):
+    image = np.linspace(0, 200, 11, dtype=np.float32)[None, :, None].repeat(3, 2)
+    grown = images.resize(image, 1, 44)[0, :, 0]
+    assert np.all(np.diff(grown) >= 0)
+    assert grown[22] - grown[21] == pytest.approx(5, abs=1e-3)
+
+  def test_keeps_type(self):
+    for dtype in (np.uint8, np.float32):
+      assert images.resize(PHOTO.astype(dtype), 20, 90).dtype == dtype

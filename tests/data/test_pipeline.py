@@ -1,0 +1,317 @@
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data.base import CorruptExampleError, DatasetInfo, Source
+from vit_jax_zoo.data.pipeline import eval_batches, train_batches
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
+
+RANDOM = build_transforms(
+  [dict(name="random_resized_crop", size=16), dict(name="random_flip"), dict(name="decode")]
+)
+PLAIN = build_transforms([dict(name="resize", size=8)])
+
+
+class Pictures(Source):
+  """`count` PNGs whose label is their index; those in `corrupt` are cut short."""
+
+  def __init__(self, count, corrupt=(), num_classes=1000, labels=None):
+    self.info = DatasetInfo("pictures", count, num_classes)
+    self._data = [encode(photo(20, 24, seed=i), "PNG") for i in range(min(count, 8))]
+    self._corrupt = frozenset(corrupt)
+    self._labels = labels
+
+  def __getitem__(self, index):
+    data = self._data[index % 8]
+    image = data[:50] if index in self._corrupt else data
+    return {"image": image, "label": self._labels[index] if self._labels else index}
+
+  def example_name(self, index):
+    return f"pictures/{index}.png"
+
+
+def take(count, *args, **options):
+  with train_batches(*args, **options) as batches:
+    return [next(batches) for _ in range(count)]
+
+
+def joined(hosts):
+  """Returns the global batches from each host's, by rows."""
+  for parts in zip(*hosts, strict=True):
+    yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def assert_same(batches, others):
+  for one, other in zip(batches, others, strict=True):
+    assert one.keys() == other.keys()
+    for key in one:
+      np.testing.assert_array_equal(one[key], other[key])
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return take(12, Pictures(30), RANDOM, batch_size=8, seed=3)
+
+
+class TestTrain:
+  def test_batches_are_what_the_contract_says(self, reference):
+    for batch in reference:
+      assert set(batch) == {"image", "label"}
+      assert (batch["image"].shape, batch["image"].dtype) == ((8, 16, 16, 3), np.uint8)
+      assert (batch["label"].shape, batch["label"].dtype) == ((8,), np.int32)
+
+  @pytest.mark.parametrize("hosts", [1, 2, 4])
+  def test_hosts_share_one_global_batch(self, reference, hosts):
+    parts = [
+      take(12, Pictures(30), RANDOM, batch_size=8, seed=3, process_index=p, process_count=hosts)
+      for p in range(hosts)
+    ]
+    assert_same(joined(parts), reference)
+
+  def test_threads_change_nothing(self, reference):
+    assert_same(take(12, Pictures(30), RANDOM, batch_size=8, seed=3, num_threads=3), reference)
+
+  def test_worker_processes_change_nothing(self, reference):
+    others = take(12, Pictures(30), RANDOM, batch_size=8, seed=3, num_workers=2)
+    assert_same(others, reference)
+
+  @pytest.mark.parametrize("step", [1, 5, 11])
+  def test_resume(self, reference, step):
+    options = dict(batch_size=8, seed=3, start_step=step)
+    assert_same(take(12 - step, Pictures(30), RANDOM, **options), reference[step:])
+
+  def test_resume_on_two_hosts_with_workers(self, reference):
+    options = dict(batch_size=8, seed=3, start_step=9, process_count=2)
+    parts = [
+      take(3, Pictures(30), RANDOM, **options, process_index=p, num_workers=p) for p in range(2)
+    ]
+    assert_same(joined(parts), reference[9:])
+
+  def test_resuming_far_away_is_instant(self):
+    batch = take(1, Pictures(30), PLAIN, batch_size=8, seed=3, start_step=10**9)[0]
+    assert batch["label"].max() < 30
+
+  def test_epochs_cover_every_example_once_in_another_order(self):
+    labels = np.concatenate(
+      [b["label"] for b in take(12, Pictures(24), PLAIN, batch_size=8, seed=0)]
+    ).reshape(4, 24)
+    for epoch in labels:
+      assert sorted(epoch) == list(range(24))
+    assert len({tuple(epoch) for epoch in labels}) == 4
+
+  def test_epochs_that_do_not_divide_into_batches(self):
+    batches = take(7, Pictures(10), PLAIN, batch_size=4, seed=0)
+    labels = np.concatenate([b["label"] for b in batches])
+    assert sorted(labels[:10]) == sorted(labels[10:20]) == list(range(10))
+
+  @pytest.mark.parametrize("count", [1, 3])
+  def test_fewer_examples_than_a_batch(self, count):
+    batch = take(1, Pictures(count), PLAIN, batch_size=6, seed=0)[0]
+    assert np.bincount(batch["label"]).tolist() == [6 // count] * count
+
+  def test_seed_matters(self, reference):
+    other = take(1, Pictures(30), RANDOM, batch_size=8, seed=4)[0]
+    assert not np.array_equal(other["label"], reference[0]["label"])
+
+  def test_augmentation_differs_between_epochs_and_rows(self):
+    batches = take(4, Pictures(1), RANDOM, batch_size=4, seed=0)
+    images = {image.tobytes() for batch in batches for image in batch["image"]}
+    assert len(images) > 12
+
+  def test_bytes_that_nothing_decoded_are_decoded(self):
+    flips = build_transforms([dict(name="one_hot", num_classes=50)])
+    batch = take(1, Pictures(9), flips, batch_size=3, seed=0)[0]
+    assert batch["image"].shape == (3, 20, 24, 3)
+    assert batch["label"].shape == (3, 50)
+
+
+class TestEval:
+  @pytest.mark.parametrize("hosts", [1, 2, 4])
+  @pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 21])
+  def test_every_example_counts_once(self, hosts, count):
+    source = Pictures(count)
+    parts = [
+      eval_batches(source, PLAIN, batch_size=8, process_index=p, process_count=hosts)
+      for p in range(hosts)
+    ]
+    assert {len(part) for part in parts} == {-(-count // 8)}
+    seen = []
+    for batch in joined(parts):
+      assert batch["image"].shape == (8, 8, 8, 3)
+      assert batch["mask"].dtype == bool
+      seen += batch["label"][batch["mask"]].tolist()
+      assert not batch["image"][~batch["mask"]].any()
+    assert seen == list(range(count))
+
+  def test_again_from_the_beginning(self):
+    batches = eval_batches(Pictures(9), RANDOM, batch_size=4)
+    assert_same(list(batches), list(batches))
+
+  def test_worker_processes_change_nothing(self):
+    one, other = (
+      list(eval_batches(Pictures(9), RANDOM, batch_size=4, num_workers=w)) for w in (0, 1)
+    )
+    assert_same(one, other)
+
+
+class TestCorrupt:
+  def test_stops_and_names_the_example(self):
+    with pytest.raises(CorruptExampleError) as error:
+      take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0)
+    assert "pictures/7.png" in str(error.value)
+    assert "on_corrupt='skip'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+  def test_stops_from_a_worker_process(self):
+    with pytest.raises(CorruptExampleError, match="pictures/7.png"):
+      take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0, num_workers=1)
+
+  @pytest.mark.parametrize("workers", [0, 2])
+  def test_skips_names_once_and_counts(self, workers, caplog):
+    source = Pictures(10, corrupt=[7, 2])
+    options = dict(batch_size=5, seed=0, on_corrupt="skip", num_workers=workers)
+    with train_batches(source, PLAIN, **options) as batches:
+      labels = np.stack([next(batches)["label"] for _ in range(6)]).reshape(3, 10)
+    assert not np.isin(labels, [2, 7]).any()
+    assert set(batches.skipped) == {"pictures/2.png", "pictures/7.png"}
+    assert min(batches.skipped.values()) >= 3  # once an epoch, or more where one replaced the other
+    assert batches.num_skipped == sum(batches.skipped.values())
+    named = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
+    assert len(named) == 2
+
+  def test_replacements_do_not_depend_on_hosts_workers_or_the_start(self):
+    source = Pictures(10, corrupt=[7, 2])
+    options = dict(batch_size=4, seed=0, on_corrupt="skip")
+    whole = take(6, source, RANDOM, **options)
+    assert_same(take(2, source, RANDOM, **options, start_step=4), whole[4:])
+    hosts = [
+      take(6, source, RANDOM, **options, process_index=p, process_count=2, num_workers=p)
+      for p in range(2)
+    ]
+    assert_same(joined(hosts), whole)
+
+  def test_nothing_but_corrupt_examples(self):
+    with pytest.raises(CorruptExampleError, match="in a row are corrupt"):
+      take(1, Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, seed=0, on_corrupt="skip")
+    batches = eval_batches(Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, on_corrupt="skip")
+    with pytest.raises(CorruptExampleError, match="the first 3 examples"):
+      list(batches)
+
+  @pytest.mark.parametrize("hosts", [1, 2])
+  def test_evaluation_masks_them(self, hosts):
+    source = Pictures(9, corrupt=[0, 1, 4])
+    options = dict(batch_size=4, process_count=hosts, on_corrupt="skip")
+    iterators = [
+      iter(eval_batches(source, PLAIN, **options, process_index=p)) for p in range(hosts)
+    ]
+    whole = list(joined([list(it) for it in iterators]))
+    seen = np.concatenate([b["label"][b["mask"]] for b in whole]).tolist()
+    assert seen == [2, 3, 5, 6, 7, 8]
+    assert sum(it.num_skipped for it in iterators) == 3
+
+  def test_evaluation_stops_by_default(self):
+    with pytest.raises(CorruptExampleError, match=r"pictures/4\.png"):
+      list(eval_batches(Pictures(9, corrupt=[4]), PLAIN, batch_size=4))
+
+
+class TestErrors:
+  @pytest.mark.parametrize("labels", [[0, 1, 5], [0, -1, 1]])
+  def test_label_out_of_range(self, labels):
+    source = Pictures(3, num_classes=5, labels=labels)
+    bad = next(label for label in labels if not 0 <= label < 5)
+    for batches in (
+      train_batches(source, PLAIN, batch_size=3, seed=0),
+      iter(eval_batches(source, PLAIN, batch_size=3)),
+    ):
+      with pytest.raises(ValueError, match=r"pictures/[12]\.png has label") as error:
+        next(batches)
+      assert f"has label {bad}, expected 0..4 (num_classes=5)" in str(error.value)
+
+  def test_num_classes_of_the_model_counts(self):
+    with pytest.raises(ValueError, match=r"expected 0\.\.1 \(num_classes=2\)"):
+      take(1, Pictures(9), PLAIN, batch_size=9, seed=0, num_classes=2)
+
+  def test_examples_of_different_shapes(self, class_folders):
+    source = load_source(f"folder:{class_folders}", "train")
+    with pytest.raises(ValueError, match="'image' has different shapes.*resize"):
+      take(1, source, (), batch_size=8, seed=0)
+
+  def test_several_labels_need_multi_hot(self, prepared):
+    source = load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="labels")
+    with pytest.raises(ValueError, match="'label' has different shapes.*multi_hot"):
+      take(1, source, PLAIN, batch_size=8, seed=0)
+    many = (*PLAIN, *build_transforms([dict(name="multi_hot", num_classes=5)]))
+    batch = take(1, source, many, batch_size=20, seed=0)[0]
+    assert batch["label"].dtype == np.float32
+    assert batch["label"].sum() == 4 * (0 + 1 + 2 + 3 + 4)
+
+  def test_error_in_a_transform_names_the_example(self):
+    crop = build_transforms([dict(name="central_crop", size=99)])
+    with pytest.raises(ValueError, match=r"pictures/\d\.png: cannot crop 99x99"):
+      take(1, Pictures(8), crop, batch_size=4, seed=0)
+
+  @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+      (dict(batch_size=5, process_count=2), "batch_size 5 is not a positive multiple of the 2"),
+      (dict(batch_size=0), "batch_size 0 is not a positive multiple"),
+      (dict(batch_size=4, process_index=2, process_count=2), "process_index 2 is not one of 2"),
+      (dict(batch_size=4, on_corrupt="skpi"), "did you mean 'skip'"),
+    ],
+  )
+  def test_arguments(self, options, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+      train_batches(Pictures(4), PLAIN, seed=0, **options)
+    assert message in str(error.value)
+
+  def test_empty_source(self):
+    with pytest.raises(ValueError, match="pictures holds no example"):
+      train_batches(Pictures(0), PLAIN, batch_size=4, seed=0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_demo_goes_through_the_same_pipeline(workers):
+  source = load_source("demo:photos", "train")
+  transforms = build_transforms(
+    [dict(name="random_resized_crop", size=32), dict(name="random_flip")]
+  )
+  with train_batches(source, transforms, batch_size=16, seed=0, num_workers=workers) as batches:
+    images = [batch["image"] for batch in itertools.islice(batches, 3)]
+  assert all(image.shape == (16, 32, 32, 3) for image in images)
+  assert np.std(images) > 20
+
+
+def test_worker_processes_start_no_accelerator_and_end_quietly(tmp_path):
+  """Grain imports jax where it can, but no backend comes up, and nothing is left on stderr."""
+  script = tmp_path / "script.py"
+  script.write_text(
+    """
+import sys
+import numpy as np
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.pipeline import train_batches
+
+def look(example, rng):
+  bridge = sys.modules.get("jax._src.xla_bridge")
+  return {"started": np.int32(bool(bridge and bridge.backends_are_initialized()))}
+
+def main():
+  source = load_source("demo:digits", "train")
+  with train_batches(source, (look,), batch_size=4, seed=0, num_workers=1) as batches:
+    print(next(batches)["started"].tolist())
+
+if __name__ == "__main__":
+  main()
+"""
+  )
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+  command = [sys.executable, str(script)]
+  done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+  assert done.stdout.strip() == "[0, 0, 0, 0]"
+  assert "Error" not in done.stderr

@@ -1,0 +1,136 @@
+import importlib.util
+import json
+import pickle
+
+import pytest
+
+from vit_jax_zoo.data import prepare, tfrecord
+from vit_jax_zoo.data.sources import load_source
+
+
+def contents(source):
+  return [(source[i]["image"], source[i]["label"]) for i in range(len(source))]
+
+
+class TestTFRecord:
+  @pytest.mark.parametrize("split", ["train", "test", "train[3:7]"])
+  def test_reads_what_array_record_holds(self, prepared, prepared_as_tfrecord, split):
+    one, other = (
+      load_source("tfds:tiny", split, data_dir=str(d)) for d in (prepared, prepared_as_tfrecord)
+    )
+    assert contents(one) == contents(other)
+    assert one.info == other.info
+
+  def test_travels_by_pickle(self, prepared_as_tfrecord):
+    source = load_source("tfds:tiny", "train", data_dir=str(prepared_as_tfrecord))
+    first = source[0]["image"]
+    assert pickle.loads(pickle.dumps(source))[0]["image"] == first
+
+  def test_several_files_in_any_order(self, tmp_path):
+    for name, records in (("a", [b"one", b"", b"three"]), ("b", [b"four"])):
+      framed = (len(r).to_bytes(8, "little") + b"crc." + r + b"crc." for r in records)
+      (tmp_path / name).write_bytes(b"".join(framed))
+    files = tfrecord.TFRecordFiles([tmp_path / "a", tmp_path / "b"], [3, 1], bytes.decode)
+    assert [files[i] for i in (3, 1, 0, 2)] == ["four", "", "one", "three"]
+    assert len(files) == 4
+
+  def test_truncated_file(self, tmp_path):
+    path = tmp_path / "short"
+    path.write_bytes((3).to_bytes(8, "little") + b"crc." + b"one" + b"crc." + b"\5\0\0")
+    with pytest.raises(ValueError, match="ends in the middle of a record, at byte 22"):
+      list(tfrecord.read_records(str(path)))
+    with pytest.raises(ValueError, match="holds 1 whole records, and dataset_info.json says 2"):
+      tfrecord.TFRecordFiles([path], [2], bytes.decode)[0]
+
+
+class TestConvert:
+  def test_gives_the_same_dataset(self, prepared, prepared_as_tfrecord, tmp_path, capsys):
+    source = prepared_as_tfrecord / "tiny" / "1.2.0"
+    prepare.main([f"--from_tfrecord={source}", f"--data_dir={tmp_path}"])
+    assert "GiB" in capsys.readouterr().err
+    info = json.loads((tmp_path / "tiny" / "1.2.0" / "dataset_info.json").read_text())
+    assert info["fileFormat"] == "array_record"
+    for split in ("train", "test"):
+      new, old = (load_source("tfds:tiny", split, data_dir=str(d)) for d in (tmp_path, prepared))
+      assert contents(new) == contents(old)
+    with pytest.raises(SystemExit, match="is already there"):
+      prepare.main([f"--from_tfrecord={source}", f"--data_dir={tmp_path}"])
+
+  def test_goes_on_after_an_interruption(self, prepared_as_tfrecord, tmp_path, monkeypatch):
+    source = prepared_as_tfrecord / "tiny" / "1.2.0"
+    converted = []
+    convert = prepare._convert_shard
+
+    def die_at_the_second(shard, new):
+      if len(converted) == 1:
+        raise KeyboardInterrupt
+      converted.append(shard.name)
+      convert(shard, new)
+
+    monkeypatch.setattr(prepare, "_convert_shard", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+      prepare.convert_tfrecord(str(source), tmp_path)
+    assert not (tmp_path / "tiny" / "1.2.0").exists()
+    again = []
+    monkeypatch.setattr(
+      prepare, "_convert_shard", lambda s, n: (again.append(s.name), convert(s, n))
+    )
+    prepare.convert_tfrecord(str(source), tmp_path)
+    assert len(again) == 1
+    assert again != converted
+    assert len(load_source("tfds:tiny", "train", data_dir=str(tmp_path))) == 20
+
+  def test_missing_records(self, prepared_as_tfrecord, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (prepared_as_tfrecord / "tiny" / "1.2.0").iterdir():
+      data = file.read_bytes()
+      (broken / file.name).write_bytes(b"" if "test.tfrecord" in file.name else data)
+    with pytest.raises(ValueError, match="holds 20 records, and dataset_info.json says 26"):
+      prepare.convert_tfrecord(str(broken), tmp_path)
+
+  def test_not_tfrecord(self, prepared, tmp_path):
+    with pytest.raises(SystemExit, match="holds array_record files, expected tfrecord"):
+      prepare.main([f"--from_tfrecord={prepared}/tiny/1.2.0", f"--data_dir={tmp_path}"])
+
+
+class TestFolder:
+  def test_gives_the_same_examples_in_the_same_order(self, class_folders, tmp_path):
+    prepare.main([f"--from_folder={class_folders}", "--dataset=zoo", f"--data_dir={tmp_path}"])
+    for split in ("train", "test"):
+      packed = load_source("tfds:zoo", split, data_dir=str(tmp_path))
+      loose = load_source(f"folder:{class_folders}", split)
+      assert contents(packed) == contents(loose)
+      assert packed.info.class_names == ("ant", "bee", "cow")
+
+  def test_bad_name(self, class_folders, tmp_path):
+    with pytest.raises(SystemExit, match="cannot name a dataset"):
+      prepare.main([f"--from_folder={class_folders}", "--dataset=My Zoo", f"--data_dir={tmp_path}"])
+
+
+def test_says_that_tensorflow_is_missing(monkeypatch, tmp_path):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit) as stopped:
+    prepare.main(["--dataset=imagenet2012", f"--data_dir={tmp_path}"])
+  message = str(stopped.value)
+  assert "pip install 'vit_jax_zoo[prepare]'" in message
+  assert "\n" not in message
+
+
+def test_unknown_dataset_names_the_nearest(monkeypatch, tmp_path):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+  with pytest.raises(
+    ValueError, match="TFDS knows no dataset 'imagenet201'; nearest: imagenet2012"
+  ):
+    prepare.prepare_tfds("imagenet201", tmp_path)
+
+
+def test_not_enough_room(tmp_path):
+  with pytest.raises(ValueError, match="has not enough room for huge; choose another --data_dir"):
+    prepare._check_disk("huge", tmp_path, 2**60)
+
+
+def test_which_dataset(capsys):
+  with pytest.raises(SystemExit):
+    prepare.main([])
+  assert "which dataset?" in capsys.readouterr().err

@@ -1,0 +1,260 @@
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import logging
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data import demos
+from vit_jax_zoo.data.base import DatasetInfo, Source, select_split
+from vit_jax_zoo.data.images import decode_image
+from vit_jax_zoo.data.sources import load_source
+
+
+class Numbers(Source):
+  def __init__(self, count, name="numbers"):
+    self.info = DatasetInfo(name, count, 10)
+
+  def __getitem__(self, index):
+    return {"label": index}
+
+  def example_name(self, index):
+    return f"number {index}"
+
+
+def labels(split, counts):
+  splits = {name: lambda n=n: Numbers(n) for name, n in counts.items()}
+  source = select_split(splits, split, "numbers")
+  assert len(source) == source.info.num_examples
+  return [source[i]["label"] for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+  ("split", "expected"),
+  [
+    ("train", range(200)),
+    ("train[:3]", range(3)),
+    ("train[197:]", range(197, 200)),
+    ("train[-2:]", range(198, 200)),
+    ("train[10:12]", (10, 11)),
+    ("train[99%:]", (198, 199)),
+    ("train[:1%]+test[4:]", (0, 1, 4, 5, 6)),
+    ("minival", (198, 199)),
+    ("minitrain", range(198)),
+    ("test[:50%]", range(4)),
+  ],
+)
+def test_splits(split, expected):
+  assert labels(split, {"train": 200, "test": 7}) == list(expected)
+
+
+def test_percentages_partition_a_split():
+  parts = [labels(f"train[{p}%:{p + 10}%]", {"train": 57}) for p in range(0, 100, 10)]
+  assert sum(parts, []) == list(range(57))
+
+
+@pytest.mark.parametrize(
+  ("split", "message"),
+  [
+    ("trian", "unknown split 'trian'; did you mean 'train'"),
+    ("train[:5", "cannot read the split"),
+    ("train[5:5]", "holds no example"),
+  ],
+)
+def test_wrong_splits_are_one_line(split, message):
+  with pytest.raises(ValueError, match="numbers") as error:
+    labels(split, {"train": 10})
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_index_out_of_range():
+  source = select_split({"train": lambda: Numbers(5)}, "train[2:4]", "numbers")
+  with pytest.raises(IndexError, match="2 examples"):
+    source[2]
+  assert source.example_name(1) == "number 3"
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("dmeo:digits", {}, "did you mean 'demo'"),
+    ("demo:digit", {}, "unknown demo 'digit'; did you mean 'digits'"),
+    ("demo", {}, "says nothing after its kind"),
+    ("tfds:x", {"datadir": "/"}, "did you mean 'data_dir'"),
+  ],
+)
+def test_wrong_names_are_one_line(name, options, message):
+  with pytest.raises(ValueError) as error:  # noqa: PT011  (the message is looked at below)
+    load_source(name, "train", **options)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+class TestDemos:
+  def test_digits(self):
+    train, test = (load_source("demo:digits", split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.info.class_names == tuple("0123456789")
+    counts = np.bincount([test[i]["label"] for i in range(360)])
+    assert counts.min() >= 34  # stratified
+    assert counts.max() <= 37
+
+  def test_digits_are_scikit_learns(self):
+    from sklearn.datasets import load_digits
+
+    sources = [load_source("demo:digits", split) for split in ("train", "test")]
+    examples = [source[i] for source in sources for i in range(len(source))]
+    ours = sorted((e["label"], decode_image(e["image"])[..., 0].tobytes()) for e in examples)
+    pixels, targets = load_digits(return_X_y=True)
+    pixels = np.round(pixels * 255 / 16).astype(np.uint8)
+    assert ours == sorted((int(t), p.tobytes()) for p, t in zip(pixels, targets, strict=True))
+
+  def test_photos(self):
+    train, test = (load_source("demo:photos", split) for split in ("train", "test"))
+    assert train.info.num_classes == len(demos.PHOTOS) == 10
+    assert {test[i]["label"] for i in range(len(test))} == set(range(10))
+    assert decode_image(train[0]["image"]).shape == (64, 64, 3)
+    assert 0.19 < len(test) / (len(test) + len(train)) < 0.21
+    for name in demos.PHOTOS:
+      assert demos.read_photo(name).std() > 20, name
+
+  def test_many_processes_prepare_at_once(self, tmp_path):
+    program = (
+      "from vit_jax_zoo.data.sources import load_source; s = load_source('demo:digits', 'test'); "
+      "print(sum(s[i]['label'] for i in range(len(s))))"
+    )
+    env = {**os.environ, "VIT_JAX_ZOO_CACHE": str(tmp_path)}
+    command = [sys.executable, "-W", "error", "-c", program]
+    runs = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(2)]
+    said = {run.communicate()[0] for run in runs}
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(said) == 1
+    assert os.listdir(tmp_path / "demos" / "digits") == ["1.0.0"]
+
+  def test_unwritable_cache(self, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="set VIT_JAX_ZOO_CACHE"):
+      load_source("demo:digits", "train")
+
+
+class TestFolder:
+  def test_split_by_hash(self, class_folders):
+    parts = {s: load_source(f"folder:{class_folders}", s) for s in ("train", "test", "all")}
+    names = {k: [s.example_name(i) for i in range(len(s))] for k, s in parts.items()}
+    assert len(names["all"]) == 60
+    assert sorted(names["train"] + names["test"]) == sorted(names["all"])
+    assert 1 <= len(names["test"]) <= 12
+    assert parts["all"].info.class_names == ("ant", "bee", "cow")
+    for i in range(60):
+      folder = os.path.basename(os.path.dirname(names["all"][i]))
+      assert parts["all"].info.class_names[parts["all"][i]["label"]] == folder
+    assert {parts["all"][i]["label"] for i in range(10)} == {0, 1, 2}  # classes are mixed
+
+  def test_split_does_not_change(self, class_folders, tmp_path):
+    def members(root, split):
+      source = load_source(f"folder:{root}", split)
+      return [os.path.relpath(source.example_name(i), root) for i in range(len(source))]
+
+    before = {split: members(class_folders, split) for split in ("train", "test")}
+    assert before["test"][0] == "cow/26.jpg"  # on every machine
+    moved = tmp_path / "moved"
+    shutil.copytree(class_folders, moved)
+    for i in range(20):
+      (moved / "ant" / f"new{i}.jpg").write_bytes(b"")
+    for split, files in before.items():
+      assert [f for f in members(moved, split) if "new" not in f] == files
+
+  def test_counts_what_it_ignores(self, class_folders, caplog):
+    logging.set_verbosity(logging.INFO)
+    with caplog.at_level("INFO"):
+      load_source(f"folder:{class_folders}", "train")
+    assert "ignored 1 files" in caplog.text
+
+  def test_given_split_folders(self, tmp_path):
+    for path in ("train/x/1.png", "train/y/2.png", "val/y/3.png"):
+      (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / path).write_bytes(encode(photo(8, 8), "PNG"))
+    train, val = (load_source(f"folder:{tmp_path}", split) for split in ("train", "val"))
+    assert (len(train), len(val)) == (2, 1)
+    assert val[0]["label"] == 1
+    assert val.example_name(0) == str(tmp_path / "val" / "y" / "3.png")
+    with pytest.raises(ValueError, match="unknown split 'test'.*Known: train, val"):
+      load_source(f"folder:{tmp_path}", "test")
+
+  def test_class_order_can_be_given(self, class_folders, tmp_path):
+    (tmp_path / "names.txt").write_text("dog\ncow\nbee\nant\n")
+    names = str(tmp_path / "names.txt")
+    source = load_source(f"folder:{class_folders}", "all", class_names=names)
+    assert source.info.num_classes == 4
+    assert {source[i]["label"] for i in range(60)} == {1, 2, 3}
+    with pytest.raises(ValueError, match="cow is not one of the 2 class_names"):
+      load_source(f"folder:{class_folders}", "all", class_names=["ant", "bee"])
+
+  def test_errors(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a folder; expected one folder for each"):
+      load_source(f"folder:{tmp_path}/none", "train")
+    with pytest.raises(ValueError, match="holds no images in class folders"):
+      load_source(f"folder:{tmp_path}", "train")
+
+
+class TestTfds:
+  def test_by_name_version_and_path(self, prepared):
+    sources = [
+      load_source("tfds:tiny", "train", data_dir=str(prepared)),
+      load_source("tfds:tiny:1.2.0", "train", data_dir=str(prepared)),
+      load_source(f"tfds:{prepared}/tiny/1.2.0", "train"),
+    ]
+    for source in sources:
+      assert len(source) == 20
+      assert source.info.class_names == ("a", "b", "c", "d", "e")
+      assert [source[i]["label"] for i in range(20)] == [sources[0][i]["label"] for i in range(20)]
+      assert set(source[0]) == {"image", "label"}
+      assert isinstance(source[0]["image"], bytes)
+    assert sources[0].example_name(3) == "tfds:tiny train[3]"
+
+  def test_environment_names_the_data_dir(self, prepared, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+    assert len(load_source("tfds:tiny", "test[:4]")) == 4
+
+  def test_several_labels(self, prepared):
+    source = load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="labels")
+    counts = sorted(len(source[i]["label"]) for i in range(20))
+    assert counts == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert all(source[i]["label"].dtype == np.int32 for i in range(20))
+    assert source.info.num_classes == 5
+
+  def test_missing_dataset_says_how_to_get_it(self, prepared):
+    with pytest.raises(FileNotFoundError) as error:
+      load_source("tfds:imagenet2012", "train", data_dir=str(prepared))
+    message = str(error.value)
+    assert "\n" not in message
+    command = "python -m vit_jax_zoo.data.prepare --dataset=imagenet2012 --data_dir="
+    assert command + str(prepared) in message
+    assert "demo:digits" in message
+
+  def test_missing_version_lists_those_there(self, prepared):
+    with pytest.raises(FileNotFoundError, match=r"there: 1\.2\.0"):
+      load_source("tfds:tiny:9.9.9", "train", data_dir=str(prepared))
+
+  def test_wrong_feature(self, prepared):
+    with pytest.raises(ValueError, match="no feature 'lable'; it has file_name, image, label"):
+      load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="lable")
+
+  def test_path_that_is_no_dataset(self, prepared):
+    with pytest.raises(FileNotFoundError, match="give the innermost folder"):
+      load_source(f"tfds:{prepared}/tiny", "train")
+
+
+def test_sources_and_transforms_load_neither_jax_nor_tensorflow():
+  """Grain imports jax where it is installed, for its trees; nothing of ours does."""
+  program = (
+    "import sys, vit_jax_zoo.data.sources, vit_jax_zoo.data.transforms, vit_jax_zoo.data.prepare\n"
+    "from vit_jax_zoo.data.sources import load_source; load_source('demo:digits', 'test')[0]\n"
+    "sys.exit(' '.join(m for m in ('jax', 'flax', 'tensorflow', 'torch') if m in sys.modules) or None)"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True)
