@@ -1,5 +1,6 @@
 """The lambda layer as a module: projections, norms, embeddings. arXiv:2102.08602, section 3."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -42,7 +43,7 @@ class LambdaLayer(nn.Module):
       embeddings N(0, 1)) or "timm" (projections N(0, 1 / d), a scope's embeddings N(0, 1 / k), a
       global table's deviation 0.02).
     implementation: of the position lambdas; see `ops.lambda_op.choose_implementation`.
-    norm: makes a norm; called with `name`.
+    norm: makes a norm, called with `name`; None: a batch norm.
     dtype: of projections and output. Softmax and lambdas are float32.
   """
 
@@ -57,7 +58,7 @@ class LambdaLayer(nn.Module):
   pool_size: int = 3
   initialization: str = "paper"
   implementation: Implementation = "auto"
-  norm: Callable[..., nn.Module] = BatchNorm
+  norm: Callable[..., nn.Module] | None = None
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -91,8 +92,7 @@ class LambdaLayer(nn.Module):
     )
     self.sow("intermediates", "content_lambda", result.content_lambda)
     self.sow("intermediates", "position_lambda", result.position_lambda)
-    y = result.output.reshape(*result.output.shape[:3], dim_out).astype(self.dtype)
-    y = self._pool(y)
+    y = self._pool(result.output.reshape(*result.output.shape[:3], dim_out)).astype(self.dtype)
     self.sow("intermediates", "output", y)
     return y
 
@@ -109,8 +109,9 @@ class LambdaLayer(nn.Module):
       name="qkv",
     )
     queries, keys, values = jnp.split(projection(x), (sizes[0], sizes[0] + sizes[1]), axis=-1)
-    queries = self.norm(name="query_norm")(queries, train=train)
-    values = self.norm(name="value_norm")(values, train=train)
+    norm = self.norm or functools.partial(BatchNorm, dtype=self.dtype)
+    queries = norm(name="query_norm")(queries, train=train)
+    values = norm(name="value_norm")(values, train=train)
     grid = x.shape[:3]
     return (
       queries.reshape(*grid, self.num_heads, self.dim_k),

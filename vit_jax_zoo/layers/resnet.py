@@ -146,6 +146,7 @@ class Stem(nn.Module):
       x = conv(x, train=train)
     if self.kind != "deep_strided":
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    self.sow("intermediates", "output", x)
     return x
 
 
@@ -214,7 +215,8 @@ class Bottleneck(nn.Module):
       return x
     stride = self.stride
     if self.shortcut == "avg_pool" and stride > 1:
-      x = nn.avg_pool(x, (stride,) * 2, (stride,) * 2, "SAME", count_include_pad=False)
+      pooled = nn.avg_pool(x, (stride,) * 2, (stride,) * 2, "SAME", count_include_pad=False)
+      x = pooled.astype(x.dtype)
       stride = 1
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
@@ -285,12 +287,11 @@ class ResNet(nn.Module):
     self, images: Float[Array, "b h w c"], *, train: bool
   ) -> dict[str, Float[Array, "b _ _ _"]]:
     """Does the work of `__call__`, for subclasses that go on from the features."""
-    self._check_resnet()
+    self.check()
     make_norm = self._norm_factory()
     x = shard_batch(images.astype(self.dtype))
     stem = Stem(self.stem, self.stem_width, make_norm, self.activation, self.dtype, name="stem")
     x = stem(x, train=train)
-    self.sow("intermediates", "stem", x)
     rates = iter(drop_path_rates(self.drop_path_rate, sum(self.blocks)))
     features = {}
     for stage, strides in zip(STAGES, self._strides(), strict=True):
@@ -340,7 +341,8 @@ class ResNet(nn.Module):
       self.norm, momentum=self.norm_momentum, epsilon=self.norm_epsilon, dtype=self.dtype
     )
 
-  def _check_resnet(self) -> None:
+  def check(self) -> None:
+    """Raises ValueError for fields that are unknown or do not fit together."""
     for field, known in (("stem", STEMS), ("shortcut", SHORTCUTS), ("activation", ACTIVATIONS)):
       if getattr(self, field) not in known:
         raise ValueError(unknown_name(field, getattr(self, field), known))

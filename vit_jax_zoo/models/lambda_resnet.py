@@ -158,7 +158,6 @@ class LambdaResNet(ResNet):
       `features` [b d], the average over positions, and `logits` [b num_classes] unless
       `num_classes` is None; float32.
     """
-    self._check_lambda_blocks()
     x = self.pyramid(images, train=train)["c5"]
     self.sow("intermediates", "c5", x)
     features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
@@ -181,7 +180,9 @@ class LambdaResNet(ResNet):
       return LambdaBottleneck(**fields, lambda_fields=self.lambda_layer)
     return Bottleneck(**fields)
 
-  def _check_lambda_blocks(self) -> None:
+  def check(self) -> None:
+    """Raises ValueError for fields that are unknown or do not fit together."""
+    super().check()
     if self.num_classes is not None and self.num_classes < 1:
       raise ValueError(
         f"num_classes must be positive, not {self.num_classes}; None leaves out the head"

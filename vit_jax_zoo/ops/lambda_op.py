@@ -89,7 +89,7 @@ def lambda_layer(
     return LambdaOutput(output.astype(queries.dtype), content, None)
   position = position_lambda(values, embeddings, mask=mask, implementation=implementation)
   if bias is not None:
-    position += bias.astype(position.dtype)[:, None]
+    position += bias.astype(position.dtype).reshape(1, 1, 1, -1, 1)
   output = output.astype(position.dtype) + _apply(queries, position)
   return LambdaOutput(output.astype(queries.dtype), content, position)
 
