@@ -282,6 +282,7 @@ def _kill_while_saving(workdir, after, delay):
     process.wait()
   finally:
     process.kill()
+    process.wait()
     process.stdout.close()
 
 
