@@ -111,7 +111,7 @@ def create_optimizer(
   ...   dict(name="adamw", learning_rate=1e-3, rules=[(".*/bias", dict(frozen=True))]),
   ...   {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}, num_steps=10)
   >>> optimizer.frozen
-  {'head': {'bias': True, 'kernel': False}}
+  {'head': {'kernel': False, 'bias': True}}
   """
   fields = plain(config)
   core = _create_core(fields)

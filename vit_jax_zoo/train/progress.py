@@ -176,7 +176,7 @@ class Progress:
   def line(self, step: int, metrics: Mapping[str, Any]) -> str:
     """Returns where the run is, in one line.
 
-    >>> Progress(num_steps=1200, batch_size=64).line(300, {"loss": 0.41234})
+    >>> Progress(num_steps=1200, batch_size=64, bar=False).line(300, {"loss": 0.41234})
     'step 300/1200 (25 %) loss 0.4123'
     """
     share = 100 * step // max(self.num_steps, 1)
