@@ -101,7 +101,8 @@ class Checkpointer:
     """
     if step in self._manager.all_steps():
       return False
-    _one_at_a_time(self._best)
+    # The best variables first: a run resumed from this step would not look for them again.
+    self._best.wait_until_finished()
     saved = ocp.args.Composite(
       **{
         _STATE: ocp.args.StandardSave(state),
@@ -148,7 +149,8 @@ class Checkpointer:
     if not self._is_better(score):
       return False
     self._best_score = score = float(score)
-    _one_at_a_time(self._manager)
+    if jax.process_count() > 1:  # hosts would mix up the barriers of two saves at once
+      self._manager.wait_until_finished()
     if step in self._best.all_steps():  # a repeated step came out differently
       self._best.delete(step)
     found = {"step": step, "score": score, "best_mode": self._best_mode}
@@ -237,12 +239,6 @@ def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
     f"no complete checkpoint in {root}; give a run's workdir (with {CHECKPOINTS}/ or {BEST}/), "
     "or the directory of one checkpoint"
   )
-
-
-def _one_at_a_time(other: ocp.CheckpointManager) -> None:
-  """Waits for the other manager's save: the hosts would mix up the barriers of two at once."""
-  if jax.process_count() > 1:
-    other.wait_until_finished()
 
 
 def _merit(directory: epath.Path) -> Callable[[int], float]:
