@@ -78,19 +78,17 @@ class TestTrain:
     assert_same(take(12, Pictures(30), RANDOM, batch_size=8, seed=3, num_threads=3), reference)
 
   def test_worker_processes_change_nothing(self, reference):
-    others = take(12, Pictures(30), RANDOM, batch_size=8, seed=3, num_workers=2)
-    assert_same(others, reference)
+    options = dict(batch_size=8, seed=3, start_step=5, num_workers=2)
+    assert_same(take(7, Pictures(30), RANDOM, **options), reference[5:])
 
   @pytest.mark.parametrize("step", [1, 5, 11])
   def test_resume(self, reference, step):
     options = dict(batch_size=8, seed=3, start_step=step)
     assert_same(take(12 - step, Pictures(30), RANDOM, **options), reference[step:])
 
-  def test_resume_on_two_hosts_with_workers(self, reference):
+  def test_resume_on_another_number_of_hosts(self, reference):
     options = dict(batch_size=8, seed=3, start_step=9, process_count=2)
-    parts = [
-      take(3, Pictures(30), RANDOM, **options, process_index=p, num_workers=p) for p in range(2)
-    ]
+    parts = [take(3, Pictures(30), RANDOM, **options, process_index=p) for p in range(2)]
     assert_same(joined(parts), reference[9:])
 
   def test_resuming_far_away_is_instant(self):
@@ -153,9 +151,10 @@ class TestEval:
     batches = eval_batches(Pictures(9), RANDOM, batch_size=4)
     assert_same(list(batches), list(batches))
 
+  @pytest.mark.slow
   def test_worker_processes_change_nothing(self):
     one, other = (
-      list(eval_batches(Pictures(9), RANDOM, batch_size=4, num_workers=w)) for w in (0, 1)
+      list(eval_batches(Pictures(9), RANDOM, batch_size=4, num_workers=w)) for w in (0, 2)
     )
     assert_same(one, other)
 
@@ -169,10 +168,10 @@ class TestCorrupt:
     assert "\n" not in str(error.value)
 
   def test_stops_from_a_worker_process(self):
-    with pytest.raises(CorruptExampleError, match="pictures/7.png"):
+    with pytest.raises(CorruptExampleError, match=r"pictures/7.png"):
       take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0, num_workers=1)
 
-  @pytest.mark.parametrize("workers", [0, 2])
+  @pytest.mark.parametrize("workers", [0, 1])
   def test_skips_names_once_and_counts(self, workers, caplog):
     source = Pictures(10, corrupt=[7, 2])
     options = dict(batch_size=5, seed=0, on_corrupt="skip", num_workers=workers)
@@ -185,15 +184,12 @@ class TestCorrupt:
     named = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
     assert len(named) == 2
 
-  def test_replacements_do_not_depend_on_hosts_workers_or_the_start(self):
+  def test_replacements_do_not_depend_on_hosts_or_the_start(self):
     source = Pictures(10, corrupt=[7, 2])
     options = dict(batch_size=4, seed=0, on_corrupt="skip")
     whole = take(6, source, RANDOM, **options)
     assert_same(take(2, source, RANDOM, **options, start_step=4), whole[4:])
-    hosts = [
-      take(6, source, RANDOM, **options, process_index=p, process_count=2, num_workers=p)
-      for p in range(2)
-    ]
+    hosts = [take(6, source, RANDOM, **options, process_index=p, process_count=2) for p in range(2)]
     assert_same(joined(hosts), whole)
 
   def test_nothing_but_corrupt_examples(self):
@@ -239,12 +235,12 @@ class TestErrors:
 
   def test_examples_of_different_shapes(self, class_folders):
     source = load_source(f"folder:{class_folders}", "train")
-    with pytest.raises(ValueError, match="'image' has different shapes.*resize"):
+    with pytest.raises(ValueError, match=r"'image' has different shapes.*resize"):
       take(1, source, (), batch_size=8, seed=0)
 
   def test_several_labels_need_multi_hot(self, prepared):
     source = load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="labels")
-    with pytest.raises(ValueError, match="'label' has different shapes.*multi_hot"):
+    with pytest.raises(ValueError, match=r"'label' has different shapes.*multi_hot"):
       take(1, source, PLAIN, batch_size=8, seed=0)
     many = (*PLAIN, *build_transforms([dict(name="multi_hot", num_classes=5)]))
     batch = take(1, source, many, batch_size=20, seed=0)[0]
@@ -275,13 +271,12 @@ class TestErrors:
       train_batches(Pictures(0), PLAIN, batch_size=4, seed=0)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_demo_goes_through_the_same_pipeline(workers):
+def test_demo_goes_through_the_same_pipeline():
   source = load_source("demo:photos", "train")
   transforms = build_transforms(
     [dict(name="random_resized_crop", size=32), dict(name="random_flip")]
   )
-  with train_batches(source, transforms, batch_size=16, seed=0, num_workers=workers) as batches:
+  with train_batches(source, transforms, batch_size=16, seed=0) as batches:
     images = [batch["image"] for batch in itertools.islice(batches, 3)]
   assert all(image.shape == (16, 32, 32, 3) for image in images)
   assert np.std(images) > 20

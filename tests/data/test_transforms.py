@@ -242,7 +242,7 @@ class TestBuild:
     ],
   )
   def test_errors_are_one_line(self, spec, message):
-    with pytest.raises(ValueError, match="known|needs") as error:
+    with pytest.raises(ValueError, match=r"known|needs") as error:
       build_transforms([spec])
     assert message in str(error.value)
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ import collections
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import grain
 import numpy as np
@@ -25,7 +25,7 @@ from vit_jax_zoo.ops.names import unknown_name
 
 Batch: TypeAlias = dict[str, np.ndarray]
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
-CorruptPolicy: TypeAlias = Literal["error", "skip"]
+CORRUPT_POLICIES = ("error", "skip")
 
 MAX_REPLACEMENTS = 100
 """A training example and its replacements may fail this often in a row before the run stops."""
@@ -45,7 +45,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   num_workers: int = 0,
   num_threads: int | None = None,
   num_classes: int | None = None,
-  on_corrupt: CorruptPolicy = "error",
+  on_corrupt: str = "error",
 ) -> "BatchIterator":
   """Returns the training batches of this host from `start_step` on, without end.
 
@@ -88,7 +88,7 @@ def eval_batches(  # noqa: PLR0913
   num_workers: int = 0,
   num_threads: int | None = None,
   num_classes: int | None = None,
-  on_corrupt: CorruptPolicy = "error",
+  on_corrupt: str = "error",
 ) -> "EvalBatches":
   """Returns the batches of this host that go over the source once, in its own order.
 
@@ -172,7 +172,7 @@ class _Loader:
   source: Source
   transforms: tuple[Callable[[Example, np.random.Generator], Example], ...]
   num_classes: int | None
-  on_corrupt: CorruptPolicy
+  on_corrupt: str
   replace: bool
 
   def __call__(self, index: int, rng: np.random.Generator) -> Example | _Skipped:
@@ -290,8 +290,8 @@ def _local_batch_size(
   source: Source, batch_size: int, process_index: int, process_count: int, on_corrupt: str
 ) -> int:
   """Returns the rows of one host, after checking what all hosts were given."""
-  if on_corrupt not in ("error", "skip"):
-    raise ValueError(unknown_name("policy for corrupt examples", on_corrupt, ("error", "skip")))
+  if on_corrupt not in CORRUPT_POLICIES:
+    raise ValueError(unknown_name("policy for corrupt examples", on_corrupt, CORRUPT_POLICIES))
   if len(source) == 0:
     raise ValueError(f"{source.info.name} holds no example")
   if not 0 <= process_index < process_count:

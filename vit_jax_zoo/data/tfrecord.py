@@ -60,7 +60,7 @@ class TFRecordFiles:
     return self._opened[shard]
 
   def __del__(self) -> None:
-    for file, _ in self._opened.values():
+    for file, _ in self.__dict__.get("_opened", {}).values():
       os.close(file)
 
 

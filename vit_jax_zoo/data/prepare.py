@@ -1,0 +1,239 @@
+r"""Prepares a dataset as ArrayRecord files, which training then reads by index.
+
+    python -m vit_jax_zoo.data.prepare --dataset=imagenet2012 --data_dir=... --manual_dir=...
+        as TFDS builds it, from the archives in manual_dir. Needs TensorFlow, here and only here:
+        pip install 'vit_jax_zoo[prepare]'
+    python -m vit_jax_zoo.data.prepare --from_tfrecord=.../imagenet2012/5.1.0 --data_dir=...
+        from what TFDS once prepared as TFRecord. No TensorFlow.
+    python -m vit_jax_zoo.data.prepare --from_folder=... --dataset=flowers --data_dir=...
+        from class folders, as `folder:` reads them. No TensorFlow.
+
+Then train with `source="tfds:imagenet2012"`, and `data_dir` if it is not `$TFDS_DATA_DIR`.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import rich.console
+import rich.progress
+import tensorflow_datasets as tfds
+from array_record.python import array_record_module
+
+from vit_jax_zoo.data import folder, tfds_source, tfrecord
+from vit_jax_zoo.data.base import Source
+
+_CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = None) -> pathlib.Path:
+  """Lets TFDS download (or take from `manual_dir`) and prepare a dataset, as ArrayRecord.
+
+  Returns:
+    The folder of the prepared dataset.
+
+  Raises:
+    ModuleNotFoundError: TensorFlow is not installed; TFDS writes with it.
+    ValueError: TFDS knows no such dataset, or does not find its archives.
+  """
+  known = tfds.list_builders(with_community_datasets=False)  # those ask the network
+  if re.split("[/:]", name)[0] not in known:
+    nearest = ", ".join(difflib.get_close_matches(name, known)) or "none is near"
+    raise ValueError(f"TFDS knows no dataset {name!r}; nearest: {nearest}")
+  if importlib.util.find_spec("tensorflow") is None:
+    raise ModuleNotFoundError(
+      f"preparing {name} needs TensorFlow, which reading it does not: pip install "
+      "'vit_jax_zoo[prepare]', here or in another environment"
+    )
+  try:
+    builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    _check_disk(name, data_dir, int(builder.info.dataset_size or 0))
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir)
+    builder.download_and_prepare(download_config=config)
+  except (AssertionError, FileNotFoundError) as error:
+    said = " ".join(str(error).split())
+    raise ValueError(f"TFDS could not prepare {name}: {said[:400]}") from error
+  return pathlib.Path(builder.data_dir)
+
+
+def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
+  """Rewrites a dataset that TFDS prepared as TFRecord as ArrayRecord, file by file.
+
+  An interrupted conversion goes on with the first unfinished file.
+
+  Args:
+    prepared: the folder that holds its `dataset_info.json`.
+    data_dir: where it is to lie, as `name/[config/]version`.
+
+  Returns:
+    The new folder.
+
+  Raises:
+    FileNotFoundError: `prepared` is no prepared dataset.
+    ValueError: it does not hold TFRecord files, or not as many records as it says.
+  """
+  source = tfds_source.at_path(prepared)
+  info = json.loads((source / "dataset_info.json").read_text())
+  if info.get("fileFormat", "tfrecord") != "tfrecord":
+    raise ValueError(f"{source} holds {info['fileFormat']} files, expected tfrecord")
+  target = data_dir / info["name"] / info.get("configName", "") / info["version"]
+  if target.exists():
+    raise ValueError(f"{target} is already there; remove it to convert {source} again")
+  shards = sorted(f for f in source.iterdir() if ".tfrecord" in f.name)
+  _check_disk(info["name"], data_dir, sum(f.stat().st_size for f in shards))
+
+  scratch = target.with_name(target.name + ".incomplete")
+  scratch.mkdir(parents=True, exist_ok=True)
+  records = _convert_shards(shards, scratch)
+  expected = sum(int(n) for split in info["splits"] for n in split["shardLengths"])
+  if records != expected:
+    raise ValueError(f"{source} holds {records} records, and dataset_info.json says {expected}")
+  for file in source.iterdir():
+    if file.is_file() and file not in shards:
+      shutil.copyfile(file, scratch / file.name)
+  (scratch / "dataset_info.json").write_text(json.dumps(_as_array_record(info), indent=1))
+  os.rename(scratch, target)
+  return target
+
+
+def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path:
+  """Packs class folders into ArrayRecord files, with the splits and labels that `folder:` gives.
+
+  Returns:
+    The folder of the prepared dataset.
+
+  Raises:
+    FileNotFoundError: there is no such folder.
+    ValueError: it holds no images in class folders, or `name` is no lower-case identifier.
+  """
+  if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
+  splits = {s: open_() for s, open_ in folder.open_splits(root).items() if s != "all"}
+  builder_class = type(name, (_FolderBuilder,), {"name": name}, skip_registration=True)
+  builder = builder_class(splits, data_dir=data_dir, file_format="array_record")
+  with tfds_source.quiet_progress():
+    builder.download_and_prepare()
+  return pathlib.Path(builder.data_dir)
+
+
+class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Writes sources as they are: bytes and labels, in their order, which is already shuffled."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def __init__(self, splits: dict[str, Source], **options: Any) -> None:
+    self._sources = splits
+    super().__init__(**options)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    names = next(iter(self._sources.values())).info.class_names
+    features = tfds.features.FeaturesDict(
+      {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "label": tfds.features.ClassLabel(names=names),
+      }
+    )
+    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    del dl_manager
+    return {name: self._generate_examples(source) for name, source in self._sources.items()}
+
+  def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
+    indices = range(len(source))
+    for index in rich.progress.track(indices, f"reading {source.info.name}", console=_CONSOLE):
+      yield index, source[index]
+
+
+def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int:
+  """Writes each shard anew; returns the number of records, those of earlier runs included."""
+  columns = (
+    *rich.progress.Progress.get_default_columns(),
+    rich.progress.DownloadColumn(),
+    rich.progress.TransferSpeedColumn(),
+  )
+  records = 0
+  with rich.progress.Progress(*columns, console=_CONSOLE) as progress:
+    bar = progress.add_task("converting", total=sum(s.stat().st_size for s in shards))
+    for shard in shards:
+      new = target / shard.name.replace(".tfrecord", ".array_record")
+      if not new.exists():
+        _convert_shard(shard, new)
+      reader = array_record_module.ArrayRecordReader(str(new))
+      records += reader.num_records()
+      reader.close()
+      progress.advance(bar, shard.stat().st_size)
+  return records
+
+
+def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
+  unfinished = new.with_name(new.name + ".part")
+  # group_size:1, as TFDS writes it: every record can be read alone.
+  writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+  for record in tfrecord.read_records(str(shard)):
+    writer.write(record)
+  writer.close()
+  os.rename(unfinished, new)
+
+
+def _as_array_record(info: dict[str, Any]) -> dict[str, Any]:
+  """Returns `dataset_info.json` for the same records in the other file format."""
+  splits = [
+    {
+      **split,
+      "filepathTemplate": split.get(
+        "filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+      ).replace("tfrecord", "array_record"),
+    }
+    for split in info["splits"]
+  ]
+  return {**info, "fileFormat": "array_record", "splits": splits}
+
+
+def _check_disk(name: str, data_dir: pathlib.Path, size: int) -> None:
+  data_dir.mkdir(parents=True, exist_ok=True)
+  free = shutil.disk_usage(data_dir).free
+  _CONSOLE.print(
+    f"{name}: about {size / 2**30:.1f} GiB in {data_dir} when done, {free / 2**30:.1f} GiB free "
+    "there; downloads and shuffling may need as much again for a while"
+  )
+  if size > free:
+    raise ValueError(f"{data_dir} has not enough room for {name}; choose another --data_dir")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Reads the flags, does one of the three, and says how to use the result."""
+  summary, _, usage = (__doc__ or "").partition("\n\n")
+  parser = argparse.ArgumentParser(
+    description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--dataset", help="its name in TFDS, or a name for your folder's")
+  parser.add_argument("--data_dir", default=str(tfds_source.default_data_dir()))
+  parser.add_argument("--manual_dir", help="where archives lie that TFDS may not download")
+  parser.add_argument("--from_tfrecord", help="a dataset that TFDS prepared as TFRecord")
+  parser.add_argument("--from_folder", help="a folder of class folders")
+  given = parser.parse_args(arguments)
+  if not given.dataset and not given.from_tfrecord:
+    parser.error("which dataset? Give --dataset=imagenet2012 or --from_tfrecord=<prepared folder>")
+  data_dir = pathlib.Path(given.data_dir).expanduser()
+  try:
+    if given.from_tfrecord:
+      prepared = convert_tfrecord(given.from_tfrecord, data_dir)
+    elif given.from_folder:
+      prepared = prepare_folder(given.from_folder, given.dataset, data_dir)
+    else:
+      prepared = prepare_tfds(given.dataset, data_dir, given.manual_dir)
+  except (ValueError, OSError, ModuleNotFoundError) as error:
+    raise SystemExit(f"prepare: {error}") from error
+  _CONSOLE.print(f"ready: {prepared}\nuse it as source='tfds:{prepared}'")
+
+
+if __name__ == "__main__":
+  main()
