@@ -18,12 +18,22 @@ def weights_of(name):
   return str(GOLDENS / name / "weights.npz")
 
 
+def run(loaded, images, **kwargs):
+  """Compiled, since the many small programs of an eager model take longer than one."""
+  return jax.jit(lambda v, x: loaded.model.apply(v, x, **kwargs))(loaded.variables, images)
+
+
 def flat(variables):
   return traverse_util.flatten_dict(variables["params"], sep="/")
 
 
 def image_size(config):
   return tuple(config["img_size"])
+
+
+def close(given, expected):
+  """1e-5; relative to the largest value where that is above 1, as in the ResNets' outputs."""
+  np.testing.assert_allclose(given, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
 def block_outputs(intermediates, name):
@@ -34,52 +44,42 @@ def block_outputs(intermediates, name):
   return [encoder[f"block_{i}"][name][0] for i in range(len(encoder))]
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(
+  ("name", "scan_layers"), [("vit_a", False), *((name, True) for name in PLAIN)]
+)
 def test_golden_parity(name, scan_layers, load_golden):
   config, inputs, outputs = load_golden(name)
   size = image_size(config)
   loaded = load_pretrained(
     weights_of(name), source_image_size=size, image_size=size, scan_layers=scan_layers
   )
-  out, state = loaded.model.apply(loaded.variables, inputs["image"], mutable="intermediates")
+  out, state = run(loaded, inputs["image"], mutable="intermediates")
   seen = state["intermediates"]
-  np.testing.assert_allclose(seen["patches"][0], outputs["embedding"], atol=1e-5, rtol=1e-5)
-  np.testing.assert_allclose(seen["embedded"][0], outputs["posembed_out"], atol=1e-5)
+  close(seen["patches"][0], outputs["embedding"])
+  close(seen["embedded"][0], outputs["posembed_out"])
   for i, output in enumerate(block_outputs(seen, "output")):
-    np.testing.assert_allclose(output, outputs[f"block_{i}"], atol=1e-5)
+    close(output, outputs[f"block_{i}"])
   attention = block_outputs(seen, "attention_output")[0]
-  np.testing.assert_allclose(
-    attention, outputs["block_0.MultiHeadDotProductAttention_1"], atol=1e-5
-  )
-  np.testing.assert_allclose(
-    block_outputs(seen, "mlp_output")[0], outputs["block_0.MlpBlock_3"], atol=1e-5
-  )
-  np.testing.assert_allclose(seen["encoded"][0], outputs["encoded"], atol=1e-5)
-  np.testing.assert_allclose(seen["pooled"][0], outputs["pooled"], atol=1e-5)
+  close(attention, outputs["block_0.MultiHeadDotProductAttention_1"])
+  close(block_outputs(seen, "mlp_output")[0], outputs["block_0.MlpBlock_3"])
+  close(seen["encoded"][0], outputs["encoded"])
+  close(seen["pooled"][0], outputs["pooled"])
   np.testing.assert_allclose(out["logits"], outputs["logits"], atol=1e-4)
-  if "num_params" in config:
-    assert sum(x.size for x in jax.tree.leaves(loaded.variables)) == config["num_params"]
-
-
-@pytest.mark.parametrize("name", ["vit_hybrid_a", "vit_rstem_a"])
-def test_golden_parity_of_resnet_units(name, load_golden):
-  config, inputs, outputs = load_golden(name)
-  loaded = load_pretrained(weights_of(name))
-  _, state = loaded.model.apply(loaded.variables, inputs["image"], mutable="intermediates")
-  assert loaded.config["resnet"]["stage_sizes"] == tuple(config["resnet"]["num_layers"])
   for key, array in outputs.items():
     if key.startswith("block") and "unit" in key:
       stage, unit = (int(part[-1]) - 1 for part in key.split("."))
-      output = state["intermediates"]["resnet"][f"stage_{stage}_unit_{unit}"]["output"][0]
-      np.testing.assert_allclose(output, array, atol=1e-5 * np.abs(array).max())
+      output = seen["resnet"][f"stage_{stage}_unit_{unit}"]["output"][0]
+      close(output, array)
+  if config["resnet"]:
+    assert loaded.config["resnet"]["stage_sizes"] == tuple(config["resnet"]["num_layers"])
+  assert sum(x.size for x in jax.tree.leaves(loaded.variables)) == config["num_params"]
 
 
 @pytest.mark.parametrize("name", ["vit_posemb_a", "vit_posemb_gap_a"])
 def test_golden_parity_at_another_resolution(name, load_golden):
   config, inputs, outputs = load_golden(name)
   at_source = load_pretrained(weights_of(name))
-  logits = at_source.model.apply(at_source.variables, inputs["image_src"])["logits"]
+  logits = run(at_source, inputs["image_src"])["logits"]
   np.testing.assert_allclose(logits, outputs["logits_at_source_grid"], atol=1e-4)
 
   size = config["dst_grid"] * config["patch_size"][0]
@@ -97,7 +97,7 @@ def test_golden_parity_at_another_resolution(name, load_golden):
     assert not params["head"]["kernel"].any()
     assert "pre_logits" not in params
   params["head"] = {"kernel": inputs["head_kernel"], "bias": inputs["head_bias"]}
-  out = loaded.model.apply(loaded.variables, inputs["image_dst"])
+  out = run(loaded, inputs["image_dst"])
   np.testing.assert_allclose(out["tokens"], outputs["encoded_at_new_grid"], atol=1e-5)
   np.testing.assert_allclose(out["logits"], outputs["logits_at_new_grid"], atol=1e-4)
 
@@ -179,7 +179,7 @@ def test_big_vision_positions_have_no_row_for_the_class_token(tmp_path, load_gol
   np.savez(path, **arrays)
   loaded = load_pretrained(str(path))
   assert not loaded.model.cls_token_position
-  logits = loaded.model.apply(loaded.variables, inputs["image"])["logits"]
+  logits = run(loaded, inputs["image"])["logits"]
   np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4)
 
   again = tmp_path / "again.npz"
@@ -190,20 +190,20 @@ def test_big_vision_positions_have_no_row_for_the_class_token(tmp_path, load_gol
   # The published file, read into such a model, and the other way round.
   for source, field in ((weights_of("vit_a"), False), (str(path), True)):
     loaded = load_pretrained(source, cls_token_position=field)
-    logits = loaded.model.apply(loaded.variables, inputs["image"])["logits"]
+    logits = run(loaded, inputs["image"])["logits"]
     np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4)
 
 
 def test_load_into_fills_a_given_model_and_keeps_a_head_that_does_not_fit(load_golden):
-  config, inputs, outputs = load_golden("vit_posemb_a")
+  _, inputs, outputs = load_golden("vit_posemb_a")
   fields = load_pretrained(weights_of("vit_posemb_a")).config
   fields.update(num_classes=10, representation_size=None, head_bias_init=-3.0)
   del fields["image_size"]
   model = VisionTransformer(**fields)
-  variables = model.init(jax.random.key(0), inputs["image_dst"])
+  variables = jax.jit(model.init)(jax.random.key(0), inputs["image_dst"])
   loaded = load_into(weights_of("vit_posemb_a"), variables)
   np.testing.assert_array_equal(loaded["params"]["head"]["bias"], -3.0)
-  tokens = model.apply(loaded, inputs["image_dst"])["tokens"]
+  tokens = jax.jit(model.apply)(loaded, inputs["image_dst"])["tokens"]
   np.testing.assert_allclose(tokens, outputs["encoded_at_new_grid"], atol=1e-5)
 
   abstract = jax.eval_shape(lambda: variables)
@@ -222,7 +222,7 @@ def test_features_alone():
   images = loaded.preprocess([np.zeros((40, 50, 3), np.uint8), np.full((9, 9, 3), 255, np.uint8)])
   assert images.shape == (2, 32, 32, 3)
   assert (images.min(), images.max()) == (-1, 1)
-  out = loaded.model.apply(loaded.variables, images)
+  out = run(loaded, images)
   assert "logits" not in out
   assert out["features"].shape == (2, 64)
 
@@ -244,7 +244,7 @@ def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
 
 
 def test_errors_a_user_can_cause(tmp_path):
-  with pytest.raises(ValueError, match="there is no checkpoint at nowhere.npz"):
+  with pytest.raises(ValueError, match="there is no checkpoint at nowhere"):
     load_pretrained("nowhere.npz")
   other = tmp_path / "weights.bin"
   other.write_bytes(b"")

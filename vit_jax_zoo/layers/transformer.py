@@ -1,7 +1,7 @@
 """The pre-norm Transformer encoder, scanned or unrolled, with a ladder of rematerialisation."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
   """
 
   depth: int
-  block: dict[str, Any]
+  block: Mapping[str, Any]
   drop_path_rate: float = 0.0
   remat: str = "none"
   scan_layers: bool = True

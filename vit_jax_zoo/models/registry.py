@@ -13,6 +13,8 @@ from vit_jax_zoo.ops.names import unknown_name
 
 FAMILIES = {
   "vit": ("vit_jax_zoo.models.vit", "VisionTransformer"),
+  "lambda_resnet": ("vit_jax_zoo.models.lambda_resnet", "LambdaResNet"),
+  "igpt": ("vit_jax_zoo.models.igpt", "ImageGPT"),
 }
 """Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`."""
 

@@ -16,7 +16,7 @@ def _corner_aligned(old: int, new: int) -> np.ndarray:
   """Linear, corners on corners, as vision_transformer and big_vision (scipy.ndimage.zoom).
 
   Where the last coordinate rounds just past the edge (28 -> 14, 24 -> 42, ...), zoom fills the
-  whole last row and column with zeros. Here coordinates are clamped, and the border keeps its values.
+  whole last row and column with zeros. Here coordinates are clamped: the border keeps its values.
   """
   source = np.arange(new) * ((old - 1) / max(new - 1, 1))
   return _weights(np.clip(source, 0, old - 1), old, lambda x: np.maximum(1 - np.abs(x), 0), 1)
