@@ -130,7 +130,7 @@ def sample_distorted_box(
   """Draws (top, left, height, width) in an image of `size`; see RandomResizedCrop."""
   total = size[0] * size[1]
   for _ in range(100):
-    ratio = rng.uniform(*aspect_ratio)
+    ratio = rng.uniform(aspect_ratio[0], aspect_ratio[1])
     low, high = (round(math.sqrt(share * total / ratio)) for share in area)
     # The tallest box of this ratio that is no wider and no taller than the image.
     high = min(high, size[0], math.floor((size[1] + 0.5 - 1e-7) / ratio))
