@@ -22,7 +22,7 @@ Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 
 
 def build(arg: str | None, variants: Variants) -> ConfigDict:
-  """Returns the config that the argument asks for; without one, the first variant.
+  """Returns the whole config that the argument asks for; without one, the first variant.
 
   Raises:
     ValueError: one line, about a misspelt variant, field or value.

@@ -7,6 +7,7 @@ This is the one place that knows all the parts. What it adds of its own:
 * where a run starts: at its own last checkpoint; else from `config.init_from`; else from scratch.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -23,13 +24,13 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax_zoo.config import complete
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.base import DatasetInfo, Source
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.train import sharding
@@ -38,64 +39,14 @@ from vit_jax_zoo.train.distributed import is_primary
 from vit_jax_zoo.train.evaluate import PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
 from vit_jax_zoo.train.metric_writer import MetricWriter
-from vit_jax_zoo.train.program import Program, abstract_batch_of, build_program
+from vit_jax_zoo.train.program import Program, Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
 from vit_jax_zoo.train.state import TrainState
 
-DEFAULTS = ConfigDict(
-  {
-    "seed": 0,
-    "num_steps": None,
-    "num_epochs": None,
-    "batch_size": None,
-    "eval_batch_size": None,
-    "accumulation_steps": 1,
-    "model": {},
-    "task": {},
-    "data": {"train": {}, "eval": {}, "loader": {}},
-    "optimizer": {},
-    "ema_decay": None,
-    "sharding": {"mesh": {"data": -1}, "rules": ()},
-    "log_every": 50,
-    "eval_every": 0,
-    "checkpoint": {"every": 0, "keep": 1, "best": None},
-    "init_from": None,
-  }
-)
-"""Every field that a config may have, and what it is when the config does not set it.
+CONFIG_FILE = "config.json"
 
-batch sizes are global; `num_steps` or `num_epochs` gives the length; `data.loader` goes to both
-batch makers of `data.pipeline`; `sharding.rules` come before the model's own; `checkpoint.best` is
-"<evaluation>/<score>", by default the first evaluation and the task's best metric.
-"""
-
-
-def complete(config: ConfigDict) -> ConfigDict:
-  """Returns the config with every default filled in.
-
-  Raises:
-    ValueError: a field is unknown, or a needed one is missing.
-  """
-  whole = ConfigDict(DEFAULTS.to_dict())
-  for key, value in config.items():
-    if key not in DEFAULTS:
-      raise ValueError(unknown_name("config field", key, DEFAULTS))
-    is_section = isinstance(DEFAULTS[key], ConfigDict) and len(DEFAULTS[key])
-    if not is_section:
-      with whole.ignore_type():
-        whole[key] = value
-      continue
-    for name, entry in value.items():
-      if name not in DEFAULTS[key]:
-        raise ValueError(unknown_name(f"config field {key}.", name, DEFAULTS[key]))
-      with whole.ignore_type():
-        whole[key][name] = entry
-  for key in ("batch_size", "model", "task", "optimizer"):
-    if not whole[key]:
-      raise ValueError(f"the config does not set {key!r}")
-  if (whole.num_steps is None) == (whole.num_epochs is None):
-    raise ValueError("the config must set one of num_steps and num_epochs")
-  return whole
+HARMLESS = ("log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding")
+"""Fields that may change when a run is resumed: what it computes does not depend on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +113,14 @@ class Experiment:
     return build_program(
       self.task,
       abstract_batch_of(batch, config.batch_size),
+      Recipe(
+        optimizer=config.optimizer.to_dict(),
+        num_steps=self.num_steps,
+        accumulation_steps=config.accumulation_steps,
+        ema_decay=config.ema_decay,
+      ),
       mesh=self.mesh,
       rules=self.sharding_rules,
-      optimizer=config.optimizer.to_dict(),
-      num_steps=self.num_steps,
-      accumulation_steps=config.accumulation_steps,
-      ema_decay=config.ema_decay,
     )
 
 
@@ -228,30 +181,40 @@ class RunOptions:
   allow_config_change: bool = False
 
 
-def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOptions()) -> Outcome:  # noqa: B008 frozen
+def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOptions()) -> Outcome:
   """Trains and evaluates what the config says, from wherever the run in `workdir` had come."""
   experiment = create(config)
-  remember_config(experiment.config, workdir, allow_change=options.allow_config_change)
-  with jax.set_mesh(experiment.mesh):
+  with (
+    jax.set_mesh(experiment.mesh),
+    Checkpointer(workdir, keep=experiment.config.checkpoint.keep) as checkpointer,
+  ):
     first_batch = next(experiment.train_batches())
     program = experiment.program(first_batch)
-    checkpointer = Checkpointer(workdir, keep=experiment.config.checkpoint.keep)
+    if checkpointer.latest_step is not None and not options.allow_config_change:
+      check_config_unchanged(experiment.config, workdir)
     state = _starting_state(experiment, program, checkpointer)
-    writer = MetricWriter(workdir, resume_step=int(state.step) or None)
-    loop = _make_loop(
-      experiment, program, checkpointer, writer, options, workdir, start_step=int(state.step)
-    )
-    try:
-      if options.evaluate_only or int(state.step) == experiment.num_steps:
-        report = run_evaluations(loop.evaluations, state.variables)
-        return Outcome(state, finished=True, scores=report.scores)
-      if int(state.step) == 0:
+    step, evaluations = int(state.step), _evaluations(experiment, program)
+    if options.evaluate_only or step >= experiment.num_steps:
+      report = run_evaluations(evaluations, state.variables)
+      return Outcome(state, finished=True, scores=report.scores)
+    remember_config(experiment.config, workdir)
+    with (
+      MetricWriter(workdir, resume_step=step or None) as writer,
+      _progress(experiment, program, step) as progress,
+    ):
+      if step == 0:
         _introduce(experiment, program, writer, first_batch)
-      return loop.run(state, _global_batches(experiment, int(state.step), first_batch, options))
-    finally:
-      loop.progress.close()
-      checkpointer.close()
-      writer.close()
+      loop = Loop(
+        train_step=program.train_step,
+        evaluations=evaluations,
+        schedules=program.schedules,
+        settings=_loop_settings(experiment, options),
+        checkpointer=checkpointer,
+        writer=writer,
+        progress=progress,
+        workdir=workdir,
+      )
+      return loop.run(state, _global_batches(experiment, step, first_batch, options))
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
@@ -259,25 +222,23 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
   return json.loads(config.to_json_best_effort())
 
 
-def remember_config(config: ConfigDict, workdir: epath.Path, *, allow_change: bool) -> None:
-  """Writes the config beside the run, or checks that it is still the one the run began with.
+def check_config_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
+  """Raises ValueError if the run in `workdir` began with another config; names what differs."""
+  path = workdir / CONFIG_FILE
+  found = _differences(json.loads(path.read_text()), as_json(config)) if path.exists() else []
+  changed = [difference for difference in found if not difference.startswith(HARMLESS)]
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); name another "
+      "--workdir, or add --allow_config_change to go on with the new values"
+    )
 
-  Raises:
-    ValueError: it is another.
-  """
-  path = workdir / "config.json"
-  given = as_json(config)
-  if path.exists():
-    before = json.loads(path.read_text())
-    changed = _differences(before, given)
-    if changed and not allow_change:
-      raise ValueError(
-        f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); name another "
-        "--workdir, or add --allow_config_change to go on with the new values"
-      )
+
+def remember_config(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes the config beside the run: for `check_config_unchanged`, `predict` and people."""
   if is_primary():
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(given, indent=1, sort_keys=True) + "\n")
+    (workdir / CONFIG_FILE).write_text(json.dumps(as_json(config), indent=1, sort_keys=True) + "\n")
 
 
 def _differences(before: Any, after: Any, path: str = "") -> list[str]:
@@ -299,7 +260,7 @@ def _starting_state(
   path = experiment.config.init_from
   if not path:
     return program.initial_state(experiment.config.seed)
-  from vit_jax_zoo import weights  # noqa: PLC0415 only such runs need readers of other formats
+  from vit_jax_zoo import weights
 
   logging.info("starting from the weights in %s", path)
   return program.initial_state(
@@ -307,50 +268,45 @@ def _starting_state(
   )
 
 
-def _make_loop(
-  experiment: Experiment,
-  program: Program,
-  checkpointer: Checkpointer,
-  writer: MetricWriter,
-  options: RunOptions,
-  workdir: epath.Path,
-  start_step: int,
-) -> Loop:
+def _evaluations(experiment: Experiment, program: Program) -> dict[str, PredictionScores]:
+  return {
+    name: PredictionScores(
+      task=experiment.task,
+      predict_step=program.predict_step,
+      batches=functools.partial(experiment.eval_batches, name),
+      mesh=experiment.mesh,
+      name=name,
+    )
+    for name in experiment.eval_sources
+  }
+
+
+def _loop_settings(experiment: Experiment, options: RunOptions) -> LoopSettings:
   config = experiment.config
-  names = list(experiment.eval_sources)
-  default_best = f"{names[0]}/{experiment.task.best_metric}" if names else None
-  flops = count_flops(program.train_step, program.abstract_state, program.abstract_batch)
-  return Loop(
-    train_step=program.train_step,
-    evaluations={
-      name: PredictionScores(
-        task=experiment.task,
-        predict_step=program.predict_step,
-        batches=functools.partial(experiment.eval_batches, name),
-        mesh=experiment.mesh,
-        name=name,
-      )
-      for name in names
-    },
-    schedules=program.schedules,
-    settings=LoopSettings(
-      num_steps=experiment.num_steps,
-      log_every=config.log_every,
-      eval_every=config.eval_every,
-      checkpoint_every=config.checkpoint.every,
-      best=config.checkpoint.best or default_best,
-      profile=options.profile,
-    ),
-    checkpointer=checkpointer,
-    writer=writer,
-    progress=Progress(
+  first = next(iter(experiment.eval_sources), None)
+  return LoopSettings(
+    num_steps=experiment.num_steps,
+    log_every=config.log_every,
+    eval_every=config.eval_every,
+    checkpoint_every=config.checkpoint.every,
+    best=config.checkpoint.best or (first and f"{first}/{experiment.task.best_metric}"),
+    profile=options.profile,
+  )
+
+
+def _progress(
+  experiment: Experiment, program: Program, step: int
+) -> contextlib.AbstractContextManager[Progress]:
+  return contextlib.closing(
+    Progress(
       experiment.num_steps,
-      config.batch_size,
-      start_step=start_step,
-      flops_per_step=flops,
+      experiment.config.batch_size,
+      start_step=step,
+      flops_per_step=count_flops(
+        program.train_step, program.abstract_state, program.abstract_batch
+      ),
       devices=list(experiment.mesh.devices.flat),
-    ),
-    workdir=workdir,
+    )
   )
 
 

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from vit_jax_zoo import experiment
+from vit_jax_zoo import config, experiment
 from vit_jax_zoo.train import distributed
 from vit_jax_zoo.train.loop import Outcome
 
@@ -116,10 +116,13 @@ def _say_where(outcome: Outcome, workdir: epath.Path) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags with the configs' neighbours importable; errors leave as one line."""
+  """Parses flags; what is wrong with a config is found before absl wraps it in a traceback."""
   sys.path.insert(0, os.getcwd())  # configs import configs.common
   with _one_line_errors(show_traceback="--traceback" in argv):
-    return flags.FLAGS(argv, known_only=False)
+    given = [a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")]
+    if given:
+      config.check_overrides(config.complete(config.load(given[-1])), argv)
+    return flags.FLAGS(argv)
 
 
 @contextlib.contextmanager
@@ -130,7 +133,8 @@ def _one_line_errors(*, show_traceback: bool) -> "contextlib.Iterator[None]":
   except (ValueError, KeyError, AttributeError, OSError, ArithmeticError, flags.Error) as error:
     if show_traceback:
       traceback.print_exc()
-    text = " ".join(str(error).split())
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(message).split())
     print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
     raise SystemExit(2) from None
 

@@ -17,7 +17,7 @@ from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.train.evaluate import PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, prefetch
 from vit_jax_zoo.train.metric_writer import MetricWriter, read_metrics
-from vit_jax_zoo.train.program import abstract_batch_of, build_program
+from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
 
 SETTINGS = LoopSettings(
@@ -31,10 +31,9 @@ def make_program():
   return build_program(
     toy.Regression(),
     abstract_batch_of(batch, len(batch["x"])),
+    Recipe({"name": "adamw", "learning_rate": 1e-2}, num_steps=12),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=toy.RULES,
-    optimizer={"name": "adamw", "learning_rate": 1e-2},
-    num_steps=12,
   )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.train import toy
 from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.program import abstract_batch_of, build_program
+from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
 
@@ -17,11 +17,9 @@ def program(task, batch, *, mesh=None, optimizer=None, **kwargs):
   return build_program(
     task,
     abstract_batch_of(batch, len(batch["x"])),
+    Recipe(optimizer or ADAMW, num_steps=100, **kwargs),
     mesh=sharding.create_mesh(mesh or {"data": 1}, jax.devices()[: 1 if mesh is None else None]),
     rules=toy.RULES,
-    optimizer=optimizer or ADAMW,
-    num_steps=100,
-    **kwargs,
   )
 
 

@@ -45,7 +45,7 @@ class PredictionScores:
 
   Attributes:
     task: gives the evaluator and draws the figures.
-    predict_step: compiled, see `make_predict_step`.
+    predict_step: compiled, see `compile_predict_step`.
     batches: makes the split's batches anew: this process's part of each.
     mesh: where to predict.
     name: of the split, for progress lines.

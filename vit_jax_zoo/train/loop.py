@@ -4,9 +4,9 @@ Each step goes in one order that never changes:
 
     next batch, train, log, evaluate, checkpoint
 
-so that what is written under step N belongs to the state after N steps. The position in the data is
-a function of the step, so a run that is killed anywhere and started again repeats the lost steps and
-ends with the same bits.
+so that what is written under step N belongs to the state after N steps. The position in the data
+is a function of the step: a run that is killed anywhere and started again repeats the lost steps,
+and ends with the same bits.
 """
 
 import collections
@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.tasks.base import Mean, Variables
+from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.train.checkpoint import Checkpointer
 from vit_jax_zoo.train.evaluate import Evaluation, Report
 from vit_jax_zoo.train.metric_writer import MetricWriter
@@ -214,11 +214,13 @@ def _for_the_line(scalars: Mapping[str, float]) -> dict[str, float]:
 
 def _merged_means(history: Any) -> dict[str, float]:
   """Merges each metric over the steps; one that counted nothing is left out."""
-  merged: dict[str, Mean] = {}
+  totals: dict[str, float] = collections.defaultdict(float)
+  counts: dict[str, float] = collections.defaultdict(float)
   for metrics in history:
     for name, mean in metrics.items():
-      merged[name] = merged[name].merge(mean) if name in merged else mean
-  return {name: float(m.total / m.count) for name, m in merged.items() if m.count > 0}
+      totals[name] += float(mean.total)
+      counts[name] += float(mean.count)
+  return {name: totals[name] / count for name, count in counts.items() if count > 0}
 
 
 def _check_finite(step: int, metrics: Metrics, checkpointer: Checkpointer) -> None:
@@ -228,8 +230,8 @@ def _check_finite(step: int, metrics: Metrics, checkpointer: Checkpointer) -> No
       saved = checkpointer.latest_step
       last = "there is no checkpoint yet" if saved is None else f"the last good one is step {saved}"
       raise FloatingPointError(
-        f"{name} is {value} at step {step}; {last}. Look at learning_rate, warmup_steps, clip_norm, "
-        "bfloat16 and the labels; --overfit_one_batch tells data from model"
+        f"{name} is {value} at step {step}; {last}. Look at learning_rate, warmup_steps, "
+        "clip_norm, bfloat16 and the labels; --overfit_one_batch tells data from model"
       )
 
 

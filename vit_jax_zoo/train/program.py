@@ -25,7 +25,7 @@ from vit_jax_zoo.train.state import (
   player_params,
   state_shardings,
 )
-from vit_jax_zoo.train.step import PredictStep, make_predict_step, make_train_step
+from vit_jax_zoo.train.step import PredictStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,52 +85,57 @@ class Program:
     return jax.jit(create, out_shardings=shardings)(variables, train_rng)
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How to train.
+
+  Attributes:
+    optimizer: see `create_optimizer`; for a task of several players, one such mapping by player.
+    num_steps: the length that the schedules span.
+    accumulation_steps: see `make_train_step`.
+    ema_decay: see `make_train_step`.
+  """
+
+  optimizer: Mapping[str, Any]
+  num_steps: int
+  accumulation_steps: int = 1
+  ema_decay: float | None = None
+
+
 def build_program(
   task: Task,
   abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
+  recipe: Recipe,
   *,
   mesh: Mesh,
   rules: sharding.Rules,
-  optimizer: Mapping[str, Any],
-  num_steps: int,
-  accumulation_steps: int = 1,
-  ema_decay: float | None = None,
 ) -> Program:
   """Derives a run's program.
 
   Args:
     task: what is learned.
     abstract_batch: shapes and dtypes of a global training batch.
+    recipe: how.
     mesh: see `sharding.create_mesh`.
     rules: see `sharding`.
-    optimizer: see `create_optimizer`; for a task of several players, one such mapping by player.
-    num_steps: the length that the schedules span.
-    accumulation_steps: see `make_train_step`.
-    ema_decay: see `make_train_step`.
 
   Raises:
     ValueError: the batch does not fit the mesh, or a rule cannot apply.
   """
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
-  sharding.check_batch_size(batch_size, mesh, accumulation_steps)
+  sharding.check_batch_size(batch_size, mesh, recipe.accumulation_steps)
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(lambda: task.init(jax.random.key(0), _zeros(abstract_batch)))
-  optimizers = tuple(
-    create_optimizer(
-      optimizer if player.name is None else optimizer[player.name],
-      player_params(abstract["params"], player),
-      num_steps,
-      begin_step=player.begin_step,
-      updates_per_step=player.updates,
-    )
-    for player in task.players
-  )
-  create = functools.partial(create_state, task, optimizers, with_ema=ema_decay is not None)
+  optimizers = _create_optimizers(task, recipe, abstract["params"])
+  create = functools.partial(create_state, task, optimizers, with_ema=recipe.ema_decay is not None)
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
   shardings = state_shardings(abstract_state, rules, mesh)
   split = sharding.batch_sharding(mesh)
   train_step = make_train_step(
-    task, optimizers, accumulation_steps=accumulation_steps, ema_decay=ema_decay
+    task,
+    optimizers,
+    accumulation_steps=recipe.accumulation_steps,
+    ema_decay=recipe.ema_decay,
   )
   return Program(
     task=task,
@@ -148,8 +153,21 @@ def build_program(
       donate_argnums=0,
     ),
     predict_step=compile_predict_step(
-      make_predict_step(task), {"params": shardings.params, **shardings.model_state}, mesh
+      task.predict, {"params": shardings.params, **shardings.model_state}, mesh
     ),
+  )
+
+
+def _create_optimizers(task: Task, recipe: Recipe, params: Any) -> tuple[Optimizer, ...]:
+  return tuple(
+    create_optimizer(
+      recipe.optimizer if player.name is None else recipe.optimizer[player.name],
+      player_params(params, player),
+      recipe.num_steps,
+      begin_step=player.begin_step,
+      updates_per_step=player.updates,
+    )
+    for player in task.players
   )
 
 

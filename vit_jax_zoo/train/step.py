@@ -9,6 +9,7 @@ The step is written for the whole batch. Where its parts run, and what is summed
 derives from the shardings with which the loop compiles it.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -18,8 +19,16 @@ import optax
 from jax.sharding import PartitionSpec
 
 from vit_jax_zoo.ops.sharding import BATCH_AXES
-from vit_jax_zoo.tasks.base import Batch, LossContext, LossOutput, Mean, Player, Predictions
-from vit_jax_zoo.tasks.base import Task, Variables
+from vit_jax_zoo.tasks.base import (
+  Batch,
+  LossContext,
+  LossOutput,
+  Mean,
+  Player,
+  Predictions,
+  Task,
+  Variables,
+)
 from vit_jax_zoo.train.optimizer import Optimizer
 from vit_jax_zoo.train.state import TrainState, player_params, with_player_params
 
@@ -52,7 +61,7 @@ def make_train_step(
     for index, player in enumerate(task.players):
       for update in range(player.updates):
         rng = jax.random.fold_in(jax.random.fold_in(step_rng, index), update)
-        context = LossContext(rng, state.step, normalizers, player.name)
+        context = LossContext(rng=rng, step=state.step, normalizers=normalizers, player=player.name)
         state, opt_states[index], found = _move(
           task, player, optimizers[index], state, opt_states[index],
           _micro_batches(batch, accumulation_steps), context,
@@ -61,15 +70,12 @@ def make_train_step(
     ema_params = state.ema_params
     if ema_decay is not None:
       ema_params = optax.incremental_update(state.params, ema_params, 1.0 - ema_decay)
-    state = state.replace(step=state.step + 1, opt_state=tuple(opt_states), ema_params=ema_params)
+    state = dataclasses.replace(
+      state, step=state.step + 1, opt_state=tuple(opt_states), ema_params=ema_params
+    )
     return state, metrics
 
   return train_step
-
-
-def make_predict_step(task: Task) -> PredictStep:
-  """Returns `predict_step(variables, batch) -> predictions`, not yet compiled."""
-  return task.predict
 
 
 def _move(
@@ -94,7 +100,7 @@ def _move(
     return params, output.model_state, new_opt_state, metrics
 
   def stand_still(_: None) -> tuple[Any, Any, Any, Metrics]:
-    *_, metrics = jax.eval_shape(move, None)
+    metrics = jax.eval_shape(move, None)[-1]
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), metrics)
     return state.params, state.model_state, opt_state, nothing
 
@@ -103,7 +109,8 @@ def _move(
   else:
     outcome = move(None)
   params, model_state, opt_state, metrics = outcome
-  return state.replace(params=params, model_state=model_state), opt_state, metrics
+  state = dataclasses.replace(state, params=params, model_state=model_state)
+  return state, opt_state, metrics
 
 
 def _gradients(
@@ -125,16 +132,16 @@ def _gradients(
   def accumulate(carry: tuple[Any, Any], x: tuple[Any, Batch]) -> tuple[tuple[Any, Any], Any]:
     (grads, model_state), (index, batch) = carry, x
     rng = jax.random.fold_in(context.rng, index)
-    more, output = gradient(own, model_state, batch, context.replace(rng=rng))
+    more, output = gradient(own, model_state, batch, dataclasses.replace(context, rng=rng))
     summed = jax.tree.map(jnp.add, grads, more)
-    return (summed, output.model_state), output.replace(model_state=None)
+    return (summed, output.model_state), dataclasses.replace(output, model_state=None)
 
   zeros = jax.tree.map(jnp.zeros_like, own)
   (grads, model_state), outputs = jax.lax.scan(
     accumulate, (zeros, state.model_state), (jnp.arange(count), micro_batches)
   )
   total = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
-  return grads, total.replace(model_state=model_state)
+  return grads, dataclasses.replace(total, model_state=model_state)
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:

@@ -1,0 +1,109 @@
+"""A run that is killed anywhere ends, after the same command again, with the same bits."""
+
+import os
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests import command
+from vit_jax_zoo.train.checkpoint import find_checkpoint, restore_variables
+
+
+def final_bits(workdir):
+  directory = find_checkpoint(workdir, prefer_best=False)
+  assert directory.name == "24"
+  return restore_variables(directory)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+  output = command.run(workdir, *command.TINY)
+  return workdir, output
+
+
+def kill_once_it_trains(workdir, seed, number):
+  """Starts the command, waits until it trains, and kills it at a random moment; True if it hit."""
+  before = (workdir / "metrics.jsonl").stat().st_size if (workdir / "metrics.jsonl").exists() else 0
+  process = command.start(workdir, *command.TINY)
+  deadline = time.monotonic() + 200
+  while process.poll() is None and time.monotonic() < deadline:
+    log = workdir / "metrics.jsonl"
+    if log.exists() and log.stat().st_size != before:
+      break
+    time.sleep(0.002)
+  time.sleep(random.Random(seed).uniform(0, 0.4))  # the remaining steps take about that long
+  process.send_signal(number)
+  process.communicate(timeout=100)
+  return process.returncode
+
+
+def assert_same_run(workdir, other):
+  jax.tree.map(np.testing.assert_array_equal, final_bits(workdir), final_bits(other))
+  assert command.rows(workdir) == command.rows(other)
+
+
+def drill(workdir, undisturbed, seeds):
+  codes = [kill_once_it_trains(workdir, seed, signal.SIGKILL) for seed in seeds]
+  assert -signal.SIGKILL in codes, "every kill came too late to disturb the run"
+  command.run(workdir, *command.TINY)
+  assert_same_run(workdir, undisturbed)
+
+
+def test_killed_at_random_moments(undisturbed, tmp_path):
+  drill(tmp_path / "run", undisturbed[0], seeds=(1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 20, 4))
+def test_killed_many_times(undisturbed, tmp_path, first):
+  drill(tmp_path / "run", undisturbed[0], seeds=range(first, first + 4))
+
+
+def test_sigterm_saves_and_exits_and_the_same_command_goes_on(undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  code = kill_once_it_trains(workdir, seed=5, number=signal.SIGTERM)
+  assert code in (0, 143)  # 0: the run was quicker than the signal
+  if code == 143:
+    saved = int(find_checkpoint(workdir, prefer_best=False).name)
+    assert saved == command.rows(workdir)[-1]["step"]
+  output = command.run(workdir, *command.TINY)
+  assert "done after 24 steps: test/accuracy" in output
+  jax.tree.map(np.testing.assert_array_equal, final_bits(workdir), final_bits(undisturbed[0]))
+
+
+def test_a_finished_run_is_scored_again_and_changes_nothing(undisturbed):
+  workdir, output = undisturbed
+  before = (workdir / "metrics.jsonl").read_bytes(), sorted(os.listdir(workdir / "checkpoints"))
+  again = command.run(workdir, *command.TINY)
+  last = [line.split(maxsplit=1)[1] for line in (output, again) for line in line.splitlines()
+          if "done after" in line]  # fmt: skip
+  assert len(last) == 2
+  assert last[0] == last[1]
+  assert before == (
+    (workdir / "metrics.jsonl").read_bytes(),
+    sorted(os.listdir(workdir / "checkpoints")),
+  )
+
+
+def test_another_config_does_not_silently_take_over_a_run(undisturbed):
+  changed = "--config.optimizer.learning_rate=0.5"
+  output = command.run(undisturbed[0], *command.TINY, changed, expect=2)
+  assert "holds a run of another config (optimizer.learning_rate: 0.002 -> 0.5)" in output
+  assert "Traceback" not in output
+
+
+def test_the_end_says_what_came_out_and_where_it_lies(undisturbed):
+  workdir, output = undisturbed
+  assert "test/accuracy" in output
+  assert "ETA" in output
+  for place in ("checkpoints", "metrics.jsonl", "figures"):
+    assert str(workdir / place) in output
+    assert (workdir / place).exists()
+  assert f"tensorboard --logdir={workdir}" in output
+  assert list((workdir / "figures").glob("train_batch_*.png"))
+  assert list((workdir / "figures").glob("test_predictions_*.png"))
