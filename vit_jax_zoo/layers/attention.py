@@ -86,9 +86,11 @@ def attend_after(
   scale, length = query.shape[-1] ** -0.5, past[0].shape[1]
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   before = product("bnhd,bmhd->bhnm", query, past[0]) * scale
-  before = jnp.where(jnp.arange(length) < past_length, before, NEGATIVE)
+  filled = jnp.arange(length)[None, None, None] < past_length
+  before = jnp.where(filled, before, NEGATIVE)
   among = product("bnhd,bmhd->bhnm", query, key) * scale
-  among = jnp.where(jnp.tril(jnp.ones(among.shape[2:], dtype=bool)), among, NEGATIVE)
+  causal = jnp.tril(jnp.ones((1, 1, *among.shape[2:]), dtype=bool))
+  among = jnp.where(causal, among, NEGATIVE)
   weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1).astype(value.dtype)
   context = product("bhnm,bmhd->bnhd", weights[..., :length], past[1])
   context += product("bhnm,bmhd->bnhd", weights[..., length:], value)

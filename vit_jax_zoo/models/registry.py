@@ -15,6 +15,7 @@ FAMILIES = {
   "vit": ("vit_jax_zoo.models.vit", "VisionTransformer"),
   "lambda_resnet": ("vit_jax_zoo.models.lambda_resnet", "LambdaResNet"),
   "igpt": ("vit_jax_zoo.models.igpt", "ImageGPT"),
+  "detr": ("vit_jax_zoo.models.detr", "Detr"),
 }
 """Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`."""
 
