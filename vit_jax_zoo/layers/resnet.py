@@ -34,7 +34,7 @@ RESNET_BLOCKS = {
 STAGES = ("c2", "c3", "c4", "c5")
 """Names of the stages' outputs; `c<i>` has stride 2^i."""
 
-STEMS = ("conv7", "deep", "deep_strided", "tiered")
+STEMS = ("conv7", "deep", "deep_strided", "tiered", "conv3")
 SHORTCUTS = ("conv", "avg_pool")
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
 
@@ -106,11 +106,12 @@ class SqueezeExcite(nn.Module):
 
 
 class Stem(nn.Module):
-  """From the image to a map of a quarter of its sides.
+  """From the image to a map of a quarter of its sides ("conv3": of the same sides).
 
   Attributes:
     kind: "conv7" (7x7 and max-pool), "deep" (ResNet-D: three 3x3 and max-pool), "deep_strided"
-      (ResNet-RS: a fourth, strided 3x3 in place of the pool) or "tiered" (timm: widths growing).
+      (ResNet-RS: a fourth, strided 3x3 in place of the pool), "tiered" (timm: widths growing) or
+      "conv3" (one 3x3, for images of a few pixels).
     width: output channels.
     norm: makes a norm.
     activation: see `ConvNorm`.
@@ -132,6 +133,7 @@ class Stem(nn.Module):
       "deep": ((half, 3, 2), (half, 3, 1), (whole, 3, 1)),
       "deep_strided": ((half, 3, 2), (half, 3, 1), (whole, 3, 1), (whole, 3, 2)),
       "tiered": ((3 * whole // 8, 3, 2), (half, 3, 1), (whole, 3, 1)),
+      "conv3": ((whole, 3, 1),),
     }[self.kind]
     for index, (features, size, stride) in enumerate(layers, start=1):
       conv = ConvNorm(
@@ -144,7 +146,7 @@ class Stem(nn.Module):
         name=f"conv{index}",
       )
       x = conv(x, train=train)
-    if self.kind != "deep_strided":
+    if self.kind not in ("deep_strided", "conv3"):
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     self.sow("intermediates", "output", x)
     return x
@@ -279,7 +281,8 @@ class ResNet(nn.Module):
         must then be mutable), and blocks are dropped (drawing from the "dropout" stream).
 
     Returns:
-      "c2" to "c5", with strides 4, 8, 16 and 32 (or `output_stride`, where that is smaller).
+      "c2" to "c5", with strides 4, 8, 16 and 32 (or `output_stride`, where that is smaller; a
+      quarter of these with the stem "conv3").
     """
     return self.pyramid(images, train=train)
 
