@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.models.vit import VisionTransformer
+from vit_jax_zoo.models.vit import SHARDING_RULES, VisionTransformer
+from vit_jax_zoo.train import sharding
 
 TINY = {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "num_classes": 5}
 IMAGES = jax.random.uniform(jax.random.key(3), (2, 8, 12, 3), minval=-1, maxval=1)
@@ -14,9 +16,13 @@ def tiny(**fields):
   return VisionTransformer(**{**TINY, **fields})
 
 
+def shapes_of(model, images):
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
 def variables_of(model, images=IMAGES, seed=0):
   """Random everywhere: a head of zeros would hide what comes before it."""
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
+  shapes = shapes_of(model, images)
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
 
@@ -147,10 +153,10 @@ def test_pooling_with_a_class_token_averages_the_patches_alone():
   model = tiny(pool="mean", cls_token=True, norm_after_pool=True, num_classes=None)
   variables = variables_of(model)
   out, state = jax.jit(lambda v: model.apply(v, IMAGES, mutable="intermediates"))(variables)
-  patches = state["intermediates"]["encoded"][0][:, 1:]
+  patches = np.asarray(state["intermediates"]["encoded"][0])[:, 1:]
   pooled = patches.mean(axis=1)
   centred = pooled - pooled.mean(-1, keepdims=True)
-  scale, bias = variables["params"]["norm"]["scale"], variables["params"]["norm"]["bias"]
+  scale, bias = (np.asarray(variables["params"]["norm"][key]) for key in ("scale", "bias"))
   expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
   np.testing.assert_allclose(out["features"], expected, atol=1e-5)
   assert "logits" not in out
@@ -168,14 +174,14 @@ def test_pooling_with_a_class_token_averages_the_patches_alone():
 )
 def test_an_image_that_patches_do_not_fill(shape, message):
   with pytest.raises(ValueError, match=message):
-    tiny().init(jax.random.key(0), jnp.zeros(shape))
+    shapes_of(tiny(), jnp.zeros(shape))
 
 
 def test_a_hybrid_counts_its_stride():
   model = tiny(resnet={"stage_sizes": (1, 1, 1)}, patch_size=1)
   assert model.patch_side == 16
   with pytest.raises(ValueError, match="not a multiple of 16"):
-    model.init(jax.random.key(0), jnp.zeros((1, 24, 32, 3)))
+    shapes_of(model, jnp.zeros((1, 24, 32, 3)))
 
 
 @pytest.mark.parametrize(
@@ -190,4 +196,18 @@ def test_a_hybrid_counts_its_stride():
 )
 def test_fields_that_cannot_be(fields, message):
   with pytest.raises(ValueError, match=message):
-    tiny(**fields).init(jax.random.key(0), IMAGES)
+    shapes_of(tiny(**fields), IMAGES)
+
+
+def test_sharding_rules_split_heads_and_hidden_units():
+  mesh = sharding.create_mesh({"data": 1, "fsdp": 4, "model": 2})
+  for scan_layers in (True, False):
+    params = shapes_of(tiny(scan_layers=scan_layers), IMAGES)["params"]
+    specs = sharding.parameter_specs(params, SHARDING_RULES, mesh)
+    block = specs["encoder"]["blocks" if scan_layers else "block_1"]
+    depth = (None,) * scan_layers
+    assert block["attention"]["query"]["kernel"] == PartitionSpec(*depth, "fsdp", "model", None)
+    assert block["attention"]["out"]["kernel"] == PartitionSpec(*depth, "model", None, "fsdp")
+    assert block["mlp"]["hidden"]["kernel"] == PartitionSpec(*depth, "fsdp", "model")
+    assert block["mlp"]["out"]["kernel"] == PartitionSpec(*depth, "model", "fsdp")
+    assert block["mlp_norm"]["scale"] == PartitionSpec()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from tests.conftest import GOLDENS
 from vit_jax_zoo.ops.position_grid import METHODS, resize_position_grid
 
 
@@ -56,3 +57,14 @@ def test_errors():
     resize_position_grid(table(2, 2), (2, 2), (3, 3), "bicubicc")
   with pytest.raises(ValueError, match="has 4 rows, but a 3 x 2 grid has 6"):
     resize_position_grid(table(2, 2), (3, 2), (3, 3))
+
+
+@pytest.mark.parametrize(
+  ("method", "source"),
+  [("linear", "timm"), ("bicubic_antialias", "timm"), ("bicubic", "hugging_face")],
+)
+def test_golden_parity_with_timm_and_hugging_face(method, source):
+  """Tables of 4 x 4 tokens that timm 1.0.31 and transformers 5.23 made into 6 x 6."""
+  tables = np.load(GOLDENS / "position_grid" / "tables.npz")
+  given = resize_position_grid(tables[source], (4, 4), (6, 6), method)
+  np.testing.assert_allclose(given, tables[method], atol=1e-6)
