@@ -1,0 +1,93 @@
+"""Several processes on one machine compute what one process computes."""
+
+import json
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from tests import command
+from vit_jax_zoo.train.checkpoint import restore_variables
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(("localhost", 0))
+    return listener.getsockname()[1]
+
+
+def run_processes(workdir, count, *arguments, devices_each=1, timeout=300):
+  """Starts `count` processes of one run; returns what each printed."""
+  coordinator = f"--coordinator=localhost:{free_port()}"
+  processes = [
+    command.start(
+      workdir,
+      *arguments,
+      coordinator,
+      f"--num_processes={count}",
+      f"--process_id={i}",
+      num_devices=devices_each,
+    )
+    for i in range(count)
+  ]
+  outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
+  return outputs
+
+
+SHORT = (
+  *command.TINY,
+  "--config.num_steps=6",
+  "--config.eval_every=6",
+  "--config.eval_batch_size=16",
+)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("one") / "run"
+  command.run(workdir, *SHORT)
+  return workdir
+
+
+@pytest.mark.parametrize("mesh", [("data=-1", "fsdp=1"), ("data=1", "fsdp=-1")], ids=" ".join)
+def test_two_processes_equal_one(one_process, tmp_path, mesh):
+  sizes = [f"--config.sharding.mesh.{size}" for size in mesh]
+  workdir = tmp_path / "run"
+  first, second = run_processes(workdir, 2, *SHORT, *sizes, devices_each=2)
+  expected, found = command.rows(one_process), command.rows(workdir)
+  assert len(expected) == len(found) > 3
+  for ours, theirs in zip(found, expected, strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+      # 40 test images make two whole batches and one of 8, whose mask each process sees a part of.
+      tolerance = 0 if name in ("step", "test/accuracy", "test/images") else 1e-5
+      assert ours[name] == pytest.approx(value, rel=tolerance, abs=tolerance), (name, ours["step"])
+  assert found[-1]["test/images"] == 40
+  assert "done after 6 steps" in first
+  assert "step" not in second  # one process speaks for all
+  jax.tree.map(
+    lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5),
+    restore_variables(workdir)["params"]["head"],
+    restore_variables(one_process)["params"]["head"],
+  )
+
+
+def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
+  workdir = tmp_path / "run"
+  halfway = ("--config.num_steps=6", "--config.checkpoint.every=3")
+  run_processes(workdir, 2, *SHORT, *halfway)
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["num_steps"] == 6
+  for checkpoint in (workdir / "checkpoints").iterdir():
+    assert checkpoint.name == "6"
+  output = command.run(workdir, *SHORT, *halfway)
+  assert "resumed at step 6" in output
+  assert f"test/accuracy {command.rows(one_process)[-1]['test/accuracy']:.4g}" in output
+
+
+def test_half_given_process_flags_are_one_line(tmp_path):
+  output = command.run(tmp_path, *SHORT, "--num_processes=2", expect=2)
+  assert "error: coordinator=None, num_processes=2, process_id=None: give all three" in output
+  assert "Traceback" not in output
