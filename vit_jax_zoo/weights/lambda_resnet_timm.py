@@ -1,0 +1,223 @@
+"""timm's LambdaResNet checkpoints: `timm/lambda_resnet26t.c1_in1k` and its sisters, by key.
+
+Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from vit_jax_zoo.models.lambda_resnet import VARIANTS
+from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError, read, write
+
+_STATISTICS = "batch_stats/"
+_COUNTER = "num_batches_tracked"
+
+
+def _transposed(*axes: int) -> Transform:
+  """A change of the axes' order; arrays of another rank pass, and fail by their shape."""
+  back = tuple(int(axis) for axis in np.argsort(axes))
+  return Transform(
+    lambda array, _: array.transpose(axes) if array.ndim == len(axes) else array,
+    lambda array: array.transpose(back),
+  )
+
+
+def _with_unit_axes(inner: Transform, *unit_axes: int) -> Transform:
+  """A transform after axes of length 1 have been dropped from the published array."""
+
+  def read_array(array: Array, shape: tuple[int, ...]) -> Array:
+    fits = array.ndim > max(unit_axes) and all(array.shape[axis] == 1 for axis in unit_axes)
+    return inner.read(array.squeeze(unit_axes), shape) if fits else array
+
+  return Transform(read_array, lambda array: np.expand_dims(inner.write(array), unit_axes))
+
+
+DENSE = _transposed(1, 0)
+CONVOLUTION = _transposed(2, 3, 1, 0)
+"""[out in h w] <-> [h w in out]."""
+POINTWISE = _with_unit_axes(DENSE, 2, 3)
+SCOPE = _with_unit_axes(CONVOLUTION, 4)
+"""A position convolution, [k u h w 1] <-> [h w u k]."""
+TABLE_OF_OFFSETS = Transform(
+  lambda array, _: array[:, :, None] if array.ndim == 3 else array, lambda array: array[:, :, 0]
+)
+"""A relative position table, [h w k] <-> [h w 1 k]."""
+
+
+def _norm_rows(published: str, ours: str) -> list[Row]:
+  return [
+    Row(f"{published}.weight", f"{ours}/scale"),
+    Row(f"{published}.bias", f"{ours}/bias"),
+    Row(f"{published}.running_mean", f"{_STATISTICS}{ours}/mean"),
+    Row(f"{published}.running_var", f"{_STATISTICS}{ours}/var"),
+  ]
+
+
+def _conv_norm_rows(published: str, ours: str) -> list[Row]:
+  convolution = Row(f"{published}.conv.weight", f"{ours}/conv/kernel", CONVOLUTION)
+  return [convolution, *_norm_rows(f"{published}.bn", f"{ours}/norm")]
+
+
+def _stage_rows(stage: int) -> list[Row]:
+  theirs, ours = f"stages.{stage}.{{b}}", f"c{stage + 2}_block{{b}}"
+  rows = []
+  for name, our_name in (
+    ("conv1_1x1", "conv1"),
+    ("conv2_kxk", "conv2"),
+    ("conv3_1x1", "conv3"),
+    ("shortcut", "shortcut"),
+  ):
+    rows += _conv_norm_rows(f"{theirs}.{name}", f"{ours}/{our_name}")
+  rows += _norm_rows(f"{theirs}.post_attn", f"{ours}/lambda_norm")
+  theirs, ours = f"{theirs}.self_attn", f"{ours}/lambda_layer"
+  rows += _norm_rows(f"{theirs}.norm_q", f"{ours}/query_norm")
+  rows += _norm_rows(f"{theirs}.norm_v", f"{ours}/value_norm")
+  return [
+    *rows,
+    Row(f"{theirs}.qkv.weight", f"{ours}/qkv/kernel", POINTWISE),
+    Row(f"{theirs}.qkv.bias", f"{ours}/qkv/bias"),
+    Row(f"{theirs}.conv_lambda.weight", f"{ours}/position_embedding", SCOPE),
+    Row(f"{theirs}.conv_lambda.bias", f"{ours}/position_bias"),
+  ]
+
+
+def _table(*, has_scope: bool) -> tuple[Row, ...]:
+  stages = [row for stage in range(4) for row in _stage_rows(stage)]
+  if not has_scope:
+    stages = [
+      Row(row.published.replace("conv_lambda.weight", "pos_emb"), row.ours, TABLE_OF_OFFSETS)
+      if row.transform is SCOPE
+      else row
+      for row in stages
+    ]
+  return (
+    *_conv_norm_rows("stem.conv{i}", "stem/conv{i}"),
+    *stages,
+    Row("head.fc.weight", "head/kernel", DENSE),
+    Row("head.fc.bias", "head/bias", KEEP),
+  )
+
+
+TABLE = _table(has_scope=True)
+"""Lambda convolutions: lambda_resnet26t, lambda_resnet50ts."""
+RELATIVE_TABLE = _table(has_scope=False)
+"""Relative position tables: lambda_resnet26rpt_256."""
+
+
+def read_variables(
+  published: Mapping[str, Array], variables: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+  """Brings a state dict into the structure of a model's variables.
+
+  Args:
+    published: by timm's keys.
+    variables: the model's `params` and `batch_stats`, as arrays or shapes.
+    source: the file's name, for the message.
+
+  Raises:
+    WeightsError: the arrays do not fit the model; all that is wrong is listed.
+  """
+  shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(variables).items()}
+  flat = read(published, _table_of(published), shapes, source=source, ignore=[rf".*\.{_COUNTER}"])
+  tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
+  for path, array in flat.items():
+    collection = "batch_stats" if path.startswith(_STATISTICS) else "params"
+    tree[collection][path.removeprefix(_STATISTICS)] = array
+  return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in tree.items()}
+
+
+def write_variables(variables: Mapping[str, Any]) -> Flat:
+  """Returns `params` and `batch_stats` as timm's state dict.
+
+  PyTorch's counters of batches, which batch norm with a fixed momentum never reads, are zero.
+
+  Raises:
+    WeightsError: timm has no name for some of them.
+  """
+  flat = {path: np.asarray(array) for path, array in _flatten(variables).items()}
+  has_scope = any(path.endswith("/position_bias") for path in flat)
+  published = write(flat, TABLE if has_scope else RELATIVE_TABLE)
+  counted = [key for key in published if key.endswith(".running_mean")]
+  counters = {key.replace("running_mean", _COUNTER): np.zeros((), np.int64) for key in counted}
+  return {**published, **counters}
+
+
+def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
+  """Returns the fields of the `LambdaResNet` that a state dict is of.
+
+  Sizes are read from the arrays. The activation leaves no trace there: it is that of timm's model
+  with the same blocks.
+
+  Raises:
+    WeightsError: there is none of timm's LambdaResNets in the file.
+  """
+  blocks, lambda_blocks = _layout(published)
+  for name, fields in VARIANTS.items():
+    if fields.get("stem") != "tiered" or fields["blocks"] != blocks:
+      continue
+    wanted = tuple(
+      tuple(range(count)) if chosen == "all" else () if chosen == "none" else chosen
+      for count, chosen in zip(blocks, fields["lambda_blocks"], strict=True)
+    )
+    if wanted == lambda_blocks and ("rpt" in name) == (not _has_scope(published)):
+      break
+  else:
+    keys = ", ".join(sorted(published)[:3])
+    raise WeightsError(f"{source} holds no LambdaResNet of timm's; its keys begin with {keys}")
+  head = published.get("head.fc.bias")
+  return {
+    **fields,
+    "num_classes": None if head is None else head.shape[0],
+    "widths": tuple(
+      published[f"stages.{stage}.0.conv1_1x1.conv.weight"].shape[0] for stage in range(4)
+    ),
+    "stem_width": published["stem.conv3.conv.weight"].shape[0],
+    "lambda_layer": {**fields["lambda_layer"], **_infer_lambda_layer(published)},
+  }
+
+
+def _infer_lambda_layer(published: Mapping[str, Array]) -> dict[str, Any]:
+  first = next(key for key in published if key.endswith(".self_attn.qkv.weight"))
+  layer = first.removesuffix("qkv.weight")
+  if _has_scope(published):
+    scope = published[f"{layer}conv_lambda.weight"]
+    dim_k, receptive_field = scope.shape[0], scope.shape[2]
+  else:
+    dim_k, receptive_field = published[f"{layer}pos_emb"].shape[-1], None
+  return {
+    "dim_k": dim_k,
+    "num_heads": published[f"{layer}norm_q.weight"].shape[0] // dim_k,
+    "receptive_field": receptive_field,
+    "qkv_bias": f"{layer}qkv.bias" in published,
+  }
+
+
+def _layout(published: Mapping[str, Array]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+  """Returns the number of blocks in each stage, and which of them have a lambda layer."""
+  found: dict[int, dict[int, bool]] = {stage: {} for stage in range(4)}
+  for key in published:
+    if match := re.match(r"stages\.([0-3])\.(\d+)\.", key):
+      stage, block = found[int(match[1])], int(match[2])
+      stage[block] = stage.get(block, False) or ".self_attn." in key
+  return (
+    tuple(len(stage) for stage in found.values()),
+    tuple(tuple(sorted(b for b, has in stage.items() if has)) for stage in found.values()),
+  )
+
+
+def _has_scope(published: Mapping[str, Array]) -> bool:
+  return any(key.endswith(".conv_lambda.weight") for key in published)
+
+
+def _table_of(published: Mapping[str, Array]) -> tuple[Row, ...]:
+  return TABLE if _has_scope(published) else RELATIVE_TABLE
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+  params = traverse_util.flatten_dict(variables["params"], sep="/")
+  statistics = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
+  return {**params, **{_STATISTICS + path: leaf for path, leaf in statistics.items()}}
