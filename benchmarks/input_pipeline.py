@@ -1,12 +1,12 @@
 r"""Input pipeline: images a second, ours beside tf.data as big_vision uses it, in one run.
 
-    python benchmarks/input_pipeline.py [--images=1200] [--rounds=5] [--threads=2]
+    python benchmarks/input_pipeline.py [--images=1200] [--quality=90] [--rounds=5]
 
-Both read the same JPEG files (about 500x375, quality 90, cut from the photographs of the demos),
-take an Inception crop to 224, flip and batch. tf.data decodes only the crop (decode_and_crop_jpeg,
-big_vision's `decode_jpeg_and_inception_crop`) and samples it without antialiasing; ours is shown
-the crop averaged where it shrinks, and without. Measured in turns, so that both see the same machine;
-the table gives median images per second, per CPU second, and their spread over the rounds.
+Both read the same JPEG files (500x375, cut from the photographs of the demos), take an Inception
+crop to 224, flip and batch. tf.data decodes only the crop (decode_and_crop_jpeg, as big_vision's
+`decode_jpeg_and_inception_crop` does) and samples it without antialiasing; ours is shown with the crop averaged where it shrinks, and without. They are measured in turns, so that both
+see the same machine. The table gives the median of images per second of the clock and of CPU time
+(over all threads: what one core does in a second), and their range over the rounds.
 
 tf.data needs TensorFlow in the same Python (pip install 'vit_jax_zoo[prepare]'); without it the table
 has our rows alone.
@@ -14,6 +14,7 @@ has our rows alone.
 
 import argparse
 import importlib.util
+import os
 import pathlib
 import statistics
 import tempfile
@@ -37,22 +38,27 @@ WARM_UP = 8
 """Batches before the clock starts: buffers fill, TensorFlow tunes itself."""
 
 
-def write_images(root: pathlib.Path, count: int) -> list[str]:
-  """Writes `count` photographs of ImageNet's usual size, each a random part of one of the demos'."""
+def write_images(root: pathlib.Path, count: int, quality: int = 90) -> list[str]:
+  """Writes photographs of ImageNet's usual size: random parts of the demos', never enlarged.
+
+  (Enlarging would make them smoother, and so faster to decode, than what a camera delivers.)
+  """
   rng = np.random.default_rng(0)
   photos = [demos.read_photo(name) for name in demos.PHOTOS]
+  photos = [photo for photo in photos if photo.shape[0] >= 375 and photo.shape[1] >= 500]
   files = []
   for i in range(count):
     photo = photos[i % len(photos)]
-    height, width = (375, 500) if rng.random() < 0.75 else (500, 375)
-    scale = max(height / photo.shape[0], width / photo.shape[1]) * rng.uniform(1.0, 1.2)
-    photo = cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    height, width = 375, 500
+    scale = rng.uniform(max(height / photo.shape[0], width / photo.shape[1]), 1.0)
+    size = (max(width, round(photo.shape[1] * scale)), max(height, round(photo.shape[0] * scale)))
+    photo = cv2.resize(photo, size, interpolation=cv2.INTER_AREA)
     top = rng.integers(photo.shape[0] - height, endpoint=True)
     left = rng.integers(photo.shape[1] - width, endpoint=True)
     file = root / "train" / f"class{i % 10}" / f"{i}.jpg"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = photo[top : top + height, left : left + width]
-    Image.fromarray(part).save(file, "jpeg", quality=90)
+    Image.fromarray(part).save(file, "jpeg", quality=quality)
     files.append(str(file))
   return files
 
@@ -72,7 +78,7 @@ def tf_data(files: list[str], threads: int, *, normalise: bool) -> Iterator[np.n
   tf = importlib.import_module("tensorflow")
   tf.config.set_visible_devices([], "GPU")
 
-  def example(file):  # noqa: ANN001, ANN202  (traced by TensorFlow)
+  def example(file: "tf.Tensor"):
     data = tf.io.read_file(file)
     begin, size, _ = tf.image.sample_distorted_bounding_box(
       tf.image.extract_jpeg_shape(data),
@@ -122,13 +128,14 @@ def main() -> None:
   """Makes the images, measures in turns, prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--images", type=int, default=1200)
+  parser.add_argument("--quality", type=int, default=90)
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--threads", type=int, default=2)
   flags = parser.parse_args()
   console = rich.console.Console()
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
-    files = write_images(root, flags.images)
+    files = write_images(root, flags.images, flags.quality)
     rows = contestants(root, files, flags.threads)
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for _ in range(flags.rounds):
@@ -138,6 +145,8 @@ def main() -> None:
         measure(batches, WARM_UP)
         results[name].append(measure(batches, max(1, flags.images // BATCH)))
         batches.close()
+    kilobytes = sum(map(os.path.getsize, files)) / len(files) / 1e3
+  console.print(f"{len(files)} JPEG files, {kilobytes:.0f} kB on average")
   console.print(table(results, flags.threads))
   if not importlib.util.find_spec("tensorflow"):
     console.print("tf.data was not measured: this Python has no TensorFlow")

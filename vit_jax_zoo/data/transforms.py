@@ -9,7 +9,6 @@ Augmentations of one example belong here. What mixes examples (mixup, CutMix) be
 step: there the batch is whole, while a host sees only its own rows.
 """
 
-import abc
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,9 @@ import numpy as np
 
 from vit_jax_zoo.data import images, tf_resize
 from vit_jax_zoo.data.base import Example
+from vit_jax_zoo.data.prefix import KeepPrefix
+from vit_jax_zoo.data.transform_base import ImageTransform, Transform
+from vit_jax_zoo.data.transform_base import pixels as pixels
 from vit_jax_zoo.ops.names import unknown_name
 
 Size: TypeAlias = int | tuple[int, int] | list[int]
@@ -29,42 +31,6 @@ Range: TypeAlias = Sequence[float | int]
 """The smallest and the largest value."""
 
 PIXEL_TYPES = ("uint8", "float32")
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform(abc.ABC):
-  """The base of all transforms; `REGISTRY` knows them by `name`."""
-
-  name: ClassVar[str]
-
-  @abc.abstractmethod
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns a new example."""
-
-
-class ImageTransform(Transform):
-  """A transform that changes nothing but `image`."""
-
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with another `image`."""
-    return {**example, "image": self.apply(pixels(example["image"]), rng)}
-
-  @abc.abstractmethod
-  def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the new image."""
-
-
-def pixels(image: Any) -> np.ndarray:
-  """Returns uint8 or float32 [h w 3], decoding what is still encoded.
-
-  Raises:
-    CorruptExampleError: it cannot be decoded.
-  """
-  if isinstance(image, bytes):
-    return images.decode_image(image)
-  if image.ndim == 2:
-    image = image[..., None]
-  return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 class Decode(ImageTransform):
@@ -363,6 +329,7 @@ REGISTRY: dict[str, type[Transform]] = {
     ResizeSmall,
     OneHot,
     MultiHot,
+    KeepPrefix,
   )
 }
 """The transforms a config can name. A new one is a class in a file of its own and a line here."""
