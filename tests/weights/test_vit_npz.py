@@ -212,6 +212,19 @@ def test_load_into_fills_a_given_model_and_keeps_a_head_that_does_not_fit(load_g
   assert not again["params"]["head"]["bias"].any()
 
 
+def test_load_into_a_grid_that_is_not_square():
+  source = weights_of("vit_rep_a")
+  loaded = load_pretrained(source, image_size=(32, 48))
+  again = load_into(source, loaded.variables)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, again)
+  wider = load_pretrained(source, source_image_size=(32, 48), image_size=(48, 64))
+  again = load_into(source, loaded.variables, position_grid=(2, 3))
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, again)
+  assert wider.variables["params"]["position_embedding"]["table"].shape == (1, 13, 48)
+  with pytest.raises(ValueError, match="the model has positions for 13 tokens, which is no"):
+    load_into(source, wider.variables)
+
+
 def test_a_head_without_its_representation_layer_starts_from_zeros():
   loaded = load_pretrained(weights_of("vit_posemb_a"), representation_size=None)
   assert not loaded.variables["params"]["head"]["kernel"].any()
@@ -256,6 +269,10 @@ def test_errors_a_user_can_cause(tmp_path):
     load_pretrained(str(path))
   with pytest.raises(WeightsError, match="positions for 6 tokens, which is no square"):
     load_pretrained(weights_of("vit_rep_a"))
+  with pytest.raises(WeightsError, match="6 tokens, not for 2 x 2"):
+    load_pretrained(weights_of("vit_rep_a"), source_image_size=32)
+  with pytest.raises(ValueError, match="field of VisionTransformer 'widht'; did you mean 'width'"):
+    load_pretrained(weights_of("vit_a"), widht=3)
   with pytest.raises(ValueError, match="multiple of 8"):
     load_pretrained(weights_of("vit_a"), image_size=33)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -33,11 +33,16 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
   family = _family(name)
   module, class_name = _load(family)
   model_class = getattr(module, class_name)
-  known = [f.name for f in dataclasses.fields(model_class) if f.name not in ("parent", "name")]
-  for field in overrides:
-    if field not in known:
-      raise ValueError(unknown_name(f"field of {name}", field, known))
+  check_fields(model_class, overrides, name)
   return model_class(**{**module.VARIANTS[name], **overrides})
+
+
+def check_fields(model_class: type[nn.Module], fields: Iterable[str], owner: str) -> None:
+  """Raises ValueError, with the nearest known name, unless the class has all of these fields."""
+  known = [f.name for f in dataclasses.fields(model_class) if f.name not in ("parent", "name")]
+  for field in fields:
+    if field not in known:
+      raise ValueError(unknown_name(f"field of {owner}", field, known))
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -167,7 +167,9 @@ class VisionTransformer(nn.Module):
     Returns:
       `features` [b d], what the head sees; `tokens` [b n width], the encoder's output, the class
       token first if there is one; `logits` [b num_classes], unless `num_classes` is None. Features
-      and logits are float32.
+      and logits are float32. With `mutable="intermediates"` also `patches` [b h w width],
+      `embedded`, `encoded`, `pooled`, and below `encoder` what `EncoderBlock` and
+      `MultiHeadAttention` sow: each block's output, each attention map.
     """
     self._check()
     patches = self._patches(jnp.asarray(images))

@@ -15,8 +15,11 @@ from flax import traverse_util
 from jaxtyping import Float
 
 from vit_jax_zoo.data.tf_resize import tf_resize
+from vit_jax_zoo.models.registry import check_fields
 from vit_jax_zoo.models.vit import VisionTransformer
 from vit_jax_zoo.weights import table, vit_npz
+
+_POSITIONS = "position_embedding/table"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +83,28 @@ def load_pretrained(
     ValueError: the file is missing or in no known format, or does not fit (all of it is listed).
   """
   published = _read(path)
+  check_fields(VisionTransformer, overrides, "VisionTransformer")
   fields = {**vit_npz.infer_fields(published, path), **overrides}
   model = VisionTransformer(**fields)
   stride = model.patch_side
-  source_size = _height_width(source_image_size)
-  if image_size is None and vit_npz.position_key(published):
-    hint = None if source_size is None else _grid(source_size, stride)
-    source_size = _scaled(vit_npz.position_grid(published, hint, path), stride)
-  size = _height_width(image_size) or source_size or (224, 224)
+  source_size, size = _height_width(source_image_size), _height_width(image_size)
+  old_grid = None
+  if vit_npz.position_key(published):
+    old_grid = vit_npz.position_grid(
+      published,
+      path,
+      given=source_size and _grid(source_size, stride),
+      fallback=size and _grid(size, stride),
+    )
+    size = size or (old_grid[0] * stride, old_grid[1] * stride)
+  size = size or source_size or (224, 224)
   abstract = jax.eval_shape(
     lambda: model.init(jax.random.key(0), jnp.zeros((1, *size, _channels(published))))
   )
-  variables = _fit(
-    path,
-    published,
-    abstract,
-    new_grid=_grid(size, stride),
-    hint=_grid(source_size or size, stride),
-    resize=resize,
-  )
+  new_grid = _grid(size, stride)
+  if old_grid is not None:
+    published = _fit_positions(published, abstract, old_grid, new_grid, resize)
+  variables = _fit(path, published, abstract)
   return Pretrained(model, variables, Preprocess(size), {**fields, "image_size": size})
 
 
@@ -115,7 +121,8 @@ def load_into(
     path: as in `load_pretrained`.
     variables: the model's, as arrays or as `jax.ShapeDtypeStruct`s. Only their shapes matter; but a
       head that the file cannot fill stays what it is here (zeros, if only its shape is known).
-    position_grid: height and width, in tokens, of the model's grid; needed where it is not square.
+    position_grid: height and width, in tokens, of the model's grid; needed where that is not
+      square, and the file's is another.
     resize: how positions are resized, a key of `position_grid.METHODS`.
 
   Returns:
@@ -125,32 +132,38 @@ def load_into(
     ValueError: as in `load_pretrained`.
   """
   published = _read(path)
-  positions = _flatten(variables).get("position_embedding/table")
-  if position_grid is None and positions is not None:
-    position_grid = _square(positions.shape[1], has_cls="cls_token" in variables["params"])
-  return _fit(path, published, variables, new_grid=position_grid, hint=position_grid, resize=resize)
+  key, positions = vit_npz.position_key(published), _flatten(variables).get(_POSITIONS)
+  if key is not None and positions is not None:
+    same = position_grid is None and positions.shape == published[key].shape
+    if not same:
+      grid = position_grid or _square(positions.shape[1], "cls_token" in variables["params"])
+      old_grid = vit_npz.position_grid(published, path, fallback=grid)
+      published = _fit_positions(published, variables, old_grid, grid, resize)
+  return _fit(path, published, variables)
 
 
-def _fit(
-  path: str,
+def _fit_positions(
   published: table.Flat,
   variables: Mapping[str, Any],
-  *,
-  new_grid: tuple[int, int] | None,
-  hint: tuple[int, int] | None,
-  resize: str,
-) -> dict[str, Any]:
+  old_grid: tuple[int, int],
+  new_grid: tuple[int, int],
+  method: str,
+) -> table.Flat:
+  positions = _flatten(variables).get(_POSITIONS)
+  if positions is None:
+    return published
+  return vit_npz.fit_positions(
+    published,
+    num_rows=positions.shape[1],
+    old_grid=old_grid,
+    new_grid=new_grid,
+    method=method,
+  )
+
+
+def _fit(path: str, published: table.Flat, variables: Mapping[str, Any]) -> dict[str, Any]:
   """Brings a file's arrays into the structure of `variables`."""
   target = _flatten(variables)
-  positions = target.get("position_embedding/table")
-  if positions is not None and new_grid is not None and vit_npz.position_key(published):
-    published = vit_npz.fit_positions(
-      published,
-      num_rows=positions.shape[1],
-      old_grid=vit_npz.position_grid(published, hint, path),
-      new_grid=new_grid,
-      method=resize,
-    )
   published, kept = _fit_head(path, published, target)
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
   layers = table.read(published, vit_npz.TABLE, table.unroll_shapes(shapes), source=path)
@@ -210,11 +223,7 @@ def _grid(size: tuple[int, int], side: int) -> tuple[int, int]:
   return size[0] // side, size[1] // side
 
 
-def _scaled(grid: tuple[int, int], side: int) -> tuple[int, int]:
-  return grid[0] * side, grid[1] * side
-
-
-def _square(rows: int, *, has_cls: bool) -> tuple[int, int]:
+def _square(rows: int, has_cls: bool) -> tuple[int, int]:  # noqa: FBT001
   """Returns the square grid of a table, with or without a row for the class token."""
   for count in (rows - 1, rows) if has_cls else (rows,):
     if math.isqrt(count) ** 2 == count:

@@ -149,26 +149,31 @@ def position_key(published: Mapping[str, np.ndarray]) -> str | None:
 
 
 def position_grid(
-  published: Mapping[str, np.ndarray], hint: tuple[int, int] | None, source: str
+  published: Mapping[str, np.ndarray],
+  source: str,
+  *,
+  given: tuple[int, int] | None = None,
+  fallback: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
   """Returns height and width, in tokens, of the grid that the file's positions cover.
 
   Args:
     published: as `read_file` returns them, with a position table.
-    hint: a grid to try where the number of rows is no square.
     source: the file's name, for the message.
+    given: the grid, if it is known. Otherwise it is taken to be square.
+    fallback: a grid to try where the number of rows is no square.
 
   Raises:
-    WeightsError: the grid is not square, and the hint has another number of tokens.
+    WeightsError: the file has another number of rows.
   """
   rows = published[position_key(published) or ""].shape[1] - _class_rows(published)
   side = math.isqrt(rows)
-  if side * side == rows:
-    return side, side
-  if hint is not None and hint[0] * hint[1] == rows:
-    return hint
+  for grid in ((side, side), fallback) if given is None else (given,):
+    if grid is not None and grid[0] * grid[1] == rows:
+      return grid
+  what = "which is no square" if given is None else f"not for {given[0]} x {given[1]}"
   raise WeightsError(
-    f"{source} has positions for {rows} tokens, which is no square; "
+    f"{source} has positions for {rows} tokens, {what}; "
     "give source_image_size=(height, width), the size that it was trained at"
   )
 
