@@ -4,12 +4,13 @@ r"""Input pipeline: images a second, ours beside tf.data as big_vision uses it, 
 
 Both read the same JPEG files (500x375, cut from the photographs of the demos), take an Inception
 crop to 224, flip and batch. tf.data decodes only the crop (decode_and_crop_jpeg, as big_vision's
-`decode_jpeg_and_inception_crop` does) and samples it without antialiasing; ours is shown with the crop averaged where it shrinks, and without. They are measured in turns, so that both
+`decode_jpeg_and_inception_crop` does) and samples it without antialiasing; ours is shown with the
+crop averaged where it shrinks, and without. They are measured in turns, so that both
 see the same machine. The table gives the median of images per second of the clock and of CPU time
 (over all threads: what one core does in a second), and their range over the rounds.
 
-tf.data needs TensorFlow in the same Python (pip install 'vit_jax_zoo[prepare]'); without it the table
-has our rows alone.
+tf.data needs TensorFlow in the same Python (pip install 'vit_jax_zoo[prepare]'); without it the
+table has our rows alone.
 """
 
 import argparse

@@ -12,7 +12,7 @@ step: there the batch is whole, while a host sees only its own rows.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import cv2
 import numpy as np
