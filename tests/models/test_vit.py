@@ -211,3 +211,20 @@ def test_sharding_rules_split_heads_and_hidden_units():
     assert block["mlp"]["hidden"]["kernel"] == PartitionSpec(*depth, "fsdp", "model")
     assert block["mlp"]["out"]["kernel"] == PartitionSpec(*depth, "model", "fsdp")
     assert block["mlp_norm"]["scale"] == PartitionSpec()
+
+
+@pytest.mark.multidevice
+def test_sharded_parameters_give_the_same_logits():
+  mesh = sharding.create_mesh({"data": 2, "fsdp": 2, "model": 2})
+  model = tiny(remat="dots")
+  images = jnp.concatenate([IMAGES, -IMAGES])
+  variables = variables_of(model, images)
+  specs = {"params": sharding.parameter_specs(variables["params"], SHARDING_RULES, mesh)}
+  with jax.set_mesh(mesh):
+    apply = jax.jit(
+      model.apply,
+      in_shardings=(sharding.named_shardings(specs, mesh), sharding.batch_sharding(mesh)),
+    )
+    given = apply(variables, images)["logits"]
+  expected = jax.jit(model.apply)(variables, images)["logits"]
+  np.testing.assert_allclose(given, expected, atol=1e-5)
