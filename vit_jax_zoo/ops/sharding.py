@@ -1,6 +1,8 @@
 """Where activations live on the device mesh: the one constraint that models state themselves."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
@@ -17,9 +19,31 @@ def shard_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
   instead of parameters (a ViT-L step for 16 chips then takes five times the memory). Outside a mesh
   (`jax.set_mesh`), or where the first axis cannot be split evenly, it does nothing.
   """
+  axes = _splitting_axes(x.shape[0])
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."]) -> Any:
+  """Returns `function(*args)`, computed by every device for its own part of the batch.
+
+  For functions that treat examples one by one, in loops whose length depends on the data: left to
+  itself, XLA lets all devices agree on every round. Like `shard_batch` it does nothing where the
+  batch is not split.
+
+  Args:
+    function: takes and returns arrays whose first axis is the example.
+    *args: its arguments.
+  """
+  axes = _splitting_axes(args[0].shape[0])
+  if not axes:
+    return function(*args)
+  split = PartitionSpec(axes)
+  return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*args)
+
+
+def _splitting_axes(batch_size: int) -> tuple[str, ...]:
+  """Returns the mesh axes over which a batch of this size is split, none if it is not."""
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
   ways = math.prod(mesh.shape[axis] for axis in axes)
-  if ways == 1 or x.shape[0] % ways:
-    return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+  return () if ways == 1 or batch_size % ways else axes

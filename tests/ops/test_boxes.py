@@ -1,0 +1,51 @@
+"""Boxes: formats, overlap, and what happens when there is no area."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo.ops import boxes
+
+
+def test_the_official_functions(load_golden):
+  _, inputs, outputs = load_golden("detr_fn_a")
+  corners = boxes.cxcywh_to_xyxy(jnp.asarray(inputs["box_cxcywh"]))
+  np.testing.assert_allclose(corners, outputs["box_xyxy"], atol=1e-6)
+  np.testing.assert_allclose(boxes.xyxy_to_cxcywh(corners), outputs["box_back"], atol=1e-6)
+  left, right = jnp.asarray(inputs["giou_b1"]), jnp.asarray(inputs["giou_b2"])
+  np.testing.assert_allclose(boxes.pairwise_iou(left, right), outputs["iou"], atol=1e-6)
+  got = boxes.pairwise_generalized_iou(left, right)
+  np.testing.assert_allclose(got, outputs["giou"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("a", "b", "iou", "giou"),
+  [
+    ([0, 0, 2, 2], [0, 0, 2, 2], 1, 1),
+    ([0, 0, 1, 1], [2, 0, 3, 1], 0, -1 / 3),  # a gap as wide as each of them
+    ([0, 0, 2, 1], [1, 0, 3, 1], 1 / 3, 1 / 3),
+    ([0, 0, 0, 0], [0, 0, 0, 0], 0, 0),  # two points in one place: no area anywhere
+    ([0, 0, 0, 0], [1, 1, 1, 1], 0, -1),
+    ([0, 0, 1, 0], [0, 0, 2, 0], 0, 0),  # two lines
+    ([0.5, 0.5, 0.5, 0.5], [0, 0, 1, 1], 0, 0),
+    ([1, 1, 0, 0], [0, 0, 1, 1], 0, 0),  # sides the wrong way round
+  ],
+)
+def test_by_hand_and_with_finite_gradients(a, b, iou, giou):
+  a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+  for function, expected in ((boxes.iou, iou), (boxes.generalized_iou, giou)):
+    value, gradients = jax.value_and_grad(function, argnums=(0, 1))(a, b)
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    assert np.isfinite(gradients).all()
+
+
+def test_giou_is_symmetric_bounded_and_unchanged_by_scale():
+  rng = np.random.default_rng(0)
+  corners = np.sort(rng.uniform(0, 1, (2, 50, 2, 2)), axis=2).reshape(2, 50, 4)
+  a, b = jnp.asarray(corners.astype(np.float32))
+  giou, iou = boxes.generalized_iou(a, b), boxes.iou(a, b)
+  np.testing.assert_allclose(giou, boxes.generalized_iou(b, a), atol=1e-6)
+  np.testing.assert_allclose(giou, boxes.generalized_iou(640 * a, 640 * b), atol=1e-5)
+  assert np.all(giou <= iou + 1e-6)
+  assert np.all(np.abs(giou) <= 1 + 1e-6)

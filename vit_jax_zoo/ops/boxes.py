@@ -1,0 +1,83 @@
+"""Boxes: their two formats, and how much two of them have in common.
+
+`boxes_cxcywh` are (centre x, centre y, width, height), `boxes_xyxy` (left, top, right, bottom);
+coordinates are pixels or shares of the image's sides, as the caller has them.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_NO_AREA = 1e-12  # a pixel of a 4,000 x 4,000 image, as a share of it, is 6e-8
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
+  """Returns the corners of boxes given by centre and size."""
+  center, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+  return jnp.concatenate([center - 0.5 * size, center + 0.5 * size], axis=-1)
+
+
+def xyxy_to_cxcywh(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
+  """Returns centre and size of boxes given by their corners."""
+  low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+  return jnp.concatenate([0.5 * (low + high), high - low], axis=-1)
+
+
+def box_area(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+  """Returns the areas; 0 where a right or lower side lies before its left or upper one."""
+  sides = jnp.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
+  return sides[..., 0] * sides[..., 1]
+
+
+def iou(a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]) -> Float[Array, "*#n"]:
+  """Returns intersection over union of the boxes at equal places, in [0, 1].
+
+  Two boxes without area have 0, also when they are the same, and no gradient.
+  """
+  return _overlap(a_xyxy, b_xyxy)[0]
+
+
+def generalized_iou(
+  a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]
+) -> Float[Array, "*#n"]:
+  """Returns the generalised IoU of the boxes at equal places, in [-1, 1].
+
+  IoU - (hull - union) / hull, with the smallest box around both as hull: boxes that do not touch
+  still know how far apart they are. Rezatofighi et al., arXiv:1902.09630, algorithm 1. Finite, and
+  with a finite gradient, for boxes without area too.
+  """
+  overlap, union = _overlap(a_xyxy, b_xyxy)
+  low = jnp.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
+  high = jnp.maximum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+  hull = box_area(jnp.concatenate([low, high], axis=-1))
+  return overlap - _divide(hull - union, hull)
+
+
+def pairwise_iou(
+  a_xyxy: Float[Array, "*b n 4"], b_xyxy: Float[Array, "*b m 4"]
+) -> Float[Array, "*b n m"]:
+  """Returns `iou` of every box of `a_xyxy` with every one of `b_xyxy`."""
+  return iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
+
+
+def pairwise_generalized_iou(
+  a_xyxy: Float[Array, "*b n 4"], b_xyxy: Float[Array, "*b m 4"]
+) -> Float[Array, "*b n m"]:
+  """Returns `generalized_iou` of every box of `a_xyxy` with every one of `b_xyxy`."""
+  return generalized_iou(a_xyxy[..., :, None, :], b_xyxy[..., None, :, :])
+
+
+def _overlap(
+  a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]
+) -> tuple[Float[Array, "*#n"], Float[Array, "*#n"]]:
+  """Returns IoU and the area of the union."""
+  low = jnp.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
+  high = jnp.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
+  intersection = box_area(jnp.concatenate([low, high], axis=-1))
+  union = box_area(a_xyxy) + box_area(b_xyxy) - intersection
+  return _divide(intersection, union), union
+
+
+def _divide(part: Float[Array, "*n"], whole: Float[Array, "*n"]) -> Float[Array, "*n"]:
+  """Returns part / whole, 0 where there is no whole; the gradient is finite there as well."""
+  exists = whole > _NO_AREA
+  return jnp.where(exists, part / jnp.where(exists, whole, 1), 0)
