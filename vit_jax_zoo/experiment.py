@@ -4,7 +4,8 @@ This is the one place that knows all the parts. What it adds of its own:
 
 * a field of `config.model` or `config.task` that is None takes its value from the training data's
   `DatasetInfo` where that has a field of the same name (`num_classes`, `class_names`);
-* where a run starts: at its own last checkpoint; else from `config.init_from`; else from scratch.
+* where a run starts: at its own last checkpoint; else from `config.init_from`; else from scratch,
+  with what the task learns from the data beforehand.
 """
 
 import contextlib
@@ -32,10 +33,10 @@ from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.tasks.base import Task
+from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.checkpoint import Checkpointer
-from vit_jax_zoo.train.distributed import is_primary
+from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.evaluate import PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
 from vit_jax_zoo.train.metric_writer import MetricWriter
@@ -77,7 +78,7 @@ class Experiment:
     beside_model = sys.modules[type(self.model).__module__].SHARDING_RULES
     return (*self.config.sharding.rules, *beside_model)
 
-  def train_batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+  def train_batches(self, start_step: int = 0) -> pipeline.BatchIterator:
     """Yields this process's part of the training batches from a step on, without end."""
     index, count = sharding.input_shard(self.mesh, self.config.batch_size)
     return pipeline.train_batches(
@@ -89,7 +90,7 @@ class Experiment:
       process_index=index,
       process_count=count,
       num_classes=getattr(self.task, "num_classes", None),
-      **self.config.data.loader,
+      **self.config.data.loader.to_dict(),
     )
 
   def eval_batches(self, name: str) -> Any:
@@ -104,7 +105,7 @@ class Experiment:
       process_index=index,
       process_count=count,
       num_classes=getattr(self.task, "num_classes", None),
-      **self.config.data.loader,
+      **self.config.data.loader.to_dict(),
     )
 
   def program(self, batch: Mapping[str, np.ndarray]) -> Program:
@@ -132,7 +133,7 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
     FileNotFoundError: one line, about data that is not there.
   """
   config = complete(config)
-  mesh = sharding.create_mesh(config.sharding.mesh, devices)
+  mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
   train_source = _open(config.data.train)
   eval_sources = {name: _open(spec) for name, spec in config.data.eval.items()}
@@ -257,15 +258,25 @@ def _starting_state(
   if state is not None:
     logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
     return state
-  path = experiment.config.init_from
-  if not path:
-    return program.initial_state(experiment.config.seed)
-  from vit_jax_zoo import weights
 
-  logging.info("starting from the weights in %s", path)
-  return program.initial_state(
-    experiment.config.seed, pretrain=functools.partial(weights.load_into, path)
-  )
+  def pretrain(variables: Variables) -> Variables:
+    learned = experiment.task.prepare(_preview(experiment))
+    variables = {**variables, **all_gather_objects(learned)[0]}
+    path = experiment.config.init_from
+    if not path:
+      return variables
+    from vit_jax_zoo import weights
+
+    logging.info("starting from the weights in %s", path)
+    return weights.load_into(path, variables)
+
+  return program.initial_state(experiment.config.seed, pretrain=pretrain)
+
+
+def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
+  """Yields the run's training batches; reads nothing before the first is asked for."""
+  with contextlib.closing(experiment.train_batches()) as batches:
+    yield from batches
 
 
 def _evaluations(experiment: Experiment, program: Program) -> dict[str, PredictionScores]:

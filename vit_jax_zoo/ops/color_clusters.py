@@ -1,7 +1,7 @@
 """Images as sequences of colours out of a palette, on the device.
 
-Section 3.2 of iGPT (Chen et al., 2020): every pixel is replaced by the nearest of 512 colours, which
-makes an image a third as long as its three channels would. `palette` has the same on the host.
+Section 3.2 of iGPT (Chen et al., 2020): every pixel is replaced by the nearest of 512 colours, so
+that an image is a third as long as its three channels would be. `palette` is the same on the host.
 """
 
 import jax
@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, UInt8
 def spread_clusters(count: int) -> np.ndarray:
   """Returns float32 [count 3] in [-1, 1]: colours spread evenly over the cube, for want of better.
 
-  The additive sequence whose steps are powers of the inverse of the plastic number's cousin, the
-  root of x^4 = x + 1: the first `count` points leave no large gap for any `count`.
+  The additive sequence whose steps are powers of the inverse of the root of
+  x^4 = x + 1: the first `count` points leave no large gap for any `count`.
   """
   root = 1.2207440846057596
   steps = root ** -np.arange(1.0, 4.0)

@@ -31,7 +31,7 @@ def fit_palette(
   Raises:
     ValueError: the pixels have fewer colours than the palette.
   """
-  from sklearn.cluster import KMeans  # noqa: PLC0415 slow to import, and needed once in a run
+  from sklearn.cluster import KMeans  # slow to import, and needed once in a run
 
   codes = pixels.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
   codes, counts = np.unique(codes, return_counts=True)

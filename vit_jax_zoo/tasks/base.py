@@ -8,12 +8,12 @@ Where things run:
 
 * `init`, `normalizers`, `loss`, `predict` are traced by `jax.jit`; they see global arrays and write
   no communication of their own;
-* `evaluator` and `figures` run on the host, on numpy arrays.
+* `prepare`, `evaluator` and `figures` run on the host, on numpy arrays.
 """
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import clu.metrics
@@ -140,6 +140,18 @@ class Task(abc.ABC):
   @abc.abstractmethod
   def init(self, rng: jax.Array, batch: Batch) -> Variables:
     """Returns fresh variables for batches shaped like this one."""
+
+  def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
+    """Returns variables that come from the training data, such as a palette; none by default.
+
+    Called on the host before the first step of a run; what it returns takes the place of its
+    namesakes among those of `init`. Of several processes the first one's result counts.
+
+    Args:
+      batches: this process's part of the run's training batches, without end.
+    """
+    del batches
+    return {}
 
   def normalizers(self, batch: Batch) -> dict[str, Array]:
     """Returns what the loss of a step is divided by: functions of the whole global batch alone."""

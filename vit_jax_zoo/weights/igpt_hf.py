@@ -83,9 +83,9 @@ def join(flat: Mapping[str, np.ndarray]) -> Flat:
     head = key.removesuffix("query.weight")
     block = head.removesuffix("attn.")
     for leaf in ("weight", "bias"):
-      parts = [flat.pop(f"{head}{part}.{leaf}", None) for part in _PARTS]
-      if parts[0] is not None:
-        flat[f"{head}c_attn.{leaf}"] = np.concatenate(parts, axis=-1)
+      keys = [f"{head}{part}.{leaf}" for part in _PARTS if f"{head}{part}.{leaf}" in flat]
+      if keys:
+        flat[f"{head}c_attn.{leaf}"] = np.concatenate([flat.pop(k) for k in keys], axis=-1)
     for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
       width = flat[f"{block}{layer}.weight"].shape[1]
       flat.setdefault(f"{block}{layer}.bias", np.zeros(width, np.float32))
