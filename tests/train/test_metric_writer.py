@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vit_jax_zoo.train import metric_writer
 from vit_jax_zoo.train.metric_writer import METRICS_FILE, MetricWriter, read_metrics
 
 
@@ -101,3 +103,22 @@ def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
   writer.close()
   writer.close()  # a second time does no harm
   assert [row["step"] for row in read_metrics(tmp_path)] == [2]
+
+
+def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
+  bucket, real = tmp_path / "bucket", metric_writer.epath.Path
+  monkeypatch.setattr(
+    metric_writer.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(bucket)))
+  )
+  with MetricWriter("gs://bucket/run") as writer:
+    writer.write_scalars(1, {"loss": 2.0})
+    writer.flush()
+    assert [row["loss"] for row in metric_writer.read_metrics("gs://bucket/run")] == [2.0]
+    writer.write_scalars(2, {"loss": 1.0})
+    writer.write_figures(2, {"a/picture": Figure()})
+  with MetricWriter("gs://bucket/run", resume_step=1) as writer:
+    writer.write_scalars(2, {"loss": 0.5})
+  rows = metric_writer.read_metrics("gs://bucket/run")
+  assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.0), (2, 0.5)]
+  assert (bucket / "run" / "figures" / "a" / "picture_00000002.png").exists()
+  assert len(list((bucket / "run").glob("events.out.tfevents.*"))) == 2

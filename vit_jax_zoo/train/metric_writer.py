@@ -7,6 +7,9 @@
 Numbers that JSON cannot hold are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity", as
 Python's `float` reads them. `read_metrics` gives them back as floats.
 
+In a bucket (gs://...), files cannot grow: there they are written to a local directory first, and
+`flush` uploads what has changed.
+
 A run that is resumed at step s drops what its former life wrote about later steps, so that its log
 ends like that of an undisturbed run.
 """
@@ -18,6 +21,7 @@ import logging
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +29,7 @@ import jax
 import numpy as np
 import tensorboardX
 import tensorboardX.summary
+from etils import epath
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -63,7 +68,8 @@ class MetricWriter:
     self._futures: list[concurrent.futures.Future[None]] = []
     if not self._enabled:
       return
-    self._workdir = pathlib.Path(workdir)
+    self._bucket = _Bucket(workdir) if "://" in os.fspath(workdir) else None
+    self._workdir = self._bucket.local if self._bucket else pathlib.Path(workdir)
     self._workdir.mkdir(parents=True, exist_ok=True)
     path = self._workdir / METRICS_FILE
     _truncate(path, -1 if resume_step is None else resume_step)
@@ -72,7 +78,7 @@ class MetricWriter:
       str(self._workdir),
       purge_step=0 if resume_step is None else resume_step + 1,
       # TensorBoard reads files in the order of their names: two of the same second need a number.
-      filename_suffix=f".{len(list(self._workdir.glob('events.out.tfevents.*'))):04d}",
+      filename_suffix=f".{len(list(epath.Path(workdir).glob('events.out.tfevents.*'))):04d}",
     )
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
@@ -116,6 +122,8 @@ class MetricWriter:
       future.result()
     self._file.flush()
     self._tensorboard.flush()
+    if self._bucket:
+      self._bucket.upload()
 
   def close(self) -> None:
     """Writes what is left, and closes the files."""
@@ -128,6 +136,8 @@ class MetricWriter:
       self._pool.shutdown()
       self._file.close()
       self._tensorboard.close()
+      if self._bucket:
+        self._bucket.close()
 
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
     if not self._enabled:
@@ -159,9 +169,38 @@ class MetricWriter:
         writer.add_summary(summary)
 
 
+class _Bucket:
+  """A local directory whose files are copied to a remote one."""
+
+  def __init__(self, remote: str | os.PathLike[str]):
+    self._remote = epath.Path(remote)
+    self._directory = tempfile.TemporaryDirectory(prefix="metrics_")
+    self._uploaded: dict[pathlib.Path, tuple[int, int]] = {}
+    self.local = pathlib.Path(self._directory.name)
+    if (self._remote / METRICS_FILE).exists():
+      (self.local / METRICS_FILE).write_bytes((self._remote / METRICS_FILE).read_bytes())
+
+  def upload(self) -> None:
+    """Copies the files that have changed since the last time."""
+    for path in self.local.rglob("*"):
+      stat = path.stat()
+      version = (stat.st_mtime_ns, stat.st_size)
+      if path.is_dir() or self._uploaded.get(path) == version:
+        continue
+      target = self._remote / path.relative_to(self.local)
+      target.parent.mkdir(parents=True, exist_ok=True)
+      target.write_bytes(path.read_bytes())
+      self._uploaded[path] = version
+
+  def close(self) -> None:
+    """Uploads the rest, and removes the local directory."""
+    self.upload()
+    self._directory.cleanup()
+
+
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats."""
-  lines = (pathlib.Path(workdir) / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+  lines = (epath.Path(workdir) / METRICS_FILE).read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   return [{k: v if k == "step" else float(v) for k, v in row.items()} for row in rows]
 
