@@ -277,7 +277,7 @@ class _MaskedResNet(ResNet):
     keep: True where a pixel belongs to the image, by size of the map.
   """
 
-  keep: Mapping[tuple[int, int], Any] | None = None
+  keep: Mapping[tuple[int, ...], Any] | None = None
 
   def _norm_factory(self) -> Callable[..., nn.Module]:
     make = super()._norm_factory()

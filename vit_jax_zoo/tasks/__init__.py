@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 TASKS = {
   "classification": ("vit_jax_zoo.tasks.classification", "Classification"),
+  "detection": ("vit_jax_zoo.tasks.detection", "Detection"),
   "pixel_modelling": ("vit_jax_zoo.tasks.pixel_modelling", "PixelModelling"),
 }
 """Task name -> module and class."""
