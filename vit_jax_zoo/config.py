@@ -83,8 +83,10 @@ def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
       raise ValueError(unknown_name(f"field of {_dotted(path)}", str(key), whole))
     if isinstance(whole.get(key), ConfigDict) and isinstance(given[key], ConfigDict):
       _fill(whole[key], given[key], f"{name}.")
+    elif given[key] is None and key not in whole and given.get_type(key) is not type(None):
+      whole[key] = given.get_ref(key)  # a typed placeholder, which a flag may set
     else:
-      whole[key] = given.get_ref(key) if given[key] is None else given[key]
+      whole[key] = given[key]
 
 
 def _dotted(path: str) -> str:

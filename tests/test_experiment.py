@@ -1,0 +1,107 @@
+"""From a config to a run: what is filled in, where a run starts, and what may be asked of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import vit
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import experiment
+from vit_jax_zoo.train.metric_writer import read_metrics
+
+
+def tiny(**fields):
+  config = vit.get_config("demo,num_steps=4,batch_size=16")
+  config.model.update(width=16, depth=1, mlp_dim=16, num_heads=2)
+  config.data.eval.test.split = "test[:20]"
+  config.log_every = config.eval_every = 2
+  config.checkpoint.every = 2
+  with config.ignore_type():
+    config.update(fields)
+  return config
+
+
+def run(config, workdir, **options):
+  return experiment.run(config, epath.Path(workdir), experiment.RunOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("finished")
+  return run(tiny(), workdir), workdir
+
+
+def test_what_the_data_knows_is_filled_in():
+  made = experiment.create(tiny())
+  assert made.model.num_classes == made.task.num_classes == 10
+  assert made.task.class_names == tuple("0123456789")
+  assert made.num_steps == 4
+
+
+def test_epochs_become_steps():
+  made = experiment.create(tiny(num_steps=None, num_epochs=2.0))
+  assert made.num_steps == round(2 * 1437 / 16)
+
+
+def test_every_default_is_there():
+  config = config_lib.complete(vit.get_config())
+  assert config.keys() == config_lib.defaults().keys()
+  assert (config.accumulation_steps, config.ema_decay, config.init_from) == (1, None, None)
+
+
+def test_a_run_leaves_what_it_says(finished):
+  outcome, workdir = finished
+  assert outcome.finished
+  assert set(outcome.scores) >= {"test/accuracy", "test/loss", "test/images"}
+  assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 16
+  assert (workdir / "best").exists()
+  assert (workdir / "figures" / "train_batch_00000000.png").exists()
+
+
+def test_evaluating_alone_changes_nothing(finished):
+  outcome, workdir = finished
+  before = (workdir / "metrics.jsonl").read_bytes()
+  again = run(tiny(), workdir, evaluate_only=True)
+  assert again.scores == outcome.scores
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path):
+  _, workdir = finished
+  changed = tiny(log_every=1)
+  changed.sharding.mesh.update(data=1, fsdp=-1)
+  assert run(changed, workdir).finished
+  with pytest.raises(ValueError, match=r"another config \(seed: 0 -> 1\); name another --workdir"):
+    run(tiny(seed=1), workdir)
+  assert run(tiny(seed=1), workdir, allow_config_change=True).finished
+
+
+def test_overfitting_one_batch_drives_the_loss_down(tmp_path):
+  config = tiny(num_steps=60, log_every=10, eval_every=0)
+  config.model.update(width=32)
+  config.optimizer.schedule.warmup_steps = 5
+  run(config, tmp_path / "one", overfit_one_batch=True)
+  losses = [row["train/loss"] for row in read_metrics(tmp_path / "one") if "train/loss" in row]
+  assert losses[0] > 1.0
+  assert losses[-1] < 0.5 * losses[0]  # 60 different batches would not get below 0.8
+
+
+def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
+  again = run(tiny(), tmp_path)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+    again.state.params,
+    finished[0].state.params,
+  )
+
+
+def test_averaged_parameters_are_those_that_are_scored(tmp_path):
+  quick = {"optimizer": {"schedule": {"warmup_steps": 1}}}
+  plain = run(tiny(**quick), tmp_path / "plain")
+  averaged = run(tiny(ema_decay=0.9999, **quick), tmp_path / "averaged")
+  # So slow an average is still what the run began with, which knows nothing.
+  chance = np.log(10)
+  assert abs(averaged.scores["test/loss"] - chance) < 0.1 * abs(plain.scores["test/loss"] - chance)

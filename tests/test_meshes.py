@@ -1,0 +1,99 @@
+"""ViT's demo through the whole assembly: the same numbers on every mesh, and its shardings."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import vit
+from vit_jax_zoo import create_model, experiment
+from vit_jax_zoo.models import registry
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.evaluate import PredictionScores
+
+pytestmark = pytest.mark.multidevice
+
+NUM_STEPS = 4
+
+
+def small_config(**mesh):
+  config = vit.get_config("demo,batch_size=16")
+  config.model.update(width=32, depth=2, mlp_dim=64)
+  config.data.eval.test.split = "test[:20]"  # 16 + 4: the second batch is mostly padding
+  config.sharding.mesh.update(mesh)
+  config.ema_decay = 0.9
+  return config
+
+
+def train(config, num_devices):
+  """Trains a few steps on some of the devices; returns losses, scores and parameters."""
+  made = experiment.create(config, jax.devices()[:num_devices])
+  batches, losses = made.train_batches(), []
+  with jax.set_mesh(made.mesh):
+    program = made.program(next(made.train_batches()))
+    state = program.initial_state(config.seed)
+    for _ in range(NUM_STEPS):
+      state, metrics = program.train_step(state, sharding.to_global(next(batches), made.mesh))
+      losses.append(float(metrics["loss"].compute()))
+    test = functools.partial(made.eval_batches, "test")
+    scores = PredictionScores(made.task, program.predict_step, test, made.mesh, "test")
+    report = scores(state.variables)
+  return np.array(losses), report.scores, jax.tree.map(np.asarray, state.params)
+
+
+@functools.cache
+def on_one_device():
+  return train(small_config(data=1), 1)
+
+
+@pytest.mark.parametrize(
+  ("num_devices", "mesh"),
+  [
+    (2, {"data": 2}),
+    (4, {"data": 1, "fsdp": 4}),
+    (8, {"data": 2, "fsdp": 2, "model": 2}),
+    (8, {"data": 8}),
+  ],
+  ids=str,
+)
+def test_every_mesh_trains_and_scores_alike(num_devices, mesh):
+  losses, scores, params = train(small_config(**mesh), num_devices)
+  expected_losses, expected_scores, expected_params = on_one_device()
+  np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+  assert scores["images"] == 20
+  assert scores["accuracy"] == expected_scores["accuracy"]
+  assert scores["loss"] == pytest.approx(expected_scores["loss"], rel=1e-5)
+  np.testing.assert_allclose(
+    params["head"]["kernel"], expected_params["head"]["kernel"], rtol=1e-3, atol=1e-5
+  )
+
+
+def layout(name):
+  """Returns the spec of every parameter of a model on a mesh of 2 x 2 x 2, by path."""
+  mesh = sharding.create_mesh({"data": 2, "fsdp": 2, "model": 2})
+  model = create_model(name)
+  images = jax.ShapeDtypeStruct((8, 224, 224, 3), np.float32)
+  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  specs = sharding.parameter_specs(params, registry.sharding_rules(name), mesh)
+  return {path: str(spec) for path, spec in sharding.flatten_paths(specs).items()}
+
+
+@pytest.mark.parametrize("name", ["vit_b16", "vit_r50_b16", "lambda_resnet_50"])
+def test_shardings(name, golden_json):
+  golden_json(f"shardings/{name}", layout(name))
+
+
+def test_a_large_model_is_split_nearly_evenly():
+  """With fsdp over 8 devices, no device keeps more than a seventh of ViT-L."""
+  mesh = sharding.create_mesh({"data": 1, "fsdp": 8})
+  params = jax.eval_shape(
+    create_model("vit_l16").init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((8, 224, 224, 3), np.float32),
+  )["params"]
+  specs = sharding.parameter_specs(params, registry.sharding_rules("vit_l16"), mesh)
+  shardings = sharding.named_shardings(specs, mesh)
+  held = jax.tree.map(lambda p, s: np.prod(s.shard_shape(p.shape)), params, shardings)
+  whole = sum(p.size for p in jax.tree.leaves(params))
+  assert sum(jax.tree.leaves(held)) < whole / 7
