@@ -60,9 +60,9 @@ class DetectionEvaluator(Evaluator):
     Args:
       batch: `boxes_cxcywh` [b t 4], in shares of the image without padding, `labels` [b t],
         `is_target` [b t]; `original_size` [b 2], height and width in pixels, else `image_size`,
-        else the images' shape; optional: `is_crowd` [b t] (a group: detections in it are neither right
-        nor wrong), `area` [b t] in pixels (of the object's outline; that of its box by default),
-        `image_id` [b] (an image that comes twice counts once), `mask` [b].
+        else the images' shape; optional: `is_crowd` [b t] (a group: detections in it are neither
+        right nor wrong), `area` [b t] in pixels (of the object's outline; that of its box by
+        default), `image_id` [b] (an image that comes twice counts once), `mask` [b].
       predictions: `boxes_xyxy` [b q 4] in pixels of the same size, `labels` [b q], `scores` [b q].
 
     Raises:

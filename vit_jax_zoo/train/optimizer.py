@@ -29,6 +29,7 @@ import optax
 from flax import traverse_util
 
 from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.train.adam import scale_by_adam
 from vit_jax_zoo.train.schedule import (
   Config,
   Number,
@@ -170,7 +171,7 @@ def _adam(
   *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
   nesterov: bool = False,
 ) -> _Core:  # fmt: skip
-  return _Core(optax.scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov), "l2")
+  return _Core(scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov), "l2")
 
 
 def _adamw(
@@ -194,7 +195,7 @@ def _lion(*, b1: Number = 0.9, b2: Number = 0.99, mu_dtype: Any = None) -> _Core
 
 
 def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> _Core:
-  return _Core(optax.scale_by_adam(b1, b2, eps), "decoupled", optax.scale_by_trust_ratio())
+  return _Core(scale_by_adam(b1, b2, eps), "decoupled", optax.scale_by_trust_ratio())
 
 
 def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
