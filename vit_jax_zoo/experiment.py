@@ -25,6 +25,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from vit_jax_zoo import weights
 from vit_jax_zoo.config import complete
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.base import DatasetInfo, Source
@@ -35,11 +36,12 @@ from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.checkpoint import Checkpointer
+from vit_jax_zoo.train.checkpoint import Checkpointer, is_checkpoint, restore_variables
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
-from vit_jax_zoo.train.evaluate import PredictionScores
+from vit_jax_zoo.train.evaluate import Evaluation, PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
 from vit_jax_zoo.train.metric_writer import MetricWriter
+from vit_jax_zoo.train.probe import LinearProbe
 from vit_jax_zoo.train.program import Program, Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
 from vit_jax_zoo.train.state import TrainState
@@ -59,6 +61,7 @@ class Experiment:
     mesh: of all devices.
     train_source: the training examples.
     eval_sources: the examples of each evaluation, by its name.
+    fit_sources: those that a linear probe is fitted to, by the evaluation's name.
     model: a Linen module.
     task: what it is to learn.
     num_steps: the length of the run.
@@ -68,6 +71,7 @@ class Experiment:
   mesh: Mesh
   train_source: Source
   eval_sources: Mapping[str, Source]
+  fit_sources: Mapping[str, Source]
   model: Any
   task: Task
   num_steps: int
@@ -93,13 +97,13 @@ class Experiment:
       **self.config.data.loader.to_dict(),
     )
 
-  def eval_batches(self, name: str) -> Any:
-    """Returns this process's part of the batches of an evaluation, sized."""
+  def eval_batches(self, name: str, *, to_fit: bool = False) -> pipeline.EvalBatches:
+    """Returns this process's part of the batches of an evaluation, or of those its probe fits."""
     batch_size = self.config.eval_batch_size or self.config.batch_size
     sharding.check_batch_size(batch_size, self.mesh)
     index, count = sharding.input_shard(self.mesh, batch_size)
     return pipeline.eval_batches(
-      self.eval_sources[name],
+      (self.fit_sources if to_fit else self.eval_sources)[name],
       build_transforms(self.config.data.eval[name].transforms),
       batch_size=batch_size,
       process_index=index,
@@ -136,7 +140,11 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
   mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
   train_source = _open(config.data.train)
-  eval_sources = {name: _open(spec) for name, spec in config.data.eval.items()}
+  evaluations = config.data.eval.items()
+  eval_sources = {name: _open(spec) for name, spec in evaluations}
+  fit_sources = {
+    name: _open(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
+  }
   model = create_model(**_filled(config.model, train_source.info))
   task_fields = _filled(config.task, train_source.info)
   num_steps = config.num_steps or round(config.num_epochs * len(train_source) / config.batch_size)
@@ -145,15 +153,17 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
     mesh=mesh,
     train_source=train_source,
     eval_sources=eval_sources,
+    fit_sources=fit_sources,
     model=model,
     task=create_task(task_fields.pop("name"), model, **task_fields),
     num_steps=max(1, num_steps),
   )
 
 
-def _open(spec: ConfigDict) -> Source:
-  options = {key: spec[key] for key in spec if key not in ("source", "split", "transforms")}
-  return load_source(spec.source, spec.split, **options)
+def _open(spec: ConfigDict, split: str = "split") -> Source:
+  known = ("source", "split", "fit_split", "transforms")
+  options = {key: spec[key] for key in spec if key not in known}
+  return load_source(spec.source, spec[split], **options)
 
 
 def _filled(fields: ConfigDict, info: DatasetInfo) -> dict[str, Any]:
@@ -263,14 +273,17 @@ def _starting_state(
     learned = experiment.task.prepare(_preview(experiment))
     variables = {**variables, **all_gather_objects(learned)[0]}
     path = experiment.config.init_from
-    if not path:
-      return variables
-    from vit_jax_zoo import weights
-
-    logging.info("starting from the weights in %s", path)
-    return weights.load_into(path, variables)
+    return _read_weights(path, variables) if path else variables
 
   return program.initial_state(experiment.config.seed, pretrain=pretrain)
+
+
+def _read_weights(path: str, variables: Variables) -> Variables:
+  """Returns the variables with the weights of a run of ours, or of a published file."""
+  logging.info("starting from the weights in %s", path)
+  if is_checkpoint(path):
+    return weights.adapt(restore_variables(path), variables, path)
+  return weights.load_into(path, variables)
 
 
 def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
@@ -279,17 +292,27 @@ def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
     yield from batches
 
 
-def _evaluations(experiment: Experiment, program: Program) -> dict[str, PredictionScores]:
-  return {
-    name: PredictionScores(
-      task=experiment.task,
-      predict_step=program.predict_step,
-      batches=functools.partial(experiment.eval_batches, name),
+def _evaluations(experiment: Experiment, program: Program) -> dict[str, Evaluation]:
+  return {name: _evaluation(experiment, program, name) for name in experiment.eval_sources}
+
+
+def _evaluation(experiment: Experiment, program: Program, name: str) -> Evaluation:
+  batches = functools.partial(experiment.eval_batches, name)
+  if name in experiment.fit_sources:
+    return LinearProbe(
+      features_step=program.features_step,
+      fit_batches=functools.partial(batches, to_fit=True),
+      test_batches=batches,
       mesh=experiment.mesh,
       name=name,
     )
-    for name in experiment.eval_sources
-  }
+  return PredictionScores(
+    task=experiment.task,
+    predict_step=program.predict_step,
+    batches=batches,
+    mesh=experiment.mesh,
+    name=name,
+  )
 
 
 def _loop_settings(experiment: Experiment, options: RunOptions) -> LoopSettings:

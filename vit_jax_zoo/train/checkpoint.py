@@ -241,6 +241,14 @@ def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
   )
 
 
+def is_checkpoint(path: PathLike) -> bool:
+  """Returns whether `path` is a run of ours, or a checkpoint of one, and not a published file."""
+  try:
+    return _absolute(path).is_dir() and find_checkpoint(path).exists()
+  except FileNotFoundError:
+    return False
+
+
 def _merit(directory: epath.Path) -> Callable[[int], float]:
   """How good the best variables of a step are: a kill can leave those that were best before too."""
 

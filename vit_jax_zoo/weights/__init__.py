@@ -2,5 +2,6 @@
 
 from vit_jax_zoo.weights.load import Preprocess, Pretrained, load_into, load_pretrained
 from vit_jax_zoo.weights.table import WeightsError
+from vit_jax_zoo.weights.transfer import adapt
 
-__all__ = ["Preprocess", "Pretrained", "WeightsError", "load_into", "load_pretrained"]
+__all__ = ["Preprocess", "Pretrained", "WeightsError", "adapt", "load_into", "load_pretrained"]
