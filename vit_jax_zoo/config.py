@@ -22,8 +22,8 @@ def defaults() -> ConfigDict:
   * `model`: `name`, and fields of the model; `task`: `name`, and fields of the task. A field that
     is None takes its value from the training data (`num_classes`, `class_names`).
   * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `data.eval`:
-    the same for each evaluation by name; `data.loader`: options of both batch makers of
-    `data.pipeline`.
+    the same for each evaluation by name, and for one that is a linear probe the `fit_split` that it
+    learns from; `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `train.optimizer`; a task of several players has one such section for each.
   * `ema_decay`: of the average of the parameters; None keeps none.
   * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: come before those that

@@ -165,6 +165,15 @@ class Task(abc.ABC):
   def predict(self, variables: Variables, batch: Batch) -> Predictions:
     """Returns what the evaluator and the figures need, one row for each example."""
 
+  def features(self, variables: Variables, batch: Batch) -> Predictions:
+    """Returns what linear probes are fitted to: `layers` [b l d], and any others [b d]. Optional.
+
+    Raises:
+      ValueError: this task has none.
+    """
+    del variables, batch
+    raise ValueError(f"the task {type(self).__name__} has no features to probe")
+
   @abc.abstractmethod
   def evaluator(self) -> Evaluator:
     """Returns an empty evaluator."""

@@ -168,6 +168,16 @@ class PixelModelling(base.Task):
       predictions |= self._complete(variables, batch, outputs["tokens"], rng)
     return predictions
 
+  def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
+    """Returns `layers` [b depth+1 d], see `ImageGPT.from_tokens`, and `pixels` [b h*w*3].
+
+    A model that is not causal sees images masked as in training, the same way each time.
+    """
+    outputs, _ = self._model(variables, batch, jax.random.key(self.seed), train=False)
+    images = self._images(batch)
+    pixels = images.reshape(images.shape[0], -1)
+    return {"layers": outputs["layer_features"], "pixels": pixels}
+
   def evaluator(self) -> PixelEvaluator:
     """Returns an empty evaluator."""
     return PixelEvaluator()

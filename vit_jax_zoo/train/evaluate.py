@@ -62,7 +62,8 @@ class PredictionScores:
     evaluator, figures = self.task.evaluator(), {}
     batches = self.batches()
     clock = _Clock(self.name, len(batches))
-    for index, (batch, predictions) in enumerate(self._predictions(variables, batches)):
+    pairs = predict_batches(self.predict_step, variables, batches, self.mesh)
+    for index, (batch, predictions) in enumerate(pairs):
       evaluator.add(batch, predictions)
       if index == 0 and is_primary():
         figures = self.task.figures(batch, predictions)
@@ -72,16 +73,19 @@ class PredictionScores:
       first.merge(other)
     return Report(first.result(), figures)
 
-  def _predictions(self, variables: Variables, batches: SizedBatches) -> Iterable[tuple[Any, Any]]:
-    """Yields batches with their predictions, one batch behind: the device never waits for us."""
-    ahead = None
-    for batch in batches:
-      predictions = self.predict_step(variables, sharding.to_global(batch, self.mesh))
-      if ahead is not None:
-        yield ahead[0], sharding.to_local(ahead[1])
-      ahead = batch, predictions
+
+def predict_batches(
+  predict_step: PredictStep, variables: Variables, batches: Iterable[Any], mesh: Mesh
+) -> Iterable[tuple[Any, Any]]:
+  """Yields batches with their predictions, one batch behind: the device never waits for us."""
+  ahead = None
+  for batch in batches:
+    predictions = predict_step(variables, sharding.to_global(batch, mesh))
     if ahead is not None:
       yield ahead[0], sharding.to_local(ahead[1])
+    ahead = batch, predictions
+  if ahead is not None:
+    yield ahead[0], sharding.to_local(ahead[1])
 
 
 class _Clock:

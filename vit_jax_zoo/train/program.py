@@ -40,6 +40,7 @@ class Program:
     abstract_state: the same of the train state.
     train_step: jitted, with shardings, donating its state.
     predict_step: jitted, with shardings.
+    features_step: the same of `task.features`, for tasks that have any.
   """
 
   task: Task
@@ -49,6 +50,7 @@ class Program:
   abstract_state: TrainState
   train_step: Any
   predict_step: PredictStep
+  features_step: PredictStep
 
   @property
   def schedules(self) -> dict[str, Callable[[int], Any]]:
@@ -137,6 +139,7 @@ def build_program(
     accumulation_steps=recipe.accumulation_steps,
     ema_decay=recipe.ema_decay,
   )
+  variables = {"params": shardings.params, **shardings.model_state}
   return Program(
     task=task,
     mesh=mesh,
@@ -152,9 +155,8 @@ def build_program(
       out_shardings=(shardings, sharding.replicated(mesh)),
       donate_argnums=0,
     ),
-    predict_step=compile_predict_step(
-      task.predict, {"params": shardings.params, **shardings.model_state}, mesh
-    ),
+    predict_step=compile_predict_step(task.predict, variables, mesh),
+    features_step=compile_predict_step(task.features, variables, mesh),
   )
 
 
