@@ -37,16 +37,15 @@ def scale_by_adam(
     mu = optax.tree.zeros_like(params, dtype=mu_dtype)
     return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, optax.tree.zeros_like(params))
 
-  def update(
-    gradients: Any, state: optax.ScaleByAdamState, params: Any = None
-  ) -> tuple[Any, optax.ScaleByAdamState]:
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
     del params
+    gradients = updates
     mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, gradients, state.mu)
     nu = jax.tree.map(lambda g, n: (1 - b2) * g * g + b2 * n, gradients, state.nu)
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     mean = jax.tree.map(lambda m: m / _correction(b1, count), mu)
     if nesterov:
-      ahead = jax.tree.map(lambda m: m / _correction(b1, count + 1), mu)
+      ahead = jax.tree.map(lambda m: m / _correction(b1, jnp.add(count, 1)), mu)
       mean = jax.tree.map(
         lambda m, g: b1 * m + (1 - b1) * g / _correction(b1, count), ahead, gradients
       )

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+DARK = ("#0072B2",)  # of these, what white text is easier to read on
 STYLES = ("-", "--", ":")
 _CELL = 3.2  # inches
 
@@ -92,8 +93,9 @@ def draw_predictions(
   return figure
 
 
-def _real_rows(batch: Mapping[str, Any]) -> Int[np.ndarray, " n"]:
-  return np.flatnonzero(np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool))
+def _real_rows(batch: Mapping[str, Any]) -> list[int]:
+  real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
+  return np.flatnonzero(real).tolist()
 
 
 def _image(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
@@ -138,6 +140,7 @@ def _grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
 def _show(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
   interpolation = "nearest" if max(image.shape[:2]) < 100 else "antialiased"
   ax.imshow(image, interpolation=interpolation)
+  ax.set_anchor("NW")
 
 
 def _draw_boxes(
@@ -146,7 +149,9 @@ def _draw_boxes(
   names: Sequence[str],
   labels: Int[np.ndarray, " n"],
 ) -> None:
-  outline = [patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)]
+  outline: list[patheffects.AbstractPathEffect] = [
+    patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
+  ]
   for (left, top, right, bottom), name, label in zip(boxes_xyxy, names, labels, strict=True):
     color = COLORS[label % len(COLORS)]
     style = STYLES[label // len(COLORS) % len(STYLES)]
@@ -154,11 +159,12 @@ def _draw_boxes(
     box.set_path_effects(outline)
     ax.add_patch(box)
     ax.annotate(
-      name, (left, top), (1, -1), textcoords="offset points", va="top", fontsize=7, color="black",
+      name, (left, top), (1, -1), textcoords="offset points", va="top", fontsize=7,
+      color="white" if color in DARK else "black",
       bbox={"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85},
       annotation_clip=False,
     )  # fmt: skip
 
 
-def _name(index: int, class_names: Sequence[str]) -> str:
+def _name(index: int | np.integer, class_names: Sequence[str]) -> str:
   return class_names[index] if index < len(class_names) else str(index)
