@@ -16,6 +16,7 @@ FAMILIES = {
   "lambda_resnet": ("vit_jax_zoo.models.lambda_resnet", "LambdaResNet"),
   "igpt": ("vit_jax_zoo.models.igpt", "ImageGPT"),
   "detr": ("vit_jax_zoo.models.detr", "Detr"),
+  "ttsr": ("vit_jax_zoo.models.ttsr", "TTSR"),
 }
 """Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`."""
 
