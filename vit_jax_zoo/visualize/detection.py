@@ -167,4 +167,4 @@ def _draw_boxes(
 
 
 def _name(index: int | np.integer, class_names: Sequence[str]) -> str:
-  return class_names[index] if index < len(class_names) else str(index)
+  return class_names[int(index)] if index < len(class_names) else str(index)
