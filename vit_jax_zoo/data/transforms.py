@@ -20,6 +20,7 @@ import numpy as np
 from vit_jax_zoo.data import images, tf_resize
 from vit_jax_zoo.data.base import Example
 from vit_jax_zoo.data.prefix import KeepPrefix
+from vit_jax_zoo.data.random_resize import RandomResizeSmall
 from vit_jax_zoo.data.transform_base import ImageTransform, Transform
 from vit_jax_zoo.data.transform_base import pixels as pixels
 from vit_jax_zoo.ops.names import unknown_name
@@ -117,6 +118,8 @@ def _decode_for(
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
   """Decodes at the smallest scale at which `box` still has the pixels of `new`; scales the box."""
   reduce = next(r for r in (8, 4, 2, 1) if r == 1 or min(box[2] / new[0], box[3] / new[1]) >= r)
+  if reduce == 1:
+    return images.decode_image(data, rows=box[0] + box[2]), box
   image = images.decode_image(data, reduce)
   if image.shape[:2] == size:
     return image, box
@@ -141,22 +144,27 @@ class RandomFlip(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomTranslate(ImageTransform):
-  """Shifts `image` by up to `pixels` in each direction; what is left open is filled with `fill`.
+  """Shifts `image` by up to `pixels` in each direction.
 
   The same as padding by `pixels` and cropping at random, which is how CIFAR is augmented.
+
+  Attributes:
+    pixels: the longest way, down, up, left or right.
+    fill: value of what is left open; None mirrors the image there, without repeating its edge.
   """
 
   name = "random_translate"
 
   pixels: int
-  fill: int = 0
+  fill: int | None = 0
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the shifted image."""
     height, width = image.shape[:2]
     margin = self.pixels
+    border = cv2.BORDER_REFLECT_101 if self.fill is None else cv2.BORDER_CONSTANT
     padded = cv2.copyMakeBorder(
-      image, margin, margin, margin, margin, cv2.BORDER_CONSTANT, value=(self.fill,) * 3
+      image, margin, margin, margin, margin, border, value=(self.fill or 0,) * 3
     )
     top, left = rng.integers(2 * margin, size=2, endpoint=True)
     return padded[top : top + height, left : left + width]
@@ -327,6 +335,7 @@ REGISTRY: dict[str, type[Transform]] = {
     CentralCrop,
     Resize,
     ResizeSmall,
+    RandomResizeSmall,
     OneHot,
     MultiHot,
     KeepPrefix,
