@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from tests.tasks.detection_models import Echo, TinyDetector
+from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.evaluation.panoptic import PanopticEvaluator
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 
@@ -86,7 +88,7 @@ def test_a_batch_without_any_object(load_golden, targets):
     )
     return output.loss, output.metrics
 
-  gradients, metrics = jax.grad(loss, has_aux=True)(predictions)
+  gradients, metrics = jax.jit(jax.grad(loss, has_aux=True))(predictions)
   np.testing.assert_allclose(
     metrics["class_loss"].compute(), expected["crit_empty/loss_ce"][0], rtol=1e-5
   )
@@ -249,6 +251,47 @@ def test_predictions_are_the_official_ones(load_golden):
   np.testing.assert_array_equal(got["is_object"], best != config["num_classes"])
 
 
+def test_evaluators_follow_the_fields():
+  fields = {"num_classes": 4, "class_names": ["a", "b"], "per_class": True}
+  boxes = create_task("detection", TinyDetector(), **fields)
+  assert type(boxes.evaluator()) is DetectionEvaluator
+  assert boxes.best_metric == "box_ap"
+  panoptic = create_task("detection", TinyDetector(), **fields, stuff_from=2)
+  evaluator = panoptic.evaluator()
+  assert isinstance(evaluator, PanopticEvaluator)
+  assert (evaluator.quality.stuff_from, evaluator.class_names) == (2, ("a", "b"))
+  assert panoptic.best_metric == "pq"
+
+
+def test_figures(task, variables):
+  batch = make_batch() | {"mask": np.array([True, True, False, True])}
+  predictions = {k: np.asarray(v) for k, v in jax.jit(task.predict)(variables, batch).items()}
+  assert len(task.figures(batch, predictions)["predictions"].axes) == 8
+  assert len(task.batch_figures(batch)["batch"].axes) == 3
+  assert task.figures(batch | {"mask": np.zeros(4, bool)}, predictions) == {}
+
+
+@pytest.mark.multidevice
+def test_many_devices_compute_the_same_loss(task, variables, value_and_grad):
+  batch = make_batch(rows=4)
+  batch = {k: np.concatenate([v, v[::-1]]) for k, v in batch.items()}
+  expected = value_and_grad(variables["params"], batch, task.normalizers(batch))
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), (jax.sharding.AxisType.Auto,) * 3)
+
+  @jax.jit
+  def run(params, batch):
+    def loss(params):
+      output = task.loss({"params": params}, batch, make_context(task, batch))
+      return output.loss, output.metrics
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  with jax.set_mesh(mesh):
+    placed = jax.device_put(batch, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+    whole = jax.device_put(variables["params"], jax.NamedSharding(mesh, jax.P()))
+    assert_same(run(whole, placed), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
@@ -275,4 +318,4 @@ def test_a_mask_head_needs_masks(load_golden):
   del batch["masks"]
   task = create_task("detection", Echo(predictions), num_classes=config["num_classes"])
   with pytest.raises(ValueError, match="the batch has no 'masks'"):
-    task.loss({"params": {}}, batch, make_context(task, batch))
+    jax.eval_shape(lambda b: task.loss({"params": {}}, b, make_context(task, b)), batch)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.evaluation.panoptic import PanopticEvaluator
 from vit_jax_zoo.ops import detection_losses as losses
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
 from vit_jax_zoo.ops.images import normalize_images
@@ -63,6 +64,9 @@ class Detection(base.Task):
     class_names: by class id; for pictures and scores of single classes.
     score_threshold: pictures show what is at least as sure.
     per_class: evaluations score each class, too.
+    stuff_from: class ids from here on are stuff (91 in COCO); with it, evaluations also score
+      panoptic quality, for which the model needs a mask head and batches a `segment_map`, see
+      `PanopticEvaluator`.
   """
 
   model: DetectionModel
@@ -79,6 +83,7 @@ class Detection(base.Task):
   class_names: tuple[str, ...] = ()
   score_threshold: float = 0.7
   per_class: bool = False
+  stuff_from: int | None = None
 
   def __post_init__(self) -> None:
     if self.num_classes < 1:
@@ -95,8 +100,8 @@ class Detection(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """COCO's average precision of boxes."""
-    return "box_ap"
+    """COCO's average precision of boxes; panoptic quality where that is scored."""
+    return "box_ap" if self.stuff_from is None else "pq"
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
     """Returns the model's fresh variables for images of this batch's shape."""
@@ -184,10 +189,11 @@ class Detection(base.Task):
     return predictions
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's average precisions and recalls."""
-    return DetectionEvaluator(
-      self.num_classes, class_names=self.class_names, per_class=self.per_class
-    )
+    """Returns an empty evaluator: COCO's average precisions and recalls, panoptic quality."""
+    fields = {"class_names": self.class_names, "per_class": self.per_class}
+    if self.stuff_from is None:
+      return DetectionEvaluator(self.num_classes, **fields)
+    return PanopticEvaluator(self.num_classes, self.stuff_from, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws training images with their boxes."""
