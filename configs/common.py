@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
+from vit_jax_zoo.config import complete
 from vit_jax_zoo.ops.names import unknown_name
 
 Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
@@ -34,20 +34,7 @@ def build(arg: str | None, variants: Variants) -> ConfigDict:
     if name not in defaults:
       raise ValueError(unknown_name(f"field of {variant}", name, defaults))
     fields[name] = _parse_value(f"{variant},{name}", text, defaults[name])
-  return _with_open_fields(variants[variant](**fields))
-
-
-def _with_open_fields(config: ConfigDict) -> ConfigDict:
-  """Adds what the recipe leaves open: a flag can set only fields that are there, with a type."""
-  for name, kind in _OPEN.items():
-    if name not in config:
-      config[name] = placeholder(kind)
-  config.accumulation_steps = config.get("accumulation_steps", 1)
-  mesh = config.get("sharding", {}).get("mesh", {"data": -1})
-  config.sharding = {"mesh": {"data": 1, "fsdp": 1, "model": 1, **mesh}}
-  loader = config.data.get("loader", {})
-  config.data.loader = {"num_workers": 0, "on_corrupt": "error", **loader}
-  return config
+  return complete(variants[variant](**fields))
 
 
 def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:
@@ -86,11 +73,4 @@ def _parse_value(where: str, text: str, default: Any) -> Any:
     raise ValueError(message) from None
 
 
-_OPEN = {
-  "num_steps": int,
-  "num_epochs": int,
-  "eval_batch_size": int,
-  "ema_decay": float,
-  "init_from": str,
-}
 _KINDS = {int: "a whole number", float: "a number"}

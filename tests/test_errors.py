@@ -39,7 +39,7 @@ def changed(**fields):
     ({"batch_size": 12, "sharding__mesh__data": 8},
      r"batch_size 12 cannot be split evenly over 8 device"),
     ({"sharding__mesh__data": 3}, r"mesh data=3 x fsdp=1 x model=1 does not fit 8 device"),
-    ({"num_epochs": 3.0}, "must set one of num_steps and num_epochs"),
+    ({"num_steps": None}, "must set num_steps or num_epochs"),
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -44,6 +44,7 @@ def test_what_the_data_knows_is_filled_in():
 def test_epochs_become_steps():
   made = experiment.create(tiny(num_steps=None, num_epochs=2.0))
   assert made.num_steps == round(2 * 1437 / 16)
+  assert experiment.create(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
 
 
 def test_every_default_is_there():

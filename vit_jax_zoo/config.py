@@ -15,7 +15,7 @@ def defaults() -> ConfigDict:
   """Returns every field, with what it is when a config does not set it.
 
   * `seed`: of everything random.
-  * `num_steps` or `num_epochs`: the length of the run; one of them must be set.
+  * `num_steps` or `num_epochs`: the length of the run; one of them must be set, and the steps win.
   * `batch_size`: examples of a training step on all devices together; `eval_batch_size`: the same
     of an evaluation step, by default as large.
   * `accumulation_steps`: into how many micro-batches a step's batch is cut.
@@ -63,17 +63,21 @@ def complete(config: ConfigDict) -> ConfigDict:
   """Returns the config with every default filled in.
 
   Raises:
-    ValueError: one line, about a field that is unknown, or needed and missing.
+    ValueError: one line, about a field that is unknown.
   """
   whole = defaults()
   with whole.ignore_type():
     _fill(whole, config, "")
-  for key in ("batch_size", "model", "task", "optimizer"):
-    if not whole[key]:
-      raise ValueError(f"the config does not set {key!r}")
-  if (whole.num_steps is None) == (whole.num_epochs is None):
-    raise ValueError("the config must set one of num_steps and num_epochs")
   return whole
+
+
+def check_needed(config: ConfigDict) -> None:
+  """Raises ValueError if a complete config leaves open what has no default."""
+  for key in ("batch_size", "model", "task", "optimizer"):
+    if not config[key]:
+      raise ValueError(f"the config does not set {key!r}")
+  if config.num_steps is None and config.num_epochs is None:
+    raise ValueError("the config must set num_steps or num_epochs")
 
 
 def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:

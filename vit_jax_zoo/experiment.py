@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import weights
-from vit_jax_zoo.config import complete
+from vit_jax_zoo.config import check_needed, complete
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.base import DatasetInfo, Source
 from vit_jax_zoo.data.sources import load_source
@@ -137,6 +137,7 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
     FileNotFoundError: one line, about data that is not there.
   """
   config = complete(config)
+  check_needed(config)
   mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
   train_source = _open(config.data.train)

@@ -9,17 +9,16 @@ DATA = {"train": {}, "eval": {}}
 
 
 def demo(*, num_steps: int = 10, rate: float = 0.1, flip: bool = False, name: str = "a"):
-  return ConfigDict(
-    {"num_steps": num_steps, "rate": rate, "flip": flip, "name": name, "data": DATA}
-  )
+  model = {"rate": rate, "flip": flip, "name": name}
+  return ConfigDict({"num_steps": num_steps, "model": model, "data": DATA})
 
 
 def other(*, image_size: int = 224):
-  return ConfigDict({"image_size": image_size, "data": DATA})
+  return ConfigDict({"model": {"image_size": image_size}, "data": DATA})
 
 
 def picked(config):
-  return config.num_steps, config.rate, config.flip, config.name
+  return config.num_steps, config.model.rate, config.model.flip, config.model.name
 
 
 VARIANTS = {"demo": demo, "b16_other": other}
@@ -35,11 +34,11 @@ def test_fields_have_the_types_of_their_defaults(arg):
   arg = arg or "num_steps=20, rate=1e0, flip=true, name=gs://a/b=c"
   config = common.build(arg, VARIANTS)
   assert picked(config) == (20, 1.0, True, "gs://a/b=c")
-  assert isinstance(config.rate, float)
+  assert isinstance(config.model.rate, float)
 
 
 def test_a_variant_of_another_shape():
-  assert common.build("b16_other,image_size=384", VARIANTS).image_size == 384
+  assert common.build("b16_other,image_size=384", VARIANTS).model.image_size == 384
 
 
 @pytest.mark.parametrize(
@@ -69,6 +68,8 @@ def test_what_a_recipe_leaves_open_can_be_set_by_its_type():
   config.init_from, config.ema_decay, config.sharding.mesh.fsdp = "runs/a", 0.999, 4
   with pytest.raises(TypeError):
     config.init_from = 3
+  with pytest.raises(AttributeError, match="ema_decay"):
+    config.ema_deca = 0.9
   assert config.sharding.mesh.to_dict() == {"data": -1, "fsdp": 4, "model": 1}
 
 

@@ -102,7 +102,7 @@ def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
   Raises:
     ValueError: a rule's tuple cannot apply to a parameter that it matches, or none matches.
   """
-  flat = traverse_util.flatten_dict(abstract_params, sep="/")
+  flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
   specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}
   return traverse_util.unflatten_dict(specs, sep="/")
 
@@ -153,8 +153,8 @@ def specs_like_parameters(tree: Any, abstract_params: Any, specs: Any) -> Any:
   path ends in a parameter's path and whose shape is the parameter's is laid out as the parameter
   is. Whatever else there is (counters, factored moments) is whole on every device.
   """
-  flat_specs = traverse_util.flatten_dict(specs, sep="/")
-  flat_params = traverse_util.flatten_dict(abstract_params, sep="/")
+  flat_specs: dict[str, Any] = traverse_util.flatten_dict(specs, sep="/")
+  flat_params: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
 
   def spec_of(path: Any, leaf: Any) -> PartitionSpec:
     parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
