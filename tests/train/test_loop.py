@@ -173,8 +173,9 @@ def test_without_a_checkpoint_the_message_says_so(tmp_path):
     train(tmp_path, data=data)
 
 
-def test_a_profile_is_taken_of_the_steps_asked_for(tmp_path):
-  settings = dataclasses.replace(SETTINGS, num_steps=4, profile=(2, 4))
+@pytest.mark.parametrize("window", [(2, 4), (3, 9)], ids=["inside", "beyond the end"])
+def test_a_profile_is_taken_of_the_steps_asked_for(tmp_path, window):
+  settings = dataclasses.replace(SETTINGS, num_steps=4, profile=window)
   train(tmp_path, settings=settings)
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 

@@ -113,9 +113,9 @@ class Loop:
     settings, scores = self.settings, {}
     training = _TrainingLog(self)
     first = int(state.step) + 1
-    with PreemptionGuard() as guard:
+    with PreemptionGuard() as guard, self._profile() as at_step:
       for step in range(first, settings.num_steps + 1):
-        self._profile(step)
+        at_step(step)
         with self.progress.inside("input_wait"):
           batch = next(batches)
         with self.progress.outside("compile") if step == first else contextlib.nullcontext():
@@ -148,16 +148,21 @@ class Loop:
       self.writer.flush()
     return report.scores
 
-  def _profile(self, step: int) -> None:
-    if self.settings.profile is None:
-      return
-    first, last = self.settings.profile
+  @contextlib.contextmanager
+  def _profile(self) -> Iterator[Callable[[int], None]]:
+    """Yields what is to be told of every step that begins; a trace ends with the block at last."""
+    first, last = self.settings.profile or (0, 0)
     directory = os.path.join(self.workdir, "profile")
-    if step == first:
-      jax.profiler.start_trace(directory)
-    elif step == last:
-      jax.profiler.stop_trace()
-      logging.info("profile of steps %d to %d is in %s", first, last - 1, directory)
+    with contextlib.ExitStack() as stack:
+
+      def at_step(step: int) -> None:
+        if step == first:
+          stack.enter_context(jax.profiler.trace(directory))
+          logging.info("taking a profile of steps %d to %d in %s", first, last - 1, directory)
+        elif step == last:
+          stack.close()
+
+      yield at_step
 
 
 def run_evaluations(evaluations: Mapping[str, Evaluation], variables: Variables) -> Report:
