@@ -45,7 +45,10 @@ class _State(NamedTuple):
 
 
 class _Search(NamedTuple):
-  """Dijkstra's tables: how far each query is from the free targets, and by way of which target."""
+  """Dijkstra's tables: how far each query is from the free targets, and by way of which target.
+
+  Parents are -1 where the way from the nearest free target is the direct one.
+  """
 
   distance: Float[Array, " q"]
   parent: Int[Array, " q"]
@@ -109,7 +112,7 @@ def _augment(cost: Float[Array, "t q"], is_target: Bool[Array, " t"], state: _St
   gain = jnp.where(search.visited, length - search.distance, 0.0)
   matched = state.query_of_target >= 0
   target_gain = jnp.where(matched, gain[state.query_of_target], jnp.where(free, length, 0.0))
-  target_of_query, query_of_target = _flip_path(search, state)
+  target_of_query, query_of_target = _flip_path(cost, free, search, state)
   return _State(
     target_of_query,
     query_of_target,
@@ -120,11 +123,12 @@ def _augment(cost: Float[Array, "t q"], is_target: Bool[Array, " t"], state: _St
 
 def _start(cost: Float[Array, "t q"], free: Bool[Array, " t"], state: _State) -> _Search:
   """Reaches every query from the free targets directly."""
-  reduced = cost - state.target_potential[:, None] - state.query_potential[None, :]
-  reduced = jnp.where(free[:, None], reduced, jnp.inf)
-  parent = jnp.argmin(reduced, axis=0)
-  distance = jnp.min(reduced, axis=0)
-  return _Search(distance, parent, jnp.zeros(distance.shape, bool), jnp.argmin(distance))
+  # The only work on the whole matrix: a plain minimum, many times faster than an argmin on CPUs.
+  cheapest = jnp.min(jnp.where(free[:, None], cost, jnp.inf), axis=0)
+  level = jnp.max(jnp.where(free, state.target_potential, -jnp.inf))  # the same for all of them
+  distance = cheapest - level - state.query_potential
+  nowhere, unseen = jnp.full(distance.shape, -1, jnp.int32), jnp.zeros(distance.shape, bool)
+  return _Search(distance, nowhere, unseen, jnp.argmin(distance))
 
 
 def _step(cost: Float[Array, "t q"], state: _State, search: _Search) -> _Search:
@@ -139,12 +143,15 @@ def _step(cost: Float[Array, "t q"], state: _State, search: _Search) -> _Search:
   return _Search(distance, jnp.where(shorter, target, search.parent), visited, nearest)
 
 
-def _flip_path(search: _Search, state: _State) -> tuple[Int[Array, " q"], Int[Array, " t"]]:
+def _flip_path(
+  cost: Float[Array, "t q"], free: Bool[Array, " t"], search: _Search, state: _State
+) -> tuple[Int[Array, " q"], Int[Array, " t"]]:
   """Gives the path's end to its parent, that one's old query to the next, back to the start."""
 
   def flip(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     query, target_of_query, query_of_target = carry
-    target = search.parent[query]
+    direct = jnp.argmin(jnp.where(free, cost[:, query], jnp.inf))
+    target = jnp.where(search.parent[query] < 0, direct, search.parent[query])
     return (
       query_of_target[target],
       target_of_query.at[query].set(target),

@@ -1,0 +1,144 @@
+r"""What DETR's matching costs: on the device, beside optax's solver and scipy on the host.
+
+    python benchmarks/matching.py
+    python benchmarks/matching.py --step=detr_r50 --image_size=640 --batch_size=4
+
+Costs are those of random predictions and targets, for a batch of images and six decoder layers.
+
+* ours: `ops.matching.match`, padded targets left out;
+* optax: `hungarian_algorithm` under vmap, padding given the cost 0;
+* scipy: `linear_sum_assignment` for one problem after the other, on costs fetched from the device,
+  pairs sent back: what a host-side matcher has to do in the middle of a step.
+
+With `--step` a whole training step of that model (loss and gradients) is measured as well, and the
+share of it that matching takes.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import measuring
+import numpy as np
+import optax
+from scipy.optimize import linear_sum_assignment
+
+from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.ops.detection_losses import matching_cost
+from vit_jax_zoo.ops.matching import match
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import LossContext
+
+LAYERS, QUERIES, CLASSES = 6, 100, 91
+
+
+def problem(images: int, padded: int, objects: float) -> tuple[Any, Any]:
+  """Returns costs [b l q t] and which targets there are, Poisson-many an image."""
+  rng = np.random.default_rng(0)
+  is_target = np.arange(padded) < np.minimum(rng.poisson(objects, images), padded)[:, None]
+  boxes = rng.uniform(0.1, 0.5, (images, padded, 4)).astype(np.float32)
+  labels = rng.integers(0, CLASSES, (images, padded)).astype(np.int32)
+
+  def repeat(x: Any) -> Any:
+    return jnp.asarray(np.repeat(x[:, None], LAYERS, axis=1))
+
+  cost = matching_cost(
+    jnp.asarray(rng.normal(size=(images, LAYERS, QUERIES, CLASSES + 1)).astype(np.float32)),
+    jnp.asarray(rng.uniform(0.1, 0.6, (images, LAYERS, QUERIES, 4)).astype(np.float32)),
+    repeat(labels),
+    repeat(boxes),
+    weights=(1.0, 5.0, 2.0),
+  )
+  return cost, repeat(is_target)
+
+
+def solvers(cost: Any, is_target: Any) -> dict[str, Callable[[int], object]]:
+  """Returns what is measured, by name."""
+  ours = jax.jit(match)
+  theirs = jax.jit(jax.vmap(jax.vmap(optax.assignment.hungarian_algorithm)))
+  padded = jnp.where(is_target[:, :, None], cost, 0)
+  counts = np.asarray(is_target).sum(axis=-1)
+
+  def on_host() -> Any:
+    costs = np.asarray(jax.device_get(cost))
+    pairs = np.full((2, *costs.shape[:2], costs.shape[-1]), -1, np.int32)
+    for index in np.ndindex(*costs.shape[:2]):
+      rows, columns = linear_sum_assignment(costs[index][:, : counts[index]])
+      pairs[0][index][: len(rows)], pairs[1][index][: len(rows)] = rows, columns
+    return jax.device_put(pairs)
+
+  calls = {
+    "ours": lambda: ours(cost, is_target),
+    "optax": lambda: theirs(padded),
+    "scipy": on_host,
+  }
+  return {name: repeated(call) for name, call in calls.items()}
+
+
+def repeated(call: Callable[[], Any]) -> Callable[[int], object]:
+  """Returns what makes the call so many times and waits for each, as a step has to."""
+  return lambda count: [jax.block_until_ready(call()) for _ in range(count)]
+
+
+def training_step(name: str, image_size: int, images: int, padded: int) -> Callable[[int], object]:
+  """Returns loss and gradients of a model in bfloat16, dropout included."""
+  task = create_task("detection", create_model(name, dtype="bfloat16"), num_classes=CLASSES)
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(0, 256, (images, image_size, image_size, 3), dtype=np.uint8),
+    "boxes_cxcywh": rng.uniform(0.1, 0.5, (images, padded, 4)).astype(np.float32),
+    "labels": rng.integers(0, CLASSES, (images, padded)).astype(np.int32),
+    "is_target": np.tile(np.arange(padded) < 7, (images, 1)),
+  }
+  variables = jax.jit(task.init)(jax.random.key(0), batch)
+  batch = jax.device_put(batch)
+
+  @jax.jit
+  def step(params: Any) -> Any:
+    def loss(params: Any) -> Any:
+      context = LossContext(jax.random.key(1), jnp.int32(0), task.normalizers(batch))
+      return task.loss({**variables, "params": params}, batch, context).loss
+
+    return jax.grad(loss)(params)
+
+  return repeated(lambda: step(variables["params"]))
+
+
+def main() -> None:
+  """Prints a table: one row for each size of problem."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("--batch_size", type=int, default=16)
+  parser.add_argument("--padded", default="100,32", help="targets an image has room for")
+  parser.add_argument("--objects", type=float, default=7.3, help="in an image, on average (COCO)")
+  parser.add_argument("--step", default="", help="a model's name: also measures its training step")
+  parser.add_argument("--image_size", type=int, default=640)
+  parser.add_argument("--rounds", type=int, default=5)
+  parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
+  flags = parser.parse_args()
+  print(measuring.machine("optax", "scipy"))
+  rows = []
+  for padded in map(int, flags.padded.split(",")):
+    runs = solvers(*problem(flags.batch_size, padded, flags.objects))
+    if flags.step:
+      runs["step"] = training_step(flags.step, flags.image_size, flags.batch_size, padded)
+    times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
+    wall = {name: [1e3 * t.wall for t in rounds] for name, rounds in times.items()}
+    row = [str(padded), *(measuring.spread(wall[name]) for name in runs)]
+    if flags.step:
+      share = statistics.median(wall["ours"]) / statistics.median(wall["step"])
+      row.append(f"{share:.2%}")
+    rows.append(row)
+  header = ["targets, padded to", "ours, ms", "optax, ms", "scipy, ms"]
+  header += [f"step of {flags.step}, ms", "ours / step"] if flags.step else []
+  print(f"\n{measuring.markdown(header, rows)}")
+  print(
+    f"\n{flags.batch_size} images x {LAYERS} layers x {QUERIES} queries, {flags.objects} objects "
+    f"an image; median (range) of {flags.rounds} rounds; afterwards: {measuring.machine()}"
+  )
+
+
+if __name__ == "__main__":
+  main()
