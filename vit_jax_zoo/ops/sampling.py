@@ -1,4 +1,4 @@
-"""Drawing sequences token by token, inside one `jax.lax.scan`."""
+"""Drawing sequences token by token, inside one compiled loop."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -49,8 +49,9 @@ def continue_sequences(
 ) -> Int[Array, "b n"]:
   """Fills each row of `tokens` from its length on; what comes before stays as it is.
 
-  One `jax.lax.scan` over all positions; up to the shortest length it does nothing, so the cost is
-  that of the longest continuation.
+  One loop from the shortest length to the end, so the cost is that of the longest continuation. It
+  is a `fori_loop` and not a scan over all positions that skips the given ones: XLA copies the whole
+  cache in and out of the branch that would skip.
 
   Args:
     step: gives the logits of a position from the token before it and a cache of those before that.
@@ -61,9 +62,8 @@ def continue_sequences(
     temperature: see `sample_token`.
     top_k: see `sample_token`.
   """
-  first = jnp.min(lengths)
 
-  def draw(carry: tuple[Array, Any], position: Array) -> tuple[Array, Any]:
+  def draw(position: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
     tokens, cache = carry
     previous = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
     given = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
@@ -73,8 +73,4 @@ def continue_sequences(
     token = jnp.where(position < lengths, given, token)
     return jax.lax.dynamic_update_index_in_dim(tokens, token, position, axis=1), cache
 
-  def body(carry: tuple[Array, Any], position: Array) -> tuple[tuple[Array, Any], None]:
-    return jax.lax.cond(position < first, lambda c, _: c, draw, carry, position), None
-
-  (tokens, _), _ = jax.lax.scan(body, (tokens, cache), jnp.arange(tokens.shape[1]))
-  return tokens
+  return jax.lax.fori_loop(jnp.min(lengths), tokens.shape[1], draw, (tokens, cache))[0]
