@@ -164,12 +164,16 @@ def draw_position_similarity(
   similarity = position_similarity(table, grid)
   stride = -(-max(grid) // max_side)
   rows, columns = range(0, grid[0], stride), range(0, grid[1], stride)
-  figure = Figure(figsize=(0.55 * len(columns) + 2.2, 0.55 * len(rows) + 1.5), dpi=110)
+  tile, left, below = 0.55, 0.5, 0.5
+  width = max(left + tile * len(columns) + 1.1, 4.4)
+  height = below + tile * len(rows) + 0.75
+  figure = Figure(figsize=(width, height), dpi=110)
   axes = figure.subplots(len(rows), len(columns), squeeze=False)
-  height = figure.get_size_inches()[1]
+  right, top = left + tile * len(columns), below + tile * len(rows)
   figure.subplots_adjust(
-    left=0.1, right=0.78, top=1 - 0.75 / height, bottom=0.5 / height, wspace=0.06, hspace=0.06
-  )
+    left=left / width, right=right / width, top=top / height, bottom=below / height,
+    wspace=0.06, hspace=0.06,
+  )  # fmt: skip
   _write_title(figure, title, f"a tile for each of {grid[0]} × {grid[1]} patches")
   for i, row in enumerate(rows):
     for j, column in enumerate(columns):
@@ -180,7 +184,7 @@ def draw_position_similarity(
         ax.set_ylabel(str(row + 1), fontsize=8, rotation=0, ha="right", va="center")
       if i == len(rows) - 1:
         ax.set_xlabel(str(column + 1), fontsize=8)
-  beside = figure.add_axes((0.83, 0.25, 0.03, 0.45))
+  beside = figure.add_axes(((right + 0.25) / width, 0.25, 0.12 / width, 0.45))
   bar = figure.colorbar(axes[0, 0].images[0], cax=beside)
   bar.set_label("cosine", fontsize=9)
   bar.ax.tick_params(labelsize=8)
