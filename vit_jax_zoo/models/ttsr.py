@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
@@ -201,10 +202,10 @@ class TTSR(nn.Module):
   @nn.compact
   def __call__(
     self,
-    low_res_image: Float[Array, "b h w 3"],
-    upsampled_image: Float[Array, "b h4 w4 3"],
-    ref_image: Float[Array, "b y x 3"],
-    blurred_ref_image: Float[Array, "b y2 x2 3"],
+    low_res_image: Float[Array | np.ndarray, "b h w 3"],
+    upsampled_image: Float[Array | np.ndarray, "b h4 w4 3"],
+    ref_image: Float[Array | np.ndarray, "b y x 3"],
+    blurred_ref_image: Float[Array | np.ndarray, "b y2 x2 3"],
     *,
     train: bool = False,
   ) -> dict[str, Any]:
@@ -227,7 +228,9 @@ class TTSR(nn.Module):
       ValueError: the pictures' sides do not belong together.
     """
     del train
-    _check(low_res_image.shape, upsampled_image.shape, ref_image.shape, blurred_ref_image.shape)
+    pictures = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
+    low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, pictures)
+    _check(*(picture.shape for picture in pictures))
     match = find_matches(
       self.textures(shard_batch(upsampled_image), precise=True)[2],
       self.textures(shard_batch(blurred_ref_image), precise=True)[2],

@@ -84,7 +84,7 @@ def relevance_of(
 
   def add(products: Array, offset: Array) -> tuple[Array, None]:
     theirs = _windows(references, rows + offset[0], columns + offset[1], 1)[..., 0, 0, :]
-    ours = _shifted(around, offset, queries.shape[1:3])
+    ours = _shifted(around, offset, (queries.shape[1], queries.shape[2]))
     return products + jnp.sum(ours * theirs, axis=-1), None
 
   # Without the checkpoint a backward pass would keep all nine gathered maps.

@@ -17,6 +17,7 @@ TASKS = {
   "classification": ("vit_jax_zoo.tasks.classification", "Classification"),
   "detection": ("vit_jax_zoo.tasks.detection", "Detection"),
   "pixel_modelling": ("vit_jax_zoo.tasks.pixel_modelling", "PixelModelling"),
+  "super_resolution": ("vit_jax_zoo.tasks.super_resolution", "SuperResolution"),
 }
 """Task name -> module and class."""
 

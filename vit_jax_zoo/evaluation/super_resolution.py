@@ -1,0 +1,87 @@
+"""Scores of enlarged pictures: TTSR's own, on luma, and scikit-image's, on colours."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Num
+from skimage import metrics
+
+from vit_jax_zoo.evaluation.base import Evaluator
+from vit_jax_zoo.ops.picture_quality import psnr_y, ssim_y
+
+SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
+
+
+def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) -> dict[str, float]:
+  """Returns `SCORES` of one picture: luma as TTSR has it, and all colours as scikit-image does.
+
+  Args:
+    image: in [0, 255].
+    truth: the same. Both are cropped to the sides that they share, from the upper left.
+  """
+  height, width = (min(a, b) for a, b in zip(image.shape[:2], truth.shape[:2], strict=True))
+  image, truth = image[:height, :width], truth[:height, :width]
+  same = np.array_equal(image, truth)
+  return {
+    "psnr": psnr_y(image, truth),
+    "ssim": ssim_y(image, truth),
+    "skimage_psnr": math.inf
+    if same
+    else float(metrics.peak_signal_noise_ratio(truth, image, data_range=255)),
+    "skimage_ssim": float(
+      metrics.structural_similarity(truth, image, data_range=255, channel_axis=-1)
+    ),
+  }
+
+
+class SuperResolutionEvaluator(Evaluator):
+  """Averages the scores of pictures, each of which weighs the same.
+
+  Scores: `SCORES`; the same of the bicubic enlargements, as "bicubic_psnr", ...; "psnr_gain", by
+  how much the results are better than those; "images".
+  """
+
+  def __init__(self) -> None:
+    self.images = 0
+    self.sums: dict[str, float] = {}
+
+  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+    """Takes one batch.
+
+    Args:
+      batch: `image` [b H W 3], the truth, and `upsampled_image`, its bicubic rival, in [0, 255];
+        `size` [b 2] and `mask` [b], both optional, as `tasks.super_resolution` has them.
+      predictions: `image` [b H W 3] in [0, 255].
+    """
+    truths = np.asarray(batch["image"])
+    kept = np.asarray(batch.get("mask", np.ones(len(truths))), bool)
+    sizes = np.asarray(batch.get("size", [truths.shape[1:3]] * len(truths)))
+    for i in np.flatnonzero(kept):
+      truth = truths[i, : sizes[i][0], : sizes[i][1]]
+      for prefix, images in (
+        ("", predictions["image"]),
+        ("bicubic_", batch["upsampled_image"]),
+      ):
+        for name, value in score(np.asarray(images[i]), truth).items():
+          self.sums[prefix + name] = self.sums.get(prefix + name, 0.0) + value
+      self.images += 1
+
+  def merge(self, other: Evaluator) -> None:
+    """Adds another evaluator's sums to these."""
+    if not isinstance(other, SuperResolutionEvaluator):
+      raise TypeError(f"cannot merge a {type(other).__name__} into a SuperResolutionEvaluator")
+    self.images += other.images
+    for name, total in other.sums.items():
+      self.sums[name] = self.sums.get(name, 0.0) + total
+
+  def result(self) -> dict[str, float]:
+    """Returns the scores by name; PSNR in dB."""
+    if not self.images:
+      raise ValueError("no image was evaluated; is the evaluation split empty?")
+    means = {name: total / self.images for name, total in self.sums.items()}
+    return means | {
+      "psnr_gain": means["psnr"] - means["bicubic_psnr"],
+      "images": float(self.images),
+    }
