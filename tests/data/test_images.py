@@ -120,3 +120,27 @@ class TestResize:
   def test_keeps_type(self):
     for dtype in (np.uint8, np.float32):
       assert images.resize(PHOTO.astype(dtype), 20, 90).dtype == dtype
+
+  @pytest.mark.parametrize("scale", [1.25, 1.5, 1.9, 2.2])
+  def test_antialias_is_near_pillow(self, scale):
+    """On noise, the hardest case; plain interpolation is a third farther, or five times."""
+    noise = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
+    height, width = round(90 / scale), round(120 / (1 + (scale - 1) / 2))
+    wanted = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
+    errors = {
+      method: np.abs(images.resize(noise, height, width, method).astype(int) - wanted).mean()
+      for method in images.METHODS
+    }
+    assert errors["antialias"] < errors["bilinear"] / 1.35
+    assert errors["antialias"] < 7
+
+  def test_antialias_keeps_what_is_even(self):
+    for height, width in ((40, 40), (40, 64), (48, 50), (25, 40), (10, 60)):
+      assert np.ptp(images.resize(np.full((48, 64, 3), 77, np.uint8), height, width)) == 0
+
+  def test_axes_are_blurred_apart(self):
+    stripes = np.zeros((60, 60, 3), np.uint8)
+    stripes[:, ::2] = 255
+    assert np.ptp(images.resize(stripes, 40, 60)) == 255  # only rows are shrunk
+    plain = np.ptp(images.resize(stripes, 60, 40, "bilinear"))
+    assert np.ptp(images.resize(stripes, 60, 40)) < plain / 1.5

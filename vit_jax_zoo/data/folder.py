@@ -35,8 +35,8 @@ class FolderSource(Source):
     self._files = files
 
   def __getitem__(self, index: int) -> Example:
-    path, label = self._files[index]
-    return {"image": pathlib.Path(self._root, path).read_bytes(), "label": label}
+    with open(self.example_name(index), "rb") as file:
+      return {"image": file.read(), "label": self._files[index][1]}
 
   def example_name(self, index: int) -> str:
     """Returns the path of the file."""

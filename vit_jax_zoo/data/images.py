@@ -4,6 +4,7 @@ Everything takes and returns RGB, uint8 or float32 [h w 3] with values in [0, 25
 """
 
 import io
+import math
 from typing import Literal, TypeAlias
 
 import cv2
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from vit_jax_zoo.data import jpeg
 from vit_jax_zoo.data.base import CorruptExampleError
 
 Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
@@ -35,7 +37,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
-def decode_image(data: bytes, reduce: int = 1) -> Pixels:
+def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixels:
   """Decodes a compressed image of any common format to RGB.
 
   As in the TensorFlow pipelines the published models were trained with: the EXIF orientation is
@@ -45,13 +47,17 @@ def decode_image(data: bytes, reduce: int = 1) -> Pixels:
   Args:
     data: the file's bytes.
     reduce: 1, 2, 4 or 8: return about 1/reduce of the height and width. Cheap for JPEG.
+    rows: with reduce=1: this many from the top are enough. Those of most JPEG files are cheaper
+      than the whole; the result may have more.
 
   Raises:
     CorruptExampleError: the bytes are no image, or a truncated one.
   """
   whole = not data.startswith((_JPEG_START, _PNG_START)) or data.endswith((_JPEG_END, _PNG_END))
   if whole and not data.startswith(b"GIF8"):
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduce]) if data else None
+    pixels = jpeg.decode_rows(data, rows) if reduce == 1 else None
+    if pixels is None and data:
+      pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduce])
     if pixels is not None:
       return pixels
   # Pillow tells a file with something after its end from a truncated one, which OpenCV would fill
@@ -78,6 +84,9 @@ def image_size(data: bytes) -> tuple[int, int]:
   Raises:
     CorruptExampleError: the bytes are no image.
   """
+  frame = jpeg.read_frame(data)
+  if frame is not None:
+    return frame.height, frame.width
   try:
     with Image.open(io.BytesIO(data)) as image:
       return image.size[1], image.size[0]
@@ -90,12 +99,37 @@ def resize(
 ) -> UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W 3"]:
   """Resizes in whichever of the two types comes in; uint8 is rounded.
 
-  For training: fast, and without aliasing. Where an axis shrinks, every output pixel is the mean of
-  the area it covers ("antialias", "area"); otherwise, or for "bilinear", the four nearest pixels
-  are interpolated at half-pixel centres. For evaluation there is `data/tf_resize.py`.
+  For training: fast, and by default without aliasing. "bilinear" interpolates between the four
+  nearest pixels, at half-pixel centres. "antialias" does so too, but where an axis shrinks to less
+  than 1/1.2 the image is first blurred along it; where one shrinks to less than 1/2.2, it is
+  "area": every output pixel is the mean of what it covers. For evaluation there is
+  `data/tf_resize.py`.
   """
-  shrinks = height < image.shape[0] or width < image.shape[1]
-  area = method != "bilinear" and shrinks
-  return cv2.resize(
-    image, (width, height), interpolation=cv2.INTER_AREA if area else cv2.INTER_LINEAR
-  )
+  scales = image.shape[0] / height, image.shape[1] / width
+  if method == "antialias" and _BLUR_FROM < max(scales) <= _AREA_FROM:
+    image = _blur(image, *scales)
+  elif method != "bilinear" and max(scales) > 1 and (method == "area" or max(scales) > _AREA_FROM):
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+  return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+
+
+_BLUR_FROM, _AREA_FROM = 1.2, 2.2
+"""In between, blurring and interpolating takes half of OpenCV's time for averaging areas, and comes
+nearer to Pillow's antialiased bilinear filter. Mean error on photographs, of 255 levels, at the
+scales 1.2, 1.5, 1.67, 2 and 2.2: 0.6, 0.4, 0.6, 0.2, 0.4 (area: 0.4, 1.0, 0.9, 1.6, 1.0; bilinear:
+0.7, 1.0, 1.5, 1.6, 2.3). Below 1.2 a blur takes away no more than 0.1 of bilinear's."""
+
+
+def _blur(image: np.ndarray, *scales: float) -> np.ndarray:
+  """Blurs each axis so much that bilinear interpolation then has the variance it should have.
+
+  Shrinking by s asks for a triangle s pixels wide on either side, of variance s^2 / 6;
+  interpolation gives 1 / 6, and the kernel (a, 1 - 2a, a) adds 2a. It is called a Gaussian because
+  for that OpenCV has its fastest code.
+  """
+  sizes, sigmas = [], []
+  for scale in scales:
+    weight = (scale**2 - 1) / 12 if scale > _BLUR_FROM else 0.0
+    sizes.append(3 if weight else 1)
+    sigmas.append(math.sqrt(0.5 / math.log((1 - 2 * weight) / weight)) if weight else 1.0)
+  return cv2.GaussianBlur(image, (sizes[1], sizes[0]), sigmaX=sigmas[1], sigmaY=sigmas[0])

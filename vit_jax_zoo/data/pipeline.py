@@ -12,25 +12,20 @@ Host p reads only rows [p * b/hosts, (p + 1) * b/hosts) of each batch.
 import collections
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grain
 import numpy as np
 from absl import flags, logging
 
-from vit_jax_zoo.data.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms import pixels
+from vit_jax_zoo.data.base import Example, Source
+from vit_jax_zoo.data.loading import SKIPPED, Batch, Loader, MaskedBatches, TrainBatches
 from vit_jax_zoo.ops.names import unknown_name
 
-Batch: TypeAlias = dict[str, np.ndarray]
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 CORRUPT_POLICIES = ("error", "skip")
-
-MAX_REPLACEMENTS = 100
-"""A training example and its replacements may fail this often in a row before the run stops."""
-
-_SKIPPED = "_skipped"
 
 
 def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of the process)
@@ -69,12 +64,12 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
     ValueError: one line, about the batch size, an empty source, a label, a corrupt image, or
       examples of different shapes.
   """
-  loader = _Loader(source, tuple(transforms), num_classes, on_corrupt, replace=True)
+  loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=True)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
-  dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
-  dataset = dataset.random_map(loader).batch(local, drop_remainder=True, batch_fn=_stack)
-  dataset = dataset[start_step * process_count + process_index :: process_count]
+  # Grain counts batches, not examples: its bookkeeping for an element takes as long as a flip.
+  numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
+  dataset = numbers[::process_count].map(TrainBatches(loader, local, seed))
   return BatchIterator(_iterate(dataset, num_workers, num_threads))
 
 
@@ -99,12 +94,11 @@ def eval_batches(  # noqa: PLR0913
   The result has a length, and each `iter()` of it starts from the beginning. Arguments and errors
   are those of `train_batches`; random transforms draw the same numbers in every evaluation.
   """
-  loader = _Loader(source, tuple(transforms), num_classes, on_corrupt, replace=False)
+  loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=False)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
   num_batches = -(-len(source) // batch_size)
-  dataset = grain.MapDataset.range(num_batches * batch_size).random_map(loader, seed=0)
-  dataset = dataset.batch(local, batch_fn=_MaskedStack(loader))[process_index::process_count]
-  return EvalBatches(dataset, num_workers, num_threads)
+  numbers = grain.MapDataset.range(num_batches * process_count)[process_index::process_count]
+  return EvalBatches(numbers.map(MaskedBatches(loader, local)), num_workers, num_threads)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -121,7 +115,7 @@ class BatchIterator(Iterator[Batch]):
 
   def __next__(self) -> Batch:
     batch = next(self._iterator)
-    for name, reason in batch.pop(_SKIPPED):
+    for name, reason in batch.pop(SKIPPED):
       if name not in self.skipped:
         logging.warning("skipping a corrupt example, %s: %s", name, reason)
       self.skipped[name] += 1
@@ -156,134 +150,6 @@ class EvalBatches:
 
   def __iter__(self) -> BatchIterator:
     return BatchIterator(_iterate(self._dataset, self._num_workers, self._num_threads))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Skipped:
-  """Stands for an example that could not be loaded, or for none at all."""
-
-  failures: tuple[tuple[str, str], ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Loader:
-  """From a position in the source to a finished example; it travels to the workers."""
-
-  source: Source
-  transforms: tuple[Callable[[Example, np.random.Generator], Example], ...]
-  num_classes: int | None
-  on_corrupt: str
-  replace: bool
-
-  def __call__(self, index: int, rng: np.random.Generator) -> Example | _Skipped:
-    """Loads example `index`; beyond the last one there is nothing."""
-    if index >= len(self.source):
-      return _Skipped()
-    failures: list[tuple[str, str]] = []
-    while len(failures) < MAX_REPLACEMENTS:
-      try:
-        return {**self.load(int(index), rng), _SKIPPED: tuple(failures)}
-      except CorruptExampleError as error:
-        name = self.source.example_name(int(index))
-        if self.on_corrupt == "error":
-          raise CorruptExampleError(
-            f"corrupt example {name}: {error}; remove it, or set on_corrupt='skip'"
-          ) from None
-        failures.append((name, str(error)))
-      if not self.replace:
-        return _Skipped(tuple(failures))
-      index = int(rng.integers(len(self.source)))
-    raise CorruptExampleError(
-      f"{MAX_REPLACEMENTS} examples of {self.source.info.name} in a row are corrupt, the last one "
-      f"{failures[-1][0]}: {failures[-1][1]}"
-    )
-
-  def load(self, index: int, rng: np.random.Generator) -> Example:
-    """Returns the example, checked, transformed and as arrays."""
-    example = self.source[index]
-    self._check_label(index, example)
-    try:
-      for transform in self.transforms:
-        example = transform(example, rng)
-      if isinstance(example.get("image"), bytes):
-        example = {**example, "image": pixels(example["image"])}
-    except CorruptExampleError:
-      raise
-    except ValueError as error:
-      raise ValueError(f"{self.source.example_name(index)}: {error}") from error
-    return {key: _as_array(value) for key, value in example.items()}
-
-  def _check_label(self, index: int, example: Example) -> None:
-    if "label" not in example:
-      return
-    num_classes = self.num_classes or self.source.info.num_classes
-    labels = np.asarray(example["label"])
-    bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
-    if np.any(bad):
-      raise ValueError(
-        f"{self.source.example_name(index)} has label {labels[bad].flat[0]}, expected 0.."
-        f"{(num_classes or 0) - 1} (num_classes={num_classes}); check the labels or num_classes"
-      )
-
-
-def _as_array(value: Any) -> np.ndarray:
-  """Returns the array to stack: int32 for Python ints, as no accelerator wants 64 bits."""
-  return np.asarray(value, np.int32) if isinstance(value, int) else np.asarray(value)
-
-
-def _stack(examples: Sequence[Any]) -> dict[str, Any]:
-  """Returns the batch, and under `_skipped` what was lost on the way to it."""
-  batch: dict[str, Any] = {_SKIPPED: sum((e[_SKIPPED] for e in examples), ())}
-  for key in examples[0]:
-    if key != _SKIPPED:
-      batch[key] = _stack_key(key, [example[key] for example in examples])
-  return batch
-
-
-def _stack_key(key: str, values: list[np.ndarray]) -> np.ndarray:
-  shapes = {value.shape for value in values}
-  if len(shapes) > 1:
-    remedy = {"image": "end the transforms with a resize or a crop", "label": "add multi_hot"}
-    one, other = sorted(shapes)[:2]
-    raise ValueError(
-      f"{key!r} has different shapes in one batch, such as {one} and {other}; "
-      f"{remedy.get(key, 'bring them to one shape in a transform')}"
-    )
-  return np.stack(values)
-
-
-@dataclasses.dataclass
-class _MaskedStack:
-  """Stacks evaluation examples; rows without one are zeros, and False in `mask`."""
-
-  loader: _Loader
-  _template: Example | None = None
-
-  def __call__(self, rows: Sequence[Example | _Skipped]) -> dict[str, Any]:
-    mask = np.array([not isinstance(row, _Skipped) for row in rows])
-    if not mask.all():
-      blank = self._blank(rows)
-      lost = [row.failures for row in rows if isinstance(row, _Skipped)]
-      rows = [blank if isinstance(row, _Skipped) else row for row in rows]
-      return {**_stack(rows), "mask": mask, _SKIPPED: sum(lost, ())}
-    return {**_stack(rows), "mask": mask}
-
-  def _blank(self, rows: Sequence[Example | _Skipped]) -> Example:
-    """Returns zeros shaped like the examples: of these rows, or else the first sound one of all."""
-    if self._template is None:
-      found = (row for row in rows if not isinstance(row, _Skipped))
-      self._template = next(found, None) or self._first_sound()
-    blank = {k: np.zeros_like(v) for k, v in self._template.items() if k != _SKIPPED}
-    return {**blank, _SKIPPED: ()}
-
-  def _first_sound(self) -> Example:
-    for index in range(min(len(self.loader.source), MAX_REPLACEMENTS)):
-      example = self.loader(index, np.random.default_rng(0))
-      if not isinstance(example, _Skipped):
-        return example
-    raise CorruptExampleError(
-      f"the first {index + 1} examples of {self.loader.source.info.name} are all corrupt"
-    )
 
 
 def _local_batch_size(
