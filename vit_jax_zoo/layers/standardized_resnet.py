@@ -14,6 +14,8 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.ops.sharding import shard_batch
+
 
 class StandardizedConv(nn.Module):
   """A convolution, without bias, whose kernel has mean 0 and deviation 1 for each output channel.
@@ -72,6 +74,7 @@ class BottleneckUnit(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
     """Returns the unit's output; the shortcut is projected where its shape must change."""
+    x = shard_batch(x)
     shortcut = x
     if x.shape[-1] != 4 * self.width or self.stride != 1:
       shortcut = self.conv(4 * self.width, 1, self.stride, name="shortcut_conv")(x)
@@ -95,6 +98,11 @@ def total_stride(stage_sizes: Sequence[int]) -> int:
 class StandardizedResNet(nn.Module):
   """7x7 stride-2 root with max-pool, then stages of bottleneck units.
 
+  The first unit of a stage, `stage_0_unit_0`, differs from the others, which are equal. Scanned,
+  the others' parameters stand in `stage_0_units/...` with a leading axis, and so do their
+  intermediates: convolutions take long to compile for TPUs, and so there are fewer. Unrolled, and
+  where only one is left, they stand in `stage_0_unit_1/...` and so on. `weights.table` converts.
+
   Attributes:
     stage_sizes: units in each stage; () leaves the root alone, whose stride is 4. Each stage after
       the first halves the sides.
@@ -104,6 +112,7 @@ class StandardizedResNet(nn.Module):
     std_epsilon: see `StandardizedConv`.
     variance_epsilon: see `StandardizedConv`.
     remat: whether the units keep only their inputs for the backward pass.
+    scan_layers: whether the equal units of a stage are scanned.
     dtype: of the computation.
   """
 
@@ -114,6 +123,7 @@ class StandardizedResNet(nn.Module):
   std_epsilon: float = 1e-5
   variance_epsilon: float = 0.0
   remat: bool = False
+  scan_layers: bool = True
   dtype: Dtype = jnp.float32
 
   @nn.compact
@@ -131,10 +141,29 @@ class StandardizedResNet(nn.Module):
     x = conv(self.width, 7, 2, name="root_conv")(images)
     x = norm(name="root_norm")(x)
     x = nn.max_pool(nn.relu(x), (3, 3), strides=(2, 2), padding="SAME")
-    unit_class = nn.remat(BottleneckUnit) if self.remat else BottleneckUnit
     for stage, size in enumerate(self.stage_sizes):
-      for unit in range(size):
-        stride = 2 if stage > 0 and unit == 0 else 1
-        name = f"stage_{stage}_unit_{unit}"
-        x = unit_class(self.width * 2**stage, stride, conv, norm, name=name)(x)
+      x = self._stage(x, stage, size, functools.partial(BottleneckUnit, conv=conv, norm=norm))
     return x
+
+  def _stage(
+    self, x: Float[Array, "b h w c"], stage: int, size: int, unit: Callable[..., BottleneckUnit]
+  ) -> Float[Array, "b h2 w2 f"]:
+    width, name = self.width * 2**stage, f"stage_{stage}_unit"
+    scanned = self.scan_layers and size > 2
+    run = nn.remat(_run) if self.remat else _run
+    for i in range(1 if scanned else size):
+      stride = 2 if stage > 0 and i == 0 else 1
+      x, _ = run(unit(width, stride, name=f"{name}_{i}"), x)
+    if not scanned:
+      return x
+    scan = nn.scan(
+      nn.remat(_run, prevent_cse=False) if self.remat else _run,
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      length=size - 1,
+    )
+    return scan(unit(width, 1, name=f"{name}s"), x)[0]
+
+
+def _run(unit: BottleneckUnit, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "..."], None]:
+  return unit(x), None

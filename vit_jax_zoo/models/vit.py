@@ -119,7 +119,8 @@ class VisionTransformer(nn.Module):
     head_bias_init: value of the head's bias at the start; -10 for sigmoid losses with many classes.
     dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
     remat: what blocks keep for the backward pass: a rung of `transformer.REMAT_LADDER`.
-    scan_layers: one block compiled and run `depth` times, or `depth` blocks.
+    scan_layers: one block compiled and run `depth` times, or `depth` blocks; so, too, for the equal
+      units of a hybrid's stages.
     attention_implementation: see `attention.Implementation`.
   """
 
@@ -195,8 +196,8 @@ class VisionTransformer(nn.Module):
     self._check_sides(images.shape[1], images.shape[2])
     x = shard_batch(images)
     if self.resnet is not None:
-      remat = self.remat != "none"
-      x = StandardizedResNet(dtype=self.dtype, remat=remat, name="resnet", **self.resnet)(x)
+      settings = {"dtype": self.dtype, "remat": self.remat != "none", **self.resnet}
+      x = StandardizedResNet(scan_layers=self.scan_layers, name="resnet", **settings)(x)
     side = (self.patch_size, self.patch_size)
     x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="embedding")(x)
     self.sow("intermediates", "patches", x)

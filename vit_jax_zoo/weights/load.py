@@ -17,9 +17,9 @@ from jaxtyping import Float
 from vit_jax_zoo.data.tf_resize import tf_resize
 from vit_jax_zoo.models.registry import check_fields
 from vit_jax_zoo.models.vit import VisionTransformer
-from vit_jax_zoo.weights import table, vit_npz
-
-_POSITIONS = "position_embedding/table"
+from vit_jax_zoo.weights import table, vit_hf, vit_npz, vit_timm
+from vit_jax_zoo.weights.checkpoint import POSITIONS, Checkpoint
+from vit_jax_zoo.weights.torch_layouts import read_safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +28,19 @@ class Preprocess:
 
   Attributes:
     image_size: height and width. Pictures are resized straight to it, their aspect ratio ignored.
-    mean: subtracted from pixels in [0, 1].
-    std: divided by afterwards.
+    mean: subtracted from pixels in [0, 1]; one for each channel or for all.
+    std: divided by afterwards; as `mean`.
   """
 
   image_size: tuple[int, int]
-  mean: float = 0.5
-  std: float = 0.5
+  mean: float | tuple[float, ...] = 0.5
+  std: float | tuple[float, ...] = 0.5
 
   def __call__(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "b h w c"]:
     """Stacks pictures, uint8 [h w 3] of any sizes, to one batch of float32."""
     resized = [tf_resize(np.asarray(image), *self.image_size) for image in images]
-    return ((np.stack(resized) / 255 - self.mean) / self.std).astype(np.float32)
+    mean, std = np.asarray(self.mean), np.asarray(self.std)
+    return ((np.stack(resized) / 255 - mean) / std).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,48 +65,49 @@ def load_pretrained(
   *,
   image_size: int | tuple[int, int] | None = None,
   source_image_size: int | tuple[int, int] | None = None,
-  resize: str = "corner_aligned",
+  resize: str | None = None,
   **overrides: Any,
 ) -> Pretrained:
   """Reads a published checkpoint; its sizes are inferred from its arrays.
 
   Args:
-    path: a ViT .npz file of google-research/vision_transformer or big_vision.
+    path: a ViT .npz file of google-research/vision_transformer or big_vision, a .safetensors file
+      of timm's, or a folder of Hugging Face's with `config.json` and `model.safetensors`.
     image_size: side, or height and width, of the images to come; the position embedding is resized
       to them. By default the size that the checkpoint was trained at.
-    source_image_size: what it was trained at; needed only where that is not square.
-    resize: how positions are resized, a key of `position_grid.METHODS`.
+    source_image_size: what it was trained at; needed only where that is not square and the file
+      does not state it.
+    resize: how positions are resized, a key of `position_grid.METHODS`; None: as the code does it
+      that the checkpoint was published for.
     **overrides: fields of the model. With another `num_classes` the head starts from zeros;
       `num_classes=None` drops it; `representation_size=None` drops `pre_logits`, and then the head,
-      which was trained on its output, starts from zeros too.
+      which was trained on its output, starts from zeros too. timm's files do not say how many
+      heads there are: see `vit_timm`, and give `num_heads` where that is wrong.
 
   Raises:
     ValueError: the file is missing or in no known format, or does not fit (all of it is listed).
   """
-  published = _read(path)
+  checkpoint = _read(path)
   check_fields(VisionTransformer, overrides, "VisionTransformer")
-  fields = {**vit_npz.infer_fields(published, path), **overrides}
+  fields = {**checkpoint.fields, **overrides}
   model = VisionTransformer(**fields)
   stride = model.patch_side
-  source_size, size = _height_width(source_image_size), _height_width(image_size)
+  size = _height_width(image_size)
+  source_size = _height_width(source_image_size) or checkpoint.image_size
   old_grid = None
-  if vit_npz.position_key(published):
-    old_grid = vit_npz.position_grid(
-      published,
-      path,
+  if checkpoint.key(POSITIONS):
+    old_grid = checkpoint.position_grid(
       given=source_size and _grid(source_size, stride),
       fallback=size and _grid(size, stride),
     )
     size = size or (old_grid[0] * stride, old_grid[1] * stride)
   size = size or source_size or (224, 224)
-  abstract = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), jnp.zeros((1, *size, _channels(published))))
-  )
-  new_grid = _grid(size, stride)
+  images = jnp.zeros((1, *size, _channels(checkpoint)))
+  abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
   if old_grid is not None:
-    published = _fit_positions(published, abstract, old_grid, new_grid, resize)
-  variables = _fit(path, published, abstract)
-  return Pretrained(model, variables, Preprocess(size), {**fields, "image_size": size})
+    checkpoint = _fit_positions(checkpoint, abstract, old_grid, _grid(size, stride), resize)
+  preprocess = Preprocess(size, checkpoint.mean, checkpoint.std)
+  return Pretrained(model, _fit(checkpoint, abstract), preprocess, {**fields, "image_size": size})
 
 
 def load_into(
@@ -113,7 +115,7 @@ def load_into(
   variables: Mapping[str, Any],
   *,
   position_grid: tuple[int, int] | None = None,
-  resize: str = "corner_aligned",
+  resize: str | None = None,
 ) -> dict[str, Any]:
   """Reads a published checkpoint into the variables of a model that exists already.
 
@@ -123,7 +125,7 @@ def load_into(
       head that the file cannot fill stays what it is here (zeros, if only its shape is known).
     position_grid: height and width, in tokens, of the model's grid; needed where that is not
       square, and the file's is another.
-    resize: how positions are resized, a key of `position_grid.METHODS`.
+    resize: as in `load_pretrained`.
 
   Returns:
     Variables of the same structure.
@@ -131,75 +133,91 @@ def load_into(
   Raises:
     ValueError: as in `load_pretrained`.
   """
-  published = _read(path)
-  key, positions = vit_npz.position_key(published), _flatten(variables).get(_POSITIONS)
-  if key is not None and positions is not None:
-    same = position_grid is None and positions.shape == published[key].shape
+  checkpoint = _read(path)
+  theirs, positions = checkpoint.array(POSITIONS), _flatten(variables).get(POSITIONS)
+  if theirs is not None and positions is not None:
+    same = position_grid is None and positions.shape == theirs.shape
     if not same:
       grid = position_grid or _square(positions.shape[1], "cls_token" in variables["params"])
-      old_grid = vit_npz.position_grid(published, path, fallback=grid)
-      published = _fit_positions(published, variables, old_grid, grid, resize)
-  return _fit(path, published, variables)
+      old_grid = checkpoint.position_grid(fallback=grid)
+      checkpoint = _fit_positions(checkpoint, variables, old_grid, grid, resize)
+  return _fit(checkpoint, variables)
 
 
 def _fit_positions(
-  published: table.Flat,
+  checkpoint: Checkpoint,
   variables: Mapping[str, Any],
   old_grid: tuple[int, int],
   new_grid: tuple[int, int],
-  method: str,
-) -> table.Flat:
-  positions = _flatten(variables).get(_POSITIONS)
+  method: str | None,
+) -> Checkpoint:
+  positions = _flatten(variables).get(POSITIONS)
   if positions is None:
-    return published
-  return vit_npz.fit_positions(
-    published,
-    num_rows=positions.shape[1],
-    old_grid=old_grid,
-    new_grid=new_grid,
-    method=method,
+    return checkpoint
+  return checkpoint.fit_positions(
+    num_rows=positions.shape[1], old_grid=old_grid, new_grid=new_grid, method=method
   )
 
 
-def _fit(path: str, published: table.Flat, variables: Mapping[str, Any]) -> dict[str, Any]:
+def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
   """Brings a file's arrays into the structure of `variables`."""
   target = _flatten(variables)
-  published, kept = _fit_head(path, published, target)
+  checkpoint, kept = _fit_head(checkpoint, target)
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
-  layers = table.read(published, vit_npz.TABLE, table.unroll_shapes(shapes), source=path)
+  layers = table.read(
+    checkpoint.arrays,
+    checkpoint.table,
+    table.unroll_shapes(shapes),
+    source=checkpoint.source,
+    ignore=checkpoint.ignore,
+  )
   params = {**table.stack(layers, shapes), **kept}
   params = {key: _like(params[key], target[key]) for key in target}
   return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
 
 
 def _fit_head(
-  path: str, published: table.Flat, target: Mapping[str, Any]
-) -> tuple[table.Flat, dict[str, Any]]:
+  checkpoint: Checkpoint, target: Mapping[str, Any]
+) -> tuple[Checkpoint, dict[str, Any]]:
   """Drops what the model has no place for; returns the rest, and the head if it stays as it is."""
-  published = dict(published)
-  no_representation = "pre_logits/kernel" not in target and "pre_logits/kernel" in published
-  if no_representation:
-    del published["pre_logits/kernel"], published["pre_logits/bias"]
-  wanted = target.get("head/bias")
-  given = published.get("head/bias")
+  no_representation = False
+  if "pre_logits/kernel" not in target and checkpoint.key("pre_logits/kernel"):
+    checkpoint, no_representation = checkpoint.without("pre_logits"), True
+  wanted, given = target.get("head/bias"), checkpoint.array("head/bias")
   if wanted is not None and given is not None:
     if wanted.shape == given.shape and not no_representation:
-      return published, {}
-    logging.info("%s: the head for %d classes starts afresh", path, wanted.shape[0])
-  published = {key: array for key, array in published.items() if not key.startswith("head/")}
+      return checkpoint, {}
+    logging.info("%s: the head for %d classes starts afresh", checkpoint.source, wanted.shape[0])
   head = {key: leaf for key, leaf in target.items() if key.startswith("head/")}
-  return published, {
+  return checkpoint.without("head"), {
     key: np.zeros(leaf.shape, np.float32) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
     for key, leaf in head.items()
   }
 
 
-def _read(path: str) -> table.Flat:
-  if not pathlib.Path(path).exists():
+def _read(path: str) -> Checkpoint:
+  """Reads a checkpoint in whatever format it is."""
+  file = pathlib.Path(path)
+  if not file.exists():
     raise ValueError(f"there is no checkpoint at {path}")
-  if pathlib.Path(path).suffix != ".npz":
-    raise ValueError(f"{path} is in no format that can be read; known: .npz (ViT)")
-  return vit_npz.read_file(path)
+  if file.is_dir():
+    file = file / "model.safetensors"
+    if not file.exists():
+      raise ValueError(f"there is no model.safetensors in {path}")
+  if file.suffix == ".npz":
+    return vit_npz.read_checkpoint(path)
+  if file.suffix != ".safetensors":
+    raise ValueError(
+      f"{path} is in no format that can be read; known: .npz, .safetensors, Hugging Face's folders"
+    )
+  published = read_safetensors(str(file))
+  for module in (vit_hf, vit_timm):
+    if module.is_of(published):
+      return module.read_checkpoint(str(file), published)
+  keys = ", ".join(sorted(published)[:3])
+  raise table.WeightsError(
+    f"{path} holds no ViT in timm's or Hugging Face's layout; its keys begin with {keys}"
+  )
 
 
 def _like(array: Any, target: Any) -> Any:
@@ -210,9 +228,14 @@ def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
   return traverse_util.flatten_dict(variables["params"], sep="/")
 
 
-def _channels(published: Mapping[str, np.ndarray]) -> int:
-  root = published.get("conv_root/kernel", published["embedding/kernel"])
-  return root.shape[2]
+def _channels(checkpoint: Checkpoint) -> int:
+  """Returns the channels of the images: what the first layer's kernel, in our layout, takes."""
+  for row in checkpoint.table:
+    if row.ours in ("resnet/root_conv/kernel", "embedding/kernel"):
+      array = checkpoint.arrays.get(row.published)
+      if array is not None:
+        return row.transform.read(array, ()).shape[2]
+  return 3
 
 
 def _height_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

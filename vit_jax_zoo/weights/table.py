@@ -9,7 +9,8 @@ rows read and write:
 * writing uses the first row of each path.
 
 Tables know unrolled layers alone (`block_0/...`, `block_1/...`); `unroll` and `stack` stand between
-them and models that scan their layers (`blocks/...`, with a leading axis).
+them and models that scan their layers (`blocks/...`, with a leading axis). Of a ResNet's stage only
+the units after the first are scanned (`stage_0_units/...` for `stage_0_unit_1/...` and so on).
 """
 
 import dataclasses
@@ -140,8 +141,13 @@ def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
   return published
 
 
-_SCANNED = re.compile(r"(.*/)?blocks/(.*)")
-_UNROLLED = re.compile(r"(.*/)?block_(\d+)/(.*)")
+_SCANNED = re.compile(r"(.*/)?(block|stage_\d+_unit)s/(.*)")
+_UNROLLED = re.compile(r"(.*/)?(block|stage_\d+_unit)_(\d+)/(.*)")
+
+
+def _first(name: str) -> int:
+  """Returns the number of the first layer that is scanned."""
+  return 0 if name == "block" else 1
 
 
 def unroll(parameters: Mapping[str, Array]) -> Flat:
@@ -152,8 +158,9 @@ def unroll(parameters: Mapping[str, Array]) -> Flat:
     if match is None:
       flat[path] = array
     else:
-      head, rest = match.group(1) or "", match.group(2)
-      flat.update({f"{head}block_{i}/{rest}": layer for i, layer in enumerate(array)})
+      head, name, rest = match.group(1) or "", match.group(2), match.group(3)
+      layers = enumerate(array, start=_first(name))
+      flat.update({f"{head}{name}_{i}/{rest}": layer for i, layer in layers})
   return flat
 
 
@@ -168,16 +175,16 @@ def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
 
   Args:
     parameters: by path, layers unrolled.
-    paths: the model's own; those with `blocks/` are stacked.
+    paths: the model's own; those of scanned layers are stacked.
   """
   layers: dict[str, dict[int, Array]] = {}
   for path, array in parameters.items():
     match = _UNROLLED.fullmatch(path)
-    if match is not None:
-      scanned = f"{match.group(1) or ''}blocks/{match.group(3)}"
-      layers.setdefault(scanned, {})[int(match.group(2))] = array
+    if match is not None and int(match.group(3)) >= _first(match.group(2)):
+      scanned = f"{match.group(1) or ''}{match.group(2)}s/{match.group(4)}"
+      layers.setdefault(scanned, {})[int(match.group(3))] = array
   return {
-    path: np.stack([layers[path][i] for i in range(len(layers[path]))])
+    path: np.stack([layers[path][i] for i in sorted(layers[path])])
     if path in layers
     else parameters[path]
     for path in paths

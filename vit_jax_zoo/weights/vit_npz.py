@@ -7,15 +7,15 @@ position table at the top, without a row for the class token. All of that is rea
 published spelling.
 """
 
-import math
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from vit_jax_zoo.ops.position_grid import resize_position_grid
+from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.table import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
 
 _PREFIXES = ("params/", "opt/target/")
@@ -108,6 +108,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no ViT in Google's layout; its keys begin with {keys}")
   blocks = [re.match(r"Transformer/encoderblock_(\d+)/", key) for key in published]
+  has_table = _POSITIONS in published or _POSITIONS_BIG_VISION in published
   fields: dict[str, Any] = {
     "num_classes": _side(published, "head/bias", 0),
     "patch_size": embedding.shape[0],
@@ -118,7 +119,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     "representation_size": _side(published, "pre_logits/bias", 0),
     "pool": "cls" if "cls" in published else "mean",
     "cls_token_position": _POSITIONS in published,
-    "position_embedding": "learned_1d" if position_key(published) else "sincos_2d",
+    "position_embedding": "learned_1d" if has_table else "sincos_2d",
   }
   if "conv_root/kernel" in published:
     fields["resnet"] = _infer_resnet(published)
@@ -143,81 +144,18 @@ def _side(published: Mapping[str, np.ndarray], key: str, axis: int) -> int | Non
   return published[key].shape[axis] if key in published else None
 
 
-def position_key(published: Mapping[str, np.ndarray]) -> str | None:
-  """Returns the key of the file's position table, or None if it has none."""
-  return next((k for k in (_POSITIONS, _POSITIONS_BIG_VISION) if k in published), None)
-
-
-def position_grid(
-  published: Mapping[str, np.ndarray],
-  source: str,
-  *,
-  given: tuple[int, int] | None = None,
-  fallback: tuple[int, int] | None = None,
-) -> tuple[int, int]:
-  """Returns height and width, in tokens, of the grid that the file's positions cover.
-
-  Args:
-    published: as `read_file` returns them, with a position table.
-    source: the file's name, for the message.
-    given: the grid, if it is known. Otherwise it is taken to be square.
-    fallback: a grid to try where the number of rows is no square.
+def read_checkpoint(path: str) -> Checkpoint:
+  """Reads a file.
 
   Raises:
-    WeightsError: the file has another number of rows.
+    ValueError: it is no .npz file, or there is no ViT in it.
   """
-  rows = published[position_key(published) or ""].shape[1] - _class_rows(published)
-  side = math.isqrt(rows)
-  for grid in ((side, side), fallback) if given is None else (given,):
-    if grid is not None and grid[0] * grid[1] == rows:
-      return grid
-  what = "which is no square" if given is None else f"not for {given[0]} x {given[1]}"
-  raise WeightsError(
-    f"{source} has positions for {rows} tokens, {what}; "
-    "give source_image_size=(height, width), the size that it was trained at"
-  )
-
-
-def _class_rows(published: Mapping[str, np.ndarray]) -> int:
-  return int(_POSITIONS in published and "cls" in published)
-
-
-def fit_positions(
-  published: Mapping[str, np.ndarray],
-  *,
-  num_rows: int,
-  old_grid: tuple[int, int],
-  new_grid: tuple[int, int],
-  method: str = "corner_aligned",
-) -> Flat:
-  """Resizes the position table to a model's grid, and moves the class token's row if it must.
-
-  The token's position and the token itself are only ever added up: where the model has no row for
-  it, the row goes into `cls`; where the file has none, a row of zeros changes nothing.
-
-  Args:
-    published: as `read_file` returns them.
-    num_rows: rows of the model's table.
-    old_grid: see `position_grid`.
-    new_grid: height and width of the model's grid, in tokens.
-    method: a key of `position_grid.METHODS`.
-  """
-  key = position_key(published)
-  if key is None:
-    return dict(published)
-  fitted = dict(published)
-  count = _class_rows(published)
-  cls_row, table = published[key][0, :count], published[key][0, count:]
-  table = resize_position_grid(table, old_grid, new_grid, method)
-  wanted = num_rows - len(table)
-  if count and not wanted:
-    fitted["cls"] = published["cls"] + cls_row
-  elif wanted and not count:
-    cls_row = np.zeros_like(table[:1])
-  if wanted:
-    table = np.concatenate([cls_row, table])
-  fitted[key] = table[None]
-  return fitted
+  try:
+    published = read_file(path)
+  except (OSError, EOFError, zipfile.BadZipFile) as error:
+    raise WeightsError(f"{path} cannot be read as .npz: {error}") from error
+  fields = infer_fields(published, path)
+  return Checkpoint(path, published, TABLE, fields, resize="corner_aligned")
 
 
 def write_file(

@@ -1,0 +1,72 @@
+"""How PyTorch's layers lie beside ours, and reading safetensors files."""
+
+import math
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError
+
+
+def _read_convolution(array: Array, _: tuple[int, ...]) -> Array:
+  return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array
+
+
+def _read_matrix(array: Array, shape: tuple[int, ...]) -> Array:
+  # Sizes are compared first: a file of the wrong shape must be reported, not forced.
+  fits = array.ndim == 2 and array.size == math.prod(shape)
+  return array.T.reshape(shape) if fits else array
+
+
+def _read_vector(array: Array, shape: tuple[int, ...]) -> Array:
+  return array.reshape(shape) if array.ndim == 1 and array.size == math.prod(shape) else array
+
+
+CONVOLUTION = Transform(_read_convolution, lambda array: array.transpose(3, 2, 0, 1))
+"""[out in h w] kept as [h w in out]."""
+DENSE = Transform(_read_matrix, lambda array: array.T)
+"""[out in] kept as [in out]."""
+TO_HEADS = Transform(_read_matrix, lambda array: array.reshape(array.shape[0], -1).T)
+"""[width in] kept as [in heads head_width]."""
+FROM_HEADS = Transform(_read_matrix, lambda array: array.reshape(-1, array.shape[-1]).T)
+"""[out width] kept as [heads head_width out]."""
+HEADS_BIAS = Transform(_read_vector, lambda array: array.reshape(-1))
+"""[width] kept as [heads head_width]."""
+
+
+def layer_rows(
+  published: str, ours: str, transform: Transform = DENSE, bias: Transform = KEEP
+) -> list[Row]:
+  """Rows of a layer with a matrix or a convolution, and a bias."""
+  return [
+    Row(f"{published}.weight", f"{ours}/kernel", transform),
+    Row(f"{published}.bias", f"{ours}/bias", bias),
+  ]
+
+
+def norm_rows(published: str, ours: str) -> list[Row]:
+  """Rows of a norm's scale and bias."""
+  return [Row(f"{published}.weight", f"{ours}/scale"), Row(f"{published}.bias", f"{ours}/bias")]
+
+
+def read_safetensors(path: str) -> Flat:
+  """Returns a file's arrays by key, 16-bit floats widened to float32.
+
+  Raises:
+    WeightsError: the file is truncated, or something else.
+  """
+  try:
+    with safe_open(path, framework="numpy") as file:
+      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+  except (SafetensorError, OSError) as error:
+    raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
+  return {key: _widened(array) for key, array in arrays.items()}
+
+
+def _widened(array: Array) -> Array:
+  return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
+
+
+def contiguous(arrays: Flat) -> Flat:
+  """Returns the arrays in row-major order: the writer of safetensors takes their memory as is."""
+  return {key: np.ascontiguousarray(array) for key, array in arrays.items()}

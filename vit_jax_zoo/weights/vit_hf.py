@@ -1,0 +1,239 @@
+"""Hugging Face's Vision Transformers: folders with `config.json` and `model.safetensors`.
+
+`google/vit-base-patch16-224` and whatever is saved by transformers' `ViTForImageClassification`
+(keys begin with `vit.`) or `ViTModel` (they do not; its pooler is the paper's `pre_logits`).
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
+from vit_jax_zoo.weights.torch_layouts import (
+  CONVOLUTION,
+  FROM_HEADS,
+  HEADS_BIAS,
+  TO_HEADS,
+  contiguous,
+  layer_rows,
+  norm_rows,
+  read_safetensors,
+)
+
+ACTIVATIONS = {
+  "gelu": "gelu",
+  "gelu_python": "gelu",
+  "gelu_pytorch_tanh": "gelu_tanh",
+  "gelu_new": "gelu_tanh",
+  "quick_gelu": "quick_gelu",
+  "relu": "relu",
+}
+"""transformers' `hidden_act` -> our activation; the first of equals is written."""
+
+_PREFIX = "vit."
+_REQUIRED = ("num_attention_heads", "patch_size")
+
+
+def _block_rows() -> list[Row]:
+  theirs, ours = "encoder.layer.{i}", "encoder/block_{i}"
+  rows = norm_rows(f"{theirs}.layernorm_before", f"{ours}/attention_norm")
+  for part in ("query", "key", "value"):
+    layer = f"{theirs}.attention.attention.{part}"
+    rows += layer_rows(layer, f"{ours}/attention/{part}", TO_HEADS, HEADS_BIAS)
+  rows += layer_rows(f"{theirs}.attention.output.dense", f"{ours}/attention/out", FROM_HEADS)
+  rows += norm_rows(f"{theirs}.layernorm_after", f"{ours}/mlp_norm")
+  rows += layer_rows(f"{theirs}.intermediate.dense", f"{ours}/mlp/hidden")
+  return rows + layer_rows(f"{theirs}.output.dense", f"{ours}/mlp/out")
+
+
+_BODY: tuple[Row, ...] = (
+  Row("embeddings.cls_token", "cls_token"),
+  Row("embeddings.position_embeddings", "position_embedding/table"),
+  *layer_rows("embeddings.patch_embeddings.projection", "embedding", CONVOLUTION),
+  *_block_rows(),
+  *norm_rows("layernorm", "norm"),
+)
+BASE_TABLE = (*_BODY, *layer_rows("pooler.dense", "pre_logits"))
+"""`ViTModel`."""
+CLASSIFIER_TABLE = (
+  *(Row(_PREFIX + row.published, row.ours, row.transform) for row in BASE_TABLE),
+  *layer_rows("classifier", "head"),
+)
+"""`ViTForImageClassification`."""
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are Hugging Face's, as far as the first layer goes."""
+  return any(f"{prefix}embeddings.cls_token" in published for prefix in ("", _PREFIX))
+
+
+def infer_fields(
+  published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+  """Returns the fields of the `VisionTransformer` that a folder holds.
+
+  Args:
+    published: the arrays, as they lie in the file.
+    config: `config.json`; it alone knows the heads, the activation and the epsilon.
+    source: the folder's name, for the message.
+
+  Raises:
+    WeightsError: the config lacks something, or asks for what our model has not.
+  """
+  missing = [key for key in _REQUIRED if key not in config]
+  if missing:
+    raise WeightsError(f"config.json of {source} does not state {', '.join(missing)}")
+  activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
+  if activation not in ACTIVATIONS or pooler != "tanh":
+    raise WeightsError(
+      f"{source} has hidden_act {activation!r} and pooler_act {pooler!r}; known are "
+      f"{', '.join(ACTIVATIONS)}, and tanh"
+    )
+  prefix = _prefix(published)
+  hidden = published.get(f"{prefix}encoder.layer.0.intermediate.dense.weight")
+  if hidden is None or hidden.ndim != 2:
+    keys = ", ".join(sorted(published)[:3])
+    raise WeightsError(f"{source} holds no ViT of Hugging Face's; its keys begin with {keys}")
+  return {
+    "num_classes": _length(published, "classifier.bias"),
+    "patch_size": config["patch_size"],
+    "width": hidden.shape[1],
+    "depth": sum(key.endswith(".layernorm_before.weight") for key in published),
+    "num_heads": config["num_attention_heads"],
+    "mlp_dim": hidden.shape[0],
+    "representation_size": _length(published, f"{prefix}pooler.dense.bias"),
+    "pool": "cls",
+    "cls_token": True,
+    "position_embedding": "learned_1d",
+    "cls_token_position": True,
+    "qkv_bias": config.get("qkv_bias", True),
+    "activation": ACTIVATIONS[activation],
+    "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
+  }
+
+
+def _prefix(published: Mapping[str, np.ndarray]) -> str:
+  return _PREFIX if f"{_PREFIX}embeddings.cls_token" in published else ""
+
+
+def _length(published: Mapping[str, np.ndarray], key: str) -> int | None:
+  return published[key].shape[0] if key in published else None
+
+
+def read_checkpoint(path: str, published: Flat | None = None) -> Checkpoint:
+  """Reads a `model.safetensors` with the `config.json` beside it.
+
+  Pixels' mean and deviation come from `preprocessor_config.json`, where there is one.
+
+  Args:
+    path: of the file with the arrays.
+    published: its arrays, if they have been read.
+
+  Raises:
+    WeightsError: a file cannot be read, or there is no ViT in it.
+  """
+  published = read_safetensors(path) if published is None else published
+  folder = pathlib.Path(path).parent
+  if not (folder / "config.json").exists():
+    raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
+  config = json.loads((folder / "config.json").read_text())
+  settings_file = folder / "preprocessor_config.json"
+  settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
+  side = config.get("image_size", 224)
+  return Checkpoint(
+    path,
+    published,
+    CLASSIFIER_TABLE if _prefix(published) else BASE_TABLE,
+    infer_fields(published, config, path),
+    resize="bicubic",
+    image_size=(side, side) if isinstance(side, int) else tuple(side),
+    mean=tuple(settings.get("image_mean", (0.5, 0.5, 0.5))),
+    std=tuple(settings.get("image_std", (0.5, 0.5, 0.5))),
+  )
+
+
+def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
+  """Returns a ViT's parameters under Hugging Face's keys: a classifier's if there is a head.
+
+  Args:
+    params: by "/"-joined path, layers scanned or unrolled.
+
+  Raises:
+    WeightsError: there is no name for some of them: a hybrid's, or both `pre_logits` and `head`.
+  """
+  if "pre_logits/kernel" in params and "head/kernel" in params:
+    raise WeightsError(
+      "Hugging Face has no model with both pre_logits and head; leave one of them out"
+    )
+  rows = CLASSIFIER_TABLE if "head/kernel" in params else BASE_TABLE
+  return contiguous(write(unroll(params), rows))
+
+
+def write_folder(
+  path: str,
+  params: Mapping[str, np.ndarray],
+  fields: Mapping[str, Any],
+  image_size: tuple[int, int],
+) -> None:
+  """Writes `model.safetensors` and `config.json`: what `read_checkpoint` reads.
+
+  Args:
+    path: of the folder, which is made if need be.
+    params: see `state_dict`.
+    fields: of the `VisionTransformer`, all that `config_of` reads.
+    image_size: height and width of the images that its positions are for.
+
+  Raises:
+    WeightsError: transformers has no such model.
+  """
+  config = config_of(fields, image_size)
+  arrays = state_dict(params)
+  folder = pathlib.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file(arrays, str(folder / "model.safetensors"), {"format": "pt"})
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def config_of(fields: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
+  """Returns the `config.json` of a model of these fields; see `write_folder`."""
+  fixed = {
+    "pool": "cls",
+    "position_embedding": "learned_1d",
+    "cls_token_position": True,
+    "resnet": None,
+    "norm_after_pool": False,
+  }
+  other = [key for key, value in fixed.items() if fields.get(key, value) != value]
+  if other:
+    given = ", ".join(f"{key}={fields[key]!r}" for key in other)
+    raise WeightsError(f"Hugging Face has no ViT with {given}")
+  num_classes = fields["num_classes"]
+  names = range(num_classes or 0)
+  return {
+    "architectures": ["ViTModel" if num_classes is None else "ViTForImageClassification"],
+    "model_type": "vit",
+    "hidden_size": fields["width"],
+    "num_hidden_layers": fields["depth"],
+    "num_attention_heads": fields["num_heads"],
+    "intermediate_size": fields["mlp_dim"],
+    "hidden_act": next(a for a, ours in ACTIVATIONS.items() if ours == fields["activation"]),
+    "layer_norm_eps": fields["layer_norm_epsilon"],
+    "qkv_bias": fields["qkv_bias"],
+    "image_size": image_size[0] if image_size[0] == image_size[1] else list(image_size),
+    "patch_size": fields["patch_size"],
+    "num_channels": 3,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    **({"id2label": {str(i): f"LABEL_{i}" for i in names}} if num_classes else {}),
+    **({"label2id": {f"LABEL_{i}": i for i in names}} if num_classes else {}),
+    **_pooler(fields["representation_size"]),
+  }
+
+
+def _pooler(size: int | None) -> dict[str, Any]:
+  return {} if size is None else {"pooler_output_size": size, "pooler_act": "tanh"}

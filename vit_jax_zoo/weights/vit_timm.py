@@ -1,0 +1,243 @@
+"""timm's Vision Transformers and hybrids, as safetensors: `timm/vit_base_patch16_224.augreg_in1k`.
+
+Query, key and value stand one upon the other in one matrix; `split` and `join` take it apart and
+together, the table does the rest. A file does not say how many heads there are: they are those of
+the published size with the same width and depth, else as many as are 64 wide.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vit_jax_zoo.models.vit import VARIANTS
+from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
+from vit_jax_zoo.weights.torch_layouts import (
+  CONVOLUTION,
+  FROM_HEADS,
+  HEADS_BIAS,
+  TO_HEADS,
+  contiguous,
+  layer_rows,
+  norm_rows,
+  read_safetensors,
+)
+
+_PARTS = ("query", "key", "value")
+_FUSED = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
+_BACKBONE = "patch_embed.backbone"
+
+
+def _conv_row(published: str, ours: str) -> Row:
+  return Row(f"{published}.weight", f"{ours}/kernel", CONVOLUTION)
+
+
+def _block_rows() -> list[Row]:
+  theirs, ours = "blocks.{i}", "encoder/block_{i}"
+  rows = norm_rows(f"{theirs}.norm1", f"{ours}/attention_norm")
+  for part in _PARTS:
+    fused = f"{theirs}.attn.qkv"
+    rows.append(Row(f"{fused}.weight[{part}]", f"{ours}/attention/{part}/kernel", TO_HEADS))
+    rows.append(Row(f"{fused}.bias[{part}]", f"{ours}/attention/{part}/bias", HEADS_BIAS))
+  rows += layer_rows(f"{theirs}.attn.proj", f"{ours}/attention/out", FROM_HEADS)
+  rows += norm_rows(f"{theirs}.norm2", f"{ours}/mlp_norm")
+  rows += layer_rows(f"{theirs}.mlp.fc1", f"{ours}/mlp/hidden")
+  return rows + layer_rows(f"{theirs}.mlp.fc2", f"{ours}/mlp/out")
+
+
+def _resnet_rows(root: str) -> list[Row]:
+  rows = [_conv_row(f"{root}.conv", "resnet/root_conv")]
+  rows += norm_rows(f"{root}.norm", "resnet/root_norm")
+  theirs, ours = f"{_BACKBONE}.stages.{{s}}.blocks.{{u}}", "resnet/stage_{s}_unit_{u}"
+  for part in ("1", "2", "3"):
+    rows.append(_conv_row(f"{theirs}.conv{part}", f"{ours}/conv_{part}"))
+    rows += norm_rows(f"{theirs}.norm{part}", f"{ours}/norm_{part}")
+  rows.append(_conv_row(f"{theirs}.downsample.conv", f"{ours}/shortcut_conv"))
+  return rows + norm_rows(f"{theirs}.downsample.norm", f"{ours}/shortcut_norm")
+
+
+def table(*, root: str = f"{_BACKBONE}.stem", norm: str = "norm") -> tuple[Row, ...]:
+  """Returns the rows between the keys that `split` leaves and our paths.
+
+  Args:
+    root: where a hybrid's first convolution stands: in the backbone itself if it has no stages.
+    norm: the last norm: "fc_norm" where it comes after the pooling.
+  """
+  return (
+    *_resnet_rows(root),
+    Row("cls_token", "cls_token"),
+    Row("pos_embed", "position_embedding/table"),
+    *layer_rows("patch_embed.proj", "embedding", CONVOLUTION),
+    *_block_rows(),
+    *norm_rows(norm, "norm"),
+    *layer_rows("pre_logits.fc", "pre_logits"),
+    *layer_rows("head", "head"),
+  )
+
+
+def _table_of(keys: Mapping[str, Any] | set[str]) -> tuple[Row, ...]:
+  root = _BACKBONE if f"{_BACKBONE}.conv.weight" in keys else f"{_BACKBONE}.stem"
+  return table(root=root, norm="fc_norm" if "fc_norm.weight" in keys else "norm")
+
+
+def split(published: Mapping[str, np.ndarray]) -> Flat:
+  """Takes the joint matrices apart: `...qkv.weight[query]`, `...qkv.weight[key]`, ..."""
+  flat: Flat = {}
+  for key, array in published.items():
+    if _FUSED.fullmatch(key) and array.ndim and len(array) % len(_PARTS) == 0:
+      thirds = np.split(array, len(_PARTS))
+      flat |= {f"{key}[{part}]": third for part, third in zip(_PARTS, thirds, strict=True)}
+    else:
+      flat[key] = array
+  return flat
+
+
+def join(flat: Mapping[str, np.ndarray]) -> Flat:
+  """Puts together what `split` took apart."""
+  joint: Flat = {}
+  for key, array in flat.items():
+    whole = key.partition("[")[0]
+    if key == f"{whole}[{_PARTS[0]}]":
+      joint[whole] = np.concatenate([flat[f"{whole}[{part}]"] for part in _PARTS])
+    elif whole == key:
+      joint[key] = array
+  return joint
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are timm's, as far as the first layers go."""
+  return "patch_embed.proj.weight" in published and "blocks.0.norm1.weight" in published
+
+
+def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+  """Returns the fields of the `VisionTransformer` that a state dict fits.
+
+  Args:
+    published: as it lies in the file.
+    source: the file's name, for the message.
+
+  Raises:
+    WeightsError: there is no ViT of timm's in the file.
+  """
+  embedding = published.get("patch_embed.proj.weight")
+  hidden = published.get("blocks.0.mlp.fc1.weight")
+  if embedding is None or embedding.ndim != 4 or hidden is None:
+    keys = ", ".join(sorted(published)[:3])
+    raise WeightsError(f"{source} holds no ViT of timm's; its keys begin with {keys}")
+  width = embedding.shape[0]
+  depth = 1 + max(int(match[1]) for key in published if (match := re.match(r"blocks\.(\d+)", key)))
+  has_cls, after_pool = "cls_token" in published, "fc_norm.weight" in published
+  fields = {
+    "num_classes": _length(published, "head.bias"),
+    "patch_size": embedding.shape[2],
+    "width": width,
+    "depth": depth,
+    "num_heads": _infer_heads(width, depth),
+    "mlp_dim": hidden.shape[0],
+    "representation_size": _length(published, "pre_logits.fc.bias"),
+    "pool": "cls" if has_cls and not after_pool else "mean",
+    "cls_token": has_cls,
+    "norm_after_pool": after_pool,
+    "position_embedding": "learned_1d" if "pos_embed" in published else "none",
+    "cls_token_position": has_cls and _has_class_row(published),
+    "qkv_bias": "blocks.0.attn.qkv.bias" in published,
+    "activation": "gelu",
+    "layer_norm_epsilon": 1e-6,
+  }
+  return {**fields, **_infer_resnet(published)}
+
+
+def _has_class_row(published: Mapping[str, np.ndarray]) -> bool:
+  """A table without a row for the class token (`no_embed_class`) has a square number of rows."""
+  rows = published["pos_embed"].shape[1] if "pos_embed" in published else 0
+  return math.isqrt(rows) ** 2 != rows
+
+
+def _infer_heads(width: int, depth: int) -> int:
+  for fields in VARIANTS.values():
+    if (fields["width"], fields["depth"]) == (width, depth):
+      return fields["num_heads"]
+  return max(width // 64, 1)
+
+
+def _infer_resnet(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  table_ = _table_of(published)
+  root = published.get(table_[0].published)
+  if root is None:
+    return {}
+  sizes: dict[int, int] = {}
+  for key in published:
+    if match := re.match(rf"{re.escape(_BACKBONE)}\.stages\.(\d+)\.blocks\.(\d+)\.", key):
+      stage, unit = int(match[1]), int(match[2])
+      sizes[stage] = max(unit + 1, sizes.get(stage, 0))
+  resnet = {
+    "stage_sizes": tuple(sizes[stage] for stage in sorted(sizes)),
+    "width": root.shape[0],
+    "group_norm_epsilon": 1e-5,
+    "std_epsilon": 0.0,
+    "variance_epsilon": 1e-8,
+  }
+  return {"resnet": resnet}
+
+
+def _length(published: Mapping[str, np.ndarray], key: str) -> int | None:
+  return published[key].shape[0] if key in published else None
+
+
+def read_checkpoint(path: str, published: Flat | None = None) -> Checkpoint:
+  """Reads a file, and the `config.json` beside it if there is one, for the preprocessing.
+
+  Args:
+    path: of the file.
+    published: its arrays, if they have been read.
+
+  Raises:
+    WeightsError: the file cannot be read, or there is no ViT of timm's in it.
+  """
+  published = read_safetensors(path) if published is None else published
+  fields = infer_fields(published, path)
+  config = pathlib.Path(path).with_name("config.json")
+  settings = json.loads(config.read_text()) if config.exists() else {}
+  settings = settings.get("pretrained_cfg", {})
+  size = settings.get("input_size")
+  return Checkpoint(
+    path,
+    split(published),
+    _table_of(published),
+    fields,
+    resize="bicubic_antialias",
+    image_size=None if size is None else (size[1], size[2]),
+    mean=tuple(settings.get("mean", (0.5, 0.5, 0.5))),
+    std=tuple(settings.get("std", (0.5, 0.5, 0.5))),
+  )
+
+
+def state_dict(params: Mapping[str, np.ndarray], *, norm_after_pool: bool = False) -> Flat:
+  """Returns a ViT's parameters under timm's keys.
+
+  Args:
+    params: by "/"-joined path, layers scanned or unrolled.
+    norm_after_pool: the model's field.
+
+  Raises:
+    WeightsError: timm has no name for some of them.
+  """
+  layers = unroll(params)
+  stages = any(path.startswith("resnet/stage_") for path in layers)
+  rows = table(
+    root=f"{_BACKBONE}.stem" if stages else _BACKBONE, norm="fc_norm" if norm_after_pool else "norm"
+  )
+  return contiguous(join(write(layers, rows)))
+
+
+def write_file(
+  path: str, params: Mapping[str, np.ndarray], *, norm_after_pool: bool = False
+) -> None:
+  """Writes what `read_checkpoint` reads; see `state_dict`."""
+  save_file(state_dict(params, norm_after_pool=norm_after_pool), path, {"format": "pt"})
