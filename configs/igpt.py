@@ -43,7 +43,9 @@ def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) ->
 
   Paper: none; the architecture and the optimizer are iGPT's.
   Hardware: any. Two CPU cores need a few minutes.
-  Expected: 0.93 nats a pixel, where a bigram has 1.5.
+  Expected: 1.26 nats a pixel on the test digits, where a bigram has 1.83. The best layer's probe
+    reaches 92 %; at this size that is below the 96 % of the pixels themselves: what makes features
+    of the middle layers good is scale, and this model has 0.3M parameters and 1437 images.
   """
   one_of_each = "+".join(f"test[{i}:{i + 1}]" for i in range(10, 360, 36))
   return ConfigDict(
@@ -51,7 +53,7 @@ def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) ->
       "seed": 0,
       "num_steps": num_steps,
       "batch_size": batch_size,
-      "eval_batch_size": 60,
+      "eval_batch_size": 64,
       "model": {
         "name": "igpt_s",
         "num_colors": num_colors,
