@@ -28,7 +28,9 @@ def draw_probe(
   ax.plot(range(len(percent)), percent, color=LINE, marker="o", markersize=5, linewidth=1.8)
   ax.plot(best, percent[best], "o", color=LINE, markersize=11, fillstyle="none")
   note = f"layer {best}, chosen on validation: {percent[best]:.1f} %"
-  ax.annotate(note, (best, percent[best]), (0, 12), "data", "offset points", ha="center")
+  place = best / max(len(percent) - 1, 1)
+  side = "left" if place < 1 / 3 else "right" if place > 2 / 3 else "center"
+  ax.annotate(note, (best, percent[best]), (0, 12), "data", "offset points", ha=side)
   for name, value in references:
     ax.axhline(100 * value, color=REFERENCE, linewidth=1.2, linestyle="--")
     ax.annotate(
