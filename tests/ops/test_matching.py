@@ -40,11 +40,11 @@ def assert_optimal(cost, is_target, matching):
 @pytest.mark.parametrize(
   ("queries", "targets"), [(1, 1), (1, 5), (7, 1), (9, 7), (7, 9), (30, 30), (100, 20)]
 )
-@pytest.mark.parametrize("scale", [1e-3, 5.0])
-def test_as_good_as_scipy(queries, targets, scale):
+def test_as_good_as_scipy(queries, targets):
   rng = np.random.default_rng(queries + targets)
-  cost, is_target = random_problem(rng, 12, queries, targets, scale)
-  assert_optimal(cost, is_target, solve(cost, is_target))
+  for scale in (5.0, 1e-3, 1e3):
+    cost, is_target = random_problem(rng, 12, queries, targets, scale)
+    assert_optimal(cost, is_target, solve(cost, is_target))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 0), (2, 0, 5)])
