@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 try:
   import simplejpeg
-except ImportError:  # no wheel for this platform: all files are decoded whole, by OpenCV
+except ImportError:  # pip install 'vit_jax_zoo[fast]'; until then OpenCV decodes whole files
   simplejpeg = None
 
 # Start-of-frame markers, ITU-T T.81, table B.1: baseline, extended and progressive, Huffman-coded.
@@ -77,7 +77,7 @@ def decode_rows(data: bytes, rows: int | None = None) -> UInt8[np.ndarray, "h w 
 
   Returns:
     The image, which may go on below `rows`; None for files that have to be decoded in another way:
-    progressive, CMYK or damaged ones, or all when simplejpeg is not installed.
+    progressive, CMYK or damaged ones; all of them when simplejpeg is not installed.
   """
   frame = read_frame(data)
   if simplejpeg is None or frame is None or not frame.sequential or frame.channels not in (1, 3):
