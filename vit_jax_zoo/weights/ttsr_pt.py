@@ -15,8 +15,8 @@ from flax import traverse_util
 from vit_jax_zoo.layers.vgg import DEPTHS
 from vit_jax_zoo.models.ttsr import TTSR
 from vit_jax_zoo.weights import table
-from vit_jax_zoo.weights.lambda_resnet_timm import CONVOLUTION
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
@@ -52,10 +52,7 @@ _VGG_CONVS = [f"conv{i}_{j}" for i, depth in enumerate(DEPTHS, 1) for j in range
 
 
 def _conv(published: str, ours: str) -> list[Row]:
-  return [
-    Row(f"{published}.weight", f"{ours}/kernel", CONVOLUTION),
-    Row(f"{published}.bias", f"{ours}/bias"),
-  ]
+  return layer_rows(published, ours, CONVOLUTION)
 
 
 def _stage(ours: str, blocks: str, tail: str) -> list[Row]:
