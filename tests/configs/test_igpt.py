@@ -1,0 +1,86 @@
+"""The demo's parts work together: a palette of its own, completions, probes, fine-tuning."""
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import igpt
+from vit_jax_zoo import experiment
+from vit_jax_zoo.train.checkpoint import restore_variables
+
+
+def shrink(config, num_steps=2):
+  config.num_steps, config.batch_size, config.eval_batch_size = num_steps, 16, 16
+  config.model.update(num_colors=4, width=8, depth=1, num_heads=2)
+  config.task.update(palette_images=40, completions=2)
+  for spec in config.data.eval.values():
+    spec.split = "test[:1]+test[100:101]+test[200:220]"
+  return config
+
+
+def run(config, workdir, **options):
+  return experiment.run(config, epath.Path(workdir), experiment.RunOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("demo")
+  config = shrink(igpt.get_config())
+  config.data.eval.probe.fit_split = "train[:12]+train[700:712]"
+  return config, run(config, workdir), workdir
+
+
+def test_the_demo_scores_completes_and_probes(demo):
+  _, outcome, workdir = demo
+  assert outcome.finished
+  scores = outcome.scores
+  assert scores["test/images"] == 22
+  assert scores["test/nats"] < 2 * np.log(4)
+  assert 0 < scores["test/bigram_nats"] < np.log(4)
+  assert {"probe/layer_0", "probe/layer_1", "probe/pixels", "probe/best_layer"} <= scores.keys()
+  drawn = {path.name.rsplit("_", 1)[0] for path in (workdir / "figures").iterdir()}
+  assert drawn == {"train_batch", "completions_completions", "probe_depth"}
+
+
+def test_the_palette_is_fitted_and_stays_with_the_run(demo):
+  config, outcome, workdir = demo
+  kept = restore_variables(str(workdir))["palette"]["clusters"]
+  trained = outcome.state.model_state["palette"]["clusters"]
+  np.testing.assert_array_equal(kept, trained)
+  made = experiment.create(config)
+  fitted = made.task.prepare(made.train_batches())["palette"]["clusters"]
+  np.testing.assert_array_equal(kept, fitted)
+
+
+def test_fine_tuning_takes_weights_and_palette_over(demo, tmp_path):
+  _, outcome, workdir = demo
+  config = shrink(igpt.get_config(), num_steps=1)
+  config.model.num_classes = 10
+  config.task.class_weight = 1.0
+  config.task.palette_images = 16  # another palette, were it fitted again
+  config.data.train.split = "train[:90]"
+  del config.data.eval["probe"], config.data.eval["completions"]
+  config.optimizer.learning_rate = 0.0
+  config.init_from = str(workdir)
+  tuned = run(config, tmp_path)
+  for collection in ("palette", "baseline"):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      tuned.state.model_state[collection],
+      outcome.state.model_state[collection],
+    )
+  head = tuned.state.params.pop("head")
+  assert head["kernel"].shape == (8, 10)
+  jax.tree.map(np.testing.assert_array_equal, tuned.state.params, outcome.state.params)
+  assert tuned.scores["test/nats"] == pytest.approx(outcome.scores["test/nats"], rel=1e-5)
+  assert tuned.scores["test/accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+  ("variant", "message"),
+  [("s_finetune,dataset=cifar11", "did you mean 'cifar10'"), ("l_probe,dataset=stl", "'stl10'")],
+)
+def test_unknown_datasets_are_one_line(variant, message):
+  with pytest.raises(ValueError, match=message):
+    igpt.get_config(variant)
