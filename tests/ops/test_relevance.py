@@ -194,3 +194,26 @@ def test_errors_are_one_line():
     find_matches(queries, references, block_size=(0, 3))
   with pytest.raises(ValueError, match="the reference is 4 wide, but 2 pixels for each of 4"):
     transfer(references, jnp.zeros((2, 4, 5), jnp.int32), grid_width=4, scale=2)
+
+
+def test_a_full_hd_reference_fits_into_four_gigabytes():
+  """480x270 with a reference of 1920x1080: the matrix alone would be 67 GB."""
+  maps = jax.ShapeDtypeStruct((1, 270, 480, 256), jnp.float32)
+  levels = [
+    jax.ShapeDtypeStruct((1, 270 * s, 480 * s, c), jnp.float32)
+    for s, c in ((1, 256), (2, 128), (4, 64))
+  ]
+
+  def search(queries, references, *levels):
+    match = find_matches(queries, references)
+    scales = (1, 2, 4)
+    return match, [
+      transfer(x, match.index, grid_width=480, scale=s) for x, s in zip(levels, scales, strict=True)
+    ]
+
+  memory = jax.jit(search).lower(maps, maps, *levels).compile().memory_analysis()
+  everything = (
+    memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
+  )
+  assert memory.temp_size_in_bytes < 1.1e9
+  assert everything < 4e9
