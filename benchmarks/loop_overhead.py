@@ -204,7 +204,8 @@ def column(
     "bare / bare - 1, CPU time (noise)": _percent_more(cpu["again"], cpu["bare"]),
     "loop + input / bare - 1, CPU time": _percent_more(cpu["input"], cpu["bare"]),
     "loop around an empty step, µs": measuring.spread([1e6 * t for t in host], ".0f"),
-    "the same / bare step": measuring.spread([100 * t / step for t in host], ".2f") + " %",
+    "the same, CPU time, µs": measuring.spread([1e6 * t for t in cpu["empty"]], ".0f"),
+    "the same (clock) / bare step": measuring.spread([100 * t / step for t in host], ".2f") + " %",
     "input wait, as logged": measuring.spread(waits, ".2f") + " %",
     "logging, as logged": measuring.spread(logs, ".2f") + " %",
   }

@@ -30,6 +30,7 @@ import dataclasses
 import importlib.util
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -247,6 +248,12 @@ def parse() -> argparse.Namespace:
   return parser.parse_args()
 
 
+def _said(contestant: Contestant) -> Contestant:
+  """Says on stderr how far the preparation has come: it can take longer than the measurement."""
+  print(f"ready: {contestant.name}", file=sys.stderr)
+  return contestant
+
+
 def main() -> None:
   """Compiles everything, measures in turns, prints the table."""
   flags = parse()
@@ -257,9 +264,9 @@ def main() -> None:
   print(f"{flags.model}, {batch} images of {size}x{size}, {flags.dtype}\n")
   with jax.set_mesh(sharding.create_mesh({"data": -1})):
     scans = [text == "true" for text in flags.scan.split(",")]
-    rows = [c for s in scans for remat in flags.remat.split(",") for c in ours(flags, remat, s)]
+    rows = [_said(c) for s in scans for r in flags.remat.split(",") for c in ours(flags, r, s)]
     if packages:
-      rows += peer(flags, rows)
+      rows += [_said(contestant) for contestant in peer(flags, rows)]
     rows.append(matmul(flags.dtype))
     runs = {contestant.name: contestant.run for contestant in rows}
     times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
