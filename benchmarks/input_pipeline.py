@@ -5,7 +5,7 @@ r"""Input pipeline: images a second, ours beside tf.data as big_vision uses it, 
 Both read the same JPEG files (500x375, cut from the photographs of the demos), take an Inception
 crop to 224, flip and batch. tf.data decodes only the crop (decode_and_crop_jpeg, as big_vision's
 `decode_jpeg_and_inception_crop` does) and samples it without antialiasing; ours is shown with the
-crop averaged where it shrinks, and without. They are measured in turns, so that both
+crop blurred where it shrinks, and without. They are measured in turns, so that both
 see the same machine. The table gives the median of images per second of the clock and of CPU time
 (over all threads: what one core does in a second), and their range over the rounds.
 
@@ -28,7 +28,7 @@ import rich.console
 import rich.table
 from PIL import Image
 
-from vit_jax_zoo.data import demos
+from vit_jax_zoo.data import demos, jpeg
 from vit_jax_zoo.data.pipeline import train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
@@ -147,7 +147,8 @@ def main() -> None:
         results[name].append(measure(batches, max(1, flags.images // BATCH)))
         batches.close()
     kilobytes = sum(map(os.path.getsize, files)) / len(files) / 1e3
-  console.print(f"{len(files)} JPEG files, {kilobytes:.0f} kB on average")
+  decoder = "simplejpeg" if jpeg.simplejpeg else "OpenCV; pip install 'vit_jax_zoo[fast]' helps"
+  console.print(f"{len(files)} JPEG files, {kilobytes:.0f} kB on average; we decode by {decoder}")
   console.print(table(results, flags.threads))
   if not importlib.util.find_spec("tensorflow"):
     console.print("tf.data was not measured: this Python has no TensorFlow")
