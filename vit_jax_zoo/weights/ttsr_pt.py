@@ -143,7 +143,8 @@ def from_published(
 
 def to_published(params: Mapping[str, Any]) -> Flat:
   """Returns the state dict that the official code loads."""
-  return {**table.write(table.unroll(_flatten(params)), TABLE), **_NORMALISATION}
+  flat = {path: np.asarray(array) for path, array in _flatten(params).items()}
+  return {**table.write(table.unroll(flat), TABLE), **_NORMALISATION}
 
 
 def vgg_from_torchvision(

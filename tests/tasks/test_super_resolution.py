@@ -1,0 +1,397 @@
+"""TTSR's losses, its two phases and its game, against the official code's numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo.models.ttsr import SHARDING_RULES, TTSR
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import LossContext
+from vit_jax_zoo.tasks.super_resolution import (
+  PICTURES,
+  SuperResolution,
+  to_pixels,
+  transferal_loss,
+  wasserstein_terms,
+)
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.train.state import create_state
+from vit_jax_zoo.weights import ttsr_pt
+
+NARROW = {
+  "critic_widths": (2, 4, 8, 16, 32),
+  "critic_hidden": 64,
+  "perceptual_widths": (4, 8, 16, 32, 32),
+}
+WEIGHTS = {"perceptual_weight": 1e-2, "transferal_weight": 1e-2, "adversarial_weight": 1e-3}
+TINY = TTSR(width=8, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8))
+
+
+def nhwc(array):
+  return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def critic_params(weights, side):
+  """The official critic's; it flattens channels first, ours last."""
+  params = {}
+  for i in range(1, 11):
+    name = f"conv{(i + 1) // 2}_{2 - i % 2}"
+    kernel = weights[f"discriminator.conv{i}.weight"].transpose(2, 3, 1, 0)
+    params[name] = {"kernel": kernel, "bias": weights[f"discriminator.conv{i}.bias"]}
+  hidden = weights["discriminator.fc1.weight"]
+  hidden = (
+    hidden.reshape(len(hidden), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(hidden))
+  )
+  params["hidden"] = {"kernel": hidden, "bias": weights["discriminator.fc1.bias"]}
+  score = weights["discriminator.fc2.weight"].T
+  params["score"] = {"kernel": score, "bias": weights["discriminator.fc2.bias"]}
+  return jax.tree.map(jnp.asarray, params)
+
+
+def vgg_params(weights):
+  """The official VGG-19's, by torchvision's names."""
+  published = {
+    key.replace("vgg19.slice1", "features"): array
+    for key, array in weights.items()
+    if key.startswith("vgg19.slice1")
+  }
+  task = SuperResolution(TINY, **NARROW)
+  shapes = jax.eval_shape(task._vgg.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  return jax.tree.map(jnp.asarray, ttsr_pt.vgg_from_torchvision(published, shapes["params"]))
+
+
+# --- single losses -----------------------------------------------------------------------------
+
+
+@functools.cache
+def fn_fixture():
+  folder = GOLDENS / "ttsr_fn_a"
+  return (
+    load_file(folder / "weights.safetensors"),
+    dict(np.load(folder / "inputs.npz")),
+    dict(np.load(folder / "outputs.npz")),
+  )
+
+
+def test_perceptual_loss_golden():
+  weights, inputs, outputs = fn_fixture()
+  task, vgg = SuperResolution(TINY, **NARROW), vgg_params(weights)
+  sr, hr = nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  features = jax.jit(lambda x: task._vgg.apply({"params": vgg}, x))(sr)["relu5_1"]
+  np.testing.assert_allclose(features, nhwc(outputs["vgg_relu5_1_sr"]), atol=1e-5)
+  found = jax.jit(task.perceptual_loss)(vgg, sr, hr)
+  np.testing.assert_allclose(np.mean(found), outputs["per_loss"][0], rtol=1e-5)
+  np.testing.assert_allclose(np.mean(np.abs(sr - hr)), outputs["rec_l1"][0], rtol=1e-5)
+
+
+def test_transferal_loss_golden():
+  _, inputs, outputs = fn_fixture()
+  features = tuple(nhwc(inputs[f"map_lv{i}"]) for i in (3, 2, 1))
+  textures = tuple(nhwc(inputs[f"T_lv{i}"]) for i in (3, 2, 1))
+  found = np.mean(transferal_loss(features, textures))
+  np.testing.assert_allclose(found, outputs["tpl_l2_noS"][0], rtol=1e-5)
+
+
+def test_critic_and_gradient_penalty_golden():
+  weights, inputs, outputs = fn_fixture()
+  task, params = SuperResolution(TINY, **NARROW), critic_params(weights, 2)
+  made, real = nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  epsilon = jnp.asarray(inputs["gp_epsilon"][0].reshape(-1))
+
+  def terms(params):
+    score = functools.partial(lambda p, x: task._critic.apply({"params": p}, x), params)
+    difference, penalty = wasserstein_terms(score, made, real, epsilon)
+    return jnp.mean(difference) + 10 * jnp.mean(penalty), (difference, penalty, score(made))
+
+  gradients, (difference, penalty, scores) = jax.jit(jax.grad(terms, has_aux=True))(params)
+  fake, true = outputs["adv/d_fake"][:, 0], outputs["adv/d_real"][:, 0]
+  np.testing.assert_allclose(scores, fake, rtol=1e-4)
+  np.testing.assert_allclose(difference, fake - true, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(penalty, (outputs["adv/grad_norm"] - 1) ** 2, rtol=1e-4)
+  np.testing.assert_allclose(10 * np.mean(penalty), outputs["adv/gp"][0], rtol=1e-5)
+  for ours, theirs in (
+    (gradients["conv1_1"]["kernel"].transpose(3, 2, 0, 1), outputs["adv/g_conv1.weight"]),
+    (gradients["hidden"]["bias"], outputs["adv/g_fc1.bias"]),
+    (gradients["score"]["kernel"].T, outputs["adv/g_fc2.weight"]),
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_a_critic_without_slope_has_finite_gradients():
+  pictures = jnp.ones((2, 4, 4, 3))
+
+  def loss(weight):
+    score = functools.partial(lambda w, x: jnp.sum(w * x, axis=(1, 2, 3)), weight)
+    return jnp.sum(wasserstein_terms(score, pictures, 0.5 * pictures, jnp.ones(2))[1])
+
+  value, gradient = jax.value_and_grad(loss)(0.0)
+  assert np.isclose(value, 2)
+  assert np.isfinite(gradient)
+
+
+# --- the official training curve ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay(SuperResolution):
+  """Draws what the official run drew: it knows which key stands for which draw."""
+
+  keys: jax.Array | None = None
+  epsilons: jax.Array | None = None
+
+  def draw_epsilon(self, rng, count):
+    found = jnp.all(self.keys == jax.random.key_data(rng)[None], axis=-1)
+    known = jnp.any(found)
+    return jnp.where(known, self.epsilons[jnp.argmax(found)], jnp.nan)
+
+
+def replay_keys(rng, steps, updates):
+  """The keys that the train step gives to the critic, player 0."""
+  keys = []
+  for step in steps:
+    player = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), 0)
+    keys += [jax.random.key_data(jax.random.fold_in(player, k)) for k in range(updates)]
+  return jnp.stack(keys)
+
+
+def curve_batch(inputs, index):
+  names = {
+    "low_res_image": "LR",
+    "upsampled_image": "LR_sr",
+    "image": "HR",
+    "ref_image": "Ref",
+    "blurred_ref_image": "Ref_sr",
+  }
+  return {ours: inputs[f"{theirs}_u8_{index % 3}"] for ours, theirs in names.items()}
+
+
+def curve_program(config, inputs, seed):
+  model, variables = ttsr_pt.from_published(load_file(GOLDENS / "ttsr_a" / "weights.safetensors"))
+  extra = load_file(GOLDENS / "train_ttsr_a" / "extra.safetensors")
+  begin = config["phases"]["all_losses_steps"][0]
+  rng = jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
+  task = Replay(
+    model,
+    **WEIGHTS,
+    **NARROW,
+    begin_step=begin,
+    keys=replay_keys(rng, range(begin, config["steps"]), 2),
+    epsilons=jnp.asarray(inputs["gp_epsilon"].reshape(-1, config["batch"])),
+  )
+  adam = {"name": "adam", "learning_rate": 1e-4, "schedule": {"name": "constant"}}
+  slower = [("extractor/.*", {"learning_rate": 0.1})]
+  program = build_program(
+    task,
+    abstract_batch_of(curve_batch(inputs, 0), config["batch"]),
+    Recipe({"generator": {**adam, "rules": slower}, "critic": {**adam, "b1": 0.0, "b2": 0.9}},
+           num_steps=config["steps"]),
+    mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
+    rules=SHARDING_RULES,
+  )  # fmt: skip
+  start = {
+    "params": {"generator": variables["params"], "critic": critic_params(extra, 1)},
+    "vgg": vgg_params(extra),
+  }
+  return program, jax.tree.map(jnp.asarray, start)
+
+
+@functools.cache
+def curve():
+  """Trains through the package's own step; returns metrics by step, and states on the way."""
+  folder = GOLDENS / "train_ttsr_a"
+  inputs = dict(np.load(folder / "inputs.npz"))
+  config = {"steps": 15, "batch": 3, "phases": {"all_losses_steps": [10, 14]}}
+  program, start = curve_program(config, inputs, seed=5)
+  found, params = [], {}
+  with jax.set_mesh(program.mesh):
+    shapes = jax.tree.map(lambda x: x.shape, program.abstract_state.params)
+    assert shapes == jax.tree.map(lambda x: x.shape, start["params"])
+    rng = jax.random.split(jax.random.key(5))[1]  # as `initial_state` has it
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+    state = create_state(program.task, program.optimizers, start, rng, with_ema=False)
+    state = jax.device_put(state, shardings)
+    for step in range(config["steps"]):
+      batch = sharding.to_global(curve_batch(inputs, step), program.mesh)
+      state, metrics = program.train_step(state, batch)
+      found.append({k: float(m.total) / max(float(m.count), 1) for k, m in metrics.items()})
+      params[step] = jax.tree.map(np.asarray, state.params)
+  return found, params, jax.tree.map(np.asarray, state.model_state), start
+
+
+def test_training_curve(load_golden):
+  _, _, expected = load_golden("train_ttsr_a")
+  found, *_ = curve()
+  losses = np.array([m["loss"] for m in found])
+  np.testing.assert_allclose(losses[:5], expected["loss"][:5], rtol=5e-5)
+  np.testing.assert_allclose(losses, expected["loss"], rtol=1e-3)
+  norms = [m["generator_gradient_norm"] for m in found]
+  np.testing.assert_allclose(norms, expected["grad_norm"], rtol=5e-2)
+  np.testing.assert_allclose(
+    [m["reconstruction_loss"] for m in found], expected["term/rec_loss"], rtol=1e-3
+  )
+  later = {"perceptual": ("per", 1e-2), "transferal": ("tpl", 1e-2), "adversarial": ("adv", 1e-3)}
+  for name, (theirs, weight) in later.items():
+    values = np.array([m[f"{name}_loss"] for m in found])
+    assert not values[:10].any()
+    np.testing.assert_allclose(
+      weight * values[10:], expected[f"term/{theirs}_loss"], atol=2e-5, rtol=5e-3, err_msg=name
+    )
+  critic_norms = [m["critic_gradient_norm"] for m in found[10:]]
+  np.testing.assert_allclose(critic_norms, expected["critic_grad_norm"][:, 1], rtol=5e-2)
+
+
+def flat(params):
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def moved_alike(start, ours, theirs, tolerance):
+  """The update differs from the reference's by this share of its length."""
+  return np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs - start)
+
+
+def test_updates_of_both_players(load_golden):
+  _, _, expected = load_golden("train_ttsr_a")
+  _, params, model_state, start = curve()
+  before = ttsr_pt.to_published(start["params"]["generator"])
+  for prefix, step in (("param_after_rec/", 9), ("param/", 14)):
+    after = ttsr_pt.to_published(params[step]["generator"])
+    keys = [key for key in expected if key.startswith(prefix)]
+    assert len(keys) == 5
+    for key in keys:
+      name = key.removeprefix(prefix)
+      assert moved_alike(before[name], after[name], expected[key], 5e-2), key
+  # The critic and VGG-19 stand still in the first phase; VGG-19 does for ever.
+  jax.tree.map(np.testing.assert_array_equal, params[9]["critic"], start["params"]["critic"])
+  jax.tree.map(np.testing.assert_array_equal, model_state["vgg"], start["vgg"])
+  ours, old = flat(params[14]["critic"]), flat(start["params"]["critic"])
+  for path, key, axes in (
+    ("conv3_2/kernel", "conv6.weight", (3, 2, 0, 1)),
+    ("conv5_2/bias", "conv10.bias", (0,)),
+    ("hidden/kernel", "fc1.weight", (1, 0)),
+    ("score/kernel", "fc2.weight", (1, 0)),
+  ):
+    before, after = (np.asarray(tree[path]).transpose(axes) for tree in (old, ours))
+    assert moved_alike(before, after, expected[f"critic_param/{key}"], 0.25), key
+
+
+def test_hard_attention_along_the_curve(load_golden):
+  """What the trained network looks up is what the official one looks up."""
+  _, inputs, expected = load_golden("train_ttsr_a")
+  _, params, _, _ = curve()
+  model, _ = ttsr_pt.from_published(load_file(GOLDENS / "ttsr_a" / "weights.safetensors"))
+  predict = jax.jit(SuperResolution(model).predict)
+  for step in (9, 13):  # the state after a step is the one that the next step looks up with
+    found = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]
+    np.testing.assert_array_equal(found.reshape(3, -1), expected["R_argmax"][step + 1])
+
+
+# --- the task by itself -------------------------------------------------------------------------
+
+
+def tiny_batch(count=2, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def pictures(height, width):
+    return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+  return {
+    "low_res_image": pictures(3, 4),
+    "upsampled_image": pictures(12, 16),
+    "image": pictures(12, 16),
+    "ref_image": pictures(8, 12),
+    "blurred_ref_image": pictures(8, 12),
+  }
+
+
+@functools.cache
+def tiny_variables():
+  shapes = jax.eval_shape(SuperResolution(TINY).init, jax.random.key(0), tiny_batch())
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def tiny_loss(batch):
+  task = SuperResolution(TINY)
+  context = LossContext(jax.random.key(0), jnp.int32(0), task.normalizers(batch), "generator")
+  return jax.jit(task.loss)(tiny_variables(), batch, context)
+
+
+def test_reconstruction_alone_has_one_player_and_no_vgg():
+  task = create_task("super_resolution", TINY)
+  assert [player.name for player in task.players] == ["generator"]
+  assert set(tiny_variables()) == {"params"}
+  assert set(tiny_variables()["params"]) == {"generator"}
+  batch = tiny_batch()
+  output = tiny_loss(batch)
+  pictures = [batch[name] / np.float32(127.5) - 1 for name in PICTURES]
+  params = tiny_variables()["params"]["generator"]
+  image = jax.jit(lambda *x: TINY.apply({"params": params}, *x)["image"])(*pictures)
+  expected = np.abs(image - (batch["image"] / 127.5 - 1)).mean()
+  np.testing.assert_allclose(output.loss, expected, rtol=1e-5)
+  assert set(output.metrics) == {"loss", "reconstruction_loss"}
+
+
+def test_all_losses_have_two_players():
+  task = create_task("super_resolution", TINY, **WEIGHTS, begin_step=7)
+  critic, generator = task.players
+  assert (critic.name, critic.updates, critic.begin_step) == ("critic", 2, 7)
+  assert (generator.name, generator.updates, generator.begin_step) == ("generator", 1, 0)
+  batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch(1).items()}
+  shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+  assert set(shapes) == {"params", "vgg"}
+  assert set(shapes["params"]) == {"generator", "critic"}
+
+
+def test_published_sizes_of_critic_and_vgg():
+  task = SuperResolution(TINY)
+  picture = jnp.zeros((1, 160, 160, 3))
+  for network, count in ((task._critic, 17_821_473), (task._vgg, 12_944_972 - 12)):
+    shapes = jax.eval_shape(network.init, jax.random.key(0), picture)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_masked_rows_count_nowhere():
+  batch, longer = tiny_batch(), tiny_batch(3, seed=9)
+  longer = {key: np.concatenate([batch[key], value[:1]]) for key, value in longer.items()}
+  longer["mask"] = np.array([True, True, False])
+  a, b = tiny_loss(batch), tiny_loss(longer)
+  np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+  assert float(b.metrics["reconstruction_loss"].count) == 2
+
+
+def test_predictions_are_scored():
+  task, batch = SuperResolution(TINY), tiny_batch()
+  predictions = jax.tree.map(np.asarray, jax.jit(task.predict)(tiny_variables(), batch))
+  assert predictions["image"].shape == (2, 12, 16, 3)
+  assert predictions["image"].dtype == np.uint8
+  evaluator = task.evaluator()
+  evaluator.add(batch, predictions)
+  assert task.best_metric in evaluator.result()
+  assert set(task.figures(batch, predictions)) == {"super_resolution"}
+  assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
+
+
+def test_pixels_are_rounded_as_the_official_code_does():
+  values = jnp.array([-1.2, -1.0, 0.0, 0.999, 1.0, 1.5]).reshape(1, 1, 6, 1)
+  np.testing.assert_array_equal(to_pixels(values).reshape(-1), [0, 0, 128, 255, 255, 255])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"perceptual_weight": -1.0}, "perceptual_weight is -1.0"),
+    ({"begin_step": -1}, "begin_step is -1"),
+    ({"critic_updates": 0}, "critic_updates is 0"),
+  ],
+)
+def test_fields_out_of_range(fields, message):
+  with pytest.raises(ValueError, match=message):
+    SuperResolution(TINY, **fields)
