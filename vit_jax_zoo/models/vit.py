@@ -196,7 +196,8 @@ class VisionTransformer(nn.Module):
     self._check_sides(images.shape[1], images.shape[2])
     x = shard_batch(images)
     if self.resnet is not None:
-      settings = {"dtype": self.dtype, "remat": self.remat != "none", **self.resnet}
+      settings: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat != "none"}
+      settings.update(self.resnet)
       x = StandardizedResNet(scan_layers=self.scan_layers, name="resnet", **settings)(x)
     side = (self.patch_size, self.patch_size)
     x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="embedding")(x)
