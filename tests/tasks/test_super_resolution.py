@@ -200,7 +200,7 @@ def curve_program(config, inputs, seed):
     "params": {"generator": variables["params"], "critic": critic_params(extra, 1)},
     "vgg": vgg_params(extra),
   }
-  return program, jax.tree.map(jnp.asarray, start)
+  return program, jax.tree.map(np.array, start)  # on the host: the step takes its state's memory
 
 
 @functools.cache
