@@ -10,7 +10,7 @@ from absl import logging
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import demos
-from vit_jax_zoo.data.base import DatasetInfo, Source, select_split
+from vit_jax_zoo.data.base import DatasetInfo, Source, check_same_classes, select_split
 from vit_jax_zoo.data.images import decode_image
 from vit_jax_zoo.data.sources import load_source
 
@@ -92,6 +92,30 @@ def test_wrong_names_are_one_line(name, options, message):
   with pytest.raises(ValueError, match=r"did you mean|says nothing") as error:
     load_source(name, "train", **options)
   assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_equal_and_unnamed_classes_pass():
+  named = DatasetInfo("a", 1, 2, ("ant", "bee"))
+  for other in (DatasetInfo("b", 3, 2, ("ant", "bee")), DatasetInfo("b", 3, 5)):
+    check_same_classes(named, other, "the evaluation 'test'")
+    check_same_classes(other, named, "the evaluation 'test'")
+
+
+@pytest.mark.parametrize(
+  ("names", "difference"),
+  [
+    (("ant", "cow"), "label 1 is 'bee' in a (2 classes) and 'cow' in b (2 classes)"),
+    (("bee", "ant"), "label 0 is 'ant' in a (2 classes) and 'bee' in b (2 classes)"),
+    (("ant",), "label 1 is 'bee' in a (2 classes) and no class in b (1 classes)"),
+    (("ant", "bee", "cow"), "label 2 is no class in a (2 classes) and 'cow' in b (3 classes)"),
+  ],
+)
+def test_the_first_different_class_is_named(names, difference):
+  train, other = DatasetInfo("a", 1, 2, ("ant", "bee")), DatasetInfo("b", 1, len(names), names)
+  with pytest.raises(ValueError, match="the evaluation 'test' has other classes") as error:
+    check_same_classes(train, other, "the evaluation 'test'")
+  assert difference in str(error.value)
   assert "\n" not in str(error.value)
 
 

@@ -121,6 +121,32 @@ def select_split(splits: Splits, split: str, dataset: str) -> Source:
   return SlicedSource(f"{dataset} {split}", parts)
 
 
+def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> None:
+  """Checks that a label means the same class in two sources.
+
+  Sources without names for their classes pass: nothing is known that could differ.
+
+  Args:
+    train: what a model is trained on.
+    other: what it is scored on.
+    name: what the message calls the other: "the evaluation 'val'".
+
+  Raises:
+    ValueError: both name their classes, and not alike; the message has the first difference.
+  """
+  ours, theirs = train.class_names, other.class_names
+  if not ours or not theirs or ours == theirs:
+    return
+  pairs = itertools.zip_longest(ours, theirs)
+  label, pair = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+  one, another = ("no class" if class_name is None else repr(class_name) for class_name in pair)
+  raise ValueError(
+    f"{name} has other classes than the training data: label {label} is {one} in {train.name} "
+    f"({len(ours)} classes) and {another} in {other.name} ({len(theirs)} classes); use the same "
+    "classes in the same order"
+  )
+
+
 def _position(text: str | None, length: int) -> int | None:
   if text is None:
     return None
