@@ -192,6 +192,15 @@ class TestCorrupt:
     hosts = [take(6, source, RANDOM, **options, process_index=p, process_count=2) for p in range(2)]
     assert_same(joined(hosts), whole)
 
+  def test_an_evaluation_counts_its_last_iteration(self):
+    batches = eval_batches(Pictures(10, corrupt=[7, 2]), PLAIN, batch_size=4, on_corrupt="skip")
+    assert batches.num_skipped == 0
+    for _ in range(2):
+      iterator = iter(batches)
+      seen = [(next(iterator)["mask"].sum(), batches.num_skipped) for _ in range(3)]
+      assert seen == [(3, 1), (3, 2), (2, 2)]
+      assert iterator.num_skipped == 2
+
   def test_nothing_but_corrupt_examples(self):
     with pytest.raises(CorruptExampleError, match="in a row are corrupt"):
       take(1, Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, seed=0, on_corrupt="skip")

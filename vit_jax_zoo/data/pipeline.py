@@ -144,12 +144,19 @@ class EvalBatches:
   _dataset: grain.MapDataset
   _num_workers: int
   _num_threads: int | None
+  _last: BatchIterator | None = dataclasses.field(default=None, init=False, repr=False)
 
   def __len__(self) -> int:
     return len(self._dataset)
 
   def __iter__(self) -> BatchIterator:
-    return BatchIterator(_iterate(self._dataset, self._num_workers, self._num_threads))
+    self._last = BatchIterator(_iterate(self._dataset, self._num_workers, self._num_threads))
+    return self._last
+
+  @property
+  def num_skipped(self) -> int:
+    """How many rows lost their example in the last iteration, so far; 0 before the first."""
+    return 0 if self._last is None else self._last.num_skipped
 
 
 def _local_batch_size(
