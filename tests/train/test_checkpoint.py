@@ -20,7 +20,6 @@ from jax.sharding import PartitionSpec as P
 from vit_jax_zoo.train.checkpoint import (
   Checkpointer,
   find_checkpoint,
-  restore_metadata,
   restore_variables,
 )
 
@@ -87,8 +86,7 @@ def run(tmp_path_factory):
   )
   with Checkpointer(workdir) as checkpointer:
     assert checkpointer.restore(abstract(state)) is None
-    assert checkpointer.metadata() is None
-    assert checkpointer.save(7, placed, {"config": {"seed": 0}})
+    assert checkpointer.save(7, placed)
   return workdir, state
 
 
@@ -101,7 +99,6 @@ def test_restores_the_same_bits_onto_any_mesh(run, sizes, spec):
   target = abstract(state, mesh_of(*sizes), spec)
   with Checkpointer(workdir) as checkpointer:
     restored = checkpointer.restore(target)
-    assert checkpointer.metadata() == {"config": {"seed": 0}, "step": 7}
     assert checkpointer.latest_step == 7
     assert not checkpointer.save(7, restored), "the step is there already"
   assert_same_bits(restored, state)
@@ -143,12 +140,12 @@ def test_saving_copes_with_donation(tmp_path):
       np.testing.assert_array_equal(leaf, np.ones((512, 512)))
 
 
-def test_keeps_the_newest_and_the_periodic(tmp_path):
-  with Checkpointer(tmp_path, keep=2, keep_every=4) as checkpointer:
+def test_keeps_the_newest(tmp_path):
+  with Checkpointer(tmp_path, keep=2) as checkpointer:
     for step in range(1, 8):
       checkpointer.save(step, {"x": jnp.full(2, step)})
   kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-  assert kept == [4, 6, 7]
+  assert kept == [6, 7]
 
 
 def test_best_survives_restarts_and_lower_steps(tmp_path):
@@ -169,7 +166,6 @@ def test_best_survives_restarts_and_lower_steps(tmp_path):
     assert best(checkpointer, 15, 0.9), "and may repeat a step"
     assert checkpointer.latest_step is None
   assert [path.name for path in (tmp_path / "best").iterdir()] == ["15"]
-  assert restore_metadata(tmp_path) == {"step": 15, "score": 0.9, "best_mode": "max"}
   np.testing.assert_array_equal(restore_variables(tmp_path)["params"]["x"], [15, 15])
 
 
@@ -178,7 +174,9 @@ def test_a_lower_score_may_be_the_better_one(tmp_path):
     assert checkpointer.save_best(1, {"x": jnp.zeros(1)}, 2.0)
     assert not checkpointer.save_best(2, {"x": jnp.zeros(1)}, 3.0)
     assert checkpointer.save_best(3, {"x": jnp.zeros(1)}, 1.0)
-  assert restore_metadata(tmp_path)["score"] == 1.0
+  assert find_checkpoint(tmp_path).name == "3"
+  with Checkpointer(tmp_path, best_mode="min") as checkpointer:
+    assert checkpointer.best_score == 1.0
 
 
 def test_a_former_best_that_a_kill_left_behind_is_not_taken(tmp_path):
@@ -206,7 +204,6 @@ def test_variables_alone(run):
   assert_same_bits(found, plain)
   assert found["params"]["dense"]["kernel"].sharding.spec == P("fsdp")
   assert_same_bits(restore_variables(workdir, abstract(averaged)), averaged)
-  assert restore_metadata(workdir)["config"] == {"seed": 0}
 
 
 def test_variables_that_do_not_fit_are_one_line_with_every_name(run):
@@ -231,6 +228,60 @@ def test_best_variables_are_preferred_unless_told(run, tmp_path):
   assert find_checkpoint(tmp_path).parts[-2:] == ("best", "2")
   assert find_checkpoint(tmp_path, prefer_best=False).parts[-2:] == ("checkpoints", "3")
   assert list(restore_variables(tmp_path / "best" / "2")["params"]) == ["x"]
+
+
+def listing(folder):
+  return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def half_written(folder):
+  """Leaves in `folder` what another process is writing there, or was when it was killed."""
+  path = folder / "9.orbax-checkpoint-tmp"
+  path.mkdir(parents=True)
+  (path / "part").write_bytes(b"half")
+  return path
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_opening_a_run_changes_nothing_there(tmp_path, read_only):
+  saved = {"params": {"x": jnp.arange(3.0)}}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(8, saved)
+    checkpointer.save_best(8, saved, 0.5)
+  half_written(tmp_path / "checkpoints")
+  half_written(tmp_path / "best")
+  before = listing(tmp_path)
+  with Checkpointer(tmp_path, read_only=read_only) as checkpointer:
+    assert checkpointer.latest_step == 8
+    assert checkpointer.best_score == 0.5
+    assert_same_bits(checkpointer.restore(abstract(saved)), saved)
+  assert listing(tmp_path) == before
+
+
+def test_the_first_save_clears_away_what_is_half_written(tmp_path):
+  saved = {"params": {"x": jnp.arange(3.0)}}
+  left = [half_written(tmp_path / name) for name in ("checkpoints", "best")]
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(3, saved)
+    checkpointer.wait()
+    assert [path.exists() for path in left] == [False, True]
+    checkpointer.save_best(3, saved, 0.5)
+    checkpointer.wait()
+    assert [path.exists() for path in left] == [False, False]
+    assert checkpointer.latest_step == 3
+
+
+def test_read_only_makes_no_directory_and_refuses_to_save(tmp_path):
+  workdir = tmp_path / "missing"
+  with Checkpointer(workdir, read_only=True) as checkpointer:
+    assert checkpointer.latest_step is None
+    assert checkpointer.best_score is None
+    assert checkpointer.restore({"x": jnp.zeros(1)}) is None
+    with pytest.raises(RuntimeError, match="missing were opened read-only"):
+      checkpointer.save(1, {"x": jnp.zeros(1)})
+    with pytest.raises(RuntimeError, match="missing were opened read-only"):
+      checkpointer.save_best(1, {"x": jnp.zeros(1)}, 1.0)
+  assert not workdir.exists()
 
 
 def test_no_checkpoint_is_one_line(tmp_path):
@@ -294,8 +345,10 @@ def test_kill_9_while_saving_leaves_a_complete_checkpoint(tmp_path):
       step = checkpointer.latest_step
       target = {str(i): jax.ShapeDtypeStruct((512, 512), jnp.float32) for i in range(24)}
       restored = checkpointer.restore(target)
-      assert not list((tmp_path / "checkpoints").glob("*tmp*")), "cleared away at the next start"
+      checkpointer.save(step + 1, restored)
+      checkpointer.wait()
+      assert not list((tmp_path / "checkpoints").glob("*tmp*")), "cleared away by the next save"
     assert step > last
     for leaf in jax.tree.leaves(restored):
       np.testing.assert_array_equal(leaf, np.full((512, 512), float(step)))
-    last = step
+    last = step + 1

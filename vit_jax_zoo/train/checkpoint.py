@@ -1,12 +1,13 @@
 """Checkpoints: what a run leaves on disk, and how another mesh, run or program picks it up (Orbax).
 
-    <workdir>/checkpoints/<step>/   state: everything a run needs to go on;  metadata: JSON
-    <workdir>/best/<step>/          variables: what predicts best so far;    metadata: JSON
+    <workdir>/checkpoints/<step>/   state: everything a run needs to go on
+    <workdir>/best/<step>/          variables: what predicts best so far;  metadata: its score
 
 A save returns once the arrays are copied off the devices; a background thread writes them into a
 temporary directory that is renamed when it is complete. Hence a run may be killed at any moment:
-what is half-written is ignored and cleared away, and older checkpoints are deleted only after a
-newer one is complete. All processes of a multi-process run call each function, and each writes its
+what is half-written is ignored, and cleared away by the next save of whoever goes on with the run;
+older checkpoints are deleted only after a newer one is complete. Whoever only reads changes
+nothing, not even under a run that is still saving. All processes of a multi-process run call each function, and each writes its
 part.
 """
 
@@ -31,10 +32,12 @@ _MAX_LISTED = 8
 class Checkpointer:
   """Saves and restores the state of one run, and the variables that scored best.
 
-  Closing waits for saves under way: use it as a context manager.
+  Closing waits for saves under way: use it as a context manager. Opening changes nothing on disk:
+  the first save makes what is missing, and clears away what a killed run has left half-written.
 
   Attributes:
-    workdir: the run's directory; made if missing, with its parents.
+    workdir: the run's directory.
+    read_only: whether saving is an error.
   """
 
   def __init__(
@@ -42,16 +45,16 @@ class Checkpointer:
     workdir: PathLike,
     *,
     keep: int = 1,
-    keep_every: int | None = None,
     best_mode: str = "max",
+    read_only: bool = False,
   ):
-    """Opens or makes `<workdir>/checkpoints`; `best` is made with the first best variables.
+    """Looks for what is there already.
 
     Args:
-      workdir: the run's directory.
+      workdir: the run's directory; it need not exist.
       keep: how many of the newest checkpoints stay.
-      keep_every: checkpoints at multiples of this step stay for good, besides.
       best_mode: whether a higher ("max") or a lower ("min") score is better.
+      read_only: promise not to save.
 
     Raises:
       ValueError: `keep` is below 1 or `best_mode` unknown.
@@ -60,17 +63,17 @@ class Checkpointer:
       raise ValueError(f"checkpoint keep is {keep}; at least 1 must stay, or no run could resume")
     if best_mode not in ("max", "min"):
       raise ValueError(f"best_mode is {best_mode!r}; expected 'max' or 'min'")
-    self.workdir = _absolute(workdir)
+    self.workdir, self.read_only = _absolute(workdir), read_only
     self._best_mode = best_mode
-    self._manager = _open(self.workdir / CHECKPOINTS, max_to_keep=keep, keep_period=keep_every)
-    self._best = _open(
+    self._newest = _Folder(self.workdir / CHECKPOINTS, max_to_keep=keep)
+    self._best = _Folder(
       self.workdir / BEST,
       max_to_keep=1,
       best_fn=lambda metrics: metrics["score"],
       best_mode=best_mode,
     )
-    best_step = self._best.best_step()
-    metrics = None if best_step is None else self._best.metrics(best_step)
+    best_step = self._best.manager.best_step()
+    metrics = None if best_step is None else self._best.manager.metrics(best_step)
     self._best_score = None if metrics is None else float(metrics["score"])
 
   def __enter__(self) -> "Checkpointer":
@@ -82,14 +85,14 @@ class Checkpointer:
   @property
   def latest_step(self) -> int | None:
     """The step of the newest complete checkpoint, or None."""
-    return self._manager.latest_step()
+    return self._newest.manager.latest_step()
 
   @property
   def best_score(self) -> float | None:
     """The score of the best variables so far, those of earlier starts of the run included."""
     return self._best_score
 
-  def save(self, step: int, state: Any, metadata: Mapping[str, Any] | None = None) -> bool:
+  def save(self, step: int, state: Any) -> bool:
     """Starts to save the state after `step` training steps; returns False if it is there already.
 
     The state's arrays may be donated as soon as this returns.
@@ -97,19 +100,17 @@ class Checkpointer:
     Args:
       step: training steps completed.
       state: a tree of arrays on the devices.
-      metadata: what JSON can hold, such as the config.
+
+    Raises:
+      RuntimeError: opened read-only.
     """
-    if step in self._manager.all_steps():
+    self._check_writable()
+    if step in self._newest.manager.all_steps():
       return False
     # The best variables first: a run resumed from this step would not look for them again.
-    self._best.wait_until_finished()
-    saved = ocp.args.Composite(
-      **{
-        _STATE: ocp.args.StandardSave(state),
-        _METADATA: ocp.args.JsonSave({**(metadata or {}), "step": step}),
-      }
-    )
-    return self._manager.save(step, args=saved, force=True)
+    self._best.manager.wait_until_finished()
+    saved = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state)})
+    return self._newest.to_write().save(step, args=saved, force=True)
 
   def restore(self, abstract_state: Any) -> Any | None:
     """Returns the newest complete checkpoint, or None if there is none.
@@ -129,38 +130,36 @@ class Checkpointer:
     problems = [*_differences(wanted, saved, with_dtype=True), *_unused(wanted, saved)]
     _raise_if_any(problems, f"the checkpoint {directory} does not fit this run's state")
     arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract_state)})
-    return self._manager.restore(step, args=arguments)[_STATE]
+    return self._newest.manager.restore(step, args=arguments)[_STATE]
 
-  def metadata(self, step: int | None = None) -> dict[str, Any] | None:
-    """Returns the metadata saved at `step` (the newest, if None), or None if there is none."""
-    step = self.latest_step if step is None else step
-    if step is None:
-      return None
-    arguments = ocp.args.Composite(**{_METADATA: ocp.args.JsonRestore()})
-    return self._manager.restore(step, args=arguments)[_METADATA]
-
-  def save_best(
-    self, step: int, variables: Any, score: float | int, metadata: Mapping[str, Any] | None = None
-  ) -> bool:
+  def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score beats all before; returns whether it does.
 
     Every process must give the same score. A score that is not a number never wins.
+
+    Raises:
+      RuntimeError: opened read-only.
     """
+    self._check_writable()
     if not self._is_better(score):
       return False
     self._best_score = score = float(score)
     if jax.process_count() > 1:  # hosts would mix up the barriers of two saves at once
-      self._manager.wait_until_finished()
-    if step in self._best.all_steps():  # a repeated step came out differently
-      self._best.delete(step)
-    found = {"step": step, "score": score, "best_mode": self._best_mode}
+      self._newest.manager.wait_until_finished()
+    best = self._best.to_write()
+    if step in best.all_steps():  # a repeated step came out differently
+      best.delete(step)
     saved = ocp.args.Composite(
       **{
         _VARIABLES: ocp.args.StandardSave(variables),
-        _METADATA: ocp.args.JsonSave({**(metadata or {}), **found}),
+        _METADATA: ocp.args.JsonSave({"score": score, "best_mode": self._best_mode}),
       }
     )
-    return self._best.save(step, args=saved, metrics={"score": score}, force=True)
+    return best.save(step, args=saved, metrics={"score": score}, force=True)
+
+  def _check_writable(self) -> None:
+    if self.read_only:
+      raise RuntimeError(f"the checkpoints in {self.workdir} were opened read-only; nothing is saved")
 
   def _is_better(self, score: float | int) -> bool:
     if not math.isfinite(score) or self._best_score is None:
@@ -169,14 +168,35 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Returns when all saves are complete on disk; raises what went wrong with them."""
-    self._manager.wait_until_finished()
-    self._best.wait_until_finished()
+    self._newest.manager.wait_until_finished()
+    self._best.manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and gives up the background threads."""
     self.wait()
-    self._manager.close()
-    self._best.close()
+    self._newest.manager.close()
+    self._best.manager.close()
+
+
+class _Folder:
+  """A directory of checkpoints. Nothing in it changes before `to_write` is called.
+
+  Attributes:
+    manager: knows the complete checkpoints.
+  """
+
+  def __init__(self, directory: epath.Path, **options: Any) -> None:
+    self._directory, self._options = directory, options
+    self._writable = False
+    self.manager = _open(directory, create=False, **options)
+
+  def to_write(self) -> ocp.CheckpointManager:
+    """Returns the manager, once the directory is there and cleared of temporary ones."""
+    if not self._writable:
+      self.manager.close()
+      self.manager = _open(self._directory, cleanup_tmp_directories=True, **self._options)
+      self._writable = True
+    return self.manager
 
 
 def restore_variables(
@@ -212,12 +232,6 @@ def restore_variables(
   problems = [*_differences(wanted, saved, with_dtype=False), *_unused(wanted, here)]
   _raise_if_any(problems, f"the checkpoint {directory} does not fit this model")
   return _read(item, abstract_variables, names, as_numpy=False)
-
-
-def restore_metadata(path: PathLike, *, prefer_best: bool = True) -> dict[str, Any]:
-  """Returns the metadata (config, step, ...) of the checkpoint that `restore_variables` reads."""
-  directory = find_checkpoint(path, prefer_best=prefer_best)
-  return _reader(ocp.JsonCheckpointHandler()).restore(directory / _METADATA)
 
 
 def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
@@ -266,7 +280,7 @@ def _absolute(path: PathLike) -> epath.Path:
 def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
   return ocp.CheckpointManager(
     directory,
-    options=ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, **options),
+    options=ocp.CheckpointManagerOptions(**options),
     item_handlers={
       _STATE: ocp.StandardCheckpointHandler(),
       _VARIABLES: ocp.StandardCheckpointHandler(),
