@@ -129,6 +129,13 @@ def test_not_enough_room(tmp_path):
     prepare._check_disk("huge", tmp_path, 2**60)
 
 
+@pytest.mark.parametrize("flag", ["data_dir", "from_tfrecord", "from_folder"])
+def test_prepares_on_local_disks_alone(flag, capsys):
+  with pytest.raises(SystemExit):
+    prepare.main(["--dataset=x", f"--{flag}=gs://bucket/x"])
+  assert f"--{flag}=gs://bucket/x is not on a local disk" in capsys.readouterr().err
+
+
 def test_which_dataset(capsys):
   with pytest.raises(SystemExit):
     prepare.main([])

@@ -3,13 +3,15 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 
 from tests.data.conftest import encode, photo
-from vit_jax_zoo.data import demos
+from vit_jax_zoo.data import demos, prepare, tfds_source
 from vit_jax_zoo.data.base import DatasetInfo, Source, check_same_classes, select_split
 from vit_jax_zoo.data.images import decode_image
 from vit_jax_zoo.data.sources import load_source
@@ -208,8 +210,47 @@ class TestFolder:
     assert (len(train), len(val)) == (2, 1)
     assert val[0]["label"] == 1
     assert val.example_name(0) == str(tmp_path / "val" / "y" / "3.png")
-    with pytest.raises(ValueError, match=r"unknown split 'test'.*Known: train, val"):
-      load_source(f"folder:{tmp_path}", "test")
+
+  @pytest.mark.parametrize(
+    ("folders", "meant"),
+    [
+      (("train", "val"), dict.fromkeys(("test", "val", "valid", "validation"), "val")),
+      (("train", "validation"), dict.fromkeys(("test", "valid", "validation"), "validation")),
+      (("train", "valid"), dict.fromkeys(("test", "val", "validation"), "valid")),
+      (("train", "test"), dict.fromkeys(("test", "val", "validation"), "test")),
+      (("train", "valid", "test"), {"test": "test", "val": "valid", "validation": "valid"}),
+    ],
+  )
+  def test_held_out_folders_go_by_each_others_names(self, folders, meant, tmp_path):
+    for name in folders:
+      (tmp_path / name / "x").mkdir(parents=True)
+      (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+    for split, folder in meant.items():
+      source = load_source(f"folder:{tmp_path}", split)
+      assert source.example_name(0) == str(tmp_path / folder / "x" / "1.png")
+
+  def test_a_hashed_test_set_is_the_validation_set_too(self, class_folders):
+    test, validation = (
+      load_source(f"folder:{class_folders}", split) for split in ("test", "validation")
+    )
+    assert [test.example_name(i) for i in range(len(test))] == [
+      validation.example_name(i) for i in range(len(validation))
+    ]
+
+  @pytest.mark.parametrize(
+    ("folders", "split", "known"),
+    [
+      (("train",), "test", "train"),
+      (("train", "val", "validation"), "test", "train, val, validation"),
+      (("train", "val", "validation"), "valid", "train, val, validation"),
+    ],
+  )
+  def test_a_held_out_set_that_is_not_clear(self, folders, split, known, tmp_path):
+    for name in folders:
+      (tmp_path / name / "x").mkdir(parents=True)
+      (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+    with pytest.raises(ValueError, match=f"unknown split '{split}'.*Known: {known}$"):
+      load_source(f"folder:{tmp_path}", split)
 
   def test_class_order_can_be_given(self, class_folders, tmp_path):
     (tmp_path / "names.txt").write_text("dog\ncow\nbee\nant\n")
@@ -225,6 +266,25 @@ class TestFolder:
       load_source(f"folder:{tmp_path}/none", "train")
     with pytest.raises(ValueError, match="holds no images in class folders"):
       load_source(f"folder:{tmp_path}", "train")
+    with pytest.raises(ValueError, match="folder:gs://bucket/x is not on a local disk; copy it"):
+      load_source("folder:gs://bucket/x", "train")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """Lets gs://bucket/data stand for a local folder; what was asked for is in the list."""
+
+  def stand_in(folder):
+    asked = []
+
+    def path(location):
+      asked.append(str(location))
+      return epath.Path(str(location).replace("gs://bucket/data", str(folder)))
+
+    monkeypatch.setattr(tfds_source, "epath", types.SimpleNamespace(Path=path))
+    return asked
+
+  return stand_in
 
 
 class TestTfds:
@@ -269,6 +329,36 @@ class TestTfds:
   def test_wrong_feature(self, prepared):
     with pytest.raises(ValueError, match="no feature 'lable'; it has file_name, image, label"):
       load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="lable")
+
+  def test_a_bucket_is_found_like_a_folder(self, prepared, bucket):
+    asked = bucket(prepared)
+    sources = [
+      load_source("tfds:tiny", "train", data_dir="gs://bucket/data"),
+      load_source("tfds:tiny:1.2.0", "train", data_dir="gs://bucket/data/"),
+      load_source("tfds:gs://bucket/data/tiny/1.2.0", "train"),
+    ]
+    assert asked[0] == "gs://bucket/data"
+    assert asked[-1] == "gs://bucket/data/tiny/1.2.0"
+    assert all(len(source) == 20 and isinstance(source[0]["image"], bytes) for source in sources)
+
+  def test_a_bucket_keeps_its_two_slashes(self):
+    assert str(epath.Path("gs://bucket/data") / "tiny" / "1.2.0") == "gs://bucket/data/tiny/1.2.0"
+
+  def test_tfrecord_files_in_a_bucket_are_one_line(self, prepared_as_tfrecord, monkeypatch):
+    monkeypatch.setattr(tfds_source, "is_remote", lambda path: ".tfrecord" in path)
+    with pytest.raises(ValueError, match="read by index from a local disk only") as error:
+      load_source("tfds:tiny", "train", data_dir=str(prepared_as_tfrecord))
+    assert "\n" not in str(error.value)
+
+  def test_packed_folders_keep_validation_by_all_of_its_names(self, tmp_path):
+    for path in ("train/x/1.png", "val/x/2.png"):
+      (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / "images" / path).write_bytes(encode(photo(8, 8), "PNG"))
+    prepare.prepare_folder(str(tmp_path / "images"), "packed", tmp_path)
+    for split in ("val", "valid", "validation"):
+      assert len(load_source("tfds:packed", split, data_dir=str(tmp_path))) == 1
+    with pytest.raises(ValueError, match="unknown split 'test'"):
+      load_source("tfds:packed", "test", data_dir=str(tmp_path))
 
   def test_path_that_is_no_dataset(self, prepared):
     with pytest.raises(FileNotFoundError, match="give the innermost folder"):

@@ -2,7 +2,8 @@
 
 A split is written as TFDS writes it: `train`, `train[:99%]`, `train[1000:2000]`, `train+test`. Two
 names stand for the usual way to hold out a part of a training set that has no validation split:
-`minitrain` is `train[:99%]` and `minival` is `train[99%:]`.
+`minitrain` is `train[:99%]` and `minival` is `train[99%:]`. `val`, `valid` and `validation` mean
+the same split, whichever of them a dataset has.
 """
 
 import abc
@@ -19,6 +20,8 @@ Example: TypeAlias = dict[str, Any]
 """`image`: encoded bytes or uint8 [h w 3]; `label`: an int, or several of them for multi-label."""
 
 ALIASES = {"minitrain": "train[:99%]", "minival": "train[99%:]"}
+
+VALIDATION_NAMES = ("val", "valid", "validation")
 
 _PART = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 
@@ -64,6 +67,14 @@ class Source(abc.ABC):
 
 Splits: TypeAlias = Mapping[str, Callable[[], Source]]
 """The whole splits of a dataset by name, opened on demand."""
+
+
+def name_validation(splits: Splits) -> Splits:
+  """Returns the splits, the validation split by all of its names if there is exactly one."""
+  names = [name for name in VALIDATION_NAMES if name in splits]
+  if len(names) != 1:
+    return splits
+  return {**splits, **dict.fromkeys(VALIDATION_NAMES, splits[names[0]])}
 
 
 class SlicedSource(Source):

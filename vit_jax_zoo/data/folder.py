@@ -3,9 +3,14 @@
     flowers/daisy/01.jpg  flowers/rose/17.png                    split by a hash of the file name
     flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split as the folders say
 
+The held-out folder may be `test`, `val`, `valid` or `validation`. The last three are one name:
+where one of them is there, the others mean it. Where only a test set or only a validation set is
+there, all four names mean it, so a config written for either works.
+
 Without `train/` there is a fixed random split: 90 % `train`, 10 % `test`, decided by a hash of each
 file's path below the root, so that it is the same on every machine, and adding files moves none of
-the others. `all` is both. Examples are ordered by the same hash: any slice mixes the classes.
+the others. `all` is both; `val`, `valid` and `validation` are `test`, as above. Examples are
+ordered by the same hash: any slice mixes the classes.
 """
 
 import dataclasses
@@ -17,12 +22,19 @@ from collections.abc import Sequence
 
 from absl import logging
 
-from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits
+from vit_jax_zoo.data.base import (
+  VALIDATION_NAMES,
+  DatasetInfo,
+  Example,
+  Source,
+  Splits,
+  name_validation,
+)
 
 IMAGE_SUFFIXES = frozenset(
   (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 )
-SPLIT_FOLDERS = ("train", "test", "val", "validation")
+SPLIT_FOLDERS = ("train", "test", *VALIDATION_NAMES)
 TEST_FRACTION = 0.1
 
 
@@ -44,17 +56,29 @@ class FolderSource(Source):
 
 
 def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
-  """Finds the images below a folder.
+  """Finds the images below a folder; splits also go by their other names.
 
   Args:
-    location: the folder.
+    location: the folder, on a disk of this machine.
     class_names: the classes in the order of their labels, or a text file with one on each line,
       when labels must agree with a published model's. Without it, folder names in sorted order.
 
   Raises:
     FileNotFoundError: there is no such folder.
-    ValueError: it holds no class folders, no images, or a class that `class_names` lacks.
+    ValueError: it is not local, or holds no class folders, no images, or a class that `class_names`
+      lacks.
   """
+  splits = find_splits(location, class_names)
+  return _name_test(name_validation(splits))
+
+
+def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
+  """Finds the images below a folder, as `open_splits`; each split has one name, its folder's."""
+  if "://" in location:
+    raise ValueError(
+      f"folder:{location} is not on a local disk; copy it there, or pack it with python -m "
+      "vit_jax_zoo.data.prepare --from_folder and read it as tfds:gs://bucket/name/1.0.0"
+    )
   root = pathlib.Path(location).expanduser()
   if not root.is_dir():
     raise FileNotFoundError(
@@ -77,6 +101,19 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
     splits = {f.name: _labelled(f, files, names) for f, files in found.items() if files}
     return {n: functools.partial(_open, whole, root / n, splits[n]) for n in splits}
   return _hashed_splits(whole, root, _labelled(root, found[root], names))
+
+
+def _name_test(splits: Splits) -> Splits:
+  """Lets the test set stand for a validation set where there is none, and the other way round.
+
+  A dataset of TFDS is not treated so: there, what a published number was measured on must be named.
+  """
+  validation = {splits[name] for name in VALIDATION_NAMES if name in splits}
+  if "test" in splits and not validation:
+    return {**splits, **dict.fromkeys(VALIDATION_NAMES, splits["test"])}
+  if "test" not in splits and len(validation) == 1:
+    return {**splits, "test": validation.pop()}
+  return splits
 
 
 def _hashed_splits(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> Splits:

@@ -79,7 +79,7 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
     FileNotFoundError: `prepared` is no prepared dataset.
     ValueError: it does not hold TFRecord files, or not as many records as it says.
   """
-  source = tfds_source.at_path(prepared)
+  source = pathlib.Path(tfds_source.at_path(prepared))
   info = json.loads((source / "dataset_info.json").read_text())
   if info.get("fileFormat", "tfrecord") != "tfrecord":
     raise ValueError(f"{source} holds {info['fileFormat']} files, expected tfrecord")
@@ -115,7 +115,7 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
-  splits = {s: open_() for s, open_ in folder.open_splits(root).items() if s != "all"}
+  splits = {s: open_() for s, open_ in folder.find_splits(root).items() if s != "all"}
   builder_class = type(name, (_FolderBuilder,), {"name": name}, skip_registration=True)
   builder = builder_class(splits, data_dir=data_dir, file_format="array_record")
   with tfds_source.quiet_progress():
@@ -222,6 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   given = parser.parse_args(arguments)
   if not given.dataset and not given.from_tfrecord:
     parser.error("which dataset? Give --dataset=imagenet2012 or --from_tfrecord=<prepared folder>")
+  for flag in ("data_dir", "from_tfrecord", "from_folder"):
+    if tfds_source.is_remote(getattr(given, flag) or ""):
+      parser.error(
+        f"--{flag}={getattr(given, flag)} is not on a local disk; prepare on one, and copy"
+      )
   data_dir = pathlib.Path(given.data_dir).expanduser()
   try:
     if given.from_tfrecord:

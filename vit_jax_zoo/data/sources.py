@@ -3,7 +3,7 @@
     demo:digits demo:photos       images that ship with Python packages; always there
     folder:/path                  a folder for each class
     tfds:imagenet2012             a dataset that `vit_jax_zoo.data.prepare` has prepared
-    tfds:/path/to/prepared/1.0.0  the same, by its folder
+    tfds:/path/to/prepared/1.0.0  the same, by its folder; gs://bucket/... works as well
 
 A new kind is one file with an `open_splits(location, **options)` and one line in `KINDS`.
 """

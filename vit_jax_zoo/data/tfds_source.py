@@ -3,6 +3,10 @@
 ArrayRecord folders are read through TFDS's own data source. A folder of TFRecord files, which TFDS
 itself can only read with TensorFlow and in order, goes through `data/tfrecord.py`. Image bytes stay
 encoded: the pipeline decodes them, and only the part it needs.
+
+Folders may be local or `gs://bucket/...`. Finding them there needs the package gcsfs; the records
+are read by array_record itself, which opens `gs://` natively. That was not tried against a real
+bucket here: the tests find datasets through a local stand-in. TFRecord files must be local.
 """
 
 import contextlib
@@ -10,16 +14,16 @@ import dataclasses
 import functools
 import io
 import os
-import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from vit_jax_zoo.data import tfrecord
-from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits
+from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits, name_validation
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -60,8 +64,9 @@ def open_splits(
 
   Args:
     location: `name`, `name/config`, either with `:version`, or the path of the folder that holds
-      `dataset_info.json`.
-    data_dir: where datasets lie; the default is `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      `dataset_info.json`, local or `gs://bucket/...`.
+    data_dir: where datasets lie, local or `gs://bucket/...`; the default is `$TFDS_DATA_DIR`, else
+      `~/tensorflow_datasets`.
     image_key: the image feature; by default the only one there is.
     label_key: the label feature; by default `label`, else `labels`, else none.
 
@@ -70,22 +75,25 @@ def open_splits(
     ValueError: it has no such features, or lies in files that cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
+  is_path = is_path or is_remote(location)
   folder = at_path(location) if is_path else _find(location, data_dir)
   return open_folder(folder, f"tfds:{location}", image_key, label_key)
 
 
 def open_folder(
-  folder: pathlib.Path, name: str, image_key: str | None = None, label_key: str | None = None
+  folder: epath.PathLike, name: str, image_key: str | None = None, label_key: str | None = None
 ) -> Splits:
   """Opens the prepared dataset in `folder`; `name` is what its examples are called by."""
   builder = tfds.builder_from_directory(folder)
   keys = _keys(builder.info.features, name, image_key, label_key)
   num_classes, class_names = _classes(builder.info.features, keys[1])
   whole = DatasetInfo(name, 0, num_classes, class_names)
-  return {
-    split: functools.partial(_open_split, builder, split, whole, keys)
-    for split in builder.info.splits
-  }
+  return name_validation(
+    {
+      split: functools.partial(_open_split, builder, split, whole, keys)
+      for split in builder.info.splits
+    }
+  )
 
 
 @contextlib.contextmanager
@@ -99,9 +107,14 @@ def quiet_progress() -> Iterator[None]:
     tfds.enable_progress_bar()
 
 
-def default_data_dir() -> pathlib.Path:
+def default_data_dir() -> epath.Path:
   """Returns where TFDS keeps datasets unless told otherwise."""
-  return pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+  return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def is_remote(location: str) -> bool:
+  """Whether a path names its file system: `gs://bucket/folder`."""
+  return "://" in location
 
 
 def _open_split(
@@ -111,6 +124,11 @@ def _open_split(
   decoders = {keys[0]: tfds.decode.SkipDecoding()}
   if str(builder.info.file_format.value) == "tfrecord":
     files = [str(path) for path in info.filepaths]
+    if is_remote(files[0]):
+      raise ValueError(
+        f"{whole.name} lies in TFRecord files, which can be read by index from a local disk only; "
+        "copy it there and convert it with python -m vit_jax_zoo.data.prepare --from_tfrecord"
+      )
     records = tfrecord.TFRecordFiles(
       files, info.shard_lengths, functools.partial(_decode, builder.info.features, decoders)
     )
@@ -153,14 +171,14 @@ def _only_numbers(feature: tfds.features.ClassLabel) -> bool:
   return getattr(feature, "_int2str", None) is None
 
 
-def at_path(location: str) -> pathlib.Path:
+def at_path(location: str) -> epath.Path:
   """Returns the folder of a prepared dataset.
 
   Raises:
     FileNotFoundError: it is not there, or is not the innermost one.
   """
-  folder = pathlib.Path(location).expanduser()
-  if not (folder / "dataset_info.json").is_file():
+  folder = epath.Path(location).expanduser()
+  if not (folder / "dataset_info.json").exists():
     raise FileNotFoundError(
       f"{folder} holds no dataset_info.json; give the innermost folder of a prepared dataset, such "
       "as .../imagenet2012/5.1.0 (demo:digits needs none)"
@@ -168,9 +186,9 @@ def at_path(location: str) -> pathlib.Path:
   return folder
 
 
-def _find(location: str, data_dir: str | None) -> pathlib.Path:
+def _find(location: str, data_dir: str | None) -> epath.Path:
   name, _, version = location.partition(":")
-  root = pathlib.Path(data_dir).expanduser() if data_dir else default_data_dir()
+  root = epath.Path(data_dir).expanduser() if data_dir else default_data_dir()
   versions = _versions(root / name)
   if not version and versions:
     return max(versions, key=lambda folder: tuple(map(int, folder.name.split("."))))
@@ -178,17 +196,18 @@ def _find(location: str, data_dir: str | None) -> pathlib.Path:
     if folder.name == version:
       return folder
   there = f" (there: {', '.join(f.name for f in versions)})" if versions else ""
+  where = "... locally and copy the result" if is_remote(str(root)) else root
   raise FileNotFoundError(
     f"tfds:{location} is not prepared in {root}{there}; run python -m vit_jax_zoo.data.prepare "
-    f"--dataset={location} --data_dir={root}, or use demo:digits, which needs no data"
+    f"--dataset={location} --data_dir={where}, or use demo:digits, which needs no data"
   )
 
 
-def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
+def _versions(folder: epath.Path) -> list[epath.Path]:
   """Returns the prepared versions in a folder, or in its only configuration."""
   if not folder.is_dir():
     return []
-  inside = sorted(f for f in folder.iterdir() if (f / "dataset_info.json").is_file())
+  inside = sorted(f for f in folder.iterdir() if (f / "dataset_info.json").exists())
   versions = [f for f in inside if _VERSION.fullmatch(f.name)]
   if versions:
     return versions
