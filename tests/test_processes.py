@@ -51,11 +51,19 @@ def one_process(tmp_path_factory):
   return workdir
 
 
-@pytest.mark.parametrize("mesh", [("data=-1", "fsdp=1"), ("data=1", "fsdp=-1")], ids=" ".join)
-def test_two_processes_equal_one(one_process, tmp_path, mesh):
+@pytest.mark.parametrize(
+  ("mesh", "devices_each"),
+  [
+    (("data=-1", "fsdp=1"), 2),
+    (("data=1", "fsdp=-1"), 2),
+    (("data=1", "model=2"), 1),  # both processes are fed every image; each must count once
+  ],
+  ids=str,
+)
+def test_two_processes_equal_one(one_process, tmp_path, mesh, devices_each):
   sizes = [f"--config.sharding.mesh.{size}" for size in mesh]
   workdir = tmp_path / "run"
-  first, second = run_processes(workdir, 2, *SHORT, *sizes, devices_each=2)
+  first, second = run_processes(workdir, 2, *SHORT, *sizes, devices_each=devices_each)
   expected, found = command.rows(one_process), command.rows(workdir)
   assert len(expected) == len(found) > 3
   for ours, theirs in zip(found, expected, strict=True):

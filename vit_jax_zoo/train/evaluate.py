@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Sized
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -15,6 +15,8 @@ from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.step import PredictStep
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -68,10 +70,22 @@ class PredictionScores:
       if index == 0 and is_primary():
         figures = self.task.figures(batch, predictions)
       clock.tick(index + 1)
-    first, *others = all_gather_objects(evaluator)
+    first, *others = gather_parts(evaluator, self.mesh)
     for other in others:
       first.merge(other)
     return Report(first.result(), figures)
+
+
+def gather_parts(value: T, mesh: Mesh) -> list[T]:
+  """Returns what was made of each part of the data, on every process: one value for each part.
+
+  Processes whose devices differ along `model` alone are fed the same part, and made the same of it.
+  """
+  part, _ = sharding.input_shard(mesh, sharding.batch_ways(mesh))
+  found: dict[int, T] = {}
+  for index, other in all_gather_objects((part, value)):
+    found.setdefault(index, other)
+  return [found[index] for index in sorted(found)]
 
 
 def predict_batches(

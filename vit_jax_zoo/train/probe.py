@@ -10,8 +10,7 @@ from jax.sharding import Mesh
 
 from vit_jax_zoo.evaluation.linear_probe import Labelled, probe
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.train.distributed import all_gather_objects
-from vit_jax_zoo.train.evaluate import Report, SizedBatches, predict_batches
+from vit_jax_zoo.train.evaluate import Report, SizedBatches, gather_parts, predict_batches
 from vit_jax_zoo.train.step import PredictStep
 from vit_jax_zoo.visualize.probe import draw_probe
 
@@ -57,7 +56,7 @@ class LinearProbe:
     return Report(scores, {"depth": figure})
 
   def _collect(self, variables: Variables, batches: SizedBatches) -> Labelled:
-    """Returns the real rows of all hosts."""
+    """Returns the real rows of all hosts, each once."""
     labels: list[np.ndarray] = []
     features: dict[str, list[np.ndarray]] = {}
     for batch, found in predict_batches(self.features_step, variables, batches, self.mesh):
@@ -66,10 +65,10 @@ class LinearProbe:
       for name, array in _by_layer(found).items():
         features.setdefault(name, []).append(array[real])
     joined = {name: np.concatenate(arrays) for name, arrays in features.items()}
-    hosts = all_gather_objects((joined, np.concatenate(labels)))
+    parts = gather_parts((joined, np.concatenate(labels)), self.mesh)
     return Labelled(
-      {name: np.concatenate([host[0][name] for host in hosts]) for name in joined},
-      np.concatenate([host[1] for host in hosts]),
+      {name: np.concatenate([part[0][name] for part in parts]) for name in joined},
+      np.concatenate([part[1] for part in parts]),
     )
 
 
