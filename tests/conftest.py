@@ -23,6 +23,18 @@ flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
+LARGE_GOLDENS = GOLDENS.parents[2] / "shared" / "golden"
+"""Beside the checkout: the fixtures that are too large for the tree, which is to stay small."""
+
+
+def golden_folder(name):
+  """Returns the folder of a fixture; skips the test if it is one of the large, and not here."""
+  for folder in (GOLDENS / name, LARGE_GOLDENS / name):
+    if folder.is_dir():
+      return folder
+  return pytest.skip(f"the fixture {name} is too large for the tree, and not in ../shared/golden")
+
+
 def pytest_addoption(parser):
   parser.addoption(
     "--update-goldens", action="store_true", help="rewrite tests/goldens/*.json from this run"
@@ -50,7 +62,7 @@ def load_golden():
   """`load_golden("vit_a")`: the fixture's config (dict), inputs and outputs (dicts of arrays)."""
 
   def load(name):
-    folder = GOLDENS / name
+    folder = golden_folder(name)
     config = json.loads((folder / "config.json").read_text())
     inputs = dict(np.load(folder / "inputs.npz"))
     outputs = dict(np.load(folder / "outputs.npz"))

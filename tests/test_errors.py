@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 
 import cv2
 import jax
@@ -129,13 +130,61 @@ def test_a_misspelt_config(argument, message):
   assert "\n" not in str(error.value)
 
 
-def test_a_misspelt_field_names_its_neighbour():
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("--config.ema_deca=1", "unknown field of config 'ema_deca'; did you mean 'ema_decay'"),
+    ("--config.chekpoint.every=1", "unknown section of config 'chekpoint'; did you mean 'checkp"),
+    ("--config.data.eval.tset.split=x", "unknown section of config.data.eval 'tset'; did you mean"),
+    ("--config.sharding=x", "--config.sharding is a section; set its fields: --config.sharding."),
+    ("--config.batch_size=abc", "--config.batch_size=abc: expected a whole number"),
+    ("--config.ema_decay=abc", "--config.ema_decay=abc: expected a number"),
+    ("--config.data.train.transforms=abc", "transforms=abc: expected a list"),
+    ("--config.seed", "--config.seed has no value; write --config.seed=value"),
+  ],
+)
+def test_an_override_that_cannot_be(flag, message):
+  with pytest.raises(ValueError, match=re.escape(message)) as error:
+    config_lib.apply_overrides(vit.get_config(), [flag])
+  assert "\n" not in str(error.value)
+
+
+def test_overrides_reach_every_field_also_new_ones_of_the_parts():
   config = vit.get_config()
-  config_lib.check_overrides(config, ["--config.optimizer.learning_rate=1", "--workdir=x"])
-  with pytest.raises(ValueError, match=r"field of config.optimizer 'learning_rat'; did you mean"):
-    config_lib.check_overrides(config, ["--config.optimizer.learning_rat=1"])
-  with pytest.raises(ValueError, match=r"unknown field of config 'ema_deca'; did you mean"):
-    config_lib.check_overrides(config, ["--config.ema_deca=1"])
+  flags = [
+    "--config.model.remat=dots",
+    "--config.optimizer.clip_norm=None",
+    "--config.optimizer.schedule.warmup_steps=7",
+    "--config.task.label_smoothing=0.1",
+    "--config.data.train.data_dir=gs://bucket/data",
+    "--config.data.train.transforms=[dict(name='x')]".replace("dict(name='x')", "{'name': 'x'}"),
+    "--config.ema_decay=1",
+    "--workdir=x",
+  ]
+  assert config_lib.apply_overrides(config, flags) == ["--workdir=x"]
+  assert (config.model.remat, config.optimizer.clip_norm) == ("dots", None)
+  assert (config.optimizer.schedule.warmup_steps, config.task.label_smoothing) == (7, 0.1)
+  assert config.data.train.data_dir == "gs://bucket/data"
+  assert config.data.train.transforms == [{"name": "x"}]
+  assert isinstance(config.ema_decay, float)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"num_steps": 0}, "num_steps is 0; expected a whole number, at least 1"),
+    ({"num_steps": -3}, "num_steps is -3"),
+    ({"batch_size": 0}, "batch_size is 0; expected a whole number, at least 1"),
+    ({"accumulation_steps": 0}, "accumulation_steps is 0"),
+    ({"ema_decay": 1.5}, r"ema_decay is 1.5; expected a number in \[0, 1\)"),
+    ({"log_every": -5}, "log_every is -5; expected a whole number, at least 0"),
+    ({"checkpoint__best_mode": "mx"}, "did you mean 'max'"),
+    ({"model": {}}, "the config does not set 'model'"),
+  ],
+)
+def test_values_out_of_range(fields, message):
+  with pytest.raises(ValueError, match=message):
+    experiment.create(changed(**fields))
 
 
 def test_fields_of_a_config_of_ones_own_are_checked():

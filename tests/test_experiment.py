@@ -84,10 +84,32 @@ def test_overfitting_one_batch_drives_the_loss_down(tmp_path):
   config = tiny(num_steps=60, log_every=10, eval_every=0)
   config.model.update(width=32)
   config.optimizer.schedule.warmup_steps = 5
-  run(config, tmp_path / "one", overfit_one_batch=True)
-  losses = [row["train/loss"] for row in read_metrics(tmp_path / "one") if "train/loss" in row]
+  outcome = run(config, tmp_path, overfit_one_batch=True)
+  losses = [row["train/loss"] for row in read_metrics(outcome.workdir) if "train/loss" in row]
   assert losses[0] > 1.0
   assert losses[-1] < 0.5 * losses[0]  # 60 different batches would not get below 0.8
+
+
+def test_overfitting_leaves_nothing_that_real_training_could_take_up(tmp_path):
+  assert run(tiny(), tmp_path, overfit_one_batch=True).workdir == tmp_path / "overfit_one_batch"
+  assert [path.name for path in tmp_path.iterdir()] == ["overfit_one_batch"]
+
+
+def test_there_must_be_something_to_evaluate(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"nothing to evaluate: no checkpoint in .*/typo"):
+    run(tiny(), tmp_path / "typo", evaluate_only=True)
+  assert not (tmp_path / "typo").exists()
+
+
+def test_a_profile_outside_the_run_is_one_line(tmp_path):
+  with pytest.raises(ValueError, match=r"--profile=9:12 lies outside .* steps 1 to 4"):
+    run(tiny(), tmp_path, profile=(9, 12))
+
+
+def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
+  run(tiny(), tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  assert run(tiny(), tmp_path).finished
 
 
 def test_the_same_seed_gives_the_same_bits(finished, tmp_path):

@@ -1,9 +1,10 @@
 """The schema of a config: every field that it may have, and the checks that name a wrong one."""
 
+import ast
 import difflib
 import importlib.util
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -30,7 +31,8 @@ def defaults() -> ConfigDict:
     stand beside the model.
   * `log_every`, `eval_every`, `checkpoint.every`: in steps; 0 is at the end alone.
   * `checkpoint.keep`: how many of the newest stay; `checkpoint.best`: the score that chooses the
-    best, "<evaluation>/<score>", by default the first evaluation and the task's own choice.
+    best, "<evaluation>/<score>", by default the first evaluation and the task's own choice;
+    `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better.
   * `init_from`: a published checkpoint or a run to start from.
   """
   return ConfigDict(
@@ -49,7 +51,7 @@ def defaults() -> ConfigDict:
       "sharding": {"mesh": {"data": -1, "fsdp": 1, "model": 1}, "rules": ()},
       "log_every": 50,
       "eval_every": 0,
-      "checkpoint": {"every": 0, "keep": 1, "best": placeholder(str)},
+      "checkpoint": {"every": 0, "keep": 1, "best": placeholder(str), "best_mode": "max"},
       "init_from": placeholder(str),
     }
   )
@@ -71,13 +73,46 @@ def complete(config: ConfigDict) -> ConfigDict:
   return whole
 
 
-def check_needed(config: ConfigDict) -> None:
-  """Raises ValueError if a complete config leaves open what has no default."""
+def check_values(config: ConfigDict) -> None:
+  """Checks what can be checked of a complete config without knowing its parts.
+
+  Raises:
+    ValueError: one line, about what is needed and not set, or is out of its range.
+  """
   for key in ("batch_size", "model", "task", "optimizer"):
-    if not config[key]:
+    if config[key] is None or config[key] == ConfigDict():
       raise ValueError(f"the config does not set {key!r}")
   if config.num_steps is None and config.num_epochs is None:
     raise ValueError("the config must set num_steps or num_epochs")
+  for name, least in _LEAST.items():
+    _check_at_least(config, name, least)
+  if config.num_epochs is not None and not config.num_epochs > 0:
+    raise ValueError(f"num_epochs is {config.num_epochs}; expected a number above 0")
+  if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
+    raise ValueError(f"ema_decay is {config.ema_decay}; expected a number in [0, 1), or None")
+  if config.checkpoint.best_mode not in ("max", "min"):
+    raise ValueError(unknown_name("checkpoint.best_mode", config.checkpoint.best_mode, _MODES))
+
+
+_MODES = ("max", "min")
+_LEAST = {
+  "batch_size": 1,
+  "eval_batch_size": 1,
+  "num_steps": 1,
+  "accumulation_steps": 1,
+  "log_every": 0,
+  "eval_every": 0,
+  "checkpoint.every": 0,
+  "checkpoint.keep": 1,
+}
+
+
+def _check_at_least(config: ConfigDict, name: str, least: int) -> None:
+  value = config
+  for key in name.split("."):
+    value = value[key]
+  if value is not None and not (isinstance(value, int) and value >= least):
+    raise ValueError(f"{name} is {value}; expected a whole number, at least {least}")
 
 
 def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
@@ -121,27 +156,73 @@ def load(argument: str) -> ConfigDict:
   return module.get_config(choice) if choice else module.get_config()
 
 
-def check_overrides(config: ConfigDict, flags: Sequence[str]) -> None:
-  """Checks the flags `--config.section.field=value` against the config's fields.
+def apply_overrides(config: ConfigDict, flags: Sequence[str]) -> list[str]:
+  """Sets the fields that flags of the form `--config.section.field=value` name, in place.
+
+  A value is read as Python reads it (`3e-4`, `None`, `True`, `[1, 2]`), or else as text, and must
+  be of the type that the field has. In the `OPEN_SECTIONS` fields may be new: the model, task,
+  source or optimizer that they belong to says whether it has them.
+
+  Returns:
+    The other flags.
 
   Raises:
-    ValueError: one line, about the first that names none.
+    ValueError: one line, about a field that is unknown, or a value of another type.
   """
+  others = []
   for flag in flags:
-    section: object = config
-    parents: list[str] = []
-    for key in _keys(flag):
-      if isinstance(section, ConfigDict) and key not in section:
-        raise ValueError(unknown_name(f"field of {_dotted('.'.join(parents))}", key, section))
-      if not isinstance(section, ConfigDict):
-        break
-      section = section[key]
-      parents.append(key)
+    name, equals, text = flag.lstrip("-").partition("=")
+    if not (flag.startswith("-") and name.startswith("config.")):
+      others.append(flag)
+    elif not equals:
+      raise ValueError(f"{flag} has no value; write {flag}=value")
+    else:
+      _override(config, name.split(".")[1:], text)
+  return others
 
 
-def _keys(flag: str) -> Iterator[str]:
-  """Yields a, b of `--config.a.b=value`, and of `--config.a.b[2]=value`; nothing of other flags."""
-  name = flag.lstrip("-").partition("=")[0]
-  if flag.startswith("-") and name.startswith("config."):
-    for part in name.split(".")[1:]:
-      yield part.partition("[")[0]
+def _override(config: ConfigDict, keys: Sequence[str], text: str) -> None:
+  section, path = config, ""
+  for key in keys[:-1]:
+    if not isinstance(section.get(key), ConfigDict):
+      raise ValueError(unknown_name(f"section of {_dotted(path)}", key, _sections(section)))
+    section, path = section[key], f"{path}{key}."
+  key = keys[-1]
+  if isinstance(section.get(key), ConfigDict):
+    fields = ", ".join(f"--{_dotted(path)}.{key}.{name}" for name in section[key])
+    raise ValueError(f"--{_dotted(path)}.{key} is a section; set its fields: {fields}")
+  is_open = path.rstrip(".").startswith(OPEN_SECTIONS)
+  if key not in section and not is_open:
+    raise ValueError(unknown_name(f"field of {_dotted(path)}", key, section))
+  kind = section.get_type(key) if key in section else type(None)
+  value = _parse(f"--{_dotted(path)}.{key}", text, kind)
+  with section.unlocked(), section.ignore_type():
+    section[key] = value
+
+
+def _sections(config: ConfigDict) -> list[str]:
+  return [key for key in config if isinstance(config[key], ConfigDict)]
+
+
+def _parse(flag: str, text: str, kind: type) -> object:
+  """Reads a value for a field of this type; one of no type, or None, takes any."""
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if value is None or kind is type(None):
+    return value
+  if kind is str:
+    return text
+  if kind is float and type(value) is int:
+    return float(value)
+  if issubclass(kind, list | tuple) and isinstance(value, list | tuple):
+    return kind(value)
+  if type(value) is not kind:
+    raise ValueError(f"{flag}={text}: expected {_KINDS.get(kind, kind.__name__)}")
+  return value
+
+
+_KINDS = {
+  bool: "True or False", int: "a whole number", float: "a number", list: "a list", tuple: "a list",
+}  # fmt: skip

@@ -26,9 +26,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import weights
-from vit_jax_zoo.config import check_needed, complete
+from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.base import DatasetInfo, Source
+from vit_jax_zoo.data.base import DatasetInfo, Source, check_same_classes
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
@@ -137,7 +137,7 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
     FileNotFoundError: one line, about data that is not there.
   """
   config = complete(config)
-  check_needed(config)
+  check_values(config)
   mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
   train_source = _open(config.data.train)
@@ -146,6 +146,8 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
   fit_sources = {
     name: _open(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
   }
+  for name, source in eval_sources.items():
+    check_same_classes(train_source.info, source.info, name)
   model = create_model(**_filled(config.model, train_source.info))
   task_fields = _filled(config.task, train_source.info)
   num_steps = config.num_steps or round(config.num_epochs * len(train_source) / config.batch_size)
@@ -194,25 +196,43 @@ class RunOptions:
 
 
 def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOptions()) -> Outcome:
-  """Trains and evaluates what the config says, from wherever the run in `workdir` had come."""
+  """Trains and evaluates what the config says, from wherever the run in `workdir` had come.
+
+  Raises:
+    ValueError: one line, about a config, option or data that cannot be.
+    FileNotFoundError: data is not there, or there is nothing to evaluate.
+    FloatingPointError: training diverged.
+  """
+  if options.overfit_one_batch:  # a run of its own: nothing of it may pass for real training
+    workdir = workdir / "overfit_one_batch"
   experiment = create(config)
-  with (
-    jax.set_mesh(experiment.mesh),
-    Checkpointer(workdir, keep=experiment.config.checkpoint.keep) as checkpointer,
-  ):
-    first_batch = next(experiment.train_batches())
-    program = experiment.program(first_batch)
+  checkpoints = functools.partial(
+    Checkpointer,
+    workdir,
+    keep=experiment.config.checkpoint.keep,
+    best_mode=experiment.config.checkpoint.best_mode,
+    read_only=options.evaluate_only,
+  )
+  with jax.set_mesh(experiment.mesh), checkpoints() as checkpointer:
     if checkpointer.latest_step is not None and not options.allow_config_change:
       check_config_unchanged(experiment.config, workdir)
+    elif options.evaluate_only and not experiment.config.init_from:
+      raise FileNotFoundError(f"nothing to evaluate: no checkpoint in {workdir}, and no init_from")
+    with experiment.train_batches() as batches:
+      first_batch = next(batches)
+    program = experiment.program(first_batch)
     state = _starting_state(experiment, program, checkpointer)
     step, evaluations = int(state.step), _evaluations(experiment, program)
     if options.evaluate_only or step >= experiment.num_steps:
       report = run_evaluations(evaluations, state.variables)
-      return Outcome(state, finished=True, scores=report.scores)
+      return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
+    settings = _loop_settings(experiment, options)
+    settings.check_profile(step)
     remember_config(experiment.config, workdir)
     with (
       MetricWriter(workdir, resume_step=step or None) as writer,
       _progress(experiment, program, step) as progress,
+      experiment.train_batches(step) as batches,
     ):
       if step == 0:
         _introduce(experiment, program, writer, first_batch)
@@ -220,13 +240,16 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
         train_step=program.train_step,
         evaluations=evaluations,
         schedules=program.schedules,
-        settings=_loop_settings(experiment, options),
+        settings=settings,
         checkpointer=checkpointer,
         writer=writer,
         progress=progress,
         workdir=workdir,
+        counters=lambda: {"data/skipped_images": float(batches.num_skipped)},
       )
-      return loop.run(state, _global_batches(experiment, step, first_batch, options))
+      endless = itertools.repeat(first_batch) if options.overfit_one_batch else batches
+      put = functools.partial(sharding.to_global, mesh=experiment.mesh)
+      return loop.run(state, prefetch(endless, put))
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
@@ -236,8 +259,8 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 def check_config_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
   """Raises ValueError if the run in `workdir` began with another config; names what differs."""
-  path = workdir / CONFIG_FILE
-  found = _differences(json.loads(path.read_text()), as_json(config)) if path.exists() else []
+  before = _remembered(workdir)
+  found = [] if before is None else _differences(before, as_json(config))
   changed = [difference for difference in found if not difference.startswith(HARMLESS)]
   if changed:
     raise ValueError(
@@ -248,9 +271,23 @@ def check_config_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
 
 def remember_config(config: ConfigDict, workdir: epath.Path) -> None:
   """Writes the config beside the run: for `check_config_unchanged`, `predict` and people."""
-  if is_primary():
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / CONFIG_FILE).write_text(json.dumps(as_json(config), indent=1, sort_keys=True) + "\n")
+  if not is_primary() or _remembered(workdir) == as_json(config):
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  text = json.dumps(as_json(config), indent=1, sort_keys=True) + "\n"
+  # Renamed into its place: a kill leaves the old one or the new one, never half of one.
+  unfinished = workdir / f"{CONFIG_FILE}.tmp"
+  unfinished.write_text(text)
+  unfinished.replace(workdir / CONFIG_FILE)
+
+
+def _remembered(workdir: epath.Path) -> dict[str, Any] | None:
+  path = workdir / CONFIG_FILE
+  try:
+    return json.loads(path.read_text()) if path.exists() else None
+  except ValueError:
+    logging.warning("%s cannot be read, and is written anew", path)
+    return None
 
 
 def _differences(before: Any, after: Any, path: str = "") -> list[str]:
@@ -360,12 +397,3 @@ def _introduce(
     writer.write_figures(
       0, {f"train_{k}": v for k, v in experiment.task.batch_figures(batch).items()}
     )
-
-
-def _global_batches(
-  experiment: Experiment, step: int, first_batch: Mapping[str, np.ndarray], options: RunOptions
-) -> Iterator[dict[str, jax.Array]]:
-  batches: Iterator[Any] = (
-    itertools.repeat(first_batch) if options.overfit_one_batch else experiment.train_batches(step)
-  )
-  return prefetch(batches, functools.partial(sharding.to_global, mesh=experiment.mesh))

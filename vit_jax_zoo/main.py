@@ -17,14 +17,17 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from vit_jax_zoo import config, experiment
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import experiment
 from vit_jax_zoo.train import distributed
 from vit_jax_zoo.train.loop import Outcome
 
-CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "configs/<system>.py[:variant][,field=value...]", lock_config=True
+CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "configs/<system>.py[:variant][,field=value...]; --config.section.field=value sets any field",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config>_<variant>")
 EVALUATE_ONLY = flags.DEFINE_bool("evaluate_only", False, "score the last checkpoint")
@@ -40,30 +43,53 @@ COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
 
+USER_ERRORS = (
+  ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
+  ArithmeticError, flags.Error,
+)  # fmt: skip
+"""What becomes one line; `--traceback` shows the rest of it."""
+
 EXIT_STOPPED = 143
 """128 + SIGTERM: a run that was told to stop, has saved its state, and is not finished."""
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; returns the process's exit status."""
-  if len(argv) > 1:
-    raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
+  """Runs the command; returns the process's exit status.
+
+  Args:
+    argv: the command's name, and what absl has left of its arguments: overrides of config fields.
+  """
   if CONFIG.value is None:
     raise ValueError("--config is missing; try --config=configs/vit.py")
+  config = load_config(CONFIG.value, argv[1:])
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   if not distributed.is_primary():
     logging.set_verbosity(logging.WARNING)
-  workdir = epath.Path(WORKDIR.value or default_workdir(_config_argument()))
+  workdir = epath.Path(WORKDIR.value or default_workdir(CONFIG.value))
   options = experiment.RunOptions(
     evaluate_only=EVALUATE_ONLY.value,
     overfit_one_batch=OVERFIT.value,
     profile=parse_window(PROFILE.value),
     allow_config_change=ALLOW_CHANGE.value,
   )
-  outcome = experiment.run(CONFIG.value, workdir, options)
+  outcome = experiment.run(config, workdir, options)
   if distributed.is_primary():
-    _say_where(outcome, workdir)
+    _say_where(outcome)
   return 0 if outcome.finished else EXIT_STOPPED
+
+
+def load_config(argument: str, overrides: Sequence[str]) -> ConfigDict:
+  """Returns the complete config of `--config=argument` with the overrides applied.
+
+  Raises:
+    FileNotFoundError: there is no such config file.
+    ValueError: one line, about a name or value that cannot be, or an argument that is no override.
+  """
+  config = config_lib.complete(config_lib.load(argument))
+  others = config_lib.apply_overrides(config, overrides)
+  if others:
+    raise ValueError(f"unexpected argument {others[0]!r}; options begin with --")
+  return config
 
 
 def default_workdir(config_argument: str) -> str:
@@ -93,36 +119,29 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
   return int(first), int(last)
 
 
-def _config_argument() -> str:
-  return next(a.split("=", 1)[1] for a in reversed(sys.argv) if a.lstrip("-").startswith("config="))
-
-
-def _say_where(outcome: Outcome, workdir: epath.Path) -> None:
+def _say_where(outcome: Outcome) -> None:
   """Says what came out of the run, and where everything lies."""
-  step = int(outcome.state.step)
+  step, workdir = int(outcome.state.step), outcome.workdir
   if outcome.finished:
     scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
     logging.info("done after %d steps: %s", step, scores or "(the config names no evaluation)")
   else:
     logging.info("stopped by a signal after step %d; the same command goes on from there", step)
-  places = {
-    "checkpoints": workdir / "checkpoints",
-    "TensorBoard": f"tensorboard --logdir={workdir}",
-    "metrics": workdir / "metrics.jsonl",
-    "pictures": workdir / "figures",
-  }
+  places = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "pictures": "figures"}
   for name, place in places.items():
-    logging.info("  %-12s %s", name, place)
+    if (workdir / place).exists():
+      logging.info("  %-12s %s", name, workdir / place)
+  if (workdir / "metrics.jsonl").exists():
+    logging.info("  %-12s tensorboard --logdir=%s", "TensorBoard", workdir)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags; what is wrong with a config is found before absl wraps it in a traceback."""
+  """Parses flags; leaves those that set fields of the config, for `main`."""
   sys.path.insert(0, os.getcwd())  # configs import configs.common
+  is_override = [a.startswith("-") and a.lstrip("-").startswith("config.") for a in argv]
   with _one_line_errors(show_traceback="--traceback" in argv):
-    given = [a.split("=", 1)[1] for a in argv if a.lstrip("-").startswith("config=")]
-    if given:
-      config.check_overrides(config.complete(config.load(given[-1])), argv)
-    return flags.FLAGS(argv)
+    rest = flags.FLAGS([a for a, override in zip(argv, is_override, strict=True) if not override])
+    return [*rest, *(a for a, override in zip(argv, is_override, strict=True) if override)]
 
 
 @contextlib.contextmanager
@@ -130,7 +149,7 @@ def _one_line_errors(*, show_traceback: bool) -> "contextlib.Iterator[None]":
   """Turns what a user can cause into one line on stderr and exit status 2."""
   try:
     yield
-  except (ValueError, KeyError, AttributeError, OSError, ArithmeticError, flags.Error) as error:
+  except USER_ERRORS as error:
     if show_traceback:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error

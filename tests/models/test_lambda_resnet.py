@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.models.lambda_resnet import VARIANTS, LambdaResNet
 from vit_jax_zoo.weights import lambda_resnet_timm
 
@@ -97,7 +97,7 @@ def timm_model(config):
 
 
 def timm_weights(name):
-  return load_file(GOLDENS / name / "weights.safetensors")
+  return load_file(golden_folder(name) / "weights.safetensors")
 
 
 def timm_variables(model, images, name):

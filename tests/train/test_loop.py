@@ -37,7 +37,7 @@ def make_program():
   )
 
 
-def train(workdir, *, settings=SETTINGS, data=None, on_step=None):
+def train(workdir, *, settings=SETTINGS, data=None, on_step=None, train_step=None):
   """Runs the loop from the last checkpoint in `workdir`, as `experiment.run` does."""
   made = make_program()
   data = data or toy.batches(settings.num_steps)
@@ -45,7 +45,7 @@ def train(workdir, *, settings=SETTINGS, data=None, on_step=None):
   def step(state, batch):
     if on_step is not None:
       on_step(int(state.step) + 1)
-    return made.train_step(state, batch)
+    return (train_step or made.train_step)(state, batch)
 
   scores = PredictionScores(
     task=made.task,
@@ -164,6 +164,30 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     train(tmp_path, data=data)
   assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
   assert all(np.isfinite(row["train/loss"]) for row in rows(tmp_path) if "train/loss" in row)
+
+
+def test_parameters_that_are_not_finite_are_neither_scored_nor_saved(tmp_path):
+  """The loss of a step comes before its update, and so says nothing of what the update did."""
+  made = make_program()
+
+  def spoil(state, batch):
+    state, metrics = made.train_step(state, batch)
+    if int(state.step) == 5:
+      spoilt = jax.tree.map(lambda p: p * jnp.inf, state.params)
+      state = dataclasses.replace(state, params=spoilt)
+    return state, metrics
+
+  with pytest.raises(
+    FloatingPointError, match="a parameter is not finite after step 5; there is no"
+  ):
+    train(tmp_path, train_step=spoil)
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_misspelt_best_score_is_named(tmp_path):
+  settings = dataclasses.replace(SETTINGS, best="held_out/scor")
+  with pytest.raises(ValueError, match="'held_out/scor'; did you mean 'held_out/score'"):
+    train(tmp_path, settings=settings)
 
 
 def test_without_a_checkpoint_the_message_says_so(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.models.lambda_resnet import LambdaResNet
 from vit_jax_zoo.weights import lambda_resnet_timm
 from vit_jax_zoo.weights.table import WeightsError
@@ -13,7 +13,7 @@ FIXTURES = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
 
 
 def state_dict(name):
-  return load_file(GOLDENS / name / "weights.safetensors")
+  return load_file(golden_folder(name) / "weights.safetensors")
 
 
 def model_and_shapes(published, side=128):

@@ -1,12 +1,15 @@
 """Google's .npz files: golden parity of the whole model, and the reader's own behaviour."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import traverse_util
 
-from tests.conftest import GOLDENS
+from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.models.vit import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into, table, vit_npz
@@ -15,7 +18,7 @@ PLAIN = ["vit_a", "vit_rep_a", "vit_gap_a", "vit_hybrid_a", "vit_rstem_a"]
 
 
 def weights_of(name):
-  return str(GOLDENS / name / "weights.npz")
+  return str(golden_folder(name) / "weights.npz")
 
 
 def run(loaded, images, **kwargs):
@@ -66,8 +69,8 @@ def test_golden_parity(name, scan_layers, load_golden):
   close(seen["pooled"][0], outputs["pooled"])
   np.testing.assert_allclose(out["logits"], outputs["logits"], atol=1e-4)
   for key, array in outputs.items():
-    if key.startswith("block") and "unit" in key:
-      stage, unit = (int(part[-1]) - 1 for part in key.split("."))
+    if unit_name := re.fullmatch(r"block(\d)\.unit(\d)", key):
+      stage, unit = (int(number) - 1 for number in unit_name.groups())
       output = seen["resnet"][f"stage_{stage}_unit_{unit}"]["output"][0]
       close(output, array)
   if config["resnet"]:
@@ -210,6 +213,18 @@ def test_load_into_fills_a_given_model_and_keeps_a_head_that_does_not_fit(load_g
   again = load_into(weights_of("vit_posemb_a"), abstract)
   assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, variables)
   assert not again["params"]["head"]["bias"].any()
+
+
+def test_a_file_in_a_bucket(monkeypatch):
+  real = epath.Path
+  monkeypatch.setattr(epath, "Path", lambda path: real(str(path).replace("gs://b", str(GOLDENS))))
+  loaded = load_pretrained("gs://b/vit_rep_a/weights.npz")
+  local = load_pretrained(weights_of("vit_rep_a"))
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, local.variables)
+  again = load_into("gs://b/vit_rep_a/weights.npz", local.variables)
+  jax.tree.map(np.testing.assert_array_equal, again, local.variables)
+  with pytest.raises(ValueError, match="there is no checkpoint at gs://b/none.npz"):
+    load_pretrained("gs://b/none.npz")
 
 
 def test_load_into_a_grid_that_is_not_square():

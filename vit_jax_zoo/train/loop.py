@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
+from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.train.checkpoint import Checkpointer
 from vit_jax_zoo.train.evaluate import Evaluation, Report
@@ -56,6 +58,14 @@ class LoopSettings:
   best: str | None = None
   profile: tuple[int, int] | None = None
 
+  def check_profile(self, start_step: int) -> None:
+    """Raises ValueError if a run from `start_step` on never comes to the steps to be traced."""
+    if self.profile is not None and not start_step < self.profile[0] <= self.num_steps:
+      raise ValueError(
+        f"--profile={self.profile[0]}:{self.profile[1]} lies outside what this run trains: "
+        f"steps {start_step + 1} to {self.num_steps}"
+      )
+
   def is_due(self, every: int, step: int) -> bool:
     """Returns whether something that happens every so often happens after this step."""
     return step == self.num_steps or (every > 0 and step % every == 0)
@@ -69,11 +79,13 @@ class Outcome:
     state: the last one.
     finished: False when a signal ended the run before its last step; the state is saved then.
     scores: of the last evaluation, "<evaluation>/<score>".
+    workdir: where everything lies.
   """
 
   state: TrainState
   finished: bool
   scores: dict[str, float]
+  workdir: epath.Path
 
 
 @dataclasses.dataclass
@@ -88,7 +100,8 @@ class Loop:
     checkpointer: saves the state.
     writer: takes scalars and figures.
     progress: keeps time.
-    workdir: where a profile goes.
+    workdir: of the run.
+    counters: returns more scalars to log, by name, such as what the input has counted.
   """
 
   train_step: TrainStep
@@ -99,6 +112,7 @@ class Loop:
   writer: MetricWriter
   progress: Progress
   workdir: epath.PathLike
+  counters: Callable[[], Mapping[str, float]] = dict
 
   def run(self, state: TrainState, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
     """Trains from where `state` is to the last step.
@@ -113,7 +127,7 @@ class Loop:
     settings, scores = self.settings, {}
     training = _TrainingLog(self)
     first = int(state.step) + 1
-    with PreemptionGuard() as guard, self._profile() as at_step:
+    with PreemptionGuard() as guard, self._profile(training) as at_step:
       for step in range(first, settings.num_steps + 1):
         at_step(step)
         with self.progress.inside("input_wait"):
@@ -125,7 +139,9 @@ class Loop:
         evaluate = settings.is_due(settings.eval_every, step) and not stop
         save = settings.is_due(settings.checkpoint_every, step) or stop
         if settings.is_due(settings.log_every, step) or evaluate or save:
-          training.write(step)  # raises, before anything is done with it, if the loss is not finite
+          training.write(step)
+        if evaluate or save:
+          self._check_state(step, state)
         if evaluate:
           scores = self.evaluate(step, state.variables)
         if save:
@@ -133,8 +149,11 @@ class Loop:
             self.writer.flush()
             self.checkpointer.save(step, state)
         if stop:
-          return Outcome(state, finished=False, scores=scores)
-    return Outcome(state, finished=True, scores=scores)
+          return self._outcome(state, scores, finished=False)
+    return self._outcome(state, scores, finished=True)
+
+  def _outcome(self, state: TrainState, scores: dict[str, float], *, finished: bool) -> Outcome:
+    return Outcome(state, finished, scores, epath.Path(self.workdir))
 
   def evaluate(self, step: int, variables: Variables) -> dict[str, float]:
     """Runs every evaluation, writes what they report, and keeps the best variables."""
@@ -143,19 +162,29 @@ class Loop:
       self.writer.write_scalars(step, report.scores)
       self.writer.write_figures(step, report.figures)
       logging.info("step %d: %s", step, _in_words(report.scores))
-      if self.settings.best in report.scores:
-        self.checkpointer.save_best(step, variables, report.scores[self.settings.best])
+      best = self.settings.best
+      if best is not None and best not in report.scores:
+        raise ValueError(unknown_name("score for checkpoint.best", best, report.scores))
+      if best is not None:
+        self.checkpointer.save_best(step, variables, report.scores[best])
       self.writer.flush()
     return report.scores
 
+  def _check_state(self, step: int, state: TrainState) -> None:
+    """Raises if a parameter is not finite: no such state is scored or saved."""
+    if not bool(_all_finite(state.params)):
+      raise _diverged(f"a parameter is not finite after step {step}", self.checkpointer)
+
   @contextlib.contextmanager
-  def _profile(self) -> Iterator[Callable[[int], None]]:
+  def _profile(self, training: "_TrainingLog") -> Iterator[Callable[[int], None]]:
     """Yields what is to be told of every step that begins; a trace ends with the block at last."""
     first, last = self.settings.profile or (0, 0)
     directory = os.path.join(self.workdir, "profile")
     with contextlib.ExitStack() as stack:
 
       def at_step(step: int) -> None:
+        if step in (first, last):
+          training.wait()  # so that the trace holds these steps, all of them and no others
         if step == first:
           stack.enter_context(jax.profiler.trace(directory))
           logging.info("taking a profile of steps %d to %d in %s", first, last - 1, directory)
@@ -194,6 +223,11 @@ class _TrainingLog:
     if len(self._in_flight) > STEPS_IN_FLIGHT:
       self._in_flight.popleft().block_until_ready()
 
+  def wait(self) -> None:
+    """Waits for the newest step."""
+    if self._in_flight:
+      self._in_flight[-1].block_until_ready()
+
   def write(self, step: int) -> None:
     """Writes the means over the steps since the last time, and raises if a loss is not finite."""
     if not self._pending:
@@ -207,14 +241,18 @@ class _TrainingLog:
     rates = {f"train/{name}": float(rate(step - 1)) for name, rate in loop.schedules.items()}
     speed = {f"speed/{name}": value for name, value in loop.progress.report(step).items()}
     with loop.progress.inside("logging"):
-      loop.writer.write_scalars(step, {**means, **rates, **speed})
+      loop.writer.write_scalars(step, {**means, **rates, **speed, **loop.counters()})
       loop.progress.log(step, _for_the_line(means | rates))
 
 
 def _for_the_line(scalars: Mapping[str, float]) -> dict[str, float]:
-  """Losses first: they are what one looks for."""
-  names = sorted(scalars, key=lambda name: "loss" not in name)
+  names = sorted(scalars, key=_losses_first)
   return {name.removeprefix("train/"): scalars[name] for name in names}
+
+
+def _losses_first(name: str) -> bool:
+  """Sorts names: losses are what one looks for."""
+  return "loss" not in name
 
 
 def _merged_means(history: Any) -> dict[str, float]:
@@ -229,15 +267,24 @@ def _merged_means(history: Any) -> dict[str, float]:
 
 
 def _check_finite(step: int, metrics: Metrics, checkpointer: Checkpointer) -> None:
-  for name, mean in metrics.items():
-    value = float(np.asarray(mean.total))
-    if "loss" in name and not math.isfinite(value):
-      saved = checkpointer.latest_step
-      last = "there is no checkpoint yet" if saved is None else f"the last good one is step {saved}"
-      raise FloatingPointError(
-        f"{name} is {value} at step {step}; {last}. Look at learning_rate, warmup_steps, "
-        "clip_norm, bfloat16 and the labels; --overfit_one_batch tells data from model"
-      )
+  for name in sorted(metrics, key=_losses_first):
+    value = float(np.asarray(metrics[name].total))
+    if ("loss" in name or "gradient_norm" in name) and not math.isfinite(value):
+      raise _diverged(f"{name} is {value} at step {step}", checkpointer)
+
+
+def _diverged(what: str, checkpointer: Checkpointer) -> FloatingPointError:
+  saved = checkpointer.latest_step
+  last = "there is no checkpoint yet" if saved is None else f"the last good one is step {saved}"
+  return FloatingPointError(
+    f"{what}; {last}. Look at learning_rate, warmup_steps, clip_norm, bfloat16 and the labels; "
+    "--overfit_one_batch tells data from model"
+  )
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def prefetch(batches: Iterator[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
