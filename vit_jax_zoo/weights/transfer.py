@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from absl import logging
@@ -15,8 +15,18 @@ HEADS = ("head/", "pre_logits/")
 
 POSITIONS = "position_embedding/table"
 
+Grid: TypeAlias = tuple[int, int]
+"""Height and width, in tokens."""
 
-def adapt(source: Mapping[str, Any], variables: Mapping[str, Any], name: str) -> dict[str, Any]:
+
+def adapt(
+  source: Mapping[str, Any],
+  variables: Mapping[str, Any],
+  name: str,
+  *,
+  source_grid: Grid | None = None,
+  grid: Grid | None = None,
+) -> dict[str, Any]:
   """Returns `variables` with every array that `source` has for it.
 
   A head of another shape, and one that sits on a dropped layer, stays as it is in `variables`; a
@@ -26,16 +36,21 @@ def adapt(source: Mapping[str, Any], variables: Mapping[str, Any], name: str) ->
     source: variables of a run of ours, as numpy arrays.
     variables: fresh ones of the model that is to be trained.
     name: of the source, for messages.
+    source_grid: height and width, in tokens, of what the source's position table covers: image
+      size over patch size. A table has none of its own: 36 rows may be 6 x 6 or 4 x 9.
+    grid: the same of the model. Where either is not known, tables with equally many rows are
+      copied, and the unknown grid of a table that must be resized is taken to be square.
 
   Raises:
-    ValueError: one line with every array that is missing, has no place, or another shape.
+    ValueError: one line with every array that is missing, has no place, or another shape; or about
+      a position table that is not for the given grid, or for no square one where none is given.
   """
   adapted = dict(variables)
   problems: list[str] = []
   for collection in source.keys() & variables.keys():
     have = traverse_util.flatten_dict(source[collection], sep="/")
     want = traverse_util.flatten_dict(variables[collection], sep="/")
-    taken = dict(_taken(have, want, problems))
+    taken = dict(_taken(have, want, problems, (source_grid, grid)))
     adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
     fresh = sorted(want.keys() - taken.keys())
     if fresh and not problems:
@@ -46,9 +61,13 @@ def adapt(source: Mapping[str, Any], variables: Mapping[str, Any], name: str) ->
 
 
 def _taken(
-  have: Mapping[str, Any], want: Mapping[str, Any], problems: list[str]
+  have: Mapping[str, Any],
+  want: Mapping[str, Any],
+  problems: list[str],
+  grids: tuple[Grid | None, Grid | None],
 ) -> Iterator[tuple[str, Any]]:
   """Yields what is taken over, and notes what should be and cannot."""
+  has_cls = "cls_token" in have, "cls_token" in want
   dropped_below_head = "pre_logits/kernel" in have and "pre_logits/kernel" not in want
   for key, leaf in want.items():
     is_head = key.startswith(HEADS)
@@ -57,10 +76,10 @@ def _taken(
         problems.append(f"{key} is missing")
     elif is_head and (dropped_below_head or have[key].shape != leaf.shape):
       continue
+    elif key == POSITIONS and have[key].shape[2:] == leaf.shape[2:]:
+      yield key, _refit(have[key], leaf.shape[1], grids, has_cls)
     elif have[key].shape == leaf.shape:
       yield key, have[key]
-    elif key == POSITIONS:
-      yield key, _resized(have[key], leaf.shape[1], "cls_token" in want)
     else:
       problems.append(f"{key} has shape {have[key].shape}, and {leaf.shape} is wanted")
   for key in have.keys() - want.keys():
@@ -68,14 +87,44 @@ def _taken(
       problems.append(f"{key} has no place")
 
 
-def _resized(table: np.ndarray, rows: int, has_cls: bool) -> np.ndarray:  # noqa: FBT001
-  """Resizes a table [1 n d] to another number of rows; the class token's row stays."""
-  first = int(has_cls and math.isqrt(rows - 1) ** 2 == rows - 1)
-  old, new = (math.isqrt(count - first) for count in (table.shape[1], rows))
-  if old**2 != table.shape[1] - first or new**2 != rows - first:
+def _refit(
+  table: np.ndarray, rows: int, grids: tuple[Grid | None, Grid | None], has_cls: tuple[bool, bool]
+) -> np.ndarray:
+  """Returns a table [1 n d] for another grid; the class token's row stays.
+
+  Args:
+    table: the source's.
+    rows: of the model's table.
+    grids: the source's and the model's, as far as they are known.
+    has_cls: whether the source and the model have a class token.
+  """
+  known = None not in grids
+  if table.shape[1] == rows and (not known or grids[0] == grids[1]):
+    return table
+  first, old = _layout(table.shape[1], grids[0], has_cls[0], "the source")
+  wanted, new = _layout(rows, grids[1], has_cls[1], "the model")
+  if first != wanted:
     raise ValueError(
-      f"cannot resize positions of {table.shape[1]} tokens to {rows}: not square grids; "
-      "use load_pretrained with image_size and source_image_size"
+      f"cannot take positions over: the source has {first} rows for the class token, and the model "
+      f"{wanted}; set cls_token_position as the source has it"
     )
-  grid = resize_position_grid(np.asarray(table[0, first:]), (old, old), (new, new))
-  return np.concatenate([table[:, :first], grid[None]], axis=1).astype(table.dtype)
+  resized = resize_position_grid(np.asarray(table[0, first:]), old, new)
+  return np.concatenate([table[:, :first], resized[None]], axis=1).astype(table.dtype)
+
+
+def _layout(rows: int, grid: Grid | None, has_cls: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
+  """Returns how many rows of a table come before the grid's, and the grid; else a square one."""
+  for first in (1, 0) if has_cls else (0,):
+    side = math.isqrt(rows - first)
+    height, width = grid or (side, side)
+    if height * width == rows - first:
+      return first, (height, width)
+  if grid is None:
+    raise ValueError(
+      f"cannot resize positions: {whose} has {rows} rows of them, which is no square grid, and the "
+      "height and width of its grid are not known; use images of the same size or square ones"
+    )
+  raise ValueError(
+    f"cannot resize positions: {whose} has {rows} rows of them, which are not a grid of "
+    f"{grid[0]} x {grid[1]} tokens; check the image size"
+  )
