@@ -218,12 +218,12 @@ def test_load_into_fills_a_given_model_and_keeps_a_head_that_does_not_fit(load_g
 def test_a_file_in_a_bucket(monkeypatch):
   real = epath.Path
   monkeypatch.setattr(epath, "Path", lambda path: real(str(path).replace("gs://b", str(GOLDENS))))
-  loaded = load_pretrained("gs://b/vit_rep_a/weights.npz")
-  local = load_pretrained(weights_of("vit_rep_a"))
+  loaded = load_pretrained("gs://b/vit_posemb_a/weights.npz")
+  local = load_pretrained(weights_of("vit_posemb_a"))
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, local.variables)
-  again = load_into("gs://b/vit_rep_a/weights.npz", local.variables)
+  again = load_into("gs://b/vit_posemb_a/weights.npz", local.variables)
   jax.tree.map(np.testing.assert_array_equal, again, local.variables)
-  with pytest.raises(ValueError, match="there is no checkpoint at gs://b/none.npz"):
+  with pytest.raises(ValueError, match=r"there is no checkpoint at gs://b/none\.npz"):
     load_pretrained("gs://b/none.npz")
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
@@ -14,6 +15,7 @@ from tests.conftest import GOLDENS
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.models.vit import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into, vit_hf, vit_timm
+from vit_jax_zoo.weights.torch_layouts import read_safetensors
 
 TIMM = {"vit_timm_a": {"num_heads": 4}, "vit_timm_gap_a": {"num_heads": 2}}
 HF = ("vit_hf_a", "vit_hf_base_a")
@@ -168,6 +170,21 @@ def test_half_precision_is_widened(tmp_path):
   np.testing.assert_array_equal(
     loaded.variables["params"]["cls_token"], arrays["cls_token"].astype(np.float32)
   )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_safetensors_in_a_bucket(dtype, tmp_path, monkeypatch):
+  real = epath.Path
+  arrays = {"a": np.arange(6).reshape(2, 3).astype(dtype)}
+  save_file(arrays, tmp_path / "x.safetensors")
+  (tmp_path / "y.safetensors").write_bytes(b"else")
+  monkeypatch.setattr(epath, "Path", lambda path: real(str(path).replace("gs://b", str(tmp_path))))
+  loaded = read_safetensors("gs://b/x.safetensors")
+  assert loaded["a"].dtype == np.float32
+  np.testing.assert_array_equal(loaded["a"], arrays["a"].astype(np.float32))
+  for missing in ("y", "z"):
+    with pytest.raises(WeightsError, match=f"gs://b/{missing}.safetensors cannot be read"):
+      read_safetensors(f"gs://b/{missing}.safetensors")
 
 
 def test_a_new_head_starts_from_zeros_and_a_base_model_gets_one():

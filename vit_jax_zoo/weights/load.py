@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Float
@@ -72,7 +72,8 @@ def load_pretrained(
 
   Args:
     path: a ViT .npz file of google-research/vision_transformer or big_vision, a .safetensors file
-      of timm's, or a folder of Hugging Face's with `config.json` and `model.safetensors`.
+      of timm's, or a folder of Hugging Face's with `config.json` and `model.safetensors`; local or
+      `gs://bucket/...` (which needs gcsfs, and was not tried against a real bucket here).
     image_size: side, or height and width, of the images to come; the position embedding is resized
       to them. By default the size that the checkpoint was trained at.
     source_image_size: what it was trained at; needed only where that is not square and the file
@@ -197,7 +198,7 @@ def _fit_head(
 
 def _read(path: str) -> Checkpoint:
   """Reads a checkpoint in whatever format it is."""
-  file = pathlib.Path(path)
+  file = epath.Path(path)
   if not file.exists():
     raise ValueError(f"there is no checkpoint at {path}")
   if file.is_dir():

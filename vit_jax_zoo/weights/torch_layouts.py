@@ -1,8 +1,11 @@
 """How PyTorch's layers lie beside ours, and reading safetensors files."""
 
 import math
+import shutil
+import tempfile
 
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError
@@ -56,11 +59,23 @@ def read_safetensors(path: str) -> Flat:
     WeightsError: the file is truncated, or something else.
   """
   try:
-    with safe_open(path, framework="numpy") as file:
-      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    arrays = _read_bucket(path) if "://" in path else _read_local(path)
   except (SafetensorError, OSError) as error:
     raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
   return {key: _widened(array) for key, array in arrays.items()}
+
+
+def _read_local(path: str) -> Flat:
+  with safe_open(path, framework="numpy") as file:
+    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _read_bucket(path: str) -> Flat:
+  # safetensors opens files of the operating system alone, and from bytes knows no bfloat16.
+  with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
+    shutil.copyfileobj(remote, copy)
+    copy.flush()
+    return _read_local(copy.name)
 
 
 def _widened(array: Array) -> Array:

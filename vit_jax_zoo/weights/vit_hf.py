@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors.numpy import save_file
 
 from vit_jax_zoo.weights.checkpoint import Checkpoint
@@ -138,7 +139,7 @@ def read_checkpoint(path: str, published: Flat | None = None) -> Checkpoint:
     WeightsError: a file cannot be read, or there is no ViT in it.
   """
   published = read_safetensors(path) if published is None else published
-  folder = pathlib.Path(path).parent
+  folder = epath.Path(path).parent
   if not (folder / "config.json").exists():
     raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
   config = json.loads((folder / "config.json").read_text())

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.table import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
@@ -70,7 +71,7 @@ TABLE: tuple[Row, ...] = (
 
 def read_file(path: str) -> Flat:
   """Returns the file's parameters by key, without prefix and optimizer state, layers unrolled."""
-  with np.load(path, allow_pickle=False) as file:
+  with epath.Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
     arrays = {key: _as_numbers(file[key]) for key in file.files}
   prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in arrays)), "")
   flat: Flat = {}

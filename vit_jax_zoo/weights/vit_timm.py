@@ -7,12 +7,12 @@ the published size with the same width and depth, else as many as are 64 wide.
 
 import json
 import math
-import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors.numpy import save_file
 
 from vit_jax_zoo.models.vit import VARIANTS
@@ -202,7 +202,7 @@ def read_checkpoint(path: str, published: Flat | None = None) -> Checkpoint:
   """
   published = read_safetensors(path) if published is None else published
   fields = infer_fields(published, path)
-  config = pathlib.Path(path).with_name("config.json")
+  config = epath.Path(path).with_name("config.json")
   settings = json.loads(config.read_text()) if config.exists() else {}
   settings = settings.get("pretrained_cfg", {})
   size = settings.get("input_size")
