@@ -30,7 +30,7 @@ class State:
   params: Any
   model_state: Any
   opt_state: Any
-  ema_params: Any
+  ema: Any
   rng: Any
 
 
@@ -41,12 +41,14 @@ def make_state(seed=0, with_ema=True):
     "frozen": jnp.asarray([-0.0, np.nan, 1e-40, np.inf], jnp.float32),
   }
   transform = optax.masked(optax.adam(1e-3), {"dense": True, "frozen": False})
+  model_state = {"batch_stats": {"mean": jnp.arange(8.0)}}
+  averaged = jax.tree.map(lambda x: x * 2, {"params": params, **model_state})
   return State(
     step=jnp.asarray(seed, jnp.int32),
     params=params,
-    model_state={"batch_stats": {"mean": jnp.arange(8.0)}},
+    model_state=model_state,
     opt_state=(transform.init(params),),
-    ema_params=jax.tree.map(lambda x: x * 2, params) if with_ema else None,
+    ema=averaged if with_ema else None,
     rng=jax.random.key_data(rng),
   )
 
@@ -192,7 +194,7 @@ def test_a_former_best_that_a_kill_left_behind_is_not_taken(tmp_path):
 
 def test_variables_alone(run):
   workdir, state = run
-  averaged = {"params": state.ema_params, **state.model_state}
+  averaged = state.ema
   plain = {"params": state.params, **state.model_state}
   for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "7"):
     found = restore_variables(path)

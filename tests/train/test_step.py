@@ -1,8 +1,10 @@
 """The training step: the same numbers on any mesh and in any number of micro-batches."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,8 +60,8 @@ def test_every_mesh_computes_the_same(mesh):
   # Includes BatchNorm's statistics: they are those of the whole batch on every mesh.
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
-    (sharded.model_state, sharded.ema_params),
-    (state.model_state, state.ema_params),
+    (sharded.model_state, sharded.ema),
+    (state.model_state, state.ema),
   )
 
 
@@ -80,10 +82,107 @@ def test_accumulation_equals_the_large_batch(mesh):
 def test_training_learns_and_the_average_lags_behind():
   found, state = losses(toy.Regression(), 40, ema_decay=0.99)
   assert found[-5:].mean() < 0.5 * found[:5].mean()
-  lag = np.abs(state.params["wide"]["kernel"] - state.ema_params["wide"]["kernel"]).max()
-  assert lag > 1e-3
-  assert state.variables["params"] is state.ema_params
-  assert "batch_stats" in state.variables
+  for latest, averaged in (
+    (state.params["wide"]["kernel"], state.ema["params"]["wide"]["kernel"]),
+    (state.model_state["batch_stats"]["norm"]["var"], state.ema["batch_stats"]["norm"]["var"]),
+  ):
+    assert np.abs(latest - averaged).max() > 1e-3
+  assert state.variables is state.ema
+  assert state.latest_variables.keys() == state.ema.keys() == {"params", "batch_stats"}
+
+
+def test_the_average_takes_in_parameters_and_statistics_alike():
+  decay, data = 0.75, toy.batches(3)
+  made = program(toy.Regression(), data[0], ema_decay=decay)
+  with jax.set_mesh(made.mesh):
+    state = made.initial_state(seed=0)
+    expected = toy.host(state.latest_variables)
+    jax.tree.map(np.testing.assert_array_equal, toy.host(state.ema), expected)
+    for batch in data:
+      state, _ = made.train_step(state, sharding.to_global(batch, made.mesh))
+      latest = toy.host(state.latest_variables)
+      expected = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, expected, latest)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    toy.host(state.ema),
+    expected,
+  )
+
+
+ODD = np.array([0.1, -0.0, np.inf, -np.inf, 1e-40, 3e38, np.nan], np.float32)
+"""What rounding, or a difference to itself, would change."""
+
+
+class WithConstants(toy.Regression):
+  """Carries collections that no step changes, and a counter."""
+
+  def init(self, rng, batch):
+    constants = {"odd": jnp.asarray(ODD), "small": jnp.asarray([0.3], jnp.bfloat16)}
+    return {**super().init(rng, batch), "constants": constants, "steps": {"n": jnp.int32(0)}}
+
+  def loss(self, variables, batch, context):
+    own = {key: variables[key] for key in ("params", "batch_stats")}
+    output = super().loss(own, batch, context)
+    kept = {"constants": variables["constants"], "steps": {"n": variables["steps"]["n"] + 1}}
+    return dataclasses.replace(output, model_state={**output.model_state, **kept})
+
+
+def test_what_never_changes_keeps_its_bits_in_the_average_and_counters_are_the_latest():
+  _, state = losses(WithConstants(), 5, ema_decay=0.9)
+  assert state.ema["constants"]["odd"].tobytes() == ODD.tobytes()
+  small = state.ema["constants"]["small"]
+  assert small.tobytes() == np.asarray([0.3], small.dtype).tobytes()
+  assert state.ema["steps"]["n"] == 5
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("with_ema", [True, False])
+def test_a_start_from_other_variables_puts_each_where_it_belongs(with_ema):
+  batch = toy.batches(1)[0]
+  made = program(
+    toy.Regression(),
+    batch,
+    mesh={"data": 2, "fsdp": 2, "model": 2},
+    ema_decay=0.9 if with_ema else None,
+  )
+  kernel = np.arange(256, dtype=np.float64).reshape(8, 32)
+  head = jnp.full((32, 1), 0.5)
+  given = kernel.copy()
+
+  def pretrain(fresh):
+    params = {
+      **fresh["params"],
+      "wide": {"kernel": given},
+      "head": {**fresh["params"]["head"], "kernel": head},
+    }
+    return {**fresh, "params": params}
+
+  with jax.set_mesh(made.mesh):
+    state = made.initial_state(seed=0, pretrain=pretrain)
+    jax.tree.map(
+      lambda leaf, wanted: np.testing.assert_equal(
+        (leaf.dtype, leaf.sharding), (wanted.dtype, wanted.sharding)
+      ),
+      state,
+      made.abstract_state,
+    )
+    np.testing.assert_array_equal(state.params["wide"]["kernel"], kernel)
+    np.testing.assert_array_equal(
+      state.variables["params"]["head"]["kernel"], np.full((32, 1), 0.5)
+    )
+    made.train_step(state, sharding.to_global(batch, made.mesh))
+  np.testing.assert_array_equal(given, kernel)
+  np.testing.assert_array_equal(head, np.full((32, 1), 0.5))
+
+
+def test_a_start_from_variables_of_another_shape_is_one_line():
+  made = program(toy.Regression(), toy.batches(1)[0])
+  wrong = {"kernel": np.zeros((8, 31))}
+  with (
+    jax.set_mesh(made.mesh),
+    pytest.raises(ValueError, match=r"is \(8, 31\); expected \(8, 32\)"),
+  ):
+    made.initial_state(0, lambda fresh: {**fresh, "params": {**fresh["params"], "wide": wrong}})
 
 
 def test_each_step_draws_new_randomness_that_the_seed_decides():

@@ -7,8 +7,7 @@ A save returns once the arrays are copied off the devices; a background thread w
 temporary directory that is renamed when it is complete. Hence a run may be killed at any moment:
 what is half-written is ignored, and cleared away by the next save of whoever goes on with the run;
 older checkpoints are deleted only after a newer one is complete. Whoever only reads changes
-nothing, not even under a run that is still saving. All processes of a multi-process run call each function, and each writes its
-part.
+nothing. All processes of a multi-process run call each function, and each writes its part.
 """
 
 import math
@@ -63,8 +62,7 @@ class Checkpointer:
       raise ValueError(f"checkpoint keep is {keep}; at least 1 must stay, or no run could resume")
     if best_mode not in ("max", "min"):
       raise ValueError(f"best_mode is {best_mode!r}; expected 'max' or 'min'")
-    self.workdir, self.read_only = _absolute(workdir), read_only
-    self._best_mode = best_mode
+    self.workdir, self.read_only, self._best_mode = _absolute(workdir), read_only, best_mode
     self._newest = _Folder(self.workdir / CHECKPOINTS, max_to_keep=keep)
     self._best = _Folder(
       self.workdir / BEST,
@@ -159,7 +157,7 @@ class Checkpointer:
 
   def _check_writable(self) -> None:
     if self.read_only:
-      raise RuntimeError(f"the checkpoints in {self.workdir} were opened read-only; nothing is saved")
+      raise RuntimeError(f"the checkpoints in {self.workdir} were opened read-only")
 
   def _is_better(self, score: float | int) -> bool:
     if not math.isfinite(score) or self._best_score is None:
@@ -186,8 +184,7 @@ class _Folder:
   """
 
   def __init__(self, directory: epath.Path, **options: Any) -> None:
-    self._directory, self._options = directory, options
-    self._writable = False
+    self._directory, self._options, self._writable = directory, options, False
     self.manager = _open(directory, create=False, **options)
 
   def to_write(self) -> ocp.CheckpointManager:
@@ -214,7 +211,7 @@ def restore_variables(
       `jax.ShapeDtypeStruct`s; each leaf is restored into its dtype and onto its `sharding` (one
       device of this process, if it has none). None gives numpy arrays, as they were saved.
     prefer_best: take the best variables of a workdir that has some; else the newest checkpoint.
-    use_ema: take the averaged parameters, where there are any.
+    use_ema: take the averaged variables, where there are any.
 
   Raises:
     FileNotFoundError: there is no complete checkpoint.
@@ -267,7 +264,7 @@ def _merit(directory: epath.Path) -> Callable[[int], float]:
   """How good the best variables of a step are: a kill can leave those that were best before too."""
 
   def merit(step: int) -> float:
-    found = _reader(ocp.JsonCheckpointHandler()).restore(directory / str(step) / _METADATA)
+    found = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / _METADATA)
     return found["score"] if found["best_mode"] == "max" else -found["score"]
 
   return merit
@@ -289,10 +286,6 @@ def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
   )
 
 
-def _reader(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
-  return ocp.Checkpointer(handler)
-
-
 def _by_path(tree: Any) -> dict[str, Any]:
   """Returns the leaves by "/"-joined path: attributes, keys and indices alike, as Orbax does."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -307,13 +300,10 @@ def _saved_arrays(item: epath.Path) -> dict[str, Any]:
 
 def _collections(saved: Mapping[str, Any], *, use_ema: bool) -> dict[str, str]:
   """Says under which name a training state keeps each collection of variables."""
-  has_ema = any(key.startswith("ema_params/") for key in saved)
-  names = {"params": "ema_params" if use_ema and has_ema else "params"}
-  for key in saved:
-    if key.startswith("model_state/"):
-      name = key.split("/")[1]
-      names[name] = f"model_state/{name}"
-  return names
+  has_ema = any(key.startswith("ema/") for key in saved)
+  parent = "ema" if use_ema and has_ema else "model_state"
+  names = {key.split("/")[1] for key in saved if key.startswith(f"{parent}/")}
+  return {"params": "params"} | {name: f"{parent}/{name}" for name in names}
 
 
 def _renamed(key: str, names: Mapping[str, str]) -> str:
@@ -349,7 +339,7 @@ def _read(
   else:
     variables = jax.tree.map(_placed, variables)
     arguments = ocp.checkpoint_utils.construct_restore_args(variables)
-  restored = _reader(ocp.PyTreeCheckpointHandler()).restore(
+  restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
     item,
     args=ocp.args.PyTreeRestore(
       item=_as_saved(variables, names),

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax_zoo.tasks.base import Batch, Task, Variables
@@ -67,24 +68,29 @@ class Program:
 
     Args:
       seed: of everything random in the run.
-      pretrain: takes the fresh variables and returns those to start from.
+      pretrain: takes the fresh variables and returns those to start from, on the devices or the
+        host. It must not keep the fresh ones: they are donated.
+
+    Raises:
+      ValueError: `pretrain` returns other names or shapes than it was given.
     """
     init_rng, train_rng = jax.random.split(jax.random.key(seed))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
     init = jax.jit(
       lambda rng: self.task.init(rng, _zeros(self.abstract_batch)),
-      out_shardings={"params": shardings.params, **shardings.model_state},
+      out_shardings=shardings.latest_variables,
     )
     variables = init(init_rng)
     if pretrain is not None:
-      variables = pretrain(variables)
+      abstract = self.abstract_state.latest_variables
+      variables = jax.tree.map(_placed, abstract, variables, pretrain(variables))
     create = functools.partial(
       create_state,
       self.task,
       self.optimizers,
-      with_ema=self.abstract_state.ema_params is not None,
+      with_ema=self.abstract_state.ema is not None,
     )
-    return jax.jit(create, out_shardings=shardings)(variables, train_rng)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(variables, train_rng)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +145,7 @@ def build_program(
     accumulation_steps=recipe.accumulation_steps,
     ema_decay=recipe.ema_decay,
   )
-  variables = {"params": shardings.params, **shardings.model_state}
+  variables = shardings.latest_variables
   return Program(
     task=task,
     mesh=mesh,
@@ -179,6 +185,18 @@ def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, ja
     key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
     for key, value in batch.items()
   }
+
+
+def _placed(wanted: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
+  """Puts an array where `wanted` says: of one on the host, each device gets its own part alone."""
+  if value is fresh:
+    return fresh
+  if np.shape(value) != wanted.shape:
+    raise ValueError(f"a variable to start from is {np.shape(value)}; expected {wanted.shape}")
+  if isinstance(value, jax.Array):  # a copy: somebody may still need the array itself
+    return jax.device_put(value.astype(wanted.dtype), wanted.sharding, may_alias=False)
+  array = np.asarray(value, wanted.dtype)
+  return jax.make_array_from_callback(array.shape, wanted.sharding, lambda index: array[index])
 
 
 def _zeros(abstract_batch: Batch) -> dict[str, jax.Array]:

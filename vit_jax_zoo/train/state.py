@@ -25,7 +25,8 @@ class TrainState:
     params: the parameters, float32.
     model_state: the other variable collections (`batch_stats`, ...).
     opt_state: a tuple with one optimizer state for each of the task's players.
-    ema_params: exponential moving average of `params`, or None.
+    ema: exponential moving averages of `params` and `model_state` together, as `variables` has
+      them, or None.
     rng: data, uint32 [2], of the key from which the key of each step is derived; it never changes.
   """
 
@@ -33,14 +34,18 @@ class TrainState:
   params: Any
   model_state: Any
   opt_state: Any
-  ema_params: Any
+  ema: Any
   rng: Any
 
   @property
   def variables(self) -> Variables:
-    """What to predict with: the averaged parameters where there are any."""
-    params = self.params if self.ema_params is None else self.ema_params
-    return {"params": params, **self.model_state}
+    """What to predict with: the averages where there are any, else the latest."""
+    return self.latest_variables if self.ema is None else self.ema
+
+  @property
+  def latest_variables(self) -> Variables:
+    """What the last step left: `params` and the other collections."""
+    return {"params": self.params, **self.model_state}
 
 
 def player_params(params: Any, player: Player) -> Any:
@@ -68,7 +73,7 @@ def create_state(
     optimizers: one for each player.
     variables: fresh or pre-trained.
     rng: the key of the run's randomness.
-    with_ema: keep an average of the parameters, which starts as a copy of them.
+    with_ema: keep an average of the variables, which starts as a copy of them.
   """
   params = variables["params"]
   return TrainState(
@@ -79,7 +84,7 @@ def create_state(
       optimizer.init(player_params(params, player))
       for optimizer, player in zip(optimizers, task.players, strict=True)
     ),
-    ema_params=jax.tree.map(jnp.copy, params) if with_ema else None,
+    ema=jax.tree.map(jnp.copy, dict(variables)) if with_ema else None,
     rng=jax.random.key_data(rng),
   )
 
@@ -89,12 +94,13 @@ def state_shardings(abstract_state: TrainState, rules: sharding.Rules, mesh: Mes
   params = abstract_state.params
   specs = sharding.parameter_specs(params, rules, mesh)
   whole = PartitionSpec()
+  model_state = jax.tree.map(lambda _: whole, abstract_state.model_state)
   tree = TrainState(
     step=whole,
     params=specs,
-    model_state=jax.tree.map(lambda _: whole, abstract_state.model_state),
+    model_state=model_state,
     opt_state=sharding.specs_like_parameters(abstract_state.opt_state, params, specs),
-    ema_params=None if abstract_state.ema_params is None else specs,
+    ema=None if abstract_state.ema is None else {"params": specs, **model_state},
     rng=whole,
   )
   return sharding.named_shardings(tree, mesh)

@@ -3,7 +3,7 @@
     for each player, in order, as often as it moves:
       gradients of its loss in its own parameters, summed over the micro-batches
       optimizer update
-    average of the parameters
+    average of the parameters and the other variables
 
 The step is written for the whole batch. Where its parts run, and what is summed over devices, XLA
 derives from the shardings with which the loop compiles it.
@@ -51,7 +51,7 @@ def make_train_step(
     optimizers: one for each of the task's players.
     accumulation_steps: into how many micro-batches a batch is cut; they run one after the other,
       and give the gradient of the whole batch up to float rounding.
-    ema_decay: weight of the past in the average of the parameters; None keeps no average.
+    ema_decay: weight of the past in the average of the variables; None keeps no average.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -67,15 +67,29 @@ def make_train_step(
           _micro_batches(batch, accumulation_steps), context,
         )  # fmt: skip
         metrics |= found
-    ema_params = state.ema_params
+    ema = state.ema
     if ema_decay is not None:
-      ema_params = optax.incremental_update(state.params, ema_params, 1.0 - ema_decay)
-    state = dataclasses.replace(
-      state, step=state.step + 1, opt_state=tuple(opt_states), ema_params=ema_params
-    )
+      ema = _average(ema, state.latest_variables, ema_decay)
+    state = dataclasses.replace(state, step=state.step + 1, opt_state=tuple(opt_states), ema=ema)
     return state, metrics
 
   return train_step
+
+
+def _average(past: Variables, latest: Variables, decay: float) -> Variables:
+  """Moves the averages towards the latest values.
+
+  Statistics such as BatchNorm's are averaged too: those of the latest parameters do not fit the
+  averaged ones. What is no float (a counter, a seed) has no average, and is the latest.
+  """
+
+  def average(past: jax.Array, latest: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(latest.dtype, jnp.floating):
+      return latest
+    # Whatever never changes shall keep its bits, over any number of steps.
+    return jnp.where(latest == past, latest, past + (1.0 - decay) * (latest - past))
+
+  return jax.tree.map(average, past, latest)
 
 
 def _move(
