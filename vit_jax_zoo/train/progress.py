@@ -6,6 +6,7 @@ where the loop has waited for the metrics of the last step, and never around a s
 
 import contextlib
 import datetime
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,34 +16,47 @@ import rich.console
 import rich.progress
 from absl import logging
 
-PEAK_FLOPS: tuple[tuple[str, float], ...] = (
-  ("TPU7x", 1153.5e12),
-  ("TPU v6", 918e12),
-  ("TPU v5 lite", 197e12),
-  ("TPU v5e", 197e12),
-  ("TPU v5", 459e12),
-  ("TPU v4 lite", 138e12),
-  ("TPU v4", 275e12),
-  ("TPU v3", 61.5e12),
-  ("TPU v2", 22.5e12),
-  ("GB200", 2500e12),
-  ("B200", 2250e12),
-  ("GH200", 989e12),
-  ("H200", 989e12),
-  ("H100 PCIe", 756e12),
-  ("H100 NVL", 835e12),
-  ("H100", 989e12),
-  ("A100", 312e12),
-  ("L40S", 362e12),
-  ("L4", 121e12),
-  ("A10", 125e12),
-  ("V100", 125e12),
-  ("T4", 65e12),
-)
+PEAK_FLOPS: dict[str, float] = {
+  "TPU7x": 1153.5e12,
+  "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
+  "TPU v5p": 459e12,
+  "TPU v5": 459e12,
+  "TPU v4 lite": 138e12,
+  "TPU v4": 275e12,
+  "TPU v3": 61.5e12,
+  "TPU v2": 22.5e12,
+  "GB300": 2500e12,
+  "B300": 2250e12,
+  "GB200": 2500e12,
+  "B200": 2250e12,
+  "GH200": 989e12,
+  "H200 NVL": 835e12,
+  "H200": 989e12,
+  "H100 PCIe": 756e12,
+  "H100 NVL": 835e12,
+  "H100": 989e12,
+  "H800": 989e12,
+  "H20": 148e12,
+  "A100": 312e12,
+  "A800": 312e12,
+  "L40S": 362e12,
+  "L40": 181e12,
+  "L4": 121e12,
+  "A40": 149.7e12,
+  "A30": 165e12,
+  "A10G": 70e12,
+  "A10": 125e12,
+  "V100": 125e12,
+  "T4": 65e12,
+}
 """Peak dense bfloat16 FLOP/s of a JAX device (float16 for V100 and T4, which lack bfloat16).
 
-The first name that is part of `device.device_kind` counts. From the vendors' data sheets; a TPU v2,
-v3 or 7x chip is two JAX devices, with half of the chip's peak each.
+The longest name that stands in `device.device_kind` as words of their own counts: an "L40" is no
+"L4". From the vendors' data sheets; a TPU v2, v3 or 7x chip is two JAX devices, with half of the
+chip's peak each.
 """
 
 
@@ -52,7 +66,8 @@ def peak_flops(device_kind: str) -> float | None:
   >>> peak_flops("NVIDIA H100 80GB HBM3")
   989000000000000.0
   """
-  return next((peak for name, peak in PEAK_FLOPS if name in device_kind), None)
+  found = [name for name in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", device_kind)]
+  return PEAK_FLOPS[max(found, key=len)] if found else None
 
 
 class Progress:
@@ -113,11 +128,6 @@ class Progress:
     if self._bar is not None:
       self._bar.stop()
       self._bar = None
-
-  @property
-  def compile_seconds(self) -> float:
-    """Seconds spent in `outside("compile")`, in all."""
-    return self._outside.get("compile", 0.0)
 
   @contextlib.contextmanager
   def inside(self, part: str) -> Iterator[None]:
