@@ -13,9 +13,9 @@ from tests import command
 from vit_jax_zoo.train.checkpoint import find_checkpoint, restore_variables
 
 
-def final_bits(workdir):
+def final_bits(workdir, step=24):
   directory = find_checkpoint(workdir, prefer_best=False)
-  assert directory.name == "24"
+  assert directory.name == str(step)
   return restore_variables(directory)
 
 
@@ -26,17 +26,17 @@ def undisturbed(tmp_path_factory):
   return workdir, output
 
 
-def kill_once_it_trains(workdir, seed, number):
-  """Starts the command, waits until it trains, and kills it at a random moment; True if it hit."""
+def kill_once_it_trains(workdir, number, delay=0.0, arguments=command.TINY):
+  """Starts the command, and signals `delay` seconds after it trains; returns its exit code."""
   before = (workdir / "metrics.jsonl").stat().st_size if (workdir / "metrics.jsonl").exists() else 0
-  process = command.start(workdir, *command.TINY)
+  process = command.start(workdir, *arguments)
   deadline = time.monotonic() + 200
   while process.poll() is None and time.monotonic() < deadline:
     log = workdir / "metrics.jsonl"
     if log.exists() and log.stat().st_size != before:
       break
     time.sleep(0.002)
-  time.sleep(random.Random(seed).uniform(0, 0.4))  # the remaining steps take about that long
+  time.sleep(delay)
   process.send_signal(number)
   process.communicate(timeout=100)
   return process.returncode
@@ -48,7 +48,9 @@ def assert_same_run(workdir, other):
 
 
 def drill(workdir, undisturbed, seeds):
-  codes = [kill_once_it_trains(workdir, seed, signal.SIGKILL) for seed in seeds]
+  # The remaining steps take about 0.4 s.
+  delays = [random.Random(seed).uniform(0, 0.4) for seed in seeds]
+  codes = [kill_once_it_trains(workdir, signal.SIGKILL, delay) for delay in delays]
   assert -signal.SIGKILL in codes, "every kill came too late to disturb the run"
   command.run(workdir, *command.TINY)
   assert_same_run(workdir, undisturbed)
@@ -64,16 +66,30 @@ def test_killed_many_times(undisturbed, tmp_path, first):
   drill(tmp_path / "run", undisturbed[0], seeds=range(first, first + 4))
 
 
-def test_sigterm_saves_and_exits_and_the_same_command_goes_on(undisturbed, tmp_path):
-  workdir = tmp_path / "run"
-  code = kill_once_it_trains(workdir, seed=5, number=signal.SIGTERM)
-  assert code in (0, 143)  # 0: the run was quicker than the signal
-  if code == 143:
-    saved = int(find_checkpoint(workdir, prefer_best=False).name)
-    assert saved == command.rows(workdir)[-1]["step"]
-  output = command.run(workdir, *command.TINY)
-  assert "done after 24 steps: test/accuracy" in output
-  jax.tree.map(np.testing.assert_array_equal, final_bits(workdir), final_bits(undisturbed[0]))
+LONG = (
+  *command.TINY,
+  "--config.num_steps=400",
+  "--config.eval_every=0",
+  "--config.checkpoint.every=0",
+)
+"""So many steps that a signal at the second one lands before the last, on any machine."""
+
+
+def test_sigterm_saves_and_exits_and_the_same_command_goes_on(tmp_path):
+  interrupted, undisturbed = tmp_path / "interrupted", tmp_path / "undisturbed"
+  assert kill_once_it_trains(interrupted, signal.SIGTERM, arguments=LONG) == 143
+  saved = int(find_checkpoint(interrupted, prefer_best=False).name)
+  assert 2 <= saved < 400
+  assert saved == command.rows(interrupted)[-1]["step"]
+  output = command.run(interrupted, *LONG)
+  assert f"resumed at step {saved} " in output
+  assert "done after 400 steps: test/accuracy" in output
+  command.run(undisturbed, *LONG)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    final_bits(interrupted, step=400),
+    final_bits(undisturbed, step=400),
+  )
 
 
 def test_a_finished_run_is_scored_again_and_changes_nothing(undisturbed):
