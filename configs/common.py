@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.config import complete
 from vit_jax_zoo.ops.names import unknown_name
@@ -57,6 +58,29 @@ def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]
       raise ValueError(f"the field {name!r} is set twice in {arg!r}")
     fields[name] = text
   return variant, fields
+
+
+def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
+  """Returns the config after telling all of its data of TFDS's where they lie.
+
+  Args:
+    config: with `data.train` and `data.eval`.
+    data_dir: local or `gs://bucket/...`; "" leaves the field open: TFDS's own place, unless a flag
+      such as `--config.data.train.data_dir` names another.
+
+  Raises:
+    ValueError: a place is given, but no data are of TFDS's.
+  """
+  specs = (config.data.train, *config.data.eval.values())
+  prepared = [spec for spec in specs if spec.source.startswith("tfds:")]
+  if data_dir and not prepared:
+    raise ValueError(
+      f"data_dir={data_dir!r} is where TFDS's data lie, and the source is {specs[0].source!r}; "
+      "leave data_dir out, or take a source that begins with tfds:"
+    )
+  for spec in prepared:
+    spec.data_dir = data_dir or placeholder(str)
+  return config
 
 
 def _parse_value(where: str, text: str, default: Any) -> Any:

@@ -93,7 +93,14 @@ def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) ->
   )
 
 
-def imagenet(size: str, *, image_size: int = 32, learning_rate: float = 0.0) -> ConfigDict:
+def imagenet(
+  size: str,
+  *,
+  image_size: int = 32,
+  learning_rate: float = 0.0,
+  source: str = "tfds:imagenet2012",
+  data_dir: str = "",
+) -> ConfigDict:
   """Pre-training on ImageNet without labels, at 32x32, 48x48 or 64x64 pixels.
 
   Paper: sections 3.1 and 3.3 and appendix: Adam with b2 0.95 (0.999 makes the loss jump), no weight
@@ -113,7 +120,7 @@ def imagenet(size: str, *, image_size: int = 32, learning_rate: float = 0.0) -> 
   config = _base(size, image_size, batch_size)
   config.num_steps = 2_000_000 if size == "xl" else 1_000_000
   config.data.train = {
-    "source": "tfds:imagenet2012",
+    "source": source,
     "split": "train[:96%]",
     "transforms": [
       {"name": "random_resize_small", "smallest": 256, "largest": 384},
@@ -127,7 +134,7 @@ def imagenet(size: str, *, image_size: int = 32, learning_rate: float = 0.0) -> 
     {"name": "resize", "size": image_size, "method": "antialias"},
   ]
   config.data.eval = {
-    name: {"source": "tfds:imagenet2012", "split": split, "transforms": transforms}
+    name: {"source": source, "split": split, "transforms": transforms}
     for name, split in (("val", "train[96%:]"), ("test", "validation"))
   }
   config.optimizer = {
@@ -138,11 +145,16 @@ def imagenet(size: str, *, image_size: int = 32, learning_rate: float = 0.0) -> 
   }
   config.task.palette_images = 20_000
   config.eval_every = config.checkpoint.every = 10_000
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
 def finetune(
-  size: str, *, dataset: str = "cifar10", learning_rate: float = 1e-4, init_from: str = ""
+  size: str,
+  *,
+  dataset: str = "cifar10",
+  data_dir: str = "",
+  learning_rate: float = 1e-4,
+  init_from: str = "",
 ) -> ConfigDict:
   """Fine-tuning with labels: the generative loss and the classifier's, added up.
 
@@ -182,10 +194,12 @@ def finetune(
   }
   config.init_from = init_from or f"runs/igpt_{size}_imagenet"
   config.eval_every = config.checkpoint.every = 351
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
-def linear_probe(size: str, *, dataset: str = "cifar10", init_from: str = "") -> ConfigDict:
+def linear_probe(
+  size: str, *, dataset: str = "cifar10", data_dir: str = "", init_from: str = ""
+) -> ConfigDict:
   """Linear probes of every layer: for `--evaluate_only`, as there is nothing to train.
 
   Paper: section 3.5: L-BFGS logistic regression on the mean of a layer's normalised input over all
@@ -208,7 +222,7 @@ def linear_probe(size: str, *, dataset: str = "cifar10", init_from: str = "") ->
   config.data.eval = {"probe": {**split, "split": "test", "fit_split": "train"}}
   config.optimizer = {"name": "adam", "learning_rate": 0.0, "schedule": {"name": "constant"}}
   config.init_from = init_from or f"runs/igpt_{size}_imagenet"
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
 PROBED = ("cifar10", "cifar100", "stl10")

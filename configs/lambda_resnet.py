@@ -83,7 +83,13 @@ def demo(*, num_steps: int = 500, batch_size: int = 128) -> ConfigDict:
 
 
 def imagenet(
-  placement: str, *, num_epochs: int = 90, batch_size: int = 4096, image_size: int = 224
+  placement: str,
+  *,
+  num_epochs: int = 90,
+  batch_size: int = 4096,
+  image_size: int = 224,
+  source: str = "tfds:imagenet2012",
+  data_dir: str = "",
 ) -> ConfigDict:
   """ResNet-50 with lambda layers in the stages marked l, on ImageNet-1k for 90 epochs.
 
@@ -102,8 +108,7 @@ def imagenet(
     {"name": "resize_small", "size": image_size * 8 // 7},
     {"name": "central_crop", "size": image_size},
   ]
-  source = "tfds:imagenet2012"
-  return ConfigDict(
+  config = ConfigDict(
     {
       "seed": 0,
       "num_epochs": num_epochs,
@@ -144,6 +149,7 @@ def imagenet(
       "checkpoint": {"every": 2_500, "keep": 1},
     }
   )
+  return common.with_data_dir(config, data_dir)
 
 
 VARIANTS = {

@@ -5,6 +5,8 @@ r"""Vision Transformers: a demo, and the recipes of the papers.
 
     python -m vit_jax_zoo.main --config=configs/vit.py
     python -m vit_jax_zoo.main --config=configs/vit.py:s16_imagenet
+    python -m vit_jax_zoo.main --config=configs/vit.py:s16_imagenet,source=folder:/path
+    python -m vit_jax_zoo.main --config=configs/vit.py:b16_imagenet,data_dir=gs://bucket/data
     python -m vit_jax_zoo.main --config=configs/vit.py:b16_imagenet21k,batch_size=1024
     python -m vit_jax_zoo.main \
       --config=configs/vit.py:b16_finetune,dataset=cifar100,init_from=ViT-B_16.npz
@@ -18,7 +20,8 @@ r"""Vision Transformers: a demo, and the recipes of the papers.
 | b16_finetune      b32 l16 l32 h14 | ImageNet ... | ViT, tables 4 and 5  | 84.0 %         |
 
 Each function below is a page of the lab book. Batch sizes are global. ImageNet and ImageNet-21k
-have to be prepared first, see the README.
+have to be prepared first, see the README; or take `source=folder:/path` with class folders in
+`train/` and `val/`. `data_dir` says where prepared data lie, for training and all evaluations.
 """
 
 import dataclasses
@@ -87,7 +90,12 @@ def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
 
 
 def s16_imagenet(
-  *, num_epochs: int = 90, batch_size: int = 1024, image_size: int = 224
+  *,
+  num_epochs: int = 90,
+  batch_size: int = 1024,
+  image_size: int = 224,
+  source: str = "tfds:imagenet2012",
+  data_dir: str = "",
 ) -> ConfigDict:
   """ViT-S/16 on ImageNet-1k from scratch, the "better plain ViT".
 
@@ -98,14 +106,14 @@ def s16_imagenet(
   Hardware: 90 epochs took 6.5 hours on a TPU v3-8.
   Not yet run here.
   """
-  config = _from_scratch("vit_s16", "tfds:imagenet2012", image_size, batch_size)
+  config = _from_scratch("vit_s16", source, image_size, batch_size)
   config.num_epochs = num_epochs
   config.model.update(
     pool="mean",
     position_embedding="sincos_2d",
     representation_size=384,
   )
-  config.data.eval = _imagenet_evaluations(_resize_and_crop(image_size))
+  config.data.eval = _imagenet_evaluations(source, _resize_and_crop(image_size))
   config.optimizer = {
     "name": "adamw",
     "learning_rate": 1e-3,
@@ -116,11 +124,17 @@ def s16_imagenet(
     "mu_dtype": "bfloat16",
     "rules": KERNELS_DECAY,
   }
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
 def imagenet(
-  size: str, *, num_epochs: int = 300, batch_size: int = 4096, image_size: int = 224
+  size: str,
+  *,
+  num_epochs: int = 300,
+  batch_size: int = 4096,
+  image_size: int = 224,
+  source: str = "tfds:imagenet2012",
+  data_dir: str = "",
 ) -> ConfigDict:
   """ViT on ImageNet-1k from scratch, as the ViT paper has it.
 
@@ -131,11 +145,11 @@ def imagenet(
     B/16 74.79 %, B/32 69.19 %, L/16 72.59 %, L/32 66.90 %.
   Not yet run here.
   """
-  config = _from_scratch(f"vit_{size}", "tfds:imagenet2012", image_size, batch_size)
+  config = _from_scratch(f"vit_{size}", source, image_size, batch_size)
   config.num_epochs = num_epochs
   config.model.update(dropout_rate=0.1, representation_size=WIDTHS[size], **_memory(size))
   config.sharding = _sharding(size)
-  config.data.eval = _imagenet_evaluations(_resize_and_crop(image_size))
+  config.data.eval = _imagenet_evaluations(source, _resize_and_crop(image_size))
   config.optimizer = {
     "name": "adamw",
     "learning_rate": 3e-3,
@@ -143,16 +157,17 @@ def imagenet(
     "weight_decay": 0.3,
     "clip_norm": 1.0,
   }
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
-def imagenet21k(
+def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   size: str,
   *,
   num_epochs: int = 90,
   batch_size: int = 4096,
   image_size: int = 224,
   source: str = "tfds:imagenet21k",
+  data_dir: str = "",
   num_classes: int = 21_843,
   multi_label: bool = False,
 ) -> ConfigDict:
@@ -193,15 +208,16 @@ def imagenet21k(
     "schedule": {"name": "linear", "warmup_steps": 10_000, "end_value": 1e-5},
     "weight_decay": 0.03,
   }
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
-def finetune(
+def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   size: str,
   *,
   image_size: int = 384,
   dataset: str = "imagenet2012",
   source: str = "",
+  data_dir: str = "",
   init_from: str = "",
   learning_rate: float = 0.03,
   batch_size: int = 512,
@@ -213,7 +229,8 @@ def finetune(
     at 0 and no layer before it. The paper chooses `learning_rate` on `val`, a held-out part of the
     training images, from .003 .01 .03 .06 on ImageNet and .001 .003 .01 .03 elsewhere.
   Data: a TFDS name of `TRANSFERS`, or images of your own: `source=folder:/path`, with the steps of
-    the Pets; 10 % of `train` are `val`. With a smaller batch, divide the rate by the same factor.
+    the Pets; 10 % of `train` are `val`, and the folder `test` or `val` is `test`. With a smaller
+    batch, divide the rate by the same factor.
   Weights: `init_from`, by default the paper's ImageNet-21k checkpoint in this folder, such as
     ViT-B_16.npz; get it from https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz.
     A folder of a run of our own does as well.
@@ -249,7 +266,7 @@ def finetune(
   }
   config.init_from = init_from or f"ViT-{size[0].upper()}_{size[1:]}.npz"
   config.eval_every = config.checkpoint.every = transfer.num_steps // 10
-  return config
+  return common.with_data_dir(config, data_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,10 +335,10 @@ def _from_scratch(model: str, source: str, image_size: int, batch_size: int) -> 
   )
 
 
-def _imagenet_evaluations(transforms: list[dict[str, Any]]) -> dict[str, Any]:
+def _imagenet_evaluations(source: str, transforms: list[dict[str, Any]]) -> dict[str, Any]:
   """A held-out part of the training images, by which to choose, and the official validation set."""
   return {
-    name: {"source": "tfds:imagenet2012", "split": split, "transforms": transforms}
+    name: {"source": source, "split": split, "transforms": transforms}
     for name, split in (("minival", "train[99%:]"), ("val", "validation"))
   }
 

@@ -25,6 +25,10 @@ def resolve(system, variant=""):
   return importlib.import_module(f"configs.{system}").get_config(variant)
 
 
+def splits(config):
+  return [config.data.train, *config.data.eval.values()]
+
+
 def test_resolved_configs_are_the_goldens(golden_json):
   configs = {f"{system}:{variant}": resolve(system, variant).to_dict() for system, variant in CASES}
   golden_json("configs", json.loads(json.dumps(configs)))
@@ -46,12 +50,39 @@ def test_all_that_a_config_names_exists(system, variant):
     for section in ("model", "task")
   }
   create_task(model=create_model(**fields["model"]), **fields["task"])
-  for split in (config.data.train, *config.data.eval.values()):
+  for split in splits(config):
     assert build_transforms(split.transforms)
   params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
   optimizer = create_optimizer(config.optimizer.to_dict(), params, num_steps=100_000)
   assert float(optimizer.schedule(20_000)) >= 0
   assert (config.num_steps is None) != (config.num_epochs is None)
+
+
+@pytest.mark.parametrize(("system", "variant"), [case for case in CASES if case[1] != "demo"])
+def test_one_argument_moves_all_data(system, variant):
+  specs = splits(resolve(system, f"{variant},data_dir=gs://bucket/data"))
+  assert len(specs) > 1
+  assert {spec.data_dir for spec in specs} == {"gs://bucket/data"}
+  config = resolve(system, variant)
+  assert all(spec.data_dir is None for spec in splits(config))
+  config.lock().data.train.data_dir = "elsewhere"
+  for spec in config.data.eval.values():
+    spec.data_dir = "elsewhere"  # what a flag may set
+    with pytest.raises(TypeError):
+      spec.data_dir = 3
+
+
+@pytest.mark.parametrize(
+  ("system", "variant"),
+  [("vit", "s16_imagenet"), ("vit", "b16_finetune"), ("lambda_resnet", "cccl_imagenet")],
+)
+def test_data_dir_is_for_data_of_tfds(system, variant):
+  config = resolve(system, f"{variant},source=folder:/images")
+  for spec in splits(config):
+    assert spec.source == "folder:/images"
+    assert "data_dir" not in spec
+  with pytest.raises(ValueError, match="data_dir='/data' is where TFDS's data lie, and the source"):
+    resolve(system, f"{variant},source=folder:/images,data_dir=/data")
 
 
 @pytest.mark.parametrize(("system", "variant"), CASES)

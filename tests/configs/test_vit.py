@@ -1,8 +1,11 @@
 """ViT's recipes: numbers of the paper's tables, and what fields change."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from configs.vit import get_config
+from vit_jax_zoo import experiment
 
 
 def test_image_size_reaches_training_and_evaluation():
@@ -44,3 +47,29 @@ def test_image_sides_are_multiples_of_the_patch():
 def test_an_unknown_dataset_names_the_nearest():
   with pytest.raises(ValueError, match="unknown dataset 'cifar_10'; did you mean 'cifar10'"):
     get_config("b16_finetune,dataset=cifar_10")
+
+
+@pytest.fixture(scope="module", params=["val", "validation", "test"])
+def class_folders(request, tmp_path_factory):
+  """Two classes: 100 images to learn from, 2 held out."""
+  root = tmp_path_factory.mktemp("images")
+  for split, count in (("train", 50), (request.param, 1)):
+    for name in ("ant", "bee"):
+      (root / split / name).mkdir(parents=True)
+      for i in range(count):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(root / split / name / f"{i}.png")
+  return root
+
+
+@pytest.mark.parametrize(
+  ("variant", "held_out"),
+  [("s16_imagenet", "val"), ("b16_imagenet", "val"), ("b16_finetune", "test")],
+)
+def test_folders_of_the_usual_layouts_will_do(variant, held_out, class_folders):
+  config = get_config(f"{variant},source=folder:{class_folders},batch_size=8")
+  made = experiment.create(config)
+  assert made.train_source.info.class_names == ("ant", "bee")
+  sizes = {name: len(source) for name, source in made.eval_sources.items()}
+  part = sizes.pop(next(name for name in sizes if name != held_out))
+  assert sizes == {held_out: 2}
+  assert len(made.train_source) + part == 100
