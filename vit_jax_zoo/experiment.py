@@ -311,17 +311,29 @@ def _starting_state(
     learned = experiment.task.prepare(_preview(experiment))
     variables = {**variables, **all_gather_objects(learned)[0]}
     path = experiment.config.init_from
-    return _read_weights(path, variables) if path else variables
+    grid = _token_grid(experiment, program)
+    return _read_weights(path, variables, grid) if path else variables
 
   return program.initial_state(experiment.config.seed, pretrain=pretrain)
 
 
-def _read_weights(path: str, variables: Variables) -> Variables:
+def _token_grid(experiment: Experiment, program: Program) -> tuple[int, int] | None:
+  """Returns height and width of the images in tokens, for models that cut them into patches."""
+  side = getattr(experiment.model, "patch_side", None)
+  if side is None or "image" not in program.abstract_batch:
+    return None
+  _, height, width, *_ = program.abstract_batch["image"].shape
+  return height // side, width // side
+
+
+def _read_weights(
+  path: str, variables: Variables, grid: tuple[int, int] | None = None
+) -> Variables:
   """Returns the variables with the weights of a run of ours, or of a published file."""
   logging.info("starting from the weights in %s", path)
   if is_checkpoint(path):
-    return weights.adapt(restore_variables(path), variables, path)
-  return weights.load_into(path, variables)
+    return weights.adapt(restore_variables(path), variables, path, grid=grid)
+  return weights.load_into(path, variables, position_grid=grid)
 
 
 def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
