@@ -109,7 +109,7 @@ def test_a_finished_run_is_scored_again_and_changes_nothing(undisturbed):
 def test_another_config_does_not_silently_take_over_a_run(undisturbed):
   changed = "--config.optimizer.learning_rate=0.5"
   output = command.run(undisturbed[0], *command.TINY, changed, expect=2)
-  assert "holds a run of another config (optimizer.learning_rate: 0.002 -> 0.5)" in output
+  assert "holds a run of another config (optimizer.learning_rate: 0.003 -> 0.5)" in output
   assert "Traceback" not in output
 
 
