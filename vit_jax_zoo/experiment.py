@@ -147,7 +147,7 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
     name: _open(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
   }
   for name, source in eval_sources.items():
-    check_same_classes(train_source.info, source.info, name)
+    check_same_classes(train_source.info, source.info, f"the evaluation {name!r}")
   model = create_model(**_filled(config.model, train_source.info))
   task_fields = _filled(config.task, train_source.info)
   num_steps = config.num_steps or round(config.num_epochs * len(train_source) / config.batch_size)
