@@ -26,7 +26,7 @@ def defaults() -> ConfigDict:
     the same for each evaluation by name, and for one that is a linear probe the `fit_split` that it
     learns from; `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `train.optimizer`; a task of several players has one such section for each.
-  * `ema_decay`: of the average of the parameters; None keeps none.
+  * `ema_decay`: of the average of the parameters and statistics; None keeps none.
   * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: come before those that
     stand beside the model.
   * `log_every`, `eval_every`, `checkpoint.every`: in steps; 0 is at the end alone.
