@@ -33,6 +33,7 @@ from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.flops import count_flops
+from vit_jax_zoo.run_config import as_json, check_config_unchanged, remember_config
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
@@ -45,11 +46,6 @@ from vit_jax_zoo.train.probe import LinearProbe
 from vit_jax_zoo.train.program import Program, Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
 from vit_jax_zoo.train.state import TrainState
-
-CONFIG_FILE = "config.json"
-
-HARMLESS = ("log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding")
-"""Fields that may change when a run is resumed: what it computes does not depend on them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,7 +224,8 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
     settings = _loop_settings(experiment, options)
     settings.check_profile(step)
-    remember_config(experiment.config, workdir)
+    if is_primary():
+      remember_config(experiment.config, workdir)
     with (
       MetricWriter(workdir, resume_step=step or None) as writer,
       _progress(experiment, program, step) as progress,
@@ -250,52 +247,6 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       endless = itertools.repeat(first_batch) if options.overfit_one_batch else batches
       put = functools.partial(sharding.to_global, mesh=experiment.mesh)
       return loop.run(state, prefetch(endless, put))
-
-
-def as_json(config: ConfigDict) -> dict[str, Any]:
-  """Returns the config as JSON has it: nested dicts, lists, numbers, strings."""
-  return json.loads(config.to_json_best_effort())
-
-
-def check_config_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
-  """Raises ValueError if the run in `workdir` began with another config; names what differs."""
-  before = _remembered(workdir)
-  found = [] if before is None else _differences(before, as_json(config))
-  changed = [difference for difference in found if not difference.startswith(HARMLESS)]
-  if changed:
-    raise ValueError(
-      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); name another "
-      "--workdir, or add --allow_config_change to go on with the new values"
-    )
-
-
-def remember_config(config: ConfigDict, workdir: epath.Path) -> None:
-  """Writes the config beside the run: for `check_config_unchanged`, `predict` and people."""
-  if not is_primary() or _remembered(workdir) == as_json(config):
-    return
-  workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(as_json(config), indent=1, sort_keys=True) + "\n"
-  # Renamed into its place: a kill leaves the old one or the new one, never half of one.
-  unfinished = workdir / f"{CONFIG_FILE}.tmp"
-  unfinished.write_text(text)
-  unfinished.replace(workdir / CONFIG_FILE)
-
-
-def _remembered(workdir: epath.Path) -> dict[str, Any] | None:
-  path = workdir / CONFIG_FILE
-  try:
-    return json.loads(path.read_text()) if path.exists() else None
-  except ValueError:
-    logging.warning("%s cannot be read, and is written anew", path)
-    return None
-
-
-def _differences(before: Any, after: Any, path: str = "") -> list[str]:
-  if isinstance(before, dict) and isinstance(after, dict):
-    keys = sorted(before.keys() | after.keys())
-    found = (_differences(before.get(k), after.get(k), f"{path}.{k}".lstrip(".")) for k in keys)
-    return list(itertools.chain.from_iterable(found))
-  return [] if before == after else [f"{path}: {before} -> {after}"]
 
 
 def _starting_state(
