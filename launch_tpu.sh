@@ -311,16 +311,18 @@ readonly ALIVE='[ -s run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null'
 readonly STARTED='for _ in $(seq 50); do [ -s run.pid ] && break; sleep 0.2; done; [ -s run.pid ]'
 # shellcheck disable=SC2016
 readonly TAIL='cd ~/vit_jax_zoo && tail -n 100 -s 0.2 --pid="$(cat run.pid)" -f run.log'
+# The status is looked for once more at the end: the run may have ended since the first look.
 readonly REPORT="cd ~/vit_jax_zoo && \
-if [ -s run.status ]; then echo \"status=\$(cat run.status)\"; \
-elif $ALIVE; then echo status=running; else echo status=none; fi"
+if [ ! -s run.status ] && $ALIVE; then echo status=running; \
+elif [ -s run.status ]; then echo \"status=\$(cat run.status)\"; else echo status=none; fi"
 # shellcheck disable=SC2016
 readonly LAST_LINES='echo "--- $(hostname)"; tail -n 30 ~/vit_jax_zoo/run.log'
 
 run() {
   local job
   job="nohup setsid bash -c $(quote "$JOB") main $(quote "${MAIN_ARGS[@]}")"
-  on_workers all "cd ~/vit_jax_zoo && if $ALIVE; then echo 'already running'; else \
+  # A process that has written its status is over, even if it is still to be seen.
+  on_workers all "cd ~/vit_jax_zoo && if [ ! -s run.status ] && $ALIVE; then echo 'already running'; else \
 rm -f run.pid run.status; $job >>run.log 2>&1 </dev/null & $STARTED; fi"
 }
 
