@@ -43,9 +43,11 @@ def get_config(arg: str = "") -> ConfigDict:
 def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
   """A small ViT on scikit-learn's handwritten digits: 1437 to learn from, 360 to be tested on.
 
-  Paper: none; the architecture is ViT's, with patches of 2x2 pixels, so 16 of them.
+  Paper: none; the architecture is ViT's, with patches of 2x2 pixels, so 16 of them. With so few
+    images it takes positions that need not be learned, mean pooling and averaged parameters.
   Hardware: any. Two CPU cores need about two minutes.
-  Expected: 98 % of the test digits; 98.3 % when this page was written (360 of them, so 0.3 % each).
+  Expected: 98 % of the test digits; 98.6, 98.1 and 98.1 % with seeds 0, 1 and 2 when this page was
+    written (360 of them, so 0.3 % each).
   """
   return ConfigDict(
     {
@@ -60,12 +62,15 @@ def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
         "depth": 4,
         "num_heads": 4,
         "mlp_dim": 128,
+        "pool": "mean",
+        "position_embedding": "sincos_2d",
       },
       "task": {
         "name": "classification",
         "num_classes": placeholder(int),
         "class_names": placeholder(tuple),
         "top_k": 3,
+        "label_smoothing": 0.1,
       },
       "data": {
         "train": {
@@ -79,9 +84,10 @@ def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
         "name": "adamw",
         "learning_rate": 3e-3,
         "schedule": {"name": "cosine", "warmup_steps": 100},
-        "weight_decay": 0.05,
+        "weight_decay": 0.3,
         "clip_norm": 1.0,
       },
+      "ema_decay": 0.99,
       "log_every": 50,
       "eval_every": 200,
       "checkpoint": {"every": 200, "keep": 1},

@@ -19,6 +19,7 @@ def tiny(**fields):
   config.data.eval.test.split = "test[:20]"
   config.log_every = config.eval_every = 2
   config.checkpoint.every = 2
+  config.task.label_smoothing, config.ema_decay = 0.0, None
   with config.ignore_type():
     config.update(fields)
   return config
@@ -50,7 +51,7 @@ def test_epochs_become_steps():
 def test_every_default_is_there():
   config = config_lib.complete(vit.get_config())
   assert config.keys() == config_lib.defaults().keys()
-  assert (config.accumulation_steps, config.ema_decay, config.init_from) == (1, None, None)
+  assert (config.accumulation_steps, config.eval_batch_size, config.init_from) == (1, None, None)
 
 
 def test_a_run_leaves_what_it_says(finished):
