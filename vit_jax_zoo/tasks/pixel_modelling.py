@@ -63,7 +63,7 @@ class PixelModelling(base.Task):
     seed: of masks in evaluations, of completions, and of the palette.
   """
 
-  model: PixelModel
+  model: Any  # a PixelModel; Python 3.13 cannot tell a Linen module for one
   class_weight: float = 0.0
   mask_probability: float = 0.15
   palette: str | None = None
