@@ -11,8 +11,8 @@ import pytest
 
 from configs import vit
 from tests import command
+from vit_jax_zoo import command_line, experiment, main
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import experiment, main
 
 
 def changed(**fields):
@@ -210,7 +210,7 @@ def test_a_traceback_is_there_for_who_asks():
   with (
     contextlib.redirect_stderr(printed),
     pytest.raises(SystemExit) as ended,
-    main._one_line_errors(show_traceback=True),
+    command_line.one_line_errors(show_traceback=True),
   ):
     raise KeyError("what was wrong")
   assert ended.value.code == 2

@@ -7,20 +7,17 @@
 The same command again goes on where the run had come; when it is complete, it scores it once more.
 """
 
-import contextlib
-import logging as python_logging
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from vit_jax_zoo import command_line, experiment
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import experiment
 from vit_jax_zoo.train import distributed
 from vit_jax_zoo.train.loop import Outcome
 
@@ -42,12 +39,6 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an err
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
-
-USER_ERRORS = (
-  ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
-  ArithmeticError, flags.Error,
-)  # fmt: skip
-"""What becomes one line; `--traceback` shows the rest of it."""
 
 EXIT_STOPPED = 143
 """128 + SIGTERM: a run that was told to stop, has saved its state, and is not finished."""
@@ -139,42 +130,20 @@ def _parse_flags(argv: list[str]) -> list[str]:
   """Parses flags; leaves those that set fields of the config, for `main`."""
   sys.path.insert(0, os.getcwd())  # configs import configs.common
   is_override = [a.startswith("-") and a.lstrip("-").startswith("config.") for a in argv]
-  with _one_line_errors(show_traceback="--traceback" in argv):
+  with command_line.one_line_errors(show_traceback="--traceback" in argv):
     rest = flags.FLAGS([a for a, override in zip(argv, is_override, strict=True) if not override])
     return [*rest, *(a for a, override in zip(argv, is_override, strict=True) if override)]
 
 
-@contextlib.contextmanager
-def _one_line_errors(*, show_traceback: bool) -> "contextlib.Iterator[None]":
-  """Turns what a user can cause into one line on stderr and exit status 2."""
-  try:
-    yield
-  except USER_ERRORS as error:
-    if show_traceback:
-      traceback.print_exc()
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = " ".join(str(message).split())
-    print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
-    raise SystemExit(2) from None
-
-
 def _main_or_one_line(argv: Sequence[str]) -> int:
-  with _one_line_errors(show_traceback=TRACEBACK.value):
+  with command_line.one_line_errors(show_traceback=TRACEBACK.value):
     return main(argv)
 
 
 def run() -> None:
   """The command's entry point."""
-  logging.set_verbosity(logging.INFO)
-  handler = logging.get_absl_handler()
-  handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  handler.addFilter(_is_ours_or_serious)
+  command_line.log_plainly()
   app.run(_main_or_one_line, flags_parser=_parse_flags)
-
-
-def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-  """Leaves out what other libraries merely have to report: Orbax writes pages of it."""
-  return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname
 
 
 if __name__ == "__main__":

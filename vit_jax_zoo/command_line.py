@@ -1,0 +1,51 @@
+"""How all commands of the package speak to a shell: plain log lines, and errors of one line."""
+
+import contextlib
+import logging as python_logging
+import sys
+import traceback
+from collections.abc import Iterator
+
+from absl import flags, logging
+
+USER_ERRORS = (
+  ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
+  ArithmeticError, flags.Error,
+)  # fmt: skip
+"""What becomes one line; a command's `--traceback` shows the rest of it."""
+
+EXIT_ERROR = 2
+
+
+@contextlib.contextmanager
+def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
+  """Turns what a user can cause into one line on stderr and exit status 2.
+
+  Args:
+    show_traceback: also says where in the code the error arose.
+
+  Raises:
+    SystemExit: in place of any of `USER_ERRORS`.
+  """
+  try:
+    yield
+  except USER_ERRORS as error:
+    if show_traceback:
+      traceback.print_exc()
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    text = " ".join(str(message).split())
+    print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
+    raise SystemExit(EXIT_ERROR) from None
+
+
+def log_plainly() -> None:
+  """Logs as time and text, and leaves out what other libraries merely have to report."""
+  logging.set_verbosity(logging.INFO)
+  handler = logging.get_absl_handler()
+  handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  handler.addFilter(_is_ours_or_serious)
+
+
+def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
+  """Orbax alone writes pages of what it has done."""
+  return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname
