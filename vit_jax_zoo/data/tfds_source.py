@@ -15,14 +15,14 @@ import functools
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from vit_jax_zoo.data import tfrecord
+from vit_jax_zoo.data import tfds_objects, tfrecord
 from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits, name_validation
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -59,8 +59,10 @@ def open_splits(
   data_dir: str | None = None,
   image_key: str | None = None,
   label_key: str | None = None,
+  *,
+  panoptic: bool = False,
 ) -> Splits:
-  """Opens a prepared dataset.
+  """Opens a prepared dataset, for classification or, where it has boxes, for detection.
 
   Args:
     location: `name`, `name/config`, either with `:version`, or the path of the folder that holds
@@ -69,6 +71,7 @@ def open_splits(
       `~/tensorflow_datasets`.
     image_key: the image feature; by default the only one there is.
     label_key: the label feature; by default `label`, else `labels`, else none.
+    panoptic: of a dataset with segments for things and stuff, give these; see `tfds_objects`.
 
   Raises:
     FileNotFoundError: it has not been prepared there.
@@ -77,20 +80,32 @@ def open_splits(
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   is_path = is_path or is_remote(location)
   folder = at_path(location) if is_path else _find(location, data_dir)
-  return open_folder(folder, f"tfds:{location}", image_key, label_key)
+  return open_folder(folder, f"tfds:{location}", image_key, label_key, panoptic=panoptic)
 
 
 def open_folder(
-  folder: epath.PathLike, name: str, image_key: str | None = None, label_key: str | None = None
+  folder: epath.PathLike,
+  name: str,
+  image_key: str | None = None,
+  label_key: str | None = None,
+  *,
+  panoptic: bool = False,
 ) -> Splits:
   """Opens the prepared dataset in `folder`; `name` is what its examples are called by."""
   builder = tfds.builder_from_directory(folder)
-  keys = _keys(builder.info.features, name, image_key, label_key)
-  num_classes, class_names = _classes(builder.info.features, keys[1])
-  whole = DatasetInfo(name, 0, num_classes, class_names)
+  features = builder.info.features
+  if panoptic or (image_key is None and label_key is None and tfds_objects.has_objects(features)):
+    layout, whole = tfds_objects.find_layout(features, name, panoptic=panoptic)
+    make = functools.partial(tfds_objects.TfdsObjects, layout=layout)
+    decoders = tfds_objects.decoders(layout)
+  else:
+    keys = _keys(features, name, image_key, label_key)
+    whole = DatasetInfo(name, 0, *_classes(features, keys[1]))
+    make = functools.partial(TfdsSource, keys=keys)
+    decoders = {keys[0]: tfds.decode.SkipDecoding()}
   return name_validation(
     {
-      split: functools.partial(_open_split, builder, split, whole, keys)
+      split: functools.partial(_open_split, builder, split, whole, decoders, make)
       for split in builder.info.splits
     }
   )
@@ -118,10 +133,13 @@ def is_remote(location: str) -> bool:
 
 
 def _open_split(
-  builder: Any, split: str, whole: DatasetInfo, keys: tuple[str, str | None]
+  builder: Any,
+  split: str,
+  whole: DatasetInfo,
+  decoders: dict[str, Any],
+  make: Callable[[DatasetInfo, Any], Source],
 ) -> Source:
   info = builder.info.splits[split]
-  decoders = {keys[0]: tfds.decode.SkipDecoding()}
   if str(builder.info.file_format.value) == "tfrecord":
     files = [str(path) for path in info.filepaths]
     if is_remote(files[0]):
@@ -135,7 +153,7 @@ def _open_split(
   else:
     records = builder.as_data_source(split, decoders=decoders)
   one = dataclasses.replace(whole, name=f"{whole.name} {split}", num_examples=info.num_examples)
-  return TfdsSource(one, records, keys)
+  return make(one, records)
 
 
 def _decode(features: Any, decoders: dict[str, Any], record: bytes) -> dict[str, Any]:

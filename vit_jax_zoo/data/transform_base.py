@@ -20,6 +20,18 @@ class Transform(abc.ABC):
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns a new example."""
 
+  def output_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
+    """Returns height and width of the result, from those of the image; draws what a call draws.
+
+    Raises:
+      ValueError: this transform does not know it beforehand.
+    """
+    del size, rng
+    raise ValueError(
+      f"{self.name} does not say beforehand how large its result is, so images of different sizes "
+      "cannot be padded behind it; use transforms of data/scaling.py"
+    )
+
 
 class ImageTransform(Transform):
   """A transform that changes nothing but `image`."""

@@ -19,8 +19,11 @@ import numpy as np
 
 from vit_jax_zoo.data import images, tf_resize
 from vit_jax_zoo.data.base import Example
+from vit_jax_zoo.data.load_objects import LoadObjects, PadObjects
 from vit_jax_zoo.data.prefix import KeepPrefix
+from vit_jax_zoo.data.random_flip import RandomFlip
 from vit_jax_zoo.data.random_resize import RandomResizeSmall
+from vit_jax_zoo.data.scaling import RandomScaleCrop, ResizeShorter
 from vit_jax_zoo.data.transform_base import ImageTransform, Transform
 from vit_jax_zoo.data.transform_base import pixels as pixels
 from vit_jax_zoo.ops.names import unknown_name
@@ -127,19 +130,6 @@ def _decode_for(
     round(edge / reduce) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3])
   )
   return image, (top, left, bottom - top, right - left)
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomFlip(ImageTransform):
-  """Mirrors `image` left to right with a probability; type and range stay."""
-
-  name = "random_flip"
-
-  probability: float = 0.5
-
-  def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the image or its mirror image."""
-    return cv2.flip(image, 1) if rng.random() < self.probability else image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,6 +329,10 @@ REGISTRY: dict[str, type[Transform]] = {
     OneHot,
     MultiHot,
     KeepPrefix,
+    LoadObjects,
+    ResizeShorter,
+    RandomScaleCrop,
+    PadObjects,
   )
 }
 """The transforms a config can name. A new one is a class in a file of its own and a line here."""
