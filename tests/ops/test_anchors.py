@@ -1,0 +1,35 @@
+"""Anchors of the official code, and by hand."""
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.ops.anchors import cell_anchors, grid_anchors
+
+
+def test_the_official_anchors(load_golden):
+  _, _, outputs = load_golden("fpt_det_a")
+  for level in range(2, 7):
+    cell = cell_anchors(2**level, (32 * 2 ** (level - 2),), (0.5, 1, 2), convention="detectron")
+    np.testing.assert_array_equal(cell - [0, 0, 1, 1], outputs[f"anchors_lvl{level}"])
+
+
+def test_torchvision_rounds_corners_around_zero():
+  cell = cell_anchors(16, (32, 64), (0.5, 1.0, 2.0))
+  expected = [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
+  np.testing.assert_array_equal(cell[:3], expected)  # AnchorGenerator(((32,),), ((0.5, 1, 2),))
+  np.testing.assert_array_equal(
+    cell[3:], [[-45, -23, 45, 23], [-32, -32, 32, 32], [-23, -45, 23, 45]]
+  )
+
+
+@pytest.mark.parametrize("convention", ["torchvision", "detectron"])
+def test_a_grid_moves_the_cell_row_by_row(convention):
+  cell = cell_anchors(8, (12, 20), (0.5, 1), convention=convention)
+  grid = np.asarray(grid_anchors(cell, (2, 3), 8))
+  expected = [
+    box + 8 * np.array([column, row, column, row])
+    for row in range(2)
+    for column in range(3)
+    for box in cell
+  ]
+  np.testing.assert_array_equal(grid, expected)

@@ -1,0 +1,97 @@
+"""Masks put back into their images."""
+
+import cv2
+import numpy as np
+import pytest
+
+from vit_jax_zoo.ops.mask_paste import paste_masks
+
+
+def smooth_masks(count, side, seed=0):
+  noise = np.random.default_rng(seed).random((count, side // 2 + 1, side // 2 + 1))
+  return np.stack([cv2.resize(0.2 + 0.8 * m, (side, side)) for m in noise])
+
+
+def looked_up(mask, box, size):
+  """Pixel by pixel: its middle in the mask, bilinearly, zero outside."""
+  side = len(mask)
+  result = np.zeros(size)
+  for y in range(size[0]):
+    for x in range(size[1]):
+      v = (y + 0.5 - box[1]) / (box[3] - box[1]) * side - 0.5
+      u = (x + 0.5 - box[0]) / (box[2] - box[0]) * side - 0.5
+      for i in (int(np.floor(v)), int(np.floor(v)) + 1):
+        for j in (int(np.floor(u)), int(np.floor(u)) + 1):
+          if 0 <= i < side and 0 <= j < side:
+            result[y, x] += (1 - abs(v - i)) * (1 - abs(u - j)) * mask[i, j]
+  return result
+
+
+BOXES = np.array(
+  [
+    [3.2, 4.7, 25.1, 20.3],
+    [-6, -3, 12, 9],  # partly outside
+    [0, 0, 40, 30],  # the whole image
+    [20.2, 10.1, 21.9, 11.3],  # smaller than the mask
+    [10, 10, 2000, 2000],
+  ]
+)
+
+
+def test_each_pixel_is_looked_up():
+  masks = smooth_masks(len(BOXES), 7)
+  pasted = paste_masks(masks, BOXES, (30, 40))
+  for mask, box, got in zip(masks, BOXES, pasted, strict=True):
+    soft = looked_up(mask, box, (30, 40))
+    clear = np.abs(soft - 0.5) > 1e-9
+    np.testing.assert_array_equal(got[clear], (soft >= 0.5)[clear])
+  assert pasted.any(axis=(1, 2)).sum() >= 3
+  assert 0.1 < pasted.mean() < 0.9
+
+
+def detectron(mask, box, size):
+  """As Detectron's segm_results: pads, grows, truncates, resizes with OpenCV."""
+  side = len(mask) + 2
+  left, top, right, bottom = box
+  half_w, half_h = (right - left) * 0.5 * side / len(mask), (bottom - top) * 0.5 * side / len(mask)
+  x, y = (right + left) * 0.5, (bottom + top) * 0.5
+  box = np.array([x - half_w, y - half_h, x + half_w, y + half_h]).astype(np.int32)
+  width, height = np.maximum(box[2:] - box[:2] + 1, 1)
+  resized = cv2.resize(np.pad(mask, 1).astype(np.float32), (int(width), int(height))) > 0.5
+  canvas = np.zeros(size, bool)
+  x0, x1 = max(box[0], 0), min(box[2] + 1, size[1])
+  y0, y1 = max(box[1], 0), min(box[3] + 1, size[0])
+  canvas[y0:y1, x0:x1] = resized[y0 - box[1] : y1 - box[1], x0 - box[0] : x1 - box[0]]
+  return canvas
+
+
+def test_detectron_rounds_to_pixels():
+  masks = smooth_masks(len(BOXES), 14, seed=1)
+  pasted = paste_masks(masks, BOXES + np.array([0, 0, 1, 1]), (30, 40), convention="detectron")
+  for mask, box, got in zip(masks, BOXES, pasted, strict=True):
+    expected = detectron(mask, box, (30, 40))
+    assert (got != expected).mean() < 0.002  # OpenCV's own rounding at the threshold
+  assert pasted.any(axis=(1, 2)).sum() >= 3
+
+
+@pytest.mark.parametrize("convention", ["exact", "detectron"])
+def test_what_has_no_place(convention):
+  boxes = np.array(
+    [[100, 100, 120, 120], [-50, -50, -20, -20], [np.nan, 0, 5, 5], [0, np.inf, 5, 5]]
+  )
+  pasted = paste_masks(np.ones((4, 5, 5)), boxes, (30, 40), convention=convention)
+  assert not pasted.any()
+  assert paste_masks(np.ones((0, 5, 5)), np.zeros((0, 4)), (3, 4)).shape == (0, 3, 4)
+
+
+def test_a_box_without_area_has_no_mask():
+  boxes = np.array([[5.0, 5, 5, 9], [9, 9, 4, 4]])
+  assert not paste_masks(np.ones((2, 5, 5)), boxes, (30, 40)).any()
+
+
+def test_a_full_mask_fills_its_box():
+  box = np.array([[4.0, 6, 24, 26]])
+  pasted = paste_masks(np.ones((1, 28, 28)), box, (30, 40))[0]
+  expected = np.zeros((30, 40), bool)
+  expected[6:26, 4:24] = True
+  np.testing.assert_array_equal(pasted, expected)

@@ -1,0 +1,63 @@
+"""Anchors: the boxes that a region proposal network starts from, alike at every place of a map.
+
+Ren et al., arXiv:1506.01497, section 3.1; one size for each level of a pyramid: Lin et al.,
+arXiv:1612.03144, section 4.1. Boxes are (left, top, right, bottom) in pixels of the image, right
+and bottom behind the last pixel.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+CONVENTIONS = ("torchvision", "detectron")
+
+
+def cell_anchors(
+  stride: int,
+  sizes: Sequence[float | int],
+  aspect_ratios: Sequence[float | int],
+  *,
+  convention: str = "torchvision",
+) -> Float[np.ndarray, "a 4"]:
+  """Returns the anchors of a map's first place, all ratios of one size before the next size.
+
+  Args:
+    stride: pixels between two places.
+    sizes: square root of the anchors' area, in pixels.
+    aspect_ratios: height / width.
+    convention: "torchvision": around the corner of the image, corners rounded to whole pixels;
+      "detectron": around the middle of the first stride x stride pixels, sides rounded for an
+      anchor of that size and then scaled, so that areas differ a little from ratio to ratio.
+  """
+  ratios = np.asarray(aspect_ratios, np.float64)
+  if convention == "detectron":
+    widths = np.round(np.sqrt(stride * stride / ratios))
+    heights = np.round(widths * ratios)
+    scales = np.asarray(sizes, np.float64)[:, None] / stride
+    half = np.stack([scales * widths, scales * heights], axis=-1).reshape(-1, 2) / 2
+    # The middle of pixels 0 ... stride - 1 where a pixel's place is its own middle; then the box
+    # ends on a pixel, here behind it.
+    center = (stride - 1) / 2
+    return np.concatenate([center - half + 0.5, center + half + 0.5], axis=1)
+  roots = np.sqrt(ratios)
+  scales = np.asarray(sizes, np.float64)[:, None]
+  half = np.stack([scales / roots, scales * roots], axis=-1).reshape(-1, 2) / 2
+  return np.round(np.concatenate([-half, half], axis=1))
+
+
+def grid_anchors(
+  cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], stride: int
+) -> Float[Array, "n 4"]:
+  """Returns the anchors of all places of a map: row by row, and those of one place together.
+
+  Args:
+    cell: as `cell_anchors` gives them.
+    map_size: height and width.
+    stride: pixels between two places.
+  """
+  rows, columns = (jnp.arange(side, dtype=jnp.float32) * stride for side in map_size)
+  y, x = jnp.meshgrid(rows, columns, indexing="ij")
+  shift = jnp.stack([x, y, x, y], axis=-1)[:, :, None]
+  return (shift + jnp.asarray(cell, jnp.float32)[None, None]).reshape(-1, 4)

@@ -1,0 +1,89 @@
+"""Masks inside boxes put back into their images; numpy, on the host.
+
+A mask of m x m values fills its box; between their middles it is interpolated, and outside it is 0.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+CONVENTIONS = ("exact", "detectron")
+
+
+def paste_masks(
+  masks: Float[np.ndarray, "n m m"],
+  boxes_xyxy: Float[np.ndarray, "n 4"],
+  image_size: tuple[int, int],
+  *,
+  threshold: float = 0.5,
+  convention: str = "exact",
+) -> Bool[np.ndarray, "n h w"]:
+  """Returns which pixels of the image each mask covers.
+
+  Args:
+    masks: probabilities.
+    boxes_xyxy: in pixels of the image, right and bottom behind the last pixel; parts outside the
+      image are lost.
+    image_size: height and width.
+    threshold: pixels of at least this probability are covered ("detectron": of more).
+    convention: "exact": each pixel's middle is looked up in the box as it is (Detectron2).
+      "detectron": boxes grow by a border of one mask pixel of zeros, then by rounding to whole
+      pixels (also torchvision's way, but for its boxes that end on their last pixel).
+  """
+  pasted = np.zeros((len(masks), *image_size), bool)
+  for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):
+    if convention == "detectron":
+      _paste_rounded(mask, box, canvas, threshold)
+    else:
+      _paste_exactly(mask, box, canvas, threshold)
+  return pasted
+
+
+def _paste_exactly(
+  mask: Float[np.ndarray, "m m"],
+  box: Float[np.ndarray, " 4"],
+  canvas: Bool[np.ndarray, "h w"],
+  threshold: float,
+) -> None:
+  matrices, spans = [], []
+  for axis, limit in ((1, canvas.shape[0]), (0, canvas.shape[1])):
+    low, high = box[axis], box[axis + 2]
+    # A mask's interpolated edge reaches half of its pixel beyond the box.
+    border = 0.5 * (high - low) / len(mask)
+    if not np.isfinite([low, high]).all() or high <= low:
+      return
+    first = int(np.clip(np.floor(low - border), 0, limit))
+    last = int(np.clip(np.ceil(high + border), 0, limit))
+    at = (np.arange(first, last) + 0.5 - low) / (high - low) * len(mask) - 0.5
+    matrices.append(_interpolation(at, len(mask)))
+    spans.append(slice(first, last))
+  canvas[spans[0], spans[1]] = matrices[0] @ mask @ matrices[1].T >= threshold
+
+
+def _paste_rounded(
+  mask: Float[np.ndarray, "m m"],
+  box: Float[np.ndarray, " 4"],
+  canvas: Bool[np.ndarray, "h w"],
+  threshold: float,
+) -> None:
+  if not np.isfinite(box).all():
+    return
+  side = len(mask) + 2
+  padded = np.pad(mask, 1)
+  low, high = box[:2], box[2:] - 1  # on the last pixel
+  half = 0.5 * (high - low) * side / len(mask)
+  center = 0.5 * (low + high)
+  first, last = np.trunc(center - half).astype(int), np.trunc(center + half).astype(int)
+  matrices, spans = [], []
+  for axis, limit in ((1, canvas.shape[0]), (0, canvas.shape[1])):
+    length = max(last[axis] - first[axis] + 1, 1)
+    span = np.arange(max(first[axis], 0), max(min(first[axis] + length, limit), 0))
+    at = (span - first[axis] + 0.5) * side / length - 0.5
+    matrices.append(_interpolation(np.clip(at, 0, side - 1), side))
+    spans.append(span)
+  covered = matrices[0] @ padded @ matrices[1].T > threshold
+  canvas[np.ix_(spans[0], spans[1])] = covered
+
+
+def _interpolation(at: Float[np.ndarray, " p"], side: int) -> Float[np.ndarray, "p side"]:
+  """Returns the matrix of linear interpolation at the given places, 0 beyond the ends."""
+  return np.maximum(1 - np.abs(at[:, None] - np.arange(side)[None]), 0)
