@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import GOLDENS
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.models.vit import VisionTransformer
-from vit_jax_zoo.weights import WeightsError, load_into, vit_hf, vit_timm
+from vit_jax_zoo.weights import WeightsError, load_into, table, vit_hf, vit_timm
+from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.torch_layouts import read_safetensors
 
 TIMM = {"vit_timm_a": {"num_heads": 4}, "vit_timm_gap_a": {"num_heads": 2}}
@@ -73,8 +74,8 @@ def test_timm_positions_resize_as_in_timm(name, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(timm_file(name), image_size=tuple(config["new_img"]), **TIMM[name])
   if "pos_embed_resized_bicubic_antialias" in outputs:
-    table = loaded.variables["params"]["position_embedding"]["table"]
-    close(table, outputs["pos_embed_resized_bicubic_antialias"], 1e-6)
+    positions = loaded.variables["params"]["position_embedding"]["table"]
+    close(positions, outputs["pos_embed_resized_bicubic_antialias"], 1e-6)
   logits = run(loaded, inputs["image_new_resolution"])["logits"]
   close(logits, outputs["logits_new_resolution"], 1e-4)
 
@@ -94,8 +95,8 @@ def test_hf_golden_parity(name, load_golden):
   close(out["features"] if is_base else out["logits"], outputs[_result(is_base)], 1e-4)
 
   resized = load_pretrained(hf_folder(name), image_size=tuple(config["new_img"]))
-  table = resized.variables["params"]["position_embedding"]["table"]
-  close(table, outputs["interpolated_position_embeddings"], 1e-6)
+  positions = resized.variables["params"]["position_embedding"]["table"]
+  close(positions, outputs["interpolated_position_embeddings"], 1e-6)
   out = run(resized, inputs["pixel_values_new"])
   expected = outputs[f"interpolated_{_result(is_base)}"]
   close(out["features"] if is_base else out["logits"], expected, 1e-4)
@@ -113,8 +114,8 @@ def test_export_of_import_is_the_file_bit_for_bit(scan_layers, tmp_path):
     assert_same_arrays(load_file(tmp_path / "again.safetensors"), load_file(timm_file(name)))
   for name in HF:
     loaded = load_pretrained(hf_folder(name), scan_layers=scan_layers)
-    config = {**loaded.config}
-    vit_hf.write_folder(str(tmp_path), flat(loaded.variables), config, config.pop("image_size"))
+    export = Export("vit", loaded.model, table.unroll(flat(loaded.variables)), loaded.preprocess)
+    vit_hf.write_checkpoint(str(tmp_path), export)
     assert_same_arrays(
       load_file(tmp_path / "model.safetensors"), load_file(GOLDENS / name / "model.safetensors")
     )
@@ -232,7 +233,7 @@ def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
 
 
 def test_errors_a_user_can_cause(tmp_path):
-  with pytest.raises(ValueError, match=r"there is no model\.safetensors in"):
+  with pytest.raises(ValueError, match=r"there is no model\.safetensors or .* nor a TensorFlow"):
     load_pretrained(str(tmp_path))
   cut = tmp_path / "cut.safetensors"
   cut.write_bytes((GOLDENS / "vit_timm_a" / "weights.safetensors").read_bytes()[:9000])
@@ -249,10 +250,10 @@ def test_errors_a_user_can_cause(tmp_path):
   with pytest.raises(WeightsError, match="does not state num_attention_heads, patch_size"):
     load_pretrained(str(tmp_path))
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
-  with pytest.raises(WeightsError, match=r"no ViT in timm's or .* begin with conv\.weight"):
+  with pytest.raises(WeightsError, match=r"holds no weights of .* begin with conv\.weight"):
     load_pretrained(str(tmp_path / "other.safetensors"))
-  fields = load_pretrained(timm_file("vit_timm_gap_a"), num_heads=2).config
-  with pytest.raises(WeightsError, match=r"no ViT with pool='mean'"):
-    vit_hf.config_of(fields, (32, 32))
+  mean = load_pretrained(timm_file("vit_timm_gap_a"), num_heads=2)
+  with pytest.raises(WeightsError, match=r"Hugging Face has no ViT with pool='mean'"):
+    vit_hf.write_checkpoint(str(tmp_path), Export("vit", mean.model, {}, mean.preprocess))
   with pytest.raises(WeightsError, match="both pre_logits and head"):
     vit_hf.state_dict({"pre_logits/kernel": np.zeros((1, 1)), "head/kernel": np.zeros((1, 1))})

@@ -32,15 +32,32 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     ValueError: the name or a field is unknown; the message has the nearest known one.
   """
   family = _family(name)
+  kind = model_class(family)
+  check_fields(kind, overrides, name)
+  return kind(**{**variants(family)[name], **overrides})
+
+
+def model_class(family: str) -> type[nn.Module]:
+  """Returns the class of a family's models; `family` is a key of `FAMILIES`."""
   module, class_name = _load(family)
-  model_class = getattr(module, class_name)
-  check_fields(model_class, overrides, name)
-  return model_class(**{**module.VARIANTS[name], **overrides})
+  return getattr(module, class_name)
 
 
-def check_fields(model_class: type[nn.Module], fields: Iterable[str], owner: str) -> None:
+def family_of(model: nn.Module) -> str:
+  """Returns the family that a model belongs to.
+
+  Raises:
+    ValueError: its class is in no family.
+  """
+  for family, (module, class_name) in FAMILIES.items():
+    if (type(model).__module__, type(model).__name__) == (module, class_name):
+      return family
+  raise ValueError(f"{type(model).__name__} is not the class of any model in this zoo")
+
+
+def check_fields(kind: type[nn.Module], fields: Iterable[str], owner: str) -> None:
   """Raises ValueError, with the nearest known name, unless the class has all of these fields."""
-  known = [f.name for f in dataclasses.fields(model_class) if f.name not in ("parent", "name")]
+  known = [f.name for f in dataclasses.fields(kind) if f.name not in ("parent", "name")]
   for field in fields:
     if field not in known:
       raise ValueError(unknown_name(f"field of {owner}", field, known))

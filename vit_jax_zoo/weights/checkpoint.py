@@ -1,17 +1,21 @@
-"""A published ViT file, read: its arrays, the table that names them, the model that they are of."""
+"""A published file, read: its arrays, the table that names them, the model that they are of.
+
+Every format returns one of these, and `weights.load` knows nothing else. A family whose parameters
+depend on more than the model's fields (positions on a grid of tokens) derives a class of its own
+and overrides `choose_size` and `at_size`.
+"""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from vit_jax_zoo.ops.position_grid import resize_position_grid
-from vit_jax_zoo.weights.table import Flat, Row, WeightsError
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.table import Flat, Row
 
-CLS_TOKEN = "cls_token"
-POSITIONS = "position_embedding/table"
+Size: TypeAlias = tuple[int, int]
+"""Height and width."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,113 +24,132 @@ class Checkpoint:
 
   Attributes:
     source: the file's name, for messages.
+    family: of the model, a key of `models.registry.FAMILIES`.
     arrays: by published key, joint matrices taken apart.
-    table: connects the keys with our paths.
-    fields: of the `VisionTransformer` that the arrays fit.
-    resize: how the format's own code resizes positions, a key of `position_grid.METHODS`.
+    table: connects the keys with our paths. A path below `params` stands alone; one of another
+      collection begins with its name: "batch_stats/stem/norm/mean", "palette/clusters".
+    fields: of the model's class, all that the arrays determine.
+    preprocess: what happens to pictures.
+    task: what the weights were trained for, a key of `tasks.TASKS`.
+    task_fields: of that task, beside the model and what `preprocess` knows: `class_names`, ...
     ignore: regular expressions of keys that may stay unused.
-    image_size: height and width of the images that the weights were trained on, if it is stated.
-    mean: of pixels in [0, 1], for each channel or for all.
-    std: as `mean`.
+    heads: our paths begin so where a new task may start afresh: when the number of classes is
+      another, or the model has no head.
+    below_heads: our paths begin so in layers that a model may leave out, and then its head, which
+      was trained on their output, starts afresh, too.
+    image_size: of the images that the weights were trained on, if it is known.
   """
 
   source: str
+  family: str
   arrays: Flat
   table: Sequence[Row]
   fields: Mapping[str, Any]
-  resize: str
+  preprocess: Preprocess
+  task: str = "classification"
+  task_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ignore: tuple[str, ...] = ()
-  image_size: tuple[int, int] | None = None
-  mean: float | tuple[float, ...] = 0.5
-  std: float | tuple[float, ...] = 0.5
+  heads: tuple[str, ...] = ("head/",)
+  below_heads: tuple[str, ...] = ()
+  image_size: Size | None = None
 
   def key(self, path: str) -> str | None:
     """Returns the key under which the file has our parameter, None if it has not."""
-    keys = (row.key(path) for row in self.table)
-    return next((key for key in keys if key in self.arrays), None)
+    row = self._row(path)
+    return None if row is None else row.key(path)
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns what the file has for our parameter, in the file's layout."""
     key = self.key(path)
     return None if key is None else self.arrays[key]
 
-  def replace(self, arrays: Flat) -> "Checkpoint":
-    """Returns the same with other arrays."""
-    return dataclasses.replace(self, arrays=arrays)
+  def ours(self, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Returns what the file has for our parameter of that shape, in our layout."""
+    row = self._row(path)
+    return None if row is None else row.transform.read(self.arrays[row.key(path) or ""], shape)
 
-  def without(self, *prefixes: str) -> "Checkpoint":
-    """Returns the same without the arrays of our paths `<prefix>/kernel` and `<prefix>/bias`."""
-    dropped = {self.key(f"{prefix}/{leaf}") for prefix in prefixes for leaf in ("kernel", "bias")}
-    return self.replace({k: array for k, array in self.arrays.items() if k not in dropped})
+  def _row(self, path: str) -> Row | None:
+    return next((row for row in self.table if row.key(path) in self.arrays), None)
+
+  def has(self, prefix: str) -> bool:
+    """Tells whether the file has any of our parameters whose path begins so."""
+    return bool(self._keys(prefix))
+
+  def without(self, prefix: str) -> Any:
+    """Returns the same without those parameters."""
+    dropped = self._keys(prefix)
+    return self.replace(arrays={k: array for k, array in self.arrays.items() if k not in dropped})
+
+  def _keys(self, prefix: str) -> set[str]:
+    rows = [row for row in self.table if row.ours.startswith(prefix)]
+    return {key for key in self.arrays if any(row.path(key) is not None for row in rows)}
+
+  def replace(self, **fields: Any) -> Any:
+    """Returns the same with other fields."""
+    return dataclasses.replace(self, **fields)
+
+  def choose_size(
+    self, model: Any, wanted: Size | None, trained: Size | None
+  ) -> tuple[Size, "Checkpoint"]:
+    """Settles the size of images for which the variables are made.
+
+    Args:
+      model: of these weights, with the user's overrides.
+      wanted: what the user asks for.
+      trained: what the user says the weights were trained on.
+
+    Returns:
+      The size, and the checkpoint with `image_size` known as well as it can be.
+    """
+    del model
+    size = wanted or trained or self.image_size or self.preprocess.image_size
+    return size, self.replace(image_size=trained or self.image_size)
+
+  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
+    """Returns what `model.init` is called with, for its shapes alone: one batch of one image."""
+    return (np.zeros((1, *size, 3), np.float32),)
+
+  def at_size(
+    self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
+  ) -> "Checkpoint":
+    """Returns the same with arrays that depend on the size of images fitted to `size`.
+
+    Args:
+      target: the model's variables by path, with shapes.
+      model: see `choose_size`.
+      size: of the images to come.
+      method: how positions are resized; None: as the code does it that published the file.
+    """
+    del target, model, size, method
+    return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What each format's `write_checkpoint` is given.
+
+  Attributes:
+    family: of the model, a key of `models.registry.FAMILIES`.
+    model: the Linen module.
+    variables: by path as in `Checkpoint.table`, layers unrolled, numpy arrays.
+    preprocess: what happens to pictures.
+    task: see `Checkpoint`.
+    task_fields: see `Checkpoint`.
+  """
+
+  family: str
+  model: Any
+  variables: Flat
+  preprocess: Preprocess
+  task: str = "classification"
+  task_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
-  def class_rows(self) -> int:
-    """Rows of the position table that are the class token's: 0 or 1."""
-    has_row = self.fields["cls_token_position"] and self.key(POSITIONS) is not None
-    return int(has_row and self.key(CLS_TOKEN) is not None)
+  def class_names(self) -> tuple[str, ...]:
+    """The names of the classes in order, or none."""
+    return tuple(self.task_fields.get("class_names") or ())
 
-  def position_grid(
-    self,
-    *,
-    given: tuple[int, int] | None = None,
-    fallback: tuple[int, int] | None = None,
-  ) -> tuple[int, int]:
-    """Returns height and width, in tokens, of the grid that the file's positions cover.
-
-    Args:
-      given: the grid, if it is known. Otherwise it is taken to be square.
-      fallback: a grid to try where the number of rows is no square.
-
-    Raises:
-      WeightsError: the file has no positions, or for another number of tokens.
-    """
-    table = self.array(POSITIONS)
-    if table is None or table.ndim != 3:
-      raise WeightsError(f"{self.source} has no table of positions [1, tokens, width]")
-    rows = table.shape[1] - self.class_rows
-    side = math.isqrt(rows)
-    for grid in ((side, side), fallback) if given is None else (given,):
-      if grid is not None and grid[0] * grid[1] == rows:
-        return grid
-    what = "which is no square" if given is None else f"not for {given[0]} x {given[1]}"
-    raise WeightsError(
-      f"{self.source} has positions for {rows} tokens, {what}; "
-      "give source_image_size=(height, width), the size that it was trained at"
-    )
-
-  def fit_positions(
-    self,
-    *,
-    num_rows: int,
-    old_grid: tuple[int, int],
-    new_grid: tuple[int, int],
-    method: str | None = None,
-  ) -> "Checkpoint":
-    """Resizes the position table to a model's grid, and moves the class token's row if it must.
-
-    The token's position and the token itself are only ever added up: where the model has no row for
-    it, the row goes into the token; where the file has none, a row of zeros changes nothing.
-
-    Args:
-      num_rows: rows of the model's table.
-      old_grid: see `position_grid`.
-      new_grid: height and width of the model's grid, in tokens.
-      method: a key of `position_grid.METHODS`; None: as the format's own code does it.
-    """
-    key = self.key(POSITIONS)
-    if key is None:
-      return self
-    fitted = dict(self.arrays)
-    count = self.class_rows
-    cls_row, table = fitted[key][0, :count], fitted[key][0, count:]
-    table = resize_position_grid(table, old_grid, new_grid, method or self.resize)
-    wanted = num_rows - len(table)
-    if count and not wanted:
-      cls_key = self.key(CLS_TOKEN) or ""
-      fitted[cls_key] = fitted[cls_key] + cls_row
-    elif wanted and not count:
-      cls_row = np.zeros_like(table[:1])
-    if wanted:
-      table = np.concatenate([cls_row, table])
-    fitted[key] = table[None]
-    return self.replace(fitted)
+  def fields(self) -> dict[str, Any]:
+    """Returns the model's fields by name."""
+    known = [f.name for f in dataclasses.fields(self.model) if f.name not in ("parent", "name")]
+    return {name: getattr(self.model, name) for name in known}

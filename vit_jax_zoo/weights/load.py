@@ -1,46 +1,23 @@
-"""Reading checkpoints: as a model that is ready to use, or into the variables of a given one."""
+"""Reading published checkpoints: as a model that is ready, or into the variables of a given one."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from flax import linen as nn
 from flax import traverse_util
-from jaxtyping import Float
 
-from vit_jax_zoo.data.tf_resize import tf_resize
-from vit_jax_zoo.models.registry import check_fields
-from vit_jax_zoo.models.vit import VisionTransformer
-from vit_jax_zoo.weights import table, vit_hf, vit_npz, vit_timm
-from vit_jax_zoo.weights.checkpoint import POSITIONS, Checkpoint
-from vit_jax_zoo.weights.torch_layouts import read_safetensors
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocess:
-  """Turns pictures into what a model takes, as the published accuracies were measured.
-
-  Attributes:
-    image_size: height and width. Pictures are resized straight to it, their aspect ratio ignored.
-    mean: subtracted from pixels in [0, 1]; one for each channel or for all.
-    std: divided by afterwards; as `mean`.
-  """
-
-  image_size: tuple[int, int]
-  mean: float | tuple[float, ...] = 0.5
-  std: float | tuple[float, ...] = 0.5
-
-  def __call__(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "b h w c"]:
-    """Stacks pictures, uint8 [h w 3] of any sizes, to one batch of float32."""
-    resized = [tf_resize(np.asarray(image), *self.image_size) for image in images]
-    mean, std = np.asarray(self.mean), np.asarray(self.std)
-    return ((np.stack(resized) / 255 - mean) / std).astype(np.float32)
+from vit_jax_zoo.models.registry import check_fields, model_class
+from vit_jax_zoo.weights import hub, table
+from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.formats import read_checkpoint
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.table import WeightsError
+from vit_jax_zoo.weights.vit_checkpoint import POSITIONS, VitCheckpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +26,24 @@ class Pretrained:
 
   Attributes:
     model: the Linen module: `model.apply(variables, images)`.
-    variables: `{"params": ...}`, float32 numpy arrays.
+    variables: `{"params": ..., ...}`, numpy arrays.
     preprocess: pictures -> images.
     config: the model's fields, and "image_size".
+    task: what the weights were trained for, a key of `tasks.TASKS`.
+    task_fields: of that task, where the file knows them: `class_names`, ...
   """
 
   model: nn.Module
   variables: dict[str, Any]
   preprocess: Preprocess
   config: dict[str, Any]
+  task: str = "classification"
+  task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """The names of the classes in order; none where the file does not tell."""
+    return tuple(self.task_fields.get("class_names") or ())
 
 
 def load_pretrained(
@@ -71,44 +57,53 @@ def load_pretrained(
   """Reads a published checkpoint; its sizes are inferred from its arrays.
 
   Args:
-    path: a ViT .npz file of google-research/vision_transformer or big_vision, a .safetensors file
-      of timm's, or a folder of Hugging Face's with `config.json` and `model.safetensors`; local or
-      `gs://bucket/...` (which needs gcsfs, and was not tried against a real bucket here).
-    image_size: side, or height and width, of the images to come; the position embedding is resized
+    path: a file or folder in any of `formats.FORMATS`, local or `gs://bucket/...` (which needs
+      gcsfs, and was not tried against a real bucket here); a published name such as
+      "vit_b16_imagenet21k", a URL, or "owner/name" on Hugging Face's hub: see `hub.resolve`.
+    image_size: side, or height and width, of the images to come; positions on a grid are resized
       to them. By default the size that the checkpoint was trained at.
     source_image_size: what it was trained at; needed only where that is not square and the file
       does not state it.
     resize: how positions are resized, a key of `position_grid.METHODS`; None: as the code does it
       that the checkpoint was published for.
     **overrides: fields of the model. With another `num_classes` the head starts from zeros;
-      `num_classes=None` drops it; `representation_size=None` drops `pre_logits`, and then the head,
-      which was trained on its output, starts from zeros too. timm's files do not say how many
-      heads there are: see `vit_timm`, and give `num_heads` where that is wrong.
+      `num_classes=None` drops it; a ViT's `representation_size=None` drops `pre_logits`, and then
+      the head, which was trained on its output, starts from zeros too. timm's files do not say how
+      many heads there are: see `vit_timm`, and give `num_heads` where that is wrong.
 
   Raises:
     ValueError: the file is missing or in no known format, or does not fit (all of it is listed).
+    ImportError: reading it takes a package that is not installed.
+    OSError: it is to be downloaded, and cannot be.
   """
-  checkpoint = _read(path)
-  check_fields(VisionTransformer, overrides, "VisionTransformer")
+  checkpoint = read_checkpoint(hub.resolve(path))
+  kind = model_class(checkpoint.family)
+  check_fields(kind, overrides, kind.__name__)
   fields = {**checkpoint.fields, **overrides}
-  model = VisionTransformer(**fields)
-  stride = model.patch_side
-  size = _height_width(image_size)
-  source_size = _height_width(source_image_size) or checkpoint.image_size
-  old_grid = None
-  if checkpoint.key(POSITIONS):
-    old_grid = checkpoint.position_grid(
-      given=source_size and _grid(source_size, stride),
-      fallback=size and _grid(size, stride),
-    )
-    size = size or (old_grid[0] * stride, old_grid[1] * stride)
-  size = size or source_size or (224, 224)
-  images = jnp.zeros((1, *size, _channels(checkpoint)))
-  abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), images))
-  if old_grid is not None:
-    checkpoint = _fit_positions(checkpoint, abstract, old_grid, _grid(size, stride), resize)
-  preprocess = Preprocess(size, checkpoint.mean, checkpoint.std)
-  return Pretrained(model, _fit(checkpoint, abstract), preprocess, {**fields, "image_size": size})
+  model = kind(**fields)
+  size, checkpoint = checkpoint.choose_size(
+    model, _height_width(image_size), _height_width(source_image_size)
+  )
+  inputs = checkpoint.example_inputs(size)
+  abstract = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
+  checkpoint = checkpoint.at_size(flatten_variables(abstract), model, size, method=resize)
+  return Pretrained(
+    model,
+    _fit(checkpoint, abstract),
+    checkpoint.preprocess.at_size(size),
+    {**fields, "image_size": size},
+    task=checkpoint.task,
+    task_fields=_task_fields(checkpoint, fields),
+  )
+
+
+def _task_fields(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the task's fields, without names of classes that a new head does not have."""
+  known = dict(checkpoint.task_fields)
+  names = known.get("class_names")
+  if names and len(names) != fields.get("num_classes", len(names)):
+    del known["class_names"]
+  return known
 
 
 def load_into(
@@ -123,7 +118,8 @@ def load_into(
   Args:
     path: as in `load_pretrained`.
     variables: the model's, as arrays or as `jax.ShapeDtypeStruct`s. Only their shapes matter; but a
-      head that the file cannot fill stays what it is here (zeros, if only its shape is known).
+      head that the file cannot fill, and whole collections of which it has nothing (a palette),
+      stay what they are here (zeros, if only their shapes are known).
     position_grid: height and width, in tokens, of the model's grid; needed where that is not
       square, and the file's is another.
     resize: as in `load_pretrained`.
@@ -134,36 +130,33 @@ def load_into(
   Raises:
     ValueError: as in `load_pretrained`.
   """
-  checkpoint = _read(path)
-  theirs, positions = checkpoint.array(POSITIONS), _flatten(variables).get(POSITIONS)
-  if theirs is not None and positions is not None:
-    same = position_grid is None and positions.shape == theirs.shape
-    if not same:
-      grid = position_grid or _square(positions.shape[1], "cls_token" in variables["params"])
-      old_grid = checkpoint.position_grid(fallback=grid)
-      checkpoint = _fit_positions(checkpoint, variables, old_grid, grid, resize)
+  checkpoint = read_checkpoint(hub.resolve(path))
+  if isinstance(checkpoint, VitCheckpoint):
+    checkpoint = _fit_positions(checkpoint, flatten_variables(variables), position_grid, resize)
   return _fit(checkpoint, variables)
 
 
 def _fit_positions(
-  checkpoint: Checkpoint,
-  variables: Mapping[str, Any],
-  old_grid: tuple[int, int],
-  new_grid: tuple[int, int],
+  checkpoint: VitCheckpoint,
+  target: Mapping[str, Any],
+  grid: tuple[int, int] | None,
   method: str | None,
-) -> Checkpoint:
-  positions = _flatten(variables).get(POSITIONS)
-  if positions is None:
+) -> VitCheckpoint:
+  theirs, positions = checkpoint.array(POSITIONS), target.get(POSITIONS)
+  if theirs is None or positions is None or (grid is None and positions.shape == theirs.shape):
     return checkpoint
+  grid = grid or _square(positions.shape[1], "cls_token" in target)
+  old_grid = checkpoint.position_grid(fallback=grid)
   return checkpoint.fit_positions(
-    num_rows=positions.shape[1], old_grid=old_grid, new_grid=new_grid, method=method
+    num_rows=positions.shape[1], old_grid=old_grid, new_grid=grid, method=method
   )
 
 
 def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
   """Brings a file's arrays into the structure of `variables`."""
-  target = _flatten(variables)
-  checkpoint, kept = _fit_head(checkpoint, target)
+  target = flatten_variables(variables)
+  checkpoint, kept = _fit_heads(checkpoint, target)
+  kept |= _unknown_collections(checkpoint, variables)
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
   layers = table.read(
     checkpoint.arrays,
@@ -172,79 +165,83 @@ def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]
     source=checkpoint.source,
     ignore=checkpoint.ignore,
   )
-  params = {**table.stack(layers, shapes), **kept}
-  params = {key: _like(params[key], target[key]) for key in target}
-  return {**variables, "params": traverse_util.unflatten_dict(params, sep="/")}
+  fitted = {**table.stack(layers, shapes), **kept}
+  return unflatten_variables({key: _like(fitted[key], target[key]) for key in target}, variables)
 
 
-def _fit_head(
+def _fit_heads(
   checkpoint: Checkpoint, target: Mapping[str, Any]
 ) -> tuple[Checkpoint, dict[str, Any]]:
-  """Drops what the model has no place for; returns the rest, and the head if it stays as it is."""
-  no_representation = False
-  if "pre_logits/kernel" not in target and checkpoint.key("pre_logits/kernel"):
-    checkpoint, no_representation = checkpoint.without("pre_logits"), True
-  wanted, given = target.get("head/bias"), checkpoint.array("head/bias")
-  if wanted is not None and given is not None:
-    if wanted.shape == given.shape and not no_representation:
-      return checkpoint, {}
-    logging.info("%s: the head for %d classes starts afresh", checkpoint.source, wanted.shape[0])
-  head = {key: leaf for key, leaf in target.items() if key.startswith("head/")}
-  return checkpoint.without("head"), {
-    key: np.zeros(leaf.shape, np.float32) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-    for key, leaf in head.items()
-  }
+  """Drops what the model has no place for; returns the rest, and heads that stay as they are."""
+  kept: dict[str, Any] = {}
+  was_trained_on_another = False
+  for prefix in checkpoint.below_heads:
+    if checkpoint.has(prefix) and not any(key.startswith(prefix) for key in target):
+      checkpoint, was_trained_on_another = checkpoint.without(prefix), True
+  for prefix in checkpoint.heads:
+    wanted = {key: leaf for key, leaf in target.items() if key.startswith(prefix)}
+    if wanted and checkpoint.has(prefix) and not was_trained_on_another:
+      if all(_outputs(checkpoint, key, leaf) == leaf.shape[-1] for key, leaf in wanted.items()):
+        continue
+      logging.info("%s: %s starts afresh", checkpoint.source, prefix.rstrip("/"))
+    checkpoint = checkpoint.without(prefix)
+    kept |= {key: _fresh(leaf) for key, leaf in wanted.items()}
+  return checkpoint, kept
 
 
-def _read(path: str) -> Checkpoint:
-  """Reads a checkpoint in whatever format it is."""
-  file = epath.Path(path)
-  if not file.exists():
-    raise ValueError(f"there is no checkpoint at {path}")
-  if file.is_dir():
-    file = file / "model.safetensors"
-    if not file.exists():
-      raise ValueError(f"there is no model.safetensors in {path}")
-  if file.suffix == ".npz":
-    return vit_npz.read_checkpoint(path)
-  if file.suffix != ".safetensors":
-    raise ValueError(
-      f"{path} is in no format that can be read; known: .npz, .safetensors, Hugging Face's folders"
-    )
-  published = read_safetensors(str(file))
-  for module in (vit_hf, vit_timm):
-    if module.is_of(published):
-      return module.read_checkpoint(str(file), published)
-  keys = ", ".join(sorted(published)[:3])
-  raise table.WeightsError(
-    f"{path} holds no ViT in timm's or Hugging Face's layout; its keys begin with {keys}"
-  )
+def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
+  """Returns how many classes the file has for a head's parameter, or those of the model.
+
+  Only the number of classes may differ: whatever else is wrong with a head must be reported.
+  """
+  bias = checkpoint.array(f"{path.rpartition('/')[0]}/bias")
+  if bias is not None and bias.ndim == 1:
+    return bias.shape[0]
+  ours = checkpoint.ours(path, leaf.shape)
+  return leaf.shape[-1] if ours is None or ours.ndim != len(leaf.shape) else ours.shape[-1]
+
+
+def _unknown_collections(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what stays as it is: collections, but the parameters, of which the file has nothing."""
+  kept = {}
+  for path, leaf in flatten_variables(variables).items():
+    collection = path.partition("/")[0]
+    is_other = collection in variables and collection != "params"
+    if is_other and not checkpoint.has(f"{collection}/"):
+      kept[path] = _fresh(leaf)
+  return kept
+
+
+def flatten_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the leaves by path as tables have it: those of `params` without the collection."""
+  flat = dict(traverse_util.flatten_dict(variables["params"], sep="/"))
+  for name, tree in variables.items():
+    if name != "params":
+      leaves = traverse_util.flatten_dict(tree, sep="/")
+      flat |= {f"{name}/{path}": leaf for path, leaf in leaves.items()}
+  return flat
+
+
+def unflatten_variables(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the tree of leaves by path; which collections there are is seen from `like`."""
+  trees: dict[str, dict[str, Any]] = {name: {} for name in like}
+  for path, leaf in flat.items():
+    name, _, rest = path.partition("/")
+    is_other = name in like and name != "params"
+    trees[name if is_other else "params"][rest if is_other else path] = leaf
+  return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in trees.items()}
+
+
+def _fresh(leaf: Any) -> Any:
+  return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
 def _like(array: Any, target: Any) -> Any:
   return array if isinstance(array, jax.Array) else np.asarray(array, dtype=target.dtype)
 
 
-def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-  return traverse_util.flatten_dict(variables["params"], sep="/")
-
-
-def _channels(checkpoint: Checkpoint) -> int:
-  """Returns the channels of the images: what the first layer's kernel, in our layout, takes."""
-  for row in checkpoint.table:
-    if row.ours in ("resnet/root_conv/kernel", "embedding/kernel"):
-      array = checkpoint.arrays.get(row.published)
-      if array is not None:
-        return row.transform.read(array, ()).shape[2]
-  return 3
-
-
 def _height_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
   return (size, size) if isinstance(size, int) else size
-
-
-def _grid(size: tuple[int, int], side: int) -> tuple[int, int]:
-  return size[0] // side, size[1] // side
 
 
 def _square(rows: int, has_cls: bool) -> tuple[int, int]:  # noqa: FBT001
@@ -252,6 +249,6 @@ def _square(rows: int, has_cls: bool) -> tuple[int, int]:  # noqa: FBT001
   for count in (rows - 1, rows) if has_cls else (rows,):
     if math.isqrt(count) ** 2 == count:
       return math.isqrt(count), math.isqrt(count)
-  raise ValueError(
+  raise WeightsError(
     f"the model has positions for {rows} tokens, which is no square grid; give position_grid"
   )

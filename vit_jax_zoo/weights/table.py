@@ -10,10 +10,12 @@ rows read and write:
 
 Tables know unrolled layers alone (`block_0/...`, `block_1/...`); `unroll` and `stack` stand between
 them and models that scan their layers (`blocks/...`, with a leading axis). Of a ResNet's stage only
-the units after the first are scanned (`stage_0_units/...` for `stage_0_unit_1/...` and so on).
+the units after the first are scanned (`stage_0_units/...` for `stage_0_unit_1/...` and so on). The
+layers of an encoder-decoder are `transformer/encoder_0/...`, and scanned `transformer/encoder/...`.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -64,16 +66,36 @@ class Row:
     """Returns the published key of our parameter, or None if the row is not about it."""
     return _translate(path, self.ours, self.published)
 
+  def path(self, key: str) -> str | None:
+    """Returns our path of a published key, or None if the row is not about it."""
+    return _translate(key, self.published, self.ours)
+
+
+_SLOT = re.compile(r"\{(\w+)(\+1)?\}")
+
 
 def _translate(name: str, source: str, target: str) -> str | None:
-  parts = re.split(r"\{(\w+)\}", source)
-  pattern = "".join(
-    f"(?P<{part}>\\d+)" if i % 2 else re.escape(part) for i, part in enumerate(parts)
-  )
-  match = re.fullmatch(pattern, name)
+  """Returns the name in the form of `target` if it has that of `source`; numbers carry over."""
+  match = _pattern(source).fullmatch(name)
   if match is None:
     return None
-  return re.sub(r"\{(\w+)(\+1)?\}", lambda slot: str(int(match[slot[1]]) + bool(slot[2])), target)
+  offsets = {slot[1]: int(bool(slot[2])) for slot in _SLOT.finditer(source)}
+
+  def number(slot: re.Match[str]) -> str:
+    return str(int(match[slot[1]]) - offsets[slot[1]] + bool(slot[2]))
+
+  return _SLOT.sub(number, target)
+
+
+@functools.lru_cache(4096)
+def _pattern(form: str) -> re.Pattern[str]:
+  pattern, end = "", 0
+  for slot in _SLOT.finditer(form):
+    seen = f"(?P<{slot[1]}>" in pattern
+    pattern += re.escape(form[end : slot.start()])
+    pattern += f"(?P={slot[1]})" if seen else f"(?P<{slot[1]}>\\d+)"
+    end = slot.end()
+  return re.compile(pattern + re.escape(form[end:]))
 
 
 class WeightsError(ValueError):
@@ -141,13 +163,19 @@ def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
   return published
 
 
-_SCANNED = re.compile(r"(.*/)?(block|stage_\d+_unit)s/(.*)")
-_UNROLLED = re.compile(r"(.*/)?(block|stage_\d+_unit)_(\d+)/(.*)")
+_CODER = r"(?<=transformer/)(?:en|de)coder"
+_SCANNED = re.compile(rf"(.*/)?(block(?=s)|stage_\d+_unit(?=s)|{_CODER})s?/(.*)")
+_UNROLLED = re.compile(rf"(.*/)?(block|stage_\d+_unit|{_CODER})_(\d+)/(.*)")
 
 
 def _first(name: str) -> int:
   """Returns the number of the first layer that is scanned."""
-  return 0 if name == "block" else 1
+  return 1 if name.startswith("stage_") else 0
+
+
+def _scanned(name: str) -> str:
+  """Returns what the layers are called together."""
+  return name if name.endswith("coder") else f"{name}s"
 
 
 def unroll(parameters: Mapping[str, Array]) -> Flat:
@@ -181,7 +209,7 @@ def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
   for path, array in parameters.items():
     match = _UNROLLED.fullmatch(path)
     if match is not None and int(match.group(3)) >= _first(match.group(2)):
-      scanned = f"{match.group(1) or ''}{match.group(2)}s/{match.group(4)}"
+      scanned = f"{match.group(1) or ''}{_scanned(match.group(2))}/{match.group(4)}"
       layers.setdefault(scanned, {})[int(match.group(3))] = array
   return {
     path: np.stack([layers[path][i] for i in sorted(layers[path])])

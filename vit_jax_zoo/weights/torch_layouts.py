@@ -7,6 +7,7 @@ import tempfile
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError
 
@@ -80,6 +81,11 @@ def _read_bucket(path: str) -> Flat:
 
 def _widened(array: Array) -> Array:
   return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
+
+
+def write_safetensors(path: str, arrays: Flat) -> None:
+  """Writes a file that PyTorch's libraries read; local or `gs://bucket/...`."""
+  epath.Path(path).write_bytes(save(contiguous(arrays), {"format": "pt"}))
 
 
 def contiguous(arrays: Flat) -> Flat:

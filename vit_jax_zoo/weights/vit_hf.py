@@ -5,15 +5,15 @@
 """
 
 import json
-import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
-from safetensors.numpy import save_file
 
-from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
@@ -23,8 +23,9 @@ from vit_jax_zoo.weights.torch_layouts import (
   contiguous,
   layer_rows,
   norm_rows,
-  read_safetensors,
+  write_safetensors,
 )
+from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, with_table
 
 ACTIVATIONS = {
   "gelu": "gelu",
@@ -35,6 +36,14 @@ ACTIVATIONS = {
   "relu": "relu",
 }
 """transformers' `hidden_act` -> our activation; the first of equals is written."""
+
+FIXED: dict[str, Any] = {
+  "pool": "cls",
+  "resnet": None,
+  "norm_after_pool": False,
+  "activation": tuple(dict.fromkeys(ACTIVATIONS.values())),
+}
+"""What transformers' ViT has always the same, or one of."""
 
 _PREFIX = "vit."
 _REQUIRED = ("num_attention_heads", "patch_size")
@@ -126,35 +135,26 @@ def _length(published: Mapping[str, np.ndarray], key: str) -> int | None:
   return published[key].shape[0] if key in published else None
 
 
-def read_checkpoint(path: str, published: Flat | None = None) -> Checkpoint:
-  """Reads a `model.safetensors` with the `config.json` beside it.
-
-  Pixels' mean and deviation come from `preprocessor_config.json`, where there is one.
-
-  Args:
-    path: of the file with the arrays.
-    published: its arrays, if they have been read.
+def read_checkpoint(published: Published) -> VitCheckpoint:
+  """Reads what lies in a folder with its `config.json`.
 
   Raises:
-    WeightsError: a file cannot be read, or there is no ViT in it.
+    WeightsError: there is no such file, it lacks something, or there is no ViT.
   """
-  published = read_safetensors(path) if published is None else published
-  folder = epath.Path(path).parent
-  if not (folder / "config.json").exists():
+  path, config = published.path, published.config
+  if not published.has_config:
     raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
-  config = json.loads((folder / "config.json").read_text())
-  settings_file = folder / "preprocessor_config.json"
-  settings = json.loads(settings_file.read_text()) if settings_file.exists() else {}
   side = config.get("image_size", 224)
-  return Checkpoint(
-    path,
-    published,
-    CLASSIFIER_TABLE if _prefix(published) else BASE_TABLE,
-    infer_fields(published, config, path),
+  size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+  return VitCheckpoint(
+    source=path,
+    arrays=published.arrays,
+    table=CLASSIFIER_TABLE if _prefix(published.arrays) else BASE_TABLE,
+    fields=infer_fields(published.arrays, config, path),
     resize="bicubic",
-    image_size=(side, side) if isinstance(side, int) else tuple(side),
-    mean=tuple(settings.get("image_mean", (0.5, 0.5, 0.5))),
-    std=tuple(settings.get("image_std", (0.5, 0.5, 0.5))),
+    preprocess=hf_config.read_preprocess(published.processor, size),
+    task_fields=hf_config.read_class_names(config),
+    image_size=size,
   )
 
 
@@ -175,46 +175,36 @@ def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
   return contiguous(write(unroll(params), rows))
 
 
-def write_folder(
-  path: str,
-  params: Mapping[str, np.ndarray],
-  fields: Mapping[str, Any],
-  image_size: tuple[int, int],
-) -> None:
-  """Writes `model.safetensors` and `config.json`: what `read_checkpoint` reads.
-
-  Args:
-    path: of the folder, which is made if need be.
-    params: see `state_dict`.
-    fields: of the `VisionTransformer`, all that `config_of` reads.
-    image_size: height and width of the images that its positions are for.
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s.
 
   Raises:
     WeightsError: transformers has no such model.
   """
-  config = config_of(fields, image_size)
-  arrays = state_dict(params)
-  folder = pathlib.Path(path)
+  check_fixed(export, FIXED, "Hugging Face")
+  folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
-  save_file(arrays, str(folder / "model.safetensors"), {"format": "pt"})
-  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  size = export.preprocess.image_size
+  config = config_of(export.fields(), size, export.class_names)
+  arrays = state_dict(with_table(export, class_row=True))
+  write_safetensors(str(folder / "model.safetensors"), arrays)
+  processor = hf_config.processor_of(export.preprocess, "ViTImageProcessor")
+  for name, content in (("config", config), ("preprocessor_config", processor)):
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def config_of(fields: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
-  """Returns the `config.json` of a model of these fields; see `write_folder`."""
-  fixed = {
-    "pool": "cls",
-    "position_embedding": "learned_1d",
-    "cls_token_position": True,
-    "resnet": None,
-    "norm_after_pool": False,
-  }
-  other = [key for key, value in fixed.items() if fields.get(key, value) != value]
-  if other:
-    given = ", ".join(f"{key}={fields[key]!r}" for key in other)
-    raise WeightsError(f"Hugging Face has no ViT with {given}")
+def config_of(
+  fields: Mapping[str, Any], image_size: tuple[int, int], class_names: Sequence[str] = ()
+) -> dict[str, Any]:
+  """Returns the `config.json` of a model of these fields.
+
+  Args:
+    fields: of the `VisionTransformer`.
+    image_size: height and width of the images that its positions are for.
+    class_names: in order; "LABEL_0", ... where there are none.
+  """
   num_classes = fields["num_classes"]
-  names = range(num_classes or 0)
+  names = list(class_names) or [f"LABEL_{i}" for i in range(num_classes or 0)]
   return {
     "architectures": ["ViTModel" if num_classes is None else "ViTForImageClassification"],
     "model_type": "vit",
@@ -230,8 +220,8 @@ def config_of(fields: Mapping[str, Any], image_size: tuple[int, int]) -> dict[st
     "num_channels": 3,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    **({"id2label": {str(i): f"LABEL_{i}" for i in names}} if num_classes else {}),
-    **({"label2id": {f"LABEL_{i}": i for i in names}} if num_classes else {}),
+    **({"id2label": {str(i): name for i, name in enumerate(names)}} if num_classes else {}),
+    **({"label2id": {name: i for i, name in enumerate(names)}} if num_classes else {}),
     **_pooler(fields["representation_size"]),
   }
 

@@ -8,16 +8,27 @@ published spelling.
 """
 
 import re
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from etils import epath
 
-from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
+from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, has_cls_token, with_table
+
+FIXED: dict[str, Any] = {
+  "activation": "gelu_tanh",
+  "layer_norm_epsilon": 1e-6,
+  "norm_after_pool": False,
+  "qkv_bias": True,
+  "resnet.group_norm_epsilon": 1e-6,
+  "resnet.std_epsilon": 1e-5,
+  "resnet.variance_epsilon": 0.0,
+}
+"""What Google's code has always the same: a model with another value is not one of its own."""
 
 _PREFIXES = ("params/", "opt/target/")
 _OTHER_STATE = (r"opt/state/.*", r"opt/.*step", r"step")
@@ -69,10 +80,15 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-def read_file(path: str) -> Flat:
-  """Returns the file's parameters by key, without prefix and optimizer state, layers unrolled."""
-  with epath.Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-    arrays = {key: _as_numbers(file[key]) for key in file.files}
+def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are Google's, as far as the first layers go."""
+  return any(
+    key.endswith("embedding/kernel") or "Transformer/encoderblock" in key for key in arrays
+  )
+
+
+def normalize(arrays: Mapping[str, np.ndarray]) -> Flat:
+  """Returns the parameters by key, without prefix and optimizer state, layers unrolled."""
   prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in arrays)), "")
   flat: Flat = {}
   for key, array in arrays.items():
@@ -87,16 +103,11 @@ def read_file(path: str) -> Flat:
   return flat
 
 
-def _as_numbers(array: np.ndarray) -> np.ndarray:
-  # numpy stores bfloat16 as two bytes without a meaning.
-  return array.view(ml_dtypes.bfloat16).astype(np.float32) if array.dtype == "V2" else array
-
-
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
   """Returns the fields of the `VisionTransformer` that a file's arrays fit.
 
   Args:
-    published: as `read_file` returns them.
+    published: as `normalize` returns them.
     source: the file's name, for the message.
 
   Raises:
@@ -145,18 +156,37 @@ def _side(published: Mapping[str, np.ndarray], key: str, axis: int) -> int | Non
   return published[key].shape[axis] if key in published else None
 
 
-def read_checkpoint(path: str) -> Checkpoint:
-  """Reads a file.
+def read_checkpoint(published: Published) -> VitCheckpoint:
+  """Reads a file's arrays; pictures are squashed to the size, as in Google's evaluations.
 
   Raises:
-    ValueError: it is no .npz file, or there is no ViT in it.
+    WeightsError: there is no ViT in it.
   """
-  try:
-    published = read_file(path)
-  except (OSError, EOFError, zipfile.BadZipFile) as error:
-    raise WeightsError(f"{path} cannot be read as .npz: {error}") from error
-  fields = infer_fields(published, path)
-  return Checkpoint(path, published, TABLE, fields, resize="corner_aligned")
+  arrays = normalize(published.arrays)
+  return VitCheckpoint(
+    source=published.path,
+    arrays=arrays,
+    table=TABLE,
+    fields=infer_fields(arrays, published.path),
+    resize="corner_aligned",
+  )
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a model as Google published it; the file says nothing of its preprocessing.
+
+  Raises:
+    WeightsError: Google's code has no such model.
+  """
+  check_fixed(export, FIXED, "Google's code")
+  fields = export.fields()
+  if has_cls_token(fields) != (fields["pool"] == "cls"):
+    raise WeightsError("Google's code has no ViT with a class token that the head does not see")
+  own_row = has_cls_token(fields) and fields["cls_token_position"]
+  # Without a table big_vision's sine-cosine positions are meant, as in our own fields.
+  fixed = fields["position_embedding"] == "sincos_2d" and not has_cls_token(fields)
+  params = export.variables if fixed else with_table(export, class_row=own_row)
+  write_file(path, params, cls_token_position=own_row or not has_cls_token(fields))
 
 
 def write_file(
@@ -165,7 +195,7 @@ def write_file(
   """Writes a ViT's parameters as Google published them: what `read_file` reads.
 
   Args:
-    path: of the .npz file.
+    path: of the .npz file, local or `gs://bucket/...`.
     params: by "/"-joined path, layers scanned or unrolled.
     cls_token_position: the model's field; a table without the class token's row goes where
       big_vision keeps it, so that a reader knows.
@@ -173,4 +203,5 @@ def write_file(
   published = write(unroll(params), TABLE)
   if not cls_token_position and _POSITIONS in published:
     published[_POSITIONS_BIG_VISION] = published.pop(_POSITIONS)
-  np.savez(path, allow_pickle=False, **published)
+  with epath.Path(path).open("wb") as file:
+    np.savez(file, allow_pickle=False, **published)

@@ -5,18 +5,18 @@ together, the table does the rest. A file does not say how many heads there are:
 the published size with the same width and depth, else as many as are 64 wide.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
-from safetensors.numpy import save_file
 
 from vit_jax_zoo.models.vit import VARIANTS
-from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.weights import timm_config
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
@@ -26,8 +26,27 @@ from vit_jax_zoo.weights.torch_layouts import (
   contiguous,
   layer_rows,
   norm_rows,
-  read_safetensors,
+  write_safetensors,
 )
+from vit_jax_zoo.weights.vit_checkpoint import (
+  VitCheckpoint,
+  check_fixed,
+  has_cls_token,
+  with_table,
+)
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+"""timm's `act_layer`; the names are ours, too."""
+
+FIXED: dict[str, Any] = {
+  "activation": ACTIVATIONS,
+  "layer_norm_epsilon": 1e-6,
+  "representation_size": None,
+  "resnet.group_norm_epsilon": 1e-5,
+  "resnet.std_epsilon": 0.0,
+  "resnet.variance_epsilon": 1e-8,
+}
+"""What timm's ViT has always the same, or one of."""
 
 _PARTS = ("query", "key", "value")
 _FUSED = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
@@ -190,31 +209,30 @@ def _length(published: Mapping[str, np.ndarray], key: str) -> int | None:
   return published[key].shape[0] if key in published else None
 
 
-def read_checkpoint(path: str, published: Flat | None = None) -> Checkpoint:
-  """Reads a file, and the `config.json` beside it if there is one, for the preprocessing.
-
-  Args:
-    path: of the file.
-    published: its arrays, if they have been read.
+def read_checkpoint(published: Published) -> VitCheckpoint:
+  """Reads a file, and the `config.json` beside it if there is one, for what arrays do not say.
 
   Raises:
-    WeightsError: the file cannot be read, or there is no ViT of timm's in it.
+    WeightsError: there is no ViT of timm's in it.
   """
-  published = read_safetensors(path) if published is None else published
-  fields = infer_fields(published, path)
-  config = epath.Path(path).with_name("config.json")
-  settings = json.loads(config.read_text()) if config.exists() else {}
-  settings = settings.get("pretrained_cfg", {})
-  size = settings.get("input_size")
-  return Checkpoint(
-    path,
-    split(published),
-    _table_of(published),
-    fields,
+  fields = infer_fields(published.arrays, published.path)
+  arguments = published.config.get("model_args", {})
+  fields["num_heads"] = arguments.get("num_heads", fields["num_heads"])
+  if arguments.get("global_pool") == "avg":
+    fields["pool"] = "mean"
+  activation = arguments.get("act_layer", "gelu")
+  if activation not in ACTIVATIONS:
+    raise WeightsError(f"{published.path}: {unknown_name('act_layer', activation, ACTIVATIONS)}")
+  settings = timm_config.read(published, size=(224, 224), mean=0.5, std=0.5, crop_pct=0.9)
+  return VitCheckpoint(
+    source=published.path,
+    arrays=split(published.arrays),
+    table=_table_of(published.arrays),
+    fields={**fields, "activation": activation},
     resize="bicubic_antialias",
-    image_size=None if size is None else (size[1], size[2]),
-    mean=tuple(settings.get("mean", (0.5, 0.5, 0.5))),
-    std=tuple(settings.get("std", (0.5, 0.5, 0.5))),
+    preprocess=settings.preprocess,
+    task_fields=settings.task_fields,
+    image_size=settings.stated_size,
   )
 
 
@@ -240,4 +258,67 @@ def write_file(
   path: str, params: Mapping[str, np.ndarray], *, norm_after_pool: bool = False
 ) -> None:
   """Writes what `read_checkpoint` reads; see `state_dict`."""
-  save_file(state_dict(params, norm_after_pool=norm_after_pool), path, {"format": "pt"})
+  write_safetensors(path, state_dict(params, norm_after_pool=norm_after_pool))
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads.
+
+  Raises:
+    WeightsError: timm has no such model.
+  """
+  check_fixed(export, FIXED, "timm")
+  fields = export.fields()
+  with_cls = has_cls_token(fields)
+  own_row = with_cls and fields["cls_token_position"]
+  params = with_table(export, class_row=own_row and fields["position_embedding"] != "learned_1d")
+  arrays = state_dict(params, norm_after_pool=fields["norm_after_pool"])
+  size = export.preprocess.image_size
+  arguments = {
+    "img_size": list(size),
+    "patch_size": fields["patch_size"],
+    "embed_dim": fields["width"],
+    "depth": fields["depth"],
+    "num_heads": fields["num_heads"],
+    "mlp_ratio": fields["mlp_dim"] / fields["width"],
+    "qkv_bias": fields["qkv_bias"],
+    "act_layer": fields["activation"],
+    "class_token": with_cls,
+    "no_embed_class": with_cls and not own_row,
+    "global_pool": "token" if fields["pool"] == "cls" else "avg",
+    "fc_norm": fields["norm_after_pool"],
+  }
+  timm_config.write(path, arrays, export, _architecture(fields), arguments)
+
+
+_ARCHITECTURES = {
+  **{
+    (None, width, patch): f"vit_{name}_patch{patch}_224"
+    for name, width, patches in (
+      ("tiny", 192, (16,)),
+      ("small", 384, (16, 32)),
+      ("base", 768, (8, 16, 32)),
+      ("large", 1024, (14, 16, 32)),
+      ("huge", 1280, (14,)),
+    )
+    for patch in patches
+  },
+  ((), 192, 8): "vit_tiny_r_s16_p8_224",
+  ((2, 2, 2, 2), 384, 1): "vit_small_r26_s32_224",
+  ((2, 2, 2, 2), 768, 1): "vit_base_r26_s32_224",
+  ((3, 4, 9), 768, 1): "vit_base_r50_s16_224",
+  ((3, 4, 6, 3), 1024, 1): "vit_large_r50_s32_224",
+}
+"""Stages of the ResNet, width and patch -> timm's model."""
+
+
+def _architecture(fields: Mapping[str, Any]) -> str:
+  """Returns the name of timm's model from which the arguments lead to this one."""
+  resnet = fields["resnet"]
+  stages = None if resnet is None else tuple(resnet["stage_sizes"])
+  name = _ARCHITECTURES.get((stages, fields["width"], fields["patch_size"]))
+  if name is None and stages is None:
+    return "vit_base_patch16_224"  # the arguments say all that differs
+  if name is None:
+    raise WeightsError(f"timm has no hybrid with the stages {stages} and width {fields['width']}")
+  return name

@@ -1,0 +1,30 @@
+"""Models at work on a user's own pictures: one file a task, found by the task's name."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.tasks import TASKS
+
+if TYPE_CHECKING:
+  from vit_jax_zoo.inference.base import Options, Predictor, Trained
+
+PREDICTORS = {
+  "classification": ("vit_jax_zoo.inference.classification", "ClassificationPredictor"),
+  "pixel_modelling": ("vit_jax_zoo.inference.completion", "CompletionPredictor"),
+}
+"""Name of the task, a key of `tasks.TASKS` -> module and class of its predictor."""
+
+
+def create_predictor(trained: "Trained", options: "Options") -> "Predictor":
+  """Returns the predictor of a model's task.
+
+  Raises:
+    ValueError: there is none for this task, or the model cannot do what the options ask for.
+  """
+  task_class = type(trained.task).__name__
+  task = next((name for name, (_, known) in TASKS.items() if known == task_class), task_class)
+  if task not in PREDICTORS:
+    raise ValueError(unknown_name("task to predict with", task, PREDICTORS))
+  module, class_name = PREDICTORS[task]
+  return getattr(importlib.import_module(module), class_name)(trained, options)

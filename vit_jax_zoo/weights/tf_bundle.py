@@ -1,0 +1,181 @@
+"""Reading TensorFlow's checkpoints without TensorFlow: `model.ckpt-<step>.{index,data-...}`.
+
+A checkpoint is a table of names, `.index`, and raw numbers in one or many `.data-00000-of-00032`
+files. The table is LevelDB's (github.com/google/leveldb, doc/table_format.md): blocks of sorted
+keys, each sharing a prefix with the one before, found through a footer at the end of the file. Its
+values are `BundleEntryProto`s (tensorflow/core/protobuf/tensor_bundle.proto): type, shape, shard,
+offset, size.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo.weights.table import Flat, WeightsError
+
+_MAGIC = 0xDB4775248B80FB57
+_FOOTER = 48
+_HEADER = b""
+"""Key of the table's first entry, the `BundleHeaderProto`."""
+
+# tensorflow/core/framework/types.proto
+_TYPES = {
+  1: np.float32, 2: np.float64, 3: np.int32, 4: np.uint8, 5: np.int16, 6: np.int8, 9: np.int64,
+  10: np.bool_, 14: ml_dtypes.bfloat16, 19: np.float16, 22: np.uint32, 23: np.uint64,
+}  # fmt: skip
+
+
+def find_prefix(path: str) -> str | None:
+  """Returns the common beginning of a checkpoint's files, or None if there are none.
+
+  Args:
+    path: that beginning, the `.index` file, or a folder; of several in a folder the one with the
+      highest step counts.
+  """
+  location = epath.Path(path)
+  if location.exists() and location.is_dir():
+    found = [str(file).removesuffix(".index") for file in location.iterdir() if _is_index(file)]
+    return max(found, key=_step, default=None)
+  prefix = path.removesuffix(".index")
+  return prefix if epath.Path(f"{prefix}.index").exists() else None
+
+
+def _is_index(file: epath.Path) -> bool:
+  return file.suffix == ".index" and file.is_file()
+
+
+def _step(prefix: str) -> int:
+  match = re.search(r"-(\d+)$", prefix)
+  return int(match[1]) if match else -1
+
+
+def read_bundle(prefix: str) -> Flat:
+  """Returns all arrays of a checkpoint by variable name; 16-bit floats are widened to float32.
+
+  Args:
+    prefix: see `find_prefix`.
+
+  Raises:
+    WeightsError: one line: a file is missing, truncated or something else.
+  """
+  try:
+    entries = dict(_read_table(epath.Path(f"{prefix}.index").read_bytes()))
+    header = _parse(entries.pop(_HEADER))
+    shards = int(header.get(1, [1])[0])
+    fields = {name.decode(): _parse(value) for name, value in entries.items()}
+    return _read_tensors(prefix, fields, shards)
+  except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
+    if isinstance(error, WeightsError):
+      raise
+    raise WeightsError(
+      f"{prefix}.index is no TensorFlow checkpoint that can be read, or a truncated one ({error})"
+    ) from None
+
+
+def _read_tensors(prefix: str, fields: Mapping[str, Mapping[int, Any]], shards: int) -> Flat:
+  """Reads the shards one after another, so that only one is in memory."""
+  arrays: Flat = {}
+  problems = []
+  for shard in range(shards):
+    here = {name: entry for name, entry in fields.items() if entry.get(3, [0])[0] == shard}
+    file = epath.Path(f"{prefix}.data-{shard:05d}-of-{shards:05d}")
+    if here and not file.exists():
+      problems.append(f"{file.name} is missing")
+      continue
+    data = file.read_bytes() if here else b""
+    for name, entry in here.items():
+      offset, size = entry.get(4, [0])[0], entry.get(5, [0])[0]
+      if offset + size > len(data):
+        problems.append(f"{file.name} ends before {name}")
+      else:
+        arrays[name] = _tensor(name, entry, data[offset : offset + size])
+  if problems:
+    raise WeightsError(f"the checkpoint {prefix} is not whole: {'; '.join(problems)}")
+  return {name: arrays[name] for name in fields}
+
+
+def _tensor(name: str, entry: Mapping[int, Any], data: bytes) -> np.ndarray:
+  kind = entry.get(1, [0])[0]
+  if kind not in _TYPES or 7 in entry:
+    raise WeightsError(f"{name} is a variable of a type, or in slices, that is not read here")
+  dims = [_parse(dim).get(1, [0])[0] for dim in _parse(entry.get(2, [b""])[0]).get(2, [])]
+  dtype = np.dtype(_TYPES[kind])
+  if math.prod(dims) * dtype.itemsize != len(data):
+    raise ValueError(f"{name} has {len(data)} bytes for the shape {tuple(dims)}")
+  array = np.frombuffer(data, dtype).reshape(dims)
+  return array.astype(np.float32) if dtype.itemsize == 2 and dtype.kind in "fV" else array
+
+
+def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+  """Yields the keys and values of a LevelDB table, in order."""
+  if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
+    raise ValueError("it does not end as such a file does")
+  position = len(data) - _FOOTER
+  _, position = _handle(data, position)  # of blocks with statistics, which nobody needs
+  index, _ = _handle(data, position)
+  for _, value in _read_block(data, *index):
+    block, _ = _handle(value, 0)
+    yield from _read_block(data, *block)
+
+
+def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+  if data[offset + size] != 0:
+    raise ValueError("its table is compressed, which TensorFlow's are not")
+  block = data[offset : offset + size]
+  restarts = struct.unpack("<I", block[-4:])[0]
+  position, end, key = 0, size - 4 - 4 * restarts, b""
+  while position < end:
+    shared, position = _varint(block, position)
+    own, position = _varint(block, position)
+    length, position = _varint(block, position)
+    key = key[:shared] + block[position : position + own]
+    position += own
+    yield key, block[position : position + length]
+    position += length
+
+
+def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
+  """Reads where a block lies: its offset and its size; returns the position behind, too."""
+  offset, position = _varint(data, position)
+  size, position = _varint(data, position)
+  return (offset, size), position
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+  value = shift = 0
+  while True:
+    byte = data[position]
+    position += 1
+    value |= (byte & 0x7F) << shift
+    if byte < 0x80:
+      return value, position
+    shift += 7
+
+
+def _parse(message: bytes) -> dict[int, list[Any]]:
+  """Takes a protocol buffer apart: field number -> its values, as ints or bytes."""
+  fields: dict[int, list[Any]] = {}
+  position = 0
+  while position < len(message):
+    tag, position = _varint(message, position)
+    number, kind = tag >> 3, tag & 7
+    if kind == 0:
+      value, position = _varint(message, position)
+    elif kind == 2:
+      size, position = _varint(message, position)
+      value = message[position : position + size]
+      position += size
+    elif kind in (1, 5):
+      width = 8 if kind == 1 else 4
+      value = message[position : position + width]
+      position += width
+    else:
+      raise ValueError(f"its table has a field of the unknown kind {kind}")
+    fields.setdefault(number, []).append(value)
+  return fields

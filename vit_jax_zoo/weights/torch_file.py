@@ -1,0 +1,126 @@
+"""Reading PyTorch's own files, `.pth`, `.pt` and `.bin`. The one place that touches PyTorch.
+
+They are pickles, and a pickle may hold code. PyTorch's `weights_only` reader builds tensors and
+plain containers and nothing else: a file that asks for more is refused, and nothing of it runs.
+"""
+
+import argparse
+import contextlib
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo.weights.table import Flat, WeightsError
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "params")
+"""Where training codes put the state dict beside optimizer, epoch and arguments."""
+
+
+def read_torch(path: str) -> Flat:
+  """Returns the state dict that lies in a PyTorch file, as numpy arrays by key.
+
+  16-bit floats are widened to float32. Of a training checkpoint the model alone is read, and the
+  prefix "module." of parallel training is taken off.
+
+  Args:
+    path: of the file; local or `gs://bucket/...`.
+
+  Raises:
+    ImportError: PyTorch is not installed.
+    WeightsError: one line: the file is missing, truncated, or none of PyTorch's; it holds code; or
+      no state dict.
+  """
+  try:
+    import torch  # pyrefly: ignore[missing-import]
+  except ImportError:
+    raise ImportError(
+      f"{path} is a file of PyTorch's, which is not installed; pip install 'vit_jax_zoo[torch]' "
+      "(its CPU version will do), or convert the file to safetensors"
+    ) from None
+  with _local(path) as file:
+    found = _load(torch, file, path)
+  return {key: _as_numpy(torch, tensor) for key, tensor in _state_dict(torch, found, path).items()}
+
+
+def _load(torch: Any, file: str, path: str) -> Any:
+  try:
+    # Namespace: the command line that a training checkpoint remembers; a plain bag of values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      return torch.load(file, map_location="cpu", weights_only=True)
+  except pickle.UnpicklingError as error:
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if wanted:
+      raise WeightsError(
+        f"{path} is a pickle with code in it: it asks for {wanted[1]}, which is no tensor; nothing "
+        "of it was run"
+      ) from None
+    raise WeightsError(f"{path} cannot be read: it is truncated, or no file of PyTorch's") from None
+  except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise WeightsError(
+      f"{path} cannot be read: it is truncated, or no file of PyTorch's ({reason})"
+    ) from None
+
+
+def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
+  candidates = [found, *(found.get(key) for key in WRAPPERS if isinstance(found, Mapping))]
+  for candidate in candidates:
+    is_mapping = isinstance(candidate, Mapping) and candidate
+    if is_mapping and all(isinstance(value, torch.Tensor) for value in candidate.values()):
+      prefixed = all(str(key).startswith("module.") for key in candidate)
+      return {
+        str(k).removeprefix("module.") if prefixed else str(k): candidate[k] for k in candidate
+      }
+  inside = (
+    ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
+  )
+  raise WeightsError(f"{path} holds no state dict; in it there is: {inside}")
+
+
+def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
+  tensor = tensor.detach()
+  if tensor.dtype in (torch.float16, torch.bfloat16):
+    tensor = tensor.float()
+  return tensor.numpy()
+
+
+@contextlib.contextmanager
+def _local(path: str) -> Iterator[str]:
+  """Yields a file of the operating system's with the content of `path`."""
+  if "://" not in path:
+    if not epath.Path(path).exists():
+      raise WeightsError(f"there is no file {path}")
+    yield path
+    return
+  with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
+    shutil.copyfileobj(remote, copy)
+    copy.flush()
+    yield copy.name
+
+
+def write_torch(path: str, arrays: Mapping[str, np.ndarray], *, wrapper: str | None = None) -> None:
+  """Writes a state dict as `torch.save` does.
+
+  Args:
+    path: of the file, on this machine.
+    arrays: by key.
+    wrapper: the key in the file under which the state dict stands, such as "model"; None: alone.
+
+  Raises:
+    ImportError: PyTorch is not installed.
+  """
+  try:
+    import torch  # pyrefly: ignore[missing-import]
+  except ImportError:
+    raise ImportError(
+      f"{path} is to be a file of PyTorch's, which is not installed; pip install "
+      "'vit_jax_zoo[torch]' (its CPU version will do), or write a .safetensors file"
+    ) from None
+  state = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+  torch.save(state if wrapper is None else {wrapper: state}, path)
