@@ -66,9 +66,15 @@ def test_a_run_leaves_what_it_says(finished):
 def test_evaluating_alone_changes_nothing(finished):
   outcome, workdir = finished
   before = (workdir / "metrics.jsonl").read_bytes()
+  pictures = sorted((workdir / "figures").iterdir())
+  drawn = [path for path in pictures if path.name.startswith("test_")]
+  for path in drawn:
+    path.unlink()
   again = run(tiny(), workdir, evaluate_only=True)
   assert again.scores == outcome.scores
   assert (workdir / "metrics.jsonl").read_bytes() == before
+  assert drawn
+  assert drawn[-1].exists()  # the pictures of the last step are drawn once more
 
 
 def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path):

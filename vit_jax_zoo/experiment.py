@@ -41,7 +41,7 @@ from vit_jax_zoo.train.checkpoint import Checkpointer, is_checkpoint, restore_va
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.evaluate import Evaluation, PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
-from vit_jax_zoo.train.metric_writer import MetricWriter
+from vit_jax_zoo.train.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.train.probe import LinearProbe
 from vit_jax_zoo.train.program import Program, Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
@@ -221,6 +221,8 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
     step, evaluations = int(state.step), _evaluations(experiment, program)
     if options.evaluate_only or step >= experiment.num_steps:
       report = run_evaluations(evaluations, state.variables)
+      if is_primary():
+        save_figures(workdir, step, report.figures)
       return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
     settings = _loop_settings(experiment, options)
     settings.check_profile(step)

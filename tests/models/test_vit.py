@@ -190,6 +190,7 @@ def test_a_hybrid_counts_its_stride():
     ({"pool": "max"}, "unknown pool 'max'"),
     ({"cls_token": False}, "pool 'cls' needs the class token"),
     ({"num_classes": 0}, "None leaves out the head"),
+    ({"depth": 0}, "depth must be positive, not 0"),
     ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
     ({"num_heads": 3}, "not a multiple of num_heads 3"),
   ],

@@ -231,6 +231,19 @@ def test_evaluation_merges_every_batch_once():
     ]
   errors = np.concatenate([(p - b["y"]) ** 2 for p, b in zip(predicted, data, strict=True)])[:37]
   assert report.scores["error"] == pytest.approx(errors.mean(), rel=1e-5)
+  assert "skipped_images" not in report.scores
+
+
+def test_evaluation_says_how_many_images_it_lost():
+  class Lossy(list):
+    num_skipped = 3
+
+  made = make_program()
+  data = Lossy(toy.batches(1))
+  scores = PredictionScores(made.task, made.predict_step, lambda: data, made.mesh, "x")
+  with jax.set_mesh(made.mesh):
+    report = scores(made.initial_state(seed=0).variables)
+  assert report.scores["skipped_images"] == 3
 
 
 @pytest.fixture(autouse=True)

@@ -103,3 +103,11 @@ def test_mistakes_are_one_line(schedule, message):
 def test_bad_learning_rate(rate):
   with pytest.raises(ValueError, match=r"learning_rate is .*; expected a finite number"):
     create_schedule({"learning_rate": rate}, 100)
+
+
+@pytest.mark.parametrize(("warmup_steps", "warns"), [(99, False), (100, True)])
+def test_a_warm_up_that_never_ends_is_said(caplog, warmup_steps, warns):
+  schedule = {"name": "cosine", "warmup_steps": warmup_steps}
+  with caplog.at_level("WARNING", logger="absl"):
+    create_schedule({"learning_rate": 0.5, "schedule": schedule}, 100)
+  assert ("the run has 100: the learning rate never comes to 0.5" in caplog.text) == warns

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vit_jax_zoo.layers.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.layers.mlp import Mlp
 from vit_jax_zoo.layers.transformer import rematerialize
+from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.color_clusters import nearest_cluster, raster, spread_clusters
 from vit_jax_zoo.ops.sampling import continue_sequences
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -376,10 +377,5 @@ class ImageGPT(nn.Module):
     return self.causal and self.sos_token
 
   def _check(self) -> None:
-    for field in ("num_colors", "num_positions", "width", "depth", "num_heads"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
-    if self.num_classes is not None and self.num_classes < 1:
-      raise ValueError(
-        f"num_classes must be positive, not {self.num_classes}; None leaves out the head"
-      )
+    check_positive(self, "num_colors", "num_positions", "width", "depth", "num_heads")
+    check_num_classes(self)

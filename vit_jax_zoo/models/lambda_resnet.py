@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.lambda_layer import LambdaLayer
 from vit_jax_zoo.layers.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
+from vit_jax_zoo.ops.checks import check_num_classes
 
 
 def _every(step: int, count: int) -> tuple[int, ...]:
@@ -183,10 +184,7 @@ class LambdaResNet(ResNet):
   def check(self) -> None:
     """Raises ValueError for fields that are unknown or do not fit together."""
     super().check()
-    if self.num_classes is not None and self.num_classes < 1:
-      raise ValueError(
-        f"num_classes must be positive, not {self.num_classes}; None leaves out the head"
-      )
+    check_num_classes(self)
     if len(self.lambda_blocks) != len(STAGES):
       raise ValueError(
         f"lambda_blocks has {len(self.lambda_blocks)} entries; there are four stages, c2 to c5"

@@ -18,6 +18,7 @@ from vit_jax_zoo.layers.attention import Implementation
 from vit_jax_zoo.layers.position import PositionEmbedding
 from vit_jax_zoo.layers.standardized_resnet import StandardizedResNet, total_stride
 from vit_jax_zoo.layers.transformer import Encoder
+from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.sharding import shard_batch
 
@@ -272,7 +273,5 @@ class VisionTransformer(nn.Module):
       raise ValueError(unknown_name("pool", self.pool, POOLS))
     if self.pool == "cls" and not self._has_cls_token:
       raise ValueError("pool 'cls' needs the class token; set cls_token=True or pool='mean'")
-    if self.num_classes is not None and self.num_classes < 1:
-      raise ValueError(
-        f"num_classes must be positive, not {self.num_classes}; None leaves out the head"
-      )
+    check_num_classes(self)
+    check_positive(self, "patch_size", "width", "depth", "num_heads", "mlp_dim")

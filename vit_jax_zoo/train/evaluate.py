@@ -60,7 +60,10 @@ class PredictionScores:
   name: str
 
   def __call__(self, variables: Variables) -> Report:
-    """Returns the scores over the whole split, and figures of its first batch."""
+    """Returns the scores over the whole split, and figures of its first batch.
+
+    Where images could not be read, and the data's policy is to go on, "skipped_images" counts them.
+    """
     evaluator, figures = self.task.evaluator(), {}
     batches = self.batches()
     clock = _Clock(self.name, len(batches))
@@ -70,10 +73,13 @@ class PredictionScores:
       if index == 0 and is_primary():
         figures = self.task.figures(batch, predictions)
       clock.tick(index + 1)
-    first, *others = gather_parts(evaluator, self.mesh)
+    skipped = getattr(batches, "num_skipped", 0)
+    parts, losses = zip(*gather_parts((evaluator, skipped), self.mesh), strict=True)
+    first, *others = parts
     for other in others:
       first.merge(other)
-    return Report(first.result(), figures)
+    lost = {"skipped_images": float(sum(losses))} if any(losses) else {}
+    return Report({**first.result(), **lost}, figures)
 
 
 def gather_parts(value: T, mesh: Mesh) -> list[T]:

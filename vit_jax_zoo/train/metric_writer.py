@@ -155,11 +155,9 @@ class MetricWriter:
       self._tensorboard.add_scalar(name, value, step)
 
   def _write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-    path = self._workdir / FIGURES / f"{name}_{step:08d}.png"
+    path = self._workdir / _figure_file(step, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="png")
-    _write_atomically(path, buffer.getvalue())
+    _write_atomically(path, _png(pixels))
     self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
   def _write_hparams(self, hparams: Mapping[str, Any]) -> None:
@@ -196,6 +194,15 @@ class _Bucket:
     """Uploads the rest, and removes the local directory."""
     self.upload()
     self._directory.cleanup()
+
+
+def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[str, Figure]) -> None:
+  """Writes figures where a run has its own, and nothing else: its log stays as it is."""
+  for name, figure in figures.items():
+    path = epath.Path(workdir) / _figure_file(step, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_png(_render(figure)))
+    plt.close(figure)
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -239,6 +246,16 @@ def _json_safe(value: float) -> float | str:
   if math.isfinite(value):
     return value
   return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _figure_file(step: int, name: str) -> str:
+  return f"{FIGURES}/{name}_{step:08d}.png"
+
+
+def _png(pixels: np.ndarray) -> bytes:
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, format="png")
+  return buffer.getvalue()
 
 
 def _render(figure: Figure) -> np.ndarray:

@@ -27,6 +27,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -61,6 +62,14 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   if name not in _SCHEDULES:
     raise ValueError(unknown_name("schedule", str(name), _SCHEDULES))
   warmup_steps = count_steps("warmup_steps", fields.pop("warmup_steps", 0), num_steps)
+  if warmup_steps >= num_steps:
+    logging.warning(
+      "the warm-up takes %d steps and the run has %d: the learning rate never comes to %g; "
+      "lower schedule.warmup_steps, or make it a share of all steps, such as 0.05",
+      warmup_steps,
+      num_steps,
+      base,
+    )
   make = _SCHEDULES[name]
   check_fields(f"field of the {name} schedule", fields, [*fields_of(make), "warmup_steps"])
   after_warmup = make(base, num_steps, warmup_steps, **fields)
