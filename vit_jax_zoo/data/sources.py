@@ -2,6 +2,7 @@
 
     demo:digits demo:photos       images that ship with Python packages; always there
     folder:/path                  a folder for each class
+    pairs:/path                   pictures with references, for super-resolution
     tfds:imagenet2012             a dataset that `vit_jax_zoo.data.prepare` has prepared
     tfds:/path/to/prepared/1.0.0  the same, by its folder; gs://bucket/... works as well
 
@@ -18,6 +19,7 @@ from vit_jax_zoo.ops.names import unknown_name
 KINDS = {
   "demo": "vit_jax_zoo.data.demos",
   "folder": "vit_jax_zoo.data.folder",
+  "pairs": "vit_jax_zoo.data.pairs",
   "tfds": "vit_jax_zoo.data.tfds_source",
 }
 

@@ -24,6 +24,12 @@ from vit_jax_zoo.data.prefix import KeepPrefix
 from vit_jax_zoo.data.random_flip import RandomFlip
 from vit_jax_zoo.data.random_resize import RandomResizeSmall
 from vit_jax_zoo.data.scaling import RandomScaleCrop, ResizeShorter
+from vit_jax_zoo.data.super_resolution_transforms import (
+  PadPair,
+  RandomPairCrop,
+  RandomPairTurn,
+  SuperResolutionPair,
+)
 from vit_jax_zoo.data.transform_base import ImageTransform, Transform
 from vit_jax_zoo.data.transform_base import pixels as pixels
 from vit_jax_zoo.ops.names import unknown_name
@@ -329,6 +335,10 @@ REGISTRY: dict[str, type[Transform]] = {
     OneHot,
     MultiHot,
     KeepPrefix,
+    SuperResolutionPair,
+    RandomPairCrop,
+    RandomPairTurn,
+    PadPair,
     LoadObjects,
     ResizeShorter,
     RandomScaleCrop,
