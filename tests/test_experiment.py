@@ -9,7 +9,7 @@ from etils import epath
 
 from configs import vit
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import experiment
+from vit_jax_zoo import experiment, run_config
 from vit_jax_zoo.train.metric_writer import read_metrics
 
 
@@ -135,3 +135,11 @@ def test_averaged_parameters_are_those_that_are_scored(tmp_path):
   # So slow an average is still what the run began with, which knows nothing.
   chance = np.log(10)
   assert abs(averaged.scores["test/loss"] - chance) < 0.1 * abs(plain.scores["test/loss"] - chance)
+
+
+def test_a_run_keeps_what_it_took_from_its_data(finished):
+  config, data = run_config.recall(finished[0].workdir)
+  assert config["model"]["num_classes"] is None
+  assert run_config.fill_from_data(config["model"], data)["num_classes"] == 10
+  assert data.class_names == tuple("0123456789")
+  assert data.shapes["image"] == (8, 8, 3)

@@ -28,12 +28,18 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import weights
 from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.base import DatasetInfo, Source, check_same_classes
+from vit_jax_zoo.data.base import Source, check_same_classes
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.run_config import as_json, check_config_unchanged, remember_config
+from vit_jax_zoo.run_config import (
+  as_json,
+  check_config_unchanged,
+  fill_from_data,
+  remember_config,
+  remember_data,
+)
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
@@ -144,8 +150,8 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
   }
   for name, source in eval_sources.items():
     check_same_classes(train_source.info, source.info, f"the evaluation {name!r}")
-  model = create_model(**_filled(config.model, train_source.info))
-  task_fields = _filled(config.task, train_source.info)
+  model = create_model(**fill_from_data(config.model.to_dict(), train_source.info))
+  task_fields = fill_from_data(config.task.to_dict(), train_source.info)
   num_steps = config.num_steps or round(config.num_epochs * len(train_source) / config.batch_size)
   return Experiment(
     config=config,
@@ -163,14 +169,6 @@ def _open(spec: ConfigDict, split: str = "split") -> Source:
   known = ("source", "split", "fit_split", "transforms")
   options = {key: spec[key] for key in spec if key not in known}
   return load_source(spec.source, spec[split], **options)
-
-
-def _filled(fields: ConfigDict, info: DatasetInfo) -> dict[str, Any]:
-  """Returns the fields, with those that are None and that the data knows taken from the data."""
-  return {
-    key: getattr(info, key) if value is None and hasattr(info, key) else value
-    for key, value in fields.to_dict().items()
-  }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +226,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
     settings.check_profile(step)
     if is_primary():
       remember_config(experiment.config, workdir)
+      remember_data(experiment.train_source.info, first_batch, workdir)
     with (
       MetricWriter(workdir, resume_step=step or None) as writer,
       _progress(experiment, program, step) as progress,

@@ -1,14 +1,23 @@
-"""The config that a run began with: written beside it, and compared when the run is resumed."""
+"""What a run began with, written beside it: its config, and what it took from its data.
 
+The config is compared when the run is resumed. What came from the data, above all the names of the
+classes, is for those who use the model when the data are elsewhere.
+"""
+
+import dataclasses
 import itertools
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-CONFIG_FILE = "config.json"
+from vit_jax_zoo.data.base import DatasetInfo
+
+CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
 HARMLESS = ("log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding")
 """Fields that may change when a run is resumed: what it computes does not depend on them."""
@@ -35,12 +44,75 @@ def remember_config(config: ConfigDict, workdir: epath.Path) -> None:
   """Writes the config beside the run: for `check_config_unchanged`, `predict` and people."""
   if _remembered(workdir) == as_json(config):
     return
-  workdir.mkdir(parents=True, exist_ok=True)
-  text = json.dumps(as_json(config), indent=1, sort_keys=True) + "\n"
-  # Renamed into its place: a kill leaves the old one or the new one, never half of one.
-  unfinished = workdir / f"{CONFIG_FILE}.tmp"
-  unfinished.write_text(text)
-  unfinished.replace(workdir / CONFIG_FILE)
+  _write(as_json(config), workdir / CONFIG_FILE)
+
+
+def remember_data(info: DatasetInfo, batch: Mapping[str, np.ndarray], workdir: epath.Path) -> None:
+  """Writes beside the run what it took from its data.
+
+  Args:
+    info: of the training data.
+    batch: of training examples; their shapes are kept.
+    workdir: of the run.
+  """
+  shapes = {key: list(np.shape(value)[1:]) for key, value in batch.items()}
+  _write({**dataclasses.asdict(info), "shapes": shapes}, workdir / DATA_FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunData:
+  """What a run took from its data.
+
+  Attributes:
+    num_classes: see `DatasetInfo`.
+    class_names: see `DatasetInfo`.
+    shapes: of one training example's arrays; empty for runs that did not keep them.
+  """
+
+  num_classes: int | None = None
+  class_names: tuple[str, ...] = ()
+  shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+
+def recall(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
+  """Returns the config of a run, and what it took from its data.
+
+  Raises:
+    FileNotFoundError: the run has no config beside it.
+    ValueError: it cannot be read.
+  """
+  config = _read(workdir / CONFIG_FILE)
+  if config is None:
+    raise FileNotFoundError(
+      f"there is no {CONFIG_FILE} in {workdir}; give the folder of a run, its --workdir"
+    )
+  data = _read(workdir / DATA_FILE) or {}
+  shapes = {key: tuple(shape) for key, shape in data.get("shapes", {}).items()}
+  names = tuple(data.get("class_names") or ())
+  return config, RunData(data.get("num_classes"), names, shapes)
+
+
+def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> dict[str, Any]:
+  """Returns a section's fields, with those that are None and that the data knows taken from it."""
+  return {
+    key: getattr(data, key) if value is None and hasattr(data, key) else value
+    for key, value in fields.items()
+  }
+
+
+def _write(content: Any, file: epath.Path) -> None:
+  """Writes JSON and renames it into its place: a kill leaves the old one, or the new one."""
+  file.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = file.with_name(f"{file.name}.tmp")
+  unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+  unfinished.replace(file)
+
+
+def _read(file: epath.Path) -> Any:
+  try:
+    return json.loads(file.read_text()) if file.exists() else None
+  except ValueError as error:
+    raise ValueError(f"{file} is not JSON ({error})") from None
 
 
 def _remembered(workdir: epath.Path) -> dict[str, Any] | None:
