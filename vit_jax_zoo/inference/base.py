@@ -7,7 +7,7 @@ in `inference/__init__.py`.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -90,6 +90,7 @@ class Prediction:
   pictures: Mapping[str, Picture]
 
 
+@runtime_checkable
 class Predictor(Protocol):
   """Turns one picture into a prediction. `Predictor(trained, options)` makes it.
 
