@@ -1,6 +1,5 @@
 """Pictures with references, out of datasets with the image features `image` and `reference`."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -26,7 +25,7 @@ class TfdsPairs(Source):
     return f"{self.info.name}[{index}]"
 
 
-def has_pairs(features: Mapping[str, Any]) -> bool:
+def has_pairs(features: Any) -> bool:
   """Whether a dataset's pictures have references."""
   return all(key in features and isinstance(features[key], tfds.features.Image) for key in KEYS)
 

@@ -42,6 +42,13 @@ def create_task(name: str, model: "Model", **fields: Any) -> "Task":
   return task_class(model=model, **plain)
 
 
+def task_fields(name: str) -> tuple[str, ...]:
+  """Returns the names of a task's fields, without the model; `name` is a key of `TASKS`."""
+  module, class_name = TASKS[name]
+  task_class = getattr(importlib.import_module(module), class_name)
+  return tuple(f.name for f in dataclasses.fields(task_class) if f.name != "model")
+
+
 def _check_fields(name: str, task_class: type, given: dict[str, Any]) -> None:
   fields = {f.name: f for f in dataclasses.fields(task_class) if f.name != "model"}
   for key in given:

@@ -6,7 +6,7 @@ token first if there is one. A scanned encoder hands them out like that; of an u
 those of the blocks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -100,6 +100,41 @@ def draw_attention(
       _show(ax, np.rint(picture).astype(np.uint8))
     if i < len(captions):
       axes[1, i].set_xlabel(captions[i], fontsize=9, labelpad=4)
+  return figure
+
+
+def draw_lambdas(
+  image: Num[np.ndarray, "h w c"],
+  lambdas: Mapping[str, Float[np.ndarray, "h2 w2 k v"]],
+  *,
+  title: str = "Position lambdas",
+  max_layers: int = 6,
+) -> Figure:
+  """Draws, for each lambda layer, how strongly the lambda of each position acts there.
+
+  Lambdas are linear maps [k v]; what is drawn is their Frobenius norm, bright where the context
+  changes what a query of that position is answered (LambdaNetworks, section 3).
+
+  Args:
+    image: uint8, or floats in [0, 255]; 1 or 3 channels.
+    lambdas: of each layer, by its name, in order.
+    title: of the figure.
+    max_layers: draws the last so many.
+  """
+  shown = list(lambdas.items())[-max_layers:]
+  figure = Figure(figsize=(max(1.75 * (len(shown) + 1) + 0.5, 4.5), 2.75), dpi=110)
+  axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
+  figure.subplots_adjust(left=0.03, right=0.97, top=0.66, bottom=0.1, wspace=0.1)
+  _write_title(figure, title, "norm of each position's lambda, from its least (dark) to its most")
+  picture = _to_rgb(image)
+  _show(axes[0], np.rint(picture).astype(np.uint8))
+  for ax, (name, layer) in zip(axes[1:], shown, strict=True):
+    norms = np.sqrt(np.square(np.asarray(layer, np.float32)).sum(axis=(2, 3)))
+    spread = max(float(norms.max() - norms.min()), 1e-12)
+    light = _enlarge((norms - norms.min()) / spread, picture.shape[:2])
+    _show(ax, np.rint(picture * light[..., None]).astype(np.uint8))
+    label = name.removesuffix("/lambda_layer").replace("_", " ")
+    ax.set_xlabel(f"{label}, {layer.shape[0]} × {layer.shape[1]}", fontsize=8, labelpad=4)
   return figure
 
 

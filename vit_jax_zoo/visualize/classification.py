@@ -92,6 +92,40 @@ def draw_predictions(
   return figure
 
 
+def draw_ranking(
+  image: Num[np.ndarray, "h w c"],
+  names: Sequence[str],
+  probabilities: Sequence[float],
+  *,
+  title: str = "",
+) -> Figure:
+  """Draws one picture, and beside it a bar for each of the likeliest classes.
+
+  Args:
+    image: uint8, or floats in [0, 255]; 1 or 3 channels; any size.
+    names: of the classes, the likeliest first.
+    probabilities: of these.
+    title: of the figure; the first name by default.
+  """
+  figure = Figure(figsize=(7.4, max(3.0, 0.42 * len(names) + 1.3)), dpi=110)
+  left, right = figure.subplots(1, 2, width_ratios=(1, 1.05))
+  figure.subplots_adjust(left=0.03, right=0.95, top=0.84, bottom=0.06, wspace=0.12)
+  _write_title(figure, title or _shorten(names[0], 60), "")
+  left.set(xticks=[], yticks=[])
+  left.set_anchor("N")
+  _draw_image(left, image)
+  places = np.arange(len(names))
+  colors = [RIGHT] + ["#9DB9CC"] * (len(names) - 1)
+  right.barh(places, probabilities, height=0.36, color=colors)
+  right.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.8), xticks=[], yticks=[])
+  right.spines[["top", "right", "bottom"]].set_visible(False)
+  right.spines["left"].set_color("#bbbbbb")
+  for place, name, chance in zip(places, names, probabilities, strict=True):
+    right.text(0.012, place - 0.24, _shorten(name, 40), fontsize=9, va="bottom")
+    right.text(min(chance + 0.015, 0.9), place, f"{chance:.1%}", fontsize=8.5, va="center")
+  return figure
+
+
 def draw_confusion(
   matrix: Integer[np.ndarray, "k k"],
   class_names: Sequence[str] = (),

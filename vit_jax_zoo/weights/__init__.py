@@ -3,6 +3,14 @@
 from vit_jax_zoo.weights.load import Pretrained, load_into, load_pretrained
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.table import WeightsError
-from vit_jax_zoo.weights.transfer import adapt
+from vit_jax_zoo.weights.transfer import adapt, relayout
 
-__all__ = ["Preprocess", "Pretrained", "WeightsError", "adapt", "load_into", "load_pretrained"]
+__all__ = [
+  "Preprocess",
+  "Pretrained",
+  "WeightsError",
+  "adapt",
+  "load_into",
+  "load_pretrained",
+  "relayout",
+]

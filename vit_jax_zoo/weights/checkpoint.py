@@ -37,6 +37,7 @@ class Checkpoint:
       another, or the model has no head.
     below_heads: our paths begin so in layers that a model may leave out, and then its head, which
       was trained on their output, starts afresh, too.
+    optional: collections that a file may lack, although the table has rows for them: a palette.
     image_size: of the images that the weights were trained on, if it is known.
   """
 
@@ -51,6 +52,7 @@ class Checkpoint:
   ignore: tuple[str, ...] = ()
   heads: tuple[str, ...] = ("head/",)
   below_heads: tuple[str, ...] = ()
+  optional: tuple[str, ...] = ()
   image_size: Size | None = None
 
   def key(self, path: str) -> str | None:

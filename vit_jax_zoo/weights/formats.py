@@ -44,6 +44,9 @@ FORMATS = (
   Format("vit", "npz", "vit_npz", "Google's .npz of ViT"),
   Format("vit", "hf", "vit_hf", "Hugging Face's ViT"),
   Format("vit", "safetensors-timm", "vit_timm", "timm's ViT"),
+  Format("lambda_resnet", "safetensors-timm", "lambda_resnet_timm", "timm's LambdaResNet"),
+  Format("igpt", "hf", "igpt_hf", "Hugging Face's ImageGPT"),
+  Format("igpt", "tf", "igpt_tf", "OpenAI's image-gpt"),
 )
 """In the order in which they are asked whether a file is theirs."""
 

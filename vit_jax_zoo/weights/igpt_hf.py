@@ -5,13 +5,18 @@ embedding; `split` and `join` take them apart and together, the table does the r
 have biases, which are zero in the published files. Old files also hold causal masks.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 
-from vit_jax_zoo.weights.igpt_tf import TRANSPOSED
-from vit_jax_zoo.weights.table import KEEP, Flat, Row, Transform
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.igpt_tf import TRANSPOSED, checkpoint_of
+from vit_jax_zoo.weights.published import Published
+from vit_jax_zoo.weights.table import KEEP, Flat, Row, Transform, WeightsError, write
+from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
 HEADS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(a.shape[0], -1))
 """[input, width] kept as [input, heads, head width]."""
@@ -48,8 +53,108 @@ TABLE: tuple[Row, ...] = (
   Row("transformer.ln_f.weight", "norm/scale"),
   Row("lm_head.weight", "pixel_head"),
   Row("score.weight", "head/kernel", TRANSPOSED),
+  Row("clusters", "palette/clusters"),
 )
 """Between the keys that `split` leaves and our paths."""
+
+
+def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are Hugging Face's ImageGPT's, as far as the first block goes."""
+  return _EMBEDDING in arrays and "transformer.h.0.attn.c_attn.weight" in arrays
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads what lies in a folder; the palette stands in its `preprocessor_config.json`.
+
+  A folder of `ImageGPTForImageClassification` has a classifier that sees the pixels unshifted, and
+  no output matrix; one of `ImageGPTModel` has neither.
+
+  Raises:
+    WeightsError: there is no `config.json`, it lacks something, or the model is another.
+  """
+  path, config = published.path, published.config
+  if "n_head" not in config:
+    raise WeightsError(f"{path} has ImageGPT's keys, but no config.json that states n_head")
+  if config.get("activation_function", "quick_gelu") != "quick_gelu":
+    raise WeightsError(f"{path} has {config['activation_function']!r}; ours has quick_gelu alone")
+  arrays = split({k: a for k, a in published.arrays.items() if not _is_mask(k)})
+  if "lm_head.weight" not in arrays:
+    arrays["lm_head.weight"] = np.zeros_like(arrays[_EMBEDDING])
+  if published.processor.get("clusters") is not None:
+    arrays["clusters"] = np.asarray(published.processor["clusters"], np.float32)
+  fields = infer_fields(arrays, config)
+  if "score.weight" in arrays:
+    fields["sos_token"] = False
+    del arrays[_SOS]
+  return checkpoint_of(path, arrays, TABLE, fields)
+
+
+def _is_mask(key: str) -> bool:
+  return key.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a folder that `ImageGPTForCausalImageModeling.from_pretrained` loads.
+
+  A model with a classifier becomes an `ImageGPTForImageClassification`.
+
+  Raises:
+    WeightsError: transformers has no such model.
+  """
+  fields, variables = export.fields(), dict(export.variables)
+  if not fields["causal"]:
+    raise WeightsError("Hugging Face's ImageGPT is causal; a model of masked pixels is not")
+  clusters = variables.pop("palette/clusters", None)
+  is_classifier = fields["num_classes"] is not None
+  if is_classifier and fields["sos_token"]:
+    raise WeightsError(
+      "Hugging Face's classifier sees the pixels unshifted, without a start token, and this model "
+      "was trained with one; leave the head away with num_classes=None"
+    )
+  kept = {k: a for k, a in variables.items() if not k.startswith("baseline/")}
+  kept.setdefault("sos_token", np.zeros(fields["width"], np.float32))
+  arrays = join(write(kept, TABLE))
+  config = _config_of(fields, export)
+  folder = epath.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_safetensors(str(folder / "model.safetensors"), arrays)
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  if clusters is not None:
+    processor = {
+      "image_processor_type": "ImageGPTImageProcessor",
+      "clusters": np.asarray(clusters).tolist(),
+      "do_color_quantize": True,
+      "do_normalize": True,
+      "do_resize": True,
+      "resample": 2,
+      "size": {name: export.preprocess.image_size[i] for i, name in enumerate(("height", "width"))},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+
+
+def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
+  is_classifier = fields["num_classes"] is not None
+  kind = "ImageClassification" if is_classifier else "CausalImageModeling"
+  names = export.class_names or tuple(f"LABEL_{i}" for i in range(fields["num_classes"] or 0))
+  labels = {
+    "id2label": {str(i): name for i, name in enumerate(names)},
+    "label2id": {name: i for i, name in enumerate(names)},
+  }
+  return {
+    "architectures": [f"ImageGPTFor{kind}"],
+    "model_type": "imagegpt",
+    "vocab_size": fields["num_colors"] + 1,
+    "n_positions": fields["num_positions"],
+    "n_embd": fields["width"],
+    "n_layer": fields["depth"],
+    "n_head": fields["num_heads"],
+    "n_inner": fields["mlp_dim"],
+    "activation_function": "quick_gelu",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    **(labels if is_classifier else {}),
+  }
 
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:

@@ -4,10 +4,16 @@ Query, key and value are [heads, head width, input], the output projection [head
 output]. BERT checkpoints have no start token; no published one has a classification head.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
+from etils import epath
 
+from vit_jax_zoo.ops.palette import read_palette
+from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import KEEP, Flat, Row, Transform
 
 INPUT_LAST = Transform(lambda a, _: a.transpose(2, 0, 1), lambda a: a.transpose(1, 2, 0))
@@ -37,7 +43,53 @@ TABLE: tuple[Row, ...] = (
   Row("model/ln_f/g", "norm/scale"),
   Row("model/wtet", "pixel_head"),
   Row("model/clf/wclf", "head/kernel", TRANSPOSED),
+  Row("clusters", "palette/clusters"),
 )
+
+PALETTE_FILE = "kmeans_centers.npy"
+"""OpenAI's colours; looked for beside the checkpoint and in the folders above it."""
+
+
+def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are OpenAI's, as far as the embeddings go."""
+  return "model/wte" in arrays and "model/wpe" in arrays
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a checkpoint's variables, and the palette that lies beside it, if one does."""
+  arrays = without_state(published.arrays) | _palette_beside(published.file)
+  return checkpoint_of(published.path, arrays, TABLE, infer_fields(arrays))
+
+
+def checkpoint_of(
+  source: str, arrays: Flat, table: tuple[Row, ...], fields: Mapping[str, object]
+) -> Checkpoint:
+  """Returns an iGPT's file as read: pictures are squashed to a square of its positions."""
+  side = math.isqrt(arrays_positions(fields))
+  return Checkpoint(
+    source=source,
+    family="igpt",
+    arrays=arrays,
+    table=table,
+    fields=fields,
+    preprocess=Preprocess((side, side), interpolation="bilinear"),
+    task="pixel_modelling",
+    ignore=IGNORE,
+    optional=("palette",),
+    image_size=(side, side),
+  )
+
+
+def arrays_positions(fields: Mapping[str, object]) -> int:
+  """Returns the number of positions among a model's fields."""
+  positions = fields["num_positions"]
+  return positions if isinstance(positions, int) else 0
+
+
+def _palette_beside(file: epath.Path) -> Flat:
+  places = [file.parent, file.parent.parent, file.parent.parent.parent]
+  found = next((f / PALETTE_FILE for f in places if (f / PALETTE_FILE).exists()), None)
+  return {} if found is None else {"clusters": read_palette(str(found))}
 
 
 def infer_fields(published: Mapping[str, np.ndarray]) -> dict[str, int | bool | None]:

@@ -11,7 +11,12 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax_zoo.models.lambda_resnet import VARIANTS
+from vit_jax_zoo.weights import timm_config
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError, read, write
+from vit_jax_zoo.weights.torch_layouts import contiguous
 
 _STATISTICS = "batch_stats/"
 _COUNTER = "num_batches_tracked"
@@ -108,6 +113,100 @@ RELATIVE_TABLE = _table(has_scope=False)
 """Relative position tables: lambda_resnet26rpt_256."""
 
 
+IGNORE = (rf".*\.{_COUNTER}",)
+"""PyTorch's counters of batches, which batch norm with a fixed momentum never reads."""
+
+
+def is_of(arrays: Mapping[str, Array]) -> bool:
+  """Tells whether a file's keys are those of one of timm's networks with lambda layers."""
+  return "stem.conv1.conv.weight" in arrays and any(".self_attn.norm_v." in k for k in arrays)
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a file, and the `config.json` beside it if there is one, for the preprocessing.
+
+  Raises:
+    WeightsError: there is none of timm's LambdaResNets in it.
+  """
+  fields = infer_fields(published.arrays, published.path)
+  # timm's cards: 256 pixels, bicubic, of which the middle 94 % (50ts: 95 %) are seen.
+  crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
+  settings = timm_config.read(
+    published, size=(256, 256), mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_pct=crop_pct
+  )
+  arrays = published.arrays
+  size = settings.stated_size
+  if not _has_scope(arrays) and size is None:
+    size = _size_of_tables(arrays)
+  preprocess = settings.preprocess if size is None else settings.preprocess.at_size(size)
+  return Checkpoint(
+    source=published.path,
+    family="lambda_resnet",
+    arrays=arrays,
+    table=_table_of(arrays),
+    fields=fields,
+    preprocess=preprocess,
+    task_fields=settings.task_fields,
+    ignore=IGNORE,
+    image_size=size,
+  )
+
+
+def _size_of_tables(arrays: Mapping[str, Array]) -> tuple[int, int] | None:
+  """Returns the images' size for which tables of offsets were made: stage 2 is at 1/16 of it."""
+  for key, array in arrays.items():
+    if re.match(r"stages\.2\..*\.self_attn\.pos_emb", key) and array.ndim == 3:
+      return 8 * (array.shape[0] + 1), 8 * (array.shape[1] + 1)
+  return None
+
+
+_ARCHITECTURES = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts")
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads.
+
+  Raises:
+    WeightsError: timm has no such network.
+  """
+  fields = export.fields()
+  name = next((name for name in _ARCHITECTURES if _is_like(fields, VARIANTS[name])), None)
+  if name is None:
+    raise WeightsError(
+      f"timm has no LambdaResNet with these blocks; it has {', '.join(_ARCHITECTURES)}"
+    )
+  arguments: dict[str, Any] = {}
+  share = fields["widths"][0] / 256
+  if share != 1:
+    arguments["width_factor"] = share
+  if name == "lambda_resnet26rpt_256":
+    arguments["img_size"] = export.preprocess.image_size[0]
+  arrays = contiguous(write_flat(export.variables))
+  timm_config.write(path, arrays, export, name, arguments)
+
+
+def _is_like(fields: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
+  """Tells whether fields are a variant's, up to widths and the number of classes."""
+  layer = fields["lambda_layer"] or {}
+  scope = variant["lambda_layer"]
+  same = all(
+    fields[key] == variant[key] for key in ("blocks", "stem", "shortcut", "se_ratio", "activation")
+  )
+  return (
+    same
+    and _chosen(fields) == _chosen(variant)
+    and all(layer.get(key) == scope[key] for key in ("position_bias", "pool_size"))
+    and (layer.get("receptive_field") is None) == (scope["receptive_field"] is None)
+  )
+
+
+def _chosen(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+  return tuple(
+    tuple(range(count)) if chosen == "all" else () if chosen == "none" else tuple(chosen)
+    for count, chosen in zip(fields["blocks"], fields["lambda_blocks"], strict=True)
+  )
+
+
 def read_variables(
   published: Mapping[str, Array], variables: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
@@ -122,7 +221,7 @@ def read_variables(
     WeightsError: the arrays do not fit the model; all that is wrong is listed.
   """
   shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(variables).items()}
-  flat = read(published, _table_of(published), shapes, source=source, ignore=[rf".*\.{_COUNTER}"])
+  flat = read(published, _table_of(published), shapes, source=source, ignore=IGNORE)
   tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
   for path, array in flat.items():
     collection = "batch_stats" if path.startswith(_STATISTICS) else "params"
@@ -138,7 +237,11 @@ def write_variables(variables: Mapping[str, Any]) -> Flat:
   Raises:
     WeightsError: timm has no name for some of them.
   """
-  flat = {path: np.asarray(array) for path, array in _flatten(variables).items()}
+  return write_flat({path: np.asarray(array) for path, array in _flatten(variables).items()})
+
+
+def write_flat(flat: Mapping[str, Array]) -> Flat:
+  """Returns variables by path as timm's state dict; see `write_variables`."""
   has_scope = any(path.endswith("/position_bias") for path in flat)
   published = write(flat, TABLE if has_scope else RELATIVE_TABLE)
   counted = [key for key in published if key.endswith(".running_mean")]
@@ -159,11 +262,7 @@ def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
   for name, fields in VARIANTS.items():
     if fields.get("stem") != "tiered" or fields["blocks"] != blocks:
       continue
-    wanted = tuple(
-      tuple(range(count)) if chosen == "all" else () if chosen == "none" else chosen
-      for count, chosen in zip(blocks, fields["lambda_blocks"], strict=True)
-    )
-    if wanted == lambda_blocks and ("rpt" in name) == (not _has_scope(published)):
+    if _chosen(fields) == lambda_blocks and ("rpt" in name) == (not _has_scope(published)):
       break
   else:
     keys = ", ".join(sorted(published)[:3])

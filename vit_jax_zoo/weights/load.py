@@ -87,6 +87,7 @@ def load_pretrained(
   inputs = checkpoint.example_inputs(size)
   abstract = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
   checkpoint = checkpoint.at_size(flatten_variables(abstract), model, size, method=resize)
+  abstract = {k: v for k, v in abstract.items() if k not in _left_alone(checkpoint, abstract)}
   return Pretrained(
     model,
     _fit(checkpoint, abstract),
@@ -156,7 +157,8 @@ def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]
   """Brings a file's arrays into the structure of `variables`."""
   target = flatten_variables(variables)
   checkpoint, kept = _fit_heads(checkpoint, target)
-  kept |= _unknown_collections(checkpoint, variables)
+  for name in _left_alone(checkpoint, variables):
+    kept |= {key: _fresh(leaf) for key, leaf in target.items() if key.startswith(f"{name}/")}
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
   layers = table.read(
     checkpoint.arrays,
@@ -201,15 +203,16 @@ def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
   return leaf.shape[-1] if ours is None or ours.ndim != len(leaf.shape) else ours.shape[-1]
 
 
-def _unknown_collections(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns what stays as it is: collections, but the parameters, of which the file has nothing."""
-  kept = {}
-  for path, leaf in flatten_variables(variables).items():
-    collection = path.partition("/")[0]
-    is_other = collection in variables and collection != "params"
-    if is_other and not checkpoint.has(f"{collection}/"):
-      kept[path] = _fresh(leaf)
-  return kept
+def _left_alone(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> list[str]:
+  """Returns the collections that stay as they are: the file does not have them, and need not."""
+  rows = [row.ours for row in checkpoint.table]
+  return [
+    name
+    for name in variables
+    if name != "params"
+    and not checkpoint.has(f"{name}/")
+    and (name in checkpoint.optional or not any(ours.startswith(f"{name}/") for ours in rows))
+  ]
 
 
 def flatten_variables(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -198,6 +198,17 @@ def unroll_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
   return {path: array.shape for path, array in unroll(placeholders).items()}
 
 
+def scanned_paths(paths: Iterable[str]) -> list[str]:
+  """Returns the paths that unrolled layers have when they are scanned; the others as they are."""
+  scanned: dict[str, None] = {}
+  for path in paths:
+    match = _UNROLLED.fullmatch(path)
+    if match is not None and int(match.group(3)) >= _first(match.group(2)):
+      path = f"{match.group(1) or ''}{match.group(2)}s/{match.group(4)}"
+    scanned[path] = None
+  return list(scanned)
+
+
 def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
   """Brings unrolled parameters into a model's own layout: the inverse of `unroll`.
 

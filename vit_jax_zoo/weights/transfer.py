@@ -9,11 +9,14 @@ from absl import logging
 from flax import traverse_util
 
 from vit_jax_zoo.ops.position_grid import resize_position_grid
+from vit_jax_zoo.weights.table import scanned_paths, stack, unroll, unroll_shapes
 
 HEADS = ("head/", "pre_logits/")
 """What a new task may drop, or start afresh."""
 
 POSITIONS = "position_embedding/table"
+PIXEL_POSITIONS = "position_embedding"
+"""iGPT's: a row for each pixel, [n d]."""
 
 Grid: TypeAlias = tuple[int, int]
 """Height and width, in tokens."""
@@ -31,6 +34,8 @@ def adapt(
 
   A head of another shape, and one that sits on a dropped layer, stays as it is in `variables`; a
   learned position table is resized to the new grid, corners on corners, as Google's code does it.
+  So are the positions of an iGPT's pixels, for which no paper has a rule: our own extension, a
+  start for fine-tuning. Scanned layers become unrolled ones and the reverse, as the model wants.
 
   Args:
     source: variables of a run of ours, as numpy arrays.
@@ -48,8 +53,8 @@ def adapt(
   adapted = dict(variables)
   problems: list[str] = []
   for collection in source.keys() & variables.keys():
-    have = traverse_util.flatten_dict(source[collection], sep="/")
     want = traverse_util.flatten_dict(variables[collection], sep="/")
+    have = _in_layout_of(traverse_util.flatten_dict(source[collection], sep="/"), want)
     taken = dict(_taken(have, want, problems, (source_grid, grid)))
     adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
     fresh = sorted(want.keys() - taken.keys())
@@ -58,6 +63,35 @@ def adapt(
   if problems:
     raise ValueError(f"the weights of {name} do not fit this model: {'; '.join(problems)}")
   return adapted
+
+
+def _in_layout_of(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
+  """Scans or unrolls layers where `want` has them otherwise; what cannot be matched stays."""
+  if have.keys() == want.keys():
+    return dict(have)
+  layers = unroll(have)
+  wanted = unroll_shapes({path: np.shape(leaf) for path, leaf in want.items()})
+  if not wanted.keys() <= layers.keys():
+    return dict(have)
+  rest = layers.keys() - wanted.keys()
+  return stack(layers, want) | {path: layers[path] for path in rest}
+
+
+def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[str, Any]:
+  """Returns a model's variables with its layers scanned or unrolled.
+
+  Args:
+    variables: as numpy arrays.
+    scan_layers: the model's field; None: as they are.
+  """
+  if scan_layers is None:
+    return dict(variables)
+  changed = {}
+  for collection, tree in variables.items():
+    flat = unroll(traverse_util.flatten_dict(tree, sep="/"))
+    flat = stack(flat, scanned_paths(flat)) if scan_layers else flat
+    changed[collection] = traverse_util.unflatten_dict(flat, sep="/")
+  return changed
 
 
 def _taken(
@@ -76,15 +110,30 @@ def _taken(
         problems.append(f"{key} is missing")
     elif is_head and (dropped_below_head or have[key].shape != leaf.shape):
       continue
-    elif key == POSITIONS and have[key].shape[2:] == leaf.shape[2:]:
-      yield key, _refit(have[key], leaf.shape[1], grids, has_cls)
-    elif have[key].shape == leaf.shape:
-      yield key, have[key]
+    elif (fitted := _fitted(key, have[key], leaf, grids, has_cls)) is not None:
+      yield key, fitted
     else:
       problems.append(f"{key} has shape {have[key].shape}, and {leaf.shape} is wanted")
   for key in have.keys() - want.keys():
     if not key.startswith(HEADS):
       problems.append(f"{key} has no place")
+
+
+def _fitted(
+  key: str,
+  array: Any,
+  leaf: Any,
+  grids: tuple[Grid | None, Grid | None],
+  has_cls: tuple[bool, bool],
+) -> Any | None:
+  """Returns an array in the shape of `leaf`, positions resized; None if it cannot have it."""
+  if key == POSITIONS and array.shape[2:] == leaf.shape[2:]:
+    return _refit(array, leaf.shape[1], grids, has_cls)
+  if array.shape == leaf.shape:
+    return array
+  if key == PIXEL_POSITIONS and array.shape[1:] == leaf.shape[1:]:
+    return _refit(array[None], leaf.shape[0], (None, None), (False, False))[0]
+  return None
 
 
 def _refit(

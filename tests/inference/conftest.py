@@ -1,0 +1,31 @@
+"""Runs of seconds that the tests of `predict` and `export` share."""
+
+import pytest
+from etils import epath
+
+from configs import igpt, vit
+from vit_jax_zoo import experiment
+
+
+@pytest.fixture(scope="session")
+def vit_run(tmp_path_factory):
+  config = vit.get_config("demo,num_steps=3,batch_size=16")
+  config.model.update(width=16, depth=2, mlp_dim=16, num_heads=2)
+  config.data.eval.test.split = "test[:20]"
+  config.log_every = config.eval_every = config.checkpoint.every = 3
+  return trained(config, tmp_path_factory.mktemp("vit_run"))
+
+
+@pytest.fixture(scope="session")
+def igpt_run(tmp_path_factory):
+  config = igpt.get_config("demo,num_steps=2,batch_size=8,num_colors=4")
+  config.model.update(width=16, depth=2, num_heads=2)
+  config.task.palette_images = 64
+  config.data.eval = {"test": {**config.data.eval.test.to_dict(), "split": "test[:8]"}}
+  config.eval_batch_size, config.checkpoint.every = 8, 2
+  return trained(config, tmp_path_factory.mktemp("igpt_run"))
+
+
+def trained(config, workdir):
+  experiment.run(config, epath.Path(workdir))
+  return workdir

@@ -1,0 +1,177 @@
+"""`python -m vit_jax_zoo.predict` on whatever users have, with runs and published files."""
+
+import json
+import shutil
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import GOLDENS, golden_folder
+from vit_jax_zoo import load_pretrained, predict
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.train.checkpoint import restore_variables
+
+
+def photo(height=60, width=90, seed=0):
+  small = np.random.default_rng(seed).integers(0, 255, (4, 6, 3), np.uint8)
+  return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def predictor_of(path, **options):
+  return create_predictor(load(str(path)), Options(**options))
+
+
+def test_every_kind_of_file_is_upright_rgb(tmp_path):
+  image = Image.fromarray(photo())
+  exif = Image.Exif()
+  exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+  image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+  image.save(tmp_path / "plain.png")
+  image.convert("L").save(tmp_path / "gray.png")
+  image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+  image.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+  Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "sixteen.png")
+  clear = np.dstack([photo(), np.full((60, 90), 0, np.uint8)])
+  Image.fromarray(clear).save(tmp_path / "clear.png")
+  read = {path.stem: predict.read_image(path) for path in tmp_path.iterdir()}
+  for name, pixels in read.items():
+    assert pixels.dtype == np.uint8, name
+    assert pixels.shape == ((4, 4, 3) if name == "sixteen" else (60, 90, 3)), name
+  np.testing.assert_array_equal(read["turned"], read["plain"])
+  assert np.abs(read["cmyk"].astype(int) - read["plain"]).mean() < 8
+  assert (read["gray"][..., 0] == read["gray"][..., 2]).all()
+  assert (read["sixteen"] == 40_000 >> 8).all()
+  assert (read["clear"] == 255).all()
+
+
+def test_a_broken_file_is_named_and_the_rest_done(vit_run, tmp_path):
+  images, output = tmp_path / "images", tmp_path / "out"
+  (images / "more").mkdir(parents=True)
+  Image.fromarray(photo()).save(images / "a.jpg")
+  Image.fromarray(photo(seed=1)).save(images / "more" / "a.png")
+  (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:400])
+  (images / "text.png").write_text("not a picture")
+  (images / "notes.txt").write_text("of no interest")
+  status = predict.predict_all(predictor_of(vit_run), predict.find_images([str(images)]), output)
+  assert status == predict.EXIT_SOME_FAILED
+  records = json.loads((output / "predictions.json").read_text())
+  assert [record["image"].rsplit("/", 1)[1] for record in records] == [
+    "a.jpg", "broken.jpg", "a.png", "text.png",
+  ]  # fmt: skip
+  assert ["error" in record for record in records] == [False, True, False, True]
+  assert "text.png cannot be read: not a picture" in records[3]["error"]
+  assert sorted(path.name for path in output.glob("*.png")) == ["a.png", "a_2.png"]
+  assert predict.predict_all(predictor_of(vit_run), [images / "a.jpg"], output) == 0
+
+
+def test_a_run_says_what_its_evaluation_said(vit_run):
+  """The best, averaged variables; the dataset's own images; the names of its classes."""
+  trained = load(str(vit_run))
+  assert trained.task.class_names == tuple("0123456789")
+  source = load_source("demo:digits", "test[:20]")
+  pixels = [trained.prepare(predict_pixels(source[i]["image"]))["image"] for i in range(4)]
+  batch = {"image": np.stack(pixels)}
+  expected = jax.jit(trained.task.predict)(restore_variables(vit_run), batch)
+  predictor = create_predictor(trained, Options(top_k=3))
+  for i in range(4):
+    top = predictor(predict_pixels(source[i]["image"])).record["top"]
+    assert [entry["label"] for entry in top] == list(expected["labels"][i])
+    assert top[0]["name"] == str(top[0]["label"])
+    np.testing.assert_allclose(
+      [entry["probability"] for entry in top], expected["probabilities"][i], atol=1e-5
+    )
+
+
+def predict_pixels(image):
+  return cv2.cvtColor(
+    cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB
+  )
+
+
+def test_a_published_file_sees_its_own_preprocessing():
+  path = str(GOLDENS / "vit_a" / "weights.npz")
+  published, image = load_pretrained(path), photo()
+  logits = published.model.apply(published.variables, published.preprocess([image]))["logits"][0]
+  top = predictor_of(path).__call__(image).record["top"]
+  order = np.argsort(-np.asarray(logits))[:5]
+  assert [entry["label"] for entry in top] == list(order)
+  shares = np.exp(logits - logits.max())
+  np.testing.assert_allclose(top[0]["probability"], shares.max() / shares.sum(), rtol=1e-4)
+
+
+def test_attention_is_rolled_out_onto_the_picture(vit_run):
+  for path in (GOLDENS / "vit_a" / "weights.npz", vit_run):
+    prediction = predictor_of(path, explain=True)(photo())
+    assert set(prediction.pictures) == {"", "attention"}
+    titles = [text.get_text() for text in prediction.pictures["attention"].texts]
+    assert titles[0] == "Attention"
+
+
+def test_lambdas_are_drawn(tmp_path):
+  source = golden_folder("lambda_resnet26t_a") / "weights.safetensors"
+  trained = load(str(source), image_size=64)
+  prediction = create_predictor(trained, Options(explain=True))(photo())
+  axes = prediction.pictures["lambdas"].axes
+  assert [ax.get_xlabel() for ax in axes[1:]] == [
+    "c4 block1, 4 × 4", "c5 block0, 4 × 4", "c5 block1, 2 × 2",
+  ]  # fmt: skip
+
+
+def test_half_a_picture_is_completed(igpt_run, tmp_path):
+  predictor = predictor_of(igpt_run, samples=2, keep=0.5)
+  prediction = predictor(photo())
+  assert prediction.record["given"] == 32
+  assert 0 < prediction.record["nats"] < 3 * np.log(4)
+  strip = prediction.pictures["samples"]
+  cells = [strip[:, i * 120 : i * 120 + 96] for i in range(4)]
+  given, first, second, original = cells
+  np.testing.assert_array_equal(given[:48], original[:48])
+  np.testing.assert_array_equal(first[:48], original[:48])
+  assert (first[48:] != second[48:]).any()
+  again = predictor_of(igpt_run, samples=2, keep=0.5)(photo())
+  np.testing.assert_array_equal(again.pictures["samples"], strip)
+
+
+def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
+  with pytest.raises(ValueError, match=r"--samples means nothing to this .*; it reads --explain"):
+    predict.check_options(predictor_of(vit_run), Options(samples=3))
+  with pytest.raises(ValueError, match="--keep lies in"):
+    predictor_of(igpt_run, keep=2.0)
+  with pytest.raises(ValueError, match="has no classifier"):
+    create_predictor(load(str(GOLDENS / "vit_hf_base_a")), Options())
+  with pytest.raises(FileNotFoundError, match="there is no image at"):
+    predict.find_images([str(tmp_path / "none*.jpg")])
+  with pytest.raises(ValueError, match="no images are given"):
+    predict.find_images([])
+  names = tmp_path / "names.txt"
+  names.write_text("a\nb\n")
+  with pytest.raises(ValueError, match="2 class_names were given for 10 classes"):
+    load(str(vit_run), class_names=predict.read_class_names(str(names)))
+
+
+def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
+  shutil.copytree(vit_run, tmp_path / "run")
+  (tmp_path / "run" / "data.json").unlink()
+  trained = load(str(tmp_path / "run"))
+  assert trained.task.num_classes == 10
+  (tmp_path / "run" / "config.json").unlink()
+  with pytest.raises(FileNotFoundError, match=r"there is no config\.json in"):
+    load(str(tmp_path / "run"))
+
+
+def test_runs_are_loaded_by_load_pretrained(vit_run, igpt_run):
+  loaded = load_pretrained(str(vit_run))
+  assert loaded.class_names == tuple("0123456789")
+  assert loaded.config["image_size"] == (8, 8)
+  logits = loaded.model.apply(loaded.variables, np.zeros((1, 8, 8, 3), np.float32))["logits"]
+  unrolled = load_pretrained(str(vit_run), scan_layers=False)
+  assert "block_1" in unrolled.variables["params"]["encoder"]
+  same = unrolled.model.apply(unrolled.variables, np.zeros((1, 8, 8, 3), np.float32))["logits"]
+  np.testing.assert_allclose(same, logits, atol=1e-6)
+  assert "palette" in load_pretrained(str(igpt_run)).variables

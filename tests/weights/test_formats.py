@@ -1,0 +1,254 @@
+"""Whole formats, by path alone: LambdaResNet and iGPT, containers, and what is wrong with files."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.weights import WeightsError, load_into, tf_bundle
+from vit_jax_zoo.weights.formats import FORMATS, find_format, read_checkpoint
+
+LAMBDA = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
+IGPT = ("igpt_tf_a", "igpt_tf_bert_a")
+
+
+def lambda_file(name):
+  return str(golden_folder(name) / "weights.safetensors")
+
+
+def bundle(name):
+  folder = LARGE_GOLDENS / name / "tf1_ckpt"
+  if not folder.is_dir():
+    pytest.skip("the TensorFlow checkpoints are not in ../shared/golden")
+  return str(folder)
+
+
+@pytest.fixture
+def imagegpt(tmp_path):
+  """A folder as transformers writes it, of the fixture's weights."""
+  config = json.loads((GOLDENS / "imagegpt_a" / "config.json").read_text())
+  inputs = np.load(GOLDENS / "imagegpt_a" / "inputs.npz")
+  folder = tmp_path / "imagegpt"
+  folder.mkdir()
+  shutil.copy(GOLDENS / "imagegpt_a" / "weights.safetensors", folder / "model.safetensors")
+  (folder / "config.json").write_text(json.dumps({"n_head": config["n_head"]}))
+  clusters = np.asarray(inputs["clusters"], np.float32)
+  processor = {"clusters": clusters.tolist(), "size": {"height": 8, "width": 8}}
+  (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+  return folder
+
+
+def assert_same_arrays(given, expected, ignore=()):
+  keys = {key for key in expected if not key.endswith(ignore)} if ignore else expected.keys()
+  assert {key for key in given if key in keys or not key.endswith(ignore or ("\0",))} == set(keys)
+  for key in keys:
+    np.testing.assert_array_equal(given[key], expected[key], strict=True)
+
+
+@pytest.mark.parametrize("name", LAMBDA)
+def test_lambda_resnets_by_their_path(name, load_golden, tmp_path):
+  config, inputs, outputs = load_golden(name)
+  loaded = load_pretrained(lambda_file(name), image_size=config["img"])
+  assert loaded.preprocess.mean == (0.485, 0.456, 0.406)
+  assert loaded.preprocess.crop_pct == (0.95 if "50ts" in name else 0.94)
+  images = inputs[next(k for k in inputs if inputs[k].ndim == 4)].transpose(0, 2, 3, 1)
+  logits = jax.jit(loaded.model.apply)(loaded.variables, images)["logits"]
+  expected = outputs["logits"]
+  np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+  export.write(loaded, "safetensors-timm", str(tmp_path))
+  written = load_file(tmp_path / "model.safetensors")
+  assert_same_arrays(written, load_file(lambda_file(name)), ("num_batches_tracked",))
+  again = load_pretrained(str(tmp_path))
+  assert again.preprocess == loaded.preprocess
+  jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
+
+
+def test_a_lambda_resnet_gets_a_new_head_and_lacks_no_statistics(tmp_path):
+  source = lambda_file("lambda_resnet26t_a")
+  loaded = load_pretrained(source, num_classes=3, image_size=64)
+  assert loaded.variables["params"]["head"]["kernel"].shape[-1] == 3
+  assert not loaded.variables["params"]["head"]["kernel"].any()
+  arrays = {k: a for k, a in load_file(source).items() if "running_" not in k}
+  save_file(arrays, tmp_path / "cut.safetensors")
+  with pytest.raises(WeightsError, match="missing: batch_stats/stem/conv1/norm/mean"):
+    load_pretrained(str(tmp_path / "cut.safetensors"))
+  again = load_into(source, loaded.variables)
+  jax.tree.map(np.testing.assert_array_equal, again, loaded.variables)
+
+
+@pytest.mark.parametrize("name", IGPT)
+def test_tensorflow_checkpoints_without_tensorflow(name, load_golden, tmp_path):
+  _, inputs, outputs = load_golden(name)
+  arrays = tf_bundle.read_bundle(tf_bundle.find_prefix(bundle(name)))
+  expected = load_file(GOLDENS / name / "weights.safetensors")
+  for key, array in expected.items():
+    if key in arrays:
+      np.testing.assert_array_equal(arrays[key], array, strict=True)
+  assert {key for key in expected if key not in arrays} == {"model/clf/wclf"}
+
+  shutil.copytree(bundle(name), tmp_path / "run")
+  clusters = np.random.default_rng(0).uniform(-1, 1, (64, 3)).astype(np.float32)
+  np.save(tmp_path / "kmeans_centers.npy", clusters)
+  loaded = load_pretrained(str(tmp_path / "run" / "model.ckpt-7.index"))
+  assert loaded.model.causal == (name == "igpt_tf_a")
+  np.testing.assert_array_equal(loaded.variables["palette"]["clusters"], clusters)
+  visible = jnp.asarray(inputs["keep_mask"] > 0) if "keep_mask" in inputs else None
+  out = loaded.model.apply(
+    loaded.variables, jnp.asarray(inputs["tokens"]), visible=visible, method="from_tokens"
+  )
+  np.testing.assert_allclose(out["pixel_logits"], outputs["gen_logits"], atol=1e-4)
+
+
+def test_a_checkpoint_without_a_palette_says_so_when_it_is_used():
+  loaded = load_pretrained(bundle("igpt_tf_a"))
+  assert "palette" not in loaded.variables
+  with pytest.raises(ValueError, match="the variables hold no palette"):
+    loaded.model.apply(loaded.variables, jnp.zeros((1, 8, 8, 3)))
+
+
+def test_tensorflow_checkpoints_that_are_not_whole(tmp_path):
+  shutil.copytree(bundle("igpt_tf_a"), tmp_path / "a")
+  shards = sorted((tmp_path / "a").glob("*.data-*"))
+  sizes = {file: file.stat().st_size for file in shards}
+  largest = max(sizes, key=sizes.get)
+  largest.chmod(0o644)
+  largest.write_bytes(largest.read_bytes()[:100])
+  with pytest.raises(WeightsError, match=rf"{largest.name} ends before model/"):
+    load_pretrained(str(tmp_path / "a"))
+  largest.unlink()
+  with pytest.raises(WeightsError, match=rf"not whole: {largest.name} is missing"):
+    load_pretrained(str(tmp_path / "a"))
+  (tmp_path / "b.index").write_bytes(b"x" * 100)
+  with pytest.raises(WeightsError, match=r"b\.index is no TensorFlow checkpoint that can be read"):
+    load_pretrained(str(tmp_path / "b"))
+
+
+def test_imagegpt_folders_both_ways(imagegpt, load_golden, tmp_path):
+  _, inputs, outputs = load_golden("imagegpt_a")
+  loaded = load_pretrained(str(imagegpt))
+  assert loaded.task == "pixel_modelling"
+  assert loaded.config["image_size"] == (8, 8)
+  assert loaded.model.use_bias
+  out = loaded.model.apply(loaded.variables, jnp.asarray(inputs["tokens"]), method="from_tokens")
+  np.testing.assert_allclose(out["pixel_logits"], outputs["logits"], atol=1e-4)
+  images = jnp.asarray(inputs["image"], jnp.float32).reshape(-1, 8, 8, 3) / 127.5 - 1
+  tokens = jax.jit(loaded.model.apply)(loaded.variables, images)["tokens"]
+  np.testing.assert_array_equal(tokens.reshape(-1), outputs["quantised_same_size"].reshape(-1))
+  resized = loaded.preprocess([inputs["image_big"]])
+  tokens = jax.jit(loaded.model.apply)(loaded.variables, resized)["tokens"]
+  np.testing.assert_array_equal(tokens.reshape(-1), outputs["quantised_resized_pil"].reshape(-1))
+  export.write(loaded, "hf", str(tmp_path / "again"))
+  original = load_file(imagegpt / "model.safetensors")
+  assert_same_arrays(load_file(tmp_path / "again" / "model.safetensors"), original)
+  again = load_pretrained(str(tmp_path / "again"))
+  assert again.model == loaded.model
+  jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
+
+
+def test_openai_weights_become_hugging_faces(tmp_path):
+  loaded = load_pretrained(bundle("igpt_tf_a"))
+  export.write(loaded, "hf", str(tmp_path))
+  written = load_file(tmp_path / "model.safetensors")
+  assert written["transformer.wte.weight"].shape == (65, 48)
+  assert not written["transformer.h.0.mlp.c_fc.bias"].any()
+  again = load_pretrained(str(tmp_path))
+  assert not again.model.use_bias
+  jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
+
+
+def test_a_classifier_of_hugging_faces(imagegpt, tmp_path):
+  arrays = load_file(imagegpt / "model.safetensors")
+  del arrays["lm_head.weight"]
+  arrays |= load_file(GOLDENS / "imagegpt_a" / "weights_score.safetensors")
+  save_file(arrays, imagegpt / "model.safetensors")
+  loaded = load_pretrained(str(imagegpt))
+  assert loaded.model.num_classes == 10
+  assert not loaded.model.sos_token
+  out = loaded.model.apply(
+    loaded.variables,
+    jnp.asarray(np.load(GOLDENS / "imagegpt_a" / "inputs.npz")["tokens"]),
+    method="from_tokens",
+  )
+  outputs = np.load(GOLDENS / "imagegpt_a" / "outputs.npz")
+  np.testing.assert_allclose(out["logits"], outputs["clf_logits_hf_no_sos"], atol=1e-4)
+  (imagegpt / "config.json").write_text('{"n_head": 4, "activation_function": "relu"}')
+  with pytest.raises(WeightsError, match="quick_gelu alone"):
+    load_pretrained(str(imagegpt))
+  (imagegpt / "config.json").unlink()
+  with pytest.raises(WeightsError, match=r"no config\.json that states n_head"):
+    load_pretrained(str(imagegpt))
+
+
+def test_shards_of_a_folder(imagegpt):
+  arrays = load_file(imagegpt / "model.safetensors")
+  keys = sorted(arrays)
+  parts = {"a.safetensors": keys[::2], "b.safetensors": keys[1::2]}
+  for name, part in parts.items():
+    save_file({key: arrays[key] for key in part}, imagegpt / name)
+  expected = load_pretrained(str(imagegpt))
+  (imagegpt / "model.safetensors").unlink()
+  index = {"weight_map": {key: name for name, part in parts.items() for key in part}}
+  (imagegpt / "model.safetensors.index.json").write_text(json.dumps(index))
+  given = load_pretrained(str(imagegpt))
+  jax.tree.map(np.testing.assert_array_equal, given.variables, expected.variables)
+  (imagegpt / "b.safetensors").unlink()
+  with pytest.raises(WeightsError, match=r"names files that are not there: b\.safetensors"):
+    load_pretrained(str(imagegpt))
+
+
+def test_files_are_known_by_their_content(tmp_path):
+  original = GOLDENS / "vit_timm_a" / "weights.safetensors"
+  shutil.copy(original, tmp_path / "renamed.pth")
+  loaded = load_pretrained(str(tmp_path / "renamed.pth"), num_heads=4)
+  expected = load_pretrained(str(original), num_heads=4)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected.variables)
+  page = tmp_path / "model.safetensors"
+  page.write_bytes(b"\n<!doctype html><html></html>")
+  with pytest.raises(WeightsError, match="cannot be read as safetensors"):
+    load_pretrained(str(page))
+  page.rename(tmp_path / "model.npz")
+  with pytest.raises(WeightsError, match="is a web page, not weights"):
+    load_pretrained(str(tmp_path / "model.npz"))
+
+
+def test_objects_in_an_archive_are_not_unpickled(tmp_path):
+  class Trap:
+    def __reduce__(self):
+      return (tmp_path.joinpath("ran").touch, ())
+
+  np.savez(tmp_path / "trap.npz", **{"embedding/kernel": np.array([Trap()], dtype=object)})
+  with pytest.raises(
+    WeightsError, match="holds more than arrays of numbers; nothing of it was run"
+  ):
+    load_pretrained(str(tmp_path / "trap.npz"))
+  assert not (tmp_path / "ran").exists()
+
+
+def test_sizes_that_cannot_be_told_are_one_line(tmp_path):
+  arrays = load_file(lambda_file("lambda_resnet26t_a"))
+  del arrays["stages.0.0.conv1_1x1.conv.weight"]
+  save_file(arrays, tmp_path / "x.safetensors")
+  with pytest.raises(WeightsError, match=r"looks like timm's LambdaResNet, but its sizes .* no '"):
+    load_pretrained(str(tmp_path / "x.safetensors"))
+
+
+def test_each_format_knows_its_own_files_alone():
+  files = {
+    "vit_npz": GOLDENS / "vit_a" / "weights.npz",
+    "vit_timm": GOLDENS / "vit_timm_a" / "weights.safetensors",
+    "vit_hf": GOLDENS / "vit_hf_a" / "model.safetensors",
+    "igpt_hf": GOLDENS / "imagegpt_a" / "weights.safetensors",
+    "igpt_tf": GOLDENS / "igpt_tf_a" / "weights.safetensors",
+  }
+  for module, path in files.items():
+    arrays = dict(np.load(path)) if path.suffix == ".npz" else load_file(path)
+    assert [form.module for form in FORMATS if form.load().is_of(arrays)] == [module]
+  with pytest.raises(ValueError, match="unknown format of vit 'npzz'; did you mean 'npz'"):
+    find_format("vit", "npzz")
+  assert read_checkpoint(str(files["vit_npz"])).family == "vit"

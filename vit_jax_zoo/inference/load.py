@@ -1,0 +1,249 @@
+"""Models that are ready: from a run of ours or from whatever others have published.
+
+`load_pretrained` gives model and variables; `load` gives them with the task that they were trained
+for and with the pictures' way to the model, exactly that of the run's evaluations or of the file.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo import weights
+from vit_jax_zoo.data import images as image_ops
+from vit_jax_zoo.data.transform_base import Transform
+from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.inference.base import Image, Trained
+from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.run_config import CONFIG_FILE, RunData, fill_from_data, recall
+from vit_jax_zoo.tasks import create_task, task_fields
+from vit_jax_zoo.tasks.base import Variables
+from vit_jax_zoo.train.checkpoint import is_checkpoint, restore_variables
+from vit_jax_zoo.weights import Preprocess, Pretrained
+
+_IN_PREPROCESS = ("image_mean", "image_std", "num_classes")
+
+_TRAINING_ONLY = ("one_hot", "multi_hot")
+"""Transforms of labels, which a user's picture has not."""
+
+
+def load_pretrained(path: str, **options: Any) -> Pretrained:
+  """Reads a published checkpoint, or a run of ours.
+
+  Args:
+    path: as in `weights.load_pretrained`; or a run's `--workdir`, or one of its checkpoints.
+    **options: as there. Of a run: fields of the model, where they do not change its parameters
+      (`dtype`, `scan_layers`, ...); `num_classes=None` leaves the head away.
+
+  Raises:
+    ValueError: as there; or the run's checkpoint does not fit the model that its config makes.
+    FileNotFoundError: there is no config beside the run.
+  """
+  if not is_checkpoint(path):
+    return weights.load_pretrained(path, **options)
+  run = _Run.read(path)
+  model = run.model(options)
+  variables = _adapted(run, model)
+  size = run.image_size(model)
+  config = {name: getattr(model, name) for name in _field_names(model)}
+  return Pretrained(
+    model,
+    variables,
+    run.preprocess(size),
+    {**config, "image_size": size},
+    task=run.config["task"]["name"],
+    task_fields={
+      k: v for k, v in run.task_fields().items() if k not in ("image_mean", "image_std")
+    },
+  )
+
+
+def load(path: str, *, class_names: Sequence[str] = (), **options: Any) -> Trained:
+  """Returns a model that is ready to be used on pictures.
+
+  Args:
+    path: see `load_pretrained`.
+    class_names: in order, for files that do not know them.
+    **options: see `load_pretrained`.
+
+  Raises:
+    ValueError: as in `load_pretrained`; or there are not as many names as classes.
+  """
+  if is_checkpoint(path):
+    return _load_run(path, class_names, options)
+  published = weights.load_pretrained(path, **options)
+  fields = dict(published.task_fields)
+  fields |= {"num_classes": published.config.get("num_classes")}
+  if published.task == "classification" and fields["num_classes"] is None:
+    raise ValueError(f"{path} has no classifier; fine-tune it, or give weights that have a head")
+  if class_names:
+    fields["class_names"] = tuple(class_names)
+  preprocess = published.preprocess
+  fields |= {"image_mean": preprocess.mean, "image_std": preprocess.std}
+  known = task_fields(published.task)
+  return Trained(
+    source=path,
+    task=create_task(
+      published.task, published.model, **{k: v for k, v in fields.items() if k in known}
+    ),
+    variables=published.variables,
+    prepare=functools.partial(_prepare_published, preprocess),
+    image_size=None if preprocess.fit == "shorter_side" else preprocess.image_size,
+    model_name=epath.Path(path).name or path,
+  )
+
+
+def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.ndarray]:
+  return {"image": preprocess.resize(image)}
+
+
+def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any]) -> Trained:
+  run = _Run.read(path)
+  model = run.model(options)
+  size = run.image_size(model)
+  fields = run.task_fields()
+  if class_names:
+    fields["class_names"] = tuple(class_names)
+  return Trained(
+    source=path,
+    task=create_task(run.config["task"]["name"], model, **fields),
+    variables=_adapted(run, model),
+    prepare=functools.partial(_prepare_for_run, run.transforms(), size),
+    image_size=size,
+    model_name=run.config["model"]["name"],
+    config=run.config,
+  )
+
+
+def _prepare_for_run(
+  transforms: Sequence[Transform], size: tuple[int, int] | None, image: Image
+) -> dict[str, Any]:
+  """Applies an evaluation's transforms; pictures that are then of another size are resized.
+
+  That is where a dataset's own images all have one size, and nothing in its transforms says so.
+  """
+  example: dict[str, Any] = {"image": image}
+  if size is not None and not any(_fixes_size(transform) for transform in transforms):
+    example["image"] = image_ops.resize(image, *size)
+  rng = np.random.default_rng(0)  # evaluations have none that draw; if one does, always the same
+  for transform in transforms:
+    example = transform(example, rng)
+  return example
+
+
+def _fixes_size(transform: Transform) -> bool:
+  return hasattr(transform, "size")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A run of ours, on disk.
+
+  Attributes:
+    path: as the user gave it: a workdir, or one checkpoint of it.
+    config: its whole config, as JSON has it.
+    data: what it took from its data.
+    variables: the best that it has, as numpy arrays.
+  """
+
+  path: str
+  config: Mapping[str, Any]
+  data: RunData
+  variables: Variables
+
+  @classmethod
+  def read(cls, path: str) -> "_Run":
+    """Reads the run; raises FileNotFoundError if there is no config beside it."""
+    config, data = recall(_workdir_of(path))
+    variables = restore_variables(path)
+    if data.num_classes is None:
+      data = dataclasses.replace(data, num_classes=_count_classes(variables))
+    return cls(path, config, data, variables)
+
+  def model(self, options: Mapping[str, Any]) -> Any:
+    """Returns the model of the config, with the user's fields."""
+    fields = fill_from_data(self.config["model"], self.data)
+    return create_model(**{**_as_fields(fields), **options})
+
+  def task_fields(self) -> dict[str, Any]:
+    """Returns the fields of the task but its name, filled from the data."""
+    fields = fill_from_data(self.config["task"], self.data)
+    return {key: value for key, value in fields.items() if key != "name"}
+
+  def _evaluation(self) -> Mapping[str, Any]:
+    """Returns the evaluation that chose the best checkpoint, the first of them by default."""
+    evaluations = self.config["data"]["eval"]
+    chosen = (self.config["checkpoint"].get("best") or "").split("/")[0]
+    by_name = sorted(evaluations)
+    return evaluations.get(chosen) or (evaluations[by_name[0]] if by_name else {})
+
+  def transforms(self) -> tuple[Transform, ...]:
+    """Returns what an evaluation does to images."""
+    specs = [spec for spec in self._evaluation().get("transforms", [])]
+    return build_transforms(spec for spec in specs if spec["name"] not in _TRAINING_ONLY)
+
+  def image_size(self, model: Any) -> tuple[int, int] | None:
+    """Returns height and width of the images that the model saw, as far as it is known."""
+    shape = self.data.shapes.get("image")
+    if shape:
+      return int(shape[0]), int(shape[1])
+    side = round(getattr(model, "num_positions", 0) ** 0.5)
+    return (side, side) if side else None
+
+  def preprocess(self, size: tuple[int, int] | None) -> Preprocess:
+    """Returns the evaluation's transforms in the words of published files, as near as they come."""
+    specs = {spec["name"]: spec for spec in self._evaluation().get("transforms", [])}
+    fields = self.config["task"]
+    mean, std = (_plain(fields.get(f"image_{name}", 0.5)) for name in ("mean", "std"))
+    target = size or (224, 224)
+    if "resize_small" in specs and "central_crop" in specs:
+      share = target[0] / int(specs["resize_small"]["size"])
+      return Preprocess(target, mean, std, fit="crop", interpolation="bilinear", crop_pct=share)
+    return Preprocess(target, mean, std)
+
+
+def _plain(value: Any) -> float | tuple[float, ...]:
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _as_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns fields as Python has them: JSON knows no tuples, and Linen hashes what it is given."""
+  return {key: _frozen(value) for key, value in fields.items()}
+
+
+def _frozen(value: Any) -> Any:
+  if isinstance(value, list):
+    return tuple(_frozen(item) for item in value)
+  if isinstance(value, dict):
+    return {key: _frozen(item) for key, item in value.items()}
+  return value
+
+
+def _workdir_of(path: str) -> epath.Path:
+  """Returns the folder with the config: `path`, or one above it for a single checkpoint."""
+  given = epath.Path(path).expanduser().absolute()
+  folders = (given, given.parent, given.parent.parent)
+  return next((folder for folder in folders if (folder / CONFIG_FILE).exists()), given)
+
+
+def _count_classes(variables: Variables) -> int | None:
+  """Returns how many classes a head has, for runs that did not keep it beside them."""
+  head = variables["params"].get("head", {})
+  return head["kernel"].shape[-1] if "kernel" in head else None
+
+
+def _adapted(run: _Run, model: Any) -> Variables:
+  """Returns the run's variables in the model's layout, without a head that it has not."""
+  variables = run.variables
+  has_head = getattr(model, "num_classes", 0) is not None
+  if not has_head:
+    params = {k: v for k, v in variables["params"].items() if k != "head"}
+    variables = {**variables, "params": params}
+  return weights.relayout(variables, scan_layers=getattr(model, "scan_layers", None))
+
+
+def _field_names(model: Any) -> list[str]:
+  return [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]

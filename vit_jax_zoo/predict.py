@@ -1,0 +1,223 @@
+"""Uses a model on pictures: what it says of each, as JSON, and a picture of that.
+
+    python -m vit_jax_zoo.predict --workdir=runs/vit_demo --images=a.jpg b.png --output=out/
+    python -m vit_jax_zoo.predict --workdir=ViT-B_16.npz --images='photos/*.jpg' --explain
+    python -m vit_jax_zoo.predict --workdir=openai/imagegpt-small --images=photos/ --samples=4
+
+`--workdir` is a run of ours, a published file or folder, or a published name. Images are files,
+folders or patterns, of any size and kind. One that cannot be read is named, the others are done,
+and the exit status is 1.
+"""
+
+import glob
+import io
+import json
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
+
+from vit_jax_zoo import command_line
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
+from vit_jax_zoo.inference.load import load
+
+WORKDIR = flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
+IMAGES = flags.DEFINE_multi_string("images", [], "files, folders or patterns; more may follow")
+OUTPUT = flags.DEFINE_string("output", "predictions", "the folder to write to")
+CLASS_NAMES = flags.DEFINE_string("class_names", None, "a file with one name a line, in order")
+REFERENCE = flags.DEFINE_string("reference", None, "a picture to borrow textures from")
+TOP_K = flags.DEFINE_integer("top_k", Options.top_k, "how many classes are listed")
+THRESHOLD = flags.DEFINE_float("threshold", Options.threshold, "the least score of what is shown")
+EXPLAIN = flags.DEFINE_bool("explain", Options.explain, "draw what the prediction rests on")
+KEEP = flags.DEFINE_float("keep", Options.keep, "share of the rows that a completion is given")
+SAMPLES = flags.DEFINE_integer("samples", Options.samples, "completions of each image")
+TEMPERATURE = flags.DEFINE_float("temperature", Options.temperature, "of completions")
+SEED = flags.DEFINE_integer("seed", Options.seed, "of whatever is drawn at random")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""What is taken of a folder."""
+
+EXIT_SOME_FAILED = 1
+
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command; returns the process's exit status.
+
+  Args:
+    argv: the command's name, and further images.
+  """
+  if WORKDIR.value is None:
+    raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
+  paths = find_images([*IMAGES.value, *argv[1:]])
+  options = read_options()
+  names = read_class_names(CLASS_NAMES.value) if CLASS_NAMES.value else ()
+  predictor = create_predictor(load(WORKDIR.value, class_names=names), options)
+  check_options(predictor, options)
+  return predict_all(predictor, paths, pathlib.Path(OUTPUT.value))
+
+
+def read_options() -> Options:
+  """Returns what the flags ask for."""
+  return Options(
+    top_k=TOP_K.value,
+    threshold=THRESHOLD.value,
+    explain=EXPLAIN.value,
+    reference=None if REFERENCE.value is None else read_image(pathlib.Path(REFERENCE.value)),
+    keep=KEEP.value,
+    samples=SAMPLES.value,
+    temperature=TEMPERATURE.value,
+    seed=SEED.value,
+  )
+
+
+def check_options(predictor: Predictor, options: Options) -> None:
+  """Raises ValueError if an option was given that the model's task has no use for."""
+  given = [
+    name
+    for name, default in vars(Options()).items()
+    if getattr(options, name) is not default and getattr(options, name) != default
+  ]
+  unread = [name for name in given if name not in predictor.reads]
+  if unread:
+    known = ", ".join(f"--{option}" for option in sorted(predictor.reads))
+    raise ValueError(f"--{unread[0]} means nothing to this model's task; it reads {known}")
+
+
+def find_images(given: Sequence[str]) -> list[pathlib.Path]:
+  """Returns the files that paths, folders and patterns stand for, each once, in order.
+
+  Raises:
+    FileNotFoundError: one of them stands for nothing.
+  """
+  found: dict[pathlib.Path, None] = {}
+  for text in given:
+    path = pathlib.Path(text)
+    if path.is_dir():
+      files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    else:
+      files = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(text)))
+    if not files:
+      raise FileNotFoundError(f"there is no image at {text}")
+    found |= dict.fromkeys(files)
+  if not found:
+    raise ValueError("no images are given; add --images=a.jpg, a folder, or a pattern in quotes")
+  return list(found)
+
+
+def read_class_names(path: str) -> tuple[str, ...]:
+  """Reads names of classes: a line each, or a JSON list."""
+  text = pathlib.Path(path).read_text(encoding="utf-8")
+  if text.lstrip().startswith("["):
+    return tuple(map(str, json.loads(text)))
+  return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def read_image(path: pathlib.Path) -> np.ndarray:
+  """Decodes a user's picture: upright, RGB, whatever its kind.
+
+  Where it is transparent it lies on white, as viewers show it. 16-bit samples keep the upper byte.
+
+  Raises:
+    ValueError: it is no picture, or a truncated one.
+  """
+  try:
+    with Image.open(io.BytesIO(path.read_bytes())) as opened:
+      opened.load()
+      picture = ImageOps.exif_transpose(opened)
+  except _UNREADABLE as error:
+    reason = "not a picture" if "BytesIO" in str(error) else str(error)
+    raise ValueError(f"{path} cannot be read: {reason}") from None
+  if picture.mode.startswith("I"):
+    samples = np.asarray(picture).astype(np.int64)
+    gray = (samples >> 8 if samples.max(initial=0) > 255 else samples).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=2)
+  if picture.has_transparency_data:
+    rgba = picture.convert("RGBA")
+    picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+  return np.array(picture.convert("RGB"))
+
+
+def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pathlib.Path) -> int:
+  """Predicts for each file and writes what comes out; returns the exit status.
+
+  `predictions.json` in `output` has an entry for each file, in order: its `image`, and what the
+  predictor says, or the `error`.
+  """
+  output.mkdir(parents=True, exist_ok=True)
+  records: list[dict[str, Any]] = []
+  failed, begin, names = 0, time.monotonic(), _unique_names(paths)
+  for done, (path, name) in enumerate(zip(paths, names, strict=True), start=1):
+    try:
+      prediction = predictor(read_image(path))
+    except ValueError as error:
+      failed += 1
+      records.append({"image": str(path), "error": " ".join(str(error).split())})
+      logging.error("%s: %s", path, records[-1]["error"])
+    else:
+      records.append({"image": str(path), **prediction.record})
+      _write_pictures(prediction, output, name)
+    _log_progress(done, len(paths), time.monotonic() - begin)
+    _write_json(output / "predictions.json", records)
+  logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
+  return EXIT_SOME_FAILED if failed else 0
+
+
+def _unique_names(paths: Sequence[pathlib.Path]) -> Iterator[str]:
+  """Yields a name for each file's pictures; equal ones from different folders are numbered."""
+  used: dict[str, int] = {}
+  for path in paths:
+    used[path.stem] = used.get(path.stem, 0) + 1
+    yield path.stem if used[path.stem] == 1 else f"{path.stem}_{used[path.stem]}"
+
+
+def _log_progress(done: int, total: int, seconds: float) -> None:
+  left = seconds / done * (total - done)
+  minutes, rest = divmod(round(left), 60)
+  logging.info("%d/%d images, ETA %d:%02d:%02d", done, total, minutes // 60, minutes % 60, rest)
+
+
+def _write_pictures(prediction: Prediction, output: pathlib.Path, name: str) -> None:
+  for suffix, picture in prediction.pictures.items():
+    _write_picture(picture, output / f"{name}{'_' if suffix else ''}{suffix}.png")
+
+
+def _write_picture(picture: Picture, path: pathlib.Path) -> None:
+  if isinstance(picture, Figure):
+    picture.savefig(path)
+  else:
+    Image.fromarray(picture).save(path)
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+  unfinished = path.with_suffix(".json.tmp")
+  unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  unfinished.replace(path)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  with command_line.one_line_errors(show_traceback="--traceback" in argv):
+    return flags.FLAGS(argv)
+
+
+def _main_or_one_line(argv: Sequence[str]) -> int:
+  with command_line.one_line_errors(show_traceback=TRACEBACK.value):
+    return main(argv)
+
+
+def run() -> None:
+  """The command's entry point."""
+  command_line.log_plainly()
+  app.run(_main_or_one_line, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+  run()
