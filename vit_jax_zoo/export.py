@@ -120,7 +120,7 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   checkpointer.wait_until_finished()
   checkpointer.close()
   size, preprocess = pretrained.config["image_size"], pretrained.preprocess
-  fields = {k: v for k, v in pretrained.config.items() if k != "image_size"}
+  fields = export_of(pretrained).fields()
   name = next(iter(variants(family)))
   known = {k: v for k, v in pretrained.task_fields.items() if k != "class_names"}
   task = {"name": pretrained.task, **known}

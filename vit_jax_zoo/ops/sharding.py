@@ -41,8 +41,12 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
   return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*args)
 
 
-def _splitting_axes(batch_size: int) -> tuple[str, ...]:
-  """Returns the mesh axes over which a batch of this size is split, none if it is not."""
+def _splitting_axes(batch_size: Any) -> tuple[str, ...]:
+  """Returns the mesh axes over which a batch of this size is split, none if it is not.
+
+  Args:
+    batch_size: a number, or its symbol where a program is exported for batches of any size.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
   ways = math.prod(mesh.shape[axis] for axis in axes)

@@ -48,6 +48,9 @@ FIXED: dict[str, Any] = {
 }
 """What timm's ViT has always the same, or one of."""
 
+HALF = (0.5, 0.5, 0.5)
+"""Mean and deviation of pixels, where no file says anything else."""
+
 _PARTS = ("query", "key", "value")
 _FUSED = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
 _BACKBONE = "patch_embed.backbone"
@@ -223,7 +226,7 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
   activation = arguments.get("act_layer", "gelu")
   if activation not in ACTIVATIONS:
     raise WeightsError(f"{published.path}: {unknown_name('act_layer', activation, ACTIVATIONS)}")
-  settings = timm_config.read(published, size=(224, 224), mean=0.5, std=0.5, crop_pct=0.9)
+  settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
   return VitCheckpoint(
     source=published.path,
     arrays=split(published.arrays),

@@ -1,0 +1,143 @@
+"""`python -m vit_jax_zoo.export`: every form, read again by whoever reads it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import GOLDENS, golden_folder
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.models.vit import VisionTransformer
+from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
+
+NPZ = ["vit_a", "vit_rep_a", "vit_gap_a", "vit_hybrid_a", "vit_rstem_a", "vit_posemb_a"]
+
+
+def assert_same_file(given, expected):
+  assert given.keys() == expected.keys()
+  for key in expected:
+    np.testing.assert_array_equal(given[key], expected[key], strict=True)
+
+
+@pytest.mark.parametrize("name", NPZ)
+def test_npz_is_the_file_bit_for_bit(name, tmp_path):
+  source = golden_folder(name) / "weights.npz"
+  config = json.loads((source.parent / "config.json").read_text())
+  size = tuple(config.get("img_size", (32, 32)))
+  loaded = load_pretrained(str(source), source_image_size=size, image_size=size)
+  export.write(loaded, "npz", str(tmp_path / "again.npz"))
+  assert_same_file(dict(np.load(tmp_path / "again.npz")), dict(np.load(source)))
+
+
+@pytest.mark.parametrize(("name", "heads"), [("vit_timm_a", 4), ("vit_timm_gap_a", 2)])
+def test_timm_is_the_file_bit_for_bit_and_says_the_rest(name, heads, tmp_path):
+  source = GOLDENS / name / "weights.safetensors"
+  loaded = load_pretrained(str(source), num_heads=heads)
+  export.write(loaded, "safetensors-timm", str(tmp_path))
+  assert_same_file(load_file(tmp_path / "model.safetensors"), load_file(source))
+  again = load_pretrained(str(tmp_path))  # the file beside it says how many heads there are
+  assert again.model == loaded.model
+  assert again.preprocess == loaded.preprocess
+
+
+@pytest.mark.parametrize("name", ["vit_hf_a", "vit_hf_base_a"])
+def test_hugging_face_is_the_file_bit_for_bit(name, tmp_path):
+  loaded = load_pretrained(str(GOLDENS / name))
+  export.write(loaded, "hf", str(tmp_path))
+  source = GOLDENS / name / "model.safetensors"
+  assert_same_file(load_file(tmp_path / "model.safetensors"), load_file(source))
+
+
+def tiny(size=(16, 24), **fields):
+  sizes = {"num_classes": 3, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
+  model = VisionTransformer(**{**sizes, "mlp_dim": 32, **fields})
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, *size, 3))))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
+  config = {**{k: getattr(model, k) for k in sizes}, "image_size": size}
+  names = {"class_names": ("ant", "bee", "cat")}
+  return Pretrained(model, variables, Preprocess(size), config, task_fields=names)
+
+
+@pytest.mark.parametrize("kind", ["sincos_2d", "learned_2d", "none"])
+@pytest.mark.parametrize(
+  ("form", "fields"),
+  [
+    ("npz", {}),
+    ("safetensors-timm", {"pool": "mean", "norm_after_pool": True, "activation": "gelu"}),
+    ("safetensors-timm", {}),
+    ("hf", {"activation": "gelu"}),
+    ("hf", {"cls_token_position": False}),
+  ],
+)
+def test_positions_that_are_not_a_table_become_one(kind, form, fields, tmp_path):
+  made = tiny(position_embedding=kind, **fields)
+  export.write(made, form, str(tmp_path / "out"))
+  loaded = load_pretrained(str(tmp_path / "out"), source_image_size=(16, 24))
+  images = np.random.default_rng(1).normal(size=(2, 16, 24, 3)).astype(np.float32)
+  assert loaded.model.position_embedding == "learned_1d"
+  expected = made.model.apply(made.variables, images)["logits"]
+  given = loaded.model.apply(loaded.variables, images)["logits"]
+  np.testing.assert_allclose(given, expected, atol=1e-5)
+  assert loaded.class_names == (() if form == "npz" else ("ant", "bee", "cat"))
+
+
+def test_what_a_format_cannot_say_is_named_at_once(tmp_path):
+  with pytest.raises(WeightsError, match=r"activation='gelu' .*, layer_norm_epsilon=1e-12"):
+    export.write(tiny(activation="gelu", layer_norm_epsilon=1e-12), "npz", str(tmp_path / "x"))
+  with pytest.raises(WeightsError, match="timm has no ViT with representation_size=5"):
+    export.write(tiny(representation_size=5), "safetensors-timm", str(tmp_path))
+  with pytest.raises(WeightsError, match="Hugging Face has no ViT with pool='mean'"):
+    export.write(tiny(pool="mean"), "hf", str(tmp_path))
+  with pytest.raises(WeightsError, match="a class token that the head does not see"):
+    export.write(tiny(pool="mean", cls_token=True), "npz", str(tmp_path / "x"))
+  with pytest.raises(ValueError, match="unknown format of vit 'onnx'; Known: hf, npz, orbax"):
+    export.write(tiny(), "onnx", str(tmp_path))
+
+
+RELOAD = """
+import sys, jax, numpy as np
+exported = jax.export.deserialize(open(sys.argv[1], "rb").read())
+images = np.load(sys.argv[2])
+whole = exported.call(images)
+one = exported.call(images[:1])
+np.testing.assert_allclose(one["logits"], whole["logits"][:1], atol=1e-5)
+assert exported.platforms == ("cpu", "cuda", "tpu")
+assert "vit_jax_zoo" not in sys.modules and "flax" not in sys.modules
+np.save(sys.argv[3], whole["logits"])
+"""
+
+
+def test_stablehlo_runs_without_this_package(tmp_path):
+  made = tiny()
+  export.write(made, "stablehlo", str(tmp_path))
+  images = np.random.default_rng(1).uniform(0, 255, (3, 16, 24, 3)).astype(np.float32)
+  np.save(tmp_path / "images.npy", images)
+  files = [str(tmp_path / name) for name in ("model.stablehlo", "images.npy", "logits.npy")]
+  command = [sys.executable, "-I", "-c", "import jax.export\n" + RELOAD, *files]
+  subprocess.run(command, check=True, cwd=tmp_path, timeout=120)
+  expected = made.model.apply(made.variables, images / 127.5 - 1)["logits"]
+  np.testing.assert_allclose(np.load(files[2]), expected, atol=1e-5)
+  notes = json.loads((tmp_path / "model.json").read_text())
+  assert notes["outputs"]["logits"] == ["b", "3", "float32"]
+  assert notes["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_an_orbax_export_is_used_like_a_run(tmp_path):
+  made = tiny(pool="mean", position_embedding="sincos_2d")
+  export.write(made, "orbax", str(tmp_path / "run"))
+  again = load_pretrained(str(tmp_path / "run"))
+  assert again.model == made.model
+  jax.tree.map(np.testing.assert_array_equal, again.variables, made.variables)
+  image = np.random.default_rng(1).integers(0, 255, (40, 50, 3), np.uint8)
+  top = create_predictor(load(str(tmp_path / "run")), Options())(image).record["top"]
+  logits = made.model.apply(made.variables, made.preprocess([image]))["logits"][0]
+  assert top[0]["name"] == ("ant", "bee", "cat")[int(np.argmax(logits))]
+  assert abs(top[0]["probability"] - float(jax.nn.softmax(logits).max())) < 1e-5
