@@ -64,6 +64,13 @@ class Source(abc.ABC):
   def example_name(self, index: int) -> str:
     """Returns what an error message calls this example: its file, or its split and position."""
 
+  def image_size(self, index: int) -> tuple[int, int]:
+    """Returns height and width of the example's image, without decoding it."""
+    from vit_jax_zoo.data import images  # which in turn knows the errors of this module
+
+    image = self[index]["image"]
+    return images.image_size(image) if isinstance(image, bytes) else image.shape[:2]
+
 
 Splits: TypeAlias = Mapping[str, Callable[[], Source]]
 """The whole splits of a dataset by name, opened on demand."""
@@ -100,6 +107,11 @@ class SlicedSource(Source):
     """Returns the name that the example has in the source it comes from."""
     source, position = self._find(index)
     return source.example_name(position)
+
+  def image_size(self, index: int) -> tuple[int, int]:
+    """Returns what the source it comes from says."""
+    source, position = self._find(index)
+    return source.image_size(position)
 
 
 def select_split(splits: Splits, split: str, dataset: str) -> Source:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from vit_jax_zoo.data.base import CorruptExampleError, Example, Source
+from vit_jax_zoo.data.buckets import EvalPlan, Room, TrainPlan
 from vit_jax_zoo.data.order import RandomNumbers, shuffled_index
 from vit_jax_zoo.data.transform_base import pixels
 
@@ -50,8 +51,8 @@ class Loader:
   replace: bool
 
   def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
-    """Loads example `index`; beyond the last one there is nothing."""
-    if index >= len(self.source):
+    """Loads example `index`; before the first one and beyond the last there is nothing."""
+    if not 0 <= index < len(self.source):
       return Loaded(None)
     failures: list[tuple[str, str]] = []
     while len(failures) < MAX_REPLACEMENTS:
@@ -88,9 +89,10 @@ class Loader:
     return {key: _as_array(value) for key, value in example.items()}
 
   def _check_label(self, index: int, example: Example) -> None:
-    if "label" not in example:
+    key = "label" if "label" in example else "labels"  # one of an image, those of its objects
+    if key not in example:
       return
-    label, num_classes = example["label"], self.num_classes or self.source.info.num_classes
+    label, num_classes = example[key], self.num_classes or self.source.info.num_classes
     if isinstance(label, int) and 0 <= label < (num_classes or math.inf):
       return  # the usual case, without numpy's ten microseconds
     labels = np.asarray(label)
@@ -104,21 +106,55 @@ class Loader:
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-  """From the number of a training batch to the batch; it travels to the workers."""
+  """From the number of a training batch to the batch; it travels to the workers.
+
+  Attributes:
+    loader: of the examples.
+    size: rows of this host.
+    seed: of the run.
+    plan: what belongs together, where images have different sizes; by default what comes together.
+    hosts: how many there are; batches are numbered step by step, host by host.
+  """
 
   loader: Loader
   size: int
   seed: int
+  plan: TrainPlan | None = None
+  hosts: int = 1
 
   def __call__(self, number: int) -> dict[str, Any]:
-    """Returns the examples at positions [number * size, (number + 1) * size) of the run."""
-    numbers, count = RandomNumbers(self.seed), len(self.loader.source)
-    rows = (
-      self.loader(shuffled_index(position, count, self.seed), numbers.at(position))
-      for position in range(number * self.size, (number + 1) * self.size)
-    )
-    batch, _, failures = _collect(rows, self.size)
+    """Returns the examples at positions [number * size, (number + 1) * size) of the run.
+
+    With a plan, those at the positions that it gives to these rows; what is lost to a corrupt image
+    is then made up for by another position of the same batch, which has its shape.
+    """
+    if self.plan is None:
+      positions = range(number * self.size, (number + 1) * self.size)
+      batch, _, failures = _collect(map(self._at, positions), self.size)
+    else:
+      step, host = divmod(number, self.hosts)
+      positions, room = self.plan(step)
+      rows = (self._first_sound(positions, host * self.size + i) for i in range(self.size))
+      batch, _, failures = _collect(rows, self.size, room)
     return {**batch, SKIPPED: failures}
+
+  def _at(self, position: int) -> Loaded:
+    count = len(self.loader.source)
+    numbers = RandomNumbers(self.seed)
+    return self.loader(shuffled_index(position, count, self.seed), numbers.at(position))
+
+  def _first_sound(self, positions: np.ndarray, row: int) -> Loaded:
+    """Returns the example of a row, or of the first row behind it whose example can be read."""
+    failures: Failures = ()
+    for i in range(len(positions)):
+      example, lost = self._at(int(positions[(row + i) % len(positions)]))
+      failures += lost
+      if example is not None:
+        return Loaded(example, failures)
+    raise CorruptExampleError(
+      f"all {len(positions)} examples of a batch of {self.loader.source.info.name} are corrupt, "
+      f"the last one {failures[-1][0]}: {failures[-1][1]}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,19 +162,35 @@ class MaskedBatches:
   """From the number of an evaluation batch to the batch; it travels to the workers.
 
   Rows without an example are zeros, and False in `mask`.
+
+  Attributes:
+    loader: of the examples.
+    size: rows of this host.
+    plan: which examples meet, where images have different sizes; by default those that follow each
+      other.
+    hosts: how many there are.
   """
 
   loader: Loader
   size: int
+  plan: EvalPlan | None = None
+  hosts: int = 1
 
   def __call__(self, number: int) -> dict[str, Any]:
-    """Returns the examples [number * size, (number + 1) * size) of the source, and `mask`."""
+    """Returns the examples [number * size, (number + 1) * size) of the source, and `mask`.
+
+    With a plan, they are counted in its order.
+    """
     numbers = RandomNumbers(0)
-    indices = range(number * self.size, (number + 1) * self.size)
-    rows = (self.loader(index, numbers.at(index)) for index in indices)
-    batch, mask, failures = _collect(rows, self.size)
+    indices: Iterable[int] = range(number * self.size, (number + 1) * self.size)
+    room = None
+    if self.plan is not None:
+      indices = self.plan.indices[list(indices)].tolist()
+      room = self.plan.rooms[number // self.hosts]
+    rows = (self.loader(index, numbers.at(max(index, 0))) for index in indices)
+    batch, mask, failures = _collect(rows, self.size, room)
     if not batch:
-      batch, _, _ = _collect([Loaded(self._first_sound())], self.size)
+      batch = _allocate(self._first_sound(), self.size, room)
     for values in batch.values():
       values[~mask] = 0
     return {**batch, "mask": mask, SKIPPED: failures}
@@ -159,8 +211,22 @@ def _as_array(value: Any) -> np.ndarray:
   return np.asarray(value, np.int32) if isinstance(value, int) else np.asarray(value)
 
 
-def _collect(rows: Iterable[Loaded], size: int) -> tuple[Batch, np.ndarray, Failures]:
+PADDED = {"image": (0, 0), "masks": (1, False), "label_map": (0, 255)}
+"""Keys that are padded with their image: the axis of its rows, and what stands in the padding."""
+
+PADDED_ORIGINAL = {"segment_map": (0, -1)}
+"""The same for keys that have the size that the image had before it was transformed."""
+
+
+def _collect(
+  rows: Iterable[Loaded], size: int, room: Room | None = None
+) -> tuple[Batch, np.ndarray, Failures]:
   """Copies each example into the batch as soon as it is there, while the cache still holds it.
+
+  Args:
+    rows: the examples.
+    size: how many.
+    room: heights and widths in the batch; by default all examples have the same.
 
   Returns:
     The arrays, undefined in rows without an example, and empty when no row has one; the mask of the
@@ -173,21 +239,40 @@ def _collect(rows: Iterable[Loaded], size: int) -> tuple[Batch, np.ndarray, Fail
     failures += lost
     if example is not None:
       mask[row] = True
-      for key in batch or example:
-        _put(batch, key, example[key], row, size)
+      batch = batch or _allocate(example, size, room)
+      for key in batch:
+        _put(batch, key, example[key], row, padded=room is not None)
   return batch, mask, tuple(failures)
 
 
-def _put(batch: Batch, key: str, value: np.ndarray, row: int, size: int) -> None:
+def _allocate(example: Example, size: int, room: Room | None) -> Batch:
+  """Returns arrays for a batch of such examples, full of what stands in the padding."""
+  batch = {key: np.empty((size, *value.shape), value.dtype) for key, value in example.items()}
+  if room is None:
+    return batch
+  for keys, (height, width) in ((PADDED, room.image), (PADDED_ORIGINAL, room.original)):
+    for key in keys.keys() & batch.keys():
+      value, (axis, fill) = example[key], keys[key]
+      shape = (*value.shape[:axis], height, width, *value.shape[axis + 2 :])
+      batch[key] = np.full((size, *shape), fill, value.dtype)
+  return batch
+
+
+def _put(batch: Batch, key: str, value: np.ndarray, row: int, *, padded: bool) -> None:
   """Sets one row of one array of the batch, which the first example of all gives its shape."""
-  if key not in batch:
-    batch[key] = np.empty((size, *value.shape), value.dtype)
-  elif batch[key].dtype != value.dtype:
+  if batch[key].dtype != value.dtype:
     batch[key] = batch[key].astype(np.promote_types(batch[key].dtype, value.dtype))
-  if value.shape != batch[key].shape[1:]:
-    remedy = {"image": "end the transforms with a resize or a crop", "label": "add multi_hot"}
+  place = batch[key][row, ...]
+  if padded and key in PADDED | PADDED_ORIGINAL and value.ndim == place.ndim:
+    place = place[tuple(slice(side) for side in value.shape)]
+  if value.shape != place.shape:
+    remedy = {
+      "image": "end the transforms with a resize or a crop, or set data.loader.buckets",
+      "label": "add multi_hot",
+      "labels": "add pad_objects",
+    }
     raise ValueError(
-      f"{key!r} has different shapes in one batch, such as {batch[key].shape[1:]} and "
+      f"{key!r} has different shapes in one batch, such as {place.shape} and "
       f"{value.shape}; {remedy.get(key, 'bring them to one shape in a transform')}"
     )
-  batch[key][row] = value
+  place[...] = value

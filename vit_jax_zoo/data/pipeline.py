@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags, logging
 
 from vit_jax_zoo.data.base import Example, Source
+from vit_jax_zoo.data.buckets import plan_evaluation, plan_training
 from vit_jax_zoo.data.loading import SKIPPED, Batch, Loader, MaskedBatches, TrainBatches
 from vit_jax_zoo.ops.names import unknown_name
 
@@ -41,6 +42,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   num_threads: int | None = None,
   num_classes: int | None = None,
   on_corrupt: str = "error",
+  buckets: int | Sequence[Sequence[int]] | None = None,
 ) -> "BatchIterator":
   """Returns the training batches of this host from `start_step` on, without end.
 
@@ -59,17 +61,23 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
     num_classes: labels must lie below it; by default what the source says.
     on_corrupt: "error" stops at an image that cannot be decoded; "skip" takes another example,
       drawn at random from (seed, position), and counts the lost one in the iterator's `skipped`.
+    buckets: where images have different sizes: shapes (height, width) to which batches are padded,
+      or how many such shapes to choose; see `data/buckets.py`. By default they all have the same.
 
   Raises:
     ValueError: one line, about the batch size, an empty source, a label, a corrupt image, or
       examples of different shapes.
   """
-  loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=True)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
+  plan = None
+  if buckets is not None:
+    plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
+  loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=plan is None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
   # Grain counts batches, not examples: its bookkeeping for an element takes as long as a flip.
   numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
-  dataset = numbers[::process_count].map(TrainBatches(loader, local, seed))
+  batches = TrainBatches(loader, local, seed, plan, process_count)
+  dataset = numbers[::process_count].map(batches)
   return BatchIterator(_iterate(dataset, num_workers, num_threads))
 
 
@@ -84,8 +92,11 @@ def eval_batches(  # noqa: PLR0913
   num_threads: int | None = None,
   num_classes: int | None = None,
   on_corrupt: str = "error",
+  buckets: int | Sequence[Sequence[int]] | None = None,
 ) -> "EvalBatches":
-  """Returns the batches of this host that go over the source once, in its own order.
+  """Returns the batches of this host that go over the source once.
+
+  The order is the source's own; with `buckets`, that of the shapes, and there the source's own.
 
   Every host gets the same number of batches, all of the same size; `mask` (bool [b]) is True for
   real examples and False for the zeros that fill up the last batch. With `on_corrupt="skip"` an
@@ -96,9 +107,13 @@ def eval_batches(  # noqa: PLR0913
   """
   loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=False)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
-  num_batches = -(-len(source) // batch_size)
+  plan, num_batches = None, -(-len(source) // batch_size)
+  if buckets is not None:
+    plan = plan_evaluation(source, transforms, buckets, batch_size=batch_size)
+    num_batches = len(plan.rooms)
   numbers = grain.MapDataset.range(num_batches * process_count)[process_index::process_count]
-  return EvalBatches(numbers.map(MaskedBatches(loader, local)), num_workers, num_threads)
+  batches = MaskedBatches(loader, local, plan, process_count)
+  return EvalBatches(numbers.map(batches), num_workers, num_threads)
 
 
 class BatchIterator(Iterator[Batch]):
