@@ -53,12 +53,24 @@ def test_all_that_a_config_names_exists(system, variant):
   for split in splits(config):
     assert build_transforms(split.transforms)
   params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
-  optimizer = create_optimizer(config.optimizer.to_dict(), params, num_steps=100_000)
-  assert float(optimizer.schedule(20_000)) >= 0
+  for section in optimizers(config.optimizer.to_dict()):
+    rules = [] if "generator" in config.optimizer else section.get("rules")  # of other parameters
+    optimizer = create_optimizer({**section, "rules": rules}, params, num_steps=100_000)
+    assert float(optimizer.schedule(20_000)) >= 0
   assert (config.num_steps is None) != (config.num_epochs is None)
 
 
-@pytest.mark.parametrize(("system", "variant"), [case for case in CASES if case[1] != "demo"])
+def optimizers(section):
+  """One, or one for each player."""
+  return [section] if "name" in section else list(section.values())
+
+
+OF_TFDS = [
+  case for case in CASES if resolve(*case).data.train.source.startswith("tfds:")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("system", "variant"), OF_TFDS)
 def test_one_argument_moves_all_data(system, variant):
   specs = splits(resolve(system, f"{variant},data_dir=gs://bucket/data"))
   assert len(specs) > 1

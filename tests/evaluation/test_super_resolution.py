@@ -48,6 +48,20 @@ def test_scores_are_means_over_pictures():
   assert {f"bicubic_{name}" for name in SCORES} | set(SCORES) < set(result)
 
 
+def test_what_the_right_reference_is_worth():
+  data = batch()
+  both = predictions(data) | {"wrong_reference_image": predictions(data, scale=20)["image"]}
+  evaluator = SuperResolutionEvaluator()
+  evaluator.add(data, both)
+  result = evaluator.result()
+  other = SuperResolutionEvaluator()
+  other.add(data, {"image": both["wrong_reference_image"]})
+  assert result["wrong_reference_psnr"] == pytest.approx(other.result()["psnr"])
+  assert result["reference_gain"] == pytest.approx(result["psnr"] - other.result()["psnr"])
+  assert result["reference_gain"] > 1
+  assert "reference_gain" not in other.result()
+
+
 def test_padding_does_not_count():
   data = batch()
   expected = evaluated({key: value[:2] for key, value in data.items()}).result()

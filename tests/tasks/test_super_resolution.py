@@ -17,6 +17,7 @@ from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.tasks.super_resolution import (
   PICTURES,
   SuperResolution,
+  exchange_references,
   to_pixels,
   transferal_loss,
   wasserstein_terms,
@@ -377,6 +378,23 @@ def test_predictions_are_scored():
   assert task.best_metric in evaluator.result()
   assert set(task.figures(batch, predictions)) == {"super_resolution"}
   assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
+
+
+def test_wrong_references_come_from_half_a_batch_away():
+  batch = tiny_batch(5)
+  batch["mask"] = np.array([True, True, True, True, False])
+  exchanged = exchange_references(batch)
+  for key in ("ref_image", "blurred_ref_image"):
+    np.testing.assert_array_equal(exchanged[key][:4], batch[key][[2, 3, 0, 1]])
+  assert set(exchanged) == set(batch)
+  one = {key: value[:1] for key, value in batch.items()}
+  np.testing.assert_array_equal(exchange_references(one)["ref_image"], one["ref_image"])
+  task, pair = SuperResolution(TINY, wrong_references=True), tiny_batch()
+  found = jax.jit(task.predict)(tiny_variables(), pair)
+  swapped = pair | {key: pair[key][::-1] for key in ("ref_image", "blurred_ref_image")}
+  expected = jax.jit(task.predict)(tiny_variables(), swapped)["image"]
+  np.testing.assert_array_equal(found["wrong_reference_image"], expected)
+  assert np.any(found["image"] != expected)
 
 
 def test_pixels_are_rounded_as_the_official_code_does():

@@ -19,6 +19,7 @@ from vit_jax_zoo.data.base import Splits
 from vit_jax_zoo.data.demo_base import PHOTOS, DemoBuilder, digit_images, short_side
 from vit_jax_zoo.data.demo_base import read_photo as read_photo
 from vit_jax_zoo.data.demo_scenes import Scenes
+from vit_jax_zoo.data.demo_stereo import Stereo
 from vit_jax_zoo.ops.names import unknown_name
 
 
@@ -59,7 +60,7 @@ class Photos(DemoBuilder, skip_registration=True):
           yield image[top : top + tile, left : left + tile], label
 
 
-DEMOS = {"digits": Digits, "photos": Photos, "scenes": Scenes}
+DEMOS = {"digits": Digits, "photos": Photos, "scenes": Scenes, "stereo": Stereo}
 
 
 def cache_dir() -> pathlib.Path:

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from vit_jax_zoo.data import tfds_objects, tfrecord
+from vit_jax_zoo.data import tfds_objects, tfds_pairs, tfrecord
 from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits, name_validation
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -98,6 +98,8 @@ def open_folder(
     layout, whole = tfds_objects.find_layout(features, name, panoptic=panoptic)
     make = functools.partial(tfds_objects.TfdsObjects, layout=layout)
     decoders = tfds_objects.decoders(layout)
+  elif image_key is None and tfds_pairs.has_pairs(features):
+    whole, make, decoders = DatasetInfo(name, 0), tfds_pairs.TfdsPairs, tfds_pairs.decoders()
   else:
     keys = _keys(features, name, image_key, label_key)
     whole = DatasetInfo(name, 0, *_classes(features, keys[1]))

@@ -40,7 +40,9 @@ class SuperResolutionEvaluator(Evaluator):
   """Averages the scores of pictures, each of which weighs the same.
 
   Scores: `SCORES`; the same of the bicubic enlargements, as "bicubic_psnr", ...; "psnr_gain", by
-  how much the results are better than those; "images".
+  how much the results are better than those; "images". Where predictions were made with wrong
+  references, too, their scores as "wrong_reference_psnr", ...; and "reference_gain", by how much
+  the PSNR with the true ones is better.
   """
 
   def __init__(self) -> None:
@@ -53,17 +55,18 @@ class SuperResolutionEvaluator(Evaluator):
     Args:
       batch: `image` [b H W 3], the truth, and `upsampled_image`, its bicubic rival, in [0, 255];
         `size` [b 2] and `mask` [b], both optional, as `tasks.super_resolution` has them.
-      predictions: `image` [b H W 3] in [0, 255].
+      predictions: `image` [b H W 3] in [0, 255]; `wrong_reference_image`, the same with another
+        picture's reference, optional.
     """
     truths = np.asarray(batch["image"])
     kept = np.asarray(batch.get("mask", np.ones(len(truths))), bool)
     sizes = np.asarray(batch.get("size", [truths.shape[1:3]] * len(truths)))
     for i in np.flatnonzero(kept):
       truth = truths[i, : sizes[i][0], : sizes[i][1]]
-      for prefix, images in (
-        ("", predictions["image"]),
-        ("bicubic_", batch["upsampled_image"]),
-      ):
+      rivals = {"": predictions["image"], "bicubic_": batch["upsampled_image"]}
+      if "wrong_reference_image" in predictions:
+        rivals["wrong_reference_"] = predictions["wrong_reference_image"]
+      for prefix, images in rivals.items():
         for name, value in score(np.asarray(images[i]), truth).items():
           self.sums[prefix + name] = self.sums.get(prefix + name, 0.0) + value
       self.images += 1
@@ -81,7 +84,7 @@ class SuperResolutionEvaluator(Evaluator):
     if not self.images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")
     means = {name: total / self.images for name, total in self.sums.items()}
-    return means | {
-      "psnr_gain": means["psnr"] - means["bicubic_psnr"],
-      "images": float(self.images),
-    }
+    gains = {"psnr_gain": means["psnr"] - means["bicubic_psnr"]}
+    if "wrong_reference_psnr" in means:
+      gains["reference_gain"] = means["psnr"] - means["wrong_reference_psnr"]
+    return means | gains | {"images": float(self.images)}

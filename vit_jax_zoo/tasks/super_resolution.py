@@ -56,6 +56,10 @@ class SuperResolution(base.Task):
     critic_widths: see `Critic`.
     critic_hidden: see `Critic`.
     perceptual_widths: of VGG-19.
+    vgg_file: torchvision's VGG-19, a published file: what the perceptual loss looks through, and
+      what the texture extractor starts as; None: both are random, or as `init_from` has them.
+    wrong_references: predictions are made a second time, with another picture's reference, half a
+      batch away; so scores tell what the right reference is worth.
   """
 
   model: base.Model
@@ -69,6 +73,8 @@ class SuperResolution(base.Task):
   critic_widths: tuple[int, ...] = (32, 64, 128, 256, 512)
   critic_hidden: int = 1024
   perceptual_widths: tuple[int, ...] = WIDTHS
+  vgg_file: str | None = None
+  wrong_references: bool = False
 
   def __post_init__(self) -> None:
     for name in ("reconstruction", "perceptual", "transferal", "adversarial"):
@@ -132,14 +138,19 @@ class SuperResolution(base.Task):
 
     Returns:
       `image` uint8 [b 4h 4w 3]; `hard_attention` int32 [b h w] and `soft_attention` float32
-      [b h w], as the model returns them.
+      [b h w], as the model returns them; with `wrong_references`, `wrong_reference_image`.
     """
-    outputs = self._generate(variables["params"]["generator"], batch)
-    return {
+    generator = variables["params"]["generator"]
+    outputs = self._generate(generator, batch)
+    predictions = {
       "image": to_pixels(outputs["image"]),
       "hard_attention": outputs["hard_attention"],
       "soft_attention": outputs["soft_attention"],
     }
+    if self.wrong_references:
+      other = self._generate(generator, exchange_references(batch))
+      predictions["wrong_reference_image"] = to_pixels(other["image"])
+    return predictions
 
   def evaluator(self) -> SuperResolutionEvaluator:
     """Returns an empty evaluator: PSNR and SSIM of results and of bicubic enlargements."""
@@ -234,6 +245,15 @@ class SuperResolution(base.Task):
       self._vgg.apply({"params": vgg}, x)[_PERCEPTUAL_LAYER] for x in (images, truths)
     )
     return _mean((ours - theirs) ** 2)
+
+
+def exchange_references(batch: base.Batch) -> dict[str, Any]:
+  """Gives each picture the reference of the one that is half of the real rows away."""
+  real = jnp.sum(base.example_mask(batch).astype(jnp.int32))
+  rows = jnp.arange(len(batch["image"]))
+  other = (rows + jnp.maximum(real // 2, 1)) % jnp.maximum(real, 1)
+  moved = {key: jnp.asarray(batch[key])[other] for key in ("ref_image", "blurred_ref_image")}
+  return {**batch, **moved}
 
 
 def transferal_loss(

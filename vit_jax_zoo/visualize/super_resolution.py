@@ -29,7 +29,7 @@ def draw_results(
 
   "taken from" gives each cell of the small picture the colour of the place in the reference where
   its patch was found; those colours are laid over the reference. "trust" is the soft attention,
-  from dark (0) to bright (1).
+  dark where it is least and bright where it is greatest in this picture.
 
   Args:
     batch: as `tasks.super_resolution` has it: `low_res_image`, `upsampled_image`, `image`,
@@ -93,10 +93,10 @@ def _draw_row(axes: list[Axes], example: Mapping[str, Any]) -> None:
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
   _show(reference, _tinted(example["reference"], key))
   _show(taken, position_colors(example["index"], grid), "nearest")
-  trust.imshow(example["trust"], cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+  trust.imshow(example["trust"], cmap="cividis", interpolation="nearest")
   used = len(np.unique(example["index"])) / example["index"].size
   taken.set_xlabel(f"{used:.0%} different places", fontsize=9)
-  trust.set_xlabel(f"mean {float(np.mean(example['trust'])):.2f}", fontsize=9)
+  trust.set_xlabel(f"{np.min(example['trust']):.3f} to {np.max(example['trust']):.3f}", fontsize=9)
 
 
 def _tinted(

@@ -1,0 +1,217 @@
+r"""TTSR: a demo, and the recipes of the paper.
+
+  TTSR     Yang et al., "Learning Texture Transformer Network for Image Super-Resolution", CVPR
+           2020, arXiv:2006.04139; code: github.com/researchmm/TTSR
+
+    python -m vit_jax_zoo.main --config=configs/ttsr.py
+    python -m vit_jax_zoo.main --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED
+    python -m vit_jax_zoo.main --config=configs/ttsr.py:own,source=pairs:/my/pairs
+    python -m vit_jax_zoo.main --evaluate_only \
+      --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
+
+| variant    | trains on            | from              | expected PSNR / SSIM, CUFED5 |
+|------------|----------------------|-------------------|------------------------------|
+| demo       | a stereo pair, 48x48 | -                 | 25.5 dB, bicubic 24.0 dB     |
+| cufed      | CUFED, 160x160       | sections 3.3, 4.1 | 25.53 / .765                 |
+| cufed_rec  | CUFED, 160x160       | sections 3.3, 4.1 | 27.09 / .804                 |
+| own        | your own pairs       | as cufed_rec      | -                            |
+
+Each function below is a page of the lab book. Batch sizes are global.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the config of `variant[,field=value...]`; the demo by default."""
+  return common.build(arg, VARIANTS)
+
+
+def demo(*, num_steps: int = 1000, batch_size: int = 8) -> ConfigDict:
+  """A small TTSR enlarges what the left eye sees four times, with the right eye's picture.
+
+  The scores are those of a strip that neither eye showed in training: with its own reference ("psnr"), with
+    that of another part of it ("wrong_reference_psnr"), and the difference
+    ("reference_gain"). The texture extractor starts from random numbers here, not from VGG-19.
+
+  Paper: none; the architecture is TTSR's, with TTSR-rec's loss. Layers are not scanned: on a CPU,
+    gradients of convolutions inside of a loop take more than ten times as long.
+  Hardware: any. Two CPU cores need about three minutes.
+  Expected: 25.5 dB, where bicubic enlargement has 23.98 and wrong references 24.2; 25.65, 25.51 and
+    25.37 with seeds 0, 1 and 2 when this page was written, and 24.13, 24.29, 24.30 with wrong ones.
+  """
+  pair = {"name": "super_resolution_pair"}
+  return ConfigDict(
+    {
+      "seed": 0,
+      "num_steps": num_steps,
+      "batch_size": batch_size,
+      "eval_batch_size": 6,
+      "model": {
+        "name": "ttsr_tiny",
+        "texture_widths": (16, 32, 64),
+        "scan_layers": False,
+      },
+      "task": {"name": "super_resolution", "wrong_references": True},
+      "data": {
+        "train": {
+          "source": "demo:stereo",
+          "split": "train",
+          "transforms": [
+            {"name": "random_pair_crop", "size": 48, "margin": (0, 28)},
+            pair,
+            {"name": "random_pair_turn", "rotate": False, "together": True},
+          ],
+        },
+        "eval": {"test": {"source": "demo:stereo", "split": "test", "transforms": [pair]}},
+      },
+      "optimizer": {
+        "generator": {
+          "name": "adam",
+          "learning_rate": 3e-3,
+          "schedule": {"name": "cosine", "warmup_steps": 30},
+          "clip_norm": 1.0,
+        }
+      },
+      "ema_decay": 0.99,
+      "log_every": 50,
+      "eval_every": 250,
+      "checkpoint": {"every": 250, "keep": 1},
+    }
+  )
+
+
+def cufed(
+  *, source: str = "pairs:CUFED", vgg_file: str = "vgg19-dcbb9e9d.pth", init_from: str = ""
+) -> ConfigDict:
+  """TTSR on CUFED, with all four losses, in two phases.
+
+  Paper: section 4.1 and the released options: Adam (0.9, 0.999), rate 1e-4, of the texture
+    extractor 1e-5, batch 9, crops of 160 pixels; flips and quarter turns, independent for picture
+    and reference. Two epochs with the reconstruction loss alone, then fifty with perceptual (1e-2),
+    transferal perceptual (1e-2) and adversarial loss (1e-3: Wasserstein with gradient penalty; the
+    critic has Adam (0, 0.9), rate 1e-4, and moves twice in a step).
+  Data: CUFED's 11,871 pairs and CUFED5's 126 pictures, laid out as the paper's code wants them:
+    train/input, train/ref, test/CUFED5. Each evaluation is a protocol: `cufed5_level1` has the most
+    similar reference, as the released code; `cufed5_stitched` all five, as the paper's table.
+  Weights: `vgg_file` is torchvision's VGG-19, for the perceptual loss, and what the extractor
+    starts as: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth. `init_from`, a published
+    TTSR.pt or a run of ours, is optional.
+  Hardware: the paper names none. One device; pictures of different sizes are compiled one by one in
+    the evaluation. For more devices choose a batch size that they divide, and pad (`pad_pair`).
+  Expected on CUFED5, level 1: 25.40 dB, SSIM 0.7600, with the released weights (issue 3 of the
+    released code); the paper has 25.53, 0.765 with all references.
+  Not yet run here.
+  """
+  config = _cufed(source, vgg_file, init_from)
+  config.num_epochs = 52.0
+  config.task.update(
+    perceptual_weight=1e-2,
+    transferal_weight=1e-2,
+    adversarial_weight=1e-3,
+    begin_step=2 * STEPS_PER_EPOCH,
+    critic_updates=2,
+  )
+  config.optimizer.critic = {**ADAM, "b1": 0.0, "b2": 0.9}
+  return config
+
+
+def cufed_rec(
+  *, source: str = "pairs:CUFED", vgg_file: str = "vgg19-dcbb9e9d.pth", init_from: str = ""
+) -> ConfigDict:
+  """TTSR-rec on CUFED: the reconstruction loss alone, for the best PSNR.
+
+  Paper: section 4.1 and the released options: as `cufed`, 200 epochs.
+  Data: see `cufed`.
+  Weights: `vgg_file`, see `cufed`; `init_from`, such as the published TTSR-rec.pt, is optional.
+  Hardware: the paper names none. One device, see `cufed`.
+  Expected on CUFED5, level 1: 26.99 dB, SSIM 0.8003, with the released weights (issue 3 of the
+    released code); the paper has 27.09, 0.804 with all references, where others measured 26.8.
+    Sun80 30.02 (one of its references: reference=random), Urban100 25.87 and Manga109 30.09
+    (reference=self).
+  Not yet run here.
+  """
+  config = _cufed(source, vgg_file, init_from)
+  config.num_epochs = 200.0
+  return config
+
+
+def own(
+  *,
+  source: str = "pairs:pairs",
+  init_from: str = "TTSR-rec.pt",
+  num_steps: int = 20_000,
+  batch_size: int = 9,
+  size: int = 160,
+  reference_margin: int = 80,
+) -> ConfigDict:
+  """Your own pictures with references of any size: `input/` and `ref/`, see data/pairs.py.
+
+  Paper: as `cufed_rec`; but crops are taken at random, and of a reference around the same place,
+    by `reference_margin` pixels larger on each side, since photographs are larger than CUFED's.
+  Weights: `init_from`, the published TTSR-rec.pt by default; "" starts from random numbers.
+  Hardware: one device.
+  Expected: nothing is known of your pictures. "psnr_gain" says how much better than bicubic.
+  Not yet run here.
+  """
+  config = _base(source, batch_size, init_from)
+  config.num_steps = num_steps
+  config.data.train.transforms = [
+    {"name": "random_pair_crop", "size": size, "margin": reference_margin},
+    PAIR,
+    {"name": "random_pair_turn"},
+  ]
+  config.data.eval = {"test": {"source": source, "split": "test", "transforms": [PAIR]}}
+  return config
+
+
+PAIR = {"name": "super_resolution_pair"}
+ADAM = {"name": "adam", "learning_rate": 1e-4, "schedule": {"name": "constant"}}
+STEPS_PER_EPOCH = 11_871 // 9
+
+
+def _cufed(source: str, vgg_file: str, init_from: str) -> ConfigDict:
+  """What both recipes have in common."""
+  config = _base(source, 9, init_from)
+  config.task.vgg_file = vgg_file
+  config.data.train.transforms = [
+    {"name": "super_resolution_pair", "reference_side": 160},
+    {"name": "random_pair_turn"},
+  ]
+  protocols = {"cufed5_level1": "1", "cufed5_stitched": "all"}
+  config.data.eval = {
+    name: {"source": source, "split": "test", "reference": reference, "transforms": [PAIR]}
+    for name, reference in protocols.items()
+  }
+  return config
+
+
+def _base(source: str, batch_size: int, init_from: str) -> ConfigDict:
+  config = ConfigDict(
+    {
+      "seed": 0,
+      "batch_size": batch_size,
+      "eval_batch_size": 1,
+      "model": {"name": "ttsr"},
+      "task": {"name": "super_resolution"},
+      "data": {
+        "train": {"source": source, "split": "train"},
+        "eval": {},
+        "loader": {"num_workers": 4},
+      },
+      "optimizer": {"generator": {**ADAM, "rules": (("extractor/.*", {"learning_rate": 0.1}),)}},
+      "log_every": 100,
+      "eval_every": 10 * STEPS_PER_EPOCH,
+      "checkpoint": {"every": STEPS_PER_EPOCH, "keep": 1},
+    }
+  )
+  if init_from:
+    config.init_from = init_from
+  return config
+
+
+VARIANTS: dict[str, Any] = {"demo": demo, "cufed": cufed, "cufed_rec": cufed_rec, "own": own}
