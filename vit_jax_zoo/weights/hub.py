@@ -1,16 +1,171 @@
-"""From a name to a file: what is already on this machine, and what is to be downloaded."""
+"""From a name to a file: what is on this machine already, and what has to be downloaded.
 
+Downloads lie in `~/.cache/vit_jax_zoo`, or where the environment variable `VIT_JAX_ZOO_CACHE` says;
+those of Hugging Face's hub in its own cache, which other libraries share.
+"""
+
+import difflib
+import hashlib
+import importlib
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from http.client import HTTPException
+
+from absl import logging
 from etils import epath
 
 from vit_jax_zoo.weights import tf_bundle
+from vit_jax_zoo.weights.catalog import ENTRIES, Entry
+from vit_jax_zoo.weights.table import WeightsError
+
+CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
+CHUNK = 1 << 20
+TIMEOUT = 30
+"""Seconds without a byte after which a download has failed."""
+
+_PROGRESS_EVERY = 5.0
+_HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+_HUB_JSON = ["config.json", "preprocessor_config.json"]
+_HUB_WEIGHTS = (
+  ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
+  ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"],
+)
 
 
 def resolve(name: str) -> str:
-  """Returns the local path, or `gs://` path, that `name` stands for.
+  """Returns the local or `gs://` path of a checkpoint, after downloading it where need be.
+
+  Args:
+    name: a path that exists; a name of `catalog.ENTRIES`; a URL; "owner/name" on Hugging Face's
+      hub.
 
   Raises:
-    ValueError: there is nothing of that name.
+    WeightsError: there is nothing of that name, or a file that came is not the one published.
+    OSError: it cannot be downloaded; one line.
+    ImportError: it is on the hub, and `huggingface_hub` is not installed.
   """
+  if name.startswith(("http://", "https://")):
+    return download(name)
   if epath.Path(name).exists() or tf_bundle.find_prefix(name):
     return name
-  raise ValueError(f"there is no checkpoint at {name}")
+  if name in ENTRIES:
+    return _fetch(name, ENTRIES[name])
+  if _HUB_NAME.fullmatch(name) and not name.endswith((".npz", ".safetensors", ".pth", ".bin")):
+    return _from_hub(name)
+  nearest = difflib.get_close_matches(name, ENTRIES, n=1)
+  hint = f"; did you mean the published {nearest[0]}?" if nearest else ""
+  raise WeightsError(f"there is no checkpoint at {name}{hint}")
+
+
+def _fetch(name: str, entry: Entry) -> str:
+  if entry.hub:
+    return _from_hub(entry.hub)
+  folder = name if len(entry.urls) > 1 else ""
+  first, *others = entry.urls
+  path = download(first, sha256=entry.sha256, folder=folder)
+  for url in others:
+    download(url, folder=folder)
+  return path
+
+
+def cache_folder() -> epath.Path:
+  """Returns where downloads lie."""
+  return epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
+
+
+def download(url: str, *, sha256: str = "", folder: str = "") -> str:
+  """Downloads a file unless the cache has it; returns its path.
+
+  A file appears under its name only when it is whole and its checksum is right.
+
+  Args:
+    url: of the file.
+    sha256: of its content, or how that begins; "": not known.
+    folder: in the cache, for files that belong together; "": one that the URL names.
+
+  Raises:
+    OSError: it cannot be downloaded.
+    WeightsError: it is not the file that was published.
+  """
+  parts = urllib.parse.urlsplit(url)
+  place = folder or hashlib.sha256(url.encode()).hexdigest()[:8]
+  target = cache_folder() / place / urllib.parse.unquote(parts.path.rsplit("/", 1)[-1])
+  if target.exists():
+    return str(target)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
+  try:
+    found = _transfer(url, unfinished)
+  except (OSError, HTTPException, ValueError) as error:
+    unfinished.unlink(missing_ok=True)
+    reason = getattr(error, "reason", None) or error
+    raise OSError(
+      f"cannot download {url} ({reason}); if this machine is offline, download it elsewhere and "
+      "give the file's path"
+    ) from None
+  if not found.startswith(sha256):
+    unfinished.unlink()
+    raise WeightsError(
+      f"{url} is not the file that was published: its sha256 begins with {found[:16]}, expected "
+      f"{sha256}"
+    )
+  unfinished.rename(target)
+  return str(target)
+
+
+def _transfer(url: str, target: epath.Path) -> str:
+  """Copies a URL to a file and says how far it is; returns the sha256 of the content."""
+  digest, done, said = hashlib.sha256(), 0, time.monotonic()
+  begin = said
+  logging.info("downloading %s", url)
+  with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:
+    total = int(answer.headers.get("Content-Length") or 0)
+    while chunk := answer.read(CHUNK):
+      file.write(chunk)
+      digest.update(chunk)
+      done += len(chunk)
+      if time.monotonic() - said > _PROGRESS_EVERY:
+        said = time.monotonic()
+        _say(done, total, said - begin)
+  if total and done != total:
+    raise OSError(f"the connection broke after {done} of {total} bytes")
+  return digest.hexdigest()
+
+
+def _say(done: int, total: int, seconds: float) -> None:
+  share = f" of {total / 1e6:.0f} MB" if total else " MB"
+  left = f", ETA {round(seconds * (total - done) / done)} s" if total else ""
+  logging.info("%.0f%s%s", done / 1e6, share, left)
+
+
+def _from_hub(name: str) -> str:
+  """Downloads a folder of Hugging Face's hub into its cache: JSON, and safetensors if it has them.
+
+  Raises:
+    ImportError: `huggingface_hub` is not installed.
+    OSError: the hub cannot be asked, or has no such model.
+    WeightsError: the model has no weights that can be read.
+  """
+  try:
+    hub = importlib.import_module("huggingface_hub")
+  except ImportError:
+    raise ImportError(
+      f"there is no checkpoint at {name}; if it is a model on Hugging Face's hub, pip install "
+      "'vit_jax_zoo[hub]'"
+    ) from None
+  for patterns in _HUB_WEIGHTS:
+    try:
+      folder = hub.snapshot_download(name, allow_patterns=[*_HUB_JSON, *patterns])
+    except Exception as error:  # of whichever library for the network lies below
+      reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+      raise OSError(
+        f"there is no checkpoint at {name}, and Hugging Face's hub does not give it ({reason}); "
+        "if this machine is offline, download it elsewhere and give its folder"
+      ) from None
+    if any((epath.Path(folder) / pattern).exists() for pattern in patterns[:2]):
+      return str(folder)
+  raise WeightsError(f"{name} on Hugging Face's hub has neither model.safetensors nor a pickle")

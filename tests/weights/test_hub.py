@@ -1,0 +1,144 @@
+"""Names, URLs and hubs: against a server of this machine, and a hub that is none."""
+
+import hashlib
+import http.server
+import pathlib
+import sys
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo import load_pretrained
+from vit_jax_zoo.models.registry import list_models
+from vit_jax_zoo.weights import WeightsError, catalog, hub
+
+SOURCE = GOLDENS / "vit_a" / "weights.npz"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv(hub.CACHE_VARIABLE, str(tmp_path / "cache"))
+  return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def server():
+  """Serves the fixtures; counts what is asked for; cuts what is asked for as `/cut/...`."""
+
+  class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      asked.append(self.path)
+      path = GOLDENS / self.path.removeprefix("/cut").lstrip("/")
+      if not path.is_file():
+        self.send_error(404, "File not found")
+        return
+      content = path.read_bytes()
+      self.send_response(200)
+      self.send_header("Content-Length", str(len(content)))
+      self.end_headers()
+      self.wfile.write(content[:1000] if self.path.startswith("/cut") else content)
+
+    def log_message(self, *args):
+      pass
+
+  asked = []
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+    thread = threading.Thread(target=running.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}", asked
+    running.shutdown()
+    thread.join()
+
+
+def test_a_url_is_downloaded_once(server, cache):
+  url, asked = server
+  loaded = load_pretrained(f"{url}/vit_a/weights.npz")
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.variables, load_pretrained(str(SOURCE)).variables
+  )
+  load_pretrained(f"{url}/vit_a/weights.npz")
+  assert asked.count("/vit_a/weights.npz") == 1
+  assert [path.name for path in cache.rglob("*") if path.is_file()] == ["weights.npz"]
+
+
+def test_a_published_name_is_its_url_and_checksum(server, cache, monkeypatch):
+  url, _ = server
+  digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
+  right = catalog.Entry("vit_b16", (f"{url}/vit_a/weights.npz",), sha256=digest[:8])
+  monkeypatch.setitem(hub.ENTRIES, "vit_right", right)
+  assert pathlib.Path(hub.resolve("vit_right")).read_bytes() == SOURCE.read_bytes()
+  wrong = catalog.Entry("vit_b16", (f"{url}/vit_gap_a/weights.npz",), sha256="0" * 8)
+  monkeypatch.setitem(hub.ENTRIES, "vit_wrong", wrong)
+  with pytest.raises(WeightsError, match="not the file that was published: its sha256 begins"):
+    hub.resolve("vit_wrong")
+  several = (f"{url}/vit_a/config.json", f"{url}/vit_a/weights.npz")
+  monkeypatch.setitem(hub.ENTRIES, "vit_both", catalog.Entry("vit_b16", several))
+  assert hub.resolve("vit_both") == str(cache / "vit_both" / "config.json")
+  assert (cache / "vit_both" / "weights.npz").exists()
+
+
+@pytest.mark.parametrize("path", ["vit_a/none.npz", "cut/vit_a/weights.npz"])
+def test_a_download_that_fails_leaves_nothing(server, cache, path):
+  with pytest.raises(OSError, match=r"cannot download http://.*; if this machine is offline"):
+    load_pretrained(f"{server[0]}/{path}")
+  assert not [found for found in cache.rglob("*") if found.is_file()]
+
+
+def test_offline_is_one_line(cache):
+  with pytest.raises(OSError, match=r"cannot download http://127\.0\.0\.1:9/x\.npz") as error:
+    load_pretrained("http://127.0.0.1:9/x.npz")
+  assert "\n" not in str(error.value)
+
+
+def fake_hub(monkeypatch, answer):
+  module = types.ModuleType("huggingface_hub")
+  module.snapshot_download = answer
+  monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+
+
+def test_names_on_hugging_faces_hub(monkeypatch):
+  asked = []
+
+  def answer(name, allow_patterns):
+    asked.append((name, allow_patterns))
+    return str(GOLDENS / "vit_hf_a")
+
+  fake_hub(monkeypatch, answer)
+  loaded = load_pretrained("google/vit-base-patch16-224")
+  expected = load_pretrained(str(GOLDENS / "vit_hf_a"))
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected.variables)
+  assert asked[0][0] == "google/vit-base-patch16-224"
+  assert "model.safetensors" in asked[0][1]
+  assert "pytorch_model.bin" not in asked[0][1]  # a pickle only where there is nothing else
+
+
+def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+  def fail(*args, **kwargs):
+    raise RuntimeError("no route to host\nand much more")
+
+  fake_hub(monkeypatch, fail)
+  with pytest.raises(OSError, match=r"no checkpoint at a/b, and .* \(no route to host\)") as error:
+    load_pretrained("a/b")
+  assert "\n" not in str(error.value)
+  fake_hub(monkeypatch, lambda *args, **kwargs: str(tmp_path))
+  with pytest.raises(WeightsError, match=r"has neither model\.safetensors nor a pickle"):
+    load_pretrained("a/b")
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  with pytest.raises(ImportError, match=r"pip install 'vit_jax_zoo\[hub\]'"):
+    load_pretrained("a/b")
+
+
+def test_the_catalog_is_sound():
+  models = list_models()
+  for name, entry in catalog.ENTRIES.items():
+    assert name.startswith(entry.model), name
+    assert entry.model in models, name
+    assert bool(entry.hub) != bool(entry.urls), name
+    assert all(url.startswith("https://") for url in entry.urls)
+    assert (entry.score == "–") == (entry.source == "–"), name
+  with pytest.raises(WeightsError, match="did you mean the published vit_b16_imagenet21k"):
+    load_pretrained("vit_b16_imagenet_21k")

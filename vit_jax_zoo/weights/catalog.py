@@ -1,0 +1,152 @@
+"""What others have published: name -> where it lies, how it scores, and who says so.
+
+Scores are ImageNet-1k top-1 unless the text says otherwise, as their publishers state them; none of
+them was measured here.
+"""
+
+import dataclasses
+
+GOOGLE = "https://storage.googleapis.com/vit_models"
+TIMM_RELEASE = (
+  "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-attn-weights"
+)
+OPENAI = "https://openaipublic.blob.core.windows.net/image-gpt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """A published checkpoint.
+
+  Attributes:
+    model: the registry's name of its architecture.
+    urls: of its files; the first is the one to read. Those of one entry lie together.
+    hub: "owner/name" on Hugging Face's hub, in place of `urls`.
+    sha256: of the first file, or how it begins, where the publisher states it.
+    score: what it reaches, with the side of the images.
+    source: who says so.
+  """
+
+  model: str
+  urls: tuple[str, ...] = ()
+  hub: str = ""
+  sha256: str = ""
+  score: str = "–"
+  source: str = "–"
+
+
+_ISSUE_62 = "google-research/vision_transformer#62"
+_PAPER = "2010.11929, table 5"
+_TIMM = "timm, results-imagenet.csv"
+_CARD = "timm's model card"
+
+# file -> upstream precision@1 on held-out ImageNet-21k images.
+_IMAGENET21K = {
+  "b16": ("ViT-B_16", "47.88 % (ImageNet-21k)"),
+  "b32": ("ViT-B_32", "44.04 % (ImageNet-21k)"),
+  "l16": ("ViT-L_16", "49.90 % (ImageNet-21k)"),
+  "l32": ("ViT-L_32", "45.42 % (ImageNet-21k)"),
+  "h14": ("ViT-H_14", "49.06 % (ImageNet-21k)"),
+  "r50_b16": ("R50+ViT-B_16", "–"),
+}
+_FINETUNED = {"b16": "83.97", "b32": "81.28", "l16": "85.15", "l32": "80.99"}
+_FINETUNED_224 = {"b16": "81.2", "l16": "82.7"}
+
+_AUGREG = {
+  "ti16": ("Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0", "0.03", "78.44"),
+  "s32": ("S_32", "aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03", "–"),
+  "s16": ("S_16", "aug_light1-wd_0.03-do_0.0-sd_0.0", "0.03", "83.81"),
+  "b16": ("B_16", "aug_medium1-wd_0.1-do_0.0-sd_0.0", "0.01", "86.01"),
+  "l16": ("L_16", "aug_medium1-wd_0.1-do_0.1-sd_0.1", "0.01", "87.10"),
+  "r_ti16": ("R_Ti_16", "aug_none-wd_0.03-do_0.0-sd_0.0", "0.03", "75.96"),
+  "r26_s32": ("R26_S_32", "aug_medium2-wd_0.03-do_0.0-sd_0.0", "0.03", "84.07"),
+  "r50_l32": ("R50_L_32", "aug_medium2-wd_0.1-do_0.0-sd_0.0", "0.01", "86.19"),
+}
+"""Those of "How to train your ViT" (arXiv:2106.10270) that timm hosts, too."""
+
+
+def _augreg(size: str) -> dict[str, Entry]:
+  name, recipe, rate, score = _AUGREG[size]
+  upstream = f"{GOOGLE}/augreg/{name}-i21k-300ep-lr_0.001-{recipe}"
+  tuned = f"{upstream}--imagenet2012-steps_20k-lr_{rate}-res_384.npz"
+  source = _TIMM if score != "–" else "–"
+  said = score if score == "–" else f"{score} % at 384"
+  return {
+    f"vit_{size}_augreg_imagenet21k": Entry(f"vit_{size}", (f"{upstream}.npz",)),
+    f"vit_{size}_augreg_imagenet": Entry(f"vit_{size}", (tuned,), score=said, source=source),
+  }
+
+
+def _paper(size: str) -> dict[str, Entry]:
+  file, score = _IMAGENET21K[size]
+  model, tuned = f"vit_{size}", f"{GOOGLE}/imagenet21k+imagenet2012/{file}"
+  source = "–" if score == "–" else _ISSUE_62
+  entries = {
+    f"{model}_imagenet21k": Entry(
+      model, (f"{GOOGLE}/imagenet21k/{file}.npz",), score=score, source=source
+    )
+  }
+  if size in _FINETUNED:
+    said = f"{_FINETUNED[size]} % at 384"
+    entries[f"{model}_imagenet"] = Entry(model, (f"{tuned}.npz",), score=said, source=_PAPER)
+  if size in _FINETUNED_224:
+    said = f"{_FINETUNED_224[size]} % at 224"
+    source = "google-research/vision_transformer, README"
+    entries[f"{model}_imagenet_224"] = Entry(
+      model, (f"{tuned}-224.npz",), score=said, source=source
+    )
+  return entries
+
+
+def _lambda(model: str, hub: str, file: str, sha256: str, score: str) -> dict[str, Entry]:
+  said = f"{score} % at 256"
+  return {
+    f"{model}_imagenet": Entry(
+      model, (f"{TIMM_RELEASE}/{file}-{sha256}.pth",), sha256=sha256, score=said, source=_CARD
+    ),
+    f"{model}_imagenet_hub": Entry(model, hub=f"timm/{hub}", score=said, source=_CARD),
+  }
+
+
+def _igpt(size: str, shards: int, nats: str) -> dict[str, Entry]:
+  prefix = f"{OPENAI}/checkpoints/igpt-{size}/1000000/model.ckpt-1000000"
+  data = tuple(f"{prefix}.data-{i:05d}-of-{shards:05d}" for i in range(shards))
+  palette = f"{OPENAI}/color-clusters/kmeans_centers.npy"
+  long = {"s": "small", "m": "medium", "l": "large"}[size]
+  said, source = f"{nats} nats a pixel (ImageNet, 32x32)", "openai/image-gpt, README"
+  return {
+    f"igpt_{size}_imagenet": Entry(
+      f"igpt_{size}", (f"{prefix}.index", *data, palette), score=said, source=source
+    ),
+    f"igpt_{size}_imagenet_hub": Entry(
+      f"igpt_{size}", hub=f"openai/imagegpt-{long}", score=said, source=source
+    ),
+  }
+
+
+ENTRIES: dict[str, Entry] = {
+  **{name: entry for size in _IMAGENET21K for name, entry in _paper(size).items()},
+  **{name: entry for size in _AUGREG for name, entry in _augreg(size).items()},
+  "vit_b16_sam_imagenet": Entry("vit_b16", (f"{GOOGLE}/sam/ViT-B_16.npz",)),
+  "vit_b32_sam_imagenet": Entry("vit_b32", (f"{GOOGLE}/sam/ViT-B_32.npz",)),
+  "vit_s16_imagenet_90ep": Entry(
+    "vit_s16",
+    ("https://storage.googleapis.com/big_vision/vit_s16_i1k_90ep.npz",),
+    score="76.5 % at 224",
+    source="2205.01580",
+  ),
+  **_lambda(
+    "lambda_resnet26t", "lambda_resnet26t.c1_in1k", "lambda_resnet26t_c_256", "e5a5c857", "79.126"
+  ),
+  **_lambda(
+    "lambda_resnet26rpt_256", "lambda_resnet26rpt_256.c1_in1k", "lambda_resnet26rpt_c_256",
+    "ab00292d", "78.960",
+  ),
+  **_lambda(
+    "lambda_resnet50ts", "lambda_resnet50ts.a1h_in1k", "lambda_resnet50ts_a1h_256", "b87370f7",
+    "81.184",
+  ),
+  **_igpt("s", 32, "2.0895"),
+  **_igpt("m", 32, "2.0614"),
+  **_igpt("l", 64, "2.0466"),
+}  # fmt: skip
+"""By the name that `load_pretrained` takes."""
