@@ -32,6 +32,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.train.distributed import is_primary
 
 Schedule: TypeAlias = Callable[[Any], Float[Array, ""]]
 """From the number of updates made to the learning rate of the next one; int or traced array."""
@@ -62,7 +63,7 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   if name not in _SCHEDULES:
     raise ValueError(unknown_name("schedule", str(name), _SCHEDULES))
   warmup_steps = count_steps("warmup_steps", fields.pop("warmup_steps", 0), num_steps)
-  if warmup_steps >= num_steps:
+  if warmup_steps >= num_steps and is_primary():
     logging.warning(
       "the warm-up takes %d steps and the run has %d: the learning rate never comes to %g; "
       "lower schedule.warmup_steps, or make it a share of all steps, such as 0.05",
