@@ -160,6 +160,9 @@ def _size_of_tables(arrays: Mapping[str, Array]) -> tuple[int, int] | None:
   return None
 
 
+VARIANT_WIDTH = 64
+"""Of the bottlenecks in the first stage, where nothing is scaled."""
+
 _ARCHITECTURES = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts")
 
 
@@ -176,7 +179,7 @@ def write_checkpoint(path: str, export: Export) -> None:
       f"timm has no LambdaResNet with these blocks; it has {', '.join(_ARCHITECTURES)}"
     )
   arguments: dict[str, Any] = {}
-  share = fields["widths"][0] / 256
+  share = fields["widths"][0] / VARIANT_WIDTH
   if share != 1:
     arguments["width_factor"] = share
   if name == "lambda_resnet26rpt_256":

@@ -1,0 +1,191 @@
+"""Exported files, read by the live libraries: the same logits. `pytest -m parity`."""
+
+import argparse
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
+from tests.test_export import tiny
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.weights import WeightsError
+from vit_jax_zoo.weights.torch_file import read_torch
+
+pytestmark = [
+  pytest.mark.parity,
+  pytest.mark.filterwarnings("ignore"),  # of these libraries, which are not ours to mend
+]
+
+
+def images_of(size, seed=0):
+  return np.random.default_rng(seed).normal(size=(2, *size, 3)).astype(np.float32)
+
+
+def ours(loaded, images):
+  return np.asarray(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"])
+
+
+def assert_same(given, expected):
+  scale = max(1.0, float(np.abs(expected).max()))
+  np.testing.assert_allclose(given, expected, atol=1e-4 * scale)
+
+
+def timm_logits(folder, images):
+  timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+  model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+  with torch.no_grad():
+    return model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"activation": "gelu"},
+    {"activation": "gelu_tanh", "position_embedding": "sincos_2d", "pool": "mean"},
+    {"activation": "gelu", "pool": "mean", "norm_after_pool": True, "qkv_bias": False},
+    {"activation": "gelu", "cls_token_position": False},
+    {"activation": "quick_gelu", "position_embedding": "learned_2d"},
+  ],
+  ids=["plain", "better", "fc_norm", "no_embed_class", "learned_2d"],
+)
+def test_timm_computes_our_vits(fields, tmp_path):
+  made = tiny(size=(32, 32), **fields)
+  export.write(made, "safetensors-timm", str(tmp_path))
+  images = images_of((32, 32))
+  assert_same(timm_logits(tmp_path, images), ours(made, images))
+
+
+@pytest.mark.parametrize("name", ["vit_timm_a", "vit_timm_gap_a"])
+def test_timm_reads_its_own_fixtures_again(name, tmp_path, load_golden):
+  config, inputs, outputs = load_golden(name)
+  loaded = load_pretrained(
+    str(GOLDENS / name / "weights.safetensors"), num_heads=config["num_heads"]
+  )
+  export.write(loaded, "safetensors-timm", str(tmp_path))
+  theirs = timm_logits(tmp_path, inputs["image"].transpose(0, 2, 3, 1))
+  assert_same(theirs, outputs["logits"])
+
+
+@pytest.mark.parametrize(
+  "name", ["lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a"]
+)
+def test_timm_computes_our_lambda_resnets(name, tmp_path):
+  source = golden_folder(name)
+  size = json.loads((source / "config.json").read_text())["img"]
+  loaded = load_pretrained(str(source / "weights.safetensors"), image_size=size)
+  export.write(loaded, "safetensors-timm", str(tmp_path))
+  images = images_of((size, size))
+  theirs = timm_logits(tmp_path, images)
+  assert_same(theirs, ours(loaded, images))
+
+
+def test_timm_prepares_pictures_as_we_do(tmp_path):
+  data = pytest.importorskip("timm.data")
+  from PIL import Image
+
+  pixels = np.random.default_rng(0).integers(0, 255, (75, 120, 3), np.uint8)
+  source = golden_folder("lambda_resnet26t_a") / "weights.safetensors"
+  preprocess = load_pretrained(str(source), image_size=64).preprocess
+  transform = data.create_transform(
+    input_size=(3, 64, 64), interpolation="bicubic", crop_pct=0.94,
+    mean=preprocess.mean, std=preprocess.std,
+  )  # fmt: skip
+  theirs = transform(Image.fromarray(pixels)).numpy().transpose(1, 2, 0)
+  np.testing.assert_allclose(preprocess([pixels])[0], theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"activation": "gelu", "layer_norm_epsilon": 1e-12},
+    {"activation": "gelu_tanh", "cls_token_position": False},
+    {"activation": "gelu", "position_embedding": "sincos_2d"},
+  ],
+  ids=["plain", "tanh", "sincos"],
+)
+def test_transformers_computes_our_vits(fields, tmp_path):
+  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  made = tiny(size=(32, 32), **fields)
+  export.write(made, "hf", str(tmp_path))
+  model = transformers.ViTForImageClassification.from_pretrained(tmp_path).eval()
+  images = images_of((32, 32))
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).logits.numpy()
+  assert_same(theirs, ours(made, images))
+  assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
+
+
+def test_transformers_computes_openais_igpt(tmp_path, load_golden):
+  transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+  folder = LARGE_GOLDENS / "igpt_tf_a" / "tf1_ckpt"
+  if not folder.is_dir():
+    pytest.skip("the TensorFlow checkpoints are not in ../shared/golden")
+  _, inputs, outputs = load_golden("igpt_tf_a")
+  export.write(load_pretrained(str(folder)), "hf", str(tmp_path))
+  model = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()
+  tokens = torch.from_numpy(inputs["tokens"].astype(np.int64))
+  shifted = torch.cat([torch.full_like(tokens[:, :1], 64), tokens[:, :-1]], dim=1)
+  with torch.no_grad():
+    theirs = model(input_ids=shifted).logits.numpy()
+  assert_same(theirs, outputs["gen_logits"])
+
+
+def test_state_dicts_of_pytorch(tmp_path):
+  torch = pytest.importorskip("torch")
+  state = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+  for name, content in {
+    "bare": state,
+    "wrapped": {"model": state, "args": argparse.Namespace(lr=1), "epoch": 3},
+    "parallel": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+  }.items():
+    for legacy in (False, True):
+      path = str(tmp_path / f"{name}.pth")
+      torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+      read = read_torch(path)
+      assert read.keys() == state.keys()
+      np.testing.assert_array_equal(
+        read["a.weight"], np.arange(6.0, dtype=np.float32).reshape(2, 3)
+      )
+      assert read["b"].dtype == np.float32
+
+
+def test_a_lambda_resnet_as_pth(tmp_path):
+  torch = pytest.importorskip("torch")
+  from safetensors.numpy import load_file
+
+  source = golden_folder("lambda_resnet26t_a") / "weights.safetensors"
+  state = {key: torch.from_numpy(np.array(array)) for key, array in load_file(source).items()}
+  torch.save(state, tmp_path / "lambda.pth")
+  loaded = load_pretrained(str(tmp_path / "lambda.pth"), image_size=64)
+  expected = load_pretrained(str(source), image_size=64)
+  jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected.variables)
+
+
+def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
+  torch = pytest.importorskip("torch")
+
+  class Trap:
+    def __reduce__(self):
+      return (eval, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+  for legacy in (False, True):
+    torch.save({"a": Trap()}, tmp_path / "t.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(WeightsError, match=r"t\.pth is a pickle with code in it: .*eval") as error:
+      load_pretrained(str(tmp_path / "t.pth"))
+    assert "\n" not in str(error.value)
+  assert not (tmp_path / "ran").exists()
+
+
+def test_torch_files_that_are_not_whole(tmp_path):
+  torch = pytest.importorskip("torch")
+  torch.save({"a": torch.ones(1000)}, tmp_path / "x.pth")
+  content = (tmp_path / "x.pth").read_bytes()
+  (tmp_path / "x.pth").write_bytes(content[: len(content) // 2])
+  with pytest.raises(WeightsError, match="truncated, or no file of PyTorch's") as error:
+    load_pretrained(str(tmp_path / "x.pth"))
+  assert "\n" not in str(error.value)
+  torch.save({"epoch": 3}, tmp_path / "y.pth")
+  with pytest.raises(WeightsError, match="holds no state dict; in it there is: epoch"):
+    load_pretrained(str(tmp_path / "y.pth"))
