@@ -22,6 +22,13 @@ def test_torchvision_rounds_corners_around_zero():
   )
 
 
+def test_detectron2_keeps_areas():
+  cell = cell_anchors(16, (32,), (0.5, 1.0, 2.0), convention="detectron2")
+  np.testing.assert_allclose(np.prod(cell[:, 2:] - cell[:, :2], axis=1), 32**2)
+  np.testing.assert_allclose(cell[0, 2:] / cell[0, 3], [2, 1])
+  np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
+
+
 @pytest.mark.parametrize("convention", ["torchvision", "detectron"])
 def test_a_grid_moves_the_cell_row_by_row(convention):
   cell = cell_anchors(8, (12, 20), (0.5, 1), convention=convention)

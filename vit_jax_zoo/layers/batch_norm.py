@@ -91,6 +91,9 @@ class FrozenBatchNorm(nn.Module):
 class GroupNorm(nn.GroupNorm):
   """Linen's group norm behind the same call as the batch norms."""
 
+  # E[x^2] - E[x]^2 loses too much where a group is a pair of numbers that are nearly equal.
+  use_fast_variance: bool = False
+
   def __call__(self, x: Float[Array, "b *n c"], *, train: bool = False) -> Float[Array, "b *n c"]:
     """Returns `x` normalised per example and group of channels."""
     del train

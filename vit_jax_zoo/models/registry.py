@@ -17,8 +17,12 @@ FAMILIES = {
   "igpt": ("vit_jax_zoo.models.igpt", "ImageGPT"),
   "detr": ("vit_jax_zoo.models.detr", "Detr"),
   "ttsr": ("vit_jax_zoo.models.ttsr", "TTSR"),
+  "faster_rcnn": ("vit_jax_zoo.models.rcnn", "RCNN"),
+  "mask_rcnn": ("vit_jax_zoo.models.rcnn", "RCNN"),
+  "fpt_segmentation": ("vit_jax_zoo.models.fpt", "PyramidSegmenter"),
 }
-"""Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`."""
+"""Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`; two families
+may share one, each with the names that begin with its own."""
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
@@ -70,7 +74,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 def variants(family: str) -> Mapping[str, Mapping[str, Any]]:
   """Returns the fields of each variant of a family, by model name."""
-  return _load(family)[0].VARIANTS
+  every = _load(family)[0].VARIANTS
+  return {name: fields for name, fields in every.items() if name.startswith(family)}
 
 
 def sharding_rules(name: str) -> tuple[tuple[str, Any], ...]:

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-
-CONVENTIONS = ("torchvision", "detectron")
+from jaxtyping import Array, Bool, Float, Num
 
 
 def cell_anchors(
@@ -28,8 +26,9 @@ def cell_anchors(
     sizes: square root of the anchors' area, in pixels.
     aspect_ratios: height / width.
     convention: "torchvision": around the corner of the image, corners rounded to whole pixels;
-      "detectron": around the middle of the first stride x stride pixels, sides rounded for an
-      anchor of that size and then scaled, so that areas differ a little from ratio to ratio.
+      "detectron2": the same without rounding; "detectron": around the middle of the first
+      stride x stride pixels, sides rounded for an anchor of that size and then scaled, so that
+      areas differ a little from ratio to ratio.
   """
   ratios = np.asarray(aspect_ratios, np.float64)
   if convention == "detectron":
@@ -44,7 +43,8 @@ def cell_anchors(
   roots = np.sqrt(ratios)
   scales = np.asarray(sizes, np.float64)[:, None]
   half = np.stack([scales / roots, scales * roots], axis=-1).reshape(-1, 2) / 2
-  return np.round(np.concatenate([-half, half], axis=1))
+  anchors = np.concatenate([-half, half], axis=1)
+  return np.round(anchors) if convention == "torchvision" else anchors
 
 
 def grid_anchors(
@@ -61,3 +61,12 @@ def grid_anchors(
   y, x = jnp.meshgrid(rows, columns, indexing="ij")
   shift = jnp.stack([x, y, x, y], axis=-1)[:, :, None]
   return (shift + jnp.asarray(cell, jnp.float32)[None, None]).reshape(-1, 4)
+
+
+def inside_images(
+  anchors_xyxy: Float[Array, "n 4"], image_size: Num[Array, "b 2"]
+) -> Bool[Array, "b n"]:
+  """Returns which anchors do not cross the border of each image; sizes are heights and widths."""
+  limits = image_size.astype(anchors_xyxy.dtype)[:, None, ::-1]
+  starts = jnp.all(anchors_xyxy[:, :2] >= 0, axis=1)[None]
+  return starts & jnp.all(anchors_xyxy[None, :, 2:] <= limits, axis=2)

@@ -17,7 +17,7 @@ points as a box is long); see `USE_MATRICES`.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,8 @@ def roi_align(
       rounded up, box by box (boxes of more than twice the map's sides: as many as fit into that).
     aligned: see above.
   """
-  rows, columns = _points(features.shape[:2], boxes_xyxy / stride, size, samples, aligned=aligned)
+  side = (features.shape[0], features.shape[1])
+  rows, columns = _points(side, boxes_xyxy / stride, size, samples, aligned=aligned)
   if samples == 0 or math.prod(features.shape[:2]) <= USE_MATRICES:
     return _multiplied(features, rows, columns)
   return _gathered(features, rows, columns)
@@ -111,7 +112,7 @@ def pyramid_roi_align(
     aligned: see above.
   """
   large = [math.prod(x.shape[1:3]) > USE_MATRICES and samples > 0 for x in pyramid]
-  fields = {"size": size, "samples": samples, "aligned": aligned}
+  fields: dict[str, Any] = {"size": size, "samples": samples, "aligned": aligned}
   result = 0.0
   for index, (features, stride) in enumerate(zip(pyramid, strides, strict=True)):
     if not large[index]:
@@ -138,7 +139,7 @@ def every_level_roi_align(
 
   Arguments as in `pyramid_roi_align`.
   """
-  fields = {"size": size, "samples": samples, "aligned": aligned}
+  fields: dict[str, Any] = {"size": size, "samples": samples, "aligned": aligned}
   return [
     _each_image(features, boxes_xyxy, stride=stride, **fields)
     for features, stride in zip(pyramid, strides, strict=True)
@@ -172,7 +173,7 @@ def crop_masks(
 
 
 def _each_image(
-  features: Float[Array, "b h w c"], boxes_xyxy: Float[Array, "b r 4"], **fields: float | int
+  features: Float[Array, "b h w c"], boxes_xyxy: Float[Array, "b r 4"], **fields: Any
 ) -> Float[Array, "b r size size c"]:
   return jax.vmap(lambda x, boxes: roi_align(x, boxes, **fields))(features, boxes_xyxy)
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 TASKS = {
   "classification": ("vit_jax_zoo.tasks.classification", "Classification"),
   "detection": ("vit_jax_zoo.tasks.detection", "Detection"),
+  "instance_detection": ("vit_jax_zoo.tasks.instance_detection", "InstanceDetection"),
   "pixel_modelling": ("vit_jax_zoo.tasks.pixel_modelling", "PixelModelling"),
+  "semantic_segmentation": ("vit_jax_zoo.tasks.semantic_segmentation", "SemanticSegmentation"),
   "super_resolution": ("vit_jax_zoo.tasks.super_resolution", "SuperResolution"),
 }
 """Task name -> module and class."""

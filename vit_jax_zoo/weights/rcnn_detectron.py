@@ -1,0 +1,225 @@
+"""State dicts of Detectron.pytorch's R-CNNs, the official code of FPT among them, by key.
+
+    Conv_Body.conv_body.res2.0.conv1.weight   Caffe's ResNet; its norms are folded: bn1 has a weight
+                                              and a bias and no statistics
+    Conv_Body....                             the pyramid: see `weights.fpt_pt` for FPT's
+    RPN.FPN_RPN_conv.weight                   the first stage
+    Box_Head.... Box_Outs....                 the second stage
+    Mask_Head.... Mask_Outs....               the masks
+
+Three things differ from ours: images are BGR (the first convolution's inputs are turned round
+here), the background is the first class (here the last), and boxes are flattened channel by
+channel. Means of images, for the task: `IMAGE_MEAN`, deviations `IMAGE_STD`.
+
+Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from vit_jax_zoo.weights.table import Array, Flat, Row, Transform, read, write
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, norm_rows
+
+STATISTICS = "batch_stats/"
+IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
+"""Of RGB images, for `normalize_images`."""
+IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
+
+_NORM_EPSILON = 1e-5  # of our frozen norms: they divide by sqrt(var + epsilon), Caffe's by nothing
+
+
+def _bgr_read(array: Array, shape: tuple[int, ...]) -> Array:
+  return CONVOLUTION.read(array[:, ::-1] if array.ndim == 4 else array, shape)
+
+
+FIRST_CONVOLUTION = Transform(_bgr_read, lambda array: CONVOLUTION.write(array)[:, ::-1])
+"""[out bgr h w] <-> [h w rgb out]."""
+
+
+def _background_last(inner: Transform, per_class: int = 1) -> Transform:
+  """A transform after the first class has become the last; `per_class` outputs a class."""
+
+  def rolled(array: Array, steps: int) -> Array:
+    if len(array) % per_class:
+      return array
+    grouped = array.reshape(-1, per_class, *array.shape[1:])
+    return np.roll(grouped, steps, axis=0).reshape(array.shape)
+
+  return Transform(
+    lambda array, shape: inner.read(rolled(array, -1), shape),
+    lambda array: rolled(inner.write(array), 1),
+  )
+
+
+_KEEP = Transform(lambda array, _: array, lambda array: array)
+_DOUBLING = Transform(
+  lambda array, _: array.transpose(2, 3, 0, 1) if array.ndim == 4 else array,
+  lambda array: array.transpose(2, 3, 0, 1),
+)
+"""A transposed convolution, [in out h w] <-> [h w in out]."""
+
+
+def flattened_crops(side: int) -> Transform:
+  """[out, channels x side x side] <-> [side x side x channels, out]."""
+
+  def read_array(array: Array, shape: tuple[int, ...]) -> Array:
+    if array.ndim != 2 or array.shape[1] % side**2 or array.size != math.prod(shape):
+      return array
+    grouped = array.reshape(len(array), -1, side, side)
+    return grouped.transpose(2, 3, 1, 0).reshape(shape)
+
+  def write_array(array: Array) -> Array:
+    grouped = array.reshape(side, side, -1, array.shape[-1])
+    return grouped.transpose(3, 2, 0, 1).reshape(array.shape[-1], -1)
+
+  return Transform(read_array, write_array)
+
+
+def _layer(published: str, ours: str, transform: Transform, bias: Transform = _KEEP) -> list[Row]:
+  return [
+    Row(f"{published}.weight", f"{ours}/kernel", transform),
+    Row(f"{published}.bias", f"{ours}/bias", bias),
+  ]
+
+
+def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone/") -> list[Row]:
+  """Rows of Caffe's ResNet, whose norms are only scales and biases."""
+
+  def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
+    return [
+      Row(f"{published}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
+      Row(f"{published}{norm}.weight", f"{STATISTICS}{ours}{path}/norm/scale"),
+      Row(f"{published}{norm}.bias", f"{STATISTICS}{ours}{path}/norm/bias"),
+    ]
+
+  rows = folded("res1.conv1", "stem/conv1", FIRST_CONVOLUTION, "res1.bn1")
+  for stage in range(2, 6):
+    theirs, path = f"res{stage}.{{b}}.", f"c{stage}_block{{b}}"
+    for i in (1, 2, 3):
+      rows += folded(f"{theirs}conv{i}", f"{path}/conv{i}", CONVOLUTION, f"{theirs}bn{i}")
+    rows += folded(
+      f"{theirs}downsample.0", f"{path}/shortcut", CONVOLUTION, f"{theirs}downsample.1"
+    )
+  return rows
+
+
+def proposal_rows() -> list[Row]:
+  """Rows of the first stage."""
+  return [
+    *_layer("RPN.FPN_RPN_conv", "proposal_head/conv", CONVOLUTION),
+    *_layer("RPN.FPN_RPN_cls_score", "proposal_head/objectness", CONVOLUTION),
+    *_layer("RPN.FPN_RPN_bbox_pred", "proposal_head/deltas", CONVOLUTION),
+  ]
+
+
+def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -> list[Row]:
+  """Rows of the adaptive box heads; without convolutions they have two dense layers, else one."""
+  crops, ours = flattened_crops(pool_size), "box_head"
+  if not num_convs:
+    return [
+      *_layer(f"{prefix}.fc1.{{l}}.0", f"{ours}/first_{{l}}", crops),
+      *norm_rows(f"{prefix}.fc1.{{l}}.1", f"{ours}/first_{{l}}_norm"),
+      *_layer(f"{prefix}.fc2.0", f"{ours}/dense_1", DENSE),
+      *norm_rows(f"{prefix}.fc2.1", f"{ours}/dense_1_norm"),
+    ]
+  rows = [
+    Row(f"{prefix}.conv1_head.{{l}}.0.weight", f"{ours}/first_{{l}}/kernel", CONVOLUTION),
+    *norm_rows(f"{prefix}.conv1_head.{{l}}.1", f"{ours}/first_{{l}}_norm"),
+    *_layer(f"{prefix}.fc", f"{ours}/dense_0", crops),
+  ]
+  for i in range(1, num_convs):
+    place = 3 * (i - 1)  # convolution, norm, ReLU
+    rows.append(Row(f"{prefix}.convs.{place}.weight", f"{ours}/conv_{i}/kernel", CONVOLUTION))
+    rows += norm_rows(f"{prefix}.convs.{place + 1}", f"{ours}/conv_{i}_norm")
+  return rows
+
+
+def output_rows() -> list[Row]:
+  """Rows of the second stage's classes and boxes."""
+  classes, boxes = _background_last(DENSE), _background_last(DENSE, 4)
+  return [
+    *_layer("Box_Outs.cls_score", "box_outputs/logits", classes, _background_last(_KEEP)),
+    *_layer("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, _background_last(_KEEP, 4)),
+  ]
+
+
+def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
+  """Rows of the adaptive, fused mask head."""
+  theirs, ours = "Mask_Head", "mask_head"
+  convs = {f"conv_fcn.{3 * (i - 1)}": f"conv_{i}" for i in range(1, num_convs - 1)}
+  norms = {f"conv_fcn.{3 * (i - 1) + 1}": f"conv_{i}" for i in range(1, num_convs - 1)}
+  for published, name in (
+    ("mask_conv1.{l}", "first_{l}"),
+    ("mask_conv4", f"conv_{num_convs - 1}"),
+    ("mask_conv4_fc", "fused_conv_0"),
+    ("mask_conv5_fc", "fused_conv_1"),
+  ):
+    convs[f"{published}.0"], norms[f"{published}.1"] = name, name
+  rows = [
+    Row(f"{theirs}.{key}.weight", f"{ours}/{path}/kernel", CONVOLUTION)
+    for key, path in convs.items()
+  ]
+  for key, path in norms.items():
+    rows += norm_rows(f"{theirs}.{key}", f"{ours}/{path}_norm")
+  classes = _background_last(CONVOLUTION)
+  return [
+    *rows,
+    *_layer(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
+    *_layer(f"{theirs}.upconv", f"{ours}/upsample", _DOUBLING),
+    *_layer("Mask_Outs.classify", f"{ours}/logits", classes, _background_last(_KEEP)),
+  ]
+
+
+def read_part(
+  published: Mapping[str, Array],
+  variables: Mapping[str, Any],
+  rows: Sequence[Row],
+  *,
+  source: str = "the file",
+  ignore: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Brings a state dict, or a part of it, into the structure of variables.
+
+  Args:
+    published: by key.
+    variables: of the part, as arrays or shapes; names of `RCNN`'s parts on top.
+    rows: of the part.
+    source: the file's name, for the message.
+    ignore: regular expressions of keys that belong to other parts.
+
+  Raises:
+    WeightsError: the arrays do not fit; all that is wrong is listed.
+  """
+  flat = _flatten(variables)
+  constants = {path: leaf for path, leaf in flat.items() if _is_constant(path)}
+  shapes = {path: tuple(leaf.shape) for path, leaf in flat.items() if path not in constants}
+  found = read(published, rows, shapes, source=source, ignore=ignore)
+  for path, leaf in constants.items():
+    value = 0.0 if path.endswith("mean") else 1.0 - _NORM_EPSILON
+    found[path] = np.full(leaf.shape, value, np.float32)
+  tree: dict[str, Any] = {name: {} for name in variables}
+  for path, array in found.items():
+    collection = "batch_stats" if path.startswith(STATISTICS) else "params"
+    tree[collection][path.removeprefix(STATISTICS)] = array
+  return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in tree.items()}
+
+
+def write_part(variables: Mapping[str, Any], rows: Sequence[Row]) -> Flat:
+  """Returns the variables of a part under their published keys; the inverse of `read_part`."""
+  flat = {k: np.asarray(v) for k, v in _flatten(variables).items() if not _is_constant(k)}
+  return write(flat, rows)
+
+
+def _is_constant(path: str) -> bool:
+  """Statistics of folded norms, which their files do not have."""
+  return path.startswith(f"{STATISTICS}backbone/") and path.endswith(("norm/mean", "norm/var"))
+
+
+def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
+  params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
+  statistics = traverse_util.flatten_dict(variables.get("batch_stats", {}), sep="/")
+  return {**params, **{STATISTICS + path: leaf for path, leaf in statistics.items()}}
