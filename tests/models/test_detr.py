@@ -267,7 +267,7 @@ def test_initial_scales():
     ({"position_embedding": "sin"}, "did you mean 'sine'"),
     ({"width": 30}, "multiple of 4"),
     ({"num_queries": 0}, "num_queries must be positive"),
-    ({"width": 64}, "multiple of 128"),
+    ({"width": 72}, "multiple of 64"),
   ],
 )
 def test_wrong_fields_are_one_clear_line(fields, message):

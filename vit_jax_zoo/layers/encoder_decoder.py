@@ -176,14 +176,16 @@ class EncoderDecoder(nn.Module):
   Attributes:
     encoder_depth: number of encoder layers.
     decoder_depth: number of decoder layers.
-    layer: fields of `EncoderLayer` and `DecoderLayer`.
+    encoder_layer: fields of `EncoderLayer`.
+    decoder_layer: fields of `DecoderLayer`.
     remat: a rung of `transformer.REMAT_LADDER`.
     scan_layers: whether layers are scanned.
   """
 
   encoder_depth: int
   decoder_depth: int
-  layer: dict[str, Any]
+  encoder_layer: dict[str, Any]
+  decoder_layer: dict[str, Any]
   remat: str = "none"
   scan_layers: bool = True
 
@@ -211,25 +213,28 @@ class EncoderDecoder(nn.Module):
       x = layer(x, positions, keep, train=train)
       return x, x
 
-    memory, _ = self._stack(EncoderLayer, "encoder", self.encoder_depth, encode, tokens)
-    if self.layer.get("pre_norm"):
+    make = functools.partial(EncoderLayer, **self.encoder_layer)
+    memory, _ = self._stack(make, "encoder", self.encoder_depth, encode, tokens)
+    if self.encoder_layer.get("pre_norm"):
       memory = self._norm("encoder_norm")(memory)
 
     def decode(layer: nn.Module, x: Array) -> tuple[Array, Array]:
       x = layer(x, queries, memory, positions, keep, train=train)
       return x, x
 
+    make = functools.partial(DecoderLayer, **self.decoder_layer)
     start = jnp.zeros_like(queries)
-    _, outputs = self._stack(DecoderLayer, "decoder", self.decoder_depth, decode, start)
+    _, outputs = self._stack(make, "decoder", self.decoder_depth, decode, start)
     # Each layer hands on what it computed, and shows it through one norm that all layers share.
     return memory, self._norm("decoder_norm")(outputs)
 
   def _norm(self, name: str) -> nn.Module:
-    return nn.LayerNorm(epsilon=1e-5, dtype=self.layer.get("dtype", jnp.float32), name=name)
+    dtype = self.decoder_layer.get("dtype", jnp.float32)
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
 
   def _stack(
     self,
-    layer_class: type[nn.Module],
+    make: Callable[..., nn.Module],
     name: str,
     depth: int,
     body: Callable[[nn.Module, Array], tuple[Array, Array]],
@@ -240,7 +245,7 @@ class EncoderDecoder(nn.Module):
     if not self.scan_layers:
       outputs = []
       for index in range(depth):
-        x, output = body(layer_class(**self.layer, name=f"{name}_{index}"), x)
+        x, output = body(make(name=f"{name}_{index}"), x)
         outputs.append(output)
       return x, jnp.stack(outputs)
     scan = nn.scan(
@@ -249,4 +254,4 @@ class EncoderDecoder(nn.Module):
       split_rngs={"params": True, "dropout": True},
       length=depth,
     )
-    return scan(layer_class(**self.layer, name=name), x)
+    return scan(make(name=name), x)

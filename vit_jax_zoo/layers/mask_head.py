@@ -115,11 +115,11 @@ class MaskHead(nn.Module):
     return nn.Conv(features, (size, size), kernel_init=_conv_init, dtype=self.dtype, name=name)
 
   def _norm(self, index: int, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    groups = 8
+    groups = min(8, x.shape[-1])  # transformers' reading; the paper's code always has 8
     if x.shape[-1] % groups:
       raise ValueError(
         f"the mask head's layer {index} has {x.shape[-1]} channels, which {groups} groups do not "
-        f"divide; choose a width that is a multiple of 128, and 8 heads (width is {self.width})"
+        f"divide; choose a width that is a multiple of 64, and 8 heads (width is {self.width})"
       )
     norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"norm{index}")
     return nn.relu(norm(x))

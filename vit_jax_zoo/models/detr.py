@@ -79,10 +79,14 @@ class Detr(nn.Module):
     decoder_depth: number of decoder layers.
     num_heads: of every attention.
     mlp_dim: hidden width of the layers' perceptrons.
+    decoder: fields of the decoder's layers where they differ from the encoder's, such as
+      {"mlp_dim": 1024}; None: they are alike, as in the paper.
     dropout_rate: in the Transformer.
     pre_norm: norms before attention and perceptron in place of after the sum.
     position_embedding: "sine", or "learned" (at most 50 rows and columns of features).
     mask_head: also predicts masks (section 4.4).
+    cell_predictions: also asks class and box heads what they see in every cell of the encoder's
+      map, for `Detection.cell_weight`; there is nothing to learn in addition. Not in the paper.
     backbone: fields of `ResNet`, over batch norms that are frozen. "output_stride" 16 is DC5.
     masked_backbone: see the module's docstring; with published weights, predictions of images
       without padding stay what they are. The mask head's own convolutions see the padding.
@@ -99,10 +103,12 @@ class Detr(nn.Module):
   decoder_depth: int = 6
   num_heads: int = 8
   mlp_dim: int = 2048
+  decoder: Mapping[str, Any] | None = None
   dropout_rate: float = 0.1
   pre_norm: bool = False
   position_embedding: str = "sine"
   mask_head: bool = False
+  cell_predictions: bool = False
   backbone: Mapping[str, Any] | None = None
   masked_backbone: bool = False
   dtype: Dtype = "float32"
@@ -130,7 +136,8 @@ class Detr(nn.Module):
       `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], in shares of
       the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh` [l ...], the
       same of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4], of the
-      image with its padding. All float32.
+      image with its padding; with `cell_predictions` `cell_logits` and `cell_boxes_cxcywh` [b i j
+      ...]. All float32.
     """
     self._check()
     if mask is None:
@@ -150,13 +157,18 @@ class Detr(nn.Module):
     )
     memory = memory.reshape(context.shape)
     self.sow("intermediates", "memory", memory)
-    logits, boxes = self._heads(outputs.astype(jnp.float32))
+    heads = self._heads()
+    logits, boxes = heads(outputs.astype(jnp.float32))
     predictions = {
       "logits": logits[-1],
       "boxes_cxcywh": boxes[-1],
       "auxiliary_logits": logits[:-1],
       "auxiliary_boxes_cxcywh": boxes[:-1],
     }
+    if self.cell_predictions:
+      predictions["cell_logits"], predictions["cell_boxes_cxcywh"] = heads(
+        memory.astype(jnp.float32)
+      )
     if self.mask_head:
       attention = MaskAttention(self.num_heads, self.dtype, name="mask_attention")
       maps = attention(outputs[-1], memory, keep)
@@ -237,24 +249,27 @@ class Detr(nn.Module):
       self.encoder_depth,
       self.decoder_depth,
       layer,
+      {**layer, **(self.decoder or {})},
       self.remat,
       self.scan_layers,
       name="transformer",
     )
 
-  def _heads(
-    self, outputs: Float[Array, "l b q d"]
-  ) -> tuple[Float[Array, "l b q k"], Float[Array, "l b q 4"]]:
-    """Returns logits and boxes of every decoder layer, from heads that the layers share."""
+  def _heads(self) -> Callable[[Float[Array, "*b d"]], tuple[Array, Array]]:
+    """Returns what turns outputs of any layer into logits [... k] and boxes [... 4]."""
 
     def dense(features: int, name: str) -> nn.Module:
       bias_init = fan_in_uniform(self.width)
       return nn.Dense(features, kernel_init=_linear_init, bias_init=bias_init, name=name)
 
-    logits = dense(self.num_classes + 1, "class_head")(outputs)
-    x = nn.relu(dense(self.width, "box_head_0")(outputs))
-    x = nn.relu(dense(self.width, "box_head_1")(x))
-    return logits, nn.sigmoid(dense(4, "box_head_2")(x))
+    class_head = dense(self.num_classes + 1, "class_head")
+    box_head = [dense(n, f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
+
+    def predict(x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b k"], Float[Array, "*b 4"]]:
+      hidden = nn.relu(box_head[1](nn.relu(box_head[0](x))))
+      return class_head(x), nn.sigmoid(box_head[2](hidden))
+
+    return predict
 
   def _check(self) -> None:
     if self.position_embedding not in POSITION_EMBEDDINGS:

@@ -77,6 +77,25 @@ def box_losses(
   return jnp.where(matched, distance, 0.0), jnp.where(matched, 1 - overlap, 0.0)
 
 
+def covering_target(
+  points: Float[Array, "b n 2"],
+  target_boxes_cxcywh: Float[Array, "b t 4"],
+  is_target: Bool[Array, "b t"],
+) -> Int[Array, "b n"]:
+  """Returns the index of the smallest target around each point (x, y), -1 where there is none.
+
+  As FCOS assigns its locations, Tian et al., arXiv:1904.01355, section 3.1.
+  """
+  if not is_target.shape[1]:
+    return jnp.full(points.shape[:2], -1, jnp.int32)
+  offset = jnp.abs(points[:, :, None] - target_boxes_cxcywh[:, None, :, :2])
+  inside = jnp.all(offset <= 0.5 * target_boxes_cxcywh[:, None, :, 2:], axis=-1)
+  inside &= is_target[:, None]
+  area = jnp.prod(target_boxes_cxcywh[..., 2:], axis=-1)[:, None]
+  smallest = jnp.argmin(jnp.where(inside, area, jnp.inf), axis=-1)
+  return jnp.where(jnp.any(inside, axis=-1), smallest, -1).astype(jnp.int32)
+
+
 def take_targets(values: Array, target_of_query: Int[Array, "*b q"]) -> Array:
   """Returns the row of `values` [*b t ...] for every query; any row where it has no target."""
   trailing = values.ndim - target_of_query.ndim

@@ -59,6 +59,9 @@ class Detection(base.Task):
     dice_weight: of the masks' dice loss.
     no_object_weight: of a query without a target, relative to one with, in the class loss.
     auxiliary_losses: every decoder layer is trained, not the last alone.
+    cell_weight: of a loss on what the heads see in each cell of the encoder's map: the smallest
+      target around the cell's centre. Not in the paper; it spares small models the long while until
+      the decoder finds out where to look. The model needs `cell_predictions`.
     image_mean: see `normalize_images`.
     image_std: as `image_mean`.
     class_names: by class id; for pictures and scores of single classes.
@@ -78,6 +81,7 @@ class Detection(base.Task):
   dice_weight: float = 1.0
   no_object_weight: float = 0.1
   auxiliary_losses: bool = True
+  cell_weight: float = 0.0
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()
@@ -134,10 +138,10 @@ class Detection(base.Task):
     losses that each device has divided by its own weights.
 
     Metrics: "loss" and its unweighted parts "class_loss", "box_loss", "giou_loss", "mask_loss",
-    "dice_loss" of the last layer, and "class_loss_0" ... of the others; "class_error", the share of
-    matched queries with another class on top; "cardinality_error", how far the number of queries
-    that see something is from the number of objects. A label that is no class makes the loss NaN:
-    it stops a run, where a silent change of class would mislead it.
+    "dice_loss" of the last layer, "class_loss_0" ... of the others, and "cell_loss"; "class_error",
+    the share of matched queries with another class on top; "cardinality_error", how far the number
+    of queries that see something is from the number of objects. A label that is no class makes the
+    loss NaN: it stops a run, where a silent change of class would mislead it.
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
     outputs, changed = self.model.apply(
@@ -152,6 +156,8 @@ class Detection(base.Task):
     terms, matching = self._set_losses(outputs, batch, mask, context.normalizers)
     if "mask_logits" in outputs:
       terms |= self._mask_losses(outputs, batch, matching, context.normalizers)
+    if self.cell_weight:
+      terms["cell_loss"] = self._cell_loss(outputs, batch, mask) / context.normalizers["examples"]
     loss = sum(self._weight(name) * value for name, value in terms.items())
     loss = jnp.where(self._has_unknown_labels(batch), jnp.nan, loss)
     examples = jnp.sum(mask.astype(jnp.float32))
@@ -277,6 +283,31 @@ class Detection(base.Task):
     boxes = normalizers["boxes"]
     return {"mask_loss": jnp.sum(focal) / boxes, "dice_loss": jnp.sum(dice) / boxes}
 
+  def _cell_loss(
+    self, outputs: Mapping[str, Any], batch: base.Batch, mask: Bool[Array, " b"]
+  ) -> Float[Array, ""]:
+    """Returns the sum over images of what the other losses are over queries, for the map's cells.
+
+    Each image's cells are averaged by themselves. Those in the padding see nothing.
+    """
+    if "cell_logits" not in outputs:
+      raise ValueError(
+        "the task has a cell_weight, but the model predicts nothing in cells; set its "
+        "cell_predictions, or cell_weight=0"
+      )
+    logits = outputs["cell_logits"].reshape(len(mask), -1, self.num_classes + 1)
+    boxes = outputs["cell_boxes_cxcywh"].reshape(len(mask), -1, 4)
+    centers = cell_centers(batch, outputs["cell_logits"].shape[1:3])
+    of_cell = losses.covering_target(centers, _boxes(batch), _is_target(batch))
+    labels = jnp.asarray(batch["labels"])
+    class_loss, weights = losses.class_losses(logits, labels, of_cell, self.no_object_weight)
+    distance, overlap = losses.box_losses(boxes, _boxes(batch), of_cell)
+    box_loss = self.box_weight * distance + self.giou_weight * overlap
+    covered = jnp.maximum(jnp.sum(of_cell >= 0, axis=1), 1)
+    per_image = self.class_weight * jnp.sum(class_loss, axis=1) / jnp.sum(weights, axis=1)
+    per_image += jnp.sum(box_loss, axis=1) / covered
+    return jnp.sum(jnp.where(mask, per_image, 0.0))
+
   def _weight(self, term: str) -> float:
     return getattr(self, term.split("_loss")[0] + "_weight")
 
@@ -309,6 +340,16 @@ def pixel_mask(batch: base.Batch) -> Bool[Array, "b h w"]:
   rows = jnp.arange(height)[None] < size[:, 0]
   columns = jnp.arange(width)[None] < size[:, 1]
   return rows[:, :, None] & columns[:, None, :]
+
+
+def cell_centers(batch: base.Batch, grid: tuple[int, int]) -> Float[Array, "b n 2"]:
+  """Returns the centres (x, y) of a map's cells, row by row, in shares of the unpadded image."""
+  rows = (jnp.arange(grid[0]) + 0.5) / grid[0]
+  columns = (jnp.arange(grid[1]) + 0.5) / grid[1]
+  shares = jnp.stack(jnp.meshgrid(columns, rows), axis=-1).reshape(1, -1, 2)
+  padded = jnp.asarray(batch["image"].shape[1:3], jnp.float32)
+  scale = padded[None] / jnp.maximum(image_size(batch), 1)
+  return shares * scale[:, None, ::-1]
 
 
 def _is_target(batch: base.Batch) -> Bool[Array, "b t"]:

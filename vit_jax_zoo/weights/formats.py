@@ -47,6 +47,9 @@ FORMATS = (
   Format("lambda_resnet", "safetensors-timm", "lambda_resnet_timm", "timm's LambdaResNet"),
   Format("igpt", "hf", "igpt_hf", "Hugging Face's ImageGPT"),
   Format("igpt", "tf", "igpt_tf", "OpenAI's image-gpt"),
+  Format("detr", "pth", "detr_official", "the official code's DETR"),
+  Format("detr", "hf", "detr_hf", "Hugging Face's DETR"),
+  Format("ttsr", "pt", "ttsr_pt", "the official code's TTSR"),
 )
 """In the order in which they are asked whether a file is theirs."""
 

@@ -90,4 +90,5 @@ def write_safetensors(path: str, arrays: Flat) -> None:
 
 def contiguous(arrays: Flat) -> Flat:
   """Returns the arrays in row-major order: the writer of safetensors takes their memory as is."""
-  return {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+  # Not `ascontiguousarray`, which gives scalars an axis.
+  return {key: np.asarray(array, order="C") for key, array in arrays.items()}

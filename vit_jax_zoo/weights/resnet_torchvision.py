@@ -1,0 +1,140 @@
+"""ResNets as backbones: the layout that torchvision and timm share, and Hugging Face's.
+
+    torchvision, timm   conv1.weight, bn1.weight, layer1.0.conv1.weight, layer1.0.downsample.0. ...
+    Hugging Face        embedder.embedder.convolution.weight, encoder.stages.0.layers.0.layer.0. ...
+
+Classifiers' heads and PyTorch's counters of batches stay behind. Norms fit both of ours: the
+trained `BatchNorm`, and the frozen one, all of whose arrays are statistics.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax_zoo.weights.table import Row, WeightsError
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION
+
+STATISTICS = "batch_stats/"
+IGNORE = (r"(.*\.)?num_batches_tracked", r"fc\.(weight|bias)", r"classifier\.1\.(weight|bias)")
+"""Regular expressions of keys that no backbone has a place for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a library names a ResNet's parts; `{b}` is the number of a block in its stage.
+
+  Attributes:
+    stem: convolution and norm of the stem.
+    block: of a stage, by the stage's number from 0.
+    convolutions: convolution and norm of each of a block's three layers, below `block`.
+    shortcut: the same of the shortcut.
+  """
+
+  stem: tuple[str, str]
+  block: tuple[str, str, str, str]
+  convolutions: tuple[tuple[str, str], ...]
+  shortcut: tuple[str, str]
+
+
+TORCHVISION = Layout(
+  stem=("conv1", "bn1"),
+  block=("layer1.{b}", "layer2.{b}", "layer3.{b}", "layer4.{b}"),
+  convolutions=(("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+  shortcut=("downsample.0", "downsample.1"),
+)
+HUGGING_FACE = Layout(
+  stem=("embedder.embedder.convolution", "embedder.embedder.normalization"),
+  block=(
+    "encoder.stages.0.layers.{b}",
+    "encoder.stages.1.layers.{b}",
+    "encoder.stages.2.layers.{b}",
+    "encoder.stages.3.layers.{b}",
+  ),
+  convolutions=tuple((f"layer.{i}.convolution", f"layer.{i}.normalization") for i in range(3)),
+  shortcut=("shortcut.convolution", "shortcut.normalization"),
+)
+
+
+def rows(layout: Layout, published: str = "", ours: str = "") -> list[Row]:
+  """Returns the table of a ResNet's convolutions and norms.
+
+  Args:
+    layout: of the file.
+    published: what all the file's keys begin with.
+    ours: what all our paths begin with.
+  """
+  found = _conv_norm_rows(published, layout.stem, f"{ours}stem/conv1")
+  for stage, block in enumerate(layout.block):
+    theirs, path = f"{published}{block}.", f"{ours}c{stage + 2}_block{{b}}"
+    for index, names in enumerate(layout.convolutions, start=1):
+      found += _conv_norm_rows(theirs, names, f"{path}/conv{index}")
+    found += _conv_norm_rows(theirs, layout.shortcut, f"{path}/shortcut")
+  return found
+
+
+def _conv_norm_rows(prefix: str, names: tuple[str, str], ours: str) -> list[Row]:
+  convolution, norm = (prefix + name for name in names)
+  return [
+    Row(f"{convolution}.weight", f"{ours}/conv/kernel", CONVOLUTION),
+    # Parameters of a trained norm, statistics of a frozen one.
+    Row(f"{norm}.weight", f"{ours}/norm/scale"),
+    Row(f"{norm}.weight", f"{STATISTICS}{ours}/norm/scale"),
+    Row(f"{norm}.bias", f"{ours}/norm/bias"),
+    Row(f"{norm}.bias", f"{STATISTICS}{ours}/norm/bias"),
+    Row(f"{norm}.running_mean", f"{STATISTICS}{ours}/norm/mean"),
+    Row(f"{norm}.running_var", f"{STATISTICS}{ours}/norm/var"),
+  ]
+
+
+def infer_fields(
+  published: Mapping[str, np.ndarray], layout: Layout, source: str, prefix: str = ""
+) -> dict[str, Any]:
+  """Returns what the arrays say of a `ResNet`: "blocks", "widths" and "stem_width".
+
+  Raises:
+    WeightsError: there is no such ResNet of bottleneck blocks.
+  """
+  blocks, widths = [], []
+  try:
+    stem = published[f"{prefix}{layout.stem[0]}.weight"].shape[0]
+    for block in layout.block:
+      first = [f"{prefix}{block}.{names[0]}.weight" for names in layout.convolutions]
+      widths.append(published[first[0].format(b=0)].shape[0])
+      _ = published[first[2].format(b=0)]  # blocks of two convolutions have none
+      count = 0
+      while first[0].format(b=count) in published:
+        count += 1
+      blocks.append(count)
+  except KeyError as error:
+    raise WeightsError(f"{source} holds no ResNet of bottlenecks: it has no {error}") from error
+  return {"blocks": tuple(blocks), "widths": tuple(widths), "stem_width": stem}
+
+
+_LAYOUTS = ((TORCHVISION, ""), (HUGGING_FACE, ""), (HUGGING_FACE, "resnet."))
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are a ResNet's, as far as the first layer goes."""
+  return _layout_of(published) is not None
+
+
+def table_of(published: Mapping[str, np.ndarray], source: str) -> list[Row]:
+  """Returns the rows between a file's keys and the paths of a `ResNet`.
+
+  Raises:
+    WeightsError: the file holds none.
+  """
+  found = _layout_of(published)
+  if found is None:
+    keys = ", ".join(sorted(published)[:3])
+    raise WeightsError(f"{source} holds no ResNet; its keys begin with {keys}")
+  return rows(*found)
+
+
+def _layout_of(published: Mapping[str, np.ndarray]) -> tuple[Layout, str] | None:
+  for layout, prefix in _LAYOUTS:
+    if all(f"{prefix}{name}.weight" in published for name in layout.stem):
+      return layout, prefix
+  return None
