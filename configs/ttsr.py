@@ -34,8 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
 def demo(*, num_steps: int = 1000, batch_size: int = 8) -> ConfigDict:
   """A small TTSR enlarges what the left eye sees four times, with the right eye's picture.
 
-  The scores are those of a strip that neither eye showed in training: with its own reference ("psnr"), with
-    that of another part of it ("wrong_reference_psnr"), and the difference
+  The scores are those of a strip that neither eye showed in training: with its own reference
+    ("psnr"), with that of another part of it ("wrong_reference_psnr"), and the difference
     ("reference_gain"). The texture extractor starts from random numbers here, not from VGG-19.
 
   Paper: none; the architecture is TTSR's, with TTSR-rec's loss. Layers are not scanned: on a CPU,

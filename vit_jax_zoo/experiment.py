@@ -262,6 +262,7 @@ def _starting_state(
   def pretrain(variables: Variables) -> Variables:
     learned = experiment.task.prepare(_preview(experiment))
     variables = {**variables, **all_gather_objects(learned)[0]}
+    variables = weights.load_parts(experiment.task.weight_files, variables)
     path = experiment.config.init_from
     grid = _token_grid(experiment, program)
     return _read_weights(path, variables, grid) if path else variables

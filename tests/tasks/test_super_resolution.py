@@ -25,7 +25,7 @@ from vit_jax_zoo.tasks.super_resolution import (
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.state import create_state
-from vit_jax_zoo.weights import ttsr_pt
+from vit_jax_zoo.weights import ttsr_pt, vgg_torchvision
 
 NARROW = {
   "critic_widths": (2, 4, 8, 16, 32),
@@ -66,7 +66,7 @@ def vgg_params(weights):
   }
   task = SuperResolution(TINY, **NARROW)
   shapes = jax.eval_shape(task._vgg.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  return jax.tree.map(jnp.asarray, ttsr_pt.vgg_from_torchvision(published, shapes["params"]))
+  return jax.tree.map(jnp.asarray, vgg_torchvision.from_published(published, shapes["params"]))
 
 
 # --- single losses -----------------------------------------------------------------------------

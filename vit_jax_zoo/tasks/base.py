@@ -141,6 +141,15 @@ class Task(abc.ABC):
   def init(self, rng: jax.Array, batch: Batch) -> Variables:
     """Returns fresh variables for batches shaped like this one."""
 
+  @property
+  def weight_files(self) -> Mapping[str, str]:
+    """Published files that parts of the variables start from, by the part's path; none by default.
+
+    "vgg" is a collection, "params/generator/extractor" a part of the parameters. Whatever a run
+    starts from as a whole (`init_from`) comes afterwards.
+    """
+    return {}
+
   def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
     """Returns variables that come from the training data, such as a palette; none by default.
 

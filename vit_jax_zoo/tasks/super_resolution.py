@@ -96,6 +96,12 @@ class SuperResolution(base.Task):
     return (base.Player("critic", self.critic_updates, self.begin_step), generator)
 
   @property
+  def weight_files(self) -> Mapping[str, str]:
+    """VGG-19's, which the perceptual loss and the texture extractor share."""
+    parts = ("vgg", "params/generator/extractor")
+    return dict.fromkeys(parts, self.vgg_file) if self.vgg_file else {}
+
+  @property
   def best_metric(self) -> str:
     """PSNR as the official code measures it."""
     return "psnr"

@@ -17,7 +17,11 @@ from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.formats import read_checkpoint
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.table import WeightsError
+from vit_jax_zoo.weights.vgg_torchvision import load_vgg
 from vit_jax_zoo.weights.vit_checkpoint import POSITIONS, VitCheckpoint
+
+GENERATOR = "generator"
+"""The player whose network is published, where a task has several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +124,8 @@ def load_into(
     path: as in `load_pretrained`.
     variables: the model's, as arrays or as `jax.ShapeDtypeStruct`s. Only their shapes matter; but a
       head that the file cannot fill, and whole collections of which it has nothing (a palette),
-      stay what they are here (zeros, if only their shapes are known).
+      stay what they are here (zeros, if only their shapes are known). In a game against a critic
+      the file's are those of the "generator", and the others stay.
     position_grid: height and width, in tokens, of the model's grid; needed where that is not
       square, and the file's is another.
     resize: as in `load_pretrained`.
@@ -134,7 +139,40 @@ def load_into(
   checkpoint = read_checkpoint(hub.resolve(path))
   if isinstance(checkpoint, VitCheckpoint):
     checkpoint = _fit_positions(checkpoint, flatten_variables(variables), position_grid, resize)
+  if GENERATOR in variables["params"]:
+    inner = _fit(checkpoint, {"params": variables["params"][GENERATOR]})["params"]
+    return {**variables, "params": {**variables["params"], GENERATOR: inner}}
   return _fit(checkpoint, variables)
+
+
+def load_parts(files: Mapping[str, str], variables: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads networks that others have trained into parts of the variables.
+
+  Args:
+    files: by the part's path, such as "vgg" or "params/generator/extractor": a file with
+      torchvision's VGG-19, the only such network.
+    variables: as arrays, or as their shapes.
+
+  Returns:
+    Variables of the same structure; parts that are not there are passed over.
+
+  Raises:
+    ValueError: a file is missing, or another's.
+  """
+  if not files:
+    return dict(variables)
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  for part, file in files.items():
+    inside = {k: leaf for k, leaf in flat.items() if k.startswith(f"{part}/")}
+    if not inside:
+      continue
+    shapes = traverse_util.unflatten_dict(
+      {k.removeprefix(f"{part}/"): leaf for k, leaf in inside.items()}, sep="/"
+    )
+    logging.info("%s starts as %s", part, file)
+    found = traverse_util.flatten_dict(load_vgg(hub.resolve(file), shapes), sep="/")
+    flat |= {f"{part}/{k}": array for k, array in found.items()}
+  return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def _fit_positions(

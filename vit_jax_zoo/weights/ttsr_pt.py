@@ -1,9 +1,10 @@
-"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR), and torchvision's VGG-19.
+"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR).
 
 The released files are bare state dicts: the main network and the texture extractor, and beside them
 the extractor's fixed normalisation, which is no parameter here. The critic was not released.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from vit_jax_zoo.layers.vgg import DEPTHS
 from vit_jax_zoo.models.ttsr import TTSR
 from vit_jax_zoo.weights import table
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
+from vit_jax_zoo.weights.vgg_torchvision import CONVOLUTIONS
 
+TRAINED_SIDE = 160
+"""Of the pictures that the released weights were trained on; any others do as well."""
+
+_PLAYER = "generator/"
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
   "shallow": ("SFE.RBs", "SFE.conv_tail"),
@@ -48,7 +57,6 @@ _SINGLE = {
   "merge_tail.conv_tail1": "merge_tail/narrow",
   "merge_tail.conv_tail2": "merge_tail/image",
 }
-_VGG_CONVS = [f"conv{i}_{j}" for i, depth in enumerate(DEPTHS, 1) for j in range(1, depth + 1)]
 
 
 def _conv(published: str, ours: str) -> list[Row]:
@@ -67,28 +75,12 @@ TABLE: tuple[Row, ...] = (
   *(row for key, ours in _SINGLE.items() for row in _conv(f"MainNet.{key}", ours)),
   *(
     row
-    for key, name in zip(_EXTRACTOR, _VGG_CONVS, strict=False)
+    for key, name in zip(_EXTRACTOR, CONVOLUTIONS, strict=False)
     for row in _conv(f"LTE.{key}", f"extractor/{name}")
   ),
 )
 """Between the keys of TTSR.pt and the paths of `models.ttsr.TTSR`, layers unrolled."""
 
-
-def _vgg_indices() -> list[int]:
-  """Places of the convolutions in torchvision's `features`: ReLUs and pools are counted, too."""
-  places, place = [], 0
-  for depth in DEPTHS:
-    places += [place + 2 * i for i in range(depth)]
-    place += 2 * depth + 1
-  return places
-
-
-VGG_TABLE: tuple[Row, ...] = tuple(
-  row
-  for index, name in zip(_vgg_indices(), _VGG_CONVS, strict=True)
-  for row in _conv(f"features.{index}", name)
-)
-"""Between the keys of torchvision's vgg19 and the paths of `layers.vgg.VGG19`."""
 
 # Each channel is divided by its deviation after its mean is subtracted, written as a convolution.
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -99,8 +91,6 @@ _NORMALISATION = {
 }
 IGNORE = (r"LTE\.sub_mean\.(weight|bias)", r"LTE_copy\..*")
 """Constants, and a copy of the extractor that the training code keeps."""
-VGG_IGNORE = (r"classifier\..*", r"features\.\d+\..*")
-"""The classifier, and convolutions after the last that is used."""
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str = "the file") -> dict[str, Any]:
@@ -147,25 +137,54 @@ def to_published(params: Mapping[str, Any]) -> Flat:
   return {**table.write(table.unroll(flat), TABLE), **_NORMALISATION}
 
 
-def vgg_from_torchvision(
-  published: Mapping[str, np.ndarray], params: Mapping[str, Any], *, source: str = "the file"
-) -> dict[str, Any]:
-  """Returns the parameters of a `VGG19`, or of its first layers, from torchvision's vgg19.
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are TTSR's."""
+  return "MainNet.SFE.conv_head.weight" in published
 
-  Args:
-    published: the state dict, as numpy arrays.
-    params: those of the network to fill; only their shapes matter.
-    source: the file's name, for messages.
+
+@dataclasses.dataclass(frozen=True)
+class TtsrCheckpoint(Checkpoint):
+  """A file of TTSR's: the model is called with four pictures, of any sizes."""
+
+  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
+    """Returns pictures of the least sizes: parameters do not depend on them."""
+    del size
+    large = np.zeros((1, 4, 4, 3), np.float32)
+    return np.zeros((1, 1, 1, 3), np.float32), large, large, large
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads TTSR.pt or TTSR-rec.pt, or the same as safetensors.
 
   Raises:
-    WeightsError: the file does not fit; all that is wrong is listed.
+    WeightsError: there is no TTSR in it.
   """
-  return _read(published, VGG_TABLE, params, source, VGG_IGNORE)
+  return TtsrCheckpoint(
+    source=published.path,
+    family="ttsr",
+    arrays=dict(published.arrays),
+    table=TABLE,
+    fields=infer_fields(published.arrays, published.path),
+    preprocess=Preprocess((TRAINED_SIDE, TRAINED_SIDE)),
+    task="super_resolution",
+    ignore=IGNORE,
+    heads=(),
+    image_size=(TRAINED_SIDE, TRAINED_SIDE),
+  )
 
 
-def vgg_to_torchvision(params: Mapping[str, Any]) -> Flat:
-  """Returns the convolutions under torchvision's names."""
-  return table.write(_flatten(params), VGG_TABLE)
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes the bare state dict that the official code loads; a critic and VGG-19 stay behind.
+
+  Args:
+    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    export: the model, alone or as a game's "generator".
+  """
+  game = {k.removeprefix(_PLAYER): v for k, v in export.variables.items() if k.startswith(_PLAYER)}
+  variables = game or dict(export.variables)
+  arrays = contiguous({**table.write(variables, TABLE), **_NORMALISATION})
+  write = write_safetensors if path.endswith(".safetensors") else write_torch
+  write(path, arrays)
 
 
 def _read(

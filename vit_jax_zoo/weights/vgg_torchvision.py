@@ -1,0 +1,92 @@
+"""torchvision's VGG-19: `vgg19-dcbb9e9d.pth`, in and out.
+
+    features.0.weight   conv1_1; ReLUs and pools are counted, too
+    classifier...       never used here
+
+A perceptual loss looks through it, and TTSR's texture extractor starts as its first layers. Files
+of the variant with batch norm are another network, and are refused.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from vit_jax_zoo.layers.vgg import DEPTHS
+from vit_jax_zoo.weights import table
+from vit_jax_zoo.weights.published import read_published
+from vit_jax_zoo.weights.table import Flat, Row, WeightsError
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
+
+CONVOLUTIONS = [f"conv{i}_{j}" for i, depth in enumerate(DEPTHS, 1) for j in range(1, depth + 1)]
+"""Names of `layers.vgg.VGG19`'s layers, in order."""
+
+URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+
+
+def _indices() -> list[int]:
+  """Places of the convolutions in torchvision's `features`: ReLUs and pools are counted, too."""
+  places, place = [], 0
+  for depth in DEPTHS:
+    places += [place + 2 * i for i in range(depth)]
+    place += 2 * depth + 1
+  return places
+
+
+TABLE: tuple[Row, ...] = tuple(
+  row
+  for index, name in zip(_indices(), CONVOLUTIONS, strict=True)
+  for row in layer_rows(f"features.{index}", name, CONVOLUTION)
+)
+"""Between torchvision's keys and the paths of `layers.vgg.VGG19`."""
+
+IGNORE = (r"classifier\..*", r"features\.\d+\..*")
+"""The classifier, and convolutions after the last that is used."""
+
+
+def from_published(
+  published: Mapping[str, np.ndarray], params: Mapping[str, Any], *, source: str = "the file"
+) -> dict[str, Any]:
+  """Returns the parameters of a `VGG19`, or of its first layers, from torchvision's vgg19.
+
+  Args:
+    published: the state dict, as numpy arrays.
+    params: those of the network to fill; only their shapes matter.
+    source: the file's name, for messages.
+
+  Raises:
+    WeightsError: the file does not fit; all that is wrong is listed.
+  """
+  if any(key.endswith("running_mean") for key in published):
+    raise WeightsError(f"{source} is a VGG with batch norm; use torchvision's plain vgg19: {URL}")
+  shapes = {k: leaf.shape for k, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+  found = table.read(published, TABLE, shapes, source=source, ignore=IGNORE)
+  return traverse_util.unflatten_dict(found, sep="/")
+
+
+def to_published(params: Mapping[str, Any]) -> Flat:
+  """Returns the convolutions under torchvision's names."""
+  return table.write(traverse_util.flatten_dict(params, sep="/"), TABLE)
+
+
+def load_vgg(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+  """Reads a file into the parameters of a `VGG19`; see `from_published`.
+
+  Raises:
+    WeightsError: one line, about a file that is not there, or is another's.
+  """
+  try:
+    published = read_published(path)
+  except WeightsError as error:
+    raise WeightsError(f"VGG-19: {error}; get it from {URL}") from error
+  return from_published(published.arrays, params, source=path)
+
+
+def write_vgg(path: str, params: Mapping[str, Any]) -> None:
+  """Writes a state dict: `.safetensors`, else a file of PyTorch's, which must be installed."""
+  arrays = contiguous(to_published(jax.tree.map(np.asarray, params)))
+  write = write_safetensors if path.endswith(".safetensors") else write_torch
+  write(path, arrays)
