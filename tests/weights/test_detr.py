@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -18,7 +19,9 @@ from tests.weights.detr_files import (
   overrides_of,
 )
 from vit_jax_zoo import load_pretrained
-from vit_jax_zoo.weights import WeightsError, detr_hf, detr_official, load_into
+from vit_jax_zoo.models.detr import Detr
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.weights import WeightsError, detr_hf, detr_official, load_into, load_parts
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.table import unroll
@@ -189,3 +192,51 @@ def test_errors_a_user_can_cause(tmp_path):
   save_file(arrays, tmp_path / "cut.safetensors")
   with pytest.raises(WeightsError, match=r"there is no 'query_embed\.weight'"):
     load_pretrained(str(tmp_path / "cut.safetensors"))
+
+
+def resnet_file(path, names=lambda key: key):
+  """The backbone of a fixture as torchvision would save it, with a classifier."""
+  prefix = "backbone.0.body."
+  arrays = load_file(official_file("detr_a"))
+  arrays = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+  arrays |= {"fc.weight": np.zeros((7, 256), np.float32), "fc.bias": np.zeros(7, np.float32)}
+  arrays["bn1.num_batches_tracked"] = np.zeros((), np.int64)
+  save_file({names(key): array for key, array in arrays.items()}, path)
+  return str(path)
+
+
+@pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
+def test_a_backbone_starts_from_a_classifier(norm, tmp_path):
+  path = resnet_file(tmp_path / "resnet.safetensors")
+  model = model_of_fixture(norm)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  variables = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
+  task = create_task("detection", model, num_classes=11, backbone_file=path)
+  loaded = load_parts(task.weight_files, variables)
+  expected = flatten_variables(load_pretrained(official_file("detr_a")).variables)
+  for key, array in flatten_variables(loaded).items():
+    bare = key.removeprefix("batch_stats/")
+    if bare.startswith("backbone/"):
+      wanted = expected.get(bare, expected.get(f"batch_stats/{bare}"))
+      np.testing.assert_array_equal(array, wanted)
+    else:
+      assert (array == 0.5).all()
+
+
+def model_of_fixture(norm):
+  backbone = {"blocks": (2, 1, 2, 1), "widths": (8, 16, 32, 64), "stem_width": 8, "norm": norm}
+  return Detr(11, 9, 64, 2, 3, mlp_dim=128, backbone=backbone)
+
+
+def test_a_classifier_of_another_size_is_named(tmp_path):
+  path = resnet_file(tmp_path / "resnet.safetensors", lambda key: key.replace("layer3", "layer9"))
+  model = model_of_fixture("frozen_batch_norm")
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  with pytest.raises(WeightsError, match=r"missing: c4_block0/conv1/conv/kernel") as info:
+    load_parts({"*/backbone": path}, abstract)
+  assert "unused: layer9.0.conv1.weight" in str(info.value)
+  save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
+  with pytest.raises(WeightsError, match=r"holds no ResNet; its keys begin with conv\.weight"):
+    load_parts({"*/backbone": str(tmp_path / "other.safetensors")}, abstract)
+  own = {"params": {"x": np.ones(1)}}
+  assert load_parts({"*/trunk": path}, own) == own

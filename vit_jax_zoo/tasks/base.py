@@ -145,8 +145,8 @@ class Task(abc.ABC):
   def weight_files(self) -> Mapping[str, str]:
     """Published files that parts of the variables start from, by the part's path; none by default.
 
-    "vgg" is a collection, "params/generator/extractor" a part of the parameters. Whatever a run
-    starts from as a whole (`init_from`) comes afterwards.
+    "vgg" is a collection, "params/generator/extractor" a part of the parameters, "*/backbone" a
+    part of every collection. Whatever a run starts from as a whole (`init_from`) comes afterwards.
     """
     return {}
 

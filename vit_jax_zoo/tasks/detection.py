@@ -70,6 +70,8 @@ class Detection(base.Task):
     stuff_from: class ids from here on are stuff (91 in COCO); with it, evaluations also score
       panoptic quality, for which the model needs a mask head and batches a `segment_map`, see
       `PanopticEvaluator`.
+    backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
+      no `init_from`: torchvision's or timm's ResNet, or Hugging Face's.
   """
 
   model: DetectionModel
@@ -88,6 +90,7 @@ class Detection(base.Task):
   score_threshold: float = 0.7
   per_class: bool = False
   stuff_from: int | None = None
+  backbone_file: str | None = None
 
   def __post_init__(self) -> None:
     if self.num_classes < 1:
@@ -106,6 +109,11 @@ class Detection(base.Task):
   def best_metric(self) -> str:
     """COCO's average precision of boxes; panoptic quality where that is scored."""
     return "box_ap" if self.stuff_from is None else "pq"
+
+  @property
+  def weight_files(self) -> Mapping[str, str]:
+    """The backbone's, if it is to start from a file."""
+    return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
     """Returns the model's fresh variables for images of this batch's shape."""

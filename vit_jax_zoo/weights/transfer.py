@@ -11,7 +11,7 @@ from flax import traverse_util
 from vit_jax_zoo.ops.position_grid import resize_position_grid
 from vit_jax_zoo.weights.table import scanned_paths, stack, unroll, unroll_shapes
 
-HEADS = ("head/", "pre_logits/")
+HEADS = ("head/", "pre_logits/", "class_head/", "mask_head/", "mask_attention/")
 """What a new task may drop, or start afresh."""
 
 POSITIONS = "position_embedding/table"
