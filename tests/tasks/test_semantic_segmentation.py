@@ -1,0 +1,155 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.tasks import base, create_task
+
+
+class Pixelwise(nn.Module):
+  """Logits of every second pixel, from its colours alone."""
+
+  num_classes: int = 3
+  auxiliary: bool = False
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    logits = nn.Dense(self.num_classes, name="head")(images[:, ::2, ::2])
+    self.sow("intermediates", "images", images)
+    return {"logits": logits, **({"auxiliary_logits": 2 * logits} if self.auxiliary else {})}
+
+
+def task_of(**fields):
+  auxiliary = fields.pop("auxiliary", False)
+  return create_task(
+    "semantic_segmentation", Pixelwise(auxiliary=auxiliary), num_classes=3, **fields
+  )
+
+
+@pytest.fixture
+def batch():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(3, size=(3, 6, 8)).astype(np.uint8)
+  labels[0, :2], labels[1, :, 5:] = 255, 255
+  return {
+    "image": rng.integers(256, size=(3, 6, 8, 3)).astype(np.uint8),
+    "image_size": np.array([[6, 8], [6, 5], [6, 8]], np.int32),
+    "label_map": labels,
+    "mask": np.array([True, True, False]),
+  }
+
+
+def loss_of(task, variables, batch, normalizers=None):
+  context = base.LossContext(
+    rng=jax.random.key(0), step=jnp.asarray(0), normalizers=normalizers or task.normalizers(batch)
+  )
+  return jax.jit(task.loss)(variables, batch, context)
+
+
+def enlarge(logits, size):
+  """Bilinear, pixels' middles aligned, edges repeated: one axis after the other, by hand."""
+  for axis, new in zip((1, 2), size, strict=True):
+    old = logits.shape[axis]
+    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    low = np.floor(place).astype(int)
+    share = (place - low).reshape([-1 if i == axis else 1 for i in range(4)])
+    high = np.minimum(low + 1, old - 1)
+    logits = np.take(logits, low, axis) * (1 - share) + np.take(logits, high, axis) * share
+  return logits
+
+
+def reference(task, variables, batch):
+  """Cross-entropy of each labelled pixel of the real rows, in numpy."""
+  pixels = (batch["image"] / 255 - task.image_mean) / task.image_std
+  pixels[1, :, 5:] = 0  # the padding
+  head = variables["params"]["head"]
+  logits = enlarge(
+    pixels[:, ::2, ::2] @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), (6, 8)
+  )
+  labelled = (batch["label_map"] != 255) & batch["mask"][:, None, None]
+  chosen = np.take_along_axis(logits, np.minimum(batch["label_map"], 2)[..., None].astype(int), -1)
+  losses = np.log(np.exp(logits).sum(-1)) - chosen[..., 0]
+  return losses[labelled], (logits.argmax(-1) == batch["label_map"])[labelled], logits
+
+
+def test_loss_is_the_mean_over_labelled_pixels(batch):
+  task = task_of()
+  variables = task.init(jax.random.key(1), batch)
+  losses, right, logits = reference(task, variables, batch)
+  out = loss_of(task, variables, batch)
+  assert float(out.loss) == pytest.approx(losses.mean(), rel=1e-5)
+  assert float(out.metrics["loss"].compute()) == pytest.approx(losses.mean(), rel=1e-5)
+  assert float(out.metrics["pixel_accuracy"].compute()) == pytest.approx(right.mean())
+  assert float(out.metrics["loss"].count) == 32 + 30
+  predictions = jax.jit(task.predict)(variables, batch)
+  np.testing.assert_array_equal(predictions["label_map"], logits.argmax(-1))
+  probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(predictions["confidence"], probabilities.max(-1), atol=1e-5)
+
+
+def test_micro_batches_add_up_and_what_does_not_count_does_not_matter(batch):
+  task = task_of(auxiliary=True)
+  variables = task.init(jax.random.key(1), batch)
+  whole = loss_of(task, variables, batch)
+  normalizers = task.normalizers(batch)
+  parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+  shares = [float(loss_of(task, variables, part, normalizers).loss) for part in parts]
+  assert sum(shares) == pytest.approx(float(whole.loss), rel=1e-5)
+  assert shares[2] == 0
+  changed = {**batch, "image": batch["image"].copy(), "label_map": batch["label_map"].copy()}
+  changed["image"][1, :, 5:] = 7
+  changed["image"][2], changed["label_map"][2] = 9, 1
+  assert float(loss_of(task, variables, changed).loss) == pytest.approx(float(whole.loss), rel=1e-6)
+
+
+def test_auxiliary_loss_is_weighed(batch):
+  task = task_of(auxiliary=True, auxiliary_weight=0.5)
+  variables = task.init(jax.random.key(1), batch)
+  out = loss_of(task, variables, batch)
+  plain = loss_of(task_of(), variables, batch)
+  auxiliary = float(out.metrics["auxiliary_loss"].compute())
+  assert float(out.loss) == pytest.approx(float(plain.loss) + 0.5 * auxiliary, rel=1e-5)
+
+
+def test_a_label_that_is_no_class_stops_the_run(batch):
+  task = task_of()
+  variables = task.init(jax.random.key(1), batch)
+  batch["label_map"][0, 4, 4] = 3
+  assert np.isnan(loss_of(task, variables, batch).loss)
+
+
+def test_scores_and_pictures(batch):
+  task = task_of(class_names=("sky", "sea", "sand"))
+  evaluator = task.evaluator()
+  perfect = {"label_map": np.where(batch["label_map"] == 255, 0, batch["label_map"])}
+  evaluator.add(batch, perfect)
+  scores = evaluator.result()
+  assert scores[task.best_metric] == 1.0
+  assert scores["pixel_accuracy"] == 1.0
+  for figures in (task.batch_figures(batch), task.figures(batch, perfect)):
+    assert all(isinstance(figure, Figure) for figure in figures.values())
+    assert figures
+  assert task.figures({**batch, "mask": np.zeros(3, bool)}, perfect) == {}
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"auxiliary_weight": -1.0}, "auxiliary_weight must not be negative"),
+    ({"class_names": ("a",) * 4}, "4 class_names were given for 3 classes"),
+  ],
+)
+def test_errors_are_one_clear_line(fields, message):
+  with pytest.raises(ValueError, match=message):
+    task_of(**fields)
+  with pytest.raises(ValueError, match="num_classes must not exceed 255"):
+    create_task("semantic_segmentation", Pixelwise(), num_classes=256)
+
+
+def test_model_and_task_must_agree(batch):
+  task = create_task("semantic_segmentation", Pixelwise(num_classes=4), num_classes=3)
+  variables = task.init(jax.random.key(0), batch)
+  with pytest.raises(ValueError, match="the model has 4 classes, but the task 3"):
+    task.predict(variables, batch)

@@ -1,0 +1,134 @@
+"""FPT for semantic segmentation. Zhang et al., "Feature Pyramid Transformer", arXiv:2007.09451.
+
+A dilated ResNet, a pyramid of four maps of one size that differ in how far they reach, the feature
+pyramid transformer on it, whose fine levels look at coarse ones in a window around themselves, and
+a class for every pixel. (Detection and instance segmentation with the same transformer: see
+`models.rcnn`; the transformer itself: `layers.feature_pyramid_transformer`.)
+
+The authors released no code of their segmentation networks. What the paper leaves open is chosen as
+usual for networks of this kind: the four levels are joined by a 3x3 convolution in front of the
+classifier, and an auxiliary one may stand on c4 (Zhao et al., arXiv:1612.01105, section 3.2).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from vit_jax_zoo.layers.batch_norm import norm_factory
+from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
+from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, ConvNorm, ResNet
+from vit_jax_zoo.layers.unscathed_pyramid import UnscathedPyramid
+from vit_jax_zoo.ops.names import unknown_name
+
+
+def _variant(depth: int, **fields: Any) -> dict[str, Any]:
+  return {"backbone": {"blocks": RESNET_BLOCKS[depth], "output_stride": 8}, **fields}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+  **{f"fpt_segmentation_r{depth}": _variant(depth) for depth in (50, 101)},
+  **{f"fpt_segmentation_r{depth}_ufp": _variant(depth, neck="ufp") for depth in (50, 101)},
+}
+"""Fields of `PyramidSegmenter` by model name; "ufp" is the same without the transformer."""
+
+SHARDING_RULES = (
+  (r".*/(bias|scale|mixture)", ()),
+  (r".*", "fsdp"),
+)
+"""Kernels split over `fsdp`; everything small is kept whole."""
+
+NECKS = ("fpt", "ufp")
+
+
+class PyramidSegmenter(nn.Module):
+  """Names the class of every pixel.
+
+  Attributes:
+    num_classes: number of classes.
+    width: channels of the pyramid's levels.
+    kernel_sizes: of the pyramid's global convolutions, from the finest level to the coarsest.
+    neck: "fpt", or "ufp": the pyramid alone, to compare with.
+    window: side of the window in which a fine level looks at a coarse one; None: everywhere. The
+      paper's value is not known to us.
+    transformer: further fields of `FeaturePyramidTransformer`.
+    norm: of all that stands on the backbone; see `norm_factory`.
+    dropout_rate: before the classifier.
+    auxiliary_head: also classifies from c4, while training.
+    backbone: fields of `ResNet`. "output_stride" 8 keeps maps at an eighth of the image's sides.
+    dtype: of the computation. Parameters, norms' statistics, softmaxes and logits are float32.
+  """
+
+  num_classes: int = 19
+  width: int = 256
+  kernel_sizes: Sequence[int] = (1, 7, 15, 31)
+  neck: str = "fpt"
+  window: int | None = 5
+  transformer: Mapping[str, Any] | None = None
+  norm: str = "batch_norm"
+  dropout_rate: float = 0.1
+  auxiliary_head: bool = False
+  backbone: Mapping[str, Any] | None = None
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> dict[str, Float[Array, "b i j k"]]:
+    """Segments images.
+
+    Args:
+      images: normalised with ImageNet's mean and standard deviation.
+      train: norms take this batch's statistics (and renew "batch_stats", which must then be
+        mutable); dropout draws from the "dropout" stream.
+
+    Returns:
+      `logits` float32 [b i j num_classes], of the size of the backbone's last map: enlarge them to
+      the images, bilinearly. With an auxiliary head, while training, `auxiliary_logits`, too.
+    """
+    if self.neck not in NECKS:
+      raise ValueError(unknown_name("neck", self.neck, NECKS))
+    if self.num_classes < 1:
+      raise ValueError(f"num_classes must be positive, not {self.num_classes}")
+    backbone: dict[str, Any] = {"output_stride": 8, **(self.backbone or {}), "dtype": self.dtype}
+    features = ResNet(**backbone, name="backbone")(images, train=train)
+    pyramid = UnscathedPyramid(
+      self.width, self.kernel_sizes, self.norm, self.dtype, name="pyramid"
+    )(features["c5"], train=train)
+    if self.neck == "fpt":
+      pyramid = self._transformer()(pyramid, train=train)
+    for level, x in enumerate(pyramid):
+      self.sow("intermediates", f"level_{level}", x)
+    joined = jnp.concatenate([nn.relu(x) for x in pyramid], axis=-1)
+    outputs = {"logits": self._classify("head", joined, self.width, train=train)}
+    if self.auxiliary_head and (train or self.is_initializing()):
+      c4 = features["c4"]
+      auxiliary = self._classify("auxiliary_head", c4, max(1, c4.shape[-1] // 4), train=train)
+      outputs["auxiliary_logits"] = auxiliary
+    return outputs
+
+  def _transformer(self) -> FeaturePyramidTransformer:
+    fields: dict[str, Any] = {
+      "norm": self.norm,
+      "window": self.window,
+      **(self.transformer or {}),
+      "width": self.width,
+      "lateral": False,
+      "dtype": self.dtype,
+    }
+    return FeaturePyramidTransformer(**fields, name="transformer")
+
+  def _classify(
+    self, name: str, x: Float[Array, "b h w c"], width: int, *, train: bool
+  ) -> Float[Array, "b h w k"]:
+    norm = norm_factory(self.norm, dtype=self.dtype)
+    x = ConvNorm(width, 3, norm, dtype=self.dtype, name=f"{name}_conv")(x, train=train)
+    x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    classifier = nn.Dense(
+      self.num_classes, kernel_init=nn.initializers.normal(0.01), dtype=wide, name=name
+    )
+    return classifier(x)
