@@ -8,7 +8,10 @@ from etils import epath
 
 from configs import vit
 from tests.conftest import GOLDENS
-from vit_jax_zoo import experiment
+from vit_jax_zoo import experiment, export, load_pretrained, predict
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.train.metric_writer import read_metrics
 
 WEIGHTS = GOLDENS / "vit_posemb_a" / "weights.npz"  # 4 x 4 patches of 8, 20 classes, pre_logits
@@ -94,3 +97,18 @@ def test_weights_that_do_not_fit_are_listed_in_one_line(finetuned, folder, tmp_p
     with pytest.raises(ValueError, match=r"mlp/hidden/kernel|Dense_0/kernel") as error:
       experiment.run(config, epath.Path(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_an_exported_vit_learns_new_classes_and_says_their_names(folder, tmp_path):
+  """The whole way: weights out, weights in, new classes, and a picture of the user's own."""
+  export.write(load_pretrained(str(WEIGHTS), representation_size=None), "npz", f"{tmp_path}/x.npz")
+  config = finetune(folder, f"{tmp_path}/x.npz")
+  outcome = experiment.run(config, epath.Path(tmp_path / "run"))
+  assert outcome.scores["test/accuracy"] > 0.8
+  predictor = create_predictor(load(str(tmp_path / "run")), Options(top_k=3))
+  files = sorted((folder / "test").rglob("*.jpg"))
+  said = [predictor(predict.read_image(file)).record["top"][0]["name"] for file in files]
+  right = [name == file.parent.name for name, file in zip(said, files, strict=True)]
+  assert np.mean(right) == outcome.scores["test/accuracy"]
+  top = predictor(predict.read_image(files[0])).record["top"]
+  assert sorted(entry["name"] for entry in top) == ["blue", "green", "red"]

@@ -38,11 +38,8 @@ from vit_jax_zoo.weights.formats import FORMATS, write_checkpoint
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.table import unroll
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
-FORMAT = flags.DEFINE_string("format", None, "see the page's table")
-OUTPUT = flags.DEFINE_string("output", None, "the folder or file to write")
-IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "another side of images; positions resized")
-TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+FLAGS = flags.FLAGS
+
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
@@ -51,17 +48,26 @@ MAX_STABLEHLO = 2_000_000_000
 """Bytes: a program of StableHLO is one protocol buffer, which can be no larger than 2 GiB."""
 
 
+def define_flags() -> None:
+  """Defines the command's flags: not on import, as other commands have flags of the same names."""
+  flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
+  flags.DEFINE_string("format", None, "see the page's table")
+  flags.DEFINE_string("output", None, "the folder or file to write")
+  flags.DEFINE_integer("image_size", None, "another side of images; positions resized")
+  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the command; returns the process's exit status."""
   if argv[1:]:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
-  for name, value in (("workdir", WORKDIR), ("format", FORMAT), ("output", OUTPUT)):
-    if value.value is None:
+  for name in ("workdir", "format", "output"):
+    if FLAGS[name].value is None:
       raise ValueError(f"--{name} is missing; see python -m vit_jax_zoo.export --help")
-  options = {} if IMAGE_SIZE.value is None else {"image_size": IMAGE_SIZE.value}
-  pretrained = load_pretrained(WORKDIR.value, **options)
-  write(pretrained, FORMAT.value, OUTPUT.value)
-  logging.info("%s written as %s: %s", WORKDIR.value, FORMAT.value, OUTPUT.value)
+  options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
+  pretrained = load_pretrained(FLAGS.workdir, **options)
+  write(pretrained, FLAGS.format, FLAGS.output)
+  logging.info("%s written as %s: %s", FLAGS.workdir, FLAGS.format, FLAGS.output)
   return 0
 
 
@@ -214,17 +220,18 @@ def _program(pretrained: Pretrained) -> Any:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   with command_line.one_line_errors(show_traceback="--traceback" in argv):
-    return flags.FLAGS(argv)
+    return FLAGS(argv)
 
 
 def _main_or_one_line(argv: Sequence[str]) -> int:
-  with command_line.one_line_errors(show_traceback=TRACEBACK.value):
+  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
     return main(argv)
 
 
 def run() -> None:
   """The command's entry point."""
   command_line.log_plainly()
+  define_flags()
   app.run(_main_or_one_line, flags_parser=_parse_flags)
 
 

@@ -27,19 +27,7 @@ from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
 from vit_jax_zoo.inference.load import load
 
-WORKDIR = flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
-IMAGES = flags.DEFINE_multi_string("images", [], "files, folders or patterns; more may follow")
-OUTPUT = flags.DEFINE_string("output", "predictions", "the folder to write to")
-CLASS_NAMES = flags.DEFINE_string("class_names", None, "a file with one name a line, in order")
-REFERENCE = flags.DEFINE_string("reference", None, "a picture to borrow textures from")
-TOP_K = flags.DEFINE_integer("top_k", Options.top_k, "how many classes are listed")
-THRESHOLD = flags.DEFINE_float("threshold", Options.threshold, "the least score of what is shown")
-EXPLAIN = flags.DEFINE_bool("explain", Options.explain, "draw what the prediction rests on")
-KEEP = flags.DEFINE_float("keep", Options.keep, "share of the rows that a completion is given")
-SAMPLES = flags.DEFINE_integer("samples", Options.samples, "completions of each image")
-TEMPERATURE = flags.DEFINE_float("temperature", Options.temperature, "of completions")
-SEED = flags.DEFINE_integer("seed", Options.seed, "of whatever is drawn at random")
-TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+FLAGS = flags.FLAGS
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What is taken of a folder."""
@@ -49,33 +37,50 @@ EXIT_SOME_FAILED = 1
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
+def define_flags() -> None:
+  """Defines the command's flags: not on import, as other commands have flags of the same names."""
+  flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
+  flags.DEFINE_multi_string("images", [], "files, folders or patterns; more may follow")
+  flags.DEFINE_string("output", "predictions", "the folder to write to")
+  flags.DEFINE_string("class_names", None, "a file with one name a line, in order")
+  flags.DEFINE_string("reference", None, "a picture to borrow textures from")
+  flags.DEFINE_integer("top_k", Options.top_k, "how many classes are listed")
+  flags.DEFINE_float("threshold", Options.threshold, "the least score of what is shown")
+  flags.DEFINE_bool("explain", Options.explain, "draw what the prediction rests on")
+  flags.DEFINE_float("keep", Options.keep, "share of the rows that a completion is given")
+  flags.DEFINE_integer("samples", Options.samples, "completions of each image")
+  flags.DEFINE_float("temperature", Options.temperature, "of completions")
+  flags.DEFINE_integer("seed", Options.seed, "of whatever is drawn at random")
+  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the command; returns the process's exit status.
 
   Args:
     argv: the command's name, and further images.
   """
-  if WORKDIR.value is None:
+  if FLAGS.workdir is None:
     raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
-  paths = find_images([*IMAGES.value, *argv[1:]])
+  paths = find_images([*FLAGS.images, *argv[1:]])
   options = read_options()
-  names = read_class_names(CLASS_NAMES.value) if CLASS_NAMES.value else ()
-  predictor = create_predictor(load(WORKDIR.value, class_names=names), options)
+  names = read_class_names(FLAGS.class_names) if FLAGS.class_names else ()
+  predictor = create_predictor(load(FLAGS.workdir, class_names=names), options)
   check_options(predictor, options)
-  return predict_all(predictor, paths, pathlib.Path(OUTPUT.value))
+  return predict_all(predictor, paths, pathlib.Path(FLAGS.output))
 
 
 def read_options() -> Options:
   """Returns what the flags ask for."""
   return Options(
-    top_k=TOP_K.value,
-    threshold=THRESHOLD.value,
-    explain=EXPLAIN.value,
-    reference=None if REFERENCE.value is None else read_image(pathlib.Path(REFERENCE.value)),
-    keep=KEEP.value,
-    samples=SAMPLES.value,
-    temperature=TEMPERATURE.value,
-    seed=SEED.value,
+    top_k=FLAGS.top_k,
+    threshold=FLAGS.threshold,
+    explain=FLAGS.explain,
+    reference=None if FLAGS.reference is None else read_image(pathlib.Path(FLAGS.reference)),
+    keep=FLAGS.keep,
+    samples=FLAGS.samples,
+    temperature=FLAGS.temperature,
+    seed=FLAGS.seed,
   )
 
 
@@ -205,17 +210,18 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
 
 def _parse_flags(argv: list[str]) -> list[str]:
   with command_line.one_line_errors(show_traceback="--traceback" in argv):
-    return flags.FLAGS(argv)
+    return FLAGS(argv)
 
 
 def _main_or_one_line(argv: Sequence[str]) -> int:
-  with command_line.one_line_errors(show_traceback=TRACEBACK.value):
+  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
     return main(argv)
 
 
 def run() -> None:
   """The command's entry point."""
   command_line.log_plainly()
+  define_flags()
   app.run(_main_or_one_line, flags_parser=_parse_flags)
 
 

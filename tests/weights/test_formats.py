@@ -252,3 +252,14 @@ def test_each_format_knows_its_own_files_alone():
   with pytest.raises(ValueError, match="unknown format of vit 'npzz'; did you mean 'npz'"):
     find_format("vit", "npzz")
   assert read_checkpoint(str(files["vit_npz"])).family == "vit"
+
+
+def test_a_run_starts_from_an_igpt_with_its_palette(imagegpt):
+  """The bigram baseline of a run is no part of the file, and stays as it is."""
+  loaded = load_pretrained(str(imagegpt))
+  shapes = jax.tree.map(np.zeros_like, loaded.variables)
+  fresh = {**shapes, "baseline": {"bigram": np.ones((65, 64), np.float32)}}
+  filled = load_into(str(imagegpt), fresh)
+  assert (filled["baseline"]["bigram"] == 1).all()
+  del filled["baseline"]
+  jax.tree.map(np.testing.assert_array_equal, filled, loaded.variables)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.ops.position_grid import resize_position_grid
-from vit_jax_zoo.weights import adapt
+from vit_jax_zoo.weights import adapt, relayout
 
 WIDTH = 3
 
@@ -81,3 +81,32 @@ def test_another_width_is_listed_with_all_that_does_not_fit():
     adapt(source, model, "a run")
   for part in ("table has shape (1, 10, 5), and (1, 37, 3) is wanted", "more has no place"):
     assert part in str(error.value)
+
+
+def test_scanned_layers_become_unrolled_ones_and_the_reverse():
+  rng = np.random.default_rng(0)
+  layers = rng.normal(size=(3, 2, 2)).astype(np.float32)
+  scanned = {"params": {"encoder": {"blocks": {"kernel": layers}}, "head": {"bias": np.ones(2)}}}
+  blocks = {f"block_{i}": {"kernel": np.zeros((2, 2), np.float32)} for i in range(3)}
+  unrolled = {"params": {"encoder": blocks, "head": {"bias": np.zeros(2)}}}
+  taken = adapt(scanned, unrolled, "a run")
+  for i in range(3):
+    np.testing.assert_array_equal(taken["params"]["encoder"][f"block_{i}"]["kernel"], layers[i])
+  np.testing.assert_array_equal(taken["params"]["head"]["bias"], np.ones(2))
+  again = relayout(taken, scan_layers=True)
+  np.testing.assert_array_equal(again["params"]["encoder"]["blocks"]["kernel"], layers)
+  empty = {"params": {"encoder": {"blocks": {"kernel": np.zeros((3, 2, 2))}}, "head": {}}}
+  back = adapt(taken, {"params": {**empty["params"], "head": {"bias": np.zeros(2)}}}, "a run")
+  np.testing.assert_array_equal(back["params"]["encoder"]["blocks"]["kernel"], layers)
+  deeper = {f"block_{i}": {"kernel": np.zeros((2, 2))} for i in range(4)}
+  model = {"params": {"encoder": deeper, "head": {"bias": np.zeros(2)}}}
+  with pytest.raises(ValueError, match=r"encoder/block_3/kernel is missing"):
+    adapt(scanned, model, "a run")
+
+
+def test_pixel_positions_are_resized_as_a_grid():
+  source = np.random.default_rng(0).normal(size=(16, WIDTH)).astype(np.float32)
+  model = {"params": {"position_embedding": np.zeros((36, WIDTH), np.float32)}}
+  taken = adapt({"params": {"position_embedding": source}}, model, "a run")
+  expected = resize_position_grid(source, (4, 4), (6, 6))
+  np.testing.assert_array_equal(taken["params"]["position_embedding"], expected)

@@ -150,3 +150,45 @@ ENTRIES: dict[str, Entry] = {
   **_igpt("l", 64, "2.0466"),
 }  # fmt: skip
 """By the name that `load_pretrained` takes."""
+
+_LAMBDA_PAPER, _VIT_PAPER = "2102.08602", "2010.11929"
+
+PAPER_SCORES: dict[str, tuple[str, str]] = {
+  **{
+    f"lambda_resnet_{name}": (f"{score} % at {side}", _LAMBDA_PAPER)
+    for name, score, side in (
+      ("50", "79.2", 160),
+      ("101", "81.9", 192),
+      ("152", "83.8", 256),
+      ("270", "84.2", 256),
+      ("350", "84.7", 320),
+      ("420", "84.9", 320),
+      ("101_c4", "82.6", 224),
+      ("152_c4", "84.0", 320),
+      ("200_c4", "84.3", 320),
+      ("50_llll", "78.4", 224),
+      ("50_clll", "78.3", 224),
+      ("50_ccll", "78.3", 224),
+      ("50_cccl", "77.3", 224),
+      ("50_cccc", "76.9", 224),
+    )
+  },
+  "lambda_resnet26t": ("79.126 % at 256", _CARD),
+  "lambda_resnet26rpt_256": ("78.960 % at 256", _CARD),
+  "lambda_resnet50ts": ("81.184 % at 256", _CARD),
+  "vit_b16": ("84.15 % at 384 (JFT), 83.97 % (ImageNet-21k)", f"{_VIT_PAPER}, table 5"),
+  "vit_b32": ("80.73 % at 384 (JFT), 81.28 % (ImageNet-21k)", f"{_VIT_PAPER}, table 5"),
+  "vit_l16": ("87.12 % at 384 (JFT), 85.15 % (ImageNet-21k)", f"{_VIT_PAPER}, table 5"),
+  "vit_l32": ("84.37 % at 384 (JFT), 80.99 % (ImageNet-21k)", f"{_VIT_PAPER}, table 5"),
+  "vit_h14": ("88.04 % at 384 (JFT), 85.13 % (ImageNet-21k)", f"{_VIT_PAPER}, table 5"),
+  "vit_r50_b32": ("84.90 % at 384 (JFT)", _VIT_PAPER),
+  "vit_r50_b16": ("85.58 % at 384 (JFT)", _VIT_PAPER),
+  "vit_r50_l32": ("85.68 % at 384 (JFT)", _VIT_PAPER),
+  "vit_r50_l16": ("87.12 % at 384 (JFT)", _VIT_PAPER),
+  "vit_s16": ("76.5 % at 224 after 90 epochs", "2205.01580"),
+  "vit_ti16": ("78.44 % at 384 (ImageNet-21k)", _TIMM),
+}
+"""Best ImageNet-1k top-1 of an architecture as its paper has it, and the paper.
+
+Weights behind scores with JFT, and all LambdaResNets of the paper, were never released.
+"""

@@ -1,0 +1,61 @@
+"""docs/MODELS.md is what the code says: `pytest tests/test_models_page.py --update-goldens`."""
+
+import json
+import pathlib
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo.models.registry import list_models
+from vit_jax_zoo.weights.catalog import ENTRIES, PAPER_SCORES
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "MODELS.md"
+
+HEAD = """# Models and published weights
+
+Written by `pytest tests/test_models_page.py --update-goldens`; do not edit.
+
+`zoo.create_model(name)` makes a model of the first table, `zoo.load_pretrained(name)` one of the
+second with its weights. Parameters are counted with 1000 classes (iGPT: without a head). Scores are
+their publishers', ImageNet-1k top-1 unless they say otherwise; none of them was measured here.
+"""
+
+
+def counts():
+  found = json.loads((GOLDENS / "param_counts.json").read_text())
+  return found | json.loads((GOLDENS / "lambda_resnet_parameters_all.json").read_text())
+
+
+def page():
+  known, lines = (
+    counts(),
+    [HEAD, "## Models", "", "| name | parameters | the paper's score | says |"],
+  )
+  lines.append("|---|---|---|---|")
+  for name in list_models("vit_*") + list_models("lambda_resnet*") + list_models("igpt_*"):
+    score, source = PAPER_SCORES.get(name, ("–", "–"))
+    count = f"{known[name]:,}" if name in known else "–"
+    lines.append(f"| `{name}` | {count} | {score} | {source} |")
+  lines += ["", "## Published weights", ""]
+  lines += [
+    "| name | model | parameters | published score | says | where |",
+    "|---|---|---|---|---|---|",
+  ]
+  for name, entry in ENTRIES.items():
+    where = entry.hub or entry.urls[0].split("/")[2]
+    count = f"{known[entry.model]:,}" if entry.model in known else "–"
+    lines.append(
+      f"| `{name}` | `{entry.model}` | {count} | {entry.score} | {entry.source} | {where} |"
+    )
+  return "\n".join(lines) + "\n"
+
+
+def test_the_page_is_current(request):
+  if request.config.getoption("--update-goldens"):
+    PAGE.write_text(page(), encoding="utf-8")
+  assert PAGE.read_text(encoding="utf-8") == page(), "regenerate it: see its first line"
+
+
+def test_every_published_variant_is_counted():
+  known = counts()
+  missing = {entry.model for entry in ENTRIES.values()} - known.keys()
+  assert not missing
+  assert PAPER_SCORES.keys() <= set(list_models())
