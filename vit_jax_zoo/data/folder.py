@@ -85,7 +85,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
       f"folder:{location} is not a folder; expected one folder for each class, with images inside "
       "(demo:photos needs no files)"
     )
-  names = _read_names(class_names)
+  names = read_names(class_names)
   folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
   if root / "train" not in folders:
     folders = []
@@ -127,7 +127,8 @@ def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) 
   return FolderSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
 
 
-def _read_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:
+def read_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:
+  """Returns the class names that were given, or that stand in the file of that name."""
   if isinstance(class_names, str):
     text = pathlib.Path(class_names).expanduser().read_text()
     class_names = [line.strip() for line in text.splitlines() if line.strip()]

@@ -86,7 +86,20 @@ class Loader:
       raise
     except ValueError as error:
       raise ValueError(f"{self.source.example_name(index)}: {error}") from error
+    self._check_label_map(index, example)
     return {key: _as_array(value) for key, value in example.items()}
+
+  def _check_label_map(self, index: int, example: Example) -> None:
+    if "label_map" not in example or self.num_classes is None:
+      return
+    labels = example["label_map"]
+    wrong = labels[(labels >= self.num_classes) & (labels != PADDED["label_map"][1])]
+    if wrong.size:
+      raise ValueError(
+        f"{self.source.example_name(index)} has label {wrong[0]}, expected 0.."
+        f"{self.num_classes - 1} or 255 (num_classes={self.num_classes}); check num_classes, and "
+        "load_label_map's offset and ignore"
+      )
 
   def _check_label(self, index: int, example: Example) -> None:
     key = "label" if "label" in example else "labels"  # one of an image, those of its objects

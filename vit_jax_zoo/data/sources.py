@@ -1,7 +1,10 @@
 """Sources by name: `kind:location`, and a split.
 
     demo:digits demo:photos       images that ship with Python packages; always there
+    demo:scenes                   digits in front of textures: boxes, masks, stuff
     folder:/path                  a folder for each class
+    coco:/path                    images with boxes, masks or segments, as COCO's JSON has them
+    segments:/path                images with label maps, a class for every pixel
     pairs:/path                   pictures with references, for super-resolution
     tfds:imagenet2012             a dataset that `vit_jax_zoo.data.prepare` has prepared
     tfds:/path/to/prepared/1.0.0  the same, by its folder; gs://bucket/... works as well
@@ -18,8 +21,10 @@ from vit_jax_zoo.ops.names import unknown_name
 
 KINDS = {
   "demo": "vit_jax_zoo.data.demos",
+  "coco": "vit_jax_zoo.data.coco",
   "folder": "vit_jax_zoo.data.folder",
   "pairs": "vit_jax_zoo.data.pairs",
+  "segments": "vit_jax_zoo.data.segments",
   "tfds": "vit_jax_zoo.data.tfds_source",
 }
 

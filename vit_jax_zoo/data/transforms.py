@@ -19,6 +19,8 @@ import numpy as np
 
 from vit_jax_zoo.data import images, tf_resize
 from vit_jax_zoo.data.base import Example
+from vit_jax_zoo.data.keep_classes import KeepClasses
+from vit_jax_zoo.data.label_maps import LoadLabelMap, PadLabelMap, RandomScale, RandomWindow
 from vit_jax_zoo.data.load_objects import LoadObjects, PadObjects
 from vit_jax_zoo.data.prefix import KeepPrefix
 from vit_jax_zoo.data.random_flip import RandomFlip
@@ -334,6 +336,7 @@ REGISTRY: dict[str, type[Transform]] = {
     RandomResizeSmall,
     OneHot,
     MultiHot,
+    KeepClasses,
     KeepPrefix,
     SuperResolutionPair,
     RandomPairCrop,
@@ -343,6 +346,10 @@ REGISTRY: dict[str, type[Transform]] = {
     ResizeShorter,
     RandomScaleCrop,
     PadObjects,
+    LoadLabelMap,
+    RandomScale,
+    RandomWindow,
+    PadLabelMap,
   )
 }
 """The transforms a config can name. A new one is a class in a file of its own and a line here."""
