@@ -111,3 +111,11 @@ def test_a_warm_up_that_never_ends_is_said(caplog, warmup_steps, warns):
   with caplog.at_level("WARNING", logger="absl"):
     create_schedule({"learning_rate": 0.5, "schedule": schedule}, 100)
   assert ("the run has 100: the learning rate never comes to 0.5" in caplog.text) == warns
+
+
+def test_poly_falls_by_a_power_of_what_is_left():
+  found = values(12, [0, 1, 2, 7, 12, 20], name="poly", warmup_steps=2, end_value=0.1)
+  expected = [0.0, 0.5, 1.0, 0.1 + 0.9 * 0.5**0.9, 0.1, 0.1]
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
+  with pytest.raises(ValueError, match="the poly schedule has power 0"):
+    values(12, [0], name="poly", power=0)

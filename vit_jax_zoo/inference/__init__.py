@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 PREDICTORS = {
   "classification": ("vit_jax_zoo.inference.classification", "ClassificationPredictor"),
   "pixel_modelling": ("vit_jax_zoo.inference.completion", "CompletionPredictor"),
+  "semantic_segmentation": ("vit_jax_zoo.inference.segmentation", "SegmentationPredictor"),
+  "super_resolution": ("vit_jax_zoo.inference.super_resolution", "SuperResolutionPredictor"),
 }
 """Name of the task, a key of `tasks.TASKS` -> module and class of its predictor."""
 

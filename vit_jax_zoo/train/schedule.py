@@ -9,6 +9,7 @@ progress p = clip((t - w) / (T - w), 0, 1), base rate B and end value E:
 | constant | B                                                                    |
 | linear   | E + (B - E) (1 - p)                                                  |
 | cosine   | E + (B - E) (1 + cos(pi p)) / 2                                      |
+| poly     | E + (B - E) (1 - p)^power, power 0.9 by default                      |
 | rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
 | step     | B times the factors of all boundaries <= t; or B factor^floor(t / every) |
 
@@ -139,6 +140,18 @@ def _cosine(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0
   return rate
 
 
+def _poly(
+  base: float, num_steps: int, warmup: int, *, power: Number = 0.9, end_value: Number = 0.0
+) -> Schedule:
+  if not power > 0:
+    raise ValueError(f"the poly schedule has power {power}; expected a number above 0")
+
+  def rate(step: jax.Array) -> jax.Array:
+    return end_value + (base - end_value) * (1.0 - _progress(step, num_steps, warmup)) ** power
+
+  return rate
+
+
 def _rsqrt(
   base: float,
   num_steps: int,
@@ -219,6 +232,7 @@ _SCHEDULES: dict[str, Callable[..., Schedule]] = {
   "constant": _constant,
   "linear": _linear,
   "cosine": _cosine,
+  "poly": _poly,
   "rsqrt": _rsqrt,
   "step": _step,
 }
