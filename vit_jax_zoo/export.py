@@ -192,7 +192,7 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   exported = jax.export.export(jax.jit(_program(pretrained)), platforms=PLATFORMS)(images)
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
-  (folder / STABLEHLO_FILE).write_bytes(exported.serialize())
+  (folder / STABLEHLO_FILE).write_bytes(bytes(exported.serialize()))
   leaves = exported.out_tree.unflatten(exported.out_avals)
   outputs = {
     jax.tree_util.keystr(key, simple=True, separator="/"): [*map(str, leaf.shape), leaf.dtype.name]

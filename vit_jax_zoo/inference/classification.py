@@ -41,7 +41,7 @@ class ClassificationPredictor:
       }
       for label in best
     ]
-    said = [entry.get("name", f"class {entry['label']}") for entry in top]
+    said = [names[label] if names else f"class {label}" for label in best]
     pictures: dict[str, Figure] = {
       "": draw_ranking(image, said, [entry["probability"] for entry in top])
     }

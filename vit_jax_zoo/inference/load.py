@@ -51,7 +51,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   config = {name: getattr(model, name) for name in _field_names(model)}
   return Pretrained(
     model,
-    variables,
+    dict(variables),
     run.preprocess(size),
     {**config, "image_size": size},
     task=run.config["task"]["name"],

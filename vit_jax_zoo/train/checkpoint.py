@@ -254,10 +254,9 @@ def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
 
 def is_checkpoint(path: PathLike) -> bool:
   """Returns whether `path` is a run of ours, or a checkpoint of one, and not a published file."""
-  if str(path).startswith(("http://", "https://")):
-    return False
   try:
-    return _absolute(path).is_dir() and find_checkpoint(path).exists()
+    is_url = str(path).startswith(("http://", "https://"))
+    return not is_url and _absolute(path).is_dir() and find_checkpoint(path).exists()
   except FileNotFoundError:
     return False
 

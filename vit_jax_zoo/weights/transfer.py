@@ -88,7 +88,8 @@ def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[
     return dict(variables)
   changed = {}
   for collection, tree in variables.items():
-    flat = unroll(traverse_util.flatten_dict(tree, sep="/"))
+    leaves: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
+    flat = unroll(leaves)
     flat = stack(flat, scanned_paths(flat)) if scan_layers else flat
     changed[collection] = traverse_util.unflatten_dict(flat, sep="/")
   return changed
