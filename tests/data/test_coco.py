@@ -108,6 +108,21 @@ class TestInstances:
     decoded = [mask.decode({"size": [40, 60], "counts": line}) for line in lines]
     np.testing.assert_array_equal(decoded, batch["masks"][0, :2])
 
+  def test_run_lengths_of_objects_that_go_go_too(self, instances):
+    """Guards the truth of mask scores when classes are left out behind `load_objects`."""
+    specs = [
+      dict(name="load_objects", as_annotated=True, run_lengths=1000),
+      dict(name="pad_objects", num=4),
+    ]
+    source = load_source(f"coco:{instances}", "val")
+    whole = first_batch(source, build_transforms(specs))["run_lengths"][0].tobytes()
+    specs.insert(1, dict(name="keep_classes", below=2))
+    batch = first_batch(source, build_transforms(specs))
+    kept = batch["run_lengths"][0].tobytes()
+    assert batch["labels"][0, 0] == 1
+    assert len(kept) == len(whole)
+    assert kept.rstrip(b"\0").splitlines() == whole.rstrip(b"\0").splitlines()[1:]
+
   def test_what_is_left_out_is_counted_and_named(self, instances, caplog):
     """Guards the log: how many boxes are flat, and the annotation and file of the first."""
     caplog.set_level("INFO")

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Num
+from jaxtyping import Bool, Num, UInt8
 from PIL import Image
 
 from vit_jax_zoo.data.base import Example
@@ -150,7 +150,10 @@ def keep_objects(example: Example, keep: Bool[np.ndarray, " n"]) -> Example:
   """Returns the example with some of its objects."""
   if keep.all():
     return example
-  return example | {key: example[key][keep] for key in PER_OBJECT if key in example}
+  kept = {key: example[key][keep] for key in PER_OBJECT if key in example}
+  if "run_lengths" in example:
+    kept["run_lengths"] = _keep_lines(example["run_lengths"], keep)
+  return example | kept
 
 
 def _nearest_masks(masks: Bool[np.ndarray, "n h w"], size: Scale) -> Bool[np.ndarray, "n h2 w2"]:
@@ -159,3 +162,10 @@ def _nearest_masks(masks: Bool[np.ndarray, "n h w"], size: Scale) -> Bool[np.nda
     for before, after in zip(masks.shape[1:], size, strict=True)
   )
   return masks[:, rows.clip(max=masks.shape[1] - 1)][:, :, columns.clip(max=masks.shape[2] - 1)]
+
+
+def _keep_lines(data: UInt8[np.ndarray, " l"], keep: Bool[np.ndarray, " n"]) -> np.ndarray:
+  """Returns some of the lines in a buffer of text, with zeros behind as before."""
+  lines = data.tobytes().rstrip(b"\0").splitlines(keepends=True)
+  kept = b"".join(line for line, stays in zip(lines, keep, strict=True) if stays)
+  return np.frombuffer(kept.ljust(len(data), b"\0"), np.uint8)
