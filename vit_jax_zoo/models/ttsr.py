@@ -199,7 +199,15 @@ class TTSR(nn.Module):
     found = self.extractor(images, precise=precise)
     return tuple(found[level] for level in LEVELS)
 
-  @nn.compact
+  @property
+  def reach(self) -> int:
+    """How far, in pixels of the small picture, a result can depend on picture and matches.
+
+    An upper bound: all convolutions on the way, two for each residual block, and the bicubic
+    enlargements, as if all were on the small picture's grid.
+    """
+    return 2 * sum(self.depths) + 21
+
   def __call__(
     self,
     low_res_image: Float[Array | np.ndarray, "b h w 3"],
@@ -243,22 +251,31 @@ class TTSR(nn.Module):
         self.textures(shard_batch(ref_image))[::-1], (1, 2, 4), strict=True
       )
     ]
-    image = self._restore(low_res_image, match.relevance[..., None], textures)
-    self.sow("intermediates", "unclipped", image)
     return {
-      "image": jnp.clip(image, -1.0, 1.0),
+      "image": self.restore(low_res_image, match.relevance, textures),
       "hard_attention": match.index,
       "soft_attention": match.relevance,
       "textures": tuple(textures),
     }
 
-  def _restore(
+  @nn.compact
+  def restore(
     self,
     low_res_image: Float[Array, "b h w 3"],
-    relevance: Float[Array, "b h w 1"],
+    soft_attention: Float[Array, "b h w"],
     textures: Sequence[Float[Array, "b ..."]],
   ) -> Float[Array, "b h4 w4 3"]:
-    """Three texture transformers, stacked (section 3.2, Figure 3)."""
+    """Three texture transformers, stacked (section 3.2, Figure 3): what follows the search.
+
+    Args:
+      low_res_image: in [-1, 1].
+      soft_attention: how far to trust each patch's match.
+      textures: what was transferred, maps of the picture's sides and twice and four times these.
+
+    Returns:
+      the enlarged picture, float32, in [-1, 1].
+    """
+    relevance = soft_attention[..., None]
     x = nn.relu(self._conv("head", self.width)(low_res_image))
     x1 = x + self._stage(0, "shallow")(x)
     self.sow("intermediates", "after_shallow", x1)
@@ -274,7 +291,9 @@ class TTSR(nn.Module):
     x3 += self._attend(3, x3, textures[2], upsample_bicubic(relevance, 4))
     x1, x2, x3 = self._integrate(3, [x1, x2, x3])
     image = MergeTail(self.width, self.dtype, name="merge_tail")(x1, x2, x3)
-    return image.astype(jnp.promote_types(image.dtype, jnp.float32))
+    image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
+    self.sow("intermediates", "unclipped", image)
+    return jnp.clip(image, -1.0, 1.0)
 
   def _attend(
     self,

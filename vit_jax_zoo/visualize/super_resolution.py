@@ -16,6 +16,7 @@ from vit_jax_zoo.ops.picture_quality import psnr_y
 QUIET = "#555555"
 CELL = 2.1  # inches
 COLUMNS = ("small", "bicubic", "ours", "truth", "reference", "taken from", "trust")
+"""Of each row; where there is no truth, its column is left out."""
 
 
 def draw_results(
@@ -25,28 +26,29 @@ def draw_results(
   title: str = "Super-resolution",
   max_images: int = 4,
 ) -> Figure:
-  """Draws a row of seven pictures for each example.
+  """Draws a row of seven pictures for each example, of six where there is no truth.
 
   "taken from" gives each cell of the small picture the colour of the place in the reference where
   its patch was found; those colours are laid over the reference. "trust" is the soft attention,
   dark where it is least and bright where it is greatest in this picture.
 
   Args:
-    batch: as `tasks.super_resolution` has it: `low_res_image`, `upsampled_image`, `image`,
-      `ref_image`, in [0, 255]; `size` optional.
+    batch: as `tasks.super_resolution` has it: `low_res_image`, `upsampled_image`,
+      `ref_image`, in [0, 255]; `image`, the truth, and `size` are optional.
     predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w].
     title: of the figure.
     max_images: draws the first so many.
   """
-  shown = min(len(batch["image"]), max_images)
+  shown = min(len(batch["low_res_image"]), max_images)
   if not shown:
     raise ValueError("there is no image to draw")
-  figure, axes = _grid(shown, _aspect(batch["image"]))
+  columns = [name for name in COLUMNS if name != "truth" or "image" in batch]
+  figure, axes = _grid(shown, len(columns), _aspect(batch["upsampled_image"]))
   figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
-  for name, ax in zip(COLUMNS, axes[0], strict=True):
+  for name, ax in zip(columns, axes[0], strict=True):
     ax.set_title(name, fontsize=10)
   for i, row in enumerate(axes):
-    _draw_row(row, _example(batch, predictions, i))
+    _draw_row(dict(zip(columns, row, strict=True)), _example(batch, predictions, i))
   return figure
 
 
@@ -64,16 +66,16 @@ def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UIn
 
 def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -> dict[str, Any]:
   """Returns one example's pictures, cropped to what counts."""
-  truth = np.asarray(batch["image"][i])
-  height, width = batch["size"][i] if "size" in batch else truth.shape[:2]
+  bicubic = np.asarray(batch["upsampled_image"][i])
+  height, width = batch["size"][i] if "size" in batch else bicubic.shape[:2]
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
   pixels = slice(0, height), slice(0, width)
   reference = np.asarray(batch["ref_image"][i])
   return {
     "small": np.asarray(batch["low_res_image"][i])[cells],
-    "bicubic": np.asarray(batch["upsampled_image"][i])[pixels],
+    "bicubic": bicubic[pixels],
     "ours": np.asarray(predictions["image"][i])[pixels],
-    "truth": truth[pixels],
+    "truth": np.asarray(batch["image"][i])[pixels] if "image" in batch else None,
     "reference": reference,
     "index": np.asarray(predictions["hard_attention"][i])[cells],
     "trust": np.asarray(predictions["soft_attention"][i])[cells],
@@ -81,22 +83,28 @@ def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -
   }
 
 
-def _draw_row(axes: list[Axes], example: Mapping[str, Any]) -> None:
-  small, bicubic, ours, truth, reference, taken, trust = axes
-  _show(small, example["small"], "nearest")
-  _show(bicubic, example["bicubic"])
-  _show(ours, example["ours"])
-  _show(truth, example["truth"])
-  bicubic.set_xlabel(f"{psnr_y(example['bicubic'], example['truth']):.2f} dB", fontsize=9)
-  ours.set_xlabel(f"{psnr_y(example['ours'], example['truth']):.2f} dB", fontsize=9, weight="bold")
-  grid = example["grid"]
+def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
+  _show(axes["small"], example["small"], "nearest")
+  _show(axes["bicubic"], example["bicubic"])
+  _show(axes["ours"], example["ours"])
+  if "truth" in axes:
+    _show(axes["truth"], example["truth"])
+    for name, weight in (("bicubic", "normal"), ("ours", "bold")):
+      decibels = psnr_y(example[name], example["truth"])
+      axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
+  _draw_search(axes, example)
+
+
+def _draw_search(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
+  """Draws the reference, where in it patches were found, and how like they are."""
+  grid, index, trust = example["grid"], example["index"], example["trust"]
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
-  _show(reference, _tinted(example["reference"], key))
-  _show(taken, position_colors(example["index"], grid), "nearest")
-  trust.imshow(example["trust"], cmap="cividis", interpolation="nearest")
-  used = len(np.unique(example["index"])) / example["index"].size
-  taken.set_xlabel(f"{used:.0%} different places", fontsize=9)
-  trust.set_xlabel(f"{np.min(example['trust']):.3f} to {np.max(example['trust']):.3f}", fontsize=9)
+  _show(axes["reference"], _tinted(example["reference"], key))
+  _show(axes["taken from"], position_colors(index, grid), "nearest")
+  axes["trust"].imshow(trust, cmap="cividis", interpolation="nearest")
+  used = len(np.unique(index)) / index.size
+  axes["taken from"].set_xlabel(f"{used:.0%} different places", fontsize=9)
+  axes["trust"].set_xlabel(f"{np.min(trust):.3f} to {np.max(trust):.3f}", fontsize=9)
 
 
 def _tinted(
@@ -119,11 +127,11 @@ def _aspect(images: Num[np.ndarray, "b h w 3"]) -> float:
   return float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
 
 
-def _grid(rows: int, aspect: float) -> tuple[Figure, list[list[Axes]]]:
+def _grid(rows: int, columns: int, aspect: float) -> tuple[Figure, list[list[Axes]]]:
   """Lays out rows of cells, `aspect` times as high as wide."""
-  size = (len(COLUMNS) * CELL, rows * (CELL * aspect + 0.35) + 0.7)
+  size = (columns * CELL, rows * (CELL * aspect + 0.35) + 0.7)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
-  axes = figure.subplots(rows, len(COLUMNS), squeeze=False)
+  axes = figure.subplots(rows, columns, squeeze=False)
   for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
     ax.xaxis.label.set_color(QUIET)
