@@ -2,10 +2,22 @@ r"""FPT's semantic segmentation: a demo, and recipes for Cityscapes, ADE20K, PAS
 
   Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451
 
-    python -m vit_jax_zoo.main --config=configs/fpt.py:demo_segmentation
-    python -m vit_jax_zoo.main --config=configs/fpt.py:demo_segmentation,neck=ufp
+    python -m vit_jax_zoo.main --config=configs/fpt_segmentation.py
+    python -m vit_jax_zoo.main --config=configs/fpt_segmentation.py:cityscapes
 
 With `neck=ufp` the pyramid stands alone, without the transformer: the paper's comparison.
+
+| variant    | trains on           | gain in the paper, mIoU |
+|------------|---------------------|-------------------------|
+| demo       | demo:scenes, 64x64  | not in the paper        |
+| cityscapes | Cityscapes, fine    | 1.6 points (test)       |
+| ade20k     | ADE20K, 150 classes | 1.7 points (val)        |
+| voc        | PASCAL VOC 2012     | 1.2 points (test)       |
+| lip        | LIP, human parts    | 2.0 points (val)        |
+
+The gains over the pyramid alone are those that the paper's abstract and summaries of it name. Its
+recipes could not be checked against its text: crop sizes, rates and lengths below are those usual
+for dilated networks of its time, not claims about the paper.
 """
 
 from ml_collections import ConfigDict
@@ -19,13 +31,14 @@ def get_config(arg: str = "") -> ConfigDict:
   return common.build(arg, VARIANTS)
 
 
-def demo_segmentation(
-  *, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16, seed: int = 0
+def demo(
+  *, neck: str = "fpt", num_steps: int = 400, batch_size: int = 16, seed: int = 0
 ) -> ConfigDict:
   """The class of every pixel of the demo's scenes: ten digits in front of five textures.
 
   Paper: none; the parts are the paper's, on maps of a quarter of the image's sides.
-  Hardware: any. Two CPU cores need a few minutes.
+  Hardware: any. Two CPU cores need about four minutes.
+  Expected: a mean intersection over union of 0.6 or more on the test scenes.
   """
   load = {"name": "load_label_map"}
   source = {"source": "demo:scenes", "panoptic": True, "transforms": [load]}
@@ -74,4 +87,144 @@ def demo_segmentation(
   )
 
 
-VARIANTS = {"demo_segmentation": demo_segmentation}
+def _recipe(  # noqa: PLR0913 (a data set's numbers, by name)
+  source: str,
+  *,
+  num_classes: int,
+  crop: int,
+  num_epochs: float,
+  batch_size: int,
+  learning_rate: float,
+  load: dict[str, object],
+  depth: int,
+  neck: str,
+  buckets: int | None = 6,
+) -> ConfigDict:
+  suffix = "" if neck == "fpt" else f"_{neck}"
+  load = {"name": "load_label_map", **load}
+  fields = {"source": source}
+  augmented = [
+    load,
+    {"name": "random_scale", "smallest": 0.5, "largest": 2.0},
+    {"name": "random_window", "height": crop, "width": crop},
+    {"name": "random_flip"},
+    {"name": "pad_label_map", "height": crop, "width": crop},
+  ]
+  return ConfigDict(
+    {
+      "seed": 0,
+      "num_epochs": num_epochs,
+      "batch_size": batch_size,
+      "eval_batch_size": batch_size,
+      "model": {
+        "name": f"fpt_segmentation_r{depth}{suffix}",
+        "num_classes": num_classes,
+        "auxiliary_head": True,
+        "dtype": "bfloat16",
+        "transformer": {"drop_block_rate": 0.1},
+      },
+      "task": {
+        "name": "semantic_segmentation",
+        "num_classes": num_classes,
+        "class_names": placeholder(tuple),
+        "per_class": True,
+      },
+      "data": {
+        "train": {**fields, "split": "train", "transforms": augmented},
+        "eval": {
+          "val": {**fields, "split": "val", "transforms": [load, {"name": "pad_label_map"}]}
+        },
+        "loader": {"num_workers": 8, "buckets": buckets},
+      },
+      "optimizer": {
+        "name": "sgd",
+        "learning_rate": learning_rate,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "schedule": {"name": "poly", "power": 0.9},
+        "rules": (("backbone/.*", {"learning_rate": 0.1}),),
+      },
+      "log_every": 50,
+      "eval_every": 5_000,
+      "checkpoint": {"every": 5_000, "keep": 1},
+    }
+  )
+
+
+def cityscapes(
+  *, source: str = "segments:data/cityscapes", depth: int = 101, neck: str = "fpt"
+) -> ConfigDict:
+  """Cityscapes' 2975 finely annotated images, 19 classes, in crops of 769 pixels.
+
+  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Hardware: 8 devices of 32 GB, one or two images each.
+  Expected: the paper names a gain of 1.6 points of mIoU over the pyramid alone.
+  Data: `leftImg8bit/` and `gtFine/` as they come, with the label PNGs of train ids.
+  Start: `--config.init_from=` weights of the same network. Statistics of batch norms are those of
+  the whole batch, on however many devices ("synchronised").
+  Not yet run here.
+  """
+  return _recipe(
+    source, num_classes=19, crop=769, num_epochs=240, batch_size=8, learning_rate=0.01,
+    load={}, buckets=None, depth=depth, neck=neck,
+  )  # fmt: skip
+
+
+def ade20k(
+  *, source: str = "segments:data/ADEChallengeData2016", depth: int = 101, neck: str = "fpt"
+) -> ConfigDict:
+  """ADE20K's 20210 images, 150 classes, in crops of 513 pixels; its label 0 is "other".
+
+  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Hardware: 8 devices of 16 GB.
+  Expected: the paper names a gain of 1.7 points of mIoU over the pyramid alone.
+  Data: `images/` and `annotations/` as they come. Not yet run here.
+  """
+  return _recipe(
+    source, num_classes=150, crop=513, num_epochs=120, batch_size=16, learning_rate=0.02,
+    load={"offset": -1, "ignore": (0,)}, depth=depth, neck=neck,
+  )  # fmt: skip
+
+
+def voc(
+  *, source: str = "segments:data/VOCdevkit/VOC2012", depth: int = 101, neck: str = "fpt"
+) -> ConfigDict:
+  """PASCAL VOC 2012, 21 classes with the background, in crops of 513 pixels.
+
+  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Hardware: 8 devices of 16 GB.
+  Expected: the paper names a gain of 1.2 points of mIoU over the pyramid alone.
+  Data: `JPEGImages/`, `SegmentationClass/` and `ImageSets/` as they come: 1464 images; for
+  the 10582 with the labels of Hariharan et al. put their PNGs and lists there. Not yet run here.
+  """
+  return _recipe(
+    source, num_classes=21, crop=513, num_epochs=50, batch_size=16, learning_rate=0.01,
+    load={}, depth=depth, neck=neck,
+  )  # fmt: skip
+
+
+def lip(*, source: str = "segments:data/lip", depth: int = 101, neck: str = "fpt") -> ConfigDict:
+  """LIP's 30462 people, 20 classes with the background, in crops of 473 pixels.
+
+  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Hardware: 8 devices of 16 GB.
+  Expected: the paper names a gain of 2.0 points of mIoU over the pyramid alone.
+  Data: `images/<split>/` and `labels/<split>/`. A mirrored person's left arm is a right one, which
+  label maps do not follow: images are not flipped. Not yet run here.
+  """
+  config = _recipe(
+    source, num_classes=20, crop=473, num_epochs=150, batch_size=32, learning_rate=0.007,
+    load={}, depth=depth, neck=neck,
+  )  # fmt: skip
+  transforms = config.data.train.transforms
+  config.data.train.transforms = [t for t in transforms if t["name"] != "random_flip"]
+  return config
+
+
+VARIANTS = {
+  "demo": demo,
+  "cityscapes": cityscapes,
+  "ade20k": ade20k,
+  "voc": voc,
+  "lip": lip,
+}
