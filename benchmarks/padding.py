@@ -48,7 +48,7 @@ def main() -> None:
   for count in (2, 4, 6, 8, 12):
     chosen = buckets.find_buckets(forecast, count, flags.seed)
     rows.append(as_they_come(sizes, flags.batch_size, chosen))
-    rows += [planned(forecast, sizes, flags, chosen, window) for window in (8, buckets.WINDOW)]
+    rows += [planned(forecast, sizes, flags, chosen, window) for window in (32, buckets.WINDOW)]
   print(machine("numpy"))
   print(f"{flags.steps} batches of {flags.batch_size} images, seed {flags.seed}")
   print(markdown(["batches", "shapes used", "overhead", "planning, ms a step"], rows))

@@ -100,9 +100,9 @@ class TestTrain:
 
   def test_every_example_comes_once_in_a_window_of_epochs(self):
     """Guards the epoch: sorting by size neither loses nor doubles an example."""
-    window = train(steps=buckets.WINDOW, batch_size=5)  # 160 positions: 4 epochs of 40
+    window = train(steps=buckets.WINDOW, batch_size=5)  # 640 positions: 16 epochs of 40
     ids = np.concatenate([batch["image_id"] for batch in window])
-    np.testing.assert_array_equal(np.bincount(ids), np.full(40, 4))
+    np.testing.assert_array_equal(np.bincount(ids), np.full(40, 16))
 
   def test_batches_are_sorted_by_size_but_not_in_time(self):
     """Guards what it is for: less padding than in batches as they come, and no order left."""

@@ -34,7 +34,7 @@ Shape: TypeAlias = tuple[int, int]
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 
-WINDOW = 32
+WINDOW = 128
 """Batches that are sorted together."""
 
 SAMPLE = 10_000
