@@ -2,18 +2,18 @@ r"""FPT's semantic segmentation: a demo, and recipes for Cityscapes, ADE20K, PAS
 
   Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451
 
-    python -m vit_jax_zoo.main --config=configs/fpt_segmentation.py
-    python -m vit_jax_zoo.main --config=configs/fpt_segmentation.py:cityscapes
+    python -m vit_jax_zoo.main --config=configs/fpt.py:demo_segmentation
+    python -m vit_jax_zoo.main --config=configs/fpt.py:segmentation_cityscapes
 
 With `neck=ufp` the pyramid stands alone, without the transformer: the paper's comparison.
 
-| variant    | trains on           | gain in the paper, mIoU |
-|------------|---------------------|-------------------------|
-| demo       | demo:scenes, 64x64  | not in the paper        |
-| cityscapes | Cityscapes, fine    | 1.6 points (test)       |
-| ade20k     | ADE20K, 150 classes | 1.7 points (val)        |
-| voc        | PASCAL VOC 2012     | 1.2 points (test)       |
-| lip        | LIP, human parts    | 2.0 points (val)        |
+| variant                 | trains on           | gain in the paper, mIoU |
+|-------------------------|---------------------|-------------------------|
+| demo_segmentation       | demo:scenes, 64x64  | not in the paper        |
+| segmentation_cityscapes | Cityscapes, fine    | 1.6 points (test)       |
+| segmentation_ade20k     | ADE20K, 150 classes | 1.7 points (val)        |
+| segmentation_voc        | PASCAL VOC 2012     | 1.2 points (test)       |
+| segmentation_lip        | LIP, human parts    | 2.0 points (val)        |
 
 The gains over the pyramid alone are those that the paper's abstract and summaries of it name. Its
 recipes could not be checked against its text: crop sizes, rates and lengths below are those usual
@@ -222,9 +222,10 @@ def lip(*, source: str = "segments:data/lip", depth: int = 101, neck: str = "fpt
 
 
 VARIANTS = {
-  "demo": demo,
-  "cityscapes": cityscapes,
-  "ade20k": ade20k,
-  "voc": voc,
-  "lip": lip,
+  "demo_segmentation": demo,
+  "segmentation_cityscapes": cityscapes,
+  "segmentation_ade20k": ade20k,
+  "segmentation_voc": voc,
+  "segmentation_lip": lip,
 }
+"""A part of those of `configs/fpt.py`."""
