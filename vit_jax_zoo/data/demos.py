@@ -1,8 +1,8 @@
 """Demonstration datasets made from images that scikit-learn and scikit-image carry in their wheels.
 
-They are TFDS builders like any other, prepared as ArrayRecord on first use (a second or two, no
-download, no TensorFlow) and then read as ImageNet is read. They lie in `$VIT_JAX_ZOO_CACHE`, or in
-`vit_jax_zoo` below `$XDG_CACHE_HOME` or `~/.cache`.
+They are TFDS builders like any other, prepared as ArrayRecord on first use (a second or two, the
+scenes ten; no download, no TensorFlow) and then read as ImageNet is read. They lie in
+`$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or `~/.cache`.
 """
 
 import os

@@ -106,7 +106,7 @@ def _legend(figure: Figure, seen: Int[np.ndarray, " n"], class_names: Sequence[s
   shown = np.sort(labels[np.argsort(-counts, kind="stable")[:MOST_NAMES]]).tolist()
   patches = [
     Patch(
-      color=tuple(c / 255 for c in label_color(label)),
+      color="#{:02x}{:02x}{:02x}".format(*label_color(label)),
       label=class_names[label] if 0 <= label < len(class_names) else str(label),
     )
     for label in shown
