@@ -41,3 +41,10 @@ def mask_of_class(
   """Returns the mask of each one's class; of the nearest one for labels outside."""
   index = jnp.clip(labels, 0, masks.shape[-1] - 1)[..., None, None, None]
   return jnp.take_along_axis(masks, index, axis=-1)[..., 0]
+
+
+def rows(values: Array, index: Int[Array, " r"]) -> Array:
+  """Returns the chosen rows; zeros where there are no rows at all."""
+  if not len(values):
+    return jnp.zeros((len(index), *values.shape[1:]), values.dtype)
+  return values[index]

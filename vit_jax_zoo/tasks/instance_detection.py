@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.evaluation.instances import InstanceEvaluator
 from vit_jax_zoo.ops import rcnn_losses as losses
 from vit_jax_zoo.ops.anchors import inside_images
 from vit_jax_zoo.ops.box_coding import Weights, encode_boxes
@@ -31,6 +32,7 @@ from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection import IMAGENET_MEAN, IMAGENET_STD, image_size
 from vit_jax_zoo.visualize import detection as draw
+from vit_jax_zoo.visualize.instances import draw_masks
 
 
 @runtime_checkable
@@ -90,12 +92,8 @@ class InstanceDetection(base.Task):
     roi_threshold: least IoU of proposals on objects.
     box_weights: see `ops.box_coding`; of the second stage.
     box_beta: as `anchor_beta`, for the second stage.
-    least_score: see `ops.proposals.DetectionLimits`, like the following three.
-    nms_threshold: see there.
-    max_detections: see there.
-    max_candidates: see there.
-    image_mean: see `normalize_images`.
-    image_std: as `image_mean`.
+    least_score, nms_threshold, max_detections, max_candidates: `ops.proposals.DetectionLimits`.
+    image_mean, image_std: see `normalize_images`.
     class_names: by class id; for pictures and scores of single classes.
     score_threshold: pictures show what is at least as sure.
     per_class: evaluations score each class, too.
@@ -238,10 +236,13 @@ class InstanceDetection(base.Task):
     return predictions
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's average precisions and recalls."""
-    return DetectionEvaluator(
-      self.num_classes, class_names=self.class_names, per_class=self.per_class
-    )
+    """Returns an empty evaluator: COCO's scores of boxes, and of masks where there are any."""
+    fields = {"class_names": self.class_names, "per_class": self.per_class}
+    if not self.model.has_masks:
+      return DetectionEvaluator(self.num_classes, **fields)
+    legacy = self.model.small_print.inclusive_boxes
+    convention = "detectron" if legacy else "exact"
+    return InstanceEvaluator(self.num_classes, paste_convention=convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws training images with their boxes."""
@@ -253,10 +254,11 @@ class InstanceDetection(base.Task):
     """Draws what was found beside the truth."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
-    figure = draw.draw_predictions(
-      batch, predictions, self.class_names, threshold=self.score_threshold
-    )
-    return {"predictions": figure}
+    fields = {"class_names": self.class_names, "threshold": self.score_threshold}
+    figures = {"predictions": draw.draw_predictions(batch, predictions, **fields)}
+    if "box_masks" in predictions and "masks" in batch:
+      figures["masks"] = draw_masks(batch, predictions, **fields)
+    return figures
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
@@ -289,7 +291,7 @@ class InstanceDetection(base.Task):
       anchors = found.anchors_xyxy[sample.index]
       labels = sample.foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[sample.index], labels)
-      wanted = encode_boxes(_rows(target, assigned.target[sample.index]), anchors)
+      wanted = encode_boxes(losses.rows(target, assigned.target[sample.index]), anchors)
       distance = losses.smooth_l1(deltas[sample.index] - wanted, self.anchor_beta)
       return (
         jnp.sum(jnp.where(sample.exists, objectness, 0)),
@@ -334,7 +336,7 @@ class InstanceDetection(base.Task):
     return _Rois(*jax.vmap(one_image)(keys, boxes, exists, targets))
 
   def _roi_labels(self, rois: _Rois, targets: _Targets) -> Int[Array, "b r"]:
-    labels = jax.vmap(_rows)(targets.labels, rois.target)
+    labels = jax.vmap(losses.rows)(targets.labels, rois.target)
     return jnp.where(rois.foreground, labels, self.num_classes)
 
   def _box_losses(
@@ -352,7 +354,7 @@ class InstanceDetection(base.Task):
       )
     labels = self._roi_labels(rois, targets)
     of_class = losses.class_loss(logits, labels)
-    boxes = jax.vmap(_rows)(targets.boxes_xyxy, rois.target)
+    boxes = jax.vmap(losses.rows)(targets.boxes_xyxy, rois.target)
     wanted = encode_boxes(boxes, rois.boxes_xyxy, self.box_weights)
     distance = losses.smooth_l1(losses.of_class(deltas, labels) - wanted, self.box_beta)
     count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / share
@@ -389,13 +391,6 @@ _SHARES = (
   "least_score", "nms_threshold", "score_threshold",
 )  # fmt: skip
 _COUNTS = ("num_classes", "anchor_samples", "roi_samples", "max_detections", "max_candidates")
-
-
-def _rows(values: Array, index: Int[Array, " r"]) -> Array:
-  """Returns the chosen rows; zeros where there are no rows at all."""
-  if not len(values):
-    return jnp.zeros((len(index), *values.shape[1:]), values.dtype)
-  return values[index]
 
 
 def _recall(found: Any, targets: _Targets) -> base.Mean:

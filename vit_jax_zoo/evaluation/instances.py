@@ -1,0 +1,133 @@
+"""Average precision of instance masks, as COCO scores them, beside that of their boxes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as run_lengths
+from jaxtyping import Bool
+
+from vit_jax_zoo.evaluation.base import Evaluator
+from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.ops.mask_paste import paste_masks
+
+_NAMES = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium", "mask_ap_large")
+
+
+class InstanceEvaluator(DetectionEvaluator):
+  """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the scores of boxes.
+
+  Masks are compared in the pixels of the original image, as compressed run lengths. True masks come
+  as `run_lengths` uint8 [b l] (see `load_objects`), or else as `masks` bool [b t h w], which must
+  then have the original size. Predictions: `box_masks` [b q m m], see `ops.mask_paste`, and
+  `is_object` [b q], which tells finds from padding.
+  """
+
+  def __init__(
+    self,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] = (),
+    per_class: bool = False,
+    paste_convention: str = "exact",
+  ) -> None:
+    super().__init__(num_classes, class_names=class_names, per_class=per_class)
+    self.paste_convention = paste_convention
+    self.truths: list[list[dict[str, Any]]] = []
+    self.finds: list[list[dict[str, Any]]] = []
+
+  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+    """Takes one batch; see `DetectionEvaluator.add` for its other keys.
+
+    Raises:
+      ValueError: there are no masks of the original size to compare with.
+    """
+    super().add(batch, predictions)
+    keep = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
+    sizes = self._sizes(batch)
+    for row in np.flatnonzero(keep):
+      size = (int(sizes[row][0]), int(sizes[row][1]))
+      self.truths.append(_true_masks(batch, int(row), size))
+      there = np.asarray(predictions["is_object"][row], bool)
+      pasted = paste_masks(
+        np.asarray(predictions["box_masks"][row], np.float64)[there],
+        np.asarray(predictions["boxes_xyxy"][row], np.float64)[there],
+        size,
+        convention=self.paste_convention,
+      )
+      empty = _encode(np.zeros((1, *size), bool))[0]
+      found = iter(_encode(pasted))
+      self.finds.append([next(found) if exists else empty for exists in there])
+
+  def merge(self, other: Evaluator) -> None:
+    """Takes over another evaluator's images."""
+    if not isinstance(other, InstanceEvaluator):
+      raise TypeError(f"cannot merge a {type(other).__name__} into an InstanceEvaluator")
+    super().merge(other)
+    self.truths += other.truths
+    self.finds += other.finds
+
+  def result(self) -> dict[str, float]:
+    """Returns the scores of boxes and masks by name."""
+    from faster_coco_eval import COCO, COCOeval_faster  # so that training does not load it
+
+    scores = super().result()
+    truth, found = self._as_coco()
+    truth = COCO(truth)
+    found = truth.loadRes(found) if found else COCO({**truth.dataset, "annotations": []})
+    run = COCOeval_faster(truth, found, iouType="segm", print_function=lambda *_: None)
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    masks = dict(zip(_NAMES, (float(s) for s in run.stats), strict=False))
+    return {k: v for k, v in masks.items() if v >= 0} | scores
+
+  def _as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    order = {}
+    for place, image in enumerate(self.images):  # an image that comes twice counts once
+      order[image.image_id if image.image_id is not None else ("unnumbered", place)] = place
+    sizes, truth, found = [], [], []
+    for number, place in enumerate(sorted(order.values()), start=1):
+      image = self.images[place]
+      sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})
+      for i, mask in enumerate(self.truths[place]):
+        known = {"id": len(truth) + 1, "image_id": number, "category_id": int(image.labels[i])}
+        box = {"bbox": image.boxes_xywh[i].tolist(), "area": float(image.areas[i])}
+        crowd = {"iscrowd": int(image.is_crowd[i]), "segmentation": mask}
+        truth.append(known | box | crowd)
+      for i, mask in enumerate(self.finds[place]):
+        if image.scores[i] > 0:
+          known = {"image_id": number, "category_id": int(image.found_labels[i])}
+          found.append(known | {"segmentation": mask, "score": float(image.scores[i])})
+    categories = [{"id": i, "name": str(i)} for i in range(self.num_classes)]
+    return {"images": sizes, "annotations": truth, "categories": categories}, found
+
+
+def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+  real = np.asarray(batch["is_target"][row], bool)
+  if "run_lengths" in batch:
+    lines = np.asarray(batch["run_lengths"][row], np.uint8).tobytes().rstrip(b"\0").split(b"\n")
+    counts = [line for line in lines if line]
+    if len(counts) != real.sum():
+      raise ValueError(
+        f"there are {len(counts)} outlines for {real.sum()} objects; targets must not be left out "
+        "between load_objects and the evaluation"
+      )
+    return [{"size": list(size), "counts": line.decode()} for line in counts]
+  if "masks" not in batch:
+    raise ValueError("masks cannot be scored: the data has none; set load_objects' run_lengths")
+  height, width = np.asarray(batch.get("image_size", [batch["image"].shape[1:3]] * (row + 1))[row])
+  if (height, width) != size:
+    raise ValueError(
+      f"masks of {height}x{width} cannot be scored in an image of {size[0]}x{size[1]}; set "
+      "load_objects' run_lengths"
+    )
+  return _encode(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
+
+
+def _encode(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+  if not len(masks):
+    return []
+  columns = np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)
+  encoded = run_lengths.encode(columns)
+  return [{"size": m["size"], "counts": m["counts"].decode()} for m in encoded]
