@@ -89,12 +89,17 @@ def check_options(predictor: Predictor, options: Options) -> None:
   given = [
     name
     for name, default in vars(Options()).items()
-    if getattr(options, name) is not default and getattr(options, name) != default
+    if getattr(options, name) is not default and not _equal(getattr(options, name), default)
   ]
   unread = [name for name in given if name not in predictor.reads]
   if unread:
     known = ", ".join(f"--{option}" for option in sorted(predictor.reads))
     raise ValueError(f"--{unread[0]} means nothing to this model's task; it reads {known}")
+
+
+def _equal(value: Any, default: Any) -> bool:
+  """Compares values of options; a picture equals no default."""
+  return not isinstance(value, np.ndarray) and value == default
 
 
 def find_images(given: Sequence[str]) -> list[pathlib.Path]:

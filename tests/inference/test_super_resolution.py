@@ -1,5 +1,6 @@
 """Enlarging a user's pictures: any sizes, and windows without seams."""
 
+import dataclasses
 import json
 
 import jax
@@ -12,6 +13,7 @@ from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.inference.super_resolution import SuperResolutionPredictor, cut
 from vit_jax_zoo.models.ttsr import TTSR
+from vit_jax_zoo.predict import check_options
 from vit_jax_zoo.tasks.super_resolution import SuperResolution
 
 MODEL = TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8), scan_layers=False)
@@ -129,6 +131,14 @@ def test_middles_cover_the_picture_once(size, window, reach):
   assert (covered == 1).all()
   assert len(shapes) == 1  # so that there is one program
   assert len(list(cut((10, 10), 10, 4))) == 1
+
+
+def test_a_reference_is_an_option_like_others(trained):
+  options = Options(reference=smooth(8, 8, 0))
+  check_options(create_predictor(trained, options), options)
+  with pytest.raises(ValueError, match="--keep means nothing to this model's task"):
+    more = dataclasses.replace(options, keep=0.25)
+    check_options(create_predictor(trained, more), more)
 
 
 def test_errors(trained):
