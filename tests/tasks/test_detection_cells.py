@@ -10,7 +10,7 @@ from vit_jax_zoo.models.detr import Detr
 from vit_jax_zoo.ops.detection_losses import covering_target
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
-from vit_jax_zoo.tasks.detection import cell_centers
+from vit_jax_zoo.tasks.detection_batch import cell_centers
 
 CLASSES = 3
 

@@ -106,6 +106,54 @@ def _merge_stuff(
   return owner[winner]
 
 
+def true_segments(batch: Mapping[str, Any], row: int | np.integer) -> Segmentation:
+  """Returns an image's true segments, in its original pixels; see `PanopticEvaluator.add`."""
+  height, width = _original_size(batch, row)
+  return Segmentation.of(
+    np.asarray(batch["segment_map"][row])[:height, :width].astype(np.int64),
+    np.asarray(batch["labels"][row]).astype(np.int64),
+    np.asarray(batch["is_crowd"][row], bool) if "is_crowd" in batch else None,
+  )
+
+
+def found_segments(
+  batch: Mapping[str, Any],
+  predictions: Mapping[str, Any],
+  row: int | np.integer,
+  stuff_from: int,
+  *,
+  threshold: float = SCORE_THRESHOLD,
+) -> Segmentation:
+  """Returns what queries that are surer than `threshold` make of an image, in original pixels.
+
+  Args:
+    batch: see `PanopticEvaluator.add`.
+    predictions: likewise.
+    row: of the batch.
+    stuff_from: class ids from here on are stuff.
+    threshold: of the queries' scores.
+  """
+  padded = batch["image"].shape[1:3]
+  shown = np.asarray(batch["image_size"][row]) if "image_size" in batch else padded
+  sure = np.asarray(predictions["is_object"][row], bool)
+  sure = sure & (np.asarray(predictions["scores"][row]) > threshold)
+  return segment(
+    np.asarray(predictions["mask_logits"][row], np.float32)[sure],
+    np.asarray(predictions["labels"][row])[sure].astype(np.int64),
+    stuff_from,
+    padded_size=(int(padded[0]), int(padded[1])),
+    image_size=(int(shown[0]), int(shown[1])),
+    size=_original_size(batch, row),
+  )
+
+
+def _original_size(batch: Mapping[str, Any], row: int | np.integer) -> tuple[int, int]:
+  for key in ("original_size", "image_size"):
+    if key in batch:
+      return int(batch[key][row][0]), int(batch[key][row][1])
+  return int(batch["image"].shape[1]), int(batch["image"].shape[2])
+
+
 class PanopticQuality:
   """Counts matched and unmatched segments of every class.
 
@@ -221,31 +269,14 @@ class PanopticEvaluator(DetectionEvaluator):
       predictions: also `is_object` [b q] and `mask_logits` [b q i j].
     """
     super().add(batch, predictions)
-    sizes = self._sizes(batch)
-    padded = np.asarray(batch["image"].shape[1:3])
-    shown = np.asarray(batch["image_size"]) if "image_size" in batch else [padded] * len(sizes)
-    real = np.asarray(batch.get("mask", np.ones(len(sizes))), bool)
+    real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
     for row in np.flatnonzero(real):
-      if self._is_repeated(batch, row):
-        continue
-      height, width = (int(side) for side in sizes[row])
-      is_crowd = np.asarray(batch["is_crowd"][row], bool) if "is_crowd" in batch else None
-      truth = Segmentation.of(
-        np.asarray(batch["segment_map"][row])[:height, :width].astype(np.int64),
-        np.asarray(batch["labels"][row]).astype(np.int64),
-        is_crowd,
-      )
-      sure = np.asarray(predictions["is_object"][row], bool)
-      sure = sure & (np.asarray(predictions["scores"][row]) > self.score_threshold)
-      found = segment(
-        np.asarray(predictions["mask_logits"][row], np.float32)[sure],
-        np.asarray(predictions["labels"][row])[sure].astype(np.int64),
-        self.quality.stuff_from,
-        padded_size=(int(padded[0]), int(padded[1])),
-        image_size=(int(shown[row][0]), int(shown[row][1])),
-        size=(height, width),
-      )
-      self.quality.add(truth, found)
+      if not self._is_repeated(batch, row):
+        truth = true_segments(batch, row)
+        found = found_segments(
+          batch, predictions, row, self.quality.stuff_from, threshold=self.score_threshold
+        )
+        self.quality.add(truth, found)
 
   def merge(self, other: Evaluator) -> None:
     """Takes over another evaluator's images; no image may be in both."""

@@ -11,17 +11,32 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
-from vit_jax_zoo.evaluation.panoptic import PanopticEvaluator
+from vit_jax_zoo.evaluation.panoptic import (
+  SCORE_THRESHOLD,
+  PanopticEvaluator,
+  found_segments,
+  true_segments,
+)
 from vit_jax_zoo.ops import detection_losses as losses
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.matching import Matching, match
 from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.detection_batch import (
+  cell_centers,
+  image_size,
+  is_target,
+  last_attention,
+  pixel_mask,
+  target_boxes,
+)
 from vit_jax_zoo.visualize import detection as draw
+from vit_jax_zoo.visualize.panoptic import draw_segments
+from vit_jax_zoo.visualize.query_attention import draw_query_attention
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -66,10 +81,12 @@ class Detection(base.Task):
     image_std: as `image_mean`.
     class_names: by class id; for pictures and scores of single classes.
     score_threshold: pictures show what is at least as sure.
+    draw_attention: pictures also show where the surest queries look.
     per_class: evaluations score each class, too.
     stuff_from: class ids from here on are stuff (91 in COCO); with it, evaluations also score
       panoptic quality, for which the model needs a mask head and batches a `segment_map`, see
       `PanopticEvaluator`.
+    segment_threshold: queries that are at least as sure become segments there.
     backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
       no `init_from`: torchvision's or timm's ResNet, or Hugging Face's.
   """
@@ -88,8 +105,10 @@ class Detection(base.Task):
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()
   score_threshold: float = 0.7
+  draw_attention: bool = False
   per_class: bool = False
   stuff_from: int | None = None
+  segment_threshold: float = SCORE_THRESHOLD
   backbone_file: str | None = None
 
   def __post_init__(self) -> None:
@@ -98,8 +117,9 @@ class Detection(base.Task):
     for field in dataclasses.fields(self):
       if field.name.endswith("_weight") and getattr(self, field.name) < 0:
         raise ValueError(f"{field.name} must not be negative, but is {getattr(self, field.name)}")
-    if not 0 <= self.score_threshold <= 1:
-      raise ValueError(f"score_threshold must lie in [0, 1], but is {self.score_threshold}")
+    for field in ("score_threshold", "segment_threshold"):
+      if not 0 <= getattr(self, field) <= 1:
+        raise ValueError(f"{field} must lie in [0, 1], but is {getattr(self, field)}")
     if len(self.class_names) > self.num_classes:
       raise ValueError(
         f"{len(self.class_names)} class_names were given for class ids below {self.num_classes}"
@@ -127,7 +147,7 @@ class Detection(base.Task):
     """
     mask = base.example_mask(batch)
     queries = self.model.num_queries
-    count = jnp.sum(_is_target(batch), axis=1)
+    count = jnp.sum(is_target(batch), axis=1)
     matched = jnp.minimum(count, queries)
     weight = matched + self.no_object_weight * (queries - matched)
     return {
@@ -184,9 +204,17 @@ class Detection(base.Task):
       `scores` float32 [b q], probability of the best class that is not "no object"; `labels` int32
       [b q], its id; `is_object` bool [b q], whether it beats "no object"; `boxes_xyxy` float32
       [b q 4], in pixels of the original image where the batch has its `original_size`, else of the
-      image as it is given; with a mask head `mask_logits` float32 [b q i j], of the padded image.
+      image as it is given; with a mask head `mask_logits` float32 [b q i j], of the padded image;
+      with `draw_attention` `attention` float32 [b q i j], where the last decoder layer looked, mean
+      over its heads.
     """
-    outputs = self.model.apply(variables, self._images(batch), pixel_mask(batch), train=False)
+    outputs, seen = self.model.apply(
+      variables,
+      self._images(batch),
+      pixel_mask(batch),
+      train=False,
+      mutable=["intermediates"] if self.draw_attention else [],
+    )
     probabilities = jax.nn.softmax(self._logits(outputs), axis=-1)
     scores = jnp.max(probabilities[..., :-1], axis=-1)
     size = batch.get("original_size", image_size(batch))
@@ -200,6 +228,8 @@ class Detection(base.Task):
     }
     if "mask_logits" in outputs:
       predictions["mask_logits"] = outputs["mask_logits"]
+    if self.draw_attention:
+      predictions["attention"] = last_attention(seen["intermediates"])
     return predictions
 
   def evaluator(self) -> DetectionEvaluator:
@@ -207,7 +237,9 @@ class Detection(base.Task):
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if self.stuff_from is None:
       return DetectionEvaluator(self.num_classes, **fields)
-    return PanopticEvaluator(self.num_classes, self.stuff_from, **fields)
+    return PanopticEvaluator(
+      self.num_classes, self.stuff_from, score_threshold=self.segment_threshold, **fields
+    )
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws training images with their boxes."""
@@ -222,7 +254,30 @@ class Detection(base.Task):
     figure = draw.draw_predictions(
       batch, predictions, self.class_names, threshold=self.score_threshold
     )
-    return {"predictions": figure}
+    figures = {"predictions": figure}
+    if self.draw_attention:
+      figures["attention"] = draw_query_attention(batch, predictions, self.class_names)
+    if self.stuff_from is not None:
+      figures["segments"] = self._draw_segments(batch, predictions, self.stuff_from)
+    return figures
+
+  def _draw_segments(
+    self,
+    batch: Mapping[str, np.ndarray],
+    predictions: Mapping[str, np.ndarray],
+    stuff_from: int,
+    max_images: int = 4,
+  ) -> Figure:
+    rows = draw.real_rows(batch)[:max_images]
+    threshold = self.segment_threshold
+    truths = [true_segments(batch, row) for row in rows]
+    finds = [found_segments(batch, predictions, r, stuff_from, threshold=threshold) for r in rows]
+    return draw_segments(
+      [(truth.segment_map, truth.labels) for truth in truths],
+      [(find.segment_map, find.labels) for find in finds],
+      [draw.image_of(batch, row) for row in rows],
+      self.class_names,
+    )
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
@@ -238,7 +293,7 @@ class Detection(base.Task):
 
   def _has_unknown_labels(self, batch: base.Batch) -> Bool[Array, ""]:
     labels = jnp.asarray(batch["labels"])
-    return jnp.any(_is_target(batch) & ((labels < 0) | (labels >= self.num_classes)))
+    return jnp.any(is_target(batch) & ((labels < 0) | (labels >= self.num_classes)))
 
   def _set_losses(
     self,
@@ -253,13 +308,13 @@ class Detection(base.Task):
       earlier = outputs["auxiliary_logits"], outputs["auxiliary_boxes_cxcywh"]
       logits = jnp.concatenate([jnp.moveaxis(earlier[0], 1, 0), logits], axis=1)
       boxes = jnp.concatenate([jnp.moveaxis(earlier[1], 1, 0), boxes], axis=1)
-    labels, targets, is_target = (
+    labels, targets, real = (
       jnp.broadcast_to(x[:, None], (len(x), logits.shape[1], *x.shape[1:]))
-      for x in (jnp.asarray(batch["labels"]), _boxes(batch), _is_target(batch))
+      for x in (jnp.asarray(batch["labels"]), target_boxes(batch), is_target(batch))
     )
     weights = (self.class_weight, self.box_weight, self.giou_weight)
     cost = losses.matching_cost(logits, boxes, labels, targets, weights=weights)
-    matching = match(cost, is_target)
+    matching = match(cost, real)
     of_query = matching.target_of_query
     class_loss, _ = losses.class_losses(logits, labels, of_query, self.no_object_weight)
     class_loss = jnp.where(mask[:, None, None], class_loss, 0.0)
@@ -306,10 +361,10 @@ class Detection(base.Task):
     logits = outputs["cell_logits"].reshape(len(mask), -1, self.num_classes + 1)
     boxes = outputs["cell_boxes_cxcywh"].reshape(len(mask), -1, 4)
     centers = cell_centers(batch, outputs["cell_logits"].shape[1:3])
-    of_cell = losses.covering_target(centers, _boxes(batch), _is_target(batch))
+    of_cell = losses.covering_target(centers, target_boxes(batch), is_target(batch))
     labels = jnp.asarray(batch["labels"])
     class_loss, weights = losses.class_losses(logits, labels, of_cell, self.no_object_weight)
-    distance, overlap = losses.box_losses(boxes, _boxes(batch), of_cell)
+    distance, overlap = losses.box_losses(boxes, target_boxes(batch), of_cell)
     box_loss = self.box_weight * distance + self.giou_weight * overlap
     covered = jnp.maximum(jnp.sum(of_cell >= 0, axis=1), 1)
     per_image = self.class_weight * jnp.sum(class_loss, axis=1) / jnp.sum(weights, axis=1)
@@ -326,46 +381,8 @@ class Detection(base.Task):
     matched = matching.target_of_query >= 0
     wanted = losses.take_targets(jnp.asarray(batch["labels"]), matching.target_of_query)
     seen = jnp.sum(best != self.num_classes, axis=1)
-    difference = jnp.abs(seen - jnp.sum(_is_target(batch), axis=1))
+    difference = jnp.abs(seen - jnp.sum(is_target(batch), axis=1))
     return {
       "class_error": base.Mean.of((best != wanted).astype(jnp.float32), matched),
       "cardinality_error": base.Mean.of(difference.astype(jnp.float32), base.example_mask(batch)),
     }
-
-
-def image_size(batch: base.Batch) -> Int[Array, "b 2"]:
-  """Returns height and width of every image without its padding."""
-  if "image_size" in batch:
-    return jnp.asarray(batch["image_size"])
-  shape = jnp.asarray(batch["image"].shape[1:3], jnp.int32)
-  return jnp.broadcast_to(shape, (batch["image"].shape[0], 2))
-
-
-def pixel_mask(batch: base.Batch) -> Bool[Array, "b h w"]:
-  """Returns where a pixel belongs to an image, and not to its padding."""
-  height, width = batch["image"].shape[1:3]
-  size = image_size(batch)[:, :, None]
-  rows = jnp.arange(height)[None] < size[:, 0]
-  columns = jnp.arange(width)[None] < size[:, 1]
-  return rows[:, :, None] & columns[:, None, :]
-
-
-def cell_centers(batch: base.Batch, grid: tuple[int, int]) -> Float[Array, "b n 2"]:
-  """Returns the centres (x, y) of a map's cells, row by row, in shares of the unpadded image."""
-  rows = (jnp.arange(grid[0]) + 0.5) / grid[0]
-  columns = (jnp.arange(grid[1]) + 0.5) / grid[1]
-  shares = jnp.stack(jnp.meshgrid(columns, rows), axis=-1).reshape(1, -1, 2)
-  padded = jnp.asarray(batch["image"].shape[1:3], jnp.float32)
-  scale = padded[None] / jnp.maximum(image_size(batch), 1)
-  return shares * scale[:, None, ::-1]
-
-
-def _is_target(batch: base.Batch) -> Bool[Array, "b t"]:
-  """Returns which targets there are; none in rows that are padding altogether."""
-  return jnp.asarray(batch["is_target"]).astype(bool) & base.example_mask(batch)[:, None]
-
-
-def _boxes(batch: base.Batch) -> Float[Array, "b t 4"]:
-  """Returns the targets' boxes, harmless ones in the padding, whatever it holds."""
-  boxes = jnp.asarray(batch["boxes_cxcywh"], jnp.float32)
-  return jnp.where(_is_target(batch)[..., None], boxes, 0.5)

@@ -35,14 +35,14 @@ def draw_targets(
     title: of the figure.
     max_images: draws the first so many.
   """
-  rows = _real_rows(batch)[:max_images]
+  rows = real_rows(batch)[:max_images]
   columns = min(4, max(len(rows), 1))
-  figure, axes = _grid(-(-len(rows) // columns), columns, title)
+  figure, axes = grid(-(-len(rows) // columns), columns, title)
   for ax, row in zip(axes.flat, rows, strict=False):
-    image = _image(batch, row)
-    _show(ax, image)
+    image = image_of(batch, row)
+    show(ax, image)
     boxes, labels = _targets(batch, row, image)
-    _draw_boxes(ax, boxes, [_name(i, class_names) for i in labels], labels)
+    draw_boxes(ax, boxes, [name_of(i, class_names) for i in labels], labels)
   return figure
 
 
@@ -66,26 +66,27 @@ def draw_predictions(
     title: of the figure.
     max_images: draws the first so many.
   """
-  rows = _real_rows(batch)[:max_images]
+  rows = real_rows(batch)[:max_images]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
-  figure, axes = _grid(-(-2 * len(rows) // columns), columns, title)
+  figure, axes = grid(-(-2 * len(rows) // columns), columns, title)
   for index, row in enumerate(rows):
-    image = _image(batch, row)
+    image = image_of(batch, row)
     truth, found = axes.flat[2 * index], axes.flat[2 * index + 1]
     boxes, labels = _targets(batch, row, image)
-    _show(truth, image)
-    _draw_boxes(truth, boxes, [_name(i, class_names) for i in labels], labels)
+    show(truth, image)
+    draw_boxes(truth, boxes, [name_of(i, class_names) for i in labels], labels)
     truth.set_title(f"truth: {len(labels)}", fontsize=8.5, loc="left")
     scores = np.asarray(predictions["scores"][row])
     sure = np.flatnonzero(scores >= threshold)
     sure = sure[np.argsort(scores[sure])]  # the surest on top
     labels = np.asarray(predictions["labels"][row])[sure]
-    boxes = np.asarray(predictions["boxes_xyxy"][row])[sure] * _to_shown(batch, row, image)
+    boxes = np.asarray(predictions["boxes_xyxy"][row])[sure] * to_shown(batch, row, image)
     names = [
-      f"{_name(i, class_names)} {score:.0%}" for i, score in zip(labels, scores[sure], strict=True)
+      f"{name_of(i, class_names)} {score:.0%}"
+      for i, score in zip(labels, scores[sure], strict=True)
     ]
-    _show(found, image)
-    _draw_boxes(found, boxes, names, labels)
+    show(found, image)
+    draw_boxes(found, boxes, names, labels)
     best = f"; surest {scores.max():.0%}" if not len(sure) and scores.size else ""
     found.set_title(
       f"found at {threshold:.0%} or more: {len(sure)}{best}", fontsize=8.5, loc="left"
@@ -93,12 +94,14 @@ def draw_predictions(
   return figure
 
 
-def _real_rows(batch: Mapping[str, Any]) -> list[int]:
+def real_rows(batch: Mapping[str, Any]) -> list[int]:
+  """Returns which rows of a batch are images, and not padding altogether."""
   real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
   return np.flatnonzero(real).tolist()
 
 
-def _image(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
+def image_of(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
+  """Returns an image without its padding, uint8."""
   image = np.asarray(batch["image"][row])
   if "image_size" in batch:
     height, width = np.asarray(batch["image_size"][row])
@@ -117,7 +120,7 @@ def _targets(
   return np.concatenate([low, high], axis=1), np.asarray(batch["labels"][row])[real]
 
 
-def _to_shown(
+def to_shown(
   batch: Mapping[str, Any], row: int, image: Num[np.ndarray, "h w c"]
 ) -> Float[np.ndarray, " 4"]:
   """Returns what takes predicted corners to pixels of the shown image."""
@@ -127,7 +130,8 @@ def _to_shown(
   return np.tile(image.shape[1::-1] / original[::-1], 2)
 
 
-def _grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
+  """Returns a figure with a title, and its empty axes [rows columns]."""
   rows = max(rows, 1)
   figure = Figure(figsize=(_CELL * columns, _CELL * rows + 0.5), dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
@@ -137,18 +141,20 @@ def _grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
   return figure, axes
 
 
-def _show(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
+def show(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
+  """Draws an image: small ones pixel by pixel."""
   interpolation = "nearest" if max(image.shape[:2]) < 100 else "antialiased"
   ax.imshow(image, interpolation=interpolation)
   ax.set_anchor("NW")
 
 
-def _draw_boxes(
+def draw_boxes(
   ax: Axes,
   boxes_xyxy: Float[np.ndarray, "n 4"],
   names: Sequence[str],
   labels: Int[np.ndarray, " n"],
 ) -> None:
+  """Draws boxes with their names, in the colour and line style of their class."""
   outline: list[patheffects.AbstractPathEffect] = [
     patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
   ]
@@ -166,5 +172,6 @@ def _draw_boxes(
     )  # fmt: skip
 
 
-def _name(index: int | np.integer, class_names: Sequence[str]) -> str:
+def name_of(index: int | np.integer, class_names: Sequence[str]) -> str:
+  """Returns a class's name, or its id where it has none."""
   return class_names[int(index)] if index < len(class_names) else str(index)

@@ -1,0 +1,276 @@
+r"""DETR: a demo, and the recipes of the paper.
+
+  Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, arXiv:2005.12872
+
+    python -m vit_jax_zoo.main --config=configs/detr.py
+    python -m vit_jax_zoo.main --config=configs/detr.py:demo_panoptic
+    python -m vit_jax_zoo.main --config=configs/detr.py:r50,num_epochs=500
+    python -m vit_jax_zoo.main --config=configs/detr.py:r50,source=coco:/path,accumulation_steps=16
+    python -m vit_jax_zoo.main \
+      --config=configs/detr.py:r50_finetune,source=coco:/mine,init_from=detr-r50-e632da11.pth
+
+| variant                                  | trains on         | from     | expected          |
+|------------------------------------------|-------------------|----------|-------------------|
+| demo                                     | scenes of digits  | -        | AP50 0.8          |
+| demo_panoptic                            | scenes of digits  | -        | PQ 0.5            |
+| r50 r101 r50_dc5 r101_dc5                | COCO              | table 1  | AP 42.0 (R50)     |
+| r50_panoptic r101_panoptic r50_dc5_...   | COCO panoptic     | table 5  | boxes, stage 1    |
+| r50_masks r101_masks r50_dc5_masks       | COCO panoptic     | table 5  | PQ 43.4 (R50)     |
+| r50_finetune r101_finetune r50_dc5_...   | one's own folder  | -        | depends           |
+
+Each function below is a page of the lab book. Batch sizes are global.
+
+Small machines. `accumulation_steps=n` cuts each batch of 64 into n parts that run one after the
+other: the same training in n times the time, as the frozen norms look at no batch. A smaller
+`batch_size` is another training; its learning rate is then scaled by the root of the ratio, as is
+due to Adam (Malladi et al., arXiv:2205.10287), which the paper does not try.
+
+`num_classes` is the highest class id + 1, and comes from the data: 91 for COCO, whose ids are used
+as they are. "No object" is one logit more, the last.
+"""
+
+import functools
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import common
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the config of `variant[,field=value...]`; the demo by default."""
+  return common.build(arg, VARIANTS)
+
+
+def demo(*, num_steps: int = 3000, batch_size: int = 32, seed: int = 0) -> ConfigDict:
+  """A small DETR finds handwritten digits in 64x64 scenes: 4000 to learn from, 400 to be tested on.
+
+  Paper: the architecture is DETR's, with stride 8. It starts from nothing, where the paper's
+    backbone has seen ImageNet and trains for 300 epochs of 118,000 images; therefore class and box
+    head also learn from every cell of the encoder's map (`cell_weight`). Without that loss the AP50
+    was 0.03 after 2000 steps. Batch norms learn; no dropout; the class counts three times.
+  Hardware: any. Two CPU cores need about ten minutes.
+  Expected: AP50 of the test scenes above 0.5.
+  """
+  config = _demo(num_steps, batch_size, seed)
+  config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple))
+  config.model.num_classes = placeholder(int)
+  scenes = {"source": "demo:scenes", "split": "train"}
+  config.data.train = {**scenes, "transforms": [{"name": "load_objects"}, *JITTER, *PAD_DEMO]}
+  load = {"name": "load_objects", "as_annotated": True}
+  scenes["split"] = "test"
+  config.data.eval = {"test": {**scenes, "transforms": [load, *PAD_DEMO]}}
+  return config
+
+
+def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
+  """What both demos have in common."""
+  return ConfigDict(
+    {
+      "seed": seed,
+      "num_steps": num_steps,
+      "batch_size": batch_size,
+      "eval_batch_size": 40,
+      "model": {
+        "name": "detr_r50",
+        "num_queries": 12,
+        "width": 64,
+        "encoder_depth": 1,
+        "decoder_depth": 2,
+        "num_heads": 8,
+        "mlp_dim": 128,
+        "dropout_rate": 0.0,
+        "cell_predictions": True,
+        "backbone": {
+          "blocks": (1, 1, 1, 1),
+          "widths": (16, 32, 64, 64),
+          "stem_width": 32,
+          "norm": "batch_norm",
+          "output_stride": 8,
+        },
+      },
+      "task": {
+        "name": "detection",
+        "class_weight": 3.0,
+        "cell_weight": 1.0,
+        "score_threshold": 0.5,
+        "draw_attention": True,
+      },
+      "data": {"train": {}, "eval": {}},
+      "optimizer": {
+        "name": "adamw",
+        "learning_rate": 2e-3,
+        "schedule": {"name": "cosine", "warmup_steps": 100},
+        "weight_decay": 1e-4,
+        "clip_norm": 5.0,
+      },
+      "log_every": 50,
+      "eval_every": 500,
+      "checkpoint": {"every": 500, "keep": 1},
+    }
+  )
+
+
+JITTER = [
+  {
+    "name": "random_scale_crop",
+    "shorter": (64,),
+    "longest": None,
+    "crop_probability": 1.0,
+    "crop_from": (60, 64, 68, 72),
+    "crop_sides": (60, 60),
+  }
+]
+"""Scenes a little larger, smaller and elsewhere; 64x64 pixels as before."""
+
+PAD_DEMO = [{"name": "pad_objects", "num": 8}]
+
+
+def coco(
+  model: str,
+  *,
+  num_epochs: int = 300,
+  batch_size: int = 64,
+  accumulation_steps: int = 1,
+  source: str = "tfds:coco/2017",
+  data_dir: str = "",
+  backbone_file: str = "",
+) -> ConfigDict:
+  """DETR on COCO, or on one's own folder in COCO's format, from an ImageNet backbone.
+
+  Paper: arXiv:2005.12872, section 4 and A.4: AdamW, 1e-4, backbone 1e-5, its stem, first stage and
+    all its norms frozen; weight decay 1e-4, gradients clipped to norm 0.1, dropout 0.1; flips,
+    shorter side 480 to 800, crops; rate / 10 after 200 of 300 epochs. For `num_epochs=500` it falls
+    after 400; for other lengths after two thirds. No warm-up, no averages.
+  Weights: `backbone_file`, by default torchvision's first ImageNet weights, as the paper's.
+  Differs from the paper: weights decay on the transformer's and the heads' parameters and on the
+    backbone's alike, as in its code; DC5 sees each image as if it came alone (`masked_backbone`),
+    where the code trains it with one image a GPU.
+  Hardware: 16 V100, 4 images each (DC5: 64, 1 each); three days for 300 epochs of R50.
+  Expected, AP of boxes on val2017 (github.com/facebookresearch/detr): after 500 epochs R50 42.0,
+    R50-DC5 43.3, R101 43.5, R101-DC5 44.9; R50 39.5 after 150.
+  Not yet run here.
+  """
+  config = _recipe(model, num_epochs, batch_size, accumulation_steps)
+  config.model.num_classes = placeholder(int)
+  config.task.update(
+    num_classes=placeholder(int), class_names=placeholder(tuple), backbone_file=backbone_file
+    or BACKBONES[model.split("_")[0]],
+  )  # fmt: skip
+  _set_data(config, source)
+  return common.with_data_dir(config, data_dir)
+
+
+def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
+  model: str,
+  *,
+  source: str = "coco:/path",
+  init_from: str = "",
+  num_epochs: int = 50,
+  batch_size: int = 16,
+  accumulation_steps: int = 1,
+  learning_rate: float = 1e-4,
+  data_dir: str = "",
+) -> ConfigDict:
+  """A DETR that was trained on COCO learns the classes of a folder of one's own.
+
+  Paper: none. From scratch, DETR learns nothing from a few thousand images: start from published
+    weights, of which all but the class head is kept (facebookresearch/detr, issues 9, 125 and 169).
+  Data: `source=coco:/path`: `annotations/instances_{train,val}.json`, or as `data/coco.py` says.
+  Weights: `init_from`, by default the official file in this folder; Hugging Face's folder or a run
+    of our own does as well.
+  Hardware: one GPU of 16 GB holds about four images of 800 pixels; see accumulation above.
+  Expected: depends on the data.
+  Not yet run here.
+  """
+  config = _recipe(model, num_epochs, batch_size, accumulation_steps)
+  config.optimizer.learning_rate = learning_rate
+  config.model.num_classes = placeholder(int)
+  config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple))
+  _set_data(config, source)
+  config.init_from = init_from or OFFICIAL[model]
+  return common.with_data_dir(config, data_dir)
+
+
+def _recipe(
+  model: str, num_epochs: int, batch_size: int, accumulation_steps: int = 1
+) -> ConfigDict:
+  """What all recipes on large images have in common."""
+  is_dc5 = "dc5" in model
+  return ConfigDict(
+    {
+      "seed": 0,
+      "num_epochs": float(num_epochs),
+      "batch_size": batch_size,
+      "eval_batch_size": 8,
+      "accumulation_steps": accumulation_steps,
+      "model": {"name": f"detr_{model}", "masked_backbone": is_dc5, "remat": "dots"},
+      "task": {"name": "detection"},
+      "data": {"train": {}, "eval": {}, "loader": {"num_workers": 8, "buckets": 6}},
+      "optimizer": {
+        "name": "adamw",
+        "learning_rate": 1e-4 * (batch_size / 64) ** 0.5,
+        "schedule": {"name": "step", "boundaries": (0.8 if num_epochs == 500 else 2 / 3,)},
+        "weight_decay": 1e-4,
+        "clip_norm": 0.1,
+        "rules": (
+          ("backbone/(stem|c2_block).*", {"frozen": True}),
+          ("backbone/.*", {"learning_rate": 0.1}),
+          (".*", {"weight_decay": 1.0}),
+        ),
+      },
+      "log_every": 50,
+      "eval_every": 10_000,
+      "checkpoint": {"every": 2_000, "keep": 1},
+    }
+  )
+
+
+def _set_data(
+  config: ConfigDict, source: str, *, panoptic: bool = False, masks: bool = False
+) -> None:
+  """Sets training and evaluation data, with the paper's augmentation."""
+  options: dict[str, Any] = {"panoptic": True} if panoptic else {}
+  pad = {"name": "pad_objects"}
+  config.data.train = {
+    "source": source,
+    "split": "train",
+    **options,
+    "transforms": [
+      {"name": "load_objects", "masks": masks},
+      {"name": "random_flip"},
+      {"name": "random_scale_crop"},
+      pad,
+    ],
+  }
+  load = {"name": "load_objects", "as_annotated": True, "segment_map": masks}
+  config.data.eval = {
+    "val": {
+      "source": source,
+      "split": "validation",
+      **options,
+      "transforms": [load, {"name": "resize_shorter"}, pad],
+    }
+  }
+
+
+BACKBONES = {
+  "r50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+  "r101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+"""torchvision's IMAGENET1K_V1."""
+
+OFFICIAL = {
+  "r50": "detr-r50-e632da11.pth",
+  "r50_dc5": "detr-r50-dc5-f0fb7ef5.pth",
+  "r101": "detr-r101-2c7b67e5.pth",
+  "r101_dc5": "detr-r101-dc5-a2e86def.pth",
+}
+"""Below https://dl.fbaipublicfiles.com/detr/."""
+
+VARIANTS: dict[str, Any] = {
+  "demo": demo,
+  **{model: functools.partial(coco, model) for model in OFFICIAL},
+  **{f"{model}_finetune": functools.partial(finetune, model) for model in OFFICIAL},
+}

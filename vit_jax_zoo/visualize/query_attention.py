@@ -1,0 +1,63 @@
+"""Where object queries look: DETR's figure 6, the decoder's attention beside the box it gave."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.visualize import detection as draw
+
+
+def draw_query_attention(
+  batch: Mapping[str, Any],
+  predictions: Mapping[str, Any],
+  class_names: Sequence[str] = (),
+  *,
+  title: str = "Where the queries look",
+  max_images: int = 3,
+  max_queries: int = 4,
+) -> Figure:
+  """Draws images with their surest boxes, and beside them each box's query: where it looked.
+
+  Args:
+    batch: as the detection task has it.
+    predictions: as `draw_predictions` has them, and `attention` [b q i j]: of each query over the
+      map of the padded image.
+    class_names: by class id; ids by default.
+    title: of the figure.
+    max_images: draws the first so many.
+    max_queries: the surest so many of each image.
+  """
+  rows = draw.real_rows(batch)[:max_images]
+  figure, axes = draw.grid(len(rows), 1 + max_queries, title)
+  for index, row in enumerate(rows):
+    image = draw.image_of(batch, row)
+    scale = draw.to_shown(batch, row, image)
+    best = np.argsort(-np.asarray(predictions["scores"][row]), kind="stable")[:max_queries]
+    labels = np.asarray(predictions["labels"][row])[best]
+    boxes = np.asarray(predictions["boxes_xyxy"][row])[best] * scale
+    names = [draw.name_of(label, class_names) for label in labels]
+    draw.show(axes[index, 0], image)
+    draw.draw_boxes(axes[index, 0], boxes, names, labels)
+    for column, query in enumerate(best):
+      ax = axes[index, 1 + column]
+      padded = np.asarray(batch["image"]).shape[1:3]
+      draw.show(ax, _lit(image, np.asarray(predictions["attention"][row][query]), padded))
+      one = slice(column, column + 1)
+      draw.draw_boxes(ax, boxes[one], names[one], labels[one])
+      score = float(np.asarray(predictions["scores"][row])[query])
+      ax.set_title(f"query {query}: {score:.0%}", fontsize=8.5, loc="left")
+  return figure
+
+
+def _lit(
+  image: np.ndarray, attention: Float[np.ndarray, "i j"], padded: tuple[int, ...]
+) -> np.ndarray:
+  """Returns the image, dark where nobody looks."""
+  light = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
+  light = light[: image.shape[0], : image.shape[1]]
+  light = light / max(float(light.max()), 1e-9)
+  return (image * (0.15 + 0.85 * light[..., None])).astype(np.uint8)
