@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 PREDICTORS = {
   "classification": ("vit_jax_zoo.inference.classification", "ClassificationPredictor"),
+  "detection": ("vit_jax_zoo.inference.detection", "DetectionPredictor"),
+  "instance_detection": ("vit_jax_zoo.inference.instance_detection", "InstancePredictor"),
   "pixel_modelling": ("vit_jax_zoo.inference.completion", "CompletionPredictor"),
   "semantic_segmentation": ("vit_jax_zoo.inference.segmentation", "SegmentationPredictor"),
   "super_resolution": ("vit_jax_zoo.inference.super_resolution", "SuperResolutionPredictor"),

@@ -64,6 +64,24 @@ def draw_masks(
   return figure
 
 
+def draw_found_masks(
+  image: np.ndarray, masks: Bool[np.ndarray, "n h w"], names: Sequence[str]
+) -> Figure:
+  """Draws one picture with masks over it.
+
+  Args:
+    image: uint8 [h w 3].
+    masks: of its size.
+    names: what is written on each of them.
+  """
+  height = 2 * _CELL * image.shape[0] / image.shape[1]
+  figure = Figure(figsize=(2 * _CELL, height + 0.3), dpi=110, layout="constrained")
+  ax = figure.subplots()
+  ax.set_axis_off()
+  _show(ax, image, masks, names, f"found: {len(names)}")
+  return figure
+
+
 def _show(
   ax: Axes,
   image: np.ndarray,

@@ -1,0 +1,51 @@
+"""A two-stage detector on a user's picture of any size."""
+
+import jax
+import numpy as np
+from faster_coco_eval.core import mask as run_lengths
+
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.models.rcnn import RCNN
+from vit_jax_zoo.tasks import create_task
+
+SMALL = {
+  "num_classes": 2,
+  "backbone": {"blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 8},
+  "levels": ("c2",),
+  "extra_levels": 0,
+  "width": 8,
+  "anchor_sizes": (16,),
+  "proposals": {"before_nms": 20, "after_nms": 6},
+  "pool_size": 3,
+  "mask_pool_size": 3,
+  "box_head": {"width": 8},
+  "mask_head": {"width": 8, "num_convs": 1},
+}
+
+
+def test_objects_names_masks_and_pictures():
+  task = create_task(
+    "instance_detection", RCNN(**SMALL), num_classes=2, class_names=("cup", "saucer"),
+    max_detections=4, least_score=0.0,
+  )  # fmt: skip
+  half = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
+  variables = jax.tree.map(np.asarray, jax.jit(task.init)(jax.random.key(0), half))
+  trained = Trained(
+    "test", task, variables, lambda image: {"image": image[::2, ::2]}, None, "mask_rcnn"
+  )
+  image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+  found = create_predictor(trained, Options(threshold=0.0))(image)
+  objects = found.record["objects"]
+  assert 1 <= len(objects) <= 4
+  for entry in objects:
+    assert entry["name"] == ("cup", "saucer")[entry["label"]]
+    left, top, right, bottom = entry["box"]
+    assert 0 <= left < right <= 64 >= bottom > top >= 0
+    assert run_lengths.decode(entry["mask"]).shape == (64, 64)
+  scores = [entry["score"] for entry in objects]
+  assert scores == sorted(scores, reverse=True)
+  assert max(entry["box"][2] for entry in objects) > 32  # of the picture, not of what was seen
+  assert set(found.pictures) == {"", "masks"}
+  certain = create_predictor(trained, Options(threshold=1.0))(image)
+  assert certain.record["objects"] == []

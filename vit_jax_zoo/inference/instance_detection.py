@@ -1,0 +1,67 @@
+"""Finding objects in pictures with a two-stage detector: boxes, and masks where it has them."""
+
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from faster_coco_eval.core import mask as run_lengths
+
+from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.visualize.detection import draw_predictions
+from vit_jax_zoo.visualize.instances import draw_found_masks
+
+
+class InstancePredictor:
+  """Every object whose score is at least `threshold`; the picture shows the same."""
+
+  reads: ClassVar[frozenset[str]] = frozenset({"threshold"})
+
+  def __init__(self, trained: Trained, options: Options) -> None:
+    """Takes the model."""
+    self._trained, self._options = trained, options
+    self._task: Any = trained.task
+    self._predict = jax.jit(self._task.predict)
+
+  def __call__(self, image: Image) -> Prediction:
+    """Returns `objects`, the surest first.
+
+    Each has `label`, `name` where it is known, `score`, `box` (left, top, right, bottom in pixels
+    of the picture), and with a mask head `mask`: `size` and `counts`, COCO's
+    compressed run lengths.
+    """
+    prepared = np.asarray(self._trained.prepare(image)["image"])
+    size = np.array([image.shape[:2]], np.int32)
+    batch = {"image": prepared[None], "original_size": size}
+    found = jax.tree.map(np.asarray, self._predict(self._trained.variables, batch))
+    sure = found["is_object"][0] & (found["scores"][0] >= self._options.threshold)
+    names = self._task.class_names
+    labels, scores, boxes = (found[key][0][sure] for key in ("labels", "scores", "boxes_xyxy"))
+    objects: list[dict[str, Any]] = [
+      {
+        "label": int(label),
+        **({"name": names[label]} if label < len(names) else {}),
+        "score": float(score),
+        "box": [float(x) for x in box],
+      }
+      for label, score, box in zip(labels, scores, boxes, strict=True)
+    ]
+    shown = {**batch, "image": image[None]}
+    nothing: dict[str, Any] = {
+      "boxes_cxcywh": np.zeros((1, 0, 4)), "labels": np.zeros((1, 0), int),
+      "is_target": np.zeros((1, 0), bool),
+    }  # fmt: skip
+    fields = {"class_names": names, "threshold": self._options.threshold}
+    pictures: dict[str, Picture] = {"": draw_predictions({**shown, **nothing}, found, **fields)}
+    if "box_masks" in found:
+      masks = paste_masks(
+        found["box_masks"][0][sure].astype(np.float64),
+        boxes.astype(np.float64),
+        (image.shape[0], image.shape[1]),
+      )
+      for entry, mask in zip(objects, masks, strict=True):
+        encoded = run_lengths.encode(np.asfortranarray(mask, np.uint8))
+        entry["mask"] = {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+      said = [f"{entry.get('name', entry['label'])} {entry['score']:.0%}" for entry in objects]
+      pictures["masks"] = draw_found_masks(image, masks, said)
+    return Prediction({"objects": objects}, pictures)
