@@ -56,9 +56,9 @@ def demo_mask(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) 
   config.model.name = f"mask_rcnn_r50_{neck}"
   config.model.mask_head = {"num_convs": 2, "width": 48}
   config.model.mask_pool_size = 14
-  config.model.num_classes = config.task.num_classes = 10  # the digits; the others are stuff
   for split in (config.data.train, *config.data.eval.values()):
     load, pad = split.transforms
+    # The data knows 15 classes; those of the stuff are left out here, and never learned.
     things = {"name": "keep_classes", "below": 10}
     split.panoptic = True
     split.transforms = [{**load, "masks": True}, things, pad]
