@@ -21,7 +21,15 @@ from tests.weights.detr_files import (
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.models.detr import Detr
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.weights import WeightsError, detr_hf, detr_official, load_into, load_parts
+from vit_jax_zoo.weights import (
+  WeightsError,
+  adapt,
+  detr_hf,
+  detr_official,
+  load_into,
+  load_parts,
+  relayout,
+)
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.table import unroll
@@ -240,3 +248,24 @@ def test_a_classifier_of_another_size_is_named(tmp_path):
     load_parts({"*/backbone": str(tmp_path / "other.safetensors")}, abstract)
   own = {"params": {"x": np.ones(1)}}
   assert load_parts({"*/trunk": path}, own) == own
+
+
+def test_layouts_of_a_run_go_over_into_each_other():
+  loaded = load_pretrained(official_file("detr_a"))
+  unrolled = relayout(loaded.variables, scan_layers=False)
+  assert "decoder_2" in unrolled["params"]["transformer"]
+  again = relayout(unrolled, scan_layers=True)
+  assert_same_arrays(flatten_variables(again), flatten_variables(loaded.variables))
+
+
+def test_a_run_hands_over_all_but_its_classes():
+  source = load_pretrained(official_file("detr_a")).variables
+  model = load_pretrained(official_file("detr_a")).model.clone(num_classes=4)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  fresh = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
+  taken = flatten_variables(adapt(source, fresh, "the run"))
+  for key, array in flatten_variables(source).items():
+    if key.startswith("class_head/"):
+      assert (taken[key] == 0.5).all()
+    else:
+      np.testing.assert_array_equal(taken[key], array)

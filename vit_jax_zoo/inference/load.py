@@ -26,7 +26,7 @@ from vit_jax_zoo.weights import Preprocess, Pretrained
 
 _IN_PREPROCESS = ("image_mean", "image_std", "num_classes")
 
-_TRAINING_ONLY = ("one_hot", "multi_hot")
+_TRAINING_ONLY = ("one_hot", "multi_hot", "load_objects", "pad_objects")
 """Transforms of labels, which a user's picture has not."""
 
 
@@ -135,7 +135,7 @@ def _prepare_for_run(
 
 
 def _fixes_size(transform: Transform) -> bool:
-  return hasattr(transform, "size")
+  return hasattr(transform, "size") or hasattr(transform, "shorter")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ from vit_jax_zoo.weights.detr_layouts import (
   heads_of,
   ignored,
   prefixed,
+  stuff_of,
 )
 from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from vit_jax_zoo.weights.published import Published
@@ -181,7 +182,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     fields=fields,
     preprocess=_read_preprocess(published.processor),
     task="detection",
-    task_fields=hf_config.read_class_names(published.config),
+    task_fields={**hf_config.read_class_names(published.config), **stuff_of(fields)},
     ignore=ignored(prefix),
     heads=heads_of(has_masks=fields["mask_head"]),
   )

@@ -18,6 +18,9 @@ PREPROCESS = Preprocess(
 )
 """Shorter side 800, longer at most 1333 (section 4 of the paper)."""
 
+COCO_PANOPTIC_CLASSES = 250
+"""Ids up to 200 are in use; up to 90 they are things."""
+
 MASK_PREFIXES = ("mask_head/", "mask_attention/")
 _MASK_KEYS = (r"bbox_attention\..*", r"mask_head\..*")
 
@@ -47,6 +50,12 @@ def prefixed(prefix: str, rows: Iterable[Row]) -> tuple[Row, ...]:
 def heads_of(*, has_masks: bool) -> tuple[str, ...]:
   """Returns what a new task may start afresh: a mask head only where the file has none."""
   return ("class_head/",) if has_masks else ("class_head/", *MASK_PREFIXES)
+
+
+def stuff_of(fields: Mapping[str, Any]) -> dict[str, int]:
+  """Returns the task's `stuff_from` for the classes of COCO's panoptic models: 91; else nothing."""
+  is_coco = fields["mask_head"] and fields["num_classes"] == COCO_PANOPTIC_CLASSES
+  return {"stuff_from": 91} if is_coco else {}
 
 
 def ignored(prefix: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ from vit_jax_zoo.weights.detr_layouts import (
   heads_of,
   ignored,
   prefixed,
+  stuff_of,
 )
 from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import Flat, Row, write
@@ -174,6 +175,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     fields=fields,
     preprocess=PREPROCESS,
     task="detection",
+    task_fields=stuff_of(fields),
     ignore=ignored(prefix),
     heads=heads_of(has_masks=fields["mask_head"]),
   )

@@ -204,7 +204,7 @@ def scanned_paths(paths: Iterable[str]) -> list[str]:
   for path in paths:
     match = _UNROLLED.fullmatch(path)
     if match is not None and int(match.group(3)) >= _first(match.group(2)):
-      path = f"{match.group(1) or ''}{match.group(2)}s/{match.group(4)}"
+      path = f"{match.group(1) or ''}{_scanned(match.group(2))}/{match.group(4)}"
     scanned[path] = None
   return list(scanned)
 
