@@ -4,8 +4,9 @@ r"""The paper's comparison on the demo: three pyramids, the same seed, data and 
   python benchmarks/fpt_comparison.py --seeds=0,1,2 --variant=demo_mask --num_steps=900
 
 "bfp" is the plain bottom-up pyramid that arXiv:2007.09451 compares with, "fpn" the one with a way
-back, "fpt" the transformer. One table, a row for each pyramid; with several seeds, means and the
-largest distance from them.
+back, "fpt" the transformer; in segmentation (`--variant=demo_segmentation`) "ufp" is the unscathed
+pyramid alone. One table, a row for each pyramid; with several seeds, means and the largest distance
+from them.
 """
 
 import tempfile
@@ -18,11 +19,15 @@ from etils import epath
 from vit_jax_zoo import config as schema
 from vit_jax_zoo import experiment
 
-_VARIANT = flags.DEFINE_enum("variant", "demo", ["demo", "demo_mask"], "Of configs/fpt.py.")
-_NECKS = flags.DEFINE_list("necks", ["bfp", "fpn", "fpt"], "Pyramids to train.")
+_VARIANT = flags.DEFINE_enum(
+  "variant", "demo", ["demo", "demo_mask", "demo_segmentation"], "Of configs/fpt.py."
+)
+_NECKS = flags.DEFINE_list("necks", None, "Pyramids to train; by default all that there are.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Each is a run.")
 _STEPS = flags.DEFINE_integer("num_steps", 400, "Of each run.")
-_SCORES = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50")
+_SCORES = (
+  "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "miou", "pixel_accuracy"
+)  # fmt: skip
 
 
 def run(neck: str, seed: int) -> tuple[dict[str, float], float]:
@@ -49,7 +54,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)
   print(f"{_VARIANT.value}, {_STEPS.value} steps, seeds {', '.join(_SEEDS.value)}")
-  for place, neck in enumerate(_NECKS.value):
+  every = ["ufp", "fpt"] if _VARIANT.value == "demo_segmentation" else ["bfp", "fpn", "fpt"]
+  for place, neck in enumerate(_NECKS.value or every):
     runs = [run(neck, int(seed)) for seed in _SEEDS.value]
     names = [name for name in _SCORES if name in runs[0][0]]
     if not place:

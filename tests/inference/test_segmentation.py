@@ -1,10 +1,14 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
+from matplotlib.figure import Figure
 
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.inference.segmentation import SegmentationPredictor
+from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.tasks import create_task
 
 
@@ -64,3 +68,24 @@ def test_padding_is_cut_off_and_the_picture_keeps_its_size():
   assert found.pictures[""].shape == (8, 12, 3)
   shares = {entry["name"]: entry["share"] for entry in found.record["classes"]}
   assert abs(shares["bright"] - 0.25) < 0.1
+
+
+def test_levels_are_drawn_where_there_are_any():
+  backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 4}
+  fields = {"num_classes": 2, "width": 8, "kernel_sizes": (1, 3), "window": 3, "backbone": backbone}
+  explained = Options(explain=True)
+
+  def trained(name):
+    model = create_model(name, **fields)
+    task = create_task("semantic_segmentation", model, num_classes=2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 40, 3)))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return Trained("test", task, variables, lambda image: {"image": image}, None, name)
+
+  found = create_predictor(trained("fpt_segmentation_r50"), explained)(
+    np.zeros((32, 40, 3), np.uint8)
+  )
+  assert isinstance(found.pictures["levels"], Figure)
+  assert len(found.pictures["levels"].axes) == 3
+  with pytest.raises(ValueError, match="this model has no FPT"):
+    create_predictor(trained("fpt_segmentation_r50_ufp"), explained)

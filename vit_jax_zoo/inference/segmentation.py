@@ -5,25 +5,35 @@ from typing import Any, ClassVar
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
+from matplotlib.figure import Figure
 
-from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
+from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.visualize.pyramid import draw_levels
 from vit_jax_zoo.visualize.segmentation import color_labels
 
+MOST_POSITIONS = 64**2
+"""Of a level whose attention is drawn: the whole map is made for it."""
 STRENGTH = 0.55
 """How much of the overlay is the classes' colour."""
 
 
 class SegmentationPredictor:
-  """The likeliest class of each pixel, of the picture's own size."""
+  """The likeliest class of each pixel, of the picture's own size.
 
-  reads: ClassVar[frozenset[str]] = frozenset()
+  With `explain` also where the levels of the pyramid look from the picture's middle.
+  """
+
+  reads: ClassVar[frozenset[str]] = frozenset({"explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Takes the model."""
-    del options
-    self._trained = trained
+    if options.explain and getattr(trained.model, "neck", None) != "fpt":
+      raise ValueError("--explain draws where a pyramid's levels look, and this model has no FPT")
+    self._trained, self._explain = trained, options.explain
     self._task: Any = trained.task
     self._predict = jax.jit(functools.partial(self._task.predict))
 
@@ -33,7 +43,10 @@ class SegmentationPredictor:
     Returns:
       In the record `classes`, the largest first: `label`, `name` where it is known, `share` of the
       pixels, and `confidence`, the mean probability over them. Pictures: "" is the overlay,
-      "labels" the label map in the classes' colours.
+      "labels" the label map in the classes' colours, "levels" what `explain` asks for.
+
+    Raises:
+      ValueError: the picture is too large to be explained.
     """
     prepared = self._trained.prepare(image)
     example = {"image": np.asarray(prepared["image"])}
@@ -45,8 +58,30 @@ class SegmentationPredictor:
     labels = _resized(found["label_map"][0][:height, :width], image, cv2.INTER_NEAREST_EXACT)
     confidence = _resized(found["confidence"][0][:height, :width], image, cv2.INTER_LINEAR)
     colors = color_labels(labels)
-    pictures = {"": _overlay(image, colors), "labels": colors}
+    pictures: dict[str, Picture] = {"": _overlay(image, colors), "labels": colors}
+    if self._explain:
+      pictures["levels"] = self._draw_levels(example["image"][:height, :width])
     return Prediction({"classes": self._classes(labels, confidence)}, pictures)
+
+  def _draw_levels(self, image: np.ndarray) -> Figure:
+    images = normalize_images(jnp.asarray(image[None]), self._task.image_mean, self._task.image_std)
+    apply = functools.partial(self._trained.model.apply, train=False, mutable=["intermediates"])
+    shapes = jax.eval_shape(apply, self._trained.variables, images)[0]["logits"].shape
+    height, width = shapes[1:3]
+    if height * width > MOST_POSITIONS:
+      raise ValueError(
+        f"where {height}x{width} positions look cannot be drawn; give a picture of fewer pixels, "
+        "or leave --explain out"
+      )
+    state = jax.jit(lambda *args: apply(*args)[1]["intermediates"])(self._trained.variables, images)
+    seen = state["transformer"]
+    sizes = self._trained.model.kernel_sizes
+    query = height // 2 * width + width // 2
+    weights = [seen[f"self_{level}"]["weights"][0][0, query] for level in range(len(sizes))]
+    maps = [np.asarray(looked).reshape(height, width) for looked in weights]
+    titles = [f"level {level}: {size}x{size}" for level, size in enumerate(sizes)]
+    place = ((height // 2 + 0.5) / height, (width // 2 + 0.5) / width)
+    return draw_levels(image, maps, titles, place)
 
   def _classes(
     self, labels: Int[np.ndarray, "h w"], confidence: np.ndarray
