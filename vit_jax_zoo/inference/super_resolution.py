@@ -10,6 +10,7 @@ that hold little at a time and give, within rounding, what one would:
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -79,9 +80,10 @@ class SuperResolutionPredictor:
         raise ValueError(f"a window of {window} has no middle; this model needs {2 * reach + 1}")
     self._reference_image = crop_to_multiple(options.reference, "the reference")
     self._reference: Reference | None = None
-    self._features = jax.jit(self._model_features, static_argnames="precise")
-    self._search = jax.jit(self._search_window)
-    self._restore = jax.jit(self._restore_window)
+    frugal = functools.partial(jax.jit, compiler_options=compiler_options())
+    self._features = frugal(self._model_features, static_argnames="precise")
+    self._search = frugal(self._search_window)
+    self._restore = frugal(self._restore_window)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns the enlarged picture, and a figure of where its textures come from."""
@@ -163,6 +165,16 @@ class SuperResolutionPredictor:
       self._variables, normalize_images(image), match.relevance, found, method="restore"
     )
     return to_pixels(made)
+
+
+def compiler_options() -> dict[str, bool] | None:
+  """Returns XLA's options with which maps are made when they are needed, and no earlier.
+
+  On a CPU its default is to do side by side what can be; then a picture of 480x270 takes a quarter
+  more memory, and is hardly sooner there.
+  """
+  on_cpu = jax.default_backend() == "cpu"
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu else None
 
 
 @dataclasses.dataclass(frozen=True)

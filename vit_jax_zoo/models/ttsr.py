@@ -18,6 +18,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.conv import Conv
+from vit_jax_zoo.layers.joint_conv import JointConv
 from vit_jax_zoo.layers.vgg import VGG19
 from vit_jax_zoo.ops.relevance import BLOCK_SIZE, find_matches, transfer
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -116,30 +117,22 @@ class Exchange(nn.Module):
     """Takes and returns maps of growing size, each twice the one before."""
     merged = []
     for target, own in enumerate(maps, 1):
-      others = [self._move(x, i, target) for i, x in enumerate(maps, 1) if i != target]
-      merge = Conv(self.width, dtype=self.dtype, name=f"merge{target}")
-      merged.append(nn.relu(merge(jnp.concatenate([own, *others], axis=-1))))
+      others = [(i, x) for i, x in enumerate(maps, 1) if i != target]
+      moved = [self._move(x, i, target) for i, x in others]
+      factors = [1, *(2 ** max(target - i, 0) for i, _ in others)]
+      merge = JointConv(self.width, dtype=self.dtype, name=f"merge{target}")
+      merged.append(nn.relu(merge(own, *moved, factors=factors)))
     return merged
 
   def _move(self, x: Float[Array, "b h w c"], source: int, target: int) -> Float[Array, "b ..."]:
+    """Brings a map down to the target's size, or readies it to be enlarged to that."""
     name = f"from{source}_to{target}"
     if source < target:
-      return enlarge(x, 2 ** (target - source), Conv(self.width, 1, dtype=self.dtype, name=name))
+      return Conv(self.width, 1, dtype=self.dtype, name=name)(x)
     for halving in range(source - target):
       suffix = "ab"[halving] if source - target > 1 else ""
       x = nn.relu(Conv(self.width, stride=2, dtype=self.dtype, name=name + suffix)(x))
     return x
-
-
-def enlarge(
-  x: Float[Array, "b h w c"], factor: int, pointwise: nn.Module
-) -> Float[Array, "b hf wf c"]:
-  """Enlarges bicubically, applies a 1x1 convolution and a ReLU.
-
-  The convolution comes first here: both are linear and a bicubic kernel's weights sum to one, so
-  the order does not matter to the result, but it saves all but one in `factor`^2 products.
-  """
-  return nn.relu(upsample_bicubic(pointwise(x), factor))
 
 
 class MergeTail(nn.Module):
@@ -158,10 +151,10 @@ class MergeTail(nn.Module):
     self, x1: Float[Array, "b h w c"], x2: Float[Array, "b ..."], x3: Float[Array, "b ..."]
   ) -> Float[Array, "b h4 w4 3"]:
     """Returns a picture, not yet clipped."""
-    x1 = enlarge(x1, 4, Conv(self.width, 1, dtype=self.dtype, name="from1"))
-    x2 = enlarge(x2, 2, Conv(self.width, 1, dtype=self.dtype, name="from2"))
-    merged = jnp.concatenate([x3, x1, x2], axis=-1)
-    merged = nn.relu(Conv(self.width, dtype=self.dtype, name="merge")(merged))
+    x1 = Conv(self.width, 1, dtype=self.dtype, name="from1")(x1)
+    x2 = Conv(self.width, 1, dtype=self.dtype, name="from2")(x2)
+    merge = JointConv(self.width, dtype=self.dtype, name="merge")
+    merged = nn.relu(merge(x3, x1, x2, factors=(1, 4, 2)))
     narrow = Conv(self.width // 2, dtype=self.dtype, name="narrow")(merged)
     return Conv(3, 1, dtype=self.dtype, name="image")(narrow)
 
@@ -303,8 +296,8 @@ class TTSR(nn.Module):
     relevance: Float[Array, "b h w 1"],
   ) -> Float[Array, "b h w c"]:
     """Soft attention (section 3.1): what the texture adds, as far as the match is to be trusted."""
-    both = jnp.concatenate([x, texture.astype(x.dtype)], axis=-1)
-    return self._conv(f"attend{scale}", self.width)(both) * relevance.astype(x.dtype)
+    attend = JointConv(self.width, dtype=self.dtype, name=f"attend{scale}")
+    return attend(x, texture) * relevance.astype(x.dtype)
 
   def _integrate(
     self, stage: int, maps: list[Float[Array, "b ..."]]
