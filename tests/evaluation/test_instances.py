@@ -1,9 +1,11 @@
 """Mask AP: by hand, against pycocotools, and what it refuses."""
 
+import pickle
+
 import numpy as np
 import pytest
 
-from vit_jax_zoo.evaluation.instances import InstanceEvaluator
+from vit_jax_zoo.evaluation.instances import InstanceEvaluator, original_masks
 
 SIDE = 40
 
@@ -114,3 +116,58 @@ def test_masks_of_another_size_are_refused():
   del batch["masks"]
   with pytest.raises(ValueError, match="masks cannot be scored: the data has none"):
     scored([(batch, predictions)])
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_masks_of_queries_are_the_official_ones(load_golden, row):
+  """Guards the way from a query's logits to pixels of the original image."""
+  config, _, outputs = load_golden("detr_panoptic_a")
+  size = tuple(config["orig_target_sizes"][row])
+  batch = {"image": np.zeros((2, 96, 128, 3), np.uint8), "image_size": np.array(config["sizes"])}
+  found = original_masks(batch, {"mask_logits": outputs["pred_masks"]}, row, size)
+  expected = np.unpackbits(outputs[f"post_masks_{row}"], axis=-1)[..., : size[1]]
+  np.testing.assert_array_equal(np.stack(list(found)), expected.astype(bool))
+
+
+def of_queries(scenes):
+  """The same finds as masks of the whole image: logits, as DETR gives them."""
+  result = []
+  for batch, predictions in scenes:
+    masks = np.concatenate([batch["masks"][0], np.zeros((1, SIDE, SIDE), bool)])
+    found = {key: value for key, value in predictions.items() if key != "box_masks"}
+    result.append((batch, found | {"mask_logits": np.where(masks, 4.0, -4.0)[None]}))
+  return result
+
+
+def test_queries_with_the_true_masks_score_one():
+  """Guards masks of whole images, and a true map of segments in the place of masks."""
+  scenes = of_queries([scene(seed, count=1) for seed in range(4)])
+  assert scored(scenes).result()["mask_ap"] == pytest.approx(1)
+  for batch, _ in scenes:
+    batch["segment_map"] = np.where(batch.pop("masks")[:, 0], 0, -1)
+  assert scored(scenes).result()["mask_ap"] == pytest.approx(1)
+
+
+def test_masks_of_things_alone():
+  """Guards `masks_below`: wrong masks of stuff do not touch the score of things."""
+  scenes = of_queries([scene(seed) for seed in range(6)])
+  for batch, predictions in scenes:
+    predictions["mask_logits"][0, :-1][batch["labels"][0] == 1] = -4.0
+  assert scored(scenes).result()["mask_ap"] == pytest.approx(0.5)
+  assert scored(scenes, masks_below=1).result()["mask_ap"] == pytest.approx(1)
+
+
+def test_hosts_and_batches_change_nothing():
+  """Guards merging over hosts: images are told by their ids, wherever and with whom they came."""
+  scenes = [scene(seed) for seed in range(6)]
+  for _, predictions in scenes:
+    predictions["scores"] = np.round(predictions["scores"], 1)  # ties, which the order decides
+  expected = scored(scenes).result()
+  one, other = scored(scenes[4:] + scenes[:1]), scored(scenes[3:0:-1])
+  one.merge(pickle.loads(pickle.dumps(other)))
+  assert one.result() == expected
+  keys = scenes[0][0].keys(), scenes[0][1].keys()
+  together = tuple(
+    {key: np.concatenate([scene[i][key] for scene in scenes]) for key in keys[i]} for i in (0, 1)
+  )
+  assert scored([together]).result() == expected

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from vit_jax_zoo.evaluation.base import Evaluator
-from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.evaluation.instances import InstanceEvaluator
 
 VOID = -1
 SCORE_THRESHOLD = 0.85  # section 4.4
@@ -234,8 +234,8 @@ def _shared_pixels(truth: Segmentation, found: Segmentation) -> Int[np.ndarray, 
   )
 
 
-class PanopticEvaluator(DetectionEvaluator):
-  """Scores boxes as `DetectionEvaluator` does, and segments by their panoptic quality.
+class PanopticEvaluator(InstanceEvaluator):
+  """Scores boxes and the masks of things as COCO does, and segments by their panoptic quality.
 
   Args:
     num_classes: highest class id + 1.
@@ -254,7 +254,9 @@ class PanopticEvaluator(DetectionEvaluator):
     class_names: Sequence[str] = (),
     per_class: bool = False,
   ) -> None:
-    super().__init__(num_classes, class_names=class_names, per_class=per_class)
+    super().__init__(
+      num_classes, class_names=class_names, per_class=per_class, masks_below=stuff_from
+    )
     self.score_threshold = score_threshold
     self.quality = PanopticQuality(num_classes, stuff_from)
     self.seen: set[int] = set()
@@ -286,7 +288,7 @@ class PanopticEvaluator(DetectionEvaluator):
     self.quality.merge(other.quality)
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name: of boxes, and "pq", "sq", "rq", also of things and stuff."""
+    """Returns the scores by name: of boxes, masks, and "pq", "sq", "rq", of things and stuff."""
     return super().result() | self.quality.result()
 
   def _is_repeated(self, batch: Mapping[str, Any], row: np.integer) -> bool:
