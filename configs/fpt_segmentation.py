@@ -17,7 +17,8 @@ With `neck=ufp` the pyramid stands alone, without the transformer: the paper's c
 
 The gains over the pyramid alone are those that the paper's abstract and summaries of it name. Its
 recipes could not be checked against its text: crop sizes, rates and lengths below are those usual
-for dilated networks of its time, not claims about the paper.
+for dilated networks of its time, not claims about the paper. They start from a ResNet trained on
+ImageNet: `--config.task.backbone_file=resnet101.pth`, torchvision's or timm's.
 """
 
 from ml_collections import ConfigDict
@@ -128,6 +129,7 @@ def _recipe(  # noqa: PLR0913 (a data set's numbers, by name)
         "num_classes": num_classes,
         "class_names": placeholder(tuple),
         "per_class": True,
+        "backbone_file": placeholder(str),
       },
       "data": {
         "train": {**fields, "split": "train", "transforms": augmented},
@@ -160,8 +162,7 @@ def cityscapes(
   Hardware: 8 devices of 32 GB, one or two images each.
   Expected: the paper names a gain of 1.6 points of mIoU over the pyramid alone.
   Data: `leftImg8bit/` and `gtFine/` as they come, with the label PNGs of train ids.
-  Start: `--config.init_from=` weights of the same network. Statistics of batch norms are those of
-  the whole batch, on however many devices ("synchronised").
+  Statistics of batch norms are those of the whole batch, on however many devices ("synchronised").
   Not yet run here.
   """
   return _recipe(

@@ -131,6 +131,8 @@ def test_scores_and_pictures(batch):
   for figures in (task.batch_figures(batch), task.figures(batch, perfect)):
     assert all(isinstance(figure, Figure) for figure in figures.values())
     assert figures
+  assert not task.weight_files
+  assert task_of(backbone_file="a.pth").weight_files == {"*/backbone": "a.pth"}
   assert task.figures({**batch, "mask": np.zeros(3, bool)}, perfect) == {}
 
 

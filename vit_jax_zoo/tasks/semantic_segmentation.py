@@ -37,6 +37,8 @@ class SemanticSegmentation(base.Task):
     image_std: as `image_mean`.
     class_names: by class id; for pictures and scores of single classes.
     per_class: evaluations score each class, too.
+    backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
+      no `init_from`: torchvision's or timm's ResNet, or Hugging Face's.
   """
 
   model: base.Model
@@ -46,6 +48,7 @@ class SemanticSegmentation(base.Task):
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()
   per_class: bool = False
+  backbone_file: str | None = None
 
   def __post_init__(self) -> None:
     if self.num_classes < 1:
@@ -63,6 +66,11 @@ class SemanticSegmentation(base.Task):
   def best_metric(self) -> str:
     """Mean intersection over union."""
     return "miou"
+
+  @property
+  def weight_files(self) -> Mapping[str, str]:
+    """The backbone's, if it is to start from a file."""
+    return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
     """Returns the model's fresh variables for images of this batch's shape."""
