@@ -1,0 +1,68 @@
+"""DETR's recipes: which parameters they train, at which rates."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from configs import detr
+from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.train.optimizer import create_optimizer
+
+
+@functools.cache
+def trained(variant):
+  """The recipe's optimizer, and its model's parameters by path."""
+  config = detr.get_config(variant)
+  fields = {k: 91 if v is None else v for k, v in config.model.to_dict().items()}
+  model = create_model(**fields)
+  images = jnp.zeros((1, 64, 64, 3))
+  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  optimizer = create_optimizer(config.optimizer.to_dict(), params, num_steps=300)
+  return optimizer, params
+
+
+def count(optimizer, params):
+  sizes = jax.tree.map(lambda x, frozen: 0 if frozen else x.size, params, optimizer.frozen)
+  return sum(jax.tree.leaves(sizes))
+
+
+# Trainable parameters of the official code; its mask head alone; with another number of classes.
+@pytest.mark.parametrize(
+  ("variant", "expected"),
+  [
+    ("r50", 41_302_368),
+    ("r101_dc5", 60_242_272),
+    ("r50_masks", 42_899_288 - 41_524_768 - (250 - 91) * 257),
+    ("r50_finetune", 41_302_368),
+  ],
+)
+def test_what_is_trained(variant, expected):
+  assert count(*trained(variant)) == expected
+
+
+def test_rates_and_decay_of_the_paper():
+  optimizer, params = trained("r50")
+  ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+  zeros = jax.tree.map(jnp.zeros_like, ones)
+  updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ones), ones)
+  flat = {
+    k: float(np.abs(v).max()) for k, v in traverse_util.flatten_dict(updates, sep="/").items()
+  }
+  decay, rate = 1e-4, 1e-4
+  assert flat["transformer/encoder/mlp/hidden/bias"] == pytest.approx(decay * rate)
+  assert flat["transformer/decoder_norm/scale"] == pytest.approx(decay * rate)
+  assert flat["backbone/c3_block0/conv1/conv/kernel"] == pytest.approx(decay * rate / 10)
+  assert flat["backbone/c2_block0/conv1/conv/kernel"] == 0
+  assert flat["backbone/stem/conv1/conv/kernel"] == 0
+
+
+def test_the_rate_falls_when_it_should():
+  rates = [float(trained("r50")[0].schedule(step)) for step in (0, 199, 200, 299)]
+  assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
+  boundaries = detr.get_config("r50,num_epochs=500").optimizer.schedule.boundaries
+  assert boundaries == (0.8,)
+  assert detr.get_config("r50,batch_size=16").optimizer.learning_rate == pytest.approx(5e-5)
