@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
@@ -93,12 +94,61 @@ def test_perceptual_loss_golden():
   np.testing.assert_allclose(np.mean(np.abs(sr - hr)), outputs["rec_l1"][0], rtol=1e-5)
 
 
-def test_transferal_loss_golden():
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_transferal_loss_golden(kind):
   _, inputs, outputs = fn_fixture()
   features = tuple(nhwc(inputs[f"map_lv{i}"]) for i in (3, 2, 1))
   textures = tuple(nhwc(inputs[f"T_lv{i}"]) for i in (3, 2, 1))
-  found = np.mean(transferal_loss(features, textures))
-  np.testing.assert_allclose(found, outputs["tpl_l2_noS"][0], rtol=1e-5)
+  found = np.mean(transferal_loss(features, textures, kind=kind))
+  np.testing.assert_allclose(found, outputs[f"tpl_{kind}_noS"][0], rtol=1e-5)
+  trust = nhwc(inputs["S"])[..., 0]
+  found = np.mean(transferal_loss(features, textures, trust, kind))
+  np.testing.assert_allclose(found, outputs[f"tpl_{kind}_S"][0], rtol=1e-5)
+
+
+def test_logistic_game_golden():
+  """The released code's other game: after each of two updates, what the generator's loss is."""
+  weights, inputs, outputs = fn_fixture()
+  params = critic_params(weights, 2)
+  made, real = nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  task = SuperResolution(
+    Picture(made), adversarial_weight=1.0, adversarial_kind="logistic", **NARROW
+  )
+  batch = dict.fromkeys((*PICTURES, "image"), (real + 1) * 127.5)
+  optimizer = optax.adam(1e-4, b1=0.0, b2=0.9)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def losses(params, player):
+    variables = {"params": {"generator": {}, "critic": params}}
+    context = LossContext(jax.random.key(0), jnp.int32(0), task.normalizers(batch), player)
+    return task.loss(variables, batch, context)
+
+  state = optimizer.init(params)
+  for updates in (1, 2):
+    gradients = jax.grad(lambda p: losses(p, "critic").loss)(params)
+    change, state = optimizer.update(gradients, state, params)
+    params = optax.apply_updates(params, change)
+    found = losses(params, "generator").metrics["adversarial_loss"]
+    expected = outputs[f"adv/GAN_k{updates}/loss_g"][0]
+    np.testing.assert_allclose(found.total / found.count, expected, rtol=1e-4)
+  theirs = outputs["adv/GAN_k2/after_fc2.weight"]
+  np.testing.assert_allclose(params["score"]["kernel"].T, theirs, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A model whose result is always the same."""
+
+  image: jax.Array
+
+  def init(self, *_):
+    return {"params": {}}
+
+  def apply(self, *_, **__):
+    return {"image": self.image}
+
+  def __hash__(self):
+    return id(self)
 
 
 def test_critic_and_gradient_penalty_golden():
@@ -407,6 +457,8 @@ def test_pixels_are_rounded_as_the_official_code_does():
   [
     ({"perceptual_weight": -1.0}, "perceptual_weight is -1.0"),
     ({"begin_step": -1}, "begin_step is -1"),
+    ({"transferal_kind": "l3"}, "unknown transferal_kind 'l3'"),
+    ({"adversarial_kind": "hinge"}, "unknown adversarial_kind 'hinge'"),
     ({"critic_updates": 0}, "critic_updates is 0"),
   ],
 )

@@ -18,6 +18,8 @@ from vit_jax_zoo.evaluation.super_resolution import SuperResolutionEvaluator
 from vit_jax_zoo.layers.critic import Critic
 from vit_jax_zoo.layers.vgg import VGG19, WIDTHS
 from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.upsample import upsample_bicubic
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.visualize import super_resolution as draw
 
@@ -25,6 +27,7 @@ PICTURES = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image"
 """What the model is given, in this order."""
 
 _PERCEPTUAL_LAYER = "relu5_1"
+_KINDS, _GAMES = ("l1", "l2"), ("wasserstein", "logistic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,12 @@ class SuperResolution(base.Task):
     perceptual_weight: of the mean squared difference of VGG-19's relu5_1.
     transferal_weight: of the mean squared difference between the extractor's features of the result
       and the textures that were transferred, averaged over the levels.
-    adversarial_weight: of the critic's score (Wasserstein GAN with gradient penalty).
+    adversarial_weight: of the critic's score.
+    transferal_kind: "l2", or "l1" for mean absolute differences; the released code has both.
+    transferal_by_trust: weighs both sides of it by the sigmoid of the soft attention, an option of
+      the released code.
+    adversarial_kind: "wasserstein", a Wasserstein GAN with gradient penalty; or "logistic", the
+      first GAN's, with cross entropies and without a penalty: an option of the released code.
     begin_step: the first step that has losses other than reconstruction; the critic begins there.
     critic_updates: of the critic in each step.
     gradient_penalty: weight in the critic's loss (arXiv:1704.00028, eq. 3).
@@ -67,6 +75,9 @@ class SuperResolution(base.Task):
   perceptual_weight: float = 0.0
   transferal_weight: float = 0.0
   adversarial_weight: float = 0.0
+  transferal_kind: str = "l2"
+  transferal_by_trust: bool = False
+  adversarial_kind: str = "wasserstein"
   begin_step: int = 0
   critic_updates: int = 2
   gradient_penalty: float = 10.0
@@ -81,6 +92,9 @@ class SuperResolution(base.Task):
       weight = getattr(self, f"{name}_weight")
       if weight < 0:
         raise ValueError(f"{name}_weight is {weight}; give 0 to leave that loss out, or more")
+    for field, known in (("transferal_kind", _KINDS), ("adversarial_kind", _GAMES)):
+      if getattr(self, field) not in known:
+        raise ValueError(unknown_name(field, getattr(self, field), known))
     if self.begin_step < 0 or self.critic_updates < 1:
       raise ValueError(
         f"begin_step is {self.begin_step} and critic_updates is {self.critic_updates}; "
@@ -201,6 +215,8 @@ class SuperResolution(base.Task):
     def score(images: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
       return self._critic.apply({"params": params["critic"]}, images)
 
+    if self.adversarial_kind == "logistic":
+      return (jax.nn.softplus(-score(real)) + jax.nn.softplus(score(made))) / 2, {}
     difference, penalty = wasserstein_terms(score, made, real, epsilon)
     metrics = {"critic_difference": (difference, True), "gradient_penalty": (penalty, True)}
     return difference + self.gradient_penalty * penalty, metrics
@@ -238,9 +254,15 @@ class SuperResolution(base.Task):
       # The extractor learns from the textures that it gave, not from its view of the result.
       frozen = jax.lax.stop_gradient(params["generator"])
       features = self.model.apply({"params": frozen}, image, method="textures")
-      losses["transferal"] = transferal_loss(features[::-1], outputs["textures"])
+      trust = outputs["soft_attention"] if self.transferal_by_trust else None
+      losses["transferal"] = transferal_loss(
+        features[::-1], outputs["textures"], trust, self.transferal_kind
+      )
     if self.adversarial_weight:
-      losses["adversarial"] = -self._critic.apply({"params": params["critic"]}, image)
+      score = self._critic.apply({"params": params["critic"]}, image)
+      losses["adversarial"] = (
+        jax.nn.softplus(-score) if self.adversarial_kind == "logistic" else -score
+      )
     return losses
 
   def perceptual_loss(
@@ -263,18 +285,25 @@ def exchange_references(batch: base.Batch) -> dict[str, Any]:
 
 
 def transferal_loss(
-  features: tuple[Float[Array, "b ..."], ...], textures: tuple[Float[Array, "b ..."], ...]
+  features: tuple[Float[Array, "b ..."], ...],
+  textures: tuple[Float[Array, "b ..."], ...],
+  soft_attention: Float[Array, "b h w"] | None = None,
+  kind: str = "l2",
 ) -> Float[Array, " b"]:
-  """Returns the mean squared difference from the transferred textures, averaged over the levels.
+  """Returns the mean difference from the transferred textures, averaged over the levels.
 
   Args:
-    features: of the result, level by level.
+    features: of the result, level by level, the coarsest first.
     textures: in the same order.
+    soft_attention: weighs both by its sigmoid, after it was enlarged; None: nothing does.
+    kind: "l2", squared differences, or "l1", absolute ones.
   """
-  levels = [
-    _mean((f.astype(jnp.float32) - t.astype(jnp.float32)) ** 2)
-    for f, t in zip(features, textures, strict=True)
-  ]
+  levels = []
+  for level, (feature, texture) in enumerate(zip(features, textures, strict=True)):
+    difference = feature.astype(jnp.float32) - texture.astype(jnp.float32)
+    if soft_attention is not None:
+      difference *= jax.nn.sigmoid(upsample_bicubic(soft_attention[..., None], 2**level))
+    levels.append(_mean(jnp.abs(difference) if kind == "l1" else difference**2))
   return jnp.mean(jnp.stack(levels), axis=0)
 
 
