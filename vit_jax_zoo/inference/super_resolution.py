@@ -167,14 +167,21 @@ class SuperResolutionPredictor:
     return to_pixels(made)
 
 
-def compiler_options() -> dict[str, bool] | None:
+@functools.cache
+def compiler_options() -> dict[str, bool | str] | None:
   """Returns XLA's options with which maps are made when they are needed, and no earlier.
 
-  On a CPU its default is to do side by side what can be; then a picture of 480x270 takes a quarter
-  more memory, and is hardly sooner there.
+  On a CPU its default is to do side by side what can be: a picture of 480x270 with a reference of
+  1920x1080 then takes 4.2 GB in place of 3.4. None where there is no such option.
   """
-  on_cpu = jax.default_backend() == "cpu"
-  return {"xla_cpu_enable_concurrency_optimized_scheduler": False} if on_cpu else None
+  options: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+  if jax.default_backend() != "cpu":
+    return None
+  try:
+    jax.jit(jnp.negative).lower(0.0).compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError:  # it has a name for other versions of XLA
+    return None
+  return options
 
 
 @dataclasses.dataclass(frozen=True)

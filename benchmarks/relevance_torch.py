@@ -1,0 +1,70 @@
+r"""The official form of TTSR's search in PyTorch: the peer of relevance.py, where PyTorch is.
+
+  python benchmarks/relevance_torch.py --sizes=20x20:20x20,40x40:40x40,80x80:80x80 [--textures]
+
+Needs PyTorch and nothing of this package, so that it runs in an environment of its own. Sizes and
+inputs are those of relevance.py; so is "resident", by how much the process grew.
+"""
+
+import argparse
+import resource
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+_CHANNELS = (64, 128, 256)
+
+
+def search(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+  """Unfolds all patches, multiplies all with all, and takes the maximum over the references."""
+  asked, known = (F.normalize(F.unfold(x, 3, padding=1), dim=1) for x in (queries, references))
+  return torch.bmm(known.transpose(1, 2), asked).max(dim=1)
+
+
+def transfer(reference: torch.Tensor, index: torch.Tensor, scale: int, size: list) -> torch.Tensor:
+  """Unfolds the reference's patches, gathers the chosen ones and folds them."""
+  patches = F.unfold(reference, 3 * scale, padding=scale, stride=scale)
+  chosen = patches.gather(2, index[:, None].expand(-1, patches.shape[1], -1))
+  whole = (size[0] * scale, size[1] * scale)
+  return F.fold(chosen, whole, 3 * scale, padding=scale, stride=scale) / 9
+
+
+def inputs(size: str, *, textures: bool) -> tuple[list[int], list[torch.Tensor]]:
+  """Returns height and width of the picture's map, and random maps as after a ReLU."""
+  rng = np.random.default_rng(0)
+  (h, w), (i, j) = ([int(side) for side in part.split("x")] for part in size.split(":"))
+  shapes = [(1, h, w, _CHANNELS[2]), (1, i, j, _CHANNELS[2])]
+  if textures:
+    shapes += [(1, i * s, j * s, c) for s, c in zip((1, 2, 4), _CHANNELS[::-1], strict=True)]
+  maps = [np.maximum(rng.normal(size=s), 0).astype(np.float32) for s in shapes]
+  return [h, w], [torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in maps]
+
+
+def resident() -> float:
+  """Returns the largest resident size that the process has had, in GB (Linux: kilobytes)."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024e-9
+
+
+@torch.inference_mode()
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+  parser.add_argument("--sizes", default="20x20:20x20,40x40:40x40,80x80:80x80")
+  parser.add_argument("--textures", action="store_true")
+  given = parser.parse_args()
+  print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+  print(f"{'picture:reference':24}{'resident +':>12}{'seconds':>10}")
+  for name in given.sizes.split(","):
+    size, (queries, references, *levels) = inputs(name, textures=given.textures)
+    before, start = resident(), time.perf_counter()
+    _, index = search(queries, references)
+    for level, scale in zip(levels, (1, 2, 4), strict=False):
+      transfer(level, index, scale, size)
+    seconds = time.perf_counter() - start
+    print(f"{name:24}{resident() - before:12.3f}{seconds:10.3f}", flush=True)
+
+
+if __name__ == "__main__":
+  main()
