@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
   return common.build(arg, VARIANTS)
 
 
-def demo(*, num_steps: int = 3000, batch_size: int = 32, seed: int = 0) -> ConfigDict:
+def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> ConfigDict:
   """A small DETR finds handwritten digits in 64x64 scenes: 4000 to learn from, 400 to be tested on.
 
   Paper: the architecture is DETR's, with stride 8. It starts from nothing, where the paper's

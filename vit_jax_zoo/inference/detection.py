@@ -98,7 +98,9 @@ class DetectionPredictor:
     self, image: Image, batch: dict[str, np.ndarray], found: dict[str, np.ndarray]
   ) -> Figure:
     shown = {**batch, "image": image[None]}  # the picture itself: the model's may be tiny
-    return draw_query_attention(shown, found, self._task.class_names)
+    return draw_query_attention(
+      shown, found, self._task.class_names, threshold=self._options.threshold
+    )
 
   def _stuff_from(self) -> int:
     stuff_from = self._task.stuff_from

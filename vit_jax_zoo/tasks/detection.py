@@ -256,7 +256,9 @@ class Detection(base.Task):
     )
     figures = {"predictions": figure}
     if self.draw_attention:
-      figures["attention"] = draw_query_attention(batch, predictions, self.class_names)
+      figures["attention"] = draw_query_attention(
+        batch, predictions, self.class_names, threshold=self.score_threshold
+      )
     if self.stuff_from is not None:
       figures["segments"] = self._draw_segments(batch, predictions, self.stuff_from)
     return figures

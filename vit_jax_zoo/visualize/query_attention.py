@@ -16,6 +16,7 @@ def draw_query_attention(
   predictions: Mapping[str, Any],
   class_names: Sequence[str] = (),
   *,
+  threshold: float = 0.0,
   title: str = "Where the queries look",
   max_images: int = 3,
   max_queries: int = 4,
@@ -27,6 +28,7 @@ def draw_query_attention(
     predictions: as `draw_predictions` has them, and `attention` [b q i j]: of each query over the
       map of the padded image.
     class_names: by class id; ids by default.
+    threshold: shows queries that are at least as sure, and always the surest.
     title: of the figure.
     max_images: draws the first so many.
     max_queries: the surest so many of each image.
@@ -36,7 +38,9 @@ def draw_query_attention(
   for index, row in enumerate(rows):
     image = draw.image_of(batch, row)
     scale = draw.to_shown(batch, row, image)
-    best = np.argsort(-np.asarray(predictions["scores"][row]), kind="stable")[:max_queries]
+    scores = np.asarray(predictions["scores"][row])
+    best = np.argsort(-scores, kind="stable")[:max_queries]
+    best = best[(scores[best] >= threshold) | (best == best[0])]
     labels = np.asarray(predictions["labels"][row])[best]
     boxes = np.asarray(predictions["boxes_xyxy"][row])[best] * scale
     names = [draw.name_of(label, class_names) for label in labels]
@@ -48,8 +52,7 @@ def draw_query_attention(
       draw.show(ax, _lit(image, np.asarray(predictions["attention"][row][query]), padded))
       one = slice(column, column + 1)
       draw.draw_boxes(ax, boxes[one], names[one], labels[one])
-      score = float(np.asarray(predictions["scores"][row])[query])
-      ax.set_title(f"query {query}: {score:.0%}", fontsize=8.5, loc="left")
+      ax.set_title(f"query {query}: {scores[query]:.0%}", fontsize=8.5, loc="left")
   return figure
 
 
