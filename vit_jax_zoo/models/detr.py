@@ -172,11 +172,19 @@ class Detr(nn.Module):
     if self.mask_head:
       attention = MaskAttention(self.num_heads, self.dtype, name="mask_attention")
       maps = attention(outputs[-1], memory, keep)
-      self.sow("intermediates", "mask_maps", maps)
-      finer = [features[name] for name in ("c4", "c3", "c2")]
-      head = MaskHead(self.width, self.dtype, name="mask_head")
-      predictions["mask_logits"] = head(context, maps, finer)
+      predictions["mask_logits"] = self._masks(context, maps, features)
     return predictions
+
+  def _masks(
+    self,
+    context: Float[Array, "b i j d"],
+    maps: Float[Array, "b q i j heads"],
+    features: Mapping[str, Array],
+  ) -> Float[Array, "b q h w"]:
+    """Returns a mask for each query, from where it looks."""
+    self.sow("intermediates", "mask_maps", maps)
+    finer = [features[name] for name in ("c4", "c3", "c2")]
+    return MaskHead(self.width, self.dtype, name="mask_head")(context, maps, finer)
 
   def _features(
     self, images: Float[Array, "b h w c"], mask: Bool[Array, "b h w"], *, train: bool
