@@ -23,6 +23,8 @@ from vit_jax_zoo.data.keep_classes import KeepClasses
 from vit_jax_zoo.data.label_maps import LoadLabelMap, PadLabelMap, RandomScale, RandomWindow
 from vit_jax_zoo.data.load_objects import LoadObjects, PadObjects
 from vit_jax_zoo.data.prefix import KeepPrefix
+from vit_jax_zoo.data.rand_augment import RandAugment, TimmRandAugment
+from vit_jax_zoo.data.random_erasing import RandomErasing
 from vit_jax_zoo.data.random_flip import RandomFlip
 from vit_jax_zoo.data.random_resize import RandomResizeSmall
 from vit_jax_zoo.data.scaling import RandomScaleCrop, ResizeShorter
@@ -334,6 +336,9 @@ REGISTRY: dict[str, type[Transform]] = {
     Resize,
     ResizeSmall,
     RandomResizeSmall,
+    RandAugment,
+    TimmRandAugment,
+    RandomErasing,
     OneHot,
     MultiHot,
     KeepClasses,
