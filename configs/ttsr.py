@@ -99,8 +99,8 @@ def cufed(
     train/input, train/ref, test/CUFED5. Each evaluation is a protocol: `cufed5_level1` has the most
     similar reference, as the released code; `cufed5_stitched` all five, as the paper's table.
   Weights: `vgg_file` is torchvision's VGG-19, for the perceptual loss, and what the extractor
-    starts as: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth. `init_from`, a published
-    TTSR.pt or a run of ours, is optional.
+    starts as: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth, or that URL itself.
+    `init_from`, a published TTSR.pt or a run of ours, is optional.
   Hardware: the paper names none. One device; pictures of different sizes are compiled one by one in
     the evaluation. For more devices choose a batch size that they divide, and pad (`pad_pair`).
   Expected on CUFED5, level 1: 25.40 dB, SSIM 0.7600, with the released weights (issue 3 of the

@@ -140,7 +140,7 @@ def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
 
 def test_a_vgg_that_is_missing_or_another(tmp_path, vgg):
   with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at .*download\.pytorch"):
-    vgg_torchvision.load_vgg(str(tmp_path / "vgg19.pth"), vgg)
+    weights.load_parts({"vgg": str(tmp_path / "vgg19.pth")}, {"vgg": vgg})
   norm = {"features.1.running_mean": np.zeros(4, np.float32)}
   path = write_vgg(tmp_path / "vgg19_bn.safetensors", vgg, **norm)
   with pytest.raises(WeightsError, match="is a VGG with batch norm; use torchvision's plain vgg19"):

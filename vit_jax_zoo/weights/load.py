@@ -175,7 +175,7 @@ def load_parts(files: Mapping[str, str], variables: Mapping[str, Any]) -> dict[s
       {k.removeprefix(f"{part}/"): leaf for k, leaf in inside.items()}, sep="/"
     )
     logging.info("%s starts as %s", part, file)
-    found = traverse_util.flatten_dict(load_vgg(hub.resolve(file), shapes), sep="/")
+    found = traverse_util.flatten_dict(load_vgg(file, shapes), sep="/")
     flat |= {f"{part}/{k}": array for k, array in found.items()}
   return traverse_util.unflatten_dict(flat, sep="/")
 

@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax_zoo.layers.vgg import DEPTHS
-from vit_jax_zoo.weights import table
+from vit_jax_zoo.weights import hub, table
 from vit_jax_zoo.weights.published import read_published
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError
 from vit_jax_zoo.weights.torch_file import write_torch
@@ -73,13 +73,13 @@ def to_published(params: Mapping[str, Any]) -> Flat:
 
 
 def load_vgg(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads a file into the parameters of a `VGG19`; see `from_published`.
+  """Reads a file, or a URL, into the parameters of a `VGG19`; see `from_published`.
 
   Raises:
     WeightsError: one line, about a file that is not there, or is another's.
   """
   try:
-    published = read_published(path)
+    published = read_published(hub.resolve(path))
   except WeightsError as error:
     raise WeightsError(f"VGG-19: {error}; get it from {URL}") from error
   return from_published(published.arrays, params, source=path)
