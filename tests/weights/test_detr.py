@@ -53,10 +53,23 @@ def run(loaded, images, mask):
   return jax.jit(loaded.model.apply)(loaded.variables, images, mask.astype(bool))
 
 
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+  """`load(name)`: the fixture's model and weights, read once."""
+
+  @functools.cache
+  def read(name):
+    if name in OFFICIAL:
+      return load_pretrained(official_file(name), **overrides_of(name))
+    return load_pretrained(hugging_face_folder(name, tmp_path_factory.mktemp(name)))
+
+  return read
+
+
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_faces_weights_give_its_predictions(name, load_golden, tmp_path):
+def test_hugging_faces_weights_give_its_predictions(name, load, load_golden):
   config, inputs, outputs = load_golden(name)
-  loaded = load_pretrained(hugging_face_folder(name, tmp_path))
+  loaded = load(name)
   got = run(loaded, inputs["pixel_values"], inputs["pixel_mask"])
   close(got["logits"], outputs["logits"])
   close(got["boxes_cxcywh"], outputs["pred_boxes"], atol=2e-5)
@@ -69,10 +82,10 @@ def test_hugging_faces_weights_give_its_predictions(name, load_golden, tmp_path)
   assert len(loaded.class_names) == config["num_labels"]
 
 
-def test_official_weights_give_the_official_predictions(load_golden):
+def test_official_weights_give_the_official_predictions(load, load_golden):
   # The other fixtures' predictions are those of tests/models/test_detr.py.
   _, inputs, outputs = load_golden("detr_panoptic_a")
-  loaded = load_pretrained(official_file("detr_panoptic_a"))
+  loaded = load("detr_panoptic_a")
   got = run(loaded, inputs["images"], ~inputs["mask"])
   close(got["logits"], outputs["pred_logits"])
   close(got["boxes_cxcywh"], outputs["pred_boxes"], atol=2e-5)
@@ -81,36 +94,39 @@ def test_official_weights_give_the_official_predictions(load_golden):
   assert loaded.preprocess.max_side == 1333
 
 
-@pytest.mark.parametrize(
-  ("name", "scan_layers"), [*((name, True) for name in OFFICIAL), ("detr_opts_a", False)]
-)
-def test_official_export_of_import_is_the_file(name, scan_layers, tmp_path):
-  path = official_file(name)
-  loaded = load_pretrained(path, scan_layers=scan_layers, **overrides_of(name))
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_export_of_import_is_the_file(name, load, tmp_path):
   again = str(tmp_path / "again.safetensors")
-  detr_official.write_checkpoint(again, export_of(loaded))
-  assert_same_arrays(load_file(again), load_file(path))
+  detr_official.write_checkpoint(again, export_of(load(name)))
+  assert_same_arrays(load_file(again), load_file(official_file(name)))
+
+
+def test_unrolled_layers_are_the_same_file():
+  loaded = load_pretrained(official_file("detr_opts_a"), scan_layers=False)
+  assert "decoder_1" in loaded.variables["params"]["transformer"]
+  given = detr_official.state_dict(export_of(loaded).variables)
+  assert_same_arrays(given, load_file(official_file("detr_opts_a")))
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_export_of_import_is_the_file(name, tmp_path):
-  folder = hugging_face_folder(name, tmp_path / "theirs")
-  loaded = load_pretrained(folder)
+def test_hugging_face_export_of_import_is_the_file(name, load, tmp_path):
   timm = name != "detr_hf_a"
-  given = detr_hf.state_dict(export_of(loaded).variables, timm=timm)
-  assert_same_arrays(given, arrays_of(folder))
-  ours = str(tmp_path / "ours")
-  detr_hf.write_checkpoint(ours, export_of(loaded))
-  reread = load_pretrained(ours)
+  given = detr_hf.state_dict(export_of(load(name)).variables, timm=timm)
+  assert_same_arrays(given, arrays_of(hugging_face_folder(name, tmp_path)))
+
+
+def test_a_folder_keeps_all_that_is_known_of_a_model(load, tmp_path):
+  loaded = load("detr_hf_panoptic_a")
+  detr_hf.write_checkpoint(str(tmp_path), export_of(loaded))
+  reread = load_pretrained(str(tmp_path))
   assert reread.config == loaded.config
   assert reread.preprocess == loaded.preprocess
   assert reread.class_names == loaded.class_names
   assert_same_arrays(flatten_variables(reread.variables), flatten_variables(loaded.variables))
 
 
-def test_every_detr_goes_through_both_formats(tmp_path):
-  loaded = load_pretrained(official_file("detr_panoptic_a"))
-  detr_hf.write_checkpoint(str(tmp_path), export_of(loaded))
+def test_every_detr_goes_through_both_formats(load, tmp_path):
+  detr_hf.write_checkpoint(str(tmp_path), export_of(load("detr_panoptic_a")))
   config = json.loads((tmp_path / "config.json").read_text())
   assert config["architectures"] == ["DetrForSegmentation"]
   assert config["backbone_config"]["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
@@ -157,8 +173,8 @@ def test_masks_may_be_added_to_a_detector_and_left_out():
   assert not {"mask_head", "mask_attention"} & set(alone.variables["params"])
 
 
-def test_weights_are_read_into_a_backbone_that_goes_on_learning():
-  loaded = load_pretrained(official_file("detr_a"))
+def test_weights_are_read_into_a_backbone_that_goes_on_learning(load):
+  loaded = load("detr_a")
   model = loaded.model.clone(backbone={**loaded.model.backbone, "norm": "batch_norm"})
   images = np.zeros((1, 32, 32, 3), np.float32)
   variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -214,14 +230,14 @@ def resnet_file(path, names=lambda key: key):
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
-def test_a_backbone_starts_from_a_classifier(norm, tmp_path):
+def test_a_backbone_starts_from_a_classifier(norm, load, tmp_path):
   path = resnet_file(tmp_path / "resnet.safetensors")
   model = model_of_fixture(norm)
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   variables = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
   task = create_task("detection", model, num_classes=11, backbone_file=path)
   loaded = load_parts(task.weight_files, variables)
-  expected = flatten_variables(load_pretrained(official_file("detr_a")).variables)
+  expected = flatten_variables(load("detr_a").variables)
   for key, array in flatten_variables(loaded).items():
     bare = key.removeprefix("batch_stats/")
     if bare.startswith("backbone/"):
@@ -250,17 +266,16 @@ def test_a_classifier_of_another_size_is_named(tmp_path):
   assert load_parts({"*/trunk": path}, own) == own
 
 
-def test_layouts_of_a_run_go_over_into_each_other():
-  loaded = load_pretrained(official_file("detr_a"))
+def test_layouts_of_a_run_go_over_into_each_other(load):
+  loaded = load("detr_a")
   unrolled = relayout(loaded.variables, scan_layers=False)
   assert "decoder_2" in unrolled["params"]["transformer"]
   again = relayout(unrolled, scan_layers=True)
   assert_same_arrays(flatten_variables(again), flatten_variables(loaded.variables))
 
 
-def test_a_run_hands_over_all_but_its_classes():
-  source = load_pretrained(official_file("detr_a")).variables
-  model = load_pretrained(official_file("detr_a")).model.clone(num_classes=4)
+def test_a_run_hands_over_all_but_its_classes(load):
+  source, model = load("detr_a").variables, load("detr_a").model.clone(num_classes=4)
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   fresh = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
   taken = flatten_variables(adapt(source, fresh, "the run"))
