@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(
-  *, neck: str = "fpt", num_steps: int = 400, batch_size: int = 16, seed: int = 0
+  *, neck: str = "fpt", num_steps: int = 600, batch_size: int = 16, seed: int = 0
 ) -> ConfigDict:
   """The class of every pixel of the demo's scenes: ten digits in front of five textures.
 
@@ -55,13 +55,13 @@ def demo(
         "num_classes": placeholder(int),
         "width": 48,
         "kernel_sizes": (1, 3, 5, 9),
-        "window": 5,
+        "window": 3,
         "backbone": {
-          "blocks": (1, 1, 2, 1),
-          "widths": (8, 16, 32, 32),
-          "stem": "conv3",
-          "stem_width": 16,
-          "output_stride": 16,
+          "blocks": (1, 1, 2, 2),
+          "widths": (16, 24, 32, 48),
+          "stem": "deep",
+          "stem_width": 32,
+          "output_stride": 4,
         },
       },
       "task": {

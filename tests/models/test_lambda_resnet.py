@@ -332,7 +332,7 @@ def test_stochastic_depth_and_dropout_act_only_in_training(trained, one_step):
     ({"stem": "conv77"}, "did you mean 'conv7'"),
     ({"se_stages": ("c6",)}, "unknown stage 'c6'"),
     ({"blocks": (1, 2, 3)}, "there are four stages"),
-    ({"output_stride": 4}, "output_stride must be 8, 16 or 32"),
+    ({"output_stride": 5}, "output_stride must be 4, 8, 16 or 32"),
     ({"norm": "batchnorm"}, "did you mean 'batch_norm'"),
   ],
 )

@@ -242,7 +242,7 @@ class ResNet(nn.Module):
     norm: "batch_norm", "frozen_batch_norm" or "group_norm".
     norm_momentum: share of the old running averages that an update keeps.
     norm_epsilon: under the root of the norms.
-    output_stride: 32; 16 or 8 trade the strides of the last stages for dilations, as torchvision
+    output_stride: 32; 16, 8 or 4 trade the strides of last stages for dilations, as torchvision
       does: a stage's first block still has the dilation of the stage before (DETR's DC5 is 16).
     stride_in_1x1: see `Bottleneck`.
     drop_path_rate: of the last block, growing linearly from 0 at the first.
@@ -355,8 +355,8 @@ class ResNet(nn.Module):
     for field in ("blocks", "widths"):
       if len(getattr(self, field)) != len(STAGES):
         raise ValueError(f"{field} has {len(getattr(self, field))} entries; there are four stages")
-    if self.output_stride not in (8, 16, 32):
-      raise ValueError(f"output_stride must be 8, 16 or 32, not {self.output_stride}")
+    if self.output_stride not in (4, 8, 16, 32):
+      raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {self.output_stride}")
 
 
 def _call_block(block: nn.Module, x: jax.Array, train: bool) -> jax.Array:  # noqa: FBT001
