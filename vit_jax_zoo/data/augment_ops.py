@@ -32,9 +32,10 @@ _SMOOTH = ImageFilter.Kernel((3, 3), (1, 1, 1, 1, 5, 1, 1, 1, 1), scale=13)
 def auto_contrast(image: Pixels) -> Pixels:
   """Stretches each channel to [0, 255]; one of a single value stays."""
   tables = []
-  for low, high in zip(image.min(axis=(0, 1)), image.max(axis=(0, 1)), strict=True):
-    scale = 255.0 / (int(high) - int(low)) if high > low else 1.0
-    offset = -int(low) * scale if high > low else 0.0
+  for channel in cv2.split(image):
+    low, high, _, _ = cv2.minMaxLoc(channel)
+    scale = 255.0 / (high - low) if high > low else 1.0
+    offset = -low * scale if high > low else 0.0
     tables.append(_truncate(_LEVELS * scale + offset))
   return _look_up(image, np.stack(tables, axis=1))
 
