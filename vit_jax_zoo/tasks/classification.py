@@ -13,11 +13,18 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.classification import ClassificationEvaluator
 from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.ops.mixing import Mixing, mix_examples
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.visualize import classification as draw
 
 OBJECTIVES = ("softmax", "sigmoid")
+
+_MIXING = 0x6D6978
+"""Folded into a step's key for what mixes examples, so that dropout's draws stay what they are."""
+
+_DRAWN = 24
+"""So many examples of a batch are mixed for a picture."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,12 @@ class Classification(base.Task):
       and JFT pre-training have it.
     label_smoothing: this share of each training label is spread evenly over all classes; the
       loss of an evaluation is free of it.
+    mixup_alpha: training examples are mixed with their neighbours in the micro-batch, by shares
+      from Beta(alpha, alpha); None: not. Labels are mixed alike, before they are smoothed.
+    cutmix_alpha: the same for CutMix, which gives the neighbour a box of the image.
+    mix_probability: that anything is mixed.
+    cutmix_share: where both alphas are set, how often it is CutMix.
+    mix_per: what the draws are made for, "batch" (each micro-batch) or "example".
     image_mean: see `normalize_images`; the default maps pixels to [-1, 1].
     image_std: as `image_mean`.
     class_names: in order; for pictures and scores of single classes.
@@ -47,6 +60,11 @@ class Classification(base.Task):
   num_classes: int
   objective: str = "softmax"
   label_smoothing: float = 0.0
+  mixup_alpha: float | int | None = None
+  cutmix_alpha: float | int | None = None
+  mix_probability: float | int = 1.0
+  cutmix_share: float | int = 0.5
+  mix_per: str = "batch"
   image_mean: float | tuple[float, ...] = 0.5
   image_std: float | tuple[float, ...] = 0.5
   class_names: tuple[str, ...] = ()
@@ -66,6 +84,7 @@ class Classification(base.Task):
       raise ValueError(
         f"{len(self.class_names)} class_names were given for {self.num_classes} classes"
       )
+    _ = self._mixing  # checks its fields
 
   @property
   def best_metric(self) -> str:
@@ -83,18 +102,23 @@ class Classification(base.Task):
 
     Metrics: "loss", "accuracy" and "top5_accuracy" (for the `top_k` of the task). A label that is
     not one of the classes makes the loss NaN: it stops a run, where a silent 0 would mislead it.
+    Of a mixed example the larger part counts as its label in the accuracies.
     """
+    mask = base.example_mask(batch)
+    targets = self._targets(jnp.asarray(batch["label"]), mask)
+    images = self._images(batch)
+    if self._mixing.is_on:
+      rng = jax.random.fold_in(context.rng, _MIXING)
+      images, targets = mix_examples(images, targets, mask, rng, self._mixing)
     state = {name: tree for name, tree in variables.items() if name != "params"}
     outputs, changed = self.model.apply(
       variables,
-      self._images(batch),
+      images,
       train=True,
       rngs={"dropout": context.rng},
       mutable=list(state),
     )
     logits = self._logits(outputs)
-    mask = base.example_mask(batch)
-    targets = self._targets(jnp.asarray(batch["label"]), mask)
     losses = jnp.where(mask, self._losses(logits, smooth(targets, self.label_smoothing)), 0.0)
     return base.LossOutput(
       loss=jnp.sum(losses) / context.normalizers["examples"],
@@ -130,7 +154,10 @@ class Classification(base.Task):
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws training images with their labels, mixed ones with their shares."""
-    return {"batch": draw.draw_batch(batch["image"], batch["label"], self.class_names)}
+    images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
+    if self._mixing.is_on:
+      images, labels = self._mixed_pixels(images, labels)
+    return {"batch": draw.draw_batch(images, labels, self.class_names)}
 
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
@@ -146,6 +173,31 @@ class Classification(base.Task):
       self.class_names,
     )
     return {"predictions": figure}
+
+  @property
+  def _mixing(self) -> Mixing:
+    return Mixing(
+      mixup_alpha=self.mixup_alpha,
+      cutmix_alpha=self.cutmix_alpha,
+      probability=self.mix_probability,
+      cutmix_share=self.cutmix_share,
+      unit=self.mix_per,
+    )
+
+  def _mixed_pixels(
+    self, images: Shaped[np.ndarray, "b h w c"], labels: Shaped[np.ndarray, "b ..."]
+  ) -> tuple[Shaped[np.ndarray, "b h w c"], Shaped[np.ndarray, "b k"]]:
+    """Returns the first examples mixed, to be drawn; each by its own draw, to show the range."""
+    images, labels = images[:_DRAWN], labels[:_DRAWN]
+    everyone = jnp.ones(len(images), bool)
+    mixed, targets = mix_examples(
+      jnp.asarray(images, jnp.float32),
+      self._targets(jnp.asarray(labels), everyone),
+      everyone,
+      jax.random.key(0),
+      dataclasses.replace(self._mixing, unit="example"),
+    )
+    return np.asarray(mixed), np.asarray(targets)
 
   @property
   def _ranks(self) -> int:

@@ -1,0 +1,164 @@
+"""The classification task with mixup and CutMix: exact sums, soft labels, any mesh, pictures."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tasks.test_classification import make_context
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(0)
+  return {
+    "image": rng.integers(0, 256, (16, 4, 4, 3), dtype=np.uint8),
+    "label": rng.integers(0, 7, 16).astype(np.int32),
+  }
+
+
+class Linear:
+  """A 'model' that shows what it was given: logits are the first pixels."""
+
+  def init(self, rng, images, *, train=False):
+    return {"params": {}}
+
+  def apply(self, variables, images, *, train=False, rngs=None, mutable=False):
+    outputs = {"logits": images.reshape(images.shape[0], -1)[:, :7]}
+    return (outputs, {}) if mutable is not False else outputs
+
+
+def log_softmax(x):
+  return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_loss_is_that_of_the_mixture_by_hand(batch, soft):
+  """For some share; on a grid of shares the loss is met once."""
+  task = create_task(
+    "classification", Linear(), num_classes=7, mixup_alpha=1.0, label_smoothing=0.1
+  )
+  one_hot = np.eye(7, dtype=np.float32)[batch["label"]]
+  given = batch | ({"label": 0.5 * one_hot + 0.5 / 7} if soft else {})
+  context = make_context(task, given)
+  loss = float(jax.jit(task.loss)({}, given, context).loss)
+  images = batch["image"] / np.float32(127.5) - 1
+  targets = np.asarray(given["label"] if soft else one_hot)
+  targets = 0.9 * targets + 0.1 / 7
+  candidates = []
+  for share in np.linspace(0.5, 1, 2001):
+    mixed = share * images + (1 - share) * np.roll(images, 1, axis=0)
+    labels = share * targets + (1 - share) * np.roll(targets, 1, axis=0)
+    logits = mixed.reshape(16, -1)[:, :7]
+    candidates.append(-(labels * log_softmax(logits)).sum() / 16)
+  assert min(abs(np.array(candidates) - loss)) < 1e-4
+  assert abs(candidates[-1] - loss) > 1e-3  # it is a mixture
+
+
+def test_without_alphas_nothing_is_drawn(batch, tiny_classifier):
+  def operations(**fields):
+    task = create_task("classification", tiny_classifier(), num_classes=7, **fields)
+    variables = task.init(jax.random.key(0), batch)
+    return str(
+      jax.make_jaxpr(lambda v: task.loss(v, batch, make_context(task, batch)).loss)(variables)
+    )
+
+  plain = operations()
+  assert "random_bits" not in plain
+  assert operations(mixup_alpha=None, cutmix_alpha=0.0) == plain
+  assert operations(mixup_alpha=0.2, mix_probability=0.0) == plain
+  assert "random_bits" in operations(mixup_alpha=0.2)
+
+
+def test_every_example_weighs_one(batch, tiny_classifier):
+  """A model that knows nothing loses log 7 on each, mixed or not, padded or not."""
+  task = create_task("classification", Linear(), num_classes=7, cutmix_alpha=1.0)
+  blank = batch | {
+    "image": np.full_like(batch["image"], 99),
+    "mask": np.arange(16) < 11,
+  }
+  output = jax.jit(task.loss)({}, blank, make_context(task, blank))
+  assert float(output.loss) == pytest.approx(np.log(7), rel=1e-6)
+  assert float(output.metrics["loss"].count) == 11
+
+
+def test_prediction_is_not_mixed(batch, tiny_classifier):
+  plain = create_task("classification", tiny_classifier(), num_classes=7)
+  mixing = create_task("classification", tiny_classifier(), num_classes=7, mixup_alpha=0.5)
+  variables = plain.init(jax.random.key(0), batch)
+  left, right = plain.predict(variables, batch), mixing.predict(variables, batch)
+  np.testing.assert_array_equal(left["loss"], right["loss"])
+
+
+def train(task, batch, mesh, devices, accumulation_steps=1):
+  mesh = sharding.create_mesh(mesh, jax.devices()[:devices])
+  with jax.set_mesh(mesh):
+    program = build_program(
+      task,
+      abstract_batch_of(batch, 16),
+      Recipe(
+        optimizer={"name": "sgd", "learning_rate": 0.1},
+        num_steps=3,
+        accumulation_steps=accumulation_steps,
+      ),
+      mesh=mesh,
+      rules=((".*", "fsdp"),),
+    )
+    state, losses = program.initial_state(0), []
+    for _ in range(2):
+      state, metrics = program.train_step(state, sharding.to_global(batch, mesh))
+      losses.append(float(metrics["loss"].compute()))
+  return losses
+
+
+@pytest.mark.multidevice
+def test_every_mesh_mixes_alike(batch, tiny_classifier):
+  task = create_task(
+    "classification", tiny_classifier(), num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0,
+    mix_per="example",
+  )  # fmt: skip
+  expected = train(task, batch, {"data": 1}, 1)
+  got = train(task, batch, {"data": 2, "fsdp": 4}, 8)
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_micro_batches_are_mixed_within_themselves(batch):
+  """Two micro-batches of one class each stay pure, and count for a half each."""
+  task = create_task("classification", Linear(), num_classes=7, mixup_alpha=1.0)
+  pure = batch | {
+    "image": np.where(np.arange(16)[:, None, None, None] % 2, 40, 200).astype(np.uint8)
+    * np.ones((1, 4, 4, 3), np.uint8),
+    "label": np.arange(16, dtype=np.int32) % 2,
+  }
+  context = make_context(task, pure)
+  parts = [{k: v[i::2] for k, v in pure.items()} for i in range(2)]
+  loss = jax.jit(task.loss)
+  outputs = [loss({}, part, context) for part in parts]
+  assert sum(float(o.loss) for o in outputs) == pytest.approx(np.log(7), rel=1e-6)
+  assert all(float(o.loss) == pytest.approx(np.log(7) / 2, rel=1e-6) for o in outputs)
+
+
+def test_the_picture_of_a_batch_shows_mixtures(batch, tiny_classifier):
+  fields = dict(num_classes=7, class_names=tuple("abcdefg"))
+  plain = create_task("classification", tiny_classifier(), **fields)
+  mixing = create_task("classification", tiny_classifier(), **fields, mixup_alpha=1.0)
+  left, right = (
+    [ax.get_xlabel() for ax in task.batch_figures(batch)["batch"].axes] for task in (plain, mixing)
+  )
+  assert not any("%" in label for label in left)
+  assert sum("%" in label for label in right) > 8
+
+
+def test_wrong_fields_name_themselves(tiny_classifier):
+  with pytest.raises(ValueError, match="cutmix_alpha must be at least 0"):
+    create_task("classification", tiny_classifier(), num_classes=7, cutmix_alpha=-1.0)
+
+
+def test_an_unknown_label_still_stops_the_run(batch, tiny_classifier):
+  task = create_task("classification", tiny_classifier(), num_classes=7, mixup_alpha=0.2)
+  variables = task.init(jax.random.key(0), batch)
+  wrong = batch | {"label": jnp.where(jnp.arange(16) == 3, 7, batch["label"])}
+  assert np.isnan(jax.jit(task.loss)(variables, wrong, make_context(task, wrong)).loss)
