@@ -22,6 +22,39 @@ def test_pre_training_on_imagenet21k_is_table_3():
   assert config.optimizer.weight_decay == 0.03
 
 
+def test_the_better_baseline_augments():
+  config = get_config("s16_imagenet")
+  expected = {"name": "rand_augment", "num_layers": 2, "magnitude": 10}
+  assert config.data.train.transforms[-1] == expected
+  assert config.task.mixup_alpha == 0.2
+  assert "mixup_alpha" not in get_config("b16_imagenet").task
+
+
+@pytest.mark.parametrize(
+  ("variant", "magnitude", "mixup_alpha"),
+  [
+    ("ti16_augreg", 0, None),
+    ("b16_augreg", 15, 0.5),
+    ("b16_augreg,augmentation=strong2", 20, 0.8),
+    ("ti16_augreg21k", None, None),
+    ("b32_augreg21k", 10, 0.2),
+  ],
+)
+def test_augreg_has_a_column_of_its_table(variant, magnitude, mixup_alpha):
+  config = get_config(variant)
+  found = [t["magnitude"] for t in config.data.train.transforms if t["name"] == "rand_augment"]
+  assert found == ([] if magnitude is None else [magnitude])
+  assert config.task.get("mixup_alpha") == mixup_alpha
+  assert config.task.objective == "sigmoid"
+  assert config.model.head_bias_init == (-10.0 if "21k" in variant else -6.9)
+  assert config.optimizer.weight_decay_mode == "fully_decoupled"
+
+
+def test_an_unknown_augmentation_names_the_nearest():
+  with pytest.raises(ValueError, match="unknown augmentation 'mediun1'; did you mean 'medium1'"):
+    get_config("b16_augreg,augmentation=mediun1")
+
+
 def test_multi_label_sets_get_multi_hot_targets():
   config = get_config("l16_imagenet21k,source=tfds:/jft,num_classes=18291,multi_label=true")
   expected = {"name": "multi_hot", "num_classes": 18291}
