@@ -73,7 +73,7 @@ def test_without_alphas_nothing_is_drawn(batch, tiny_classifier):
   assert "random_bits" in operations(mixup_alpha=0.2)
 
 
-def test_every_example_weighs_one(batch, tiny_classifier):
+def test_every_example_weighs_one(batch):
   """A model that knows nothing loses log 7 on each, mixed or not, padded or not."""
   task = create_task("classification", Linear(), num_classes=7, cutmix_alpha=1.0)
   blank = batch | {
@@ -93,7 +93,7 @@ def test_prediction_is_not_mixed(batch, tiny_classifier):
   np.testing.assert_array_equal(left["loss"], right["loss"])
 
 
-def train(task, batch, mesh, devices, accumulation_steps=1):
+def train(task, batch, mesh, devices):
   mesh = sharding.create_mesh(mesh, jax.devices()[:devices])
   with jax.set_mesh(mesh):
     program = build_program(
@@ -102,7 +102,7 @@ def train(task, batch, mesh, devices, accumulation_steps=1):
       Recipe(
         optimizer={"name": "sgd", "learning_rate": 0.1},
         num_steps=3,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=2,
       ),
       mesh=mesh,
       rules=((".*", "fsdp"),),
@@ -115,7 +115,7 @@ def train(task, batch, mesh, devices, accumulation_steps=1):
 
 
 @pytest.mark.multidevice
-def test_every_mesh_mixes_alike(batch, tiny_classifier):
+def test_every_mesh_mixes_its_micro_batches_alike(batch, tiny_classifier):
   task = create_task(
     "classification", tiny_classifier(), num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0,
     mix_per="example",

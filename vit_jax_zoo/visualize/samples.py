@@ -51,7 +51,11 @@ def draw_completions(
 
 
 def draw_images(
-  images: Num[np.ndarray, "b h w 3"], *, title: str = "Samples", max_images: int = 64
+  images: Num[np.ndarray, "b h w 3"],
+  *,
+  title: str = "Samples",
+  max_images: int = 64,
+  columns: int | None = None,
 ) -> Figure:
   """Draws a grid of images.
 
@@ -59,11 +63,12 @@ def draw_images(
     images: uint8, or floats in [0, 255].
     title: of the figure.
     max_images: draws the first so many.
+    columns: in a row; None makes a square of them.
   """
   shown = min(len(images), max_images)
   if not shown:
     raise ValueError("there is no image to draw")
-  columns = max(4, int(np.ceil(np.sqrt(shown))))
+  columns = columns or max(4, int(np.ceil(np.sqrt(shown))))
   figure, axes = _grid(-(-shown // columns), columns, images.shape[1:3])
   height, width = images.shape[1:3]
   _write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
