@@ -62,14 +62,16 @@ def from_published(
   """
   if any(key.endswith("running_mean") for key in published):
     raise WeightsError(f"{source} is a VGG with batch norm; use torchvision's plain vgg19: {URL}")
-  shapes = {k: leaf.shape for k, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+  flat: Mapping[str, Any] = traverse_util.flatten_dict(params, sep="/")
+  shapes = {path: leaf.shape for path, leaf in flat.items()}
   found = table.read(published, TABLE, shapes, source=source, ignore=IGNORE)
   return traverse_util.unflatten_dict(found, sep="/")
 
 
 def to_published(params: Mapping[str, Any]) -> Flat:
   """Returns the convolutions under torchvision's names."""
-  return table.write(traverse_util.flatten_dict(params, sep="/"), TABLE)
+  flat: Mapping[str, Any] = traverse_util.flatten_dict(params, sep="/")
+  return table.write(flat, TABLE)
 
 
 def load_vgg(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
