@@ -21,8 +21,8 @@ FAMILIES = {
   "mask_rcnn": ("vit_jax_zoo.models.rcnn", "RCNN"),
   "fpt_segmentation": ("vit_jax_zoo.models.fpt", "PyramidSegmenter"),
 }
-"""Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`; families may
-share one, each with the names that begin with its own."""
+"""Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`; families
+may share one, each with the names that begin with its own."""
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
