@@ -38,8 +38,9 @@ def demo(
   """The class of every pixel of the demo's scenes: ten digits in front of five textures.
 
   Paper: none; the parts are the paper's, on maps of a quarter of the image's sides.
-  Hardware: any. Two CPU cores need about four minutes.
-  Expected: a mean intersection over union of 0.6 or more on the test scenes.
+  Hardware: any. A step of 16 images takes about half a second on two CPU cores that are free.
+  Expected: not measured to its end yet. After 272 steps a form of it with another backbone had 77 %
+    of the training pixels right: the textures, and few of the digits.
   """
   load = {"name": "load_label_map"}
   source = {"source": "demo:scenes", "panoptic": True, "transforms": [load]}
