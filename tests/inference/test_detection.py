@@ -32,12 +32,14 @@ def detr_run(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_draws_what_it_found_and_where_it_looked(detr_run):
   names = {path.name for path in (detr_run / "figures").rglob("*.png")}
   for figure in ("train_batch", "test_predictions", "test_attention"):
     assert any(figure in name for name in names), names
 
 
+@pytest.mark.slow
 def test_a_run_finds_boxes_in_pictures_of_any_size(detr_run):
   trained = load(str(detr_run))
   assert trained.task.class_names == tuple("0123456789")

@@ -74,7 +74,7 @@ def test_proposals_lie_in_their_images_and_padding_does_not_matter(neck):
   "fields",
   [
     {"neck": "bfp", "mask_head": {"width": 8, "num_convs": 1}},
-    {
+    pytest.param({
       "neck": "fpt",
       "neck_fields": {"flavor": "official", "norm": "group_norm"},
       "adaptive": True,
@@ -82,14 +82,14 @@ def test_proposals_lie_in_their_images_and_padding_does_not_matter(neck):
       "box_head": {"num_convs": 2, "num_dense": 1, "width": 16, "norm": "group_norm"},
       "mask_head": {"norm": "group_norm", "fused": True, "num_convs": 3, "width": 64},
       "dtype": "bfloat16",
-    },
-    {
+    }, marks=pytest.mark.slow),
+    pytest.param({
       "backbone_kind": "lambda_resnet",
       "backbone": {**TINY["backbone"], "lambda_blocks": ("none", "none", "all", "none"),
                    "lambda_layer": {"dim_k": 4, "receptive_field": 3}, "norm": "batch_norm"},
       "convention": "detectron2",
       "mask_head": {"width": 8, "num_convs": 1},
-    },
+    }, marks=pytest.mark.slow),
   ],
   ids=["bfp", "official", "lambda"],
 )  # fmt: skip
