@@ -265,7 +265,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
 
   Paper: none. From scratch, DETR learns nothing from a few thousand images: start from published
     weights, of which all but the class head is kept (facebookresearch/detr, issues 9, 125 and 169).
-  Data: `source=coco:/path`: `annotations/instances_{train,val}.json`, or as `data/coco.py` says.
+  Data: `source=coco:/path`, with splits `train` and `val`; `data/coco.py` says how files are named.
   Weights: `init_from`, by default the official file in this folder; Hugging Face's folder or a run
     of our own does as well.
   Hardware: one GPU of 16 GB holds about four images of 800 pixels; see accumulation above.
@@ -336,7 +336,7 @@ def _set_data(
   config.data.eval = {
     "val": {
       "source": source,
-      "split": "validation",
+      "split": "val" if source.startswith("coco:") else "validation",
       **options,
       "transforms": [load, {"name": "resize_shorter"}, pad],
     }

@@ -60,6 +60,16 @@ def test_rates_and_decay_of_the_paper():
   assert flat["backbone/stem/conv1/conv/kernel"] == 0
 
 
+def test_data_of_ones_own():
+  config = detr.get_config("r50_finetune,source=coco:/mine,init_from=runs/mine")
+  assert (config.data.train.split, config.data.eval.val.split) == ("train", "val")
+  assert config.init_from == "runs/mine"
+  assert detr.get_config("r50").data.eval.val.split == "validation"
+  panoptic = detr.get_config("r50_masks,source=coco:/mine")
+  assert panoptic.data.eval.val.panoptic
+  assert panoptic.data.train.transforms[0]["masks"]
+
+
 def test_the_rate_falls_when_it_should():
   rates = [float(trained("r50")[0].schedule(step)) for step in (0, 199, 200, 299)]
   assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
