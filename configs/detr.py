@@ -51,7 +51,8 @@ def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> Confi
     head also learn from every cell of the encoder's map (`cell_weight`). Without that loss the AP50
     was 0.03 after 2000 steps. Batch norms learn; no dropout; the class counts three times.
   Hardware: any. Two CPU cores need about ten minutes.
-  Expected: AP50 of the test scenes above 0.5.
+  Expected: AP50 of the test scenes above 0.5; with seed 0 it was 0.82 (AP 0.50). Now and then two
+    queries still answer for one digit.
   """
   config = _demo(num_steps, batch_size, seed)
   config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple))
