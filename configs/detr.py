@@ -12,7 +12,7 @@ r"""DETR: a demo, and the recipes of the paper.
 | variant                                  | trains on         | from     | expected          |
 |------------------------------------------|-------------------|----------|-------------------|
 | demo                                     | scenes of digits  | -        | AP50 0.8          |
-| demo_panoptic                            | scenes of digits  | -        | PQ 0.22 at step 1000 |
+| demo_panoptic                            | scenes of digits  | -        | PQ 0.22 so far    |
 | r50 r101 r50_dc5 r101_dc5                | COCO              | table 1  | AP 42.0 (R50)     |
 | r50_panoptic r101_panoptic r50_dc5_...   | COCO panoptic     | table 5  | boxes, stage 1    |
 | r50_masks r101_masks r50_dc5_masks       | COCO panoptic     | table 5  | PQ 43.4 (R50)     |
@@ -48,9 +48,9 @@ def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> Confi
 
   Paper: the architecture is DETR's, with stride 8. It starts from nothing, where the paper's
     backbone has seen ImageNet and trains for 300 epochs of 118,000 images; therefore class and box
-    head also learn from every cell of the encoder's map (`cell_weight`). After 400 steps the AP50 was
-    0.19 with that loss and 0.02 without it. Batch norms learn; no dropout; the class counts three
-    times.
+    head also learn from every cell of the encoder's map (`cell_weight`). After 400 steps the AP50
+    was 0.19 with that loss and 0.02 without it. Batch norms learn; no dropout; the class counts
+    three times.
   Hardware: any. Two CPU cores need about ten minutes.
   Expected: AP50 of the test scenes above 0.5; with seed 0 it was 0.82 (AP 0.50). Now and then two
     queries still answer for one digit.
@@ -74,7 +74,7 @@ def demo_panoptic(*, num_steps: int = 2500, batch_size: int = 24, seed: int = 0)
     a digit's strokes are not much wider than one of their cells.
   Hardware: any. Two CPU cores need about ten minutes.
   Expected: after 1000 steps (`num_steps=1000`, seed 0) PQ was 0.22: 0.64 for textures, and nothing
-    yet for digits, whose masks are too coarse (box AP50 0.31). All its 2500 steps were not yet run.
+    yet for digits, of which few were named surely (box AP50 0.31). Longer runs were not made.
   """
   config = _demo(num_steps, batch_size, seed)
   config.model.update(num_classes=placeholder(int), mask_head=True)
