@@ -42,6 +42,13 @@ def read(name):
   return path.read_text() if path.exists() else ""
 
 
+def write(name, text):
+  """In one step: workers write the slice's state while the script asks for it."""
+  new = STATE / f"{name}.{os.getpid()}"
+  new.write_text(text)
+  new.replace(STATE / name)
+
+
 def fail(message):
   sys.exit(f"ERROR: (gcloud.compute.tpus) {message}")
 
@@ -50,14 +57,14 @@ def use_up(name):
   """True as often as the number in the file says."""
   left = int(read(name) or 0)
   if left:
-    (STATE / name).write_text(str(left - 1))
+    write(name, str(left - 1))
   return bool(left)
 
 
 def create():
   if read("request"):
     fail("ALREADY_EXISTS")
-  (STATE / "request").write_text(read("next_states") or "ACTIVE")
+  write("request", read("next_states") or "ACTIVE")
 
 
 def describe():
@@ -68,7 +75,7 @@ def describe():
     fail("NOT_FOUND: Resource was not found")
   print(read("node") or "READY" if kind == "tpu-vm" else states[0])
   if kind == "queued-resources" and len(states) > 1:
-    (STATE / "request").write_text(" ".join(states[1:]))
+    write("request", " ".join(states[1:]))
 
 
 def delete():
@@ -134,6 +141,14 @@ import json, os, pathlib, sys, time
 
 STATE = pathlib.Path(os.environ["STAND_IN"])
 worker = pathlib.Path(os.environ["HOME"]).name
+
+
+def write(name, text):
+  new = STATE / f"{name}.{worker}"
+  new.write_text(text)
+  new.replace(STATE / name)
+
+
 with (STATE / "runs.jsonl").open("a") as runs:
   runs.write(json.dumps({"worker": worker, "args": sys.argv[1:]}) + "\n")
 number = (STATE / "runs.jsonl").read_text().count(worker)
@@ -145,10 +160,10 @@ if behaviour == "hold":
   while not (STATE / "release").exists() and time.time() < deadline:
     time.sleep(0.05)
 elif behaviour == "suspended":
-  (STATE / "request").write_text("SUSPENDED")
+  write("request", "SUSPENDED")
   sys.exit(143)
 elif behaviour == "preempted":
-  (STATE / "node").write_text("PREEMPTED")
+  write("node", "PREEMPTED")
   sys.exit(143)
 elif behaviour == "terminated":
   sys.exit(143 if worker == "worker1" else 1)
