@@ -4,7 +4,7 @@ import json
 import pathlib
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.models.registry import list_models
+from vit_jax_zoo.models.registry import FAMILIES, list_models
 from vit_jax_zoo.weights.catalog import ENTRIES, PAPER_SCORES
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "MODELS.md"
@@ -14,23 +14,30 @@ HEAD = """# Models and published weights
 Written by `pytest tests/test_models_page.py --update-goldens`; do not edit.
 
 `zoo.create_model(name)` makes a model of the first table, `zoo.load_pretrained(name)` one of the
-second with its weights. Parameters are counted with 1000 classes (iGPT: without a head). Scores are
+second with its weights. Classifiers are counted with 1000 classes, iGPT without a head, DETR and
+R-CNN with COCO's, segmentation with Cityscapes's; frozen statistics are no parameters. Scores are
 their publishers', ImageNet-1k top-1 unless they say otherwise; none of them was measured here.
 """
 
+COUNTS = ("param_counts", "lambda_resnet_parameters_all", "rcnn_parameters")
+TTSR = {"ttsr": 6_729_603}  # tests/models/test_ttsr.py
+
 
 def counts():
-  found = json.loads((GOLDENS / "param_counts.json").read_text())
-  return found | json.loads((GOLDENS / "lambda_resnet_parameters_all.json").read_text())
+  files = [json.loads((GOLDENS / f"{name}.json").read_text()) for name in COUNTS]
+  return TTSR | {name: count for file in files for name, count in file.items()}
+
+
+def family_order(name):
+  """Sorts names by family, in the registry's order, and within it."""
+  return next(i for i, family in enumerate(FAMILIES) if name.startswith(family)), name
 
 
 def page():
-  known, lines = (
-    counts(),
-    [HEAD, "## Models", "", "| name | parameters | the paper's score | says |"],
-  )
+  known = counts()
+  lines = [HEAD, "## Models", "", "| name | parameters | the paper's score | says |"]
   lines.append("|---|---|---|---|")
-  for name in list_models("vit_*") + list_models("lambda_resnet*") + list_models("igpt_*"):
+  for name in sorted(list_models(), key=family_order):
     score, source = PAPER_SCORES.get(name, ("–", "–"))
     count = f"{known[name]:,}" if name in known else "–"
     lines.append(f"| `{name}` | {count} | {score} | {source} |")

@@ -1,7 +1,8 @@
 """What others have published: name -> where it lies, how it scores, and who says so.
 
 Scores are ImageNet-1k top-1 unless the text says otherwise, as their publishers state them; none of
-them was measured here.
+them was measured here. TTSR's weights are on file-sharing sites only, without an address that one
+could rely on; the official code of FPT came with none.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ GOOGLE = "https://storage.googleapis.com/vit_models"
 TIMM_RELEASE = (
   "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-attn-weights"
 )
+FACEBOOK = "https://dl.fbaipublicfiles.com/detr"
 OPENAI = "https://openaipublic.blob.core.windows.net/image-gpt"
 
 
@@ -123,6 +125,33 @@ def _igpt(size: str, shards: int, nats: str) -> dict[str, Entry]:
   }
 
 
+_DETR_README = "facebookresearch/detr, README"
+
+# model -> name and sha256 of the official file, name on the hub, score on COCO val2017.
+_DETR = {
+  "detr_r50": ("r50", "e632da11", "resnet-50", "42.0 box AP"),
+  "detr_r50_dc5": ("r50-dc5", "f0fb7ef5", "resnet-50-dc5", "43.3 box AP"),
+  "detr_r101": ("r101", "2c7b67e5", "resnet-101", "43.5 box AP"),
+  "detr_r101_dc5": ("r101-dc5", "a2e86def", "resnet-101-dc5", "44.9 box AP"),
+  "detr_r50_panoptic": ("r50-panoptic", "00ce5173", "resnet-50-panoptic", "43.4 PQ"),
+  "detr_r50_dc5_panoptic": (
+    "r50-dc5-panoptic", "da08f1b1", "resnet-50-dc5-panoptic", "44.6 PQ"
+  ),
+  "detr_r101_panoptic": ("r101-panoptic", "40021d53", "resnet-101-panoptic", "45.1 PQ"),
+}  # fmt: skip
+
+
+def _detr(model: str) -> dict[str, Entry]:
+  file, sha256, hub, score = _DETR[model]
+  said = f"{score} (COCO)"
+  return {
+    f"{model}_coco": Entry(
+      model, (f"{FACEBOOK}/detr-{file}-{sha256}.pth",), "", sha256, said, _DETR_README
+    ),
+    f"{model}_coco_hub": Entry(model, hub=f"facebook/detr-{hub}", score=said, source=_DETR_README),
+  }
+
+
 ENTRIES: dict[str, Entry] = {
   **{name: entry for size in _IMAGENET21K for name, entry in _paper(size).items()},
   **{name: entry for size in _AUGREG for name, entry in _augreg(size).items()},
@@ -148,10 +177,12 @@ ENTRIES: dict[str, Entry] = {
   **_igpt("s", 32, "2.0895"),
   **_igpt("m", 32, "2.0614"),
   **_igpt("l", 64, "2.0466"),
+  **{name: entry for model in _DETR for name, entry in _detr(model).items()},
 }  # fmt: skip
 """By the name that `load_pretrained` takes."""
 
 _LAMBDA_PAPER, _VIT_PAPER = "2102.08602", "2010.11929"
+_IGPT_PAPER, _TTSR_PAPER = "Chen et al., ICML 2020", "2006.04139"
 
 PAPER_SCORES: dict[str, tuple[str, str]] = {
   **{
@@ -187,8 +218,16 @@ PAPER_SCORES: dict[str, tuple[str, str]] = {
   "vit_r50_l16": ("87.12 % at 384 (JFT)", _VIT_PAPER),
   "vit_s16": ("76.5 % at 224 after 90 epochs", "2205.01580"),
   "vit_ti16": ("78.44 % at 384 (ImageNet-21k)", _TIMM),
+  "igpt_s": ("41.9 %, linear probe at 32", _IGPT_PAPER),
+  "igpt_m": ("54.5 %, linear probe at 32", _IGPT_PAPER),
+  "igpt_l": ("65.2 %, linear probe at 48", _IGPT_PAPER),
+  "igpt_xl": ("72.0 %, linear probe of five layers at 64", _IGPT_PAPER),
+  **{model: (f"{score} (COCO)", _DETR_README) for model, (*_, score) in _DETR.items()},
+  "mask_rcnn_lambda_resnet_101": ("49.4 box AP, 43.5 mask AP (COCO)", _LAMBDA_PAPER),
+  "mask_rcnn_lambda_resnet_152": ("50.0 box AP, 43.9 mask AP (COCO)", _LAMBDA_PAPER),
+  "ttsr": ("25.53 dB, 27.09 dB with l1 alone (CUFED5)", _TTSR_PAPER),
 }
-"""Best ImageNet-1k top-1 of an architecture as its paper has it, and the paper.
+"""Best score of an architecture as its paper has it, ImageNet-1k top-1 unless it says otherwise.
 
 Weights behind scores with JFT, and all LambdaResNets of the paper, were never released.
 """
