@@ -68,7 +68,7 @@ def test_every_module_says_what_it_is():
 
 def text_files():
   folders = ["vit_jax_zoo", "configs", "tests", "benchmarks", "colabs", ".ci", ".github", "docs"]
-  files = [p for p in ROOT.iterdir() if p.is_file()]
+  files = [p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"]  # a worktree's
   files += [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
   suffixes = {"", ".py", ".md", ".cfg", ".toml", ".sh", ".yml", ".json", ".ipynb", ".txt"}
   return [p for p in files if p.suffix in suffixes and "__pycache__" not in p.parts]
