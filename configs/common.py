@@ -7,6 +7,9 @@
 A variant is a function; its keyword arguments are the fields that may be set, their defaults give
 the types. Anything else in the config is reached by flags: `--config.optimizer.learning_rate=3e-4`,
 also what a recipe leaves open, such as `--config.init_from` or `--config.sharding.mesh.fsdp`.
+
+A variant's own batch size and learning rate are remembered as `config.recipe`: whoever takes a much
+smaller batch is told the learning rate that is due (`train/batch_rule.py`).
 """
 
 import inspect
@@ -18,6 +21,7 @@ from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.config import complete
 from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.train.batch_rule import SINGLE
 
 Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 
@@ -35,7 +39,20 @@ def build(arg: str | None, variants: Variants) -> ConfigDict:
     if name not in defaults:
       raise ValueError(unknown_name(f"field of {variant}", name, defaults))
     fields[name] = _parse_value(f"{variant},{name}", text, defaults[name])
-  return complete(variants[variant](**fields))
+  config = variants[variant](**fields)
+  if "recipe" not in config:
+    config.recipe = _recipe(variants[variant], fields)
+  return complete(config)
+
+
+def _recipe(make: Callable[..., ConfigDict], fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the batch size and the learning rates of a variant where nobody has changed them."""
+  changed = ("batch_size", "learning_rate", "accumulation_steps")
+  usual = make(**{name: value for name, value in fields.items() if name not in changed})
+  optimizer = usual.get("optimizer") or {}
+  optimizers = {SINGLE: optimizer} if "name" in optimizer else optimizer
+  rates = {player: section["learning_rate"] for player, section in optimizers.items()}
+  return {"batch_size": usual.get("batch_size"), "learning_rates": rates}
 
 
 def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:

@@ -36,6 +36,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
+from vit_jax_zoo.train.batch_rule import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -301,7 +302,7 @@ def _recipe(
       "data": {"train": {}, "eval": {}, "loader": {"num_workers": 8, "buckets": 6}},
       "optimizer": {
         "name": "adamw",
-        "learning_rate": 1e-4 * (batch_size / 64) ** 0.5,
+        "learning_rate": scaled_rate("adamw", 1e-4, batch_size, 64),
         "schedule": {"name": "step", "boundaries": (0.8 if num_epochs == 500 else 2 / 3,)},
         "weight_decay": 1e-4,
         "clip_norm": 0.1,

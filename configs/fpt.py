@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common, fpt_segmentation
+from vit_jax_zoo.train.batch_rule import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -174,7 +175,7 @@ def coco(
   boundaries = tuple(round(step * scale) for step in boundaries)
   config.optimizer = {
     "name": "sgd",
-    "learning_rate": 0.05 / scale,
+    "learning_rate": scaled_rate("sgd", 0.05, batch_size, 16),
     "momentum": 0.9,
     "schedule": {"name": "step", "warmup_steps": 500, "boundaries": boundaries},
     "weight_decay": 1e-4,
@@ -220,7 +221,7 @@ def lambda_coco(
   config.num_steps = 130_000
   config.optimizer = {
     "name": "sgd",
-    "learning_rate": 0.32 * batch_size / 256,
+    "learning_rate": scaled_rate("sgd", 0.32, batch_size, 256),
     "momentum": 0.9,
     "schedule": {
       "name": "step",

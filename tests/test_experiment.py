@@ -48,6 +48,17 @@ def test_epochs_become_steps():
   assert experiment.create(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
 
 
+def test_sources_of_the_same_classes_are_mixed():
+  config = vit.get_config("demo,batch_size=16")
+  config.data.train.mixed_with = ({"source": "demo:digits", "split": "test[:50]"},)
+  made = experiment.create(config)
+  assert len(made.train_source) == 1437 + 50
+  assert next(made.train_batches())["image"].shape[0] == 16
+  config.data.train.mixed_with = ({"source": "demo:photos", "split": "train"},)
+  with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes"):
+    experiment.create(config)
+
+
 def test_every_default_is_there():
   config = config_lib.complete(vit.get_config())
   assert config.keys() == config_lib.defaults().keys()

@@ -24,7 +24,8 @@ def defaults() -> ConfigDict:
     is None takes its value from the training data (`num_classes`, `class_names`).
   * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `data.eval`:
     the same for each evaluation by name, and for one that is a linear probe the `fit_split` that it
-    learns from; `data.loader`: options of both batch makers of `data.pipeline`.
+    learns from; `mixed_with` in either: further sources of the same classes, each with `source`,
+    `split` and options; `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `train.optimizer`; a task of several players has one such section for each.
   * `ema_decay`: of the average of the parameters and statistics; None keeps none.
   * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: come before those that
@@ -34,6 +35,8 @@ def defaults() -> ConfigDict:
     best, "<evaluation>/<score>", by default the first evaluation and the task's own choice;
     `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better.
   * `init_from`: a published checkpoint or a run to start from.
+  * `recipe`: the batch size that the recipe's numbers are for, and its `learning_rates` by player:
+    where a run departs from them, `train.batch_rule` says what is due. They change nothing.
   """
   return ConfigDict(
     {
@@ -53,11 +56,14 @@ def defaults() -> ConfigDict:
       "eval_every": 0,
       "checkpoint": {"every": 0, "keep": 1, "best": placeholder(str), "best_mode": "max"},
       "init_from": placeholder(str),
+      "recipe": {"batch_size": placeholder(int), "learning_rates": {}},
     }
   )
 
 
-OPEN_SECTIONS = ("model", "task", "optimizer", "data.train", "data.eval", "data.loader")
+OPEN_SECTIONS = (
+  "model", "task", "optimizer", "data.train", "data.eval", "data.loader", "recipe.learning_rates",
+)  # fmt: skip
 """Sections whose fields belong to the part that they configure, which checks them itself."""
 
 

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import weights
 from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.base import Source, check_same_classes
+from vit_jax_zoo.data.base import Source, check_same_classes, join_sources
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
@@ -43,6 +43,7 @@ from vit_jax_zoo.run_config import (
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.batch_rule import advise
 from vit_jax_zoo.train.checkpoint import Checkpointer, is_checkpoint, restore_variables
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.evaluate import Evaluation, PredictionScores
@@ -165,10 +166,11 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
   )
 
 
-def _open(spec: ConfigDict, split: str = "split") -> Source:
-  known = ("source", "split", "fit_split", "transforms")
+def _open(spec: Mapping[str, Any] | ConfigDict, split: str = "split") -> Source:
+  known = ("source", "split", "fit_split", "transforms", "mixed_with")
   options = {key: spec[key] for key in spec if key not in known}
-  return load_source(spec.source, spec[split], **options)
+  others = (_open(other) for other in spec.get("mixed_with") or ())
+  return join_sources([load_source(spec["source"], spec[split], **options), *others])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,6 +353,8 @@ def _introduce(
   experiment: Experiment, program: Program, writer: MetricWriter, batch: Mapping[str, np.ndarray]
 ) -> None:
   """Logs what is about to be trained: the parameters, the config, and the first batch's picture."""
+  for advice in advise(experiment.config.to_dict()) if is_primary() else ():
+    logging.log(logging.WARNING if advice.is_warning else logging.INFO, advice.text)
   table = parameter_overview.get_parameter_overview(
     program.abstract_state.params, include_stats=False
   )

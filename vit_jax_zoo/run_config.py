@@ -19,7 +19,9 @@ from vit_jax_zoo.data.base import DatasetInfo
 
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
-HARMLESS = ("log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding")
+HARMLESS = (
+  "log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding", "recipe",
+)  # fmt: skip
 """Fields that may change when a run is resumed: what it computes does not depend on them."""
 
 

@@ -14,7 +14,7 @@ from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.train.optimizer import create_optimizer
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-PARTS = ("common", "fpt_segmentation")  # of other files
+PARTS = ("common", "common_vit", "fpt_segmentation", "vit_augreg", "vit_finetune")  # of other files
 SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 CASES = [
   (system, variant)

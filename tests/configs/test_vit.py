@@ -31,6 +31,22 @@ def test_the_better_baseline_augments():
 
 
 @pytest.mark.parametrize(
+  ("size", "rate", "epochs"),
+  [("b16", 8e-4, 7), ("l32", 6e-4, 7), ("l16", 4e-4, 14), ("h14", 3e-4, 14), ("r50_l32", 2e-4, 7)],
+)
+def test_pre_training_on_many_labels_is_table_3(size, rate, epochs):
+  config = get_config(f"{size}_jft,source=tfds:/mine/1.0.0,num_classes=100")
+  assert (config.optimizer.learning_rate, config.num_epochs) == (rate, epochs)
+  assert (config.optimizer.weight_decay, config.optimizer.schedule.name) == (0.1, "linear")
+  assert config.model.get("dropout_rate", 0.0) == 0.0
+  assert config.task.objective == "sigmoid"
+  expected = {"name": "multi_hot", "num_classes": 100}
+  assert config.data.train.transforms[-1] == config.data.eval.val.transforms[-1] == expected
+  few = get_config(f"{size}_jft,multi_label=false")
+  assert expected["name"] not in [t["name"] for t in few.data.train.transforms]
+
+
+@pytest.mark.parametrize(
   ("variant", "magnitude", "mixup_alpha"),
   [
     ("ti16_augreg", 0, None),
@@ -38,6 +54,8 @@ def test_the_better_baseline_augments():
     ("b16_augreg,augmentation=strong2", 20, 0.8),
     ("ti16_augreg21k", None, None),
     ("b32_augreg21k", 10, 0.2),
+    ("s32_augreg", 15, 0.2),
+    ("s32_augreg21k", None, None),
   ],
 )
 def test_augreg_has_a_column_of_its_table(variant, magnitude, mixup_alpha):
@@ -70,6 +88,7 @@ def test_fine_tuning_starts_from_the_papers_weights():
   assert config.optimizer.schedule.warmup_steps == 100
   assert config.data.train.split == "train+validation[:80%]"
   assert get_config("b16_finetune,init_from=runs/mine").init_from == "runs/mine"
+  assert get_config("r50_b16_finetune").init_from == "R50+ViT-B_16.npz"
 
 
 def test_image_sides_are_multiples_of_the_patch():

@@ -12,7 +12,13 @@ from etils import epath
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import demos, prepare, tfds_source
-from vit_jax_zoo.data.base import DatasetInfo, Source, check_same_classes, select_split
+from vit_jax_zoo.data.base import (
+  DatasetInfo,
+  Source,
+  check_same_classes,
+  join_sources,
+  select_split,
+)
 from vit_jax_zoo.data.images import decode_image
 from vit_jax_zoo.data.sources import load_source
 
@@ -374,3 +380,18 @@ def test_sources_and_transforms_load_neither_jax_nor_tensorflow():
     "sys.exit(' '.join(found) or None)"
   )
   subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_sources_of_the_same_classes_are_joined():
+  digits = load_source("demo:digits", "train[:3]"), load_source("demo:digits", "test[:2]")
+  joined = join_sources(digits)
+  assert (len(joined), joined.info.class_names) == (5, digits[0].info.class_names)
+  assert joined.info.name == "demo:digits train[:3] + demo:digits test[:2]"
+  assert joined[3] == digits[1][0]
+  assert joined.example_name(4) == digits[1].example_name(1)
+  assert join_sources(digits[:1]) is digits[0]
+
+
+def test_sources_of_other_classes_are_not_joined():
+  with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes than"):
+    join_sources([load_source("demo:digits", "train"), load_source("demo:photos", "train")])

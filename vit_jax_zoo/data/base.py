@@ -11,7 +11,7 @@ import bisect
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from vit_jax_zoo.ops.names import unknown_name
@@ -142,6 +142,27 @@ def select_split(splits: Splits, split: str, dataset: str) -> Source:
   if not any(len(indices) for _, indices in parts):
     raise ValueError(f"the split {split!r} of {dataset} holds no example")
   return SlicedSource(f"{dataset} {split}", parts)
+
+
+def join_sources(sources: Sequence[Source]) -> Source:
+  """Returns the examples of all sources, one source after the other; training shuffles them.
+
+  Raises:
+    ValueError: a label does not mean the same class in all of them.
+  """
+  first, *others = sources
+  for other in others:
+    check_same_classes(first.info, other.info, f"{other.info.name}, mixed in,")
+    known = (first.info.num_classes, other.info.num_classes)
+    if None not in known and known[0] != known[1]:
+      raise ValueError(
+        f"{other.info.name}, mixed in, has {known[1]} classes and {first.info.name} has {known[0]};"
+        " both need the same classes in the same order"
+      )
+  if not others:
+    return first
+  name = " + ".join(source.info.name for source in sources)
+  return SlicedSource(name, [(source, range(len(source))) for source in sources])
 
 
 def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> None:

@@ -1,0 +1,149 @@
+"""What ViT's recipes share: data, augmentation, optimizers, and what is sharded or computed twice.
+
+Augmentation is by name, as "How to train your ViT?" (arXiv:2106.10270) has it; RandAugment is
+TensorFlow's flavour everywhere here (`rand_augment`: see `data/rand_augment.py`), as these recipes
+come from Google's code.
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+WIDTHS = {
+  "ti16": 192, "s16": 384, "s32": 384, "b16": 768, "b32": 768, "l16": 1024, "l32": 1024,
+  "h14": 1280, "r50_b16": 768, "r50_b32": 768, "r50_l16": 1024, "r50_l32": 1024,
+}  # fmt: skip
+"""Width of each model (table 1), which is also that of its pre-training layer before the head."""
+
+KERNELS_DECAY = (
+  (".*/kernel", {"weight_decay": 1.0}),
+  (".*", {"weight_decay": 0.0}),
+)
+"""Weight decay on kernels alone, as big_vision has it: not on positions, class token and norms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """A column of AugReg's table: RandAugment(2, magnitude), and mixup by Beta(alpha, alpha)."""
+
+  magnitude: int | None = None
+  mixup_alpha: float | None = None
+
+
+AUGMENTATIONS = {
+  "none": Augmentation(),
+  "light1": Augmentation(0),  # RandAugment(2, 0) is not nothing
+  "light2": Augmentation(10, 0.2),
+  "medium1": Augmentation(15, 0.2),
+  "medium2": Augmentation(15, 0.5),
+  "strong1": Augmentation(20, 0.5),
+  "strong2": Augmentation(20, 0.8),
+}
+"""arXiv:2106.10270 and big_vision's configs. Magnitudes are EfficientNet's, which go beyond 10."""
+
+
+def augment(config: ConfigDict, augmentation: Augmentation) -> None:
+  """Adds what an augmentation has beyond crop and flip."""
+  if augmentation.magnitude is not None:
+    randomly = {"name": "rand_augment", "num_layers": 2, "magnitude": augmentation.magnitude}
+    config.data.train.transforms = [*config.data.train.transforms, randomly]
+  if augmentation.mixup_alpha is not None:
+    config.task.mixup_alpha = augmentation.mixup_alpha
+
+
+def decoupled_adam(weight_decay: float = 1e-4) -> dict[str, Any]:
+  """Adam as big_vision has it since AugReg: weight decay is not multiplied by the peak rate."""
+  return {
+    "name": "adamw",
+    "learning_rate": 1e-3,
+    "schedule": {"name": "cosine", "warmup_steps": 10_000},
+    "weight_decay": weight_decay,
+    "weight_decay_mode": "fully_decoupled",
+    "clip_norm": 1.0,
+    "mu_dtype": "bfloat16",
+    "rules": KERNELS_DECAY,
+  }
+
+
+def base(model: str, source: str, image_size: int, batch_size: int) -> ConfigDict:
+  """What all recipes have in common: Inception crop, flip, bfloat16, numbers from the data."""
+  return ConfigDict(
+    {
+      "seed": 0,
+      "batch_size": batch_size,
+      "model": {"name": model, "num_classes": placeholder(int), "dtype": "bfloat16"},
+      "task": {
+        "name": "classification",
+        "num_classes": placeholder(int),
+        "class_names": placeholder(tuple),
+      },
+      "data": {
+        "train": {
+          "source": source,
+          "split": "train[:99%]",
+          "transforms": [
+            {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)},
+            {"name": "random_flip"},
+          ],
+        },
+        "eval": {},
+        "loader": {"num_workers": 8},
+      },
+      "log_every": 50,
+      "eval_every": 5_000,
+      "checkpoint": {"every": 5_000, "keep": 1},
+    }
+  )
+
+
+def imagenet_evaluations(source: str, image_size: int) -> dict[str, Any]:
+  """A held-out part of the training images, by which to choose, and the official validation set."""
+  transforms = resize_and_crop(image_size)
+  return {
+    name: {"source": source, "split": split, "transforms": transforms}
+    for name, split in (("minival", "train[99%:]"), ("val", "validation"))
+  }
+
+
+def resize_and_crop(image_size: int) -> list[dict[str, Any]]:
+  """The middle 7/8 of the shorter side: 256 -> 224."""
+  return [
+    {"name": "resize_small", "size": image_size * 8 // 7},
+    {"name": "central_crop", "size": image_size},
+  ]
+
+
+def hold_out(
+  config: ConfigDict, source: str, image_size: int, labels: list[dict[str, Any]] | None = None
+) -> None:
+  """Leaves 51,200 training images to the evaluation `val`, where a data set has none of its own.
+
+  Args:
+    config: of `base`.
+    source: of training and evaluation.
+    image_size: of the evaluation.
+    labels: transforms of the labels, for both.
+  """
+  labels = labels or []
+  config.data.train.split = "train[51200:]"
+  config.data.train.transforms = config.data.train.transforms + labels
+  transforms = resize_and_crop(image_size) + labels
+  config.data.eval = {"val": {"source": source, "split": "train[:51200]", "transforms": transforms}}
+
+
+def memory(size: str) -> dict[str, str]:
+  """What the blocks of a model keep for the backward pass: see `layers.transformer`."""
+  return {"remat": {"l": "dots", "h": "full"}.get(_letter(size), "none")}
+
+
+def sharding(size: str) -> dict[str, Any]:
+  """Parameters on every device, or split over all of them where they are many."""
+  split = _letter(size) in "lh"
+  return {"mesh": {"data": 1, "fsdp": -1} if split else {"data": -1}}
+
+
+def _letter(size: str) -> str:
+  """Returns the Transformer's size: `l` of `r50_l16`."""
+  return size.split("_")[-1][0]

@@ -1,0 +1,54 @@
+"""LambdaResNet's recipes: the numbers of the appendix, and data of two sources."""
+
+import pytest
+
+from configs.lambda_resnet import NETWORKS, VARIANTS, get_config
+from vit_jax_zoo.models.registry import list_models
+
+
+@pytest.mark.parametrize(
+  ("variant", "magnitude", "dropout_rate", "drop_path_rate"),
+  [
+    ("r50_128", 10, 0.2, 0.0),
+    ("r101_160", 10, 0.3, 0.0),
+    ("r101_192", 15, 0.2, 0.0),
+    ("r152_224", 15, 0.3, 0.1),
+    ("r420_320", 15, 0.3, 0.2),
+    ("r152_288_pseudo", 15, 0.3, 0.1),
+  ],
+)
+def test_scaled_networks_are_regularised_as_the_appendix_has_it(
+  variant, magnitude, dropout_rate, drop_path_rate
+):
+  config = get_config(variant)
+  depth, side = variant.removeprefix("r").split("_")[:2]
+  assert config.model.name == f"lambda_resnet_{depth}"
+  crop, _, randomly = config.data.train.transforms
+  assert crop["size"] == config.data.eval.val.transforms[-1]["size"] == int(side)
+  assert randomly == {"name": "rand_augment", "num_layers": 2, "magnitude": magnitude}
+  assert config.model.dropout_rate == dropout_rate
+  assert config.model.drop_path_rate == drop_path_rate
+  assert config.optimizer.weight_decay == 4e-5
+
+
+def test_the_ablations_are_not_regularised():
+  config = get_config("ccll_imagenet")
+  assert [t["name"] for t in config.data.train.transforms] == ["random_resized_crop", "random_flip"]
+  assert "dropout_rate" not in config.model
+  assert (config.optimizer.weight_decay, config.num_epochs) == (1e-4, 90)
+
+
+def test_every_network_of_the_appendix_is_there():
+  assert {f"lambda_resnet_{network.depth}" for network in NETWORKS.values()} < set(list_models())
+  names = [name for name in VARIANTS if name.startswith("r")]
+  assert len([name for name in names if name.endswith("_pseudo")]) == 7
+  assert len([name for name in names if not name.endswith("_pseudo")]) == 12
+
+
+def test_pseudo_labels_are_mixed_in_for_as_many_steps_as_without_them():
+  argument = "batch_size=4096,pseudo_source=tfds:mine,data_dir=gs://bucket"
+  config = get_config(f"r152_288_pseudo,{argument}")
+  more = {"source": "tfds:mine", "split": "train", "data_dir": "gs://bucket"}
+  assert [dict(other) for other in config.data.train.mixed_with] == [more]
+  assert config.num_epochs is None
+  assert config.num_steps == pytest.approx(350 * 1_281_167 / 4096, abs=0.5)
