@@ -44,6 +44,7 @@ def demo(*, num_steps: int = 500, batch_size: int = 128) -> ConfigDict:
   Paper: none; the blocks are the paper's, with lambda layers on the 8x8 and 4x4 maps.
   Hardware: any. Two CPU cores need about two minutes.
   Expected: 97 % of the test digits.
+  Ours: 98.6 % of 360 test digits, one seed.
   """
   return ConfigDict(
     {
@@ -102,10 +103,10 @@ def imagenet(
 ) -> ConfigDict:
   """ResNet-50 with lambda layers in the stages marked l, on ImageNet-1k for 90 epochs.
 
-  Paper: arXiv:2102.08602, the recipe of its ablations (tables 3 to 5): SGD with momentum 0.9, batch
-    4096, rate 0.1 for each 256 images, 5 epochs of warm-up, cosine; weight decay 1e-4 on kernels
-    and embeddings; label smoothing 0.1; running averages of batch norm and of the parameters
-    decay by 0.9999; crops and flips, no dropout, no RandAugment; trained and tested at 224 pixels.
+  Paper: arXiv:2102.08602, tables 3 to 5 (its ablations): SGD with momentum 0.9, batch 4096, rate
+    0.1 for each 256 images, 5 epochs of warm-up, cosine; weight decay 1e-4 on kernels and
+    embeddings; label smoothing 0.1; running averages of batch norm and of the parameters decay by
+    0.9999; crops and flips, no dropout, no RandAugment; trained and tested at 224 pixels.
   Hardware: 32 TPU v3 cores in the paper. Training throughput there, in images a second on 8 cores:
     llll 1160, clll 2200, ccll 4980, cccl 7160, cccc 7240.
   Expected top-1: llll 78.4, clll 78.3, ccll 78.3, cccl 77.3, cccc 76.9 %.
@@ -127,7 +128,7 @@ def scaled(
 ) -> ConfigDict:
   """LambdaResNets from 50 to 420 layers deep, on ImageNet-1k for 350 epochs.
 
-  Paper: arXiv:2102.08602, the recipe of its speed-accuracy curve: as `imagenet`, but weight decay
+  Paper: arXiv:2102.08602, its speed-accuracy curve and appendix: as `imagenet`, but weight decay
     4e-5, RandAugment with 2 layers in TensorFlow's flavour, dropout before the classifier and
     stochastic depth, each of the strength that the appendix has for this depth and size
     (`NETWORKS`); trained and tested at the same size. The paper has batches of 4096 or 2048, tuned

@@ -50,8 +50,8 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     training images, from .003 .01 .03 .06 on ImageNet and .001 .003 .01 .03 elsewhere. Crops and
     flips alone; its headline results (table 2) have 512 pixels (H/14: 518) and averaged parameters:
     `image_size=512` and `--config.ema_decay=0.9999`.
-  Data: a TFDS name of `TRANSFERS`: imagenet2012 (20,000 steps), cifar10 and cifar100 (10,000),
-    oxford_iiit_pet and oxford_flowers102 (500). Or images of your own: `source=folder:/path`, with
+  Data: `dataset` is imagenet2012 (20,000 steps), cifar10 or cifar100 (10,000), oxford_iiit_pet or
+    oxford_flowers102 (500). Or images of your own: `source=folder:/path`, with
     the steps of the Pets; 10 % of `train` are `val`, and the folder `test` or `val` is `test`.
     With a smaller batch, divide the rate by the same factor (`configs/finetune.py` does so itself).
   Weights: `init_from`, by default the paper's ImageNet-21k checkpoint in this folder, such as

@@ -1,0 +1,216 @@
+"""docs/RECIPES.md is what the configs say. To write it:
+
+pytest tests/configs/test_recipes_page.py --update-goldens
+"""
+
+import importlib
+import inspect
+import pathlib
+import re
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "RECIPES.md"
+
+SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
+
+HEAD = """# Recipes
+
+Written by `pytest tests/configs/test_recipes_page.py --update-goldens`; do not edit.
+
+A row is a page of the lab book, a function in `configs/`, with all of its variants: train one by
+`python -m vit_jax_zoo.main --config=configs/<system>.py:<variant>`. Data, length and augmentation
+are those of the resolved configs, the rest is from the page's text, which says more. Expected
+figures are the papers' unless the page says otherwise; "ours" are those that were measured with
+this code. A batch is that of all devices together. RandAugment is not one thing: see the two
+flavours in `vit_jax_zoo/data/rand_augment.py`.
+"""
+
+COLUMNS = (
+  "variants", "data", "length", "augmentation and regularisation", "paper", "hardware", "expected",
+  "ours",
+)  # fmt: skip
+
+ENTRIES = "Paper|Data|Weights|Fields|Palette|Evaluation|Differs|Hardware|Expected|Ours"
+ENTRY = re.compile(rf"(?P<name>{ENTRIES})(?P<more>[^:]*):\s*(?P<text>.*)")
+NOT_RUN = "Not yet run here."
+
+
+def entries(function):
+  """Returns a page's entries by name; an entry goes on where lines are indented."""
+  found, name = {}, None
+  lines = getattr(function, "func", function).__doc__.split("\n")
+  for line in (line[2:] if line.startswith("  ") else line for line in lines):
+    match = ENTRY.match(line)
+    if match:
+      name, more = match["name"], match["more"].strip(" ,")
+      found[name] = f"{more}: {match['text']}" if more else match["text"]
+    elif name and line.startswith("  "):
+      found[name] += f" {line.strip()}"
+    else:
+      name = None
+  return {name: " ".join(text.replace(NOT_RUN, "").split()) for name, text in found.items()}
+
+
+TRANSFORMS = {
+  "random_resized_crop": "crop",
+  "random_crop": "crop",
+  "random_window": "crop",
+  "random_pair_crop": "crop",
+  "random_scale": "scale",
+  "random_resize_small": "scale",
+  "random_scale_crop": "scale and crop",
+  "random_flip": "flip",
+  "random_pair_turn": "turns and flips",
+  "random_translate": "shift",
+  "random_erasing": "random erasing",
+}
+
+FLAVOURS = {"rand_augment": "TensorFlow's", "timm_rand_augment": "timm's"}
+
+MIXTURES = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
+
+
+def augmentation(config):
+  """Says what a config does to training examples at random."""
+  said = []
+  for spec in map(dict, config.data.train.transforms):
+    name = spec["name"]
+    if name in FLAVOURS:
+      layers, magnitude = spec.get("num_layers", 2), spec.get("magnitude", "default")
+      said.append(f"RandAugment({layers}, {magnitude}) in {FLAVOURS[name]} flavour")
+    elif name in TRANSFORMS:
+      said.append(TRANSFORMS[name])
+    elif name == "resize_shorter" and len(spec.get("shorter", ())) > 1:
+      said.append("scale")
+    else:
+      assert not name.startswith("random"), f"{name} has no word in TRANSFORMS"
+  said += [f"{word} {config.task[f]:g}" for f, word in MIXTURES.items() if config.task.get(f)]
+  if config.task.get("label_smoothing"):
+    said.append(f"labels smoothed by {config.task.label_smoothing:g}")
+  drops = {"dropout_rate": "dropout", "drop_path_rate": "stochastic depth"}
+  said += [f"{word} {config.model[f]:g}" for f, word in drops.items() if config.model.get(f)]
+  return ", ".join(said) or "none"
+
+
+def data(config):
+  """Names the sources, and the side of the images where it is fixed."""
+  names = [config.data.train, *map(dict, config.data.train.get("mixed_with") or ())]
+  names = [spec["source"].removeprefix("tfds:") for spec in names]
+  sides = [t["size"] for t in map(dict, config.data.train.transforms) if "size" in t]
+  return " + ".join(names) + (f", {sides[-1]} px" if sides else "")
+
+
+def length(config):
+  batch = f"batch {config.batch_size}"
+  steps = config.num_steps
+  if steps == 1:
+    return "nothing is trained"
+  return f"{steps:,} steps, {batch}" if steps else f"{config.num_epochs:g} epochs, {batch}"
+
+
+def grouped(by_variant):
+  """Says once what all variants share, and else who has what."""
+  groups = {}
+  for variant, text in by_variant.items():
+    groups.setdefault(text, []).append(variant)
+  if len(groups) == 1:
+    return next(iter(groups))
+  return "<br>".join(f"{text} ({', '.join(names)})" for text, names in groups.items())
+
+
+def row(variants, configs):
+  """A page's row.
+
+  Args:
+    variants: by name, of one function.
+    configs: resolved, by name.
+  """
+  function = next(iter(variants.values()))
+  found = entries(function)
+  text = getattr(function, "func", function).__doc__
+  short = _shortened(list(variants))
+  by_variant = {short[name]: configs[name] for name in variants}
+  ours = "not yet run here" if NOT_RUN in text else found.get("Ours", "see expected")
+  cells = [
+    ", ".join(f"`{name}`" for name in variants),
+    *(grouped({n: say(c) for n, c in by_variant.items()}) for say in (data, length, augmentation)),
+    _first_words(found["Paper"]),
+    found["Hardware"].rstrip("."),
+    found["Expected"].rstrip("."),
+    ours.rstrip("."),
+  ]
+  if "dataset" in inspect.signature(function).parameters:
+    cells[1] += f"; {_first_words(found['Data'])}"
+  return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _first_words(text):
+  """Returns what stands before the details."""
+  return re.split(r"(?<=\S)(?:: |; |\. )", text)[0].rstrip(".")
+
+
+def _shortened(names):
+  """Leaves out what all names end with: `b16_imagenet`, `l16_imagenet` are b16 and l16."""
+  if len(names) == 1:
+    return {names[0]: names[0]}
+  endings = {name.rpartition("_")[2] for name in names}
+  cut = f"_{endings.pop()}" if len(endings) == 1 else ""
+  return {name: name.removesuffix(cut) for name in names}
+
+
+def pages(system):
+  """Returns the variants of each function, in order."""
+  found = {}
+  for name, variant in importlib.import_module(f"configs.{system}").VARIANTS.items():
+    function = getattr(variant, "func", variant)
+    found.setdefault(function, {})[name] = variant
+  return list(found.values())
+
+
+def page():
+  lines = [HEAD]
+  for system in SYSTEMS:
+    module = importlib.import_module(f"configs.{system}")
+    lines += [f"## {module.__doc__.strip().splitlines()[0].rstrip('.')}", ""]
+    lines += [f"`configs/{system}.py`", ""]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for variants in pages(system):
+      lines.append(row(variants, {name: module.get_config(name) for name in variants}))
+    lines.append("")
+  return "\n".join(lines)
+
+
+def test_the_page_is_current(request):
+  if request.config.getoption("--update-goldens"):
+    PAGE.write_text(page(), encoding="utf-8")
+  assert PAGE.read_text(encoding="utf-8") == page(), "regenerate it: see its first lines"
+
+
+def test_every_config_is_on_the_page():
+  folder = pathlib.Path(__file__).parents[2] / "configs"
+  text = PAGE.read_text(encoding="utf-8")
+  missing = [
+    f"{path.stem}:{name}"
+    for path in folder.glob("*.py")
+    for name in getattr(importlib.import_module(f"configs.{path.stem}"), "VARIANTS", ())
+    if f"`{name}`" not in text
+  ]
+  assert missing == []
+
+
+def test_entries_end_where_the_next_begins():
+  def function():
+    """A page.
+
+    Paper: arXiv:1, table 2: everything
+      and more. See: there.
+    Expected, at 8 pixels (a: b): 12 %
+      of it. Not yet run here.
+    Something else.
+      which is not an entry.
+    """
+
+  function.__doc__ = function.__doc__.replace("\n    ", "\n  ")
+  assert entries(function) == {
+    "Paper": "arXiv:1, table 2: everything and more. See: there.",
+    "Expected": "at 8 pixels (a: b): 12 % of it.",
+  }
