@@ -160,8 +160,9 @@ def coco(
     switched off, and norms over all devices, which need no switch here: set
     `--config.model.backbone.norm=batch_norm` to train them.
   Differs from the code: the warm-up begins at 0, not at a third of the rate.
-  Weights: Caffe's ResNet-50 in the official variants (`weights/rcnn_detectron.py`), torchvision's
-    in the others; give a run or a file to `--config.init_from`.
+  Weights: the backbone starts from `--config.task.backbone_file`: Caffe's ResNet-50 in the official
+    variants (R-50.pkl or resnet50_caffe.pth), torchvision's in the others. `--config.init_from`
+    takes a whole detector: a run, torchvision's files, or a state dict of the official code's.
   Hardware: 8 GPUs, 2 images each.
   Expected: up to 8.5 % more box AP and 6.0 % more mask AP, relative to the plain bottom-up pyramid,
     on test-dev (abstract).

@@ -264,7 +264,9 @@ def _starting_state(
   def pretrain(variables: Variables) -> Variables:
     learned = experiment.task.prepare(_preview(experiment))
     variables = {**variables, **all_gather_objects(learned)[0]}
-    variables = weights.load_parts(experiment.task.weight_files, variables)
+    files = experiment.task.weight_files
+    sources = {k: restore_variables(f) if is_checkpoint(f) else f for k, f in files.items()}
+    variables = weights.load_parts(sources, variables)
     path = experiment.config.init_from
     grid = _token_grid(experiment, program)
     return _read_weights(path, variables, grid) if path else variables

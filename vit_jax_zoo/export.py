@@ -28,7 +28,7 @@ from etils import epath
 
 from vit_jax_zoo import command_line
 from vit_jax_zoo.inference.load import load_pretrained
-from vit_jax_zoo.models.registry import family_of, variants
+from vit_jax_zoo.models.registry import PARTS, family_of, variants
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.run_config import CONFIG_FILE, DATA_FILE
@@ -78,7 +78,7 @@ def formats_of(family: str) -> tuple[str, ...]:
     for form in FORMATS
     if form.family == family and hasattr(form.load(), "write_checkpoint")
   ]
-  return (*published, "orbax", "stablehlo")
+  return (*published, *(() if family in PARTS else ("orbax", "stablehlo")))
 
 
 def write(pretrained: Pretrained, form: str, path: str) -> None:

@@ -1,4 +1,5 @@
 import functools
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +7,14 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 from tests.conftest import golden_folder
 from tests.torch_zip import read_pth
+from vit_jax_zoo import create_model
 from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
-from vit_jax_zoo.weights import WeightsError, fpt_pt
+from vit_jax_zoo.weights import fpt_pt, load_pretrained
+from vit_jax_zoo.weights.load import flatten_variables
 
 CHANNELS = (256, 512, 1024, 2048)
 
@@ -45,7 +49,7 @@ def count(model, sides=((8, 8), (4, 4), (2, 2), (1, 1))):
 
 
 def test_parameter_counts_of_the_code():
-  total, of = count(FeaturePyramidTransformer(flavor="official"))
+  total, of = count(create_model("fpt_pyramid_official"))
   assert total == 23_027_456
   assert [of[f"self_{i}"] for i in range(4)] == [198_144] * 4
   grounds = [v for k, v in of.items() if k.startswith("ground")]
@@ -53,8 +57,8 @@ def test_parameter_counts_of_the_code():
   assert (grounds, renders) == ([132_224] * 6, [1_443_328] * 6)
   assert [of[f"lateral_{i}"] for i in range(4)] == [65_792, 131_328, 262_400, 524_544]
   assert [of[f"join_{i}"] for i in range(4)] == [2_949_376] * 4
-  for norm in ("batch_norm", "group_norm"):
-    assert count(FeaturePyramidTransformer(flavor="official", norm=norm))[0] == 23_029_504
+  assert count(create_model("fpt_pyramid_official_gn"))[0] == 23_029_504
+  assert count(create_model("fpt_pyramid_official", norm="batch_norm"))[0] == 23_029_504
 
 
 def test_parameter_counts_of_the_paper():
@@ -67,9 +71,12 @@ def test_parameter_counts_of_the_paper():
 
 
 @functools.cache
-def golden_variables(name, rendering="head"):
-  published = weights(name)
-  return fpt_pt.from_published(published, source=name, rendering=rendering)
+def golden_model(name, rendering="head"):
+  """The fixture's model through the public door, by way of a file."""
+  with tempfile.TemporaryDirectory() as folder:
+    save_file(weights(name), f"{folder}/fpt.safetensors")
+    loaded = load_pretrained(f"{folder}/fpt.safetensors", rendering=rendering)
+  return loaded.model, loaded.variables
 
 
 @pytest.mark.parametrize(
@@ -84,7 +91,7 @@ def golden_variables(name, rendering="head"):
 def test_golden_of_the_code(load_golden, name, variant):
   _, inputs, outputs = load_golden(name)
   rendering = "november_2020" if variant == "nov2020" else "head"
-  model, variables = golden_variables(name, rendering)
+  model, variables = golden_model(name, rendering)
   pyramid = [nhwc(inputs[f"res{i}"]) for i in range(2, 6)]
   out, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
     variables, pyramid
@@ -110,47 +117,10 @@ def test_golden_of_the_code(load_golden, name, variant):
   assert checked >= 10
 
 
-@pytest.mark.parametrize("name", ["fpt_a", "fpt_gn_a"])
-def test_a_state_dict_comes_back_bit_for_bit(name):
-  published = weights(name)
-  _, variables = golden_variables(name)
-  prefixed = fpt_pt.write_variables(variables, prefix="Conv_Body.")
-  assert {key.removeprefix("Conv_Body.") for key in prefixed} == published.keys()
-  again = fpt_pt.read_variables(
-    {**prefixed, "RPN.conv.weight": np.zeros(3)}, variables, prefix="Conv_Body."
-  )
-  written = fpt_pt.write_variables(again)
-  assert written.keys() == published.keys()
-  for key, array in published.items():
-    assert written[key].dtype == array.dtype
-    np.testing.assert_array_equal(written[key], array, err_msg=key)
-
-
-def test_problems_of_a_file_are_one_line():
-  published, variables = weights("fpt_a"), golden_variables("fpt_a")[1]
-  with pytest.raises(WeightsError, match="holds no FPT of the authors' code"):
-    fpt_pt.infer_fields({"conv1.weight": np.zeros(3)})
-  for key, message in (
-    ("st_p4.conv_ks.bias", "st_p4.conv_ks.bias is not what conv_qs holds"),
-    ("fpt_p3.weight", "missing: join_1/kernel"),
-    ("gt_p2_p4.g.bias", "wrong shape: gt_p2_p4.g.bias"),
-  ):
-    changed = dict(published)
-    if "conv_ks" in key:
-      changed[key] = published[key] + 1
-    elif "bias" in key:
-      changed[key] = published[key][1:]
-    else:
-      changed.pop(key)
-    with pytest.raises(WeightsError, match=message) as caught:
-      fpt_pt.read_variables(changed, variables, source="fpt.pth")
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.slow
 def test_training_curve_golden(load_golden):
   config, inputs, outputs = load_golden("train_fpt_a")
-  model, variables = golden_variables("fpt_gn_a")
+  model, variables = golden_model("fpt_gn_a")
   model = model.clone(dropout_rate=0.0)
   optimizer = optax.sgd(config["optimizer"]["lr"], momentum=config["optimizer"]["momentum"])
 
@@ -177,7 +147,7 @@ def test_training_curve_golden(load_golden):
     norms.append(float(norm))
   np.testing.assert_allclose(losses, outputs["loss"], rtol=1e-5)
   np.testing.assert_allclose(norms, outputs["grad_norm"], rtol=2e-4)
-  final = fpt_pt.write_variables({"params": params, "batch_stats": stats})
+  final = fpt_pt.state_dict(flatten_variables({"params": params, "batch_stats": stats}))
   start = weights("fpt_gn_a")
   for key, expected in outputs.items():
     if key.startswith(("param/", "bn/")):

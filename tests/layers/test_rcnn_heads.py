@@ -12,6 +12,8 @@ from vit_jax_zoo.layers.rcnn_heads import BoxHead, BoxOutputs, MaskHead, RegionP
 from vit_jax_zoo.layers.resnet import ResNet
 from vit_jax_zoo.ops import rcnn_losses as losses
 from vit_jax_zoo.weights import rcnn_detectron as detectron
+from vit_jax_zoo.weights import table
+from vit_jax_zoo.weights.load import flatten_variables, unflatten_variables
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,14 @@ def loaded(module, name, inputs, rows, weights, keys, **fields):
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), inputs, **fields))
   tree = {kind: {name: leaves} for kind, leaves in shapes.items()}
   own = {k: v for k, v in weights.items() if k.startswith(keys)}
-  variables = detectron.read_part(own, tree, rows)
-  again = detectron.write_part(variables, rows)
+  wanted = {path: leaf.shape for path, leaf in flatten_variables({"params": {}, **tree}).items()}
+  flat = table.read(detectron.unfold_norms(own), rows, wanted, source="the fixture")
+  again = detectron.fold_norms(table.write(flat, rows))
   assert set(again) == set(own)
   for key, array in own.items():
     np.testing.assert_array_equal(again[key], array)
-  return {kind: leaves[name] for kind, leaves in variables.items()}
+  variables = unflatten_variables(flat, {"params": {}, **tree})
+  return {kind: leaves[name] for kind, leaves in variables.items() if leaves}
 
 
 def test_the_official_backbone(load_golden, weights):

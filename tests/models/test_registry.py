@@ -6,7 +6,7 @@ from vit_jax_zoo import create_model, list_models
 from vit_jax_zoo.models import registry
 
 IMAGE_SIZES = {"igpt": 32}
-OWN_COUNTS = ("lambda_resnet", "ttsr", "faster_rcnn", "mask_rcnn")
+OWN_COUNTS = ("lambda_resnet", "ttsr", "faster_rcnn", "mask_rcnn", "fpt_pyramid")
 
 
 def counted_here():

@@ -75,6 +75,11 @@ def load(path: str, *, class_names: Sequence[str] = (), **options: Any) -> Train
   if is_checkpoint(path):
     return _load_run(path, class_names, options)
   published = weights.load_pretrained(path, **options)
+  if not published.task:
+    raise ValueError(
+      f"{path} holds a part of a network, which takes no pictures; train a detector that starts "
+      "from it: --config.task.neck_file"
+    )
   fields = dict(published.task_fields)
   fields |= {"num_classes": published.config.get("num_classes")}
   if published.task == "classification" and fields["num_classes"] is None:

@@ -32,8 +32,12 @@ def _variant(depth: int, **fields: Any) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
   **{f"fpt_segmentation_r{depth}": _variant(depth) for depth in (50, 101)},
   **{f"fpt_segmentation_r{depth}_ufp": _variant(depth, neck="ufp") for depth in (50, 101)},
+  "fpt_pyramid": {},
+  "fpt_pyramid_official": {"flavor": "official"},
+  "fpt_pyramid_official_gn": {"flavor": "official", "norm": "group_norm"},
 }
-"""Fields of `PyramidSegmenter` by model name; "ufp" is the same without the transformer."""
+"""Fields by model name: of `PyramidSegmenter`, "ufp" being the same without the transformer; and of
+the `FeaturePyramidTransformer` alone, which takes a pyramid in place of images."""
 
 SHARDING_RULES = (
   (r".*/(bias|scale|mixture)", ()),

@@ -20,9 +20,13 @@ FAMILIES = {
   "faster_rcnn": ("vit_jax_zoo.models.rcnn", "RCNN"),
   "mask_rcnn": ("vit_jax_zoo.models.rcnn", "RCNN"),
   "fpt_segmentation": ("vit_jax_zoo.models.fpt", "PyramidSegmenter"),
+  "fpt_pyramid": ("vit_jax_zoo.models.fpt", "FeaturePyramidTransformer"),
 }
 """Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`; families
 may share one, each with the names that begin with its own."""
+
+PARTS = ("fpt_pyramid",)
+"""Families that are a part of other models: they are called with something else than images."""
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
@@ -53,8 +57,8 @@ def family_of(model: nn.Module) -> str:
   Raises:
     ValueError: its class is in no family.
   """
-  for family, (module, class_name) in FAMILIES.items():
-    if (type(model).__module__, type(model).__name__) == (module, class_name):
+  for family, (_, class_name) in FAMILIES.items():
+    if type(model).__name__ == class_name and model_class(family) is type(model):
       return family
   raise ValueError(f"{type(model).__name__} is not the class of any model in this zoo")
 

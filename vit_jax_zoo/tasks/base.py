@@ -143,7 +143,7 @@ class Task(abc.ABC):
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """Published files that parts of the variables start from, by the part's path; none by default.
+    """Files or runs of ours that parts of the variables start from, by the part's path; or none.
 
     "vgg" is a collection, "params/generator/extractor" a part of the parameters, "*/backbone" a
     part of every collection. Whatever a run starts from as a whole (`init_from`) comes afterwards.

@@ -8,7 +8,7 @@ through the choice.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from vit_jax_zoo.ops import rcnn_losses as losses
 from vit_jax_zoo.ops.anchors import inside_images
 from vit_jax_zoo.ops.box_coding import Weights, encode_boxes
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
-from vit_jax_zoo.ops.detection_conventions import Convention
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.proposal_sampling import assign_anchors, assign_proposals, sample_boxes
 from vit_jax_zoo.ops.proposals import DetectionLimits, choose_detections
@@ -31,41 +30,9 @@ from vit_jax_zoo.ops.roi_align import crop_masks
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection import IMAGENET_MEAN, IMAGENET_STD, image_size
+from vit_jax_zoo.tasks.two_stage import Rois, Targets, TwoStageModel
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.instances import draw_masks
-
-
-@runtime_checkable
-class TwoStageModel(base.Model, Protocol):
-  """A model with the methods `propose`, `classify` and (with masks) `segment`: `models.rcnn`."""
-
-  @property
-  def has_masks(self) -> bool:
-    """Whether it gives masks."""
-    ...
-
-  @property
-  def small_print(self) -> Convention:
-    """How its implementation does what implementations do differently."""
-    ...
-
-
-class _Targets(NamedTuple):
-  """What is to be found in each image, padded."""
-
-  boxes_xyxy: Float[Array, "b t 4"]  # pixels
-  labels: Int[Array, "b t"]
-  is_target: Bool[Array, "b t"]  # without crowds
-  is_crowd: Bool[Array, "b t"]
-
-
-class _Rois(NamedTuple):
-  """Boxes from which the second stage learns, foreground first."""
-
-  boxes_xyxy: Float[Array, "b r 4"]
-  target: Int[Array, "b r"]
-  exists: Bool[Array, "b r"]
-  foreground: Bool[Array, "b r"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +64,10 @@ class InstanceDetection(base.Task):
     class_names: by class id; for pictures and scores of single classes.
     score_threshold: pictures show what is at least as sure.
     per_class: evaluations score each class, too.
+    backbone_file: what the model's backbone starts from, where the run has no `init_from`: a ResNet
+      of torchvision's, timm's, Hugging Face's or Caffe's, a LambdaResNet of timm's, or the workdir
+      of a classifier of ours; see `weights.backbones`.
+    neck_file: what its neck starts from: a state dict of the official FPT's, or a workdir.
   """
 
   model: TwoStageModel
@@ -121,6 +92,8 @@ class InstanceDetection(base.Task):
   class_names: tuple[str, ...] = ()
   score_threshold: float = 0.7
   per_class: bool = False
+  backbone_file: str | None = None
+  neck_file: str | None = None
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
@@ -136,6 +109,12 @@ class InstanceDetection(base.Task):
   def best_metric(self) -> str:
     """COCO's average precision of boxes."""
     return "box_ap"
+
+  @property
+  def weight_files(self) -> Mapping[str, str]:
+    """Those of backbone and neck, if they are to start from files."""
+    files = {"*/backbone": self.backbone_file, "*/neck": self.neck_file}
+    return {part: file for part, file in files.items() if file}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
     """Returns the model's fresh variables for images of this batch's shape."""
@@ -180,7 +159,7 @@ class InstanceDetection(base.Task):
     terms |= self._box_losses(logits, deltas, rois, targets, share)
     if self.model.has_masks:
       most = max(round(self.roi_samples * self.roi_foreground), 1)
-      first = _Rois(*(x[:, :most] for x in rois))
+      first = Rois(*(x[:, :most] for x in rois))
       mask_logits = run("segment", found.pyramid, first.boxes_xyxy)
       terms["mask_loss"] = share * self._mask_loss(mask_logits, first, targets, batch)
     loss = sum(terms.values())
@@ -263,7 +242,7 @@ class InstanceDetection(base.Task):
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
 
-  def _targets(self, batch: base.Batch) -> _Targets:
+  def _targets(self, batch: base.Batch) -> Targets:
     """Returns the targets in pixels, harmless boxes in the padding, whatever it holds."""
     real = jnp.asarray(batch["is_target"]).astype(bool) & base.example_mask(batch)[:, None]
     crowd = real & jnp.asarray(batch.get("is_crowd", jnp.zeros_like(real))).astype(bool)
@@ -271,12 +250,12 @@ class InstanceDetection(base.Task):
     scale = jnp.tile(size[:, None, ::-1], (1, 1, 2))
     boxes = cxcywh_to_xyxy(jnp.asarray(batch["boxes_cxcywh"], jnp.float32)) * scale
     boxes = jnp.where(real[..., None], boxes, 0.0)
-    return _Targets(boxes, jnp.asarray(batch["labels"]), real & ~crowd, crowd)
+    return Targets(boxes, jnp.asarray(batch["labels"]), real & ~crowd, crowd)
 
   def _anchor_losses(
     self,
     found: Any,
-    targets: _Targets,
+    targets: Targets,
     batch: base.Batch,
     rng: jax.Array,
     normalizers: Mapping[str, Array],
@@ -313,11 +292,11 @@ class InstanceDetection(base.Task):
     }
 
   def _sampled_proposals(
-    self, found: Any, targets: _Targets, mask: Bool[Array, " b"], rng: jax.Array
-  ) -> _Rois:
+    self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
+  ) -> Rois:
     """Draws from the proposals and the targets themselves, which are among them from the start."""
 
-    def one_image(rng: Array, boxes: Array, exists: Array, targets: _Targets) -> tuple[Array, ...]:
+    def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> tuple[Array, ...]:
       assigned = assign_proposals(
         boxes,
         targets.boxes_xyxy,
@@ -333,9 +312,9 @@ class InstanceDetection(base.Task):
     boxes = jnp.concatenate([found.boxes_xyxy, targets.boxes_xyxy], axis=1)
     exists = jnp.concatenate([found.exists & mask[:, None], targets.is_target], axis=1)
     keys = jax.random.split(rng, len(mask))
-    return _Rois(*jax.vmap(one_image)(keys, boxes, exists, targets))
+    return Rois(*jax.vmap(one_image)(keys, boxes, exists, targets))
 
-  def _roi_labels(self, rois: _Rois, targets: _Targets) -> Int[Array, "b r"]:
+  def _roi_labels(self, rois: Rois, targets: Targets) -> Int[Array, "b r"]:
     labels = jax.vmap(losses.rows)(targets.labels, rois.target)
     return jnp.where(rois.foreground, labels, self.num_classes)
 
@@ -343,8 +322,8 @@ class InstanceDetection(base.Task):
     self,
     logits: Float[Array, "b r k"],
     deltas: Float[Array, "b r k 4"],
-    rois: _Rois,
-    targets: _Targets,
+    rois: Rois,
+    targets: Targets,
     share: Float[Array, ""],
   ) -> dict[str, Array]:
     if logits.shape[-1] != self.num_classes + 1:
@@ -366,8 +345,8 @@ class InstanceDetection(base.Task):
   def _mask_loss(
     self,
     logits: Float[Array, "b r m m k"],
-    rois: _Rois,
-    targets: _Targets,
+    rois: Rois,
+    targets: Targets,
     batch: base.Batch,
   ) -> Float[Array, ""]:
     """Returns the mean over the boxes on objects."""
@@ -393,7 +372,7 @@ _SHARES = (
 _COUNTS = ("num_classes", "anchor_samples", "roi_samples", "max_detections", "max_candidates")
 
 
-def _recall(found: Any, targets: _Targets) -> base.Mean:
+def _recall(found: Any, targets: Targets) -> base.Mean:
   overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
   covered = jnp.any((overlap >= 0.5) & found.exists[:, None], axis=2)
   return base.Mean.of(covered.astype(jnp.float32), targets.is_target)

@@ -38,7 +38,7 @@ class SemanticSegmentation(base.Task):
     class_names: by class id; for pictures and scores of single classes.
     per_class: evaluations score each class, too.
     backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
-      no `init_from`: torchvision's or timm's ResNet, or Hugging Face's.
+      no `init_from`: a file with a ResNet, see `weights.backbones`, or a workdir of ours.
   """
 
   model: base.Model

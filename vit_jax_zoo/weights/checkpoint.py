@@ -30,7 +30,7 @@ class Checkpoint:
       collection begins with its name: "batch_stats/stem/norm/mean", "palette/clusters".
     fields: of the model's class, all that the arrays determine.
     preprocess: what happens to pictures.
-    task: what the weights were trained for, a key of `tasks.TASKS`.
+    task: what the weights were trained for, a key of `tasks.TASKS`; "" of a part of a network.
     task_fields: of that task, beside the model and what `preprocess` knows: `class_names`, ...
     ignore: regular expressions of keys that may stay unused.
     heads: our paths begin so where a new task may start afresh: when the number of classes is

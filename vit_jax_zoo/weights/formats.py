@@ -50,6 +50,10 @@ FORMATS = (
   Format("detr", "pth", "detr_official", "the official code's DETR"),
   Format("detr", "hf", "detr_hf", "Hugging Face's DETR"),
   Format("ttsr", "pt", "ttsr_pt", "the official code's TTSR"),
+  Format("faster_rcnn", "pth-torchvision", "rcnn_torchvision", "torchvision's R-CNN"),
+  Format("faster_rcnn", "pth", "rcnn_fpt", "the official code's detectors with FPT"),
+  Format("fpt_pyramid", "pth", "fpt_pt", "the official code's FPT"),
+  Format("faster_rcnn", "pth-fpt", "fpt_pt", "the official code's FPT"),
 )
 """In the order in which they are asked whether a file is theirs."""
 
@@ -67,7 +71,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     if module.is_of(published.arrays):
       return _guarded(module.read_checkpoint, published, form)
   keys = ", ".join(sorted(published.arrays)[:3]) or "none"
-  known = ", ".join(form.described for form in FORMATS)
+  known = ", ".join(dict.fromkeys(form.described for form in FORMATS))
   raise WeightsError(f"{path} holds no weights of {known}; its keys begin with {keys}")
 
 

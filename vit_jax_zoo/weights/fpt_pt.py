@@ -11,24 +11,32 @@ and never uses are parameters here, too, so that nothing of a file is lost.
 Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
-from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.published import Published, read_published
 from vit_jax_zoo.weights.table import Array, Flat, Row, Transform, WeightsError, read, write
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, write_safetensors
 
 FINEST = 2
 """The file counts its levels from p2."""
 LEVELS = 4
 
-_STATISTICS = "batch_stats/"
+BODY = "Conv_Body."
+"""What the keys begin with in a whole detector."""
+
+STATISTICS = "batch_stats/"
 _COUNTER = "num_batches_tracked"
+IGNORE = (rf".*\.{_COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
+"""Counters; the second names of shared convolutions, which are compared; and what a file of HEAD
+has beyond the rendering of before November 2020, where that is asked for."""
 
 
 def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:
@@ -51,8 +59,8 @@ def _norm_rows(published: str, ours: str) -> list[Row]:
   return [
     Row(f"{published}.weight", f"{ours}/scale"),
     Row(f"{published}.bias", f"{ours}/bias"),
-    Row(f"{published}.running_mean", f"{_STATISTICS}{ours}/mean"),
-    Row(f"{published}.running_var", f"{_STATISTICS}{ours}/var"),
+    Row(f"{published}.running_mean", f"{STATISTICS}{ours}/mean"),
+    Row(f"{published}.running_var", f"{STATISTICS}{ours}/var"),
   ]
 
 
@@ -107,7 +115,14 @@ def _join_rows(published: str, ours: str) -> list[Row]:
   ]
 
 
-def _table(prefix: str, *, with_norm: bool) -> tuple[Row, ...]:
+def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row, ...]:
+  """Returns the table of an FPT.
+
+  Args:
+    prefix: what the file's keys begin with.
+    ours: what our paths begin with, behind a collection's name.
+    with_norm: whether norms stand behind the lateral and the joining convolutions.
+  """
   rows: list[Row] = []
   for level in range(LEVELS):
     own = f"p{level + FINEST}"
@@ -118,10 +133,16 @@ def _table(prefix: str, *, with_norm: bool) -> tuple[Row, ...]:
         rows += ground_rows(f"{prefix}gt_{pair}", f"ground_{level}_{other}")
       if other < level:
         rows += render_rows(f"{prefix}rt_{pair}", f"render_{level}_{other}")
-    for theirs, ours in ((f"fpn_{own}_1x1", "lateral"), (f"fpt_{own}", "join")):
-      joins = _join_rows(prefix + theirs, f"{ours}_{level}")
+    for theirs, name in ((f"fpn_{own}_1x1", "lateral"), (f"fpt_{own}", "join")):
+      joins = _join_rows(prefix + theirs, f"{name}_{level}")
       rows += [row for row in joins if with_norm == bool(re.search(r"\.[01]\.\w+$", row.published))]
-  return tuple(rows)
+  return tuple(_below(ours, row) for row in rows)
+
+
+def _below(ours: str, row: Row) -> Row:
+  collection = STATISTICS if row.ours.startswith(STATISTICS) else ""
+  path = f"{collection}{ours}{row.ours.removeprefix(STATISTICS)}"
+  return Row(row.published, path, row.transform)
 
 
 def is_of(published: Mapping[str, Array], prefix: str = "") -> bool:
@@ -135,11 +156,12 @@ def infer_fields(
   """Returns the fields of the `FeaturePyramidTransformer` that a state dict is of.
 
   Raises:
-    WeightsError: there is none in it.
+    WeightsError: there is none in it; or `conv_qs` and `conv_ks` hold different things.
   """
   if not is_of(published, prefix):
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no FPT of the authors' code; its keys begin with {keys}")
+  _check_shared(published, prefix, source)
   mixture = published.get(f"{prefix}st_p5.attention.weight")
   norm = "none"
   if f"{prefix}fpt_p2.1.weight" in published:
@@ -155,97 +177,115 @@ def infer_fields(
   }
 
 
-def read_variables(
-  published: Mapping[str, Array],
-  variables: Mapping[str, Any],
-  *,
-  prefix: str = "",
-  source: str = "the file",
-) -> dict[str, Any]:
-  """Brings a state dict into the structure of the official flavour's variables.
+@dataclasses.dataclass(frozen=True)
+class FptCheckpoint(Checkpoint):
+  """A file with an FPT alone: the model is called with a pyramid.
 
-  Args:
-    published: by key; others than those of `prefix` are not looked at.
-    variables: of a `FeaturePyramidTransformer`, as arrays or shapes.
-    prefix: of the FPT's keys.
-    source: the file's name, for the message.
+  Attributes:
+    channels: of the backbone's maps, from fine to coarse.
+  """
+
+  channels: tuple[int, ...] = ()
+
+  def example_inputs(self, size: Size) -> tuple[Any, ...]:
+    """Returns a pyramid of the least sizes: parameters do not depend on them."""
+    del size
+    sides = [2**level for level in reversed(range(LEVELS))]
+    pyramid = [
+      np.zeros((1, n, n, c), np.float32) for n, c in zip(sides, self.channels, strict=True)
+    ]
+    return (pyramid,)
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a state dict of the authors' class.
 
   Raises:
-    WeightsError: the arrays do not fit; all that is wrong is listed. Or `conv_qs` and `conv_ks`
-      hold different things.
+    WeightsError: there is none in it.
   """
-  own = {key: array for key, array in published.items() if key.startswith(prefix)}
-  _check_shared(own, source)
-  shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(variables).items()}
-  table = _table(prefix, with_norm="join_0_norm/scale" in shapes)
-  ignore = [rf".*\.{_COUNTER}", r".*\.conv_ks\..*"]
-  if not any(path.endswith("halve/kernel") for path in shapes):
-    ignore.append(r".*\.str_conv3x3\.weight")  # a file of HEAD, in the rendering of before
-  flat = read(own, table, shapes, source=source, ignore=ignore)
-  tree: dict[str, Any] = {name: {} for name in variables}
-  for path, array in flat.items():
-    collection = "batch_stats" if path.startswith(_STATISTICS) else "params"
-    tree[collection][path.removeprefix(_STATISTICS)] = array
-  return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in tree.items()}
+  arrays = published.arrays
+  fields = infer_fields(arrays, source=published.path)
+  first = ".0" if fields["norm"] != "none" else ""
+  laterals = [f"fpn_p{level + FINEST}_1x1{first}.weight" for level in range(LEVELS)]
+  return FptCheckpoint(
+    source=published.path,
+    family="fpt_pyramid",
+    arrays=arrays,
+    table=neck_rows(with_norm=fields["norm"] != "none"),
+    fields=fields,
+    preprocess=Preprocess((800, 800)),
+    task="",
+    ignore=IGNORE,
+    heads=(),
+    channels=tuple(arrays[key].shape[1] for key in laterals),
+  )
 
 
-def write_variables(variables: Mapping[str, Any], *, prefix: str = "") -> Flat:
-  """Returns the official flavour's variables as the authors' state dict.
+def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
+  """Returns the arrays of a detector's neck by path, from a file with the FPT alone or with more.
+
+  Args:
+    path: of the file.
+    shapes: of the neck's variables, by path as in `Checkpoint.table`.
+
+  Raises:
+    WeightsError: the file holds no FPT, or another than `shapes` wants.
+  """
+  arrays = read_published(path).arrays
+  prefix = "" if is_of(arrays) else BODY
+  fields = infer_fields(arrays, prefix=prefix, source=path)
+  rows = neck_rows(prefix, with_norm=fields["norm"] != "none")
+  ignore = (*IGNORE, rf"(?!{re.escape(prefix)}).*", rf"{re.escape(BODY)}conv_body\..*")
+  return read(arrays, rows, shapes, source=path, ignore=ignore)
+
+
+def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "") -> Flat:
+  """Returns an FPT of the official flavour as the authors' code names it.
 
   PyTorch's counters of batches, which batch norm with a fixed momentum never reads, are zero.
+
+  Args:
+    variables: by path, as in `Checkpoint.table`.
+    ours: what the FPT's paths begin with; others are left out.
+    prefix: what the keys are to begin with.
 
   Raises:
     WeightsError: the code has no name for some of them.
   """
-  flat = {path: np.asarray(array) for path, array in _flatten(variables).items()}
-  published = write(flat, _table(prefix, with_norm="join_0_norm/scale" in flat))
+  own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
+  with_norm = f"{ours}join_0_norm/scale" in own
+  published = write(own, neck_rows(prefix, ours, with_norm=with_norm))
   again = {k.replace(".conv_qs.", ".conv_ks."): a for k, a in published.items() if ".conv_qs." in k}
   counted = [key for key in published if key.endswith(".running_mean")]
   counters = {key.replace("running_mean", _COUNTER): np.zeros((), np.int64) for key in counted}
   return {**published, **again, **counters}
 
 
-def from_published(
-  published: Mapping[str, Array],
-  *,
-  channels: tuple[int, ...] = (256, 512, 1024, 2048),
-  prefix: str = "",
-  source: str = "the file",
-  **overrides: Any,
-) -> tuple[FeaturePyramidTransformer, dict[str, Any]]:
-  """Returns the module that a state dict is of, and its variables.
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes the FPT, alone or out of a detector, as the authors' class loads it.
 
   Args:
-    published: the state dict, as numpy arrays.
-    channels: of the backbone's maps, from fine to coarse.
-    prefix: of the FPT's keys.
-    source: the file's name, for messages.
-    **overrides: fields of `FeaturePyramidTransformer`, such as `dtype`.
+    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    export: of an FPT, or of a detector with one as its neck.
 
   Raises:
-    WeightsError: the file holds no FPT, or it does not fit.
+    WeightsError: there is none of the official flavour, with its four levels.
   """
-  fields = {**infer_fields(published, prefix=prefix, source=source), **overrides}
-  model = FeaturePyramidTransformer(**fields)
-  pyramid = [
-    jax.ShapeDtypeStruct((1, 2**i, 2**i, c), np.float32)
-    for i, c in zip(reversed(range(LEVELS)), channels, strict=True)
-  ]
-  shapes = jax.eval_shape(model.init, jax.random.key(0), pyramid)
-  return model, read_variables(published, shapes, prefix=prefix, source=source)
+  ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
+  if f"{ours}render_1_0/gate_norm/scale" not in export.variables:
+    raise WeightsError("the authors' code has no FPT but that of flavor='official'")
+  arrays = contiguous(state_dict(export.variables, ours))
+  if not is_of(arrays):
+    raise WeightsError(f"the authors' code has an FPT of {LEVELS} levels alone")
+  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
 
 
-def _check_shared(published: Mapping[str, Array], source: str) -> None:
+def _check_shared(published: Mapping[str, Array], prefix: str, source: str) -> None:
   for key, array in published.items():
     twin = published.get(key.replace(".conv_ks.", ".conv_qs."))
-    if ".conv_ks." in key and (twin is None or not np.array_equal(array, twin)):
+    is_key = key.startswith(prefix) and ".conv_ks." in key
+    if is_key and (twin is None or not np.array_equal(array, twin)):
       raise WeightsError(
         f"{source} does not fit the model; {key} is not what conv_qs holds, though the code shares "
         "one convolution between the two"
       )
-
-
-def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-  params = traverse_util.flatten_dict(variables["params"], sep="/")
-  statistics = traverse_util.flatten_dict(variables.get("batch_stats", {}), sep="/")
-  return {**params, **{_STATISTICS + path: leaf for path, leaf in statistics.items()}}

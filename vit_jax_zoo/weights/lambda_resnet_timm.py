@@ -143,7 +143,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     source=published.path,
     family="lambda_resnet",
     arrays=arrays,
-    table=_table_of(arrays),
+    table=table_of(arrays),
     fields=fields,
     preprocess=preprocess,
     task_fields=settings.task_fields,
@@ -224,7 +224,7 @@ def read_variables(
     WeightsError: the arrays do not fit the model; all that is wrong is listed.
   """
   shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(variables).items()}
-  flat = read(published, _table_of(published), shapes, source=source, ignore=IGNORE)
+  flat = read(published, table_of(published), shapes, source=source, ignore=IGNORE)
   tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
   for path, array in flat.items():
     collection = "batch_stats" if path.startswith(_STATISTICS) else "params"
@@ -315,7 +315,8 @@ def _has_scope(published: Mapping[str, Array]) -> bool:
   return any(key.endswith(".conv_lambda.weight") for key in published)
 
 
-def _table_of(published: Mapping[str, Array]) -> tuple[Row, ...]:
+def table_of(published: Mapping[str, Array]) -> tuple[Row, ...]:
+  """Returns the rows between a file's keys and the paths of a `LambdaResNet`."""
   return TABLE if _has_scope(published) else RELATIVE_TABLE
 
 

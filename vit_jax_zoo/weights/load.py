@@ -12,13 +12,11 @@ from flax import linen as nn
 from flax import traverse_util
 
 from vit_jax_zoo.models.registry import check_fields, model_class
-from vit_jax_zoo.weights import hub, resnet_torchvision, table
+from vit_jax_zoo.weights import hub, table
 from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.formats import read_checkpoint
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.published import read_published
 from vit_jax_zoo.weights.table import WeightsError
-from vit_jax_zoo.weights.vgg_torchvision import load_vgg
 from vit_jax_zoo.weights.vit_checkpoint import POSITIONS, VitCheckpoint
 
 GENERATOR = "generator"
@@ -34,7 +32,7 @@ class Pretrained:
     variables: `{"params": ..., ...}`, numpy arrays.
     preprocess: pictures -> images.
     config: the model's fields, and "image_size".
-    task: what the weights were trained for, a key of `tasks.TASKS`.
+    task: what the weights were trained for, a key of `tasks.TASKS`; "" of a part of a network.
     task_fields: of that task, where the file knows them: `class_names`, ...
   """
 
@@ -144,58 +142,6 @@ def load_into(
     inner = _fit(checkpoint, {"params": variables["params"][GENERATOR]})["params"]
     return {**variables, "params": {**variables["params"], GENERATOR: inner}}
   return _fit(checkpoint, variables)
-
-
-def load_parts(files: Mapping[str, str], variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads networks that others have trained into parts of the variables.
-
-  Args:
-    files: by the part's path, such as "vgg" or "params/generator/extractor": a file with
-      torchvision's VGG-19. "*/backbone" is the part of that name in every collection: a file with
-      a ResNet, see `resnet_torchvision`.
-    variables: as arrays, or as their shapes.
-
-  Returns:
-    Variables of the same structure; parts that are not there are passed over.
-
-  Raises:
-    ValueError: a file is missing, or another's.
-  """
-  if not files:
-    return dict(variables)
-  flat = traverse_util.flatten_dict(dict(variables), sep="/")
-  for part, file in files.items():
-    if part.startswith("*/"):
-      flat |= _load_resnet(hub.resolve(file), flat, part.removeprefix("*/"))
-      continue
-    inside = {k: leaf for k, leaf in flat.items() if k.startswith(f"{part}/")}
-    if not inside:
-      continue
-    shapes = traverse_util.unflatten_dict(
-      {k.removeprefix(f"{part}/"): leaf for k, leaf in inside.items()}, sep="/"
-    )
-    logging.info("%s starts as %s", part, file)
-    found = traverse_util.flatten_dict(load_vgg(file, shapes), sep="/")
-    flat |= {f"{part}/{k}": array for k, array in found.items()}
-  return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _load_resnet(file: str, flat: Mapping[str, Any], part: str) -> dict[str, Any]:
-  """Returns the arrays of a ResNet's file by path; nothing where there is no such part."""
-  paths = {
-    path: path.replace(f"/{part}/", "/", 1).removeprefix("params/")
-    for path in flat
-    if path.partition("/")[2].startswith(f"{part}/")
-  }
-  if not paths:
-    return {}
-  logging.info("%s starts as %s", part, file)
-  shapes = {name: tuple(flat[path].shape) for path, name in paths.items()}
-  arrays = read_published(file).arrays
-  rows = resnet_torchvision.table_of(arrays, file)
-  ignore = resnet_torchvision.IGNORE
-  found = table.read(arrays, rows, shapes, source=file, ignore=ignore)
-  return {path: _like(found[name], flat[path]) for path, name in paths.items()}
 
 
 def _fit_positions(

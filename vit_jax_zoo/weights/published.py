@@ -3,6 +3,7 @@
 weights.npz                           numpy's archive
 model.safetensors                     safetensors
 model.pth, pytorch_model.bin          PyTorch's pickle, see `torch_file`
+R-50.pkl                              a pickle of arrays, see `pickled_arrays`
 folder/                               one of these, whole or in shards, with JSON files beside it
 model.ckpt-1000000[.index]            a TensorFlow checkpoint, see `tf_bundle`
 """
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo.weights import tf_bundle
+from vit_jax_zoo.weights.pickled_arrays import read_pickle
 from vit_jax_zoo.weights.table import Flat, WeightsError
 from vit_jax_zoo.weights.torch_file import read_torch
 from vit_jax_zoo.weights.torch_layouts import read_safetensors
@@ -133,7 +135,7 @@ def _read_file(file: epath.Path, path: str) -> Flat:
   if start[8:9] == b"{" or file.suffix == ".safetensors":
     return read_safetensors(path)
   if start[:1] == b"\x80":
-    return read_torch(path)
+    return read_pickle(path) if file.suffix == ".pkl" else read_torch(path)
   if start.lstrip()[:1] == b"<":
     raise WeightsError(f"{path} is a web page, not weights; download the file itself")
   if file.suffix == ".npz":

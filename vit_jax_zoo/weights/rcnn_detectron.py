@@ -15,13 +15,11 @@ Paths of parameters stand below `params`; those of running statistics begin with
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
-from flax import traverse_util
 
-from vit_jax_zoo.weights.table import Array, Flat, Row, Transform, read, write
+from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, norm_rows
 
 STATISTICS = "batch_stats/"
@@ -29,7 +27,9 @@ IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
 """Of RGB images, for `normalize_images`."""
 IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
 
-_NORM_EPSILON = 1e-5  # of our frozen norms: they divide by sqrt(var + epsilon), Caffe's by nothing
+NORM_EPSILON = 1e-5
+"""Of our norms: they divide by sqrt(var + epsilon), Caffe's by nothing."""
+UNIT_VARIANCE = np.float32(1 - NORM_EPSILON)
 
 
 def _bgr_read(array: Array, shape: tuple[int, ...]) -> Array:
@@ -40,7 +40,7 @@ FIRST_CONVOLUTION = Transform(_bgr_read, lambda array: CONVOLUTION.write(array)[
 """[out bgr h w] <-> [h w rgb out]."""
 
 
-def _background_last(inner: Transform, per_class: int = 1) -> Transform:
+def background_last(inner: Transform, per_class: int = 1) -> Transform:
   """A transform after the first class has become the last; `per_class` outputs a class."""
 
   def rolled(array: Array, steps: int) -> Array:
@@ -55,8 +55,7 @@ def _background_last(inner: Transform, per_class: int = 1) -> Transform:
   )
 
 
-_KEEP = Transform(lambda array, _: array, lambda array: array)
-_DOUBLING = Transform(
+DOUBLING = Transform(
   lambda array, _: array.transpose(2, 3, 0, 1) if array.ndim == 4 else array,
   lambda array: array.transpose(2, 3, 0, 1),
 )
@@ -79,7 +78,7 @@ def flattened_crops(side: int) -> Transform:
   return Transform(read_array, write_array)
 
 
-def _layer(published: str, ours: str, transform: Transform, bias: Transform = _KEEP) -> list[Row]:
+def _layer(published: str, ours: str, transform: Transform, bias: Transform = KEEP) -> list[Row]:
   return [
     Row(f"{published}.weight", f"{ours}/kernel", transform),
     Row(f"{published}.bias", f"{ours}/bias", bias),
@@ -87,13 +86,15 @@ def _layer(published: str, ours: str, transform: Transform, bias: Transform = _K
 
 
 def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone/") -> list[Row]:
-  """Rows of Caffe's ResNet, whose norms are only scales and biases."""
+  """Rows of Caffe's ResNet, whose norms are only scales and biases: see `unfold_norms`."""
 
   def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
     return [
       Row(f"{published}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
       Row(f"{published}{norm}.weight", f"{STATISTICS}{ours}{path}/norm/scale"),
       Row(f"{published}{norm}.bias", f"{STATISTICS}{ours}{path}/norm/bias"),
+      Row(f"{published}{norm}.running_mean", f"{STATISTICS}{ours}{path}/norm/mean"),
+      Row(f"{published}{norm}.running_var", f"{STATISTICS}{ours}{path}/norm/var"),
     ]
 
   rows = folded("res1.conv1", "stem/conv1", FIRST_CONVOLUTION, "res1.bn1")
@@ -140,10 +141,10 @@ def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -
 
 def output_rows() -> list[Row]:
   """Rows of the second stage's classes and boxes."""
-  classes, boxes = _background_last(DENSE), _background_last(DENSE, 4)
+  classes, boxes = background_last(DENSE), background_last(DENSE, 4)
   return [
-    *_layer("Box_Outs.cls_score", "box_outputs/logits", classes, _background_last(_KEEP)),
-    *_layer("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, _background_last(_KEEP, 4)),
+    *_layer("Box_Outs.cls_score", "box_outputs/logits", classes, background_last(KEEP)),
+    *_layer("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
   ]
 
 
@@ -165,61 +166,44 @@ def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
   ]
   for key, path in norms.items():
     rows += norm_rows(f"{theirs}.{key}", f"{ours}/{path}_norm")
-  classes = _background_last(CONVOLUTION)
+  classes = background_last(CONVOLUTION)
   return [
     *rows,
     *_layer(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
-    *_layer(f"{theirs}.upconv", f"{ours}/upsample", _DOUBLING),
-    *_layer("Mask_Outs.classify", f"{ours}/logits", classes, _background_last(_KEEP)),
+    *_layer(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
+    *_layer("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
   ]
 
 
-def read_part(
-  published: Mapping[str, Array],
-  variables: Mapping[str, Any],
-  rows: Sequence[Row],
-  *,
-  source: str = "the file",
-  ignore: Sequence[str] = (),
-) -> dict[str, Any]:
-  """Brings a state dict, or a part of it, into the structure of variables.
+def unfold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
+  """Returns the arrays, with the statistics that folded norms below `prefix` do without.
 
-  Args:
-    published: by key.
-    variables: of the part, as arrays or shapes; names of `RCNN`'s parts on top.
-    rows: of the part.
-    source: the file's name, for the message.
-    ignore: regular expressions of keys that belong to other parts.
-
-  Raises:
-    WeightsError: the arrays do not fit; all that is wrong is listed.
+  Caffe's norms are a scale and a bias: x * scale + bias. That is a frozen norm of ours whose mean
+  is 0 and whose variance, with the epsilon that is added to it, is 1.
   """
-  flat = _flatten(variables)
-  constants = {path: leaf for path, leaf in flat.items() if _is_constant(path)}
-  shapes = {path: tuple(leaf.shape) for path, leaf in flat.items() if path not in constants}
-  found = read(published, rows, shapes, source=source, ignore=ignore)
-  for path, leaf in constants.items():
-    value = 0.0 if path.endswith("mean") else 1.0 - _NORM_EPSILON
-    found[path] = np.full(leaf.shape, value, np.float32)
-  tree: dict[str, Any] = {name: {} for name in variables}
-  for path, array in found.items():
-    collection = "batch_stats" if path.startswith(STATISTICS) else "params"
-    tree[collection][path.removeprefix(STATISTICS)] = array
-  return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in tree.items()}
+  found = dict(arrays)
+  for key, scale in arrays.items():
+    norm = key.removesuffix(".weight")
+    is_norm = key.startswith(prefix) and norm != key and scale.ndim == 1
+    if is_norm and f"{norm}.running_var" not in arrays:
+      found[f"{norm}.running_mean"] = np.zeros(scale.shape, np.float32)
+      found[f"{norm}.running_var"] = np.full(scale.shape, UNIT_VARIANCE)
+  return found
 
 
-def write_part(variables: Mapping[str, Any], rows: Sequence[Row]) -> Flat:
-  """Returns the variables of a part under their published keys; the inverse of `read_part`."""
-  flat = {k: np.asarray(v) for k, v in _flatten(variables).items() if not _is_constant(k)}
-  return write(flat, rows)
+def fold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
+  """Returns the arrays with the statistics of norms below `prefix` in their scales and biases.
 
-
-def _is_constant(path: str) -> bool:
-  """Statistics of folded norms, which their files do not have."""
-  return path.startswith(f"{STATISTICS}backbone/") and path.endswith(("norm/mean", "norm/var"))
-
-
-def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
-  params = traverse_util.flatten_dict(variables.get("params", {}), sep="/")
-  statistics = traverse_util.flatten_dict(variables.get("batch_stats", {}), sep="/")
-  return {**params, **{STATISTICS + path: leaf for path, leaf in statistics.items()}}
+  What `unfold_norms` has added goes bit for bit.
+  """
+  found = dict(arrays)
+  for key in arrays:
+    norm = key.removesuffix(".running_var")
+    if norm == key or not key.startswith(prefix):
+      continue
+    mean, var = found.pop(f"{norm}.running_mean"), found.pop(key)
+    if np.any(mean != 0) or np.any(var != UNIT_VARIANCE):
+      share = found[f"{norm}.weight"] / np.sqrt(var + NORM_EPSILON)
+      found[f"{norm}.bias"] = (found[f"{norm}.bias"] - mean * share).astype(np.float32)
+      found[f"{norm}.weight"] = share.astype(np.float32)
+  return found
