@@ -87,7 +87,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def machine(*packages: str) -> str:
   """Returns what was measured on: devices, cores, how busy they are, versions."""
   kinds = [device.device_kind for device in jax.devices()]
-  device = f"{len(kinds)} x {kinds[0]}" if jax.default_backend() != "cpu" else _cpu_name()
+  device = f"{len(kinds)} x {kinds[0]}" if jax.default_backend() != "cpu" else cpu_name()
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   load = ""
   if hasattr(os, "getloadavg"):
@@ -97,7 +97,8 @@ def machine(*packages: str) -> str:
   return f"{device}, {cores} CPU cores{load}; {', '.join([python, *versions])}"
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+  """Returns the processor's name."""
   info = pathlib.Path("/proc/cpuinfo")
   lines = info.read_text().splitlines() if info.exists() else []
   named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -12,23 +12,9 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from beside.plain_ttsr import search, transfer
 
 _CHANNELS = (64, 128, 256)
-
-
-def search(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-  """Unfolds all patches, multiplies all with all, and takes the maximum over the references."""
-  asked, known = (F.normalize(F.unfold(x, 3, padding=1), dim=1) for x in (queries, references))
-  return torch.bmm(known.transpose(1, 2), asked).max(dim=1)
-
-
-def transfer(reference: torch.Tensor, index: torch.Tensor, scale: int, size: list) -> torch.Tensor:
-  """Unfolds the reference's patches, gathers the chosen ones and folds them."""
-  patches = F.unfold(reference, 3 * scale, padding=scale, stride=scale)
-  chosen = patches.gather(2, index[:, None].expand(-1, patches.shape[1], -1))
-  whole = (size[0] * scale, size[1] * scale)
-  return F.fold(chosen, whole, 3 * scale, padding=scale, stride=scale) / 9
 
 
 def inputs(size: str, *, textures: bool) -> tuple[list[int], list[torch.Tensor]]:

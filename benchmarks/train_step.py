@@ -1,13 +1,12 @@
-r"""Train step and evaluation step: time, images a second, FLOP/s, memory; beside timm if wanted.
+r"""Train step and evaluation step: time, images a second, FLOP/s, memory.
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --model=vit_b16 --batch_size=256 --dtype=bfloat16
     python benchmarks/train_step.py --remat=none,dots,full --scan=true,false
-    python benchmarks/train_step.py --peer=timm
 
 The batch lies on the devices beforehand: nothing but the step is measured. What is compared (rungs
-of rematerialisation, scanned and unrolled layers, the peer, a large matrix product) is measured in
-turns, in one run.
+of rematerialisation, scanned and unrolled layers, a large matrix product) is measured in turns, in
+one run. How it stands beside timm: `peers.py --pairs=vit`.
 
 * GFLOP: of a step, matrix products and convolutions, counted from the jaxpr, loops whole; what is
   rematerialised counts as often as it is done.
@@ -17,25 +16,17 @@ turns, in one run.
 * MFU: FLOPs that the model needs (rematerialisation left out) by the time, relative to the devices'
   peak, where that is known.
 * CPU s: of all threads for a step; on a busy machine the steadier time. Only where steps run on it.
-* compile s: tracing, lowering and compiling; for torch.compile, the first step. temp MB: temporary
-  memory of one device, from the compiler's `memory_analysis`.
-
-The peer: timm's ViT of the same size in torch, eagerly and with torch.compile, AdamW (fused) with
-clipped gradients, mixed precision by autocast for bfloat16; its weights are its own. It needs torch
-and timm in the same Python (pip install 'vit_jax_zoo[parity]').
+* compile s: tracing, lowering and compiling. temp MB: temporary memory of one device, from the
+  compiler's `memory_analysis`.
 """
 
 import argparse
 import dataclasses
-import importlib.util
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory, too
 
 import jax
 import measuring
@@ -170,44 +161,6 @@ def matmul(dtype: str) -> Contestant:
   return Contestant(f"matmul {side}, {dtype}", run, 2 * side**3, 2 * side**3)
 
 
-def peer(flags: argparse.Namespace, rows: list[Contestant]) -> Iterator[Contestant]:
-  """Sets timm's model up beside ours; what ours needs counts as its FLOPs, too."""
-  import timm_peer
-
-  model = create_model(flags.model, num_classes=flags.num_classes)
-  train = next(row for row in rows if row.name.startswith("train"))
-  evaluation = next((row for row in rows if row.name.startswith("evaluate")), None)
-  for how in ("eager", "compiled"):
-    setup = timm_peer.TimmPeer(
-      model, make_batch(flags), dtype=flags.dtype, compiled=how == "compiled"
-    )
-    for name, run, like in (
-      ("train", setup.train, train), ("evaluate", setup.evaluate, evaluation)
-    ):  # fmt: skip
-      if like is None:
-        continue
-      start = time.perf_counter()
-      try:
-        run(1)
-      except Exception as error:  # torch.compile fails in many ways
-        print(f"{name}, timm, {how}: not measured: {str(error).strip().splitlines()[0][:200]}")
-        continue
-      yield Contestant(
-        f"{name}, timm, {how}",
-        run,
-        flops=like.model_flops,
-        model_flops=like.model_flops,
-        compile_seconds=time.perf_counter() - start if how == "compiled" else None,
-        images=flags.batch_size,
-      )
-
-
-def missing_peer() -> str:
-  """Returns what the peer lacks, or nothing."""
-  missing = [name for name in ("torch", "timm") if importlib.util.find_spec(name) is None]
-  return " and ".join(missing)
-
-
 def row(contestant: Contestant, times: list[measuring.Seconds], best: float) -> list[str]:
   """Returns the cells of a contestant's row; `best` is the matrix product's FLOP/s."""
   wall = [t.wall for t in times]
@@ -242,7 +195,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--remat", default="none", help="rungs, separated by commas")
   parser.add_argument("--scan", default="true", help="true, false or true,false")
   parser.add_argument("--attention", choices=("xla", "cudnn"), help="by default, JAX chooses")
-  parser.add_argument("--peer", choices=("timm",))
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=2.0, help="of a turn")
   return parser.parse_args()
@@ -257,16 +209,12 @@ def _said(contestant: Contestant) -> Contestant:
 def main() -> None:
   """Compiles everything, measures in turns, prints the table."""
   flags = parse()
-  missing = missing_peer() if flags.peer else ""
-  packages = ("torch", "timm") if flags.peer and not missing else ()
-  print(measuring.machine(*packages))
+  print(measuring.machine())
   size, batch = flags.image_size, flags.batch_size
   print(f"{flags.model}, {batch} images of {size}x{size}, {flags.dtype}\n")
   with jax.set_mesh(sharding.create_mesh({"data": -1})):
     scans = [text == "true" for text in flags.scan.split(",")]
     rows = [_said(c) for s in scans for r in flags.remat.split(",") for c in ours(flags, r, s)]
-    if packages:
-      rows += [_said(contestant) for contestant in peer(flags, rows)]
     rows.append(matmul(flags.dtype))
     runs = {contestant.name: contestant.run for contestant in rows}
     times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
@@ -274,8 +222,6 @@ def main() -> None:
   cells = [row(c, times[c.name], best) for c in sorted(rows, key=lambda c: c.name.split(",")[0])]
   print(measuring.markdown(HEADER, cells))
   print(f"\nmedian (range) of {flags.rounds} rounds; afterwards: {measuring.machine()}")
-  if missing:
-    print(f"timm was not measured: this Python has no {missing}; see pip install '.[parity]'")
 
 
 if __name__ == "__main__":

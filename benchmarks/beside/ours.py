@@ -1,0 +1,269 @@
+"""Our side of every comparison: the package as its users run it, no shortcuts."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from beside.base import Setting, Side
+from vit_jax_zoo import export
+from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
+from vit_jax_zoo.models.registry import create_model, sharding_rules
+from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.ops.relevance import find_matches, transfer
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import LossContext
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.weights import Preprocess, Pretrained
+from vit_jax_zoo.weights.fpt_pt import write_variables
+from vit_jax_zoo.weights.torch_layouts import write_safetensors
+
+ADAMW = {"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.1, "clip_norm": 1.0}
+DETR = {
+  **ADAMW,
+  "weight_decay": 1e-4,
+  "clip_norm": 0.1,
+  "rules": (
+    ("backbone/(stem|c2_block).*", {"frozen": True}),
+    ("backbone/.*", {"learning_rate": 0.1}),
+    (".*", {"weight_decay": 1.0}),
+  ),
+}
+"""The paper's, as in configs/detr.py."""
+
+NUM_CLASSES, COCO_CLASSES, TARGETS, OBJECTS = 1000, 91, 100, 7
+TEXTURE_WIDTHS = (256, 128, 64)  # VGG-19's relu3_1, relu2_1, relu1_1
+
+
+def random_variables(init: Any, *args: Any) -> Any:
+  """Returns fresh variables, their parameters moved: a head of zeros would show no difference."""
+  fresh = jax.device_get(jax.jit(init)(jax.random.key(0), *args))
+  rng = np.random.default_rng(1)
+  moved = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, x.dtype), fresh["params"])
+  return {**fresh, "params": moved}
+
+
+def classification(setting: Setting) -> Side:
+  """ViT and LambdaResNet: the train step and the prediction step of the package."""
+  rng = np.random.default_rng(0)
+  size = (setting.image_size, setting.image_size)
+  batch = {
+    "image": rng.integers(0, 256, (setting.batch_size, *size, 3), dtype=np.uint8),
+    "label": rng.integers(0, NUM_CLASSES, setting.batch_size, dtype=np.int32),
+  }
+  fields: dict[str, Any] = {"num_classes": NUM_CLASSES}
+  if setting.model.startswith("vit"):
+    fields["activation"] = "gelu_tanh"
+  model = create_model(setting.model, dtype=setting.dtype, **fields)
+  images = normalize_images(jnp.asarray(batch["image"]), 0.5, 0.5)
+  variables = random_variables(functools.partial(model.init, train=False), images)
+  _write(setting, "safetensors-timm", model, variables, size)
+  setting.write_inputs(**batch)
+  task = create_task("classification", model, num_classes=NUM_CLASSES)
+  outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
+  loss = _first_loss(task, variables, batch)
+  answers = {"logits": outputs["logits"], "training loss": loss}
+  return _steps(setting, task, variables, batch, ADAMW, answers)
+
+
+def pixels(setting: Setting) -> Side:
+  """IGPT: the train step, and the last pixels of images drawn."""
+  model = create_model(setting.model, dtype=setting.dtype, num_positions=setting.image_size**2)
+  rng = np.random.default_rng(0)
+  shape = (setting.batch_size, model.num_positions)
+  tokens = rng.integers(0, model.num_colors, shape, dtype=np.int32)
+  init = functools.partial(model.init, method="from_tokens")
+  variables = random_variables(init, jnp.asarray(tokens))
+  clusters = np.asarray(variables["palette"]["clusters"])
+  images = (clusters[tokens] * 0.5 + 0.5) * 255
+  side = setting.image_size
+  batch = {"image": images.reshape(-1, side, side, 3).astype(np.float32)}
+  _write(setting, "hf", model, variables, (side, side), task="pixel_modelling")
+  setting.write_inputs(tokens=tokens)
+  task = create_task("pixel_modelling", model)
+  outputs = jax.jit(functools.partial(model.apply, method="from_tokens"))(variables, tokens)
+  loss = _first_loss(task, variables, batch)
+  answers = {"logits": outputs["pixel_logits"], "training loss": loss}
+  result = _steps(setting, task, variables, batch, ADAMW, answers)
+  complete = jax.jit(model.complete)
+  placed = jax.device_put(variables)
+  given = jnp.full(setting.batch_size, model.num_positions - setting.pixels)
+
+  def draw(count: int) -> None:
+    for seed in range(count):
+      drawn = complete(placed, tokens, given, jax.random.key(seed))
+    jax.block_until_ready(drawn)
+
+  return Side({"train": result.runs["train"], "draw": draw}, answers, result.device)
+
+
+def detection(setting: Setting) -> Side:
+  """DETR: the train step with matching and six losses, and the prediction step."""
+  rng = np.random.default_rng(0)
+  images, size = setting.batch_size, (setting.image_size, setting.image_size)
+  batch = {
+    "image": rng.integers(0, 256, (images, *size, 3), dtype=np.uint8),
+    "boxes_cxcywh": rng.uniform(0.1, 0.5, (images, TARGETS, 4)).astype(np.float32),
+    "labels": rng.integers(0, COCO_CLASSES, (images, TARGETS)).astype(np.int32),
+    "is_target": np.tile(np.arange(TARGETS) < OBJECTS, (images, 1)),
+  }
+  model = create_model(setting.model, dtype=setting.dtype)
+  task = create_task("detection", model, num_classes=COCO_CLASSES)
+  normal = normalize_images(jnp.asarray(batch["image"]), task.image_mean, task.image_std)
+  variables = random_variables(functools.partial(model.init, train=False), normal)
+  _write(setting, "hf", model, variables, size, task="detection")
+  setting.write_inputs(**batch)
+  outputs = jax.jit(functools.partial(model.apply, train=False))(variables, normal)
+  answers = {name: outputs[name] for name in ("logits", "boxes_cxcywh")}
+  return _steps(setting, task, variables, batch, DETR, answers)
+
+
+def relevance(setting: Setting) -> Side:
+  """TTSR: the search for matching patches, and the transfer of three levels of texture."""
+  rng = np.random.default_rng(0)
+  side = setting.image_size
+  shapes = {"queries": (side, TEXTURE_WIDTHS[0]), "references": (side, TEXTURE_WIDTHS[0])}
+  shapes |= {f"level_{s}": (side * s, c) for s, c in zip((1, 2, 4), TEXTURE_WIDTHS, strict=True)}
+  maps = {
+    name: np.maximum(rng.normal(size=(setting.batch_size, n, n, c)), 0).astype(np.float32)
+    for name, (n, c) in shapes.items()
+  }
+  setting.write_inputs(**maps)
+
+  def search(queries: jax.Array, references: jax.Array, *levels: jax.Array) -> tuple[Any, ...]:
+    match = find_matches(queries, references)
+    width = references.shape[2]
+    textures = [
+      transfer(x, match.index, grid_width=width, scale=x.shape[2] // width) for x in levels
+    ]
+    return match.relevance, *textures
+
+  def total(*maps: jax.Array) -> jax.Array:
+    return sum(jnp.sum(x) for x in search(*maps))
+
+  placed = tuple(jax.device_put(x) for x in maps.values())
+  forward, gradient = jax.jit(search), jax.jit(jax.grad(total, argnums=tuple(range(len(placed)))))
+  found = forward(*placed)
+  index = find_matches(*placed[:2]).index
+  answers = {"relevance": found[0], "index": index}
+  answers |= {f"texture {s}": x for s, x in zip((1, 2, 4), found[1:], strict=True)}
+  runs = {
+    "search": repeated(lambda: forward(*placed)),
+    "search and gradient": repeated(lambda: gradient(*placed)),
+  }
+  return Side(runs, _numpy(answers), device())
+
+
+def pyramid(setting: Setting) -> Side:
+  """FPT of the released code: four levels of 256 channels, forward and with gradients."""
+  width = int(setting.model.rpartition("_")[2])
+  model = FeaturePyramidTransformer(
+    width, "official", lateral=False, dropout_rate=0.0, dtype=setting.dtype
+  )
+  rng = np.random.default_rng(0)
+  levels = [
+    rng.normal(size=(setting.batch_size, side, side, width)).astype(np.float32)
+    for side in (setting.image_size // stride for stride in (4, 8, 16, 32))
+  ]
+  variables = random_variables(functools.partial(model.init, train=False), levels)
+  state = write_variables(variables)
+  write_safetensors(f"{setting.weights}.safetensors", state)
+  setting.write_inputs(**{f"p{i}": x for i, x in enumerate(levels, 2)})
+  placed, maps = jax.device_put(variables), jax.device_put(levels)
+  forward = jax.jit(functools.partial(model.apply, train=False))
+
+  def total(params: Any, levels: Any) -> Any:
+    results, new = model.apply(
+      {**placed, "params": params}, levels, train=True, mutable=["batch_stats"]
+    )
+    return sum(jnp.sum(x * x) for x in results), new
+
+  gradient = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
+  answers = {f"p{i}": x for i, x in enumerate(forward(placed, maps), 2)}
+  runs = {
+    "forward": repeated(lambda: forward(placed, maps)),
+    "forward and backward": repeated(lambda: gradient(placed["params"], maps)),
+  }
+  return Side(runs, _numpy(answers), device())
+
+
+def repeated(call: Any) -> Any:
+  """Returns what makes the call so many times, and waits for the last."""
+
+  def run(count: int) -> None:
+    for _ in range(count):
+      result = call()
+    jax.block_until_ready(result)
+
+  return run
+
+
+def device() -> str:
+  """Returns what JAX computes on, in words."""
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def _write(
+  setting: Setting,
+  form: str,
+  model: Any,
+  variables: Any,
+  size: tuple[int, int],
+  task: str = "classification",
+) -> None:
+  """Writes the weights as published files have them."""
+  pretrained = Pretrained(model, variables, Preprocess(size), {"image_size": size}, task=task)
+  export.write(pretrained, form, setting.weights)
+
+
+def _first_loss(task: Any, variables: Any, batch: Mapping[str, Any]) -> Any:
+  """Returns the loss of the first training step."""
+
+  @jax.jit
+  def loss(variables: Any, batch: Any) -> Any:
+    context = LossContext(jax.random.key(0), jnp.int32(0), task.normalizers(batch))
+    return task.loss(variables, batch, context).loss
+
+  return loss(variables, batch)
+
+
+def _steps(
+  setting: Setting,
+  task: Any,
+  variables: Any,
+  batch: Mapping[str, np.ndarray],
+  optimizer: Mapping[str, Any],
+  answers: Mapping[str, Any],
+) -> Side:
+  """Compiles the package's own program: what a run executes."""
+  program = build_program(
+    task,
+    abstract_batch_of(batch, setting.batch_size),
+    Recipe(optimizer=optimizer, num_steps=100_000),
+    mesh=sharding.create_mesh({"data": -1}),
+    rules=sharding_rules(setting.model),
+  )
+  placed = sharding.to_global(batch, program.mesh)
+  state = program.initial_state(seed=0, pretrain=lambda fresh: {**fresh, **variables})
+  kept = program.initial_state(seed=0, pretrain=lambda fresh: {**fresh, **variables}).variables
+
+  def train(count: int) -> None:
+    nonlocal state
+    for _ in range(count):
+      state, metrics = program.train_step(state, placed)
+    jax.block_until_ready((state, metrics))
+
+  def predict(count: int) -> None:
+    for _ in range(count):
+      predictions = program.predict_step(kept, placed)
+    jax.block_until_ready(predictions)
+
+  return Side({"train": train, "predict": predict}, _numpy(answers), device())
+
+
+def _numpy(answers: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  return {name: np.asarray(jax.device_get(x), np.float32) for name, x in answers.items()}

@@ -1,0 +1,145 @@
+"""predict and export as a user starts them: a process, a shell's arguments, awkward pictures."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.command import ROOT
+from tests.conftest import GOLDENS, golden_folder
+from vit_jax_zoo import load_pretrained
+
+WEIGHTS = GOLDENS / "vit_a" / "weights.npz"
+
+
+def command(module, *arguments, timeout=300):
+  return subprocess.run(
+    [sys.executable, "-m", f"vit_jax_zoo.{module}", *map(str, arguments)],
+    cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+  )  # fmt: skip
+
+
+def awkward_pictures(folder):
+  """Writes what users have; returns the names of those that are pictures, and of those not."""
+  folder.mkdir()
+  pixels = np.random.default_rng(0).integers(0, 255, (5, 7, 3), np.uint8)
+  image = Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC)
+  turned = Image.Exif()
+  turned[0x0112] = 6
+  image.save(folder / "plain.png")
+  image.rotate(90, expand=True).save(folder / "exif.png", exif=turned)
+  image.convert("L").save(folder / "gray.png")
+  image.convert("LA").save(folder / "gray_alpha.png")
+  image.convert("RGBA").save(folder / "rgba.png")
+  image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+  image.convert("1").save(folder / "bits.png")
+  image.save(folder / "two words, ünïcode.WEBP", format="webp")
+  image.save(folder / "moving.gif", save_all=True, append_images=[image.rotate(180)])
+  image.resize((1, 1)).save(folder / "dot.png")
+  image.resize((600, 1)).save(folder / "line.png")
+  good = sorted(path.name for path in folder.iterdir())
+  jpeg = (folder / "cmyk.jpg").read_bytes()
+  (folder / "broken.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+  (folder / "empty.png").write_bytes(b"")
+  (folder / "text.tif").write_text("no picture")
+  return good, ["broken.jpg", "empty.png", "text.tif"]
+
+
+def test_predict_on_awkward_pictures(tmp_path):
+  good, bad = awkward_pictures(tmp_path / "pictures")
+  done = command(
+    "predict", f"--workdir={WEIGHTS}", "--images", tmp_path / "pictures",
+    f"--output={tmp_path / 'out'}", "--top_k=2",
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr  # some could not be read
+  records = json.loads((tmp_path / "out" / "predictions.json").read_text())
+  found = {record["image"].rpartition("/")[2]: record for record in records}
+  assert sorted(found) == sorted([*good, *bad])
+  assert [name for name in sorted(found) if "error" in found[name]] == bad
+  top = {name: [entry["label"] for entry in found[name]["top"]] for name in good}
+  assert all(len(labels) == 2 for labels in top.values())
+  assert top["exif.png"] == top["rgba.png"] == top["plain.png"]
+  written = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
+  assert len(written) == len(good)
+  for name in written:
+    with Image.open(tmp_path / "out" / name) as picture:
+      assert picture.size[0] > 100
+  for name in bad:
+    assert f"{name} cannot be read" in done.stderr
+  assert f"{len(good)} of {len(records)} images done" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("module", "arguments", "message"),
+  [
+    ("predict", [], "--workdir is missing"),
+    ("predict", ["--workdir=nowhere", "--images=x.jpg"], "there is no image at x.jpg"),
+    ("predict", [f"--workdir={WEIGHTS}"], "no images are given"),
+    ("predict", [f"--workdir={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
+    ("export", [f"--workdir={WEIGHTS}", "--format=hf"], "--output is missing"),
+    ("export", [f"--workdir={WEIGHTS}", "--format=onnx", "--output=o"], "unknown format of vit"),
+    ("export", [f"--workdir={WEIGHTS}", "--format=npz", "--output=o", "extra"], "'extra'"),
+    ("export", ["--workdir=nowhere.npz", "--format=hf", "--output=o"], "nowhere.npz"),
+  ],
+)
+def test_errors_are_one_line(module, arguments, message):
+  done = command(module, *arguments)
+  assert done.returncode not in (0, None)
+  assert "Traceback" not in done.stderr
+  last = done.stderr.strip().splitlines()[-1]
+  assert message in last
+  assert done.stdout.strip() == ""
+
+
+RELOAD = """
+import sys, jax, jax.export, numpy as np
+exported = jax.export.deserialize(open(sys.argv[1], "rb").read())
+outputs = exported.call(np.load(sys.argv[2]))
+assert "vit_jax_zoo" not in sys.modules and "flax" not in sys.modules
+np.save(sys.argv[3], outputs["logits"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("source", "size", "forms"),
+  [
+    ("vit_a", None, ("npz", "orbax", "stablehlo")),
+    ("vit_timm_a", None, ("safetensors-timm", "orbax", "stablehlo")),
+    ("vit_hf_a", None, ("hf", "stablehlo")),
+    ("lambda_resnet26t_a", 64, ("safetensors-timm", "orbax", "stablehlo")),
+  ],
+)
+def test_export_in_every_form_gives_the_same_logits(source, size, forms, tmp_path):
+  folder = golden_folder(source)
+  files = [folder / name for name in ("weights.npz", "weights.safetensors")]
+  path = next((file for file in files if file.exists()), folder)
+  options = {} if size is None else {"image_size": size}
+  loaded = load_pretrained(str(path), **options)
+  height, width = loaded.config["image_size"]
+  images = np.random.default_rng(0).uniform(0, 255, (3, height, width, 3)).astype(np.float32)
+  mean, std = (np.asarray(x, np.float32) for x in (loaded.preprocess.mean, loaded.preprocess.std))
+  normal = (images / 255 - mean) / std
+  expected = np.asarray(loaded.model.apply(loaded.variables, normal)["logits"])
+  scale = max(1.0, float(np.abs(expected).max()))
+  for form in forms:
+    out = tmp_path / form
+    sized = [] if size is None else [f"--image_size={size}"]
+    done = command("export", f"--workdir={path}", f"--format={form}", f"--output={out}", *sized)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if form == "stablehlo":
+      np.save(tmp_path / "images.npy", images)
+      files = [out / "model.stablehlo", tmp_path / "images.npy", tmp_path / "logits.npy"]
+      run = [sys.executable, "-I", "-c", RELOAD, *map(str, files)]
+      subprocess.run(run, check=True, cwd=tmp_path, timeout=300)
+      given = np.load(files[2])
+    else:
+      again = load_pretrained(str(out), **options)
+      given = np.asarray(again.model.apply(again.variables, normal)["logits"])
+    np.testing.assert_allclose(given, expected, atol=1e-4 * scale, err_msg=form)

@@ -1,0 +1,128 @@
+"""`benchmarks/peers.py`: its arithmetic and processes; with `-m parity`, every pair for real."""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+SIDES = """
+import time
+import numpy as np
+from beside.base import Side
+
+
+def ours(setting):
+  setting.write_inputs(x=np.arange(setting.batch_size))
+  return Side({"train": lambda n: time.sleep(0.01 * n)}, {"loss": np.float32(2)}, "cpu")
+
+
+def side(setting):
+  x = setting.inputs()["x"]
+  if setting.model == "broken":
+    raise ValueError("no such model\\nsecond line")
+  runs = {"train, eager": lambda n: time.sleep(0.03 * n)}
+  return Side(runs, {"loss": np.float32(x.sum())}, "cpu", {"train, compiled": "no compiler"})
+"""
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+  """The benchmark, with two sides that only sleep."""
+  folder = tmp_path_factory.mktemp("sides")
+  (folder / "sleepers.py").write_text(SIDES)
+  sys.path[:0] = [str(BENCHMARKS), str(folder)]
+  try:
+    import peers
+
+    yield peers
+  finally:
+    sys.path.remove(str(BENCHMARKS))
+    sys.path.remove(str(folder))
+
+
+def test_ratios_are_of_the_same_round(peers):
+  times = {
+    ("ours", "train"): [(1.0, 2.0), (2.0, 2.0)],
+    ("peer", "train, eager"): [(3.0, 8.0), (4.0, 8.0)],
+    ("peer", "train, compiled, fused"): [(1.0, 1.0), (1.0, 1.0)],
+  }
+  eager, compiled = peers.ratios(times)
+  assert (eager["job"], eager["form"]) == ("train", "eager")
+  assert eager["ratio"] == [3.0, 2.0]
+  assert eager["cpu_ratio"] == [4.0, 4.0]
+  assert compiled["form"] == "compiled, fused"
+  assert compiled["ratio"] == [1.0, 0.5]
+
+
+def test_differences_are_relative_and_shapes_must_agree(peers):
+  ours = {"logits": np.array([1.0, 4.0]), "index": np.array([0, 1, 2, 3])}
+  theirs = {"logits": np.array([1.0, 5.0]), "index": np.array([0, 1, 2, 9])}
+  assert peers.differences(ours, theirs) == {"logits": 0.2, "index": 0.25}
+  with pytest.raises(RuntimeError, match=r"logits: ours is \(2,\), the peer's \(1,\)"):
+    peers.differences(ours, {**theirs, "logits": np.array([1.0])})
+
+
+def sleeping(peers, monkeypatch, tmp_path, model):
+  pair = peers.Pair("ours", "peer", peers.Size(model, 4, 8), peers.Size(model, 4, 8), ())
+  monkeypatch.setitem(peers.PAIRS, "sleep", pair)
+  kept = peers.start
+  monkeypatch.setattr(
+    peers, "start", lambda function, *rest: kept(("sleepers", function[1]), *rest)
+  )
+  setting = peers.Setting(str(tmp_path), model, 4, 8)
+  return peers.compare("sleep", setting, argparse.Namespace(threads=1, rounds=3, seconds=0.02))
+
+
+def test_two_processes_take_turns(peers, monkeypatch, tmp_path):
+  result = sleeping(peers, monkeypatch, tmp_path, "any")
+  (row,) = result["ratios"]
+  assert len(row["ratio"]) == 3
+  assert statistics.median(row["ratio"]) > 1.2  # 30 ms by 10, on a machine with others
+  assert result["differs"] == {"loss": pytest.approx(2 / 3)}  # 2 beside 0 + 1 + 2 + 3
+  assert json.loads(json.dumps(result))["seconds"].keys() == {"ours: train", "peer: train, eager"}
+  report = {"command": "c", "date": "d", "machine": "m", "versions": "v", "failed": {}}
+  page = peers.document({**report, "results": [result]})
+  assert "| any, train | eager |" in page
+  assert "not measured: train, compiled: no compiler" in page
+
+
+def test_a_side_that_fails_is_one_line(peers, monkeypatch, tmp_path, capfd):
+  with pytest.raises(RuntimeError, match=r"^ValueError: no such model$"):
+    sleeping(peers, monkeypatch, tmp_path, "broken")
+  assert "second line" in capfd.readouterr().err  # the traceback is there, too
+
+
+TINY = {
+  "vit": ("vit_ti16", 2, 32),
+  "lambda_resnet": ("lambda_resnet26t", 2, 64),
+  "igpt": ("igpt_s", 1, 4),
+  "detr": ("detr_r50", 1, 64),
+  "ttsr": ("search", 1, 8),
+  "fpt": ("fpt_16", 2, 64),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", TINY)
+def test_both_sides_compute_the_same(name, tmp_path):
+  for package in ("torch", "timm", "transformers"):
+    pytest.importorskip(package)
+  model, batch, side = TINY[name]
+  command = [
+    sys.executable, str(BENCHMARKS / "peers.py"), f"--pairs={name}", f"--model={model}",
+    f"--batch_size={batch}", f"--image_size={side}", "--rounds=1", "--seconds=0.01", "--pixels=2",
+    "--threads=1", f"--output={tmp_path}",
+  ]  # fmt: skip
+  done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+  (result,) = json.loads((tmp_path / "peers.json").read_text())["results"]
+  assert result["skipped"] == {}
+  assert result["ratios"]
+  assert max(result["differs"].values()) < 1e-4
