@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 from vit_jax_zoo import command_line
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
+from vit_jax_zoo.inference.coco_files import CocoFiles
 from vit_jax_zoo.inference.load import load
 
 FLAGS = flags.FLAGS
@@ -160,14 +161,16 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
   """Predicts for each file and writes what comes out; returns the exit status.
 
   `predictions.json` in `output` has an entry for each file, in order: its `image`, and what the
-  predictor says, or the `error`.
+  predictor says, or the `error`. Beside it lie COCO's files where objects were looked for.
   """
   output.mkdir(parents=True, exist_ok=True)
   records: list[dict[str, Any]] = []
+  together = CocoFiles()
   failed, begin, names = 0, time.monotonic(), _unique_names(paths)
   for done, (path, name) in enumerate(zip(paths, names, strict=True), start=1):
     try:
-      prediction = predictor(read_image(path))
+      image = read_image(path)
+      prediction = predictor(image)
     except ValueError as error:
       failed += 1
       records.append({"image": str(path), "error": " ".join(str(error).split())})
@@ -175,8 +178,11 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
     else:
       records.append({"image": str(path), **prediction.record})
       _write_pictures(prediction, output, name)
+      together.add(str(path), name, image, prediction)
     _log_progress(done, len(paths), time.monotonic() - begin)
     _write_json(output / "predictions.json", records)
+  for file, content in together.contents().items():
+    _write_json(output / file, content)
   logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
   return EXIT_SOME_FAILED if failed else 0
 

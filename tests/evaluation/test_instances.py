@@ -66,12 +66,12 @@ def test_right_boxes_with_right_and_with_wrong_masks():
 
 
 def test_masks_come_as_run_lengths_too_and_an_image_counts_once():
-  from vit_jax_zoo.evaluation.instances import _encode
+  from vit_jax_zoo.evaluation.instances import encode_masks
 
   scenes = [scene(seed) for seed in range(4)]
   expected = scored(scenes).result()
   for batch, _ in scenes:
-    lines = b"".join(m["counts"].encode() + b"\n" for m in _encode(batch.pop("masks")[0]))
+    lines = b"".join(m["counts"].encode() + b"\n" for m in encode_masks(batch.pop("masks")[0]))
     batch["run_lengths"] = np.frombuffer(lines.ljust(2000, b"\0"), np.uint8)[None]
     batch["original_size"] = np.array([[SIDE, SIDE]])
   parts = [scored(scenes[:3]), scored(scenes[1:])]

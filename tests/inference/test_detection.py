@@ -1,15 +1,21 @@
 """Finding objects in users' pictures, with published files and with runs."""
 
+import contextlib
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
 from etils import epath
+from faster_coco_eval.core import mask as run_lengths
+from PIL import Image
 
 from configs import detr
 from tests.weights.detr_files import official_file
-from vit_jax_zoo import experiment
+from vit_jax_zoo import experiment, predict
+from vit_jax_zoo.data.objects import decode_segments
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
@@ -62,7 +68,7 @@ def test_a_run_finds_boxes_in_pictures_of_any_size(detr_run):
   assert set(nothing.pictures) == {""}
 
 
-def test_published_masks_become_segments():
+def test_published_masks_become_segments(tmp_path):
   trained = load(official_file("detr_panoptic_a"))
   assert trained.prepare(picture(96, 128))["image"].shape == (800, 1066, 3)
   small = {"image": picture(96, 128).astype(np.float32)}
@@ -82,3 +88,40 @@ def test_published_masks_become_segments():
     assert (left, top) == (columns.min(), rows.min())
     assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
   assert found.pictures["segments"].shape == (48, 64, 3)
+  for entry in found.record["detections"]:
+    mask = run_lengths.decode(entry["segmentation"])
+    assert mask.shape == (48, 64)
+    assert entry["area"] == mask.sum()
+  check_files(predictor, tmp_path)
+
+
+def check_files(predictor, folder):
+  """COCO's files of two pictures, as pycocotools and our own source of data read them."""
+  coco = pytest.importorskip("pycocotools.coco")
+  segments = folder / "annotations" / "panoptic_val"
+  segments.mkdir(parents=True)
+  paths = [folder / "val" / f"{name}.png" for name in ("a", "b")]
+  paths[0].parent.mkdir()
+  for seed, path in enumerate(paths):
+    Image.fromarray(picture(48, 64, seed)).save(path)
+  assert predict.predict_all(predictor, paths, folder / "out") == 0
+  records = json.loads((folder / "out" / "predictions.json").read_text())
+  with contextlib.redirect_stdout(io.StringIO()):
+    truth = coco.COCO(str(folder / "out" / "coco.json"))
+    again = truth.loadRes(truth.dataset["annotations"])
+  for number, (path, record) in enumerate(zip(paths, records, strict=True), start=1):
+    image = truth.imgs[number]
+    assert (image["file_name"], image["height"], image["width"]) == (str(path), 48, 64)
+    found = [again.anns[i] for i in again.getAnnIds(number)]
+    assert [a["score"] for a in found] == [d["score"] for d in record["detections"]]
+    assert [truth.cats[a["category_id"]]["name"] for a in found] == [
+      d.get("name", str(d["category_id"])) for d in record["detections"]
+    ]
+  for path in (folder / "out").glob("*_panoptic.png"):
+    path.rename(segments / path.name)
+  (folder / "out" / "coco_panoptic.json").rename(folder / "annotations" / "panoptic_val.json")
+  source = load_source(f"coco:{folder}", "val", panoptic=True)
+  example = source[1]
+  ids = decode_segments(example["segment_image"], example["object_ids"])
+  areas = [int(np.sum(ids == i)) for i in range(len(example["labels"]))]
+  assert areas == [segment["area"] for segment in records[1]["segments_info"]]

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from faster_coco_eval.core import mask as run_lengths
 
 from vit_jax_zoo.inference import create_predictor
@@ -43,6 +44,11 @@ def test_objects_names_masks_and_pictures():
     left, top, right, bottom = entry["box"]
     assert 0 <= left < right <= 64 >= bottom > top >= 0
     assert run_lengths.decode(entry["mask"]).shape == (64, 64)
+  for entry, known in zip(found.objects, objects, strict=True):
+    assert (entry["category_id"], entry["name"]) == (known["label"], known["name"])
+    left, top, width, height = entry["bbox"]
+    assert [left, top, left + width, top + height] == pytest.approx(known["box"])
+    assert entry["area"] == run_lengths.decode(entry["segmentation"]).sum()
   scores = [entry["score"] for entry in objects]
   assert scores == sorted(scores, reverse=True)
   assert max(entry["box"][2] for entry in objects) > 32  # of the picture, not of what was seen

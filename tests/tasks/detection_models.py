@@ -10,6 +10,7 @@ class Echo:
   def __init__(self, outputs):
     self.outputs = {name: jnp.asarray(value) for name, value in outputs.items()}
     self.num_queries = outputs["logits"].shape[1]
+    self.mask_head = "mask_logits" in outputs
 
   def init(self, rng, images, mask, *, train=False):
     return {"params": {}}
@@ -24,6 +25,7 @@ class TinyDetector(nn.Module):
   num_classes: int = 4
   num_queries: int = 6
   layers: int = 2
+  mask_head: bool = False  # said, for the task to know; it predicts none
 
   @nn.compact
   def __call__(self, images, mask, *, train=False):

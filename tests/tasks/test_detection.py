@@ -7,6 +7,7 @@ import pytest
 
 from tests.tasks.detection_models import Echo, TinyDetector
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.evaluation.instances import InstanceEvaluator
 from vit_jax_zoo.evaluation.panoptic import PanopticEvaluator
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
@@ -256,11 +257,43 @@ def test_evaluators_follow_the_fields():
   boxes = create_task("detection", TinyDetector(), **fields)
   assert type(boxes.evaluator()) is DetectionEvaluator
   assert boxes.best_metric == "box_ap"
-  panoptic = create_task("detection", TinyDetector(), **fields, stuff_from=2)
+  instances = create_task("detection", TinyDetector(mask_head=True), **fields)
+  assert type(instances.evaluator()) is InstanceEvaluator
+  assert instances.best_metric == "mask_ap"
+  panoptic = create_task("detection", TinyDetector(mask_head=True), **fields, stuff_from=2)
   evaluator = panoptic.evaluator()
   assert isinstance(evaluator, PanopticEvaluator)
   assert (evaluator.quality.stuff_from, evaluator.class_names) == (2, ("a", "b"))
   assert panoptic.best_metric == "pq"
+  with pytest.raises(ValueError, match="the model has no mask head; set mask_head"):
+    create_task("detection", TinyDetector(), **fields, stuff_from=2).evaluator()
+
+
+def test_masks_without_stuff_are_scored_as_instances():
+  """Boxes are the image's left and right half; one mask is right, the other of the wrong half."""
+  left = np.arange(8)[None] < np.full((8, 1), 4)
+  masks = np.stack([left, ~left])[None]
+  boxes = np.float32([[[0.25, 0.5, 0.5, 1], [0.75, 0.5, 0.5, 1]]])
+  logits = np.float32([[[0, 9, 0], [0, 9, 0]]])  # both of class 1
+  predictions = {
+    "logits": logits,
+    "boxes_cxcywh": boxes,
+    "mask_logits": np.where(masks[:, [0, 0]], 9.0, -9.0).astype(np.float32),
+  }
+  task = create_task("detection", Echo(predictions), num_classes=2)
+  batch = {
+    "image": np.zeros((1, 8, 8, 3), np.uint8),
+    "boxes_cxcywh": boxes,
+    "labels": np.array([[1, 1]]),
+    "is_target": np.ones((1, 2), bool),
+    "masks": masks,
+  }
+  evaluator = task.evaluator()
+  evaluator.add(batch, jax.device_get(jax.jit(task.predict)({}, batch)))
+  scores = evaluator.result()
+  assert scores["box_ap"] == pytest.approx(1)
+  # One of two found, and a false alarm of the same score behind it: 51 of 101 points of recall.
+  assert scores["mask_ap"] == pytest.approx(51 / 101)
 
 
 def test_figures(task, variables):

@@ -62,7 +62,7 @@ class InstanceEvaluator(DetectionEvaluator):
       self.truths.append(_true_masks(batch, int(row), size))
       if "mask_logits" in predictions:
         masks = original_masks(batch, predictions, int(row), size)
-        self.finds.append([_encode(mask[None])[0] for mask in masks])
+        self.finds.append([encode_masks(mask[None])[0] for mask in masks])
       else:
         self.finds.append(self._pasted(predictions, int(row), size))
 
@@ -76,8 +76,8 @@ class InstanceEvaluator(DetectionEvaluator):
       size,
       convention=self.paste_convention,
     )
-    empty = _encode(np.zeros((1, *size), bool))[0]
-    found = iter(_encode(pasted))
+    empty = encode_masks(np.zeros((1, *size), bool))[0]
+    found = iter(encode_masks(pasted))
     return [next(found) if exists else empty for exists in there]
 
   def merge(self, other: Evaluator) -> None:
@@ -167,7 +167,7 @@ def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> li
     return [{"size": list(size), "counts": line.decode()} for line in counts]
   if "segment_map" in batch:
     segments = np.asarray(batch["segment_map"][row])[: size[0], : size[1]]
-    return [_encode((segments == number)[None])[0] for number in np.flatnonzero(real)]
+    return [encode_masks((segments == number)[None])[0] for number in np.flatnonzero(real)]
   if "masks" not in batch:
     raise ValueError("masks cannot be scored: the data has none; set load_objects' run_lengths")
   height, width = np.asarray(batch.get("image_size", [batch["image"].shape[1:3]] * (row + 1))[row])
@@ -176,10 +176,11 @@ def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> li
       f"masks of {height}x{width} cannot be scored in an image of {size[0]}x{size[1]}; set "
       "load_objects' run_lengths"
     )
-  return _encode(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
+  return encode_masks(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
 
 
-def _encode(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+  """Returns each mask as COCO's compressed run lengths: `size`, `counts` as text."""
   if not len(masks):
     return []
   columns = np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)

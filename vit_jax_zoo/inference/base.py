@@ -6,7 +6,7 @@ in `inference/__init__.py`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -84,10 +84,15 @@ class Prediction:
     record: as JSON has it: str keys, lists, numbers, strings. `predict` adds the image's path.
     pictures: by a suffix of the file's name: "" is `<image>.png`, "attention" is
       `<image>_attention.png`.
+    objects: where objects were looked for, each as COCO's files have annotations, but for the
+      numbers of itself and its image, and with its class's `name`: `predict` writes `coco.json`.
+    segments: the same of the segments in the picture "panoptic": `coco_panoptic.json`.
   """
 
   record: dict[str, Any]
   pictures: Mapping[str, Picture]
+  objects: Sequence[Mapping[str, Any]] | None = None
+  segments: Sequence[Mapping[str, Any]] | None = None
 
 
 @runtime_checkable

@@ -7,8 +7,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.evaluation.instances import encode_masks, original_masks
 from vit_jax_zoo.evaluation.panoptic import Segmentation, found_segments
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.inference.coco_files import box_annotation
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.panoptic import paint_segments
 from vit_jax_zoo.visualize.query_attention import draw_query_attention
@@ -39,8 +41,9 @@ class DetectionPredictor:
 
     Returns:
       In the record `detections`, surest first, each as in COCO's result files: `category_id`,
-      `bbox` (left, top, width, height in the picture's own pixels), `score`, and `name` where it is
-      known; of a model with masks `segments_info`, as in COCO's panoptic files. Pictures: "" has
+      `bbox` (left, top, width, height in the picture's own pixels), `score`, `area`, and `name`
+      where it is known; of a model with masks also `segmentation`, compressed run lengths, and
+      `segments_info`, as in COCO's panoptic files. Pictures: "" has
       the boxes; "attention" with `explain`; "segments" the coloured segments, and "panoptic" their
       ids as colours (red + 256 green + 65536 blue), as COCO has them.
     """
@@ -52,7 +55,7 @@ class DetectionPredictor:
     found = jax.device_get(self._predict(self._trained.variables, batch))
     sure = np.flatnonzero(found["scores"][0] >= self._options.threshold)
     sure = sure[np.argsort(-found["scores"][0][sure], kind="stable")]
-    record: dict[str, Any] = {"detections": self._detections(found, sure, image)}
+    record: dict[str, Any] = {"detections": self._detections(batch, found, sure, image)}
     pictures: dict[str, Picture] = {"": self._draw(image, found, sure)}
     if self._options.explain:
       pictures["attention"] = self._draw_attention(image, batch, found)
@@ -61,19 +64,31 @@ class DetectionPredictor:
       record["segments_info"] = self._segments_info(segments)
       pictures["segments"] = paint_segments(image, segments.segment_map)
       pictures["panoptic"] = _as_colors(segments.segment_map + 1)
-    return Prediction(record, pictures)
+    return Prediction(record, pictures, record["detections"], record.get("segments_info"))
 
   def _detections(
-    self, found: dict[str, np.ndarray], sure: np.ndarray, image: Image
+    self,
+    batch: dict[str, np.ndarray],
+    found: dict[str, np.ndarray],
+    sure: np.ndarray,
+    image: Image,
   ) -> list[dict[str, Any]]:
     boxes = _inside(found["boxes_xyxy"][0], image)
+    outlines: list[dict[str, Any]] = [{}] * len(sure)
+    if "mask_logits" in found:
+      of_sure = {"mask_logits": found["mask_logits"][:, sure]}
+      masks = list(original_masks(batch, of_sure, 0, (image.shape[0], image.shape[1])))
+      outlines = [
+        {"area": int(mask.sum()), "segmentation": encode_masks(mask[None])[0]} for mask in masks
+      ]
     return [
-      {
-        **self._category(int(found["labels"][0][query])),
-        "bbox": _xywh(boxes[query]),
-        "score": float(found["scores"][0][query]),
-      }
-      for query in sure
+      box_annotation(
+        self._category(int(found["labels"][0][query])),
+        boxes[query].tolist(),
+        float(found["scores"][0][query]),
+        **outline,
+      )
+      for query, outline in zip(sure, outlines, strict=True)
     ]
 
   def _category(self, label: int) -> dict[str, Any]:

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 from faster_coco_eval.core import mask as run_lengths
 
+from vit_jax_zoo.evaluation.instances import encode_masks
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.inference.coco_files import box_annotation
 from vit_jax_zoo.ops.mask_paste import paste_masks
 from vit_jax_zoo.visualize.detection import draw_predictions
 from vit_jax_zoo.visualize.instances import draw_found_masks
@@ -59,9 +61,18 @@ class InstancePredictor:
         boxes.astype(np.float64),
         (image.shape[0], image.shape[1]),
       )
-      for entry, mask in zip(objects, masks, strict=True):
-        encoded = run_lengths.encode(np.asfortranarray(mask, np.uint8))
-        entry["mask"] = {"size": list(mask.shape), "counts": encoded["counts"].decode()}
+      for entry, mask in zip(objects, encode_masks(masks), strict=True):
+        entry["mask"] = mask
       said = [f"{entry.get('name', entry['label'])} {entry['score']:.0%}" for entry in objects]
       pictures["masks"] = draw_found_masks(image, masks, said)
-    return Prediction({"objects": objects}, pictures)
+    return Prediction({"objects": objects}, pictures, [_as_coco(entry) for entry in objects])
+
+
+def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:
+  category = {"category_id": entry["label"]}
+  category |= {"name": entry["name"]} if "name" in entry else {}
+  outline: dict[str, Any] = {}
+  if "mask" in entry:
+    area = int(run_lengths.area({**entry["mask"], "counts": entry["mask"]["counts"].encode()}))
+    outline = {"area": area, "segmentation": entry["mask"]}
+  return box_annotation(category, entry["box"], entry["score"], **outline)

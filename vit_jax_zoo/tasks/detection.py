@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
+from vit_jax_zoo.evaluation.instances import InstanceEvaluator
 from vit_jax_zoo.evaluation.panoptic import (
   SCORE_THRESHOLD,
   PanopticEvaluator,
@@ -48,6 +49,11 @@ class DetectionModel(base.Model, Protocol):
   @property
   def num_queries(self) -> int:
     """How many objects it names in every image."""
+    ...
+
+  @property
+  def mask_head(self) -> bool:
+    """Whether it also predicts a mask for each of them."""
     ...
 
 
@@ -85,7 +91,8 @@ class Detection(base.Task):
     per_class: evaluations score each class, too.
     stuff_from: class ids from here on are stuff (91 in COCO); with it, evaluations also score
       panoptic quality, for which the model needs a mask head and batches a `segment_map`, see
-      `PanopticEvaluator`.
+      `PanopticEvaluator`. Without it the masks of a mask head are scored as COCO scores instances,
+      see `InstanceEvaluator`.
     segment_threshold: queries that are at least as sure become segments there.
     backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
       no `init_from`: torchvision's or timm's ResNet, or Hugging Face's.
@@ -127,8 +134,10 @@ class Detection(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """COCO's average precision of boxes; panoptic quality where that is scored."""
-    return "box_ap" if self.stuff_from is None else "pq"
+    """COCO's average precision of boxes, or of masks; panoptic quality where that is scored."""
+    if self.stuff_from is not None:
+      return "pq"
+    return "mask_ap" if self.model.mask_head else "box_ap"
 
   @property
   def weight_files(self) -> Mapping[str, str]:
@@ -233,10 +242,19 @@ class Detection(base.Task):
     return predictions
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's average precisions and recalls, panoptic quality."""
+    """Returns an empty evaluator: COCO's scores of boxes; of masks; panoptic quality.
+
+    Raises:
+      ValueError: `stuff_from` asks for segments, for which the model has no masks.
+    """
+    if self.stuff_from is not None and not self.model.mask_head:
+      raise ValueError(
+        "stuff_from asks for segments, and the model has no mask head; set mask_head"
+      )
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if self.stuff_from is None:
-      return DetectionEvaluator(self.num_classes, **fields)
+      kind = InstanceEvaluator if self.model.mask_head else DetectionEvaluator
+      return kind(self.num_classes, **fields)
     return PanopticEvaluator(
       self.num_classes, self.stuff_from, score_threshold=self.segment_threshold, **fields
     )
