@@ -109,7 +109,7 @@ def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
         "num_queries": 12,
         "width": 64,
         "encoder_depth": 1,
-        "decoder_depth": 2,
+        "decoder_depth": 3,
         "num_heads": 8,
         "mlp_dim": 128,
         "dropout_rate": 0.0,
@@ -125,7 +125,9 @@ def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
       "task": {
         "name": "detection",
         "class_weight": 3.0,
+        "no_object_weight": 0.3,
         "cell_weight": 1.0,
+        "cell_steps": max(1, round(0.8 * num_steps)),
         "score_threshold": 0.5,
         "draw_attention": True,
       },

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tasks.detection_models import Echo, TinyDetector
+from tests.tasks.detection_models import Echo
 from vit_jax_zoo.models.detr import Detr
 from vit_jax_zoo.ops.detection_losses import covering_target
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.tasks.detection_batch import cell_centers
+from vit_jax_zoo.tasks.detection_cells import cell_losses
 
 CLASSES = 3
 
@@ -96,9 +97,27 @@ def test_rows_of_padding_do_not_count_and_micro_batches_add_up():
 
 
 def test_a_model_without_cells_is_refused():
-  task = create_task("detection", TinyDetector(), num_classes=CLASSES, cell_weight=1.0)
   with pytest.raises(ValueError, match="set its cell_predictions, or cell_weight=0"):
-    task._cell_loss({}, problem()[0], jnp.ones(2, bool))
+    cell_losses({}, problem()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
+
+
+def test_the_weight_falls_along_a_line():
+  batch, outputs = problem()
+  outputs["cell_logits"][:] = 0.0
+  task = create_task("detection", Echo(outputs), num_classes=CLASSES, cell_weight=2.0, cell_steps=8)
+  plain = create_task("detection", Echo(outputs), num_classes=CLASSES)
+
+  @jax.jit
+  def cells_share(step):
+    context = LossContext(jax.random.key(0), step, task.normalizers(batch))
+    output = task.loss({"params": {}}, batch, context)
+    rest = plain.loss({"params": {}}, batch, context).loss
+    return (output.loss - rest) / output.metrics["cell_loss"].compute()
+
+  shares = [float(cells_share(jnp.int32(step))) for step in (0, 2, 6, 8, 100)]
+  np.testing.assert_allclose(shares, [2.0, 1.5, 0.5, 0.0, 0.0], atol=1e-5)
+  with pytest.raises(ValueError, match="cell_steps must be positive"):
+    create_task("detection", Echo(outputs), num_classes=CLASSES, cell_steps=0)
 
 
 def test_the_model_asks_its_heads_and_learns_nothing_more():

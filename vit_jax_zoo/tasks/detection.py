@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
@@ -28,13 +28,13 @@ from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.matching import Matching, match
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_batch import (
-  cell_centers,
   image_size,
   is_target,
   last_attention,
   pixel_mask,
   target_boxes,
 )
+from vit_jax_zoo.tasks.detection_cells import cell_losses
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.panoptic import draw_segments
 from vit_jax_zoo.visualize.query_attention import draw_query_attention
@@ -83,6 +83,9 @@ class Detection(base.Task):
     cell_weight: of a loss on what the heads see in each cell of the encoder's map: the smallest
       target around the cell's centre. Not in the paper; it spares small models the long while until
       the decoder finds out where to look. The model needs `cell_predictions`.
+    cell_steps: over so many training steps that weight falls to 0, along a line; None: it stays.
+      As long as it counts, neighbouring cells all say what they see, and so do queries that look
+      there; without it they are free to leave an object to one of them.
     image_mean: see `normalize_images`.
     image_std: as `image_mean`.
     class_names: by class id; for pictures and scores of single classes.
@@ -108,6 +111,7 @@ class Detection(base.Task):
   no_object_weight: float = 0.1
   auxiliary_losses: bool = True
   cell_weight: float = 0.0
+  cell_steps: int | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()
@@ -124,6 +128,8 @@ class Detection(base.Task):
     for field in dataclasses.fields(self):
       if field.name.endswith("_weight") and getattr(self, field.name) < 0:
         raise ValueError(f"{field.name} must not be negative, but is {getattr(self, field.name)}")
+    if self.cell_steps is not None and self.cell_steps < 1:
+      raise ValueError(f"cell_steps must be positive, or None, not {self.cell_steps}")
     for field in ("score_threshold", "segment_threshold"):
       if not 0 <= getattr(self, field) <= 1:
         raise ValueError(f"{field} must lie in [0, 1], but is {getattr(self, field)}")
@@ -194,8 +200,12 @@ class Detection(base.Task):
     if "mask_logits" in outputs:
       terms |= self._mask_losses(outputs, batch, matching, context.normalizers)
     if self.cell_weight:
-      terms["cell_loss"] = self._cell_loss(outputs, batch, mask) / context.normalizers["examples"]
-    loss = sum(self._weight(name) * value for name, value in terms.items())
+      sums = cell_losses(
+        outputs, batch, weights=self._matching_weights, no_object_weight=self.no_object_weight
+      )
+      summed = jnp.sum(jnp.where(mask, sums, 0.0))
+      terms["cell_loss"] = summed / context.normalizers["examples"]
+    loss = sum(self._weight(name, context.step) * value for name, value in terms.items())
     loss = jnp.where(self._has_unknown_labels(batch), jnp.nan, loss)
     examples = jnp.sum(mask.astype(jnp.float32))
     # Shares of the whole step's loss: scaled so that micro-batches add up to it.
@@ -299,6 +309,10 @@ class Detection(base.Task):
       self.class_names,
     )
 
+  @property
+  def _matching_weights(self) -> tuple[float, float, float]:
+    return self.class_weight, self.box_weight, self.giou_weight
+
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
 
@@ -332,8 +346,7 @@ class Detection(base.Task):
       jnp.broadcast_to(x[:, None], (len(x), logits.shape[1], *x.shape[1:]))
       for x in (jnp.asarray(batch["labels"]), target_boxes(batch), is_target(batch))
     )
-    weights = (self.class_weight, self.box_weight, self.giou_weight)
-    cost = losses.matching_cost(logits, boxes, labels, targets, weights=weights)
+    cost = losses.matching_cost(logits, boxes, labels, targets, weights=self._matching_weights)
     matching = match(cost, real)
     of_query = matching.target_of_query
     class_loss, _ = losses.class_losses(logits, labels, of_query, self.no_object_weight)
@@ -366,33 +379,11 @@ class Detection(base.Task):
     boxes = normalizers["boxes"]
     return {"mask_loss": jnp.sum(focal) / boxes, "dice_loss": jnp.sum(dice) / boxes}
 
-  def _cell_loss(
-    self, outputs: Mapping[str, Any], batch: base.Batch, mask: Bool[Array, " b"]
-  ) -> Float[Array, ""]:
-    """Returns the sum over images of what the other losses are over queries, for the map's cells.
-
-    Each image's cells are averaged by themselves. Those in the padding see nothing.
-    """
-    if "cell_logits" not in outputs:
-      raise ValueError(
-        "the task has a cell_weight, but the model predicts nothing in cells; set its "
-        "cell_predictions, or cell_weight=0"
-      )
-    logits = outputs["cell_logits"].reshape(len(mask), -1, self.num_classes + 1)
-    boxes = outputs["cell_boxes_cxcywh"].reshape(len(mask), -1, 4)
-    centers = cell_centers(batch, outputs["cell_logits"].shape[1:3])
-    of_cell = losses.covering_target(centers, target_boxes(batch), is_target(batch))
-    labels = jnp.asarray(batch["labels"])
-    class_loss, weights = losses.class_losses(logits, labels, of_cell, self.no_object_weight)
-    distance, overlap = losses.box_losses(boxes, target_boxes(batch), of_cell)
-    box_loss = self.box_weight * distance + self.giou_weight * overlap
-    covered = jnp.maximum(jnp.sum(of_cell >= 0, axis=1), 1)
-    per_image = self.class_weight * jnp.sum(class_loss, axis=1) / jnp.sum(weights, axis=1)
-    per_image += jnp.sum(box_loss, axis=1) / covered
-    return jnp.sum(jnp.where(mask, per_image, 0.0))
-
-  def _weight(self, term: str) -> float:
-    return getattr(self, term.split("_loss")[0] + "_weight")
+  def _weight(self, term: str, step: Int[Array, ""]) -> float | Float[Array, ""]:
+    weight = getattr(self, term.split("_loss")[0] + "_weight")
+    if term == "cell_loss" and self.cell_steps is not None:
+      return weight * jnp.maximum(0.0, 1.0 - step / self.cell_steps)
+    return weight
 
   def _error_metrics(
     self, outputs: Mapping[str, Any], batch: base.Batch, matching: Matching
