@@ -327,6 +327,12 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
       "17 tokens were given to a model with 16 positions",
     ),
     (
+      lambda m, v: m.complete(
+        v, jnp.zeros((1, 17), jnp.int32), jnp.full(1, 17, jnp.int32), jax.random.key(0)
+      ),
+      "17 tokens were given to a model with 16 positions",
+    ),
+    (
       lambda m, v: m.apply(v, jnp.zeros((1, 4, 4, 3)), visible=jnp.ones((1, 16), bool)),
       "set causal=False",
     ),

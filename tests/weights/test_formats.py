@@ -151,6 +151,15 @@ def test_imagegpt_folders_both_ways(imagegpt, load_golden, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
 
 
+def test_a_palette_of_another_size_beside_the_weights(imagegpt):
+  processor = json.loads((imagegpt / "preprocessor_config.json").read_text())
+  processor["clusters"] = processor["clusters"][:-3]
+  (imagegpt / "preprocessor_config.json").write_text(json.dumps(processor))
+  with pytest.raises(WeightsError, match=r"wrong shape: clusters is \(\d+, 3\)") as error:
+    load_pretrained(str(imagegpt))
+  assert "\n" not in str(error.value)
+
+
 def test_openai_weights_become_hugging_faces(tmp_path):
   loaded = load_pretrained(bundle("igpt_tf_a"))
   export.write(loaded, "hf", str(tmp_path))

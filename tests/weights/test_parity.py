@@ -6,6 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
 from tests.test_export import tiny
@@ -130,6 +131,32 @@ def test_transformers_computes_openais_igpt(tmp_path, load_golden):
   with torch.no_grad():
     theirs = model(input_ids=shifted).logits.numpy()
   assert_same(theirs, outputs["gen_logits"])
+
+
+def test_the_published_pickle_of_imagegpt(tmp_path):
+  """`pytorch_model.bin`, as openai/imagegpt-small was published: with the causal masks."""
+  torch = pytest.importorskip("torch")
+  fixture = GOLDENS / "imagegpt_a"
+  arrays = load_file(fixture / "weights.safetensors")
+  config = json.loads((fixture / "config.json").read_text())
+  clusters = np.load(fixture / "inputs.npz")["clusters"]
+  for name in ("safe", "pickle"):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"n_head": config["n_head"]}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"clusters": clusters.tolist()}))
+  save_file(arrays, tmp_path / "safe" / "model.safetensors")
+  state = {key: torch.from_numpy(array) for key, array in arrays.items()}
+  positions = arrays["transformer.wpe.weight"].shape[0]
+  mask = torch.ones(positions, positions, dtype=torch.bool).tril()[None, None]
+  state |= {
+    "transformer.h.0.attn.bias": mask,
+    "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+  }
+  torch.save(state, tmp_path / "pickle" / "pytorch_model.bin")
+  expected, given = (load_pretrained(str(tmp_path / name)) for name in ("safe", "pickle"))
+  assert given.model == expected.model
+  jax.tree.map(np.testing.assert_array_equal, given.variables, expected.variables)
 
 
 def test_state_dicts_of_pytorch(tmp_path):
