@@ -37,7 +37,7 @@ def test_attention_comes_with_predictions_when_it_is_to_be_drawn():
 
 def test_segments_are_drawn_and_scored_above_the_threshold():
   task = create_task(
-    "detection", TinyDetector(), num_classes=4, stuff_from=2, segment_threshold=0.6
+    "detection", TinyDetector(mask_head=True), num_classes=4, stuff_from=2, segment_threshold=0.6
   )
   mask_logits = np.full((1, 6, 4, 4), -9.0, np.float32)
   mask_logits[0, 0, :2], mask_logits[0, 1, 2:], mask_logits[0, 2] = 9.0, 9.0, 99.0
