@@ -136,6 +136,7 @@ def imagenet(
     "schedule": {"name": "cosine", "warmup_steps": 1_229_920 // batch_size},
   }
   config.task.palette_images = 20_000
+  config.checkpoint.best = "val/log_likelihood"
   config.eval_every = config.checkpoint.every = 10_000
   return common.with_data_dir(config, data_dir)
 
@@ -193,6 +194,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     "schedule": {"name": "constant"},
   }
   config.init_from = init_from or f"runs/igpt_{size}_imagenet"
+  config.checkpoint.best = "val/accuracy"
   config.eval_every = config.checkpoint.every = splits.eval_every
   return common.with_data_dir(config, data_dir)
 

@@ -90,6 +90,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     "clip_norm": 1.0,
   }
   config.init_from = init_from or _published(size)
+  config.checkpoint.best = "val/accuracy"
   config.eval_every = config.checkpoint.every = max(1, config.num_steps // 10)
   return common.with_data_dir(config, data_dir)
 

@@ -1,19 +1,32 @@
 """Fine-tuning: published weights and runs of our own, on a folder of images, at another size."""
 
+import io
+import logging
+import pathlib
+import re
+
 import cv2
 import jax
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from etils import epath
+from PIL import Image
 
+from configs import finetune as finetune_own
 from configs import vit
 from tests.conftest import GOLDENS
-from vit_jax_zoo import experiment, export, load_pretrained, predict
+from vit_jax_zoo import experiment, export, load_pretrained, main, predict
+from vit_jax_zoo.data.demo_base import read_photo
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.train.checkpoint import restore_variables
 from vit_jax_zoo.train.metric_writer import read_metrics
+from vit_jax_zoo.train.optimizer import create_optimizer
 
+ROOT = pathlib.Path(__file__).parents[1]
 WEIGHTS = GOLDENS / "vit_posemb_a" / "weights.npz"  # 4 x 4 patches of 8, 20 classes, pre_logits
 SIZES = {"width": 48, "depth": 2, "num_heads": 4, "mlp_dim": 96, "patch_size": 8}
 
@@ -112,3 +125,132 @@ def test_an_exported_vit_learns_new_classes_and_says_their_names(folder, tmp_pat
   assert np.mean(right) == outcome.scores["test/accuracy"]
   top = predictor(predict.read_image(files[0])).record["top"]
   assert sorted(entry["name"] for entry in top) == ["blue", "green", "red"]
+
+
+NAMES = ("cat", "galaxies", "retina")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+  """Cut-outs of photographs, as users have images: JPEGs and PNGs, and files that are neither."""
+  rng = np.random.default_rng(0)
+  root = tmp_path_factory.mktemp("photos")
+  for name in NAMES:
+    (root / name).mkdir()
+    photo = read_photo(name)
+    for i in range(26):
+      height, width = rng.integers(36, 60, 2)
+      top, left = (int(rng.integers(side - 60)) for side in photo.shape[:2])
+      picture = Image.fromarray(photo[top : top + height, left : left + width])
+      picture.save(root / name / f"{i}.{'jpg' if i % 2 else 'png'}")
+    picture.convert("L").save(root / name / "grey.png")
+  whole = (root / "cat" / "1.jpg").read_bytes()
+  for i in range(3):
+    (root / "cat" / f"truncated{i}.jpg").write_bytes(whole[: len(whole) // 2])
+  (root / "retina" / "notes.txt").write_text("not an image")
+  (root / "retina" / "renamed.png").write_text("nor is this")
+  return root
+
+
+@pytest.fixture(scope="module")
+def own_run(own, tmp_path_factory):
+  """What the one command does, on a tiny ViT; with what it said."""
+  workdir = tmp_path_factory.mktemp("own")
+  argument = f"model=vit_ti16,source=folder:{own},init_from={WEIGHTS},image_size=32,batch_size=8"
+  overrides = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
+  config = main.load_config(
+    f"{ROOT}/configs/finetune.py:{argument},num_epochs=4,learning_rate=0.03,dtype=float32",
+    overrides,
+  )
+  said = io.StringIO()
+  handler = logging.StreamHandler(said)
+  absl_logger = logging.getLogger("absl")
+  absl_logger.addHandler(handler)
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.INFO)
+  try:
+    outcome = experiment.run(config, epath.Path(workdir))
+  finally:
+    absl_logger.removeHandler(handler)
+    absl_logging.set_verbosity(verbosity)
+  return outcome, workdir, said.getvalue()
+
+
+def test_own_images_are_learned_in_one_command(own_run):
+  outcome, workdir, said = own_run
+  assert outcome.scores["best/test/accuracy"] > 0.8
+  assert outcome.scores["best/val/accuracy"] >= outcome.scores["val/accuracy"]
+  assert sum(f"test/accuracy/{name}" in outcome.scores for name in NAMES) >= 2  # of 8 images
+  figures = {path.stem for path in (workdir / "figures").iterdir()}
+  assert "class_balance_0" in figures
+  assert any(name.startswith("test_confusion") for name in figures)
+  assert any(name.startswith("train_batch") for name in figures)
+  assert "test/accuracy/retina" not in said  # single classes are written, not said
+
+
+def test_what_is_no_image_is_named_counted_and_no_obstacle(own_run, own):
+  outcome, workdir, said = own_run
+  assert "ignored 1 files that are not images: retina/notes.txt" in said
+  broken = {*(f"cat/truncated{i}.jpg" for i in range(3)), "retina/renamed.png"}
+  learned = load_source(f"folder:{own}", "fit")
+  paths = {learned.example_name(i) for i in range(len(learned))}
+  met = {name for name in broken if f"{own}/{name}" in paths}
+  assert met
+  (listed,) = re.findall(r"^(\d+) examples could not be read and were skipped: (.*)$", said, re.M)
+  assert int(listed[0]) == len(met)
+  assert {name for name in broken if name in listed[1]} == met
+  counted = [row["data/skipped_images"] for row in read_metrics(workdir) if "train/loss" in row]
+  assert counted[-1] >= 3 * len(met)  # in four epochs
+  evaluated = sum(outcome.scores.get(f"{split}/skipped_images", 0) for split in ("val", "test"))
+  assert evaluated == len(broken) - len(met)
+
+
+def test_the_classes_and_the_learning_rate_that_is_due_are_stated(own_run):
+  _, _, said = own_run
+  assert re.search(r"train: \d+ examples of 3 classes: cat \d+, galaxies \d+, retina \d+", said)
+  assert "by the linear rule of sgd its learning rate of 0.03 becomes 0.00046" in said
+
+
+def test_the_best_is_what_is_exported_and_it_knows_the_names(own_run, own, tmp_path):
+  outcome, workdir, _ = own_run
+  pretrained = load_pretrained(str(workdir))
+  best = restore_variables(workdir / "best")
+  jax.tree.map(np.testing.assert_array_equal, pretrained.variables, best)
+  for form in ("safetensors-timm", "orbax"):
+    export.write(pretrained, form, f"{tmp_path}/{form}")
+    predictor = create_predictor(load(f"{tmp_path}/{form}"), Options(top_k=1))
+    test = load_source(f"folder:{own}", "test")
+    files = [pathlib.Path(test.example_name(i)) for i in range(len(test))]
+    sound = [file for file in files if "truncated" not in file.name and file.stem != "renamed"]
+    said = [predictor(predict.read_image(file)).record["top"][0]["name"] for file in sound]
+    right = [name == file.parent.name for name, file in zip(said, sound, strict=True)]
+    assert np.mean(right) == pytest.approx(outcome.scores["best/test/accuracy"], abs=0.1)
+
+
+@pytest.mark.parametrize(
+  ("argument", "message"),
+  [
+    ("model=vit_b61", "unknown classifier 'vit_b61'; did you mean 'vit_b16'"),
+    ("model=detr_r50", "unknown classifier 'detr_r50'"),
+    ("model=lambda_resnet_152", "no published weights of lambda_resnet_152 are known; give init_"),
+    ("data=folder:x", "unknown field of own 'data'"),
+  ],
+)
+def test_what_cannot_be_fine_tuned_is_one_line(argument, message):
+  with pytest.raises(ValueError, match=message):
+    finetune_own.get_config(argument)
+
+
+def test_the_rate_goes_with_the_batch_and_the_weights_with_the_model():
+  config = finetune_own.get_config("model=vit_b16")
+  assert config.optimizer.learning_rate == pytest.approx(0.03 * 32 / 512)
+  assert config.init_from == "vit_b16_augreg_imagenet21k"
+  fields = "model=lambda_resnet50ts,batch_size=256,num_epochs=4,head_only=true"
+  config = finetune_own.get_config(fields)
+  assert config.optimizer.learning_rate == 0.01
+  assert config.init_from == "lambda_resnet50ts_imagenet"
+  assert config.data.train.transforms[0]["size"] == 256
+  assert config.eval_every == config.checkpoint.every == 0.25
+  params = {"head": {"kernel": np.ones((2, 3))}, "stem": {"kernel": np.ones((2, 3))}}
+  frozen = create_optimizer(config.optimizer.to_dict(), params, num_steps=10).frozen
+  assert frozen == {"head": {"kernel": False}, "stem": {"kernel": True}}

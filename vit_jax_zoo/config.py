@@ -25,15 +25,18 @@ def defaults() -> ConfigDict:
   * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `data.eval`:
     the same for each evaluation by name, and for one that is a linear probe the `fit_split` that it
     learns from; `mixed_with` in either: further sources of the same classes, each with `source`,
-    `split` and options; `data.loader`: options of both batch makers of `data.pipeline`.
+    `split` and options; `repeats` in `data.train`: of each example in a batch (repeated
+    augmentation); `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `train.optimizer`; a task of several players has one such section for each.
   * `ema_decay`: of the average of the parameters and statistics; None keeps none.
   * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: come before those that
     stand beside the model.
-  * `log_every`, `eval_every`, `checkpoint.every`: in steps; 0 is at the end alone.
+  * `log_every`, `eval_every`, `checkpoint.every`: in steps; 0 is at the end alone. The last two may
+    be shares of the run: 0.05 is twenty times.
   * `checkpoint.keep`: how many of the newest stay; `checkpoint.best`: the score that chooses the
     best, "<evaluation>/<score>", by default the first evaluation and the task's own choice;
-    `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better.
+    `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better;
+    `checkpoint.score_best`: at the end, the best is scored on all evaluations, as "best/...".
   * `init_from`: a published checkpoint or a run to start from.
   * `recipe`: the batch size that the recipe's numbers are for, and its `learning_rates` by player:
     where a run departs from them, `train.batch_rule` says what is due. They change nothing.
@@ -54,7 +57,13 @@ def defaults() -> ConfigDict:
       "sharding": {"mesh": {"data": -1, "fsdp": 1, "model": 1}, "rules": ()},
       "log_every": 50,
       "eval_every": 0,
-      "checkpoint": {"every": 0, "keep": 1, "best": placeholder(str), "best_mode": "max"},
+      "checkpoint": {
+        "every": 0,
+        "keep": 1,
+        "best": placeholder(str),
+        "best_mode": "max",
+        "score_best": False,
+      },
       "init_from": placeholder(str),
       "recipe": {"batch_size": placeholder(int), "learning_rates": {}},
     }
@@ -113,10 +122,16 @@ _LEAST = {
 }
 
 
+_SHARES = ("eval_every", "checkpoint.every")
+"""Counts of steps that may be shares of all."""
+
+
 def _check_at_least(config: ConfigDict, name: str, least: int) -> None:
   value = config
   for key in name.split("."):
     value = value[key]
+  if name in _SHARES and isinstance(value, float) and 0 < value < 1:
+    return
   if value is not None and not (isinstance(value, int) and value >= least):
     raise ValueError(f"{name} is {value}; expected a whole number, at least {least}")
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -31,10 +29,10 @@ from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.base import Source, check_same_classes, join_sources
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.introduction import introduce
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_config import (
-  as_json,
   check_config_unchanged,
   fill_from_data,
   remember_config,
@@ -43,7 +41,6 @@ from vit_jax_zoo.run_config import (
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.batch_rule import advise
 from vit_jax_zoo.train.checkpoint import Checkpointer, is_checkpoint, restore_variables
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.evaluate import Evaluation, PredictionScores
@@ -97,6 +94,7 @@ class Experiment:
       process_index=index,
       process_count=count,
       num_classes=getattr(self.task, "num_classes", None),
+      repeats=self.config.data.train.get("repeats", 1),
       **self.config.data.loader.to_dict(),
     )
 
@@ -167,7 +165,7 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
 
 
 def _open(spec: Mapping[str, Any] | ConfigDict, split: str = "split") -> Source:
-  known = ("source", "split", "fit_split", "transforms", "mixed_with")
+  known = ("source", "split", "fit_split", "transforms", "mixed_with", "repeats")
   options = {key: spec[key] for key in spec if key not in known}
   others = (_open(other) for other in spec.get("mixed_with") or ())
   return join_sources([load_source(spec["source"], spec[split], **options), *others])
@@ -235,7 +233,8 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       experiment.train_batches(step) as batches,
     ):
       if step == 0:
-        _introduce(experiment, program, writer, first_batch)
+        sources = {"train": experiment.train_source, **experiment.eval_sources}
+        introduce(experiment.config, program, sources, first_batch, writer)
       loop = Loop(
         train_step=program.train_step,
         evaluations=evaluations,
@@ -249,7 +248,9 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       )
       endless = itertools.repeat(first_batch) if options.overfit_one_batch else batches
       put = functools.partial(sharding.to_global, mesh=experiment.mesh)
-      return loop.run(state, prefetch(endless, put))
+      outcome = loop.run(state, prefetch(endless, put))
+      batches.log_skipped()
+      return outcome
 
 
 def _starting_state(
@@ -330,6 +331,7 @@ def _loop_settings(experiment: Experiment, options: RunOptions) -> LoopSettings:
     log_every=config.log_every,
     eval_every=config.eval_every,
     checkpoint_every=config.checkpoint.every,
+    score_best=config.checkpoint.score_best,
     best=config.checkpoint.best or (first and f"{first}/{experiment.task.best_metric}"),
     profile=options.profile,
   )
@@ -349,22 +351,3 @@ def _progress(
       devices=list(experiment.mesh.devices.flat),
     )
   )
-
-
-def _introduce(
-  experiment: Experiment, program: Program, writer: MetricWriter, batch: Mapping[str, np.ndarray]
-) -> None:
-  """Logs what is about to be trained: the parameters, the config, and the first batch's picture."""
-  for advice in advise(experiment.config.to_dict()) if is_primary() else ():
-    logging.log(logging.WARNING if advice.is_warning else logging.INFO, advice.text)
-  table = parameter_overview.get_parameter_overview(
-    program.abstract_state.params, include_stats=False
-  )
-  logging.info("parameters:\n%s", table)
-  if is_primary():
-    config = as_json(experiment.config)
-    writer.write_text(0, {"config": f"```\n{json.dumps(config, indent=1)}\n```"})
-    writer.write_hparams(config)
-    writer.write_figures(
-      0, {f"train_{k}": v for k, v in experiment.task.batch_figures(batch).items()}
-    )

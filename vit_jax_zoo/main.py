@@ -7,6 +7,7 @@
 The same command again goes on where the run had come; when it is complete, it scores it once more.
 """
 
+import hashlib
 import os
 import pathlib
 import sys
@@ -19,7 +20,7 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import command_line, experiment
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo.train import distributed
-from vit_jax_zoo.train.loop import Outcome
+from vit_jax_zoo.train.loop import Outcome, in_words
 
 CONFIG = flags.DEFINE_string(
   "config",
@@ -39,6 +40,9 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an err
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+
+_LONGEST = 120
+"""So many letters of the config's argument are in the name of a run's folder."""
 
 EXIT_STOPPED = 143
 """128 + SIGTERM: a run that was told to stop, has saved its state, and is not finished."""
@@ -93,6 +97,8 @@ def default_workdir(config_argument: str) -> str:
   """
   path, _, argument = config_argument.partition(":")
   words = "".join(c if c.isalnum() or c in "._-" else "_" for c in argument or "demo")
+  if len(words) > _LONGEST:  # file systems have a limit, and paths of data may be long
+    words = f"{words[:_LONGEST]}_{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}"
   return f"runs/{pathlib.Path(path).stem}_{words}"
 
 
@@ -114,8 +120,8 @@ def _say_where(outcome: Outcome) -> None:
   """Says what came out of the run, and where everything lies."""
   step, workdir = int(outcome.state.step), outcome.workdir
   if outcome.finished:
-    scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
-    logging.info("done after %d steps: %s", step, scores or "(the config names no evaluation)")
+    scores = in_words(outcome.scores) or "(the config names no evaluation)"
+    logging.info("done after %d steps: %s", step, scores)
   else:
     logging.info("stopped by a signal after step %d; the same command goes on from there", step)
   places = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "pictures": "figures"}

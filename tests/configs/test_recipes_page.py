@@ -10,7 +10,7 @@ import re
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "RECIPES.md"
 
-SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
+SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt", "finetune")
 
 HEAD = """# Recipes
 
@@ -29,7 +29,9 @@ COLUMNS = (
   "ours",
 )  # fmt: skip
 
-ENTRIES = "Paper|Data|Weights|Fields|Palette|Evaluation|Differs|Hardware|Expected|Ours"
+ENTRIES = (
+  "Paper|Data|Weights|Fields|Palette|Evaluation|Differs|Learning|Few|Small|Hardware|Expected|Ours"
+)
 ENTRY = re.compile(rf"(?P<name>{ENTRIES})(?P<more>[^:]*):\s*(?P<text>.*)")
 NOT_RUN = "Not yet run here."
 

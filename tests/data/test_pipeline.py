@@ -122,6 +122,19 @@ class TestTrain:
     images = {image.tobytes() for batch in batches for image in batch["image"]}
     assert len(images) > 12
 
+  @pytest.mark.parametrize("hosts", [1, 2])
+  def test_an_example_is_repeated_and_augmented_anew(self, hosts):
+    options = dict(batch_size=12, seed=3, repeats=3, process_count=hosts)
+    parts = [take(4, Pictures(16), RANDOM, **options, process_index=p) for p in range(hosts)]
+    batches = list(joined(parts))
+    once = take(4, Pictures(16), RANDOM, batch_size=4, seed=3)
+    for batch, few in zip(batches, once, strict=True):
+      np.testing.assert_array_equal(batch["label"], np.tile(few["label"], 3))
+      images = {image.tobytes() for image in batch["image"]}
+      assert len(images) > 10
+      assert all(batch["label"] != np.roll(batch["label"], 1))  # mixup's neighbours
+    assert sorted(np.concatenate([b["label"][:4] for b in batches])) == list(range(16))
+
   def test_bytes_that_nothing_decoded_are_decoded(self):
     flips = build_transforms([dict(name="one_hot", num_classes=50)])
     batch = take(1, Pictures(9), flips, batch_size=3, seed=0)[0]
@@ -237,6 +250,18 @@ class TestErrors:
       with pytest.raises(ValueError, match=r"pictures/[12]\.png has label") as error:
         next(batches)
       assert f"has label {bad}, expected 0..4 (num_classes=5)" in str(error.value)
+
+  @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+      ({"repeats": 3}, "repeats is 3; expected 1 or more, of which batch_size 8 is a multiple"),
+      ({"repeats": 0}, "repeats is 0"),
+      ({"repeats": 2, "buckets": 2}, "repeats and buckets do not go together"),
+    ],
+  )
+  def test_repeats_that_cannot_be(self, options, message):
+    with pytest.raises(ValueError, match=message):
+      train_batches(Pictures(3), PLAIN, batch_size=8, seed=0, **options)
 
   def test_num_classes_of_the_model_counts(self):
     with pytest.raises(ValueError, match=r"expected 0\.\.1 \(num_classes=2\)"):

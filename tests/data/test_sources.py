@@ -206,7 +206,39 @@ class TestFolder:
     logging.set_verbosity(logging.INFO)
     with caplog.at_level("INFO"):
       load_source(f"folder:{class_folders}", "train")
-    assert "ignored 1 files" in caplog.text
+    assert "ignored 1 files that are not images: cow/notes.txt" in caplog.text
+
+  def test_training_files_are_held_out_by_hash_to_choose_by(self, class_folders):
+    def members(split):
+      source = load_source(f"folder:{class_folders}", split)
+      assert len(source) == source.info.num_examples
+      return [source.example_name(i) for i in range(len(source))]
+
+    assert members("fit") + members("choose") == members("train")
+    assert 1 <= len(members("choose")) <= 12
+    kept = members("choose")
+    for i in range(20):
+      (class_folders / "ant" / f"new{i}.jpg").write_bytes(b"")
+    assert [name for name in members("choose") if "new" not in name] == kept
+
+  def test_of_a_few_files_one_is_held_out(self, class_folders):
+    for file in sorted(class_folders.rglob("*.jpg"))[4:]:
+      file.unlink()
+    sizes = {s: len(load_source(f"folder:{class_folders}", s)) for s in ("fit", "choose", "test")}
+    assert sizes == {"fit": 2, "choose": 1, "test": 1}
+
+  def test_a_validation_folder_is_what_to_choose_by(self, tmp_path):
+    for path in ("train/x/1.png", "train/y/2.png", "val/y/3.png", "test/x/4.png"):
+      (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+      (tmp_path / path).write_bytes(b"")
+    fit, choose = (load_source(f"folder:{tmp_path}", split) for split in ("fit", "choose"))
+    assert len(fit) == 2
+    assert choose.example_name(0).endswith("val/y/3.png")
+
+  def test_labels_are_known_without_reading(self, class_folders):
+    source = load_source(f"folder:{class_folders}", "train[3:]+test")
+    np.testing.assert_array_equal(source.labels(), [source[i]["label"] for i in range(len(source))])
+    assert load_source("demo:digits", "train").labels() is None
 
   def test_given_split_folders(self, tmp_path):
     for path in ("train/x/1.png", "train/y/2.png", "val/y/3.png"):
@@ -255,7 +287,7 @@ class TestFolder:
     for name in folders:
       (tmp_path / name / "x").mkdir(parents=True)
       (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
-    with pytest.raises(ValueError, match=f"unknown split '{split}'.*Known: {known}$"):
+    with pytest.raises(ValueError, match=f"unknown split '{split}'.*Known: choose, fit, {known}$"):
       load_source(f"folder:{tmp_path}", split)
 
   def test_class_order_can_be_given(self, class_folders, tmp_path):

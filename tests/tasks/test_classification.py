@@ -285,3 +285,18 @@ def test_lists_of_a_config_become_tuples(tiny_classifier):
   assert task.best_metric in {"accuracy"}
   with pytest.raises(dataclasses.FrozenInstanceError):
     task.num_classes = 3
+
+
+def test_classes_that_are_scored_are_drawn_as_a_confusion_matrix():
+  names = ("a", "b", "c")
+  task = create_task("classification", Echo(np.eye(3)), num_classes=3, class_names=names, top_k=1)
+  batch = {"label": np.array([0, 0, 2])}
+  predictions = {"labels": np.array([[0], [1], [2]]), "loss": np.zeros(3)}
+  evaluator = task.evaluator()
+  evaluator.add(batch, predictions)
+  assert task.score_figures(evaluator) == {}
+  scored = dataclasses.replace(task, per_class=True)
+  evaluator = scored.evaluator()
+  evaluator.add(batch, predictions)
+  figure = scored.score_figures(evaluator)["confusion"]
+  assert figure.axes[0].get_title(loc="left").endswith("2 of 3 on the diagonal")

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from vit_jax_zoo.ops.names import unknown_name
 
 Example: TypeAlias = dict[str, Any]
@@ -64,6 +66,10 @@ class Source(abc.ABC):
   def example_name(self, index: int) -> str:
     """Returns what an error message calls this example: its file, or its split and position."""
 
+  def labels(self) -> np.ndarray | None:
+    """Returns the label of every example, int [n], where that takes reading none of them."""
+    return None
+
   def image_size(self, index: int) -> tuple[int, int]:
     """Returns height and width of the example's image, without decoding it."""
     from vit_jax_zoo.data import images  # which in turn knows the errors of this module
@@ -107,6 +113,15 @@ class SlicedSource(Source):
     """Returns the name that the example has in the source it comes from."""
     source, position = self._find(index)
     return source.example_name(position)
+
+  def labels(self) -> np.ndarray | None:
+    """Returns those of its parts, if all of them know theirs."""
+    known = [source.labels() for source, _ in self._parts]
+    found = [x for x in known if x is not None]
+    if len(found) < len(known):
+      return None
+    pairs = zip(found, self._parts, strict=True)
+    return np.concatenate([labels[list(indices)] for labels, (_, indices) in pairs])
 
   def image_size(self, index: int) -> tuple[int, int]:
     """Returns what the source it comes from says."""

@@ -11,6 +11,10 @@ Without `train/` there is a fixed random split: 90 % `train`, 10 % `test`, decid
 file's path below the root, so that it is the same on every machine, and adding files moves none of
 the others. `all` is both; `val`, `valid` and `validation` are `test`, as above. Examples are
 ordered by the same hash: any slice mixes the classes.
+
+For whoever chooses between models, or checkpoints, `train` is also cut in two, by the same hash:
+`fit`, to learn from, and `choose`, a tenth of all or so. With folders for training, validation and
+test, these two are the first and the second of them, as they are.
 """
 
 import dataclasses
@@ -18,8 +22,10 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
+import numpy as np
 from absl import logging
 
 from vit_jax_zoo.data.base import (
@@ -36,6 +42,10 @@ IMAGE_SUFFIXES = frozenset(
 )
 SPLIT_FOLDERS = ("train", "test", *VALIDATION_NAMES)
 TEST_FRACTION = 0.1
+CHOOSE_FRACTION = 0.1
+
+_NAMED = 5
+"""So many ignored files are named."""
 
 
 class FolderSource(Source):
@@ -50,9 +60,27 @@ class FolderSource(Source):
     with open(self.example_name(index), "rb") as file:
       return {"image": file.read(), "label": self._files[index][1]}
 
+  def labels(self) -> np.ndarray:
+    """Returns the number of each file's class."""
+    return np.array([label for _, label in self._files], np.int64)
+
   def example_name(self, index: int) -> str:
     """Returns the path of the file."""
     return os.path.join(self._root, self._files[index][0])
+
+  def part(self, *, chosen: bool) -> "FolderSource":
+    """Returns the files that are held out to choose by, those with the highest hashes; or the rest.
+
+    At least one of two or more is held out.
+    """
+    first = sum(_hash(path) < (1 - CHOOSE_FRACTION) * 2**64 for path, _ in self._files)
+    if first == len(self._files) > 1:
+      first -= 1
+    files = self._files[first:] if chosen else self._files[:first]
+    return FolderSource(dataclasses.replace(self.info, num_examples=len(files)), self._root, files)
+
+
+FolderSplits: TypeAlias = Mapping[str, Callable[[], FolderSource]]
 
 
 def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
@@ -69,10 +97,10 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
       lacks.
   """
   splits = find_splits(location, class_names)
-  return _name_test(name_validation(splits))
+  return _name_test(name_validation(_name_choices(splits)))
 
 
-def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
+def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> FolderSplits:
   """Finds the images below a folder, as `open_splits`; each split has one name, its folder's."""
   if "://" in location:
     raise ValueError(
@@ -103,6 +131,21 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
   return _hashed_splits(whole, root, _labelled(root, found[root], names))
 
 
+def _name_choices(splits: FolderSplits) -> Splits:
+  """Adds `fit` and `choose`: what to learn from, and what to choose a checkpoint by."""
+  validation = [name for name in VALIDATION_NAMES if name in splits]
+  if "train" not in splits:
+    return splits
+  if "test" in splits and len(validation) == 1:
+    return {**splits, "fit": splits["train"], "choose": splits[validation[0]]}
+  train = splits["train"]
+  return {
+    **splits,
+    "fit": lambda: train().part(chosen=False),
+    "choose": lambda: train().part(chosen=True),
+  }
+
+
 def _name_test(splits: Splits) -> Splits:
   """Lets the test set stand for a validation set where there is none, and the other way round.
 
@@ -116,14 +159,17 @@ def _name_test(splits: Splits) -> Splits:
   return splits
 
 
-def _hashed_splits(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> Splits:
-  test = [file for file in files if _hash(file[0]) < TEST_FRACTION * 2**64]
-  train = [file for file in files if _hash(file[0]) >= TEST_FRACTION * 2**64]
+def _hashed_splits(
+  whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]
+) -> FolderSplits:
+  # Of a dozen files there may be none with a hash so small: then it is the smallest.
+  test = [file for file in files if _hash(file[0]) < TEST_FRACTION * 2**64] or files[:1]
+  train = files[len(test) :]  # they are in the order of their hashes
   splits = {"train": train, "test": test, "all": files}
   return {name: functools.partial(_open, whole, root, splits[name]) for name in splits}
 
 
-def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> Source:
+def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> FolderSource:
   return FolderSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
 
 
@@ -137,15 +183,17 @@ def read_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:
 
 def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   """Returns (path below the root, class) of every image in a class folder, ordered by hash."""
-  found, ignored = [], 0
+  found: list[tuple[str, str]] = []
+  ignored: list[str] = []
   for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")):
     for parent, _, files in os.walk(folder):
       below = os.path.relpath(parent, root)
       images = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-      ignored += len(files) - len(images)
+      ignored += sorted(os.path.join(below, f) for f in set(files) - set(images))
       found += [(pathlib.PurePath(below, f).as_posix(), folder.name) for f in images]
   if ignored:
-    logging.info("%s: ignored %d files that are not images", root, ignored)
+    named = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
+    logging.info("%s: ignored %d files that are not images: %s", root, len(ignored), named)
   return sorted(found, key=lambda file: (_hash(file[0]), file[0]))
 
 

@@ -127,6 +127,7 @@ class TrainBatches:
     seed: of the run.
     plan: what belongs together, where images have different sizes; by default what comes together.
     hosts: how many there are; batches are numbered step by step, host by host.
+    repeats: how often each example is in a batch, augmented anew; not with a plan.
   """
 
   loader: Loader
@@ -134,6 +135,7 @@ class TrainBatches:
   seed: int
   plan: TrainPlan | None = None
   hosts: int = 1
+  repeats: int = 1
 
   def __call__(self, number: int) -> dict[str, Any]:
     """Returns the examples at positions [number * size, (number + 1) * size) of the run.
@@ -154,7 +156,20 @@ class TrainBatches:
   def _at(self, position: int) -> Loaded:
     count = len(self.loader.source)
     numbers = RandomNumbers(self.seed)
-    return self.loader(shuffled_index(position, count, self.seed), numbers.at(position))
+    return self.loader(shuffled_index(self._turn(position), count, self.seed), numbers.at(position))
+
+  def _turn(self, position: int) -> int:
+    """Returns whose turn it is at a row of the run, in the row of all epochs.
+
+    The same examples come again after all others of the batch: neighbours, which mixup mixes, are
+    different ones.
+    """
+    if self.repeats == 1:
+      return position
+    rows = self.size * self.hosts
+    step, row = divmod(position, rows)
+    different = rows // self.repeats
+    return step * different + row % different
 
   def _first_sound(self, positions: np.ndarray, row: int) -> Loaded:
     """Returns the example of a row, or of the first row behind it whose example can be read."""

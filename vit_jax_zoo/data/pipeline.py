@@ -14,7 +14,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import grain
 import numpy as np
@@ -27,6 +27,9 @@ from vit_jax_zoo.ops.names import unknown_name
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 CORRUPT_POLICIES = ("error", "skip")
+
+_LISTED = 10
+"""So many skipped examples are named at the end of a run."""
 
 
 def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of the process)
@@ -43,6 +46,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   num_classes: int | None = None,
   on_corrupt: str = "error",
   buckets: int | Sequence[Sequence[int]] | None = None,
+  repeats: int = 1,
 ) -> "BatchIterator":
   """Returns the training batches of this host from `start_step` on, without end.
 
@@ -63,12 +67,16 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
       drawn at random from (seed, position), and counts the lost one in the iterator's `skipped`.
     buckets: where images have different sizes: shapes (height, width) to which batches are padded,
       or how many such shapes to choose; see `data/buckets.py`. By default they all have the same.
+    repeats: repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al.,
+      arXiv:1902.05509; timm's `--aug-repeats`): so many rows of a batch are the same example,
+      augmented differently; an epoch, by its number of steps, then sees only a part of the data.
 
   Raises:
     ValueError: one line, about the batch size, an empty source, a label, a corrupt image, or
       examples of different shapes.
   """
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
+  _check_repeats(repeats, batch_size, buckets)
   plan = None
   if buckets is not None:
     plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
@@ -76,7 +84,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
   # Grain counts batches, not examples: its bookkeeping for an element takes as long as a flip.
   numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
-  batches = TrainBatches(loader, local, seed, plan, process_count)
+  batches = TrainBatches(loader, local, seed, plan, process_count, repeats)
   dataset = numbers[::process_count].map(batches)
   return BatchIterator(_iterate(dataset, num_workers, num_threads))
 
@@ -141,6 +149,13 @@ class BatchIterator(Iterator[Batch]):
     """How many rows so far lost their example."""
     return self.skipped.total()
 
+  def log_skipped(self) -> None:
+    """Says once more, at the end of a run, which examples were skipped all along."""
+    if self.skipped:
+      names = sorted(self.skipped)
+      listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+      logging.warning("%d examples could not be read and were skipped: %s", len(names), listed)
+
   def close(self) -> None:
     """Stops threads and worker processes."""
     self._iterator.close()
@@ -172,6 +187,15 @@ class EvalBatches:
   def num_skipped(self) -> int:
     """How many rows lost their example in the last iteration, so far; 0 before the first."""
     return 0 if self._last is None else self._last.num_skipped
+
+
+def _check_repeats(repeats: int, batch_size: int, buckets: Any) -> None:
+  if repeats < 1 or batch_size % repeats:
+    raise ValueError(
+      f"repeats is {repeats}; expected 1 or more, of which batch_size {batch_size} is a multiple"
+    )
+  if repeats > 1 and buckets is not None:
+    raise ValueError("repeats and buckets do not go together; leave one of them out")
 
 
 def _local_batch_size(

@@ -8,7 +8,7 @@ Where things run:
 
 * `init`, `normalizers`, `loss`, `predict` are traced by `jax.jit`; they see global arrays and write
   no communication of their own;
-* `prepare`, `evaluator` and `figures` run on the host, on numpy arrays.
+* `prepare`, `evaluator` and all figures run on the host, on numpy arrays.
 """
 
 import abc
@@ -197,6 +197,11 @@ class Task(abc.ABC):
   ) -> dict[str, Figure]:
     """Draws predictions beside the truth, by figure name. Optional."""
     del batch, predictions
+    return {}
+
+  def score_figures(self, evaluator: Evaluator) -> dict[str, Figure]:
+    """Draws what an evaluator has counted over a whole split, by figure name. Optional."""
+    del evaluator
     return {}
 
 

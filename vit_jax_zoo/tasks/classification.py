@@ -53,7 +53,7 @@ class Classification(base.Task):
     image_std: as `image_mean`.
     class_names: in order; for pictures and scores of single classes.
     top_k: how many classes a prediction lists, and the k of the top-k accuracy.
-    per_class: evaluations score each class, too.
+    per_class: evaluations score each class, too, and draw which is taken for which.
   """
 
   model: base.Model
@@ -173,6 +173,12 @@ class Classification(base.Task):
       self.class_names,
     )
     return {"predictions": figure}
+
+  def score_figures(self, evaluator: base.Evaluator) -> dict[str, Figure]:
+    """Draws the confusion matrix, where classes are scored (`per_class`)."""
+    if not (self.per_class and isinstance(evaluator, ClassificationEvaluator)):
+      return {}
+    return {"confusion": draw.draw_confusion(evaluator.confusion(), self.class_names)}
 
   @property
   def _mixing(self) -> Mixing:

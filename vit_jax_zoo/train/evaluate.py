@@ -60,7 +60,7 @@ class PredictionScores:
   name: str
 
   def __call__(self, variables: Variables) -> Report:
-    """Returns the scores over the whole split, and figures of its first batch.
+    """Returns the scores over the whole split, figures of these, and figures of its first batch.
 
     Where images could not be read, and the data's policy is to go on, "skipped_images" counts them.
     """
@@ -78,6 +78,8 @@ class PredictionScores:
     first, *others = parts
     for other in others:
       first.merge(other)
+    if is_primary():
+      figures = {**figures, **self.task.score_figures(first)}
     lost = {"skipped_images": float(sum(losses))} if any(losses) else {}
     return Report({**first.result(), **lost}, figures)
 

@@ -25,7 +25,7 @@ from etils import epath
 
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.train.checkpoint import Checkpointer
+from vit_jax_zoo.train.checkpoint import BEST, Checkpointer, find_checkpoint, restore_variables
 from vit_jax_zoo.train.evaluate import Evaluation, Report
 from vit_jax_zoo.train.metric_writer import MetricWriter
 from vit_jax_zoo.train.preemption import PreemptionGuard
@@ -45,17 +45,20 @@ class LoopSettings:
   Attributes:
     num_steps: length of the run.
     log_every: how often training metrics are fetched and written.
-    eval_every: how often the evaluations run; 0: at the end alone. They always run at the end.
-    checkpoint_every: how often the state is saved; 0: at the end alone.
+    eval_every: how often the evaluations run; 0: at the end alone. They always run at the end. A
+      float below 1 is a share of all steps.
+    checkpoint_every: how often the state is saved; 0: at the end alone; or a share.
     best: the score that chooses the best checkpoint, "<evaluation>/<score>"; higher is better.
+    score_best: at the end, the best variables are scored as well.
     profile: the half-open window of steps of which `jax.profiler` takes a trace, or None.
   """
 
   num_steps: int
   log_every: int = 50
-  eval_every: int = 0
-  checkpoint_every: int = 0
+  eval_every: int | float = 0
+  checkpoint_every: int | float = 0
   best: str | None = None
+  score_best: bool = False
   profile: tuple[int, int] | None = None
 
   def check_profile(self, start_step: int) -> None:
@@ -66,8 +69,10 @@ class LoopSettings:
         f"steps {start_step + 1} to {self.num_steps}"
       )
 
-  def is_due(self, every: int, step: int) -> bool:
+  def is_due(self, every: int | float, step: int) -> bool:
     """Returns whether something that happens every so often happens after this step."""
+    if isinstance(every, float) and every:
+      every = max(1, round(every * self.num_steps))
     return step == self.num_steps or (every > 0 and step % every == 0)
 
 
@@ -150,6 +155,8 @@ class Loop:
             self.checkpointer.save(step, state)
         if stop:
           return self._outcome(state, scores, finished=False)
+    if settings.score_best:
+      scores = scores | self._score_best(state.variables, scores)
     return self._outcome(state, scores, finished=True)
 
   def _outcome(self, state: TrainState, scores: dict[str, float], *, finished: bool) -> Outcome:
@@ -161,7 +168,7 @@ class Loop:
       report = run_evaluations(self.evaluations, variables)
       self.writer.write_scalars(step, report.scores)
       self.writer.write_figures(step, report.figures)
-      logging.info("step %d: %s", step, _in_words(report.scores))
+      logging.info("step %d: %s", step, in_words(report.scores))
       best = self.settings.best
       if best is not None and best not in report.scores:
         raise ValueError(unknown_name("score for checkpoint.best", best, report.scores))
@@ -169,6 +176,30 @@ class Loop:
         self.checkpointer.save_best(step, variables, report.scores[best])
       self.writer.flush()
     return report.scores
+
+  def _score_best(self, last: Variables, last_scores: dict[str, float]) -> dict[str, float]:
+    """Scores the best variables on every evaluation; returns "best/<evaluation>/<score>".
+
+    The evaluation that chose them favours them: another says how good they are.
+    """
+    self.checkpointer.wait()
+    try:
+      best = find_checkpoint(self.checkpointer.workdir / BEST)
+    except FileNotFoundError:
+      return {}
+    step = self.settings.num_steps
+    if int(best.name) == step:
+      logging.info("the last step is the best")
+      return {f"best/{name}": value for name, value in last_scores.items()}
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), last)
+    with self.progress.outside("evaluate"):
+      report = run_evaluations(self.evaluations, restore_variables(best, like))
+    scores = {f"best/{name}": value for name, value in report.scores.items()}
+    self.writer.write_scalars(step, scores)
+    self.writer.write_figures(step, {f"best_{k}": v for k, v in report.figures.items()})
+    self.writer.flush()
+    logging.info("the best, of step %s: %s", best.name, in_words(report.scores))
+    return scores
 
   def _check_state(self, step: int, state: TrainState) -> None:
     """Raises if a parameter is not finite: no such state is scored or saved."""
@@ -204,8 +235,10 @@ def run_evaluations(evaluations: Mapping[str, Evaluation], variables: Variables)
   return whole
 
 
-def _in_words(scores: Mapping[str, float]) -> str:
-  return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+def in_words(scores: Mapping[str, float]) -> str:
+  """Returns the scores in one line, without those of single classes ("val/accuracy/cat")."""
+  said = {k: v for k, v in scores.items() if k.removeprefix("best/").count("/") < 2}
+  return "  ".join(f"{name} {value:.4g}" for name, value in said.items())
 
 
 class _TrainingLog:

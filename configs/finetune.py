@@ -1,0 +1,194 @@
+r"""Images of your own, one folder for each class: any classifier of the zoo, fine-tuned on them.
+
+    python -m vit_jax_zoo.main --config=configs/finetune.py:source=folder:/path
+    python -m vit_jax_zoo.main \
+      --config=configs/finetune.py:model=vit_b16,source=folder:/path,init_from=ViT-B_16.npz
+    python -m vit_jax_zoo.main \
+      --config=configs/finetune.py:model=lambda_resnet26t,source=folder:/path,batch_size=16
+    python -m vit_jax_zoo.predict --workdir=runs/... --images=photos/
+
+| variant | trains on   | from                                        | expected |
+|---------|-------------|---------------------------------------------|----------|
+| own     | your images | the ViT paper; what is usual for ResNets    | depends  |
+
+The function below is a page of the lab book. iGPT's fine-tuning, with its two losses, stands in
+`configs/igpt.py` (`s_finetune,source=folder:/path`).
+"""
+
+import dataclasses
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs import common
+from vit_jax_zoo.models.registry import list_models
+from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.train.batch_rule import SINGLE, scaled_rate
+from vit_jax_zoo.weights.catalog import ENTRIES
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Returns the config of `[variant,]field=value...`."""
+  return common.build(arg, VARIANTS)
+
+
+def own(  # noqa: PLR0913  (each is a field that a command line may set)
+  *,
+  model: str = "vit_b16",
+  source: str = "folder:/path",
+  init_from: str = "",
+  num_epochs: float = 20.0,
+  batch_size: int = 32,
+  learning_rate: float = 0.0,
+  image_size: int = 0,
+  flip: bool = True,
+  head_only: bool = False,
+  dtype: str = "bfloat16",
+  data_dir: str = "",
+) -> ConfigDict:
+  """A classifier that others have trained learns the classes of your folders.
+
+  Paper: none. ViTs as in arXiv:2010.11929, appendix B.1.1: SGD with momentum 0.9, gradients clipped
+    to norm 1, cosine to 0, no weight decay, a new head that starts at 0. LambdaResNets the same,
+    with 0.01 for 256 images, which lies in the grid of Kornblith et al. (arXiv:1805.08974). Here a
+    tenth of the run is warm-up. Crops (5 to 100 % of an image) and flips, no RandAugment; whole
+    images, squashed to a square, in evaluations.
+  Data: a folder for each class, `source=folder:/path`; see `data/folder.py`. A tenth or so of the
+    training images, by a hash of their names, chooses the best checkpoint (`val`); `test` is the
+    folder `test`, or another tenth. An image that cannot be read is named, counted and skipped.
+    `flip=false` where left and right differ, as in text. Names of TFDS do as well: tfds:beans.
+  Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run of ours; by default
+    ImageNet-21k's of AugReg for a ViT, timm's for a LambdaResNet, which are then downloaded.
+  Learning rate: by default that of the recipe, scaled to `batch_size` by the linear rule (Goyal et
+    al., arXiv:1706.02677): 0.03 for 512 images makes 0.001875 for 32. If the accuracy on `val` is
+    poor, try a third and three times of it.
+  Few images: accuracy on a handful of them is coarse; --config.checkpoint.best=val/loss with
+    --config.checkpoint.best_mode=min chooses by the loss.
+  Small machines: `batch_size=8`, `--config.accumulation_steps=4`, `--config.model.remat=dots`
+    (ViT), `head_only=true` (the rest stands still), `dtype=float32` on a CPU, which has no fast
+    bfloat16.
+  Hardware: any. How large a batch fits which device was not measured.
+  Expected: depends on the images. A confusion matrix and a picture of the class sizes are in
+    `figures/`; `best/test/accuracy` is what to report.
+  Not yet run here.
+  """
+  family = _family(model)
+  image_size = image_size or family.image_size
+  config = _base(model, family, source, image_size)
+  config.batch_size, config.num_epochs = batch_size, num_epochs
+  config.model.dtype = dtype
+  config.data.train.transforms = [
+    {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)},
+    *([{"name": "random_flip"}] if flip else []),
+  ]
+  rate = scaled_rate("sgd", family.learning_rate, batch_size, family.batch_size)
+  config.optimizer.learning_rate = learning_rate or rate
+  if head_only:
+    config.optimizer.rules = (("head/.*", {"frozen": False}), (".*", {"frozen": True}))
+  config.init_from = init_from or _published(model)
+  config.eval_every = config.checkpoint.every = _once_an_epoch(num_epochs)
+  config.recipe = {
+    "batch_size": family.batch_size,
+    "learning_rates": {SINGLE: family.learning_rate},
+  }
+  return common.with_data_dir(config, data_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What fine-tuning takes of a family of models.
+
+  Attributes:
+    learning_rate: of SGD, for a batch of `batch_size`.
+    batch_size: see `learning_rate`.
+    image_size: side of the images, unless another is asked for.
+    image_mean: of pixels in [0, 1], as the published weights have it.
+    image_std: as `image_mean`.
+    weights: endings of published names, the best to start from first.
+  """
+
+  learning_rate: float
+  batch_size: int
+  image_size: int
+  image_mean: float | tuple[float, ...]
+  image_std: float | tuple[float, ...]
+  weights: tuple[str, ...]
+
+
+FAMILIES = {
+  "vit": Family(0.03, 512, 224, 0.5, 0.5, ("augreg_imagenet21k", "imagenet21k", "augreg_imagenet")),
+  "lambda_resnet": Family(
+    0.01, 256, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("imagenet",)
+  ),
+}
+
+
+def _family(model: str) -> Family:
+  known = [name for name in list_models() if name.startswith(tuple(FAMILIES))]
+  if model not in known:
+    raise ValueError(unknown_name("classifier", model, known))
+  return next(family for prefix, family in FAMILIES.items() if model.startswith(prefix))
+
+
+def _published(model: str) -> str:
+  """Returns the published weights to start a model from.
+
+  Raises:
+    ValueError: nobody has published any.
+  """
+  for ending in _family(model).weights:
+    if f"{model}_{ending}" in ENTRIES:
+      return f"{model}_{ending}"
+  raise ValueError(
+    f"no published weights of {model} are known; give init_from=<a file, or a run's folder>, or "
+    f"take one of those in docs/MODELS.md, such as model={_NEAREST[model.split('_')[0]]}"
+  )
+
+
+_NEAREST = {"vit": "vit_b16", "lambda": "lambda_resnet50ts"}
+
+
+def _once_an_epoch(num_epochs: float) -> float | int:
+  """Returns which share of the run an epoch is, or 1/50 if that is more; 0 for a single one."""
+  return max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
+
+
+def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDict:
+  """What does not depend on the fields."""
+  squash = [{"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}]
+  own_split = source.startswith("folder:")
+  splits = {"val": "choose" if own_split else "train[90%:]", "test": "test"}
+  evaluations: dict[str, Any] = {
+    name: {"source": source, "split": split, "transforms": squash} for name, split in splits.items()
+  }
+  return ConfigDict(
+    {
+      "seed": 0,
+      "model": {"name": model, "num_classes": placeholder(int)},
+      "task": {
+        "name": "classification",
+        "num_classes": placeholder(int),
+        "class_names": placeholder(tuple),
+        "image_mean": family.image_mean,
+        "image_std": family.image_std,
+        "per_class": True,
+      },
+      "data": {
+        "train": {"source": source, "split": "fit" if own_split else "train[:90%]"},
+        "eval": evaluations,
+        "loader": {"num_workers": 0, "on_corrupt": "skip"},
+      },
+      "optimizer": {
+        "name": "sgd",
+        "momentum": 0.9,
+        "schedule": {"name": "cosine", "warmup_steps": 0.1},
+        "clip_norm": 1.0,
+      },
+      "log_every": 20,
+      "checkpoint": {"keep": 1, "best": "val/accuracy", "score_best": True},
+    }
+  )
+
+
+VARIANTS = {"own": own}
