@@ -182,7 +182,7 @@ def test_own_images_are_learned_in_one_command(own_run):
   assert outcome.scores["best/val/accuracy"] >= outcome.scores["val/accuracy"]
   assert sum(f"test/accuracy/{name}" in outcome.scores for name in NAMES) >= 2  # of 8 images
   figures = {path.stem for path in (workdir / "figures").iterdir()}
-  assert "class_balance_0" in figures
+  assert "class_balance_00000000" in figures
   assert any(name.startswith("test_confusion") for name in figures)
   assert any(name.startswith("train_batch") for name in figures)
   assert "test/accuracy/retina" not in said  # single classes are written, not said

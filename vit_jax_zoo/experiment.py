@@ -82,6 +82,11 @@ class Experiment:
     beside_model = sys.modules[type(self.model).__module__].SHARDING_RULES
     return (*self.config.sharding.rules, *beside_model)
 
+  @property
+  def sources(self) -> dict[str, Source]:
+    """All examples, by what they are for: "train", and the names of the evaluations."""
+    return {"train": self.train_source, **self.eval_sources}
+
   def train_batches(self, start_step: int = 0) -> pipeline.BatchIterator:
     """Yields this process's part of the training batches from a step on, without end."""
     index, count = sharding.input_shard(self.mesh, self.config.batch_size)
@@ -222,8 +227,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       if is_primary():
         save_figures(workdir, step, report.figures)
       return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
-    settings = _loop_settings(experiment, options)
-    settings.check_profile(step)
+    settings = _loop_settings(experiment, options, step)
     if is_primary():
       remember_config(experiment.config, workdir)
       remember_data(experiment.train_source.info, first_batch, workdir)
@@ -233,8 +237,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       experiment.train_batches(step) as batches,
     ):
       if step == 0:
-        sources = {"train": experiment.train_source, **experiment.eval_sources}
-        introduce(experiment.config, program, sources, first_batch, writer)
+        introduce(experiment.config, program, experiment.sources, first_batch, writer)
       loop = Loop(
         train_step=program.train_step,
         evaluations=evaluations,
@@ -323,10 +326,10 @@ def _evaluation(experiment: Experiment, program: Program, name: str) -> Evaluati
   )
 
 
-def _loop_settings(experiment: Experiment, options: RunOptions) -> LoopSettings:
+def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> LoopSettings:
   config = experiment.config
   first = next(iter(experiment.eval_sources), None)
-  return LoopSettings(
+  settings = LoopSettings(
     num_steps=experiment.num_steps,
     log_every=config.log_every,
     eval_every=config.eval_every,
@@ -335,6 +338,8 @@ def _loop_settings(experiment: Experiment, options: RunOptions) -> LoopSettings:
     best=config.checkpoint.best or (first and f"{first}/{experiment.task.best_metric}"),
     profile=options.profile,
   )
+  settings.check_profile(step)
+  return settings
 
 
 def _progress(
