@@ -11,7 +11,8 @@ Costs are those of random predictions and targets, for a batch of images and six
   pairs sent back: what a host-side matcher has to do in the middle of a step.
 
 With `--step` a whole training step of that model (loss and gradients) is measured as well, and the
-share of it that matching takes.
+share of it that matching takes, by the clock and in CPU time (of all threads; on a busy machine the
+steadier share; it says nothing where the step runs on an accelerator).
 """
 
 import argparse
@@ -83,9 +84,11 @@ def repeated(call: Callable[[], Any]) -> Callable[[int], object]:
   return lambda count: [jax.block_until_ready(call()) for _ in range(count)]
 
 
-def training_step(name: str, image_size: int, images: int, padded: int) -> Callable[[int], object]:
-  """Returns loss and gradients of a model in bfloat16, dropout included."""
-  task = create_task("detection", create_model(name, dtype="bfloat16"), num_classes=CLASSES)
+def training_step(flags: argparse.Namespace, padded: int) -> Callable[[int], object]:
+  """Returns loss and gradients of a model, dropout included."""
+  images, image_size = flags.batch_size, flags.image_size
+  model = create_model(flags.step, dtype=flags.dtype)
+  task = create_task("detection", model, num_classes=CLASSES)
   rng = np.random.default_rng(0)
   batch = {
     "image": rng.integers(0, 256, (images, image_size, image_size, 3), dtype=np.uint8),
@@ -115,6 +118,7 @@ def main() -> None:
   parser.add_argument("--objects", type=float, default=7.3, help="in an image, on average (COCO)")
   parser.add_argument("--step", default="", help="a model's name: also measures its training step")
   parser.add_argument("--image_size", type=int, default=640)
+  parser.add_argument("--dtype", default="bfloat16", help="of the step's computation")
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
   flags = parser.parse_args()
@@ -123,21 +127,25 @@ def main() -> None:
   for padded in map(int, flags.padded.split(",")):
     runs = solvers(*problem(flags.batch_size, padded, flags.objects))
     if flags.step:
-      runs["step"] = training_step(flags.step, flags.image_size, flags.batch_size, padded)
+      runs["step"] = training_step(flags, padded)
     times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
     wall = {name: [1e3 * t.wall for t in rounds] for name, rounds in times.items()}
     row = [str(padded), *(measuring.spread(wall[name]) for name in runs)]
     if flags.step:
-      share = statistics.median(wall["ours"]) / statistics.median(wall["step"])
-      row.append(f"{share:.2%}")
+      row += [f"{_share(times, 'wall'):.2%}", f"{_share(times, 'cpu'):.2%}"]
     rows.append(row)
   header = ["targets, padded to", "ours, ms", "optax, ms", "scipy, ms"]
-  header += [f"step of {flags.step}, ms", "ours / step"] if flags.step else []
+  header += [f"step of {flags.step}, ms", "ours / step", "in CPU time"] if flags.step else []
   print(f"\n{measuring.markdown(header, rows)}")
   print(
     f"\n{flags.batch_size} images x {LAYERS} layers x {QUERIES} queries, {flags.objects} objects "
     f"an image; median (range) of {flags.rounds} rounds; afterwards: {measuring.machine()}"
   )
+
+
+def _share(times: dict[str, list[measuring.Seconds]], field: str) -> float:
+  ours, step = ([getattr(t, field) for t in times[name]] for name in ("ours", "step"))
+  return statistics.median(ours) / statistics.median(step)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,11 @@ def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> Confi
     queries may leave an object to one of them. "No object" weighs 0.3, not 0.1: of twelve queries
     more find something than of a hundred. Batch norms learn; no dropout; the class counts three
     times.
-  Hardware: any. Two CPU cores need about ten minutes.
+  Hardware: any. Two CPU cores need about ten minutes: 13 minutes of CPU time.
   Expected: box AP50 0.8.
-  Ours: not yet measured as it stands; box AP50 0.85, AP 0.52 with `no_object_weight=0.4` and
-    `cell_steps=None`, seed 0.
+  Ours: box AP50 0.86, AP 0.54, one seed. Of 978 digits 829 are found at a threshold of one half, 85
+    of the others under another digit's name; 55 are still found twice. (With two decoder layers,
+    "no object" at 0.1 and cells that do not fade it was AP50 0.82, AP 0.50.)
   """
   config = _demo(num_steps, batch_size, seed)
   config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple))

@@ -11,7 +11,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
 
 | variant                        | trains on       | from               | expected            |
 |--------------------------------|-----------------|--------------------|---------------------|
-| demo                           | digits, 8x8     | -                  | 1.26 nats a pixel   |
+| demo                           | digits, 8x8     | -                  | 1.3 nats a pixel    |
 | s_imagenet   m l xl            | ImageNet, 32x32 | sections 3.1, 3.3  | S 2.09 nats a pixel |
 | s_finetune   m l               | CIFAR, ImageNet | section 3.4        | L 99.0 %, 88.5 %    |
 | s_probe      m l               | CIFAR-10, ...   | section 3.5        | L 96.3 %            |
