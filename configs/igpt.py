@@ -3,7 +3,8 @@ r"""Image GPT: a demo, and the recipes of the paper.
   iGPT     Chen et al., "Generative Pretraining from Pixels", ICML 2020
 
     python -m vit_jax_zoo.main --config=configs/igpt.py
-    python -m vit_jax_zoo.main --config=configs/igpt.py:l_imagenet,image_size=48
+    python -m vit_jax_zoo.main --config=configs/igpt.py:l_imagenet48
+    python -m vit_jax_zoo.plan --config=configs/igpt.py:xl_imagenet64 --topology=v5p:4x4x4
     python -m vit_jax_zoo.main \
       --config=configs/igpt.py:s_finetune,dataset=cifar100,init_from=runs/igpt_s_imagenet
     python -m vit_jax_zoo.main --evaluate_only \
@@ -13,6 +14,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
 |--------------------------------|-----------------|--------------------|---------------------|
 | demo                           | digits, 8x8     | -                  | 1.3 nats a pixel    |
 | s_imagenet   m l xl            | ImageNet, 32x32 | sections 3.1, 3.3  | S 2.09 nats a pixel |
+| l_imagenet48 xl_imagenet64     | 48x48, 64x64    | sections 3.1, 3.3  | -                   |
 | s_finetune   m l               | CIFAR, ImageNet | section 3.4        | L 99.0 %, 88.5 %    |
 | s_probe      m l               | CIFAR-10, ...   | section 3.5        | L 96.3 %            |
 
@@ -114,8 +116,11 @@ def imagenet(
     Short side 256 to 384, a random 224 crop, then down to `image_size` with antialiasing (the
     paper names no filter). XL also had 100 million images from the web, which are not public.
   Palette: 512 colours, fitted at the start, or OpenAI's: --config.task.palette=kmeans_centers.npy
-  Hardware: L took about 2500 V100-days. XL needs its parameters split over many devices
-    (`--config.sharding.mesh.fsdp`), and keeps of a block its input alone.
+  Hardware: L took about 2500 V100-days. Compiled for slices that were not here (docs/PLANS.md), L
+    and XL split their parameters over all devices, and keep of a block its input alone: with 64
+    pixels XL then needs 6.1 of 95 GiB on each chip of a TPU v5p:4x4x4. More devices than images,
+    as in a v5e:16x16, also split the layers: --config.sharding.mesh.fsdp=64
+    --config.sharding.mesh.model=4 for XL, 128 and 2 for L; `.data=128`, `.model=2` for S and M.
   Expected at 32 pixels, in nats a pixel on the test images: S 2.0895, M 2.0614, L 2.0466.
   Not yet run here.
   """
@@ -309,6 +314,8 @@ def _base(size: str, image_size: int, batch_size: int) -> ConfigDict:
 VARIANTS: dict[str, Any] = {
   "demo": demo,
   **{f"{s}_imagenet": functools.partial(imagenet, s) for s in ("s", "m", "l", "xl")},
+  "l_imagenet48": functools.partial(imagenet, "l", image_size=48),
+  "xl_imagenet64": functools.partial(imagenet, "xl", image_size=64),
   **{f"{s}_finetune": functools.partial(finetune, s) for s in ("s", "m", "l")},
   **{f"{s}_probe": functools.partial(linear_probe, s) for s in ("s", "m", "l")},
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -36,6 +37,15 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     text = " ".join(str(message).split())
     print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
     raise SystemExit(EXIT_ERROR) from None
+
+
+def parse_flags_and_overrides(argv: list[str]) -> list[str]:
+  """Parses flags; leaves those that set fields of the config, `--config.section.field=value`."""
+  sys.path.insert(0, os.getcwd())  # configs import configs.common
+  is_override = [a.startswith("-") and a.lstrip("-").startswith("config.") for a in argv]
+  with one_line_errors(show_traceback="--traceback" in argv):
+    rest = flags.FLAGS([a for a, override in zip(argv, is_override, strict=True) if not override])
+    return [*rest, *(a for a, override in zip(argv, is_override, strict=True) if override)]
 
 
 def log_plainly() -> None:

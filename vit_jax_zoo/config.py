@@ -177,6 +177,20 @@ def load(argument: str) -> ConfigDict:
   return module.get_config(choice) if choice else module.get_config()
 
 
+def load_with_overrides(argument: str, overrides: Sequence[str]) -> ConfigDict:
+  """Returns the complete config of `--config=argument` with the overrides applied.
+
+  Raises:
+    FileNotFoundError: there is no such config file.
+    ValueError: one line, about a name or value that cannot be, or an argument that is no override.
+  """
+  config = complete(load(argument))
+  others = apply_overrides(config, overrides)
+  if others:
+    raise ValueError(f"unexpected argument {others[0]!r}; options begin with --")
+  return config
+
+
 def apply_overrides(config: ConfigDict, flags: Sequence[str]) -> list[str]:
   """Sets the fields that flags of the form `--config.section.field=value` name, in place.
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -118,6 +118,17 @@ class Experiment:
       **self.config.data.loader.to_dict(),
     )
 
+  def batch_shapes(self) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """Returns the kinds of training batches; see `pipeline.training_shapes`."""
+    return pipeline.training_shapes(
+      self.train_source,
+      build_transforms(self.config.data.train.transforms),
+      batch_size=self.config.batch_size,
+      seed=self.config.seed,
+      num_classes=getattr(self.task, "num_classes", None),
+      buckets=self.config.data.loader.get("buckets"),
+    )
+
   def program(self, batch: Mapping[str, np.ndarray]) -> Program:
     """Returns the run's program for batches like this process's part `batch`."""
     config = self.config
@@ -135,8 +146,16 @@ class Experiment:
     )
 
 
-def create(config: ConfigDict, devices: Any = None) -> Experiment:
+def create(
+  config: ConfigDict, devices: Any = None, open_source: Callable[..., Source] = load_source
+) -> Experiment:
   """Makes a config's live parts.
+
+  Args:
+    config: any.
+    devices: those of the mesh; by default all there are.
+    open_source: makes a source of its name, its split and the options of its kind: for those who
+      plan a run where its data are not, `data.stand_in.load`.
 
   Raises:
     ValueError: one line, about whatever in the config cannot be.
@@ -146,11 +165,12 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
   check_values(config)
   mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
   sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
-  train_source = _open(config.data.train)
+  opened = functools.partial(_open, open_source)
+  train_source = opened(config.data.train)
   evaluations = config.data.eval.items()
-  eval_sources = {name: _open(spec) for name, spec in evaluations}
+  eval_sources = {name: opened(spec) for name, spec in evaluations}
   fit_sources = {
-    name: _open(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
+    name: opened(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
   }
   for name, source in eval_sources.items():
     check_same_classes(train_source.info, source.info, f"the evaluation {name!r}")
@@ -169,11 +189,13 @@ def create(config: ConfigDict, devices: Any = None) -> Experiment:
   )
 
 
-def _open(spec: Mapping[str, Any] | ConfigDict, split: str = "split") -> Source:
+def _open(
+  open_source: Callable[..., Source], spec: Mapping[str, Any] | ConfigDict, split: str = "split"
+) -> Source:
   known = ("source", "split", "fit_split", "transforms", "mixed_with", "repeats")
   options = {key: spec[key] for key in spec if key not in known}
-  others = (_open(other) for other in spec.get("mixed_with") or ())
-  return join_sources([load_source(spec["source"], spec[split], **options), *others])
+  others = (_open(open_source, other) for other in spec.get("mixed_with") or ())
+  return join_sources([open_source(spec["source"], spec[split], **options), *others])
 
 
 @dataclasses.dataclass(frozen=True)

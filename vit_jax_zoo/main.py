@@ -8,14 +8,11 @@ The same command again goes on where the run had come; when it is complete, it s
 """
 
 import hashlib
-import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from vit_jax_zoo import command_line, experiment
 from vit_jax_zoo import config as config_lib
@@ -56,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
   """
   if CONFIG.value is None:
     raise ValueError("--config is missing; try --config=configs/vit.py")
-  config = load_config(CONFIG.value, argv[1:])
+  config = config_lib.load_with_overrides(CONFIG.value, argv[1:])
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   if not distributed.is_primary():
     logging.set_verbosity(logging.WARNING)
@@ -71,20 +68,6 @@ def main(argv: Sequence[str]) -> int:
   if distributed.is_primary():
     _say_where(outcome)
   return 0 if outcome.finished else EXIT_STOPPED
-
-
-def load_config(argument: str, overrides: Sequence[str]) -> ConfigDict:
-  """Returns the complete config of `--config=argument` with the overrides applied.
-
-  Raises:
-    FileNotFoundError: there is no such config file.
-    ValueError: one line, about a name or value that cannot be, or an argument that is no override.
-  """
-  config = config_lib.complete(config_lib.load(argument))
-  others = config_lib.apply_overrides(config, overrides)
-  if others:
-    raise ValueError(f"unexpected argument {others[0]!r}; options begin with --")
-  return config
 
 
 def default_workdir(config_argument: str) -> str:
@@ -132,15 +115,6 @@ def _say_where(outcome: Outcome) -> None:
     logging.info("  %-12s tensorboard --logdir=%s", "TensorBoard", workdir)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags; leaves those that set fields of the config, for `main`."""
-  sys.path.insert(0, os.getcwd())  # configs import configs.common
-  is_override = [a.startswith("-") and a.lstrip("-").startswith("config.") for a in argv]
-  with command_line.one_line_errors(show_traceback="--traceback" in argv):
-    rest = flags.FLAGS([a for a, override in zip(argv, is_override, strict=True) if not override])
-    return [*rest, *(a for a, override in zip(argv, is_override, strict=True) if override)]
-
-
 def _main_or_one_line(argv: Sequence[str]) -> int:
   with command_line.one_line_errors(show_traceback=TRACEBACK.value):
     return main(argv)
@@ -149,7 +123,7 @@ def _main_or_one_line(argv: Sequence[str]) -> int:
 def run() -> None:
   """The command's entry point."""
   command_line.log_plainly()
-  app.run(_main_or_one_line, flags_parser=_parse_flags)
+  app.run(_main_or_one_line, flags_parser=command_line.parse_flags_and_overrides)
 
 
 if __name__ == "__main__":

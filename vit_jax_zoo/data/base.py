@@ -51,9 +51,15 @@ class DatasetInfo:
 
 
 class Source(abc.ABC):
-  """Examples by index. It travels to worker processes by pickle, so it holds paths, not files."""
+  """Examples by index. It travels to worker processes by pickle, so it holds paths, not files.
+
+  Attributes:
+    info: what is known of it.
+    assumption: of data that only stand in for others, what was assumed of these; see `stand_in`.
+  """
 
   info: DatasetInfo
+  assumption: str = ""
 
   def __len__(self) -> int:
     return self.info.num_examples
@@ -97,6 +103,8 @@ class SlicedSource(Source):
     self._parts = parts
     self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
     self.info = dataclasses.replace(parts[0][0].info, name=name, num_examples=self._ends[-1])
+    assumptions = (source.assumption for source, _ in parts)
+    self.assumption = "; ".join(dict.fromkeys(filter(None, assumptions)))
 
   def _find(self, index: int) -> tuple[Source, int]:
     if not 0 <= index < len(self):

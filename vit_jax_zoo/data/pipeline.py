@@ -89,6 +89,46 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   return BatchIterator(_iterate(dataset, num_workers, num_threads))
 
 
+def training_shapes(
+  source: Source,
+  transforms: Transforms,
+  *,
+  batch_size: int,
+  seed: int,
+  num_classes: int | None = None,
+  buckets: int | Sequence[Sequence[int]] | None = None,
+) -> list[tuple[float, Batch]]:
+  """Returns what kinds of batches a training run meets, from one example of each.
+
+  Args:
+    source: the examples, or their stand-ins.
+    transforms: see `train_batches`, as the others.
+    batch_size: of all hosts together.
+    seed: of the run.
+    num_classes: see `train_batches`.
+    buckets: see `train_batches`.
+
+  Returns:
+    For each shape, the most usual first, its share of the steps, and a batch of a single example.
+  """
+  loader = Loader(source, tuple(transforms), num_classes, "error", replace=False)
+  plan, steps = None, 1
+  if buckets is not None:
+    plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
+    steps = STEPS_LOOKED_AT
+  found = collections.Counter(plan(step)[1] if plan else None for step in range(steps))
+  kinds = []
+  for room, count in found.most_common():
+    step = 0 if plan is None else next(s for s in range(steps) if plan(s)[1] == room)
+    batch = TrainBatches(loader, 1, seed, plan)(step)
+    kinds.append((count / steps, {key: batch[key] for key in batch if key != SKIPPED}))
+  return kinds
+
+
+STEPS_LOOKED_AT = 512
+"""So many steps say which shapes a run meets; `buckets.WINDOW` of them are planned at once."""
+
+
 def eval_batches(  # noqa: PLR0913
   source: Source,
   transforms: Transforms,

@@ -1,0 +1,64 @@
+"""docs/PLANS.md is what docs/plans.json and the recipes say; nothing is compiled here."""
+
+import pathlib
+
+import pytest
+
+from vit_jax_zoo.planning import page
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch):
+  monkeypatch.chdir(ROOT)
+
+
+def test_the_page_is_current():
+  """Where it is not: python -m vit_jax_zoo.plan --all --only=nothing, which compiles nothing."""
+  assert page.PAGE.read_text(encoding="utf-8") == page.page()
+
+
+def test_no_recipe_is_missing():
+  rows, without = page.rows()
+  planned = {row.config for row in rows} | without.keys()
+  assert planned == set(page.recipes())
+  text = page.PAGE.read_text(encoding="utf-8")
+  missing = [r for r in page.recipes() if f"`{r.partition(':')[2]}`" not in text and r not in text]
+  assert missing == []
+  assert not any(":demo" in recipe for recipe in page.recipes())
+  assert "configs/fpt.py:segmentation_voc" in page.recipes()
+  assert not any("fpt_segmentation.py" in recipe for recipe in page.recipes())
+
+
+@pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
+def test_igpt_is_planned_for_both_slices(size, topology):
+  found = [
+    row
+    for row in page.rows()[0]
+    if row.config.startswith(f"configs/igpt.py:{size}_imagenet") and row.topology == topology
+  ]
+  assert found
+
+
+def test_what_is_not_compiled_says_so():
+  row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
+  assert "not compiled yet" in page._cells(row, None)
+  assert "not compiled: stopped after 9 s" in page._cells(row, {"error": "stopped after 9 s"})
+
+
+def test_a_recipe_that_has_changed_has_another_digest():
+  row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
+  other = row._replace(overrides=("--config.sharding.mesh.fsdp=4",))
+  logs = row._replace(overrides=("--config.log_every=7",))
+  assert page.digest(row) != page.digest(other)
+  assert page.digest(row) == page.digest(logs)  # what only changes what is written
+
+
+def test_a_recipe_without_a_slice_is_named(tmp_path, monkeypatch):
+  slices = tmp_path / "slices.toml"
+  slices.write_text('[[slice]]\nrecipes = "vit.py:*"\ntopology = "v5e:2x2"\n')
+  monkeypatch.setattr(page, "SLICES", slices)
+  with pytest.raises(ValueError, match=r"names no slice for detr\.py:r50; add one"):
+    page.rows()

@@ -1,0 +1,242 @@
+"""The planner on this machine's CPUs; and, with -m tpu, for slices that are not here."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from tests.command import TINY
+from vit_jax_zoo import experiment
+from vit_jax_zoo.config import complete, load_with_overrides
+from vit_jax_zoo.ops.flops import count_flops
+from vit_jax_zoo.planning.activations import activation_bytes
+from vit_jax_zoo.planning.machines import find_machine
+from vit_jax_zoo.planning.plan import Memory, device_bytes, make_plan, needed_memory
+from vit_jax_zoo.planning.report import report, table
+from vit_jax_zoo.planning.search import best, meshes, rungs, search
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def tiny(*overrides):
+  return load_with_overrides(TINY[0].removeprefix("--config="), [*TINY[1:], *overrides])
+
+
+@pytest.fixture(scope="module")
+def machine():
+  return find_machine("cpu")
+
+
+@pytest.fixture(scope="module")
+def plan(machine):
+  fsdp = ("--config.sharding.mesh.data=1", "--config.sharding.mesh.fsdp=8")
+  return make_plan(tiny(*fsdp), machine, name="tiny")
+
+
+@pytest.mark.multidevice
+def test_what_a_plan_says_is_what_the_step_has(plan, machine):
+  parts = experiment.create(tiny(), machine.devices)
+  with parts.train_batches() as batches:
+    batch = next(batches)
+  program = parts.program(batch)
+  params = program.abstract_state.params
+  flops = count_flops(program.train_step, program.abstract_state, program.abstract_batch)
+  assert plan.flops == flops / 8
+  assert plan.mesh == {"data": 1, "fsdp": 8, "model": 1}
+  assert (plan.num_steps, plan.num_examples, plan.batch_size) == (24, 1437, 16)
+  assert plan.batch_shapes == [(1.0, (8, 8, 3))]
+  whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
+  assert whole / 8 < plan.memory.params < whole  # the large ones are split
+  # Adam's two moments lie as the parameters do; the steps' counters are small.
+  assert 2 * plan.memory.params <= plan.memory.optimizer < 2 * plan.memory.params + 64
+  assert plan.memory.batch == 2 * (8 * 8 * 3 + 4)
+  assert plan.fits
+  held = plan.memory.params + plan.memory.optimizer + plan.memory.temporary
+  assert held < plan.memory.peak < plan.memory.limit
+
+
+@pytest.mark.multidevice
+def test_parameters_that_are_split_are_gathered(plan):
+  sent = sum(plan.network_bytes.values())
+  assert set(plan.network_bytes) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+  assert sent > plan.memory.params * 7  # gathered at least once
+  assert plan.memory_bytes > plan.memory.params
+
+
+@pytest.mark.multidevice
+def test_no_time_is_made_up_for_a_device_without_figures(plan):
+  assert (plan.roofline, plan.days) == (None, None)
+  assert "not known: no figures of this device" in report(plan)
+
+
+@pytest.mark.multidevice
+def test_a_plan_as_text_and_as_json(plan):
+  text = report(plan)
+  for word in ("fits", "parameters", "optimizer state", "activations", "temporaries", "all-"):
+    assert word in text
+  read = json.loads(json.dumps(plan.as_json()))
+  assert read["memory"]["peak"] == plan.memory.peak
+  assert read["mesh"]["fsdp"] == 8
+
+
+def test_activations_grow_with_depth_and_shrink_with_remat(machine):
+  def kept(**fields):
+    config = tiny()
+    config.model.update(scan_layers=True, **fields)
+    parts = experiment.create(config, machine.devices[:1])
+    return activation_bytes(parts.program(parts.batch_shapes()[0][1]))
+
+  shallow, deep = kept(depth=2, remat="full"), kept(depth=6, remat="full")
+  tokens, width = 17, 16  # 16 patches of a digit, and the class token or none
+  block = 16 * (deep - shallow) / 16 / 4  # what four more blocks keep, each
+  assert 16 * (tokens - 1) * width * 4 <= block <= 2 * 16 * tokens * width * 4
+  assert kept(depth=6, remat="none") > 3 * deep
+
+
+def test_bytes_of_a_device_are_those_of_its_part():
+  mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
+  split = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
+  whole = jax.sharding.NamedSharding(mesh, jax.P())
+  tree = [
+    jax.ShapeDtypeStruct((3, 8), np.float32, sharding=split),
+    jax.ShapeDtypeStruct((5,), jax.numpy.bfloat16, sharding=whole),
+  ]
+  assert device_bytes(tree) == 3 * 2 * 4 + 5 * 2
+
+
+@pytest.mark.parametrize(
+  ("message", "needed"),
+  [
+    ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.60G of "
+     "15.75G hbm. Exceeded hbm capacity by 1.85G.", 17.6 * 2**30),
+    ("Used 900.5M of 512.0M hbm.", 900.5 * 2**20),
+    ("something else", None),
+  ],
+)  # fmt: skip
+def test_what_does_not_fit_says_what_it_needs(message, needed):
+  assert needed_memory(message) == needed
+
+
+# --- search ------------------------------------------------------------------------------------
+
+
+def test_meshes_begin_with_the_configs_own_and_split_the_batch():
+  config = complete(ConfigDict({"batch_size": 8, "sharding": {"mesh": {"data": 2, "fsdp": -1}}}))
+  found = meshes(config, 16)
+  assert found[0] == {"data": 8, "fsdp": 1, "model": 2}  # the config's own splits no 8 over 16
+  assert all(size["data"] * size["fsdp"] * size["model"] == 16 for size in found)
+  assert all(8 % (size["data"] * size["fsdp"]) == 0 for size in found)
+  assert len({tuple(size.values()) for size in found}) == len(found)
+  assert meshes(config, 8)[0] == {"data": 2, "fsdp": 4, "model": 1}
+
+
+def test_rungs_are_for_models_that_name_one():
+  assert rungs(ConfigDict({"model": {"remat": "full"}})) == ["none", "dots", "attention", "full"]
+  assert rungs(ConfigDict({"model": {}})) == [None]
+
+
+@pytest.mark.multidevice
+def test_the_best_fits_and_is_fast(plan):
+  def variant(fits, seconds, peak):
+    memory = dataclasses.replace(plan.memory, peak=peak)
+    return dataclasses.replace(plan, fits=fits, step_seconds=seconds, memory=memory)
+
+  slow, fast, roomy, large = (
+    variant(True, 2.0, 1.0), variant(True, 1.0, 3.0), variant(True, 1.0, 2.0),
+    variant(False, 0.5, 9.0),
+  )  # fmt: skip
+  assert best([slow, fast, roomy, large]) is roomy
+  assert best([large]) is None
+  assert len(table([slow, large]).splitlines()) == 3
+
+
+# --- the command -------------------------------------------------------------------------------
+
+
+def command(*arguments, **environment):
+  return subprocess.run(
+    [sys.executable, "-m", "vit_jax_zoo.plan", *arguments],
+    cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+    env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ("platform", "topology", "message"),
+  [
+    ("tpu", "v5q:2x2", "unknown TPU 'v5q'; did you mean 'v5p'?"),
+    ("tpu", None, "--topology is missing; name a TPU slice"),
+    ("cpu", "v5e:2x2", "--topology=v5e:2x2 is a TPU slice, and the platform is cpu"),
+    ("gpu", None, "unknown platform 'gpu'"),
+  ],
+)
+def test_machines_that_cannot_be(platform, topology, message):
+  with pytest.raises(ValueError) as error:  # noqa: PT011 the message is checked below
+    find_machine(platform, topology)
+  assert str(error.value).startswith(message)
+  assert "\n" not in str(error.value)
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(ImportError, match=r"needs libtpu; pip install -e '\.\[plan\]'"):
+    find_machine("tpu", "v5e:2x2")
+
+
+@pytest.mark.slow
+def test_the_command_on_a_cpu(tmp_path):
+  output = tmp_path / "plan.json"
+  run = command(*TINY, "--platform=cpu", f"--output={output}")
+  assert run.returncode == 0, run.stderr
+  assert "fits               yes" in run.stdout
+  assert json.loads(output.read_text())["num_devices"] == 1
+  run = command(*TINY, "--platform=cpu", "--config.model.widht=3")
+  assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
+  assert "did you mean 'width'" in run.stderr
+
+
+@pytest.mark.tpu
+def test_a_small_step_is_compiled_for_a_tpu_that_is_not_here():
+  machine = find_machine("tpu", "v5e:2x2")
+  fsdp = ("--config.sharding.mesh.data=1", "--config.sharding.mesh.fsdp=4")
+  plan = make_plan(tiny(*fsdp), machine, name="tiny")
+  assert (plan.device_kind, plan.num_devices) == ("TPU v5 lite", 4)
+  assert plan.fits
+  assert plan.memory.limit == 16 * 2**30
+  assert plan.roofline.step > 0
+  assert sum(plan.network_bytes.values()) > 0
+  assert plan.days == pytest.approx(24 * plan.step_seconds / 86_400)
+  assert "days to the end" in report(plan)
+
+
+@pytest.mark.tpu
+def test_a_topology_that_is_none_is_one_line():
+  with pytest.raises(ValueError, match=r"there is no topology 'v5e:3x3': .* such as v5e:4x4"):
+    find_machine("tpu", "v5e:3x3")
+
+
+@pytest.mark.tpu
+def test_what_does_not_fit_is_no_error_but_an_answer():
+  machine = find_machine("tpu", "v5e:1x1")
+  config = tiny("--config.batch_size=400000")
+  plan = make_plan(config, machine, name="large")
+  assert not plan.fits
+  assert plan.memory.peak > 15.75 * 2**30
+  assert isinstance(plan.memory, Memory)
+
+
+@pytest.mark.tpu
+def test_a_search_for_a_tpu_stops_at_the_first_rung_that_fits():
+  machine = find_machine("tpu", "v5e:2x2")
+  config = tiny("--config.model.remat=dots")
+  plans = list(search(config, machine, name="tiny"))
+  assert all(plan.fits and plan.remat == "none" for plan in plans)
+  assert len(plans) == len({tuple(plan.mesh.values()) for plan in plans}) > 2
+  assert best(plans).step_seconds == min(plan.step_seconds for plan in plans)

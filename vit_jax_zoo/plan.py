@@ -1,0 +1,98 @@
+"""Says what a config's training would need on a machine, without that machine and without the data.
+
+    python -m vit_jax_zoo.plan --config=configs/igpt.py:xl_imagenet --topology=v5p:4x4x4
+    python -m vit_jax_zoo.plan --config=configs/vit.py:l16_imagenet --topology=v5e:8x8 --search
+    python -m vit_jax_zoo.plan --config=configs/vit.py --platform=cpu --output=plan.json
+    python -m vit_jax_zoo.plan --all
+
+It compiles the very step that `main` would run, and prints whether it fits, memory by its use,
+FLOPs, traffic, and the least time that a step, an epoch and the whole run can take. `--all` does so
+for every recipe and writes docs/PLANS.md. A TPU slice needs `pip install -e '.[plan]'`.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from vit_jax_zoo import command_line
+from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.planning import page
+from vit_jax_zoo.planning.machines import Machine, find_machine
+from vit_jax_zoo.planning.plan import Plan, make_plan
+from vit_jax_zoo.planning.report import report, table
+from vit_jax_zoo.planning.search import best, search
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the command's flags: not on import, as other commands have flags of the same names."""
+  flags.DEFINE_string("config", None, "as of main; --config.section.field=value sets any field")
+  flags.DEFINE_string("topology", None, "a TPU slice, such as v5e:4x4 or v5p:4x4x4")
+  flags.DEFINE_string("platform", "tpu", "tpu, or cpu or cuda: what this machine has")
+  flags.DEFINE_bool("search", False, "try several meshes, and choose one")
+  flags.DEFINE_string("output", None, "a JSON file to write the plan to")
+  flags.DEFINE_bool("all", False, "every recipe of configs/, into docs/PLANS.md")
+  flags.DEFINE_string("only", "", "of --all, the rows that have this pattern in their name")
+  flags.DEFINE_integer("time_limit", 600, "seconds for each row of --all")
+  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command; returns 0 if there is a plan that fits, 1 if there is none.
+
+  Args:
+    argv: the command's name, and what absl has left of its arguments: overrides of config fields.
+  """
+  if FLAGS.all:
+    return page.compile_all(FLAGS.only, FLAGS.time_limit)
+  if FLAGS.config is None:
+    raise ValueError("--config is missing; try --config=configs/vit.py --platform=cpu")
+  config = load_with_overrides(FLAGS.config, argv[1:])
+  machine = find_machine(FLAGS.platform, FLAGS.topology)
+  if FLAGS.search:
+    plan = _search(config, machine)
+  else:
+    plan = make_plan(config, machine, name=FLAGS.config, overrides=list(argv[1:]))
+  if plan is None:
+    _say("none of them fits")
+    return 1
+  _say(report(plan))
+  if FLAGS.output:
+    pathlib.Path(FLAGS.output).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
+  return 0 if plan.fits else 1
+
+
+def _search(config: ConfigDict, machine: Machine) -> Plan | None:
+  """Tries the meshes, says what came out, and returns the best."""
+  plans = []
+  for plan in search(config, machine, name=FLAGS.config):
+    plans.append(plan)
+    _say(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
+  chosen = best(plans)
+  if chosen is not None:
+    _say(f"\nchosen, of {len(plans)} tried: {' '.join(chosen.overrides)}\n")
+  return chosen
+
+
+def _say(text: str) -> None:
+  print(text, flush=True)  # noqa: T201 what the command is for
+
+
+def _main_or_one_line(argv: Sequence[str]) -> int:
+  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
+    return main(argv)
+
+
+def run() -> None:
+  """The command's entry point."""
+  command_line.log_plainly()
+  define_flags()
+  app.run(_main_or_one_line, flags_parser=command_line.parse_flags_and_overrides)
+
+
+if __name__ == "__main__":
+  run()

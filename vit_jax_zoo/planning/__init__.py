@@ -1,0 +1,1 @@
+"""What a run would need on a machine that is not here: compiled, measured, compared."""

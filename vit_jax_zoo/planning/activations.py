@@ -1,0 +1,58 @@
+"""What a forward pass keeps for the backward pass: what remat trades for work."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax_zoo.tasks.base import LossContext, Player
+from vit_jax_zoo.train.program import Program
+from vit_jax_zoo.train.sharding import batch_ways
+from vit_jax_zoo.train.state import player_params, with_player_params
+
+
+def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
+  """Returns the bytes of one device, of the player that keeps most.
+
+  These are the arrays that differentiation asks for, before XLA has fused any of them away, each
+  split over the devices as the batch is. Parameters, and what else was there before, do not count.
+
+  Args:
+    program: nothing of it is run.
+    accumulation_steps: into how many parts a batch is cut.
+  """
+  batch = {
+    key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)
+    for key, leaf in program.abstract_batch.items()
+  }
+  kept = max(_kept(program, player, batch) for player in program.task.players)
+  return kept / batch_ways(program.mesh)
+
+
+def _kept(program: Program, player: Player, batch: Any) -> float:
+  def forward(state: Any, batch: Any) -> list[jax.Array]:
+    context = LossContext(
+      rng=jax.random.wrap_key_data(state.rng),
+      step=state.step,
+      normalizers=program.task.normalizers(batch),
+      player=player.name,
+    )
+
+    def loss(own: Any) -> tuple[Any, Any]:
+      params = with_player_params(state.params, player, own)
+      output = program.task.loss({"params": params, **state.model_state}, batch, context)
+      return output.loss, None
+
+    _, backward, _ = jax.vjp(loss, player_params(state.params, player), has_aux=True)
+    given = {id(leaf) for leaf in jax.tree.leaves((state, batch))}
+    return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
+
+  with jax.set_mesh(program.mesh):
+    leaves = jax.eval_shape(forward, program.abstract_state, batch)
+  return float(sum(_bytes(leaf) for leaf in leaves))
+
+
+def _bytes(leaf: Any) -> float:
+  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    return 8.0 * leaf.size
+  return float(np.prod(leaf.shape, dtype=float)) * leaf.dtype.itemsize

@@ -1,0 +1,390 @@
+"""What a compiled program moves: to and from memory, and between devices. From XLA's text.
+
+The compiler's own cost analysis counts the body of a loop once, however often it runs. Here every
+computation counts as often as it is executed: a scan's body as often as it has steps, of a
+conditional's branches the busiest one.
+
+Three conventions, as the compiler's analysis has them where it is right:
+
+* an instruction reads its operands and writes its result, and a fusion is one instruction;
+* what is cut out of an array, or written into a part of it in place, counts as the part;
+* arrays in memories other than the main one (`S(1)` is a TPU's on-chip memory) are free.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+COLLECTIVES = (
+  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+  "collective-permute", "collective-broadcast",
+)  # fmt: skip
+
+_FREE = frozenset(
+  (
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
+  )
+)  # fmt: skip
+"""Instructions that move nothing themselves."""
+
+_WHOLE = (
+  "broadcast", "iota", "copy-start", "all-gather-start", "collective-permute-start",
+)  # fmt: skip
+"""Instructions whose result is all that moves: of the last three it holds what is read, too."""
+
+_BITS = re.compile(r"[a-z]+(\d+)")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%?([\w.-]+)")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.-]+)")
+_BRANCHES = re.compile(
+  r"branch_computations=\{([^}]*)\}|true_computation=(\S+), false_comp\w+=(\S+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_MESH = re.compile(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\]\s*\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """One line of a computation.
+
+  Attributes:
+    name: without its "%".
+    shape: of the result, as text.
+    opcode: what it does.
+    operands: names of the arguments.
+    rest: the attributes behind them, as text.
+    is_root: whether it is the computation's result.
+  """
+
+  name: str
+  shape: str
+  opcode: str
+  operands: tuple[str, ...]
+  rest: str
+  is_root: bool
+
+  @property
+  def called(self) -> tuple[str, ...]:
+    """Computations that run whenever this instruction runs, a loop's condition excepted."""
+    return tuple(_CALLED.findall(self.rest))
+
+  @property
+  def branches(self) -> tuple[str, ...]:
+    """Computations of which one runs."""
+    found = _BRANCHES.search(self.rest)
+    names = ",".join(filter(None, found.groups())) if found else ""
+    return tuple(_NAME.findall(names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+  """A parsed program.
+
+  Attributes:
+    computations: instructions in order, by the computation's name.
+    entry: name of the one that runs.
+    num_devices: among which it is partitioned.
+  """
+
+  computations: Mapping[str, Sequence[Instruction]]
+  entry: str
+  num_devices: int
+
+
+@dataclasses.dataclass
+class Traffic:
+  """What one device moves in one execution of a program.
+
+  Attributes:
+    memory_bytes: read from and written to main memory.
+    collective_bytes: sent to other devices, by kind, if rings are used: of n devices each sends
+      (n - 1) / n of a gathered or scattered array, twice that to reduce it for all.
+    collective_counts: how often, by kind.
+    loops_of_unknown_length: counted as if they ran once.
+  """
+
+  memory_bytes: float = 0.0
+  collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
+  collective_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  loops_of_unknown_length: int = 0
+
+
+def traffic(text: str) -> Traffic:
+  """Returns what a program moves.
+
+  Args:
+    text: an optimised HLO module, as XLA prints it.
+
+  Raises:
+    ValueError: it has no entry computation.
+  """
+  module = parse(text)
+  found = Traffic(
+    collective_bytes=collections.defaultdict(float),
+    collective_counts=collections.defaultdict(int),
+  )
+  _add(module, module.entry, 1, found, fused=False)
+  found.collective_bytes = dict(found.collective_bytes)
+  found.collective_counts = dict(found.collective_counts)
+  return found
+
+
+def parse(text: str) -> Module:
+  """Returns the computations of a module.
+
+  Raises:
+    ValueError: it has no entry computation.
+  """
+  computations: dict[str, list[Instruction]] = {}
+  entry, current = None, None
+  for line in text.splitlines():
+    if current is None and line.endswith("{") and "->" in line:
+      name = _NAME.match(line.removeprefix("ENTRY ").strip())
+      if name is not None:
+        current = computations[name[1]] = []
+        entry = name[1] if line.startswith("ENTRY") else entry
+    elif line.startswith("}"):
+      current = None
+    elif current is not None and " = " in line:
+      current.append(_instruction(line))
+  if entry is None:
+    raise ValueError("the text has no ENTRY computation; expected an HLO module as XLA prints it")
+  partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
+  replicas = re.search(r"replica_count=(\d+)", text[:100_000])
+  devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
+  return Module(computations, entry, devices)
+
+
+def _instruction(line: str) -> Instruction:
+  left, _, right = line.strip().partition(" = ")
+  end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
+  shape, right = right[:end], right[end:].lstrip()
+  opening = right.index("(")
+  closing = _closing(right, opening)
+  operands = re.findall(r"%([\w.-]+)", right[opening : closing + 1])
+  if right.startswith(("constant", "parameter")):
+    operands = [right[opening + 1 : closing]]
+  return Instruction(
+    name=left.removeprefix("ROOT ").lstrip("%"),
+    shape=shape,
+    opcode=right[:opening],
+    operands=tuple(operands),
+    rest=right[closing + 1 :],
+    is_root=left.startswith("ROOT"),
+  )
+
+
+def _closing(text: str, opening: int) -> int:
+  """Returns where the parenthesis that opens at `opening` closes."""
+  depth = 0
+  for i in range(opening, len(text)):
+    depth += (text[i] == "(") - (text[i] == ")")
+    if depth == 0:
+      return i
+  raise ValueError(f"a parenthesis is not closed in {text[:60]!r}")
+
+
+@functools.lru_cache(maxsize=65536)
+def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
+  """Returns the bytes of all arrays in a shape.
+
+  Args:
+    shape: as XLA writes it, a tuple's too.
+    main_memory: leave out arrays that lie elsewhere.
+
+  >>> shape_bytes("(f32[2,3]{1,0}, bf16[8]{0:S(1)})"), shape_bytes("bf16[8]{0:S(1)}",
+  ...   main_memory=True)
+  (40.0, 0.0)
+  """
+  total = 0.0
+  for kind, sides, layout in _ARRAY.findall(shape):
+    if main_memory and re.search(r"S\([1-9]", layout):
+      continue
+    bits = _BITS.match(kind)
+    size = int(bits[1]) / 8 if bits else {"pred": 1, "token": 0, "opaque": 0}.get(kind, 0)
+    total += size * math.prod(int(side) for side in sides.split(",") if side)
+  return total
+
+
+def _add(module: Module, name: str, times: int, found: Traffic, *, fused: bool) -> None:
+  """Adds what a computation moves when it runs so often; inside a fusion only collectives move."""
+  shapes = {i.name: i for i in module.computations.get(name, ())}
+  for instruction in module.computations.get(name, ()):
+    kind = instruction.opcode.removesuffix("-start")
+    if kind in COLLECTIVES:
+      _add_collective(module, name, kind, instruction, shapes, times, found)
+    if not fused:
+      found.memory_bytes += times * _moved(module, instruction, shapes)
+    inner = times
+    if instruction.opcode == "while":
+      trips = _trip_count(module, instruction)
+      found.loops_of_unknown_length += trips is None
+      inner = times * (1 if trips is None else trips)
+    if kind not in COLLECTIVES:
+      for called in instruction.called:
+        _add(module, called, inner, found, fused=fused or instruction.opcode not in _RUNNING)
+    if instruction.branches:
+      _add_busiest(module, instruction.branches, times, found)
+
+
+_RUNNING = ("while", "call", "async-start")
+"""Instructions whose computations are run as they stand; others' are part of one instruction."""
+
+
+def _add_busiest(module: Module, branches: Sequence[str], times: int, found: Traffic) -> None:
+  """Adds the branch that moves most."""
+  moved = []
+  for branch in branches:
+    alone = Traffic(
+      collective_bytes=collections.defaultdict(float),
+      collective_counts=collections.defaultdict(int),
+    )
+    _add(module, branch, times, alone, fused=False)
+    moved.append(alone)
+  most = max(moved, key=lambda t: t.memory_bytes + sum(t.collective_bytes.values()))
+  found.memory_bytes += most.memory_bytes
+  found.loops_of_unknown_length += most.loops_of_unknown_length
+  for kind, sent in most.collective_bytes.items():
+    found.collective_bytes[kind] += sent
+    found.collective_counts[kind] += most.collective_counts[kind]
+
+
+def _trip_count(module: Module, loop: Instruction) -> int | None:
+  """Returns how often a loop runs: as XLA notes it, or from `counter < constant`."""
+  noted = _TRIPS.search(loop.rest)
+  if noted:
+    return int(noted[1])
+  condition = re.search(r"condition=%?([\w.-]+)", loop.rest)
+  lines = module.computations.get(condition[1], ()) if condition else ()
+  by_name = {i.name: i for i in lines}
+  root = next((i for i in lines if i.is_root), None)
+  if root is None:
+    return None
+  # The comparison stands alone, or wrapped into a fusion.
+  compared = [root, *(i for name in root.called for i in module.computations.get(name, ()))]
+  if not any(i.opcode == "compare" and "direction=LT" in i.rest for i in compared):
+    return None
+  operands = [by_name[name] for name in root.operands if name in by_name]
+  constants = [i for i in operands if i.opcode == "constant"]
+  return int(constants[0].operands[0]) if len(constants) == 1 else None
+
+
+def _add_collective(
+  module: Module,
+  computation: str,
+  kind: str,
+  instruction: Instruction,
+  shapes: Mapping[str, Instruction],
+  times: int,
+  found: Traffic,
+) -> None:
+  if computation.startswith("all-reduce-scatter"):  # a TPU's name for the two in one
+    kind = "reduce-scatter"
+  given = sum(shape_bytes(shapes[o].shape) for o in instruction.operands if o in shapes)
+  size = group_size(instruction.rest, module.num_devices)
+  found.collective_bytes[kind] += times * given * _SENT[kind](size)
+  found.collective_counts[kind] += times
+
+
+_SENT: Mapping[str, Callable[[int], float]] = {
+  "all-gather": lambda n: n - 1,
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-to-all": lambda n: (n - 1) / n,
+  "ragged-all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda _: 1.0,
+  "collective-broadcast": lambda _: 1.0,
+}
+"""Bytes that one of n devices sends, for each byte of what it gives."""
+
+
+def group_size(attributes: str, num_devices: int) -> int:
+  """Returns how many devices take part in a collective.
+
+  Args:
+    attributes: of the instruction; its `replica_groups` may be lists, `[groups,size]<=[...]`, or
+      axes of a mesh.
+    num_devices: how many do where nothing is said.
+
+  >>> group_size("replica_groups=[2,4]<=[8]", 8), group_size("replica_groups={{0,1},{2,3}}", 4)
+  (4, 2)
+  >>> group_size("replica_groups=mesh['data'=4,'fsdp'=16] {'fsdp'}", 64)
+  16
+  """
+  mesh = _MESH.search(attributes)
+  if mesh:
+    sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+    parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+  iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
+  if iota:
+    return int(iota[1])
+  listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+  return len(listed[1].split(",")) if listed else num_devices
+
+
+def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instruction]) -> float:
+  """Returns what an instruction reads and writes in main memory."""
+  opcode = instruction.opcode
+  if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.rest:
+    return 0.0
+  if opcode == "fusion":
+    return sum(_moved_by_fusion(module, instruction, shapes))
+  written = shape_bytes(instruction.shape, main_memory=True)
+  if opcode in ("dynamic-slice", "slice", "gather"):
+    return 2 * written
+  if opcode == "dynamic-update-slice":
+    update = shapes.get(instruction.operands[1])
+    return 2 * shape_bytes(update.shape, main_memory=True) if update else 0.0
+  if opcode in _WHOLE:
+    return written
+  return written + sum(_read(o, shapes) for o in instruction.operands)
+
+
+def _read(name: str, shapes: Mapping[str, Instruction]) -> float:
+  return shape_bytes(shapes[name].shape, main_memory=True) if name in shapes else 0.0
+
+
+def _moved_by_fusion(
+  module: Module, fusion: Instruction, shapes: Mapping[str, Instruction]
+) -> Iterator[float]:
+  """Yields what a fusion reads of each operand, and what it writes."""
+  lines = module.computations.get(fusion.called[0], ()) if fusion.called else ()
+  by_name = {i.name: i for i in lines}
+  users: dict[str, list[Instruction]] = collections.defaultdict(list)
+  for line in lines:
+    for operand in line.operands:
+      users[operand].append(line)
+  parameters = {int(i.operands[0]): i.name for i in lines if i.opcode == "parameter"}
+  for position, operand in enumerate(fusion.operands):
+    whole = _read(operand, shapes)
+    parts = [_part(user, parameters.get(position)) for user in users[parameters[position]]]
+    yield whole if None in parts or whole == 0 else min(whole, sum(filter(None, parts)))
+  written = shape_bytes(fusion.shape, main_memory=True)
+  in_place = [
+    (shape_bytes(i.shape), shape_bytes(by_name[i.operands[1]].shape))
+    for i in _roots(lines, by_name)
+    if i.opcode == "dynamic-update-slice" and i.operands[1] in by_name
+  ]
+  yield max(0.0, written - sum(whole - part for whole, part in in_place)) if written else 0.0
+
+
+def _part(user: Instruction, name: str | None) -> float | None:
+  """Returns the bytes that an instruction needs of an operand, None if it needs all of it."""
+  if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+    return shape_bytes(user.shape)
+  if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+    return 0.0
+  return None
+
+
+def _roots(lines: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> list[Instruction]:
+  """Returns the instructions that make a fusion's results."""
+  roots = [i for i in lines if i.is_root]
+  if roots and roots[0].opcode == "tuple":
+    roots = [by_name[o] for o in roots[0].operands if o in by_name]
+  return [by_name[i.operands[0]] if i.opcode in ("bitcast", "copy") else i for i in roots]

@@ -1,0 +1,107 @@
+"""Machines to plan for: a TPU slice that is not here, by its name, or what this machine has."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.planning.chips import Chip, find_chip
+
+TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e")
+PLATFORMS = ("tpu", "cpu", "cuda")
+
+_QUIET = {
+  "TPU_SKIP_MDS_QUERY": "1",  # no cloud metadata server to wait for
+  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time; none of them has a TPU
+}
+"""What libtpu would otherwise ask for, or complain of; of no consequence for what it compiles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Where a step is to run.
+
+  Attributes:
+    name: as the user gave it, or the platform.
+    devices: real ones, or those of a topology.
+    kind: of its devices, as JAX calls it.
+    memory: bytes that each device has.
+    chip: what is known of the kind.
+  """
+
+  name: str
+  devices: Sequence[Any]
+  kind: str
+  memory: float | None
+  chip: Chip | None
+
+
+def find_machine(platform: str, topology: str | None = None) -> Machine:
+  """Returns the machine that was asked for.
+
+  Args:
+    platform: one of `PLATFORMS`; "tpu" needs libtpu, but no TPU.
+    topology: a TPU slice, such as "v5e:4x4".
+
+  Raises:
+    ValueError: one line, about an unknown platform or topology.
+    ImportError: one line, when libtpu is missing.
+    RuntimeError: there is no such device here.
+  """
+  if platform not in PLATFORMS:
+    raise ValueError(unknown_name("platform", platform, PLATFORMS))
+  if platform != "cuda" and not getattr(jax.config, "jax_platforms", None):
+    jax.config.update("jax_platforms", "cpu")  # shapes alone: nothing else need be started
+  if platform == "tpu":
+    return _tpu_slice(topology)
+  if topology is not None:
+    raise ValueError(
+      f"--topology={topology} is a TPU slice, and the platform is {platform}; leave one of them out"
+    )
+  try:
+    devices = jax.devices(platform)
+  except RuntimeError as error:
+    raise RuntimeError(f"there is no {platform} device here: {error}") from None
+  kind = devices[0].device_kind
+  memory = _host_memory() / len(devices) if platform == "cpu" else _limit(devices[0])
+  return Machine(platform, devices, kind, memory, find_chip(kind))
+
+
+def _tpu_slice(topology: str | None) -> Machine:
+  if topology is None:
+    raise ValueError("--topology is missing; name a TPU slice, such as --topology=v5e:4x4")
+  version = topology.partition(":")[0]
+  if version not in TPUS:
+    raise ValueError(
+      unknown_name("TPU", version, TPUS) + f"; got the topology {topology!r}, write v5e:4x4"
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise ImportError("planning for a TPU needs libtpu; pip install -e '.[plan]'")
+  for name, value in _QUIET.items():
+    os.environ.setdefault(name, value)
+  options = {"chip_config_name": "megacore"} if version == "v4" else {}
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f"there is no topology {topology!r}: {str(error).splitlines()[0]}; such as v5e:4x4, "
+      "v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x2, v3:4x4"
+    ) from None
+  kind = found.devices[0].device_kind
+  chip = find_chip(kind)
+  return Machine(topology, found.devices, kind, None if chip is None else chip.memory, chip)
+
+
+def _host_memory() -> float:
+  return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+
+
+def _limit(device: Any) -> float | None:
+  return (device.memory_stats() or {}).get("bytes_limit")

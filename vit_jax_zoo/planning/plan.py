@@ -1,0 +1,299 @@
+"""Compiles a config's own training step for a machine, and says what it takes."""
+
+import dataclasses
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from vit_jax_zoo import experiment
+from vit_jax_zoo.data import stand_in
+from vit_jax_zoo.ops.flops import count_flops
+from vit_jax_zoo.planning import hlo
+from vit_jax_zoo.planning.activations import activation_bytes
+from vit_jax_zoo.planning.chips import Chip
+from vit_jax_zoo.planning.machines import Machine
+from vit_jax_zoo.planning.roofline import Roofline, roofline
+from vit_jax_zoo.train.program import Program
+
+SECONDS_PER_DAY = 86_400
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes of one device.
+
+  Attributes:
+    params: parameters.
+    optimizer: the optimizer's state.
+    other_state: averages of parameters, statistics of norms, and the like.
+    batch: this device's part.
+    activations: what the forward pass keeps for the backward pass, as differentiation asks for it;
+      XLA may fuse some of it away. Part of `temporary`.
+    temporary: all that lives within a step alone, activations and gradients too; None if it does
+      not fit.
+    code: the program.
+    peak: what must be there at once; of a step that does not fit, what the compiler would need.
+    limit: what is there, None if that is not known.
+  """
+
+  params: float
+  optimizer: float
+  other_state: float
+  batch: float
+  activations: float
+  temporary: float | None
+  code: float | None
+  peak: float | None
+  limit: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a config's training step takes on a machine. All figures are of one device and one step.
+
+  Attributes:
+    config: as the user named it.
+    overrides: fields set besides.
+    machine: likewise.
+    device_kind: as JAX calls it.
+    num_devices: in the mesh.
+    mesh: devices along each axis.
+    remat: what blocks keep, for models that have the choice.
+    batch_size: examples of a step on all devices together.
+    accumulation_steps: into how many parts a batch is cut.
+    num_steps: length of the run.
+    num_examples: in an epoch.
+    batch_shapes: of images, with the share of steps that have them; the largest is compiled.
+    fits: whether it compiles, and its peak lies below the device's memory.
+    memory: bytes.
+    flops: floating-point operations.
+    memory_bytes: to and from main memory; None if it did not compile, as the following.
+    network_bytes: to other devices, by kind of collective.
+    compile_seconds: by the clock.
+    compile_cpu_seconds: of this process.
+    roofline: least seconds of a step; None where the chip is not known.
+    step_seconds: the same of a mean step, where images have several sizes.
+    epochs_per_day: at that rate.
+    days: to the end of the run, at that rate.
+    notes: assumptions that are this plan's own.
+    jax_version: with which it was compiled.
+    date: of compilation.
+  """
+
+  config: str
+  overrides: list[str]
+  machine: str
+  device_kind: str
+  num_devices: int
+  mesh: dict[str, int]
+  remat: str | None
+  batch_size: int
+  accumulation_steps: int
+  num_steps: int
+  num_examples: int
+  batch_shapes: list[tuple[float, tuple[int, ...]]]
+  fits: bool
+  memory: Memory
+  flops: float
+  memory_bytes: float | None = None
+  network_bytes: dict[str, float] | None = None
+  compile_seconds: float | None = None
+  compile_cpu_seconds: float | None = None
+  roofline: Roofline | None = None
+  step_seconds: float | None = None
+  epochs_per_day: float | None = None
+  days: float | None = None
+  notes: list[str] = dataclasses.field(default_factory=list)
+  jax_version: str = jax.__version__
+  date: str = ""
+
+  def as_json(self) -> dict[str, Any]:
+    """Returns nested dicts, lists and numbers."""
+    found = dataclasses.asdict(self)
+    if self.roofline is not None:
+      found["roofline"] |= {"step": self.roofline.step, "bound": self.roofline.bound}
+    return found
+
+
+def make_plan(
+  config: ConfigDict, machine: Machine, *, name: str, overrides: list[str] | None = None
+) -> Plan:
+  """Compiles the training step of a config for a machine.
+
+  Args:
+    config: with everything that is to be set.
+    machine: where it is to run.
+    name: what the user calls the config.
+    overrides: what the user has set, for the record.
+
+  Raises:
+    ValueError: one line, about whatever in the config cannot be.
+  """
+  parts = experiment.create(config, machine.devices, stand_in.load)
+  kinds = parts.batch_shapes()
+  largest = max((batch for _, batch in kinds), key=_size)
+  program = parts.program(largest)
+  with jax.set_mesh(parts.mesh):
+    arguments = (program.abstract_state, program.abstract_batch)
+    flops = count_flops(program.train_step, *arguments) / len(machine.devices)
+    memory = _memory(program, machine, parts.config.accumulation_steps)
+  plan = Plan(
+    config=name,
+    overrides=list(overrides or ()),
+    machine=machine.name,
+    device_kind=machine.kind,
+    num_devices=len(machine.devices),
+    mesh={axis: int(size) for axis, size in parts.mesh.shape.items()},
+    remat=getattr(parts.model, "remat", None),
+    batch_size=parts.config.batch_size,
+    accumulation_steps=parts.config.accumulation_steps,
+    num_steps=parts.num_steps,
+    num_examples=len(parts.train_source),
+    batch_shapes=[(share, _image_shape(batch)) for share, batch in kinds],
+    fits=False,
+    memory=memory,
+    flops=flops,
+    notes=_notes(parts, kinds),
+    date=time.strftime("%Y-%m-%d"),
+  )
+  mean_size = sum(share * _size(batch) for share, batch in kinds) / _size(largest)
+  return _compiled(plan, program, machine, mean_size)
+
+
+def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) -> Plan:
+  """Returns the plan with what only the compiler knows."""
+  start, cpu_start = time.perf_counter(), time.process_time()
+  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(program.mesh):
+    lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
+    try:
+      # libtpu's programs cannot always be printed by jaxlib; it prints them itself.
+      compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    except jax.errors.JaxRuntimeError as error:
+      needed = needed_memory(str(error))
+      if needed is None:
+        raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
+      memory = dataclasses.replace(plan.memory, peak=needed)
+      return dataclasses.replace(plan, memory=memory)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+    text = _program_text(pathlib.Path(folder))
+  analysis, moved = compiled.memory_analysis(), hlo.traffic(text)
+  peak = _peak(analysis)
+  memory = dataclasses.replace(
+    plan.memory,
+    temporary=float(analysis.temp_size_in_bytes),
+    code=float(analysis.generated_code_size_in_bytes),
+    peak=peak,
+  )
+  plan = dataclasses.replace(
+    plan,
+    fits=machine.memory is None or peak <= machine.memory,
+    memory=memory,
+    memory_bytes=moved.memory_bytes,
+    network_bytes=moved.collective_bytes,
+    compile_seconds=seconds,
+    compile_cpu_seconds=cpu,
+    notes=plan.notes + _loop_notes(moved),
+  )
+  return plan if machine.chip is None else _timed(plan, machine.chip, moved, mean_size)
+
+
+def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan:
+  """Returns the plan with the least times."""
+  least = roofline(
+    chip,
+    flops=plan.flops,
+    memory_bytes=moved.memory_bytes,
+    network_bytes=sum(moved.collective_bytes.values()),
+  )
+  step = least.step * mean_size
+  return dataclasses.replace(
+    plan,
+    roofline=least,
+    step_seconds=step,
+    epochs_per_day=SECONDS_PER_DAY / step * plan.batch_size / plan.num_examples,
+    days=plan.num_steps * step / SECONDS_PER_DAY,
+  )
+
+
+def needed_memory(message: str) -> float | None:
+  """Returns the bytes that a step would need, out of what XLA says when it has not got them.
+
+  >>> needed_memory("Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.") / 2**30
+  17.5
+  """
+  found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+  if found is None:
+    return None
+  return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]
+
+
+def _memory(program: Program, machine: Machine, accumulation_steps: int) -> Memory:
+  state = program.abstract_state
+  known = {
+    "params": state.params, "optimizer": state.opt_state,
+    "other_state": (state.ema, state.model_state, state.step, state.rng),
+    "batch": program.abstract_batch,
+  }  # fmt: skip
+  sizes = {name: device_bytes(tree) for name, tree in known.items()}
+  kept = activation_bytes(program, accumulation_steps)
+  return Memory(
+    **sizes, activations=kept, temporary=None, code=None, peak=None, limit=machine.memory
+  )
+
+
+def device_bytes(tree: Any) -> float:
+  """Returns the bytes that one device has of a tree of shapes with shardings."""
+  return float(
+    sum(
+      np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=float) * leaf.dtype.itemsize
+      for leaf in jax.tree.leaves(tree)
+    )
+  )
+
+
+def _peak(analysis: Any) -> float:
+  """Returns what must be there at once: arguments, results that are not arguments, temporaries."""
+  results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  held = analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
+  return float(held + analysis.generated_code_size_in_bytes)
+
+
+def _program_text(folder: pathlib.Path) -> str:
+  """Returns the largest program that XLA has printed: beside it there may be conversions."""
+  files = folder.glob("*after_optimizations.txt")
+  return max(files, key=lambda file: file.stat().st_size).read_text()
+
+
+def _notes(parts: experiment.Experiment, kinds: list[tuple[float, Any]]) -> list[str]:
+  notes = [parts.train_source.assumption] if parts.train_source.assumption else []
+  if len(kinds) > 1:
+    notes.append(
+      f"the largest of {len(kinds)} batch shapes is compiled; a mean step takes time in proportion "
+      "to its pixels"
+    )
+  return notes
+
+
+def _loop_notes(moved: hlo.Traffic) -> list[str]:
+  if not moved.loops_of_unknown_length:
+    return []
+  return [
+    f"{moved.loops_of_unknown_length} loop(s) of a length that depends on the data count once"
+  ]
+
+
+def _size(batch: Mapping[str, np.ndarray]) -> int:
+  return max(value.size for value in batch.values())
+
+
+def _image_shape(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
+  """Returns the shape of the largest array of an example."""
+  largest = batch["image"] if "image" in batch else max(batch.values(), key=lambda v: v.size)
+  return tuple(int(side) for side in largest.shape[1:])

@@ -1,0 +1,129 @@
+"""A plan in words: a table for people, and the sentence that they were looking for."""
+
+from collections.abc import Sequence
+
+from vit_jax_zoo.planning.plan import Memory, Plan
+from vit_jax_zoo.planning.roofline import ASSUMPTIONS
+
+GIB = 2**30
+
+
+def report(plan: Plan) -> str:
+  """Returns everything that is known of a plan, one figure a line."""
+  rows = [
+    ("config", " ".join((plan.config, *plan.overrides))),
+    ("machine", f"{plan.machine}: {plan.num_devices} x {plan.device_kind}, mesh {mesh(plan)}"),
+    ("batch", f"{plan.batch_size} of {_shapes(plan)}, in {plan.accumulation_steps} part(s)"),
+    ("remat", plan.remat or "-"),
+    ("fits", verdict(plan)),
+    *_memory_rows(plan.memory),
+    ("FLOPs", _count(plan.flops, "FLOP")),
+    *_moved_rows(plan),
+    *_time_rows(plan),
+  ]
+  width = max(len(name) for name, _ in rows)
+  lines = [f"{name:<{width}}  {text}" for name, text in rows]
+  notes = [*plan.notes, *(ASSUMPTIONS if plan.roofline else ())]
+  return "\n".join([*lines, "", "Of one device and one step, if:", *(f"  * {n}" for n in notes)])
+
+
+def verdict(plan: Plan) -> str:
+  """Returns whether it fits, and by how much."""
+  memory = plan.memory
+  if memory.peak is None:
+    return "no: the compiler gives up"
+  if memory.limit is None:
+    return f"not known: it needs {gib(memory.peak)}, and what there is the device does not say"
+  words = "yes" if plan.fits else "NO"
+  return f"{words}: {gib(memory.peak)} of {gib(memory.limit)}"
+
+
+def table(plans: Sequence[Plan]) -> str:
+  """Returns one line for each plan, to compare meshes."""
+  head = f"{'mesh':<28} {'remat':<10} {'fits':<4} {'peak':>10} {'step at best':>13}  bound by"
+  rows = [
+    f"{mesh(p):<28} {p.remat or '-':<10} {'yes' if p.fits else 'no':<4} "
+    f"{gib(p.memory.peak):>10} {seconds(p.step_seconds):>13}  "
+    f"{p.roofline.bound if p.roofline else '-'}"
+    for p in plans
+  ]
+  return "\n".join([head, *rows])
+
+
+def mesh(plan: Plan) -> str:
+  """Returns the mesh's axes that have more than one device."""
+  used = [f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1]
+  return " x ".join(used) or "one device"
+
+
+def gib(size: float | None) -> str:
+  """Returns bytes as people read them.
+
+  >>> gib(1.5 * 2**30), gib(3 * 2**20), gib(None)
+  ('1.50 GiB', '3.0 MiB', '-')
+  """
+  if size is None:
+    return "-"
+  return f"{size / GIB:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def seconds(value: float | None) -> str:
+  """Returns a time as people read it.
+
+  >>> seconds(0.0123), seconds(2.5), seconds(None)
+  ('12.3 ms', '2.50 s', '-')
+  """
+  if value is None:
+    return "-"
+  return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _count(value: float, unit: str) -> str:
+  for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+    if value >= size:
+      return f"{value / size:.2f} {prefix}{unit}"
+  return f"{value:.0f} {unit}"
+
+
+def _shapes(plan: Plan) -> str:
+  texts = ["x".join(map(str, shape)) for _, shape in plan.batch_shapes]
+  return texts[0] if len(texts) == 1 else f"{', '.join(texts)} (the largest is compiled)"
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
+  return [
+    ("  parameters", gib(memory.params)),
+    ("  optimizer state", gib(memory.optimizer)),
+    ("  other state", gib(memory.other_state)),
+    ("  batch", gib(memory.batch)),
+    ("  activations", f"{gib(memory.activations)} kept for the backward pass, before XLA fuses"),
+    ("  temporaries", f"{gib(memory.temporary)}, activations and gradients among them"),
+    ("  program", gib(memory.code)),
+  ]
+
+
+def _moved_rows(plan: Plan) -> list[tuple[str, str]]:
+  if plan.memory_bytes is None or plan.network_bytes is None:
+    return []
+  kinds = [f"{kind} {_count(sent, 'B')}" for kind, sent in sorted(plan.network_bytes.items())]
+  total = _count(sum(plan.network_bytes.values()), "B")
+  return [
+    ("memory traffic", _count(plan.memory_bytes, "B")),
+    ("network traffic", f"{total} ({', '.join(kinds)})" if kinds else "none"),
+    ("compile time", f"{plan.compile_seconds:.0f} s ({plan.compile_cpu_seconds:.0f} CPU s)"),
+  ]
+
+
+def _time_rows(plan: Plan) -> list[tuple[str, str]]:
+  least = plan.roofline
+  if least is None or plan.step_seconds is None:
+    return [("step at best", "not known: no figures of this device")] if plan.fits else []
+  parts = ", ".join(f"{p} {seconds(getattr(least, p))}" for p in ("compute", "memory", "network"))
+  rows = [("step at best", f"{seconds(least.step)} ({parts})")]
+  if plan.step_seconds != least.step:
+    rows.append(("mean step", seconds(plan.step_seconds)))
+  return [
+    *rows,
+    ("epochs a day", f"{plan.epochs_per_day:.3g}"),
+    ("days to the end", f"{plan.days:.3g} ({plan.num_steps} steps)"),
+  ]

@@ -1,0 +1,81 @@
+"""Which mesh, of a few: those that split the batch, the parameters, or the layers."""
+
+import copy
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from vit_jax_zoo.config import complete
+from vit_jax_zoo.layers.transformer import REMAT_LADDER
+from vit_jax_zoo.planning.machines import Machine
+from vit_jax_zoo.planning.plan import Plan, make_plan
+
+
+def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
+  """Yields plans as they are made: for each mesh the first rung of remat that fits.
+
+  Rungs only trade work for memory, so those behind the first that fits would be slower. A mesh
+  that the model's layers or the batch cannot be split by is left out.
+
+  Args:
+    config: whose mesh and remat are to be found.
+    machine: where it is to run.
+    name: what the user calls the config.
+  """
+  for sizes in meshes(config, len(machine.devices)):
+    for remat in rungs(config):
+      candidate = copy.deepcopy(complete(config))
+      overrides = [f"--config.sharding.mesh.{axis}={size}" for axis, size in sizes.items()]
+      candidate.sharding.mesh = dict(sizes)
+      if remat is not None:
+        candidate.model.remat = remat
+        overrides.append(f"--config.model.remat={remat}")
+      try:
+        plan = make_plan(candidate, machine, name=name, overrides=overrides)
+      except ValueError:  # heads or hidden units that cannot be split so
+        break
+      yield plan
+      if plan.fits:
+        break
+
+
+def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
+  """Returns the meshes to try, the config's own first; none twice, none that splits no batch.
+
+  >>> meshes(ConfigDict({"batch_size": 4}), 8)
+  [{'data': 4, 'fsdp': 1, 'model': 2}, {'data': 1, 'fsdp': 4, 'model': 2}, \
+{'data': 2, 'fsdp': 1, 'model': 4}, {'data': 1, 'fsdp': 2, 'model': 4}]
+  """
+  own = dict(complete(config).sharding.mesh)
+  known = [size for size in own.values() if size != -1]
+  rest = num_devices
+  for size in known:
+    rest //= size
+  tried = [{axis: rest if size == -1 else size for axis, size in own.items()}]
+  for model in (1, 2, 4):
+    ways = num_devices // model
+    tried += [
+      {"data": ways, "fsdp": 1, "model": model},
+      {"data": 1, "fsdp": ways, "model": model},
+    ]
+  parts = config.get("accumulation_steps") or 1
+  found = []
+  for sizes in tried:
+    ways = sizes["data"] * sizes["fsdp"]
+    fits = ways * sizes["model"] == num_devices and config.batch_size % (ways * parts) == 0
+    if fits and sizes not in found:
+      found.append(sizes)
+  return found
+
+
+def rungs(config: ConfigDict) -> list[str | None]:
+  """Returns the rungs of remat to try; None alone for models that do not name one."""
+  return list(REMAT_LADDER) if config.model.get("remat") is not None else [None]
+
+
+def best(plans: list[Plan]) -> Plan | None:
+  """Returns the plan to choose: of those that fit the fastest, then the one with most room."""
+  fitting = [plan for plan in plans if plan.fits]
+  if not fitting:
+    return None
+  return min(fitting, key=lambda p: (p.step_seconds or 0.0, p.memory.peak))
