@@ -52,12 +52,9 @@ def recipes() -> list[str]:
 
   Files that are a part of another one are left out.
   """
-  modules = {
-    path: importlib.import_module(f"configs.{path.stem}")
-    for path in sorted(pathlib.Path("configs").glob("*.py"))
-    if path.stem not in ("__init__", "common")
-  }
-  variants = {path: dict(module.VARIANTS) for path, module in modules.items()}
+  files = sorted(pathlib.Path("configs").glob("*.py"))
+  modules = {path: importlib.import_module(f"configs.{path.stem}") for path in files}
+  variants = {p: dict(m.VARIANTS) for p, m in modules.items() if hasattr(m, "VARIANTS")}
   whole = [
     path
     for path, own in variants.items()
