@@ -19,8 +19,9 @@ from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
-from vit_jax_zoo.weights.fpt_pt import write_variables
-from vit_jax_zoo.weights.torch_layouts import write_safetensors
+from vit_jax_zoo.weights.fpt_pt import state_dict
+from vit_jax_zoo.weights.load import flatten_variables
+from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-4, "weight_decay": 0.1, "clip_norm": 1.0}
 DETR = {
@@ -170,8 +171,8 @@ def pyramid(setting: Setting) -> Side:
     for side in (setting.image_size // stride for stride in (4, 8, 16, 32))
   ]
   variables = random_variables(functools.partial(model.init, train=False), levels)
-  state = write_variables(variables)
-  write_safetensors(f"{setting.weights}.safetensors", state)
+  flat = {path: np.asarray(x) for path, x in flatten_variables(variables).items()}
+  write_safetensors(f"{setting.weights}.safetensors", contiguous(state_dict(flat)))
   setting.write_inputs(**{f"p{i}": x for i, x in enumerate(levels, 2)})
   placed, maps = jax.device_put(variables), jax.device_put(levels)
   forward = jax.jit(functools.partial(model.apply, train=False))
