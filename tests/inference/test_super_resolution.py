@@ -1,15 +1,18 @@
 """Enlarging a user's pictures: any sizes, and windows without seams."""
 
 import dataclasses
+import io
+import itertools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 from PIL import Image
 
-from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference import create_predictor, super_resolution
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.inference.super_resolution import SuperResolutionPredictor, cut
 from vit_jax_zoo.models.ttsr import TTSR
@@ -92,6 +95,25 @@ def test_windows_give_what_the_whole_does(trained):
   assert np.std(a) > 10
   assert np.abs(a - b).max() <= 1
   assert np.mean(a != b) < 1e-3
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
+  windows = list(cut((70, 33), 20, 4))
+  said, clock = [], itertools.count(step=super_resolution._LOG_SECONDS + 1)
+  monkeypatch.setattr(super_resolution.time, "monotonic", lambda: next(clock))
+  monkeypatch.setattr(
+    super_resolution.logging, "info", lambda form, *args: said.append(form % args)
+  )
+  assert list(super_resolution._progress(windows, "enlarging")) == windows
+  monkeypatch.undo()
+  assert len(said) == len(windows) - 1
+  assert said[0].startswith(f"enlarging: 1/{len(windows)} windows, ETA ")
+  shown = io.StringIO()
+  terminal = rich.console.Console(file=shown, force_terminal=True)
+  monkeypatch.setattr(super_resolution.rich.console, "Console", lambda **_: terminal)
+  assert list(super_resolution._progress(windows, "enlarging")) == windows
+  assert "enlarging" in shown.getvalue()
+  assert "100%" in shown.getvalue()
 
 
 def test_reach_is_enough_and_no_whim(trained):

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
+import rich.progress
 from absl import logging
 from jaxtyping import Array, Float, Num, UInt8
 
@@ -258,7 +260,11 @@ def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[int, int, 
 
 
 def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows, and says from time to time how far one has come."""
+  """Yields windows, with a bar on a terminal; elsewhere a line from time to time says how far."""
+  console = rich.console.Console(stderr=True)
+  if console.is_terminal and len(windows) > 1:
+    yield from rich.progress.track(windows, description=what, console=console, transient=True)
+    return
   begin = said = time.monotonic()
   for done, window in enumerate(windows):
     now = time.monotonic()
