@@ -4,7 +4,8 @@
     python -m vit_jax_zoo.predict --workdir=ViT-B_16.npz --images='photos/*.jpg' --explain
     python -m vit_jax_zoo.predict --workdir=openai/imagegpt-small --images=photos/ --samples=4
 
-`--workdir` is a run of ours, a published file or folder, or a published name. Images are files,
+`--workdir` is a run of ours, which stands for its best checkpoint (and `<run>/checkpoints` for its
+newest), a published file or folder, or a published name. Images are files,
 folders or patterns, of any size and kind. One that cannot be read is named, the others are done,
 and the exit status is 1.
 """

@@ -15,7 +15,7 @@ from tests.train import toy
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.train.evaluate import PredictionScores
-from vit_jax_zoo.train.loop import Loop, LoopSettings, prefetch
+from vit_jax_zoo.train.loop import Loop, LoopSettings, in_words, prefetch
 from vit_jax_zoo.train.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
@@ -121,6 +121,40 @@ def test_the_best_variables_are_those_of_the_best_score(undisturbed):
   assert (workdir / "best" / str(best)).exists()
   kept = restore_variables(workdir / "best")
   assert kept["params"]["head"]["kernel"].shape == (32, 1)
+
+
+def with_settings(**fields):
+  return dataclasses.replace(SETTINGS, **fields)
+
+
+def test_the_best_variables_are_scored_at_the_end(tmp_path):
+  outcome = train(tmp_path, settings=with_settings(score_best=True))
+  scores = {row["step"]: row for row in read_metrics(tmp_path) if "held_out/score" in row}
+  best = max((4, 8, 12), key=lambda step: scores[step]["held_out/score"])
+  assert best != 12  # as this toy and its few steps have it
+  expected = pytest.approx(scores[best]["held_out/score"], rel=1e-6)
+  assert outcome.scores["best/held_out/score"] == expected
+  found = [r for r in read_metrics(tmp_path) if "best/held_out/score" in r]
+  assert [(row["step"], row["best/held_out/score"]) for row in found] == [(12, expected)]
+  assert outcome.scores["held_out/score"] == scores[12]["held_out/score"]
+
+
+def test_the_last_may_be_the_best(tmp_path):
+  """The highest error stands for the best here, and that is the last one's."""
+  outcome = train(tmp_path, settings=with_settings(best="held_out/error", score_best=True))
+  assert outcome.scores["best/held_out/error"] == outcome.scores["held_out/error"]
+
+
+def test_what_is_due_may_be_a_share_of_the_run():
+  settings = with_settings(eval_every=0.25)
+  assert [step for step in range(1, 13) if settings.is_due(0.25, step)] == [3, 6, 9, 12]
+  assert [step for step in range(1, 13) if settings.is_due(0.01, step)] == list(range(1, 13))
+  assert [step for step in range(1, 13) if settings.is_due(0, step)] == [12]
+
+
+def test_single_classes_are_not_said():
+  scores = {"val/accuracy": 0.5, "val/accuracy/cat": 1.0, "best/val/loss": 2.0, "best/val/a/b": 1.0}
+  assert in_words(scores) == "val/accuracy 0.5  best/val/loss 2"
 
 
 @pytest.mark.parametrize("stop_at", [1, 5, 7])

@@ -58,7 +58,9 @@ def draw_class_balance(
     loc="left", fontsize=9.5, color=QUIET,
   )  # fmt: skip
   if len(counts) > 1:
-    ax.legend(loc="lower right", fontsize=8.5, frameon=False)
+    ax.legend(
+      loc="lower right", bbox_to_anchor=(1, 1), ncols=len(counts), fontsize=8.5, frameon=False
+    )
   return figure
 
 
