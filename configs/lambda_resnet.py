@@ -87,6 +87,7 @@ def demo(*, num_steps: int = 500, batch_size: int = 128) -> ConfigDict:
       },
       "log_every": 50,
       "eval_every": 250,
+      "explain": True,
       "checkpoint": {"every": 250, "keep": 1},
     }
   )

@@ -94,6 +94,7 @@ def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
       "ema_decay": 0.99,
       "log_every": 50,
       "eval_every": 200,
+      "explain": True,
       "checkpoint": {"every": 200, "keep": 1},
     }
   )

@@ -49,7 +49,11 @@ def parse_flags_and_overrides(argv: list[str]) -> list[str]:
 
 
 def log_plainly() -> None:
-  """Logs as time and text, and leaves out what other libraries merely have to report."""
+  """Logs as time and text, and leaves out what other libraries merely have to report.
+
+  In a notebook as well, where no absl application has begun.
+  """
+  logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

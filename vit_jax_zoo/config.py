@@ -37,6 +37,8 @@ def defaults() -> ConfigDict:
     best, "<evaluation>/<score>", by default the first evaluation and the task's own choice;
     `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better;
     `checkpoint.score_best`: at the end, the best is scored on all evaluations, as "best/...".
+  * `explain`: with each evaluation, also draw what the model shows of its inside: attention,
+    lambdas, positions, filters.
   * `init_from`: a published checkpoint or a run to start from.
   * `recipe`: the batch size that the recipe's numbers are for, and its `learning_rates` by player:
     where a run departs from them, `train.batch_rule` says what is due. They change nothing.
@@ -64,6 +66,7 @@ def defaults() -> ConfigDict:
         "best_mode": "max",
         "score_best": False,
       },
+      "explain": False,
       "init_from": placeholder(str),
       "recipe": {"batch_size": placeholder(int), "learning_rates": {}},
     }

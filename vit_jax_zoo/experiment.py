@@ -43,7 +43,7 @@ from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.checkpoint import Checkpointer, is_checkpoint, restore_variables
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
-from vit_jax_zoo.train.evaluate import Evaluation, PredictionScores
+from vit_jax_zoo.train.evaluate import Evaluation, Explanations, PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
 from vit_jax_zoo.train.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.train.probe import LinearProbe
@@ -326,7 +326,15 @@ def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _evaluations(experiment: Experiment, program: Program) -> dict[str, Evaluation]:
-  return {name: _evaluation(experiment, program, name) for name in experiment.eval_sources}
+  found = {name: _evaluation(experiment, program, name) for name in experiment.eval_sources}
+  if experiment.config.explain and found:
+    found["explain"] = Explanations(
+      task=experiment.task,
+      explain_step=program.explain_step,
+      batches=functools.partial(experiment.eval_batches, next(iter(found))),
+      mesh=experiment.mesh,
+    )
+  return found
 
 
 def _evaluation(experiment: Experiment, program: Program, name: str) -> Evaluation:

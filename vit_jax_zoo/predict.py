@@ -168,6 +168,7 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
   records: list[dict[str, Any]] = []
   together = CocoFiles()
   failed, begin, names = 0, time.monotonic(), _unique_names(paths)
+  written: set[str] = set()
   for done, (path, name) in enumerate(zip(paths, names, strict=True), start=1):
     try:
       image = read_image(path)
@@ -180,6 +181,7 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
       records.append({"image": str(path), **prediction.record})
       _write_pictures(prediction, output, name)
       together.add(str(path), name, image, prediction)
+      _write_model_pictures(prediction, output, written)
     _log_progress(done, len(paths), time.monotonic() - begin)
     _write_json(output / "predictions.json", records)
   for file, content in together.contents().items():
@@ -205,6 +207,14 @@ def _log_progress(done: int, total: int, seconds: float) -> None:
 def _write_pictures(prediction: Prediction, output: pathlib.Path, name: str) -> None:
   for suffix, picture in prediction.pictures.items():
     _write_picture(picture, output / f"{name}{'_' if suffix else ''}{suffix}.png")
+
+
+def _write_model_pictures(prediction: Prediction, output: pathlib.Path, written: set[str]) -> None:
+  """Writes what is not `written` yet."""
+  for name, picture in prediction.model_pictures.items():
+    if name not in written:
+      _write_picture(picture, output / f"model_{name}.png")
+      written.add(name)
 
 
 def _write_picture(picture: Picture, path: pathlib.Path) -> None:

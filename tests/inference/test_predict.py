@@ -105,12 +105,35 @@ def test_a_published_file_sees_its_own_preprocessing():
   np.testing.assert_allclose(top[0]["probability"], shares.max() / shares.sum(), rtol=1e-4)
 
 
-def test_attention_is_rolled_out_onto_the_picture(vit_run):
-  for path in (GOLDENS / "vit_a" / "weights.npz", vit_run):
+def test_a_transformer_shows_its_attention_and_what_it_has_learned(vit_run):
+  for path, viewer in ((GOLDENS / "vit_a" / "weights.npz", "class token"), (vit_run, "mean")):
     prediction = predictor_of(path, explain=True)(photo())
-    assert set(prediction.pictures) == {"", "attention"}
+    assert set(prediction.pictures) == {"", "attention", "heads", "distances"}
+    assert set(prediction.model_pictures) == {"positions", "filters"}
     titles = [text.get_text() for text in prediction.pictures["attention"].texts]
     assert titles[0] == "Attention"
+    assert viewer in titles[1]
+
+
+def test_a_run_draws_what_its_model_shows(vit_run):
+  names = {path.name.removesuffix("_00000003.png") for path in (vit_run / "figures").iterdir()}
+  assert names == {
+    "train_batch", "test_predictions", "explain_attention", "explain_heads", "explain_distances",
+    "explain_model_positions", "explain_model_filters",
+  } - {"train_batch"} | {"train_batch_00000000.png"}  # fmt: skip
+
+
+def test_what_does_not_depend_on_the_image_is_written_once(vit_run, tmp_path):
+  for name in ("a", "b"):
+    Image.fromarray(photo()).save(tmp_path / f"{name}.png")
+  output = tmp_path / "out"
+  paths = predict.find_images([str(tmp_path)])
+  assert predict.predict_all(predictor_of(vit_run, explain=True), paths, output) == 0
+  written = {path.name for path in output.glob("*.png")}
+  each = {
+    f"{name}{kind}.png" for name in "ab" for kind in ("", "_attention", "_heads", "_distances")
+  }
+  assert written == each | {"model_positions.png", "model_filters.png"}
 
 
 def test_lambdas_are_drawn(tmp_path):
@@ -121,6 +144,7 @@ def test_lambdas_are_drawn(tmp_path):
   assert [ax.get_xlabel() for ax in axes[1:]] == [
     "c4 block1, 4 × 4", "c5 block0, 4 × 4", "c5 block1, 2 × 2",
   ]  # fmt: skip
+  assert set(prediction.model_pictures) == {"filters"}
 
 
 def test_half_a_picture_is_completed(igpt_run, tmp_path):

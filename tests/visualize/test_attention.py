@@ -1,69 +1,21 @@
-"""Pictures of attention: the numbers behind them, and what stands in them."""
+"""Pictures of attention: what stands in them."""
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.visualize.attention import (
-  attention_distances,
-  attention_rollout,
   draw_attention,
   draw_attention_distances,
   draw_heads,
+  draw_lambdas,
+  draw_mosaic,
   draw_position_similarity,
   position_similarity,
 )
 
 
-def random_maps(*shape):
-  weights = np.random.default_rng(0).random(shape).astype(np.float32)
-  return weights / weights.sum(axis=-1, keepdims=True)
-
-
-def test_rollout_multiplies_the_maps_from_the_last_layer_to_the_first():
-  weights = random_maps(3, 2, 4, 5, 5)
-  rollout = attention_rollout(weights)
-  one, two, three = (0.5 * w.mean(axis=1) + 0.5 * np.eye(5) for w in weights)
-  np.testing.assert_allclose(rollout, three @ two @ one, rtol=1e-5)
-  np.testing.assert_allclose(rollout.sum(axis=-1), 1, rtol=1e-5)
-
-
-def test_rollout_of_tokens_that_see_themselves_alone_is_the_identity():
-  weights = np.broadcast_to(np.eye(4, dtype=np.float32), (2, 1, 3, 4, 4))
-  np.testing.assert_array_equal(attention_rollout(weights)[0], np.eye(4))
-
-
-def test_rollout_follows_a_chain():
-  # Without residual: layer 2 looks from 0 to 1, layer 1 from 1 to 2, so 0 comes from 2.
-  first, second = np.eye(3, dtype=np.float32)[[0, 2, 1]], np.eye(3, dtype=np.float32)[[1, 1, 2]]
-  weights = np.stack([first, second])[:, None, None]
-  np.testing.assert_array_equal(attention_rollout(weights, residual=0.0)[0, 0], [0, 0, 1])
-
-
-def test_distance_of_local_and_of_uniform_heads():
-  grid, count = (2, 3), 6
-  local = np.eye(count)
-  even = np.full((count, count), 1 / count)
-  right = np.eye(count)[[1, 2, 2, 4, 5, 5]]  # the neighbour on the right; the last stay
-  weights = np.stack([local, even, right]).astype(np.float32)[None, None]
-  distances = attention_distances(weights, grid, patch_size=16.0)
-  y, x = np.divmod(np.arange(count), 3)
-  mean = np.hypot(y[:, None] - y, x[:, None] - x).mean()
-  np.testing.assert_allclose(distances, [[0, 16 * mean, 16 * 4 / 6]], rtol=1e-5)
-
-
-def test_distance_leaves_the_class_token_out():
-  patches = random_maps(2, 1, 3, 4, 4)
-  weights = np.full((2, 1, 3, 5, 5), 0.3, np.float32)
-  weights[..., 1:, 1:] = 0.7 * patches
-  np.testing.assert_allclose(
-    attention_distances(weights, (2, 2)), attention_distances(patches, (2, 2)), rtol=1e-5
-  )
-
-
 def test_a_grid_that_is_too_large_is_named():
-  with pytest.raises(ValueError, match=r"4 tokens, but the grid \(3, 3\) has 9"):
-    attention_distances(random_maps(1, 1, 1, 4, 4), (3, 3))
   with pytest.raises(ValueError, match=r"4 positions, but the grid \(3, 3\) has 9"):
     position_similarity(np.ones((4, 8), np.float32), (3, 3))
 
@@ -97,28 +49,52 @@ def test_without_an_image_there_is_one_line():
     draw_attention(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((0, 2, 2), np.float32))
 
 
-def test_heads_are_in_their_places():
-  weights = random_maps(6, 3, 5, 5)
-  figure = draw_heads(np.zeros((8, 8, 1), np.uint8), weights, (2, 2), query=0, max_layers=3)
-  assert len(figure.axes) == 3 * 4
-  rows = [figure.axes[4 * i] for i in range(3)]
-  assert [ax.get_ylabel() for ax in rows] == ["layer 1", "layer 3", "layer 6"]
-  assert [ax.get_title() for ax in figure.axes[:4]] == ["", "head 1", "head 2", "head 3"]
-  last = figure.axes[-1].images[0].get_array()
-  np.testing.assert_array_equal(last, weights[5, 2, 0, 1:].reshape(2, 2))
+def test_tiles_are_in_their_places():
+  tiles = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2)
+  ax = Figure().subplots()
+  picture = draw_mosaic(ax, tiles).get_array()
+  # A pixel is drawn as 12, and a column of one pixel is between tiles.
+  assert picture.shape == (2 * 24 + 1, 3 * 24 + 2)
+  middle = np.asarray(picture)[6::25, 6::25]
+  np.testing.assert_array_equal(middle, tiles[:, :, 0, 0])
+  assert np.asarray(picture)[24 + 1 + 18, 2 * 25 + 6] == tiles[1, 2, 1, 0]
+  assert np.isnan(picture.filled(np.nan)[24]).all()
+  np.testing.assert_allclose(ax.get_yticks(), [11.5, 36.5])
+
+
+def test_heads_are_scaled_each_to_its_own_maximum():
+  maps = np.random.default_rng(0).random((6, 3, 2, 2)).astype(np.float32)
+  figure = draw_heads(np.zeros((8, 8, 1), np.uint8), maps, max_layers=3)
+  mosaic = figure.axes[1]
+  assert [text.get_text() for text in mosaic.get_yticklabels()] == ["layer 1", "layer 3", "layer 6"]
+  assert [text.get_text() for text in mosaic.get_xticklabels()] == ["head 1", "head 2", "head 3"]
+  last = np.asarray(mosaic.images[0].get_array())[2 * 25 :, 2 * 25 :][6::12, 6::12]
+  np.testing.assert_allclose(last, maps[5, 2] / maps[5, 2].max(), rtol=1e-6)
+  figure.canvas.draw()
 
 
 def test_positions_have_a_tile_each_and_of_many_every_second():
   table = np.random.default_rng(0).normal(size=(1 + 12, 4)).astype(np.float32)
   figure = draw_position_similarity(table, (3, 4))
-  tiles = [ax for ax in figure.axes if ax.images]
-  assert len(tiles) == 12
-  shown = tiles[4 * 2 + 1].images[0].get_array()
-  np.testing.assert_allclose(shown, position_similarity(table, (3, 4))[2, 1])
+  mosaic = figure.axes[0]
+  assert (len(mosaic.get_yticks()), len(mosaic.get_xticks())) == (3, 4)
+  step = 4 * 6 + 1  # of a tile of 3 x 4 positions, each 6 pixels wide, and the gap
+  shown = np.asarray(mosaic.images[0].get_array())[2 * 19 :, 1 * step :][3:18:6, 3:24:6]
+  np.testing.assert_allclose(shown, position_similarity(table, (3, 4))[2, 1], rtol=1e-6)
   assert shown[2, 1] == pytest.approx(1)
   large = draw_position_similarity(np.ones((16 * 16, 2), np.float32), (16, 16))
-  assert len([ax for ax in large.axes if ax.images]) == 64
+  assert [text.get_text() for text in large.axes[0].get_xticklabels()][:3] == ["1", "3", "5"]
   figure.canvas.draw()
+
+
+def test_lambdas_are_drawn_in_the_order_of_the_blocks_each_from_its_least_to_its_most():
+  norms = np.array([[1, 2], [3, 5]], np.float32)
+  layers = {"c4_block10": norms, "c4_block9": 7 * norms, "c3_block1": np.ones((4, 4), np.float32)}
+  figure = draw_lambdas(np.full((8, 8, 1), 200, np.uint8), layers, max_layers=2)
+  assert [ax.get_xlabel() for ax in figure.axes] == ["", "c4 block9, 2 × 2", "c4 block10, 2 × 2"]
+  shown = figure.axes[1].images[0]
+  np.testing.assert_array_equal(shown.get_array(), 7 * norms)
+  assert shown.get_clim() == (7, 35)
 
 
 def test_distances_have_a_point_for_each_head():

@@ -87,12 +87,15 @@ class Prediction:
     objects: where objects were looked for, each as COCO's files have annotations, but for the
       numbers of itself and its image, and with its class's `name`: `predict` writes `coco.json`.
     segments: the same of the segments in the picture "panoptic": `coco_panoptic.json`.
+    model_pictures: what does not depend on the image, by name: "filters" is `model_filters.png`,
+      written once.
   """
 
   record: dict[str, Any]
   pictures: Mapping[str, Picture]
   objects: Sequence[Mapping[str, Any]] | None = None
   segments: Sequence[Mapping[str, Any]] | None = None
+  model_pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable

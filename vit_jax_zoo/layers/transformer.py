@@ -143,3 +143,11 @@ class Encoder(nn.Module):
     )
     blocks = EncoderBlock(**self.block, name="blocks")
     return scan(blocks, tokens, jnp.asarray(rates) if self.drop_path_rate else 0.0)[0]
+
+
+def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
+  """Returns the attention maps that an `Encoder` has sown, scanned or unrolled, in its order."""
+  if "blocks" in intermediates:
+    return intermediates["blocks"]["attention"]["weights"][0]
+  blocks = [intermediates[f"block_{i}"] for i in range(len(intermediates))]
+  return jnp.stack([block["attention"]["weights"][0] for block in blocks])

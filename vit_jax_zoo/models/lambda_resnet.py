@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.layers.lambda_layer import LambdaLayer
 from vit_jax_zoo.layers.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
 from vit_jax_zoo.ops.checks import check_num_classes
+from vit_jax_zoo.ops.explanation import Explanation
 
 
 def _every(step: int, count: int) -> tuple[int, ...]:
@@ -173,6 +174,21 @@ class LambdaResNet(ResNet):
       name="head",
     )
     return {"features": features, "logits": head(dropped)}
+
+  def explain(
+    self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
+  ) -> Explanation:
+    """Returns the lambdas' norms, layer by layer, and the stem's filters; see `ops.explanation`."""
+    del image_size
+    lambdas = {
+      name: block["lambda_layer"]["position_lambda"][0].astype(jnp.float32)
+      for name, block in intermediates.items()
+      if "lambda_layer" in block
+    }
+    return Explanation(
+      lambdas={name: jnp.sqrt(jnp.sum(jnp.square(x), axis=(3, 4))) for name, x in lambdas.items()},
+      filters=variables["params"]["stem"]["conv1"]["conv"]["kernel"],
+    )
 
   def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
     """Makes a lambda block where `lambda_blocks` wants one."""

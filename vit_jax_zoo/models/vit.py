@@ -17,8 +17,10 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.layers.attention import Implementation
 from vit_jax_zoo.layers.position import PositionEmbedding
 from vit_jax_zoo.layers.standardized_resnet import StandardizedResNet, total_stride
-from vit_jax_zoo.layers.transformer import Encoder
+from vit_jax_zoo.layers.transformer import Encoder, attention_maps
+from vit_jax_zoo.ops.attention_maps import attention_distances, attention_rollout, patch_tokens
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive
+from vit_jax_zoo.ops.explanation import Explanation
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.sharding import shard_batch
 
@@ -192,6 +194,44 @@ class VisionTransformer(nn.Module):
       features = norm(features)
     self.sow("intermediates", "pooled", features)
     return {"tokens": tokens, **self._head(features)}
+
+  def explain(
+    self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
+  ) -> Explanation:
+    """Returns what figures 6 and 7 of the paper show; see `ops.explanation`.
+
+    The head sees the class token, or the mean over the patches: that is what looks.
+    """
+    grid = (image_size[0] // self.patch_side, image_size[1] // self.patch_side)
+    weights = attention_maps(intermediates["encoder"])
+    params, cls = variables["params"], self.pool == "cls"
+
+    def seen_by_head(maps: Array) -> Array:
+      maps = patch_tokens(maps, grid, axis=-1)
+      seen = maps[..., 0, :] if cls else patch_tokens(maps, grid, axis=-2).mean(axis=-2)
+      return seen.reshape(*seen.shape[:-1], *grid)
+
+    hybrid = self.resnet is not None
+    return Explanation(
+      looked_at=seen_by_head(attention_rollout(weights)),
+      heads=seen_by_head(weights.swapaxes(0, 1)),
+      distances=attention_distances(weights, grid, patch_size=float(self.patch_side)),
+      positions=self._positions(params, grid),
+      filters=params["resnet"]["root_conv"]["kernel"] if hybrid else params["embedding"]["kernel"],
+      viewer="the class token" if cls else "the patches' mean",
+      principal=not hybrid,
+      grid=grid,
+    )
+
+  def _positions(self, params: Mapping[str, Any], grid: tuple[int, int]) -> Array | None:
+    """Returns what is added to each patch, or None."""
+    if self.position_embedding == "none":
+      return None
+    own = params.get("position_embedding", {})
+    count = own["table"].shape[1] if "table" in own else grid[0] * grid[1]
+    add = PositionEmbedding(self.position_embedding, parent=None)
+    table = add.apply({"params": own}, jnp.zeros((1, count, self.width)), grid)
+    return patch_tokens(jnp.asarray(table)[0], grid, axis=0)
 
   def _patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
     self._check_sides(images.shape[1], images.shape[2])

@@ -6,9 +6,9 @@ never looks inside. A new problem is a new file beside this one.
 
 Where things run:
 
-* `init`, `normalizers`, `loss`, `predict` are traced by `jax.jit`; they see global arrays and write
-  no communication of their own;
-* `prepare`, `evaluator` and all figures run on the host, on numpy arrays.
+* `init`, `normalizers`, `loss`, `predict`, `explain` are traced by `jax.jit`; they see global
+  arrays and write no communication of their own;
+* `prepare`, `evaluator`, `draw_explanation` and all figures run on the host, on numpy arrays.
 """
 
 import abc
@@ -203,6 +203,35 @@ class Task(abc.ABC):
     """Draws what an evaluator has counted over a whole split, by figure name. Optional."""
     del evaluator
     return {}
+
+  def explain(self, variables: Variables, batch: Batch) -> Any:
+    """Returns what the model shows of its inside for the batch's first images. Optional.
+
+    Traced; a tree of small arrays, which need not have an example axis.
+
+    Raises:
+      ValueError: this task, or this model, has nothing to show.
+    """
+    del variables, batch
+    raise ValueError(f"the task {type(self).__name__} cannot explain what its model does")
+
+  def draw_explanation(self, explanation: Any) -> "Explained":
+    """Draws what `explain` returned, as numpy arrays."""
+    del explanation
+    return Explained({}, {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Explained:
+  """Pictures of a model's inside, by figure name.
+
+  Attributes:
+    images: those that depend on the images that it was shown.
+    model: those that do not.
+  """
+
+  images: Mapping[str, Figure]
+  model: Mapping[str, Figure]
 
 
 def example_mask(batch: Batch) -> Array:

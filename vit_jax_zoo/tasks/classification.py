@@ -1,6 +1,7 @@
 """Image classification: one label an image, several, or mixtures of labels."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from vit_jax_zoo.ops.mixing import Mixing, mix_examples
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.visualize import classification as draw
+from vit_jax_zoo.visualize.explanation import draw_of_images, draw_of_model
 
 OBJECTIVES = ("softmax", "sigmoid")
 
@@ -25,6 +27,9 @@ _MIXING = 0x6D6978
 
 _DRAWN = 24
 """So many examples of a batch are mixed for a picture."""
+
+_EXPLAINED, _MOST_BYTES = 8, 2**30
+"""So many examples of a batch are explained, or as few as keep what the model sows below this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +150,35 @@ class Classification(base.Task):
     targets = self._targets(jnp.asarray(batch["label"]), mask)
     losses = jnp.where(mask, self._losses(logits, targets), 0.0)
     return predictions | {"loss": losses, "correct": is_correct(targets, labels)}
+
+  def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
+    """Returns the first examples' `image`, the likeliest `label`, and the model's `explanation`.
+
+    Raises:
+      ValueError: the model has no method `explain`, see `ops.explanation`.
+    """
+    if not hasattr(self.model, "explain"):
+      raise ValueError(f"{type(self.model).__name__} shows nothing of its inside")
+    model: Any = self.model
+    images = self._images(batch)
+    look = functools.partial(model.apply, variables, train=False, mutable=["intermediates"])
+    sown = jax.eval_shape(look, images[:1])[1]
+    each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sown))
+    images = images[: max(1, min(_EXPLAINED, _MOST_BYTES // each))]
+    outputs, seen = look(images)
+    return {
+      "image": batch["image"][: len(images)],
+      "label": jnp.argmax(outputs["logits"], axis=-1),
+      "explanation": model.explain(variables, seen["intermediates"], images.shape[1:3]),
+    }
+
+  def draw_explanation(self, explanation: Mapping[str, Any]) -> base.Explained:
+    """Draws attention, lambdas, positions, filters: whatever the model has of them."""
+    names = self.class_names
+    captions = [names[label] if names else f"class {label}" for label in explanation["label"]]
+    seen = explanation["explanation"]
+    images = np.clip(explanation["image"], 0, 255)
+    return base.Explained(draw_of_images(images, captions, seen), draw_of_model(seen))
 
   def evaluator(self) -> ClassificationEvaluator:
     """Returns an empty evaluator: accuracy, top-k accuracy, loss, and classes where asked."""

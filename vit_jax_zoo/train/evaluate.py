@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -82,6 +82,41 @@ class PredictionScores:
       figures = {**figures, **self.task.score_figures(first)}
     lost = {"skipped_images": float(sum(losses))} if any(losses) else {}
     return Report({**first.result(), **lost}, figures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanations:
+  """The evaluation that scores nothing: it draws what the model shows of its inside.
+
+  Attributes:
+    task: draws the figures.
+    explain_step: compiled `task.explain`, whose results are whole on every process.
+    batches: makes a split's batches anew: this process's part of each. The first one is explained.
+    mesh: where to compute.
+  """
+
+  task: Task
+  explain_step: PredictStep
+  batches: Callable[[], SizedBatches]
+  mesh: Mesh
+
+  def __call__(self, variables: Variables) -> Report:
+    """Returns figures alone, and those on one process."""
+    batch = _without_padding(next(iter(self.batches())))
+    found = self.explain_step(variables, sharding.to_global(batch, self.mesh))
+    if not is_primary():
+      return Report({})
+    explained = self.task.draw_explanation(jax.device_get(found))
+    model = {f"model_{name}": figure for name, figure in explained.model.items()}
+    return Report({}, {**explained.images, **model})
+
+
+def _without_padding(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Puts real examples, over again, where a batch is padded."""
+  real = np.flatnonzero(batch["mask"]) if "mask" in batch else ()
+  if not len(real):
+    return dict(batch)
+  return {key: value[np.resize(real, len(value))] for key, value in batch.items()}
 
 
 def gather_parts(value: T, mesh: Mesh) -> list[T]:

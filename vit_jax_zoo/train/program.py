@@ -42,6 +42,7 @@ class Program:
     train_step: jitted, with shardings, donating its state.
     predict_step: jitted, with shardings.
     features_step: the same of `task.features`, for tasks that have any.
+    explain_step: the same of `task.explain`, whose results are whole on every device.
   """
 
   task: Task
@@ -52,6 +53,7 @@ class Program:
   train_step: Any
   predict_step: PredictStep
   features_step: PredictStep
+  explain_step: PredictStep
 
   @property
   def schedules(self) -> dict[str, Callable[[int], Any]]:
@@ -163,6 +165,9 @@ def build_program(
     ),
     predict_step=compile_predict_step(task.predict, variables, mesh),
     features_step=compile_predict_step(task.features, variables, mesh),
+    explain_step=jax.jit(
+      task.explain, in_shardings=(variables, split), out_shardings=sharding.replicated(mesh)
+    ),
   )
 
 

@@ -1,70 +1,23 @@
 """Pictures of a Transformer's inside: where it looks, how far, and what its positions have learned.
 
-Figures are made without `pyplot`, so that nothing is kept alive and no window opens. Attention maps
-come as `MultiHeadAttention` sows them, with the layers stacked in front: [l b heads n n], the class
-token first if there is one. A scanned encoder hands them out like that; of an unrolled one, stack
-those of the blocks.
+Figures are made without `pyplot`, so that nothing is kept alive and no window opens. The numbers
+behind them come from `ops.attention_maps`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Float, Num
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 QUIET = "#555555"
 SMALL = 64  # pixels; below, single pixels are shown
-
-
-def attention_rollout(
-  weights: Float[np.ndarray, "l b heads n n"], *, residual: float = 0.5
-) -> Float[np.ndarray, "b n n"]:
-  """Follows attention through all layers, down to the input tokens.
-
-  Abnar and Zuidema, arXiv:2005.00928, section 3: the maps, averaged over heads and mixed with the
-  identity for the residual connection, are multiplied. It is what figure 6 of the ViT paper shows
-  (appendix D.8).
-
-  Args:
-    weights: attention maps, rows summing to 1.
-    residual: share of the identity.
-
-  Returns:
-    For each output token (row), how much of it comes from each input token; rows sum to 1.
-  """
-  mixed = (1 - residual) * weights.mean(axis=2) + residual * np.eye(weights.shape[-1])
-  total = mixed[0]
-  for layer in mixed[1:]:
-    total = layer @ total
-  return total.astype(np.float32)
-
-
-def attention_distances(
-  weights: Float[np.ndarray, "l b heads n n"],
-  grid: tuple[int, int],
-  *,
-  patch_size: float = 1.0,
-) -> Float[np.ndarray, "l heads"]:
-  """Returns how far each head looks: the mean distance between a patch and those it attends to.
-
-  Figure 7, right, of the ViT paper. Attention to and from tokens that are no patch is left out, and
-  the rest of each row brought to sum to 1.
-
-  Args:
-    weights: attention maps.
-    grid: height and width, in patches; tokens before the last height * width are no patches.
-    patch_size: side of a patch, in the unit of the answer (pixels).
-  """
-  patches = _patch_attention(weights, grid)
-  patches = patches / np.maximum(patches.sum(axis=-1, keepdims=True), 1e-12)
-  places = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 2)
-  distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
-  return (np.einsum("lbhnm,nm->lbhn", patches, distances).mean(axis=(1, 3)) * patch_size).astype(
-    np.float32
-  )
 
 
 def draw_attention(
@@ -105,7 +58,7 @@ def draw_attention(
 
 def draw_lambdas(
   image: Num[np.ndarray, "h w c"],
-  lambdas: Mapping[str, Float[np.ndarray, "h2 w2 k v"]],
+  lambdas: Mapping[str, Float[np.ndarray, "h2 w2"]],
   *,
   title: str = "Position lambdas",
   max_layers: int = 6,
@@ -117,64 +70,69 @@ def draw_lambdas(
 
   Args:
     image: uint8, or floats in [0, 255]; 1 or 3 channels.
-    lambdas: of each layer, by its name, in order.
+    lambdas: norms, of each layer by its name ("c4_block10"): drawn in the order of the numbers.
     title: of the figure.
     max_layers: draws the last so many.
   """
-  shown = list(lambdas.items())[-max_layers:]
+  shown = sorted(lambdas.items(), key=lambda item: _numbers(item[0]))[-max_layers:]
   figure = Figure(figsize=(max(1.75 * (len(shown) + 1) + 0.5, 4.5), 2.75), dpi=110)
   axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
   figure.subplots_adjust(left=0.03, right=0.97, top=0.66, bottom=0.1, wspace=0.1)
-  _write_title(figure, title, "norm of each position's lambda, from its least (dark) to its most")
+  _write_title(
+    figure, title, "norm of each position's lambda, each layer from its least to its most"
+  )
   picture = _to_rgb(image)
   _show(axes[0], np.rint(picture).astype(np.uint8))
-  for ax, (name, layer) in zip(axes[1:], shown, strict=True):
-    norms = np.sqrt(np.square(np.asarray(layer, np.float32)).sum(axis=(2, 3)))
-    spread = max(float(norms.max() - norms.min()), 1e-12)
-    light = _enlarge((norms - norms.min()) / spread, picture.shape[:2])
-    _show(ax, np.rint(picture * light[..., None]).astype(np.uint8))
-    label = name.removesuffix("/lambda_layer").replace("_", " ")
-    ax.set_xlabel(f"{label}, {layer.shape[0]} × {layer.shape[1]}", fontsize=8, labelpad=4)
+  for ax, (name, norms) in zip(axes[1:], shown, strict=True):
+    ax.imshow(norms, cmap="viridis", interpolation="nearest")
+    _frame(ax)
+    label = f"{name.replace('_', ' ')}, {norms.shape[0]} × {norms.shape[1]}"
+    ax.set_xlabel(label, fontsize=8, labelpad=4)
   return figure
+
+
+def _numbers(name: str) -> list[int]:
+  """Returns a layer's numbers: block 10 comes after block 9."""
+  return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
 def draw_heads(
   image: Num[np.ndarray, "h w c"],
-  weights: Float[np.ndarray, "l heads n n"],
-  grid: tuple[int, int],
+  maps: Float[np.ndarray, "l heads gh gw"],
   *,
-  query: int = 0,
   title: str = "Attention by layer and head",
+  subtitle: str = "each map scaled to its own maximum",
   max_layers: int = 12,
 ) -> Figure:
-  """Draws, for each layer (row) and head (column), where one token of an image looks.
+  """Draws an image, and beside it for each layer (row) and head (column) where it is looked at.
 
   Args:
     image: uint8, or floats in [0, 255]; 1 or 3 channels.
-    weights: the image's attention maps.
-    grid: height and width, in patches.
-    query: the token that looks; 0 is the class token, if there is one.
+    maps: of one token, over the patches.
     title: of the figure.
+    subtitle: below it.
     max_layers: draws so many of the layers, evenly from first to last.
   """
-  depth, heads = weights.shape[:2]
+  depth, heads = maps.shape[:2]
   chosen = np.unique(np.linspace(0, depth - 1, min(depth, max_layers)).round().astype(int))
-  size = (1.05 * (heads + 1) + 0.9, 1.05 * len(chosen) + 1.1)
-  figure = Figure(figsize=(max(size[0], 4.5), size[1]), dpi=110)
-  axes = figure.subplots(len(chosen), heads + 1, squeeze=False)
-  top = 1 - 0.8 / size[1]
-  figure.subplots_adjust(left=0.12, right=0.97, top=top, bottom=0.3 / size[1], wspace=0.08)
-  _write_title(figure, title, f"token {query}; each map scaled to its own maximum")
-  maps = weights[:, :, query, -grid[0] * grid[1] :].reshape(depth, heads, *grid)
-  picture = _to_rgb(image).astype(np.uint8)
-  for row, layer in zip(axes, chosen, strict=True):
-    _show(row[0], picture)
-    row[0].set_ylabel(f"layer {layer + 1}", fontsize=8.5)
-    for head, ax in enumerate(row[1:]):
-      ax.imshow(maps[layer, head], cmap="viridis", interpolation="nearest", vmin=0)
-      _frame(ax)
-      if layer == chosen[0]:
-        ax.set_title(f"head {head + 1}", fontsize=8.5, pad=3)
+  cell = 0.75 if heads > 6 else 0.95
+  sides = (cell * heads, cell * len(chosen))
+  width, height = max(1.4 + 0.65 + sides[0] + 0.25, 4.8), max(sides[1], 1.2) + 1.15
+  figure = Figure(figsize=(width, height), dpi=110)
+  _write_title(figure, title, subtitle)
+  top = height - 0.95
+  left = figure.add_axes((0.3 / width, (top - 1.1) / height, 1.1 / width, 1.1 / height))
+  _show(left, _to_rgb(image).astype(np.uint8))
+  place = (2.05 / width, (top - sides[1]) / height, sides[0] / width, sides[1] / height)
+  ax = figure.add_axes(place)
+  scaled = maps[chosen] / np.maximum(maps[chosen].max(axis=(2, 3), keepdims=True), 1e-12)
+  draw_mosaic(ax, scaled, cmap="viridis", vmin=0, vmax=1)
+  ax.set_yticklabels([f"layer {layer + 1}" for layer in chosen], fontsize=8.5)
+  ax.xaxis.tick_top()
+  ax.set_xticklabels(
+    [f"head {head + 1}" for head in range(heads)], fontsize=8.5 if heads < 7 else 7
+  )
+  ax.tick_params(length=0, pad=3)
   return figure
 
 
@@ -199,31 +157,55 @@ def draw_position_similarity(
   similarity = position_similarity(table, grid)
   stride = -(-max(grid) // max_side)
   rows, columns = range(0, grid[0], stride), range(0, grid[1], stride)
-  tile, left, below = 0.55, 0.5, 0.5
+  tile, left, below = (0.55 if len(columns) > 6 else 0.8), 0.55, 0.5
   width = max(left + tile * len(columns) + 1.1, 4.4)
-  height = below + tile * len(rows) + 0.75
+  height = below + tile * len(rows) + 0.8
   figure = Figure(figsize=(width, height), dpi=110)
-  axes = figure.subplots(len(rows), len(columns), squeeze=False)
-  right, top = left + tile * len(columns), below + tile * len(rows)
-  figure.subplots_adjust(
-    left=left / width, right=right / width, top=top / height, bottom=below / height,
-    wspace=0.06, hspace=0.06,
-  )  # fmt: skip
+  sides = (tile * len(columns) / width, tile * len(rows) / height)
+  ax = figure.add_axes((left / width, below / height, *sides))
   _write_title(figure, title, f"a tile for each of {grid[0]} × {grid[1]} patches")
-  for i, row in enumerate(rows):
-    for j, column in enumerate(columns):
-      ax = axes[i, j]
-      ax.imshow(similarity[row, column], cmap="RdBu_r", vmin=-1, vmax=1)
-      _frame(ax)
-      if j == 0:
-        ax.set_ylabel(str(row + 1), fontsize=8, rotation=0, ha="right", va="center")
-      if i == len(rows) - 1:
-        ax.set_xlabel(str(column + 1), fontsize=8)
-  beside = figure.add_axes(((right + 0.25) / width, 0.25, 0.12 / width, 0.45))
-  bar = figure.colorbar(axes[0, 0].images[0], cax=beside)
+  shown = draw_mosaic(ax, similarity[::stride, ::stride], cmap="RdBu_r", vmin=-1, vmax=1)
+  ax.set_yticklabels([str(row + 1) for row in rows], fontsize=8)
+  ax.set_xticklabels([str(column + 1) for column in columns], fontsize=8)
+  ax.tick_params(length=0)
+  right = left + tile * len(columns)
+  beside = figure.add_axes(((right + 0.25) / width, below / height, 0.12 / width, sides[1]))
+  bar = figure.colorbar(shown, cax=beside)
   bar.set_label("cosine", fontsize=9)
   bar.ax.tick_params(labelsize=8)
   return figure
+
+
+def draw_mosaic(
+  ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **shown_with: Any
+) -> AxesImage:
+  """Shows tiles in rows and columns as one picture: a hundred axes take seconds, one does not.
+
+  Ticks stand at the middle of each row and column.
+
+  Args:
+    ax: where to.
+    tiles: all of one size.
+    **shown_with: arguments of `imshow`.
+  """
+  rows, columns, height, width = tiles.shape[:4]
+  gap = max(1, round(0.08 * max(height, width))) if max(height, width) > 8 else 1
+  grow = max(1, 24 // max(height, width))  # so that a gap of a pixel is thin beside a pixel
+  blank = 1.0 if tiles.ndim == 5 else np.nan
+  tiles = np.asarray(tiles, np.float32).repeat(grow, axis=2).repeat(grow, axis=3)
+  edges = [(0, 0), (0, 0), (0, gap), (0, gap), *[(0, 0)] * (tiles.ndim - 4)]
+  padded = np.pad(tiles, edges, constant_values=blank).swapaxes(1, 2)
+  step = (padded.shape[1], padded.shape[3])
+  whole = padded.reshape(rows * step[0], columns * step[1], *tiles.shape[4:])[:-gap, :-gap]
+  image = ax.imshow(whole, interpolation="nearest", **shown_with)
+  ax.set_yticks([(i + 0.5) * step[0] - gap / 2 - 0.5 for i in range(rows)])
+  ax.set_xticks([(j + 0.5) * step[1] - gap / 2 - 0.5 for j in range(columns)])
+  ax.set_yticklabels([])
+  ax.set_xticklabels([])
+  ax.tick_params(length=0)
+  for spine in ax.spines.values():
+    spine.set_visible(False)
+  return image
 
 
 def position_similarity(
@@ -247,7 +229,7 @@ def draw_attention_distances(
   """Draws how far each head of each layer looks, as in figure 7, right, of the ViT paper.
 
   Args:
-    distances: as `attention_distances` returns them.
+    distances: as `ops.attention_maps.attention_distances` returns them.
     title: of the figure.
     unit: of the distances.
   """
@@ -264,15 +246,6 @@ def draw_attention_distances(
   ax.tick_params(labelsize=8)
   ax.set_title(title, loc="left", weight="bold", pad=10)
   return figure
-
-
-def _patch_attention(
-  weights: Float[np.ndarray, "l b heads n n"], grid: tuple[int, int]
-) -> Float[np.ndarray, "l b heads p p"]:
-  count = grid[0] * grid[1]
-  if weights.shape[-1] < count:
-    raise ValueError(f"the maps have {weights.shape[-1]} tokens, but the grid {grid} has {count}")
-  return weights[..., -count:, -count:]
 
 
 def _enlarge(array: Float[np.ndarray, "gh gw"], size: tuple[int, int]) -> np.ndarray:
