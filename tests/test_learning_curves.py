@@ -1,0 +1,58 @@
+"""`benchmarks/learning_curves.py`: one budget for all, and what its table and picture say."""
+
+import pathlib
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
+
+import learning_curves
+
+
+@pytest.fixture(scope="module")
+def found():
+  runs = []
+  for seed, last in enumerate((0.8, 0.9, 0.7)):
+    curve = [[64, 0.1], [128, 0.2], [192, 0.5], [256, last]]
+    sizes = {"parameters": 12_345, "flops": 2.5e6, "cpu": 10.0 + seed, "wall": 1.0}
+    runs.append({"system": "ViT", "seed": seed, "curve": curve, **sizes})
+  return runs
+
+
+@pytest.mark.parametrize("system", learning_curves.SYSTEMS)
+def test_all_see_the_same_examples_in_the_same_batches(system):
+  make, score = learning_curves.SYSTEMS[system]
+  config = learning_curves.prepare(make(), examples=6400, evaluations=4, seed=3)
+  assert (config.num_steps, config.batch_size, config.seed) == (100, 64, 3)
+  assert config.eval_every == 25
+  assert config.data.train.source == "demo:digits"
+  assert [t["name"] for t in config.data.train.transforms] == ["random_translate"]
+  assert score.partition("/")[0] in config.data.eval
+  assert [spec.split for spec in config.data.eval.values()] == ["test"]
+
+
+def test_the_plain_network_differs_by_its_lambda_layers_alone():
+  plain, lambdas = learning_curves.resnet_config(), learning_curves.lambda_config()
+  assert set(plain.model.lambda_blocks) == {"none"}
+  with plain.ignore_type():
+    plain.model.lambda_blocks = lambdas.model.lambda_blocks
+  assert plain.to_dict() == lambdas.to_dict()
+
+
+def test_the_table_has_the_median_and_the_range(found):
+  (row,) = learning_curves.summarize(found)
+  assert row == {
+    "system": "ViT", "parameters": "12,345", "MFLOP an example": "2.5",
+    "after a quarter": "10.0% (10.0%-10.0%)", "at the end": "80.0% (70.0%-90.0%)",
+    "CPU s a run": "11",
+  }  # fmt: skip
+
+
+def test_the_picture_names_each_curve_at_its_end(found):
+  figure = learning_curves.draw(found, seeds=3)
+  ax = figure.axes[0]
+  assert list(ax.lines[0].get_xdata()) == [64, 128, 192, 256]
+  assert list(ax.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.5, 0.8])
+  assert [text.get_text() for text in ax.texts] == ["ViT  80.0%", "12k, 2.5 MFLOP"]
+  figure.canvas.draw()
