@@ -1,40 +1,34 @@
-r"""What a training step would need on a TPU slice that is not here: memory, FLOPs, compile time.
+r"""What ViT's training step would need on a TPU slice that is not here, rung by rung of remat.
 
-Compiles the package's own train step (AdamW, FSDP over every chip) with libtpu, on any machine:
+The planner's figures (`python -m vit_jax_zoo.plan`), as a table over models, rungs and scanned or
+unrolled layers, with so many images on each device and parameters over all of them (FSDP):
 
   pip install -e '.[plan]'
   python benchmarks/compile_for_tpu.py
   python benchmarks/compile_for_tpu.py --models=vit_l16 --remats=dots,full --images_per_device=32
   python benchmarks/compile_for_tpu.py --models='vit_*' --topology=v5e:4x4
 
-Memory is what the compiler's `memory_analysis` states for one device; FLOPs are counted from the
-jaxpr, loops whole, and stand for one device too (the compiler's own FLOPs and seconds are no use).
 On a busy machine, "CPU s" is the steadier time of the two.
 """
 
 import fnmatch
+import itertools
 import os
-import time
+import sys
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no cloud metadata server to wait for
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
-from jax.experimental import topologies
 
-from vit_jax_zoo.models.registry import create_model, list_models, sharding_rules
-from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.tasks.classification import Classification
-from vit_jax_zoo.train.program import Recipe, build_program
-from vit_jax_zoo.train.sharding import create_mesh
+sys.path.insert(0, os.getcwd())  # the recipe whose model is replaced
+
+from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.models.registry import list_models
+from vit_jax_zoo.planning.machines import find_machine
+from vit_jax_zoo.planning.plan import make_plan
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "The slice, as libtpu names it.")
 _MODELS = flags.DEFINE_list("models", ["vit_b16", "vit_l16"], "Model names or patterns.")
 _REMATS = flags.DEFINE_list("remats", ["none", "dots", "attention", "full"], "Rungs to try.")
-_SCANS = flags.DEFINE_list("scans", ["true"], "Scanned layers: true, false or both.")
+_SCANS = flags.DEFINE_list("scans", ["True"], "Scanned layers: True, False or both.")
 _IMAGES = flags.DEFINE_list(
   "images_per_device", ["64", "32"], "One for each model, or one for all."
 )
@@ -45,59 +39,38 @@ HEADER = (
 )
 
 
-def train_program(name: str, remat: str, scan: bool, batch_size: int, devices: np.ndarray):  # noqa: ANN201, FBT001
-  """Returns the package's program of an ImageNet training step."""
-  size = _SIZE.value
-  model = create_model(name, num_classes=1000, dtype="bfloat16", remat=remat, scan_layers=scan)
-  return build_program(
-    Classification(model, num_classes=1000),
-    {
-      "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
-      "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    },
-    Recipe(
-      optimizer={"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0},
-      num_steps=1000,
-    ),
-    mesh=create_mesh({"fsdp": -1}, devices),
-    rules=sharding_rules(name),
-  )
-
-
-def measure(name: str, remat: str, scan: bool, images: int, devices: np.ndarray) -> str:  # noqa: FBT001
+def measure(name: str, remat: str, scan: str, images: int) -> str:
   """Compiles one step; returns its row of the table."""
-  program = train_program(name, remat, scan, images * len(devices), devices)
-  row = f"{name:<17} {remat:<10} {scan!s:<5}  {images:>10}"
-  arguments = program.abstract_state, program.abstract_batch
-  with jax.set_mesh(program.mesh):
-    flops = count_flops(program.train_step, *arguments) / len(devices)
-    lowered = program.train_step.lower(*arguments)
-    start, cpu_start = time.perf_counter(), time.process_time()
-    try:
-      memory = lowered.compile().memory_analysis()
-    except jax.errors.JaxRuntimeError as error:  # out of memory: says how much it would take
-      return f"{row}  does not fit: {str(error).splitlines()[0][:120]}"
-  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-  peak, temporary = memory.peak_memory_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+  machine = find_machine("tpu", _TOPOLOGY.value)
+  fields = {
+    "model.name": name, "model.remat": remat, "model.scan_layers": scan, "model.dropout_rate": 0.0,
+    "model.representation_size": None, "sharding.mesh.data": 1, "sharding.mesh.fsdp": -1,
+  }  # fmt: skip
+  config = load_with_overrides(
+    f"configs/vit.py:b16_imagenet,image_size={_SIZE.value},"
+    f"batch_size={images * len(machine.devices)}",
+    [f"--config.{field}={value}" for field, value in fields.items()],
+  )
+  plan = make_plan(config, machine, name=name)
+  row = f"{name:<17} {remat:<10} {scan:<5}  {images:>10}  {(plan.memory.peak or 0) / 1e9:>7.2f}"
+  if plan.memory.temporary is None:
+    return f"{row}  does not fit"
   return (
-    f"{row}  {peak:>7.2f}  {temporary:>7.2f}  {seconds:>9.1f}  {cpu:>5.0f}  {flops / 1e12:>9.2f}"
+    f"{row}  {plan.memory.temporary / 1e9:>7.2f}  {plan.compile_seconds:>9.1f}"
+    f"  {plan.compile_cpu_seconds:>5.0f}  {plan.flops / 1e12:>9.2f}"
   )
 
 
 def main(argv: list[str]) -> None:
   """Prints one row for each combination of the flags."""
   del argv
-  topology = topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGY.value)
-  devices = np.array(topology.devices)
   names = [n for pattern in _MODELS.value for n in fnmatch.filter(list_models(), pattern)]
   images = [int(n) for n in _IMAGES.value]
   images = images if len(images) == len(names) else images[-1:] * len(names)
-  print(f"{_TOPOLOGY.value}: {len(devices)} x {devices.flat[0].device_kind}")
-  print(HEADER)
+  print(f"{_TOPOLOGY.value}\n{HEADER}")
   for name, per_device in zip(names, images, strict=True):
-    for scan in _SCANS.value:
-      for remat in _REMATS.value:
-        print(measure(name, remat, scan == "true", per_device, devices), flush=True)
+    for scan, remat in itertools.product(_SCANS.value, _REMATS.value):
+      print(measure(name, remat, scan, per_device), flush=True)
 
 
 if __name__ == "__main__":

@@ -114,14 +114,19 @@ def test_bytes_of_a_device_are_those_of_its_part():
 @pytest.mark.parametrize(
   ("message", "needed"),
   [
-    ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.60G of "
-     "15.75G hbm. Exceeded hbm capacity by 1.85G.", 17.6 * 2**30),
-    ("Used 900.5M of 512.0M hbm.", 900.5 * 2**20),
-    ("something else", None),
+    ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.60G of 15.75G hbm. "
+     "Exceeded hbm capacity by 1.85G.", 17.6 * 2**30),
+    ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+     "required for HLO temporaries (66.45G) exceeds available HBM (15.75G).", 66.45 * 2**30 + 15),
+    ("RESOURCE_EXHAUSTED: something else", None),
   ],
 )  # fmt: skip
 def test_what_does_not_fit_says_what_it_needs(message, needed):
-  assert needed_memory(message) == needed
+  given = Memory(
+    params=1.0, optimizer=2.0, other_state=4.0, batch=8.0, activations=16.0,
+    temporary=None, code=None, peak=None, limit=None,
+  )  # fmt: skip
+  assert needed_memory(message, given) == needed
 
 
 # --- search ------------------------------------------------------------------------------------

@@ -170,19 +170,16 @@ def make_plan(
 def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) -> Plan:
   """Returns the plan with what only the compiler knows."""
   start, cpu_start = time.perf_counter(), time.process_time()
-  with tempfile.TemporaryDirectory() as folder, jax.set_mesh(program.mesh):
+  with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
-    try:
-      # libtpu's programs cannot always be printed by jaxlib; it prints them itself.
-      compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-    except jax.errors.JaxRuntimeError as error:
-      needed = needed_memory(str(error))
-      if needed is None:
-        raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
-      memory = dataclasses.replace(plan.memory, peak=needed)
-      return dataclasses.replace(plan, memory=memory)
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-    text = _program_text(pathlib.Path(folder))
+  try:
+    compiled, text = compile_text(lowered)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
+    memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
+    return dataclasses.replace(plan, memory=memory)
+  seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
   analysis, moved = compiled.memory_analysis(), hlo.traffic(text)
   peak = _peak(analysis)
   memory = dataclasses.replace(
@@ -222,16 +219,40 @@ def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan
   )
 
 
-def needed_memory(message: str) -> float | None:
-  """Returns the bytes that a step would need, out of what XLA says when it has not got them.
+def compile_text(lowered: Any) -> tuple[Any, str]:
+  """Compiles a lowered program; returns it, and its text after all optimisations.
 
-  >>> needed_memory("Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm.") / 2**30
-  17.5
+  libtpu's programs cannot always be printed by jaxlib, so XLA prints them itself, into files. The
+  largest is the program; beside it there may be conversions.
+
+  Raises:
+    jax.errors.JaxRuntimeError: it does not compile.
   """
-  found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
-  if found is None:
+  with tempfile.TemporaryDirectory() as folder:
+    compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+    files = pathlib.Path(folder).glob("*after_optimizations.txt")
+    return compiled, max(files, key=lambda file: file.stat().st_size).read_text()
+
+
+def needed_memory(message: str, memory: Memory) -> float | None:
+  """Returns the bytes that a step would need, None if XLA does not say it.
+
+  Args:
+    message: what XLA says when a program does not fit: the sum, or its temporaries alone.
+    memory: what the step is given.
+  """
+  total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+  if total:
+    return _in_bytes(*total.groups())
+  temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)
+  if temporary is None:
     return None
-  return float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]
+  given = memory.params + memory.optimizer + memory.other_state + memory.batch
+  return given + _in_bytes(*temporary.groups())
+
+
+def _in_bytes(number: str, unit: str) -> float:
+  return float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]
 
 
 def _memory(program: Program, machine: Machine, accumulation_steps: int) -> Memory:
@@ -263,12 +284,6 @@ def _peak(analysis: Any) -> float:
   results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   held = analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
   return float(held + analysis.generated_code_size_in_bytes)
-
-
-def _program_text(folder: pathlib.Path) -> str:
-  """Returns the largest program that XLA has printed: beside it there may be conversions."""
-  files = folder.glob("*after_optimizations.txt")
-  return max(files, key=lambda file: file.stat().st_size).read_text()
 
 
 def _notes(parts: experiment.Experiment, kinds: list[tuple[float, Any]]) -> list[str]:
