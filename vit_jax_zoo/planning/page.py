@@ -150,12 +150,17 @@ def _is_current(row: Row, plans: Mapping[str, Any]) -> bool:
 def digest(row: Row) -> str:
   """Returns a short text that changes with what a row's plan depends on, in its config."""
   config = load_with_overrides(row.config, row.overrides)
-  fields = json.loads(config.to_json_best_effort())
-  fields["data"] = fields["data"]["train"], fields["data"]["loader"].get("buckets")
-  for field in ("log_every", "eval_every", "checkpoint", "eval_batch_size", "init_from"):
-    fields.pop(field, None)
+  known = json.loads(config.to_json_best_effort())
+  fields = {field: known[field] for field in DECISIVE}
+  fields["data"] = known["data"]["train"], known["data"]["loader"].get("buckets")
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
 
+
+DECISIVE = (
+  "model", "task", "optimizer", "batch_size", "accumulation_steps", "num_steps", "num_epochs",
+  "ema_decay", "sharding",
+)  # fmt: skip
+"""Fields of a config that its plan depends on, beside the training data."""
 
 HEAD = """# What the recipes need
 
