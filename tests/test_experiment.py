@@ -130,6 +130,16 @@ def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
   assert run(tiny(), tmp_path).finished
 
 
+def test_a_run_from_before_recipes_were_remembered_may_go_on(tmp_path):
+  config = experiment.create(tiny()).config
+  old = {k: v for k, v in run_config.as_json(config).items() if k != "recipe"}
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  run_config.check_config_unchanged(config, epath.Path(tmp_path))
+  (tmp_path / "config.json").write_text(json.dumps(old | {"seed": 9}))
+  with pytest.raises(ValueError, match="seed: 9 -> 0"):
+    run_config.check_config_unchanged(config, epath.Path(tmp_path))
+
+
 def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
   again = run(tiny(), tmp_path)
   jax.tree.map(

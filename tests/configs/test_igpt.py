@@ -84,3 +84,26 @@ def test_fine_tuning_takes_weights_and_palette_over(demo, tmp_path):
 def test_unknown_datasets_are_one_line(variant, message):
   with pytest.raises(ValueError, match=message):
     igpt.get_config(variant)
+
+
+@pytest.mark.parametrize(
+  ("fields", "source", "rate", "epochs", "train"),
+  [
+    ("dataset=cifar100", "tfds:cifar100", 1e-4, 20, "train[:90%]"),
+    ("dataset=imagenet2012,image_size=48", "tfds:imagenet2012", 1e-3, 18, "train[:96%]"),
+    ("source=folder:/mine", "folder:/mine", 1e-4, 20, "train[:90%]"),
+  ],
+)
+def test_fine_tuning_is_a_tenth_of_the_rate_and_chosen_on_held_out_images(
+  fields, source, rate, epochs, train
+):
+  config = igpt.get_config(f"l_finetune,{fields}")
+  assert config.optimizer.learning_rate == pytest.approx(rate)
+  assert (config.num_epochs, config.data.train.split) == (epochs, train)
+  assert {spec.source for spec in (config.data.train, *config.data.eval.values())} == {source}
+  assert config.checkpoint.best == "val/accuracy"
+  assert config.data.eval.val.split == train.replace("[:", "[").replace("%]", "%:]")
+  crops = [t["name"] for t in config.data.train.transforms]
+  small = ["random_translate", "random_flip"]
+  large = ["random_resize_small", "random_crop", "resize"]
+  assert crops == (small if "cifar" in fields else large)
