@@ -75,8 +75,9 @@ def _draw_bars(
     if len(order) <= MAX_NAMED:
       ax.barh(places, widths, left=left, height=0.72, color=color, label=split)
     else:  # thousands of single bars would take minutes
-      fields = {"step": "mid", "color": color, "linewidth": 0, "label": split}
-      ax.fill_betweenx(places, left, left + widths, **fields)
+      ax.fill_betweenx(
+        places, left, left + widths, step="mid", color=color, linewidth=0, label=split
+      )
     left = left + widths
 
 
