@@ -133,6 +133,24 @@ def hold_out(
   config.data.eval = {"val": {"source": source, "split": "train[:51200]", "transforms": transforms}}
 
 
+def track_few_shots(config: ConfigDict, source: str, image_size: int) -> None:
+  """Adds the evaluation `few_shot`, by which pre-training is followed in ViT's and big_vision's.
+
+  Args:
+    config: with its other evaluations.
+    source: ImageNet-1k's, of which the first 65,000 training images are learned from; "" for none.
+    image_size: of the evaluation.
+  """
+  if source:
+    config.data.eval.few_shot = {
+      "source": source,
+      "split": "validation",
+      "fit_split": "train[:65000]",
+      "probe": {"name": "few_shot", "shots": (1, 5, 10)},
+      "transforms": resize_and_crop(image_size),
+    }
+
+
 def memory(size: str) -> dict[str, str]:
   """What the blocks of a model keep for the backward pass: see `layers.transformer`."""
   return {"remat": {"l": "dots", "h": "full"}.get(_letter(size), "none")}

@@ -177,6 +177,7 @@ def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   data_dir: str = "",
   num_classes: int = 21_843,
   multi_label: bool = False,
+  few_shot: str = "",
 ) -> ConfigDict:
   """ViT pre-training on ImageNet-21k, or on a set of one's own with as many labels an image.
 
@@ -188,6 +189,8 @@ def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   Data: TFDS has no builder for ImageNet-21k. `source` is a prepared folder, `tfds:/path`, or one
     with a folder for each class in `train`, `folder:/path`; `num_classes` is its. JFT-style sets,
     with any number of labels an image, need `multi_label=true`.
+  Progress: `few_shot=tfds:imagenet2012` logs what the paper follows pre-training by, the accuracy
+    of least squares on five images of each class, where ImageNet-1k is prepared too.
   Hardware: TPU v3; 0.23k core-days for L/16.
   Expected, top-1 on held-out ImageNet-21k images (vision_transformer issue 62): B/16 47.88 %, B/32
     44.04 %, L/16 49.90 %, L/32 45.42 %, H/14 49.06 %. What counts is the transfer: `b16_finetune`.
@@ -200,6 +203,7 @@ def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   config.model.dropout_rate = 0.0 if size in ("ti16", "s16") else 0.1
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.03)
   config.optimizer.schedule.end_value = 1e-5
+  common_vit.track_few_shots(config, few_shot, image_size)
   return common.with_data_dir(config, data_dir)
 
 
@@ -213,6 +217,7 @@ def jft(  # noqa: PLR0913  (each is a field that a command line may set)
   data_dir: str = "",
   num_classes: int = 18_291,
   multi_label: bool = True,
+  few_shot: str = "",
 ) -> ConfigDict:
   """ViT pre-training on a set in the manner of JFT-300M: huge, with several labels an image.
 
@@ -224,6 +229,7 @@ def jft(  # noqa: PLR0913  (each is a field that a command line may set)
   Data: JFT is not public. `source=tfds:/path` is a prepared set of one's own, whose `label` is a
     list of classes; `num_classes` is its (JFT has 18,291 in papers about it); `multi_label=false`
     is for one label an image. Its first 51,200 images are held out.
+  Progress: `few_shot`, as in `imagenet21k`.
   Hardware: TPU v3; 0.68k core-days for L/16, 2.5k for H/14.
   Expected on ImageNet, fine-tuned at 384 pixels (table 5): B/16 84.15 %, B/32 80.73 %, L/16 87.12
     %, L/32 84.37 %, H/14 88.04 %; hybrids (table 6): R50+B/32 84.90 %, R50+B/16 85.58 %, R50+L/32
@@ -236,6 +242,7 @@ def jft(  # noqa: PLR0913  (each is a field that a command line may set)
   )
   config.num_epochs = num_epochs or usual_epochs
   config.optimizer.update(learning_rate=rate, weight_decay=0.1)
+  common_vit.track_few_shots(config, few_shot, image_size)
   return common.with_data_dir(config, data_dir)
 
 

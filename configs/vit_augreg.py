@@ -76,11 +76,12 @@ def augreg21k(  # noqa: PLR0913  (each is a field that a command line may set)
   source: str = "tfds:imagenet21k",
   data_dir: str = "",
   num_classes: int = 21_843,
+  few_shot: str = "",
 ) -> ConfigDict:
   """ViT pre-training on ImageNet-21k, as "How to train your ViT?" has it.
 
   Paper: arXiv:2106.10270, for 300 epochs or 30; otherwise like `augreg`, with a head's bias of -10.
-  Data: as for `imagenet21k`.
+  Data: as for `imagenet21k`, which also says what `few_shot` is.
   Hardware: TPUs in the paper.
   Expected: after fine-tuning on ImageNet at 384 pixels, with the recommended upstream of each size
     (github.com/google-research/vision_transformer, its README): Ti/16 78.22 %, S/32 79.58 %, S/16
@@ -94,6 +95,7 @@ def augreg21k(  # noqa: PLR0913  (each is a field that a command line may set)
   _as_augreg(config, size, augmentation or IMAGENET21K[size], weight_decay)
   config.num_epochs = num_epochs
   config.model.update(dropout_rate=dropout_rate, drop_path_rate=drop_path_rate)
+  common_vit.track_few_shots(config, few_shot, image_size)
   return common.with_data_dir(config, data_dir)
 
 

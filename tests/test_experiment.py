@@ -88,6 +88,37 @@ def test_evaluating_alone_changes_nothing(finished):
   assert drawn[-1].exists()  # the pictures of the last step are drawn once more
 
 
+def test_features_are_probed_while_training(tmp_path):
+  """Also on images of other classes; the best checkpoint is chosen by what is trained for."""
+  config = tiny(num_steps=2)
+  probed = {
+    "source": "demo:photos",
+    "split": "test[:24]+test[40:64]",
+    "fit_split": "train[:40]+train[60:100]",
+    "transforms": [{"name": "resize", "size": 8}],
+  }
+  config.data.eval.few_shot = probed | {"probe": {"name": "few_shot", "shots": (1, 5)}}
+  config.data.eval.near = probed | {"probe": {"name": "knn"}}
+  outcome = run(config, tmp_path)
+  for name in ("few_shot/5_shot", "few_shot/1_shot", "few_shot/accuracy", "near/20_nn"):
+    assert 0 <= outcome.scores[name] <= 1
+  assert outcome.scores["few_shot/accuracy"] == outcome.scores["few_shot/5_shot"]
+  steps = [row["step"] for row in read_metrics(epath.Path(tmp_path)) if "few_shot/5_shot" in row]
+  assert steps == [2]
+  kept = json.loads((tmp_path / "config.json").read_text())
+  assert run_config.main_evaluation(kept["data"]["eval"]) == "test"
+
+
+def test_a_probe_that_is_wrong_is_one_line():
+  config = tiny()
+  config.data.eval.test.probe = {"name": "knn"}
+  with pytest.raises(ValueError, match="'test' is a probe; set the fit_split that it learns from"):
+    experiment.create(config)
+  config.data.eval.test.update(fit_split="train", probe={"name": "few_shots"})
+  with pytest.raises(ValueError, match="unknown probe 'few_shots'; did you mean 'few_shot'"):
+    experiment.create(config)
+
+
 def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path):
   _, workdir = finished
   changed = tiny(log_every=1)

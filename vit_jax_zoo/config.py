@@ -23,8 +23,9 @@ def defaults() -> ConfigDict:
   * `model`: `name`, and fields of the model; `task`: `name`, and fields of the task. A field that
     is None takes its value from the training data (`num_classes`, `class_names`).
   * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `data.eval`:
-    the same for each evaluation by name, and for one that is a linear probe the `fit_split` that it
-    learns from; `mixed_with` in either: further sources of the same classes, each with `source`,
+    the same for each evaluation by name. One that asks the features has a `fit_split` to learn from
+    and `probe`, `name` (see `evaluation.feature_probes`; "linear" by default) and its fields; its
+    classes may be others than those that are trained. `mixed_with` in either: further sources of the same classes, each with `source`,
     `split` and options; `repeats` in `data.train`: of each example in a batch (repeated
     augmentation); `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `train.optimizer`; a task of several players has one such section for each.
@@ -34,8 +35,8 @@ def defaults() -> ConfigDict:
   * `log_every`, `eval_every`, `checkpoint.every`: in steps; 0 is at the end alone. The last two may
     be shares of the run: 0.05 is twenty times.
   * `checkpoint.keep`: how many of the newest stay; `checkpoint.best`: the score that chooses the
-    best, "<evaluation>/<score>", by default the first evaluation and the task's own choice;
-    `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better;
+    best, "<evaluation>/<score>", by default the first evaluation that is no probe, and the task's
+    own choice; `checkpoint.best_mode`: whether a higher ("max") or a lower one ("min") is better;
     `checkpoint.score_best`: at the end, the best is scored on all evaluations, as "best/...".
   * `explain`: with each evaluation, also draw what the model shows of its inside: attention,
     lambdas, positions, filters.

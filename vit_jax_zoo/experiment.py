@@ -29,12 +29,14 @@ from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.base import Source, check_same_classes, join_sources
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.evaluation.feature_probes import FeatureProbe, create_probes
 from vit_jax_zoo.introduction import introduce
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_config import (
   check_config_unchanged,
   fill_from_data,
+  main_evaluation,
   remember_config,
   remember_data,
 )
@@ -46,7 +48,7 @@ from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.evaluate import Evaluation, Explanations, PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
 from vit_jax_zoo.train.metric_writer import MetricWriter, save_figures
-from vit_jax_zoo.train.probe import LinearProbe
+from vit_jax_zoo.train.probe import FeatureEvaluation
 from vit_jax_zoo.train.program import Program, Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.train.progress import Progress
 from vit_jax_zoo.train.state import TrainState
@@ -61,7 +63,8 @@ class Experiment:
     mesh: of all devices.
     train_source: the training examples.
     eval_sources: the examples of each evaluation, by its name.
-    fit_sources: those that a linear probe is fitted to, by the evaluation's name.
+    fit_sources: those that a probe learns from, by the evaluation's name.
+    probes: how features are asked, by the evaluation's name.
     model: a Linen module.
     task: what it is to learn.
     num_steps: the length of the run.
@@ -72,6 +75,7 @@ class Experiment:
   train_source: Source
   eval_sources: Mapping[str, Source]
   fit_sources: Mapping[str, Source]
+  probes: Mapping[str, FeatureProbe]
   model: Any
   task: Task
   num_steps: int
@@ -104,17 +108,18 @@ class Experiment:
     )
 
   def eval_batches(self, name: str, *, to_fit: bool = False) -> pipeline.EvalBatches:
-    """Returns this process's part of the batches of an evaluation, or of those its probe fits."""
+    """Returns this process's part of the batches of an evaluation, or of its `fit_split`."""
     batch_size = self.config.eval_batch_size or self.config.batch_size
     sharding.check_batch_size(batch_size, self.mesh)
     index, count = sharding.input_shard(self.mesh, batch_size)
+    classes = None if name in self.fit_sources else getattr(self.task, "num_classes", None)
     return pipeline.eval_batches(
       (self.fit_sources if to_fit else self.eval_sources)[name],
       build_transforms(self.config.data.eval[name].transforms),
       batch_size=batch_size,
       process_index=index,
       process_count=count,
-      num_classes=getattr(self.task, "num_classes", None),
+      num_classes=classes,
       **self.config.data.loader.to_dict(),
     )
 
@@ -173,7 +178,8 @@ def create(
     name: opened(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
   }
   for name, source in eval_sources.items():
-    check_same_classes(train_source.info, source.info, f"the evaluation {name!r}")
+    trained_on = fit_sources.get(name, train_source)
+    check_same_classes(trained_on.info, source.info, f"the evaluation {name!r}")
   model = create_model(**fill_from_data(config.model.to_dict(), train_source.info))
   task_fields = fill_from_data(config.task.to_dict(), train_source.info)
   num_steps = config.num_steps or round(config.num_epochs * len(train_source) / config.batch_size)
@@ -183,6 +189,7 @@ def create(
     train_source=train_source,
     eval_sources=eval_sources,
     fit_sources=fit_sources,
+    probes=create_probes(config.data.eval.to_dict()),
     model=model,
     task=create_task(task_fields.pop("name"), model, **task_fields),
     num_steps=max(1, num_steps),
@@ -192,7 +199,7 @@ def create(
 def _open(
   open_source: Callable[..., Source], spec: Mapping[str, Any] | ConfigDict, split: str = "split"
 ) -> Source:
-  known = ("source", "split", "fit_split", "transforms", "mixed_with", "repeats")
+  known = ("source", "split", "fit_split", "probe", "transforms", "mixed_with", "repeats")
   options = {key: spec[key] for key in spec if key not in known}
   others = (_open(open_source, other) for other in spec.get("mixed_with") or ())
   return join_sources([open_source(spec["source"], spec[split], **options), *others])
@@ -340,12 +347,13 @@ def _evaluations(experiment: Experiment, program: Program) -> dict[str, Evaluati
 def _evaluation(experiment: Experiment, program: Program, name: str) -> Evaluation:
   batches = functools.partial(experiment.eval_batches, name)
   if name in experiment.fit_sources:
-    return LinearProbe(
+    return FeatureEvaluation(
       features_step=program.features_step,
       fit_batches=functools.partial(batches, to_fit=True),
       test_batches=batches,
       mesh=experiment.mesh,
       name=name,
+      probe=experiment.probes[name],
     )
   return PredictionScores(
     task=experiment.task,
@@ -358,7 +366,7 @@ def _evaluation(experiment: Experiment, program: Program, name: str) -> Evaluati
 
 def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> LoopSettings:
   config = experiment.config
-  first = next(iter(experiment.eval_sources), None)
+  first = main_evaluation(config.data.eval.to_dict())
   settings = LoopSettings(
     num_steps=experiment.num_steps,
     log_every=config.log_every,

@@ -94,6 +94,14 @@ def recall(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
   return config, RunData(data.get("num_classes"), names, shapes)
 
 
+def main_evaluation(evaluations: Mapping[str, Any]) -> str | None:
+  """Returns the name of the evaluation that stands for a run, where nothing else is said.
+
+  The first by name; one that predicts before those that probe features.
+  """
+  return min(evaluations, key=lambda name: ("fit_split" in evaluations[name], name), default=None)
+
+
 def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> dict[str, Any]:
   """Returns a section's fields, with those that are None and that the data knows taken from it."""
   return {

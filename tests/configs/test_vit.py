@@ -6,6 +6,7 @@ from PIL import Image
 
 from configs.vit import get_config
 from vit_jax_zoo import experiment
+from vit_jax_zoo.evaluation.feature_probes import create_probe
 
 
 def test_image_size_reaches_training_and_evaluation():
@@ -125,3 +126,14 @@ def test_folders_of_the_usual_layouts_will_do(variant, held_out, class_folders):
   part = sizes.pop(next(name for name in sizes if name != held_out))
   assert sizes == {held_out: 2}
   assert len(made.train_source) + part == 100
+
+
+@pytest.mark.parametrize("variant", ["b16_imagenet21k", "l16_jft", "s16_augreg21k"])
+def test_pre_training_can_be_followed_by_few_shots(variant):
+  assert set(get_config(variant).data.eval) == {"val"}
+  config = get_config(f"{variant},few_shot=tfds:imagenet2012,data_dir=/data")
+  few_shot = config.data.eval.few_shot
+  assert (few_shot.fit_split, few_shot.split) == ("train[:65000]", "validation")
+  assert few_shot.data_dir == "/data"
+  assert create_probe(**few_shot.probe.to_dict()).shots == (1, 5, 10)
+  assert "multi_hot" not in {spec["name"] for spec in few_shot.transforms}

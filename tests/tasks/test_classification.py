@@ -300,3 +300,19 @@ def test_classes_that_are_scored_are_drawn_as_a_confusion_matrix():
   evaluator.add(batch, predictions)
   figure = scored.score_figures(evaluator)["confusion"]
   assert figure.axes[0].get_title(loc="left").endswith("2 of 3 on the diagonal")
+
+
+def test_features_are_what_the_head_sees(batch):
+  class Headless(Echo):
+    def apply(self, variables, images, **options):
+      return {"features": jnp.mean(images, axis=(1, 2)).astype(jnp.bfloat16)}
+
+  rows = len(batch["image"])
+  task = create_task("classification", Headless(np.zeros((rows, 3))), num_classes=3)
+  found = task.features({}, batch)["features"]
+  assert found.dtype == jnp.float32
+  expected = (np.asarray(batch["image"], np.float32) / 127.5 - 1).mean((1, 2))
+  np.testing.assert_allclose(found, expected, atol=1e-2)
+  task = create_task("classification", Echo(np.zeros((rows, 3))), num_classes=3)
+  with pytest.raises(ValueError, match="the model Echo has no features to probe"):
+    task.features({}, batch)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 """Inverse regularisation strengths to choose from."""
@@ -49,8 +49,7 @@ def probe(
   test: Labelled,
   *,
   strengths: Sequence[float] = STRENGTHS,
-  validation_share: float = 0.1,
-  seed: int = 0,
+  held_out: Bool[np.ndarray, " b"] | None = None,
 ) -> dict[str, ProbeScore]:
   """Returns what a linear classifier reaches on each kind of feature.
 
@@ -58,19 +57,12 @@ def probe(
     fit: images to fit to.
     test: images to score.
     strengths: inverse regularisation strengths to choose from.
-    validation_share: of the images to fit to, held out to choose.
-    seed: which of them.
+    held_out: those of the images to fit to on which to choose; by default see `hold_out`.
 
   Raises:
     ValueError: there is but one class to tell apart, or too few images to hold some out.
   """
-  held_out = np.random.default_rng(seed).permutation(len(fit.labels)) < round(
-    validation_share * len(fit.labels)
-  )
-  if not held_out.any() or len(np.unique(fit.labels[~held_out])) < 2:
-    raise ValueError(
-      f"{len(fit.labels)} images of {len(np.unique(fit.labels))} classes are too few to probe with"
-    )
+  held_out = hold_out(fit.labels) if held_out is None else held_out
   scores = {}
   for name, array in fit.features.items():
     left, right = array[~held_out], array[held_out]
@@ -82,6 +74,22 @@ def probe(
     reached = accuracy(array, fit.labels, test.features[name], test.labels, strengths[best])
     scores[name] = ProbeScore(accuracies[best], reached, strengths[best])
   return scores
+
+
+def hold_out(
+  labels: Int[np.ndarray, " b"], *, share: float = 0.1, seed: int = 0
+) -> Bool[np.ndarray, " b"]:
+  """Returns which images to choose on: a share of them, drawn at random.
+
+  Raises:
+    ValueError: there is but one class among the others, or there are too few images.
+  """
+  held_out = np.random.default_rng(seed).permutation(len(labels)) < round(share * len(labels))
+  if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
+    raise ValueError(
+      f"{len(labels)} images of {len(np.unique(labels))} classes are too few to probe with"
+    )
+  return held_out
 
 
 def accuracy(

@@ -18,7 +18,7 @@ from vit_jax_zoo.data.transform_base import Transform
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.run_config import CONFIG_FILE, RunData, fill_from_data, recall
+from vit_jax_zoo.run_config import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
 from vit_jax_zoo.tasks import create_task, task_fields
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.train.checkpoint import is_checkpoint, restore_variables
@@ -179,11 +179,10 @@ class _Run:
     return {key: value for key, value in fields.items() if key != "name"}
 
   def _evaluation(self) -> Mapping[str, Any]:
-    """Returns the evaluation that chose the best checkpoint, the first of them by default."""
+    """Returns the evaluation that chose the best checkpoint, by default `main_evaluation`."""
     evaluations = self.config["data"]["eval"]
     chosen = (self.config["checkpoint"].get("best") or "").split("/")[0]
-    by_name = sorted(evaluations)
-    return evaluations.get(chosen) or (evaluations[by_name[0]] if by_name else {})
+    return evaluations.get(chosen) or evaluations.get(main_evaluation(evaluations)) or {}
 
   def transforms(self) -> tuple[Transform, ...]:
     """Returns what an evaluation does to images."""

@@ -175,7 +175,7 @@ class Task(abc.ABC):
     """Returns what the evaluator and the figures need, one row for each example."""
 
   def features(self, variables: Variables, batch: Batch) -> Predictions:
-    """Returns what linear probes are fitted to: `layers` [b l d], and any others [b d]. Optional.
+    """Returns what probes are fitted to: `layers` [b l d] to choose from, others [b d]. Optional.
 
     Raises:
       ValueError: this task has none.

@@ -180,6 +180,17 @@ class Classification(base.Task):
     images = np.clip(explanation["image"], 0, 255)
     return base.Explained(draw_of_images(images, captions, seen), draw_of_model(seen))
 
+  def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
+    """Returns `features` float32 [b d]: what the model's head sees.
+
+    Raises:
+      ValueError: the model gives none.
+    """
+    outputs = self.model.apply(variables, self._images(batch), train=False)
+    if "features" not in outputs:
+      raise ValueError(f"the model {type(self.model).__name__} has no features to probe")
+    return {"features": outputs["features"].astype(jnp.float32)}
+
   def evaluator(self) -> ClassificationEvaluator:
     """Returns an empty evaluator: accuracy, top-k accuracy, loss, and classes where asked."""
     return ClassificationEvaluator(

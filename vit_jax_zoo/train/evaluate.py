@@ -66,7 +66,7 @@ class PredictionScores:
     """
     evaluator, figures = self.task.evaluator(), {}
     batches = self.batches()
-    clock = _Clock(self.name, len(batches))
+    clock = Clock(self.name, len(batches))
     pairs = predict_batches(self.predict_step, variables, batches, self.mesh)
     for index, (batch, predictions) in enumerate(pairs):
       evaluator.add(batch, predictions)
@@ -145,14 +145,21 @@ def predict_batches(
     yield ahead[0], sharding.to_local(ahead[1])
 
 
-class _Clock:
+class Clock:
   """Says every ten seconds how far an evaluation has come."""
 
   def __init__(self, name: str, total: int) -> None:
+    """Begins to count.
+
+    Args:
+      name: of the evaluation.
+      total: how many batches it has.
+    """
     self._name, self._total = name, total
     self._start = self._said = time.monotonic()
 
   def tick(self, done: int) -> None:
+    """Takes note that so many batches are done."""
     now = time.monotonic()
     if now - self._said < 10:
       return
