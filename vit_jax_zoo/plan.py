@@ -54,28 +54,38 @@ def main(argv: Sequence[str]) -> int:
   config = load_with_overrides(FLAGS.config, argv[1:])
   machine = find_machine(FLAGS.platform, FLAGS.topology)
   if FLAGS.search:
-    plan = _search(config, machine)
+    tried = _search(config, machine)
   else:
-    plan = make_plan(config, machine, name=FLAGS.config, overrides=list(argv[1:]))
-  if plan is None:
-    _say("none of them fits")
-    return 1
-  _say(report(plan))
+    tried = [make_plan(config, machine, name=FLAGS.config, overrides=list(argv[1:]))]
+  chosen = best(tried) or tried[-1]
+  _say(report(chosen))
   if FLAGS.output:
-    pathlib.Path(FLAGS.output).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
-  return 0 if plan.fits else 1
+    found = chosen.as_json() | (
+      {"tried": [plan.as_json() for plan in tried]} if FLAGS.search else {}
+    )
+    pathlib.Path(FLAGS.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+  return 0 if chosen.fits else 1
 
 
-def _search(config: ConfigDict, machine: Machine) -> Plan | None:
-  """Tries the meshes, says what came out, and returns the best."""
-  plans = []
+def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
+  """Tries the meshes, says what comes out and which is best, and returns all plans.
+
+  Raises:
+    ValueError: the batch cannot be split over the machine at all.
+  """
+  plans: list[Plan] = []
   for plan in search(config, machine, name=FLAGS.config):
     plans.append(plan)
     _say(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
+  if not plans:
+    raise ValueError(
+      f"batch_size {config.batch_size} cannot be split over the {len(machine.devices)} devices of "
+      f"{machine.name} by any mesh that was tried; take a smaller slice or another batch"
+    )
   chosen = best(plans)
-  if chosen is not None:
-    _say(f"\nchosen, of {len(plans)} tried: {' '.join(chosen.overrides)}\n")
-  return chosen
+  words = "none fits" if chosen is None else f"chosen: {' '.join(chosen.overrides)}"
+  _say(f"\nof {len(plans)} tried, {words}\n")
+  return plans
 
 
 def _say(text: str) -> None:

@@ -162,6 +162,34 @@ def test_the_best_fits_and_is_fast(plan):
   assert len(table([slow, large]).splitlines()) == 3
 
 
+@pytest.mark.multidevice
+def test_a_search_takes_the_first_rung_that_fits_and_leaves_out_what_cannot_be(
+  plan, machine, monkeypatch
+):
+  tried = []
+
+  def fake(config, machine, *, name, overrides):
+    if config.sharding.mesh.model == 2:
+      raise ValueError("sharding rule ('a', 'b') cannot apply")
+    tried.append((dict(config.sharding.mesh), config.model.remat))
+    return dataclasses.replace(plan, fits=config.model.remat == "dots", overrides=overrides)
+
+  monkeypatch.setattr("vit_jax_zoo.planning.search.make_plan", fake)
+  config = tiny("--config.model.remat=full")
+  plans = list(search(config, machine, name="tiny"))
+  assert [remat for _, remat in tried] == ["none", "dots"] * (len(tried) // 2)
+  assert {mesh["model"] for mesh, _ in tried} == {1, 4}
+  assert plans[1].overrides[-1] == "--config.model.remat=dots"
+  assert config.model.remat == "full"  # the caller's config is its own
+
+  def broken(*args, **kwargs):
+    raise ValueError("unknown field of vit_ti16 'widht'")
+
+  monkeypatch.setattr("vit_jax_zoo.planning.search.make_plan", broken)
+  with pytest.raises(ValueError, match="widht"):
+    list(search(config, machine, name="tiny"))
+
+
 # --- the command -------------------------------------------------------------------------------
 
 

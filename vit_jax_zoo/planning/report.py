@@ -24,7 +24,9 @@ def report(plan: Plan) -> str:
   width = max(len(name) for name, _ in rows)
   lines = [f"{name:<{width}}  {text}" for name, text in rows]
   notes = [*plan.notes, *(ASSUMPTIONS if plan.roofline else ())]
-  return "\n".join([*lines, "", "Of one device and one step, if:", *(f"  * {n}" for n in notes)])
+  if notes:
+    lines += ["", "All of one device and one step, if:", *(f"  * {note}" for note in notes)]
+  return "\n".join(lines)
 
 
 def verdict(plan: Plan) -> str:

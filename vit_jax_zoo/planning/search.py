@@ -21,6 +21,9 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
     config: whose mesh and remat are to be found.
     machine: where it is to run.
     name: what the user calls the config.
+
+  Raises:
+    ValueError: one line, about whatever in the config cannot be on any mesh.
   """
   for sizes in meshes(config, len(machine.devices)):
     for remat in rungs(config):
@@ -32,8 +35,10 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
         overrides.append(f"--config.model.remat={remat}")
       try:
         plan = make_plan(candidate, machine, name=name, overrides=overrides)
-      except ValueError:  # heads or hidden units that cannot be split so
-        break
+      except ValueError as error:
+        if "sharding rule" not in str(error):
+          raise
+        break  # heads or hidden units that cannot be split so
       yield plan
       if plan.fits:
         break
