@@ -116,11 +116,12 @@ def imagenet(
     Short side 256 to 384, a random 224 crop, then down to `image_size` with antialiasing (the
     paper names no filter). XL also had 100 million images from the web, which are not public.
   Palette: 512 colours, fitted at the start, or OpenAI's: --config.task.palette=kmeans_centers.npy
-  Hardware: L took about 2500 V100-days. Compiled for slices that were not here (docs/PLANS.md), L
-    and XL split their parameters over all devices, and keep of a block its input alone: with 64
-    pixels XL then needs 6.1 of 95 GiB on each chip of a TPU v5p:4x4x4. More devices than images,
-    as in a v5e:16x16, also split the layers: --config.sharding.mesh.fsdp=64
-    --config.sharding.mesh.model=4 for XL, 128 and 2 for L; `.data=128`, `.model=2` for S and M.
+  Hardware: L took about 2500 V100-days. L and XL split their parameters over all devices, and keep
+    of a block its input alone: so XL at 64 pixels fits, as compiled for slices that were not here
+    (docs/PLANS.md): it needs 6.1 of the 95 GiB of each chip of a TPU v5p:4x4x4, as it stands, and
+    2.7 of 16 GiB of a v5e:16x16. There are more chips than images there, so the layers are split
+    too: --config.sharding.mesh.fsdp=64 --config.sharding.mesh.model=4 for XL, 128 and 2 for L,
+    `.data=128` and `.model=2` for S and M.
   Expected at 32 pixels, in nats a pixel on the test images: S 2.0895, M 2.0614, L 2.0466.
   Not yet run here.
   """
