@@ -122,13 +122,13 @@ def summarize(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
   for name in dict.fromkeys(run["system"] for run in found):
     runs = [run for run in found if run["system"] == name]
     curves = np.array([[y for _, y in run["curve"]] for run in runs])
-    quarter, last = curves[:, max(0, curves.shape[1] // 4 - 1)], curves[:, -1]
+    first, last = curves[:, 0], curves[:, -1]
     rows.append(
       {
         "system": name,
         "parameters": f"{runs[0]['parameters']:,}",
         "MFLOP an example": f"{runs[0]['flops'] / 1e6:.1f}",
-        "after a quarter": _spread(quarter),
+        f"after {runs[0]['curve'][0][0]:,}": _spread(first),
         "at the end": _spread(last),
         "CPU s a run": f"{np.median([run['cpu'] for run in runs]):.0f}",
       }

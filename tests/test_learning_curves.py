@@ -44,7 +44,7 @@ def test_the_table_has_the_median_and_the_range(found):
   (row,) = learning_curves.summarize(found)
   assert row == {
     "system": "ViT", "parameters": "12,345", "MFLOP an example": "2.5",
-    "after a quarter": "10.0% (10.0%-10.0%)", "at the end": "80.0% (70.0%-90.0%)",
+    "after 64": "10.0% (10.0%-10.0%)", "at the end": "80.0% (70.0%-90.0%)",
     "CPU s a run": "11",
   }  # fmt: skip
 
