@@ -6,12 +6,14 @@ r"""Time and memory of the feature pyramid transformer against the size of the i
 
 Sizes are sides of square images; the pyramid has strides 4, 8, 16 and 32. "blocks" is the package's
 way, "whole" the same with attention maps in one piece. "temp" is what the compiler sets aside
-beside arguments and results. With `--peer`, the attention of the code's self-transformer is run in
-PyTorch, too, by an interpreter that has it: the largest of what a pyramid takes, in one piece.
+beside arguments and results. With `--peer`, the official arithmetic is run in PyTorch, too, by an
+interpreter that has it (`fpt_torch.py`): the whole transformer, its attention maps in one piece;
+the memory there is that by which the process grew.
 """
 
 import functools
 import json
+import pathlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -32,21 +34,6 @@ _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Prints memory and runs
 _WHOLE_LIMIT = flags.DEFINE_float("whole_limit_gb", 4.0, "Leaves out larger forms in one piece.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each, of which the fastest counts.")
 _PEER = flags.DEFINE_string("peer", None, "A Python that has PyTorch.")
-
-_TORCH = """
-import json, sys, time, torch
-torch.set_grad_enabled(True)
-for side, d in json.loads(sys.argv[1]):
-  n = (side // 4) ** 2; m = n // 4
-  q, k, v = (torch.randn(1, d, c, requires_grad=True) for c in (n, m, m))
-  def run():
-    parts = torch.bmm(q.view(2, d // 2, n).transpose(1, 2), k.view(2, d // 2, m)) / d ** .5
-    weights = (parts.softmax(2) * .5).view(1, 2, n, m).sum(1)
-    return torch.bmm(weights, v.transpose(1, 2))
-  run(); t = time.perf_counter(); out = run(); f = time.perf_counter() - t
-  out.sum().backward(); t2 = time.perf_counter(); run().sum().backward()
-  print(json.dumps([side, f, time.perf_counter() - t2]), flush=True)
-"""
 
 
 def pyramid(side: int, rng: np.random.Generator | None = None) -> list[Any]:
@@ -91,12 +78,16 @@ def measure(flavor: str, side: int, *, whole: bool) -> list[str]:
 
 
 def peer() -> list[list[str]]:
-  """Returns the rows of PyTorch's self-attention on the finest level."""
-  sizes = json.dumps([[int(side), _WIDTH.value] for side in _SIZES.value])
-  command = [_PEER.value, "-c", _TORCH, sizes]
+  """Returns the rows of the official arithmetic in PyTorch; memory is by how much it grew."""
+  script = str(pathlib.Path(__file__).with_name("fpt_torch.py"))
+  command = [_PEER.value, script, f"--sizes={','.join(_SIZES.value)}", f"--width={_WIDTH.value}"]
+  command.append(f"--rounds={_ROUNDS.value}")
   lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
   found = [json.loads(line) for line in lines]
-  return [[f"torch {s}", "p2 alone", "", "", f"{f:.3f}", f"{b:.3f}"] for s, f, b in found]
+  return [
+    [f"official {side}", "PyTorch", "", f"{grown:.3f}", f"{f:.3f}", f"{b:.3f}"]
+    for side, f, b, grown in found
+  ]
 
 
 def main(_: list[str]) -> None:

@@ -39,8 +39,10 @@ def demo(
 
   Paper: none; the parts are the paper's, on maps of a quarter of the image's sides.
   Hardware: any. A step of 16 images takes about half a second on two CPU cores that are free.
-  Expected: not measured to its end yet. After 272 steps a form of it with another backbone had 77 %
-    of the training pixels right.
+  Expected: aim 0.6 mIoU; not yet run here to its end. Of the pixels of the training scenes 59 %
+    were right after 50 steps, 71 % after 100, 74 % after 117 of the 600; nothing was scored on the
+    test.
+    (A map of a quarter of the sides, enlarged, can reach 0.89: true labels averaged to its size.)
   """
   load = {"name": "load_label_map"}
   source = {"source": "demo:scenes", "panoptic": True, "transforms": [load]}

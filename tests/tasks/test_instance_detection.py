@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
 from vit_jax_zoo.models.rcnn import RCNN
@@ -184,6 +185,72 @@ def test_a_model_that_knows_the_truth_scores_full_marks():
   one = {k: v[row : row + 1] for k, v in batch.items()}
   evaluator.add(one, {k: np.asarray(v)[None] for k, v in found._asdict().items()})
   assert evaluator.result()["box_ap50"] > 0.99
+
+
+@pytest.mark.multidevice
+def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gradient):
+  batch = make_batch()
+  output, grads = run(gradient, task, variables, batch)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    split = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    many, many_grads = run(gradient, task, everywhere, split)
+  assert many.metrics.keys() == output.metrics.keys()
+  for name, mean in output.metrics.items():
+    np.testing.assert_allclose(many.metrics[name].total, mean.total, rtol=1e-4, err_msg=name)
+  for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(many_grads), strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_micro_batches_add_up():
+  """Where every candidate takes part, nothing is drawn, and images have equally many of them."""
+  everything = {"anchor_samples": 10_000, "anchor_foreground": 1.0, "roi_samples": 15}
+  everything |= {"roi_foreground": 1.0, "roi_threshold": 0.0}
+  model = make_model(mask_head=None)
+  task = create_task("instance_detection", model, **{**FIELDS, **everything})
+  batch = make_batch(rows=2)
+  batch = {k: np.concatenate([v[:1], v[:1]]) for k, v in batch.items()}
+  batch["image"][1] = batch["image"][1, ::-1]
+  variables = jax.jit(task.init)(jax.random.key(1), batch)
+  normalizers = task.normalizers(batch)
+
+  def losses(batch):
+    given = LossContext(rng=jax.random.key(0), step=jnp.int32(0), normalizers=normalizers)
+    output = task.loss(variables, batch, given)
+    return {name: mean.total for name, mean in output.metrics.items()}, output.loss
+
+  whole, loss = jax.jit(losses)(batch)
+  half = jax.jit(losses)
+  parts = [half({k: v[i : i + 1] for k, v in batch.items()}) for i in range(2)]
+  assert abs(parts[0][1] - parts[1][1]) > 1e-6
+  np.testing.assert_allclose(parts[0][1] + parts[1][1], loss, rtol=1e-4)
+  for name in ("objectness_loss", "anchor_box_loss", "class_loss", "loss"):
+    np.testing.assert_allclose(parts[0][0][name] + parts[1][0][name], whole[name], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_is_near(task, variables, gradient):
+  """Losses are float32, and near those of the exact computation, though other boxes are drawn."""
+  batch = make_batch()
+  exact, _ = run(gradient, task, variables, batch)
+  rough_task = create_task("instance_detection", make_model(dtype="bfloat16"), **FIELDS)
+  rough = jax.jit(rough_task.loss)(variables, batch, context(rough_task, batch))
+  assert rough.loss.dtype == jnp.float32
+  for name in ("objectness_loss", "anchor_box_loss", "class_loss", "loss"):
+    one, other = exact.metrics[name].compute(), rough.metrics[name].compute()
+    np.testing.assert_allclose(other, one, rtol=0.1, err_msg=name)
+
+
+@pytest.mark.slow
+def test_jit_equals_eager(task, variables):
+  batch = {k: v[:1] for k, v in make_batch().items()}
+  given = context(task, batch)
+  eager = task.loss(variables, batch, given)
+  jitted = jax.jit(task.loss)(variables, batch, given)
+  for name, mean in eager.metrics.items():
+    np.testing.assert_allclose(jitted.metrics[name].total, mean.total, rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,36 @@
 """Finding objects in pictures with a two-stage detector: boxes, and masks where it has them."""
 
+import functools
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from faster_coco_eval.core import mask as run_lengths
+from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.instances import encode_masks
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_files import box_annotation
+from vit_jax_zoo.inference.levels import check_size, draw_looks, intermediates
+from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.mask_paste import paste_masks
-from vit_jax_zoo.visualize.detection import draw_predictions
+from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.instances import draw_found_masks
 
 
 class InstancePredictor:
-  """Every object whose score is at least `threshold`; the picture shows the same."""
+  """Every object whose score is at least `threshold`; the picture shows the same.
 
-  reads: ClassVar[frozenset[str]] = frozenset({"threshold"})
+  With `explain` also where the pyramid's levels look from the middle of the surest object.
+  """
+
+  reads: ClassVar[frozenset[str]] = frozenset({"threshold", "explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Takes the model."""
+    if options.explain and getattr(trained.model, "neck", None) != "fpt":
+      raise ValueError("--explain draws where a pyramid's levels look, and this model has no FPT")
     self._trained, self._options = trained, options
     self._task: Any = trained.task
     self._predict = jax.jit(self._task.predict)
@@ -30,7 +40,11 @@ class InstancePredictor:
 
     Each has `label`, `name` where it is known, `score`, `box` (left, top, right, bottom in pixels
     of the picture), and with a mask head `mask`: `size` and `counts`, COCO's
-    compressed run lengths.
+    compressed run lengths. Pictures: "" has the boxes, "masks" the masks, "levels" what `explain`
+    asks for.
+
+    Raises:
+      ValueError: the picture is too large to be explained.
     """
     prepared = np.asarray(self._trained.prepare(image)["image"])
     size = np.array([image.shape[:2]], np.int32)
@@ -48,13 +62,11 @@ class InstancePredictor:
       }
       for label, score, box in zip(labels, scores, boxes, strict=True)
     ]
-    shown = {**batch, "image": image[None]}
-    nothing: dict[str, Any] = {
-      "boxes_cxcywh": np.zeros((1, 0, 4)), "labels": np.zeros((1, 0), int),
-      "is_target": np.zeros((1, 0), bool),
-    }  # fmt: skip
-    fields = {"class_names": names, "threshold": self._options.threshold}
-    pictures: dict[str, Picture] = {"": draw_predictions({**shown, **nothing}, found, **fields)}
+    pictures: dict[str, Picture] = {"": self._draw(image, boxes, labels, scores)}
+    if self._options.explain:
+      box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
+      place = tuple((box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2])
+      pictures["levels"] = self._draw_levels(image, prepared, (float(place[0]), float(place[1])))
     if "box_masks" in found:
       masks = paste_masks(
         found["box_masks"][0][sure].astype(np.float64),
@@ -66,6 +78,35 @@ class InstancePredictor:
       said = [f"{entry.get('name', entry['label'])} {entry['score']:.0%}" for entry in objects]
       pictures["masks"] = draw_found_masks(image, masks, said)
     return Prediction({"objects": objects}, pictures, [_as_coco(entry) for entry in objects])
+
+  def _draw(
+    self, image: Image, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray
+  ) -> Figure:
+    figure, axes = draw.grid(1, 1, f"{len(boxes)} found at {self._options.threshold:.0%} or more")
+    figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
+    draw.show(axes[0, 0], image)
+    names = [
+      f"{draw.name_of(label, self._task.class_names)} {score:.0%}"
+      for label, score in zip(labels, scores, strict=True)
+    ]
+    draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # the surest on top
+    return figure
+
+  def _draw_levels(self, image: Image, prepared: np.ndarray, place: tuple[float, float]) -> Figure:
+    pixels = jnp.asarray(prepared[None])
+    images = normalize_images(pixels, self._task.image_mean, self._task.image_std)
+    apply = functools.partial(
+      self._trained.model.apply, mutable=["intermediates"], method="propose"
+    )
+    pyramid = jax.eval_shape(apply, self._trained.variables, images)[0].pyramid
+    sizes = [(level.shape[1], level.shape[2]) for level in pyramid]
+    check_size(sizes)
+    seen = intermediates(apply, self._trained.variables, images)["neck"]
+    names = self._trained.model.levels
+    titles = [
+      f"p{name[1:]}: {height}x{width}" for name, (height, width) in zip(names, sizes, strict=True)
+    ]
+    return draw_looks(image, seen, sizes, place, titles)
 
 
 def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:

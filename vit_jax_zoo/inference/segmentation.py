@@ -11,12 +11,10 @@ from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
+from vit_jax_zoo.inference.levels import check_size, draw_looks, intermediates
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.visualize.pyramid import draw_levels
 from vit_jax_zoo.visualize.segmentation import color_labels
 
-MOST_POSITIONS = 64**2
-"""Of a level whose attention is drawn: the whole map is made for it."""
 STRENGTH = 0.55
 """How much of the overlay is the classes' colour."""
 
@@ -67,21 +65,12 @@ class SegmentationPredictor:
     images = normalize_images(jnp.asarray(image[None]), self._task.image_mean, self._task.image_std)
     apply = functools.partial(self._trained.model.apply, train=False, mutable=["intermediates"])
     shapes = jax.eval_shape(apply, self._trained.variables, images)[0]["logits"].shape
-    height, width = shapes[1:3]
-    if height * width > MOST_POSITIONS:
-      raise ValueError(
-        f"where {height}x{width} positions look cannot be drawn; give a picture of fewer pixels, "
-        "or leave --explain out"
-      )
-    state = jax.jit(lambda *args: apply(*args)[1]["intermediates"])(self._trained.variables, images)
-    seen = state["transformer"]
-    sizes = self._trained.model.kernel_sizes
-    query = height // 2 * width + width // 2
-    weights = [seen[f"self_{level}"]["weights"][0][0, query] for level in range(len(sizes))]
-    maps = [np.asarray(looked).reshape(height, width) for looked in weights]
-    titles = [f"level {level}: {size}x{size}" for level, size in enumerate(sizes)]
-    place = ((height // 2 + 0.5) / height, (width // 2 + 0.5) / width)
-    return draw_levels(image, maps, titles, place)
+    kernels = self._trained.model.kernel_sizes
+    sizes = [(shapes[1], shapes[2])] * len(kernels)
+    check_size(sizes)
+    seen = intermediates(apply, self._trained.variables, images)["transformer"]
+    titles = [f"level {level}: {size}x{size}" for level, size in enumerate(kernels)]
+    return draw_looks(image, seen, sizes, (0.5, 0.5), titles)
 
   def _classes(
     self, labels: Int[np.ndarray, "h w"], confidence: np.ndarray

@@ -11,7 +11,7 @@ _CELL = 2.4  # inches
 
 def draw_levels(
   image: Num[np.ndarray, "h w c"],
-  maps: Sequence[Float[np.ndarray, "i j"]],
+  maps: Sequence[Float[np.ndarray, "_ _"]],
   titles: Sequence[str],
   place: tuple[float, float],
 ) -> Figure:

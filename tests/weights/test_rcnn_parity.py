@@ -1,0 +1,128 @@
+"""torchvision's Mask R-CNN on the same weights: each stage, and what is found in the end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.inference.load import load
+
+torch = pytest.importorskip("torch")
+torchvision = pytest.importorskip("torchvision")
+
+pytestmark = pytest.mark.parity
+
+SIDE = 128
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  """torchvision's network of random weights that say something: norms moved, outputs spread."""
+  torch.manual_seed(0)
+  model = torchvision.models.detection.maskrcnn_resnet50_fpn(
+    weights=None, weights_backbone=None, num_classes=7, min_size=SIDE, max_size=SIDE
+  )
+  with torch.no_grad():
+    for name, buffer in model.named_buffers():
+      if name.endswith("running_var"):
+        buffer.uniform_(1.0, 3.0)
+      elif name.endswith(("running_mean", "bias")):
+        buffer.normal_(0, 0.1)
+    model.rpn.head.cls_logits.weight.normal_(0, 0.05)
+    model.rpn.head.bbox_pred.weight.normal_(0, 0.02)
+    model.roi_heads.box_predictor.cls_score.weight.normal_(0, 0.1)
+    model.roi_heads.box_predictor.bbox_pred.weight.normal_(0, 0.05)
+  return model.eval()
+
+
+@pytest.fixture(scope="module")
+def path(theirs, tmp_path_factory):
+  file = tmp_path_factory.mktemp("rcnn") / "maskrcnn_resnet50_fpn_coco.pth"
+  torch.save(theirs.state_dict(), file)
+  return str(file)
+
+
+@pytest.fixture(scope="module")
+def picture():
+  return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+
+
+def test_every_stage_is_torchvisions(theirs, path, picture):
+  loaded = load_pretrained(path)
+  assert (loaded.model.num_classes, loaded.model.mask_head["num_convs"]) == (6, 4)
+  images = loaded.preprocess.at_size((SIDE, SIDE))([picture])
+  with torch.no_grad():
+    features = theirs.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))
+    logits, deltas = theirs.rpn.head(list(features.values()))
+  found = jax.jit(lambda v, x: loaded.model.apply(v, x, method="propose"))(loaded.variables, images)
+  for ours, expected in zip(found.pyramid, features.values(), strict=False):
+    expected = expected.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+  flat = [np.concatenate([x.permute(0, 2, 3, 1).reshape(-1).numpy() for x in part])
+          for part in (logits, deltas)]  # fmt: skip
+  np.testing.assert_allclose(found.objectness[0], flat[0], atol=1e-4 * np.abs(flat[0]).max())
+  np.testing.assert_allclose(
+    found.deltas[0].reshape(-1), flat[1], atol=1e-4 * np.abs(flat[1]).max()
+  )
+  anchors = theirs.rpn.anchor_generator(
+    torchvision.models.detection.image_list.ImageList(
+      torch.zeros(1, 3, SIDE, SIDE), [(SIDE, SIDE)]
+    ),
+    list(features.values()),
+  )[0]
+  np.testing.assert_array_equal(found.anchors_xyxy, anchors.numpy())
+
+
+def test_the_heads_are_torchvisions(theirs, path):
+  loaded = load_pretrained(path)
+  rng = np.random.default_rng(1)
+  pyramid = [
+    rng.normal(size=(1, SIDE // s, SIDE // s, 256)).astype(np.float32) for s in (4, 8, 16, 32)
+  ]
+  corner = rng.uniform(0, 60, (9, 2))
+  boxes = np.concatenate([corner, corner + rng.uniform(8, 60, (9, 2))], 1).astype(np.float32)
+  names = ["0", "1", "2", "3"]
+  features = {
+    n: torch.from_numpy(x).permute(0, 3, 1, 2) for n, x in zip(names, pyramid, strict=True)
+  }
+  heads = theirs.roi_heads
+  with torch.no_grad():
+    rois = [torch.from_numpy(boxes)]
+    crops = heads.box_roi_pool(features, rois, [(SIDE, SIDE)])
+    logits, deltas = heads.box_predictor(heads.box_head(crops))
+    crops = heads.mask_roi_pool(features, rois, [(SIDE, SIDE)])
+    masks = heads.mask_predictor(heads.mask_head(crops))
+  given = (loaded.variables, [jnp.asarray(x) for x in pyramid], jnp.asarray(boxes)[None])
+  ours, boxes_of = jax.jit(lambda v, p, b: loaded.model.apply(v, p, b, method="classify"))(*given)
+  order = [1, 2, 3, 4, 5, 6, 0]  # ours has the background last
+  for one, other in (
+    (ours[0], logits.numpy()[:, order]),
+    (boxes_of[0], deltas.reshape(9, 7, 4).numpy()[:, order]),
+  ):
+    np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
+  mine = jax.jit(lambda v, p, b: loaded.model.apply(v, p, b, method="segment"))(*given)
+  expected = masks.permute(0, 2, 3, 1).numpy()[..., order]
+  np.testing.assert_allclose(mine[0], expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_what_is_found_is_what_torchvision_finds(theirs, path, picture):
+  trained = load(path)
+  batch = {"image": picture[None], "image_size": np.array([[SIDE, SIDE]], np.int32)}
+  found = jax.device_get(jax.jit(trained.task.predict)(trained.variables, batch))
+  with torch.no_grad():
+    expected = theirs([torch.from_numpy(picture).permute(2, 0, 1) / 255])[0]
+  count = len(expected["scores"])
+  assert count > 5
+  assert int(found["is_object"][0].sum()) == count
+  np.testing.assert_allclose(found["scores"][0][:count], expected["scores"], atol=1e-4)
+  np.testing.assert_array_equal(found["labels"][0][:count] + 1, expected["labels"])
+  np.testing.assert_allclose(found["boxes_xyxy"][0][:count], expected["boxes"], atol=0.02)
+
+
+def test_what_is_written_torchvision_loads(theirs, path, tmp_path):
+  export.write(load_pretrained(path), "pth-torchvision", str(tmp_path / "again.pth"))
+  again = torch.load(tmp_path / "again.pth", weights_only=True)
+  theirs.load_state_dict(again)  # strict
+  for key, array in torch.load(path, weights_only=True).items():
+    assert torch.equal(again[key], array), key
