@@ -27,8 +27,7 @@ def defaults() -> ConfigDict:
     and `probe`, `name` (see `evaluation.feature_probes`; "linear" by default) and its fields; its
     classes may be others than those that are trained. `mixed_with` in either: further sources of
     the same classes, each with `source`, `split` and options; `repeats` in `data.train`: of each
-    example in a batch (repeated augmentation); `data.loader`: options of both batch makers of
-    `data.pipeline`.
+    example in a batch; `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `train.optimizer`; a task of several players has one such section for each.
   * `ema_decay`: of the average of the parameters and statistics; None keeps none.
   * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: come before those that

@@ -1,10 +1,14 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.tasks import base, create_task
 
 
@@ -134,6 +138,72 @@ def test_scores_and_pictures(batch):
   assert not task.weight_files
   assert task_of(backbone_file="a.pth").weight_files == {"*/backbone": "a.pth"}
   assert task.figures({**batch, "mask": np.zeros(3, bool)}, perfect) == {}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  """The task with the paper's network, small; variables; loss with gradients."""
+  model = create_model(
+    "fpt_segmentation_r50", num_classes=3, width=8, kernel_sizes=(1, 3), window=3,
+    transformer={"ground_parts": 2}, dropout_rate=0.0,
+    backbone={"blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 4},
+  )  # fmt: skip
+  task = create_task("semantic_segmentation", model, num_classes=3)
+  rng = np.random.default_rng(0)
+  batch = {
+    "image": rng.integers(256, size=(4, 32, 32, 3)).astype(np.uint8),
+    "label_map": rng.integers(3, size=(4, 32, 32)).astype(np.uint8),
+  }
+  variables = jax.jit(task.init)(jax.random.key(0), batch)
+
+  @jax.jit
+  def step(variables, batch):
+    def loss(params):
+      context = base.LossContext(
+        rng=jax.random.key(0), step=jnp.asarray(0), normalizers=task.normalizers(batch)
+      )
+      output = task.loss({**variables, "params": params}, batch, context)
+      return output.loss, output.model_state
+
+    return jax.value_and_grad(loss, has_aux=True)(variables["params"])
+
+  return task, variables, batch, step
+
+
+@pytest.mark.multidevice
+def test_many_devices_compute_the_same(tiny):
+  """Norms take the statistics of the whole batch, over all devices: they are synchronised."""
+  _, variables, batch, step = tiny
+  (value, state), grads = step(variables, batch)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    split = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    (many, many_state), many_grads = step(everywhere, split)
+  np.testing.assert_allclose(many, value, rtol=1e-5)
+  for one, other in ((state, many_state), (grads, many_grads)):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_is_near(tiny):
+  task, variables, batch, step = tiny
+  (value, _), _ = step(variables, batch)
+  rough = dataclasses.replace(task, model=task.model.clone(dtype="bfloat16"))
+  out = loss_of(rough, variables, batch)
+  assert out.loss.dtype == jnp.float32
+  assert float(out.loss) == pytest.approx(float(value), rel=0.02)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(out.model_state))
+
+
+@pytest.mark.slow
+def test_jit_equals_eager(tiny):
+  task, variables, batch, _ = tiny
+  context = base.LossContext(
+    rng=jax.random.key(0), step=jnp.asarray(0), normalizers=task.normalizers(batch)
+  )
+  eager = task.loss(variables, batch, context)
+  assert float(loss_of(task, variables, batch).loss) == pytest.approx(float(eager.loss), rel=1e-5)
 
 
 @pytest.mark.parametrize(
