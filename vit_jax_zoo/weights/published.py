@@ -59,6 +59,9 @@ def read_published(path: str) -> Published:
     WeightsError: one line: nothing is there, or it cannot be read, or is no checkpoint.
   """
   file, arrays = _read(epath.Path(path), path)
+  empty = next((key for key, array in arrays.items() if array.size == 0), None)
+  if empty is not None:
+    raise WeightsError(f"{path} is not whole: its {empty} has the shape {arrays[empty].shape}")
   return Published(
     path,
     file,
@@ -172,6 +175,8 @@ def _read_npz(file: epath.Path, path: str) -> Flat:
     ) from None
 
 
-def _as_numbers(array: np.ndarray) -> np.ndarray:
+def _as_numbers(array: np.ndarray | bytes) -> np.ndarray:
+  if isinstance(array, bytes):  # so numpy gives what is no array
+    raise zipfile.BadZipFile("a part of it is no array")
   # numpy stores bfloat16 as two bytes without a meaning.
   return array.view(ml_dtypes.bfloat16).astype(np.float32) if array.dtype == "V2" else array

@@ -196,3 +196,14 @@ def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
       other.append(f"{name.removeprefix('resnet.')}={value!r} (there: {known!r})")
   if other:
     raise WeightsError(f"{whose} has no ViT with {', '.join(other)}")
+
+
+def outputs_of(published: Mapping[str, np.ndarray], layer: str) -> int | None:
+  """Returns how many outputs a layer of PyTorch's has, or None where it is not there.
+
+  A layer of which only the weight is there counts: what it lacks is said when it is read.
+  """
+  for key in (f"{layer}.bias", f"{layer}.weight"):
+    if key in published:
+      return published[key].shape[0]
+  return None

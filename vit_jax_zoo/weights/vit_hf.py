@@ -25,7 +25,7 @@ from vit_jax_zoo.weights.torch_layouts import (
   norm_rows,
   write_safetensors,
 )
-from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, with_table
+from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, outputs_of, with_table
 
 ACTIVATIONS = {
   "gelu": "gelu",
@@ -110,13 +110,13 @@ def infer_fields(
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no ViT of Hugging Face's; its keys begin with {keys}")
   return {
-    "num_classes": _length(published, "classifier.bias"),
+    "num_classes": outputs_of(published, "classifier"),
     "patch_size": config["patch_size"],
     "width": hidden.shape[1],
     "depth": sum(key.endswith(".layernorm_before.weight") for key in published),
     "num_heads": config["num_attention_heads"],
     "mlp_dim": hidden.shape[0],
-    "representation_size": _length(published, f"{prefix}pooler.dense.bias"),
+    "representation_size": outputs_of(published, f"{prefix}pooler.dense"),
     "pool": "cls",
     "cls_token": True,
     "position_embedding": "learned_1d",
@@ -129,10 +129,6 @@ def infer_fields(
 
 def _prefix(published: Mapping[str, np.ndarray]) -> str:
   return _PREFIX if f"{_PREFIX}embeddings.cls_token" in published else ""
-
-
-def _length(published: Mapping[str, np.ndarray], key: str) -> int | None:
-  return published[key].shape[0] if key in published else None
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:

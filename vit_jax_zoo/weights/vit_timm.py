@@ -32,6 +32,7 @@ from vit_jax_zoo.weights.vit_checkpoint import (
   VitCheckpoint,
   check_fixed,
   has_cls_token,
+  outputs_of,
   with_table,
 )
 
@@ -156,17 +157,17 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   depth = 1 + max(int(match[1]) for key in published if (match := re.match(r"blocks\.(\d+)", key)))
   has_cls, after_pool = "cls_token" in published, "fc_norm.weight" in published
   fields = {
-    "num_classes": _length(published, "head.bias"),
+    "num_classes": outputs_of(published, "head"),
     "patch_size": embedding.shape[2],
     "width": width,
     "depth": depth,
     "num_heads": _infer_heads(width, depth),
     "mlp_dim": hidden.shape[0],
-    "representation_size": _length(published, "pre_logits.fc.bias"),
+    "representation_size": outputs_of(published, "pre_logits.fc"),
     "pool": "cls" if has_cls and not after_pool else "mean",
     "cls_token": has_cls,
     "norm_after_pool": after_pool,
-    "position_embedding": "learned_1d" if "pos_embed" in published else "none",
+    "position_embedding": "learned_1d",
     "cls_token_position": has_cls and _has_class_row(published),
     "qkv_bias": "blocks.0.attn.qkv.bias" in published,
     "activation": "gelu",
@@ -206,10 +207,6 @@ def _infer_resnet(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
     "variance_epsilon": 1e-8,
   }
   return {"resnet": resnet}
-
-
-def _length(published: Mapping[str, np.ndarray], key: str) -> int | None:
-  return published[key].shape[0] if key in published else None
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:
