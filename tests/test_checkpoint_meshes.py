@@ -1,0 +1,92 @@
+"""Each of the six systems: a checkpoint of one mesh is the same bits, and the same run, on another.
+
+Nothing is compiled but in the slow test: the state is of random numbers, laid out as the mesh says.
+"""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax_zoo import experiment
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.checkpoint import Checkpointer
+
+pytestmark = pytest.mark.multidevice
+
+SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
+ONE = {"data": 1}
+WAYS = (ONE, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
+"""From one device to eight, to two other shapes of eight, and back."""
+
+
+def experiment_on(system, mesh):
+  config = importlib.import_module(f"configs.{system}").get_config("demo,batch_size=8")
+  config.accumulation_steps = 1
+  config.sharding.mesh.update({"data": 1, "fsdp": 1, "model": 1, **mesh})
+  return experiment.create(config, jax.devices()[: int(np.prod(list(mesh.values())))])
+
+
+def program_of(made):
+  with jax.set_mesh(made.mesh):
+    return made.program(next(made.train_batches()))
+
+
+def random_array(leaf, rng):
+  if leaf.dtype == bool:
+    return rng.integers(0, 2, leaf.shape).astype(bool)
+  if np.issubdtype(leaf.dtype, np.integer):
+    return rng.integers(0, 100, leaf.shape).astype(leaf.dtype)
+  return rng.standard_normal(leaf.shape).astype(leaf.dtype)
+
+
+def restore(workdir, program):
+  with Checkpointer(workdir, read_only=True) as checkpointer:
+    return checkpointer.restore(program.abstract_state)
+
+
+def save(workdir, state):
+  with Checkpointer(workdir) as checkpointer:
+    checkpointer.save(1, state)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_array_comes_back_on_every_mesh(system, tmp_path):
+  rng = np.random.default_rng(0)
+  expected, split = None, 0
+  for i, mesh in enumerate(WAYS):
+    program = program_of(experiment_on(system, mesh))
+    if expected is None:
+      expected = jax.tree.map(lambda leaf: random_array(leaf, rng), program.abstract_state)
+      places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
+      state = jax.device_put(expected, places)
+    else:
+      state = restore(tmp_path / str(i - 1), program)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    for leaf, wanted in zip(
+      jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True
+    ):
+      assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+      split += not leaf.sharding.is_fully_replicated
+    save(tmp_path / str(i), state)
+  assert split, "no mesh split any array: nothing was tried"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_step_after_a_restore_is_the_step_that_would_have_come(system, tmp_path):
+  losses = []
+  for mesh in (ONE, {"data": 2, "fsdp": 2, "model": 2}):
+    made = experiment_on(system, mesh)
+    batches = made.train_batches()
+    with jax.set_mesh(made.mesh):
+      program = made.program(next(made.train_batches()))
+      first = sharding.to_global(next(batches), made.mesh)
+      if mesh == ONE:
+        state, _ = program.train_step(program.initial_state(0), first)
+        save(tmp_path, state)
+      state = restore(tmp_path, program)
+      _, metrics = program.train_step(state, sharding.to_global(next(batches), made.mesh))
+    losses.append({name: float(mean.compute()) for name, mean in metrics.items()})
+  assert losses[1] == pytest.approx(losses[0], rel=2e-4, abs=1e-5)
