@@ -41,7 +41,7 @@ def start(workdir, *arguments, num_devices=1, **environment_changes):
   )
 
 
-def run(workdir, *arguments, expect=0, timeout=300, **kwargs):
+def run(workdir, *arguments, expect=0, timeout=600, **kwargs):
   """Runs the command to its end; returns what it printed."""
   process = start(workdir, *arguments, **kwargs)
   output, _ = process.communicate(timeout=timeout)

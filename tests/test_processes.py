@@ -1,7 +1,9 @@
 """Several processes on one machine compute what one process computes."""
 
 import json
+import signal
 import socket
+import time
 
 import jax
 import numpy as np
@@ -17,10 +19,9 @@ def free_port():
     return listener.getsockname()[1]
 
 
-def run_processes(workdir, count, *arguments, devices_each=1, timeout=300):
-  """Starts `count` processes of one run; returns what each printed."""
+def start_processes(workdir, count, *arguments, devices_each=1):
   coordinator = f"--coordinator=localhost:{free_port()}"
-  processes = [
+  return [
     command.start(
       workdir,
       *arguments,
@@ -31,6 +32,11 @@ def run_processes(workdir, count, *arguments, devices_each=1, timeout=300):
     )
     for i in range(count)
   ]
+
+
+def run_processes(workdir, count, *arguments, devices_each=1, timeout=300):
+  """Starts `count` processes of one run; returns what each printed."""
+  processes = start_processes(workdir, count, *arguments, devices_each=devices_each)
   outputs = [process.communicate(timeout=timeout)[0] for process in processes]
   assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
   return outputs
@@ -93,6 +99,66 @@ def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
   output = command.run(workdir, *SHORT, *halfway)
   assert "resumed at step 6" in output
   assert f"test/accuracy {command.rows(one_process)[-1]['test/accuracy']:.4g}" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [("data=-1",), ("data=2", "fsdp=2"), ("data=2", "model=2")])
+def test_four_processes_equal_one(one_process, tmp_path, mesh):
+  sizes = [f"--config.sharding.mesh.{size}" for size in mesh]
+  run_processes(tmp_path / "run", 4, *SHORT, *sizes, timeout=600)
+  for ours, theirs in zip(command.rows(tmp_path / "run"), command.rows(one_process), strict=True):
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+ENDLESS = (
+  *command.TINY,
+  "--config.num_steps=100000",
+  "--config.eval_every=0",
+  "--config.checkpoint.every=20",
+)
+
+
+def wait_for_checkpoint(workdir, processes, seconds=900):
+  deadline = time.monotonic() + seconds
+  while not find_steps(workdir):
+    assert time.monotonic() < deadline
+    assert all(process.poll() is None for process in processes), "ended by itself"
+    time.sleep(0.05)
+
+
+def find_steps(workdir):
+  return sorted(
+    int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("count", "victim"),
+  [
+    (2, 1),
+    (2, 0),  # the coordinator itself
+    (4, 2),
+  ],
+)
+def test_the_others_stop_when_one_is_killed_and_a_restart_resumes(tmp_path, count, victim):
+  workdir = tmp_path / "run"
+  processes = start_processes(workdir, count, *ENDLESS)
+  try:
+    wait_for_checkpoint(workdir, processes)
+    killed = time.monotonic()
+    processes.pop(victim).send_signal(signal.SIGKILL)
+    for process in processes:
+      output, _ = process.communicate(timeout=killed + 60 - time.monotonic())
+      assert process.returncode not in (0, 143), output
+  finally:
+    for process in processes:
+      process.kill()
+  last = find_steps(workdir)[-1]
+  length = (f"--config.num_steps={last + 2}", "--allow_config_change")
+  first, *_ = run_processes(workdir, count, *ENDLESS, *length, timeout=900)
+  assert f"resumed at step {last} " in first
+  assert f"done after {last + 2} steps" in first
 
 
 def test_half_given_process_flags_are_one_line(tmp_path):

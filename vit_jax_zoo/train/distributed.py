@@ -10,6 +10,10 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
+_HEARTBEAT_SECONDS = 30
+"""A process that has not been heard of for so long is dead, and the others stop: JAX's own 100
+seconds are a long time of a pod's. Heartbeats are sent by a thread that Python cannot hold up."""
+
 
 def initialize(
   coordinator: str | None = None,
@@ -19,7 +23,8 @@ def initialize(
   """Joins this process to the others of its run. Call it before anything else asks for devices.
 
   Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets are recognised by JAX itself; elsewhere
-  all three arguments are needed. Where there is nothing to join, it does nothing.
+  all three arguments are needed. Where there is nothing to join, it does nothing. When one process
+  dies, all others stop with an error inside a minute.
 
   Args:
     coordinator: "host:port" at which process 0 can be reached.
@@ -37,7 +42,9 @@ def initialize(
       "give all three, or none of them where TPU pods, SLURM, Open MPI or Kubernetes say it"
     )
   try:
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    jax.distributed.initialize(
+      coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+    )
   except ValueError as error:
     if coordinator is not None or "coordinator_address should be defined" not in str(error):
       raise RuntimeError(f"could not join the other processes: {error}") from error
