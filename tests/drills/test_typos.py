@@ -1,0 +1,121 @@
+"""Drill: 200 misspelt fields of the six demos, each answered in one line by the right name."""
+
+import copy
+import importlib
+import random
+import string
+
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import experiment
+from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.train.optimizer import create_optimizer
+
+pytestmark = pytest.mark.slow
+
+SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
+COUNT = 200
+SHORTEST = 4  # of fewer letters a slip may be nearer to another field than to its own
+PARAMS = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
+FROM_DATA = {"num_classes": 10, "class_names": ()}
+
+
+def demo(system):
+  return config_lib.complete(importlib.import_module(f"configs.{system}").get_config("demo"))
+
+
+def fields_of(section, path=()):
+  for key, value in section.items():
+    yield (*path, key)
+    if isinstance(value, ConfigDict):
+      yield from fields_of(value, (*path, key))
+
+
+def misspelt(word, rng):
+  """One slip of the fingers: two letters swapped, one lost, one doubled, or one that is another."""
+  at = rng.randrange(1, len(word) - 1)
+  other = rng.choice(string.ascii_lowercase)
+  return rng.choice(
+    (
+      word[: at - 1] + word[at] + word[at - 1] + word[at + 1 :],
+      word[:at] + word[at + 1 :],
+      word[:at] + word[at] + word[at:],
+      word[:at] + other + word[at + 1 :],
+    )
+  )
+
+
+def slips():
+  rng = random.Random(0)
+  # What stands below a name of the user's own choice, or takes any name, has no right answer.
+  free = {("data", "eval"), ("recipe", "learning_rates"), ("sharding", "rules")}
+  places = [
+    (system, path)
+    for system in SYSTEMS
+    for path in fields_of(demo(system))
+    if len(path[-1]) >= SHORTEST and path[:-1] not in free
+  ]
+  found, known = [], {path[-1] for _, path in places}
+  while len(found) < COUNT:
+    system, path = rng.choice(places)
+    wrong = misspelt(path[-1], rng)
+    if wrong not in known:
+      found.append((system, path, wrong))
+  return found
+
+
+def use(config):
+  """Hands each section to the part that it configures, as a run does, without compiling."""
+  made = experiment.create(config)
+  made.train_batches()
+  for name in config.data.eval:
+    made.eval_batches(name)
+  section = config.optimizer.to_dict()
+  for player in [section] if "name" in section else section.values():
+    create_optimizer({**player, "rules": []}, PARAMS, num_steps=100)
+
+
+@pytest.mark.parametrize(
+  ("system", "path", "wrong"),
+  slips(),
+  ids=lambda value: ".".join(value) if isinstance(value, tuple) else value,
+)
+def test_a_misspelt_field(system, path, wrong):
+  config = demo(system)
+  place = config
+  for key in path[:-1]:
+    place = place[key]
+  with config.unlocked(), config.ignore_type():
+    place[wrong] = copy.deepcopy(place[path[-1]])
+    del place[path[-1]]
+  with pytest.raises(ValueError, match=f"'{wrong}'.*did you mean '{path[-1]}'") as error:
+    use(config_lib.complete(config))
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_misspelt_names_of_parts(system):
+  config, rng = demo(system), random.Random(system)
+  part = {
+    section: {k: FROM_DATA.get(k) if v is None else v for k, v in config[section].items()}
+    for section in ("model", "task")
+  }
+  model = create_model(**part["model"])
+  steps = [s.to_dict() if isinstance(s, ConfigDict) else s for s in config.data.train.transforms]
+  tries = [
+    (part["model"], lambda fields: create_model(**fields)),
+    (part["task"], lambda fields: create_task(model=model, **fields)),
+    *((dict(step), lambda fields: build_transforms([fields])) for step in steps),
+  ]
+  for fields, make in tries:
+    wrong = misspelt(fields["name"], rng)
+    if wrong == fields["name"]:
+      continue
+    with pytest.raises(ValueError, match=f"unknown .*'{wrong}'.*'{fields['name']}'") as error:
+      make({**fields, "name": wrong})
+    assert "\n" not in str(error.value)
