@@ -15,6 +15,7 @@ from vit_jax_zoo.train.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.multidevice
 
+SLOW = pytest.mark.slow  # tracing the larger ones five times takes a while
 SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
 ONE = {"data": 1}
 WAYS = (ONE, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
@@ -51,7 +52,10 @@ def save(workdir, state):
     checkpointer.save(1, state)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+  "system",
+  [system if system == "vit" else pytest.param(system, marks=SLOW) for system in SYSTEMS],
+)
 def test_every_array_comes_back_on_every_mesh(system, tmp_path):
   rng = np.random.default_rng(0)
   expected, split = None, 0
