@@ -147,13 +147,14 @@ def test_the_others_stop_when_one_is_killed_and_a_restart_resumes(tmp_path, coun
   try:
     wait_for_checkpoint(workdir, processes)
     killed = time.monotonic()
-    processes.pop(victim).send_signal(signal.SIGKILL)
-    for process in processes:
+    processes[victim].send_signal(signal.SIGKILL)
+    for process in (*processes[:victim], *processes[victim + 1 :]):
       output, _ = process.communicate(timeout=killed + 60 - time.monotonic())
       assert process.returncode not in (0, 143), output
   finally:
     for process in processes:
       process.kill()
+      process.communicate()
   last = find_steps(workdir)[-1]
   length = (f"--config.num_steps={last + 2}", "--allow_config_change")
   first, *_ = run_processes(workdir, count, *ENDLESS, *length, timeout=900)

@@ -61,5 +61,7 @@ def log_plainly() -> None:
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-  """Orbax alone writes pages of what it has done."""
+  """Orbax alone writes pages of what it has done, and traces of what it raises to us as well."""
+  if "orbax" in record.pathname and record.exc_info:
+    return False
   return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname

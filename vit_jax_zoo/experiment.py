@@ -27,7 +27,7 @@ from vit_jax_zoo import weights
 from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.base import Source, check_same_classes, join_sources
-from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources import SECTION, load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.evaluation.feature_probes import FeatureProbe, create_probes
 from vit_jax_zoo.introduction import introduce
@@ -199,8 +199,7 @@ def create(
 def _open(
   open_source: Callable[..., Source], spec: Mapping[str, Any] | ConfigDict, split: str = "split"
 ) -> Source:
-  known = ("source", "split", "fit_split", "probe", "transforms", "mixed_with", "repeats")
-  options = {key: spec[key] for key in spec if key not in known}
+  options = {key: spec[key] for key in spec if key not in SECTION}
   others = (_open(open_source, other) for other in spec.get("mixed_with") or ())
   return join_sources([open_source(spec["source"], spec[split], **options), *others])
 

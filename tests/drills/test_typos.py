@@ -91,8 +91,7 @@ def test_a_misspelt_field(system, path, wrong):
   for key in path[:-1]:
     place = place[key]
   with config.unlocked(), config.ignore_type():
-    place[wrong] = copy.deepcopy(place[path[-1]])
-    del place[path[-1]]
+    place[wrong] = copy.deepcopy(place[path[-1]])  # as --config.<path>.<wrong>=... does
   with pytest.raises(ValueError, match=f"'{wrong}'.*did you mean '{path[-1]}'") as error:
     use(config_lib.complete(config))
   assert "\n" not in str(error.value)
@@ -102,7 +101,7 @@ def test_a_misspelt_field(system, path, wrong):
 def test_misspelt_names_of_parts(system):
   config, rng = demo(system), random.Random(system)
   part = {
-    section: {k: FROM_DATA.get(k) if v is None else v for k, v in config[section].items()}
+    section: {k: FROM_DATA.get(k) if v is None else v for k, v in config[section].to_dict().items()}
     for section in ("model", "task")
   }
   model = create_model(**part["model"])

@@ -28,6 +28,9 @@ KINDS = {
   "tfds": "vit_jax_zoo.data.tfds_source",
 }
 
+SECTION = ("source", "split", "fit_split", "probe", "transforms", "mixed_with", "repeats")
+"""What a config's section about data has beside the options of the kind of source."""
+
 
 def load_source(name: str, split: str, **options: Any) -> Source:
   """Returns the examples of one split.
@@ -54,5 +57,5 @@ def load_source(name: str, split: str, **options: Any) -> Source:
   known = list(inspect.signature(open_splits).parameters)[1:]
   for option in options:
     if option not in known:
-      raise ValueError(unknown_name(f"option of {kind}:", option, known))
+      raise ValueError(unknown_name(f"option of {kind}:", option, [*known, *SECTION]))
   return select_split(open_splits(location, **options), split, name)
