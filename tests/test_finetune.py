@@ -16,7 +16,8 @@ from PIL import Image
 from configs import finetune as finetune_own
 from configs import vit
 from tests.conftest import GOLDENS
-from vit_jax_zoo import experiment, export, load_pretrained, main, predict
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import experiment, export, load_pretrained, predict
 from vit_jax_zoo.data.demo_base import read_photo
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.inference import create_predictor
@@ -158,7 +159,7 @@ def own_run(own, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("own")
   argument = f"model=vit_ti16,source=folder:{own},init_from={WEIGHTS},image_size=32,batch_size=8"
   overrides = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
-  config = main.load_config(
+  config = config_lib.load_with_overrides(
     f"{ROOT}/configs/finetune.py:{argument},num_epochs=4,learning_rate=0.03,dtype=float32",
     overrides,
   )
