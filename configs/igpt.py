@@ -212,7 +212,8 @@ def linear_probe(
 
   Paper: section 3.5: L-BFGS logistic regression on the mean of a layer's normalised input over all
     positions, without augmentation; a tenth of the training images chooses layer and strength.
-    ImageNet's probe, with SGD, is another and not here.
+    ImageNet's probe is by SGD: python -m vit_jax_zoo.transfer --workdir=runs/igpt_l_imagenet
+    --suite=linear_sgd --data=imagenet2012
   Data: `dataset` is cifar10, cifar100 or stl10.
   Weights: `init_from`, a run of `imagenet`.
   Hardware: the features of all layers lie in memory: for L and CIFAR 18 GB.

@@ -22,8 +22,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from vit_jax_zoo.data import tfds_objects, tfds_pairs, tfrecord
+from vit_jax_zoo.data import images, tfds_objects, tfds_pairs, tfrecord
 from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits, name_validation
+from vit_jax_zoo.data.label_rules import LabelRule, find_rule
 
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
@@ -54,6 +55,25 @@ class TfdsSource(Source):
     return f"{self.info.name}[{index}]"
 
 
+class RuledSource(Source):
+  """One split of a prepared dataset, with labels that a rule makes of its other features."""
+
+  def __init__(self, info: DatasetInfo, records: Any, image_key: str, rule: LabelRule) -> None:
+    self.info = info
+    self._records, self._image_key, self._rule = records, image_key, rule
+
+  def __getitem__(self, index: int) -> Example:
+    record = self._records[index]
+    image = record[self._image_key]
+    if self._rule.image_scale != 1:
+      image = images.decode_image(image) * np.uint8(self._rule.image_scale)
+    return {"image": image, "label": self._rule.label(record)}
+
+  def example_name(self, index: int) -> str:
+    """Returns split and position."""
+    return f"{self.info.name}[{index}]"
+
+
 def open_splits(
   location: str,
   data_dir: str | None = None,
@@ -61,6 +81,7 @@ def open_splits(
   label_key: str | None = None,
   *,
   panoptic: bool = False,
+  label_rule: str | None = None,
 ) -> Splits:
   """Opens a prepared dataset, for classification or, where it has boxes, for detection.
 
@@ -69,9 +90,10 @@ def open_splits(
       `dataset_info.json`, local or `gs://bucket/...`.
     data_dir: where datasets lie, local or `gs://bucket/...`; the default is `$TFDS_DATA_DIR`, else
       `~/tensorflow_datasets`.
-    image_key: the image feature; by default the only one there is.
+    image_key: the image feature; by default the only one there is, or "image".
     label_key: the label feature; by default `label`, else `labels`, else none.
     panoptic: of a dataset with segments for things and stuff, give these; see `tfds_objects`.
+    label_rule: makes the labels out of other features, a key of `label_rules.RULES`.
 
   Raises:
     FileNotFoundError: it has not been prepared there.
@@ -80,7 +102,10 @@ def open_splits(
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   is_path = is_path or is_remote(location)
   folder = at_path(location) if is_path else _find(location, data_dir)
-  return open_folder(folder, f"tfds:{location}", image_key, label_key, panoptic=panoptic)
+  name = f"tfds:{location}"
+  if label_rule is not None:
+    return _open_with_rule(folder, name, image_key, label_key, label_rule)
+  return open_folder(folder, name, image_key, label_key, panoptic=panoptic)
 
 
 def open_folder(
@@ -105,6 +130,31 @@ def open_folder(
     whole = DatasetInfo(name, 0, *_classes(features, keys[1]))
     make = functools.partial(TfdsSource, keys=keys)
     decoders = {keys[0]: tfds.decode.SkipDecoding()}
+  return _splits(builder, whole, decoders, make)
+
+
+def _open_with_rule(
+  folder: epath.PathLike, name: str, image_key: str | None, label_key: str | None, label_rule: str
+) -> Splits:
+  if label_key is not None:
+    raise ValueError(f"label_rule makes labels, and label_key={label_key!r} names others; give one")
+  builder, rule = tfds.builder_from_directory(folder), find_rule(label_rule)
+  features = builder.info.features
+  image_key, _ = _keys(features, name, image_key, None)
+  for key in rule.keys:
+    if key not in features:
+      raise ValueError(f"{name} has no feature {key!r}, which the label_rule {label_rule!r} reads")
+  make = functools.partial(RuledSource, image_key=image_key, rule=rule)
+  decoders = dict.fromkeys(_images(features), tfds.decode.SkipDecoding())
+  return _splits(builder, DatasetInfo(name, 0, rule.num_classes), decoders, make)
+
+
+def _splits(
+  builder: Any,
+  whole: DatasetInfo,
+  decoders: dict[str, Any],
+  make: Callable[[DatasetInfo, Any], Source],
+) -> Splits:
   return name_validation(
     {
       split: functools.partial(_open_split, builder, split, whole, decoders, make)
@@ -166,15 +216,21 @@ def _keys(
   features: Any, name: str, image_key: str | None, label_key: str | None
 ) -> tuple[str, str | None]:
   """Returns the names of the image feature and of the label feature."""
-  images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
+  found = _images(features)
+  if image_key is None and "image" in found:  # Pets have a mask beside it, smallNORB another view
+    image_key = "image"
   for given in (image_key, label_key):
     if given is not None and given not in features:
       raise ValueError(f"{name} has no feature {given!r}; it has {', '.join(sorted(features))}")
-  if image_key is None and len(images) != 1:
-    found = ", ".join(sorted(images)) or "none"
-    raise ValueError(f"{name}: which feature is the image? Set image_key; image features: {found}")
+  if image_key is None and len(found) != 1:
+    known = ", ".join(sorted(found)) or "none"
+    raise ValueError(f"{name}: which feature is the image? Set image_key; image features: {known}")
   labels = [key for key in ("label", "labels") if key in features]
-  return image_key or images[0], label_key or (labels[0] if labels else None)
+  return image_key or found[0], label_key or (labels[0] if labels else None)
+
+
+def _images(features: Any) -> list[str]:
+  return [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
 
 
 def _classes(features: Any, label_key: str | None) -> tuple[int | None, tuple[str, ...]]:

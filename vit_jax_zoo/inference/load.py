@@ -61,12 +61,15 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   )
 
 
-def load(path: str, *, class_names: Sequence[str] = (), **options: Any) -> Trained:
+def load(
+  path: str, *, class_names: Sequence[str] = (), needs_head: bool = True, **options: Any
+) -> Trained:
   """Returns a model that is ready to be used on pictures.
 
   Args:
     path: see `load_pretrained`.
     class_names: in order, for files that do not know them.
+    needs_head: refuse a file without a classifier; else it is good for its features alone.
     **options: see `load_pretrained`.
 
   Raises:
@@ -83,7 +86,9 @@ def load(path: str, *, class_names: Sequence[str] = (), **options: Any) -> Train
   fields = dict(published.task_fields)
   fields |= {"num_classes": published.config.get("num_classes")}
   if published.task == "classification" and fields["num_classes"] is None:
-    raise ValueError(f"{path} has no classifier; fine-tune it, or give weights that have a head")
+    if needs_head:
+      raise ValueError(f"{path} has no classifier; fine-tune it, or give weights that have a head")
+    fields["num_classes"] = 1  # the task must have a number; nothing asks for its classes
   if class_names:
     fields["class_names"] = tuple(class_names)
   preprocess = published.preprocess

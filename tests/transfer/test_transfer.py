@@ -1,0 +1,264 @@
+"""`python -m vit_jax_zoo.transfer`: every suite, on data and models that are always there."""
+
+import json
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo.data import benchmarks
+from vit_jax_zoo.data.benchmarks import VtabTask
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transform_base import pixels
+from vit_jax_zoo.inference.base import Trained
+from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import Task
+from vit_jax_zoo.transfer import __main__ as command
+from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
+from vit_jax_zoo.transfer.suites import SUITES, Request, run_suites
+
+FIT, TEST = "train[:300]", "test[:120]"
+
+
+class Pixels:
+  """A 'model' whose features are the pixels, and whose classes are given by their means."""
+
+  def init(self, *args, **options):
+    return {"params": {}}
+
+  def apply(self, variables, images, *, train=False):
+    features = images.reshape(images.shape[0], -1)
+    distances = features[:, None] - variables["params"]["means"][None]
+    return {"features": features, "logits": -jnp.sum(jnp.square(distances), axis=-1)}
+
+
+def prepare(image):
+  return {"image": cv2.resize(image, (8, 8), interpolation=cv2.INTER_AREA), "other": 1}
+
+
+def normalised(source):
+  images = np.stack([prepare(pixels(source[i]["image"]))["image"] for i in range(len(source))])
+  return images.reshape(len(images), -1) / 127.5 - 1, np.array([e["label"] for e in source])
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """The training digits, and the model that knows their means."""
+  features, labels = normalised(load_source("demo:digits", FIT))
+  means = np.stack([features[labels == label].mean(0) for label in range(10)]).astype(np.float32)
+  task = create_task("classification", Pixels(), num_classes=10)
+  trained = Trained("pixels", task, {"params": {"means": means}}, prepare, (8, 8), "pixels")
+  return Extractor(trained, LoaderOptions(batch_size=50))
+
+
+def ask(suites, **fields):
+  return Request(suites, fit_split=FIT, test_split=TEST, **fields)
+
+
+def test_probes_of_embedded_digits_in_one_go(digits, tmp_path):
+  sgd = {"linear_sgd": {"num_epochs": 40}, "few_shot": {"shots": (1, 5, 25)}}
+  suites = ("few_shot", "linear", "linear_sgd", "knn")
+  request = ask(suites, data=("demo:digits",), probes=sgd)
+  assert command.run_and_write(request, digits, tmp_path, {"model": "pixels"}) == 0
+  kept = json.loads((tmp_path / "transfer.json").read_text())
+  found = {suite: kept["suites"][suite]["demo:digits"] for suite in suites}
+  assert all(scores["features"] == "features" for scores in found.values())
+  assert found["few_shot"]["1_shot"] < found["few_shot"]["5_shot"] < found["few_shot"]["25_shot"]
+  for suite in suites[1:]:
+    assert found[suite]["accuracy"] > 0.8, suite
+  assert (kept["model"], kept["missing"]) == ("pixels", {})
+  assert {path.name for path in tmp_path.glob("*.png")} == {f"{suite}.png" for suite in suites}
+
+
+def test_what_is_not_prepared_is_named_and_the_rest_done(digits, tmp_path):
+  request = ask(("knn",), data=("cifar10", "demo:digits"), data_dir=str(tmp_path / "none"))
+  assert command.run_and_write(request, digits, tmp_path, {}) == 0
+  kept = json.loads((tmp_path / "transfer.json").read_text())
+  assert set(kept["suites"]["knn"]) == {"demo:digits"}
+  assert (
+    "run python -m vit_jax_zoo.data.prepare --dataset=cifar10" in kept["missing"]["knn cifar10"]
+  )
+  request = ask(("vtab",), data_dir=str(tmp_path / "none"))
+  assert command.run_and_write(request, digits, tmp_path, {}) == command.EXIT_NOTHING_FOUND
+  kept = json.loads((tmp_path / "transfer.json").read_text())
+  assert len(kept["missing"]) == 19
+  assert kept["means"]["vtab"] == {}
+
+
+def test_vtab_learns_from_the_first_images_and_chooses_on_others(digits, tmp_path, monkeypatch):
+  """Its protocol on embedded data: sizes, held-out images, means by group."""
+  monkeypatch.setattr(benchmarks, "VTAB_TRAIN", 300)
+  monkeypatch.setattr(benchmarks, "VTAB_VALIDATION", 80)
+  task = VtabTask("natural", "demo:digits", FIT, TEST, TEST)
+  ends = ("0:40", "60:100", "130:170", "200:240")
+  learned = "+".join(f"train[{end}]" for end in ends)
+  photos = VtabTask("structured", "demo:photos", learned, "test[:80]", "test[:80]")
+  missing = VtabTask("specialized", "tfds:eurosat/rgb", "train", "train")
+  table = {"digits": task, "photos": photos, "eurosat": missing}
+  monkeypatch.setattr(benchmarks, "VTAB", table)
+  seen = []
+  monkeypatch.setattr(
+    Extractor, "features",
+    lambda self, source, inner=Extractor.features: seen.append(len(source)) or inner(self, source),
+  )  # fmt: skip
+  request = Request(("vtab",), data_dir=str(tmp_path / "none"))
+  assert command.run_and_write(request, digits, tmp_path, {}) == 0
+  kept = json.loads((tmp_path / "transfer.json").read_text())
+  assert seen == [380, 120, 240, 80]
+  assert kept["suites"]["vtab"]["digits"]["accuracy"] > 0.85
+  assert kept["means"]["vtab"] == {
+    group: kept["suites"]["vtab"][name]["accuracy"]
+    for group, name in (("natural", "digits"), ("structured", "photos"))
+  }
+  monkeypatch.setattr(benchmarks, "VTAB", {"digits": task, "photos": photos})
+  command.run_and_write(request, digits, tmp_path, {})
+  means = json.loads((tmp_path / "transfer.json").read_text())["means"]["vtab"]
+  assert means["mean"] == pytest.approx((means["natural"] + means["structured"]) / 2)
+
+
+def test_variants_of_imagenet_score_the_model_s_own_classes(digits, tmp_path):
+  source = load_source("demo:digits", TEST)
+  three = [i for i in range(len(source)) if source[i]["label"] < 3]
+  split = "+".join(f"test[{i}:{i + 1}]" for i in three)
+  features, labels = normalised(load_source("demo:digits", split))
+  means = digits._trained.variables["params"]["means"]
+  distances = np.square(features[:, None] - means[None]).sum(-1)
+  request = Request(("imagenet", "v2", "a", "r"), ("demo:digits",), test_split=split)
+  found = {outcome.suite: outcome.scores for outcome in run_suites(request, digits)}
+  whole = float((distances.argmin(1) == labels).mean())
+  assert found["imagenet"]["accuracy"] == found["v2"]["accuracy"] == pytest.approx(whole)
+  assert found["imagenet"]["classes"] == 3  # of ten
+  among = float((distances[:, :3].argmin(1) == labels).mean())
+  assert found["a"]["accuracy"] == found["r"]["accuracy"] == pytest.approx(among)
+  assert among >= whole
+  assert found["imagenet"]["images"] == found["a"]["images"] == len(three)
+
+
+def test_folders_are_data_like_any_other(digits, tmp_path):
+  rng = np.random.default_rng(0)
+  for split, count in (("train", 12), ("test", 5)):
+    for label, name in enumerate(("dark", "light")):
+      folder = tmp_path / "images" / split / name
+      folder.mkdir(parents=True)
+      for i in range(count):
+        image = rng.integers(150 * label, 100 + 150 * label, (9, 11, 3)).astype(np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.png")
+  source = f"folder:{tmp_path / 'images'}"
+  request = Request(("few_shot",), (source,), probes={"few_shot": {"shots": (1, 5)}})
+  (outcome,) = run_suites(request, digits)
+  assert outcome.scores["5_shot"] == 1
+  (outcome,) = run_suites(Request(("knn",), (source,)), digits)
+  assert outcome.scores["accuracy"] == 1
+  with pytest.raises(ValueError, match=r"pixels has 10 classes and folder:.* test 2; give a model"):
+    list(run_suites(Request(("imagenet",), (source,)), digits))
+
+
+def knn_of(trained, folder):
+  """Returns the scores of nearest neighbours among digits, and the names of the pictures."""
+  request = ask(("knn",), data=("demo:digits",))
+  extractor = Extractor(trained, LoaderOptions(batch_size=64))
+  assert command.run_and_write(request, extractor, folder, {"model": trained.model_name}) == 0
+  kept = json.loads((folder / "transfer.json").read_text())["suites"]["knn"]["demo:digits"]
+  return kept, {path.name for path in folder.glob("*.png")}
+
+
+def test_a_published_file_without_a_head_is_good_for_its_features(tmp_path):
+  path = str(GOLDENS / "vit_hf_base_a")
+  with pytest.raises(ValueError, match="has no classifier"):
+    load(path)
+  scores, pictures = knn_of(load(path, needs_head=False), tmp_path)
+  assert scores["accuracy"] > 0.2  # chance is 0.1, and the weights are random
+  assert (scores["features"], pictures) == ("features", {"knn.png"})
+
+
+def test_the_layer_of_an_igpt_is_chosen_on_images_held_out(tmp_path):
+  sizes = {"num_colors": 4, "num_positions": 64, "width": 8, "depth": 2, "num_heads": 2}
+  task = create_task("pixel_modelling", create_model("igpt_s", **sizes), palette_images=20)
+  source = load_source("demo:digits", FIT)
+  images = np.stack([prepare(pixels(source[i]["image"]))["image"] for i in range(0, 300, 15)])
+  batch = {"image": images}
+  variables = {**task.init(jax.random.key(0), batch), **task.prepare([batch])}
+  scores, pictures = knn_of(Trained("igpt", task, variables, prepare, (8, 8), "igpt"), tmp_path)
+  assert scores["features"] == f"layer_{scores['best_layer']:.0f}"
+  assert scores["accuracy"] == scores[scores["features"]] > 0.2
+  assert {"layer_0", "layer_1", "layer_2", "pixels"} < scores.keys()
+  assert pictures == {"knn.png", "knn_demo_digits_depth.png"}
+
+
+def test_what_cannot_be_asked_is_one_line(digits, tmp_path):
+  with pytest.raises(ValueError, match="unknown suite 'fewshot'; did you mean 'few_shot'"):
+    Request(("fewshot",))
+  with pytest.raises(ValueError, match="no suite is given; choose from linear, linear_sgd"):
+    Request(())
+  with pytest.raises(ValueError, match="unknown data for few_shot 'cifar'; did you mean"):
+    list(run_suites(Request(("few_shot",), ("cifar",)), digits))
+  with pytest.raises(ValueError, match="vtab has its own 19 tasks, and demo:digits is none"):
+    list(run_suites(Request(("vtab",), ("demo:digits",)), digits))
+  with pytest.raises(ValueError, match="batch_size is 0; expected a whole number"):
+    Extractor(digits._trained, LoaderOptions(batch_size=0))
+  assert len(set(SUITES)) == len(SUITES)
+
+
+class Silent(Task):
+  """A task without features, as detection is."""
+
+  best_metric = "score"
+
+  def init(self, rng, batch):
+    return {}
+
+  def loss(self, variables, batch, context):
+    raise NotImplementedError
+
+  def predict(self, variables, batch):
+    return {}
+
+  def evaluator(self):
+    raise NotImplementedError
+
+
+def test_a_system_without_features_says_so():
+  extractor = Extractor(Trained("boxes", Silent(), {}, prepare, None, "boxes"))
+  with pytest.raises(ValueError, match="boxes has no features to probe: its task is Silent"):
+    list(run_suites(ask(("knn",), data=("demo:digits",)), extractor))
+  with pytest.raises(ValueError, match="boxes is no classifier; this suite scores its classes"):
+    list(run_suites(ask(("real",), data=("demo:digits",)), extractor))
+
+
+def test_the_command_reads_its_flags(tmp_path, monkeypatch):
+  values = flags.FlagValues()
+  monkeypatch.setattr(command, "FLAGS", values)
+  monkeypatch.setattr(command.flags, "DEFINE_string", _define(values, flags.DEFINE_string))
+  for kind in ("list", "integer", "enum", "bool"):
+    name = f"DEFINE_{kind}"
+    monkeypatch.setattr(command.flags, name, _define(values, getattr(flags, name)))
+  command.define_flags()
+  values(
+    [
+      "transfer",
+      f"--workdir={GOLDENS / 'vit_a' / 'weights.npz'}",
+      "--suite=few_shot,linear_sgd",
+      "--data=demo:digits",
+      f"--fit_split={FIT}",
+      f"--test_split={TEST}",
+      "--sgd_epochs=3",
+      f"--output={tmp_path / 'out'}",
+    ]
+  )
+  assert command.main(["transfer"]) == 0
+  kept = json.loads((tmp_path / "out" / "transfer.json").read_text())
+  assert kept["model"] == "weights.npz"
+  assert set(kept["suites"]) == {"few_shot", "linear_sgd"}
+  with pytest.raises(ValueError, match="unexpected argument 'more'"):
+    command.main(["transfer", "more"])
+
+
+def _define(values, define):
+  return lambda *args, **kwargs: define(*args, **kwargs, flag_values=values)

@@ -1,0 +1,197 @@
+"""Asks what a model's features, or its classes, are worth on other data.
+
+    python -m vit_jax_zoo.transfer --workdir=runs/vit_demo --suite=few_shot,knn --data=demo:photos
+    python -m vit_jax_zoo.transfer --workdir=ViT-B_16.npz --suite=vtab --data_dir=/data
+    python -m vit_jax_zoo.transfer --workdir=openai/imagegpt-small --suite=linear --data=cifar10
+
+`--workdir` is a run of ours, a published file or folder, or a published name; images come to it as
+in its own evaluation. Several suites share the features of a data set.
+
+| suite                    | what it says                                                         |
+|--------------------------|----------------------------------------------------------------------|
+| few_shot                 | least squares on 1, 5, 10, 25 images of each class, three draws      |
+| linear                   | logistic regression by L-BFGS (iGPT's for CIFAR and STL-10)          |
+| linear_sgd               | the same by SGD (iGPT's for ImageNet)                                |
+| knn                      | the vote of the nearest neighbours                                   |
+| vtab                     | VTAB-1k's 19 tasks, 800 + 200 images each, linear on frozen features |
+| imagenet, real, v2, a, r | a classifier of ImageNet's classes on its validation images, their   |
+|                          | ReaL labels, ImageNet-V2, -A, -R                                     |
+
+`--data` names sources (`folder:/path`), or data sets of the suite's own table; without it, all of
+the table. What is not prepared is named, with the command that prepares it, and left out. The
+scores of the VTAB paper, and ViT's, are of fine-tuned models: linear ones are lower.
+
+The folder `--output` then has `transfer.json` and a picture of each suite.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from matplotlib.figure import Figure
+
+from vit_jax_zoo import command_line
+from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
+from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
+from vit_jax_zoo.visualize.transfer import draw_accuracies, draw_shots
+
+FLAGS = flags.FLAGS
+
+RESULTS_FILE = "transfer.json"
+EXIT_NOTHING_FOUND = 1
+
+TITLES = {
+  "few_shot": "Few-shot accuracy",
+  "linear": "Linear probe",
+  "linear_sgd": "Linear probe by SGD",
+  "knn": "Nearest neighbours",
+  "vtab": "VTAB-1k, linear on frozen features",
+  "imagenet": "ImageNet, validation images",
+  "real": "ImageNet-ReaL",
+  "v2": "ImageNet-V2",
+  "a": "ImageNet-A",
+  "r": "ImageNet-R",
+}
+
+
+def define_flags() -> None:
+  """Defines the command's flags: not on import, as other commands have flags of the same names."""
+  flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
+  flags.DEFINE_list("suite", [], f"of {', '.join(SUITES)}")
+  flags.DEFINE_list("data", [], "sources, or names of the suite's data; all of these by default")
+  flags.DEFINE_string("data_dir", None, "where TFDS's data lie")
+  flags.DEFINE_string("fit_split", "train", "what is learned from, of the sources in --data")
+  flags.DEFINE_string("test_split", "test", "what is scored, of these")
+  flags.DEFINE_string("output", "transfer", "the folder to write to")
+  flags.DEFINE_integer("image_size", None, "another side of images; positions resized")
+  flags.DEFINE_integer("batch_size", LoaderOptions.batch_size, "images at a time")
+  flags.DEFINE_integer("num_workers", LoaderOptions.num_workers, "processes that read images")
+  flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do without an image")
+  flags.DEFINE_integer("sgd_epochs", None, "passes of linear_sgd over the images")
+  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the command; returns the process's exit status."""
+  if argv[1:]:
+    raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
+  if FLAGS.workdir is None:
+    raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
+  sgd = {} if FLAGS.sgd_epochs is None else {"linear_sgd": {"num_epochs": FLAGS.sgd_epochs}}
+  request = Request(
+    suites=tuple(FLAGS.suite),
+    data=tuple(FLAGS.data),
+    data_dir=FLAGS.data_dir,
+    fit_split=FLAGS.fit_split,
+    test_split=FLAGS.test_split,
+    probes=sgd,
+  )
+  options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
+  trained = load(FLAGS.workdir, needs_head=False, **options)
+  loader = LoaderOptions(FLAGS.batch_size, FLAGS.num_workers, FLAGS.on_corrupt)
+  about = {"model": trained.model_name, "source": trained.source}
+  return run_and_write(request, Extractor(trained, loader), pathlib.Path(FLAGS.output), about)
+
+
+def run_and_write(
+  request: Request, extractor: Extractor, output: pathlib.Path, about: Mapping[str, Any]
+) -> int:
+  """Runs the suites, and writes after each data set what has been found; returns the exit status.
+
+  Args:
+    request: what to run.
+    extractor: of the model.
+    output: the folder to write to.
+    about: the model, for the results' head.
+  """
+  output.mkdir(parents=True, exist_ok=True)
+  outcomes: list[Outcome] = []
+  for outcome in run_suites(request, extractor):
+    outcomes.append(outcome)
+    _log(outcome)
+    for name, figure in outcome.figures.items():
+      figure.savefig(output / f"{outcome.suite}_{_file_name(outcome.data)}_{name}.png")
+    _write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
+    same = [other for other in outcomes if other.suite == outcome.suite and other.scores]
+    if same:
+      draw(outcome.suite, same, str(about.get("model", ""))).savefig(
+        output / f"{outcome.suite}.png"
+      )
+  done = sum(bool(outcome.scores) for outcome in outcomes)
+  logging.info("%d of %d done: %s", done, len(outcomes), output / RESULTS_FILE)
+  return 0 if done else EXIT_NOTHING_FOUND
+
+
+def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+  """Returns what JSON has of the outcomes: `suites` by suite and data set, `means`, `missing`."""
+  suites: dict[str, dict[str, Any]] = {}
+  for outcome in outcomes:
+    if outcome.scores:
+      kind = {"features": outcome.features} if outcome.features else {}
+      suites.setdefault(outcome.suite, {})[outcome.data] = {**kind, **outcome.scores}
+  vtab = [outcome for outcome in outcomes if outcome.suite == "vtab"]
+  missing = {f"{o.suite} {o.data}": o.missing for o in outcomes if o.missing}
+  return {
+    "suites": suites,
+    **({"means": {"vtab": summarize_vtab(vtab)}} if vtab else {}),
+    "missing": missing,
+  }
+
+
+def draw(suite: str, outcomes: Sequence[Outcome], model: str) -> Figure:
+  """Draws what a suite found on its data sets."""
+  title = f"{TITLES[suite]}: {model}" if model else TITLES[suite]
+  if suite == "few_shot":
+    return draw_shots({outcome.data: _curve(outcome) for outcome in outcomes}, title=title)
+  groups = {outcome.data: outcome.group for outcome in outcomes if outcome.group}
+  means = summarize_vtab(outcomes) if suite == "vtab" else {}
+  accuracies = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes}
+  return draw_accuracies(accuracies, title=title, groups=groups, means=means)
+
+
+def _curve(outcome: Outcome) -> tuple[list[int], list[float], list[float]]:
+  shots = [int(name.removesuffix("_shot")) for name in outcome.scores if name.endswith("_shot")]
+  scores = outcome.scores
+  return shots, [scores[f"{n}_shot"] for n in shots], [scores[f"{n}_shot_std"] for n in shots]
+
+
+def _log(outcome: Outcome) -> None:
+  if outcome.missing:
+    logging.warning("%s %s is left out: %s", outcome.suite, outcome.data, outcome.missing)
+    return
+  said = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
+  logging.info("%s %s: %s", outcome.suite, outcome.data, said)
+
+
+def _file_name(text: str) -> str:
+  return "".join(c if c.isalnum() else "_" for c in text)
+
+
+def _write_json(path: pathlib.Path, content: Any) -> None:
+  unfinished = path.with_suffix(".json.tmp")
+  unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+  unfinished.replace(path)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  with command_line.one_line_errors(show_traceback="--traceback" in argv):
+    return FLAGS(argv)
+
+
+def _main_or_one_line(argv: Sequence[str]) -> int:
+  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
+    return main(argv)
+
+
+def run() -> None:
+  """The command's entry point."""
+  command_line.log_plainly()
+  define_flags()
+  app.run(_main_or_one_line, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+  run()

@@ -1,0 +1,136 @@
+"""What a model makes of whole data sets: features of images, and rankings of its classes."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from vit_jax_zoo.data import pipeline
+from vit_jax_zoo.data.base import Example, Source
+from vit_jax_zoo.data.transform_base import Transform, pixels
+from vit_jax_zoo.data.transforms import MultiHot
+from vit_jax_zoo.evaluation.linear_probe import Labelled
+from vit_jax_zoo.inference.base import Trained
+from vit_jax_zoo.tasks.base import Task
+from vit_jax_zoo.train import sharding
+from vit_jax_zoo.train.evaluate import Clock, compile_predict_step, predict_batches
+from vit_jax_zoo.train.probe import collect_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare(Transform):
+  """`image`: encoded bytes or pixels -> what the model's own evaluation would have made of them.
+
+  Attributes:
+    prepare: `Trained.prepare`.
+  """
+
+  name = "prepare"
+
+  prepare: Callable[[np.ndarray], Mapping[str, Any]]
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    """Returns the example with another `image`; of what else there is, the label alone."""
+    del rng
+    image = self.prepare(pixels(example["image"]))["image"]
+    return {"image": image} | ({"label": example["label"]} if "label" in example else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderOptions:
+  """How data sets are read.
+
+  Attributes:
+    batch_size: images at a time on all devices together; rounded up to a multiple of these.
+    num_workers: processes that read and prepare images; 0: threads of this one.
+    on_corrupt: "error", or "skip" to go on without an image that cannot be read.
+  """
+
+  batch_size: int = 128
+  num_workers: int = 0
+  on_corrupt: str = "error"
+
+
+class Extractor:
+  """A model at work on data sets, on all devices of this machine."""
+
+  def __init__(self, trained: Trained, options: LoaderOptions = LoaderOptions()) -> None:
+    """Puts the model on the devices; compiles nothing yet.
+
+    Raises:
+      ValueError: the batch size is not positive.
+    """
+    if options.batch_size < 1:
+      raise ValueError(f"batch_size is {options.batch_size}; expected a whole number, at least 1")
+    self._trained, self._options = trained, options
+    self._mesh = sharding.create_mesh({"data": -1, "fsdp": 1, "model": 1})
+    ways = sharding.batch_ways(self._mesh)
+    self._batch_size = -(-options.batch_size // ways) * ways
+    self._whole = sharding.replicated(self._mesh)
+    self._variables = jax.device_put(trained.variables, self._whole)
+    self._features_step = compile_predict_step(trained.task.features, self._whole, self._mesh)
+
+  def features(self, source: Source) -> Labelled:
+    """Returns the features of all images of a source, by kind, and their labels.
+
+    Raises:
+      ValueError: the model's task has no features, or images have no label or several.
+    """
+    task = self._trained.task
+    if type(task).features is Task.features:
+      raise ValueError(
+        f"{self._trained.source} has no features to probe: its task is {type(task).__name__}"
+      )
+    batches = self._batches(source)
+    name = source.info.name
+    return collect_features(self._features_step, self._variables, batches, self._mesh, name)
+
+  def rankings(
+    self, source: Source, keep: int | None = None
+  ) -> tuple[Int[np.ndarray, "n r"], Bool[np.ndarray, "n k"]]:
+    """Returns the model's classes from the likeliest down, and which ones are right.
+
+    Args:
+      source: images with one label or several of the model's classes.
+      keep: how many of the likeliest are returned; all by default.
+
+    Raises:
+      ValueError: the model is no classifier, or one of other classes.
+    """
+    num_classes = self._check_classes(source)
+    task: Any = self._trained.task
+    task = dataclasses.replace(task, top_k=min(keep or num_classes, num_classes))
+    step = compile_predict_step(task.predict, self._whole, self._mesh)
+    batches = self._batches(source, MultiHot(num_classes))
+    clock, ranked, labels = Clock(source.info.name, len(batches)), [], []
+    pairs = predict_batches(step, self._variables, batches, self._mesh)
+    for done, (batch, found) in enumerate(pairs, start=1):
+      real = np.asarray(batch["mask"], bool)
+      ranked.append(np.asarray(found["labels"], np.int32)[real])
+      labels.append(np.asarray(batch["label"])[real] > 0)
+      clock.tick(done)
+    return np.concatenate(ranked), np.concatenate(labels)
+
+  def _check_classes(self, source: Source) -> int:
+    ours = getattr(self._trained.task, "num_classes", None)
+    theirs = source.info.num_classes
+    if ours is None:
+      raise ValueError(f"{self._trained.source} is no classifier; this suite scores its classes")
+    if theirs is not None and ours != theirs:
+      raise ValueError(
+        f"{self._trained.source} has {ours} classes and {source.info.name} {theirs}; give a model "
+        "with a head of the same classes, in the same order"
+      )
+    return ours
+
+  def _batches(self, source: Source, *transforms: Transform) -> pipeline.EvalBatches:
+    return pipeline.eval_batches(
+      source,
+      (Prepare(self._trained.prepare), *transforms),
+      batch_size=self._batch_size,
+      num_workers=self._options.num_workers,
+      on_corrupt=self._options.on_corrupt,
+    )

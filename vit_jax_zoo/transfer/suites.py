@@ -1,0 +1,233 @@
+"""The suites: which data are asked, how, and what is reported of them.
+
+A data set that is not prepared is named in its outcome, with the command that prepares it; the
+others go on.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.data import benchmarks
+from vit_jax_zoo.data.base import SlicedSource, Source
+from vit_jax_zoo.data.benchmarks import ImageNetVariant, ProbeData, VtabTask
+from vit_jax_zoo.data.sources import KINDS, load_source
+from vit_jax_zoo.evaluation.feature_probes import (
+  PROBES,
+  FeatureProbe,
+  Linear,
+  choose_features,
+  create_probe,
+)
+from vit_jax_zoo.evaluation.linear_probe import Labelled
+from vit_jax_zoo.evaluation.rankings import score_rankings
+from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.train.probe import report
+from vit_jax_zoo.transfer.extract import Extractor
+
+SUITES = (*PROBES, "vtab", *benchmarks.IMAGENET)
+"""All names of suites."""
+
+PROBE_DATA: Mapping[str, Mapping[str, ProbeData]] = {
+  name: benchmarks.FEW_SHOT if name == "few_shot" else benchmarks.PROBED for name in PROBES
+}
+"""What each probe is asked of where the user names no data."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """What a suite found on one data set.
+
+  Attributes:
+    suite: its name.
+    data: the name of the data set.
+    scores: by name, shares in [0, 1] and what was chosen; "accuracy" is the headline. Empty where
+      the data set is missing.
+    features: which kind of feature they are of: "features", or the chosen layer.
+    group: VTAB's, of its tasks.
+    missing: how to get the data that are not there.
+    figures: by name.
+  """
+
+  suite: str
+  data: str
+  scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  features: str | None = None
+  group: str | None = None
+  missing: str | None = None
+  figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What a user asks for.
+
+  Attributes:
+    suites: keys of `SUITES`.
+    data: sources (`folder:/path`), or names of the suites' own tables; () for all of these.
+    data_dir: where TFDS's data lie; None: its own place.
+    fit_split: what is learned from, of the sources in `data`.
+    test_split: what is scored, of these.
+    probes: fields of the probes, by name.
+  """
+
+  suites: Sequence[str]
+  data: Sequence[str] = ()
+  data_dir: str | None = None
+  fit_split: str = "train"
+  test_split: str = "test"
+  probes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self) -> None:
+    for suite in self.suites:
+      if suite not in SUITES:
+        raise ValueError(unknown_name("suite", suite, SUITES))
+    if not self.suites:
+      raise ValueError(f"no suite is given; choose from {', '.join(SUITES)}")
+
+  def open(self, source: str, split: str, options: Mapping[str, Any]) -> Source:
+    """Opens a split."""
+    place = {"data_dir": self.data_dir} if self.data_dir and source.startswith("tfds:") else {}
+    return load_source(source, split, **options, **place)
+
+  def choose(self, suite: str, table: Mapping[str, Any], make: Callable[[str], Any]) -> dict:
+    """Returns the data of a suite by name: of its table, or what `make` makes of sources.
+
+    Raises:
+      ValueError: a name is neither in the table nor a source.
+    """
+    chosen = {}
+    for name in self.data or table:
+      if name.partition(":")[0] in KINDS and ":" in name:
+        chosen[name] = make(name)
+      elif name in table:
+        chosen[name] = table[name]
+      else:
+        known = (*table, "folder:/path", "tfds:name", "demo:digits")
+        raise ValueError(unknown_name(f"data for {suite}", name, known))
+    return chosen
+
+
+def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
+  """Yields the outcomes of all that was asked for, as they come.
+
+  Raises:
+    ValueError: one line, about a name, or a model that cannot do what a suite asks.
+  """
+  jobs = [job for suite in request.suites for job in _jobs(suite, request)]
+  cache: dict[Any, Labelled] = {}
+  for number, (suite, name, job) in enumerate(jobs, start=1):
+    logging.info("%s on %s (%d of %d)", suite, name, number, len(jobs))
+    try:
+      yield job(request, extractor, cache)
+    except FileNotFoundError as error:
+      yield Outcome(suite, name, missing=" ".join(str(error).split()))
+
+
+Job = Callable[[Request, Extractor, dict[Any, Labelled]], Outcome]
+
+
+def _jobs(suite: str, request: Request) -> Iterator[tuple[str, str, Job]]:
+  if suite in PROBES:
+    probe = create_probe(suite, **request.probes.get(suite, {}))
+    make = lambda source: ProbeData(source, request.fit_split, request.test_split)  # noqa: E731
+    for name, data in request.choose(suite, PROBE_DATA[suite], make).items():
+      yield suite, name, _ProbeJob(suite, name, data, probe)
+  elif suite == "vtab":
+    for name, task in request.choose(suite, benchmarks.VTAB, _no_task).items():
+      yield suite, name, _VtabJob(name, task)
+  else:
+    table = {suite: benchmarks.IMAGENET[suite]}
+    make = lambda source: dataclasses.replace(  # noqa: E731
+      table[suite], source=source, split=request.test_split, options={}, num_its_classes=None
+    )
+    for name, variant in request.choose(suite, table, make).items():
+      yield suite, name, _VariantJob(suite, name, variant)
+
+
+def _no_task(source: str) -> VtabTask:
+  raise ValueError(f"vtab has its own 19 tasks, and {source} is none; name some of these, or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class _ProbeJob:
+  suite: str
+  name: str
+  data: ProbeData
+  probe: FeatureProbe
+
+  def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
+    parts = [request.open(self.data.source, split, self.data.options)
+             for split in (self.data.fit, self.data.test)]  # fmt: skip
+    fit, test = (_features(extractor, source, cache) for source in parts)
+    return _outcome(self.suite, self.name, self.probe.title, self.probe(fit, test))
+
+
+@dataclasses.dataclass(frozen=True)
+class _VtabJob:
+  name: str
+  task: VtabTask
+
+  def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
+    del cache  # a task's images serve no other
+    train, validation, test = (
+      request.open(self.task.source, split, self.task.options)
+      for split in (self.task.train, self.task.validation, self.task.test)
+    )
+    sizes = benchmarks.VTAB_TRAIN, benchmarks.VTAB_VALIDATION
+    parts = [(source, range(min(size, len(source))))
+             for source, size in zip((train, validation), sizes, strict=True)]  # fmt: skip
+    fit = extractor.features(SlicedSource(f"{train.info.name} and {validation.info.name}", parts))
+    held_out = np.arange(len(fit.labels)) >= len(parts[0][1])
+    probe = Linear()
+    found = probe(fit, extractor.features(test), held_out)
+    return dataclasses.replace(
+      _outcome("vtab", self.name, probe.title, found), group=self.task.group, figures={}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _VariantJob:
+  suite: str
+  name: str
+  data: ImageNetVariant
+
+  def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
+    del cache
+    source = request.open(self.data.source, self.data.split, self.data.options)
+    few = None if self.data.only_its_classes else 5
+    ranked, labels = extractor.rankings(source, few)
+    scores = score_rankings(ranked, labels, only_its_classes=self.data.only_its_classes)
+    wanted = self.data.num_its_classes
+    if wanted is not None and scores["classes"] != wanted:
+      logging.warning("%s: %d classes occur, expected %d", self.name, scores["classes"], wanted)
+    return Outcome(self.suite, self.name, scores)
+
+
+def _features(extractor: Extractor, source: Source, cache: dict[Any, Labelled]) -> Labelled:
+  name = source.info.name
+  if name not in cache:
+    cache[name] = extractor.features(source)
+  return cache[name]
+
+
+def _outcome(suite: str, name: str, title: str, found: Mapping[str, Any]) -> Outcome:
+  judged = report(dict(found), f"{title}, {name}")
+  return Outcome(suite, name, judged.scores, choose_features(found), figures=judged.figures)
+
+
+def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:
+  """Returns VTAB's means: of each group whose tasks are all there, and of all 19 if they are."""
+  scores = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes if outcome.scores}
+  means = {}
+  for group in benchmarks.GROUPS:
+    names = [name for name, task in benchmarks.VTAB.items() if task.group == group]
+    if names and all(name in scores for name in names):
+      means[group] = float(np.mean([scores[name] for name in names]))
+  if all(name in scores for name in benchmarks.VTAB):
+    means["mean"] = float(np.mean([scores[name] for name in benchmarks.VTAB]))
+  return means
