@@ -1,0 +1,129 @@
+"""Every command of README.md, run as a newcomer would: a fresh clone, a fresh environment.
+
+`-m slow`, and needs a package index. Files that the README names (`ViT-B_16.npz`, `/path`, `a.jpg`)
+are made here; trainings other than the demo are cut to two steps of two images, and the README's
+`pytest` to the house's own rules.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from skimage import data as pictures
+
+from tests.test_readme import blocks, commands, module_of
+from vit_jax_zoo import create_model
+from vit_jax_zoo.weights import Preprocess, vit_hf, vit_npz
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.load import flatten_variables
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHORT = ["--config.num_steps=2", "--config.batch_size=2", "--config.eval_every=0"]
+MADE_ELSEWHERE = ("/data", "/archives")
+"""Paths of commands that prepare datasets: tests/data/test_prepare.py runs those."""
+
+
+def write_images(folder, count=4):
+  """Class folders in `train` and `test`, each with a few crops of one photograph."""
+  rng = np.random.default_rng(0)
+  for split in ("train", "test"):
+    for name, picture in {"cat": pictures.chelsea(), "cup": pictures.coffee()}.items():
+      (folder / split / name).mkdir(parents=True)
+      for i in range(count if split == "test" else 5 * count):
+        y, x = rng.integers(0, 80, 2)
+        crop = picture[y : y + 200, x : x + 200, ::-1]
+        cv2.imwrite(str(folder / split / name / f"{i}.jpg"), crop)
+
+
+def write_weights(clone):
+  """A ViT-B/16 as Google and as Hugging Face publish it, at random weights."""
+  model = create_model("vit_b16", num_classes=3, scan_layers=False)
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+  flat = {path: np.asarray(array) for path, array in flatten_variables(variables).items()}
+  export = Export("vit", model, flat, Preprocess((224, 224)))
+  vit_npz.write_checkpoint(str(clone / "ViT-B_16.npz"), export)
+  folder = clone / "google" / "vit-base-patch16-224"
+  folder.mkdir(parents=True)
+  vit_hf.write_checkpoint(str(folder), export)
+
+
+class Newcomer:
+  """Somebody who has just cloned the repository."""
+
+  def __init__(self, folder):
+    self.clone, self.venv, self.images = folder / "clone", folder / "venv", folder / "images"
+    self.env = {
+      key: value
+      for key, value in os.environ.items()
+      if key not in ("PYTHONPATH", "XLA_FLAGS", "VIRTUAL_ENV")
+    }
+    self.env["PATH"] = f"{self.venv / 'bin'}{os.pathsep}{self.env['PATH']}"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(self.clone)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(self.venv)], check=True)
+
+  def run(self, words, timeout=1500):
+    result = subprocess.run(
+      words, cwd=self.clone, env=self.env, capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, f"{words}\n{result.stdout}\n{result.stderr}"
+    return result.stdout + result.stderr
+
+  def make_files(self):
+    write_images(self.images)
+    write_weights(self.clone)
+    shutil.copy(self.images / "test/cat/0.jpg", self.clone / "a.jpg")
+    shutil.copytree(self.images / "test/cup", self.clone / "photos")
+
+
+@pytest.fixture(scope="module")
+def newcomer(tmp_path_factory):
+  return Newcomer(tmp_path_factory.mktemp("newcomer"))
+
+
+def test_the_two_commands(newcomer):
+  install, demo, install_tests, test = commands()[:4]
+  newcomer.run(install)
+  output = newcomer.run(demo)
+  accuracy = float(re.search(r"done after 1000 steps: test/accuracy ([\d.]+)", output)[1])
+  assert accuracy >= 0.96
+  newcomer.run(install_tests)
+  assert test == ["pytest"]
+  newcomer.run(["pytest", "-n", "0", "-q", "tests/test_house.py"])
+
+
+def shortened(words, newcomer):
+  """The command with the newcomer's paths, and two steps of whatever it would train."""
+  words = [word.replace("/path", str(newcomer.images)) for word in words]
+  short = module_of(words) == "vit_jax_zoo.main" and "--config=configs/vit.py" not in words
+  return [*words, *(SHORT if short else [])]
+
+
+def test_all_other_commands(newcomer):
+  newcomer.make_files()
+  done = []
+  for words in commands()[4:]:
+    text = " ".join(words)
+    if words[0] == "./launch_tpu.sh" or any(path in text for path in MADE_ELSEWHERE):
+      continue  # tests/test_readme.py runs the former with --dry-run
+    if "--topology" in text:
+      newcomer.run(["pip", "install", "--quiet", "-e", ".[plan]"])
+    newcomer.run(shortened(words, newcomer))
+    done.append(words)
+  assert len(done) >= 4
+
+
+def test_the_python_of_the_readme(newcomer):
+  given = "import numpy as np\nimages = np.zeros((1, 224, 224, 3), np.float32)\n"
+  given += "pictures = [np.zeros((300, 200, 3), np.uint8)]\n"
+  for text in blocks("python"):
+    newcomer.run(["python", "-c", given + text])
