@@ -48,6 +48,7 @@ def module_of(words):
 def flags_of(module):
   """The names of the flags that a module defines, by reading its source."""
   path = ROOT / (module.replace(".", "/") + ".py")
+  path = path if path.exists() else path.with_suffix("") / "__main__.py"
   calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
   defined = [
     c for c in calls if getattr(c.func, "attr", "").startswith(("DEFINE_", "add_argument"))
