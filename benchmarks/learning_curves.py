@@ -67,6 +67,7 @@ def igpt_config() -> ConfigDict:
   """The demo's iGPT, scored by its probe."""
   config = igpt.get_config("demo")
   config.data.eval = {"probe": config.data.eval.probe.to_dict()}
+  config.checkpoint.best = "probe/accuracy"  # the task's own choice is a likelihood
   return config
 
 

@@ -30,6 +30,7 @@ def test_all_see_the_same_examples_in_the_same_batches(system):
   assert [t["name"] for t in config.data.train.transforms] == ["random_translate"]
   assert score.partition("/")[0] in config.data.eval
   assert [spec.split for spec in config.data.eval.values()] == ["test"]
+  assert config.checkpoint.get("best") in (None, score)  # None: accuracy, as classification has it
 
 
 def test_the_plain_network_differs_by_its_lambda_layers_alone():
