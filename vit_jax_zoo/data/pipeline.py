@@ -32,6 +32,10 @@ _LISTED = 10
 """So many skipped examples are named at the end of a run."""
 
 
+LOADER_FIELDS = ("num_workers", "num_threads", "on_corrupt", "buckets")
+"""What both kinds of batches take of a config's `data.loader`."""
+
+
 def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of the process)
   source: Source,
   transforms: Transforms,

@@ -68,7 +68,7 @@ def check_fields(kind: type[nn.Module], fields: Iterable[str], owner: str) -> No
   known = [f.name for f in dataclasses.fields(kind) if f.name not in ("parent", "name")]
   for field in fields:
     if field not in known:
-      raise ValueError(unknown_name(f"field of {owner}", field, known))
+      raise ValueError(unknown_name(f"field of {owner}", field, [*known, "name"]))
 
 
 def list_models(pattern: str = "*") -> list[str]:

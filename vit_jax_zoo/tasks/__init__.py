@@ -55,7 +55,7 @@ def _check_fields(name: str, task_class: type, given: dict[str, Any]) -> None:
   fields = {f.name: f for f in dataclasses.fields(task_class) if f.name != "model"}
   for key in given:
     if key not in fields:
-      raise ValueError(unknown_name(f"field of task {name!r}", key, fields))
+      raise ValueError(unknown_name(f"field of task {name!r}", key, [*fields, "name"]))
   for key, field in fields.items():
     needed = field.default is field.default_factory is dataclasses.MISSING
     if needed and given.get(key) is None:

@@ -104,7 +104,7 @@ def check_fields(kind: str, given: Mapping[str, Any], known: Sequence[str]) -> N
   """Raises ValueError at the first entry of `given` that is not known."""
   for field in given:
     if field not in known:
-      raise ValueError(unknown_name(kind, field, known))
+      raise ValueError(unknown_name(kind, field, [*known, "name"]))
 
 
 def fields_of(make: Callable[..., Any]) -> list[str]:
