@@ -50,11 +50,10 @@ def fill(disk, leave):
 
 
 def the_error(output):
-  """Returns the one line that a failed command says."""
-  assert "Traceback" not in output, output
-  lines = [line for line in output.splitlines() if line.startswith("error: ")]
-  assert len(lines) == 1, output
-  return lines[0]
+  """Returns the one line that a failed command says: its last."""
+  lines = output.splitlines()
+  assert [line for line in lines if line.startswith("error: ")] == lines[-1:], output
+  return lines[-1]
 
 
 def bits(workdir):
@@ -68,6 +67,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
   # The state is about 2 MB; logs and pictures still have their place.
   filler = fill(small_disk, leave=800_000)
   output = command.run(workdir, *LONGER, expect=2)
+  # Threads of TensorStore's, which writes, may have printed traces of their own before it.
   assert "No space left" in the_error(output)
   assert find_checkpoint(workdir, prefer_best=False).name == "6"
   jax.tree.map(np.testing.assert_array_equal, bits(workdir), good)
@@ -112,7 +112,9 @@ def test_one_picture_in_a_hundred_is_cut_off(tmp_path):
   output = command.run(tmp_path / "b", *command.TINY, *data, "--config.data.loader.on_corrupt=skip")
   assert "done after 50 steps" in output
   rows = command.rows(tmp_path / "b")
-  assert max(row.get("data/skipped_images", 0) for row in rows) == 2 * cut
+  assert rows[-1]["test/skipped_images"] == cut
+  # Two epochs, and perhaps some of the third in the batches that were prepared and not needed.
+  assert 2 * cut <= max(row.get("data/skipped_images", 0) for row in rows) <= 3 * cut
 
 
 def test_numbers_that_are_not_finite_are_never_saved(tmp_path):
