@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.batch_norm import norm_factory
 from vit_jax_zoo.layers.drop_path import DropPath, drop_path_rates
-from vit_jax_zoo.layers.pointwise import PointwiseConv
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.sharding import shard_batch
 
@@ -68,25 +67,21 @@ class ConvNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
     """Returns a map of ceil(side / stride), padded alike on both sides."""
-    x = self._conv()(x)
-    scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
-    x = self.norm(scale_init=scale_init, name="norm")(x, train=train)
-    return x if self.activation is None else ACTIVATIONS[self.activation](x)
-
-  def _conv(self) -> nn.Module:
-    fields = {"kernel_init": _he_normal, "dtype": self.dtype, "name": "conv"}
-    if self.kernel_size == 1:
-      return PointwiseConv(self.features, self.stride, **fields)
     pad = self.dilation * (self.kernel_size // 2)
-    return nn.Conv(
+    x = nn.Conv(
       self.features,
       (self.kernel_size, self.kernel_size),
       (self.stride, self.stride),
       padding=((pad, pad), (pad, pad)),
       kernel_dilation=(self.dilation, self.dilation),
       use_bias=False,
-      **fields,
-    )
+      kernel_init=_he_normal,
+      dtype=self.dtype,
+      name="conv",
+    )(x)
+    scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
+    x = self.norm(scale_init=scale_init, name="norm")(x, train=train)
+    return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
 
 class SqueezeExcite(nn.Module):
