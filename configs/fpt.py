@@ -14,6 +14,9 @@ r"""FPT: boxes and masks of objects, found on a pyramid whose levels see each ot
 | faster_rcnn_r50_fpt_official_coco  mask_         | COCO          | -                            |
 | mask_rcnn_lambda_resnet_101_coco  152            | COCO          | 49.4/43.5, 50.0/43.9 AP      |
 
+The demos also draw where each level looks from an object, `explain_levels`; others do with
+`--config.explain=true`, where the finest level has at most 64x64 positions.
+
 Variants with a field `neck` can be had with the feature pyramid transformer (fpt), a feature
 pyramid network (fpn) or the plain bottom-up pyramid (bfp), which is what the paper compares with.
 The variants of semantic segmentation stand in `configs/fpt_segmentation.py`.
@@ -110,6 +113,7 @@ def _demo(neck: str, num_steps: int, batch_size: int) -> ConfigDict:
       },
       "log_every": 50,
       "eval_every": 0,
+      "explain": neck == "fpt",
       "checkpoint": {"every": 0, "keep": 1},
     }
   )
@@ -161,6 +165,8 @@ def coco(
     switched off, and norms over all devices: `norm=batch_norm` trains those of the backbone, whose
     statistics are here those of the whole batch, on however many devices.
   Differs from the code: the warm-up begins at 0, not at a third of the rate.
+  Padding: images of a batch are padded to one size, and the transformer looks at the padding's
+    positions, too, as in the code: what is found depends, a little, on what an image comes with.
   Weights: the backbone starts from `--config.task.backbone_file`: Caffe's ResNet-50 in the official
     variants (R-50.pkl or resnet50_caffe.pth), torchvision's in the others. `--config.init_from`
     takes a whole detector: a run, torchvision's files, or a state dict of the official code's.

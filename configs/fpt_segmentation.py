@@ -86,6 +86,7 @@ def demo(
       },
       "log_every": 50,
       "eval_every": 0,
+      "explain": neck == "fpt",
       "checkpoint": {"every": 0, "keep": 1},
     }
   )

@@ -1,19 +1,16 @@
 """Finding objects in pictures with a two-stage detector: boxes, and masks where it has them."""
 
-import functools
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from faster_coco_eval.core import mask as run_lengths
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.evaluation.instances import encode_masks
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_files import box_annotation
-from vit_jax_zoo.inference.levels import check_size, draw_looks, intermediates
-from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.mask_paste import paste_masks
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.instances import draw_found_masks
@@ -65,8 +62,8 @@ class InstancePredictor:
     pictures: dict[str, Picture] = {"": self._draw(image, boxes, labels, scores)}
     if self._options.explain:
       box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
-      place = tuple((box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2])
-      pictures["levels"] = self._draw_levels(image, prepared, (float(place[0]), float(place[1])))
+      place = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
+      pictures["levels"] = self._draw_levels(prepared, place.astype(np.float32))
     if "box_masks" in found:
       masks = paste_masks(
         found["box_masks"][0][sure].astype(np.float64),
@@ -92,21 +89,10 @@ class InstancePredictor:
     draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # the surest on top
     return figure
 
-  def _draw_levels(self, image: Image, prepared: np.ndarray, place: tuple[float, float]) -> Figure:
-    pixels = jnp.asarray(prepared[None])
-    images = normalize_images(pixels, self._task.image_mean, self._task.image_std)
-    apply = functools.partial(
-      self._trained.model.apply, mutable=["intermediates"], method="propose"
-    )
-    pyramid = jax.eval_shape(apply, self._trained.variables, images)[0].pyramid
-    sizes = [(level.shape[1], level.shape[2]) for level in pyramid]
-    check_size(sizes)
-    seen = intermediates(apply, self._trained.variables, images)["neck"]
-    names = self._trained.model.levels
-    titles = [
-      f"p{name[1:]}: {height}x{width}" for name, (height, width) in zip(names, sizes, strict=True)
-    ]
-    return draw_looks(image, seen, sizes, place, titles)
+  def _draw_levels(self, prepared: np.ndarray, place: Float[np.ndarray, " 2"]) -> Figure:
+    batch = {"image": prepared[None], "looked_from": place[None]}
+    found = jax.jit(self._task.explain)(self._trained.variables, batch)
+    return self._task.draw_explanation(jax.device_get(found)).images["levels"]
 
 
 def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,11 @@ from typing import Any, ClassVar
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, UInt8
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
-from vit_jax_zoo.inference.levels import check_size, draw_looks, intermediates
-from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.visualize.segmentation import color_labels
 
 STRENGTH = 0.55
@@ -62,15 +59,8 @@ class SegmentationPredictor:
     return Prediction({"classes": self._classes(labels, confidence)}, pictures)
 
   def _draw_levels(self, image: np.ndarray) -> Figure:
-    images = normalize_images(jnp.asarray(image[None]), self._task.image_mean, self._task.image_std)
-    apply = functools.partial(self._trained.model.apply, train=False, mutable=["intermediates"])
-    shapes = jax.eval_shape(apply, self._trained.variables, images)[0]["logits"].shape
-    kernels = self._trained.model.kernel_sizes
-    sizes = [(shapes[1], shapes[2])] * len(kernels)
-    check_size(sizes)
-    seen = intermediates(apply, self._trained.variables, images)["transformer"]
-    titles = [f"level {level}: {size}x{size}" for level, size in enumerate(kernels)]
-    return draw_looks(image, seen, sizes, (0.5, 0.5), titles)
+    found = jax.jit(self._task.explain)(self._trained.variables, {"image": image[None]})
+    return self._task.draw_explanation(jax.device_get(found)).images["levels"]
 
   def _classes(
     self, labels: Int[np.ndarray, "h w"], confidence: np.ndarray

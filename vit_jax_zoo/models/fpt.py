@@ -114,6 +114,11 @@ class PyramidSegmenter(nn.Module):
       outputs["auxiliary_logits"] = auxiliary
     return outputs
 
+  @property
+  def level_names(self) -> tuple[str, ...]:
+    """Names of the pyramid's levels: the sides of their kernels."""
+    return tuple(f"kernel {size}" for size in self.kernel_sizes)
+
   def _transformer(self) -> FeaturePyramidTransformer:
     fields: dict[str, Any] = {
       "norm": self.norm,

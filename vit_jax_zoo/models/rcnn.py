@@ -300,6 +300,11 @@ class RCNN(nn.Module):
     return self.mask_head is not None
 
   @property
+  def level_names(self) -> tuple[str, ...]:
+    """Names of the pyramid's levels, from fine to coarse."""
+    return tuple(f"p{level[1:]}" for level in self.levels)
+
+  @property
   def small_print(self) -> Convention:
     """The convention's details."""
     return find_convention(self.convention)
@@ -345,10 +350,7 @@ class RCNN(nn.Module):
       int(math.log2(stride)) for stride in (strides[0], strides[-1], self.canonical_stride)
     )
     level = box_levels(
-      boxes_xyxy,
-      (first, last),
-      canonical_size=self.canonical_size,
-      canonical_level=canonical,
+      boxes_xyxy, (first, last), canonical_size=self.canonical_size, canonical_level=canonical
     )
     return [pyramid_roi_align(pyramid, boxes, level - first, **fields)]
 

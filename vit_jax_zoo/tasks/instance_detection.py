@@ -30,6 +30,7 @@ from vit_jax_zoo.ops.roi_align import crop_masks
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection import IMAGENET_MEAN, IMAGENET_STD, image_size
+from vit_jax_zoo.tasks.pyramid_looks import draw_looks, explain_looks, first_targets
 from vit_jax_zoo.tasks.two_stage import Rois, Targets, TwoStageModel
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.instances import draw_masks
@@ -213,6 +214,24 @@ class InstanceDetection(base.Task):
       masks = self.model.apply(variables, found.pyramid, boxes, method="segment")
       predictions["box_masks"] = jax.nn.sigmoid(losses.mask_of_class(masks, labels))
     return predictions
+
+  def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
+    """Returns where a feature pyramid transformer's levels look from the images' first targets.
+
+    Raises:
+      ValueError: see `pyramid_looks.explain_looks`.
+    """
+    propose = functools.partial(self.model.apply, method="propose", mutable=["intermediates"])
+
+    def run(first: base.Batch) -> Mapping[str, Any]:
+      _, seen = propose(variables, self._images(first), image_size(first))
+      return seen["intermediates"]["neck"]
+
+    return explain_looks(self.model, run, batch, first_targets(batch))
+
+  def draw_explanation(self, explanation: Any) -> base.Explained:
+    """Draws where the levels look."""
+    return base.Explained({"levels": draw_looks(explanation, self.model)}, {})
 
   def evaluator(self) -> DetectionEvaluator:
     """Returns an empty evaluator: COCO's scores of boxes, and of masks where there are any."""

@@ -1,7 +1,9 @@
 """Semantic segmentation: the class of every pixel."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.evaluation.segmentation import SegmentationEvaluator
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.pyramid_looks import draw_looks, explain_looks, middles
 from vit_jax_zoo.visualize import segmentation as draw
 
 IGNORE = 255
@@ -130,6 +133,23 @@ class SemanticSegmentation(base.Task):
       "label_map": jnp.argmax(logits, axis=-1).astype(jnp.int32),
       "confidence": confidence.astype(jnp.float32),
     }
+
+  def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
+    """Returns where a feature pyramid transformer's levels look from the images' middles.
+
+    Raises:
+      ValueError: see `pyramid_looks.explain_looks`.
+    """
+    look = functools.partial(self.model.apply, train=False, mutable=["intermediates"])
+
+    def run(first: base.Batch) -> Mapping[str, Any]:
+      return look(variables, self._images(first))[1]["intermediates"]["transformer"]
+
+    return explain_looks(self.model, run, batch, middles(batch))
+
+  def draw_explanation(self, explanation: Any) -> base.Explained:
+    """Draws where the levels look."""
+    return base.Explained({"levels": draw_looks(explanation, self.model)}, {})
 
   def evaluator(self) -> SegmentationEvaluator:
     """Returns an empty evaluator: mean intersection over union, accuracies."""

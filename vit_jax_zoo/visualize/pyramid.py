@@ -10,30 +10,34 @@ _CELL = 2.4  # inches
 
 
 def draw_levels(
-  image: Num[np.ndarray, "h w c"],
-  maps: Sequence[Float[np.ndarray, "_ _"]],
+  images: Num[np.ndarray, "b h w c"],
+  maps: Sequence[Float[np.ndarray, "b _ _"]],
   titles: Sequence[str],
-  place: tuple[float, float],
+  places: Float[np.ndarray, "b 2"],
 ) -> Figure:
-  """Draws an image with one place marked, and where each level looks from there.
+  """Draws images with one place marked in each, and beside them where each level looks from there.
 
   Args:
-    image: uint8, or floats in [0, 255].
+    images: uint8, or floats in [0, 255].
     maps: weights over each level's positions; each is scaled to its own maximum.
     titles: of the maps.
-    place: that is looked from, in shares of height and width.
+    places: that are looked from, in shares of height and width.
   """
-  size = (_CELL * (len(maps) + 1), _CELL + 0.35)
+  height, width = images.shape[1:3]
+  cell = _CELL * min(height / width, 2.0)
+  size = (_CELL * (len(maps) + 1), cell * len(images) + 0.35)
   figure = Figure(figsize=size, dpi=110)
-  axes = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
-  figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / size[1], wspace=0.04)
-  height, width = image.shape[:2]
-  axes[0].imshow(np.clip(image, 0, 255).astype(np.uint8), interpolation="nearest")
-  axes[0].plot(place[1] * width - 0.5, place[0] * height - 0.5, "o", mfc="none", mec="w", ms=10)
-  axes[0].set_title("from the ring", fontsize=9)
-  for ax, weights, title in zip(axes[1:], maps, titles, strict=True):
-    ax.imshow(weights, cmap="viridis", vmin=0, interpolation="nearest")
+  grid = figure.subplots(len(images), len(maps) + 1, squeeze=False)
+  figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / size[1], wspace=0.04, hspace=0.04)
+  for row, axes in enumerate(grid):
+    axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
+    y, x = places[row] * (height, width) - 0.5
+    axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
+    axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
+    for ax, weights in zip(axes[1:], maps, strict=True):
+      ax.imshow(weights[row], cmap="viridis", vmin=0, interpolation="nearest")
+    for ax in axes:
+      ax.set_axis_off()
+  for ax, title in zip(grid[0], ("from the ring", *titles), strict=True):
     ax.set_title(title, fontsize=9)
-  for ax in axes:
-    ax.set_axis_off()
   return figure
