@@ -140,6 +140,25 @@ def test_scores_and_pictures(batch):
   assert task.figures({**batch, "mask": np.zeros(3, bool)}, perfect) == {}
 
 
+class EveryFourth(nn.Module):
+  """What stands at every fourth row and column, as strided convolutions round."""
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    weight = self.param("weight", nn.initializers.ones, ())
+    return {"logits": weight * images[:, ::4, ::4]}
+
+
+def test_odd_sides_move_nothing():
+  """An image whose last rows and columns are missing: elsewhere all stays where it was."""
+  task = create_task("semantic_segmentation", EveryFourth(), num_classes=3)
+  image = np.random.default_rng(0).integers(256, size=(1, 32, 40, 3)).astype(np.uint8)
+  variables = {"params": {"weight": jnp.ones(())}}
+  whole = task.predict(variables, {"image": image})["label_map"]
+  part = task.predict(variables, {"image": image[:, :29, :38]})["label_map"]
+  np.testing.assert_array_equal(part, whole[:, :29, :38])
+
+
 @pytest.fixture(scope="module")
 def tiny():
   """The task with the paper's network, small; variables; loss with gradients."""

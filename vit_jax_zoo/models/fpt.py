@@ -90,8 +90,9 @@ class PyramidSegmenter(nn.Module):
         mutable); dropout draws from the "dropout" stream.
 
     Returns:
-      `logits` float32 [b i j num_classes], of the size of the backbone's last map: enlarge them to
-      the images, bilinearly. With an auxiliary head, while training, `auxiliary_logits`, too.
+      `logits` float32 [b i j num_classes], of the size of the backbone's last map: enlarge them by
+      the stride, bilinearly, and cut them to the images. With an auxiliary head, while training,
+      `auxiliary_logits`, too.
     """
     if self.neck not in NECKS:
       raise ValueError(unknown_name("neck", self.neck, NECKS))

@@ -184,14 +184,23 @@ class SemanticSegmentation(base.Task):
     return (labels != IGNORE) & base.example_mask(batch)[:, None, None]
 
   def _enlarged(self, logits: Float[Array, "b i j k"], batch: base.Batch) -> Array:
-    """Enlarges logits bilinearly to the image, pixels' middles aligned."""
+    """Enlarges logits bilinearly by the model's stride, pixels' middles aligned, and cuts the rest.
+
+    (Not to the image's size: maps are rounded up, and would be pressed into images of odd sides.)
+    """
     if logits.shape[-1] != self.num_classes:
       raise ValueError(
         f"the model has {logits.shape[-1]} classes, but the task {self.num_classes}; give both the "
         "same num_classes"
       )
-    shape = (*batch["image"].shape[:3], self.num_classes)
-    return jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
+    height, width = batch["image"].shape[1:3]
+    rows, columns = logits.shape[1:3]
+    stride = 1
+    while stride * rows < height or stride * columns < width:
+      stride *= 2
+    shape = (len(logits), stride * rows, stride * columns, self.num_classes)
+    large = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
+    return large[:, :height, :width]
 
   def _losses(
     self,
