@@ -39,10 +39,10 @@ def demo(
 
   Paper: none; the parts are the paper's, on maps of a quarter of the image's sides.
   Hardware: any. A step of 16 images takes about half a second on two CPU cores that are free.
-  Expected: aim 0.6 mIoU; not yet run here to its end. Of the pixels of the training scenes 59 %
-    were right after 50 steps, 71 % after 100, 74 % after 117 of the 600; nothing was scored on the
-    test.
-    (A map of a quarter of the sides, enlarged, can reach 0.89: true labels averaged to its size.)
+  Expected: mIoU 0.3. The aim was 0.6: digits are found, but not told apart. (A map of a quarter of
+    the sides, enlarged, can reach 0.89: true labels averaged to its size.)
+  Ours: mIoU 0.31, 81 % of the pixels right, one seed: textures 0.87 to 0.92, digits 0.11 and less,
+    as nearly all are called 1. A step took 0.85 s on two cores beside other work.
   """
   load = {"name": "load_label_map"}
   source = {"source": "demo:scenes", "panoptic": True, "transforms": [load]}
