@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests.command import environment
+
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 SIDES = """
@@ -120,7 +122,9 @@ def test_both_sides_compute_the_same(name, tmp_path):
     f"--batch_size={batch}", f"--image_size={side}", "--rounds=1", "--seconds=0.01", "--pixels=2",
     "--threads=1", f"--output={tmp_path}",
   ]  # fmt: skip
-  done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+  done = subprocess.run(
+    command, capture_output=True, text=True, timeout=1200, check=False, env=environment()
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   (result,) = json.loads((tmp_path / "peers.json").read_text())["results"]
   assert result["skipped"] == {}
