@@ -136,7 +136,8 @@ def read_class_names(path: str) -> tuple[str, ...]:
 def read_image(path: pathlib.Path) -> np.ndarray:
   """Decodes a user's picture: upright, RGB, whatever its kind.
 
-  Where it is transparent it lies on white, as viewers show it. 16-bit samples keep the upper byte.
+  Where it is transparent it lies on white, as viewers show it. 16-bit samples keep the upper byte,
+  floating-point ones are taken to lie in [0, 1], or in [0, 255] if any is above 1.
 
   Raises:
     ValueError: it is no picture, or a truncated one.
@@ -150,12 +151,19 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     raise ValueError(f"{path} cannot be read: {reason}") from None
   if picture.mode.startswith("I"):
     samples = np.asarray(picture).astype(np.int64)
-    gray = (samples >> 8 if samples.max(initial=0) > 255 else samples).astype(np.uint8)
-    return np.repeat(gray[..., None], 3, axis=2)
+    return _gray(samples >> 8 if samples.max(initial=0) > 255 else samples)
+  if picture.mode == "F":
+    samples = np.nan_to_num(np.asarray(picture))
+    return _gray(np.round(samples * 255 if samples.max(initial=0) <= 1 else samples))
   if picture.has_transparency_data:
     rgba = picture.convert("RGBA")
     picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
   return np.array(picture.convert("RGB"))
+
+
+def _gray(samples: np.ndarray) -> np.ndarray:
+  """Returns RGB pixels of gray levels, of which those outside [0, 255] are cut."""
+  return np.repeat(np.clip(samples, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pathlib.Path) -> int:
@@ -175,8 +183,9 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
       prediction = predictor(image)
     except ValueError as error:
       failed += 1
-      records.append({"image": str(path), "error": " ".join(str(error).split())})
-      logging.error("%s: %s", path, records[-1]["error"])
+      message = " ".join(str(error).split())
+      records.append({"image": str(path), "error": message})
+      logging.error("%s", message if str(path) in message else f"{path}: {message}")
     else:
       records.append({"image": str(path), **prediction.record})
       _write_pictures(prediction, output, name)
@@ -191,11 +200,15 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
 
 
 def _unique_names(paths: Sequence[pathlib.Path]) -> Iterator[str]:
-  """Yields a name for each file's pictures; equal ones from different folders are numbered."""
-  used: dict[str, int] = {}
+  """Yields a name for each file's pictures; equal ones are numbered, around those there are."""
+  stems, used = {path.stem for path in paths}, set()
   for path in paths:
-    used[path.stem] = used.get(path.stem, 0) + 1
-    yield path.stem if used[path.stem] == 1 else f"{path.stem}_{used[path.stem]}"
+    name, number = path.stem, 1
+    while name in used or (number > 1 and name in stems):
+      number += 1
+      name = f"{path.stem}_{number}"
+    used.add(name)
+    yield name
 
 
 def _log_progress(done: int, total: int, seconds: float) -> None:
