@@ -46,7 +46,7 @@ def test_a_variant_of_another_shape():
   [
     ("dmo", "unknown variant 'dmo'; did you mean 'demo'? Known: b16_other, demo"),
     ("demo,num_step=3", "unknown field of demo 'num_step'; did you mean 'num_steps'? Known: "),
-    ("b16_other,flip=true", "unknown field of b16_other 'flip'; Known: image_size"),
+    ("b16_other,flip=true", "unknown field of b16_other 'flip'; known: image_size"),
     ("demo,flip=True", "demo,flip='True': expected true or false"),
     ("demo,flip=1", "demo,flip='1': expected true or false"),
     ("demo,num_steps=1.5", "demo,num_steps='1.5': expected a whole number, such as 10"),

@@ -17,5 +17,5 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
   """
   names = sorted(known)
   nearest = difflib.get_close_matches(given, names, n=1)
-  hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-  return f"unknown {kind} {given!r}{hint} Known: {', '.join(names)}"
+  hint = f"; did you mean {nearest[0]!r}? Known" if nearest else "; known"
+  return f"unknown {kind} {given!r}{hint}: {', '.join(names)}"
