@@ -287,7 +287,9 @@ class TestFolder:
     for name in folders:
       (tmp_path / name / "x").mkdir(parents=True)
       (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
-    with pytest.raises(ValueError, match=f"unknown split '{split}'.*[Kk]nown: choose, fit, {known}$"):
+    with pytest.raises(
+      ValueError, match=f"unknown split '{split}'.*[Kk]nown: choose, fit, {known}$"
+    ):
       load_source(f"folder:{tmp_path}", split)
 
   def test_class_order_can_be_given(self, class_folders, tmp_path):

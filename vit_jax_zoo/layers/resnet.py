@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.layers.batch_norm import norm_factory
 from vit_jax_zoo.layers.drop_path import DropPath, drop_path_rates
 from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.pointwise import pointwise_conv
 from vit_jax_zoo.ops.sharding import shard_batch
 
 # arXiv:1512.03385, Table 1; from 200 on, ResNet-RS (arXiv:2103.07579).
@@ -77,6 +78,7 @@ class ConvNorm(nn.Module):
       use_bias=False,
       kernel_init=_he_normal,
       dtype=self.dtype,
+      conv_general_dilated=pointwise_conv if self.kernel_size == 1 else None,
       name="conv",
     )(x)
     scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
