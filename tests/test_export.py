@@ -1,5 +1,6 @@
 """`python -m vit_jax_zoo.export`: every form, read again by whoever reads it."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -128,6 +129,20 @@ def test_stablehlo_runs_without_this_package(tmp_path):
   notes = json.loads((tmp_path / "model.json").read_text())
   assert notes["outputs"]["logits"] == ["b", "3", "float32"]
   assert notes["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_a_run_changes_its_size_as_googles_file_does(tmp_path):
+  made = tiny(position_embedding="learned_1d", pool="cls")
+  export.write(made, "npz", str(tmp_path / "x.npz"))
+  export.write(made, "orbax", str(tmp_path / "run"))
+  of_file, of_run = (
+    load_pretrained(str(tmp_path / name), image_size=(32, 40), num_classes=7, **known)
+    for name, known in (("x.npz", {"source_image_size": (16, 24), "num_heads": 2}), ("run", {}))
+  )
+  assert of_run.config["image_size"] == of_run.preprocess.image_size == (32, 40)
+  assert of_run.variables["params"]["position_embedding"]["table"].shape[1] == 4 * 5 + 1
+  close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  jax.tree.map(close, of_run.variables, of_file.variables)
 
 
 def test_an_orbax_export_is_used_like_a_run(tmp_path):

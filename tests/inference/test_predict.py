@@ -198,6 +198,23 @@ def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
     load(str(tmp_path / "run"))
 
 
+def test_runs_are_loaded_for_other_images_and_classes(vit_run, igpt_run):
+  run = load_pretrained(str(vit_run))
+  small = {key: run.variables["params"][key] for key in ("encoder", "embedding")}
+  for options in ({"image_size": 16}, {"num_classes": 3}, {"image_size": (8, 16)}):
+    loaded = load_pretrained(str(vit_run), **options)
+    pictures = [photo(20, 30), photo(9, 9, seed=1)]
+    logits = loaded.model.apply(loaded.variables, loaded.preprocess(pictures))["logits"]
+    assert logits.shape == (2, options.get("num_classes", 10))
+    assert loaded.preprocess.image_size == loaded.config["image_size"]
+    assert loaded.class_names == (() if "num_classes" in options else run.class_names)
+    assert np.any(logits[0] != logits[1]) == ("num_classes" not in options)  # a fresh head is zero
+    same = {key: loaded.variables["params"][key] for key in small}
+    jax.tree.map(np.testing.assert_array_equal, same, small)
+  with pytest.raises(ValueError, match="is a run of pixel_modelling; image_size and num_classes"):
+    load_pretrained(str(igpt_run), image_size=16)
+
+
 def test_runs_are_loaded_by_load_pretrained(vit_run, igpt_run):
   loaded = load_pretrained(str(vit_run))
   assert loaded.class_names == tuple("0123456789")

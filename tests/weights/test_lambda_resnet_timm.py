@@ -44,6 +44,7 @@ def test_all_problems_are_reported_at_once():
   published["head.fc.weight"] = published["head.fc.weight"][:, :5]
   published["stages.2.1.self_attn.qkv.weight"] = np.zeros(3, np.float32)
   published["stem.conv9.conv.weight"] = np.zeros(1, np.float32)
+  published["stages.0.0.conv1_1x1.bn.bias"] = np.zeros(16, np.int32)
   del published["stages.3.1.post_attn.running_var"]
   with pytest.raises(WeightsError) as error:
     lambda_resnet_timm.read_variables(published, shapes, "x.safetensors")
@@ -51,6 +52,7 @@ def test_all_problems_are_reported_at_once():
     "x.safetensors does not fit",
     "wrong shape: head.fc.weight is (5, 10)",
     "wrong shape: stages.2.1.self_attn.qkv.weight is (3,)",
+    "no floating-point numbers: stages.0.0.conv1_1x1.bn.bias is int32",
     "unused: stem.conv9.conv.weight",
     "missing: batch_stats/c5_block1/lambda_norm/var (128,) (stages.3.1.post_attn.running_var)",
   ):

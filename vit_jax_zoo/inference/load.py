@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -35,8 +36,9 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
 
   Args:
     path: as in `weights.load_pretrained`; or a run's `--workdir`, or one of its checkpoints.
-    **options: as there. Of a run: fields of the model, where they do not change its parameters
-      (`dtype`, `scan_layers`, ...); `num_classes=None` leaves the head away.
+    **options: as there. Of a run: `image_size` (a ViT's positions are resized), `num_classes` (None
+      leaves the head away, another number starts it from zeros), and fields of the model that do
+      not change its parameters (`dtype`, `scan_layers`, ...).
 
   Raises:
     ValueError: as there; or the run's checkpoint does not fit the model that its config makes.
@@ -45,20 +47,32 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   if not is_checkpoint(path):
     return weights.load_pretrained(path, **options)
   run = _Run.read(path)
+  wanted = options.pop("image_size", None)
   model = run.model(options)
-  variables = _adapted(run, model)
-  size = run.image_size(model)
+  seen = run.image_size(model)
+  size = seen if wanted is None else (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+  if size != seen or options.get("num_classes") is not None:
+    variables = _refitted(run, model, seen, size)
+  else:
+    variables = _adapted(run, model)
+  preprocess = run.preprocess(seen)
   config = {name: getattr(model, name) for name in _field_names(model)}
   return Pretrained(
     model,
     dict(variables),
-    run.preprocess(size),
+    preprocess if size is None else preprocess.at_size(size),
     {**config, "image_size": size},
     task=run.config["task"]["name"],
-    task_fields={
-      k: v for k, v in run.task_fields().items() if k not in ("image_mean", "image_std")
-    },
+    task_fields=_fields_beside(run, model),
   )
+
+
+def _fields_beside(run: "_Run", model: Any) -> dict[str, Any]:
+  """Returns what is known of the task beside the preprocessing; no names of classes it has not."""
+  fields = {k: v for k, v in run.task_fields().items() if k not in ("image_mean", "image_std")}
+  if "num_classes" in fields and getattr(model, "num_classes", None) != fields["num_classes"]:
+    fields = {k: v for k, v in fields.items() if k not in ("num_classes", "class_names")}
+  return fields
 
 
 def load(
@@ -252,6 +266,31 @@ def _adapted(run: _Run, model: Any) -> Variables:
     params = {k: v for k, v in variables["params"].items() if k != "head"}
     variables = {**variables, "params": params}
   return weights.relayout(variables, scan_layers=getattr(model, "scan_layers", None))
+
+
+def _refitted(
+  run: _Run, model: Any, seen: tuple[int, int] | None, size: tuple[int, int] | None
+) -> Variables:
+  """Returns the run's variables fitted to a model with another head, or to images of `size`.
+
+  Raises:
+    ValueError: it is no classifier of images, or its parameters do not fit.
+  """
+  if run.config["task"]["name"] != "classification":
+    raise ValueError(
+      f"{run.path} is a run of {run.config['task']['name']}; image_size and num_classes can be "
+      "changed for classifiers"
+    )
+  image = np.zeros((1, *(size or (224, 224)), 3), np.float32)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))
+  fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  grids = [
+    (each[0] // model.patch_side, each[1] // model.patch_side)
+    if each and hasattr(model, "patch_side")
+    else None
+    for each in (seen, size)
+  ]
+  return weights.adapt(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])
 
 
 def _field_names(model: Any) -> list[str]:

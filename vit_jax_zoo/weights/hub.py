@@ -56,9 +56,17 @@ def resolve(name: str) -> str:
     return _fetch(name, ENTRIES[name])
   if _HUB_NAME.fullmatch(name) and not name.endswith((".npz", ".safetensors", ".pth", ".bin")):
     return _from_hub(name)
+  raise WeightsError(f"there is no checkpoint at {name}{_hint(name)}")
+
+
+def _hint(name: str) -> str:
+  """Returns what a user may have meant who names a file that is not there."""
+  file = name.rsplit("/", 1)[-1]
+  same = [key for key, entry in ENTRIES.items() if any(u.endswith(f"/{file}") for u in entry.urls)]
+  if same:
+    return f"; to have a published file of that name downloaded, say {' or '.join(same)}"
   nearest = difflib.get_close_matches(name, ENTRIES, n=1)
-  hint = f"; did you mean the published {nearest[0]}?" if nearest else ""
-  raise WeightsError(f"there is no checkpoint at {name}{hint}")
+  return f"; did you mean the published {nearest[0]}?" if nearest else ""
 
 
 def _fetch(name: str, entry: Entry) -> str:

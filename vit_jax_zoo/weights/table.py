@@ -120,7 +120,8 @@ def read(
     ignore: regular expressions of keys that may stay unused.
 
   Raises:
-    WeightsError: parameters without an array, arrays without a parameter, or shapes that differ.
+    WeightsError: parameters without an array, arrays without a parameter, shapes that differ, or
+      whole numbers where weights should be.
   """
   found: Flat = {}
   used, problems = set(), []
@@ -133,6 +134,8 @@ def read(
       continue
     key, row = present
     used.add(key)
+    if published[key].dtype.kind in "biu":
+      problems.append(f"no floating-point numbers: {key} is {published[key].dtype}")
     found[path] = row.transform.read(published[key], shape)
     if found[path].shape != shape:
       problems.append(f"wrong shape: {key} is {published[key].shape}, {path} needs {shape}")
