@@ -69,6 +69,26 @@ def test_lambda_resnets_by_their_path(name, load_golden, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
 
 
+def test_tables_of_offsets_stay_what_they_are_at_another_size(tmp_path):
+  source = lambda_file("lambda_resnet26rpt_a")
+  loaded = load_pretrained(source, image_size=64)
+  assert loaded.preprocess.image_size == (64, 64)
+  export.write(loaded, "safetensors-timm", str(tmp_path / "timm"))
+  written = load_file(tmp_path / "timm" / "model.safetensors")
+  assert_same_arrays(written, load_file(source), ("num_batches_tracked",))
+  timm_config = json.loads((tmp_path / "timm" / "config.json").read_text())
+  assert timm_config["model_args"]["img_size"] == 128
+  export.write(loaded, "orbax", str(tmp_path / "run"))
+  again = load_pretrained(str(tmp_path / "run"), image_size=256)
+  assert again.preprocess.image_size == (256, 256)
+  jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
+  headless = load_pretrained(str(tmp_path / "run"), image_size=256, num_classes=None)
+  assert "head" not in headless.variables["params"]
+  fresh = load_pretrained(str(tmp_path / "run"), num_classes=3).variables["params"]["head"]
+  assert fresh["kernel"].shape[1:] == fresh["bias"].shape == (3,)
+  assert not np.any(fresh["kernel"])
+
+
 def test_a_lambda_resnet_gets_a_new_head_and_lacks_no_statistics(tmp_path):
   source = lambda_file("lambda_resnet26t_a")
   loaded = load_pretrained(source, num_classes=3, image_size=64)

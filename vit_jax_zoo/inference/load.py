@@ -281,15 +281,18 @@ def _refitted(
       f"{run.path} is a run of {run.config['task']['name']}; image_size and num_classes can be "
       "changed for classifiers"
     )
-  image = np.zeros((1, *(size or (224, 224)), 3), np.float32)
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), image))
+  side = getattr(model, "patch_side", None)
+  if side is None:  # nothing but the head has another shape
+    variables, classes = _adapted(run, model), model.num_classes
+    if classes in (None, _count_classes(variables)):
+      return variables
+    head = variables["params"].get("head", {})
+    head = {k: np.zeros((*v.shape[:-1], classes), v.dtype) for k, v in head.items()}
+    return {**variables, "params": {**variables["params"], "head": head}}
+  images = jax.ShapeDtypeStruct((1, *(size or (224, 224)), 3), np.float32)
+  shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  grids = [
-    (each[0] // model.patch_side, each[1] // model.patch_side)
-    if each and hasattr(model, "patch_side")
-    else None
-    for each in (seen, size)
-  ]
+  grids = [None if s is None else (s[0] // side, s[1] // side) for s in (seen, size)]
   return weights.adapt(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])
 
 

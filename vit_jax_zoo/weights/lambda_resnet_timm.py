@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from vit_jax_zoo.models.lambda_resnet import VARIANTS
 from vit_jax_zoo.weights import timm_config
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError, read, write
@@ -122,6 +122,14 @@ def is_of(arrays: Mapping[str, Array]) -> bool:
   return "stem.conv1.conv.weight" in arrays and any(".self_attn.norm_v." in k for k in arrays)
 
 
+class LambdaCheckpoint(Checkpoint):
+  """What is returned: tables of offsets stay those of the map for which they were made."""
+
+  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
+    """Returns an image of the size that the tables are for: see `LambdaLayer` on other maps."""
+    return super().example_inputs(_size_of_tables(self.arrays) or size)
+
+
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a file, and the `config.json` beside it if there is one, for the preprocessing.
 
@@ -139,7 +147,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   if not _has_scope(arrays) and size is None:
     size = _size_of_tables(arrays)
   preprocess = settings.preprocess if size is None else settings.preprocess.at_size(size)
-  return Checkpoint(
+  return LambdaCheckpoint(
     source=published.path,
     family="lambda_resnet",
     arrays=arrays,
@@ -182,9 +190,10 @@ def write_checkpoint(path: str, export: Export) -> None:
   share = fields["widths"][0] / VARIANT_WIDTH
   if share != 1:
     arguments["width_factor"] = share
-  if name == "lambda_resnet26rpt_256":
-    arguments["img_size"] = export.preprocess.image_size[0]
   arrays = contiguous(write_flat(export.variables))
+  size = _size_of_tables(arrays)
+  if size is not None:
+    arguments["img_size"] = size[0]
   timm_config.write(path, arrays, export, name, arguments)
 
 
