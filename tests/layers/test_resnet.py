@@ -158,3 +158,24 @@ def test_errors_are_one_clear_line():
   ):
     with pytest.raises(ValueError, match=message):
       shapes_of(ResNet(**TINY, **fields), jnp.zeros((1, 32, 32, 3)))
+
+
+def test_gradients_of_1x1_kernels_by_matrix_products():
+  block = Bottleneck(2, BatchNorm, stride=2, zero_init_last_scale=False)
+  x = jnp.asarray(images_of((2, 5, 6, 4)))
+  variables = jax.jit(lambda x: block.init(jax.random.key(0), x, train=False))(x)
+
+  def gradients(params, block):
+    loss = lambda params: jnp.sum(  # noqa: E731
+      jnp.sin(block.apply({**variables, "params": params}, x, train=False))
+    )
+    return jax.grad(loss)(params)
+
+  programs = {
+    products: functools.partial(gradients, block=block.clone(pointwise_products=products))
+    for products in (False, True)
+  }
+  counts = [str(jax.make_jaxpr(f)(variables["params"])).count("dot_gen") for f in programs.values()]
+  assert counts == [0, 3]  # conv1, conv3 and the shortcut
+  plain, ours = (jax.jit(f)(variables["params"]) for f in programs.values())
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours, plain)

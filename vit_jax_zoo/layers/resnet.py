@@ -53,6 +53,8 @@ class ConvNorm(nn.Module):
     dilation: spacing of the kernel's taps.
     activation: "relu", "silu" or None.
     zero_init_scale: starts the norm's scale at zero.
+    pointwise_products: computes the gradient of a 1x1 kernel as a matrix product, which on CPUs is
+      quicker (`ops.pointwise`) and rounds otherwise.
     dtype: of the computation.
   """
 
@@ -63,12 +65,14 @@ class ConvNorm(nn.Module):
   dilation: int = 1
   activation: str | None = "relu"
   zero_init_scale: bool = False
+  pointwise_products: bool = False
   dtype: Dtype = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
     """Returns a map of ceil(side / stride), padded alike on both sides."""
     pad = self.dilation * (self.kernel_size // 2)
+    as_product = self.pointwise_products and self.kernel_size == 1
     x = nn.Conv(
       self.features,
       (self.kernel_size, self.kernel_size),
@@ -78,7 +82,7 @@ class ConvNorm(nn.Module):
       use_bias=False,
       kernel_init=_he_normal,
       dtype=self.dtype,
-      conv_general_dilated=pointwise_conv if self.kernel_size == 1 else None,
+      conv_general_dilated=pointwise_conv if as_product else None,
       name="conv",
     )(x)
     scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
@@ -171,6 +175,7 @@ class Bottleneck(nn.Module):
     activation: "relu" or "silu".
     stride_in_1x1: the stride on the first convolution, as in the 2015 paper and Caffe's weights.
     zero_init_last_scale: starts the block as the identity (arXiv:1706.02677, section 5.1).
+    pointwise_products: see `ConvNorm`.
     dtype: of the computation.
   """
 
@@ -184,6 +189,7 @@ class Bottleneck(nn.Module):
   activation: str = "relu"
   stride_in_1x1: bool = False
   zero_init_last_scale: bool = True
+  pointwise_products: bool = False
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -225,7 +231,8 @@ class Bottleneck(nn.Module):
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
   def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:
-    fields = {"activation": self.activation, "dtype": self.dtype, **fields}
+    ours = ("activation", "pointwise_products", "dtype")
+    fields = {name: getattr(self, name) for name in ours} | fields
     return ConvNorm(features, size, self.norm, stride, **fields)
 
 
@@ -249,6 +256,8 @@ class ResNet(nn.Module):
     stride_in_1x1: see `Bottleneck`.
     drop_path_rate: of the last block, growing linearly from 0 at the first.
     zero_init_last_scale: see `Bottleneck`.
+    pointwise_products: see `ConvNorm`. DETR's detections are compared with the reference's step by
+      step of a training, where another rounding can turn a matching around.
     remat_stages: stages whose blocks keep only their inputs for the backward pass.
     dtype: of the computation. Parameters and statistics are float32.
   """
@@ -268,6 +277,7 @@ class ResNet(nn.Module):
   stride_in_1x1: bool = False
   drop_path_rate: float = 0.0
   zero_init_last_scale: bool = True
+  pointwise_products: bool = False
   remat_stages: tuple[str, ...] = ()
   dtype: Dtype = "float32"
 
@@ -317,6 +327,7 @@ class ResNet(nn.Module):
           activation=self.activation,
           stride_in_1x1=self.stride_in_1x1,
           zero_init_last_scale=self.zero_init_last_scale,
+          pointwise_products=self.pointwise_products,
           dtype=self.dtype,
           name=f"{stage}_block{index}",
         )

@@ -141,6 +141,7 @@ class LambdaResNet(ResNet):
   shortcut: str = "avg_pool"
   se_ratio: float = 0.25
   se_stages: tuple[str, ...] = ("c2", "c3")
+  pointwise_products: bool = True
   num_classes: int | None = 1000
   lambda_blocks: tuple[tuple[int, ...] | str, ...] = ("none", "none", (3,), "all")
   lambda_layer: Mapping[str, Any] | None = None
