@@ -103,9 +103,9 @@ def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
 def _parse_value(where: str, text: str, default: Any) -> Any:
   """Reads a value as the type of the field's default."""
   if isinstance(default, bool):
-    if text not in ("true", "false"):
+    if text.lower() not in ("true", "false"):
       raise ValueError(f"{where}={text!r}: expected true or false")
-    return text == "true"
+    return text.lower() == "true"
   kind = type(default)
   try:
     return kind(text)

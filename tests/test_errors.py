@@ -160,6 +160,7 @@ def test_overrides_reach_every_field_also_new_ones_of_the_parts():
     "--config.data.train.data_dir=gs://bucket/data",
     "--config.data.train.transforms=[dict(name='x')]".replace("dict(name='x')", "{'name': 'x'}"),
     "--config.ema_decay=1",
+    "--config.model.scan_layers=false",
     "--workdir=x",
   ]
   assert config_lib.apply_overrides(config, flags) == ["--workdir=x"]
@@ -168,6 +169,7 @@ def test_overrides_reach_every_field_also_new_ones_of_the_parts():
   assert config.data.train.data_dir == "gs://bucket/data"
   assert config.data.train.transforms == [{"name": "x"}]
   assert isinstance(config.ema_decay, float)
+  assert config.model.scan_layers is False  # new to the section, and no text, which would be true
 
 
 @pytest.mark.parametrize(

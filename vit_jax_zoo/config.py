@@ -254,7 +254,7 @@ def _sections(config: ConfigDict) -> list[str]:
 def _parse(flag: str, text: str, kind: type) -> object:
   """Reads a value for a field of this type; one of no type, or None, takes any."""
   try:
-    value = ast.literal_eval(text)
+    value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
   except (ValueError, SyntaxError):
     value = text
   if value is None or kind is type(None):

@@ -31,7 +31,7 @@ def test_nothing_is_the_first_variant():
 
 @pytest.mark.parametrize("arg", ["demo,num_steps=20,rate=1,flip=true,name=gs://a/b=c", None])
 def test_fields_have_the_types_of_their_defaults(arg):
-  arg = arg or "num_steps=20, rate=1e0, flip=true, name=gs://a/b=c"
+  arg = arg or "num_steps=20, rate=1e0, flip=True, name=gs://a/b=c"
   config = common.build(arg, VARIANTS)
   assert picked(config) == (20, 1.0, True, "gs://a/b=c")
   assert isinstance(config.model.rate, float)
@@ -47,7 +47,7 @@ def test_a_variant_of_another_shape():
     ("dmo", "unknown variant 'dmo'; did you mean 'demo'? Known: b16_other, demo"),
     ("demo,num_step=3", "unknown field of demo 'num_step'; did you mean 'num_steps'? Known: "),
     ("b16_other,flip=true", "unknown field of b16_other 'flip'; known: image_size"),
-    ("demo,flip=True", "demo,flip='True': expected true or false"),
+    ("demo,flip=yes", "demo,flip='yes': expected true or false"),
     ("demo,flip=1", "demo,flip='1': expected true or false"),
     ("demo,num_steps=1.5", "demo,num_steps='1.5': expected a whole number, such as 10"),
     ("demo,rate=fast", "demo,rate='fast': expected a number, such as 0.1"),
