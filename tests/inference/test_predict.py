@@ -14,7 +14,8 @@ from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
-from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.inference.load import _Run, load
+from vit_jax_zoo.run_config import RunData
 from vit_jax_zoo.train.checkpoint import restore_variables
 
 
@@ -95,6 +96,23 @@ def test_a_run_says_what_its_evaluation_said(vit_run):
     np.testing.assert_allclose(
       [entry["probability"] for entry in top], expected["probabilities"][i], atol=1e-5
     )
+
+
+def test_what_evaluations_do_to_images_can_be_done_to_a_picture_alone():
+  """Of every variant of every config: what needs labels, boxes or label maps is left out."""
+  configs = json.loads((GOLDENS / "configs.json").read_text())
+  seen = set()
+  for name, config in configs.items():
+    if not config.get("data", {}).get("eval") or "pair" in str(config["data"]["eval"]):
+      continue  # a picture and its reference go another way: `inference.super_resolution`
+    transforms = _Run(name, config, RunData(), {}).transforms()
+    rng = np.random.default_rng(0)
+    example = {"image": photo()}
+    for transform in transforms:
+      example = transform(example, rng)
+    assert example["image"].shape[2] == 3, name
+    seen.add(config["task"]["name"])
+  assert {"classification", "detection", "instance_detection", "semantic_segmentation"} <= seen
 
 
 def predict_pixels(image):

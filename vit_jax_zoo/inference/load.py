@@ -27,8 +27,11 @@ from vit_jax_zoo.weights import Preprocess, Pretrained
 
 _IN_PREPROCESS = ("image_mean", "image_std", "num_classes")
 
-_TRAINING_ONLY = ("one_hot", "multi_hot", "load_objects", "pad_objects")
-"""Transforms of labels, which a user's picture has not."""
+_OF_TARGETS = (
+  "one_hot", "multi_hot", "load_objects", "keep_classes", "pad_objects", "load_label_map",
+  "pad_label_map",
+)  # fmt: skip
+"""Transforms of labels, boxes and label maps, which a user's picture has not."""
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
@@ -206,7 +209,7 @@ class _Run:
   def transforms(self) -> tuple[Transform, ...]:
     """Returns what an evaluation does to images."""
     specs = [spec for spec in self._evaluation().get("transforms", [])]
-    return build_transforms(spec for spec in specs if spec["name"] not in _TRAINING_ONLY)
+    return build_transforms(spec for spec in specs if spec["name"] not in _OF_TARGETS)
 
   def image_size(self, model: Any) -> tuple[int, int] | None:
     """Returns height and width of the images that the model saw, as far as it is known."""
