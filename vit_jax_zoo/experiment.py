@@ -353,6 +353,7 @@ def _evaluation(experiment: Experiment, program: Program, name: str) -> Evaluati
       mesh=experiment.mesh,
       name=name,
       probe=experiment.probes[name],
+      views=experiment.task.feature_views,
     )
   return PredictionScores(
     task=experiment.task,

@@ -1,5 +1,6 @@
 """Pixel modelling: the references' losses and curve, sums that add up, completions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -202,6 +203,34 @@ def test_masks_hide_the_share_they_should_and_follow_the_rng():
   np.testing.assert_array_equal(seen[-1], seen[-2])
 
 
+def test_a_masked_model_classifies_by_the_vote_of_its_maskings():
+  task = make_task({"causal": False, "num_classes": 3}, class_weight=1.0, mask_probability=0.5)
+  assert task.feature_views == 5
+  batch = make_batch(rows=64)
+  variables = make_variables(task, batch)
+  predict = lambda **f: jax.jit(dataclasses.replace(task, **f).predict)(variables, batch)  # noqa: E731
+  predictions = predict()
+  features = jax.jit(task.features)
+  views = [
+    features(variables, batch | {"view": np.full(64, v, np.int32)})["layers"] for v in range(5)
+  ]
+  np.testing.assert_array_equal(views[0], features(variables, batch)["layers"])
+  assert (views[0] != views[1]).any()
+  logits = np.stack([view[:, -1] @ variables["params"]["head"]["kernel"] for view in views])
+  votes = logits.argmax(-1)
+  assert (votes != votes[0]).any()  # else there is nothing to see here
+  counts = np.stack([(votes == k).sum(0) for k in range(3)], axis=1)
+  labels = np.asarray(predictions["labels"])
+  assert (counts[np.arange(64), labels] == counts.max(1)).all()
+  np.testing.assert_array_equal(predictions["correct"], labels == batch["label"])
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, np.stack([batch["label"]] * 5))
+  np.testing.assert_allclose(predictions["class_loss"], losses.mean(0), rtol=1e-4)
+  once = predict(maskings=1)
+  np.testing.assert_array_equal(once["labels"], votes[0])
+  assert (once["nats"] != predictions["nats"]).any()
+  assert make_task({"num_classes": 3}).feature_views == 1  # a causal model sees all pixels
+
+
 def test_preparation_fits_a_palette_and_a_baseline_or_reads_one(tmp_path):
   task = make_task()
   batch = make_batch(rows=40)
@@ -302,7 +331,8 @@ def test_best_metrics_are_scores():
   [
     ({"mask_probability": 0.0}, r"mask_probability must lie in \(0, 1\), but is 0.0"),
     ({"temperature": -1.0}, "cannot be negative, but are 0.0 and -1.0"),
-    ({"top_k": 0}, "must be positive, but are 2048, 4 and 0"),
+    ({"top_k": 0}, "must be positive, but are 5, 2048, 4 and 0"),
+    ({"maskings": 0}, "must be positive, but are 0, 2048"),
     ({"class_weight": 1.0}, "the model has no num_classes; set it"),
   ],
 )

@@ -38,11 +38,11 @@ def features(variables, batch):
   return {"layers": jax.numpy.stack([noise, x, x * 0.3 + noise], axis=1), "pixels": x}
 
 
-def evaluate(features_step, mesh, probe="linear", **fields):
+def evaluate(features_step, mesh, probe="linear", views=1, **fields):
   batches = {"fit_batches": lambda: Batches(0), "test_batches": lambda: Batches(1)}
   step = jax.jit(features_step)
   return FeatureEvaluation(
-    step, **batches, mesh=mesh, name="probe", probe=create_probe(probe, **fields)
+    step, **batches, mesh=mesh, name="probe", probe=create_probe(probe, **fields), views=views
   )({})
 
 
@@ -78,3 +78,32 @@ def test_images_need_one_label_each():
   step = jax.jit(lambda _, batch: {"features": batch["image"]})
   with pytest.raises(ValueError, match="photos: features are probed with one label an image"):
     collect_features(step, {}, Unlabelled(0), mesh, "photos")
+
+
+def test_images_to_score_are_seen_in_several_views_and_those_to_fit_in_one():
+  asked = []
+
+  def features(variables, batch):
+    asked.append("view" in batch)
+    x = batch["image"]
+    view = batch["view"][:, None] if "view" in batch else 0
+    return {"features": jax.numpy.where(view == 1, -x, x)}  # the second view says the opposite
+
+  mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
+  assert evaluate(features, mesh, views=3).scores["accuracy"] > 0.9  # two against one
+  assert asked == [False, True]  # traced once each
+  step = jax.jit(features)
+  found = collect_features(step, {}, Batches(1), mesh, "views", views=2)
+  assert found.features["features"].shape == (ROWS, 2, 3)
+  np.testing.assert_array_equal(found.features["features"][:, 0], Batches(1).images)
+  np.testing.assert_array_equal(found.features["features"][:, 1], -Batches(1).images)
+  assert len(found.labels) == ROWS
+
+
+def test_layers_around_the_best_are_reported_and_drawn():
+  mesh = create_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
+  report = evaluate(features, mesh, concatenate=3)
+  assert report.scores["concatenated"] > 0.9
+  assert report.scores["accuracy"] == report.scores["layer_1"]  # the headline stays one layer's
+  labels = [text.get_text() for text in report.figures["depth"].axes[0].texts]
+  assert any(label.startswith("concatenated: ") for label in labels)

@@ -104,10 +104,13 @@ def test_vtab_learns_from_the_first_images_and_chooses_on_others(digits, tmp_pat
   table = {"digits": task, "photos": photos, "eurosat": missing}
   monkeypatch.setattr(benchmarks, "VTAB", table)
   seen = []
-  monkeypatch.setattr(
-    Extractor, "features",
-    lambda self, source, inner=Extractor.features: seen.append(len(source)) or inner(self, source),
-  )  # fmt: skip
+  inner = Extractor.features
+
+  def spy(self, source, **options):
+    seen.append(len(source))
+    return inner(self, source, **options)
+
+  monkeypatch.setattr(Extractor, "features", spy)
   request = Request(("vtab",), data_dir=str(tmp_path / "none"))
   assert command.run_and_write(request, digits, tmp_path, {}) == 0
   kept = json.loads((tmp_path / "transfer.json").read_text())

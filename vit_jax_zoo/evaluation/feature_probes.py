@@ -6,12 +6,14 @@
     knn         the vote of the nearest neighbours, see `knn.py`
 
 Where features come from several layers, the layer is chosen on images held out from those to fit
-to; the test images choose nothing.
+to; the test images choose nothing. With `concatenate` the layers around it are also asked together,
+as iGPT-XL's 15360 features are five layers'. Where there are several views of the images to score
+(masks of a model that needs them), linear probes let them vote, and the others see the first.
 """
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -42,9 +44,23 @@ Arrays: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureProbe(abc.ABC):
-  """The base of all probes; `PROBES` knows them by name."""
+  """The base of all probes; `PROBES` knows them by name.
+
+  Attributes:
+    concatenate: ask so many consecutive layers together as well, those around the one that was
+      chosen (as near as the ends of the stack allow), as "concatenated"; an odd number, or 0.
+  """
 
   title: ClassVar[str]
+  votes: ClassVar[bool] = False
+
+  concatenate: int = 0
+
+  def __post_init__(self) -> None:
+    if self.concatenate and (self.concatenate < 0 or self.concatenate % 2 == 0):
+      raise ValueError(
+        f"concatenate is {self.concatenate}; expected an odd number of layers, or 0 for none"
+      )
 
   def __call__(
     self, fit: Labelled, test: Labelled, held_out: Bool[np.ndarray, " b"] | None = None
@@ -60,11 +76,26 @@ class FeatureProbe(abc.ABC):
       ValueError: there are too few images or classes.
     """
     choose = len(fit.features) > 1
-    found = {}
-    for name, array in fit.features.items():
-      asked = test.features[name], test.labels
-      found[name] = self._score_one((array, fit.labels), asked, held_out, choose=choose)
+    found = {name: self._ask([name], fit, test, held_out, choose=choose) for name in fit.features}
+    if self.concatenate:
+      layers = around([n for n in found if _is_layer(n)], choose_features(found), self.concatenate)
+      found["concatenated"] = self._ask(layers, fit, test, held_out, choose=choose)
     return found
+
+  def _ask(
+    self,
+    names: Sequence[str],
+    fit: Labelled,
+    test: Labelled,
+    held_out: np.ndarray | None,
+    *,
+    choose: bool,
+  ) -> FeatureScore:
+    """Scores features of these names, side by side."""
+    known = np.concatenate([fit.features[name] for name in names], axis=-1)
+    asked = np.concatenate([test.features[name] for name in names], axis=-1)
+    asked = asked if self.votes or asked.ndim == 2 else asked[:, 0]
+    return self._score_one((known, fit.labels), (asked, test.labels), held_out, choose=choose)
 
   def _score_one(
     self, fit: Arrays, test: Arrays, held_out: np.ndarray | None, *, choose: bool
@@ -93,6 +124,7 @@ class Linear(FeatureProbe):
   """
 
   title = "Linear probe"
+  votes = True
 
   strengths: tuple[float, ...] = STRENGTHS
 
@@ -122,6 +154,7 @@ class LinearSgd(FeatureProbe):
   """
 
   title = "Linear probe (SGD)"
+  votes = True
 
   rates: tuple[float, ...] = RATES
   num_epochs: int = SgdRecipe.num_epochs
@@ -250,10 +283,29 @@ def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Fea
 
 def choose_features(found: Mapping[str, FeatureScore]) -> str:
   """Returns the kind of feature to report: the best layer on held-out images, or "features"."""
-  layers = [name for name in found if name.startswith("layer_")]
+  layers = [name for name in found if _is_layer(name)]
   if not layers:
     return "features" if "features" in found else next(iter(found))
   return max(layers, key=lambda name: found[name].validation or 0.0)
+
+
+def around(layers: Sequence[str], best: str, count: int) -> list[str]:
+  """Returns so many consecutive layers with the best in their middle, as far as the ends allow.
+
+  >>> around(["a", "b", "c", "d", "e", "f"], "e", 3), around(["a", "b", "c", "d"], "a", 3)
+  (['d', 'e', 'f'], ['a', 'b', 'c'])
+
+  Raises:
+    ValueError: there are not so many layers.
+  """
+  if len(layers) < count:
+    raise ValueError(f"the probe shall concatenate {count} layers, but there are {len(layers)}")
+  first = min(max(list(layers).index(best) - count // 2, 0), len(layers) - count)
+  return list(layers[first : first + count])
+
+
+def _is_layer(name: str) -> bool:
+  return name.startswith("layer_")
 
 
 def by_layer(found: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "b _"]]:

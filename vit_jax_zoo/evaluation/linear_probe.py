@@ -9,8 +9,12 @@ import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from vit_jax_zoo.ops.votes import majority_vote
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 """Inverse regularisation strengths to choose from."""
@@ -36,11 +40,12 @@ class Labelled:
   """Features by name, and labels.
 
   Attributes:
-    features: arrays [b d] whose rows belong to the same images.
+    features: arrays [b d] whose rows belong to the same images; [b v d] of images to score, where
+      several views of each vote.
     labels: int [b].
   """
 
-  features: Mapping[str, Float[np.ndarray, "b _"]]
+  features: Mapping[str, Float[np.ndarray, "b *_"]]
   labels: Int[np.ndarray, " b"]
 
 
@@ -95,11 +100,14 @@ def hold_out(
 def accuracy(
   features: Float[np.ndarray, "b d"],
   labels: Int[np.ndarray, " b"],
-  test_features: Float[np.ndarray, "n d"],
+  test_features: Float[np.ndarray, "n *v d"],
   test_labels: Int[np.ndarray, " n"],
   strength: float,
 ) -> float:
-  """Fits a logistic regression to standardised features, and returns its accuracy on others."""
+  """Fits a logistic regression to standardised features, and returns its accuracy on others.
+
+  Where there are several views of each of these, the majority names the label.
+  """
   from sklearn.exceptions import ConvergenceWarning  # slow to import, and needed at the end
   from sklearn.linear_model import LogisticRegression
   from sklearn.pipeline import make_pipeline
@@ -109,4 +117,12 @@ def accuracy(
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is scored
     classifier.fit(features, labels)
-  return float(classifier.score(test_features, test_labels))
+  found = classifier.predict(test_features.reshape(-1, test_features.shape[-1]))
+  return float(np.mean(vote(found.reshape(test_features.shape[:-1])) == test_labels))
+
+
+def vote(labels: Int[np.ndarray, "n *v"]) -> Int[np.ndarray, " n"]:
+  """Returns each image's label: that of the majority, where there are several views of it."""
+  if labels.ndim == 1:
+    return labels
+  return np.asarray(majority_vote(jnp.asarray(labels.T), jax.random.key(0)))

@@ -14,6 +14,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from vit_jax_zoo.evaluation.linear_probe import vote
+
 RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 
 
@@ -53,14 +55,19 @@ class LinearClassifiers:
   bias: Float[Array, "r k"]
 
   def accuracies(
-    self, features: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]
+    self, features: Float[np.ndarray, "n *v d"], labels: Int[np.ndarray, " n"]
   ) -> list[float]:
-    """Returns each classifier's accuracy; one that diverged is right by chance at best."""
+    """Returns each classifier's accuracy; one that diverged is right by chance at best.
+
+    Where there are several views of each image, the majority names the label.
+    """
     hits = np.zeros(len(self.bias))
     for start in range(0, len(labels), _ROWS):
       x = ((features[start : start + _ROWS] - self.mean) / self.std).astype(np.float32)
-      found = np.asarray(_logits((self.weights, self.bias), jnp.asarray(x))).argmax(axis=-1)
-      hits += (found == labels[start : start + _ROWS]).sum(axis=1)
+      flat = jnp.asarray(x.reshape(-1, x.shape[-1]))
+      found = np.asarray(_logits((self.weights, self.bias), flat)).argmax(axis=-1)
+      named = np.stack([vote(row.reshape(x.shape[:-1])) for row in found])
+      hits += (named == labels[start : start + _ROWS]).sum(axis=1)
     return list((hits / len(labels)).tolist())
 
 

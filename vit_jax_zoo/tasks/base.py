@@ -174,8 +174,16 @@ class Task(abc.ABC):
   def predict(self, variables: Variables, batch: Batch) -> Predictions:
     """Returns what the evaluator and the figures need, one row for each example."""
 
+  @property
+  def feature_views(self) -> int:
+    """How many views of an image `features` can give; probes learn from one, and vote over all."""
+    return 1
+
   def features(self, variables: Variables, batch: Batch) -> Predictions:
     """Returns what probes are fitted to: `layers` [b l d] to choose from, others [b d]. Optional.
+
+    With several `feature_views`, `view` int32 [b] in the batch says which one, the same for all its
+    rows; the first, where it is missing.
 
     Raises:
       ValueError: this task has none.

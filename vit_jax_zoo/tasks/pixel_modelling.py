@@ -20,6 +20,7 @@ from vit_jax_zoo.ops import palette as host
 from vit_jax_zoo.ops.bigram import count_bigrams, log_bigrams, score_bigrams
 from vit_jax_zoo.ops.color_clusters import cluster_colors
 from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.ops.votes import majority_vote
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.visualize import samples as draw
 
@@ -54,6 +55,8 @@ class PixelModelling(base.Task):
     model: a `PixelModel`.
     class_weight: of the label's loss; 0 for pre-training, 1 for fine-tuning in the paper.
     mask_probability: of a pixel, in models that are not causal.
+    maskings: so often an image is masked to be classified by a model that is not causal, in
+      predictions and by probes of its features; the majority names the label (section 4, BERT).
     palette: file to read the colours from, see `palette.read_palette`; None: they are fitted to
       the training images before the first step.
     palette_images: so many training images are used for that, and for the bigram baseline.
@@ -66,6 +69,7 @@ class PixelModelling(base.Task):
   model: Any  # a PixelModel; Python 3.13 cannot tell a Linen module for one
   class_weight: float = 0.0
   mask_probability: float = 0.15
+  maskings: int = 5
   palette: str | None = None
   palette_images: int = 2048
   temperature: float = 1.0
@@ -81,10 +85,11 @@ class PixelModelling(base.Task):
         "class_weight and temperature cannot be negative, but are "
         f"{self.class_weight} and {self.temperature}"
       )
-    if min(self.palette_images, self.completions, 1 if self.top_k is None else self.top_k) < 1:
+    counts = (self.maskings, self.palette_images, self.completions)
+    if min(*counts, 1 if self.top_k is None else self.top_k) < 1:
       raise ValueError(
-        "palette_images, completions and top_k must be positive, but are "
-        f"{self.palette_images}, {self.completions} and {self.top_k}"
+        "maskings, palette_images, completions and top_k must be positive, but are "
+        f"{self.maskings}, {self.palette_images}, {self.completions} and {self.top_k}"
       )
     if self.class_weight and self.model.num_classes is None:
       raise ValueError(
@@ -152,10 +157,12 @@ class PixelModelling(base.Task):
       the same); of a causal model `bigram_nats` [b], those of the baseline; of a model with a head
       `labels` int32 [b], and `class_loss` [b] and `correct` [b] if the batch has labels too; and
       with `prefix_length`, `completions` uint8 [b completions h w 3] and `quantized` uint8
-      [b h w 3], the image in the palette's colours.
+      [b h w 3], the image in the palette's colours. Where there are several `maskings`, losses are
+      the means over them.
     """
-    rng = jax.random.key(self.seed)
-    outputs, nats = self._model(variables, batch, rng, train=False)
+    if not self.model.causal and self.model.num_classes is not None:
+      return self._vote(variables, batch)
+    outputs, nats = self._model(variables, batch, self._view(0), train=False)
     predictions = {"nats": nats}
     if self.model.causal:
       bigram = variables["baseline"]["bigram"]
@@ -165,15 +172,37 @@ class PixelModelling(base.Task):
       if "label" in batch:
         predictions["class_loss"], predictions["correct"] = self._classify(outputs, batch)
     if "prefix_length" in batch:
+      rng = jax.random.key(self.seed)
       predictions |= self._complete(variables, batch, outputs["tokens"], rng)
     return predictions
+
+  def _vote(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
+    """Predicts labels by the majority of `maskings` views; losses are means over them."""
+
+    def look(view: Array) -> dict[str, Array]:
+      outputs, nats = self._model(variables, batch, self._view(view), train=False)
+      seen = {"nats": nats, "labels": jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)}
+      return seen | ({"class_loss": self._classify(outputs, batch)[0]} if "label" in batch else {})
+
+    seen = jax.lax.map(look, jnp.arange(self.maskings))
+    labels = majority_vote(seen.pop("labels"), jax.random.key(self.seed))
+    predictions = {name: jnp.mean(losses, axis=0) for name, losses in seen.items()}
+    if "label" in batch:
+      predictions["correct"] = labels == jnp.asarray(batch["label"])
+    return predictions | {"labels": labels}
+
+  @property
+  def feature_views(self) -> int:
+    """`maskings` of a model that is not causal."""
+    return 1 if self.model.causal else self.maskings
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns `layers` [b depth+1 d], see `ImageGPT.from_tokens`, and `pixels` [b h*w*3].
 
-    A model that is not causal sees images masked as in training, the same way each time.
+    A model that is not causal sees images masked as in training, each `view` in its own way.
     """
-    outputs, _ = self._model(variables, batch, jax.random.key(self.seed), train=False)
+    view = jnp.asarray(batch["view"])[0] if "view" in batch else 0
+    outputs, _ = self._model(variables, batch, self._view(view), train=False)
     images = self._images(batch)
     pixels = images.reshape(images.shape[0], -1)
     return {"layers": outputs["layer_features"], "pixels": pixels}
@@ -199,6 +228,10 @@ class PixelModelling(base.Task):
       np.asarray(predictions["completions"])[real],
     )
     return {"completions": figure}
+
+  def _view(self, view: int | Array) -> jax.Array:
+    """Returns the key of an evaluation's masks: the same each time."""
+    return jax.random.fold_in(jax.random.key(self.seed), view)
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]))

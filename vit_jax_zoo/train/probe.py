@@ -1,7 +1,7 @@
 """The evaluation that asks a model's features, layer by layer, what they know of the labels."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from absl import logging
@@ -39,6 +39,7 @@ class FeatureEvaluation:
     mesh: where to compute features.
     name: of the evaluation, for the log.
     probe: how the features are asked.
+    views: of each image to score, see `Task.feature_views`.
   """
 
   features_step: PredictStep
@@ -47,16 +48,17 @@ class FeatureEvaluation:
   mesh: Mesh
   name: str
   probe: FeatureProbe
+  views: int = 1
 
   def __call__(self, variables: Variables) -> Report:
     """Returns the probe's scores and, of layers, their picture."""
-    fit = self._collect(variables, self.fit_batches())
-    test = self._collect(variables, self.test_batches())
+    fit = self._collect(variables, self.fit_batches(), 1)
+    test = self._collect(variables, self.test_batches(), self.views)
     logging.info("probing %s: %d and %d images", self.name, len(fit.labels), len(test.labels))
     return report(self.probe(fit, test), self.probe.title)
 
-  def _collect(self, variables: Variables, batches: SizedBatches) -> Labelled:
-    return collect_features(self.features_step, variables, batches, self.mesh, self.name)
+  def _collect(self, variables: Variables, batches: SizedBatches, views: int) -> Labelled:
+    return collect_features(self.features_step, variables, batches, self.mesh, self.name, views)
 
 
 def report(found: dict[str, FeatureScore], title: str) -> Report:
@@ -87,6 +89,7 @@ def collect_features(
   batches: SizedBatches,
   mesh: Mesh,
   name: str,
+  views: int = 1,
 ) -> Labelled:
   """Returns features and labels of the real rows of all hosts, each once.
 
@@ -96,25 +99,42 @@ def collect_features(
     batches: this process's part of each, with `label` int [b] and `mask`.
     mesh: where to compute.
     name: for progress lines.
+    views: how many of each image; if several, features are [b v d].
 
   Raises:
     ValueError: an image has no label, or several.
   """
   labels: list[np.ndarray] = []
   features: dict[str, list[np.ndarray]] = {}
-  clock = Clock(name, len(batches))
-  pairs = predict_batches(features_step, variables, batches, mesh)
-  for done, (batch, found) in enumerate(pairs, start=1):
+  clock = Clock(name, len(batches) * views)
+  pairs = predict_batches(features_step, variables, _each_view(batches, views), mesh)
+  for done, (batch, found) in enumerate(pairs):
     if "label" not in batch or np.ndim(batch["label"]) != 1:
       raise ValueError(f"{name}: features are probed with one label an image, and here are not")
     real = np.asarray(batch["mask"], bool)
-    labels.append(np.asarray(batch["label"])[real])
+    if done % views == 0:
+      labels.append(np.asarray(batch["label"])[real])
     for key, array in by_layer(found).items():
       features.setdefault(key, []).append(array[real])
-    clock.tick(done)
-  joined = {key: np.concatenate(arrays) for key, arrays in features.items()}
+    clock.tick(done + 1)
+  joined = {key: _join_views(arrays, views) for key, arrays in features.items()}
   parts = gather_parts((joined, np.concatenate(labels)), mesh)
   return Labelled(
     {key: np.concatenate([part[0][key] for part in parts]) for key in joined},
     np.concatenate([part[1] for part in parts]),
   )
+
+
+def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:
+  """Yields each batch once for each view, with its number where there are several."""
+  for batch in batches:
+    for view in range(views):
+      number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}
+      yield {**batch, **number}
+
+
+def _join_views(arrays: list[np.ndarray], views: int) -> np.ndarray:
+  """Joins features of batches, views in turns: to [n d], or [n v d] where there are several."""
+  if views == 1:
+    return np.concatenate(arrays)
+  return np.stack([np.concatenate(arrays[view::views]) for view in range(views)], axis=1)

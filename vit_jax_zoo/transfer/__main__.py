@@ -1,8 +1,10 @@
-"""Asks what a model's features, or its classes, are worth on other data.
+r"""Asks what a model's features, or its classes, are worth on other data.
 
     python -m vit_jax_zoo.transfer --workdir=runs/vit_demo --suite=few_shot,knn --data=demo:photos
     python -m vit_jax_zoo.transfer --workdir=ViT-B_16.npz --suite=vtab --data_dir=/data
     python -m vit_jax_zoo.transfer --workdir=openai/imagegpt-small --suite=linear --data=cifar10
+    python -m vit_jax_zoo.transfer --workdir=runs/igpt_xl_imagenet --suite=linear_sgd \
+      --data=imagenet2012 --concatenate=5
 
 `--workdir` is a run of ours, a published file or folder, or a published name; images come to it as
 in its own evaluation. Several suites share the features of a data set.
@@ -71,6 +73,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_workers", LoaderOptions.num_workers, "processes that read images")
   flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do without an image")
   flags.DEFINE_integer("sgd_epochs", None, "passes of linear_sgd over the images")
+  flags.DEFINE_integer("concatenate", 0, "probe so many layers around the best together, as well")
   flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
 
 
@@ -80,14 +83,16 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
   if FLAGS.workdir is None:
     raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
-  sgd = {} if FLAGS.sgd_epochs is None else {"linear_sgd": {"num_epochs": FLAGS.sgd_epochs}}
+  probes = {name: {"concatenate": FLAGS.concatenate} for name in ("linear", "linear_sgd")}
+  if FLAGS.sgd_epochs is not None:
+    probes["linear_sgd"]["num_epochs"] = FLAGS.sgd_epochs
   request = Request(
     suites=tuple(FLAGS.suite),
     data=tuple(FLAGS.data),
     data_dir=FLAGS.data_dir,
     fit_split=FLAGS.fit_split,
     test_split=FLAGS.test_split,
-    probes=sgd,
+    probes=probes,
   )
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
   trained = load(FLAGS.workdir, needs_head=False, **options)

@@ -73,8 +73,13 @@ class Extractor:
     self._variables = jax.device_put(trained.variables, self._whole)
     self._features_step = compile_predict_step(trained.task.features, self._whole, self._mesh)
 
-  def features(self, source: Source) -> Labelled:
+  def features(self, source: Source, *, to_score: bool = False) -> Labelled:
     """Returns the features of all images of a source, by kind, and their labels.
+
+    Args:
+      source: images with one label each.
+      to_score: they are not learned from; where the task has several views of an image, all of
+        them are returned, [b v d].
 
     Raises:
       ValueError: the model's task has no features, or images have no label or several.
@@ -86,7 +91,8 @@ class Extractor:
       )
     batches = self._batches(source)
     name = source.info.name
-    return collect_features(self._features_step, self._variables, batches, self._mesh, name)
+    views = task.feature_views if to_score else 1
+    return collect_features(self._features_step, self._variables, batches, self._mesh, name, views)
 
   def rankings(
     self, source: Source, keep: int | None = None

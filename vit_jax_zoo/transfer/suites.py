@@ -163,7 +163,8 @@ class _ProbeJob:
   def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
     parts = [request.open(self.data.source, split, self.data.options)
              for split in (self.data.fit, self.data.test)]  # fmt: skip
-    fit, test = (_features(extractor, source, cache) for source in parts)
+    fit = _features(extractor, parts[0], cache, to_score=False)
+    test = _features(extractor, parts[1], cache, to_score=True)
     return _outcome(self.suite, self.name, self.probe.title, self.probe(fit, test))
 
 
@@ -184,7 +185,7 @@ class _VtabJob:
     fit = extractor.features(SlicedSource(f"{train.info.name} and {validation.info.name}", parts))
     held_out = np.arange(len(fit.labels)) >= len(parts[0][1])
     probe = Linear()
-    found = probe(fit, extractor.features(test), held_out)
+    found = probe(fit, extractor.features(test, to_score=True), held_out)
     return dataclasses.replace(
       _outcome("vtab", self.name, probe.title, found), group=self.task.group, figures={}
     )
@@ -208,11 +209,13 @@ class _VariantJob:
     return Outcome(self.suite, self.name, scores)
 
 
-def _features(extractor: Extractor, source: Source, cache: dict[Any, Labelled]) -> Labelled:
-  name = source.info.name
-  if name not in cache:
-    cache[name] = extractor.features(source)
-  return cache[name]
+def _features(
+  extractor: Extractor, source: Source, cache: dict[Any, Labelled], *, to_score: bool
+) -> Labelled:
+  key = source.info.name, to_score
+  if key not in cache:
+    cache[key] = extractor.features(source, to_score=to_score)
+  return cache[key]
 
 
 def _outcome(suite: str, name: str, title: str, found: Mapping[str, Any]) -> Outcome:

@@ -1,0 +1,18 @@
+"""The vote over several views of one image."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+
+def majority_vote(labels: Int[Array, "v b"], rng: jax.Array) -> Int[Array, " b"]:
+  """Returns the label that most views of each image name; ties are broken at random, evenly.
+
+  Args:
+    labels: of each view of each image.
+    rng: a key.
+  """
+  agreeing = jnp.sum(labels[:, None] == labels[None], axis=1)
+  # Tied labels have as many views each, so a view drawn among theirs is a label drawn evenly.
+  chosen = jnp.argmax(agreeing + jax.random.uniform(rng, labels.shape), axis=0)
+  return jnp.take_along_axis(labels, chosen[None], axis=0)[0]
