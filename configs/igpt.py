@@ -9,6 +9,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
       --config=configs/igpt.py:s_finetune,dataset=cifar100,init_from=runs/igpt_s_imagenet
     python -m vit_jax_zoo.main --evaluate_only \
       --config=configs/igpt.py:s_probe,dataset=stl10,init_from=runs/igpt_s_imagenet
+    python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_nats
 
 | variant                        | trains on       | from               | expected            |
 |--------------------------------|-----------------|--------------------|---------------------|
@@ -17,6 +18,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
 | l_imagenet48 xl_imagenet64     | 48x48, 64x64    | sections 3.1, 3.3  | -                   |
 | s_finetune   m l               | CIFAR, ImageNet | section 3.4        | L 99.0 %, 88.5 %    |
 | s_probe      m l               | CIFAR-10, ...   | section 3.5        | L 96.3 %            |
+| s_nats       m l               | ImageNet, 32x32 | OpenAI's README    | S 2.0895 nats       |
 
 Each function below is a page of the lab book. Batch sizes are global.
 """
@@ -116,6 +118,7 @@ def imagenet(
     Short side 256 to 384, a random 224 crop, then down to `image_size` with antialiasing (the
     paper names no filter). XL also had 100 million images from the web, which are not public.
   Palette: 512 colours, fitted at the start, or OpenAI's: --config.task.palette=kmeans_centers.npy
+  Masked pixels ("BERT") in place of the next one: --config.model.causal=False
   Hardware: L took about 2500 V100-days. L and XL split their parameters over all devices, and keep
     of a block its input alone: so XL at 64 pixels fits, as compiled for slices that were not here
     (docs/PLANS.md): it needs 6.1 of the 95 GiB of each chip of a TPU v5p:4x4x4, as it stands, and
@@ -213,7 +216,8 @@ def linear_probe(
   Paper: section 3.5: L-BFGS logistic regression on the mean of a layer's normalised input over all
     positions, without augmentation; a tenth of the training images chooses layer and strength.
     ImageNet's probe is by SGD: python -m vit_jax_zoo.transfer --workdir=runs/igpt_l_imagenet
-    --suite=linear_sgd --data=imagenet2012
+    --suite=linear_sgd --data=imagenet2012; XL's 15360 features are the five layers around the best,
+    --concatenate=5 there and --config.data.eval.probe.probe.concatenate=5 here.
   Data: `dataset` is cifar10, cifar100 or stl10.
   Weights: `init_from`, a run of `imagenet`.
   Hardware: the features of all layers lie in memory: for L and CIFAR 18 GB.
@@ -232,6 +236,37 @@ def linear_probe(
   config.data.eval = {"probe": {**split, "split": "test", "fit_split": "train"}}
   config.optimizer = {"name": "adam", "learning_rate": 0.0, "schedule": {"name": "constant"}}
   config.init_from = init_from or f"runs/igpt_{size}_imagenet"
+  return common.with_data_dir(config, data_dir)
+
+
+def published_nats(
+  size: str,
+  *,
+  source: str = "tfds:imagenet2012",
+  split: str = "validation",
+  init_from: str = "",
+  data_dir: str = "",
+) -> ConfigDict:
+  """The acceptance test of a published checkpoint: for `--evaluate_only`.
+
+  Paper: none; the figures are of the README of openai/image-gpt, on ImageNet's validation images.
+  Data: short side 224, the middle of it, down to 32x32 with antialiasing. OpenAI does not say by
+    which filter, and smoother images have fewer nats: expect the first two decimals, not all four.
+  Weights: `init_from`: a published name such as igpt_s_imagenet (OpenAI's file, by default) or
+    igpt_s_imagenet_hub, a local file or folder of either kind, or a run of `imagenet`. Their
+    palette comes with them; without one, the figure would mean nothing.
+  Hardware: any, in float32; S is 77M parameters, and 50,000 images of 1024 pixels.
+  Expected test/nats: S 2.0895, M 2.0614, L 2.0466.
+  Not yet run here. Neither the images nor the weights were at hand; the tests have small ones.
+  """
+  config = _base(size, 32, 128)
+  config.num_steps = 1
+  config.model.update(dtype="float32", remat="none")
+  config.task.palette_images = 128  # for a palette that the file's takes the place of
+  spec = {"source": source, "split": split, "transforms": _imagenet_middle(32)}
+  config.data.train, config.data.eval = spec, {"test": spec}
+  config.optimizer = {"name": "sgd", "learning_rate": 0.0, "schedule": {"name": "constant"}}
+  config.init_from = init_from or f"igpt_{size}_imagenet"
   return common.with_data_dir(config, data_dir)
 
 
@@ -320,4 +355,5 @@ VARIANTS: dict[str, Any] = {
   "xl_imagenet64": functools.partial(imagenet, "xl", image_size=64),
   **{f"{s}_finetune": functools.partial(finetune, s) for s in ("s", "m", "l")},
   **{f"{s}_probe": functools.partial(linear_probe, s) for s in ("s", "m", "l")},
+  **{f"{s}_nats": functools.partial(published_nats, s) for s in ("s", "m", "l")},
 }

@@ -17,6 +17,10 @@ Written by `pytest tests/test_models_page.py --update-goldens`; do not edit.
 second with its weights. Classifiers are counted with 1000 classes, iGPT without a head, DETR and
 R-CNN with COCO's, segmentation with Cityscapes's; frozen statistics are no parameters. Scores are
 their publishers', ImageNet-1k top-1 unless they say otherwise; none of them was measured here.
+
+iGPT's nats are checked on ImageNet, prepared by `python -m vit_jax_zoo.data.prepare`, with
+`python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_nats` (or `m_nats`, `l_nats`;
+add `,init_from=igpt_s_imagenet_hub` for Hugging Face's file, or a path). It prints `test/nats`.
 """
 
 COUNTS = ("param_counts", "lambda_resnet_parameters_all", "rcnn_parameters")

@@ -1,13 +1,19 @@
 """The demo's parts work together: a palette of its own, completions, probes, fine-tuning."""
 
+import logging
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 
 from configs import igpt
-from vit_jax_zoo import experiment
+from vit_jax_zoo import experiment, export
+from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.models.igpt import ImageGPT
 from vit_jax_zoo.train.checkpoint import restore_variables
+from vit_jax_zoo.weights import Preprocess, Pretrained, load_pretrained
 
 
 def shrink(config, num_steps=2):
@@ -107,3 +113,57 @@ def test_fine_tuning_is_a_tenth_of_the_rate_and_chosen_on_held_out_images(
   small = ["random_translate", "random_flip"]
   large = ["random_resize_small", "random_crop", "resize"]
   assert crops == (small if "cifar" in fields else large)
+
+
+SMALL = {"num_colors": 16, "num_positions": 1024, "width": 8, "depth": 1, "num_heads": 2}
+
+
+@pytest.fixture
+def published(tmp_path):
+  """A folder as Hugging Face publishes them, of a small model with a palette of its own."""
+  model = ImageGPT(**SMALL)
+  fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.3, x.shape)), fresh)
+  pretrained = Pretrained(
+    model, variables, Preprocess((32, 32)), {"image_size": (32, 32)}, task="pixel_modelling"
+  )
+  export.write(pretrained, "hf", str(tmp_path / "published"))
+  return tmp_path / "published"
+
+
+def nats_config(folder):
+  """That of `--config=configs/igpt.py:s_nats,... --config.model.num_colors=16 ...`."""
+  flags = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
+  flags += ["--config.batch_size=8", "--config.data.loader.num_workers=0"]
+  choice = f"s_nats,source=demo:digits,split=test[:6],init_from={folder}"
+  return load_with_overrides(f"configs/igpt.py:{choice}", flags)
+
+
+def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, tmp_path):
+  config = nats_config(published)
+  outcome = run(config, tmp_path / "run", evaluate_only=True)
+  loaded = load_pretrained(str(published))
+  batch = next(iter(experiment.create(config).eval_batches("test")))
+  images = jnp.asarray(batch["image"][:6], jnp.float32) / 127.5 - 1
+  assert images.shape == (6, 32, 32, 3)
+  out = jax.jit(loaded.model.apply)(loaded.variables, images)
+  nats = -jax.nn.log_softmax(out["pixel_logits"])[
+    np.arange(6)[:, None], np.arange(1024)[None], out["tokens"]
+  ]
+  assert outcome.scores["test/images"] == 6
+  assert outcome.scores["test/nats"] == pytest.approx(float(nats.mean()), rel=1e-5)
+
+
+def test_weights_without_a_palette_are_not_taken_in_silence(published, tmp_path, caplog):
+  (published / "preprocessor_config.json").unlink()
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    run(nats_config(published), tmp_path / "run", evaluate_only=True)
+  assert f"{published} holds no palette" in caplog.text
+
+
+def test_the_nats_of_images_that_are_not_there_name_their_preparation(tmp_path):
+  config = igpt.get_config(f"s_nats,data_dir={tmp_path}")
+  with pytest.raises(FileNotFoundError, match=r"vit_jax_zoo\.data\.prepare") as error:
+    experiment.create(config)
+  assert "\n" not in str(error.value)

@@ -1,5 +1,6 @@
 """`python -m vit_jax_zoo.predict` on whatever users have, with runs and published files."""
 
+import dataclasses
 import json
 import shutil
 
@@ -204,6 +205,30 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
   names.write_text("a\nb\n")
   with pytest.raises(ValueError, match="2 class_names were given for 10 classes"):
     load(str(vit_run), class_names=predict.read_class_names(str(names)))
+
+
+@pytest.mark.parametrize(
+  ("wrong", "message"),
+  [
+    ({"keep": 1.5}, r"--keep lies in \[0, 1\], .*; got 1.5, 6, 1.0"),
+    ({"keep": -0.1}, r"--keep lies in \[0, 1\]"),
+    ({"samples": 0}, "--samples is positive"),
+    ({"temperature": -1.0}, "--temperature not negative"),
+    ({"palette": None}, r"has no palette; put OpenAI's kmeans_centers\.npy beside the weights"),
+    ({"causal": False}, "was trained on masked pixels, and cannot draw new ones"),
+  ],
+)
+def test_what_cannot_be_completed_is_one_line(igpt_run, wrong, message):
+  trained = load(str(igpt_run))
+  if "palette" in wrong:
+    kept = {name: tree for name, tree in trained.variables.items() if name != "palette"}
+    trained = dataclasses.replace(trained, variables=kept)
+  if "causal" in wrong:
+    trained = dataclasses.replace(trained, model=trained.model.clone(causal=False))
+  options = {name: value for name, value in wrong.items() if name not in ("palette", "causal")}
+  with pytest.raises(ValueError, match=message) as error:
+    create_predictor(trained, Options(**options))
+  assert "\n" not in str(error.value)
 
 
 def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):

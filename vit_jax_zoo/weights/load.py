@@ -165,6 +165,8 @@ def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]
   target = flatten_variables(variables)
   checkpoint, kept = _fit_heads(checkpoint, target)
   for name in _left_alone(checkpoint, variables):
+    if name in checkpoint.optional:
+      logging.warning("%s holds no %s: that of the run stays", checkpoint.source, name)
     kept |= {key: _fresh(leaf) for key, leaf in target.items() if key.startswith(f"{name}/")}
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
   layers = table.read(
