@@ -25,7 +25,7 @@ def side(setting: Setting) -> Side:
   tokens = in_torch.placed(setting.inputs()["tokens"]).long()
 
   def make(form: str) -> dict[str, Callable[[int], None]]:
-    plain = _load(setting, fused=form.endswith(FUSED))
+    plain = load(setting.weights, fused=form.endswith(FUSED))
     model = in_torch.maybe_compiled(plain, form)
 
     def loss() -> torch.Tensor:
@@ -34,23 +34,24 @@ def side(setting: Setting) -> Side:
 
     runs = {"train": in_torch.train_step(plain, loss)}
     if form == "eager":  # generate with a growing cache would be compiled anew at each length
-      drawing = _load(setting, fused=False).eval()
+      drawing = load(setting.weights).eval()
       if setting.dtype == "bfloat16":
         drawing = drawing.to(torch.bfloat16)  # faster than autocast, which casts at every step
-      runs["draw"] = in_torch.repeated(lambda: _draw(drawing, tokens, setting.pixels))
+      runs["draw"] = in_torch.repeated(lambda: draw(drawing, tokens, setting.pixels))
     return runs
 
   with torch.no_grad():
-    plain = _load(setting, fused=False).eval()
-    answers = {"logits": _logits(plain, tokens), "training loss": _loss(plain, tokens)}
+    plain = load(setting.weights).eval()
+    answers = {"logits": logits(plain, tokens), "training loss": _loss(plain, tokens)}
   fused = tuple(form + FUSED for form in setting.forms)
   runs, skipped = in_torch.tried(setting, make, setting.forms + fused)
   return Side(runs, in_torch.numpy(answers), in_torch.described(), skipped)
 
 
-def _load(setting: Setting, *, fused: bool) -> torch.nn.Module:
+def load(weights: str, *, fused: bool = False) -> torch.nn.Module:
+  """Returns the model of an exported folder, without dropout."""
   kind = transformers.ImageGPTForCausalImageModeling
-  model = kind.from_pretrained(setting.weights, **_NO_DROPOUT).to(in_torch.device())
+  model = kind.from_pretrained(weights, **_NO_DROPOUT).to(in_torch.device())
   for module in model.modules() if fused else ():
     if isinstance(module, ImageGPTAttention):
       module._attn = _fused_attention
@@ -70,16 +71,17 @@ def _shifted(tokens: torch.Tensor) -> torch.Tensor:
   return torch.cat([start, tokens[:, :-1]], dim=1)
 
 
-def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+  """Returns the logits of every pixel, given those before."""
   return model(input_ids=_shifted(tokens), use_cache=False).logits
 
 
 def _loss(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-  return cross_entropy(_logits(model, tokens).float().flatten(0, 1), tokens.flatten())
+  return cross_entropy(logits(model, tokens).float().flatten(0, 1), tokens.flatten())
 
 
 @torch.inference_mode()
-def _draw(model: Any, tokens: torch.Tensor, pixels: int) -> None:
+def draw(model: Any, tokens: torch.Tensor, pixels: int) -> None:
   """Draws the last pixels, given all others."""
   given = _shifted(tokens)[:, : tokens.shape[1] - pixels + 1]
   model.generate(

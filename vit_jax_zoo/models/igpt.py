@@ -9,6 +9,7 @@ and its classifier sees the pixels unshifted (`sos_token=False`).
 
 import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -344,7 +345,8 @@ class ImageGPT(nn.Module):
     """Draws the pixels of each image from its length on. For use inside `jax.jit`.
 
     Keys and values of all positions are kept, so a pixel costs one position's work and not an
-    image's. The given pixels go through the model together.
+    image's. The given pixels go through the model together. For one pixel layers are unrolled: of
+    one position the work is mostly to read the weights, and a scan would copy each layer's first.
 
     Args:
       variables: the model's.
@@ -358,16 +360,19 @@ class ImageGPT(nn.Module):
       raise ValueError("only a causal model with a start token can draw pixels one by one")
     variables = {key: variables[key] for key in ("params", "palette") if key in variables}
     _, present = self.apply(variables, tokens, method="from_tokens", mutable=["present"])
+    model, cache = self.clone(scan_layers=False), present["present"]
+    if self.scan_layers:
+      variables = {**variables, "params": _unstack(variables["params"], self.depth)}
+      cache = _unstack(cache, self.depth)
 
     def step(cache: Any, previous: Array, position: Array) -> tuple[Array, Any]:
-      logits, new = self.apply(
+      logits, new = model.apply(
         {**variables, "past": cache}, previous, position, method="next_logits", mutable=["present"]
       )
       # Only the new rows are written; the blocks do not hand the whole cache around.
       place = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-3)
       return logits, jax.tree.map(lambda old, x: place(old, x, position), cache, new["present"])
 
-    cache = present["present"]
     return continue_sequences(
       step, cache, tokens, lengths, rng, temperature=temperature, top_k=top_k
     )
@@ -379,3 +384,10 @@ class ImageGPT(nn.Module):
   def _check(self) -> None:
     check_positive(self, "num_colors", "num_positions", "width", "depth", "num_heads")
     check_num_classes(self)
+
+
+def _unstack(tree: Any, depth: int) -> Any:
+  """Returns a collection of a model that scans its layers as one that does not has it."""
+  blocks = tree["decoder"]["blocks"]
+  layers = {f"block_{i}": jax.tree.map(operator.itemgetter(i), blocks) for i in range(depth)}
+  return {**tree, "decoder": layers}
