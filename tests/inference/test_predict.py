@@ -224,7 +224,8 @@ def test_what_cannot_be_completed_is_one_line(igpt_run, wrong, message):
     kept = {name: tree for name, tree in trained.variables.items() if name != "palette"}
     trained = dataclasses.replace(trained, variables=kept)
   if "causal" in wrong:
-    trained = dataclasses.replace(trained, model=trained.model.clone(causal=False))
+    task = dataclasses.replace(trained.task, model=trained.model.clone(causal=False))
+    trained = dataclasses.replace(trained, task=task)
   options = {name: value for name, value in wrong.items() if name not in ("palette", "causal")}
   with pytest.raises(ValueError, match=message) as error:
     create_predictor(trained, Options(**options))
