@@ -85,9 +85,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--model", default="igpt_s", help="one of list_models('igpt_*')")
   for field in ("width", "depth", "num_heads"):
     parser.add_argument(f"--{field}", type=int, help="in place of the model's")
-  parser.add_argument(
-    "--unrolled", action="store_true", help="layers, in place of a loop over them"
-  )
   parser.add_argument("--batch", type=int, default=1, help="images at once")
   parser.add_argument("--pixels", type=int, default=32, help="how many are drawn")
   parser.add_argument("--dtype", default="float32")
