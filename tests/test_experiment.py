@@ -155,6 +155,7 @@ def test_a_profile_outside_the_run_is_one_line(tmp_path):
     run(tiny(), tmp_path, profile=(9, 12))
 
 
+@pytest.mark.slow
 def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
   run(tiny(), tmp_path)
   (tmp_path / "config.json").write_text("{")

@@ -89,6 +89,7 @@ def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
   assert "pre_logits" not in params
 
 
+@pytest.mark.slow
 def test_a_run_of_our_own_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
   _, workdir = finetuned
   config = finetune(folder, workdir, num_steps=1)

@@ -196,6 +196,7 @@ def test_training_curve_golden_in_float32(load_golden):
   check_final(outputs, "", variables, start, 5e-2, leave_out=chaotic)
 
 
+@pytest.mark.slow
 def test_training_curve_golden_in_float64(load_golden):
   name = "train_lambda_resnet26t_a"
   _, _, outputs = load_golden(name)

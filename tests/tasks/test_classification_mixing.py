@@ -115,6 +115,7 @@ def train(task, batch, mesh, devices):
 
 
 @pytest.mark.multidevice
+@pytest.mark.slow
 def test_every_mesh_mixes_its_micro_batches_alike(batch, tiny_classifier):
   task = create_task(
     "classification", tiny_classifier(), num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0,

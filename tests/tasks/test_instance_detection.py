@@ -188,6 +188,7 @@ def test_a_model_that_knows_the_truth_scores_full_marks():
 
 
 @pytest.mark.multidevice
+@pytest.mark.slow
 def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gradient):
   batch = make_batch()
   output, grads = run(gradient, task, variables, batch)

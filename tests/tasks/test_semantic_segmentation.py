@@ -190,6 +190,7 @@ def tiny():
 
 
 @pytest.mark.multidevice
+@pytest.mark.slow
 def test_many_devices_compute_the_same(tiny):
   """Norms take the statistics of the whole batch, over all devices: they are synchronised."""
   _, variables, batch, step = tiny
