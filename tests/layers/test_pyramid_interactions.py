@@ -126,7 +126,7 @@ def test_golden_of_the_codes_modules(load_golden, name):
   variables = module_variables(module, rows, published, maps)
   apply = functools.partial(module.apply, train=False, mutable=["intermediates"])
   out, state = jax.jit(apply)(variables, *maps)
-  np.testing.assert_allclose(nchw(out), outputs[name], atol=1e-5)
+  np.testing.assert_allclose(nchw(out), outputs[name], rtol=1e-5, atol=1e-5)
   if f"{name}/attn" in outputs:
     weights = state["intermediates"]["weights"][0]
     np.testing.assert_allclose(weights, outputs[f"{name}/attn"], atol=1e-5)
