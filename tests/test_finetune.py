@@ -192,7 +192,7 @@ def test_own_images_are_learned_in_one_command(own_run):
 
 def test_what_is_no_image_is_named_counted_and_no_obstacle(own_run, own):
   outcome, workdir, said = own_run
-  assert "ignored 1 files that are not images: retina/notes.txt" in said
+  assert "files that are not images and were ignored (1): retina/notes.txt" in said
   broken = {*(f"cat/truncated{i}.jpg" for i in range(3)), "retina/renamed.png"}
   learned = load_source(f"folder:{own}", "fit")
   paths = {learned.example_name(i) for i in range(len(learned))}

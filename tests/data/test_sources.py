@@ -206,7 +206,7 @@ class TestFolder:
     logging.set_verbosity(logging.INFO)
     with caplog.at_level("INFO"):
       load_source(f"folder:{class_folders}", "train")
-    assert "ignored 1 files that are not images: cow/notes.txt" in caplog.text
+    assert "files that are not images and were ignored (1): cow/notes.txt" in caplog.text
 
   def test_training_files_are_held_out_by_hash_to_choose_by(self, class_folders):
     def members(split):

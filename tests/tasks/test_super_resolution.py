@@ -427,6 +427,7 @@ def test_predictions_are_scored():
   evaluator.add(batch, predictions)
   assert task.best_metric in evaluator.result()
   assert set(task.figures(batch, predictions)) == {"super_resolution"}
+  assert set(task.batch_figures(batch)) == {"batch"}
   assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
 
 

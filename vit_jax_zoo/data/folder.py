@@ -192,9 +192,14 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
       ignored += sorted(os.path.join(below, f) for f in set(files) - set(images))
       found += [(pathlib.PurePath(below, f).as_posix(), folder.name) for f in images]
   if ignored:
-    named = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
-    logging.info("%s: ignored %d files that are not images: %s", root, len(ignored), named)
+    _say_ignored(root, tuple(ignored))
   return sorted(found, key=lambda file: (_hash(file[0]), file[0]))
+
+
+@functools.cache  # each split of a run reads the folder anew
+def _say_ignored(root: pathlib.Path, ignored: tuple[str, ...]) -> None:
+  named = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
+  logging.info("%s: files that are not images and were ignored (%d): %s", root, len(ignored), named)
 
 
 def _labelled(

@@ -11,6 +11,7 @@ Host p reads only rows [p * b/hosts, (p + 1) * b/hosts) of each batch.
 
 import collections
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +185,7 @@ class BatchIterator(Iterator[Batch]):
     batch = next(self._iterator)
     for name, reason in batch.pop(SKIPPED):
       if name not in self.skipped:
-        logging.warning("skipping a corrupt example, %s: %s", name, reason)
+        _say_skipped(name, reason)
       self.skipped[name] += 1
     return batch
 
@@ -209,6 +210,11 @@ class BatchIterator(Iterator[Batch]):
 
   def __exit__(self, *exception: object) -> None:
     self.close()
+
+
+@functools.cache  # once a run, not in each of its evaluations
+def _say_skipped(name: str, reason: str) -> None:
+  logging.warning("skipping a corrupt example, %s: %s", name, reason)
 
 
 @dataclasses.dataclass

@@ -176,6 +176,10 @@ class SuperResolution(base.Task):
     """Returns an empty evaluator: PSNR and SSIM of results and of bicubic enlargements."""
     return SuperResolutionEvaluator()
 
+  def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
+    """Draws small pictures, their truths and their references."""
+    return {"batch": draw.draw_batch(batch)}
+
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:

@@ -76,7 +76,7 @@ def draw_predictions(
   _write_legend(figure)
   for i, ax in enumerate(axes):
     best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
-    name = _shorten(_name(best, class_names), int(10.5 * cell) - 8)
+    name = _shorten(_name(best, class_names), int(11.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
     ax.set_xlabel(

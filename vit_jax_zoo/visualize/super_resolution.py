@@ -15,8 +15,19 @@ from vit_jax_zoo.ops.picture_quality import psnr_y
 
 QUIET = "#555555"
 CELL = 2.1  # inches
-COLUMNS = ("small", "bicubic", "ours", "truth", "reference", "taken from", "trust")
-"""Of each row; where there is no truth, its column is left out."""
+COLUMNS = (
+  "small", "bicubic", "ours", "wrong reference", "truth", "reference", "taken from", "trust"
+)  # fmt: skip
+"""Of each row; "wrong reference" and "truth" are left out where there are none."""
+
+BATCH_COLUMNS = {
+  "small": "low_res_image",
+  "bicubic": "upsampled_image",
+  "truth": "image",
+  "reference": "ref_image",
+  "blurred reference": "blurred_ref_image",
+}
+"""What is drawn of a training batch: title -> key."""
 
 
 def draw_results(
@@ -26,7 +37,7 @@ def draw_results(
   title: str = "Super-resolution",
   max_images: int = 4,
 ) -> Figure:
-  """Draws a row of seven pictures for each example, of six where there is no truth.
+  """Draws a row of pictures for each example, as far as there are those of `COLUMNS`.
 
   "taken from" gives each cell of the small picture the colour of the place in the reference where
   its patch was found; those colours are laid over the reference. "trust" is the soft attention,
@@ -35,20 +46,39 @@ def draw_results(
   Args:
     batch: as `tasks.super_resolution` has it: `low_res_image`, `upsampled_image`,
       `ref_image`, in [0, 255]; `image`, the truth, and `size` are optional.
-    predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w].
+    predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w];
+      `wrong_reference_image`, what became of it with another's reference, is optional.
     title: of the figure.
     max_images: draws the first so many.
   """
   shown = min(len(batch["low_res_image"]), max_images)
   if not shown:
     raise ValueError("there is no image to draw")
-  columns = [name for name in COLUMNS if name != "truth" or "image" in batch]
-  figure, axes = _grid(shown, len(columns), _aspect(batch["upsampled_image"]))
-  figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
-  for name, ax in zip(columns, axes[0], strict=True):
-    ax.set_title(name, fontsize=10)
-  for i, row in enumerate(axes):
-    _draw_row(dict(zip(columns, row, strict=True)), _example(batch, predictions, i))
+  there = {"truth": "image" in batch, "wrong reference": "wrong_reference_image" in predictions}
+  columns = [name for name in COLUMNS if there.get(name, True)]
+  figure, rows = _grid(shown, columns, _aspect(batch["upsampled_image"]), title)
+  for i, row in enumerate(rows):
+    _draw_row(row, _example(batch, predictions, i))
+  return figure
+
+
+def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
+  """Draws what a model will learn from: a row of `BATCH_COLUMNS` for each example.
+
+  Args:
+    batch: as `tasks.super_resolution` has it, in [0, 255].
+    max_images: draws the first so many.
+  """
+  shown = min(len(batch["low_res_image"]), max_images)
+  if not shown:
+    raise ValueError("there is no image to draw")
+  aspect = _aspect(batch["upsampled_image"])
+  figure, rows = _grid(shown, list(BATCH_COLUMNS), aspect, "Training batch")
+  for i, row in enumerate(rows):
+    for name, key in BATCH_COLUMNS.items():
+      picture = np.asarray(batch[key][i])
+      _show(row[name], picture, "nearest" if name == "small" else "auto")
+      row[name].set_xlabel(f"{picture.shape[1]} × {picture.shape[0]}", fontsize=9)
   return figure
 
 
@@ -71,11 +101,15 @@ def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
   pixels = slice(0, height), slice(0, width)
   reference = np.asarray(batch["ref_image"][i])
+  optional = {
+    "truth": batch.get("image"),
+    "wrong reference": predictions.get("wrong_reference_image"),
+  }
   return {
     "small": np.asarray(batch["low_res_image"][i])[cells],
     "bicubic": bicubic[pixels],
     "ours": np.asarray(predictions["image"][i])[pixels],
-    "truth": np.asarray(batch["image"][i])[pixels] if "image" in batch else None,
+    **{name: np.asarray(x[i])[pixels] for name, x in optional.items() if x is not None},
     "reference": reference,
     "index": np.asarray(predictions["hard_attention"][i])[cells],
     "trust": np.asarray(predictions["soft_attention"][i])[cells],
@@ -85,12 +119,13 @@ def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -
 
 def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
   _show(axes["small"], example["small"], "nearest")
-  _show(axes["bicubic"], example["bicubic"])
-  _show(axes["ours"], example["ours"])
-  if "truth" in axes:
-    _show(axes["truth"], example["truth"])
-    for name, weight in (("bicubic", "normal"), ("ours", "bold")):
+  for name in ("bicubic", "ours", "wrong reference", "truth"):
+    if name not in axes:
+      continue
+    _show(axes[name], example[name])
+    if name != "truth" and "truth" in axes:
       decibels = psnr_y(example[name], example["truth"])
+      weight = "bold" if name == "ours" else "normal"
       axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
   _draw_search(axes, example)
 
@@ -127,14 +162,20 @@ def _aspect(images: Num[np.ndarray, "b h w 3"]) -> float:
   return float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
 
 
-def _grid(rows: int, columns: int, aspect: float) -> tuple[Figure, list[list[Axes]]]:
-  """Lays out rows of cells, `aspect` times as high as wide."""
-  size = (columns * CELL, rows * (CELL * aspect + 0.35) + 0.7)
+def _grid(
+  rows: int, columns: list[str], aspect: float, title: str
+) -> tuple[Figure, list[dict[str, Axes]]]:
+  """Lays out rows of cells by their column's name, `aspect` times as high as wide."""
+  size = (len(columns) * CELL, rows * (CELL * aspect + 0.35) + 0.7)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
-  axes = figure.subplots(rows, columns, squeeze=False)
+  figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+  axes = figure.subplots(rows, len(columns), squeeze=False)
+  for name, ax in zip(columns, axes[0], strict=True):
+    ax.set_title(name, fontsize=10)
   for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
+    ax.set_anchor("N")  # so that pictures of other shapes stand in line with their titles
     ax.xaxis.label.set_color(QUIET)
     for spine in ax.spines.values():
       spine.set_visible(False)
-  return figure, [list(row) for row in axes]
+  return figure, [dict(zip(columns, row, strict=True)) for row in axes]
