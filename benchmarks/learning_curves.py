@@ -104,7 +104,8 @@ def run(name: str, workdir: pathlib.Path, **budget: Any) -> dict[str, Any]:
   params = program.abstract_state.params
   flops = count_flops(program.train_step, program.abstract_state, program.abstract_batch)
   wall, cpu = time.perf_counter(), time.process_time()
-  experiment.run(config, epath.Path(workdir))
+  if not experiment.run(config, epath.Path(workdir)).finished:
+    raise SystemExit(f"{name}, seed {budget['seed']}, was told to stop; it is not counted")
   curve = [(row["step"] * BATCH, row[score]) for row in read_metrics(workdir) if score in row]
   return {
     "system": name,

@@ -22,6 +22,7 @@ in its own evaluation. Several suites share the features of a data set.
 `--data` names sources (`folder:/path`), or data sets of the suite's own table; without it, all of
 the table. What is not prepared is named, with the command that prepares it, and left out. The
 scores of the VTAB paper, and ViT's, are of fine-tuned models: linear ones are lower.
+None of these data sets was at hand here: what has been run are the suites on the embedded ones.
 
 The folder `--output` then has `transfer.json` and a picture of each suite.
 """
