@@ -147,7 +147,8 @@ def test_training_curve_golden(load_golden):
     norms.append(float(norm))
   np.testing.assert_allclose(losses, outputs["loss"], rtol=1e-5)
   np.testing.assert_allclose(norms, outputs["grad_norm"], rtol=2e-4)
-  final = fpt_pt.state_dict(flatten_variables({"params": params, "batch_stats": stats}))
+  trained = jax.device_get({"params": params, "batch_stats": stats})
+  final = fpt_pt.state_dict(flatten_variables(trained))
   start = weights("fpt_gn_a")
   for key, expected in outputs.items():
     if key.startswith(("param/", "bn/")):
