@@ -37,7 +37,7 @@ def define_flags() -> None:
   flags.DEFINE_string("output", None, "a JSON file to write the plan to")
   flags.DEFINE_bool("all", False, "every recipe of configs/, into docs/PLANS.md")
   flags.DEFINE_string("only", "", "of --all, the rows that have this pattern in their name")
-  flags.DEFINE_integer("time_limit", 600, "seconds for each row of --all")
+  flags.DEFINE_integer("time_limit", 3600, "seconds for each row of --all")
   flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
 
 

@@ -53,6 +53,14 @@ def test_what_is_not_compiled_says_so():
   assert "not compiled: stopped after 9 s" in page._cells(row, {"error": "stopped after 9 s"})
 
 
+def test_the_page_says_what_is_not_known_and_what_it_costs():
+  done = [{"compile_cpu_seconds": seconds} for seconds in (17.2, 775.9, None)]
+  text = page._progress(done, 112)
+  assert text.startswith("3 of 112 rows were compiled. Of the others nothing is known yet")
+  assert "17 to 776 seconds of CPU time" in text
+  assert "Of the others" not in page._progress(done, 3)
+
+
 def test_a_recipe_that_has_changed_has_another_digest():
   row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
   other = row._replace(overrides=("--config.sharding.mesh.fsdp=4",))

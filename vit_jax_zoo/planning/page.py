@@ -189,7 +189,7 @@ def page() -> str:
   assumptions = "\n".join(f"* {text};" for text in ASSUMPTIONS)[:-1] + "."
   lines = [HEAD.format(assumptions=assumptions)]
   done = [row for row in planned if "memory" in plans.get(row.key, {})]
-  lines += [f"{len(done)} of {len(planned)} rows were compiled.", ""]
+  lines += [_progress([plans[row.key] for row in done], len(planned)), ""]
   for system in dict.fromkeys(row.config.partition(":")[0] for row in planned):
     of_system = [row for row in planned if row.config.startswith(f"{system}:")]
     lines += [f"## {system}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
@@ -198,6 +198,17 @@ def page() -> str:
   lines += ["## Not planned", ""]
   lines += [f"* `{recipe}`: {reason}" for recipe, reason in without.items()]
   return "\n".join(lines) + "\n"
+
+
+def _progress(done: Sequence[Mapping[str, Any]], planned: int) -> str:
+  """Returns how many rows have figures, and at what cost: convolutions take XLA longest."""
+  text = f"{len(done)} of {planned} rows were compiled."
+  if len(done) < planned:
+    text += " Of the others nothing is known yet, nor whether they fit."
+  costs = [plan["compile_cpu_seconds"] for plan in done if plan["compile_cpu_seconds"]]
+  if costs:
+    text += f" Each took XLA {min(costs):.0f} to {max(costs):.0f} seconds of CPU time."
+  return text
 
 
 def _line(cells: Sequence[str]) -> str:
