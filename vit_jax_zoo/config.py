@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.data.pipeline import LOADER_FIELDS
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import check_names, unknown_name
 
 
 def defaults() -> ConfigDict:
@@ -102,7 +102,7 @@ def check_values(config: ConfigDict) -> None:
   for key in ("batch_size", "model", "task", "optimizer"):
     if config[key] is None or config[key] == ConfigDict():
       raise ValueError(f"the config does not set {key!r}")
-  _check_loader(config.data.loader)
+  check_names("field of config.data.loader", config.data.loader, LOADER_FIELDS)
   if config.num_steps is None and config.num_epochs is None:
     raise ValueError("the config must set num_steps or num_epochs")
   for name, least in _LEAST.items():
@@ -113,12 +113,6 @@ def check_values(config: ConfigDict) -> None:
     raise ValueError(f"ema_decay is {config.ema_decay}; expected a number in [0, 1), or None")
   if config.checkpoint.best_mode not in ("max", "min"):
     raise ValueError(unknown_name("checkpoint.best_mode", config.checkpoint.best_mode, _MODES))
-
-
-def _check_loader(fields: ConfigDict) -> None:
-  for field in fields:
-    if field not in LOADER_FIELDS:
-      raise ValueError(unknown_name("field of config.data.loader", field, LOADER_FIELDS))
 
 
 _MODES = ("max", "min")

@@ -80,19 +80,6 @@ def use(config):
     made.eval_batches(name)
 
 
-def is_inner(path):
-  return path[0] == "model" and len(path) > 2
-
-
-@pytest.fixture
-def known_gaps(request, path):
-  """An inner part of a model is a Linen module, whose TypeError does not name the nearest field."""
-  if is_inner(path):
-    mark = pytest.mark.xfail(raises=TypeError, strict=True, reason="fields of inner parts")
-    request.applymarker(mark)
-
-
-@pytest.mark.usefixtures("known_gaps")
 @pytest.mark.parametrize(
   ("system", "path", "wrong"),
   slips(),

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from vit_jax_zoo.evaluation import few_shot, knn
 from vit_jax_zoo.evaluation.linear_probe import STRENGTHS, Labelled, hold_out, probe
 from vit_jax_zoo.evaluation.sgd_probe import RATES, SgdRecipe, fit_by_sgd
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import check_names, field_names, unknown_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,10 +253,8 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
   """
   if name not in PROBES:
     raise ValueError(unknown_name("probe", name, PROBES))
-  known = [field.name for field in dataclasses.fields(PROBES[name])]
+  check_names(f"field of the probe {name!r}", fields, field_names(PROBES[name]))
   for field, value in fields.items():
-    if field not in known:
-      raise ValueError(unknown_name(f"field of the probe {name!r}", field, known))
     if isinstance(value, list | tuple) and not value:
       raise ValueError(f"{field} of the probe {name!r} is empty; name at least one value")
   plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}

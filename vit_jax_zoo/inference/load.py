@@ -19,6 +19,7 @@ from vit_jax_zoo.data.transform_base import Transform
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.ops.names import field_names
 from vit_jax_zoo.run_config import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
 from vit_jax_zoo.tasks import create_task, task_fields
 from vit_jax_zoo.tasks.base import Variables
@@ -59,7 +60,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   else:
     variables = _adapted(run, model)
   preprocess = run.preprocess(seen)
-  config = {name: getattr(model, name) for name in _field_names(model)}
+  config = {name: getattr(model, name) for name in field_names(model)}
   return Pretrained(
     model,
     dict(variables),
@@ -297,7 +298,3 @@ def _refitted(
   fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
   grids = [None if s is None else (s[0] // side, s[1] // side) for s in (seen, size)]
   return weights.adapt(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])
-
-
-def _field_names(model: Any) -> list[str]:
-  return [f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name")]

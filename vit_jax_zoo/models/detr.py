@@ -24,10 +24,10 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from vit_jax_zoo.layers.attention import Implementation
-from vit_jax_zoo.layers.encoder_decoder import EncoderDecoder, fan_in_uniform
+from vit_jax_zoo.layers.encoder_decoder import DecoderLayer, EncoderDecoder, fan_in_uniform
 from vit_jax_zoo.layers.mask_head import MaskAttention, MaskHead
 from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, ResNet
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import part_fields, unknown_name
 from vit_jax_zoo.ops.nearest import resize_nearest
 
 
@@ -191,7 +191,7 @@ class Detr(nn.Module):
   ) -> dict[str, Float[Array, "b _ _ _"]]:
     fields: dict[str, Any] = {
       "norm": "frozen_batch_norm",
-      **(self.backbone or {}),
+      **part_fields("backbone", ResNet, self.backbone),
       "dtype": self.dtype,
     }
     if not self.masked_backbone:
@@ -257,7 +257,7 @@ class Detr(nn.Module):
       self.encoder_depth,
       self.decoder_depth,
       layer,
-      {**layer, **(self.decoder or {})},
+      {**layer, **part_fields("decoder", DecoderLayer, self.decoder)},
       self.remat,
       self.scan_layers,
       name="transformer",

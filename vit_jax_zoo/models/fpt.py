@@ -22,7 +22,7 @@ from vit_jax_zoo.layers.batch_norm import norm_factory
 from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
 from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, ConvNorm, ResNet
 from vit_jax_zoo.layers.unscathed_pyramid import UnscathedPyramid
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import part_fields, unknown_name
 
 
 def _variant(depth: int, **fields: Any) -> dict[str, Any]:
@@ -98,7 +98,11 @@ class PyramidSegmenter(nn.Module):
       raise ValueError(unknown_name("neck", self.neck, NECKS))
     if self.num_classes < 1:
       raise ValueError(f"num_classes must be positive, not {self.num_classes}")
-    backbone: dict[str, Any] = {"output_stride": 8, **(self.backbone or {}), "dtype": self.dtype}
+    backbone: dict[str, Any] = {
+      "output_stride": 8,
+      **part_fields("backbone", ResNet, self.backbone),
+      "dtype": self.dtype,
+    }
     features = ResNet(**backbone, name="backbone")(images, train=train)
     pyramid = UnscathedPyramid(
       self.width, self.kernel_sizes, self.norm, self.dtype, name="pyramid"
@@ -124,7 +128,7 @@ class PyramidSegmenter(nn.Module):
     fields: dict[str, Any] = {
       "norm": self.norm,
       "window": self.window,
-      **(self.transformer or {}),
+      **part_fields("transformer", FeaturePyramidTransformer, self.transformer),
       "width": self.width,
       "lateral": False,
       "dtype": self.dtype,

@@ -24,6 +24,7 @@ from vit_jax_zoo.layers.lambda_layer import LambdaLayer
 from vit_jax_zoo.layers.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
 from vit_jax_zoo.ops.checks import check_num_classes
 from vit_jax_zoo.ops.explanation import Explanation
+from vit_jax_zoo.ops.names import part_fields
 
 
 def _every(step: int, count: int) -> tuple[int, ...]:
@@ -116,7 +117,11 @@ class LambdaBottleneck(Bottleneck):
     self, x: Float[Array, "b h w c"], stride: int, *, train: bool
   ) -> Float[Array, "b h2 w2 c"]:
     """Applies the lambda layer, which halves the map after its lambdas if there is a stride."""
-    fields: dict[str, Any] = {"norm": self.norm, "dtype": self.dtype, **(self.lambda_fields or {})}
+    fields: dict[str, Any] = {
+      "norm": self.norm,
+      "dtype": self.dtype,
+      **part_fields("lambda_layer", LambdaLayer, self.lambda_fields),
+    }
     layer = LambdaLayer(stride=stride, **fields, name="lambda_layer")
     if stride > 1 and layer.pool_size % 2 == 0 and (x.shape[1] % 2 or x.shape[2] % 2):
       raise ValueError(

@@ -36,7 +36,7 @@ from vit_jax_zoo.models.lambda_resnet import LambdaResNet
 from vit_jax_zoo.ops.anchors import cell_anchors, grid_anchors
 from vit_jax_zoo.ops.box_coding import inclusive
 from vit_jax_zoo.ops.detection_conventions import Convention, find_convention
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import part_fields, unknown_name
 from vit_jax_zoo.ops.proposals import ProposalLimits, choose_proposals
 from vit_jax_zoo.ops.roi_align import box_levels, every_level_roi_align, pyramid_roi_align
 from vit_jax_zoo.ops.sharding import on_own_examples, shard_batch
@@ -169,29 +169,20 @@ class RCNN(nn.Module):
   def setup(self) -> None:
     """Makes the parts."""
     self._check()
-    fields: dict[str, Any] = {
-      "norm": "frozen_batch_norm",
-      **(self.backbone or {}),
-      "dtype": self.dtype,
-    }
     kind = ResNet if self.backbone_kind == "resnet" else _LambdaBackbone
+    given = part_fields("backbone", kind, self.backbone)
+    fields: dict[str, Any] = {"norm": "frozen_batch_norm", **given, "dtype": self.dtype}
     self._backbone = kind(**fields, name="backbone")
-    neck: dict[str, Any] = {"width": self.width, **(self.neck_fields or {}), "dtype": self.dtype}
-    if self.neck == "fpt":
-      self._neck = FeaturePyramidTransformer(**neck, name="neck")
-    else:
-      self._neck = FeaturePyramid(**neck, top_down=self.neck == "fpn", name="neck")
+    self._neck = self._make_neck()
     count = len(self.cell_anchors[0])
     self._proposal_head = RegionProposalHead(count, self.dtype, name="proposal_head")
-    self._box_head = BoxHead(**(self.box_head or {}), dtype=self.dtype, name="box_head")
+    box = part_fields("box_head", BoxHead, self.box_head)
+    self._box_head = BoxHead(**box, dtype=self.dtype, name="box_head")
     self._box_outputs = BoxOutputs(self.num_classes, self.dtype, name="box_outputs")
     if self.has_masks:
-      mask: dict[str, Any] = {
-        "num_classes": self.num_classes,
-        **(self.mask_head or {}),
-        "dtype": self.dtype,
-      }
-      self._mask_head = MaskHead(**mask, name="mask_head")
+      mask: dict[str, Any] = {"num_classes": self.num_classes}
+      mask |= part_fields("mask_head", MaskHead, self.mask_head)
+      self._mask_head = MaskHead(**mask, dtype=self.dtype, name="mask_head")
 
   def __call__(
     self,
@@ -329,11 +320,19 @@ class RCNN(nn.Module):
       for stride, sizes in zip(self.strides, self.anchor_sizes, strict=True)
     ]
 
+  def _make_neck(self) -> nn.Module:
+    kind = FeaturePyramidTransformer if self.neck == "fpt" else FeaturePyramid
+    given = part_fields("neck_fields", kind, self.neck_fields)
+    fields: dict[str, Any] = {"width": self.width, **given, "dtype": self.dtype}
+    if self.neck != "fpt":
+      fields["top_down"] = self.neck == "fpn"
+    return kind(**fields, name="neck")
+
   def _limits(self, *, train: bool) -> ProposalLimits:
     fields: dict[str, Any] = {
       "before_nms": (2000, 1000),
       "after_nms": (2000, 1000),
-      **(self.proposals or {}),
+      **part_fields("proposals", ProposalLimits, self.proposals),
     }
     pairs = {k: v if isinstance(v, list | tuple) else (v, v) for k, v in fields.items()}
     return ProposalLimits(**{k: v[0 if train else 1] for k, v in pairs.items()})

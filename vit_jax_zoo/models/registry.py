@@ -1,15 +1,14 @@
 """Models by name. A family's module is imported when one of its names is asked for."""
 
-import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 from flax import linen as nn
 
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import check_names, field_names, unknown_name
 
 FAMILIES = {
   "vit": ("vit_jax_zoo.models.vit", "VisionTransformer"),
@@ -41,7 +40,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
   """
   family = _family(name)
   kind = model_class(family)
-  check_fields(kind, overrides, name)
+  check_names(f"field of {name}", overrides, [*field_names(kind), "name"])
   return kind(**{**variants(family)[name], **overrides})
 
 
@@ -61,14 +60,6 @@ def family_of(model: nn.Module) -> str:
     if type(model).__name__ == class_name and model_class(family) is type(model):
       return family
   raise ValueError(f"{type(model).__name__} is not the class of any model in this zoo")
-
-
-def check_fields(kind: type[nn.Module], fields: Iterable[str], owner: str) -> None:
-  """Raises ValueError, with the nearest known name, unless the class has all of these fields."""
-  known = [f.name for f in dataclasses.fields(kind) if f.name not in ("parent", "name")]
-  for field in fields:
-    if field not in known:
-      raise ValueError(unknown_name(f"field of {owner}", field, [*known, "name"]))
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -1,7 +1,9 @@
 """Messages for names that are not known: one line with the nearest known name and the list."""
 
+import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
@@ -19,3 +21,37 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
   nearest = difflib.get_close_matches(given, names, n=1)
   hint = f"; did you mean {nearest[0]!r}? Known" if nearest else "; known"
   return f"unknown {kind} {given!r}{hint}: {', '.join(names)}"
+
+
+def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
+  """Raises ValueError at the first of the given names that is not known.
+
+  Args:
+    kind: as of `unknown_name`.
+    given: names as the user wrote them.
+    known: the names that are accepted.
+  """
+  known = list(known)
+  for name in given:
+    if name not in known:
+      raise ValueError(unknown_name(kind, name, known))
+
+
+def field_names(kind: Any) -> list[str]:
+  """Returns the fields of a dataclass, or an instance; of a Linen module without Linen's own."""
+  return [f.name for f in dataclasses.fields(kind) if f.name not in ("parent", "name")]
+
+
+def part_fields(part: str, kind: type, given: Mapping[str, Any] | None) -> dict[str, Any]:
+  """Returns the fields that a config gives to an inner part of a model.
+
+  Args:
+    part: the field of the model that holds them: "backbone".
+    kind: the part's class.
+    given: the fields, or None for none.
+
+  Raises:
+    ValueError: the part has no such field; the message has the nearest.
+  """
+  check_names(f"field of {part}", given or (), field_names(kind))
+  return dict(given or {})

@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import check_names, unknown_name
 
 if TYPE_CHECKING:
   from vit_jax_zoo.tasks.base import Model, Task
@@ -53,9 +53,7 @@ def task_fields(name: str) -> tuple[str, ...]:
 
 def _check_fields(name: str, task_class: type, given: dict[str, Any]) -> None:
   fields = {f.name: f for f in dataclasses.fields(task_class) if f.name != "model"}
-  for key in given:
-    if key not in fields:
-      raise ValueError(unknown_name(f"field of task {name!r}", key, [*fields, "name"]))
+  check_names(f"field of task {name!r}", given, [*fields, "name"])
   for key, field in fields.items():
     needed = field.default is field.default_factory is dataclasses.MISSING
     if needed and given.get(key) is None:

@@ -28,13 +28,12 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import check_names, unknown_name
 from vit_jax_zoo.train.adam import scale_by_adam
 from vit_jax_zoo.train.schedule import (
   Config,
   Number,
   Schedule,
-  check_fields,
   create_schedule,
   fields_of,
   plain,
@@ -158,7 +157,7 @@ def _create_core(fields: Mapping[str, Any]) -> _Core:
     raise ValueError(unknown_name("optimizer", str(name), _CORES))
   make = _CORES[name]
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
-  check_fields(f"field of optimizer {name}", own, [*_FIELDS, *fields_of(make)])
+  check_names(f"field of optimizer {name}", own, [*_FIELDS, *fields_of(make), "name"])
   return make(**{key: _as_dtype(key, value) for key, value in own.items()})
 
 
@@ -265,7 +264,7 @@ def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
         "such as ('.*/bias', dict(frozen=True))"
       )
     settings = plain(rule[1])
-    check_fields(f"setting in optimizer rule {rule[0]!r}:", settings, _RULE_FIELDS)
+    check_names(f"setting in optimizer rule {rule[0]!r}:", settings, _RULE_FIELDS)
     try:
       re.compile(rule[0])
     except re.error as error:

@@ -32,7 +32,7 @@ from absl import logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.names import check_names, unknown_name
 from vit_jax_zoo.train.distributed import is_primary
 
 Schedule: TypeAlias = Callable[[Any], Float[Array, ""]]
@@ -73,7 +73,7 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
       base,
     )
   make = _SCHEDULES[name]
-  check_fields(f"field of the {name} schedule", fields, [*fields_of(make), "warmup_steps"])
+  check_names(f"field of the {name} schedule", fields, [*fields_of(make), "warmup_steps", "name"])
   after_warmup = make(base, num_steps, warmup_steps, **fields)
 
   def schedule(step: Any) -> Float[Array, ""]:
@@ -98,13 +98,6 @@ def count_steps(field: str, steps: Steps, num_steps: int) -> int:
 def plain(config: Config) -> dict[str, Any]:
   """Returns the entries of a mapping or ConfigDict as a dict of its own."""
   return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-
-
-def check_fields(kind: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
-  """Raises ValueError at the first entry of `given` that is not known."""
-  for field in given:
-    if field not in known:
-      raise ValueError(unknown_name(kind, field, [*known, "name"]))
 
 
 def fields_of(make: Callable[..., Any]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from vit_jax_zoo.ops.names import field_names
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.table import Flat, Row
 
@@ -153,5 +154,4 @@ class Export:
 
   def fields(self) -> dict[str, Any]:
     """Returns the model's fields by name."""
-    known = [f.name for f in dataclasses.fields(self.model) if f.name not in ("parent", "name")]
-    return {name: getattr(self.model, name) for name in known}
+    return {name: getattr(self.model, name) for name in field_names(self.model)}

@@ -11,7 +11,8 @@ from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 
-from vit_jax_zoo.models.registry import check_fields, model_class
+from vit_jax_zoo.models.registry import model_class
+from vit_jax_zoo.ops.names import check_names, field_names
 from vit_jax_zoo.weights import hub, table
 from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.formats import read_checkpoint
@@ -81,7 +82,7 @@ def load_pretrained(
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_class(checkpoint.family)
-  check_fields(kind, overrides, kind.__name__)
+  check_names(f"field of {kind.__name__}", overrides, field_names(kind))
   fields = {**checkpoint.fields, **overrides}
   model = kind(**fields)
   size, checkpoint = checkpoint.choose_size(
