@@ -257,7 +257,7 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
   for field, value in fields.items():
     if isinstance(value, list | tuple) and not value:
       raise ValueError(f"{field} of the probe {name!r} is empty; name at least one value")
-  plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+  plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
   return PROBES[name](**plain)
 
 

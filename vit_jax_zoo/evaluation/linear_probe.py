@@ -117,7 +117,7 @@ def accuracy(
   with warnings.catch_warnings():
     warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is scored
     classifier.fit(features, labels)
-  found = classifier.predict(test_features.reshape(-1, test_features.shape[-1]))
+  found = np.asarray(classifier.predict(test_features.reshape(-1, test_features.shape[-1])))
   return float(np.mean(vote(found.reshape(test_features.shape[:-1])) == test_labels))
 
 
