@@ -3,10 +3,12 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vit_jax_zoo.layers.vgg import VGG19
 from vit_jax_zoo.ops.relevance import Match, find_matches, relevance_of, transfer
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -160,6 +162,33 @@ def test_half_precision_maps_are_compared_in_float32():
   found = find(queries, references)
   np.testing.assert_array_equal(found.index, expected.index)
   np.testing.assert_allclose(found.relevance, expected.relevance, atol=1e-6)
+
+
+def precisions(function, *inputs):
+  """The precision of every matrix product and convolution, those of nested functions included."""
+
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+        yield equation.params["precision"]
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        yield from walk(inner)
+
+  # A lower default, as on TPU, must not reach what decides on matches; a CPU computes alike anyway.
+  with jax.default_matmul_precision("bfloat16"):
+    return list(walk(jax.make_jaxpr(function)(*inputs).jaxpr))
+
+
+def test_products_that_decide_on_matches_have_the_highest_precision():
+  found = precisions(find_matches, *random_maps(6))
+  images = jnp.zeros((1, 8, 8, 3))
+  extractor = VGG19(outputs=("relu2_1",), widths=(4, 4), dtype="bfloat16")
+  variables = extractor.init(jax.random.key(0), images)
+  found += precisions(functools.partial(extractor.apply, precise=True), variables, images)
+  assert len(found) >= 4
+  assert all(precision == (HIGHEST, HIGHEST) for precision in found)
+  rough = precisions(extractor.apply, variables, images)
+  assert not any(precision == (HIGHEST, HIGHEST) for precision in rough)
 
 
 def test_relevance_of_any_index():
