@@ -9,11 +9,14 @@ r"""TTSR: a demo, and the recipes of the paper.
     python -m vit_jax_zoo.main --evaluate_only \
       --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
 
+The last needs CUFED's training pictures and VGG-19's file (`vgg_file`), too: the run that would
+begin there is made, and then only scored.
+
 | variant    | trains on            | from              | expected PSNR / SSIM, CUFED5 |
 |------------|----------------------|-------------------|------------------------------|
 | demo       | a stereo pair, 48x48 | -                 | 25.3 dB, bicubic 24.0 dB     |
-| cufed      | CUFED, 160x160       | sections 3.3, 4.1 | 25.53 / .765                 |
-| cufed_rec  | CUFED, 160x160       | sections 3.3, 4.1 | 27.09 / .804                 |
+| cufed      | CUFED, 160x160       | sections 3.3, 4.1 | 25.40 / .760, level 1        |
+| cufed_rec  | CUFED, 160x160       | sections 3.3, 4.1 | 26.99 / .800, level 1        |
 | own        | your own pairs       | as cufed_rec      | -                            |
 
 Each function below is a page of the lab book. Batch sizes are global.
@@ -106,7 +109,7 @@ def cufed(
   Hardware: the paper names none. One device; pictures of different sizes are compiled one by one in
     the evaluation. For more devices choose a batch size that they divide, and pad (`pad_pair`).
   Expected on CUFED5, level 1: 25.40 dB, SSIM 0.7600, with the released weights (issue 3 of the
-    released code); the paper has 25.53, 0.765 with all references.
+    released code). The paper's own figure, with all references, could not be checked here.
   Not yet run here.
   """
   config = _cufed(source, vgg_file, init_from)
@@ -132,9 +135,9 @@ def cufed_rec(
   Weights: `vgg_file`, see `cufed`; `init_from`, such as the published TTSR-rec.pt, is optional.
   Hardware: the paper names none. One device, see `cufed`.
   Expected on CUFED5, level 1: 26.99 dB, SSIM 0.8003, with the released weights (issue 3 of the
-    released code); the paper has 27.09, 0.804 with all references, where others measured 26.8.
-    Sun80 30.02 (one of its references: reference=random), Urban100 25.87 and Manga109 30.09
-    (reference=self).
+    released code); the paper has 27.09 dB with all references, where others measured 26.8. Its
+    figures for Sun80 (one of its references: reference=random), Urban100 and Manga109
+    (reference=self) could not be checked here.
   Not yet run here.
   """
   config = _cufed(source, vgg_file, init_from)

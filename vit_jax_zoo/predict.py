@@ -3,6 +3,7 @@
     python -m vit_jax_zoo.predict --workdir=runs/vit_demo --images=a.jpg b.png --output=out/
     python -m vit_jax_zoo.predict --workdir=ViT-B_16.npz --images='photos/*.jpg' --explain
     python -m vit_jax_zoo.predict --workdir=openai/imagegpt-small --images=photos/ --samples=4
+    python -m vit_jax_zoo.predict --workdir=TTSR-rec.pt --images=photos/ --reference=ref.jpg
 
 `--workdir` is a run of ours, which stands for its best checkpoint (and `<run>/checkpoints` for its
 newest), a published file or folder, or a published name. Images are files,
