@@ -11,7 +11,6 @@ Host p reads only rows [p * b/hosts, (p + 1) * b/hosts) of each batch.
 
 import collections
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +184,7 @@ class BatchIterator(Iterator[Batch]):
     batch = next(self._iterator)
     for name, reason in batch.pop(SKIPPED):
       if name not in self.skipped:
-        _say_skipped(name, reason)
+        logging.warning("skipping a corrupt example, %s: %s", name, reason)
       self.skipped[name] += 1
     return batch
 
@@ -210,11 +209,6 @@ class BatchIterator(Iterator[Batch]):
 
   def __exit__(self, *exception: object) -> None:
     self.close()
-
-
-@functools.cache  # once a run, not in each of its evaluations
-def _say_skipped(name: str, reason: str) -> None:
-  logging.warning("skipping a corrupt example, %s: %s", name, reason)
 
 
 @dataclasses.dataclass
