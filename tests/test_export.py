@@ -156,3 +156,12 @@ def test_an_orbax_export_is_used_like_a_run(tmp_path):
   logits = made.model.apply(made.variables, made.preprocess([image]))["logits"][0]
   assert top[0]["name"] == ("ant", "bee", "cat")[int(np.argmax(logits))]
   assert abs(top[0]["probability"] - float(jax.nn.softmax(logits).max())) < 1e-5
+
+
+def test_a_run_with_numbers_that_are_not_finite_is_not_used(tmp_path):
+  made = tiny(pool="mean", position_embedding="sincos_2d")
+  made.variables["params"]["head"]["bias"] = np.full(3, np.inf, np.float32)
+  export.write(made, "orbax", str(tmp_path / "run"))
+  for use in (load, load_pretrained):
+    with pytest.raises(ValueError, match=r"run holds NaN or infinity in params/head/bias: it is"):
+      use(str(tmp_path / "run"))

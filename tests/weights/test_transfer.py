@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.ops.position_grid import resize_position_grid
-from vit_jax_zoo.weights import adapt, relayout
+from vit_jax_zoo.weights import adapt, check_finite, relayout
 
 WIDTH = 3
 
@@ -110,3 +110,17 @@ def test_pixel_positions_are_resized_as_a_grid():
   taken = adapt({"params": {"position_embedding": source}}, model, "a run")
   expected = resize_position_grid(source, (4, 4), (6, 6))
   np.testing.assert_array_equal(taken["params"]["position_embedding"], expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_run_that_diverged_is_no_start(value):
+  source = variables(10)
+  source["params"]["cls_token"][0, 0, 1] = value
+  with pytest.raises(ValueError, match=r"a run holds NaN or infinity in params/cls_token: it is"):
+    adapt(source, variables(10, seed=1), "a run")
+
+
+def test_many_arrays_that_are_not_finite_are_counted():
+  arrays = {f"layer_{i}": np.full(2, np.nan, np.float16) for i in range(8)}
+  with pytest.raises(ValueError, match="in layer_0, layer_1, layer_2 and 5 more arrays: it is"):
+    check_finite(arrays | {"names": np.array(["a"]), "steps": np.arange(3)}, "a file")

@@ -271,6 +271,23 @@ def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
   assert "\n" not in message
 
 
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+  arrays = dict(np.load(weights_of("vit_a")))
+  arrays["head/bias"] = np.full_like(arrays["head/bias"], 3e38)  # a sum that overflows is no fault
+  path = str(tmp_path / "broken.npz")
+  np.savez(path, **arrays)
+  variables = load_pretrained(path).variables
+  arrays["Transformer/encoder_norm/scale"][3] = np.nan
+  arrays["embedding/kernel"][0, 0, 0, 0] = -np.inf
+  np.savez(path, **arrays)
+  for load in (load_pretrained, lambda p: load_into(p, variables)):
+    with pytest.raises(WeightsError, match=r"broken\.npz holds NaN or infinity in ") as info:
+      load(path)
+    named = str(info.value).partition(" in ")[2].partition(":")[0].split(", ")
+    assert sorted(named) == ["Transformer/encoder_norm/scale", "embedding/kernel"]
+    assert "\n" not in str(info.value)
+
+
 def test_errors_a_user_can_cause(tmp_path):
   with pytest.raises(ValueError, match="there is no checkpoint at nowhere"):
     load_pretrained("nowhere.npz")

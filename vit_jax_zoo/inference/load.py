@@ -184,9 +184,15 @@ class _Run:
 
   @classmethod
   def read(cls, path: str) -> "_Run":
-    """Reads the run; raises FileNotFoundError if there is no config beside it."""
+    """Reads the run.
+
+    Raises:
+      FileNotFoundError: there is no config beside it.
+      ValueError: its checkpoint is damaged, or holds numbers that are not finite.
+    """
     config, data = recall(_workdir_of(path))
     variables = restore_variables(path)
+    weights.check_finite(variables, path)
     if data.num_classes is None:
       data = dataclasses.replace(data, num_classes=_count_classes(variables))
     return cls(path, config, data, variables)

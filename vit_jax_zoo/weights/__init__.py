@@ -3,7 +3,7 @@
 from vit_jax_zoo.weights.load import Pretrained, load_into, load_pretrained
 from vit_jax_zoo.weights.parts import load_parts
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.table import WeightsError
+from vit_jax_zoo.weights.table import WeightsError, check_finite
 from vit_jax_zoo.weights.transfer import adapt, relayout
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
   "Pretrained",
   "WeightsError",
   "adapt",
+  "check_finite",
   "load_into",
   "load_parts",
   "load_pretrained",

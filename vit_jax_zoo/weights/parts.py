@@ -90,4 +90,4 @@ def _part_of(
     own |= traverse_util.flatten_dict(tree if is_whole else tree.get(part, {}), sep="/")
   rows = [Row(path.removeprefix(_STATISTICS), path) for path in shapes]
   ignore = (r"head/.*",) if is_whole else ()
-  return table.read(own, rows, shapes, source=f"the run that the {part} is from", ignore=ignore)
+  return table.read(own, rows, shapes, source=f"the run that {part}_file names", ignore=ignore)

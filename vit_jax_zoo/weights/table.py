@@ -18,11 +18,16 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from flax import traverse_util
 
 Array = np.ndarray
 Flat = dict[str, Array]
+
+_MAX_NAMED = 3
+"""So many arrays are named where all have the same fault."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +126,7 @@ def read(
 
   Raises:
     WeightsError: parameters without an array, arrays without a parameter, shapes that differ, or
-      whole numbers where weights should be.
+      whole numbers where weights should be; or else, numbers that are not finite.
   """
   found: Flat = {}
   used, problems = set(), []
@@ -144,7 +149,38 @@ def read(
       problems.append(f"unused: {key} {published[key].shape}")
   if problems:
     raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+  check_finite({key: array for key, array in published.items() if key in used}, source)
   return found
+
+
+def check_finite(arrays: Mapping[str, Any], source: str) -> None:
+  """Refuses weights with which nothing can be computed.
+
+  Args:
+    arrays: by key, or a tree of them.
+    source: where they are from, for the message.
+
+  Raises:
+    WeightsError: one line: some numbers are NaN or infinite; it names the first arrays.
+  """
+  flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(arrays), sep="/"))
+  broken = [key for key, array in flat.items() if not _is_finite(array)]
+  if broken:
+    first = ", ".join(broken[:_MAX_NAMED])
+    more = len(broken) - _MAX_NAMED
+    raise WeightsError(
+      f"{source} holds NaN or infinity in {first}{f' and {more} more arrays' if more > 0 else ''}: "
+      "it is damaged, or its training diverged; get it anew, or take other weights"
+    )
+
+
+def _is_finite(array: Array) -> bool:
+  if array.dtype.kind in "biuSU":
+    return True
+  # What is not finite stays in a sum, which takes one look and no memory; but finite numbers, too,
+  # may have a sum that is not.
+  with np.errstate(all="ignore"):
+    return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
 
 
 def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:

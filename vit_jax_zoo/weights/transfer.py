@@ -9,7 +9,13 @@ from absl import logging
 from flax import traverse_util
 
 from vit_jax_zoo.ops.position_grid import resize_position_grid
-from vit_jax_zoo.weights.table import scanned_paths, stack, unroll, unroll_shapes
+from vit_jax_zoo.weights.table import (
+  check_finite,
+  scanned_paths,
+  stack,
+  unroll,
+  unroll_shapes,
+)
 
 HEADS = ("head/", "pre_logits/", "class_head/", "mask_head/", "mask_attention/")
 """What a new task may drop, or start afresh."""
@@ -48,7 +54,8 @@ def adapt(
 
   Raises:
     ValueError: one line with every array that is missing, has no place, or another shape; or about
-      a position table that is not for the given grid, or for no square one where none is given.
+      a position table that is not for the given grid, or for no square one where none is given; or
+      about numbers that are not finite.
   """
   adapted = dict(variables)
   problems: list[str] = []
@@ -62,6 +69,7 @@ def adapt(
       logging.info("%s: these start afresh: %s", name, ", ".join(fresh))
   if problems:
     raise ValueError(f"the weights of {name} do not fit this model: {'; '.join(problems)}")
+  check_finite({k: tree for k, tree in source.items() if k in variables}, name)
   return adapted
 
 
