@@ -3,13 +3,16 @@
 import json
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: level 1 of LLVM's optimisations saves more than it costs.
-# At level 0, sums come in another order, and two goldens of training leave their tolerance.
+# Tests compile much and compute little: level 1 of LLVM's optimisations, and loops in place of the
+# fusions' emitters, save more than they cost. At level 0, sums come in another order, and two
+# goldens of training leave their tolerance.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
+  + " --xla_cpu_use_fusion_emitters=false"
 ).strip()
 
 import jax
@@ -22,6 +25,13 @@ mpl.use("Agg")
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
+
+# What one test compiled, another need not. The folder is this process's own: files of the cache are
+# not written at once, so that a second process could read half of one.
+_CACHE = tempfile.TemporaryDirectory(prefix="compiled_")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
