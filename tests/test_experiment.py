@@ -17,8 +17,7 @@ def tiny(**fields):
   config = vit.get_config("demo,num_steps=4,batch_size=16")
   config.model.update(width=16, depth=1, mlp_dim=16, num_heads=2)
   config.data.eval.test.split = "test[:20]"
-  config.log_every = config.eval_every = 2
-  config.checkpoint.every = 2
+  config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 4
   config.task.label_smoothing, config.ema_decay = 0.0, None
   with config.ignore_type():
     config.update(fields)
@@ -131,6 +130,7 @@ def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path)
 
 def test_overfitting_one_batch_drives_the_loss_down(tmp_path):
   config = tiny(num_steps=60, log_every=10, eval_every=0)
+  config.checkpoint.every = 60
   config.model.update(width=32)
   config.optimizer.schedule.warmup_steps = 5
   outcome = run(config, tmp_path, overfit_one_batch=True)

@@ -61,7 +61,7 @@ def one_process(tmp_path_factory):
   ("mesh", "devices_each"),
   [
     (("data=-1", "fsdp=1"), 2),
-    (("data=1", "fsdp=-1"), 2),
+    pytest.param(("data=1", "fsdp=-1"), 2, marks=pytest.mark.slow),
     (("data=1", "model=2"), 1),  # both processes are fed every image; each must count once
   ],
   ids=str,
