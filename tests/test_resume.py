@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests import command
-from vit_jax_zoo.train.checkpoint import find_checkpoint, restore_variables
+from vit_jax_zoo.train.checkpoint import restore_variables
+from vit_jax_zoo.train.checkpoint_folders import find_checkpoint
 
 
 def final_bits(workdir, step=24):

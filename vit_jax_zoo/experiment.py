@@ -43,7 +43,8 @@ from vit_jax_zoo.run_config import (
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.checkpoint import Checkpointer, is_checkpoint, restore_variables
+from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
+from vit_jax_zoo.train.checkpoint_folders import is_checkpoint
 from vit_jax_zoo.train.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.train.evaluate import Evaluation, Explanations, PredictionScores
 from vit_jax_zoo.train.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations

@@ -17,11 +17,8 @@ from flax import struct
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vit_jax_zoo.train.checkpoint import (
-  Checkpointer,
-  find_checkpoint,
-  restore_variables,
-)
+from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
+from vit_jax_zoo.train.checkpoint_folders import find_checkpoint
 
 
 @struct.dataclass

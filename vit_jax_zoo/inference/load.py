@@ -23,7 +23,8 @@ from vit_jax_zoo.ops.names import field_names
 from vit_jax_zoo.run_config import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
 from vit_jax_zoo.tasks import create_task, task_fields
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.train.checkpoint import is_checkpoint, restore_variables
+from vit_jax_zoo.train.checkpoint import restore_variables
+from vit_jax_zoo.train.checkpoint_folders import is_checkpoint
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
 _IN_PREPROCESS = ("image_mean", "image_std", "num_classes")

@@ -11,21 +11,33 @@ nothing. All processes of a multi-process run call each function, and each write
 """
 
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 
-PathLike: TypeAlias = str | os.PathLike[str]
-
-CHECKPOINTS, BEST = "checkpoints", "best"
-_STATE, _VARIABLES, _METADATA = "state", "variables", "metadata"
-_MAX_LISTED = 8
+from vit_jax_zoo.train.checkpoint_errors import (
+  differences,
+  raise_if_any,
+  reading,
+  unused,
+  writing,
+)
+from vit_jax_zoo.train.checkpoint_folders import (
+  BEST,
+  CHECKPOINTS,
+  METADATA,
+  STATE,
+  VARIABLES,
+  PathLike,
+  absolute,
+  find_checkpoint,
+  others,
+  steps,
+)
 
 
 class Checkpointer:
@@ -62,16 +74,19 @@ class Checkpointer:
       raise ValueError(f"checkpoint keep is {keep}; at least 1 must stay, or no run could resume")
     if best_mode not in ("max", "min"):
       raise ValueError(f"best_mode is {best_mode!r}; expected 'max' or 'min'")
-    self.workdir, self.read_only, self._best_mode = _absolute(workdir), read_only, best_mode
+    self.workdir, self.read_only, self._best_mode = absolute(workdir), read_only, best_mode
     self._newest = _Folder(self.workdir / CHECKPOINTS, max_to_keep=keep)
-    self._best = _Folder(
-      self.workdir / BEST,
-      max_to_keep=1,
-      best_fn=lambda metrics: metrics["score"],
-      best_mode=best_mode,
-    )
-    best_step = self._best.manager.best_step()
-    metrics = None if best_step is None else self._best.manager.metrics(best_step)
+    newest = max(steps(self.workdir / BEST), default="")
+    advice = "remove this folder: what is best will be found anew"
+    with reading(self.workdir / BEST / str(newest), lambda: advice):
+      self._best = _Folder(
+        self.workdir / BEST,
+        max_to_keep=1,
+        best_fn=lambda metrics: metrics["score"],
+        best_mode=best_mode,
+      )
+      best_step = self._best.manager.best_step()
+      metrics = None if best_step is None else self._best.manager.metrics(best_step)
     self._best_score = None if metrics is None else float(metrics["score"])
 
   def __enter__(self) -> "Checkpointer":
@@ -101,14 +116,16 @@ class Checkpointer:
 
     Raises:
       RuntimeError: opened read-only.
+      OSError: the disk is full, which may be noticed in the save after.
     """
     self._check_writable()
     if step in self._newest.manager.all_steps():
       return False
-    # The best variables first: a run resumed from this step would not look for them again.
-    self._best.manager.wait_until_finished()
-    saved = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state)})
-    return self._newest.to_write().save(step, args=saved, force=True)
+    saved = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
+    with writing(self.workdir, self._newest.newest):
+      # The best variables first: a run resumed from this step would not look for them again.
+      self._best.manager.wait_until_finished()
+      return self._newest.to_write().save(step, args=saved, force=True)
 
   def restore(self, abstract_state: Any) -> Any | None:
     """Returns the newest complete checkpoint, or None if there is none.
@@ -118,17 +135,32 @@ class Checkpointer:
         put each array; the mesh may differ from the one that saved.
 
     Raises:
-      ValueError: names, shapes or dtypes differ from those saved; the message lists them.
+      ValueError: names, shapes or dtypes differ from those saved; the message lists them. Or the
+        checkpoint is damaged; the message says how to go on.
     """
     step = self.latest_step
     if step is None:
       return None
     directory = self.workdir / CHECKPOINTS / str(step)
-    saved, wanted = _saved_arrays(directory / _STATE), _by_path(abstract_state)
-    problems = [*_differences(wanted, saved, with_dtype=True), *_unused(wanted, saved)]
-    _raise_if_any(problems, f"the checkpoint {directory} does not fit this run's state")
-    arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract_state)})
-    return self._newest.manager.restore(step, args=arguments)[_STATE]
+    with reading(directory, self._how_to_go_on):
+      saved = _saved_arrays(directory / STATE)
+    wanted = _by_path(abstract_state)
+    problems = [*differences(wanted, saved, with_dtype=True), *unused(wanted, saved)]
+    raise_if_any(problems, f"the checkpoint {directory} does not fit this run's state")
+    arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
+    with reading(directory, self._how_to_go_on):
+      return self._newest.manager.restore(step, args=arguments)[STATE]
+
+  def _how_to_go_on(self) -> str:
+    """Says what happens without the newest checkpoint."""
+    earlier = sorted(self._newest.manager.all_steps())[:-1]
+    if earlier:
+      return f"remove this folder, and the same command goes on from step {earlier[-1]}"
+    best = self._best.manager.best_step()
+    start = (
+      "" if best is None else f" (or from --config.init_from={self.workdir / BEST / str(best)})"
+    )
+    return f"there is no earlier step: remove this folder, and the run begins anew{start}"
 
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score beats all before; returns whether it does.
@@ -142,18 +174,19 @@ class Checkpointer:
     if not self._is_better(score):
       return False
     self._best_score = score = float(score)
-    if jax.process_count() > 1:  # hosts would mix up the barriers of two saves at once
-      self._newest.manager.wait_until_finished()
-    best = self._best.to_write()
-    if step in best.all_steps():  # a repeated step came out differently
-      best.delete(step)
     saved = ocp.args.Composite(
       **{
-        _VARIABLES: ocp.args.StandardSave(variables),
-        _METADATA: ocp.args.JsonSave({"score": score, "best_mode": self._best_mode}),
+        VARIABLES: ocp.args.StandardSave(variables),
+        METADATA: ocp.args.JsonSave({"score": score, "best_mode": self._best_mode}),
       }
     )
-    return best.save(step, args=saved, metrics={"score": score}, force=True)
+    with writing(self.workdir, self._newest.newest):
+      if jax.process_count() > 1:  # hosts would mix up the barriers of two saves at once
+        self._newest.manager.wait_until_finished()
+      best = self._best.to_write()
+      if step in best.all_steps():  # a repeated step came out differently
+        best.delete(step)
+      return best.save(step, args=saved, metrics={"score": score}, force=True)
 
   def _check_writable(self) -> None:
     if self.read_only:
@@ -166,8 +199,9 @@ class Checkpointer:
 
   def wait(self) -> None:
     """Returns when all saves are complete on disk; raises what went wrong with them."""
-    self._newest.manager.wait_until_finished()
-    self._best.manager.wait_until_finished()
+    with writing(self.workdir, self._newest.newest):
+      self._newest.manager.wait_until_finished()
+      self._best.manager.wait_until_finished()
 
   def close(self) -> None:
     """Waits, and gives up the background threads."""
@@ -195,6 +229,10 @@ class _Folder:
       self._writable = True
     return self.manager
 
+  def newest(self) -> int | None:
+    """Returns the newest step that is complete on disk: not one whose save has failed."""
+    return max(steps(self._directory), default=None)
+
 
 def restore_variables(
   path: PathLike,
@@ -215,64 +253,24 @@ def restore_variables(
 
   Raises:
     FileNotFoundError: there is no complete checkpoint.
-    ValueError: parameters are missing, unused or of another shape; the message lists them all.
+    ValueError: parameters are missing, unused or of another shape; the message lists them all. Or
+      the checkpoint is damaged; the message names the others that there are.
   """
   directory = find_checkpoint(path, prefer_best=prefer_best)
-  item = directory / (_STATE if (directory / _STATE).exists() else _VARIABLES)
-  saved = _saved_arrays(item)
-  names = _collections(saved, use_ema=use_ema) if item.name == _STATE else {}
-  if abstract_variables is None:
-    abstract_variables = _abstract_from(saved, names)
-    return _read(item, abstract_variables, names, as_numpy=True)
-  wanted = {_renamed(key, names): leaf for key, leaf in _by_path(abstract_variables).items()}
-  here = {key: leaf for key, leaf in saved.items() if item.name != _STATE or _in(key, names)}
-  problems = [*_differences(wanted, saved, with_dtype=False), *_unused(wanted, here)]
-  _raise_if_any(problems, f"the checkpoint {directory} does not fit this model")
-  return _read(item, abstract_variables, names, as_numpy=False)
-
-
-def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
-  """Returns the directory of one complete checkpoint: `path` itself, or the newest below it.
-
-  Raises:
-    FileNotFoundError: there is none.
-  """
-  root = _absolute(path)
-  if (root / _STATE).exists() or (root / _VARIABLES).exists():
-    return root
-  order = (BEST, CHECKPOINTS) if prefer_best else (CHECKPOINTS, BEST)
-  for directory in (*(root / name for name in order), root):
-    steps = ocp.utils.checkpoint_steps(directory) if directory.exists() else []
-    if steps:
-      newest = max(steps) if directory.name != BEST else max(steps, key=_merit(directory))
-      return directory / str(newest)
-  raise FileNotFoundError(
-    f"no complete checkpoint in {root}; give a run's workdir (with {CHECKPOINTS}/ or {BEST}/), "
-    "or the directory of one checkpoint"
-  )
-
-
-def is_checkpoint(path: PathLike) -> bool:
-  """Returns whether `path` is a run of ours, or a checkpoint of one, and not a published file."""
-  try:
-    is_url = str(path).startswith(("http://", "https://"))
-    return not is_url and _absolute(path).is_dir() and find_checkpoint(path).exists()
-  except FileNotFoundError:
-    return False
-
-
-def _merit(directory: epath.Path) -> Callable[[int], float]:
-  """How good the best variables of a step are: a kill can leave those that were best before too."""
-
-  def merit(step: int) -> float:
-    found = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(directory / str(step) / _METADATA)
-    return found["score"] if found["best_mode"] == "max" else -found["score"]
-
-  return merit
-
-
-def _absolute(path: PathLike) -> epath.Path:
-  return epath.Path(path).expanduser().absolute()
+  item = directory / (STATE if (directory / STATE).exists() else VARIABLES)
+  with reading(directory, lambda: others(directory)):
+    saved = _saved_arrays(item)
+  names = _collections(saved, use_ema=use_ema) if item.name == STATE else {}
+  wanted = abstract_variables
+  if wanted is None:
+    wanted = _abstract_from(saved, names)
+  else:
+    by_path = {_renamed(key, names): leaf for key, leaf in _by_path(wanted).items()}
+    here = {key: leaf for key, leaf in saved.items() if item.name != STATE or _in(key, names)}
+    problems = [*differences(by_path, saved, with_dtype=False), *unused(by_path, here)]
+    raise_if_any(problems, f"the checkpoint {directory} does not fit this model")
+  with reading(directory, lambda: others(directory)):
+    return _read(item, wanted, names, as_numpy=abstract_variables is None)
 
 
 def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
@@ -280,9 +278,9 @@ def _open(directory: epath.Path, **options: Any) -> ocp.CheckpointManager:
     directory,
     options=ocp.CheckpointManagerOptions(**options),
     item_handlers={
-      _STATE: ocp.StandardCheckpointHandler(),
-      _VARIABLES: ocp.StandardCheckpointHandler(),
-      _METADATA: ocp.JsonCheckpointHandler(),
+      STATE: ocp.StandardCheckpointHandler(),
+      VARIABLES: ocp.StandardCheckpointHandler(),
+      METADATA: ocp.JsonCheckpointHandler(),
     },
   )
 
@@ -374,27 +372,3 @@ def _at(tree: Any, path: str) -> Any:
   for key in path.split("/"):
     tree = tree[key]
   return tree
-
-
-def _differences(
-  wanted: Mapping[str, Any], saved: Mapping[str, Any], *, with_dtype: bool
-) -> Iterator[str]:
-  for key, leaf in wanted.items():
-    if key not in saved:
-      yield f"{key} is not in the checkpoint"
-    elif tuple(leaf.shape) != tuple(saved[key].shape):
-      yield f"{key} has shape {tuple(leaf.shape)} here and {tuple(saved[key].shape)} there"
-    elif with_dtype and leaf.dtype != saved[key].dtype:
-      yield f"{key} is {leaf.dtype} here and {np.dtype(saved[key].dtype)} there"
-
-
-def _unused(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
-  return (f"{key} is only in the checkpoint" for key in saved if key not in wanted)
-
-
-def _raise_if_any(problems: Sequence[str], what: str) -> None:
-  if problems:
-    logging.error("%s:\n%s", what, "\n".join(problems))
-    more = len(problems) - _MAX_LISTED
-    listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
-    raise ValueError(f"{what}: {listed}")

@@ -25,7 +25,8 @@ from etils import epath
 
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.train.checkpoint import BEST, Checkpointer, find_checkpoint, restore_variables
+from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
+from vit_jax_zoo.train.checkpoint_folders import BEST, find_checkpoint
 from vit_jax_zoo.train.evaluate import Evaluation, Report
 from vit_jax_zoo.train.metric_writer import MetricWriter
 from vit_jax_zoo.train.preemption import PreemptionGuard
