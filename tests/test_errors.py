@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import sys
 
 import cv2
 import jax
@@ -219,6 +220,20 @@ def test_a_traceback_is_there_for_who_asks():
   assert ended.value.code == 2
   assert "Traceback" in printed.getvalue()
   assert printed.getvalue().endswith("error: what was wrong\n")
+
+
+@pytest.mark.parametrize(
+  ("error", "is_said"), [("Event loop is closed", False), ("something of ours", True)]
+)
+def test_what_threads_of_orbaxs_come_too_late_with_is_left_out(error, is_said, capfd, monkeypatch):
+  class Late:
+    def __del__(self):
+      raise RuntimeError(error)
+
+  monkeypatch.setattr(sys, "unraisablehook", command_line._report_unless_known)
+  late = Late()
+  del late
+  assert (error in capfd.readouterr().err) == is_said
 
 
 @pytest.mark.parametrize("text", ["3", "5:3", "a:b", "0:4"])

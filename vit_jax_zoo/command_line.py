@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags, logging
 
@@ -58,10 +59,23 @@ def log_plainly() -> None:
   handler = logging.get_absl_handler()
   handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   handler.addFilter(_is_ours_or_serious)
+  if sys.unraisablehook is sys.__unraisablehook__:
+    sys.unraisablehook = _report_unless_known
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
   """Orbax alone writes pages of what it has done, and traces of what it raises to us as well."""
-  if "orbax" in record.pathname and record.exc_info:
+  if record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"):
     return False
   return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname
+
+
+def _report_unless_known(report: Any) -> None:
+  """Orbax raises the first of several errors to us; TensorStore's threads come with the others.
+
+  By then nobody waits for them: the event loop is closed, or the coroutine is being thrown away.
+  """
+  code = [frame.filename for frame in traceback.extract_tb(report.exc_traceback)]
+  is_late = str(report.exc_value) == "Event loop is closed"
+  if not (is_late or any("orbax" in filename for filename in code)):
+    sys.__unraisablehook__(report)
