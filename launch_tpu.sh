@@ -14,12 +14,14 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 readonly ROOT
 readonly COMMANDS="all create setup run follow status delete"
 readonly OPTIONS="--name --zone --type --topology --version --project --spot --repo --ref \
---retries --poll --keep --dry-run --help"
+--retries --poll --keep --delete --dry-run --help"
 
 NAME="" ZONE="" TYPE="" TOPOLOGY="" VERSION="" PROJECT="" SPOT="" REPO="" REF=""
-RETRIES=20 POLL=15 KEEP="" DRY_RUN=""
+RETRIES=20 POLL=15 KEEP="" DELETE="" DRY_RUN=""
 MAIN_ARGS=()
 ARCHIVE=""
+# Whether `create` found a slice, and whether it asked for one: `all` deletes its own alone.
+FOUND="" CREATED=""
 
 # What slice_state answers where Cloud TPU knows no such slice.
 readonly ABSENT=ABSENT
@@ -37,7 +39,8 @@ Usage: ./launch_tpu.sh COMMAND --name=NAME --zone=ZONE [options] [-- arguments o
 
 Commands
   all      create, setup, run, follow, delete; a slice that is lost on the way is created anew and
-           the same command resumes from the last checkpoint; deletes also after a failure
+           the same command resumes from the last checkpoint; deletes also after a failure, but no
+           slice that was there before; a run that is under way there is only followed
   create   ask for the slice and wait until it is there; one that exists already is used as it is
   setup    copy this folder's package to every worker and install it with the [tpu] extra
   run      start vit_jax_zoo.main on every worker, detached from ssh
@@ -59,14 +62,15 @@ Options
   --retries=20         all: how often a run that was cut short is resumed
   --poll=15            seconds between two looks at the slice
   --keep               all: leave the slice there in the end, at your cost
+  --delete             all: delete it in the end, even if it was there before
   --dry-run            print every command, one to a line, and run none
 
 Example
   ./launch_tpu.sh all --name=vit --zone=us-central1-a --type=v5litepod-16 --spot -- \
     --config=configs/vit.py:b16_imagenet --workdir=gs://my-bucket/vit_b16
 
-Ctrl-C during `all` deletes the slice too, unless --keep is given. Closing the terminal does not:
-the run goes on, and the same command takes it up again.
+Ctrl-C during `all` deletes the slice that it created, unless --keep is given. Closing the terminal
+does not: the run goes on. The same command takes it up again; with --delete, to the end.
 USAGE
 }
 
@@ -230,11 +234,29 @@ create() {
     state=$ABSENT
   fi
   if [[ $state == "$ABSENT" ]]; then
-    request_slice || return $?
+    create_slice || return $?
   else
+    FOUND=1
     note "$NAME exists already ($state)"
   fi
   wait_until_ready
+}
+
+# Asks for the slice, which is ours from then on: also if an interrupt comes before the answer. Not
+# if somebody else was faster.
+create_slice() {
+  local error result=0
+  CREATED=1 FOUND=""
+  if [[ -n $DRY_RUN ]]; then
+    request_slice
+    return 0
+  fi
+  error=$(mktemp)
+  request_slice 2>"$error" || result=$?
+  if [[ $result != 0 ]] && grep -q ALREADY_EXISTS "$error"; then CREATED=""; fi
+  cat "$error" >&2
+  rm -f "$error"
+  return "$result"
 }
 
 delete() {
@@ -312,18 +334,19 @@ readonly STARTED='for _ in $(seq 50); do [ -s run.pid ] && break; sleep 0.2; don
 # shellcheck disable=SC2016
 readonly TAIL='cd ~/vit_jax_zoo && tail -n 100 -s 0.2 --pid="$(cat run.pid)" -f run.log'
 # The status is looked for once more at the end: the run may have ended since the first look.
-readonly REPORT="cd ~/vit_jax_zoo && \
+readonly REPORT="cd ~/vit_jax_zoo 2>/dev/null; \
 if [ ! -s run.status ] && $ALIVE; then echo status=running; \
 elif [ -s run.status ]; then echo \"status=\$(cat run.status)\"; else echo status=none; fi"
 # shellcheck disable=SC2016
 readonly LAST_LINES='echo "--- $(hostname)"; tail -n 30 ~/vit_jax_zoo/run.log'
 
 run() {
-  local job
+  local job arguments
   job="nohup setsid bash -c $(quote "$JOB") main $(quote "${MAIN_ARGS[@]}")"
+  arguments="printf %s $(quote "$(quote "${MAIN_ARGS[@]}")") > run.args"
   # A process that has written its status is over, even if it is still to be seen.
   on_workers all "cd ~/vit_jax_zoo && if [ ! -s run.status ] && $ALIVE; then echo 'already running'; else \
-rm -f run.pid run.status; $job >>run.log 2>&1 </dev/null & $STARTED; fi"
+rm -f run.pid run.status; $arguments; $job >>run.log 2>&1 </dev/null & $STARTED; fi"
 }
 
 # Prints the workers' states without repetition: `0`, `running`, `0 1`, ...
@@ -409,13 +432,51 @@ status() {
 
 # --- the whole life ------------------------------------------------------------------------------
 
+# Looks for a run that is under way on a slice that was there. Returns 0 if it is the one that is
+# asked for, LOST if the slice is lost, 3 if there is none, 1 if it is another or cannot be told.
+find_run() {
+  local try answer="" ours same
+  ours=$(quote "$(quote "${MAIN_ARGS[@]}")")
+  same="[ \"\$(cat run.args 2>/dev/null)\" = $ours ] || echo run=other"
+  # A slice that has just come up may refuse ssh for a minute.
+  for try in 1 2 3 4 5 6; do
+    if answer=$(on_workers all "$REPORT; $same"); then break; fi
+    if slice_is_lost; then return "$LOST"; fi
+    note "no answer from the workers of $NAME (attempt $try of 6)"
+    answer=""
+    sleep "$POLL"
+  done
+  case $answer in
+    "") note "whether a run is under way on $NAME cannot be told; nothing was changed there" ;;
+    *status=running*run=other* | *run=other*status=running*)
+      note "a run with other arguments is under way on $NAME: 'follow' it, or 'delete' the slice"
+      ;;
+    *status=running*) note "the run is under way on $NAME already" && return 0 ;;
+    *) return 3 ;;
+  esac
+  return 1
+}
+
 attempt() {
+  local found=3
   create || return $?
+  if [[ -n $FOUND ]]; then
+    found=0
+    find_run || found=$?
+  fi
+  case $found in
+    0) ;;
+    3) start_run || return $? ;;
+    *) return "$found" ;;
+  esac
+  follow_run
+}
+
+start_run() {
   setup || return $?
   if ! run; then
     if slice_is_lost; then return "$LOST"; else return 1; fi
   fi
-  follow_run
 }
 
 # The EXIT trap of `all`: the slice costs money until it is gone.
@@ -423,9 +484,9 @@ clean_up() {
   local result=$?
   trap - EXIT INT TERM HUP
   if [[ -n $ARCHIVE && -z $DRY_RUN ]]; then rm -f "$ARCHIVE"; fi
-  if [[ -n $KEEP ]]; then
+  if [[ -n $KEEP || (-n $FOUND && -z $CREATED && -z $DELETE) ]]; then
     note "$NAME stays; delete it with: $(quote "$0" delete "--name=$NAME" "${WHERE[@]:1}")"
-  elif ! delete; then
+  elif [[ -n $CREATED || -n $DELETE ]] && ! delete; then
     note "$NAME could not be deleted and may cost money; look at what is there:" \
       "gcloud compute tpus queued-resources list $(quote "${WHERE[@]:1}")"
     if [[ $result == 0 ]]; then result=1; fi
@@ -466,7 +527,7 @@ set_option() {
     --ref) REF=$2 ;;
     --retries) RETRIES=$2 ;;
     --poll) POLL=$2 ;;
-    --spot | --keep | --dry-run | --help) die "$1 takes no value" ;;
+    --spot | --keep | --delete | --dry-run | --help) die "$1 takes no value" ;;
     *) die "unknown option $1; known options: $OPTIONS (arguments of main come after --)" ;;
   esac
 }
@@ -478,6 +539,7 @@ parse() {
       --help | -h) usage && exit ;;
       --spot) SPOT=1 ;;
       --keep) KEEP=1 ;;
+      --delete) DELETE=1 ;;
       --dry-run) DRY_RUN=1 ;;
       --*=*) set_option "${1%%=*}" "${1#*=}" ;;
       --*)
