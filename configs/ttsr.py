@@ -9,8 +9,8 @@ r"""TTSR: a demo, and the recipes of the paper.
     python -m vit_jax_zoo.main --evaluate_only \
       --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
 
-The last needs CUFED's training pictures and VGG-19's file (`vgg_file`), too: the run that would
-begin there is made, and then only scored.
+The last needs the weights and `test/CUFED5`, and neither CUFED's training pictures nor VGG-19's
+file (`vgg_file`): nothing that only training needs is read.
 
 | variant    | trains on            | from              | expected PSNR / SSIM, CUFED5 |
 |------------|----------------------|-------------------|------------------------------|

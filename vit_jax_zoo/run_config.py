@@ -75,6 +75,10 @@ class RunData:
   class_names: tuple[str, ...] = ()
   shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
+  def info(self, name: str) -> DatasetInfo:
+    """Returns it as what is known of a source, with no examples."""
+    return DatasetInfo(name, 0, self.num_classes, self.class_names)
+
 
 def recall(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
   """Returns the config of a run, and what it took from its data.
@@ -88,10 +92,15 @@ def recall(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
     raise FileNotFoundError(
       f"there is no {CONFIG_FILE} in {workdir}; give the folder of a run, its --workdir"
     )
+  return config, recall_data(workdir)
+
+
+def recall_data(workdir: epath.Path) -> RunData:
+  """Returns what the run in `workdir` took from its data; nothing, if there is no run."""
   data = _read(workdir / DATA_FILE) or {}
   shapes = {key: tuple(shape) for key, shape in data.get("shapes", {}).items()}
   names = tuple(data.get("class_names") or ())
-  return config, RunData(data.get("num_classes"), names, shapes)
+  return RunData(data.get("num_classes"), names, shapes)
 
 
 def main_evaluation(evaluations: Mapping[str, Any]) -> str | None:
@@ -100,6 +109,12 @@ def main_evaluation(evaluations: Mapping[str, Any]) -> str | None:
   The first by name; one that predicts before those that probe features.
   """
   return min(evaluations, key=lambda name: ("fit_split" in evaluations[name], name), default=None)
+
+
+def asks_data(*sections: Mapping[str, Any] | ConfigDict) -> bool:
+  """Returns whether any section has a field that `fill_from_data` would fill."""
+  asked = [key for section in sections for key, value in section.items() if value is None]
+  return any(hasattr(RunData(), key) for key in asked)
 
 
 def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> dict[str, Any]:

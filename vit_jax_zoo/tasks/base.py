@@ -146,15 +146,25 @@ class Task(abc.ABC):
     """Files or runs of ours that parts of the variables start from, by the part's path; or none.
 
     "vgg" is a collection, "params/generator/extractor" a part of the parameters, "*/backbone" a
-    part of every collection. Whatever a run starts from as a whole (`init_from`) comes afterwards.
+    part of every collection. Where a run starts from something as a whole (`init_from`), a file is
+    read only for what that leaves open.
     """
     return {}
+
+  @property
+  def training_only(self) -> tuple[str, ...]:
+    """Parts of the variables that nothing but losses reads, by path as above; none by default.
+
+    Such as a critic. Whoever only evaluates neither makes nor loads them.
+    """
+    return ()
 
   def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
     """Returns variables that come from the training data, such as a palette; none by default.
 
-    Called on the host before the first step of a run; what it returns takes the place of its
-    namesakes among those of `init`. Of several processes the first one's result counts.
+    Called on the host before the first step of a run, unless `init_from` has given every variable;
+    what it returns takes the place of its namesakes among those of `init`. Of several processes the
+    first one's result counts.
 
     Args:
       batches: this process's part of the run's training batches, without end.

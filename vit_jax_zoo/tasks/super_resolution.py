@@ -116,6 +116,11 @@ class SuperResolution(base.Task):
     return dict.fromkeys(parts, self.vgg_file) if self.vgg_file else {}
 
   @property
+  def training_only(self) -> tuple[str, ...]:
+    """What the losses look through: a picture is enlarged by the generator alone."""
+    return ("vgg", "params/critic")
+
+  @property
   def best_metric(self) -> str:
     """PSNR as the official code measures it."""
     return "psnr"

@@ -11,7 +11,7 @@ nothing. All processes of a multi-process run call each function, and each write
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -240,6 +240,7 @@ def restore_variables(
   *,
   prefer_best: bool = True,
   use_ema: bool = True,
+  left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Reads parameters and model state alone, from a run or a single checkpoint.
 
@@ -250,6 +251,7 @@ def restore_variables(
       device of this process, if it has none). None gives numpy arrays, as they were saved.
     prefer_best: take the best variables of a workdir that has some; else the newest checkpoint.
     use_ema: take the averaged variables, where there are any.
+    left_out: parts by path, "params/critic", that stay on disk when `abstract_variables` are given.
 
   Raises:
     FileNotFoundError: there is no complete checkpoint.
@@ -266,7 +268,9 @@ def restore_variables(
     wanted = _abstract_from(saved, names)
   else:
     by_path = {_renamed(key, names): leaf for key, leaf in _by_path(wanted).items()}
-    here = {key: leaf for key, leaf in saved.items() if item.name != STATE or _in(key, names)}
+    left = tuple(_renamed(f"{part}/", names) for part in left_out)
+    here = {k: x for k, x in saved.items() if item.name != STATE or _in(k, names)}
+    here = {key: leaf for key, leaf in here.items() if not key.startswith(left)}
     problems = [*differences(by_path, saved, with_dtype=False), *unused(by_path, here)]
     raise_if_any(problems, f"the checkpoint {directory} does not fit this model")
   with reading(directory, lambda: others(directory)):

@@ -7,12 +7,13 @@ devices of the mesh need not exist on this machine: to plan for another one, low
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from vit_jax_zoo.tasks.base import Batch, Task, Variables
@@ -25,21 +26,21 @@ from vit_jax_zoo.train.state import (
   create_state,
   player_params,
   state_shardings,
+  variable_shardings,
 )
 from vit_jax_zoo.train.step import PredictStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-  """What a run executes.
+class EvaluationProgram:
+  """What judges a model, in a run or alone.
 
   Attributes:
     task: what is learned.
     mesh: where.
-    optimizers: one for each of the task's players.
-    abstract_batch: shapes, dtypes and shardings of a global training batch.
-    abstract_state: the same of the train state.
-    train_step: jitted, with shardings, donating its state.
+    left_out: parts of what `task.init` makes that are not here: `task.training_only`, or none.
+    abstract_batch: shapes, dtypes and shardings of the global batch that variables are made for.
+    abstract_variables: the same of parameters and the model's other collections.
     predict_step: jitted, with shardings.
     features_step: the same of `task.features`, for tasks that have any.
     explain_step: the same of `task.explain`, whose results are whole on every device.
@@ -47,13 +48,50 @@ class Program:
 
   task: Task
   mesh: Mesh
-  optimizers: tuple[Optimizer, ...]
+  left_out: tuple[str, ...]
   abstract_batch: Batch
-  abstract_state: TrainState
-  train_step: Any
+  abstract_variables: Variables
   predict_step: PredictStep
   features_step: PredictStep
   explain_step: PredictStep
+
+  def initial_variables(
+    self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
+  ) -> Variables:
+    """Makes the variables before the first step, each device its own part.
+
+    Args:
+      seed: of everything random in the run.
+      pretrain: takes the fresh variables and returns those to start from, on the devices or the
+        host. It must not keep the fresh ones: they may be donated.
+
+    Raises:
+      ValueError: `pretrain` returns other names or shapes than it was given.
+    """
+    abstract = self.abstract_variables
+    init = jax.jit(
+      lambda rng: _init(self.task, rng, self.abstract_batch, self.left_out),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )
+    variables = init(jax.random.split(jax.random.key(seed))[0])
+    if pretrain is None:
+      return variables
+    return jax.tree.map(_placed, abstract, variables, pretrain(variables))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(EvaluationProgram):
+  """What a run executes.
+
+  Attributes:
+    optimizers: one for each of the task's players.
+    abstract_state: shapes, dtypes and shardings of the train state.
+    train_step: jitted, with shardings, donating its state.
+  """
+
+  optimizers: tuple[Optimizer, ...]
+  abstract_state: TrainState
+  train_step: Any
 
   @property
   def schedules(self) -> dict[str, Callable[[int], Any]]:
@@ -66,26 +104,10 @@ class Program:
   def initial_state(
     self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
   ) -> TrainState:
-    """Makes the state before the first step, each device its own part.
-
-    Args:
-      seed: of everything random in the run.
-      pretrain: takes the fresh variables and returns those to start from, on the devices or the
-        host. It must not keep the fresh ones: they are donated.
-
-    Raises:
-      ValueError: `pretrain` returns other names or shapes than it was given.
-    """
-    init_rng, train_rng = jax.random.split(jax.random.key(seed))
+    """Makes the state before the first step; see `initial_variables`."""
+    variables = self.initial_variables(seed, pretrain)
+    train_rng = jax.random.split(jax.random.key(seed))[1]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    init = jax.jit(
-      lambda rng: self.task.init(rng, _zeros(self.abstract_batch)),
-      out_shardings=shardings.latest_variables,
-    )
-    variables = init(init_rng)
-    if pretrain is not None:
-      abstract = self.abstract_state.latest_variables
-      variables = jax.tree.map(_placed, abstract, variables, pretrain(variables))
     create = functools.partial(
       create_state,
       self.task,
@@ -134,8 +156,8 @@ def build_program(
   """
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
   sharding.check_batch_size(batch_size, mesh, recipe.accumulation_steps)
-  with jax.set_mesh(mesh):
-    abstract = jax.eval_shape(lambda: task.init(jax.random.key(0), _zeros(abstract_batch)))
+  judging = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
+  abstract = judging.abstract_variables
   optimizers = _create_optimizers(task, recipe, abstract["params"])
   create = functools.partial(create_state, task, optimizers, with_ema=recipe.ema_decay is not None)
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
@@ -147,15 +169,9 @@ def build_program(
     accumulation_steps=recipe.accumulation_steps,
     ema_decay=recipe.ema_decay,
   )
-  variables = shardings.latest_variables
   return Program(
-    task=task,
-    mesh=mesh,
+    **vars(judging),
     optimizers=optimizers,
-    abstract_batch={
-      key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
-      for key, leaf in abstract_batch.items()
-    },
     abstract_state=abstract_like(abstract_state, shardings),
     train_step=jax.jit(
       train_step,
@@ -163,12 +179,56 @@ def build_program(
       out_shardings=(shardings, sharding.replicated(mesh)),
       donate_argnums=0,
     ),
+  )
+
+
+def build_evaluation(
+  task: Task,
+  abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
+  *,
+  mesh: Mesh,
+  rules: sharding.Rules,
+  left_out: tuple[str, ...] = (),
+) -> EvaluationProgram:
+  """Derives what judges a model; see `build_program`.
+
+  Args:
+    task: what is learned.
+    abstract_batch: of a global batch, of training or of an evaluation.
+    mesh: see `sharding.create_mesh`.
+    rules: see `sharding`.
+    left_out: see `EvaluationProgram`.
+  """
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(lambda: _init(task, jax.random.key(0), abstract_batch, left_out))
+  variables = variable_shardings(abstract, rules, mesh)
+  split = sharding.batch_sharding(mesh)
+  return EvaluationProgram(
+    task=task,
+    mesh=mesh,
+    left_out=left_out,
+    abstract_batch={
+      key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
+      for key, leaf in abstract_batch.items()
+    },
+    abstract_variables=abstract_like(abstract, variables),
     predict_step=compile_predict_step(task.predict, variables, mesh),
     features_step=compile_predict_step(task.features, variables, mesh),
     explain_step=jax.jit(
       task.explain, in_shardings=(variables, split), out_shardings=sharding.replicated(mesh)
     ),
   )
+
+
+def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:
+  """Returns fresh variables, without the parts that are left out."""
+  variables = task.init(rng, _zeros(abstract_batch))
+  if not left_out:
+    return variables
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  left = tuple(f"{part}/" for part in left_out)
+  kept = {path: leaf for path, leaf in flat.items() if not path.startswith(left)}
+  return traverse_util.unflatten_dict(kept, sep="/")
 
 
 def _create_optimizers(task: Task, recipe: Recipe, params: Any) -> tuple[Optimizer, ...]:

@@ -106,6 +106,14 @@ def state_shardings(abstract_state: TrainState, rules: sharding.Rules, mesh: Mes
   return sharding.named_shardings(tree, mesh)
 
 
+def variable_shardings(abstract: Variables, rules: sharding.Rules, mesh: Mesh) -> Variables:
+  """Returns a tree like the variables with the sharding of every array, as the state has them."""
+  others = {name: tree for name, tree in abstract.items() if name != "params"}
+  whole = jax.tree.map(lambda _: PartitionSpec(), others)
+  specs = sharding.parameter_specs(abstract["params"], rules, mesh)
+  return sharding.named_shardings({"params": specs, **whole}, mesh)
+
+
 def abstract_like(tree: Any, shardings: Any) -> Any:
   """Returns shapes and dtypes of `tree` with their shardings: what a checkpoint restores into."""
   return jax.tree.map(

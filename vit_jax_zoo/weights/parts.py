@@ -1,6 +1,6 @@
 """Parts of a model that start as what others have trained: backbones, necks, fixed critics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,18 @@ def load_parts(
     load = _load_everywhere if part.startswith("*/") else _load_vgg
     flat |= load(source, flat, part.removeprefix("*/"))
   return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def still_needed(files: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
+  """Returns those files, by the part's path, of whose parts any variable is among the paths."""
+  found = list(paths)
+
+  def is_below(path: str, part: str) -> bool:
+    if part.startswith("*/"):
+      path, part = path.partition("/")[2], part.removeprefix("*/")
+    return path.startswith(f"{part}/")
+
+  return {k: file for k, file in files.items() if any(is_below(path, k) for path in found)}
 
 
 def _load_vgg(file: Any, flat: Mapping[str, Any], part: str) -> dict[str, Any]:

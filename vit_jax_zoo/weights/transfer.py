@@ -1,7 +1,7 @@
 """From the variables of one run to those of another model, which is to be fine-tuned."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -35,6 +35,7 @@ def adapt(
   *,
   source_grid: Grid | None = None,
   grid: Grid | None = None,
+  optional: Sequence[str] = (),
 ) -> dict[str, Any]:
   """Returns `variables` with every array that `source` has for it.
 
@@ -51,6 +52,8 @@ def adapt(
       size over patch size. A table has none of its own: 36 rows may be 6 x 6 or 4 x 9.
     grid: the same of the model. Where either is not known, tables with equally many rows are
       copied, and the unknown grid of a table that must be resized is taken to be square.
+    optional: parts by path, "params/critic", that either may have without the other: the model's
+      stays as it is in `variables`, the source's is left behind.
 
   Raises:
     ValueError: one line with every array that is missing, has no place, or another shape; or about
@@ -61,8 +64,10 @@ def adapt(
   problems: list[str] = []
   for collection in source.keys() & variables.keys():
     want = traverse_util.flatten_dict(variables[collection], sep="/")
-    have = _in_layout_of(traverse_util.flatten_dict(source[collection], sep="/"), want)
-    taken = dict(_taken(have, want, problems, (source_grid, grid)))
+    have = traverse_util.flatten_dict(source[collection], sep="/")
+    loose = [part.partition("/")[2] for part in optional if part.startswith(f"{collection}/")]
+    have, shared = _without_lone(have, want, loose)
+    taken = dict(_taken(_in_layout_of(have, shared), shared, problems, (source_grid, grid)))
     adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
     fresh = sorted(want.keys() - taken.keys())
     if fresh and not problems:
@@ -71,6 +76,17 @@ def adapt(
     raise ValueError(f"the weights of {name} do not fit this model: {'; '.join(problems)}")
   check_finite({k: tree for k, tree in source.items() if k in variables}, name)
   return adapted
+
+
+def _without_lone(
+  have: Mapping[str, Any], want: Mapping[str, Any], parts: Sequence[str]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+  """Returns both without those of the parts that only one of them has."""
+  for part in parts:
+    one, other = ({k for k in leaves if k.startswith(f"{part}/")} for leaves in (have, want))
+    if bool(one) != bool(other):
+      have, want = ({k: v for k, v in x.items() if k not in one | other} for x in (have, want))
+  return have, want
 
 
 def _in_layout_of(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
