@@ -8,7 +8,7 @@
 Each run is loaded as `predict` loads it, and used on images that it has not seen in training.
 `--run=fpt=runs/fpt_demo_mask` takes another run, here one that has masks; one that is missing is
 named, and its place says how to make it. In place of a run's folder there may be a picture that the
-run has written, `--run=ttsr=docs/ttsr_stereo.png`, which is then shown as it is.
+run has written, a PNG in its `figures`, which is then shown as it is.
 """
 
 import argparse
