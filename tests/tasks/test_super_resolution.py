@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -399,6 +400,33 @@ def test_all_losses_have_two_players():
   shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
   assert set(shapes) == {"params", "vgg"}
   assert set(shapes["params"]) == {"generator", "critic"}
+
+
+class Counting(SuperResolution):
+  """Notes how often the generator stands in a program."""
+
+  made: ClassVar[list[bool]] = []
+
+  def _generate(self, params, batch, *, train=False):
+    self.made.append(train)
+    return super()._generate(params, batch, train=train)
+
+
+def test_a_critic_that_moves_twice_has_its_pictures_made_once():
+  task = Counting(TINY, adversarial_weight=1.0, **NARROW)
+  batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch().items()}
+  sgd = {"name": "sgd", "learning_rate": 0.1}
+  program = build_program(
+    task,
+    abstract_batch_of(batch, len(batch["image"])),
+    Recipe({"generator": sgd, "critic": sgd}, num_steps=2),
+    mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
+    rules=SHARDING_RULES,
+  )
+  with jax.set_mesh(program.mesh):
+    jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
+  assert task.critic_updates == 2
+  assert Counting.made == [True, True]  # for the critic, and for the generator's own loss
 
 
 def test_published_sizes_of_critic_and_vgg():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.train import toy
+from vit_jax_zoo.tasks import base
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
 
@@ -206,8 +208,8 @@ def test_each_step_draws_new_randomness_that_the_seed_decides():
   assert draw(2) != first
 
 
-def play(num_steps, **kwargs):
-  task, batch = toy.Game(**kwargs), toy.batches(1)[0]
+def play(num_steps, kind=toy.Game, **kwargs):
+  task, batch = kind(**kwargs), toy.batches(1)[0]
   sgd = {"name": "sgd", "learning_rate": 0.25}
   made = program(task, batch, optimizer={"critic": sgd, "actor": sgd}, accumulation_steps=2)
   with jax.set_mesh(made.mesh):
@@ -226,6 +228,33 @@ def test_players_move_in_turn_each_in_its_own_parameters():
   assert second == {"critic": pytest.approx(2.8125), "actor": pytest.approx(1.96875)}
   assert counts["critic_loss"] == 2  # one for each micro-batch of its last move
   assert {"critic_gradient_norm", "actor_gradient_norm"} <= counts.keys()
+
+
+class Observing(toy.Game):
+  """Observes its goals, and examples: those of its loss if both are of one micro-batch."""
+
+  observed: ClassVar[list[str]] = []
+
+  def observe(self, variables, batch, context):
+    self.observed.append(context.player)
+    goals = {"critic": variables["constants"]["goal"], "actor": variables["params"]["critic"]["at"]}
+    return {"goal": goals[context.player], "x": batch["x"] + 1}
+
+  def loss(self, variables, batch, context):
+    output = super().loss(variables, batch, context)
+    moved = context.observed["goal"] + jnp.sum(context.observed["x"] - 1 - batch["x"])
+    distance = (variables["params"][context.player]["at"] - moved) ** 2
+    share = base.example_mask(batch).sum() / context.normalizers["examples"]
+    return dataclasses.replace(output, loss=distance * share)
+
+
+def test_what_a_player_observes_is_made_once_for_all_of_its_updates():
+  found = [at for at, _ in play(2, Observing)]
+  for at, (expected, _) in zip(found, play(2), strict=True):
+    assert at == pytest.approx(expected, abs=1e-5)
+  traces = Observing.observed.count("actor")  # it moves once in a step
+  assert traces
+  assert Observing.observed.count("critic") == traces
 
 
 def test_a_player_stands_still_until_its_turn_begins():

@@ -6,8 +6,8 @@ never looks inside. A new problem is a new file beside this one.
 
 Where things run:
 
-* `init`, `normalizers`, `loss`, `predict`, `explain` are traced by `jax.jit`; they see global
-  arrays and write no communication of their own;
+* `init`, `normalizers`, `observe`, `loss`, `predict`, `explain` are traced by `jax.jit`; they see
+  global arrays and write no communication of their own;
 * `prepare`, `evaluator`, `draw_explanation` and all figures run on the host, on numpy arrays.
 """
 
@@ -99,12 +99,14 @@ class LossContext:
     normalizers: what `Task.normalizers` said of the whole batch of this step, on all devices and
       over all micro-batches.
     player: the `Player.name` whose loss is asked for.
+    observed: what `Task.observe` said on the same examples; None outside of a training step.
   """
 
   rng: Any
   step: Any
   normalizers: Mapping[str, Array]
   player: str | None = struct.field(pytree_node=False, default=None)
+  observed: Any = None
 
 
 @struct.dataclass
@@ -175,6 +177,15 @@ class Task(abc.ABC):
   def normalizers(self, batch: Batch) -> dict[str, Array]:
     """Returns what the loss of a step is divided by: functions of the whole global batch alone."""
     return {"examples": jnp.sum(example_mask(batch).astype(jnp.float32))}
+
+  def observe(self, variables: Variables, batch: Batch, context: LossContext) -> Any:
+    """Returns what the losses of `context.player` take of the others; nothing by default.
+
+    Such as the pictures that a critic is shown. It comes back as `LossContext.observed`, a constant
+    for the gradient, and is computed once for all updates that the player makes in a step: the
+    others stand still meanwhile.
+    """
+    del variables, batch, context
 
   @abc.abstractmethod
   def loss(self, variables: Variables, batch: Batch, context: LossContext) -> LossOutput:

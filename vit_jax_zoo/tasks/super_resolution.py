@@ -137,6 +137,18 @@ class SuperResolution(base.Task):
       variables["vgg"] = self._vgg.init(vgg, truth)["params"]
     return variables
 
+  def observe(
+    self, variables: base.Variables, batch: base.Batch, context: base.LossContext
+  ) -> Float[Array, "b h w 3"] | None:
+    """Returns the pictures that the critic is shown, for all of its updates.
+
+    The generator's own loss makes them once more: its gradient needs all that lies between, which
+    would have to be kept for every micro-batch while the critic moves.
+    """
+    if context.player != "critic":
+      return None
+    return self._generate(variables["params"]["generator"], batch, train=True)["image"]
+
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> base.LossOutput:
@@ -218,7 +230,9 @@ class SuperResolution(base.Task):
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> tuple[Float[Array, " b"], dict[str, Any]]:
     params, real = variables["params"], _to_range(batch["image"])
-    made = jax.lax.stop_gradient(self._generate(params["generator"], batch, train=True)["image"])
+    made = context.observed
+    if made is None:
+      made = jax.lax.stop_gradient(self.observe(variables, batch, context))
     epsilon = self.draw_epsilon(context.rng, len(real))
 
     def score(images: Float[Array, "b h w 3"]) -> Float[Array, " b"]:

@@ -1,8 +1,10 @@
 """The training step: a pure function of state and batch, the same for every task.
 
-    for each player, in order, as often as it moves:
-      gradients of its loss in its own parameters, summed over the micro-batches
-      optimizer update
+    for each player, in order:
+      what its losses take of the others (`Task.observe`)
+      as often as it moves:
+        gradients of its loss in its own parameters, summed over the micro-batches
+        optimizer update
     average of the parameters and the other variables
 
 The step is written for the whole batch. Where its parts run, and what is summed over devices, XLA
@@ -59,14 +61,13 @@ def make_train_step(
     normalizers = task.normalizers(batch)
     opt_states, metrics = list(state.opt_state), {}
     for index, player in enumerate(task.players):
-      for update in range(player.updates):
-        rng = jax.random.fold_in(jax.random.fold_in(step_rng, index), update)
-        context = LossContext(rng=rng, step=state.step, normalizers=normalizers, player=player.name)
-        state, opt_states[index], found = _move(
-          task, player, optimizers[index], state, opt_states[index],
-          _micro_batches(batch, accumulation_steps), context,
-        )  # fmt: skip
-        metrics |= found
+      rng = jax.random.fold_in(step_rng, index)
+      context = LossContext(rng=rng, step=state.step, normalizers=normalizers, player=player.name)
+      state, opt_states[index], found = _take_turn(
+        task, player, optimizers[index], state, opt_states[index],
+        _micro_batches(batch, accumulation_steps), context,
+      )  # fmt: skip
+      metrics |= found
     ema = state.ema
     if ema_decay is not None:
       ema = _average(ema, state.latest_variables, ema_decay)
@@ -92,7 +93,7 @@ def _average(past: Variables, latest: Variables, decay: float) -> Variables:
   return jax.tree.map(average, past, latest)
 
 
-def _move(
+def _take_turn(
   task: Task,
   player: Player,
   optimizer: Optimizer,
@@ -101,17 +102,21 @@ def _move(
   micro_batches: Batch,
   context: LossContext,
 ) -> tuple[TrainState, Any, Metrics]:
-  """Lets one player make one update; returns the state, its optimizer's state, and metrics."""
+  """Lets one player make its updates of a step.
+
+  Returns:
+    The state, the state of the player's optimizer, and the metrics of its last update.
+  """
 
   def move(_: None) -> tuple[Any, Any, Any, Metrics]:
-    grads, output = _gradients(task, player, state, micro_batches, context)
-    grads = optimizer.freeze(grads)
-    own = player_params(state.params, player)
-    updates, new_opt_state = optimizer.update(grads, opt_state, own)
-    params = with_player_params(state.params, player, optimizer.apply(own, updates))
-    name = "gradient_norm" if player.name is None else f"{player.name}_gradient_norm"
-    metrics = {**output.metrics, name: Mean.of(optax.tree.norm(grads))}
-    return params, output.model_state, new_opt_state, metrics
+    observed = _observe(task, state, micro_batches, context)
+    moved, new_opt_state, metrics = state, opt_state, {}
+    for update in range(player.updates):
+      at = dataclasses.replace(context, rng=jax.random.fold_in(context.rng, update))
+      moved, new_opt_state, metrics = _move(
+        task, player, optimizer, moved, new_opt_state, (micro_batches, observed), at
+      )
+    return moved.params, moved.model_state, new_opt_state, metrics
 
   def stand_still(_: None) -> tuple[Any, Any, Any, Metrics]:
     metrics = jax.eval_shape(move, None)[-1]
@@ -127,32 +132,77 @@ def _move(
   return state, opt_state, metrics
 
 
+def _move(
+  task: Task,
+  player: Player,
+  optimizer: Optimizer,
+  state: TrainState,
+  opt_state: Any,
+  given: tuple[Batch, Any],
+  context: LossContext,
+) -> tuple[TrainState, Any, Metrics]:
+  """Lets one player make one update, of micro-batches and what was observed on each."""
+  grads, output = _gradients(task, player, state, given, context)
+  grads = optimizer.freeze(grads)
+  own = player_params(state.params, player)
+  updates, opt_state = optimizer.update(grads, opt_state, own)
+  params = with_player_params(state.params, player, optimizer.apply(own, updates))
+  name = "gradient_norm" if player.name is None else f"{player.name}_gradient_norm"
+  metrics = {**output.metrics, name: Mean.of(optax.tree.norm(grads))}
+  state = dataclasses.replace(state, params=params, model_state=output.model_state)
+  return state, opt_state, metrics
+
+
+def _observe(task: Task, state: TrainState, micro_batches: Batch, context: LossContext) -> Any:
+  """Returns what the player observes, `[count ...]`: once, as the others stand still meanwhile."""
+
+  def observe(x: tuple[jax.Array, Batch]) -> Any:
+    index, batch = x
+    rng = jax.random.fold_in(jax.random.fold_in(context.rng, _OBSERVING), index)
+    at = dataclasses.replace(context, rng=rng)
+    return task.observe(state.latest_variables, batch, at)
+
+  count = jax.tree.leaves(micro_batches)[0].shape[0]
+  if count == 1:
+    only = observe((jnp.int32(0), jax.tree.map(lambda x: x[0], micro_batches)))
+    return jax.tree.map(lambda x: x[None], only)
+  return jax.lax.map(observe, (jnp.arange(count), micro_batches))
+
+
+_OBSERVING = 2**31 - 1
+"""Stands for no update of a player: what is observed has randomness of its own."""
+
+
 def _gradients(
-  task: Task, player: Player, state: TrainState, micro_batches: Batch, context: LossContext
+  task: Task, player: Player, state: TrainState, given: tuple[Batch, Any], context: LossContext
 ) -> tuple[Any, LossOutput]:
   """Sums the gradient of the player's loss, and its metrics, over the micro-batches."""
   own = player_params(state.params, player)
 
-  def loss(own: Any, model_state: Any, batch: Batch, context: LossContext) -> tuple[Any, Any]:
+  def loss(
+    own: Any, model_state: Any, given: tuple[Batch, Any], context: LossContext
+  ) -> tuple[Any, Any]:
+    batch, observed = given
     params = with_player_params(state.params, player, own)
+    context = dataclasses.replace(context, observed=observed)
     output = task.loss({"params": params, **model_state}, batch, context)
     return output.loss, output
 
   gradient = jax.grad(loss, has_aux=True)
-  count = jax.tree.leaves(micro_batches)[0].shape[0]
+  count = jax.tree.leaves(given)[0].shape[0]
   if count == 1:
-    return gradient(own, state.model_state, jax.tree.map(lambda x: x[0], micro_batches), context)
+    return gradient(own, state.model_state, jax.tree.map(lambda x: x[0], given), context)
 
-  def accumulate(carry: tuple[Any, Any], x: tuple[Any, Batch]) -> tuple[tuple[Any, Any], Any]:
-    (grads, model_state), (index, batch) = carry, x
+  def accumulate(carry: tuple[Any, Any], x: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
+    (grads, model_state), (index, given) = carry, x
     rng = jax.random.fold_in(context.rng, index)
-    more, output = gradient(own, model_state, batch, dataclasses.replace(context, rng=rng))
+    more, output = gradient(own, model_state, given, dataclasses.replace(context, rng=rng))
     summed = jax.tree.map(jnp.add, grads, more)
     return (summed, output.model_state), dataclasses.replace(output, model_state=None)
 
   zeros = jax.tree.map(jnp.zeros_like, own)
   (grads, model_state), outputs = jax.lax.scan(
-    accumulate, (zeros, state.model_state), (jnp.arange(count), micro_batches)
+    accumulate, (zeros, state.model_state), (jnp.arange(count), given)
   )
   total = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
   return grads, dataclasses.replace(total, model_state=model_state)
