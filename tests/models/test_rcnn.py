@@ -125,6 +125,11 @@ def test_every_kind_has_finite_outputs_of_the_right_shapes(fields):
     ({"levels": ("c4", "c2", "c3")}, "levels go from fine to coarse"),
     ({"anchor_sizes": (16, 32)}, "there are 2 anchor_sizes for 4 levels"),
     ({"convention": "detectron3"}, "did you mean 'detectron'|did you mean 'detectron2'"),
+    ({"anchor_sizes": (16, 32, 0, 128)}, r"anchor_sizes must be positive, not \(16, 32, 0, 128\)"),
+    ({"aspect_ratios": ()}, r"aspect_ratios must be positive, not \(\)"),
+    ({"proposals": {"after_nms": (8, 0)}}, "after_nms must be positive, not 0"),
+    ({"box_head": {"width": 0}}, "width must be positive, not 0"),
+    ({"pool_size": 0}, "pool_size must be positive, not 0"),
     ({"backbone_kind": "vgg"}, "unknown backbone_kind 'vgg'"),
   ],
 )

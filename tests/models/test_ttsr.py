@@ -139,6 +139,15 @@ def test_wrong_files_are_told_in_one_line():
 
 
 @pytest.mark.parametrize(
+  ("field", "size"), [("width", -1), ("depths", (1, 1, 0, 1)), ("texture_widths", (0, 32, 64))]
+)
+def test_sizes_that_cannot_be(field, size):
+  images = [jnp.zeros((1, *side, 3)) for side in [(3, 4), (12, 16), (8, 8), (8, 8)]]
+  with pytest.raises(ValueError, match=f"{field} must be positive, not "):
+    jax.eval_shape(TTSR(**TINY | {field: size}).init, jax.random.key(0), *images)
+
+
+@pytest.mark.parametrize(
   ("sides", "message"),
   [
     ([(3, 4), (12, 12), (8, 8), (8, 8)], "enlarged one of 12x12; expected 12x16"),

@@ -191,6 +191,7 @@ def test_a_hybrid_counts_its_stride():
     ({"cls_token": False}, "pool 'cls' needs the class token"),
     ({"num_classes": 0}, "None leaves out the head"),
     ({"depth": 0}, "depth must be positive, not 0"),
+    ({"dropout_rate": -1.0}, r"dropout_rate must lie in \[0, 1\), not -1"),
     ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
     ({"num_heads": 3}, "not a multiple of num_heads 3"),
   ],

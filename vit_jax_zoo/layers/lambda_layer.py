@@ -10,6 +10,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Bool, Float
 
 from vit_jax_zoo.layers.batch_norm import BatchNorm
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.lambda_op import Implementation, lambda_layer
 from vit_jax_zoo.ops.names import unknown_name
 
@@ -144,6 +145,7 @@ class LambdaLayer(nn.Module):
     return nn.avg_pool(x, window, (self.stride,) * 2, padding, count_include_pad=False)
 
   def _check(self, dim_out: int, map_size: tuple[int, ...]) -> None:
+    check_positive(self, "dim_k", "dim_u", "num_heads", "receptive_field")
     if dim_out % self.num_heads:
       raise ValueError(
         f"dim_out {dim_out} is not a multiple of num_heads {self.num_heads}; "

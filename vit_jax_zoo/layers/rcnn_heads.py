@@ -16,6 +16,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.batch_norm import norm_factory
+from vit_jax_zoo.ops.checks import check_positive
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _fan_in_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -121,6 +122,7 @@ class BoxHead(_Head):
     self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
   ) -> Float[Array, "b r f"]:
     """Returns the vectors."""
+    check_positive(self, "width")
     batch, boxes = crops[0].shape[:2]
     adaptive = len(crops) > 1
     inputs = [_each_box(x) for x in crops]
@@ -202,6 +204,7 @@ class MaskHead(_Head):
     self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
   ) -> Float[Array, "b r m m k"]:
     """Returns float32 logits of masks of twice the crops' size."""
+    check_positive(self, "width")
     batch, boxes = crops[0].shape[:2]
     inputs = [_each_box(x) for x in crops]
     names = [f"conv_{i}" for i in range(self.num_convs)]

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.batch_norm import norm_factory
 from vit_jax_zoo.layers.drop_path import DropPath, drop_path_rates
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.pointwise import pointwise_conv
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -368,6 +369,7 @@ class ResNet(nn.Module):
     for field in ("blocks", "widths"):
       if len(getattr(self, field)) != len(STAGES):
         raise ValueError(f"{field} has {len(getattr(self, field))} entries; there are four stages")
+    check_positive(self, "blocks", "widths", "stem_width")
     if self.output_stride not in (4, 8, 16, 32):
       raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {self.output_stride}")
 

@@ -27,6 +27,7 @@ from vit_jax_zoo.layers.attention import Implementation
 from vit_jax_zoo.layers.encoder_decoder import DecoderLayer, EncoderDecoder, fan_in_uniform
 from vit_jax_zoo.layers.mask_head import MaskAttention, MaskHead
 from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, ResNet
+from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.names import part_fields, unknown_name
 from vit_jax_zoo.ops.nearest import resize_nearest
 
@@ -284,11 +285,11 @@ class Detr(nn.Module):
       raise ValueError(
         unknown_name("position_embedding", self.position_embedding, POSITION_EMBEDDINGS)
       )
+    check_positive(self, "num_classes", "num_queries", "encoder_depth", "decoder_depth")
+    check_positive(self, "width", "num_heads", "mlp_dim")
+    check_rates(self, "dropout_rate")
     if self.width % 4:
       raise ValueError(f"width must be a multiple of 4 for its positions, not {self.width}")
-    for field in ("num_classes", "num_queries", "encoder_depth", "decoder_depth"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field} must be positive, not {getattr(self, field)}")
 
 
 class _MaskedResNet(ResNet):

@@ -22,6 +22,7 @@ from vit_jax_zoo.layers.batch_norm import norm_factory
 from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
 from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, ConvNorm, ResNet
 from vit_jax_zoo.layers.unscathed_pyramid import UnscathedPyramid
+from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.names import part_fields, unknown_name
 
 
@@ -96,8 +97,8 @@ class PyramidSegmenter(nn.Module):
     """
     if self.neck not in NECKS:
       raise ValueError(unknown_name("neck", self.neck, NECKS))
-    if self.num_classes < 1:
-      raise ValueError(f"num_classes must be positive, not {self.num_classes}")
+    check_positive(self, "num_classes", "width", "kernel_sizes")
+    check_rates(self, "dropout_rate")
     backbone: dict[str, Any] = {
       "output_stride": 8,
       **part_fields("backbone", ResNet, self.backbone),

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.lambda_layer import LambdaLayer
 from vit_jax_zoo.layers.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
-from vit_jax_zoo.ops.checks import check_num_classes
+from vit_jax_zoo.ops.checks import check_num_classes, check_rates
 from vit_jax_zoo.ops.explanation import Explanation
 from vit_jax_zoo.ops.names import part_fields
 
@@ -207,6 +207,7 @@ class LambdaResNet(ResNet):
     """Raises ValueError for fields that are unknown or do not fit together."""
     super().check()
     check_num_classes(self)
+    check_rates(self, "dropout_rate")
     if len(self.lambda_blocks) != len(STAGES):
       raise ValueError(
         f"lambda_blocks has {len(self.lambda_blocks)} entries; there are four stages, c2 to c5"

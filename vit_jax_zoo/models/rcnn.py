@@ -35,6 +35,7 @@ from vit_jax_zoo.models.lambda_resnet import VARIANTS as LAMBDA_RESNETS
 from vit_jax_zoo.models.lambda_resnet import LambdaResNet
 from vit_jax_zoo.ops.anchors import cell_anchors, grid_anchors
 from vit_jax_zoo.ops.box_coding import inclusive
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.detection_conventions import Convention, find_convention
 from vit_jax_zoo.ops.names import part_fields, unknown_name
 from vit_jax_zoo.ops.proposals import ProposalLimits, choose_proposals
@@ -364,8 +365,8 @@ class RCNN(nn.Module):
       raise ValueError(f"levels go from fine to coarse, each once, not {self.levels}")
     if (self.backbone or {}).get("output_stride", 32) != 32:
       raise ValueError("a pyramid needs a backbone of output_stride 32")
-    if self.num_classes < 1:
-      raise ValueError(f"num_classes must be positive, not {self.num_classes}")
+    check_positive(self, "num_classes", "width", "anchor_sizes", "aspect_ratios", "canonical_size")
+    check_positive(self, "canonical_stride", "pool_size", "mask_pool_size")
     self._check_anchors()
 
   def _check_anchors(self) -> None:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.layers.conv import Conv
 from vit_jax_zoo.layers.joint_conv import JointConv
 from vit_jax_zoo.layers.vgg import VGG19
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.relevance import BLOCK_SIZE, find_matches, transfer
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.ops.upsample import pixel_shuffle, upsample_bicubic
@@ -183,6 +184,7 @@ class TTSR(nn.Module):
 
   def setup(self) -> None:
     """Makes the texture extractor; it begins as VGG-19 and is trained with the rest."""
+    check_positive(self, "width", "depths", "texture_widths")
     self.extractor = VGG19(LEVELS, self.texture_widths, self.dtype)
 
   def textures(

@@ -19,7 +19,7 @@ from vit_jax_zoo.layers.position import PositionEmbedding
 from vit_jax_zoo.layers.standardized_resnet import StandardizedResNet, total_stride
 from vit_jax_zoo.layers.transformer import Encoder, attention_maps
 from vit_jax_zoo.ops.attention_maps import attention_distances, attention_rollout, patch_tokens
-from vit_jax_zoo.ops.checks import check_num_classes, check_positive
+from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
 from vit_jax_zoo.ops.explanation import Explanation
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -315,3 +315,4 @@ class VisionTransformer(nn.Module):
       raise ValueError("pool 'cls' needs the class token; set cls_token=True or pool='mean'")
     check_num_classes(self)
     check_positive(self, "patch_size", "width", "depth", "num_heads", "mlp_dim")
+    check_rates(self, "dropout_rate")

@@ -4,7 +4,9 @@ from typing import Any
 
 
 def check_positive(owner: Any, *fields: str, hint: str = "") -> None:
-  """Raises ValueError at the first of these fields that is below 1; one that is None passes.
+  """Raises ValueError at the first of these fields that is not positive; one that is None passes.
+
+  Of a tuple, all must be, and there must be some.
 
   Args:
     owner: what has the fields.
@@ -13,8 +15,21 @@ def check_positive(owner: Any, *fields: str, hint: str = "") -> None:
   """
   for field in fields:
     value = getattr(owner, field)
-    if value is not None and value < 1:
+    if not _is_positive(value):
       raise ValueError(f"{field} must be positive, not {value}{hint and f'; {hint}'}")
+
+
+def _is_positive(value: Any) -> bool:
+  if isinstance(value, tuple | list):
+    return bool(value) and all(map(_is_positive, value))
+  return value is None or value > 0
+
+
+def check_rates(owner: Any, *fields: str) -> None:
+  """Raises ValueError at the first of these fields that is no share of what may be left out."""
+  for field in fields:
+    if not 0 <= getattr(owner, field) < 1:
+      raise ValueError(f"{field} must lie in [0, 1), not {getattr(owner, field)}")
 
 
 def check_num_classes(model: Any) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from vit_jax_zoo.ops.box_coding import Weights, clip_boxes, decode_boxes
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.detection_conventions import Convention
 from vit_jax_zoo.ops.nms import non_max_suppression, take_best
 
@@ -31,6 +32,14 @@ class ProposalLimits:
   after_nms: int = 1000
   nms_threshold: float = 0.7
   least_side: float = 0.0
+
+  def __post_init__(self) -> None:
+    """Checks the numbers.
+
+    Raises:
+      ValueError: no box would be left.
+    """
+    check_positive(self, "before_nms", "after_nms")
 
 
 def choose_proposals(

@@ -103,9 +103,9 @@ class PixelModelling(base.Task):
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
     """Returns the model's fresh variables, and a bigram baseline that knows nothing yet."""
-    colors = self.model.num_colors
+    variables, colors = self.model.init(rng, self._images(batch)), self.model.num_colors
     blank = jnp.full((colors + 1, colors), -jnp.log(float(colors)), jnp.float32)
-    return {**self.model.init(rng, self._images(batch)), "baseline": {"bigram": blank}}
+    return {**variables, "baseline": {"bigram": blank}}
 
   def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
     """Returns the palette, read or fitted, and the bigram baseline of the first images."""
