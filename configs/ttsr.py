@@ -169,7 +169,8 @@ def own(
   """Your own pictures with references of any size: `input/` and `ref/`, see data/pairs.py.
 
   Paper: as `cufed_rec`; but crops are taken at random, and of a reference around the same place,
-    by `reference_margin` pixels larger on each side, since photographs are larger than CUFED's.
+    by `reference_margin` pixels larger on each side, since photographs are larger than CUFED's. A
+    smaller reference lies on black, as CUFED's do.
   Weights: `init_from`, the published TTSR-rec.pt by default; "" starts from random numbers.
   Hardware: one device.
   Expected: nothing is known of your pictures. "psnr_gain" says how much better than bicubic.

@@ -11,7 +11,9 @@ from PIL import Image
 
 from tests.command import ROOT
 from tests.conftest import GOLDENS, golden_folder
-from vit_jax_zoo import load_pretrained
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.models.ttsr import TTSR
+from vit_jax_zoo.weights import Preprocess, Pretrained
 
 WEIGHTS = GOLDENS / "vit_a" / "weights.npz"
 
@@ -72,6 +74,34 @@ def test_predict_on_awkward_pictures(tmp_path):
     assert f"{name} cannot be read" in done.stderr
   assert f"{len(good)} of {len(records)} images done" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+def test_predict_enlarges_pictures_with_a_reference(tmp_path):
+  """From a file like TTSR.pt, of a model as small as a file may hold."""
+  model = TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 4, 4), scan_layers=False)
+  pictures = [jax.ShapeDtypeStruct((1, s, s, 3), np.float32) for s in (2, 8, 8, 8)]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *pictures)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
+  weights = Pretrained(model, variables, Preprocess((8, 8)), {}, task="super_resolution")
+  export.write(weights, "pt", str(tmp_path / "TTSR.safetensors"))
+  (tmp_path / "pictures").mkdir()
+  for name, (height, width) in {"pictures/a": (5, 7), "reference": (9, 14)}.items():
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+  (tmp_path / "pictures" / "b.png").write_bytes(b"no picture")
+  done = command(
+    "predict", f"--workdir={tmp_path / 'TTSR.safetensors'}", f"--images={tmp_path / 'pictures'}",
+    f"--reference={tmp_path / 'reference.png'}", f"--output={tmp_path / 'out'}", "--tile=100",
+  )  # fmt: skip
+  assert done.returncode == 1, done.stderr  # one is no picture
+  assert "Traceback" not in done.stderr
+  a, b = json.loads((tmp_path / "out" / "predictions.json").read_text())
+  assert (a["size"], a["reference_size"]) == ([20, 28], [8, 12])
+  assert "b.png cannot be read" in b["error"]
+  with Image.open(tmp_path / "out" / "a.png") as picture:
+    assert picture.size == (28, 20)
+  assert (tmp_path / "out" / "a_search.png").exists()
 
 
 @pytest.mark.slow

@@ -47,6 +47,9 @@ def define_flags() -> None:
   flags.DEFINE_string("output", "predictions", "the folder to write to")
   flags.DEFINE_string("class_names", None, "a file with one name a line, in order")
   flags.DEFINE_string("reference", None, "a picture to borrow textures from")
+  flags.DEFINE_integer(
+    "tile", None, "side of what is enlarged at once: smaller is slower, and needs less memory"
+  )
   flags.DEFINE_integer("top_k", Options.top_k, "how many classes are listed")
   flags.DEFINE_float("threshold", Options.threshold, "the least score of what is shown")
   flags.DEFINE_bool("explain", Options.explain, "draw what the prediction rests on")
@@ -80,6 +83,7 @@ def read_options() -> Options:
     threshold=FLAGS.threshold,
     explain=FLAGS.explain,
     reference=None if FLAGS.reference is None else read_image(pathlib.Path(FLAGS.reference)),
+    tile=FLAGS.tile,
     keep=FLAGS.keep,
     samples=FLAGS.samples,
     temperature=FLAGS.temperature,

@@ -110,6 +110,17 @@ def test_a_small_picture_as_its_own_reference():
   )
 
 
+def test_a_reference_smaller_than_its_crop_lies_on_black():
+  image, reference = noise(16, 20), noise(10, 30)
+  for seed in range(4):
+    found = RandomPairCrop(12, margin=4)({"image": image, "reference": reference}, rng(seed))
+    assert found["image"].shape == (12, 12, 3)
+    assert found["reference"].shape == (20, 20, 3)
+    assert not found["reference"][10:].any()
+    columns = np.lib.stride_tricks.sliding_window_view(reference, (10, 20, 3))[0, :, 0]
+    assert any(np.array_equal(found["reference"][:10], columns[i]) for i in range(11))
+
+
 @pytest.mark.parametrize(
   ("transform", "example", "message"),
   [
@@ -123,7 +134,7 @@ def test_a_small_picture_as_its_own_reference():
     (SuperResolutionPair(stitch_side=8), {"image": noise(8, 8), "reference": (noise(4, 12),)},
      r"4x12 does not fit in 8x8 \(stitch_side\)"),
     (RandomPairCrop(12), {"image": noise(8, 16), "reference": noise(16, 16)},
-     "8x16 has no crop of 12x12"),
+     "8x16 has no crop of 12x12; set a smaller size"),
     (RandomPairTurn(), dict.fromkeys(PICTURES, noise(4, 8)),
      "low_res_image is 4x8; quarter turns need squares"),
     (PadPair(8, 8), dict.fromkeys(PICTURES, noise(12, 8)), r"12x8 does not fit in 8x8 \(image\)"),

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import itertools
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,8 @@ def test_windows_give_what_the_whole_does(trained):
   image, reference = smooth(67, 91, seed=2), smooth(64, 80, seed=3)
   options = Options(reference=reference)
   whole = SuperResolutionPredictor(trained, options)(image)
-  tiled = SuperResolutionPredictor(trained, options, window=2 * MODEL.reach + 4)(image)
+  tile = dataclasses.replace(options, tile=2 * MODEL.reach + 4)
+  tiled = SuperResolutionPredictor(trained, tile)(image)
   assert whole.record["windows"] == 1
   assert tiled.record["windows"] > 6
   assert tiled.record["reference_cells_used"] == whole.record["reference_cells_used"]
@@ -169,5 +171,53 @@ def test_errors(trained):
     create_predictor(trained, Options())
   with pytest.raises(ValueError, match="the reference is 3x9; expected at least 4x4"):
     create_predictor(trained, Options(reference=smooth(3, 9, 0)))
-  with pytest.raises(ValueError, match="a window of 40 has no middle; this model needs 59"):
-    SuperResolutionPredictor(trained, Options(reference=smooth(8, 8, 0)), window=40)
+  with pytest.raises(ValueError, match="a tile of 40 has no middle; this model needs 59"):
+    create_predictor(trained, Options(reference=smooth(8, 8, 0), tile=40))
+
+
+def test_a_single_window_goes_on_visibly(monkeypatch):
+  said, (window,) = [], cut((7, 9), 20, 4)
+  monkeypatch.setattr(super_resolution, "_LOG_SECONDS", 0.01)
+  monkeypatch.setattr(
+    super_resolution.logging, "info", lambda form, *args: said.append(form % args)
+  )
+  for part in super_resolution._progress([window], "searching"):
+    assert part is window
+    deadline = time.monotonic() + 10
+    while not said and time.monotonic() < deadline:
+      time.sleep(0.005)
+  assert said[0] == "searching: 0 s so far"
+  count = len(said)
+  time.sleep(0.05)
+  assert len(said) == count
+  shown = io.StringIO()
+  terminal = rich.console.Console(file=shown, force_terminal=True)
+  monkeypatch.setattr(super_resolution.rich.console, "Console", lambda **_: terminal)
+  assert list(super_resolution._progress([window], "searching")) == [window]
+  assert "searching" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("size", "tile", "advice"),
+  [((80, 200), None, "smaller tiles, which take longer, --tile=94, or a smaller reference"),
+   ((80, 200), 80, "--tile=66"), ((80, 200), 60, "try a smaller reference"),
+   ((5, 9), None, "try a smaller reference")],
+)  # fmt: skip
+def test_too_little_memory_is_one_line(trained, monkeypatch, size, tile, advice):
+  predictor = create_predictor(trained, Options(reference=smooth(12, 8, 0), tile=tile))
+
+  def fail(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+  monkeypatch.setattr(predictor, "_match", fail)
+  with pytest.raises(ValueError, match="out of memory, with a picture and a refer") as error:
+    predictor(smooth(*size, 1))
+  assert f"{size[1]}x{size[0]} and 8x12 pixels" in str(error.value)
+  assert advice in str(error.value)
+
+  def break_down(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+  monkeypatch.setattr(predictor, "_match", break_down)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    predictor(smooth(*size, 1))

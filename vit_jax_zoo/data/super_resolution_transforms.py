@@ -98,7 +98,8 @@ class RandomPairCrop(Transform):
   """Crops `image` at random, and `reference` around the same place.
 
   The reference's crop has the same middle, as a share of the sides, and is larger by a margin; it
-  is moved so that it lies inside, so all crops of one configuration have the same sides.
+  is moved so that it lies inside. Where the reference itself is smaller, black is added below and
+  at the right, as in the published training: all crops of one configuration have the same sides.
 
   Attributes:
     size: height and width, or the side, of the picture's crop; multiples of 4.
@@ -121,17 +122,17 @@ class RandomPairCrop(Transform):
     """Returns the example with both crops."""
     image, reference = pixels(example["image"]), pixels(example["reference"])
     size = _pair(self.size)
-    wanted = tuple(s + 2 * m for s, m in zip(size, _pair(self.margin), strict=True))
+    wanted = (size[0] + 2 * _pair(self.margin)[0], size[1] + 2 * _pair(self.margin)[1])
     corner = [int(rng.integers(_room(image, size, axis), endpoint=True)) for axis in (0, 1)]
     other = []
     for axis in (0, 1):
       middle = (corner[axis] + size[axis] / 2) * reference.shape[axis] / image.shape[axis]
-      room = _room(reference, wanted, axis)
+      room = max(reference.shape[axis] - wanted[axis], 0)
       other.append(min(max(round(middle - wanted[axis] / 2), 0), room))
     return {
       **example,
       "image": _crop(image, corner, size),
-      "reference": _crop(reference, other, wanted),
+      "reference": _pad(_crop(reference, other, wanted), wanted, "margin"),
     }
 
 
@@ -258,7 +259,9 @@ def _room(image: Pixels, size: Sequence[int], axis: int) -> int:
   """Returns how far a crop may be from the upper or left edge."""
   room = image.shape[axis] - size[axis]
   if room < 0:
-    raise ValueError(f"a picture of {_sides(image)} has no crop of {size[0]}x{size[1]}")
+    raise ValueError(
+      f"a picture of {_sides(image)} has no crop of {size[0]}x{size[1]}; set a smaller size"
+    )
   return room
 
 

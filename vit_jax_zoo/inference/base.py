@@ -60,6 +60,8 @@ class Options:
     threshold: the least score of what is shown.
     explain: also draw what the prediction rests on.
     reference: a picture to borrow textures from.
+    tile: side of the largest part of a small picture that is enlarged at once, in its pixels; None:
+      what usually fits.
     keep: share of an image's rows that are given, in a completion.
     samples: completions of each image.
     temperature: of completions.
@@ -70,6 +72,7 @@ class Options:
   threshold: float = 0.5
   explain: bool = False
   reference: Image | None = None
+  tile: int | None = None
   keep: float = 0.5
   samples: int = 6
   temperature: float = 1.0

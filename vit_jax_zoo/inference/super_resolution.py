@@ -9,8 +9,11 @@ that hold little at a time and give, within rounding, what one would:
    (`TTSR.reach`). What each keeps is its middle.
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -32,7 +35,7 @@ from vit_jax_zoo.visualize.super_resolution import draw_results
 
 WINDOW = 360
 """Side of the largest window, in pixels of the small picture: as many as 480x270 has. A picture of
-no more pixels is enlarged as a whole."""
+no more pixels is enlarged as a whole. `predict --tile` sets another."""
 
 SEARCH_REACH = 8
 """How far, in pixels of the small picture, a patch of features depends on pixels; it is 5."""
@@ -58,15 +61,14 @@ class Reference:
 class SuperResolutionPredictor:
   """Enlarges pictures four times; the reference is read once."""
 
-  reads: ClassVar[frozenset[str]] = frozenset({"reference"})
+  reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
-  def __init__(self, trained: Trained, options: Options, *, window: int = WINDOW) -> None:
+  def __init__(self, trained: Trained, options: Options) -> None:
     """Takes the model and the reference.
 
     Args:
       trained: the model, of a run or of a published file.
-      options: with the reference.
-      window: see `WINDOW`.
+      options: with the reference, and perhaps the side of windows; see `WINDOW`.
 
     Raises:
       ValueError: there is no reference, it is too small, or windows are too small for the model.
@@ -76,10 +78,12 @@ class SuperResolutionPredictor:
     self._model: Any = trained.model
     params = trained.variables["params"]
     self._variables = {"params": params.get("generator", params)}
-    self._window = window
-    for reach in (self._model.reach, SEARCH_REACH):
-      if window <= 2 * reach:
-        raise ValueError(f"a window of {window} has no middle; this model needs {2 * reach + 1}")
+    self._window = WINDOW if options.tile is None else options.tile
+    self._least_window = 2 * max(self._model.reach, SEARCH_REACH) + 1
+    if self._window < self._least_window:
+      raise ValueError(
+        f"a tile of {self._window} has no middle; this model needs {self._least_window}"
+      )
     self._reference_image = crop_to_multiple(options.reference, "the reference")
     self._reference: Reference | None = None
     frugal = functools.partial(jax.jit, compiler_options=compiler_options())
@@ -88,7 +92,30 @@ class SuperResolutionPredictor:
     self._restore = frugal(self._restore_window)
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns the enlarged picture, and a figure of where its textures come from."""
+    """Returns the enlarged picture, and a figure of where its textures come from.
+
+    Raises:
+      ValueError: there is not memory enough; the message has a smaller tile.
+    """
+    try:
+      return self._enlarge(image)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise ValueError(self._too_large(image)) from error
+
+  def _too_large(self, image: Image) -> str:
+    """Says what takes less memory: not windows that are hardly more than what they overlap by."""
+    height, width = image.shape[:2]
+    side, least = min(self._window, math.isqrt(height * width)), self._least_window * 9 // 8
+    smaller = f"smaller tiles, which take longer, --tile={max(side * 3 // 4, least)}, or "
+    sizes = " and ".join(f"{x.shape[1]}x{x.shape[0]}" for x in (image, self._reference_image))
+    return (
+      f"out of memory, with a picture and a reference of {sizes} pixels; try "
+      f"{smaller if side > least else ''}a smaller reference"
+    )
+
+  def _enlarge(self, image: Image) -> Prediction:
     upsampled = enlarge(image, [SCALE * side for side in image.shape[:2]])
     match = self._match(upsampled)
     result, windows = self._assemble(image, match)
@@ -260,10 +287,24 @@ def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[int, int, 
 
 
 def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows, with a bar on a terminal; elsewhere a line from time to time says how far."""
+  """Yields windows, with a bar on a terminal; elsewhere a line from time to time says how far.
+
+  Of a single one nobody knows how far it is: then it is said for how long it has gone on.
+  """
   console = rich.console.Console(stderr=True)
-  if console.is_terminal and len(windows) > 1:
-    yield from rich.progress.track(windows, description=what, console=console, transient=True)
+  if console.is_terminal:
+    columns = rich.progress.Progress.get_default_columns()
+    if len(windows) == 1:
+      columns = (*columns[:2], rich.progress.TimeElapsedColumn())
+    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
+      task = bar.add_task(what, total=len(windows) if len(windows) > 1 else None)
+      for window in windows:
+        yield window
+        bar.advance(task)
+    return
+  if len(windows) == 1:
+    with _saying_that_it_goes_on(what):
+      yield windows[0]
     return
   begin = said = time.monotonic()
   for done, window in enumerate(windows):
@@ -272,6 +313,24 @@ def _progress(windows: list[Window], what: str) -> Iterator[Window]:
       said, left = now, (now - begin) / done * (len(windows) - done)
       logging.info("%s: %d/%d windows, ETA %.0f s", what, done, len(windows), left)
     yield window
+
+
+@contextlib.contextmanager
+def _saying_that_it_goes_on(what: str) -> Iterator[None]:
+  done = threading.Event()
+
+  def say() -> None:
+    begin = time.monotonic()
+    while not done.wait(_LOG_SECONDS):
+      logging.info("%s: %.0f s so far", what, time.monotonic() - begin)
+
+  thread = threading.Thread(target=say, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 def _batch(image: UInt8[np.ndarray, "h w 3"]) -> Array:
