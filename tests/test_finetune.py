@@ -23,6 +23,7 @@ from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.starting import Start
 from vit_jax_zoo.train.checkpoint import restore_variables
 from vit_jax_zoo.train.metric_writer import read_metrics
 from vit_jax_zoo.train.optimizer import create_optimizer
@@ -79,7 +80,7 @@ def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
   made = experiment.create(finetune(folder, WEIGHTS))
   with jax.set_mesh(made.mesh):
     program = made.program(next(made.train_batches()))
-    state = program.initial_state(0, lambda v: experiment._read_weights(str(WEIGHTS), v))
+    state = program.initial_state(0, Start(made.task, str(WEIGHTS), ()))
   published = np.load(WEIGHTS)
   params = jax.tree.map(np.asarray, state.params)
   np.testing.assert_array_equal(params["embedding"]["kernel"], published["embedding/kernel"])
