@@ -6,7 +6,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo import weights
+from vit_jax_zoo import export, weights
 from vit_jax_zoo.layers.vgg import VGG19
 from vit_jax_zoo.models.ttsr import TTSR
 from vit_jax_zoo.tasks.super_resolution import SuperResolution
@@ -118,6 +118,26 @@ def test_vgg_both_ways(tmp_path, vgg):
   vgg_torchvision.write_vgg(path, vgg)
   again = vgg_torchvision.load_vgg(path, vgg)
   assert jax.tree.all(jax.tree.map(np.array_equal, again, vgg))
+
+
+def test_a_run_gives_its_vgg_back(tmp_path, vgg):
+  given = write_vgg(tmp_path / "vgg19.safetensors", vgg)
+  task = SuperResolution(TINY, perceptual_weight=1.0, vgg_file=given, **NARROW)
+  variables = weights.load_parts(task.weight_files, game_variables(task))
+  run = weights.Pretrained(TINY, variables, weights.Preprocess((8, 8)), {}, "super_resolution")
+  path = str(tmp_path / "back.safetensors")
+  export.write(run, "pth-vgg19", path)
+  written, original = load_file(path), load_file(given)
+  assert written.keys() == original.keys()
+  for key, array in written.items():
+    np.testing.assert_array_equal(array, original[key])
+  with pytest.raises(WeightsError, match=r"is torchvision's VGG-19, .*--config\.task\.vgg_file"):
+    weights.load_pretrained(path)
+
+
+def test_what_has_no_vgg_says_so(tmp_path, loaded):
+  with pytest.raises(WeightsError, match="no VGG-19 beside this TTSR: published files hold none"):
+    export.write(loaded, "pth-vgg19", str(tmp_path / "vgg.pth"))
 
 
 def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):

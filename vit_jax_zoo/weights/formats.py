@@ -50,6 +50,7 @@ FORMATS = (
   Format("detr", "pth", "detr_official", "the official code's DETR"),
   Format("detr", "hf", "detr_hf", "Hugging Face's DETR"),
   Format("ttsr", "pt", "ttsr_pt", "the official code's TTSR"),
+  Format("ttsr", "pth-vgg19", "vgg_torchvision", "torchvision's VGG-19"),
   Format("faster_rcnn", "pth-torchvision", "rcnn_torchvision", "torchvision's R-CNN"),
   Format("faster_rcnn", "pth", "rcnn_fpt", "the official code's detectors with FPT"),
   Format("fpt_pyramid", "pth", "fpt_pt", "the official code's FPT"),

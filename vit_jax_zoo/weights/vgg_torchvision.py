@@ -5,6 +5,10 @@
 
 A perceptual loss looks through it, and TTSR's texture extractor starts as its first layers. Files
 of the variant with batch norm are another network, and are refused.
+
+In: the task's `vgg_file`, or `load_vgg`. Out: `export --format=pth-vgg19` of a run of TTSR's that
+has a perceptual loss, or `write_vgg`. What is never used here, the layers behind relu5_1, does not
+come back: torchvision's `vgg19().load_state_dict(file, strict=False)` takes the rest.
 """
 
 from collections.abc import Mapping
@@ -16,13 +20,17 @@ from flax import traverse_util
 
 from vit_jax_zoo.layers.vgg import DEPTHS
 from vit_jax_zoo.weights import hub, table
-from vit_jax_zoo.weights.published import read_published
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.published import Published, read_published
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError
 from vit_jax_zoo.weights.torch_file import write_torch
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
 
 CONVOLUTIONS = [f"conv{i}_{j}" for i, depth in enumerate(DEPTHS, 1) for j in range(1, depth + 1)]
 """Names of `layers.vgg.VGG19`'s layers, in order."""
+
+COLLECTION = "vgg"
+"""Where `tasks.super_resolution` keeps it."""
 
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
@@ -85,6 +93,39 @@ def load_vgg(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
   except WeightsError as error:
     raise WeightsError(f"VGG-19: {error}; get it from {URL}") from error
   return from_published(published.arrays, params, source=path)
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are VGG-19's: no other VGG has a convolution in place 16."""
+  return {"features.0.weight", "features.16.weight", "features.28.weight"} <= published.keys()
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Says what VGG-19 is for: alone it is no model of this package.
+
+  Raises:
+    WeightsError: always.
+  """
+  raise WeightsError(
+    f"{published.path} is torchvision's VGG-19, which a TTSR begins from and its loss looks "
+    "through; name it in --config.task.vgg_file"
+  )
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes the VGG-19 through which a run's perceptual loss looks; see `write_vgg`.
+
+  Raises:
+    WeightsError: it has none.
+  """
+  prefix = f"{COLLECTION}/"
+  flat = {k.removeprefix(prefix): v for k, v in export.variables.items() if k.startswith(prefix)}
+  if not flat:
+    raise WeightsError(
+      "there is no VGG-19 beside this TTSR: published files hold none, nor do runs without a "
+      "perceptual loss"
+    )
+  write_vgg(path, traverse_util.unflatten_dict(flat, sep="/"))
 
 
 def write_vgg(path: str, params: Mapping[str, Any]) -> None:
