@@ -5,13 +5,20 @@ r"""Time and peak memory of TTSR's search for matching patches, beside the offic
   python benchmarks/relevance.py --compile_only --sizes=270x480:270x480 --textures
 
 "ours" is `ops.relevance`; "plain" unfolds all patches and makes the whole matrix, with the same
-operators. Sizes are those of the feature maps, height x width of the picture that asks and of the
-reference: a quarter of the sides of enlarged picture and reference. "memory" is what the compiler
-sets aside beside arguments and results; "resident" is by how much the process grew beyond all that
-it had been before, on a CPU: smaller sizes hide a part of it.
+operators; "products" is what of ours is matrix products and their maxima, forward and without
+textures. Each runs once to warm up, by which memory is told, then `--rounds` times: seconds are the
+median, and the range. Sizes are those of the feature maps, height x width of the picture that asks
+and of the reference: a quarter of the sides of enlarged picture and reference. "memory" is what the
+compiler sets aside beside arguments and results; "resident" is by how much the process grew beyond
+all that it had been before, on a CPU: smaller sizes hide a part of it.
+
+There is no Pallas kernel. For 1024 x 2048 positions with 256 channels the products are 3.2 GFLOP in
+float32, and what XLA writes and reads of their results is some 17 MB: 190 FLOP a byte, where GPUs
+and TPUs want 20 to 40 to be kept busy by products of float32 at the highest precision. By that
+count a kernel that kept the results on the chip would save a tenth or two at best; there was no
+such device here to show that it does.
 """
 
-import functools
 import resource
 import time
 from collections.abc import Callable
@@ -20,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from measuring import machine, spread
 
 from vit_jax_zoo.ops.relevance import BLOCK_SIZE, find_matches, transfer
 
@@ -31,6 +39,7 @@ _BACKWARD = flags.DEFINE_bool("backward", False, "Measures the gradient in place
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Prints memory and runs nothing.")
 _BLOCK = flags.DEFINE_list("block_size", [str(n) for n in BLOCK_SIZE], "Queries, references.")
 _PLAIN_LIMIT = flags.DEFINE_float("plain_limit_gb", 4.0, "Leaves out larger plain forms.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed runs, after the one that warms up.")
 _CHANNELS = (64, 128, 256)  # VGG-19's relu1_1, relu2_1, relu3_1
 
 
@@ -92,6 +101,27 @@ def plain(queries: jax.Array, references: jax.Array, *levels: jax.Array) -> tupl
   return (index, relevance, *(plain_transfer(x, index, x.shape[2] // width) for x in levels))
 
 
+def products(queries: jax.Array, references: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
+  """The products of columns of three pixels, in the blocks of ours, and each row's maximum."""
+
+  def blocks(maps: jax.Array, size: int) -> jax.Array:
+    flat = jnp.concatenate([maps.reshape(1, -1, maps.shape[-1])] * 3, axis=-1)
+    size = min(size, flat.shape[1])
+    flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % size), (0, 0)))
+    return flat.reshape(-1, size, flat.shape[-1])
+
+  known = blocks(references, int(_BLOCK.value[1]))
+
+  def best_of(asked: jax.Array) -> jax.Array:
+    def compare(best: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
+      found = jnp.einsum("qc,rc->qr", asked, block, precision=jax.lax.Precision.HIGHEST)
+      return jnp.maximum(best, jnp.max(found, axis=-1)), None
+
+    return jax.lax.scan(compare, jnp.full(len(asked), -jnp.inf), known)[0]
+
+  return (jax.lax.map(best_of, blocks(queries, int(_BLOCK.value[0]))),)
+
+
 def gradient(
   function: Callable[..., tuple[jax.Array, ...]],
 ) -> Callable[..., tuple[jax.Array, ...]]:
@@ -130,33 +160,39 @@ def measure(
   name: str, function: Callable[..., tuple[jax.Array, ...]], size: str
 ) -> list[np.ndarray]:
   """Prints one row; returns the results, if there are any."""
-  if _BACKWARD.value:
+  if _BACKWARD.value and function is not products:
     function = gradient(function)
   compiled = jax.jit(function).lower(*inputs(size, None)).compile()
   memory = compiled.memory_analysis()
   temporary = memory.temp_size_in_bytes / 1e9
   total = temporary + (memory.argument_size_in_bytes + memory.output_size_in_bytes) / 1e9
-  row = f"{size:24}{name:8}{temporary:10.3f}{total:10.3f}"
+  row = f"{size:24}{name:10}{temporary:10.3f}{total:10.3f}"
   if _COMPILE_ONLY.value:
     print(row, flush=True)
     return []
   maps = inputs(size, np.random.default_rng(0))
-  before, start = resident_gigabytes(), time.perf_counter()
+  before = resident_gigabytes()
   results = jax.block_until_ready(compiled(*maps))
-  seconds = time.perf_counter() - start
-  print(f"{row}{resident_gigabytes() - before:12.3f}{seconds:10.3f}", flush=True)
+  grown, seconds = resident_gigabytes() - before, []
+  for _ in range(_ROUNDS.value):
+    start = time.perf_counter()
+    jax.block_until_ready(compiled(*maps))
+    seconds.append(time.perf_counter() - start)
+  print(f"{row}{grown:12.3f}{spread(seconds):>24}", flush=True)
   return [np.asarray(x) for x in results]
 
 
 def main(_: list[str]) -> None:
-  """Prints the table: ours before plain, since the process never shrinks."""
-  print(f"{'picture:reference':24}{'form':8}{'temp GB':>10}{'all GB':>10}", end="")
-  print("" if _COMPILE_ONLY.value else f"{'resident +':>12}{'seconds':>10}")
+  """Prints the machine and the table: ours before plain, since the process never shrinks."""
+  print(machine())
+  print(f"{'picture:reference':24}{'form':10}{'temp GB':>10}{'all GB':>10}", end="")
+  print("" if _COMPILE_ONLY.value else f"{'resident +':>12}{'seconds':>24}")
   for size in _SIZES.value:
-    found = measure("ours", functools.partial(ours), size)
+    measure("products", products, size)
+    found = measure("ours", ours, size)
     needed = plain_gigabytes(size)
     if needed > _PLAIN_LIMIT.value and not _COMPILE_ONLY.value:
-      print(f"{size:24}{'plain':8}   at least {needed:.1f} GB, left out")
+      print(f"{size:24}{'plain':10}   at least {needed:.1f} GB, left out")
       continue
     expected = measure("plain", plain, size)
     if found and not _BACKWARD.value:

@@ -2,12 +2,15 @@ r"""The official form of TTSR's search in PyTorch: the peer of relevance.py, whe
 
   python benchmarks/relevance_torch.py --sizes=20x20:20x20,40x40:40x40,80x80:80x80 [--textures]
 
-Needs PyTorch and nothing of this package, so that it runs in an environment of its own. Sizes and
-inputs are those of relevance.py; so is "resident", by how much the process grew.
+Needs PyTorch and nothing of this package, so that it runs in an environment of its own. Sizes,
+inputs and rounds are those of relevance.py; so is "resident", by how much the process grew in the
+run that warms up.
 """
 
 import argparse
+import os
 import resource
+import statistics
 import time
 
 import numpy as np
@@ -39,17 +42,24 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--sizes", default="20x20:20x20,40x40:40x40,80x80:80x80")
   parser.add_argument("--textures", action="store_true")
+  parser.add_argument("--rounds", type=int, default=3)
   given = parser.parse_args()
-  print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-  print(f"{'picture:reference':24}{'resident +':>12}{'seconds':>10}")
+  load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+  print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, load average {load}")
+  print(f"{'picture:reference':24}{'resident +':>12}{'seconds':>24}")
   for name in given.sizes.split(","):
     size, (queries, references, *levels) = inputs(name, textures=given.textures)
-    before, start = resident(), time.perf_counter()
-    _, index = search(queries, references)
-    for level, scale in zip(levels, (1, 2, 4), strict=False):
-      transfer(level, index, scale, size)
-    seconds = time.perf_counter() - start
-    print(f"{name:24}{resident() - before:12.3f}{seconds:10.3f}", flush=True)
+    before, grown, seconds = resident(), 0.0, []
+    for _ in range(given.rounds + 1):
+      start = time.perf_counter()
+      _, index = search(queries, references)
+      for level, scale in zip(levels, (1, 2, 4), strict=False):
+        transfer(level, index, scale, size)
+      seconds.append(time.perf_counter() - start)
+      grown = grown or resident() - before
+    middle, low, high = (f(seconds[1:]) for f in (statistics.median, min, max))
+    told = f"{middle:.3g} ({low:.3g}-{high:.3g})"
+    print(f"{name:24}{grown:12.3f}{told:>24}", flush=True)
 
 
 if __name__ == "__main__":
