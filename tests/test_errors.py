@@ -181,6 +181,7 @@ def test_overrides_reach_every_field_also_new_ones_of_the_parts():
     ({"batch_size": 0}, "batch_size is 0; expected a whole number, at least 1"),
     ({"accumulation_steps": 0}, "accumulation_steps is 0"),
     ({"ema_decay": 1.5}, r"ema_decay is 1.5; expected a number in \[0, 1\)"),
+    ({"eval_every": 1.5}, "eval_every is 1.5; expected a whole number, at least 0, or a share of"),
     ({"log_every": -5}, "log_every is -5; expected a whole number, at least 0"),
     ({"checkpoint__best_mode": "mx"}, "did you mean 'max'"),
     ({"model": {}}, "the config does not set 'model'"),
@@ -189,6 +190,19 @@ def test_overrides_reach_every_field_also_new_ones_of_the_parts():
 def test_values_out_of_range(fields, message):
   with pytest.raises(ValueError, match=message):
     experiment.create(changed(**fields))
+
+
+def test_counts_of_steps_may_be_shares_and_the_reverse():
+  config = vit.get_config()
+  assert isinstance(config.optimizer.schedule.warmup_steps, int)
+  with config.ignore_type():
+    config.eval_every = 0.25
+  given = ("--config.optimizer.schedule.warmup_steps=0.05", "--config.eval_every=100")
+  config_lib.apply_overrides(config, given)
+  assert (config.optimizer.schedule.warmup_steps, config.eval_every) == (0.05, 100)
+  config_lib.check_values(config_lib.complete(config))
+  with pytest.raises(ValueError, match="expected a whole number"):
+    config_lib.apply_overrides(config, ["--config.log_every=0.1"])
 
 
 def test_fields_of_a_config_of_ones_own_are_checked():

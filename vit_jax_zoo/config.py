@@ -128,18 +128,22 @@ _LEAST = {
 }
 
 
-_SHARES = ("eval_every", "checkpoint.every")
-"""Counts of steps that may be shares of all."""
+_SHARES = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescale")
+"""Counts of steps that may be shares of all, in whatever section they stand."""
 
 
 def _check_at_least(config: ConfigDict, name: str, least: int) -> None:
   value = config
   for key in name.split("."):
     value = value[key]
-  if name in _SHARES and isinstance(value, float) and 0 < value < 1:
-    return
+  may_be_share = name.rpartition(".")[2] in _SHARES
+  if may_be_share and isinstance(value, float):
+    if 0 < value < 1:
+      return
+    value = int(value) if value.is_integer() else value  # a field of shares keeps 100 as 100.0
   if value is not None and not (isinstance(value, int) and value >= least):
-    raise ValueError(f"{name} is {value}; expected a whole number, at least {least}")
+    share = ", or a share of the run, such as 0.05" if may_be_share else ""
+    raise ValueError(f"{name} is {value}; expected a whole number, at least {least}{share}")
 
 
 def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
@@ -255,6 +259,8 @@ def _parse(flag: str, text: str, kind: type) -> object:
     return value
   if kind is str:
     return text
+  if flag.rpartition(".")[2] in _SHARES and {kind, type(value)} <= {int, float}:
+    return value
   if kind is float and type(value) is int:
     return float(value)
   if issubclass(kind, list | tuple) and isinstance(value, list | tuple):

@@ -150,6 +150,7 @@ def test_what_is_due_may_be_a_share_of_the_run():
   assert [step for step in range(1, 13) if settings.is_due(0.25, step)] == [3, 6, 9, 12]
   assert [step for step in range(1, 13) if settings.is_due(0.01, step)] == list(range(1, 13))
   assert [step for step in range(1, 13) if settings.is_due(0, step)] == [12]
+  assert [step for step in range(1, 13) if settings.is_due(4.0, step)] == [4, 8, 12]
 
 
 def test_single_classes_are_not_said():

@@ -72,7 +72,7 @@ class LoopSettings:
 
   def is_due(self, every: int | float, step: int) -> bool:
     """Returns whether something that happens every so often happens after this step."""
-    if isinstance(every, float) and every:
+    if 0 < every < 1:
       every = max(1, round(every * self.num_steps))
     return step == self.num_steps or (every > 0 and step % every == 0)
 
