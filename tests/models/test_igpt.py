@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from tests.conftest import GOLDENS
 from vit_jax_zoo.models import igpt
 from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.weights import igpt_hf, igpt_tf, table
 
 TINY = {"num_colors": 16, "num_positions": 16, "width": 16, "depth": 3, "num_heads": 2}
@@ -285,21 +286,15 @@ def test_cached_decoding_equals_the_whole_forward_pass(scan_layers):
   tokens = random_tokens()
   whole = model.apply(variables, tokens, method="from_tokens")["pixel_logits"]
   garbage = jnp.where(jnp.arange(16) < 5, tokens, 15 - tokens)
-  _, state = model.apply(variables, garbage, method="from_tokens", mutable=["present"])
-  cache = state["present"]
+  _, state = model.apply(variables, garbage, method="from_tokens", mutable=["cache"])
   step = jax.jit(
-    lambda cache, previous, position: model.apply(
-      {**variables, "past": cache}, previous, position, method="next_logits", mutable=["present"]
+    lambda state, previous, position: model.apply(
+      {**variables, **state}, previous, position, method="next_logits", mutable=["cache"]
     )
   )
   for position in range(5, 16):
-    logits, state = step(cache, tokens[:, position - 1], position)
+    logits, state = step(state, tokens[:, position - 1], position)
     np.testing.assert_allclose(logits, whole[:, position], atol=2e-6)
-    cache = jax.tree.map(
-      lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=-3),  # noqa: B023
-      cache,
-      state["present"],
-    )
 
 
 def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
@@ -316,6 +311,21 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
   whole = model.apply(variables, together, method="from_tokens")["pixel_logits"]
   drawn = np.arange(16) >= np.asarray(lengths)[:, None]
   np.testing.assert_array_equal(np.where(drawn, whole.argmax(-1), together), together)
+
+
+def test_a_pixel_is_drawn_without_copying_keys_and_values():
+  """Of arrays of a buffer's size a step writes two a layer, and those in place."""
+  model, variables = init_tiny()
+  arguments = (random_tokens(rows=3), jnp.zeros(3, jnp.int32), jax.random.key(0))
+  text = jax.jit(model.complete).lower(variables, *arguments).compile().as_text()
+  module = hlo.parse(text)
+  loops = (i for lines in module.computations.values() for i in lines if i.opcode == "while")
+  step = max((module.computations[loop.called[0]] for loop in loops), key=len)
+  free = ("parameter", "tuple", "get-tuple-element", "bitcast")
+  buffer = hlo.shape_bytes("f32[6,16,8]")  # 3 rows of 2 heads, 16 pixels
+  written = [i.name for i in step if hlo.shape_bytes(i.shape) == buffer and i.opcode not in free]
+  assert len(written) == 2 * model.depth
+  assert all("dynamic-update-slice" in name for name in written)
 
 
 @pytest.mark.parametrize(

@@ -65,36 +65,39 @@ def attention_weights(
   return jax.nn.softmax(scores, axis=-1)
 
 
-def attend_after(
+def heads_first(x: Float[Array, "b n h d"]) -> Float[Array, "b*h n d"]:
+  """Returns the vectors of each image's heads one after the other: the layout of a cache.
+
+  Batch and heads are one axis, since that is the one batch dimension of the two products in
+  `attend_cached`. With two, or in another order, XLA on a CPU copies the whole cache for each of
+  them at each step.
+  """
+  return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def attend_cached(
   query: Float[Array, "b n h d"],
-  key: Float[Array, "b n h d"],
-  value: Float[Array, "b n h d"],
-  past: tuple[Float[Array, "b m h d"], Float[Array, "b m h d"]],
+  key: Float[Array, "b*h m d"],
+  value: Float[Array, "b*h m d"],
   past_length: Int[Array, ""],
 ) -> Float[Array, "b n h d"]:
   """Attends causally from new positions to themselves and to those that came before.
 
-  The past is neither copied nor extended, so that a loop can keep it in one place.
-
   Args:
     query: of the new positions.
-    key: of the new positions.
-    value: of the new positions.
-    past: keys and values of earlier positions, in a buffer that may be longer than they are.
-    past_length: how many of the buffer's positions are filled.
+    key: of all positions, in a buffer that may be longer than they are; see `heads_first`.
+    value: likewise.
+    past_length: the place of the first new position in the buffer.
   """
-  scale, length = query.shape[-1] ** -0.5, past[0].shape[1]
+  batch, new, heads, width = query.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  before = product("bnhd,bmhd->bhnm", query, past[0]) * scale
-  filled = jnp.arange(length)[None, None, None] < past_length
-  before = jnp.where(filled, before, NEGATIVE)
-  among = product("bnhd,bmhd->bhnm", query, key) * scale
-  causal = jnp.tril(jnp.ones((1, 1, *among.shape[2:]), dtype=bool))
-  among = jnp.where(causal, among, NEGATIVE)
-  weights = jax.nn.softmax(jnp.concatenate([before, among], axis=-1), axis=-1).astype(value.dtype)
-  context = product("bhnm,bmhd->bnhd", weights[..., :length], past[1])
-  context += product("bhnm,bmhd->bnhd", weights[..., length:], value)
-  return context.astype(value.dtype)
+  scores = product("snd,smd->snm", heads_first(query), key) * width**-0.5
+  own = past_length + jnp.arange(new)
+  before = jnp.arange(key.shape[1])[None, None] <= own[None, :, None]
+  scores = jnp.where(before, scores, NEGATIVE)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+  context = product("snm,smd->snd", weights, value).astype(value.dtype)
+  return context.reshape(batch, heads, new, width).swapaxes(1, 2)
 
 
 def key_padding_mask(keep: Bool[Array, "b m"]) -> Bool[Array, "b 1 1 m"]:
@@ -107,9 +110,9 @@ class MultiHeadAttention(nn.Module):
 
   The attention map is sown as `weights` [b h n m] when the `intermediates` collection is mutable;
   then, and when attention itself has dropout, the map is computed openly instead of by the fused
-  path. To decode token by token, the projected `key` and `value` [b n h d] of a call are handed out
-  in the collection `present` when that is mutable, and those of earlier calls are taken from the
-  collection `past`, where their owner has put them.
+  path. To decode token by token, the projected `key` and `value` of a call are kept in the
+  collection `cache` when that is mutable, laid out by `heads_first`; a call with `past_length` adds
+  its own to those that are there.
 
   Attributes:
     num_heads: must divide the width.
@@ -151,7 +154,7 @@ class MultiHeadAttention(nn.Module):
       values: input of the value projection; `keys` if None.
       mask: True where a query may look at a key.
       is_causal: also hides keys after the query's own position.
-      past_length: go on after so many positions in `past`, causally; see `attend_after`.
+      past_length: go on after so many positions of `cache`, causally; see `attend_cached`.
       train: whether attention dropout is on.
     """
     keys = queries if keys is None else keys
@@ -159,10 +162,9 @@ class MultiHeadAttention(nn.Module):
     query = checkpoint_name(self._heads("query", queries.shape[-1])(queries), "query")
     key = checkpoint_name(self._heads("key", queries.shape[-1])(keys), "key")
     value = checkpoint_name(self._heads("value", queries.shape[-1])(values), "value")
-    self._hand_out(key=key, value=value)
+    cached = self._keep(past_length, key=key, value=value)
     if past_length is not None:
-      past = (self.get_variable("past", "key"), self.get_variable("past", "value"))
-      context = attend_after(query, key, value, past, past_length)
+      context = attend_cached(query, **cached, past_length=past_length)
     elif self.is_mutable_collection("intermediates") or (train and self.dropout_rate):
       weights = attention_weights(query, key, mask=mask, is_causal=is_causal)
       self.sow("intermediates", "weights", weights)
@@ -182,10 +184,19 @@ class MultiHeadAttention(nn.Module):
     )(context)
     return checkpoint_name(out, "attention_out")
 
-  def _hand_out(self, **present: Array) -> None:
-    if self.is_mutable_collection("present") and not self.is_initializing():
-      for name, array in present.items():
-        self.put_variable("present", name, array)
+  def _keep(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
+    """Returns keys and values by name as the cache holds them, now that it holds the new ones.
+
+    They are written before they are read: otherwise XLA copies the cache, to write to the copy.
+    """
+    kept = {name: heads_first(x) for name, x in new.items()}
+    if past_length is not None:
+      place = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+      kept = {k: place(self.get_variable("cache", k), x, past_length) for k, x in kept.items()}
+    if self.is_mutable_collection("cache") and not self.is_initializing():
+      for name, array in kept.items():
+        self.put_variable("cache", name, array)
+    return kept
 
   def _heads(self, name: str, width: int) -> nn.Module:
     if width % self.num_heads:

@@ -153,7 +153,7 @@ class Decoder(nn.Module):
       return tokens, jnp.stack(features)
     scan = nn.scan(
       body,
-      variable_axes={"params": 0, "intermediates": 0, "past": 0, "present": 0},
+      variable_axes={"params": 0, "intermediates": 0, "cache": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,
       length=depth,
@@ -319,7 +319,7 @@ class ImageGPT(nn.Module):
   def next_logits(
     self, previous: Int[Array, " b"], position: Int[Array, ""]
   ) -> Float[Array, "b k"]:
-    """Returns the logits of the pixel at `position`, given those before through `past`.
+    """Returns the logits of the pixel at `position`, given those before in `cache`.
 
     Args:
       previous: colours of the pixels at `position - 1`; ignored at position 0.
@@ -346,7 +346,8 @@ class ImageGPT(nn.Module):
 
     Keys and values of all positions are kept, so a pixel costs one position's work and not an
     image's. The given pixels go through the model together. For one pixel layers are unrolled: of
-    one position the work is mostly to read the weights, and a scan would copy each layer's first.
+    one position the work is mostly to read the weights and what is kept, and a scan would copy each
+    layer's share of both first.
 
     Args:
       variables: the model's.
@@ -359,19 +360,17 @@ class ImageGPT(nn.Module):
     if not self._shifts:
       raise ValueError("only a causal model with a start token can draw pixels one by one")
     variables = {key: variables[key] for key in ("params", "palette") if key in variables}
-    _, present = self.apply(variables, tokens, method="from_tokens", mutable=["present"])
-    model, cache = self.clone(scan_layers=False), present["present"]
+    _, state = self.apply(variables, tokens, method="from_tokens", mutable=["cache"])
+    model, cache = self.clone(scan_layers=False), state["cache"]
     if self.scan_layers:
       variables = {**variables, "params": _unstack(variables["params"], self.depth)}
       cache = _unstack(cache, self.depth)
 
     def step(cache: Any, previous: Array, position: Array) -> tuple[Array, Any]:
-      logits, new = model.apply(
-        {**variables, "past": cache}, previous, position, method="next_logits", mutable=["present"]
+      logits, state = model.apply(
+        {**variables, "cache": cache}, previous, position, method="next_logits", mutable=["cache"]
       )
-      # Only the new rows are written; the blocks do not hand the whole cache around.
-      place = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-3)
-      return logits, jax.tree.map(lambda old, x: place(old, x, position), cache, new["present"])
+      return logits, state["cache"]
 
     return continue_sequences(
       step, cache, tokens, lengths, rng, temperature=temperature, top_k=top_k
