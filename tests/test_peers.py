@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -99,6 +100,19 @@ def test_a_side_that_fails_is_one_line(peers, monkeypatch, tmp_path, capfd):
   with pytest.raises(RuntimeError, match=r"^ValueError: no such model$"):
     sleeping(peers, monkeypatch, tmp_path, "broken")
   assert "second line" in capfd.readouterr().err  # the traceback is there, too
+
+
+@pytest.mark.usefixtures("peers")
+@pytest.mark.parametrize(
+  ("name", "published"), [("efficientnet_b0", 5_288_548), ("efficientnet_b6", 43_040_704)]
+)
+def test_the_efficientnets_to_compile_beside_ours_have_their_published_parameters(name, published):
+  from beside import efficientnet
+
+  model = efficientnet.create(name)
+  images = jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")
+  params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
 
 
 TINY = {

@@ -93,6 +93,21 @@ def test_loss_is_the_mean_over_labelled_pixels(batch):
   np.testing.assert_allclose(predictions["confidence"], probabilities.max(-1), atol=1e-5)
 
 
+def test_class_weights_make_a_weighted_mean_that_micro_batches_add_up_to(batch):
+  task = task_of(class_weights=(1.0, 0.5, 4.0))
+  variables = task.init(jax.random.key(1), batch)
+  losses, _, _ = reference(task, variables, batch)
+  labelled = (batch["label_map"] != 255) & batch["mask"][:, None, None]
+  weights = np.array([1.0, 0.5, 4.0])[batch["label_map"][labelled]]
+  expected = np.sum(weights * losses) / weights.sum()  # as torch's CrossEntropyLoss(weight=...)
+  out = loss_of(task, variables, batch)
+  assert float(out.loss) == pytest.approx(expected, rel=1e-5)
+  assert float(out.metrics["loss"].compute()) == pytest.approx(expected, rel=1e-5)
+  parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
+  shares = [float(loss_of(task, variables, x, task.normalizers(batch)).loss) for x in parts]
+  assert sum(shares) == pytest.approx(expected, rel=1e-5)
+
+
 def test_micro_batches_add_up_and_what_does_not_count_does_not_matter(batch):
   task = task_of(auxiliary=True)
   variables = task.init(jax.random.key(1), batch)
@@ -231,6 +246,9 @@ def test_jit_equals_eager(tiny):
   [
     ({"auxiliary_weight": -1.0}, "auxiliary_weight must not be negative"),
     ({"class_names": ("a",) * 4}, "4 class_names were given for 3 classes"),
+    ({"class_weights": (1.0, 2.0)}, "2 class_weights were given for 3 classes"),
+    ({"class_weights": (1.0, 2.0, -1.0)}, r"class_weights must not be negative, nor all 0, but"),
+    ({"class_weights": (0.0, 0.0, 0.0)}, r"class_weights must not be negative, nor all 0, but"),
   ],
 )
 def test_errors_are_one_clear_line(fields, message):

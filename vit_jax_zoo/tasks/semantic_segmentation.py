@@ -36,6 +36,7 @@ class SemanticSegmentation(base.Task):
     model: called as `model(images, train=...)`, see `models.fpt.PyramidSegmenter`.
     num_classes: number of classes.
     auxiliary_weight: of the auxiliary classifier's loss, if the model has one.
+    class_weights: of each class's pixels in the loss, a mean weighted by them; none: all alike.
     image_mean: see `normalize_images`.
     image_std: as `image_mean`.
     class_names: by class id; for pictures and scores of single classes.
@@ -47,6 +48,7 @@ class SemanticSegmentation(base.Task):
   model: base.Model
   num_classes: int
   auxiliary_weight: float = 0.4
+  class_weights: tuple[float, ...] = ()
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()
@@ -60,6 +62,14 @@ class SemanticSegmentation(base.Task):
       raise ValueError(f"num_classes must not exceed {IGNORE}, the label that does not count")
     if self.auxiliary_weight < 0:
       raise ValueError(f"auxiliary_weight must not be negative, but is {self.auxiliary_weight}")
+    if self.class_weights and len(self.class_weights) != self.num_classes:
+      raise ValueError(
+        f"{len(self.class_weights)} class_weights were given for {self.num_classes} classes"
+      )
+    if any(weight < 0 for weight in self.class_weights) or not any(self.class_weights or (1,)):
+      raise ValueError(
+        f"class_weights must not be negative, nor all 0, but are {self.class_weights}"
+      )
     if len(self.class_names) > self.num_classes:
       raise ValueError(
         f"{len(self.class_names)} class_names were given for {self.num_classes} classes"
@@ -80,14 +90,16 @@ class SemanticSegmentation(base.Task):
     return self.model.init(rng, self._images(batch), train=False)
 
   def normalizers(self, batch: base.Batch) -> dict[str, Array]:
-    """Returns the numbers of examples and of labelled pixels (at least 1)."""
-    pixels = jnp.sum(self._is_labelled(batch).astype(jnp.float32))
-    return {**super().normalizers(batch), "pixels": jnp.maximum(pixels, 1.0)}
+    """Returns the number of examples, and the sum of the labelled pixels' weights (0: 1)."""
+    pixels = jnp.sum(self._pixel_weights(batch))
+    return {**super().normalizers(batch), "pixels": jnp.where(pixels > 0, pixels, 1.0)}
 
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> base.LossOutput:
     """Returns the mean cross-entropy of the step's labelled pixels, as far as it is these images'.
+
+    Each counts by its class's weight.
 
     Metrics: "loss", with "auxiliary_loss", unweighted, where there is one; "pixel_accuracy". A
     label that is no class makes the loss NaN: it stops a run, where a silent 0 would mislead it.
@@ -101,19 +113,20 @@ class SemanticSegmentation(base.Task):
       mutable=list(state),
     )
     labels, labelled = jnp.asarray(batch["label_map"]).astype(jnp.int32), self._is_labelled(batch)
+    weights = self._pixel_weights(batch)
     logits = self._enlarged(outputs["logits"], batch)
     losses = self._losses(logits, labels, labelled)
     metrics = {"pixel_accuracy": _accuracy(logits, labels, labelled)}
     total = losses
     if "auxiliary_logits" in outputs:
       auxiliary = self._losses(self._enlarged(outputs["auxiliary_logits"], batch), labels, labelled)
-      metrics["auxiliary_loss"] = base.Mean.of(auxiliary, labelled)
+      metrics["auxiliary_loss"] = base.Mean.of(auxiliary, weights)
       total = losses + self.auxiliary_weight * auxiliary
     unknown = jnp.any(labelled & ((labels < 0) | (labels >= self.num_classes)))
     total = jnp.where(unknown, jnp.nan, total)
-    metrics["loss"] = base.Mean.of(jnp.where(labelled, total, 0.0), labelled)
+    metrics["loss"] = base.Mean.of(total, weights)
     return base.LossOutput(
-      loss=jnp.sum(total) / context.normalizers["pixels"],
+      loss=jnp.sum(total * weights) / context.normalizers["pixels"],
       metrics=metrics,
       model_state={**state, **changed},
     )
@@ -182,6 +195,15 @@ class SemanticSegmentation(base.Task):
   def _is_labelled(self, batch: base.Batch) -> Bool[Array, "b h w"]:
     labels = jnp.asarray(batch["label_map"])
     return (labels != IGNORE) & base.example_mask(batch)[:, None, None]
+
+  def _pixel_weights(self, batch: base.Batch) -> Float[Array, "b h w"]:
+    """Returns how much each pixel counts; what is not labelled does not."""
+    labelled = self._is_labelled(batch).astype(jnp.float32)
+    if not self.class_weights:
+      return labelled
+    return labelled * jnp.take(
+      jnp.asarray(self.class_weights), jnp.asarray(batch["label_map"]), mode="clip"
+    )
 
   def _enlarged(self, logits: Float[Array, "b i j k"], batch: base.Batch) -> Array:
     """Enlarges logits bilinearly by the model's stride, pixels' middles aligned, and cuts the rest.
