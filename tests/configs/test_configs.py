@@ -49,7 +49,8 @@ def test_the_default_is_a_demo_on_embedded_data(system):
 @pytest.mark.parametrize(("system", "variant"), CASES)
 def test_all_that_a_config_names_exists(system, variant):
   config = resolve(system, variant)
-  known = {"num_classes": 10, "class_names": ()}
+  num_classes = len(config.task.get("class_weights", ())) or 10
+  known = {"num_classes": num_classes, "class_names": ()}
   fields = {
     section: {k: known.get(k) if v is None else v for k, v in config[section].to_dict().items()}
     for section in ("model", "task")
