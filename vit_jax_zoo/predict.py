@@ -50,7 +50,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "tile", None, "side of what is enlarged at once: smaller is slower, and needs less memory"
   )
-  flags.DEFINE_integer("top_k", Options.top_k, "how many classes are listed")
+  flags.DEFINE_integer("top_k", None, "so many classes are listed, or colours drawn from")
   flags.DEFINE_float("threshold", Options.threshold, "the least score of what is shown")
   flags.DEFINE_bool("explain", Options.explain, "draw what the prediction rests on")
   flags.DEFINE_float("keep", Options.keep, "share of the rows that a completion is given")

@@ -190,6 +190,11 @@ def test_half_a_picture_is_completed(igpt_run, tmp_path):
   np.testing.assert_array_equal(again.pictures["samples"], strip)
 
 
+def test_the_likeliest_colour_alone_leaves_nothing_to_chance(igpt_run):
+  strip = predictor_of(igpt_run, samples=2, top_k=1)(photo()).pictures["samples"]
+  np.testing.assert_array_equal(strip[:, 120:216], strip[:, 240:336])
+
+
 def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples means nothing to this .*; it reads --explain"):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
@@ -214,6 +219,7 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
     ({"keep": -0.1}, r"--keep lies in \[0, 1\]"),
     ({"samples": 0}, "--samples is positive"),
     ({"temperature": -1.0}, "--temperature not negative"),
+    ({"top_k": 0}, "--top_k is positive; got 0"),
     ({"palette": None}, r"has no palette; put OpenAI's kmeans_centers\.npy beside the weights"),
     ({"causal": False}, "was trained on masked pixels, and cannot draw new ones"),
   ],

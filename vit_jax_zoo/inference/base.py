@@ -56,7 +56,8 @@ class Options:
   """What a user may ask for beside the prediction; a predictor says which of them it reads.
 
   Attributes:
-    top_k: how many classes are listed.
+    top_k: how many classes are listed, None: 5; or among how many of the likeliest colours a
+      completion draws each pixel, None: among all.
     threshold: the least score of what is shown.
     explain: also draw what the prediction rests on.
     reference: a picture to borrow textures from.
@@ -68,7 +69,7 @@ class Options:
     seed: of whatever is drawn at random.
   """
 
-  top_k: int = 5
+  top_k: int | None = None
   threshold: float = 0.5
   explain: bool = False
   reference: Image | None = None

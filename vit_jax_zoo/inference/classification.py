@@ -20,6 +20,8 @@ class ClassificationPredictor:
   """
 
   reads: ClassVar[frozenset[str]] = frozenset({"top_k", "explain"})
+  listed: ClassVar[int] = 5
+  """So many, where `top_k` is None."""
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Takes the model; raises ValueError if it is to be explained, and cannot be."""
@@ -36,7 +38,8 @@ class ClassificationPredictor:
     logits = np.asarray(self._logits(self._trained.variables, prepared[None]))[0]
     logits = logits.astype(np.float64)
     probabilities = _probabilities(logits, self._task.objective)
-    best = np.argsort(-probabilities, kind="stable")[: max(1, self._options.top_k)]
+    count = self.listed if self._options.top_k is None else self._options.top_k
+    best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
     names = self._task.class_names
     top = [
       {

@@ -17,7 +17,7 @@ from vit_jax_zoo.visualize.samples import draw_completions, keep_pixels
 class CompletionPredictor:
   """Keeps the upper rows of a picture, and draws the rest several times."""
 
-  reads: ClassVar[frozenset[str]] = frozenset({"keep", "samples", "temperature", "seed"})
+  reads: ClassVar[frozenset[str]] = frozenset({"keep", "samples", "temperature", "top_k", "seed"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Takes the model.
@@ -38,8 +38,9 @@ class CompletionPredictor:
         f"{options.keep}, {options.samples}, {options.temperature}"
       )
     self._trained, self._options = trained, options
-    temperature, samples = options.temperature, options.samples
-    self._complete = jax.jit(functools.partial(_complete, model, samples, temperature))
+    if options.top_k is not None and options.top_k < 1:
+      raise ValueError(f"--top_k is positive; got {options.top_k}")
+    self._complete = jax.jit(functools.partial(_complete, model, options))
 
   def __call__(self, image: Image) -> Prediction:
     """Returns `given`, the pixels that were kept, and `nats`, the mean loss of a true pixel."""
@@ -59,15 +60,17 @@ class CompletionPredictor:
 
 
 def _complete(
-  model: Any, samples: int, temperature: float, variables: Any, image: Any, given: Any, rng: Any
+  model: Any, options: Options, variables: Any, image: Any, given: Any, rng: Any
 ) -> tuple[Any, Any, Any]:
   outputs = model.apply(variables, normalize_images(jnp.asarray(image)))
   tokens = outputs["tokens"]
   log_likelihoods = jax.nn.log_softmax(outputs["pixel_logits"])
   nats = -jnp.mean(jnp.take_along_axis(log_likelihoods, tokens[..., None], axis=-1))
-  lengths = jnp.full(samples, given, jnp.int32)
-  repeated = jnp.repeat(tokens, samples, axis=0)
-  drawn = model.complete(variables, repeated, lengths, rng, temperature=temperature)
+  lengths = jnp.full(options.samples, given, jnp.int32)
+  repeated = jnp.repeat(tokens, options.samples, axis=0)
+  drawn = model.complete(
+    variables, repeated, lengths, rng, temperature=options.temperature, top_k=options.top_k
+  )
   clusters = variables["palette"]["clusters"]
   return cluster_colors(drawn, clusters), cluster_colors(tokens, clusters), nats
 
