@@ -128,7 +128,8 @@ def tiny_variables(size=32, **fields):
   """Random parameters of a tiny model: what a file of another variant would hold."""
   sizes = {"num_classes": 3, "patch_size": 8, "width": 64, "depth": 2, "num_heads": 1}
   model = VisionTransformer(**{**sizes, "mlp_dim": 32, "activation": "gelu", **fields})
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3))))
+  height, width = (size, size) if isinstance(size, int) else size
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))
   rng = np.random.default_rng(0)
   return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
 
@@ -159,6 +160,38 @@ def test_timm_variants_are_inferred(fields, tmp_path):
   assert_same_arrays(flat(loaded.variables), flat(variables))
   again = load_into(path, variables)
   assert_same_arrays(flat(again), flat(variables))
+
+
+@pytest.mark.parametrize("own_row", [True, False])
+@pytest.mark.parametrize("size", [(32, 48), (24, 56)])
+def test_rows_of_grids_that_are_not_square(own_row, size, tmp_path):
+  """4 x 6 and a class token's row are 25, which is 5 x 5 as well; what is stated decides."""
+  path = str(tmp_path / "model.safetensors")
+  model, variables = tiny_variables(size, depth=1, cls_token_position=own_row)
+  vit_timm.write_file(path, flat(variables))
+  images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
+  expected = jax.jit(model.apply)(variables, images)["logits"]
+  config = {"pretrained_cfg": {"input_size": [3, *size]}}
+  for stated in ({}, config, {**config, "model_args": {"no_embed_class": not own_row}}):
+    if stated:
+      (tmp_path / "config.json").write_text(json.dumps(stated))
+    given = {} if stated else {"source_image_size": size}
+    loaded = load_pretrained(path, **given)
+    close(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"], expected, 1e-4)
+  assert loaded.model.cls_token_position == own_row
+
+
+def test_what_timms_arguments_say_of_the_pooling(tmp_path):
+  path = str(tmp_path / "model.safetensors")
+  _, variables = tiny_variables(depth=1, cls_token=True, norm_after_pool=True)
+  vit_timm.write_file(path, flat(variables), norm_after_pool=True)
+  for arguments, pool in (({}, "mean"), ({"global_pool": "token"}, "cls")):
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
+    assert load_pretrained(path).model.pool == pool
+  for arguments in ({"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}):
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
+    with pytest.raises(WeightsError, match="known are the class token and the patches' mean"):
+      load_pretrained(path)
 
 
 def test_half_precision_is_widened(tmp_path):
@@ -245,6 +278,12 @@ def test_errors_a_user_can_cause(tmp_path):
   config = {"num_attention_heads": 4, "patch_size": 8, "hidden_act": "mish"}
   (tmp_path / "config.json").write_text(json.dumps(config))
   with pytest.raises(WeightsError, match=r"hidden_act 'mish'"):
+    load_pretrained(str(tmp_path))
+  config = {"num_attention_heads": 4, "patch_size": [8, 8]}
+  (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 32}))
+  assert load_pretrained(str(tmp_path)).model.patch_size == 8
+  (tmp_path / "config.json").write_text(json.dumps({**config, "patch_size": [8, 4]}))
+  with pytest.raises(WeightsError, match=r"has patches of \[8, 4\]; ours are square"):
     load_pretrained(str(tmp_path))
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(WeightsError, match="does not state num_attention_heads, patch_size"):

@@ -39,13 +39,22 @@ class VitCheckpoint(Checkpoint):
   ) -> tuple[Size, "VitCheckpoint"]:
     """Takes the size from the table of positions where nobody states it."""
     side, trained = model.patch_side, trained or self.image_size
+    given, checkpoint = trained and _grid(trained, side), self
     if self.key(POSITIONS):
-      grid = self.position_grid(
-        given=trained and _grid(trained, side), fallback=wanted and _grid(wanted, side)
-      )
+      checkpoint = self._with_class_row_of(given)
+      grid = checkpoint.position_grid(given=given, fallback=wanted and _grid(wanted, side))
       trained = (grid[0] * side, grid[1] * side)
     size = wanted or trained or self.preprocess.image_size
-    return size, self.replace(image_size=trained)
+    return size, checkpoint.replace(image_size=trained)
+
+  def _with_class_row_of(self, grid: Size | None) -> "VitCheckpoint":
+    """Counts again whether the class token has a row: 25 are 5 x 5, or 4 x 6 and that one."""
+    table = self.array(POSITIONS)
+    if grid is None or table is None or table.ndim != 3 or self.key(CLS_TOKEN) is None:
+      return self
+    others = table.shape[1] - grid[0] * grid[1]
+    stated = {"cls_token_position": bool(others)} if others in (0, 1) else {}
+    return self.replace(fields={**self.fields, **stated})
 
   def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
     """Returns one image with as many channels as the first layer's kernel takes."""

@@ -111,7 +111,7 @@ def infer_fields(
     raise WeightsError(f"{source} holds no ViT of Hugging Face's; its keys begin with {keys}")
   return {
     "num_classes": outputs_of(published, "classifier"),
-    "patch_size": config["patch_size"],
+    "patch_size": _patch_side(config["patch_size"], source),
     "width": hidden.shape[1],
     "depth": sum(key.endswith(".layernorm_before.weight") for key in published),
     "num_heads": config["num_attention_heads"],
@@ -125,6 +125,14 @@ def infer_fields(
     "activation": ACTIVATIONS[activation],
     "layer_norm_epsilon": config.get("layer_norm_eps", 1e-12),
   }
+
+
+def _patch_side(stated: int | Sequence[int], source: str) -> int:
+  """Returns the side of a patch, which transformers lets be height and width."""
+  sides = {stated} if isinstance(stated, int) else set(stated)
+  if len(sides) != 1:
+    raise WeightsError(f"{source} has patches of {stated}; ours are square")
+  return int(sides.pop())
 
 
 def _prefix(published: Mapping[str, np.ndarray]) -> str:

@@ -39,6 +39,9 @@ from vit_jax_zoo.weights.vit_checkpoint import (
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 """timm's `act_layer`; the names are ours, too."""
 
+_POOLS = {"cls": "token", "mean": "avg"}
+"""Our `pool` -> timm's `global_pool`."""
+
 FIXED: dict[str, Any] = {
   "activation": ACTIVATIONS,
   "layer_norm_epsilon": 1e-6,
@@ -217,9 +220,7 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
   """
   fields = infer_fields(published.arrays, published.path)
   arguments = published.config.get("model_args", {})
-  fields["num_heads"] = arguments.get("num_heads", fields["num_heads"])
-  if arguments.get("global_pool") == "avg":
-    fields["pool"] = "mean"
+  fields |= _stated_fields(arguments, fields, published.path)
   activation = arguments.get("act_layer", "gelu")
   if activation not in ACTIVATIONS:
     raise WeightsError(f"{published.path}: {unknown_name('act_layer', activation, ACTIVATIONS)}")
@@ -234,6 +235,24 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
     task_fields=settings.task_fields,
     image_size=settings.stated_size,
   )
+
+
+def _stated_fields(
+  arguments: Mapping[str, Any], fields: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+  """Returns the fields that the arguments of timm's constructor know better than the arrays."""
+  pool = arguments.get("global_pool") or _POOLS[fields["pool"]]
+  of_all_tokens = fields["cls_token"] and arguments.get("pool_include_prefix") and pool == "avg"
+  if pool not in _POOLS.values() or of_all_tokens:
+    what = "pool_include_prefix" if of_all_tokens else f"global_pool {pool!r}"
+    raise WeightsError(f"{source} has {what}; known are the class token and the patches' mean")
+  stated: dict[str, Any] = {
+    "num_heads": arguments.get("num_heads", fields["num_heads"]),
+    "pool": next(ours for ours, theirs in _POOLS.items() if theirs == pool),
+  }
+  if fields["cls_token"] and "no_embed_class" in arguments:
+    stated["cls_token_position"] = not arguments["no_embed_class"]
+  return stated
 
 
 def state_dict(params: Mapping[str, np.ndarray], *, norm_after_pool: bool = False) -> Flat:
@@ -285,7 +304,7 @@ def write_checkpoint(path: str, export: Export) -> None:
     "act_layer": fields["activation"],
     "class_token": with_cls,
     "no_embed_class": with_cls and not own_row,
-    "global_pool": "token" if fields["pool"] == "cls" else "avg",
+    "global_pool": _POOLS[fields["pool"]],
     "fc_norm": fields["norm_after_pool"],
   }
   timm_config.write(path, arrays, export, _architecture(fields), arguments)
