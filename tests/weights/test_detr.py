@@ -206,6 +206,10 @@ def test_errors_a_user_can_cause(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
   with pytest.raises(WeightsError, match="activation 'gelu'"):
     load_pretrained(folder)
+  backbone = {"hidden_act": "relu", "downsample_in_bottleneck": True}
+  (tmp_path / "config.json").write_text(json.dumps({**config, "backbone_config": backbone}))
+  with pytest.raises(WeightsError, match="has downsample_in_bottleneck True; known is False"):
+    load_pretrained(folder)
   (tmp_path / "config.json").unlink()
   with pytest.raises(WeightsError, match=r"no config\.json beside it"):
     load_pretrained(folder)

@@ -45,6 +45,12 @@ from vit_jax_zoo.weights.torch_layouts import (
 )
 
 _BACKBONE = "model.backbone.conv_encoder.model."
+_KNOWN_BACKBONE = {
+  "hidden_act": "relu",
+  "downsample_in_first_stage": False,
+  "downsample_in_bottleneck": False,
+}
+"""What our ResNet does; of transformers' `backbone_config`."""
 _CLASSES = {False: "DetrForObjectDetection", True: "DetrForSegmentation"}
 
 
@@ -126,6 +132,7 @@ def infer_fields(
   """
   if config.get("activation_function", "relu") != "relu":
     raise WeightsError(f"{source} has activation {config['activation_function']!r}; known is relu")
+  _check_backbone_config(config.get("backbone_config") or {}, source)
   prefix = _prefix(published)
   layout = resnet.TORCHVISION if _has_timm_names(published) else resnet.HUGGING_FACE
   backbone = resnet.infer_fields(published, layout, source, f"{prefix}{_BACKBONE}")
@@ -149,6 +156,13 @@ def infer_fields(
     "mask_head": "mask_head.lay1.weight" in published,
     "backbone": {**backbone, "output_stride": _output_stride(config)},
   }
+
+
+def _check_backbone_config(config: Mapping[str, Any], source: str) -> None:
+  """Raises WeightsError for a ResNet of transformers' whose difference no array shows."""
+  for key, known in _KNOWN_BACKBONE.items():
+    if (given := config.get(key, known)) != known:
+      raise WeightsError(f"the backbone of {source} has {key} {given!r}; known is {known!r}")
 
 
 def _depth(published: Mapping[str, np.ndarray], layers: str) -> int:

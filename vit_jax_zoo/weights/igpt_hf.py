@@ -58,6 +58,15 @@ TABLE: tuple[Row, ...] = (
 """Between the keys that `split` leaves and our paths."""
 
 
+_KNOWN = {
+  "activation_function": "quick_gelu",
+  "layer_norm_epsilon": 1e-5,
+  "scale_attn_weights": True,
+  "scale_attn_by_inverse_layer_idx": False,
+}
+"""What OpenAI's networks have, of `config.json`: no array would show another."""
+
+
 def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
   """Tells whether a file's keys are Hugging Face's ImageGPT's, as far as the first block goes."""
   return _EMBEDDING in arrays and "transformer.h.0.attn.c_attn.weight" in arrays
@@ -75,8 +84,9 @@ def read_checkpoint(published: Published) -> Checkpoint:
   path, config = published.path, published.config
   if "n_head" not in config:
     raise WeightsError(f"{path} has ImageGPT's keys, but no config.json that states n_head")
-  if config.get("activation_function", "quick_gelu") != "quick_gelu":
-    raise WeightsError(f"{path} has {config['activation_function']!r}; ours has quick_gelu alone")
+  for key, known in _KNOWN.items():
+    if (given := config.get(key, known)) != known:
+      raise WeightsError(f"{path} has {key} {given!r}; ours has {known!r} alone")
   arrays = split({k: a for k, a in published.arrays.items() if not _is_mask(k)})
   if "lm_head.weight" not in arrays:
     arrays["lm_head.weight"] = np.zeros_like(arrays[_EMBEDDING])
