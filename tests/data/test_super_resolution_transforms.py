@@ -1,9 +1,12 @@
 """Small, large and blurred pictures, as TTSR's published data code makes them."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import ttsr
 from tests.conftest import LARGE_GOLDENS
 from vit_jax_zoo.data.super_resolution_transforms import (
   REFERENCES,
@@ -119,6 +122,34 @@ def test_a_reference_smaller_than_its_crop_lies_on_black():
     assert not found["reference"][10:].any()
     columns = np.lib.stride_tricks.sliding_window_view(reference, (10, 20, 3))[0, :, 0]
     assert any(np.array_equal(found["reference"][:10], columns[i]) for i in range(11))
+
+
+def encode(image, orientation):
+  exif, stream = Image.Exif(), io.BytesIO()
+  exif[0x0112] = orientation
+  Image.fromarray(image).save(stream, "png", exif=exif)
+  return stream.getvalue()
+
+
+def test_photographs_are_turned_upright_where_that_is_asked_for():
+  """Of two cameras' pictures, one held sideways: as stored by default, the official way."""
+  image, reference = noise(12, 20), noise(8, 16)
+  lying = {"image": encode(np.rot90(image), 6), "reference": encode(reference, 1)}
+  found = SuperResolutionPair(upright=True)(lying, rng())
+  np.testing.assert_array_equal(found["image"], image)
+  np.testing.assert_array_equal(found["ref_image"], reference)
+  assert SuperResolutionPair()(lying, rng())["image"].shape == (20, 12, 3)
+  both = {**lying, "reference": (encode(np.rot90(reference), 6),) * 2}
+  stitched = SuperResolutionPair(upright=True, stitch_side=16)(both, rng())["ref_image"]
+  np.testing.assert_array_equal(stitched[16:24], reference)
+  cropped = RandomPairCrop((12, 20), upright=True)(lying, rng())
+  np.testing.assert_array_equal(cropped["image"], image)
+
+
+def test_the_recipe_for_pictures_of_ones_own_has_them_upright():
+  config = ttsr.get_config("own")
+  assert config.data.train.transforms[0]["upright"]
+  assert config.data.eval.test.transforms[0]["upright"]
 
 
 @pytest.mark.parametrize(
