@@ -15,6 +15,7 @@ from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.models.ttsr import TTSR
 from vit_jax_zoo.models.vit import VisionTransformer
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 
@@ -129,6 +130,14 @@ def test_stablehlo_runs_without_this_package(tmp_path):
   notes = json.loads((tmp_path / "model.json").read_text())
   assert notes["outputs"]["logits"] == ["b", "3", "float32"]
   assert notes["class_names"] == ["ant", "bee", "cat"]
+
+
+def test_a_model_of_several_pictures_is_not_offered_as_a_program_of_one():
+  """TTSR is called with four: a program of `images` failed with the names of the others."""
+  assert export.formats_of("ttsr") == ("pt", "pth-vgg19", "orbax")
+  made = Pretrained(TTSR(), {}, Preprocess((160, 160)), {}, "super_resolution")
+  with pytest.raises(ValueError, match="unknown format of ttsr 'stablehlo'; known: orbax, pt"):
+    export.write(made, "stablehlo", "unused")
 
 
 def test_a_run_changes_its_size_as_googles_file_does(tmp_path):

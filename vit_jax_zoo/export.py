@@ -12,7 +12,8 @@
 | stablehlo        | a folder: model.stablehlo, the whole program    | any program with JAX      |
 
 What else a family is published as stands in `weights/formats.py`. A format that has no such model
-says what stands in the way.
+says what stands in the way. TTSR is not written as a program, since that takes one picture, and
+TTSR takes four.
 """
 
 import json
@@ -43,6 +44,9 @@ FLAGS = flags.FLAGS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
+
+_OF_SEVERAL_PICTURES = ("ttsr",)
+"""Families that are called with more than images: no program of one argument has them."""
 
 MAX_STABLEHLO = 2_000_000_000
 """Bytes: a program of StableHLO is one protocol buffer, which can be no larger than 2 GiB."""
@@ -78,7 +82,10 @@ def formats_of(family: str) -> tuple[str, ...]:
     for form in FORMATS
     if form.family == family and hasattr(form.load(), "write_checkpoint")
   ]
-  return (*published, *(() if family in PARTS else ("orbax", "stablehlo")))
+  if family in PARTS:
+    return tuple(published)
+  program = () if family in _OF_SEVERAL_PICTURES else ("stablehlo",)
+  return (*published, "orbax", *program)
 
 
 def write(pretrained: Pretrained, form: str, path: str) -> None:
