@@ -10,6 +10,8 @@ from typing import Any
 
 from absl import flags, logging
 
+from vit_jax_zoo.train import libtpu
+
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
   ArithmeticError, flags.Error,
@@ -61,6 +63,7 @@ def log_plainly() -> None:
   handler.addFilter(_is_ours_or_serious)
   if sys.unraisablehook is sys.__unraisablehook__:
     sys.unraisablehook = _report_unless_known
+  libtpu.silence_if_idle()
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:

@@ -11,17 +11,10 @@ from jax.experimental import topologies
 
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.planning.chips import Chip, find_chip
+from vit_jax_zoo.train import libtpu
 
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e")
 PLATFORMS = ("tpu", "cpu", "cuda")
-
-_QUIET = {
-  "TPU_SKIP_MDS_QUERY": "1",  # no cloud metadata server to wait for
-  "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time; none of them has a TPU
-}
-"""What libtpu would otherwise ask for, or complain of; of no consequence for what it compiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +77,8 @@ def _tpu_slice(topology: str | None) -> Machine:
     )
   if importlib.util.find_spec("libtpu") is None:
     raise ImportError("planning for a TPU needs libtpu; pip install -e '.[plan]'")
-  for name, value in _QUIET.items():
+  several = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # plans at a time; none of them has a TPU
+  for name, value in (libtpu.QUIET | several).items():
     os.environ.setdefault(name, value)
   options = {"chip_config_name": "megacore"} if version == "v4" else {}
   try:
