@@ -313,6 +313,29 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
   np.testing.assert_array_equal(np.where(drawn, whole.argmax(-1), together), together)
 
 
+def test_what_stands_after_a_prefix_need_be_no_colour():
+  model, variables = init_tiny()
+  tokens, lengths = random_tokens(), jnp.array([0, 5])
+  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  expected = complete(variables, tokens, lengths, jax.random.key(0))
+  filled = jnp.where(jnp.arange(16)[None] < lengths[:, None], tokens, 600)
+  np.testing.assert_array_equal(complete(variables, filled, lengths, jax.random.key(0)), expected)
+
+
+def test_deep_models_draw_with_layers_scanned(monkeypatch):
+  """The program to compile does not grow with the depth, and draws what the unrolled one does."""
+  model, variables = init_tiny()
+  arguments = (random_tokens(), jnp.array([0, 5]), jax.random.key(0))
+  unrolled = jax.jit(model.complete)(variables, *arguments)
+  monkeypatch.setattr(igpt, "UNROLLED_DEPTH", 2)
+  np.testing.assert_array_equal(jax.jit(model.complete)(variables, *arguments), unrolled)
+  deeper, more = init_tiny(depth=6)
+  programs = [
+    jax.jit(m.complete).lower(v, *arguments) for m, v in [(model, variables), (deeper, more)]
+  ]
+  assert len({len(program.as_text().splitlines()) for program in programs}) == 1
+
+
 def test_a_pixel_is_drawn_without_copying_keys_and_values():
   """Of arrays of a buffer's size a step writes two a layer, and those in place."""
   model, variables = init_tiny()
