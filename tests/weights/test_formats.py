@@ -180,6 +180,15 @@ def test_a_palette_of_another_size_beside_the_weights(imagegpt):
   assert "\n" not in str(error.value)
 
 
+def test_a_folder_without_a_processor_takes_the_palette_beside_it(imagegpt):
+  processor = imagegpt / "preprocessor_config.json"
+  clusters = np.asarray(json.loads(processor.read_text())["clusters"], np.float32)
+  processor.unlink()
+  np.save(imagegpt / "kmeans_centers.npy", clusters)
+  loaded = load_pretrained(str(imagegpt))
+  np.testing.assert_array_equal(loaded.variables["palette"]["clusters"], clusters)
+
+
 def test_openai_weights_become_hugging_faces(tmp_path):
   loaded = load_pretrained(bundle("igpt_tf_a"))
   export.write(loaded, "hf", str(tmp_path))

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.igpt_tf import TRANSPOSED, checkpoint_of
+from vit_jax_zoo.weights.igpt_tf import TRANSPOSED, checkpoint_of, palette_beside
 from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.torch_layouts import write_safetensors
@@ -75,6 +75,7 @@ def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads what lies in a folder; the palette stands in its `preprocessor_config.json`.
 
+  Without that file OpenAI's `kmeans_centers.npy` beside the weights is as good.
   A folder of `ImageGPTForImageClassification` has a classifier that sees the pixels unshifted, and
   no output matrix; one of `ImageGPTModel` has neither.
 
@@ -92,6 +93,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
     arrays["lm_head.weight"] = np.zeros_like(arrays[_EMBEDDING])
   if published.processor.get("clusters") is not None:
     arrays["clusters"] = np.asarray(published.processor["clusters"], np.float32)
+  else:
+    arrays |= palette_beside(published.file)
   fields = infer_fields(arrays, config)
   if "score.weight" in arrays:
     fields["sos_token"] = False

@@ -57,7 +57,7 @@ def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
 
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a checkpoint's variables, and the palette that lies beside it, if one does."""
-  arrays = without_state(published.arrays) | _palette_beside(published.file)
+  arrays = without_state(published.arrays) | palette_beside(published.file)
   return checkpoint_of(published.path, arrays, TABLE, infer_fields(arrays))
 
 
@@ -86,7 +86,8 @@ def arrays_positions(fields: Mapping[str, object]) -> int:
   return positions if isinstance(positions, int) else 0
 
 
-def _palette_beside(file: epath.Path) -> Flat:
+def palette_beside(file: epath.Path) -> Flat:
+  """Returns the colours of OpenAI's file beside a checkpoint or above it; nothing without one."""
   places = [file.parent, file.parent.parent, file.parent.parent.parent]
   found = next((f / PALETTE_FILE for f in places if (f / PALETTE_FILE).exists()), None)
   return {} if found is None else {"clusters": read_palette(str(found))}
