@@ -58,6 +58,14 @@ def test_a_file_that_would_be_overwritten_is_not_read(released):
     Start(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
 
 
+def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatch, tmp_path):
+  config = ttsr.get_config("demo")
+  config.task.vgg_file = f"{tmp_path}/vgg19.pth"
+  monkeypatch.setattr(experiment.Experiment, "program", no_data)
+  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at .*vgg19\.pth"):
+    experiment.run(config, epath.Path(tmp_path / "run"), experiment.RunOptions())
+
+
 def test_a_game_starts_from_a_run_without_a_critic_and_the_reverse(released):
   _, params = released
   game, alone = fresh_variables(GAME), fresh_variables(REC)

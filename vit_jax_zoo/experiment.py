@@ -27,7 +27,7 @@ from vit_jax_zoo.run_config import (
   remember_config,
   remember_data,
 )
-from vit_jax_zoo.starting import Start
+from vit_jax_zoo.starting import Start, check_files
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.train.checkpoint_folders import CHECKPOINTS
@@ -98,6 +98,8 @@ def _train(
   experiment: Experiment, options: RunOptions, checkpointer: Checkpointer, workdir: epath.Path
 ) -> Outcome:
   """Goes on from the last checkpoint, or begins; only scores a run that is complete."""
+  if checkpointer.latest_step is None and not experiment.config.init_from:
+    check_files(experiment.task)  # else only the variables tell what is needed besides
   with experiment.train_batches() as batches:
     first_batch = next(batches)
   program = experiment.program(first_batch)

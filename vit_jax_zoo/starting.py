@@ -64,5 +64,14 @@ class Start:
     return weights.adapt(restore_variables(path), fresh, path, grid=self.grid, optional=optional)
 
 
+def check_files(task: Task) -> None:
+  """Finds the files that a task's parts start from, before anything is compiled for them.
+
+  Raises:
+    WeightsError: one line, about a file that is not there.
+  """
+  weights.find_files({k: f for k, f in task.weight_files.items() if not is_checkpoint(f)})
+
+
 def _flatten(variables: Variables) -> dict[str, Any]:
   return traverse_util.flatten_dict(dict(variables), sep="/")

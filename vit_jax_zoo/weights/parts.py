@@ -9,7 +9,7 @@ from flax import traverse_util
 
 from vit_jax_zoo.weights import backbones, fpt_pt, hub, table
 from vit_jax_zoo.weights.table import Flat, Row
-from vit_jax_zoo.weights.vgg_torchvision import load_vgg
+from vit_jax_zoo.weights.vgg_torchvision import find_vgg, load_vgg
 
 _STATISTICS = "batch_stats/"
 _READERS: Mapping[str, Callable[[str, Mapping[str, tuple[int, ...]]], Flat]] = {
@@ -44,6 +44,15 @@ def load_parts(
     load = _load_everywhere if part.startswith("*/") else _load_vgg
     flat |= load(source, flat, part.removeprefix("*/"))
   return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def find_files(files: Mapping[str, str]) -> dict[str, str]:
+  """Returns where the files are, by the part's path as in `load_parts`; downloads what is named so.
+
+  Raises:
+    WeightsError: one line, about a file that is not there.
+  """
+  return {k: (hub.resolve if k.startswith("*/") else find_vgg)(f) for k, f in files.items()}
 
 
 def still_needed(files: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:

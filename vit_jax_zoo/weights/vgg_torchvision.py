@@ -82,17 +82,34 @@ def to_published(params: Mapping[str, Any]) -> Flat:
   return table.write(flat, TABLE)
 
 
+def find_vgg(path: str) -> str:
+  """Returns the local path of a file or URL; see `hub.resolve`.
+
+  Raises:
+    WeightsError: one line, about a file that is not there.
+  """
+  try:
+    return hub.resolve(path)
+  except WeightsError as error:
+    raise _not_read(error) from error
+
+
 def load_vgg(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
   """Reads a file, or a URL, into the parameters of a `VGG19`; see `from_published`.
 
   Raises:
     WeightsError: one line, about a file that is not there, or is another's.
   """
+  found = find_vgg(path)
   try:
-    published = read_published(hub.resolve(path))
+    published = read_published(found)
   except WeightsError as error:
-    raise WeightsError(f"VGG-19: {error}; get it from {URL}") from error
+    raise _not_read(error) from error
   return from_published(published.arrays, params, source=path)
+
+
+def _not_read(error: WeightsError) -> WeightsError:
+  return WeightsError(f"VGG-19: {error}; get it from {URL}")
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
