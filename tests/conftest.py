@@ -54,6 +54,14 @@ def pytest_addoption(parser):
   )
 
 
+def flat(tree, prefix=""):
+  """Returns the leaves of what JSON holds, by their path; empty containers are leaves."""
+  if not isinstance(tree, dict | list) or not tree:
+    return {prefix: tree}
+  items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+  return {k: v for name, below in items for k, v in flat(below, f"{prefix}/{name}").items()}
+
+
 @pytest.fixture
 def golden_json(request):
   """`golden_json(name, value)`: compares `value` with tests/goldens/<name>.json, or rewrites it."""
@@ -63,9 +71,16 @@ def golden_json(request):
     if request.config.getoption("--update-goldens"):
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    assert value == json.loads(path.read_text()), (
-      f"{path.name} differs; if that is meant, run pytest --update-goldens and review the diff"
-    )
+    found, expected = flat(json.loads(json.dumps(value))), flat(json.loads(path.read_text()))
+    keys = found.keys() | expected.keys()
+    differ = sorted(k for k in keys if found.get(k, "absent") != expected.get(k, "absent"))
+    if differ:  # not an assertion, whose report would show both files whole
+      lines = [f"{k}: {expected.get(k, 'absent')} -> {found.get(k, 'absent')}" for k in differ[:20]]
+      pytest.fail(
+        f"{path.name} differs in {len(differ)} places; if that is meant, run pytest "
+        "--update-goldens and review the diff\n" + "\n".join(lines),
+        pytrace=False,
+      )
 
   return check
 
