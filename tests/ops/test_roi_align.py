@@ -33,8 +33,8 @@ def definition(features, box, stride, size, samples, aligned):
     left, top = left - 0.5, top - 0.5
   else:
     width, height = max(width, 1), max(height, 1)
-  rows = samples or max(math.ceil(height / size), 1)
-  columns = samples or max(math.ceil(width / size), 1)
+  rows = samples or max(math.ceil(height / size), 0)
+  columns = samples or max(math.ceil(width / size), 0)
   result = np.zeros((size, size, features.shape[2]))
   for i, j, k, m in itertools.product(range(size), range(size), range(rows), range(columns)):
     y = top + (i + (k + 0.5) / rows) * height / size

@@ -57,7 +57,8 @@ def roi_align(
     stride: pixels of the image for each step of the map.
     size: side of the result.
     samples: points along each side of a bin; 0 takes as many as steps of the map fit into the bin,
-      rounded up, box by box (boxes of more than twice the map's sides: as many as fit into that).
+      rounded up, box by box (boxes of more than twice the map's sides: as many as fit into that);
+      an `aligned` box without a side then has no points, and its result is 0.
     aligned: see above.
   """
   side = (features.shape[0], features.shape[1])
@@ -211,16 +212,18 @@ def _points_along(
 ) -> _Points:
   bin_extent = extent / size
   if samples:
-    count, most = jnp.full_like(extent, samples), samples
+    most = samples
+    taken = count = jnp.full_like(extent, samples)
   else:
     most = -(-2 * side // size)
-    count = jnp.clip(jnp.ceil(bin_extent), 1, most)
+    taken = jnp.clip(jnp.ceil(bin_extent), 0, most)
+    count = jnp.maximum(taken, 1)  # what is divided by
   bins = jnp.arange(size, dtype=extent.dtype)
   point = jnp.arange(most, dtype=extent.dtype)
   share = (point + 0.5)[None, None] / count[:, None, None]
   at = start[:, None, None] + (bins[None, :, None] + share) * bin_extent[:, None, None]
   counts = (
-    (at >= -1 - _ROUNDING) & (at <= side + _ROUNDING) & (point[None, None] < count[:, None, None])
+    (at >= -1 - _ROUNDING) & (at <= side + _ROUNDING) & (point[None, None] < taken[:, None, None])
   )
   weight = jnp.where(counts, 1 / count[:, None, None], 0)
   return _Points(jnp.clip(at, 0, side - 1), weight)
