@@ -65,7 +65,7 @@ class SuperResolutionPair(Transform):
     del rng
     if "reference" not in example:
       raise ValueError("the example has no 'reference'; use a source that has, such as pairs:/path")
-    image = crop_to_multiple(_decode(example["image"], self.upright), "the picture")
+    image = crop_to_multiple(_decode(example["image"], upright=self.upright), "the picture")
     low_res = shrink(image)
     reference = self._reference(example["reference"], low_res)
     blurred = enlarge(shrink(reference), reference.shape[:2])
@@ -88,8 +88,8 @@ class SuperResolutionPair(Transform):
       given = low_res
     try:
       if isinstance(given, tuple | list):
-        given = stitch([_decode(one, self.upright) for one in given], self.stitch_side)
-      reference = _decode(given, self.upright)
+        given = stitch([_decode(one, upright=self.upright) for one in given], self.stitch_side)
+      reference = _decode(given, upright=self.upright)
     except CorruptExampleError as error:
       raise CorruptExampleError(f"its reference: {error}") from error
     if min(reference.shape[:2]) < SCALE:
@@ -126,7 +126,9 @@ class RandomPairCrop(Transform):
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with both crops."""
-    image, reference = (_decode(example[key], self.upright) for key in ("image", "reference"))
+    image, reference = (
+      _decode(example[key], upright=self.upright) for key in ("image", "reference")
+    )
     size = _pair(self.size)
     wanted = (size[0] + 2 * _pair(self.margin)[0], size[1] + 2 * _pair(self.margin)[1])
     corner = [int(rng.integers(_room(image, size, axis), endpoint=True)) for axis in (0, 1)]
@@ -236,7 +238,7 @@ def crop_to_multiple(image: Pixels, what: str = "the picture") -> Resized:
   return image[:height, :width]
 
 
-def _decode(given: Any, upright: bool) -> Pixels:  # noqa: FBT001
+def _decode(given: Any, *, upright: bool) -> Pixels:
   """Returns pixels; of a file, turned as its EXIF orientation says, if they are to be upright."""
   image = pixels(given)
   if not upright or not isinstance(given, bytes):
