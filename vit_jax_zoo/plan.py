@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
     return page.compile_all(FLAGS.only, FLAGS.time_limit)
   if FLAGS.config is None:
     raise ValueError("--config is missing; try --config=configs/vit.py --platform=cpu")
+  if FLAGS.output:  # a compilation may take an hour: what cannot be written is to be known before
+    pathlib.Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
   config = load_with_overrides(FLAGS.config, argv[1:])
   machine = find_machine(FLAGS.platform, FLAGS.topology)
   if FLAGS.search:

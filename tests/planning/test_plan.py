@@ -18,7 +18,7 @@ from vit_jax_zoo.config import complete, load_with_overrides
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning.activations import activation_bytes
 from vit_jax_zoo.planning.machines import find_machine
-from vit_jax_zoo.planning.plan import Memory, device_bytes, make_plan, needed_memory
+from vit_jax_zoo.planning.plan import Memory, compile_text, device_bytes, make_plan, needed_memory
 from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.planning.search import best, meshes, rungs, search
 
@@ -129,6 +129,16 @@ def test_what_does_not_fit_says_what_it_needs(message, needed):
   assert needed_memory(message, given) == needed
 
 
+def test_what_is_planned_comes_from_no_cache():
+  cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  lowered = jax.jit(lambda x: x * 3.25 + 7).lower(1.0)  # what no other test has
+  before = set(cache.iterdir())
+  compile_text(lowered)
+  assert set(cache.iterdir()) == before
+  lowered.compile()
+  assert set(cache.iterdir()) > before, "the cache is as it was"
+
+
 # --- search ------------------------------------------------------------------------------------
 
 
@@ -225,7 +235,7 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_on_a_cpu(tmp_path):
-  output = tmp_path / "plan.json"
+  output = tmp_path / "new" / "plan.json"
   run = command(*TINY, "--platform=cpu", f"--output={output}")
   assert run.returncode == 0, run.stderr
   assert "fits               yes" in run.stdout

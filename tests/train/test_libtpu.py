@@ -41,3 +41,17 @@ def test_an_environment_that_speaks_of_tpus_is_left_alone(machine, monkeypatch):
   monkeypatch.setenv("TPU_WORKER_ID", "0")
   libtpu.silence_if_idle()
   assert not os.environ.keys() & libtpu.QUIET.keys()
+
+
+@pytest.mark.parametrize(
+  ("flags", "left"),
+  [
+    ("--xla_cpu_use_fusion_emitters=false", ""),
+    ("--xla_dump_to=d --xla_gpu_autotune_level=0 --xla_cpu_x", "--xla_dump_to=d"),
+    ("--xla_force_host_platform_device_count=8", "--xla_force_host_platform_device_count=8"),
+  ],
+)
+def test_flags_that_it_does_not_know_end_no_plan(monkeypatch, flags, left):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  libtpu.hide_flags_of_others()
+  assert os.environ["XLA_FLAGS"].split() == left.split()

@@ -80,6 +80,7 @@ def _tpu_slice(topology: str | None) -> Machine:
   several = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # plans at a time; none of them has a TPU
   for name, value in (libtpu.QUIET | several).items():
     os.environ.setdefault(name, value)
+  libtpu.hide_flags_of_others()
   options = {"chip_config_name": "megacore"} if version == "v4" else {}
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)

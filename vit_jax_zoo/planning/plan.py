@@ -1,15 +1,17 @@
 """Compiles a config's own training step for a machine, and says what it takes."""
 
+import contextlib
 import dataclasses
 import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import experiment
@@ -228,10 +230,27 @@ def compile_text(lowered: Any) -> tuple[Any, str]:
   Raises:
     jax.errors.JaxRuntimeError: it does not compile.
   """
-  with tempfile.TemporaryDirectory() as folder:
+  with _without_cache(), tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
     files = pathlib.Path(folder).glob("*after_optimizations.txt")
     return compiled, max(files, key=lambda file: file.stat().st_size).read_text()
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+  """Keeps JAX from a cache of compiled programs, if it has one.
+
+  What comes from there takes no time to compile, and a program for a slice that is not here cannot
+  be read back at all.
+  """
+  enabled = jax.config.jax_enable_compilation_cache
+  try:
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX looks at the setting but once
+    yield
+  finally:
+    jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()
 
 
 def needed_memory(message: str, memory: Memory) -> float | None:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 QUIET = {
   "TPU_SKIP_MDS_QUERY": "1",  # no cloud metadata server to wait for
@@ -14,6 +15,8 @@ _PCI = pathlib.Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"
 _TELLING = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
 """What stands in the environment of TPU hosts. (JAX sets others itself, anywhere.)"""
+
+_FLAGS_OF_OTHERS = re.compile(r"--xla_[cg]pu_\S*")
 
 
 def has_tpu() -> bool:
@@ -29,3 +32,12 @@ def silence_if_idle() -> None:
   """
   if not has_tpu():
     os.environ.update(QUIET)
+
+
+def hide_flags_of_others() -> None:
+  """Takes the flags for CPUs and GPUs out of XLA_FLAGS: libtpu ends the process at an unknown one.
+
+  Call it before libtpu is loaded. What a TPU's program looks like does not depend on them.
+  """
+  if "XLA_FLAGS" in os.environ:
+    os.environ["XLA_FLAGS"] = _FLAGS_OF_OTHERS.sub("", os.environ["XLA_FLAGS"])
