@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from vit_jax_zoo.train import libtpu
+from vit_jax_zoo.train import full_disk, libtpu
 
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
@@ -38,6 +38,8 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = " ".join(str(message).split())
+    if full_disk.is_full(error):
+      text += "; make room, and give the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
     raise SystemExit(EXIT_ERROR) from None
 

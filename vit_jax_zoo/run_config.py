@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.data.base import DatasetInfo
+from vit_jax_zoo.train import full_disk
 
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
@@ -127,10 +128,11 @@ def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> di
 
 def _write(content: Any, file: epath.Path) -> None:
   """Writes JSON and renames it into its place: a kill leaves the old one, or the new one."""
-  file.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = file.with_name(f"{file.name}.tmp")
-  unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-  unfinished.replace(file)
+  with full_disk.explained(f"{file} cannot be written"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    unfinished.replace(file)
 
 
 def _read(file: epath.Path) -> Any:

@@ -73,6 +73,11 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
   assert find_checkpoint(workdir, prefer_best=False).name == "6"
   jax.tree.map(np.testing.assert_array_equal, bits(workdir), good)
   filler.unlink()
+  filler = fill(small_disk, leave=0)
+  output = command.run(workdir, *LONGER, expect=2)
+  assert "data.json cannot be written: No space left on device; make room" in the_error(output)
+  assert "Traceback" not in output
+  filler.unlink()
   output = command.run(workdir, *LONGER)
   assert "resumed at step 6 " in output
   assert "done after 12 steps" in output

@@ -3,10 +3,8 @@
 States have one array: of several errors at once, Orbax leaves all but one to be printed by threads.
 """
 
-import contextlib
 import errno
 import os
-import resource
 import shutil
 
 import jax
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests.train.disk import small_files
 from vit_jax_zoo.train.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.train.checkpoint_errors import writing
 from vit_jax_zoo.train.checkpoint_folders import is_checkpoint
@@ -103,17 +102,6 @@ def test_what_is_no_damage_is_said_as_it_is(whole, monkeypatch):
   monkeypatch.setattr("vit_jax_zoo.train.checkpoint._saved_arrays", refuse)
   with pytest.raises(PermissionError, match="you may not read this"):
     restore_variables(whole)
-
-
-@contextlib.contextmanager
-def small_files(size):
-  """Lets no file of this process grow beyond `size` bytes: what is left of a disk is not enough."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path):

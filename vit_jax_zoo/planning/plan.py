@@ -243,7 +243,7 @@ def _without_cache() -> Iterator[None]:
   What comes from there takes no time to compile, and a program for a slice that is not here cannot
   be read back at all.
   """
-  enabled = jax.config.jax_enable_compilation_cache
+  enabled = getattr(jax.config, "jax_enable_compilation_cache", True)
   try:
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX looks at the setting but once

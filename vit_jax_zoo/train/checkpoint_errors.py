@@ -5,8 +5,6 @@ checkpoint it is, and how to go on.
 """
 
 import contextlib
-import errno
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +12,8 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
+
+from vit_jax_zoo.train import full_disk
 
 _MAX_LISTED = 8
 _LONGEST_REASON = 160
@@ -23,9 +23,6 @@ _DAMAGE = re.compile("NOT_FOUND|OUT_OF_RANGE|DATA_LOSS|FAILED_PRECONDITION|INVAL
 
 _DETAILS = re.compile(r" \[\w+='|\. See full TensorStore details")
 """What follows is of use to those who know TensorStore's code."""
-
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_PLACE_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _NO_PLACE))})'")
 
 
 @contextlib.contextmanager
@@ -82,19 +79,14 @@ def writing(workdir: epath.Path, complete: Callable[[], int | None]) -> Iterator
   Raises:
     OSError: in place of whatever is raised where there is no place left.
   """
-  try:
-    yield
-  except (OSError, ValueError) as error:
-    code = _NO_PLACE_CODE.search(str(error))
-    number = int(code[1]) if code else getattr(error, "errno", None)
-    if number not in _NO_PLACE:
-      raise
+
+  def advice() -> str:
     step = complete()
     last = "none is complete yet" if step is None else f"that of step {step} is complete"
-    raise OSError(
-      f"a checkpoint cannot be written to {workdir}: {os.strerror(number)}; {last}: make room, and "
-      "give the same command again"
-    ) from None
+    return f"{last}: make room, and give the same command again"
+
+  with full_disk.explained(f"a checkpoint cannot be written to {workdir}", advice):
+    yield
 
 
 def differences(

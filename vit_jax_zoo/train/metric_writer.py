@@ -15,6 +15,7 @@ ends like that of an undisturbed run.
 """
 
 import concurrent.futures
+import contextlib
 import io
 import json
 import logging
@@ -27,13 +28,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
-import tensorboardX.summary
 from etils import epath
 from matplotlib import pyplot as plt
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboardX import summary
+
+from vit_jax_zoo.train import full_disk
+from vit_jax_zoo.train.event_file import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = "figures"
@@ -70,16 +73,17 @@ class MetricWriter:
       return
     self._bucket = _Bucket(workdir) if "://" in os.fspath(workdir) else None
     self._workdir = self._bucket.local if self._bucket else pathlib.Path(workdir)
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    path = self._workdir / METRICS_FILE
-    _truncate(path, -1 if resume_step is None else resume_step)
-    self._file = path.open("a", encoding="utf-8")
-    self._tensorboard = tensorboardX.SummaryWriter(
-      str(self._workdir),
-      purge_step=0 if resume_step is None else resume_step + 1,
-      # TensorBoard reads files in the order of their names: two of the same second need a number.
-      filename_suffix=f".{len(list(epath.Path(workdir).glob('events.out.tfevents.*'))):04d}",
-    )
+    last_step = -1 if resume_step is None else resume_step
+    with self._disk_errors():
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      path = self._workdir / METRICS_FILE
+      _truncate(path, last_step)
+      self._file = path.open("a", encoding="utf-8")
+      self._tensorboard = EventFile(
+        self._workdir,
+        number=len(list(epath.Path(workdir).glob("events.out.tfevents.*"))),
+        purge_step=last_step + 1,
+      )
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
   def __enter__(self) -> "MetricWriter":
@@ -107,7 +111,7 @@ class MetricWriter:
   def write_text(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes Markdown texts, by name, for TensorBoard."""
     for name, text in texts.items():
-      self._submit(lambda name, text: self._tensorboard.add_text(name, text, step), name, text)
+      self._submit(self._write_text, step, name, text)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes the configuration, nested dicts as "optimizer.learning_rate", for TensorBoard."""
@@ -118,12 +122,13 @@ class MetricWriter:
     if not self._enabled:
       return
     futures, self._futures = self._futures, []
-    for future in futures:
-      future.result()
-    self._file.flush()
-    self._tensorboard.flush()
-    if self._bucket:
-      self._bucket.upload()
+    with self._disk_errors():
+      for future in futures:
+        future.result()
+      self._file.flush()
+      self._tensorboard.flush()
+      if self._bucket:
+        self._bucket.upload()
 
   def close(self) -> None:
     """Writes what is left, and closes the files."""
@@ -134,17 +139,24 @@ class MetricWriter:
     finally:
       self._enabled = False
       self._pool.shutdown()
-      self._file.close()
-      self._tensorboard.close()
-      if self._bucket:
-        self._bucket.close()
+      parts = (self._file, self._tensorboard, *([self._bucket] if self._bucket else []))
+      with self._disk_errors(), contextlib.ExitStack() as stack:
+        for part in reversed(parts):
+          stack.callback(part.close)  # each, whatever another one says
 
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
     if not self._enabled:
       return
-    while self._futures and self._futures[0].done():  # one thread: they end in order
-      self._futures.pop(0).result()
+    with self._disk_errors():
+      while self._futures and self._futures[0].done():  # one thread: they end in order
+        self._futures.pop(0).result()
     self._futures.append(self._pool.submit(write, *args))
+
+  def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+    return full_disk.explained(
+      f"the log cannot be written to {self._workdir}",
+      lambda: "make room, and give the same command again: it goes on from the last checkpoint",
+    )
 
   def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     values = {name: _as_float(name, value) for name, value in scalars.items()}
@@ -152,19 +164,20 @@ class MetricWriter:
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._file.flush()
     for name, value in values.items():
-      self._tensorboard.add_scalar(name, value, step)
+      self._tensorboard.add(summary.scalar(name, value), step)
 
   def _write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
     path = self._workdir / _figure_file(step, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, _png(pixels))
-    self._tensorboard.add_image(name, pixels, step, dataformats="HWC")
+    self._tensorboard.add(summary.image(name, pixels, dataformats="HWC"), step)
+
+  def _write_text(self, step: int, name: str, text: str) -> None:
+    self._tensorboard.add(summary.text(name, text), step)
 
   def _write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    writer = self._tensorboard.file_writer
-    if writer is not None:
-      for summary in tensorboardX.summary.hparams(dict(hparams), {}):
-        writer.add_summary(summary)
+    for part in summary.hparams(dict(hparams), {}):
+      self._tensorboard.add(part)
 
 
 class _Bucket:
@@ -200,8 +213,9 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
   """Writes figures where a run has its own, and nothing else: its log stays as it is."""
   for name, figure in figures.items():
     path = epath.Path(workdir) / _figure_file(step, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_png(_render(figure)))
+    with full_disk.explained(f"{path} cannot be written"):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(_png(_render(figure)))
     plt.close(figure)
 
 
