@@ -56,6 +56,15 @@ class TestReferencePipelines:
     np.testing.assert_array_equal(image, outputs["bv_resize_antialias_uint8"])
 
 
+  @pytest.mark.parametrize(
+    ("size", "small", "expected"),
+    [((272, 425), 40, (40, 63)), ((355, 160), 48, (107, 48)), ((53, 71), 40, (40, 54))],
+  )
+  def test_a_side_of_a_half_is_rounded_as_tensorflow_does(self, size, small, expected):
+    blank = np.zeros((*size, 3), np.uint8)
+    assert run([dict(name="resize_small", size=small)], blank)["image"].shape[:2] == expected
+
+
 class TestTfResize:
   @pytest.mark.parametrize("method", tf_resize.METHODS)
   @pytest.mark.parametrize("size", [(7, 9), (31, 20), (50, 80), (13, 70)])

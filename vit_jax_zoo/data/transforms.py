@@ -252,9 +252,10 @@ class ResizeSmall(ImageTransform):
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the resized image."""
     del rng
-    scale = self.size / min(image.shape[:2])
-    new = (round(image.shape[0] * scale), round(image.shape[1] * scale))
-    return _resized(image, new, self.method, self.dtype)
+    # In float32, as TensorFlow: it decides where a side comes to a half.
+    scale = np.float32(self.size) / np.float32(min(image.shape[:2]))
+    height, width = (round(float(np.float32(side) * scale)) for side in image.shape[:2])
+    return _resized(image, (height, width), self.method, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
