@@ -29,6 +29,7 @@ from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
 from vit_jax_zoo.inference.coco_files import CocoFiles
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.visualize.render import render
 
 FLAGS = flags.FLAGS
 
@@ -236,10 +237,8 @@ def _write_model_pictures(prediction: Prediction, output: pathlib.Path, written:
 
 
 def _write_picture(picture: Picture, path: pathlib.Path) -> None:
-  if isinstance(picture, Figure):
-    picture.savefig(path)
-  else:
-    Image.fromarray(picture).save(path)
+  pixels = render(picture) if isinstance(picture, Figure) else picture
+  Image.fromarray(pixels).save(path)
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

@@ -55,7 +55,6 @@ class TestReferencePipelines:
     image = run(spec, inputs["image"])["image"]
     np.testing.assert_array_equal(image, outputs["bv_resize_antialias_uint8"])
 
-
   @pytest.mark.parametrize(
     ("size", "small", "expected"),
     [((272, 425), 40, (40, 63)), ((355, 160), 48, (107, 48)), ((53, 71), 40, (40, 54))],

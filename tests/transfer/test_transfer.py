@@ -83,7 +83,7 @@ def test_what_is_not_prepared_is_named_and_the_rest_done(digits, tmp_path):
   kept = json.loads((tmp_path / "transfer.json").read_text())
   assert set(kept["suites"]["knn"]) == {"demo:digits"}
   assert (
-    "run python -m vit_jax_zoo.data.prepare --dataset=cifar10" in kept["missing"]["knn cifar10"]
+    "run python -m vit_jax_zoo.data.prepare --dataset=cifar10" in kept["missing"]["knn on cifar10"]
   )
   request = ask(("vtab",), data_dir=str(tmp_path / "none"))
   assert command.run_and_write(request, digits, tmp_path, {}) == command.EXIT_NOTHING_FOUND

@@ -1,4 +1,4 @@
-"""Messages for names that are not known: one line with the nearest known name and the list."""
+"""Names that are not known, in one line with the nearest known one and the list; long ones."""
 
 import dataclasses
 import difflib
@@ -55,3 +55,8 @@ def part_fields(part: str, kind: type, given: Mapping[str, Any] | None) -> dict[
   """
   check_names(f"field of {part}", given or (), field_names(kind))
   return dict(given or {})
+
+
+def shorten(name: str, length: int) -> str:
+  """Returns a name of at most so many characters, its end cut off where it is longer."""
+  return name if len(name) <= length else name[: length - 1].rstrip(" ,;") + "…"

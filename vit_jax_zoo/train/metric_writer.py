@@ -30,13 +30,13 @@ import jax
 import numpy as np
 from etils import epath
 from matplotlib import pyplot as plt
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from tensorboardX import summary
 
 from vit_jax_zoo.train import full_disk
 from vit_jax_zoo.train.event_file import EventFile
+from vit_jax_zoo.visualize.render import render
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = "figures"
@@ -105,7 +105,7 @@ class MetricWriter:
     """Writes figures, by name, and closes them."""
     for name, figure in figures.items():
       if self._enabled:  # drawn here: matplotlib is not thread-safe
-        self._submit(self._write_picture, step, name, _render(figure))
+        self._submit(self._write_picture, step, name, render(figure))
       plt.close(figure)
 
   def write_text(self, step: int, texts: Mapping[str, str]) -> None:
@@ -215,7 +215,7 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
     path = epath.Path(workdir) / _figure_file(step, name)
     with full_disk.explained(f"{path} cannot be written"):
       path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(_png(_render(figure)))
+      path.write_bytes(_png(render(figure)))
     plt.close(figure)
 
 
@@ -270,13 +270,6 @@ def _png(pixels: np.ndarray) -> bytes:
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="png")
   return buffer.getvalue()
-
-
-def _render(figure: Figure) -> np.ndarray:
-  """Draws a figure to uint8 [h w 3]."""
-  canvas = FigureCanvasAgg(figure)
-  canvas.draw()
-  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -34,11 +34,13 @@ from typing import Any
 
 from absl import app, flags, logging
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vit_jax_zoo import command_line
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
 from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
+from vit_jax_zoo.visualize.render import render
 from vit_jax_zoo.visualize.transfer import draw_accuracies, draw_shots
 
 FLAGS = flags.FLAGS
@@ -119,13 +121,12 @@ def run_and_write(
     outcomes.append(outcome)
     _log(outcome)
     for name, figure in outcome.figures.items():
-      figure.savefig(output / f"{outcome.suite}_{_file_name(outcome.data)}_{name}.png")
+      _write_picture(figure, output / f"{outcome.suite}_{_file_name(outcome.data)}_{name}.png")
     _write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
     same = [other for other in outcomes if other.suite == outcome.suite and other.scores]
     if same:
-      draw(outcome.suite, same, str(about.get("model", ""))).savefig(
-        output / f"{outcome.suite}.png"
-      )
+      figure = draw(outcome.suite, same, str(about.get("model", "")))
+      _write_picture(figure, output / f"{outcome.suite}.png")
   done = sum(bool(outcome.scores) for outcome in outcomes)
   logging.info("%d of %d done: %s", done, len(outcomes), output / RESULTS_FILE)
   return 0 if done else EXIT_NOTHING_FOUND
@@ -139,7 +140,7 @@ def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
       kind = {"features": outcome.features} if outcome.features else {}
       suites.setdefault(outcome.suite, {})[outcome.data] = {**kind, **outcome.scores}
   vtab = [outcome for outcome in outcomes if outcome.suite == "vtab"]
-  missing = {f"{o.suite} {o.data}": o.missing for o in outcomes if o.missing}
+  missing = {o.title: o.missing for o in outcomes if o.missing}
   return {
     "suites": suites,
     **({"means": {"vtab": summarize_vtab(vtab)}} if vtab else {}),
@@ -166,14 +167,18 @@ def _curve(outcome: Outcome) -> tuple[list[int], list[float], list[float]]:
 
 def _log(outcome: Outcome) -> None:
   if outcome.missing:
-    logging.warning("%s %s is left out: %s", outcome.suite, outcome.data, outcome.missing)
+    logging.warning("%s is left out: %s", outcome.title, outcome.missing)
     return
   said = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
-  logging.info("%s %s: %s", outcome.suite, outcome.data, said)
+  logging.info("%s: %s", outcome.title, said)
 
 
 def _file_name(text: str) -> str:
   return "".join(c if c.isalnum() else "_" for c in text)
+
+
+def _write_picture(figure: Figure, path: pathlib.Path) -> None:
+  Image.fromarray(render(figure)).save(path)
 
 
 def _write_json(path: pathlib.Path, content: Any) -> None:

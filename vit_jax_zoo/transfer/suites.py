@@ -61,6 +61,11 @@ class Outcome:
   missing: str | None = None
   figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
 
+  @property
+  def title(self) -> str:
+    """The suite and its data, which may have one name."""
+    return _title(self.suite, self.data)
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -121,7 +126,7 @@ def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
   jobs = [job for suite in request.suites for job in _jobs(suite, request)]
   cache: dict[Any, Labelled] = {}
   for number, (suite, name, job) in enumerate(jobs, start=1):
-    logging.info("%s on %s (%d of %d)", suite, name, number, len(jobs))
+    logging.info("%s (%d of %d)", _title(suite, name), number, len(jobs))
     try:
       yield job(request, extractor, cache)
     except FileNotFoundError as error:
@@ -147,6 +152,10 @@ def _jobs(suite: str, request: Request) -> Iterator[tuple[str, str, Job]]:
     )
     for name, variant in request.choose(suite, table, make).items():
       yield suite, name, _VariantJob(suite, name, variant)
+
+
+def _title(suite: str, data: str) -> str:
+  return suite if suite == data else f"{suite} on {data}"
 
 
 def _no_task(source: str) -> VtabTask:

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from vit_jax_zoo.ops.names import shorten
+
 QUIET = "#555555"
 SMALL = 64  # pixels; below, single pixels are shown
 
@@ -34,7 +36,7 @@ def draw_attention(
   Args:
     images: uint8, or floats in [0, 255]; 1 or 3 channels.
     maps: how much the model looks at each patch; each is scaled to its own maximum.
-    captions: below the images.
+    captions: below the images, cut off where they would run into each other.
     title: of the figure.
     subtitle: below it.
     max_images: draws the first so many.
@@ -52,7 +54,8 @@ def draw_attention(
     for ax, picture in zip(axes[:, i], (image, image * light[..., None]), strict=True):
       _show(ax, np.rint(picture).astype(np.uint8))
     if i < len(captions):
-      axes[1, i].set_xlabel(captions[i], fontsize=9, labelpad=4)
+      words = shorten(captions[i], 19 if shown > 1 else 60)
+      axes[1, i].set_xlabel(words, fontsize=9, labelpad=4)
   return figure
 
 

@@ -7,6 +7,8 @@ from jaxtyping import Integer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.ops.names import shorten
+
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 """Of the splits in order; from Okabe and Ito's palette, told apart by every kind of eye."""
 
@@ -86,7 +88,7 @@ def _name_classes(
 ) -> None:
   total = np.sum([np.asarray(values) for values in counts.values()], axis=0)
   names = [class_names[i] if class_names else str(i) for i in range(len(total))]
-  ax.set_yticks(range(len(total)), [n if len(n) <= 24 else f"{n[:23]}…" for n in names])
+  ax.set_yticks(range(len(total)), [shorten(name, 24) for name in names])
   for place, count in enumerate(total):
     ax.annotate(
       f"{int(count):,}", (count, place), (4, 0), textcoords="offset points", va="center",

@@ -13,6 +13,8 @@ from jaxtyping import Integer, Num, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.ops.names import shorten
+
 RIGHT = "#0072B2"
 WRONG = "#D55E00"
 QUIET = "#555555"
@@ -76,7 +78,7 @@ def draw_predictions(
   _write_legend(figure)
   for i, ax in enumerate(axes):
     best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
-    name = _shorten(_name(best, class_names), int(11.5 * cell) - 8)
+    name = shorten(_name(best, class_names), int(11.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
     ax.set_xlabel(
@@ -84,7 +86,7 @@ def draw_predictions(
     )
     if not correct[i]:
       truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
-      below = _shorten(f"is {truth}", int(13 * cell))
+      below = shorten(f"is {truth}", int(13 * cell))
       ax.annotate(
         below, (0.5, 0), (0, -18), "axes fraction", "offset points", ha="center", va="top",
         fontsize=8.5,
@@ -110,19 +112,19 @@ def draw_ranking(
   figure = Figure(figsize=(7.4, max(3.0, 0.42 * len(names) + 1.3)), dpi=110)
   left, right = figure.subplots(1, 2, width_ratios=(1, 1.05))
   figure.subplots_adjust(left=0.03, right=0.95, top=0.84, bottom=0.06, wspace=0.12)
-  _write_title(figure, title or _shorten(names[0], 60), "")
+  _write_title(figure, title or shorten(names[0], 60), "")
   left.set(xticks=[], yticks=[])
   left.set_anchor("N")
   _draw_image(left, image)
   places = np.arange(len(names))
   colors = [RIGHT] + ["#9DB9CC"] * (len(names) - 1)
   right.barh(places, probabilities, height=0.36, color=colors)
-  right.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.8), xticks=[], yticks=[])
+  right.set(xlim=(0, 1.13), ylim=(len(names) - 0.5, -0.8), xticks=[], yticks=[])
   right.spines[["top", "right", "bottom"]].set_visible(False)
   right.spines["left"].set_color("#bbbbbb")
   for place, name, chance in zip(places, names, probabilities, strict=True):
-    right.text(0.012, place - 0.24, _shorten(name, 40), fontsize=9, va="bottom")
-    right.text(min(chance + 0.015, 0.9), place, f"{chance:.1%}", fontsize=8.5, va="center")
+    right.text(0.012, place - 0.24, shorten(name, 40), fontsize=9, va="bottom")
+    right.text(chance + 0.015, place, f"{chance:.1%}", fontsize=8.5, va="center")
   return figure
 
 
@@ -144,7 +146,7 @@ def draw_confusion(
   image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
   if classes <= 20:
     _write_counts(ax, matrix, shares)
-  _label_classes(ax, [_shorten(_name(i, class_names), 18) for i in range(classes)])
+  _label_classes(ax, [shorten(_name(i, class_names), 18) for i in range(classes)])
   bar = figure.colorbar(image, ax=ax, shrink=0.6, pad=0.02, format="{x:.0%}")
   bar.set_label("share of the row", fontsize=9)
   bar.ax.tick_params(labelsize=8)
@@ -251,21 +253,17 @@ def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
   """Names the class, or the two heaviest of a row of weights, in lines of `length` characters."""
   weights = np.asarray(label)
   if weights.ndim == 0:
-    return _shorten(_name(int(weights), class_names), length)
+    return shorten(_name(int(weights), class_names), length)
   heaviest = [int(i) for i in np.argsort(-weights, kind="stable")[:2] if weights[i] > 0]
   if not heaviest:
     return "no label"
   if len(heaviest) == 1 or np.all(weights[weights > 0] == 1):
-    return "\n".join(_shorten(_name(i, class_names), length) for i in heaviest)
+    return "\n".join(shorten(_name(i, class_names), length) for i in heaviest)
   total = float(weights.sum())
   return "\n".join(
-    f"{weights[i] / total:.0%} {_shorten(_name(i, class_names), length - 4)}" for i in heaviest
+    f"{weights[i] / total:.0%} {shorten(_name(i, class_names), length - 4)}" for i in heaviest
   )
 
 
 def _name(index: int, class_names: Sequence[str]) -> str:
   return class_names[index] if index < len(class_names) else str(index)
-
-
-def _shorten(text: str, length: int) -> str:
-  return text if len(text) <= length else text[: length - 1].rstrip(" ,;") + "…"

@@ -49,8 +49,8 @@ def draw_filters(
   side = f"{kernel.shape[0]} × {kernel.shape[1]}"
   if principal:
     filters, shares = principal_filters(kernel)
-    title = "Principal components of the patch embedding"
-    said = f"{len(filters)}, {side} pixels, with {shares.sum():.0%} of the filters' variance"
+    title = "Components of the patch embedding"
+    said = f"the first {len(filters)}, {side} pixels, {shares.sum():.0%} of the filters' variance"
   else:
     filters = np.moveaxis(np.asarray(kernel, np.float32), -1, 0)[:max_filters]
     title, said = (

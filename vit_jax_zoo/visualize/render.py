@@ -1,0 +1,25 @@
+"""Figures to pixels: what a run, `predict` and `transfer` write down."""
+
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+
+def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
+  """Draws a figure, and takes its words as they stand.
+
+  Class names are those of users' folders: a "$" begins no formula there, and where the font lacks a
+  character, a box in its place is all that is said of it.
+  """
+  canvas = FigureCanvasAgg(figure)
+  for text in figure.findobj(Text):
+    if isinstance(text, Text):
+      text.set_parse_math(False)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+    canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
