@@ -43,6 +43,15 @@ def test_ticks_of_a_logarithm_are_plain_numbers():
   assert not [text for text in boxes(figure) if "$" in text]
 
 
+def test_no_accuracy_lies_below_none_or_above_all():
+  figure = draw_shots({"photos": ((1, 5, 25), (0.1, 1.0, 0.0), (0.4, 0.2, 0.0))}, title="Shots")
+  (band,) = figure.axes[0].collections
+  heights = band.get_paths()[0].vertices[:, 1]
+  assert (heights.min(), heights.max()) == (0, 100)
+  bottom, top = figure.axes[0].get_ylim()
+  assert -5 < bottom <= 0 < 100 <= top < 110
+
+
 @pytest.mark.parametrize("chance", [0.87, 0.95, 1.0])
 def test_a_sure_prediction_has_its_number_beside_the_bar(chance):
   figure = draw_ranking(IMAGE, ["cat", "dog"], [chance, 1 - chance])

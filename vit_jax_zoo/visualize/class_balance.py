@@ -54,9 +54,10 @@ def draw_class_balance(
   ax.set_xlabel("examples", fontsize=9)
   smallest, largest = int(first.min()), int(first.max())
   split = next(iter(counts))
+  sizes = f"{smallest:,}" if smallest == largest else f"{smallest:,} to {largest:,}"
   figure.suptitle(title, x=0.02, ha="left", fontsize=13, weight="bold")
   ax.set_title(
-    f"{split}: {int(first.sum()):,} in {len(first)} classes, {smallest:,} to {largest:,} each",
+    f"{split}: {int(first.sum()):,} in {len(first)} classes, {sizes} each",
     loc="left", fontsize=9.5, color=QUIET,
   )  # fmt: skip
   if len(counts) > 1:

@@ -69,7 +69,8 @@ def draw_shots(
     color = COLORS[i % len(COLORS)]
     mean, std = 100 * np.asarray(means), 100 * np.asarray(deviations)
     ax.plot(shots, mean, color=color, marker="o", markersize=5, linewidth=1.8, label=name)
-    ax.fill_between(shots, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+    low, high = np.clip([mean - std, mean + std], 0, 100)
+    ax.fill_between(shots, low, high, color=color, alpha=0.15, linewidth=0)
     for at, value in zip(shots, mean, strict=True):
       if len(curves) == 1:
         ax.annotate(
@@ -80,6 +81,8 @@ def draw_shots(
   ax.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
   ax.minorticks_off()
   ax.margins(x=0.08, y=0.15)
+  bottom, top = ax.get_ylim()
+  ax.set_ylim(max(bottom, -2), min(top, 107))
   ax.set_xlabel("images of each class to learn from")
   ax.set_ylabel("test accuracy, %")
   ax.set_title(title, loc="left", weight="bold")
