@@ -13,6 +13,7 @@ from PIL import Image
 from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import _Run, load
@@ -263,6 +264,37 @@ def test_runs_are_loaded_for_other_images_and_classes(vit_run, igpt_run):
     jax.tree.map(np.testing.assert_array_equal, same, small)
   with pytest.raises(ValueError, match="is a run of pixel_modelling; image_size and num_classes"):
     load_pretrained(str(igpt_run), image_size=16)
+
+
+def test_a_run_sees_pictures_of_another_size(vit_run, igpt_run):
+  trained, same = load(str(vit_run), image_size=16), load_pretrained(str(vit_run), image_size=16)
+  jax.tree.map(np.testing.assert_array_equal, trained.variables["params"], same.variables["params"])
+  image = trained.prepare(photo(20, 30))["image"]
+  assert image.shape == (16, 16, 3)
+  assert trained.image_size == (16, 16)
+  assert trained.task.predict(trained.variables, {"image": image[None]})["labels"].shape == (1, 3)
+  with pytest.raises(ValueError, match="is a run of pixel_modelling; image_size and num_classes"):
+    load(str(igpt_run), image_size=16)
+
+
+@pytest.mark.parametrize(
+  "specs",
+  [
+    [{"name": "resize", "size": 8}],
+    [{"name": "resize_small", "size": 10}, {"name": "central_crop", "size": 8}],
+  ],
+)
+def test_another_size_keeps_the_proportions_of_an_evaluation(vit_run, tmp_path, specs):
+  shutil.copytree(vit_run, tmp_path / "run")
+  config = json.loads((tmp_path / "run" / "config.json").read_text())
+  config["data"]["eval"]["test"]["transforms"] = specs
+  (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+  doubled = build_transforms(spec | {"size": 2 * spec["size"]} for spec in specs)
+  expected, rng = {"image": photo(40, 60)}, np.random.default_rng(0)
+  for transform in doubled:
+    expected = transform(expected, rng)
+  found = load(str(tmp_path / "run"), image_size=16).prepare(photo(40, 60))
+  np.testing.assert_array_equal(found["image"], expected["image"])
 
 
 def test_runs_are_loaded_by_load_pretrained(vit_run, igpt_run):

@@ -16,7 +16,7 @@ from etils import epath
 from vit_jax_zoo import weights
 from vit_jax_zoo.data import images as image_ops
 from vit_jax_zoo.data.transform_base import Transform
-from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.transforms import CentralCrop, Resize, ResizeSmall, build_transforms
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.models.registry import create_model
 from vit_jax_zoo.ops.names import field_names
@@ -55,7 +55,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   wanted = options.pop("image_size", None)
   model = run.model(options)
   seen = run.image_size(model)
-  size = seen if wanted is None else (wanted, wanted) if isinstance(wanted, int) else tuple(wanted)
+  size = seen if wanted is None else _height_width(wanted)
   if size != seen or options.get("num_classes") is not None:
     variables = _refitted(run, model, seen, size)
   else:
@@ -131,20 +131,43 @@ def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.nda
 
 def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any]) -> Trained:
   run = _Run.read(path)
+  options = dict(options)
+  wanted = options.pop("image_size", None)
   model = run.model(options)
-  size = run.image_size(model)
+  seen = run.image_size(model)
+  size, transforms = seen, run.transforms()
+  if wanted is not None:
+    size = _height_width(wanted)
+    transforms = tuple(_at_size(transform, seen or size, size) for transform in transforms)
   fields = run.task_fields()
   if class_names:
     fields["class_names"] = tuple(class_names)
   return Trained(
     source=path,
     task=create_task(run.config["task"]["name"], model, **fields),
-    variables=_adapted(run, model),
-    prepare=functools.partial(_prepare_for_run, run.transforms(), size),
+    variables=_adapted(run, model) if size == seen else _refitted(run, model, seen, size),
+    prepare=functools.partial(_prepare_for_run, transforms, size),
     image_size=size,
     model_name=run.config["model"]["name"],
     config=run.config,
   )
+
+
+def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
+  height, width = (size, size) if isinstance(size, int) else size
+  return height, width
+
+
+def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int]) -> Transform:
+  """Returns the transform of an evaluation on images of `size`, in the proportions of `seen`."""
+  if not isinstance(transform, Resize | ResizeSmall | CentralCrop):
+    return transform
+  ratios = [new / old for new, old in zip(size, seen, strict=True)]
+  if isinstance(transform, ResizeSmall):
+    return dataclasses.replace(transform, size=round(transform.size * max(ratios)))
+  height, width = _height_width(transform.size)
+  scaled = round(height * ratios[0]), round(width * ratios[1])
+  return dataclasses.replace(transform, size=scaled)
 
 
 def _prepare_for_run(
