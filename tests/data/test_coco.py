@@ -229,6 +229,7 @@ class TestErrors:
       ),
       (lambda d: d["annotations"][0].update(image_id=77), "image 77, which is not listed"),
       (lambda d: d["images"].clear() or d["annotations"].clear(), "lists no images"),
+      (lambda d: d.update(categories=[], annotations=[]), "lists no categories"),
     ],
   )
   def test_broken_files(self, tmp_path, change, message):

@@ -55,6 +55,15 @@ def test_padding_is_cut_off():
   np.testing.assert_array_equal(part.segment_map, whole.segment_map[:30, :20])
 
 
+@pytest.mark.parametrize(("width", "found"), [(4, []), (5, [3])])
+def test_nothing_is_left_where_all_segments_are_too_small(width, found):
+  """As in the official code; one with five pixels is large enough."""
+  sizes = dict.fromkeys(("padded_size", "image_size", "size"), (1, width))
+  result = segment(np.zeros((1, 1, 2), np.float32), np.array([3]), 9, **sizes)
+  assert result.labels.tolist() == found
+  assert (result.segment_map == (0 if found else VOID)).all()
+
+
 def rows(*values):
   """A segmentation of one line: its segments' numbers, and labels 0, 1, 2 ..., by default."""
   return np.array([values])

@@ -144,6 +144,8 @@ def _open(dataset: str, name: str, split: _Split, *, annotated_only: bool) -> So
     images, categories = data["images"], {c["id"]: c["name"] for c in data["categories"]}
     annotations = _by_image(data["annotations"], panoptic=split.segments is not None)
     _check_images(split, images)
+    if not categories:
+      raise ValueError(f"{split.json} lists no categories")
     _check_objects(split, images, annotations, categories)
   except (KeyError, TypeError, json.JSONDecodeError) as error:
     raise ValueError(f"{split.json} is not in COCO's format: {error!r}") from error

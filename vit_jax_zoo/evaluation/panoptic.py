@@ -60,7 +60,9 @@ def segment(
   """Gives every pixel to the query whose mask is surest there.
 
   Regions of stuff of one class become one segment. Segments of less than five pixels are left out,
-  and pixels given out again, until all are larger.
+  and pixels given out again, until all are larger. The padding is cut off, where the paper's code
+  squeezes masks of padded images into their size without it; alone an image has none, and the two
+  are the same.
 
   Args:
     mask_logits: of the queries that see something, of the padded image.
@@ -79,8 +81,10 @@ def segment(
     segment_map = _nearest(winner, size)
     areas = np.bincount(segment_map.ravel(), minlength=len(labels))
     large = areas >= SMALLEST_AREA
-    if large.all() or not large.any():
+    if large.all():
       return Segmentation.of(segment_map, labels)
+    if not large.any():
+      return Segmentation.of(np.full(size, VOID), labels[large])
     masks, labels = masks[large], labels[large]
     winner = np.argmax(masks, axis=0)
 
