@@ -283,7 +283,8 @@ readonly INSTALL='export PATH="$HOME/.local/bin:$PATH" && cd ~/vit_jax_zoo && '\
 'uv pip install -e ".[tpu]"'
 
 pack_folder() {
-  ARCHIVE=${TMPDIR:-/tmp}/vit_jax_zoo_$NAME.tar.gz
+  # One's own: of two `all`s at once, each removes its archive when it is done with it.
+  ARCHIVE=${TMPDIR:-/tmp}/vit_jax_zoo_${NAME}_$$.tar.gz
   execute tar -czf "$ARCHIVE" --exclude=__pycache__ --exclude='*.egg-info' -C "$ROOT" \
     setup.cfg pyproject.toml README.md LICENSE configs vit_jax_zoo
 }

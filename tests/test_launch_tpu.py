@@ -544,7 +544,18 @@ def test_dry_run_prints_every_command_and_runs_none(tpu):
   assert [p[0] for p in printed if p[0] != "gcloud"] == ["tar", "rm"]
   assert tpu.launch("all", *PLACE, "--", *TRICKY).returncode == 0
   ran = tpu.calls()
+  copied = next(p for p in printed if "scp" in p)
+  copied[copied.index("scp") + 1] = tpu.calls("scp")[0][4]  # each process has an archive of its own
   assert [p[1:] for p in printed if p[0] == "gcloud"] == ran
+
+
+def test_two_setups_at_once_get_in_each_others_way_but_both_succeed(tpu):
+  tpu.set(request="ACTIVE")
+  setups = [tpu.start("setup", *PLACE) for _ in range(2)]
+  errors = [setup.communicate(timeout=60)[1] for setup in setups]
+  assert [setup.returncode for setup in setups] == [0, 0], errors
+  assert len({call[4] for call in tpu.calls("scp")}) == 2, "the first removes what the other copies"
+  assert not list(tpu.state.glob("*.tar.gz"))
 
 
 def test_dry_run_of_a_topology_and_a_repository(tpu):
