@@ -70,7 +70,10 @@ def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]
   for part in parts:
     name, equals, text = part.partition("=")
     if not equals:
-      raise ValueError(f"cannot read {part!r} in {arg!r}; write variant,field=value,field=value")
+      raise ValueError(
+        f"cannot read {part!r} in {arg!r}; write variant,field=value,field=value, with no comma "
+        "inside of a value"
+      )
     if name in fields:
       raise ValueError(f"the field {name!r} is set twice in {arg!r}")
     fields[name] = text

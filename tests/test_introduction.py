@@ -29,7 +29,11 @@ def test_of_many_classes_the_ends_are_named():
 
 def test_what_cannot_be_learned_and_what_is_uneven_is_said():
   (empty,) = find_imbalance(counts(3, 0, 5), NAMES)
-  assert empty == "no training example of 1 classes: bee; they cannot be learned"
+  assert empty == "no training example of one class: bee; it cannot be learned"
+  (empty,) = find_imbalance(counts(0, 0, 5), NAMES)
+  assert empty == "no training example of 2 classes: ant, bee; they cannot be learned"
+  (alone,) = find_imbalance(counts(5), NAMES[:1])
+  assert alone.startswith("there is one class alone, ant: every answer will be right")
   (uneven,) = find_imbalance(counts(30, 3, 5), NAMES)
   assert uneven.startswith("the classes are uneven: ant has 30 training examples, bee 3; look at ")
   assert find_imbalance(counts(29, 3, 5), NAMES) == []

@@ -109,9 +109,16 @@ def find_imbalance(
   values = counts.get("train")
   if values is None:
     return []
+  if len(values) == 1:
+    return [
+      f"there is one class alone, {_name(0, class_names)}: every answer will be right, and nothing "
+      "is learned; a folder of images needs a folder inside for each class"
+    ]
   empty = [_name(i, class_names) for i, count in enumerate(values) if not count]
   if empty:
     listed = ", ".join(empty[:MAX_LISTED]) + (", ..." if len(empty) > MAX_LISTED else "")
+    if len(empty) == 1:
+      return [f"no training example of one class: {listed}; it cannot be learned"]
     return [f"no training example of {len(empty)} classes: {listed}; they cannot be learned"]
   smallest, largest = int(np.argmin(values)), int(np.argmax(values))
   if values[largest] < UNEVEN * values[smallest]:
