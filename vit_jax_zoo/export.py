@@ -150,7 +150,7 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   data = {
     "num_classes": fields.get("num_classes"),
     "class_names": list(names),
-    "shapes": {"image": [*size, 3]} if size else {},
+    "shapes": {"image": [*size, preprocess.channels]} if size else {},
   }
   for file, content in ((CONFIG_FILE, config), (DATA_FILE, data)):
     (folder / file).write_text(json.dumps(content, indent=1) + "\n")
@@ -178,7 +178,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_stablehlo(pretrained: Pretrained, path: str) -> None:
-  """Writes a program that takes `images`, float32 [b h w 3] in [0, 255], b any number.
+  """Writes a program that takes `images`, float32 [b h w c] in [0, 255], b any number.
 
   It normalises them and returns what the model does, by name. Weights are part of it. To run it:
 
@@ -194,8 +194,8 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
       f"the weights have {size / 1e9:.1f} GB, and a StableHLO file holds 2; export them as orbax"
     )
   height, width = pretrained.config["image_size"]
-  (batch,) = jax.export.symbolic_shape("b")
-  images = jax.ShapeDtypeStruct((batch, height, width, 3), jnp.float32)
+  (batch,), channels = jax.export.symbolic_shape("b"), pretrained.preprocess.channels
+  images = jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32)
   exported = jax.export.export(jax.jit(_program(pretrained)), platforms=PLATFORMS)(images)
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,7 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
     for key, leaf in jax.tree_util.tree_leaves_with_path(leaves)
   }
   notes = {
-    "images": ["b", str(height), str(width), "3", "float32 in [0, 255]"],
+    "images": ["b", str(height), str(width), str(channels), "float32 in [0, 255]"],
     "outputs": outputs,
     "platforms": list(PLATFORMS),
     "class_names": list(pretrained.class_names),

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
 from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.weights import WeightsError
+from vit_jax_zoo.models.lambda_resnet import VARIANTS, LambdaResNet
+from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 from vit_jax_zoo.weights.torch_file import read_torch
 
 pytestmark = [
@@ -80,6 +81,31 @@ def test_timm_computes_our_lambda_resnets(name, tmp_path):
   images = images_of((size, size))
   theirs = timm_logits(tmp_path, images)
   assert_same(theirs, ours(loaded, images))
+
+
+@pytest.mark.parametrize(
+  ("name", "size", "layer"),
+  [
+    ("lambda_resnet26t", (64, 96), {"dim_k": 8, "num_heads": 2, "receptive_field": 5}),
+    ("lambda_resnet26t", (64, 64), {"qkv_bias": True}),
+    ("lambda_resnet26rpt_256", (64, 96), {}),
+  ],
+  ids=["odd", "biased", "table"],
+)
+def test_timm_computes_lambda_resnets_with_layers_of_their_own(name, size, layer, tmp_path):
+  fields = {**VARIANTS[name], "lambda_layer": {**VARIANTS[name]["lambda_layer"], **layer}}
+  widths = {"widths": (16, 32, 64, 128), "stem_width": 16, "num_classes": 5}
+  model = LambdaResNet(**{**fields, **widths})
+  variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *size, 1), np.float32))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(  # kernels stay: lambdas square what is wrong with the scale
+    lambda x: np.asarray(x + 0.2 * rng.uniform(size=x.shape) if x.ndim == 1 else x), variables
+  )
+  made = Pretrained(model, variables, Preprocess(size, channels=1), {"image_size": size})
+  export.write(made, "safetensors-timm", str(tmp_path))
+  images = images_of(size)[..., :1]
+  assert_same(timm_logits(tmp_path, images), ours(made, images))
+  assert_same(ours(load_pretrained(str(tmp_path)), images), ours(made, images))
 
 
 def test_timm_prepares_pictures_as_we_do(tmp_path):

@@ -38,6 +38,7 @@ class Checkpoint:
       another, or the model has no head.
     below_heads: our paths begin so in layers that a model may leave out, and then its head, which
       was trained on their output, starts afresh, too.
+    first_kernels: our paths of the kernels one of which images come to first, [h w channels out].
     optional: collections that a file may lack, although the table has rows for them: a palette.
     image_size: of the images that the weights were trained on, if it is known.
   """
@@ -53,6 +54,7 @@ class Checkpoint:
   ignore: tuple[str, ...] = ()
   heads: tuple[str, ...] = ("head/",)
   below_heads: tuple[str, ...] = ()
+  first_kernels: tuple[str, ...] = ()
   optional: tuple[str, ...] = ()
   image_size: Size | None = None
 
@@ -110,7 +112,16 @@ class Checkpoint:
 
   def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
     """Returns what `model.init` is called with, for its shapes alone: one batch of one image."""
-    return (np.zeros((1, *size, 3), np.float32),)
+    return (np.zeros((1, *size, self.image_channels), np.float32),)
+
+  @property
+  def image_channels(self) -> int:
+    """How many channels images have: 3, unless the first kernel takes another number."""
+    for path in self.first_kernels:
+      kernel = self.ours(path, ())
+      if kernel is not None:
+        return kernel.shape[2] if kernel.ndim == 4 else 3
+    return 3
 
   def at_size(
     self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None

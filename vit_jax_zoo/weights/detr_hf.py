@@ -341,7 +341,7 @@ def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
     "do_resize": True,
     "size": {"shortest_edge": side, "longest_edge": limit or 1333},
     "do_normalize": True,
-    "image_mean": hf_config.triple(preprocess.mean),
-    "image_std": hf_config.triple(preprocess.std),
+    "image_mean": preprocess.means,
+    "image_std": preprocess.stds,
     "do_pad": True,
   }

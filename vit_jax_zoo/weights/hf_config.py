@@ -79,11 +79,6 @@ def processor_of(preprocess: Preprocess, kind: str) -> dict[str, Any]:
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": triple(preprocess.mean),
-    "image_std": triple(preprocess.std),
+    "image_mean": preprocess.means,
+    "image_std": preprocess.stds,
   }
-
-
-def triple(value: float | tuple[float, ...]) -> list[float]:
-  """Returns one value for each channel, as JSON has it."""
-  return [value] * 3 if isinstance(value, float | int) else list(value)

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from vit_jax_zoo.layers.lambda_layer import LambdaLayer
 from vit_jax_zoo.models.lambda_resnet import VARIANTS
 from vit_jax_zoo.weights import timm_config
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.weights.published import Published
+from vit_jax_zoo.weights.sizes import outputs_of, side
 from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError, read, write
 from vit_jax_zoo.weights.torch_layouts import contiguous
 
@@ -119,7 +121,8 @@ IGNORE = (rf".*\.{_COUNTER}",)
 
 def is_of(arrays: Mapping[str, Array]) -> bool:
   """Tells whether a file's keys are those of one of timm's networks with lambda layers."""
-  return "stem.conv1.conv.weight" in arrays and any(".self_attn.norm_v." in k for k in arrays)
+  has_stem = any(re.match(r"stem\.conv\d\.", key) for key in arrays)
+  return has_stem and any(".self_attn.norm_v." in key for key in arrays)
 
 
 class LambdaCheckpoint(Checkpoint):
@@ -155,6 +158,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     fields=fields,
     preprocess=preprocess,
     task_fields=settings.task_fields,
+    first_kernels=("stem/conv1/conv/kernel",),
     ignore=IGNORE,
     image_size=size,
   )
@@ -190,11 +194,24 @@ def write_checkpoint(path: str, export: Export) -> None:
   share = fields["widths"][0] / VARIANT_WIDTH
   if share != 1:
     arguments["width_factor"] = share
+  layer, usual = ({key: _layer_field(f, key) for key in _LAYER} for f in (fields, VARIANTS[name]))
+  if layer != usual:
+    arguments["self_attn_kwargs"] = {_LAYER[key]: value for key, value in layer.items()}
   arrays = contiguous(write_flat(export.variables))
   size = _size_of_tables(arrays)
   if size is not None:
-    arguments["img_size"] = size[0]
+    arguments["img_size"] = list(size)
   timm_config.write(path, arrays, export, name, arguments)
+
+
+_LAYER = {
+  "receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head", "qkv_bias": "qkv_bias"
+}  # fmt: skip
+"""Fields of our lambda layer -> arguments of timm's."""
+
+
+def _layer_field(fields: Mapping[str, Any], name: str) -> Any:
+  return (fields["lambda_layer"] or {}).get(name, getattr(LambdaLayer, name))
 
 
 def _is_like(fields: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
@@ -279,31 +296,33 @@ def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
   else:
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no LambdaResNet of timm's; its keys begin with {keys}")
-  head = published.get("head.fc.bias")
   return {
     **fields,
-    "num_classes": None if head is None else head.shape[0],
+    "num_classes": outputs_of(published, "head.fc"),
     "widths": tuple(
-      published[f"stages.{stage}.0.conv1_1x1.conv.weight"].shape[0] for stage in range(4)
+      _outputs_of(published, rf"stages\.{stage}\.\d+\.conv1_1x1") or VARIANT_WIDTH << stage
+      for stage in range(4)
     ),
-    "stem_width": published["stem.conv3.conv.weight"].shape[0],
+    "stem_width": _outputs_of(published, r"stem\.conv3") or VARIANT_WIDTH,
     "lambda_layer": {**fields["lambda_layer"], **_infer_lambda_layer(published)},
   }
 
 
+def _outputs_of(published: Mapping[str, Array], layer: str) -> int | None:
+  """Returns how many channels a convolution with batch norm has, by a pattern of its name."""
+  return side(published, (rf"{layer}\.conv\.weight", 4, 0), (rf"{layer}\.bn\.\w+", 1, 0))
+
+
 def _infer_lambda_layer(published: Mapping[str, Array]) -> dict[str, Any]:
-  first = next(key for key in published if key.endswith(".self_attn.qkv.weight"))
-  layer = first.removesuffix("qkv.weight")
-  if _has_scope(published):
-    scope = published[f"{layer}conv_lambda.weight"]
-    dim_k, receptive_field = scope.shape[0], scope.shape[2]
-  else:
-    dim_k, receptive_field = published[f"{layer}pos_emb"].shape[-1], None
+  layer = r".*\.self_attn\."
+  scope, table = (rf"{layer}conv_lambda\.weight", 5), (rf"{layer}pos_emb", 3)
+  dim_k = side(published, (*scope, 0), (*table, 2)) or LambdaLayer.dim_k
+  queries = side(published, (rf"{layer}norm_q\.\w+", 1, 0)) or 0
   return {
     "dim_k": dim_k,
-    "num_heads": published[f"{layer}norm_q.weight"].shape[0] // dim_k,
-    "receptive_field": receptive_field,
-    "qkv_bias": f"{layer}qkv.bias" in published,
+    "num_heads": queries // dim_k or LambdaLayer.num_heads,
+    "receptive_field": side(published, (*scope, 2)),
+    "qkv_bias": any(key.endswith(".self_attn.qkv.bias") for key in published),
   }
 
 

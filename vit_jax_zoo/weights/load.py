@@ -95,7 +95,7 @@ def load_pretrained(
   return Pretrained(
     model,
     _fit(checkpoint, abstract),
-    checkpoint.preprocess.at_size(size),
+    checkpoint.preprocess.at_size(size).with_channels(checkpoint.image_channels),
     {**fields, "image_size": size},
     task=checkpoint.task,
     task_fields=_task_fields(checkpoint, fields),

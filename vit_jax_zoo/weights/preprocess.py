@@ -42,6 +42,7 @@ class Preprocess:
       or a key of `PILLOW_FILTERS`.
     crop_pct: share of the resized picture's side that the middle takes (timm's word).
     max_side: with "shorter_side": the longer side is at most so long.
+    channels: of pictures.
   """
 
   image_size: tuple[int, int]
@@ -51,6 +52,7 @@ class Preprocess:
   interpolation: str = "tf_bilinear"
   crop_pct: float = 1.0
   max_side: int | None = None
+  channels: int = 3
 
   def __post_init__(self) -> None:
     if self.fit not in FITS:
@@ -59,10 +61,10 @@ class Preprocess:
       raise ValueError(unknown_name("interpolation", self.interpolation, INTERPOLATIONS))
 
   def __call__(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "b h w c"]:
-    """Stacks pictures, uint8 [h w 3] of any sizes, to one normalised batch of float32.
+    """Stacks pictures, uint8 [h w c] of any sizes, to one normalised batch of float32.
 
     Raises:
-      ValueError: with "shorter_side", when the results differ in size.
+      ValueError: as `resize`; or with "shorter_side", when the results differ in size.
     """
     resized = [self.resize(image) for image in images]
     sizes = {image.shape[:2] for image in resized}
@@ -72,13 +74,38 @@ class Preprocess:
     return ((np.stack(resized) / 255 - mean) / std).astype(np.float32)
 
   def resize(self, image: Num[np.ndarray, "h w c"]) -> Float[np.ndarray, "H W c"]:
-    """Brings a picture, uint8 [h w c], to the size; values stay in [0, 255], float32."""
+    """Brings a picture, uint8 [h w c], to the size; values stay in [0, 255], float32.
+
+    Raises:
+      ValueError: the model takes pictures of another number of channels.
+    """
+    if image.shape[2] != self.channels:
+      raise ValueError(
+        f"the model takes pictures of {self.channels} channels; this one has {image.shape[2]}"
+      )
     size = self._resized_size(image.shape[0], image.shape[1])
     return self._cropped(_resize(np.asarray(image), *size, self.interpolation))
 
   def at_size(self, image_size: tuple[int, int]) -> "Preprocess":
     """Returns the same for another size of images."""
     return dataclasses.replace(self, image_size=tuple(image_size))
+
+  def with_channels(self, channels: int) -> "Preprocess":
+    """Returns the same for pictures of another kind, with the average of mean and deviation."""
+    if channels == self.channels:
+      return self
+    mean, std = float(np.mean(self.mean)), float(np.mean(self.std))
+    return dataclasses.replace(self, channels=channels, mean=mean, std=std)
+
+  @property
+  def means(self) -> list[float]:
+    """The mean of each channel."""
+    return np.broadcast_to(self.mean, self.channels).tolist()
+
+  @property
+  def stds(self) -> list[float]:
+    """The deviation of each channel."""
+    return np.broadcast_to(self.std, self.channels).tolist()
 
   def _resized_size(self, height: int, width: int) -> tuple[int, int]:
     rows, columns = self.image_size

@@ -117,16 +117,12 @@ def _pretrained_cfg(preprocess: Preprocess, num_classes: int) -> dict[str, Any]:
     )  # fmt: skip
   known = preprocess.interpolation in PILLOW_FILTERS
   return {
-    "input_size": [3, *preprocess.image_size],
-    "mean": _triple(preprocess.mean),
-    "std": _triple(preprocess.std),
+    "input_size": [preprocess.channels, *preprocess.image_size],
+    "mean": preprocess.means,
+    "std": preprocess.stds,
     "interpolation": preprocess.interpolation if known else "bilinear",
     "crop_pct": preprocess.crop_pct,
     "crop_mode": fit or "center",
     "num_classes": num_classes,
     "fixed_input_size": False,
   }
-
-
-def _triple(value: float | tuple[float, ...]) -> list[float]:
-  return [value] * 3 if isinstance(value, float | int) else list(value)

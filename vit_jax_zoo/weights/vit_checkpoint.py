@@ -18,7 +18,8 @@ POSITIONS = "position_embedding/table"
 GOOGLE = Preprocess((224, 224))
 """Google's evaluations: squashed to the size by TensorFlow, and brought to [-1, 1]."""
 
-_FIRST_KERNELS = ("resnet/root_conv/kernel", "embedding/kernel")
+PATCH_SIDE = 16
+"""Of patches, where the file has lost the array that says it; that is reported with the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class VitCheckpoint(Checkpoint):
 
   family: str = "vit"
   preprocess: Preprocess = GOOGLE
+  first_kernels: tuple[str, ...] = ("resnet/root_conv/kernel", "embedding/kernel")
   below_heads: tuple[str, ...] = ("pre_logits/",)
   resize: str
 
@@ -40,7 +42,8 @@ class VitCheckpoint(Checkpoint):
     """Takes the size from the table of positions where nobody states it."""
     side, trained = model.patch_side, trained or self.image_size
     given, checkpoint = trained and _grid(trained, side), self
-    if self.key(POSITIONS):
+    table = self.array(POSITIONS)
+    if table is not None and table.ndim == 3:  # a misshapen one is reported with all that is wrong
       checkpoint = self._with_class_row_of(given)
       grid = checkpoint.position_grid(given=given, fallback=wanted and _grid(wanted, side))
       trained = (grid[0] * side, grid[1] * side)
@@ -56,22 +59,12 @@ class VitCheckpoint(Checkpoint):
     stated = {"cls_token_position": bool(others)} if others in (0, 1) else {}
     return self.replace(fields={**self.fields, **stated})
 
-  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns one image with as many channels as the first layer's kernel takes."""
-    return (np.zeros((1, *size, self._channels()), np.float32),)
-
-  def _channels(self) -> int:
-    for row in self.table:
-      array = self.arrays.get(row.published) if row.ours in _FIRST_KERNELS else None
-      if array is not None and array.ndim == 4:
-        return row.transform.read(array, ()).shape[2]
-    return 3
-
   def at_size(
     self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
   ) -> "VitCheckpoint":
     """Resizes the positions to the grid of tokens of images of `size`."""
-    if POSITIONS not in target or self.image_size is None:
+    table = self.array(POSITIONS)
+    if POSITIONS not in target or self.image_size is None or table is None or table.ndim != 3:
       return self
     side = model.patch_side
     return self.fit_positions(
@@ -101,11 +94,14 @@ class VitCheckpoint(Checkpoint):
     if table is None or table.ndim != 3:
       raise WeightsError(f"{self.source} has no table of positions [1, tokens, width]")
     rows = table.shape[1] - self.class_rows
-    side = math.isqrt(rows)
-    for grid in ((side, side), fallback) if given is None else (given,):
-      if grid is not None and grid[0] * grid[1] == rows:
-        return grid
-    what = "which is no square" if given is None else f"not for {given[0]} x {given[1]}"
+    grid = given or (math.isqrt(rows),) * 2
+    for tried in (grid, None if given else fallback):
+      if tried is not None and tried[0] * tried[1] == rows:
+        return tried
+    what = f"not for {given[0]} x {given[1]}" if given else "which is no square"
+    if rows == grid[0] * grid[1] + 1 and self.key(CLS_TOKEN) is None:
+      token = next(row.published for row in self.table if row.ours == CLS_TOKEN)
+      what += f" (is {token} missing, the class token?)"
     raise WeightsError(
       f"{self.source} has positions for {rows} tokens, {what}; "
       "give source_image_size=(height, width), the size that it was trained at"
@@ -205,14 +201,3 @@ def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
       other.append(f"{name.removeprefix('resnet.')}={value!r} (there: {known!r})")
   if other:
     raise WeightsError(f"{whose} has no ViT with {', '.join(other)}")
-
-
-def outputs_of(published: Mapping[str, np.ndarray], layer: str) -> int | None:
-  """Returns how many outputs a layer of PyTorch's has, or None where it is not there.
-
-  A layer of which only the weight is there counts: what it lacks is said when it is read.
-  """
-  for key in (f"{layer}.bias", f"{layer}.weight"):
-    if key in published:
-      return published[key].shape[0]
-  return None

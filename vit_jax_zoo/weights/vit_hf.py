@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from etils import epath
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.published import Published
+from vit_jax_zoo.weights.sizes import count, outputs_of, side
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
@@ -25,7 +27,7 @@ from vit_jax_zoo.weights.torch_layouts import (
   norm_rows,
   write_safetensors,
 )
-from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, outputs_of, with_table
+from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, with_table
 
 ACTIVATIONS = {
   "gelu": "gelu",
@@ -46,6 +48,7 @@ FIXED: dict[str, Any] = {
 """What transformers' ViT has always the same, or one of."""
 
 _PREFIX = "vit."
+_LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
 _REQUIRED = ("num_attention_heads", "patch_size")
 
 
@@ -78,8 +81,8 @@ CLASSIFIER_TABLE = (
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are Hugging Face's, as far as the first layer goes."""
-  return any(f"{prefix}embeddings.cls_token" in published for prefix in ("", _PREFIX))
+  """Tells whether a file's keys are Hugging Face's, as far as its layers go."""
+  return any(re.match(_LAYER, key) for key in published)
 
 
 def infer_fields(
@@ -104,18 +107,18 @@ def infer_fields(
       f"{source} has hidden_act {activation!r} and pooler_act {pooler!r}; known are "
       f"{', '.join(ACTIVATIONS)}, and tanh"
     )
-  prefix = _prefix(published)
-  hidden = published.get(f"{prefix}encoder.layer.0.intermediate.dense.weight")
-  if hidden is None or hidden.ndim != 2:
+  prefix, hidden = _prefix(published), rf"{_LAYER}intermediate\.dense\.weight"
+  width, mlp_dim = side(published, (hidden, 2, 1)), side(published, (hidden, 2, 0))
+  if width is None or mlp_dim is None:
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no ViT of Hugging Face's; its keys begin with {keys}")
   return {
     "num_classes": outputs_of(published, "classifier"),
     "patch_size": _patch_side(config["patch_size"], source),
-    "width": hidden.shape[1],
-    "depth": sum(key.endswith(".layernorm_before.weight") for key in published),
+    "width": width,
+    "depth": count(published, _LAYER),
     "num_heads": config["num_attention_heads"],
-    "mlp_dim": hidden.shape[0],
+    "mlp_dim": mlp_dim,
     "representation_size": outputs_of(published, f"{prefix}pooler.dense"),
     "pool": "cls",
     "cls_token": True,
@@ -136,7 +139,7 @@ def _patch_side(stated: int | Sequence[int], source: str) -> int:
 
 
 def _prefix(published: Mapping[str, np.ndarray]) -> str:
-  return _PREFIX if f"{_PREFIX}embeddings.cls_token" in published else ""
+  return _PREFIX if any(key.startswith(_PREFIX) for key in published) else ""
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:
@@ -190,6 +193,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   folder.mkdir(parents=True, exist_ok=True)
   size = export.preprocess.image_size
   config = config_of(export.fields(), size, export.class_names)
+  config["num_channels"] = export.preprocess.channels
   arrays = state_dict(with_table(export, class_row=True))
   write_safetensors(str(folder / "model.safetensors"), arrays)
   processor = hf_config.processor_of(export.preprocess, "ViTImageProcessor")

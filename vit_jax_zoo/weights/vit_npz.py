@@ -16,8 +16,15 @@ from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.published import Published
+from vit_jax_zoo.weights.sizes import count, side
 from vit_jax_zoo.weights.table import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
-from vit_jax_zoo.weights.vit_checkpoint import VitCheckpoint, check_fixed, has_cls_token, with_table
+from vit_jax_zoo.weights.vit_checkpoint import (
+  PATCH_SIDE,
+  VitCheckpoint,
+  check_fixed,
+  has_cls_token,
+  with_table,
+)
 
 FIXED: dict[str, Any] = {
   "activation": "gelu_tanh",
@@ -113,22 +120,23 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   Raises:
     WeightsError: there is no ViT in the file.
   """
-  query = _first(published, r"Transformer/encoderblock_0/.*/query/kernel")
-  hidden = _first(published, r"Transformer/encoderblock_0/MlpBlock_\d/Dense_0/kernel")
-  embedding = published.get("embedding/kernel")
-  if query is None or hidden is None or embedding is None:
+  block = r"Transformer/encoderblock_(\d+)/"
+  query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
+  width, num_heads = side(published, (query, 3, 0)), side(published, (query, 3, 1))
+  mlp_dim = side(published, (hidden, 2, 1))
+  if width is None or mlp_dim is None:
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no ViT in Google's layout; its keys begin with {keys}")
-  blocks = [re.match(r"Transformer/encoderblock_(\d+)/", key) for key in published]
-  has_table = _POSITIONS in published or _POSITIONS_BIG_VISION in published
+  # big_vision has sine-cosine positions, which no file holds, where there is no class token.
+  has_table = any(key in published for key in (_POSITIONS, _POSITIONS_BIG_VISION, "cls"))
   fields: dict[str, Any] = {
-    "num_classes": _side(published, "head/bias", 0),
-    "patch_size": embedding.shape[0],
-    "width": query.shape[0],
-    "depth": 1 + max(int(match[1]) for match in blocks if match),
-    "num_heads": query.shape[1],
-    "mlp_dim": hidden.shape[1],
-    "representation_size": _side(published, "pre_logits/bias", 0),
+    "num_classes": _outputs_of(published, "head"),
+    "patch_size": side(published, ("embedding/kernel", 4, 0)) or PATCH_SIDE,
+    "width": width,
+    "depth": count(published, block),
+    "num_heads": num_heads,
+    "mlp_dim": mlp_dim,
+    "representation_size": _outputs_of(published, "pre_logits"),
     "pool": "cls" if "cls" in published else "mean",
     "cls_token_position": _POSITIONS in published,
     "position_embedding": "learned_1d" if has_table else "sincos_2d",
@@ -148,12 +156,8 @@ def _infer_resnet(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
   return {"stage_sizes": stages, "width": published["conv_root/kernel"].shape[-1]}
 
 
-def _first(published: Mapping[str, np.ndarray], pattern: str) -> np.ndarray | None:
-  return next((array for key, array in published.items() if re.fullmatch(pattern, key)), None)
-
-
-def _side(published: Mapping[str, np.ndarray], key: str, axis: int) -> int | None:
-  return published[key].shape[axis] if key in published else None
+def _outputs_of(published: Mapping[str, np.ndarray], layer: str) -> int | None:
+  return side(published, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:

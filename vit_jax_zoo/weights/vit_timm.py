@@ -17,6 +17,7 @@ from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.weights import timm_config
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.published import Published
+from vit_jax_zoo.weights.sizes import count, outputs_of, side
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
@@ -29,10 +30,10 @@ from vit_jax_zoo.weights.torch_layouts import (
   write_safetensors,
 )
 from vit_jax_zoo.weights.vit_checkpoint import (
+  PATCH_SIDE,
   VitCheckpoint,
   check_fixed,
   has_cls_token,
-  outputs_of,
   with_table,
 )
 
@@ -109,7 +110,11 @@ def table(*, root: str = f"{_BACKBONE}.stem", norm: str = "norm") -> tuple[Row, 
 
 def _table_of(keys: Mapping[str, Any] | set[str]) -> tuple[Row, ...]:
   root = _BACKBONE if f"{_BACKBONE}.conv.weight" in keys else f"{_BACKBONE}.stem"
-  return table(root=root, norm="fc_norm" if "fc_norm.weight" in keys else "norm")
+  return table(root=root, norm="fc_norm" if _normalizes_after_pool(keys) else "norm")
+
+
+def _normalizes_after_pool(keys: Mapping[str, Any] | set[str]) -> bool:
+  return any(key.startswith("fc_norm.") for key in keys)
 
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:
@@ -137,8 +142,9 @@ def join(flat: Mapping[str, np.ndarray]) -> Flat:
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are timm's, as far as the first layers go."""
-  return "patch_embed.proj.weight" in published and "blocks.0.norm1.weight" in published
+  """Tells whether a file's keys are timm's, as far as embedding and blocks go."""
+  has_embedding = any(key.startswith("patch_embed.") for key in published)
+  return has_embedding and any(re.match(r"blocks\.\d+\.(norm1|attn)\.", key) for key in published)
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
@@ -151,28 +157,28 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   Raises:
     WeightsError: there is no ViT of timm's in the file.
   """
-  embedding = published.get("patch_embed.proj.weight")
-  hidden = published.get("blocks.0.mlp.fc1.weight")
-  if embedding is None or embedding.ndim != 4 or hidden is None:
+  embedding = r"patch_embed\.proj\.weight"
+  width = side(published, (embedding, 4, 0), (r"blocks\.\d+\.norm\d\.\w+", 1, 0))
+  mlp_dim = side(published, (r"blocks\.\d+\.mlp\.fc1\.weight", 2, 0))
+  if width is None or mlp_dim is None:
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source} holds no ViT of timm's; its keys begin with {keys}")
-  width = embedding.shape[0]
-  depth = 1 + max(int(match[1]) for key in published if (match := re.match(r"blocks\.(\d+)", key)))
-  has_cls, after_pool = "cls_token" in published, "fc_norm.weight" in published
+  depth = count(published, r"blocks\.(\d+)\.")
+  has_cls, after_pool = "cls_token" in published, _normalizes_after_pool(published)
   fields = {
     "num_classes": outputs_of(published, "head"),
-    "patch_size": embedding.shape[2],
+    "patch_size": side(published, (embedding, 4, 2)) or PATCH_SIDE,
     "width": width,
     "depth": depth,
     "num_heads": _infer_heads(width, depth),
-    "mlp_dim": hidden.shape[0],
+    "mlp_dim": mlp_dim,
     "representation_size": outputs_of(published, "pre_logits.fc"),
     "pool": "cls" if has_cls and not after_pool else "mean",
     "cls_token": has_cls,
     "norm_after_pool": after_pool,
     "position_embedding": "learned_1d",
     "cls_token_position": has_cls and _has_class_row(published),
-    "qkv_bias": "blocks.0.attn.qkv.bias" in published,
+    "qkv_bias": any(key.endswith(".attn.qkv.bias") for key in published),
     "activation": "gelu",
     "layer_norm_epsilon": 1e-6,
   }
@@ -181,7 +187,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 def _has_class_row(published: Mapping[str, np.ndarray]) -> bool:
   """A table without a row for the class token (`no_embed_class`) has a square number of rows."""
-  rows = published["pos_embed"].shape[1] if "pos_embed" in published else 0
+  rows = side(published, ("pos_embed", 3, 1)) or 0
   return math.isqrt(rows) ** 2 != rows
 
 
