@@ -81,6 +81,15 @@ def test_proposals_lie_in_their_images_and_padding_does_not_matter(neck):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_images_are_padded_so_that_each_level_is_half_the_finer_one():
+  model = tiny()
+  variables = jax.eval_shape(model.init, jax.random.key(0), images())
+  picture = jax.ShapeDtypeStruct((1, 50, 33, 3), jnp.float32)
+  found = jax.eval_shape(lambda v, x: model.apply(v, x, method="propose"), variables, picture)
+  assert [x.shape[1:3] for x in found.pyramid] == [(16, 12), (8, 6), (4, 3)]
+  assert len(found.anchors_xyxy) == 3 * (16 * 12 + 8 * 6 + 4 * 3 + 2 * 2)
+
+
 @pytest.mark.parametrize(
   "fields",
   [
@@ -128,6 +137,12 @@ def test_every_kind_has_finite_outputs_of_the_right_shapes(fields):
     ({"anchor_sizes": (16, 32, 0, 128)}, r"anchor_sizes must be positive, not \(16, 32, 0, 128\)"),
     ({"aspect_ratios": ()}, r"aspect_ratios must be positive, not \(\)"),
     ({"proposals": {"after_nms": (8, 0)}}, "after_nms must be positive, not 0"),
+    ({"proposals": {"after_nms": ()}}, r"after_nms of the proposals is one number, or two, .*\(\)"),
+    ({"extra_levels": -1}, "extra_levels must not be negative, but is -1"),
+    ({"box_head": {"num_convs": -1}}, "num_convs must not be negative, but is -1"),
+    ({"mask_head": {"num_convs": -1}}, "num_convs must not be negative, but is -1"),
+    ({"box_head": {"num_dense": 0}, "adaptive": True}, "an adaptive box head needs a layer"),
+    ({"mask_head": {"num_convs": 0}, "adaptive": True}, "an adaptive mask head needs a layer"),
     ({"box_head": {"width": 0}}, "width must be positive, not 0"),
     ({"pool_size": 0}, "pool_size must be positive, not 0"),
     ({"backbone_kind": "vgg"}, "unknown backbone_kind 'vgg'"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.ops.anchors import cell_anchors, grid_anchors
+from vit_jax_zoo.ops.anchors import anchor_steps, cell_anchors, grid_anchors
 
 
 def test_the_official_anchors(load_golden):
@@ -40,3 +40,15 @@ def test_a_grid_moves_the_cell_row_by_row(convention):
     for box in cell
   ]
   np.testing.assert_array_equal(grid, expected)
+
+
+def test_torchvision_divides_the_images_sides_beyond_the_backbone():
+  """AnchorGenerator: 128 // 2 rows and 160 // 3 columns, as a map of 5 columns is halved to 3."""
+  sizes = [(8, 10), (4, 5), (2, 3)]
+  strides = (16, 32, 64)
+  assert anchor_steps(sizes, strides, 2) == [(16, 16), (32, 32), (64, 53)]
+  for convention in ("detectron", "detectron2"):
+    steps = anchor_steps(sizes, strides, 2, convention=convention)
+    assert steps == [(16, 16), (32, 32), (64, 64)]
+  grid = np.asarray(grid_anchors(np.zeros((1, 4)), (2, 3), (64, 53)))
+  assert grid[:, :2].tolist() == [[0, 0], [53, 0], [106, 0], [0, 64], [53, 64], [106, 64]]

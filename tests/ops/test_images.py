@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.ops.images import clear_padding, normalize_images, pad_images
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -25,3 +25,14 @@ def test_other_numbers_of_channels_are_named():
   images = np.zeros((1, 2, 2, 1), np.uint8)
   with pytest.raises(ValueError, match="image std has 3 values, but the images have 1 channels"):
     normalize_images(jnp.asarray(images), std=(1.0, 1.0, 1.0))
+
+
+def test_padding_is_cleared_and_added_in_zeros():
+  images = jnp.ones((2, 3, 5, 1))
+  cleared = clear_padding(images, jnp.asarray([[3, 5], [2, 1]]))
+  assert np.asarray(cleared).sum(axis=(1, 2, 3)).tolist() == [15, 2]
+  padded = np.asarray(pad_images(images, 4))
+  assert padded.shape == (2, 4, 8, 1)
+  assert padded[:, :3, :5].all()
+  assert padded.sum() == 30
+  assert pad_images(images, 1).shape == images.shape

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vit_jax_zoo.ops.detection_conventions import find_convention
 from vit_jax_zoo.ops.proposals import (
@@ -10,6 +11,7 @@ from vit_jax_zoo.ops.proposals import (
   ProposalLimits,
   choose_detections,
   choose_proposals,
+  pick_limits,
 )
 
 TORCHVISION = find_convention("torchvision")
@@ -65,3 +67,21 @@ def test_suppression_is_class_by_class_and_few_candidates_change_nothing():
   np.testing.assert_allclose(every.scores[0], probabilities.max(), rtol=1e-6)
   assert int(every.labels[0]) == probabilities.max(axis=0).argmax()
   assert not choose(least_score=0.999999).exists.any()
+
+
+@pytest.mark.parametrize(("convention", "least"), [("torchvision", 0.01), ("detectron2", 0.0)])
+def test_torchvision_drops_what_is_too_small(convention, least):
+  """Boxes that lie beside the image have no side left; torchvision's networks do not show them."""
+  proposals = jnp.asarray([[0, 0, 8, 8], [70, 0, 78, 8], [20, 20, 20.005, 30]], jnp.float32)
+  logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
+  found = choose_detections(
+    logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
+    limits=DetectionLimits(max_detections=3), convention=find_convention(convention),
+  )  # fmt: skip
+  assert int(found.exists.sum()) == (1 if least else 3)
+
+
+def test_limits_are_for_training_and_for_use():
+  fields = {"before_nms": (20, 10), "after_nms": 5}
+  assert pick_limits(fields, train=True) == ProposalLimits(20, 5)
+  assert pick_limits(fields, train=False) == ProposalLimits(10, 5)

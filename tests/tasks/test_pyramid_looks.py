@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.tasks.pyramid_looks import first_targets, looks, middles
+from vit_jax_zoo.tasks.pyramid_looks import first_targets, looks, middles, padded
 
 
 def batch_of(rows):
@@ -83,3 +83,13 @@ def test_a_detector_explains_three_images_and_says_what_it_cannot():
   other.neck = "bfp"
   with pytest.raises(ValueError, match="this model has no FPT; leave explain out"):
     create_task("instance_detection", other, num_classes=3).explain({}, batch_of(1))
+
+
+def test_padding_moves_no_place():
+  batch = {**batch_of(1), "looked_from": np.array([[0.75, 0.5]], np.float32)}
+  framed = padded(batch, 40)
+  assert framed["image"].shape == (1, 40, 80, 3)
+  np.testing.assert_allclose(np.asarray(framed["looked_from"]) * [40, 80], [[24, 24]])
+  np.testing.assert_allclose(np.asarray(first_targets(framed)) * [40, 80], [[8, 12]])
+  alone = padded({"image": batch["image"]}, 40)
+  np.testing.assert_array_equal(alone["image_size"], [[32, 48]])

@@ -16,7 +16,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.layers.batch_norm import norm_factory
-from vit_jax_zoo.ops.checks import check_positive
+from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _fan_in_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
@@ -123,8 +123,11 @@ class BoxHead(_Head):
   ) -> Float[Array, "b r f"]:
     """Returns the vectors."""
     check_positive(self, "width")
+    check_not_negative(self, "num_convs", "num_dense")
     batch, boxes = crops[0].shape[:2]
     adaptive = len(crops) > 1
+    if adaptive and not self.num_convs + self.num_dense:
+      raise ValueError("an adaptive box head needs a layer; give it num_convs or num_dense")
     inputs = [_each_box(x) for x in crops]
     convs = [f"conv_{i}" for i in range(self.num_convs)]
     denses = [f"dense_{i}" for i in range(self.num_dense)]
@@ -205,6 +208,9 @@ class MaskHead(_Head):
   ) -> Float[Array, "b r m m k"]:
     """Returns float32 logits of masks of twice the crops' size."""
     check_positive(self, "width")
+    check_not_negative(self, "num_convs")
+    if len(crops) > 1 and not self.num_convs:
+      raise ValueError("an adaptive mask head needs a layer; num_convs must be positive, not 0")
     batch, boxes = crops[0].shape[:2]
     inputs = [_each_box(x) for x in crops]
     names = [f"conv_{i}" for i in range(self.num_convs)]

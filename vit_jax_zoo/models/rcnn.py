@@ -33,12 +33,13 @@ from vit_jax_zoo.layers.rcnn_heads import BoxHead, BoxOutputs, MaskHead, RegionP
 from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, STAGES, ResNet
 from vit_jax_zoo.models.lambda_resnet import VARIANTS as LAMBDA_RESNETS
 from vit_jax_zoo.models.lambda_resnet import LambdaResNet
-from vit_jax_zoo.ops.anchors import cell_anchors, grid_anchors
+from vit_jax_zoo.ops.anchors import anchor_steps, cell_anchors, grid_anchors
 from vit_jax_zoo.ops.box_coding import inclusive
-from vit_jax_zoo.ops.checks import check_positive
+from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.detection_conventions import Convention, find_convention
+from vit_jax_zoo.ops.images import clear_padding, pad_images
 from vit_jax_zoo.ops.names import part_fields, unknown_name
-from vit_jax_zoo.ops.proposals import ProposalLimits, choose_proposals
+from vit_jax_zoo.ops.proposals import ProposalLimits, choose_proposals, pick_limits
 from vit_jax_zoo.ops.roi_align import box_levels, every_level_roi_align, pyramid_roi_align
 from vit_jax_zoo.ops.sharding import on_own_examples, shard_batch
 
@@ -236,7 +237,8 @@ class RCNN(nn.Module):
     """
     if image_size is None:
       image_size = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2))
-    maps = self._backbone(_without_padding(images, image_size), train=train)
+    images = pad_images(clear_padding(images, image_size), self.size_multiple)
+    maps = self._backbone(images, train=train)
     seen = self._neck([maps[level] for level in self.levels], train=train)
     pyramid = tuple(shard_batch(x) for x in seen)
     all_levels = list(pyramid)
@@ -244,10 +246,10 @@ class RCNN(nn.Module):
       all_levels.append(subsample(all_levels[-1]))
     objectness, deltas = self._proposal_head(all_levels)
     sizes = [(x.shape[1], x.shape[2]) for x in all_levels]
-    anchors = [
-      grid_anchors(cell, size, stride)
-      for cell, size, stride in zip(self.cell_anchors, sizes, self.strides, strict=True)
-    ]
+    kind = self.small_print.anchors
+    steps = anchor_steps(sizes, self.strides, len(self.levels), convention=kind)
+    cells = zip(self.cell_anchors, sizes, steps, strict=True)
+    anchors = [grid_anchors(cell, size, step) for cell, size, step in cells]
     choose_one = functools.partial(
       choose_proposals,
       lengths=tuple(len(x) for x in anchors),
@@ -290,6 +292,11 @@ class RCNN(nn.Module):
   def has_masks(self) -> bool:
     """Whether there is a mask head."""
     return self.mask_head is not None
+
+  @property
+  def size_multiple(self) -> int:
+    """What images' sides are padded to multiples of, so that every level is half the finer one."""
+    return self.strides[len(self.levels) - 1]
 
   @property
   def level_names(self) -> tuple[str, ...]:
@@ -335,8 +342,7 @@ class RCNN(nn.Module):
       "after_nms": (2000, 1000),
       **part_fields("proposals", ProposalLimits, self.proposals),
     }
-    pairs = {k: v if isinstance(v, list | tuple) else (v, v) for k, v in fields.items()}
-    return ProposalLimits(**{k: v[0 if train else 1] for k, v in pairs.items()})
+    return pick_limits(fields, train=train)
 
   def _crops(
     self, pyramid: Sequence[Float[Array, "b _ _ d"]], boxes_xyxy: Float[Array, "b r 4"], size: int
@@ -367,6 +373,7 @@ class RCNN(nn.Module):
       raise ValueError("a pyramid needs a backbone of output_stride 32")
     check_positive(self, "num_classes", "width", "anchor_sizes", "aspect_ratios", "canonical_size")
     check_positive(self, "canonical_stride", "pool_size", "mask_pool_size")
+    check_not_negative(self, "extra_levels")
     self._check_anchors()
 
   def _check_anchors(self) -> None:
@@ -387,12 +394,3 @@ class _LambdaBackbone(LambdaResNet):
   ) -> dict[str, Float[Array, "b _ _ _"]]:
     """Returns the outputs of the stages."""
     return self.pyramid(images, train=train)
-
-
-def _without_padding(
-  images: Float[Array, "b h w c"], image_size: Num[Array, "b 2"]
-) -> Float[Array, "b h w c"]:
-  """Sets the padding to zero."""
-  rows = jnp.arange(images.shape[1])[None] < image_size[:, :1]
-  columns = jnp.arange(images.shape[2])[None] < image_size[:, 1:]
-  return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)

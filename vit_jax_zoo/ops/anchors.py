@@ -47,17 +47,45 @@ def cell_anchors(
   return np.round(anchors) if convention == "torchvision" else anchors
 
 
+def anchor_steps(
+  map_sizes: Sequence[tuple[int, int]],
+  strides: Sequence[int],
+  own_levels: int,
+  *,
+  convention: str = "torchvision",
+) -> list[tuple[int, int]]:
+  """Returns the pixels between two rows and between two columns of each level's anchors.
+
+  They are the strides, except beyond the backbone in torchvision: that divides the image's sides by
+  the map's, rounded down, so that after an odd side, halved and rounded up, places lie closer.
+
+  Args:
+    map_sizes: heights and widths, finest level first.
+    strides: of the levels.
+    own_levels: how many of them are the backbone's.
+    convention: see `cell_anchors`.
+  """
+  steps = [(stride, stride) for stride in strides]
+  if convention != "torchvision":
+    return steps
+  height, width = (side * strides[own_levels - 1] for side in map_sizes[own_levels - 1])
+  return steps[:own_levels] + [(height // h, width // w) for h, w in map_sizes[own_levels:]]
+
+
 def grid_anchors(
-  cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], stride: int
+  cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], stride: int | tuple[int, int]
 ) -> Float[Array, "n 4"]:
   """Returns the anchors of all places of a map: row by row, and those of one place together.
 
   Args:
     cell: as `cell_anchors` gives them.
     map_size: height and width.
-    stride: pixels between two places.
+    stride: pixels between two places; or between two rows and between two columns.
   """
-  rows, columns = (jnp.arange(side, dtype=jnp.float32) * stride for side in map_size)
+  steps = (stride, stride) if isinstance(stride, int) else stride
+  rows, columns = (
+    jnp.arange(side, dtype=jnp.float32) * step for side, step in zip(map_size, steps, strict=True)
+  )
   y, x = jnp.meshgrid(rows, columns, indexing="ij")
   shift = jnp.stack([x, y, x, y], axis=-1)[:, :, None]
   return (shift + jnp.asarray(cell, jnp.float32)[None, None]).reshape(-1, 4)

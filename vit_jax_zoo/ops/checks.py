@@ -25,6 +25,13 @@ def _is_positive(value: Any) -> bool:
   return value is None or value > 0
 
 
+def check_not_negative(owner: Any, *fields: str) -> None:
+  """Raises ValueError at the first of these fields that is negative."""
+  for field in fields:
+    if getattr(owner, field) < 0:
+      raise ValueError(f"{field} must not be negative, but is {getattr(owner, field)}")
+
+
 def check_rates(owner: Any, *fields: str) -> None:
   """Raises ValueError at the first of these fields that is no share of what may be left out."""
   for field in fields:

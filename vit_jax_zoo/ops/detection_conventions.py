@@ -15,6 +15,8 @@ class Convention:
     inclusive_boxes: RoIAlign is handed boxes that end on their last pixel.
     inclusive_threshold: an overlap that equals NMS's threshold suppresses.
     least_side: pixels that clipping leaves of a box beside the image.
+    least_proposal: smaller boxes are not proposed; in pixels.
+    least_find: smaller boxes are not found; in pixels.
   """
 
   anchors: str
@@ -22,6 +24,8 @@ class Convention:
   inclusive_boxes: bool = False
   inclusive_threshold: bool = False
   least_side: int = 0
+  least_proposal: float = 0.0
+  least_find: float = 0.0
 
 
 CONVENTIONS = {
@@ -29,7 +33,7 @@ CONVENTIONS = {
   "detectron": Convention(
     "detectron", aligned=False, inclusive_boxes=True, inclusive_threshold=True, least_side=1
   ),
-  "torchvision": Convention("torchvision", aligned=False),
+  "torchvision": Convention("torchvision", aligned=False, least_proposal=1e-3, least_find=1e-2),
   "detectron2": Convention("detectron2", aligned=True),
 }
 """By name."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Num, Shaped
 
 
 def normalize_images(
@@ -28,6 +28,21 @@ def normalize_images(
   center = 255.0 * _per_channel("mean", mean, images.shape[-1])
   scale = 255.0 * _per_channel("std", std, images.shape[-1])
   return (images.astype(jnp.float32) - center) / scale
+
+
+def clear_padding(
+  images: Float[Array, "b h w c"], image_size: Num[Array, "b 2"]
+) -> Float[Array, "b h w c"]:
+  """Sets everything to the right of and below the images to zero; sizes are heights and widths."""
+  rows = jnp.arange(images.shape[1])[None] < image_size[:, :1]
+  columns = jnp.arange(images.shape[2])[None] < image_size[:, 1:]
+  return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
+
+
+def pad_images(images: Shaped[Array, "b h w c"], multiple: int) -> Shaped[Array, "b i j c"]:
+  """Adds zeros at the right and bottom until both sides are multiples of a number."""
+  below, right = (-side % multiple for side in images.shape[1:3])
+  return jnp.pad(images, ((0, 0), (0, below), (0, right), (0, 0)))
 
 
 def _per_channel(

@@ -4,8 +4,8 @@ One image at a time; Ren et al., arXiv:1506.01497, section 3.3. Where there is l
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,27 @@ class ProposalLimits:
     check_positive(self, "before_nms", "after_nms")
 
 
+def pick_limits(fields: Mapping[str, Any], *, train: bool) -> ProposalLimits:
+  """Returns the limits for training or for use.
+
+  Args:
+    fields: of `ProposalLimits`; of two values the first is for training.
+    train: which of the two is taken.
+
+  Raises:
+    ValueError: there are neither one nor two values, or one leaves no box.
+  """
+  chosen = {}
+  for name, value in fields.items():
+    pair = value if isinstance(value, list | tuple) else (value, value)
+    if len(pair) != 2:
+      raise ValueError(
+        f"{name} of the proposals is one number, or two, for training and for use, not {value}"
+      )
+    chosen[name] = pair[0 if train else 1]
+  return ProposalLimits(**chosen)
+
+
 def choose_proposals(
   objectness: Float[Array, " n"],
   deltas: Float[Array, "n 4"],
@@ -63,6 +84,7 @@ def choose_proposals(
     limits: how many boxes are taken.
     convention: see `ops.detection_conventions`.
   """
+  least = max(limits.least_side, convention.least_proposal)
   kept, start = [], 0
   for length in lengths:
     scores, index = jax.lax.top_k(
@@ -72,7 +94,7 @@ def choose_proposals(
     boxes = decode_boxes(deltas[index], anchors_xyxy[index])
     boxes = clip_boxes(boxes, image_size, least_side=convention.least_side)
     sides = boxes[:, 2:] - boxes[:, :2]
-    valid = jnp.all((sides > 0) & (sides >= limits.least_side), axis=1)  # NaN is not either
+    valid = jnp.all((sides > 0) & (sides >= least), axis=1)  # NaN is not either
     keep = non_max_suppression(
       boxes, scores, limits.nms_threshold, valid=valid, inclusive=convention.inclusive_threshold
     )
@@ -145,11 +167,12 @@ def choose_detections(
   row, label, score = pair // classes, pair % classes, scores[pair]
   boxes = decode_boxes(deltas[row, label], proposals_xyxy[row], limits.box_weights)
   boxes = clip_boxes(boxes, image_size, least_side=convention.least_side)
+  sides = boxes[:, 2:] - boxes[:, :2]
   keep = non_max_suppression(
     boxes,
     score,
     limits.nms_threshold,
-    valid=candidate,
+    valid=candidate & jnp.all(sides >= convention.least_find, axis=1),
     groups=label,
     inclusive=convention.inclusive_threshold,
   )

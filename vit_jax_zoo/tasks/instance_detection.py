@@ -30,7 +30,7 @@ from vit_jax_zoo.ops.roi_align import crop_masks
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection import IMAGENET_MEAN, IMAGENET_STD, image_size
-from vit_jax_zoo.tasks.pyramid_looks import draw_looks, explain_looks, first_targets
+from vit_jax_zoo.tasks.pyramid_looks import draw_looks, explain_looks, first_targets, padded
 from vit_jax_zoo.tasks.two_stage import Rois, Targets, TwoStageModel
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.instances import draw_masks
@@ -227,6 +227,7 @@ class InstanceDetection(base.Task):
       _, seen = propose(variables, self._images(first), image_size(first))
       return seen["intermediates"]["neck"]
 
+    batch = padded(batch, getattr(self.model, "size_multiple", 1))
     return explain_looks(self.model, run, batch, first_targets(batch))
 
   def draw_explanation(self, explanation: Any) -> base.Explained:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.ops.images import pad_images
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.visualize.pyramid import draw_levels
 
@@ -82,6 +83,24 @@ def looks(seen: Mapping[str, Any], places: Float[Array, "b 2"]) -> dict[str, Flo
     if weights is not None and weights[0].ndim == 3:
       found[f"0 {level}"] = _rows(weights[0], sizes[0], sizes[level], places)
   return found
+
+
+def padded(batch: base.Batch, multiple: int) -> base.Batch:
+  """Returns a batch whose images are padded as a model pads them, so that maps cover all of them.
+
+  Args:
+    batch: as `explain_looks` takes it.
+    multiple: of which the images' sides are to be.
+  """
+  images = jnp.asarray(batch["image"])
+  framed = pad_images(images, multiple)
+  before = jnp.asarray([images.shape[1:3]])
+  after = {**batch, "image": framed}
+  after["image_size"] = batch.get("image_size", jnp.tile(before, (len(images), 1)))
+  if "looked_from" in batch:
+    sides = jnp.asarray([framed.shape[1:3]])
+    after["looked_from"] = jnp.asarray(batch["looked_from"]) * (before / sides)
+  return after
 
 
 def middles(batch: base.Batch) -> Float[Array, "b 2"]:
