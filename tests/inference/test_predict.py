@@ -16,7 +16,7 @@ from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
-from vit_jax_zoo.inference.load import _Run, load
+from vit_jax_zoo.inference.load import _prepare_for_run, _Run, load
 from vit_jax_zoo.run_config import RunData
 from vit_jax_zoo.train.checkpoint import restore_variables
 
@@ -247,6 +247,23 @@ def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
   (tmp_path / "run" / "config.json").unlink()
   with pytest.raises(FileNotFoundError, match=r"there is no config\.json in"):
     load(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+  ("task", "transforms", "expected"),
+  [
+    ("semantic_segmentation", (), (64, 96)),
+    ("semantic_segmentation", ("load_label_map", "pad_label_map"), (40, 60)),
+    ("instance_detection", (), (64, 96)),
+    ("detection", (), (64, 80)),
+  ],
+)
+def test_pictures_keep_their_shape_where_the_model_can_see_it(task, transforms, expected):
+  split = {"transforms": [{"name": name} for name in transforms]}
+  config = {"task": {"name": task}, "data": {"eval": {"test": split}}, "checkpoint": {}}
+  run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {})
+  example = _prepare_for_run(run.transforms(), (64, 80), run.fit, photo(40, 60))
+  assert example["image"].shape == (*expected, 3)
 
 
 def test_runs_are_loaded_for_other_images_and_classes(vit_run, igpt_run):

@@ -49,8 +49,10 @@ def test_shares_names_and_pictures():
     (1, "bright", 0.25),
   ]
   assert all(entry["confidence"] > 0.99 for entry in classes)
-  assert set(found.pictures) == {"", "labels"}
-  for drawn in found.pictures.values():
+  assert set(found.pictures) == {"", "labels", "ids"}
+  ids = found.pictures["ids"]
+  assert (ids.dtype, ids.tolist()) == (np.uint8, [[0] * 9 + [1] * 3] * 8)
+  for drawn in (found.pictures[""], found.pictures["labels"]):
     assert drawn.shape == (8, 12, 3)
     assert drawn.dtype == np.uint8
   labels = found.pictures["labels"]

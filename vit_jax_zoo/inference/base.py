@@ -19,7 +19,7 @@ Image: TypeAlias = UInt8[np.ndarray, "h w 3"]
 """A user's picture, decoded: RGB, upright, any size."""
 
 Picture: TypeAlias = Figure | np.ndarray
-"""What is written as PNG: a figure, or pixels, uint8 [h w 3]."""
+"""What is written as PNG: a figure, or pixels, uint8 [h w 3], or [h w]."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 
 from vit_jax_zoo import weights
 from vit_jax_zoo.data import images as image_ops
@@ -34,6 +35,10 @@ _OF_TARGETS = (
   "pad_label_map",
 )  # fmt: skip
 """Transforms of labels, boxes and label maps, which a user's picture has not."""
+
+
+_ANY_SHAPE = ("instance_detection", "semantic_segmentation")
+"""Tasks whose models see pictures of any shape: those keep theirs."""
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
@@ -146,7 +151,7 @@ def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any])
     source=path,
     task=create_task(run.config["task"]["name"], model, **fields),
     variables=_adapted(run, model) if size == seen else _refitted(run, model, seen, size),
-    prepare=functools.partial(_prepare_for_run, transforms, size),
+    prepare=functools.partial(_prepare_for_run, transforms, size, run.fit),
     image_size=size,
     model_name=run.config["model"]["name"],
     config=run.config,
@@ -171,19 +176,29 @@ def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int])
 
 
 def _prepare_for_run(
-  transforms: Sequence[Transform], size: tuple[int, int] | None, image: Image
+  transforms: Sequence[Transform], size: tuple[int, int] | None, fit: str, image: Image
 ) -> dict[str, Any]:
   """Applies an evaluation's transforms; pictures that are then of another size are resized.
 
   That is where a dataset's own images all have one size, and nothing in its transforms says so.
+  How, says `_Run.fit`.
   """
   example: dict[str, Any] = {"image": image}
   if size is not None and not any(_fixes_size(transform) for transform in transforms):
-    example["image"] = image_ops.resize(image, *size)
+    example["image"] = _fitted(image, size, fit)
   rng = np.random.default_rng(0)  # evaluations have none that draw; if one does, always the same
   for transform in transforms:
     example = transform(example, rng)
   return example
+
+
+def _fitted(image: Image, size: tuple[int, int], fit: str) -> UInt8[np.ndarray, "i j 3"]:
+  if fit == "as_is":
+    return image
+  if fit == "shorter_side":
+    scale = min(size) / min(image.shape[:2])
+    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+  return image_ops.resize(image, *size)
 
 
 def _fixes_size(transform: Transform) -> bool:
@@ -241,6 +256,18 @@ class _Run:
     """Returns what an evaluation does to images."""
     specs = [spec for spec in self._evaluation().get("transforms", [])]
     return build_transforms(spec for spec in specs if spec["name"] not in _OF_TARGETS)
+
+  @property
+  def fit(self) -> str:
+    """How a picture comes to the size of the run's images, where no transform says it.
+
+    "squeeze": exactly; "shorter_side": their shorter sides become equal; "as_is": not at all, where
+    images of any size were evaluated, padded.
+    """
+    if self.config["task"]["name"] not in _ANY_SHAPE:
+      return "squeeze"
+    names = {spec["name"] for spec in self._evaluation().get("transforms", [])}
+    return "as_is" if "pad_label_map" in names else "shorter_side"
 
   def image_size(self, model: Any) -> tuple[int, int] | None:
     """Returns height and width of the images that the model saw, as far as it is known."""

@@ -38,7 +38,8 @@ class SegmentationPredictor:
     Returns:
       In the record `classes`, the largest first: `label`, `name` where it is known, `share` of the
       pixels, and `confidence`, the mean probability over them. Pictures: "" is the overlay,
-      "labels" the label map in the classes' colours, "levels" what `explain` asks for.
+      "labels" the label map in the classes' colours, "ids" the label map itself, as data sets have
+      theirs, "levels" what `explain` asks for.
 
     Raises:
       ValueError: the picture is too large to be explained.
@@ -53,7 +54,8 @@ class SegmentationPredictor:
     labels = _resized(found["label_map"][0][:height, :width], image, cv2.INTER_NEAREST_EXACT)
     confidence = _resized(found["confidence"][0][:height, :width], image, cv2.INTER_LINEAR)
     colors = color_labels(labels)
-    pictures: dict[str, Picture] = {"": _overlay(image, colors), "labels": colors}
+    ids = labels.astype(np.uint8)  # there are at most 255 classes
+    pictures: dict[str, Picture] = {"": _overlay(image, colors), "labels": colors, "ids": ids}
     if self._explain:
       pictures["levels"] = self._draw_levels(example["image"][:height, :width])
     return Prediction({"classes": self._classes(labels, confidence)}, pictures)
