@@ -271,6 +271,14 @@ def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
   assert "\n" not in message
 
 
+def test_a_file_of_another_kind_of_model_is_not_taken_apart():
+  published = {f"Transformer/layer_{i}/kernel": np.zeros((2, 2), np.float32) for i in range(99)}
+  shapes = {f"stage{i}/conv/kernel": (3, 3, 8, 8) for i in range(99)}
+  with pytest.raises(WeightsError, match="of which it holds nothing: its keys are such as") as info:
+    table.read(published, (), shapes, source="x.npz")
+  assert len(str(info.value)) < 400
+
+
 def test_numbers_that_are_not_finite_are_refused(tmp_path):
   arrays = dict(np.load(weights_of("vit_a")))
   arrays["head/bias"] = np.full_like(arrays["head/bias"], 3e38)  # a sum that overflows is no fault

@@ -147,6 +147,12 @@ def read(
   for key in published:
     if key not in used and not any(re.fullmatch(pattern, key) for pattern in ignore):
       problems.append(f"unused: {key} {published[key].shape}")
+  if shapes and not used:
+    theirs, ours = (", ".join(sorted(names)[:3]) for names in (published, shapes))
+    raise WeightsError(
+      f"{source} does not fit the model, of which it holds nothing: its keys are such as {theirs}, "
+      f"the model's parameters such as {ours}; take a model of its kind, or another file"
+    )
   if problems:
     raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
   check_finite({key: array for key, array in published.items() if key in used}, source)
