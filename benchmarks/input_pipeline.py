@@ -9,7 +9,7 @@ crop blurred where it shrinks, and without. They are measured in turns, so that 
 see the same machine. The table gives the median of images per second of the clock and of CPU time
 (over all threads: what one core does in a second), and their range over the rounds.
 
-tf.data needs TensorFlow in the same Python (pip install 'vit_jax_zoo[prepare]'); without it the
+tf.data needs TensorFlow in the same Python (pip install -e '.[prepare]'); without it the
 table has our rows alone.
 """
 
@@ -147,7 +147,7 @@ def main() -> None:
         results[name].append(measure(batches, max(1, flags.images // BATCH)))
         batches.close()
     kilobytes = sum(map(os.path.getsize, files)) / len(files) / 1e3
-  decoder = "simplejpeg" if jpeg.simplejpeg else "OpenCV; pip install 'vit_jax_zoo[fast]' helps"
+  decoder = "simplejpeg" if jpeg.simplejpeg else "OpenCV; pip install -e '.[fast]' helps"
   console.print(f"{len(files)} JPEG files, {kilobytes:.0f} kB on average; we decode by {decoder}")
   console.print(table(results, flags.threads))
   if not importlib.util.find_spec("tensorflow"):

@@ -132,6 +132,13 @@ def test_a_misspelt_config(argument, message):
   assert "\n" not in str(error.value)
 
 
+def test_a_config_from_another_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  message = rf"no config file configs/vit\.py in .*{tmp_path.name}; change to the folder that holds"
+  with pytest.raises(FileNotFoundError, match=message):
+    config_lib.load("configs/vit.py")
+
+
 @pytest.mark.parametrize(
   ("flag", "message"),
   [

@@ -176,6 +176,8 @@ def load(argument: str) -> ConfigDict:
     known = sorted(str(p) for p in (path.parent or pathlib.Path()).glob("*.py"))
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    if not (known or path.is_absolute()):
+      hint = f" in {pathlib.Path.cwd()}; change to the folder that holds {path.parts[0]}"
     raise FileNotFoundError(f"there is no config file {name}{hint}")
   spec = importlib.util.spec_from_file_location("vit_jax_zoo_config", path)
   if spec is None or spec.loader is None:

@@ -113,7 +113,7 @@ def test_says_that_tensorflow_is_missing(monkeypatch, tmp_path):
   with pytest.raises(SystemExit) as stopped:
     prepare.main(["--dataset=imagenet2012", f"--data_dir={tmp_path}"])
   message = str(stopped.value)
-  assert "pip install 'vit_jax_zoo[prepare]'" in message
+  assert "pip install -e '.[prepare]'" in message
   assert "\n" not in message
 
 

@@ -278,7 +278,6 @@ class TestFolder:
   @pytest.mark.parametrize(
     ("folders", "split", "known"),
     [
-      (("train",), "test", "train"),
       (("train", "val", "validation"), "test", "train, val, validation"),
       (("train", "val", "validation"), "valid", "train, val, validation"),
     ],
@@ -291,6 +290,24 @@ class TestFolder:
       ValueError, match=f"unknown split '{split}'.*[Kk]nown: choose, fit, {known}$"
     ):
       load_source(f"folder:{tmp_path}", split)
+
+  @pytest.mark.parametrize("split", ["test", "val", "validation[:50%]"])
+  def test_nothing_is_held_out(self, split, tmp_path):
+    (tmp_path / "train" / "x").mkdir(parents=True)
+    (tmp_path / "train" / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+    assert len(load_source(f"folder:{tmp_path}", "train")) == 1
+    with pytest.raises(
+      ValueError, match=r"none in test/ or val/; add one .* or give folder:.*/train"
+    ):
+      load_source(f"folder:{tmp_path}", split)
+
+  def test_too_few_images_to_choose_by(self, tmp_path):
+    for name in ("x", "y"):  # of two images, one is the test set
+      (tmp_path / name).mkdir()
+      (tmp_path / name / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+    for split in ("fit", "choose"):
+      with pytest.raises(ValueError, match="has 1 image to train on, and none to choose by; exp"):
+        load_source(f"folder:{tmp_path}", split)
 
   def test_class_order_can_be_given(self, class_folders, tmp_path):
     (tmp_path / "names.txt").write_text("dog\ncow\nbee\nant\n")

@@ -128,7 +128,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
   with pytest.raises(WeightsError, match=r"has neither model\.safetensors nor a pickle"):
     load_pretrained("a/b")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  with pytest.raises(ImportError, match=r"pip install 'vit_jax_zoo\[hub\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '\.\[hub\]'"):
     load_pretrained("a/b")
 
 

@@ -71,10 +71,18 @@ class FolderSource(Source):
   def part(self, *, chosen: bool) -> "FolderSource":
     """Returns the files that are held out to choose by, those with the highest hashes; or the rest.
 
-    At least one of two or more is held out.
+    At least one is held out.
+
+    Raises:
+      ValueError: there are not two files.
     """
+    if len(self._files) < 2:
+      raise ValueError(
+        f"{self.info.name} has {len(self._files)} image to train on, and none to choose by; "
+        "expected at least 2, and better dozens of each class"
+      )
     first = sum(_hash(path) < (1 - CHOOSE_FRACTION) * 2**64 for path, _ in self._files)
-    if first == len(self._files) > 1:
+    if first == len(self._files):
       first -= 1
     files = self._files[first:] if chosen else self._files[:first]
     return FolderSource(dataclasses.replace(self.info, num_examples=len(files)), self._root, files)
@@ -97,7 +105,7 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
       lacks.
   """
   splits = find_splits(location, class_names)
-  return _name_test(name_validation(_name_choices(splits)))
+  return _name_test(name_validation(_name_choices(splits)), location)
 
 
 def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> FolderSplits:
@@ -146,17 +154,28 @@ def _name_choices(splits: FolderSplits) -> Splits:
   }
 
 
-def _name_test(splits: Splits) -> Splits:
+def _name_test(splits: Splits, location: str) -> Splits:
   """Lets the test set stand for a validation set where there is none, and the other way round.
 
   A dataset of TFDS is not treated so: there, what a published number was measured on must be named.
+  Where there is neither, whoever asks for one is told what to do.
   """
   validation = {splits[name] for name in VALIDATION_NAMES if name in splits}
   if "test" in splits and not validation:
     return {**splits, **dict.fromkeys(VALIDATION_NAMES, splits["test"])}
   if "test" not in splits and len(validation) == 1:
     return {**splits, "test": validation.pop()}
+  if "test" not in splits and not validation:
+    absent = functools.partial(_nothing_held_out, location)
+    return {**splits, **dict.fromkeys(("test", *VALIDATION_NAMES), absent)}
   return splits
+
+
+def _nothing_held_out(location: str) -> Source:
+  raise ValueError(
+    f"folder:{location} has images in train/, but none in test/ or val/; add one of them, or give "
+    f"folder:{location.rstrip('/')}/train, of which a tenth is then held out"
+  )
 
 
 def _hashed_splits(

@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 
 try:
   import simplejpeg
-except ImportError:  # pip install 'vit_jax_zoo[fast]'; until then OpenCV decodes whole files
+except ImportError:  # pip install -e '.[fast]'; until then OpenCV decodes whole files
   simplejpeg = None
 
 # Start-of-frame markers, ITU-T T.81, table B.1: baseline, extended and progressive, Huffman-coded.

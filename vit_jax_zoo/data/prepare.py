@@ -2,7 +2,7 @@ r"""Prepares a dataset as ArrayRecord files, which training then reads by index.
 
     python -m vit_jax_zoo.data.prepare --dataset=imagenet2012 --data_dir=... --manual_dir=...
         as TFDS builds it, from the archives in manual_dir. Needs TensorFlow, here and only here:
-        pip install 'vit_jax_zoo[prepare]'
+        pip install -e '.[prepare]'
     python -m vit_jax_zoo.data.prepare --from_tfrecord=.../imagenet2012/5.1.0 --data_dir=...
         from what TFDS once prepared as TFRecord. No TensorFlow.
     python -m vit_jax_zoo.data.prepare --from_folder=... --dataset=flowers --data_dir=...
@@ -50,7 +50,7 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
   if importlib.util.find_spec("tensorflow") is None:
     raise ModuleNotFoundError(
       f"preparing {name} needs TensorFlow, which reading it does not: pip install "
-      "'vit_jax_zoo[prepare]', here or in another environment"
+      "-e '.[prepare]', here or in another environment"
     )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")

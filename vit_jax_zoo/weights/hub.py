@@ -163,7 +163,7 @@ def _from_hub(name: str) -> str:
   except ImportError:
     raise ImportError(
       f"there is no checkpoint at {name}; if it is a model on Hugging Face's hub, pip install "
-      "'vit_jax_zoo[hub]'"
+      "-e '.[hub]'"
     ) from None
   for patterns in _HUB_WEIGHTS:
     try:

@@ -40,7 +40,7 @@ def read_torch(path: str) -> Flat:
     import torch  # pyrefly: ignore[missing-import]
   except ImportError:
     raise ImportError(
-      f"{path} is a file of PyTorch's, which is not installed; pip install 'vit_jax_zoo[torch]' "
+      f"{path} is a file of PyTorch's, which is not installed; pip install -e '.[torch]' "
       "(its CPU version will do), or convert the file to safetensors"
     ) from None
   with _local(path) as file:
@@ -120,7 +120,7 @@ def write_torch(path: str, arrays: Mapping[str, np.ndarray], *, wrapper: str | N
   except ImportError:
     raise ImportError(
       f"{path} is to be a file of PyTorch's, which is not installed; pip install "
-      "'vit_jax_zoo[torch]' (its CPU version will do), or write a .safetensors file"
+      "-e '.[torch]' (its CPU version will do), or write a .safetensors file"
     ) from None
   state = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
   torch.save(state if wrapper is None else {wrapper: state}, path)
