@@ -50,8 +50,8 @@ NOT_RUN = "Not yet run here."
 def entries(function):
   """Returns a page's entries by name; an entry goes on where lines are indented."""
   found, name = {}, None
-  lines = getattr(function, "func", function).__doc__.split("\n")
-  for line in (line[2:] if line.startswith("  ") else line for line in lines):
+  # The compiler strips what all lines of a docstring are indented by since Python 3.13 only.
+  for line in inspect.cleandoc(getattr(function, "func", function).__doc__).split("\n"):
     match = ENTRY.match(line)
     if match:
       name, more = match["name"], match["more"].strip(" ,")
@@ -221,7 +221,6 @@ def test_entries_end_where_the_next_begins():
       which is not an entry.
     """
 
-  function.__doc__ = function.__doc__.replace("\n    ", "\n  ")
   assert entries(function) == {
     "Paper": "arXiv:1, table 2: everything and more. See: there.",
     "Expected": "at 8 pixels (a: b): 12 % of it.",
