@@ -89,10 +89,6 @@ def own(  # noqa: PLR0913  (each is a field that a command line may set)
     config.optimizer.rules = (("head/.*", {"frozen": False}), (".*", {"frozen": True}))
   config.init_from = init_from or _published(model)
   config.eval_every = config.checkpoint.every = _once_an_epoch(num_epochs)
-  config.recipe = {
-    "batch_size": family.batch_size,
-    "learning_rates": {SINGLE: family.learning_rate},
-  }
   return common.with_data_dir(config, data_dir)
 
 
@@ -185,6 +181,10 @@ def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDic
         "momentum": 0.9,
         "schedule": {"name": "cosine", "warmup_steps": 0.1},
         "clip_norm": 1.0,
+      },
+      "recipe": {
+        "batch_size": family.batch_size,
+        "learning_rates": {SINGLE: family.learning_rate},
       },
       "log_every": 20,
       "checkpoint": {"keep": 1, "best": "val/loss", "best_mode": "min", "score_best": True},

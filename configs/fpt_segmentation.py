@@ -21,6 +21,8 @@ for dilated networks of its time, not claims about the paper. They start from a 
 ImageNet: `--config.task.backbone_file=resnet101.pth`, torchvision's or timm's.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -50,27 +52,13 @@ def demo(
   """
   load = {"name": "load_label_map"}
   source = {"source": "demo:scenes", "panoptic": True, "transforms": [load]}
-  suffix = "" if neck == "fpt" else f"_{neck}"
   return ConfigDict(
     {
       "seed": seed,
       "num_steps": num_steps,
       "batch_size": batch_size,
       "eval_batch_size": 40,
-      "model": {
-        "name": f"fpt_segmentation_r50{suffix}",
-        "num_classes": placeholder(int),
-        "width": 48,
-        "kernel_sizes": (1, 3, 5, 9),
-        "window": 3,
-        "backbone": {
-          "blocks": (1, 1, 2, 2),
-          "widths": (16, 24, 32, 48),
-          "stem": "deep",
-          "stem_width": 32,
-          "output_stride": 4,
-        },
-      },
+      "model": _demo_model(neck),
       "task": {
         "name": "semantic_segmentation",
         "num_classes": placeholder(int),
@@ -97,6 +85,27 @@ def demo(
   )
 
 
+def _demo_model(neck: str) -> dict[str, Any]:
+  return {
+    "name": _model_name(50, neck),
+    "num_classes": placeholder(int),
+    "width": 48,
+    "kernel_sizes": (1, 3, 5, 9),
+    "window": 3,
+    "backbone": {
+      "blocks": (1, 1, 2, 2),
+      "widths": (16, 24, 32, 48),
+      "stem": "deep",
+      "stem_width": 32,
+      "output_stride": 4,
+    },
+  }
+
+
+def _model_name(depth: int, neck: str) -> str:
+  return f"fpt_segmentation_r{depth}" + ("" if neck == "fpt" else f"_{neck}")
+
+
 def _recipe(  # noqa: PLR0913 (a data set's numbers, by name)
   source: str,
   *,
@@ -110,16 +119,9 @@ def _recipe(  # noqa: PLR0913 (a data set's numbers, by name)
   neck: str,
   buckets: int | None = 6,
 ) -> ConfigDict:
-  suffix = "" if neck == "fpt" else f"_{neck}"
   load = {"name": "load_label_map", **load}
   fields = {"source": source}
-  augmented = [
-    load,
-    {"name": "random_scale", "smallest": 0.5, "largest": 2.0},
-    {"name": "random_window", "height": crop, "width": crop},
-    {"name": "random_flip"},
-    {"name": "pad_label_map", "height": crop, "width": crop},
-  ]
+  augmented = [load, *_augmentation(crop)]
   return ConfigDict(
     {
       "seed": 0,
@@ -127,7 +129,7 @@ def _recipe(  # noqa: PLR0913 (a data set's numbers, by name)
       "batch_size": batch_size,
       "eval_batch_size": batch_size,
       "model": {
-        "name": f"fpt_segmentation_r{depth}{suffix}",
+        "name": _model_name(depth, neck),
         "num_classes": num_classes,
         "auxiliary_head": True,
         "dtype": "bfloat16",
@@ -160,6 +162,15 @@ def _recipe(  # noqa: PLR0913 (a data set's numbers, by name)
       "checkpoint": {"every": 5_000, "keep": 1},
     }
   )
+
+
+def _augmentation(crop: int) -> list[dict[str, Any]]:
+  return [
+    {"name": "random_scale", "smallest": 0.5, "largest": 2.0},
+    {"name": "random_window", "height": crop, "width": crop},
+    {"name": "random_flip"},
+    {"name": "pad_label_map", "height": crop, "width": crop},
+  ]
 
 
 def cityscapes(

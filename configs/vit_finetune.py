@@ -18,6 +18,7 @@ A part of `configs/vit.py`, which has all variants. For images of your own there
 
 import dataclasses
 import functools
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -81,14 +82,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     name: {"source": source, "split": split, "transforms": squash}
     for name, split in (("val", transfer.val), ("test", transfer.test))
   }
-  config.optimizer = {
-    "name": "sgd",
-    "learning_rate": learning_rate,
-    "momentum": 0.9,
-    "accumulator_dtype": "bfloat16",
-    "schedule": {"name": "cosine", "warmup_steps": transfer.warmup_steps},
-    "clip_norm": 1.0,
-  }
+  config.optimizer = _momentum(learning_rate, transfer.warmup_steps)
   config.init_from = init_from or _published(size)
   config.checkpoint.best = "val/accuracy"
   config.eval_every = config.checkpoint.every = max(1, config.num_steps // 10)
@@ -117,6 +111,17 @@ TRANSFERS = {
 """By their TFDS names."""
 
 OWN_IMAGES = Transfer(500, 100, "train[:90%]", "train[90%:]", "test")
+
+
+def _momentum(learning_rate: float, warmup_steps: int) -> dict[str, Any]:
+  return {
+    "name": "sgd",
+    "learning_rate": learning_rate,
+    "momentum": 0.9,
+    "accumulator_dtype": "bfloat16",
+    "schedule": {"name": "cosine", "warmup_steps": warmup_steps},
+    "clip_norm": 1.0,
+  }
 
 
 def _published(size: str) -> str:
