@@ -21,15 +21,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import linen as nn
+from for_tpu import compile_for_core
 
 from vit_jax_zoo.layers.lambda_layer import LambdaLayer
 from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.machines import Machine, find_machine
-from vit_jax_zoo.planning.plan import compile_text
 from vit_jax_zoo.planning.report import gib, seconds
-from vit_jax_zoo.planning.roofline import roofline
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "One chip.")
 _MODELS = flags.DEFINE_list(
@@ -78,17 +75,11 @@ def measure(name: str, key_depth: int, machine: Machine) -> str:
   applied = sum(4.0 * k * n**2 for n, _, k in maps)
   embeddings = sum(4.0 * k * (n // stride**2) ** 2 for n, stride, k in maps)
   attention = sum(4.0 * HEADS * _BATCH.value * (n // stride**2) ** 2 for n, stride, _ in maps)
-  sharding = jax.sharding.SingleDeviceSharding(machine.devices[0])
-  compiled, text = compile_text(
-    jax.jit(forward, in_shardings=sharding, out_shardings=sharding).lower(variables, images)
-  )
-  memory, moved = compiled.memory_analysis(), hlo.traffic(text)
-  flops = count_flops(forward, variables, images)
-  least = roofline(machine.chip, flops=flops, memory_bytes=moved.memory_bytes, network_bytes=0.0)
+  needs = compile_for_core(forward, (variables, images), machine)
   return (
-    f"| {name} | {key_depth} | {flops / 1e12:.3f} | {moved.memory_bytes / 1e9:.1f} | "
-    f"{gib(memory.temp_size_in_bytes)} | {gib(embeddings)} ({gib(applied)}) | {gib(attention)} | "
-    f"{seconds(least.step)} ({least.bound}) |"
+    f"| {name} | {key_depth} | {needs.flops / 1e12:.3f} | {needs.memory_bytes / 1e9:.1f} | "
+    f"{gib(needs.temporaries)} | {gib(embeddings)} ({gib(applied)}) | {gib(attention)} | "
+    f"{seconds(needs.least.step)} ({needs.least.bound}) |"
   )
 
 

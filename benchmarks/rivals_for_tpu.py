@@ -20,14 +20,11 @@ import jax.numpy as jnp
 import optax
 from absl import app, flags
 from beside import efficientnet
+from for_tpu import compile_for_core
 
 from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.machines import Machine, find_machine
-from vit_jax_zoo.planning.plan import compile_text
 from vit_jax_zoo.planning.report import gib, seconds
-from vit_jax_zoo.planning.roofline import roofline
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v3:2x2", "One core of it is planned for.")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Images of the core.")
@@ -90,16 +87,14 @@ def measure(rival: Rival, machine: Machine) -> Cost:
 
   rngs = {"dropout": jax.random.key(1)}
   arguments = *jax.eval_shape(init, images), images, labels
-  core = jax.sharding.SingleDeviceSharding(machine.devices[0])
-  lowered = jax.jit(step, in_shardings=core, out_shardings=core, donate_argnums=(0, 1, 2)).lower(
-    *arguments
+  needs, count = compile_for_core(step, arguments, machine, donate=(0, 1, 2)), _BATCH.value
+  return Cost(
+    needs.flops / count,
+    needs.memory_bytes / count,
+    needs.temporaries,
+    needs.least.step / count,
+    needs.least.bound,
   )
-  compiled, text = compile_text(lowered)
-  flops, moved = count_flops(step, *arguments), hlo.traffic(text).memory_bytes
-  least = roofline(machine.chip, flops=flops, memory_bytes=moved, network_bytes=0.0)
-  temporaries = compiled.memory_analysis().temp_size_in_bytes
-  count = _BATCH.value
-  return Cost(flops / count, moved / count, temporaries, least.step / count, least.bound)
 
 
 def rows(group: Sequence[Rival], machine: Machine) -> None:

@@ -5,10 +5,10 @@ import logging as python_logging
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 from vit_jax_zoo.train import full_disk, libtpu
 
@@ -42,6 +42,35 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
       text += "; make room, and give the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
     raise SystemExit(EXIT_ERROR) from None
+
+
+def run(
+  main: Callable[[Sequence[str]], int],
+  define_flags: Callable[[], None] | None = None,
+  parse: Callable[[list[str]], list[str]] | None = None,
+) -> None:
+  """Runs a command, and ends the process with its exit status.
+
+  Args:
+    main: takes the command's name, and what is left of its arguments.
+    define_flags: defines the command's flags, `--traceback` among them, if importing did not.
+    parse: parses them; `parse_flags` by default.
+  """
+
+  def main_or_one_line(argv: Sequence[str]) -> int:
+    with one_line_errors(show_traceback=flags.FLAGS.traceback):
+      return main(argv)
+
+  log_plainly()
+  if define_flags is not None:
+    define_flags()
+  app.run(main_or_one_line, flags_parser=parse or parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags, and returns what is left."""
+  with one_line_errors(show_traceback="--traceback" in argv):
+    return flags.FLAGS(argv)
 
 
 def parse_flags_and_overrides(argv: list[str]) -> list[str]:

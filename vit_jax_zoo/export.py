@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from vit_jax_zoo import command_line
@@ -225,22 +225,5 @@ def _program(pretrained: Pretrained) -> Any:
   return program
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  with command_line.one_line_errors(show_traceback="--traceback" in argv):
-    return FLAGS(argv)
-
-
-def _main_or_one_line(argv: Sequence[str]) -> int:
-  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
-    return main(argv)
-
-
-def run() -> None:
-  """The command's entry point."""
-  command_line.log_plainly()
-  define_flags()
-  app.run(_main_or_one_line, flags_parser=_parse_flags)
-
-
 if __name__ == "__main__":
-  run()
+  command_line.run(main, define_flags)

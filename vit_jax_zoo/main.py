@@ -11,7 +11,7 @@ import hashlib
 import pathlib
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from vit_jax_zoo import command_line, experiment
@@ -33,7 +33,7 @@ PROFILE = flags.DEFINE_string("profile", None, "steps to trace, first:last, such
 ALLOW_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "resume although the config is not the one the run began with"
 )
-TRACEBACK = flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
@@ -115,16 +115,5 @@ def _say_where(outcome: Outcome) -> None:
     logging.info("  %-12s tensorboard --logdir=%s", "TensorBoard", workdir)
 
 
-def _main_or_one_line(argv: Sequence[str]) -> int:
-  with command_line.one_line_errors(show_traceback=TRACEBACK.value):
-    return main(argv)
-
-
-def run() -> None:
-  """The command's entry point."""
-  command_line.log_plainly()
-  app.run(_main_or_one_line, flags_parser=command_line.parse_flags_and_overrides)
-
-
 if __name__ == "__main__":
-  run()
+  command_line.run(main, parse=command_line.parse_flags_and_overrides)

@@ -14,7 +14,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import command_line
@@ -94,17 +94,5 @@ def _say(text: str) -> None:
   print(text, flush=True)  # noqa: T201 what the command is for
 
 
-def _main_or_one_line(argv: Sequence[str]) -> int:
-  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
-    return main(argv)
-
-
-def run() -> None:
-  """The command's entry point."""
-  command_line.log_plainly()
-  define_flags()
-  app.run(_main_or_one_line, flags_parser=command_line.parse_flags_and_overrides)
-
-
 if __name__ == "__main__":
-  run()
+  command_line.run(main, define_flags, command_line.parse_flags_and_overrides)

@@ -32,7 +32,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -187,22 +187,5 @@ def _write_json(path: pathlib.Path, content: Any) -> None:
   unfinished.replace(path)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-  with command_line.one_line_errors(show_traceback="--traceback" in argv):
-    return FLAGS(argv)
-
-
-def _main_or_one_line(argv: Sequence[str]) -> int:
-  with command_line.one_line_errors(show_traceback=FLAGS.traceback):
-    return main(argv)
-
-
-def run() -> None:
-  """The command's entry point."""
-  command_line.log_plainly()
-  define_flags()
-  app.run(_main_or_one_line, flags_parser=_parse_flags)
-
-
 if __name__ == "__main__":
-  run()
+  command_line.run(main, define_flags)

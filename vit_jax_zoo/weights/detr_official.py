@@ -26,6 +26,7 @@ from vit_jax_zoo.weights.detr_layouts import (
   prefixed,
   stuff_of,
 )
+from vit_jax_zoo.weights.joint import PARTS, join, split
 from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.table import Flat, Row, write
 from vit_jax_zoo.weights.torch_file import write_torch
@@ -41,13 +42,12 @@ from vit_jax_zoo.weights.torch_layouts import (
 )
 
 _BODY = "backbone.0.body."
-_PARTS = ("query", "key", "value")
-_FUSED = re.compile(r".*\.in_proj_(weight|bias)")
+_JOINT = re.compile(r".*\.in_proj_(weight|bias)")
 
 
 def _attention_rows(published: str, ours: str) -> list[Row]:
   rows = []
-  for part in _PARTS:
+  for part in PARTS:
     rows.append(Row(f"{published}.in_proj_weight[{part}]", f"{ours}/{part}/kernel", TO_HEADS))
     rows.append(Row(f"{published}.in_proj_bias[{part}]", f"{ours}/{part}/bias", HEADS_BIAS))
   return rows + layer_rows(f"{published}.out_proj", f"{ours}/out", FROM_HEADS)
@@ -80,30 +80,6 @@ TABLE: tuple[Row, ...] = (
 """`DETR`, between the keys that `split` leaves and our paths, layers unrolled."""
 SEGMENTATION_TABLE = (*prefixed("detr.", TABLE), *MASK_ROWS)
 """`DETRsegm`, which has a DETR inside."""
-
-
-def split(published: Mapping[str, np.ndarray]) -> Flat:
-  """Takes the joint matrices apart: `...in_proj_weight[query]`, `...in_proj_weight[key]`, ..."""
-  flat: Flat = {}
-  for key, array in published.items():
-    if _FUSED.fullmatch(key) and array.ndim and len(array) % len(_PARTS) == 0:
-      thirds = np.split(array, len(_PARTS))
-      flat |= {f"{key}[{part}]": third for part, third in zip(_PARTS, thirds, strict=True)}
-    else:
-      flat[key] = array
-  return flat
-
-
-def join(flat: Mapping[str, np.ndarray]) -> Flat:
-  """Puts together what `split` took apart."""
-  joint: Flat = {}
-  for key, array in flat.items():
-    whole = key.partition("[")[0]
-    if key == f"{whole}[{_PARTS[0]}]":
-      joint[whole] = np.concatenate([flat[f"{whole}[{part}]"] for part in _PARTS])
-    elif whole == key:
-      joint[key] = array
-  return joint
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -170,7 +146,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   return Checkpoint(
     source=published.path,
     family="detr",
-    arrays=split(published.arrays),
+    arrays=split(published.arrays, _JOINT),
     table=SEGMENTATION_TABLE if prefix else TABLE,
     fields=fields,
     preprocess=PREPROCESS,

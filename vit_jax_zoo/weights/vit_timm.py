@@ -16,6 +16,7 @@ from vit_jax_zoo.models.vit import VARIANTS
 from vit_jax_zoo.ops.names import unknown_name
 from vit_jax_zoo.weights import timm_config
 from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.joint import PARTS, join, split
 from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.sizes import count, outputs_of, side
 from vit_jax_zoo.weights.table import Flat, Row, WeightsError, unroll, write
@@ -56,8 +57,7 @@ FIXED: dict[str, Any] = {
 HALF = (0.5, 0.5, 0.5)
 """Mean and deviation of pixels, where no file says anything else."""
 
-_PARTS = ("query", "key", "value")
-_FUSED = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
+_JOINT = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
 _BACKBONE = "patch_embed.backbone"
 
 
@@ -68,7 +68,7 @@ def _conv_row(published: str, ours: str) -> Row:
 def _block_rows() -> list[Row]:
   theirs, ours = "blocks.{i}", "encoder/block_{i}"
   rows = norm_rows(f"{theirs}.norm1", f"{ours}/attention_norm")
-  for part in _PARTS:
+  for part in PARTS:
     fused = f"{theirs}.attn.qkv"
     rows.append(Row(f"{fused}.weight[{part}]", f"{ours}/attention/{part}/kernel", TO_HEADS))
     rows.append(Row(f"{fused}.bias[{part}]", f"{ours}/attention/{part}/bias", HEADS_BIAS))
@@ -115,30 +115,6 @@ def _table_of(keys: Mapping[str, Any] | set[str]) -> tuple[Row, ...]:
 
 def _normalizes_after_pool(keys: Mapping[str, Any] | set[str]) -> bool:
   return any(key.startswith("fc_norm.") for key in keys)
-
-
-def split(published: Mapping[str, np.ndarray]) -> Flat:
-  """Takes the joint matrices apart: `...qkv.weight[query]`, `...qkv.weight[key]`, ..."""
-  flat: Flat = {}
-  for key, array in published.items():
-    if _FUSED.fullmatch(key) and array.ndim and len(array) % len(_PARTS) == 0:
-      thirds = np.split(array, len(_PARTS))
-      flat |= {f"{key}[{part}]": third for part, third in zip(_PARTS, thirds, strict=True)}
-    else:
-      flat[key] = array
-  return flat
-
-
-def join(flat: Mapping[str, np.ndarray]) -> Flat:
-  """Puts together what `split` took apart."""
-  joint: Flat = {}
-  for key, array in flat.items():
-    whole = key.partition("[")[0]
-    if key == f"{whole}[{_PARTS[0]}]":
-      joint[whole] = np.concatenate([flat[f"{whole}[{part}]"] for part in _PARTS])
-    elif whole == key:
-      joint[key] = array
-  return joint
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -233,7 +209,7 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
   settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
   return VitCheckpoint(
     source=published.path,
-    arrays=split(published.arrays),
+    arrays=split(published.arrays, _JOINT),
     table=_table_of(published.arrays),
     fields={**fields, "activation": activation},
     resize="bicubic_antialias",
