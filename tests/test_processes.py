@@ -110,6 +110,53 @@ def test_four_processes_equal_one(one_process, tmp_path, mesh):
     assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
 
 
+PANOPTIC = (
+  "--config=configs/detr.py:demo_panoptic,batch_size=8,init_from=",
+  "--config.model.width=32",
+  "--config.model.mlp_dim=16",
+  "--config.model.decoder_depth=2",
+  "--config.model.backbone.widths=(8,8,8,8)",
+  "--config.model.backbone.stem_width=8",
+  "--config.optimizer.learning_rate=0.01",
+  "--config.optimizer.schedule.warmup_steps=2",
+  "--config.log_every=1",
+  "--config.eval_batch_size=4",
+  "--config.data.eval.test.split=test[:13]",
+  "--config.task.segment_threshold=0.01",
+)
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_others_objects(tmp_path):
+  """Guards DETR's losses: sums over all boxes, and all queries, by those of the whole step."""
+  short = (*PANOPTIC, "--config.num_steps=3", "--config.eval_every=0")
+  command.run(tmp_path / "one", *short)
+  run_processes(tmp_path / "two", 2, *short)
+  found, expected = command.rows(tmp_path / "two"), command.rows(tmp_path / "one")
+  assert {"train/box_loss", "train/class_loss_0", "train/dice_loss"} <= expected[0].keys()
+  for ours, theirs in zip(found, expected, strict=True):
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_judge_boxes_and_segments_as_one(tmp_path):
+  """Guards scores of a split that hosts share: 13 images, in the last batch one for both."""
+  steps = (*PANOPTIC, "--config.num_steps=60", "--config.eval_every=60")
+  alone = scores_of(command.run(tmp_path, *steps))
+  assert alone["test/images"] == 13
+  assert alone["test/box_ap50"] > 0
+  assert "test/pq" in alone
+  first, second = run_processes(tmp_path, 2, *steps, "--evaluate_only")
+  assert scores_of(first) == alone
+  assert "done" not in second
+
+
+def scores_of(output):
+  """The scores of a run's last line."""
+  words = output.partition("done after 60 steps: ")[2].splitlines()[0].split()
+  return dict(zip(words[::2], map(float, words[1::2]), strict=True))
+
+
 ENDLESS = (
   *command.TINY,
   "--config.num_steps=100000",
