@@ -43,7 +43,11 @@ def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax
   convolve = functools.partial(_convolve.fun, strides=strides, precision=precision)
   (of_x,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
   seen = x[:, :: strides[0], :: strides[1]]
-  of_kernel = jnp.einsum("bhwc,bhwf->cf", seen, gradient, precision=precision)
+  # XLA on a CPU lays out the left factor anew, slowly; so that is the narrower one.
+  if seen.shape[-1] > gradient.shape[-1]:
+    of_kernel = jnp.einsum("bhwf,bhwc->fc", gradient, seen, precision=precision).T
+  else:
+    of_kernel = jnp.einsum("bhwc,bhwf->cf", seen, gradient, precision=precision)
   return of_x, of_kernel[None, None]
 
 
