@@ -18,7 +18,7 @@ def test_pictures_come_to_the_same_sizes(load_golden):
   _, inputs, outputs = load_golden("detr_hf_fn_a")
   different = {}
   for size, expected in zip(inputs["size_hw_in"], outputs["size_hw_800_1333"], strict=True):
-    got = PREPROCESS.resize(np.zeros((*size, 1), np.uint8)).shape[:2]
+    got = PREPROCESS.resize(np.zeros((*size, 3), np.uint8)).shape[:2]
     if got != tuple(expected):
       different[tuple(map(int, size))] = (got, tuple(map(int, expected)))
   assert different == {(400, 50): ((1336, 167), (1333, 167))}
