@@ -29,6 +29,7 @@ from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
 from vit_jax_zoo.inference.coco_files import CocoFiles
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.train import whole_file
 from vit_jax_zoo.visualize.render import render
 
 FLAGS = flags.FLAGS
@@ -198,9 +199,9 @@ def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pat
       together.add(str(path), name, image, prediction)
       _write_model_pictures(prediction, output, written)
     _log_progress(done, len(paths), time.monotonic() - begin)
-    _write_json(output / "predictions.json", records)
+    whole_file.write_json(output / "predictions.json", records)
   for file, content in together.contents().items():
-    _write_json(output / file, content)
+    whole_file.write_json(output / file, content)
   logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
   return EXIT_SOME_FAILED if failed else 0
 
@@ -239,12 +240,6 @@ def _write_model_pictures(prediction: Prediction, output: pathlib.Path, written:
 def _write_picture(picture: Picture, path: pathlib.Path) -> None:
   pixels = render(picture) if isinstance(picture, Figure) else picture
   Image.fromarray(pixels).save(path)
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-  unfinished = path.with_suffix(".json.tmp")
-  unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-  unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.data.base import DatasetInfo
-from vit_jax_zoo.train import full_disk
+from vit_jax_zoo.train import full_disk, whole_file
 
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
@@ -130,9 +130,7 @@ def _write(content: Any, file: epath.Path) -> None:
   """Writes JSON and renames it into its place: a kill leaves the old one, or the new one."""
   with full_disk.explained(f"{file} cannot be written"):
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(file)
+    whole_file.write(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _read(file: epath.Path) -> Any:

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tensorboardX import summary
 
-from vit_jax_zoo.train import full_disk
+from vit_jax_zoo.train import full_disk, whole_file
 from vit_jax_zoo.train.event_file import EventFile
 from vit_jax_zoo.visualize.render import render
 
@@ -169,7 +169,7 @@ class MetricWriter:
   def _write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
     path = self._workdir / _figure_file(step, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, _png(pixels))
+    whole_file.write(path, _png(pixels))
     self._tensorboard.add(summary.image(name, pixels, dataformats="HWC"), step)
 
   def _write_text(self, step: int, name: str, text: str) -> None:
@@ -233,7 +233,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
   lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
   kept = [line for line in lines if _step_of(line) <= last_step]
   if kept != lines:
-    _write_atomically(path, "".join(kept).encode())
+    whole_file.write(path, "".join(kept))
 
 
 def _step_of(line: str) -> float:
@@ -241,12 +241,6 @@ def _step_of(line: str) -> float:
     return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
   except (ValueError, KeyError, TypeError):
     return math.inf
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(content)
-  os.replace(temporary, path)
 
 
 def _as_float(name: str, value: Any) -> float:

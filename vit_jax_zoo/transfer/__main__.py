@@ -27,7 +27,6 @@ None of these data sets was at hand here: what has been run are the suites on th
 The folder `--output` then has `transfer.json` and a picture of each suite.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,6 +37,7 @@ from PIL import Image
 
 from vit_jax_zoo import command_line
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.train import whole_file
 from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
 from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
 from vit_jax_zoo.visualize.render import render
@@ -122,7 +122,7 @@ def run_and_write(
     _log(outcome)
     for name, figure in outcome.figures.items():
       _write_picture(figure, output / f"{outcome.suite}_{_file_name(outcome.data)}_{name}.png")
-    _write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
+    whole_file.write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
     same = [other for other in outcomes if other.suite == outcome.suite and other.scores]
     if same:
       figure = draw(outcome.suite, same, str(about.get("model", "")))
@@ -179,12 +179,6 @@ def _file_name(text: str) -> str:
 
 def _write_picture(figure: Figure, path: pathlib.Path) -> None:
   Image.fromarray(render(figure)).save(path)
-
-
-def _write_json(path: pathlib.Path, content: Any) -> None:
-  unfinished = path.with_suffix(".json.tmp")
-  unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-  unfinished.replace(path)
 
 
 if __name__ == "__main__":
