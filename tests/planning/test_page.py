@@ -1,6 +1,9 @@
 """docs/PLANS.md is what docs/plans.json and the recipes say; nothing is compiled here."""
 
+import concurrent.futures
+import json
 import pathlib
+import time
 
 import pytest
 
@@ -75,3 +78,23 @@ def test_a_recipe_without_a_slice_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(page, "SLICES", slices)
   with pytest.raises(ValueError, match=r"names no slice for detr\.py:r50; add one"):
     page.rows()
+
+
+def test_plans_of_processes_at_work_together_are_all_kept(tmp_path, monkeypatch):
+  """Threads stand for the processes: a lock of a file that each opens keeps them apart as well."""
+  rows, stored = [page.Row(f"vit.py:{n}", "v5e:2x2") for n in range(4)], page._stored
+
+  def slow_stored():
+    found = stored()
+    time.sleep(0.02)
+    return found
+
+  for name in ("PAGE", "PLANS", "LOCK"):
+    monkeypatch.setattr(page, name, tmp_path / name)
+  monkeypatch.setattr(page, "_stored", slow_stored)
+  monkeypatch.setattr(page, "rows", lambda: (rows, {}))
+  monkeypatch.setattr(page, "page", lambda: " ".join(stored()))
+  with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+    list(pool.map(page.write_page, [{row.key: {"error": "none"}} for row in rows]))
+  assert list(json.loads(page.PLANS.read_text())) == [row.key for row in rows]
+  assert page.PAGE.read_text() == " ".join(row.key for row in rows)

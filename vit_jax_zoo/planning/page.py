@@ -5,6 +5,8 @@
 long, or has changed since is named so.
 """
 
+import contextlib
+import fcntl
 import fnmatch
 import hashlib
 import importlib
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -22,9 +24,10 @@ from absl import logging
 from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.planning.report import gib, seconds
 from vit_jax_zoo.planning.roofline import ASSUMPTIONS
+from vit_jax_zoo.train import whole_file
 
-PAGE, PLANS, SLICES = (
-  pathlib.Path("docs") / name for name in ("PLANS.md", "plans.json", "slices.toml")
+PAGE, PLANS, SLICES, LOCK = (
+  pathlib.Path("docs") / name for name in ("PLANS.md", "plans.json", "slices.toml", ".plans.lock")
 )
 
 
@@ -105,15 +108,30 @@ def compile_all(pattern: str, time_limit: int) -> int:
     logging.info("compiling %s", row.key)
     plan = {**_compile(row, time_limit), "digest": digest(row)}
     failed += not plan.get("fits")
-    _store(row, plan)
-    write_page()
+    write_page({row.key: plan})
   write_page()
   return min(failed, 1)
 
 
-def write_page() -> None:
-  """Writes the page from what is stored."""
-  PAGE.write_text(page(), encoding="utf-8")
+def write_page(found: Mapping[str, Any] | None = None) -> None:
+  """Writes the page from what is stored.
+
+  Args:
+    found: plans by their rows' keys, which are stored first, among those that other processes have
+      stored meanwhile.
+  """
+  with _alone():
+    if found:
+      _store(found)
+    whole_file.write(PAGE, page())
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+  """Lets other processes wait that would read or write what is stored."""
+  with LOCK.open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)  # closing the file, or the end of the process, unlocks it
+    yield
 
 
 def _compile(row: Row, time_limit: int) -> dict[str, Any]:
@@ -135,11 +153,10 @@ def _stored() -> dict[str, Any]:
   return json.loads(PLANS.read_text(encoding="utf-8")) if PLANS.exists() else {}
 
 
-def _store(row: Row, plan: Mapping[str, Any]) -> None:
-  plans = {**_stored(), row.key: plan}  # read again: others may be at work on other rows
-  known = {r.key for r in rows()[0]}
-  kept = {key: plans[key] for key in sorted(plans) if key in known}
-  PLANS.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+def _store(found: Mapping[str, Any]) -> None:
+  plans = {**_stored(), **found}  # read again: others may be at work on other rows
+  known = {row.key for row in rows()[0]}
+  whole_file.write_json(PLANS, {key: plans[key] for key in sorted(plans) if key in known})
 
 
 def _is_current(row: Row, plans: Mapping[str, Any]) -> bool:
