@@ -44,6 +44,18 @@ def test_attended_places_stay_light_and_others_get_dark(side, channels):
   assert np.all(below[-1, 0] == 0)
 
 
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_images_begin_below_the_title(count):
+  figure = draw_attention(np.zeros((count, 8, 8, 3), np.uint8), np.ones((count, 2, 2), np.float32))
+  figure.draw_without_rendering()
+  inches = [ax.get_position().x0 * figure.get_figwidth() for ax in figure.axes]
+  title = figure.texts[0].get_position()[0] * figure.get_figwidth()
+  assert inches[0] == pytest.approx(title, abs=0.02)
+  assert figure.axes[-1].get_position().x1 <= 1
+  steps = np.diff(inches[:count])
+  np.testing.assert_allclose(steps, 1.47, atol=0.05)  # whatever the figure's width
+
+
 def test_without_an_image_there_is_one_line():
   with pytest.raises(ValueError, match="there is no image to draw"):
     draw_attention(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((0, 2, 2), np.float32))

@@ -23,6 +23,9 @@ def test_completions_stand_between_what_was_given_and_the_original():
   np.testing.assert_array_equal(shown(axes[0, 0])[2:], np.full((2, 4, 3), samples.MISSING))
   texts = [text.get_text() for ax in axes[0] for text in ax.texts]
   assert texts == ["given", "completed by the model", "original"]
+  assert "2 images, 2 draws of each" in [text.get_text() for text in figure.texts]
+  one = samples.draw_completions(images[:1], given[:1], completions[:1, :1])
+  assert "one image, one draw" in [text.get_text() for text in one.texts]
   boxes = [ax.get_position() for ax in figure.axes]
   assert all(0 <= b.x0 < b.x1 <= 1 and 0 <= b.y0 < b.y1 <= 1 for b in boxes)
 

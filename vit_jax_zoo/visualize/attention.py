@@ -44,9 +44,14 @@ def draw_attention(
   shown = min(len(images), max_images)
   if not shown:
     raise ValueError("there is no image to draw")
-  figure = Figure(figsize=(max(1.45 * shown + 0.6, 4.5), 4.2), dpi=110)
+  margin, across = 0.3, 1.45 * shown  # inches
+  width = max(across + 2 * margin, 4.5)  # so that the subtitle has room over a single image
+  figure = Figure(figsize=(width, 4.2), dpi=110)
   axes = figure.subplots(2, shown, squeeze=False)
-  figure.subplots_adjust(left=0.03, right=0.97, top=0.8, bottom=0.09, wspace=0.08, hspace=0.08)
+  figure.subplots_adjust(
+    left=margin / width, right=(margin + across) / width, top=0.8, bottom=0.09, wspace=0.08,
+    hspace=0.08,
+  )  # fmt: skip
   _write_title(figure, title, subtitle)
   for i in range(shown):
     image = _to_rgb(images[i])

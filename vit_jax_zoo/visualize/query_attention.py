@@ -5,7 +5,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.visualize import detection as draw
@@ -34,13 +34,12 @@ def draw_query_attention(
     max_queries: the surest so many of each image.
   """
   rows = draw.real_rows(batch)[:max_images]
-  figure, axes = draw.grid(len(rows), 1 + max_queries, title)
-  for index, row in enumerate(rows):
+  surest = [_surest(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
+  figure, axes = draw.grid(len(rows), 1 + max(map(len, surest), default=0), title)
+  for index, (row, best) in enumerate(zip(rows, surest, strict=True)):
     image = draw.image_of(batch, row)
     scale = draw.to_shown(batch, row, image)
     scores = np.asarray(predictions["scores"][row])
-    best = np.argsort(-scores, kind="stable")[:max_queries]
-    best = best[(scores[best] >= threshold) | (best == best[0])]
     labels = np.asarray(predictions["labels"][row])[best]
     boxes = np.asarray(predictions["boxes_xyxy"][row])[best] * scale
     names = [draw.name_of(label, class_names) for label in labels]
@@ -54,6 +53,14 @@ def draw_query_attention(
       draw.draw_boxes(ax, boxes[one], names[one], labels[one])
       ax.set_title(f"query {query}: {scores[query]:.0%}", fontsize=8.5, loc="left")
   return figure
+
+
+def _surest(
+  scores: Float[np.ndarray, " q"], threshold: float, max_queries: int
+) -> Int[np.ndarray, " s"]:
+  """Returns the queries to be shown, the surest first."""
+  best = np.argsort(-scores, kind="stable")[:max_queries]
+  return best[(scores[best] >= threshold) | (best == best[0])]
 
 
 def _lit(

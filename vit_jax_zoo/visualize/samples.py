@@ -38,7 +38,9 @@ def draw_completions(
   count = completions.shape[1]
   rows = [[keep_pixels(images[i], int(given[i])), *completions[i], images[i]] for i in range(shown)]
   figure, axes = _grid(shown, count + 2, images.shape[1:3], separate=(1, count + 1))
-  _write_title(figure, title, f"{shown} images, {count} draws of each")
+  draws = "one draw" if count == 1 else f"{count} draws"
+  words = f"one image, {draws}" if shown == 1 else f"{shown} images, {draws} of each"
+  _write_title(figure, title, words)
   for row, pictures in zip(axes, rows, strict=True):
     for ax, picture in zip(row, pictures, strict=True):
       _show(ax, picture)
