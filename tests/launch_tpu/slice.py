@@ -1,0 +1,101 @@
+"""A slice that is not there: launch_tpu.sh against stand-ins of gcloud, uv and the training.
+
+The stand-in of gcloud keeps the slice's state in files and runs each `--command` in a real shell
+with the worker's folder as its home, so quoting, detaching, log and exit status are those of a
+worker.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+STAND_INS = pathlib.Path(__file__).parent / "stand_ins"
+PLACE = ["--name=vit", "--zone=us-central2-b", "--type=v5litepod-16", "--poll=0"]
+MAIN = ["--config=configs/vit.py:b16", "--workdir=gs://bucket/vit"]
+TRICKY = [
+  "--config=configs/vit.py:b16,image_size=384",
+  "--workdir=gs://bucket/a run",
+  """--config.name=it's "one", two; $HOME `id` \\ & *""",
+  "--config.empty=",
+]
+
+
+class Slice:
+  """A checkout, a PATH with the stand-ins, and what they have seen."""
+
+  def __init__(self, folder):
+    self.state = folder / "state"
+    self.root = folder / "it's a checkout"
+    self.bin = folder / "bin"
+    for path in (self.state, self.bin, self.root / "configs", self.root / "vit_jax_zoo"):
+      path.mkdir(parents=True)
+    shutil.copy(ROOT / "launch_tpu.sh", self.root)
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "vit_jax_zoo/main.py"):
+      (self.root / name).write_text("content\n")
+    self.program("gcloud.py", self.bin / "gcloud")
+    self.program("uv.py", self.bin / "uv")
+    self.program("main.py", self.state / "main.py")
+    self.set(behaviours="ok")
+
+  def program(self, name, path):
+    path.write_text(f"#!{sys.executable} -IS\n{(STAND_INS / name).read_text()}")
+    path.chmod(0o755)
+
+  def set(self, **files):
+    for name, text in files.items():
+      (self.state / name).write_text(str(text))
+
+  @property
+  def env(self):
+    path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+    return dict(os.environ, PATH=path, STAND_IN=str(self.state), TMPDIR=str(self.state))
+
+  def command(self, *args):
+    return ["bash", str(self.root / "launch_tpu.sh"), *args]
+
+  def launch(self, *args, **kwargs):
+    return subprocess.run(
+      self.command(*args), env=self.env, capture_output=True, text=True, timeout=60, **kwargs
+    )
+
+  def start(self, *args):
+    return subprocess.Popen(
+      self.command(*args),
+      env=self.env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      start_new_session=True,
+    )
+
+  def lines(self, name):
+    path = self.state / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+  def calls(self, verb=None):
+    """All calls of gcloud as lists of arguments, or those of one verb."""
+    return [c for c in self.lines("calls.jsonl") if verb is None or verb in c]
+
+  def runs(self):
+    return self.lines("runs.jsonl")
+
+  @property
+  def exists(self):
+    return (self.state / "request").exists()
+
+  def wait_for_run(self):
+    self.wait_until(lambda: len(self.runs()) >= 2)
+
+  def followers(self):
+    return sum("tail -n 100" in argument for call in self.calls() for argument in call)
+
+  def wait_until(self, holds):
+    deadline = time.time() + 30
+    while not holds():
+      assert time.time() < deadline, "it did not come to that"
+      time.sleep(0.05)

@@ -1,0 +1,102 @@
+"""A gcloud whose slice is files in a folder, and whose workers are folders in it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+STATE = pathlib.Path(os.environ["STAND_IN"])
+args = sys.argv[1:]
+with (STATE / "calls.jsonl").open("a") as calls:
+  calls.write(json.dumps(args) + "\n")
+options = dict(a.removeprefix("--").partition("=")[::2] for a in args if a.startswith("--"))
+kind, verb = [a for a in args if a != "alpha"][2:4]
+
+
+def read(name):
+  path = STATE / name
+  return path.read_text() if path.exists() else ""
+
+
+def write(name, text):
+  """In one step: workers write the slice's state while the script asks for it."""
+  new = STATE / f"{name}.{os.getpid()}"
+  new.write_text(text)
+  new.replace(STATE / name)
+
+
+def fail(message):
+  sys.exit(f"ERROR: (gcloud.compute.tpus) {message}")
+
+
+def use_up(name):
+  """True as often as the number in the file says."""
+  left = int(read(name) or 0)
+  if left:
+    write(name, str(left - 1))
+  return bool(left)
+
+
+def create():
+  if use_up("faster_others"):
+    write("request", "ACTIVE")
+  if read("request"):
+    fail("ALREADY_EXISTS")
+  write("request", read("next_states") or "ACTIVE")
+
+
+def describe():
+  states = read("request").split()
+  if use_up("broken_describes"):
+    fail("Reauthentication failed.\nPlease run: gcloud auth login")
+  if not states or (kind == "tpu-vm" and states[0] != "ACTIVE"):
+    fail("NOT_FOUND: Resource was not found")
+  print(read("node") or "READY" if kind == "tpu-vm" else states[0])
+  if kind == "queued-resources" and len(states) > 1:
+    write("request", " ".join(states[1:]))
+
+
+def delete():
+  if not read("request"):
+    fail("NOT_FOUND")
+  for name in ("request", "node"):
+    (STATE / name).unlink(missing_ok=True)
+  for home in STATE.glob("worker*"):
+    pid = home / "vit_jax_zoo/run.pid"
+    if pid.exists():
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(int(pid.read_text()), signal.SIGKILL)
+    home.rename(STATE / f"gone{len(list(STATE.glob('gone*')))}")
+
+
+def homes():
+  if read("request") != "ACTIVE" or read("node") not in ("", "READY"):
+    fail("the node is not READY")
+  wanted = options.get("worker", "0")
+  for worker in (0, 1):
+    home = STATE / f"worker{worker}"
+    home.mkdir(exist_ok=True)
+    if wanted in ("all", str(worker)):
+      yield home
+
+
+def ssh():
+  if use_up("dropped_connections" if "tail -n 100" in options["command"] else "refused"):
+    sys.exit(255)
+  codes = []
+  for home in homes():
+    env = dict(os.environ, HOME=str(home))
+    codes.append(subprocess.run(["bash", "-c", options["command"]], env=env).returncode)
+  sys.exit(max(codes))
+
+
+def scp():
+  source, target = args[4:6]
+  for home in homes():
+    (home / target.partition(":")[2]).write_bytes(pathlib.Path(source).read_bytes())
+
+
+globals()[verb]()
