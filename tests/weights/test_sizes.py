@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.weights import WeightsError
 from vit_jax_zoo.weights.sizes import count, outputs_of, side
 
@@ -111,8 +112,13 @@ def test_models_of_gray_pictures(name, kernel, tmp_path):
   pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 1), np.uint8)
   images = loaded.preprocess(list(pictures))
   assert images.shape == (2, 32, 32, 1)
-  with pytest.raises(ValueError, match="takes pictures of 1 channels; this one has 3"):
-    loaded.preprocess([np.zeros((9, 9, 3), np.uint8)])
+  for shape in ((9, 9, 3), (9, 9)):
+    given = re.escape(str(list(shape)))
+    with pytest.raises(ValueError, match=rf"pictures \[height, width, 1\]; this one is {given}$"):
+      loaded.preprocess([np.zeros(shape, np.uint8)])
+  for gray, rgb in ((76, (255, 0, 0)), (150, (0, 255, 0)), (29, (0, 0, 255)), (9, (9, 9, 9))):
+    seen = load(path, image_size=32, needs_head=False).prepare(np.full((40, 50, 3), rgb, np.uint8))
+    np.testing.assert_array_equal(seen["image"], np.full((32, 32, 1), gray))
   form = "hf" if name == "vit_hf_a" else "safetensors-timm"
   export.write(loaded, form, str(tmp_path / "again"))
   config = json.loads((tmp_path / "again" / "config.json").read_text())

@@ -131,7 +131,7 @@ def load(
 
 
 def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.ndarray]:
-  return {"image": preprocess.resize(image)}
+  return {"image": preprocess.resize(preprocess.from_rgb(image))}
 
 
 def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any]) -> Trained:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
 from vit_jax_zoo.data.tf_resize import tf_resize
@@ -73,18 +73,28 @@ class Preprocess:
     mean, std = np.asarray(self.mean), np.asarray(self.std)
     return ((np.stack(resized) / 255 - mean) / std).astype(np.float32)
 
-  def resize(self, image: Num[np.ndarray, "h w c"]) -> Float[np.ndarray, "H W c"]:
+  def resize(self, image: Num[np.ndarray, "h w *c"]) -> Float[np.ndarray, "H W c"]:
     """Brings a picture, uint8 [h w c], to the size; values stay in [0, 255], float32.
 
     Raises:
       ValueError: the model takes pictures of another number of channels.
     """
-    if image.shape[2] != self.channels:
+    if image.shape[2:] != (self.channels,):
+      given = ", ".join(map(str, image.shape))
       raise ValueError(
-        f"the model takes pictures of {self.channels} channels; this one has {image.shape[2]}"
+        f"the model takes pictures [height, width, {self.channels}]; this one is [{given}]"
       )
     size = self._resized_size(image.shape[0], image.shape[1])
     return self._cropped(_resize(np.asarray(image), *size, self.interpolation))
+
+  def from_rgb(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w c"]:
+    """Returns a picture as it was read with the channels that the model takes: gray as timm's are.
+
+    With weights of ITU-R 601. What has neither one channel nor three, `resize` refuses.
+    """
+    if self.channels != 1:
+      return image
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None]
 
   def at_size(self, image_size: tuple[int, int]) -> "Preprocess":
     """Returns the same for another size of images."""
