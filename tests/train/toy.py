@@ -42,7 +42,7 @@ class SquaredError(Evaluator):
     self.total += float(np.sum(((predictions["y"] - batch["y"]) ** 2)[mask]))
     self.count += int(mask.sum())
 
-  def merge(self, other):
+  def _merge(self, other):
     self.total += other.total
     self.count += other.count
 

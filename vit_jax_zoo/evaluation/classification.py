@@ -67,10 +67,7 @@ class ClassificationEvaluator(Evaluator):
     if self.per_class:
       self.pairs.update(_label_prediction_pairs(labels, ranked[:, 0]))
 
-  def merge(self, other: Evaluator) -> None:
-    """Adds another evaluator's counts to these."""
-    if not isinstance(other, ClassificationEvaluator):
-      raise TypeError(f"cannot merge a {type(other).__name__} into a ClassificationEvaluator")
+  def _merge(self, other: Any) -> None:
     self.images += other.images
     self.loss += other.loss
     self.ranks = max(self.ranks, other.ranks)

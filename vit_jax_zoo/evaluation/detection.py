@@ -76,10 +76,7 @@ class DetectionEvaluator(Evaluator):
       found = {k: np.asarray(predictions[k][row]) for k in ("boxes_xyxy", "labels", "scores")}
       self.images.append(self._image(truth, found, sizes[row]))
 
-  def merge(self, other: Evaluator) -> None:
-    """Takes over another evaluator's images."""
-    if not isinstance(other, DetectionEvaluator):
-      raise TypeError(f"cannot merge a {type(other).__name__} into a DetectionEvaluator")
+  def _merge(self, other: Any) -> None:
     self.images += other.images
 
   def result(self) -> dict[str, float]:

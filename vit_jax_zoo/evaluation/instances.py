@@ -8,7 +8,6 @@ import numpy as np
 from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import Bool
 
-from vit_jax_zoo.evaluation.base import Evaluator
 from vit_jax_zoo.evaluation.detection import DetectionEvaluator
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
@@ -80,11 +79,8 @@ class InstanceEvaluator(DetectionEvaluator):
     found = iter(encode_masks(pasted))
     return [next(found) if exists else empty for exists in there]
 
-  def merge(self, other: Evaluator) -> None:
-    """Takes over another evaluator's images."""
-    if not isinstance(other, InstanceEvaluator):
-      raise TypeError(f"cannot merge a {type(other).__name__} into an InstanceEvaluator")
-    super().merge(other)
+  def _merge(self, other: Any) -> None:
+    super()._merge(other)
     self.truths += other.truths
     self.finds += other.finds
 

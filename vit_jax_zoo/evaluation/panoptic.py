@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from vit_jax_zoo.evaluation.base import Evaluator
 from vit_jax_zoo.evaluation.instances import InstanceEvaluator
 
 VOID = -1
@@ -284,12 +283,9 @@ class PanopticEvaluator(InstanceEvaluator):
         )
         self.quality.add(truth, found)
 
-  def merge(self, other: Evaluator) -> None:
-    """Takes over another evaluator's images; no image may be in both."""
-    if not isinstance(other, PanopticEvaluator):
-      raise TypeError(f"cannot merge a {type(other).__name__} into a PanopticEvaluator")
-    super().merge(other)
-    self.quality.merge(other.quality)
+  def _merge(self, other: Any) -> None:
+    super()._merge(other)
+    self.quality.merge(other.quality)  # no image may be in both
 
   def result(self) -> dict[str, float]:
     """Returns the scores by name: of boxes, masks, and "pq", "sq", "rq", of things and stuff."""

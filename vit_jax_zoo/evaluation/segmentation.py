@@ -63,10 +63,7 @@ class SegmentationEvaluator(Evaluator):
       self.confusion += self._count(truths[row, :height, :width], found[row, :height, :width])
       self.images += 1
 
-  def merge(self, other: Evaluator) -> None:
-    """Adds another evaluator's counts."""
-    if not isinstance(other, SegmentationEvaluator):
-      raise TypeError(f"cannot merge a {type(other).__name__} into a SegmentationEvaluator")
+  def _merge(self, other: Any) -> None:
     self.confusion += other.confusion
     self.images += other.images
 

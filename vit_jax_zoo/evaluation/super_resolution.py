@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Num
 from skimage import metrics
 
-from vit_jax_zoo.evaluation.base import Evaluator
+from vit_jax_zoo.evaluation.base import MeanEvaluator
 from vit_jax_zoo.ops.picture_quality import psnr_y, ssim_y
 
 SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
@@ -36,7 +36,7 @@ def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) ->
   }
 
 
-class SuperResolutionEvaluator(Evaluator):
+class SuperResolutionEvaluator(MeanEvaluator):
   """Averages the scores of pictures, each of which weighs the same.
 
   Scores: `SCORES`; the same of the bicubic enlargements, as "bicubic_psnr", ...; "psnr_gain", by
@@ -44,10 +44,6 @@ class SuperResolutionEvaluator(Evaluator):
   references, too, their scores as "wrong_reference_psnr", ...; and "reference_gain", by how much
   the PSNR with the true ones is better.
   """
-
-  def __init__(self) -> None:
-    self.images = 0
-    self.sums: dict[str, float] = {}
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Takes one batch.
@@ -66,24 +62,16 @@ class SuperResolutionEvaluator(Evaluator):
       rivals = {"": predictions["image"], "bicubic_": batch["upsampled_image"]}
       if "wrong_reference_image" in predictions:
         rivals["wrong_reference_"] = predictions["wrong_reference_image"]
-      for prefix, images in rivals.items():
-        for name, value in score(np.asarray(images[i]), truth).items():
-          self.sums[prefix + name] = self.sums.get(prefix + name, 0.0) + value
-      self.images += 1
-
-  def merge(self, other: Evaluator) -> None:
-    """Adds another evaluator's sums to these."""
-    if not isinstance(other, SuperResolutionEvaluator):
-      raise TypeError(f"cannot merge a {type(other).__name__} into a SuperResolutionEvaluator")
-    self.images += other.images
-    for name, total in other.sums.items():
-      self.sums[name] = self.sums.get(name, 0.0) + total
+      scores = {
+        prefix + name: value
+        for prefix, images in rivals.items()
+        for name, value in score(np.asarray(images[i]), truth).items()
+      }
+      self.count(1, scores)
 
   def result(self) -> dict[str, float]:
     """Returns the scores by name; PSNR in dB."""
-    if not self.images:
-      raise ValueError("no image was evaluated; is the evaluation split empty?")
-    means = {name: total / self.images for name, total in self.sums.items()}
+    means = self.means()
     gains = {"psnr_gain": means["psnr"] - means["bicubic_psnr"]}
     if "wrong_reference_psnr" in means:
       gains["reference_gain"] = means["psnr"] - means["wrong_reference_psnr"]
