@@ -19,6 +19,7 @@ from vit_jax_zoo.layers.pyramid_interactions import (
 )
 from vit_jax_zoo.weights import fpt_pt
 from vit_jax_zoo.weights.table import read
+from vit_jax_zoo.weights.torch_layouts import batch_norm_rows
 
 
 def nhwc(array):
@@ -80,7 +81,7 @@ def official_module(name, config):
   rendering = "november_2020" if "nov" in name else "head"
   rows = fpt_pt.render_rows(name, "m")
   if config.get("upsample"):  # the strided convolution under another norm's name
-    rows += fpt_pt._norm_rows(f"{name}.bn_upsample", "m/added_norm")
+    rows += batch_norm_rows(f"{name}.bn_upsample", "m/added_norm")
   return official.OfficialRenderingTransformer(32, rendering), rows
 
 

@@ -20,7 +20,7 @@ from etils import epath
 
 from vit_jax_zoo.weights import lambda_resnet_timm, rcnn_detectron, resnet_torchvision, table
 from vit_jax_zoo.weights.published import read_published
-from vit_jax_zoo.weights.table import Flat, Row, WeightsError
+from vit_jax_zoo.weights.table import STATISTICS, Flat, Row, WeightsError
 
 _BODY = "Conv_Body.conv_body."
 _BLOB = re.compile(r"conv1_w|res_conv1_bn_[sb]|res\d_\d+_branch\w+?(_w|_bn_[sb])")
@@ -70,12 +70,11 @@ def _caffe(arrays: Flat, ignore: Sequence[str]) -> tuple[Flat, Sequence[Row], Se
 
 def _in_any_norm(rows: Sequence[Row]) -> list[Row]:
   """Adds to the rows of a trained norm's scale and bias those of a frozen one, and the reverse."""
-  statistics = rcnn_detectron.STATISTICS
   found = list(rows)
   for row in rows:
     if re.search(r"norm\w*/(scale|bias)$", row.ours):
-      is_frozen = row.ours.startswith(statistics)
-      ours = row.ours.removeprefix(statistics) if is_frozen else statistics + row.ours
+      is_frozen = row.ours.startswith(STATISTICS)
+      ours = row.ours.removeprefix(STATISTICS) if is_frozen else STATISTICS + row.ours
       found.append(Row(row.published, ours, row.transform))
   return found
 

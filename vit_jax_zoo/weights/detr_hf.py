@@ -38,6 +38,7 @@ from vit_jax_zoo.weights.torch_layouts import (
   FROM_HEADS,
   HEADS_BIAS,
   TO_HEADS,
+  batch_counters,
   contiguous,
   layer_rows,
   norm_rows,
@@ -231,9 +232,7 @@ def state_dict(variables: Mapping[str, np.ndarray], *, timm: bool = False) -> Fl
   masks = any(path.startswith("mask_head/") for path in variables)
   published = write(variables, table(timm=timm, masks=masks))
   if timm:  # timm's class is built with counters, and only these are not frozen away
-    shortcuts = [key for key in published if key.endswith(".downsample.1.running_mean")]
-    counters = (key.replace("running_mean", "num_batches_tracked") for key in shortcuts)
-    published |= {key: np.zeros((), np.int64) for key in counters}
+    published |= batch_counters(key for key in published if ".downsample.1." in key)
   return contiguous(published)
 
 

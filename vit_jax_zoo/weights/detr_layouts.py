@@ -7,6 +7,7 @@ from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preproce
 from vit_jax_zoo.weights.table import Row, WeightsError
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
+  COUNTER,
   HEADS_BIAS,
   TO_HEADS,
   layer_rows,
@@ -63,7 +64,7 @@ def ignored(prefix: str) -> tuple[str, ...]:
 
   A detector may be taken out of a model with masks, whose inner DETR's keys have the prefix.
   """
-  counters = r".*\.num_batches_tracked"
+  counters = rf".*\.{COUNTER}"
   return (counters, *_MASK_KEYS) if prefix else (counters,)
 
 

@@ -12,6 +12,7 @@ Paths of parameters stand below `params`; those of running statistics begin with
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,9 +22,26 @@ import numpy as np
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.published import Published, read_published
-from vit_jax_zoo.weights.table import Array, Flat, Row, Transform, WeightsError, read, write
+from vit_jax_zoo.weights.table import (
+  STATISTICS,
+  Array,
+  Flat,
+  Row,
+  Transform,
+  WeightsError,
+  read,
+  write,
+)
 from vit_jax_zoo.weights.torch_file import write_torch
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, write_safetensors
+from vit_jax_zoo.weights.torch_layouts import (
+  CONVOLUTION,
+  COUNTER,
+  batch_counters,
+  batch_norm_rows,
+  contiguous,
+  layer_rows,
+  write_safetensors,
+)
 
 FINEST = 2
 """The file counts its levels from p2."""
@@ -32,9 +50,7 @@ LEVELS = 4
 BODY = "Conv_Body."
 """What the keys begin with in a whole detector."""
 
-STATISTICS = "batch_stats/"
-_COUNTER = "num_batches_tracked"
-IGNORE = (rf".*\.{_COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
+IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
 """Counters; the second names of shared convolutions, which are compared; and what a file of HEAD
 has beyond the rendering of before November 2020, where that is asked for."""
 
@@ -48,33 +64,20 @@ POINTWISE = Transform(_read_pointwise, lambda array: array.T[:, :, None, None])
 """A 1x1 convolution, [out in 1 1] <-> [in out]."""
 
 
-def _conv_rows(published: str, ours: str, transform: Transform = POINTWISE) -> list[Row]:
-  return [
-    Row(f"{published}.weight", f"{ours}/kernel", transform),
-    Row(f"{published}.bias", f"{ours}/bias"),
-  ]
-
-
-def _norm_rows(published: str, ours: str) -> list[Row]:
-  return [
-    Row(f"{published}.weight", f"{ours}/scale"),
-    Row(f"{published}.bias", f"{ours}/bias"),
-    Row(f"{published}.running_mean", f"{STATISTICS}{ours}/mean"),
-    Row(f"{published}.running_var", f"{STATISTICS}{ours}/var"),
-  ]
+_conv_rows = functools.partial(layer_rows, transform=POINTWISE)
 
 
 def self_rows(published: str, ours: str) -> list[Row]:
   """Rows of an `OfficialSelfTransformer`; `conv` transforms come after deeper ones of that name."""
   return [
     Row(f"{published}.conv_qs.0.weight", f"{ours}/query_key_conv/kernel", CONVOLUTION),
-    *_norm_rows(f"{published}.conv_qs.1", f"{ours}/query_key_norm"),
+    *batch_norm_rows(f"{published}.conv_qs.1", f"{ours}/query_key_norm"),
     *_conv_rows(f"{published}.conv_qs", f"{ours}/query_key"),
     *_conv_rows(f"{published}.conv_qs.3", f"{ours}/query_key"),
     *_conv_rows(f"{published}.conv_vs", f"{ours}/value"),
     Row(f"{published}.attention.weight", f"{ours}/mixture"),
     *_conv_rows(f"{published}.conv", f"{ours}/out"),
-    *_norm_rows(f"{published}.norm_layer", f"{ours}/norm"),
+    *batch_norm_rows(f"{published}.norm_layer", f"{ours}/norm"),
   ]
 
 
@@ -88,19 +91,19 @@ def ground_rows(published: str, ours: str) -> list[Row]:
     Row(f"{published}.W_f.0.bias", f"{ours}/pair_bias"),
     *_conv_rows(f"{published}.W_z.0", f"{ours}/out"),
     *_conv_rows(f"{published}.W_z", f"{ours}/out"),
-    *_norm_rows(f"{published}.W_z.1", f"{ours}/norm"),
+    *batch_norm_rows(f"{published}.W_z.1", f"{ours}/norm"),
   ]
 
 
 def render_rows(published: str, ours: str) -> list[Row]:
   """Rows of an `OfficialRenderingTransformer`; the code calls the gate's norm `bn_low`."""
   return [
-    *_conv_rows(f"{published}.conv3x3", f"{ours}/refine", CONVOLUTION),
-    *_norm_rows(f"{published}.bn_high", f"{ours}/refine_norm"),
+    *_conv_rows(f"{published}.conv3x3", f"{ours}/refine", transform=CONVOLUTION),
+    *batch_norm_rows(f"{published}.bn_high", f"{ours}/refine_norm"),
     *_conv_rows(f"{published}.conv1x1", f"{ours}/gate"),
-    *_norm_rows(f"{published}.bn_low", f"{ours}/gate_norm"),
-    *_conv_rows(f"{published}.str_conv3x3", f"{ours}/halve", CONVOLUTION),
-    *_norm_rows(f"{published}.bn_reduction", f"{ours}/added_norm"),
+    *batch_norm_rows(f"{published}.bn_low", f"{ours}/gate_norm"),
+    *_conv_rows(f"{published}.str_conv3x3", f"{ours}/halve", transform=CONVOLUTION),
+    *batch_norm_rows(f"{published}.bn_reduction", f"{ours}/added_norm"),
     *_conv_rows(f"{published}.conv_reduction", f"{ours}/reduce"),
     *_conv_rows(f"{published}.conv_cat", f"{ours}/concat"),
   ]
@@ -109,9 +112,9 @@ def render_rows(published: str, ours: str) -> list[Row]:
 def _join_rows(published: str, ours: str) -> list[Row]:
   """Rows of a lateral or joining convolution, alone or in front of a norm."""
   return [
-    *_conv_rows(f"{published}.0", ours, CONVOLUTION),
-    *_norm_rows(f"{published}.1", f"{ours}_norm"),
-    *_conv_rows(published, ours, CONVOLUTION),
+    *_conv_rows(f"{published}.0", ours, transform=CONVOLUTION),
+    *batch_norm_rows(f"{published}.1", f"{ours}_norm"),
+    *_conv_rows(published, ours, transform=CONVOLUTION),
   ]
 
 
@@ -256,9 +259,7 @@ def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "")
   with_norm = f"{ours}join_0_norm/scale" in own
   published = write(own, neck_rows(prefix, ours, with_norm=with_norm))
   again = {k.replace(".conv_qs.", ".conv_ks."): a for k, a in published.items() if ".conv_qs." in k}
-  counted = [key for key in published if key.endswith(".running_mean")]
-  counters = {key.replace("running_mean", _COUNTER): np.zeros((), np.int64) for key in counted}
-  return {**published, **again, **counters}
+  return {**published, **again, **batch_counters(published)}
 
 
 def write_checkpoint(path: str, export: Export) -> None:

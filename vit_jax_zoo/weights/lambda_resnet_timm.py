@@ -17,11 +17,18 @@ from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.weights.published import Published
 from vit_jax_zoo.weights.sizes import outputs_of, side
-from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError, read, write
-from vit_jax_zoo.weights.torch_layouts import contiguous
-
-_STATISTICS = "batch_stats/"
-_COUNTER = "num_batches_tracked"
+from vit_jax_zoo.weights.table import (
+  KEEP,
+  STATISTICS,
+  Array,
+  Flat,
+  Row,
+  Transform,
+  WeightsError,
+  read,
+  write,
+)
+from vit_jax_zoo.weights.torch_layouts import COUNTER, batch_counters, batch_norm_rows, contiguous
 
 
 def _transposed(*axes: int) -> Transform:
@@ -55,18 +62,9 @@ TABLE_OF_OFFSETS = Transform(
 """A relative position table, [h w k] <-> [h w 1 k]."""
 
 
-def _norm_rows(published: str, ours: str) -> list[Row]:
-  return [
-    Row(f"{published}.weight", f"{ours}/scale"),
-    Row(f"{published}.bias", f"{ours}/bias"),
-    Row(f"{published}.running_mean", f"{_STATISTICS}{ours}/mean"),
-    Row(f"{published}.running_var", f"{_STATISTICS}{ours}/var"),
-  ]
-
-
 def _conv_norm_rows(published: str, ours: str) -> list[Row]:
   convolution = Row(f"{published}.conv.weight", f"{ours}/conv/kernel", CONVOLUTION)
-  return [convolution, *_norm_rows(f"{published}.bn", f"{ours}/norm")]
+  return [convolution, *batch_norm_rows(f"{published}.bn", f"{ours}/norm")]
 
 
 def _stage_rows(stage: int) -> list[Row]:
@@ -79,10 +77,10 @@ def _stage_rows(stage: int) -> list[Row]:
     ("shortcut", "shortcut"),
   ):
     rows += _conv_norm_rows(f"{theirs}.{name}", f"{ours}/{our_name}")
-  rows += _norm_rows(f"{theirs}.post_attn", f"{ours}/lambda_norm")
+  rows += batch_norm_rows(f"{theirs}.post_attn", f"{ours}/lambda_norm")
   theirs, ours = f"{theirs}.self_attn", f"{ours}/lambda_layer"
-  rows += _norm_rows(f"{theirs}.norm_q", f"{ours}/query_norm")
-  rows += _norm_rows(f"{theirs}.norm_v", f"{ours}/value_norm")
+  rows += batch_norm_rows(f"{theirs}.norm_q", f"{ours}/query_norm")
+  rows += batch_norm_rows(f"{theirs}.norm_v", f"{ours}/value_norm")
   return [
     *rows,
     Row(f"{theirs}.qkv.weight", f"{ours}/qkv/kernel", POINTWISE),
@@ -115,8 +113,7 @@ RELATIVE_TABLE = _table(has_scope=False)
 """Relative position tables: lambda_resnet26rpt_256."""
 
 
-IGNORE = (rf".*\.{_COUNTER}",)
-"""PyTorch's counters of batches, which batch norm with a fixed momentum never reads."""
+IGNORE = (rf".*\.{COUNTER}",)
 
 
 def is_of(arrays: Mapping[str, Array]) -> bool:
@@ -253,8 +250,8 @@ def read_variables(
   flat = read(published, table_of(published), shapes, source=source, ignore=IGNORE)
   tree: dict[str, Any] = {"params": {}, "batch_stats": {}}
   for path, array in flat.items():
-    collection = "batch_stats" if path.startswith(_STATISTICS) else "params"
-    tree[collection][path.removeprefix(_STATISTICS)] = array
+    collection = "batch_stats" if path.startswith(STATISTICS) else "params"
+    tree[collection][path.removeprefix(STATISTICS)] = array
   return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in tree.items()}
 
 
@@ -273,9 +270,7 @@ def write_flat(flat: Mapping[str, Array]) -> Flat:
   """Returns variables by path as timm's state dict; see `write_variables`."""
   has_scope = any(path.endswith("/position_bias") for path in flat)
   published = write(flat, TABLE if has_scope else RELATIVE_TABLE)
-  counted = [key for key in published if key.endswith(".running_mean")]
-  counters = {key.replace("running_mean", _COUNTER): np.zeros((), np.int64) for key in counted}
-  return {**published, **counters}
+  return {**published, **batch_counters(published)}
 
 
 def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
@@ -351,4 +346,4 @@ def table_of(published: Mapping[str, Array]) -> tuple[Row, ...]:
 def _flatten(variables: Mapping[str, Any]) -> dict[str, Any]:
   params = traverse_util.flatten_dict(variables["params"], sep="/")
   statistics = traverse_util.flatten_dict(variables["batch_stats"], sep="/")
-  return {**params, **{_STATISTICS + path: leaf for path, leaf in statistics.items()}}
+  return {**params, **{STATISTICS + path: leaf for path, leaf in statistics.items()}}

@@ -8,10 +8,9 @@ from absl import logging
 from flax import traverse_util
 
 from vit_jax_zoo.weights import backbones, fpt_pt, hub, table
-from vit_jax_zoo.weights.table import Flat, Row
+from vit_jax_zoo.weights.table import STATISTICS, Flat, Row
 from vit_jax_zoo.weights.vgg_torchvision import find_vgg, load_vgg
 
-_STATISTICS = "batch_stats/"
 _READERS: Mapping[str, Callable[[str, Mapping[str, tuple[int, ...]]], Flat]] = {
   "backbone": backbones.read_backbone,
   "neck": fpt_pt.read_neck,
@@ -109,6 +108,6 @@ def _part_of(
   for name in ("params", "batch_stats"):
     tree = variables.get(name, {})
     own |= traverse_util.flatten_dict(tree if is_whole else tree.get(part, {}), sep="/")
-  rows = [Row(path.removeprefix(_STATISTICS), path) for path in shapes]
+  rows = [Row(path.removeprefix(STATISTICS), path) for path in shapes]
   ignore = (r"head/.*",) if is_whole else ()
   return table.read(own, rows, shapes, source=f"the run that {part}_file names", ignore=ignore)

@@ -19,10 +19,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, norm_rows
+from vit_jax_zoo.weights.table import KEEP, STATISTICS, Array, Flat, Row, Transform
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, layer_rows, norm_rows
 
-STATISTICS = "batch_stats/"
 IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
 """Of RGB images, for `normalize_images`."""
 IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
@@ -78,21 +77,13 @@ def flattened_crops(side: int) -> Transform:
   return Transform(read_array, write_array)
 
 
-def _layer(published: str, ours: str, transform: Transform, bias: Transform = KEEP) -> list[Row]:
-  return [
-    Row(f"{published}.weight", f"{ours}/kernel", transform),
-    Row(f"{published}.bias", f"{ours}/bias", bias),
-  ]
-
-
 def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone/") -> list[Row]:
   """Rows of Caffe's ResNet, whose norms are only scales and biases: see `unfold_norms`."""
 
   def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
     return [
       Row(f"{published}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
-      Row(f"{published}{norm}.weight", f"{STATISTICS}{ours}{path}/norm/scale"),
-      Row(f"{published}{norm}.bias", f"{STATISTICS}{ours}{path}/norm/bias"),
+      *norm_rows(f"{published}{norm}", f"{STATISTICS}{ours}{path}/norm"),
       Row(f"{published}{norm}.running_mean", f"{STATISTICS}{ours}{path}/norm/mean"),
       Row(f"{published}{norm}.running_var", f"{STATISTICS}{ours}{path}/norm/var"),
     ]
@@ -111,9 +102,9 @@ def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone
 def proposal_rows() -> list[Row]:
   """Rows of the first stage."""
   return [
-    *_layer("RPN.FPN_RPN_conv", "proposal_head/conv", CONVOLUTION),
-    *_layer("RPN.FPN_RPN_cls_score", "proposal_head/objectness", CONVOLUTION),
-    *_layer("RPN.FPN_RPN_bbox_pred", "proposal_head/deltas", CONVOLUTION),
+    *layer_rows("RPN.FPN_RPN_conv", "proposal_head/conv", CONVOLUTION),
+    *layer_rows("RPN.FPN_RPN_cls_score", "proposal_head/objectness", CONVOLUTION),
+    *layer_rows("RPN.FPN_RPN_bbox_pred", "proposal_head/deltas", CONVOLUTION),
   ]
 
 
@@ -122,15 +113,15 @@ def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -
   crops, ours = flattened_crops(pool_size), "box_head"
   if not num_convs:
     return [
-      *_layer(f"{prefix}.fc1.{{l}}.0", f"{ours}/first_{{l}}", crops),
+      *layer_rows(f"{prefix}.fc1.{{l}}.0", f"{ours}/first_{{l}}", crops),
       *norm_rows(f"{prefix}.fc1.{{l}}.1", f"{ours}/first_{{l}}_norm"),
-      *_layer(f"{prefix}.fc2.0", f"{ours}/dense_1", DENSE),
+      *layer_rows(f"{prefix}.fc2.0", f"{ours}/dense_1", DENSE),
       *norm_rows(f"{prefix}.fc2.1", f"{ours}/dense_1_norm"),
     ]
   rows = [
     Row(f"{prefix}.conv1_head.{{l}}.0.weight", f"{ours}/first_{{l}}/kernel", CONVOLUTION),
     *norm_rows(f"{prefix}.conv1_head.{{l}}.1", f"{ours}/first_{{l}}_norm"),
-    *_layer(f"{prefix}.fc", f"{ours}/dense_0", crops),
+    *layer_rows(f"{prefix}.fc", f"{ours}/dense_0", crops),
   ]
   for i in range(1, num_convs):
     place = 3 * (i - 1)  # convolution, norm, ReLU
@@ -143,8 +134,8 @@ def output_rows() -> list[Row]:
   """Rows of the second stage's classes and boxes."""
   classes, boxes = background_last(DENSE), background_last(DENSE, 4)
   return [
-    *_layer("Box_Outs.cls_score", "box_outputs/logits", classes, background_last(KEEP)),
-    *_layer("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
+    *layer_rows("Box_Outs.cls_score", "box_outputs/logits", classes, background_last(KEEP)),
+    *layer_rows("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
   ]
 
 
@@ -169,9 +160,9 @@ def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
   classes = background_last(CONVOLUTION)
   return [
     *rows,
-    *_layer(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
-    *_layer(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
-    *_layer("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
+    *layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
+    *layer_rows(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
+    *layer_rows("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
   ]
 
 

@@ -26,6 +26,7 @@ from vit_jax_zoo.weights.table import KEEP, Row, WeightsError, write
 from vit_jax_zoo.weights.torch_file import write_torch
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
+  COUNTER,
   DENSE,
   contiguous,
   layer_rows,
@@ -119,7 +120,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     preprocess=PREPROCESS,
     task="instance_detection",
     task_fields={"class_names": NAMES} if is_coco else {},
-    ignore=(r".*\.num_batches_tracked",),
+    ignore=(rf".*\.{COUNTER}",),
     heads=("box_outputs/", "mask_head/logits/"),
   )
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.weights.table import Row, WeightsError
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION
+from vit_jax_zoo.weights.table import STATISTICS, Row, WeightsError
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, COUNTER, batch_norm_rows, norm_rows
 
-STATISTICS = "batch_stats/"
-IGNORE = (r"(.*\.)?num_batches_tracked", r"fc\.(weight|bias)", r"classifier\.1\.(weight|bias)")
+IGNORE = (rf"(.*\.)?{COUNTER}", r"fc\.(weight|bias)", r"classifier\.1\.(weight|bias)")
 """Regular expressions of keys that no backbone has a place for."""
 
 
@@ -78,13 +77,9 @@ def _conv_norm_rows(prefix: str, names: tuple[str, str], ours: str) -> list[Row]
   convolution, norm = (prefix + name for name in names)
   return [
     Row(f"{convolution}.weight", f"{ours}/conv/kernel", CONVOLUTION),
-    # Parameters of a trained norm, statistics of a frozen one.
-    Row(f"{norm}.weight", f"{ours}/norm/scale"),
-    Row(f"{norm}.weight", f"{STATISTICS}{ours}/norm/scale"),
-    Row(f"{norm}.bias", f"{ours}/norm/bias"),
-    Row(f"{norm}.bias", f"{STATISTICS}{ours}/norm/bias"),
-    Row(f"{norm}.running_mean", f"{STATISTICS}{ours}/norm/mean"),
-    Row(f"{norm}.running_var", f"{STATISTICS}{ours}/norm/var"),
+    # Scale and bias are parameters of a trained norm, and statistics of a frozen one.
+    *batch_norm_rows(norm, f"{ours}/norm"),
+    *norm_rows(norm, f"{STATISTICS}{ours}/norm"),
   ]
 
 

@@ -26,6 +26,8 @@ from flax import traverse_util
 Array = np.ndarray
 Flat = dict[str, Array]
 
+STATISTICS = "batch_stats/"
+"""What paths begin with that are no parameters, but running statistics."""
 _MAX_NAMED = 3
 """So many arrays are named where all have the same fault."""
 

@@ -3,13 +3,25 @@
 import math
 import shutil
 import tempfile
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vit_jax_zoo.weights.table import KEEP, Array, Flat, Row, Transform, WeightsError
+from vit_jax_zoo.weights.table import (
+  KEEP,
+  STATISTICS,
+  Array,
+  Flat,
+  Row,
+  Transform,
+  WeightsError,
+)
+
+COUNTER = "num_batches_tracked"
+"""PyTorch counts batches, which batch norm with a fixed momentum never reads."""
 
 
 def _read_convolution(array: Array, _: tuple[int, ...]) -> Array:
@@ -51,6 +63,22 @@ def layer_rows(
 def norm_rows(published: str, ours: str) -> list[Row]:
   """Rows of a norm's scale and bias."""
   return [Row(f"{published}.weight", f"{ours}/scale"), Row(f"{published}.bias", f"{ours}/bias")]
+
+
+def batch_norm_rows(published: str, ours: str) -> list[Row]:
+  """Rows of a batch norm: its scale and bias, and its running statistics."""
+  return [
+    *norm_rows(published, ours),
+    Row(f"{published}.running_mean", f"{STATISTICS}{ours}/mean"),
+    Row(f"{published}.running_var", f"{STATISTICS}{ours}/var"),
+  ]
+
+
+def batch_counters(published: Iterable[str]) -> Flat:
+  """Returns the counters that belong to a file's batch norms, of which `published` has keys: 0."""
+  mean = "running_mean"
+  norms = (key.removesuffix(mean) for key in published if key.endswith(f".{mean}"))
+  return {f"{norm}{COUNTER}": np.zeros((), np.int64) for norm in norms}
 
 
 def read_safetensors(path: str) -> Flat:
