@@ -34,7 +34,7 @@ def subtitle(figure):
 def test_a_batch_has_its_labels(images):
   figure = draw_batch(images, np.array([0, 1, 2, 1, 0]), NAMES)
   assert isinstance(figure, Figure)
-  assert figure.get_suptitle() == "Training batch"
+  assert figure.texts[0].get_text() == "Training batch"
   assert subtitle(figure) == "5 of 5 images, 8 × 8 pixels"
   assert captions(figure) == ["cat", "dog", "a very long name…", "dog", "cat"]
   assert figure.axes[0].images[0].get_interpolation() == "nearest"

@@ -11,6 +11,7 @@ from vit_jax_zoo.evaluation.instances import encode_masks, original_masks
 from vit_jax_zoo.evaluation.panoptic import Segmentation, found_segments
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_files import box_annotation
+from vit_jax_zoo.ops.names import name_of
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.panoptic import paint_segments
 from vit_jax_zoo.visualize.query_attention import draw_query_attention
@@ -98,7 +99,7 @@ class DetectionPredictor:
   def _draw(self, image: Image, found: dict[str, np.ndarray], sure: np.ndarray) -> Figure:
     labels = found["labels"][0][sure]
     names = [
-      f"{draw.name_of(label, self._task.class_names)} {score:.0%}"
+      f"{name_of(label, self._task.class_names)} {score:.0%}"
       for label, score in zip(labels, found["scores"][0][sure], strict=True)
     ]
     figure, axes = draw.grid(1, 1, f"{len(sure)} found at {self._options.threshold:.0%} or more")

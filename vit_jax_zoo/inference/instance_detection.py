@@ -12,6 +12,7 @@ from vit_jax_zoo.evaluation.instances import encode_masks
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_files import box_annotation
 from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.ops.names import name_of
 from vit_jax_zoo.visualize import detection as draw
 from vit_jax_zoo.visualize.instances import draw_found_masks
 
@@ -83,7 +84,7 @@ class InstancePredictor:
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
     names = [
-      f"{draw.name_of(label, self._task.class_names)} {score:.0%}"
+      f"{name_of(label, self._task.class_names)} {score:.0%}"
       for label, score in zip(labels, scores, strict=True)
     ]
     draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # the surest on top

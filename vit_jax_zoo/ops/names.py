@@ -1,9 +1,10 @@
-"""Names that are not known, in one line with the nearest known one and the list; long ones."""
+"""Names that are not known, in one line with the nearest known one and the list; of classes."""
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
-from typing import Any
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsIndex
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
@@ -55,6 +56,12 @@ def part_fields(part: str, kind: type, given: Mapping[str, Any] | None) -> dict[
   """
   check_names(f"field of {part}", given or (), field_names(kind))
   return dict(given or {})
+
+
+def name_of(index: SupportsIndex, class_names: Sequence[str]) -> str:
+  """Returns a class's name, or its id where it has none."""
+  number = operator.index(index)
+  return class_names[number] if number < len(class_names) else str(number)
 
 
 def shorten(name: str, length: int) -> str:

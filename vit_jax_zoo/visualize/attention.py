@@ -17,8 +17,8 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from vit_jax_zoo.ops.names import shorten
+from vit_jax_zoo.visualize.title import MARGIN, write_title
 
-QUIET = "#555555"
 SMALL = 64  # pixels; below, single pixels are shown
 
 
@@ -44,15 +44,15 @@ def draw_attention(
   shown = min(len(images), max_images)
   if not shown:
     raise ValueError("there is no image to draw")
-  margin, across = 0.3, 1.45 * shown  # inches
-  width = max(across + 2 * margin, 4.5)  # so that the subtitle has room over a single image
+  across = 1.45 * shown  # inches
+  width = max(across + 2 * MARGIN, 4.5)  # so that the subtitle has room over a single image
   figure = Figure(figsize=(width, 4.2), dpi=110)
   axes = figure.subplots(2, shown, squeeze=False)
   figure.subplots_adjust(
-    left=margin / width, right=(margin + across) / width, top=0.8, bottom=0.09, wspace=0.08,
+    left=MARGIN / width, right=(MARGIN + across) / width, top=0.8, bottom=0.09, wspace=0.08,
     hspace=0.08,
   )  # fmt: skip
-  _write_title(figure, title, subtitle)
+  write_title(figure, title, subtitle)
   for i in range(shown):
     image = _to_rgb(images[i])
     light = _enlarge(maps[i] / max(float(maps[i].max()), 1e-12), image.shape[:2])
@@ -86,7 +86,7 @@ def draw_lambdas(
   figure = Figure(figsize=(max(1.75 * (len(shown) + 1) + 0.5, 4.5), 2.75), dpi=110)
   axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
   figure.subplots_adjust(left=0.03, right=0.97, top=0.66, bottom=0.1, wspace=0.1)
-  _write_title(
+  write_title(
     figure, title, "norm of each position's lambda, each layer from its least to its most"
   )
   picture = _to_rgb(image)
@@ -127,7 +127,7 @@ def draw_heads(
   sides = (cell * heads, cell * len(chosen))
   width, height = max(1.4 + 0.65 + sides[0] + 0.25, 4.8), max(sides[1], 1.2) + 1.15
   figure = Figure(figsize=(width, height), dpi=110)
-  _write_title(figure, title, subtitle)
+  write_title(figure, title, subtitle)
   top = height - 0.95
   left = figure.add_axes((0.3 / width, (top - 1.1) / height, 1.1 / width, 1.1 / height))
   _show(left, _to_rgb(image).astype(np.uint8))
@@ -171,7 +171,7 @@ def draw_position_similarity(
   figure = Figure(figsize=(width, height), dpi=110)
   sides = (tile * len(columns) / width, tile * len(rows) / height)
   ax = figure.add_axes((left / width, below / height, *sides))
-  _write_title(figure, title, f"a tile for each of {grid[0]} × {grid[1]} patches")
+  write_title(figure, title, f"a tile for each of {grid[0]} × {grid[1]} patches")
   shown = draw_mosaic(ax, similarity[::stride, ::stride], cmap="RdBu_r", vmin=-1, vmax=1)
   ax.set_yticklabels([str(row + 1) for row in rows], fontsize=8)
   ax.set_xticklabels([str(column + 1) for column in columns], fontsize=8)
@@ -276,10 +276,3 @@ def _frame(ax: Axes) -> None:
   ax.set(xticks=[], yticks=[])
   for spine in ax.spines.values():
     spine.set_visible(False)
-
-
-def _write_title(figure: Figure, title: str, subtitle: str) -> None:
-  width, height = figure.get_size_inches()
-  left = 0.3 / width
-  figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=13, weight="bold")
-  figure.text(left, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET)

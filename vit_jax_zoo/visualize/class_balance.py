@@ -8,14 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.ops.names import shorten
+from vit_jax_zoo.visualize.title import QUIET
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
 """Of the splits in order; from Okabe and Ito's palette, told apart by every kind of eye."""
 
 MAX_NAMED = 40
 """With more classes, they are sorted by size and not named."""
-
-QUIET = "#555555"
 
 
 def draw_class_balance(

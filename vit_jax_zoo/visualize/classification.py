@@ -13,11 +13,11 @@ from jaxtyping import Integer, Num, Shaped, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.ops.names import shorten
+from vit_jax_zoo.ops.names import name_of, shorten
+from vit_jax_zoo.visualize.title import write_title
 
 RIGHT = "#0072B2"
 WRONG = "#D55E00"
-QUIET = "#555555"
 SMALL = 64  # pixels; below, single pixels are shown
 
 
@@ -43,7 +43,7 @@ def draw_batch(
   height, width = images.shape[1:3]
   cell = _cell_size(images)
   figure, axes = _grid(shown, cell)
-  _write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
+  write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
   for i, ax in enumerate(axes):
     _draw_image(ax, images[i])
     ax.set_xlabel(_describe(labels[i], class_names, int(12.5 * cell)), fontsize=8.5, labelpad=4)
@@ -74,11 +74,11 @@ def draw_predictions(
   correct = np.asarray(predictions["correct"])[:shown, 0]
   cell = _cell_size(images)
   figure, axes = _grid(shown, cell)
-  _write_title(figure, title, f"{int(correct.sum())} of {shown} right")
+  write_title(figure, title, f"{int(correct.sum())} of {shown} right")
   _write_legend(figure)
   for i, ax in enumerate(axes):
     best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
-    name = shorten(_name(best, class_names), int(11.5 * cell) - 8)
+    name = shorten(name_of(best, class_names), int(11.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
     ax.set_xlabel(
@@ -112,7 +112,7 @@ def draw_ranking(
   figure = Figure(figsize=(7.4, max(3.0, 0.42 * len(names) + 1.3)), dpi=110)
   left, right = figure.subplots(1, 2, width_ratios=(1, 1.05))
   figure.subplots_adjust(left=0.03, right=0.95, top=0.84, bottom=0.06, wspace=0.12)
-  _write_title(figure, title or shorten(names[0], 60), "")
+  write_title(figure, title or shorten(names[0], 60), "")
   left.set(xticks=[], yticks=[])
   left.set_anchor("N")
   _draw_image(left, image)
@@ -146,7 +146,7 @@ def draw_confusion(
   image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
   if classes <= 20:
     _write_counts(ax, matrix, shares)
-  _label_classes(ax, [shorten(_name(i, class_names), 18) for i in range(classes)])
+  _label_classes(ax, [shorten(name_of(i, class_names), 18) for i in range(classes)])
   bar = figure.colorbar(image, ax=ax, shrink=0.6, pad=0.02, format="{x:.0%}")
   bar.set_label("share of the row", fontsize=9)
   bar.ax.tick_params(labelsize=8)
@@ -211,15 +211,6 @@ def _grid(count: int, cell: float) -> tuple[Figure, list[Axes]]:
   return figure, axes[:count]
 
 
-def _write_title(figure: Figure, title: str, subtitle: str) -> None:
-  width, height = figure.get_size_inches()
-  left = 0.3 / width
-  figure.suptitle(
-    title, x=left, y=1 - 0.16 / height, ha="left", va="top", fontsize=13, weight="bold"
-  )
-  figure.text(left, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET)
-
-
 def _write_legend(figure: Figure) -> None:
   width, height = figure.get_size_inches()
   for inches, text, color in ((1.1, "✓ right", RIGHT), (0.3, "✗ wrong", WRONG)):
@@ -253,17 +244,13 @@ def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
   """Names the class, or the two heaviest of a row of weights, in lines of `length` characters."""
   weights = np.asarray(label)
   if weights.ndim == 0:
-    return shorten(_name(int(weights), class_names), length)
+    return shorten(name_of(int(weights), class_names), length)
   heaviest = [int(i) for i in np.argsort(-weights, kind="stable")[:2] if weights[i] > 0]
   if not heaviest:
     return "no label"
   if len(heaviest) == 1 or np.all(weights[weights > 0] == 1):
-    return "\n".join(shorten(_name(i, class_names), length) for i in heaviest)
+    return "\n".join(shorten(name_of(i, class_names), length) for i in heaviest)
   total = float(weights.sum())
   return "\n".join(
-    f"{weights[i] / total:.0%} {shorten(_name(i, class_names), length - 4)}" for i in heaviest
+    f"{weights[i] / total:.0%} {shorten(name_of(i, class_names), length - 4)}" for i in heaviest
   )
-
-
-def _name(index: int, class_names: Sequence[str]) -> str:
-  return class_names[index] if index < len(class_names) else str(index)

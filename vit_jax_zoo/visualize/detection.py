@@ -14,10 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from vit_jax_zoo.ops.names import name_of
+
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 DARK = ("#0072B2",)  # of these, what white text is easier to read on
 STYLES = ("-", "--", ":")
-_CELL = 3.2  # inches
+CELL = 3.2  # inches
 
 
 def draw_targets(
@@ -133,7 +135,7 @@ def to_shown(
 def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
   """Returns a figure with a title, and its empty axes [rows columns]."""
   rows = max(rows, 1)
-  figure = Figure(figsize=(_CELL * columns, _CELL * rows + 0.5), dpi=110, layout="constrained")
+  figure = Figure(figsize=(CELL * columns, CELL * rows + 0.5), dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
   axes = figure.subplots(rows, columns, squeeze=False)
   for ax in axes.flat:
@@ -170,8 +172,3 @@ def draw_boxes(
       bbox={"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85},
       annotation_clip=False,
     )  # fmt: skip
-
-
-def name_of(index: int | np.integer, class_names: Sequence[str]) -> str:
-  """Returns a class's name, or its id where it has none."""
-  return class_names[int(index)] if index < len(class_names) else str(index)

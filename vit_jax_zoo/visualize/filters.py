@@ -5,8 +5,8 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.visualize.attention import draw_mosaic
+from vit_jax_zoo.visualize.title import write_title
 
-QUIET = "#555555"
 COLUMNS = 7  # of the ViT paper's figure 7, which has 28 components
 
 
@@ -69,7 +69,5 @@ def draw_filters(
   figure = Figure(figsize=(width, height), dpi=110)
   ax = figure.add_axes((0.3 / width, 0.2 / height, 0.62 * columns / width, 0.62 * rows / height))
   draw_mosaic(ax, tiles)
-  left = 0.3 / width
-  figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=13, weight="bold")
-  figure.text(left, 1 - 0.42 / height, said, ha="left", va="top", fontsize=9.5, color=QUIET)
+  write_title(figure, title, said)
   return figure

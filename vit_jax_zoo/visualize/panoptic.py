@@ -10,6 +10,7 @@ from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.ops.names import name_of
 from vit_jax_zoo.visualize import detection as draw
 
 Segments: TypeAlias = tuple[Int[np.ndarray, "_ _"], Sequence[int] | Int[np.ndarray, " _"]]
@@ -43,7 +44,7 @@ def draw_segments(
       count = len(np.unique(segment_map[segment_map >= 0]))
       ax = next(cells)
       draw.show(ax, paint_segments(image, segment_map))
-      _write_names(ax, segment_map, [draw.name_of(label, class_names) for label in labels])
+      _write_names(ax, segment_map, [name_of(label, class_names) for label in labels])
       ax.set_title(f"{what}: {count}", fontsize=8.5, loc="left")
   return figure
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.ops.names import name_of
 from vit_jax_zoo.visualize import detection as draw
 
 
@@ -42,7 +43,7 @@ def draw_query_attention(
     scores = np.asarray(predictions["scores"][row])
     labels = np.asarray(predictions["labels"][row])[best]
     boxes = np.asarray(predictions["boxes_xyxy"][row])[best] * scale
-    names = [draw.name_of(label, class_names) for label in labels]
+    names = [name_of(label, class_names) for label in labels]
     draw.show(axes[index, 0], image)
     draw.draw_boxes(axes[index, 0], boxes, names, labels)
     for column, query in enumerate(best):

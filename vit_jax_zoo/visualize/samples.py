@@ -10,11 +10,12 @@ from jaxtyping import Int, Integer, Num, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.visualize.title import MARGIN, write_title
+
 MISSING = (236, 236, 240)
 """Colour of pixels that were not given."""
-QUIET = "#555555"
 GAP = 0.06  # inches between pictures
-MARGIN, HEAD = 0.3, 0.95  # inches around the grid, and above it
+HEAD = 0.95  # inches above the grid
 
 
 def draw_completions(
@@ -40,7 +41,7 @@ def draw_completions(
   figure, axes = _grid(shown, count + 2, images.shape[1:3], separate=(1, count + 1))
   draws = "one draw" if count == 1 else f"{count} draws"
   words = f"one image, {draws}" if shown == 1 else f"{shown} images, {draws} of each"
-  _write_title(figure, title, words)
+  write_title(figure, title, words)
   for row, pictures in zip(axes, rows, strict=True):
     for ax, picture in zip(row, pictures, strict=True):
       _show(ax, picture)
@@ -73,7 +74,7 @@ def draw_images(
   columns = columns or max(4, int(np.ceil(np.sqrt(shown))))
   figure, axes = _grid(-(-shown // columns), columns, images.shape[1:3])
   height, width = images.shape[1:3]
-  _write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
+  write_title(figure, title, f"{shown} of {len(images)} images, {width} × {height} pixels")
   for i, ax in enumerate(ax for row in axes for ax in row):
     if i < shown:
       _show(ax, np.clip(np.rint(images[i]), 0, 255).astype(np.uint8))
@@ -116,10 +117,3 @@ def _show(ax: Axes, image: UInt8[np.ndarray, "h w 3"]) -> None:
   ax.set(xticks=[], yticks=[])
   for spine in ax.spines.values():
     spine.set_visible(False)
-
-
-def _write_title(figure: Figure, title: str, subtitle: str) -> None:
-  width, height = figure.get_size_inches()
-  left, top = MARGIN / width, 1 - 0.16 / height
-  figure.text(left, top, title, ha="left", va="top", fontsize=13, weight="bold")
-  figure.text(left, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET)

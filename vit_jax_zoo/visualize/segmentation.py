@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vit_jax_zoo.visualize.detection import COLORS
+from vit_jax_zoo.visualize.title import QUIET
 
 MOST_NAMES = 24
 """So many classes the legend names at most, those with the most pixels first."""
 
 _CELL = 2.6  # inches
-_QUIET = "#555555"
 
 
 def draw_label_maps(
@@ -63,7 +63,7 @@ def draw_label_maps(
       _show(line[2], color_labels(guess, ignore_label))
       _show(line[3], _marked(image, wrong))
       counted = max(int((truth != ignore_label).sum()), 1)
-      line[3].set_xlabel(f"{1 - wrong.sum() / counted:.1%} right", fontsize=9, color=_QUIET)
+      line[3].set_xlabel(f"{1 - wrong.sum() / counted:.1%} right", fontsize=9, color=QUIET)
       seen.append(guess.ravel())
   _legend(figure, np.concatenate(seen) if seen else np.zeros(0, np.int64), class_names)
   return figure

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.ops.picture_quality import psnr_y
+from vit_jax_zoo.visualize.title import QUIET
 
-QUIET = "#555555"
 CELL = 2.1  # inches
 COLUMNS = (
   "small", "bicubic", "ours", "wrong reference", "truth", "reference", "taken from", "trust"
