@@ -14,6 +14,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -37,6 +38,11 @@ def define_flags() -> None:
   flags.DEFINE_string("output", None, "a JSON file to write the plan to")
   flags.DEFINE_bool("all", False, "every recipe of configs/, into docs/PLANS.md")
   flags.DEFINE_string("only", "", "of --all, the rows that have this pattern in their name")
+  flags.DEFINE_enum(
+    "optimization_level", None, ("O0", "O1", "O2", "O3"),
+    "of XLA; O1 compiles convolutions in a third of the time, but the program moves more bytes "
+    "and needs other memory than a run's at the default level",
+  )  # fmt: skip
   flags.DEFINE_integer("time_limit", 3600, "seconds for each row of --all")
   flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
 
@@ -48,7 +54,9 @@ def main(argv: Sequence[str]) -> int:
     argv: the command's name, and what absl has left of its arguments: overrides of config fields.
   """
   if FLAGS.all:
-    return page.compile_all(FLAGS.only, FLAGS.time_limit)
+    return page.compile_all(FLAGS.only, FLAGS.time_limit, FLAGS.optimization_level)
+  if FLAGS.optimization_level:
+    jax.config.update("jax_optimization_level", FLAGS.optimization_level)
   if FLAGS.config is None:
     raise ValueError("--config is missing; try --config=configs/vit.py --platform=cpu")
   if FLAGS.output:  # a compilation may take an hour: what cannot be written is to be known before

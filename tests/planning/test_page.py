@@ -98,3 +98,25 @@ def test_plans_of_processes_at_work_together_are_all_kept(tmp_path, monkeypatch)
     list(pool.map(page.write_page, [{row.key: {"error": "none"}} for row in rows]))
   assert list(json.loads(page.PLANS.read_text())) == [row.key for row in rows]
   assert page.PAGE.read_text() == " ".join(row.key for row in rows)
+
+
+def test_a_quick_plan_stands_until_a_better_one_is_asked_for():
+  row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
+  quick = {row.key: {"digest": page.digest(row), "optimization_level": "O1"}}
+  best = {row.key: {"digest": page.digest(row), "optimization_level": None}}
+  assert page._is_current(row, quick, "O1")
+  assert not page._is_current(row, quick, None)
+  assert page._is_current(row, best, "O1")
+  assert page._is_current(row, best, None)
+
+
+def test_a_quick_plan_bounds_no_run():
+  row = page.rows()[0][0]
+  plan = page._stored()[row.key]
+  cells = dict(zip(page.COLUMNS, page._cells(row, plan), strict=True))
+  quick = page._cells(row, plan | {"optimization_level": "O1"})
+  different = {
+    name: value for name, value in zip(page.COLUMNS, quick, strict=True) if value != cells[name]
+  }
+  blank = dict.fromkeys(("step, at least", "bound by", "days, at least"), "")
+  assert different == {**blank, "compiled in": f"{cells['compiled in']} at O1"}

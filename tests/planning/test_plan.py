@@ -86,6 +86,20 @@ def test_a_plan_as_text_and_as_json(plan):
   assert read["mesh"]["fsdp"] == 8
 
 
+@pytest.mark.multidevice
+def test_a_plan_names_the_level_at_which_it_was_compiled(plan, machine):
+  assert plan.optimization_level is None
+  assert "JAX_OPTIMIZATION_LEVEL" not in report(plan)
+  before = jax.config.jax_optimization_level
+  try:
+    jax.config.update("jax_optimization_level", "O1")
+    quick = make_plan(tiny(), machine, name="tiny")
+  finally:
+    jax.config.update("jax_optimization_level", before)
+  assert quick.as_json()["optimization_level"] == "O1"
+  assert "with JAX_OPTIMIZATION_LEVEL=O1" in report(quick)
+
+
 def test_activations_grow_with_depth_and_shrink_with_remat(machine):
   def kept(**fields):
     config = tiny()

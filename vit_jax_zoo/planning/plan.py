@@ -80,6 +80,7 @@ class Plan:
     network_bytes: to other devices, by kind of collective.
     compile_seconds: by the clock.
     compile_cpu_seconds: of this process.
+    optimization_level: of XLA, such as O1; None is its own choice.
     roofline: least seconds of a step; None where the chip is not known.
     step_seconds: the same of a mean step, where images have several sizes.
     epochs_per_day: at that rate.
@@ -108,6 +109,7 @@ class Plan:
   network_bytes: dict[str, float] | None = None
   compile_seconds: float | None = None
   compile_cpu_seconds: float | None = None
+  optimization_level: str | None = None
   roofline: Roofline | None = None
   step_seconds: float | None = None
   epochs_per_day: float | None = None
@@ -162,6 +164,7 @@ def make_plan(
     fits=False,
     memory=memory,
     flops=flops,
+    optimization_level=optimization_level(),
     notes=_notes(parts, kinds),
     date=time.strftime("%Y-%m-%d"),
   )
@@ -219,6 +222,12 @@ def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan
     epochs_per_day=SECONDS_PER_DAY / step * plan.batch_size / plan.num_examples,
     days=plan.num_steps * step / SECONDS_PER_DAY,
   )
+
+
+def optimization_level() -> str | None:
+  """Returns the level that JAX asks XLA for, such as O1; None is XLA's own choice."""
+  level = jax.config.jax_optimization_level
+  return None if level == "UNKNOWN" else level
 
 
 def compile_text(lowered: Any) -> tuple[Any, str]:
@@ -307,6 +316,11 @@ def _peak(analysis: Any) -> float:
 
 def _notes(parts: experiment.Experiment, kinds: list[tuple[float, Any]]) -> list[str]:
   notes = [parts.train_source.assumption] if parts.train_source.assumption else []
+  if level := optimization_level():
+    notes.append(
+      f"it runs as it was compiled, with JAX_OPTIMIZATION_LEVEL={level}; at XLA's own level a "
+      "program takes longer to compile, moves fewer bytes, and needs other memory, mostly less"
+    )
   if len(kinds) > 1:
     notes.append(
       f"the largest of {len(kinds)} batch shapes is compiled; a mean step takes time in proportion "
