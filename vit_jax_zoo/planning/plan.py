@@ -226,7 +226,7 @@ def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan
 
 def optimization_level() -> str | None:
   """Returns the level that JAX asks XLA for, such as O1; None is XLA's own choice."""
-  level = jax.config.jax_optimization_level
+  level = getattr(jax.config, "jax_optimization_level", "UNKNOWN")
   return None if level == "UNKNOWN" else level
 
 
