@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.base import Source, check_same_classes, join_sources
+from vit_jax_zoo.data.base import DatasetInfo, Source, check_same_classes, join_sources
 from vit_jax_zoo.data.sources import SECTION, load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.evaluation.feature_probes import FeatureProbe, create_probes
@@ -187,14 +187,7 @@ def create(
     info = open_train_source().info
   else:
     info = recalled.info("what the run was trained on")
-  evaluations = config.data.eval.items()
-  eval_sources = {name: opened(spec) for name, spec in evaluations}
-  fit_sources = {
-    name: opened(spec, "fit_split") for name, spec in evaluations if "fit_split" in spec
-  }
-  for name, source in eval_sources.items():
-    trained_on = fit_sources[name].info if name in fit_sources else info
-    check_same_classes(trained_on, source.info, f"the evaluation {name!r}")
+  eval_sources, fit_sources = _open_evaluations(opened, config.data.eval, info)
   model = create_model(**fill_from_data(config.model.to_dict(), info))
   task_fields = fill_from_data(config.task.to_dict(), info)
   num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
@@ -209,6 +202,26 @@ def create(
     task=create_task(task_fields.pop("name"), model, **task_fields),
     num_steps=max(1, num_steps),
   )
+
+
+def _open_evaluations(
+  opened: Callable[..., Source], sections: Mapping[str, Any] | ConfigDict, info: DatasetInfo
+) -> tuple[dict[str, Source], dict[str, Source]]:
+  """Returns what evaluations judge on, and what those that fit something first fit it on, by name.
+
+  Args:
+    opened: makes a source of a section.
+    sections: of the evaluations, by name.
+    info: of the training data, whose classes are those of what fits nothing of its own.
+  """
+  judged = {name: opened(spec) for name, spec in sections.items()}
+  fitted = {
+    name: opened(spec, "fit_split") for name, spec in sections.items() if "fit_split" in spec
+  }
+  for name, source in judged.items():
+    trained_on = fitted[name].info if name in fitted else info
+    check_same_classes(trained_on, source.info, f"the evaluation {name!r}")
+  return judged, fitted
 
 
 def _open(

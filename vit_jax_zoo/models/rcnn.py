@@ -33,7 +33,7 @@ from vit_jax_zoo.layers.rcnn_heads import BoxHead, BoxOutputs, MaskHead, RegionP
 from vit_jax_zoo.layers.resnet import RESNET_BLOCKS, STAGES, ResNet
 from vit_jax_zoo.models.lambda_resnet import VARIANTS as LAMBDA_RESNETS
 from vit_jax_zoo.models.lambda_resnet import LambdaResNet
-from vit_jax_zoo.ops.anchors import anchor_steps, cell_anchors, grid_anchors
+from vit_jax_zoo.ops.anchors import cell_anchors, pyramid_anchors
 from vit_jax_zoo.ops.box_coding import inclusive
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.detection_conventions import Convention, find_convention
@@ -245,11 +245,13 @@ class RCNN(nn.Module):
     for _ in range(self.extra_levels):
       all_levels.append(subsample(all_levels[-1]))
     objectness, deltas = self._proposal_head(all_levels)
-    sizes = [(x.shape[1], x.shape[2]) for x in all_levels]
-    kind = self.small_print.anchors
-    steps = anchor_steps(sizes, self.strides, len(self.levels), convention=kind)
-    cells = zip(self.cell_anchors, sizes, steps, strict=True)
-    anchors = [grid_anchors(cell, size, step) for cell, size, step in cells]
+    anchors = pyramid_anchors(
+      self.cell_anchors,
+      [(x.shape[1], x.shape[2]) for x in all_levels],
+      self.strides,
+      len(self.levels),
+      convention=self.small_print.anchors,
+    )
     choose_one = functools.partial(
       choose_proposals,
       lengths=tuple(len(x) for x in anchors),

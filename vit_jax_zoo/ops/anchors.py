@@ -91,6 +91,28 @@ def grid_anchors(
   return (shift + jnp.asarray(cell, jnp.float32)[None, None]).reshape(-1, 4)
 
 
+def pyramid_anchors(
+  cells: Sequence[Float[np.ndarray, "a 4"]],
+  map_sizes: Sequence[tuple[int, int]],
+  strides: Sequence[int],
+  own_levels: int,
+  *,
+  convention: str = "torchvision",
+) -> list[Float[Array, "_ 4"]]:
+  """Returns the anchors of every level of a pyramid, from fine to coarse.
+
+  Args:
+    cells: of each level, as `cell_anchors` gives them.
+    map_sizes: see `anchor_steps`.
+    strides: see `anchor_steps`.
+    own_levels: see `anchor_steps`.
+    convention: see `anchor_steps`.
+  """
+  steps = anchor_steps(map_sizes, strides, own_levels, convention=convention)
+  levels = zip(cells, map_sizes, steps, strict=True)
+  return [grid_anchors(cell, size, step) for cell, size, step in levels]
+
+
 def inside_images(
   anchors_xyxy: Float[Array, "n 4"], image_size: Num[Array, "b 2"]
 ) -> Bool[Array, "b n"]:
