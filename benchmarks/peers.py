@@ -4,6 +4,7 @@ r"""Ours beside the peer: one machine, the same weights and batch, in turns; rat
     python benchmarks/peers.py --pairs=vit,detr --rounds=7
     python benchmarks/peers.py --pairs=vit --model=vit_b16 --batch_size=256 --dtype=bfloat16
     python benchmarks/peers.py --compile                      # on a CPU; a GPU always has it
+    python benchmarks/peers.py --unroll --pairs=vit,igpt      # ours with scan_layers off
 
 | pair          | ours                              | peer                                     |
 |---------------|-----------------------------------|------------------------------------------|
@@ -286,9 +287,10 @@ def document(report: dict[str, Any]) -> str:
   ]
   for result in report["results"]:
     s, load = result["setting"], result["load_average"]
+    form = ", ours unrolled" if s["unroll"] else ""
     lines.append(
       f"* {result['pair']}: {s['model']}, batch {s['batch_size']}, side {s['image_size']}, "
-      f"{s['dtype']}, {result['threads']} threads; load average {load['before'][0]:.1f}, "
+      f"{s['dtype']}, {result['threads']} threads{form}; load average {load['before'][0]:.1f}, "
       f"afterwards {load['after'][0]:.1f}"
     )
     lines += [f"  * not measured: {job}: {why}" for job, why in result["skipped"].items()]
@@ -313,6 +315,7 @@ def settings(flags: argparse.Namespace, folder: str) -> dict[str, Setting]:
       flags.dtype or ("bfloat16" if flags.gpu else "float32"),
       flags.pixels or size.pixels,
       ("eager", "compiled") if flags.compile or flags.gpu else ("eager",),
+      flags.unroll,
     )
   return found
 
@@ -327,6 +330,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--pixels", type=int, help="igpt: how many of an image are drawn")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"))
   parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU, too")
+  parser.add_argument("--unroll", action="store_true", help="our layers: vit, igpt, detr, if named")
   parser.add_argument("--gpu", action="store_true", help="sizes and precision for a GPU")
   parser.add_argument("--threads", type=int, help="of each side; by default as many as cores")
   parser.add_argument("--rounds", type=int, default=5)

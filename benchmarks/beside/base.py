@@ -26,6 +26,8 @@ class Setting:
     dtype: "float32", or "bfloat16": the peer's is by autocast.
     pixels: how many of an image are drawn, where any are.
     forms: of the peer that are tried: "eager", "compiled".
+    unroll: whether our layers are compiled one by one, as the peer's are; otherwise one of them is,
+      and a loop runs it.
   """
 
   folder: str
@@ -35,6 +37,7 @@ class Setting:
   dtype: str = "float32"
   pixels: int = 32
   forms: tuple[str, ...] = ("eager", "compiled")
+  unroll: bool = False
 
   @property
   def weights(self) -> str:

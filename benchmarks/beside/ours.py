@@ -48,6 +48,11 @@ def random_variables(init: Any, *args: Any) -> Any:
   return {**fresh, "params": moved}
 
 
+def _model(setting: Setting, **fields: Any) -> Any:
+  unrolled = {"scan_layers": False} if setting.unroll else {}
+  return create_model(setting.model, dtype=setting.dtype, **fields, **unrolled)
+
+
 def classification(setting: Setting) -> Side:
   """ViT and LambdaResNet: the train step and the prediction step of the package."""
   rng = np.random.default_rng(0)
@@ -59,7 +64,7 @@ def classification(setting: Setting) -> Side:
   fields: dict[str, Any] = {"num_classes": NUM_CLASSES}
   if setting.model.startswith("vit"):
     fields["activation"] = "gelu_tanh"
-  model = create_model(setting.model, dtype=setting.dtype, **fields)
+  model = _model(setting, **fields)
   images = normalize_images(jnp.asarray(batch["image"]), 0.5, 0.5)
   variables = random_variables(functools.partial(model.init, train=False), images)
   _write(setting, "safetensors-timm", model, variables, size)
@@ -73,7 +78,7 @@ def classification(setting: Setting) -> Side:
 
 def pixels(setting: Setting) -> Side:
   """IGPT: the train step, and the last pixels of images drawn."""
-  model = create_model(setting.model, dtype=setting.dtype, num_positions=setting.image_size**2)
+  model = _model(setting, num_positions=setting.image_size**2)
   rng = np.random.default_rng(0)
   shape = (setting.batch_size, model.num_positions)
   tokens = rng.integers(0, model.num_colors, shape, dtype=np.int32)
@@ -112,7 +117,7 @@ def detection(setting: Setting) -> Side:
     "labels": rng.integers(0, COCO_CLASSES, (images, TARGETS)).astype(np.int32),
     "is_target": np.tile(np.arange(TARGETS) < OBJECTS, (images, 1)),
   }
-  model = create_model(setting.model, dtype=setting.dtype)
+  model = _model(setting)
   task = create_task("detection", model, num_classes=COCO_CLASSES)
   normal = normalize_images(jnp.asarray(batch["image"]), task.image_mean, task.image_std)
   variables = random_variables(functools.partial(model.init, train=False), normal)
