@@ -159,14 +159,13 @@ def coco(
   """Faster or Mask R-CNN on COCO, with one of the three pyramids, or as the official code has it.
 
   Paper: arXiv:2007.09451; schedule and sizes are those of the official repository's configs: SGD
-    with momentum 0.9, 0.05 for 16 images, 500 steps of warm-up, boxes 120,000 steps (rate / 10
-    after 80,000 and 100,000), masks 180,000 (120,000 and 160,000); weight decay 1e-4 on kernels,
-    biases at twice the rate; one of six shorter sides up to 1200, the longer one up to 1400, tested
-    at 1000; flips. Norms of the backbone are frozen, its stem and first stage as well. The paper
-    also names DropBlock (`drop_block_rate`, 0.1 in that paper's detectors), which the code has
-    switched off, and norms over all devices: `norm=batch_norm` trains those of the backbone, whose
-    statistics are here those of the whole batch, on however many devices.
-  Differs from the code: the warm-up begins at 0, not at a third of the rate.
+    with momentum 0.9, 0.05 for 16 images, 500 steps of warm-up from a third of it, boxes 120,000
+    steps (rate / 10 after 80,000 and 100,000), masks 180,000 (120,000 and 160,000); weight decay
+    1e-4 on kernels, biases at twice the rate; one of six shorter sides up to 1200, the longer one
+    up to 1400, tested at 1000; flips. Norms of the backbone are frozen, its stem and first stage as
+    well. The paper also names DropBlock (`drop_block_rate`, 0.1 in that paper's detectors), which
+    the code has switched off, and norms over all devices: `norm=batch_norm` trains those of the
+    backbone, whose statistics are here those of the whole batch, on however many devices.
   Padding: images of a batch are padded to one size, and the transformer looks at the padding's
     positions, too, as in the code: what is found depends, a little, on what an image comes with.
   Weights: the backbone starts from `--config.task.backbone_file`: Caffe's ResNet-50 in the official
@@ -187,7 +186,12 @@ def coco(
     "name": "sgd",
     "learning_rate": scaled_rate("sgd", 0.05, batch_size, 16),
     "momentum": 0.9,
-    "schedule": {"name": "step", "warmup_steps": 500, "boundaries": boundaries},
+    "schedule": {
+      "name": "step",
+      "warmup_steps": 500,
+      "warmup_start": 1 / 3,
+      "boundaries": boundaries,
+    },
     "weight_decay": 1e-4,
     "rules": (
       ("backbone/(stem|c2_block).*", {"frozen": True}),

@@ -41,6 +41,15 @@ def test_warmup_begins_at_zero_and_constant_is_the_default():
   assert float(create_schedule({"learning_rate": 0.5}, 10)(0)) == 0.5
 
 
+def test_a_warmup_may_start_at_a_share_of_the_rate():
+  """Detectron's, from a third: f (1 - t / w) + t / w, times the rate."""
+  found = values(
+    10, [0, 1, 3, 4, 8], learning_rate=0.6, name="step", boundaries=(8,),
+    warmup_steps=4, warmup_start=1 / 3,
+  )  # fmt: skip
+  assert found == pytest.approx([0.2, 0.3, 0.5, 0.6, 0.06])
+
+
 def test_end_values():
   assert values(10, [0, 5, 10, 99], name="cosine", end_value=0.2) == pytest.approx(
     [1.0, 0.6, 0.2, 0.2]
@@ -85,6 +94,7 @@ def test_shares_of_the_run():
     ({"name": "cosine", "warm_steps": 1}, "cosine schedule 'warm_steps'; .*'warmup_steps'"),
     ({"name": "linear", "warmup_steps": -1}, "warmup_steps is -1"),
     ({"name": "linear", "warmup_steps": 2.5}, "warmup_steps is 2.5"),
+    ({"name": "linear", "warmup_start": 1.5}, "warmup_start is 1.5; expected a share of the rate"),
     ({"name": "step"}, "either `boundaries` or `every`"),
     ({"name": "step", "every": 0}, "every >= 1"),
     ({"name": "step", "boundaries": [5, 3]}, "must ascend"),

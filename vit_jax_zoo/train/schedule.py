@@ -1,8 +1,9 @@
 """Learning rates over time, by name.
 
 A schedule is a function of the number t of updates already made: the first update of a run uses
-`schedule(0)`, which is 0 when there is a warm-up. With w warm-up steps, T steps in all, the
-progress p = clip((t - w) / (T - w), 0, 1), base rate B and end value E:
+`schedule(0)`, which is 0 when there is a warm-up, unless `warmup_start`, f, has it begin at that
+share of the rate. With w warm-up steps, T steps in all, the progress p =
+clip((t - w) / (T - w), 0, 1), base rate B and end value E:
 
 | name     | learning rate                                                        |
 |----------|----------------------------------------------------------------------|
@@ -13,8 +14,8 @@ progress p = clip((t - w) / (T - w), 0, 1), base rate B and end value E:
 | rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
 | step     | B times the factors of all boundaries <= t; or B factor^floor(t / every) |
 
-times the warm-up min(1, t / w). `constant` and `rsqrt` may end with a cool-down: over the last c
-steps a straight line leads to E. Linear and cosine agree with the code of the ViT paper
+times the warm-up min(1, f + (1 - f) t / w). `constant` and `rsqrt` may end with a cool-down: over
+the last c steps a straight line leads to E. Linear and cosine agree with the code of the ViT paper
 (`create_learning_rate_schedule` in google-research/vision_transformer).
 
 Every count of steps may be given as an int, or as a float below 1: that share of all steps.
@@ -72,15 +73,19 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
       num_steps,
       base,
     )
+  start = _positive_or_zero("warmup_start", fields.pop("warmup_start", 0.0))
+  if start > 1:
+    raise ValueError(f"warmup_start is {start}; expected a share of the rate, from 0 to 1")
   make = _SCHEDULES[name]
-  check_names(f"field of the {name} schedule", fields, [*fields_of(make), "warmup_steps", "name"])
+  known = [*fields_of(make), "warmup_steps", "warmup_start", "name"]
+  check_names(f"field of the {name} schedule", fields, known)
   after_warmup = make(base, num_steps, warmup_steps, **fields)
 
   def schedule(step: Any) -> Float[Array, ""]:
     step = jnp.asarray(step)
     rate = after_warmup(step)
     if warmup_steps:
-      rate = rate * jnp.minimum(1.0, step / warmup_steps)
+      rate = rate * jnp.minimum(1.0, start + (1 - start) * step / warmup_steps)
     return jnp.asarray(rate, jnp.float32)
 
   return schedule
