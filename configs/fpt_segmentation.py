@@ -173,22 +173,36 @@ def _augmentation(crop: int) -> list[dict[str, Any]]:
   ]
 
 
+# The values of `*_labelIds.png` that are learned, in the order of their train ids.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
 def cityscapes(
-  *, source: str = "segments:data/cityscapes", depth: int = 101, neck: str = "fpt"
+  *,
+  source: str = "segments:data/cityscapes",
+  depth: int = 101,
+  neck: str = "fpt",
+  data_dir: str = "",
 ) -> ConfigDict:
   """Cityscapes' 2975 finely annotated images, 19 classes, in crops of 769 pixels.
 
   Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
   Hardware: 8 devices of 32 GB, one or two images each.
   Expected: the paper names a gain of 1.6 points of mIoU over the pyramid alone.
-  Data: `leftImg8bit/` and `gtFine/` as they come, with the label PNGs of train ids.
+  Data: `leftImg8bit/` and `gtFine/` as they come, or TFDS's:
+    `source=tfds:cityscapes/semantic_segmentation,data_dir=/data`.
   Statistics of batch norms are those of the whole batch, on however many devices ("synchronised").
   Not yet run here.
   """
-  return _recipe(
+  config = _recipe(
     source, num_classes=19, crop=769, num_epochs=240, batch_size=8, learning_rate=0.01,
-    load={}, buckets=None, depth=depth, neck=neck,
+    load={"classes": _CITYSCAPES_IDS}, buckets=None, depth=depth, neck=neck,
   )  # fmt: skip
+  if source.startswith("segments:"):
+    for split in (config.data.train, config.data.eval.val):
+      split.images = "leftImg8bit/{split}/{name}_leftImg8bit.*"
+      split.labels = "gtFine/{split}/{name}_gtFine_labelIds.png"
+  return common.with_data_dir(config, data_dir)
 
 
 def ade20k(

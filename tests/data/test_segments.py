@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from tests.data.conftest import encode, photo
+from vit_jax_zoo.data import tfds_source
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
@@ -122,6 +124,16 @@ class TestTransforms:
     with pytest.raises(ValueError, match=r"label -1 \(value 0, offset -1\) is not in 0\.\.254"):
       self.run([LOAD | dict(offset=-1)], self.example())
 
+  def test_values_that_are_classes(self):
+    """Guards Cityscapes' files as they come: 34 values, few of them learned, in another order."""
+    values = np.array([[7, 0, 33, 255], [8, 34, 1, 7]], np.uint8)
+    example = {"image": encode(photo(2, 4), "PNG"), "label_map": encode(values, "PNG")}
+    result = self.run([LOAD | dict(classes=(8, 7, 33))], example)
+    assert result["label_map"].tolist() == [[1, 255, 2, 255], [0, 255, 255, 1]]
+    for fields in (dict(classes=(7,), offset=-1), dict(classes=(7, 8, 7)), dict(classes=(-1, 7))):
+      with pytest.raises(ValueError, match="load_label_map: classes"):
+        build_transforms([LOAD | fields])
+
   def test_palettes_give_numbers_not_colours(self):
     """Guards VOC, whose label PNGs are coloured."""
     picture = Image.fromarray(labels()).convert("P")
@@ -189,3 +201,41 @@ def test_images_of_different_sizes_share_a_batch(tmp_path):
   assert batch["image_size"].tolist() == [[30, 45], [30, 45]]
   assert (batch["label_map"][:, 30:] == 255).all()
   assert (batch["label_map"][:, :30, :45] < 4).all()
+
+
+class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Two images with the features of TFDS's `cityscapes/semantic_segmentation`."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "image_id": tfds.features.Text(),
+      "image_left": tfds.features.Image(shape=(40, 60, 3), encoding_format="png"),
+      "segmentation_label": tfds.features.Image(shape=(40, 60, 1), encoding_format="png"),
+      "mask": tfds.features.Image(shape=(40, 60, 1), encoding_format="png"),
+    }
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(2):
+      maps = {"image_left": photo(seed=i), "segmentation_label": labels(i), "mask": labels(i + 5)}
+      yield i, {"image_id": str(i)} | {key: encode(x, "PNG") for key, x in maps.items()}
+
+
+def test_label_maps_that_tfds_has_prepared(tmp_path):
+  """Guards Cityscapes out of TFDS, and label maps of any name; boxes and classes have neither."""
+  with tfds_source.quiet_progress():
+    Streets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  for options, seed in (({}, 0), ({"label_key": "mask", "image_key": "image_left"}, 5)):
+    source = load_source("tfds:streets", "train", data_dir=str(tmp_path), **options)
+    assert len(source) == 2
+    batch = next(iter(eval_batches(source, build_transforms(PADDED), batch_size=2)))
+    found = {batch["label_map"][row, :40, :60].tobytes() for row in range(2)}
+    assert found == {labels(seed).tobytes(), labels(seed + 1).tobytes()}
+    assert batch["image"][:, :40, :60].any()
+  with pytest.raises(ValueError, match="no feature 'picture'"):
+    load_source("tfds:streets", "train", data_dir=str(tmp_path), image_key="picture")

@@ -35,12 +35,23 @@ class LoadLabelMap(Transform):
     offset: is added to what the file says: -1 for ADE20K, whose classes count from 1.
     ignore: values of the file that do not count: (255,) of Cityscapes' train ids and VOC, (0,) of
       ADE20K. 255 never counts.
+    classes: if there are any, the values of the file that are classes, in the order of class ids;
+      no other counts. Cityscapes' files have 34 values, of which 19 are learned.
   """
 
   name = "load_label_map"
 
   offset: int = 0
   ignore: Sequence[int] = (IGNORE,)
+  classes: Sequence[int] = ()
+
+  def __post_init__(self) -> None:
+    if self.classes and (self.offset or tuple(self.ignore) != (IGNORE,)):
+      raise ValueError("load_label_map: classes says all; leave out offset and ignore")
+    if len(set(self.classes)) < len(self.classes) or min(self.classes, default=0) < 0:
+      raise ValueError(
+        f"load_label_map: classes are values of the file, each once, not {tuple(self.classes)}"
+      )
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with arrays."""
@@ -63,6 +74,11 @@ class LoadLabelMap(Transform):
     return size
 
   def _labels(self, values: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    if self.classes:
+      beyond = max(self.classes) + 1
+      ids = np.full(beyond + 1, IGNORE, np.uint8)
+      ids[list(self.classes)] = np.arange(len(self.classes))
+      return ids[np.where((values < 0) | (values > beyond), beyond, values)]
     ignored = np.isin(values, (*self.ignore, IGNORE))
     labels = np.where(ignored, IGNORE, values + self.offset)
     wrong = (labels < 0) | (labels > IGNORE)

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from vit_jax_zoo.data import images, tfds_objects, tfds_pairs, tfrecord
+from vit_jax_zoo.data import images, tfds_label_maps, tfds_objects, tfds_pairs, tfrecord
 from vit_jax_zoo.data.base import DatasetInfo, Example, Source, Splits, name_validation
 from vit_jax_zoo.data.label_rules import LabelRule, find_rule
 
@@ -83,7 +83,9 @@ def open_splits(
   panoptic: bool = False,
   label_rule: str | None = None,
 ) -> Splits:
-  """Opens a prepared dataset, for classification or, where it has boxes, for detection.
+  """Opens a prepared dataset, for classification or, by what it has, for another task.
+
+  Boxes are for detection, label maps for segmentation, references for super-resolution.
 
   Args:
     location: `name`, `name/config`, either with `:version`, or the path of the folder that holds
@@ -91,7 +93,8 @@ def open_splits(
     data_dir: where datasets lie, local or `gs://bucket/...`; the default is `$TFDS_DATA_DIR`, else
       `~/tensorflow_datasets`.
     image_key: the image feature; by default the only one there is, or "image".
-    label_key: the label feature; by default `label`, else `labels`, else none.
+    label_key: the label feature; by default `label`, else `labels`, else none. One that is an image
+      holds label maps, see `tfds_label_maps`.
     panoptic: of a dataset with segments for things and stuff, give these; see `tfds_objects`.
     label_rule: makes the labels out of other features, a key of `label_rules.RULES`.
 
@@ -123,6 +126,9 @@ def open_folder(
     layout, whole = tfds_objects.find_layout(features, name, panoptic=panoptic)
     make = functools.partial(tfds_objects.TfdsObjects, layout=layout)
     decoders = tfds_objects.decoders(layout)
+  elif maps := tfds_label_maps.find_keys(_images(features), image_key, label_key):
+    whole, make = DatasetInfo(name, 0), functools.partial(tfds_label_maps.TfdsLabelMaps, keys=maps)
+    decoders = tfds_label_maps.decoders(maps)
   elif image_key is None and tfds_pairs.has_pairs(features):
     whole, make, decoders = DatasetInfo(name, 0), tfds_pairs.TfdsPairs, tfds_pairs.decoders()
   else:
