@@ -1,4 +1,4 @@
-"""TTSR's losses, its two phases and its game, against the official code's numbers."""
+"""TTSR's losses, against the official code's numbers, and the task by itself."""
 
 import dataclasses
 import functools
@@ -9,11 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import traverse_util
 from safetensors.numpy import load_file
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.models.ttsr import SHARDING_RULES, TTSR
+from tests.tasks.super_resolution_goldens import (
+  NARROW,
+  TINY,
+  WEIGHTS,
+  critic_params,
+  nhwc,
+  vgg_params,
+)
+from vit_jax_zoo.models.ttsr import SHARDING_RULES
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.tasks.super_resolution import (
@@ -26,50 +33,6 @@ from vit_jax_zoo.tasks.super_resolution import (
 )
 from vit_jax_zoo.train import sharding
 from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
-from vit_jax_zoo.train.state import create_state
-from vit_jax_zoo.weights import ttsr_pt, vgg_torchvision
-
-NARROW = {
-  "critic_widths": (2, 4, 8, 16, 32),
-  "critic_hidden": 64,
-  "perceptual_widths": (4, 8, 16, 32, 32),
-}
-WEIGHTS = {"perceptual_weight": 1e-2, "transferal_weight": 1e-2, "adversarial_weight": 1e-3}
-TINY = TTSR(width=8, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8))
-
-
-def nhwc(array):
-  return jnp.asarray(np.moveaxis(array, 1, -1))
-
-
-def critic_params(weights, side):
-  """The official critic's; it flattens channels first, ours last."""
-  params = {}
-  for i in range(1, 11):
-    name = f"conv{(i + 1) // 2}_{2 - i % 2}"
-    kernel = weights[f"discriminator.conv{i}.weight"].transpose(2, 3, 1, 0)
-    params[name] = {"kernel": kernel, "bias": weights[f"discriminator.conv{i}.bias"]}
-  hidden = weights["discriminator.fc1.weight"]
-  hidden = (
-    hidden.reshape(len(hidden), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(hidden))
-  )
-  params["hidden"] = {"kernel": hidden, "bias": weights["discriminator.fc1.bias"]}
-  score = weights["discriminator.fc2.weight"].T
-  params["score"] = {"kernel": score, "bias": weights["discriminator.fc2.bias"]}
-  return jax.tree.map(jnp.asarray, params)
-
-
-def vgg_params(weights):
-  """The official VGG-19's, by torchvision's names."""
-  published = {
-    key.replace("vgg19.slice1", "features"): array
-    for key, array in weights.items()
-    if key.startswith("vgg19.slice1")
-  }
-  task = SuperResolution(TINY, **NARROW)
-  shapes = jax.eval_shape(task._vgg.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  return jax.tree.map(jnp.asarray, vgg_torchvision.from_published(published, shapes["params"]))
-
 
 # --- single losses -----------------------------------------------------------------------------
 
@@ -152,16 +115,29 @@ class Picture:
     return id(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn(SuperResolution):
+  """Measures the critic's slope where the official code did."""
+
+  epsilon: jax.Array | None = None
+
+  def draw_epsilon(self, rng, count):
+    return self.epsilon
+
+
 def test_critic_and_gradient_penalty_golden():
   weights, inputs, outputs = fn_fixture()
-  task, params = SuperResolution(TINY, **NARROW), critic_params(weights, 2)
-  made, real = nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  params, made, real = critic_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
   epsilon = jnp.asarray(inputs["gp_epsilon"][0].reshape(-1))
+  task = Drawn(TINY, adversarial_weight=1.0, epsilon=epsilon, **NARROW)
+  batch = {"image": (real + 1) * 127.5}
+  context = LossContext(jax.random.key(0), jnp.int32(0), {}, "critic", made)
 
   def terms(params):
-    score = functools.partial(lambda p, x: task._critic.apply({"params": p}, x), params)
-    difference, penalty = wasserstein_terms(score, made, real, epsilon)
-    return jnp.mean(difference) + 10 * jnp.mean(penalty), (difference, penalty, score(made))
+    losses, metrics = task._critic_terms({"params": {"critic": params}}, batch, context)
+    difference, penalty = metrics["critic_difference"][0], metrics["gradient_penalty"][0]
+    scores = task._critic.apply({"params": params}, made)
+    return jnp.mean(losses), (difference, penalty, scores)
 
   gradients, (difference, penalty, scores) = jax.jit(jax.grad(terms, has_aux=True))(params)
   fake, true = outputs["adv/d_fake"][:, 0], outputs["adv/d_real"][:, 0]
@@ -187,162 +163,6 @@ def test_a_critic_without_slope_has_finite_gradients():
   value, gradient = jax.value_and_grad(loss)(0.0)
   assert np.isclose(value, 2)
   assert np.isfinite(gradient)
-
-
-# --- the official training curve ----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Replay(SuperResolution):
-  """Draws what the official run drew: it knows which key stands for which draw."""
-
-  keys: jax.Array | None = None
-  epsilons: jax.Array | None = None
-
-  def draw_epsilon(self, rng, count):
-    found = jnp.all(self.keys == jax.random.key_data(rng)[None], axis=-1)
-    known = jnp.any(found)
-    return jnp.where(known, self.epsilons[jnp.argmax(found)], jnp.nan)
-
-
-def replay_keys(rng, steps, updates):
-  """The keys that the train step gives to the critic, player 0."""
-  keys = []
-  for step in steps:
-    player = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), 0)
-    keys += [jax.random.key_data(jax.random.fold_in(player, k)) for k in range(updates)]
-  return jnp.stack(keys)
-
-
-def curve_batch(inputs, index):
-  names = {
-    "low_res_image": "LR",
-    "upsampled_image": "LR_sr",
-    "image": "HR",
-    "ref_image": "Ref",
-    "blurred_ref_image": "Ref_sr",
-  }
-  return {ours: inputs[f"{theirs}_u8_{index % 3}"] for ours, theirs in names.items()}
-
-
-def curve_program(config, inputs, seed):
-  model, variables = ttsr_pt.from_published(load_file(GOLDENS / "ttsr_a" / "weights.safetensors"))
-  extra = load_file(GOLDENS / "train_ttsr_a" / "extra.safetensors")
-  begin = config["phases"]["all_losses_steps"][0]
-  rng = jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
-  task = Replay(
-    model,
-    **WEIGHTS,
-    **NARROW,
-    begin_step=begin,
-    keys=replay_keys(rng, range(begin, config["steps"]), 2),
-    epsilons=jnp.asarray(inputs["gp_epsilon"].reshape(-1, config["batch"])),
-  )
-  adam = {"name": "adam", "learning_rate": 1e-4, "schedule": {"name": "constant"}}
-  slower = [("extractor/.*", {"learning_rate": 0.1})]
-  program = build_program(
-    task,
-    abstract_batch_of(curve_batch(inputs, 0), config["batch"]),
-    Recipe({"generator": {**adam, "rules": slower}, "critic": {**adam, "b1": 0.0, "b2": 0.9}},
-           num_steps=config["steps"]),
-    mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
-    rules=SHARDING_RULES,
-  )  # fmt: skip
-  start = {
-    "params": {"generator": variables["params"], "critic": critic_params(extra, 1)},
-    "vgg": vgg_params(extra),
-  }
-  return program, jax.tree.map(np.array, start)  # on the host: the step takes its state's memory
-
-
-@functools.cache
-def curve():
-  """Trains through the package's own step; returns metrics by step, and states on the way."""
-  folder = GOLDENS / "train_ttsr_a"
-  inputs = dict(np.load(folder / "inputs.npz"))
-  config = {"steps": 15, "batch": 3, "phases": {"all_losses_steps": [10, 14]}}
-  program, start = curve_program(config, inputs, seed=5)
-  found, params = [], {}
-  with jax.set_mesh(program.mesh):
-    shapes = jax.tree.map(lambda x: x.shape, program.abstract_state.params)
-    assert shapes == jax.tree.map(lambda x: x.shape, start["params"])
-    rng = jax.random.split(jax.random.key(5))[1]  # as `initial_state` has it
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
-    state = create_state(program.task, program.optimizers, start, rng, with_ema=False)
-    state = jax.device_put(state, shardings)
-    for step in range(config["steps"]):
-      batch = sharding.to_global(curve_batch(inputs, step), program.mesh)
-      state, metrics = program.train_step(state, batch)
-      found.append({k: float(m.total) / max(float(m.count), 1) for k, m in metrics.items()})
-      params[step] = jax.tree.map(np.asarray, state.params)
-  return found, params, jax.tree.map(np.asarray, state.model_state), start
-
-
-def test_training_curve(load_golden):
-  _, _, expected = load_golden("train_ttsr_a")
-  found, *_ = curve()
-  losses = np.array([m["loss"] for m in found])
-  np.testing.assert_allclose(losses[:5], expected["loss"][:5], rtol=5e-5)
-  np.testing.assert_allclose(losses, expected["loss"], rtol=1e-3)
-  norms = [m["generator_gradient_norm"] for m in found]
-  np.testing.assert_allclose(norms, expected["grad_norm"], rtol=5e-2)
-  np.testing.assert_allclose(
-    [m["reconstruction_loss"] for m in found], expected["term/rec_loss"], rtol=1e-3
-  )
-  later = {"perceptual": ("per", 1e-2), "transferal": ("tpl", 1e-2), "adversarial": ("adv", 1e-3)}
-  for name, (theirs, weight) in later.items():
-    values = np.array([m[f"{name}_loss"] for m in found])
-    assert not values[:10].any()
-    np.testing.assert_allclose(
-      weight * values[10:], expected[f"term/{theirs}_loss"], atol=2e-5, rtol=5e-3, err_msg=name
-    )
-  critic_norms = [m["critic_gradient_norm"] for m in found[10:]]
-  np.testing.assert_allclose(critic_norms, expected["critic_grad_norm"][:, 1], rtol=5e-2)
-
-
-def flat(params):
-  return traverse_util.flatten_dict(params, sep="/")
-
-
-def moved_alike(start, ours, theirs, tolerance):
-  """The update differs from the reference's by this share of its length."""
-  return np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs - start)
-
-
-def test_updates_of_both_players(load_golden):
-  _, _, expected = load_golden("train_ttsr_a")
-  _, params, model_state, start = curve()
-  before = ttsr_pt.to_published(start["params"]["generator"])
-  for prefix, step in (("param_after_rec/", 9), ("param/", 14)):
-    after = ttsr_pt.to_published(params[step]["generator"])
-    keys = [key for key in expected if key.startswith(prefix)]
-    assert len(keys) == 5
-    for key in keys:
-      name = key.removeprefix(prefix)
-      assert moved_alike(before[name], after[name], expected[key], 5e-2), key
-  # The critic and VGG-19 stand still in the first phase; VGG-19 does for ever.
-  jax.tree.map(np.testing.assert_array_equal, params[9]["critic"], start["params"]["critic"])
-  jax.tree.map(np.testing.assert_array_equal, model_state["vgg"], start["vgg"])
-  ours, old = flat(params[14]["critic"]), flat(start["params"]["critic"])
-  for path, key, axes in (
-    ("conv3_2/kernel", "conv6.weight", (3, 2, 0, 1)),
-    ("conv5_2/bias", "conv10.bias", (0,)),
-    ("hidden/kernel", "fc1.weight", (1, 0)),
-    ("score/kernel", "fc2.weight", (1, 0)),
-  ):
-    before, after = (np.asarray(tree[path]).transpose(axes) for tree in (old, ours))
-    assert moved_alike(before, after, expected[f"critic_param/{key}"], 0.25), key
-
-
-def test_hard_attention_along_the_curve(load_golden):
-  """What the trained network looks up is what the official one looks up."""
-  _, inputs, expected = load_golden("train_ttsr_a")
-  _, params, _, _ = curve()
-  model, _ = ttsr_pt.from_published(load_file(GOLDENS / "ttsr_a" / "weights.safetensors"))
-  predict = jax.jit(SuperResolution(model).predict)
-  for step in (9, 13):  # the state after a step is the one that the next step looks up with
-    found = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]
-    np.testing.assert_array_equal(found.reshape(3, -1), expected["R_argmax"][step + 1])
 
 
 # --- the task by itself -------------------------------------------------------------------------
