@@ -4,7 +4,7 @@ r"""Ours beside the peer: one machine, the same weights and batch, in turns; rat
     python benchmarks/peers.py --pairs=vit,detr --rounds=7
     python benchmarks/peers.py --pairs=vit --model=vit_b16 --batch_size=256 --dtype=bfloat16
     python benchmarks/peers.py --compile                      # on a CPU; a GPU always has it
-    python benchmarks/peers.py --unroll --pairs=vit,igpt      # ours with scan_layers off
+    python benchmarks/peers.py --unroll                       # ours with scan_layers off
 
 | pair          | ours                              | peer                                     |
 |---------------|-----------------------------------|------------------------------------------|
@@ -330,7 +330,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--pixels", type=int, help="igpt: how many of an image are drawn")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"))
   parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU, too")
-  parser.add_argument("--unroll", action="store_true", help="our layers: vit, igpt, detr, if named")
+  parser.add_argument("--unroll", action="store_true", help="layers that we would scan")
   parser.add_argument("--gpu", action="store_true", help="sizes and precision for a GPU")
   parser.add_argument("--threads", type=int, help="of each side; by default as many as cores")
   parser.add_argument("--rounds", type=int, default=5)

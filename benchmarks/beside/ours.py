@@ -49,8 +49,9 @@ def random_variables(init: Any, *args: Any) -> Any:
 
 
 def _model(setting: Setting, **fields: Any) -> Any:
-  unrolled = {"scan_layers": False} if setting.unroll else {}
-  return create_model(setting.model, dtype=setting.dtype, **fields, **unrolled)
+  model = create_model(setting.model, dtype=setting.dtype, **fields)
+  scanned = setting.unroll and hasattr(model, "scan_layers")
+  return model.clone(scan_layers=False) if scanned else model
 
 
 def classification(setting: Setting) -> Side:
