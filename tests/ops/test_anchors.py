@@ -15,16 +15,24 @@ def test_the_official_anchors(load_golden):
 
 def test_torchvision_rounds_corners_around_zero():
   cell = cell_anchors(16, (32, 64), (0.5, 1.0, 2.0))
-  expected = [[-23, -11, 23, 11], [-16, -16, 16, 16], [-11, -23, 11, 23]]
-  np.testing.assert_array_equal(cell[:3], expected)  # AnchorGenerator(((32,),), ((0.5, 1, 2),))
-  np.testing.assert_array_equal(
-    cell[3:], [[-45, -23, 45, 23], [-32, -32, 32, 32], [-23, -45, 23, 45]]
-  )
+  expected = [[23, 11], [45, 23], [16, 16], [32, 32], [11, 23], [23, 45]]
+  np.testing.assert_array_equal(cell[:, 2:], expected)  # AnchorGenerator(((32, 64),), ...)
+  np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
+
+
+def test_detectron_scales_what_it_has_rounded():
+  """generate_anchors(16, (128, 256), (0.5, 1)): the ratio's 23 x 12 and 16 x 16, times 8 and 16."""
+  cell = cell_anchors(16, (128, 256), (0.5, 1), convention="detectron")
+  expected = [
+    [-84, -40, 99, 55], [-176, -88, 191, 103], [-56, -56, 71, 71], [-120, -120, 135, 135],
+  ]  # fmt: skip
+  np.testing.assert_array_equal(cell - [0, 0, 1, 1], expected)
 
 
 def test_detectron2_keeps_areas():
-  cell = cell_anchors(16, (32,), (0.5, 1.0, 2.0), convention="detectron2")
-  np.testing.assert_allclose(np.prod(cell[:, 2:] - cell[:, :2], axis=1), 32**2)
+  cell = cell_anchors(16, (32, 64), (0.5, 1.0, 2.0), convention="detectron2")
+  areas = np.prod(cell[:, 2:] - cell[:, :2], axis=1)
+  np.testing.assert_allclose(areas, [32**2] * 3 + [64**2] * 3)
   np.testing.assert_allclose(cell[0, 2:] / cell[0, 3], [2, 1])
   np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
 

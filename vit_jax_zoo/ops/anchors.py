@@ -19,7 +19,10 @@ def cell_anchors(
   *,
   convention: str = "torchvision",
 ) -> Float[np.ndarray, "a 4"]:
-  """Returns the anchors of a map's first place, all ratios of one size before the next size.
+  """Returns the anchors of a map's first place: all sizes of one ratio before the next ratio.
+
+  In Detectron2 it is all ratios of one size before the next size. (Most networks have one size for
+  each level; with more, the order tells which output of the first stage is which anchor's.)
 
   Args:
     stride: pixels between two places.
@@ -30,19 +33,20 @@ def cell_anchors(
       stride x stride pixels, sides rounded for an anchor of that size and then scaled, so that
       areas differ a little from ratio to ratio.
   """
-  ratios = np.asarray(aspect_ratios, np.float64)
+  ratios = np.asarray(aspect_ratios, np.float64)[:, None]
+  scales = np.asarray(sizes, np.float64)[None]
   if convention == "detectron":
     widths = np.round(np.sqrt(stride * stride / ratios))
     heights = np.round(widths * ratios)
-    scales = np.asarray(sizes, np.float64)[:, None] / stride
-    half = np.stack([scales * widths, scales * heights], axis=-1).reshape(-1, 2) / 2
+    half = np.stack([scales / stride * widths, scales / stride * heights], axis=-1)
+    half = half.reshape(-1, 2) / 2
     # The middle of pixels 0 ... stride - 1 where a pixel's place is its own middle; then the box
     # ends on a pixel, here behind it.
     center = (stride - 1) / 2
     return np.concatenate([center - half + 0.5, center + half + 0.5], axis=1)
   roots = np.sqrt(ratios)
-  scales = np.asarray(sizes, np.float64)[:, None]
-  half = np.stack([scales / roots, scales * roots], axis=-1).reshape(-1, 2) / 2
+  half = np.stack([scales / roots, scales * roots], axis=-1)
+  half = (half.swapaxes(0, 1) if convention == "detectron2" else half).reshape(-1, 2) / 2
   anchors = np.concatenate([-half, half], axis=1)
   return np.round(anchors) if convention == "torchvision" else anchors
 
