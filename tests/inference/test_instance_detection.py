@@ -10,6 +10,7 @@ from faster_coco_eval.core import mask as run_lengths
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.models.rcnn import RCNN
+from vit_jax_zoo.ops.mask_paste import paste_masks
 from vit_jax_zoo.tasks import create_task
 
 SMALL = {
@@ -27,10 +28,23 @@ SMALL = {
 }
 
 
-def test_objects_names_masks_and_pictures():
+@pytest.fixture
+def pasted(monkeypatch):
+  """By which convention masks were pasted."""
+  seen = []
+
+  def paste(*args, **fields):
+    seen.append(fields["convention"])
+    return paste_masks(*args, **fields)
+
+  monkeypatch.setattr("vit_jax_zoo.inference.instance_detection.paste_masks", paste)
+  return seen
+
+
+def test_objects_names_masks_and_pictures(pasted):
   task = create_task(
-    "instance_detection", RCNN(**SMALL), num_classes=2, class_names=("cup", "saucer"),
-    max_detections=4, least_score=0.0,
+    "instance_detection", RCNN(**SMALL, convention="detectron"), num_classes=2,
+    class_names=("cup", "saucer"), max_detections=4, least_score=0.0,
   )  # fmt: skip
   half = {"image": np.zeros((1, 32, 32, 3), np.uint8)}
   variables = jax.tree.map(np.asarray, jax.jit(task.init)(jax.random.key(0), half))
@@ -55,6 +69,7 @@ def test_objects_names_masks_and_pictures():
   assert scores == sorted(scores, reverse=True)
   assert max(entry["box"][2] for entry in objects) > 32  # of the picture, not of what was seen
   assert set(found.pictures) == {"", "masks"}
+  assert pasted == [task.evaluator().paste_convention] == ["detectron"]
   certain = create_predictor(trained, Options(threshold=1.0))(image)
   assert certain.record["objects"] == []
 

@@ -70,6 +70,7 @@ class InstancePredictor:
         found["box_masks"][0][sure].astype(np.float64),
         boxes.astype(np.float64),
         (image.shape[0], image.shape[1]),
+        convention=self._task.model.small_print.mask_paste,  # as evaluation scores them
       )
       for entry, mask in zip(objects, encode_masks(masks), strict=True):
         entry["mask"] = mask

@@ -27,6 +27,11 @@ class Convention:
   least_proposal: float = 0.0
   least_find: float = 0.0
 
+  @property
+  def mask_paste(self) -> str:
+    """How masks inside boxes are put back into images; see `ops.mask_paste`."""
+    return "detectron" if self.inclusive_boxes else "exact"
+
 
 CONVENTIONS = {
   # Girshick et al., 2018, and its heirs, the official code of FPT among them.

@@ -239,8 +239,7 @@ class InstanceDetection(base.Task):
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if not self.model.has_masks:
       return DetectionEvaluator(self.num_classes, **fields)
-    legacy = self.model.small_print.inclusive_boxes
-    convention = "detectron" if legacy else "exact"
+    convention = self.model.small_print.mask_paste
     return InstanceEvaluator(self.num_classes, paste_convention=convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
