@@ -68,8 +68,14 @@ def test_a_recipe_that_has_changed_has_another_digest():
   row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
   other = row._replace(overrides=("--config.sharding.mesh.fsdp=4",))
   logs = row._replace(overrides=("--config.log_every=7",))
+  rates = row._replace(
+    overrides=("--config.optimizer.learning_rate=7", "--config.optimizer.schedule.warmup_steps=7")
+  )
+  clipped = row._replace(overrides=("--config.optimizer.clip_norm=7",))
   assert page.digest(row) != page.digest(other)
+  assert page.digest(row) != page.digest(clipped)
   assert page.digest(row) == page.digest(logs)  # what only changes what is written
+  assert page.digest(row) == page.digest(rates)  # or how far a step goes
 
 
 def test_a_recipe_without_a_slice_is_named(tmp_path, monkeypatch):

@@ -172,8 +172,17 @@ def digest(row: Row) -> str:
   config = load_with_overrides(row.config, row.overrides)
   known = json.loads(config.to_json_best_effort())
   fields = {field: known[field] for field in DECISIVE}
+  fields["optimizer"] = _without_rates(fields["optimizer"])
   fields["data"] = known["data"]["train"], known["data"]["loader"].get("buckets")
   return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without_rates(tree: Any) -> Any:
+  """Leaves out what changes how far a step goes, and not what it computes."""
+  if isinstance(tree, dict):
+    kept = {k: v for k, v in tree.items() if k not in ("learning_rate", "schedule")}
+    return {k: _without_rates(v) for k, v in kept.items()}
+  return [_without_rates(v) for v in tree] if isinstance(tree, list) else tree
 
 
 DECISIVE = (
