@@ -39,6 +39,15 @@ def test_no_recipe_is_missing():
   assert not any("fpt_segmentation.py" in recipe for recipe in page.recipes())
 
 
+def test_each_recipe_that_was_compiled_fits_one_of_its_slices():
+  plans, fits = page._stored(), {}
+  for row in page.rows()[0]:
+    if "fits" in plans.get(row.key, {}):
+      fits[row.config] = fits.get(row.config, False) or plans[row.key]["fits"]
+  assert len(fits) > 100
+  assert [config for config, fit in fits.items() if not fit] == []
+
+
 @pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
 def test_igpt_is_planned_for_both_slices(size, topology):
