@@ -182,16 +182,12 @@ def coco(
   config = _recipe(model, batch_size, accumulation_steps)
   config.num_steps = round(steps * scale)
   boundaries = tuple(round(step * scale) for step in boundaries)
+  warmup = {"warmup_steps": 500, "warmup_start": 1 / 3}
   config.optimizer = {
     "name": "sgd",
     "learning_rate": scaled_rate("sgd", 0.05, batch_size, 16),
     "momentum": 0.9,
-    "schedule": {
-      "name": "step",
-      "warmup_steps": 500,
-      "warmup_start": 1 / 3,
-      "boundaries": boundaries,
-    },
+    "schedule": {"name": "step", "boundaries": boundaries, **warmup},
     "weight_decay": 1e-4,
     "rules": (
       ("backbone/(stem|c2_block).*", {"frozen": True}),
