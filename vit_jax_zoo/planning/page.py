@@ -198,8 +198,8 @@ own training step was compiled for a TPU slice by libtpu, without a TPU and with
 nothing on this page was run on one. All figures are of one device. "Needs" is what the compiler
 says must be there at once. Rows "at O1" were compiled with `--optimization_level=O1`, in a third of
 the time: such a program moves more bytes than XLA's own choice, so bounds are left out, and needs
-other memory, mostly more; that it fits is sure with `JAX_OPTIMIZATION_LEVEL=O1` alone. "Step" and
-"days" are bounds that no run can beat, not forecasts:
+somewhat more or less memory; that it fits is sure with `JAX_OPTIMIZATION_LEVEL=O1` alone. "Step"
+and "days" are bounds that no run can beat, not forecasts:
 
 {assumptions}
 

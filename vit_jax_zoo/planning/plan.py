@@ -319,7 +319,7 @@ def _notes(parts: experiment.Experiment, kinds: list[tuple[float, Any]]) -> list
   if level := optimization_level():
     notes.append(
       f"it runs as it was compiled, with JAX_OPTIMIZATION_LEVEL={level}; at XLA's own level a "
-      "program takes longer to compile, moves fewer bytes, and needs other memory, mostly less"
+      "program takes longer to compile, moves fewer bytes, and needs somewhat more or less memory"
     )
   if len(kinds) > 1:
     notes.append(
