@@ -21,9 +21,9 @@ from absl import app, flags
 sys.path.insert(0, os.getcwd())  # the recipe whose model is replaced
 
 from vit_jax_zoo.config import load_with_overrides
-from vit_jax_zoo.models.registry import list_models
-from vit_jax_zoo.planning.machines import find_machine
+from vit_jax_zoo.planning.hardware import find_machine
 from vit_jax_zoo.planning.plan import make_plan
+from vit_jax_zoo.registry import list_models
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:4x4", "The slice, as libtpu names it.")
 _MODELS = flags.DEFINE_list("models", ["vit_b16", "vit_l16"], "Model names or patterns.")

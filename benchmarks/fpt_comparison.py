@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from etils import epath
 
 from vit_jax_zoo import config as schema
-from vit_jax_zoo import experiment
+from vit_jax_zoo import trainer as experiment
 
 _VARIANT = flags.DEFINE_enum(
   "variant", "demo", ["demo", "demo_mask", "demo_segmentation"], "Of configs/fpt.py."

@@ -25,8 +25,8 @@ import numpy as np
 from absl import app, flags
 from measuring import machine, markdown
 
-from vit_jax_zoo.layers.feature_pyramid_transformer import FLAVORS, FeaturePyramidTransformer
-from vit_jax_zoo.ops.mixture_attention import BLOCK_ELEMENTS
+from vit_jax_zoo.systems.fpt.mixture_attention import BLOCK_ELEMENTS
+from vit_jax_zoo.systems.fpt.transformer import FLAVORS, FeaturePyramidTransformer
 
 _SIZES = flags.DEFINE_list("sizes", ["128", "256", "512"], "Sides of images.")
 _WIDTH = flags.DEFINE_integer("width", 64, "Channels of the pyramid; the paper's are 256.")

@@ -23,10 +23,10 @@ from absl import app, flags
 from flax import linen as nn
 from for_tpu import compile_for_core
 
-from vit_jax_zoo.layers.lambda_layer import LambdaLayer
-from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.planning.machines import Machine, find_machine
+from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.report import gib, seconds
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "One chip.")
 _MODELS = flags.DEFINE_list(

@@ -36,9 +36,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import measuring
 
 from configs import igpt, lambda_resnet, vit
-from vit_jax_zoo import experiment
+from vit_jax_zoo import trainer as experiment
 from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.train.metric_writer import read_metrics
+from vit_jax_zoo.training.metric_writer import read_metrics
 
 BATCH = 64
 COLORS = {

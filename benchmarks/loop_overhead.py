@@ -36,13 +36,14 @@ import measuring
 from absl import logging
 from ml_collections import ConfigDict
 
-from vit_jax_zoo import config, experiment
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.loop import Loop, LoopSettings, prefetch
-from vit_jax_zoo.train.metric_writer import MetricWriter, read_metrics
-from vit_jax_zoo.train.program import Program
-from vit_jax_zoo.train.progress import Progress
-from vit_jax_zoo.train.state import TrainState
+from vit_jax_zoo import config
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import Program
+from vit_jax_zoo.training.loop import Loop, LoopSettings, prefetch
+from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
+from vit_jax_zoo.training.progress import Progress
+from vit_jax_zoo.training.state import TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = ("input_wait", "logging")

@@ -27,9 +27,9 @@ import numpy as np
 import optax
 from scipy.optimize import linear_sum_assignment
 
-from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.ops.detection_losses import matching_cost
-from vit_jax_zoo.ops.matching import match
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.detr.losses import matching_cost
+from vit_jax_zoo.systems.detr.matching import match
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 

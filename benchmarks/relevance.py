@@ -29,7 +29,7 @@ import numpy as np
 from absl import app, flags
 from measuring import machine, spread
 
-from vit_jax_zoo.ops.relevance import BLOCK_SIZE, find_matches, transfer
+from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer
 
 _SIZES = flags.DEFINE_list(
   "sizes", ["20x20:20x20", "40x40:40x40", "80x80:80x80"], "Pairs of sizes."

@@ -22,9 +22,9 @@ from absl import app, flags
 from beside import efficientnet
 from for_tpu import compile_for_core
 
-from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.planning.machines import Machine, find_machine
+from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.report import gib, seconds
+from vit_jax_zoo.registry import create_model
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v3:2x2", "One core of it is planned for.")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Images of the core.")

@@ -32,12 +32,12 @@ import jax
 import measuring
 import numpy as np
 
-from vit_jax_zoo.models.registry import create_model, sharding_rules
 from vit_jax_zoo.ops.flops import count_flops
+from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.tasks.classification import Classification
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.program import Program, Recipe, abstract_batch_of, build_program
-from vit_jax_zoo.train.progress import peak_flops
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import Program, Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.progress import peak_flops
 
 OPTIMIZER = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0}
 HEADER = (

@@ -20,8 +20,8 @@ import numpy as np
 from absl import app, flags
 from measuring import machine, markdown
 
-from vit_jax_zoo.inference.super_resolution import compiler_options
-from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.ttsr.predictor import compiler_options
 
 _SIZES = flags.DEFINE_list("sizes", ["135x240:540x960"], "Picture and reference.")
 _COMPILE_ONLY = flags.DEFINE_bool("compile_only", False, "Analyses memory and runs nothing.")

@@ -20,8 +20,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.config import complete
-from vit_jax_zoo.ops.names import unknown_name
-from vit_jax_zoo.train.batch_rule import SINGLE
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.training.lr_scaling import SINGLE
 
 Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 

@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.models.registry import list_models
-from vit_jax_zoo.ops.names import unknown_name
-from vit_jax_zoo.train.batch_rule import SINGLE, scaled_rate
-from vit_jax_zoo.weights.catalog import ENTRIES
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.registry import list_models
+from vit_jax_zoo.training.lr_scaling import SINGLE, scaled_rate
+from vit_jax_zoo.weights.model_index import ENTRIES
 
 
 def get_config(arg: str = "") -> ConfigDict:

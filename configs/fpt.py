@@ -30,8 +30,8 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common, fpt_segmentation
-from vit_jax_zoo.models import registry
-from vit_jax_zoo.train.batch_rule import scaled_rate
+from vit_jax_zoo import registry
+from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:

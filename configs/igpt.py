@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.errors import unknown_name
 
 
 def get_config(arg: str = "") -> ConfigDict:

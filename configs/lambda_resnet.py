@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.train.batch_rule import scaled_rate
+from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:

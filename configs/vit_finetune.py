@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common, common_vit
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.errors import unknown_name
 
 
 def get_config(arg: str = "") -> ConfigDict:

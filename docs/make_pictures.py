@@ -28,14 +28,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.super_resolution_transforms import enlarge, shrink
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.super_resolution import enlarge, shrink
+from vit_jax_zoo.figures.detection import COLORS
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.metrics.psnr_ssim import psnr_y
 from vit_jax_zoo.ops.mask_paste import paste_masks
-from vit_jax_zoo.ops.picture_quality import psnr_y
-from vit_jax_zoo.visualize.detection import COLORS
 
 COLUMNS = 6
 TILE, GAP = 0.92, 0.07  # inches

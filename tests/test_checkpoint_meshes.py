@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax_zoo import experiment
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.checkpoint import Checkpointer
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.multidevice
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.command import ROOT
 from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.models.ttsr import TTSR
+from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
 WEIGHTS = GOLDENS / "vit_a" / "weights.npz"

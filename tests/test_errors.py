@@ -12,8 +12,10 @@ import pytest
 
 from configs import vit
 from tests import command
-from vit_jax_zoo import command_line, experiment, main
+from vit_jax_zoo import cli as command_line
 from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import main
+from vit_jax_zoo import trainer as experiment
 
 
 def changed(**fields):

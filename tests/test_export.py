@@ -15,8 +15,8 @@ from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.models.ttsr import TTSR
-from vit_jax_zoo.models.vit import VisionTransformer
+from vit_jax_zoo.systems.ttsr.model import TTSR
+from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 
 NPZ = ["vit_a", "vit_rep_a", "vit_gap_a", "vit_hybrid_a", "vit_rstem_a", "vit_posemb_a"]

@@ -17,16 +17,17 @@ from configs import finetune as finetune_own
 from configs import vit
 from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import experiment, export, load_pretrained, predict
-from vit_jax_zoo.data.demo_base import read_photo
-from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo import export, load_pretrained, predict
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.data.sources.demo import read_photo
+from vit_jax_zoo.data.sources.registry import load_source
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.starting import Start
-from vit_jax_zoo.train.checkpoint import restore_variables
-from vit_jax_zoo.train.metric_writer import read_metrics
-from vit_jax_zoo.train.optimizer import create_optimizer
+from vit_jax_zoo.initialization import Start
+from vit_jax_zoo.training.checkpoint import restore_variables
+from vit_jax_zoo.training.metric_writer import read_metrics
+from vit_jax_zoo.training.optim import create_optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 WEIGHTS = GOLDENS / "vit_posemb_a" / "weights.npz"  # 4 x 4 patches of 8, 20 classes, pre_logits

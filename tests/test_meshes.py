@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from configs import vit
-from vit_jax_zoo import create_model, experiment
-from vit_jax_zoo.models import registry
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.evaluate import PredictionScores
+from vit_jax_zoo import create_model, registry
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.evaluate import PredictionScores
 
 pytestmark = pytest.mark.multidevice
 

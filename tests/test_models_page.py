@@ -4,8 +4,8 @@ import json
 import pathlib
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.models.registry import FAMILIES, list_models
-from vit_jax_zoo.weights.catalog import ENTRIES, PAPER_SCORES
+from vit_jax_zoo.registry import FAMILIES, list_models
+from vit_jax_zoo.weights.model_index import ENTRIES, PAPER_SCORES
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "MODELS.md"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import command
-from vit_jax_zoo.train.checkpoint import restore_variables
+from vit_jax_zoo.training.checkpoint import restore_variables
 
 
 def free_port():

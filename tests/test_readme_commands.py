@@ -21,7 +21,9 @@ from skimage import data as pictures
 
 from tests.test_readme import blocks, commands, module_of
 from vit_jax_zoo import create_model
-from vit_jax_zoo.weights import Preprocess, vit_hf, vit_npz
+from vit_jax_zoo.systems.vit import weights_google as vit_npz
+from vit_jax_zoo.systems.vit import weights_hf as vit_hf
+from vit_jax_zoo.weights import Preprocess
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.load import flatten_variables
 

@@ -13,8 +13,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _LAZY = {
-  "create_model": "vit_jax_zoo.models.registry",
-  "list_models": "vit_jax_zoo.models.registry",
+  "create_model": "vit_jax_zoo.registry",
+  "list_models": "vit_jax_zoo.registry",
   "load_pretrained": "vit_jax_zoo.inference.load",
 }
 __all__ = ["__version__", "create_model", "list_models", "load_pretrained"]

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.data.pipeline import LOADER_FIELDS
-from vit_jax_zoo.ops.names import check_names, unknown_name
+from vit_jax_zoo.errors import check_names, unknown_name
 
 
 def defaults() -> ConfigDict:

@@ -27,17 +27,17 @@ import orbax.checkpoint as ocp
 from absl import flags, logging
 from etils import epath
 
-from vit_jax_zoo import command_line
+from vit_jax_zoo import cli as command_line
+from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.inference.load import load_pretrained
-from vit_jax_zoo.models.registry import PARTS, family_of, variants
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.ops.names import unknown_name
-from vit_jax_zoo.run_config import CONFIG_FILE, DATA_FILE
+from vit_jax_zoo.registry import PARTS, family_of, variants
+from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
 from vit_jax_zoo.weights import Pretrained
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.formats import FORMATS, write_checkpoint
+from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables
-from vit_jax_zoo.weights.table import unroll
 
 FLAGS = flags.FLAGS
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from absl import flags, logging
 from etils import epath
 
-from vit_jax_zoo import command_line, experiment
+from vit_jax_zoo import cli as command_line
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo.train import distributed
-from vit_jax_zoo.train.loop import Outcome, in_words
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.training import distributed
+from vit_jax_zoo.training.loop import Outcome, in_words
 
 CONFIG = flags.DEFINE_string(
   "config",

@@ -18,10 +18,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from vit_jax_zoo import command_line
+from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.planning import page
-from vit_jax_zoo.planning.machines import Machine, find_machine
+from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.plan import Plan, make_plan
 from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.planning.search import best, search

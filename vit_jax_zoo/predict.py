@@ -24,13 +24,13 @@ from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from vit_jax_zoo import command_line
+from vit_jax_zoo import cli as command_line
+from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
-from vit_jax_zoo.inference.coco_files import CocoFiles
+from vit_jax_zoo.inference.coco_json import CocoFiles
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.train import whole_file
-from vit_jax_zoo.visualize.render import render
+from vit_jax_zoo.training import atomic_write as whole_file
 
 FLAGS = flags.FLAGS
 

@@ -10,16 +10,16 @@ import numpy as np
 
 from beside.base import Setting, Side
 from vit_jax_zoo import export
-from vit_jax_zoo.layers.feature_pyramid_transformer import FeaturePyramidTransformer
-from vit_jax_zoo.models.registry import create_model, sharding_rules
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.ops.relevance import find_matches, transfer
+from vit_jax_zoo.registry import create_model, sharding_rules
+from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
+from vit_jax_zoo.systems.fpt.weights_official import state_dict
+from vit_jax_zoo.systems.ttsr.search import find_matches, transfer
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
-from vit_jax_zoo.weights.fpt_pt import state_dict
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
 

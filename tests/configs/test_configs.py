@@ -8,10 +8,10 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.train.optimizer import create_optimizer
+from vit_jax_zoo.training.optim import create_optimizer
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 PARTS = ("common", "common_vit", "fpt_segmentation", "vit_augreg", "vit_finetune")  # of other files

@@ -9,8 +9,8 @@ import pytest
 from flax import traverse_util
 
 from configs import detr
-from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.train.optimizer import create_optimizer
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.training.optim import create_optimizer
 
 
 @functools.cache

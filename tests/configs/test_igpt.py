@@ -9,10 +9,11 @@ import pytest
 from etils import epath
 
 from configs import igpt
-from vit_jax_zoo import experiment, export
+from vit_jax_zoo import export
+from vit_jax_zoo import trainer as experiment
 from vit_jax_zoo.config import load_with_overrides
-from vit_jax_zoo.models.igpt import ImageGPT
-from vit_jax_zoo.train.checkpoint import restore_variables
+from vit_jax_zoo.systems.igpt.model import ImageGPT
+from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained, load_pretrained
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from configs.lambda_resnet import NETWORKS, VARIANTS, get_config
-from vit_jax_zoo.models.registry import list_models
+from vit_jax_zoo.registry import list_models
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ A row is a page of the lab book, a function in `configs/`, with all of its varia
 are those of the resolved configs, the rest is from the page's text, which says more. Expected
 figures are the papers' unless the page says otherwise; "ours" are those that were measured with
 this code. A batch is that of all devices together. RandAugment is not one thing: see the two
-flavours in `vit_jax_zoo/data/rand_augment.py`.
+flavours in `vit_jax_zoo/data/transforms/augment.py`.
 """
 
 COLUMNS = (

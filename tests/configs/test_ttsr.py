@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from configs import ttsr
-from vit_jax_zoo import experiment
-from vit_jax_zoo.run_config import RunData
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.run_metadata import RunData
 
 PICTURES = {
   "cufed5": [f"test/CUFED5/000_{i}.png" for i in range(6)],

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from configs.vit import get_config
-from vit_jax_zoo import experiment
-from vit_jax_zoo.evaluation.feature_probes import create_probe
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.metrics.feature_probes import create_probe
 
 
 def test_image_size_reaches_training_and_evaluation():

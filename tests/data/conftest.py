@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from PIL import Image
 
-from vit_jax_zoo.data import tfds_source
+from vit_jax_zoo.data.sources import tfds as tfds_source
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,8 +6,8 @@ from PIL import Image
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import images
-from vit_jax_zoo.data.base import CorruptExampleError
 from vit_jax_zoo.data.images import decode_image
+from vit_jax_zoo.data.sources.base import CorruptExampleError
 
 PHOTO = photo(48, 64)
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import encode, photo
-from vit_jax_zoo.data import images, jpeg
-from vit_jax_zoo.data.base import CorruptExampleError
+from vit_jax_zoo.data import images
+from vit_jax_zoo.data import images as jpeg
+from vit_jax_zoo.data.sources.base import CorruptExampleError
 
 needs_simplejpeg = pytest.mark.skipif(jpeg.simplejpeg is None, reason="simplejpeg not installed")
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from tests import command
-from vit_jax_zoo.train.checkpoint import restore_variables
-from vit_jax_zoo.train.checkpoint_folders import find_checkpoint
+from vit_jax_zoo.training.checkpoint import find_checkpoint, restore_variables
 
 pytestmark = pytest.mark.slow
 

@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import experiment
-from vit_jax_zoo.ops.names import field_names
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.errors import field_names
 
 pytestmark = pytest.mark.slow
 

@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import experiment
-from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from configs import igpt, vit
-from vit_jax_zoo import experiment
+from vit_jax_zoo import trainer as experiment
 
 
 @pytest.fixture(scope="session")

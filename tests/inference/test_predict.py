@@ -12,13 +12,13 @@ from PIL import Image
 
 from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained, predict
-from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.registry import build_transforms
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import _prepare_for_run, _Run, load
-from vit_jax_zoo.run_config import RunData
-from vit_jax_zoo.train.checkpoint import restore_variables
+from vit_jax_zoo.run_metadata import RunData
+from vit_jax_zoo.training.checkpoint import restore_variables
 
 
 def photo(height=60, width=90, seed=0):

@@ -3,7 +3,7 @@ import pytest
 from scipy import ndimage
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.ops.position_grid import METHODS, resize_position_grid
+from vit_jax_zoo.ops.resize import METHODS, resize_position_grid
 
 
 def table(height, width, dim=3, seed=0):

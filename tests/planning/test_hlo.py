@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax_zoo.planning import hlo
-from vit_jax_zoo.train.sharding import create_mesh
+from vit_jax_zoo.training.sharding import create_mesh
 
 # Two loops of 12 and 3 steps; 8 devices, in groups of 8, 4 and 2.
 BY_HAND = """

@@ -13,11 +13,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.command import TINY
-from vit_jax_zoo import experiment
+from vit_jax_zoo import trainer as experiment
 from vit_jax_zoo.config import complete, load_with_overrides
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning.activations import activation_bytes
-from vit_jax_zoo.planning.machines import find_machine
+from vit_jax_zoo.planning.hardware import find_machine
 from vit_jax_zoo.planning.plan import Memory, compile_text, device_bytes, make_plan, needed_memory
 from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.planning.search import best, meshes, rungs, search

@@ -7,8 +7,8 @@ import pytest
 
 from tests.tasks.test_classification import make_context
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.program import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
 
 
 @pytest.fixture(scope="module")

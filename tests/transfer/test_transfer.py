@@ -11,18 +11,18 @@ from absl import flags
 from PIL import Image
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.data import benchmarks
-from vit_jax_zoo.data.benchmarks import VtabTask
-from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.transform_base import pixels
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.base import pixels
 from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.models.registry import create_model
+from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.transfer import __main__ as command
+from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
 from vit_jax_zoo.transfer.suites import SUITES, Request, run_suites
+from vit_jax_zoo.transfer.vtab import VtabTask
 
 FIT, TEST = "train[:300]", "test[:120]"
 

@@ -13,8 +13,9 @@ import pytest
 
 from tests.conftest import GOLDENS
 from vit_jax_zoo import load_pretrained
-from vit_jax_zoo.models.registry import list_models
-from vit_jax_zoo.weights import WeightsError, catalog, hub
+from vit_jax_zoo.registry import list_models
+from vit_jax_zoo.weights import WeightsError, hub
+from vit_jax_zoo.weights import model_index as catalog
 
 SOURCE = GOLDENS / "vit_a" / "weights.npz"
 

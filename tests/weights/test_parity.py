@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
 from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.models.lambda_resnet import VARIANTS, LambdaResNet
+from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 from vit_jax_zoo.weights.torch_file import read_torch
 

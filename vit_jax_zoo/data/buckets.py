@@ -26,8 +26,8 @@ import numpy as np
 from absl import logging
 from jaxtyping import Int
 
-from vit_jax_zoo.data.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.order import RandomNumbers, shuffled_index
+from vit_jax_zoo.data.shuffle import RandomNumbers, shuffled_index
+from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 
 Shape: TypeAlias = tuple[int, int]
 """Height and width in pixels."""

@@ -20,10 +20,10 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from vit_jax_zoo.data.base import Example, Source
+from vit_jax_zoo.data.batching import SKIPPED, Batch, Loader, MaskedBatches, TrainBatches
 from vit_jax_zoo.data.buckets import plan_evaluation, plan_training
-from vit_jax_zoo.data.loading import SKIPPED, Batch, Loader, MaskedBatches, TrainBatches
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.data.sources.base import Example, Source
+from vit_jax_zoo.errors import unknown_name
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 CORRUPT_POLICIES = ("error", "skip")

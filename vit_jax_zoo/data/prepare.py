@@ -27,8 +27,9 @@ import rich.progress
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from vit_jax_zoo.data import folder, tfds_source, tfrecord
-from vit_jax_zoo.data.base import Source
+from vit_jax_zoo.data.sources import folder, tfrecord
+from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.data.sources.base import Source
 
 _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 

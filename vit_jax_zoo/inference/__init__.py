@@ -3,19 +3,19 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.tasks import TASKS
 
 if TYPE_CHECKING:
   from vit_jax_zoo.inference.base import Options, Predictor, Trained
 
 PREDICTORS = {
-  "classification": ("vit_jax_zoo.inference.classification", "ClassificationPredictor"),
-  "detection": ("vit_jax_zoo.inference.detection", "DetectionPredictor"),
-  "instance_detection": ("vit_jax_zoo.inference.instance_detection", "InstancePredictor"),
-  "pixel_modelling": ("vit_jax_zoo.inference.completion", "CompletionPredictor"),
-  "semantic_segmentation": ("vit_jax_zoo.inference.segmentation", "SegmentationPredictor"),
-  "super_resolution": ("vit_jax_zoo.inference.super_resolution", "SuperResolutionPredictor"),
+  "classification": ("vit_jax_zoo.tasks.classification_predictor", "ClassificationPredictor"),
+  "detection": ("vit_jax_zoo.systems.detr.predictor", "DetectionPredictor"),
+  "instance_detection": ("vit_jax_zoo.systems.rcnn.predictor", "InstancePredictor"),
+  "pixel_modelling": ("vit_jax_zoo.systems.igpt.predictor", "CompletionPredictor"),
+  "semantic_segmentation": ("vit_jax_zoo.systems.fpt.predictor", "SegmentationPredictor"),
+  "super_resolution": ("vit_jax_zoo.systems.ttsr.predictor", "SuperResolutionPredictor"),
 }
 """Name of the task, a key of `tasks.TASKS` -> module and class of its predictor."""
 

@@ -16,16 +16,15 @@ from jaxtyping import UInt8
 
 from vit_jax_zoo import weights
 from vit_jax_zoo.data import images as image_ops
-from vit_jax_zoo.data.transform_base import Transform
-from vit_jax_zoo.data.transforms import CentralCrop, Resize, ResizeSmall, build_transforms
+from vit_jax_zoo.data.transforms.base import Transform
+from vit_jax_zoo.data.transforms.registry import CentralCrop, Resize, ResizeSmall, build_transforms
+from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.inference.base import Image, Trained
-from vit_jax_zoo.models.registry import create_model
-from vit_jax_zoo.ops.names import field_names
-from vit_jax_zoo.run_config import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
 from vit_jax_zoo.tasks import create_task, task_fields
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.train.checkpoint import restore_variables
-from vit_jax_zoo.train.checkpoint_folders import is_checkpoint
+from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
 _IN_PREPROCESS = ("image_mean", "image_std", "num_classes")

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 
 from vit_jax_zoo.tasks.base import LossContext, Player
-from vit_jax_zoo.train.program import Program
-from vit_jax_zoo.train.sharding import batch_ways
-from vit_jax_zoo.train.state import player_params, with_player_params
+from vit_jax_zoo.training.compiled_steps import Program
+from vit_jax_zoo.training.sharding import batch_ways
+from vit_jax_zoo.training.state import player_params, with_player_params
 
 
 def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:

@@ -24,7 +24,7 @@ from absl import logging
 from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.planning.report import gib, seconds
 from vit_jax_zoo.planning.roofline import ASSUMPTIONS
-from vit_jax_zoo.train import whole_file
+from vit_jax_zoo.training import atomic_write as whole_file
 
 PAGE, PLANS, SLICES, LOCK = (
   pathlib.Path("docs") / name for name in ("PLANS.md", "plans.json", "slices.toml", ".plans.lock")

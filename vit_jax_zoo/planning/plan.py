@@ -14,15 +14,14 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from vit_jax_zoo import experiment
-from vit_jax_zoo.data import stand_in
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.data import fake_data as stand_in
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.activations import activation_bytes
-from vit_jax_zoo.planning.chips import Chip
-from vit_jax_zoo.planning.machines import Machine
+from vit_jax_zoo.planning.hardware import Chip, Machine
 from vit_jax_zoo.planning.roofline import Roofline, roofline
-from vit_jax_zoo.train.program import Program
+from vit_jax_zoo.training.compiled_steps import Program
 
 SECONDS_PER_DAY = 86_400
 

@@ -7,7 +7,7 @@ the input pipeline keeps up.
 
 import dataclasses
 
-from vit_jax_zoo.planning.chips import Chip
+from vit_jax_zoo.planning.hardware import Chip
 
 ASSUMPTIONS = (
   "a step takes as long as the slowest of FLOPs, memory traffic and network traffic, each at the "

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import complete
-from vit_jax_zoo.layers.transformer import REMAT_LADDER
-from vit_jax_zoo.planning.machines import Machine
+from vit_jax_zoo.nn.transformer import REMAT_LADDER
+from vit_jax_zoo.planning.hardware import Machine
 from vit_jax_zoo.planning.plan import Plan, make_plan
 
 

@@ -8,18 +8,18 @@ import dataclasses
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vit_jax_zoo.ops.names import check_names, unknown_name
+from vit_jax_zoo.errors import check_names, unknown_name
 
 if TYPE_CHECKING:
   from vit_jax_zoo.tasks.base import Model, Task
 
 TASKS = {
   "classification": ("vit_jax_zoo.tasks.classification", "Classification"),
-  "detection": ("vit_jax_zoo.tasks.detection", "Detection"),
-  "instance_detection": ("vit_jax_zoo.tasks.instance_detection", "InstanceDetection"),
-  "pixel_modelling": ("vit_jax_zoo.tasks.pixel_modelling", "PixelModelling"),
-  "semantic_segmentation": ("vit_jax_zoo.tasks.semantic_segmentation", "SemanticSegmentation"),
-  "super_resolution": ("vit_jax_zoo.tasks.super_resolution", "SuperResolution"),
+  "detection": ("vit_jax_zoo.systems.detr.task", "Detection"),
+  "instance_detection": ("vit_jax_zoo.systems.rcnn.task", "InstanceDetection"),
+  "pixel_modelling": ("vit_jax_zoo.systems.igpt.task", "PixelModelling"),
+  "semantic_segmentation": ("vit_jax_zoo.systems.fpt.task", "SemanticSegmentation"),
+  "super_resolution": ("vit_jax_zoo.systems.ttsr.task", "SuperResolution"),
 }
 """Task name -> module and class."""
 

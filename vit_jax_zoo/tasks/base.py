@@ -24,7 +24,7 @@ from flax import struct
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.evaluation.base import Evaluator as Evaluator
+from vit_jax_zoo.metrics.base import Evaluator as Evaluator
 
 Batch: TypeAlias = Mapping[str, Any]
 """Arrays whose first axis is the example; a padded batch has `mask [b]`, True = real."""

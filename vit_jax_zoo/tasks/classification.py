@@ -12,13 +12,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.evaluation.classification import ClassificationEvaluator
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.figures import classification as draw
+from vit_jax_zoo.figures.interpretability import draw_of_images, draw_of_model
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.ops.mixing import Mixing, mix_examples
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.ops.mixup import Mixing, mix_examples
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.visualize import classification as draw
-from vit_jax_zoo.visualize.explanation import draw_of_images, draw_of_model
 
 OBJECTIVES = ("softmax", "sigmoid")
 

@@ -35,13 +35,13 @@ from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_jax_zoo import command_line
+from vit_jax_zoo import cli as command_line
+from vit_jax_zoo.figures.canvas import render
+from vit_jax_zoo.figures.transfer import draw_accuracies, draw_shots
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.train import whole_file
+from vit_jax_zoo.training import atomic_write as whole_file
 from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
 from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
-from vit_jax_zoo.visualize.render import render
-from vit_jax_zoo.visualize.transfer import draw_accuracies, draw_shots
 
 FLAGS = flags.FLAGS
 

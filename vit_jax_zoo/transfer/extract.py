@@ -9,15 +9,15 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.base import Example, Source
-from vit_jax_zoo.data.transform_base import Transform, pixels
-from vit_jax_zoo.data.transforms import MultiHot
-from vit_jax_zoo.evaluation.linear_probe import Labelled
+from vit_jax_zoo.data.sources.base import Example, Source
+from vit_jax_zoo.data.transforms.base import Transform, pixels
+from vit_jax_zoo.data.transforms.registry import MultiHot
 from vit_jax_zoo.inference.base import Trained
+from vit_jax_zoo.metrics.linear_probe import Labelled
 from vit_jax_zoo.tasks.base import Task
-from vit_jax_zoo.train import sharding
-from vit_jax_zoo.train.evaluate import Clock, compile_predict_step, predict_batches
-from vit_jax_zoo.train.probe import collect_features
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.evaluate import Clock, compile_predict_step, predict_batches
+from vit_jax_zoo.training.feature_evaluation import collect_features
 
 
 @dataclasses.dataclass(frozen=True)

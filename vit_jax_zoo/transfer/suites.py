@@ -12,22 +12,22 @@ import numpy as np
 from absl import logging
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.data import benchmarks
-from vit_jax_zoo.data.base import SlicedSource, Source
-from vit_jax_zoo.data.benchmarks import ImageNetVariant, ProbeData, VtabTask
-from vit_jax_zoo.data.sources import KINDS, load_source
-from vit_jax_zoo.evaluation.feature_probes import (
+from vit_jax_zoo.data.sources.base import SlicedSource, Source
+from vit_jax_zoo.data.sources.registry import KINDS, load_source
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.metrics.feature_probes import (
   PROBES,
   FeatureProbe,
   Linear,
   choose_features,
   create_probe,
 )
-from vit_jax_zoo.evaluation.linear_probe import Labelled
-from vit_jax_zoo.evaluation.rankings import score_rankings
-from vit_jax_zoo.ops.names import unknown_name
-from vit_jax_zoo.train.probe import report
+from vit_jax_zoo.metrics.imagenet_variants import score_rankings
+from vit_jax_zoo.metrics.linear_probe import Labelled
+from vit_jax_zoo.training.feature_evaluation import report
+from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor
+from vit_jax_zoo.transfer.vtab import ImageNetVariant, ProbeData, VtabTask
 
 SUITES = (*PROBES, "vtab", *benchmarks.IMAGENET)
 """All names of suites."""

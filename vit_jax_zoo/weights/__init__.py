@@ -1,10 +1,10 @@
 """Published checkpoints, in and out: one declarative table a format, read in both directions."""
 
+from vit_jax_zoo.weights.finetune_init import adapt, relayout
+from vit_jax_zoo.weights.key_map import WeightsError, check_finite
 from vit_jax_zoo.weights.load import Pretrained, load_into, load_pretrained
-from vit_jax_zoo.weights.parts import find_files, load_parts, still_needed
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.table import WeightsError, check_finite
-from vit_jax_zoo.weights.transfer import adapt, relayout
+from vit_jax_zoo.weights.pretrained_parts import find_files, load_parts, still_needed
 
 __all__ = [
   "Preprocess",

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vit_jax_zoo.ops.names import field_names
+from vit_jax_zoo.errors import field_names
+from vit_jax_zoo.weights.key_map import Flat, Row
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.table import Flat, Row
 
 Size: TypeAlias = tuple[int, int]
 """Height and width."""

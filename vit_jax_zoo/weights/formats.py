@@ -13,10 +13,10 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.published import read_published
-from vit_jax_zoo.weights.table import WeightsError
+from vit_jax_zoo.weights.key_map import WeightsError
+from vit_jax_zoo.weights.readers import read_published
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,8 @@ from absl import logging
 from etils import epath
 
 from vit_jax_zoo.weights import tf_bundle
-from vit_jax_zoo.weights.catalog import ENTRIES, Entry
-from vit_jax_zoo.weights.table import WeightsError
+from vit_jax_zoo.weights.key_map import WeightsError
+from vit_jax_zoo.weights.model_index import ENTRIES, Entry
 
 CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20

@@ -11,14 +11,15 @@ from absl import logging
 from flax import linen as nn
 from flax import traverse_util
 
-from vit_jax_zoo.models.registry import model_class
-from vit_jax_zoo.ops.names import check_names, field_names
-from vit_jax_zoo.weights import hub, table
+from vit_jax_zoo.errors import check_names, field_names
+from vit_jax_zoo.registry import model_class
+from vit_jax_zoo.systems.vit.weights_common import POSITIONS, VitCheckpoint
+from vit_jax_zoo.weights import hub
+from vit_jax_zoo.weights import key_map as table
 from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.formats import read_checkpoint
+from vit_jax_zoo.weights.key_map import WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.table import WeightsError
-from vit_jax_zoo.weights.vit_checkpoint import POSITIONS, VitCheckpoint
 
 GENERATOR = "generator"
 """The player whose network is published, where a task has several."""

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 from PIL import Image
 
-from vit_jax_zoo.data.tf_resize import tf_resize
-from vit_jax_zoo.ops.names import unknown_name
+from vit_jax_zoo.data.resize import tf_resize
+from vit_jax_zoo.errors import unknown_name
 
 PILLOW_FILTERS = {
   "nearest": Image.Resampling.NEAREST,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.weights.table import STATISTICS, Row, WeightsError
+from vit_jax_zoo.weights.key_map import STATISTICS, Row, WeightsError
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, COUNTER, batch_norm_rows, norm_rows
 
 IGNORE = (rf"(.*\.)?{COUNTER}", r"fc\.(weight|bias)", r"classifier\.1\.(weight|bias)")

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from vit_jax_zoo.weights.table import Flat, WeightsError
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER = 48

@@ -13,9 +13,9 @@ from absl import logging
 from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Export, Size
+from vit_jax_zoo.weights.key_map import Flat
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
-from vit_jax_zoo.weights.published import Published
-from vit_jax_zoo.weights.table import Flat
+from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
 _FITS = {"center": "crop", "squash": "squash"}

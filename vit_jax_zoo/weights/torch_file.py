@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from vit_jax_zoo.weights.table import Flat, WeightsError
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "params")
 """Where training codes put the state dict beside optimizer, epoch and arguments."""

@@ -10,15 +10,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from vit_jax_zoo.weights.table import (
-  KEEP,
-  STATISTICS,
-  Array,
-  Flat,
-  Row,
-  Transform,
-  WeightsError,
-)
+from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform, WeightsError
 
 COUNTER = "num_batches_tracked"
 """PyTorch counts batches, which batch norm with a fixed momentum never reads."""

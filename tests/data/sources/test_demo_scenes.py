@@ -1,0 +1,90 @@
+"""The demo scenes: what is said of a scene can be seen in it, and the test is a fair one."""
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.data.images import decode_image
+from vit_jax_zoo.data.sources import demo_scenes
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.detection import decode_segments
+
+NAMES = (*"0123456789", *demo_scenes.TEXTURES)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+  """Prepares a hundredth of the scenes, which takes no time, in a cache of their own."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path_factory.mktemp("scenes")))
+    patch.setattr(demo_scenes, "COUNTS", {"train": 40, "test": 20})
+    load_source("demo:scenes", "train")
+    yield
+
+
+@pytest.mark.usefixtures("small")
+class TestScenes:
+  def test_boxes_areas_and_segments_agree(self):
+    """Guards the annotations: each box is the tight one of its segment, each area its pixels."""
+    source = load_source("demo:scenes", "train", panoptic=True)
+    assert source.info.class_names == NAMES
+    for i in range(len(source)):
+      example = source[i]
+      segments = decode_segments(example["segment_image"], example["object_ids"])
+      assert segments.min() == 0  # every pixel belongs to something
+      for number, box in enumerate(example["boxes_xyxy"]):
+        rows, columns = np.nonzero(segments == number)
+        edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+        np.testing.assert_allclose(box, edges, atol=1e-4)
+        assert example["area"][number] == len(rows)
+
+  def test_detection_has_the_digits_alone(self):
+    """Guards the two views of a scene: things are the same in both, stuff is in one only."""
+    things = load_source("demo:scenes", "test")
+    everything = load_source("demo:scenes", "test", panoptic=True)
+    assert things.info.num_classes == 10
+    for i in range(len(things)):
+      one, both = things[i], everything[i]
+      assert one["image_id"] == both["image_id"]
+      digits = both["labels"] < 10
+      np.testing.assert_array_equal(one["labels"], both["labels"][digits])
+      np.testing.assert_array_equal(one["boxes_xyxy"], both["boxes_xyxy"][digits])
+      assert 1 <= len(one["labels"]) <= demo_scenes.MAX_DIGITS
+
+  def test_ids_are_different(self):
+    """Guards evaluation, which counts an id once."""
+    sources = [load_source("demo:scenes", split) for split in ("train", "test")]
+    ids = [source[i]["image_id"] for source in sources for i in range(len(source))]
+    assert len(set(ids)) == len(ids) == 60
+
+
+def test_splits_share_nothing():
+  """Guards the test set: no digit and no place of a photograph is in both splits."""
+  train, test = demo_scenes.Material.of("train"), demo_scenes.Material.of("test")
+  assert len(train.digits) + len(test.digits) == 1797
+  assert 0.19 < len(test.digits) / 1797 < 0.21
+  assert set(np.bincount(test.labels) // 10) == {3}  # stratified
+  ours = {digit.tobytes() for digit in train.digits}
+  assert sum(digit.tobytes() in ours for digit in test.digits) == 0
+  for here, there in zip(train.places, test.places, strict=True):
+    assert len(here) >= 3 * len(there) >= 6
+    places = {place.tobytes() for place in here}
+    assert not any(place.tobytes() in places for place in there)
+
+
+def test_a_scene_is_the_same_everywhere_and_readable():
+  """Guards reproducibility and the picture: digits are brighter than the seam around them."""
+  material = demo_scenes.Material.of("test")
+  scene, again = (demo_scenes.draw_scene(material, np.random.default_rng(5)) for _ in range(2))
+  np.testing.assert_array_equal(scene.image, again.image)
+  assert scene.labels == again.labels
+  assert scene.image.shape == (demo_scenes.SIZE, demo_scenes.SIZE, 3)
+  digit = len(scene.labels) - 1  # in front of all
+  assert scene.labels[digit] < 10 <= min(scene.labels[:2])
+  assert scene.image[scene.segment_map == digit].max(axis=1).mean() > 180
+
+
+def test_the_picture_survives_its_file():
+  """Guards the stored image: JPEG, and close to what was drawn."""
+  scene = demo_scenes.draw_scene(demo_scenes.Material.of("test"), np.random.default_rng(3))
+  record = demo_scenes._record(scene, 0)
+  assert np.abs(decode_image(record["image"]).astype(int) - scene.image).mean() < 6

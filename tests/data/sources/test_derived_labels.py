@@ -1,0 +1,130 @@
+"""VTAB's structured labels, by hand and out of a prepared dataset."""
+
+import cv2
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.data.sources.derived_labels import RULES, find_rule
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.base import pixels
+from vit_jax_zoo.transfer import vtab as benchmarks
+
+
+@pytest.mark.parametrize(
+  ("rule", "record", "label"),
+  [
+    ("clevr_count", {"objects": {"size": [0, 1, 0]}}, 0),
+    ("clevr_count", {"objects": {"size": [0] * 10}}, 7),
+    ("clevr_distance", {"objects": {"pixel_coords": [[1, 1, 12.0], [2, 2, 7.9]]}}, 0),
+    ("clevr_distance", {"objects": {"pixel_coords": [[1, 1, 8.0], [0, 0, 9.0]]}}, 0),
+    ("clevr_distance", {"objects": {"pixel_coords": [[1, 1, 8.2], [0, 0, 9.0]]}}, 1),
+    ("clevr_distance", {"objects": {"pixel_coords": [[1, 1, 12.0]]}}, 5),
+    ("kitti_distance", {"objects": {"location": [[0, 0, 7.0]], "type": [0]}}, 0),
+    ("kitti_distance", {"objects": {"location": [[0, 0, 7], [0, 0, 19]], "type": [3, 2]}}, 1),
+    ("kitti_distance", {"objects": {"location": [[0, 0, 50.0]], "type": [1]}}, 2),
+    ("kitti_distance", {"objects": {"location": [[0, 0, 7.0]], "type": [7]}}, 3),
+    ("kitti_distance", {"objects": {"location": [], "type": []}}, 3),
+    ("dsprites_x_position", {"label_x_position": 31}, 15),
+    ("dsprites_orientation", {"label_orientation": 39}, 15),
+    ("dsprites_orientation", {"label_orientation": 2}, 0),
+    ("dsprites_orientation", {"label_orientation": 3}, 1),
+  ],
+)
+def test_labels_by_hand(rule, record, label):
+  assert find_rule(rule).label(record) == label < find_rule(rule).num_classes
+
+
+class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Three pictures of 0 and 1 with two cameras, objects of any number, and a label apart."""
+
+  name = "rule_scenes"
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = tfds.features.FeaturesDict(
+      {
+        "image": tfds.features.Image(shape=(4, 4, 1), encoding_format="png"),
+        "image2": tfds.features.Image(shape=(4, 4, 1), encoding_format="png"),
+        "label_x_position": tfds.features.ClassLabel(num_classes=32),
+        "objects": tfds.features.Sequence(
+          {
+            "size": tfds.features.ClassLabel(names=["small", "large"]),
+            "pixel_coords": tfds.features.Tensor(shape=(3,), dtype=np.float32),
+            "bbox": tfds.features.BBoxFeature(),
+          }
+        ),
+      }
+    )
+    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(3):
+      image = np.zeros((4, 4, 1), np.uint8)
+      image[i] = 1
+      image = cv2.imencode(".png", image)[1].tobytes()
+      objects = [
+        {
+          "size": 0,
+          "pixel_coords": np.array([0, 0, 9 + k], np.float32),
+          "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+        }
+        for k in range(3 + i)
+      ]
+      yield i, {"image": image, "image2": image, "label_x_position": 10 * i, "objects": objects}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  with tfds_source.quiet_progress():
+    builder = Scenes(data_dir=tmp_path_factory.mktemp("rules"), file_format="array_record")
+    builder.download_and_prepare()
+  return builder.data_dir
+
+
+def test_a_prepared_dataset_gives_them(folder):
+  source = load_source(f"tfds:{folder}", "train", label_rule="clevr_count", image_key="image")
+  assert [source[i]["label"] for i in range(3)] == [0, 1, 2]
+  assert source.info.num_classes == 8
+  source = load_source(f"tfds:{folder}", "train", label_rule="clevr_distance", image_key="image")
+  assert [source[i]["label"] for i in range(3)] == [2, 2, 2]
+  assert pixels(source[1]["image"]).max() == 1
+  source = load_source(f"tfds:{folder}", "train[1:]", label_rule="dsprites_x_position")
+  assert [source[i]["label"] for i in range(2)] == [5, 10]
+  np.testing.assert_array_equal(np.unique(pixels(source[0]["image"])), [0, 255])
+  assert pixels(source[0]["image"]).shape == (4, 4, 3)
+
+
+def test_what_a_dataset_does_not_have_is_one_line(folder):
+  with pytest.raises(ValueError, match="unknown label_rule 'clevr'; did you mean 'clevr_count'"):
+    load_source(f"tfds:{folder}", "train", label_rule="clevr")
+  with pytest.raises(ValueError, match="has no feature 'label_orientation', which the label_rule"):
+    load_source(f"tfds:{folder}", "train", label_rule="dsprites_orientation")
+  with pytest.raises(ValueError, match="label_rule makes labels, and label_key='objects' names"):
+    load_source(f"tfds:{folder}", "train", label_rule="clevr_count", label_key="objects")
+
+
+def test_vtab_has_its_nineteen_tasks():
+  groups = [task.group for task in benchmarks.VTAB.values()]
+  assert [groups.count(group) for group in benchmarks.GROUPS] == [7, 4, 8]
+  rules = [task.options["label_rule"] for task in benchmarks.VTAB.values()
+           if "label_rule" in task.options]  # fmt: skip
+  assert sorted(rules) == sorted(RULES)
+
+
+@pytest.mark.parametrize(
+  "table", [benchmarks.VTAB, benchmarks.FEW_SHOT, benchmarks.PROBED, benchmarks.IMAGENET]
+)
+def test_tfds_knows_all_of_it(table):
+  """Names, configurations, features that options name, and splits as far as TFDS states them."""
+  known = set(tfds.list_builders(with_community_datasets=False))
+  for data in table.values():
+    name = data.source.removeprefix("tfds:")
+    assert name.partition("/")[0] in known
+    builder_class = tfds.builder_cls(name.partition("/")[0])
+    if "/" in name:
+      assert name.partition("/")[2] in builder_class.builder_configs

@@ -1,0 +1,174 @@
+"""Folders of classes: what is held out, by name or by hash, and what is named."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from absl import logging
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data.sources.registry import load_source
+
+
+def test_split_by_hash(class_folders):
+  parts = {s: load_source(f"folder:{class_folders}", s) for s in ("train", "test", "all")}
+  names = {k: [s.example_name(i) for i in range(len(s))] for k, s in parts.items()}
+  assert len(names["all"]) == 60
+  assert sorted(names["train"] + names["test"]) == sorted(names["all"])
+  assert 1 <= len(names["test"]) <= 12
+  assert parts["all"].info.class_names == ("ant", "bee", "cow")
+  for i in range(60):
+    folder = os.path.basename(os.path.dirname(names["all"][i]))
+    assert parts["all"].info.class_names[parts["all"][i]["label"]] == folder
+  assert {parts["all"][i]["label"] for i in range(10)} == {0, 1, 2}  # classes are mixed
+
+
+def test_split_does_not_change(class_folders, tmp_path):
+  def members(root, split):
+    source = load_source(f"folder:{root}", split)
+    return [os.path.relpath(source.example_name(i), root) for i in range(len(source))]
+
+  before = {split: members(class_folders, split) for split in ("train", "test")}
+  assert before["test"][0] == "cow/26.jpg"  # on every machine
+  moved = tmp_path / "moved"
+  shutil.copytree(class_folders, moved)
+  for i in range(20):
+    (moved / "ant" / f"new{i}.jpg").write_bytes(b"")
+  for split, files in before.items():
+    assert [f for f in members(moved, split) if "new" not in f] == files
+
+
+def test_counts_what_it_ignores(class_folders, caplog):
+  logging.set_verbosity(logging.INFO)
+  with caplog.at_level("INFO"):
+    load_source(f"folder:{class_folders}", "train")
+  assert "files that are not images and were ignored (1): cow/notes.txt" in caplog.text
+
+
+def test_training_files_are_held_out_by_hash_to_choose_by(class_folders):
+  def members(split):
+    source = load_source(f"folder:{class_folders}", split)
+    assert len(source) == source.info.num_examples
+    return [source.example_name(i) for i in range(len(source))]
+
+  assert members("fit") + members("choose") == members("train")
+  assert 1 <= len(members("choose")) <= 12
+  kept = members("choose")
+  for i in range(20):
+    (class_folders / "ant" / f"new{i}.jpg").write_bytes(b"")
+  assert [name for name in members("choose") if "new" not in name] == kept
+
+
+def test_of_a_few_files_one_is_held_out(class_folders):
+  for file in sorted(class_folders.rglob("*.jpg"))[4:]:
+    file.unlink()
+  sizes = {s: len(load_source(f"folder:{class_folders}", s)) for s in ("fit", "choose", "test")}
+  assert sizes == {"fit": 2, "choose": 1, "test": 1}
+
+
+def test_a_validation_folder_is_what_to_choose_by(tmp_path):
+  for path in ("train/x/1.png", "train/y/2.png", "val/y/3.png", "test/x/4.png"):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_bytes(b"")
+  fit, choose = (load_source(f"folder:{tmp_path}", split) for split in ("fit", "choose"))
+  assert len(fit) == 2
+  assert choose.example_name(0).endswith("val/y/3.png")
+
+
+def test_labels_are_known_without_reading(class_folders):
+  source = load_source(f"folder:{class_folders}", "train[3:]+test")
+  np.testing.assert_array_equal(source.labels(), [source[i]["label"] for i in range(len(source))])
+  assert load_source("demo:digits", "train").labels() is None
+
+
+def test_given_split_folders(tmp_path):
+  for path in ("train/x/1.png", "train/y/2.png", "val/y/3.png"):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_bytes(encode(photo(8, 8), "PNG"))
+  train, val = (load_source(f"folder:{tmp_path}", split) for split in ("train", "val"))
+  assert (len(train), len(val)) == (2, 1)
+  assert val[0]["label"] == 1
+  assert val.example_name(0) == str(tmp_path / "val" / "y" / "3.png")
+
+
+@pytest.mark.parametrize(
+  ("folders", "meant"),
+  [
+    (("train", "val"), dict.fromkeys(("test", "val", "valid", "validation"), "val")),
+    (("train", "validation"), dict.fromkeys(("test", "valid", "validation"), "validation")),
+    (("train", "valid"), dict.fromkeys(("test", "val", "validation"), "valid")),
+    (("train", "test"), dict.fromkeys(("test", "val", "validation"), "test")),
+    (("train", "valid", "test"), {"test": "test", "val": "valid", "validation": "valid"}),
+  ],
+)
+def test_held_out_folders_go_by_each_others_names(folders, meant, tmp_path):
+  for name in folders:
+    (tmp_path / name / "x").mkdir(parents=True)
+    (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+  for split, folder in meant.items():
+    source = load_source(f"folder:{tmp_path}", split)
+    assert source.example_name(0) == str(tmp_path / folder / "x" / "1.png")
+
+
+def test_a_hashed_test_set_is_the_validation_set_too(class_folders):
+  test, validation = (
+    load_source(f"folder:{class_folders}", split) for split in ("test", "validation")
+  )
+  assert [test.example_name(i) for i in range(len(test))] == [
+    validation.example_name(i) for i in range(len(validation))
+  ]
+
+
+@pytest.mark.parametrize(
+  ("folders", "split", "known"),
+  [
+    (("train", "val", "validation"), "test", "train, val, validation"),
+    (("train", "val", "validation"), "valid", "train, val, validation"),
+  ],
+)
+def test_a_held_out_set_that_is_not_clear(folders, split, known, tmp_path):
+  for name in folders:
+    (tmp_path / name / "x").mkdir(parents=True)
+    (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+  with pytest.raises(ValueError, match=f"unknown split '{split}'.*[Kk]nown: choose, fit, {known}$"):
+    load_source(f"folder:{tmp_path}", split)
+
+
+@pytest.mark.parametrize("split", ["test", "val", "validation[:50%]"])
+def test_nothing_is_held_out(split, tmp_path):
+  (tmp_path / "train" / "x").mkdir(parents=True)
+  (tmp_path / "train" / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+  assert len(load_source(f"folder:{tmp_path}", "train")) == 1
+  with pytest.raises(
+    ValueError, match=r"none in test/ or val/; add one .* or give folder:.*/train"
+  ):
+    load_source(f"folder:{tmp_path}", split)
+
+
+def test_too_few_images_to_choose_by(tmp_path):
+  for name in ("x", "y"):  # of two images, one is the test set
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
+  for split in ("fit", "choose"):
+    with pytest.raises(ValueError, match="has 1 image to train on, and none to choose by; exp"):
+      load_source(f"folder:{tmp_path}", split)
+
+
+def test_class_order_can_be_given(class_folders, tmp_path):
+  (tmp_path / "names.txt").write_text("dog\ncow\nbee\nant\n")
+  names = str(tmp_path / "names.txt")
+  source = load_source(f"folder:{class_folders}", "all", class_names=names)
+  assert source.info.num_classes == 4
+  assert {source[i]["label"] for i in range(60)} == {1, 2, 3}
+  with pytest.raises(ValueError, match="cow is not one of the 2 class_names"):
+    load_source(f"folder:{class_folders}", "all", class_names=["ant", "bee"])
+
+
+def test_errors(tmp_path):
+  with pytest.raises(FileNotFoundError, match="is not a folder; expected one folder for each"):
+    load_source(f"folder:{tmp_path}/none", "train")
+  with pytest.raises(ValueError, match="holds no images in class folders"):
+    load_source(f"folder:{tmp_path}", "train")
+  with pytest.raises(ValueError, match="folder:gs://bucket/x is not on a local disk; copy it"):
+    load_source("folder:gs://bucket/x", "train")

@@ -1,0 +1,161 @@
+"""Pictures with references: the layouts in which they lie, and which reference is taken."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax_zoo.data import pipeline
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.registry import build_transforms
+
+
+def write(path, value=0, size=(8, 8)):
+  """A picture that can be told by its level."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pixels = np.full((*size, 3), value, np.uint8)
+  Image.fromarray(pixels).save(path, "png")
+  return path
+
+
+def level(data):
+  return int(np.asarray(Image.open(io.BytesIO(data)))[0, 0, 0])
+
+
+def levels(source):
+  return [(level(e["image"]), e["reference"] and level(e["reference"])) for e in source]
+
+
+def cufed(root):
+  for i in range(3):
+    write(root / f"train/input/{i}.png", 10 + i)
+    write(root / f"train/ref/{i}.png", 20 + i)
+  for i in range(2):
+    for j in range(6):
+      write(root / f"test/CUFED5/00{i}_{j}.png", 100 + 10 * i + j)
+  return f"pairs:{root}"
+
+
+def test_cufed(tmp_path):
+  name = cufed(tmp_path)
+  assert levels(load_source(name, "train")) == [(10, 20), (11, 21), (12, 22)]
+  assert levels(load_source(name, "test")) == [(100, 101), (110, 111)]
+  assert levels(load_source(name, "test", reference="4")) == [(100, 104), (110, 114)]
+  assert levels(load_source(name, "test", reference=2)) == [(100, 102), (110, 112)]
+  example = load_source(name, "test", reference="all")[1]
+  assert [level(data) for data in example["reference"]] == [111, 112, 113, 114, 115]
+
+
+def test_cufed5_alone_and_incomplete(tmp_path):
+  cufed(tmp_path)
+  folder = tmp_path / "test/CUFED5"
+  assert len(load_source(f"pairs:{folder}", "test")) == 2
+  (folder / "001_3.png").unlink()
+  with pytest.raises(
+    FileNotFoundError, match=r"001_0\.png has no reference 001_3\.png; CUFED5 has"
+  ):
+    load_source(f"pairs:{folder}", "test")
+
+
+def test_sun80_takes_one_of_twenty(tmp_path):
+  for i in range(3):
+    write(tmp_path / f"Sun_Hays_SR_groundtruth/{i}.jpg", i)
+    for j in range(20):
+      write(tmp_path / f"Sun_Hays_SR_scenematches/{i}.jpg/{j}.jpg", 20 * i + j + 20)
+  name = f"pairs:{tmp_path}"
+  chosen = levels(load_source(name, "test", reference="random"))
+  assert chosen == levels(load_source(name, "test", reference="random"))
+  assert [(r - 20) // 20 for _, r in chosen] == [0, 1, 2]
+  assert len({(r - 20) % 20 for _, r in chosen}) > 1
+  assert levels(load_source(name, "test", reference="3")) == [
+    (0, 22),
+    (1, 42),
+    (2, 62),
+  ]  # by number
+
+
+def test_urban100_and_manga109_refer_to_themselves(tmp_path):
+  for i in (1, 2):
+    write(tmp_path / f"urban/image_SRF_4/img_00{i}_SRF_4_HR.png", i)
+    write(tmp_path / f"urban/image_SRF_4/img_00{i}_SRF_4_LR.png", 99)
+  for title in ("ARMS", "Belmondo"):
+    write(tmp_path / f"manga/{title}.png")
+  urban = load_source(f"pairs:{tmp_path / 'urban'}", "test", reference="self")
+  assert levels(urban) == [(1, None), (2, None)]
+  assert len(load_source(f"pairs:{tmp_path / 'manga'}", "test", reference="self")) == 2
+  with pytest.raises(FileNotFoundError, match="has no reference; add one of its name, or set"):
+    load_source(f"pairs:{tmp_path / 'manga'}", "test")
+
+
+def own(root):
+  for i in range(40):
+    write(root / f"input/{i}.png", i)
+    write(root / f"ref/{i}.jpg", 100 + i)
+  return f"pairs:{root}"
+
+
+def test_your_own_are_split_by_their_names(tmp_path):
+  name = own(tmp_path)
+  parts = [dict(levels(load_source(name, split))) for split in ("train", "test", "all")]
+  assert parts[0] | parts[1] == parts[2] == {i: 100 + i for i in range(40)}
+  assert not set(parts[0]) & set(parts[1])
+  assert 0 < len(parts[1]) < 12
+  for path in tmp_path.glob("input/1*.png"):
+    path.unlink()
+  assert set(dict(levels(load_source(name, "test")))) <= set(parts[1])
+
+
+def test_several_references_of_your_own(tmp_path):
+  for j in (1, 2, 10):
+    write(tmp_path / f"train/ref/a/{j}.png", j)
+  write(tmp_path / "train/input/a.jpg")
+  write(tmp_path / "val/input/b.jpg")
+  name = f"pairs:{tmp_path}"
+  example = load_source(name, "train", reference="all")[0]
+  assert [level(data) for data in example["reference"]] == [1, 2, 10]
+  with pytest.raises(FileNotFoundError, match=r"a\.jpg has no reference number 4; it has 3, the "):
+    load_source(name, "train", reference="4")
+  with pytest.raises(FileNotFoundError, match=r"b\.jpg has no reference; add one of its name"):
+    load_source(name, "validation")
+
+
+@pytest.mark.parametrize(
+  ("location", "options", "error", "message"),
+  [
+    ("nowhere", {}, FileNotFoundError, "pairs:nowhere is not a folder on a local disk"),
+    ("gs://bucket/x", {}, FileNotFoundError, "is not a folder on a local disk"),
+    (".", {"reference": "al"}, ValueError, "unknown reference 'al'"),
+    (".", {"level": 1}, ValueError, "unknown option of pairs:"),
+  ],
+)
+def test_errors(location, options, error, message):
+  with pytest.raises(error, match=message):
+    load_source(f"pairs:{location}", "test", **options)
+
+
+def test_folders_in_no_layout(tmp_path):
+  with pytest.raises(ValueError, match="holds no pictures in a known layout; expected input/ and"):
+    load_source(f"pairs:{tmp_path}", "test")
+  (tmp_path / "train/input").mkdir(parents=True)
+  with pytest.raises(ValueError, match="holds no images, of "):
+    load_source(f"pairs:{tmp_path}", "train")
+
+
+def test_batches(tmp_path):
+  name = cufed(tmp_path)
+  source = pickle.loads(pickle.dumps(load_source(name, "test", reference="all")))
+  transforms = build_transforms([{"name": "super_resolution_pair", "stitch_side": 12}])
+  batches = list(pipeline.eval_batches(source, transforms, batch_size=2))
+  assert {key: x.shape[1:] for key, x in batches[0].items() if key != "mask"} == {
+    "image": (8, 8, 3),
+    "low_res_image": (2, 2, 3),
+    "upsampled_image": (8, 8, 3),
+    "ref_image": (60, 12, 3),
+    "blurred_ref_image": (60, 12, 3),
+  }
+  assert batches[0]["ref_image"][1, 13, 0, 0] == 112
+  (tmp_path / "test/CUFED5/000_2.png").write_bytes(b"no image")
+  with pytest.raises(ValueError, match=r"000_0\.png: its reference: not an image"):
+    next(iter(pipeline.eval_batches(source, transforms, batch_size=1)))

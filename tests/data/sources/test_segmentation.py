@@ -1,0 +1,241 @@
+"""Images with label maps: the usual layouts, and the transforms of semantic segmentation."""
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data.pipeline import eval_batches, train_batches
+from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.registry import build_transforms
+
+LOAD = dict(name="load_label_map")
+PADDED = [LOAD, dict(name="pad_label_map", height=48, width=64)]
+
+
+def labels(seed=0, height=40, width=60):
+  rng = np.random.default_rng(seed)
+  return np.kron(rng.integers(0, 4, (4, 6)), np.ones((10, 10))).astype(np.uint8)[:height, :width]
+
+
+def write(root, image, label, seed=0):
+  for name in (image, label):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+  (root / image).write_bytes(encode(photo(seed=seed), "PNG" if image.endswith("png") else "JPEG"))
+  Image.fromarray(labels(seed)).save(root / label)
+
+
+def plain(root):
+  write(root, "images/train/a/1.jpg", "annotations/train/a/1.png")
+  write(root, "images/train/2.jpg", "annotations/train/2.png", seed=1)
+  write(root, "images/val/3.png", "annotations/val/3.png", seed=2)
+
+
+def ade20k(root):
+  write(root, "images/training/1.jpg", "annotations/training/1.png")
+  write(root, "images/training/2.jpg", "annotations/training/2.png")
+  write(root, "images/validation/3.jpg", "annotations/validation/3.png")
+
+
+def cityscapes(root):
+  for split, name in (("train", "aa/x_1"), ("train", "bb/y_1"), ("val", "cc/z_1")):
+    write(
+      root,
+      f"leftImg8bit/{split}/{name}_leftImg8bit.png",
+      f"gtFine/{split}/{name}_gtFine_labelTrainIds.png",
+    )
+    (root / f"gtFine/{split}/{name}_gtFine_color.png").write_bytes(b"another file")
+
+
+def voc(root):
+  for name in ("2007_1", "2007_2", "2008_3", "2008_4"):
+    write(root, f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png")
+  lists = root / "ImageSets" / "Segmentation"
+  lists.mkdir(parents=True)
+  (lists / "train.txt").write_text("2007_1\n2007_2\n")
+  (lists / "val.txt").write_text("2008_3\n")
+
+
+class TestLayouts:
+  @pytest.mark.parametrize("layout", [plain, ade20k, cityscapes, voc])
+  def test_each_image_gets_its_own_labels(self, tmp_path, layout):
+    """Guards the usual layouts: two images to train on, one to validate, each with its map."""
+    layout(tmp_path)
+    train = load_source(f"segments:{tmp_path}", "train")
+    assert len(train) == 2
+    for name in ("val", "validation"):
+      assert len(load_source(f"segments:{tmp_path}", name)) == 1
+    batch = next(iter(eval_batches(train, build_transforms(PADDED), batch_size=2)))
+    assert batch["image"].shape == (2, 48, 64, 3)
+    expected = [labels(1), labels(0)] if layout is plain else [labels(0), labels(0)]
+    np.testing.assert_array_equal(batch["label_map"][:, :40, :60], expected)
+
+  def test_patterns(self, tmp_path):
+    """Guards layouts of one's own, and class names."""
+    write(tmp_path, "rgb/mine/a.jpg", "gt/mine_a.png")
+    source = load_source(
+      f"segments:{tmp_path}",
+      "mine",
+      images="rgb/{split}/{name}.*",
+      labels="gt/{split}_{name}.png",
+      class_names=("sky", "sea"),
+    )
+    assert source.info.num_classes == 2
+    assert source.example_name(0).endswith("rgb/mine/a.jpg")
+    assert source[0]["label_map"].startswith(b"\x89PNG")
+
+  def test_errors_are_one_line(self, tmp_path):
+    """Guards the words about folders, patterns and label maps that are not there."""
+    with pytest.raises(FileNotFoundError, match="is not a folder on a local disk"):
+      load_source(f"segments:{tmp_path}/nowhere", "train")
+    with pytest.raises(ValueError, match="has none of the usual layouts"):
+      load_source(f"segments:{tmp_path}", "train")
+    with pytest.raises(ValueError, match="give both patterns"):
+      load_source(f"segments:{tmp_path}", "train", images="{split}/{name}.*")
+    with pytest.raises(ValueError, match=r"'\{name\}\.png' lacks \{split\}"):
+      load_source(f"segments:{tmp_path}", "train", images="{split}/{name}.*", labels="{name}.png")
+    plain(tmp_path)
+    (tmp_path / "annotations/train/2.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2\.jpg has no label map .*1 of 2 of the split"):
+      load_source(f"segments:{tmp_path}", "train")
+
+
+class TestTransforms:
+  def run(self, specs, example, seed=0):
+    rng = np.random.default_rng(seed)
+    for transform in build_transforms(specs):
+      example = transform(example, rng)
+    return example
+
+  def example(self, seed=0, values=None):
+    values = labels(seed) if values is None else values
+    return {"image": encode(photo(), "PNG"), "label_map": encode(values, "PNG"), "image_id": 3}
+
+  def test_offset_and_values_that_do_not_count(self):
+    """Guards ADE20K's count from 1, and 255, which never counts."""
+    values = labels()
+    values[0, 0] = 255
+    result = self.run([LOAD | dict(offset=-1, ignore=(0,))], self.example(values=values))
+    expected = np.where((values == 0) | (values == 255), 255, values.astype(int) - 1)
+    np.testing.assert_array_equal(result["label_map"], expected)
+    assert result["original_size"].tolist() == [40, 60]
+    with pytest.raises(ValueError, match=r"label -1 \(value 0, offset -1\) is not in 0\.\.254"):
+      self.run([LOAD | dict(offset=-1)], self.example())
+
+  def test_values_that_are_classes(self):
+    """Guards Cityscapes' files as they come: 34 values, few of them learned, in another order."""
+    values = np.array([[7, 0, 33, 255], [8, 34, 1, 7]], np.uint8)
+    example = {"image": encode(photo(2, 4), "PNG"), "label_map": encode(values, "PNG")}
+    result = self.run([LOAD | dict(classes=(8, 7, 33))], example)
+    assert result["label_map"].tolist() == [[1, 255, 2, 255], [0, 255, 255, 1]]
+    for fields in (dict(classes=(7,), offset=-1), dict(classes=(7, 8, 7)), dict(classes=(-1, 7))):
+      with pytest.raises(ValueError, match="load_label_map: classes"):
+        build_transforms([LOAD | fields])
+
+  def test_palettes_give_numbers_not_colours(self):
+    """Guards VOC, whose label PNGs are coloured."""
+    picture = Image.fromarray(labels()).convert("P")
+    picture.putdata(labels().ravel().tolist())
+    result = self.run([LOAD], self.example() | {"label_map": encode(picture, "PNG")})
+    np.testing.assert_array_equal(result["label_map"], labels())
+
+  def test_training(self):
+    """Guards the augmentation: labels stay on their pixels, padding does not count."""
+    values = labels()
+    image = np.repeat(values[..., None] * np.uint8(60), 3, axis=2)
+    example = {"image": encode(image, "PNG"), "label_map": encode(values, "PNG")}
+    specs = [
+      LOAD,
+      dict(name="random_scale", smallest=0.5, largest=2.0),
+      dict(name="random_window", height=48, width=48),
+      dict(name="random_flip"),
+      dict(name="pad_label_map", height=48, width=48),
+    ]
+    sizes = set()
+    for seed in range(20):
+      result = self.run(specs, example, seed)
+      height, width = result["image_size"]
+      sizes.add((int(height), int(width)))
+      assert result["image"].shape == (48, 48, 3)
+      assert (result["label_map"][height:] == 255).all()
+      assert (result["label_map"][:, width:] == 255).all()
+      inner = result["label_map"][:height, :width].astype(int)
+      assert inner.max() <= 3
+      near = np.abs(result["image"][:height, :width, 0].astype(int) - 60 * inner) < 30
+      assert near.mean() > 0.85
+    assert len(sizes) > 5
+
+  def test_errors(self):
+    """Guards the words about maps of other sizes, colours, and images that are too large."""
+    with pytest.raises(ValueError, match="its label map is"):
+      self.run([LOAD], self.example(values=labels(height=30)))
+    with pytest.raises(ValueError, match="has 3 channels; expected one"):
+      self.run([LOAD], self.example() | {"label_map": encode(photo(), "PNG")})
+    with pytest.raises(ValueError, match="does not fit into pad_label_map's 20x20"):
+      self.run([LOAD, dict(name="pad_label_map", height=20, width=20)], self.example())
+    with pytest.raises(ValueError, match="expected 0 < smallest <= largest"):
+      build_transforms([dict(name="random_scale", smallest=2.0, largest=1.0)])
+
+
+def test_labels_that_are_no_class_are_named(tmp_path):
+  """Guards num_classes: a label beyond it stops the run with the file's name."""
+  plain(tmp_path)
+  source = load_source(f"segments:{tmp_path}", "train")
+  with (
+    pytest.raises(ValueError, match=r"jpg has label 3, expected 0\.\.2"),
+    train_batches(source, build_transforms(PADDED), batch_size=2, seed=0, num_classes=3) as batches,
+  ):
+    next(batches)
+
+
+def test_images_of_different_sizes_share_a_batch(tmp_path):
+  """Guards buckets: whole images to evaluate, labels padded with what does not count."""
+  plain(tmp_path)
+  specs = [LOAD, dict(name="resize_shorter", shorter=30, longest=None), dict(name="pad_label_map")]
+  source = load_source(f"segments:{tmp_path}", "train")
+  batch = next(
+    iter(eval_batches(source, build_transforms(specs), batch_size=2, buckets=((32, 64),)))
+  )
+  assert batch["image_size"].tolist() == [[30, 45], [30, 45]]
+  assert (batch["label_map"][:, 30:] == 255).all()
+  assert (batch["label_map"][:, :30, :45] < 4).all()
+
+
+class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Two images with the features of TFDS's `cityscapes/semantic_segmentation`."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    features = {
+      "image_id": tfds.features.Text(),
+      "image_left": tfds.features.Image(shape=(40, 60, 3), encoding_format="png"),
+      "segmentation_label": tfds.features.Image(shape=(40, 60, 1), encoding_format="png"),
+      "mask": tfds.features.Image(shape=(40, 60, 1), encoding_format="png"),
+    }
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i in range(2):
+      maps = {"image_left": photo(seed=i), "segmentation_label": labels(i), "mask": labels(i + 5)}
+      yield i, {"image_id": str(i)} | {key: encode(x, "PNG") for key, x in maps.items()}
+
+
+def test_label_maps_that_tfds_has_prepared(tmp_path):
+  """Guards Cityscapes out of TFDS, and label maps of any name; boxes and classes have neither."""
+  with tfds_source.quiet_progress():
+    Streets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+  for options, seed in (({}, 0), ({"label_key": "mask", "image_key": "image_left"}, 5)):
+    source = load_source("tfds:streets", "train", data_dir=str(tmp_path), **options)
+    assert len(source) == 2
+    batch = next(iter(eval_batches(source, build_transforms(PADDED), batch_size=2)))
+    found = {batch["label_map"][row, :40, :60].tobytes() for row in range(2)}
+    assert found == {labels(seed).tobytes(), labels(seed + 1).tobytes()}
+    assert batch["image"][:, :40, :60].any()
+  with pytest.raises(ValueError, match="no feature 'picture'"):
+    load_source("tfds:streets", "train", data_dir=str(tmp_path), image_key="picture")

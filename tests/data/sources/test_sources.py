@@ -1,0 +1,146 @@
+"""Sources by name, their splits, and several as one."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from vit_jax_zoo.data.sources.base import (
+  DatasetInfo,
+  Source,
+  check_same_classes,
+  join_sources,
+  select_split,
+)
+from vit_jax_zoo.data.sources.registry import load_source
+
+
+class Numbers(Source):
+  def __init__(self, count, name="numbers"):
+    self.info = DatasetInfo(name, count, 10)
+
+  def __getitem__(self, index):
+    return {"label": index}
+
+  def example_name(self, index):
+    return f"number {index}"
+
+
+def labels(split, counts):
+  splits = {name: lambda n=n: Numbers(n) for name, n in counts.items()}
+  source = select_split(splits, split, "numbers")
+  assert len(source) == source.info.num_examples
+  return [source[i]["label"] for i in range(len(source))]
+
+
+@pytest.mark.parametrize(
+  ("split", "expected"),
+  [
+    ("train", range(200)),
+    ("train[:3]", range(3)),
+    ("train[197:]", range(197, 200)),
+    ("train[-2:]", range(198, 200)),
+    ("train[10:12]", (10, 11)),
+    ("train[99%:]", (198, 199)),
+    ("train[:1%]+test[4:]", (0, 1, 4, 5, 6)),
+    ("minival", (198, 199)),
+    ("minitrain", range(198)),
+    ("test[:50%]", range(4)),
+  ],
+)
+def test_splits(split, expected):
+  assert labels(split, {"train": 200, "test": 7}) == list(expected)
+
+
+def test_percentages_partition_a_split():
+  parts = [labels(f"train[{p}%:{p + 10}%]", {"train": 57}) for p in range(0, 100, 10)]
+  assert list(itertools.chain(*parts)) == list(range(57))
+
+
+@pytest.mark.parametrize(
+  ("split", "message"),
+  [
+    ("trian", "unknown split 'trian'; did you mean 'train'"),
+    ("train[:5", "cannot read the split"),
+    ("train[5:5]", "holds no example"),
+  ],
+)
+def test_wrong_splits_are_one_line(split, message):
+  with pytest.raises(ValueError, match="numbers") as error:
+    labels(split, {"train": 10})
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_index_out_of_range():
+  source = select_split({"train": lambda: Numbers(5)}, "train[2:4]", "numbers")
+  with pytest.raises(IndexError, match="2 examples"):
+    source[2]
+  assert source.example_name(1) == "number 3"
+
+
+@pytest.mark.parametrize(
+  ("name", "options", "message"),
+  [
+    ("dmeo:digits", {}, "did you mean 'demo'"),
+    ("demo:digit", {}, "unknown demo 'digit'; did you mean 'digits'"),
+    ("demo", {}, "says nothing after its kind"),
+    ("tfds:x", {"datadir": "/"}, "did you mean 'data_dir'"),
+  ],
+)
+def test_wrong_names_are_one_line(name, options, message):
+  with pytest.raises(ValueError, match=r"did you mean|says nothing") as error:
+    load_source(name, "train", **options)
+  assert message in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_equal_and_unnamed_classes_pass():
+  named = DatasetInfo("a", 1, 2, ("ant", "bee"))
+  for other in (DatasetInfo("b", 3, 2, ("ant", "bee")), DatasetInfo("b", 3, 5)):
+    check_same_classes(named, other, "the evaluation 'test'")
+    check_same_classes(other, named, "the evaluation 'test'")
+
+
+@pytest.mark.parametrize(
+  ("names", "difference"),
+  [
+    (("ant", "cow"), "label 1 is 'bee' in a (2 classes) and 'cow' in b (2 classes)"),
+    (("bee", "ant"), "label 0 is 'ant' in a (2 classes) and 'bee' in b (2 classes)"),
+    (("ant",), "label 1 is 'bee' in a (2 classes) and no class in b (1 classes)"),
+    (("ant", "bee", "cow"), "label 2 is no class in a (2 classes) and 'cow' in b (3 classes)"),
+  ],
+)
+def test_the_first_different_class_is_named(names, difference):
+  train, other = DatasetInfo("a", 1, 2, ("ant", "bee")), DatasetInfo("b", 1, len(names), names)
+  with pytest.raises(ValueError, match="the evaluation 'test' has other classes") as error:
+    check_same_classes(train, other, "the evaluation 'test'")
+  assert difference in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_sources_and_transforms_load_neither_jax_nor_tensorflow():
+  """Grain imports jax where it is installed, for its trees; nothing of ours does."""
+  program = (
+    "import sys, vit_jax_zoo.data.sources.registry, vit_jax_zoo.data.transforms.registry, vit_jax_zoo.data.prepare\n"
+    "from vit_jax_zoo.data.sources.registry import load_source; load_source('demo:digits', 'test')[0]\n"
+    "found = [m for m in ('jax', 'flax', 'tensorflow', 'torch') if m in sys.modules]\n"
+    "sys.exit(' '.join(found) or None)"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_sources_of_the_same_classes_are_joined():
+  digits = load_source("demo:digits", "train[:3]"), load_source("demo:digits", "test[:2]")
+  joined = join_sources(digits)
+  assert (len(joined), joined.info.class_names) == (5, digits[0].info.class_names)
+  assert joined.info.name == "demo:digits train[:3] + demo:digits test[:2]"
+  assert joined[3] == digits[1][0]
+  assert joined.example_name(4) == digits[1].example_name(1)
+  assert join_sources(digits[:1]) is digits[0]
+
+
+def test_sources_of_other_classes_are_not_joined():
+  with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes than"):
+    join_sources([load_source("demo:digits", "train"), load_source("demo:photos", "train")])

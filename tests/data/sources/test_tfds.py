@@ -1,0 +1,116 @@
+"""Prepared TFDS datasets: found by name, version, path and in a bucket."""
+
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data import prepare
+from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.data.sources.registry import load_source
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """Lets gs://bucket/data stand for a local folder; what was asked for is in the list."""
+
+  def stand_in(folder):
+    asked = []
+
+    def path(location):
+      asked.append(str(location))
+      return epath.Path(str(location).replace("gs://bucket/data", str(folder)))
+
+    monkeypatch.setattr(tfds_source, "epath", types.SimpleNamespace(Path=path))
+    return asked
+
+  return stand_in
+
+
+def test_by_name_version_and_path(prepared):
+  sources = [
+    load_source("tfds:tiny", "train", data_dir=str(prepared)),
+    load_source("tfds:tiny:1.2.0", "train", data_dir=str(prepared)),
+    load_source(f"tfds:{prepared}/tiny/1.2.0", "train"),
+  ]
+  for source in sources:
+    assert len(source) == 20
+    assert source.info.class_names == ("a", "b", "c", "d", "e")
+    assert [source[i]["label"] for i in range(20)] == [sources[0][i]["label"] for i in range(20)]
+    assert set(source[0]) == {"image", "label"}
+    assert isinstance(source[0]["image"], bytes)
+  assert sources[0].example_name(3) == "tfds:tiny train[3]"
+
+
+def test_environment_names_the_data_dir(prepared, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
+  assert len(load_source("tfds:tiny", "test[:4]")) == 4
+
+
+def test_several_labels(prepared):
+  source = load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="labels")
+  counts = sorted(len(source[i]["label"]) for i in range(20))
+  assert counts == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+  assert all(source[i]["label"].dtype == np.int32 for i in range(20))
+  assert source.info.num_classes == 5
+
+
+def test_missing_dataset_says_how_to_get_it(prepared):
+  with pytest.raises(FileNotFoundError) as error:
+    load_source("tfds:imagenet2012", "train", data_dir=str(prepared))
+  message = str(error.value)
+  assert "\n" not in message
+  command = "python -m vit_jax_zoo.data.prepare --dataset=imagenet2012 --data_dir="
+  assert command + str(prepared) in message
+  assert "demo:digits" in message
+
+
+def test_missing_version_lists_those_there(prepared):
+  with pytest.raises(FileNotFoundError, match=r"there: 1\.2\.0"):
+    load_source("tfds:tiny:9.9.9", "train", data_dir=str(prepared))
+
+
+def test_wrong_feature(prepared):
+  with pytest.raises(ValueError, match="no feature 'lable'; it has file_name, image, label"):
+    load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="lable")
+
+
+def test_a_bucket_is_found_like_a_folder(prepared, bucket):
+  asked = bucket(prepared)
+  sources = [
+    load_source("tfds:tiny", "train", data_dir="gs://bucket/data"),
+    load_source("tfds:tiny:1.2.0", "train", data_dir="gs://bucket/data/"),
+    load_source("tfds:gs://bucket/data/tiny/1.2.0", "train"),
+  ]
+  assert asked[0] == "gs://bucket/data"
+  assert asked[-1] == "gs://bucket/data/tiny/1.2.0"
+  assert all(len(source) == 20 and isinstance(source[0]["image"], bytes) for source in sources)
+
+
+def test_a_bucket_keeps_its_two_slashes():
+  assert str(epath.Path("gs://bucket/data") / "tiny" / "1.2.0") == "gs://bucket/data/tiny/1.2.0"
+
+
+def test_tfrecord_files_in_a_bucket_are_one_line(prepared_as_tfrecord, monkeypatch):
+  monkeypatch.setattr(tfds_source, "is_remote", lambda path: ".tfrecord" in path)
+  with pytest.raises(ValueError, match="read by index from a local disk only") as error:
+    load_source("tfds:tiny", "train", data_dir=str(prepared_as_tfrecord))
+  assert "\n" not in str(error.value)
+
+
+def test_packed_folders_keep_validation_by_all_of_its_names(tmp_path):
+  for path in ("train/x/1.png", "val/x/2.png"):
+    (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "images" / path).write_bytes(encode(photo(8, 8), "PNG"))
+  prepare.prepare_folder(str(tmp_path / "images"), "packed", tmp_path)
+  for split in ("val", "valid", "validation"):
+    assert len(load_source("tfds:packed", split, data_dir=str(tmp_path))) == 1
+  with pytest.raises(ValueError, match="unknown split 'test'"):
+    load_source("tfds:packed", "test", data_dir=str(tmp_path))
+
+
+def test_path_that_is_no_dataset(prepared):
+  with pytest.raises(FileNotFoundError, match="give the innermost folder"):
+    load_source(f"tfds:{prepared}/tiny", "train")

@@ -1,0 +1,19 @@
+import numpy as np
+import pytest
+
+from vit_jax_zoo.data.transforms.registry import build_transforms
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.0, 0), (0.5, 4 * 6), (1.0, 7 * 6)])
+def test_whole_rows_are_given(share, length):
+  (transform,) = build_transforms([{"name": "keep_prefix", "share": share}])
+  image = np.arange(7 * 6, dtype=np.uint8).reshape(7, 6, 1)
+  example = transform({"image": image, "label": 3}, np.random.default_rng(0))
+  assert example["prefix_length"] == length
+  assert example["label"] == 3
+  np.testing.assert_array_equal(example["image"], np.repeat(image, 3, axis=2))
+
+
+def test_more_than_all_is_refused():
+  with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2.0"):
+    build_transforms([{"name": "keep_prefix", "share": 2.0}])

@@ -1,0 +1,116 @@
+"""Pictures of attention: what stands in them."""
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.figures.attention import (
+  draw_attention,
+  draw_attention_distances,
+  draw_heads,
+  draw_lambdas,
+  draw_mosaic,
+  draw_position_similarity,
+  position_similarity,
+)
+
+
+def test_a_grid_that_is_too_large_is_named():
+  with pytest.raises(ValueError, match=r"4 positions, but the grid \(3, 3\) has 9"):
+    position_similarity(np.ones((4, 8), np.float32), (3, 3))
+
+
+def test_similarity_is_the_cosine_of_patches():
+  table = np.random.default_rng(1).normal(size=(7, 5)).astype(np.float32)
+  similarity = position_similarity(table, (2, 3))
+  a, b = table[1 + 4], table[1 + 2]  # patches (1, 1) and (0, 2), behind the class token
+  cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+  assert similarity[1, 1, 0, 2] == pytest.approx(cosine, rel=1e-5)
+  np.testing.assert_allclose(similarity.reshape(6, 6).diagonal(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "channels"), [(8, 1), (80, 3)])
+def test_attended_places_stay_light_and_others_get_dark(side, channels):
+  images = np.full((2, side, side, channels), 200, np.uint8)
+  maps = np.zeros((2, 2, 2), np.float32)
+  maps[:, 0, 1] = 0.3  # scaled to the maximum: fully lit
+  figure = draw_attention(images, maps, ["7", "1"], title="Where", subtitle="class token")
+  assert isinstance(figure, Figure)
+  assert [text.get_text() for text in figure.texts] == ["Where", "class token"]
+  assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "7", "1"]
+  above, below = (figure.axes[i].images[0].get_array() for i in (0, 2))
+  assert np.all(above == 200)
+  assert np.all(below[0, -1] == 200)
+  assert np.all(below[-1, 0] == 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_images_begin_below_the_title(count):
+  figure = draw_attention(np.zeros((count, 8, 8, 3), np.uint8), np.ones((count, 2, 2), np.float32))
+  figure.draw_without_rendering()
+  inches = [ax.get_position().x0 * figure.get_figwidth() for ax in figure.axes]
+  title = figure.texts[0].get_position()[0] * figure.get_figwidth()
+  assert inches[0] == pytest.approx(title, abs=0.02)
+  assert figure.axes[-1].get_position().x1 <= 1
+  steps = np.diff(inches[:count])
+  np.testing.assert_allclose(steps, 1.47, atol=0.05)  # whatever the figure's width
+
+
+def test_without_an_image_there_is_one_line():
+  with pytest.raises(ValueError, match="there is no image to draw"):
+    draw_attention(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((0, 2, 2), np.float32))
+
+
+def test_tiles_are_in_their_places():
+  tiles = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2)
+  ax = Figure().subplots()
+  picture = draw_mosaic(ax, tiles).get_array()
+  # A pixel is drawn as 12, and a column of one pixel is between tiles.
+  assert picture.shape == (2 * 24 + 1, 3 * 24 + 2)
+  middle = np.asarray(picture)[6::25, 6::25]
+  np.testing.assert_array_equal(middle, tiles[:, :, 0, 0])
+  assert np.asarray(picture)[24 + 1 + 18, 2 * 25 + 6] == tiles[1, 2, 1, 0]
+  assert np.isnan(picture.filled(np.nan)[24]).all()
+  np.testing.assert_allclose(ax.get_yticks(), [11.5, 36.5])
+
+
+def test_heads_are_scaled_each_to_its_own_maximum():
+  maps = np.random.default_rng(0).random((6, 3, 2, 2)).astype(np.float32)
+  figure = draw_heads(np.zeros((8, 8, 1), np.uint8), maps, max_layers=3)
+  mosaic = figure.axes[1]
+  assert [text.get_text() for text in mosaic.get_yticklabels()] == ["layer 1", "layer 3", "layer 6"]
+  assert [text.get_text() for text in mosaic.get_xticklabels()] == ["head 1", "head 2", "head 3"]
+  last = np.asarray(mosaic.images[0].get_array())[2 * 25 :, 2 * 25 :][6::12, 6::12]
+  np.testing.assert_allclose(last, maps[5, 2] / maps[5, 2].max(), rtol=1e-6)
+  figure.canvas.draw()
+
+
+def test_positions_have_a_tile_each_and_of_many_every_second():
+  table = np.random.default_rng(0).normal(size=(1 + 12, 4)).astype(np.float32)
+  figure = draw_position_similarity(table, (3, 4))
+  mosaic = figure.axes[0]
+  assert (len(mosaic.get_yticks()), len(mosaic.get_xticks())) == (3, 4)
+  step = 4 * 6 + 1  # of a tile of 3 x 4 positions, each 6 pixels wide, and the gap
+  shown = np.asarray(mosaic.images[0].get_array())[2 * 19 :, 1 * step :][3:18:6, 3:24:6]
+  np.testing.assert_allclose(shown, position_similarity(table, (3, 4))[2, 1], rtol=1e-6)
+  assert shown[2, 1] == pytest.approx(1)
+  large = draw_position_similarity(np.ones((16 * 16, 2), np.float32), (16, 16))
+  assert [text.get_text() for text in large.axes[0].get_xticklabels()][:3] == ["1", "3", "5"]
+  figure.canvas.draw()
+
+
+def test_lambdas_are_drawn_in_the_order_of_the_blocks_each_from_its_least_to_its_most():
+  norms = np.array([[1, 2], [3, 5]], np.float32)
+  layers = {"c4_block10": norms, "c4_block9": 7 * norms, "c3_block1": np.ones((4, 4), np.float32)}
+  figure = draw_lambdas(np.full((8, 8, 1), 200, np.uint8), layers, max_layers=2)
+  assert [ax.get_xlabel() for ax in figure.axes] == ["", "c4 block9, 2 × 2", "c4 block10, 2 × 2"]
+  shown = figure.axes[1].images[0]
+  np.testing.assert_array_equal(shown.get_array(), 7 * norms)
+  assert shown.get_clim() == (7, 35)
+
+
+def test_distances_have_a_point_for_each_head():
+  figure = draw_attention_distances(np.array([[1, 2], [3, 4], [5, 6]], np.float32))
+  points = figure.axes[0].collections[0].get_offsets()
+  np.testing.assert_array_equal(points, [[1, 1], [1, 2], [2, 3], [2, 4], [3, 5], [3, 6]])
+  assert figure.axes[0].get_ylabel() == "mean distance, pixels"

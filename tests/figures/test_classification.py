@@ -1,0 +1,112 @@
+"""Pictures of classification: what stands in them."""
+
+import time
+
+import numpy as np
+import pytest
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.figures.classification import (
+  RIGHT,
+  WRONG,
+  draw_batch,
+  draw_confusion,
+  draw_predictions,
+)
+
+NAMES = ("cat", "dog", "a very long name of a bird")
+
+
+@pytest.fixture
+def images():
+  return np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+
+
+def captions(figure):
+  return [ax.get_xlabel() for ax in figure.axes]
+
+
+def subtitle(figure):
+  return figure.texts[1].get_text()
+
+
+def test_a_batch_has_its_labels(images):
+  figure = draw_batch(images, np.array([0, 1, 2, 1, 0]), NAMES)
+  assert isinstance(figure, Figure)
+  assert figure.texts[0].get_text() == "Training batch"
+  assert subtitle(figure) == "5 of 5 images, 8 × 8 pixels"
+  assert captions(figure) == ["cat", "dog", "a very long name…", "dog", "cat"]
+  assert figure.axes[0].images[0].get_interpolation() == "nearest"
+
+
+def test_mixed_and_multiple_labels(images):
+  labels = np.array([[0.75, 0.25, 0], [0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0.5, 0.5]])
+  figure = draw_batch(images, labels, NAMES, title="Mixed")
+  assert captions(figure) == [
+    "75% cat\n25% dog",
+    "dog\na very long name…",
+    "cat",
+    "no label",
+    "50% dog\n50% a very long n…",
+  ]
+
+
+def test_right_and_wrong_differ_in_colour_mark_and_words(images):
+  predictions = {
+    "labels": np.array([[0, 1], [1, 0], [0, 1], [1, 2], [0, 2]]),
+    "probabilities": np.array([[0.9, 0.1]] * 5),
+  }
+  labels = np.array([0, 0, 0, 1, 1])
+  predictions["correct"] = predictions["labels"] == labels[:, None]
+  figure = draw_predictions(images, labels, predictions, NAMES)
+  assert subtitle(figure) == "3 of 5 right"
+  assert captions(figure)[:2] == ["✓ cat (90%)", "✗ dog (90%)"]
+  right, wrong = figure.axes[:2]
+  assert right.spines["left"].get_edgecolor() != wrong.spines["left"].get_edgecolor()
+  assert right.xaxis.label.get_color() == RIGHT
+  assert wrong.xaxis.label.get_color() == WRONG
+  assert [text.get_text() for text in wrong.texts] == ["is cat"]
+  assert not right.texts
+
+
+def test_only_the_first_images_are_drawn_and_quickly():
+  images = np.zeros((64, 224, 224, 1), np.uint8)
+  start = time.perf_counter()
+  figure = draw_batch(images, np.zeros(64, int), max_images=10)
+  figure.canvas.draw()
+  assert time.perf_counter() - start < 5  # 0.2 s on an idle core
+  assert len(figure.axes) == 10
+  assert captions(figure)[0] == "0"
+  assert figure.axes[0].images[0].get_interpolation() != "nearest"
+
+
+def test_float_images_are_drawn_as_pixels(images):
+  figure = draw_batch(images.astype(np.float32) + 0.2, np.zeros(5, int))
+  np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), images[0])
+
+
+def test_confusion_has_counts_names_and_shares():
+  matrix = np.array([[8, 2, 0], [1, 9, 0], [0, 0, 0]])
+  figure = draw_confusion(matrix, NAMES)
+  ax = figure.axes[0]
+  assert ax.get_title(loc="left") == "Confusion: 17 of 20 on the diagonal"
+  assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "a very long name…"]
+  assert [text.get_text() for text in ax.texts] == ["8", "2", "1", "9"]
+  np.testing.assert_allclose(ax.images[0].get_array()[:2], [[0.8, 0.2, 0], [0.1, 0.9, 0]])
+
+
+def test_many_classes_have_neither_counts_nor_names():
+  figure = draw_confusion(np.eye(100, dtype=int))
+  assert not figure.axes[0].texts
+  assert len(figure.axes[0].get_yticks()) < 100
+
+
+def test_nothing_is_left_in_pyplot(images):
+  draw_batch(images, np.zeros(5, int))
+  assert pyplot.get_fignums() == []
+
+
+def test_no_image_is_an_error():
+  with pytest.raises(ValueError, match="there is no image to draw"):
+    draw_batch(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int))

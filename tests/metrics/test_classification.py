@@ -1,0 +1,107 @@
+"""Counts of a classifier: exact, mergeable, picklable, and honest about missing labels."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator, is_correct
+
+
+def ranked(rng, rows, classes, ranks=5):
+  return np.stack([rng.permutation(classes)[:ranks] for _ in range(rows)]).astype(np.int32)
+
+
+@pytest.fixture
+def examples():
+  rng = np.random.default_rng(3)
+  batch = {"label": rng.integers(0, 8, 40).astype(np.int32), "mask": rng.random(40) < 0.8}
+  predictions = {"labels": ranked(rng, 40, 8), "loss": rng.random(40).astype(np.float32)}
+  return batch, predictions
+
+
+def rows(tree, start, stop):
+  return {name: value[start:stop] for name, value in tree.items()}
+
+
+def test_scores_by_hand():
+  evaluator = ClassificationEvaluator(4, per_class=True, class_names=["a", "b", "c", "d"])
+  batch = {"label": np.array([0, 0, 1, 3]), "mask": np.array([True, True, True, False])}
+  labels = np.array([[0, 1], [1, 0], [2, 3], [3, 0]])
+  evaluator.add(batch, {"labels": labels, "loss": np.array([1.0, 2.0, 6.0, 99.0])})
+  assert evaluator.result() == {
+    "accuracy": 1 / 3,
+    "top2_accuracy": 2 / 3,
+    "loss": 3.0,
+    "images": 3.0,
+    "mean_class_accuracy": 0.25,
+    "accuracy/a": 0.5,
+    "accuracy/b": 0.0,
+  }
+  expected = np.zeros((4, 4), int)
+  expected[0, 0] = expected[0, 1] = expected[1, 2] = 1
+  np.testing.assert_array_equal(evaluator.confusion(), expected)
+
+
+@pytest.mark.parametrize("per_class", [False, True])
+def test_merged_parts_are_the_whole(examples, per_class):
+  batch, predictions = examples
+  whole = ClassificationEvaluator(8, per_class=per_class)
+  whole.add(batch, predictions)
+  merged = ClassificationEvaluator(8, per_class=per_class)
+  for start, stop in ((0, 7), (7, 7), (7, 30), (30, 40)):
+    part = ClassificationEvaluator(8, per_class=per_class)
+    part.add(rows(batch, start, stop), rows(predictions, start, stop))
+    merged.merge(pickle.loads(pickle.dumps(part)))
+  merged.merge(ClassificationEvaluator(8, per_class=per_class))
+  left, right = whole.result(), merged.result()
+  assert left.pop("loss") == pytest.approx(right.pop("loss"), rel=1e-14)
+  assert left == right
+  np.testing.assert_array_equal(whole.confusion(), merged.confusion())
+
+
+def test_padding_does_not_count(examples):
+  batch, predictions = examples
+  whole, kept = ClassificationEvaluator(8), ClassificationEvaluator(8)
+  whole.add(batch, predictions)
+  mask = batch["mask"]
+  kept.add({"label": batch["label"][mask]}, {k: v[mask] for k, v in predictions.items()})
+  assert whole.result() == kept.result()
+  assert whole.result()["images"] == mask.sum() < 40
+
+
+def test_any_of_several_labels_is_right_and_rows_without_are_dropped():
+  labels = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32)
+  predictions = {"labels": np.array([[2], [0], [2]]), "loss": np.array([1.0, 50.0, 3.0])}
+  evaluator = ClassificationEvaluator(3, per_class=True)
+  evaluator.add({"label": labels}, predictions)
+  scores = evaluator.result()
+  assert (scores["accuracy"], scores["images"], scores["loss"]) == (0.5, 2, 2.0)
+  assert scores["accuracy/2"] == 1.0
+  assert scores["accuracy/0"] == 0.0
+  assert "top1_accuracy" not in scores
+
+
+def test_of_a_mixture_the_larger_part_is_right():
+  labels = np.array([[0.3, 0.7, 0.0]], np.float32)
+  hits = is_correct(labels, np.array([[1, 0, 2]]))
+  np.testing.assert_array_equal(hits, [[True, False, False]])
+
+
+@pytest.mark.parametrize(("label", "shown"), [(8, "8"), (-1, "-1")])
+def test_a_label_out_of_range_is_named(examples, label, shown):
+  batch, predictions = examples
+  batch = {"label": batch["label"].copy()}
+  batch["label"][5] = label
+  with pytest.raises(ValueError, match=rf"label {shown} is not one of the 8 classes 0\.\.7"):
+    ClassificationEvaluator(8).add(batch, predictions)
+  masked = batch | {"mask": np.arange(40) != 5}
+  ClassificationEvaluator(8).add(masked, predictions)
+
+
+def test_other_problems_are_one_line(examples):
+  predictions = examples[1]
+  with pytest.raises(ValueError, match="labels have 3 columns, but num_classes is 8"):
+    ClassificationEvaluator(8).add({"label": np.zeros((40, 3))}, predictions)
+  with pytest.raises(ValueError, match="no image with a label"):
+    ClassificationEvaluator(8).result()

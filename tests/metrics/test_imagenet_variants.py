@@ -1,0 +1,60 @@
+"""ReaL's rule and subsets of classes, by hand."""
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator
+from vit_jax_zoo.metrics.imagenet_variants import score_rankings
+
+
+def multi_hot(rows, num_classes):
+  return np.array([[label in row for label in range(num_classes)] for row in rows])
+
+
+def test_real_takes_any_label_and_skips_images_without():
+  labels = multi_hot([{0, 3}, set(), {2}, {1, 2, 4}], 5)
+  ranked = np.array([[3, 1, 0, 2, 4], [0, 1, 2, 3, 4], [1, 2, 0, 3, 4], [4, 0, 1, 2, 3]])
+  scores = score_rankings(ranked, labels)
+  assert scores == {"accuracy": pytest.approx(2 / 3), "images": 3, "classes": 5}
+  evaluator = ClassificationEvaluator(5)  # the rule of evaluations while training is the same
+  evaluator.add(
+    {"label": labels.astype(np.float32)}, {"labels": ranked[:, :1], "loss": np.zeros(4)}
+  )
+  result = evaluator.result()
+  assert (result["accuracy"], result["images"]) == (pytest.approx(2 / 3), 3)
+
+
+def test_five_of_more_classes():
+  labels = multi_hot([{5}, {6}, {0}], 7)
+  ranked = np.array([[0, 1, 2, 3, 5, 4, 6], [0, 1, 2, 3, 5, 6, 4], [0, 1, 2, 3, 5, 4, 6]])
+  scores = score_rankings(ranked, labels)
+  assert scores["accuracy"] == pytest.approx(1 / 3)
+  assert scores["top5_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_classes_that_never_occur_are_no_answer():
+  labels = multi_hot([{1}, {3}, {3}], 4)
+  ranked = np.array([[0, 2, 1, 3], [2, 3, 0, 1], [0, 1, 3, 2]])
+  assert score_rankings(ranked, labels)["accuracy"] == 0
+  scores = score_rankings(ranked, labels, only_its_classes=True)
+  assert scores == {"accuracy": pytest.approx(2 / 3), "images": 3, "classes": 2}
+
+
+def test_a_subset_is_the_arg_max_of_its_logits():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(200, 30))
+  classes = rng.permutation(30)[:8]
+  truth = classes[rng.integers(0, 8, 200)]
+  truth[:8] = classes
+  labels = np.eye(30, dtype=bool)[truth]
+  expected = classes[logits[:, classes].argmax(1)] == truth
+  scores = score_rankings(np.argsort(-logits, axis=1), labels, only_its_classes=True)
+  assert scores["accuracy"] == pytest.approx(expected.mean())
+  assert scores["classes"] == 8
+  top5 = np.argsort(-logits[:, classes], axis=1)[:, :5]
+  assert scores["top5_accuracy"] == pytest.approx((classes[top5] == truth[:, None]).any(1).mean())
+
+
+def test_nothing_to_score_is_one_line():
+  with pytest.raises(ValueError, match="none of the 2 images has a label"):
+    score_rankings(np.zeros((2, 3), int), np.zeros((2, 3), bool))

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from vit_jax_zoo.metrics.linear_probe import Labelled, probe
+
+
+def clouds(rows, distance, seed):
+  """Three classes whose means are `distance` standard deviations apart, in two of five features."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, 3, rows)
+  means = distance * np.array([[0, 0], [1, 0], [0, 1]])
+  features = rng.normal(0, 1, (rows, 5))
+  features[:, :2] += means[labels]
+  return features.astype(np.float32), labels
+
+
+def labelled(rows, seed):
+  good, labels = clouds(rows, 6, seed)
+  noise = np.random.default_rng(seed + 100).normal(0, 1, (rows, 5)).astype(np.float32)
+  return Labelled({"good": good, "noise": noise, "scaled": 1000 * good + 5}, labels)
+
+
+def test_what_can_be_told_apart_is():
+  scores = probe(labelled(400, 0), labelled(300, 1))
+  assert scores["good"].test > 0.97
+  assert scores["good"].validation > 0.95
+  assert scores["noise"].test < 0.45
+  assert scores["scaled"].test == pytest.approx(scores["good"].test, abs=0.005)
+
+
+def test_the_strength_is_chosen_without_the_test_images():
+  fit, test = labelled(200, 0), labelled(100, 1)
+  shuffled = Labelled(test.features, np.random.default_rng(0).permutation(test.labels))
+  one, other = probe(fit, test), probe(fit, shuffled)
+  for name, score in one.items():
+    assert (score.strength, score.validation) == (other[name].strength, other[name].validation)
+
+
+def test_too_little_to_learn_from_is_one_line():
+  few = Labelled({"x": np.zeros((4, 2), np.float32)}, np.zeros(4, int))
+  with pytest.raises(ValueError, match="4 images of 1 classes are too few to probe with"):
+    probe(few, few)

@@ -1,0 +1,167 @@
+"""Segments from masks as the official code makes them; panoptic quality by hand."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.metrics.panoptic import (
+  VOID,
+  PanopticEvaluator,
+  PanopticQuality,
+  Segmentation,
+  segment,
+)
+
+STUFF_FROM = 5  # of the fixture
+
+
+def softmax(logits):
+  p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+  return p / p.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("case", ["pan", "pan_same"])
+@pytest.mark.parametrize("row", range(4))
+def test_the_official_segments(load_golden, case, row):
+  config, inputs, outputs = load_golden("detr_fn_a")
+  p = softmax(inputs["pan_logits"][row].astype(np.float64))
+  scores, labels = p.max(axis=-1), p.argmax(axis=-1)
+  sure = (labels != config["panoptic"]["num_classes"]) & (scores > 0.85)
+  expected = outputs[f"{case}_ids_{row}"]
+  processed = tuple(int(x) for x in inputs["pan_processed_sizes"][row])
+  found = segment(
+    inputs["pan_masks"][row][sure],
+    labels[sure],
+    STUFF_FROM,
+    padded_size=processed,
+    image_size=processed,
+    size=expected.shape,
+  )
+  segments = config["panoptic"]["segments"][case][row]
+  if not segments:
+    assert np.all(found.segment_map == VOID)
+    return
+  np.testing.assert_array_equal(found.segment_map, expected)
+  assert found.labels.tolist() == [s["category_id"] for s in segments]
+  assert [np.sum(found.segment_map == s["id"]) for s in segments] == [s["area"] for s in segments]
+
+
+def test_padding_is_cut_off():
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(3, 10, 12)).astype(np.float32), np.array([0, 1, 2])
+  whole = segment(logits, labels, 9, padded_size=(40, 48), image_size=(40, 48), size=(40, 48))
+  part = segment(logits, labels, 9, padded_size=(40, 48), image_size=(30, 20), size=(30, 20))
+  np.testing.assert_array_equal(part.segment_map, whole.segment_map[:30, :20])
+
+
+@pytest.mark.parametrize(("width", "found"), [(4, []), (5, [3])])
+def test_nothing_is_left_where_all_segments_are_too_small(width, found):
+  """As in the official code; one with five pixels is large enough."""
+  sizes = dict.fromkeys(("padded_size", "image_size", "size"), (1, width))
+  result = segment(np.zeros((1, 1, 2), np.float32), np.array([3]), 9, **sizes)
+  assert result.labels.tolist() == found
+  assert (result.segment_map == (0 if found else VOID)).all()
+
+
+def rows(*values):
+  """A segmentation of one line: its segments' numbers, and labels 0, 1, 2 ..., by default."""
+  return np.array([values])
+
+
+def quality(*pairs, num_classes=4, stuff_from=2):
+  result = PanopticQuality(num_classes, stuff_from)
+  for truth, found in pairs:
+    result.add(truth, found)
+  return result.result()
+
+
+def test_quality_by_hand():
+  # Class 0: IoU 3/4. Class 1: 1 of 3 pixels found, so missed, and a false alarm. Class 2: exact.
+  truth = Segmentation.of(rows(0, 0, 0, 1, 1, 1, 2, 2, VOID), np.array([0, 1, 2]))
+  found = Segmentation.of(rows(0, 0, 0, 0, 1, VOID, 2, 2, 2), np.array([0, 1, 2]))
+  scores = quality((truth, found))
+  assert scores["pq_things"] == pytest.approx((0.75 + 0) / 2)
+  assert scores["sq_things"] == pytest.approx((0.75 + 0) / 2)
+  assert scores["rq_things"] == pytest.approx(0.5)
+  assert scores["pq_stuff"] == scores["sq_stuff"] == scores["rq_stuff"] == 1
+  assert scores["pq"] == pytest.approx((0.75 + 0 + 1) / 3)
+
+
+def test_exactly_half_is_no_match():
+  truth = Segmentation.of(rows(0, 0, VOID), np.array([0]))
+  found = Segmentation.of(rows(0, VOID, VOID), np.array([0]))
+  assert quality((truth, found))["pq"] == 0
+
+
+def test_the_wrong_class_is_a_miss_and_a_false_alarm():
+  truth = Segmentation.of(rows(0, 0, 0), np.array([0]))
+  found = Segmentation.of(rows(0, 0, 0), np.array([1]))
+  assert quality((truth, found)) == {
+    "pq": 0, "sq": 0, "rq": 0, "pq_things": 0, "sq_things": 0, "rq_things": 0
+  }  # fmt: skip
+
+
+def test_crowds_and_void_excuse():
+  right = Segmentation.of(rows(0, 0, 0, 0, 0, 0), np.array([0]))
+  crowd = Segmentation.of(rows(1, 1, 1, 0, 0, VOID), np.array([0, 1]), np.array([False, True]))
+  # Segment 0: most of it lies in a crowd of its class; segment 1 finds the object.
+  found = Segmentation.of(rows(0, 0, 0, 1, 1, 1), np.array([1, 0]))
+  assert quality((right, right), (crowd, found))["pq"] == 1
+  other = Segmentation.of(rows(0, 0, 0, 1, 1, 1), np.array([0, 0]))  # a crowd of another class
+  assert quality((right, right), (crowd, other))["pq"] == pytest.approx(2 / 2.5)
+  in_void = Segmentation.of(rows(VOID, VOID, 1, 1, 1, 0), np.array([0, 1]))
+  truth = Segmentation.of(rows(VOID, VOID, 0, 0, 0, VOID), np.array([1]))
+  assert quality((truth, in_void))["pq"] == 1
+
+
+def make_images(count=6, classes=4):
+  """Batches of one image each, with 10 x 12 pixels and masks that are half right."""
+  rng = np.random.default_rng(1)
+  images = []
+  for number in range(count):
+    coarse = rng.integers(0, 3, (2, 3))
+    truth = np.kron(coarse, np.ones((5, 4), int))
+    logits = 4.0 * (truth[None] == np.arange(3)[:, None, None]) + rng.normal(size=(3, 10, 12))
+    labels = rng.permutation(classes)[:3]
+    boxes = np.tile(np.float32([0.5, 0.5, 0.4, 0.4]), (1, 3, 1))
+    batch = {
+      "image": np.zeros((1, 10, 12, 3), np.uint8),
+      "image_id": np.array([number]),
+      "boxes_cxcywh": boxes,
+      "labels": labels[None],
+      "is_target": np.ones((1, 3), bool),
+      "segment_map": truth[None],
+    }
+    predictions = {
+      "boxes_xyxy": boxes * 10,
+      "labels": labels[None],
+      "scores": np.float32([[0.99, 0.9, 0.8]]),
+      "is_object": np.ones((1, 3), bool),
+      "mask_logits": logits[None].astype(np.float32),
+    }
+    images.append((batch, predictions))
+  return images
+
+
+def evaluate(images, **fields):
+  evaluator = PanopticEvaluator(4, 2, **fields)
+  for batch, predictions in images:
+    evaluator.add(batch, predictions)
+  return evaluator
+
+
+def test_the_evaluator_sees_batches_hosts_and_thresholds():
+  pytest.importorskip("faster_coco_eval")
+  images = make_images()
+  expected = evaluate(images).result()
+  assert 0 < expected["pq"] < 1
+  assert "box_ap" in expected
+  rows = [*images, images[0]]
+  together = tuple({k: np.concatenate([r[i][k] for r in rows]) for k in rows[0][i]} for i in (0, 1))
+  together[0]["mask"] = np.arange(7) < 6
+  assert evaluate([together]).result() == pytest.approx(expected)
+  first, second = evaluate(images[:2]), evaluate(images[2:] + images[2:3])
+  first.merge(pickle.loads(pickle.dumps(second)))
+  assert first.result() == pytest.approx(expected)
+  assert evaluate(images, score_threshold=0.5).result()["pq"] > expected["pq"]

@@ -1,0 +1,97 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio
+
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator
+from vit_jax_zoo.metrics.psnr_ssim import SCORES, SuperResolutionEvaluator, psnr_y, score
+
+
+def batch(count=3, seed=0):
+  rng = np.random.default_rng(seed)
+  truths = rng.integers(0, 256, (count, 16, 20, 3), dtype=np.uint8)
+  return {
+    "image": truths,
+    "upsampled_image": np.clip(truths + rng.normal(scale=30, size=truths.shape), 0, 255),
+  }
+
+
+def predictions(batch, scale=10):
+  noise = np.random.default_rng(9).normal(scale=scale, size=batch["image"].shape)
+  return {"image": np.clip(np.round(batch["image"] + noise), 0, 255).astype(np.uint8)}
+
+
+def evaluated(*batches):
+  evaluator = SuperResolutionEvaluator()
+  for one in batches:
+    evaluator.add(one, predictions(one))
+  return evaluator
+
+
+def test_scores_are_means_over_pictures():
+  data = batch()
+  result = evaluated(data).result()
+  images = predictions(data)["image"]
+  each = [psnr_y(a, b) for a, b in zip(images, data["image"], strict=True)]
+  assert result["psnr"] == pytest.approx(np.mean(each))
+  theirs = [
+    peak_signal_noise_ratio(b, a, data_range=255)
+    for a, b in zip(images, data["image"], strict=True)
+  ]
+  assert result["skimage_psnr"] == pytest.approx(np.mean(theirs))
+  assert result["images"] == 3
+  assert result["psnr_gain"] == pytest.approx(result["psnr"] - result["bicubic_psnr"])
+  assert result["psnr_gain"] > 0
+  assert {f"bicubic_{name}" for name in SCORES} | set(SCORES) < set(result)
+
+
+def test_what_the_right_reference_is_worth():
+  data = batch()
+  both = predictions(data) | {"wrong_reference_image": predictions(data, scale=20)["image"]}
+  evaluator = SuperResolutionEvaluator()
+  evaluator.add(data, both)
+  result = evaluator.result()
+  other = SuperResolutionEvaluator()
+  other.add(data, {"image": both["wrong_reference_image"]})
+  assert result["wrong_reference_psnr"] == pytest.approx(other.result()["psnr"])
+  assert result["reference_gain"] == pytest.approx(result["psnr"] - other.result()["psnr"])
+  assert result["reference_gain"] > 1
+  assert "reference_gain" not in other.result()
+
+
+def test_padding_does_not_count():
+  data = batch()
+  expected = evaluated({key: value[:2] for key, value in data.items()}).result()
+  padded = {key: np.pad(value, ((0, 0), (0, 5), (0, 3), (0, 0))) for key, value in data.items()}
+  padded |= {"mask": np.array([True, True, False]), "size": np.full((3, 2), (16, 20))}
+  evaluator = SuperResolutionEvaluator()
+  images = np.pad(predictions(data)["image"], ((0, 0), (0, 5), (0, 3), (0, 0)))
+  evaluator.add(padded, {"image": images})
+  # The noise of `predictions` depends on the count of pictures: compare the rival's scores.
+  assert evaluator.result()["bicubic_ssim"] == pytest.approx(expected["bicubic_ssim"])
+  assert evaluator.result()["images"] == 2
+
+
+def test_merging_equals_one_evaluator():
+  first, second = batch(2), batch(1, seed=4)
+  together = evaluated(first, second).result()
+  merged = evaluated(first)
+  merged.merge(pickle.loads(pickle.dumps(evaluated(second))))
+  assert merged.result() == pytest.approx(together)
+  before = copy.deepcopy(merged.result())
+  merged.merge(SuperResolutionEvaluator())
+  assert merged.result() == before
+
+
+def test_equal_pictures_are_infinitely_close():
+  image = batch(1)["image"][0]
+  assert score(image, image)["psnr"] == score(image, image)["skimage_psnr"] == np.inf
+
+
+def test_nothing_to_score():
+  with pytest.raises(ValueError, match="no image was evaluated"):
+    SuperResolutionEvaluator().result()
+  with pytest.raises(TypeError, match="cannot merge"):
+    SuperResolutionEvaluator().merge(ClassificationEvaluator(3))

@@ -1,0 +1,93 @@
+"""Mean intersection over union by hand, and however images are batched."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator
+from vit_jax_zoo.metrics.segmentation import SegmentationEvaluator
+
+
+def batch(*rows, **more):
+  return {"label_map": np.array(rows, np.uint8)[:, None], **more}
+
+
+def score(pairs, num_classes=4, **fields):
+  evaluator = SegmentationEvaluator(num_classes, **fields)
+  for truth, found in pairs:
+    evaluator.add(truth, found)
+  return evaluator.result()
+
+
+def test_by_hand():
+  """Guards the formula: intersection over union of each class, over all pixels of all images."""
+  # Class 0: 2 right, 1 missed, 1 too many: 2/4. Class 1: 1 right, 1 missed, 1 too many: 1/3.
+  truth, found = batch([0, 0, 0, 1, 1, 255]), batch([0, 0, 1, 1, 0, 3])
+  scores = score([(truth, found)], per_class=True, class_names=("sky", "sea"))
+  assert scores["iou/sky"] == pytest.approx(2 / 4)
+  assert scores["iou/sea"] == pytest.approx(1 / 3)
+  assert scores["miou"] == pytest.approx((2 / 4 + 1 / 3) / 2)
+  assert scores["pixel_accuracy"] == pytest.approx(3 / 5)
+  assert scores["mean_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+  assert "iou/2" not in scores  # neither there nor found
+  assert scores["images"] == 1
+
+
+def test_a_class_that_is_only_found_scores_nothing():
+  """Guards the mean: a false class counts with 0, in "miou" and not in "mean_accuracy"."""
+  scores = score([(batch([0, 0, 0, 0]), batch([0, 0, 0, 2]))])
+  assert scores["miou"] == pytest.approx((3 / 4 + 0) / 2)
+  assert scores["mean_accuracy"] == pytest.approx(3 / 4)
+
+
+def test_it_is_sklearns_jaccard_score():
+  """Guards against a second implementation, on random maps."""
+  from sklearn.metrics import jaccard_score
+
+  rng = np.random.default_rng(0)
+  truth, found = rng.integers(0, 4, (2, 5, 8, 9))
+  scores = score([({"label_map": truth}, {"label_map": found})])
+  expected = jaccard_score(truth.ravel(), found.ravel(), average="macro")
+  assert scores["miou"] == pytest.approx(expected)
+
+
+def test_batches_padding_and_hosts_change_nothing():
+  """Guards the sums: rows and borders that are padding do not count, hosts add up."""
+  rng = np.random.default_rng(1)
+  truth, found = rng.integers(0, 4, (2, 6, 5, 7))
+  expected = score([({"label_map": truth}, {"label_map": found})])
+  one, other = SegmentationEvaluator(4), SegmentationEvaluator(4)
+  wide = rng.integers(0, 4, (4, 8, 9))
+  wide[:3, :5, :7] = truth[:3]
+  guess = rng.integers(0, 4, (4, 8, 9))
+  guess[:3, :5, :7] = found[:3]
+  sizes, mask = np.tile([5, 7], (4, 1)), np.array([True, True, True, False])
+  one.add({"label_map": wide, "image_size": sizes, "mask": mask}, {"label_map": guess})
+  for row in range(3, 6):
+    other.add({"label_map": truth[row : row + 1]}, {"label_map": found[row : row + 1]})
+  one.merge(pickle.loads(pickle.dumps(other)))
+  assert one.result() == pytest.approx(expected)
+
+
+def test_another_label_may_be_the_one_that_does_not_count():
+  """Guards `ignore_label`."""
+  scores = score([(batch([0, 0, 7]), batch([0, 0, 1]))], ignore_label=7)
+  assert scores["miou"] == 1
+
+
+def test_errors_are_one_clear_line():
+  """Guards the words: labels that are no class, sizes that differ, nothing to score."""
+  for truth, found, what in (
+    ([0, 9], [0, 0], "true label 9"),
+    ([0, 0], [0, 5], "predicted label 5"),
+  ):
+    with pytest.raises(ValueError, match=f"the {what} is not one of 0..3") as error:
+      score([(batch(truth), batch(found))])
+    assert "\n" not in str(error.value)
+  with pytest.raises(ValueError, match="true label maps are"):
+    score([(batch([0, 0]), batch([0, 0, 0]))])
+  with pytest.raises(ValueError, match="no pixel with a label was there in 1 images"):
+    score([(batch([255]), batch([0]))])
+  with pytest.raises(TypeError, match="cannot merge"):
+    SegmentationEvaluator(4).merge(ClassificationEvaluator(4))

@@ -1,0 +1,159 @@
+"""The encoder, scanned or not, on every rung of the ladder; stochastic depth; positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
+from vit_jax_zoo.nn.transformer import REMAT_LADDER, Encoder
+from vit_jax_zoo.systems.vit.position import PositionEmbedding, sincos_2d
+from vit_jax_zoo.weights import key_map as table
+
+BLOCK = {"num_heads": 2, "mlp_dim": 16}
+DEPTH = 3
+TOKENS = jax.random.normal(jax.random.key(7), (2, 5, 8))
+
+
+def encoder(**fields):
+  return Encoder(DEPTH, BLOCK, **fields)
+
+
+@pytest.fixture(scope="module")
+def variables():
+  return jax.jit(lambda: encoder().init(jax.random.key(0), TOKENS, train=False))()
+
+
+@pytest.fixture(scope="module")
+def reference(variables):
+  return value_and_gradient(encoder(), variables)
+
+
+def value_and_gradient(module, variables):
+  def loss(variables):
+    return jnp.sum(jnp.sin(module.apply(variables, TOKENS, train=False)))
+
+  return jax.jit(jax.value_and_grad(loss))(variables)
+
+
+def paths(tree):
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in flat}
+
+
+@pytest.mark.parametrize("remat", [rung for rung in REMAT_LADDER if rung != "none"])
+def test_every_rung_gives_the_same_values_and_gradients(remat, variables, reference):
+  given = value_and_gradient(encoder(remat=remat), variables)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, reference)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_unrolled_layers_give_what_scanned_ones_do(remat, variables, reference):
+  module = encoder(scan_layers=False, remat=remat)
+  shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
+  layers = table.unroll(paths(variables["params"]))
+  assert {k: v.shape for k, v in layers.items()} == {
+    k: v.shape for k, v in paths_of_shapes(shapes["params"]).items()
+  }
+  unrolled = jax.tree.unflatten(
+    jax.tree.structure(shapes), [layers[k.removeprefix("params/")] for k in paths_of_shapes(shapes)]
+  )
+  value, gradient = value_and_gradient(module, unrolled)
+  np.testing.assert_allclose(value, reference[0], atol=2e-5)
+  expected = table.unroll(paths(reference[1]["params"]))
+  for path, array in paths(gradient["params"]).items():
+    np.testing.assert_allclose(array, expected[path], atol=2e-5)
+
+
+def paths_of_shapes(tree):
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in flat}
+
+
+@pytest.mark.parametrize(("remat", "kept"), [("dots", 8), ("attention", 4), ("full", 0)])
+def test_a_rung_keeps_what_it_says(remat, kept):
+  """Counted in widths a token, for an MLP of four widths; the block's input comes on top."""
+  module = Encoder(1, {"num_heads": 2, "mlp_dim": 32}, remat=remat, scan_layers=False)
+  variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
+
+  def residuals(params, tokens):
+    _, backward = jax.vjp(lambda t: module.apply(params, t, train=False), tokens)
+    return backward
+
+  saved = jax.tree.leaves(jax.eval_shape(residuals, variables, TOKENS))
+  activations = [x for x in saved if x.shape[:2] == TOKENS.shape[:2]]
+  widths = sum(x.size for x in activations) / TOKENS.size
+  assert widths == kept + 1
+
+
+def test_an_unknown_rung_is_one_line():
+  with pytest.raises(ValueError, match="unknown remat 'ful'; did you mean 'full'"):
+    encoder(remat="ful").init(jax.random.key(0), TOKENS, train=False)
+
+
+def test_intermediates_of_every_block(variables):
+  apply = jax.jit(lambda v: encoder().apply(v, TOKENS, train=False, mutable="intermediates"))
+  out, state = apply(variables)
+  blocks = state["intermediates"]["blocks"]
+  np.testing.assert_allclose(blocks["output"][0][-1], out, atol=1e-6)
+  assert blocks["attention"]["weights"][0].shape == (DEPTH, 2, 2, 5, 5)
+
+
+def test_drop_path_drops_at_its_rate_and_keeps_the_mean():
+  branch = jnp.ones((4000, 2, 3))
+  dropped = DropPath().apply({}, branch, 0.25, train=True, rngs={"dropout": jax.random.key(0)})
+  by_example = np.asarray(dropped).reshape(4000, -1)
+  assert set(np.unique(by_example)) == {np.float32(0), np.float32(1 / 0.75)}
+  assert (by_example == by_example[:, :1]).all()  # an example's branch goes as a whole
+  assert abs((by_example[:, 0] == 0).mean() - 0.25) < 0.03
+  assert DropPath().apply({}, branch, 0.25, train=False) is branch
+
+
+def test_drop_path_grows_linearly_and_is_on_in_scanned_blocks(variables):
+  assert drop_path_rates(0.2, 3) == pytest.approx((0, 0.1, 0.2))
+  assert drop_path_rates(0.2, 1) == (0,)
+  with pytest.raises(ValueError, match="drop_path_rate"):
+    drop_path_rates(1.0, 3)
+  module = encoder(drop_path_rate=0.9)
+  run = jax.jit(
+    lambda v, key: module.apply(
+      v, TOKENS, train=True, rngs={"dropout": key}, mutable="intermediates"
+    )
+  )
+  outputs = [run(variables, jax.random.key(i))[1]["intermediates"]["blocks"] for i in range(2)]
+  first, second = (np.asarray(o["output"][0]) for o in outputs)
+  np.testing.assert_array_equal(first[0], second[0])  # the first block's rate is 0
+  assert np.abs(first[-1] - second[-1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "sincos_2d", "none"])
+def test_position_embeddings(kind):
+  tokens = jax.random.normal(jax.random.key(0), (2, 6, 8))
+  module = PositionEmbedding(kind)
+  variables = module.init(jax.random.key(1), tokens, (2, 3))
+  added = (module.apply(variables, tokens, (2, 3)) - tokens)[0]
+  shapes = {key: x.shape for key, x in variables.get("params", {}).items()}
+  expected = {"learned_1d": {"table": (1, 6, 8)}, "learned_2d": {"rows": (2, 4), "columns": (3, 4)}}
+  assert shapes == expected.get(kind, {})
+  grid = np.asarray(added).reshape(2, 3, 8)
+  if kind == "none":
+    assert not grid.any()
+  if kind == "learned_2d":  # rows in the first half, columns in the second
+    np.testing.assert_allclose(grid[:, 0, :4], grid[:, 2, :4], atol=1e-6)
+    np.testing.assert_allclose(grid[0, :, 4:], grid[1, :, 4:], atol=1e-6)
+
+
+def test_sincos_positions():
+  grid = sincos_2d(3, 4, 8).reshape(3, 4, 8)
+  frequencies = [1, 1e-4]
+  np.testing.assert_allclose(grid[2, 3, :2], np.sin(3 * np.asarray(frequencies)), atol=1e-6)
+  np.testing.assert_allclose(grid[2, 3, 2:4], np.cos(3 * np.asarray(frequencies)), atol=1e-6)
+  np.testing.assert_allclose(grid[2, 3, 4:6], np.sin(2 * np.asarray(frequencies)), atol=1e-6)
+  np.testing.assert_allclose(grid[2, 3, 6:], np.cos(2 * np.asarray(frequencies)), atol=1e-6)
+  with pytest.raises(ValueError, match="multiple of 4"):
+    sincos_2d(2, 2, 10)
+
+
+def test_an_unknown_position_embedding_is_one_line():
+  with pytest.raises(ValueError, match="unknown position embedding 'sincos'"):
+    PositionEmbedding("sincos").init(jax.random.key(0), TOKENS, (1, 5))

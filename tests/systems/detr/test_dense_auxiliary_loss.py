@@ -1,0 +1,148 @@
+"""The loss on what the heads see in the cells of the encoder's map."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.systems.detr.tiny import Echo
+from vit_jax_zoo.systems.detr.dense_auxiliary_loss import cell_losses
+from vit_jax_zoo.systems.detr.losses import covering_target
+from vit_jax_zoo.systems.detr.model import Detr
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import LossContext
+from vit_jax_zoo.tasks.detection_utils import cell_centers
+
+CLASSES = 3
+
+
+def test_the_smallest_target_around_a_point():
+  boxes = jnp.array([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.3, 0.3], [0.25, 0.25, 0.1, 0.1]]])
+  is_target = jnp.array([[True, True, False]])
+  points = jnp.array([[[0.25, 0.25], [0.6, 0.25], [1.2, 0.25]]])
+  assert covering_target(points, boxes, is_target).tolist() == [[1, 0, -1]]
+  assert covering_target(points, boxes[:, :0], is_target[:, :0]).tolist() == [[-1, -1, -1]]
+
+
+def test_centers_count_from_the_image_without_its_padding():
+  batch = {"image": np.zeros((2, 8, 16, 3), np.uint8), "image_size": np.array([[8, 16], [4, 8]])}
+  centers = np.asarray(cell_centers(batch, (2, 4)))
+  np.testing.assert_allclose(centers[0, :5, 0], [0.125, 0.375, 0.625, 0.875, 0.125])
+  np.testing.assert_allclose(centers[0, [0, 4], 1], [0.25, 0.75])
+  np.testing.assert_allclose(centers[1, :, 0], 2 * centers[0, :, 0])  # beyond 1 is padding
+  np.testing.assert_allclose(centers[1, :, 1], 2 * centers[0, :, 1])
+
+
+def problem():
+  """Two images of 2 x 2 cells, the first with one target in its first cell; perfect answers."""
+  batch = {
+    "image": np.zeros((2, 8, 8, 3), np.uint8),
+    "boxes_cxcywh": np.full((2, 1, 4), 0.25, np.float32),
+    "labels": np.array([[1], [0]], np.int32),
+    "is_target": np.array([[True], [False]]),
+  }
+  cell_logits = np.zeros((2, 2, 2, CLASSES + 1), np.float32)
+  cell_logits[..., CLASSES] = 50.0
+  cell_logits[0, 0, 0] = 50.0 * np.eye(CLASSES + 1)[1]
+  outputs = {
+    "logits": np.zeros((2, 2, CLASSES + 1), np.float32),
+    "boxes_cxcywh": np.full((2, 2, 4), 0.5, np.float32),
+    "auxiliary_logits": np.zeros((0, 2, 2, CLASSES + 1), np.float32),
+    "auxiliary_boxes_cxcywh": np.zeros((0, 2, 2, 4), np.float32),
+    "cell_logits": cell_logits,
+    "cell_boxes_cxcywh": np.full((2, 2, 2, 4), 0.25, np.float32),
+  }
+  return batch, outputs
+
+
+def cell_loss(batch, outputs, normalizers=None, **fields):
+  task = create_task("detection", Echo(outputs), num_classes=CLASSES, cell_weight=1.0, **fields)
+  normalizers = normalizers or task.normalizers(batch)
+  context = LossContext(jax.random.key(0), jnp.int32(0), normalizers)
+  return task.loss({"params": {}}, batch, context).metrics["cell_loss"]
+
+
+def test_who_sees_everything_right_loses_nothing():
+  batch, outputs = problem()
+  assert cell_loss(batch, outputs).compute() == pytest.approx(0, abs=1e-6)
+
+
+def test_each_error_costs_what_it_costs_a_query():
+  batch, outputs = problem()
+  outputs["cell_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU (.15 / .35), and no gap in the hull
+  expected = 5 * 0.1 + 2 * (1 - 0.15 / 0.35)
+  assert cell_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
+  outputs["cell_boxes_cxcywh"][0, 1, 1] = 0.9  # where nothing is, boxes do not matter
+  assert cell_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
+  outputs["cell_boxes_cxcywh"][:] = 0.25
+  outputs["cell_logits"][1] = 0.0
+  chance = np.log(CLASSES + 1) / 2  # a weighted mean over an image's cells, then over images
+  assert cell_loss(batch, outputs).compute() == pytest.approx(chance, rel=1e-5)
+
+
+def test_rows_of_padding_do_not_count_and_micro_batches_add_up():
+  batch, outputs = problem()
+  outputs["cell_logits"][:] = np.random.default_rng(0).normal(size=outputs["cell_logits"].shape)
+  whole = cell_loss(batch, outputs)
+  normalizers = create_task("detection", Echo(outputs), num_classes=CLASSES).normalizers(batch)
+  parts = []
+  for i in range(2):
+    rows = {k: v[i : i + 1] for k, v in batch.items()}
+    own = {k: v[:, i : i + 1] if "auxiliary" in k else v[i : i + 1] for k, v in outputs.items()}
+    parts.append(cell_loss(rows, own, normalizers))
+  added = sum(part.total for part in parts)
+  assert added == pytest.approx(float(whole.total), rel=1e-5)
+  first = cell_loss({**batch, "mask": np.array([True, False])}, outputs)
+  assert first.compute() == pytest.approx(float(parts[0].total), rel=1e-5)  # divided by 2, times 2
+
+
+def test_a_model_without_cells_is_refused():
+  with pytest.raises(ValueError, match="set its cell_predictions, or cell_weight=0"):
+    cell_losses({}, problem()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
+
+
+def test_the_weight_falls_along_a_line():
+  batch, outputs = problem()
+  outputs["cell_logits"][:] = 0.0
+  task = create_task("detection", Echo(outputs), num_classes=CLASSES, cell_weight=2.0, cell_steps=8)
+  plain = create_task("detection", Echo(outputs), num_classes=CLASSES)
+
+  @jax.jit
+  def cells_share(step):
+    context = LossContext(jax.random.key(0), step, task.normalizers(batch))
+    output = task.loss({"params": {}}, batch, context)
+    rest = plain.loss({"params": {}}, batch, context).loss
+    return (output.loss - rest) / output.metrics["cell_loss"].compute()
+
+  shares = [float(cells_share(jnp.int32(step))) for step in (0, 2, 6, 8, 100)]
+  np.testing.assert_allclose(shares, [2.0, 1.5, 0.5, 0.0, 0.0], atol=1e-5)
+  with pytest.raises(ValueError, match="cell_steps must be positive"):
+    create_task("detection", Echo(outputs), num_classes=CLASSES, cell_steps=0)
+
+
+def test_the_model_asks_its_heads_and_learns_nothing_more():
+  fields = {"num_classes": 3, "num_queries": 2, "width": 8, "num_heads": 2, "mlp_dim": 8}
+  backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 2}
+  fields |= {"encoder_depth": 1, "decoder_depth": 1, "backbone": backbone}
+  images = jnp.zeros((1, 64, 96, 3))
+
+  def run(**more):
+    model = Detr(**fields, **more)
+    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), images)
+
+  outputs, variables = run(cell_predictions=True)
+  assert outputs["cell_logits"].shape == (1, 2, 3, 4)
+  assert outputs["cell_boxes_cxcywh"].shape == (1, 2, 3, 4)
+  plain_outputs, plain = run()
+  assert plain == variables
+  assert set(outputs) - set(plain_outputs) == {"cell_logits", "cell_boxes_cxcywh"}
+
+
+def test_a_decoder_may_differ_from_the_encoder():
+  model = Detr(width=8, num_heads=2, mlp_dim=16, decoder={"mlp_dim": 24, "num_heads": 4})
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+  encoder, decoder = shapes["transformer"]["encoder"], shapes["transformer"]["decoder"]
+  assert encoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 16)
+  assert decoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 24)
+  assert encoder["attention"]["query"]["kernel"].shape == (6, 8, 2, 4)
+  assert decoder["cross_attention"]["query"]["kernel"].shape == (6, 8, 4, 2)

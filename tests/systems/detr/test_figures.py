@@ -1,0 +1,60 @@
+"""Pictures of where object queries look, and of segments."""
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments, paint_segments
+
+
+def problem():
+  batch = {
+    "image": np.full((2, 8, 8, 3), 200, np.uint8),
+    "image_size": np.array([[8, 8], [4, 8]]),
+    "original_size": np.array([[16, 16], [8, 16]]),
+  }
+  attention = np.zeros((2, 3, 2, 2), np.float32)
+  attention[:, 1, 0, 1] = 1.0
+  predictions = {
+    "scores": np.array([[0.2, 0.9, 0.6], [0.1, 0.3, 0.2]]),
+    "labels": np.array([[0, 1, 2], [0, 1, 2]]),
+    "boxes_xyxy": np.tile(np.array([4.0, 4.0, 12.0, 8.0]), (2, 3, 1)),
+    "attention": attention,
+  }
+  return batch, predictions
+
+
+def test_sure_queries_are_drawn_and_lit_where_they_look():
+  batch, predictions = problem()
+  figure = draw_query_attention(batch, predictions, ("a", "b"), threshold=0.5, max_queries=3)
+  rows = np.array(figure.axes).reshape(2, 3)  # no column for the third query: nowhere is it sure
+  assert [ax.get_title(loc="left") for ax in rows[0]] == ["", "query 1: 90%", "query 2: 60%"]
+  assert [ax.get_title(loc="left") for ax in rows[1]] == ["", "query 1: 30%", ""]
+  lit = rows[0, 1].images[0].get_array()
+  assert lit[1, 6].max() > 190
+  assert lit[6, 1].max() < 40
+  assert rows[1, 1].images[0].get_array().shape == (4, 8, 3)  # without the padding
+  box = rows[0, 1].patches[0]
+  assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (2, 2, 4, 2)
+
+
+def test_segments_have_their_colour_and_their_name():
+  image = np.zeros((4, 4, 3), np.uint8)
+  segment_map = np.array([[0, 0, 1, 1]] * 2 + [[-1, -1, 1, 1]] * 2)
+  painted = paint_segments(image, segment_map)
+  assert len(np.unique(painted.reshape(-1, 3), axis=0)) == 3
+  assert (painted[2:, :2] == 0).all()
+  large = paint_segments(image, np.zeros((8, 8), int))
+  assert large.shape == (8, 8, 3)
+  nothing = (np.full((4, 4), -1), [])
+  figure = draw_segments([(segment_map, [0, 5])], [nothing], [image], ("sky",))
+  assert [text.get_text() for text in figure.axes[0].texts] == ["sky", "5"]
+  assert figure.axes[0].get_title(loc="left") == "truth: 2"
+  assert figure.axes[1].get_title(loc="left") == "found: 0"
+  assert not figure.axes[1].texts
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_images_stand_side_by_side(count):
+  segments = [(np.zeros((4, 4), int), [0])] * count
+  figure = draw_segments(segments, segments, [np.zeros((4, 4, 3), np.uint8)] * count)
+  assert sum(bool(ax.images) for ax in figure.axes) == 2 * count

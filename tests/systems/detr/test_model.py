@@ -1,0 +1,286 @@
+"""DETR against the official code, and the properties of its paper."""
+
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from tests.systems.detr.reference import model_of, read_variables
+from vit_jax_zoo.registry import create_model, list_models, sharding_rules
+from vit_jax_zoo.systems.detr.model import MAX_LEARNED_POSITIONS, VARIANTS, Detr, sine_positions
+
+GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
+
+# Elements of parameters, without those of the frozen batch norms: spec of the official code.
+PARAMETERS = {
+  "detr_r50": 41_524_768,
+  "detr_r50_dc5": 41_524_768,
+  "detr_r101": 60_464_672,
+  "detr_r101_dc5": 60_464_672,
+  "detr_r50_panoptic": 42_899_288,
+  "detr_r50_dc5_panoptic": 42_899_288,
+  "detr_r101_panoptic": 61_839_192,
+}
+
+
+@pytest.fixture(scope="module")
+def golden(request):
+  """`golden(name)`: config, model, variables, images [b h w c], mask (True = real), outputs."""
+
+  @functools.cache
+  def load(name):
+    folder = GOLDENS / name
+    config = json.loads((folder / "config.json").read_text())
+    inputs, outputs = np.load(folder / "inputs.npz"), dict(np.load(folder / "outputs.npz"))
+    images = np.moveaxis(inputs["images"], 1, -1)
+    variables = read_variables(folder / "weights.safetensors", config)
+    return config, variables, images, ~inputs["mask"], outputs
+
+  return load
+
+
+@pytest.fixture(scope="module")
+def apply(golden):
+  """`apply(name)`: predictions of the fixture's model, compiled once."""
+
+  @functools.cache
+  def run(name):
+    config, variables, images, mask, _ = golden(name)
+    model = model_of(config)
+    return jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
+      variables, images, mask
+    )
+
+  return run
+
+
+@pytest.mark.parametrize("name", ["detr_a", "detr_dc5_a", "detr_opts_a", "detr_panoptic_a"])
+def test_predictions_are_the_official_ones(golden, apply, name):
+  config, variables, *_, expected = golden(name)
+  got, sown = apply(name)
+  assert sum(x.size for x in jax.tree.leaves(variables)) == config["num_params"]
+  close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+  close(got["logits"], expected["pred_logits"])
+  close(got["boxes_cxcywh"], expected["pred_boxes"], atol=1e-5)
+  close(got["auxiliary_logits"], expected["aux_logits"])
+  close(got["auxiliary_boxes_cxcywh"], expected["aux_boxes"], atol=1e-5)
+  if "memory" in expected:
+    memory = np.moveaxis(sown["intermediates"]["memory"][0], -1, 1)
+    close(memory, expected["memory"], atol=5e-5)
+  if config["masks"]:
+    maps = np.moveaxis(sown["intermediates"]["mask_maps"][0], -1, 2)
+    close(maps, expected["bbox_mask"], atol=1e-5)
+    close(got["mask_logits"], expected["pred_masks"])
+
+
+@pytest.mark.parametrize("name", sorted(VARIANTS))
+def test_parameter_counts(name):
+  variables = jax.eval_shape(create_model(name).init, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))
+  assert sum(x.size for x in jax.tree.leaves(variables["params"])) == PARAMETERS[name]
+
+
+def test_every_variant_is_counted():
+  assert set(PARAMETERS) == set(list_models("detr_*")) == set(VARIANTS)
+
+
+def test_unrolled_layers_are_scanned_layers(golden, apply):
+  config, variables, images, mask, _ = golden("detr_a")
+  flat = traverse_util.flatten_dict(variables["params"], sep="/")
+  unrolled = {}
+  for name, value in flat.items():
+    side = name.split("/")[1] if "/" in name else ""
+    if name.startswith("transformer/") and side in ("encoder", "decoder"):
+      for i, layer in enumerate(value):
+        unrolled[name.replace(f"/{side}/", f"/{side}_{i}/", 1)] = layer
+    else:
+      unrolled[name] = value
+  params = traverse_util.unflatten_dict(unrolled, sep="/")
+  model = model_of(config, scan_layers=False, remat="full")
+  got = jax.jit(model.apply)(variables | {"params": params}, images, mask)
+  for name, value in apply("detr_a")[0].items():
+    np.testing.assert_allclose(got[name], value, atol=1e-5)
+
+
+def test_the_padding_may_hold_anything(golden, apply):
+  config, variables, images, mask, _ = golden("detr_a")
+  noisy = np.where(mask[..., None], images, 1e3).astype(np.float32)
+  got = jax.jit(model_of(config).apply)(variables, noisy, mask)
+  for name, value in apply("detr_a")[0].items():
+    np.testing.assert_allclose(got[name], value, atol=1e-5)
+
+
+def test_padded_features_are_never_looked_at(golden, apply):
+  *_, expected = golden("detr_a")
+  sown = apply("detr_a")[1]["intermediates"]["transformer"]
+  keep = ~expected["mask_0"].reshape(2, -1)
+  for weights in (
+    sown["encoder"]["attention"]["weights"][0],
+    sown["decoder"]["cross_attention"]["weights"][0],
+  ):
+    hidden = np.where(keep[None, :, None, None], 0, weights)
+    assert hidden.max() == 0
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+  assert not keep.all()
+
+
+def test_a_masked_backbone_sees_each_image_as_if_it_were_alone(golden):
+  config, variables, images, mask, _ = golden("detr_dc5_a")
+  padded = jax.jit(model_of(config, masked_backbone=True).apply)(variables, images, mask)
+  alone = jax.jit(model_of(config).apply)
+  for i, (height, width) in enumerate(config["sizes"]):
+    single = alone(variables, images[i : i + 1, :height, :width])
+    for key in ("logits", "boxes_cxcywh"):
+      np.testing.assert_allclose(padded[key][i], single[key][0], atol=2e-5)
+
+
+def test_without_a_mask_there_is_no_padding(golden, apply):
+  config, variables, images, mask, _ = golden("detr_a")
+  assert mask[0].all()
+  alone = jax.jit(model_of(config).apply)(variables, images[:1])
+  for key in ("logits", "boxes_cxcywh"):
+    np.testing.assert_allclose(alone[key][0], apply("detr_a")[0][key][0], atol=1e-5)
+
+
+def test_sine_positions_match_the_reference(load_golden):
+  config, inputs, outputs = load_golden("detr_fn_a")
+  keep = jnp.asarray(~inputs["pos_mask"])
+  width = 2 * config["pos"]["num_pos_feats"]
+  for key, normalize in (("pos_norm", True), ("pos_unnorm", False)):
+    got = jax.jit(sine_positions, static_argnums=(1,), static_argnames=("normalize",))(
+      keep, width, normalize=normalize
+    )
+    np.testing.assert_allclose(np.moveaxis(got, -1, 1), outputs[key], atol=2e-6)
+
+
+TINY = {
+  "num_classes": 5,
+  "num_queries": 4,
+  "width": 128,
+  "encoder_depth": 2,
+  "decoder_depth": 2,
+  "mlp_dim": 32,
+  "mask_head": True,
+  "backbone": {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  model = Detr(**TINY)
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(2, 48, 64, 3)).astype(np.float32))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  # Numbers of any kind, in place of an initialisation that takes a minute to compile.
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32)), shapes
+  )
+  return model, variables, images
+
+
+def test_every_parameter_has_a_finite_gradient(tiny):
+  model, variables, images = tiny
+
+  @jax.jit
+  def gradient(params):
+    def loss(params):
+      outputs = model.apply(
+        variables | {"params": params}, images, train=True, rngs={"dropout": jax.random.key(2)}
+      )
+      return sum(jnp.sum(jnp.sin(x + 0.3)) for x in outputs.values())
+
+    return jax.grad(loss)(params)
+
+  for name, value in traverse_util.flatten_dict(gradient(variables["params"]), sep="/").items():
+    assert np.isfinite(value).all(), name
+    if not name.endswith("key/bias"):  # a constant added to all scores changes no softmax
+      assert np.abs(value).max() > 0, name
+
+
+@pytest.mark.slow
+def test_jit_equals_eager(tiny):
+  model, variables, images = tiny
+  eager = model.apply(variables, images)
+  jitted = jax.jit(model.apply)(variables, images)
+  for name, value in eager.items():
+    np.testing.assert_allclose(jitted[name], value, atol=1e-4)
+
+
+def test_bfloat16(golden, apply):
+  config, variables, images, mask, _ = golden("detr_panoptic_a")
+  rough = jax.jit(model_of(config, dtype="bfloat16").apply)(variables, images, mask)
+  exact = apply("detr_panoptic_a")[0]
+  for name, value in rough.items():
+    assert value.dtype == jnp.float32, name
+    assert value.shape == exact[name].shape
+  for name in ("boxes_cxcywh", "logits"):  # relative: these weights make large numbers
+    miss = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
+    assert miss < 0.15, name
+
+
+def test_initial_scales():
+  model = Detr(**TINY | {"mask_head": False})
+
+  @jax.jit
+  def initial():
+    params = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    decoder = params["transformer"]["decoder"]
+    return {
+      "key": decoder["cross_attention"]["key"]["kernel"],
+      "out": decoder["cross_attention"]["out"]["kernel"],
+      "hidden": decoder["mlp"]["hidden"]["bias"],
+      "mlp": decoder["mlp"]["out"]["bias"],
+      "class_kernel": params["class_head"]["kernel"],
+      "class_bias": params["class_head"]["bias"],
+      "queries": params["query_embedding"],
+    }
+
+  values = initial()
+  bound = {name: float(np.abs(value).max()) for name, value in values.items()}
+  width, mlp_dim = TINY["width"], TINY["mlp_dim"]
+  # The packed [3d d] matrix has Xavier's bound sqrt(6 / (d + 3d)), the [d d] one sqrt(6 / 2d).
+  assert bound["key"] == pytest.approx((1.5 / width) ** 0.5, rel=1e-2)
+  assert bound["out"] == pytest.approx((3 / width) ** 0.5, rel=1e-2)
+  assert bound["hidden"] == pytest.approx(width**-0.5, rel=0.1)
+  assert bound["mlp"] == pytest.approx(mlp_dim**-0.5, rel=0.1)
+  assert bound["class_kernel"] == pytest.approx(width**-0.5, rel=0.05)
+  assert bound["class_bias"] < width**-0.5
+  assert np.std(values["queries"]) == pytest.approx(1, rel=0.15)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"position_embedding": "sin"}, "did you mean 'sine'"),
+    ({"width": 30}, "multiple of 4"),
+    ({"num_queries": 0}, "num_queries must be positive"),
+    ({"num_heads": 0}, "num_heads must be positive, not 0"),
+    ({"mlp_dim": -1}, "mlp_dim must be positive, not -1"),
+    ({"dropout_rate": 7.0}, r"dropout_rate must lie in \[0, 1\), not 7"),
+    ({"width": 72}, "multiple of 64"),
+  ],
+)
+def test_wrong_fields_are_one_clear_line(fields, message):
+  with pytest.raises(ValueError, match=message) as error:
+    jax.eval_shape(Detr(**(TINY | fields)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  assert "\n" not in str(error.value)
+
+
+def test_learned_positions_end():
+  model = Detr(**TINY, position_embedding="learned")
+  side = 32 * MAX_LEARNED_POSITIONS + 1
+  with pytest.raises(ValueError, match="larger than the learned position tables of 50 rows"):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, side, 3)))
+
+
+def test_sharding_rules_name_real_parameters():
+  model = create_model("detr_r50_panoptic")
+  params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+  paths = list(traverse_util.flatten_dict(params, sep="/"))
+  for pattern, _ in sharding_rules("detr_r50"):
+    assert any(re.fullmatch(pattern, path) for path in paths), pattern

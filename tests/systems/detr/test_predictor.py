@@ -1,0 +1,128 @@
+"""Finding objects in users' pictures, with published files and with runs."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from faster_coco_eval.core import mask as run_lengths
+from PIL import Image
+
+from configs import detr
+from tests.systems.detr.files import official_file
+from vit_jax_zoo import predict
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.transforms.detection import decode_segments
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.load import load
+
+
+def picture(height=90, width=120, seed=0):
+  return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def detr_run(tmp_path_factory):
+  config = detr.get_config("demo,num_steps=2,batch_size=8")
+  backbone = {**config.model.backbone.to_dict(), "widths": (4, 4, 4, 4), "stem_width": 4}
+  config.model.update(width=16, mlp_dim=16, num_heads=2, backbone=backbone)
+  config.data.eval.test.split = "test[:16]"
+  config.update(eval_batch_size=8, eval_every=2, log_every=2)
+  config.checkpoint.every = 2
+  workdir = tmp_path_factory.mktemp("detr_run")
+  experiment.run(config, epath.Path(workdir))
+  return workdir
+
+
+@pytest.mark.slow
+def test_a_run_draws_what_it_found_and_where_it_looked(detr_run):
+  names = {path.name for path in (detr_run / "figures").rglob("*.png")}
+  for figure in ("train_batch", "test_predictions", "test_attention"):
+    assert any(figure in name for name in names), names
+
+
+@pytest.mark.slow
+def test_a_run_finds_boxes_in_pictures_of_any_size(detr_run):
+  trained = load(str(detr_run))
+  assert trained.task.class_names == tuple("0123456789")
+  predictor = create_predictor(trained, Options(threshold=0.0, explain=True))
+  found = predictor(picture(100, 300))
+  assert len(found.record["detections"]) == 12
+  scores = [one["score"] for one in found.record["detections"]]
+  assert scores == sorted(scores, reverse=True)
+  for one in found.record["detections"]:
+    left, top, width, height = one["bbox"]
+    assert min(left, top, width, height) >= 0
+    assert left + width <= 300 + 1e-3
+    assert top + height <= 100 + 1e-3
+    assert one["name"] == str(one["category_id"])
+  assert max(one["bbox"][0] + one["bbox"][2] for one in found.record["detections"]) > 100
+  assert set(found.pictures) == {"", "attention"}
+  assert json.loads(json.dumps(found.record)) == found.record
+  nothing = create_predictor(trained, Options(threshold=1.0))(picture())
+  assert nothing.record["detections"] == []
+  assert set(nothing.pictures) == {""}
+
+
+def test_published_masks_become_segments(tmp_path):
+  trained = load(official_file("detr_panoptic_a"))
+  assert trained.prepare(picture(96, 128))["image"].shape == (800, 1066, 3)
+  small = {"image": picture(96, 128).astype(np.float32)}
+  trained = dataclasses.replace(trained, prepare=lambda image: small)
+  predictor = create_predictor(trained, Options(threshold=0.01))
+  found = predictor(picture(48, 64))
+  info = found.record["segments_info"]
+  assert info
+  panoptic = found.pictures["panoptic"].astype(int)
+  assert panoptic.shape == (48, 64, 3)
+  ids = panoptic[..., 0] + 256 * panoptic[..., 1] + 65536 * panoptic[..., 2]
+  assert sorted(entry["id"] for entry in info) == sorted(set(np.unique(ids)) - {0})
+  for entry in info:
+    rows, columns = np.nonzero(ids == entry["id"])
+    assert entry["area"] == len(rows)
+    left, top, width, height = entry["bbox"]
+    assert (left, top) == (columns.min(), rows.min())
+    assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
+  assert found.pictures["segments"].shape == (48, 64, 3)
+  for entry in found.record["detections"]:
+    mask = run_lengths.decode(entry["segmentation"])
+    assert mask.shape == (48, 64)
+    assert entry["area"] == mask.sum()
+  check_files(predictor, tmp_path)
+
+
+def check_files(predictor, folder):
+  """COCO's files of two pictures, as pycocotools and our own source of data read them."""
+  coco = pytest.importorskip("pycocotools.coco")
+  segments = folder / "annotations" / "panoptic_val"
+  segments.mkdir(parents=True)
+  paths = [folder / "val" / f"{name}.png" for name in ("a", "b")]
+  paths[0].parent.mkdir()
+  for seed, path in enumerate(paths):
+    Image.fromarray(picture(48, 64, seed)).save(path)
+  assert predict.predict_all(predictor, paths, folder / "out") == 0
+  records = json.loads((folder / "out" / "predictions.json").read_text())
+  with contextlib.redirect_stdout(io.StringIO()):
+    truth = coco.COCO(str(folder / "out" / "coco.json"))
+    again = truth.loadRes(truth.dataset["annotations"])
+  for number, (path, record) in enumerate(zip(paths, records, strict=True), start=1):
+    image = truth.imgs[number]
+    assert (image["file_name"], image["height"], image["width"]) == (str(path), 48, 64)
+    found = [again.anns[i] for i in again.getAnnIds(number)]
+    assert [a["score"] for a in found] == [d["score"] for d in record["detections"]]
+    assert [truth.cats[a["category_id"]]["name"] for a in found] == [
+      d.get("name", str(d["category_id"])) for d in record["detections"]
+    ]
+  for path in (folder / "out").glob("*_panoptic.png"):
+    path.rename(segments / path.name)
+  (folder / "out" / "coco_panoptic.json").rename(folder / "annotations" / "panoptic_val.json")
+  source = load_source(f"coco:{folder}", "val", panoptic=True)
+  example = source[1]
+  ids = decode_segments(example["segment_image"], example["object_ids"])
+  areas = [int(np.sum(ids == i)) for i in range(len(example["labels"]))]
+  assert areas == [segment["area"] for segment in records[1]["segments_info"]]

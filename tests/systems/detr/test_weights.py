@@ -1,0 +1,284 @@
+"""DETR's published weights: golden parity, export of import, and what users get wrong."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.systems.detr.files import (
+  HUGGING_FACE,
+  OFFICIAL,
+  arrays_of,
+  hugging_face_folder,
+  official_file,
+  overrides_of,
+)
+from vit_jax_zoo import load_pretrained
+from vit_jax_zoo.systems.detr import weights_hf as detr_hf
+from vit_jax_zoo.systems.detr import weights_official as detr_official
+from vit_jax_zoo.systems.detr.model import Detr
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.weights import WeightsError, adapt, load_into, load_parts, relayout
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.key_map import unroll
+from vit_jax_zoo.weights.load import flatten_variables
+
+close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
+
+
+def assert_same_arrays(given, expected):
+  assert given.keys() == expected.keys()
+  for key, array in expected.items():
+    np.testing.assert_array_equal(given[key], array, strict=True, err_msg=key)
+
+
+def export_of(loaded):
+  flat = unroll({k: np.asarray(v) for k, v in flatten_variables(loaded.variables).items()})
+  return Export("detr", loaded.model, flat, loaded.preprocess, loaded.task, loaded.task_fields)
+
+
+def run(loaded, images, mask):
+  images = np.moveaxis(images, 1, -1)
+  return jax.jit(loaded.model.apply)(loaded.variables, images, mask.astype(bool))
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+  """`load(name)`: the fixture's model and weights, read once."""
+
+  @functools.cache
+  def read(name):
+    if name in OFFICIAL:
+      return load_pretrained(official_file(name), **overrides_of(name))
+    return load_pretrained(hugging_face_folder(name, tmp_path_factory.mktemp(name)))
+
+  return read
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_faces_weights_give_its_predictions(name, load, load_golden):
+  config, inputs, outputs = load_golden(name)
+  loaded = load(name)
+  got = run(loaded, inputs["pixel_values"], inputs["pixel_mask"])
+  close(got["logits"], outputs["logits"])
+  close(got["boxes_cxcywh"], outputs["pred_boxes"], atol=2e-5)
+  if "pred_masks" in outputs:
+    close(got["mask_logits"], outputs["pred_masks"])
+  # Without a mask transformers takes the padding for a part of the image, and so do we.
+  unmasked = run(loaded, inputs["pixel_values"], np.ones_like(inputs["pixel_mask"]))
+  close(unmasked["logits"], outputs["nomask/logits"])
+  close(unmasked["boxes_cxcywh"], outputs["nomask/pred_boxes"], atol=2e-5)
+  assert len(loaded.class_names) == config["num_labels"]
+
+
+def test_an_official_file_tells_the_model(load):
+  # Predictions with official weights are in tests/models/test_detr.py.
+  model = load("detr_panoptic_a").model
+  assert (model.num_heads, model.mask_head, model.pre_norm) == (8, True, False)
+  assert load("detr_panoptic_a").preprocess.max_side == 1333
+  model = load("detr_opts_a").model
+  assert (model.position_embedding, model.pre_norm) == ("learned", True)
+  assert (model.encoder_depth, model.decoder_depth, model.num_queries) == (2, 2, 9)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_export_of_import_is_the_file(name, load, tmp_path):
+  again = str(tmp_path / "again.safetensors")
+  detr_official.write_checkpoint(again, export_of(load(name)))
+  assert_same_arrays(load_file(again), load_file(official_file(name)))
+
+
+def test_unrolled_layers_are_the_same_file():
+  loaded = load_pretrained(official_file("detr_opts_a"), scan_layers=False)
+  assert "decoder_1" in loaded.variables["params"]["transformer"]
+  given = detr_official.state_dict(export_of(loaded).variables)
+  assert_same_arrays(given, load_file(official_file("detr_opts_a")))
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_export_of_import_is_the_file(name, load, tmp_path):
+  timm = name != "detr_hf_a"
+  given = detr_hf.state_dict(export_of(load(name)).variables, timm=timm)
+  assert_same_arrays(given, arrays_of(hugging_face_folder(name, tmp_path)))
+
+
+def test_a_folder_keeps_all_that_is_known_of_a_model(load, tmp_path):
+  loaded = load("detr_hf_panoptic_a")
+  detr_hf.write_checkpoint(str(tmp_path), export_of(loaded))
+  reread = load_pretrained(str(tmp_path))
+  assert reread.config == loaded.config
+  assert reread.preprocess == loaded.preprocess
+  assert reread.class_names == loaded.class_names
+  assert_same_arrays(flatten_variables(reread.variables), flatten_variables(loaded.variables))
+
+
+def test_every_detr_goes_through_both_formats(load, tmp_path):
+  detr_hf.write_checkpoint(str(tmp_path), export_of(load("detr_panoptic_a")))
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["architectures"] == ["DetrForSegmentation"]
+  assert config["backbone_config"]["out_features"] == ["stage1", "stage2", "stage3", "stage4"]
+  back = detr_official.state_dict(export_of(load_pretrained(str(tmp_path))).variables)
+  assert_same_arrays(back, load_file(official_file("detr_panoptic_a")))
+
+
+def test_dc5_is_written_with_timms_backbone_and_read_back():
+  fields = {
+    **{"width": 256, "num_queries": 100, "num_classes": 91, "num_heads": 8, "mlp_dim": 2048},
+    **{"encoder_depth": 6, "decoder_depth": 6, "decoder": None, "dropout_rate": 0.1},
+    **{"pre_norm": False, "masked_backbone": False, "mask_head": False},
+    **{"position_embedding": "sine", "backbone": {"blocks": (3, 4, 23, 3), "output_stride": 16}},
+  }
+  config = detr_hf.config_of(fields)
+  assert (config["backbone"], config["dilation"]) == ("resnet101", True)
+  with pytest.raises(WeightsError, match="dilated backbones of timm's published sizes alone"):
+    detr_hf.config_of({**fields, "backbone": {"blocks": (1, 1, 1, 1), "output_stride": 16}})
+  with pytest.raises(WeightsError, match="no pre_norm"):
+    detr_hf.config_of({**fields, "pre_norm": True})
+  with pytest.raises(WeightsError, match=r"no backbone with stem='deep', norm='group_norm'"):
+    detr_hf.config_of({**fields, "backbone": {"stem": "deep", "norm": "group_norm"}})
+
+
+def test_files_that_say_dc5_are_dilated(tmp_path):
+  path = tmp_path / "detr-r50-dc5-tiny.safetensors"
+  shutil.copy(official_file("detr_dc5_a"), path)
+  assert load_pretrained(str(path)).model.backbone["output_stride"] == 16
+
+
+def test_another_number_of_classes_starts_the_class_head_afresh():
+  path = official_file("detr_a")
+  loaded = load_pretrained(path, num_classes=3)
+  params = loaded.variables["params"]
+  assert params["class_head"]["kernel"].shape == (64, 4)
+  assert not params["class_head"]["kernel"].any()
+  np.testing.assert_array_equal(params["query_embedding"], load_file(path)["query_embed.weight"])
+
+
+def test_masks_may_be_added_to_a_detector_and_left_out():
+  detector = load_pretrained(official_file("detr_opts_a"), mask_head=True)
+  assert {"mask_head", "mask_attention"} <= set(detector.variables["params"])
+  alone = load_pretrained(official_file("detr_panoptic_a"), mask_head=False)
+  assert not {"mask_head", "mask_attention"} & set(alone.variables["params"])
+
+
+def test_weights_are_read_into_a_backbone_that_goes_on_learning(load):
+  loaded = load("detr_a")
+  model = loaded.model.clone(backbone={**loaded.model.backbone, "norm": "batch_norm"})
+  images = np.zeros((1, 32, 32, 3), np.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  params = load_into(official_file("detr_a"), variables)["params"]
+  expected = load_file(official_file("detr_a"))["backbone.0.body.bn1.weight"]
+  np.testing.assert_array_equal(params["backbone"]["stem"]["conv1"]["norm"]["scale"], expected)
+
+
+def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
+  arrays = load_file(official_file("detr_a"))
+  del arrays["transformer.decoder.norm.bias"]
+  arrays["transformer.encoder.layers.0.norm3.weight"] = np.zeros(64, np.float32)
+  arrays["transformer.encoder.layers.1.linear2.weight"] = np.zeros((64, 5), np.float32)
+  arrays["transformer.decoder.layers.1.multihead_attn.in_proj_weight"] = np.zeros(
+    (3, 64), np.float32
+  )
+  save_file(arrays, tmp_path / "broken.safetensors")
+  with pytest.raises(WeightsError) as info:
+    load_pretrained(str(tmp_path / "broken.safetensors"))
+  message = str(info.value)
+  assert "missing: transformer/decoder_norm/bias (64,) (transformer.decoder.norm.bias)" in message
+  assert "unused: transformer.encoder.layers.0.norm3.weight (64,)" in message
+  assert "wrong shape: transformer.encoder.layers.1.linear2.weight is (64, 5)" in message
+  assert "wrong shape: transformer.decoder.layers.1.multihead_attn.in_proj_weight[key]" in message
+  assert "\n" not in message
+
+
+def test_errors_a_user_can_cause(tmp_path):
+  folder = hugging_face_folder("detr_hf_a", tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
+  with pytest.raises(WeightsError, match="activation 'gelu'"):
+    load_pretrained(folder)
+  backbone = {"hidden_act": "relu", "downsample_in_bottleneck": True}
+  (tmp_path / "config.json").write_text(json.dumps({**config, "backbone_config": backbone}))
+  with pytest.raises(WeightsError, match="has downsample_in_bottleneck True; known is False"):
+    load_pretrained(folder)
+  (tmp_path / "config.json").unlink()
+  with pytest.raises(WeightsError, match=r"no config\.json beside it"):
+    load_pretrained(folder)
+  arrays = load_file(official_file("detr_a"))
+  del arrays["query_embed.weight"]
+  save_file(arrays, tmp_path / "cut.safetensors")
+  with pytest.raises(WeightsError, match=r"there is no 'query_embed\.weight'"):
+    load_pretrained(str(tmp_path / "cut.safetensors"))
+
+
+def resnet_file(path, names=lambda key: key):
+  """The backbone of a fixture as torchvision would save it, with a classifier."""
+  prefix = "backbone.0.body."
+  arrays = load_file(official_file("detr_a"))
+  arrays = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+  arrays |= {"fc.weight": np.zeros((7, 256), np.float32), "fc.bias": np.zeros(7, np.float32)}
+  arrays["bn1.num_batches_tracked"] = np.zeros((), np.int64)
+  save_file({names(key): array for key, array in arrays.items()}, path)
+  return str(path)
+
+
+@pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
+def test_a_backbone_starts_from_a_classifier(norm, load, tmp_path):
+  path = resnet_file(tmp_path / "resnet.safetensors")
+  model = model_of_fixture(norm)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  variables = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
+  task = create_task("detection", model, num_classes=11, backbone_file=path)
+  loaded = load_parts(task.weight_files, variables)
+  expected = flatten_variables(load("detr_a").variables)
+  for key, array in flatten_variables(loaded).items():
+    bare = key.removeprefix("batch_stats/")
+    if bare.startswith("backbone/"):
+      wanted = expected.get(bare, expected.get(f"batch_stats/{bare}"))
+      np.testing.assert_array_equal(array, wanted)
+    else:
+      assert (array == 0.5).all()
+
+
+def model_of_fixture(norm):
+  backbone = {"blocks": (2, 1, 2, 1), "widths": (8, 16, 32, 64), "stem_width": 8, "norm": norm}
+  return Detr(11, 9, 64, 2, 3, mlp_dim=128, backbone=backbone)
+
+
+def test_a_classifier_of_another_size_is_named(tmp_path):
+  path = resnet_file(tmp_path / "resnet.safetensors", lambda key: key.replace("layer3", "layer9"))
+  model = model_of_fixture("frozen_batch_norm")
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  with pytest.raises(WeightsError, match=r"missing: c4_block0/conv1/conv/kernel") as info:
+    load_parts({"*/backbone": path}, abstract)
+  assert "unused: layer9.0.conv1.weight" in str(info.value)
+  save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
+  with pytest.raises(
+    WeightsError, match=r"holds no ResNet and no LambdaResNet; its keys begin with conv\.weight"
+  ):
+    load_parts({"*/backbone": str(tmp_path / "other.safetensors")}, abstract)
+  own = {"params": {"x": np.ones(1)}}
+  assert load_parts({"*/trunk": path}, own) == own
+
+
+def test_layouts_of_a_run_go_over_into_each_other(load):
+  loaded = load("detr_a")
+  unrolled = relayout(loaded.variables, scan_layers=False)
+  assert "decoder_2" in unrolled["params"]["transformer"]
+  again = relayout(unrolled, scan_layers=True)
+  assert_same_arrays(flatten_variables(again), flatten_variables(loaded.variables))
+
+
+def test_a_run_hands_over_all_but_its_classes(load):
+  source, model = load("detr_a").variables, load("detr_a").model.clone(num_classes=4)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  fresh = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
+  taken = flatten_variables(adapt(source, fresh, "the run"))
+  for key, array in flatten_variables(source).items():
+    if key.startswith("class_head/"):
+      assert (taken[key] == 0.5).all()
+    else:
+      np.testing.assert_array_equal(taken[key], array)

@@ -1,0 +1,256 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from tests.conftest import golden_folder
+from tests.torch_zip import read_pth
+from vit_jax_zoo.nn.drop import DropBlock
+from vit_jax_zoo.systems.fpt import official
+from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
+from vit_jax_zoo.systems.fpt.interactions import (
+  GroundingTransformer,
+  RenderingTransformer,
+  SelfTransformer,
+  side_ratio,
+)
+from vit_jax_zoo.weights.key_map import read
+from vit_jax_zoo.weights.torch_layouts import batch_norm_rows
+
+
+def nhwc(array):
+  return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def nchw(array):
+  return np.moveaxis(np.asarray(array), -1, 1)
+
+
+def paper_variables(kind):
+  arrays = load_file(golden_folder("fpt_paper_a") / "weights.safetensors")
+  names = {"query": "q", "key": "k", "value": "v"}
+  params = {name: {"kernel": jnp.asarray(arrays[f"{kind}.{n}"].T)} for name, n in names.items()}
+  return {"params": {**params, "mixture": jnp.asarray(arrays[f"{kind}.mos"])}}
+
+
+@pytest.mark.parametrize("kind", ["st", "gt", "lgt"])
+def test_golden_of_the_papers_formulas(load_golden, kind):
+  config, inputs, outputs = load_golden("fpt_paper_a")
+  fields = {"width": config["d"], "num_parts": config["N"]}
+  module = {
+    "st": SelfTransformer(**fields),
+    "gt": GroundingTransformer(**fields),
+    "lgt": GroundingTransformer(**fields, window=config["window"]),
+  }[kind]
+  maps = {"st": ["x_fine"], "gt": ["x_fine", "x_coarse"], "lgt": ["x_fine", "x_coarse_same_size"]}
+  maps = [nhwc(inputs[name]) for name in maps[kind]]
+  apply = jax.jit(functools.partial(module.apply, mutable=["intermediates"]))
+  out, state = apply(paper_variables(kind), *maps)
+  seen = state["intermediates"]
+  np.testing.assert_allclose(seen["shares"][0], outputs[f"{kind}/pi"], atol=1e-5)
+  np.testing.assert_allclose(seen["weights"][0], outputs[f"{kind}/weights"], atol=1e-5)
+  np.testing.assert_allclose(nchw(out), outputs[kind], atol=1e-5)
+  blocks = module.clone(block_elements=400)  # 2 or 9 queries, of 48, at once
+  alone = jax.jit(blocks.apply)(paper_variables(kind), *maps)
+  np.testing.assert_allclose(alone, out, atol=1e-6)
+
+
+def official_module(name, config):
+  """The module of a golden's entry, and the rows that name its parameters."""
+  if name.startswith("st_"):
+    module = official.OfficialSelfTransformer(
+      config["d_model"],
+      config["n_mix"],
+      config["n_head"],
+      config["d_k"],
+      config["d_v"],
+      config.get("kq_transform", "conv"),
+      config.get("pooling", True),
+      config.get("concat", False),
+    )
+    return module, fpt_pt.self_rows(name, "m")
+  if name.startswith("gt_"):
+    module = official.OfficialGroundingTransformer(
+      config["in_channels"], config["inter_channels"], config["mode"], config["bn_layer"]
+    )
+    return module, fpt_pt.ground_rows(name, "m")
+  rendering = "november_2020" if "nov" in name else "head"
+  rows = fpt_pt.render_rows(name, "m")
+  if config.get("upsample"):  # the strided convolution under another norm's name
+    rows += batch_norm_rows(f"{name}.bn_upsample", "m/added_norm")
+  return official.OfficialRenderingTransformer(32, rendering), rows
+
+
+def module_variables(module, rows, published, maps):
+  shapes = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), *maps)
+  wanted = {
+    ("m/" if collection == "params" else "batch_stats/m/") + path: leaf.shape
+    for collection, tree in shapes.items()
+    for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
+  }
+  if any("conv_upsample" in key for key in published):  # then `conv_reduction` is not made
+    published[f"{next(iter(published)).split('.')[0]}.conv_reduction.weight"] = np.zeros(
+      (32,) * 2 + (1, 1)
+    )
+  ignore = [r".*(num_batches|conv_ks|conv_upsample).*"]
+  flat = read(published, rows, wanted, source="golden", ignore=ignore)
+  tree = {"params": {}, "batch_stats": {}}
+  for path, array in flat.items():
+    collection, _, rest = path.rpartition("m/") if path.count("m/") == 1 else path.partition("m/")
+    tree["batch_stats" if collection else "params"][rest] = array
+  return {k: traverse_util.unflatten_dict(v, sep="/") for k, v in tree.items() if v}
+
+
+MODULES = (
+  *(f"st_{kind}" for kind in ("mix2", "mix4", "mix1", "nopool", "ffn", "dffn", "concat", "heads")),
+  *(f"gt_{kind}" for kind in ("dot", "embedded", "gaussian", "concatenate")),
+  *("rt", "rt_up", "rt_nov2020", "rt_ratio4_repeat"),
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_golden_of_the_codes_modules(load_golden, name):
+  config, inputs, outputs = load_golden("fpt_modules_a")
+  module, rows = official_module(name, config["modules"][name])
+  weights = read_pth(golden_folder("fpt_modules_a") / "weights.pth")
+  published = {key: array for key, array in weights.items() if key.split(".")[0] == name}
+  names = {
+    "st": ["x"],
+    "gt": ["x", "x_high"],
+    "rt": ["x_high", "x_low_ratio4" if "ratio4" in name else "x"],
+  }[name[:2]]
+  maps = [nhwc(inputs[key]) for key in names]
+  variables = module_variables(module, rows, published, maps)
+  apply = functools.partial(module.apply, train=False, mutable=["intermediates"])
+  out, state = jax.jit(apply)(variables, *maps)
+  np.testing.assert_allclose(nchw(out), outputs[name], rtol=1e-5, atol=1e-5)
+  if f"{name}/attn" in outputs:
+    weights = state["intermediates"]["weights"][0]
+    np.testing.assert_allclose(weights, outputs[f"{name}/attn"], atol=1e-5)
+  if name in ("st_mix2", "gt_concatenate"):
+    blocks = module.clone(block_elements=200)
+    again = jax.jit(functools.partial(blocks.apply, train=False))(variables, *maps)
+    np.testing.assert_allclose(again, out, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lgt_k5", "lgt_k7", "lgt_stem"])
+def test_golden_of_the_codes_windows(load_golden, name):
+  config, inputs, outputs = load_golden("fpt_modules_a")
+  config = config["modules"][name]
+  weights = read_pth(golden_folder("fpt_modules_a") / "weights.pth")
+  own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
+
+  def dense(key):
+    bias = {"bias": own[f"{key}.bias"]} if f"{key}.bias" in own else {}
+    return {"kernel": own[f"{key}.weight"][:, :, 0, 0].T, **bias}
+
+  params = {"query": dense("query_conv"), "key": dense("key_conv")}
+  fields = {"width": config["out_channels"], "window": config["kernel_size"]}
+  if name == "lgt_stem":
+    module = official.OfficialLocalStem(
+      **fields, num_groups=config["groups"], num_mixed=config["m"]
+    )
+    params |= {f"value{i}": dense(f"value_conv.{i}") for i in range(config["m"])}
+    names = {"row_embedding": "emb_a", "column_embedding": "emb_b", "mixture_embedding": "emb_mix"}
+    params |= {ours: own[theirs] for ours, theirs in names.items()}
+  else:
+    module = official.OfficialLocalTransformer(**fields, use_bias=config.get("bias", False))
+    params["value"] = dense("value_conv")
+    params["row_embedding"] = own["rel_h"][:, 0, 0, :, 0].T
+    params["column_embedding"] = own["rel_w"][:, 0, 0, 0].T
+  x = nhwc(inputs["x"])
+  shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(np.shape, params)
+  np.testing.assert_allclose(
+    nchw(jax.jit(module.apply)({"params": params}, x)), outputs[name], atol=1e-5
+  )
+
+
+def test_a_rendering_transformer_is_its_formula():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
+  fine = jnp.asarray(rng.normal(size=(2, 7, 9, 4)), jnp.float32)  # 7 -> 4 -> 2, 9 -> 5 -> 3
+  module = RenderingTransformer(4)
+  params = jax.jit(module.init)(jax.random.key(0), x, fine)["params"]
+  out = jax.jit(module.apply)({"params": params}, x, fine)
+  kernels = {name: np.asarray(layer["kernel"]) for name, layer in params.items()}
+  gate = (np.asarray(fine) @ kernels["key"]).mean((1, 2), keepdims=True)
+  gated, padded = (
+    np.pad(m, ((0, 0), (1, 1), (1, 1), (0, 0))) for m in (x @ kernels["query"] * gate, fine)
+  )
+  for i in range(2):
+    for j in range(3):
+      refined = np.einsum("bijc,ijcd->bd", gated[:, i : i + 3, j : j + 3], kernels["refine"])
+      made = padded[:, 4 * i : 4 * i + 3, 4 * j : 4 * j + 3]
+      made = np.einsum("bijc,ijcd->bd", made, kernels["value"])
+      np.testing.assert_allclose(out[:, i, j], refined + made, atol=1e-5)
+
+
+def test_ratios_of_sides():
+  assert [side_ratio((25, 38), size) for size in ((25, 38), (13, 19), (7, 10), (4, 5))] == [
+    1,
+    2,
+    4,
+    8,
+  ]
+  assert side_ratio((1, 8), (1, 1)) == 8
+  for size in ((12, 19), (26, 38), (5, 13)):
+    with pytest.raises(ValueError, match="25x38 cannot be brought to"):
+      side_ratio((25, 38), size)
+
+
+def test_windows_over_a_coarser_map_are_centred_at_the_same_share():
+  """In a window of one place a query sees the coarse cell that it lies in."""
+  module = GroundingTransformer(4, 2, window=1)
+  x, coarse = jnp.ones((1, 4, 6, 4)), jnp.arange(24.0).reshape(1, 2, 3, 4)
+  params = jax.jit(module.init)(jax.random.key(0), x, coarse)["params"]
+  params["value"]["kernel"] = jnp.eye(4)
+  out = jax.jit(module.apply)({"params": params}, x, coarse)
+  np.testing.assert_array_equal(out, coarse.repeat(2, axis=1).repeat(2, axis=2))
+  with pytest.raises(ValueError, match="the side of a window must be odd"):
+    jax.eval_shape(GroundingTransformer(4, 2, window=4).init, jax.random.key(0), x, coarse)
+
+
+def test_dropout_of_attention_keeps_its_mean_and_differs_between_blocks():
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 20, 20, 4)), jnp.float32)
+  module = official.OfficialSelfTransformer(4, dropout_rate=0.5, block_elements=2 * 100 * 40)
+  variables = jax.jit(functools.partial(module.init, train=False))(jax.random.key(0), x)
+  variables["params"]["norm"]["scale"] = jnp.ones(4)
+
+  @jax.jit
+  def weights(key):
+    made = {"dropout": key}
+    state = module.apply(
+      variables, x, train=True, rngs=made, mutable=["batch_stats", "intermediates"]
+    )
+    return state[0], state[1]["intermediates"]["weights"][0]
+
+  outputs, maps = zip(*(weights(jax.random.key(i)) for i in range(8)), strict=True)
+  assert np.std(outputs[0] - outputs[1]) > 0.01
+  np.testing.assert_allclose(np.mean([m.sum(-1) for m in maps]), 1.0, atol=0.02)
+  assert np.mean(np.asarray(maps[0]) == 0) == pytest.approx(0.25, abs=0.02)  # both parts dropped
+
+
+def test_drop_block_drops_squares_of_the_asked_share():
+  x = jnp.ones((4, 40, 40, 8))
+  module = DropBlock(0.2, 5)
+  out = np.asarray(module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))
+  dropped = out == 0
+  assert 0.13 < dropped.mean() < 0.2  # squares overlap
+  assert out.mean() == pytest.approx(1.0, abs=1e-4)
+  runs = np.diff(np.pad(dropped, ((0, 0), (1, 1), (0, 0), (0, 0))).astype(int), axis=1)
+  starts, ends = np.argwhere(runs == 1), np.argwhere(runs == -1)
+  assert len(starts) == len(ends)
+  lengths = [
+    np.flatnonzero(column == -1) - np.flatnonzero(column == 1)
+    for column in np.moveaxis(runs, 1, -1).reshape(-1, runs.shape[1])
+  ]
+  assert min(length.min() for length in lengths if length.size) == 5
+  np.testing.assert_array_equal(module.apply({}, x, train=False), x)
+  for fields in ({"rate": 1.0}, {"rate": 0.1, "block_size": 0}):
+    with pytest.raises(ValueError, match="must"):
+      DropBlock(**fields).apply({}, x, train=True)

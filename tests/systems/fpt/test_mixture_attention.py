@@ -1,0 +1,111 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo.systems.fpt.mixture_attention import (
+  Similarity,
+  attend,
+  attention_map,
+  mixture_shares,
+)
+from vit_jax_zoo.systems.fpt.window_attention import attend_locally
+
+
+def arrays_of(*shapes):
+  rng = np.random.default_rng(0)
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def plain_map(query, key, shares, kind):
+  """The formula, one part after the other, in float64."""
+  query, key, shares = (np.asarray(x, np.float64) for x in (query, key, shares))
+  total = 0
+  for part, (q, k) in enumerate(
+    zip(np.split(query, shares.shape[1], -1), np.split(key, shares.shape[1], -1), strict=True)
+  ):
+    pairs = q[:, :, None] - k[:, None]
+    scores = -np.square(pairs).sum(-1) if kind == "euclidean" else np.einsum("bnd,bmd->bnm", q, k)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    total = total + shares[:, part, None, None] * weights / weights.sum(-1, keepdims=True)
+  return total
+
+
+@pytest.mark.parametrize("kind", ["dot", "euclidean"])
+def test_blocks_give_the_plain_result_and_its_gradient(kind):
+  query, key, value = arrays_of((2, 23, 6), (2, 7, 6), (2, 7, 5))
+  shares = mixture_shares(key, arrays_of((3, 6))[0])
+  similarity = Similarity(kind)
+  expected = plain_map(query, key, shares, kind)
+  np.testing.assert_allclose(attention_map(query, key, shares, similarity), expected, atol=1e-5)
+
+  def total(block_elements, query, key, value):
+    out = attend(query, key, value, shares, similarity, block_elements=block_elements)
+    return jnp.sum(jnp.sin(out)), out
+
+  results = [
+    jax.jit(jax.value_and_grad(functools.partial(total, size), (0, 1, 2), has_aux=True))(
+      query, key, value
+    )
+    for size in (10**6, 4 * 3 * 7)  # all at once; four queries at a time, the last of them alone
+  ]
+  np.testing.assert_allclose(results[0][0][1], expected @ np.asarray(value), atol=1e-5)
+  for one, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_shares_are_of_the_mean_and_sum_to_one():
+  vectors, weight = arrays_of((2, 9, 4), (3, 4))
+  logits = np.asarray(vectors).mean(1) @ np.asarray(weight).T
+  shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(mixture_shares(vectors, weight), shares, atol=1e-6)
+
+
+def test_permuting_keys_with_their_values_changes_nothing():
+  query, key, value = arrays_of((1, 5, 4), (1, 8, 4), (1, 8, 3))
+  shares, order = jnp.asarray([[0.3, 0.7]]), np.random.default_rng(1).permutation(8)
+  run = jax.jit(attend)
+  np.testing.assert_allclose(
+    run(query, key, value, shares), run(query, key[:, order], value[:, order], shares), atol=1e-5
+  )
+
+
+def test_windows_see_zeros_beyond_the_border_and_nothing_beyond_themselves():
+  query, key, value = arrays_of((1, 5, 6, 4), (1, 5, 6, 4), (1, 5, 6, 3))
+  shares = jnp.asarray([[0.5, 0.5]])
+  run = jax.jit(functools.partial(attend_locally, window=3))
+  out = np.asarray(run(query, key, value, shares))
+  changed = np.asarray(run(query, key.at[0, 0, 0].add(1), value.at[0, 0, 0].add(1), shares))
+  assert (np.abs(out - changed).max(-1)[0] > 0).nonzero()[0].max() == 1
+  padded = [np.pad(np.asarray(x)[0], ((1, 1), (1, 1), (0, 0))) for x in (key, value)]
+  for i, j in ((0, 0), (2, 3), (4, 5)):
+    keys, values = (x[i : i + 3, j : j + 3].reshape(1, 9, -1) for x in padded)
+    weights = plain_map(query[:, i : i + 1, j], keys, shares, "dot")
+    np.testing.assert_allclose(out[0, i, j], (weights @ values)[0, 0], atol=1e-5)
+
+
+def gradient_bytes(count):
+  """What the compiler sets aside for a gradient, beside arguments and results."""
+  maps = [jax.ShapeDtypeStruct((1, count, 8), jnp.float32)] * 3
+
+  def total(*maps):
+    return jnp.sum(attend(*maps, jnp.ones((1, 2)) / 2, block_elements=2**14))
+
+  compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(*maps).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_positions_and_not_with_their_square():
+  small, large = gradient_bytes(1024), gradient_bytes(8192)
+  assert large < 10 * small
+  assert large < 2 * 4 * 8192**2 / 50
+
+
+def test_errors_are_one_clear_line():
+  query, key = arrays_of((1, 5, 4), (1, 8, 4))
+  with pytest.raises(ValueError, match="4 channels cannot be cut into 3 parts"):
+    attention_map(query, key, jnp.ones((1, 3)))
+  with pytest.raises(ValueError, match="unknown similarity 'cosine'"):
+    Similarity("cosine")

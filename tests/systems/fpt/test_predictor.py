@@ -1,0 +1,95 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.fpt.predictor import SegmentationPredictor
+from vit_jax_zoo.tasks import create_task
+
+
+class Brightness(nn.Module):
+  """Class 1 where a picture is bright, class 0 elsewhere."""
+
+  @nn.compact
+  def __call__(self, images, *, train=False):
+    weight = self.param("weight", nn.initializers.ones, ())
+    bright = weight * images.mean(-1, keepdims=True)
+    return {"logits": jnp.concatenate([-bright, bright], axis=-1)}
+
+
+def predictor(prepare):
+  task = create_task(
+    "semantic_segmentation", Brightness(), num_classes=2, class_names=("dark", "bright"),
+    image_mean=0.5, image_std=0.1,
+  )  # fmt: skip
+  trained = Trained(
+    "test", task, {"params": {"weight": np.float32(1)}}, prepare, None, "brightness"
+  )
+  found = create_predictor(trained, Options())
+  assert isinstance(found, SegmentationPredictor)
+  return found
+
+
+def picture():
+  image = np.zeros((8, 12, 3), np.uint8)
+  image[:, 9:] = 255
+  return image
+
+
+def test_shares_names_and_pictures():
+  found = predictor(lambda image: {"image": image})(picture())
+  classes = found.record["classes"]
+  assert [(entry["label"], entry["name"], entry["share"]) for entry in classes] == [
+    (0, "dark", 0.75),
+    (1, "bright", 0.25),
+  ]
+  assert all(entry["confidence"] > 0.99 for entry in classes)
+  assert set(found.pictures) == {"", "labels", "ids"}
+  ids = found.pictures["ids"]
+  assert (ids.dtype, ids.tolist()) == (np.uint8, [[0] * 9 + [1] * 3] * 8)
+  for drawn in (found.pictures[""], found.pictures["labels"]):
+    assert drawn.shape == (8, 12, 3)
+    assert drawn.dtype == np.uint8
+  labels = found.pictures["labels"]
+  assert len({tuple(pixel) for pixel in labels[:, :9].reshape(-1, 3)}) == 1
+  assert (labels[0, 0] != labels[0, 10]).any()
+
+
+def test_padding_is_cut_off_and_the_picture_keeps_its_size():
+  def halved(image):
+    padded = np.full((6, 8, 3), 255, np.uint8)
+    padded[:4, :6] = image[::2, ::2]
+    return {"image": padded, "image_size": np.array([4, 6], np.int32)}
+
+  found = predictor(halved)(picture())
+  assert found.pictures[""].shape == (8, 12, 3)
+  shares = {entry["name"]: entry["share"] for entry in found.record["classes"]}
+  assert abs(shares["bright"] - 0.25) < 0.1
+
+
+def test_levels_are_drawn_where_there_are_any():
+  backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 4}
+  fields = {"num_classes": 2, "width": 8, "kernel_sizes": (1, 3), "window": 3, "backbone": backbone}
+  explained = Options(explain=True)
+
+  def trained(name):
+    model = create_model(name, **fields)
+    task = create_task("semantic_segmentation", model, num_classes=2)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 40, 3)))
+    variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return Trained("test", task, variables, lambda image: {"image": image}, None, name)
+
+  found = create_predictor(trained("fpt_segmentation_r50"), explained)(
+    np.zeros((32, 40, 3), np.uint8)
+  )
+  assert isinstance(found.pictures["levels"], Figure)
+  assert len(found.pictures["levels"].axes) == 3
+  titles = [ax.get_title() for ax in found.pictures["levels"].axes]
+  assert titles == ["from the ring", "kernel 1: 4x5", "kernel 3: 4x5"]
+  with pytest.raises(ValueError, match="this model has no FPT"):
+    create_predictor(trained("fpt_segmentation_r50_ufp"), explained)

@@ -1,0 +1,259 @@
+import functools
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from tests.conftest import golden_folder
+from tests.torch_zip import read_pth
+from vit_jax_zoo import create_model
+from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
+from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
+from vit_jax_zoo.weights import load_pretrained
+from vit_jax_zoo.weights.load import flatten_variables
+
+CHANNELS = (256, 512, 1024, 2048)
+
+
+def nhwc(array):
+  return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def nchw(array):
+  return np.moveaxis(np.asarray(array), -1, 1)
+
+
+@functools.cache
+def weights(name):
+  return read_pth(golden_folder(name) / "weights.pth")
+
+
+def pyramid_of(sides, channels, batch=2, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = [(batch, *side, c) for side, c in zip(sides, channels, strict=True)]
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def count(model, sides=((8, 8), (4, 4), (2, 2), (1, 1))):
+  pyramid = [
+    jax.ShapeDtypeStruct((1, *side, c), jnp.float32)
+    for side, c in zip(sides, CHANNELS, strict=True)
+  ]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), pyramid)
+  counts = {name: sum(x.size for x in jax.tree.leaves(p)) for name, p in shapes["params"].items()}
+  return sum(counts.values()), counts
+
+
+def test_parameter_counts_of_the_code():
+  total, of = count(create_model("fpt_pyramid_official"))
+  assert total == 23_027_456
+  assert [of[f"self_{i}"] for i in range(4)] == [198_144] * 4
+  grounds = [v for k, v in of.items() if k.startswith("ground")]
+  renders = [v for k, v in of.items() if k.startswith("render")]
+  assert (grounds, renders) == ([132_224] * 6, [1_443_328] * 6)
+  assert [of[f"lateral_{i}"] for i in range(4)] == [65_792, 131_328, 262_400, 524_544]
+  assert [of[f"join_{i}"] for i in range(4)] == [2_949_376] * 4
+  assert count(create_model("fpt_pyramid_official_gn"))[0] == 23_029_504
+  assert count(create_model("fpt_pyramid_official", norm="batch_norm"))[0] == 23_029_504
+
+
+def test_parameter_counts_of_the_paper():
+  """Three projections and a mixture for each attention, three and two convolutions to render."""
+  d, attention = 256, lambda parts: 3 * 256**2 + parts * 256
+  expected = 4 * attention(2) + 6 * attention(4) + 6 * (2 * d**2 + 2 * 9 * d**2)
+  expected += sum(CHANNELS) * d + 4 * d + 4 * (9 * 5 * d * d + d)
+  assert count(FeaturePyramidTransformer())[0] == expected
+  assert count(FeaturePyramidTransformer(window=5))[0] == expected
+
+
+@functools.cache
+def golden_model(name, rendering="head"):
+  """The fixture's model through the public door, by way of a file."""
+  with tempfile.TemporaryDirectory() as folder:
+    save_file(weights(name), f"{folder}/fpt.safetensors")
+    loaded = load_pretrained(f"{folder}/fpt.safetensors", rendering=rendering)
+  return loaded.model, loaded.variables
+
+
+@pytest.mark.parametrize(
+  ("name", "variant"),
+  [
+    ("fpt_a", "head"),
+    ("fpt_gn_a", "head"),
+    pytest.param("fpt_a", "nov2020", marks=pytest.mark.slow),
+    pytest.param("fpt_gn_a", "nov2020", marks=pytest.mark.slow),
+  ],
+)
+def test_golden_of_the_code(load_golden, name, variant):
+  _, inputs, outputs = load_golden(name)
+  rendering = "november_2020" if variant == "nov2020" else "head"
+  model, variables = golden_model(name, rendering)
+  pyramid = [nhwc(inputs[f"res{i}"]) for i in range(2, 6)]
+  out, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
+    variables, pyramid
+  )
+  seen = state["intermediates"]
+  parts = {"st": "self", "gt": "ground", "rt": "render"}
+  checked = 0
+  for key, expected in outputs.items():
+    if not key.startswith(f"{variant}/"):
+      continue
+    kind, *levels = key.split("/")[1].split("_")
+    numbers = [int(level[1:]) - 2 for level in levels if level.startswith("p")]
+    if kind in parts:
+      ours = seen["_".join([parts[kind], *map(str, numbers), "output"])][0]
+    elif kind == "out":
+      ours = out[numbers[0]]
+    else:
+      ours = seen[f"{'lateral' if kind == 'fpn' else 'join'}_{numbers[0]}_output"][0]
+    is_block = kind in parts or kind == "fpn"
+    tolerance = 1e-5 * max(1, np.abs(expected).max()) if is_block else 1e-4
+    np.testing.assert_allclose(nchw(ours), expected, atol=tolerance, err_msg=key)
+    checked += 1
+  assert checked >= 10
+
+
+@pytest.mark.slow
+def test_training_curve_golden(load_golden):
+  config, inputs, outputs = load_golden("train_fpt_a")
+  model, variables = golden_model("fpt_gn_a")
+  model = model.clone(dropout_rate=0.0)
+  optimizer = optax.sgd(config["optimizer"]["lr"], momentum=config["optimizer"]["momentum"])
+
+  @jax.jit
+  def step(params, stats, state, pyramid, targets):
+    def loss_fn(params):
+      out, changed = model.apply(
+        {"params": params, "batch_stats": stats}, pyramid, train=True, mutable=["batch_stats"]
+      )
+      terms = [jnp.mean(jnp.square(o - t)) for o, t in zip(out, targets, strict=True)]
+      return sum(terms) / 4, changed["batch_stats"]
+
+    (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    updates, state = optimizer.update(grads, state)
+    return optax.apply_updates(params, updates), stats, state, loss, optax.tree.norm(grads)
+
+  params, stats = variables["params"], variables["batch_stats"]
+  state, losses, norms = optimizer.init(params), [], []
+  for index in range(config["steps"]):
+    pyramid = [nhwc(inputs[f"res{i}_{index % 3}"]) for i in range(2, 6)]
+    targets = [nhwc(inputs[f"target_p{i}_{index % 3}"]) for i in range(2, 6)]
+    params, stats, state, loss, norm = step(params, stats, state, pyramid, targets)
+    losses.append(float(loss))
+    norms.append(float(norm))
+  np.testing.assert_allclose(losses, outputs["loss"], rtol=1e-5)
+  np.testing.assert_allclose(norms, outputs["grad_norm"], rtol=2e-4)
+  trained = jax.device_get({"params": params, "batch_stats": stats})
+  final = fpt_pt.state_dict(flatten_variables(trained))
+  start = weights("fpt_gn_a")
+  for key, expected in outputs.items():
+    if key.startswith(("param/", "bn/")):
+      name = key.split("/")[1]
+      distance = np.linalg.norm(final[name] - expected)
+      assert distance <= 2e-3 * np.linalg.norm(expected - start[name]), key
+
+
+SIDES, NARROW = ((11, 7), (6, 4)), (6, 5)
+FLAVORS = {
+  "paper": {"flavor": "paper", "norm": "batch_norm", "drop_block_rate": 0.2, "window": 3},
+  "official": {"flavor": "official", "norm": "group_norm"},
+}
+
+
+@pytest.fixture(scope="module", params=FLAVORS)
+def trained(request):
+  """A small model of a flavour, its variables with nothing left at zero, and its gradients."""
+  model = FeaturePyramidTransformer(32, **FLAVORS[request.param])
+  pyramid = pyramid_of(SIDES, NARROW)
+  variables = jax.jit(model.init)(jax.random.key(0), pyramid)
+  grown = jax.tree.map(lambda x: x + 0.3 * (jnp.abs(x).max() == 0), variables["params"])
+  variables = {**variables, "params": grown}
+
+  def loss(params, variables, pyramid):
+    out, changed = model.apply(
+      {**variables, "params": params},
+      pyramid,
+      train=True,
+      rngs={"dropout": jax.random.key(1)},
+      mutable=["batch_stats"],
+    )
+    weighed = [jnp.mean(jnp.sin(x) * (i + 1)) for i, x in enumerate(out)]
+    return sum(weighed), changed.get("batch_stats", {})
+
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  return model, variables, pyramid, step, step(grown, variables, pyramid)
+
+
+def test_gradients_are_finite_and_reach_all_that_is_used(trained):
+  _, _, _, _, (_, grads) = trained
+  for path, grad in jax.tree.leaves_with_path(grads):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    assert np.isfinite(grad).all(), name
+    unused = name.endswith(("concat/kernel", "reduce/kernel"))
+    assert np.any(grad != 0) != unused, name
+
+
+def test_sizes_stay_and_half_precision_is_near(trained):
+  model, variables, pyramid, _, _ = trained
+  exact = jax.jit(model.apply)(variables, pyramid)
+  assert [x.shape for x in exact] == [(2, *side, 32) for side in SIDES]
+  rough = jax.jit(model.clone(dtype="bfloat16").apply)(variables, pyramid)
+  for one, other in zip(exact, rough, strict=True):
+    assert other.dtype == jnp.bfloat16
+    correlation = np.corrcoef(np.ravel(one), np.ravel(other.astype(jnp.float32)))[0, 1]
+    assert correlation > 0.99
+
+
+def test_jit_equals_eager():
+  model, pyramid = FeaturePyramidTransformer(32), pyramid_of(((4, 2), (2, 1)), (3, 5), 1)
+  variables = jax.jit(model.init)(jax.random.key(0), pyramid)
+  for eager, jitted in zip(
+    model.apply(variables, pyramid), jax.jit(model.apply)(variables, pyramid), strict=True
+  ):
+    np.testing.assert_allclose(jitted, eager, atol=1e-5)
+
+
+@pytest.mark.multidevice
+def test_statistics_and_gradients_on_many_devices_are_those_of_one(trained):
+  _, variables, pyramid, step, ((value, stats), grads) = trained
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  split = jax.device_put(pyramid, NamedSharding(mesh, PartitionSpec("data")))
+  everywhere = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+  with jax.set_mesh(mesh):
+    (many, many_stats), many_grads = step(everywhere["params"], everywhere, split)
+  np.testing.assert_allclose(many, value, rtol=1e-5)
+  for one, other in ((stats, many_stats), (grads, many_grads)):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_levels_of_one_size_are_levels_too():
+  """The unscathed pyramid of segmentation: nothing is made smaller."""
+  model = FeaturePyramidTransformer(32, lateral=False, window=3, norm="none")
+  pyramid = pyramid_of(((4, 5),) * 3, (32,) * 3, 1)
+  shapes = jax.eval_shape(model.init_with_output, jax.random.key(0), pyramid)[0]
+  assert [x.shape for x in shapes] == [(1, 4, 5, 32)] * 3
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"flavor": "papper"}, "did you mean 'paper'"),
+    ({"norm": "layer_norm"}, "unknown norm 'layer_norm'"),
+    ({"flavor": "official", "window": 3}, "no grounding in a window"),
+    ({"flavor": "official", "rendering": "tail"}, "unknown rendering 'tail'"),
+    ({"self_parts": 3}, "32 channels cannot be cut into 3 parts"),
+    ({"lateral": False}, "level 0 has 6 channels"),
+  ],
+)
+def test_errors_are_one_clear_line(fields, message):
+  model = FeaturePyramidTransformer(32, **fields)
+  pyramid = pyramid_of(SIDES, NARROW, 1)
+  with pytest.raises(ValueError, match=message) as caught:
+    jax.eval_shape(model.init, jax.random.key(0), pyramid)
+  assert "\n" not in str(caught.value)

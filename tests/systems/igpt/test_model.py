@@ -1,0 +1,394 @@
+"""Image GPT: equal to OpenAI's and Hugging Face's, causal, and the paper's sizes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from safetensors.numpy import load_file
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo.planning import hlo
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.igpt import model as igpt
+from vit_jax_zoo.systems.igpt import weights_hf as igpt_hf
+from vit_jax_zoo.systems.igpt import weights_openai as igpt_tf
+from vit_jax_zoo.weights import key_map as table
+
+TINY = {"num_colors": 16, "num_positions": 16, "width": 16, "depth": 3, "num_heads": 2}
+
+
+def load_params(published, rows, fields, ignore=()):
+  model = igpt.ImageGPT(**fields)
+  tokens = jnp.zeros((1, fields["num_positions"]), jnp.int32)
+  init = functools.partial(model.init, method="from_tokens")
+  abstract = jax.eval_shape(init, jax.random.key(0), tokens)["params"]
+  shapes = {k: v.shape for k, v in traverse_util.flatten_dict(abstract, sep="/").items()}
+  layers = table.read(published, rows, table.unroll_shapes(shapes), source="golden", ignore=ignore)
+  params = table.stack(layers, shapes)
+  return model, {"params": traverse_util.unflatten_dict(params, sep="/")}
+
+
+def load_tf(name):
+  published = load_file(GOLDENS / name / "weights.safetensors")
+  return load_params(published, igpt_tf.TABLE, igpt_tf.infer_fields(published))
+
+
+def load_hf(config, with_score=False, **fields):
+  published = load_file(GOLDENS / "imagegpt_a" / "weights.safetensors")
+  if with_score:
+    published |= load_file(GOLDENS / "imagegpt_a" / "weights_score.safetensors")
+  published = igpt_hf.split(published)
+  fields = igpt_hf.infer_fields(published, config) | fields
+  if not fields.get("sos_token", True):
+    published.pop("transformer.wte.sos")
+  return load_params(published, igpt_hf.TABLE, fields)
+
+
+@functools.cache
+def init_tiny(**fields):
+  """A small model with random parameters, none of them zero, made without compiling anything."""
+  model = igpt.ImageGPT(**{**TINY, **fields})
+  abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+  rng = np.random.default_rng(0)
+  flat = {
+    key: jnp.asarray(rng.normal("scale" in key, 0.2, leaf.shape), jnp.float32)
+    for key, leaf in traverse_util.flatten_dict(abstract, sep="/").items()
+  }
+  return model, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def random_tokens(rows=2, seed=1, length=16):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, 16, (rows, length)), jnp.int32)
+
+
+def flat_numpy(tree):
+  return {k: np.asarray(v) for k, v in traverse_util.flatten_dict(tree, sep="/").items()}
+
+
+def assert_close(ours, theirs, atol):
+  np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["igpt_tf_a", "igpt_tf_bert_a"])
+def test_every_block_equals_openai(load_golden, name):
+  _, inputs, outputs = load_golden(name)
+  tokens = jnp.asarray(inputs["tokens"])
+  model, variables = load_tf(name)
+  visible = jnp.asarray(inputs["keep_mask"] > 0) if "keep_mask" in inputs else None
+  ours, state = model.apply(
+    variables,
+    tokens,
+    visible=visible,
+    method="from_tokens",
+    mutable=["intermediates"],
+  )
+  state = state["intermediates"]
+  assert_close(state["embedded"][0], outputs["embed"], 1e-6)
+  for i, block in enumerate(state["decoder"]["blocks"]["output"][0]):
+    assert_close(block, outputs[f"block_{i}"], 1e-5)
+    assert_close(ours["layer_features"][:, i], outputs[f"probe_{i}"], 1e-5)
+  assert_close(state["encoded"][0], outputs["ln_f"], 1e-5)
+  assert_close(ours["features"], outputs["pooled_ln_f"], 1e-5)
+  assert_close(ours["layer_features"][:, -1], outputs["pooled_ln_f"], 1e-5)
+  assert_close(ours["pixel_logits"], outputs["gen_logits"], 1e-4)
+  assert_close(ours["logits"], outputs["clf_logits"], 1e-4)
+  quick = model.apply(variables, tokens, visible=visible, method="from_tokens")
+  assert_close(quick["pixel_logits"], outputs["gen_logits"], 1e-4)
+
+
+def test_every_layer_equals_hugging_face(load_golden):
+  config, inputs, outputs = load_golden("imagegpt_a")
+  model, variables = load_hf(config)
+  assert model.use_bias
+  ours, state = model.apply(
+    variables, jnp.asarray(inputs["tokens"]), method="from_tokens", mutable=["intermediates"]
+  )
+  state = state["intermediates"]
+  assert_close(state["embedded"][0], outputs["hidden_0"], 1e-6)
+  blocks = state["decoder"]["blocks"]
+  for i in (1, 2):
+    assert_close(blocks["output"][0][i - 1], outputs[f"hidden_{i}"], 1e-5)
+  assert_close(blocks["attention"]["weights"][0][0], outputs["attn_weights_0"], 1e-5)
+  assert_close(state["encoded"][0], outputs["hidden_3"], 1e-5)
+  assert_close(ours["pixel_logits"], outputs["logits"], 1e-4)
+
+
+@pytest.mark.parametrize("sos_token", [True, False])
+def test_classifier_equals_hugging_face(load_golden, sos_token):
+  config, inputs, outputs = load_golden("imagegpt_a")
+  model, variables = load_hf(config, with_score=True, sos_token=sos_token)
+  ours = model.apply(variables, jnp.asarray(inputs["tokens"]), method="from_tokens")
+  key = "clf_logits_with_sos" if sos_token else "clf_logits_hf_no_sos"
+  assert_close(ours["logits"], outputs[key], 1e-4)
+  assert_close(ours["pixel_logits"], outputs["logits" if sos_token else "logits_no_sos"], 1e-4)
+
+
+def test_hugging_face_weights_come_back_bit_for_bit(load_golden):
+  config, _, _ = load_golden("imagegpt_a")
+  published = load_file(GOLDENS / "imagegpt_a" / "weights.safetensors")
+  _, variables = load_hf(config)
+  flat = table.unroll(flat_numpy(variables["params"]))
+  written = igpt_hf.join(table.write(flat, igpt_hf.TABLE))
+  assert written.keys() == published.keys()
+  for key, array in published.items():
+    np.testing.assert_array_equal(written[key], array)
+
+
+def test_zero_biases_go_and_come_back(load_golden):
+  published = load_file(GOLDENS / "imagegpt_a" / "weights.safetensors")
+  published = {k: v * 0 if k.endswith("bias") else v for k, v in published.items()}
+  flat = igpt_hf.split(published)
+  assert not any(key.endswith("bias") for key in flat)
+  joined = igpt_hf.join(flat)
+  assert joined.keys() == published.keys()
+  for key, array in published.items():
+    np.testing.assert_array_equal(joined[key], array)
+
+
+@pytest.mark.parametrize("kind", ["half", "unconditional"])
+def test_greedy_completions_equal_hugging_face(load_golden, kind):
+  config, inputs, outputs = load_golden("imagegpt_a")
+  model, variables = load_hf(config)
+  given = config["half"] if kind == "half" else 0
+  key = "greedy_half_completion" if kind == "half" else "greedy_unconditional"
+  expected = outputs[key][:, 1:]
+  prefix = jnp.where(jnp.arange(64) < given, expected, 0)
+  if kind == "half":
+    np.testing.assert_array_equal(inputs["prefix"][:, 1:], prefix[:, :given])
+  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  lengths = jnp.full(2, given)
+  np.testing.assert_array_equal(complete(variables, prefix, lengths, jax.random.key(0)), expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "count"),
+  [
+    ("igpt_s", 76_571_648),
+    ("igpt_m", 455_157_760),
+    ("igpt_l", 1_362_250_752),
+    ("igpt_xl", 6_801_438_720),
+  ],
+)
+def test_parameter_counts_are_the_papers(name, count):
+  model = create_model(name)
+  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
+  masked = create_model(name, causal=False)
+  variables = jax.eval_shape(masked.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  leaves = jax.tree.leaves(variables["params"])
+  assert sum(leaf.size for leaf in leaves) == count - model.width
+
+
+def test_biases_of_hugging_face_are_nine_widths_a_layer():
+  model = create_model("igpt_s", use_bias=True)
+  variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+  assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 76_682_240
+
+
+def test_initialisation_is_the_papers():
+  model = igpt.ImageGPT(num_positions=64, width=128, depth=4, num_heads=2)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+  block = params["decoder"]["blocks"]
+  for array, std in (
+    (params["token_embedding"], 0.02),
+    (params["sos_token"], 0.02),
+    (params["position_embedding"], 0.01),
+    (block["attention"]["query"]["kernel"], 128**-0.5),
+    (block["attention"]["value"]["kernel"], 128**-0.5),
+    (block["attention"]["out"]["kernel"], (128 * 4) ** -0.5),
+    (block["mlp"]["hidden"]["kernel"], 0.02),
+    (block["mlp"]["out"]["kernel"], 0.02),
+  ):
+    assert np.std(array) == pytest.approx(std, rel=0.2)
+  assert not params["pixel_head"].any()
+  np.testing.assert_array_equal(block["mlp_norm"]["scale"], np.ones((4, 128)))
+
+
+def test_logits_ignore_the_pixel_itself_and_those_after():
+  model, variables = init_tiny()
+  forward = jax.jit(lambda t: model.apply(variables, t, method="from_tokens")["pixel_logits"])
+  tokens = random_tokens()
+  before = forward(tokens)
+  for position in (0, 7, 15):
+    after = forward(tokens.at[:, position].set((tokens[:, position] + 5) % 16))
+    np.testing.assert_array_equal(before[:, : position + 1], after[:, : position + 1])
+    if position < 15:
+      assert np.all(np.any(before[:, position + 1 :] != after[:, position + 1 :], axis=-1))
+
+
+def test_masked_pixels_are_predicted_from_visible_ones_alone():
+  model, variables = init_tiny(causal=False)
+  visible = np.arange(16) % 3 != 0
+  forward = jax.jit(
+    lambda t: model.apply(
+      variables, t, visible=jnp.broadcast_to(visible, t.shape), method="from_tokens"
+    )["pixel_logits"]
+  )
+  tokens = random_tokens()
+  hidden_changed = jnp.where(visible, tokens, (tokens + 3) % 16)
+  np.testing.assert_array_equal(forward(tokens), forward(hidden_changed))
+  seen_changed = jnp.where(jnp.arange(16) == 4, (tokens + 3) % 16, tokens)
+  assert np.all(np.any(forward(tokens) != forward(seen_changed), axis=-1))
+
+
+def test_scanned_unrolled_and_rematerialised_are_one_model():
+  model, variables = init_tiny()
+  flat = table.unroll(flat_numpy(variables["params"]))
+  unrolled = {"params": traverse_util.unflatten_dict(flat, sep="/")}
+  tokens = random_tokens()
+
+  def gradient(model, params):
+    def loss(params):
+      outputs = model.apply({"params": params}, tokens, method="from_tokens")
+      return jnp.mean(jax.nn.logsumexp(outputs["pixel_logits"], axis=-1))
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(params)
+    return value, table.unroll(flat_numpy(grads))
+
+  expected, grads = gradient(model, variables["params"])
+  for fields, tree in (({"scan_layers": False}, unrolled), ({"remat": "full"}, variables)):
+    value, others = gradient(igpt.ImageGPT(**TINY, **fields), tree["params"])
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert others.keys() == grads.keys()
+    for key, grad in grads.items():
+      np.testing.assert_allclose(others[key], grad, atol=1e-6)
+      assert np.isfinite(grad).all()
+      assert grad.any(), key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shapes_and_types(dtype):
+  model, variables = init_tiny(dtype=dtype, num_classes=5)
+  assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+  images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 3)), jnp.float32)
+  with jax.disable_jit(dtype == "float32"):
+    eager = model.apply(variables, images)
+  jitted = jax.jit(model.apply)(variables, images)
+  assert {k: (v.shape, v.dtype) for k, v in eager.items()} == {
+    "tokens": ((2, 16), jnp.int32),
+    "pixel_logits": ((2, 16, 16), jnp.float32),
+    "features": ((2, 16), jnp.float32),
+    "layer_features": ((2, 4, 16), jnp.float32),
+    "logits": ((2, 5), jnp.float32),
+  }
+  tolerance = 1e-5 if dtype == "float32" else 3e-2
+  for key, value in eager.items():
+    np.testing.assert_allclose(value, jitted[key], atol=tolerance)
+  if dtype == "bfloat16":
+    exact = igpt.ImageGPT(**TINY, num_classes=5).apply(variables, images)
+    np.testing.assert_allclose(eager["pixel_logits"], exact["pixel_logits"], atol=5e-2)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_cached_decoding_equals_the_whole_forward_pass(scan_layers):
+  model, variables = init_tiny(scan_layers=scan_layers)
+  tokens = random_tokens()
+  whole = model.apply(variables, tokens, method="from_tokens")["pixel_logits"]
+  garbage = jnp.where(jnp.arange(16) < 5, tokens, 15 - tokens)
+  _, state = model.apply(variables, garbage, method="from_tokens", mutable=["cache"])
+  step = jax.jit(
+    lambda state, previous, position: model.apply(
+      {**variables, **state}, previous, position, method="next_logits", mutable=["cache"]
+    )
+  )
+  for position in range(5, 16):
+    logits, state = step(state, tokens[:, position - 1], position)
+    np.testing.assert_allclose(logits, whole[:, position], atol=2e-6)
+
+
+def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
+  model, variables = init_tiny()
+  tokens = random_tokens(rows=5)
+  lengths = jnp.array([0, 3, 8, 15, 16])
+  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  together = complete(variables, tokens, lengths, jax.random.key(0))
+  for row, length in enumerate(lengths):
+    np.testing.assert_array_equal(together[row, :length], tokens[row, :length])
+    one = slice(row, row + 1)
+    alone = complete(variables, tokens[one], lengths[one], jax.random.key(0))
+    np.testing.assert_array_equal(together[row], alone[0])
+  whole = model.apply(variables, together, method="from_tokens")["pixel_logits"]
+  drawn = np.arange(16) >= np.asarray(lengths)[:, None]
+  np.testing.assert_array_equal(np.where(drawn, whole.argmax(-1), together), together)
+
+
+def test_what_stands_after_a_prefix_need_be_no_colour():
+  model, variables = init_tiny()
+  tokens, lengths = random_tokens(), jnp.array([0, 5])
+  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  expected = complete(variables, tokens, lengths, jax.random.key(0))
+  filled = jnp.where(jnp.arange(16)[None] < lengths[:, None], tokens, 600)
+  np.testing.assert_array_equal(complete(variables, filled, lengths, jax.random.key(0)), expected)
+
+
+def test_deep_models_draw_with_layers_scanned(monkeypatch):
+  """The program to compile does not grow with the depth, and draws what the unrolled one does."""
+  model, variables = init_tiny()
+  arguments = (random_tokens(), jnp.array([0, 5]), jax.random.key(0))
+  unrolled = jax.jit(model.complete)(variables, *arguments)
+  monkeypatch.setattr(igpt, "UNROLLED_DEPTH", 2)
+  np.testing.assert_array_equal(jax.jit(model.complete)(variables, *arguments), unrolled)
+  deeper, more = init_tiny(depth=6)
+  programs = [
+    jax.jit(m.complete).lower(v, *arguments) for m, v in [(model, variables), (deeper, more)]
+  ]
+  assert len({len(program.as_text().splitlines()) for program in programs}) == 1
+
+
+def test_a_pixel_is_drawn_without_copying_keys_and_values():
+  """Of arrays of a buffer's size a step writes two a layer, and those in place."""
+  model, variables = init_tiny()
+  arguments = (random_tokens(rows=3), jnp.zeros(3, jnp.int32), jax.random.key(0))
+  text = jax.jit(model.complete).lower(variables, *arguments).compile().as_text()
+  module = hlo.parse(text)
+  loops = (i for lines in module.computations.values() for i in lines if i.opcode == "while")
+  step = max((module.computations[loop.called[0]] for loop in loops), key=len)
+  free = ("parameter", "tuple", "get-tuple-element", "bitcast")
+  buffer = hlo.shape_bytes("f32[6,16,8]")  # 3 rows of 2 heads, 16 pixels
+  written = [i.name for i in step if hlo.shape_bytes(i.shape) == buffer and i.opcode not in free]
+  assert len(written) == 2 * model.depth
+  assert all("dynamic-update-slice" in name for name in written)
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda m, v: m.apply(v, jnp.zeros((1, 5, 5, 3))), "16 positions, such as 4x4, .* 5x5 pixels"),
+    (
+      lambda m, v: m.apply(v, jnp.zeros((1, 17), jnp.int32), method="from_tokens"),
+      "17 tokens were given to a model with 16 positions",
+    ),
+    (
+      lambda m, v: m.complete(
+        v, jnp.zeros((1, 17), jnp.int32), jnp.full(1, 17, jnp.int32), jax.random.key(0)
+      ),
+      "17 tokens were given to a model with 16 positions",
+    ),
+    (
+      lambda m, v: m.apply(v, jnp.zeros((1, 4, 4, 3)), visible=jnp.ones((1, 16), bool)),
+      "set causal=False",
+    ),
+    (
+      lambda m, v: m.apply({"params": v["params"]}, jnp.zeros((1, 4, 4, 3))),
+      "the variables hold no palette",
+    ),
+    (
+      lambda m, v: igpt.ImageGPT(**TINY, causal=False).complete(
+        v, random_tokens(), jnp.zeros(2, jnp.int32), jax.random.key(0)
+      ),
+      "only a causal model",
+    ),
+    (lambda m, v: init_tiny(depth=0), "depth must be positive, not 0"),
+    (lambda m, v: init_tiny(num_classes=0), "None leaves out the head"),
+    (lambda m, v: init_tiny(num_heads=3), "width 16 is not a multiple of num_heads 3"),
+    (lambda m, v: init_tiny(remat="ful"), "did you mean 'full'"),
+  ],
+)
+def test_errors_say_what_to_do(call, message):
+  model, variables = init_tiny()
+  with pytest.raises(ValueError, match=message) as error:
+    call(model, variables)
+  assert "\n" not in str(error.value)

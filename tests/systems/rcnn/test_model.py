@@ -1,0 +1,154 @@
+"""R-CNN: published sizes, proposals inside images, padding that does not matter, all necks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo import create_model
+from vit_jax_zoo.systems.rcnn.model import RCNN, VARIANTS
+
+TINY = {
+  "num_classes": 4,
+  "backbone": {
+    "blocks": (1, 1, 1, 1),
+    "widths": (4, 4, 8, 8),
+    "stem_width": 8,
+    "norm": "frozen_batch_norm",
+  },
+  "levels": ("c2", "c3", "c4"),
+  "width": 32,
+  "anchor_sizes": (16, 24, 32, 48),
+  "proposals": {"before_nms": (50, 40), "after_nms": (20, 12)},
+  "canonical_size": 28,
+  "canonical_stride": 8,
+  "pool_size": 3,
+  "mask_pool_size": 4,
+  "box_head": {"width": 16},
+}
+
+
+def tiny(**fields):
+  return RCNN(**{**TINY, **fields})
+
+
+def images(seed=0, side=64):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=(2, side, side, 3)), jnp.float32)
+
+
+def count(name):
+  picture = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), picture)
+  return sum(x.size for x in jax.tree.leaves(shapes["params"]))
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  # torchvision's documentation: 41.8 and 44.4 M.
+  [
+    ("faster_rcnn_r50_fpn", 41_755_286),
+    ("mask_rcnn_r50_fpn", 44_401_393),
+    ("faster_rcnn_r50_bfp", 41_755_286),
+  ],
+)
+def test_published_parameter_counts(name, expected):
+  assert count(name) == expected
+
+
+@pytest.mark.slow
+def test_parameter_counts_of_every_name(golden_json):
+  golden_json("rcnn_parameters", {name: count(name) for name in VARIANTS})
+
+
+@pytest.mark.parametrize("neck", ["fpn", "fpt"])
+def test_proposals_lie_in_their_images_and_padding_does_not_matter(neck):
+  model = tiny(neck=neck)
+  size = jnp.asarray([[64, 64], [50, 40]])
+  variables = jax.jit(model.init)(jax.random.key(0), images(), size)
+  propose = jax.jit(lambda x: model.apply(variables, x, size, method="propose"))
+  found = propose(images())
+  assert found.boxes_xyxy.shape == (2, 12, 4)
+  assert found.exists[:, 0].all()
+  for box, exists, (height, width) in zip(found.boxes_xyxy, found.exists, size, strict=True):
+    real = np.asarray(box[exists])
+    assert (real >= 0).all()
+    assert (real[:, 2:] > real[:, :2]).all()
+    assert (real <= [width, height, width, height]).all()
+    assert not box[~exists].any()
+  assert (jnp.diff(found.scores) <= 0)[found.exists[:, 1:]].all()
+  noisy = images().at[1, 50:].set(9.0).at[1, :, 40:].set(-9.0)
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(propose(noisy)), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_images_are_padded_so_that_each_level_is_half_the_finer_one():
+  model = tiny()
+  variables = jax.eval_shape(model.init, jax.random.key(0), images())
+  picture = jax.ShapeDtypeStruct((1, 50, 33, 3), jnp.float32)
+  found = jax.eval_shape(lambda v, x: model.apply(v, x, method="propose"), variables, picture)
+  assert [x.shape[1:3] for x in found.pyramid] == [(16, 12), (8, 6), (4, 3)]
+  assert len(found.anchors_xyxy) == 3 * (16 * 12 + 8 * 6 + 4 * 3 + 2 * 2)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"neck": "bfp", "mask_head": {"width": 8, "num_convs": 1}},
+    pytest.param({
+      "neck": "fpt",
+      "neck_fields": {"flavor": "official", "norm": "group_norm"},
+      "adaptive": True,
+      "convention": "detectron",
+      "box_head": {"num_convs": 2, "num_dense": 1, "width": 16, "norm": "group_norm"},
+      "mask_head": {"norm": "group_norm", "fused": True, "num_convs": 3, "width": 64},
+      "dtype": "bfloat16",
+    }, marks=pytest.mark.slow),
+    pytest.param({
+      "backbone_kind": "lambda_resnet",
+      "backbone": {**TINY["backbone"], "lambda_blocks": ("none", "none", "all", "none"),
+                   "lambda_layer": {"dim_k": 4, "receptive_field": 3}, "norm": "batch_norm"},
+      "convention": "detectron2",
+      "mask_head": {"width": 8, "num_convs": 1},
+    }, marks=pytest.mark.slow),
+  ],
+  ids=["bfp", "official", "lambda"],
+)  # fmt: skip
+def test_every_kind_has_finite_outputs_of_the_right_shapes(fields):
+  model = tiny(**fields)
+  variables = jax.jit(model.init)(jax.random.key(0), images())
+  out = jax.jit(model.apply)(variables, images())
+  assert out["logits"].shape == (2, 12, 5)
+  assert out["deltas"].shape == (2, 12, 5, 4)
+  assert all(x.dtype == jnp.float32 for k, x in out.items() if k != "exists")
+  pyramid = [jnp.zeros((2, 16 // s, 16 // s, 32)) for s in (1, 2, 4)]
+  boxes = out["boxes_xyxy"][:, :3]
+  masks = jax.jit(lambda b: model.apply(variables, pyramid, b, method="segment"))(boxes)
+  assert masks.shape == (2, 3, 8, 8, 5)
+  assert all(np.isfinite(x).all() for x in [*out.values(), masks])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"neck": "ftp"}, "unknown neck 'ftp'; did you mean 'fpt'"),
+    ({"levels": ("c4", "c2", "c3")}, "levels go from fine to coarse"),
+    ({"anchor_sizes": (16, 32)}, "there are 2 anchor_sizes for 4 levels"),
+    ({"convention": "detectron3"}, "did you mean 'detectron'|did you mean 'detectron2'"),
+    ({"anchor_sizes": (16, 32, 0, 128)}, r"anchor_sizes must be positive, not \(16, 32, 0, 128\)"),
+    ({"aspect_ratios": ()}, r"aspect_ratios must be positive, not \(\)"),
+    ({"proposals": {"after_nms": (8, 0)}}, "after_nms must be positive, not 0"),
+    ({"proposals": {"after_nms": ()}}, r"after_nms of the proposals is one number, or two, .*\(\)"),
+    ({"extra_levels": -1}, "extra_levels must not be negative, but is -1"),
+    ({"box_head": {"num_convs": -1}}, "num_convs must not be negative, but is -1"),
+    ({"mask_head": {"num_convs": -1}}, "num_convs must not be negative, but is -1"),
+    ({"box_head": {"num_dense": 0}, "adaptive": True}, "an adaptive box head needs a layer"),
+    ({"mask_head": {"num_convs": 0}, "adaptive": True}, "an adaptive mask head needs a layer"),
+    ({"box_head": {"width": 0}}, "width must be positive, not 0"),
+    ({"pool_size": 0}, "pool_size must be positive, not 0"),
+    ({"backbone_kind": "vgg"}, "unknown backbone_kind 'vgg'"),
+  ],
+)
+def test_errors_are_one_line(fields, message):
+  with pytest.raises(ValueError, match=message) as info:
+    jax.eval_shape(tiny(**fields).init, jax.random.key(0), images())
+  assert "\n" not in str(info.value).split("\n---")[0]  # JAX's own note follows

@@ -1,0 +1,87 @@
+"""What is chosen of anchors and of classified boxes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo.systems.rcnn.conventions import find_convention
+from vit_jax_zoo.systems.rcnn.proposals import (
+  DetectionLimits,
+  ProposalLimits,
+  choose_detections,
+  choose_proposals,
+  pick_limits,
+)
+
+TORCHVISION = find_convention("torchvision")
+
+
+def test_the_best_of_each_level_then_of_all():
+  anchors = jnp.asarray(
+    [
+      [0, 0, 10, 10],
+      [1, 0, 11, 10],
+      [20, 20, 30, 30],
+      [40, 40, 60, 60],
+      [90, 90, 99, 99],
+      [0, 0, 9, 9],
+    ],
+    jnp.float32,
+  )
+  logits = jnp.asarray([3.0, 2.0, 1.0, 5.0, 4.0, 6.0])
+  choose = jax.jit(
+    lambda logits, deltas: choose_proposals(
+      logits, deltas, anchors, jnp.asarray([50, 50]), lengths=(3, 3),
+      limits=ProposalLimits(before_nms=2, after_nms=4), convention=TORCHVISION,
+    )
+  )  # fmt: skip
+  boxes, scores, exists = choose(logits, jnp.zeros((6, 4)))
+  # Of level 0 the second is suppressed, the third came too late; of level 1 the last and the fourth
+  # are left, cut off at the border. Levels do not suppress each other.
+  assert list(np.asarray(scores)[np.asarray(exists)]) == [6, 5, 3]
+  np.testing.assert_allclose(boxes[1], [40, 40, 50, 50])
+  np.testing.assert_allclose(boxes[3], 0)
+  _, scores, exists = choose(logits, jnp.zeros((6, 4)).at[5].set(jnp.nan))
+  assert list(np.asarray(scores)[np.asarray(exists)]) == [5, 3]
+
+
+def test_suppression_is_class_by_class_and_few_candidates_change_nothing():
+  rng = np.random.default_rng(0)
+  corners = rng.uniform(0, 40, (30, 2))
+  proposals = jnp.asarray(np.concatenate([corners, corners + 20], axis=1), jnp.float32)
+  logits = jnp.asarray(rng.normal(size=(30, 4)) * 3, jnp.float32)
+  deltas = jnp.asarray(rng.normal(size=(30, 4, 4)), jnp.float32)
+
+  def choose(**limits):
+    return choose_detections(
+      logits, deltas, proposals, jnp.arange(30) < 28, jnp.asarray([64, 64]),
+      limits=DetectionLimits(max_detections=8, **limits), convention=TORCHVISION,
+    )  # fmt: skip
+
+  every, few = choose(max_candidates=1000), choose(max_candidates=40)
+  assert every.exists.all()
+  for one, other in zip(every, few, strict=True):
+    np.testing.assert_array_equal(one, other)
+  probabilities = np.asarray(jax.nn.softmax(logits))[:28, :3]
+  np.testing.assert_allclose(every.scores[0], probabilities.max(), rtol=1e-6)
+  assert int(every.labels[0]) == probabilities.max(axis=0).argmax()
+  assert not choose(least_score=0.999999).exists.any()
+
+
+@pytest.mark.parametrize(("convention", "least"), [("torchvision", 0.01), ("detectron2", 0.0)])
+def test_torchvision_drops_what_is_too_small(convention, least):
+  """Boxes that lie beside the image have no side left; torchvision's networks do not show them."""
+  proposals = jnp.asarray([[0, 0, 8, 8], [70, 0, 78, 8], [20, 20, 20.005, 30]], jnp.float32)
+  logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
+  found = choose_detections(
+    logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
+    limits=DetectionLimits(max_detections=3), convention=find_convention(convention),
+  )  # fmt: skip
+  assert int(found.exists.sum()) == (1 if least else 3)
+
+
+def test_limits_are_for_training_and_for_use():
+  fields = {"before_nms": (20, 10), "after_nms": 5}
+  assert pick_limits(fields, train=True) == ProposalLimits(20, 5)
+  assert pick_limits(fields, train=False) == ProposalLimits(10, 5)

@@ -1,0 +1,169 @@
+"""RoIAlign against its definition point by point, in both conventions and by both ways."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax_zoo.systems.rcnn import roi_align as ops
+from vit_jax_zoo.systems.rcnn.anchors import exclusive
+
+
+def bilinear(features, y, x):
+  """The value of a map at a point: its border's up to one step outside, then nothing."""
+  height, width = features.shape[:2]
+  if not (-1 <= y <= height and -1 <= x <= width):
+    return np.zeros(features.shape[2])
+  y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
+  top, left = int(y), int(x)
+  bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+  dy, dx = y - top, x - left
+  above = (1 - dx) * features[top, left] + dx * features[top, right]
+  below = (1 - dx) * features[bottom, left] + dx * features[bottom, right]
+  return (1 - dy) * above + dy * below
+
+
+def definition(features, box, stride, size, samples, aligned):
+  left, top, right, bottom = np.asarray(box, np.float64) / stride
+  width, height = right - left, bottom - top
+  if aligned:
+    left, top = left - 0.5, top - 0.5
+  else:
+    width, height = max(width, 1), max(height, 1)
+  rows = samples or max(math.ceil(height / size), 0)
+  columns = samples or max(math.ceil(width / size), 0)
+  result = np.zeros((size, size, features.shape[2]))
+  for i, j, k, m in itertools.product(range(size), range(size), range(rows), range(columns)):
+    y = top + (i + (k + 0.5) / rows) * height / size
+    x = left + (j + (m + 0.5) / columns) * width / size
+    result[i, j] += bilinear(features, y, x) / (rows * columns)
+  return result
+
+
+def align(features, boxes, **fields):
+  """Compiled anew each time: which way is taken is decided while tracing."""
+  function = jax.jit(lambda x, boxes: ops.roi_align(x, boxes, **fields))
+  return np.asarray(function(jnp.asarray(features), jnp.asarray(boxes)))
+
+
+BOXES = np.array(
+  [
+    [10.3, 20.1, 100.7, 90.2],
+    [0, 0, 96, 72],  # the whole image
+    [-30, -20, 40, 30],  # partly outside
+    [80, 60, 140, 100],
+    [200, 200, 220, 230],  # far outside
+    [50, 40, 50, 40],  # a point
+    [60, 50, 55, 45],  # sides the wrong way round
+    [3, 3, 3.5, 60],  # a line
+  ],
+  np.float32,
+)
+
+
+@pytest.mark.parametrize("way", ["matrices", "gathering"])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_definition(monkeypatch, aligned, way):
+  monkeypatch.setattr(ops, "USE_MATRICES", 1024 if way == "matrices" else 0)
+  features = np.random.default_rng(0).normal(size=(9, 12, 3)).astype(np.float32)
+  for size, samples in ((7, 2), (2, 0)):
+    got = align(features, BOXES, stride=8, size=size, samples=samples, aligned=aligned)
+    for box, crop in zip(BOXES, got, strict=True):
+      expected = definition(features, box, 8, size, samples, aligned)
+      np.testing.assert_allclose(crop, expected, atol=2e-5, err_msg=f"{box} {size} {samples}")
+
+
+def test_the_official_operator(load_golden):
+  config, inputs, outputs = load_golden("fpt_det_a")
+  features = inputs["roi_feat"].transpose(0, 2, 3, 1)
+  for size, samples in ((7, 2), (14, 2), (7, 0)):
+    expected = outputs[f"roi_align_{size}_s{samples}"].transpose(0, 2, 3, 1)
+    stride = 1 / config["roi_scale"]
+    for image in range(2):
+      rows = inputs["rois"][:, 0] == image
+      boxes = inputs["rois"][rows, 1:]
+      got = align(features[image], boxes, stride=stride, size=size, samples=samples, aligned=False)
+      np.testing.assert_allclose(got, expected[rows], atol=1e-5)
+
+
+def test_the_official_levels(load_golden):
+  _, inputs, outputs = load_golden("fpt_det_a")
+  levels = ops.box_levels(exclusive(jnp.asarray(inputs["level_rois"])), (2, 5))
+  np.testing.assert_array_equal(levels, outputs["level_of_roi"])
+
+
+def test_levels_by_hand_and_without_area():
+  sides = np.array([0, 10, 111.9, 112, 223.9, 224, 448, 1e5])
+  boxes = jnp.asarray(np.stack([0 * sides, 0 * sides, sides, sides], axis=1), jnp.float32)
+  assert list(ops.box_levels(boxes, (2, 5))) == [2, 2, 2, 3, 3, 4, 5, 5]
+  small = ops.box_levels(boxes / 16, (0, 3), canonical_size=14, canonical_level=2)
+  assert list(small) == [0, 0, 0, 1, 1, 2, 3, 3]
+
+
+@pytest.fixture(scope="module")
+def pyramid():
+  rng = np.random.default_rng(1)
+  return [jnp.asarray(rng.normal(size=(2, 36 // s, 48 // s, 4)), jnp.float32) for s in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("limit", [0, 500, 10_000])  # all gathered, the finest alone, none
+def test_each_box_is_read_from_its_level(monkeypatch, pyramid, limit):
+  monkeypatch.setattr(ops, "USE_MATRICES", limit)
+  rng = np.random.default_rng(2)
+  boxes = np.sort(rng.uniform(-10, 110, (2, 6, 2, 2)), axis=2).reshape(2, 6, 4).astype(np.float32)
+  level = rng.integers(0, 3, (2, 6))
+  fields = {"strides": (2, 4, 8), "size": 3}
+
+  def pooled(pyramid):
+    return ops.pyramid_roi_align(pyramid, jnp.asarray(boxes), jnp.asarray(level), **fields)
+
+  got = jax.jit(pooled)(pyramid)
+  every = jax.jit(lambda x: ops.every_level_roi_align(x, jnp.asarray(boxes), **fields))(pyramid)
+  for image, box in itertools.product(range(2), range(6)):
+    chosen = level[image, box]
+    features = np.asarray(pyramid[chosen][image])
+    expected = definition(features, boxes[image, box], (2, 4, 8)[chosen], 3, 2, True)
+    np.testing.assert_allclose(got[image, box], expected, atol=2e-5)
+    np.testing.assert_allclose(every[chosen][image, box], expected, atol=2e-5)
+
+
+def test_both_ways_have_the_same_gradient(monkeypatch, pyramid):
+  boxes = jnp.asarray(BOXES[None, :5] / 2)
+  target = jnp.asarray(np.random.default_rng(3).normal(size=(1, 5, 7, 7, 4)), jnp.float32)
+
+  def gradient(limit):
+    monkeypatch.setattr(ops, "USE_MATRICES", limit)
+    fields = {"strides": (4,), "size": 7}
+
+    def loss(features):
+      crops = ops.every_level_roi_align([features], boxes, **fields)[0]
+      return jnp.sum(crops * target)
+
+    return jax.jit(jax.grad(loss))(pyramid[1][:1])
+
+  by_matrices, by_gathering = gradient(10_000), gradient(0)
+  assert np.abs(by_matrices).max() > 0.1
+  np.testing.assert_allclose(by_matrices, by_gathering, atol=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0, 10_000])
+def test_parts_of_masks(monkeypatch, limit):
+  monkeypatch.setattr(ops, "USE_MATRICES_FOR_MASKS", limit)
+  masks = np.zeros((2, 20, 30), bool)
+  masks[0, 5:15, 10:20] = True
+  masks[1] = np.add.outer(np.arange(20), np.arange(30)) < 25
+  boxes = jnp.asarray(
+    [[10, 5, 20, 15], [5, 0, 25, 20], [0, 0, 30, 20], [-4, -4, 8, 8]], jnp.float32
+  )
+  index = jnp.asarray([0, 0, 1, 1])
+  got = jax.jit(lambda masks: ops.crop_masks(masks, index, boxes, 8))(jnp.asarray(masks))
+  assert got[0].all()
+  expected = np.zeros((8, 8), bool)
+  expected[2:6, 2:6] = True
+  np.testing.assert_array_equal(got[1], expected)
+  for i in (2, 3):
+    soft = definition(masks[1][..., None].astype(float), boxes[i], 1, 8, 2, True)[..., 0]
+    np.testing.assert_array_equal(got[i], soft >= 0.5 - 1e-6)

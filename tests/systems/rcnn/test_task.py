@@ -1,0 +1,273 @@
+"""The two-stage task: what is learned from what, sums that add up, finds in original pixels."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from vit_jax_zoo.metrics.detection import DetectionEvaluator
+from vit_jax_zoo.ops.boxes import pairwise_iou
+from vit_jax_zoo.systems.rcnn.conventions import find_convention
+from vit_jax_zoo.systems.rcnn.model import RCNN
+from vit_jax_zoo.systems.rcnn.proposals import DetectionLimits, choose_detections
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import LossContext
+
+FIELDS = {
+  "num_classes": 4, "anchor_samples": 32, "roi_samples": 16, "max_detections": 6,
+  "inside_only": False, "least_score": 0.0,
+}  # fmt: skip
+
+
+def make_model(**fields):
+  return RCNN(
+    **{
+      "num_classes": 4,
+      "backbone": {"blocks": (1, 1, 1, 1), "widths": (4, 4, 4, 4), "stem_width": 8},
+      "levels": ("c2", "c3"),
+      "width": 8,
+      "anchor_sizes": (16, 24, 32),
+      "proposals": {"before_nms": 40, "after_nms": 12},
+      "canonical_size": 28,
+      "canonical_stride": 8,
+      "pool_size": 3,
+      "mask_pool_size": 3,
+      "box_head": {"width": 16},
+      "mask_head": {"width": 8, "num_convs": 1},
+      **fields,
+    }
+  )
+
+
+def make_batch(seed=0, rows=4, side=48, targets=3):
+  rng = np.random.default_rng(seed)
+  boxes = np.concatenate(
+    [rng.uniform(0.3, 0.7, (rows, targets, 2)), rng.uniform(0.3, 0.6, (rows, targets, 2))], axis=2
+  )
+  return {
+    "image": rng.integers(0, 256, (rows, side, side, 3), dtype=np.uint8),
+    "image_size": np.array([[side, side], [side - 8, side - 16]] * (rows // 2), np.int32),
+    "boxes_cxcywh": boxes.astype(np.float32),
+    "labels": rng.integers(0, 4, (rows, targets)).astype(np.int32),
+    "is_target": np.arange(targets)[None] < np.array([2, 1, 0, 3])[:rows, None],
+    "masks": rng.random((rows, targets, side, side)) < 0.5,
+  }
+
+
+def context(task, batch, seed=0):
+  return LossContext(
+    rng=jax.random.key(seed), step=jnp.int32(0), normalizers=task.normalizers(batch)
+  )
+
+
+@pytest.fixture(scope="module")
+def task():
+  return create_task("instance_detection", make_model(), **FIELDS)
+
+
+@pytest.fixture(scope="module")
+def variables(task):
+  return jax.jit(task.init)(jax.random.key(1), make_batch())
+
+
+@pytest.fixture(scope="module")
+def gradient(task):
+  def loss(params, variables, batch, context):
+    output = task.loss({**variables, "params": params}, batch, context)
+    return output.loss, output
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def run(gradient, task, variables, batch, given=None):
+  given = given or context(task, batch)
+  (_, output), grads = gradient(variables["params"], variables, batch, given)
+  return output, grads
+
+
+def test_losses_are_finite_add_up_and_reach_every_part(task, variables, gradient):
+  output, grads = run(gradient, task, variables, make_batch())
+  values = {name: float(mean.compute()) for name, mean in output.metrics.items()}
+  parts = ("objectness_loss", "anchor_box_loss", "class_loss", "box_loss", "mask_loss")
+  np.testing.assert_allclose(values["loss"], sum(values[p] for p in parts), rtol=1e-5)
+  assert all(values[p] > 0 for p in parts)
+  # Nothing learned yet: chance.
+  np.testing.assert_allclose(values["objectness_loss"], np.log(2), atol=0.05)
+  np.testing.assert_allclose(values["class_loss"], np.log(5), atol=0.3)
+  assert 0 <= values["proposal_recall"] <= 1
+  for part in ("backbone", "neck", "proposal_head", "box_head", "box_outputs", "mask_head"):
+    sizes = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[part])]
+    assert np.isfinite(sizes).all()
+    assert max(sizes) > 0, part
+
+
+def test_what_lies_in_the_padding_does_not_matter(task, variables, gradient):
+  batch = make_batch()
+  noisy = {k: v.copy() for k, v in batch.items()}
+  for row, (height, width) in enumerate(batch["image_size"]):
+    noisy["image"][row, height:] = 255
+    noisy["image"][row, :, width:] = 0
+  padding = ~batch["is_target"]
+  noisy["boxes_cxcywh"][padding] = np.nan
+  noisy["labels"][padding] = 99
+  noisy["masks"][padding] = True
+  one, _ = run(gradient, task, variables, batch)
+  other, _ = run(gradient, task, variables, noisy)
+  np.testing.assert_array_equal(one.loss, other.loss)
+
+
+def test_rows_that_are_padding_count_nothing(task, variables, gradient):
+  batch = {**make_batch(), "mask": np.array([True, True, False, False])}
+  other = {k: v.copy() for k, v in batch.items()}
+  other["image"][2:] = 0
+  other["is_target"][2:] = True
+  one, _ = run(gradient, task, variables, batch)
+  two, _ = run(gradient, task, variables, other)
+  np.testing.assert_allclose(one.loss, two.loss, rtol=1e-6)
+  assert float(one.metrics["loss"].count) == 2
+
+
+def test_a_batch_without_objects(task, variables, gradient):
+  batch = {**make_batch(), "is_target": np.zeros((4, 3), bool)}
+  output, grads = run(gradient, task, variables, batch)
+  values = {name: float(mean.total) for name, mean in output.metrics.items()}
+  assert values["anchor_box_loss"] == values["box_loss"] == values["mask_loss"] == 0
+  assert values["objectness_loss"] > 0
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+def test_a_label_that_is_no_class_stops_the_run(task, variables, gradient):
+  batch = make_batch()
+  batch["labels"][0, 0] = 4
+  assert np.isnan(run(gradient, task, variables, batch)[0].loss)
+
+
+def test_finds_are_in_original_pixels_and_padded(task, variables):
+  batch, compiled = make_batch(), jax.jit(task.predict)
+
+  def predict(variables, batch):
+    return jax.tree.map(np.asarray, compiled(variables, batch))
+
+  given = predict(variables, batch)
+  assert given["boxes_xyxy"].shape == (4, 6, 4)
+  assert given["box_masks"].shape == (4, 6, 6, 6)
+  assert given["labels"].dtype == jnp.int32
+  scaled = predict(variables, {**batch, "original_size": 2 * batch["image_size"]})
+  np.testing.assert_allclose(scaled["boxes_xyxy"], 2 * given["boxes_xyxy"], rtol=1e-6)
+  assert (np.diff(given["scores"]) <= 0).all()
+  for row, (height, width) in enumerate(batch["image_size"]):
+    assert (np.asarray(given["boxes_xyxy"][row]) <= np.tile([width, height], 2) + 1e-4).all()
+    assert not given["scores"][row][~given["is_object"][row]].any()
+    for label in range(4):
+      own = given["is_object"][row] & (given["labels"][row] == label)
+      mine = jnp.asarray(given["boxes_xyxy"][row][own])
+      overlap = np.asarray(pairwise_iou(mine, mine))
+      assert (overlap - np.eye(len(overlap)) <= task.nms_threshold + 1e-5).all()
+
+
+def test_a_model_that_knows_the_truth_scores_full_marks():
+  batch = make_batch(targets=3)
+  row = 3
+  size = jnp.asarray(batch["image_size"][row])
+  center, sides = np.split(batch["boxes_cxcywh"][row], 2, axis=1)
+  scale = np.asarray(size)[::-1]
+  boxes = np.concatenate([center - sides / 2, center + sides / 2], axis=1) * np.tile(scale, 2)
+  boxes = np.clip(boxes, 0, np.tile(scale, 2))
+  proposals = jnp.asarray(np.concatenate([boxes, boxes + 1]), jnp.float32)
+  labels = np.tile(batch["labels"][row], 2)
+  logits = jnp.where(jax.nn.one_hot(labels, 5) > 0, jnp.r_[[9.0] * 3, [6.0] * 3][:, None], 0.0)
+  found = choose_detections(
+    logits, jnp.zeros((6, 5, 4)), proposals, jnp.ones(6, bool), size,
+    limits=DetectionLimits(max_detections=5), convention=find_convention("torchvision"),
+  )  # fmt: skip
+  evaluator = DetectionEvaluator(4)
+  one = {k: v[row : row + 1] for k, v in batch.items()}
+  evaluator.add(one, {k: np.asarray(v)[None] for k, v in found._asdict().items()})
+  assert evaluator.result()["box_ap50"] > 0.99
+
+
+@pytest.mark.multidevice
+@pytest.mark.slow
+def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gradient):
+  batch = make_batch()
+  output, grads = run(gradient, task, variables, batch)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    split = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    everywhere = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    many, many_grads = run(gradient, task, everywhere, split)
+  assert many.metrics.keys() == output.metrics.keys()
+  for name, mean in output.metrics.items():
+    np.testing.assert_allclose(many.metrics[name].total, mean.total, rtol=1e-4, err_msg=name)
+  for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(many_grads), strict=True):
+    np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_micro_batches_add_up():
+  """Where every candidate takes part, nothing is drawn, and images have equally many of them."""
+  everything = {"anchor_samples": 10_000, "anchor_foreground": 1.0, "roi_samples": 15}
+  everything |= {"roi_foreground": 1.0, "roi_threshold": 0.0}
+  model = make_model(mask_head=None)
+  task = create_task("instance_detection", model, **{**FIELDS, **everything})
+  batch = make_batch(rows=2)
+  batch = {k: np.concatenate([v[:1], v[:1]]) for k, v in batch.items()}
+  batch["image"][1] = batch["image"][1, ::-1]
+  variables = jax.jit(task.init)(jax.random.key(1), batch)
+  normalizers = task.normalizers(batch)
+
+  def losses(batch):
+    given = LossContext(rng=jax.random.key(0), step=jnp.int32(0), normalizers=normalizers)
+    output = task.loss(variables, batch, given)
+    return {name: mean.total for name, mean in output.metrics.items()}, output.loss
+
+  whole, loss = jax.jit(losses)(batch)
+  half = jax.jit(losses)
+  parts = [half({k: v[i : i + 1] for k, v in batch.items()}) for i in range(2)]
+  assert abs(parts[0][1] - parts[1][1]) > 1e-6
+  np.testing.assert_allclose(parts[0][1] + parts[1][1], loss, rtol=1e-4)
+  for name in ("objectness_loss", "anchor_box_loss", "class_loss", "loss"):
+    np.testing.assert_allclose(parts[0][0][name] + parts[1][0][name], whole[name], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_half_precision_is_near(task, variables, gradient):
+  """Losses are float32, and near those of the exact computation, though other boxes are drawn."""
+  batch = make_batch()
+  exact, _ = run(gradient, task, variables, batch)
+  rough_task = create_task("instance_detection", make_model(dtype="bfloat16"), **FIELDS)
+  rough = jax.jit(rough_task.loss)(variables, batch, context(rough_task, batch))
+  assert rough.loss.dtype == jnp.float32
+  for name in ("objectness_loss", "anchor_box_loss", "class_loss", "loss"):
+    one, other = exact.metrics[name].compute(), rough.metrics[name].compute()
+    np.testing.assert_allclose(other, one, rtol=0.1, err_msg=name)
+
+
+@pytest.mark.slow
+def test_jit_equals_eager(task, variables):
+  batch = {k: v[:1] for k, v in make_batch().items()}
+  given = context(task, batch)
+  eager = task.loss(variables, batch, given)
+  jitted = jax.jit(task.loss)(variables, batch, given)
+  for name, mean in eager.metrics.items():
+    np.testing.assert_allclose(jitted.metrics[name].total, mean.total, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"anchor_high": 1.5}, "anchor_high must lie in"),
+    ({"roi_samples": 0}, "roi_samples must be positive"),
+    ({"box_beta": -1.0}, "box_beta must not be negative"),
+  ],
+)
+def test_fields_are_checked(fields, message):
+  with pytest.raises(ValueError, match=message):
+    create_task("instance_detection", make_model(), **{**FIELDS, **fields})
+
+
+def test_other_classes_than_the_models(variables):
+  task = create_task("instance_detection", make_model(), **{**FIELDS, "num_classes": 7})
+  with pytest.raises(ValueError, match="the model has 4 classes beside the background, but"):
+    jax.eval_shape(lambda: task.loss(variables, make_batch(), context(task, make_batch())))

@@ -1,0 +1,280 @@
+"""Published R-CNNs and FPTs by their path: torchvision's, the official code's, the neck alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import golden_folder
+from tests.torch_zip import read_pth
+from vit_jax_zoo import export
+from vit_jax_zoo.inference.load import load, load_pretrained
+from vit_jax_zoo.systems.rcnn import weights_classes as rcnn_classes
+from vit_jax_zoo.systems.rcnn.model import RCNN
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into, load_parts
+from vit_jax_zoo.weights.formats import FORMATS
+from vit_jax_zoo.weights.load import flatten_variables
+
+SMALL = {
+  "num_classes": 3,
+  "backbone": {"blocks": (1, 2, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 8},
+  "width": 32,
+  "pool_size": 2,
+  "box_head": {"width": 32},
+}
+OFFICIAL = {
+  **SMALL,
+  "backbone": {**SMALL["backbone"], "stride_in_1x1": True},
+  "neck": "fpt",
+  "neck_fields": {"flavor": "official", "norm": "group_norm"},
+  "adaptive": True,
+  "convention": "detectron",
+  "mask_pool_size": 2,
+}
+MODELS = {
+  "torchvision": {**SMALL, "mask_head": {"num_convs": 2, "width": 8}},
+  "official": {
+    **OFFICIAL,
+    "box_head": {"num_convs": 3, "num_dense": 1, "width": 32, "norm": "group_norm"},
+    "mask_head": {"num_convs": 4, "width": 64, "norm": "group_norm", "fused": True},
+  },
+  "official_2mlp": {**OFFICIAL, "box_head": {"width": 32, "norm": "group_norm"}},
+}
+NAMES = {"torchvision": "pth-torchvision", "official": "pth", "official_2mlp": "pth"}
+MODULES = {"torchvision": "rcnn_torchvision", "official": "rcnn_fpt", "official_2mlp": "rcnn_fpt"}
+
+
+@functools.cache
+def abstract_variables(kind, num_classes):
+  model = RCNN(**{**MODELS[kind], "num_classes": num_classes})
+  images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def random_variables(kind, seed=0, num_classes=3):
+  abstract = abstract_variables(kind, num_classes)
+  rng = np.random.default_rng(seed)
+
+  def leaf(path, shape):
+    values = rng.normal(size=shape.shape).astype(np.float32)
+    return np.abs(values) + 0.5 if path[-1].key == "var" else values
+
+  return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def pretrained(model, variables, **task_fields):
+  return Pretrained(
+    model, variables, Preprocess((64, 64)), {}, task="instance_detection", task_fields=task_fields
+  )
+
+
+def assert_same(given, expected, rtol=0.0):
+  given, expected = flatten_variables(given), flatten_variables(expected)
+  assert given.keys() == expected.keys()
+  for key, array in expected.items():
+    np.testing.assert_allclose(given[key], array, rtol=rtol, err_msg=key)
+
+
+def folded(variables):
+  """As Caffe has it: norms of the backbone whose mean is 0 and whose variance is 1."""
+  flat = jax.tree_util.tree_map_with_path(_fold, variables["batch_stats"])
+  return {**variables, "batch_stats": flat}
+
+
+def _fold(path, leaf):
+  if path[0].key != "backbone" or path[-1].key not in ("mean", "var"):
+    return leaf
+  return np.full_like(leaf, 0 if path[-1].key == "mean" else np.float32(1 - 1e-5))
+
+
+@pytest.mark.parametrize(
+  "kind", ["torchvision", "official", pytest.param("official_2mlp", marks=pytest.mark.slow)]
+)
+def test_a_detector_is_written_and_read_by_its_path_alone(kind, tmp_path):
+  model = RCNN(**MODELS[kind])
+  variables = random_variables(kind)
+  if kind != "torchvision":
+    variables = folded(variables)
+  path = str(tmp_path / "detector.safetensors")
+  export.write(pretrained(model, variables), NAMES[kind], path)
+  arrays = load_file(path)
+  assert {form.module for form in FORMATS if form.load().is_of(arrays)} == {MODULES[kind]}
+  loaded = load_pretrained(path)
+  assert_same(loaded.variables, variables)
+  assert loaded.task == "instance_detection"
+  for field in ("neck", "adaptive", "convention", "width", "pool_size", "num_classes"):
+    assert getattr(loaded.model, field) == getattr(model, field), field
+  assert loaded.model.box_head == MODELS[kind]["box_head"]
+  assert loaded.model.mask_head == MODELS[kind].get("mask_head")
+  start = jax.tree.map(np.zeros_like, variables)
+  assert_same(load_into(path, start), variables)
+
+
+def test_another_number_of_classes_starts_a_new_head(tmp_path):
+  path = str(tmp_path / "detector.safetensors")
+  variables = random_variables("torchvision")
+  export.write(pretrained(RCNN(**MODELS["torchvision"]), variables), "pth-torchvision", path)
+  changed = load_pretrained(path, num_classes=5).variables["params"]
+  assert changed["box_outputs"]["logits"]["bias"].shape == (6,)
+  assert not changed["box_outputs"]["logits"]["kernel"].any()
+  assert_same({"params": changed["box_head"]}, {"params": variables["params"]["box_head"]})
+
+
+def test_statistics_of_trained_norms_go_into_what_caffe_has(tmp_path):
+  variables = random_variables("official")
+  path = str(tmp_path / "detector.safetensors")
+  export.write(pretrained(RCNN(**MODELS["official"]), variables), "pth", path)
+  loaded = load_file(path)
+  x = np.linspace(-2, 2, 8)
+  for theirs, ours in (("res1.bn1", "stem/conv1"), ("res3.1.bn1", "c3_block1/conv1")):
+    norm = variables["batch_stats"]["backbone"]
+    for part in (*ours.split("/"), "norm"):
+      norm = norm[part]
+    channels = len(norm["mean"])
+    expected = (x[:channels] - norm["mean"]) / np.sqrt(norm["var"] + 1e-5)
+    expected = expected * norm["scale"] + norm["bias"]
+    weight, bias = (loaded[f"Conv_Body.conv_body.{theirs}.{n}"] for n in ("weight", "bias"))
+    np.testing.assert_allclose(x[:channels] * weight + bias, expected, rtol=1e-5)
+  assert not any(key.endswith("running_var") and "conv_body" in key for key in loaded)
+
+
+@pytest.mark.parametrize(
+  ("kind", "outputs"),
+  [("torchvision", 91), pytest.param("official", 81, marks=pytest.mark.slow)],
+)
+def test_cocos_classes_get_their_ids(kind, outputs, tmp_path):
+  """The file's classes in a row, the background first; ours by COCO's ids, the background last."""
+  fields = {**MODELS[kind], "num_classes": outputs - 1}
+  model = RCNN(**fields)
+  variables = folded(random_variables(kind, num_classes=outputs - 1))
+  path = str(tmp_path / "detector.safetensors")
+  export.write(pretrained(model, variables), NAMES[kind], path)
+  loaded = load_pretrained(path)
+  assert loaded.class_names[:3] == ("N/A", "person", "bicycle")
+  assert loaded.class_names[90] == "toothbrush"
+  ids = rcnn_classes.IDS if outputs == 81 else range(1, 91)
+  places = [*ids, 91]
+  for layer in ("logits", "deltas"):
+    ours, theirs = (
+      v["params"]["box_outputs"][layer]["bias"] for v in (loaded.variables, variables)
+    )
+    ours, theirs = ours.reshape(92, -1), theirs.reshape(outputs, -1)
+    np.testing.assert_array_equal(ours[places], theirs)
+    rest = np.delete(ours, places, axis=0)
+    assert (rest == (rcnn_classes.UNUSED if layer == "logits" else 0)).all()
+  masks = loaded.variables["params"]["mask_head"]["logits"]["kernel"]
+  np.testing.assert_array_equal(
+    masks[..., places], variables["params"]["mask_head"]["logits"]["kernel"]
+  )
+  again = str(tmp_path / "again.safetensors")
+  export.write(loaded, NAMES[kind], again)
+  written, original = load_file(again), load_file(path)
+  assert written.keys() == original.keys()
+  for key, array in original.items():
+    np.testing.assert_array_equal(written[key], array, err_msg=key)
+
+
+def test_older_names_of_torchvisions_are_read(tmp_path):
+  model, variables = RCNN(**MODELS["torchvision"]), random_variables("torchvision")
+  path = str(tmp_path / "new.safetensors")
+  export.write(pretrained(model, variables), "pth-torchvision", path)
+  renamed = {}
+  for key, array in load_file(path).items():
+    key = key.replace("rpn.head.conv.0.0.", "rpn.head.conv.")
+    for blocks in ("inner_blocks", "layer_blocks"):
+      for level in range(4):
+        key = key.replace(f"{blocks}.{level}.0.", f"{blocks}.{level}.")
+    for i in range(2):
+      key = key.replace(f"mask_head.{i}.0.", f"mask_head.mask_fcn{i + 1}.")
+    renamed[key] = array
+  assert "roi_heads.mask_head.mask_fcn1.weight" in renamed
+  save_file(renamed, tmp_path / "old.safetensors")
+  assert_same(load_pretrained(str(tmp_path / "old.safetensors")).variables, variables)
+
+
+@pytest.mark.parametrize("name", [pytest.param("fpt_a", marks=pytest.mark.slow), "fpt_gn_a"])
+def test_an_fpt_alone_comes_back_bit_for_bit(name, tmp_path, monkeypatch):
+  published = read_pth(golden_folder(name) / "weights.pth")
+  path = str(tmp_path / "fpt.safetensors")
+  save_file(published, path)
+  loaded = load_pretrained(path)
+  export.write(loaded, "pth", str(tmp_path / "again.safetensors"))
+  written = load_file(tmp_path / "again.safetensors")
+  assert written.keys() == published.keys()
+  for key, array in published.items():
+    np.testing.assert_array_equal(written[key], array, err_msg=key, strict=True)
+  monkeypatch.setattr("vit_jax_zoo.weights.load_pretrained", lambda path: loaded)
+  with pytest.raises(ValueError, match=r"a part of a network.*--config\.task\.neck_file"):
+    load(path)
+
+
+def test_a_detectors_neck_starts_from_an_fpt_and_goes_out_again(tmp_path):
+  source, target = (RCNN(**MODELS["official"]) for _ in range(2))
+  theirs, ours = (random_variables("official", seed) for seed in (1, 2))
+  whole, alone = (str(tmp_path / f"{n}.safetensors") for n in ("whole", "alone"))
+  export.write(pretrained(source, theirs), "pth", whole)
+  export.write(pretrained(source, theirs), "pth-fpt", alone)
+  assert "st_p5.conv_qs.weight" in load_file(alone)
+  for file in (whole, alone, theirs):
+    task = create_task("instance_detection", target, num_classes=3)
+    assert not task.weight_files
+    files = {"*/neck": file} if file is theirs else _task_with(target, file).weight_files
+    loaded = load_parts(files, ours)
+    for kind in ("params", "batch_stats"):
+      assert_same({"params": loaded[kind]["neck"]}, {"params": theirs[kind]["neck"]})
+    rest = {k: v for k, v in loaded["params"].items() if k != "neck"}
+    assert_same({"params": rest}, {"params": {k: ours["params"][k] for k in rest}})
+
+
+def _task_with(model, file):
+  return create_task("instance_detection", model, num_classes=3, neck_file=file)
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda a: a | {"st_p4.conv_ks.bias": a["st_p4.conv_ks.bias"] + 1}, "not what conv_qs holds"),
+    (lambda a: {k: v for k, v in a.items() if k != "fpt_p3.weight"}, "missing: join_1/kernel"),
+    (lambda a: a | {"gt_p2_p4.g.bias": a["gt_p2_p4.g.bias"][1:]}, "wrong shape: gt_p2_p4.g.bias"),
+  ],
+)
+def test_problems_of_an_fpt_are_one_line(change, message, tmp_path):
+  published = read_pth(golden_folder("fpt_a") / "weights.pth")
+  save_file(change(dict(published)), tmp_path / "fpt.safetensors")
+  with pytest.raises(WeightsError, match=message) as caught:
+    load_pretrained(str(tmp_path / "fpt.safetensors"))
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("fields", "form", "message"),
+  [
+    ({**SMALL, "neck": "bfp"}, "pth-torchvision", "no R-CNN with neck='bfp'"),
+    ({**SMALL, "convention": "detectron2"}, "pth-torchvision", "convention='detectron2'"),
+    (MODELS["official_2mlp"], "pth-torchvision", "no backbone with stride_in_1x1=True"),
+    (SMALL, "pth", "the official code has no detector with neck='fpn'"),
+    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT but that of flavor='official'"),
+  ],
+)
+def test_what_a_format_has_no_model_for(fields, form, message, tmp_path):
+  model, nothing = RCNN(**fields), {"params": {}}
+  with pytest.raises(WeightsError, match=message) as caught:
+    export.write(pretrained(model, nothing), form, str(tmp_path / "x.safetensors"))
+  assert "\n" not in str(caught.value)
+
+
+def test_detectrons_classes_in_a_row_get_their_ids():
+  arrays = {"c.weight": np.arange(81.0)[:, None], "c.bias": np.arange(81.0)}
+  wide, is_coco = rcnn_classes.with_ids(arrays, {"c": 1})
+  assert is_coco
+  # Rows 1 + id: a person is 1, a stop sign, the twelfth, has the id 13.
+  assert (wide["c.bias"][[0, 2, 14, 91]] == [0, 1, 12, 80]).all()
+  assert (wide["c.bias"][[1, 13]] == rcnn_classes.UNUSED).all()
+  again = rcnn_classes.without_ids(wide, {"c": 1}, rcnn_classes.NAMES, 81)
+  np.testing.assert_array_equal(again["c.weight"], arrays["c.weight"])
+  few = {"c.weight": np.zeros((4, 1)), "c.bias": np.zeros(4)}
+  assert not rcnn_classes.with_ids(few, {"c": 1})[1]

@@ -1,0 +1,48 @@
+"""A convolution of several maps: the same as of the maps laid side by side."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from vit_jax_zoo.nn.conv import Conv
+from vit_jax_zoo.systems.ttsr.concat_conv import JointConv
+from vit_jax_zoo.systems.ttsr.upsample import upsample_bicubic
+
+
+def maps():
+  rng = np.random.default_rng(0)
+  shapes = ((2, 8, 12, 3), (2, 2, 3, 4), (2, 4, 6, 2))
+  return [jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+def test_equals_a_convolution_of_all():
+  own, small, middle = maps()
+  laid = jnp.concatenate(
+    [own, nn.relu(upsample_bicubic(small, 4)), nn.relu(upsample_bicubic(middle, 2))], axis=-1
+  )
+  variables = jax.jit(Conv(5).init)(jax.random.key(0), laid)
+
+  def result(variables, joint):
+    if joint:
+      return JointConv(5).apply(variables, own, small, middle, factors=(1, 4, 2))
+    return Conv(5).apply(variables, laid)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def both(variables, joint):
+    gradient = jax.grad(lambda v: jnp.sum(result(v, joint) ** 2))(variables)
+    return result(variables, joint), gradient["params"]["kernel"]
+
+  for ours, theirs in zip(both(variables, True), both(variables, False), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(both(variables, True)[0], both(variables, False)[0], atol=1e-5)
+
+
+def test_starts_as_a_convolution_does():
+  own, *_ = maps()
+  ours = JointConv(5).init(jax.random.key(0), own, own)
+  theirs = Conv(5).init(jax.random.key(0), jnp.concatenate([own, own], axis=-1))
+  assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
+  assert JointConv(5, dtype="bfloat16").apply(ours, own, own).dtype == jnp.bfloat16

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from matplotlib import pyplot
+
+from vit_jax_zoo.metrics.psnr_ssim import psnr_y
+from vit_jax_zoo.systems.ttsr.figures import (
+  BATCH_COLUMNS,
+  COLUMNS,
+  draw_batch,
+  draw_results,
+  position_colors,
+)
+
+
+def example(count=2):
+  rng = np.random.default_rng(0)
+
+  def pictures(height, width):
+    return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+  batch = {
+    "low_res_image": pictures(5, 6),
+    "upsampled_image": pictures(20, 24),
+    "image": pictures(20, 24),
+    "ref_image": pictures(16, 32),
+    "blurred_ref_image": pictures(16, 32),
+  }
+  predictions = {
+    "image": pictures(20, 24),
+    "wrong_reference_image": pictures(20, 24),
+    "hard_attention": rng.integers(0, 32, (count, 5, 6)),
+    "soft_attention": rng.uniform(size=(count, 5, 6)),
+  }
+  return batch, predictions
+
+
+def test_each_example_has_its_row():
+  batch, predictions = example()
+  figure = draw_results(batch, predictions)
+  assert len(figure.axes) == 2 * len(COLUMNS)
+  assert [ax.get_title() for ax in figure.axes[: len(COLUMNS)]] == list(COLUMNS)
+  small, _, ours, wrong, truth, reference, taken, trust = figure.axes[: len(COLUMNS)]
+  np.testing.assert_array_equal(small.images[0].get_array(), batch["low_res_image"][0])
+  np.testing.assert_array_equal(ours.images[0].get_array(), predictions["image"][0])
+  np.testing.assert_array_equal(truth.images[0].get_array(), batch["image"][0])
+  np.testing.assert_array_equal(
+    wrong.images[0].get_array(), predictions["wrong_reference_image"][0]
+  )
+  for ax, name in ((ours, "image"), (wrong, "wrong_reference_image")):
+    assert ax.get_xlabel() == f"{psnr_y(predictions[name][0], batch['image'][0]):.2f} dB"
+  assert reference.images[0].get_array().shape == (16, 32, 3)
+  expected = position_colors(predictions["hard_attention"][0], (4, 8))
+  np.testing.assert_array_equal(taken.images[0].get_array(), expected)
+  np.testing.assert_array_equal(trust.images[0].get_array(), predictions["soft_attention"][0])
+  assert pyplot.get_fignums() == []
+
+
+def test_what_is_not_there_has_no_column():
+  batch, predictions = example(1)
+  del batch["image"], predictions["wrong_reference_image"]
+  titles = [ax.get_title() for ax in draw_results(batch, predictions).axes]
+  assert titles == [name for name in COLUMNS if name not in ("truth", "wrong reference")]
+
+
+def test_a_training_batch_shows_all_that_is_learned_from():
+  batch, _ = example(5)
+  figure = draw_batch(batch)
+  assert len(figure.axes) == 4 * len(BATCH_COLUMNS)
+  for ax, (title, key) in zip(figure.axes, BATCH_COLUMNS.items(), strict=False):
+    assert ax.get_title() == title
+    np.testing.assert_array_equal(ax.images[0].get_array(), batch[key][0])
+  assert figure.axes[0].get_xlabel() == "6 × 5"
+
+
+def test_only_what_counts_and_the_first_are_drawn():
+  batch, predictions = example()
+  figure = draw_results({**batch, "size": np.full((2, 2), (12, 16))}, predictions, max_images=1)
+  assert len(figure.axes) == len(COLUMNS)
+  assert figure.axes[4].images[0].get_array().shape == (12, 16, 3)
+  assert figure.axes[0].images[0].get_array().shape == (3, 4, 3)
+
+
+def test_places_have_colours_of_their_own():
+  colors = position_colors(np.arange(12).reshape(3, 4), (3, 4))
+  assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 12
+
+
+def test_no_image_is_an_error():
+  batch, predictions = example()
+  with pytest.raises(ValueError, match="there is no image to draw"):
+    draw_results({key: value[:0] for key, value in batch.items()}, predictions)
+  with pytest.raises(ValueError, match="there is no image to draw"):
+    draw_batch({key: value[:0] for key, value in batch.items()})

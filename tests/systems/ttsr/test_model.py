@@ -1,0 +1,162 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.ttsr import weights as ttsr_pt
+from vit_jax_zoo.systems.ttsr.model import TTSR
+from vit_jax_zoo.systems.ttsr.search import find_matches
+from vit_jax_zoo.weights import WeightsError
+
+TINY = {"width": 8, "depths": (1, 1, 1, 1), "texture_widths": (4, 6, 8)}
+PICTURES = ("lr", "lrsr", "ref", "refsr")
+
+
+def nhwc(array):
+  return jnp.asarray(np.moveaxis(array, 1, -1))
+
+
+def golden_weights():
+  return load_file(GOLDENS / "ttsr_a" / "weights.safetensors")
+
+
+@functools.cache
+def golden_run(dtype="float32", scan_layers=False):
+  inputs = np.load(GOLDENS / "ttsr_a" / "inputs.npz")
+  model, variables = ttsr_pt.from_published(
+    golden_weights(), dtype=dtype, scan_layers=scan_layers, block_size=(50, 37)
+  )
+  apply = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+  return apply(variables, *(nhwc(inputs[name]) for name in PICTURES))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_golden_parity(load_golden, scan_layers):
+  _, _, expected = load_golden("ttsr_a")
+  out, state = golden_run(scan_layers=scan_layers)
+  seen = {k: v[0] for k, v in state["intermediates"].items() if k.startswith(("after", "un"))}
+
+  def close(found, name, tolerance=1e-5):
+    found = np.moveaxis(found, -1, 1)
+    tolerance *= max(1, np.abs(expected[name]).max())
+    np.testing.assert_allclose(found, expected[name], atol=tolerance, err_msg=name)
+
+  np.testing.assert_array_equal(out["hard_attention"].reshape(1, -1), expected["R_argmax"])
+  close(out["soft_attention"][..., None], "S")
+  for level, texture in zip((3, 2, 1), out["textures"], strict=True):
+    close(texture, f"T_lv{level}")
+  close(seen["after_shallow"], "mainnet/SFE")
+  close(seen["after_exchange3"][0], "mainnet/ex123_0")
+  close(seen["after_exchange3"][2], "mainnet/ex123_2")
+  close(seen["unclipped"], "mainnet/sr_unclamped", 2e-5)
+  close(out["image"], "sr", 2e-5)  # of [-1, 1]: half as much of [0, 1]
+
+
+def test_half_precision_takes_the_same_patches(load_golden):
+  _, inputs, expected = load_golden("ttsr_a")
+  out, _ = golden_run("bfloat16")
+  np.testing.assert_array_equal(out["hard_attention"].reshape(1, -1), expected["R_argmax"])
+  np.testing.assert_allclose(out["soft_attention"][:, None], expected["S"], atol=1e-5)
+  assert out["textures"][0].dtype == jnp.bfloat16
+  assert out["image"].dtype == jnp.float32
+  np.testing.assert_allclose(np.moveaxis(out["image"], -1, 1), expected["sr"], atol=0.05)
+  # With features of half precision, too, other patches would be taken.
+  model, variables = ttsr_pt.from_published(golden_weights(), dtype="bfloat16")
+  queries, references = (
+    model.apply(variables, nhwc(inputs[name]), method="textures")[2] for name in ("lrsr", "refsr")
+  )
+  rough = find_matches(queries, references).index
+  assert np.mean(np.asarray(rough).reshape(1, -1) != expected["R_argmax"]) > 0.01
+
+
+def pictures(seed=0, batch=2):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  sides = ((3, 4), (12, 16), (8, 20), (8, 20))
+  return [
+    jax.random.uniform(key, (batch, *side, 3), minval=-1, maxval=1)
+    for key, side in zip(keys, sides, strict=True)
+  ]
+
+
+def test_shapes_and_gradients():
+  model = TTSR(**TINY)
+  images = pictures()
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *images)
+  assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+  rng = np.random.default_rng(0)  # compiling one program for each parameter takes long
+  variables = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes)
+
+  def loss(params):
+    out = model.apply({"params": params}, *images, train=True)
+    return jnp.mean((out["image"] - 0.3) ** 2), out
+
+  gradients, out = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+  assert out["image"].shape == (2, 12, 16, 3)
+  assert [t.shape for t in out["textures"]] == [(2, 3, 4, 8), (2, 6, 8, 6), (2, 12, 16, 4)]
+  assert out["hard_attention"].shape == out["soft_attention"].shape == (2, 3, 4)
+  assert out["hard_attention"].max() < 2 * 5
+  assert jnp.abs(out["image"]).max() <= 1
+  for leaf in jax.tree.leaves(gradients):
+    assert np.isfinite(leaf).all()
+    assert np.abs(leaf).max() > 0  # the extractor's, too: through textures and relevance
+
+
+def count_parameters(model):
+  small, large = (jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32) for side in (4, 16))
+  shapes = jax.eval_shape(model.init, jax.random.key(0), small, large, large, large)
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def test_published_parameter_counts():
+  constants = 12  # the normalisation, which the released file holds beside the parameters
+  assert count_parameters(create_model("ttsr")) == 6_729_615 - constants
+  assert count_parameters(create_model("ttsr", scan_layers=True)) == 6_729_615 - constants
+  assert count_parameters(create_model("ttsr_tiny")) == 755_199 - constants
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_state_dict_survives_a_round_trip(scan_layers):
+  published = golden_weights()
+  _, variables = ttsr_pt.from_published(published, scan_layers=scan_layers)
+  again = ttsr_pt.to_published(variables["params"])
+  assert again.keys() == published.keys()
+  for key, array in published.items():
+    np.testing.assert_array_equal(again[key], array, err_msg=key)
+
+
+def test_wrong_files_are_told_in_one_line():
+  published = golden_weights()
+  with pytest.raises(WeightsError, match=r"x\.pt is no checkpoint of TTSR: it has no 'MainNet"):
+    ttsr_pt.from_published({}, source="x.pt")
+  del published["MainNet.conv12.bias"]
+  published["surprise"] = np.zeros(3, np.float32)
+  with pytest.raises(WeightsError, match=r"missing: up2/bias .*; unused: surprise \(3,\)"):
+    ttsr_pt.from_published(published)
+
+
+@pytest.mark.parametrize(
+  ("field", "size"), [("width", -1), ("depths", (1, 1, 0, 1)), ("texture_widths", (0, 32, 64))]
+)
+def test_sizes_that_cannot_be(field, size):
+  images = [jnp.zeros((1, *side, 3)) for side in [(3, 4), (12, 16), (8, 8), (8, 8)]]
+  with pytest.raises(ValueError, match=f"{field} must be positive, not "):
+    jax.eval_shape(TTSR(**TINY | {field: size}).init, jax.random.key(0), *images)
+
+
+@pytest.mark.parametrize(
+  ("sides", "message"),
+  [
+    ([(3, 4), (12, 12), (8, 8), (8, 8)], "enlarged one of 12x12; expected 12x16"),
+    ([(3, 4), (12, 16), (8, 10), (8, 10)], "reference of 8x10 .* multiples of 4"),
+    ([(3, 4), (12, 16), (8, 8), (8, 12)], "blurred reference is 8x12, the reference 8x8"),
+  ],
+)
+def test_sides_that_do_not_belong_together(sides, message):
+  images = [jnp.zeros((1, *side, 3)) for side in sides]
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(TTSR(**TINY).init, jax.random.key(0), *images)

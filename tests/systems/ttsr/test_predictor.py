@@ -1,0 +1,224 @@
+"""Enlarging a user's pictures: any sizes, and windows without seams."""
+
+import dataclasses
+import io
+import itertools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+from PIL import Image
+
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.predict import check_options
+from vit_jax_zoo.systems.ttsr import predictor as super_resolution
+from vit_jax_zoo.systems.ttsr.model import TTSR
+from vit_jax_zoo.systems.ttsr.predictor import SuperResolutionPredictor, cut
+from vit_jax_zoo.systems.ttsr.task import SuperResolution
+
+MODEL = TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8), scan_layers=False)
+
+
+def smooth(height, width, seed):
+  """A picture with something to find in it."""
+  rng = np.random.default_rng(seed)
+  small = rng.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), np.uint8)
+  return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def trained():
+  pictures = [np.zeros((1, s, s, 3), np.float32) for s in (4, 16, 16, 16)]
+  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), *pictures)["params"]
+  rng = np.random.default_rng(0)
+  # So large that the picture depends on everything that it can.
+  params = jax.tree.map(
+    lambda x: (rng.normal(size=x.shape) * 1.2 / np.prod(x.shape[:-1]) ** 0.5).astype(np.float32),
+    shapes,
+  )
+  return Trained(
+    source="here",
+    task=SuperResolution(MODEL),
+    variables={"params": {"generator": params, "critic": {}}},
+    prepare=lambda image: {"image": image},
+    image_size=None,
+    model_name="ttsr_tiny",
+  )
+
+
+def expected(trained, image, reference):
+  """What the task predicts for the same pictures."""
+  height, width = image.shape[:2]
+  reference = reference[: len(reference) // 4 * 4, : reference.shape[1] // 4 * 4]
+
+  def resized(pixels, height, width):
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+  rows, columns = reference.shape[:2]
+  batch = {
+    "low_res_image": image,
+    "upsampled_image": resized(image, 4 * height, 4 * width),
+    "ref_image": reference,
+    "blurred_ref_image": resized(resized(reference, rows // 4, columns // 4), rows, columns),
+    "image": np.zeros((4 * height, 4 * width, 3), np.uint8),
+  }
+  found = jax.jit(trained.task.predict)(trained.variables, {k: x[None] for k, x in batch.items()})
+  return np.asarray(found["image"][0]).astype(int)
+
+
+def test_any_size_and_aspect_ratio(trained):
+  image, reference = smooth(7, 21, seed=0), smooth(30, 43, seed=1)
+  predictor = create_predictor(trained, Options(reference=reference))
+  prediction = predictor(image)
+  result = prediction.pictures[""]
+  assert np.abs(result - expected(trained, image, reference)).max() <= 1
+  assert result.dtype == np.uint8
+  assert prediction.record["size"] == list(result.shape[:2]) == [28, 84]
+  assert prediction.record["reference_size"] == [28, 40]
+  assert json.loads(json.dumps(prediction.record)) == prediction.record
+  assert len(prediction.pictures["search"].axes) == 6
+  assert predictor(smooth(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
+
+
+def test_windows_give_what_the_whole_does(trained):
+  image, reference = smooth(67, 91, seed=2), smooth(64, 80, seed=3)
+  options = Options(reference=reference)
+  whole = SuperResolutionPredictor(trained, options)(image)
+  tile = dataclasses.replace(options, tile=2 * MODEL.reach + 4)
+  tiled = SuperResolutionPredictor(trained, tile)(image)
+  assert whole.record["windows"] == 1
+  assert tiled.record["windows"] > 6
+  assert tiled.record["reference_cells_used"] == whole.record["reference_cells_used"]
+  a, b = (p.pictures[""].astype(int) for p in (whole, tiled))
+  assert np.std(a) > 10
+  assert np.abs(a - b).max() <= 1
+  assert np.mean(a != b) < 1e-3
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch):
+  windows = list(cut((70, 33), 20, 4))
+  said, clock = [], itertools.count(step=super_resolution._LOG_SECONDS + 1)
+  monkeypatch.setattr(super_resolution.time, "monotonic", lambda: next(clock))
+  monkeypatch.setattr(
+    super_resolution.logging, "info", lambda form, *args: said.append(form % args)
+  )
+  assert list(super_resolution._progress(windows, "enlarging")) == windows
+  monkeypatch.undo()
+  assert len(said) == len(windows) - 1
+  assert said[0].startswith(f"enlarging: 1/{len(windows)} windows, ETA ")
+  shown = io.StringIO()
+  terminal = rich.console.Console(file=shown, force_terminal=True)
+  monkeypatch.setattr(super_resolution.rich.console, "Console", lambda **_: terminal)
+  assert list(super_resolution._progress(windows, "enlarging")) == windows
+  assert "enlarging" in shown.getvalue()
+  assert "100%" in shown.getvalue()
+
+
+def test_reach_is_enough_and_no_whim(trained):
+  """A change of one pixel is seen at some distance, but not beyond the reach."""
+  size = 2 * MODEL.reach + 3
+  image = smooth(size, 5, seed=4).astype(np.float32) / 127.5 - 1
+  params = {"params": trained.variables["params"]["generator"]}
+  textures = [np.zeros((1, s * size, s * 5, c), np.float32) for s, c in ((1, 8), (2, 6), (4, 4))]
+  trust = np.ones((1, size, 5), np.float32)
+  trust, textures = jax.tree.map(jnp.asarray, (trust, textures))
+  restore = jax.jit(lambda x: MODEL.apply(params, x, trust, textures, method="restore"))
+  other = image.copy()
+  middle = size // 2
+  other[middle] = -other[middle]
+  changed = np.abs(np.asarray(restore(image[None]) - restore(other[None])))[0].max(axis=(1, 2)) > 0
+  rows = np.flatnonzero(changed) // 4
+  assert middle - MODEL.reach <= rows.min() <= middle - 10
+  assert middle + 10 <= rows.max() <= middle + MODEL.reach
+
+
+@pytest.mark.parametrize(("size", "window", "reach"), [((70, 33), 20, 4), ((9, 200), 21, 10)])
+def test_middles_cover_the_picture_once(size, window, reach):
+  covered = np.zeros((1, *size), int)
+  inside = np.ones((1, *size), bool)
+  shapes = set()
+  for part in cut(size, window, reach):
+    covered[part.kept()] += 1
+    rows, columns = part.outer()
+    view = inside[:, rows, columns]
+    shapes.add(view.shape)
+    for axis, (kept, first, length) in enumerate(
+      ((part.kept_rows, part.top, part.height), (part.kept_columns, part.left, part.width))
+    ):
+      assert kept[0] - first >= reach or first == 0
+      assert first + length - kept[1] >= reach or first + length == size[axis]
+    assert view[part.middle()].shape == covered[part.kept()].shape
+  assert (covered == 1).all()
+  assert len(shapes) == 1  # so that there is one program
+  assert len(list(cut((10, 10), 10, 4))) == 1
+
+
+def test_a_reference_is_an_option_like_others(trained):
+  options = Options(reference=smooth(8, 8, 0))
+  check_options(create_predictor(trained, options), options)
+  more = dataclasses.replace(options, keep=0.25)
+  predictor = create_predictor(trained, more)
+  with pytest.raises(ValueError, match="--keep means nothing to this model's task"):
+    check_options(predictor, more)
+
+
+def test_errors(trained):
+  with pytest.raises(ValueError, match=r"takes textures from a picture; add --reference=ref\.jpg"):
+    create_predictor(trained, Options())
+  with pytest.raises(ValueError, match="the reference is 3x9; expected at least 4x4"):
+    create_predictor(trained, Options(reference=smooth(3, 9, 0)))
+  with pytest.raises(ValueError, match="a tile of 40 has no middle; this model needs 59"):
+    create_predictor(trained, Options(reference=smooth(8, 8, 0), tile=40))
+
+
+def test_a_single_window_goes_on_visibly(monkeypatch):
+  said, (window,) = [], cut((7, 9), 20, 4)
+  monkeypatch.setattr(super_resolution, "_LOG_SECONDS", 0.01)
+  monkeypatch.setattr(
+    super_resolution.logging, "info", lambda form, *args: said.append(form % args)
+  )
+  for part in super_resolution._progress([window], "searching"):
+    assert part is window
+    deadline = time.monotonic() + 10
+    while not said and time.monotonic() < deadline:
+      time.sleep(0.005)
+  assert said[0] == "searching: 0 s so far"
+  count = len(said)
+  time.sleep(0.05)
+  assert len(said) == count
+  shown = io.StringIO()
+  terminal = rich.console.Console(file=shown, force_terminal=True)
+  monkeypatch.setattr(super_resolution.rich.console, "Console", lambda **_: terminal)
+  assert list(super_resolution._progress([window], "searching")) == [window]
+  assert "searching" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+  ("size", "tile", "advice"),
+  [((80, 200), None, "smaller tiles, which take longer, --tile=94, or a smaller reference"),
+   ((80, 200), 80, "--tile=66"), ((80, 200), 60, "try a smaller reference"),
+   ((5, 9), None, "try a smaller reference")],
+)  # fmt: skip
+def test_too_little_memory_is_one_line(trained, monkeypatch, size, tile, advice):
+  predictor = create_predictor(trained, Options(reference=smooth(12, 8, 0), tile=tile))
+
+  def fail(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+  monkeypatch.setattr(predictor, "_match", fail)
+  with pytest.raises(ValueError, match="out of memory, with a picture and a refer") as error:
+    predictor(smooth(*size, 1))
+  assert f"{size[1]}x{size[0]} and 8x12 pixels" in str(error.value)
+  assert advice in str(error.value)
+
+  def break_down(*_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+  monkeypatch.setattr(predictor, "_match", break_down)
+  with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+    predictor(smooth(*size, 1))

@@ -1,0 +1,316 @@
+"""TTSR's losses, against the official code's numbers, and the task by itself."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import GOLDENS
+from tests.systems.ttsr.goldens import (
+  NARROW,
+  TINY,
+  WEIGHTS,
+  critic_params,
+  nhwc,
+  vgg_params,
+)
+from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
+from vit_jax_zoo.systems.ttsr.task import (
+  PICTURES,
+  SuperResolution,
+  exchange_references,
+  to_pixels,
+  transferal_loss,
+  wasserstein_terms,
+)
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import LossContext
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+
+# --- single losses -----------------------------------------------------------------------------
+
+
+@functools.cache
+def fn_fixture():
+  folder = GOLDENS / "ttsr_fn_a"
+  return (
+    load_file(folder / "weights.safetensors"),
+    dict(np.load(folder / "inputs.npz")),
+    dict(np.load(folder / "outputs.npz")),
+  )
+
+
+def test_perceptual_loss_golden():
+  weights, inputs, outputs = fn_fixture()
+  task, vgg = SuperResolution(TINY, **NARROW), vgg_params(weights)
+  sr, hr = nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  features = jax.jit(lambda x: task._vgg.apply({"params": vgg}, x))(sr)["relu5_1"]
+  np.testing.assert_allclose(features, nhwc(outputs["vgg_relu5_1_sr"]), atol=1e-5)
+  found = jax.jit(task.perceptual_loss)(vgg, sr, hr)
+  np.testing.assert_allclose(np.mean(found), outputs["per_loss"][0], rtol=1e-5)
+  np.testing.assert_allclose(np.mean(np.abs(sr - hr)), outputs["rec_l1"][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["l1", "l2"])
+def test_transferal_loss_golden(kind):
+  _, inputs, outputs = fn_fixture()
+  features = tuple(nhwc(inputs[f"map_lv{i}"]) for i in (3, 2, 1))
+  textures = tuple(nhwc(inputs[f"T_lv{i}"]) for i in (3, 2, 1))
+  found = np.mean(transferal_loss(features, textures, kind=kind))
+  np.testing.assert_allclose(found, outputs[f"tpl_{kind}_noS"][0], rtol=1e-5)
+  trust = nhwc(inputs["S"])[..., 0]
+  found = np.mean(transferal_loss(features, textures, trust, kind))
+  np.testing.assert_allclose(found, outputs[f"tpl_{kind}_S"][0], rtol=1e-5)
+
+
+def test_logistic_game_golden():
+  """The released code's other game: after each of two updates, what the generator's loss is."""
+  weights, inputs, outputs = fn_fixture()
+  params = critic_params(weights, 2)
+  made, real = nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  task = SuperResolution(
+    Picture(made), adversarial_weight=1.0, adversarial_kind="logistic", **NARROW
+  )
+  batch = dict.fromkeys((*PICTURES, "image"), (real + 1) * 127.5)
+  optimizer = optax.adam(1e-4, b1=0.0, b2=0.9)
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def losses(params, player):
+    variables = {"params": {"generator": {}, "critic": params}}
+    context = LossContext(jax.random.key(0), jnp.int32(0), task.normalizers(batch), player)
+    return task.loss(variables, batch, context)
+
+  state = optimizer.init(params)
+  for updates in (1, 2):
+    gradients = jax.grad(lambda p: losses(p, "critic").loss)(params)
+    change, state = optimizer.update(gradients, state, params)
+    params = optax.apply_updates(params, change)
+    found = losses(params, "generator").metrics["adversarial_loss"]
+    expected = outputs[f"adv/GAN_k{updates}/loss_g"][0]
+    np.testing.assert_allclose(found.total / found.count, expected, rtol=1e-4)
+  theirs = outputs["adv/GAN_k2/after_fc2.weight"]
+  np.testing.assert_allclose(params["score"]["kernel"].T, theirs, atol=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A model whose result is always the same."""
+
+  image: jax.Array
+
+  def init(self, *_):
+    return {"params": {}}
+
+  def apply(self, *_, **__):
+    return {"image": self.image}
+
+  def __hash__(self):
+    return id(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn(SuperResolution):
+  """Measures the critic's slope where the official code did."""
+
+  epsilon: jax.Array | None = None
+
+  def draw_epsilon(self, rng, count):
+    return self.epsilon
+
+
+def test_critic_and_gradient_penalty_golden():
+  weights, inputs, outputs = fn_fixture()
+  params, made, real = critic_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  epsilon = jnp.asarray(inputs["gp_epsilon"][0].reshape(-1))
+  task = Drawn(TINY, adversarial_weight=1.0, epsilon=epsilon, **NARROW)
+  batch = {"image": (real + 1) * 127.5}
+  context = LossContext(jax.random.key(0), jnp.int32(0), {}, "critic", made)
+
+  def terms(params):
+    losses, metrics = task._critic_terms({"params": {"critic": params}}, batch, context)
+    difference, penalty = metrics["critic_difference"][0], metrics["gradient_penalty"][0]
+    scores = task._critic.apply({"params": params}, made)
+    return jnp.mean(losses), (difference, penalty, scores)
+
+  gradients, (difference, penalty, scores) = jax.jit(jax.grad(terms, has_aux=True))(params)
+  fake, true = outputs["adv/d_fake"][:, 0], outputs["adv/d_real"][:, 0]
+  np.testing.assert_allclose(scores, fake, rtol=1e-4)
+  np.testing.assert_allclose(difference, fake - true, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(penalty, (outputs["adv/grad_norm"] - 1) ** 2, rtol=1e-4)
+  np.testing.assert_allclose(10 * np.mean(penalty), outputs["adv/gp"][0], rtol=1e-5)
+  for ours, theirs in (
+    (gradients["conv1_1"]["kernel"].transpose(3, 2, 0, 1), outputs["adv/g_conv1.weight"]),
+    (gradients["hidden"]["bias"], outputs["adv/g_fc1.bias"]),
+    (gradients["score"]["kernel"].T, outputs["adv/g_fc2.weight"]),
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_a_critic_without_slope_has_finite_gradients():
+  pictures = jnp.ones((2, 4, 4, 3))
+
+  def loss(weight):
+    score = functools.partial(lambda w, x: jnp.sum(w * x, axis=(1, 2, 3)), weight)
+    return jnp.sum(wasserstein_terms(score, pictures, 0.5 * pictures, jnp.ones(2))[1])
+
+  value, gradient = jax.value_and_grad(loss)(0.0)
+  assert np.isclose(value, 2)
+  assert np.isfinite(gradient)
+
+
+# --- the task by itself -------------------------------------------------------------------------
+
+
+def tiny_batch(count=2, seed=0):
+  rng = np.random.default_rng(seed)
+
+  def pictures(height, width):
+    return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+  return {
+    "low_res_image": pictures(3, 4),
+    "upsampled_image": pictures(12, 16),
+    "image": pictures(12, 16),
+    "ref_image": pictures(8, 12),
+    "blurred_ref_image": pictures(8, 12),
+  }
+
+
+@functools.cache
+def tiny_variables():
+  shapes = jax.eval_shape(SuperResolution(TINY).init, jax.random.key(0), tiny_batch())
+  rng = np.random.default_rng(1)
+  return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def tiny_loss(batch):
+  task = SuperResolution(TINY)
+  context = LossContext(jax.random.key(0), jnp.int32(0), task.normalizers(batch), "generator")
+  return jax.jit(task.loss)(tiny_variables(), batch, context)
+
+
+def test_reconstruction_alone_has_one_player_and_no_vgg():
+  task = create_task("super_resolution", TINY)
+  assert [player.name for player in task.players] == ["generator"]
+  assert set(tiny_variables()) == {"params"}
+  assert set(tiny_variables()["params"]) == {"generator"}
+  batch = tiny_batch()
+  output = tiny_loss(batch)
+  pictures = [batch[name] / np.float32(127.5) - 1 for name in PICTURES]
+  params = tiny_variables()["params"]["generator"]
+  image = jax.jit(lambda *x: TINY.apply({"params": params}, *x)["image"])(*pictures)
+  expected = np.abs(image - (batch["image"] / 127.5 - 1)).mean()
+  np.testing.assert_allclose(output.loss, expected, rtol=1e-5)
+  assert set(output.metrics) == {"loss", "reconstruction_loss"}
+
+
+def test_all_losses_have_two_players():
+  task = create_task("super_resolution", TINY, **WEIGHTS, begin_step=7)
+  critic, generator = task.players
+  assert (critic.name, critic.updates, critic.begin_step) == ("critic", 2, 7)
+  assert (generator.name, generator.updates, generator.begin_step) == ("generator", 1, 0)
+  batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch(1).items()}
+  shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+  assert set(shapes) == {"params", "vgg"}
+  assert set(shapes["params"]) == {"generator", "critic"}
+
+
+class Counting(SuperResolution):
+  """Notes how often the generator stands in a program."""
+
+  made: ClassVar[list[bool]] = []
+
+  def _generate(self, params, batch, *, train=False):
+    self.made.append(train)
+    return super()._generate(params, batch, train=train)
+
+
+def test_a_critic_that_moves_twice_has_its_pictures_made_once():
+  task = Counting(TINY, adversarial_weight=1.0, **NARROW)
+  batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch().items()}
+  sgd = {"name": "sgd", "learning_rate": 0.1}
+  program = build_program(
+    task,
+    abstract_batch_of(batch, len(batch["image"])),
+    Recipe({"generator": sgd, "critic": sgd}, num_steps=2),
+    mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
+    rules=SHARDING_RULES,
+  )
+  with jax.set_mesh(program.mesh):
+    jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
+  assert task.critic_updates == 2
+  assert Counting.made == [True, True]  # for the critic, and for the generator's own loss
+
+
+def test_published_sizes_of_critic_and_vgg():
+  task = SuperResolution(TINY)
+  picture = jnp.zeros((1, 160, 160, 3))
+  for network, count in ((task._critic, 17_821_473), (task._vgg, 12_944_972 - 12)):
+    shapes = jax.eval_shape(network.init, jax.random.key(0), picture)
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_masked_rows_count_nowhere():
+  batch, longer = tiny_batch(), tiny_batch(3, seed=9)
+  longer = {key: np.concatenate([batch[key], value[:1]]) for key, value in longer.items()}
+  longer["mask"] = np.array([True, True, False])
+  a, b = tiny_loss(batch), tiny_loss(longer)
+  np.testing.assert_allclose(a.loss, b.loss, rtol=1e-6)
+  assert float(b.metrics["reconstruction_loss"].count) == 2
+
+
+def test_predictions_are_scored():
+  task, batch = SuperResolution(TINY), tiny_batch()
+  predictions = jax.tree.map(np.asarray, jax.jit(task.predict)(tiny_variables(), batch))
+  assert predictions["image"].shape == (2, 12, 16, 3)
+  assert predictions["image"].dtype == np.uint8
+  evaluator = task.evaluator()
+  evaluator.add(batch, predictions)
+  assert task.best_metric in evaluator.result()
+  assert set(task.figures(batch, predictions)) == {"super_resolution"}
+  assert set(task.batch_figures(batch)) == {"batch"}
+  assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
+
+
+def test_wrong_references_come_from_half_a_batch_away():
+  batch = tiny_batch(5)
+  batch["mask"] = np.array([True, True, True, True, False])
+  exchanged = exchange_references(batch)
+  for key in ("ref_image", "blurred_ref_image"):
+    np.testing.assert_array_equal(exchanged[key][:4], batch[key][[2, 3, 0, 1]])
+  assert set(exchanged) == set(batch)
+  one = {key: value[:1] for key, value in batch.items()}
+  np.testing.assert_array_equal(exchange_references(one)["ref_image"], one["ref_image"])
+  task, pair = SuperResolution(TINY, wrong_references=True), tiny_batch()
+  found = jax.jit(task.predict)(tiny_variables(), pair)
+  swapped = pair | {key: pair[key][::-1] for key in ("ref_image", "blurred_ref_image")}
+  expected = jax.jit(task.predict)(tiny_variables(), swapped)["image"]
+  np.testing.assert_array_equal(found["wrong_reference_image"], expected)
+  assert np.any(found["image"] != expected)
+
+
+def test_pixels_are_rounded_as_the_official_code_does():
+  values = jnp.array([-1.2, -1.0, 0.0, 0.999, 1.0, 1.5]).reshape(1, 1, 6, 1)
+  np.testing.assert_array_equal(to_pixels(values).reshape(-1), [0, 0, 128, 255, 255, 255])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"perceptual_weight": -1.0}, "perceptual_weight is -1.0"),
+    ({"begin_step": -1}, "begin_step is -1"),
+    ({"transferal_kind": "l3"}, "unknown transferal_kind 'l3'"),
+    ({"adversarial_kind": "hinge"}, "unknown adversarial_kind 'hinge'"),
+    ({"critic_updates": 0}, "critic_updates is 0"),
+  ],
+)
+def test_fields_out_of_range(fields, message):
+  with pytest.raises(ValueError, match=message):
+    SuperResolution(TINY, **fields)

@@ -1,0 +1,168 @@
+"""TTSR's published files and torchvision's VGG-19, both ways, and where runs start from them."""
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo import export, weights
+from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
+from vit_jax_zoo.systems.ttsr.model import TTSR
+from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.systems.ttsr.vgg import VGG19
+from vit_jax_zoo.weights import formats
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.key_map import WeightsError, unroll
+from vit_jax_zoo.weights.load import flatten_variables
+
+FILE = GOLDENS / "ttsr_a" / "weights.safetensors"
+NARROW = {
+  "critic_widths": (2, 4, 8, 16, 32),
+  "critic_hidden": 64,
+  "perceptual_widths": (4, 8, 8, 8, 8),
+}
+TINY = TTSR(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def loaded():
+  return weights.load_pretrained(str(FILE))
+
+
+def picture(batch, side):
+  return np.zeros((batch, side, side, 3), np.uint8)
+
+
+def game_variables(task):
+  batch = {key: picture(2, 32) for key in ("upsampled_image", "image")}
+  batch |= {key: picture(2, 32) for key in ("ref_image", "blurred_ref_image")}
+  batch["low_res_image"] = picture(2, 8)
+  shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
+  return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_export_of_import_is_the_file(tmp_path, scan_layers):
+  pretrained = weights.load_pretrained(str(FILE), scan_layers=scan_layers)
+  assert pretrained.task == "super_resolution"
+  flat = {k: np.asarray(x) for k, x in flatten_variables(pretrained.variables).items()}
+  for prefix in ("", "generator/"):  # alone, and as a run of ours has it
+    variables = {prefix + k: x for k, x in unroll(flat).items()}
+    if prefix:
+      variables["critic/score/kernel"] = np.zeros((2, 1), np.float32)
+    path = str(tmp_path / "TTSR.safetensors")
+    form = formats.find_format("ttsr", "pt")
+    form.load().write_checkpoint(
+      path, Export("ttsr", pretrained.model, variables, pretrained.preprocess)
+    )
+    written, original = load_file(path), load_file(FILE)
+    assert set(written) == {k for k in original if not k.startswith("LTE_copy.")}
+    for key, array in written.items():
+      if "sub_mean" in key:
+        np.testing.assert_allclose(array, original[key], rtol=1e-6)
+      else:
+        np.testing.assert_array_equal(array, original[key], err_msg=key)
+
+
+def test_a_game_starts_from_a_published_generator(loaded):
+  task = SuperResolution(loaded.model, perceptual_weight=1.0, adversarial_weight=1.0, **NARROW)
+  before = game_variables(task)
+  after = weights.load_into(str(FILE), before)
+  for theirs, ours in zip(
+    jax.tree.leaves(loaded.variables["params"]),
+    jax.tree.leaves(after["params"]["generator"]),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+  assert not any(np.any(x) for x in jax.tree.leaves((after["params"]["critic"], after["vgg"])))
+
+
+def test_a_file_that_does_not_fit(tmp_path):
+  arrays = load_file(FILE)
+  del arrays["MainNet.conv12.bias"]
+  path = tmp_path / "TTSR.safetensors"
+  save_file(arrays, path)
+  with pytest.raises(WeightsError, match="up2/bias"):
+    weights.load_pretrained(str(path))
+  del arrays["MainNet.merge_tail.conv13.weight"], arrays["LTE.slice1.0.weight"]
+  save_file(arrays, path)
+  with pytest.raises(WeightsError, match=r"no checkpoint of TTSR: it has no 'LTE\.slice1\.0"):
+    weights.load_pretrained(str(path))
+
+
+# --- VGG-19 ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vgg():
+  """A narrow VGG-19 with random weights, of random numbers."""
+  network = VGG19(widths=NARROW["perceptual_widths"])
+  shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"])
+
+
+def write_vgg(path, params, **more):
+  arrays = vgg_torchvision.to_published(params)
+  save_file({k: np.ascontiguousarray(v) for k, v in (arrays | more).items()}, path)
+  return str(path)
+
+
+def test_vgg_both_ways(tmp_path, vgg):
+  published = vgg_torchvision.to_published(vgg)
+  kernels = [f"features.{i}.weight" for i in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)]
+  assert [
+    k for k in sorted(published, key=lambda k: int(k.split(".")[1])) if "weight" in k
+  ] == kernels
+  path = str(tmp_path / "vgg.safetensors")
+  vgg_torchvision.write_vgg(path, vgg)
+  again = vgg_torchvision.load_vgg(path, vgg)
+  assert jax.tree.all(jax.tree.map(np.array_equal, again, vgg))
+
+
+def test_a_run_gives_its_vgg_back(tmp_path, vgg):
+  given = write_vgg(tmp_path / "vgg19.safetensors", vgg)
+  task = SuperResolution(TINY, perceptual_weight=1.0, vgg_file=given, **NARROW)
+  variables = weights.load_parts(task.weight_files, game_variables(task))
+  run = weights.Pretrained(TINY, variables, weights.Preprocess((8, 8)), {}, "super_resolution")
+  path = str(tmp_path / "back.safetensors")
+  export.write(run, "pth-vgg19", path)
+  written, original = load_file(path), load_file(given)
+  assert written.keys() == original.keys()
+  for key, array in written.items():
+    np.testing.assert_array_equal(array, original[key])
+  with pytest.raises(WeightsError, match=r"is torchvision's VGG-19, .*--config\.task\.vgg_file"):
+    weights.load_pretrained(path)
+
+
+def test_what_has_no_vgg_says_so(tmp_path, loaded):
+  with pytest.raises(WeightsError, match="no VGG-19 beside this TTSR: published files hold none"):
+    export.write(loaded, "pth-vgg19", str(tmp_path / "vgg.pth"))
+
+
+def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
+  unused = {"features.30.weight": np.zeros((8, 8, 3, 3), np.float32),
+            "classifier.0.weight": np.zeros((4, 4), np.float32)}  # fmt: skip
+  path = write_vgg(tmp_path / "vgg19.safetensors", vgg, **unused)
+  task = SuperResolution(TINY, perceptual_weight=1.0, vgg_file=path, **NARROW)
+  found = weights.load_parts(task.weight_files, game_variables(task))
+  assert jax.tree.all(jax.tree.map(np.array_equal, found["vgg"], vgg))
+  extractor = found["params"]["generator"]["extractor"]
+  assert set(extractor) == {"conv1_1", "conv2_1", "conv1_2", "conv2_2", "conv3_1"}
+  for name, layer in extractor.items():
+    np.testing.assert_array_equal(layer["kernel"], vgg[name]["kernel"])
+  others = {k: v for k, v in found["params"]["generator"].items() if k != "extractor"}
+  assert not any(np.any(x) for x in jax.tree.leaves(others))
+  alone = SuperResolution(TINY, vgg_file=path)  # TTSR-rec has no perceptual loss
+  assert "vgg" not in weights.load_parts(alone.weight_files, game_variables(alone))
+  assert SuperResolution(TINY).weight_files == {}
+
+
+def test_a_vgg_that_is_missing_or_another(tmp_path, vgg):
+  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at .*download\.pytorch"):
+    weights.load_parts({"vgg": str(tmp_path / "vgg19.pth")}, {"vgg": vgg})
+  norm = {"features.1.running_mean": np.zeros(4, np.float32)}
+  path = write_vgg(tmp_path / "vgg19_bn.safetensors", vgg, **norm)
+  with pytest.raises(WeightsError, match="is a VGG with batch norm; use torchvision's plain vgg19"):
+    vgg_torchvision.load_vgg(path, vgg)

@@ -1,0 +1,232 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.systems.vit.model import SHARDING_RULES, VisionTransformer
+from vit_jax_zoo.training import sharding
+
+TINY = {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "num_classes": 5}
+IMAGES = jax.random.uniform(jax.random.key(3), (2, 8, 12, 3), minval=-1, maxval=1)
+
+
+def tiny(**fields):
+  return VisionTransformer(**{**TINY, **fields})
+
+
+def shapes_of(model, images):
+  return jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def variables_of(model, images=IMAGES, seed=0):
+  """Random everywhere: a head of zeros would hide what comes before it."""
+  shapes = shapes_of(model, images)
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
+
+
+# The test table of google-research/vision_transformer, at 224 pixels and 1000 classes.
+PUBLISHED = {
+  "vit_ti16": 5_717_416,
+  "vit_s16": 22_050_664,
+  "vit_s32": 22_878_952,
+  "vit_b16": 86_567_656,
+  "vit_b32": 88_224_232,
+  "vit_b8": 86_576_872,
+  "vit_l16": 304_326_632,
+  "vit_l32": 306_535_400,
+  "vit_h14": 632_045_800,
+  "vit_r_ti16": 6_337_704,
+  "vit_r26_s32": 36_431_912,
+  "vit_r26_b32": 101_383_976,
+  "vit_r50_b16": 98_659_112,
+  "vit_r50_l32": 328_994_856,
+}
+PUBLISHED_MEAN_POOL = {
+  "vit_s16": 22_049_896,
+  "vit_s32": 22_878_184,
+  "vit_b16": 86_566_120,
+  "vit_b32": 88_222_696,
+}
+
+
+def parameter_count(model, size=224):
+  images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+  return sum(x.size for x in jax.tree.leaves(shapes["params"]))
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_published_parameter_counts(name, count):
+  assert parameter_count(create_model(name)) == count
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED_MEAN_POOL.items())
+def test_published_parameter_counts_with_mean_pooling(name, count):
+  assert parameter_count(create_model(name, pool="mean")) == count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("resnet", [None, {"stage_sizes": (1,), "width": 8, "num_groups": 4}])
+def test_shapes_dtypes_and_gradients(dtype, resnet):
+  model = tiny(dtype=dtype, resnet=resnet, patch_size=4 if resnet is None else 1)
+  variables = variables_of(model)
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+  def loss(variables):
+    out = model.apply(variables, IMAGES)
+    return jnp.sum(jnp.sin(out["logits"])), out
+
+  gradient, out = jax.jit(jax.grad(loss, has_aux=True))(variables)
+  assert out["logits"].shape == (2, 5)
+  assert out["logits"].dtype == out["features"].dtype == jnp.float32
+  assert out["tokens"].shape == (2, 7, 16)
+  assert out["tokens"].dtype == dtype
+  # A key's bias shifts all scores of a query alike, so its gradient is 0.
+  for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    assert leaf.dtype == jnp.float32, name
+    assert np.isfinite(leaf).all(), name
+    assert name.endswith("key/bias") or np.abs(leaf).max() > 0, name
+
+
+def test_jit_equals_eager():
+  model = tiny()
+  variables = variables_of(model)
+  eager = model.apply(variables, IMAGES)
+  compiled = jax.jit(model.apply)(variables, IMAGES)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eager, compiled)
+
+
+def test_reference_initialisation():
+  model = tiny(head_bias_init=-10.0, width=64, mlp_dim=256, representation_size=8, num_classes=3)
+  params = jax.jit(model.init)(jax.random.key(0), IMAGES)["params"]
+  block = params["encoder"]["blocks"]
+  assert not params["head"]["kernel"].any()
+  np.testing.assert_array_equal(params["head"]["bias"], -10)
+  assert not params["cls_token"].any()
+  assert np.std(params["position_embedding"]["table"]) == pytest.approx(0.02, rel=0.2)
+  limit = np.sqrt(6 / (64 + 64))  # Xavier of the whole 64 x 64 matrix, not of one head
+  assert 0.9 * limit < np.abs(block["attention"]["query"]["kernel"]).max() <= limit
+  assert 0.9 * limit < np.abs(block["attention"]["out"]["kernel"]).max() <= limit
+  assert 0 < np.abs(block["mlp"]["hidden"]["bias"]).max() < 1e-5
+  layers = np.asarray(block["mlp"]["hidden"]["kernel"])
+  assert np.abs(layers[0] - layers[1]).max() > 0.01  # scanned layers start differently
+
+
+def test_without_positions_the_order_of_patches_does_not_matter():
+  """A ViT without position embedding sees a bag of patches; with it, it does not."""
+  left, right = jnp.split(IMAGES, 2, axis=2)[0], jnp.split(IMAGES, [4], axis=2)[1]
+  swapped = jnp.concatenate([right[:, :, 4:], right[:, :, :4], left[:, :, :4]], axis=2)
+  images = jnp.concatenate([IMAGES[:, :, :4], right[:, :, :4], right[:, :, 4:]], axis=2)
+  for kind, same in (("none", True), ("learned_1d", False), ("sincos_2d", False)):
+    model = tiny(position_embedding=kind)
+    run = jax.jit(lambda v, x, model=model: model.apply(v, x)["logits"])
+    variables = variables_of(model)
+    difference = np.abs(run(variables, images) - run(variables, swapped)).max()
+    assert (difference < 1e-4) == same, kind
+
+
+def test_examples_do_not_see_each_other():
+  model = tiny()
+  variables = variables_of(model)
+  apply = jax.jit(model.apply)
+  alone = apply(variables, IMAGES.at[1].set(0.0))["logits"][0]
+  np.testing.assert_allclose(alone, apply(variables, IMAGES)["logits"][0], atol=1e-5)
+
+
+def test_dropout_and_stochastic_depth_are_on_while_training_only():
+  model = tiny(dropout_rate=0.3, drop_path_rate=0.3)
+  variables = variables_of(model)
+  train = jax.jit(
+    lambda key: model.apply(variables, IMAGES, train=True, rngs={"dropout": key})["logits"]
+  )
+  assert np.abs(train(jax.random.key(0)) - train(jax.random.key(1))).max() > 1e-3
+  np.testing.assert_array_equal(train(jax.random.key(0)), train(jax.random.key(0)))
+  out = jax.jit(model.apply)(variables, IMAGES)["logits"]
+  np.testing.assert_allclose(out, jax.jit(tiny().apply)(variables, IMAGES)["logits"], atol=1e-6)
+
+
+def test_pooling_with_a_class_token_averages_the_patches_alone():
+  model = tiny(pool="mean", cls_token=True, norm_after_pool=True, num_classes=None)
+  variables = variables_of(model)
+  out, state = jax.jit(lambda v: model.apply(v, IMAGES, mutable="intermediates"))(variables)
+  patches = np.asarray(state["intermediates"]["encoded"][0])[:, 1:]
+  pooled = patches.mean(axis=1)
+  centred = pooled - pooled.mean(-1, keepdims=True)
+  scale, bias = (np.asarray(variables["params"]["norm"][key]) for key in ("scale", "bias"))
+  expected = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale + bias
+  np.testing.assert_allclose(out["features"], expected, atol=1e-5)
+  assert "logits" not in out
+
+
+@pytest.mark.parametrize(
+  ("shape", "message"),
+  [
+    (
+      (1, 9, 8, 3),
+      "image height 9 is not a multiple of 4, the side of a patch in pixels; resize to 8 or 12",
+    ),
+    ((1, 8, 3, 3), "image width 3 .* resize to 4"),
+  ],
+)
+def test_an_image_that_patches_do_not_fill(shape, message):
+  with pytest.raises(ValueError, match=message):
+    shapes_of(tiny(), jnp.zeros(shape))
+
+
+def test_a_hybrid_counts_its_stride():
+  model = tiny(resnet={"stage_sizes": (1, 1, 1)}, patch_size=1)
+  assert model.patch_side == 16
+  with pytest.raises(ValueError, match="not a multiple of 16"):
+    shapes_of(model, jnp.zeros((1, 24, 32, 3)))
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"pool": "max"}, "unknown pool 'max'"),
+    ({"cls_token": False}, "pool 'cls' needs the class token"),
+    ({"num_classes": 0}, "None leaves out the head"),
+    ({"depth": 0}, "depth must be positive, not 0"),
+    ({"dropout_rate": -1.0}, r"dropout_rate must lie in \[0, 1\), not -1"),
+    ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
+    ({"num_heads": 3}, "not a multiple of num_heads 3"),
+  ],
+)
+def test_fields_that_cannot_be(fields, message):
+  with pytest.raises(ValueError, match=message):
+    shapes_of(tiny(**fields), IMAGES)
+
+
+def test_sharding_rules_split_heads_and_hidden_units():
+  mesh = sharding.create_mesh({"data": 1, "fsdp": 4, "model": 2})
+  for scan_layers in (True, False):
+    params = shapes_of(tiny(scan_layers=scan_layers), IMAGES)["params"]
+    specs = sharding.parameter_specs(params, SHARDING_RULES, mesh)
+    block = specs["encoder"]["blocks" if scan_layers else "block_1"]
+    depth = (None,) * scan_layers
+    assert block["attention"]["query"]["kernel"] == PartitionSpec(*depth, "fsdp", "model", None)
+    assert block["attention"]["out"]["kernel"] == PartitionSpec(*depth, "model", None, "fsdp")
+    assert block["mlp"]["hidden"]["kernel"] == PartitionSpec(*depth, "fsdp", "model")
+    assert block["mlp"]["out"]["kernel"] == PartitionSpec(*depth, "model", "fsdp")
+    assert block["mlp_norm"]["scale"] == PartitionSpec()
+
+
+@pytest.mark.multidevice
+def test_sharded_parameters_give_the_same_logits():
+  mesh = sharding.create_mesh({"data": 2, "fsdp": 2, "model": 2})
+  model = tiny(remat="dots")
+  images = jnp.concatenate([IMAGES, -IMAGES])
+  variables = variables_of(model, images)
+  specs = {"params": sharding.parameter_specs(variables["params"], SHARDING_RULES, mesh)}
+  with jax.set_mesh(mesh):
+    apply = jax.jit(
+      model.apply,
+      in_shardings=(sharding.named_shardings(specs, mesh), sharding.batch_sharding(mesh)),
+    )
+    given = apply(variables, images)["logits"]
+  expected = jax.jit(model.apply)(variables, images)["logits"]
+  np.testing.assert_allclose(given, expected, atol=1e-5)

@@ -1,0 +1,301 @@
+"""timm's and Hugging Face's ViTs: golden parity, export of import, and what users get wrong."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import GOLDENS
+from vit_jax_zoo import load_pretrained
+from vit_jax_zoo.systems.vit import weights_hf as vit_hf
+from vit_jax_zoo.systems.vit import weights_timm as vit_timm
+from vit_jax_zoo.systems.vit.model import VisionTransformer
+from vit_jax_zoo.weights import WeightsError, load_into
+from vit_jax_zoo.weights import key_map as table
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.torch_layouts import read_safetensors
+
+TIMM = {"vit_timm_a": {"num_heads": 4}, "vit_timm_gap_a": {"num_heads": 2}}
+HF = ("vit_hf_a", "vit_hf_base_a")
+
+
+def timm_file(name):
+  return str(GOLDENS / name / "weights.safetensors")
+
+
+def hf_folder(name):
+  return str(GOLDENS / name)
+
+
+def close(given, expected, atol=1e-5):
+  np.testing.assert_allclose(given, expected, atol=atol)
+
+
+def flat(variables):
+  return traverse_util.flatten_dict(variables["params"], sep="/")
+
+
+def run(loaded, images, **kwargs):
+  images = images.transpose(0, 2, 3, 1)
+  return jax.jit(lambda v, x: loaded.model.apply(v, x, **kwargs))(loaded.variables, images)
+
+
+def assert_same_arrays(given, expected):
+  assert given.keys() == expected.keys()
+  for key, array in expected.items():
+    np.testing.assert_array_equal(given[key], array, strict=True)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_golden_parity(name, load_golden):
+  config, inputs, outputs = load_golden(name)
+  loaded = load_pretrained(timm_file(name), **TIMM[name])
+  assert loaded.preprocess.image_size == tuple(config["img_size"])
+  assert loaded.model.pool == ("mean" if config.get("global_pool") == "avg" else "cls")
+  out, state = run(loaded, inputs["image"], mutable="intermediates")
+  seen = state["intermediates"]
+  close(seen["embedded"][0], outputs["embed"])
+  blocks = seen["encoder"]["blocks"]
+  for i, output in enumerate(blocks["output"][0]):
+    close(output, outputs[f"block_{i}"])
+  if "block_0.attn" in outputs:
+    close(blocks["attention_output"][0][0], outputs["block_0.attn"])
+    close(blocks["mlp_output"][0][0], outputs["block_0.mlp"])
+  close(out["tokens"], outputs["norm"])
+  close(out["features"], outputs["pre_logits"])
+  close(out["logits"], outputs["logits"], 1e-4)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_positions_resize_as_in_timm(name, load_golden):
+  config, inputs, outputs = load_golden(name)
+  loaded = load_pretrained(timm_file(name), image_size=tuple(config["new_img"]), **TIMM[name])
+  if "pos_embed_resized_bicubic_antialias" in outputs:
+    positions = loaded.variables["params"]["position_embedding"]["table"]
+    close(positions, outputs["pos_embed_resized_bicubic_antialias"], 1e-6)
+  logits = run(loaded, inputs["image_new_resolution"])["logits"]
+  close(logits, outputs["logits_new_resolution"], 1e-4)
+
+
+@pytest.mark.parametrize("name", HF)
+def test_hf_golden_parity(name, load_golden):
+  config, inputs, outputs = load_golden(name)
+  loaded = load_pretrained(hf_folder(name))
+  assert loaded.model.layer_norm_epsilon == config["layer_norm_eps"]
+  assert loaded.model.activation == "gelu"
+  out, state = run(loaded, inputs["pixel_values"], mutable="intermediates")
+  for i, output in enumerate(state["intermediates"]["encoder"]["blocks"]["output"][0]):
+    close(output, outputs[f"layer_{i}"])
+  close(out["tokens"], outputs["layernorm"])
+  is_base = name == "vit_hf_base_a"
+  assert ("logits" in out) != is_base
+  close(out["features"] if is_base else out["logits"], outputs[_result(is_base)], 1e-4)
+
+  resized = load_pretrained(hf_folder(name), image_size=tuple(config["new_img"]))
+  positions = resized.variables["params"]["position_embedding"]["table"]
+  close(positions, outputs["interpolated_position_embeddings"], 1e-6)
+  out = run(resized, inputs["pixel_values_new"])
+  expected = outputs[f"interpolated_{_result(is_base)}"]
+  close(out["features"] if is_base else out["logits"], expected, 1e-4)
+
+
+def _result(is_base):
+  return "pooler_output" if is_base else "logits"
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_export_of_import_is_the_file_bit_for_bit(scan_layers, tmp_path):
+  for name, fields in TIMM.items():
+    loaded = load_pretrained(timm_file(name), scan_layers=scan_layers, **fields)
+    vit_timm.write_file(str(tmp_path / "again.safetensors"), flat(loaded.variables))
+    assert_same_arrays(load_file(tmp_path / "again.safetensors"), load_file(timm_file(name)))
+  for name in HF:
+    loaded = load_pretrained(hf_folder(name), scan_layers=scan_layers)
+    export = Export("vit", loaded.model, table.unroll(flat(loaded.variables)), loaded.preprocess)
+    vit_hf.write_checkpoint(str(tmp_path), export)
+    assert_same_arrays(
+      load_file(tmp_path / "model.safetensors"), load_file(GOLDENS / name / "model.safetensors")
+    )
+    again = load_pretrained(str(tmp_path), scan_layers=scan_layers)
+    assert again.model == loaded.model
+    assert again.preprocess == loaded.preprocess
+
+
+def tiny_variables(size=32, **fields):
+  """Random parameters of a tiny model: what a file of another variant would hold."""
+  sizes = {"num_classes": 3, "patch_size": 8, "width": 64, "depth": 2, "num_heads": 1}
+  model = VisionTransformer(**{**sizes, "mlp_dim": 32, "activation": "gelu", **fields})
+  height, width = (size, size) if isinstance(size, int) else size
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, height, width, 3))))
+  rng = np.random.default_rng(0)
+  return model, jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+
+
+RESNET = {"width": 32, "group_norm_epsilon": 1e-5, "std_epsilon": 0.0, "variance_epsilon": 1e-8}
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"qkv_bias": False, "pool": "mean", "norm_after_pool": True},
+    {"pool": "mean", "norm_after_pool": True, "cls_token": True, "num_classes": None},
+    {"cls_token_position": False, "scan_layers": False},
+    {"representation_size": 5},
+    {"patch_size": 1, "resnet": {"stage_sizes": (1, 4), **RESNET}},
+    {"resnet": {"stage_sizes": (), **RESNET}},
+  ],
+  ids=["fc_norm", "fc_norm_cls", "no_embed_class", "pre_logits", "hybrid", "stem_only"],
+)
+def test_timm_variants_are_inferred(fields, tmp_path):
+  path = str(tmp_path / "model.safetensors")
+  model, variables = tiny_variables(**fields)
+  after_pool = fields.get("norm_after_pool", False)
+  vit_timm.write_file(path, flat(variables), norm_after_pool=after_pool)
+  loaded = load_pretrained(path, scan_layers=model.scan_layers)
+  inferred = {key: getattr(loaded.model, key) for key in fields}
+  assert inferred == fields
+  assert_same_arrays(flat(loaded.variables), flat(variables))
+  again = load_into(path, variables)
+  assert_same_arrays(flat(again), flat(variables))
+
+
+@pytest.mark.parametrize("own_row", [True, False])
+@pytest.mark.parametrize("size", [(32, 48), (24, 56)])
+def test_rows_of_grids_that_are_not_square(own_row, size, tmp_path):
+  """4 x 6 and a class token's row are 25, which is 5 x 5 as well; what is stated decides."""
+  path = str(tmp_path / "model.safetensors")
+  model, variables = tiny_variables(size, depth=1, cls_token_position=own_row)
+  vit_timm.write_file(path, flat(variables))
+  images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
+  expected = jax.jit(model.apply)(variables, images)["logits"]
+  config = {"pretrained_cfg": {"input_size": [3, *size]}}
+  for stated in ({}, config, {**config, "model_args": {"no_embed_class": not own_row}}):
+    if stated:
+      (tmp_path / "config.json").write_text(json.dumps(stated))
+    given = {} if stated else {"source_image_size": size}
+    loaded = load_pretrained(path, **given)
+    close(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"], expected, 1e-4)
+  assert loaded.model.cls_token_position == own_row
+
+
+def test_what_timms_arguments_say_of_the_pooling(tmp_path):
+  path = str(tmp_path / "model.safetensors")
+  _, variables = tiny_variables(depth=1, cls_token=True, norm_after_pool=True)
+  vit_timm.write_file(path, flat(variables), norm_after_pool=True)
+  for arguments, pool in (({}, "mean"), ({"global_pool": "token"}, "cls")):
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
+    assert load_pretrained(path).model.pool == pool
+  for arguments in ({"global_pool": "max"}, {"global_pool": "avg", "pool_include_prefix": True}):
+    (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
+    with pytest.raises(WeightsError, match="known are the class token and the patches' mean"):
+      load_pretrained(path)
+
+
+def test_half_precision_is_widened(tmp_path):
+  arrays = {
+    key: array.astype(jnp.bfloat16) for key, array in load_file(timm_file("vit_timm_a")).items()
+  }
+  save_file(arrays, tmp_path / "half.safetensors")
+  loaded = load_pretrained(str(tmp_path / "half.safetensors"), num_heads=4)
+  assert {leaf.dtype for leaf in jax.tree.leaves(loaded.variables)} == {np.dtype("float32")}
+  np.testing.assert_array_equal(
+    loaded.variables["params"]["cls_token"], arrays["cls_token"].astype(np.float32)
+  )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_safetensors_in_a_bucket(dtype, tmp_path, monkeypatch):
+  real = epath.Path
+  arrays = {"a": np.arange(6).reshape(2, 3).astype(dtype)}
+  save_file(arrays, tmp_path / "x.safetensors")
+  (tmp_path / "y.safetensors").write_bytes(b"else")
+  monkeypatch.setattr(epath, "Path", lambda path: real(str(path).replace("gs://b", str(tmp_path))))
+  loaded = read_safetensors("gs://b/x.safetensors")
+  assert loaded["a"].dtype == np.float32
+  np.testing.assert_array_equal(loaded["a"], arrays["a"].astype(np.float32))
+  for missing in ("y", "z"):
+    with pytest.raises(WeightsError, match=f"gs://b/{missing}.safetensors cannot be read"):
+      read_safetensors(f"gs://b/{missing}.safetensors")
+
+
+def test_a_new_head_starts_from_zeros_and_a_base_model_gets_one():
+  loaded = load_pretrained(timm_file("vit_timm_a"), num_heads=4, num_classes=7)
+  assert loaded.variables["params"]["head"]["kernel"].shape == (48, 7)
+  assert not loaded.variables["params"]["head"]["kernel"].any()
+  base = load_pretrained(hf_folder("vit_hf_base_a"), num_classes=7, representation_size=None)
+  assert base.variables["params"]["head"]["bias"].shape == (7,)
+  assert "pre_logits" not in base.variables["params"]
+
+
+def test_preprocessing_travels_with_the_weights(tmp_path):
+  shutil.copytree(hf_folder("vit_hf_a"), tmp_path / "hf")
+  settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}
+  (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(settings))
+  preprocess = load_pretrained(str(tmp_path / "hf")).preprocess
+  white = np.full((4, 4, 3), 255, np.uint8)
+  close(preprocess([white])[0, 0, 0], [6.0, 2.5, 4 / 3])
+
+  shutil.copytree(GOLDENS / "vit_timm_a", tmp_path / "timm")
+  settings = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "input_size": [3, 32, 32]}
+  config = {"architecture": "vit_small", "pretrained_cfg": settings}
+  (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
+  path = str(tmp_path / "timm" / "weights.safetensors")
+  preprocess = load_pretrained(path, num_heads=4).preprocess
+  assert preprocess.mean == (0.1, 0.2, 0.3)
+  assert preprocess.image_size == (32, 32)
+
+
+def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
+  arrays = load_file(timm_file("vit_timm_a"))
+  del arrays["norm.weight"]
+  arrays["blocks.0.ls1.gamma"] = np.zeros(48, np.float32)
+  arrays["blocks.1.mlp.fc2.weight"] = np.zeros((48, 5), np.float32)
+  arrays["blocks.2.attn.qkv.weight"] = np.zeros((3, 48), np.float32)
+  save_file(arrays, tmp_path / "broken.safetensors")
+  with pytest.raises(WeightsError) as info:
+    load_pretrained(str(tmp_path / "broken.safetensors"), num_heads=4)
+  message = str(info.value)
+  assert "missing: norm/scale (48,) (norm.weight)" in message
+  assert "unused: blocks.0.ls1.gamma (48,)" in message
+  assert "wrong shape: blocks.1.mlp.fc2.weight is (48, 5)" in message
+  assert "wrong shape: blocks.2.attn.qkv.weight[value] is (1, 48)" in message
+  assert "\n" not in message
+
+
+def test_errors_a_user_can_cause(tmp_path):
+  with pytest.raises(ValueError, match=r"there is no model\.safetensors or .* nor a TensorFlow"):
+    load_pretrained(str(tmp_path))
+  cut = tmp_path / "cut.safetensors"
+  cut.write_bytes((GOLDENS / "vit_timm_a" / "weights.safetensors").read_bytes()[:9000])
+  with pytest.raises(WeightsError, match=r"cut\.safetensors cannot be read as safetensors"):
+    load_pretrained(str(cut))
+  shutil.copy(GOLDENS / "vit_hf_a" / "model.safetensors", tmp_path)
+  with pytest.raises(WeightsError, match=r"there is no config\.json beside it"):
+    load_pretrained(str(tmp_path))
+  config = {"num_attention_heads": 4, "patch_size": 8, "hidden_act": "mish"}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(WeightsError, match=r"hidden_act 'mish'"):
+    load_pretrained(str(tmp_path))
+  config = {"num_attention_heads": 4, "patch_size": [8, 8]}
+  (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 32}))
+  assert load_pretrained(str(tmp_path)).model.patch_size == 8
+  (tmp_path / "config.json").write_text(json.dumps({**config, "patch_size": [8, 4]}))
+  with pytest.raises(WeightsError, match=r"has patches of \[8, 4\]; ours are square"):
+    load_pretrained(str(tmp_path))
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(WeightsError, match="does not state num_attention_heads, patch_size"):
+    load_pretrained(str(tmp_path))
+  save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
+  with pytest.raises(WeightsError, match=r"holds no weights of .* begin with conv\.weight"):
+    load_pretrained(str(tmp_path / "other.safetensors"))
+  mean = load_pretrained(timm_file("vit_timm_gap_a"), num_heads=2)
+  with pytest.raises(WeightsError, match=r"Hugging Face has no ViT with pool='mean'"):
+    vit_hf.write_checkpoint(str(tmp_path), Export("vit", mean.model, {}, mean.preprocess))
+  with pytest.raises(WeightsError, match="both pre_logits and head"):
+    vit_hf.state_dict({"pre_logits/kernel": np.zeros((1, 1)), "head/kernel": np.zeros((1, 1))})

@@ -1,0 +1,90 @@
+"""What models show of their inside: that it is theirs, in the right places and the right order."""
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
+from vit_jax_zoo.systems.vit.attention_maps import attention_rollout
+from vit_jax_zoo.systems.vit.model import VisionTransformer
+from vit_jax_zoo.systems.vit.position import sincos_2d
+
+SMALL = {"num_classes": 3, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 8}
+
+
+def explain(model, images):
+  @jax.jit
+  def run(images):
+    variables = model.init(jax.random.key(0), images)
+    _, state = model.apply(variables, images, mutable=["intermediates"])
+    sown = state["intermediates"]
+    return variables["params"], sown, model.explain(variables, sown, images.shape[1:3])
+
+  return run(images)
+
+
+def images(height=8, width=12, count=2):
+  return jax.random.normal(jax.random.key(1), (count, height, width, 3))
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_the_class_token_looks_at_the_patches(scan_layers):
+  model = VisionTransformer(**SMALL, scan_layers=scan_layers)
+  params, sown, seen = explain(model, images())
+  encoder = sown["encoder"]
+  blocks = [encoder[f"block_{i}"] for i in range(2)] if not scan_layers else [encoder["blocks"]]
+  weights = np.concatenate(
+    [np.asarray(b["attention"]["weights"][0]).reshape(-1, 2, 2, 7, 7) for b in blocks]
+  )
+  assert seen.grid == (2, 3)
+  assert seen.heads.shape == (2, 2, 2, 2, 3)  # [b l heads gh gw]
+  np.testing.assert_allclose(
+    seen.heads[1, 0, 1].ravel(), weights[0, 1, 1, 0, 1:], rtol=1e-5, atol=1e-7
+  )
+  rollout = np.asarray(attention_rollout(weights))[:, 0, 1:]
+  np.testing.assert_allclose(seen.looked_at.reshape(2, 6), rollout, rtol=1e-5, atol=1e-7)
+  assert seen.distances.shape == (2, 2)
+  table = params["position_embedding"]["table"][0]
+  np.testing.assert_array_equal(seen.positions, table[1:])
+  np.testing.assert_array_equal(seen.filters, params["embedding"]["kernel"])
+  assert seen.principal
+  assert seen.viewer == "the class token"
+
+
+def test_of_a_mean_the_patches_look_together():
+  model = VisionTransformer(**SMALL, pool="mean", position_embedding="sincos_2d")
+  _, sown, seen = explain(model, images())
+  weights = np.asarray(sown["encoder"]["blocks"]["attention"]["weights"][0])
+  np.testing.assert_allclose(
+    seen.heads[1, 1, 0].ravel(), weights[1, 1, 0].mean(axis=0), rtol=1e-5, atol=1e-7
+  )
+  np.testing.assert_allclose(np.asarray(seen.looked_at).sum(axis=(1, 2)), 1, rtol=1e-5)
+  np.testing.assert_allclose(seen.positions, sincos_2d(2, 3, 16), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["learned_2d", "none"])
+def test_positions_of_every_kind(kind):
+  model = VisionTransformer(**SMALL, position_embedding=kind)
+  params, _, seen = explain(model, images())
+  if kind == "none":
+    assert seen.positions is None
+    return
+  rows, columns = (params["position_embedding"][name] for name in ("rows", "columns"))
+  expected = np.concatenate([rows[1], columns[2]])  # of the last patch of 2 x 3
+  np.testing.assert_allclose(seen.positions[5], expected, rtol=1e-6)
+
+
+def test_a_residual_network_shows_norms_of_its_lambdas_and_its_stem():
+  model = LambdaResNet(
+    num_classes=3, stem="conv3", stem_width=8, blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
+    lambda_blocks=("all", "none", "none", "all"), lambda_layer={"dim_k": 4, "receptive_field": 3},
+  )  # fmt: skip
+  params, sown, seen = explain(model, images(8, 8))
+  assert set(seen.lambdas) == {"c2_block0", "c5_block0"}
+  lambdas = np.asarray(sown["c2_block0"]["lambda_layer"]["position_lambda"][0])
+  np.testing.assert_allclose(
+    seen.lambdas["c2_block0"][1, 3, 5], np.linalg.norm(lambdas[1, 3, 5]), rtol=1e-5
+  )
+  np.testing.assert_array_equal(seen.filters, params["stem"]["conv1"]["conv"]["kernel"])
+  assert not seen.principal
+  assert seen.looked_at is None

@@ -1,0 +1,109 @@
+"""Where a run starts: nothing is read that weights of the whole model make unnecessary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import ttsr
+from tests.systems.ttsr.test_weights import NARROW, TINY, game_variables
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import weights
+from vit_jax_zoo.initialization import Start
+from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.weights import formats
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.key_map import WeightsError, unroll
+from vit_jax_zoo.weights.preprocess import Preprocess
+
+REC = SuperResolution(TINY, vgg_file="missing/vgg19.pth")
+GAME = SuperResolution(
+  TINY, perceptual_weight=1.0, adversarial_weight=1.0, vgg_file="missing/vgg19.pth", **NARROW
+)
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+  """A file like TTSR-rec.pt, of a small model, and the model's parameters."""
+  fresh = game_variables(REC)["params"]["generator"]
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.1, x.shape)), fresh)
+  path = str(tmp_path_factory.mktemp("released") / "TTSR-rec.safetensors")
+  flat = weights.load.flatten_variables({"params": params})
+  formats.write_checkpoint(path, "pt", Export("ttsr", TINY, unroll(flat), Preprocess((16, 16))))
+  return path, params
+
+
+def fresh_variables(task):
+  return jax.tree.map(jnp.asarray, game_variables(task))
+
+
+def no_data():
+  raise AssertionError("training data were asked for")
+  yield
+
+
+def same(a, b):
+  return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+def test_a_file_that_would_be_overwritten_is_not_read(released):
+  path, params = released
+  found = Start(REC, path, no_data())(fresh_variables(REC))
+  assert same(found["params"]["generator"], params)
+  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at missing/vgg19\.pth"):
+    Start(REC, None, no_data())(fresh_variables(REC))
+  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at missing/vgg19\.pth"):
+    Start(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
+
+
+def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatch, tmp_path):
+  config = ttsr.get_config("demo")
+  config.task.vgg_file = f"{tmp_path}/vgg19.pth"
+  monkeypatch.setattr(experiment.Experiment, "program", no_data)
+  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at .*vgg19\.pth"):
+    experiment.run(config, epath.Path(tmp_path / "run"), experiment.RunOptions())
+
+
+def test_a_game_starts_from_a_run_without_a_critic_and_the_reverse(released):
+  _, params = released
+  game, alone = fresh_variables(GAME), fresh_variables(REC)
+  critic = jax.tree.map(np.asarray, game["params"]["critic"])
+  played = {"params": {"generator": params, "critic": critic}}
+  for source, target in (({"params": {"generator": params}}, game), (played, alone)):
+    found = weights.adapt(source, target, "the run", optional=GAME.training_only)
+    assert found.keys() == target.keys()
+    assert same(found["params"]["generator"], params)
+    others = {part: tree for part, tree in target["params"].items() if part != "generator"}
+    assert same({part: found["params"][part] for part in others}, others)
+  with pytest.raises(ValueError, match="critic/score/bias has no place"):
+    weights.adapt(played, alone, "the run")
+
+
+def test_released_weights_are_scored_without_vgg_and_training_pictures(released, tmp_path):
+  """By the recipe that has all losses, with no files but the weights and CUFED5."""
+  path, _ = released
+  rng = np.random.default_rng(1)
+  folder = tmp_path / "test" / "CUFED5"
+  folder.mkdir(parents=True)
+  for i in range(6):
+    pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / f"000_{i}.png")
+  config = ttsr.get_config(f"cufed,source=pairs:{tmp_path},init_from={path}")
+  config.task.vgg_file = "missing/vgg19.pth"
+  config.model.update(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
+  config.data.loader.num_workers = 0
+  config.eval_batch_size = 8  # there are eight devices
+  del config.data.eval.cufed5_stitched
+  options = experiment.RunOptions(evaluate_only=True)
+  outcome = experiment.run(config, epath.Path(tmp_path / "run"), options)
+  assert int(outcome.state.step) == 0
+  assert set(outcome.state.variables["params"]) == {"generator"}
+  assert "vgg" not in outcome.state.variables
+  assert outcome.scores["cufed5_level1/images"] == 1
+  assert np.isfinite(outcome.scores["cufed5_level1/psnr"])
+  config.batch_size = 8
+  with pytest.raises(ValueError, match="unknown split 'train'"):
+    experiment.run(config, epath.Path(tmp_path / "run"), experiment.RunOptions())

@@ -1,0 +1,49 @@
+"""What a run says of its classes before it begins."""
+
+import numpy as np
+
+from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.run_summary import count_classes, describe_balance, find_imbalance
+
+NAMES = ("ant", "bee", "cow")
+
+
+def counts(*train, **others):
+  return {name: np.array(values) for name, values in {"train": train, **others}.items()}
+
+
+def test_every_split_is_described():
+  assert describe_balance(counts(3, 0, 5, test=(1, 1, 0)), NAMES) == [
+    "train: 8 examples of 3 classes: ant 3, bee 0, cow 5",
+    "test: 2 examples of 3 classes: ant 1, bee 1, cow 0",
+  ]
+
+
+def test_of_many_classes_the_ends_are_named():
+  (line,) = describe_balance({"train": np.arange(40)[::-1]}, ())
+  assert line == (
+    "train: 780 examples of 40 classes: class 39 0, class 38 1, class 37 2, ..., class 2 37, "
+    "class 1 38, class 0 39"
+  )
+
+
+def test_what_cannot_be_learned_and_what_is_uneven_is_said():
+  (empty,) = find_imbalance(counts(3, 0, 5), NAMES)
+  assert empty == "no training example of one class: bee; it cannot be learned"
+  (empty,) = find_imbalance(counts(0, 0, 5), NAMES)
+  assert empty == "no training example of 2 classes: ant, bee; they cannot be learned"
+  (alone,) = find_imbalance(counts(5), NAMES[:1])
+  assert alone.startswith("there is one class alone, ant: every answer will be right")
+  (uneven,) = find_imbalance(counts(30, 3, 5), NAMES)
+  assert uneven.startswith("the classes are uneven: ant has 30 training examples, bee 3; look at ")
+  assert find_imbalance(counts(29, 3, 5), NAMES) == []
+  assert find_imbalance({}, NAMES) == []
+
+
+def test_classes_are_counted_where_that_takes_no_reading(tmp_path):
+  for path in ("ant/1.png", "ant/2.png", "bee/3.png"):
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    (tmp_path / path).write_bytes(b"never read")
+  sources = {"train": load_source(f"folder:{tmp_path}", "all")}
+  found = count_classes(sources)
+  np.testing.assert_array_equal(found["train"], [2, 1])

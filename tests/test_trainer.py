@@ -1,0 +1,201 @@
+"""From a config to a run: what is filled in, where a run starts, and what may be asked of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import vit
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import run_metadata as run_config
+from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.training.metric_writer import read_metrics
+
+
+def tiny(**fields):
+  config = vit.get_config("demo,num_steps=4,batch_size=16")
+  config.model.update(width=16, depth=1, mlp_dim=16, num_heads=2)
+  config.data.eval.test.split = "test[:20]"
+  config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 4
+  config.task.label_smoothing, config.ema_decay = 0.0, None
+  with config.ignore_type():
+    config.update(fields)
+  return config
+
+
+def run(config, workdir, **options):
+  return experiment.run(config, epath.Path(workdir), experiment.RunOptions(**options))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("finished")
+  return run(tiny(), workdir), workdir
+
+
+def test_what_the_data_knows_is_filled_in():
+  made = experiment.create(tiny())
+  assert made.model.num_classes == made.task.num_classes == 10
+  assert made.task.class_names == tuple("0123456789")
+  assert made.num_steps == 4
+
+
+def test_epochs_become_steps():
+  made = experiment.create(tiny(num_steps=None, num_epochs=2.0))
+  assert made.num_steps == round(2 * 1437 / 16)
+  assert experiment.create(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
+
+
+def test_sources_of_the_same_classes_are_mixed():
+  config = vit.get_config("demo,batch_size=16")
+  config.data.train.mixed_with = ({"source": "demo:digits", "split": "test[:50]"},)
+  made = experiment.create(config)
+  assert len(made.train_source) == 1437 + 50
+  assert next(made.train_batches())["image"].shape[0] == 16
+  config.data.train.mixed_with = ({"source": "demo:photos", "split": "train"},)
+  with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes"):
+    experiment.create(config)
+
+
+def test_every_default_is_there():
+  config = config_lib.complete(vit.get_config())
+  assert config.keys() == config_lib.defaults().keys()
+  assert (config.accumulation_steps, config.eval_batch_size, config.init_from) == (1, None, None)
+
+
+def test_a_run_leaves_what_it_says(finished):
+  outcome, workdir = finished
+  assert outcome.finished
+  assert set(outcome.scores) >= {"test/accuracy", "test/loss", "test/images"}
+  assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 16
+  assert (workdir / "best").exists()
+  assert (workdir / "figures" / "train_batch_00000000.png").exists()
+
+
+def test_evaluating_alone_changes_nothing_and_needs_no_training_data(finished):
+  outcome, workdir = finished
+  before = (workdir / "metrics.jsonl").read_bytes()
+  pictures = sorted((workdir / "figures").iterdir())
+  drawn = [path for path in pictures if path.name.startswith("test_")]
+  for path in drawn:
+    path.unlink()
+  moved = tiny()  # the training data are elsewhere by now
+  moved.data.train.source = "folder:/moved/away"
+  again = run(moved, workdir, evaluate_only=True, allow_config_change=True)
+  assert again.scores == outcome.scores
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+  assert drawn
+  assert drawn[-1].exists()  # the pictures of the last step are drawn once more
+
+
+def test_features_are_probed_while_training(tmp_path):
+  """Also on images of other classes; the best checkpoint is chosen by what is trained for."""
+  config = tiny(num_steps=2)
+  probed = {
+    "source": "demo:photos",
+    "split": "test[:24]+test[40:64]",
+    "fit_split": "train[:40]+train[60:100]",
+    "transforms": [{"name": "resize", "size": 8}],
+  }
+  config.data.eval.few_shot = probed | {"probe": {"name": "few_shot", "shots": (1, 5)}}
+  config.data.eval.near = probed | {"probe": {"name": "knn"}}
+  outcome = run(config, tmp_path)
+  for name in ("few_shot/5_shot", "few_shot/1_shot", "few_shot/accuracy", "near/20_nn"):
+    assert 0 <= outcome.scores[name] <= 1
+  assert outcome.scores["few_shot/accuracy"] == outcome.scores["few_shot/5_shot"]
+  steps = [row["step"] for row in read_metrics(epath.Path(tmp_path)) if "few_shot/5_shot" in row]
+  assert steps == [2]
+  kept = json.loads((tmp_path / "config.json").read_text())
+  assert run_config.main_evaluation(kept["data"]["eval"]) == "test"
+
+
+def test_a_probe_that_is_wrong_is_one_line():
+  config = tiny()
+  config.data.eval.test.probe = {"name": "knn"}
+  with pytest.raises(ValueError, match="'test' is a probe; set the fit_split that it learns from"):
+    experiment.create(config)
+  config.data.eval.test.update(fit_split="train", probe={"name": "few_shots"})
+  with pytest.raises(ValueError, match="unknown probe 'few_shots'; did you mean 'few_shot'"):
+    experiment.create(config)
+
+
+def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path):
+  _, workdir = finished
+  changed = tiny(log_every=1)
+  changed.sharding.mesh.update(data=1, fsdp=-1)
+  assert run(changed, workdir).finished
+  with pytest.raises(ValueError, match=r"another config \(seed: 0 -> 1\); name another --workdir"):
+    run(tiny(seed=1), workdir)
+  assert run(tiny(seed=1), workdir, allow_config_change=True).finished
+
+
+def test_overfitting_one_batch_drives_the_loss_down(tmp_path):
+  config = tiny(num_steps=60, log_every=10, eval_every=0)
+  config.checkpoint.every = 60
+  config.model.update(width=32)
+  config.optimizer.schedule.warmup_steps = 5
+  outcome = run(config, tmp_path, overfit_one_batch=True)
+  losses = [row["train/loss"] for row in read_metrics(outcome.workdir) if "train/loss" in row]
+  assert losses[0] > 1.0
+  assert losses[-1] < 0.5 * losses[0]  # 60 different batches would not get below 0.8
+
+
+def test_overfitting_leaves_nothing_that_real_training_could_take_up(tmp_path):
+  assert run(tiny(), tmp_path, overfit_one_batch=True).workdir == tmp_path / "overfit_one_batch"
+  assert [path.name for path in tmp_path.iterdir()] == ["overfit_one_batch"]
+
+
+def test_there_must_be_something_to_evaluate(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"nothing to evaluate: no checkpoint in .*/typo"):
+    run(tiny(), tmp_path / "typo", evaluate_only=True)
+  assert not (tmp_path / "typo").exists()
+
+
+def test_a_profile_outside_the_run_is_one_line(tmp_path):
+  with pytest.raises(ValueError, match=r"--profile=9:12 lies outside .* steps 1 to 4"):
+    run(tiny(), tmp_path, profile=(9, 12))
+
+
+@pytest.mark.slow
+def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
+  run(tiny(), tmp_path)
+  (tmp_path / "config.json").write_text("{")
+  assert run(tiny(), tmp_path).finished
+
+
+def test_a_run_from_before_recipes_were_remembered_may_go_on(tmp_path):
+  config = experiment.create(tiny()).config
+  old = {k: v for k, v in run_config.as_json(config).items() if k != "recipe"}
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  run_config.check_config_unchanged(config, epath.Path(tmp_path))
+  (tmp_path / "config.json").write_text(json.dumps(old | {"seed": 9}))
+  with pytest.raises(ValueError, match="seed: 9 -> 0"):
+    run_config.check_config_unchanged(config, epath.Path(tmp_path))
+
+
+def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
+  again = run(tiny(), tmp_path)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+    again.state.params,
+    finished[0].state.params,
+  )
+
+
+def test_averaged_parameters_are_those_that_are_scored(tmp_path):
+  quick = {"optimizer": {"schedule": {"warmup_steps": 1}}}
+  plain = run(tiny(**quick), tmp_path / "plain")
+  averaged = run(tiny(ema_decay=0.9999, **quick), tmp_path / "averaged")
+  # So slow an average is still what the run began with, which knows nothing.
+  chance = np.log(10)
+  assert abs(averaged.scores["test/loss"] - chance) < 0.1 * abs(plain.scores["test/loss"] - chance)
+
+
+def test_a_run_keeps_what_it_took_from_its_data(finished):
+  config, data = run_config.recall(finished[0].workdir)
+  assert config["model"]["num_classes"] is None
+  assert run_config.fill_from_data(config["model"], data)["num_classes"] == 10
+  assert data.class_names == tuple("0123456789")
+  assert data.shapes["image"] == (8, 8, 3)

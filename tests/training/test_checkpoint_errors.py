@@ -1,0 +1,134 @@
+"""Checkpoints that are damaged, or find no place on the disk: one line, and how to go on.
+
+States have one array: of several errors at once, Orbax leaves all but one to be printed by threads.
+"""
+
+import errno
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from tests.training.disk import small_files
+from vit_jax_zoo.training.checkpoint import Checkpointer, is_checkpoint, restore_variables, writing
+
+STATE = {"params": {"x": jnp.arange(1000.0)}}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+  """A run with the steps 1 and 2, and the best of step 1."""
+  workdir = tmp_path_factory.mktemp("whole")
+  with Checkpointer(workdir, keep=2) as checkpointer:
+    checkpointer.save_best(1, STATE, 0.5)
+    checkpointer.save(1, STATE)
+    checkpointer.save(2, STATE)
+  return workdir
+
+
+def damaged(whole, folder, pattern, how):
+  """Returns a copy of a run of which all files that match are cut or gone."""
+  shutil.copytree(whole, folder)
+  files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
+  assert files, "there is nothing to damage"
+  for file in files:
+    file.unlink() if how == "missing" else file.write_bytes(file.read_bytes()[:-9])
+  return folder
+
+
+@pytest.mark.parametrize(
+  ("pattern", "how"),
+  [
+    ("checkpoints/2/state/manifest.ocdbt", "missing"),
+    ("checkpoints/2/state/manifest.ocdbt", "cut"),
+    ("checkpoints/2/state/_METADATA", "missing"),
+    ("checkpoints/2/state/_METADATA", "cut"),
+    ("checkpoints/2/state/d/*", "cut"),
+    ("checkpoints/2/state/ocdbt.process_0/d/*", "missing"),
+    ("checkpoints/2/state/**/*", "missing"),
+  ],
+)
+def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(whole, tmp_path, pattern, how):
+  workdir = damaged(whole, tmp_path / "run", pattern, how)
+  assert is_checkpoint(workdir)
+  said = rf"the checkpoint of step 2 in {workdir}/checkpoints/2 is damaged \(.*\); "
+  with (
+    Checkpointer(workdir) as checkpointer,
+    pytest.raises(ValueError, match=rf"{said}remove this folder, .* on from step 1$") as resumed,
+  ):
+    checkpointer.restore(STATE)
+  with pytest.raises(ValueError, match=rf"{said}use another: .*points/1, .*/best/1$") as read:
+    restore_variables(workdir / "checkpoints")
+  for error in (resumed, read):
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300 + 4 * len(str(workdir))
+  shutil.rmtree(workdir / "checkpoints" / "2")
+  with Checkpointer(workdir) as checkpointer:
+    np.testing.assert_array_equal(checkpointer.restore(STATE)["params"]["x"], STATE["params"]["x"])
+
+
+def test_the_only_checkpoint_may_be_damaged(whole, tmp_path):
+  workdir = damaged(whole, tmp_path / "run", "checkpoints/2/state/_METADATA", "cut")
+  shutil.rmtree(workdir / "checkpoints" / "1")
+  advice = r"no earlier step: remove .* begins anew \(or from --config.init_from=.*/best/1\)$"
+  with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=advice):
+    checkpointer.restore(STATE)
+
+
+@pytest.mark.parametrize(
+  ("pattern", "use", "advice"),
+  [
+    ("best/1/metrics/metrics", Checkpointer, "remove this folder: what is best will be found anew"),
+    ("best/1/variables/_METADATA", restore_variables, "use another: .*points/2, .*points/1$"),
+  ],
+)
+def test_damaged_best_variables_are_one_line(whole, tmp_path, pattern, use, advice):
+  workdir = damaged(whole, tmp_path / "run", pattern, "cut")
+  said = rf"the checkpoint of step 1 in {workdir}/best/1 is damaged \(.*\); {advice}"
+  with pytest.raises(ValueError, match=said):
+    use(workdir)
+
+
+def test_what_is_no_damage_is_said_as_it_is(whole, monkeypatch):
+  def refuse(*_, **__):
+    raise PermissionError("you may not read this")
+
+  monkeypatch.setattr("vit_jax_zoo.training.checkpoint._saved_arrays", refuse)
+  with pytest.raises(PermissionError, match="you may not read this"):
+    restore_variables(whole)
+
+
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path):
+  noise = {"params": {"x": jax.random.normal(jax.random.key(0), (100_000,))}}
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, noise)
+  message = rf"cannot be written to {tmp_path}: File too large; that of step 1 is complete: make "
+  with small_files(100_000), pytest.raises(OSError, match=message) as error:
+    save_and_wait(tmp_path, 2, noise)
+  assert "\n" not in str(error.value)
+  save_and_wait(tmp_path, 2, noise)
+  np.testing.assert_array_equal(restore_variables(tmp_path)["params"]["x"], noise["params"]["x"])
+
+
+def save_and_wait(workdir, step, state):
+  with Checkpointer(workdir) as checkpointer:
+    checkpointer.save(step, state)
+
+
+@pytest.mark.parametrize(
+  ("error", "message"),
+  [
+    (OSError(errno.ENOSPC, "Full"), f"run: {os.strerror(errno.ENOSPC)}; none is complete yet"),
+    (ValueError(f"Failed [os_error_code='{errno.EDQUOT}']"), os.strerror(errno.EDQUOT) + "; none"),
+    (OSError(errno.EACCES, "Permission denied"), "Permission denied"),
+    (ValueError("something else"), "something else"),
+  ],
+)
+def test_what_becomes_a_full_disk(tmp_path, error, message):
+  workdir = epath.Path(tmp_path / "run")
+  with pytest.raises((OSError, ValueError), match=message), writing(workdir, lambda: None):
+    raise error

@@ -1,0 +1,64 @@
+"""A full disk is one line, whatever was to be written, and nothing waits for it forever."""
+
+import errno
+import os
+
+import pytest
+from etils import epath
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboardX import summary
+
+from tests.training.disk import small_files
+from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import run_metadata as run_config
+from vit_jax_zoo.training.metric_writer import EventFile, MetricWriter, read_metrics, save_figures
+
+
+def one_line(message):
+  return pytest.raises(OSError, match=rf"^{message}: File too large; make room[^\n]*$")
+
+
+def test_a_log_that_does_not_fit_ends_the_run_and_is_gone_on_with(tmp_path):
+  with MetricWriter(tmp_path) as writer:
+    writer.write_scalars(1, {"loss": 1.0})
+  message = f"the log cannot be written to {tmp_path}"
+  with small_files(1000), one_line(message), MetricWriter(tmp_path, resume_step=1) as writer:
+    for step in range(2, 100):
+      writer.write_scalars(step, {"loss": 1.0})
+  with MetricWriter(tmp_path, resume_step=1) as writer:
+    writer.write_scalars(2, {"loss": 0.5})
+  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("size", [0, 4096])
+def test_pictures_and_texts_that_do_not_fit(tmp_path, size):
+  message = f"the log cannot be written to {tmp_path}"
+  with small_files(size), one_line(message), MetricWriter(tmp_path) as writer:
+    for step in range(20):  # more than the ten that tensorboardX's queue would hold
+      writer.write_figures(step, {"batch": Figure()})
+      writer.write_text(step, {"config": "seed: 0\n" * 1000})
+
+
+def test_what_stands_beside_a_run(tmp_path):
+  with small_files(1), one_line(f"{tmp_path}/figures/a_00000003.png cannot be written"):
+    save_figures(tmp_path, 3, {"a": Figure()})
+  with small_files(1), one_line(f"{tmp_path}/data.json cannot be written"):
+    run_config.remember_data(run_config.RunData().info("digits"), {}, epath.Path(tmp_path))
+
+
+def test_elsewhere_the_commands_add_what_to_do(tmp_path, capsys):
+  full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.json")
+  with pytest.raises(SystemExit), command_line.one_line_errors(show_traceback=False):
+    raise full
+  assert capsys.readouterr().err.endswith("'a.json'; make room, and give the same command again\n")
+
+
+def test_a_flush_leaves_nothing_out(tmp_path):
+  file = EventFile(tmp_path, number=0, purge_step=0)
+  for step in range(100):
+    file.add(summary.scalar("loss", step / 4), step)
+  file.flush()  # what a kill after it would leave
+  events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+  assert [(event.step, event.value) for event in events] == [(i, i / 4) for i in range(100)]
+  file.close()

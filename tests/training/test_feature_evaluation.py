@@ -1,0 +1,109 @@
+"""The probe evaluation: it takes every real row once, names its layers, and chooses honestly."""
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax_zoo.metrics.feature_probes import create_probe
+from vit_jax_zoo.training.feature_evaluation import FeatureEvaluation, collect_features
+from vit_jax_zoo.training.sharding import create_mesh
+
+ROWS, BATCH = 90, 40
+
+
+class Batches:
+  """Batches of random images whose label is the brightest of three pixels, the last one padded."""
+
+  def __init__(self, seed):
+    self.images = np.random.default_rng(seed).normal(0, 1, (ROWS, 3)).astype(np.float32)
+
+  def __len__(self):
+    return -(-ROWS // BATCH)
+
+  def __iter__(self):
+    for start in range(0, ROWS, BATCH):
+      rows = self.images[start : start + BATCH]
+      padding = np.full((BATCH - len(rows), 3), 1e6, np.float32)
+      labels = np.concatenate([rows.argmax(1), np.full(len(padding), 7)])
+      yield {
+        "image": np.concatenate([rows, padding]),
+        "label": labels.astype(np.int32),
+        "mask": np.arange(BATCH) < len(rows),
+      }
+
+
+def features(variables, batch):
+  x = batch["image"]
+  noise = jax.random.normal(jax.random.key(0), x.shape)
+  return {"layers": jax.numpy.stack([noise, x, x * 0.3 + noise], axis=1), "pixels": x}
+
+
+def evaluate(features_step, mesh, probe="linear", views=1, **fields):
+  batches = {"fit_batches": lambda: Batches(0), "test_batches": lambda: Batches(1)}
+  step = jax.jit(features_step)
+  return FeatureEvaluation(
+    step, **batches, mesh=mesh, name="probe", probe=create_probe(probe, **fields), views=views
+  )({})
+
+
+def test_layers_are_probed_on_all_real_rows():
+  mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
+  report = evaluate(features, mesh)
+  assert set(report.scores) == {
+    "layer_0", "layer_1", "layer_2", "pixels", "best_layer", "accuracy", "strength",
+  }  # fmt: skip
+  assert report.scores["best_layer"] == 1
+  assert report.scores["accuracy"] == report.scores["layer_1"] == report.scores["pixels"] > 0.9
+  assert report.scores["layer_0"] < 0.6
+  assert len(report.figures["depth"].axes) == 1
+
+
+def test_features_of_one_kind_are_asked_as_the_probe_says():
+  mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
+  features_step = lambda _, batch: {"features": batch["image"]}  # noqa: E731
+  report = evaluate(features_step, mesh, "few_shot", shots=(1, 5), seeds=(0,))
+  assert set(report.scores) == {
+    "accuracy", "1_shot", "1_shot_std", "5_shot", "5_shot_std",
+  }  # fmt: skip
+  assert report.scores["accuracy"] == report.scores["5_shot"] > 0.6
+  assert not report.figures
+
+
+def test_images_need_one_label_each():
+  class Unlabelled(Batches):
+    def __iter__(self):
+      return ({"image": batch["image"], "mask": batch["mask"]} for batch in super().__iter__())
+
+  mesh = create_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
+  step = jax.jit(lambda _, batch: {"features": batch["image"]})
+  with pytest.raises(ValueError, match="photos: features are probed with one label an image"):
+    collect_features(step, {}, Unlabelled(0), mesh, "photos")
+
+
+def test_images_to_score_are_seen_in_several_views_and_those_to_fit_in_one():
+  asked = []
+
+  def features(variables, batch):
+    asked.append("view" in batch)
+    x = batch["image"]
+    view = batch["view"][:, None] if "view" in batch else 0
+    return {"features": jax.numpy.where(view == 1, -x, x)}  # the second view says the opposite
+
+  mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
+  assert evaluate(features, mesh, views=3).scores["accuracy"] > 0.9  # two against one
+  assert asked == [False, True]  # traced once each
+  step = jax.jit(features)
+  found = collect_features(step, {}, Batches(1), mesh, "views", views=2)
+  assert found.features["features"].shape == (ROWS, 2, 3)
+  np.testing.assert_array_equal(found.features["features"][:, 0], Batches(1).images)
+  np.testing.assert_array_equal(found.features["features"][:, 1], -Batches(1).images)
+  assert len(found.labels) == ROWS
+
+
+def test_layers_around_the_best_are_reported_and_drawn():
+  mesh = create_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
+  report = evaluate(features, mesh, concatenate=3)
+  assert report.scores["concatenated"] > 0.9
+  assert report.scores["accuracy"] == report.scores["layer_1"]  # the headline stays one layer's
+  labels = [text.get_text() for text in report.figures["depth"].axes[0].texts]
+  assert any(label.startswith("concatenated: ") for label in labels)

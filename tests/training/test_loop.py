@@ -1,0 +1,286 @@
+"""The loop, on a toy: what happens when, exact resumption, and losses that are not finite."""
+
+import dataclasses
+import functools
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+
+from tests.training import toy
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
+from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.evaluate import PredictionScores
+from vit_jax_zoo.training.loop import Loop, LoopSettings, in_words, prefetch
+from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
+from vit_jax_zoo.training.progress import Progress
+
+SETTINGS = LoopSettings(
+  num_steps=12, log_every=3, eval_every=4, checkpoint_every=5, best="held_out/score"
+)
+
+
+@functools.cache
+def make_program():
+  batch = toy.batches(1)[0]
+  return build_program(
+    toy.Regression(),
+    abstract_batch_of(batch, len(batch["x"])),
+    Recipe({"name": "adamw", "learning_rate": 1e-2}, num_steps=12),
+    mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
+    rules=toy.RULES,
+  )
+
+
+def train(workdir, *, settings=SETTINGS, data=None, on_step=None, train_step=None):
+  """Runs the loop from the last checkpoint in `workdir`, as `experiment.run` does."""
+  made = make_program()
+  data = data or toy.batches(settings.num_steps)
+
+  def step(state, batch):
+    if on_step is not None:
+      on_step(int(state.step) + 1)
+    return (train_step or made.train_step)(state, batch)
+
+  scores = PredictionScores(
+    task=made.task,
+    predict_step=made.predict_step,
+    batches=lambda: toy.batches(2, seed=9),
+    mesh=made.mesh,
+    name="held_out",
+  )
+  with jax.set_mesh(made.mesh), Checkpointer(workdir, keep=3) as checkpointer:
+    state = checkpointer.restore(made.abstract_state) or made.initial_state(seed=0)
+    start = int(state.step)
+    with MetricWriter(workdir, resume_step=start or None) as writer:
+      loop = Loop(
+        train_step=step,
+        evaluations={"held_out": scores},
+        schedules=made.schedules,
+        settings=settings,
+        checkpointer=checkpointer,
+        writer=writer,
+        progress=Progress(settings.num_steps, 16, start_step=start, bar=False),
+        workdir=workdir,
+      )
+      put = functools.partial(sharding.to_global, mesh=made.mesh)
+      outcome = loop.run(state, prefetch(iter(data[start:]), put))
+      return dataclasses.replace(outcome, state=toy.host(outcome.state))
+
+
+def rows(workdir):
+  """The log without what depends on the clock."""
+  return [
+    {key: value for key, value in row.items() if not key.startswith("speed/")}
+    for row in read_metrics(workdir)
+  ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  return train(workdir), workdir
+
+
+def test_everything_happens_when_it_is_due(undisturbed):
+  outcome, workdir = undisturbed
+  assert outcome.finished
+  assert int(outcome.state.step) == 12
+  training = [row for row in rows(workdir) if "train/loss" in row]
+  scoring = [row for row in rows(workdir) if "held_out/score" in row]
+  # Metrics are written when they are due, and before every evaluation and checkpoint.
+  assert [row["step"] for row in training] == [3, 4, 5, 6, 8, 9, 10, 12]
+  assert [row["step"] for row in scoring] == [4, 8, 12]
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "12", "5"]
+  assert outcome.scores["held_out/error"] == scoring[-1]["held_out/error"]
+  assert training[0]["train/learning_rate"] == pytest.approx(1e-2)
+  assert "speed/images_per_second" in read_metrics(workdir)[0]
+
+
+def test_logged_losses_are_means_over_all_steps_since_the_last_time(undisturbed):
+  made, losses = make_program(), []
+  with jax.set_mesh(made.mesh):
+    state = made.initial_state(seed=0)
+    for batch in toy.batches(12):
+      state, metrics = made.train_step(state, sharding.to_global(batch, made.mesh))
+      losses.append(float(metrics["loss"].compute()))
+  logged = {row["step"]: row["train/loss"] for row in rows(undisturbed[1]) if "train/loss" in row}
+  assert logged[3] == pytest.approx(np.mean(losses[:3]), rel=1e-6)
+  assert logged[12] == pytest.approx(np.mean(losses[10:]), rel=1e-6)
+
+
+def test_the_best_variables_are_those_of_the_best_score(undisturbed):
+  _, workdir = undisturbed
+  scores = {r["step"]: r["held_out/score"] for r in rows(workdir) if "held_out/score" in r}
+  best = max(scores, key=scores.get)
+  assert (workdir / "best" / str(best)).exists()
+  kept = restore_variables(workdir / "best")
+  assert kept["params"]["head"]["kernel"].shape == (32, 1)
+
+
+def with_settings(**fields):
+  return dataclasses.replace(SETTINGS, **fields)
+
+
+def test_the_best_variables_are_scored_at_the_end(tmp_path):
+  outcome = train(tmp_path, settings=with_settings(score_best=True))
+  scores = {row["step"]: row for row in read_metrics(tmp_path) if "held_out/score" in row}
+  best = max((4, 8, 12), key=lambda step: scores[step]["held_out/score"])
+  assert best != 12  # as this toy and its few steps have it
+  expected = pytest.approx(scores[best]["held_out/score"], rel=1e-6)
+  assert outcome.scores["best/held_out/score"] == expected
+  found = [r for r in read_metrics(tmp_path) if "best/held_out/score" in r]
+  assert [(row["step"], row["best/held_out/score"]) for row in found] == [(12, expected)]
+  assert outcome.scores["held_out/score"] == scores[12]["held_out/score"]
+
+
+def test_the_last_may_be_the_best(tmp_path):
+  """The highest error stands for the best here, and that is the last one's."""
+  outcome = train(tmp_path, settings=with_settings(best="held_out/error", score_best=True))
+  assert outcome.scores["best/held_out/error"] == outcome.scores["held_out/error"]
+
+
+def test_what_is_due_may_be_a_share_of_the_run():
+  settings = with_settings(eval_every=0.25)
+  assert [step for step in range(1, 13) if settings.is_due(0.25, step)] == [3, 6, 9, 12]
+  assert [step for step in range(1, 13) if settings.is_due(0.01, step)] == list(range(1, 13))
+  assert [step for step in range(1, 13) if settings.is_due(0, step)] == [12]
+  assert [step for step in range(1, 13) if settings.is_due(4.0, step)] == [4, 8, 12]
+
+
+def test_single_classes_are_not_said():
+  scores = {"val/accuracy": 0.5, "val/accuracy/cat": 1.0, "best/val/loss": 2.0, "best/val/a/b": 1.0}
+  assert in_words(scores) == "val/accuracy 0.5  best/val/loss 2"
+
+
+@pytest.mark.parametrize("stop_at", [1, 5, 7])
+def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed, tmp_path, stop_at):
+  def send_sigterm(step):
+    if step == stop_at:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  stopped = train(tmp_path, on_step=send_sigterm)
+  assert not stopped.finished
+  assert int(stopped.state.step) == stop_at
+  resumed = train(tmp_path)
+  assert resumed.finished
+  jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
+  finals = [{**r} for r in rows(tmp_path) if r["step"] == 12]
+  assert finals == [r for r in rows(undisturbed[1]) if r["step"] == 12]
+
+
+class Killed(BaseException):
+  pass
+
+
+def test_a_crash_between_checkpoints_repeats_the_lost_steps(undisturbed, tmp_path):
+  def crash(step):
+    if step == 9:
+      raise Killed
+
+  with pytest.raises(Killed):
+    train(tmp_path, on_step=crash)
+  resumed = train(tmp_path)  # from step 5; what was logged about 6 to 8 is written again
+  jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
+  assert rows(tmp_path) == rows(undisturbed[1])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
+  data = toy.batches(12)
+  data[6] = {**data[6], "y": data[6]["y"] * np.nan}
+  with pytest.raises(
+    FloatingPointError, match=r"loss is nan at step 7; the last good one is step 5"
+  ):
+    train(tmp_path, data=data)
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+  assert all(np.isfinite(row["train/loss"]) for row in rows(tmp_path) if "train/loss" in row)
+
+
+def test_parameters_that_are_not_finite_are_neither_scored_nor_saved(tmp_path):
+  """The loss of a step comes before its update, and so says nothing of what the update did."""
+  made = make_program()
+
+  def spoil(state, batch):
+    state, metrics = made.train_step(state, batch)
+    if int(state.step) == 5:
+      spoilt = jax.tree.map(lambda p: p * jnp.inf, state.params)
+      state = dataclasses.replace(state, params=spoilt)
+    return state, metrics
+
+  with pytest.raises(
+    FloatingPointError, match="a parameter is not finite after step 5; there is no"
+  ):
+    train(tmp_path, train_step=spoil)
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_misspelt_best_score_is_named(tmp_path):
+  settings = dataclasses.replace(SETTINGS, best="held_out/scor")
+  with pytest.raises(ValueError, match="'held_out/scor'; did you mean 'held_out/score'"):
+    train(tmp_path, settings=settings)
+
+
+def test_without_a_checkpoint_the_message_says_so(tmp_path):
+  data = toy.batches(12)
+  data[0] = {**data[0], "x": data[0]["x"] * np.inf}
+  with pytest.raises(FloatingPointError, match="at step 1; there is no checkpoint yet"):
+    train(tmp_path, data=data)
+
+
+@pytest.mark.parametrize("window", [(2, 4), (3, 9)], ids=["inside", "beyond the end"])
+def test_a_profile_is_taken_of_the_steps_asked_for(tmp_path, window):
+  settings = dataclasses.replace(SETTINGS, num_steps=4, profile=window)
+  train(tmp_path, settings=settings)
+  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_prefetch_keeps_order_and_depth():
+  asked = []
+
+  def source():
+    for i in range(5):
+      asked.append(i)
+      yield i
+
+  batches = prefetch(source(), lambda x: x * 10, depth=2)
+  assert next(batches) == 0
+  assert asked == [0, 1]
+  assert list(batches) == [10, 20, 30, 40]
+
+
+def test_evaluation_merges_every_batch_once():
+  made = make_program()
+  data = toy.batches(3, seed=4)
+  data[2]["mask"] = np.arange(16) < 5
+  scores = PredictionScores(made.task, made.predict_step, lambda: data, made.mesh, "x")
+  with jax.set_mesh(made.mesh):
+    variables = made.initial_state(seed=0).variables
+    report = scores(variables)
+    predicted = [
+      np.asarray(made.task.predict(variables, {"x": jnp.asarray(b["x"])})["y"]) for b in data
+    ]
+  errors = np.concatenate([(p - b["y"]) ** 2 for p, b in zip(predicted, data, strict=True)])[:37]
+  assert report.scores["error"] == pytest.approx(errors.mean(), rel=1e-5)
+  assert "skipped_images" not in report.scores
+
+
+def test_evaluation_says_how_many_images_it_lost():
+  class Lossy(list):
+    num_skipped = 3
+
+  made = make_program()
+  data = Lossy(toy.batches(1))
+  scores = PredictionScores(made.task, made.predict_step, lambda: data, made.mesh, "x")
+  with jax.set_mesh(made.mesh):
+    report = scores(made.initial_state(seed=0).variables)
+  assert report.scores["skipped_images"] == 3
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+  logging.set_verbosity(logging.WARNING)

@@ -1,0 +1,107 @@
+"""Batches that are not the recipe's: what is due, and what is said."""
+
+import pytest
+
+from configs import common, detr, fpt, igpt, lambda_resnet, ttsr, vit
+from vit_jax_zoo.training.lr_scaling import advise, rule_of, scaled_rate
+from vit_jax_zoo.training.optim import list_optimizers
+
+
+def test_every_optimizer_has_a_rule():
+  assert {name: rule_of(name) for name in list_optimizers()} == {
+    "adafactor": "root", "adam": "root", "adamw": "root", "lamb": "root", "lion": "root",
+    "sgd": "linear",
+  }  # fmt: skip
+
+
+def test_the_rules_are_those_of_the_papers():
+  # Goyal et al.: 0.1 for 256 images is 3.2 for 8192. Malladi et al.: a quarter of the batch, half.
+  assert scaled_rate("sgd", 0.1, 8192, 256) == pytest.approx(3.2)
+  assert scaled_rate("adamw", 1e-3, 1024, 4096) == pytest.approx(5e-4)
+
+
+def said(config):
+  return advise(config.to_dict())
+
+
+@pytest.mark.parametrize(
+  ("config", "words"),
+  [
+    (vit.get_config("b16_finetune,batch_size=32"),
+     ["batch_size 32 is 1/16 of the recipe's 512: by the linear rule of sgd its learning rate of "
+      "0.03 becomes 0.001875, and this run has 0.03; set --config.optimizer.learning_rate=0.001875"
+      ", or keep the recipe's batch in parts: --config.batch_size=512 "
+      "--config.accumulation_steps=16"]),
+    (vit.get_config("b16_imagenet21k,batch_size=64"),
+     ["batch_size 64 is 1/64 of the recipe's 4096: by the root rule of adamw its learning rate of "
+      "0.001 becomes 0.000125,"]),
+    (vit.get_config("b16_imagenet21k,batch_size=40960"), ["10 times the recipe's 4096: by the "]),
+    (fpt.get_config("segmentation_voc"), []),
+  ],
+  ids=("sgd", "adamw", "larger", "the recipe's own"),
+)  # fmt: skip
+def test_a_rate_that_does_not_follow_is_a_warning(config, words):
+  found = said(config)
+  assert len(found) == len(words)
+  for advice, start in zip(found, words, strict=True):
+    assert start in advice.text
+    assert "\n" not in advice.text
+    assert advice.is_warning
+
+
+@pytest.mark.parametrize(
+  ("config", "change"),
+  [
+    (detr.get_config("r50,batch_size=4"), "the root rule of adamw: 0.0001 -> 2.5e-05"),
+    (lambda_resnet.get_config("r152_256,batch_size=256"), "the linear rule of sgd: 1.6 -> 0.1"),
+    (fpt.get_config("mask_rcnn_r50_fpt_coco,batch_size=2"), "linear rule of sgd: 0.05 -> 0.00625"),
+  ],
+  ids=("detr", "lambda_resnet", "fpt"),
+)
+def test_recipes_that_scale_their_rate_say_so(config, change):
+  (advice,) = said(config)
+  assert not advice.is_warning
+  assert change in advice.text
+
+
+def test_a_rate_that_was_chosen_for_the_batch_is_left_alone():
+  assert said(vit.get_config("b16_finetune,batch_size=32,learning_rate=0.002")) == []
+  assert said(vit.get_config("b16_finetune,batch_size=256")) == []  # near enough
+
+
+def test_a_flag_that_sets_the_batch_is_noticed_for_every_player():
+  config = ttsr.get_config("cufed,source=pairs:x")
+  config.batch_size = 1
+  found = said(config)
+  assert {a.text.split("--config.")[1].split("=")[0] for a in found} == {
+    "optimizer.generator.learning_rate",
+    "optimizer.critic.learning_rate",
+  }
+  config = igpt.get_config("s_imagenet")
+  config.batch_size = 8
+  (advice,) = said(config)
+  assert (
+    "of 0.001 becomes 0.00025, and this run has 0.001; set --config.optimizer.le" in advice.text
+  )
+  assert "--config.batch_size=128 --config.accumulation_steps=16" in advice.text
+
+
+def test_the_recipe_is_that_of_the_other_fields():
+  """iGPT's rate goes with the size of the images: that is no departure from the recipe."""
+  config = igpt.get_config("l_imagenet,image_size=48,learning_rate=0.5")
+  assert config.recipe.to_dict() == {"batch_size": 128, "learning_rates": {"optimizer": 1e-2}}
+
+
+def test_a_config_that_states_its_recipe_is_left_alone():
+  def make(*, batch_size: int = 8):
+    config = vit.demo(batch_size=batch_size)
+    config.recipe = {"batch_size": 512, "learning_rates": {"optimizer": 0.03}}
+    return config
+
+  assert common.build("", {"make": make}).recipe.batch_size == 512
+
+
+def test_a_config_without_a_recipe_says_nothing():
+  config = vit.get_config("demo,batch_size=1")
+  config.recipe = {"batch_size": None, "learning_rates": {}}
+  assert said(config) == []

@@ -1,0 +1,124 @@
+"""What is written can be read back, and a resumed run's log is that of an undisturbed one."""
+
+import json
+
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vit_jax_zoo.training import metric_writer
+from vit_jax_zoo.training.metric_writer import METRICS_FILE, MetricWriter, read_metrics
+
+
+def tensorboard_of(workdir):
+  accumulator = EventAccumulator(str(workdir))
+  accumulator.Reload()
+  return accumulator
+
+
+def scalars_of(workdir, name):
+  return [(event.step, event.value) for event in tensorboard_of(workdir).Scalars(name)]
+
+
+def test_all_kinds_reach_disk(tmp_path):
+  figure, axes = plt.subplots(figsize=(2, 1), dpi=50)
+  axes.plot([0, 1])
+  with MetricWriter(tmp_path / "new") as writer:
+    writer.write_scalars(3, {"train/loss": jnp.asarray(0.5), "rate": np.float32(0.25), "n": 2})
+    writer.write_figures(3, {"train/batch": figure})
+    writer.write_text(3, {"config": "# seed: 0"})
+    writer.write_hparams({"optimizer": {"learning_rate": 0.1}, "sizes": (1, 2), "seed": 0})
+  workdir = tmp_path / "new"
+  assert read_metrics(workdir) == [{"step": 3, "train/loss": 0.5, "rate": 0.25, "n": 2.0}]
+  assert scalars_of(workdir, "train/loss") == [(3, 0.5)]
+  events = tensorboard_of(workdir)
+  (image,) = events.Images("train/batch")
+  assert (image.step, image.width, image.height) == (3, 100, 50)
+  assert events.Tensors("config/text_summary")[0].tensor_proto.string_val == [b"# seed: 0"]
+  hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+  assert b"optimizer.learning_rate" in hparams
+  picture = np.asarray(Image.open(workdir / "figures" / "train" / "batch_00000003.png"))
+  assert picture.shape == (50, 100, 3)
+  assert picture.min() < 128 < picture.max(), "something is drawn"
+  assert not plt.get_fignums(), "figures are closed"
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+  with MetricWriter(tmp_path) as writer:
+    writer.write_scalars(1, {"a": np.nan, "b": np.inf, "c": -np.inf})
+  row = json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=pytest.fail)
+  assert row == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity"}
+  (found,) = read_metrics(tmp_path)
+  assert np.isnan(found["a"])
+  assert (found["b"], found["c"]) == (np.inf, -np.inf)
+
+
+def write_steps(workdir, steps, resume_step=None):
+  with MetricWriter(workdir, resume_step=resume_step) as writer:
+    for step in steps:
+      writer.write_scalars(step, {"loss": step / 10})
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 3, "loss": 0.3}'])
+def test_a_resumed_log_is_that_of_an_undisturbed_run(tmp_path, torn):
+  write_steps(tmp_path / "whole", range(1, 7))
+  write_steps(tmp_path / "killed", range(1, 6))
+  with (tmp_path / "killed" / METRICS_FILE).open("a") as file:
+    file.write(torn)  # what a kill in the middle of a line leaves
+  write_steps(tmp_path / "killed", range(4, 7), resume_step=3)
+  contents = [(tmp_path / run / METRICS_FILE).read_text() for run in ("whole", "killed")]
+  assert contents[0] == contents[1]
+  assert scalars_of(tmp_path / "killed", "loss") == scalars_of(tmp_path / "whole", "loss")
+
+
+def test_a_new_run_in_an_old_place_begins_a_new_log(tmp_path):
+  write_steps(tmp_path, range(0, 6))
+  write_steps(tmp_path, range(0, 2))
+  assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+  assert [step for step, _ in scalars_of(tmp_path, "loss")] == [0, 1]
+
+
+def test_other_processes_write_nothing(tmp_path):
+  figure = plt.figure()
+  with MetricWriter(tmp_path / "other", enabled=False) as writer:
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.write_figures(1, {"figure": figure})
+    writer.write_text(1, {"text": "text"})
+    writer.write_hparams({"a": 1})
+    writer.flush()
+  assert not (tmp_path / "other").exists()
+  assert not plt.get_fignums()
+
+
+def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
+  writer = MetricWriter(tmp_path)
+  writer.write_scalars(1, {"loss": np.zeros(3)})
+  with pytest.raises(ValueError, match=r"metric 'loss' has shape \(3,\)"):
+    writer.flush()
+  writer.write_scalars(2, {"loss": 1.0})
+  writer.close()
+  writer.close()  # a second time does no harm
+  assert [row["step"] for row in read_metrics(tmp_path)] == [2]
+
+
+def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
+  bucket, real = tmp_path / "bucket", metric_writer.epath.Path
+  monkeypatch.setattr(
+    metric_writer.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(bucket)))
+  )
+  with MetricWriter("gs://bucket/run") as writer:
+    writer.write_scalars(1, {"loss": 2.0})
+    writer.flush()
+    assert [row["loss"] for row in metric_writer.read_metrics("gs://bucket/run")] == [2.0]
+    writer.write_scalars(2, {"loss": 1.0})
+    writer.write_figures(2, {"a/picture": Figure()})
+  with MetricWriter("gs://bucket/run", resume_step=1) as writer:
+    writer.write_scalars(2, {"loss": 0.5})
+  rows = metric_writer.read_metrics("gs://bucket/run")
+  assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.0), (2, 0.5)]
+  assert (bucket / "run" / "figures" / "a" / "picture_00000002.png").exists()
+  assert len(list((bucket / "run").glob("events.out.tfevents.*"))) == 2

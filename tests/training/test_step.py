@@ -1,0 +1,281 @@
+"""The training step: the same numbers on any mesh and in any number of micro-batches."""
+
+import dataclasses
+import functools
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.training import toy
+from vit_jax_zoo.tasks import base
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+
+ADAMW = {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
+
+
+def program(task, batch, *, mesh=None, optimizer=None, **kwargs):
+  return build_program(
+    task,
+    abstract_batch_of(batch, len(batch["x"])),
+    Recipe(optimizer or ADAMW, num_steps=100, **kwargs),
+    mesh=sharding.create_mesh(mesh or {"data": 1}, jax.devices()[: 1 if mesh is None else None]),
+    rules=toy.RULES,
+  )
+
+
+def losses(task, num_steps, **kwargs):
+  """Trains a few steps; returns the losses and the last state, on the host."""
+  data = toy.batches(num_steps)
+  made = program(task, data[0], **kwargs)
+  with jax.set_mesh(made.mesh):
+    state, found = made.initial_state(seed=0), []
+    for batch in data:
+      state, metrics = made.train_step(state, sharding.to_global(batch, made.mesh))
+      found.append(float(metrics["loss"].compute()))
+    return np.array(found), toy.host(state)
+
+
+@functools.cache
+def one_device_losses():
+  return losses(toy.Regression(), 6, ema_decay=0.9)
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize(
+  "mesh",
+  [
+    {"data": -1},
+    {"data": 1, "fsdp": -1},
+    {"data": 2, "fsdp": 2, "model": 2},
+    {"data": 1, "model": -1},
+  ],
+  ids=str,
+)
+def test_every_mesh_computes_the_same(mesh):
+  expected, state = one_device_losses()
+  found, sharded = losses(toy.Regression(), 6, ema_decay=0.9, mesh=mesh)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  # Includes BatchNorm's statistics: they are those of the whole batch on every mesh.
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
+    (sharded.model_state, sharded.ema),
+    (state.model_state, state.ema),
+  )
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("mesh", [None, {"data": -1}], ids=str)
+def test_accumulation_equals_the_large_batch(mesh):
+  task = toy.Regression(toy.ToyNet(batch_norm=False))
+  expected, state = losses(task, 4)
+  found, accumulated = losses(task, 4, mesh=mesh, accumulation_steps=2)
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    accumulated.params,
+    state.params,
+  )
+
+
+def test_training_learns_and_the_average_lags_behind():
+  found, state = losses(toy.Regression(), 40, ema_decay=0.99)
+  assert found[-5:].mean() < 0.5 * found[:5].mean()
+  for latest, averaged in (
+    (state.params["wide"]["kernel"], state.ema["params"]["wide"]["kernel"]),
+    (state.model_state["batch_stats"]["norm"]["var"], state.ema["batch_stats"]["norm"]["var"]),
+  ):
+    assert np.abs(latest - averaged).max() > 1e-3
+  assert state.variables is state.ema
+  assert state.latest_variables.keys() == state.ema.keys() == {"params", "batch_stats"}
+
+
+def test_the_average_takes_in_parameters_and_statistics_alike():
+  decay, data = 0.75, toy.batches(3)
+  made = program(toy.Regression(), data[0], ema_decay=decay)
+  with jax.set_mesh(made.mesh):
+    state = made.initial_state(seed=0)
+    expected = toy.host(state.latest_variables)
+    jax.tree.map(np.testing.assert_array_equal, toy.host(state.ema), expected)
+    for batch in data:
+      state, _ = made.train_step(state, sharding.to_global(batch, made.mesh))
+      latest = toy.host(state.latest_variables)
+      expected = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, expected, latest)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+    toy.host(state.ema),
+    expected,
+  )
+
+
+ODD = np.array([0.1, -0.0, np.inf, -np.inf, 1e-40, 3e38, np.nan], np.float32)
+"""What rounding, or a difference to itself, would change."""
+
+
+class WithConstants(toy.Regression):
+  """Carries collections that no step changes, and a counter."""
+
+  def init(self, rng, batch):
+    constants = {"odd": jnp.asarray(ODD), "small": jnp.asarray([0.3], jnp.bfloat16)}
+    return {**super().init(rng, batch), "constants": constants, "steps": {"n": jnp.int32(0)}}
+
+  def loss(self, variables, batch, context):
+    own = {key: variables[key] for key in ("params", "batch_stats")}
+    output = super().loss(own, batch, context)
+    kept = {"constants": variables["constants"], "steps": {"n": variables["steps"]["n"] + 1}}
+    return dataclasses.replace(output, model_state={**output.model_state, **kept})
+
+
+def test_what_never_changes_keeps_its_bits_in_the_average_and_counters_are_the_latest():
+  _, state = losses(WithConstants(), 5, ema_decay=0.9)
+  assert state.ema["constants"]["odd"].tobytes() == ODD.tobytes()
+  small = state.ema["constants"]["small"]
+  assert small.tobytes() == np.asarray([0.3], small.dtype).tobytes()
+  assert state.ema["steps"]["n"] == 5
+
+
+@pytest.mark.multidevice
+@pytest.mark.parametrize("with_ema", [True, False])
+def test_a_start_from_other_variables_puts_each_where_it_belongs(with_ema):
+  batch = toy.batches(1)[0]
+  made = program(
+    toy.Regression(),
+    batch,
+    mesh={"data": 2, "fsdp": 2, "model": 2},
+    ema_decay=0.9 if with_ema else None,
+  )
+  kernel = np.arange(256, dtype=np.float64).reshape(8, 32)
+  head = jnp.full((32, 1), 0.5)
+  given = kernel.copy()
+
+  def pretrain(fresh):
+    params = {
+      **fresh["params"],
+      "wide": {"kernel": given},
+      "head": {**fresh["params"]["head"], "kernel": head},
+    }
+    return {**fresh, "params": params}
+
+  with jax.set_mesh(made.mesh):
+    state = made.initial_state(seed=0, pretrain=pretrain)
+    jax.tree.map(
+      lambda leaf, wanted: np.testing.assert_equal(
+        (leaf.dtype, leaf.sharding), (wanted.dtype, wanted.sharding)
+      ),
+      state,
+      made.abstract_state,
+    )
+    np.testing.assert_array_equal(state.params["wide"]["kernel"], kernel)
+    np.testing.assert_array_equal(
+      state.variables["params"]["head"]["kernel"], np.full((32, 1), 0.5)
+    )
+    made.train_step(state, sharding.to_global(batch, made.mesh))
+  np.testing.assert_array_equal(given, kernel)
+  np.testing.assert_array_equal(head, np.full((32, 1), 0.5))
+
+
+def test_a_start_from_variables_of_another_shape_is_one_line():
+  made = program(toy.Regression(), toy.batches(1)[0])
+  wrong = {"kernel": np.zeros((8, 31))}
+  with (
+    jax.set_mesh(made.mesh),
+    pytest.raises(ValueError, match=r"is \(8, 31\); expected \(8, 32\)"),
+  ):
+    made.initial_state(0, lambda fresh: {**fresh, "params": {**fresh["params"], "wide": wrong}})
+
+
+def test_each_step_draws_new_randomness_that_the_seed_decides():
+  task = toy.Regression(toy.ToyNet(dropout_rate=0.5, batch_norm=False))
+  frozen = {"name": "sgd", "learning_rate": 0.0}
+  batch = toy.batches(1)[0]
+  made = program(task, batch, optimizer=frozen)
+
+  def draw(seed):
+    with jax.set_mesh(made.mesh):
+      state, found = made.initial_state(seed=0), []
+      state = state.replace(rng=jax.random.key_data(jax.random.key(seed)))
+      for _ in range(3):
+        state, metrics = made.train_step(state, sharding.to_global(batch, made.mesh))
+        found.append(float(metrics["loss"].compute()))
+      return found
+
+  first = draw(1)
+  assert len(set(first)) == 3
+  assert draw(1) == first
+  assert draw(2) != first
+
+
+def play(num_steps, kind=toy.Game, **kwargs):
+  task, batch = kind(**kwargs), toy.batches(1)[0]
+  sgd = {"name": "sgd", "learning_rate": 0.25}
+  made = program(task, batch, optimizer={"critic": sgd, "actor": sgd}, accumulation_steps=2)
+  with jax.set_mesh(made.mesh):
+    state, history = made.initial_state(seed=0), []
+    for _ in range(num_steps):
+      state, metrics = made.train_step(state, sharding.to_global(batch, made.mesh))
+      at = {name: float(params["at"]) for name, params in state.params.items()}
+      history.append((at, {k: float(m.count) for k, m in metrics.items()}))
+  return history
+
+
+def test_players_move_in_turn_each_in_its_own_parameters():
+  # The critic halves its distance to 3 twice in each step; then the actor moves half-way to it.
+  (first, counts), (second, _) = play(2)
+  assert first == {"critic": 2.25, "actor": 1.125}
+  assert second == {"critic": pytest.approx(2.8125), "actor": pytest.approx(1.96875)}
+  assert counts["critic_loss"] == 2  # one for each micro-batch of its last move
+  assert {"critic_gradient_norm", "actor_gradient_norm"} <= counts.keys()
+
+
+class Observing(toy.Game):
+  """Observes its goals, and examples: those of its loss if both are of one micro-batch."""
+
+  observed: ClassVar[list[str]] = []
+
+  def observe(self, variables, batch, context):
+    self.observed.append(context.player)
+    goals = {"critic": variables["constants"]["goal"], "actor": variables["params"]["critic"]["at"]}
+    return {"goal": goals[context.player], "x": batch["x"] + 1}
+
+  def loss(self, variables, batch, context):
+    output = super().loss(variables, batch, context)
+    moved = context.observed["goal"] + jnp.sum(context.observed["x"] - 1 - batch["x"])
+    distance = (variables["params"][context.player]["at"] - moved) ** 2
+    share = base.example_mask(batch).sum() / context.normalizers["examples"]
+    return dataclasses.replace(output, loss=distance * share)
+
+
+def test_what_a_player_observes_is_made_once_for_all_of_its_updates():
+  found = [at for at, _ in play(2, Observing)]
+  for at, (expected, _) in zip(found, play(2), strict=True):
+    assert at == pytest.approx(expected, abs=1e-5)
+  traces = Observing.observed.count("actor")  # it moves once in a step
+  assert traces
+  assert Observing.observed.count("critic") == traces
+
+
+def test_a_player_stands_still_until_its_turn_begins():
+  history = play(3, actor_begins=2)
+  assert [at["actor"] for at, _ in history[:2]] == [0.0, 0.0]
+  assert history[2][0]["actor"] > 0
+  assert history[0][1]["actor_loss"] == 0  # it counted nothing, so nothing is logged of it
+  assert history[2][1]["actor_loss"] == 2
+
+
+def test_frozen_parameters_stay_bit_identical():
+  rules = [("wide/.*", {"frozen": True})]
+  _, state = losses(toy.Regression(), 3, optimizer=ADAMW | {"rules": rules})
+  data = toy.batches(1)[0]
+  made = program(toy.Regression(), data)
+  with jax.set_mesh(made.mesh):
+    fresh = toy.host(made.initial_state(seed=0))
+  jax.tree.map(np.testing.assert_array_equal, state.params["wide"], fresh.params["wide"])
+  assert np.any(state.params["head"]["kernel"] != fresh.params["head"]["kernel"])
+
+
+def test_a_batch_that_does_not_fit_is_one_line():
+  with pytest.raises(ValueError, match="batch_size 16 cannot be split evenly"):
+    program(toy.Regression(), toy.batches(1)[0], accumulation_steps=3)

@@ -1,0 +1,143 @@
+"""What a file says of the model's sizes: where it is damaged, and where pictures are gray."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.conftest import GOLDENS, golden_folder
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.weights import WeightsError
+from vit_jax_zoo.weights.infer import count, outputs_of, side
+
+BLOCK = "Transformer/encoderblock_0"
+FIRST = {  # of each file, what tells sizes
+  "vit_timm_a": (
+    "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight", "head.bias",
+    "blocks.0.attn.qkv.bias",
+  ),
+  "vit_hf_a": (
+    "vit.embeddings.patch_embeddings.projection.weight", "classifier.bias",
+    "vit.encoder.layer.0.intermediate.dense.weight", "vit.encoder.layer.2.layernorm_before.weight",
+  ),
+  "vit_a": (
+    "embedding/kernel", f"{BLOCK}/MultiHeadDotProductAttention_1/query/kernel", "head/bias",
+    f"{BLOCK}/MlpBlock_3/Dense_0/kernel", "Transformer/posembed_input/pos_embedding",
+  ),
+  "lambda_resnet26t_a": (
+    "stem.conv1.conv.weight", "stem.conv3.conv.weight", "stages.2.0.conv1_1x1.conv.weight",
+    "head.fc.bias", "stages.2.1.self_attn.conv_lambda.weight",
+    "stages.2.1.self_attn.norm_q.weight",
+  ),
+}  # fmt: skip
+
+
+def copy_of(name, folder):
+  """Returns the path of a copy that may be changed, the file with its arrays, and those."""
+  if name == "vit_a":
+    file = folder / "x.npz"
+    shutil.copy(GOLDENS / name / "weights.npz", file)
+    return str(file), file, dict(np.load(file))
+  is_folder = name == "vit_hf_a"
+  if is_folder:
+    shutil.copy(GOLDENS / name / "config.json", folder)
+  file = folder / "model.safetensors"
+  source = "model.safetensors" if is_folder else "weights.safetensors"
+  shutil.copy(golden_folder(name) / source, file)
+  return str(folder if is_folder else file), file, load_file(file)
+
+
+def save(arrays, file):
+  if file.suffix == ".npz":
+    np.savez(file, allow_pickle=False, **arrays)
+  else:
+    save_file(arrays, file)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_arrays_that_tell_sizes_may_be_the_ones_that_are_missing(name, tmp_path):
+  path, file, arrays = copy_of(name, tmp_path)
+  rest = {key: array for key, array in arrays.items() if key not in FIRST[name]}
+  save({**rest, "nobodys": np.zeros(2, np.float32)}, file)
+  with pytest.raises(WeightsError) as info:
+    load_pretrained(path)
+  message = str(info.value)
+  for key in FIRST[name]:
+    assert f"({key}" in message, message
+  assert message.count("missing: ") >= len(FIRST[name])
+  assert "unused: nobodys (2,)" in message
+
+
+def test_an_array_that_tells_sizes_may_be_misshapen(tmp_path):
+  path, file, arrays = copy_of("vit_timm_a", tmp_path)
+  save(arrays | {key: np.zeros((1, 2, 3, 4, 5), np.float32) for key in FIRST["vit_timm_a"]}, file)
+  with pytest.raises(WeightsError) as info:
+    load_pretrained(path)
+  for key in FIRST["vit_timm_a"]:
+    assert re.search(rf"{key} (is )?\(1, 2, 3, 4, 5\)", str(info.value))
+
+
+def test_a_class_token_that_is_missing_or_misshapen_is_named(tmp_path):
+  for name, token in {"vit_timm_a": "cls_token", "vit_hf_a": "vit.embeddings.cls_token"}.items():
+    path, file, arrays = copy_of(name, tmp_path)
+    del arrays[token]
+    save(arrays, file)
+    with pytest.raises(WeightsError, match=rf"17 tokens, .* \(is {token} missing, the class token"):
+      load_pretrained(path)
+  arrays |= {token: np.zeros((1, 1, 48), np.float32)}
+  arrays["vit.embeddings.position_embeddings"] = np.zeros((17, 48), np.float32)
+  save(arrays, file)
+  with pytest.raises(WeightsError, match=r"wrong shape: \S+position_embeddings is \(17, 48\)"):
+    load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+  ("name", "kernel"),
+  [
+    ("lambda_resnet26t_a", "stem.conv1.conv.weight"),
+    ("vit_timm_a", "patch_embed.proj.weight"),
+    ("vit_hf_a", "vit.embeddings.patch_embeddings.projection.weight"),
+  ],
+)
+def test_models_of_gray_pictures(name, kernel, tmp_path):
+  path, file, arrays = copy_of(name, tmp_path)
+  arrays[kernel] = np.ascontiguousarray(arrays[kernel][:, :1])
+  save(arrays, file)
+  loaded = load_pretrained(path, image_size=32)
+  assert np.ndim(loaded.preprocess.mean) == 0
+  pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 1), np.uint8)
+  images = loaded.preprocess(list(pictures))
+  assert images.shape == (2, 32, 32, 1)
+  for shape in ((9, 9, 3), (9, 9)):
+    given = re.escape(str(list(shape)))
+    with pytest.raises(ValueError, match=rf"pictures \[height, width, 1\]; this one is {given}$"):
+      loaded.preprocess([np.zeros(shape, np.uint8)])
+  for gray, rgb in ((76, (255, 0, 0)), (150, (0, 255, 0)), (29, (0, 0, 255)), (9, (9, 9, 9))):
+    seen = load(path, image_size=32, needs_head=False).prepare(np.full((40, 50, 3), rgb, np.uint8))
+    np.testing.assert_array_equal(seen["image"], np.full((32, 32, 1), gray))
+  form = "hf" if name == "vit_hf_a" else "safetensors-timm"
+  export.write(loaded, form, str(tmp_path / "again"))
+  config = json.loads((tmp_path / "again" / "config.json").read_text())
+  assert 1 in (
+    config.get("num_channels"),
+    config.get("pretrained_cfg", {}).get("input_size", [0])[0],
+  )
+  again = load_pretrained(str(tmp_path / "again"))
+  assert again.preprocess == loaded.preprocess
+  np.testing.assert_array_equal(
+    load_file(tmp_path / "again" / "model.safetensors")[kernel], arrays[kernel]
+  )
+
+
+def test_sizes_stand_in_several_places():
+  arrays = {"a.0.w": np.zeros(3), "a.1.w": np.zeros((5, 7)), "a.11.w": np.zeros((6, 7))}
+  assert side(arrays, (r"a\.\d+\.w", 2, 0)) == 5
+  assert side(arrays, (r"b", 2, 0), (r"a\.\d+\.w", 1, 0)) == 3
+  assert side(arrays, (r"a", 2, 0)) is None
+  assert count(arrays, r"a\.(\d+)\.") == 12
+  assert count(arrays, r"b\.(\d+)\.") == 0
+  assert outputs_of({"head.weight": np.zeros((4, 2))}, "head") == 4

@@ -1,0 +1,232 @@
+"""From a config to its live parts: opens the data, makes mesh, model and task.
+
+A field of `config.model` or `config.task` that is None takes its value from the training data's
+`DatasetInfo` where that has a field of the same name (`num_classes`, `class_names`).
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vit_jax_zoo.config import check_values, complete
+from vit_jax_zoo.data import pipeline
+from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classes, join_sources
+from vit_jax_zoo.data.sources.registry import SECTION, load_source
+from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.metrics.feature_probes import FeatureProbe, create_probes
+from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.run_metadata import RunData, asks_data, fill_from_data, main_evaluation
+from vit_jax_zoo.tasks import create_task
+from vit_jax_zoo.tasks.base import Task
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.compiled_steps import (
+  EvaluationProgram,
+  Program,
+  Recipe,
+  abstract_batch_of,
+  build_evaluation,
+  build_program,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A config's live parts, before any of them runs.
+
+  Attributes:
+    config: complete.
+    mesh: of all devices.
+    open_train_source: makes the training examples' source.
+    eval_sources: the examples of each evaluation, by its name.
+    fit_sources: those that a probe learns from, by the evaluation's name.
+    probes: how features are asked, by the evaluation's name.
+    model: a Linen module.
+    task: what it is to learn.
+    num_steps: the length of the run; of no meaning where nothing is trained.
+  """
+
+  config: ConfigDict
+  mesh: Mesh
+  open_train_source: Callable[[], Source]
+  eval_sources: Mapping[str, Source]
+  fit_sources: Mapping[str, Source]
+  probes: Mapping[str, FeatureProbe]
+  model: Any
+  task: Task
+  num_steps: int
+
+  @functools.cached_property
+  def train_source(self) -> Source:
+    """The training examples; whoever only evaluates may have none, and never asks."""
+    return self.open_train_source()
+
+  @property
+  def sharding_rules(self) -> sharding.Rules:
+    """The config's rules, then those that stand beside the model."""
+    beside_model = sys.modules[type(self.model).__module__].SHARDING_RULES
+    return (*self.config.sharding.rules, *beside_model)
+
+  @property
+  def sources(self) -> dict[str, Source]:
+    """All examples, by what they are for: "train", and the names of the evaluations."""
+    return {"train": self.train_source, **self.eval_sources}
+
+  def train_batches(self, start_step: int = 0) -> pipeline.BatchIterator:
+    """Yields this process's part of the training batches from a step on, without end."""
+    index, count = sharding.input_shard(self.mesh, self.config.batch_size)
+    return pipeline.train_batches(
+      self.train_source,
+      build_transforms(self.config.data.train.transforms),
+      batch_size=self.config.batch_size,
+      seed=self.config.seed,
+      start_step=start_step,
+      process_index=index,
+      process_count=count,
+      num_classes=getattr(self.task, "num_classes", None),
+      repeats=self.config.data.train.get("repeats", 1),
+      **self.config.data.loader.to_dict(),
+    )
+
+  def eval_batches(self, name: str, *, to_fit: bool = False) -> pipeline.EvalBatches:
+    """Returns this process's part of the batches of an evaluation, or of its `fit_split`."""
+    batch_size = self.config.eval_batch_size or self.config.batch_size
+    sharding.check_batch_size(batch_size, self.mesh)
+    index, count = sharding.input_shard(self.mesh, batch_size)
+    classes = None if name in self.fit_sources else getattr(self.task, "num_classes", None)
+    return pipeline.eval_batches(
+      (self.fit_sources if to_fit else self.eval_sources)[name],
+      build_transforms(self.config.data.eval[name].transforms),
+      batch_size=batch_size,
+      process_index=index,
+      process_count=count,
+      num_classes=classes,
+      **self.config.data.loader.to_dict(),
+    )
+
+  def batch_shapes(self) -> list[tuple[float, dict[str, np.ndarray]]]:
+    """Returns the kinds of training batches; see `pipeline.training_shapes`."""
+    return pipeline.training_shapes(
+      self.train_source,
+      build_transforms(self.config.data.train.transforms),
+      batch_size=self.config.batch_size,
+      seed=self.config.seed,
+      num_classes=getattr(self.task, "num_classes", None),
+      buckets=self.config.data.loader.get("buckets"),
+    )
+
+  def program(self, batch: Mapping[str, np.ndarray]) -> Program:
+    """Returns the run's program for batches like this process's part `batch`."""
+    config = self.config
+    return build_program(
+      self.task,
+      abstract_batch_of(batch, config.batch_size),
+      Recipe(
+        optimizer=config.optimizer.to_dict(),
+        num_steps=self.num_steps,
+        accumulation_steps=config.accumulation_steps,
+        ema_decay=config.ema_decay,
+      ),
+      mesh=self.mesh,
+      rules=self.sharding_rules,
+    )
+
+  def evaluation_program(self) -> EvaluationProgram:
+    """Returns what judges a model where nothing is trained, without what only training has.
+
+    Variables are made for the first batch of the evaluation that stands for the run.
+    """
+    name = main_evaluation(self.config.data.eval.to_dict())
+    if name is None:
+      raise ValueError("nothing to evaluate: the config names no evaluation")
+    batch = next(iter(self.eval_batches(name)))
+    batch_size = self.config.eval_batch_size or self.config.batch_size
+    return build_evaluation(
+      self.task,
+      abstract_batch_of(batch, batch_size),
+      mesh=self.mesh,
+      rules=self.sharding_rules,
+      left_out=self.task.training_only,
+    )
+
+
+def create(
+  config: ConfigDict,
+  devices: Any = None,
+  open_source: Callable[..., Source] = load_source,
+  *,
+  recalled: RunData | None = None,
+) -> Experiment:
+  """Makes a config's live parts.
+
+  Args:
+    config: any.
+    devices: those of the mesh; by default all there are.
+    open_source: makes a source of its name, its split and the options of its kind: for those who
+      plan a run where its data are not, `data.stand_in.load`.
+    recalled: for those who only evaluate: what the run took from its training data, as far as it is
+      known. They are opened only if fields of the config are left to them that it does not know.
+
+  Raises:
+    ValueError: one line, about whatever in the config cannot be.
+    FileNotFoundError: one line, about data that is not there.
+  """
+  config = complete(config)
+  check_values(config)
+  mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
+  if recalled is None:
+    sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
+  opened = functools.partial(_open, open_source)
+  open_train_source = functools.cache(functools.partial(opened, config.data.train))
+  if recalled is None or (recalled.num_classes is None and asks_data(config.model, config.task)):
+    info = open_train_source().info
+  else:
+    info = recalled.info("what the run was trained on")
+  eval_sources, fit_sources = _open_evaluations(opened, config.data.eval, info)
+  model = create_model(**fill_from_data(config.model.to_dict(), info))
+  task_fields = fill_from_data(config.task.to_dict(), info)
+  num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
+  return Experiment(
+    config=config,
+    mesh=mesh,
+    open_train_source=open_train_source,
+    eval_sources=eval_sources,
+    fit_sources=fit_sources,
+    probes=create_probes(config.data.eval.to_dict()),
+    model=model,
+    task=create_task(task_fields.pop("name"), model, **task_fields),
+    num_steps=max(1, num_steps),
+  )
+
+
+def _open_evaluations(
+  opened: Callable[..., Source], sections: Mapping[str, Any] | ConfigDict, info: DatasetInfo
+) -> tuple[dict[str, Source], dict[str, Source]]:
+  """Returns what evaluations judge on, and what those that fit something first fit it on, by name.
+
+  Args:
+    opened: makes a source of a section.
+    sections: of the evaluations, by name.
+    info: of the training data, whose classes are those of what fits nothing of its own.
+  """
+  judged = {name: opened(spec) for name, spec in sections.items()}
+  fitted = {
+    name: opened(spec, "fit_split") for name, spec in sections.items() if "fit_split" in spec
+  }
+  for name, source in judged.items():
+    trained_on = fitted[name].info if name in fitted else info
+    check_same_classes(trained_on, source.info, f"the evaluation {name!r}")
+  return judged, fitted
+
+
+def _open(
+  open_source: Callable[..., Source], spec: Mapping[str, Any] | ConfigDict, split: str = "split"
+) -> Source:
+  options = {key: spec[key] for key in spec if key not in SECTION}
+  others = (_open(open_source, other) for other in spec.get("mixed_with") or ())
+  return join_sources([open_source(spec["source"], spec[split], **options), *others])

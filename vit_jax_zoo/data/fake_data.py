@@ -1,0 +1,209 @@
+"""Sources for those who plan a run where its data are not: facts and shapes, and black pictures.
+
+A plan needs to know how many examples there are, how many classes, how large the images, and what
+an example consists of; all of this is known of the datasets that papers use, and stands in
+`DATASETS`. Of one's own data that are not here, nothing is known: then those of a usual dataset of
+the same kind stand in, and `assumption` says so.
+"""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vit_jax_zoo.data.sources.base import (
+  DatasetInfo,
+  Example,
+  Source,
+  name_validation,
+  select_split,
+)
+from vit_jax_zoo.data.sources.registry import KINDS, load_source
+from vit_jax_zoo.data.transforms.detection import objects_example
+from vit_jax_zoo.errors import unknown_name
+
+Size = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+  """What is known of a dataset.
+
+  Attributes:
+    example: what its examples consist of, a key of `MAKERS`.
+    splits: examples in each split.
+    sizes: heights and widths of images, as often as they are usual; examples take turns.
+    num_classes: see `DatasetInfo`.
+  """
+
+  example: str
+  splits: Mapping[str, int]
+  sizes: Sequence[Size]
+  num_classes: int | None = None
+
+
+_COCO_SIZES = (
+  *[(480, 640)] * 8, *[(427, 640)] * 6, *[(640, 480)] * 3, *[(640, 427)] * 2, (640, 640),
+)  # fmt: skip
+"""COCO's longer sides are 640; three in ten images are upright. The shares are rough."""
+
+_COCO = {"train": 118_287, "validation": 5_000}
+
+DATASETS: Mapping[str, Facts] = {
+  "imagenet2012": Facts(
+    "label", {"train": 1_281_167, "validation": 50_000}, [(375, 500)], num_classes=1000
+  ),
+  "imagenet21k": Facts("label", {"train": 14_197_122}, [(375, 500)], num_classes=21_843),
+  "cifar10": Facts("label", {"train": 50_000, "test": 10_000}, [(32, 32)], num_classes=10),
+  "cifar100": Facts("label", {"train": 50_000, "test": 10_000}, [(32, 32)], num_classes=100),
+  "stl10": Facts("label", {"train": 5_000, "test": 8_000}, [(96, 96)], num_classes=10),
+  "oxford_iiit_pet": Facts("label", {"train": 3_680, "test": 3_669}, [(375, 500)], num_classes=37),
+  "oxford_flowers102": Facts(
+    "label", {"train": 1_020, "validation": 1_020, "test": 6_149}, [(500, 667)], num_classes=102
+  ),
+  "coco/2017": Facts("objects", _COCO, _COCO_SIZES, num_classes=91),
+  "coco/2017_panoptic": Facts("objects", _COCO, _COCO_SIZES, num_classes=201),
+  "cityscapes": Facts("label_map", {"train": 2_975, "val": 500}, [(1024, 2048)], num_classes=19),
+  "ADEChallengeData2016": Facts(
+    "label_map", {"train": 20_210, "val": 2_000}, [(512, 683), (683, 512)], num_classes=150
+  ),
+  "VOC2012": Facts(
+    "label_map", {"train": 1_464, "val": 1_449}, [(375, 500), (500, 375)], num_classes=21
+  ),
+  "lip": Facts(
+    "label_map", {"train": 30_462, "val": 10_000}, [(450, 300), (300, 450)], num_classes=20
+  ),
+  "CUFED": Facts("pair", {"train": 11_871, "test": 126}, [(160, 160)]),
+}
+"""By the name that TFDS, or the folder it is published as, has. From the datasets' own pages."""
+
+_USUAL = {
+  "tfds": "imagenet2012",
+  "folder": "imagenet2012",
+  "coco": "coco/2017",
+  "segments": "ADEChallengeData2016",
+}
+_OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
+
+
+def load(name: str, split: str, **options: Any) -> Source:
+  """Returns a source like `load_source`, without the data unless it is one's own and here.
+
+  Known datasets are never opened, so that a plan is the same on every machine; demos always are.
+
+  Args:
+    name: see `sources`.
+    split: see `base`.
+    **options: of the kind of source; of a stand-in, `panoptic` alone counts.
+
+  Raises:
+    ValueError: an unknown kind, demo or split.
+  """
+  kind, _, location = name.partition(":")
+  if kind not in KINDS:
+    raise ValueError(unknown_name("kind of source", kind, KINDS) + f"; got the source {name!r}")
+  facts = _known(location)
+  if facts is not None:
+    return _stand_in(name, split, facts, options)
+  try:
+    return load_source(name, split, **options)
+  except FileNotFoundError:
+    pass
+  usual = _USUAL.get(kind)
+  assumption = f"{name} is not here: taken to be like {usual or 'photographs of 1024x768'}"
+  facts = _OWN_PAIRS if usual is None else DATASETS[usual]
+  return _stand_in(name, split, facts, options, assumption)
+
+
+def _known(location: str) -> Facts | None:
+  """Returns the facts of a dataset: by TFDS's name, with or without version, or by its folder."""
+  name = location.partition(":")[0]
+  return DATASETS.get(name) or DATASETS.get(name.rstrip("/").rpartition("/")[2])
+
+
+def _stand_in(
+  name: str, split: str, facts: Facts, options: Mapping[str, Any], assumption: str = ""
+) -> Source:
+  make = functools.partial(MAKERS[facts.example], panoptic=bool(options.get("panoptic")))
+  opened: dict[str, Callable[[], Source]] = {
+    part: functools.partial(StandIn, f"{name} {part}", count, facts, make, assumption)
+    for part, count in facts.splits.items()
+  }
+  if "test" not in opened:
+    opened["test"] = next(reversed(opened.values()))
+  return select_split(name_validation(opened), split, name)
+
+
+class StandIn(Source):
+  """Examples of the right form, all black."""
+
+  def __init__(
+    self,
+    name: str,
+    count: int,
+    facts: Facts,
+    make: Callable[[int, Size], Example],
+    assumption: str = "",
+  ) -> None:
+    self.assumption = assumption
+    self.info = DatasetInfo(name, count, facts.num_classes)
+    self._sizes = tuple(facts.sizes)
+    self._make = make
+
+  def __getitem__(self, index: int) -> Example:
+    return self._make(index, self.image_size(index))
+
+  def example_name(self, index: int) -> str:
+    """Returns split and position."""
+    return f"{self.info.name}[{index}], a stand-in"
+
+  def image_size(self, index: int) -> Size:
+    """Returns the size whose turn it is."""
+    return self._sizes[index % len(self._sizes)]
+
+
+def _labelled(index: int, size: Size, *, panoptic: bool) -> Example:
+  del index, panoptic
+  return {"image": _picture(size), "label": 0}
+
+
+def _with_objects(index: int, size: Size, *, panoptic: bool) -> Example:
+  """One object, as large as the image."""
+  height, width = size
+  box, area = [[0, 0, width, height]], [height * width]
+  example = objects_example(_picture(size), index, box, [1], is_crowd=[False], area=area, ids=[1])
+  if panoptic:
+    return {**example, "segment_image": _picture(size, (1, 0, 0))}
+  return {**example, "outlines": [[[0, 0, width, 0, width, height, 0, height]]]}
+
+
+def _with_label_map(index: int, size: Size, *, panoptic: bool) -> Example:
+  del panoptic
+  return {"image": _picture(size), "label_map": _picture(size, 1), "image_id": index}
+
+
+def _pair(index: int, size: Size, *, panoptic: bool) -> Example:
+  del index, panoptic
+  return {"image": _picture(size), "reference": _picture(size)}
+
+
+MAKERS: Mapping[str, Callable[..., Example]] = {
+  "label": _labelled,
+  "objects": _with_objects,
+  "label_map": _with_label_map,
+  "pair": _pair,
+}
+"""What an example consists of; see `data/base.py`, `objects.py`, `segments.py` and `pairs.py`."""
+
+
+@functools.lru_cache(maxsize=32)
+def _picture(size: Size, color: int | tuple[int, int, int] = (0, 0, 0)) -> bytes:
+  """Returns a PNG file of one colour, or of one grey level."""
+  file = io.BytesIO()
+  shape = size if isinstance(color, int) else (*size, 3)
+  Image.fromarray(np.full(shape, color, np.uint8)).save(file, "PNG")
+  return file.getvalue()

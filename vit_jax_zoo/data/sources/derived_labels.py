@@ -1,0 +1,93 @@
+"""Labels that are worked out of an image's annotations: VTAB's structured tasks.
+
+As in google-research/task_adaptation, for Zhai et al., "A Large-scale Study of Representation
+Learning with the Visual Task Adaptation Benchmark" (arXiv:1910.04867). A `tfds:` source with
+`label_rule="clevr_count"` gives them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax_zoo.errors import unknown_name
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelRule:
+  """From a record of TFDS to a label.
+
+  Attributes:
+    keys: the features that it reads.
+    num_classes: how many classes there are.
+    label: of a record.
+    image_scale: what pixels are multiplied by; dSprites are stored as 0 and 1.
+  """
+
+  keys: tuple[str, ...]
+  num_classes: int
+  label: Callable[[Mapping[str, Any]], int]
+  image_scale: int = 1
+
+
+def find_rule(name: str) -> LabelRule:
+  """Returns the rule of this name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name not in RULES:
+    raise ValueError(unknown_name("label_rule", name, RULES))
+  return RULES[name]
+
+
+def count_objects(record: Mapping[str, Any]) -> int:
+  """CLEVR: how many objects there are; 3 to 10 become 0 to 7."""
+  return len(record["objects"]["size"]) - 3
+
+
+def nearest_object(record: Mapping[str, Any]) -> int:
+  """CLEVR: the interval of the distance to the nearest object."""
+  distances = np.asarray(record["objects"]["pixel_coords"], np.float64).reshape(-1, 3)[:, 2]
+  return _interval(distances.min(), (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0))
+
+
+def nearest_vehicle(record: Mapping[str, Any]) -> int:
+  """KITTI: the interval of the distance to the nearest car, van or truck; the last: there is none.
+
+  Distances are metres ahead of the camera.
+  """
+  objects = record["objects"]
+  ahead = np.asarray(objects["location"], np.float64).reshape(-1, 3)[:, 2]
+  vehicles = np.asarray(objects["type"], np.int64).reshape(-1) < _VEHICLES
+  nearest = min([1000.0, *ahead[vehicles].tolist()])
+  return _interval(nearest, (-100.0, 8.0, 20.0, 999.0))
+
+
+_VEHICLES = 3
+"""Car, Van, Truck are the first of KITTI's types."""
+
+
+def x_position(record: Mapping[str, Any]) -> int:
+  """DSprites: the column, of 32, in 16 groups."""
+  return int(record["label_x_position"]) // 2
+
+
+def orientation(record: Mapping[str, Any]) -> int:
+  """DSprites: the orientation, of 40, in 16 groups of two or three."""
+  return int(int(record["label_orientation"]) / 2.5)
+
+
+def _interval(value: float, starts: tuple[float, ...]) -> int:
+  """Returns the last interval that begins below the value."""
+  return int(np.flatnonzero(np.asarray(starts) < value).max())
+
+
+RULES = {
+  "clevr_count": LabelRule(("objects",), 8, count_objects),
+  "clevr_distance": LabelRule(("objects",), 6, nearest_object),
+  "kitti_distance": LabelRule(("objects",), 4, nearest_vehicle),
+  "dsprites_x_position": LabelRule(("label_x_position",), 16, x_position, image_scale=255),
+  "dsprites_orientation": LabelRule(("label_orientation",), 16, orientation, image_scale=255),
+}

@@ -1,0 +1,200 @@
+"""Your own images with a class for every pixel: a label PNG beside each image.
+
+    images/train/a.jpg  annotations/train/a.png  images/val/b.jpg  annotations/val/b.png
+    images/training/a.jpg  annotations/training/a.png                      ADE20K as it comes
+    leftImg8bit/train/x/a_leftImg8bit.png  gtFine/train/x/a_gtFine_labelTrainIds.png   Cityscapes
+    JPEGImages/a.jpg  SegmentationClass/a.png  ImageSets/Segmentation/train.txt        Pascal VOC
+
+Other places are said by patterns: `images="rgb/{split}/{name}.jpg"` and
+`labels="gt/{split}/{name}.png"`, where a name may go on over folders. A label PNG has one channel,
+or a palette, with a class id at each pixel; `load_label_map` says which ids do not count, and from
+where they are counted. The folder `training` is the split `train`; `val`, `valid` and `validation`
+are one.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
+from vit_jax_zoo.data.sources.folder import IMAGE_SUFFIXES, read_names
+
+
+class Layout(NamedTuple):
+  """Where things lie below the root; `{name}.*` stands for any image suffix.
+
+  Attributes:
+    images: pattern of the images.
+    labels: pattern of the label PNGs.
+    lists: pattern of the text files that name a split's images, or None where folders do.
+  """
+
+  images: str
+  labels: str
+  lists: str | None = None
+
+
+LAYOUTS = (
+  Layout(
+    "leftImg8bit/{split}/{name}_leftImg8bit.*", "gtFine/{split}/{name}_gtFine_labelTrainIds.png"
+  ),
+  Layout(
+    "JPEGImages/{name}.*", "SegmentationClass/{name}.png", "ImageSets/Segmentation/{split}.txt"
+  ),
+  Layout("images/{split}/{name}.*", "annotations/{split}/{name}.png"),
+  Layout("images/{split}/{name}.*", "labels/{split}/{name}.png"),
+)
+SPLIT_NAMES = {"training": "train", "testing": "test"}
+
+
+class SegmentsSource(Source):
+  """Image files with label maps; both are given as their files' bytes."""
+
+  def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, str]]) -> None:
+    self.info = info
+    self._root = root
+    self._files = files
+
+  def __getitem__(self, index: int) -> Example:
+    image, label_map = (self._read(file) for file in self._files[index])
+    return {"image": image, "label_map": label_map, "image_id": index}
+
+  def example_name(self, index: int) -> str:
+    """Returns the path of the image file."""
+    return os.path.join(self._root, self._files[index][0])
+
+  def _read(self, file: str) -> bytes:
+    with open(os.path.join(self._root, file), "rb") as stream:
+      return stream.read()
+
+
+def open_splits(
+  location: str,
+  images: str | None = None,
+  labels: str | None = None,
+  lists: str | None = None,
+  class_names: Sequence[str] | str | None = None,
+) -> Splits:
+  """Finds the images below a folder, and their label maps.
+
+  Args:
+    location: the folder, on a disk of this machine.
+    images: pattern of the images, when none of the usual layouts is there.
+    labels: pattern of the label maps, likewise.
+    lists: pattern of text files with a split's names, likewise.
+    class_names: the classes in the order of their ids, or a text file with one on each line.
+
+  Raises:
+    FileNotFoundError: there is no such folder, or an image has no label map.
+    ValueError: no image was found, or a pattern lacks its parts.
+  """
+  root = pathlib.Path(location).expanduser()
+  if not root.is_dir():
+    raise FileNotFoundError(
+      f"segments:{location} is not a folder on a local disk; expected images/<split>/... and "
+      "annotations/<split>/... in it (demo:scenes with panoptic=True needs no files)"
+    )
+  if (images is None) != (labels is None):
+    raise ValueError("segments: give both patterns, images and labels, or neither")
+  if images is None or labels is None:
+    layout = _find_layout(root)
+  else:
+    layout = Layout(images, labels, lists)
+    _check_pattern(layout)
+  names = read_names(class_names)
+  whole = DatasetInfo(f"segments:{location}", 0, len(names) or None, names)
+  found = _listed(root, layout) if layout.lists else _in_folders(root, layout)
+  if not found:
+    raise ValueError(f"{root} holds no images like {layout.images}")
+  _check_labels(root, found)
+  return name_validation(
+    {
+      SPLIT_NAMES.get(split, split): functools.partial(_open, whole, root, sorted(files))
+      for split, files in found.items()
+    }
+  )
+
+
+def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, str]]) -> Source:
+  return SegmentsSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
+
+
+def _find_layout(root: pathlib.Path) -> Layout:
+  for layout in LAYOUTS:
+    folders = [pattern.split("/")[0] for pattern in layout[:2]]
+    if all((root / folder).is_dir() for folder in folders):
+      return layout
+  known = " or ".join(sorted({layout.images for layout in LAYOUTS}))
+  raise ValueError(
+    f"{root} has none of the usual layouts ({known}); set images and labels to patterns such as "
+    "'rgb/{split}/{name}.png'"
+  )
+
+
+def _check_pattern(layout: Layout) -> None:
+  needed = ("{name}",) if layout.lists else ("{name}", "{split}")
+  for pattern in (layout.images, layout.labels):
+    for part in needed:
+      if part not in pattern:
+        raise ValueError(f"segments: the pattern {pattern!r} lacks {part}")
+
+
+def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
+  """Returns image and label file of each example, by split, of layouts with a folder for each."""
+  pattern = re.escape(layout.images).replace(r"\{split\}", r"(?P<split>[^/]+)", 1)
+  pattern = pattern.replace(r"\{split\}", r"(?P=split)").replace(r"\{name\}", r"(?P<name>.+)", 1)
+  pattern = pattern.replace(r"\{name\}", r"(?P=name)").replace(r"\.\*", r"\.\w+")
+  found: dict[str, list[tuple[str, str]]] = {}
+  for file in _images_below(root, layout.images):
+    match = re.fullmatch(pattern, file)
+    if match is not None:
+      labels = layout.labels.format(split=match["split"], name=match["name"])
+      found.setdefault(match["split"], []).append((file, labels))
+  return found
+
+
+def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
+  """Returns the same of layouts where a text file names each split's examples."""
+  lists = str(layout.lists)
+  images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}
+  found = {}
+  for file in sorted(root.glob(lists.replace("{split}", "*"))):
+    split = re.fullmatch(
+      re.escape(lists).replace(r"\{split\}", "(.+)"), file.relative_to(root).as_posix()
+    )
+    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
+    missing = [stem for stem in stems if stem not in images]
+    if missing:
+      raise FileNotFoundError(f"{file} names {missing[0]}, which is not there")
+    pairs = zip(names, stems, strict=True)
+    found[split[1] if split else file.stem] = [
+      (images[stem], layout.labels.format(split="", name=name)) for name, stem in pairs
+    ]
+  return found
+
+
+def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
+  """Returns image files, as paths below the root, in the folder that a pattern begins with."""
+  folder = root / pattern.split("{")[0].rpartition("/")[0]
+  return sorted(
+    (pathlib.PurePath(parent) / file).relative_to(root).as_posix()
+    for parent, _, files in os.walk(folder)
+    for file in files
+    if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
+  )
+
+
+def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:
+  for split, files in found.items():
+    missing = [(image, labels) for image, labels in files if not (root / labels).is_file()]
+    if missing and SPLIT_NAMES.get(split, split) != "test":  # benchmarks keep theirs to themselves
+      image, labels = missing[0]
+      raise FileNotFoundError(
+        f"{root / image} has no label map {root / labels} ({len(missing)} of {len(files)} of the "
+        f"split {split!r} have none)"
+      )

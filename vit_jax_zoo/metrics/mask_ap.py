@@ -1,0 +1,184 @@
+"""Average precision of instance masks, as COCO scores them, beside that of their boxes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from faster_coco_eval.core import mask as run_lengths
+from jaxtyping import Bool
+
+from vit_jax_zoo.metrics.detection import DetectionEvaluator
+from vit_jax_zoo.ops.mask_paste import paste_masks
+
+_NAMES = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium", "mask_ap_large")
+
+
+class InstanceEvaluator(DetectionEvaluator):
+  """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the scores of boxes.
+
+  Masks are compared in the pixels of the original image, as compressed run lengths. True masks come
+  as `run_lengths` uint8 [b l] (see `load_objects`), or as `segment_map` [b h w] of the original
+  image, the number of the target at each pixel; or else as `masks` bool [b t h w], which must then
+  have the original size. Predictions: `box_masks` [b q m m], see `ops.mask_paste`, and `is_object`
+  [b q], which tells finds from padding; or `mask_logits` [b q i j] of the padded image, of all
+  queries (DETR, section 4.4).
+
+  Args:
+    num_classes: highest class id + 1.
+    class_names: by class id.
+    per_class: also scores each class's boxes.
+    paste_convention: of `box_masks`, see `ops.mask_paste`.
+    masks_below: only the masks of class ids below this are scored, those of things; all by default.
+  """
+
+  def __init__(
+    self,
+    num_classes: int,
+    *,
+    class_names: Sequence[str] = (),
+    per_class: bool = False,
+    paste_convention: str = "exact",
+    masks_below: int | None = None,
+  ) -> None:
+    super().__init__(num_classes, class_names=class_names, per_class=per_class)
+    self.paste_convention = paste_convention
+    self.masks_below = num_classes if masks_below is None else masks_below
+    self.truths: list[list[dict[str, Any]]] = []
+    self.finds: list[list[dict[str, Any]]] = []
+
+  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+    """Takes one batch; see `DetectionEvaluator.add` for its other keys.
+
+    Raises:
+      ValueError: there are no masks of the original size to compare with.
+    """
+    super().add(batch, predictions)
+    keep = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
+    sizes = self._sizes(batch)
+    for row in np.flatnonzero(keep):
+      size = (int(sizes[row][0]), int(sizes[row][1]))
+      self.truths.append(_true_masks(batch, int(row), size))
+      if "mask_logits" in predictions:
+        masks = original_masks(batch, predictions, int(row), size)
+        self.finds.append([encode_masks(mask[None])[0] for mask in masks])
+      else:
+        self.finds.append(self._pasted(predictions, int(row), size))
+
+  def _pasted(
+    self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]
+  ) -> list[dict[str, Any]]:
+    there = np.asarray(predictions["is_object"][row], bool)
+    pasted = paste_masks(
+      np.asarray(predictions["box_masks"][row], np.float64)[there],
+      np.asarray(predictions["boxes_xyxy"][row], np.float64)[there],
+      size,
+      convention=self.paste_convention,
+    )
+    empty = encode_masks(np.zeros((1, *size), bool))[0]
+    found = iter(encode_masks(pasted))
+    return [next(found) if exists else empty for exists in there]
+
+  def _merge(self, other: Any) -> None:
+    super()._merge(other)
+    self.truths += other.truths
+    self.finds += other.finds
+
+  def result(self) -> dict[str, float]:
+    """Returns the scores of boxes and masks by name."""
+    from faster_coco_eval import COCO, COCOeval_faster  # so that training does not load it
+
+    scores = super().result()
+    truth, found = self._as_coco()
+    truth = COCO(truth)
+    found = truth.loadRes(found) if found else COCO({**truth.dataset, "annotations": []})
+    run = COCOeval_faster(truth, found, iouType="segm", print_function=lambda *_: None)
+    run.params.catIds = list(range(self.masks_below))
+    run.evaluate()
+    run.accumulate()
+    run.summarize()
+    masks = dict(zip(_NAMES, (float(s) for s in run.stats), strict=False))
+    return {k: v for k, v in masks.items() if v >= 0} | scores
+
+  def _as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    numbered, others = {}, []
+    for place, image in enumerate(self.images):  # an image that comes twice counts once
+      if image.image_id is None:
+        others.append(place)
+      else:
+        numbered[image.image_id] = place
+    order = [numbered[key] for key in sorted(numbered)] + others  # ties fall alike on any hosts
+    sizes, truth, found = [], [], []
+    for number, place in enumerate(order, start=1):
+      image = self.images[place]
+      sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})
+      for i, mask in enumerate(self.truths[place]):
+        known = {"id": len(truth) + 1, "image_id": number, "category_id": int(image.labels[i])}
+        box = {"bbox": image.boxes_xywh[i].tolist(), "area": float(image.areas[i])}
+        crowd = {"iscrowd": int(image.is_crowd[i]), "segmentation": mask}
+        truth.append(known | box | crowd)
+      for i, mask in enumerate(self.finds[place]):
+        if image.scores[i] > 0:
+          known = {"image_id": number, "category_id": int(image.found_labels[i])}
+          found.append(known | {"segmentation": mask, "score": float(image.scores[i])})
+    categories = [{"id": i, "name": str(i)} for i in range(self.num_classes)]
+    return {"images": sizes, "annotations": truth, "categories": categories}, found
+
+
+def original_masks(
+  batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int, size: tuple[int, int]
+) -> Iterator[Bool[np.ndarray, "h w"]]:
+  """Yields each query's mask in the pixels of the original image, as the official DETR has it.
+
+  Bilinear to the padded image, more than one half, without the padding, then the nearest pixel,
+  whose index is rounded down.
+
+  Args:
+    batch: `image` [b h w 3] and `image_size` [b 2], the latter where there is padding.
+    predictions: `mask_logits` [b q i j].
+    row: of the batch.
+    size: of the original image.
+  """
+  padded = batch["image"].shape[1:3]
+  shown = batch["image_size"][row] if "image_size" in batch else padded
+  rows, columns = (
+    np.floor(np.arange(after, dtype=np.float32) * np.float32(int(before) / after)).astype(int)
+    for before, after in zip(shown, size, strict=True)
+  )
+  for logits in np.asarray(predictions["mask_logits"][row], np.float32):
+    large = cv2.resize(logits, (padded[1], padded[0]), interpolation=cv2.INTER_LINEAR)
+    yield (large > 0)[np.minimum(rows, shown[0] - 1)][:, np.minimum(columns, shown[1] - 1)]
+
+
+def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[dict[str, Any]]:
+  real = np.asarray(batch["is_target"][row], bool)
+  if "run_lengths" in batch:
+    lines = np.asarray(batch["run_lengths"][row], np.uint8).tobytes().rstrip(b"\0").split(b"\n")
+    counts = [line for line in lines if line]
+    if len(counts) != real.sum():
+      raise ValueError(
+        f"there are {len(counts)} outlines for {real.sum()} objects; targets must not be left out "
+        "between load_objects and the evaluation"
+      )
+    return [{"size": list(size), "counts": line.decode()} for line in counts]
+  if "segment_map" in batch:
+    segments = np.asarray(batch["segment_map"][row])[: size[0], : size[1]]
+    return [encode_masks((segments == number)[None])[0] for number in np.flatnonzero(real)]
+  if "masks" not in batch:
+    raise ValueError("masks cannot be scored: the data has none; set load_objects' run_lengths")
+  height, width = np.asarray(batch.get("image_size", [batch["image"].shape[1:3]] * (row + 1))[row])
+  if (height, width) != size:
+    raise ValueError(
+      f"masks of {height}x{width} cannot be scored in an image of {size[0]}x{size[1]}; set "
+      "load_objects' run_lengths"
+    )
+  return encode_masks(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
+
+
+def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
+  """Returns each mask as COCO's compressed run lengths: `size`, `counts` as text."""
+  if not len(masks):
+    return []
+  columns = np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)
+  encoded = run_lengths.encode(columns)
+  return [{"size": m["size"], "counts": m["counts"].decode()} for m in encoded]

@@ -1,0 +1,300 @@
+"""Panoptic segmentation: one object or region for every pixel, and how good that is.
+
+From masks to segments: DETR, arXiv:2005.12872, section 4.4, as its code has it. Panoptic quality:
+Kirillov et al., "Panoptic Segmentation", arXiv:1801.00868, section 4, with COCO's rules for crowds
+and unlabelled pixels.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+
+from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
+
+VOID = -1
+SCORE_THRESHOLD = 0.85  # section 4.4
+SMALLEST_AREA = 5  # pixels; smaller segments give way to their neighbours
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmentation:
+  """A picture's segments.
+
+  Attributes:
+    segment_map: number of the segment at every pixel; `VOID` where there is none.
+    labels: class id of every segment; a segment may have lost all its pixels.
+    is_crowd: whether a segment stands for several objects that nobody told apart; truth only.
+  """
+
+  segment_map: Int[np.ndarray, "h w"]
+  labels: Int[np.ndarray, " s"]
+  is_crowd: Bool[np.ndarray, " s"]
+
+  @classmethod
+  def of(
+    cls,
+    segment_map: Int[np.ndarray, "h w"],
+    labels: Int[np.ndarray, " s"],
+    is_crowd: Bool[np.ndarray, " s"] | None = None,
+  ) -> "Segmentation":
+    """Returns a segmentation; without `is_crowd` there are no crowds."""
+    crowd = np.zeros(len(labels), bool) if is_crowd is None else is_crowd
+    return cls(segment_map, labels, crowd)
+
+
+def segment(
+  mask_logits: Float[np.ndarray, "q i j"],
+  labels: Int[np.ndarray, " q"],
+  stuff_from: int,
+  *,
+  padded_size: tuple[int, int],
+  image_size: tuple[int, int],
+  size: tuple[int, int],
+) -> Segmentation:
+  """Gives every pixel to the query whose mask is surest there.
+
+  Regions of stuff of one class become one segment. Segments of less than five pixels are left out,
+  and pixels given out again, until all are larger. The padding is cut off, where the paper's code
+  squeezes masks of padded images into their size without it; alone an image has none, and the two
+  are the same.
+
+  Args:
+    mask_logits: of the queries that see something, of the padded image.
+    labels: their class ids.
+    stuff_from: class ids from here on are stuff.
+    padded_size: height and width of the image that the model saw.
+    image_size: of its part without padding.
+    size: of the result, the original image's.
+  """
+  if not len(labels):
+    return Segmentation.of(np.full(size, VOID), labels)
+  masks = np.stack([_enlarge(mask, padded_size) for mask in mask_logits])
+  masks = masks[:, : image_size[0], : image_size[1]]
+  winner = _merge_stuff(np.argmax(masks, axis=0), labels, stuff_from)
+  while True:
+    segment_map = _nearest(winner, size)
+    areas = np.bincount(segment_map.ravel(), minlength=len(labels))
+    large = areas >= SMALLEST_AREA
+    if large.all():
+      return Segmentation.of(segment_map, labels)
+    if not large.any():
+      return Segmentation.of(np.full(size, VOID), labels[large])
+    masks, labels = masks[large], labels[large]
+    winner = np.argmax(masks, axis=0)
+
+
+def _enlarge(mask: Float[np.ndarray, "i j"], size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
+  return cv2.resize(np.asarray(mask, np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def _nearest(values: Int[np.ndarray, "i j"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
+  """Takes the pixel in which each new one's centre lies, where Pillow's rounding puts that."""
+  image = Image.fromarray(values.astype(np.int32))
+  return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
+
+
+def _merge_stuff(
+  winner: Int[np.ndarray, "h w"], labels: Int[np.ndarray, " q"], stuff_from: int
+) -> Int[np.ndarray, "h w"]:
+  """Gives all regions of a stuff class to the first query that has it."""
+  owner = np.arange(len(labels))
+  for label in np.unique(labels[labels >= stuff_from]):
+    same = np.flatnonzero(labels == label)
+    owner[same] = same[0]
+  return owner[winner]
+
+
+def true_segments(batch: Mapping[str, Any], row: int | np.integer) -> Segmentation:
+  """Returns an image's true segments, in its original pixels; see `PanopticEvaluator.add`."""
+  height, width = _original_size(batch, row)
+  return Segmentation.of(
+    np.asarray(batch["segment_map"][row])[:height, :width].astype(np.int64),
+    np.asarray(batch["labels"][row]).astype(np.int64),
+    np.asarray(batch["is_crowd"][row], bool) if "is_crowd" in batch else None,
+  )
+
+
+def found_segments(
+  batch: Mapping[str, Any],
+  predictions: Mapping[str, Any],
+  row: int | np.integer,
+  stuff_from: int,
+  *,
+  threshold: float = SCORE_THRESHOLD,
+) -> Segmentation:
+  """Returns what queries that are surer than `threshold` make of an image, in original pixels.
+
+  Args:
+    batch: see `PanopticEvaluator.add`.
+    predictions: likewise.
+    row: of the batch.
+    stuff_from: class ids from here on are stuff.
+    threshold: of the queries' scores.
+  """
+  padded = batch["image"].shape[1:3]
+  shown = np.asarray(batch["image_size"][row]) if "image_size" in batch else padded
+  sure = np.asarray(predictions["is_object"][row], bool)
+  sure = sure & (np.asarray(predictions["scores"][row]) > threshold)
+  return segment(
+    np.asarray(predictions["mask_logits"][row], np.float32)[sure],
+    np.asarray(predictions["labels"][row])[sure].astype(np.int64),
+    stuff_from,
+    padded_size=(int(padded[0]), int(padded[1])),
+    image_size=(int(shown[0]), int(shown[1])),
+    size=_original_size(batch, row),
+  )
+
+
+def _original_size(batch: Mapping[str, Any], row: int | np.integer) -> tuple[int, int]:
+  for key in ("original_size", "image_size"):
+    if key in batch:
+      return int(batch[key][row][0]), int(batch[key][row][1])
+  return int(batch["image"].shape[1]), int(batch["image"].shape[2])
+
+
+class PanopticQuality:
+  """Counts matched and unmatched segments of every class.
+
+  Two segments of one class match if their IoU is above one half; at most one pair can. Then
+  PQ = sum of matched IoU / (matches + half the misses and false alarms) = SQ x RQ.
+
+  Args:
+    num_classes: highest class id + 1.
+    stuff_from: class ids from here on are stuff.
+  """
+
+  def __init__(self, num_classes: int, stuff_from: int) -> None:
+    self.stuff_from = stuff_from
+    self.iou = np.zeros(num_classes)
+    self.matches = np.zeros(num_classes, np.int64)
+    self.misses = np.zeros(num_classes, np.int64)
+    self.false_alarms = np.zeros(num_classes, np.int64)
+
+  def add(self, truth: Segmentation, found: Segmentation) -> None:
+    """Counts one image.
+
+    Pixels without truth do not count in a found segment's area; one that lies there for the most
+    part, or in a crowd of its own class, is not a false alarm. Crowds cannot be missed.
+    """
+    shared = _shared_pixels(truth, found)
+    truth_area, found_area = shared.sum(axis=1), shared.sum(axis=0)
+    void = shared[-1]  # last row and column: pixels without a segment
+    union = truth_area[:-1, None] + (found_area - void)[None, :-1] - shared[:-1, :-1]
+    iou = shared[:-1, :-1] / np.maximum(union, 1)
+    alike = (truth.labels[:, None] == found.labels[None]) & ~truth.is_crowd[:, None]
+    rows, columns = np.nonzero(alike & (iou > 0.5))
+    np.add.at(self.matches, truth.labels[rows], 1)
+    np.add.at(self.iou, truth.labels[rows], iou[rows, columns])
+
+    missed = ~truth.is_crowd & (truth_area[:-1] > 0)
+    missed[rows] = False
+    np.add.at(self.misses, truth.labels[missed], 1)
+    crowd = truth.is_crowd[:, None] & (truth.labels[:, None] == found.labels[None])
+    excused = void[:-1] + (shared[:-1, :-1] * crowd).sum(axis=0)
+    false = (found_area[:-1] > 0) & (excused <= 0.5 * found_area[:-1])
+    false[columns] = False
+    np.add.at(self.false_alarms, found.labels[false], 1)
+
+  def merge(self, other: "PanopticQuality") -> None:
+    """Adds another's counts."""
+    self.iou += other.iou
+    self.matches += other.matches
+    self.misses += other.misses
+    self.false_alarms += other.false_alarms
+
+  def result(self) -> dict[str, float]:
+    """Returns "pq", "sq", "rq", means over the classes that occur, and those of things and stuff.
+
+    "pq_things", "pq_stuff", and so on are left out where no such class occurs.
+    """
+    stuff = np.arange(len(self.iou)) >= self.stuff_from
+    return (
+      self._means("", stuff | True) | self._means("_things", ~stuff) | self._means("_stuff", stuff)
+    )
+
+  def _means(self, suffix: str, classes: Bool[np.ndarray, " k"]) -> dict[str, float]:
+    weight = self.matches + 0.5 * (self.misses + self.false_alarms)
+    occurs = classes & (weight > 0)
+    if not occurs.any():
+      return {}
+    iou, matches, weight = self.iou[occurs], self.matches[occurs], weight[occurs]
+    scores = {"pq": iou / weight, "sq": iou / np.maximum(matches, 1), "rq": matches / weight}
+    return {name + suffix: float(values.mean()) for name, values in scores.items()}
+
+
+def _shared_pixels(truth: Segmentation, found: Segmentation) -> Int[np.ndarray, "s t"]:
+  """Returns how many pixels each pair of segments shares; the last row and column are void."""
+  shape = len(truth.labels) + 1, len(found.labels) + 1
+  rows = np.where(truth.segment_map == VOID, shape[0] - 1, truth.segment_map)
+  columns = np.where(found.segment_map == VOID, shape[1] - 1, found.segment_map)
+  return np.bincount((rows * shape[1] + columns).ravel(), minlength=shape[0] * shape[1]).reshape(
+    shape
+  )
+
+
+class PanopticEvaluator(InstanceEvaluator):
+  """Scores boxes and the masks of things as COCO does, and segments by their panoptic quality.
+
+  Args:
+    num_classes: highest class id + 1.
+    stuff_from: class ids from here on are stuff; 91 in COCO.
+    score_threshold: queries that are at least as sure take part.
+    class_names: by class id.
+    per_class: also scores each class's boxes.
+  """
+
+  def __init__(
+    self,
+    num_classes: int,
+    stuff_from: int,
+    *,
+    score_threshold: float = SCORE_THRESHOLD,
+    class_names: Sequence[str] = (),
+    per_class: bool = False,
+  ) -> None:
+    super().__init__(
+      num_classes, class_names=class_names, per_class=per_class, masks_below=stuff_from
+    )
+    self.score_threshold = score_threshold
+    self.quality = PanopticQuality(num_classes, stuff_from)
+    self.seen: set[int] = set()
+
+  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+    """Takes one batch.
+
+    Args:
+      batch: as `DetectionEvaluator.add`, and `segment_map` int [b h w]: which of the image's
+        targets each pixel belongs to, `VOID` for none; in pixels of the original image, which lies
+        in the upper left.
+      predictions: also `is_object` [b q] and `mask_logits` [b q i j].
+    """
+    super().add(batch, predictions)
+    real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
+    for row in np.flatnonzero(real):
+      if not self._is_repeated(batch, row):
+        truth = true_segments(batch, row)
+        found = found_segments(
+          batch, predictions, row, self.quality.stuff_from, threshold=self.score_threshold
+        )
+        self.quality.add(truth, found)
+
+  def _merge(self, other: Any) -> None:
+    super()._merge(other)
+    self.quality.merge(other.quality)  # no image may be in both
+
+  def result(self) -> dict[str, float]:
+    """Returns the scores by name: of boxes, masks, and "pq", "sq", "rq", of things and stuff."""
+    return super().result() | self.quality.result()
+
+  def _is_repeated(self, batch: Mapping[str, Any], row: np.integer) -> bool:
+    if "image_id" not in batch:
+      return False
+    number = int(batch["image_id"][row])
+    repeated = number in self.seen
+    self.seen.add(number)
+    return repeated

@@ -1,0 +1,77 @@
+"""Stochastic depth: whole residual branches are left out at random while training."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+
+class DropBlock(nn.Module):
+  """Sets squares of each channel's map to zero while training, and scales up what remains.
+
+  Attributes:
+    rate: expected share of a map that is dropped, in [0, 1), but for squares that overlap.
+    block_size: side of the squares; smaller maps have squares of their own smaller side.
+  """
+
+  rate: float
+  block_size: int = 3
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
+    """Returns `x` with squares dropped, drawing from the "dropout" stream, if `train`.
+
+    Raises:
+      ValueError: the rate or the side of the squares is out of its range.
+    """
+    if not 0 <= self.rate < 1:
+      raise ValueError(f"the rate of DropBlock must lie in [0, 1), but is {self.rate}")
+    if self.block_size < 1:
+      raise ValueError(f"block_size must be positive, not {self.block_size}")
+    if not train or not self.rate:
+      return x
+    batch, height, width, channels = x.shape
+    size = min(self.block_size, height, width)
+    places = (height - size + 1, width - size + 1)  # where a square's first corner can lie
+    share = self.rate * height * width / (size**2 * places[0] * places[1])  # Eq. 1
+    corners = jax.random.bernoulli(
+      self.make_rng("dropout"), min(share, 1.0), (batch, *places, channels)
+    )
+    pad = (size - 1, size - 1)
+    dropped = nn.max_pool(corners.astype(jnp.float32), (size, size), padding=(pad, pad))
+    keep = 1.0 - dropped
+    scale = keep.size / jnp.maximum(jnp.sum(keep), 1.0)  # Algorithm 1, line 7
+    return x * (keep * scale).astype(x.dtype)
+
+
+class DropPath(nn.Module):
+  """Drops a residual branch for some examples of the batch. Huang et al., arXiv:1603.09382.
+
+  The surviving branches are scaled by 1 / (1 - rate), so that the expectation is that of evaluation
+  and nothing needs scaling there.
+  """
+
+  @nn.compact
+  def __call__(
+    self, branch: Float[Array, "b ..."], rate: float | Float[Array, ""], *, train: bool
+  ) -> Float[Array, "b ..."]:
+    """Keeps each example's branch with probability 1 - rate.
+
+    Args:
+      branch: what is about to be added to the residual stream.
+      rate: in [0, 1); an array where layers are scanned. A plain 0 costs nothing.
+      train: False returns `branch` untouched.
+    """
+    if not train or (isinstance(rate, (int, float)) and rate == 0):
+      return branch
+    keep = 1 - jnp.asarray(rate, dtype=jnp.float32)
+    shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+    return branch * (kept / keep).astype(branch.dtype)
+
+
+def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
+  """Returns each layer's rate, growing linearly from 0 at the first to `rate` at the last."""
+  if not 0 <= rate < 1:
+    raise ValueError(f"drop_path_rate must lie in [0, 1), not {rate}")
+  return tuple(rate * layer / max(depth - 1, 1) for layer in range(depth))

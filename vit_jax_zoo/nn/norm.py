@@ -1,0 +1,162 @@
+"""Batch normalisation as the published ResNets have it, and its frozen form."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jaxtyping import Array, Float
+
+from vit_jax_zoo.errors import unknown_name
+
+NORMS = ("batch_norm", "frozen_batch_norm", "group_norm")
+
+
+class BatchNorm(nn.Module):
+  """Normalises each channel over the batch and all positions. Ioffe & Szegedy, arXiv:1502.03167.
+
+  Follows PyTorch, whose checkpoints are read: activations are normalised by the biased variance,
+  the running variance is of the unbiased one. (Flax's own keeps the biased one there.) The running
+  averages are `mean` and `var` in the collection "batch_stats".
+
+  Inside `jax.jit` the batch is the global one, however many devices it is split over, so that the
+  statistics are synchronised without further ado.
+
+  Attributes:
+    momentum: share of the old running average that an update keeps; PyTorch's momentum is 1 - this.
+    epsilon: added to the variance under the root.
+    scale_init: of the scale; zeros in the last norm of a residual branch start it as the identity.
+    dtype: of the result. Statistics are float32 at least.
+  """
+
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+  scale_init: Initializer = nn.initializers.ones
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b c"], *, train: bool) -> Float[Array, "*b c"]:
+    """Returns `x` normalised by its own statistics if `train`, else by the running ones."""
+    channels = x.shape[-1:]
+    scale = self.param("scale", self.scale_init, channels)
+    bias = self.param("bias", nn.initializers.zeros, channels)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
+    running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean, var = running_mean.value, running_var.value
+    if train:
+      # Moments around the running mean: one pass over the data, without the cancellation that
+      # E[x^2] - E[x]^2 suffers where the mean is far from zero.
+      origin = jax.lax.stop_gradient(mean)
+      mean, var = _moments(x, origin)
+      if not self.is_initializing():
+        count = x.size // x.shape[-1]
+        unbiased = var * (count / max(count - 1, 1))
+        self._update(running_mean, mean)
+        self._update(running_var, unbiased)
+    return _normalize(x, mean, var, scale, bias, self.epsilon).astype(self.dtype)
+
+  def _update(self, running: nn.Variable, new: Float[Array, " c"]) -> None:
+    running.value = self.momentum * running.value + (1 - self.momentum) * new
+
+
+class FrozenBatchNorm(nn.Module):
+  """Batch normalisation that never changes: scale, bias, mean and variance are given, not learned.
+
+  For backbones trained elsewhere (DETR, Mask R-CNN): all four live in "batch_stats", so that no
+  optimizer sees them and they do not count as parameters.
+
+  Attributes:
+    epsilon: added to the variance under the root.
+    dtype: of the result.
+  """
+
+  epsilon: float = 1e-5
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*b c"], *, train: bool = False) -> Float[Array, "*b c"]:
+    """Returns `x` normalised by the stored statistics, whatever `train` says."""
+    del train
+    channels = x.shape[-1:]
+    initial = {"mean": jnp.zeros, "var": jnp.ones, "scale": jnp.ones, "bias": jnp.zeros}
+    frozen = {k: self.variable("batch_stats", k, v, channels).value for k, v in initial.items()}
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return _normalize(x, **frozen, epsilon=self.epsilon).astype(self.dtype)
+
+
+class GroupNorm(nn.GroupNorm):
+  """Linen's group norm behind the same call as the batch norms."""
+
+  # E[x^2] - E[x]^2 loses too much where a group is a pair of numbers that are nearly equal.
+  use_fast_variance: bool = False
+
+  def __call__(self, x: Float[Array, "b *n c"], *, train: bool = False) -> Float[Array, "b *n c"]:
+    """Returns `x` normalised per example and group of channels."""
+    del train
+    return super().__call__(x)
+
+
+def norm_factory(
+  kind: str,
+  *,
+  momentum: float = 0.9,
+  epsilon: float = 1e-5,
+  num_groups: int = 32,
+  dtype: Dtype = "float32",
+) -> Callable[..., nn.Module]:
+  """Returns what makes a norm of this kind, called with `name` and, optionally, `scale_init`.
+
+  Args:
+    kind: "batch_norm", "frozen_batch_norm" or "group_norm".
+    momentum: of batch norm's running averages.
+    epsilon: added to the variance under the root.
+    num_groups: of group norm.
+    dtype: of the result.
+
+  Raises:
+    ValueError: the kind is unknown.
+  """
+  if kind == "batch_norm":
+    return functools.partial(BatchNorm, momentum=momentum, epsilon=epsilon, dtype=dtype)
+  if kind == "frozen_batch_norm":
+    return functools.partial(_frozen, epsilon=epsilon, dtype=dtype)
+  if kind == "group_norm":
+    return functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
+  raise ValueError(unknown_name("norm", kind, NORMS))
+
+
+def _frozen(scale_init: Initializer | None = None, **fields: Any) -> nn.Module:
+  """A frozen norm has no scale to initialise: its values come from a checkpoint."""
+  del scale_init
+  return FrozenBatchNorm(**fields)
+
+
+def _moments(
+  x: Float[Array, "*b c"], origin: Float[Array, " c"]
+) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
+  """Returns mean and biased variance of each channel, computed around `origin`."""
+  axes = tuple(range(x.ndim - 1))
+  offset = x - _as_channels(origin, x)
+  mean = jnp.mean(offset, axes)
+  var = jnp.maximum(jnp.mean(offset * offset, axes) - mean * mean, 0)
+  return mean + origin, var
+
+
+def _normalize(
+  x: Float[Array, "*b c"],
+  mean: Float[Array, " c"],
+  var: Float[Array, " c"],
+  scale: Float[Array, " c"],
+  bias: Float[Array, " c"],
+  epsilon: float,
+) -> Float[Array, "*b c"]:
+  factor = scale * jax.lax.rsqrt(var + epsilon)
+  return (x - _as_channels(mean, x)) * _as_channels(factor, x) + _as_channels(bias, x)
+
+
+def _as_channels(values: Float[Array, " c"], x: Float[Array, "*b c"]) -> Float[Array, "*ones c"]:
+  return values.reshape((1,) * (x.ndim - 1) + values.shape)

@@ -1,0 +1,430 @@
+"""Residual networks of bottleneck blocks, plain, ResNet-D and ResNet-RS: backbones of the models.
+
+He et al., arXiv:1512.03385 (with the stride on the 3x3 convolution, as torchvision and timm have
+it); ResNet-D: arXiv:1812.01187; ResNet-RS: arXiv:2103.07579. Padding, pooling and norms follow
+PyTorch, so that published weights give the published features.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
+from vit_jax_zoo.nn.norm import norm_factory
+from vit_jax_zoo.ops.checks import check_positive
+from vit_jax_zoo.ops.sharding import shard_batch
+
+
+def pointwise_conv(
+  x: Float[Array, "b h w c"],
+  kernel: Float[Array, "1 1 c f"],
+  window_strides: tuple[int, int],
+  padding: Any,
+  *,
+  precision: Any = None,
+  **unused: Any,
+) -> Float[Array, "b h2 w2 f"]:
+  """Convolves; takes what `nn.Conv` gives to `conv_general_dilated` of a 1x1 kernel without groups.
+
+  The result and the gradient of `x` are XLA's. That of the kernel is one product over all
+  positions: XLA on a CPU computes it as a convolution with a window as large as the map, which
+  takes two to ten times as long.
+  """
+  del padding, unused  # there is none; dilations of one tap mean nothing
+  return _convolve(x, kernel, tuple(window_strides), precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision: Any) -> Any:
+  return jax.lax.conv_general_dilated(
+    x, kernel, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+  )
+
+
+def _forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], precision: Any) -> Any:
+  return _convolve(x, kernel, strides, precision), (x, kernel)
+
+
+def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax.Array) -> Any:
+  x, kernel = kept
+  convolve = functools.partial(_convolve.fun, strides=strides, precision=precision)
+  (of_x,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
+  seen = x[:, :: strides[0], :: strides[1]]
+  # XLA on a CPU lays out the left factor anew, slowly; so that is the narrower one.
+  if seen.shape[-1] > gradient.shape[-1]:
+    of_kernel = jnp.einsum("bhwf,bhwc->fc", gradient, seen, precision=precision).T
+  else:
+    of_kernel = jnp.einsum("bhwc,bhwf->cf", seen, gradient, precision=precision)
+  return of_x, of_kernel[None, None]
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+# arXiv:1512.03385, Table 1; from 200 on, ResNet-RS (arXiv:2103.07579).
+RESNET_BLOCKS = {
+  50: (3, 4, 6, 3),
+  101: (3, 4, 23, 3),
+  152: (3, 8, 36, 3),
+  200: (3, 24, 36, 3),
+  270: (4, 29, 53, 4),
+  350: (4, 36, 72, 4),
+  420: (4, 44, 87, 4),
+}
+"""Blocks in each of the four stages, by depth of the network."""
+
+STAGES = ("c2", "c3", "c4", "c5")
+"""Names of the stages' outputs; `c<i>` has stride 2^i."""
+
+STEMS = ("conv7", "deep", "deep_strided", "tiered", "conv3")
+SHORTCUTS = ("conv", "avg_pool")
+ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
+
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class ConvNorm(nn.Module):
+  """A convolution without bias, a norm, an activation.
+
+  Attributes:
+    features: output channels.
+    kernel_size: side of the square kernel, odd.
+    norm: makes the norm.
+    stride: the same along both sides.
+    dilation: spacing of the kernel's taps.
+    activation: "relu", "silu" or None.
+    zero_init_scale: starts the norm's scale at zero.
+    pointwise_products: computes the gradient of a 1x1 kernel as a matrix product, which on CPUs is
+      quicker (`ops.pointwise`) and rounds otherwise.
+    dtype: of the computation.
+  """
+
+  features: int
+  kernel_size: int
+  norm: Callable[..., nn.Module]
+  stride: int = 1
+  dilation: int = 1
+  activation: str | None = "relu"
+  zero_init_scale: bool = False
+  pointwise_products: bool = False
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
+    """Returns a map of ceil(side / stride), padded alike on both sides."""
+    pad = self.dilation * (self.kernel_size // 2)
+    as_product = self.pointwise_products and self.kernel_size == 1
+    x = nn.Conv(
+      self.features,
+      (self.kernel_size, self.kernel_size),
+      (self.stride, self.stride),
+      padding=((pad, pad), (pad, pad)),
+      kernel_dilation=(self.dilation, self.dilation),
+      use_bias=False,
+      kernel_init=_he_normal,
+      dtype=self.dtype,
+      conv_general_dilated=pointwise_conv if as_product else None,
+      name="conv",
+    )(x)
+    scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
+    x = self.norm(scale_init=scale_init, name="norm")(x, train=train)
+    return x if self.activation is None else ACTIVATIONS[self.activation](x)
+
+
+class SqueezeExcite(nn.Module):
+  """Weighs channels by what the whole map holds. Hu et al., arXiv:1709.01507.
+
+  Attributes:
+    ratio: hidden width over the map's channels.
+    dtype: of the computation.
+  """
+
+  ratio: float = 0.25
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Returns `x` with its channels scaled by factors in (0, 1)."""
+    channels = x.shape[-1]
+    pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=_float32_at_least(x)).astype(x.dtype)
+    hidden = nn.Dense(max(1, int(channels * self.ratio)), dtype=self.dtype, name="reduce")(pooled)
+    gates = nn.Dense(channels, dtype=self.dtype, name="expand")(nn.relu(hidden))
+    return x * nn.sigmoid(gates)
+
+
+class Stem(nn.Module):
+  """From the image to a map of a quarter of its sides ("conv3": of the same sides).
+
+  Attributes:
+    kind: "conv7" (7x7 and max-pool), "deep" (ResNet-D: three 3x3 and max-pool), "deep_strided"
+      (ResNet-RS: a fourth, strided 3x3 in place of the pool), "tiered" (timm: widths growing) or
+      "conv3" (one 3x3, for images of a few pixels).
+    width: output channels.
+    norm: makes a norm.
+    activation: see `ConvNorm`.
+    dtype: of the computation.
+  """
+
+  kind: str
+  width: int
+  norm: Callable[..., nn.Module]
+  activation: str = "relu"
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
+    """Returns the map."""
+    half, whole = self.width // 2, self.width
+    layers = {
+      "conv7": ((whole, 7, 2),),
+      "deep": ((half, 3, 2), (half, 3, 1), (whole, 3, 1)),
+      "deep_strided": ((half, 3, 2), (half, 3, 1), (whole, 3, 1), (whole, 3, 2)),
+      "tiered": ((3 * whole // 8, 3, 2), (half, 3, 1), (whole, 3, 1)),
+      "conv3": ((whole, 3, 1),),
+    }[self.kind]
+    for index, (features, size, stride) in enumerate(layers, start=1):
+      conv = ConvNorm(
+        features,
+        size,
+        self.norm,
+        stride,
+        activation=self.activation,
+        dtype=self.dtype,
+        name=f"conv{index}",
+      )
+      x = conv(x, train=train)
+    if self.kind not in ("deep_strided", "conv3"):
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    self.sow("intermediates", "output", x)
+    return x
+
+
+class Bottleneck(nn.Module):
+  """1x1, 3x3, 1x1 to four times the width, and the shortcut; activation after the sum.
+
+  A subclass may put something else in the place of the 3x3 convolution: `spatial`.
+
+  Attributes:
+    width: channels of the middle.
+    norm: makes a norm.
+    stride: of the block; on the 3x3 convolution unless `stride_in_1x1`.
+    dilation: of the 3x3 convolution.
+    shortcut: where the shape changes: "conv" (strided 1x1) or "avg_pool" (2x2 pool, then 1x1:
+      ResNet-D).
+    se_ratio: of squeeze-and-excitation before the sum; 0 leaves it out.
+    drop_path_rate: how often a training example skips the block, in [0, 1).
+    activation: "relu" or "silu".
+    stride_in_1x1: the stride on the first convolution, as in the 2015 paper and Caffe's weights.
+    zero_init_last_scale: starts the block as the identity (arXiv:1706.02677, section 5.1).
+    pointwise_products: see `ConvNorm`.
+    dtype: of the computation.
+  """
+
+  width: int
+  norm: Callable[..., nn.Module]
+  stride: int = 1
+  dilation: int = 1
+  shortcut: str = "conv"
+  se_ratio: float = 0.0
+  drop_path_rate: float = 0.0
+  activation: str = "relu"
+  stride_in_1x1: bool = False
+  zero_init_last_scale: bool = True
+  pointwise_products: bool = False
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
+    """Returns a map of ceil(side / stride) with four times `width` channels."""
+    first_stride, stride = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
+    y = self._conv(self.width, 1, first_stride, name="conv1")(x, train=train)
+    y = self.spatial(y, stride, train=train)
+    last = self._conv(
+      4 * self.width,
+      1,
+      activation=None,
+      zero_init_scale=self.zero_init_last_scale,
+      name="conv3",
+    )
+    y = last(y, train=train)
+    if self.se_ratio:
+      y = SqueezeExcite(self.se_ratio, self.dtype, name="se")(y)
+    y = DropPath(name="drop_path")(y, self.drop_path_rate, train=train)
+    y = ACTIVATIONS[self.activation](y + self._skip(x, train=train))
+    self.sow("intermediates", "output", y)
+    return y
+
+  def spatial(
+    self, x: Float[Array, "b h w c"], stride: int, *, train: bool
+  ) -> Float[Array, "b h2 w2 c"]:
+    """What looks at more than one position: here a 3x3 convolution."""
+    return self._conv(self.width, 3, stride, dilation=self.dilation, name="conv2")(x, train=train)
+
+  def _skip(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
+    features = 4 * self.width
+    if x.shape[-1] == features and self.stride == 1:
+      return x
+    stride = self.stride
+    if self.shortcut == "avg_pool" and stride > 1:
+      pooled = nn.avg_pool(x, (stride,) * 2, (stride,) * 2, "SAME", count_include_pad=False)
+      x = pooled.astype(x.dtype)
+      stride = 1
+    return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
+
+  def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:
+    ours = ("activation", "pointwise_products", "dtype")
+    fields = {name: getattr(self, name) for name in ours} | fields
+    return ConvNorm(features, size, self.norm, stride, **fields)
+
+
+class ResNet(nn.Module):
+  """Four stages of bottleneck blocks; returns all their outputs.
+
+  Attributes:
+    blocks: in each stage; see `RESNET_BLOCKS`.
+    widths: of the stages' bottlenecks; their outputs have four times as many channels.
+    stem: see `Stem`.
+    stem_width: channels of the stem's output.
+    shortcut: see `Bottleneck`.
+    se_ratio: of squeeze-and-excitation; 0 leaves it out.
+    se_stages: the stages that have it.
+    activation: "relu" or "silu".
+    norm: "batch_norm", "frozen_batch_norm" or "group_norm".
+    norm_momentum: share of the old running averages that an update keeps.
+    norm_epsilon: under the root of the norms.
+    output_stride: 32; 16, 8 or 4 trade the strides of last stages for dilations, as torchvision
+      does: a stage's first block still has the dilation of the stage before (DETR's DC5 is 16).
+    stride_in_1x1: see `Bottleneck`.
+    drop_path_rate: of the last block, growing linearly from 0 at the first.
+    zero_init_last_scale: see `Bottleneck`.
+    pointwise_products: see `ConvNorm`. DETR's detections are compared with the reference's step by
+      step of a training, where another rounding can turn a matching around.
+    remat_stages: stages whose blocks keep only their inputs for the backward pass.
+    dtype: of the computation. Parameters and statistics are float32.
+  """
+
+  blocks: tuple[int, ...] = RESNET_BLOCKS[50]
+  widths: tuple[int, ...] = (64, 128, 256, 512)
+  stem: str = "conv7"
+  stem_width: int = 64
+  shortcut: str = "conv"
+  se_ratio: float = 0.0
+  se_stages: tuple[str, ...] = STAGES
+  activation: str = "relu"
+  norm: str = "batch_norm"
+  norm_momentum: float = 0.9
+  norm_epsilon: float = 1e-5
+  output_stride: int = 32
+  stride_in_1x1: bool = False
+  drop_path_rate: float = 0.0
+  zero_init_last_scale: bool = True
+  pointwise_products: bool = False
+  remat_stages: tuple[str, ...] = ()
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> dict[str, Float[Array, "b _ _ _"]]:
+    """Returns the feature pyramid.
+
+    Args:
+      images: normalised as the weights expect it.
+      train: whether batch norms take the statistics of this batch (and renew "batch_stats", which
+        must then be mutable), and blocks are dropped (drawing from the "dropout" stream).
+
+    Returns:
+      "c2" to "c5", with strides 4, 8, 16 and 32 (or `output_stride`, where that is smaller; a
+      quarter of these with the stem "conv3").
+    """
+    return self.pyramid(images, train=train)
+
+  def pyramid(
+    self, images: Float[Array, "b h w c"], *, train: bool
+  ) -> dict[str, Float[Array, "b _ _ _"]]:
+    """Does the work of `__call__`, for subclasses that go on from the features."""
+    self.check()
+    make_norm = self._norm_factory()
+    x = shard_batch(images.astype(self.dtype))
+    stem = Stem(self.stem, self.stem_width, make_norm, self.activation, self.dtype, name="stem")
+    x = stem(x, train=train)
+    rates = iter(drop_path_rates(self.drop_path_rate, sum(self.blocks)))
+    features = {}
+    for stage, strides in zip(STAGES, self._strides(), strict=True):
+      call = (
+        nn.remat(_call_block, static_argnums=(2,)) if stage in self.remat_stages else _call_block
+      )
+      for index, (stride, dilation) in enumerate(strides):
+        block = self.block(
+          stage,
+          index,
+          width=self.widths[STAGES.index(stage)],
+          norm=make_norm,
+          stride=stride,
+          dilation=dilation,
+          shortcut=self.shortcut,
+          se_ratio=self.se_ratio if stage in self.se_stages else 0.0,
+          drop_path_rate=next(rates),
+          activation=self.activation,
+          stride_in_1x1=self.stride_in_1x1,
+          zero_init_last_scale=self.zero_init_last_scale,
+          pointwise_products=self.pointwise_products,
+          dtype=self.dtype,
+          name=f"{stage}_block{index}",
+        )
+        x = shard_batch(call(block, x, train))
+      features[stage] = x
+    return features
+
+  def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
+    """Makes block `index` of `stage`; subclasses choose another class for some of them."""
+    del stage, index
+    return Bottleneck(**fields)
+
+  def _strides(self) -> list[list[tuple[int, int]]]:
+    """Returns stride and dilation of each block of each stage."""
+    reached, dilation, stages = 4, 1, []
+    for stage, count in enumerate(self.blocks):
+      stride = 1 if stage == 0 else 2
+      first_dilation = dilation
+      if reached * stride > self.output_stride:
+        dilation, stride = dilation * stride, 1
+      reached *= stride
+      stages.append([(stride, first_dilation)] + [(1, dilation)] * (count - 1))
+    return stages
+
+  def _norm_factory(self) -> Callable[..., nn.Module]:
+    return norm_factory(
+      self.norm, momentum=self.norm_momentum, epsilon=self.norm_epsilon, dtype=self.dtype
+    )
+
+  def check(self) -> None:
+    """Raises ValueError for fields that are unknown or do not fit together."""
+    for field, known in (("stem", STEMS), ("shortcut", SHORTCUTS), ("activation", ACTIVATIONS)):
+      if getattr(self, field) not in known:
+        raise ValueError(unknown_name(field, getattr(self, field), known))
+    for stage in (*self.se_stages, *self.remat_stages):
+      if stage not in STAGES:
+        raise ValueError(unknown_name("stage", stage, STAGES))
+    for field in ("blocks", "widths"):
+      if len(getattr(self, field)) != len(STAGES):
+        raise ValueError(f"{field} has {len(getattr(self, field))} entries; there are four stages")
+    check_positive(self, "blocks", "widths", "stem_width")
+    if self.output_stride not in (4, 8, 16, 32):
+      raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {self.output_stride}")
+
+
+def _call_block(block: nn.Module, x: jax.Array, train: bool) -> jax.Array:  # noqa: FBT001
+  """Positional `train`: rematerialisation tells static arguments by their place."""
+  return block(x, train=train)
+
+
+def _float32_at_least(x: Float[Array, "..."]) -> Dtype:
+  return jnp.promote_types(x.dtype, jnp.float32)

@@ -1,0 +1,153 @@
+"""Machines to plan for: a TPU slice that is not here, by its name, or what this machine has."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.training import libtpu
+from vit_jax_zoo.training.progress import peak_flops
+
+GIB = 2.0**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One JAX device.
+
+  Attributes:
+    memory: bytes of its main memory (HBM).
+    memory_bandwidth: bytes a second to and from it.
+    network_bandwidth: bytes a second that it can send to neighbours, over all its links together
+      (ICI, NVLink).
+    peak_flops: dense bfloat16 operations a second.
+  """
+
+  memory: float
+  memory_bandwidth: float
+  network_bandwidth: float
+  peak_flops: float
+
+
+_FIGURES: Mapping[str, tuple[float, float, float]] = {
+  "TPU v2": (8 * GIB, 350e9, 124e9),
+  "TPU v3": (16 * GIB, 450e9, 164e9),
+  "TPU v4": (32 * GIB, 1200e9, 300e9),
+  "TPU v5 lite": (16 * GIB, 819e9, 200e9),
+  "TPU v5": (95 * GIB, 2765e9, 600e9),
+  "TPU v5p": (95 * GIB, 2765e9, 600e9),
+  "TPU v6 lite": (32 * GIB, 1638e9, 400e9),
+  "A100-SXM4-40GB": (40e9, 1555e9, 300e9),
+  "A100-SXM4-80GB": (80e9, 2039e9, 300e9),
+  "H100 80GB HBM3": (80e9, 3350e9, 450e9),
+  "H200": (141e9, 4800e9, 450e9),
+}
+"""By what stands in `device.device_kind`: memory, its bandwidth, bandwidth to other chips."""
+
+
+def find_chip(device_kind: str) -> Chip | None:
+  """Returns what is known of a device, None if that is too little for an estimate.
+
+  >>> find_chip("TPU v5 lite").memory == 16 * GIB, find_chip("cpu")
+  (True, None)
+  """
+  found = [name for name in _FIGURES if re.search(rf"\b{re.escape(name)}\b", device_kind)]
+  peak = peak_flops(device_kind)
+  if not found or peak is None:
+    return None
+  return Chip(*_FIGURES[max(found, key=len)], peak_flops=peak)
+
+
+TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e")
+PLATFORMS = ("tpu", "cpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """Where a step is to run.
+
+  Attributes:
+    name: as the user gave it, or the platform.
+    devices: real ones, or those of a topology.
+    kind: of its devices, as JAX calls it.
+    memory: bytes that each device has.
+    chip: what is known of the kind.
+  """
+
+  name: str
+  devices: Sequence[Any]
+  kind: str
+  memory: float | None
+  chip: Chip | None
+
+
+def find_machine(platform: str, topology: str | None = None) -> Machine:
+  """Returns the machine that was asked for.
+
+  Args:
+    platform: one of `PLATFORMS`; "tpu" needs libtpu, but no TPU.
+    topology: a TPU slice, such as "v5e:4x4".
+
+  Raises:
+    ValueError: one line, about an unknown platform or topology.
+    ImportError: one line, when libtpu is missing.
+    RuntimeError: there is no such device here.
+  """
+  if platform not in PLATFORMS:
+    raise ValueError(unknown_name("platform", platform, PLATFORMS))
+  if platform != "cuda" and not getattr(jax.config, "jax_platforms", None):
+    jax.config.update("jax_platforms", "cpu")  # shapes alone: nothing else need be started
+  if platform == "tpu":
+    return _tpu_slice(topology)
+  if topology is not None:
+    raise ValueError(
+      f"--topology={topology} is a TPU slice, and the platform is {platform}; leave one of them out"
+    )
+  try:
+    devices = jax.devices(platform)
+  except RuntimeError as error:
+    raise RuntimeError(f"there is no {platform} device here: {error}") from None
+  kind = devices[0].device_kind
+  memory = _host_memory() / len(devices) if platform == "cpu" else _limit(devices[0])
+  return Machine(platform, devices, kind, memory, find_chip(kind))
+
+
+def _tpu_slice(topology: str | None) -> Machine:
+  if topology is None:
+    raise ValueError("--topology is missing; name a TPU slice, such as --topology=v5e:4x4")
+  version = topology.partition(":")[0]
+  if version not in TPUS:
+    raise ValueError(
+      unknown_name("TPU", version, TPUS) + f"; got the topology {topology!r}, write v5e:4x4"
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise ImportError("planning for a TPU needs libtpu; pip install -e '.[plan]'")
+  several = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # plans at a time; none of them has a TPU
+  for name, value in (libtpu.QUIET | several).items():
+    os.environ.setdefault(name, value)
+  libtpu.hide_flags_of_others()
+  options = {"chip_config_name": "megacore"} if version == "v4" else {}
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f"there is no topology {topology!r}: {str(error).splitlines()[0]}; such as v5e:4x4, "
+      "v5e:16x16, v5p:4x4x4, v6e:8x8, v4:2x2x2, v3:4x4"
+    ) from None
+  kind = found.devices[0].device_kind
+  chip = find_chip(kind)
+  return Machine(topology, found.devices, kind, None if chip is None else chip.memory, chip)
+
+
+def _host_memory() -> float:
+  return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+
+
+def _limit(device: Any) -> float | None:
+  return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,292 @@
+"""State dicts of the authors' FPT (ZHANGDONG-NJUST/FPT, class `FPT`), by key.
+
+No trained weights of it were published; whoever has some can bring them. They are those of a
+`FeaturePyramidTransformer(flavor="official")` of four levels, p2 to p5. In checkpoints of a whole
+detector all keys begin with a prefix ("Conv_Body.", and what comes below it there).
+
+Queries and keys of a self-transformer share one convolution, which the file has under two names,
+`conv_qs` and `conv_ks`: both must hold the same, and both are written. Kernels that the code makes
+and never uses are parameters here, too, so that nothing of a file is lost.
+
+Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.key_map import (
+  STATISTICS,
+  Array,
+  Flat,
+  Row,
+  Transform,
+  WeightsError,
+  read,
+  write,
+)
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.readers import Published, read_published
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import (
+  CONVOLUTION,
+  COUNTER,
+  batch_counters,
+  batch_norm_rows,
+  contiguous,
+  layer_rows,
+  write_safetensors,
+)
+
+FINEST = 2
+"""The file counts its levels from p2."""
+LEVELS = 4
+
+BODY = "Conv_Body."
+"""What the keys begin with in a whole detector."""
+
+IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
+"""Counters; the second names of shared convolutions, which are compared; and what a file of HEAD
+has beyond the rendering of before November 2020, where that is asked for."""
+
+
+def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:
+  fits = array.ndim == 4 and array.shape[2:] == (1, 1) and len(shape) == 2
+  return array[:, :, 0, 0].T if fits else array
+
+
+POINTWISE = Transform(_read_pointwise, lambda array: array.T[:, :, None, None])
+"""A 1x1 convolution, [out in 1 1] <-> [in out]."""
+
+
+_conv_rows = functools.partial(layer_rows, transform=POINTWISE)
+
+
+def self_rows(published: str, ours: str) -> list[Row]:
+  """Rows of an `OfficialSelfTransformer`; `conv` transforms come after deeper ones of that name."""
+  return [
+    Row(f"{published}.conv_qs.0.weight", f"{ours}/query_key_conv/kernel", CONVOLUTION),
+    *batch_norm_rows(f"{published}.conv_qs.1", f"{ours}/query_key_norm"),
+    *_conv_rows(f"{published}.conv_qs", f"{ours}/query_key"),
+    *_conv_rows(f"{published}.conv_qs.3", f"{ours}/query_key"),
+    *_conv_rows(f"{published}.conv_vs", f"{ours}/value"),
+    Row(f"{published}.attention.weight", f"{ours}/mixture"),
+    *_conv_rows(f"{published}.conv", f"{ours}/out"),
+    *batch_norm_rows(f"{published}.norm_layer", f"{ours}/norm"),
+  ]
+
+
+def ground_rows(published: str, ours: str) -> list[Row]:
+  """Rows of an `OfficialGroundingTransformer`."""
+  return [
+    *_conv_rows(f"{published}.theta", f"{ours}/query"),
+    *_conv_rows(f"{published}.phi", f"{ours}/key"),
+    *_conv_rows(f"{published}.g", f"{ours}/value"),
+    Row(f"{published}.W_f.0.weight", f"{ours}/pair_kernel", POINTWISE),
+    Row(f"{published}.W_f.0.bias", f"{ours}/pair_bias"),
+    *_conv_rows(f"{published}.W_z.0", f"{ours}/out"),
+    *_conv_rows(f"{published}.W_z", f"{ours}/out"),
+    *batch_norm_rows(f"{published}.W_z.1", f"{ours}/norm"),
+  ]
+
+
+def render_rows(published: str, ours: str) -> list[Row]:
+  """Rows of an `OfficialRenderingTransformer`; the code calls the gate's norm `bn_low`."""
+  return [
+    *_conv_rows(f"{published}.conv3x3", f"{ours}/refine", transform=CONVOLUTION),
+    *batch_norm_rows(f"{published}.bn_high", f"{ours}/refine_norm"),
+    *_conv_rows(f"{published}.conv1x1", f"{ours}/gate"),
+    *batch_norm_rows(f"{published}.bn_low", f"{ours}/gate_norm"),
+    *_conv_rows(f"{published}.str_conv3x3", f"{ours}/halve", transform=CONVOLUTION),
+    *batch_norm_rows(f"{published}.bn_reduction", f"{ours}/added_norm"),
+    *_conv_rows(f"{published}.conv_reduction", f"{ours}/reduce"),
+    *_conv_rows(f"{published}.conv_cat", f"{ours}/concat"),
+  ]
+
+
+def _join_rows(published: str, ours: str) -> list[Row]:
+  """Rows of a lateral or joining convolution, alone or in front of a norm."""
+  return [
+    *_conv_rows(f"{published}.0", ours, transform=CONVOLUTION),
+    *batch_norm_rows(f"{published}.1", f"{ours}_norm"),
+    *_conv_rows(published, ours, transform=CONVOLUTION),
+  ]
+
+
+def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row, ...]:
+  """Returns the table of an FPT.
+
+  Args:
+    prefix: what the file's keys begin with.
+    ours: what our paths begin with, behind a collection's name.
+    with_norm: whether norms stand behind the lateral and the joining convolutions.
+  """
+  rows: list[Row] = []
+  for level in range(LEVELS):
+    own = f"p{level + FINEST}"
+    rows += self_rows(f"{prefix}st_{own}", f"self_{level}")
+    for other in range(LEVELS):
+      pair = f"{own}_p{other + FINEST}"
+      if other > level:
+        rows += ground_rows(f"{prefix}gt_{pair}", f"ground_{level}_{other}")
+      if other < level:
+        rows += render_rows(f"{prefix}rt_{pair}", f"render_{level}_{other}")
+    for theirs, name in ((f"fpn_{own}_1x1", "lateral"), (f"fpt_{own}", "join")):
+      joins = _join_rows(prefix + theirs, f"{name}_{level}")
+      rows += [row for row in joins if with_norm == bool(re.search(r"\.[01]\.\w+$", row.published))]
+  return tuple(_below(ours, row) for row in rows)
+
+
+def _below(ours: str, row: Row) -> Row:
+  collection = STATISTICS if row.ours.startswith(STATISTICS) else ""
+  path = f"{collection}{ours}{row.ours.removeprefix(STATISTICS)}"
+  return Row(row.published, path, row.transform)
+
+
+def is_of(published: Mapping[str, Array], prefix: str = "") -> bool:
+  """Tells whether a state dict holds the authors' FPT."""
+  return all(f"{prefix}{key}.weight" in published for key in ("st_p5.conv_qs", "gt_p2_p5.theta"))
+
+
+def infer_fields(
+  published: Mapping[str, Array], *, prefix: str = "", source: str = "the file"
+) -> dict[str, Any]:
+  """Returns the fields of the `FeaturePyramidTransformer` that a state dict is of.
+
+  Raises:
+    WeightsError: there is none in it; or `conv_qs` and `conv_ks` hold different things.
+  """
+  if not is_of(published, prefix):
+    keys = ", ".join(sorted(published)[:3])
+    raise WeightsError(f"{source} holds no FPT of the authors' code; its keys begin with {keys}")
+  _check_shared(published, prefix, source)
+  mixture = published.get(f"{prefix}st_p5.attention.weight")
+  norm = "none"
+  if f"{prefix}fpt_p2.1.weight" in published:
+    averaged = f"{prefix}fpt_p2.1.running_mean" in published
+    norm = "batch_norm" if averaged else "group_norm"
+  halves = f"{prefix}rt_p5_p4.str_conv3x3.weight" in published
+  return {
+    "width": published[f"{prefix}st_p5.conv_qs.weight"].shape[0],
+    "flavor": "official",
+    "norm": norm,
+    "rendering": "head" if halves else "november_2020",
+    "self_parts": 1 if mixture is None else mixture.shape[0],
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class FptCheckpoint(Checkpoint):
+  """A file with an FPT alone: the model is called with a pyramid.
+
+  Attributes:
+    channels: of the backbone's maps, from fine to coarse.
+  """
+
+  channels: tuple[int, ...] = ()
+
+  def example_inputs(self, size: Size) -> tuple[Any, ...]:
+    """Returns a pyramid of the least sizes: parameters do not depend on them."""
+    del size
+    sides = [2**level for level in reversed(range(LEVELS))]
+    pyramid = [
+      np.zeros((1, n, n, c), np.float32) for n, c in zip(sides, self.channels, strict=True)
+    ]
+    return (pyramid,)
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a state dict of the authors' class.
+
+  Raises:
+    WeightsError: there is none in it.
+  """
+  arrays = published.arrays
+  fields = infer_fields(arrays, source=published.path)
+  first = ".0" if fields["norm"] != "none" else ""
+  laterals = [f"fpn_p{level + FINEST}_1x1{first}.weight" for level in range(LEVELS)]
+  return FptCheckpoint(
+    source=published.path,
+    family="fpt_pyramid",
+    arrays=arrays,
+    table=neck_rows(with_norm=fields["norm"] != "none"),
+    fields=fields,
+    preprocess=Preprocess((800, 800)),
+    task="",
+    ignore=IGNORE,
+    heads=(),
+    channels=tuple(arrays[key].shape[1] for key in laterals),
+  )
+
+
+def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
+  """Returns the arrays of a detector's neck by path, from a file with the FPT alone or with more.
+
+  Args:
+    path: of the file.
+    shapes: of the neck's variables, by path as in `Checkpoint.table`.
+
+  Raises:
+    WeightsError: the file holds no FPT, or another than `shapes` wants.
+  """
+  arrays = read_published(path).arrays
+  prefix = "" if is_of(arrays) else BODY
+  fields = infer_fields(arrays, prefix=prefix, source=path)
+  rows = neck_rows(prefix, with_norm=fields["norm"] != "none")
+  ignore = (*IGNORE, rf"(?!{re.escape(prefix)}).*", rf"{re.escape(BODY)}conv_body\..*")
+  return read(arrays, rows, shapes, source=path, ignore=ignore)
+
+
+def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "") -> Flat:
+  """Returns an FPT of the official flavour as the authors' code names it.
+
+  PyTorch's counters of batches, which batch norm with a fixed momentum never reads, are zero.
+
+  Args:
+    variables: by path, as in `Checkpoint.table`.
+    ours: what the FPT's paths begin with; others are left out.
+    prefix: what the keys are to begin with.
+
+  Raises:
+    WeightsError: the code has no name for some of them.
+  """
+  own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
+  with_norm = f"{ours}join_0_norm/scale" in own
+  published = write(own, neck_rows(prefix, ours, with_norm=with_norm))
+  again = {k.replace(".conv_qs.", ".conv_ks."): a for k, a in published.items() if ".conv_qs." in k}
+  return {**published, **again, **batch_counters(published)}
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes the FPT, alone or out of a detector, as the authors' class loads it.
+
+  Args:
+    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    export: of an FPT, or of a detector with one as its neck.
+
+  Raises:
+    WeightsError: there is none of the official flavour, with its four levels.
+  """
+  ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
+  if f"{ours}render_1_0/gate_norm/scale" not in export.variables:
+    raise WeightsError("the authors' code has no FPT but that of flavor='official'")
+  arrays = contiguous(state_dict(export.variables, ours))
+  if not is_of(arrays):
+    raise WeightsError(f"the authors' code has an FPT of {LEVELS} levels alone")
+  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
+
+
+def _check_shared(published: Mapping[str, Array], prefix: str, source: str) -> None:
+  for key, array in published.items():
+    twin = published.get(key.replace(".conv_ks.", ".conv_qs."))
+    is_key = key.startswith(prefix) and ".conv_ks." in key
+    if is_key and (twin is None or not np.array_equal(array, twin)):
+      raise WeightsError(
+        f"{source} does not fit the model; {key} is not what conv_qs holds, though the code shares "
+        "one convolution between the two"
+      )

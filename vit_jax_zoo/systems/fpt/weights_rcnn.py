@@ -1,0 +1,173 @@
+"""State dicts of the official code's detectors: Caffe's ResNet, FPT, adaptive heads.
+
+The keys are Detectron.pytorch's, see `rcnn_detectron`; between "Conv_Body.conv_body." and the heads
+stands the class `FPT`, see `fpt_pt`, below "Conv_Body.". (The code's configs name another class,
+`FPT_s`, which cannot be run: its lateral convolutions do not fit each other.)
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
+from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
+from vit_jax_zoo.systems.rcnn.weights_classes import NAMES, with_ids, without_ids
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.key_map import Row, WeightsError, write
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.readers import Published
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
+
+PREPROCESS = Preprocess(
+  (1000, 1000), detectron.IMAGE_MEAN, detectron.IMAGE_STD, "shorter_side", "bilinear", max_side=1400
+)
+"""Shorter side 1000, longer at most 1400, as the code's configs test."""
+COCO_OUTPUTS = 81
+"""Of a detector of COCO's classes, with the background."""
+
+_BODY = f"{fpt_pt.BODY}conv_body."
+_OUTPUTS = {"Box_Outs.cls_score": 1, "Box_Outs.bbox_pred": 4, "Mask_Outs.classify": 1}
+
+
+def rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
+  """Returns the table of an `RCNN` with these fields."""
+  convs = fields["box_head"].get("num_convs", 0)
+  mask = fields["mask_head"] or {}
+  return (
+    *detectron.backbone_rows(_BODY, "backbone/"),
+    *fpt_pt.neck_rows(
+      fpt_pt.BODY, "neck/", with_norm=fields["neck_fields"].get("norm", "none") != "none"
+    ),
+    *detectron.proposal_rows(),
+    *detectron.box_rows(convs, fields["pool_size"]),
+    *detectron.output_rows(),
+    *detectron.mask_rows(fields["mask_pool_size"], mask.get("num_convs", 4)),
+  )
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file holds a detector of the official code's, with its FPT."""
+  return f"{_BODY}res1.conv1.weight" in published and fpt_pt.is_of(published, fpt_pt.BODY)
+
+
+def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+  """Returns the fields of the `RCNN` that a state dict is of.
+
+  Raises:
+    WeightsError: its anchors are others than three at each place.
+    KeyError: an array is missing from which a size is read.
+  """
+  if len(published["RPN.FPN_RPN_cls_score.bias"]) != 3:
+    raise WeightsError(f"{source} has other anchors than three at each place")
+  neck = fpt_pt.infer_fields(published, prefix=fpt_pt.BODY, source=source)
+  width = neck.pop("width")
+  box, flat = _box_head(published)
+  fields: dict[str, Any] = {
+    "num_classes": len(published["Box_Outs.cls_score.bias"]) - 1,
+    "backbone": _backbone(published),
+    "neck": "fpt",
+    "neck_fields": neck,
+    "width": width,
+    "adaptive": True,
+    "convention": "detectron",
+    "pool_size": round((flat / width) ** 0.5),
+    "mask_pool_size": 14,
+    "box_head": box,
+    "mask_head": None,
+  }
+  if "Mask_Outs.classify.bias" in published:
+    middle = [k for k in published if re.fullmatch(r"Mask_Head\.conv_fcn\.\d+\.weight", k)]
+    convs = 2 + sum(published[k].ndim == 4 for k in middle)
+    channels = len(published["Mask_Head.upconv.bias"])
+    fields["mask_pool_size"] = round(len(published["Mask_Head.mask_fc.0.bias"]) ** 0.5) // 2
+    fields["mask_head"] = {
+      "norm": "group_norm", "fused": True, "num_convs": convs, "width": channels
+    }  # fmt: skip
+  return fields
+
+
+def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
+  """Returns the box head's fields, and the length of what its first dense layer sees."""
+  if "Box_Head.fc1.0.0.weight" in published:
+    dense, flat = published["Box_Head.fc1.0.0.weight"].shape
+    return {"norm": "group_norm", "width": dense}, flat
+  middle = [k for k in published if re.fullmatch(r"Box_Head\.convs\.\d+\.weight", k)]
+  convs = 1 + sum(published[k].ndim == 4 for k in middle)
+  dense, flat = published["Box_Head.fc.weight"].shape
+  return {"norm": "group_norm", "num_convs": convs, "num_dense": 1, "width": dense}, flat
+
+
+def _backbone(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  blocks, widths = [], []
+  for stage in range(2, 6):
+    first = f"{_BODY}res{stage}.{{}}.conv1.weight"
+    widths.append(len(published[first.format(0)]))
+    blocks.append(sum(first.format(i) in published for i in range(len(published))))
+  stem = len(published[f"{_BODY}res1.conv1.weight"])
+  sizes = {"blocks": tuple(blocks), "widths": tuple(widths), "stem_width": stem}
+  return {**sizes, "stride_in_1x1": True}
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a state dict of the official code's.
+
+  Raises:
+    WeightsError: there is no such detector in it.
+  """
+  arrays, is_coco = with_ids(published.arrays, _OUTPUTS)
+  fields = infer_fields(arrays, published.path)
+  return Checkpoint(
+    source=published.path,
+    family="faster_rcnn",
+    arrays=detectron.unfold_norms(arrays, _BODY),
+    table=rows(fields),
+    fields=fields,
+    preprocess=PREPROCESS,
+    task="instance_detection",
+    task_fields={"class_names": NAMES} if is_coco else {},
+    ignore=fpt_pt.IGNORE,
+    heads=("box_outputs/", "mask_head/logits/"),
+  )
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a state dict in the layout of the official code's.
+
+  Statistics of frozen norms go into their scales and biases, which is all that Caffe's have.
+
+  Args:
+    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    export: of a detector.
+
+  Raises:
+    WeightsError: the official code has no such detector.
+  """
+  fields = export.fields()
+  _check(fields)
+  arrays = write(export.variables, rows(fields))
+  own = {k: v for k, v in export.variables.items()}
+  arrays |= fpt_pt.state_dict(own, "neck/", fpt_pt.BODY)
+  arrays = detectron.fold_norms(arrays, _BODY)
+  arrays = contiguous(without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
+  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
+
+
+_OF_THE_CODE = {
+  "neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet",
+}  # fmt: skip
+
+
+def _check(fields: Mapping[str, Any]) -> None:
+  given = {**fields, "flavor": (fields["neck_fields"] or {}).get("flavor", "paper")}
+  wanted = {**_OF_THE_CODE, "flavor": "official"}
+  other = [f"{k}={given[k]!r}" for k, value in wanted.items() if given[k] != value]
+  backbone = fields["backbone"] or {}
+  if backbone.get("norm", "frozen_batch_norm") != "frozen_batch_norm":
+    other.append(f"trained norms in the backbone ({backbone['norm']})")
+  if not backbone.get("stride_in_1x1", False):
+    other.append("stride_in_1x1=False in the backbone")
+  if other:
+    raise WeightsError(f"the official code has no detector with {', '.join(other)}")

@@ -1,0 +1,161 @@
+"""Palettes on the host: fitted to pixels, read and written. Free of JAX.
+
+A palette is float32 [k 3] with values in [-1, 1], as OpenAI's `kmeans_centers.npy` is. Its colours
+are the clusters that k-means finds in the pixels of a training set (iGPT, section 3.2).
+"""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
+
+
+def spread_clusters(count: int) -> np.ndarray:
+  """Returns float32 [count 3] in [-1, 1]: colours spread evenly over the cube, for want of better.
+
+  The additive sequence whose steps are powers of the inverse of the root of
+  x^4 = x + 1: the first `count` points leave no large gap for any `count`.
+  """
+  root = 1.2207440846057596
+  steps = root ** -np.arange(1.0, 4.0)
+  return (2.0 * ((0.5 + np.arange(1, count + 1)[:, None] * steps) % 1.0) - 1.0).astype(np.float32)
+
+
+def nearest_cluster(
+  images: Float[Array, "b h w 3"], clusters: Float[Array, "k 3"]
+) -> Int[Array, "b h w"]:
+  """Returns the index of the nearest colour of each pixel, the first of them where several are.
+
+  Distances are summed channel by channel as squares of differences: no matrix product, so that
+  accelerators which multiply matrices in 16 bits find the same colour; no array over pixels x
+  colours x channels; and XLA fuses the rest into the search for the smallest.
+
+  Args:
+    images: in [-1, 1].
+    clusters: in [-1, 1].
+  """
+  distances = jnp.zeros((), jnp.float32)
+  for channel in range(3):
+    pixels = images[..., channel, None].astype(jnp.float32)
+    distances = distances + jnp.square(pixels - clusters[None, None, None, :, channel])
+  return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+
+
+def cluster_colors(
+  tokens: Int[Array, "*shape"], clusters: Float[Array, "k 3"]
+) -> UInt8[Array, "*shape 3"]:
+  """Returns the colours of tokens as pixels in [0, 255]."""
+  colors = jnp.rint(127.5 * (clusters.astype(jnp.float32) + 1.0))
+  return jnp.clip(colors, 0, 255).astype(jnp.uint8)[tokens]
+
+
+def raster(images: Int[Array, "b h w"]) -> Int[Array, "b n"]:
+  """Lays the rows of an image one after the other, top row first."""
+  return jax.lax.reshape(images, (images.shape[0], images.shape[1] * images.shape[2]))
+
+
+CHUNK = 1 << 16
+"""So many pixels are compared with the palette at a time: 128 MB for 512 colours."""
+
+
+def fit_palette(
+  pixels: UInt8[np.ndarray, "... 3"], num_colors: int, *, seed: int = 0
+) -> Float32[np.ndarray, "k 3"]:
+  """Returns the k-means clusters of pixels in RGB, from dark to bright.
+
+  Pixels of the same colour count as one with a weight, so a set with few colours is fitted in no
+  time, and one that has exactly `num_colors` gets just these.
+
+  Args:
+    pixels: RGB in [0, 255].
+    num_colors: k, the size of the palette.
+    seed: of the first guess.
+
+  Raises:
+    ValueError: the pixels have fewer colours than the palette.
+  """
+  from sklearn.cluster import KMeans  # slow to import, and needed once in a run
+
+  codes = pixels.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
+  codes, counts = np.unique(codes, return_counts=True)
+  if len(codes) < num_colors:
+    raise ValueError(
+      f"a palette of {num_colors} colours cannot be fitted to images with {len(codes)} different "
+      f"ones; set the model's num_colors to {len(codes)} or fewer"
+    )
+  colors = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1) / 127.5 - 1.0
+  if len(codes) > num_colors:
+    means = KMeans(num_colors, n_init=1, max_iter=100, random_state=seed)
+    colors = means.fit(colors, sample_weight=counts).cluster_centers_
+  brightness = colors @ np.array([0.299, 0.587, 0.114])
+  return colors[np.argsort(brightness, kind="stable")].astype(np.float32)
+
+
+def encode(
+  images: UInt8[np.ndarray, "*shape 3"], palette: Float32[np.ndarray, "k 3"]
+) -> Int32[np.ndarray, "*shape"]:
+  """Returns the index of the nearest colour of each pixel, the first of them where several are."""
+  pixels = images.reshape(-1, 3).astype(np.float32) / np.float32(127.5) - np.float32(1)
+  tokens = np.empty(len(pixels), np.int32)
+  for start in range(0, len(pixels), CHUNK):
+    chunk = pixels[start : start + CHUNK]
+    distances = np.zeros((len(chunk), len(palette)), np.float32)
+    for channel in range(3):
+      distances += np.square(chunk[:, channel, None] - palette[None, :, channel])
+    tokens[start : start + CHUNK] = np.argmin(distances, axis=1)
+  return tokens.reshape(images.shape[:-1])
+
+
+def decode(
+  tokens: Shaped[np.ndarray, "*shape"], palette: Float32[np.ndarray, "k 3"]
+) -> UInt8[np.ndarray, "*shape 3"]:
+  """Returns the colours of tokens as pixels in [0, 255]."""
+  return np.clip(np.rint(127.5 * (palette + 1.0)), 0, 255).astype(np.uint8)[tokens]
+
+
+def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
+  """Reads a palette.
+
+  Args:
+    path: a `.npy` file with [k 3], such as OpenAI's `kmeans_centers.npy`; or the JSON file of
+      Hugging Face's image processor, which has them as `clusters`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it holds something else.
+  """
+  file = epath.Path(path)
+  if not file.exists():
+    raise FileNotFoundError(f"there is no palette {path}; leave it out to fit one to the images")
+  clusters = _from_json(file) if file.suffix == ".json" else _from_npy(file)
+  if clusters.ndim != 2 or clusters.shape[1] != 3 or not len(clusters):
+    raise ValueError(f"{path} holds an array of shape {clusters.shape}; a palette is (colours, 3)")
+  if not np.abs(clusters).max() <= 1:
+    low, high = clusters.min(), clusters.max()
+    raise ValueError(f"{path} has values from {low:g} to {high:g}; a palette's lie in [-1, 1]")
+  return clusters.astype(np.float32)
+
+
+def write_palette(path: str, palette: Float32[np.ndarray, "k 3"]) -> None:
+  """Writes a palette as `.npy`, as OpenAI's are."""
+  with epath.Path(path).open("wb") as file:
+    np.save(file, palette)
+
+
+def _from_npy(file: epath.Path) -> np.ndarray:
+  try:
+    with file.open("rb") as stream:
+      return np.asarray(np.load(stream, allow_pickle=False))
+  except (ValueError, EOFError) as error:
+    raise ValueError(f"{file} is not a .npy array ({error})") from None
+
+
+def _from_json(file: epath.Path) -> np.ndarray:
+  fields: Any = json.loads(file.read_text())
+  if not isinstance(fields, dict) or "clusters" not in fields:
+    raise ValueError(f"{file} has no 'clusters'; expected the JSON of an ImageGPT image processor")
+  return np.asarray(fields["clusters"], np.float32)

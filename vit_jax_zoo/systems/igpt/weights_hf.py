@@ -1,0 +1,230 @@
+"""Hugging Face's ImageGPT: `openai/imagegpt-{small,medium,large}` and whatever has their keys.
+
+Query, key and value stand side by side in one matrix, and the start token is the last row of the
+embedding; `split` and `join` take them apart and together, the table does the rest. Dense layers
+have biases, which are zero in the published files. Old files also hold causal masks.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
+from vit_jax_zoo.weights.readers import Published
+from vit_jax_zoo.weights.torch_layouts import write_safetensors
+
+HEADS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(a.shape[0], -1))
+"""[input, width] kept as [input, heads, head width]."""
+FROM_HEADS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1, a.shape[-1]))
+"""[width, output] kept as [heads, head width, output]."""
+HEADS_BIAS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
+"""[width] kept as [heads, head width]."""
+
+IGNORE = (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)
+"""Causal masks that old files keep beside the weights."""
+
+_EMBEDDING, _SOS = "transformer.wte.weight", "transformer.wte.sos"
+_FUSED, _PARTS = ".attn.c_attn.", ("query", "key", "value")
+
+
+def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
+  return Row(f"transformer.h.{{i}}.{theirs}", f"decoder/block_{{i}}/{ours}", transform)
+
+
+TABLE: tuple[Row, ...] = (
+  Row(_EMBEDDING, "token_embedding"),
+  Row(_SOS, "sos_token"),
+  Row("transformer.wpe.weight", "position_embedding"),
+  _block("ln_1.weight", "attention_norm/scale"),
+  *(_block(f"attn.{p}.weight", f"attention/{p}/kernel", HEADS) for p in _PARTS),
+  *(_block(f"attn.{p}.bias", f"attention/{p}/bias", HEADS_BIAS) for p in _PARTS),
+  _block("attn.c_proj.weight", "attention/out/kernel", FROM_HEADS),
+  _block("attn.c_proj.bias", "attention/out/bias"),
+  _block("ln_2.weight", "mlp_norm/scale"),
+  _block("mlp.c_fc.weight", "mlp/hidden/kernel"),
+  _block("mlp.c_fc.bias", "mlp/hidden/bias"),
+  _block("mlp.c_proj.weight", "mlp/out/kernel"),
+  _block("mlp.c_proj.bias", "mlp/out/bias"),
+  Row("transformer.ln_f.weight", "norm/scale"),
+  Row("lm_head.weight", "pixel_head"),
+  Row("score.weight", "head/kernel", TRANSPOSED),
+  Row("clusters", "palette/clusters"),
+)
+"""Between the keys that `split` leaves and our paths."""
+
+
+_KNOWN = {
+  "activation_function": "quick_gelu",
+  "layer_norm_epsilon": 1e-5,
+  "scale_attn_weights": True,
+  "scale_attn_by_inverse_layer_idx": False,
+}
+"""What OpenAI's networks have, of `config.json`: no array would show another."""
+
+
+def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are Hugging Face's ImageGPT's, as far as the first block goes."""
+  return _EMBEDDING in arrays and "transformer.h.0.attn.c_attn.weight" in arrays
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads what lies in a folder; the palette stands in its `preprocessor_config.json`.
+
+  Without that file OpenAI's `kmeans_centers.npy` beside the weights is as good.
+  A folder of `ImageGPTForImageClassification` has a classifier that sees the pixels unshifted, and
+  no output matrix; one of `ImageGPTModel` has neither.
+
+  Raises:
+    WeightsError: there is no `config.json`, it lacks something, or the model is another.
+  """
+  path, config = published.path, published.config
+  if "n_head" not in config:
+    raise WeightsError(f"{path} has ImageGPT's keys, but no config.json that states n_head")
+  for key, known in _KNOWN.items():
+    if (given := config.get(key, known)) != known:
+      raise WeightsError(f"{path} has {key} {given!r}; ours has {known!r} alone")
+  arrays = split({k: a for k, a in published.arrays.items() if not _is_mask(k)})
+  if "lm_head.weight" not in arrays:
+    arrays["lm_head.weight"] = np.zeros_like(arrays[_EMBEDDING])
+  if published.processor.get("clusters") is not None:
+    arrays["clusters"] = np.asarray(published.processor["clusters"], np.float32)
+  else:
+    arrays |= palette_beside(published.file)
+  fields = infer_fields(arrays, config)
+  if "score.weight" in arrays:
+    fields["sos_token"] = False
+    del arrays[_SOS]
+  return checkpoint_of(path, arrays, TABLE, fields)
+
+
+def _is_mask(key: str) -> bool:
+  return key.endswith((".attn.bias", ".attn.masked_bias"))
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a folder that `ImageGPTForCausalImageModeling.from_pretrained` loads.
+
+  A model with a classifier becomes an `ImageGPTForImageClassification`.
+
+  Raises:
+    WeightsError: transformers has no such model.
+  """
+  fields, variables = export.fields(), dict(export.variables)
+  if not fields["causal"]:
+    raise WeightsError("Hugging Face's ImageGPT is causal; a model of masked pixels is not")
+  clusters = variables.pop("palette/clusters", None)
+  is_classifier = fields["num_classes"] is not None
+  if is_classifier and fields["sos_token"]:
+    raise WeightsError(
+      "Hugging Face's classifier sees the pixels unshifted, without a start token, and this model "
+      "was trained with one; leave the head away with num_classes=None"
+    )
+  kept = {k: a for k, a in variables.items() if not k.startswith("baseline/")}
+  kept.setdefault("sos_token", np.zeros(fields["width"], np.float32))
+  arrays = join(write(kept, TABLE))
+  config = _config_of(fields, export)
+  folder = epath.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_safetensors(str(folder / "model.safetensors"), arrays)
+  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  if clusters is not None:
+    processor = {
+      "image_processor_type": "ImageGPTImageProcessor",
+      "clusters": np.asarray(clusters).tolist(),
+      "do_color_quantize": True,
+      "do_normalize": True,
+      "do_resize": True,
+      "resample": 2,
+      "size": {name: export.preprocess.image_size[i] for i, name in enumerate(("height", "width"))},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+
+
+def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
+  is_classifier = fields["num_classes"] is not None
+  kind = "ImageClassification" if is_classifier else "CausalImageModeling"
+  names = export.class_names or tuple(f"LABEL_{i}" for i in range(fields["num_classes"] or 0))
+  labels = {
+    "id2label": {str(i): name for i, name in enumerate(names)},
+    "label2id": {name: i for i, name in enumerate(names)},
+  }
+  return {
+    "architectures": [f"ImageGPTFor{kind}"],
+    "model_type": "imagegpt",
+    "vocab_size": fields["num_colors"] + 1,
+    "n_positions": fields["num_positions"],
+    "n_embd": fields["width"],
+    "n_layer": fields["depth"],
+    "n_head": fields["num_heads"],
+    "n_inner": fields["mlp_dim"],
+    "activation_function": "quick_gelu",
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    **(labels if is_classifier else {}),
+  }
+
+
+def split(published: Mapping[str, np.ndarray]) -> Flat:
+  """Takes the joint matrices of a file apart.
+
+  Biases that are zero throughout the file go, as the model of the paper has none.
+  """
+  flat: Flat = {}
+  for key, array in published.items():
+    if key == _EMBEDDING:
+      flat[_EMBEDDING], flat[_SOS] = array[:-1], array[-1]
+    elif _FUSED in key:
+      thirds = np.split(array, 3, axis=-1)
+      flat |= {
+        key.replace("c_attn", part): third for part, third in zip(_PARTS, thirds, strict=True)
+      }
+    else:
+      flat[key] = array
+  biases = [key for key in flat if key.endswith((".c_fc.bias", ".c_proj.bias"))]
+  biases += [key for key in flat if key.endswith(tuple(f".{part}.bias" for part in _PARTS))]
+  if not any(flat[key].any() for key in biases):
+    flat = {key: array for key, array in flat.items() if key not in biases}
+  return flat
+
+
+def join(flat: Mapping[str, np.ndarray]) -> Flat:
+  """Puts together what `split` took apart; biases that it dropped come back as zeros."""
+  flat = dict(flat)
+  flat[_EMBEDDING] = np.concatenate([flat[_EMBEDDING], flat.pop(_SOS)[None]])
+  for key in [key for key in flat if key.endswith(".attn.query.weight")]:
+    head = key.removesuffix("query.weight")
+    block = head.removesuffix("attn.")
+    for leaf in ("weight", "bias"):
+      keys = [f"{head}{part}.{leaf}" for part in _PARTS if f"{head}{part}.{leaf}" in flat]
+      if keys:
+        flat[f"{head}c_attn.{leaf}"] = np.concatenate([flat.pop(k) for k in keys], axis=-1)
+    for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+      width = flat[f"{block}{layer}.weight"].shape[1]
+      flat.setdefault(f"{block}{layer}.bias", np.zeros(width, np.float32))
+  return flat
+
+
+def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of the `ImageGPT` that a file fits.
+
+  Args:
+    published: as `split` returns it.
+    config: the folder's `config.json`; it alone knows the heads.
+  """
+  embedding = published[_EMBEDDING]
+  return {
+    "num_colors": embedding.shape[0],
+    "num_positions": published["transformer.wpe.weight"].shape[0],
+    "width": embedding.shape[1],
+    "depth": sum(key.endswith(".ln_1.weight") for key in published),
+    "num_heads": config["n_head"],
+    "mlp_dim": published["transformer.h.0.mlp.c_fc.weight"].shape[1],
+    "use_bias": "transformer.h.0.mlp.c_fc.bias" in published,
+    "num_classes": published["score.weight"].shape[0] if "score.weight" in published else None,
+  }

@@ -1,0 +1,116 @@
+"""OpenAI's image-gpt checkpoints: the names of their TensorFlow 1 variables.
+
+Query, key and value are [heads, head width, input], the output projection [heads, head width,
+output]. BERT checkpoints have no start token; no published one has a classification head.
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo.systems.igpt.palette import read_palette
+from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.readers import Published
+
+INPUT_LAST = Transform(lambda a, _: a.transpose(2, 0, 1), lambda a: a.transpose(1, 2, 0))
+"""[heads, head width, input] kept as [input, heads, head width]."""
+TRANSPOSED = Transform(lambda a, _: a.T, lambda a: a.T)
+
+IGNORE = (r"global_step", r".*/(Adam|Adam_1|adam_[mv]|m|v)", r".*beta[12]_power")
+"""State of the optimizer and of the run."""
+
+
+def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
+  return Row(f"model/h{{i}}/{theirs}", f"decoder/block_{{i}}/{ours}", transform)
+
+
+TABLE: tuple[Row, ...] = (
+  Row("model/wte", "token_embedding"),
+  Row("model/wpe", "position_embedding"),
+  Row("model/sos", "sos_token"),
+  _block("ln_1/g", "attention_norm/scale"),
+  _block("attn/q_proj", "attention/query/kernel", INPUT_LAST),
+  _block("attn/k_proj", "attention/key/kernel", INPUT_LAST),
+  _block("attn/v_proj", "attention/value/kernel", INPUT_LAST),
+  _block("attn/c_proj", "attention/out/kernel"),
+  _block("ln_2/g", "mlp_norm/scale"),
+  _block("mlp/c_fc/w", "mlp/hidden/kernel"),
+  _block("mlp/c_proj/w", "mlp/out/kernel"),
+  Row("model/ln_f/g", "norm/scale"),
+  Row("model/wtet", "pixel_head"),
+  Row("model/clf/wclf", "head/kernel", TRANSPOSED),
+  Row("clusters", "palette/clusters"),
+)
+
+PALETTE_FILE = "kmeans_centers.npy"
+"""OpenAI's colours; looked for beside the checkpoint and in the folders above it."""
+
+
+def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are OpenAI's, as far as the embeddings go."""
+  return "model/wte" in arrays and "model/wpe" in arrays
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a checkpoint's variables, and the palette that lies beside it, if one does."""
+  arrays = without_state(published.arrays) | palette_beside(published.file)
+  return checkpoint_of(published.path, arrays, TABLE, infer_fields(arrays))
+
+
+def checkpoint_of(
+  source: str, arrays: Flat, table: tuple[Row, ...], fields: Mapping[str, object]
+) -> Checkpoint:
+  """Returns an iGPT's file as read: pictures are squashed to a square of its positions."""
+  side = math.isqrt(arrays_positions(fields))
+  return Checkpoint(
+    source=source,
+    family="igpt",
+    arrays=arrays,
+    table=table,
+    fields=fields,
+    preprocess=Preprocess((side, side), interpolation="bilinear"),
+    task="pixel_modelling",
+    ignore=IGNORE,
+    optional=("palette",),
+    image_size=(side, side),
+  )
+
+
+def arrays_positions(fields: Mapping[str, object]) -> int:
+  """Returns the number of positions among a model's fields."""
+  positions = fields["num_positions"]
+  return positions if isinstance(positions, int) else 0
+
+
+def palette_beside(file: epath.Path) -> Flat:
+  """Returns the colours of OpenAI's file beside a checkpoint or above it; nothing without one."""
+  places = [file.parent, file.parent.parent, file.parent.parent.parent]
+  found = next((f / PALETTE_FILE for f in places if (f / PALETTE_FILE).exists()), None)
+  return {} if found is None else {"clusters": read_palette(str(found))}
+
+
+def infer_fields(published: Mapping[str, np.ndarray]) -> dict[str, int | bool | None]:
+  """Returns the fields of the `ImageGPT` that a checkpoint's variables fit."""
+  return {
+    "num_colors": published["model/wte"].shape[0],
+    "num_positions": published["model/wpe"].shape[0],
+    "width": published["model/wte"].shape[1],
+    "depth": sum(key.endswith("/ln_1/g") for key in published),
+    "num_heads": published["model/h0/attn/q_proj"].shape[0],
+    "mlp_dim": published["model/h0/mlp/c_fc/w"].shape[1],
+    "causal": "model/sos" in published,
+    "num_classes": _rows(published, "model/clf/wclf"),
+  }
+
+
+def _rows(published: Mapping[str, np.ndarray], key: str) -> int | None:
+  return published[key].shape[0] if key in published else None
+
+
+def without_state(published: Mapping[str, np.ndarray]) -> Flat:
+  """Returns the variables below `model/`: a checkpoint may hold the optimizer's, too."""
+  return {key: array for key, array in published.items() if key.startswith("model/")}

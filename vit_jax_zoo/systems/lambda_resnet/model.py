@@ -1,0 +1,224 @@
+"""LambdaResNet: lambda layers in the place of 3x3 convolutions. Bello, ICLR 2021, arXiv:2102.08602.
+
+The paper's code was never released. Where its text leaves something open, this is the choice:
+
+* squeeze-and-excitation stands in c2 and c3 alone: only so do the published parameter counts come
+  out (the text says that lambda blocks have none);
+* a lambda layer is followed by batch norm and ReLU, as was the convolution that it replaces, and
+  strided ones by the 3x3 average pool before those;
+* the blocks of c4 that have a lambda layer are counted from zero;
+* "N(0, x)" of the initialisation is read as a standard deviation.
+
+timm's `lambda_resnet26t`, `50ts` and `26rpt_256` are other networks under the same name: no
+squeeze-and-excitation, convolutions in the shortcuts, scope 9 (or a table) with a bias, 2x2 pools.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from vit_jax_zoo.errors import part_fields
+from vit_jax_zoo.nn.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
+from vit_jax_zoo.ops.checks import check_num_classes, check_rates
+from vit_jax_zoo.ops.interpretability import Explanation
+from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
+
+
+def _every(step: int, count: int) -> tuple[int, ...]:
+  return tuple(range(step, step * count + 1, step))
+
+
+# The blocks of c4 with a lambda layer, by depth of the network (appendix, architectures).
+_C4_BLOCKS = {
+  50: (3,),
+  101: _every(6, 3),
+  152: _every(5, 6),
+  200: _every(5, 6),
+  270: _every(8, 6),
+  350: _every(10, 6),
+  420: _every(10, 8),
+}
+
+
+def _paper(depth: int, c4: tuple[int, ...] | str) -> dict[str, Any]:
+  return {"blocks": RESNET_BLOCKS[depth], "lambda_blocks": ("none", "none", c4, "all")}
+
+
+def _ablation(placement: str) -> dict[str, Any]:
+  """Vanilla ResNet-50 with lambda layers in the stages marked L (ablation)."""
+  blocks = tuple("all" if stage == "L" else "none" for stage in placement)
+  plain = {"stem": "conv7", "shortcut": "conv", "se_ratio": 0.0}
+  return {"blocks": RESNET_BLOCKS[50], "lambda_blocks": blocks, **plain}
+
+
+def _timm(
+  blocks: tuple[int, ...],
+  lambda_blocks: tuple[tuple[int, ...] | str, ...],
+  activation: str = "relu",
+  receptive_field: int | None = 9,
+) -> dict[str, Any]:
+  return {
+    "blocks": blocks,
+    "lambda_blocks": lambda_blocks,
+    "stem": "tiered",
+    "shortcut": "conv",
+    "se_ratio": 0.0,
+    "activation": activation,
+    "lambda_layer": {
+      "receptive_field": receptive_field,
+      "position_bias": receptive_field is not None,
+      "pool_size": 2,
+      "initialization": "timm",
+    },
+  }
+
+
+VARIANTS: dict[str, dict[str, Any]] = (
+  {f"lambda_resnet_{depth}": _paper(depth, blocks) for depth, blocks in _C4_BLOCKS.items()}
+  # The "C4" networks: every block of c4 and c5.
+  | {f"lambda_resnet_{depth}_c4": _paper(depth, "all") for depth in (50, 101, 152, 200, 270)}
+  # The ablation of placements: C for convolutions, L for lambda layers in c2, c3, c4, c5.
+  | {
+    f"lambda_resnet_50_{placement.lower()}": _ablation(placement)
+    for placement in ("CCCC", "CCCL", "CCLL", "CLLL", "LLLL")
+  }
+  # timm 1.0, byobnet.py.
+  | {
+    "lambda_resnet26t": _timm((2, 2, 2, 2), ("none", "none", (1,), "all")),
+    "lambda_resnet26rpt_256": _timm(
+      (2, 2, 2, 2), ("none", "none", (1,), "all"), receptive_field=None
+    ),
+    "lambda_resnet50ts": _timm((3, 4, 6, 3), ("none", (3,), (1, 3, 5), (1,)), activation="silu"),
+  }
+)
+"""Fields of `LambdaResNet` by model name."""
+
+SHARDING_RULES = (
+  (r".*/(bias|scale|position_bias)", ()),
+  (r".*/position_embedding", ()),
+  (r".*", "fsdp"),
+)
+"""Kernels split over `fsdp`; everything small is kept whole."""
+
+
+class LambdaBottleneck(Bottleneck):
+  """A bottleneck with a lambda layer, a norm and an activation in the place of the 3x3 convolution.
+
+  Attributes:
+    lambda_fields: fields of `LambdaLayer`, over its defaults.
+  """
+
+  lambda_fields: Mapping[str, Any] | None = None
+
+  def spatial(
+    self, x: Float[Array, "b h w c"], stride: int, *, train: bool
+  ) -> Float[Array, "b h2 w2 c"]:
+    """Applies the lambda layer, which halves the map after its lambdas if there is a stride."""
+    fields: dict[str, Any] = {
+      "norm": self.norm,
+      "dtype": self.dtype,
+      **part_fields("lambda_layer", LambdaLayer, self.lambda_fields),
+    }
+    layer = LambdaLayer(stride=stride, **fields, name="lambda_layer")
+    if stride > 1 and layer.pool_size % 2 == 0 and (x.shape[1] % 2 or x.shape[2] % 2):
+      raise ValueError(
+        f"a map of {x.shape[1]}x{x.shape[2]} cannot be halved by 2x2 pooling; resize the images so "
+        "that their sides are multiples of 32"
+      )
+    x = self.norm(name="lambda_norm")(layer(x, train=train), train=train)
+    return ACTIVATIONS[self.activation](x)
+
+
+class LambdaResNet(ResNet):
+  """A ResNet, by default ResNet-RS, some of whose blocks have lambda layers; and a classifier.
+
+  Attributes:
+    num_classes: size of the label set; None leaves out the head.
+    lambda_blocks: for c2, c3, c4 and c5: "all", "none", or the blocks, counted from zero.
+    lambda_layer: fields of `LambdaLayer`, over its defaults (k = 16, 4 heads, scope 23).
+    dropout_rate: before the classifier.
+  """
+
+  stem: str = "deep_strided"
+  shortcut: str = "avg_pool"
+  se_ratio: float = 0.25
+  se_stages: tuple[str, ...] = ("c2", "c3")
+  pointwise_products: bool = True
+  num_classes: int | None = 1000
+  lambda_blocks: tuple[tuple[int, ...] | str, ...] = ("none", "none", (3,), "all")
+  lambda_layer: Mapping[str, Any] | None = None
+  dropout_rate: float = 0.0
+
+  @nn.compact
+  def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
+    """Classifies `images`.
+
+    Args:
+      images: normalised by ImageNet's mean and deviation (timm's weights). Any size; timm's
+        variants take multiples of 32.
+      train: batch norms take the statistics of this batch (and renew "batch_stats", which must
+        then be mutable); dropout and stochastic depth draw from the "dropout" stream.
+
+    Returns:
+      `features` [b d], the average over positions, and `logits` [b num_classes] unless
+      `num_classes` is None; float32.
+    """
+    x = self.pyramid(images, train=train)["c5"]
+    self.sow("intermediates", "c5", x)
+    features = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+    self.sow("intermediates", "pooled", features)
+    if self.num_classes is None:
+      return {"features": features}
+    dropped = nn.Dropout(self.dropout_rate)(features, deterministic=not train)
+    head = nn.Dense(
+      self.num_classes,
+      kernel_init=nn.initializers.normal(0.01),
+      dtype=features.dtype,
+      name="head",
+    )
+    return {"features": features, "logits": head(dropped)}
+
+  def explain(
+    self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
+  ) -> Explanation:
+    """Returns the lambdas' norms, layer by layer, and the stem's filters; see `ops.explanation`."""
+    del image_size
+    lambdas = {
+      name: block["lambda_layer"]["position_lambda"][0].astype(jnp.float32)
+      for name, block in intermediates.items()
+      if "lambda_layer" in block
+    }
+    return Explanation(
+      lambdas={name: jnp.sqrt(jnp.sum(jnp.square(x), axis=(3, 4))) for name, x in lambdas.items()},
+      filters=variables["params"]["stem"]["conv1"]["conv"]["kernel"],
+    )
+
+  def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
+    """Makes a lambda block where `lambda_blocks` wants one."""
+    chosen = self.lambda_blocks[STAGES.index(stage)]
+    if chosen == "all" or (not isinstance(chosen, str) and index in chosen):
+      return LambdaBottleneck(**fields, lambda_fields=self.lambda_layer)
+    return Bottleneck(**fields)
+
+  def check(self) -> None:
+    """Raises ValueError for fields that are unknown or do not fit together."""
+    super().check()
+    check_num_classes(self)
+    check_rates(self, "dropout_rate")
+    if len(self.lambda_blocks) != len(STAGES):
+      raise ValueError(
+        f"lambda_blocks has {len(self.lambda_blocks)} entries; there are four stages, c2 to c5"
+      )
+    for stage, count, chosen in zip(STAGES, self.blocks, self.lambda_blocks, strict=True):
+      if chosen in ("all", "none"):
+        continue
+      if isinstance(chosen, str):
+        raise ValueError(f"lambda_blocks of {stage} is {chosen!r}; write 'all', 'none' or indices")
+      for index in chosen:
+        if not 0 <= index < count:
+          raise ValueError(
+            f"lambda_blocks names block {index} of {stage}, which has {count} blocks"
+          )

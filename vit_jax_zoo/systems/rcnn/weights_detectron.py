@@ -1,0 +1,200 @@
+"""State dicts of Detectron.pytorch's R-CNNs, the official code of FPT among them, by key.
+
+    Conv_Body.conv_body.res2.0.conv1.weight   Caffe's ResNet; its norms are folded: bn1 has a weight
+                                              and a bias and no statistics
+    Conv_Body....                             the pyramid: see `weights.fpt_pt` for FPT's
+    RPN.FPN_RPN_conv.weight                   the first stage
+    Box_Head.... Box_Outs....                 the second stage
+    Mask_Head.... Mask_Outs....               the masks
+
+Three things differ from ours: images are BGR (the first convolution's inputs are turned round
+here), the background is the first class (here the last), and boxes are flattened channel by
+channel. Means of images, for the task: `IMAGE_MEAN`, deviations `IMAGE_STD`.
+
+Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+"""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, layer_rows, norm_rows
+
+IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
+"""Of RGB images, for `normalize_images`."""
+IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
+
+NORM_EPSILON = 1e-5
+"""Of our norms: they divide by sqrt(var + epsilon), Caffe's by nothing."""
+UNIT_VARIANCE = np.float32(1 - NORM_EPSILON)
+
+
+def _bgr_read(array: Array, shape: tuple[int, ...]) -> Array:
+  return CONVOLUTION.read(array[:, ::-1] if array.ndim == 4 else array, shape)
+
+
+FIRST_CONVOLUTION = Transform(_bgr_read, lambda array: CONVOLUTION.write(array)[:, ::-1])
+"""[out bgr h w] <-> [h w rgb out]."""
+
+
+def background_last(inner: Transform, per_class: int = 1) -> Transform:
+  """A transform after the first class has become the last; `per_class` outputs a class."""
+
+  def rolled(array: Array, steps: int) -> Array:
+    if len(array) % per_class:
+      return array
+    grouped = array.reshape(-1, per_class, *array.shape[1:])
+    return np.roll(grouped, steps, axis=0).reshape(array.shape)
+
+  return Transform(
+    lambda array, shape: inner.read(rolled(array, -1), shape),
+    lambda array: rolled(inner.write(array), 1),
+  )
+
+
+DOUBLING = Transform(
+  lambda array, _: array.transpose(2, 3, 0, 1) if array.ndim == 4 else array,
+  lambda array: array.transpose(2, 3, 0, 1),
+)
+"""A transposed convolution, [in out h w] <-> [h w in out]."""
+
+
+def flattened_crops(side: int) -> Transform:
+  """[out, channels x side x side] <-> [side x side x channels, out]."""
+
+  def read_array(array: Array, shape: tuple[int, ...]) -> Array:
+    if array.ndim != 2 or array.shape[1] % side**2 or array.size != math.prod(shape):
+      return array
+    grouped = array.reshape(len(array), -1, side, side)
+    return grouped.transpose(2, 3, 1, 0).reshape(shape)
+
+  def write_array(array: Array) -> Array:
+    grouped = array.reshape(side, side, -1, array.shape[-1])
+    return grouped.transpose(3, 2, 0, 1).reshape(array.shape[-1], -1)
+
+  return Transform(read_array, write_array)
+
+
+def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone/") -> list[Row]:
+  """Rows of Caffe's ResNet, whose norms are only scales and biases: see `unfold_norms`."""
+
+  def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
+    return [
+      Row(f"{published}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
+      *norm_rows(f"{published}{norm}", f"{STATISTICS}{ours}{path}/norm"),
+      Row(f"{published}{norm}.running_mean", f"{STATISTICS}{ours}{path}/norm/mean"),
+      Row(f"{published}{norm}.running_var", f"{STATISTICS}{ours}{path}/norm/var"),
+    ]
+
+  rows = folded("res1.conv1", "stem/conv1", FIRST_CONVOLUTION, "res1.bn1")
+  for stage in range(2, 6):
+    theirs, path = f"res{stage}.{{b}}.", f"c{stage}_block{{b}}"
+    for i in (1, 2, 3):
+      rows += folded(f"{theirs}conv{i}", f"{path}/conv{i}", CONVOLUTION, f"{theirs}bn{i}")
+    rows += folded(
+      f"{theirs}downsample.0", f"{path}/shortcut", CONVOLUTION, f"{theirs}downsample.1"
+    )
+  return rows
+
+
+def proposal_rows() -> list[Row]:
+  """Rows of the first stage."""
+  return [
+    *layer_rows("RPN.FPN_RPN_conv", "proposal_head/conv", CONVOLUTION),
+    *layer_rows("RPN.FPN_RPN_cls_score", "proposal_head/objectness", CONVOLUTION),
+    *layer_rows("RPN.FPN_RPN_bbox_pred", "proposal_head/deltas", CONVOLUTION),
+  ]
+
+
+def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -> list[Row]:
+  """Rows of the adaptive box heads; without convolutions they have two dense layers, else one."""
+  crops, ours = flattened_crops(pool_size), "box_head"
+  if not num_convs:
+    return [
+      *layer_rows(f"{prefix}.fc1.{{l}}.0", f"{ours}/first_{{l}}", crops),
+      *norm_rows(f"{prefix}.fc1.{{l}}.1", f"{ours}/first_{{l}}_norm"),
+      *layer_rows(f"{prefix}.fc2.0", f"{ours}/dense_1", DENSE),
+      *norm_rows(f"{prefix}.fc2.1", f"{ours}/dense_1_norm"),
+    ]
+  rows = [
+    Row(f"{prefix}.conv1_head.{{l}}.0.weight", f"{ours}/first_{{l}}/kernel", CONVOLUTION),
+    *norm_rows(f"{prefix}.conv1_head.{{l}}.1", f"{ours}/first_{{l}}_norm"),
+    *layer_rows(f"{prefix}.fc", f"{ours}/dense_0", crops),
+  ]
+  for i in range(1, num_convs):
+    place = 3 * (i - 1)  # convolution, norm, ReLU
+    rows.append(Row(f"{prefix}.convs.{place}.weight", f"{ours}/conv_{i}/kernel", CONVOLUTION))
+    rows += norm_rows(f"{prefix}.convs.{place + 1}", f"{ours}/conv_{i}_norm")
+  return rows
+
+
+def output_rows() -> list[Row]:
+  """Rows of the second stage's classes and boxes."""
+  classes, boxes = background_last(DENSE), background_last(DENSE, 4)
+  return [
+    *layer_rows("Box_Outs.cls_score", "box_outputs/logits", classes, background_last(KEEP)),
+    *layer_rows("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
+  ]
+
+
+def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
+  """Rows of the adaptive, fused mask head."""
+  theirs, ours = "Mask_Head", "mask_head"
+  convs = {f"conv_fcn.{3 * (i - 1)}": f"conv_{i}" for i in range(1, num_convs - 1)}
+  norms = {f"conv_fcn.{3 * (i - 1) + 1}": f"conv_{i}" for i in range(1, num_convs - 1)}
+  for published, name in (
+    ("mask_conv1.{l}", "first_{l}"),
+    ("mask_conv4", f"conv_{num_convs - 1}"),
+    ("mask_conv4_fc", "fused_conv_0"),
+    ("mask_conv5_fc", "fused_conv_1"),
+  ):
+    convs[f"{published}.0"], norms[f"{published}.1"] = name, name
+  rows = [
+    Row(f"{theirs}.{key}.weight", f"{ours}/{path}/kernel", CONVOLUTION)
+    for key, path in convs.items()
+  ]
+  for key, path in norms.items():
+    rows += norm_rows(f"{theirs}.{key}", f"{ours}/{path}_norm")
+  classes = background_last(CONVOLUTION)
+  return [
+    *rows,
+    *layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
+    *layer_rows(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
+    *layer_rows("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
+  ]
+
+
+def unfold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
+  """Returns the arrays, with the statistics that folded norms below `prefix` do without.
+
+  Caffe's norms are a scale and a bias: x * scale + bias. That is a frozen norm of ours whose mean
+  is 0 and whose variance, with the epsilon that is added to it, is 1.
+  """
+  found = dict(arrays)
+  for key, scale in arrays.items():
+    norm = key.removesuffix(".weight")
+    is_norm = key.startswith(prefix) and norm != key and scale.ndim == 1
+    if is_norm and f"{norm}.running_var" not in arrays:
+      found[f"{norm}.running_mean"] = np.zeros(scale.shape, np.float32)
+      found[f"{norm}.running_var"] = np.full(scale.shape, UNIT_VARIANCE)
+  return found
+
+
+def fold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
+  """Returns the arrays with the statistics of norms below `prefix` in their scales and biases.
+
+  What `unfold_norms` has added goes bit for bit.
+  """
+  found = dict(arrays)
+  for key in arrays:
+    norm = key.removesuffix(".running_var")
+    if norm == key or not key.startswith(prefix):
+      continue
+    mean, var = found.pop(f"{norm}.running_mean"), found.pop(key)
+    if np.any(mean != 0) or np.any(var != UNIT_VARIANCE):
+      share = found[f"{norm}.weight"] / np.sqrt(var + NORM_EPSILON)
+      found[f"{norm}.bias"] = (found[f"{norm}.bias"] - mean * share).astype(np.float32)
+      found[f"{norm}.weight"] = share.astype(np.float32)
+  return found

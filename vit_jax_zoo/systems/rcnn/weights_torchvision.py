@@ -1,0 +1,147 @@
+"""torchvision's Faster and Mask R-CNN: `fasterrcnn_resnet50_fpn_coco-258fb6c6.pth` and its sister.
+
+    backbone.body.layer1.0.conv1.weight        its ResNet, norms frozen
+    backbone.fpn.inner_blocks.0.0.weight       the pyramid, finest level first; older files have
+                                               no ".0" behind the level
+    rpn.head.conv.0.0.weight  rpn.head.conv.weight                     the first stage, new and old
+    roi_heads.box_head.fc6.weight  roi_heads.box_predictor....         the second stage
+    roi_heads.mask_head.0.0.weight  roi_heads.mask_head.mask_fcn1....  masks, new and old
+
+Version 2 of both, with norms and convolutions in their heads, is another network, and is refused.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax_zoo.systems.rcnn.weights_classes import NAMES, with_ids, without_ids
+from vit_jax_zoo.systems.rcnn.weights_detectron import DOUBLING, background_last, flattened_crops
+from vit_jax_zoo.weights import resnet_torchvision as resnet
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.detection_layouts import PREPROCESS, check_backbone
+from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
+from vit_jax_zoo.weights.readers import Published
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import (
+  CONVOLUTION,
+  COUNTER,
+  DENSE,
+  contiguous,
+  layer_rows,
+  write_safetensors,
+)
+
+_BODY = "backbone.body."
+_PREDICTOR, _MASKS = "roi_heads.box_predictor", "roi_heads.mask_predictor"
+_OUTPUTS = {
+  f"{_PREDICTOR}.cls_score": 1,
+  f"{_PREDICTOR}.bbox_pred": 4,
+  f"{_MASKS}.mask_fcn_logits": 1,
+}
+COCO_OUTPUTS = 91
+"""Of a detector of COCO's classes, with the background."""
+
+
+def rows(pool_size: int = 7) -> tuple[Row, ...]:
+  """Returns the table; `pool_size` is the side of what the box head sees."""
+  classes, boxes = background_last(DENSE), background_last(DENSE, 4)
+  masks, bias = background_last(CONVOLUTION), background_last(KEEP)
+  return (
+    *resnet.rows(resnet.TORCHVISION, _BODY, "backbone/"),
+    *layer_rows("backbone.fpn.inner_blocks.{l}.0", "neck/lateral_{l}", CONVOLUTION),
+    *layer_rows("backbone.fpn.inner_blocks.{l}", "neck/lateral_{l}", CONVOLUTION),
+    *layer_rows("backbone.fpn.layer_blocks.{l}.0", "neck/output_{l}", CONVOLUTION),
+    *layer_rows("backbone.fpn.layer_blocks.{l}", "neck/output_{l}", CONVOLUTION),
+    *layer_rows("rpn.head.conv.0.0", "proposal_head/conv", CONVOLUTION),
+    *layer_rows("rpn.head.conv", "proposal_head/conv", CONVOLUTION),
+    *layer_rows("rpn.head.cls_logits", "proposal_head/objectness", CONVOLUTION),
+    *layer_rows("rpn.head.bbox_pred", "proposal_head/deltas", CONVOLUTION),
+    *layer_rows("roi_heads.box_head.fc6", "box_head/dense_0", flattened_crops(pool_size)),
+    *layer_rows("roi_heads.box_head.fc7", "box_head/dense_1", DENSE),
+    *layer_rows(f"{_PREDICTOR}.cls_score", "box_outputs/logits", classes, bias),
+    *layer_rows(f"{_PREDICTOR}.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
+    *layer_rows("roi_heads.mask_head.{i}.0", "mask_head/conv_{i}", CONVOLUTION),
+    *layer_rows("roi_heads.mask_head.mask_fcn{i+1}", "mask_head/conv_{i}", CONVOLUTION),
+    *layer_rows(f"{_MASKS}.conv5_mask", "mask_head/upsample", DOUBLING),
+    *layer_rows(f"{_MASKS}.mask_fcn_logits", "mask_head/logits", masks, bias),
+  )
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are those of torchvision's R-CNN on a ResNet."""
+  return f"{_BODY}conv1.weight" in published and f"{_PREDICTOR}.cls_score.bias" in published
+
+
+def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+  """Returns the fields of the `RCNN` that a state dict is of.
+
+  Raises:
+    WeightsError: it is one of version 2; or its anchors are others than three at each place.
+    KeyError: an array is missing from which a size is read.
+  """
+  if "roi_heads.box_head.fc6.weight" not in published:
+    raise WeightsError(f"{source} is a version 2 of torchvision's, whose heads are not built here")
+  if len(published["rpn.head.cls_logits.bias"]) != 3:
+    raise WeightsError(f"{source} has other anchors than three at each place")
+  dense, flat = published["roi_heads.box_head.fc6.weight"].shape
+  width = published["rpn.head.cls_logits.weight"].shape[1]
+  fields: dict[str, Any] = {
+    "num_classes": len(published[f"{_PREDICTOR}.cls_score.bias"]) - 1,
+    "backbone": resnet.infer_fields(published, resnet.TORCHVISION, source, _BODY),
+    "neck": "fpn",
+    "width": width,
+    "convention": "torchvision",
+    "pool_size": round((flat / width) ** 0.5),
+    "box_head": {"width": dense},
+  }
+  if f"{_MASKS}.conv5_mask.bias" in published:
+    convs = [k for k in published if re.fullmatch(r"roi_heads\.mask_head\..*\.?bias", k)]
+    channels = len(published[f"{_MASKS}.conv5_mask.bias"])
+    fields["mask_head"] = {"num_convs": len(convs), "width": channels}
+  return fields
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads a state dict of torchvision's.
+
+  Raises:
+    WeightsError: there is no such detector in it.
+  """
+  arrays, is_coco = with_ids(published.arrays, _OUTPUTS)
+  fields = infer_fields(arrays, published.path)
+  return Checkpoint(
+    source=published.path,
+    family="faster_rcnn",
+    arrays=arrays,
+    table=rows(fields["pool_size"]),
+    fields=fields,
+    preprocess=PREPROCESS,
+    task="instance_detection",
+    task_fields={"class_names": NAMES} if is_coco else {},
+    ignore=(rf".*\.{COUNTER}",),
+    heads=("box_outputs/", "mask_head/logits/"),
+  )
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a state dict that torchvision loads.
+
+  Args:
+    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    export: of a detector.
+
+  Raises:
+    WeightsError: torchvision has no such detector.
+  """
+  fields = export.fields()
+  check_backbone(fields, "torchvision")
+  if fields["neck"] != "fpn" or fields["convention"] != "torchvision":
+    raise WeightsError(
+      f"torchvision has no R-CNN with neck={fields['neck']!r} and "
+      f"convention={fields['convention']!r}; its own has 'fpn' and 'torchvision'"
+    )
+  arrays = write(export.variables, rows(fields["pool_size"]))
+  arrays = contiguous(without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
+  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)

@@ -1,0 +1,181 @@
+"""Pictures of super-resolution: small, bicubic, ours, truth, and where each patch was taken from.
+
+Figures are made without `pyplot`, so that nothing is kept alive and no window opens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int, Num, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.figures.canvas import QUIET
+from vit_jax_zoo.metrics.psnr_ssim import psnr_y
+
+CELL = 2.1  # inches
+COLUMNS = (
+  "small", "bicubic", "ours", "wrong reference", "truth", "reference", "taken from", "trust"
+)  # fmt: skip
+"""Of each row; "wrong reference" and "truth" are left out where there are none."""
+
+BATCH_COLUMNS = {
+  "small": "low_res_image",
+  "bicubic": "upsampled_image",
+  "truth": "image",
+  "reference": "ref_image",
+  "blurred reference": "blurred_ref_image",
+}
+"""What is drawn of a training batch: title -> key."""
+
+
+def draw_results(
+  batch: Mapping[str, Any],
+  predictions: Mapping[str, Any],
+  *,
+  title: str = "Super-resolution",
+  max_images: int = 4,
+) -> Figure:
+  """Draws a row of pictures for each example, as far as there are those of `COLUMNS`.
+
+  "taken from" gives each cell of the small picture the colour of the place in the reference where
+  its patch was found; those colours are laid over the reference. "trust" is the soft attention,
+  dark where it is least and bright where it is greatest in this picture.
+
+  Args:
+    batch: as `tasks.super_resolution` has it: `low_res_image`, `upsampled_image`,
+      `ref_image`, in [0, 255]; `image`, the truth, and `size` are optional.
+    predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w];
+      `wrong_reference_image`, what became of it with another's reference, is optional.
+    title: of the figure.
+    max_images: draws the first so many.
+  """
+  shown = min(len(batch["low_res_image"]), max_images)
+  if not shown:
+    raise ValueError("there is no image to draw")
+  there = {"truth": "image" in batch, "wrong reference": "wrong_reference_image" in predictions}
+  columns = [name for name in COLUMNS if there.get(name, True)]
+  figure, rows = _grid(shown, columns, _aspect(batch["upsampled_image"]), title)
+  for i, row in enumerate(rows):
+    _draw_row(row, _example(batch, predictions, i))
+  return figure
+
+
+def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
+  """Draws what a model will learn from: a row of `BATCH_COLUMNS` for each example.
+
+  Args:
+    batch: as `tasks.super_resolution` has it, in [0, 255].
+    max_images: draws the first so many.
+  """
+  shown = min(len(batch["low_res_image"]), max_images)
+  if not shown:
+    raise ValueError("there is no image to draw")
+  aspect = _aspect(batch["upsampled_image"])
+  figure, rows = _grid(shown, list(BATCH_COLUMNS), aspect, "Training batch")
+  for i, row in enumerate(rows):
+    for name, key in BATCH_COLUMNS.items():
+      picture = np.asarray(batch[key][i])
+      _show(row[name], picture, "nearest" if name == "small" else "auto")
+      row[name].set_xlabel(f"{picture.shape[1]} × {picture.shape[0]}", fontsize=9)
+  return figure
+
+
+def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UInt8[Any, "h w 3"]:
+  """Returns the colour of each place `index` in a grid of cells, `[rows, columns]`.
+
+  Red grows with the column, blue with the row, green where both are far from their corner: near
+  places look alike, far ones differ.
+  """
+  rows, columns = np.divmod(np.asarray(index), grid[1])
+  x, y = columns / max(grid[1] - 1, 1), rows / max(grid[0] - 1, 1)
+  colors = np.stack([0.15 + 0.8 * x, 0.85 - 0.55 * (x + y) / 2, 0.15 + 0.8 * y], axis=-1)
+  return np.round(255 * colors).astype(np.uint8)
+
+
+def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -> dict[str, Any]:
+  """Returns one example's pictures, cropped to what counts."""
+  bicubic = np.asarray(batch["upsampled_image"][i])
+  height, width = batch["size"][i] if "size" in batch else bicubic.shape[:2]
+  cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
+  pixels = slice(0, height), slice(0, width)
+  reference = np.asarray(batch["ref_image"][i])
+  optional = {
+    "truth": batch.get("image"),
+    "wrong reference": predictions.get("wrong_reference_image"),
+  }
+  return {
+    "small": np.asarray(batch["low_res_image"][i])[cells],
+    "bicubic": bicubic[pixels],
+    "ours": np.asarray(predictions["image"][i])[pixels],
+    **{name: np.asarray(x[i])[pixels] for name, x in optional.items() if x is not None},
+    "reference": reference,
+    "index": np.asarray(predictions["hard_attention"][i])[cells],
+    "trust": np.asarray(predictions["soft_attention"][i])[cells],
+    "grid": (reference.shape[0] // 4, reference.shape[1] // 4),
+  }
+
+
+def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
+  _show(axes["small"], example["small"], "nearest")
+  for name in ("bicubic", "ours", "wrong reference", "truth"):
+    if name not in axes:
+      continue
+    _show(axes[name], example[name])
+    if name != "truth" and "truth" in axes:
+      decibels = psnr_y(example[name], example["truth"])
+      weight = "bold" if name == "ours" else "normal"
+      axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
+  _draw_search(axes, example)
+
+
+def _draw_search(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
+  """Draws the reference, where in it patches were found, and how like they are."""
+  grid, index, trust = example["grid"], example["index"], example["trust"]
+  key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
+  _show(axes["reference"], _tinted(example["reference"], key))
+  _show(axes["taken from"], position_colors(index, grid), "nearest")
+  axes["trust"].imshow(trust, cmap="cividis", interpolation="nearest")
+  used = len(np.unique(index)) / index.size
+  axes["taken from"].set_xlabel(f"{used:.0%} different places", fontsize=9)
+  axes["trust"].set_xlabel(f"{np.min(trust):.3f} to {np.max(trust):.3f}", fontsize=9)
+
+
+def _tinted(
+  image: Num[np.ndarray, "y x 3"], colors: UInt8[np.ndarray, "i j 3"]
+) -> Float[np.ndarray, "y x 3"]:
+  """Lays colours of cells of 4x4 pixels over a picture, whose own brightness stays."""
+  large = np.repeat(np.repeat(colors, 4, axis=0), 4, axis=1).astype(np.float32)
+  image = np.asarray(image, np.float32)[: large.shape[0], : large.shape[1]]
+  gray = image.mean(axis=-1, keepdims=True)
+  return 0.25 * image + 0.75 * large * (0.35 + 0.65 * gray / 255)
+
+
+def _show(ax: Axes, image: Num[np.ndarray, "h w 3"], interpolation: str = "auto") -> None:
+  pixels = np.clip(np.round(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
+  small = max(pixels.shape[:2]) < 64
+  ax.imshow(pixels, interpolation="nearest" if small else interpolation)
+
+
+def _aspect(images: Num[np.ndarray, "b h w 3"]) -> float:
+  return float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
+
+
+def _grid(
+  rows: int, columns: list[str], aspect: float, title: str
+) -> tuple[Figure, list[dict[str, Axes]]]:
+  """Lays out rows of cells by their column's name, `aspect` times as high as wide."""
+  size = (len(columns) * CELL, rows * (CELL * aspect + 0.35) + 0.7)
+  figure = Figure(figsize=size, dpi=110, layout="constrained")
+  figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+  axes = figure.subplots(rows, len(columns), squeeze=False)
+  for name, ax in zip(columns, axes[0], strict=True):
+    ax.set_title(name, fontsize=10)
+  for ax in axes.flat:
+    ax.set(xticks=[], yticks=[])
+    ax.set_anchor("N")  # so that pictures of other shapes stand in line with their titles
+    ax.xaxis.label.set_color(QUIET)
+    for spine in ax.spines.values():
+      spine.set_visible(False)
+  return figure, [dict(zip(columns, row, strict=True)) for row in axes]

@@ -1,0 +1,203 @@
+"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR).
+
+The released files are bare state dicts: the main network and the texture extractor, and beside them
+the extractor's fixed normalisation, which is no parameter here. The critic was not released.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from vit_jax_zoo.systems.ttsr.model import TTSR
+from vit_jax_zoo.systems.ttsr.weights_vgg import CONVOLUTIONS
+from vit_jax_zoo.weights import key_map as table
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
+from vit_jax_zoo.weights.preprocess import Preprocess
+from vit_jax_zoo.weights.readers import Published
+from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
+
+TRAINED_SIDE = 160
+"""Of the pictures that the released weights were trained on; any others do as well."""
+
+_PLAYER = "generator/"
+_EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
+_STAGES = {
+  "shallow": ("SFE.RBs", "SFE.conv_tail"),
+  "stage1": ("RB11", "conv11_tail"),
+  **{
+    f"stage{stage}_{i}": (f"RB{stage}{i}", f"conv{stage}{i}_tail")
+    for stage in (2, 3)
+    for i in range(1, stage + 1)
+  },
+}
+_SINGLE = {
+  "SFE.conv_head": "head",
+  "conv12": "up2",
+  "conv23": "up3",
+  **{f"conv{i}{i}_head": f"attend{i}" for i in (1, 2, 3)},
+  **{f"ex12.conv{i}{j}": f"exchange2/from{i}_to{j}" for i, j in ((1, 2), (2, 1))},
+  **{f"ex12.conv_merge{i}": f"exchange2/merge{i}" for i in (1, 2)},
+  **{
+    f"ex123.conv{i}{j}": f"exchange3/from{i}_to{j}"
+    for i, j in ((1, 2), (1, 3), (2, 1), (2, 3), (3, 2))
+  },
+  "ex123.conv31_1": "exchange3/from3_to1a",
+  "ex123.conv31_2": "exchange3/from3_to1b",
+  **{f"ex123.conv_merge{i}": f"exchange3/merge{i}" for i in (1, 2, 3)},
+  "merge_tail.conv13": "merge_tail/from1",
+  "merge_tail.conv23": "merge_tail/from2",
+  "merge_tail.conv_merge": "merge_tail/merge",
+  "merge_tail.conv_tail1": "merge_tail/narrow",
+  "merge_tail.conv_tail2": "merge_tail/image",
+}
+
+
+def _conv(published: str, ours: str) -> list[Row]:
+  return layer_rows(published, ours, CONVOLUTION)
+
+
+def _stage(ours: str, blocks: str, tail: str) -> list[Row]:
+  rows = _conv(f"MainNet.{tail}", f"{ours}/tail")
+  for name in ("conv1", "conv2"):
+    rows += _conv(f"MainNet.{blocks}.{{i}}.{name}", f"{ours}/block_{{i}}/{name}")
+  return rows
+
+
+TABLE: tuple[Row, ...] = (
+  *(row for ours, (blocks, tail) in _STAGES.items() for row in _stage(ours, blocks, tail)),
+  *(row for key, ours in _SINGLE.items() for row in _conv(f"MainNet.{key}", ours)),
+  *(
+    row
+    for key, name in zip(_EXTRACTOR, CONVOLUTIONS, strict=False)
+    for row in _conv(f"LTE.{key}", f"extractor/{name}")
+  ),
+)
+"""Between the keys of TTSR.pt and the paths of `models.ttsr.TTSR`, layers unrolled."""
+
+
+# Each channel is divided by its deviation after its mean is subtracted, written as a convolution.
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_NORMALISATION = {
+  "LTE.sub_mean.weight": (np.eye(3, dtype=np.float32) / _STD[:, None]).reshape(3, 3, 1, 1),
+  "LTE.sub_mean.bias": -_MEAN / _STD,
+}
+IGNORE = (r"LTE\.sub_mean\.(weight|bias)", r"LTE_copy\..*")
+"""Constants, and a copy of the extractor that the training code keeps."""
+
+
+def infer_fields(published: Mapping[str, np.ndarray], source: str = "the file") -> dict[str, Any]:
+  """Returns the fields of the `TTSR` that a file fits.
+
+  Raises:
+    WeightsError: the file holds no TTSR.
+  """
+  try:
+    width = published["MainNet.SFE.conv_head.weight"].shape[0]
+    textures = [published[f"LTE.{key}.weight"].shape[0] for key in _EXTRACTOR[::2]]
+  except KeyError as error:
+    raise WeightsError(f"{source} is no checkpoint of TTSR: it has no {error}") from error
+  depths = [
+    sum(key.startswith(f"MainNet.{blocks}.") and key.endswith(".conv1.bias") for key in published)
+    for blocks in ("SFE.RBs", "RB11", "RB21", "RB31")
+  ]
+  return {"width": width, "depths": tuple(depths), "texture_widths": tuple(textures)}
+
+
+def from_published(
+  published: Mapping[str, np.ndarray], *, source: str = "the file", **overrides: Any
+) -> tuple[TTSR, dict[str, Any]]:
+  """Returns the model and its variables.
+
+  Args:
+    published: the state dict, as numpy arrays.
+    source: the file's name, for messages.
+    **overrides: fields of `TTSR`, such as `dtype`.
+
+  Raises:
+    WeightsError: the file does not fit; all that is wrong is listed.
+  """
+  model = TTSR(**{**infer_fields(published, source), **overrides})
+  small, large = jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 4, 4, 3))
+  abstract = jax.eval_shape(model.init, jax.random.key(0), small, large, large, large)
+  params = _read(published, TABLE, abstract["params"], source, IGNORE)
+  return model, {"params": params}
+
+
+def to_published(params: Mapping[str, Any]) -> Flat:
+  """Returns the state dict that the official code loads."""
+  flat = {path: np.asarray(array) for path, array in _flatten(params).items()}
+  return {**table.write(table.unroll(flat), TABLE), **_NORMALISATION}
+
+
+def is_of(published: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are TTSR's."""
+  return "MainNet.SFE.conv_head.weight" in published
+
+
+@dataclasses.dataclass(frozen=True)
+class TtsrCheckpoint(Checkpoint):
+  """A file of TTSR's: the model is called with four pictures, of any sizes."""
+
+  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
+    """Returns pictures of the least sizes: parameters do not depend on them."""
+    del size
+    large = np.zeros((1, 4, 4, 3), np.float32)
+    return np.zeros((1, 1, 1, 3), np.float32), large, large, large
+
+
+def read_checkpoint(published: Published) -> Checkpoint:
+  """Reads TTSR.pt or TTSR-rec.pt, or the same as safetensors.
+
+  Raises:
+    WeightsError: there is no TTSR in it.
+  """
+  return TtsrCheckpoint(
+    source=published.path,
+    family="ttsr",
+    arrays=dict(published.arrays),
+    table=TABLE,
+    fields=infer_fields(published.arrays, published.path),
+    preprocess=Preprocess((TRAINED_SIDE, TRAINED_SIDE)),
+    task="super_resolution",
+    ignore=IGNORE,
+    heads=(),
+    image_size=(TRAINED_SIDE, TRAINED_SIDE),
+  )
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes the bare state dict that the official code loads; a critic and VGG-19 stay behind.
+
+  Args:
+    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    export: the model, alone or as a game's "generator".
+  """
+  game = {k.removeprefix(_PLAYER): v for k, v in export.variables.items() if k.startswith(_PLAYER)}
+  variables = game or dict(export.variables)
+  arrays = contiguous({**table.write(variables, TABLE), **_NORMALISATION})
+  write = write_safetensors if path.endswith(".safetensors") else write_torch
+  write(path, arrays)
+
+
+def _read(
+  published: Mapping[str, np.ndarray],
+  rows: Sequence[Row],
+  params: Mapping[str, Any],
+  source: str,
+  ignore: Sequence[str],
+) -> dict[str, Any]:
+  shapes = {path: leaf.shape for path, leaf in _flatten(params).items()}
+  layers = table.read(published, rows, table.unroll_shapes(shapes), source=source, ignore=ignore)
+  return traverse_util.unflatten_dict(table.stack(layers, shapes), sep="/")
+
+
+def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+  return traverse_util.flatten_dict(params, sep="/")

@@ -1,0 +1,203 @@
+"""A published ViT file: positions fit a grid of tokens, and class tokens may have a row there."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from vit_jax_zoo.ops.resize import resize_position_grid
+from vit_jax_zoo.systems.vit.position import sincos_2d
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
+from vit_jax_zoo.weights.preprocess import Preprocess
+
+CLS_TOKEN = "cls_token"
+POSITIONS = "position_embedding/table"
+GOOGLE = Preprocess((224, 224))
+"""Google's evaluations: squashed to the size by TensorFlow, and brought to [-1, 1]."""
+
+PATCH_SIDE = 16
+"""Of patches, where the file has lost the array that says it; that is reported with the rest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitCheckpoint(Checkpoint):
+  """What ViT's formats return.
+
+  Attributes:
+    resize: how the format's own code resizes positions, a key of `position_grid.METHODS`.
+  """
+
+  family: str = "vit"
+  preprocess: Preprocess = GOOGLE
+  first_kernels: tuple[str, ...] = ("resnet/root_conv/kernel", "embedding/kernel")
+  below_heads: tuple[str, ...] = ("pre_logits/",)
+  resize: str
+
+  def choose_size(
+    self, model: Any, wanted: Size | None, trained: Size | None
+  ) -> tuple[Size, "VitCheckpoint"]:
+    """Takes the size from the table of positions where nobody states it."""
+    side, trained = model.patch_side, trained or self.image_size
+    given, checkpoint = trained and _grid(trained, side), self
+    table = self.array(POSITIONS)
+    if table is not None and table.ndim == 3:  # a misshapen one is reported with all that is wrong
+      checkpoint = self._with_class_row_of(given)
+      grid = checkpoint.position_grid(given=given, fallback=wanted and _grid(wanted, side))
+      trained = (grid[0] * side, grid[1] * side)
+    size = wanted or trained or self.preprocess.image_size
+    return size, checkpoint.replace(image_size=trained)
+
+  def _with_class_row_of(self, grid: Size | None) -> "VitCheckpoint":
+    """Counts again whether the class token has a row: 25 are 5 x 5, or 4 x 6 and that one."""
+    table = self.array(POSITIONS)
+    if grid is None or table is None or table.ndim != 3 or self.key(CLS_TOKEN) is None:
+      return self
+    others = table.shape[1] - grid[0] * grid[1]
+    stated = {"cls_token_position": bool(others)} if others in (0, 1) else {}
+    return self.replace(fields={**self.fields, **stated})
+
+  def at_size(
+    self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
+  ) -> "VitCheckpoint":
+    """Resizes the positions to the grid of tokens of images of `size`."""
+    table = self.array(POSITIONS)
+    if POSITIONS not in target or self.image_size is None or table is None or table.ndim != 3:
+      return self
+    side = model.patch_side
+    return self.fit_positions(
+      num_rows=target[POSITIONS].shape[1],
+      old_grid=_grid(self.image_size, side),
+      new_grid=_grid(size, side),
+      method=method,
+    )
+
+  @property
+  def class_rows(self) -> int:
+    """Rows of the position table that are the class token's: 0 or 1."""
+    has_row = self.fields["cls_token_position"] and self.key(POSITIONS) is not None
+    return int(has_row and self.key(CLS_TOKEN) is not None)
+
+  def position_grid(self, *, given: Size | None = None, fallback: Size | None = None) -> Size:
+    """Returns height and width, in tokens, of the grid that the file's positions cover.
+
+    Args:
+      given: the grid, if it is known. Otherwise it is taken to be square.
+      fallback: a grid to try where the number of rows is no square.
+
+    Raises:
+      WeightsError: the file has no positions, or for another number of tokens.
+    """
+    table = self.array(POSITIONS)
+    if table is None or table.ndim != 3:
+      raise WeightsError(f"{self.source} has no table of positions [1, tokens, width]")
+    rows = table.shape[1] - self.class_rows
+    grid = given or (math.isqrt(rows),) * 2
+    for tried in (grid, None if given else fallback):
+      if tried is not None and tried[0] * tried[1] == rows:
+        return tried
+    what = f"not for {given[0]} x {given[1]}" if given else "which is no square"
+    if rows == grid[0] * grid[1] + 1 and self.key(CLS_TOKEN) is None:
+      token = next(row.published for row in self.table if row.ours == CLS_TOKEN)
+      what += f" (is {token} missing, the class token?)"
+    raise WeightsError(
+      f"{self.source} has positions for {rows} tokens, {what}; "
+      "give source_image_size=(height, width), the size that it was trained at"
+    )
+
+  def fit_positions(
+    self, *, num_rows: int, old_grid: Size, new_grid: Size, method: str | None = None
+  ) -> "VitCheckpoint":
+    """Resizes the position table to a model's grid, and moves the class token's row if it must.
+
+    The token's position and the token itself are only ever added up: where the model has no row for
+    it, the row goes into the token; where the file has none, a row of zeros changes nothing.
+
+    Args:
+      num_rows: rows of the model's table.
+      old_grid: see `position_grid`.
+      new_grid: height and width of the model's grid, in tokens.
+      method: a key of `position_grid.METHODS`; None: as the format's own code does it.
+    """
+    key = self.key(POSITIONS)
+    if key is None:
+      return self
+    fitted = dict(self.arrays)
+    count = self.class_rows
+    cls_row, table = fitted[key][0, :count], fitted[key][0, count:]
+    table = resize_position_grid(table, old_grid, new_grid, method or self.resize)
+    wanted = num_rows - len(table)
+    if count and not wanted:
+      cls_key = self.key(CLS_TOKEN) or ""
+      fitted[cls_key] = fitted[cls_key] + cls_row
+    elif wanted and not count:
+      cls_row = np.zeros_like(table[:1])
+    if wanted:
+      table = np.concatenate([cls_row, table])
+    fitted[key] = table[None]
+    return self.replace(arrays=fitted)
+
+
+def _grid(size: Size, side: int) -> Size:
+  return size[0] // side, size[1] // side
+
+
+def has_cls_token(fields: Mapping[str, Any]) -> bool:
+  """Tells whether a model of these fields has a class token."""
+  return fields["pool"] == "cls" if fields["cls_token"] is None else fields["cls_token"]
+
+
+def with_table(export: Export, *, class_row: bool) -> Flat:
+  """Returns a model's parameters with positions as one table, as published files have them.
+
+  Fixed and factorised positions are the numbers that they add up to; where there are none, zeros.
+
+  Args:
+    export: the model; its `preprocess` says for which size of images.
+    class_row: whether the table is to begin with a row for the class token: where the model has
+      none, it is zero. A row that the model has stays.
+  """
+  fields, params = export.fields(), dict(export.variables)
+  has_row = has_cls_token(fields) and fields["cls_token_position"]
+  learned = fields["position_embedding"] == "learned_1d"
+  if learned:
+    table = np.asarray(params[POSITIONS])
+  else:
+    grid = _grid(export.preprocess.image_size, export.model.patch_side)
+    table = _fixed_table(fields, params, grid)[None]
+  if class_row and not (learned and has_row):
+    table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)
+  return {**params, POSITIONS: table}
+
+
+def _fixed_table(fields: Mapping[str, Any], params: Flat, grid: Size) -> np.ndarray:
+  kind, width = fields["position_embedding"], fields["width"]
+  if kind == "sincos_2d":
+    return sincos_2d(*grid, width)
+  if kind == "learned_2d":
+    halves = [params.pop(f"position_embedding/{part}") for part in ("rows", "columns")]
+    rows = np.broadcast_to(halves[0][:, None], (*grid, halves[0].shape[-1]))
+    columns = np.broadcast_to(halves[1][None], (*grid, halves[1].shape[-1]))
+    return np.concatenate([rows, columns], axis=-1).reshape(-1, width)
+  return np.zeros((grid[0] * grid[1], width), np.float32)
+
+
+def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
+  """Raises WeightsError, naming all, if fields have other values than a code base knows.
+
+  Args:
+    export: the model.
+    fixed: field -> its value there, or a tuple of the values that it may have.
+    whose: the code base, for the message.
+  """
+  fields = export.fields()
+  resnet = fields["resnet"] or {}
+  other = []
+  for name, known in fixed.items():
+    value = resnet.get(name.removeprefix("resnet."), known) if "." in name else fields[name]
+    if value not in (known if isinstance(known, tuple) else (known,)):
+      other.append(f"{name.removeprefix('resnet.')}={value!r} (there: {known!r})")
+  if other:
+    raise WeightsError(f"{whose} has no ViT with {', '.join(other)}")

@@ -1,0 +1,211 @@
+"""Google's ViT checkpoints, `.npz`: gs://vit_models/{imagenet21k,augreg,sam,...} and big_vision's.
+
+The published files spell modules as Flax did before Linen (`LayerNorm_2`, `MlpBlock_3`), files
+written since as Linen does (`LayerNorm_1`, `MlpBlock_0`); group norms are [1 1 1 c] or [c]; all
+keys may stand below `params/` or `opt/target/`; big_vision may stack the layers, and keeps its
+position table at the top, without a row for the class token. All of that is read; writing gives the
+published spelling.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo.systems.vit.weights_common import (
+  PATCH_SIDE,
+  VitCheckpoint,
+  check_fixed,
+  has_cls_token,
+  with_table,
+)
+from vit_jax_zoo.weights.checkpoint import Export
+from vit_jax_zoo.weights.infer import count, side
+from vit_jax_zoo.weights.key_map import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
+from vit_jax_zoo.weights.readers import Published
+
+FIXED: dict[str, Any] = {
+  "activation": "gelu_tanh",
+  "layer_norm_epsilon": 1e-6,
+  "norm_after_pool": False,
+  "qkv_bias": True,
+  "resnet.group_norm_epsilon": 1e-6,
+  "resnet.std_epsilon": 1e-5,
+  "resnet.variance_epsilon": 0.0,
+}
+"""What Google's code has always the same: a model with another value is not one of its own."""
+
+_PREFIXES = ("params/", "opt/target/")
+_OTHER_STATE = (r"opt/state/.*", r"opt/.*step", r"step")
+
+
+def _pairs(published: str, ours: str, leaves: tuple[str, ...] = ("kernel", "bias")) -> list[Row]:
+  return [Row(f"{published}/{leaf}", f"{ours}/{leaf}") for leaf in leaves]
+
+
+def _block_rows(norm: str, attention: str, mlp_norm: str, mlp: str) -> list[Row]:
+  theirs, ours = "Transformer/encoderblock_{i}", "encoder/block_{i}"
+  rows = _pairs(f"{theirs}/{norm}", f"{ours}/attention_norm", ("scale", "bias"))
+  for part in ("query", "key", "value", "out"):
+    rows += _pairs(f"{theirs}/{attention}/{part}", f"{ours}/attention/{part}")
+  rows += _pairs(f"{theirs}/{mlp_norm}", f"{ours}/mlp_norm", ("scale", "bias"))
+  rows += _pairs(f"{theirs}/{mlp}/Dense_0", f"{ours}/mlp/hidden")
+  return rows + _pairs(f"{theirs}/{mlp}/Dense_1", f"{ours}/mlp/out")
+
+
+def _group_norm(published: str, ours: str) -> list[Row]:
+  return [Row(f"{published}/{leaf}", f"{ours}/{leaf}", CHANNELS_4D) for leaf in ("scale", "bias")]
+
+
+def _resnet_rows() -> list[Row]:
+  rows = [Row("conv_root/kernel", "resnet/root_conv/kernel")]
+  rows += _group_norm("gn_root", "resnet/root_norm")
+  theirs, ours = "block{s+1}/unit{u+1}", "resnet/stage_{s}_unit_{u}"
+  for part in ("1", "2", "3"):
+    rows.append(Row(f"{theirs}/conv{part}/kernel", f"{ours}/conv_{part}/kernel"))
+    rows += _group_norm(f"{theirs}/gn{part}", f"{ours}/norm_{part}")
+  rows.append(Row(f"{theirs}/conv_proj/kernel", f"{ours}/shortcut_conv/kernel"))
+  return rows + _group_norm(f"{theirs}/gn_proj", f"{ours}/shortcut_norm")
+
+
+_POSITIONS = "Transformer/posembed_input/pos_embedding"
+_POSITIONS_BIG_VISION = "pos_embedding"
+
+TABLE: tuple[Row, ...] = (
+  *_resnet_rows(),
+  Row("cls", "cls_token"),
+  *_pairs("embedding", "embedding"),
+  Row(_POSITIONS, "position_embedding/table"),
+  Row(_POSITIONS_BIG_VISION, "position_embedding/table"),
+  *_block_rows("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
+  *_block_rows("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
+  *_pairs("Transformer/encoder_norm", "norm", ("scale", "bias")),
+  *_pairs("pre_logits", "pre_logits"),
+  *_pairs("head", "head"),
+)
+
+
+def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
+  """Tells whether a file's keys are Google's, as far as the first layers go."""
+  return any(
+    key.endswith("embedding/kernel") or "Transformer/encoderblock" in key for key in arrays
+  )
+
+
+def normalize(arrays: Mapping[str, np.ndarray]) -> Flat:
+  """Returns the parameters by key, without prefix and optimizer state, layers unrolled."""
+  prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in arrays)), "")
+  flat: Flat = {}
+  for key, array in arrays.items():
+    key = key.removeprefix(prefix)
+    if any(re.fullmatch(pattern, key) for pattern in _OTHER_STATE):
+      continue
+    if key.startswith("Transformer/encoderblock/"):
+      rest = key.removeprefix("Transformer/encoderblock/")
+      flat.update({f"Transformer/encoderblock_{i}/{rest}": x for i, x in enumerate(array)})
+    else:
+      flat[key] = array
+  return flat
+
+
+def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+  """Returns the fields of the `VisionTransformer` that a file's arrays fit.
+
+  Args:
+    published: as `normalize` returns them.
+    source: the file's name, for the message.
+
+  Raises:
+    WeightsError: there is no ViT in the file.
+  """
+  block = r"Transformer/encoderblock_(\d+)/"
+  query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
+  width, num_heads = side(published, (query, 3, 0)), side(published, (query, 3, 1))
+  mlp_dim = side(published, (hidden, 2, 1))
+  if width is None or mlp_dim is None:
+    keys = ", ".join(sorted(published)[:3])
+    raise WeightsError(f"{source} holds no ViT in Google's layout; its keys begin with {keys}")
+  # big_vision has sine-cosine positions, which no file holds, where there is no class token.
+  has_table = any(key in published for key in (_POSITIONS, _POSITIONS_BIG_VISION, "cls"))
+  fields: dict[str, Any] = {
+    "num_classes": _outputs_of(published, "head"),
+    "patch_size": side(published, ("embedding/kernel", 4, 0)) or PATCH_SIDE,
+    "width": width,
+    "depth": count(published, block),
+    "num_heads": num_heads,
+    "mlp_dim": mlp_dim,
+    "representation_size": _outputs_of(published, "pre_logits"),
+    "pool": "cls" if "cls" in published else "mean",
+    "cls_token_position": _POSITIONS in published,
+    "position_embedding": "learned_1d" if has_table else "sincos_2d",
+  }
+  if "conv_root/kernel" in published:
+    fields["resnet"] = _infer_resnet(published)
+  return fields
+
+
+def _infer_resnet(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  sizes: dict[int, int] = {}
+  for key in published:
+    if match := re.match(r"block(\d+)/unit(\d+)/", key):
+      stage, unit = int(match[1]), int(match[2])
+      sizes[stage] = max(unit, sizes.get(stage, 0))
+  stages = tuple(sizes[stage] for stage in sorted(sizes))
+  return {"stage_sizes": stages, "width": published["conv_root/kernel"].shape[-1]}
+
+
+def _outputs_of(published: Mapping[str, np.ndarray], layer: str) -> int | None:
+  return side(published, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
+
+
+def read_checkpoint(published: Published) -> VitCheckpoint:
+  """Reads a file's arrays; pictures are squashed to the size, as in Google's evaluations.
+
+  Raises:
+    WeightsError: there is no ViT in it.
+  """
+  arrays = normalize(published.arrays)
+  return VitCheckpoint(
+    source=published.path,
+    arrays=arrays,
+    table=TABLE,
+    fields=infer_fields(arrays, published.path),
+    resize="corner_aligned",
+  )
+
+
+def write_checkpoint(path: str, export: Export) -> None:
+  """Writes a model as Google published it; the file says nothing of its preprocessing.
+
+  Raises:
+    WeightsError: Google's code has no such model.
+  """
+  check_fixed(export, FIXED, "Google's code")
+  fields = export.fields()
+  if has_cls_token(fields) != (fields["pool"] == "cls"):
+    raise WeightsError("Google's code has no ViT with a class token that the head does not see")
+  own_row = has_cls_token(fields) and fields["cls_token_position"]
+  # Without a table big_vision's sine-cosine positions are meant, as in our own fields.
+  fixed = fields["position_embedding"] == "sincos_2d" and not has_cls_token(fields)
+  params = export.variables if fixed else with_table(export, class_row=own_row)
+  write_file(path, params, cls_token_position=own_row or not has_cls_token(fields))
+
+
+def write_file(
+  path: str, params: Mapping[str, np.ndarray], *, cls_token_position: bool = True
+) -> None:
+  """Writes a ViT's parameters as Google published them: what `read_file` reads.
+
+  Args:
+    path: of the .npz file, local or `gs://bucket/...`.
+    params: by "/"-joined path, layers scanned or unrolled.
+    cls_token_position: the model's field; a table without the class token's row goes where
+      big_vision keeps it, so that a reader knows.
+  """
+  published = write(unroll(params), TABLE)
+  if not cls_token_position and _POSITIONS in published:
+    published[_POSITIONS_BIG_VISION] = published.pop(_POSITIONS)
+  with epath.Path(path).open("wb") as file:
+    np.savez(file, allow_pickle=False, **published)

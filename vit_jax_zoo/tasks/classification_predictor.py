@@ -1,0 +1,72 @@
+"""Naming what pictures show: the likeliest classes, and what they rest on."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+
+from vit_jax_zoo.figures.classification import draw_ranking
+from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
+from vit_jax_zoo.ops.images import normalize_images
+
+
+class ClassificationPredictor:
+  """The `top_k` likeliest classes of a picture; with `explain`, what the model shows of its inside.
+
+  That is up to the model (`ops.explanation`): attention rolled out, by head, and by distance, or
+  lambdas, for each picture; positions and filters, once.
+  """
+
+  reads: ClassVar[frozenset[str]] = frozenset({"top_k", "explain"})
+  listed: ClassVar[int] = 5
+  """So many, where `top_k` is None."""
+
+  def __init__(self, trained: Trained, options: Options) -> None:
+    """Takes the model; raises ValueError if it is to be explained, and cannot be."""
+    self._trained, self._options = trained, options
+    self._task: Any = trained.task
+    self._logits = jax.jit(self._compute_logits)
+    self._explain = jax.jit(self._task.explain)
+    if options.explain and not hasattr(trained.model, "explain"):
+      raise ValueError(f"--explain: {type(trained.model).__name__} shows nothing of its inside")
+
+  def __call__(self, image: Image) -> Prediction:
+    """Returns `top`, best first: `label`, `name` where it is known, `probability`."""
+    prepared = np.asarray(self._trained.prepare(image)["image"])
+    logits = np.asarray(self._logits(self._trained.variables, prepared[None]))[0]
+    logits = logits.astype(np.float64)
+    probabilities = _probabilities(logits, self._task.objective)
+    count = self.listed if self._options.top_k is None else self._options.top_k
+    best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
+    names = self._task.class_names
+    top = [
+      {
+        "label": int(label),
+        **({"name": names[label]} if names else {}),
+        "probability": float(probabilities[label]),
+      }
+      for label in best
+    ]
+    said = [names[label] if names else f"class {label}" for label in best]
+    pictures: dict[str, Figure] = {
+      "": draw_ranking(image, said, [entry["probability"] for entry in top])
+    }
+    if not self._options.explain:
+      return Prediction({"top": top}, pictures)
+    found = self._explain(self._trained.variables, {"image": prepared[None]})
+    explained = self._task.draw_explanation(jax.device_get(found))
+    pictures |= dict(explained.images)
+    return Prediction({"top": top}, pictures, model_pictures=explained.model)
+
+  def _compute_logits(self, variables: Any, image: Any) -> Any:
+    images = normalize_images(jnp.asarray(image), self._task.image_mean, self._task.image_std)
+    return self._task.model.apply(variables, images, train=False)["logits"]
+
+
+def _probabilities(logits: np.ndarray, objective: str) -> np.ndarray:
+  if objective == "sigmoid":
+    return 1 / (1 + np.exp(-logits))
+  shifted = np.exp(logits - logits.max())
+  return shifted / shifted.sum()

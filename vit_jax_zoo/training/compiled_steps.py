@@ -1,0 +1,268 @@
+"""The program of a run: state, shardings and compiled steps for one task, batch shape and mesh.
+
+Everything here is derived from shapes. Nothing touches a device before `initial_state`, and the
+devices of the mesh need not exist on this machine: to plan for another one, lower `train_step` with
+`abstract_state` and `abstract_batch`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from vit_jax_zoo.tasks.base import Batch, Task, Variables
+from vit_jax_zoo.training import sharding
+from vit_jax_zoo.training.evaluate import compile_predict_step
+from vit_jax_zoo.training.optim import Optimizer, create_optimizer
+from vit_jax_zoo.training.state import (
+  TrainState,
+  abstract_like,
+  create_state,
+  player_params,
+  state_shardings,
+  variable_shardings,
+)
+from vit_jax_zoo.training.step import PredictStep, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationProgram:
+  """What judges a model, in a run or alone.
+
+  Attributes:
+    task: what is learned.
+    mesh: where.
+    left_out: parts of what `task.init` makes that are not here: `task.training_only`, or none.
+    abstract_batch: shapes, dtypes and shardings of the global batch that variables are made for.
+    abstract_variables: the same of parameters and the model's other collections.
+    predict_step: jitted, with shardings.
+    features_step: the same of `task.features`, for tasks that have any.
+    explain_step: the same of `task.explain`, whose results are whole on every device.
+  """
+
+  task: Task
+  mesh: Mesh
+  left_out: tuple[str, ...]
+  abstract_batch: Batch
+  abstract_variables: Variables
+  predict_step: PredictStep
+  features_step: PredictStep
+  explain_step: PredictStep
+
+  def initial_variables(
+    self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
+  ) -> Variables:
+    """Makes the variables before the first step, each device its own part.
+
+    Args:
+      seed: of everything random in the run.
+      pretrain: takes the fresh variables and returns those to start from, on the devices or the
+        host. It must not keep the fresh ones: they may be donated.
+
+    Raises:
+      ValueError: `pretrain` returns other names or shapes than it was given.
+    """
+    abstract = self.abstract_variables
+    init = jax.jit(
+      lambda rng: _init(self.task, rng, self.abstract_batch, self.left_out),
+      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract),
+    )
+    variables = init(jax.random.split(jax.random.key(seed))[0])
+    if pretrain is None:
+      return variables
+    return jax.tree.map(_placed, abstract, variables, pretrain(variables))
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(EvaluationProgram):
+  """What a run executes.
+
+  Attributes:
+    optimizers: one for each of the task's players.
+    abstract_state: shapes, dtypes and shardings of the train state.
+    train_step: jitted, with shardings, donating its state.
+  """
+
+  optimizers: tuple[Optimizer, ...]
+  abstract_state: TrainState
+  train_step: Any
+
+  @property
+  def schedules(self) -> dict[str, Callable[[int], Any]]:
+    """The learning rates as functions of the step, by the name under which they are logged."""
+    return {
+      f"{player.name}_learning_rate" if player.name else "learning_rate": optimizer.schedule
+      for player, optimizer in zip(self.task.players, self.optimizers, strict=True)
+    }
+
+  def initial_state(
+    self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
+  ) -> TrainState:
+    """Makes the state before the first step; see `initial_variables`."""
+    variables = self.initial_variables(seed, pretrain)
+    train_rng = jax.random.split(jax.random.key(seed))[1]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+    create = functools.partial(
+      create_state,
+      self.task,
+      self.optimizers,
+      with_ema=self.abstract_state.ema is not None,
+    )
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(variables, train_rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How to train.
+
+  Attributes:
+    optimizer: see `create_optimizer`; for a task of several players, one such mapping by player.
+    num_steps: the length that the schedules span.
+    accumulation_steps: see `make_train_step`.
+    ema_decay: see `make_train_step`.
+  """
+
+  optimizer: Mapping[str, Any]
+  num_steps: int
+  accumulation_steps: int = 1
+  ema_decay: float | None = None
+
+
+def build_program(
+  task: Task,
+  abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
+  recipe: Recipe,
+  *,
+  mesh: Mesh,
+  rules: sharding.Rules,
+) -> Program:
+  """Derives a run's program.
+
+  Args:
+    task: what is learned.
+    abstract_batch: shapes and dtypes of a global training batch.
+    recipe: how.
+    mesh: see `sharding.create_mesh`.
+    rules: see `sharding`.
+
+  Raises:
+    ValueError: the batch does not fit the mesh, or a rule cannot apply.
+  """
+  batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
+  sharding.check_batch_size(batch_size, mesh, recipe.accumulation_steps)
+  judging = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
+  abstract = judging.abstract_variables
+  optimizers = _create_optimizers(task, recipe, abstract["params"])
+  create = functools.partial(create_state, task, optimizers, with_ema=recipe.ema_decay is not None)
+  abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
+  shardings = state_shardings(abstract_state, rules, mesh)
+  split = sharding.batch_sharding(mesh)
+  train_step = make_train_step(
+    task,
+    optimizers,
+    accumulation_steps=recipe.accumulation_steps,
+    ema_decay=recipe.ema_decay,
+  )
+  return Program(
+    **vars(judging),
+    optimizers=optimizers,
+    abstract_state=abstract_like(abstract_state, shardings),
+    train_step=jax.jit(
+      train_step,
+      in_shardings=(shardings, split),
+      out_shardings=(shardings, sharding.replicated(mesh)),
+      donate_argnums=0,
+    ),
+  )
+
+
+def build_evaluation(
+  task: Task,
+  abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
+  *,
+  mesh: Mesh,
+  rules: sharding.Rules,
+  left_out: tuple[str, ...] = (),
+) -> EvaluationProgram:
+  """Derives what judges a model; see `build_program`.
+
+  Args:
+    task: what is learned.
+    abstract_batch: of a global batch, of training or of an evaluation.
+    mesh: see `sharding.create_mesh`.
+    rules: see `sharding`.
+    left_out: see `EvaluationProgram`.
+  """
+  with jax.set_mesh(mesh):
+    abstract = jax.eval_shape(lambda: _init(task, jax.random.key(0), abstract_batch, left_out))
+  variables = variable_shardings(abstract, rules, mesh)
+  split = sharding.batch_sharding(mesh)
+  return EvaluationProgram(
+    task=task,
+    mesh=mesh,
+    left_out=left_out,
+    abstract_batch={
+      key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
+      for key, leaf in abstract_batch.items()
+    },
+    abstract_variables=abstract_like(abstract, variables),
+    predict_step=compile_predict_step(task.predict, variables, mesh),
+    features_step=compile_predict_step(task.features, variables, mesh),
+    explain_step=jax.jit(
+      task.explain, in_shardings=(variables, split), out_shardings=sharding.replicated(mesh)
+    ),
+  )
+
+
+def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:
+  """Returns fresh variables, without the parts that are left out."""
+  variables = task.init(rng, _zeros(abstract_batch))
+  if not left_out:
+    return variables
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  left = tuple(f"{part}/" for part in left_out)
+  kept = {path: leaf for path, leaf in flat.items() if not path.startswith(left)}
+  return traverse_util.unflatten_dict(kept, sep="/")
+
+
+def _create_optimizers(task: Task, recipe: Recipe, params: Any) -> tuple[Optimizer, ...]:
+  return tuple(
+    create_optimizer(
+      recipe.optimizer if player.name is None else recipe.optimizer[player.name],
+      player_params(params, player),
+      recipe.num_steps,
+      begin_step=player.begin_step,
+      updates_per_step=player.updates,
+    )
+    for player in task.players
+  )
+
+
+def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns the shapes of a global batch of `batch_size`, of which `batch` is a process's part."""
+  return {
+    key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
+    for key, value in batch.items()
+  }
+
+
+def _placed(wanted: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
+  """Puts an array where `wanted` says: of one on the host, each device gets its own part alone."""
+  if value is fresh:
+    return fresh
+  if np.shape(value) != wanted.shape:
+    raise ValueError(f"a variable to start from is {np.shape(value)}; expected {wanted.shape}")
+  if isinstance(value, jax.Array):  # a copy: somebody may still need the array itself
+    return jax.device_put(value.astype(wanted.dtype), wanted.sharding, may_alias=False)
+  array = np.asarray(value, wanted.dtype)
+  return jax.make_array_from_callback(array.shape, wanted.sharding, lambda index: array[index])
+
+
+def _zeros(abstract_batch: Batch) -> dict[str, jax.Array]:
+  return {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}

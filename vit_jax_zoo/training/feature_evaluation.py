@@ -1,0 +1,135 @@
+"""The evaluation that asks a model's features, layer by layer, what they know of the labels."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from vit_jax_zoo.figures.probe import draw_probe
+from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, by_layer, choose_features
+from vit_jax_zoo.metrics.linear_probe import Labelled
+from vit_jax_zoo.tasks.base import Variables
+from vit_jax_zoo.training.evaluate import Clock, Report, SizedBatches, gather_parts, predict_batches
+from vit_jax_zoo.training.step import PredictStep
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureEvaluation:
+  """Learns from the features of one split, and scores on those of another.
+
+  All features are kept on the host, in float32: images x layers x width numbers.
+
+  Scores: those of the probe (see `evaluation/feature_probes.py`; "accuracy" is the headline). Of
+  features by layer they are the best layer's, "best_layer", chosen on a held-out part of the split
+  to learn from; then also "layer_<i>", each layer's accuracy, and one for each other kind of
+  feature, such as "pixels", and a picture of accuracy against depth.
+
+  Attributes:
+    features_step: compiled `task.features`, see `compile_predict_step`; `layers` [b l d] are
+      probed one by one, anything else [b d] as a whole.
+    fit_batches: makes the batches to learn from anew: this process's part of each.
+    test_batches: the same of those to score.
+    mesh: where to compute features.
+    name: of the evaluation, for the log.
+    probe: how the features are asked.
+    views: of each image to score, see `Task.feature_views`.
+  """
+
+  features_step: PredictStep
+  fit_batches: Callable[[], SizedBatches]
+  test_batches: Callable[[], SizedBatches]
+  mesh: Mesh
+  name: str
+  probe: FeatureProbe
+  views: int = 1
+
+  def __call__(self, variables: Variables) -> Report:
+    """Returns the probe's scores and, of layers, their picture."""
+    fit = self._collect(variables, self.fit_batches(), 1)
+    test = self._collect(variables, self.test_batches(), self.views)
+    logging.info("probing %s: %d and %d images", self.name, len(fit.labels), len(test.labels))
+    return report(self.probe(fit, test), self.probe.title)
+
+  def _collect(self, variables: Variables, batches: SizedBatches, views: int) -> Labelled:
+    return collect_features(self.features_step, variables, batches, self.mesh, self.name, views)
+
+
+def report(found: dict[str, FeatureScore], title: str) -> Report:
+  """Returns the scores of the best features under the probe's names, and all others' beside them.
+
+  Args:
+    found: what a probe says of each kind of feature.
+    title: of the probe.
+  """
+  best = choose_features(found)
+  scores = dict(found[best].scores)
+  accuracies = {name: score.scores["accuracy"] for name, score in found.items()}
+  layers = [name for name in found if name.startswith("layer_")]
+  if not layers:
+    return Report(scores | {k: v for k, v in accuracies.items() if k != best})
+  index = layers.index(best)
+  scores |= accuracies | {"best_layer": float(index)}
+  references = [(name, share) for name, share in accuracies.items() if name not in layers]
+  figure = draw_probe(
+    [accuracies[name] for name in layers], index, references, title=f"{title} by depth"
+  )
+  return Report(scores, {"depth": figure})
+
+
+def collect_features(
+  features_step: PredictStep,
+  variables: Variables,
+  batches: SizedBatches,
+  mesh: Mesh,
+  name: str,
+  views: int = 1,
+) -> Labelled:
+  """Returns features and labels of the real rows of all hosts, each once.
+
+  Args:
+    features_step: compiled `task.features`.
+    variables: of the model.
+    batches: this process's part of each, with `label` int [b] and `mask`.
+    mesh: where to compute.
+    name: for progress lines.
+    views: how many of each image; if several, features are [b v d].
+
+  Raises:
+    ValueError: an image has no label, or several.
+  """
+  labels: list[np.ndarray] = []
+  features: dict[str, list[np.ndarray]] = {}
+  clock = Clock(name, len(batches) * views)
+  pairs = predict_batches(features_step, variables, _each_view(batches, views), mesh)
+  for done, (batch, found) in enumerate(pairs):
+    if "label" not in batch or np.ndim(batch["label"]) != 1:
+      raise ValueError(f"{name}: features are probed with one label an image, and here are not")
+    real = np.asarray(batch["mask"], bool)
+    if done % views == 0:
+      labels.append(np.asarray(batch["label"])[real])
+    for key, array in by_layer(found).items():
+      features.setdefault(key, []).append(array[real])
+    clock.tick(done + 1)
+  joined = {key: _join_views(arrays, views) for key, arrays in features.items()}
+  parts = gather_parts((joined, np.concatenate(labels)), mesh)
+  return Labelled(
+    {key: np.concatenate([part[0][key] for part in parts]) for key in joined},
+    np.concatenate([part[1] for part in parts]),
+  )
+
+
+def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:
+  """Yields each batch once for each view, with its number where there are several."""
+  for batch in batches:
+    for view in range(views):
+      number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}
+      yield {**batch, **number}
+
+
+def _join_views(arrays: list[np.ndarray], views: int) -> np.ndarray:
+  """Joins features of batches, views in turns: to [n d], or [n v d] where there are several."""
+  if views == 1:
+    return np.concatenate(arrays)
+  return np.stack([np.concatenate(arrays[view::views]) for view in range(views)], axis=1)

@@ -1,0 +1,412 @@
+"""Optimizers by name: optax's building blocks, with weight decay and per-parameter rules as data.
+
+One update, with gradients g, parameters p, the learning rate B s(t) (base B, schedule's shape s):
+
+1. gradients of frozen parameters are left out; the others are clipped to a global norm;
+2. weight decay of mode "l2" adds d p to g: the gradient of d |p|^2 / 2;
+3. the optimizer turns g into a direction u;
+4. weight decay of mode "decoupled" adds d p to u (AdamW, arXiv:1711.05101, as optax and torch
+   have it: the learning rate scales the decay);
+5. p moves by -B s(t) m u, where m is the parameter's own multiplier;
+6. weight decay of mode "fully_decoupled" moves p by a further -s(t) d p: neither base rate nor
+   multiplier scale it. This is what the AugReg and ViT-S recipes use (arXiv:2106.10270,
+   arXiv:2205.01580); their 1e-4 at a rate of 1e-3 equals 0.1 of mode "decoupled".
+
+Which parameters decay: those of two or more dimensions that are not called `bias` or `scale`. The
+layer axis that scanned blocks put in front (".../blocks/attention/...") is not counted. Attention
+biases of shape [heads, head_dim] do not decay, embeddings, class tokens and kernels do.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.training.schedule import (
+  Config,
+  Number,
+  Schedule,
+  create_schedule,
+  fields_of,
+  plain,
+)
+
+
+def scale_by_adam(
+  b1: float,
+  b2: float,
+  eps: float,
+  *,
+  mu_dtype: Any = None,
+  nesterov: bool = False,
+) -> optax.GradientTransformation:
+  """Returns Adam's direction. Kingma & Ba, arXiv:1412.6980, algorithm 1.
+
+  The state is optax's, and so is the meaning of the arguments; see `optax.scale_by_adam`.
+
+  Args:
+    b1: share of the old mean of gradients that a step keeps, in [0, 1).
+    b2: share of the old mean of squared gradients, in [0, 1).
+    eps: added to the root.
+    mu_dtype: of the mean of gradients in the state; that of the parameters if None.
+    nesterov: looks one step ahead (NAdam).
+  """
+
+  def init(params: Any) -> optax.ScaleByAdamState:
+    mu = optax.tree.zeros_like(params, dtype=mu_dtype)
+    return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, optax.tree.zeros_like(params))
+
+  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+    del params
+    gradients = updates
+    mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, gradients, state.mu)
+    nu = jax.tree.map(lambda g, n: (1 - b2) * g * g + b2 * n, gradients, state.nu)
+    count = jnp.asarray(optax.safe_increment(state.count))
+    mean = jax.tree.map(lambda m: m / _correction(b1, count), mu)
+    if nesterov:
+      ahead = jax.tree.map(lambda m: m / _correction(b1, jnp.add(count, 1)), mu)
+      mean = jax.tree.map(
+        lambda m, g: b1 * m + (1 - b1) * g / _correction(b1, count), ahead, gradients
+      )
+    direction = jax.tree.map(
+      lambda m, n: m / (jnp.sqrt(n / _correction(b2, count)) + eps), mean, nu
+    )
+    return direction, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _correction(decay: float, count: jax.Array) -> jax.Array | float:
+  """Returns 1 - decay^count to the last digit: the logarithm is taken in float64."""
+  return -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else 1.0
+
+
+__all__ = ["Optimizer", "create_optimizer", "create_schedule", "list_optimizers"]
+
+_DECAY_MODES = ("l2", "decoupled", "fully_decoupled")
+_COMMON = ("name", "learning_rate", "schedule", "weight_decay", "weight_decay_mode", "clip_norm")
+_FIELDS = (*_COMMON, "rules")
+_RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """What turns gradients into updates, and what the loop logs of it.
+
+  Attributes:
+    transform: `init(params)` and `update(grads, opt_state, params)`. State trees are shaped like
+      the parameters, with nothing at frozen ones; updates of frozen parameters are zero.
+    schedule: the learning rate in the training step numbered `step`, from 0; 0 before `begin_step`.
+    frozen: a tree like the parameters, True where they never change.
+  """
+
+  transform: optax.GradientTransformation
+  schedule: Schedule
+  frozen: Any
+
+  def init(self, params: Any) -> Any:
+    """Returns the optimizer state before the first update."""
+    return self.transform.init(params)
+
+  def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
+    """Returns what to add to the parameters, and the new state."""
+    return self.transform.update(grads, opt_state, params)
+
+  def freeze(self, grads: Any) -> Any:
+    """Sets the gradients of frozen parameters to zero: XLA then never computes them."""
+    return jax.tree.map(lambda g, f: jnp.zeros_like(g) if f else g, grads, self.frozen)
+
+  def apply(self, params: Any, updates: Any) -> Any:
+    """Adds the updates; frozen parameters are handed through, bit for bit."""
+    moved = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda p, new, f: p if f else new, params, moved, self.frozen)
+
+
+def create_optimizer(
+  config: Config,
+  abstract_params: Any,
+  num_steps: int,
+  begin_step: int = 0,
+  updates_per_step: int = 1,
+) -> Optimizer:
+  """Returns the optimizer that a config describes.
+
+  Args:
+    config: `name` (see `list_optimizers`), `learning_rate`; optionally `schedule` (see
+      `create_schedule`), `weight_decay` (0), `weight_decay_mode` ("l2" for sgd and adam,
+      "fully_decoupled" for adafactor, else "decoupled"), `clip_norm` (None), `rules`, and fields of
+      the named optimizer (`b1`, `momentum`, `mu_dtype`, ...). `rules` is a sequence of (pattern,
+      dict): the pattern is matched with the whole "/"-joined path of each parameter, and the dict
+      sets `learning_rate` (a multiplier), `weight_decay` (a multiplier, for parameters that
+      otherwise don't decay as well) or `frozen` (a bool). For each of the three, the first matching
+      rule that sets it wins.
+    abstract_params: nested dict of arrays or their shapes: the parameters of one player.
+    num_steps: training steps of the whole run.
+    begin_step: the first training step with an update. The caller does not call `update` before
+      it; the schedule starts there, so that a warm-up is not missed, and ends with the run.
+    updates_per_step: calls of `update` in each training step.
+
+  Raises:
+    ValueError: an unknown name or field, a rule that matches no parameter, all parameters frozen.
+
+  >>> optimizer = create_optimizer(
+  ...   dict(name="adamw", learning_rate=1e-3, rules=[(".*/bias", dict(frozen=True))]),
+  ...   {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}, num_steps=10)
+  >>> optimizer.frozen
+  {'head': {'kernel': False, 'bias': True}}
+  """
+  fields = plain(config)
+  core = _create_core(fields)
+  flat = traverse_util.flatten_dict(plain(abstract_params), sep="/")
+  settings = _settings_of(flat, _plain_rules(fields.get("rules") or ()))
+  if all(setting.frozen for setting in settings.values()):
+    raise ValueError("the optimizer's rules freeze every parameter; leave one to train")
+  own_steps = max(num_steps - begin_step, 1)
+  schedule = create_schedule(fields, own_steps)
+  chain = _chain(fields, core, settings, lambda count: schedule(count // updates_per_step))
+  frozen = _tree(settings, lambda setting: setting.frozen)
+  trained = _tree(settings, lambda setting: not setting.frozen)
+  transform = optax.chain(optax.masked(chain, trained), optax.masked(optax.set_to_zero(), frozen))
+  return Optimizer(transform, _delayed(schedule, begin_step), frozen)
+
+
+def list_optimizers() -> list[str]:
+  """Returns the known names."""
+  return sorted(_CORES)
+
+
+def _delayed(schedule: Schedule, begin_step: int) -> Schedule:
+  if not begin_step:
+    return schedule
+  return lambda step: jnp.where(step < begin_step, 0.0, schedule(jnp.maximum(step - begin_step, 0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Core:
+  """A named optimizer: what turns gradients into a direction, before and after weight decay."""
+
+  direction: optax.GradientTransformation
+  decay_mode: str
+  after_decay: optax.GradientTransformation | None = None
+
+
+def _create_core(fields: Mapping[str, Any]) -> _Core:
+  for field in ("name", "learning_rate"):
+    if field not in fields:
+      raise ValueError(f"the optimizer config has no {field!r}; it has: {', '.join(fields)}")
+  name = fields["name"]
+  if name not in _CORES:
+    raise ValueError(unknown_name("optimizer", str(name), _CORES))
+  make = _CORES[name]
+  own = {key: value for key, value in fields.items() if key not in _FIELDS}
+  check_names(f"field of optimizer {name}", own, [*_FIELDS, *fields_of(make), "name"])
+  return make(**{key: _as_dtype(key, value) for key, value in own.items()})
+
+
+def _as_dtype(field: str, value: Any) -> Any:
+  """Turns the name of a dtype, as configs have it, into the dtype."""
+  return jnp.dtype(value) if field.endswith("dtype") and value is not None else value
+
+
+def _adam(
+  *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
+  nesterov: bool = False,
+) -> _Core:  # fmt: skip
+  return _Core(scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov), "l2")
+
+
+def _adamw(
+  *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
+  nesterov: bool = False,
+) -> _Core:  # fmt: skip
+  core = _adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov)
+  return dataclasses.replace(core, decay_mode="decoupled")
+
+
+def _sgd(
+  *, momentum: Number | None = None, nesterov: bool = False, accumulator_dtype: Any = None
+) -> _Core:
+  if momentum is None:
+    return _Core(optax.identity(), "l2")
+  return _Core(optax.trace(momentum, nesterov, accumulator_dtype), "l2")
+
+
+def _lion(*, b1: Number = 0.9, b2: Number = 0.99, mu_dtype: Any = None) -> _Core:
+  return _Core(optax.scale_by_lion(b1, b2, mu_dtype), "decoupled")
+
+
+def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> _Core:
+  return _Core(scale_by_adam(b1, b2, eps), "decoupled", optax.scale_by_trust_ratio())
+
+
+def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
+  *,
+  decay_rate: Number = 0.8,
+  beta2_cap: Number = 0.999,
+  min_dim_size_to_factor: int = 32,
+  clipping_threshold: Number | None = None,
+  multiply_by_parameter_scale: bool = False,
+  momentum: Number | None = 0.9,
+  momentum_dtype: Any = jnp.bfloat16,
+  eps: Number = 1e-30,
+) -> _Core:
+  """Adafactor as Scaling Vision Transformers has it (arXiv:2106.04560, section 3.4).
+
+  A bfloat16 momentum, a capped second-moment decay, no scaling by the parameter. The original
+  (arXiv:1804.04235, and optax's defaults): beta2_cap=1, min_dim_size_to_factor=128,
+  clipping_threshold=1, multiply_by_parameter_scale=True, momentum=None.
+  """
+
+  def second_moment_decay(step: Any, exponent: Any) -> Any:
+    return jnp.minimum(beta2_cap, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
+
+  steps = [
+    optax.scale_by_factored_rms(
+      decay_rate=decay_rate,
+      min_dim_size_to_factor=min_dim_size_to_factor,
+      epsilon=eps,
+      decay_rate_fn=second_moment_decay,
+    )
+  ]
+  if clipping_threshold is not None:
+    steps.append(optax.clip_by_block_rms(clipping_threshold))
+  if multiply_by_parameter_scale:
+    steps.append(optax.scale_by_param_block_rms())
+  if momentum is not None:
+    steps.append(optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype))
+  return _Core(optax.chain(*steps), "fully_decoupled")
+
+
+_CORES: dict[str, Callable[..., _Core]] = {
+  "adafactor": _adafactor,
+  "adam": _adam,
+  "adamw": _adamw,
+  "lamb": _lamb,
+  "lion": _lion,
+  "sgd": _sgd,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Setting:
+  """What the rules say of one parameter: two multipliers and a flag."""
+
+  learning_rate: Number
+  weight_decay: Number
+  frozen: bool
+
+
+def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
+  """Checks the form of the rules."""
+  found = []
+  for rule in rules:
+    if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
+      raise ValueError(
+        f"optimizer rule {rule!r} is not a pair (pattern, dict), "
+        "such as ('.*/bias', dict(frozen=True))"
+      )
+    settings = plain(rule[1])
+    check_names(f"setting in optimizer rule {rule[0]!r}:", settings, _RULE_FIELDS)
+    try:
+      re.compile(rule[0])
+    except re.error as error:
+      message = f"optimizer rule {rule[0]!r} is not a regular expression: {error}"
+      raise ValueError(message) from None
+    found.append((rule[0], settings))
+  return found
+
+
+def _settings_of(
+  flat: Mapping[str, Any], rules: Sequence[tuple[str, Mapping[str, Any]]]
+) -> dict[str, _Setting]:
+  for pattern, _ in rules:
+    if not any(re.fullmatch(pattern, path) for path in flat):
+      near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)
+      raise ValueError(
+        f"optimizer rule {pattern!r} matches no parameter (patterns match whole paths); "
+        f"the nearest are: {', '.join(near)}"
+      )
+  return {path: _setting_of(path, len(leaf.shape), rules) for path, leaf in flat.items()}
+
+
+def _setting_of(path: str, ndim: int, rules: Sequence[tuple[str, Mapping[str, Any]]]) -> _Setting:
+  setting = _Setting(learning_rate=1.0, weight_decay=float(_decays(path, ndim)), frozen=False)
+  for pattern, fields in reversed(rules):  # so that the first has the last word
+    if re.fullmatch(pattern, path):
+      setting = dataclasses.replace(setting, **fields)
+  return setting
+
+
+def _decays(path: str, ndim: int) -> bool:
+  """Whether a parameter decays unless a rule says otherwise."""
+  *parents, name = path.split("/")
+  inside = parents[parents.index("blocks") + 1 :] if "blocks" in parents else ["0"]
+  scanned = not (inside and inside[0].isdigit())
+  return ndim - scanned >= 2 and name not in ("bias", "scale")
+
+
+def _tree(settings: Mapping[str, _Setting], value: Callable[[_Setting], Any]) -> Any:
+  return traverse_util.unflatten_dict({k: value(s) for k, s in settings.items()}, sep="/")
+
+
+def _chain(
+  fields: Mapping[str, Any],
+  core: _Core,
+  settings: Mapping[str, _Setting],
+  schedule: Schedule,
+) -> optax.GradientTransformation:
+  """Puts together steps 1 to 6 of the module's docstring, for the parameters that are trained."""
+  mode = fields.get("weight_decay_mode") or core.decay_mode
+  if mode not in _DECAY_MODES:
+    raise ValueError(unknown_name("weight_decay_mode", str(mode), _DECAY_MODES))
+  amount, base = float(fields.get("weight_decay") or 0.0), float(fields["learning_rate"])
+  decay = [_add_decay(amount, settings)] if amount else []
+  clip_norm = fields.get("clip_norm")
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(f"clip_norm is {clip_norm}; expected a number > 0, or None for no clipping")
+  clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+  steps = [*clip, *(decay if mode == "l2" else []), core.direction]
+  steps += decay if mode == "decoupled" else []
+  steps += [core.after_decay] if core.after_decay else []
+  steps += _multiply(settings)
+  if decay and mode == "fully_decoupled":
+    if not base:
+      raise ValueError("weight_decay_mode 'fully_decoupled' needs a learning_rate above 0")
+    steps += [optax.scale(base), *decay, optax.scale_by_schedule(lambda t: -schedule(t) / base)]
+  else:
+    steps += [optax.scale_by_schedule(lambda t: -schedule(t))]
+  return optax.chain(*steps)
+
+
+def _masked_tree(settings: Mapping[str, _Setting], value: Callable[[_Setting], float]) -> Any:
+  """A tree as `optax.masked` hands it on: with an empty node in place of each frozen parameter."""
+  return _tree(settings, lambda s: optax.MaskedNode() if s.frozen else value(s))
+
+
+def _add_decay(amount: float, settings: Mapping[str, _Setting]) -> optax.GradientTransformation:
+  amounts = _masked_tree(settings, lambda setting: amount * setting.weight_decay)
+
+  def update(updates: Any, params: Any) -> Any:
+    return jax.tree.map(lambda u, p, d: u + d * p if d else u, updates, params, amounts)
+
+  return optax.stateless(update)
+
+
+def _multiply(settings: Mapping[str, _Setting]) -> list[optax.GradientTransformation]:
+  if all(setting.learning_rate == 1.0 for setting in settings.values()):
+    return []
+  multipliers = _masked_tree(settings, lambda setting: float(setting.learning_rate))
+
+  def update(updates: Any, params: Any) -> Any:
+    del params
+    return jax.tree.map(lambda u, m: u * m, updates, multipliers)
+
+  return [optax.stateless(update)]

@@ -1,0 +1,236 @@
+"""Learning rates over time, by name.
+
+A schedule is a function of the number t of updates already made: the first update of a run uses
+`schedule(0)`, which is 0 when there is a warm-up, unless `warmup_start`, f, has it begin at that
+share of the rate. With w warm-up steps, T steps in all, the progress p =
+clip((t - w) / (T - w), 0, 1), base rate B and end value E:
+
+| name     | learning rate                                                        |
+|----------|----------------------------------------------------------------------|
+| constant | B                                                                    |
+| linear   | E + (B - E) (1 - p)                                                  |
+| cosine   | E + (B - E) (1 + cos(pi p)) / 2                                      |
+| poly     | E + (B - E) (1 - p)^power, power 0.9 by default                      |
+| rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
+| step     | B times the factors of all boundaries <= t; or B factor^floor(t / every) |
+
+times the warm-up min(1, f + (1 - f) t / w). `constant` and `rsqrt` may end with a cool-down: over
+the last c steps a straight line leads to E. Linear and cosine agree with the code of the ViT paper
+(`create_learning_rate_schedule` in google-research/vision_transformer).
+
+Every count of steps may be given as an int, or as a float below 1: that share of all steps.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.training.distributed import is_primary
+
+Schedule: TypeAlias = Callable[[Any], Float[Array, ""]]
+"""From the number of updates made to the learning rate of the next one; int or traced array."""
+
+Config: TypeAlias = Mapping[str, Any] | ConfigDict
+Number: TypeAlias = int | float
+Steps: TypeAlias = Number
+
+
+def create_schedule(config: Config, num_steps: int) -> Schedule:
+  """Returns the learning rate as a function of the number of updates made.
+
+  Args:
+    config: `learning_rate`, the base rate; `schedule` (constant, if left out), its `name` and the
+      name's own fields; other entries are not looked at: it may be a whole optimizer config.
+    num_steps: the length of the run; afterwards the rate stays where it ended.
+
+  Raises:
+    ValueError: an unknown name or field, or a value that makes no sense.
+
+  >>> config = dict(learning_rate=0.1, schedule=dict(name="cosine", warmup_steps=10))
+  >>> float(create_schedule(config, 100)(5))
+  0.05...
+  """
+  base = _positive_or_zero("learning_rate", config["learning_rate"])
+  fields = plain(config.get("schedule") or {"name": "constant"})
+  name = fields.pop("name", "constant")
+  if name not in _SCHEDULES:
+    raise ValueError(unknown_name("schedule", str(name), _SCHEDULES))
+  warmup_steps = count_steps("warmup_steps", fields.pop("warmup_steps", 0), num_steps)
+  if warmup_steps >= num_steps and is_primary():
+    logging.warning(
+      "the warm-up takes %d steps and the run has %d: the learning rate never comes to %g; "
+      "lower schedule.warmup_steps, or make it a share of all steps, such as 0.05",
+      warmup_steps,
+      num_steps,
+      base,
+    )
+  start = _positive_or_zero("warmup_start", fields.pop("warmup_start", 0.0))
+  if start > 1:
+    raise ValueError(f"warmup_start is {start}; expected a share of the rate, from 0 to 1")
+  make = _SCHEDULES[name]
+  known = [*fields_of(make), "warmup_steps", "warmup_start", "name"]
+  check_names(f"field of the {name} schedule", fields, known)
+  after_warmup = make(base, num_steps, warmup_steps, **fields)
+
+  def schedule(step: Any) -> Float[Array, ""]:
+    step = jnp.asarray(step)
+    rate = after_warmup(step)
+    if warmup_steps:
+      rate = rate * jnp.minimum(1.0, start + (1 - start) * step / warmup_steps)
+    return jnp.asarray(rate, jnp.float32)
+
+  return schedule
+
+
+def count_steps(field: str, steps: Steps, num_steps: int) -> int:
+  """Turns a share of all steps (a float below 1) into a count, and checks a count."""
+  if isinstance(steps, float) and 0 <= steps < 1:
+    return round(steps * num_steps)
+  if isinstance(steps, bool) or steps != int(steps) or steps < 0:
+    raise ValueError(f"{field} is {steps}; give a number of steps >= 0, or a share of all below 1")
+  return int(steps)
+
+
+def plain(config: Config) -> dict[str, Any]:
+  """Returns the entries of a mapping or ConfigDict as a dict of its own."""
+  return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
+
+
+def fields_of(make: Callable[..., Any]) -> list[str]:
+  """Returns the names of the arguments that have defaults: those a config may set."""
+  parameters = inspect.signature(make).parameters.values()
+  return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
+
+
+def _positive_or_zero(field: str, value: Any) -> float:
+  if not isinstance(value, int | float) or not 0 <= value < math.inf:
+    raise ValueError(f"{field} is {value!r}; expected a finite number >= 0")
+  return float(value)
+
+
+def _constant(
+  base: float, num_steps: int, _: int, *, end_value: Number = 0.0, cooldown_steps: Steps = 0
+) -> Schedule:
+  return _with_cooldown(lambda _: jnp.asarray(base), num_steps, cooldown_steps, end_value)
+
+
+def _linear(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
+  def rate(step: jax.Array) -> jax.Array:
+    return end_value + (base - end_value) * (1.0 - _progress(step, num_steps, warmup))
+
+  return rate
+
+
+def _cosine(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
+  def rate(step: jax.Array) -> jax.Array:
+    wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, num_steps, warmup)))
+    return end_value + (base - end_value) * wave
+
+  return rate
+
+
+def _poly(
+  base: float, num_steps: int, warmup: int, *, power: Number = 0.9, end_value: Number = 0.0
+) -> Schedule:
+  if not power > 0:
+    raise ValueError(f"the poly schedule has power {power}; expected a number above 0")
+
+  def rate(step: jax.Array) -> jax.Array:
+    return end_value + (base - end_value) * (1.0 - _progress(step, num_steps, warmup)) ** power
+
+  return rate
+
+
+def _rsqrt(
+  base: float,
+  num_steps: int,
+  warmup: int,
+  *,
+  timescale: Steps = 10_000,
+  end_value: Number = 0.0,
+  cooldown_steps: Steps = 0,
+) -> Schedule:
+  scale = count_steps("timescale", timescale, num_steps)
+  if scale < 1:
+    raise ValueError(f"timescale is {timescale}; expected a number of steps >= 1")
+
+  def rate(step: jax.Array) -> jax.Array:
+    return base * jnp.sqrt(scale / (scale + jnp.maximum(step - warmup, 0)))
+
+  return _with_cooldown(rate, num_steps, cooldown_steps, end_value)
+
+
+def _step(
+  base: float,
+  num_steps: int,
+  _: int,
+  *,
+  boundaries: Sequence[Steps] | None = None,
+  every: Steps | None = None,
+  factor: Number = 0.1,
+  factors: Sequence[Number] | None = None,
+) -> Schedule:
+  if (boundaries is None) == (every is None):
+    raise ValueError("the step schedule needs either `boundaries` or `every`, and not both")
+  if boundaries is None:
+    period = count_steps("every", every or 0, num_steps)
+    if period < 1 or factors is not None:
+      raise ValueError(f"the step schedule has every={every}, factors={factors}; every >= 1, alone")
+    return lambda step: base * jnp.power(factor, step // period)
+  edges = [count_steps("boundaries", edge, num_steps) for edge in boundaries]
+  multipliers = [factor] * len(edges) if factors is None else list(factors)
+  if len(multipliers) != len(edges) or edges != sorted(edges):
+    raise ValueError(
+      f"the step schedule has boundaries {edges} and {len(multipliers)} factors; "
+      "boundaries must ascend, with one factor each"
+    )
+  return functools.partial(_staircase, base, edges, multipliers)
+
+
+def _staircase(
+  base: float, edges: Sequence[int], multipliers: Sequence[Number], step: jax.Array
+) -> jax.Array:
+  rate = jnp.asarray(base)
+  for edge, multiplier in zip(edges, multipliers, strict=True):
+    rate = rate * jnp.where(step >= edge, multiplier, 1.0)
+  return rate
+
+
+def _progress(step: jax.Array, num_steps: int, warmup: int) -> jax.Array:
+  """The share of the way from the end of the warm-up to the end of the run."""
+  return jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+
+
+def _with_cooldown(
+  rate: Schedule, num_steps: int, cooldown_steps: Steps, end_value: Number
+) -> Schedule:
+  cooldown = count_steps("cooldown_steps", cooldown_steps, num_steps)
+  if not cooldown:
+    if end_value:
+      raise ValueError(f"end_value {end_value} has no effect without cooldown_steps; set them too")
+    return rate
+
+  def cooled(step: jax.Array) -> jax.Array:
+    left = jnp.clip((num_steps - step) / cooldown, 0.0, 1.0)
+    return end_value + (rate(step) - end_value) * left
+
+  return cooled
+
+
+_SCHEDULES: dict[str, Callable[..., Schedule]] = {
+  "constant": _constant,
+  "linear": _linear,
+  "cosine": _cosine,
+  "poly": _poly,
+  "rsqrt": _rsqrt,
+  "step": _step,
+}

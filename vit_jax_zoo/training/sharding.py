@@ -1,0 +1,206 @@
+"""Where arrays live: the mesh, the rules that lay parameters on it, and batches across hosts.
+
+A mesh has three axes. `data` and `fsdp` split the batch; `fsdp` splits parameters and optimizer
+state as well, which XLA gathers layer by layer as it needs them; `model` splits the layers
+themselves. What a run computes does not depend on the mesh, beyond float rounding.
+
+Rules are data, and stand beside each model: `((pattern, spec), ...)`. The first pattern that
+matches the whole "/"-joined path of a parameter decides. A spec is
+
+* a tuple of axis names and None, one for each dimension, aligned on the right: the leading layer
+  axis of scanned layers stays whole;
+* an axis name: that axis splits the largest dimension that it divides;
+* `()`: the parameter is whole on every device.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.ops.sharding import BATCH_AXES
+
+AXES = (*BATCH_AXES, "model")
+
+Spec: TypeAlias = str | tuple[str | None, ...]
+Rules: TypeAlias = Sequence[tuple[str, Spec]]
+
+FSDP_MIN_SIZE = 2**12
+"""Parameters with fewer elements are not split by an axis-name spec: the gather would cost more."""
+
+
+def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Arranges the devices along the axes `data`, `fsdp` and `model`.
+
+  Args:
+    sizes: devices along each axis; an axis that is left out has one, and one axis may be -1, which
+      takes the devices that the others leave.
+    devices: all of them by default.
+
+  Raises:
+    ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  for axis in sizes:
+    if axis not in AXES:
+      raise ValueError(unknown_name("mesh axis", axis, AXES))
+  shape = [int(sizes.get(axis, 1)) for axis in AXES]
+  fixed = math.prod(size for size in shape if size != -1)
+  if shape.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
+    shape[shape.index(-1)] = len(devices) // fixed
+  if math.prod(shape) != len(devices) or min(shape) < 1:
+    given = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
+    raise ValueError(
+      f"mesh {given} does not fit {len(devices)} device(s); "
+      "the sizes must multiply to that number, and one of them may be -1"
+    )
+  return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=tuple(devices))
+
+
+def batch_ways(mesh: Mesh) -> int:
+  """Returns into how many parts the mesh splits a batch."""
+  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+  """Raises ValueError unless every micro-batch can be split evenly over the mesh."""
+  parts = batch_ways(mesh) * accumulation_steps
+  if batch_size % parts:
+    nearest = max(parts, round(batch_size / parts) * parts)
+    raise ValueError(
+      f"batch_size {batch_size} cannot be split evenly over {batch_ways(mesh)} device(s)"
+      f" (mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}) in {accumulation_steps}"
+      f" accumulation step(s); use a multiple of {parts}, such as {nearest}"
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of an array that is whole on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a batch: the first axis is split, the others are whole."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def flatten_paths(tree: Any) -> dict[str, Any]:
+  """Returns the leaves of any tree by "/"-joined path, in the order of `jax.tree.leaves`."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
+  """Applies the rules: a tree like `abstract_params` with a PartitionSpec for each parameter.
+
+  Raises:
+    ValueError: a rule's tuple cannot apply to a parameter that it matches, or none matches.
+  """
+  flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
+  specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}
+  return traverse_util.unflatten_dict(specs, sep="/")
+
+
+def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
+  for pattern, spec in rules:
+    if re.fullmatch(pattern, path):
+      if isinstance(spec, str):
+        return _split_largest(shape, spec, mesh)
+      return _split_as_told(path, shape, pattern, spec, mesh)
+  raise ValueError(
+    f"no sharding rule matches parameter {path!r} {shape}; end the rules with ('.*', 'fsdp')"
+  )
+
+
+def _split_largest(shape: tuple[int, ...], axis: str, mesh: Mesh) -> PartitionSpec:
+  ways = mesh.shape[axis]
+  fitting = [i for i, size in enumerate(shape) if size % ways == 0]
+  if ways == 1 or not fitting or math.prod(shape) < FSDP_MIN_SIZE:
+    return PartitionSpec()
+  largest = max(fitting, key=lambda i: shape[i])
+  return PartitionSpec(*(axis if i == largest else None for i in range(len(shape))))
+
+
+def _split_as_told(
+  path: str, shape: tuple[int, ...], pattern: str, spec: tuple[str | None, ...], mesh: Mesh
+) -> PartitionSpec:
+  aligned = (None,) * (len(shape) - len(spec)) + spec
+  for i, (size, axis) in enumerate(zip(shape, aligned, strict=False)):
+    if axis and size % mesh.shape[axis]:
+      raise ValueError(
+        f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
+        f"dimension {i} has {size} elements, and mesh axis {axis!r} has {mesh.shape[axis]} devices"
+      )
+  if len(aligned) != len(shape):
+    raise ValueError(
+      f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
+      f"it names {len(spec)} dimensions"
+    )
+  used = [axis if axis and mesh.shape[axis] > 1 else None for axis in aligned]
+  return PartitionSpec(*used) if any(used) else PartitionSpec()
+
+
+def specs_like_parameters(tree: Any, abstract_params: Any, specs: Any) -> Any:
+  """Gives every leaf of `tree` the spec of the parameter that it accompanies.
+
+  Optimizer states carry trees shaped like the parameters (moments, averages): there, a leaf whose
+  path ends in a parameter's path and whose shape is the parameter's is laid out as the parameter
+  is. Whatever else there is (counters, factored moments) is whole on every device.
+  """
+  flat_specs: dict[str, Any] = traverse_util.flatten_dict(specs, sep="/")
+  flat_params: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
+
+  def spec_of(path: Any, leaf: Any) -> PartitionSpec:
+    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    for start in range(len(parts)):  # longest suffix first
+      name = "/".join(parts[start:])
+      if name in flat_params and flat_params[name].shape == leaf.shape:
+        return flat_specs[name]
+    return PartitionSpec()
+
+  return jax.tree_util.tree_map_with_path(spec_of, tree)
+
+
+def named_shardings(specs: Any, mesh: Mesh) -> Any:
+  """Binds a tree of PartitionSpecs to the mesh."""
+  return jax.tree.map(
+    lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
+
+
+def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+  """Returns which part of each global batch this process feeds: (index, number of parts).
+
+  Usually a process index and count. Processes whose devices differ along `model` alone work on the
+  same examples, and so feed the same part.
+  """
+  rows: dict[int, set[int]] = {}
+  for device, (index, *_) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
+    rows.setdefault(device.process_index, set()).add(index.start or 0)
+  parts = sorted({tuple(sorted(starts)) for starts in rows.values()})
+  return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Makes global arrays, split over the mesh, of each process's rows."""
+  sharding = batch_sharding(mesh)
+  return {
+    key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
+    for key, value in batch.items()
+  }
+
+
+def to_local(tree: Any) -> Any:
+  """Fetches this process's rows of arrays split by `batch_sharding`: the inverse of `to_global`."""
+
+  def rows(array: jax.Array) -> np.ndarray:
+    shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+  return jax.tree.map(rows, tree)

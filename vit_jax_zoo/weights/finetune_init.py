@@ -1,0 +1,198 @@
+"""From the variables of one run to those of another model, which is to be fine-tuned."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from absl import logging
+from flax import traverse_util
+
+from vit_jax_zoo.ops.resize import resize_position_grid
+from vit_jax_zoo.weights.key_map import check_finite, scanned_paths, stack, unroll, unroll_shapes
+
+HEADS = ("head/", "pre_logits/", "class_head/", "mask_head/", "mask_attention/")
+"""What a new task may drop, or start afresh."""
+
+POSITIONS = "position_embedding/table"
+PIXEL_POSITIONS = "position_embedding"
+"""iGPT's: a row for each pixel, [n d]."""
+
+Grid: TypeAlias = tuple[int, int]
+"""Height and width, in tokens."""
+
+
+def adapt(
+  source: Mapping[str, Any],
+  variables: Mapping[str, Any],
+  name: str,
+  *,
+  source_grid: Grid | None = None,
+  grid: Grid | None = None,
+  optional: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Returns `variables` with every array that `source` has for it.
+
+  A head of another shape, and one that sits on a dropped layer, stays as it is in `variables`; a
+  learned position table is resized to the new grid, corners on corners, as Google's code does it.
+  So are the positions of an iGPT's pixels, for which no paper has a rule: our own extension, a
+  start for fine-tuning. Scanned layers become unrolled ones and the reverse, as the model wants.
+
+  Args:
+    source: variables of a run of ours, as numpy arrays.
+    variables: fresh ones of the model that is to be trained.
+    name: of the source, for messages.
+    source_grid: height and width, in tokens, of what the source's position table covers: image
+      size over patch size. A table has none of its own: 36 rows may be 6 x 6 or 4 x 9.
+    grid: the same of the model. Where either is not known, tables with equally many rows are
+      copied, and the unknown grid of a table that must be resized is taken to be square.
+    optional: parts by path, "params/critic", that either may have without the other: the model's
+      stays as it is in `variables`, the source's is left behind.
+
+  Raises:
+    ValueError: one line with every array that is missing, has no place, or another shape; or about
+      a position table that is not for the given grid, or for no square one where none is given; or
+      about numbers that are not finite.
+  """
+  adapted = dict(variables)
+  problems: list[str] = []
+  for collection in source.keys() & variables.keys():
+    want = traverse_util.flatten_dict(variables[collection], sep="/")
+    have = traverse_util.flatten_dict(source[collection], sep="/")
+    loose = [part.partition("/")[2] for part in optional if part.startswith(f"{collection}/")]
+    have, shared = _without_lone(have, want, loose)
+    taken = dict(_taken(_in_layout_of(have, shared), shared, problems, (source_grid, grid)))
+    adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
+    fresh = sorted(want.keys() - taken.keys())
+    if fresh and not problems:
+      logging.info("%s: these start afresh: %s", name, ", ".join(fresh))
+  if problems:
+    raise ValueError(f"the weights of {name} do not fit this model: {'; '.join(problems)}")
+  check_finite({k: tree for k, tree in source.items() if k in variables}, name)
+  return adapted
+
+
+def _without_lone(
+  have: Mapping[str, Any], want: Mapping[str, Any], parts: Sequence[str]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+  """Returns both without those of the parts that only one of them has."""
+  for part in parts:
+    one, other = ({k for k in leaves if k.startswith(f"{part}/")} for leaves in (have, want))
+    if bool(one) != bool(other):
+      have, want = ({k: v for k, v in x.items() if k not in one | other} for x in (have, want))
+  return have, want
+
+
+def _in_layout_of(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
+  """Scans or unrolls layers where `want` has them otherwise; what cannot be matched stays."""
+  if have.keys() == want.keys():
+    return dict(have)
+  layers = unroll(have)
+  wanted = unroll_shapes({path: np.shape(leaf) for path, leaf in want.items()})
+  if not wanted.keys() <= layers.keys():
+    return dict(have)
+  rest = layers.keys() - wanted.keys()
+  return stack(layers, want) | {path: layers[path] for path in rest}
+
+
+def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[str, Any]:
+  """Returns a model's variables with its layers scanned or unrolled.
+
+  Args:
+    variables: as numpy arrays.
+    scan_layers: the model's field; None: as they are.
+  """
+  if scan_layers is None:
+    return dict(variables)
+  changed = {}
+  for collection, tree in variables.items():
+    leaves: dict[str, Any] = dict(traverse_util.flatten_dict(tree, sep="/"))
+    flat = unroll(leaves)
+    flat = stack(flat, scanned_paths(flat)) if scan_layers else flat
+    changed[collection] = traverse_util.unflatten_dict(flat, sep="/")
+  return changed
+
+
+def _taken(
+  have: Mapping[str, Any],
+  want: Mapping[str, Any],
+  problems: list[str],
+  grids: tuple[Grid | None, Grid | None],
+) -> Iterator[tuple[str, Any]]:
+  """Yields what is taken over, and notes what should be and cannot."""
+  has_cls = "cls_token" in have, "cls_token" in want
+  dropped_below_head = "pre_logits/kernel" in have and "pre_logits/kernel" not in want
+  for key, leaf in want.items():
+    is_head = key.startswith(HEADS)
+    if key not in have:
+      if not is_head:
+        problems.append(f"{key} is missing")
+    elif is_head and (dropped_below_head or have[key].shape != leaf.shape):
+      continue
+    elif (fitted := _fitted(key, have[key], leaf, grids, has_cls)) is not None:
+      yield key, fitted
+    else:
+      problems.append(f"{key} has shape {have[key].shape}, and {leaf.shape} is wanted")
+  for key in have.keys() - want.keys():
+    if not key.startswith(HEADS):
+      problems.append(f"{key} has no place")
+
+
+def _fitted(
+  key: str,
+  array: Any,
+  leaf: Any,
+  grids: tuple[Grid | None, Grid | None],
+  has_cls: tuple[bool, bool],
+) -> Any | None:
+  """Returns an array in the shape of `leaf`, positions resized; None if it cannot have it."""
+  if key == POSITIONS and array.shape[2:] == leaf.shape[2:]:
+    return _refit(array, leaf.shape[1], grids, has_cls)
+  if array.shape == leaf.shape:
+    return array
+  if key == PIXEL_POSITIONS and array.shape[1:] == leaf.shape[1:]:
+    return _refit(array[None], leaf.shape[0], (None, None), (False, False))[0]
+  return None
+
+
+def _refit(
+  table: np.ndarray, rows: int, grids: tuple[Grid | None, Grid | None], has_cls: tuple[bool, bool]
+) -> np.ndarray:
+  """Returns a table [1 n d] for another grid; the class token's row stays.
+
+  Args:
+    table: the source's.
+    rows: of the model's table.
+    grids: the source's and the model's, as far as they are known.
+    has_cls: whether the source and the model have a class token.
+  """
+  known = None not in grids
+  if table.shape[1] == rows and (not known or grids[0] == grids[1]):
+    return table
+  first, old = _layout(table.shape[1], grids[0], has_cls[0], "the source")
+  wanted, new = _layout(rows, grids[1], has_cls[1], "the model")
+  if first != wanted:
+    raise ValueError(
+      f"cannot take positions over: the source has {first} rows for the class token, and the model "
+      f"{wanted}; set cls_token_position as the source has it"
+    )
+  resized = resize_position_grid(np.asarray(table[0, first:]), old, new)
+  return np.concatenate([table[:, :first], resized[None]], axis=1).astype(table.dtype)
+
+
+def _layout(rows: int, grid: Grid | None, has_cls: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
+  """Returns how many rows of a table come before the grid's, and the grid; else a square one."""
+  for first in (1, 0) if has_cls else (0,):
+    side = math.isqrt(rows - first)
+    height, width = grid or (side, side)
+    if height * width == rows - first:
+      return first, (height, width)
+  if grid is None:
+    raise ValueError(
+      f"cannot resize positions: {whose} has {rows} rows of them, which is no square grid, and the "
+      "height and width of its grid are not known; use images of the same size or square ones"
+    )
+  raise ValueError(
+    f"cannot resize positions: {whose} has {rows} rows of them, which are not a grid of "
+    f"{grid[0]} x {grid[1]} tokens; check the image size"
+  )

@@ -1,0 +1,35 @@
+"""Queries, keys and values that are one matrix in a published file: apart, and together again."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from vit_jax_zoo.weights.key_map import Flat
+
+PARTS = ("query", "key", "value")
+"""In the order of the joint matrix, along its first axis."""
+
+
+def split(published: Mapping[str, np.ndarray], joint: re.Pattern[str]) -> Flat:
+  """Takes apart what matches: `...qkv.weight[query]`, `...qkv.weight[key]`, ..."""
+  flat: Flat = {}
+  for key, array in published.items():
+    if joint.fullmatch(key) and array.ndim and len(array) % len(PARTS) == 0:
+      thirds = np.split(array, len(PARTS))
+      flat |= {f"{key}[{part}]": third for part, third in zip(PARTS, thirds, strict=True)}
+    else:
+      flat[key] = array
+  return flat
+
+
+def join(flat: Mapping[str, np.ndarray]) -> Flat:
+  """Puts together what `split` took apart."""
+  joint: Flat = {}
+  for key, array in flat.items():
+    whole = key.partition("[")[0]
+    if key == f"{whole}[{PARTS[0]}]":
+      joint[whole] = np.concatenate([flat[f"{whole}[{part}]"] for part in PARTS])
+    elif whole == key:
+      joint[key] = array
+  return joint

@@ -1,0 +1,230 @@
+"""From a path to arrays: whatever container a published checkpoint lies in, told by its content.
+
+weights.npz                           numpy's archive
+model.safetensors                     safetensors
+model.pth, pytorch_model.bin          PyTorch's pickle, see `torch_file`
+R-50.pkl                              a pickle of arrays, see `pickled_arrays`
+folder/                               one of these, whole or in shards, with JSON files beside it
+model.ckpt-1000000[.index]            a TensorFlow checkpoint, see `tf_bundle`
+"""
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from vit_jax_zoo.weights import tf_bundle
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
+from vit_jax_zoo.weights.torch_file import read_torch
+from vit_jax_zoo.weights.torch_layouts import read_safetensors
+
+_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+_NAMES = ("ndarray", "dtype", "_reconstruct")
+_WRAPPERS = ("blobs", "model", "state_dict")
+"""Where the arrays stand, if they do not stand alone."""
+
+
+class _Reader(pickle.Unpickler):
+  """Builds arrays, numbers, texts and containers."""
+
+  def find_class(self, module_name: str, global_name: str) -> Any:
+    """Returns one of numpy's parts of an array."""
+    if module_name in _MODULES and global_name in _NAMES:
+      owner = np if module_name == "numpy" else np._core.multiarray
+      return getattr(owner, global_name)
+    if (module_name, global_name) == ("_codecs", "encode"):  # bytes, as Python 3 wrote protocol 2
+      return _encode
+    raise WeightsError(f"{module_name}.{global_name}")
+
+
+def _encode(text: str, encoding: str) -> bytes:
+  return text.encode(encoding)
+
+
+def read_pickle(path: str) -> Flat:
+  """Returns the arrays of a pickle by name; what is no array is left out.
+
+  Raises:
+    WeightsError: one line: the file is truncated, or no pickle; it holds code; or no arrays.
+  """
+  try:
+    with epath.Path(path).open("rb") as stream:
+      found = _Reader(stream, encoding="latin1").load()
+  except WeightsError as error:
+    raise WeightsError(
+      f"{path} is a pickle with code in it: it asks for {error}, which is no array; nothing of it "
+      "was run"
+    ) from None
+  except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
+    raise WeightsError(f"{path} cannot be read: it is truncated, or no pickle ({error})") from None
+  candidates = [found, *(found.get(key) for key in _WRAPPERS if isinstance(found, Mapping))]
+  for candidate in candidates:
+    if isinstance(candidate, Mapping):
+      arrays = {str(k): v for k, v in candidate.items() if isinstance(v, np.ndarray)}
+      if arrays:
+        return arrays
+  raise WeightsError(f"{path} is a pickle without arrays by name")
+
+
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What a folder of Hugging Face's holds, best first; in shards there is `<file>.index.json`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """What lies at a path, before anybody knows whose it is.
+
+  Attributes:
+    path: as the user gave it, for messages.
+    file: with the arrays; what lies beside it may matter to a format.
+    arrays: by key.
+    config: the `config.json` beside the file, empty if there is none.
+    processor: the `preprocessor_config.json` beside it, empty if there is none.
+  """
+
+  path: str
+  file: epath.Path
+  arrays: Flat
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def has_config(self) -> bool:
+    """Whether there is a `config.json`, be it empty."""
+    return self.file.with_name("config.json").exists()
+
+
+def read_published(path: str) -> Published:
+  """Reads the arrays at a path, and the JSON files beside them.
+
+  Raises:
+    WeightsError: one line: nothing is there, or it cannot be read, or is no checkpoint.
+  """
+  file, arrays = _read(epath.Path(path), path)
+  empty = next((key for key, array in arrays.items() if array.size == 0), None)
+  if empty is not None:
+    raise WeightsError(f"{path} is not whole: its {empty} has the shape {arrays[empty].shape}")
+  return Published(
+    path,
+    file,
+    arrays,
+    config=read_json(file.with_name("config.json")),
+    processor=read_json(file.with_name("preprocessor_config.json")),
+  )
+
+
+def read_json(file: epath.Path) -> dict[str, Any]:
+  """Returns the object in a JSON file, an empty one if there is no file.
+
+  Raises:
+    WeightsError: there is something else in it.
+  """
+  if not file.exists():
+    return {}
+  try:
+    found = json.loads(file.read_text())
+  except ValueError as error:
+    raise WeightsError(f"{file} is not JSON ({error})") from None
+  if not isinstance(found, dict):
+    raise WeightsError(f"{file} holds a JSON {type(found).__name__}; expected an object")
+  return found
+
+
+def _read(location: epath.Path, path: str) -> tuple[epath.Path, Flat]:
+  if location.exists() and location.is_dir():
+    return _read_folder(location, path)
+  prefix = tf_bundle.find_prefix(str(location))
+  if prefix is not None:
+    return epath.Path(prefix), tf_bundle.read_bundle(prefix)
+  if not location.exists():
+    raise WeightsError(f"there is no checkpoint at {path}")
+  return location, _read_file(location, path)
+
+
+def _read_folder(folder: epath.Path, path: str) -> tuple[epath.Path, Flat]:
+  for name in FOLDER_FILES:
+    file, index = folder / name, folder / f"{name}.index.json"
+    if file.exists():
+      return file, _read_file(file, str(file))
+    if index.exists():
+      return file, _read_shards(index)
+  prefix = tf_bundle.find_prefix(str(folder))
+  if prefix is not None:
+    return epath.Path(prefix), tf_bundle.read_bundle(prefix)
+  raise WeightsError(
+    f"there is no {' or '.join(FOLDER_FILES)} in {path}, nor a TensorFlow checkpoint; give the "
+    "file itself if it has another name"
+  )
+
+
+def _read_shards(index: epath.Path) -> Flat:
+  names = sorted(set(read_json(index).get("weight_map", {}).values()))
+  missing = [name for name in names if not (index.parent / name).exists()]
+  if missing or not names:
+    raise WeightsError(f"{index} names files that are not there: {', '.join(missing) or 'none'}")
+  arrays: Flat = {}
+  for name in names:
+    arrays |= _read_file(index.parent / name, str(index.parent / name))
+  return arrays
+
+
+def _read_file(file: epath.Path, path: str) -> Flat:
+  """Reads a file by its content: people rename files, and download pages instead of weights."""
+  try:
+    with file.open("rb") as stream:
+      start = stream.read(16)
+  except OSError as error:
+    raise WeightsError(f"{path} cannot be read: {error}") from None
+  if start[:2] == b"PK":
+    return _read_zip(file, path)
+  if start[8:9] == b"{" or file.suffix == ".safetensors":
+    return read_safetensors(path)
+  if start[:1] == b"\x80":
+    return read_pickle(path) if file.suffix == ".pkl" else read_torch(path)
+  if start.lstrip()[:1] == b"<":
+    raise WeightsError(f"{path} is a web page, not weights; download the file itself")
+  if file.suffix == ".npz":
+    raise WeightsError(f"{path} cannot be read as .npz: it is truncated, or something else")
+  if file.suffix in (".pth", ".pt", ".bin") and start:
+    return read_torch(path)
+  raise WeightsError(
+    f"{path} is in no format that can be read; known: .npz, .safetensors, .pth, TensorFlow's "
+    "checkpoints, Hugging Face's folders"
+  )
+
+
+def _read_zip(file: epath.Path, path: str) -> Flat:
+  """Reads what is zipped: numpy's archives are, and PyTorch's files."""
+  try:
+    with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+      is_torch = any(name.endswith("data.pkl") for name in archive.namelist())
+  except (OSError, zipfile.BadZipFile) as error:
+    if file.suffix != ".npz":
+      return read_torch(path)
+    raise WeightsError(f"{path} cannot be read as .npz: {error}") from None
+  return read_torch(path) if is_torch else _read_npz(file, path)
+
+
+def _read_npz(file: epath.Path, path: str) -> Flat:
+  try:
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+      return {key: _as_numbers(archive[key]) for key in archive.files}
+  except (OSError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
+    raise WeightsError(f"{path} cannot be read as .npz: {error}") from None
+  except ValueError as error:  # objects, which numpy would have to unpickle
+    raise WeightsError(
+      f"{path} holds more than arrays of numbers; nothing of it was run ({error})"
+    ) from None
+
+
+def _as_numbers(array: np.ndarray | bytes) -> np.ndarray:
+  if isinstance(array, bytes):  # so numpy gives what is no array
+    raise zipfile.BadZipFile("a part of it is no array")
+  # numpy stores bfloat16 as two bytes without a meaning.
+  return array.view(ml_dtypes.bfloat16).astype(np.float32) if array.dtype == "V2" else array
