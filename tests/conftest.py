@@ -1,5 +1,6 @@
 """Settings of every test: eight CPU devices, float32 matrix products, no silent rank promotion."""
 
+import difflib
 import json
 import os
 import pathlib
@@ -52,7 +53,9 @@ def golden_folder(name):
 
 def pytest_addoption(parser):
   parser.addoption(
-    "--update-goldens", action="store_true", help="rewrite tests/goldens/*.json from this run"
+    "--update-goldens",
+    action="store_true",
+    help="rewrite goldens and generated pages from this run",
   )
 
 
@@ -81,6 +84,26 @@ def golden_json(request):
       pytest.fail(
         f"{path.name} differs in {len(differ)} places; if that is meant, run pytest "
         "--update-goldens and review the diff\n" + "\n".join(lines),
+        pytrace=False,
+      )
+
+  return check
+
+
+@pytest.fixture
+def golden_text(request):
+  """`golden_text(path, text)`: compares `text` with a file, or rewrites the file."""
+
+  def check(path, text):
+    if request.config.getoption("--update-goldens"):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(text, encoding="utf-8")
+    expected = path.read_text(encoding="utf-8") if path.exists() else ""
+    if text != expected:
+      lines = difflib.unified_diff(expected.splitlines(), text.splitlines(), n=1, lineterm="")
+      pytest.fail(
+        f"{path.name} differs; if intended, run pytest --update-goldens and review the diff\n"
+        + "\n".join(list(lines)[2:42]),
         pytrace=False,
       )
 

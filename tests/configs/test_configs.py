@@ -1,42 +1,46 @@
 """All configs: what they resolve to, and that all they name exists."""
 
+import functools
 import importlib
-import json
-import pathlib
 import re
 
 import jax.numpy as jnp
 import pytest
 
+from tests.configs.recipes import CASES, SYSTEMS, differences, fields, resolve
+from tests.conftest import GOLDENS
 from vit_jax_zoo.data.transforms.registry import build_transforms
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.training.optim import create_optimizer
 
-FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-PARTS = ("common", "common_vit", "fpt_segmentation", "vit_augreg", "vit_finetune")  # of other files
-SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
-CASES = [
-  (system, variant)
-  for system in SYSTEMS
-  for variant in importlib.import_module(f"configs.{system}").VARIANTS
-]
-
-
 KERNELS = ("head/kernel", "head/bias")
-
-
-def resolve(system, variant=""):
-  return importlib.import_module(f"configs.{system}").get_config(variant)
 
 
 def splits(config):
   return [config.data.train, *config.data.eval.values()]
 
 
-def test_resolved_configs_are_the_goldens(golden_json):
-  configs = {f"{system}:{variant}": resolve(system, variant).to_dict() for system, variant in CASES}
-  golden_json("configs", json.loads(json.dumps(configs)))
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_resolved_configs_match_the_golden(system, golden_text):
+  configs = {variant: resolve(system, variant).to_dict() for s, variant in CASES if s == system}
+  golden_text(GOLDENS / "configs" / f"{system}.txt", differences(configs))
+
+
+def test_the_golden_text_shows_every_change_of_a_field():
+  config = resolve(SYSTEMS[0], "demo").to_dict()
+  before = differences({"demo": config})
+  for path in fields(config):
+    *sections, name = path
+    section = functools.reduce(dict.__getitem__, sections, config)
+    value = section[name]
+    for other in ("other", {"new": value}):
+      section[name] = other
+      assert differences({"demo": config}) != before, path
+    del section[name]
+    assert differences({"demo": config}) != before, path
+    section[name] = value
+  assert differences({"demo": config}) == before
 
 
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if (s, "demo") in CASES])

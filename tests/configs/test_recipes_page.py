@@ -192,10 +192,8 @@ def page():
   return "\n".join(lines)
 
 
-def test_the_page_is_current(request):
-  if request.config.getoption("--update-goldens"):
-    PAGE.write_text(page(), encoding="utf-8")
-  assert PAGE.read_text(encoding="utf-8") == page(), "regenerate it: see its first lines"
+def test_the_page_is_current(golden_text):
+  golden_text(PAGE, page())
 
 
 def test_every_config_is_on_the_page():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.configs.recipes import CASES, resolve
 from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources.registry import load_source
@@ -102,10 +103,11 @@ def test_a_run_says_what_its_evaluation_said(vit_run):
 
 def test_what_evaluations_do_to_images_can_be_done_to_a_picture_alone():
   """Of every variant of every config: what needs labels, boxes or label maps is left out."""
-  configs = json.loads((GOLDENS / "configs.json").read_text())
   seen = set()
-  for name, config in configs.items():
-    if not config.get("data", {}).get("eval") or "pair" in str(config["data"]["eval"]):
+  for system, variant in CASES:
+    name = f"{system}:{variant}"
+    config = json.loads(json.dumps(resolve(system, variant).to_dict()))
+    if not config["data"]["eval"] or "pair" in str(config["data"]["eval"]):
       continue  # a picture and its reference go another way: `inference.super_resolution`
     transforms = _Run(name, config, RunData(), {}).transforms()
     rng = np.random.default_rng(0)
