@@ -1,4 +1,4 @@
-"""docs/PLANS.md is what docs/plans.json and the recipes say; nothing is compiled here."""
+"""docs/PLANS.md matches docs/plans.json and the recipes; nothing is compiled here."""
 
 import concurrent.futures
 import json
@@ -18,9 +18,9 @@ def _in_the_checkout(monkeypatch):
 
 
 def test_the_page_is_current():
-  """Where it is not: python -m vit_jax_zoo.plan --all --only=nothing, which compiles nothing.
+  """To update it without compiling: python -m vit_jax_zoo.plan --all --only=nothing.
 
-  That a recipe has changed since it was compiled is said when the page is next written.
+  The note that a recipe has changed since it was compiled is added when the page is next written.
   """
   written, now = page.PAGE.read_text(encoding="utf-8"), page.page()
   changed = "; the recipe has changed since"
@@ -66,11 +66,12 @@ def test_what_is_not_compiled_says_so():
 
 
 def test_the_page_says_what_is_not_known_and_what_it_costs():
-  done = [{"compile_cpu_seconds": seconds} for seconds in (17.2, 775.9, None)]
+  done = [{"compile_cpu_seconds": 17.2}, {"compile_cpu_seconds": 775.9}, {}]
   text = page._progress(done, 112)
-  assert text.startswith("3 of 112 rows were compiled. Of the others nothing is known yet")
-  assert "17 to 776 seconds of CPU time" in text
-  assert "Of the others" not in page._progress(done, 3)
+  assert "3 of 112" in text
+  assert "17 to 776 s" in text
+  assert "unknown" in text
+  assert "unknown" not in page._progress(done, 3)
 
 
 def test_a_recipe_that_has_changed_has_another_digest():
@@ -91,7 +92,7 @@ def test_a_recipe_without_a_slice_is_named(tmp_path, monkeypatch):
   slices = tmp_path / "slices.toml"
   slices.write_text('[[slice]]\nrecipes = "vit.py:*"\ntopology = "v5e:2x2"\n')
   monkeypatch.setattr(page, "SLICES", slices)
-  with pytest.raises(ValueError, match=r"names no slice for detr\.py:r50; add one"):
+  with pytest.raises(ValueError, match=r"slices\.toml: .*detr\.py:r50"):
     page.rows()
 
 
@@ -125,6 +126,58 @@ def test_a_quick_plan_stands_until_a_better_one_is_asked_for():
   assert page._is_current(row, best, None)
 
 
+def test_a_row_keeps_what_the_page_shows_of_a_plan():
+  memory = {"params": 1.0, "optimizer": 2.0, "temporary": 3.4, "peak": 2.0**30, "limit": 2.0**34}
+  plan = {
+    "fits": True,
+    "mesh": {"data": 4, "fsdp": 1, "model": 2},
+    "remat": None,
+    "memory": {**memory, "code": 9.0},
+    "flops": 1.5e12,
+    "roofline": {"step": 0.25, "bound": "memory"},
+    "step_seconds": 0.2500000001,
+    "days": 1.25,
+    "compile_seconds": 17.2,
+    "compile_cpu_seconds": 30.5,
+    "date": "2026-01-01",
+    "jax_version": "0.10.2",
+    "notes": ["long"],
+  }
+  row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x4")
+  stored = json.loads(json.dumps({**page.compact(plan), "digest": page.digest(row)}))
+  assert dict(zip(page.COLUMNS, page._cells(row, stored), strict=True)) == {
+    "recipe": "`b16_imagenet`",
+    "slice": "v5e:2x4",
+    "mesh": "data 4, model 2",
+    "remat": "",
+    "peak": "1.00 GiB",
+    "limit": "16.00 GiB",
+    "parameters": "0.0 MiB",
+    "optimizer": "0.0 MiB",
+    "temporaries": "0.0 MiB",
+    "TFLOP": "1.5",
+    "step, at least": "250.0 ms",
+    "bound by": "memory",
+    "days, at least": "1.25",
+    "compile time": "17 s",
+    "compiled on": "2026-01-01, jax 0.10.2",
+  }
+  failed = page.compact(
+    {
+      **plan,
+      "fits": False,
+      "roofline": None,
+      "step_seconds": None,
+      "days": None,
+      "compile_seconds": None,
+      "compile_cpu_seconds": None,
+    }
+  )
+  cells = page._cells(row, {**failed, "digest": ""})
+  assert "**does not fit**: 1.00 GiB" in cells
+  assert cells[-1].endswith("the recipe has changed since")
+
+
 def test_a_quick_plan_bounds_no_run():
   row = page.rows()[0][0]
   plan = page._stored()[row.key]
@@ -134,4 +187,4 @@ def test_a_quick_plan_bounds_no_run():
     name: value for name, value in zip(page.COLUMNS, quick, strict=True) if value != cells[name]
   }
   blank = dict.fromkeys(("step, at least", "bound by", "days, at least"), "")
-  assert different == {**blank, "compiled in": f"{cells['compiled in']} at O1"}
+  assert different == {**blank, "compile time": f"{cells['compile time']}, O1"}

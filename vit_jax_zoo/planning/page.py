@@ -1,8 +1,8 @@
-"""docs/PLANS.md: what every recipe needs, compiled recipe by recipe, each in a process of its own.
+"""Writes docs/PLANS.md: memory, FLOPs and a lower bound on the time of every recipe.
 
-`docs/slices.toml` says for which slices each recipe is planned; what the compiler said is kept in
-`docs/plans.json`, and the page is written from both. A recipe that was not compiled yet, took too
-long, or has changed since is named so.
+Each recipe is compiled in its own process for the slices that `docs/slices.toml` lists. The results
+are stored in `docs/plans.json`, one row per line, from which the page is written and an interrupted
+run resumes. The page marks recipes that were not compiled or have changed since.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from absl import logging
 from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.planning.report import gib, seconds
 from vit_jax_zoo.planning.roofline import ASSUMPTIONS
-from vit_jax_zoo.training import atomic_write as whole_file
+from vit_jax_zoo.training import atomic_write
 
 PAGE, PLANS, SLICES, LOCK = (
   pathlib.Path("docs") / name for name in ("PLANS.md", "plans.json", "slices.toml", ".plans.lock")
@@ -35,9 +35,9 @@ class Row(NamedTuple):
   """A recipe on a slice.
 
   Attributes:
-    config: what stands behind `--config=`.
-    topology: the slice.
-    overrides: flags that this slice needs besides.
+    config: value of `--config`, such as `configs/vit.py:b16_imagenet`.
+    topology: TPU slice, such as `v5e:4x4`.
+    overrides: config flags that this slice needs.
   """
 
   config: str
@@ -46,14 +46,14 @@ class Row(NamedTuple):
 
   @property
   def key(self) -> str:
-    """By which its plan is kept."""
+    """Key of the row in `docs/plans.json`."""
     return f"{self.config} {self.topology}"
 
 
 def recipes() -> list[str]:
-  """Returns every variant of every file in configs/ but the demos: `configs/vit.py:b16_imagenet`.
+  """Returns every variant of configs/ except the demos, as `configs/vit.py:b16_imagenet`.
 
-  Files that are a part of another one are left out.
+  A file whose variants another file includes is skipped.
   """
   files = sorted(pathlib.Path("configs").glob("*.py"))
   modules = {path: importlib.import_module(f"configs.{path.stem}") for path in files}
@@ -71,10 +71,10 @@ def _is_part(own: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
 
 
 def rows() -> tuple[list[Row], dict[str, str]]:
-  """Returns the rows of the page, and the recipes that have none, with the reason.
+  """Returns the rows of the page, and the recipes without a row with the reason.
 
   Raises:
-    ValueError: a recipe is not in `docs/slices.toml`.
+    ValueError: `docs/slices.toml` has no section for a recipe.
   """
   sections = tomllib.loads(SLICES.read_text(encoding="utf-8"))["slice"]
   found, without = [], {}
@@ -82,7 +82,9 @@ def rows() -> tuple[list[Row], dict[str, str]]:
     name = recipe.removeprefix("configs/")
     matching = [s for s in sections if fnmatch.fnmatchcase(name, s["recipes"])]
     if not matching:
-      raise ValueError(f"{SLICES} names no slice for {name}; add one, or say why there is none")
+      raise ValueError(
+        f"{SLICES}: no section for {name}; add one with `topology` or with `not_planned`"
+      )
     reasons = [s["not_planned"] for s in matching if "not_planned" in s]
     if reasons:
       without[recipe] = reasons[0]
@@ -92,44 +94,45 @@ def rows() -> tuple[list[Row], dict[str, str]]:
 
 
 def compile_all(pattern: str, time_limit: int, level: str | None = None) -> int:
-  """Compiles the rows that match and are missing or out of date, and writes the page after each.
+  """Compiles the matching rows that are missing or out of date; writes the page after each.
 
   Args:
-    pattern: of the rows' keys, as a shell has them.
-    time_limit: seconds for each.
-    level: XLA's optimization level; None is its own choice, and compiles anew what has another.
+    pattern: shell pattern of the rows' keys.
+    time_limit: seconds per row.
+    level: XLA optimization level, such as "O1". None is XLA's default; rows that were compiled at
+      another level are then compiled again.
 
   Returns:
-    How many of them have no plan that fits.
+    Exit status: 1 if a row does not fit or failed to compile, else 0.
   """
-  failed = 0
+  failed = False
   for row in rows()[0]:
     if not fnmatch.fnmatchcase(row.key, f"*{pattern}*") or _is_current(row, _stored(), level):
       continue
     logging.info("compiling %s", row.key)
-    plan = {**_compile(row, time_limit, level), "digest": digest(row)}
-    failed += not plan.get("fits")
-    write_page({row.key: plan})
+    result = {**_compile(row, time_limit, level), "digest": digest(row)}
+    failed |= not result.get("fits")
+    write_page({row.key: result})
   write_page()
-  return min(failed, 1)
+  return int(failed)
 
 
 def write_page(found: Mapping[str, Any] | None = None) -> None:
-  """Writes the page from what is stored.
+  """Writes the page from the stored results.
 
   Args:
-    found: plans by their rows' keys, which are stored first, among those that other processes have
-      stored meanwhile.
+    found: new results by row key; stored first, together with results that other processes have
+      stored in the meantime.
   """
-  with _alone():
+  with _locked():
     if found:
       _store(found)
-    whole_file.write(PAGE, page())
+    atomic_write.write(PAGE, page())
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-  """Lets other processes wait that would read or write what is stored."""
+def _locked() -> Iterator[None]:
+  """Locks the stored results against other processes."""
   with LOCK.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)  # closing the file, or the end of the process, unlocks it
     yield
@@ -148,7 +151,33 @@ def _compile(row: Row, time_limit: int, level: str | None) -> dict[str, Any]:
     if not output.exists():
       lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
       return {"error": lines[-1].removeprefix("error: ")[:300]}
-    return json.loads(output.read_text())
+    return compact(json.loads(output.read_text()))
+
+
+def compact(plan: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the fields of a plan that the page shows, as one flat dict of rounded figures."""
+  memory = {name: plan["memory"][name] for name in MEMORY}
+  least = plan["roofline"] or {}
+  fields = {
+    "fits": plan["fits"],
+    "mesh": {axis: size for axis, size in plan["mesh"].items() if size > 1},
+    "remat": plan["remat"],
+    **{name: None if size is None else round(size) for name, size in memory.items()},
+    "tflop": _rounded(plan["flops"] / 1e12),
+    "step_seconds": _rounded(plan["step_seconds"]),
+    "bound": least.get("bound"),
+    "days": _rounded(plan["days"]),
+    "compile_seconds": _rounded(plan["compile_seconds"]),
+    "compile_cpu_seconds": _rounded(plan["compile_cpu_seconds"]),
+    "optimization_level": plan.get("optimization_level"),
+    "date": plan["date"],
+    "jax_version": plan["jax_version"],
+  }
+  return {name: value for name, value in fields.items() if value is not None}
+
+
+def _rounded(value: float | None) -> float | None:
+  return None if value is None else float(f"{value:.6g}")
 
 
 def _stored() -> dict[str, Any]:
@@ -156,19 +185,20 @@ def _stored() -> dict[str, Any]:
 
 
 def _store(found: Mapping[str, Any]) -> None:
-  plans = {**_stored(), **found}  # read again: others may be at work on other rows
+  results = {**_stored(), **found}  # read again: other processes may have stored other rows
   known = {row.key for row in rows()[0]}
-  whole_file.write_json(PLANS, {key: plans[key] for key in sorted(plans) if key in known})
+  lines = [f"{json.dumps(k)}: {json.dumps(results[k])}" for k in sorted(results) if k in known]
+  atomic_write.write(PLANS, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def _is_current(row: Row, plans: Mapping[str, Any], level: str | None) -> bool:
-  plan = plans.get(row.key, {})
-  enough = plan.get("optimization_level") in (None, level)
-  return enough and plan.get("digest") == digest(row) and "error" not in plan
+def _is_current(row: Row, results: Mapping[str, Any], level: str | None) -> bool:
+  result = results.get(row.key, {})
+  enough = result.get("optimization_level") in (None, level)
+  return enough and result.get("digest") == digest(row) and "error" not in result
 
 
 def digest(row: Row) -> str:
-  """Returns a short text that changes with what a row's plan depends on, in its config."""
+  """Returns a hash of the config fields on which a row's plan depends."""
   config = load_with_overrides(row.config, row.overrides)
   known = json.loads(config.to_json_best_effort())
   fields = {field: known[field] for field in DECISIVE}
@@ -178,7 +208,7 @@ def digest(row: Row) -> str:
 
 
 def _without_rates(tree: Any) -> Any:
-  """Leaves out what changes how far a step goes, and not what it computes."""
+  """Drops learning rates and schedules, which do not change the compiled step."""
   if isinstance(tree, dict):
     kept = {k: v for k, v in tree.items() if k not in ("learning_rate", "schedule")}
     return {k: _without_rates(v) for k, v in kept.items()}
@@ -189,43 +219,47 @@ DECISIVE = (
   "model", "task", "optimizer", "batch_size", "accumulation_steps", "num_steps", "num_epochs",
   "ema_decay", "sharding",
 )  # fmt: skip
-"""Fields of a config that its plan depends on, beside the training data."""
+"""Config fields on which a plan depends, besides the training data."""
 
-HEAD = """# What the recipes need
+MEMORY = ("peak", "limit", "params", "optimizer", "temporary")
+"""Fields of `Memory` on the page, in bytes per device."""
 
-Written by `python -m vit_jax_zoo.plan --all`; do not edit. Where a row has figures, the recipe's
-own training step was compiled for a TPU slice by libtpu, without a TPU and without the data;
-nothing on this page was run on one. All figures are of one device. "Needs" is what the compiler
-says must be there at once. Rows "at O1" were compiled with `--optimization_level=O1`, in a third of
-the time: such a program moves more bytes than XLA's own choice, so bounds are left out, and needs
-somewhat more or less memory; that it fits is sure with `JAX_OPTIMIZATION_LEVEL=O1` alone. "Step"
-and "days" are bounds that no run can beat, not forecasts:
+HEAD = """# Resources of the recipes
+
+Written by `python -m vit_jax_zoo.plan --all`; do not edit. For each row, libtpu compiled the
+recipe's training step for a TPU slice, without a TPU and without the data; nothing on this page was
+run on a TPU. All figures are per device. "Peak" is the memory that the compiler reports for one
+step, "limit" the memory of the device. Rows marked "O1" were compiled with
+`--optimization_level=O1`, in a third of the time: the program moves more bytes than at XLA's
+default level, so the time bounds are omitted, and needs somewhat more or less memory; that it fits
+is certain only with `JAX_OPTIMIZATION_LEVEL=O1`. "Step" and "days" are lower bounds, not forecasts,
+under these assumptions:
 
 {assumptions}
 
-`python -m vit_jax_zoo.plan --config=configs/vit.py:b16_imagenet --topology=v5e:4x4` makes such a
-plan of any config for any slice, in more detail, and `--search` chooses a mesh. Slices are those of
-`docs/slices.toml`.
+`python -m vit_jax_zoo.plan --config=configs/vit.py:b16_imagenet --topology=v5e:4x4` prints such a
+plan, in more detail, for any config and slice; `--search` chooses a mesh. `docs/slices.toml` lists
+the slices of this page.
 """
 
 COLUMNS = (
-  "recipe", "slice", "mesh", "remat", "needs", "of", "parameters", "optimizer", "temporaries",
-  "TFLOP", "step, at least", "bound by", "days, at least", "compiled in", "on",
+  "recipe", "slice", "mesh", "remat", "peak", "limit", "parameters", "optimizer", "temporaries",
+  "TFLOP", "step, at least", "bound by", "days, at least", "compile time", "compiled on",
 )  # fmt: skip
 
 
 def page() -> str:
-  """Returns the page."""
+  """Returns the text of docs/PLANS.md."""
   planned, without = rows()
-  plans = _stored()
+  results = _stored()
   assumptions = "\n".join(f"* {text};" for text in ASSUMPTIONS)[:-1] + "."
   lines = [HEAD.format(assumptions=assumptions)]
-  done = [row for row in planned if "memory" in plans.get(row.key, {})]
-  lines += [_progress([plans[row.key] for row in done], len(planned)), ""]
+  done = [row for row in planned if "peak" in results.get(row.key, {})]
+  lines += [_progress([results[row.key] for row in done], len(planned)), ""]
   for system in dict.fromkeys(row.config.partition(":")[0] for row in planned):
     of_system = [row for row in planned if row.config.startswith(f"{system}:")]
     lines += [f"## {system}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
-    lines += [_line(_cells(row, plans.get(row.key))) for row in of_system]
+    lines += [_line(_cells(row, results.get(row.key))) for row in of_system]
     lines += ["", *_flags(of_system)]
   lines += ["## Not planned", ""]
   lines += [f"* `{recipe}`: {reason}" for recipe, reason in without.items()]
@@ -233,13 +267,12 @@ def page() -> str:
 
 
 def _progress(done: Sequence[Mapping[str, Any]], planned: int) -> str:
-  """Returns how many rows have figures, and at what cost: convolutions take XLA longest."""
-  text = f"{len(done)} of {planned} rows were compiled."
-  if len(done) < planned:
-    text += " Of the others nothing is known yet, nor whether they fit."
-  costs = [plan["compile_cpu_seconds"] for plan in done if plan["compile_cpu_seconds"]]
+  """Returns how many rows were compiled, and the range of their CPU times."""
+  text = f"{len(done)} of {planned} rows compiled"
+  text += "; whether the others fit is unknown." if len(done) < planned else "."
+  costs = [result["compile_cpu_seconds"] for result in done if "compile_cpu_seconds" in result]
   if costs:
-    text += f" Each took XLA {min(costs):.0f} to {max(costs):.0f} seconds of CPU time."
+    text += f" CPU time to compile a row: {min(costs):.0f} to {max(costs):.0f} s."
   return text
 
 
@@ -248,41 +281,38 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _flags(of_system: Sequence[Row]) -> list[str]:
-  """Returns what a slice needs on the command line, where it needs anything."""
+  """Returns the config flags that a row needs, one row per line."""
   found = {row: row.overrides for row in of_system if row.overrides}
   lines = [
     f"* `{r.config.partition(':')[2]}` on {r.topology}: `{' '.join(o)}`" for r, o in found.items()
   ]
-  return ["With, on the command line:", "", *lines, ""] if lines else []
+  return ["Flags:", "", *lines, ""] if lines else []
 
 
-def _cells(row: Row, plan: Mapping[str, Any] | None) -> list[str]:
+def _cells(row: Row, result: Mapping[str, Any] | None) -> list[str]:
   name = f"`{row.config.partition(':')[2]}`"
   empty = [""] * (len(COLUMNS) - 3)
-  if plan is None:
+  if result is None:
     return [name, row.topology, "not compiled yet", *empty]
-  if "error" in plan:
-    return [name, row.topology, f"not compiled: {plan['error']}", *empty]
-  memory, level = plan["memory"], plan.get("optimization_level")
-  least = {} if level else plan["roofline"] or {}
-  old = "" if plan["digest"] == digest(row) else "; the recipe has changed since"
-  axes = [f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1]
+  if "error" in result:
+    return [name, row.topology, f"not compiled: {result['error']}", *empty]
+  level = result.get("optimization_level")
+  bounded = level is None and "bound" in result
+  changed = "" if result["digest"] == digest(row) else "; the recipe has changed since"
+  peak, *sizes = (gib(float(result[name]) if name in result else None) for name in MEMORY)
   return [
     name,
     row.topology,
-    ", ".join(axes) or "one device",
-    plan["remat"] or "",
-    gib(memory["peak"]) if plan["fits"] else f"**does not fit**: {gib(memory['peak'])}",
-    gib(memory["limit"]),
-    gib(memory["params"]),
-    gib(memory["optimizer"]),
-    gib(memory["temporary"]),
-    f"{plan['flops'] / 1e12:.3g}",
-    seconds(plan["step_seconds"]) if least else "",
-    least.get("bound", ""),
-    f"{plan['days']:.3g}" if least else "",
-    ""
-    if plan["compile_seconds"] is None
-    else f"{plan['compile_seconds']:.0f} s{f' at {level}' if level else ''}",
-    f"{plan['date']}, jax {plan['jax_version']}{old}",
+    ", ".join(f"{axis} {size}" for axis, size in result["mesh"].items()) or "one device",
+    result.get("remat", ""),
+    peak if result["fits"] else f"**does not fit**: {peak}",
+    *sizes,
+    f"{result['tflop']:.3g}",
+    seconds(result["step_seconds"]) if bounded else "",
+    result["bound"] if bounded else "",
+    f"{result['days']:.3g}" if bounded else "",
+    f"{result['compile_seconds']:.0f} s{f', {level}' if level else ''}"
+    if "compile_seconds" in result
+    else "",
+    f"{result['date']}, jax {result['jax_version']}{changed}",
   ]

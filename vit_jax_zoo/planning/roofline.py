@@ -10,13 +10,13 @@ import dataclasses
 from vit_jax_zoo.planning.hardware import Chip
 
 ASSUMPTIONS = (
-  "a step takes as long as the slowest of FLOPs, memory traffic and network traffic, each at the "
-  "chip's stated peak, all three at the same time",
-  "collectives are rings that use all links of a chip; each device sends (n-1)/n of an array, "
-  "twice that in an all-reduce",
-  "FLOPs are those of matrix products and convolutions, from the jaxpr, loops whole, what is done "
-  "again for lack of memory included; traffic is the compiled program's, loops whole",
-  "there are training steps alone: no evaluation, checkpoints, or waiting for data",
+  "a step takes the longest of compute, memory traffic and network traffic, each at the chip's "
+  "stated peak and fully overlapped",
+  "collectives are rings over all links of a chip; per device, they send (n-1)/n of an array, and "
+  "twice that for an all-reduce",
+  "FLOPs (matrix products and convolutions) are counted from the jaxpr, traffic from the compiled "
+  "program, both with all loop iterations and recomputation (remat)",
+  "evaluation, checkpoints and input are not included",
 )
 
 
