@@ -25,7 +25,7 @@ from input_pipeline import write_images
 from vit_jax_zoo import config as configs
 from vit_jax_zoo.data.sources.base import Example
 from vit_jax_zoo.data.sources.demo import read_photo
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.systems.igpt.figures import draw_images
 
 SIZE = 224

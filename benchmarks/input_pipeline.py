@@ -31,8 +31,8 @@ from PIL import Image
 from vit_jax_zoo.data import images as jpeg
 from vit_jax_zoo.data.pipeline import train_batches
 from vit_jax_zoo.data.sources import demo as demos
-from vit_jax_zoo.data.sources.registry import load_source
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
 
 SIZE = 224
 BATCH = 64

@@ -19,7 +19,7 @@ import numpy as np
 from measuring import machine, markdown
 
 from vit_jax_zoo.data import buckets
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 
 SIZES = {
   (480, 640): 28, (427, 640): 17, (640, 480): 11, (640, 427): 5, (426, 640): 5, (425, 640): 5,

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.super_resolution import enlarge, shrink
 from vit_jax_zoo.figures.detection import COLORS
 from vit_jax_zoo.inference import create_predictor

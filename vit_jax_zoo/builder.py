@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classes, join_sources
-from vit_jax_zoo.data.sources.registry import SECTION, load_source
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.sources import SECTION, load_source
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, create_probes
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.run_metadata import RunData, asks_data, fill_from_data, main_evaluation

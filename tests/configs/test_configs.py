@@ -9,7 +9,7 @@ import pytest
 
 from tests.configs.recipes import CASES, SYSTEMS, differences, fields, resolve
 from tests.conftest import GOLDENS
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.training.optim import create_optimizer

@@ -7,8 +7,8 @@ import pytest
 
 from vit_jax_zoo.data import fake_data as stand_in
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.sources.registry import load_source
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
 
 
 @pytest.mark.parametrize(

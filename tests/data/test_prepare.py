@@ -6,7 +6,7 @@ import pytest
 
 from vit_jax_zoo.data import prepare
 from vit_jax_zoo.data.sources import tfrecord
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 
 
 def contents(source):

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import trainer as experiment
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.configs.recipes import CASES, resolve
 from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained, predict
-from vit_jax_zoo.data.sources.registry import load_source
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import _prepare_for_run, _Run, load

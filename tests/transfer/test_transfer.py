@@ -11,7 +11,7 @@ from absl import flags
 from PIL import Image
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.base import pixels
 from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.inference.load import load

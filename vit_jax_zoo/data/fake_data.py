@@ -22,7 +22,7 @@ from vit_jax_zoo.data.sources.base import (
   name_validation,
   select_split,
 )
-from vit_jax_zoo.data.sources.registry import KINDS, load_source
+from vit_jax_zoo.data.sources import KINDS, load_source
 from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.errors import unknown_name
 

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources.base import Example, Source
 from vit_jax_zoo.data.transforms.base import Transform, pixels
-from vit_jax_zoo.data.transforms.registry import MultiHot
+from vit_jax_zoo.data.transforms.image import MultiHot
 from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.metrics.linear_probe import Labelled
 from vit_jax_zoo.tasks.base import Task

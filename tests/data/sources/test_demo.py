@@ -9,7 +9,7 @@ import pytest
 
 from vit_jax_zoo.data.images import decode_image
 from vit_jax_zoo.data.sources import demo as demos
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 
 
 def test_digits():
@@ -44,7 +44,7 @@ def test_photos():
 
 def test_many_processes_prepare_at_once(tmp_path):
   program = (
-    "from vit_jax_zoo.data.sources.registry import load_source; s = load_source('demo:digits', 'test'); "
+    "from vit_jax_zoo.data.sources import load_source; s = load_source('demo:digits', 'test'); "
     "print(sum(s[i]['label'] for i in range(len(s))))"
   )
   env = {**os.environ, "VIT_JAX_ZOO_CACHE": str(tmp_path)}

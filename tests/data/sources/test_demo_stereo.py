@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from vit_jax_zoo.data.sources import demo_stereo
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from absl import logging
 
 from tests.data.conftest import encode, photo
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 
 
 def test_split_by_hash(class_folders):

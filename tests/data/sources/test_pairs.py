@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.sources.registry import load_source
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
 
 
 def write(path, value=0, size=(8, 8)):

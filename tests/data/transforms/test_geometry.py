@@ -5,7 +5,7 @@ import pytest
 
 from vit_jax_zoo.data.transforms import detection as scaling
 from vit_jax_zoo.data.transforms import geometry
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 
 SCALING = [
   dict(name="random_scale_crop", shorter=(50, 60, 70), longest=100, crop_from=(40, 55)),

@@ -8,7 +8,8 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.transforms import registry as transforms
-from vit_jax_zoo.data.transforms.registry import build_transforms, sample_distorted_box
+from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.transforms.image import sample_distorted_box
 
 
 def run(specs, image, seed=0, **others):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 
 
 def test_things_stay_with_all_that_belongs_to_them():

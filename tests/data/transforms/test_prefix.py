@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 
 
 @pytest.mark.parametrize(("share", "length"), [(0.0, 0), (0.5, 4 * 6), (1.0, 7 * 6)])

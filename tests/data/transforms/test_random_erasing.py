@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.data.transforms.augment import RandomErasing
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 
 BLACK = np.zeros((60, 80, 3), np.uint8)
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.data.transforms.registry import build_transforms
+from vit_jax_zoo.data.transforms import build_transforms
 
 
 def test_the_shorter_side_is_drawn_and_the_shape_kept():

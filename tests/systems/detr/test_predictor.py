@@ -15,7 +15,7 @@ from configs import detr
 from tests.systems.detr.files import official_file
 from vit_jax_zoo import predict
 from vit_jax_zoo import trainer as experiment
-from vit_jax_zoo.data.sources.registry import load_source
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.detection import decode_segments
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
