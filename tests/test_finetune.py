@@ -19,8 +19,8 @@ from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import export, load_pretrained, predict
 from vit_jax_zoo import trainer as experiment
-from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load

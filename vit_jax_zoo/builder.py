@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import check_values, complete
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classes, join_sources
 from vit_jax_zoo.data.sources import SECTION, load_source
+from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classes, join_sources
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, create_probes
 from vit_jax_zoo.registry import create_model

@@ -7,8 +7,8 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import buckets
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources.base import DatasetInfo, Source
-from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.transforms.detection import objects_example
 
 SIZES = ((24, 32), (32, 24), (20, 40), (28, 28))
 SHAPES = ((40, 64), (64, 40))

@@ -8,8 +8,8 @@ import pytest
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
-from vit_jax_zoo.data.sources.base import CorruptExampleError, DatasetInfo, Source
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources.base import CorruptExampleError, DatasetInfo, Source
 from vit_jax_zoo.data.transforms import build_transforms
 
 RANDOM = build_transforms(

@@ -5,8 +5,7 @@ import sys
 import pytest
 
 from vit_jax_zoo.data import prepare
-from vit_jax_zoo.data.sources import tfrecord
-from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources import load_source, tfrecord
 
 
 def contents(source):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vit_jax_zoo.data.sources import KINDS, load_source
 from vit_jax_zoo.data.sources.base import (
   DatasetInfo,
   Example,
@@ -22,7 +23,6 @@ from vit_jax_zoo.data.sources.base import (
   name_validation,
   select_split,
 )
-from vit_jax_zoo.data.sources import KINDS, load_source
 from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.errors import unknown_name
 

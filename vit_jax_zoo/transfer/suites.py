@@ -12,8 +12,8 @@ import numpy as np
 from absl import logging
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.data.sources.base import SlicedSource, Source
 from vit_jax_zoo.data.sources import KINDS, load_source
+from vit_jax_zoo.data.sources.base import SlicedSource, Source
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.metrics.feature_probes import (
   PROBES,

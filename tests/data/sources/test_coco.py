@@ -11,8 +11,8 @@ from PIL import Image
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import coco as coco_names
-from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.transforms import build_transforms
 
 TRAIN = build_transforms([dict(name="load_objects", masks=True), dict(name="pad_objects", num=4)])

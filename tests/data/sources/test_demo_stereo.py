@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax_zoo.data.sources import demo_stereo
-from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources import demo_stereo, load_source
 
 
 @pytest.fixture(scope="module")

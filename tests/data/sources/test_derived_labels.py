@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources.derived_labels import RULES, find_rule
-from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.base import pixels
 from vit_jax_zoo.transfer import vtab as benchmarks
 

@@ -8,8 +8,8 @@ from etils import epath
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import prepare
-from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources import tfds as tfds_source
 
 
 @pytest.fixture

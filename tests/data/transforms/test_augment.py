@@ -8,8 +8,8 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.data.transforms import augment as ops
-from vit_jax_zoo.data.transforms.augment import COMMON, RandAugment, TimmRandAugment
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.transforms.augment import COMMON, RandAugment, TimmRandAugment
 
 
 @pytest.fixture(scope="module")

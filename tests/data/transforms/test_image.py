@@ -5,9 +5,8 @@ import pytest
 from PIL import Image
 
 from tests.data.conftest import encode, photo
-from vit_jax_zoo.data import images
+from vit_jax_zoo.data import images, transforms
 from vit_jax_zoo.data import resize as tf_resize
-from vit_jax_zoo.data.transforms import registry as transforms
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.data.transforms.image import sample_distorted_box
 
@@ -140,7 +139,7 @@ class TestRandomResizedCrop:
   )
   def test_decoding_at_a_smaller_scale_shows_the_same_crop(self, box, reduce):
     data = encode(photo(420, 560), quality=95)
-    image, (top, left, height, width) = transforms._decode_for(data, (420, 560), box, (30, 40))
+    image, (top, left, height, width) = transforms.image._decode_for(data, (420, 560), box, (30, 40))
     assert image.shape[1] == -(-560 // reduce)
     assert top + height <= image.shape[0] <= -(-420 // reduce)
     edges = np.array([top, left, top + height, left + width]) * reduce
@@ -248,7 +247,7 @@ class TestBuild:
     ("spec", "message"),
     [
       (dict(name="random_flop"), "unknown transform 'random_flop'; did you mean 'random_flip'"),
-      (dict(name="resize", sise=3), "resize: unknown field 'sise'; did you mean 'size'"),
+      (dict(name="resize", sise=3), "field of transform 'resize' 'sise'; did you mean 'size'"),
       (dict(name="resize"), "transform 'resize' needs the field 'size'"),
       (dict(size=3), "unknown transform 'None'"),
       (dict(name="resize", size=3, dtype="float23"), "did you mean 'float32'"),
@@ -261,9 +260,16 @@ class TestBuild:
     assert "\n" not in str(error.value)
 
   def test_every_transform_is_documented_frozen_and_known_by_its_name(self):
-    for name, transform in transforms.REGISTRY.items():
+    for name, transform in transforms.TRANSFORMS.items():
       assert name == transform.name
       assert transform.__doc__
       assert "`" in transform.__doc__  # it names the keys that it reads or writes
       assert transform.__dataclass_params__.frozen
       assert all(f.type for f in dataclasses.fields(transform))
+
+  def test_transforms_of_targets(self):
+    """Inference leaves these out: a user's image has no labels, boxes or label maps."""
+    assert {n for n, transform in transforms.TRANSFORMS.items() if transform.is_target} == {
+      "one_hot", "multi_hot", "load_objects", "keep_classes", "pad_objects", "load_label_map",
+      "pad_label_map",
+    }  # fmt: skip

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.data.transforms.augment import RandomErasing
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.transforms.augment import RandomErasing
 
 BLACK = np.zeros((60, 80, 3), np.uint8)
 

@@ -1,4 +1,4 @@
-"""What every transform is: the two base classes, and the way from bytes to pixels."""
+"""Base classes of transforms."""
 
 import abc
 import dataclasses
@@ -12,29 +12,38 @@ from vit_jax_zoo.data.sources.base import Example
 
 @dataclasses.dataclass(frozen=True)
 class Transform(abc.ABC):
-  """The base of all transforms; `transforms.REGISTRY` knows them by `name`."""
+  """Base of all transforms.
+
+  Attributes:
+    name: what configs call it.
+    is_target: whether it prepares labels, boxes or label maps: inference, which has none, leaves it
+      out.
+  """
 
   name: ClassVar[str]
+  is_target: ClassVar[bool] = False
 
   @abc.abstractmethod
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns a new example."""
 
   def output_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
-    """Returns height and width of the result, from those of the image; draws what a call draws.
+    """Returns height and width of the result for an image of `size`.
+
+    Draws the same random numbers as a call.
 
     Raises:
-      ValueError: this transform does not know it beforehand.
+      ValueError: the size depends on more than the image's size.
     """
     del size, rng
     raise ValueError(
-      f"{self.name} does not say beforehand how large its result is, so images of different sizes "
-      "cannot be padded behind it; use transforms of data/scaling.py"
+      f"transform {self.name!r}: the size of its result is not known in advance, which "
+      "data.loader.buckets requires; use resize_shorter, random_scale or random_window"
     )
 
 
 class ImageTransform(Transform):
-  """A transform that changes nothing but `image`."""
+  """A transform that changes `image` alone."""
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with another `image`."""
@@ -46,10 +55,10 @@ class ImageTransform(Transform):
 
 
 def pixels(image: Any) -> np.ndarray:
-  """Returns uint8 or float32 [h w 3], decoding what is still encoded.
+  """Returns uint8 or float32 [h w 3]; decodes bytes, repeats a single channel.
 
   Raises:
-    CorruptExampleError: it cannot be decoded.
+    CorruptExampleError: the bytes cannot be decoded.
   """
   if isinstance(image, bytes):
     return images.decode_image(image)

@@ -10,9 +10,8 @@ from absl import logging
 from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import Bool, Int
 
-from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
-from vit_jax_zoo.data.transforms.base import ImageTransform, Transform, pixels
+from vit_jax_zoo.data.transforms.base import Transform, pixels
 from vit_jax_zoo.data.transforms.geometry import (
   GeometricTransform,
   Mirror,
@@ -24,36 +23,6 @@ from vit_jax_zoo.data.transforms.geometry import (
   has_area,
   keep_objects,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomResizeSmall(ImageTransform):
-  """Resizes `image`, with antialiasing, so that its shorter side is drawn from a range.
-
-  With a random crop behind it, the augmentation of AlexNet, VGG and iGPT (section 3.1).
-
-  Attributes:
-    smallest: of the shorter sides, in pixels.
-    largest: of the shorter sides.
-  """
-
-  name = "random_resize_small"
-
-  smallest: int
-  largest: int
-
-  def __post_init__(self) -> None:
-    if not 0 < self.smallest <= self.largest:
-      raise ValueError(
-        "random_resize_small: smallest must lie between 1 and largest, got "
-        f"{self.smallest} and {self.largest}"
-      )
-
-  def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the resized image; the longer side is rounded."""
-    scale = rng.integers(self.smallest, self.largest, endpoint=True) / min(image.shape[:2])
-    height, width = (round(side * scale) for side in image.shape[:2])
-    return images.resize(image, height, width, "antialias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +140,7 @@ class KeepClasses(Transform):
   """
 
   name = "keep_classes"
+  is_target = True
 
   below: int
 
@@ -308,6 +278,7 @@ class LoadObjects(Transform):
   """
 
   name = "load_objects"
+  is_target = True
 
   as_annotated: bool = False
   masks: bool = False
@@ -371,6 +342,7 @@ class PadObjects(Transform):
   """
 
   name = "pad_objects"
+  is_target = True
 
   num: int = 100
 

@@ -1,17 +1,8 @@
-"""Transforms: what happens to one example between the source and the batch.
-
-A transform is a frozen dataclass, called as `transform(example, rng)`; it returns a new example and
-leaves the old one alone. `image` may still be encoded when it arrives: whichever transform needs
-pixels first decodes it, so a crop can decode at the scale it needs. Pixels are RGB in [0, 255] and
-stay uint8 unless a transform is asked for float32; the task normalises them on the device.
-
-Augmentations of one example belong here. What mixes examples (mixup, CutMix) belongs to the jitted
-step: there the batch is whole, while a host sees only its own rows.
-"""
+"""Crops, resizes and targets of single images."""
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import cv2
@@ -20,31 +11,7 @@ import numpy as np
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.sources.base import Example
-from vit_jax_zoo.data.transforms.augment import RandAugment, RandomErasing, TimmRandAugment
-from vit_jax_zoo.data.transforms.base import ImageTransform, Transform
-from vit_jax_zoo.data.transforms.base import pixels as pixels
-from vit_jax_zoo.data.transforms.detection import (
-  KeepClasses,
-  LoadObjects,
-  PadObjects,
-  RandomFlip,
-  RandomResizeSmall,
-  RandomScaleCrop,
-  ResizeShorter,
-)
-from vit_jax_zoo.data.transforms.prefix import KeepPrefix
-from vit_jax_zoo.data.transforms.segmentation import (
-  LoadLabelMap,
-  PadLabelMap,
-  RandomScale,
-  RandomWindow,
-)
-from vit_jax_zoo.data.transforms.super_resolution import (
-  PadPair,
-  RandomPairCrop,
-  RandomPairTurn,
-  SuperResolutionPair,
-)
+from vit_jax_zoo.data.transforms.base import ImageTransform, Transform, pixels
 from vit_jax_zoo.errors import unknown_name
 
 Size: TypeAlias = int | tuple[int, int] | list[int]
@@ -149,6 +116,36 @@ def _decode_for(
     round(edge / reduce) for edge in (box[0], box[1], box[0] + box[2], box[1] + box[3])
   )
   return image, (top, left, bottom - top, right - left)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizeSmall(ImageTransform):
+  """Resizes `image`, with antialiasing, so that its shorter side is drawn from a range.
+
+  With a random crop behind it, the augmentation of AlexNet, VGG and iGPT (section 3.1).
+
+  Attributes:
+    smallest: of the shorter sides, in pixels.
+    largest: of the shorter sides.
+  """
+
+  name = "random_resize_small"
+
+  smallest: int
+  largest: int
+
+  def __post_init__(self) -> None:
+    if not 0 < self.smallest <= self.largest:
+      raise ValueError(
+        "random_resize_small: smallest must lie between 1 and largest, got "
+        f"{self.smallest} and {self.largest}"
+      )
+
+  def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns the resized image; the longer side is rounded."""
+    scale = rng.integers(self.smallest, self.largest, endpoint=True) / min(image.shape[:2])
+    height, width = (round(side * scale) for side in image.shape[:2])
+    return images.resize(image, height, width, "antialias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +269,7 @@ class OneHot(Transform):
   """`label`: int -> float32 [num_classes], `on_value` at the label and `off_value` elsewhere."""
 
   name = "one_hot"
+  is_target = True
 
   num_classes: int
   on_value: float = 1.0
@@ -293,6 +291,32 @@ class MultiHot(OneHot):
   """
 
   name = "multi_hot"
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepPrefix(Transform):
+  """Adds `prefix_length`, int32: so many pixels in raster order are given, the rest is to be drawn.
+
+  `image` is decoded and stays whole, so that the truth can be shown beside.
+
+  Attributes:
+    share: of the image's rows that are given, rounded to whole rows; 0.5 is the upper half.
+  """
+
+  name = "keep_prefix"
+
+  share: float = 0.5
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.share <= 1:
+      raise ValueError(f"keep_prefix: share must lie in [0, 1], got {self.share}")
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    """Returns the example with `prefix_length`."""
+    del rng
+    image = pixels(example["image"])
+    height, width = image.shape[:2]
+    return {**example, "image": image, "prefix_length": round(self.share * height) * width}
 
 
 def _labels(label: Any, num_classes: int) -> np.ndarray:
@@ -332,69 +356,3 @@ def _check_range(field: str, value: Range, upper: float) -> None:
 def _check_choice(kind: str, given: str, known: Iterable[str]) -> None:
   if given not in known:
     raise ValueError(unknown_name(kind, given, known))
-
-
-REGISTRY: dict[str, type[Transform]] = {
-  transform.name: transform
-  for transform in (
-    Decode,
-    RandomResizedCrop,
-    RandomFlip,
-    RandomTranslate,
-    RandomCrop,
-    CentralCrop,
-    Resize,
-    ResizeSmall,
-    RandomResizeSmall,
-    RandAugment,
-    TimmRandAugment,
-    RandomErasing,
-    OneHot,
-    MultiHot,
-    KeepClasses,
-    KeepPrefix,
-    SuperResolutionPair,
-    RandomPairCrop,
-    RandomPairTurn,
-    PadPair,
-    LoadObjects,
-    ResizeShorter,
-    RandomScaleCrop,
-    PadObjects,
-    LoadLabelMap,
-    RandomScale,
-    RandomWindow,
-    PadLabelMap,
-  )
-}
-"""The transforms a config can name. A new one is a class in a file of its own and a line here."""
-
-
-def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
-  """Builds transforms from what a config says.
-
-  Args:
-    specs: for each transform `name` and its fields, in order.
-
-  Raises:
-    ValueError: one line, about an unknown name or field, or a missing one.
-
-  >>> build_transforms([dict(name="random_crop", size=32)])
-  (RandomCrop(size=32),)
-  """
-  return tuple(_build(dict(spec)) for spec in specs)
-
-
-def _build(spec: dict[str, Any]) -> Transform:
-  name = spec.pop("name", None)
-  if name not in REGISTRY:
-    raise ValueError(unknown_name("transform", str(name), REGISTRY))
-  fields = dataclasses.fields(REGISTRY[name])
-  known = [field.name for field in fields]
-  for given in spec:
-    if given not in known:
-      raise ValueError(f"{name}: {unknown_name('field', given, known)}")
-  for field in fields:
-    if field.name not in spec and field.default is dataclasses.MISSING:
-      raise ValueError(f"transform {name!r} needs the field {field.name!r}")
-  return REGISTRY[name](**spec)

@@ -40,6 +40,7 @@ class LoadLabelMap(Transform):
   """
 
   name = "load_label_map"
+  is_target = True
 
   offset: int = 0
   ignore: Sequence[int] = (IGNORE,)
@@ -148,6 +149,7 @@ class PadLabelMap(Transform):
   """
 
   name = "pad_label_map"
+  is_target = True
 
   height: int | None = None
   width: int | None = None
