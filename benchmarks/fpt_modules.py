@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from measuring import machine, markdown
+from timing import machine, markdown
 
 from vit_jax_zoo.systems.fpt.mixture_attention import BLOCK_ELEMENTS
 from vit_jax_zoo.systems.fpt.transformer import FLAVORS, FeaturePyramidTransformer

@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import measuring
 import numpy as np
+import timing
 
 from vit_jax_zoo import create_model, export
 from vit_jax_zoo.weights import Preprocess, Pretrained
@@ -62,7 +62,7 @@ def hf_ways(
 ) -> dict[str, Callable[[int], object]]:
   """Returns what transformers is timed at, on the same weights; says how far its logits are."""
   import torch  # only here: it is slow to import, and need not be installed
-  from beside import hf_imagegpt, in_torch
+  from implementations import hf_imagegpt, torch_utils
 
   side = round(model.num_positions**0.5)
   fields = {"image_size": (side, side)}
@@ -70,12 +70,12 @@ def hf_ways(
     ours = Pretrained(model, variables, Preprocess((side, side)), fields, task="pixel_modelling")
     export.write(ours, "hf", folder)
     theirs: Any = hf_imagegpt.load(folder).eval()
-  given = in_torch.placed(np.array(tokens)).long()
+  given = torch_utils.placed(np.array(tokens)).long()
   with torch.inference_mode():
     logits = hf_imagegpt.logits(theirs, given).float().cpu().numpy()
   away = np.abs(np.asarray(whole(variables, tokens)) - logits).max() / np.abs(logits).max()
-  print(f"transformers' logits differ by {away:.0e} of the largest; {in_torch.described()}")
-  drawn = lambda count: in_torch.repeated(lambda: hf_imagegpt.draw(theirs, given, count))  # noqa: E731
+  print(f"transformers' logits differ by {away:.0e} of the largest; {torch_utils.described()}")
+  drawn = lambda count: torch_utils.repeated(lambda: hf_imagegpt.draw(theirs, given, count))  # noqa: E731
   return {"hf, one": drawn(1), "hf": drawn(pixels)}
 
 
@@ -99,20 +99,20 @@ def main() -> None:
   flags = parse()
   fields = {k: getattr(flags, k) for k in ("width", "depth", "num_heads") if getattr(flags, k)}
   model = create_model(flags.model, dtype=flags.dtype, **fields)
-  print(measuring.machine())
+  print(timing.machine())
   if flags.hf and flags.pixels < 2:
     sys.exit("--hf needs at least two pixels: the first comes with the pass over those given")
   runs = ways(model, flags.batch, flags.pixels, hf=flags.hf)
-  times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
+  times = timing.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
   print(f"\n{table(times, flags.pixels, model.num_positions)}")
   print(
     f"\n{flags.model}{fields or ''}, {flags.batch} x {model.num_positions} pixels, {flags.dtype}; "
     f"{flags.pixels} pixels drawn; median (range) of {flags.rounds} rounds; afterwards: "
-    f"{measuring.machine()}"
+    f"{timing.machine()}"
   )
 
 
-def table(times: dict[str, list[measuring.Seconds]], pixels: int, positions: int) -> str:
+def table(times: dict[str, list[timing.Seconds]], pixels: int, positions: int) -> str:
   """Returns the costs of a pixel, and their ratios."""
   rows = []
   for what, unit in (("wall", "by the clock"), ("cpu", "CPU time")):
@@ -124,10 +124,10 @@ def table(times: dict[str, list[measuring.Seconds]], pixels: int, positions: int
     image = statistics.median(seconds["prefill"]) + positions * statistics.median(pixel)
     for name, costs in others.items():
       ratio = [a / b for a, b in zip(costs, pixel, strict=True)]
-      cells = [measuring.spread([1e3 * t for t in costs]) for costs in (costs, pixel)]
-      rows.append([f"{name}, {unit}", *cells, measuring.spread(ratio, ".1f"), f"{image:.1f}"])
+      cells = [timing.spread([1e3 * t for t in costs]) for costs in (costs, pixel)]
+      rows.append([f"{name}, {unit}", *cells, timing.spread(ratio, ".1f"), f"{image:.1f}"])
   header = ("beside", "its pixel, ms", "a pixel, kept, ms", "ratio", "an image, kept, s")
-  return measuring.markdown(header, rows)
+  return timing.markdown(header, rows)
 
 
 def each(many: list[float], few: list[float], pixels: int) -> list[float]:

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import measuring
+import timing
 
 from configs import igpt, lambda_resnet, vit
 from vit_jax_zoo import trainer as experiment
@@ -221,8 +221,8 @@ def main() -> None:
       if results:
         results.write_text(json.dumps(found))
   rows = summarize(found)
-  print(measuring.machine("scikit-learn"))
-  print(measuring.markdown(list(rows[0]), [list(row.values()) for row in rows]))
+  print(timing.machine("scikit-learn"))
+  print(timing.markdown(list(rows[0]), [list(row.values()) for row in rows]))
   draw(found, given.seeds).savefig(given.output)
 
 

@@ -32,7 +32,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import measuring
+import timing
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -161,11 +161,11 @@ def measure(name: str, flags: argparse.Namespace) -> dict[str, str]:
       "again": workload.bare,
     }
     with jax.set_mesh(workload.parts.mesh), _log_into(pathlib.Path(folder) / "log"):
-      times = measuring.in_turns(
+      times = timing.in_turns(
         ways, rounds=flags.rounds, seconds=flags.seconds, multiple=flags.log_every
       )
       times["empty"] = [
-        measuring.time_steps(workload.empty, 20 * flags.log_every) for _ in range(flags.rounds)
+        timing.time_steps(workload.empty, 20 * flags.log_every) for _ in range(flags.rounds)
       ]
     return column(times, read_metrics(pathlib.Path(folder) / "input"))
 
@@ -185,9 +185,7 @@ def _log_into(path: pathlib.Path) -> Iterator[None]:
       logging.set_verbosity(logging.WARNING)
 
 
-def column(
-  times: dict[str, list[measuring.Seconds]], logged: list[dict[str, Any]]
-) -> dict[str, str]:
+def column(times: dict[str, list[timing.Seconds]], logged: list[dict[str, Any]]) -> dict[str, str]:
   """Returns what is said of a workload; `logged` is what the loop itself says of its time."""
   wall = {way: [t.wall for t in rounds] for way, rounds in times.items()}
   cpu = {way: [t.cpu for t in rounds] for way, rounds in times.items()}
@@ -196,25 +194,25 @@ def column(
     [100 * r[f"speed/{part}"] for r in logged if f"speed/{part}" in r] for part in PARTS
   )
   return {
-    "bare step, ms": measuring.spread([1e3 * t for t in wall["bare"]]),
-    "loop's step, ms": measuring.spread([1e3 * t for t in wall["loop"]]),
-    "loop's step with input, ms": measuring.spread([1e3 * t for t in wall["input"]]),
+    "bare step, ms": timing.spread([1e3 * t for t in wall["bare"]]),
+    "loop's step, ms": timing.spread([1e3 * t for t in wall["loop"]]),
+    "loop's step with input, ms": timing.spread([1e3 * t for t in wall["input"]]),
     "loop / bare - 1": _percent_more(wall["loop"], wall["bare"]),
     "bare / bare - 1 (noise)": _percent_more(wall["again"], wall["bare"]),
     "loop / bare - 1, CPU time": _percent_more(cpu["loop"], cpu["bare"]),
     "bare / bare - 1, CPU time (noise)": _percent_more(cpu["again"], cpu["bare"]),
     "loop + input / bare - 1, CPU time": _percent_more(cpu["input"], cpu["bare"]),
-    "loop around an empty step, µs": measuring.spread([1e6 * t for t in host], ".0f"),
-    "the same, CPU time, µs": measuring.spread([1e6 * t for t in cpu["empty"]], ".0f"),
-    "the same (clock) / bare step": measuring.spread([100 * t / step for t in host], ".2f") + " %",
-    "input wait, as logged": measuring.spread(waits, ".2f") + " %",
-    "logging, as logged": measuring.spread(logs, ".2f") + " %",
+    "loop around an empty step, µs": timing.spread([1e6 * t for t in host], ".0f"),
+    "the same, CPU time, µs": timing.spread([1e6 * t for t in cpu["empty"]], ".0f"),
+    "the same (clock) / bare step": timing.spread([100 * t / step for t in host], ".2f") + " %",
+    "input wait, as logged": timing.spread(waits, ".2f") + " %",
+    "logging, as logged": timing.spread(logs, ".2f") + " %",
   }
 
 
 def _percent_more(times: list[float], than: list[float]) -> str:
   more = [100 * (a / b - 1) for a, b in zip(times, than, strict=True)]
-  return measuring.spread(more, "+.1f") + " %"
+  return timing.spread(more, "+.1f") + " %"
 
 
 def main() -> None:
@@ -228,14 +226,14 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=7)
   parser.add_argument("--seconds", type=float, default=3.0, help="of a turn, at least")
   flags = parser.parse_args()
-  print(measuring.machine())
+  print(timing.machine())
   names = flags.workload.split(",")
   columns = [measure(name, flags) for name in names]
   rows = [[key, *(column[key] for column in columns)] for key in columns[0]]
-  print(f"\n{measuring.markdown(['', *names], rows)}")
+  print(f"\n{timing.markdown(['', *names], rows)}")
   print(
     f"\nmedian (range) of {flags.rounds} rounds, metrics written every {flags.log_every} steps; "
-    f"afterwards: {measuring.machine()}"
+    f"afterwards: {timing.machine()}"
   )
 
 

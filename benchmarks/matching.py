@@ -22,9 +22,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import measuring
 import numpy as np
 import optax
+import timing
 from scipy.optimize import linear_sum_assignment
 
 from vit_jax_zoo.registry import create_model
@@ -122,28 +122,28 @@ def main() -> None:
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
   flags = parser.parse_args()
-  print(measuring.machine("optax", "scipy"))
+  print(timing.machine("optax", "scipy"))
   rows = []
   for padded in map(int, flags.padded.split(",")):
     runs = solvers(*problem(flags.batch_size, padded, flags.objects))
     if flags.step:
       runs["step"] = training_step(flags, padded)
-    times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
+    times = timing.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
     wall = {name: [1e3 * t.wall for t in rounds] for name, rounds in times.items()}
-    row = [str(padded), *(measuring.spread(wall[name]) for name in runs)]
+    row = [str(padded), *(timing.spread(wall[name]) for name in runs)]
     if flags.step:
       row += [f"{_share(times, 'wall'):.2%}", f"{_share(times, 'cpu'):.2%}"]
     rows.append(row)
   header = ["targets, padded to", "ours, ms", "optax, ms", "scipy, ms"]
   header += [f"step of {flags.step}, ms", "ours / step", "in CPU time"] if flags.step else []
-  print(f"\n{measuring.markdown(header, rows)}")
+  print(f"\n{timing.markdown(header, rows)}")
   print(
     f"\n{flags.batch_size} images x {LAYERS} layers x {QUERIES} queries, {flags.objects} objects "
-    f"an image; median (range) of {flags.rounds} rounds; afterwards: {measuring.machine()}"
+    f"an image; median (range) of {flags.rounds} rounds; afterwards: {timing.machine()}"
   )
 
 
-def _share(times: dict[str, list[measuring.Seconds]], field: str) -> float:
+def _share(times: dict[str, list[timing.Seconds]], field: str) -> float:
   ours, step = ([getattr(t, field) for t in times[name]] for name in ("ours", "step"))
   return statistics.median(ours) / statistics.median(step)
 

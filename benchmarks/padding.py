@@ -16,7 +16,7 @@ import argparse
 import time
 
 import numpy as np
-from measuring import machine, markdown
+from timing import machine, markdown
 
 from vit_jax_zoo.data import buckets
 from vit_jax_zoo.data.transforms import build_transforms

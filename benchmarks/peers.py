@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory, too
 
 import numpy as np
-from beside.base import Setting, Side, job_of
+from implementations.base import Setting, Side, job_of
 
 
 class Size(NamedTuple):
@@ -62,7 +62,7 @@ class Size(NamedTuple):
 
 
 class Pair(NamedTuple):
-  """Who is compared: a function of `beside/ours.py`, and a module of `beside`."""
+  """Who is compared: a function of `implementations/ours.py`, and a module of `implementations`."""
 
   ours: str
   peer: str
@@ -96,8 +96,8 @@ PAIRS = {
     Size("detr_r50", 16, 800),
     ("transformers", "scipy"),
   ),
-  "ttsr": Pair("relevance", "plain_ttsr", Size("search", 1, 40), Size("search", 9, 40), ()),
-  "fpt": Pair("pyramid", "plain_fpt", Size("fpt_64", 2, 256), Size("fpt_256", 2, 512), ()),
+  "ttsr": Pair("relevance", "torch_ttsr", Size("search", 1, 40), Size("search", 9, 40), ()),
+  "fpt": Pair("pyramid", "torch_fpt", Size("fpt_64", 2, 256), Size("fpt_256", 2, 512), ()),
 }
 
 
@@ -145,7 +145,7 @@ def serve(pipe: Connection, function: Any, setting: Setting, cores: Sequence[int
   if cores:  # before the libraries count them
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
-  measuring = importlib.import_module("measuring")
+  timing = importlib.import_module("timing")
   side: Side | None = None
   while True:
     try:
@@ -158,9 +158,9 @@ def serve(pipe: Connection, function: Any, setting: Setting, cores: Sequence[int
         side = getattr(importlib.import_module(module), maker)(setting)
         answer = {**dataclasses.asdict(dataclasses.replace(side, runs={})), "runs": [*side.runs]}
       elif name == "count":
-        answer = measuring.steps_for(side.runs[args[0]], args[1])
+        answer = timing.steps_for(side.runs[args[0]], args[1])
       else:
-        answer = tuple(measuring.time_steps(side.runs[args[0]], args[1]))
+        answer = tuple(timing.time_steps(side.runs[args[0]], args[1]))
       pipe.send((True, answer))
     except Exception as error:
       traceback.print_exc()
@@ -192,7 +192,10 @@ def compare(name: str, setting: Setting, flags: argparse.Namespace) -> dict[str,
   cores = (
     sorted(os.sched_getaffinity(0))[: flags.threads] if hasattr(os, "sched_getaffinity") else []
   )
-  sides = {"ours": ("beside.ours", pair.ours), "peer": (f"beside.{pair.peer}", "side")}
+  sides = {
+    "ours": ("implementations.ours", pair.ours),
+    "peer": (f"implementations.{pair.peer}", "side"),
+  }
   workers: dict[str, Worker] = {}
   try:
     facts = {}
@@ -244,7 +247,7 @@ def ratios(times: dict[tuple[str, str], list[Any]]) -> list[dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
   """Returns the results as Markdown; the peer's fastest form of each job is marked."""
-  measuring = importlib.import_module("measuring")
+  timing = importlib.import_module("timing")
   header = ("pair, job", "peer", "ours, ms", "peer, ms", "peer / ours", "by CPU time", "differs")
   rows = []
   for result in results:
@@ -254,19 +257,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
       fastest[row["job"]] = min(middle, fastest.get(row["job"], middle))
     for row in result["ratios"]:
       best = statistics.median(row["peer_ms"]) == fastest[row["job"]]
-      ratio = measuring.spread(row["ratio"], ".2f")
+      ratio = timing.spread(row["ratio"], ".2f")
       rows.append(
         [
           f"{result['setting']['model']}, {row['job']}",
           row["form"],
-          measuring.spread(row["ours_ms"]),
-          measuring.spread(row["peer_ms"]),
+          timing.spread(row["ours_ms"]),
+          timing.spread(row["peer_ms"]),
           f"**{ratio}**" if best else ratio,
-          measuring.spread(row["cpu_ratio"], ".2f") if "cpu" in _kind(result) else "-",
+          timing.spread(row["cpu_ratio"], ".2f") if "cpu" in _kind(result) else "-",
           f"{max(result['differs'].values()):.0e}",
         ]
       )
-  return measuring.markdown(header, rows)
+  return timing.markdown(header, rows)
 
 
 def _kind(result: dict[str, Any]) -> str:
@@ -382,7 +385,7 @@ def _version(name: str) -> str:
 
 def _machine(results: Sequence[dict[str, Any]]) -> str:
   cores = len(available_cores()) or os.cpu_count()
-  cpu = importlib.import_module("measuring").cpu_name()
+  cpu = importlib.import_module("timing").cpu_name()
   gpus = {r["devices"]["ours"] for r in results if "cpu" not in _kind(r)}
   return ", ".join([*gpus, f"{cores} cores of {cpu}"])
 

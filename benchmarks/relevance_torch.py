@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-from beside.plain_ttsr import search, transfer
+from implementations.torch_ttsr import search, transfer
 
 _CHANNELS = (64, 128, 256)
 

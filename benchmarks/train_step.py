@@ -29,8 +29,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import measuring
 import numpy as np
+import timing
 
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.registry import create_model, sharding_rules
@@ -161,7 +161,7 @@ def matmul(dtype: str) -> Contestant:
   return Contestant(f"matmul {side}, {dtype}", run, 2 * side**3, 2 * side**3)
 
 
-def row(contestant: Contestant, times: list[measuring.Seconds], best: float) -> list[str]:
+def row(contestant: Contestant, times: list[timing.Seconds], best: float) -> list[str]:
   """Returns the cells of a contestant's row; `best` is the matrix product's FLOP/s."""
   wall = [t.wall for t in times]
   middle = statistics.median(wall)
@@ -172,8 +172,8 @@ def row(contestant: Contestant, times: list[measuring.Seconds], best: float) -> 
   seconds, memory = contestant.compile_seconds, contestant.temporary_bytes
   return [
     contestant.name,
-    measuring.spread([1e3 * t for t in wall]),
-    measuring.spread([contestant.images / t for t in wall]) if contestant.images else "-",
+    timing.spread([1e3 * t for t in wall]),
+    timing.spread([contestant.images / t for t in wall]) if contestant.images else "-",
     f"{cpu:.3g}" if jax.default_backend() == "cpu" else "-",
     f"{contestant.flops / 1e9:.4g}",
     f"{speed / 1e9:.4g}",
@@ -209,7 +209,7 @@ def _said(contestant: Contestant) -> Contestant:
 def main() -> None:
   """Compiles everything, measures in turns, prints the table."""
   flags = parse()
-  print(measuring.machine())
+  print(timing.machine())
   size, batch = flags.image_size, flags.batch_size
   print(f"{flags.model}, {batch} images of {size}x{size}, {flags.dtype}\n")
   with jax.set_mesh(sharding.create_mesh({"data": -1})):
@@ -217,11 +217,11 @@ def main() -> None:
     rows = [_said(c) for s in scans for r in flags.remat.split(",") for c in ours(flags, r, s)]
     rows.append(matmul(flags.dtype))
     runs = {contestant.name: contestant.run for contestant in rows}
-    times = measuring.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
+    times = timing.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
   best = rows[-1].flops / statistics.median(t.wall for t in times[rows[-1].name])
   cells = [row(c, times[c.name], best) for c in sorted(rows, key=lambda c: c.name.split(",")[0])]
-  print(measuring.markdown(HEADER, cells))
-  print(f"\nmedian (range) of {flags.rounds} rounds; afterwards: {measuring.machine()}")
+  print(timing.markdown(HEADER, cells))
+  print(f"\nmedian (range) of {flags.rounds} rounds; afterwards: {timing.machine()}")
 
 
 if __name__ == "__main__":

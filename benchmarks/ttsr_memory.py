@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from measuring import machine, markdown
+from timing import machine, markdown
 
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.ttsr.predictor import compiler_options

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from beside.base import Setting
+from implementations.base import Setting
 
 CHANNELS_LAST = ", channels last"
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from beside.base import Setting, Side
+from implementations.base import Setting, Side
 from vit_jax_zoo import export
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.registry import create_model, sharding_rules

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import transformers
 
-from beside import in_torch
-from beside.base import Setting, Side
+from implementations import torch_utils
+from implementations.base import Setting, Side
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -15,17 +15,17 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def side(setting: Setting) -> Side:
   """Trains (matching and losses of six layers included) and predicts; attention is fused."""
   batch = setting.inputs()
-  images = in_torch.placed(batch["image"])
+  images = torch_utils.placed(batch["image"])
   mean, std = (torch.tensor(x, device=images.device) for x in (_MEAN, _STD))
   columns = zip(batch["labels"], batch["boxes_cxcywh"], batch["is_target"], strict=True)
   targets = [
-    {"class_labels": in_torch.placed(ids[real]).long(), "boxes": in_torch.placed(boxes[real])}
+    {"class_labels": torch_utils.placed(ids[real]).long(), "boxes": torch_utils.placed(boxes[real])}
     for ids, boxes, real in columns
   ]
 
   def outputs(model: Any, labels: Any) -> Any:
     normal = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-    with in_torch.precision(setting):
+    with torch_utils.precision(setting):
       return model(normal, labels=labels)
 
   def make(form: str) -> dict[str, Callable[[int], None]]:
@@ -38,10 +38,10 @@ def side(setting: Setting) -> Side:
       plain.eval()
       torch.softmax(outputs(plain, None).logits.float(), dim=-1)[..., :-1].max(dim=-1)
 
-    step = in_torch.train_step(
+    step = torch_utils.train_step(
       plain, lambda: outputs(plain, targets).loss, weight_decay=1e-4, clip_norm=0.1
     )
-    return {"train": step, "predict": in_torch.repeated(predict)}
+    return {"train": step, "predict": torch_utils.repeated(predict)}
 
   plain = _load(setting).eval()
   # With auxiliary losses transformers' layers hand on what is normalised: as much work, but other
@@ -50,11 +50,11 @@ def side(setting: Setting) -> Side:
   with torch.no_grad():
     found = outputs(plain, None)
   answers = {"logits": found.logits, "boxes_cxcywh": found.pred_boxes}
-  runs, skipped = in_torch.tried(setting, make)
-  return Side(runs, in_torch.numpy(answers), in_torch.described(), skipped)
+  runs, skipped = torch_utils.tried(setting, make)
+  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
 
 
 def _load(setting: Setting) -> Any:
   model = transformers.DetrForObjectDetection.from_pretrained(setting.weights)
   model.config.auxiliary_loss = True
-  return model.to(in_torch.device())
+  return model.to(torch_utils.device())

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from beside import in_torch
-from beside.base import Setting, Side
+from implementations import torch_utils
+from implementations.base import Setting, Side
 
 
 def search(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def transfer(reference: torch.Tensor, index: torch.Tensor, scale: int, size: lis
 def side(setting: Setting) -> Side:
   """Searches, and transfers three levels; once more with gradients for all maps."""
   given = setting.inputs()
-  maps = [in_torch.placed(x.transpose(0, 3, 1, 2)) for x in given.values()]
+  maps = [torch_utils.placed(x.transpose(0, 3, 1, 2)) for x in given.values()]
   size = list(maps[0].shape[2:])
 
   def whole(queries: torch.Tensor, references: torch.Tensor, *levels: torch.Tensor) -> tuple:
@@ -51,7 +51,7 @@ def side(setting: Setting) -> Side:
     return index, relevance, *textures
 
   def make(form: str) -> dict[str, Callable[[int], None]]:
-    run = in_torch.maybe_compiled(whole, form)
+    run = torch_utils.maybe_compiled(whole, form)
 
     @torch.inference_mode()
     def forward() -> None:
@@ -62,8 +62,8 @@ def side(setting: Setting) -> Side:
       sum(x.sum() for x in run(*asked)[1:]).backward()
 
     return {
-      "search": in_torch.repeated(forward),
-      "search and gradient": in_torch.repeated(gradient),
+      "search": torch_utils.repeated(forward),
+      "search and gradient": torch_utils.repeated(gradient),
     }
 
   with torch.no_grad():
@@ -73,5 +73,5 @@ def side(setting: Setting) -> Side:
   answers |= {
     f"texture {s}": x.permute(0, 2, 3, 1) for s, x in zip((1, 2, 4), textures, strict=True)
   }
-  runs, skipped = in_torch.tried(setting, make)
-  return Side(runs, in_torch.numpy(answers), in_torch.described(), skipped)
+  runs, skipped = torch_utils.tried(setting, make)
+  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from beside import in_torch
-from beside.base import Setting, Side
+from implementations import torch_utils
+from implementations.base import Setting, Side
 
 LEVELS = (2, 3, 4, 5)
 PARTS = 2
@@ -110,41 +110,41 @@ class PlainFpt(nn.Module):
 
 def side(setting: Setting) -> Side:
   """Computes the pyramid, and the gradients for parameters and maps."""
-  levels = [in_torch.placed(x.transpose(0, 3, 1, 2)) for x in setting.inputs().values()]
+  levels = [torch_utils.placed(x.transpose(0, 3, 1, 2)) for x in setting.inputs().values()]
 
   def make(form: str) -> dict[str, Callable[[int], None]]:
     plain = _load(setting)
     maps = levels
-    if form.endswith(in_torch.CHANNELS_LAST):
+    if form.endswith(torch_utils.CHANNELS_LAST):
       plain = plain.to(memory_format=torch.channels_last)
       maps = [x.to(memory_format=torch.channels_last) for x in levels]
-    model = in_torch.maybe_compiled(plain, form)
+    model = torch_utils.maybe_compiled(plain, form)
 
     @torch.inference_mode()
     def forward() -> None:
       plain.eval()
-      with in_torch.precision(setting):
+      with torch_utils.precision(setting):
         model(maps)
 
     def gradient() -> None:
       plain.train()
       asked = [x.detach().requires_grad_() for x in maps]
-      with in_torch.precision(setting):
+      with torch_utils.precision(setting):
         results = model(asked)
       sum((x.float() ** 2).sum() for x in results).backward()
       plain.zero_grad(set_to_none=True)
 
     return {
-      "forward": in_torch.repeated(forward),
-      "forward and backward": in_torch.repeated(gradient),
+      "forward": torch_utils.repeated(forward),
+      "forward and backward": torch_utils.repeated(gradient),
     }
 
   with torch.no_grad():
     found = _load(setting).eval()(levels)
   answers = {f"p{i}": x.permute(0, 2, 3, 1) for i, x in zip(LEVELS, found, strict=True)}
-  forms = tuple(f + last for f in setting.forms for last in ("", in_torch.CHANNELS_LAST))
-  runs, skipped = in_torch.tried(setting, make, forms)
-  return Side(runs, in_torch.numpy(answers), in_torch.described(), skipped)
+  forms = tuple(f + last for f in setting.forms for last in ("", torch_utils.CHANNELS_LAST))
+  runs, skipped = torch_utils.tried(setting, make, forms)
+  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
 
 
 def _load(setting: Setting) -> PlainFpt:
@@ -153,4 +153,4 @@ def _load(setting: Setting) -> PlainFpt:
   missing = model.load_state_dict(state, strict=False).missing_keys
   if missing:
     raise ValueError(f"the exported FPT lacks {', '.join(missing[:3])}")
-  return model.to(in_torch.device())
+  return model.to(torch_utils.device())

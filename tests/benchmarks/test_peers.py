@@ -13,12 +13,12 @@ import pytest
 
 from tests.command import environment
 
-BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 SIDES = """
 import time
 import numpy as np
-from beside.base import Side
+from implementations.base import Side
 
 
 def ours(setting):
@@ -107,7 +107,7 @@ def test_a_side_that_fails_is_one_line(peers, monkeypatch, tmp_path, capfd):
   ("name", "published"), [("efficientnet_b0", 5_288_548), ("efficientnet_b6", 43_040_704)]
 )
 def test_the_efficientnets_to_compile_beside_ours_have_their_published_parameters(name, published):
-  from beside import efficientnet
+  from implementations import efficientnet
 
   model = efficientnet.create(name)
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), "float32")

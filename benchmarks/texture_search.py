@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from measuring import machine, spread
+from timing import machine, spread
 
 from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer
 

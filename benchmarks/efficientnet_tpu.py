@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags
-from beside import efficientnet
-from for_tpu import compile_for_core
+from implementations import efficientnet
+from tpu_compile import compile_for_core
 
 from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.report import gib, seconds

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from flax import linen as nn
-from for_tpu import compile_for_core
+from tpu_compile import compile_for_core
 
 from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.report import gib, seconds

@@ -13,8 +13,8 @@ import transformers
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from transformers.models.imagegpt.modeling_imagegpt import ImageGPTAttention
 
-from beside import in_torch
-from beside.base import Setting, Side
+from implementations import torch_utils
+from implementations.base import Setting, Side
 
 FUSED = ", fused"
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -22,36 +22,36 @@ _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 def side(setting: Setting) -> Side:
   """Trains on whole images, and draws the last pixels of some."""
-  tokens = in_torch.placed(setting.inputs()["tokens"]).long()
+  tokens = torch_utils.placed(setting.inputs()["tokens"]).long()
 
   def make(form: str) -> dict[str, Callable[[int], None]]:
     plain = load(setting.weights, fused=form.endswith(FUSED))
-    model = in_torch.maybe_compiled(plain, form)
+    model = torch_utils.maybe_compiled(plain, form)
 
     def loss() -> torch.Tensor:
-      with in_torch.precision(setting):
+      with torch_utils.precision(setting):
         return _loss(model, tokens)
 
-    runs = {"train": in_torch.train_step(plain, loss)}
+    runs = {"train": torch_utils.train_step(plain, loss)}
     if form == "eager":  # generate with a growing cache would be compiled anew at each length
       drawing = load(setting.weights).eval()
       if setting.dtype == "bfloat16":
         drawing = drawing.to(torch.bfloat16)  # faster than autocast, which casts at every step
-      runs["draw"] = in_torch.repeated(lambda: draw(drawing, tokens, setting.pixels))
+      runs["draw"] = torch_utils.repeated(lambda: draw(drawing, tokens, setting.pixels))
     return runs
 
   with torch.no_grad():
     plain = load(setting.weights).eval()
     answers = {"logits": logits(plain, tokens), "training loss": _loss(plain, tokens)}
   fused = tuple(form + FUSED for form in setting.forms)
-  runs, skipped = in_torch.tried(setting, make, setting.forms + fused)
-  return Side(runs, in_torch.numpy(answers), in_torch.described(), skipped)
+  runs, skipped = torch_utils.tried(setting, make, setting.forms + fused)
+  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
 
 
 def load(weights: str, *, fused: bool = False) -> torch.nn.Module:
   """Returns the model of an exported folder, without dropout."""
   kind = transformers.ImageGPTForCausalImageModeling
-  model = kind.from_pretrained(weights, **_NO_DROPOUT).to(in_torch.device())
+  model = kind.from_pretrained(weights, **_NO_DROPOUT).to(torch_utils.device())
   for module in model.modules() if fused else ():
     if isinstance(module, ImageGPTAttention):
       module._attn = _fused_attention
