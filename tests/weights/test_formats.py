@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
+from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.weights import WeightsError, load_into, tf_bundle
 from vit_jax_zoo.weights.formats import FORMATS, find_format, read_checkpoint
@@ -23,10 +23,7 @@ def lambda_file(name):
 
 
 def bundle(name):
-  folder = LARGE_GOLDENS / name / "tf1_ckpt"
-  if not folder.is_dir():
-    pytest.skip("the TensorFlow checkpoints are not in ../shared/golden")
-  return str(folder)
+  return str(golden_folder(name) / "tf1_ckpt")
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS, LARGE_GOLDENS, golden_folder
+from tests.conftest import GOLDENS, golden_folder
 from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
@@ -146,9 +146,7 @@ def test_transformers_computes_our_vits(fields, tmp_path):
 
 def test_transformers_computes_openais_igpt(tmp_path, load_golden):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-  folder = LARGE_GOLDENS / "igpt_tf_a" / "tf1_ckpt"
-  if not folder.is_dir():
-    pytest.skip("the TensorFlow checkpoints are not in ../shared/golden")
+  folder = golden_folder("igpt_tf_a") / "tf1_ckpt"
   _, inputs, outputs = load_golden("igpt_tf_a")
   export.write(load_pretrained(str(folder)), "hf", str(tmp_path))
   model = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()

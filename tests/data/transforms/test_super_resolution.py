@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from configs import ttsr
-from tests.conftest import LARGE_GOLDENS
 from vit_jax_zoo.data.transforms.super_resolution import (
   REFERENCES,
   TARGETS,
@@ -74,12 +73,9 @@ def test_golden_resizes(load_golden):
     np.testing.assert_array_equal(enlarge(small, whole), outputs[f"pil_up4_{i}"])
 
 
-def test_golden_training_pictures():
-  """What the official data code makes of a picture of its training set."""
-  folder = LARGE_GOLDENS / "ttsr_fn_a"
-  if not folder.is_dir():
-    pytest.skip("the fixture ttsr_fn_a is whole in ../shared/golden alone")
-  inputs, outputs = np.load(folder / "inputs.npz"), np.load(folder / "outputs.npz")
+def test_golden_training_pictures(load_golden):
+  """Low-resolution, upsampled and reference images of the official training data set."""
+  _, inputs, outputs = load_golden("ttsr_fn_a")
   example = {"image": inputs["train_hr_u8"], "reference": inputs["train_ref_u8"]}
   found = SuperResolutionPair(reference_side=160)(example, rng())
   names = {"low_res_image": "LR", "upsampled_image": "LR_sr", "blurred_ref_image": "Ref_sr"}

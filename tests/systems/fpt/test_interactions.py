@@ -8,7 +8,6 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
-from tests.torch_zip import read_pth
 from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.systems.fpt import official
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
@@ -116,7 +115,7 @@ MODULES = (
 def test_golden_of_the_codes_modules(load_golden, name):
   config, inputs, outputs = load_golden("fpt_modules_a")
   module, rows = official_module(name, config["modules"][name])
-  weights = read_pth(golden_folder("fpt_modules_a") / "weights.pth")
+  weights = load_file(golden_folder("fpt_modules_a") / "weights.safetensors")
   published = {key: array for key, array in weights.items() if key.split(".")[0] == name}
   names = {
     "st": ["x"],
@@ -141,7 +140,7 @@ def test_golden_of_the_codes_modules(load_golden, name):
 def test_golden_of_the_codes_windows(load_golden, name):
   config, inputs, outputs = load_golden("fpt_modules_a")
   config = config["modules"][name]
-  weights = read_pth(golden_folder("fpt_modules_a") / "weights.pth")
+  weights = load_file(golden_folder("fpt_modules_a") / "weights.safetensors")
   own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(f"{name}.")}
 
   def dense(key):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
-from tests.torch_zip import read_pth
 from vit_jax_zoo.nn.resnet import ResNet
 from vit_jax_zoo.systems.rcnn import losses
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
@@ -18,7 +18,7 @@ from vit_jax_zoo.weights.load import flatten_variables, unflatten_variables
 
 @pytest.fixture(scope="module")
 def weights():
-  return read_pth(golden_folder("fpt_det_a") / "weights.pth")
+  return load_file(golden_folder("fpt_det_a") / "weights.safetensors")
 
 
 def to_ours(maps):

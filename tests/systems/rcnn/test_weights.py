@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
-from tests.torch_zip import read_pth
 from vit_jax_zoo import export
 from vit_jax_zoo.inference.load import load, load_pretrained
 from vit_jax_zoo.systems.rcnn import weights_classes as rcnn_classes
@@ -198,10 +197,8 @@ def test_older_names_of_torchvisions_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", [pytest.param("fpt_a", marks=pytest.mark.slow), "fpt_gn_a"])
 def test_an_fpt_alone_comes_back_bit_for_bit(name, tmp_path, monkeypatch):
-  published = read_pth(golden_folder(name) / "weights.pth")
-  path = str(tmp_path / "fpt.safetensors")
-  save_file(published, path)
-  loaded = load_pretrained(path)
+  path = str(golden_folder(name) / "weights.safetensors")
+  published, loaded = load_file(path), load_pretrained(path)
   export.write(loaded, "pth", str(tmp_path / "again.safetensors"))
   written = load_file(tmp_path / "again.safetensors")
   assert written.keys() == published.keys()
@@ -243,7 +240,7 @@ def _task_with(model, file):
   ],
 )
 def test_problems_of_an_fpt_are_one_line(change, message, tmp_path):
-  published = read_pth(golden_folder("fpt_a") / "weights.pth")
+  published = load_file(golden_folder("fpt_a") / "weights.safetensors")
   save_file(change(dict(published)), tmp_path / "fpt.safetensors")
   with pytest.raises(WeightsError, match=message) as caught:
     load_pretrained(str(tmp_path / "fpt.safetensors"))

@@ -9,7 +9,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
-from tests.torch_zip import read_pth
 from vit_jax_zoo.nn.resnet import ResNet
 from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
 from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
@@ -46,7 +45,7 @@ def test_a_task_names_its_files_for_backbone_and_neck():
 
 def official_backbone():
   """The official code's own arrays, and a network that has them as its backbone."""
-  arrays = read_pth(golden_folder("fpt_det_a") / "weights.pth")
+  arrays = load_file(golden_folder("fpt_det_a") / "weights.safetensors")
   own = {k.split("conv_body.")[1]: a for k, a in arrays.items() if "Conv_Body.conv_body." in k}
   return arrays, own
 
