@@ -25,7 +25,6 @@ def model_of(config, **overrides):
     "decoder_depth": config["dec_layers"],
     "num_heads": config["nheads"],
     "mlp_dim": config["dim_feedforward"],
-    "pre_norm": config["pre_norm"],
     "position_embedding": config["position_embedding"],
     "mask_head": config["masks"],
     "dropout_rate": 0.0,

@@ -265,7 +265,7 @@ def test_evaluators_follow_the_fields():
   assert isinstance(evaluator, PanopticEvaluator)
   assert (evaluator.quality.stuff_from, evaluator.class_names) == (2, ("a", "b"))
   assert panoptic.best_metric == "pq"
-  with pytest.raises(ValueError, match="the model has no mask head; set mask_head"):
+  with pytest.raises(ValueError, match=r"stuff_from.*mask_head"):
     create_task("detection", TinyDetector(), **fields, stuff_from=2).evaluator()
 
 
@@ -328,10 +328,10 @@ def test_many_devices_compute_the_same_loss(task, variables, value_and_grad):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"num_classes": 0}, "num_classes must be positive"),
-    ({"num_classes": 4, "giou_weight": -1.0}, "giou_weight must not be negative"),
-    ({"num_classes": 4, "score_threshold": 1.5}, r"must lie in \[0, 1\]"),
-    ({"num_classes": 1, "class_names": ["a", "b"]}, "2 class_names were given for class ids"),
+    ({"num_classes": 0}, "num_classes"),
+    ({"num_classes": 4, "giou_weight": -1.0}, "giou_weight"),
+    ({"num_classes": 4, "score_threshold": 1.5}, "score_threshold"),
+    ({"num_classes": 1, "class_names": ["a", "b"]}, "class_names: 2"),
   ],
 )
 def test_wrong_fields_are_one_clear_line(fields, message):
@@ -342,7 +342,7 @@ def test_wrong_fields_are_one_clear_line(fields, message):
 
 def test_a_model_with_other_classes_is_refused(variables):
   task = create_task("detection", TinyDetector(), num_classes=91)
-  with pytest.raises(ValueError, match="the model has 4 classes beside 'no object'"):
+  with pytest.raises(ValueError, match="num_classes: the model has 4, the task 91"):
     task.predict(variables, make_batch())
 
 
@@ -350,5 +350,5 @@ def test_a_mask_head_needs_masks(load_golden):
   config, predictions, batch, _ = official_problem(load_golden)
   del batch["masks"]
   task = create_task("detection", Echo(predictions), num_classes=config["num_classes"])
-  with pytest.raises(ValueError, match="the batch has no 'masks'"):
+  with pytest.raises(ValueError, match="masks: missing"):
     jax.eval_shape(lambda b: task.loss({"params": {}}, b, make_context(task, b)), batch)

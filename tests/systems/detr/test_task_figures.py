@@ -1,4 +1,4 @@
-"""What detection draws beside boxes: where queries look, and segments."""
+"""Attention maps and panoptic segments in the figures of the detection task."""
 
 import jax
 import numpy as np
@@ -6,8 +6,8 @@ import pytest
 
 from tests.systems.detr.tiny import TinyDetector
 from vit_jax_zoo.systems.detr.model import Detr
+from vit_jax_zoo.systems.detr.task import last_attention
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.tasks.detection_utils import last_attention
 
 
 def test_the_last_layers_attention_scanned_or_unrolled():
@@ -61,5 +61,5 @@ def test_segments_are_drawn_and_scored_above_the_threshold():
   evaluator = task.evaluator()
   evaluator.add(batch, predictions)
   assert evaluator.result()["pq"] == pytest.approx(1.0)
-  with pytest.raises(ValueError, match="segment_threshold must lie in"):
+  with pytest.raises(ValueError, match="segment_threshold"):
     create_task("detection", TinyDetector(), num_classes=4, segment_threshold=2.0)

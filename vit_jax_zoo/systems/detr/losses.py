@@ -1,8 +1,10 @@
-"""The parts of DETR's set loss: what a pair costs, and what is learned from matched pairs.
+"""DETR's matching cost and losses, in the order of the paper (arXiv:2005.12872, 3.1 and A.2).
 
-Carion et al., arXiv:2005.12872, Eq. 1 and 2, sections A.1 and A.2. Sums, not means: who calls
-divides by what the whole batch, on all devices, has.
+Losses are per query, target or image: the task divides their sums by counts of the whole step.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, generalized_iou, pairwise_generalized_iou
+from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.detection_utils import image_size, is_target, target_boxes
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv:1708.02002
 
@@ -22,26 +26,25 @@ def matching_cost(
   *,
   weights: tuple[float | int, float | int, float | int],
 ) -> Float[Array, "*b q t"]:
-  """Returns what giving target t to query q costs (Eq. 1 and the text after it).
+  """Returns the cost of assigning target t to query q (L_match of Eq. 1).
 
   Args:
     logits: of the classes and, last, of "no object".
-    boxes_cxcywh: predicted, in shares of the image.
-    labels: of the targets; what lies outside the classes counts as the nearest one.
-    target_boxes_cxcywh: of the targets.
-    weights: of the class's probability, of the boxes' L1 distance, of their generalised IoU.
+    boxes_cxcywh: predicted boxes, relative to the image.
+    labels: class ids of the targets; ids out of range are clipped.
+    target_boxes_cxcywh: boxes of the targets.
+    weights: of the class probability, the boxes' L1 distance and their generalised IoU.
   """
-  probabilities = jax.nn.softmax(logits, axis=-1)
-  wanted = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None, :]
-  pairs = (*boxes_cxcywh.shape[:-1], labels.shape[-1])
-  chance = jnp.take_along_axis(probabilities, jnp.broadcast_to(wanted, pairs), axis=-1)
+  by_class, by_distance, by_overlap = weights
+  index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None, :]
+  index = jnp.broadcast_to(index, (*boxes_cxcywh.shape[:-1], labels.shape[-1]))
+  probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), index, axis=-1)
   offset = boxes_cxcywh[..., :, None, :] - target_boxes_cxcywh[..., None, :, :]
+  distance = jnp.sum(jnp.abs(offset), axis=-1)
   overlap = pairwise_generalized_iou(
     cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh)
   )
-  by_class, by_distance, by_overlap = weights
-  distance = jnp.sum(jnp.abs(offset), axis=-1)
-  return by_distance * distance - by_class * chance - by_overlap * overlap
+  return by_distance * distance - by_class * probability - by_overlap * overlap
 
 
 def class_losses(
@@ -50,18 +53,15 @@ def class_losses(
   target_of_query: Int[Array, "*b q"],
   no_object_weight: float,
 ) -> tuple[Float[Array, "*b q"], Float[Array, "*b q"]]:
-  """Returns each query's weighted cross-entropy, and its weight.
+  """Returns the weighted cross-entropy of each query, and its weight (Eq. 2, first term).
 
-  A query without a target is to say "no object", the last class, with a small weight: there are
-  many of them.
+  A query without a target has the class "no object", the last, with the weight `no_object_weight`.
   """
-  no_object = logits.shape[-1] - 1
   matched = target_of_query >= 0
-  wanted = jnp.where(matched, take_targets(labels, target_of_query), no_object)
+  label = jnp.where(matched, take_targets(labels, target_of_query), logits.shape[-1] - 1)
   log_p = jax.nn.log_softmax(logits, axis=-1)
-  losses = -jnp.take_along_axis(log_p, wanted[..., None], axis=-1)[..., 0]
   weights = jnp.where(matched, 1.0, no_object_weight)
-  return weights * losses, weights
+  return -weights * jnp.take_along_axis(log_p, label[..., None], axis=-1)[..., 0], weights
 
 
 def box_losses(
@@ -69,41 +69,15 @@ def box_losses(
   target_boxes_cxcywh: Float[Array, "*b t 4"],
   target_of_query: Int[Array, "*b q"],
 ) -> tuple[Float[Array, "*b q"], Float[Array, "*b q"]]:
-  """Returns L1 distance and 1 - generalised IoU of each query and its target, 0 without one."""
-  matched = target_of_query >= 0
-  wanted = jnp.where(matched[..., None], take_targets(target_boxes_cxcywh, target_of_query), 0.5)
-  distance = jnp.sum(jnp.abs(boxes_cxcywh - wanted), axis=-1)
-  overlap = generalized_iou(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(wanted))
-  return jnp.where(matched, distance, 0.0), jnp.where(matched, 1 - overlap, 0.0)
+  """Returns the L1 and the generalised IoU loss of each query (L_box of Eq. 2; L_iou of A.2).
 
-
-def covering_target(
-  points: Float[Array, "b n 2"],
-  target_boxes_cxcywh: Float[Array, "b t 4"],
-  is_target: Bool[Array, "b t"],
-) -> Int[Array, "b n"]:
-  """Returns the index of the smallest target around each point (x, y), -1 where there is none.
-
-  As FCOS assigns its locations, Tian et al., arXiv:1904.01355, section 3.1.
+  Both are 0 for a query without a target.
   """
-  if not is_target.shape[1]:
-    return jnp.full(points.shape[:2], -1, jnp.int32)
-  offset = jnp.abs(points[:, :, None] - target_boxes_cxcywh[:, None, :, :2])
-  inside = jnp.all(offset <= 0.5 * target_boxes_cxcywh[:, None, :, 2:], axis=-1)
-  inside &= is_target[:, None]
-  area = jnp.prod(target_boxes_cxcywh[..., 2:], axis=-1)[:, None]
-  smallest = jnp.argmin(jnp.where(inside, area, jnp.inf), axis=-1)
-  return jnp.where(jnp.any(inside, axis=-1), smallest, -1).astype(jnp.int32)
-
-
-def take_targets(values: Array, target_of_query: Int[Array, "*b q"]) -> Array:
-  """Returns the row of `values` [*b t ...] for every query; any row where it has no target."""
-  trailing = values.ndim - target_of_query.ndim
-  if values.shape[target_of_query.ndim - 1] == 0:
-    shape = (*target_of_query.shape, *values.shape[target_of_query.ndim :])
-    return jnp.zeros(shape, values.dtype)
-  index = jnp.maximum(target_of_query, 0).reshape(*target_of_query.shape, *(1,) * trailing)
-  return jnp.take_along_axis(values, index, axis=target_of_query.ndim - 1)
+  matched = target_of_query >= 0
+  targets = jnp.where(matched[..., None], take_targets(target_boxes_cxcywh, target_of_query), 0.5)
+  distance = jnp.sum(jnp.abs(boxes_cxcywh - targets), axis=-1)
+  overlap = generalized_iou(cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(targets))
+  return jnp.where(matched, distance, 0.0), jnp.where(matched, 1 - overlap, 0.0)
 
 
 def mask_losses(
@@ -111,30 +85,27 @@ def mask_losses(
   masks: Bool[Array, "b t h w"],
   query_of_target: Int[Array, "b t"],
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-  """Returns focal loss (mean over pixels) and dice loss of each target's mask, 0 without a query.
+  """Returns the focal and the dice loss of each target's mask (4.4, A.2), 0 without a query.
 
-  Predictions are enlarged to the targets' size. Padding counts as background, as in the paper's
-  code. Targets go through one by one, and again in the backward pass: at 800 x 1333 pixels the
-  masks of a hundred take gigabytes.
+  Predictions are resized to the size of the targets, with padding as background, as in the official
+  code. Targets are processed one after the other and recomputed in the backward pass: at 800 x 1333
+  pixels the masks of a hundred targets take gigabytes.
   """
-  size = masks.shape[2:]
 
   @jax.checkpoint
   def one_target(
     arguments: tuple[Bool[Array, "b h w"], Int[Array, " b"]],
   ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    target, query = arguments
+    mask, query = arguments
+    target, matched = mask.astype(jnp.float32), query >= 0
     index = jnp.maximum(query, 0)[:, None, None, None]
     logits = jnp.take_along_axis(mask_logits, index, axis=1)[:, 0]
-    logits = jax.image.resize(logits, (len(logits), *size), "linear", antialias=False)
-    wanted = target.astype(jnp.float32)
-    matched = query >= 0
-    focal, dice = focal_loss(logits, wanted), dice_loss(logits, wanted)
+    logits = jax.image.resize(logits, target.shape, "linear", antialias=False)
+    focal, dice = focal_loss(logits, target), dice_loss(logits, target)
     return jnp.where(matched, focal, 0.0), jnp.where(matched, dice, 0.0)
 
   if not masks.shape[1]:
-    nothing = jnp.zeros(query_of_target.shape)
-    return nothing, nothing
+    return jnp.zeros(query_of_target.shape), jnp.zeros(query_of_target.shape)
   focal, dice = jax.lax.map(one_target, (jnp.moveaxis(masks, 1, 0), query_of_target.T))
   return focal.T, dice.T
 
@@ -150,8 +121,88 @@ def focal_loss(
 def dice_loss(
   logits: Float[Array, "*b h w"], targets: Float[Array, "*b h w"]
 ) -> Float[Array, "*b"]:
-  """Returns 1 - (2 sum p t + 1) / (sum p + sum t + 1). Milletari et al., arXiv:1606.04797."""
+  """Returns 1 - (2 sum p t + 1) / (sum p + sum t + 1) (L_DICE of A.2)."""
   probabilities = jax.nn.sigmoid(logits)
   both = jnp.sum(probabilities * targets, axis=(-2, -1))
   either = jnp.sum(probabilities, axis=(-2, -1)) + jnp.sum(targets, axis=(-2, -1))
   return 1 - (2 * both + 1) / (either + 1)
+
+
+def dense_auxiliary_loss(
+  outputs: Mapping[str, Any],
+  batch: base.Batch,
+  *,
+  weights: tuple[float | int, float | int, float | int],
+  no_object_weight: float,
+) -> Float[Array, " b"]:
+  """Returns each image's loss of the heads' predictions for the encoder's tokens.
+
+  Not in the paper. The target of a token is the smallest box around its centre. Classes are
+  averaged over tokens by their weights, boxes over the tokens with a target.
+
+  Args:
+    outputs: `cell_logits` [b i j k] and `cell_boxes_cxcywh` [b i j 4].
+    batch: that of the detection task.
+    weights: of the class loss, the L1 and the generalised IoU loss.
+    no_object_weight: weight of a token without a target in the class loss.
+
+  Raises:
+    ValueError: `outputs` lacks the predictions.
+  """
+  if "cell_logits" not in outputs:
+    raise ValueError(
+      "cell_weight: the model has no predictions for the encoder's tokens; set "
+      "model.cell_predictions=True, or cell_weight=0"
+    )
+  rows, height, width, classes = outputs["cell_logits"].shape
+  logits = outputs["cell_logits"].reshape(rows, -1, classes).astype(jnp.float32)
+  boxes = outputs["cell_boxes_cxcywh"].reshape(rows, -1, 4)
+  targets = target_boxes(batch)
+  of_token = covering_target(token_centers(batch, (height, width)), targets, is_target(batch))
+  by_class, by_distance, by_overlap = weights
+  class_loss, of_class = class_losses(
+    logits, jnp.asarray(batch["labels"]), of_token, no_object_weight
+  )
+  distance, overlap = box_losses(boxes, targets, of_token)
+  covered = jnp.maximum(jnp.sum(of_token >= 0, axis=1), 1)
+  box_loss = jnp.sum(by_distance * distance + by_overlap * overlap, axis=1) / covered
+  return by_class * jnp.sum(class_loss, axis=1) / jnp.sum(of_class, axis=1) + box_loss
+
+
+def covering_target(
+  points: Float[Array, "b n 2"],
+  target_boxes_cxcywh: Float[Array, "b t 4"],
+  is_target: Bool[Array, "b t"],
+) -> Int[Array, "b n"]:
+  """Returns the index of the smallest target around each point (x, y), -1 without one.
+
+  As FCOS assigns its locations, Tian et al., arXiv:1904.01355, section 3.1.
+  """
+  if not is_target.shape[1]:
+    return jnp.full(points.shape[:2], -1, jnp.int32)
+  offset = jnp.abs(points[:, :, None] - target_boxes_cxcywh[:, None, :, :2])
+  inside = jnp.all(offset <= 0.5 * target_boxes_cxcywh[:, None, :, 2:], axis=-1)
+  inside &= is_target[:, None]
+  area = jnp.prod(target_boxes_cxcywh[..., 2:], axis=-1)[:, None]
+  smallest = jnp.argmin(jnp.where(inside, area, jnp.inf), axis=-1)
+  return jnp.where(jnp.any(inside, axis=-1), smallest, -1).astype(jnp.int32)
+
+
+def token_centers(batch: base.Batch, grid: tuple[int, int]) -> Float[Array, "b n 2"]:
+  """Returns the centres (x, y) of a map's tokens, row by row, relative to the unpadded image."""
+  rows = (jnp.arange(grid[0]) + 0.5) / grid[0]
+  columns = (jnp.arange(grid[1]) + 0.5) / grid[1]
+  centers = jnp.stack(jnp.meshgrid(columns, rows), axis=-1).reshape(1, -1, 2)
+  padded = jnp.asarray(batch["image"].shape[1:3], jnp.float32)
+  scale = padded[None] / jnp.maximum(image_size(batch), 1)
+  return centers * scale[:, None, ::-1]
+
+
+def take_targets(values: Array, target_of_query: Int[Array, "*b q"]) -> Array:
+  """Returns the row of `values` [*b t ...] of every query's target; any row without a target."""
+  axis = target_of_query.ndim - 1
+  if values.shape[axis] == 0:
+    return jnp.zeros((*target_of_query.shape, *values.shape[axis + 1 :]), values.dtype)
+  trailing = (1,) * (values.ndim - axis - 1)
+  index = jnp.maximum(target_of_query, 0).reshape(*target_of_query.shape, *trailing)
+  return jnp.take_along_axis(values, index, axis=axis)

@@ -1,19 +1,19 @@
 """DETR. Carion et al., "End-to-End Object Detection with Transformers", arXiv:2005.12872.
 
-A backbone, a Transformer, and as many predictions as there are object queries: a class, or "no
-object", and a box for each. No anchors, no suppression of duplicates.
+Modules in the order of the paper: `Detr` (section 3.2, figure 2, listing 1), `Transformer` (A.3,
+figure 10), sine position embeddings (A.4), mask head (section 4.4, figure 8).
 
-`num_classes` is the highest class id + 1 where ids are used as they are: 91 for COCO, whose 80
+`num_classes` is the highest class id + 1, as dataset ids are used unchanged: 91 for COCO, whose 80
 classes have ids up to 90. The last logit, one more, is "no object".
 
-Images of a batch are padded to one size at the right and bottom. As in the paper's code the padding
-is zero where it enters the backbone, but not behind the first bias in it, so that what lies beside
-an image's border touches its features there: predictions depend, a little, on the padding (much in
-the DC5 variants, whose published weights have seen none). `masked_backbone` keeps it zero
-throughout: an image is then seen as if it came alone.
+Images of a batch are padded to one size at the right and bottom. As in the official code the
+padding is zero at the input of the backbone, but not after its first norm, so predictions depend
+slightly on the amount of padding. `masked_backbone` zeroes the padding after every norm: an image
+then has the predictions that it has without padding.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,23 +24,19 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from vit_jax_zoo.errors import part_fields, unknown_name
-from vit_jax_zoo.nn.attention import Implementation
+from vit_jax_zoo.nn.attention import NEGATIVE, Implementation, MultiHeadAttention, key_padding_mask
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ResNet
+from vit_jax_zoo.nn.transformer import Mlp, rematerialize
 from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.resize import resize_nearest
-from vit_jax_zoo.systems.detr.mask_head import MaskAttention, MaskHead
-from vit_jax_zoo.systems.detr.transformer import DecoderLayer, EncoderDecoder, fan_in_uniform
+from vit_jax_zoo.ops.sharding import shard_batch
 
 
 def _variant(depth: int, output_stride: int = 32, **fields: Any) -> dict[str, Any]:
-  return {
-    "backbone": {"blocks": RESNET_BLOCKS[depth], "output_stride": output_stride},
-    **fields,
-  }
+  return {"backbone": {"blocks": RESNET_BLOCKS[depth], "output_stride": output_stride}, **fields}
 
 
-# COCO's things and stuff, ids as they are: the highest is 200, the published weights have room.
-_PANOPTIC = {"num_classes": 250, "mask_head": True}
+_PANOPTIC = {"num_classes": 250, "mask_head": True}  # COCO's ids of things and stuff go up to 200
 
 VARIANTS: dict[str, dict[str, Any]] = {  # Table 1; Table 5 for the panoptic ones
   "detr_r50": _variant(50),
@@ -70,30 +66,27 @@ MAX_LEARNED_POSITIONS = 50  # rows and columns of the learned tables
 
 
 class Detr(nn.Module):
-  """Finds objects as a set (section 3.2, figure 2).
+  """Backbone, encoder-decoder Transformer, class and box heads (section 3.2, figure 2).
 
   Attributes:
     num_classes: highest class id + 1; see the module's docstring.
-    num_queries: how many objects it can find in an image, N in the paper.
-    width: of the Transformer, d.
-    encoder_depth: number of encoder layers.
-    decoder_depth: number of decoder layers.
-    num_heads: of every attention.
-    mlp_dim: hidden width of the layers' perceptrons.
-    decoder: fields of the decoder's layers where they differ from the encoder's, such as
-      {"mlp_dim": 1024}; None: they are alike, as in the paper.
-    dropout_rate: in the Transformer.
-    pre_norm: norms before attention and perceptron in place of after the sum.
-    position_embedding: "sine", or "learned" (at most 50 rows and columns of features).
-    mask_head: also predicts masks (section 4.4).
-    cell_predictions: also asks class and box heads what they see in every cell of the encoder's
-      map, for `Detection.cell_weight`; there is nothing to learn in addition. Not in the paper.
-    backbone: fields of `ResNet`, over batch norms that are frozen. "output_stride" 16 is DC5.
-    masked_backbone: see the module's docstring; with published weights, predictions of images
-      without padding stay what they are. The mask head's own convolutions see the padding.
+    num_queries: number of object queries, N (Tables 1 and 5: 100).
+    width: of the Transformer, d (A.4: 256).
+    encoder_depth: number of encoder layers (Table 2).
+    decoder_depth: number of decoder layers (figure 4).
+    num_heads: of every attention (A.4: 8).
+    mlp_dim: hidden width of the feed-forward networks (A.4: 2048; Table 1: DETR-DC5 alike).
+    dropout_rate: in the Transformer (A.4: 0.1).
+    position_embedding: "sine" (Table 1), or "learned", at most 50 x 50 features (Table 3).
+    mask_head: also predicts masks (section 4.4, Table 5).
+    cell_predictions: also applies the class and box heads to the encoder's tokens, for
+      `Detection.cell_weight`. Not in the paper; the demo trains from random weights with it.
+    backbone: fields of `ResNet`, with frozen batch norms. "output_stride" 16 is DC5 (Table 1).
+    masked_backbone: see the module's docstring. For DC5, whose published weights (Table 1) were
+      trained with one image a GPU, without padding. Not applied within the mask head.
     dtype: of the computation. Parameters, softmax, norms' statistics, logits and boxes are float32.
-    remat: what Transformer layers keep for the backward pass: a rung of `REMAT_LADDER`.
-    scan_layers: one encoder and one decoder layer compiled, or all of them.
+    remat: rematerialisation of Transformer layers, a key of `REMAT_LADDER`.
+    scan_layers: compiles one encoder and one decoder layer, in place of all.
     attention_implementation: see `attention.Implementation`.
   """
 
@@ -104,9 +97,7 @@ class Detr(nn.Module):
   decoder_depth: int = 6
   num_heads: int = 8
   mlp_dim: int = 2048
-  decoder: Mapping[str, Any] | None = None
   dropout_rate: float = 0.1
-  pre_norm: bool = False
   position_embedding: str = "sine"
   mask_head: bool = False
   cell_predictions: bool = False
@@ -129,37 +120,33 @@ class Detr(nn.Module):
 
     Args:
       images: normalised with ImageNet's mean and standard deviation.
-      mask: True where a pixel belongs to the image, False in the padding, whose content does not
-        matter. None: there is no padding.
-      train: switches dropout on, which draws from the "dropout" stream.
+      mask: True at the pixels of the image, False in its padding; None: no padding.
+      train: enables dropout, drawn from the "dropout" stream.
 
     Returns:
-      `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], in shares of
-      the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh` [l ...], the
-      same of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4], of the
-      image with its padding; with `cell_predictions` `cell_logits` and `cell_boxes_cxcywh` [b i j
-      ...]. All float32.
+      `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], relative to
+      the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh` [l ...], those
+      of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4], of the
+      padded image; with `cell_predictions` `cell_logits` and `cell_boxes_cxcywh` [b i j ...]. All
+      float32.
     """
-    self._check()
+    _check(self)
     if mask is None:
       mask = jnp.ones(images.shape[:3], dtype=bool)
-    features = self._features(jnp.where(mask[..., None], images, 0), mask, train=train)
-    coarse = features["c5"]
-    keep = self._feature_mask(mask, (coarse.shape[1], coarse.shape[2]))
-    context = self._input_projection(coarse)
-    positions = self._positions(keep).astype(self.dtype)
-    flat = (len(images), -1, self.width)
-    memory, outputs = self._transformer()(
-      context.reshape(flat),
-      positions.reshape(flat),
-      keep.reshape(len(images), -1),
-      self._queries(len(images)),
-      train=train,
-    )
-    memory = memory.reshape(context.shape)
+    transformer = Transformer(**self._transformer_fields(), name="transformer")
+    dense = functools.partial(nn.Dense, kernel_init=linear_init, bias_init=bias_init(self.width))
+    class_head = dense(self.num_classes + 1, name="class_head")
+    box_layers = [dense(n, name=f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
+    queries = self.param("query_embedding", nn.initializers.normal(1.0), self._query_shape)
+
+    features = self._backbone(jnp.where(mask[..., None], images, 0), mask, train=train)
+    projected = self._projection(features["c5"])
+    keep = self._feature_mask(mask, projected)
+    memory, decoded = transformer(projected, self._positions(keep), keep, queries, train=train)
+    logits = class_head(_float32(decoded))
+    boxes = nn.sigmoid(_mlp(box_layers, _float32(decoded)))
+
     self.sow("intermediates", "memory", memory)
-    heads = self._heads()
-    logits, boxes = heads(outputs.astype(jnp.float32))
     predictions = {
       "logits": logits[-1],
       "boxes_cxcywh": boxes[-1],
@@ -167,27 +154,19 @@ class Detr(nn.Module):
       "auxiliary_boxes_cxcywh": boxes[:-1],
     }
     if self.cell_predictions:
-      predictions["cell_logits"], predictions["cell_boxes_cxcywh"] = heads(
-        memory.astype(jnp.float32)
-      )
+      predictions["cell_logits"] = class_head(_float32(memory))
+      predictions["cell_boxes_cxcywh"] = nn.sigmoid(_mlp(box_layers, _float32(memory)))
     if self.mask_head:
-      attention = MaskAttention(self.num_heads, self.dtype, name="mask_attention")
-      maps = attention(outputs[-1], memory, keep)
-      predictions["mask_logits"] = self._masks(context, maps, features)
+      maps = MaskAttention(self.num_heads, self.dtype, name="mask_attention")(
+        decoded[-1], memory, keep
+      )
+      self.sow("intermediates", "mask_maps", maps)
+      finer = [features[name] for name in ("c4", "c3", "c2")]
+      mask_head = MaskHead(self.width, self.dtype, name="mask_head")
+      predictions["mask_logits"] = mask_head(projected, maps, finer)
     return predictions
 
-  def _masks(
-    self,
-    context: Float[Array, "b i j d"],
-    maps: Float[Array, "b q i j heads"],
-    features: Mapping[str, Array],
-  ) -> Float[Array, "b q h w"]:
-    """Returns a mask for each query, from where it looks."""
-    self.sow("intermediates", "mask_maps", maps)
-    finer = [features[name] for name in ("c4", "c3", "c2")]
-    return MaskHead(self.width, self.dtype, name="mask_head")(context, maps, finer)
-
-  def _features(
+  def _backbone(
     self, images: Float[Array, "b h w c"], mask: Bool[Array, "b h w"], *, train: bool
   ) -> dict[str, Float[Array, "b _ _ _"]]:
     fields: dict[str, Any] = {
@@ -197,108 +176,358 @@ class Detr(nn.Module):
     }
     if not self.masked_backbone:
       return ResNet(**fields, name="backbone")(images, train=train)
-    keep = {}
-    for stride in (2, 4, 8, 16, 32):
-      reduced = mask[:, ::stride, ::stride]  # as many as ceil(side / stride), padded or not
-      keep[reduced.shape[1:]] = reduced
+    reduced = [mask[:, ::stride, ::stride] for stride in (2, 4, 8, 16, 32)]
+    keep = {m.shape[1:]: m for m in reduced}
     return _MaskedResNet(**fields, keep=keep, name="backbone")(images, train=train)
 
+  def _projection(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    return nn.Conv(
+      self.width,
+      (1, 1),
+      kernel_init=linear_init,
+      bias_init=bias_init(features.shape[-1]),
+      dtype=self.dtype,
+      name="input_projection",
+    )(features)
+
   def _feature_mask(
-    self, mask: Bool[Array, "b h w"], size: tuple[int, int]
+    self, mask: Bool[Array, "b h w"], features: Float[Array, "b i j d"]
   ) -> Bool[Array, "b i j"]:
-    """Returns where features belong to the image, at the size of the feature map."""
+    """Returns True at features of the image, False at those of its padding."""
     if self.masked_backbone:
       stride = (self.backbone or {}).get("output_stride", 32)
       return mask[:, ::stride, ::stride]
-    return resize_nearest(mask[..., None], size)[..., 0]
-
-  def _input_projection(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    projection = nn.Conv(
-      self.width,
-      (1, 1),
-      kernel_init=_linear_init,
-      bias_init=fan_in_uniform(features.shape[-1]),
-      dtype=self.dtype,
-      name="input_projection",
-    )
-    return projection(features)
+    return resize_nearest(mask[..., None], (features.shape[1], features.shape[2]))[..., 0]
 
   def _positions(self, keep: Bool[Array, "b h w"]) -> Float[Array, "b h w d"]:
     if self.position_embedding == "sine":
-      return sine_positions(keep, self.width)
-    half, size = self.width // 2, keep.shape[1:]
+      return sine_positions(keep, self.width).astype(self.dtype)
+    half, (rows, columns) = self.width // 2, keep.shape[1:]
     shape = (MAX_LEARNED_POSITIONS, half)
-    rows = self.param("row_embedding", nn.initializers.uniform(1.0), shape)
-    columns = self.param("column_embedding", nn.initializers.uniform(1.0), shape)
-    if max(size) > MAX_LEARNED_POSITIONS:
+    by_row = self.param("row_embedding", nn.initializers.uniform(1.0), shape)
+    by_column = self.param("column_embedding", nn.initializers.uniform(1.0), shape)
+    if max(rows, columns) > MAX_LEARNED_POSITIONS:
       raise ValueError(
-        f"a feature map of {size[0]} x {size[1]} is larger than the learned position tables of "
-        f"{MAX_LEARNED_POSITIONS} rows and columns; use smaller images or position_embedding='sine'"
+        f"position_embedding='learned': the feature map has {rows} x {columns} positions; expected "
+        f"at most {MAX_LEARNED_POSITIONS} x {MAX_LEARNED_POSITIONS}. Use smaller images or "
+        "position_embedding='sine'"
       )
-    columns = jnp.broadcast_to(columns[None, : size[1]], (*size, half))
-    rows = jnp.broadcast_to(rows[: size[0], None], (*size, half))
-    table = jnp.concatenate([columns, rows], axis=-1)  # columns first: the weights have it so
-    return jnp.broadcast_to(table, (len(keep), *table.shape))
+    tables = by_column[None, :columns], by_row[:rows, None]  # columns first, as in the weights
+    grid = [jnp.broadcast_to(table, (*keep.shape, half)) for table in tables]
+    return jnp.concatenate(grid, axis=-1).astype(self.dtype)
 
-  def _queries(self, batch: int) -> Float[Array, "b q d"]:
-    shape = (self.num_queries, self.width)
-    table = self.param("query_embedding", nn.initializers.normal(1.0), shape)
-    return jnp.broadcast_to(table.astype(self.dtype), (batch, *shape))
+  @property
+  def _query_shape(self) -> tuple[int, int]:
+    return self.num_queries, self.width
 
-  def _transformer(self) -> EncoderDecoder:
-    layer = {
-      "num_heads": self.num_heads,
-      "mlp_dim": self.mlp_dim,
-      "dropout_rate": self.dropout_rate,
-      "pre_norm": self.pre_norm,
-      "dtype": self.dtype,
-      "attention_implementation": self.attention_implementation,
+  def _transformer_fields(self) -> dict[str, Any]:
+    of_layers = ("num_heads", "mlp_dim", "dropout_rate", "dtype", "attention_implementation")
+    depths = ("encoder_depth", "decoder_depth", "remat", "scan_layers")
+    return {
+      "layer": {name: getattr(self, name) for name in of_layers},
+      **{name: getattr(self, name) for name in depths},
     }
-    return EncoderDecoder(
-      self.encoder_depth,
-      self.decoder_depth,
-      layer,
-      {**layer, **part_fields("decoder", DecoderLayer, self.decoder)},
-      self.remat,
-      self.scan_layers,
-      name="transformer",
+
+
+class Transformer(nn.Module):
+  """The encoder, and the decoder with the outputs of all its layers (section A.3, figure 10).
+
+  Scanned, the layers' parameters are in `encoder/...` and `decoder/...` with a leading depth axis;
+  unrolled, in `encoder_0/...`, `decoder_0/...`.
+
+  Attributes:
+    encoder_depth: number of encoder layers.
+    decoder_depth: number of decoder layers.
+    layer: fields of `EncoderLayer` and `DecoderLayer`.
+    remat: see `Detr`.
+    scan_layers: see `Detr`.
+  """
+
+  encoder_depth: int
+  decoder_depth: int
+  layer: Mapping[str, Any]
+  remat: str = "none"
+  scan_layers: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    features: Float[Array, "b h w d"],
+    positions: Float[Array, "b h w d"],
+    keep: Bool[Array, "b h w"],
+    queries: Float[Array, "q d"],
+    *,
+    train: bool,
+  ) -> tuple[Float[Array, "b h w d"], Float[Array, "l b q d"]]:
+    """Returns the encoder's output, and the normalised outputs of all decoder layers.
+
+    Args:
+      features: the projected features of the backbone.
+      positions: position embeddings, added to queries and keys in every layer.
+      keep: False where the map is padding, which no attention includes.
+      queries: the object queries, position embeddings of the decoder's slots.
+      train: enables dropout.
+    """
+    tokens = features.reshape(len(features), -1, features.shape[-1])
+    positions = positions.reshape(tokens.shape)
+    mask = key_padding_mask(keep.reshape(tokens.shape[:2]))
+    queries = jnp.broadcast_to(queries.astype(tokens.dtype), (len(tokens), *queries.shape))
+
+    def encode(layer: nn.Module, x: Array) -> tuple[Array, None]:
+      return layer(x, positions, mask, train=train), None
+
+    def decode(layer: nn.Module, x: Array) -> tuple[Array, Array]:
+      x = layer(x, queries, memory, positions, mask, train=train)
+      return x, x
+
+    memory, _ = self._stack(EncoderLayer, "encoder", self.encoder_depth, encode, tokens)
+    _, outputs = self._stack(
+      DecoderLayer, "decoder", self.decoder_depth, decode, jnp.zeros_like(queries)
+    )
+    norm = nn.LayerNorm(epsilon=1e-5, dtype=self.layer["dtype"], name="decoder_norm")
+    return memory.reshape(features.shape), norm(outputs)
+
+  def _stack(
+    self,
+    layer: Callable[..., nn.Module],
+    name: str,
+    depth: int,
+    body: Callable[[nn.Module, Array], tuple[Array, Array | None]],
+    x: Float[Array, "b n d"],
+  ) -> tuple[Float[Array, "b n d"], Float[Array, "l b n d"] | None]:
+    """Applies `depth` layers; returns the last output, and the stacked second results of `body`."""
+    body = rematerialize(body, self.remat, scanned=self.scan_layers)
+    if not self.scan_layers:
+      outputs = []
+      for index in range(depth):
+        x, output = body(layer(**self.layer, name=f"{name}_{index}"), x)
+        outputs.append(output)
+      return x, None if outputs[0] is None else jnp.stack(outputs)
+    scan = nn.scan(
+      body,
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True, "dropout": True},
+      length=depth,
+    )
+    return scan(layer(**self.layer, name=name), x)
+
+
+class _Layer(nn.Module):
+  """Fields and parts that encoder and decoder layers share; see `Detr`."""
+
+  num_heads: int
+  mlp_dim: int
+  dropout_rate: float = 0.1
+  dtype: Dtype = jnp.float32
+  attention_implementation: Implementation = None
+
+  def _attention(self, name: str) -> MultiHeadAttention:
+    # The official code initialises query, key and value as one [3d d] matrix: half the variance.
+    return MultiHeadAttention(
+      self.num_heads,
+      dropout_rate=self.dropout_rate,
+      kernel_init=nn.initializers.variance_scaling(0.5, "fan_avg", "uniform"),
+      out_kernel_init=nn.initializers.xavier_uniform(),
+      dtype=self.dtype,
+      implementation=self.attention_implementation,
+      name=name,
     )
 
-  def _heads(self) -> Callable[[Float[Array, "*b d"]], tuple[Array, Array]]:
-    """Returns what turns outputs of any layer into logits [... k] and boxes [... 4]."""
+  def _mlp(self, x: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b n d"]:
+    fan_in = {(self.mlp_dim,): x.shape[-1], (x.shape[-1],): self.mlp_dim}  # by shape of the bias
 
-    def dense(features: int, name: str) -> nn.Module:
-      bias_init = fan_in_uniform(self.width)
-      return nn.Dense(features, kernel_init=_linear_init, bias_init=bias_init, name=name)
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+      return bias_init(fan_in[shape])(key, shape, dtype)
 
-    class_head = dense(self.num_classes + 1, "class_head")
-    box_head = [dense(n, f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
+    rate = self.dropout_rate
+    return Mlp(self.mlp_dim, "relu", rate, bias_init=init, dtype=self.dtype, name="mlp")(
+      x, train=train
+    )
 
-    def predict(x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b k"], Float[Array, "*b 4"]]:
-      hidden = nn.relu(box_head[1](nn.relu(box_head[0](x))))
-      return class_head(x), nn.sigmoid(box_head[2](hidden))
+  def _norm(self, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
-    return predict
 
-  def _check(self) -> None:
-    if self.position_embedding not in POSITION_EMBEDDINGS:
+class EncoderLayer(_Layer):
+  """Self-attention over the feature map, then a feed-forward network, each with a norm after."""
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    positions: Float[Array, "b n d"],
+    mask: Bool[Array, "b 1 1 n"],
+    *,
+    train: bool,
+  ) -> Float[Array, "b n d"]:
+    """Returns the next tokens; arguments as those of `Transformer`, flattened."""
+    x = shard_batch(x)
+    attention, drop = self._attention("attention"), nn.Dropout(self.dropout_rate)
+    query = key = x + positions
+    attended = drop(attention(query, key, x, mask=mask, train=train), deterministic=not train)
+    x = self._norm("attention_norm")(x + attended)
+    return self._norm("mlp_norm")(x + self._mlp(x, train=train))
+
+
+class DecoderLayer(_Layer):
+  """Self-attention of the queries, cross-attention to the feature map, feed-forward network."""
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b q d"],
+    queries: Float[Array, "b q d"],
+    memory: Float[Array, "b n d"],
+    positions: Float[Array, "b n d"],
+    mask: Bool[Array, "b 1 1 n"],
+    *,
+    train: bool,
+  ) -> Float[Array, "b q d"]:
+    """Returns the next slots; `memory` is the encoder's output, the others as in `Transformer`."""
+    x = shard_batch(x)
+    drop = functools.partial(nn.Dropout(self.dropout_rate), deterministic=not train)
+    self_attention = self._attention("self_attention")
+    cross_attention = self._attention("cross_attention")
+    query = key = x + queries
+    x = self._norm("self_attention_norm")(x + drop(self_attention(query, key, x, train=train)))
+    query, key = x + queries, memory + positions
+    attended = drop(cross_attention(query, key, memory, mask=mask, train=train))
+    x = self._norm("cross_attention_norm")(x + attended)
+    return self._norm("mlp_norm")(x + self._mlp(x, train=train))
+
+
+def sine_positions(keep: Bool[Array, "b h w"], width: int) -> Float[Array, "b h w d"]:
+  """Returns fixed position embeddings, normalised to the unpadded image (section A.4).
+
+  Half of the channels encode the row, then half the column, each as sines and cosines in turn of
+  angles in (0, 2 pi] at frequencies from 1 down to 1 / 10,000.
+
+  Args:
+    keep: False in the padding.
+    width: number of channels, a multiple of 4.
+  """
+  half = width // 2
+  frequencies = 10_000.0 ** -(np.arange(0, half, 2) / half)
+  frequencies = jnp.asarray(frequencies.astype(np.float32))[None, None, None]
+
+  def encode(axis: int) -> Float[Array, "b h w e"]:
+    count = jnp.cumsum(keep.astype(jnp.float32), axis=axis)
+    last = jax.lax.slice_in_dim(count, -1, None, axis=axis)
+    angles = (count / (last + 1e-6) * (2 * np.pi))[..., None] * frequencies
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*keep.shape, half)
+
+  return jnp.concatenate([encode(1), encode(2)], axis=-1)
+
+
+class MaskAttention(nn.Module):
+  """Attention maps of the queries over the encoder's output, without values (figure 8).
+
+  The softmax runs over all heads and positions of a query together, as in the official code.
+
+  Attributes:
+    num_heads: maps for each query.
+    dtype: of the projections; the softmax is in float32.
+  """
+
+  num_heads: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    queries: Float[Array, "b q d"],
+    memory: Float[Array, "b h w d"],
+    keep: Bool[Array, "b h w"],
+  ) -> Float[Array, "b q h w m"]:
+    """Returns the maps, 0 where `keep` is False."""
+    heads = (self.num_heads, queries.shape[-1] // self.num_heads)
+    init = nn.initializers.xavier_uniform()
+    project = functools.partial(nn.DenseGeneral, heads, kernel_init=init, dtype=self.dtype)
+    query = project(name="query")(queries) * heads[1] ** -0.5
+    key = project(name="key")(memory)
+    scores = jnp.einsum("bqmc,bhwmc->bqhwm", query, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(keep[:, None, :, :, None], scores, NEGATIVE)
+    return jax.nn.softmax(scores, axis=(2, 3, 4))
+
+
+class MaskHead(nn.Module):
+  """Five convolutions from the coarsest map up, with the backbone's features added (figure 8).
+
+  Attributes:
+    width: of the projected features, d: the layers have d + heads, d/2, d/4, d/8, d/16 channels.
+    dtype: of the convolutions; norms compute in float32.
+  """
+
+  width: int
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    projected: Float[Array, "b h w d"],
+    maps: Float[Array, "b q h w m"],
+    features: Sequence[Float[Array, "b _ _ _"]],
+  ) -> Float[Array, "b q i j"]:
+    """Returns mask logits (float32) at the size of the finest features.
+
+    Args:
+      projected: the projected features that the encoder takes.
+      maps: attention maps of every query.
+      features: three maps of the backbone, coarsest first, shared by the queries of an image.
+    """
+    batch, queries = maps.shape[:2]
+    x = self._first(projected, maps)
+    x = self._norm(1, x.reshape(batch * queries, *x.shape[2:]))
+    x = self._norm(2, self._conv("conv2", self.width // 2)(x))
+    for index, feature in enumerate(features, start=1):
+      adapted = self._conv(f"adapter{index}", x.shape[-1], size=1)(feature)
+      x = resize_nearest(x, adapted.shape[1:3])
+      x = x.reshape(batch, queries, *x.shape[1:]) + adapted[:, None]
+      x = x.reshape(batch * queries, *x.shape[2:])
+      x = self._norm(index + 2, self._conv(f"conv{index + 2}", self.width // 2 ** (index + 1))(x))
+    logits = self._conv("out", 1)(x).astype(jnp.float32)
+    return logits.reshape(batch, queries, *logits.shape[1:3])
+
+  def _first(
+    self, projected: Float[Array, "b h w d"], maps: Float[Array, "b q h w m"]
+  ) -> Float[Array, "b q h w e"]:
+    """Convolves the concatenation of `projected` with each query's maps.
+
+    Convolutions are linear: the part of `projected` is computed once for all queries.
+    """
+    heads = maps.shape[-1]
+    channels = projected.shape[-1] + heads
+    kernel = self.param("conv1_kernel", _conv_init, (3, 3, channels, channels)).astype(self.dtype)
+    bias = self.param("conv1_bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
+    convolve = functools.partial(
+      jax.lax.conv_general_dilated,
+      window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    shared = convolve(projected.astype(self.dtype), kernel[:, :, :-heads])
+    flat = maps.reshape(-1, *maps.shape[2:]).astype(self.dtype)
+    own = convolve(flat, kernel[:, :, -heads:])
+    own = own.reshape(*maps.shape[:2], *own.shape[1:])
+    return own + (shared + bias[None, None, None])[:, None]
+
+  def _conv(self, name: str, features: int, size: int = 3) -> nn.Module:
+    return nn.Conv(features, (size, size), kernel_init=_conv_init, dtype=self.dtype, name=name)
+
+  def _norm(self, index: int, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    groups = min(8, x.shape[-1])  # as transformers; the official code always has 8
+    if x.shape[-1] % groups:
       raise ValueError(
-        unknown_name("position_embedding", self.position_embedding, POSITION_EMBEDDINGS)
+        f"width: {self.width} gives layer {index} of the mask head {x.shape[-1]} channels in "
+        f"{groups} groups; expected a multiple of 64, with num_heads=8"
       )
-    check_positive(self, "num_classes", "num_queries", "encoder_depth", "decoder_depth")
-    check_positive(self, "width", "num_heads", "mlp_dim")
-    check_rates(self, "dropout_rate")
-    if self.width % 4:
-      raise ValueError(f"width must be a multiple of 4 for its positions, not {self.width}")
+    norm = nn.GroupNorm(groups, epsilon=1e-5, dtype=self.dtype, name=f"norm{index}")
+    return nn.relu(norm(x))
 
 
 class _MaskedResNet(ResNet):
-  """A ResNet whose features are zero in the padding behind every norm, as beyond an image's border.
-
-  All its convolutions pad with zeros, and its max-pool sees values that are not negative.
+  """A ResNet whose features are zero in the padding after every norm, as outside of an image.
 
   Attributes:
-    keep: True where a pixel belongs to the image, by size of the map.
+    keep: True at the pixels of the image, by size of the map.
   """
 
   keep: Mapping[tuple[int, ...], Any] | None = None
@@ -318,37 +547,37 @@ class _MaskedResNet(ResNet):
     return masked  # pyrefly: ignore[bad-return]
 
 
-_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
+def _mlp(layers: Sequence[nn.Module], x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
+  for layer in layers[:-1]:
+    x = nn.relu(layer(x))
+  return layers[-1](x)
 
 
-def sine_positions(
-  keep: Bool[Array, "b h w"],
-  width: int,
-  *,
-  temperature: float = 10_000.0,
-  normalize: bool = True,
-) -> Float[Array, "b h w d"]:
-  """Returns fixed positions that count the image's own pixels (section A.4).
+def _float32(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  return x.astype(jnp.float32)
 
-  Half of the channels for the row, then half for the column, each alternating sine and cosine at
-  falling frequencies.
 
-  Args:
-    keep: False in the padding, which does not count.
-    width: number of channels, a multiple of 4.
-    temperature: ratio of the highest frequency to the (not quite reached) lowest.
-    normalize: scales an image's rows and columns to (0, 2 pi].
-  """
-  half = width // 2
-  frequencies = temperature ** -(np.arange(0, half, 2) / half)
-  frequencies = jnp.asarray(frequencies.astype(np.float32))[None, None, None]
+linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
+_conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # Kaiming, a = 1
 
-  def encode(axis: int) -> Float[Array, "b h w e"]:
-    count = jnp.cumsum(keep.astype(jnp.float32), axis=axis)
-    if normalize:
-      last = jax.lax.slice_in_dim(count, -1, None, axis=axis)
-      count = count / (last + 1e-6) * (2 * np.pi)
-    angles = count[..., None] * frequencies
-    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*keep.shape, half)
 
-  return jnp.concatenate([encode(1), encode(2)], axis=-1)
+def bias_init(fan_in: int) -> nn.initializers.Initializer:
+  """Returns the initialiser of PyTorch's biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+  bound = fan_in**-0.5
+
+  def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def _check(model: Detr) -> None:
+  """Raises ValueError for fields out of range."""
+  if model.position_embedding not in POSITION_EMBEDDINGS:
+    known = unknown_name("position_embedding", model.position_embedding, POSITION_EMBEDDINGS)
+    raise ValueError(known)
+  check_positive(model, "num_classes", "num_queries", "encoder_depth", "decoder_depth")
+  check_positive(model, "width", "num_heads", "mlp_dim")
+  check_rates(model, "dropout_rate")
+  if model.width % 4:
+    raise ValueError(f"width: {model.width} is given; expected a multiple of 4")

@@ -1,7 +1,7 @@
-"""Object detection as set prediction, and masks for what was detected.
+"""Detection as set prediction, with masks (DETR, arXiv:2005.12872, Eq. 2 and section A.2).
 
-Carion et al., arXiv:2005.12872: every image's targets are matched to predictions, each decoder
-layer's anew, and the matched ones learn their target's class, box and (with a mask head) mask.
+Every image's targets are matched to predictions, separately for each decoder layer. Matched
+predictions learn the class, the box and (with a mask head) the mask of their target.
 """
 
 import dataclasses
@@ -24,80 +24,71 @@ from vit_jax_zoo.metrics.panoptic import (
   true_segments,
 )
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
+from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.detr import losses
-from vit_jax_zoo.systems.detr.dense_auxiliary_loss import cell_losses
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
 from vit_jax_zoo.systems.detr.matching import Matching, match
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.detection_utils import (
-  image_size,
-  is_target,
-  last_attention,
-  pixel_mask,
-  target_boxes,
-)
+from vit_jax_zoo.tasks.detection_utils import image_size, is_target, pixel_mask, target_boxes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @runtime_checkable
 class DetectionModel(base.Model, Protocol):
-  """A model that answers with a fixed number of objects."""
+  """A model that predicts a fixed number of objects."""
 
   @property
   def num_queries(self) -> int:
-    """How many objects it names in every image."""
+    """Number of predictions for every image."""
     ...
 
   @property
   def mask_head(self) -> bool:
-    """Whether it also predicts a mask for each of them."""
+    """Whether it also predicts masks."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection(base.Task):
-  """Learns to find objects (Eq. 2, section A.2).
+  """Set prediction of objects: matching, class, box and mask losses, COCO metrics.
 
   Batches: `image` [b h w 3], uint8 or floats in [0, 255], padded at the right and bottom;
-  `image_size` int [b 2], height and width without the padding (without this key there is none);
-  `boxes_cxcywh` float [b t 4], in shares of the image without its padding; `labels` int [b t],
-  class ids; `is_target` bool [b t], False in padding; for a model with a mask head `masks` bool
+  `image_size` int [b 2], height and width without the padding (no padding without this key);
+  `boxes_cxcywh` float [b t 4], relative to the image without its padding; `labels` int [b t], class
+  ids; `is_target` bool [b t], False in padding; for a model with a mask head `masks` bool
   [b t h w]; `mask` bool [b], False for rows that are padding altogether. Evaluation also reads
   `original_size` int [b 2], height and width before the image was resized, `image_id` int [b],
   `is_crowd` bool [b t] and `area` float [b t], in pixels of the original image; see
   `DetectionEvaluator`.
 
   Attributes:
-    model: called as `model(images, pixel_mask, train=...)`, see `models.detr.Detr`.
-    num_classes: highest class id + 1, without "no object". COCO's ids are used as they are: 91.
-    class_weight: of the class loss, and of the class in the matching.
-    box_weight: of the L1 distance, likewise.
-    giou_weight: of the generalised IoU, likewise.
-    mask_weight: of the masks' focal loss.
-    dice_weight: of the masks' dice loss.
-    no_object_weight: of a query without a target, relative to one with, in the class loss.
-    auxiliary_losses: every decoder layer is trained, not the last alone.
-    cell_weight: of a loss on what the heads see in each cell of the encoder's map: the smallest
-      target around the cell's centre. Not in the paper; it spares small models the long while until
-      the decoder finds out where to look. The model needs `cell_predictions`.
-    cell_steps: over so many training steps that weight falls to 0, along a line; None: it stays.
-      As long as it counts, neighbouring cells all say what they see, and so do queries that look
-      there; without it they are free to leave an object to one of them.
+    model: called as `model(images, pixel_mask, train=...)`; see `Detr`.
+    num_classes: highest class id + 1, without "no object". COCO's ids are used unchanged: 91.
+    class_weight: weight of the class loss, and of the class probability in the matching cost.
+    box_weight: weight of the L1 distance in loss and matching cost (A.4: 5).
+    giou_weight: weight of the generalised IoU in loss and matching cost (A.4: 2).
+    mask_weight: weight of the masks' focal loss.
+    dice_weight: weight of the masks' dice loss.
+    no_object_weight: weight of queries without a target in the class loss (3.1: 0.1).
+    auxiliary_losses: trains every decoder layer, not the last alone (3.2).
+    cell_weight: weight of `losses.dense_auxiliary_loss`, which needs `cell_predictions` of the
+      model. Not in the paper; with it the demo's small model learns from random weights.
+    cell_steps: number of steps in which `cell_weight` decays linearly to 0; None: it is constant.
+      Neighbouring queries then stop to predict the same object.
     image_mean: see `normalize_images`.
-    image_std: as `image_mean`.
-    class_names: by class id; for pictures and scores of single classes.
-    score_threshold: pictures show what is at least as sure.
-    draw_attention: pictures also show where the surest queries look.
-    per_class: evaluations score each class, too.
-    stuff_from: class ids from here on are stuff (91 in COCO); with it, evaluations also score
-      panoptic quality, for which the model needs a mask head and batches a `segment_map`, see
-      `PanopticEvaluator`. Without it the masks of a mask head are scored as COCO scores instances,
-      see `InstanceEvaluator`.
-    segment_threshold: queries that are at least as sure become segments there.
-    backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
-      no `init_from`: torchvision's or timm's ResNet, or Hugging Face's.
+    image_std: see `normalize_images`.
+    class_names: names by class id, for figures and per-class metrics.
+    score_threshold: minimum score of the detections in figures.
+    draw_attention: also draws the attention maps of the most confident queries.
+    per_class: also evaluates each class.
+    stuff_from: first class id of stuff (91 in COCO). If given, evaluation adds panoptic quality,
+      which needs a mask head and `segment_map` in the batch, see `PanopticEvaluator`; if None, the
+      masks of a mask head are evaluated as instances, see `InstanceEvaluator`.
+    segment_threshold: minimum score of the queries that become panoptic segments.
+    backbone_file: pretrained ImageNet classifier of the backbone (torchvision's or timm's ResNet,
+      or Hugging Face's), read if the run has no `init_from`.
   """
 
   model: DetectionModel
@@ -122,42 +113,38 @@ class Detection(base.Task):
   backbone_file: str | None = None
 
   def __post_init__(self) -> None:
-    if self.num_classes < 1:
-      raise ValueError(f"num_classes must be positive, not {self.num_classes}")
-    for field in dataclasses.fields(self):
-      if field.name.endswith("_weight") and getattr(self, field.name) < 0:
-        raise ValueError(f"{field.name} must not be negative, but is {getattr(self, field.name)}")
-    if self.cell_steps is not None and self.cell_steps < 1:
-      raise ValueError(f"cell_steps must be positive, or None, not {self.cell_steps}")
+    weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
+    check_positive(self, "num_classes", "cell_steps")
+    check_not_negative(self, *weights)
     for field in ("score_threshold", "segment_threshold"):
       if not 0 <= getattr(self, field) <= 1:
-        raise ValueError(f"{field} must lie in [0, 1], but is {getattr(self, field)}")
+        raise ValueError(f"{field}: {getattr(self, field)} is given; expected a value in [0, 1]")
     if len(self.class_names) > self.num_classes:
       raise ValueError(
-        f"{len(self.class_names)} class_names were given for class ids below {self.num_classes}"
+        f"class_names: {len(self.class_names)} are given; expected at most num_classes="
+        f"{self.num_classes}"
       )
 
   @property
   def best_metric(self) -> str:
-    """COCO's average precision of boxes, or of masks; panoptic quality where that is scored."""
+    """Panoptic quality with `stuff_from`; else COCO's average precision of masks or boxes."""
     if self.stuff_from is not None:
       return "pq"
     return "mask_ap" if self.model.mask_head else "box_ap"
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """The backbone's, if it is to start from a file."""
+    """The pretrained backbone, with `backbone_file`."""
     return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's fresh variables for images of this batch's shape."""
+    """Returns the model's initial variables for images of this batch's shape."""
     return self.model.init(rng, self._images(batch), pixel_mask(batch), train=False)
 
   def normalizers(self, batch: base.Batch) -> dict[str, Array]:
-    """Returns the numbers of examples and of boxes (at least 1), and the class loss's weight.
+    """Returns the counts of examples and of boxes (at least 1), and the class loss's weight.
 
-    How many queries get a target is known before they are matched: as many as there are targets,
-    as long as there are queries.
+    The number of matched queries does not depend on the matching.
     """
     mask = base.example_mask(batch)
     queries = self.model.num_queries
@@ -173,17 +160,17 @@ class Detection(base.Task):
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> base.LossOutput:
-    """Returns the set loss of the step's examples, as far as it is these examples'.
+    """Returns these examples' part of the step's set loss.
 
     The class loss is a weighted mean over all queries of the step, the others are divided by its
-    number of boxes; both see all devices and micro-batches, where the paper's code averages class
-    losses that each device has divided by its own weights.
+    number of boxes; both normalizers cover all devices and micro-batches (the official code
+    averages per-device class losses).
 
-    Metrics: "loss" and its unweighted parts "class_loss", "box_loss", "giou_loss", "mask_loss",
-    "dice_loss" of the last layer, "class_loss_0" ... of the others, and "cell_loss"; "class_error",
-    the share of matched queries with another class on top; "cardinality_error", how far the number
-    of queries that see something is from the number of objects. A label that is no class makes the
-    loss NaN: it stops a run, where a silent change of class would mislead it.
+    Metrics: "loss" and its unweighted terms "class_loss", "box_loss", "giou_loss", "mask_loss",
+    "dice_loss" of the last layer, "class_loss_0" ... of the others, "cell_loss"; "class_error", the
+    fraction of matched queries with a wrong class; "cardinality_error", the difference between the
+    numbers of predicted and of true objects. A label out of range makes the loss NaN, which stops
+    the run.
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
     outputs, changed = self.model.apply(
@@ -199,7 +186,7 @@ class Detection(base.Task):
     if "mask_logits" in outputs:
       terms |= self._mask_losses(outputs, batch, matching, context.normalizers)
     if self.cell_weight:
-      sums = cell_losses(
+      sums = losses.dense_auxiliary_loss(
         outputs, batch, weights=self._matching_weights, no_object_weight=self.no_object_weight
       )
       summed = jnp.sum(jnp.where(mask, sums, 0.0))
@@ -207,7 +194,7 @@ class Detection(base.Task):
     loss = sum(self._weight(name, context.step) * value for name, value in terms.items())
     loss = jnp.where(self._has_unknown_labels(batch), jnp.nan, loss)
     examples = jnp.sum(mask.astype(jnp.float32))
-    # Shares of the whole step's loss: scaled so that micro-batches add up to it.
+    # Scaled so that the means of micro-batches add up to the step's loss.
     means = {
       name: base.Mean(total=value * context.normalizers["examples"], count=examples)
       for name, value in ({"loss": loss} | terms).items()
@@ -216,17 +203,16 @@ class Detection(base.Task):
     return base.LossOutput(loss=loss, metrics=metrics, model_state={**state, **changed})
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Returns every query's best class, however unsure, and its box.
+    """Returns the most probable class and the box of every query.
 
     Returns:
-      `scores` float32 [b q], probability of the best class that is not "no object"; `labels` int32
-      [b q], its id; `is_object` bool [b q], whether it beats "no object"; `boxes_xyxy` float32
-      [b q 4], in pixels of the original image where the batch has its `original_size`, else of the
-      image as it is given; with a mask head `mask_logits` float32 [b q i j], of the padded image;
-      with `draw_attention` `attention` float32 [b q i j], where the last decoder layer looked, mean
-      over its heads.
+      `scores` float32 [b q], probability of the best class without "no object"; `labels` int32
+      [b q], its id; `is_object` bool [b q], whether it exceeds "no object"; `boxes_xyxy` float32
+      [b q 4], in pixels of the original image if the batch has `original_size`, else of the
+      unpadded one; with a mask head `mask_logits` float32 [b q i j], of the padded image; with
+      `draw_attention` `attention` float32 [b q i j], of the last decoder layer, mean over heads.
     """
-    outputs, seen = self.model.apply(
+    outputs, sown = self.model.apply(
       variables,
       self._images(batch),
       pixel_mask(batch),
@@ -247,19 +233,17 @@ class Detection(base.Task):
     if "mask_logits" in outputs:
       predictions["mask_logits"] = outputs["mask_logits"]
     if self.draw_attention:
-      predictions["attention"] = last_attention(seen["intermediates"])
+      predictions["attention"] = last_attention(sown["intermediates"])
     return predictions
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's scores of boxes; of masks; panoptic quality.
+    """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality.
 
     Raises:
-      ValueError: `stuff_from` asks for segments, for which the model has no masks.
+      ValueError: `stuff_from` is given, and the model has no mask head.
     """
     if self.stuff_from is not None and not self.model.mask_head:
-      raise ValueError(
-        "stuff_from asks for segments, and the model has no mask head; set mask_head"
-      )
+      raise ValueError("stuff_from: panoptic quality needs masks; set model.mask_head=True")
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if self.stuff_from is None:
       kind = InstanceEvaluator if self.model.mask_head else DetectionEvaluator
@@ -275,38 +259,32 @@ class Detection(base.Task):
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws predicted boxes beside the true ones."""
+    """Draws detections beside ground truth; attention maps; panoptic segments."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
-    figure = draw.draw_predictions(
-      batch, predictions, self.class_names, threshold=self.score_threshold
-    )
-    figures = {"predictions": figure}
+    figures = {
+      "predictions": draw.draw_predictions(
+        batch, predictions, self.class_names, threshold=self.score_threshold
+      )
+    }
     if self.draw_attention:
       figures["attention"] = draw_query_attention(
         batch, predictions, self.class_names, threshold=self.score_threshold
       )
     if self.stuff_from is not None:
-      figures["segments"] = self._draw_segments(batch, predictions, self.stuff_from)
+      rows, threshold = draw.real_rows(batch)[:4], self.segment_threshold
+      truths = [true_segments(batch, row) for row in rows]
+      predicted = [
+        found_segments(batch, predictions, row, self.stuff_from, threshold=threshold)
+        for row in rows
+      ]
+      images = [draw.image_of(batch, row) for row in rows]
+      figures["segments"] = draw_segments(
+        *([(s.segment_map, s.labels) for s in kind] for kind in (truths, predicted)),
+        images,
+        self.class_names,
+      )
     return figures
-
-  def _draw_segments(
-    self,
-    batch: Mapping[str, np.ndarray],
-    predictions: Mapping[str, np.ndarray],
-    stuff_from: int,
-    max_images: int = 4,
-  ) -> Figure:
-    rows = draw.real_rows(batch)[:max_images]
-    threshold = self.segment_threshold
-    truths = [true_segments(batch, row) for row in rows]
-    finds = [found_segments(batch, predictions, r, stuff_from, threshold=threshold) for r in rows]
-    return draw_segments(
-      [(truth.segment_map, truth.labels) for truth in truths],
-      [(find.segment_map, find.labels) for find in finds],
-      [draw.image_of(batch, row) for row in rows],
-      self.class_names,
-    )
 
   @property
   def _matching_weights(self) -> tuple[float, float, float]:
@@ -319,8 +297,8 @@ class Detection(base.Task):
     logits = outputs["logits"]
     if logits.shape[-1] != self.num_classes + 1:
       raise ValueError(
-        f"the model has {logits.shape[-1] - 1} classes beside 'no object', but the task has "
-        f"{self.num_classes}; give both the same num_classes (highest class id + 1)"
+        f"num_classes: the model has {logits.shape[-1] - 1}, the task {self.num_classes}; set both "
+        "to the highest class id + 1"
       )
     return logits.astype(jnp.float32)
 
@@ -370,8 +348,8 @@ class Detection(base.Task):
   ) -> dict[str, Array]:
     if "masks" not in batch:
       raise ValueError(
-        "the model has a mask head, but the batch has no 'masks'; load them with the data, or use "
-        "the model without its mask head"
+        "masks: missing in the batch; a model with a mask head needs them. Set masks=True in the "
+        "transform load_objects, or model.mask_head=False"
       )
     masks = jnp.asarray(batch["masks"]).astype(bool)
     focal, dice = losses.mask_losses(outputs["mask_logits"], masks, matching.query_of_target)
@@ -389,10 +367,22 @@ class Detection(base.Task):
   ) -> dict[str, base.Mean]:
     best = jnp.argmax(self._logits(outputs), axis=-1)
     matched = matching.target_of_query >= 0
-    wanted = losses.take_targets(jnp.asarray(batch["labels"]), matching.target_of_query)
-    seen = jnp.sum(best != self.num_classes, axis=1)
-    difference = jnp.abs(seen - jnp.sum(is_target(batch), axis=1))
+    labels = losses.take_targets(jnp.asarray(batch["labels"]), matching.target_of_query)
+    predicted = jnp.sum(best != self.num_classes, axis=1)
+    difference = jnp.abs(predicted - jnp.sum(is_target(batch), axis=1))
     return {
-      "class_error": base.Mean.of((best != wanted).astype(jnp.float32), matched),
+      "class_error": base.Mean.of((best != labels).astype(jnp.float32), matched),
       "cardinality_error": base.Mean.of(difference.astype(jnp.float32), base.example_mask(batch)),
     }
+
+
+def last_attention(intermediates: Mapping[str, Any]) -> Float[Array, "b q i j"]:
+  """Returns the cross-attention of a `Detr`'s last decoder layer from its intermediates."""
+  layers = intermediates["transformer"]
+  if "decoder" in layers:
+    weights = layers["decoder"]["cross_attention"]["weights"][0][-1]
+  else:
+    last = max(int(name.removeprefix("decoder_")) for name in layers if name.startswith("decoder_"))
+    weights = layers[f"decoder_{last}"]["cross_attention"]["weights"][0]
+  size = intermediates["memory"][0].shape[1:3]
+  return jnp.mean(weights, axis=1).reshape(weights.shape[0], weights.shape[2], *size)

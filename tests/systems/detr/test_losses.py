@@ -1,4 +1,4 @@
-"""The loss on what the heads see in the cells of the encoder's map."""
+"""The dense auxiliary loss: predictions of the heads for the encoder's tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from tests.systems.detr.tiny import Echo
-from vit_jax_zoo.systems.detr.dense_auxiliary_loss import cell_losses
-from vit_jax_zoo.systems.detr.losses import covering_target
+from vit_jax_zoo.systems.detr.losses import (
+  covering_target,
+  dense_auxiliary_loss,
+  token_centers,
+)
 from vit_jax_zoo.systems.detr.model import Detr
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
-from vit_jax_zoo.tasks.detection_utils import cell_centers
 
 CLASSES = 3
 
@@ -24,9 +26,9 @@ def test_the_smallest_target_around_a_point():
   assert covering_target(points, boxes[:, :0], is_target[:, :0]).tolist() == [[-1, -1, -1]]
 
 
-def test_centers_count_from_the_image_without_its_padding():
+def test_centers_are_relative_to_the_unpadded_image():
   batch = {"image": np.zeros((2, 8, 16, 3), np.uint8), "image_size": np.array([[8, 16], [4, 8]])}
-  centers = np.asarray(cell_centers(batch, (2, 4)))
+  centers = np.asarray(token_centers(batch, (2, 4)))
   np.testing.assert_allclose(centers[0, :5, 0], [0.125, 0.375, 0.625, 0.875, 0.125])
   np.testing.assert_allclose(centers[0, [0, 4], 1], [0.25, 0.75])
   np.testing.assert_allclose(centers[1, :, 0], 2 * centers[0, :, 0])  # beyond 1 is padding
@@ -62,12 +64,12 @@ def cell_loss(batch, outputs, normalizers=None, **fields):
   return task.loss({"params": {}}, batch, context).metrics["cell_loss"]
 
 
-def test_who_sees_everything_right_loses_nothing():
+def test_perfect_predictions_have_no_loss():
   batch, outputs = problem()
   assert cell_loss(batch, outputs).compute() == pytest.approx(0, abs=1e-6)
 
 
-def test_each_error_costs_what_it_costs_a_query():
+def test_errors_weigh_as_those_of_queries():
   batch, outputs = problem()
   outputs["cell_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU (.15 / .35), and no gap in the hull
   expected = 5 * 0.1 + 2 * (1 - 0.15 / 0.35)
@@ -96,12 +98,12 @@ def test_rows_of_padding_do_not_count_and_micro_batches_add_up():
   assert first.compute() == pytest.approx(float(parts[0].total), rel=1e-5)  # divided by 2, times 2
 
 
-def test_a_model_without_cells_is_refused():
-  with pytest.raises(ValueError, match="set its cell_predictions, or cell_weight=0"):
-    cell_losses({}, problem()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
+def test_a_model_without_dense_predictions_is_refused():
+  with pytest.raises(ValueError, match=r"cell_weight.*cell_predictions"):
+    dense_auxiliary_loss({}, problem()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
 
 
-def test_the_weight_falls_along_a_line():
+def test_the_weight_decays_linearly():
   batch, outputs = problem()
   outputs["cell_logits"][:] = 0.0
   task = create_task("detection", Echo(outputs), num_classes=CLASSES, cell_weight=2.0, cell_steps=8)
@@ -120,7 +122,7 @@ def test_the_weight_falls_along_a_line():
     create_task("detection", Echo(outputs), num_classes=CLASSES, cell_steps=0)
 
 
-def test_the_model_asks_its_heads_and_learns_nothing_more():
+def test_dense_predictions_add_no_parameters():
   fields = {"num_classes": 3, "num_queries": 2, "width": 8, "num_heads": 2, "mlp_dim": 8}
   backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 2}
   fields |= {"encoder_depth": 1, "decoder_depth": 1, "backbone": backbone}
@@ -136,13 +138,3 @@ def test_the_model_asks_its_heads_and_learns_nothing_more():
   plain_outputs, plain = run()
   assert plain == variables
   assert set(outputs) - set(plain_outputs) == {"cell_logits", "cell_boxes_cxcywh"}
-
-
-def test_a_decoder_may_differ_from_the_encoder():
-  model = Detr(width=8, num_heads=2, mlp_dim=16, decoder={"mlp_dim": 24, "num_heads": 4})
-  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-  encoder, decoder = shapes["transformer"]["encoder"], shapes["transformer"]["decoder"]
-  assert encoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 16)
-  assert decoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 24)
-  assert encoder["attention"]["query"]["kernel"].shape == (6, 8, 2, 4)
-  assert decoder["cross_attention"]["query"]["kernel"].shape == (6, 8, 4, 2)
