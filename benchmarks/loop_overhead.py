@@ -43,7 +43,7 @@ from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.loop import Loop, LoopSettings, prefetch
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.state import TrainState
+from vit_jax_zoo.training.train_step import TrainState
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARTS = ("input_wait", "logging")

@@ -37,7 +37,7 @@ from vit_jax_zoo.training.feature_evaluation import FeatureEvaluation
 from vit_jax_zoo.training.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
 from vit_jax_zoo.training.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.state import TrainState
+from vit_jax_zoo.training.train_step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from tests.training import toy
-from vit_jax_zoo.tasks import base
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
 
@@ -206,63 +204,6 @@ def test_each_step_draws_new_randomness_that_the_seed_decides():
   assert len(set(first)) == 3
   assert draw(1) == first
   assert draw(2) != first
-
-
-def play(num_steps, kind=toy.Game, **kwargs):
-  task, batch = kind(**kwargs), toy.batches(1)[0]
-  sgd = {"name": "sgd", "learning_rate": 0.25}
-  made = program(task, batch, optimizer={"critic": sgd, "actor": sgd}, accumulation_steps=2)
-  with jax.set_mesh(made.mesh):
-    state, history = made.initial_state(seed=0), []
-    for _ in range(num_steps):
-      state, metrics = made.train_step(state, sharding.to_global(batch, made.mesh))
-      at = {name: float(params["at"]) for name, params in state.params.items()}
-      history.append((at, {k: float(m.count) for k, m in metrics.items()}))
-  return history
-
-
-def test_players_move_in_turn_each_in_its_own_parameters():
-  # The critic halves its distance to 3 twice in each step; then the actor moves half-way to it.
-  (first, counts), (second, _) = play(2)
-  assert first == {"critic": 2.25, "actor": 1.125}
-  assert second == {"critic": pytest.approx(2.8125), "actor": pytest.approx(1.96875)}
-  assert counts["critic_loss"] == 2  # one for each micro-batch of its last move
-  assert {"critic_gradient_norm", "actor_gradient_norm"} <= counts.keys()
-
-
-class Observing(toy.Game):
-  """Observes its goals, and examples: those of its loss if both are of one micro-batch."""
-
-  observed: ClassVar[list[str]] = []
-
-  def observe(self, variables, batch, context):
-    self.observed.append(context.player)
-    goals = {"critic": variables["constants"]["goal"], "actor": variables["params"]["critic"]["at"]}
-    return {"goal": goals[context.player], "x": batch["x"] + 1}
-
-  def loss(self, variables, batch, context):
-    output = super().loss(variables, batch, context)
-    moved = context.observed["goal"] + jnp.sum(context.observed["x"] - 1 - batch["x"])
-    distance = (variables["params"][context.player]["at"] - moved) ** 2
-    share = base.example_mask(batch).sum() / context.normalizers["examples"]
-    return dataclasses.replace(output, loss=distance * share)
-
-
-def test_what_a_player_observes_is_made_once_for_all_of_its_updates():
-  found = [at for at, _ in play(2, Observing)]
-  for at, (expected, _) in zip(found, play(2), strict=True):
-    assert at == pytest.approx(expected, abs=1e-5)
-  traces = Observing.observed.count("actor")  # it moves once in a step
-  assert traces
-  assert Observing.observed.count("critic") == traces
-
-
-def test_a_player_stands_still_until_its_turn_begins():
-  history = play(3, actor_begins=2)
-  assert [at["actor"] for at, _ in history[:2]] == [0.0, 0.0]
-  assert history[2][0]["actor"] > 0
-  assert history[0][1]["actor_loss"] == 0  # it counted nothing, so nothing is logged of it
-  assert history[2][1]["actor_loss"] == 2
 
 
 def test_frozen_parameters_stay_bit_identical():

@@ -10,8 +10,7 @@ import numpy as np
 
 from vit_jax_zoo.metrics.base import Evaluator
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.base import LossOutput, Mean, Player, Task
+from vit_jax_zoo.tasks.base import LossOutput, Mean, Task
 
 
 class ToyNet(nn.Module):
@@ -74,43 +73,6 @@ class Regression(Task):
 
   def predict(self, variables, batch):
     return {"y": self.model.apply(variables, batch["x"])}
-
-  def evaluator(self):
-    return SquaredError()
-
-
-@dataclasses.dataclass(frozen=True)
-class Game(Task):
-  """Two numbers: "critic" chases 3, "actor" chases the critic as it stands after its moves."""
-
-  critic_updates: int = 2
-  actor_begins: int = 0
-
-  @property
-  def players(self):
-    return (
-      Player("critic", updates=self.critic_updates),
-      Player("actor", begin_step=self.actor_begins),
-    )
-
-  @property
-  def best_metric(self):
-    return "score"
-
-  def init(self, rng, batch):
-    zero = {"at": jnp.zeros(())}
-    return {"params": {"critic": zero, "actor": zero}, "constants": {"goal": jnp.float32(3.0)}}
-
-  def loss(self, variables, batch, context):
-    params = variables["params"]
-    goals = {"critic": variables["constants"]["goal"], "actor": params["critic"]["at"]}
-    distance = (params[context.player]["at"] - goals[context.player]) ** 2
-    share = base.example_mask(batch).sum() / context.normalizers["examples"]
-    metrics = {f"{context.player}_loss": Mean.of(distance)}
-    return LossOutput(distance * share, metrics, {"constants": variables["constants"]})
-
-  def predict(self, variables, batch):
-    return {}
 
   def evaluator(self):
     return SquaredError()

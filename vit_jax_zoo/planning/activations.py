@@ -5,14 +5,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vit_jax_zoo.tasks.base import LossContext, Player
+from vit_jax_zoo.tasks.base import LossContext, OptimGroup
 from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.sharding import batch_ways
-from vit_jax_zoo.training.state import player_params, with_player_params
 
 
 def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
-  """Returns the bytes of one device, of the player that keeps most.
+  """Returns the bytes of one device, of the optimizer group that keeps most.
 
   These are the arrays that differentiation asks for, before XLA has fused any of them away, each
   split over the devices as the batch is. Parameters, and what else was there before, do not count.
@@ -25,25 +24,25 @@ def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
     key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)
     for key, leaf in program.abstract_batch.items()
   }
-  kept = max(_kept(program, player, batch) for player in program.task.players)
+  kept = max(_kept(program, group, batch) for group in program.task.optim_groups)
   return kept / batch_ways(program.mesh)
 
 
-def _kept(program: Program, player: Player, batch: Any) -> float:
+def _kept(program: Program, group: OptimGroup, batch: Any) -> float:
   def forward(state: Any, batch: Any) -> list[jax.Array]:
     context = LossContext(
       rng=jax.random.wrap_key_data(state.rng),
       step=state.step,
       normalizers=program.task.normalizers(batch),
-      player=player.name,
+      optim_group=group.name,
     )
 
     def loss(own: Any) -> tuple[Any, Any]:
-      params = with_player_params(state.params, player, own)
+      params = group.insert(state.params, own)
       output = program.task.loss({"params": params, **state.model_state}, batch, context)
       return output.loss, None
 
-    _, backward, _ = jax.vjp(loss, player_params(state.params, player), has_aux=True)
+    _, backward, _ = jax.vjp(loss, group.select(state.params), has_aux=True)
     given = {id(leaf) for leaf in jax.tree.leaves((state, batch))}
     return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
 

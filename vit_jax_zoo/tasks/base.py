@@ -6,14 +6,14 @@ never looks inside. A new problem is a new file beside this one.
 
 Where things run:
 
-* `init`, `normalizers`, `observe`, `loss`, `predict`, `explain` are traced by `jax.jit`; they see
+* `init`, `normalizers`, `loss`, `predict`, `explain` are traced by `jax.jit`; they see
   global arrays and write no communication of their own;
 * `prepare`, `evaluator`, `draw_explanation` and all figures run on the host, on numpy arrays.
 """
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import clu.metrics
@@ -70,23 +70,30 @@ class Model(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Player:
-  """One party of a game: the parameters below `params[name]`, trained on a loss of their own.
+class OptimGroup:
+  """Parameters with an optimizer and a loss of their own.
 
-  Most tasks have a single player, `Player()`, which owns every parameter. A task with a critic
-  names two; in each training step they move in the listed order, and each sees what the others have
-  already become.
+  Most tasks have a single group, `OptimGroup()`, of all parameters. A GAN has one for each network;
+  they are updated in the listed order in each training step.
 
   Attributes:
-    name: top-level key in `params`; None stands for all of them.
-    updates: how many updates the player makes in each training step.
-    begin_step: the first training step in which it moves; before, its parameters and its
-      optimizer stand still.
+    name: top-level key in `params`; None: all parameters.
+    updates: optimizer updates in each training step.
+    begin_step: the first training step with an update; before, the parameters and the optimizer
+      state are constant.
   """
 
   name: str | None = None
   updates: int = 1
   begin_step: int = 0
+
+  def select(self, params: Any) -> Any:
+    """Returns the group's own of all parameters."""
+    return params if self.name is None else params[self.name]
+
+  def insert(self, params: Any, own: Any) -> Any:
+    """Returns all parameters with the group's own replaced."""
+    return own if self.name is None else {**params, self.name: own}
 
 
 @struct.dataclass
@@ -94,19 +101,20 @@ class LossContext:
   """What a loss may depend on besides variables and batch.
 
   Attributes:
-    rng: a PRNG key that differs from step to step, player to player and micro-batch to micro-batch.
+    rng: a PRNG key, different for each step, optimizer group, update and micro-batch.
     step: int32 [], the number of training steps completed before this one.
-    normalizers: what `Task.normalizers` said of the whole batch of this step, on all devices and
-      over all micro-batches.
-    player: the `Player.name` whose loss is asked for.
-    observed: what `Task.observe` said on the same examples; None outside of a training step.
+    normalizers: `Task.normalizers` of the whole batch of this step, on all devices and over all
+      micro-batches.
+    optim_group: the name of the `OptimGroup` whose loss to return.
+    precomputed: outputs of the other groups' networks on the same examples, computed once per step
+      and constant in the loss; None if the training step precomputes nothing.
   """
 
   rng: Any
   step: Any
   normalizers: Mapping[str, Array]
-  player: str | None = struct.field(pytree_node=False, default=None)
-  observed: Any = None
+  optim_group: str | None = struct.field(pytree_node=False, default=None)
+  precomputed: Any = None
 
 
 @struct.dataclass
@@ -130,9 +138,9 @@ class Task(abc.ABC):
   """What is learned, from a batch to a score. Subclasses are frozen dataclasses of plain fields."""
 
   @property
-  def players(self) -> tuple[Player, ...]:
-    """The parties of the game, in the order in which they move."""
-    return (Player(),)
+  def optim_groups(self) -> tuple[OptimGroup, ...]:
+    """The groups of parameters with an optimizer each, in the order of their updates."""
+    return (OptimGroup(),)
 
   @property
   @abc.abstractmethod
@@ -178,18 +186,21 @@ class Task(abc.ABC):
     """Returns what the loss of a step is divided by: functions of the whole global batch alone."""
     return {"examples": jnp.sum(example_mask(batch).astype(jnp.float32))}
 
-  def observe(self, variables: Variables, batch: Batch, context: LossContext) -> Any:
-    """Returns what the losses of `context.player` take of the others; nothing by default.
-
-    Such as the pictures that a critic is shown. It comes back as `LossContext.observed`, a constant
-    for the gradient, and is computed once for all updates that the player makes in a step: the
-    others stand still meanwhile.
-    """
-    del variables, batch, context
-
   @abc.abstractmethod
   def loss(self, variables: Variables, batch: Batch, context: LossContext) -> LossOutput:
-    """Returns the training loss of `context.player` on a batch or micro-batch."""
+    """Returns the training loss of `context.optim_group` on a batch or micro-batch."""
+
+  def make_train_step(
+    self, optimizers: Sequence[Any], *, accumulation_steps: int, ema_decay: float | None
+  ) -> Any:
+    """Returns a training step of the task's own; None: `training.train_step.make_train_step`.
+
+    Args:
+      optimizers: one `training.optim.Optimizer` for each of `optim_groups`.
+      accumulation_steps: number of micro-batches of a batch.
+      ema_decay: decay of the moving average of the variables, or None.
+    """
+    del optimizers, accumulation_steps, ema_decay
 
   @abc.abstractmethod
   def predict(self, variables: Variables, batch: Batch) -> Predictions:

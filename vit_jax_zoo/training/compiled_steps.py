@@ -14,21 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from vit_jax_zoo.tasks.base import Batch, Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import compile_predict_step
 from vit_jax_zoo.training.optim import Optimizer, create_optimizer
-from vit_jax_zoo.training.state import (
+from vit_jax_zoo.training.train_step import (
+  PredictStep,
   TrainState,
-  abstract_like,
   create_state,
-  player_params,
-  state_shardings,
-  variable_shardings,
+  make_train_step,
 )
-from vit_jax_zoo.training.step import PredictStep, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Program(EvaluationProgram):
   """What a run executes.
 
   Attributes:
-    optimizers: one for each of the task's players.
+    optimizers: one for each of the task's `optim_groups`.
     abstract_state: shapes, dtypes and shardings of the train state.
     train_step: jitted, with shardings, donating its state.
   """
@@ -97,8 +94,8 @@ class Program(EvaluationProgram):
   def schedules(self) -> dict[str, Callable[[int], Any]]:
     """The learning rates as functions of the step, by the name under which they are logged."""
     return {
-      f"{player.name}_learning_rate" if player.name else "learning_rate": optimizer.schedule
-      for player, optimizer in zip(self.task.players, self.optimizers, strict=True)
+      f"{group.name}_learning_rate" if group.name else "learning_rate": optimizer.schedule
+      for group, optimizer in zip(self.task.optim_groups, self.optimizers, strict=True)
     }
 
   def initial_state(
@@ -122,7 +119,8 @@ class Recipe:
   """How to train.
 
   Attributes:
-    optimizer: see `create_optimizer`; for a task of several players, one such mapping by player.
+    optimizer: see `create_optimizer`; for a task with several `optim_groups`, such a mapping by
+      group name.
     num_steps: the length that the schedules span.
     accumulation_steps: see `make_train_step`.
     ema_decay: see `make_train_step`.
@@ -163,12 +161,10 @@ def build_program(
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
   shardings = state_shardings(abstract_state, rules, mesh)
   split = sharding.batch_sharding(mesh)
-  train_step = make_train_step(
-    task,
-    optimizers,
-    accumulation_steps=recipe.accumulation_steps,
-    ema_decay=recipe.ema_decay,
-  )
+  options = {"accumulation_steps": recipe.accumulation_steps, "ema_decay": recipe.ema_decay}
+  train_step = task.make_train_step(optimizers, **options)
+  if train_step is None:
+    train_step = make_train_step(task, optimizers[0], **options)
   return Program(
     **vars(judging),
     optimizers=optimizers,
@@ -234,13 +230,45 @@ def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[
 def _create_optimizers(task: Task, recipe: Recipe, params: Any) -> tuple[Optimizer, ...]:
   return tuple(
     create_optimizer(
-      recipe.optimizer if player.name is None else recipe.optimizer[player.name],
-      player_params(params, player),
+      recipe.optimizer if group.name is None else recipe.optimizer[group.name],
+      group.select(params),
       recipe.num_steps,
-      begin_step=player.begin_step,
-      updates_per_step=player.updates,
+      begin_step=group.begin_step,
+      updates_per_step=group.updates,
     )
-    for player in task.players
+    for group in task.optim_groups
+  )
+
+
+def state_shardings(abstract_state: TrainState, rules: sharding.Rules, mesh: Mesh) -> TrainState:
+  """Returns the sharding of every array of a state."""
+  params = abstract_state.params
+  specs = sharding.parameter_specs(params, rules, mesh)
+  replicated = PartitionSpec()
+  model_state = jax.tree.map(lambda _: replicated, abstract_state.model_state)
+  tree = TrainState(
+    step=replicated,
+    params=specs,
+    model_state=model_state,
+    opt_state=sharding.specs_like_parameters(abstract_state.opt_state, params, specs),
+    ema=None if abstract_state.ema is None else {"params": specs, **model_state},
+    rng=replicated,
+  )
+  return sharding.named_shardings(tree, mesh)
+
+
+def variable_shardings(abstract: Variables, rules: sharding.Rules, mesh: Mesh) -> Variables:
+  """Returns the sharding of every variable; the same as in `state_shardings`."""
+  others = {name: tree for name, tree in abstract.items() if name != "params"}
+  replicated = jax.tree.map(lambda _: PartitionSpec(), others)
+  specs = sharding.parameter_specs(abstract["params"], rules, mesh)
+  return sharding.named_shardings({"params": specs, **replicated}, mesh)
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+  """Returns shapes and dtypes of `tree` with their shardings: the target of a restore."""
+  return jax.tree.map(
+    lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, shardings
   )
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
-from vit_jax_zoo.training.step import PredictStep
+from vit_jax_zoo.training.train_step import PredictStep
 
 T = TypeVar("T")
 

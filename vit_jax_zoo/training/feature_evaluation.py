@@ -12,7 +12,7 @@ from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, by_la
 from vit_jax_zoo.metrics.linear_probe import Labelled
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training.evaluate import Clock, Report, SizedBatches, gather_parts, predict_batches
-from vit_jax_zoo.training.step import PredictStep
+from vit_jax_zoo.training.train_step import PredictStep
 
 
 @dataclasses.dataclass(frozen=True)

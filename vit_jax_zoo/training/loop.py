@@ -33,8 +33,7 @@ from vit_jax_zoo.training.checkpoint import BEST, Checkpointer, find_checkpoint,
 from vit_jax_zoo.training.evaluate import Evaluation, Report
 from vit_jax_zoo.training.metric_writer import MetricWriter
 from vit_jax_zoo.training.progress import Progress
-from vit_jax_zoo.training.state import TrainState
-from vit_jax_zoo.training.step import Metrics, TrainStep
+from vit_jax_zoo.training.train_step import Metrics, TrainState, TrainStep
 
 
 class PreemptionGuard:

@@ -99,35 +99,22 @@ _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """What turns gradients into updates, and what the loop logs of it.
+  """Gradient transformation, learning-rate schedule and mask of frozen parameters.
 
   Attributes:
-    transform: `init(params)` and `update(grads, opt_state, params)`. State trees are shaped like
-      the parameters, with nothing at frozen ones; updates of frozen parameters are zero.
+    tx: `init(params)` and `update(grads, opt_state, params)`. State trees are shaped like the
+      parameters, with nothing at frozen ones.
     schedule: the learning rate in the training step numbered `step`, from 0; 0 before `begin_step`.
-    frozen: a tree like the parameters, True where they never change.
+    frozen: a tree like the parameters, True where they are constant.
   """
 
-  transform: optax.GradientTransformation
+  tx: optax.GradientTransformation
   schedule: Schedule
   frozen: Any
 
-  def init(self, params: Any) -> Any:
-    """Returns the optimizer state before the first update."""
-    return self.transform.init(params)
-
-  def update(self, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    """Returns what to add to the parameters, and the new state."""
-    return self.transform.update(grads, opt_state, params)
-
-  def freeze(self, grads: Any) -> Any:
-    """Sets the gradients of frozen parameters to zero: XLA then never computes them."""
-    return jax.tree.map(lambda g, f: jnp.zeros_like(g) if f else g, grads, self.frozen)
-
-  def apply(self, params: Any, updates: Any) -> Any:
-    """Adds the updates; frozen parameters are handed through, bit for bit."""
-    moved = optax.apply_updates(params, updates)
-    return jax.tree.map(lambda p, new, f: p if f else new, params, moved, self.frozen)
+  def stop_frozen(self, params: Any) -> Any:
+    """Stops the gradients of frozen parameters, so that XLA does not compute them."""
+    return jax.tree.map(lambda p, f: jax.lax.stop_gradient(p) if f else p, params, self.frozen)
 
 
 def create_optimizer(
@@ -148,7 +135,7 @@ def create_optimizer(
       sets `learning_rate` (a multiplier), `weight_decay` (a multiplier, for parameters that
       otherwise don't decay as well) or `frozen` (a bool). For each of the three, the first matching
       rule that sets it wins.
-    abstract_params: nested dict of arrays or their shapes: the parameters of one player.
+    abstract_params: nested dict of arrays or their shapes: the parameters of one group.
     num_steps: training steps of the whole run.
     begin_step: the first training step with an update. The caller does not call `update` before
       it; the schedule starts there, so that a warm-up is not missed, and ends with the run.
@@ -174,8 +161,12 @@ def create_optimizer(
   chain = _chain(fields, core, settings, lambda count: schedule(count // updates_per_step))
   frozen = _tree(settings, lambda setting: setting.frozen)
   trained = _tree(settings, lambda setting: not setting.frozen)
-  transform = optax.chain(optax.masked(chain, trained), optax.masked(optax.set_to_zero(), frozen))
-  return Optimizer(transform, _delayed(schedule, begin_step), frozen)
+  tx = optax.chain(optax.masked(chain, trained), optax.masked(_NO_UPDATE, frozen))
+  return Optimizer(tx, _delayed(schedule, begin_step), frozen)
+
+
+# Minus zero: adding it keeps the bits of every parameter, those of -0.0 too.
+_NO_UPDATE = optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.full_like(g, -0.0), grads))
 
 
 def list_optimizers() -> list[str]:

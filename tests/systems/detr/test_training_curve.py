@@ -12,8 +12,7 @@ from safetensors.numpy import load_file
 from tests.systems.detr.reference import model_of, variables_of
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.training.optim import create_optimizer
-from vit_jax_zoo.training.state import create_state
-from vit_jax_zoo.training.step import make_train_step
+from vit_jax_zoo.training.train_step import create_state, make_train_step
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 FREEZE = {
@@ -92,7 +91,7 @@ def train(name):
     config["steps"],
   )
   state = create_state(task, [optimizer], variables, jax.random.key(0), with_ema=False)
-  step = jax.jit(make_train_step(task, [optimizer]))
+  step = jax.jit(make_train_step(task, optimizer))
   batches = read_batches(inputs, 3, model_config["masks"])
   history = []
   for index in range(config["steps"]):

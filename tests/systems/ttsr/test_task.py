@@ -196,9 +196,9 @@ def tiny_loss(batch):
   return jax.jit(task.loss)(tiny_variables(), batch, context)
 
 
-def test_reconstruction_alone_has_one_player_and_no_vgg():
+def test_reconstruction_alone_has_one_optim_group_and_no_vgg():
   task = create_task("super_resolution", TINY)
-  assert [player.name for player in task.players] == ["generator"]
+  assert [group.name for group in task.optim_groups] == ["generator"]
   assert set(tiny_variables()) == {"params"}
   assert set(tiny_variables()["params"]) == {"generator"}
   batch = tiny_batch()
@@ -211,9 +211,9 @@ def test_reconstruction_alone_has_one_player_and_no_vgg():
   assert set(output.metrics) == {"loss", "reconstruction_loss"}
 
 
-def test_all_losses_have_two_players():
+def test_all_losses_have_two_optim_groups():
   task = create_task("super_resolution", TINY, **WEIGHTS, begin_step=7)
-  critic, generator = task.players
+  critic, generator = task.optim_groups
   assert (critic.name, critic.updates, critic.begin_step) == ("critic", 2, 7)
   assert (generator.name, generator.updates, generator.begin_step) == ("generator", 1, 0)
   batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch(1).items()}

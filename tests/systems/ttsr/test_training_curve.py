@@ -16,7 +16,7 @@ from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
-from vit_jax_zoo.training.state import create_state
+from vit_jax_zoo.training.train_step import create_state
 
 
 @dataclasses.dataclass(frozen=True)

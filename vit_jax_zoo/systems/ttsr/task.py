@@ -5,7 +5,7 @@ first alone for some steps, then all, which is one config with `begin_step`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +19,12 @@ from vit_jax_zoo.metrics.psnr_ssim import SuperResolutionEvaluator
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.ttsr import figures as draw
 from vit_jax_zoo.systems.ttsr.discriminator import Critic
+from vit_jax_zoo.systems.ttsr.train_step import make_train_step
 from vit_jax_zoo.systems.ttsr.upsample import upsample_bicubic
 from vit_jax_zoo.systems.ttsr.vgg import VGG19, WIDTHS
 from vit_jax_zoo.tasks import base
+from vit_jax_zoo.training.optim import Optimizer
+from vit_jax_zoo.training.train_step import TrainStep
 
 PICTURES = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image")
 """What the model is given, in this order."""
@@ -102,12 +105,12 @@ class SuperResolution(base.Task):
       )
 
   @property
-  def players(self) -> tuple[base.Player, ...]:
-    """The critic, if there is one, moves first: the generator answers the updated one."""
-    generator = base.Player("generator")
+  def optim_groups(self) -> tuple[base.OptimGroup, ...]:
+    """The critic, if there is one, first: the generator is trained against the updated one."""
+    generator = base.OptimGroup("generator")
     if not self.adversarial_weight:
       return (generator,)
-    return (base.Player("critic", self.critic_updates, self.begin_step), generator)
+    return (base.OptimGroup("critic", self.critic_updates, self.begin_step), generator)
 
   @property
   def weight_files(self) -> Mapping[str, str]:
@@ -137,7 +140,15 @@ class SuperResolution(base.Task):
       variables["vgg"] = self._vgg.init(vgg, truth)["params"]
     return variables
 
-  def observe(
+  def make_train_step(
+    self, optimizers: Sequence[Optimizer], *, accumulation_steps: int, ema_decay: float | None
+  ) -> TrainStep:
+    """Returns the alternating step."""
+    return make_train_step(
+      self, optimizers, accumulation_steps=accumulation_steps, ema_decay=ema_decay
+    )
+
+  def precompute(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> Float[Array, "b h w 3"] | None:
     """Returns the pictures that the critic is shown, for all of its updates.
@@ -145,7 +156,7 @@ class SuperResolution(base.Task):
     The generator's own loss makes them once more: its gradient needs all that lies between, which
     would have to be kept for every micro-batch while the critic moves.
     """
-    if context.player != "critic":
+    if context.optim_group != "critic":
       return None
     return self._generate(variables["params"]["generator"], batch, train=True)["image"]
 
@@ -160,9 +171,9 @@ class SuperResolution(base.Task):
     "gradient_penalty".
     """
     mask = base.example_mask(batch)
-    terms = self._critic_terms if context.player == "critic" else self._generator_terms
+    terms = self._critic_terms if context.optim_group == "critic" else self._generator_terms
     losses, metrics = terms(variables, batch, context)
-    name = "critic_loss" if context.player == "critic" else "loss"
+    name = "critic_loss" if context.optim_group == "critic" else "loss"
     metrics = {k: base.Mean.of(value, mask & active) for k, (value, active) in metrics.items()}
     return base.LossOutput(
       loss=jnp.sum(jnp.where(mask, losses, 0.0)) / context.normalizers["examples"],
@@ -230,9 +241,9 @@ class SuperResolution(base.Task):
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> tuple[Float[Array, " b"], dict[str, Any]]:
     params, real = variables["params"], _to_range(batch["image"])
-    made = context.observed
+    made = context.precomputed
     if made is None:
-      made = jax.lax.stop_gradient(self.observe(variables, batch, context))
+      made = jax.lax.stop_gradient(self.precompute(variables, batch, context))
     epsilon = self.draw_epsilon(context.rng, len(real))
 
     def score(images: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
