@@ -1,4 +1,7 @@
-"""docs/MODELS.md is what the code says: `pytest tests/test_models_page.py --update-goldens`."""
+"""docs/MODELS.md matches the code.
+
+To rewrite it: `pytest tests/test_models_page.py --update-goldens`.
+"""
 
 import json
 import pathlib
@@ -13,14 +16,15 @@ HEAD = """# Models and published weights
 
 Written by `pytest tests/test_models_page.py --update-goldens`; do not edit.
 
-`zoo.create_model(name)` makes a model of the first table, `zoo.load_pretrained(name)` one of the
-second with its weights. Classifiers are counted with 1000 classes, iGPT without a head, DETR and
-R-CNN with COCO's, segmentation with Cityscapes's; frozen statistics are no parameters. Scores are
-their publishers', ImageNet-1k top-1 unless they say otherwise; none of them was measured here.
+`vit_jax_zoo.create_model(name)` creates a model of the first table, and
+`vit_jax_zoo.load_pretrained(name)` loads a model of the second table with its weights. Parameters
+are counted with 1,000 classes for classifiers, without a head for iGPT, with COCO's classes for
+DETR and R-CNN, and with Cityscapes' for segmentation; frozen statistics are not counted. Scores are
+the publishers', ImageNet-1k top-1 unless stated otherwise; none was measured here.
 
-iGPT's nats are checked on ImageNet, prepared by `python -m vit_jax_zoo.data.prepare`, with
+To check iGPT's likelihood on ImageNet, prepared by `python -m vit_jax_zoo.data.prepare`, run
 `python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_nats` (or `m_nats`, `l_nats`;
-add `,init_from=igpt_s_imagenet_hub` for Hugging Face's file, or a path). It prints `test/nats`.
+append `,init_from=igpt_s_imagenet_hub` for Hugging Face's file, or a path). It prints `test/nats`.
 """
 
 COUNTS = ("param_counts", "lambda_resnet_parameters_all", "rcnn_parameters")
@@ -33,13 +37,13 @@ def counts():
 
 
 def family_order(name):
-  """Sorts names by family, in the registry's order, and within it."""
+  """Sort key: the family in the registry's order, then the name."""
   return next(i for i, family in enumerate(FAMILIES) if name.startswith(family)), name
 
 
 def page():
   known = counts()
-  lines = [HEAD, "## Models", "", "| name | parameters | the paper's score | says |"]
+  lines = [HEAD, "## Models", "", "| name | parameters | reported score | source |"]
   lines.append("|---|---|---|---|")
   for name in sorted(list_models(), key=family_order):
     score, source = PAPER_SCORES.get(name, ("–", "–"))
@@ -47,7 +51,7 @@ def page():
     lines.append(f"| `{name}` | {count} | {score} | {source} |")
   lines += ["", "## Published weights", ""]
   lines += [
-    "| name | model | parameters | published score | says | where |",
+    "| name | model | parameters | published score | source | host |",
     "|---|---|---|---|---|---|",
   ]
   for name, entry in ENTRIES.items():

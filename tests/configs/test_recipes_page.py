@@ -1,6 +1,6 @@
-"""docs/RECIPES.md is what the configs say. To write it:
+"""docs/RECIPES.md matches the configs.
 
-pytest tests/configs/test_recipes_page.py --update-goldens
+To rewrite it: `pytest tests/configs/test_recipes_page.py --update-goldens`.
 """
 
 import importlib
@@ -15,7 +15,7 @@ FIRST = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt", "finetune")
 
 
 def systems():
-  """Returns all config files that are no part of another one, in the order of the page."""
+  """Returns the config files that are not part of another one, in the page's order."""
   texts = {path.stem: path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))}
   whole = [
     name for name, text in texts.items() if "\nVARIANTS" in text and "A part of those" not in text
@@ -27,17 +27,17 @@ HEAD = """# Recipes
 
 Written by `pytest tests/configs/test_recipes_page.py --update-goldens`; do not edit.
 
-A row is a page of the lab book, a function in `configs/`, with all of its variants: train one by
+Each row is one recipe, a function in `configs/`, with its variants. To train one:
 `python -m vit_jax_zoo.main --config=configs/<system>.py:<variant>`. Data, length and augmentation
-are those of the resolved configs, the rest is from the page's text, which says more. Expected
-figures are the papers' unless the page says otherwise; "ours" are those that were measured with
-this code. A batch is that of all devices together. RandAugment is not one thing: see the two
-flavours in `vit_jax_zoo/data/transforms/augment.py`.
+are read from the resolved configs, the other columns from the function's docstring, which has more
+detail. Reported results are the papers' unless stated otherwise; "our result" was measured with
+this code. Batch sizes are global. There are two RandAugment variants, TensorFlow's and timm's: see
+`vit_jax_zoo/data/transforms/augment.py`.
 """
 
 COLUMNS = (
-  "variants", "data", "length", "augmentation and regularisation", "paper", "hardware", "expected",
-  "ours",
+  "variants", "data", "length", "augmentation and regularization", "paper", "hardware",
+  "reported result", "our result",
 )  # fmt: skip
 
 ENTRIES = (
@@ -48,7 +48,7 @@ NOT_RUN = "Not yet run here."
 
 
 def entries(function):
-  """Returns a page's entries by name; an entry goes on where lines are indented."""
+  """Returns the entries of a docstring by name; indented lines continue an entry."""
   found, name = {}, None
   # The compiler strips what all lines of a docstring are indented by since Python 3.13 only.
   for line in inspect.cleandoc(getattr(function, "func", function).__doc__).split("\n"):
@@ -72,40 +72,40 @@ TRANSFORMS = {
   "random_resize_small": "scale",
   "random_scale_crop": "scale and crop",
   "random_flip": "flip",
-  "random_pair_turn": "turns and flips",
-  "random_translate": "shift",
+  "random_pair_turn": "rotation and flip",
+  "random_translate": "translation",
   "random_erasing": "random erasing",
 }
 
-FLAVOURS = {"rand_augment": "TensorFlow's", "timm_rand_augment": "timm's"}
+RAND_AUGMENTS = {"rand_augment": "TensorFlow", "timm_rand_augment": "timm"}
 
 MIXTURES = {"mixup_alpha": "mixup", "cutmix_alpha": "CutMix"}
 
 
 def augmentation(config):
-  """Says what a config does to training examples at random."""
-  said = []
+  """Returns the random augmentation and regularization of a config as text."""
+  parts = []
   for spec in map(dict, config.data.train.transforms):
     name = spec["name"]
-    if name in FLAVOURS:
+    if name in RAND_AUGMENTS:
       layers, magnitude = spec.get("num_layers", 2), spec.get("magnitude", "default")
-      said.append(f"RandAugment({layers}, {magnitude}) in {FLAVOURS[name]} flavour")
+      parts.append(f"{RAND_AUGMENTS[name]} RandAugment({layers}, {magnitude})")
     elif name in TRANSFORMS:
-      said.append(TRANSFORMS[name])
+      parts.append(TRANSFORMS[name])
     elif name == "resize_shorter" and len(spec.get("shorter", ())) > 1:
-      said.append("scale")
+      parts.append("scale")
     else:
       assert not name.startswith("random"), f"{name} has no word in TRANSFORMS"
-  said += [f"{word} {config.task[f]:g}" for f, word in MIXTURES.items() if config.task.get(f)]
+  parts += [f"{word} {config.task[f]:g}" for f, word in MIXTURES.items() if config.task.get(f)]
   if config.task.get("label_smoothing"):
-    said.append(f"labels smoothed by {config.task.label_smoothing:g}")
+    parts.append(f"label smoothing {config.task.label_smoothing:g}")
   drops = {"dropout_rate": "dropout", "drop_path_rate": "stochastic depth"}
-  said += [f"{word} {config.model[f]:g}" for f, word in drops.items() if config.model.get(f)]
-  return ", ".join(said) or "none"
+  parts += [f"{word} {config.model[f]:g}" for f, word in drops.items() if config.model.get(f)]
+  return ", ".join(parts) or "none"
 
 
 def data(config):
-  """Names the sources, and the side of the images where it is fixed."""
+  """Returns the training sources, with the image size where it is fixed."""
   names = [config.data.train, *map(dict, config.data.train.get("mixed_with") or ())]
   names = [spec["source"].removeprefix("tfds:") for spec in names]
   sides = [t["size"] for t in map(dict, config.data.train.transforms) if "size" in t]
@@ -116,12 +116,12 @@ def length(config):
   batch = f"batch {config.batch_size}"
   steps = config.num_steps
   if steps == 1:
-    return "nothing is trained"
+    return "evaluation only"
   return f"{steps:,} steps, {batch}" if steps else f"{config.num_epochs:g} epochs, {batch}"
 
 
 def grouped(by_variant):
-  """Says once what all variants share, and else who has what."""
+  """Returns the text that all variants share, or each text with its variants."""
   groups = {}
   for variant, text in by_variant.items():
     groups.setdefault(text, []).append(variant)
@@ -131,18 +131,18 @@ def grouped(by_variant):
 
 
 def row(variants, configs):
-  """A page's row.
+  """Returns the row of one recipe function.
 
   Args:
-    variants: by name, of one function.
-    configs: resolved, by name.
+    variants: variants of the function by name.
+    configs: resolved configs by variant.
   """
   function = next(iter(variants.values()))
   found = entries(function)
   text = getattr(function, "func", function).__doc__
   short = _shortened(list(variants))
   by_variant = {short[name]: configs[name] for name in variants}
-  ours = "not yet run here" if NOT_RUN in text else found.get("Ours", "see expected")
+  ours = "not run" if NOT_RUN in text else found.get("Ours", "see reported result")
   cells = [
     ", ".join(f"`{name}`" for name in variants),
     *(grouped({n: say(c) for n, c in by_variant.items()}) for say in (data, length, augmentation)),
@@ -157,12 +157,12 @@ def row(variants, configs):
 
 
 def _first_words(text):
-  """Returns what stands before the details."""
+  """Returns the text before the first detail."""
   return re.split(r"(?<=\S)(?:: |; |\. )", text)[0].rstrip(".")
 
 
 def _shortened(names):
-  """Leaves out what all names end with: `b16_imagenet`, `l16_imagenet` are b16 and l16."""
+  """Drops the common suffix: `b16_imagenet` and `l16_imagenet` become b16 and l16."""
   if len(names) == 1:
     return {names[0]: names[0]}
   endings = {name.rpartition("_")[2] for name in names}
