@@ -1,4 +1,6 @@
-"""The encoder, scanned or not, on every rung of the ladder; stochastic depth; positions."""
+"""The layer stack, scanned or not, under every remat policy; stochastic depth; positions."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +8,17 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
-from vit_jax_zoo.nn.transformer import REMAT_LADDER, Encoder
+from vit_jax_zoo.nn.transformer import REMAT_POLICIES, EncoderBlock, Stack
 from vit_jax_zoo.systems.vit.position import PositionEmbedding, sincos_2d
 from vit_jax_zoo.weights import key_map as table
 
-BLOCK = {"num_heads": 2, "mlp_dim": 16}
+BLOCK = functools.partial(EncoderBlock, num_heads=2, mlp_dim=16)
 DEPTH = 3
 TOKENS = jax.random.normal(jax.random.key(7), (2, 5, 8))
 
 
 def encoder(**fields):
-  return Encoder(DEPTH, BLOCK, **fields)
+  return Stack(BLOCK, DEPTH, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def reference(variables):
 
 def value_and_gradient(module, variables):
   def loss(variables):
-    return jnp.sum(jnp.sin(module.apply(variables, TOKENS, train=False)))
+    return jnp.sum(jnp.sin(module.apply(variables, TOKENS, train=False)[0]))
 
   return jax.jit(jax.value_and_grad(loss))(variables)
 
@@ -41,15 +43,15 @@ def paths(tree):
   return {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in flat}
 
 
-@pytest.mark.parametrize("remat", [rung for rung in REMAT_LADDER if rung != "none"])
-def test_every_rung_gives_the_same_values_and_gradients(remat, variables, reference):
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+def test_every_policy_gives_the_same_values_and_gradients(remat, variables, reference):
   given = value_and_gradient(encoder(remat=remat), variables)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, reference)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_unrolled_layers_give_what_scanned_ones_do(remat, variables, reference):
-  module = encoder(scan_layers=False, remat=remat)
+  module = encoder(scan=False, remat=remat)
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
   layers = table.unroll(paths(variables["params"]))
   assert {k: v.shape for k, v in layers.items()} == {
@@ -71,13 +73,13 @@ def paths_of_shapes(tree):
 
 
 @pytest.mark.parametrize(("remat", "kept"), [("dots", 8), ("attention", 4), ("full", 0)])
-def test_a_rung_keeps_what_it_says(remat, kept):
+def test_a_policy_saves_what_it_documents(remat, kept):
   """Counted in widths a token, for an MLP of four widths; the block's input comes on top."""
-  module = Encoder(1, {"num_heads": 2, "mlp_dim": 32}, remat=remat, scan_layers=False)
+  module = Stack(functools.partial(BLOCK, mlp_dim=32), 1, scan=False, remat=remat)
   variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
 
   def residuals(params, tokens):
-    _, backward = jax.vjp(lambda t: module.apply(params, t, train=False), tokens)
+    _, backward = jax.vjp(lambda t: module.apply(params, t, train=False)[0], tokens)
     return backward
 
   saved = jax.tree.leaves(jax.eval_shape(residuals, variables, TOKENS))
@@ -86,14 +88,14 @@ def test_a_rung_keeps_what_it_says(remat, kept):
   assert widths == kept + 1
 
 
-def test_an_unknown_rung_is_one_line():
-  with pytest.raises(ValueError, match="unknown remat 'ful'; did you mean 'full'"):
+def test_an_unknown_policy_is_one_line():
+  with pytest.raises(ValueError, match="'ful'"):
     encoder(remat="ful").init(jax.random.key(0), TOKENS, train=False)
 
 
 def test_intermediates_of_every_block(variables):
   apply = jax.jit(lambda v: encoder().apply(v, TOKENS, train=False, mutable="intermediates"))
-  out, state = apply(variables)
+  (out, _), state = apply(variables)
   blocks = state["intermediates"]["blocks"]
   np.testing.assert_allclose(blocks["output"][0][-1], out, atol=1e-6)
   assert blocks["attention"]["weights"][0].shape == (DEPTH, 2, 2, 5, 5)
@@ -114,10 +116,10 @@ def test_drop_path_grows_linearly_and_is_on_in_scanned_blocks(variables):
   assert drop_path_rates(0.2, 1) == (0,)
   with pytest.raises(ValueError, match="drop_path_rate"):
     drop_path_rates(1.0, 3)
-  module = encoder(drop_path_rate=0.9)
+  rates = drop_path_rates(0.9, DEPTH)
   run = jax.jit(
-    lambda v, key: module.apply(
-      v, TOKENS, train=True, rngs={"dropout": key}, mutable="intermediates"
+    lambda v, key: encoder().apply(
+      v, TOKENS, per_layer=rates, train=True, rngs={"dropout": key}, mutable="intermediates"
     )
   )
   outputs = [run(variables, jax.random.key(i))[1]["intermediates"]["blocks"] for i in range(2)]

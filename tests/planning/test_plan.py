@@ -20,7 +20,7 @@ from vit_jax_zoo.planning.activations import activation_bytes
 from vit_jax_zoo.planning.hardware import find_machine
 from vit_jax_zoo.planning.plan import Memory, compile_text, device_bytes, make_plan, needed_memory
 from vit_jax_zoo.planning.report import report, table
-from vit_jax_zoo.planning.search import best, meshes, rungs, search
+from vit_jax_zoo.planning.search import best, meshes, remat_policies, search
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -166,9 +166,14 @@ def test_meshes_begin_with_the_configs_own_and_split_the_batch():
   assert meshes(config, 8)[0] == {"data": 2, "fsdp": 4, "model": 1}
 
 
-def test_rungs_are_for_models_that_name_one():
-  assert rungs(ConfigDict({"model": {"remat": "full"}})) == ["none", "dots", "attention", "full"]
-  assert rungs(ConfigDict({"model": {}})) == [None]
+def test_remat_policies_are_for_models_with_the_field():
+  assert remat_policies(ConfigDict({"model": {"remat": "full"}})) == [
+    "none",
+    "dots",
+    "attention",
+    "full",
+  ]
+  assert remat_policies(ConfigDict({"model": {}})) == [None]
 
 
 @pytest.mark.multidevice

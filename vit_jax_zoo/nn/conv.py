@@ -5,6 +5,8 @@ from flax import linen as nn
 from flax.typing import Dtype, PrecisionLike
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.nn.init import pytorch_uniform
+
 
 class Conv(nn.Module):
   """An odd square convolution with a bias; sides become ceil(side / stride).
@@ -29,11 +31,7 @@ class Conv(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
     """Convolves `x`."""
     pad = self.kernel_size // 2
-    bound = (self.kernel_size**2 * x.shape[-1]) ** -0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    init = pytorch_uniform(self.kernel_size**2 * x.shape[-1])
     kernel = self.param(
       "kernel", init, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), "float32"
     )

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
+from vit_jax_zoo.nn.init import kaiming_normal
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -87,8 +88,6 @@ STEMS = ("conv7", "deep", "deep_strided", "tiered", "conv3")
 SHORTCUTS = ("conv", "avg_pool")
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
 
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-
 
 class ConvNorm(nn.Module):
   """A convolution without bias, a norm, an activation.
@@ -128,7 +127,7 @@ class ConvNorm(nn.Module):
       padding=((pad, pad), (pad, pad)),
       kernel_dilation=(self.dilation, self.dilation),
       use_bias=False,
-      kernel_init=_he_normal,
+      kernel_init=kaiming_normal,
       dtype=self.dtype,
       conv_general_dilated=pointwise_conv if as_product else None,
       name="conv",

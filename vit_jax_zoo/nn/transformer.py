@@ -1,7 +1,7 @@
-"""The pre-norm Transformer encoder, scanned or unrolled, with a ladder of rematerialisation."""
+"""Parts of Transformers: the MLP, the pre-norm encoder block, and the stack of equal layers."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
-from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
+from vit_jax_zoo.nn.drop import DropPath
 from vit_jax_zoo.ops.sharding import shard_batch
 
 ACTIVATIONS = {
@@ -67,33 +67,93 @@ class Mlp(nn.Module):
 
 
 _ATTENTION = ("query", "key", "value", "attention_out")
-REMAT_LADDER: dict[str, tuple[str, ...] | None] = {
+REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
   "none": None,
   "dots": (*_ATTENTION, "mlp_hidden"),
   "attention": _ATTENTION,
   "full": (),
 }
-"""What a block keeps for its backward pass besides its input, from most memory to least.
+"""Activations that a layer saves for its backward pass besides its input, by policy.
 
-* "none": everything; nothing is computed twice.
-* "dots": 8 widths a token (the products with weights, but for the MLP's last); norms, activations
-  and the attention map are computed again. A few per cent of the step's FLOPs.
-* "attention": 4 widths a token; the MLP's first product is computed again too.
-* "full": nothing; the block runs forward twice, about a third more FLOPs.
+* "none": all; nothing is recomputed.
+* "dots": 8 widths a token, the products with weights except the MLP's last; norms, activations and
+  the attention map are recomputed, a few per cent of the step's FLOPs.
+* "attention": 4 widths a token; the MLP's first product is recomputed too.
+* "full": none; the layer runs forward twice, about a third more FLOPs.
 
-A recipe takes the first that fits. The kept arrays are named by `checkpoint_name` in the layers.
+`checkpoint_name` in the layers names the arrays.
 """
 
 
 def rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
-  """Wraps a lifted function `body(module, ...)` so that it keeps what rung `remat` says."""
-  if remat not in REMAT_LADDER:
-    raise ValueError(unknown_name("remat", remat, REMAT_LADDER))
-  kept = REMAT_LADDER[remat]
-  if kept is None:
+  """Wraps a lifted function `body(module, ...)` in the checkpoint policy `remat`."""
+  if remat not in REMAT_POLICIES:
+    raise ValueError(unknown_name("remat", remat, REMAT_POLICIES))
+  saved = REMAT_POLICIES[remat]
+  if saved is None:
     return body
-  policy = jax.checkpoint_policies.save_only_these_names(*kept)
+  policy = jax.checkpoint_policies.save_only_these_names(*saved)
   return nn.remat(body, policy=policy, prevent_cse=not scanned)
+
+
+class Stack(nn.Module):
+  """`depth` equal layers in sequence, scanned or unrolled.
+
+  A layer is called as `layer(x, *args, **kwargs)`, with its element of `per_layer` after `x` where
+  there is one, and returns the next `x` and an output (or None), as the body of `nn.scan` does.
+
+  Scanned, parameters and intermediates are in `blocks/...` with a leading depth axis, and one layer
+  is compiled. Unrolled, they are in `block_0/...`, `block_1/...`. `weights.key_map` converts.
+  `nn.share_scope(parent, stack)` puts them into the parent's own scope.
+
+  Attributes:
+    layer: makes a layer of the given `name`.
+    depth: number of layers.
+    scan: whether the layers are scanned.
+    remat: a key of `REMAT_POLICIES`.
+    scanned_name: name of the scanned layers.
+    layer_name: name of one unrolled layer, with {} for its number.
+    first: number of the first layer.
+  """
+
+  layer: Callable[..., nn.Module]
+  depth: int
+  scan: bool = True
+  remat: str = "none"
+  scanned_name: str = "blocks"
+  layer_name: str = "block_{}"
+  first: int = 0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b ..."],
+    *args: Any,
+    per_layer: Sequence[float] | None = None,
+    **kwargs: Any,
+  ) -> tuple[Float[Array, "b ..."], Any]:
+    """Returns the last layer's `x`, and the layers' outputs with a leading depth axis (or None)."""
+
+    def body(layer: nn.Module, x: Array, value: Any) -> tuple[Array, Any]:
+      values = () if per_layer is None else (value,)
+      return layer(x, *values, *args, **kwargs)  # pyrefly: ignore[not-callable]
+
+    body = rematerialize(body, self.remat, scanned=self.scan)
+    if self.scan:
+      scan = nn.scan(
+        body,
+        variable_axes={"params": 0, "intermediates": 0, "cache": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=self.depth,
+      )
+      values = None if per_layer is None else jnp.asarray(per_layer)
+      return scan(self.layer(name=self.scanned_name), x, values)
+    outputs = []
+    for i in range(self.depth):
+      layer = self.layer(name=self.layer_name.format(self.first + i))
+      x, output = body(layer, x, None if per_layer is None else per_layer[i])
+      outputs.append(output)
+    return x, jnp.stack(outputs) if outputs and outputs[0] is not None else None
 
 
 class EncoderBlock(nn.Module):
@@ -123,9 +183,9 @@ class EncoderBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: Float[Array, "b n d"], drop_path_rate: float | Array, *, train: bool
-  ) -> Float[Array, "b n d"]:
-    """Applies the block; `drop_path_rate` is the probability to leave out each branch."""
+    self, tokens: Float[Array, "b n d"], drop_path_rate: float | Array = 0.0, *, train: bool
+  ) -> tuple[Float[Array, "b n d"], None]:
+    """Applies the block; `drop_path_rate` is the probability of dropping each branch."""
     tokens = shard_batch(tokens)
     norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
     branch = norm(name="attention_norm")(tokens)
@@ -147,57 +207,4 @@ class EncoderBlock(nn.Module):
     self.sow("intermediates", "mlp_output", branch)
     tokens = tokens + DropPath()(branch, drop_path_rate, train=train)
     self.sow("intermediates", "output", tokens)
-    return tokens
-
-
-class Encoder(nn.Module):
-  """A stack of `EncoderBlock`s.
-
-  Scanned, the blocks' parameters stand in `blocks/...` with a leading depth axis, and so do the
-  intermediates: the program holds one block, and compiles in the time of one. Unrolled, they stand
-  in `block_0/...`, `block_1/...`. `weights.table` converts between the two.
-
-  Attributes:
-    depth: number of blocks.
-    block: the fields of `EncoderBlock`.
-    drop_path_rate: of the last block; the first has 0, those between lie on a line.
-    remat: a rung of `REMAT_LADDER`.
-    scan_layers: whether the blocks are scanned.
-  """
-
-  depth: int
-  block: Mapping[str, Any]
-  drop_path_rate: float = 0.0
-  remat: str = "none"
-  scan_layers: bool = True
-
-  @nn.compact
-  def __call__(self, tokens: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b n d"]:
-    """Applies all blocks, in order."""
-
-    def body(block: EncoderBlock, x: Array, rate: float | Array) -> tuple[Array, None]:
-      return block(x, rate, train=train), None
-
-    body = rematerialize(body, self.remat, scanned=self.scan_layers)
-    rates = drop_path_rates(self.drop_path_rate, self.depth)
-    if not self.scan_layers:
-      for i, rate in enumerate(rates):
-        tokens, _ = body(EncoderBlock(**self.block, name=f"block_{i}"), tokens, rate)
-      return tokens
-    scan = nn.scan(
-      body,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=0 if self.drop_path_rate else nn.broadcast,
-      length=self.depth,
-    )
-    blocks = EncoderBlock(**self.block, name="blocks")
-    return scan(blocks, tokens, jnp.asarray(rates) if self.drop_path_rate else 0.0)[0]
-
-
-def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
-  """Returns the attention maps that an `Encoder` has sown, scanned or unrolled, in its order."""
-  if "blocks" in intermediates:
-    return intermediates["blocks"]["attention"]["weights"][0]
-  blocks = [intermediates[f"block_{i}"] for i in range(len(intermediates))]
-  return jnp.stack([block["attention"]["weights"][0] for block in blocks])
+    return tokens, None

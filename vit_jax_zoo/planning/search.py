@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import complete
-from vit_jax_zoo.nn.transformer import REMAT_LADDER
+from vit_jax_zoo.nn.transformer import REMAT_POLICIES
 from vit_jax_zoo.planning.hardware import Machine
 from vit_jax_zoo.planning.plan import Plan, make_plan
 
 
 def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
-  """Yields plans as they are made: for each mesh the first rung of remat that fits.
+  """Yields plans as they are made: for each mesh the first remat policy that fits.
 
   Rungs only trade work for memory, so those behind the first that fits would be slower. A mesh
   that the model's layers or the batch cannot be split by is left out.
@@ -26,7 +26,7 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
     ValueError: one line, about whatever in the config cannot be on any mesh.
   """
   for sizes in meshes(config, len(machine.devices)):
-    for remat in rungs(config):
+    for remat in remat_policies(config):
       candidate = copy.deepcopy(complete(config))
       overrides = [f"--config.sharding.mesh.{axis}={size}" for axis, size in sizes.items()]
       candidate.sharding.mesh = dict(sizes)
@@ -73,9 +73,9 @@ def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
   return found
 
 
-def rungs(config: ConfigDict) -> list[str | None]:
-  """Returns the rungs of remat to try; None alone for models that do not name one."""
-  return list(REMAT_LADDER) if config.model.get("remat") is not None else [None]
+def remat_policies(config: ConfigDict) -> list[str | None]:
+  """Returns the remat policies to try; [None] for models without the field."""
+  return list(REMAT_POLICIES) if config.model.get("remat") is not None else [None]
 
 
 def best(plans: list[Plan]) -> Plan | None:

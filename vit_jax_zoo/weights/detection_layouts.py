@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.weights.key_map import Row, WeightsError
-from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
   COUNTER,

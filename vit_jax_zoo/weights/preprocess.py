@@ -24,8 +24,6 @@ PILLOW_FILTERS = {
 INTERPOLATIONS = ("tf_bilinear", *PILLOW_FILTERS)
 FITS = ("squash", "crop", "shorter_side")
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:

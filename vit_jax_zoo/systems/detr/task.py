@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
@@ -31,8 +32,6 @@ from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
 from vit_jax_zoo.systems.detr.matching import Matching, match
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size, is_target, pixel_mask, target_boxes
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @runtime_checkable

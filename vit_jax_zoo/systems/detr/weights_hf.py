@@ -18,6 +18,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import resnet_torchvision as resnet
@@ -31,7 +32,7 @@ from vit_jax_zoo.weights.detection_layouts import (
   stuff_of,
 )
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
-from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,

@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.nn.init import kaiming_uniform
 from vit_jax_zoo.systems.fpt.mixture_attention import (
   BLOCK_ELEMENTS,
   Similarity,
@@ -19,8 +20,6 @@ from vit_jax_zoo.systems.fpt.mixture_attention import (
   mixture_shares,
 )
 from vit_jax_zoo.systems.fpt.window_attention import attend_locally, local_attention_map
-
-_linear_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class MixtureTransformer(nn.Module):
@@ -53,9 +52,9 @@ class MixtureTransformer(nn.Module):
     """Returns what each position of `x` gathers from `context`, by default from `x` itself."""
     context = x if context is None else context
     query, key, value = (
-      nn.Dense(self.width, use_bias=False, kernel_init=_linear_init, dtype=self.dtype, name=name)(
-        source
-      )
+      nn.Dense(
+        self.width, use_bias=False, kernel_init=kaiming_uniform, dtype=self.dtype, name=name
+      )(source)
       for name, source in (("query", x), ("key", context), ("value", context))
     )
     bound = self.num_parts**-0.5
@@ -129,7 +128,7 @@ class RenderingTransformer(nn.Module):
 
   def _linear(self, name: str) -> nn.Module:
     return nn.Dense(
-      self.width, use_bias=False, kernel_init=_linear_init, dtype=self.dtype, name=name
+      self.width, use_bias=False, kernel_init=kaiming_uniform, dtype=self.dtype, name=name
     )
 
   def _conv(self, name: str, stride: int) -> nn.Module:
@@ -139,7 +138,7 @@ class RenderingTransformer(nn.Module):
       (stride, stride),
       padding=((1, 1), (1, 1)),
       use_bias=False,
-      kernel_init=_linear_init,
+      kernel_init=kaiming_uniform,
       dtype=self.dtype,
       name=name,
     )

@@ -20,6 +20,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.nn.init import kaiming_normal, kaiming_uniform
 from vit_jax_zoo.nn.norm import BatchNorm
 from vit_jax_zoo.systems.fpt.interactions import side_ratio
 from vit_jax_zoo.systems.fpt.mixture_attention import (
@@ -35,9 +36,6 @@ from vit_jax_zoo.systems.fpt.window_attention import attend_by_channel, pad_wind
 TRANSFORMS = ("conv", "ffn", "dffn")
 SIMILARITY_MODES = ("dot", "embedded", "gaussian", "concatenate")
 RENDERINGS = ("head", "november_2020")
-
-kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-"""What the code initialises every convolution with: `kaiming_uniform_(a=1)`."""
 
 
 class OfficialSelfTransformer(nn.Module):
@@ -272,7 +270,7 @@ class OfficialLocalTransformer(nn.Module):
     """Returns what each position gathers from its neighbours."""
     padded = pad_window(x, self.window)  # before the projections, whose biases fill the border
     project = functools.partial(
-      _pointwise, self.width, self.dtype, use_bias=self.use_bias, kernel_init=_he_fan_out
+      _pointwise, self.width, self.dtype, use_bias=self.use_bias, kernel_init=kaiming_normal
     )
     half = self.width // 2
     normal = nn.initializers.normal(1.0)
@@ -315,7 +313,7 @@ class OfficialLocalStem(nn.Module):
     radius = self.window // 2
     padded = jnp.pad(x, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
     project = functools.partial(
-      _pointwise, self.width, self.dtype, use_bias=self.use_bias, kernel_init=_he_fan_out
+      _pointwise, self.width, self.dtype, use_bias=self.use_bias, kernel_init=kaiming_normal
     )
     group = self.width // self.num_groups
     normal = nn.initializers.normal(1.0)
@@ -342,9 +340,6 @@ class _Unused(nn.Module):
   def __call__(self) -> Float[Array, "..."]:
     """Returns the kernel."""
     return self.param("kernel", kaiming_uniform, self.shape)
-
-
-_he_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def _pointwise(features: int, dtype: Dtype, **fields: Any) -> nn.Dense:

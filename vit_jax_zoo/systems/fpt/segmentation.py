@@ -19,13 +19,12 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import part_fields, unknown_name
+from vit_jax_zoo.nn.init import kaiming_normal
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ConvNorm, ResNet
 from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
-
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class GlobalConvolution(nn.Module):
@@ -55,7 +54,7 @@ class GlobalConvolution(nn.Module):
   def _conv(self, size: tuple[int, int], name: str) -> nn.Module:
     padding = tuple((side // 2, side // 2) for side in size)
     return nn.Conv(
-      self.features, size, padding=padding, kernel_init=_he_normal, dtype=self.dtype, name=name
+      self.features, size, padding=padding, kernel_init=kaiming_normal, dtype=self.dtype, name=name
     )
 
 

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.metrics.segmentation import SegmentationEvaluator
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.fpt import figures as draw
@@ -20,7 +21,6 @@ from vit_jax_zoo.tasks import base
 
 IGNORE = 255
 """The label of pixels that do not count."""
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclasses.dataclass(frozen=True)

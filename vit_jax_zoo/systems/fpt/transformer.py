@@ -40,6 +40,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.drop import DropBlock
+from vit_jax_zoo.nn.init import kaiming_uniform
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.fpt.interactions import (
@@ -52,7 +53,6 @@ from vit_jax_zoo.systems.fpt.official import (
   OfficialGroundingTransformer,
   OfficialRenderingTransformer,
   OfficialSelfTransformer,
-  kaiming_uniform,
 )
 
 FLAVORS = ("paper", "official")

@@ -19,7 +19,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
-from vit_jax_zoo.nn.transformer import Mlp, rematerialize
+from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.igpt.palette import nearest_cluster, raster, spread_clusters
@@ -123,47 +123,6 @@ class DecoderBlock(nn.Module):
     return tokens, features
 
 
-class Decoder(nn.Module):
-  """A stack of `DecoderBlock`s, scanned or unrolled as `transformer.Encoder` is.
-
-  Attributes:
-    block: the fields of `DecoderBlock`, with its `depth`.
-    remat: a rung of `transformer.REMAT_LADDER`.
-    scan_layers: parameters stand in `blocks/...` with a leading depth axis, or in `block_<i>/...`.
-  """
-
-  block: dict[str, Any]
-  remat: str = "none"
-  scan_layers: bool = True
-
-  @nn.compact
-  def __call__(
-    self, tokens: Float[Array, "b n d"], past_length: Int[Array, ""] | None = None
-  ) -> tuple[Float[Array, "b n d"], Float[Array, "l b d"]]:
-    """Applies all blocks; returns the last one's output, and the feature of each."""
-    depth = self.block["depth"]
-
-    def body(block: DecoderBlock, x: Array, length: Array | None) -> tuple[Array, Array]:
-      return block(x, length)
-
-    body = rematerialize(body, self.remat, scanned=self.scan_layers)
-    if not self.scan_layers:
-      features = []
-      for i in range(depth):
-        block = DecoderBlock(**self.block, name=f"block_{i}")
-        tokens, feature = body(block, tokens, past_length)
-        features.append(feature)
-      return tokens, jnp.stack(features)
-    scan = nn.scan(
-      body,
-      variable_axes={"params": 0, "intermediates": 0, "cache": 0},
-      split_rngs={"params": True},
-      in_axes=nn.broadcast,
-      length=depth,
-    )
-    return scan(DecoderBlock(**self.block, name="blocks"), tokens, past_length)
-
-
 class ImageGPT(nn.Module):
   """Encodes an image as colours, and predicts each pixel from those before, or from those visible.
 
@@ -184,7 +143,7 @@ class ImageGPT(nn.Module):
     num_classes: size of the label set of the classification head; None leaves it out.
     use_bias: whether dense layers have biases (Hugging Face), except for the two heads.
     dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
-    remat: what blocks keep for the backward pass: a rung of `transformer.REMAT_LADDER`.
+    remat: what blocks keep for the backward pass: a key of `REMAT_POLICIES`.
     scan_layers: one block compiled and run `depth` times, or `depth` blocks.
     attention_implementation: see `attention.Implementation`.
   """
@@ -215,16 +174,17 @@ class ImageGPT(nn.Module):
     )
     if self._shifts:
       self.sos = self.param("sos_token", normal(0.02), (self.width,))
-    block = {
-      "num_heads": self.num_heads,
-      "mlp_dim": 4 * self.width if self.mlp_dim is None else self.mlp_dim,
-      "depth": self.depth,
-      "causal": self.causal,
-      "use_bias": self.use_bias,
-      "dtype": self.dtype,
-      "attention_implementation": self.attention_implementation,
-    }
-    self.decoder = Decoder(block, self.remat, self.scan_layers)
+    block = functools.partial(
+      DecoderBlock,
+      num_heads=self.num_heads,
+      mlp_dim=4 * self.width if self.mlp_dim is None else self.mlp_dim,
+      depth=self.depth,
+      causal=self.causal,
+      use_bias=self.use_bias,
+      dtype=self.dtype,
+      attention_implementation=self.attention_implementation,
+    )
+    self.decoder = Stack(block, self.depth, self.scan_layers, self.remat)
     self.norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype)
     self.pixel_head = self.param("pixel_head", zeros, (self.num_colors, self.width))
     if self.num_classes is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS
 from vit_jax_zoo.weights import timm_config
@@ -26,7 +27,6 @@ from vit_jax_zoo.weights.key_map import (
   read,
   write,
 )
-from vit_jax_zoo.weights.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import COUNTER, batch_counters, batch_norm_rows, contiguous
 

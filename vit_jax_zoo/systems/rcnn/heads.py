@@ -15,11 +15,9 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.nn.init import kaiming_normal, kaiming_uniform
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
-
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_fan_in_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 
 
 class RegionProposalHead(nn.Module):
@@ -80,7 +78,7 @@ class _Head(nn.Module):
       features,
       (3, 3),
       use_bias=self.norm == "none",
-      kernel_init=_he_normal,
+      kernel_init=kaiming_normal,
       dtype=self.dtype,
       name=name,
     )(x)
@@ -148,7 +146,7 @@ class BoxHead(_Head):
     return self._convolve(name, x, x.shape[-1], train=train)
 
   def _dense(self, name: str, x: Float[Array, "n *s c"], *, train: bool) -> Float[Array, "n f"]:
-    layer = nn.Dense(self.width, kernel_init=_fan_in_uniform, dtype=self.dtype, name=name)
+    layer = nn.Dense(self.width, kernel_init=kaiming_uniform, dtype=self.dtype, name=name)
     x = layer(x.reshape(len(x), -1))
     return nn.relu(x if self.num_convs else self._normalized(name, x, train=train))
 
@@ -228,7 +226,7 @@ class MaskHead(_Head):
     last = self._convolve(names[-1], x, self.width, train=train) if names else x
     upsampled = nn.relu(Doubling(self.width, self.dtype, name="upsample")(last))
     self.sow("intermediates", "upsampled", upsampled)
-    init = _he_normal
+    init = kaiming_normal
     head = nn.Conv(self.num_classes + 1, (1, 1), kernel_init=init, dtype=self.dtype, name="logits")
     logits = head(upsampled).astype(jnp.float32)
     if self.fused:
@@ -240,7 +238,7 @@ class MaskHead(_Head):
     side = 2 * x.shape[1]
     x = self._convolve("fused_conv_0", x, self.width, train=train)
     x = self._convolve("fused_conv_1", x, self.width // 2, train=train)
-    dense = nn.Dense(side * side, kernel_init=_fan_in_uniform, dtype=self.dtype, name="fused_dense")
+    dense = nn.Dense(side * side, kernel_init=kaiming_uniform, dtype=self.dtype, name="fused_dense")
     x = nn.relu(dense(x.reshape(len(x), -1)))
     self.sow("intermediates", "fused", x)
     return x.reshape(len(x), side, side, 1)
@@ -261,7 +259,7 @@ class Doubling(nn.Module):
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n i j f"]:
     """Returns a map of twice the size."""
     batch, height, width, channels = x.shape
-    kernel = self.param("kernel", _he_normal, (2, 2, channels, self.features))
+    kernel = self.param("kernel", kaiming_normal, (2, 2, channels, self.features))
     bias = self.param("bias", nn.initializers.zeros, (self.features,))
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     y = jnp.einsum("nhwc,ijcf->nhiwjf", x, kernel)

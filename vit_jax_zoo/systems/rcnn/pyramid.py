@@ -8,11 +8,10 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.nn.drop import DropBlock
+from vit_jax_zoo.nn.init import kaiming_uniform
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.ops.resize import resize_nearest
 from vit_jax_zoo.ops.sharding import shard_batch
-
-_kaiming_uniform = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # Kaiming, a = 1
 
 
 class FeaturePyramid(nn.Module):
@@ -69,7 +68,7 @@ class FeaturePyramid(nn.Module):
       self.width,
       (size, size),
       use_bias=self.norm == "none",
-      kernel_init=_kaiming_uniform,
+      kernel_init=kaiming_uniform,
       dtype=self.dtype,
       name=name,
     )(x)

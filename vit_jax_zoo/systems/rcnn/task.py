@@ -17,13 +17,14 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
-from vit_jax_zoo.systems.detr.task import IMAGENET_MEAN, IMAGENET_STD, image_size
+from vit_jax_zoo.systems.detr.task import image_size
 from vit_jax_zoo.systems.fpt.attention_figures import (
   draw_looks,
   explain_looks,

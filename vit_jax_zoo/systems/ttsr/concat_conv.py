@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.nn.init import pytorch_uniform
 from vit_jax_zoo.systems.ttsr.upsample import upsample_bicubic
 
 
@@ -33,11 +33,7 @@ class JointConv(nn.Module):
   ) -> Float[Array, "b h w f"]:
     """Convolves maps, 3x3; with `factors`, those above 1 enlarge theirs, before a ReLU."""
     widths = [x.shape[-1] for x in maps]
-    bound = (9 * sum(widths)) ** -0.5
-
-    def init(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
-      return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+    init = pytorch_uniform(9 * sum(widths))
     kernel = self.param("kernel", init, (3, 3, sum(widths), self.features), "float32")
     bias = self.param("bias", init, (self.features,), "float32")
     wide = jnp.promote_types(self.dtype, jnp.float32)

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-import jax
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.nn.conv import Conv
+from vit_jax_zoo.nn.init import pytorch_uniform
 
 _SLOPE = 0.2
 
@@ -43,9 +43,5 @@ class Critic(nn.Module):
 
 def _dense(features: int, inputs: int, dtype: Dtype, name: str) -> nn.Dense:
   """A dense layer that starts as PyTorch's does."""
-  bound = inputs**-0.5
-
-  def init(key: Array, shape: tuple[int, ...], dtype: Dtype) -> Array:
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+  init = pytorch_uniform(inputs)
   return nn.Dense(features, kernel_init=init, bias_init=init, dtype=dtype, name=name)

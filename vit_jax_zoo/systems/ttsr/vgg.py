@@ -8,15 +8,13 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.conv import Conv
 
 DEPTHS = (2, 2, 4, 4, 4)
 """Convolutions in each stage; a max-pool stands between stages."""
 
 WIDTHS = (64, 128, 256, 512, 512)
-
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
 
 
 class VGG19(nn.Module):
@@ -44,7 +42,7 @@ class VGG19(nn.Module):
     """
     dtype = jnp.promote_types(images.dtype, jnp.float32) if precise else self.dtype
     precision = "highest" if precise else None
-    mean, std = (jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (_MEAN, _STD))
+    mean, std = (jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))
     x = ((images.astype(dtype) + 1) / 2 - mean) / std
     wanted = {_position(name) for name in self.outputs}
     found = {}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.weights_vgg import CONVOLUTIONS
 from vit_jax_zoo.weights import key_map as table
@@ -83,8 +84,7 @@ TABLE: tuple[Row, ...] = (
 
 
 # Each channel is divided by its deviation after its mean is subtracted, written as a convolution.
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_MEAN, _STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
 _NORMALISATION = {
   "LTE.sub_mean.weight": (np.eye(3, dtype=np.float32) / _STD[:, None]).reshape(3, 3, 1, 1),
   "LTE.sub_mean.bias": -_MEAN / _STD,

@@ -14,6 +14,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.nn.transformer import Stack
 from vit_jax_zoo.ops.sharding import shard_batch
 
 
@@ -72,7 +73,7 @@ class BottleneckUnit(nn.Module):
   norm: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
+  def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 f"], None]:
     """Returns the unit's output; the shortcut is projected where its shape must change."""
     x = shard_batch(x)
     shortcut = x
@@ -87,7 +88,7 @@ class BottleneckUnit(nn.Module):
     y = self.norm(name="norm_3", scale_init=nn.initializers.zeros)(y)
     y = nn.relu(shortcut + y)
     self.sow("intermediates", "output", y)
-    return y
+    return y, None
 
 
 def total_stride(stage_sizes: Sequence[int]) -> int:
@@ -149,21 +150,16 @@ class StandardizedResNet(nn.Module):
     self, x: Float[Array, "b h w c"], stage: int, size: int, unit: Callable[..., BottleneckUnit]
   ) -> Float[Array, "b h2 w2 f"]:
     width, name = self.width * 2**stage, f"stage_{stage}_unit"
-    scanned = self.scan_layers and size > 2
-    run = nn.remat(_run) if self.remat else _run
-    for i in range(1 if scanned else size):
-      stride = 2 if stage > 0 and i == 0 else 1
-      x, _ = run(unit(width, stride, name=f"{name}_{i}"), x)
-    if not scanned:
-      return x
-    scan = nn.scan(
-      nn.remat(_run, prevent_cse=False) if self.remat else _run,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True},
-      length=size - 1,
+    make = functools.partial(
+      Stack,
+      remat="full" if self.remat else "none",
+      scanned_name=f"{name}s",
+      layer_name=f"{name}_{{}}",
     )
-    return scan(unit(width, 1, name=f"{name}s"), x)[0]
-
-
-def _run(unit: BottleneckUnit, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "..."], None]:
-  return unit(x), None
+    first = make(functools.partial(unit, width, 1 if stage == 0 else 2), 1, scan=False)
+    scan = self.scan_layers and size > 2
+    others = make(functools.partial(unit, width, 1), size - 1, scan=scan, first=1)
+    for stack in (first, others):
+      nn.share_scope(self, stack)
+      x, _ = stack(x)
+    return x

@@ -5,6 +5,7 @@ class token with a position of its own. timm and Hugging Face have the exact GEL
 epsilon 1e-12: the fields `activation` and `layer_norm_epsilon` say so.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,8 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.attention import Implementation
-from vit_jax_zoo.nn.transformer import Encoder, attention_maps
+from vit_jax_zoo.nn.drop import drop_path_rates
+from vit_jax_zoo.nn.transformer import EncoderBlock, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
 from vit_jax_zoo.ops.interpretability import Explanation
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -125,7 +127,7 @@ class VisionTransformer(nn.Module):
     qkv_bias: whether query, key and value have biases.
     head_bias_init: value of the head's bias at the start; -10 for sigmoid losses with many classes.
     dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
-    remat: what blocks keep for the backward pass: a rung of `transformer.REMAT_LADDER`.
+    remat: what blocks keep for the backward pass: a key of `REMAT_POLICIES`.
     scan_layers: one block compiled and run `depth` times, or `depth` blocks; so, too, for the equal
       units of a hybrid's stages.
     attention_implementation: see `attention.Implementation`.
@@ -186,7 +188,8 @@ class VisionTransformer(nn.Module):
     tokens = self._prefix(tokens, grid)  # Eq. 1
     self.sow("intermediates", "embedded", tokens)
     tokens = nn.Dropout(self.dropout_rate)(tokens, deterministic=not train)
-    tokens = self._encoder()(tokens, train=train)  # Eq. 2 and 3
+    rates = drop_path_rates(self.drop_path_rate, self.depth) if self.drop_path_rate else None
+    tokens, _ = self._encoder()(tokens, per_layer=rates, train=train)  # Eq. 2 and 3
 
     norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")
     if not self.norm_after_pool:
@@ -207,7 +210,7 @@ class VisionTransformer(nn.Module):
     The head sees the class token, or the mean over the patches: that is what looks.
     """
     grid = (image_size[0] // self.patch_side, image_size[1] // self.patch_side)
-    weights = attention_maps(intermediates["encoder"])
+    weights = _attention_maps(intermediates["encoder"])
     params, cls = variables["params"], self.pool == "cls"
 
     def seen_by_head(maps: Array) -> Array:
@@ -262,20 +265,19 @@ class VisionTransformer(nn.Module):
       tokens = jnp.concatenate([cls, tokens], axis=1)
     return position(tokens, grid) if cls_row else tokens
 
-  def _encoder(self) -> Encoder:
-    block = {
-      "num_heads": self.num_heads,
-      "mlp_dim": self.mlp_dim,
-      "dropout_rate": self.dropout_rate,
-      "activation": self.activation,
-      "qkv_bias": self.qkv_bias,
-      "layer_norm_epsilon": self.layer_norm_epsilon,
-      "dtype": self.dtype,
-      "attention_implementation": self.attention_implementation,
-    }
-    return Encoder(
-      self.depth, block, self.drop_path_rate, self.remat, self.scan_layers, name="encoder"
+  def _encoder(self) -> Stack:
+    block = functools.partial(
+      EncoderBlock,
+      num_heads=self.num_heads,
+      mlp_dim=self.mlp_dim,
+      dropout_rate=self.dropout_rate,
+      activation=self.activation,
+      qkv_bias=self.qkv_bias,
+      layer_norm_epsilon=self.layer_norm_epsilon,
+      dtype=self.dtype,
+      attention_implementation=self.attention_implementation,
     )
+    return Stack(block, self.depth, self.scan_layers, self.remat, name="encoder")
 
   def _head(self, features: Float[Array, "b d"]) -> dict[str, Array]:
     if self.representation_size is not None:
@@ -320,3 +322,11 @@ class VisionTransformer(nn.Module):
     check_num_classes(self)
     check_positive(self, "patch_size", "width", "depth", "num_heads", "mlp_dim")
     check_rates(self, "dropout_rate")
+
+
+def _attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
+  """Returns the attention maps that the encoder has sown, scanned or unrolled."""
+  if "blocks" in intermediates:
+    return intermediates["blocks"]["attention"]["weights"][0]
+  blocks = [intermediates[f"block_{i}"] for i in range(len(intermediates))]
+  return jnp.stack([block["attention"]["weights"][0] for block in blocks])
