@@ -85,7 +85,7 @@ class Detr(nn.Module):
     masked_backbone: see the module's docstring. For DC5, whose published weights (Table 1) were
       trained with one image a GPU, without padding. Not applied within the mask head.
     dtype: of the computation. Parameters, softmax, norms' statistics, logits and boxes are float32.
-    remat: rematerialisation of Transformer layers, a key of `REMAT_LADDER`.
+    remat: rematerialisation of Transformer layers, a key of `REMAT_POLICIES`.
     scan_layers: compiles one encoder and one decoder layer, in place of all.
     attention_implementation: see `attention.Implementation`.
   """
