@@ -25,7 +25,7 @@ import numpy as np
 from absl import app, flags
 from timing import machine, markdown
 
-from vit_jax_zoo.systems.fpt.mixture_attention import BLOCK_ELEMENTS
+from vit_jax_zoo.systems.fpt.attention import BLOCK_ELEMENTS
 from vit_jax_zoo.systems.fpt.transformer import FLAVORS, FeaturePyramidTransformer
 
 _SIZES = flags.DEFINE_list("sizes", ["128", "256", "512"], "Sides of images.")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from tests.training import toy
 from vit_jax_zoo.training import sharding
@@ -220,3 +221,30 @@ def test_frozen_parameters_stay_bit_identical():
 def test_a_batch_that_does_not_fit_is_one_line():
   with pytest.raises(ValueError, match="batch_size 16 cannot be split evenly"):
     program(toy.Regression(), toy.batches(1)[0], accumulation_steps=3)
+
+
+class DenseNet(nn.Module):
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x, *, train=False):
+    return nn.Dense(1, dtype=self.dtype, name="head")(x)[:, 0].astype(jnp.float32)
+
+
+def test_gradients_of_bfloat16_models_are_accumulated_in_float32():
+  batch = {"x": np.ones((256, 8), np.float32), "y": np.full(256, 3.0, np.float32)}
+  updates = []
+  for dtype, steps in (("float32", 1), ("bfloat16", 256)):
+    made = program(
+      toy.Regression(model=DenseNet(dtype)),
+      batch,
+      optimizer={"name": "sgd", "learning_rate": 1.0},
+      accumulation_steps=steps,
+    )
+    with jax.set_mesh(made.mesh):
+      state = made.initial_state(seed=0)
+      before = toy.host(state.params)
+      state, _ = made.train_step(state, sharding.to_global(batch, made.mesh))
+    updates.append(jax.tree.map(np.subtract, toy.host(state.params), before))
+  for one, many in zip(*map(jax.tree.leaves, updates), strict=True):
+    np.testing.assert_allclose(many, one, rtol=0.03)

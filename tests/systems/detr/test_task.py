@@ -1,14 +1,18 @@
 """The detection task: the official losses, sums that add up, targets without order or padding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.half_precision import bfloat16_errors
 from tests.systems.detr.tiny import Echo, TinyDetector
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.metrics.panoptic import PanopticEvaluator
+from vit_jax_zoo.systems.detr.losses import mask_losses
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 
@@ -352,3 +356,12 @@ def test_a_mask_head_needs_masks(load_golden):
   task = create_task("detection", Echo(predictions), num_classes=config["num_classes"])
   with pytest.raises(ValueError, match="masks: missing"):
     jax.eval_shape(lambda b: task.loss({"params": {}}, b, make_context(task, b)), batch)
+
+
+def test_bfloat16_gradients_of_mask_losses_are_near_those_of_float32():
+  rng = np.random.default_rng(0)
+  logits = jnp.asarray(rng.normal(size=(1, 20, 8, 8)), jnp.float32)
+  masks = jnp.asarray(rng.random((1, 20, 32, 32)) < 0.3)
+  query_of_target = jnp.asarray(rng.permutation(20)[None])
+  losses = functools.partial(mask_losses, masks=masks, query_of_target=query_of_target)
+  assert max(bfloat16_errors(lambda x: sum(losses(x)), logits)) < 0.01

@@ -242,9 +242,9 @@ def test_levels_of_one_size_are_levels_too():
   [
     ({"flavor": "papper"}, "did you mean 'paper'"),
     ({"norm": "layer_norm"}, "unknown norm 'layer_norm'"),
-    ({"flavor": "official", "window": 3}, "no grounding in a window"),
+    ({"flavor": "official", "window": 3}, "window: flavor"),
     ({"flavor": "official", "rendering": "tail"}, "unknown rendering 'tail'"),
-    ({"self_parts": 3}, "32 channels cannot be cut into 3 parts"),
+    ({"self_parts": 3}, "32 channels cannot be split into 3 parts"),
     ({"lateral": False}, "level 0 has 6 channels"),
   ],
 )

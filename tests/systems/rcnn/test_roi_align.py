@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.half_precision import bfloat16_errors
 from vit_jax_zoo.systems.rcnn import roi_align as ops
 from vit_jax_zoo.systems.rcnn.anchors import exclusive
 
@@ -167,3 +168,17 @@ def test_parts_of_masks(monkeypatch, limit):
   for i in (2, 3):
     soft = definition(masks[1][..., None].astype(float), boxes[i], 1, 8, 2, True)[..., 0]
     np.testing.assert_array_equal(got[i], soft >= 0.5 - 1e-6)
+
+
+def test_bfloat16_gradients_of_many_boxes_are_near_those_of_float32():
+  maps = [
+    jax.random.normal(jax.random.key(i), (1, side, side, 4)) for i, side in ((0, 40), (1, 20))
+  ]
+  corners = jnp.sort(jax.random.uniform(jax.random.key(2), (1, 512, 2, 2)) * 160, axis=2)
+  level = jax.random.randint(jax.random.key(3), (1, 512), 0, 2)
+
+  def crops(*maps):
+    boxes = corners.reshape(1, 512, 4)
+    return ops.pyramid_roi_align(maps, boxes, level, strides=(4, 8), size=7)
+
+  assert max(bfloat16_errors(crops, *maps)) < 0.01

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.half_precision import bfloat16_errors
 from vit_jax_zoo.systems.ttsr.search import Match, find_matches, relevance_of, transfer
 from vit_jax_zoo.systems.ttsr.vgg import VGG19
 
@@ -246,3 +247,10 @@ def test_a_full_hd_reference_fits_into_four_gigabytes():
   )
   assert memory.temp_size_in_bytes < 1.1e9
   assert everything < 4e9
+
+
+def test_bfloat16_gradients_of_patches_that_are_used_often_are_near_those_of_float32():
+  reference = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+  index = jax.random.randint(jax.random.key(1), (1, 48, 48), 0, 4)  # four patches for all
+  laid_out = functools.partial(transfer, index=index, grid_width=8)
+  assert max(bfloat16_errors(laid_out, reference)) < 0.01

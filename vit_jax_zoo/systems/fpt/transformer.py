@@ -1,34 +1,34 @@
-"""FPT: a feature pyramid in, one of the same sizes out, in which all levels have seen each other.
+"""Feature pyramid transformer (FPT): attention within and across the levels of a feature pyramid.
 
-Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451. The authors' code
-(ZHANGDONG-NJUST/FPT at c7c76f9) computes something else than the paper says, and does not run as it
-stands; no trained weights of it were ever published. `flavor` chooses between the two:
+Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451, section 3. The authors'
+code (ZHANGDONG-NJUST/FPT at c7c76f9, see `official`) computes something else than the paper, and
+does not run as published; no trained weights of it were released. `flavor` selects one of the two:
 
 | topic                 | "paper"                              | "official"                        |
 |-----------------------|--------------------------------------|-----------------------------------|
-| self: similarity      | q k of each part, unscaled           | q k / sqrt(d), d of all parts     |
-| self: projections     | of their own, without bias           | queries and keys share one; bias  |
+| self: similarity      | q.k of each part, unscaled           | q.k / sqrt(d), d of all parts     |
+| self: projections     | separate, without bias               | queries and keys share one; bias  |
 | self: keys and values | at every position                    | averaged over 3x3, stride 2       |
-| self: shares of parts | from the mean key                    | from the mean query               |
-| self: afterwards      | nothing                              | 1x1, batch norm, plus the input   |
+| self: mixture         | from the mean key                    | from the mean query               |
+| self: output          | as it is                             | 1x1, batch norm, plus the input   |
 | self: dropout         | none                                 | 0.1 of the attention map          |
-| grounding: similarity | -(distance)^2, softmax               | q k / positions, no softmax       |
+| grounding: similarity | -|q - k|^2, softmax                  | q.k / positions, no softmax       |
 | grounding: mixture    | four parts                           | none                              |
 | grounding: width      | that of the pyramid                  | half of it                        |
-| grounding: afterwards | nothing                              | 1x1, batch norm that begins at 0  |
-| grounding in a window | for segmentation: `window`           | another thing, which nothing uses |
+| grounding: output     | as it is                             | 1x1, batch norm initialized to 0  |
+| grounding in a window | for segmentation: `window`           | another module, used nowhere      |
 | rendering: gate       | mean key                             | 1x1 of the mean, norm, ReLU       |
-| rendering: gate acts  | before the 3x3 convolution           | behind it and a batch norm        |
-| rendering: fine map   | one convolution strided by the ratio | strided by 2, as often as needed; |
-|                       |                                      | before November 2020: left out    |
-| rendering: afterwards | nothing                              | batch norms, sum, ReLU            |
+| rendering: gate acts  | before the 3x3 convolution           | after it and its batch norm       |
+| rendering: fine map   | one convolution strided by the ratio | stride 2, repeated; before        |
+|                       |                                      | November 2020: left out           |
+| rendering: output     | as it is                             | batch norms, sum, ReLU            |
 | unused parameters     | none                                 | two kernels of each rendering     |
-| DropBlock             | on each output while training        | made, never applied               |
+| DropBlock             | on each output in training           | created, never applied            |
 | joining               | concatenation, 3x3 convolution to `width` channels, in both           |
 
-What the paper leaves open: whether the levels' own projections (`query`, `key`, `value`) have a
-bias (none here), and which norms stand between (`norm`, on the lateral and joining convolutions).
-How far the authors' experiments are those of the paper or of the code is not known.
+Not stated in the paper: whether the projections `query`, `key`, `value` have a bias (none here),
+and the norms after the lateral and joining convolutions (`norm`). It is not known which of the two
+flavors the published results were obtained with.
 """
 
 from collections.abc import Sequence
@@ -40,49 +40,159 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.drop import DropBlock
-from vit_jax_zoo.nn.init import kaiming_uniform
+from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.systems.fpt.interactions import (
-  GroundingTransformer,
-  RenderingTransformer,
-  SelfTransformer,
+from vit_jax_zoo.systems.fpt.attention import (
+  BLOCK_ELEMENTS,
+  Similarity,
+  attend,
+  attend_locally,
+  attention_map,
+  local_attention_map,
+  mixture_shares,
 )
-from vit_jax_zoo.systems.fpt.mixture_attention import BLOCK_ELEMENTS
 from vit_jax_zoo.systems.fpt.official import (
   OfficialGroundingTransformer,
   OfficialRenderingTransformer,
   OfficialSelfTransformer,
+  side_ratio,
 )
 
 FLAVORS = ("paper", "official")
 
 
-class FeaturePyramidTransformer(nn.Module):
-  """Transforms a feature pyramid into another one of the same sizes (figure 2).
+class MixtureTransformer(nn.Module):
+  """Attention from one map to another by a mixture of softmaxes; mixture from the mean key.
 
-  Levels are numbered from the finest, 0, which is how their parameters are named: `lateral_0`,
-  `self_0`, `ground_0_1` (level 0 looks at level 1), `render_1_0` (level 1 takes up level 0),
+  Sows the attention map as `weights` [b h*w y*x], or [b h w window^2], if "intermediates" is
+  mutable. It is the whole map: use small images.
+
+  Attributes:
+    width: output channels; a multiple of `num_parts`.
+    num_parts: number of softmaxes, each over its part of the channels; N in the paper.
+    similarity: "dot" or "euclidean".
+    window: odd side of the window of keys around each query; None: all keys.
+    block_elements: see `attend`.
+    dtype: dtype of the computation; softmaxes are float32.
+  """
+
+  width: int
+  num_parts: int
+  similarity: str
+  window: int | None = None
+  block_elements: int = BLOCK_ELEMENTS
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], context: Float[Array, "b y x c"] | None = None
+  ) -> Float[Array, "b h w d"]:
+    """Returns the values of `context` (default: `x`), attended to from each position of `x`."""
+    context = x if context is None else context
+    query, key, value = (
+      _projection(self.width, self.dtype, name)(source)
+      for name, source in (("query", x), ("key", context), ("value", context))
+    )
+    shape = (self.num_parts, self.width)
+    mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape)
+    flat = (len(x), -1, self.width)
+    query_flat, key_flat, value_flat = (y.reshape(flat) for y in (query, key, value))
+    shares = mixture_shares(key_flat, mixture)
+    self.sow("intermediates", "shares", shares)
+    similarity = Similarity(self.similarity)
+    if self.is_mutable_collection("intermediates"):
+      if self.window is None:
+        weights = attention_map(query_flat, key_flat, shares, similarity)
+      else:
+        weights = local_attention_map(query, key, shares, self.window, similarity)
+      self.sow("intermediates", "weights", weights)
+    if self.window is not None:
+      return attend_locally(query, key, value, shares, self.window, similarity)
+    attended = attend(
+      query_flat, key_flat, value_flat, shares, similarity, block_elements=self.block_elements
+    )
+    return attended.reshape(query.shape)
+
+
+class SelfTransformer(MixtureTransformer):
+  """Attention within a level: dot products, two parts (section 3.2)."""
+
+  num_parts: int = 2
+  similarity: str = "dot"
+
+
+class GroundingTransformer(MixtureTransformer):
+  """Attention from a fine to a coarse level: Euclidean distance, four parts (section 3.3).
+
+  With `window`: the locality-constrained grounding transformer, for segmentation.
+  """
+
+  num_parts: int = 4
+  similarity: str = "euclidean"
+
+
+class RenderingTransformer(nn.Module):
+  """From a fine to a coarse level (section 3.4): a channel gate, and the downsampled fine map.
+
+  The coarse map's channels are multiplied by the fine map's mean key and refined by a 3x3
+  convolution; the fine map, downsampled by a strided convolution, is added.
+
+  Attributes:
+    width: output channels.
+    dtype: dtype of the computation.
+  """
+
+  width: int
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], fine: Float[Array, "b y x c"]
+  ) -> Float[Array, "b h w d"]:
+    """Returns the new coarse map. The sides of `fine` are a power of two times those of `x`."""
+    ratio = side_ratio((fine.shape[1], fine.shape[2]), (x.shape[1], x.shape[2]))
+    query = _projection(self.width, self.dtype, "query")(x)
+    key = _projection(self.width, self.dtype, "key")(fine)
+    gate = jnp.mean(key, (1, 2), keepdims=True, dtype=jnp.promote_types(key.dtype, jnp.float32))
+    attended = self._conv("refine", 1)(query * gate.astype(query.dtype))
+    return attended + self._conv("value", ratio)(fine)
+
+  def _conv(self, name: str, stride: int) -> nn.Module:
+    return nn.Conv(
+      self.width,
+      (3, 3),
+      (stride, stride),
+      padding=((1, 1), (1, 1)),
+      use_bias=False,
+      kernel_init=kaiming_uniform,
+      dtype=self.dtype,
+      name=name,
+    )
+
+
+class FeaturePyramidTransformer(nn.Module):
+  """Maps a feature pyramid to one of the same sizes (figure 2).
+
+  Levels are numbered from the finest, 0, as in the parameter names: `lateral_0`, `self_0`,
+  `ground_0_1` (level 0 attends to level 1), `render_1_0` (level 0 is rendered into level 1),
   `join_0`.
 
   Attributes:
-    width: channels of all levels inside, and of the result.
+    width: channels of all levels inside and of the output.
     flavor: "paper" or "official"; see the module's docstring.
-    norm: behind the lateral and the joining convolutions: "none" (then they have a bias) or a name
-      that `norm_factory` knows. Group norms have 32 groups. What is inside of "official" always has
-      batch norms.
-    rendering: of the official flavour, "head" or "november_2020".
-    self_parts: of the self-transformers' mixtures of softmaxes.
-    ground_parts: of the grounding transformers', in the paper's flavour.
-    window: in the paper's flavour, side of the window of coarse positions that a fine one looks at:
-      the locality-constrained grounding transformer; None: all of them.
-    lateral: whether a 1x1 convolution first brings each level to `width` channels; without, the
-      levels must have them.
-    drop_block_rate: of the results, while training.
-    drop_block_size: side of the squares.
-    dropout_rate: of the official self-transformers' attention maps.
-    block_elements: see `ops.mixture_attention.attend`.
-    dtype: of the computation. Parameters, softmaxes and norms' statistics are float32.
+    norm: norm after lateral and joining convolutions: "none" (these then have a bias) or a name of
+      `norm_factory`; group norm has 32 groups. "official" always has batch norm inside.
+    rendering: of the official flavor, "head" or "november_2020".
+    self_parts: softmaxes in the self-transformers' mixtures.
+    ground_parts: softmaxes in the paper's grounding transformers' mixtures.
+    window: window of the paper's locality-constrained grounding transformer; None: all positions.
+    lateral: a 1x1 convolution maps each level to `width` channels; without it levels need as many.
+    drop_block_rate: DropBlock rate on the outputs in training.
+    drop_block_size: side of DropBlock's squares.
+    dropout_rate: dropout on the official self-transformers' attention maps.
+    block_elements: see `attention.attend`.
+    dtype: dtype of the computation. Parameters, softmaxes and norm statistics are float32.
   """
 
   width: int = 256
@@ -103,39 +213,81 @@ class FeaturePyramidTransformer(nn.Module):
   def __call__(
     self, pyramid: Sequence[Float[Array, "b _ _ _"]], *, train: bool = False
   ) -> tuple[Float[Array, "b _ _ d"], ...]:
-    """Returns one map of `width` channels for each level, of its size.
+    """Returns one map of `width` channels per level, of the level's size.
 
     Args:
-      pyramid: from fine to coarse. Sides of neighbours are equal, or one is a power of two times
-        the other, rounded up, as strided convolutions make them.
-      train: norms take this batch's statistics (and renew "batch_stats", which must then be
-        mutable); dropout and DropBlock draw from the "dropout" stream.
+      pyramid: maps from fine to coarse. The sides of neighbours are equal, or one is a power of two
+        times the other, rounded up, as strided convolutions produce them.
+      train: norms use batch statistics (and update "batch_stats", which must be mutable); dropout
+        and DropBlock use the "dropout" stream.
 
     Raises:
-      ValueError: an unknown flavour, or levels that do not fit together.
+      ValueError: an unknown flavor, or levels that do not fit together.
     """
     self._check(pyramid)
-    levels = [self._lateral(level, x, train=train) for level, x in enumerate(pyramid)]
-    results = []
-    for level, x in enumerate(levels):
-      seen = [self._self(level, x, train=train)]
-      seen += [
-        self._render(level, finer, x, levels[finer], train=train)
-        for finer in reversed(range(level))
+    levels = [
+      self._conv_norm(f"lateral_{i}", shard_batch(x.astype(self.dtype)), 1, train=train)
+      if self.lateral
+      else shard_batch(x.astype(self.dtype))
+      for i, x in enumerate(pyramid)
+    ]
+    outputs = []
+    for i, x in enumerate(levels):
+      parts = [
+        self._self(i, x, train=train),
+        *(self._render(i, j, x, levels[j], train=train) for j in reversed(range(i))),
+        *(self._ground(i, j, x, levels[j], train=train) for j in range(i + 1, len(levels))),
+        x,
       ]
-      seen += [
-        self._ground(level, coarser, x, levels[coarser], train=train)
-        for coarser in range(level + 1, len(levels))
-      ]
-      joined = jnp.concatenate([*seen, x], axis=-1)
-      result = self._conv_norm(f"join_{level}", shard_batch(joined), 3, train=train)
-      drop = DropBlock(self.drop_block_rate, self.drop_block_size, name=f"drop_block_{level}")
-      results.append(drop(result, train=train))
-    return tuple(results)
+      joined = shard_batch(jnp.concatenate(parts, axis=-1))
+      output = self._conv_norm(f"join_{i}", joined, 3, train=train)
+      drop = DropBlock(self.drop_block_rate, self.drop_block_size, name=f"drop_block_{i}")
+      outputs.append(drop(output, train=train))
+    return tuple(outputs)
 
-  def _lateral(self, level: int, x: Float[Array, "b h w c"], *, train: bool) -> Array:
-    x = shard_batch(x.astype(self.dtype))
-    return self._conv_norm(f"lateral_{level}", x, 1, train=train) if self.lateral else x
+  def _self(self, level: int, x: Float[Array, "b h w d"], *, train: bool) -> Array:
+    name = f"self_{level}"
+    fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
+    if self.flavor == "paper":
+      result = SelfTransformer(self.width, self.self_parts, **fields)(x)
+    else:
+      transformer = OfficialSelfTransformer(
+        self.width, self.self_parts, self.dropout_rate, **fields
+      )
+      result = transformer(x, train=train)
+    return self._output(name, result)
+
+  def _ground(
+    self, level: int, other: int, x: Float[Array, "b h w d"], coarse: Array, *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    name = f"ground_{level}_{other}"
+    if self.flavor == "paper":
+      transformer = GroundingTransformer(
+        self.width,
+        self.ground_parts,
+        window=self.window,
+        block_elements=self.block_elements,
+        dtype=self.dtype,
+        name=name,
+      )
+      return self._output(name, transformer(x, coarse))
+    official = OfficialGroundingTransformer(self.width, self.dtype, name=name)
+    return self._output(name, official(x, coarse, train=train))
+
+  def _render(
+    self, level: int, other: int, x: Float[Array, "b h w d"], fine: Array, *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    name = f"render_{level}_{other}"
+    if self.flavor == "paper":
+      result = RenderingTransformer(self.width, self.dtype, name=name)(x, fine)
+    else:
+      transformer = OfficialRenderingTransformer(self.width, self.rendering, self.dtype, name=name)
+      result = transformer(x, fine, train=train)
+    return self._output(name, result)
+
+  def _output(self, name: str, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    self.sow("intermediates", f"{name}_output", x)
+    return shard_batch(x)
 
   def _conv_norm(
     self, name: str, x: Float[Array, "b h w c"], size: int, *, train: bool
@@ -154,58 +306,20 @@ class FeaturePyramidTransformer(nn.Module):
     self.sow("intermediates", f"{name}_output", x)
     return x
 
-  def _self(self, level: int, x: Float[Array, "b h w d"], *, train: bool) -> Array:
-    name = f"self_{level}"
-    fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
-    if self.flavor == "paper":
-      result = SelfTransformer(self.width, self.self_parts, **fields)(x)
-    else:
-      transformer = OfficialSelfTransformer(
-        self.width, self.self_parts, dropout_rate=self.dropout_rate, **fields
-      )
-      result = transformer(x, train=train)
-    self.sow("intermediates", f"{name}_output", result)
-    return shard_batch(result)
-
-  def _ground(
-    self, level: int, other: int, x: Float[Array, "b h w d"], coarse: Array, *, train: bool
-  ) -> Float[Array, "b h w d"]:
-    name = f"ground_{level}_{other}"
-    fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
-    if self.flavor == "paper":
-      transformer = GroundingTransformer(
-        self.width, self.ground_parts, window=self.window, **fields
-      )
-      result = transformer(x, coarse)
-    else:
-      result = OfficialGroundingTransformer(self.width, **fields)(x, coarse, train=train)
-    self.sow("intermediates", f"{name}_output", result)
-    return shard_batch(result)
-
-  def _render(
-    self, level: int, other: int, x: Float[Array, "b h w d"], fine: Array, *, train: bool
-  ) -> Float[Array, "b h w d"]:
-    name = f"render_{level}_{other}"
-    if self.flavor == "paper":
-      result = RenderingTransformer(self.width, dtype=self.dtype, name=name)(x, fine)
-    else:
-      transformer = OfficialRenderingTransformer(
-        self.width, self.rendering, dtype=self.dtype, name=name
-      )
-      result = transformer(x, fine, train=train)
-    self.sow("intermediates", f"{name}_output", result)
-    return shard_batch(result)
-
   def _check(self, pyramid: Sequence[Float[Array, "b _ _ _"]]) -> None:
     if self.flavor not in FLAVORS:
       raise ValueError(unknown_name("flavor", self.flavor, FLAVORS))
     if self.window is not None and self.flavor != "paper":
-      raise ValueError("the official flavour has no grounding in a window; leave window out")
+      raise ValueError("window: flavor='official' has no windowed grounding; leave window out")
     if not pyramid:
-      raise ValueError("a pyramid of no levels was given; give at least one")
+      raise ValueError("pyramid: no levels; expected at least one")
     for level, x in enumerate(pyramid):
       if not self.lateral and x.shape[-1] != self.width:
         raise ValueError(
-          f"level {level} has {x.shape[-1]} channels; without lateral convolutions it needs the "
-          f"width, {self.width}"
+          f"level {level} has {x.shape[-1]} channels; expected width={self.width} without lateral "
+          "convolutions"
         )
+
+
+def _projection(width: int, dtype: Dtype, name: str) -> nn.Dense:
+  return nn.Dense(width, use_bias=False, kernel_init=kaiming_uniform, dtype=dtype, name=name)

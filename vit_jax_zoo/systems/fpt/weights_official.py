@@ -68,12 +68,9 @@ _conv_rows = functools.partial(layer_rows, transform=POINTWISE)
 
 
 def self_rows(published: str, ours: str) -> list[Row]:
-  """Rows of an `OfficialSelfTransformer`; `conv` transforms come after deeper ones of that name."""
+  """Rows of an `OfficialSelfTransformer`."""
   return [
-    Row(f"{published}.conv_qs.0.weight", f"{ours}/query_key_conv/kernel", CONVOLUTION),
-    *batch_norm_rows(f"{published}.conv_qs.1", f"{ours}/query_key_norm"),
     *_conv_rows(f"{published}.conv_qs", f"{ours}/query_key"),
-    *_conv_rows(f"{published}.conv_qs.3", f"{ours}/query_key"),
     *_conv_rows(f"{published}.conv_vs", f"{ours}/value"),
     Row(f"{published}.attention.weight", f"{ours}/mixture"),
     *_conv_rows(f"{published}.conv", f"{ours}/out"),
@@ -87,10 +84,7 @@ def ground_rows(published: str, ours: str) -> list[Row]:
     *_conv_rows(f"{published}.theta", f"{ours}/query"),
     *_conv_rows(f"{published}.phi", f"{ours}/key"),
     *_conv_rows(f"{published}.g", f"{ours}/value"),
-    Row(f"{published}.W_f.0.weight", f"{ours}/pair_kernel", POINTWISE),
-    Row(f"{published}.W_f.0.bias", f"{ours}/pair_bias"),
     *_conv_rows(f"{published}.W_z.0", f"{ours}/out"),
-    *_conv_rows(f"{published}.W_z", f"{ours}/out"),
     *batch_norm_rows(f"{published}.W_z.1", f"{ours}/norm"),
   ]
 

@@ -123,15 +123,15 @@ def transfer(
   batch, height, width = index.shape
   rows, columns = jnp.divmod(index, grid_width)
   rows, columns = _pad(rows, _OUTSIDE), _pad(columns, _OUTSIDE)
-  wide = jnp.promote_types(reference.dtype, jnp.float32)
+  wide = _wide(reference)  # so that the gradient, a sum over many patches, is float32
 
   def add(total: Array, offset: Array) -> tuple[Array, None]:
     # Cell (y, x) lies at `offset` in the patch that was found for its neighbour at -offset.
     neighbours = (_shifted(x, -offset, (height, width)) for x in (rows, columns))
     row, column = (x + o for x, o in zip(neighbours, offset, strict=True))
-    return total + _windows(reference, row, column, scale).astype(wide), None
+    return total + _windows(wide, row, column, scale), None
 
-  zeros = jnp.zeros((batch, height, width, scale, scale, reference.shape[-1]), wide)
+  zeros = jnp.zeros((batch, height, width, scale, scale, reference.shape[-1]), wide.dtype)
   total, _ = lax.scan(add, zeros, _offsets())
   total = jnp.swapaxes((total / PATCH**2).astype(reference.dtype), 2, 3)
   return total.reshape(batch, height * scale, width * scale, -1)

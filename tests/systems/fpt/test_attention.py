@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.fpt.mixture_attention import (
+from tests.half_precision import bfloat16_errors
+from vit_jax_zoo.systems.fpt.attention import (
   Similarity,
   attend,
+  attend_locally,
   attention_map,
   mixture_shares,
 )
-from vit_jax_zoo.systems.fpt.window_attention import attend_locally
 
 
 def arrays_of(*shapes):
@@ -86,6 +87,18 @@ def test_windows_see_zeros_beyond_the_border_and_nothing_beyond_themselves():
     np.testing.assert_allclose(out[0, i, j], (weights @ values)[0, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dot", "euclidean"])
+def test_bfloat16_gradients_of_many_blocks_are_near_those_of_float32(kind):
+  shares = jnp.asarray([[0.3, 0.7]])
+  inputs = arrays_of((1, 4096, 8), (1, 16, 8), (1, 16, 8))
+  attention = functools.partial(attend, shares=shares, similarity=Similarity(kind))
+  many = functools.partial(attention, block_elements=4 * 16 * 2)  # 1,024 blocks
+  assert max(bfloat16_errors(many, *inputs)) < 0.01
+  inputs = arrays_of(*[(1, 16, 16, 8)] * 3)
+  local = functools.partial(attend_locally, shares=shares, window=15, similarity=Similarity(kind))
+  assert max(bfloat16_errors(local, *inputs)) < 0.01
+
+
 def gradient_bytes(count):
   """What the compiler sets aside for a gradient, beside arguments and results."""
   maps = [jax.ShapeDtypeStruct((1, count, 8), jnp.float32)] * 3
@@ -105,7 +118,7 @@ def test_memory_grows_with_positions_and_not_with_their_square():
 
 def test_errors_are_one_clear_line():
   query, key = arrays_of((1, 5, 4), (1, 8, 4))
-  with pytest.raises(ValueError, match="4 channels cannot be cut into 3 parts"):
+  with pytest.raises(ValueError, match="4 channels cannot be split into 3 parts"):
     attention_map(query, key, jnp.ones((1, 3)))
   with pytest.raises(ValueError, match="unknown similarity 'cosine'"):
     Similarity("cosine")

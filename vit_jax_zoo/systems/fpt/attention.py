@@ -1,0 +1,227 @@
+"""Mixture-of-softmaxes attention between feature maps: over all positions, or over a window.
+
+Zhang et al., "Feature Pyramid Transformer", arXiv:2007.09451, section 3, after Yang et al.,
+"Breaking the Softmax Bottleneck", arXiv:1711.03953: the channels of queries and keys are split into
+parts, each part has its own softmax, and the attention weights are a weighted mean over the parts.
+
+Queries are processed in blocks, and each block's weights are recomputed in the backward pass, so
+that memory is linear in the number of positions. Every query attends to all keys at once.
+
+The gradients of key and value are sums over all blocks. The loops therefore close over float32
+copies: JAX accumulates the gradient of a loop constant in the constant's dtype, and bfloat16 drops
+terms smaller than 1/256 of the sum.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.ops.resize import resize_nearest
+
+SIMILARITIES = ("dot", "euclidean")
+"""q.k, or -|q - k|^2 (the grounding transformer)."""
+
+BLOCK_ELEMENTS = 2**22
+"""Default maximum number of attention weights (all parts) in memory, per example."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Similarity:
+  """Similarity of queries and keys.
+
+  Attributes:
+    kind: one of `SIMILARITIES`.
+    scale: factor of the similarity.
+    dropout_rate: dropout of each part's weights, applied if there is a `key`.
+    key: PRNG key of the dropout.
+  """
+
+  kind: str = "dot"
+  scale: float = 1.0
+  dropout_rate: float = 0.0
+  key: Array | None = None
+
+  def __post_init__(self) -> None:
+    if self.kind not in SIMILARITIES:
+      raise ValueError(unknown_name("similarity", self.kind, SIMILARITIES))
+
+
+DOT_PRODUCT = Similarity()
+
+
+def mixture_shares(
+  vectors: Float[Array, "b m d"], weight: Float[Array, "p d"]
+) -> Float[Array, "b p"]:
+  """Returns the mixture coefficients of the parts: softmax over parts of w . mean(vectors).
+
+  Args:
+    vectors: the keys in the paper, the queries in the official code.
+    weight: one row per part, over all channels.
+  """
+  mean = jnp.mean(_float32(vectors), axis=1)
+  return jax.nn.softmax(mean @ weight.astype(mean.dtype).T, axis=-1)
+
+
+def attention_map(
+  query: Float[Array, "b n d"],
+  key: Float[Array, "b m d"],
+  shares: Float[Array, "b p"],
+  similarity: Similarity = DOT_PRODUCT,
+) -> Float[Array, "b n m"]:
+  """Returns the whole float32 attention map, which `attend` never holds.
+
+  Args:
+    query: queries; `d` is a multiple of the number of parts.
+    key: keys.
+    shares: mixture coefficients of the parts; rows sum to 1.
+    similarity: similarity of queries and keys.
+  """
+  parts = shares.shape[-1]
+  query, key = _split(query, parts), _split(key, parts)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  scores = jnp.einsum("bnpe,bmpe->bpnm", query, key, preferred_element_type=wide)
+  if similarity.kind == "euclidean":
+    # -|q - k|^2 without |q|^2, which is the same for all keys and cancels in the softmax.
+    lengths = jnp.sum(jnp.square(key.astype(wide)), axis=-1)
+    scores = 2 * scores - lengths.transpose(0, 2, 1)[:, :, None]
+  weights = jax.nn.softmax(scores * similarity.scale, axis=-1)
+  if similarity.key is not None and similarity.dropout_rate:
+    keep = 1 - similarity.dropout_rate
+    weights *= jax.random.bernoulli(similarity.key, keep, weights.shape) / keep
+  return jnp.einsum("bpnm,bp->bnm", weights, shares.astype(wide))
+
+
+def attend(
+  query: Float[Array, "b n d"],
+  key: Float[Array, "b m d"],
+  value: Float[Array, "b m c"],
+  shares: Float[Array, "b p"],
+  similarity: Similarity = DOT_PRODUCT,
+  *,
+  block_elements: int = BLOCK_ELEMENTS,
+) -> Float[Array, "b n c"]:
+  """Returns `attention_map(...) @ value`, computed in blocks of queries.
+
+  Args:
+    query: see `attention_map`.
+    key: see `attention_map`.
+    value: values.
+    shares: see `attention_map`.
+    similarity: see `attention_map`.
+    block_elements: maximum number of attention weights (all parts) in memory, per example.
+  """
+  wide_key, wide_value = _float32(key), _float32(value)
+
+  def of_block(block: Float[Array, "b t d"], index: Int[Array, ""]) -> Float[Array, "b t c"]:
+    own = similarity
+    if own.key is not None:
+      own = dataclasses.replace(own, key=jax.random.fold_in(own.key, index))
+    weights = attention_map(block, wide_key.astype(key.dtype), shares, own)
+    return jnp.einsum(
+      "bnm,bmc->bnc",
+      weights.astype(value.dtype),
+      wide_value.astype(value.dtype),
+      preferred_element_type=wide_value.dtype,
+    ).astype(value.dtype)
+
+  batch, count, width = query.shape
+  weights_per_query = key.shape[1] * shares.shape[-1]
+  blocks = math.ceil(count / max(1, block_elements // weights_per_query))
+  if blocks <= 1:
+    return of_block(query, jnp.zeros((), jnp.int32))
+  size = math.ceil(count / blocks)
+  padded = jnp.pad(query, ((0, 0), (0, blocks * size - count), (0, 0)))
+  stacked = padded.reshape(batch, blocks, size, width).swapaxes(0, 1)
+  recomputed = jax.checkpoint(of_block)
+  outputs = jax.lax.map(lambda pair: recomputed(*pair), (stacked, jnp.arange(blocks)))
+  return outputs.swapaxes(0, 1).reshape(batch, blocks * size, -1)[:, :count]
+
+
+def local_attention_map(
+  query: Float[Array, "b h w d"],
+  key: Float[Array, "b y x d"],
+  shares: Float[Array, "b p"],
+  window: int,
+  similarity: Similarity = DOT_PRODUCT,
+) -> Float[Array, "b h w k"]:
+  """Returns the attention weights over a window of keys around each query, in row-major order.
+
+  Keys outside the map are zeros, and take part.
+
+  Args:
+    query: queries.
+    key: keys. If that map has another size, the window is centred on the key at the same relative
+      position, rounded down.
+    shares: see `attention_map`.
+    window: side of the window, odd.
+    similarity: see `attention_map`; without dropout.
+  """
+  queries = _split(_float32(query), shares.shape[-1])
+  padded = _float32(_pad_window(key, window))
+
+  @jax.checkpoint
+  def scores(offset: Int[Array, ""]) -> Float[Array, "b h w p"]:
+    keys = _at_offset(padded, offset, window, query.shape[1:3]).reshape(queries.shape)
+    products = jnp.sum(queries * keys, axis=-1)
+    if similarity.kind == "euclidean":
+      products = 2 * products - jnp.sum(jnp.square(keys), axis=-1)
+    return products * similarity.scale
+
+  # One offset of all windows at a time: no array holds a window of channels per position.
+  weights = jax.nn.softmax(jax.lax.map(scores, jnp.arange(window**2)), axis=0)
+  return jnp.einsum("kbhwp,bp->bhwk", weights, shares.astype(weights.dtype))
+
+
+def attend_locally(
+  query: Float[Array, "b h w d"],
+  key: Float[Array, "b y x d"],
+  value: Float[Array, "b y x c"],
+  shares: Float[Array, "b p"],
+  window: int,
+  similarity: Similarity = DOT_PRODUCT,
+) -> Float[Array, "b h w c"]:
+  """Returns the values in each query's window, weighted by `local_attention_map`."""
+  weights = local_attention_map(query, key, shares, window, similarity)
+  by_offset = jnp.moveaxis(weights, -1, 0)[..., None]
+  padded = _float32(_pad_window(value, window))
+
+  @jax.checkpoint
+  def add(total: Array, x: tuple[Array, Array]) -> tuple[Array, None]:
+    offset, weight = x
+    return total + weight * _at_offset(padded, offset, window, query.shape[1:3]), None
+
+  zeros = jnp.zeros((*query.shape[:3], value.shape[-1]), padded.dtype)
+  total, _ = jax.lax.scan(add, zeros, (jnp.arange(window**2), by_offset))
+  return total.astype(value.dtype)
+
+
+def _float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """Returns `x` as float32; float64 stays."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _split(x: Float[Array, "*b d"], parts: int) -> Float[Array, "*b p e"]:
+  if x.shape[-1] % parts:
+    raise ValueError(f"{x.shape[-1]} channels cannot be split into {parts} parts; change either")
+  return x.reshape(*x.shape[:-1], parts, -1)
+
+
+def _pad_window(x: Float[Array, "b y x c"], window: int) -> Float[Array, "b i j c"]:
+  if window < 1 or window % 2 == 0:
+    raise ValueError(f"window: {window} is not a positive odd number")
+  radius = window // 2
+  return jnp.pad(x, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
+
+
+def _at_offset(
+  padded: Float[Array, "b i j c"], offset: Int[Array, ""], window: int, size: tuple[int, ...]
+) -> Float[Array, "b h w c"]:
+  """Returns the element at one offset (row-major) of every window, for a query map of `size`."""
+  start = (0, offset // window, offset % window, 0)
+  sides = (padded.shape[1] - window + 1, padded.shape[2] - window + 1)
+  part = jax.lax.dynamic_slice(padded, start, (len(padded), *sides, padded.shape[-1]))
+  return resize_nearest(part, (size[0], size[1]))
