@@ -25,7 +25,7 @@ from configs import common
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.registry import list_models
 from vit_jax_zoo.training.lr_scaling import SINGLE, scaled_rate
-from vit_jax_zoo.weights.model_index import ENTRIES
+from vit_jax_zoo.weights.model_index import entries
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -135,7 +135,7 @@ def _published(model: str) -> str:
     ValueError: nobody has published any.
   """
   for ending in _family(model).weights:
-    if f"{model}_{ending}" in ENTRIES:
+    if f"{model}_{ending}" in entries():
       return f"{model}_{ending}"
   raise ValueError(
     f"no published weights of {model} are known; give init_from=<a file, or a run's folder>, or "

@@ -53,9 +53,9 @@ def test_a_file_that_would_be_overwritten_is_not_read(released):
   path, params = released
   found = Start(REC, path, no_data())(fresh_variables(REC))
   assert same(found["params"]["generator"], params)
-  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at missing/vgg19\.pth"):
+  with pytest.raises(WeightsError, match=r"no checkpoint at missing/vgg19\.pth"):
     Start(REC, None, no_data())(fresh_variables(REC))
-  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at missing/vgg19\.pth"):
+  with pytest.raises(WeightsError, match=r"no checkpoint at missing/vgg19\.pth"):
     Start(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
 
 
@@ -63,7 +63,7 @@ def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatc
   config = ttsr.get_config("demo")
   config.task.vgg_file = f"{tmp_path}/vgg19.pth"
   monkeypatch.setattr(experiment.Experiment, "program", no_data)
-  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at .*vgg19\.pth"):
+  with pytest.raises(WeightsError, match=r"no checkpoint at .*vgg19\.pth"):
     experiment.run(config, epath.Path(tmp_path / "run"), experiment.RunOptions())
 
 

@@ -7,8 +7,8 @@ import json
 import pathlib
 
 from tests.conftest import GOLDENS
-from vit_jax_zoo.registry import FAMILIES, list_models
-from vit_jax_zoo.weights.model_index import ENTRIES, PAPER_SCORES
+from vit_jax_zoo.registry import list_models, model_classes
+from vit_jax_zoo.weights.model_index import entries, paper_scores
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "MODELS.md"
 
@@ -38,7 +38,7 @@ def counts():
 
 def family_order(name):
   """Sort key: the family in the registry's order, then the name."""
-  return next(i for i, family in enumerate(FAMILIES) if name.startswith(family)), name
+  return next(i for i, family in enumerate(model_classes()) if name.startswith(family)), name
 
 
 def page():
@@ -46,7 +46,7 @@ def page():
   lines = [HEAD, "## Models", "", "| name | parameters | reported score | source |"]
   lines.append("|---|---|---|---|")
   for name in sorted(list_models(), key=family_order):
-    score, source = PAPER_SCORES.get(name, ("–", "–"))
+    score, source = paper_scores().get(name, ("–", "–"))
     count = f"{known[name]:,}" if name in known else "–"
     lines.append(f"| `{name}` | {count} | {score} | {source} |")
   lines += ["", "## Published weights", ""]
@@ -54,7 +54,7 @@ def page():
     "| name | model | parameters | published score | source | host |",
     "|---|---|---|---|---|---|",
   ]
-  for name, entry in ENTRIES.items():
+  for name, entry in entries().items():
     where = entry.hub or entry.urls[0].split("/")[2]
     count = f"{known[entry.model]:,}" if entry.model in known else "–"
     lines.append(
@@ -69,6 +69,6 @@ def test_the_page_is_current(golden_text):
 
 def test_every_published_variant_is_counted():
   known = counts()
-  missing = {entry.model for entry in ENTRIES.values()} - known.keys()
+  missing = {entry.model for entry in entries().values()} - known.keys()
   assert not missing
-  assert PAPER_SCORES.keys() <= set(list_models())
+  assert paper_scores().keys() <= set(list_models())

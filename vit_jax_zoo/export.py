@@ -31,11 +31,11 @@ from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.inference.load import load_pretrained
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.registry import PARTS, family_of, variants
+from vit_jax_zoo.registry import family_of, systems, variants
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
 from vit_jax_zoo.weights import Pretrained
 from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.formats import FORMATS, write_checkpoint
+from vit_jax_zoo.weights.formats import writable_formats, write_checkpoint
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables
 
@@ -44,9 +44,6 @@ FLAGS = flags.FLAGS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
-
-_OF_SEVERAL_PICTURES = ("ttsr",)
-"""Families that are called with more than images: no program of one argument has them."""
 
 MAX_STABLEHLO = 2_000_000_000
 """Bytes: a program of StableHLO is one protocol buffer, which can be no larger than 2 GiB."""
@@ -77,15 +74,15 @@ def main(argv: Sequence[str]) -> int:
 
 def formats_of(family: str) -> tuple[str, ...]:
   """Returns the names of the formats in which a family of models can be written."""
-  published = [
-    form.name
-    for form in FORMATS
-    if form.family == family and hasattr(form.load(), "write_checkpoint")
-  ]
-  if family in PARTS:
-    return tuple(published)
-  program = () if family in _OF_SEVERAL_PICTURES else ("stablehlo",)
-  return (*published, "orbax", *program)
+  is_part, several_inputs = (
+    any(family in getattr(system, field) for system in systems().values())
+    for field in ("parts", "several_inputs")
+  )
+  return (
+    *writable_formats(family),
+    *(() if is_part else ("orbax",)),
+    *(() if several_inputs else ("stablehlo",)),
+  )
 
 
 def write(pretrained: Pretrained, form: str, path: str) -> None:
@@ -217,7 +214,6 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
 def _program(pretrained: Pretrained) -> Any:
   model, preprocess = pretrained.model, pretrained.preprocess
   variables = jax.tree.map(jnp.asarray, pretrained.variables)
-  variables = {k: v for k, v in variables.items() if k != "baseline"}
 
   def program(images: Any) -> Any:
     return model.apply(variables, normalize_images(images, preprocess.mean, preprocess.std))

@@ -1,34 +1,148 @@
-"""Models by name. A family's module is imported when one of its names is asked for."""
+"""Names to objects: one `Registry` class, and the `System` that each paper's folder registers.
 
+`systems/<paper>/__init__.py` defines `SYSTEM = System(...)`; that is all that the rest of the
+package knows of a paper. A folder that is added is found, one that is deleted is gone.
+"""
+
+import dataclasses
 import fnmatch
-from collections.abc import Mapping
+import functools
+import pkgutil
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from flax import linen as nn
-
 from vit_jax_zoo.errors import check_names, field_names, unknown_name
 
-FAMILIES = {
-  "vit": ("vit_jax_zoo.systems.vit.model", "VisionTransformer"),
-  "lambda_resnet": ("vit_jax_zoo.systems.lambda_resnet.model", "LambdaResNet"),
-  "igpt": ("vit_jax_zoo.systems.igpt.model", "ImageGPT"),
-  "detr": ("vit_jax_zoo.systems.detr.model", "Detr"),
-  "ttsr": ("vit_jax_zoo.systems.ttsr.model", "TTSR"),
-  "faster_rcnn": ("vit_jax_zoo.systems.rcnn.model", "RCNN"),
-  "mask_rcnn": ("vit_jax_zoo.systems.rcnn.model", "RCNN"),
-  "fpt_segmentation": ("vit_jax_zoo.systems.fpt.segmentation", "PyramidSegmenter"),
-  "fpt_pyramid": ("vit_jax_zoo.systems.fpt.segmentation", "FeaturePyramidTransformer"),
-}
-"""Prefix of the names, module, class. The module holds `VARIANTS` and `SHARDING_RULES`; families
-may share one, each with the names that begin with its own."""
 
-PARTS = ("fpt_pyramid",)
-"""Families that are a part of other models: they are called with something else than images."""
+class Registry(Mapping[str, Any]):
+  """Objects by name, each given as "module:attribute" and imported at its first use."""
+
+  def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+    self._kind, self._entries = kind, dict(entries)
+
+  def __getitem__(self, name: str) -> Any:
+    """Returns the object of this name.
+
+    Raises:
+      ValueError: there is none; the message has the nearest known name.
+    """
+    return getattr(self.module(name), self._entries[name].partition(":")[2])
+
+  def module(self, name: str) -> ModuleType:
+    """Returns the module that holds the object of this name."""
+    if name not in self._entries:
+      raise ValueError(unknown_name(self._kind, name, self._entries))
+    return import_module(self._entries[name].partition(":")[0])
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._entries
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._entries)
+
+  def __len__(self) -> int:
+    return len(self._entries)
 
 
-def create_model(name: str, **overrides: Any) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """A published checkpoint format.
+
+  Attributes:
+    name: of `export --format=`.
+    family: of its models, a key of `System.models`.
+    module: of the system, with `is_of(arrays)`, `read_checkpoint(published)` and, where the format
+      can be written, `write_checkpoint(path, export)`; see `weights.formats`.
+    description: for error messages: "timm's ViT".
+  """
+
+  name: str
+  family: str
+  module: str
+  description: str
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+  """What one paper's folder adds to the package. References are "module:attribute" in the folder.
+
+  Attributes:
+    models: model family -> class. Names of models begin with their family's; the class's module
+      holds `VARIANTS` (model name -> fields) and `SHARDING_RULES`.
+    variants: model family -> a further table of variants, for families of other systems as well.
+    tasks: task name -> class.
+    predictors: task name -> class.
+    formats: published checkpoint formats.
+    published: a mapping of `weights.model_index.Entry`, published checkpoints by name.
+    paper_scores: a mapping, model name -> (reported score, source).
+    part_readers: path of a part of the variables ("*/backbone") -> function that reads it, see
+      `weights.pretrained_parts`.
+    backbone_readers: functions that recognise a published backbone, see `weights.backbones`.
+    several_inputs: families whose models are not called with one batch of images alone.
+    parts: families that are a part of other models, without a task of their own.
+  """
+
+  models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  predictors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  formats: tuple[Format, ...] = ()
+  published: str = ""
+  paper_scores: str = ""
+  part_readers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  backbone_readers: tuple[str, ...] = ()
+  several_inputs: tuple[str, ...] = ()
+  parts: tuple[str, ...] = ()
+
+
+@functools.cache
+def systems() -> Mapping[str, System]:
+  """Returns the systems by name: every folder of `vit_jax_zoo/systems`."""
+  folder = import_module("vit_jax_zoo.systems")
+  names = sorted(module.name for module in pkgutil.iter_modules(folder.__path__) if module.ispkg)
+  return {name: import_module(f"{folder.__name__}.{name}").SYSTEM for name in names}
+
+
+def load_reference(system: str, reference: str) -> Any:
+  """Returns what "module:attribute", or "module" alone, names in a system's folder."""
+  module, _, attribute = reference.partition(":")
+  loaded = import_module(f"vit_jax_zoo.systems.{system}.{module}")
+  return getattr(loaded, attribute) if attribute else loaded
+
+
+def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) -> Registry:
+  """Returns the registry of one field of all systems.
+
+  Args:
+    kind: what it holds, as a noun, for error messages.
+    field: of `System`, a mapping of names to references.
+    core: further entries, "vit_jax_zoo.module:attribute".
+  """
+  entries = dict(core or {})
+  for name, system in systems().items():
+    references: Mapping[str, str] = getattr(system, field)
+    entries |= {key: f"vit_jax_zoo.systems.{name}.{ref}" for key, ref in references.items()}
+  return Registry(kind, entries)
+
+
+def load_from_each(field: str) -> list[Any]:
+  """Returns what one field names in each system that has it: a reference, or several."""
+  found = []
+  for name, system in systems().items():
+    value = getattr(system, field)
+    references = [value] if isinstance(value, str) else value
+    found += [load_reference(name, reference) for reference in references if reference]
+  return found
+
+
+def model_classes() -> Registry:
+  """Returns the model classes by family."""
+  return registry_of("model family", "models")
+
+
+def create_model(name: str, **overrides: Any) -> Any:
   """Returns the Linen module of this name, its parameters not yet made.
 
   Args:
@@ -39,52 +153,45 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     ValueError: the name or a field is unknown; the message has the nearest known one.
   """
   family = _family(name)
-  kind = model_class(family)
+  kind = model_classes()[family]
   check_names(f"field of {name}", overrides, [*field_names(kind), "name"])
   return kind(**{**variants(family)[name], **overrides})
 
 
-def model_class(family: str) -> type[nn.Module]:
-  """Returns the class of a family's models; `family` is a key of `FAMILIES`."""
-  module, class_name = _load(family)
-  return getattr(module, class_name)
-
-
-def family_of(model: nn.Module) -> str:
-  """Returns the family that a model belongs to.
+def family_of(model: Any) -> str:
+  """Returns the family of a model.
 
   Raises:
-    ValueError: its class is in no family.
+    ValueError: its class belongs to no family.
   """
-  for family, (_, class_name) in FAMILIES.items():
-    if type(model).__name__ == class_name and model_class(family) is type(model):
+  for family, kind in model_classes().items():
+    if kind is type(model):
       return family
-  raise ValueError(f"{type(model).__name__} is not the class of any model in this zoo")
+  raise ValueError(f"{type(model).__name__} is not the class of any model in this package")
 
 
 def list_models(pattern: str = "*") -> list[str]:
   """Returns the model names that match a shell pattern such as "vit_*", sorted."""
-  return sorted(fnmatch.filter((name for f in FAMILIES for name in variants(f)), pattern))
+  every = (name for family in model_classes() for name in variants(family))
+  return sorted(fnmatch.filter(every, pattern))
 
 
 def variants(family: str) -> Mapping[str, Mapping[str, Any]]:
   """Returns the fields of each variant of a family, by model name."""
-  every = _load(family)[0].VARIANTS
-  return {name: fields for name, fields in every.items() if name.startswith(family)}
+  table = dict(model_classes().module(family).VARIANTS)
+  for name, system in systems().items():
+    if family in system.variants:
+      table |= load_reference(name, system.variants[family])
+  return {name: fields for name, fields in table.items() if name.startswith(family)}
 
 
 def sharding_rules(name: str) -> tuple[tuple[str, Any], ...]:
   """Returns the parameter sharding rules of the family that has this model."""
-  return _load(_family(name))[0].SHARDING_RULES
-
-
-def _load(family: str) -> tuple[ModuleType, str]:
-  path, class_name = FAMILIES[family]
-  return import_module(path), class_name
+  return model_classes().module(_family(name)).SHARDING_RULES
 
 
 def _family(name: str) -> str:
-  for family in FAMILIES:
+  for family in model_classes():
     if name.startswith(family) and name in variants(family):
       return family
   raise ValueError(unknown_name("model", name, list_models()))

@@ -70,14 +70,14 @@ def test_a_published_name_is_its_url_and_checksum(server, cache, monkeypatch):
   url, _ = server
   digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest()
   right = catalog.Entry("vit_b16", (f"{url}/vit_a/weights.npz",), sha256=digest[:8])
-  monkeypatch.setitem(hub.ENTRIES, "vit_right", right)
+  monkeypatch.setitem(hub.entries(), "vit_right", right)
   assert pathlib.Path(hub.resolve("vit_right")).read_bytes() == SOURCE.read_bytes()
   wrong = catalog.Entry("vit_b16", (f"{url}/vit_gap_a/weights.npz",), sha256="0" * 8)
-  monkeypatch.setitem(hub.ENTRIES, "vit_wrong", wrong)
+  monkeypatch.setitem(hub.entries(), "vit_wrong", wrong)
   with pytest.raises(WeightsError, match="not the file that was published: its sha256 begins"):
     hub.resolve("vit_wrong")
   several = (f"{url}/vit_a/config.json", f"{url}/vit_a/weights.npz")
-  monkeypatch.setitem(hub.ENTRIES, "vit_both", catalog.Entry("vit_b16", several))
+  monkeypatch.setitem(hub.entries(), "vit_both", catalog.Entry("vit_b16", several))
   assert hub.resolve("vit_both") == str(cache / "vit_both" / "config.json")
   assert (cache / "vit_both" / "weights.npz").exists()
 
@@ -135,7 +135,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
 
 def test_the_catalog_is_sound():
   models = list_models()
-  for name, entry in catalog.ENTRIES.items():
+  for name, entry in catalog.entries().items():
     assert name.startswith(entry.model), name
     assert entry.model in models, name
     assert bool(entry.hub) != bool(entry.urls), name

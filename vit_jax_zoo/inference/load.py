@@ -23,22 +23,16 @@ from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
-from vit_jax_zoo.tasks import create_task, task_fields
+from vit_jax_zoo.tasks import create_task, task_fields, tasks
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained
-
-_IN_PREPROCESS = ("image_mean", "image_std", "num_classes")
 
 _OF_TARGETS = (
   "one_hot", "multi_hot", "load_objects", "keep_classes", "pad_objects", "load_label_map",
   "pad_label_map",
 )  # fmt: skip
 """Transforms of labels, boxes and label maps, which a user's picture has not."""
-
-
-_ANY_SHAPE = ("instance_detection", "semantic_segmentation")
-"""Tasks whose models see pictures of any shape: those keep theirs."""
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
@@ -264,7 +258,7 @@ class _Run:
     "squeeze": exactly; "shorter_side": their shorter sides become equal; "as_is": not at all, where
     images of any size were evaluated, padded.
     """
-    if self.config["task"]["name"] not in _ANY_SHAPE:
+    if not tasks()[self.config["task"]["name"]].keeps_aspect_ratio:
       return "squeeze"
     names = {spec["name"] for spec in self._evaluation().get("transforms", [])}
     return "as_is" if "pad_label_map" in names else "shorter_side"

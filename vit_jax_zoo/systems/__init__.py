@@ -1,1 +1,1 @@
-"""To be written."""
+"""One folder a paper. The rest of the package finds them through `vit_jax_zoo.registry` alone."""

@@ -14,7 +14,7 @@ Where things run:
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 import clu.metrics
 import jax
@@ -136,6 +136,12 @@ class LossOutput:
 
 class Task(abc.ABC):
   """What is learned, from a batch to a score. Subclasses are frozen dataclasses of plain fields."""
+
+  name: ClassVar[str] = ""
+  """The name under which the task is registered."""
+
+  keeps_aspect_ratio: ClassVar[bool] = False
+  """Whether images keep their shape: resized by their shorter side and padded, not squashed."""
 
   @property
   def optim_groups(self) -> tuple[OptimGroup, ...]:

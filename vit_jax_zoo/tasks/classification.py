@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ class Classification(base.Task):
     top_k: how many classes a prediction lists, and the k of the top-k accuracy.
     per_class: evaluations score each class, too, and draw which is taken for which.
   """
+
+  name: ClassVar[str] = "classification"
 
   model: base.Model
   num_classes: int

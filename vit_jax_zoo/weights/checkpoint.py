@@ -25,13 +25,13 @@ class Checkpoint:
 
   Attributes:
     source: the file's name, for messages.
-    family: of the model, a key of `models.registry.FAMILIES`.
+    family: of the model, a key of `registry.model_classes()`.
     arrays: by published key, joint matrices taken apart.
     table: connects the keys with our paths. A path below `params` stands alone; one of another
       collection begins with its name: "batch_stats/stem/norm/mean", "palette/clusters".
     fields: of the model's class, all that the arrays determine.
     preprocess: what happens to pictures.
-    task: what the weights were trained for, a key of `tasks.TASKS`; "" of a part of a network.
+    task: what the weights were trained for, a key of `tasks.tasks()`; "" of a part of a network.
     task_fields: of that task, beside the model and what `preprocess` knows: `class_names`, ...
     ignore: regular expressions of keys that may stay unused.
     heads: our paths begin so where a new task may start afresh: when the number of classes is
@@ -41,6 +41,8 @@ class Checkpoint:
     first_kernels: our paths of the kernels one of which images come to first, [h w channels out].
     optional: collections that a file may lack, although the table has rows for them: a palette.
     image_size: of the images that the weights were trained on, if it is known.
+    trained_network: the key in `params` under which a task trains the model beside other networks;
+      "" where it trains the model alone.
   """
 
   source: str
@@ -57,6 +59,7 @@ class Checkpoint:
   first_kernels: tuple[str, ...] = ()
   optional: tuple[str, ...] = ()
   image_size: Size | None = None
+  trained_network: str = ""
 
   def key(self, path: str) -> str | None:
     """Returns the key under which the file has our parameter, None if it has not."""
@@ -137,13 +140,26 @@ class Checkpoint:
     del target, model, size, method
     return self
 
+  def fit_positions_to(
+    self, target: Mapping[str, Any], grid: Size | None, method: str | None
+  ) -> "Checkpoint":
+    """Returns the same with position tables resized to those of existing variables.
+
+    Args:
+      target: the model's variables by path, with shapes.
+      grid: height and width of the model's grid of tokens; None: square.
+      method: as of `at_size`.
+    """
+    del target, grid, method
+    return self
+
 
 @dataclasses.dataclass(frozen=True)
 class Export:
   """What each format's `write_checkpoint` is given.
 
   Attributes:
-    family: of the model, a key of `models.registry.FAMILIES`.
+    family: of the model, a key of `registry.model_classes()`.
     model: the Linen module.
     variables: by path as in `Checkpoint.table`, layers unrolled, numpy arrays.
     preprocess: what happens to pictures.

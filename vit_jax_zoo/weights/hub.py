@@ -20,7 +20,7 @@ from etils import epath
 
 from vit_jax_zoo.weights import tf_bundle
 from vit_jax_zoo.weights.key_map import WeightsError
-from vit_jax_zoo.weights.model_index import ENTRIES, Entry
+from vit_jax_zoo.weights.model_index import Entry, entries
 
 CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20
@@ -40,7 +40,7 @@ def resolve(name: str) -> str:
   """Returns the local or `gs://` path of a checkpoint, after downloading it where need be.
 
   Args:
-    name: a path that exists; a name of `catalog.ENTRIES`; a URL; "owner/name" on Hugging Face's
+    name: an existing path; a key of `model_index.entries()`; a URL; "owner/name" on Hugging Face's
       hub.
 
   Raises:
@@ -52,8 +52,8 @@ def resolve(name: str) -> str:
     return download(name)
   if epath.Path(name).exists() or tf_bundle.find_prefix(name):
     return name
-  if name in ENTRIES:
-    return _fetch(name, ENTRIES[name])
+  if name in entries():
+    return _fetch(name, entries()[name])
   if _HUB_NAME.fullmatch(name) and not name.endswith((".npz", ".safetensors", ".pth", ".bin")):
     return _from_hub(name)
   raise WeightsError(f"there is no checkpoint at {name}{_hint(name)}")
@@ -62,10 +62,12 @@ def resolve(name: str) -> str:
 def _hint(name: str) -> str:
   """Returns what a user may have meant who names a file that is not there."""
   file = name.rsplit("/", 1)[-1]
-  same = [key for key, entry in ENTRIES.items() if any(u.endswith(f"/{file}") for u in entry.urls)]
+  same = [
+    key for key, entry in entries().items() if any(u.endswith(f"/{file}") for u in entry.urls)
+  ]
   if same:
     return f"; to have a published file of that name downloaded, say {' or '.join(same)}"
-  nearest = difflib.get_close_matches(name, ENTRIES, n=1)
+  nearest = difflib.get_close_matches(name, entries(), n=1)
   return f"; did you mean the published {nearest[0]}?" if nearest else ""
 
 

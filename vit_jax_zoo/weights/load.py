@@ -1,7 +1,6 @@
 """Reading published checkpoints: as a model that is ready, or into the variables of a given one."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,17 +11,12 @@ from flax import linen as nn
 from flax import traverse_util
 
 from vit_jax_zoo.errors import check_names, field_names
-from vit_jax_zoo.registry import model_class
-from vit_jax_zoo.systems.vit.weights_common import POSITIONS, VitCheckpoint
+from vit_jax_zoo.registry import model_classes
 from vit_jax_zoo.weights import hub
 from vit_jax_zoo.weights import key_map as table
 from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.formats import read_checkpoint
-from vit_jax_zoo.weights.key_map import WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
-
-GENERATOR = "generator"
-"""The player whose network is published, where a task has several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +76,7 @@ def load_pretrained(
     OSError: it is to be downloaded, and cannot be.
   """
   checkpoint = read_checkpoint(hub.resolve(path))
-  kind = model_class(checkpoint.family)
+  kind = model_classes()[checkpoint.family]
   check_names(f"field of {kind.__name__}", overrides, field_names(kind))
   fields = {**checkpoint.fields, **overrides}
   model = kind(**fields)
@@ -125,8 +119,8 @@ def load_into(
     path: as in `load_pretrained`.
     variables: the model's, as arrays or as `jax.ShapeDtypeStruct`s. Only their shapes matter; but a
       head that the file cannot fill, and whole collections of which it has nothing (a palette),
-      stay what they are here (zeros, if only their shapes are known). In a game against a critic
-      the file's are those of the "generator", and the others stay.
+      keep the values given here (zeros, if only their shapes are known). Where a task trains the
+      model beside other networks (`Checkpoint.trained_network`), only the model's are read.
     position_grid: height and width, in tokens, of the model's grid; needed where that is not
       square, and the file's is another.
     resize: as in `load_pretrained`.
@@ -138,28 +132,12 @@ def load_into(
     ValueError: as in `load_pretrained`.
   """
   checkpoint = read_checkpoint(hub.resolve(path))
-  if isinstance(checkpoint, VitCheckpoint):
-    checkpoint = _fit_positions(checkpoint, flatten_variables(variables), position_grid, resize)
-  if GENERATOR in variables["params"]:
-    inner = _fit(checkpoint, {"params": variables["params"][GENERATOR]})["params"]
-    return {**variables, "params": {**variables["params"], GENERATOR: inner}}
+  checkpoint = checkpoint.fit_positions_to(flatten_variables(variables), position_grid, resize)
+  network = checkpoint.trained_network
+  if network and network in variables["params"]:
+    inner = _fit(checkpoint, {"params": variables["params"][network]})["params"]
+    return {**variables, "params": {**variables["params"], network: inner}}
   return _fit(checkpoint, variables)
-
-
-def _fit_positions(
-  checkpoint: VitCheckpoint,
-  target: Mapping[str, Any],
-  grid: tuple[int, int] | None,
-  method: str | None,
-) -> VitCheckpoint:
-  theirs, positions = checkpoint.array(POSITIONS), target.get(POSITIONS)
-  if theirs is None or positions is None or (grid is None and positions.shape == theirs.shape):
-    return checkpoint
-  grid = grid or _square(positions.shape[1], "cls_token" in target)
-  old_grid = checkpoint.position_grid(fallback=grid)
-  return checkpoint.fit_positions(
-    num_rows=positions.shape[1], old_grid=old_grid, new_grid=grid, method=method
-  )
 
 
 def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -256,13 +234,3 @@ def _like(array: Any, target: Any) -> Any:
 
 def _height_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
   return (size, size) if isinstance(size, int) else size
-
-
-def _square(rows: int, has_cls: bool) -> tuple[int, int]:  # noqa: FBT001
-  """Returns the square grid of a table, with or without a row for the class token."""
-  for count in (rows - 1, rows) if has_cls else (rows,):
-    if math.isqrt(count) ** 2 == count:
-      return math.isqrt(count), math.isqrt(count)
-  raise WeightsError(
-    f"the model has positions for {rows} tokens, which is no square grid; give position_grid"
-  )

@@ -15,7 +15,7 @@ from vit_jax_zoo.systems.rcnn import weights_classes as rcnn_classes
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into, load_parts
-from vit_jax_zoo.weights.formats import FORMATS
+from vit_jax_zoo.weights.formats import formats
 from vit_jax_zoo.weights.load import flatten_variables
 
 SMALL = {
@@ -44,7 +44,11 @@ MODELS = {
   "official_2mlp": {**OFFICIAL, "box_head": {"width": 32, "norm": "group_norm"}},
 }
 NAMES = {"torchvision": "pth-torchvision", "official": "pth", "official_2mlp": "pth"}
-MODULES = {"torchvision": "rcnn_torchvision", "official": "rcnn_fpt", "official_2mlp": "rcnn_fpt"}
+MODULES = {
+  "torchvision": "weights_torchvision",
+  "official": "weights_rcnn",
+  "official_2mlp": "weights_rcnn",
+}
 
 
 @functools.cache
@@ -101,7 +105,9 @@ def test_a_detector_is_written_and_read_by_its_path_alone(kind, tmp_path):
   path = str(tmp_path / "detector.safetensors")
   export.write(pretrained(model, variables), NAMES[kind], path)
   arrays = load_file(path)
-  assert {form.module for form in FORMATS if form.load().is_of(arrays)} == {MODULES[kind]}
+  assert {form.module for form, module in formats().items() if module.is_of(arrays)} == {
+    MODULES[kind]
+  }
   loaded = load_pretrained(path)
   assert_same(loaded.variables, variables)
   assert loaded.task == "instance_detection"

@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.weights import key_map
 
 NARROW = {
   "critic_widths": (2, 4, 8, 16, 32),
@@ -47,4 +49,12 @@ def vgg_params(weights):
   }
   task = SuperResolution(TINY, **NARROW)
   shapes = jax.eval_shape(task._vgg.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  return jax.tree.map(jnp.asarray, vgg_torchvision.from_published(published, shapes["params"]))
+  flat = traverse_util.flatten_dict(shapes["params"], sep="/")
+  found = key_map.read(
+    published,
+    vgg_torchvision.TABLE,
+    {path: leaf.shape for path, leaf in flat.items()},
+    source="the fixture",
+    ignore=vgg_torchvision.IGNORE,
+  )
+  return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(found, sep="/"))

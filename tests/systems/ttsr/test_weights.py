@@ -52,9 +52,8 @@ def test_export_of_import_is_the_file(tmp_path, scan_layers):
     if prefix:
       variables["critic/score/kernel"] = np.zeros((2, 1), np.float32)
     path = str(tmp_path / "TTSR.safetensors")
-    form = formats.find_format("ttsr", "pt")
-    form.load().write_checkpoint(
-      path, Export("ttsr", pretrained.model, variables, pretrained.preprocess)
+    formats.write_checkpoint(
+      path, "pt", Export("ttsr", pretrained.model, variables, pretrained.preprocess)
     )
     written, original = load_file(path), load_file(FILE)
     assert set(written) == {k for k in original if not k.startswith("LTE_copy.")}
@@ -117,7 +116,7 @@ def test_vgg_both_ways(tmp_path, vgg):
   ] == kernels
   path = str(tmp_path / "vgg.safetensors")
   vgg_torchvision.write_vgg(path, vgg)
-  again = vgg_torchvision.load_vgg(path, vgg)
+  again = weights.load_parts({"vgg": path}, {"vgg": vgg})["vgg"]
   assert jax.tree.all(jax.tree.map(np.array_equal, again, vgg))
 
 
@@ -160,9 +159,11 @@ def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
 
 
 def test_a_vgg_that_is_missing_or_another(tmp_path, vgg):
-  with pytest.raises(WeightsError, match=r"VGG-19: there is no checkpoint at .*download\.pytorch"):
-    weights.load_parts({"vgg": str(tmp_path / "vgg19.pth")}, {"vgg": vgg})
+  with pytest.raises(
+    WeightsError, match=r"no checkpoint at .*vgg19-dcbb9e9d\.pth.* vgg19_imagenet"
+  ):
+    weights.load_parts({"vgg": str(tmp_path / "vgg19-dcbb9e9d.pth")}, {"vgg": vgg})
   norm = {"features.1.running_mean": np.zeros(4, np.float32)}
   path = write_vgg(tmp_path / "vgg19_bn.safetensors", vgg, **norm)
   with pytest.raises(WeightsError, match="is a VGG with batch norm; use torchvision's plain vgg19"):
-    vgg_torchvision.load_vgg(path, vgg)
+    weights.load_parts({"vgg": path}, {"vgg": vgg})

@@ -1,1 +1,15 @@
-"""To be written."""
+"""DETR, arXiv:2005.12872: detection and panoptic segmentation as set prediction."""
+
+from vit_jax_zoo.registry import Format, System
+
+SYSTEM = System(
+  models={"detr": "model:Detr"},
+  tasks={"detection": "task:Detection"},
+  predictors={"detection": "predictor:DetectionPredictor"},
+  formats=(
+    Format("pth", "detr", "weights_official", "the official code's DETR"),
+    Format("hf", "detr", "weights_hf", "Hugging Face's DETR"),
+  ),
+  published="published:PUBLISHED",
+  paper_scores="published:PAPER_SCORES",
+)

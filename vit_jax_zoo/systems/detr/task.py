@@ -6,7 +6,7 @@ predictions learn the class, the box and (with a mask head) the mask of their ta
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,8 @@ class Detection(base.Task):
     backbone_file: pretrained ImageNet classifier of the backbone (torchvision's or timm's ResNet,
       or Hugging Face's), read if the run has no `init_from`.
   """
+
+  name: ClassVar[str] = "detection"
 
   model: DetectionModel
   num_classes: int

@@ -1,1 +1,20 @@
-"""To be written."""
+"""Feature Pyramid Transformer, arXiv:2007.09451: detection and segmentation."""
+
+from vit_jax_zoo.registry import Format, System
+
+SYSTEM = System(
+  models={
+    "fpt_segmentation": "segmentation:PyramidSegmenter",
+    "fpt_pyramid": "segmentation:FeaturePyramidTransformer",
+  },
+  tasks={"semantic_segmentation": "task:SemanticSegmentation"},
+  predictors={"semantic_segmentation": "predictor:SegmentationPredictor"},
+  formats=(
+    Format("pth", "faster_rcnn", "weights_rcnn", "the official code's detectors with FPT"),
+    Format("pth", "fpt_pyramid", "weights_official", "the official code's FPT"),
+    Format("pth-fpt", "faster_rcnn", "weights_official", "the official code's FPT"),
+  ),
+  part_readers={"*/neck": "weights_official:read_neck"},
+  several_inputs=("fpt_pyramid",),
+  parts=("fpt_pyramid",),
+)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,9 @@ class SemanticSegmentation(base.Task):
     backbone_file: an ImageNet classifier that the model's backbone starts from, where the run has
       no `init_from`: a file with a ResNet, see `weights.backbones`, or a workdir of ours.
   """
+
+  name: ClassVar[str] = "semantic_segmentation"
+  keeps_aspect_ratio: ClassVar[bool] = True
 
   model: base.Model
   num_classes: int

@@ -1,1 +1,15 @@
-"""To be written."""
+"""iGPT, "Generative Pretraining from Pixels", ICML 2020."""
+
+from vit_jax_zoo.registry import Format, System
+
+SYSTEM = System(
+  models={"igpt": "model:ImageGPT"},
+  tasks={"pixel_modelling": "task:PixelModelling"},
+  predictors={"pixel_modelling": "predictor:CompletionPredictor"},
+  formats=(
+    Format("hf", "igpt", "weights_hf", "Hugging Face's ImageGPT"),
+    Format("tf", "igpt", "weights_openai", "OpenAI's image-gpt"),
+  ),
+  published="published:PUBLISHED",
+  paper_scores="published:PAPER_SCORES",
+)

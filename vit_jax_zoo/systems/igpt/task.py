@@ -5,7 +5,7 @@ Chen et al., "Generative Pretraining from Pixels", ICML 2020, sections 2.1, 2.2 
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +65,8 @@ class PixelModelling(base.Task):
     completions: how many of each image.
     seed: of masks in evaluations, of completions, and of the palette.
   """
+
+  name: ClassVar[str] = "pixel_modelling"
 
   model: Any  # a PixelModel; Python 3.13 cannot tell a Linen module for one
   class_weight: float = 0.0

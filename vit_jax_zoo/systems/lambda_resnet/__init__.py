@@ -1,1 +1,11 @@
-"""To be written."""
+"""LambdaResNet, arXiv:2102.08602: classification, and a backbone for detectors."""
+
+from vit_jax_zoo.registry import Format, System
+
+SYSTEM = System(
+  models={"lambda_resnet": "model:LambdaResNet"},
+  formats=(Format("safetensors-timm", "lambda_resnet", "weights_timm", "timm's LambdaResNet"),),
+  backbone_readers=("weights_timm:recognize_backbone",),
+  published="published:PUBLISHED",
+  paper_scores="published:PAPER_SCORES",
+)

@@ -14,6 +14,7 @@ from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS
 from vit_jax_zoo.weights import timm_config
+from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.infer import outputs_of, side
 from vit_jax_zoo.weights.key_map import (
@@ -120,6 +121,13 @@ def is_of(arrays: Mapping[str, Array]) -> bool:
   """Tells whether a file's keys are those of one of timm's networks with lambda layers."""
   has_stem = any(re.match(r"stem\.conv\d\.", key) for key in arrays)
   return has_stem and any(".self_attn.norm_v." in key for key in arrays)
+
+
+def recognize_backbone(arrays: Mapping[str, Array]) -> Backbone | None:
+  """Returns the backbone of a timm LambdaResNet's file."""
+  if not is_of(arrays):
+    return None
+  return Backbone(dict(arrays), table_of(arrays), (*IGNORE, r"head\.fc\..*"))
 
 
 class LambdaCheckpoint(Checkpoint):

@@ -8,7 +8,7 @@ through the choice.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +112,9 @@ class InstanceDetection(base.Task):
       of a classifier of ours; see `weights.backbones`.
     neck_file: what its neck starts from: a state dict of the official FPT's, or a workdir.
   """
+
+  name: ClassVar[str] = "instance_detection"
+  keeps_aspect_ratio: ClassVar[bool] = True
 
   model: TwoStageModel
   num_classes: int

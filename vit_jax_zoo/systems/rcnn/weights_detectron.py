@@ -15,10 +15,12 @@ Paths of parameters stand below `params`; those of running statistics begin with
 """
 
 import math
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
+from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, layer_rows, norm_rows
 
@@ -198,3 +200,40 @@ def fold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body."
       found[f"{norm}.bias"] = (found[f"{norm}.bias"] - mean * share).astype(np.float32)
       found[f"{norm}.weight"] = share.astype(np.float32)
   return found
+
+
+_BODY = "Conv_Body.conv_body."
+_BLOB = re.compile(r"conv1_w|res_conv1_bn_[sb]|res\d_\d+_branch\w+?(_w|_bn_[sb])")
+_BRANCHES = {"2a": ("conv1", "bn1"), "2b": ("conv2", "bn2"), "2c": ("conv3", "bn3")}
+# Some of Caffe's files have a bias of the first convolution; Detectron ignores it, too.
+_IGNORE = (r"conv1_b", r"(pred|fc1000)_[wb]", r".*_momentum", r"lr|weight_order")
+
+
+def recognize_backbone(arrays: Flat) -> Backbone | None:
+  """Returns the backbone of one of Caffe's files or of a detector of Detectron.pytorch's.
+
+  Caffe                conv1_w, res2_0_branch2a_w, ...bn_s, ...bn_b   R-50.pkl, R-101.pkl
+  Detectron.pytorch    Conv_Body.conv_body.res2.0.conv1.weight, ...   part of a detector
+  """
+  blobs = {_detectron_key(key): array for key, array in arrays.items() if _BLOB.fullmatch(key)}
+  ignore: tuple[str, ...] = _IGNORE
+  if f"{_BODY}res1.conv1.weight" in blobs:
+    arrays = blobs | {key: array for key, array in arrays.items() if not _BLOB.fullmatch(key)}
+  elif f"{_BODY}res1.conv1.weight" in arrays:
+    ignore = (rf"(?!{re.escape(_BODY)}).*",)
+  else:
+    return None
+  return Backbone(unfold_norms(arrays, _BODY), backbone_rows(ours=""), ignore)
+
+
+def _detectron_key(blob: str) -> str:
+  """Returns Detectron.pytorch's key of one of Caffe's blobs."""
+  name, _, kind = blob.rpartition("_")
+  is_norm = name.endswith("_bn")
+  name = name.removesuffix("_bn")
+  suffix = "bias" if kind == "b" else "weight"
+  if not name.startswith("res") or name == "res_conv1":
+    return f"{_BODY}res1.{'bn1' if is_norm else 'conv1'}.{suffix}"
+  stage, block, branch = name.split("_")
+  layers = _BRANCHES.get(branch.removeprefix("branch"), ("downsample.0", "downsample.1"))
+  return f"{_BODY}{stage}.{block}.{layers[is_norm]}.{suffix}"

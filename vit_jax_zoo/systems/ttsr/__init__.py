@@ -1,1 +1,20 @@
-"""To be written."""
+"""TTSR, arXiv:2006.04139: 4x super-resolution with a reference image."""
+
+from vit_jax_zoo.registry import Format, System
+
+SYSTEM = System(
+  models={"ttsr": "model:TTSR"},
+  tasks={"super_resolution": "task:SuperResolution"},
+  predictors={"super_resolution": "predictor:SuperResolutionPredictor"},
+  formats=(
+    Format("pt", "ttsr", "weights", "the official code's TTSR"),
+    Format("pth-vgg19", "ttsr", "weights_vgg", "torchvision's VGG-19"),
+  ),
+  published="weights_vgg:PUBLISHED",
+  paper_scores="weights:PAPER_SCORES",
+  part_readers={
+    "vgg": "weights_vgg:read_vgg",
+    "params/generator/extractor": "weights_vgg:read_vgg",
+  },
+  several_inputs=("ttsr",),
+)

@@ -6,7 +6,7 @@ first alone for some steps, then all, which is one config with `begin_step`.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,8 @@ class SuperResolution(base.Task):
     wrong_references: predictions are made a second time, with another picture's reference, half a
       batch away; so scores tell what the right reference is worth.
   """
+
+  name: ClassVar[str] = "super_resolution"
 
   model: base.Model
   reconstruction_weight: float = 1.0

@@ -27,6 +27,11 @@ from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_row
 TRAINED_SIDE = 160
 """Of the pictures that the released weights were trained on; any others do as well."""
 
+PAPER_SCORES = {
+  "ttsr": ("27.09 dB with l1 alone (CUFED5, five references)", "2006.04139"),
+}
+"""The released files are on file-sharing sites alone, without a stable address."""
+
 _PLAYER = "generator/"
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
@@ -170,6 +175,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     ignore=IGNORE,
     heads=(),
     image_size=(TRAINED_SIDE, TRAINED_SIDE),
+    trained_network="generator",
   )
 
 

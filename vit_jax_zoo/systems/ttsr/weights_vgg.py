@@ -6,7 +6,7 @@
 A perceptual loss looks through it, and TTSR's texture extractor starts as its first layers. Files
 of the variant with batch norm are another network, and are refused.
 
-In: the task's `vgg_file`, or `load_vgg`. Out: `export --format=pth-vgg19` of a run of TTSR's that
+In: the task's `vgg_file`. Out: `export --format=pth-vgg19` of a run of TTSR's that
 has a perceptual loss, or `write_vgg`. What is never used here, the layers behind relu5_1, does not
 come back: torchvision's `vgg19().load_state_dict(file, strict=False)` takes the rest.
 """
@@ -19,10 +19,10 @@ import numpy as np
 from flax import traverse_util
 
 from vit_jax_zoo.systems.ttsr.vgg import DEPTHS
-from vit_jax_zoo.weights import hub
 from vit_jax_zoo.weights import key_map as table
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
+from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.readers import Published, read_published
 from vit_jax_zoo.weights.torch_file import write_torch
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
@@ -34,6 +34,8 @@ COLLECTION = "vgg"
 """Where `tasks.super_resolution` keeps it."""
 
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+
+PUBLISHED = {"vgg19_imagenet": Entry("ttsr", (URL,), sha256="dcbb9e9d", source="torchvision")}
 
 
 def _indices() -> list[int]:
@@ -56,61 +58,26 @@ IGNORE = (r"classifier\..*", r"features\.\d+\..*")
 """The classifier, and convolutions after the last that is used."""
 
 
-def from_published(
-  published: Mapping[str, np.ndarray], params: Mapping[str, Any], *, source: str = "the file"
-) -> dict[str, Any]:
-  """Returns the parameters of a `VGG19`, or of its first layers, from torchvision's vgg19.
-
-  Args:
-    published: the state dict, as numpy arrays.
-    params: those of the network to fill; only their shapes matter.
-    source: the file's name, for messages.
-
-  Raises:
-    WeightsError: the file does not fit; all that is wrong is listed.
-  """
-  if any(key.endswith("running_mean") for key in published):
-    raise WeightsError(f"{source} is a VGG with batch norm; use torchvision's plain vgg19: {URL}")
-  flat: Mapping[str, Any] = traverse_util.flatten_dict(params, sep="/")
-  shapes = {path: leaf.shape for path, leaf in flat.items()}
-  found = table.read(published, TABLE, shapes, source=source, ignore=IGNORE)
-  return traverse_util.unflatten_dict(found, sep="/")
-
-
 def to_published(params: Mapping[str, Any]) -> Flat:
   """Returns the convolutions under torchvision's names."""
   flat: Mapping[str, Any] = traverse_util.flatten_dict(params, sep="/")
   return table.write(flat, TABLE)
 
 
-def find_vgg(path: str) -> str:
-  """Returns the local path of a file or URL; see `hub.resolve`.
+def read_vgg(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
+  """Returns the parameters of a `VGG19`, or of its first layers, by path.
+
+  Args:
+    path: of a file with torchvision's vgg19.
+    shapes: of the network's parameters, by path.
 
   Raises:
-    WeightsError: one line, about a file that is not there.
+    WeightsError: the file is not VGG-19, or is one with batch norm.
   """
-  try:
-    return hub.resolve(path)
-  except WeightsError as error:
-    raise _not_read(error) from error
-
-
-def load_vgg(path: str, params: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads a file, or a URL, into the parameters of a `VGG19`; see `from_published`.
-
-  Raises:
-    WeightsError: one line, about a file that is not there, or is another's.
-  """
-  found = find_vgg(path)
-  try:
-    published = read_published(found)
-  except WeightsError as error:
-    raise _not_read(error) from error
-  return from_published(published.arrays, params, source=path)
-
-
-def _not_read(error: WeightsError) -> WeightsError:
-  return WeightsError(f"VGG-19: {error}; get it from {URL}")
+  published = read_published(path).arrays
+  if any(key.endswith("running_mean") for key in published):
+    raise WeightsError(f"{path} is a VGG with batch norm; use torchvision's plain vgg19: {URL}")
+  return table.read(published, TABLE, shapes, source=path, ignore=IGNORE)
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:

@@ -1,1 +1,14 @@
-"""To be written."""
+"""Vision Transformer, arXiv:2010.11929: classification, hybrids with a ResNet."""
+
+from vit_jax_zoo.registry import Format, System
+
+SYSTEM = System(
+  models={"vit": "model:VisionTransformer"},
+  formats=(
+    Format("npz", "vit", "weights_google", "Google's .npz of ViT"),
+    Format("hf", "vit", "weights_hf", "Hugging Face's ViT"),
+    Format("safetensors-timm", "vit", "weights_timm", "timm's ViT"),
+  ),
+  published="published:PUBLISHED",
+  paper_scores="published:PAPER_SCORES",
+)

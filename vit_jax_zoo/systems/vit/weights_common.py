@@ -74,6 +74,19 @@ class VitCheckpoint(Checkpoint):
       method=method,
     )
 
+  def fit_positions_to(
+    self, target: Mapping[str, Any], grid: Size | None, method: str | None
+  ) -> "VitCheckpoint":
+    """Resizes the positions to the table of existing variables; see `Checkpoint`."""
+    theirs, positions = self.array(POSITIONS), target.get(POSITIONS)
+    if theirs is None or positions is None or (grid is None and positions.shape == theirs.shape):
+      return self
+    grid = grid or _square(positions.shape[1], has_cls=CLS_TOKEN in target)
+    old_grid = self.position_grid(fallback=grid)
+    return self.fit_positions(
+      num_rows=positions.shape[1], old_grid=old_grid, new_grid=grid, method=method
+    )
+
   @property
   def class_rows(self) -> int:
     """Rows of the position table that are the class token's: 0 or 1."""
@@ -138,6 +151,16 @@ class VitCheckpoint(Checkpoint):
       table = np.concatenate([cls_row, table])
     fitted[key] = table[None]
     return self.replace(arrays=fitted)
+
+
+def _square(rows: int, *, has_cls: bool) -> Size:
+  """Returns the square grid of a table, with or without a row for the class token."""
+  for count in (rows - 1, rows) if has_cls else (rows,):
+    if math.isqrt(count) ** 2 == count:
+      return math.isqrt(count), math.isqrt(count)
+  raise WeightsError(
+    f"the model has positions for {rows} tokens, which is no square grid; give position_grid"
+  )
 
 
 def _grid(size: Size, side: int) -> Size:

@@ -13,10 +13,10 @@ from vit_jax_zoo.nn.resnet import ResNet
 from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
 from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
 from vit_jax_zoo.systems.rcnn.model import RCNN
-from vit_jax_zoo.systems.rcnn.weights_backbones import read_backbone
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import WeightsError, load_parts
 from vit_jax_zoo.weights import readers as pickled_arrays
+from vit_jax_zoo.weights.backbones import read_backbone
 from vit_jax_zoo.weights.key_map import write
 from vit_jax_zoo.weights.load import flatten_variables, load_pretrained
 
