@@ -28,12 +28,6 @@ from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
-_OF_TARGETS = (
-  "one_hot", "multi_hot", "load_objects", "keep_classes", "pad_objects", "load_label_map",
-  "pad_label_map",
-)  # fmt: skip
-"""Transforms of labels, boxes and label maps, which a user's picture has not."""
-
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
   """Reads a published checkpoint, or a run of ours.
@@ -248,8 +242,8 @@ class _Run:
 
   def transforms(self) -> tuple[Transform, ...]:
     """Returns what an evaluation does to images."""
-    specs = [spec for spec in self._evaluation().get("transforms", [])]
-    return build_transforms(spec for spec in specs if spec["name"] not in _OF_TARGETS)
+    transforms = build_transforms(self._evaluation().get("transforms", []))
+    return tuple(transform for transform in transforms if not transform.is_target)
 
   @property
   def fit(self) -> str:
