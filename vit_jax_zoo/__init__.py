@@ -1,26 +1,34 @@
-"""Vision Transformers and their rivals in JAX: six papers, one training loop.
+"""Six vision papers in JAX, one training loop: ViT, iGPT, LambdaResNet, DETR, TTSR, FPT.
 
-The three names a user of the models needs are imported on first use, so that
-`import vit_jax_zoo` itself costs nothing:
+* `create_model("vit_b16", num_classes=10)`: a Linen module;
+* `list_models("vit_*")`: the names that `create_model` takes;
+* `load_pretrained("ViT-B_16.npz")`: a model with the weights of a published file or a run.
 
-* `create_model("vit_b16", num_classes=10)`: a Linen module with fresh weights to come;
-* `list_models("vit_*")`: the names that `create_model` knows;
-* `load_pretrained("ViT-B_16.npz")`: a published or own checkpoint, ready to use.
+The names are imported at their first use, so that `import vit_jax_zoo` is fast.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from vit_jax_zoo.inference.load import load_pretrained
+  from vit_jax_zoo.registry import create_model, list_models
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "create_model", "list_models", "load_pretrained"]
 
-_LAZY = {
+_MODULES = {
   "create_model": "vit_jax_zoo.registry",
   "list_models": "vit_jax_zoo.registry",
   "load_pretrained": "vit_jax_zoo.inference.load",
 }
-__all__ = ["__version__", "create_model", "list_models", "load_pretrained"]
 
 
 def __getattr__(name: str) -> object:
-  if name in _LAZY:
-    return getattr(import_module(_LAZY[name]), name)
-  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  if name not in _MODULES:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

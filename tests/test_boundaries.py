@@ -1,0 +1,120 @@
+"""One folder a system: nothing outside it knows of it, and the package works without it."""
+
+import ast
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "vit_jax_zoo"
+
+SYSTEM_NAMES = re.compile(r"(?<![a-z])(vit|igpt|lambda_resnet|detr|ttsr|rcnn|fpt)(?![a-z])", re.I)
+OF_ONE_SYSTEM = re.compile(
+  r"patch_side|num_positions|num_queries|generator_|critic|discriminator|palette|"
+  r"clusters|num_colors|vgg"
+)
+NOT_A_SYSTEM = re.compile(r"vit_jax_zoo|VIT_JAX_ZOO|configs/vit\.py")
+
+
+def core_modules():
+  return [p for p in PACKAGE.rglob("*.py") if "systems" not in p.relative_to(PACKAGE).parts]
+
+
+def code_words(path):
+  """Yields identifiers and strings of a module with their line, docstrings left out."""
+  tree = ast.parse(path.read_text())
+  docstrings = {
+    id(node.value)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+  }
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Name):
+      yield node.lineno, node.id
+    elif isinstance(node, ast.Attribute):
+      yield node.lineno, node.attr
+    elif isinstance(node, ast.arg):
+      yield node.lineno, node.arg
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+      yield node.lineno, node.name
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+      if id(node) not in docstrings:
+        yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("path", core_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_core_names_no_system(path):
+  found = [
+    f"{path.relative_to(ROOT)}:{line}: {word}"
+    for line, word in code_words(path)
+    if SYSTEM_NAMES.search(NOT_A_SYSTEM.sub("", word)) or OF_ONE_SYSTEM.search(word)
+  ]
+  assert not found, "\n".join(found)
+
+
+DELETIONS = {
+  "vit": ["vit"],
+  "igpt": ["igpt"],
+  "lambda_resnet": ["lambda_resnet"],
+  "detr": ["detr"],
+  "ttsr": ["ttsr"],
+  "fpt": ["fpt"],
+  "rcnn": ["rcnn", "fpt"],  # FPT's detectors are R-CNNs
+}
+FAST_TESTS = ["tests/test_registry.py", "tests/test_names.py", "tests/training/test_schedule.py"]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(name, marks=() if name == "ttsr" else pytest.mark.slow) for name in DELETIONS],
+)
+def test_the_package_works_without_a_system(name, tmp_path):
+  copy = tmp_path / "copy"
+  ignore = shutil.ignore_patterns("__pycache__", ".git", "goldens", "runs")
+  for folder in ("vit_jax_zoo", "configs", "tests"):
+    shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+  for file in ("setup.cfg", "pyproject.toml"):
+    shutil.copy(ROOT / file, copy)
+  for system in DELETIONS[name]:
+    shutil.rmtree(copy / "vit_jax_zoo" / "systems" / system)
+    shutil.rmtree(copy / "tests" / "systems" / system)
+    (copy / "configs" / f"{system}.py").unlink(missing_ok=True)
+  python(copy, "-c", IMPORT_ALL)
+  demo = "lambda_resnet" if name == "vit" else "vit"
+  overrides = ["--config.num_steps=2", "--config.batch_size=8", "--config.eval_every=0"]
+  python(copy, "-m", "vit_jax_zoo.main", f"--config=configs/{demo}.py", *overrides)
+  python(copy, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *FAST_TESTS)
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, vit_jax_zoo
+for module in pkgutil.walk_packages(vit_jax_zoo.__path__, "vit_jax_zoo."):
+  if not module.name.endswith("__main__"):
+    importlib.import_module(module.name)
+assert len(vit_jax_zoo.list_models()) > 10
+"""
+
+
+def python(folder, *arguments):
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=folder,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=environment(folder),
+    timeout=900,
+  )
+  assert done.returncode == 0, (
+    f"{' '.join(arguments[:3])}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+  )
+
+
+def environment(folder):
+  kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
+  return kept | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
