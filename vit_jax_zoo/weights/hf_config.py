@@ -1,4 +1,4 @@
-"""Hugging Face's JSON files beside the weights: how pictures are prepared, and names of classes."""
+"""Hugging Face's JSON files beside weights: preprocessing and names of classes."""
 
 import re
 from collections.abc import Mapping
@@ -7,38 +7,55 @@ from typing import Any
 from absl import logging
 
 from vit_jax_zoo.weights.checkpoint import Size
+from vit_jax_zoo.weights.key_map import WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
-
-_RESAMPLE = {int(code): name for name, code in PILLOW_FILTERS.items()}
-"""`resample` is Pillow's number of a filter."""
 
 _BILINEAR = int(PILLOW_FILTERS["bilinear"])
 
 
+def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_config.json") -> str:
+  """Returns the filter of `resample`, Pillow's number of it; bilinear by default.
+
+  Raises:
+    WeightsError: no filter of Pillow has this number.
+  """
+  names = {int(code): name for name, code in PILLOW_FILTERS.items()}
+  code = processor.get("resample")
+  if code is None:
+    return "bilinear"
+  if code not in names:
+    raise WeightsError(f"{source}: resample is {code!r}; expected one of {sorted(names)}")
+  return names[code]
+
+
+def resample_of(preprocess: Preprocess) -> int:
+  """Returns Pillow's number of the filter, of "tf_bilinear" that of the antialiased one."""
+  return int(PILLOW_FILTERS.get(preprocess.interpolation, _BILINEAR))
+
+
 def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
-  """Returns what a `preprocessor_config.json` of an image classifier says.
+  """Returns the preprocessing of an image classifier's `preprocessor_config.json`.
 
   Args:
-    processor: its content, empty if there is none: then everything is transformers' default.
-    size: height and width of the images that the model is for.
+    processor: content of the file; {} for transformers' defaults.
+    size: height and width of the images of the model, the default.
   """
   given, crop = processor.get("size"), processor.get("crop_size")
   has_crop = bool(processor.get("do_center_crop")) and crop is not None
   resized, keeps_ratio = _size(given, size)
   final = _size(crop, size)[0] if has_crop else resized
-  name = _RESAMPLE.get(processor.get("resample", _BILINEAR), "bilinear")
   return Preprocess(
     final,
     mean=tuple(map(float, processor.get("image_mean", (0.5, 0.5, 0.5)))),
     std=tuple(map(float, processor.get("image_std", (0.5, 0.5, 0.5)))),
     fit="crop" if keeps_ratio else "squash",
-    interpolation=name,
+    interpolation=interpolation_of(processor),
     crop_pct=final[0] / resized[0],
   )
 
 
 def _size(given: Any, default: Size) -> tuple[Size, bool]:
-  """Returns height and width, and whether they are those of the shorter side alone."""
+  """Returns height and width, and whether they are those of the shorter side."""
   if isinstance(given, Mapping) and "height" in given:
     return (int(given["height"]), int(given["width"])), False
   if isinstance(given, Mapping) and "shortest_edge" in given:
@@ -49,33 +66,41 @@ def _size(given: Any, default: Size) -> tuple[Size, bool]:
 
 
 def read_class_names(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the names of the classes in a `config.json`, as a field of the task; {} if none."""
+  """Returns the names of the classes in a `config.json`, as a field of the task; {} if none.
+
+  Classes without a name get their id as their name, with a warning.
+  """
   labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
-  names = tuple(labels[i] for i in sorted(labels))
-  stands_for_none = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
-  is_whole = sorted(labels) == list(range(len(labels)))
-  return {} if stands_for_none or not is_whole else {"class_names": names}
+  if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
+    return {}
+  missing = sorted(set(range(max(labels) + 1)) - set(labels))
+  if missing:
+    logging.warning(
+      "config.json: id2label lacks %d of %d classes (%s%s); these are shown by their ids",
+      len(missing), max(labels) + 1, ", ".join(map(str, missing[:5])), ", ..." * (len(missing) > 5),
+    )  # fmt: skip
+  return {"class_names": tuple(labels.get(i, str(i)) for i in range(max(labels) + 1))}
 
 
 def processor_of(preprocess: Preprocess, kind: str) -> dict[str, Any]:
-  """Returns the `preprocessor_config.json` of an image processor that squashes pictures.
+  """Returns the `preprocessor_config.json` of an image processor that squashes images.
 
   Args:
-    preprocess: what it is to do.
+    preprocess: the preprocessing.
     kind: the processor's class.
   """
-  code = {name: code for code, name in _RESAMPLE.items()}.get(preprocess.interpolation)
-  if preprocess.fit != "squash" or preprocess.crop_pct != 1 or code is None:
+  known = preprocess.interpolation in PILLOW_FILTERS
+  if preprocess.fit != "squash" or preprocess.crop_pct != 1 or not known:
     logging.warning(
-      "Hugging Face's %s has no words for how pictures are prepared here (%s, %s); it is told to "
-      "squash them", kind, preprocess.fit, preprocess.interpolation,
+      "preprocessor_config.json: %s has no fit=%s, interpolation=%s; written as squash, bilinear",
+      kind, preprocess.fit, preprocess.interpolation,
     )  # fmt: skip
   height, width = preprocess.image_size
   return {
     "image_processor_type": kind,
     "do_resize": True,
     "size": {"height": height, "width": width},
-    "resample": _BILINEAR if code is None else code,
+    "resample": resample_of(preprocess),
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,

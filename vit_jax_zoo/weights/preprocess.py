@@ -1,11 +1,11 @@
-"""What happens to a picture before a published model sees it: as its accuracy was measured."""
+"""Preprocessing of images for pretrained models: resize, crop or padding, mean and std."""
 
 import dataclasses
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Bool, Float, Num, UInt8
 from PIL import Image
 
 from vit_jax_zoo.data.resize import tf_resize
@@ -19,28 +19,34 @@ PILLOW_FILTERS = {
   "box": Image.Resampling.BOX,
   "hamming": Image.Resampling.HAMMING,
 }
-"""Pillow's, which widen when they shrink and round to whole grey levels; by timm's names."""
+"""Pillow's filters, antialiased and rounded to uint8, by timm's names."""
 
 INTERPOLATIONS = ("tf_bilinear", *PILLOW_FILTERS)
-FITS = ("squash", "crop", "shorter_side")
+FITS = ("squash", "crop", "shorter_side", "inside", "none")
+ROUNDINGS = ("side", "ratio")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-  """Turns pictures into what a model takes, as the published accuracies were measured.
+  """Resizes, crops or pads images, then normalises them.
 
   Attributes:
-    image_size: height and width of the result.
+    image_size: height and width of the result; see `fit`.
     mean: subtracted from pixels in [0, 1]; one for each channel or for all.
-    std: divided by afterwards; as `mean`.
-    fit: "squash" resizes straight to the size, whatever the aspect ratio; "crop" keeps the ratio,
-      covers the size and takes the middle; "shorter_side" keeps the ratio and brings the shorter
-      side to `image_size[0]`, so that pictures keep sizes of their own.
-    interpolation: "tf_bilinear" (TensorFlow's, which sees of a large photo only scattered pixels)
-      or a key of `PILLOW_FILTERS`.
-    crop_pct: share of the resized picture's side that the middle takes (timm's word).
-    max_side: with "shorter_side": the longer side is at most so long.
-    channels: of pictures.
+    std: divisor after that; as `mean`.
+    fit: "squash" resizes to `image_size`; "crop" keeps the aspect ratio, covers `image_size` and
+      crops the centre; "shorter_side" keeps the ratio and resizes the shorter side to
+      `image_size[0]`; "inside" keeps the ratio and resizes to the largest size inside of
+      `image_size`; "none" does not resize.
+    interpolation: "tf_bilinear" (TensorFlow's, not antialiased) or a key of `PILLOW_FILTERS`.
+    crop_pct: with "crop": fraction of the resized image's sides that remains (timm's term).
+    max_side: with "shorter_side": maximum length of the longer side.
+    rounding: with "shorter_side", where `max_side` limits the size: "side" rounds the shorter side
+      before the longer is computed from it (official DETR: up to 1336 of 1333 pixels); "ratio"
+      computes the longer side from the unrounded shorter one (transformers: at most 1333).
+    pad_size: height and width to which images are padded at the right and bottom, after
+      normalisation with zeros; see `pixel_mask`.
+    channels: of the images.
   """
 
   image_size: tuple[int, int]
@@ -50,60 +56,92 @@ class Preprocess:
   interpolation: str = "tf_bilinear"
   crop_pct: float = 1.0
   max_side: int | None = None
+  rounding: str = "side"
+  pad_size: tuple[int, int] | None = None
   channels: int = 3
 
   def __post_init__(self) -> None:
-    if self.fit not in FITS:
-      raise ValueError(unknown_name("fit", self.fit, FITS))
-    if self.interpolation not in INTERPOLATIONS:
-      raise ValueError(unknown_name("interpolation", self.interpolation, INTERPOLATIONS))
+    known = {"fit": FITS, "interpolation": INTERPOLATIONS, "rounding": ROUNDINGS}
+    for field, names in known.items():
+      if getattr(self, field) not in names:
+        raise ValueError(unknown_name(field, getattr(self, field), names))
 
   def __call__(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "b h w c"]:
-    """Stacks pictures, uint8 [h w c] of any sizes, to one normalised batch of float32.
+    """Returns a normalised float32 batch of images, uint8 [h w c] of any sizes.
 
     Raises:
-      ValueError: as `resize`; or with "shorter_side", when the results differ in size.
+      ValueError: as `resize`; or the results differ in size.
     """
     resized = [self.resize(image) for image in images]
     sizes = {image.shape[:2] for image in resized}
-    if len(sizes) > 1:
-      raise ValueError(f"the pictures have different sizes, {sorted(sizes)}; give them one by one")
+    if len(sizes) > 1 and not self.pad_size:
+      raise ValueError(
+        f"images: the sizes after resizing are {sorted(sizes)}; expected a single one"
+      )
     mean, std = np.asarray(self.mean), np.asarray(self.std)
-    return ((np.stack(resized) / 255 - mean) / std).astype(np.float32)
+    normalised = [((image / 255 - mean) / std).astype(np.float32) for image in resized]
+    return np.stack([self.pad(image) for image in normalised])
+
+  def pixel_mask(self, images: Sequence[np.ndarray]) -> Bool[np.ndarray, "b h w"]:
+    """Returns True at the pixels of the images, False in the padding that `__call__` adds."""
+    return np.stack(
+      [
+        self.pad(np.ones((*self.resized_size(*image.shape[:2]), 1), bool))[..., 0]
+        for image in images
+      ]
+    )
 
   def resize(self, image: Num[np.ndarray, "h w *c"]) -> Float[np.ndarray, "H W c"]:
-    """Brings a picture, uint8 [h w c], to the size; values stay in [0, 255], float32.
+    """Resizes and crops an image, uint8 [h w c]; values stay in [0, 255], float32.
 
     Raises:
-      ValueError: the model takes pictures of another number of channels.
+      ValueError: the model takes images of another number of channels.
     """
     if image.shape[2:] != (self.channels,):
       given = ", ".join(map(str, image.shape))
-      raise ValueError(
-        f"the model takes pictures [height, width, {self.channels}]; this one is [{given}]"
-      )
-    size = self._resized_size(image.shape[0], image.shape[1])
+      raise ValueError(f"image: its shape is [{given}]; expected [height, width, {self.channels}]")
+    size = self.resized_size(image.shape[0], image.shape[1])
     return self._cropped(_resize(np.asarray(image), *size, self.interpolation))
 
-  def from_rgb(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w c"]:
-    """Returns a picture as it was read with the channels that the model takes: gray as timm's are.
+  def pad(self, image: Num[np.ndarray, "h w c"]) -> Num[np.ndarray, "H W c"]:
+    """Pads a resized image to `pad_size`, if any, with zeros.
 
-    With weights of ITU-R 601. What has neither one channel nor three, `resize` refuses.
+    Raises:
+      ValueError: the image is larger.
     """
+    if self.pad_size is None:
+      return image
+    bottom, right = (
+      large - side for large, side in zip(self.pad_size, image.shape[:2], strict=True)
+    )
+    if min(bottom, right) < 0:
+      raise ValueError(
+        f"pad_size: the resized image is {list(image.shape[:2])}; expected at most "
+        f"{list(self.pad_size)}"
+      )
+    return np.pad(image, ((0, bottom), (0, right), (0, 0)))
+
+  def from_rgb(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w c"]:
+    """Converts RGB to the channels of the model: gray with ITU-R 601 weights, as timm does."""
     if self.channels != 1:
       return image
     return np.asarray(Image.fromarray(image).convert("L"))[..., None]
 
   def at_size(self, image_size: tuple[int, int]) -> "Preprocess":
-    """Returns the same for another size of images."""
+    """Returns the preprocessing for another image size."""
     return dataclasses.replace(self, image_size=tuple(image_size))
 
   def with_channels(self, channels: int) -> "Preprocess":
-    """Returns the same for pictures of another kind, with the average of mean and deviation."""
+    """Returns the preprocessing for other channels, with the averages of mean and std."""
     if channels == self.channels:
       return self
     mean, std = float(np.mean(self.mean)), float(np.mean(self.std))
     return dataclasses.replace(self, channels=channels, mean=mean, std=std)
+
+  @property
+  def has_fixed_size(self) -> bool:
+    """Whether all results have the size `image_size`."""
+    return self.fit in ("squash", "crop")
 
   @property
   def means(self) -> list[float]:
@@ -112,11 +150,17 @@ class Preprocess:
 
   @property
   def stds(self) -> list[float]:
-    """The deviation of each channel."""
+    """The standard deviation of each channel."""
     return np.broadcast_to(self.std, self.channels).tolist()
 
-  def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+  def resized_size(self, height: int, width: int) -> tuple[int, int]:
+    """Returns the size to which an image is resized, before a crop or padding."""
     rows, columns = self.image_size
+    if self.fit == "none":
+      return height, width
+    if self.fit == "inside":
+      scale = min(rows / height, columns / width)
+      return int(height * scale), int(width * scale)
     target = math.floor(rows / self.crop_pct), math.floor(columns / self.crop_pct)
     if self.fit == "squash":
       return target
@@ -124,18 +168,28 @@ class Preprocess:
       scale = max(target[0] / height, target[1] / width)
       return round(height * scale), round(width * scale)
     short, long = sorted((height, width))
-    side = target[0]
-    if self.fit == "shorter_side" and self.max_side and long / short * side > self.max_side:
-      side = round(self.max_side * short / long)
-    other = int(side * long / short)
+    limit = self.max_side if self.fit == "shorter_side" else None
+    exact = float(target[0])
+    if limit and long / short * exact > limit:
+      exact = limit * float(short) / long
+    side = round(exact)
+    other = int((side if self.rounding == "side" else exact) * long / short)
+    if side == short:  # transformers leaves such an image as it is; so does the official code
+      other = long
     return (side, other) if height <= width else (other, side)
 
   def _cropped(self, image: np.ndarray) -> np.ndarray:
-    if self.fit == "shorter_side":
+    if not self.has_fixed_size:
       return image
     height, width = self.image_size
     top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
     return image[top : top + height, left : left + width]
+
+
+DETECTION = Preprocess(
+  (800, 800), IMAGENET_MEAN, IMAGENET_STD, "shorter_side", "bilinear", max_side=1333
+)
+"""Shorter side 800, longer at most 1333: DETR (arXiv:2005.12872, A.4), torchvision's R-CNN."""
 
 
 def _resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:

@@ -133,3 +133,35 @@ def _layout_of(published: Mapping[str, np.ndarray]) -> tuple[Layout, str] | None
     if all(f"{prefix}{name}.weight" in published for name in layout.stem):
       return layout, prefix
   return None
+
+
+_PLAIN = {
+  "stem": "conv7",
+  "shortcut": "conv",
+  "se_ratio": 0.0,
+  "activation": "relu",
+  "norm_epsilon": 1e-5,
+  "stride_in_1x1": False,
+}
+
+
+def check_plain(fields: Mapping[str, Any], library: str) -> dict[str, Any]:
+  """Returns the backbone's "blocks", "widths", "stem_width" and "output_stride" of a detector.
+
+  Args:
+    fields: the detector's; "backbone" holds those of its `ResNet`.
+    library: name of the code that the model is exported for.
+
+  Raises:
+    WeightsError: the backbone is not a plain ResNet.
+  """
+  given = dict(fields["backbone"] or {})
+  other = [f"{k}={given[k]!r}" for k, plain in _PLAIN.items() if given.get(k, plain) != plain]
+  if given.get("norm") == "group_norm":
+    other.append("norm='group_norm'")
+  if given.get("output_stride", 32) not in (16, 32):
+    other.append(f"output_stride={given['output_stride']}")
+  if other:
+    raise WeightsError(f"backbone: {library} has no ResNet with {', '.join(other)}")
+  sizes = {"blocks": (3, 4, 6, 3), "widths": (64, 128, 256, 512), "stem_width": 64}
+  return {**sizes, "output_stride": 32, **given}

@@ -1,12 +1,12 @@
 """Hugging Face's DETR: folders with `config.json` and `model.safetensors`, as on the hub.
 
-    facebook/detr-resnet-50                      the backbone has timm's names
-    facebook/detr-resnet-50, revision no_timm    it has those of transformers' own ResNet
-    facebook/detr-resnet-50-panoptic             everything but the mask head begins with "detr."
+    facebook/detr-resnet-50                      backbone with timm's keys
+    facebook/detr-resnet-50, revision no_timm    backbone with the keys of transformers' ResNet
+    facebook/detr-resnet-50-panoptic             all keys but the mask head's begin with "detr."
 
-What transformers 5 calls parameters in memory is different; these are the names in files. Of
-DetrConfig's fields `auxiliary_loss` is not read: set, transformers' decoder layers hand on what the
-paper's do not (each normalised), and the published weights were trained without.
+The keys are those in files; transformers 5 has other names in memory. `auxiliary_loss` of the
+config is ignored: with it transformers' decoder layers pass on normalised outputs, unlike the
+paper's, and the published weights were trained without.
 """
 
 import json
@@ -20,17 +20,14 @@ from etils import epath
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
+from vit_jax_zoo.systems.detr.weights_official import (
+  check_architecture,
+  checkpoint_fields,
+  with_mask_head,
+)
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights import resnet_torchvision as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.detection_layouts import (
-  MASK_ROWS,
-  check_backbone,
-  heads_of,
-  ignored,
-  prefixed,
-  stuff_of,
-)
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -52,8 +49,9 @@ _KNOWN_BACKBONE = {
   "downsample_in_first_stage": False,
   "downsample_in_bottleneck": False,
 }
-"""What our ResNet does; of transformers' `backbone_config`."""
+"""Values of transformers' `backbone_config` that no array shows."""
 _CLASSES = {False: "DetrForObjectDetection", True: "DetrForSegmentation"}
+_NO_LIMIT = 1_000_000  # transformers needs a `longest_edge`
 
 
 def _attention_rows(published: str, ours: str) -> list[Row]:
@@ -75,7 +73,7 @@ def _side_rows(side: str, attentions: Mapping[str, str]) -> list[Row]:
 
 
 def _position_rows() -> list[Row]:
-  """Learned positions: as transformers 5 has them, then as its version 4."""
+  """Returns the rows of learned positions: of transformers 5, then of its version 4."""
   return [
     Row(f"model.{place}.{theirs}_embeddings.weight", f"{ours}_embedding")
     for place in ("position_embedding", "backbone.position_embedding")
@@ -87,11 +85,11 @@ def table(*, timm: bool, masks: bool) -> tuple[Row, ...]:
   """Returns the rows between a file's keys and our paths, layers unrolled.
 
   Args:
-    timm: whether the backbone has timm's names.
-    masks: whether it is a model with a mask head.
+    timm: whether the backbone has timm's keys.
+    masks: whether the model has a mask head.
   """
   layout = resnet.TORCHVISION if timm else resnet.HUGGING_FACE
-  rows = [
+  rows = (
     *resnet.rows(layout, _BACKBONE, "backbone/"),
     *_position_rows(),
     *layer_rows("model.input_projection", "input_projection", CONVOLUTION),
@@ -101,12 +99,12 @@ def table(*, timm: bool, masks: bool) -> tuple[Row, ...]:
     *norm_rows("model.decoder.layernorm", "transformer/decoder_norm"),
     *layer_rows("class_labels_classifier", "class_head"),
     *layer_rows("bbox_predictor.layers.{i}", "box_head_{i}"),
-  ]
-  return (*prefixed("detr.", rows), *MASK_ROWS) if masks else tuple(rows)
+  )
+  return with_mask_head(rows) if masks else rows
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are Hugging Face's, as far as some of its layers go."""
+  """Returns whether the keys are those of transformers' DETR."""
   return f"{_prefix(published)}model.query_position_embeddings.weight" in published
 
 
@@ -114,45 +112,38 @@ def _prefix(published: Mapping[str, np.ndarray]) -> str:
   return "detr." if "detr.class_labels_classifier.weight" in published else ""
 
 
-def _has_timm_names(published: Mapping[str, np.ndarray]) -> bool:
+def _has_timm_keys(published: Mapping[str, np.ndarray]) -> bool:
   return f"{_prefix(published)}{_BACKBONE}conv1.weight" in published
 
 
 def infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields of the `Detr` that a folder holds.
+  """Returns the fields of the `Detr` in a folder.
 
   Args:
-    published: the arrays, as they lie in the file.
-    config: `config.json`; it alone knows the heads, the activation and the dilation.
-    source: the folder's name, for the message.
+    published: arrays by key.
+    config: content of `config.json`: heads, activation and dilation are in no array.
+    source: name of the folder.
 
   Raises:
-    WeightsError: the config asks for what our model has not.
-    KeyError: an array is missing from which a size is read.
+    WeightsError: another architecture, or an option that `Detr` lacks.
+    KeyError: an array from which a size is inferred is missing.
   """
-  if config.get("activation_function", "relu") != "relu":
-    raise WeightsError(f"{source} has activation {config['activation_function']!r}; known is relu")
-  _check_backbone_config(config.get("backbone_config") or {}, source)
+  _check_config(config, source)
+  check_architecture(published, source)
   prefix = _prefix(published)
-  layout = resnet.TORCHVISION if _has_timm_names(published) else resnet.HUGGING_FACE
+  layout = resnet.TORCHVISION if _has_timm_keys(published) else resnet.HUGGING_FACE
   backbone = resnet.infer_fields(published, layout, source, f"{prefix}{_BACKBONE}")
   classes, width = published[f"{prefix}class_labels_classifier.weight"].shape
-  sides = {}
-  for side in ("encoder", "decoder"):
-    first = published[f"{prefix}model.{side}.layers.0.fc1.weight"]
-    heads = config.get(f"{side}_attention_heads", 8)
-    sides[side] = {"num_heads": heads, "mlp_dim": first.shape[0]}
-  other = {key: n for key, n in sides["decoder"].items() if n != sides["encoder"][key]}
   return {
     "num_classes": classes - 1,
     "num_queries": published[f"{prefix}model.query_position_embeddings.weight"].shape[0],
     "width": width,
     "encoder_depth": _depth(published, f"{prefix}model.encoder.layers"),
     "decoder_depth": _depth(published, f"{prefix}model.decoder.layers"),
-    **sides["encoder"],
-    "decoder": other or None,
+    "num_heads": config.get("encoder_attention_heads", 8),
+    "mlp_dim": published[f"{prefix}model.encoder.layers.0.fc1.weight"].shape[0],
     "dropout_rate": float(config.get("dropout", 0.1)),
     "position_embedding": config.get("position_embedding_type", "sine"),
     "mask_head": "mask_head.lay1.weight" in published,
@@ -160,11 +151,21 @@ def infer_fields(
   }
 
 
-def _check_backbone_config(config: Mapping[str, Any], source: str) -> None:
-  """Raises WeightsError for a ResNet of transformers' whose difference no array shows."""
-  for key, known in _KNOWN_BACKBONE.items():
-    if (given := config.get(key, known)) != known:
-      raise WeightsError(f"the backbone of {source} has {key} {given!r}; known is {known!r}")
+def _check_config(config: Mapping[str, Any], source: str) -> None:
+  """Raises WeightsError for another model, or for options that `Detr` lacks."""
+  known = {"model_type": "detr", "activation_function": "relu"}
+  given = {key: config.get(key, value) for key, value in known.items()}
+  inner = config.get("backbone_config") or {}
+  known |= {f"backbone_config.{key}": value for key, value in _KNOWN_BACKBONE.items()}
+  given |= {f"backbone_config.{key}": inner.get(key, v) for key, v in _KNOWN_BACKBONE.items()}
+  for part in ("attention_heads", "ffn_dim"):  # equal in all published weights
+    known[f"decoder_{part}"] = config.get(f"encoder_{part}")
+    given[f"decoder_{part}"] = config.get(f"decoder_{part}", known[f"decoder_{part}"])
+  for key, value in known.items():
+    if given[key] != value:
+      raise WeightsError(
+        f"{source}/config.json: {key} is {given[key]!r}; supported is DETR with {value!r}"
+      )
 
 
 def _depth(published: Mapping[str, np.ndarray], layers: str) -> int:
@@ -172,76 +173,147 @@ def _depth(published: Mapping[str, np.ndarray], layers: str) -> int:
 
 
 def _output_stride(config: Mapping[str, Any]) -> int:
-  """Returns 16 for DC5, which is said in three ways: transformers 4's, and two of version 5."""
+  """Returns 16 for DC5: `dilation` in transformers 4, `output_stride` in version 5."""
   if config.get("dilation"):
     return 16
-  stated = config.get("backbone_kwargs") or config.get("backbone_config") or {}
-  return stated.get("output_stride") or 32
+  backbone = config.get("backbone_kwargs") or config.get("backbone_config") or {}
+  return backbone.get("output_stride") or 32
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads what lies in a folder with its `config.json`.
+  """Reads a folder.
 
   Raises:
-    WeightsError: there is no such file, or it asks for what our model has not.
+    WeightsError: there is no `config.json`, or it is of another model.
   """
   path, arrays = published.path, published.arrays
   if not published.has_config:
-    raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
+    raise WeightsError(f"{path}: no config.json beside weights with Hugging Face's keys; add it")
   fields = infer_fields(arrays, published.config, path)
   prefix = _prefix(arrays)
+  known = checkpoint_fields(fields, prefix)
+  known["task_fields"] = {**hf_config.read_class_names(published.config), **known["task_fields"]}
   return Checkpoint(
     source=path,
-    family="detr",
     arrays=arrays,
-    table=table(timm=_has_timm_names(arrays), masks=bool(prefix)),
-    fields=fields,
-    preprocess=_read_preprocess(published.processor),
-    task="detection",
-    task_fields={**hf_config.read_class_names(published.config), **stuff_of(fields)},
-    ignore=ignored(prefix),
-    heads=heads_of(has_masks=fields["mask_head"]),
+    table=table(timm=_has_timm_keys(arrays), masks=bool(prefix)),
+    preprocess=read_preprocess(published.processor, f"{path}/preprocessor_config.json"),
+    **known,
   )
 
 
-def _read_preprocess(processor: Mapping[str, Any]) -> Preprocess:
-  """Returns what `DetrImageProcessor` is told; 800 and 1333 by default."""
-  size = processor.get("size") or {}
-  if isinstance(size, int):  # of old: the shorter side, and beside it the longer one's limit
-    size = {"shortest_edge": size, "longest_edge": processor.get("max_size", 1333)}
-  side = int(size.get("shortest_edge", 800))
+def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
+  """Returns the preprocessing of a `DetrImageProcessor`.
+
+  Args:
+    processor: content of `preprocessor_config.json`; {} for transformers' defaults.
+    source: name of the file.
+
+  Raises:
+    WeightsError: `size` or `pad_size` has other keys than transformers' processor.
+  """
+  size = processor.get("size") or {"shortest_edge": 800}
+  size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
+  if "shortest_edge" in size:  # of transformers before 4.27, with the limit beside it
+    size.setdefault("longest_edge", processor.get("max_size", 1333))
+  keys = next((keys for keys in _SIZES if all(size.get(key) for key in keys)), None)
+  if keys is None:
+    known = ", or ".join(map(" and ".join, _SIZES))
+    raise WeightsError(f"{source}: size is {size}; expected {known}")
+  fit = _SIZES[keys]
+  first, second = (int(size[key]) for key in keys)
+  has_limit = fit == "shorter_side" and second < _NO_LIMIT
+  mean, std = _mean_and_std(processor)
   return Preprocess(
-    (side, side),
-    mean=tuple(processor.get("image_mean") or IMAGENET_MEAN),
-    std=tuple(processor.get("image_std") or IMAGENET_STD),
-    fit="shorter_side",
-    interpolation="bilinear",
-    max_side=int(size.get("longest_edge") or 1333),
+    (first, first) if fit == "shorter_side" else (first, second),
+    mean=mean,
+    std=std,
+    fit=fit if processor.get("do_resize", True) else "none",
+    interpolation=hf_config.interpolation_of(processor, source),
+    max_side=second if has_limit else None,
+    rounding="ratio",
+    pad_size=_pad_size(processor, source),
   )
+
+
+_SIZES = {
+  ("shortest_edge", "longest_edge"): "shorter_side",
+  ("max_height", "max_width"): "inside",
+  ("height", "width"): "squash",
+}
+"""`Preprocess.fit` by the keys of `size`, in transformers' order."""
+
+
+def _mean_and_std(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns mean and std for pixels in [0, 1]: transformers may skip either of its two steps."""
+  factor = float(processor.get("rescale_factor", 1 / 255)) * 255
+  factor = factor if processor.get("do_rescale", True) else 255.0
+  mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+  if processor.get("do_normalize", True):
+    mean = processor.get("image_mean") or IMAGENET_MEAN
+    std = processor.get("image_std") or IMAGENET_STD
+  if factor == 1:
+    return tuple(map(float, mean)), tuple(map(float, std))
+  return tuple(m / factor for m in mean), tuple(s / factor for s in std)
+
+
+def _pad_size(processor: Mapping[str, Any], source: str) -> tuple[int, int] | None:
+  size = processor.get("pad_size")
+  if not size or not processor.get("do_pad", True):
+    return None
+  if not {"height", "width"} <= set(size):
+    raise WeightsError(f"{source}: pad_size is {dict(size)}; expected height and width")
+  return int(size["height"]), int(size["width"])
+
+
+def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
+  """Returns the `preprocessor_config.json` of a `DetrImageProcessor`."""
+  fits = {fit: keys for keys, fit in _SIZES.items()}
+  values = list(preprocess.image_size)
+  if preprocess.fit == "shorter_side":
+    values = [values[0], preprocess.max_side or _NO_LIMIT]
+  if preprocess.fit == "crop" or preprocess.interpolation == "tf_bilinear":
+    logging.warning(
+      "preprocessor_config.json: DetrImageProcessor has neither centre crops nor TensorFlow's "
+      "bilinear filter (fit=%s, interpolation=%s); written as squash, bilinear",
+      preprocess.fit, preprocess.interpolation,
+    )  # fmt: skip
+  processor = {
+    "image_processor_type": "DetrImageProcessor",
+    "format": "coco_panoptic" if masks else "coco_detection",
+    "do_resize": preprocess.fit != "none",
+    "size": dict(zip(fits.get(preprocess.fit, ("height", "width")), values, strict=True)),
+    "resample": hf_config.resample_of(preprocess),
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": preprocess.means,
+    "image_std": preprocess.stds,
+    "do_pad": True,
+  }
+  if preprocess.pad_size:
+    processor["pad_size"] = dict(zip(("height", "width"), preprocess.pad_size, strict=True))
+  return processor
 
 
 def state_dict(variables: Mapping[str, np.ndarray], *, timm: bool = False) -> Flat:
-  """Returns a DETR's variables under Hugging Face's keys, as they stand in files.
+  """Returns a DETR's variables under Hugging Face's keys.
 
   Args:
-    variables: by path, layers unrolled.
-    timm: whether the backbone gets timm's names.
-
-  Raises:
-    WeightsError: there is no name for some of them: transformers has no norms before attention.
+    variables: arrays by path, layers unrolled.
+    timm: whether the backbone gets timm's keys.
   """
   masks = any(path.startswith("mask_head/") for path in variables)
   published = write(variables, table(timm=timm, masks=masks))
-  if timm:  # timm's class is built with counters, and only these are not frozen away
+  if timm:  # timm's ResNet has counters in the shortcuts' norms, which transformers does not freeze
     published |= batch_counters(key for key in published if ".downsample.1." in key)
   return contiguous(published)
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a folder that `DetrForObjectDetection` or `DetrForSegmentation` loads.
+  """Writes a folder for `DetrForObjectDetection` or `DetrForSegmentation`.
 
-  The backbone is transformers' own ResNet, for which one needs no timm; where the last stage is
-  dilated (DC5), which that one cannot be, it is timm's.
+  The backbone is transformers' own ResNet; timm's for DC5, as transformers' has no dilation.
 
   Raises:
     WeightsError: transformers has no such model.
@@ -261,19 +333,17 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
   """Returns the `config.json` of a `Detr` with these fields.
 
   Args:
-    fields: all that the model has.
-    class_names: by class id; "LABEL_0", ... where there are none.
+    fields: all fields of the model.
+    class_names: by class id; missing ones are written as "LABEL_<id>".
 
   Raises:
     WeightsError: transformers has no such model.
   """
-  backbone = check_backbone(fields, "transformers")
-  if fields["pre_norm"]:
-    raise WeightsError("transformers' DETR has no pre_norm")
+  backbone = resnet.check_plain(fields, "transformers")
   if fields["masked_backbone"]:
-    logging.warning("transformers' DETR has no masked_backbone: in padded batches it differs")
-  encoder = {key: fields[key] for key in ("num_heads", "mlp_dim")}
-  decoder = {**encoder, **(fields["decoder"] or {})}
+    logging.warning(
+      "masked_backbone: transformers' DETR lacks it; predictions of padded images will differ"
+    )
   count = fields["num_classes"]
   names = [*class_names, *(f"LABEL_{i}" for i in range(len(class_names), count))]
   masks = fields["mask_head"]
@@ -282,8 +352,8 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     "model_type": "detr",
     "d_model": fields["width"],
     "num_queries": fields["num_queries"],
-    **_side_config("encoder", fields["encoder_depth"], encoder),
-    **_side_config("decoder", fields["decoder_depth"], decoder),
+    **_side_config("encoder", fields),
+    **_side_config("decoder", fields),
     "num_hidden_layers": fields["encoder_depth"],
     "activation_function": "relu",
     "dropout": fields["dropout_rate"],
@@ -298,11 +368,11 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
   }
 
 
-def _side_config(side: str, depth: int, layer: Mapping[str, int]) -> dict[str, Any]:
+def _side_config(side: str, fields: Mapping[str, Any]) -> dict[str, Any]:
   return {
-    f"{side}_layers": depth,
-    f"{side}_attention_heads": layer["num_heads"],
-    f"{side}_ffn_dim": layer["mlp_dim"],
+    f"{side}_layers": fields[f"{side}_depth"],
+    f"{side}_attention_heads": fields["num_heads"],
+    f"{side}_ffn_dim": fields["mlp_dim"],
   }
 
 
@@ -312,8 +382,8 @@ def _backbone_config(backbone: Mapping[str, Any], *, masks: bool) -> dict[str, A
     name = depths.get(tuple(backbone["blocks"]))
     if name is None or tuple(backbone["widths"]) != (64, 128, 256, 512):
       raise WeightsError(
-        "transformers has dilated backbones of timm's published sizes alone, not of blocks "
-        f"{backbone['blocks']} and widths {backbone['widths']}"
+        f"backbone: transformers has no dilated ResNet with blocks {backbone['blocks']} and widths "
+        f"{backbone['widths']}; it has timm's ResNet-50, 101 and 152"
       )
     return {"use_timm_backbone": True, "backbone": name, "dilation": True}
   stages = ["stage1", "stage2", "stage3", "stage4"]
@@ -328,20 +398,5 @@ def _backbone_config(backbone: Mapping[str, Any], *, masks: bool) -> dict[str, A
     "downsample_in_first_stage": False,
     "out_features": stages if masks else stages[-1:],
   }
-  # `backbone` None: older versions take its default, a ResNet-50 of timm's, beside a config.
+  # Without `backbone` None, transformers 4 uses its default, timm's ResNet-50, beside a config.
   return {"use_timm_backbone": False, "backbone": None, "backbone_config": own, "dilation": False}
-
-
-def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
-  side = min(preprocess.image_size)
-  limit = preprocess.max_side if preprocess.fit == "shorter_side" else max(preprocess.image_size)
-  return {
-    "image_processor_type": "DetrImageProcessor",
-    "format": "coco_panoptic" if masks else "coco_detection",
-    "do_resize": True,
-    "size": {"shortest_edge": side, "longest_edge": limit or 1333},
-    "do_normalize": True,
-    "image_mean": preprocess.means,
-    "image_std": preprocess.stds,
-    "do_pad": True,
-  }

@@ -1,37 +1,30 @@
-"""DETR's own checkpoints: `detr-r50-e632da11.pth` and its siblings (facebookresearch/detr).
+"""Checkpoints of the official code, `detr-r50-e632da11.pth` and others (facebookresearch/detr).
 
-    transformer.encoder.layers.0.self_attn.in_proj_weight    query, key, value one upon the other
+    transformer.encoder.layers.0.self_attn.in_proj_weight    query, key and value, concatenated
     backbone.0.body.layer1.0.conv1.weight                    torchvision's ResNet
     detr.transformer..., bbox_attention..., mask_head...     with a mask head
 
-A file tells neither the number of heads, which is 8 (with a mask head it is known), nor whether the
-last stage is dilated: that is read off "dc5" in its name, as the published ones have it. Where that
-is wrong, give `num_heads`, or `backbone` with its "output_stride".
+Not stored: the number of heads (assumed to be 8; known with a mask head) and the dilation of the
+last stage (assumed if the file's name has "dc5"). Override with `num_heads`, or with `backbone` and
+its "output_stride".
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from vit_jax_zoo.weights import resnet_torchvision as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.detection_layouts import (
-  MASK_ROWS,
-  PREPROCESS,
-  check_backbone,
-  heads_of,
-  ignored,
-  prefixed,
-  stuff_of,
-)
 from vit_jax_zoo.weights.fused_qkv import PARTS, join, split
-from vit_jax_zoo.weights.key_map import Flat, Row, write
+from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
+from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_torch
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
+  COUNTER,
   FROM_HEADS,
   HEADS_BIAS,
   TO_HEADS,
@@ -42,7 +35,16 @@ from vit_jax_zoo.weights.torch_layouts import (
 )
 
 _BODY = "backbone.0.body."
-_JOINT = re.compile(r".*\.in_proj_(weight|bias)")
+_FUSED = re.compile(r".*\.in_proj_(weight|bias)")
+_MASK_PREFIXES = ("mask_head/", "mask_attention/")
+_OTHER_ARCHITECTURES = {
+  "ca_qcontent_proj": "Conditional DETR",
+  "level_embed": "Deformable DETR",
+  "sampling_offsets": "Deformable DETR",
+  "encoder.norm.weight": "Table Transformer, a DETR with pre-norm layers",
+  "encoder.layernorm.weight": "Table Transformer, a DETR with pre-norm layers",
+}
+"""Architectures that share most of DETR's keys, by a part of one of their own."""
 
 
 def _attention_rows(published: str, ours: str) -> list[Row]:
@@ -54,7 +56,7 @@ def _attention_rows(published: str, ours: str) -> list[Row]:
 
 
 def _side_rows(side: str, attentions: Mapping[str, str]) -> list[Row]:
-  """Rows of the encoder's or the decoder's layers; norms are numbered in the order of branches."""
+  """Returns the rows of the encoder's or the decoder's layers."""
   theirs, ours = f"transformer.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
   rows = []
   for index, (published, name) in enumerate(attentions.items(), start=1):
@@ -62,8 +64,26 @@ def _side_rows(side: str, attentions: Mapping[str, str]) -> list[Row]:
     rows += norm_rows(f"{theirs}.norm{index}", f"{ours}/{name}_norm")
   rows += layer_rows(f"{theirs}.linear1", f"{ours}/mlp/hidden")
   rows += layer_rows(f"{theirs}.linear2", f"{ours}/mlp/out")
-  rows += norm_rows(f"{theirs}.norm{len(attentions) + 1}", f"{ours}/mlp_norm")
-  return rows + norm_rows(f"transformer.{side}.norm", f"transformer/{side}_norm")
+  return rows + norm_rows(f"{theirs}.norm{len(attentions) + 1}", f"{ours}/mlp_norm")
+
+
+def _mask_rows() -> list[Row]:
+  rows = [
+    *layer_rows("bbox_attention.q_linear", "mask_attention/query", TO_HEADS, HEADS_BIAS),
+    *layer_rows("bbox_attention.k_linear", "mask_attention/key", TO_HEADS, HEADS_BIAS),
+    Row("mask_head.lay1.weight", "mask_head/conv1_kernel", CONVOLUTION),
+    Row("mask_head.lay1.bias", "mask_head/conv1_bias"),
+  ]
+  rows += layer_rows("mask_head.lay{i}", "mask_head/conv{i}", CONVOLUTION)
+  rows += norm_rows("mask_head.gn{i}", "mask_head/norm{i}")
+  rows += layer_rows("mask_head.adapter{i}", "mask_head/adapter{i}", CONVOLUTION)
+  return rows + layer_rows("mask_head.out_lay", "mask_head/out", CONVOLUTION)
+
+
+def with_mask_head(rows: Iterable[Row]) -> tuple[Row, ...]:
+  """Returns the rows of a model with a mask head, whose detector's keys begin with "detr."."""
+  detector = (Row(f"detr.{row.published}", row.ours, row.transform) for row in rows)
+  return (*detector, *_mask_rows())
 
 
 TABLE: tuple[Row, ...] = (
@@ -74,40 +94,45 @@ TABLE: tuple[Row, ...] = (
   Row("query_embed.weight", "query_embedding"),
   *_side_rows("encoder", {"self_attn": "attention"}),
   *_side_rows("decoder", {"self_attn": "self_attention", "multihead_attn": "cross_attention"}),
+  *norm_rows("transformer.decoder.norm", "transformer/decoder_norm"),
   *layer_rows("class_embed", "class_head"),
   *layer_rows("bbox_embed.layers.{i}", "box_head_{i}"),
 )
-"""`DETR`, between the keys that `split` leaves and our paths, layers unrolled."""
-SEGMENTATION_TABLE = (*prefixed("detr.", TABLE), *MASK_ROWS)
-"""`DETRsegm`, which has a DETR inside."""
+"""Keys of `DETR`, with fused matrices split, and our paths, layers unrolled."""
+SEGMENTATION_TABLE = with_mask_head(TABLE)
+"""Keys of `DETRsegm`."""
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are the official code's, as far as the first layers go."""
+  """Returns whether the keys are those of the official code."""
   return any(
     f"{prefix}transformer.encoder.layers.0.linear1.weight" in published for prefix in ("", "detr.")
   )
 
 
+def check_architecture(published: Iterable[str], source: str) -> None:
+  """Raises WeightsError for the keys of architectures that only resemble DETR."""
+  for part, name in _OTHER_ARCHITECTURES.items():
+    if key := next((key for key in published if part in key), None):
+      raise WeightsError(f"{source}: {key} is of {name}; supported is DETR (arXiv:2005.12872)")
+
+
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `Detr` that a state dict is of.
+  """Returns the fields of the `Detr` of a state dict.
 
   Args:
-    published: the arrays, as they lie in the file.
-    source: the file's name: "dc5" in it stands for a dilated last stage.
+    published: arrays by key.
+    source: name of the file: "dc5" in it stands for a dilated last stage.
 
   Raises:
-    WeightsError: there is no such backbone in it.
-    KeyError: an array is missing from which a size is read.
+    WeightsError: another architecture, or another backbone.
+    KeyError: an array from which a size is inferred is missing.
   """
+  check_architecture(published, source)
   prefix = _prefix(published)
   classes, width = published[f"{prefix}class_embed.weight"].shape
   first = published.get("mask_head.lay1.weight")
   backbone = resnet.infer_fields(published, resnet.TORCHVISION, source, f"{prefix}{_BODY}")
-  encoder, decoder = (
-    published[f"{prefix}transformer.{side}.layers.0.linear1.weight"].shape[0]
-    for side in ("encoder", "decoder")
-  )
   return {
     "num_classes": classes - 1,
     "num_queries": published[f"{prefix}query_embed.weight"].shape[0],
@@ -115,9 +140,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     "encoder_depth": _depth(published, f"{prefix}transformer.encoder.layers"),
     "decoder_depth": _depth(published, f"{prefix}transformer.decoder.layers"),
     "num_heads": 8 if first is None else first.shape[1] - width,
-    "mlp_dim": encoder,
-    "decoder": None if decoder == encoder else {"mlp_dim": decoder},
-    "pre_norm": f"{prefix}transformer.encoder.norm.weight" in published,
+    "mlp_dim": published[f"{prefix}transformer.encoder.layers.0.linear1.weight"].shape[0],
     "position_embedding": (
       "learned" if f"{prefix}backbone.1.row_embed.weight" in published else "sine"
     ),
@@ -131,37 +154,49 @@ def _prefix(published: Mapping[str, np.ndarray]) -> str:
 
 
 def _depth(published: Mapping[str, np.ndarray], layers: str) -> int:
-  return sum(re.fullmatch(rf"{re.escape(layers)}\.\d+\.linear1\.weight", k) is not None
-             for k in published)  # fmt: skip
+  return sum(
+    bool(re.fullmatch(rf"{re.escape(layers)}\.\d+\.linear1\.weight", k)) for k in published
+  )
+
+
+def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+  """Returns the fields of `Checkpoint` that the official and Hugging Face's format share.
+
+  Args:
+    fields: those of the `Detr`.
+    prefix: of the detector's keys, "detr." beside a mask head, which may then stay unused.
+  """
+  is_coco_panoptic = fields["mask_head"] and fields["num_classes"] == 250
+  counters = (rf".*\.{COUNTER}",)
+  return {
+    "family": "detr",
+    "fields": fields,
+    "task": "detection",
+    "task_fields": {"stuff_from": 91} if is_coco_panoptic else {},
+    "ignore": (*counters, r"bbox_attention\..*", r"mask_head\..*") if prefix else counters,
+    "heads": ("class_head/",) if fields["mask_head"] else ("class_head/", *_MASK_PREFIXES),
+  }
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a `.pth` of the official code's, or the same as safetensors.
+  """Reads a `.pth` file of the official code, or its arrays as safetensors.
 
   Raises:
-    WeightsError: there is no DETR of the official code's in it.
+    WeightsError: another architecture.
   """
   fields = infer_fields(published.arrays, published.file.name)
   prefix = _prefix(published.arrays)
   return Checkpoint(
     source=published.path,
-    family="detr",
-    arrays=split(published.arrays, _JOINT),
+    arrays=split(published.arrays, _FUSED),
     table=SEGMENTATION_TABLE if prefix else TABLE,
-    fields=fields,
-    preprocess=PREPROCESS,
-    task="detection",
-    task_fields=stuff_of(fields),
-    ignore=ignored(prefix),
-    heads=heads_of(has_masks=fields["mask_head"]),
+    preprocess=DETECTION,
+    **checkpoint_fields(fields, prefix),
   )
 
 
 def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
-  """Returns a DETR's variables under the official keys.
-
-  Args:
-    variables: by path, layers unrolled.
+  """Returns a DETR's variables, given by path with layers unrolled, under the official keys.
 
   Raises:
     WeightsError: the official code has no name for some of them.
@@ -171,16 +206,16 @@ def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes `{"model": state_dict}`, as the official code loads it; or a safetensors file.
+  """Writes `{"model": state_dict}` for the official code; or a safetensors file.
 
   Args:
-    path: `.safetensors`, else a file of PyTorch's, which must be installed.
+    path: `.safetensors`, else a PyTorch file, which needs torch.
     export: the model.
 
   Raises:
     WeightsError: the official code has no such model.
   """
-  check_backbone(export.fields(), "the official code")
+  resnet.check_plain(export.fields(), "the official code")
   arrays = state_dict(export.variables)
   if path.endswith(".safetensors"):
     write_safetensors(path, arrays)

@@ -20,8 +20,8 @@ from vit_jax_zoo.systems.rcnn.weights_classes import NAMES, with_ids, without_id
 from vit_jax_zoo.systems.rcnn.weights_detectron import DOUBLING, background_last, flattened_crops
 from vit_jax_zoo.weights import resnet_torchvision as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.detection_layouts import PREPROCESS, check_backbone
 from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
+from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_torch
 from vit_jax_zoo.weights.torch_layouts import (
@@ -117,7 +117,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     arrays=arrays,
     table=rows(fields["pool_size"]),
     fields=fields,
-    preprocess=PREPROCESS,
+    preprocess=DETECTION,
     task="instance_detection",
     task_fields={"class_names": NAMES} if is_coco else {},
     ignore=(rf".*\.{COUNTER}",),
@@ -136,7 +136,7 @@ def write_checkpoint(path: str, export: Export) -> None:
     WeightsError: torchvision has no such detector.
   """
   fields = export.fields()
-  check_backbone(fields, "torchvision")
+  resnet.check_plain(fields, "torchvision")
   if fields["neck"] != "fpn" or fields["convention"] != "torchvision":
     raise WeightsError(
       f"torchvision has no R-CNN with neck={fields['neck']!r} and "
