@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt8
+from jaxtyping import Bool, Float, Num, Shaped, UInt8
 from PIL import Image
 
 from vit_jax_zoo.data.resize import tf_resize
@@ -103,7 +103,7 @@ class Preprocess:
     size = self.resized_size(image.shape[0], image.shape[1])
     return self._cropped(_resize(np.asarray(image), *size, self.interpolation))
 
-  def pad(self, image: Num[np.ndarray, "h w c"]) -> Num[np.ndarray, "H W c"]:
+  def pad(self, image: Shaped[np.ndarray, "h w c"]) -> Shaped[np.ndarray, "H W c"]:
     """Pads a resized image to `pad_size`, if any, with zeros.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The DETR fixtures as a user would find them: official files, and folders of Hugging Face's."""
+"""The DETR fixtures as official files and as folders of the Hugging Face hub."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
 
-OFFICIAL = ("detr_a", "detr_dc5_a", "detr_opts_a", "detr_panoptic_a")
+OFFICIAL = ("detr_a", "detr_dc5_a", "detr_panoptic_a")
 HUGGING_FACE = ("detr_hf_a", "detr_hf_timm_a", "detr_hf_panoptic_a")
 
 
@@ -16,7 +16,7 @@ def official_file(name):
 
 
 def overrides_of(name):
-  """What the official file does not tell: whether the last stage is dilated."""
+  """Fields that the official file lacks: the dilation of the last stage."""
   config = json.loads((golden_folder(name) / "config.json").read_text())
   if not config["dilation"]:
     return {}
@@ -26,7 +26,7 @@ def overrides_of(name):
 
 
 def hugging_face_folder(name, path):
-  """Makes the folder on the hub that the fixture stands for."""
+  """Writes the fixture as a folder of the hub."""
   source = golden_folder(name)
   golden = json.loads((source / "config.json").read_text())
   path.mkdir(parents=True, exist_ok=True)

@@ -268,6 +268,16 @@ def test_wrong_fields_are_one_clear_line(fields, message):
   assert "\n" not in str(error.value)
 
 
+def test_a_decoder_may_differ_from_the_encoder():
+  model = Detr(width=8, num_heads=2, mlp_dim=16, decoder={"mlp_dim": 24, "num_heads": 4})
+  shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+  encoder, decoder = shapes["transformer"]["encoder"], shapes["transformer"]["decoder"]
+  assert encoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 16)
+  assert decoder["mlp"]["hidden"]["kernel"].shape == (6, 8, 24)
+  assert encoder["attention"]["query"]["kernel"].shape == (6, 8, 2, 4)
+  assert decoder["cross_attention"]["query"]["kernel"].shape == (6, 8, 4, 2)
+
+
 def test_learned_positions_end():
   model = Detr(**TINY, position_embedding="learned")
   side = 32 * MAX_LEARNED_POSITIONS + 1

@@ -1,33 +1,133 @@
-"""What transformers' DetrImageProcessor does before and after the model, done by ours."""
+"""Preprocessing of Hugging Face's DETR folders, and detections, against transformers."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
+import pytest
 
 from tests.systems.detr.tiny import Echo
+from vit_jax_zoo.systems.detr import weights_hf
+from vit_jax_zoo.systems.detr.weights_hf import read_preprocess
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.weights.detection_layouts import PREPROCESS
+from vit_jax_zoo.weights import WeightsError
+from vit_jax_zoo.weights.preprocess import DETECTION
+
+SIZES = (
+  (480, 640), (640, 480), (427, 640), (333, 500), (500, 333), (64, 64), (100, 200), (200, 100),
+  (97, 301), (301, 97), (800, 1333), (1333, 800), (800, 800), (5, 9), (31, 57), (120, 800),
+  (1000, 750), (50, 400), (400, 50), (612, 611),
+)  # fmt: skip
+
+PROCESSORS = {
+  "default": {},
+  "shortest_edge": {"size": {"shortest_edge": 60, "longest_edge": 100}},
+  "max_height": {
+    "size": {"max_height": 96, "max_width": 96},
+    "pad_size": {"height": 96, "width": 96},
+  },
+  "height": {"size": {"height": 48, "width": 80}, "resample": 3},
+  "integer": {"size": 64, "max_size": 90, "resample": 0},
+  "no_resize": {"do_resize": False},
+  "no_rescale": {"size": {"height": 40, "width": 40}, "do_rescale": False},
+  "no_normalize": {"size": {"height": 40, "width": 40}, "do_normalize": False, "resample": 1},
+  "raw": {"size": {"height": 9, "width": 8}, "do_normalize": False, "do_rescale": False},
+  "own_numbers": {
+    "size": {"shortest_edge": 30, "longest_edge": 50},
+    "image_mean": [0.1, 0.2, 0.3],
+    "image_std": [0.5, 0.6, 0.7],
+    "rescale_factor": 0.01,
+  },
+}
 
 
-def test_pictures_come_to_the_same_sizes(load_golden):
-  """All but one of a ratio of 8: transformers does not round the shorter side in between.
+def images():
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 
-  The paper's code does, and training here as well (tests/data/test_geometry.py).
-  """
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+def test_results_are_those_of_transformers(name):
+  """Exactly those of its Pillow backend; its torchvision backend rounds some pixels differently."""
+  from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
+
+  ours, theirs = read_preprocess(PROCESSORS[name], name), DetrImageProcessorPil(**PROCESSORS[name])
+  for image in images():
+    expected = theirs(image, input_data_format="channels_last", return_tensors="np")
+    np.testing.assert_array_equal(ours.pixel_mask([image]), expected["pixel_mask"].astype(bool))
+    got = np.moveaxis(ours([image]), -1, 1)
+    scale = max(1.0, float(np.abs(expected["pixel_values"]).max()))
+    np.testing.assert_allclose(got, expected["pixel_values"], atol=1e-5 * scale)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+def test_torchvision_backend_gives_the_same_sizes(name):
+  transformers = pytest.importorskip("transformers")
+  ours = read_preprocess(PROCESSORS[name], name)
+  theirs = transformers.DetrImageProcessor(**PROCESSORS[name])
+  for image in images():
+    expected = theirs(image, input_data_format="channels_last", return_tensors="pt")[
+      "pixel_mask"
+    ].numpy()
+    np.testing.assert_array_equal(ours.pixel_mask([image]), expected.astype(bool))
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+def test_a_written_processor_is_read_back(name):
+  preprocess = read_preprocess(PROCESSORS[name], name)
+  written = json.loads(json.dumps(weights_hf._processor_of(preprocess, masks=False)))
+  again = read_preprocess(written, name)
+  if preprocess.fit == "none":
+    again = dataclasses.replace(again, image_size=preprocess.image_size)
+  for field in dataclasses.fields(preprocess):
+    got, expected = getattr(again, field.name), getattr(preprocess, field.name)
+    if field.name in ("mean", "std"):
+      np.testing.assert_allclose(got, expected, rtol=1e-12)
+    else:
+      assert got == expected, field.name
+
+
+def test_max_height_and_pad_size():
+  preprocess = read_preprocess(PROCESSORS["max_height"], "file")
+  image = np.full((200, 100, 3), 255, np.uint8)
+  assert preprocess.resize(image).shape == (96, 48, 3)
+  padded = preprocess([image])
+  assert padded.shape == (1, 96, 96, 3)
+  assert (padded[:, :, 48:] == 0).all()
+  assert preprocess.pixel_mask([image]).sum() == 96 * 48
+
+
+@pytest.mark.parametrize(
+  ("processor", "field"),
+  [
+    ({"size": {"width": 3}}, "size"),
+    ({"resample": 9}, "resample"),
+    ({"pad_size": {"shortest_edge": 3}}, "pad_size"),
+  ],
+)
+def test_unknown_forms_are_refused(processor, field):
+  with pytest.raises(WeightsError, match=rf"folder/preprocessor_config\.json: {field}"):
+    read_preprocess(processor, "folder/preprocessor_config.json")
+
+
+def test_sizes_are_those_of_transformers(load_golden):
   _, inputs, outputs = load_golden("detr_hf_fn_a")
-  different = {}
+  preprocess = read_preprocess({}, "file")
   for size, expected in zip(inputs["size_hw_in"], outputs["size_hw_800_1333"], strict=True):
-    got = PREPROCESS.resize(np.zeros((*size, 3), np.uint8)).shape[:2]
-    if got != tuple(expected):
-      different[tuple(map(int, size))] = (got, tuple(map(int, expected)))
-  assert different == {(400, 50): ((1336, 167), (1333, 167))}
+    assert preprocess.resized_size(*map(int, size)) == tuple(expected)
+  # The official code rounds the shorter side first (tests/data/test_geometry.py).
+  assert DETECTION.resized_size(400, 50) == (1336, 167)
+  assert preprocess.resized_size(400, 50) == (1333, 167)
 
 
-def test_pictures_get_the_same_values(load_golden):
+def test_values_are_those_of_transformers(load_golden):
   config, inputs, outputs = load_golden("detr_hf_fn_a")
-  shortest, longest = config["size"]["shortest_edge"], config["size"]["longest_edge"]
-  preprocess = dataclasses.replace(PREPROCESS, image_size=(shortest, shortest), max_side=longest)
+  preprocess = read_preprocess({"size": config["size"]}, "file")
   for row, mask in enumerate(outputs["pixel_mask"].astype(bool)):
     got = preprocess([inputs[f"image_{row}"]])[0]
     height, width = mask.any(axis=1).sum(), mask.any(axis=0).sum()
@@ -36,7 +136,7 @@ def test_pictures_get_the_same_values(load_golden):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-def test_the_same_objects_are_found(load_golden):
+def test_detections_are_those_of_transformers(load_golden):
   config, inputs, outputs = load_golden("detr_hf_fn_a")
   predictions = {"logits": inputs["logits"], "boxes_cxcywh": inputs["pred_boxes"]}
   task = create_task("detection", Echo(predictions), num_classes=config["num_labels"])
@@ -46,9 +146,9 @@ def test_the_same_objects_are_found(load_golden):
   }
   found = jax.device_get(jax.jit(task.predict)({}, batch))
   for row in range(2):
-    sure = found["scores"][row] > config["thresholds"]["det"]
-    np.testing.assert_allclose(found["scores"][row][sure], outputs[f"det_{row}/scores"], atol=1e-6)
-    np.testing.assert_array_equal(found["labels"][row][sure], outputs[f"det_{row}/labels"])
+    keep = found["scores"][row] > config["thresholds"]["det"]
+    np.testing.assert_allclose(found["scores"][row][keep], outputs[f"det_{row}/scores"], atol=1e-6)
+    np.testing.assert_array_equal(found["labels"][row][keep], outputs[f"det_{row}/labels"])
     np.testing.assert_allclose(
-      found["boxes_xyxy"][row][sure], outputs[f"det_{row}/boxes"], rtol=1e-5, atol=1e-4
+      found["boxes_xyxy"][row][keep], outputs[f"det_{row}/boxes"], rtol=1e-5, atol=1e-4
     )

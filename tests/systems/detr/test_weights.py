@@ -77,13 +77,23 @@ def test_hugging_faces_weights_give_its_predictions(name, load, load_golden):
 
 
 def test_an_official_file_tells_the_model(load):
-  # Predictions with official weights are in tests/models/test_detr.py.
+  # test_model.py compares predictions with official weights.
   model = load("detr_panoptic_a").model
   assert (model.num_heads, model.mask_head) == (8, True)
   assert load("detr_panoptic_a").preprocess.max_side == 1333
-  model = load("detr_opts_a").model
-  assert (model.position_embedding, model.pre_norm) == ("learned", True)
-  assert (model.encoder_depth, model.decoder_depth, model.num_queries) == (2, 2, 9)
+  model = load("detr_a").model
+  assert (model.encoder_depth, model.decoder_depth, model.num_queries) == (2, 3, 9)
+
+
+def test_learned_positions_are_inferred_and_written(tmp_path):
+  arrays = load_file(official_file("detr_a"))
+  rng = np.random.default_rng(0)
+  for side in ("row", "col"):
+    arrays[f"backbone.1.{side}_embed.weight"] = rng.normal(size=(50, 32)).astype(np.float32)
+  save_file(arrays, tmp_path / "learned.safetensors")
+  loaded = load_pretrained(str(tmp_path / "learned.safetensors"))
+  assert loaded.model.position_embedding == "learned"
+  assert_same_arrays(detr_official.state_dict(export_of(loaded).variables), arrays)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -94,10 +104,10 @@ def test_official_export_of_import_is_the_file(name, load, tmp_path):
 
 
 def test_unrolled_layers_are_the_same_file():
-  loaded = load_pretrained(official_file("detr_opts_a"), scan_layers=False)
-  assert "decoder_1" in loaded.variables["params"]["transformer"]
+  loaded = load_pretrained(official_file("detr_a"), scan_layers=False)
+  assert "decoder_2" in loaded.variables["params"]["transformer"]
   given = detr_official.state_dict(export_of(loaded).variables)
-  assert_same_arrays(given, load_file(official_file("detr_opts_a")))
+  assert_same_arrays(given, load_file(official_file("detr_a")))
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
@@ -130,16 +140,14 @@ def test_dc5_is_written_with_timms_backbone_and_read_back():
   fields = {
     **{"width": 256, "num_queries": 100, "num_classes": 91, "num_heads": 8, "mlp_dim": 2048},
     **{"encoder_depth": 6, "decoder_depth": 6, "decoder": None, "dropout_rate": 0.1},
-    **{"pre_norm": False, "masked_backbone": False, "mask_head": False},
+    **{"masked_backbone": False, "mask_head": False},
     **{"position_embedding": "sine", "backbone": {"blocks": (3, 4, 23, 3), "output_stride": 16}},
   }
   config = detr_hf.config_of(fields)
   assert (config["backbone"], config["dilation"]) == ("resnet101", True)
-  with pytest.raises(WeightsError, match="dilated backbones of timm's published sizes alone"):
+  with pytest.raises(WeightsError, match="backbone: transformers has no dilated ResNet"):
     detr_hf.config_of({**fields, "backbone": {"blocks": (1, 1, 1, 1), "output_stride": 16}})
-  with pytest.raises(WeightsError, match="no pre_norm"):
-    detr_hf.config_of({**fields, "pre_norm": True})
-  with pytest.raises(WeightsError, match=r"no backbone with stem='deep', norm='group_norm'"):
+  with pytest.raises(WeightsError, match=r"backbone: .*stem='deep', norm='group_norm'"):
     detr_hf.config_of({**fields, "backbone": {"stem": "deep", "norm": "group_norm"}})
 
 
@@ -159,7 +167,7 @@ def test_another_number_of_classes_starts_the_class_head_afresh():
 
 
 def test_masks_may_be_added_to_a_detector_and_left_out():
-  detector = load_pretrained(official_file("detr_opts_a"), mask_head=True)
+  detector = load_pretrained(official_file("detr_a"), mask_head=True)
   assert {"mask_head", "mask_attention"} <= set(detector.variables["params"])
   alone = load_pretrained(official_file("detr_panoptic_a"), mask_head=False)
   assert not {"mask_head", "mask_attention"} & set(alone.variables["params"])
@@ -194,18 +202,54 @@ def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
   assert "\n" not in message
 
 
-def test_errors_a_user_can_cause(tmp_path):
+@pytest.mark.parametrize(
+  ("field", "change"),
+  [
+    ("activation_function", {"activation_function": "gelu"}),
+    ("backbone_config.downsample_in_bottleneck",
+     {"backbone_config": {"hidden_act": "relu", "downsample_in_bottleneck": True}}),
+    ("model_type is 'conditional_detr'", {"model_type": "conditional_detr"}),
+    ("model_type is 'deformable_detr'", {"model_type": "deformable_detr"}),
+    ("model_type is 'table-transformer'", {"model_type": "table-transformer"}),
+  ],
+)  # fmt: skip
+def test_other_architectures_of_transformers_are_refused(field, change, tmp_path):
   folder = hugging_face_folder("detr_hf_a", tmp_path)
   config = json.loads((tmp_path / "config.json").read_text())
-  (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
-  with pytest.raises(WeightsError, match="activation 'gelu'"):
+  (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+  with pytest.raises(WeightsError, match=rf"config\.json: {field}"):
     load_pretrained(folder)
-  backbone = {"hidden_act": "relu", "downsample_in_bottleneck": True}
-  (tmp_path / "config.json").write_text(json.dumps({**config, "backbone_config": backbone}))
-  with pytest.raises(WeightsError, match="has downsample_in_bottleneck True; known is False"):
-    load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+  ("key", "name"),
+  [
+    ("transformer.decoder.layers.0.ca_qcontent_proj.weight", "Conditional DETR"),
+    ("transformer.level_embed", "Deformable DETR"),
+    ("transformer.encoder.norm.weight", "Table Transformer"),
+  ],
+)
+def test_official_files_of_other_architectures_are_refused(key, name, tmp_path):
+  arrays = load_file(official_file("detr_a")) | {key: np.zeros(64, np.float32)}
+  save_file(arrays, tmp_path / "other.safetensors")
+  with pytest.raises(WeightsError, match=name):
+    load_pretrained(str(tmp_path / "other.safetensors"))
+
+
+def test_an_incomplete_id2label_keeps_its_names(tmp_path, caplog):
+  folder = hugging_face_folder("detr_hf_a", tmp_path)
+  config = json.loads((tmp_path / "config.json").read_text())
+  config["id2label"] = {"0": "N/A", "1": "cat", "3": "dog"}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with caplog.at_level("WARNING"):
+    assert load_pretrained(folder).class_names == ("N/A", "cat", "2", "dog")
+  assert "id2label lacks 1 of 4 classes (2)" in caplog.text
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+  folder = hugging_face_folder("detr_hf_a", tmp_path)
   (tmp_path / "config.json").unlink()
-  with pytest.raises(WeightsError, match=r"no config\.json beside it"):
+  with pytest.raises(WeightsError, match=r"no config\.json"):
     load_pretrained(folder)
   arrays = load_file(official_file("detr_a"))
   del arrays["query_embed.weight"]

@@ -76,6 +76,8 @@ class Detr(nn.Module):
     decoder_depth: number of decoder layers (figure 4).
     num_heads: of every attention (A.4: 8).
     mlp_dim: hidden width of the feed-forward networks (A.4: 2048; Table 1: DETR-DC5 alike).
+    decoder: fields of `DecoderLayer` that differ from the encoder's, such as {"mlp_dim": 1024}, as
+      the files of transformers may have them; None: none do, as in the paper.
     dropout_rate: in the Transformer (A.4: 0.1).
     position_embedding: "sine" (Table 1), or "learned", at most 50 x 50 features (Table 3).
     mask_head: also predicts masks (section 4.4, Table 5).
@@ -97,6 +99,7 @@ class Detr(nn.Module):
   decoder_depth: int = 6
   num_heads: int = 8
   mlp_dim: int = 2048
+  decoder: Mapping[str, Any] | None = None
   dropout_rate: float = 0.1
   position_embedding: str = "sine"
   mask_head: bool = False
@@ -223,8 +226,10 @@ class Detr(nn.Module):
   def _transformer_fields(self) -> dict[str, Any]:
     of_layers = ("num_heads", "mlp_dim", "dropout_rate", "dtype", "attention_implementation")
     depths = ("encoder_depth", "decoder_depth", "remat", "scan_layers")
+    layer = {name: getattr(self, name) for name in of_layers}
     return {
-      "layer": {name: getattr(self, name) for name in of_layers},
+      "encoder_layer": layer,
+      "decoder_layer": {**layer, **part_fields("decoder", DecoderLayer, self.decoder)},
       **{name: getattr(self, name) for name in depths},
     }
 
@@ -238,14 +243,16 @@ class Transformer(nn.Module):
   Attributes:
     encoder_depth: number of encoder layers.
     decoder_depth: number of decoder layers.
-    layer: fields of `EncoderLayer` and `DecoderLayer`.
+    encoder_layer: fields of `EncoderLayer`.
+    decoder_layer: fields of `DecoderLayer`.
     remat: see `Detr`.
     scan_layers: see `Detr`.
   """
 
   encoder_depth: int
   decoder_depth: int
-  layer: Mapping[str, Any]
+  encoder_layer: Mapping[str, Any]
+  decoder_layer: Mapping[str, Any]
   remat: str = "none"
   scan_layers: bool = True
 
@@ -280,11 +287,12 @@ class Transformer(nn.Module):
       x = layer(x, queries, memory, positions, mask, train=train)
       return x, x
 
-    memory, _ = self._stack(EncoderLayer, "encoder", self.encoder_depth, encode, tokens)
-    _, outputs = self._stack(
-      DecoderLayer, "decoder", self.decoder_depth, decode, jnp.zeros_like(queries)
-    )
-    norm = nn.LayerNorm(epsilon=1e-5, dtype=self.layer["dtype"], name="decoder_norm")
+    encoder_layer = functools.partial(EncoderLayer, **self.encoder_layer)
+    decoder_layer = functools.partial(DecoderLayer, **self.decoder_layer)
+    memory, _ = self._stack(encoder_layer, "encoder", self.encoder_depth, encode, tokens)
+    start = jnp.zeros_like(queries)
+    _, outputs = self._stack(decoder_layer, "decoder", self.decoder_depth, decode, start)
+    norm = nn.LayerNorm(epsilon=1e-5, dtype=tokens.dtype, name="decoder_norm")
     return memory.reshape(features.shape), norm(outputs)
 
   def _stack(
@@ -300,7 +308,7 @@ class Transformer(nn.Module):
     if not self.scan_layers:
       outputs = []
       for index in range(depth):
-        x, output = body(layer(**self.layer, name=f"{name}_{index}"), x)
+        x, output = body(layer(name=f"{name}_{index}"), x)
         outputs.append(output)
       return x, None if outputs[0] is None else jnp.stack(outputs)
     scan = nn.scan(
@@ -309,7 +317,7 @@ class Transformer(nn.Module):
       split_rngs={"params": True, "dropout": True},
       length=depth,
     )
-    return scan(layer(**self.layer, name=name), x)
+    return scan(layer(name=name), x)
 
 
 class _Layer(nn.Module):

@@ -136,14 +136,21 @@ def infer_fields(
   layout = resnet.TORCHVISION if _has_timm_keys(published) else resnet.HUGGING_FACE
   backbone = resnet.infer_fields(published, layout, source, f"{prefix}{_BACKBONE}")
   classes, width = published[f"{prefix}class_labels_classifier.weight"].shape
+  encoder, decoder = (
+    {
+      "num_heads": config.get(f"{side}_attention_heads", 8),
+      "mlp_dim": published[f"{prefix}model.{side}.layers.0.fc1.weight"].shape[0],
+    }
+    for side in ("encoder", "decoder")
+  )
   return {
     "num_classes": classes - 1,
     "num_queries": published[f"{prefix}model.query_position_embeddings.weight"].shape[0],
     "width": width,
     "encoder_depth": _depth(published, f"{prefix}model.encoder.layers"),
     "decoder_depth": _depth(published, f"{prefix}model.decoder.layers"),
-    "num_heads": config.get("encoder_attention_heads", 8),
-    "mlp_dim": published[f"{prefix}model.encoder.layers.0.fc1.weight"].shape[0],
+    **encoder,
+    "decoder": {key: n for key, n in decoder.items() if n != encoder[key]} or None,
     "dropout_rate": float(config.get("dropout", 0.1)),
     "position_embedding": config.get("position_embedding_type", "sine"),
     "mask_head": "mask_head.lay1.weight" in published,
@@ -158,9 +165,6 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
   inner = config.get("backbone_config") or {}
   known |= {f"backbone_config.{key}": value for key, value in _KNOWN_BACKBONE.items()}
   given |= {f"backbone_config.{key}": inner.get(key, v) for key, v in _KNOWN_BACKBONE.items()}
-  for part in ("attention_heads", "ffn_dim"):  # equal in all published weights
-    known[f"decoder_{part}"] = config.get(f"encoder_{part}")
-    given[f"decoder_{part}"] = config.get(f"decoder_{part}", known[f"decoder_{part}"])
   for key, value in known.items():
     if given[key] != value:
       raise WeightsError(
@@ -220,7 +224,7 @@ def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
   if keys is None:
     known = ", or ".join(map(" and ".join, _SIZES))
     raise WeightsError(f"{source}: size is {size}; expected {known}")
-  fit = _SIZES[keys]
+  fit = _SIZES[keys] if processor.get("do_resize", True) else "none"
   first, second = (int(size[key]) for key in keys)
   has_limit = fit == "shorter_side" and second < _NO_LIMIT
   mean, std = _mean_and_std(processor)
@@ -228,7 +232,7 @@ def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
     (first, first) if fit == "shorter_side" else (first, second),
     mean=mean,
     std=std,
-    fit=fit if processor.get("do_resize", True) else "none",
+    fit=fit,
     interpolation=hf_config.interpolation_of(processor, source),
     max_side=second if has_limit else None,
     rounding="ratio",
@@ -353,7 +357,7 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     "d_model": fields["width"],
     "num_queries": fields["num_queries"],
     **_side_config("encoder", fields),
-    **_side_config("decoder", fields),
+    **_side_config("decoder", {**fields, **(fields["decoder"] or {})}),
     "num_hidden_layers": fields["encoder_depth"],
     "activation_function": "relu",
     "dropout": fields["dropout_rate"],

@@ -133,6 +133,10 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   classes, width = published[f"{prefix}class_embed.weight"].shape
   first = published.get("mask_head.lay1.weight")
   backbone = resnet.infer_fields(published, resnet.TORCHVISION, source, f"{prefix}{_BODY}")
+  encoder, decoder = (
+    published[f"{prefix}transformer.{side}.layers.0.linear1.weight"].shape[0]
+    for side in ("encoder", "decoder")
+  )
   return {
     "num_classes": classes - 1,
     "num_queries": published[f"{prefix}query_embed.weight"].shape[0],
@@ -140,7 +144,8 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     "encoder_depth": _depth(published, f"{prefix}transformer.encoder.layers"),
     "decoder_depth": _depth(published, f"{prefix}transformer.decoder.layers"),
     "num_heads": 8 if first is None else first.shape[1] - width,
-    "mlp_dim": published[f"{prefix}transformer.encoder.layers.0.linear1.weight"].shape[0],
+    "mlp_dim": encoder,
+    "decoder": None if decoder == encoder else {"mlp_dim": decoder},
     "position_embedding": (
       "learned" if f"{prefix}backbone.1.row_embed.weight" in published else "sine"
     ),
