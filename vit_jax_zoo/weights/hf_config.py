@@ -65,21 +65,26 @@ def _size(given: Any, default: Size) -> tuple[Size, bool]:
   return default, False
 
 
-def read_class_names(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any]:
   """Returns the names of the classes in a `config.json`, as a field of the task; {} if none.
 
   Classes without a name get their id as their name, with a warning.
+
+  Args:
+    config: content of the file.
+    count: number of the model's classes.
   """
   labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
   if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
     return {}
-  missing = sorted(set(range(max(labels) + 1)) - set(labels))
+  count = max(count, max(labels) + 1)
+  missing = sorted(set(range(count)) - set(labels))
   if missing:
     logging.warning(
       "config.json: id2label lacks %d of %d classes (%s%s); these are shown by their ids",
-      len(missing), max(labels) + 1, ", ".join(map(str, missing[:5])), ", ..." * (len(missing) > 5),
+      len(missing), count, ", ".join(map(str, missing[:5])), ", ..." * (len(missing) > 5),
     )  # fmt: skip
-  return {"class_names": tuple(labels.get(i, str(i)) for i in range(max(labels) + 1))}
+  return {"class_names": tuple(labels.get(i, str(i)) for i in range(count))}
 
 
 def processor_of(preprocess: Preprocess, kind: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Num, Shaped, UInt8
 from PIL import Image
 
+from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.data.resize import tf_resize
 from vit_jax_zoo.errors import unknown_name
 

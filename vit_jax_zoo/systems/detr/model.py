@@ -25,8 +25,9 @@ from jaxtyping import Array, Bool, Float
 
 from vit_jax_zoo.errors import part_fields, unknown_name
 from vit_jax_zoo.nn.attention import NEGATIVE, Implementation, MultiHeadAttention, key_padding_mask
+from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ResNet
-from vit_jax_zoo.nn.transformer import Mlp, rematerialize
+from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.resize import resize_nearest
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -137,7 +138,9 @@ class Detr(nn.Module):
     if mask is None:
       mask = jnp.ones(images.shape[:3], dtype=bool)
     transformer = Transformer(**self._transformer_fields(), name="transformer")
-    dense = functools.partial(nn.Dense, kernel_init=linear_init, bias_init=bias_init(self.width))
+    dense = functools.partial(
+      nn.Dense, kernel_init=pytorch_uniform(), bias_init=pytorch_uniform(self.width)
+    )
     class_head = dense(self.num_classes + 1, name="class_head")
     box_layers = [dense(n, name=f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
     queries = self.param("query_embedding", nn.initializers.normal(1.0), self._query_shape)
@@ -187,8 +190,8 @@ class Detr(nn.Module):
     return nn.Conv(
       self.width,
       (1, 1),
-      kernel_init=linear_init,
-      bias_init=bias_init(features.shape[-1]),
+      kernel_init=pytorch_uniform(),
+      bias_init=pytorch_uniform(features.shape[-1]),
       dtype=self.dtype,
       name="input_projection",
     )(features)
@@ -280,44 +283,22 @@ class Transformer(nn.Module):
     mask = key_padding_mask(keep.reshape(tokens.shape[:2]))
     queries = jnp.broadcast_to(queries.astype(tokens.dtype), (len(tokens), *queries.shape))
 
-    def encode(layer: nn.Module, x: Array) -> tuple[Array, None]:
-      return layer(x, positions, mask, train=train), None
-
-    def decode(layer: nn.Module, x: Array) -> tuple[Array, Array]:
-      x = layer(x, queries, memory, positions, mask, train=train)
-      return x, x
-
-    encoder_layer = functools.partial(EncoderLayer, **self.encoder_layer)
-    decoder_layer = functools.partial(DecoderLayer, **self.decoder_layer)
-    memory, _ = self._stack(encoder_layer, "encoder", self.encoder_depth, encode, tokens)
-    start = jnp.zeros_like(queries)
-    _, outputs = self._stack(decoder_layer, "decoder", self.decoder_depth, decode, start)
+    memory, _ = self._stack("encoder", EncoderLayer, self.encoder_depth, self.encoder_layer)(
+      tokens, positions, mask, train=train
+    )
+    _, outputs = self._stack("decoder", DecoderLayer, self.decoder_depth, self.decoder_layer)(
+      jnp.zeros_like(queries), queries, memory, positions, mask, train=train
+    )
     norm = nn.LayerNorm(epsilon=1e-5, dtype=tokens.dtype, name="decoder_norm")
     return memory.reshape(features.shape), norm(outputs)
 
   def _stack(
-    self,
-    layer: Callable[..., nn.Module],
-    name: str,
-    depth: int,
-    body: Callable[[nn.Module, Array], tuple[Array, Array | None]],
-    x: Float[Array, "b n d"],
-  ) -> tuple[Float[Array, "b n d"], Float[Array, "l b n d"] | None]:
-    """Applies `depth` layers; returns the last output, and the stacked second results of `body`."""
-    body = rematerialize(body, self.remat, scanned=self.scan_layers)
-    if not self.scan_layers:
-      outputs = []
-      for index in range(depth):
-        x, output = body(layer(name=f"{name}_{index}"), x)
-        outputs.append(output)
-      return x, None if outputs[0] is None else jnp.stack(outputs)
-    scan = nn.scan(
-      body,
-      variable_axes={"params": 0, "intermediates": 0},
-      split_rngs={"params": True, "dropout": True},
-      length=depth,
-    )
-    return scan(layer(name=name), x)
+    self, name: str, kind: type[nn.Module], depth: int, fields: Mapping[str, Any]
+  ) -> Stack:
+    layer = functools.partial(kind, **fields)
+    stack = Stack(layer, depth, self.scan_layers, self.remat, name, f"{name}_{{}}")
+    nn.share_scope(self, stack)
+    return stack
 
 
 class _Layer(nn.Module):
@@ -345,7 +326,7 @@ class _Layer(nn.Module):
     fan_in = {(self.mlp_dim,): x.shape[-1], (x.shape[-1],): self.mlp_dim}  # by shape of the bias
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
-      return bias_init(fan_in[shape])(key, shape, dtype)
+      return pytorch_uniform(fan_in[shape])(key, shape, dtype)
 
     rate = self.dropout_rate
     return Mlp(self.mlp_dim, "relu", rate, bias_init=init, dtype=self.dtype, name="mlp")(
@@ -367,14 +348,14 @@ class EncoderLayer(_Layer):
     mask: Bool[Array, "b 1 1 n"],
     *,
     train: bool,
-  ) -> Float[Array, "b n d"]:
+  ) -> tuple[Float[Array, "b n d"], None]:
     """Returns the next tokens; arguments as those of `Transformer`, flattened."""
     x = shard_batch(x)
     attention, drop = self._attention("attention"), nn.Dropout(self.dropout_rate)
     query = key = x + positions
     attended = drop(attention(query, key, x, mask=mask, train=train), deterministic=not train)
     x = self._norm("attention_norm")(x + attended)
-    return self._norm("mlp_norm")(x + self._mlp(x, train=train))
+    return self._norm("mlp_norm")(x + self._mlp(x, train=train)), None
 
 
 class DecoderLayer(_Layer):
@@ -390,8 +371,8 @@ class DecoderLayer(_Layer):
     mask: Bool[Array, "b 1 1 n"],
     *,
     train: bool,
-  ) -> Float[Array, "b q d"]:
-    """Returns the next slots; `memory` is the encoder's output, the others as in `Transformer`."""
+  ) -> tuple[Float[Array, "b q d"], Float[Array, "b q d"]]:
+    """Returns the next slots, twice; arguments as those of `Transformer`, flattened."""
     x = shard_batch(x)
     drop = functools.partial(nn.Dropout(self.dropout_rate), deterministic=not train)
     self_attention = self._attention("self_attention")
@@ -401,7 +382,8 @@ class DecoderLayer(_Layer):
     query, key = x + queries, memory + positions
     attended = drop(cross_attention(query, key, memory, mask=mask, train=train))
     x = self._norm("cross_attention_norm")(x + attended)
-    return self._norm("mlp_norm")(x + self._mlp(x, train=train))
+    x = self._norm("mlp_norm")(x + self._mlp(x, train=train))
+    return x, x
 
 
 def sine_positions(keep: Bool[Array, "b h w"], width: int) -> Float[Array, "b h w d"]:
@@ -505,7 +487,9 @@ class MaskHead(nn.Module):
     """
     heads = maps.shape[-1]
     channels = projected.shape[-1] + heads
-    kernel = self.param("conv1_kernel", _conv_init, (3, 3, channels, channels)).astype(self.dtype)
+    kernel = self.param("conv1_kernel", kaiming_uniform, (3, 3, channels, channels)).astype(
+      self.dtype
+    )
     bias = self.param("conv1_bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
     convolve = functools.partial(
       jax.lax.conv_general_dilated,
@@ -518,7 +502,7 @@ class MaskHead(nn.Module):
     return own + (shared + bias[None, None, None])[:, None]
 
   def _conv(self, name: str, features: int, size: int = 3) -> nn.Module:
-    return nn.Conv(features, (size, size), kernel_init=_conv_init, dtype=self.dtype, name=name)
+    return nn.Conv(features, (size, size), kernel_init=kaiming_uniform, dtype=self.dtype, name=name)
 
   def _norm(self, index: int, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     groups = min(8, x.shape[-1])  # as transformers; the official code always has 8
@@ -563,20 +547,6 @@ def _mlp(layers: Sequence[nn.Module], x: Float[Array, "*b d"]) -> Float[Array, "
 
 def _float32(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
   return x.astype(jnp.float32)
-
-
-linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default
-_conv_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  # Kaiming, a = 1
-
-
-def bias_init(fan_in: int) -> nn.initializers.Initializer:
-  """Returns the initialiser of PyTorch's biases: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-  bound = fan_in**-0.5
-
-  def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
 
 
 def _check(model: Detr) -> None:

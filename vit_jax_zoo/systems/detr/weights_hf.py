@@ -196,7 +196,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
   fields = infer_fields(arrays, published.config, path)
   prefix = _prefix(arrays)
   known = checkpoint_fields(fields, prefix)
-  known["task_fields"] = {**hf_config.read_class_names(published.config), **known["task_fields"]}
+  names = hf_config.read_class_names(published.config, fields["num_classes"])
+  known["task_fields"] = {**names, **known["task_fields"]}
   return Checkpoint(
     source=path,
     arrays=arrays,

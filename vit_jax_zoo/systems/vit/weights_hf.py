@@ -153,14 +153,15 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
     raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
   side = config.get("image_size", 224)
   size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
+  fields = infer_fields(published.arrays, config, path)
   return VitCheckpoint(
     source=path,
     arrays=published.arrays,
     table=CLASSIFIER_TABLE if _prefix(published.arrays) else BASE_TABLE,
-    fields=infer_fields(published.arrays, config, path),
+    fields=fields,
     resize="bicubic",
     preprocess=hf_config.read_preprocess(published.processor, size),
-    task_fields=hf_config.read_class_names(config),
+    task_fields=hf_config.read_class_names(config, fields.get("num_classes") or 0),
     image_size=size,
   )
 
