@@ -13,7 +13,7 @@ from vit_jax_zoo.systems.detr import weights_hf as detr_hf
 from vit_jax_zoo.systems.detr import weights_official as detr_official
 from vit_jax_zoo.systems.detr.model import Detr
 from vit_jax_zoo.weights import Pretrained
-from vit_jax_zoo.weights.detection_layouts import PREPROCESS
+from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.torch_file import read_torch
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
@@ -98,7 +98,7 @@ def test_dilated_backbones_load_with_timm(tmp_path):
     lambda x: rng.normal(float(x.ndim == 1), 0.02, x.shape).astype(np.float32), shapes
   )
   detr_hf.write_checkpoint(
-    str(tmp_path), export_of(Pretrained(model, variables, PREPROCESS, {}, "detection"))
+    str(tmp_path), export_of(Pretrained(model, variables, DETECTION, {}, "detection"))
   )
   ours = jax.jit(model.apply)(variables, images, mask)
   theirs = outputs_of(str(tmp_path), "DetrForObjectDetection", images, mask)
