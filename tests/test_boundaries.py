@@ -42,9 +42,8 @@ def code_words(path):
       yield node.lineno, node.arg
     elif isinstance(node, ast.FunctionDef | ast.ClassDef):
       yield node.lineno, node.name
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-      if id(node) not in docstrings:
-        yield node.lineno, node.value
+    elif isinstance(node, ast.Constant) and id(node) not in docstrings:
+      yield node.lineno, str(node.value)
 
 
 @pytest.mark.parametrize("path", core_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -142,5 +142,5 @@ def test_scales_and_crops_are_drawn_as_the_paper_has_them():
 def test_a_transform_without_forecast_says_so():
   """Guards the error for transforms that move pixels but not the boxes."""
   (crop,) = build_transforms([dict(name="random_crop", size=8)])
-  with pytest.raises(ValueError, match="random_crop.*data.loader.buckets"):
+  with pytest.raises(ValueError, match=r"random_crop.*data\.loader\.buckets"):
     crop.output_size((20, 20), np.random.default_rng(0))
