@@ -26,12 +26,22 @@ from vit_jax_zoo.training.lr_scaling import SINGLE
 Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 
 
-def build(arg: str | None, variants: Variants) -> ConfigDict:
-  """Returns the whole config that the argument asks for; without one, the first variant.
+def build(
+  arg: str | None, variants: Variants, renamed: Mapping[str, str] | None = None
+) -> ConfigDict:
+  """Returns the complete config of an argument; without one, that of the first variant.
+
+  Args:
+    arg: `variant,field=value,...`.
+    variants: by name.
+    renamed: old names of variants, which are refused, and the new ones.
 
   Raises:
     ValueError: one line, about a misspelt variant, field or value.
   """
+  old = (arg or "").partition(",")[0].strip()
+  if renamed and old in renamed:
+    raise ValueError(f"variant {old!r} is now {renamed[old]!r}")
   variant, texts = parse_arg(arg, variants)
   defaults = {p.name: p.default for p in inspect.signature(variants[variant]).parameters.values()}
   fields = {}

@@ -9,7 +9,7 @@ r"""Images of your own, one folder for each class: any classifier of the zoo, fi
 
 | variant | trains on   | from                                        | expected |
 |---------|-------------|---------------------------------------------|----------|
-| own     | your images | the ViT paper; what is usual for ResNets    | depends  |
+| finetune| your images | the ViT paper; what is usual for ResNets    | depends  |
 
 The function below is a page of the lab book. iGPT's fine-tuning, with its two losses, stands in
 `configs/igpt.py` (`s_finetune,source=folder:/path`).
@@ -30,10 +30,10 @@ from vit_jax_zoo.weights.model_index import entries
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config of `[variant,]field=value...`."""
-  return common.build(arg, VARIANTS)
+  return common.build(arg, VARIANTS, RENAMED)
 
 
-def own(  # noqa: PLR0913  (each is a field that a command line may set)
+def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   *,
   model: str = "vit_b16",
   source: str = "folder:/path",
@@ -192,4 +192,6 @@ def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDic
   )
 
 
-VARIANTS = {"own": own}
+VARIANTS = {"finetune": finetune}
+
+RENAMED = {"own": "finetune"}

@@ -9,7 +9,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
       --config=configs/igpt.py:s_finetune,dataset=cifar100,init_from=runs/igpt_s_imagenet
     python -m vit_jax_zoo.main --evaluate_only \
       --config=configs/igpt.py:s_probe,dataset=stl10,init_from=runs/igpt_s_imagenet
-    python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_nats
+    python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_eval_nll
 
 | variant                        | trains on       | from               | expected            |
 |--------------------------------|-----------------|--------------------|---------------------|
@@ -18,7 +18,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
 | l_imagenet48 xl_imagenet64     | 48x48, 64x64    | sections 3.1, 3.3  | -                   |
 | s_finetune   m l               | CIFAR, ImageNet | section 3.4        | L 99.0 %, 88.5 %    |
 | s_probe      m l               | CIFAR-10, ...   | section 3.5        | L 96.3 %            |
-| s_nats       m l               | ImageNet, 32x32 | OpenAI's README    | S 2.0895 nats       |
+| s_eval_nll       m l               | ImageNet, 32x32 | OpenAI's README    | S 2.0895 nats       |
 
 Each function below is a page of the lab book. Batch sizes are global.
 """
@@ -36,7 +36,7 @@ from vit_jax_zoo.errors import unknown_name
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config of `variant[,field=value...]`; the demo by default."""
-  return common.build(arg, VARIANTS)
+  return common.build(arg, VARIANTS, RENAMED)
 
 
 def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) -> ConfigDict:
@@ -355,5 +355,7 @@ VARIANTS: dict[str, Any] = {
   "xl_imagenet64": functools.partial(imagenet, "xl", image_size=64),
   **{f"{s}_finetune": functools.partial(finetune, s) for s in ("s", "m", "l")},
   **{f"{s}_probe": functools.partial(linear_probe, s) for s in ("s", "m", "l")},
-  **{f"{s}_nats": functools.partial(published_nats, s) for s in ("s", "m", "l")},
+  **{f"{s}_eval_nll": functools.partial(published_nats, s) for s in ("s", "m", "l")},
 }
+
+RENAMED = {f"{size}_nats": f"{size}_eval_nll" for size in ("s", "m", "l")}

@@ -4,22 +4,21 @@ r"""LambdaResNets: a demo, the recipe of the paper's ablations, and those of its
   arXiv:2102.08602
 
     python -m vit_jax_zoo.main --config=configs/lambda_resnet.py
-    python -m vit_jax_zoo.main --config=configs/lambda_resnet.py:ccll_imagenet
-    python -m vit_jax_zoo.main --config=configs/lambda_resnet.py:r152_256,batch_size=2048
+    python -m vit_jax_zoo.main --config=configs/lambda_resnet.py:r50_ccll
+    python -m vit_jax_zoo.main --config=configs/lambda_resnet.py:lambda152_256,batch_size=2048
     python -m vit_jax_zoo.main \
-      --config=configs/lambda_resnet.py:r152_288_pseudo,pseudo_source=tfds:/path/to/pseudo/1.0.0
+      --config=configs/lambda_resnet.py:lambda152_288_pseudo,pseudo_source=tfds:/path/to/pseudo/1.0.0
 
 | variant                               | trains on           | expected top-1           |
 |---------------------------------------|---------------------|--------------------------|
 | demo                                  | digits, 8x8         | 97 %                     |
-| llll_imagenet  clll  ccll  cccl  cccc | ImageNet, 90 epochs | 78.4 78.3 78.3 77.3 76.9 |
-| r50_128 ... r152_256 ... r420_320     | ImageNet, 350       | 77.4 ... 83.8 ... 84.9   |
-| r50_128_pseudo ... r152_288_pseudo    | and 130M more       | 82.1 ... 86.7            |
+| r50_llll  r50_clll ... r50_cccc       | ImageNet, 90 epochs | 78.4 78.3 78.3 77.3 76.9 |
+| lambda50_128 ... lambda420_320        | ImageNet, 350       | 77.4 ... 83.8 ... 84.9   |
+| lambda50_128_pseudo ...               | and 130M more       | 82.1 ... 86.7            |
 
-The four letters are the stages of a ResNet-50: C with 3x3 convolutions, L with lambda layers. In
-`r152_256` they are the depth and the side of the images. Each function below is a page of the lab
-book. Batch sizes are global; the learning rate goes with them, as in the paper. ImageNet has to be
-prepared first, see the README.
+The four letters are the stages of a ResNet-50: C with 3x3 convolutions, L with lambda layers.
+`lambda152_256` is depth 152 at 256 px. Each function below is one recipe. Batch sizes are global;
+the learning rate is scaled with them, as in the paper. Prepare ImageNet first, see the README.
 """
 
 import dataclasses
@@ -35,7 +34,7 @@ from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config of `variant[,field=value...]`; the demo by default."""
-  return common.build(arg, VARIANTS)
+  return common.build(arg, VARIANTS, RENAMED)
 
 
 def demo(*, num_steps: int = 500, batch_size: int = 128) -> ConfigDict:
@@ -201,7 +200,7 @@ class Network:
 
 
 NETWORKS = {
-  f"r{network.depth}_{network.image_size}": network
+  f"lambda{network.depth}_{network.image_size}": network
   for network in (
     Network(50, 128, 10, 0.2, 0.0),
     Network(50, 160, 10, 0.2, 0.0),
@@ -220,11 +219,12 @@ NETWORKS = {
 }
 
 PSEUDO_LABELLED = (
-  "r50_128", "r50_160", "r101_160", "r101_192", "r152_192", "r152_224", "r152_288",
+  "lambda50_128", "lambda50_160", "lambda101_160", "lambda101_192", "lambda152_192",
+  "lambda152_224", "lambda152_288",
 )  # fmt: skip
 """Those that the paper states with pseudo-labels."""
 
-SUPERVISED = tuple(name for name in NETWORKS if name != "r152_288")
+SUPERVISED = tuple(name for name in NETWORKS if name != "lambda152_288")
 
 IMAGES = 1_281_167
 """Of ImageNet's training set."""
@@ -296,9 +296,15 @@ def _sgd(batch_size: int) -> dict[str, Any]:
 VARIANTS = {
   "demo": demo,
   **{
-    f"{placement}_imagenet": functools.partial(imagenet, placement)
+    f"r50_{placement}": functools.partial(imagenet, placement)
     for placement in ("llll", "clll", "ccll", "cccl", "cccc")
   },
   **{name: functools.partial(scaled, name) for name in SUPERVISED},
   **{f"{name}_pseudo": functools.partial(pseudo_labelled, name) for name in PSEUDO_LABELLED},
+}
+
+RENAMED = {
+  **{f"{placement}_imagenet": f"r50_{placement}" for placement in ("llll", "clll", "ccll", "cccl")},
+  "cccc_imagenet": "r50_cccc",
+  **{name.replace("lambda", "r"): name for name in VARIANTS if name.startswith("lambda")},
 }

@@ -5,7 +5,7 @@ r"""TTSR: a demo, and the recipes of the paper.
 
     python -m vit_jax_zoo.main --config=configs/ttsr.py
     python -m vit_jax_zoo.main --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED
-    python -m vit_jax_zoo.main --config=configs/ttsr.py:own,source=pairs:/my/pairs
+    python -m vit_jax_zoo.main --config=configs/ttsr.py:finetune,source=pairs:/my/pairs
     python -m vit_jax_zoo.main --evaluate_only \
       --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
 
@@ -17,7 +17,7 @@ file (`vgg_file`): nothing that only training needs is read.
 | demo       | a stereo pair, 48x48 | -                 | 25.3 dB, bicubic 24.0 dB     |
 | cufed      | CUFED, 160x160       | sections 3.3, 4.1 | 25.40 / .760, level 1        |
 | cufed_rec  | CUFED, 160x160       | sections 3.3, 4.1 | 26.99 / .800, level 1        |
-| own        | your own pairs       | as cufed_rec      | -                            |
+| finetune   | your own pairs       | as cufed_rec      | -                            |
 
 Published test sets, with whatever weights; nothing is trained (`--evaluate_only`):
 
@@ -44,7 +44,7 @@ from configs import common
 
 def get_config(arg: str = "") -> ConfigDict:
   """Returns the config of `variant[,field=value...]`; the demo by default."""
-  return common.build(arg, VARIANTS)
+  return common.build(arg, VARIANTS, RENAMED)
 
 
 def demo(*, num_steps: int = 1000, batch_size: int = 8) -> ConfigDict:
@@ -157,7 +157,7 @@ def cufed_rec(
   return config
 
 
-def own(
+def finetune(
   *,
   source: str = "pairs:pairs",
   init_from: str = "TTSR-rec.pt",
@@ -279,9 +279,11 @@ VARIANTS: dict[str, Any] = {
   "demo": demo,
   "cufed": cufed,
   "cufed_rec": cufed_rec,
-  "own": own,
+  "finetune": finetune,
   "cufed5": functools.partial(published, "cufed5"),
   "sun80": functools.partial(published, "sun80", source="pairs:Sun80"),
   "urban100": functools.partial(published, "urban100", source="pairs:Urban100"),
   "manga109": functools.partial(published, "manga109", source="pairs:Manga109"),
 }
+
+RENAMED = {"own": "finetune"}

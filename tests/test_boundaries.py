@@ -65,7 +65,7 @@ DELETIONS = {
   "fpt": ["fpt"],
   "rcnn": ["rcnn", "fpt"],  # FPT's detectors are R-CNNs
 }
-FAST_TESTS = ["tests/test_registry.py", "tests/test_names.py", "tests/training/test_schedule.py"]
+FAST_TESTS = ["tests/ops/test_boxes.py", "tests/test_names.py", "tests/training/test_schedule.py"]
 
 
 @pytest.mark.parametrize(

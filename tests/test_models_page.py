@@ -23,8 +23,9 @@ DETR and R-CNN, and with Cityscapes' for segmentation; frozen statistics are not
 the publishers', ImageNet-1k top-1 unless stated otherwise; none was measured here.
 
 To check iGPT's likelihood on ImageNet, prepared by `python -m vit_jax_zoo.data.prepare`, run
-`python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_nats` (or `m_nats`, `l_nats`;
-append `,init_from=igpt_s_imagenet_hub` for Hugging Face's file, or a path). It prints `test/nats`.
+`python -m vit_jax_zoo.main --eval_only --config=configs/igpt.py:s_eval_nll` (or `m_eval_nll`,
+`l_eval_nll`; append `,init_from=igpt_s_imagenet_hub` for Hugging Face's file, or a path). It
+prints `test/nats`.
 """
 
 COUNTS = ("param_counts", "lambda_resnet_parameters_all", "rcnn_parameters")

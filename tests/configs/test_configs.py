@@ -97,7 +97,7 @@ def test_one_argument_moves_all_data(system, variant):
 
 @pytest.mark.parametrize(
   ("system", "variant"),
-  [("vit", "s16_imagenet"), ("vit", "b16_finetune"), ("lambda_resnet", "cccl_imagenet")],
+  [("vit", "s16_imagenet"), ("vit", "b16_finetune"), ("lambda_resnet", "r50_cccl")],
 )
 def test_data_dir_is_for_data_of_tfds(system, variant):
   config = resolve(system, f"{variant},source=folder:/images")

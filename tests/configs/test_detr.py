@@ -48,7 +48,7 @@ def test_rates_and_decay_of_the_paper():
   optimizer, params = trained("r50")
   ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
   zeros = jax.tree.map(jnp.zeros_like, ones)
-  updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(ones), ones)
+  updates, _ = jax.jit(optimizer.tx.update)(zeros, optimizer.tx.init(ones), ones)
   flat = {
     k: float(np.abs(v).max()) for k, v in traverse_util.flatten_dict(updates, sep="/").items()
   }

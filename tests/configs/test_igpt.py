@@ -134,10 +134,10 @@ def published(tmp_path):
 
 
 def nats_config(folder):
-  """That of `--config=configs/igpt.py:s_nats,... --config.model.num_colors=16 ...`."""
+  """That of `--config=configs/igpt.py:s_eval_nll,... --config.model.num_colors=16 ...`."""
   flags = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
   flags += ["--config.batch_size=8", "--config.data.loader.num_workers=0"]
-  choice = f"s_nats,source=demo:digits,split=test[:6],init_from={folder}"
+  choice = f"s_eval_nll,source=demo:digits,split=test[:6],init_from={folder}"
   return load_with_overrides(f"configs/igpt.py:{choice}", flags)
 
 
@@ -164,7 +164,7 @@ def test_weights_without_a_palette_are_not_taken_in_silence(published, tmp_path,
 
 
 def test_the_nats_of_images_that_are_not_there_name_their_preparation(tmp_path):
-  config = igpt.get_config(f"s_nats,data_dir={tmp_path}")
+  config = igpt.get_config(f"s_eval_nll,data_dir={tmp_path}")
   with pytest.raises(FileNotFoundError, match=r"vit_jax_zoo\.data\.prepare") as error:
     experiment.create(config)
   assert "\n" not in str(error.value)

@@ -9,19 +9,19 @@ from vit_jax_zoo.registry import list_models
 @pytest.mark.parametrize(
   ("variant", "magnitude", "dropout_rate", "drop_path_rate"),
   [
-    ("r50_128", 10, 0.2, 0.0),
-    ("r101_160", 10, 0.3, 0.0),
-    ("r101_192", 15, 0.2, 0.0),
-    ("r152_224", 15, 0.3, 0.1),
-    ("r420_320", 15, 0.3, 0.2),
-    ("r152_288_pseudo", 15, 0.3, 0.1),
+    ("lambda50_128", 10, 0.2, 0.0),
+    ("lambda101_160", 10, 0.3, 0.0),
+    ("lambda101_192", 15, 0.2, 0.0),
+    ("lambda152_224", 15, 0.3, 0.1),
+    ("lambda420_320", 15, 0.3, 0.2),
+    ("lambda152_288_pseudo", 15, 0.3, 0.1),
   ],
 )
 def test_scaled_networks_are_regularised_as_the_appendix_has_it(
   variant, magnitude, dropout_rate, drop_path_rate
 ):
   config = get_config(variant)
-  depth, side = variant.removeprefix("r").split("_")[:2]
+  depth, side = variant.removeprefix("lambda").split("_")[:2]
   assert config.model.name == f"lambda_resnet_{depth}"
   crop, _, randomly = config.data.train.transforms
   assert crop["size"] == config.data.eval.val.transforms[-1]["size"] == int(side)
@@ -32,7 +32,7 @@ def test_scaled_networks_are_regularised_as_the_appendix_has_it(
 
 
 def test_the_ablations_are_not_regularised():
-  config = get_config("ccll_imagenet")
+  config = get_config("r50_ccll")
   assert [t["name"] for t in config.data.train.transforms] == ["random_resized_crop", "random_flip"]
   assert "dropout_rate" not in config.model
   assert (config.optimizer.weight_decay, config.num_epochs) == (1e-4, 90)
@@ -40,14 +40,14 @@ def test_the_ablations_are_not_regularised():
 
 def test_every_network_of_the_appendix_is_there():
   assert {f"lambda_resnet_{network.depth}" for network in NETWORKS.values()} < set(list_models())
-  names = [name for name in VARIANTS if name.startswith("r")]
+  names = [name for name in VARIANTS if name.startswith("lambda")]
   assert len([name for name in names if name.endswith("_pseudo")]) == 7
   assert len([name for name in names if not name.endswith("_pseudo")]) == 12
 
 
 def test_pseudo_labels_are_mixed_in_for_as_many_steps_as_without_them():
   argument = "batch_size=4096,pseudo_source=tfds:mine,data_dir=gs://bucket"
-  config = get_config(f"r152_288_pseudo,{argument}")
+  config = get_config(f"lambda152_288_pseudo,{argument}")
   more = {"source": "tfds:mine", "split": "train", "data_dir": "gs://bucket"}
   assert [dict(other) for other in config.data.train.mixed_with] == [more]
   assert config.num_epochs is None

@@ -53,7 +53,10 @@ def test_a_rate_that_does_not_follow_is_a_warning(config, words):
   ("config", "change"),
   [
     (detr.get_config("r50,batch_size=4"), "the root rule of adamw: 0.0001 -> 2.5e-05"),
-    (lambda_resnet.get_config("r152_256,batch_size=256"), "the linear rule of sgd: 1.6 -> 0.1"),
+    (
+      lambda_resnet.get_config("lambda152_256,batch_size=256"),
+      "the linear rule of sgd: 1.6 -> 0.1",
+    ),
     (fpt.get_config("mask_rcnn_r50_fpt_coco,batch_size=2"), "linear rule of sgd: 0.05 -> 0.00625"),
   ],
   ids=("detr", "lambda_resnet", "fpt"),

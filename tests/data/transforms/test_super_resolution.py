@@ -143,7 +143,7 @@ def test_photographs_are_turned_upright_where_that_is_asked_for():
 
 
 def test_the_recipe_for_pictures_of_ones_own_has_them_upright():
-  config = ttsr.get_config("own")
+  config = ttsr.get_config("finetune")
   assert config.data.train.transforms[0]["upright"]
   assert config.data.eval.test.transforms[0]["upright"]
 
