@@ -1,8 +1,7 @@
-"""A slice that is not there: launch_tpu.sh against stand-ins of gcloud, uv and the training.
+"""A fake slice for launch_tpu.sh: stand-ins for gcloud, uv, the planner and the training run.
 
-The stand-in of gcloud keeps the slice's state in files and runs each `--command` in a real shell
-with the worker's folder as its home, so quoting, detaching, log and exit status are those of a
-worker.
+The fake gcloud keeps the state of the slice in files. It runs each `--command` in a real shell with
+the worker's folder as home, so quoting, detaching, log and exit status are those of a worker.
 """
 
 import json
@@ -15,18 +14,25 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[2]
 STAND_INS = pathlib.Path(__file__).parent / "stand_ins"
-PLACE = ["--name=vit", "--zone=us-central2-b", "--type=v5litepod-16", "--poll=0"]
+PLACE = ["--name=vit", "--zone=us-central2-b"]
+SLICE = [*PLACE, "--type=v5litepod-16"]
 MAIN = ["--config=configs/vit.py:b16", "--workdir=gs://bucket/vit"]
 TRICKY = [
   "--config=configs/vit.py:b16,image_size=384",
   "--workdir=gs://bucket/a run",
   """--config.name=it's "one", two; $HOME `id` \\ & *""",
+  "--config.text=two\nlines, é",
   "--config.empty=",
 ]
 
 
+def remote_call(call):
+  """The function that a call of gcloud runs on workers and its arguments: the last line sent."""
+  return call[-1].splitlines()[-1].split(" ") if "ssh" in call else []
+
+
 class Slice:
-  """A checkout, a PATH with the stand-ins, and what they have seen."""
+  """A checkout, a PATH with the stand-ins, and the records that these write."""
 
   def __init__(self, folder):
     self.state = folder / "state"
@@ -39,7 +45,9 @@ class Slice:
       (self.root / name).write_text("content\n")
     self.program("gcloud.py", self.bin / "gcloud")
     self.program("uv.py", self.bin / "uv")
+    self.program("planner.py", self.bin / "python3")
     self.program("main.py", self.state / "main.py")
+    (self.bin / "sleep").symlink_to(shutil.which("true"))  # no delay between two checks
     self.set(behaviours="ok")
 
   def program(self, name, path):
@@ -81,6 +89,10 @@ class Slice:
     """All calls of gcloud as lists of arguments, or those of one verb."""
     return [c for c in self.lines("calls.jsonl") if verb is None or verb in c]
 
+  def changes(self):
+    """The calls of gcloud that change something or print the log: all but the checks."""
+    return [c for c in self.calls() if "list" not in c and remote_call(c)[:1] != ["worker_status"]]
+
   def runs(self):
     return self.lines("runs.jsonl")
 
@@ -92,10 +104,10 @@ class Slice:
     self.wait_until(lambda: len(self.runs()) >= 2)
 
   def followers(self):
-    return sum("tail -n 100" in argument for call in self.calls() for argument in call)
+    return sum(remote_call(call)[:1] == ["worker_follow"] for call in self.calls())
 
-  def wait_until(self, holds):
+  def wait_until(self, condition):
     deadline = time.time() + 30
-    while not holds():
-      assert time.time() < deadline, "it did not come to that"
+    while not condition():
+      assert time.time() < deadline, "timeout"
       time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What the command says without a slice: dry runs, errors, its usage."""
+"""The command line without a slice: dry runs, errors, usage."""
 
 import shlex
 import shutil
@@ -6,93 +6,132 @@ import subprocess
 
 import pytest
 
-from tests.launch_tpu.slice import MAIN, PLACE, ROOT, TRICKY
+from tests.launch_tpu.slice import MAIN, PLACE, ROOT, SLICE, TRICKY, remote_call
+
+BASH = shutil.which("bash")
+
+
+def printed(result):
+  """The commands that a dry run prints, as lists of words."""
+  assert result.returncode == 0, result.stderr
+  return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def as_printed(call):
+  """A recorded call of gcloud in the form of a dry run: of ssh, worker and function alone."""
+  if "ssh" not in call:
+    return ["gcloud", *call]
+  worker = next(argument for argument in call if argument.startswith("--worker="))
+  return ["ssh", worker, *shlex.split(" ".join(remote_call(call)))]
 
 
 def test_dry_run_prints_every_command_and_runs_none(tpu):
-  result = tpu.launch("all", *PLACE, "--dry-run", "--", *TRICKY)
-  assert result.returncode == 0, result.stderr
+  flags = ["--config=configs/vit.py:b16", "--workdir=gs://bucket/a run", "--config.name=it's $HOME"]
+  dry = printed(tpu.launch("all", *SLICE, "--spot", "--project=p", "--dry-run", "--", *flags))
   assert not tpu.calls()
   assert not list(tpu.state.glob("*.tar.gz"))
-  printed = [shlex.split(line) for line in result.stdout.splitlines()]
-  assert [p[0] for p in printed if p[0] != "gcloud"] == ["tar", "rm"]
-  assert tpu.launch("all", *PLACE, "--", *TRICKY).returncode == 0
-  ran = tpu.calls()
-  copied = next(p for p in printed if "scp" in p)
-  copied[copied.index("scp") + 1] = tpu.calls("scp")[0][4]  # each process has an archive of its own
-  assert [p[1:] for p in printed if p[0] == "gcloud"] == ran
+  assert [words[0] for words in dry] == ["gcloud", "tar", "gcloud", "ssh", "ssh", "ssh", "gcloud"]
+  assert tpu.launch("all", *SLICE, "--spot", "--project=p", "--", *flags).returncode == 0
+  ran = [as_printed(call) for call in tpu.changes()]
+  for words in (dry[2], ran[1]):
+    assert words.pop(words.index("scp") + 1).endswith(
+      ".tar.gz"
+    )  # the name has the process's number
+  assert [words for words in dry if words[0] != "tar"] == ran
 
 
-def test_dry_run_of_a_topology_and_a_repository(tpu):
-  place = ["--name=vit", "--zone=z", "--topology=v5p:2x2x4", "--repo=https://host/a b.git"]
-  result = tpu.launch("all", *place, "--ref=v0.1", "--dry-run", "--", *MAIN)
-  assert "gcloud alpha compute" in result.stdout
-  assert "--type=v5p --topology=2x2x4 --runtime-version=v2-alpha-tpuv5\n" in result.stdout
-  assert "scp" not in result.stdout
-  command = next(a for a in shlex.split(result.stdout) if "git clone" in a)
-  assert "git clone 'https://host/a b.git' ~/vit_jax_zoo" in command
-  assert "checkout v0.1" in command
+def test_dry_run_checks_config_and_slice(tpu):
+  place = [*PLACE, "--type=v5e-16", "--dry-run"]
+  result = tpu.launch("all", *place, "--", *TRICKY)
+  assert "--accelerator-type=v5litepod-16" in printed(result)[0]
+  config = [word for word in TRICKY if word.startswith("--config")]
+  plan = ["-m", "vit_jax_zoo.plan", *config, "--topology=v5litepod-16", "--nocompile"]
+  assert tpu.lines("plans.jsonl") == [plan]
+  tpu.set(plan_status=2)
+  result = tpu.launch("all", *place, "--", *TRICKY)
+  assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_dry_run_of_one_step(tpu):
+  assert [words[2:5] for words in printed(tpu.launch("delete", *PLACE, "--dry-run"))] == [
+    ["tpus", "queued-resources", "delete"]
+  ]
+  assert printed(tpu.launch("run", *PLACE, "--dry-run", "--", *MAIN)) == [
+    ["ssh", "--worker=all", "worker_start", *MAIN]
+  ]
+  assert not tpu.calls()
 
 
 def test_copied_files_exist(tpu):
-  result = tpu.launch("setup", *PLACE, "--dry-run")
-  words = shlex.split(result.stdout.splitlines()[0])
-  assert words[0] == "tar"
-  names = words[words.index("-C") + 2 :]
+  words = printed(tpu.launch("setup", *PLACE, "--dry-run"))[0]
+  names = words[words.index("--exclude=__pycache__") + 1 :]
   assert len(names) == 6
   assert [n for n in names if not (ROOT / n).exists()] == []
 
 
 @pytest.mark.parametrize(
-  ("args", "message"),
+  ("args", "named"),
   [
-    (["launch"], "unknown command 'launch'; known commands: all create setup"),
-    (["all", "--nmae=x"], "unknown option --nmae; known options: --name --zone"),
-    (["all", "x"], "unexpected argument 'x'"),
-    (["all", "--name"], "--name needs a value"),
-    (["all", "--name", "--zone=z"], "--name needs a value"),
-    (["all", "--keep=1"], "--keep takes no value"),
-    (["all"], "no name: give the slice one with --name=NAME"),
-    (["all", "--name=x"], "no zone"),
-    (["all", "--name=x", "--zone=z"], "no type"),
-    (["create", "--name=x", "--zone=z", "--type=v5p"], "--type=v5p says no size"),
-    (["create", "--name=x", "--zone=z", "--type=v5p-8", "--topology=2x2x1"], "a size already"),
-    (["create", "--name=x", "--zone=z", "--type=v9-8"], "no software image known"),
-    (["run", *PLACE], "the run needs a --config"),
-    (["run", *PLACE, "--", "--config=c.py"], "the run needs --workdir=gs://"),
-    (["run", *PLACE, "--", "--config=c.py", "--workdir=/data"], "the run needs --workdir=gs://"),
-    (["status", *PLACE, "--", "--config=c.py"], "belong to 'run' and 'all'"),
-    (["all", *PLACE, "--retries=many", "--", *MAIN], "--retries=many is not a whole number"),
-    (["setup", *PLACE, "--ref=main"], "--ref=main goes with --repo"),
+    ([], "unknown command ''"),
+    (["launch"], "unknown command 'launch'"),
+    (["all", "--nmae=x"], "--nmae=x"),
+    (["all", "x"], "'x'"),
+    (["all", "--name"], "'--name'"),
+    (["all", "--keep=1"], "--keep=1"),
+    (["all"], "--name=''"),
+    (["delete", "--name=-vit", "--zone=z"], "--name='-vit'"),
+    (["delete", "--name=--all", "--zone=z"], "--name='--all'"),
+    (["delete", "--name=vit.*", "--zone=z"], "--name='vit.*'"),
+    (["delete", "--name=a b", "--zone=z"], "--name='a b'"),
+    (["all", "--name=x"], "--zone=''"),
+    (["all", "--name=x", "--zone=-z"], "--zone='-z'"),
+    (["all", "--name=x", "--zone=z"], "--type=''"),
+    (["create", "--name=x", "--zone=z", "--type=v5p"], "--type='v5p'"),
+    (["create", "--name=x", "--zone=z", "--type=v9-8"], "--type='v9-8'"),
+    (["run", *PLACE], "--config="),
+    (["run", *PLACE, "--", "--config=c.py"], "--workdir=gs://"),
+    (["run", *PLACE, "--", "--config=c.py", "--workdir=/data"], "--workdir=gs://"),
+    (["all", *SLICE, "--retries=many", "--", *MAIN], "--retries='many'"),
   ],
 )
-def test_errors_are_one_line(tpu, args, message):
+def test_errors_are_one_line(tpu, args, named):
   result = tpu.launch(*args)
   assert result.returncode == 2
   assert result.stdout == ""
   assert len(result.stderr.splitlines()) == 1
-  assert message in result.stderr
+  assert named in result.stderr
   assert not tpu.calls()
 
 
 def test_no_gcloud(tpu, tmp_path):
   only = tmp_path / "only"
   only.mkdir()
-  for tool in ("bash", "dirname"):
-    (only / tool).symlink_to(shutil.which(tool))
   result = subprocess.run(
-    tpu.command("create", *PLACE), env={"PATH": str(only)}, capture_output=True, text=True
+    [BASH, *tpu.command("create", *SLICE)[1:]],
+    env={"PATH": str(only)},
+    capture_output=True,
+    text=True,
+    check=False,
   )
   assert result.returncode == 2
-  assert result.stderr.startswith("launch_tpu.sh: gcloud not found; install")
+  assert len(result.stderr.splitlines()) == 1
+  assert "gcloud not found" in result.stderr
 
 
 def test_usage(tpu):
   result = tpu.launch("--help")
   assert result.returncode == 0
+  assert result.stderr == ""
   options = {w.partition("=")[0] for w in result.stdout.split() if w.startswith("--")}
-  assert {"--name", "--topology", "--spot", "--dry-run", "--keep", "--retries"} <= options
-  assert tpu.launch().returncode == 2
+  script = (ROOT / "launch_tpu.sh").read_text()
+  known = [w.strip().rstrip(")").rstrip("=*") for w in script.split("while (($#))")[1].split("\n")]
+  parsed = {line.split(")")[0].rstrip("=*") for line in known if line.startswith("--")} - {"--"}
+  assert len(parsed) == 9
+  assert parsed <= options
+
+
+def test_length():
+  assert len((ROOT / "launch_tpu.sh").read_text().splitlines()) <= 250
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")

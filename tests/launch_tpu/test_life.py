@@ -1,28 +1,22 @@
-"""A slice's whole life: created, set up, run on, followed, preempted, deleted."""
+"""The whole life of a slice: created, set up, run on, followed, preempted, deleted."""
 
-import time
+import os
+import signal
 
 import pytest
 
-from tests.launch_tpu.slice import MAIN, PLACE, TRICKY
+from tests.launch_tpu.slice import MAIN, PLACE, SLICE, TRICKY
 
 
 def test_whole_life(tpu):
-  result = tpu.launch("all", *PLACE, "--spot", "--project=p", "--", *TRICKY)
+  result = tpu.launch("all", *SLICE, "--spot", "--project=p", "--", *TRICKY)
   assert result.returncode == 0, result.stderr
-  verbs = [" ".join(c[2:4]) for c in tpu.calls()]
-  steps = [v for i, v in enumerate(verbs) if i == 0 or v != verbs[i - 1]]
-  assert steps == [
-    "queued-resources describe",
+  assert [" ".join(c[2:4]) for c in tpu.changes()] == [
     "queued-resources create",
-    "queued-resources describe",
-    "tpu-vm describe",
     "tpu-vm scp",
     "tpu-vm ssh",
-    "queued-resources describe",
-    "tpu-vm describe",
     "tpu-vm ssh",
-    "queued-resources describe",
+    "tpu-vm ssh",
     "queued-resources delete",
   ]
   assert " ".join(tpu.calls("create")[0]) == (
@@ -36,52 +30,80 @@ def test_whole_life(tpu):
 
 
 def test_main_gets_its_arguments_unchanged_on_every_worker(tpu):
-  result = tpu.launch("all", *PLACE, "--", *TRICKY)
+  result = tpu.launch("all", *SLICE, "--", *TRICKY)
   assert sorted(r["worker"] for r in tpu.runs()) == ["worker0", "worker1"]
   assert [r["args"] for r in tpu.runs()] == [["-m", "vit_jax_zoo.main", *TRICKY]] * 2
   assert "worker0, run 1: step 1\nworker0: done\n" in result.stdout
-  assert "worker1" not in result.stdout  # one log is enough to read
+  assert "worker1" not in result.stdout  # only one log is printed
 
 
 def test_steps_one_by_one(tpu):
-  for step in (["create"], ["setup"], ["run", "--", *MAIN], ["follow"]):
-    result = tpu.launch(step[0], *PLACE, *step[1:])
+  for step in (["create", *SLICE], ["setup", *PLACE], ["run", *PLACE, "--", *MAIN]):
+    result = tpu.launch(*step)
     assert result.returncode == 0, (step, result.stderr)
+  result = tpu.launch("follow", *PLACE)
+  assert result.returncode == 0
+  assert "worker0: done" in result.stdout
   result = tpu.launch("status", *PLACE)
-  assert result.stdout.startswith("slice: READY\nstatus=0\n")
+  assert "READY" in result.stderr
+  assert result.stdout.count("status=0\n") == 2
+  assert "worker1: done" in result.stdout
   assert tpu.exists
   assert tpu.launch("delete", *PLACE).returncode == 0
   assert not tpu.exists
 
 
+@pytest.mark.parametrize(
+  ("kind", "image"),
+  [
+    ("v4-32", "tpu-ubuntu2204-base"),
+    ("v5p-128", "v2-alpha-tpuv5"),
+    ("v6e-8", "v2-alpha-tpuv6e"),
+    ("v5e-8", "v2-alpha-tpuv5-lite"),
+  ],
+)
+def test_software_image(tpu, kind, image):
+  assert tpu.launch("create", *PLACE, f"--type={kind}").returncode == 0
+  assert f"--runtime-version={image}" in tpu.calls("create")[0]
+
+
+def test_software_image_of_choice(tpu):
+  assert tpu.launch("create", *SLICE, "--version=v3-beta").returncode == 0
+  assert "--runtime-version=v3-beta" in tpu.calls("create")[0]
+
+
 def test_existing_slice_is_used(tpu):
   tpu.set(request="ACTIVE")
-  result = tpu.launch("create", *PLACE)
-  assert result.returncode == 0
-  assert "exists already (READY)" in result.stderr
-  assert not tpu.calls("create")
+  assert tpu.launch("create", *SLICE).returncode == 0
+  assert not tpu.changes()
 
 
 def test_create_waits_in_the_queue(tpu):
   tpu.set(next_states="WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
-  result = tpu.launch("create", *PLACE)
+  result = tpu.launch("create", *SLICE)
   assert result.returncode == 0
-  waits = [line.split(": ")[1] for line in result.stderr.splitlines() if "waiting" in line]
-  assert waits == ["WAITING_FOR_RESOURCES", "PROVISIONING"]
+  words = result.stderr.split()
+  states = [w for w in words if w in {"WAITING_FOR_RESOURCES", "PROVISIONING", "READY"}]
+  assert states == ["WAITING_FOR_RESOURCES", "PROVISIONING", "READY"]
+
+
+def test_create_waits_for_ssh(tpu):
+  tpu.set(refused=3)
+  assert tpu.launch("create", *SLICE).returncode == 0
+  assert len(tpu.calls("ssh")) == 4
 
 
 def test_create_replaces_what_a_preemption_left(tpu):
   tpu.set(request="SUSPENDED")
-  assert tpu.launch("create", *PLACE).returncode == 0
+  assert tpu.launch("create", *SLICE).returncode == 0
   assert len(tpu.calls("delete")) == len(tpu.calls("create")) == 1
 
 
 @pytest.mark.parametrize("how", ["suspended", "preempted"])
 def test_preempted_run_resumes_on_a_new_slice(tpu, how):
   tpu.set(behaviours=f"{how} ok")
-  result = tpu.launch("all", *PLACE, "--spot", "--", *MAIN)
+  result = tpu.launch("all", *SLICE, "--spot", "--", *MAIN)
   assert result.returncode == 0, result.stderr
-  assert "cut short; resuming it, on a new slice if need be (1 of 20)" in result.stderr
   assert len(tpu.calls("create")) == len(tpu.calls("delete")) == 2
   assert {tuple(r["args"][2:]) for r in tpu.runs()} == {tuple(MAIN)}
   assert "worker0, run 2: step 1\nworker0: done\n" in result.stdout
@@ -90,7 +112,7 @@ def test_preempted_run_resumes_on_a_new_slice(tpu, how):
 
 def test_run_that_was_told_to_stop_resumes_on_its_slice(tpu):
   tpu.set(behaviours="terminated ok")
-  result = tpu.launch("all", *PLACE, "--", *MAIN)
+  result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 0, result.stderr
   assert len(tpu.calls("create")) == len(tpu.calls("delete")) == 1
   assert len(tpu.runs()) == 4
@@ -98,9 +120,8 @@ def test_run_that_was_told_to_stop_resumes_on_its_slice(tpu):
 
 def test_preemptions_without_end(tpu):
   tpu.set(behaviours="suspended")
-  result = tpu.launch("all", *PLACE, "--retries=2", "--", *MAIN)
+  result = tpu.launch("all", *SLICE, "--retries=2", "--", *MAIN)
   assert result.returncode == 1
-  assert "cut short 3 times; --retries=2 allows no more" in result.stderr
   assert len(tpu.calls("create")) == 3
   assert not tpu.exists
 
@@ -108,15 +129,15 @@ def test_preemptions_without_end(tpu):
 def test_follow_reports_a_preemption(tpu):
   tpu.set(request="SUSPENDED")
   result = tpu.launch("follow", *PLACE)
-  assert result.returncode == 75
-  assert "resumes it" in result.stderr
+  assert result.returncode != 0
+  assert "PREEMPTED" in result.stderr
 
 
 def test_failed_run_shows_the_logs_and_deletes(tpu):
   tpu.set(behaviours="fail")
-  result = tpu.launch("all", *PLACE, "--", *MAIN)
+  result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1
-  assert "the run has failed (exit status by worker: 0 1)" in result.stderr
+  assert "exit status by worker 0 1" in result.stderr
   assert "ValueError: the batch does not fit" in result.stdout
   assert not tpu.exists
   assert len(tpu.calls("create")) == 1
@@ -124,7 +145,7 @@ def test_failed_run_shows_the_logs_and_deletes(tpu):
 
 def test_keep(tpu):
   tpu.set(behaviours="fail")
-  result = tpu.launch("all", *PLACE, "--keep", "--", *MAIN)
+  result = tpu.launch("all", *SLICE, "--keep", "--", *MAIN)
   assert result.returncode == 1
   assert tpu.exists
   assert "delete --name=vit --zone=us-central2-b" in result.stderr
@@ -132,52 +153,67 @@ def test_keep(tpu):
 
 def test_slice_that_cannot_be_had(tpu):
   tpu.set(next_states="FAILED")
-  result = tpu.launch("all", *PLACE, "--", *MAIN)
+  result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1
-  assert "vit is FAILED" in result.stderr
+  assert "FAILED" in result.stderr
   assert len(tpu.calls("create")) == 1
   assert not tpu.exists
 
 
 def test_gcloud_that_is_not_logged_in(tpu):
-  tpu.set(broken_describes=99)
-  result = tpu.launch("create", *PLACE)
+  tpu.set(broken_lists=99)
+  result = tpu.launch("create", *SLICE)
   assert result.returncode == 1
-  assert "cannot describe vit in us-central2-b: ERROR" in result.stderr
-  assert len(result.stderr.splitlines()) == 1
+  assert "gcloud auth login" in result.stderr
   assert not tpu.calls("create")
 
 
 def test_broken_connections_do_not_end_the_run(tpu):
   tpu.set(behaviours="hold", dropped_connections=3)
-  process = tpu.start("all", *PLACE, "--", *MAIN)
-  tpu.wait_for_run()
-  tpu.set(broken_describes=2)
-  time.sleep(0.5)
-  tpu.set(release="")
-  _, stderr = process.communicate(timeout=60)
+  process = tpu.start("all", *SLICE, "--", *MAIN)
+  tpu.wait_until(lambda: tpu.followers() > 3)
+  tpu.set(broken_lists=2, release="")
+  stdout, stderr = process.communicate(timeout=60)
   assert process.returncode == 0, stderr
-  assert stderr.count("no connection to worker 0's log") == 3
+  assert "worker0: done" in stdout
   assert len(tpu.runs()) == 2
 
 
-def test_setup_tries_again(tpu):
-  tpu.set(request="ACTIVE", refused=2)
-  result = tpu.launch("setup", *PLACE)
-  assert result.returncode == 0, result.stderr
-  assert "attempt 2 of 3" in result.stderr
-
-
 def test_deleting_nothing_is_no_error(tpu):
-  result = tpu.launch("delete", *PLACE)
-  assert result.returncode == 0
-  assert "nothing to delete" in result.stderr
+  assert tpu.launch("delete", *PLACE).returncode == 0
+  assert not tpu.changes()
 
 
-def test_two_setups_at_once_get_in_each_others_way_but_both_succeed(tpu):
+def test_two_setups_at_once_both_succeed(tpu):
   tpu.set(request="ACTIVE")
   setups = [tpu.start("setup", *PLACE) for _ in range(2)]
   errors = [setup.communicate(timeout=60)[1] for setup in setups]
   assert [setup.returncode for setup in setups] == [0, 0], errors
-  assert len({call[4] for call in tpu.calls("scp")}) == 2, "the first removes what the other copies"
+  assert len({call[4] for call in tpu.calls("scp")}) == 2, "each has its own archive"
   assert not list(tpu.state.glob("*.tar.gz"))
+
+
+@pytest.mark.parametrize(
+  ("number", "code", "exists"),
+  [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, True)],
+)
+def test_interrupt_deletes_and_hang_up_does_not(tpu, number, code, exists):
+  tpu.set(behaviours="hold")
+  process = tpu.start("all", *SLICE, "--", *MAIN)
+  tpu.wait_for_run()
+  tpu.wait_until(tpu.followers)
+  os.killpg(process.pid, number)
+  _, stderr = process.communicate(timeout=60)
+  assert process.returncode in {code, -number}, stderr
+  assert tpu.exists == exists
+
+
+def test_termination_of_the_script_alone_deletes_at_once(tpu):
+  tpu.set(behaviours="hold")
+  process = tpu.start("all", *SLICE, "--", *MAIN)
+  tpu.wait_for_run()
+  tpu.wait_until(tpu.followers)
+  process.terminate()
+  tpu.wait_until(lambda: not tpu.exists)
+  process.communicate(timeout=60)
+  assert process.returncode != 0

@@ -1,4 +1,4 @@
-"""A gcloud whose slice is files in a folder, and whose workers are folders in it."""
+"""Fake gcloud: the slice is a set of files in a folder, and each worker is a folder in it."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ def read(name):
 
 
 def write(name, text):
-  """In one step: workers write the slice's state while the script asks for it."""
+  """Atomic, as workers write the state of the slice while the script reads it."""
   new = STATE / f"{name}.{os.getpid()}"
   new.write_text(text)
   new.replace(STATE / name)
@@ -33,7 +33,7 @@ def fail(message):
 
 
 def use_up(name):
-  """True as often as the number in the file says."""
+  """Decrements the number in the file; returns whether it was positive."""
   left = int(read(name) or 0)
   if left:
     write(name, str(left - 1))
@@ -48,12 +48,13 @@ def create():
   write("request", read("next_states") or "ACTIVE")
 
 
-def describe():
+def show():
   states = read("request").split()
-  if use_up("broken_describes"):
+  if use_up("broken_lists"):
     fail("Reauthentication failed.\nPlease run: gcloud auth login")
   if not states or (kind == "tpu-vm" and states[0] != "ACTIVE"):
-    fail("NOT_FOUND: Resource was not found")
+    print("Listed 0 items.", file=sys.stderr)
+    return
   print(read("node") or "READY" if kind == "tpu-vm" else states[0])
   if kind == "queued-resources" and len(states) > 1:
     write("request", " ".join(states[1:]))
@@ -84,7 +85,7 @@ def homes():
 
 
 def ssh():
-  if use_up("dropped_connections" if "tail -n 100" in options["command"] else "refused"):
+  if use_up("dropped_connections" if "worker_follow" in options["command"] else "refused"):
     sys.exit(255)
   codes = []
   for home in homes():
@@ -99,4 +100,4 @@ def scp():
     (home / target.partition(":")[2]).write_bytes(pathlib.Path(source).read_bytes())
 
 
-globals()[verb]()
+{"create": create, "list": show, "delete": delete, "ssh": ssh, "scp": scp}[verb]()

@@ -1,4 +1,4 @@
-"""A training that behaves as it is told: it ends, holds, fails, or is preempted."""
+"""Fake training run: finishes, waits, fails or is preempted, as the file `behaviours` lists."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A uv that installs nothing: a worker's Python is the stand-in for training."""
+"""Fake uv: installs nothing; the virtual environment's Python is the fake training run."""
 
 import os
 import pathlib

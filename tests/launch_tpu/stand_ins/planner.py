@@ -1,0 +1,12 @@
+"""Fake local Python: records the planner's arguments; its exit status is in `plan_status`."""
+
+import json
+import os
+import pathlib
+import sys
+
+STATE = pathlib.Path(os.environ["STAND_IN"])
+with (STATE / "plans.jsonl").open("a") as plans:
+  plans.write(json.dumps(sys.argv[1:]) + "\n")
+status = STATE / "plan_status"
+sys.exit(int(status.read_text()) if status.exists() else 0)
