@@ -3,11 +3,13 @@
     python -m vit_jax_zoo.plan --config=configs/igpt.py:xl_imagenet --topology=v5p:4x4x4
     python -m vit_jax_zoo.plan --config=configs/vit.py:l16_imagenet --topology=v5e:8x8 --search
     python -m vit_jax_zoo.plan --config=configs/vit.py --platform=cpu --output=plan.json
+    python -m vit_jax_zoo.plan --config=configs/vit.py --topology=v5litepod-16 --nocompile
     python -m vit_jax_zoo.plan --all
 
 It compiles the very step that `main` would run, and prints whether it fits, memory by its use,
 FLOPs, traffic, and the least time that a step, an epoch and the whole run can take. `--all` does so
-for every recipe and writes docs/PLANS.md. A TPU slice needs `pip install -e '.[plan]'`.
+for every recipe and writes docs/PLANS.md. A TPU slice needs `pip install -e '.[plan]'`, except with
+`--nocompile`, which only checks that config, slice, mesh and batch size go together.
 """
 
 import json
@@ -21,9 +23,9 @@ from ml_collections import ConfigDict
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.planning import page
-from vit_jax_zoo.planning.hardware import Machine, find_machine
+from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
 from vit_jax_zoo.planning.plan import Plan, make_plan
-from vit_jax_zoo.planning.report import report, table
+from vit_jax_zoo.planning.report import mesh, report, table
 from vit_jax_zoo.planning.search import best, search
 
 FLAGS = flags.FLAGS
@@ -32,8 +34,9 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
   flags.DEFINE_string("config", None, "as of main; --config.section.field=value sets any field")
-  flags.DEFINE_string("topology", None, "a TPU slice, such as v5e:4x4 or v5p:4x4x4")
+  flags.DEFINE_string("topology", None, "a TPU slice, such as v5e:4x4, v5p:4x4x4 or v5litepod-16")
   flags.DEFINE_string("platform", "tpu", "tpu, or cpu or cuda: what this machine has")
+  flags.DEFINE_bool("compile", True, "false: only check config, slice, mesh and batch size")
   flags.DEFINE_bool("search", False, "try several meshes, and choose one")
   flags.DEFINE_string("output", None, "a JSON file to write the plan to")
   flags.DEFINE_bool("all", False, "every recipe of configs/, into docs/PLANS.md")
@@ -62,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
   if FLAGS.output:  # a compilation may take an hour: what cannot be written is to be known before
     pathlib.Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
   config = load_with_overrides(FLAGS.config, argv[1:])
+  if not FLAGS.compile:
+    return _check(config, list(argv[1:]))
   machine = find_machine(FLAGS.platform, FLAGS.topology)
   if FLAGS.search:
     tried = _search(config, machine)
@@ -75,6 +80,21 @@ def main(argv: Sequence[str]) -> int:
     )
     pathlib.Path(FLAGS.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
   return 0 if chosen.fits else 1
+
+
+def _check(config: ConfigDict, overrides: list[str]) -> int:
+  """Checks that a config can be trained on a slice, except for its memory; returns 0.
+
+  Raises:
+    ValueError: one line, about the first field or flag that is wrong.
+  """
+  machine = simulated_slice(FLAGS.topology)
+  plan = make_plan(config, machine, name=FLAGS.config, overrides=overrides, compile_step=False)
+  _say(
+    f"{FLAGS.config} on {machine.name}: {plan.num_devices} devices, mesh {mesh(plan)}, "
+    f"batch {plan.batch_size}, {plan.num_steps} steps; memory not checked (leave out --nocompile)"
+  )
+  return 0
 
 
 def _search(config: ConfigDict, machine: Machine) -> list[Plan]:

@@ -17,7 +17,7 @@ from vit_jax_zoo import trainer as experiment
 from vit_jax_zoo.config import complete, load_with_overrides
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning.activations import activation_bytes
-from vit_jax_zoo.planning.hardware import find_machine
+from vit_jax_zoo.planning.hardware import find_machine, find_topology
 from vit_jax_zoo.planning.plan import Memory, compile_text, device_bytes, make_plan, needed_memory
 from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.planning.search import best, meshes, remat_policies, search
@@ -246,6 +246,39 @@ def test_machines_that_cannot_be(platform, topology, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  ("name", "topology"),
+  [
+    ("v5e:4x4", "v5e:4x4"),
+    ("v5litepod-16", "v5e:4x4"),
+    ("v5e-8", "v5e:2x4"),
+    ("v6e-1", "v6e:1x1"),
+    ("v5p-8", "v5p:2x2x1"),
+    ("v5p-12288", "v5p:16x16x24"),
+    ("v4-64", "v4:2x4x4"),
+    ("v3-32", "v3:4x4"),
+    ("v2-8", "v2:2x2"),
+  ],
+)
+def test_accelerator_types_have_a_topology(name, topology):
+  assert find_topology(name) == topology
+
+
+@pytest.mark.parametrize("name", ["v5litepod-17", "v5p-4", "v9-8", "v5e-", "-v5e"])
+def test_unknown_accelerator_type(name):
+  with pytest.raises(ValueError, match=r"--topology|unknown TPU"):
+    find_topology(name)
+
+
+def test_check_without_compilation():
+  run = command(*TINY, "--topology=v5litepod-8", "--nocompile")
+  assert run.returncode == 0, run.stderr
+  assert "v5e:2x4: 8 devices, mesh data=8, batch 16" in run.stdout
+  run = command(*TINY, "--topology=v5litepod-32", "--nocompile")
+  assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
+  assert "batch_size 16" in run.stderr
+
+
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ImportError, match=r"needs libtpu; pip install -e '\.\[plan\]'"):
@@ -276,6 +309,14 @@ def test_a_small_step_is_compiled_for_a_tpu_that_is_not_here():
   assert sum(plan.network_bytes.values()) > 0
   assert plan.days == pytest.approx(24 * plan.step_seconds / 86_400)
   assert "days to the end" in report(plan)
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+  ("name", "devices"), [("v5litepod-8", 8), ("v6e-256", 256), ("v5p-128", 64), ("v3-32", 32)]
+)
+def test_accelerator_types_have_the_devices_of_their_slice(name, devices):
+  assert len(find_machine("tpu", name).devices) == devices
 
 
 @pytest.mark.tpu

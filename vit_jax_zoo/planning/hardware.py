@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,16 @@ def find_chip(device_kind: str) -> Chip | None:
 TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e")
 PLATFORMS = ("tpu", "cpu", "cuda")
 
+# Chips along each axis of a slice, by their number (cloud.google.com/tpu/docs, one page a version).
+_SHAPES_2D: Mapping[int, str] = {
+  1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+  512: "16x32", 1024: "32x32",
+}  # fmt: skip
+_SHAPES_3D: Mapping[int, str] = {
+  4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
+  512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16", 6144: "16x16x24",
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -92,7 +103,7 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
 
   Args:
     platform: one of `PLATFORMS`; "tpu" needs libtpu, but no TPU.
-    topology: a TPU slice, such as "v5e:4x4".
+    topology: a TPU slice, such as "v5e:4x4" or "v5litepod-16".
 
   Raises:
     ValueError: one line, about an unknown platform or topology.
@@ -118,14 +129,67 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
   return Machine(platform, devices, kind, memory, find_chip(kind))
 
 
-def _tpu_slice(topology: str | None) -> Machine:
-  if topology is None:
+def find_topology(name: str | None) -> str:
+  """Returns the topology of a slice.
+
+  Args:
+    name: a topology, or an accelerator type of Google Cloud; the latter counts the chips of v5e and
+      v6e, and the two cores of each chip of the other versions.
+
+  Raises:
+    ValueError: one line, about an unknown TPU version or accelerator type.
+
+  >>> find_topology("v5litepod-16"), find_topology("v5p-128"), find_topology("v5e:4x4")
+  ('v5e:4x4', 'v5p:4x4x4', 'v5e:4x4')
+  """
+  if name is None:
     raise ValueError("--topology is missing; name a TPU slice, such as --topology=v5e:4x4")
-  version = topology.partition(":")[0]
+  version, separator, size = name.partition("-")
+  if version == "v5litepod":
+    version = "v5e"
+  version = version.partition(":")[0]
   if version not in TPUS:
     raise ValueError(
-      unknown_name("TPU", version, TPUS) + f"; got the topology {topology!r}, write v5e:4x4"
+      unknown_name("TPU", version, TPUS) + f"; got the topology {name!r}, write v5e:4x4"
     )
+  if not separator:
+    return name
+  shapes = _SHAPES_3D if version in ("v4", "v5p") else _SHAPES_2D
+  cores = 1 if version in ("v5e", "v6e") else 2
+  types = {str(chips * cores): f"{version}:{shape}" for chips, shape in shapes.items()}
+  if size not in types:
+    raise ValueError(
+      f"--topology: unknown accelerator type {name!r}; expected a size among {', '.join(types)}, "
+      f"or a topology such as {types['8']}"
+    )
+  return types[size]
+
+
+def simulated_slice(name: str | None) -> Machine:
+  """Returns a slice whose devices are CPU devices: for checks of a config without libtpu.
+
+  The process must not have used JAX devices before.
+
+  Args:
+    name: as for `find_topology`.
+
+  Raises:
+    ValueError: one line, about an unknown slice.
+  """
+  topology = find_topology(name)
+  version, _, shape = topology.partition(":")
+  if not re.fullmatch(r"\d+(x\d+)*", shape):
+    raise ValueError(f"--topology: {name!r} is no slice; expected a topology such as v5e:4x4")
+  chips = math.prod(int(side) for side in shape.split("x"))
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", chips * 2 if version in ("v2", "v3") else chips)
+  devices = jax.devices()
+  return Machine(topology, devices, devices[0].device_kind, memory=None, chip=None)
+
+
+def _tpu_slice(name: str | None) -> Machine:
+  topology = find_topology(name)
+  version = topology.partition(":")[0]
   if importlib.util.find_spec("libtpu") is None:
     raise ImportError("planning for a TPU needs libtpu; pip install -e '.[plan]'")
   several = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # plans at a time; none of them has a TPU

@@ -126,7 +126,12 @@ class Plan:
 
 
 def make_plan(
-  config: ConfigDict, machine: Machine, *, name: str, overrides: list[str] | None = None
+  config: ConfigDict,
+  machine: Machine,
+  *,
+  name: str,
+  overrides: list[str] | None = None,
+  compile_step: bool = True,
 ) -> Plan:
   """Compiles the training step of a config for a machine.
 
@@ -135,6 +140,7 @@ def make_plan(
     machine: where it is to run.
     name: what the user calls the config.
     overrides: what the user has set, for the record.
+    compile_step: False leaves out all that only the compiler knows.
 
   Raises:
     ValueError: one line, about whatever in the config cannot be.
@@ -167,6 +173,8 @@ def make_plan(
     notes=_notes(parts, kinds),
     date=time.strftime("%Y-%m-%d"),
   )
+  if not compile_step:
+    return plan
   mean_size = sum(share * _size(batch) for share, batch in kinds) / _size(largest)
   return _compiled(plan, program, machine, mean_size)
 
