@@ -104,7 +104,7 @@ def test_launch_script_takes_its_arguments():
   for words in launches:
     split = words.index("--") if "--" in words else len(words)
     dry = [*words[:split], *(["--dry-run"] * ("--dry-run" not in words)), *words[split:]]
-    result = subprocess.run(["bash", *dry], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(["bash", *dry], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
