@@ -39,16 +39,12 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
-LARGE_GOLDENS = GOLDENS.parents[2] / "shared" / "golden"
-"""Beside the checkout: the fixtures that are too large for the tree, which is to stay small."""
-
-
 def golden_folder(name):
-  """Returns the folder of a fixture; skips the test if it is one of the large, and not here."""
-  for folder in (GOLDENS / name, LARGE_GOLDENS / name):
-    if folder.is_dir():
-      return folder
-  return pytest.skip(f"the fixture {name} is too large for the tree, and not in ../shared/golden")
+  """Returns the folder of a fixture. A missing fixture is an error, so that no test skips it."""
+  folder = GOLDENS / name
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder}: no such fixture")
+  return folder
 
 
 def pytest_addoption(parser):
