@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
-from vit_jax_zoo.systems.vit.attention_maps import attention_rollout
-from vit_jax_zoo.systems.vit.model import VisionTransformer
-from vit_jax_zoo.systems.vit.position import sincos_2d
+from vit_jax_zoo.systems.vit.figures import attention_rollout
+from vit_jax_zoo.systems.vit.model import VisionTransformer, sincos_2d
 
 SMALL = {"num_classes": 3, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 8}
 

@@ -73,7 +73,7 @@ def tiny(size=(16, 24), **fields):
   ("form", "fields"),
   [
     ("npz", {}),
-    ("safetensors-timm", {"pool": "mean", "norm_after_pool": True, "activation": "gelu"}),
+    ("safetensors-timm", {"pool": "mean", "fc_norm": True, "activation": "gelu"}),
     ("safetensors-timm", {}),
     ("hf", {"activation": "gelu"}),
     ("hf", {"cls_token_position": False}),

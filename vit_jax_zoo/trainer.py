@@ -181,12 +181,11 @@ def _start(experiment: Experiment, program: EvaluationProgram) -> Start:
 
 
 def _token_grid(experiment: Experiment, program: EvaluationProgram) -> tuple[int, int] | None:
-  """Returns height and width of the images in tokens, for models that cut them into patches."""
-  side = getattr(experiment.model, "patch_side", None)
-  if side is None or "image" not in program.abstract_batch:
+  """Returns the height and width of the images in tokens, for models with `token_grid`."""
+  token_grid = getattr(experiment.model, "token_grid", None)
+  if token_grid is None or "image" not in program.abstract_batch:
     return None
-  _, height, width, *_ = program.abstract_batch["image"].shape
-  return height // side, width // side
+  return token_grid(program.abstract_batch["image"].shape[1:3])
 
 
 def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:

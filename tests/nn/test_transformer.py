@@ -1,4 +1,4 @@
-"""The layer stack, scanned or not, under every remat policy; stochastic depth; positions."""
+"""The layer stack, scanned or not, under every remat policy; stochastic depth."""
 
 import functools
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
-from vit_jax_zoo.nn.transformer import REMAT_POLICIES, EncoderBlock, Stack
-from vit_jax_zoo.systems.vit.position import PositionEmbedding, sincos_2d
+from vit_jax_zoo.nn.transformer import REMAT_POLICIES, Stack
+from vit_jax_zoo.systems.vit.model import EncoderBlock
 from vit_jax_zoo.weights import key_map as table
 
 BLOCK = functools.partial(EncoderBlock, num_heads=2, mlp_dim=16)
@@ -126,36 +126,3 @@ def test_drop_path_grows_linearly_and_is_on_in_scanned_blocks(variables):
   first, second = (np.asarray(o["output"][0]) for o in outputs)
   np.testing.assert_array_equal(first[0], second[0])  # the first block's rate is 0
   assert np.abs(first[-1] - second[-1]).max() > 1e-3
-
-
-@pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "sincos_2d", "none"])
-def test_position_embeddings(kind):
-  tokens = jax.random.normal(jax.random.key(0), (2, 6, 8))
-  module = PositionEmbedding(kind)
-  variables = module.init(jax.random.key(1), tokens, (2, 3))
-  added = (module.apply(variables, tokens, (2, 3)) - tokens)[0]
-  shapes = {key: x.shape for key, x in variables.get("params", {}).items()}
-  expected = {"learned_1d": {"table": (1, 6, 8)}, "learned_2d": {"rows": (2, 4), "columns": (3, 4)}}
-  assert shapes == expected.get(kind, {})
-  grid = np.asarray(added).reshape(2, 3, 8)
-  if kind == "none":
-    assert not grid.any()
-  if kind == "learned_2d":  # rows in the first half, columns in the second
-    np.testing.assert_allclose(grid[:, 0, :4], grid[:, 2, :4], atol=1e-6)
-    np.testing.assert_allclose(grid[0, :, 4:], grid[1, :, 4:], atol=1e-6)
-
-
-def test_sincos_positions():
-  grid = sincos_2d(3, 4, 8).reshape(3, 4, 8)
-  frequencies = [1, 1e-4]
-  np.testing.assert_allclose(grid[2, 3, :2], np.sin(3 * np.asarray(frequencies)), atol=1e-6)
-  np.testing.assert_allclose(grid[2, 3, 2:4], np.cos(3 * np.asarray(frequencies)), atol=1e-6)
-  np.testing.assert_allclose(grid[2, 3, 4:6], np.sin(2 * np.asarray(frequencies)), atol=1e-6)
-  np.testing.assert_allclose(grid[2, 3, 6:], np.cos(2 * np.asarray(frequencies)), atol=1e-6)
-  with pytest.raises(ValueError, match="multiple of 4"):
-    sincos_2d(2, 2, 10)
-
-
-def test_an_unknown_position_embedding_is_one_line():
-  with pytest.raises(ValueError, match="unknown position embedding 'sincos'"):
-    PositionEmbedding("sincos").init(jax.random.key(0), TOKENS, (1, 5))

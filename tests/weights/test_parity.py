@@ -46,7 +46,7 @@ def timm_logits(folder, images):
   [
     {"activation": "gelu"},
     {"activation": "gelu_tanh", "position_embedding": "sincos_2d", "pool": "mean"},
-    {"activation": "gelu", "pool": "mean", "norm_after_pool": True, "qkv_bias": False},
+    {"activation": "gelu", "pool": "mean", "fc_norm": True, "qkv_bias": False},
     {"activation": "gelu", "cls_token_position": False},
     {"activation": "quick_gelu", "position_embedding": "learned_2d"},
   ],

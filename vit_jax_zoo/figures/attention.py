@@ -303,7 +303,7 @@ def draw_attention_distances(
   """Draws how far each head of each layer looks, as in figure 7, right, of the ViT paper.
 
   Args:
-    distances: as `ops.attention_maps.attention_distances` returns them.
+    distances: as `systems.vit.figures.attention_distances` returns them.
     title: of the figure.
     unit: of the distances.
   """

@@ -330,8 +330,8 @@ def _refitted(
       f"{run.path} is a run of {run.config['task']['name']}; image_size and num_classes can be "
       "changed for classifiers"
     )
-  side = getattr(model, "patch_side", None)
-  if side is None:  # nothing but the head has another shape
+  token_grid = getattr(model, "token_grid", None)
+  if token_grid is None:  # nothing but the head has another shape
     variables, classes = _adapted(run, model), model.num_classes
     if classes in (None, _count_classes(variables)):
       return variables
@@ -341,5 +341,5 @@ def _refitted(
   images = jax.ShapeDtypeStruct((1, *(size or (224, 224)), 3), np.float32)
   shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  grids = [None if s is None else (s[0] // side, s[1] // side) for s in (seen, size)]
+  grids = [None if s is None else token_grid(s) for s in (seen, size)]
   return weights.adapt(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])

@@ -1,4 +1,4 @@
-"""Parts of Transformers: the MLP, the pre-norm encoder block, and the stack of equal layers."""
+"""Parts of Transformers: the MLP, remat policies, and the stack of equal layers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,9 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
-from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
-from vit_jax_zoo.nn.drop import DropPath
-from vit_jax_zoo.ops.sharding import shard_batch
 
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -154,57 +151,3 @@ class Stack(nn.Module):
       x, output = body(layer, x, None if per_layer is None else per_layer[i])
       outputs.append(output)
     return x, jnp.stack(outputs) if outputs and outputs[0] is not None else None
-
-
-class EncoderBlock(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)). Eq. 2 and 3 of arXiv:2010.11929.
-
-  Sows `attention_output` and `mlp_output`, before they are added, and the block's `output`.
-
-  Attributes:
-    num_heads: of the attention.
-    mlp_dim: hidden width of the perceptron.
-    dropout_rate: after attention, after the activation and after the perceptron.
-    activation: a key of `mlp.ACTIVATIONS`.
-    qkv_bias: whether query, key and value have biases.
-    layer_norm_epsilon: under the root of both norms.
-    dtype: of the computation; norms and softmax are in float32 inside.
-    attention_implementation: see `attention.Implementation`.
-  """
-
-  num_heads: int
-  mlp_dim: int
-  dropout_rate: float = 0.0
-  activation: str = "gelu_tanh"
-  qkv_bias: bool = True
-  layer_norm_epsilon: float = 1e-6
-  dtype: Dtype = jnp.float32
-  attention_implementation: Implementation = None
-
-  @nn.compact
-  def __call__(
-    self, tokens: Float[Array, "b n d"], drop_path_rate: float | Array = 0.0, *, train: bool
-  ) -> tuple[Float[Array, "b n d"], None]:
-    """Applies the block; `drop_path_rate` is the probability of dropping each branch."""
-    tokens = shard_batch(tokens)
-    norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
-    branch = norm(name="attention_norm")(tokens)
-    branch = MultiHeadAttention(
-      self.num_heads,
-      qkv_bias=self.qkv_bias,
-      dtype=self.dtype,
-      implementation=self.attention_implementation,
-      name="attention",
-    )(branch, train=train)
-    self.sow("intermediates", "attention_output", branch)
-    branch = nn.Dropout(self.dropout_rate)(branch, deterministic=not train)
-    tokens = tokens + DropPath()(branch, drop_path_rate, train=train)
-
-    branch = norm(name="mlp_norm")(tokens)
-    branch = Mlp(self.mlp_dim, self.activation, self.dropout_rate, dtype=self.dtype, name="mlp")(
-      branch, train=train
-    )
-    self.sow("intermediates", "mlp_output", branch)
-    tokens = tokens + DropPath()(branch, drop_path_rate, train=train)
-    self.sow("intermediates", "output", tokens)
-    return tokens, None

@@ -5,7 +5,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from vit_jax_zoo.registry import create_model
-from vit_jax_zoo.systems.vit.model import SHARDING_RULES, VisionTransformer
+from vit_jax_zoo.systems.vit.model import (
+  SHARDING_RULES,
+  PositionEmbedding,
+  VisionTransformer,
+  sincos_2d,
+)
 from vit_jax_zoo.training import sharding
 
 TINY = {"patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "num_classes": 5}
@@ -150,7 +155,7 @@ def test_dropout_and_stochastic_depth_are_on_while_training_only():
 
 
 def test_pooling_with_a_class_token_averages_the_patches_alone():
-  model = tiny(pool="mean", cls_token=True, norm_after_pool=True, num_classes=None)
+  model = tiny(pool="mean", cls_token=True, fc_norm=True, num_classes=None)
   variables = variables_of(model)
   out, state = jax.jit(lambda v: model.apply(v, IMAGES, mutable="intermediates"))(variables)
   patches = np.asarray(state["intermediates"]["encoded"][0])[:, 1:]
@@ -165,11 +170,8 @@ def test_pooling_with_a_class_token_averages_the_patches_alone():
 @pytest.mark.parametrize(
   ("shape", "message"),
   [
-    (
-      (1, 9, 8, 3),
-      "image height 9 is not a multiple of 4, the side of a patch in pixels; resize to 8 or 12",
-    ),
-    ((1, 8, 3, 3), "image width 3 .* resize to 4"),
+    ((1, 9, 8, 3), "image height: 9 .* 8 or 12"),
+    ((1, 8, 3, 3), "image width: 3 .* to 4"),
   ],
 )
 def test_an_image_that_patches_do_not_fill(shape, message):
@@ -179,26 +181,63 @@ def test_an_image_that_patches_do_not_fill(shape, message):
 
 def test_a_hybrid_counts_its_stride():
   model = tiny(resnet={"stage_sizes": (1, 1, 1)}, patch_size=1)
-  assert model.patch_side == 16
-  with pytest.raises(ValueError, match="not a multiple of 16"):
+  assert model.token_stride == 16
+  assert model.token_grid((32, 48)) == (2, 3)
+  with pytest.raises(ValueError, match="image height: 24"):
     shapes_of(model, jnp.zeros((1, 24, 32, 3)))
 
 
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"pool": "max"}, "unknown pool 'max'"),
-    ({"cls_token": False}, "pool 'cls' needs the class token"),
-    ({"num_classes": 0}, "None leaves out the head"),
-    ({"depth": 0}, "depth must be positive, not 0"),
-    ({"dropout_rate": -1.0}, r"dropout_rate must lie in \[0, 1\), not -1"),
-    ({"activation": "gelu_tan"}, "did you mean 'gelu_tanh'"),
-    ({"num_heads": 3}, "not a multiple of num_heads 3"),
+    ({"pool": "max"}, "pool 'max'"),
+    ({"cls_token": False}, "cls_token"),
+    ({"num_classes": 0}, "num_classes"),
+    ({"depth": 0}, "depth"),
+    ({"dropout_rate": -1.0}, "dropout_rate"),
+    ({"activation": "gelu_tan"}, "'gelu_tanh'"),
+    ({"num_heads": 3}, "num_heads"),
   ],
 )
 def test_fields_that_cannot_be(fields, message):
   with pytest.raises(ValueError, match=message):
     shapes_of(tiny(**fields), IMAGES)
+
+
+@pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "sincos_2d", "none"])
+def test_position_embeddings(kind):
+  module = PositionEmbedding(kind)
+  variables = module.init(jax.random.key(1), (2, 3), 8)
+  shapes = {key: x.shape for key, x in variables.get("params", {}).items()}
+  expected = {"learned_1d": {"table": (1, 6, 8)}, "learned_2d": {"rows": (2, 4), "columns": (3, 4)}}
+  assert shapes == expected.get(kind, {})
+  grid = np.asarray(module.apply(variables, (2, 3), 8)).reshape(2, 3, 8)
+  if kind == "none":
+    assert not grid.any()
+  if kind == "learned_2d":  # rows in the first half, columns in the second
+    np.testing.assert_allclose(grid[:, 0, :4], grid[:, 2, :4], atol=1e-6)
+    np.testing.assert_allclose(grid[0, :, 4:], grid[1, :, 4:], atol=1e-6)
+
+
+def test_a_class_token_has_a_row_of_its_own():
+  module = PositionEmbedding("learned_1d", cls_row=True)
+  assert module.init_with_output(jax.random.key(1), (2, 3), 8)[0].shape == (1, 7, 8)
+
+
+def test_sincos_positions():
+  grid = sincos_2d(3, 4, 8).reshape(3, 4, 8)
+  frequencies = [1, 1e-4]
+  np.testing.assert_allclose(grid[2, 3, :2], np.sin(3 * np.asarray(frequencies)), atol=1e-6)
+  np.testing.assert_allclose(grid[2, 3, 2:4], np.cos(3 * np.asarray(frequencies)), atol=1e-6)
+  np.testing.assert_allclose(grid[2, 3, 4:6], np.sin(2 * np.asarray(frequencies)), atol=1e-6)
+  np.testing.assert_allclose(grid[2, 3, 6:], np.cos(2 * np.asarray(frequencies)), atol=1e-6)
+  with pytest.raises(ValueError, match="width: 10"):
+    sincos_2d(2, 2, 10)
+
+
+def test_an_unknown_position_embedding_is_one_line():
+  with pytest.raises(ValueError, match="position_embedding 'sincos'"):
+    PositionEmbedding("sincos").init(jax.random.key(0), (1, 5), 8)
 
 
 def test_sharding_rules_split_heads_and_hidden_units():

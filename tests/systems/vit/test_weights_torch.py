@@ -143,8 +143,8 @@ RESNET = {"width": 32, "group_norm_epsilon": 1e-5, "std_epsilon": 0.0, "variance
 @pytest.mark.parametrize(
   "fields",
   [
-    {"qkv_bias": False, "pool": "mean", "norm_after_pool": True},
-    {"pool": "mean", "norm_after_pool": True, "cls_token": True, "num_classes": None},
+    {"qkv_bias": False, "pool": "mean", "fc_norm": True},
+    {"pool": "mean", "fc_norm": True, "cls_token": True, "num_classes": None},
     {"cls_token_position": False, "scan_layers": False},
     {"representation_size": 5},
     {"patch_size": 1, "resnet": {"stage_sizes": (1, 4), **RESNET}},
@@ -155,8 +155,8 @@ RESNET = {"width": 32, "group_norm_epsilon": 1e-5, "std_epsilon": 0.0, "variance
 def test_timm_variants_are_inferred(fields, tmp_path):
   path = str(tmp_path / "model.safetensors")
   model, variables = tiny_variables(**fields)
-  after_pool = fields.get("norm_after_pool", False)
-  vit_timm.write_file(path, flat(variables), norm_after_pool=after_pool)
+  after_pool = fields.get("fc_norm", False)
+  vit_timm.write_file(path, flat(variables), fc_norm=after_pool)
   loaded = load_pretrained(path, scan_layers=model.scan_layers)
   inferred = {key: getattr(loaded.model, key) for key in fields}
   assert inferred == fields
@@ -186,8 +186,8 @@ def test_rows_of_grids_that_are_not_square(own_row, size, tmp_path):
 
 def test_what_timms_arguments_say_of_the_pooling(tmp_path):
   path = str(tmp_path / "model.safetensors")
-  _, variables = tiny_variables(depth=1, cls_token=True, norm_after_pool=True)
-  vit_timm.write_file(path, flat(variables), norm_after_pool=True)
+  _, variables = tiny_variables(depth=1, cls_token=True, fc_norm=True)
+  vit_timm.write_file(path, flat(variables), fc_norm=True)
   for arguments, pool in (({}, "mean"), ({"global_pool": "token"}, "cls")):
     (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
     assert load_pretrained(path).model.pool == pool

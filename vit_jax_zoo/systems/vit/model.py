@@ -1,8 +1,8 @@
 """Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929.
 
-The defaults are those of the paper's own code: tanh-approximated GELU, layer-norm epsilon 1e-6,
-class token with a position of its own. timm and Hugging Face have the exact GELU, and the latter
-epsilon 1e-12: the fields `activation` and `layer_norm_epsilon` say so.
+Defaults follow the paper's code: tanh-approximated GELU, layer-norm epsilon 1e-6, a class token
+with a position embedding of its own. timm and Hugging Face use the exact GELU, and Hugging Face the
+epsilon 1e-12.
 """
 
 import functools
@@ -16,121 +16,50 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
-from vit_jax_zoo.nn.attention import Implementation
-from vit_jax_zoo.nn.drop import drop_path_rates
-from vit_jax_zoo.nn.transformer import EncoderBlock, Stack
+from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
+from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
+from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
 from vit_jax_zoo.ops.interpretability import Explanation
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.systems.vit.attention_maps import (
-  attention_distances,
-  attention_rollout,
-  patch_tokens,
-)
+from vit_jax_zoo.systems.vit import figures
 from vit_jax_zoo.systems.vit.hybrid import StandardizedResNet, total_stride
-from vit_jax_zoo.systems.vit.position import PositionEmbedding
-
-
-def _size(width: int, depth: int, mlp_dim: int, num_heads: int) -> dict[str, Any]:
-  return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}
-
-
-# B, L and H: Table 1. Ti and S: arXiv:2012.12877. giant and gigantic ("g", "G"): arXiv:2106.04560,
-# Table 2. so400m: arXiv:2305.13035. e: arXiv:2209.06794. mu and m: google-research/big_vision.
-_SIZES = {
-  "mu": _size(32, 1, 128, 2),
-  "ti": _size(192, 12, 768, 3),
-  "s": _size(384, 12, 1536, 6),
-  "m": _size(512, 12, 2048, 8),
-  "b": _size(768, 12, 3072, 12),
-  "l": _size(1024, 24, 4096, 16),
-  "so400m": _size(1152, 27, 4304, 16),
-  "h": _size(1280, 32, 5120, 16),
-  "giant": _size(1408, 40, 6144, 16),
-  "gigantic": _size(1664, 48, 8192, 16),
-  "e": _size(1792, 56, 15360, 16),
-}
-_PATCHES = {
-  "mu": (16,),
-  "ti": (16,),
-  "s": (8, 16, 32),
-  "m": (16, 32),
-  "b": (8, 16, 32),
-  "l": (14, 16, 32),
-  "so400m": (14, 16),
-  "h": (14, 16),
-  "giant": (14, 16),
-  "gigantic": (14,),
-  "e": (14,),
-}
-# Appendix B.1 and arXiv:2106.10270: stages of the ResNet, size and patch of the Transformer.
-# Without stages the root's stride 4 and 8x8 patches give 32, although the published name says 16.
-_HYBRIDS = {
-  "r_ti16": ((), "ti", 8),
-  "r_b16": ((), "b", 8),
-  "r26_s32": ((2, 2, 2, 2), "s", 1),
-  "r26_b32": ((2, 2, 2, 2), "b", 1),
-  "r50_b16": ((3, 4, 9), "b", 1),
-  "r50_b32": ((3, 4, 6, 3), "b", 1),
-  "r50_l16": ((3, 4, 9), "l", 1),
-  "r50_l32": ((3, 4, 6, 3), "l", 1),
-}
-
-VARIANTS: dict[str, dict[str, Any]] = {
-  f"vit_{size}{patch}": {**_SIZES[size], "patch_size": patch}
-  for size, patches in _PATCHES.items()
-  for patch in patches
-} | {
-  f"vit_{name}": {**_SIZES[size], "patch_size": patch, "resnet": {"stage_sizes": stages}}
-  for name, (stages, size, patch) in _HYBRIDS.items()
-}
-"""Fields of `VisionTransformer` by model name."""
-
-SHARDING_RULES = (
-  (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
-  (r".*/(query|key|value)/bias", ("model", None)),
-  (r".*/attention/out/kernel", ("model", None, "fsdp")),
-  (r".*/mlp/hidden/kernel", ("fsdp", "model")),
-  (r".*/mlp/hidden/bias", ("model",)),
-  (r".*/mlp/out/kernel", ("model", "fsdp")),
-  (r".*/(bias|scale)", ()),
-  (r".*", "fsdp"),
-)
-"""Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""
-
-POOLS = ("cls", "mean")
 
 
 class VisionTransformer(nn.Module):
-  """Cuts the image into patches, encodes them as a sequence, classifies (Eq. 1 to 4).
+  """Patch embedding, Transformer encoder, classification head (Eq. 1 to 4).
 
   Attributes:
-    num_classes: size of the label set; None leaves out the head and returns features alone.
-    patch_size: side of a patch, in pixels of the image, or of the ResNet's output in a hybrid.
-    width: of the token vectors, D in the paper.
+    num_classes: size of the label set; None: no head, as Hugging Face's `ViTModel`.
+    patch_size: side of a patch, in pixels, or in positions of a hybrid's ResNet output.
+    width: D in the paper (Table 1).
     depth: number of encoder blocks, L.
-    num_heads: attention heads in each block.
-    mlp_dim: hidden width of each block's perceptron.
-    resnet: fields of `StandardizedResNet`, at least `stage_sizes`, for a hybrid.
-    pool: what the head sees: "cls", the class token, or "mean" over the patches' tokens.
-    cls_token: whether there is a class token; None: exactly if the pool needs it.
-    norm_after_pool: normalises the pooled vector, and not the tokens (timm's `fc_norm`).
-    position_embedding: "learned_1d", "learned_2d", "sincos_2d" or "none" (Table 8).
-    cls_token_position: whether the class token has a row in the "learned_1d" table (as in the
-      paper's code); big_vision adds positions before it prepends the token.
-    representation_size: width of the tanh layer before the head (pre-training, section 3.1); None
-      leaves it out.
-    dropout_rate: after positions are added and after each dense layer but query, key and value.
-    drop_path_rate: stochastic depth of the last block, growing linearly from 0 at the first.
-    activation: "gelu_tanh" or "gelu".
-    layer_norm_epsilon: under the root of every layer norm.
-    qkv_bias: whether query, key and value have biases.
-    head_bias_init: value of the head's bias at the start; -10 for sigmoid losses with many classes.
+    num_heads: attention heads of each block.
+    mlp_dim: hidden width of each block's MLP.
+    resnet: fields of `StandardizedResNet`, at least `stage_sizes`: a hybrid (section 3.1).
+    pool: input of the head: "cls", the class token, or "mean" over patch tokens (appendix D.3).
+    cls_token: whether there is a class token; None: if the pool needs one. MAE's fine-tuned weights
+      (arXiv:2111.06377) have one and pool the patches.
+    fc_norm: applies the last norm to the pooled vector in place of the tokens: MAE, timm.
+    position_embedding: "learned_1d", "learned_2d", "none" (Table 8), or "sincos_2d"
+      (arXiv:2205.01580).
+    cls_token_position: whether "learned_1d" has a row for the class token, as in the paper's code;
+      big_vision's and DeiT-3's weights have none.
+    representation_size: width of the tanh layer before the head (section 3.1, pre-training); None:
+      no such layer.
+    dropout_rate: after position embeddings and each dense layer except query, key and value
+      (Table 3).
+    drop_path_rate: stochastic depth of the last block, linear from 0 at the first
+      (arXiv:2106.10270).
+    activation: "gelu_tanh" (Google), "gelu" (timm, Hugging Face), or another of
+      `nn.transformer.ACTIVATIONS`.
+    layer_norm_epsilon: 1e-6 (Google, timm) or 1e-12 (Hugging Face).
+    qkv_bias: whether query, key and value have biases; timm's `vit_base_patch16_224_miil` has none.
+    head_bias_init: -10 in the paper's ImageNet-21k and JFT pre-training with sigmoid losses.
     dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
-    remat: what blocks keep for the backward pass: a key of `REMAT_POLICIES`.
-    scan_layers: one block compiled and run `depth` times, or `depth` blocks; so, too, for the equal
-      units of a hybrid's stages.
-    attention_implementation: see `attention.Implementation`.
+    remat: activations saved for the backward pass, a key of `nn.transformer.REMAT_POLICIES`.
+    scan_layers: scans the encoder blocks, and the equal units of a hybrid's stages.
+    attention_implementation: see `nn.attention.Implementation`.
   """
 
   num_classes: int | None = 1000
@@ -142,7 +71,7 @@ class VisionTransformer(nn.Module):
   resnet: Mapping[str, Any] | None = None
   pool: str = "cls"
   cls_token: bool | None = None
-  norm_after_pool: bool = False
+  fc_norm: bool = False
   position_embedding: str = "learned_1d"
   cls_token_position: bool = True
   representation_size: int | None = None
@@ -157,12 +86,6 @@ class VisionTransformer(nn.Module):
   scan_layers: bool = True
   attention_implementation: Implementation = None
 
-  @property
-  def patch_side(self) -> int:
-    """Pixels of the image behind one token, along each side: a hybrid's stride counts."""
-    stride = 1 if self.resnet is None else total_stride(self.resnet["stage_sizes"])
-    return stride * self.patch_size
-
   @nn.compact
   def __call__(
     self, images: Float[Array | np.ndarray, "b h w c"], *, train: bool = False
@@ -170,114 +93,67 @@ class VisionTransformer(nn.Module):
     """Classifies `images`.
 
     Args:
-      images: normalised, to [-1, 1] in the paper's code. Their sides must be multiples of the
-        patch size (of the hybrid's stride times the patch size); they need not be square.
-      train: switches dropout and stochastic depth on; they draw from the "dropout" stream.
+      images: normalised, in [-1, 1] for Google's weights. Their sides are multiples of the token
+        stride; they need not be square.
+      train: enables dropout and stochastic depth, which draw from the "dropout" stream.
 
     Returns:
-      `features` [b d], what the head sees; `tokens` [b n width], the encoder's output, the class
-      token first if there is one; `logits` [b num_classes], unless `num_classes` is None. Features
-      and logits are float32. With `mutable="intermediates"` also `patches` [b h w width],
-      `embedded`, `encoded`, `pooled`, and below `encoder` what `EncoderBlock` and
-      `MultiHeadAttention` sow: each block's output, each attention map.
+      `features` [b d], the input of the head; `tokens` [b n width], the encoder's output, class
+      token first; `logits` [b num_classes], unless `num_classes` is None. Features and logits are
+      float32. With `mutable="intermediates"` also `patches` [b h w width], `embedded`, `encoded`,
+      `pooled`, and below `encoder` the blocks' outputs and attention maps.
     """
-    self._check()
-    patches = self._patches(jnp.asarray(images))
-    grid = (patches.shape[1], patches.shape[2])
-    tokens = patches.reshape(patches.shape[0], -1, self.width)
-    tokens = self._prefix(tokens, grid)  # Eq. 1
-    self.sow("intermediates", "embedded", tokens)
-    tokens = nn.Dropout(self.dropout_rate)(tokens, deterministic=not train)
-    rates = drop_path_rates(self.drop_path_rate, self.depth) if self.drop_path_rate else None
-    tokens, _ = self._encoder()(tokens, per_layer=rates, train=train)  # Eq. 2 and 3
-
-    norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")
-    if not self.norm_after_pool:
-      tokens = norm(tokens)  # Eq. 4
-    self.sow("intermediates", "encoded", tokens)
-    first = int(self._has_cls_token)
-    features = tokens[:, 0] if self.pool == "cls" else self._mean(tokens[:, first:])
-    if self.norm_after_pool:
-      features = norm(features)
-    self.sow("intermediates", "pooled", features)
-    return {"tokens": tokens, **self._head(features)}
-
-  def explain(
-    self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
-  ) -> Explanation:
-    """Returns what figures 6 and 7 of the paper show; see `ops.explanation`.
-
-    The head sees the class token, or the mean over the patches: that is what looks.
-    """
-    grid = (image_size[0] // self.patch_side, image_size[1] // self.patch_side)
-    weights = _attention_maps(intermediates["encoder"])
-    params, cls = variables["params"], self.pool == "cls"
-
-    def seen_by_head(maps: Array) -> Array:
-      maps = patch_tokens(maps, grid, axis=-1)
-      seen = maps[..., 0, :] if cls else patch_tokens(maps, grid, axis=-2).mean(axis=-2)
-      return seen.reshape(*seen.shape[:-1], *grid)
-
-    hybrid = self.resnet is not None
-    return Explanation(
-      looked_at=seen_by_head(attention_rollout(weights)),
-      heads=seen_by_head(weights.swapaxes(0, 1)),
-      distances=attention_distances(weights, grid, patch_size=float(self.patch_side)),
-      positions=self._positions(params, grid),
-      filters=params["resnet"]["root_conv"]["kernel"] if hybrid else params["embedding"]["kernel"],
-      viewer="the class token" if cls else "the patches' mean",
-      principal=not hybrid,
-      grid=grid,
-    )
-
-  def _positions(self, params: Mapping[str, Any], grid: tuple[int, int]) -> Array | None:
-    """Returns what is added to each patch, or None."""
-    if self.position_embedding == "none":
-      return None
-    own = params.get("position_embedding", {})
-    count = own["table"].shape[1] if "table" in own else grid[0] * grid[1]
-    add = PositionEmbedding(self.position_embedding, parent=None)
-    table = add.apply({"params": own}, jnp.zeros((1, count, self.width)), grid)
-    return patch_tokens(jnp.asarray(table)[0], grid, axis=0)
-
-  def _patches(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-    self._check_sides(images.shape[1], images.shape[2])
-    x = shard_batch(images)
+    _check(self, images.shape[1:3])
+    x = shard_batch(jnp.asarray(images))
     if self.resnet is not None:
       settings: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat != "none"}
-      settings.update(self.resnet)
-      x = StandardizedResNet(scan_layers=self.scan_layers, name="resnet", **settings)(x)
-    side = (self.patch_size, self.patch_size)
-    x = nn.Conv(self.width, side, side, padding="VALID", dtype=self.dtype, name="embedding")(x)
+      settings |= {"scan_layers": self.scan_layers, **self.resnet}
+      x = StandardizedResNet(**settings, name="resnet")(x)
+
+    # Eq. 1: patch embedding, position embedding, class token.
+    patch = (self.patch_size, self.patch_size)
+    x = nn.Conv(self.width, patch, patch, padding="VALID", dtype=self.dtype, name="embedding")(x)
     self.sow("intermediates", "patches", x)
-    return x
-
-  def _prefix(self, tokens: Float[Array, "b n d"], grid: tuple[int, int]) -> Float[Array, "b m d"]:
-    """Prepends the class token and adds positions, in the order the fields ask for."""
-    position = PositionEmbedding(self.position_embedding, name="position_embedding")
-    has_cls = self._has_cls_token
-    cls_row = has_cls and self.cls_token_position and self.position_embedding == "learned_1d"
+    grid, x = x.shape[1:3], x.reshape(x.shape[0], -1, self.width)
+    learned = self.position_embedding == "learned_1d"
+    cls_row = self.has_cls_token and self.cls_token_position and learned
+    positions = PositionEmbedding(self.position_embedding, cls_row, name="position_embedding")
+    positions = positions(grid, self.width).astype(x.dtype)
+    self.sow("intermediates", "positions", positions)
     if not cls_row:
-      tokens = position(tokens, grid)
-    if has_cls:
-      cls = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width))
-      cls = jnp.broadcast_to(cls.astype(tokens.dtype), (tokens.shape[0], 1, self.width))
-      tokens = jnp.concatenate([cls, tokens], axis=1)
-    return position(tokens, grid) if cls_row else tokens
+      x = x + positions
+    if self.has_cls_token:
+      cls = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)
+      x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+    if cls_row:
+      x = x + positions
+    self.sow("intermediates", "embedded", x)
+    x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
 
-  def _encoder(self) -> Stack:
-    block = functools.partial(
-      EncoderBlock,
-      num_heads=self.num_heads,
-      mlp_dim=self.mlp_dim,
-      dropout_rate=self.dropout_rate,
-      activation=self.activation,
-      qkv_bias=self.qkv_bias,
-      layer_norm_epsilon=self.layer_norm_epsilon,
-      dtype=self.dtype,
-      attention_implementation=self.attention_implementation,
-    )
-    return Stack(block, self.depth, self.scan_layers, self.remat, name="encoder")
+    # Eq. 2 and 3: the encoder blocks.
+    rates = drop_path_rates(self.drop_path_rate, self.depth) if self.drop_path_rate else None
+    encoder = Stack(self._block, self.depth, self.scan_layers, self.remat, name="encoder")
+    x, _ = encoder(x, per_layer=rates, train=train)
+
+    # Eq. 4: the last norm, and the pool.
+    norm = nn.LayerNorm(epsilon=self.layer_norm_epsilon, dtype=self.dtype, name="norm")
+    x = x if self.fc_norm else norm(x)
+    self.sow("intermediates", "encoded", x)
+    if self.pool == "cls":
+      features = x[:, 0]
+    else:
+      patches = x[:, int(self.has_cls_token) :]
+      features = jnp.mean(patches, axis=1, dtype=jnp.float32).astype(x.dtype)
+    features = norm(features) if self.fc_norm else features
+    self.sow("intermediates", "pooled", features)
+
+    return {"tokens": x, **self._head(features)}
+
+  @property
+  def _block(self) -> functools.partial[nn.Module]:
+    fields = ("num_heads", "mlp_dim", "dropout_rate", "activation", "qkv_bias")
+    fields += ("layer_norm_epsilon", "dtype", "attention_implementation")
+    return functools.partial(EncoderBlock, **{name: getattr(self, name) for name in fields})
 
   def _head(self, features: Float[Array, "b d"]) -> dict[str, Array]:
     if self.representation_size is not None:
@@ -295,38 +171,191 @@ class VisionTransformer(nn.Module):
     )
     return {"features": features, "logits": head(features)}
 
-  @staticmethod
-  def _mean(tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
-    return jnp.mean(tokens, axis=1, dtype=jnp.float32).astype(tokens.dtype)
+  @property
+  def token_stride(self) -> int:
+    """Pixels of the image per token along each side: a hybrid's stride times the patch size."""
+    return self.patch_size * (total_stride(self.resnet["stage_sizes"]) if self.resnet else 1)
+
+  def token_grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the height and width, in patches, of images of this size."""
+    return image_size[0] // self.token_stride, image_size[1] // self.token_stride
 
   @property
-  def _has_cls_token(self) -> bool:
+  def has_cls_token(self) -> bool:
+    """Whether the encoder's input begins with a class token."""
     return self.pool == "cls" if self.cls_token is None else self.cls_token
 
-  def _check_sides(self, height: int, width: int) -> None:
-    stride = self.patch_side
-    for name, side in (("height", height), ("width", width)):
-      if side % stride or not side:
-        below, above = side // stride * stride, (side // stride + 1) * stride
-        fits = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(
-          f"image {name} {side} is not a multiple of {stride}, the side of a patch in pixels; "
-          f"resize to {fits}"
-        )
-
-  def _check(self) -> None:
-    if self.pool not in POOLS:
-      raise ValueError(unknown_name("pool", self.pool, POOLS))
-    if self.pool == "cls" and not self._has_cls_token:
-      raise ValueError("pool 'cls' needs the class token; set cls_token=True or pool='mean'")
-    check_num_classes(self)
-    check_positive(self, "patch_size", "width", "depth", "num_heads", "mlp_dim")
-    check_rates(self, "dropout_rate")
+  def explain(
+    self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
+  ) -> Explanation:
+    """Returns the parts of figures 6 and 7 of the paper; see `ops.interpretability`."""
+    return figures.explain(self, variables["params"], intermediates, image_size)
 
 
-def _attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
-  """Returns the attention maps that the encoder has sown, scanned or unrolled."""
-  if "blocks" in intermediates:
-    return intermediates["blocks"]["attention"]["weights"][0]
-  blocks = [intermediates[f"block_{i}"] for i in range(len(intermediates))]
-  return jnp.stack([block["attention"]["weights"][0] for block in blocks])
+class EncoderBlock(nn.Module):
+  """x + MSA(LN(x)), then x + MLP(LN(x)): Eq. 2 and 3; the fields are `VisionTransformer`'s.
+
+  Sows `attention_output` and `mlp_output`, before they are added, and the block's `output`.
+  """
+
+  num_heads: int
+  mlp_dim: int
+  dropout_rate: float = 0.0
+  activation: str = "gelu_tanh"
+  qkv_bias: bool = True
+  layer_norm_epsilon: float = 1e-6
+  dtype: Dtype = jnp.float32
+  attention_implementation: Implementation = None
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b n d"], drop_path_rate: float | Array = 0.0, *, train: bool
+  ) -> tuple[Float[Array, "b n d"], None]:
+    """Applies the block; `drop_path_rate` is the probability of dropping each branch."""
+    x = shard_batch(x)
+    norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
+    y = norm(name="attention_norm")(x)
+    y = MultiHeadAttention(
+      self.num_heads,
+      qkv_bias=self.qkv_bias,
+      dtype=self.dtype,
+      implementation=self.attention_implementation,
+      name="attention",
+    )(y, train=train)
+    self.sow("intermediates", "attention_output", y)
+    y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
+    x = x + DropPath()(y, drop_path_rate, train=train)
+
+    y = norm(name="mlp_norm")(x)
+    mlp = Mlp(self.mlp_dim, self.activation, self.dropout_rate, dtype=self.dtype, name="mlp")
+    y = mlp(y, train=train)
+    self.sow("intermediates", "mlp_output", y)
+    x = x + DropPath()(y, drop_path_rate, train=train)
+    self.sow("intermediates", "output", x)
+    return x, None
+
+
+POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "none")
+
+
+class PositionEmbedding(nn.Module):
+  """Position embeddings of a grid of patches (appendix D.4).
+
+  Attributes:
+    kind: one of `POSITION_EMBEDDINGS`. "learned_1d" has a row per token, `table` [1 n d];
+      "learned_2d" concatenates half a vector per row, `rows` [h d/2], and half a vector per column,
+      `columns` [w d/2]; "sincos_2d" is fixed.
+    cls_row: "learned_1d" begins with a row for the class token.
+  """
+
+  kind: str = "learned_1d"
+  cls_row: bool = False
+
+  @nn.compact
+  def __call__(self, grid: tuple[int, int], width: int) -> Float[Array, "1 n d"]:
+    """Returns the embeddings of a grid (height, width) of patches, row by row."""
+    normal, (h, w) = nn.initializers.normal(0.02), grid
+    if self.kind == "learned_1d":
+      return jnp.asarray(self.param("table", normal, (1, self.cls_row + h * w, width)))
+    if self.kind == "learned_2d":
+      rows = self.param("rows", normal, (h, width // 2))[:, None]
+      columns = self.param("columns", normal, (w, width - width // 2))[None]
+      halves = [jnp.broadcast_to(half, (h, w, half.shape[-1])) for half in (rows, columns)]
+      return jnp.concatenate(halves, axis=-1).reshape(1, h * w, width)
+    if self.kind == "sincos_2d":
+      return jnp.asarray(sincos_2d(h, w, width))[None]
+    if self.kind == "none":
+      return jnp.zeros((1, h * w, width))
+    raise ValueError(unknown_name("position_embedding", self.kind, POSITION_EMBEDDINGS))
+
+
+def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> np.ndarray:
+  """Returns the fixed table [height * width, dim] of MoCo v3 (arXiv:2104.02057), row by row.
+
+  A quarter of the channels each for sin x, cos x, sin y, cos y, at `dim / 4` frequencies in
+  geometric progression from 1 to 1 / temperature.
+  """
+  if dim % 4 or dim < 8:
+    raise ValueError(f"width: {dim} with sincos_2d; expected a multiple of 4 of at least 8")
+  frequencies = temperature ** -np.linspace(0, 1, dim // 4)
+  y, x = np.mgrid[:height, :width].reshape(2, -1, 1) * frequencies
+  return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
+
+
+POOLS = ("cls", "mean")
+
+
+def _check(model: VisionTransformer, image_size: tuple[int, int]) -> None:
+  """Raises ValueError for fields out of range, and for images that patches do not fill."""
+  if model.pool not in POOLS:
+    raise ValueError(unknown_name("pool", model.pool, POOLS))
+  if model.pool == "cls" and not model.has_cls_token:
+    raise ValueError("cls_token: False with pool='cls'; set cls_token=True or pool='mean'")
+  check_num_classes(model)
+  check_positive(model, "patch_size", "width", "depth", "num_heads", "mlp_dim")
+  check_rates(model, "dropout_rate", "drop_path_rate")
+  stride = model.token_stride
+  for name, side in zip(("height", "width"), image_size, strict=True):
+    if side % stride or not side:
+      below, above = side // stride * stride, (side // stride + 1) * stride
+      fits = f"{below} or {above}" if below else f"{above}"
+      raise ValueError(
+        f"image {name}: {side} pixels; expected a multiple of the token stride {stride}. Resize to "
+        f"{fits}"
+      )
+
+
+SHARDING_RULES = (
+  (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
+  (r".*/(query|key|value)/bias", ("model", None)),
+  (r".*/attention/out/kernel", ("model", None, "fsdp")),
+  (r".*/mlp/hidden/kernel", ("fsdp", "model")),
+  (r".*/mlp/hidden/bias", ("model",)),
+  (r".*/mlp/out/kernel", ("model", "fsdp")),
+  (r".*/(bias|scale)", ()),
+  (r".*", "fsdp"),
+)
+"""Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""
+
+
+def _size(width: int, depth: int, mlp_dim: int, num_heads: int, patches: tuple[int, ...]) -> Any:
+  return {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads}, patches
+
+
+# B, L and H: Table 1. Ti and S: arXiv:2012.12877. giant and gigantic ("g", "G"): arXiv:2106.04560,
+# Table 2. so400m: arXiv:2305.13035. e: arXiv:2209.06794. mu and m: google-research/big_vision.
+_SIZES = {
+  "mu": _size(32, 1, 128, 2, (16,)),
+  "ti": _size(192, 12, 768, 3, (16,)),
+  "s": _size(384, 12, 1536, 6, (8, 16, 32)),
+  "m": _size(512, 12, 2048, 8, (16, 32)),
+  "b": _size(768, 12, 3072, 12, (8, 16, 32)),
+  "l": _size(1024, 24, 4096, 16, (14, 16, 32)),
+  "so400m": _size(1152, 27, 4304, 16, (14, 16)),
+  "h": _size(1280, 32, 5120, 16, (14, 16)),
+  "giant": _size(1408, 40, 6144, 16, (14, 16)),
+  "gigantic": _size(1664, 48, 8192, 16, (14,)),
+  "e": _size(1792, 56, 15360, 16, (14,)),
+}
+# Appendix B.1 and arXiv:2106.10270: stages of the ResNet, size and patch of the Transformer.
+# Without stages the root's stride 4 and 8x8 patches give 32, although the published name has 16.
+_HYBRIDS = {
+  "r_ti16": ((), "ti", 8),
+  "r_b16": ((), "b", 8),
+  "r26_s32": ((2, 2, 2, 2), "s", 1),
+  "r26_b32": ((2, 2, 2, 2), "b", 1),
+  "r50_b16": ((3, 4, 9), "b", 1),
+  "r50_b32": ((3, 4, 6, 3), "b", 1),
+  "r50_l16": ((3, 4, 9), "l", 1),
+  "r50_l32": ((3, 4, 6, 3), "l", 1),
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+  f"vit_{name}{patch}": {**fields, "patch_size": patch}
+  for name, (fields, patches) in _SIZES.items()
+  for patch in patches
+} | {
+  f"vit_{name}": {**_SIZES[size][0], "patch_size": patch, "resnet": {"stage_sizes": stages}}
+  for name, (stages, size, patch) in _HYBRIDS.items()
+}
+"""Fields of `VisionTransformer` by model name."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.ops.resize import resize_position_grid
-from vit_jax_zoo.systems.vit.position import sincos_2d
+from vit_jax_zoo.systems.vit.model import sincos_2d
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -40,7 +40,7 @@ class VitCheckpoint(Checkpoint):
     self, model: Any, wanted: Size | None, trained: Size | None
   ) -> tuple[Size, "VitCheckpoint"]:
     """Takes the size from the table of positions where nobody states it."""
-    side, trained = model.patch_side, trained or self.image_size
+    side, trained = model.token_stride, trained or self.image_size
     given, checkpoint = trained and _grid(trained, side), self
     table = self.array(POSITIONS)
     if table is not None and table.ndim == 3:  # a misshapen one is reported with all that is wrong
@@ -66,7 +66,7 @@ class VitCheckpoint(Checkpoint):
     table = self.array(POSITIONS)
     if POSITIONS not in target or self.image_size is None or table is None or table.ndim != 3:
       return self
-    side = model.patch_side
+    side = model.token_stride
     return self.fit_positions(
       num_rows=target[POSITIONS].shape[1],
       old_grid=_grid(self.image_size, side),
@@ -188,7 +188,7 @@ def with_table(export: Export, *, class_row: bool) -> Flat:
   if learned:
     table = np.asarray(params[POSITIONS])
   else:
-    grid = _grid(export.preprocess.image_size, export.model.patch_side)
+    grid = _grid(export.preprocess.image_size, export.model.token_stride)
     table = _fixed_table(fields, params, grid)[None]
   if class_row and not (learned and has_row):
     table = np.concatenate([np.zeros_like(table[:, :1]), table], axis=1)

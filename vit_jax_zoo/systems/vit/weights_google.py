@@ -29,7 +29,7 @@ from vit_jax_zoo.weights.readers import Published
 FIXED: dict[str, Any] = {
   "activation": "gelu_tanh",
   "layer_norm_epsilon": 1e-6,
-  "norm_after_pool": False,
+  "fc_norm": False,
   "qkv_bias": True,
   "resnet.group_norm_epsilon": 1e-6,
   "resnet.std_epsilon": 1e-5,

@@ -42,7 +42,7 @@ ACTIVATIONS = {
 FIXED: dict[str, Any] = {
   "pool": "cls",
   "resnet": None,
-  "norm_after_pool": False,
+  "fc_norm": False,
   "activation": tuple(dict.fromkeys(ACTIVATIONS.values())),
 }
 """What transformers' ViT has always the same, or one of."""

@@ -151,7 +151,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
     "representation_size": outputs_of(published, "pre_logits.fc"),
     "pool": "cls" if has_cls and not after_pool else "mean",
     "cls_token": has_cls,
-    "norm_after_pool": after_pool,
+    "fc_norm": after_pool,
     "position_embedding": "learned_1d",
     "cls_token_position": has_cls and _has_class_row(published),
     "qkv_bias": any(key.endswith(".attn.qkv.bias") for key in published),
@@ -237,12 +237,12 @@ def _stated_fields(
   return stated
 
 
-def state_dict(params: Mapping[str, np.ndarray], *, norm_after_pool: bool = False) -> Flat:
+def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Flat:
   """Returns a ViT's parameters under timm's keys.
 
   Args:
     params: by "/"-joined path, layers scanned or unrolled.
-    norm_after_pool: the model's field.
+    fc_norm: the model's field.
 
   Raises:
     WeightsError: timm has no name for some of them.
@@ -250,16 +250,14 @@ def state_dict(params: Mapping[str, np.ndarray], *, norm_after_pool: bool = Fals
   layers = unroll(params)
   stages = any(path.startswith("resnet/stage_") for path in layers)
   rows = table(
-    root=f"{_BACKBONE}.stem" if stages else _BACKBONE, norm="fc_norm" if norm_after_pool else "norm"
+    root=f"{_BACKBONE}.stem" if stages else _BACKBONE, norm="fc_norm" if fc_norm else "norm"
   )
   return contiguous(join(write(layers, rows)))
 
 
-def write_file(
-  path: str, params: Mapping[str, np.ndarray], *, norm_after_pool: bool = False
-) -> None:
+def write_file(path: str, params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> None:
   """Writes what `read_checkpoint` reads; see `state_dict`."""
-  write_safetensors(path, state_dict(params, norm_after_pool=norm_after_pool))
+  write_safetensors(path, state_dict(params, fc_norm=fc_norm))
 
 
 def write_checkpoint(path: str, export: Export) -> None:
@@ -273,7 +271,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   with_cls = has_cls_token(fields)
   own_row = with_cls and fields["cls_token_position"]
   params = with_table(export, class_row=own_row and fields["position_embedding"] != "learned_1d")
-  arrays = state_dict(params, norm_after_pool=fields["norm_after_pool"])
+  arrays = state_dict(params, fc_norm=fields["fc_norm"])
   size = export.preprocess.image_size
   arguments = {
     "img_size": list(size),
@@ -287,7 +285,7 @@ def write_checkpoint(path: str, export: Export) -> None:
     "class_token": with_cls,
     "no_embed_class": with_cls and not own_row,
     "global_pool": _POOLS[fields["pool"]],
-    "fc_norm": fields["norm_after_pool"],
+    "fc_norm": fields["fc_norm"],
   }
   timm_config.write(path, arrays, export, _architecture(fields), arguments)
 

@@ -1,10 +1,10 @@
-"""Attention maps taken together: by hand, and by the formulas."""
+"""Attention rollout and distances, against hand-computed values."""
 
 import jax
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.vit.attention_maps import (
+from vit_jax_zoo.systems.vit.figures import (
   attention_distances,
   attention_rollout,
   patch_tokens,
@@ -58,7 +58,7 @@ def test_distance_leaves_the_class_token_out():
 
 
 def test_a_grid_that_is_too_large_is_named():
-  with pytest.raises(ValueError, match=r"4 tokens, but the grid \(3, 3\) has 9"):
+  with pytest.raises(ValueError, match="attention maps: 4 tokens"):
     attention_distances(random_maps(1, 1, 1, 4, 4), (3, 3))
 
 
