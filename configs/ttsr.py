@@ -170,7 +170,7 @@ def finetune(
 
   Paper: as `cufed_rec`; but crops are taken at random, and of a reference around the same place,
     by `reference_margin` pixels larger on each side, since photographs are larger than CUFED's. A
-    smaller reference lies on black, as CUFED's do. Photographs are upright, as `predict` has them.
+    smaller reference lies on black, as CUFED's do.
   Weights: `init_from`, the published TTSR-rec.pt by default; "" starts from random numbers.
   Hardware: one device.
   Expected: nothing is known of your pictures. "psnr_gain" says how much better than bicubic.
@@ -179,12 +179,11 @@ def finetune(
   config = _base(source, batch_size, init_from)
   config.num_steps = num_steps
   config.data.train.transforms = [
-    {"name": "random_pair_crop", "size": size, "margin": reference_margin, "upright": True},
+    {"name": "random_pair_crop", "size": size, "margin": reference_margin},
     PAIR,
     {"name": "random_pair_turn"},
   ]
-  pair = {**PAIR, "upright": True}
-  config.data.eval = {"test": {"source": source, "split": "test", "transforms": [pair]}}
+  config.data.eval = {"test": {"source": source, "split": "test", "transforms": [PAIR]}}
   return config
 
 

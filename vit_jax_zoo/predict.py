@@ -12,8 +12,6 @@ and the exit status is 1.
 """
 
 import glob
-import io
-import json
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -22,9 +20,11 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vit_jax_zoo import cli as command_line
+from vit_jax_zoo.data import images
+from vit_jax_zoo.data.sources.files import list_images, log_ignored, read_class_names
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
@@ -34,12 +34,7 @@ from vit_jax_zoo.training import atomic_write as whole_file
 
 FLAGS = flags.FLAGS
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What is taken of a folder."""
-
 EXIT_SOME_FAILED = 1
-
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def define_flags() -> None:
@@ -72,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
   paths = find_images([*FLAGS.images, *argv[1:]])
   options = read_options()
-  names = read_class_names(FLAGS.class_names) if FLAGS.class_names else ()
+  names = read_class_names(FLAGS.class_names)
   predictor = create_predictor(load(FLAGS.workdir, class_names=names), options)
   check_options(predictor, options)
   return predict_all(predictor, paths, pathlib.Path(FLAGS.output))
@@ -121,56 +116,30 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
   for text in given:
     path = pathlib.Path(text)
     if path.is_dir():
-      files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+      listing = list_images(path)
+      log_ignored(path, listing.ignored)
+      files = [path / name for name in listing.images]
     else:
-      files = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(text)))
+      matches = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(text)))
+      files = [match for match in matches if match.is_file()]
     if not files:
-      raise FileNotFoundError(f"there is no image at {text}")
+      raise FileNotFoundError(f"--images={text}: no image file there")
     found |= dict.fromkeys(files)
   if not found:
     raise ValueError("no images are given; add --images=a.jpg, a folder, or a pattern in quotes")
   return list(found)
 
 
-def read_class_names(path: str) -> tuple[str, ...]:
-  """Reads names of classes: a line each, or a JSON list."""
-  text = pathlib.Path(path).read_text(encoding="utf-8")
-  if text.lstrip().startswith("["):
-    return tuple(map(str, json.loads(text)))
-  return tuple(line.strip() for line in text.splitlines() if line.strip())
-
-
 def read_image(path: pathlib.Path) -> np.ndarray:
-  """Decodes a user's picture: upright, RGB, whatever its kind.
-
-  Where it is transparent it lies on white, as viewers show it. 16-bit samples keep the upper byte,
-  floating-point ones are taken to lie in [0, 1], or in [0, 255] if any is above 1.
+  """Decodes an image file as training does: uint8 [h w 3]; see docs/IMAGES.md.
 
   Raises:
-    ValueError: it is no picture, or a truncated one.
+    ValueError: it cannot be read, or is no image.
   """
   try:
-    with Image.open(io.BytesIO(path.read_bytes())) as opened:
-      opened.load()
-      picture = ImageOps.exif_transpose(opened)
-  except _UNREADABLE as error:
-    reason = "not a picture" if "BytesIO" in str(error) else str(error)
-    raise ValueError(f"{path} cannot be read: {reason}") from None
-  if picture.mode.startswith("I"):
-    samples = np.asarray(picture).astype(np.int64)
-    return _gray(samples >> 8 if samples.max(initial=0) > 255 else samples)
-  if picture.mode == "F":
-    samples = np.nan_to_num(np.asarray(picture))
-    return _gray(np.round(samples * 255 if samples.max(initial=0) <= 1 else samples))
-  if picture.has_transparency_data:
-    rgba = picture.convert("RGBA")
-    picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-  return np.array(picture.convert("RGB"))
-
-
-def _gray(samples: np.ndarray) -> np.ndarray:
-  """Returns RGB pixels of gray levels, of which those outside [0, 255] are cut."""
-  return np.repeat(np.clip(samples, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    return images.decode_image(path.read_bytes())
+  except (OSError, images.CorruptExampleError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pathlib.Path) -> int:

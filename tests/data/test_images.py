@@ -27,14 +27,6 @@ def test_other_formats_agree_with_pillow(image_format):
   assert np.abs(decode_image(data).astype(int) - as_pillow(data)).max() <= 1
 
 
-def test_exif_orientation_is_ignored():
-  exif = Image.Exif()
-  exif[0x0112] = 6  # "turn by 90 degrees"
-  data = encode(PHOTO, "JPEG", exif=exif)
-  assert decode_image(data).shape == (48, 64, 3)
-  assert np.array_equal(decode_image(data), decode_image(encode(PHOTO, "JPEG")))
-
-
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
 def test_grey_becomes_three_equal_channels(image_format):
   grey = PHOTO[..., 0]
@@ -42,12 +34,6 @@ def test_grey_becomes_three_equal_channels(image_format):
   assert decoded.shape == (48, 64, 3)
   assert np.all(decoded == decoded[..., :1])
   assert np.abs(decoded[..., 0].astype(int) - grey).max() <= 8
-
-
-def test_alpha_is_dropped():
-  alpha = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64, 1)
-  data = encode(np.concatenate([PHOTO, alpha], axis=2), "PNG")
-  assert np.array_equal(decode_image(data), PHOTO)
 
 
 def test_palette():

@@ -8,10 +8,9 @@ from PIL import Image
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import images
-from vit_jax_zoo.data import images as jpeg
 from vit_jax_zoo.data.sources.base import CorruptExampleError
 
-needs_simplejpeg = pytest.mark.skipif(jpeg.simplejpeg is None, reason="simplejpeg not installed")
+needs_simplejpeg = pytest.mark.skipif(images.simplejpeg is None, reason="simplejpeg not installed")
 
 NOISE = np.random.default_rng(0).integers(256, size=(53, 70, 3), dtype=np.uint8)
 KINDS = {
@@ -47,20 +46,20 @@ class TestRows:
     data = self.data(kind)
     whole = by_opencv(data)
     for rows in range(1, 54):
-      decoded = jpeg.decode_rows(data, rows)
+      decoded = images.decode_rows(data, rows)
       assert decoded.shape[0] <= rows + 2
       np.testing.assert_array_equal(decoded[:rows], whole[:rows])
-    np.testing.assert_array_equal(jpeg.decode_rows(data), whole)
+    np.testing.assert_array_equal(images.decode_rows(data), whole)
     assert not capfd.readouterr().err
 
   def test_do_not_depend_on_the_decoder(self, kind, monkeypatch):
     data = self.data(kind)
     decoded = images.decode_image(data, rows=30)[:30]
-    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    monkeypatch.setattr(images, "simplejpeg", None)
     np.testing.assert_array_equal(images.decode_image(data, rows=30)[:30], decoded)
 
   def test_header(self, kind):
-    frame = jpeg.read_frame(self.data(kind))
+    frame = images.read_jpeg_header(self.data(kind))
     assert frame[:4] == (53, 70, 1 if kind == "grey" else 3, True)
 
 
@@ -70,27 +69,27 @@ def test_other_samplings(factor):
   flag = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{factor}")
   data = cv2.imencode(".jpg", NOISE, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, flag])[1].tobytes()
   for rows in (1, 15, 16, 17, 31, 32, 50):
-    np.testing.assert_array_equal(jpeg.decode_rows(data, rows)[:rows], by_opencv(data)[:rows])
+    np.testing.assert_array_equal(images.decode_rows(data, rows)[:rows], by_opencv(data)[:rows])
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_unusual_files_are_left_to_others(kind):
   data = UNUSUAL[kind]
-  assert jpeg.decode_rows(data, 8) is None
+  assert images.decode_rows(data, 8) is None
   with contextlib.nullcontext() if data else pytest.raises(CorruptExampleError):
     assert images.decode_image(data, rows=8).shape == (53, 70, 3)
 
 
 def test_header_of_a_progressive_file():
-  assert jpeg.read_frame(UNUSUAL["progressive"])[:4] == (53, 70, 3, False)
+  assert images.read_jpeg_header(UNUSUAL["progressive"])[:4] == (53, 70, 3, False)
   assert images.image_size(UNUSUAL["progressive"]) == (53, 70)
 
 
 @pytest.mark.parametrize("height", [0, 0xFFFF])
 def test_unbelievable_headers(height):
   data = bytearray(encode(NOISE))
-  struct.pack_into(">HH", data, jpeg.read_frame(bytes(data)).offset, height, 0xFFFF)
-  assert jpeg.read_frame(bytes(data)) is None
+  struct.pack_into(">HH", data, images.read_jpeg_header(bytes(data)).offset, height, 0xFFFF)
+  assert images.read_jpeg_header(bytes(data)) is None
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.6, 0.95])

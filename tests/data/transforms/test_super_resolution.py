@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import ttsr
 from vit_jax_zoo.data.transforms.super_resolution import (
   REFERENCES,
   TARGETS,
@@ -127,25 +126,17 @@ def encode(image, orientation):
   return stream.getvalue()
 
 
-def test_photographs_are_turned_upright_where_that_is_asked_for():
-  """Of two cameras' pictures, one held sideways: as stored by default, the official way."""
+def test_photographs_are_turned_upright():
   image, reference = noise(12, 20), noise(8, 16)
   lying = {"image": encode(np.rot90(image), 6), "reference": encode(reference, 1)}
-  found = SuperResolutionPair(upright=True)(lying, rng())
+  found = SuperResolutionPair()(lying, rng())
   np.testing.assert_array_equal(found["image"], image)
   np.testing.assert_array_equal(found["ref_image"], reference)
-  assert SuperResolutionPair()(lying, rng())["image"].shape == (20, 12, 3)
   both = {**lying, "reference": (encode(np.rot90(reference), 6),) * 2}
-  stitched = SuperResolutionPair(upright=True, stitch_side=16)(both, rng())["ref_image"]
+  stitched = SuperResolutionPair(stitch_side=16)(both, rng())["ref_image"]
   np.testing.assert_array_equal(stitched[16:24], reference)
-  cropped = RandomPairCrop((12, 20), upright=True)(lying, rng())
+  cropped = RandomPairCrop((12, 20))(lying, rng())
   np.testing.assert_array_equal(cropped["image"], image)
-
-
-def test_the_recipe_for_pictures_of_ones_own_has_them_upright():
-  config = ttsr.get_config("finetune")
-  assert config.data.train.transforms[0]["upright"]
-  assert config.data.eval.test.transforms[0]["upright"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from absl import logging
+
 from vit_jax_zoo.data.transforms import augment, detection, image, segmentation, super_resolution
 from vit_jax_zoo.data.transforms.base import Transform
 from vit_jax_zoo.errors import check_names, unknown_name
@@ -68,10 +70,17 @@ def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...
   return tuple(_build(dict(spec)) for spec in specs)
 
 
+_RETIRED = {"upright"}
+"""Fields in the configs of old runs."""
+
+
 def _build(spec: dict[str, Any]) -> Transform:
   name = spec.pop("name", None)
   if name not in TRANSFORMS:
     raise ValueError(unknown_name("transform", str(name), TRANSFORMS))
+  for field in _RETIRED & spec.keys():
+    logging.info("transform %r: the field %r is gone: images are always upright", name, field)
+    del spec[field]
   fields = dataclasses.fields(TRANSFORMS[name])
   check_names(f"field of transform {name!r}", spec, [field.name for field in fields])
   for field in fields:

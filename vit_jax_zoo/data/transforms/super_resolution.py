@@ -6,13 +6,12 @@ that is neither MATLAB's filter, which other papers use, nor PyTorch's inside th
 """
 
 import dataclasses
-import io
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from vit_jax_zoo.data.images import Pixels
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
@@ -44,15 +43,12 @@ class SuperResolutionPair(Transform):
     stitch_side: where an example has several references, each is laid in a black square of this
       side, and the squares stand below each other. The authors' is 500: issue 3 of
       researchmm/TTSR.
-    upright: pictures are turned as their EXIF orientation says, as cameras that were held upright
-      write it; the published data code ignores that.
   """
 
   name = "super_resolution_pair"
 
   reference_side: int | None = None
   stitch_side: int = 500
-  upright: bool = False
 
   def __post_init__(self) -> None:
     for field in ("reference_side", "stitch_side"):
@@ -65,7 +61,7 @@ class SuperResolutionPair(Transform):
     del rng
     if "reference" not in example:
       raise ValueError("the example has no 'reference'; use a source that has, such as pairs:/path")
-    image = crop_to_multiple(_decode(example["image"], upright=self.upright), "the picture")
+    image = crop_to_multiple(pixels(example["image"]), "the picture")
     low_res = shrink(image)
     reference = self._reference(example["reference"], low_res)
     blurred = enlarge(shrink(reference), reference.shape[:2])
@@ -88,8 +84,8 @@ class SuperResolutionPair(Transform):
       given = low_res
     try:
       if isinstance(given, tuple | list):
-        given = stitch([_decode(one, upright=self.upright) for one in given], self.stitch_side)
-      reference = _decode(given, upright=self.upright)
+        given = stitch([pixels(one) for one in given], self.stitch_side)
+      reference = pixels(given)
     except CorruptExampleError as error:
       raise CorruptExampleError(f"its reference: {error}") from error
     if min(reference.shape[:2]) < SCALE:
@@ -109,14 +105,12 @@ class RandomPairCrop(Transform):
     size: height and width, or the side, of the picture's crop; multiples of 4.
     margin: pixels above and below, and left and right, or on all sides, by which the reference's
       crop is larger; multiples of 2.
-    upright: see `SuperResolutionPair`; the crop is of what is decoded here, so it is asked here.
   """
 
   name = "random_pair_crop"
 
   size: int | Sequence[int]
   margin: int | Sequence[int] = 0
-  upright: bool = False
 
   def __post_init__(self) -> None:
     if any(side < SCALE or side % SCALE for side in _pair(self.size)):
@@ -126,9 +120,7 @@ class RandomPairCrop(Transform):
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with both crops."""
-    image, reference = (
-      _decode(example[key], upright=self.upright) for key in ("image", "reference")
-    )
+    image, reference = (pixels(example[key]) for key in ("image", "reference"))
     size = _pair(self.size)
     wanted = (size[0] + 2 * _pair(self.margin)[0], size[1] + 2 * _pair(self.margin)[1])
     corner = [int(rng.integers(_room(image, size, axis), endpoint=True)) for axis in (0, 1)]
@@ -236,20 +228,6 @@ def crop_to_multiple(image: Pixels, what: str = "the picture") -> Resized:
   if not height or not width:
     raise ValueError(f"{what} is {_sides(image)}; expected at least {SCALE}x{SCALE} pixels")
   return image[:height, :width]
-
-
-def _decode(given: Any, *, upright: bool) -> Pixels:
-  """Returns pixels; of a file, turned as its EXIF orientation says, if they are to be upright."""
-  image = pixels(given)
-  if not upright or not isinstance(given, bytes):
-    return image
-  with Image.open(io.BytesIO(given)) as opened:
-    orientation = opened.getexif().get(ExifTags.Base.Orientation, 1)
-  turned = Image.Exif()
-  turned[ExifTags.Base.Orientation] = orientation
-  lying = Image.fromarray(image)
-  lying.info["exif"] = turned.tobytes()
-  return np.array(ImageOps.exif_transpose(lying))
 
 
 def stitch(images: Sequence[Any], side: int) -> Resized:
