@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_jax_zoo.data.sources import KINDS, load_source
+from vit_jax_zoo.data.sources import load_source, split_name
 from vit_jax_zoo.data.sources.base import (
   DatasetInfo,
   Example,
@@ -24,7 +24,6 @@ from vit_jax_zoo.data.sources.base import (
   select_split,
 )
 from vit_jax_zoo.data.transforms.detection import objects_example
-from vit_jax_zoo.errors import unknown_name
 
 Size = tuple[int, int]
 
@@ -85,6 +84,7 @@ _USUAL = {
   "tfds": "imagenet2012",
   "folder": "imagenet2012",
   "coco": "coco/2017",
+  "segmentation": "ADEChallengeData2016",
   "segments": "ADEChallengeData2016",
 }
 _OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
@@ -103,9 +103,7 @@ def load(name: str, split: str, **options: Any) -> Source:
   Raises:
     ValueError: an unknown kind, demo or split.
   """
-  kind, _, location = name.partition(":")
-  if kind not in KINDS:
-    raise ValueError(unknown_name("kind of source", kind, KINDS) + f"; got the source {name!r}")
+  kind, location = split_name(name)
   facts = _known(location)
   if facts is not None:
     return _stand_in(name, split, facts, options)

@@ -85,12 +85,13 @@ def test_index_out_of_range():
   [
     ("dmeo:digits", {}, "did you mean 'demo'"),
     ("demo:digit", {}, "unknown demo 'digit'; did you mean 'digits'"),
-    ("demo", {}, "says nothing after its kind"),
+    ("demo", {}, "has no location"),
+    ("../photos", {}, "did you mean folder:../photos"),
     ("tfds:x", {"datadir": "/"}, "did you mean 'data_dir'"),
   ],
 )
 def test_wrong_names_are_one_line(name, options, message):
-  with pytest.raises(ValueError, match=r"did you mean|says nothing") as error:
+  with pytest.raises(ValueError, match=r"did you mean|no location") as error:
     load_source(name, "train", **options)
   assert message in str(error.value)
   assert "\n" not in str(error.value)

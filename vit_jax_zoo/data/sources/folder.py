@@ -1,20 +1,20 @@
 """Your own images: a folder for each class.
 
     flowers/daisy/01.jpg  flowers/rose/17.png                    split by a hash of the file name
-    flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split as the folders say
+    flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split by folder
 
-The held-out folder may be `test`, `val`, `valid` or `validation`. The last three are one name:
-where one of them is there, the others mean it. Where only a test set or only a validation set is
-there, all four names mean it, so a config written for either works.
+Split folders are `train` or `training`, `test` or `testing`, `val`, `valid` or `validation`, in any
+case. The last three are aliases of the one that is there; with only a test set or only a validation
+set, all four names mean it, so that a config written for either works.
 
-Without `train/` there is a fixed random split: 90 % `train`, 10 % `test`, decided by a hash of each
-file's path below the root, so that it is the same on every machine, and adding files moves none of
-the others. `all` is both; `val`, `valid` and `validation` are `test`, as above. Examples are
-ordered by the same hash: any slice mixes the classes.
+Without split folders, 10 % of the images are `test` and the rest `train`, by a hash of each file's
+path below the root: the same on every machine, and stable when files are added. Each class with two
+or more images has at least one in both. `all` is both; `val`, `valid` and `validation` are `test`.
+Examples are in the order of the hash, so that any slice mixes the classes.
 
-For whoever chooses between models, or checkpoints, `train` is also cut in two, by the same hash:
-`fit`, to learn from, and `choose`, a tenth of all or so. With folders for training, validation and
-test, these two are the first and the second of them, as they are.
+For the choice of a model or checkpoint, `train` is split further by the same hash: `fit` to train
+on, and `choose`, a tenth. Where there are folders for training, validation and test, these two are
+the training and the validation set.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from typing import TypeAlias
 import numpy as np
 from absl import logging
 
+from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources.base import (
   VALIDATION_NAMES,
   DatasetInfo,
@@ -36,20 +37,22 @@ from vit_jax_zoo.data.sources.base import (
   Splits,
   name_validation,
 )
+from vit_jax_zoo.data.sources.files import is_hidden, list_images, log_ignored, read_class_names
 
-IMAGE_SUFFIXES = frozenset(
-  (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
-)
-SPLIT_FOLDERS = ("train", "test", *VALIDATION_NAMES)
+SPLIT_FOLDERS = {
+  "train": "train", "training": "train", "test": "test", "testing": "test",
+  **{name: name for name in VALIDATION_NAMES},
+}  # fmt: skip
+"""Splits by the names that their folders may have, in lower case."""
+
 TEST_FRACTION = 0.1
 CHOOSE_FRACTION = 0.1
 
-_NAMED = 5
-"""So many ignored files are named."""
+_LISTED = 5
 
 
 class FolderSource(Source):
-  """Image files, each with the class of the folder it lies in. `image` is the file's bytes."""
+  """Image files with the class of their folder. `image` is the file's bytes."""
 
   def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, int]]) -> None:
     self.info = info
@@ -61,7 +64,7 @@ class FolderSource(Source):
       return {"image": file.read(), "label": self._files[index][1]}
 
   def labels(self) -> np.ndarray:
-    """Returns the number of each file's class."""
+    """Returns the labels of all files."""
     return np.array([label for _, label in self._files], np.int64)
 
   def example_name(self, index: int) -> str:
@@ -69,22 +72,18 @@ class FolderSource(Source):
     return os.path.join(self._root, self._files[index][0])
 
   def part(self, *, chosen: bool) -> "FolderSource":
-    """Returns the files that are held out to choose by, those with the highest hashes; or the rest.
-
-    At least one is held out.
+    """Returns the held-out part (`chosen`) or the rest.
 
     Raises:
-      ValueError: there are not two files.
+      ValueError: there are fewer than two files.
     """
     if len(self._files) < 2:
       raise ValueError(
-        f"{self.info.name} has {len(self._files)} image to train on, and none to choose by; "
-        "expected at least 2, and better dozens of each class"
+        f"{self.info.name}: {len(self._files)} training image, and none for a held-out part; "
+        "expected at least 2, better dozens of each class"
       )
-    first = sum(_hash(path) < (1 - CHOOSE_FRACTION) * 2**64 for path, _ in self._files)
-    if first == len(self._files):
-      first -= 1
-    files = self._files[first:] if chosen else self._files[:first]
+    fit, choose = _hold_out(self._files, CHOOSE_FRACTION, highest=True)
+    files = choose if chosen else fit
     return FolderSource(dataclasses.replace(self.info, num_examples=len(files)), self._root, files)
 
 
@@ -92,16 +91,16 @@ FolderSplits: TypeAlias = Mapping[str, Callable[[], FolderSource]]
 
 
 def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
-  """Finds the images below a folder; splits also go by their other names.
+  """Finds the images below a folder.
 
   Args:
-    location: the folder, on a disk of this machine.
-    class_names: the classes in the order of their labels, or a text file with one on each line,
-      when labels must agree with a published model's. Without it, folder names in sorted order.
+    location: a local folder.
+    class_names: the classes in the order of their labels, or a text file with one a line; needed
+      where labels must agree with a published model's. Default: folder names in sorted order.
 
   Raises:
     FileNotFoundError: there is no such folder.
-    ValueError: it is not local, or holds no class folders, no images, or a class that `class_names`
+    ValueError: it is not local, or has no class folders, no images, or a class that `class_names`
       lacks.
   """
   splits = find_splits(location, class_names)
@@ -109,7 +108,7 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
 
 
 def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> FolderSplits:
-  """Finds the images below a folder, as `open_splits`; each split has one name, its folder's."""
+  """Returns the splits of `open_splits` without their aliases."""
   if "://" in location:
     raise ValueError(
       f"folder:{location} is not on a local disk; copy it there, or pack it with python -m "
@@ -121,26 +120,143 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
       f"folder:{location} is not a folder; expected one folder for each class, with images inside "
       "(demo:photos needs no files)"
     )
-  names = read_names(class_names)
-  folders = [root / name for name in SPLIT_FOLDERS if (root / name).is_dir()]
-  if root / "train" not in folders:
-    folders = []
-  found = {folder: _scan(folder) for folder in folders or [root]}
+  splits = _split_folders(root)
+  found = {name: _scan(folder) for name, folder in (splits or {"": root}).items()}
   if not any(found.values()):
     raise ValueError(
-      f"{root} holds no images in class folders; expected {root}/<class>/<image>, with one of "
-      f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+      f"{root} has no images in class folders; expected {root}/<class>/<image>, with one of "
+      f"{', '.join(sorted(suffixes()))}"
     )
+  if not splits:
+    _check_not_wrapped(root, {name for _, name in found[""]}, location)
+  names = read_class_names(class_names)
   names = names or tuple(sorted({name for files in found.values() for _, name in files}))
   whole = DatasetInfo(f"folder:{location}", 0, len(names), names)
-  if folders:
-    splits = {f.name: _labelled(f, files, names) for f, files in found.items() if files}
-    return {n: functools.partial(_open, whole, root / n, splits[n]) for n in splits}
-  return _hashed_splits(whole, root, _labelled(root, found[root], names))
+  if not splits:
+    return _hashed_splits(whole, root, _labelled(root, found[""], names))
+  labelled = {s: _labelled(splits[s], files, names) for s, files in found.items() if files}
+  return {s: functools.partial(_open, whole, splits[s], files) for s, files in labelled.items()}
+
+
+def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Returns the split folders, by split; none where `train` and `test` are classes.
+
+  A split folder has class folders inside.
+  """
+  folders = _folders(root)
+  named = [f for f in folders if f.name.lower() in SPLIT_FOLDERS]
+  nested = [f for f in named if _folders(f)]
+  splits: dict[str, pathlib.Path] = {}
+  for folder in nested:
+    split = SPLIT_FOLDERS[folder.name.lower()]
+    if split in splits:
+      raise ValueError(f"{splits[split]} and {folder} are both the split {split!r}; keep one")
+    splits[split] = folder
+  if "train" in splits or (splits and len(nested) == len(folders)):
+    return splits
+  if len(named) > 1 and len(named) == len(folders) and not nested:
+    raise ValueError(
+      f"{root} has split folders ({', '.join(f.name for f in named)}) without class folders; "
+      f"expected {named[0]}/<class>/<image>"
+    )
+  return {}
+
+
+def _folders(root: pathlib.Path) -> list[pathlib.Path]:
+  return sorted(f for f in root.iterdir() if f.is_dir() and not is_hidden(f.name))
+
+
+def _check_not_wrapped(root: pathlib.Path, classes: set[str], location: str) -> None:
+  """Refuses a folder whose only folder holds the dataset."""
+  if len(classes) != 1:
+    return
+  inner = root / next(iter(classes))
+  inside = _folders(inner)
+  splits = [f for f in inside if f.name.lower() in SPLIT_FOLDERS]
+  if splits or (len(inside) > 1 and not list_images(inner, recursive=False).images):
+    raise ValueError(
+      f"folder:{location} has a single class folder, {inner.name}, with the folders "
+      f"{', '.join(f.name for f in inside[:_LISTED])}; did you mean "
+      f"folder:{location.rstrip('/')}/{inner.name}?"
+    )
+
+
+def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
+  """Returns (path below the root, class) of every image in a class folder, ordered by hash."""
+  found: list[tuple[str, str]] = []
+  ignored: list[str] = []
+  for folder in _folders(root):
+    listing = list_images(folder)
+    found += [(f"{folder.name}/{path}", folder.name) for path in listing.images]
+    ignored += [f"{folder.name}/{path}" for path in listing.ignored]
+  log_ignored(root, ignored)
+  return sorted(found, key=lambda file: (_hash(file[0]), file[0]))
+
+
+def _labelled(
+  root: pathlib.Path, files: list[tuple[str, str]], names: tuple[str, ...]
+) -> list[tuple[str, int]]:
+  labels = {name: label for label, name in enumerate(names)}
+  unknown = sorted({name for _, name in files} - set(labels))
+  if unknown:
+    raise ValueError(
+      f"{root / unknown[0]} is not one of the {len(names)} class_names; expected every class "
+      f"folder in the list ({len(unknown)} are missing)"
+    )
+  return [(path, labels[name]) for path, name in files]
+
+
+def _hashed_splits(
+  whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]
+) -> FolderSplits:
+  train, test = _hold_out(files, TEST_FRACTION)
+  untested = sorted({label for _, label in files} - {label for _, label in test})
+  if untested:
+    named = ", ".join(whole.class_names[label] for label in untested[:_LISTED])
+    _warn_once(f"{root}: {len(untested)} classes have no test image: {named}; add images to them")
+  splits = {"train": train, "test": test, "all": files}
+  return {name: functools.partial(_open, whole, root, splits[name]) for name in splits}
+
+
+_warn_once = functools.cache(logging.warning)
+
+
+def _hold_out(
+  files: list[tuple[str, int]], fraction: float, *, highest: bool = False
+) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+  """Splits files in (kept, held out) by hash.
+
+  Of each class with two or more files, at least one is kept and one held out.
+
+  Args:
+    files: paths and labels, ordered by hash.
+    fraction: of the range of hashes that is held out.
+    highest: hold out the files with the highest hashes, not the lowest.
+  """
+  by_class: dict[int, list[tuple[str, int]]] = {}
+  for file in reversed(files) if highest else files:
+    by_class.setdefault(file[1], []).append(file)
+  held: set[tuple[str, int]] = set()
+  for members in by_class.values():
+    ranks = (_hash(path) / 2**64 for path, _ in members)
+    count = sum((1 - rank if highest else rank) < fraction for rank in ranks)
+    held.update(members[: min(max(count, 1), len(members) - 1)])
+  if not held:  # one file a class
+    held = set(files[-1:] if highest else files[:1])
+  return [f for f in files if f not in held], [f for f in files if f in held]
+
+
+def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> FolderSource:
+  return FolderSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
+
+
+def _hash(path: str) -> int:
+  """Returns a number in [0, 2**64) that depends on the path alone."""
+  return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")
 
 
 def _name_choices(splits: FolderSplits) -> Splits:
-  """Adds `fit` and `choose`: what to learn from, and what to choose a checkpoint by."""
+  """Adds the splits `fit` and `choose`."""
   validation = [name for name in VALIDATION_NAMES if name in splits]
   if "train" not in splits:
     return splits
@@ -155,10 +271,9 @@ def _name_choices(splits: FolderSplits) -> Splits:
 
 
 def _name_test(splits: Splits, location: str) -> Splits:
-  """Lets the test set stand for a validation set where there is none, and the other way round.
+  """Makes `test` an alias of the validation set where there is none, and the reverse.
 
-  A dataset of TFDS is not treated so: there, what a published number was measured on must be named.
-  Where there is neither, whoever asks for one is told what to do.
+  TFDS datasets have no such aliases: what a published number was measured on must be named.
   """
   validation = {splits[name] for name in VALIDATION_NAMES if name in splits}
   if "test" in splits and not validation:
@@ -176,64 +291,3 @@ def _nothing_held_out(location: str) -> Source:
     f"folder:{location} has images in train/, but none in test/ or val/; add one of them, or give "
     f"folder:{location.rstrip('/')}/train, of which a tenth is then held out"
   )
-
-
-def _hashed_splits(
-  whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]
-) -> FolderSplits:
-  # Of a dozen files there may be none with a hash so small: then it is the smallest.
-  test = [file for file in files if _hash(file[0]) < TEST_FRACTION * 2**64] or files[:1]
-  train = files[len(test) :]  # they are in the order of their hashes
-  splits = {"train": train, "test": test, "all": files}
-  return {name: functools.partial(_open, whole, root, splits[name]) for name in splits}
-
-
-def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> FolderSource:
-  return FolderSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
-
-
-def read_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:
-  """Returns the class names that were given, or that stand in the file of that name."""
-  if isinstance(class_names, str):
-    text = pathlib.Path(class_names).expanduser().read_text()
-    class_names = [line.strip() for line in text.splitlines() if line.strip()]
-  return tuple(class_names or ())
-
-
-def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
-  """Returns (path below the root, class) of every image in a class folder, ordered by hash."""
-  found: list[tuple[str, str]] = []
-  ignored: list[str] = []
-  for folder in sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")):
-    for parent, _, files in os.walk(folder):
-      below = os.path.relpath(parent, root)
-      images = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
-      ignored += sorted(os.path.join(below, f) for f in set(files) - set(images))
-      found += [(pathlib.PurePath(below, f).as_posix(), folder.name) for f in images]
-  if ignored:
-    _say_ignored(root, tuple(ignored))
-  return sorted(found, key=lambda file: (_hash(file[0]), file[0]))
-
-
-@functools.cache  # each split of a run reads the folder anew
-def _say_ignored(root: pathlib.Path, ignored: tuple[str, ...]) -> None:
-  named = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
-  logging.info("%s: files that are not images and were ignored (%d): %s", root, len(ignored), named)
-
-
-def _labelled(
-  root: pathlib.Path, files: list[tuple[str, str]], names: tuple[str, ...]
-) -> list[tuple[str, int]]:
-  labels = {name: label for label, name in enumerate(names)}
-  unknown = sorted({name for _, name in files} - set(labels))
-  if unknown:
-    raise ValueError(
-      f"{root / unknown[0]} is not one of the {len(names)} class_names; the list must name every "
-      f"class folder ({len(unknown)} are missing)"
-    )
-  return [(path, labels[name]) for path, name in files]
-
-
-def _hash(path: str) -> int:
-  """Returns a number in [0, 2**64) that depends on the path alone."""
-  return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big")

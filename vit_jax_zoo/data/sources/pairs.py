@@ -25,8 +25,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
+from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
-from vit_jax_zoo.data.sources.folder import IMAGE_SUFFIXES, TEST_FRACTION
+from vit_jax_zoo.data.sources.folder import TEST_FRACTION
 from vit_jax_zoo.errors import unknown_name
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
@@ -157,7 +158,7 @@ def _named_alike(inputs: pathlib.Path, references: pathlib.Path) -> Pairs:
   """Pairs pictures with files of their name, or with the files of a folder of their name."""
   images = _images(inputs)
   if not images:
-    raise ValueError(f"{inputs} holds no images, of {', '.join(sorted(IMAGE_SUFFIXES))}")
+    raise ValueError(f"{inputs} holds no images, of {', '.join(sorted(suffixes()))}")
   known: dict[str, tuple[pathlib.Path, ...]] = {p.stem: (p,) for p in _images(references)}
   folders = [path for path in _listing(references) if path.is_dir()]
   for folder in folders:
@@ -190,7 +191,7 @@ def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the image files in a folder, numbers in their names in the order of their values."""
-  found = [path for path in _listing(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+  found = [path for path in _listing(folder) if path.suffix.lower() in suffixes()]
   return sorted((path for path in found if path.is_file()), key=_natural)
 
 
