@@ -58,7 +58,7 @@ class Loader:
     while len(failures) < MAX_REPLACEMENTS:
       try:
         return Loaded(self.load(index, rng), tuple(failures))
-      except CorruptExampleError as error:
+      except (CorruptExampleError, FileNotFoundError, PermissionError) as error:
         name = self.source.example_name(index)
         if self.on_corrupt == "error":
           raise CorruptExampleError(

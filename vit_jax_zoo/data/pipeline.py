@@ -11,6 +11,7 @@ Host p reads only rows [p * b/hosts, (p + 1) * b/hosts) of each batch.
 
 import collections
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from absl import flags, logging
 from vit_jax_zoo.data.batching import SKIPPED, Batch, Loader, MaskedBatches, TrainBatches
 from vit_jax_zoo.data.buckets import plan_evaluation, plan_training
 from vit_jax_zoo.data.sources.base import Example, Source
+from vit_jax_zoo.data.transforms.base import Transform
 from vit_jax_zoo.errors import unknown_name
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
@@ -79,12 +81,13 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
     ValueError: one line, about the batch size, an empty source, a label, a corrupt image, or
       examples of different shapes.
   """
+  transforms = _for_source(transforms, source)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
   _check_repeats(repeats, batch_size, buckets)
   plan = None
   if buckets is not None:
     plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
-  loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=plan is None)
+  loader = Loader(source, transforms, num_classes, on_corrupt, replace=plan is None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
   # Grain counts batches, not examples: its bookkeeping for an element takes as long as a flip.
   numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
@@ -115,7 +118,8 @@ def training_shapes(
   Returns:
     For each shape, the most usual first, its share of the steps, and a batch of a single example.
   """
-  loader = Loader(source, tuple(transforms), num_classes, "error", replace=False)
+  transforms = _for_source(transforms, source)
+  loader = Loader(source, transforms, num_classes, "error", replace=False)
   plan, steps = None, 1
   if buckets is not None:
     plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
@@ -157,7 +161,8 @@ def eval_batches(  # noqa: PLR0913
   The result has a length, and each `iter()` of it starts from the beginning. Arguments and errors
   are those of `train_batches`; random transforms draw the same numbers in every evaluation.
   """
-  loader = Loader(source, tuple(transforms), num_classes, on_corrupt, replace=False)
+  transforms = _for_source(transforms, source)
+  loader = Loader(source, transforms, num_classes, on_corrupt, replace=False)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
   plan, num_batches = None, -(-len(source) // batch_size)
   if buckets is not None:
@@ -233,6 +238,23 @@ class EvalBatches:
     return 0 if self._last is None else self._last.num_skipped
 
 
+@functools.lru_cache(maxsize=32)  # evaluations open their batches again and again
+def _check_files(source: Source, on_corrupt: str) -> None:
+  missing = source.missing()
+  if not missing:
+    return
+  named = ", ".join(source.example_name(i) for i in missing[:_LISTED])
+  more = ", ..." if len(missing) > _LISTED else ""
+  text = f"{source.info.name}: {len(missing)} files are missing: {named}{more}"
+  if on_corrupt == "error":
+    raise FileNotFoundError(f"{text}; add them, or set data.loader.on_corrupt='skip'")
+  logging.warning("%s; they are skipped", text)
+
+
+def _for_source(transforms: Transforms, source: Source) -> tuple[Any, ...]:
+  return tuple(t.for_source(source) if isinstance(t, Transform) else t for t in transforms)
+
+
 def _check_repeats(repeats: int, batch_size: int, buckets: Any) -> None:
   if repeats < 1 or batch_size % repeats:
     raise ValueError(
@@ -250,6 +272,7 @@ def _local_batch_size(
     raise ValueError(unknown_name("policy for corrupt examples", on_corrupt, CORRUPT_POLICIES))
   if len(source) == 0:
     raise ValueError(f"{source.info.name} holds no example")
+  _check_files(source, on_corrupt)
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
   if batch_size < 1 or batch_size % process_count:

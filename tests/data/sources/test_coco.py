@@ -128,9 +128,9 @@ class TestInstances:
     """Guards the log: how many boxes are flat, and the annotation and file of the first."""
     caplog.set_level("INFO")
     load_source(f"coco:{instances}", "train")
-    assert "2 boxes have no area in their image" in caplog.text
-    assert "annotations 4 of 009.jpg, 6 of 009.jpg" in caplog.text
-    assert "leaves out 1 crowds" in caplog.text
+    assert "2 x bbox without area" in caplog.text
+    assert "annotation 4 of 009.jpg, annotation 6 of 009.jpg" in caplog.text
+    assert "1 crowds" in caplog.text
 
   def test_images_without_annotations_can_be_left_out(self, instances):
     """Guards `annotated_only`."""
@@ -223,14 +223,14 @@ class TestErrors:
   @pytest.mark.parametrize(
     ("change", "message"),
     [
-      (lambda d: d.pop("images"), "is not in COCO's format: KeyError"),
+      (lambda d: d.pop("images"), "images is missing"),
       (
         lambda d: d["annotations"][2].update(category_id=2),
-        "annotation 3 of 009.jpg has category 2",
+        r"category_id.*annotation 3 of 009.jpg: 2",
       ),
-      (lambda d: d["annotations"][0].update(image_id=77), "image 77, which is not listed"),
-      (lambda d: d["images"].clear() or d["annotations"].clear(), "lists no images"),
-      (lambda d: d.update(categories=[], annotations=[]), "lists no categories"),
+      (lambda d: d["annotations"][0].update(image_id=77), r"annotation 1: image 77"),
+      (lambda d: d["images"].clear() or d["annotations"].clear(), "images is empty"),
+      (lambda d: d.update(categories=[], annotations=[]), "categories is empty"),
     ],
   )
   def test_broken_files(self, tmp_path, change, message):
@@ -245,15 +245,22 @@ class TestErrors:
       load_source(f"coco:{tmp_path}/nowhere", "train")
     with pytest.raises(ValueError, match=r"has no annotations/instances_\*\.json"):
       load_source(f"coco:{tmp_path}", "train")
-    name = self.broken(tmp_path, lambda d: None)
-    (tmp_path / "train2017" / "005.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"005\.jpg is missing"):
-      load_source(name, "train")
 
-  def test_a_rotated_image_is_named(self, tmp_path):
-    """Guards against boxes on a picture that lies on its side: the EXIF trap of phones."""
+  def test_missing_images_are_found_when_batches_begin(self, tmp_path):
+    """Guards the check of all file names at the start, and what `skip` makes of it."""
+    source = load_source(self.broken(tmp_path, lambda d: None), "train")
+    (tmp_path / "train2017" / "009.jpg").unlink()
+    assert source.missing() == [1]
+    assert load_source(f"coco:{tmp_path}", "train[1:]+train[:2]").missing() == [0, 3]
+    with pytest.raises(FileNotFoundError, match=r"1 files are missing: .*009\.jpg"):
+      eval_batches(source, TRAIN, batch_size=3)
+    batches = eval_batches(source, TRAIN, batch_size=3, on_corrupt="skip")
+    assert next(iter(batches))["mask"].tolist() == [True, False, True]
+
+  def test_annotations_for_another_size(self, tmp_path):
+    """Guards against boxes for another size of the image."""
     name = self.broken(tmp_path, lambda d: d["images"][0].update(height=60, width=40))
-    with pytest.raises(ValueError, match=r"005\.jpg.*rotated by its EXIF orientation") as error:
+    with pytest.raises(ValueError, match=r"005\.jpg.*for 60x40; exif_frame") as error:
       first_batch(load_source(name, "train"))
     assert "\n" not in str(error.value)
 

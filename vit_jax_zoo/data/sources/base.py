@@ -42,12 +42,16 @@ class DatasetInfo:
     num_classes: how many classes the labels come from; None when the source has no labels, or
       labels of no stated range.
     class_names: one name for each class, or empty when there are none.
+    max_objects: largest number of annotated objects in an image; None if unknown.
+    stuff_from: of panoptic data, the first class id that is stuff; None if unknown.
   """
 
   name: str
   num_examples: int
   num_classes: int | None = None
   class_names: tuple[str, ...] = ()
+  max_objects: int | None = None
+  stuff_from: int | None = None
 
 
 class Source(abc.ABC):
@@ -76,6 +80,10 @@ class Source(abc.ABC):
     """Returns the label of every example, int [n], where that takes reading none of them."""
     return None
 
+  def missing(self) -> Sequence[int]:
+    """Returns the examples whose files are not there, where names alone show it."""
+    return ()
+
   def image_size(self, index: int) -> tuple[int, int]:
     """Returns height and width of the example's image, without decoding it."""
     from vit_jax_zoo.data import images  # which in turn knows the errors of this module
@@ -102,7 +110,13 @@ class SlicedSource(Source):
   def __init__(self, name: str, parts: list[tuple[Source, range]]) -> None:
     self._parts = parts
     self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
-    self.info = dataclasses.replace(parts[0][0].info, name=name, num_examples=self._ends[-1])
+    counts = [source.info.max_objects for source, _ in parts]
+    self.info = dataclasses.replace(
+      parts[0][0].info,
+      name=name,
+      num_examples=self._ends[-1],
+      max_objects=None if None in counts else max(filter(None, counts), default=0),
+    )
     assumptions = (source.assumption for source, _ in parts)
     self.assumption = "; ".join(dict.fromkeys(filter(None, assumptions)))
 
@@ -131,8 +145,16 @@ class SlicedSource(Source):
     pairs = zip(found, self._parts, strict=True)
     return np.concatenate([labels[list(indices)] for labels, (_, indices) in pairs])
 
+  def missing(self) -> list[int]:
+    """Returns the missing examples of all parts."""
+    found = []
+    for end, (source, indices) in zip(self._ends, self._parts, strict=True):
+      start = end - len(indices)
+      found += [start + indices.index(i) for i in source.missing() if i in indices]
+    return found
+
   def image_size(self, index: int) -> tuple[int, int]:
-    """Returns what the source it comes from says."""
+    """Returns the size that the source of the example returns."""
     source, position = self._find(index)
     return source.image_size(position)
 

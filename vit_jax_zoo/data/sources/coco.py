@@ -1,18 +1,18 @@
 """Your own images with boxes, outlines or segments, in COCO's format.
 
-    annotations/instances_train2017.json  train2017/*.jpg  (images/train2017/*.jpg as well)
+    annotations/instances_train2017.json  train2017/*.jpg  (or images/train2017/*.jpg)
     annotations/panoptic_train2017.json   annotations/panoptic_train2017/*.png    panoptic=True
     train/_annotations.coco.json          train/*.jpg      (Roboflow's)
 
 The splits are called `train` and `val`, without the year, and by their whole names, `train2017`.
+`data/sources/coco_file.py` checks the whole annotation file first.
 
-Class ids are those of the file, as in the official DETR: COCO's 80 classes have ids from 1 to 90,
-so `num_classes` is 91, the highest id + 1, and a detector's "no object" comes behind them, as the
-class `num_classes`. Nothing is renumbered, on the way in or out; ids in the gaps are never learned.
-Whoever makes a file counts from 0 or from 1, as they like: `num_classes` follows.
+Class ids are the file's, as in the official DETR: COCO's 80 classes have ids from 1 to 90, so
+`num_classes` is 91, the highest id + 1, and a detector's "no object" is the class `num_classes`.
+Nothing is renumbered; ids in the gaps are never learned. Files may count from 0 or from 1.
 """
 
-import collections
+import concurrent.futures
 import functools
 import json
 import os
@@ -24,8 +24,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
+from vit_jax_zoo.data import images as image_files
+from vit_jax_zoo.data.sources.base import (
+  CorruptExampleError,
+  DatasetInfo,
+  Example,
+  Source,
+  Splits,
+  name_validation,
+)
+from vit_jax_zoo.data.sources.coco_file import CocoFile, read_coco
 from vit_jax_zoo.data.transforms.detection import objects_example
+from vit_jax_zoo.errors import unknown_name
 
 _THING_NAMES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
@@ -59,10 +69,10 @@ STUFF = {
   194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged", 197: "building-other-merged",
   198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
 }  # fmt: skip
-"""Names by id, of the panoptic annotations."""
+"""Names by id in the panoptic annotations."""
 
 NOT_A_CLASS = "N/A"
-"""Stands for the ids in the gaps."""
+"""Name of the ids in the gaps."""
 
 
 def names_by_id(names: Mapping[int, str]) -> tuple[str, ...]:
@@ -71,7 +81,7 @@ def names_by_id(names: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def coco_ids(names: Sequence[str]) -> tuple[int, ...] | None:
-  """Returns the ids of COCO's classes in this order; None if these are not COCO's 80 or 133."""
+  """Returns the ids of COCO's 80 or 133 classes in this order; None for other classes."""
   for classes in (THINGS, THINGS | STUFF):
     ids = {name: number for number, name in classes.items()}
     if set(names) == set(ids):
@@ -80,12 +90,12 @@ def coco_ids(names: Sequence[str]) -> tuple[int, ...] | None:
 
 
 ROBOFLOW = "_annotations.coco.json"
-NAMED = 5
-"""So many boxes without area are named in the log."""
+
+FRAMES = ("auto", "upright", "stored")
 
 
 class _Split(NamedTuple):
-  """One annotation file, its images' folder, and that of its segment images."""
+  """Files of a split: annotations, folder of images, folder of segment images."""
 
   json: pathlib.Path
   images: pathlib.Path
@@ -93,39 +103,50 @@ class _Split(NamedTuple):
 
 
 class CocoSource(Source):
-  """The images of an annotation file; examples are those of `data/objects.py`."""
+  """Images of an annotation file; examples as in `transforms/detection.py`.
+
+  Args:
+    info: of the split.
+    content: the checked annotation file.
+    split: its files.
+    rotated: EXIF orientation by index, of images whose annotations are in the stored frame.
+  """
 
   def __init__(
-    self,
-    info: DatasetInfo,
-    images: Sequence[Mapping[str, Any]],
-    annotations: Mapping[int, Any],
-    split: _Split,
+    self, info: DatasetInfo, content: CocoFile, split: _Split, rotated: Mapping[int, int]
   ) -> None:
     self.info = info
-    self._images = images
-    # As text again: COCO's outlines take a fifth of the memory so, here and in every worker.
-    self._annotations = {key: json.dumps(value).encode() for key, value in annotations.items()}
+    self._images, self._pngs, self._rotated = content.images, content.segments, dict(rotated)
+    # As text: COCO's outlines take a fifth of the memory, in this and in every worker process.
+    self._objects = {key: json.dumps(value).encode() for key, value in content.objects.items()}
     self._folder, self._segments = str(split.images), split.segments and str(split.segments)
+    every = [found for objects in content.objects.values() for found in objects]
+    self._has_outlines = not every or any("segmentation" in found for found in every)
+    ids = [image["id"] for image in self._images]
+    self._own_ids = all(isinstance(i, int) and abs(i) < 1 << 31 for i in ids)  # batches are int32
 
   def __getitem__(self, index: int) -> Example:
     image = self._images[index]
-    objects, png = json.loads(self._annotations.get(image["id"], b"[[], null]"))
-    boxes = np.array([o["bbox"] for o in objects], np.float64).reshape(-1, 4)
+    objects = json.loads(self._objects.get(image["id"], b"[]"))
+    boxes = np.array([o.get("bbox", (0, 0, 0, 0)) for o in objects], np.float64).reshape(-1, 4)
     example = objects_example(
       _read(self.example_name(index)),
-      image["id"] if isinstance(image["id"], int) else index,
+      image["id"] if self._own_ids else index,
       np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
       [o["category_id"] for o in objects],
-      is_crowd=[o.get("iscrowd", 0) for o in objects],
-      area=[o.get("area", o["bbox"][2] * o["bbox"][3]) for o in objects],
-      ids=[o["id"] if isinstance(o.get("id"), int) else 0 for o in objects],
+      is_crowd=[o["iscrowd"] for o in objects],
+      area=[o["area"] for o in objects],
+      ids=[o["id"] for o in objects],
     )
-    example["annotated_size"] = self.image_size(index)
+    example["annotated_size"] = (image["height"], image["width"])
+    if index in self._rotated:
+      example["annotation_orientation"] = self._rotated[index]
     if self._segments is not None:
-      example["segment_image"] = _read(os.path.join(self._segments, png)) if png else b""
-    elif all("segmentation" in o for o in objects):
-      example["outlines"] = [o["segmentation"] for o in objects]
+      del example["boxes_xyxy"]  # they follow from the segments, as in the official DETR
+      png = os.path.join(self._segments, self._pngs[image["id"]])
+      example["segment_image"] = _read(png)
+    elif self._has_outlines:
+      example["outlines"] = [o.get("segmentation") for o in objects]
     return example
 
   def example_name(self, index: int) -> str:
@@ -133,23 +154,46 @@ class CocoSource(Source):
     return os.path.join(self._folder, self._images[index]["file_name"])
 
   def image_size(self, index: int) -> tuple[int, int]:
-    """Returns what the annotations say; `load_objects` holds it against the image."""
-    return self._images[index]["height"], self._images[index]["width"]
+    """Returns the upright size by the annotations; `load_objects` compares it with the image."""
+    height, width = self._images[index]["height"], self._images[index]["width"]
+    return (width, height) if self._rotated.get(index, 1) >= 5 else (height, width)
+
+  def missing(self) -> list[int]:
+    """Returns the images whose files, or whose segment images, are not there."""
+    listed: dict[str, frozenset[str]] = {}
+    lost = []
+    for index, image in enumerate(self._images):
+      files = [self.example_name(index)]
+      if self._segments is not None:
+        files.append(os.path.join(self._segments, self._pngs[image["id"]]))
+      if not all(_is_there(file, listed) for file in files):
+        lost.append(index)
+    return lost
 
 
-def open_splits(location: str, *, panoptic: bool = False, annotated_only: bool = False) -> Splits:
+def open_splits(
+  location: str,
+  *,
+  panoptic: bool = False,
+  annotated_only: bool = False,
+  exif_frame: str = "auto",
+) -> Splits:
   """Finds the annotation files below a folder.
 
   Args:
-    location: the folder, on a disk of this machine.
+    location: a local folder.
     panoptic: read the files `panoptic_*.json`: segments of things and stuff.
-    annotated_only: leave out images without any annotation, of which COCO has about one in a
-      hundred; the official DETR trains on them, torchvision's detectors do not.
+    annotated_only: leave out images without annotations, about 1 % of COCO: the official DETR
+      trains on them, torchvision's detectors do not.
+    exif_frame: frame of the annotations of images with an EXIF rotation: "upright", "stored", or
+      "auto": that of the sizes in the annotation file.
 
   Raises:
-    FileNotFoundError: there is no such folder, or an image or folder that belongs there is missing.
-    ValueError: it holds no annotations, or broken ones.
+    FileNotFoundError: there is no such folder, or none of segment images.
+    ValueError: it has no annotations, or the annotation file is refused.
   """
+  if exif_frame not in FRAMES:
+    raise ValueError(unknown_name("exif_frame", exif_frame, FRAMES))
   root = pathlib.Path(location).expanduser()
   if not root.is_dir():
     raise FileNotFoundError(
@@ -160,10 +204,9 @@ def open_splits(location: str, *, panoptic: bool = False, annotated_only: bool =
   if not found:
     wanted = "panoptic_*.json" if panoptic else f"instances_*.json, nor a folder with {ROBOFLOW}"
     raise ValueError(f"{root} has no annotations/{wanted}")
+  options = dict(annotated_only=annotated_only, exif_frame=exif_frame)
   opened = {
-    name: functools.cache(
-      functools.partial(_open, f"coco:{location}", name, split, annotated_only=annotated_only)
-    )
+    name: functools.cache(functools.partial(_open, f"coco:{location}", name, split, **options))
     for name, split in found.items()
   }
   short = {re.sub(r"_?(19|20)\d\d$", "", name): source for name, source in opened.items()}
@@ -189,90 +232,94 @@ def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]
       yield file.parent.name, _Split(file, file.parent)
 
 
-def _open(dataset: str, name: str, split: _Split, *, annotated_only: bool) -> Source:
-  try:
-    data = json.loads(split.json.read_text())
-    images, categories = data["images"], {c["id"]: c["name"] for c in data["categories"]}
-    annotations = _by_image(data["annotations"], panoptic=split.segments is not None)
-    _check_images(split, images)
-    if not categories:
-      raise ValueError(f"{split.json} lists no categories")
-    _check_objects(split, images, annotations, categories)
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{split.json} is not in COCO's format: {error!r}") from error
+def _open(
+  dataset: str, name: str, split: _Split, *, annotated_only: bool, exif_frame: str
+) -> Source:
+  content = read_coco(split.json, panoptic=split.segments is not None)
   if annotated_only:
-    images = [image for image in images if annotations.get(image["id"], ([], None))[0]]
+    kept = [image for image in content.images if content.objects.get(image["id"])]
+    content = content._replace(images=kept)
   info = DatasetInfo(
     name=f"{dataset} {name}",
-    num_examples=len(images),
-    num_classes=max(categories) + 1,
-    class_names=names_by_id(categories),
+    num_examples=len(content.images),
+    num_classes=max(content.categories) + 1,
+    class_names=names_by_id(content.categories),
+    max_objects=max(map(len, content.objects.values()), default=0),
+    stuff_from=_stuff_from(split.json, content) if split.segments is not None else None,
   )
-  return CocoSource(info, images, annotations, split)
+  return CocoSource(info, content, split, _rotated(split, content.images, exif_frame))
 
 
-def _by_image(annotations: Sequence[Mapping[str, Any]], *, panoptic: bool) -> dict[int, Any]:
-  """Returns each image's objects, and its segment image."""
-  if panoptic:
-    return {a["image_id"]: (a["segments_info"], a["file_name"]) for a in annotations}
-  found: dict[int, Any] = collections.defaultdict(lambda: ([], None))
-  for annotation in annotations:
-    found[annotation["image_id"]][0].append(annotation)
-  return dict(found)
-
-
-def _check_images(split: _Split, images: Sequence[Mapping[str, Any]]) -> None:
-  if not images:
-    raise ValueError(f"{split.json} lists no images")
-  for image in (images[0], images[-1]):  # asking for all of them takes long on slow disks
-    if not (split.images / image["file_name"]).is_file():
-      raise FileNotFoundError(
-        f"{split.images / image['file_name']} is missing; {split.json} lists it"
-      )
-
-
-def _check_objects(
-  split: _Split,
-  images: Sequence[Mapping[str, Any]],
-  annotations: Mapping[int, Any],
-  categories: Mapping[int, str],
-) -> None:
-  """Checks classes, and says which boxes training will leave out."""
-  files = {image["id"]: image for image in images}
-  flat = []
-  for image_id, (objects, _) in annotations.items():
-    if image_id not in files:
-      raise ValueError(f"{split.json}: annotations of image {image_id}, which is not listed")
-    for o in objects:
-      if o["category_id"] not in categories:
-        raise ValueError(
-          f"{split.json}: annotation {o.get('id')} of {files[image_id]['file_name']} has category "
-          f"{o['category_id']}, which is not listed (known: {min(categories)}..{max(categories)})"
-        )
-      if not o.get("iscrowd") and not _has_area(o["bbox"], files[image_id]):
-        flat.append(f"{o.get('id')} of {files[image_id]['file_name']}")
-  crowds = sum(bool(o.get("iscrowd")) for objects, _ in annotations.values() for o in objects)
-  if flat:
-    logging.warning(
-      "%s: %d boxes have no area in their image, training leaves them out: annotations %s%s",
-      split.json,
-      len(flat),
-      ", ".join(flat[:NAMED]),
-      ", ..." if len(flat) > NAMED else "",
+def _stuff_from(file: pathlib.Path, content: CocoFile) -> int | None:
+  """Returns the first id of the stuff classes; None where `isthing` names none."""
+  things = content.categories.keys() - content.stuff
+  if not content.stuff:
+    return None
+  first = min(content.stuff)
+  if things and max(things) > first:
+    raise ValueError(
+      f"{file}: category {max(things)} is a thing (isthing) and {first} is stuff; expected all "
+      "stuff ids above all thing ids; renumber the categories"
     )
-  if crowds:
-    logging.info("%s: training leaves out %d crowds; scoring knows them", split.json, crowds)
+  return first
 
 
-def _has_area(bbox: Sequence[float | int], image: Mapping[str, Any]) -> bool:
-  left, top, width, height = bbox
-  wide = min(left + width, image["width"]) > max(left, 0)
-  return wide and min(top + height, image["height"]) > max(top, 0)
+_SAMPLE = 256
+"""Images whose headers tell whether any has an EXIF rotation."""
+
+
+def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str) -> dict[int, int]:
+  """Returns the EXIF orientations of the images whose annotations are in the stored frame."""
+  if exif_frame == "upright" or not images:
+    return {}
+  sample = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int)).tolist()
+  headers = _read_headers(split, images, sample)
+  if len(sample) < len(images) and any(turn != 1 for _, _, turn in headers.values()):
+    headers = _read_headers(split, images, range(len(images)))
+  turns = {i: turn for i, (_, _, turn) in headers.items() if turn != 1}
+  stored = upright = 0
+  for i, turn in turns.items():
+    annotated, size = (images[i]["height"], images[i]["width"]), headers[i][:2]
+    if turn >= 5 and size[0] != size[1]:
+      stored += annotated == size
+      upright += annotated == size[::-1]
+  frame = exif_frame if exif_frame != "auto" else ("stored" if stored > upright else "upright")
+  if turns:
+    logging.info(
+      "%s: %d images are rotated by EXIF; annotations are taken to be in the %s frame (sizes: %d "
+      "stored, %d upright); exif_frame='upright' or 'stored' sets it",
+      split.json, len(turns), frame, stored, upright,
+    )  # fmt: skip
+  return turns if frame == "stored" else {}
+
+
+def _read_headers(
+  split: _Split, images: Sequence[Mapping[str, Any]], indices: Sequence[int]
+) -> dict[int, tuple[int, int, int]]:
+  """Returns stored height, width and EXIF orientation by index, of the images that can be read."""
+
+  def read(index: int) -> tuple[int, int, int] | None:
+    try:
+      return image_files.read_header(split.images / images[index]["file_name"])
+    except (OSError, CorruptExampleError):
+      return None
+
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    found = zip(indices, threads.map(read, indices), strict=True)
+    return {index: header for index, header in found if header is not None}
+
+
+def _is_there(file: str, listed: dict[str, frozenset[str]]) -> bool:
+  """Returns whether a file exists; lists each folder once."""
+  folder, name = os.path.split(file)
+  if folder not in listed:
+    listed[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
+  return name in listed[folder] or os.path.isfile(file)
 
 
 def _read(file: str) -> bytes:
   try:
     with open(file, "rb") as stream:
       return stream.read()
-  except FileNotFoundError:
-    raise FileNotFoundError(f"{file} is missing, and the annotations list it") from None
+  except OSError as error:
+    raise CorruptExampleError(f"{file} cannot be read ({error.strerror})") from None

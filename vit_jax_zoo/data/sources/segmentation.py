@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
-from vit_jax_zoo.data.sources.folder import IMAGE_SUFFIXES, read_names
+from vit_jax_zoo.data.sources.files import list_images, read_class_names
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ LAYOUTS = (
 SPLIT_NAMES = {"training": "train", "testing": "test"}
 
 
-class SegmentsSource(Source):
+class SegmentationSource(Source):
   """Image files with label maps; both are given as their files' bytes."""
 
   def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, str]]) -> None:
@@ -95,18 +95,18 @@ def open_splits(
   root = pathlib.Path(location).expanduser()
   if not root.is_dir():
     raise FileNotFoundError(
-      f"segments:{location} is not a folder on a local disk; expected images/<split>/... and "
+      f"segmentation:{location} is not a folder on a local disk; expected images/<split>/... and "
       "annotations/<split>/... in it (demo:scenes with panoptic=True needs no files)"
     )
   if (images is None) != (labels is None):
-    raise ValueError("segments: give both patterns, images and labels, or neither")
+    raise ValueError("segmentation: give both patterns, images and labels, or neither")
   if images is None or labels is None:
     layout = _find_layout(root)
   else:
     layout = Layout(images, labels, lists)
     _check_pattern(layout)
-  names = read_names(class_names)
-  whole = DatasetInfo(f"segments:{location}", 0, len(names) or None, names)
+  names = read_class_names(class_names)
+  whole = DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
   found = _listed(root, layout) if layout.lists else _in_folders(root, layout)
   if not found:
     raise ValueError(f"{root} holds no images like {layout.images}")
@@ -120,7 +120,7 @@ def open_splits(
 
 
 def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, str]]) -> Source:
-  return SegmentsSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
+  return SegmentationSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
 
 
 def _find_layout(root: pathlib.Path) -> Layout:
@@ -140,7 +140,7 @@ def _check_pattern(layout: Layout) -> None:
   for pattern in (layout.images, layout.labels):
     for part in needed:
       if part not in pattern:
-        raise ValueError(f"segments: the pattern {pattern!r} lacks {part}")
+        raise ValueError(f"segmentation: the pattern {pattern!r} lacks {part}")
 
 
 def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
@@ -181,12 +181,11 @@ def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str
 def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
   """Returns image files, as paths below the root, in the folder that a pattern begins with."""
   folder = root / pattern.split("{")[0].rpartition("/")[0]
-  return sorted(
-    (pathlib.PurePath(parent) / file).relative_to(root).as_posix()
-    for parent, _, files in os.walk(folder)
-    for file in files
-    if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES
-  )
+  if not folder.is_dir():
+    return []
+  below = folder.relative_to(root).as_posix()
+  prefix = "" if below == "." else f"{below}/"
+  return [f"{prefix}{path}" for path in list_images(folder).images]
 
 
 def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vit_jax_zoo.data import images
-from vit_jax_zoo.data.sources.base import Example
+from vit_jax_zoo.data.sources.base import Example, Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Transform(abc.ABC):
   @abc.abstractmethod
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns a new example."""
+
+  def for_source(self, source: Source) -> "Transform":
+    """Returns the transform with the fields that follow from a source's data."""
+    del source
+    return self
 
   def output_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
     """Returns height and width of the result for an image of `size`.

@@ -1,42 +1,47 @@
 """Transforms of semantic segmentation: a class for every pixel.
 
-What comes from a source has `label_map`, the bytes of a PNG file with a class id at each pixel, or
-the segments of a panoptic example (`data/objects.py`). What goes into a batch has `label_map` uint8
-[h w], with `IGNORE` where nothing is to be learned or scored.
+Sources give `label_map`, the bytes of a PNG file with a class id at each pixel, or the segments of
+a panoptic example (`transforms/detection.py`). Batches have `label_map` uint8 [h w], `IGNORE` where
+a pixel is neither trained nor scored.
 """
 
+import collections
 import dataclasses
+import functools
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
+from absl import logging
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
+from vit_jax_zoo.data import images
+from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms.base import Transform, pixels
 from vit_jax_zoo.data.transforms.detection import VOID, decode_segments
 from vit_jax_zoo.data.transforms.geometry import GeometricTransform, Scale, Size, Step, Window
 
 IGNORE = 255
-"""The label of pixels that do not count."""
+"""Label of pixels that are neither trained nor scored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadLabelMap(Transform):
   """Decodes `image` and its `label_map`: the first transform of semantic segmentation.
 
-  Reads `image` and either `label_map`, the bytes of a PNG file, or a panoptic example's segments,
-  whose boxes, ids and other keys it drops. Writes `image` uint8 [h w 3], `label_map` uint8 [h w]
-  with 255 where a pixel does not count, and `original_size` int32 [2].
+  Reads `image` and `label_map`, a PNG file's bytes, or a panoptic example's segments, whose other
+  keys it drops. Writes `image` uint8 [h w 3], `label_map` uint8 [h w] and `original_size` int32
+  [2]. A label map of the stored frame's size is rotated with its image (EXIF).
 
   Attributes:
-    offset: is added to what the file says: -1 for ADE20K, whose classes count from 1.
-    ignore: values of the file that do not count: (255,) of Cityscapes' train ids and VOC, (0,) of
-      ADE20K. 255 never counts.
-    classes: if there are any, the values of the file that are classes, in the order of class ids;
-      no other counts. Cityscapes' files have 34 values, of which 19 are learned.
+    offset: added to the file's values: -1 for ADE20K, whose classes count from 1.
+    ignore: values of the file that are ignored: (255,) of Cityscapes' train ids and VOC, (0,) of
+      ADE20K. 255 is always ignored, unless `classes` names it.
+    classes: values of the file in the order of their class ids; all others are ignored. Cityscapes'
+      files have 34 values, of which 19 are classes. (0, 255) for binary masks.
   """
 
   name = "load_label_map"
@@ -48,23 +53,34 @@ class LoadLabelMap(Transform):
 
   def __post_init__(self) -> None:
     if self.classes and (self.offset or tuple(self.ignore) != (IGNORE,)):
-      raise ValueError("load_label_map: classes says all; leave out offset and ignore")
+      raise ValueError("load_label_map: set either classes, or offset and ignore")
     if len(set(self.classes)) < len(self.classes) or min(self.classes, default=0) < 0:
       raise ValueError(
-        f"load_label_map: classes are values of the file, each once, not {tuple(self.classes)}"
+        f"load_label_map: classes is {tuple(self.classes)}; expected different values from 0"
       )
 
+  def for_source(self, source: Source) -> Transform:
+    """Checks the values of a sample of label maps.
+
+    Raises:
+      ValueError: they are binary masks, whose foreground would be ignored.
+    """
+    _check_values(source, self)
+    return self
+
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with arrays."""
+    """Returns the decoded example."""
     del rng
     image = pixels(example["image"])
-    values = (
-      _segment_labels(example)
-      if "segment_image" in example
-      else decode_values(example["label_map"])
-    )
+    values, turn = _values(example), example.get("annotation_orientation", 1)
+    if turn == 1 and values.shape != image.shape[:2] and isinstance(example["image"], bytes):
+      turn = images.orientation(example["image"])
+    values = images.orient(values, turn)
     if values.shape != image.shape[:2]:
-      raise CorruptExampleError(f"its label map is {values.shape}, the image {image.shape[:2]}")
+      raise CorruptExampleError(
+        f"label map is {values.shape[0]}x{values.shape[1]}, its image {image.shape[0]}x"
+        f"{image.shape[1]} (height x width)"
+      )
     rest = {key: example[key] for key in ("image_id",) if key in example}
     size = np.array(image.shape[:2], np.int32)
     return {"image": image, "label_map": self._labels(values), "original_size": size, **rest}
@@ -74,14 +90,19 @@ class LoadLabelMap(Transform):
     del rng
     return size
 
+  def ignored(self, values: Any) -> Any:
+    """Returns which of a file's values are ignored."""
+    if self.classes:
+      return ~np.isin(values, self.classes)
+    return np.isin(values, (*self.ignore, IGNORE))
+
   def _labels(self, values: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
     if self.classes:
       beyond = max(self.classes) + 1
       ids = np.full(beyond + 1, IGNORE, np.uint8)
       ids[list(self.classes)] = np.arange(len(self.classes))
       return ids[np.where((values < 0) | (values > beyond), beyond, values)]
-    ignored = np.isin(values, (*self.ignore, IGNORE))
-    labels = np.where(ignored, IGNORE, values + self.offset)
+    labels = np.where(self.ignored(values), IGNORE, values + self.offset)
     wrong = (labels < 0) | (labels > IGNORE)
     if wrong.any():
       raise ValueError(
@@ -91,13 +112,60 @@ class LoadLabelMap(Transform):
     return labels.astype(np.uint8)
 
 
+_SAMPLE = 8
+"""Label maps that are checked when a run starts, evenly spread over the source."""
+
+
+def _check_values(source: Source, transform: LoadLabelMap) -> None:
+  counts = _sample_values(source)
+  if set(counts) == {0, IGNORE} and not transform.classes:
+    raise ValueError(
+      f"{source.info.name}: the label maps have the values 0 and 255 alone, and 255 is ignored; if "
+      "255 is the foreground, set load_label_map's classes=(0, 255)"
+    )
+  lost = {value: n for value, n in counts.items() if transform.ignored(value)}
+  if 2 * sum(lost.values()) > sum(counts.values()):
+    values = ", ".join(map(str, sorted(lost, key=lambda value: -lost[value])[:10]))
+    _warn_once(
+      f"{source.info.name}: more than half of the pixels in a sample of label maps are ignored "
+      f"(values {values}); check load_label_map's ignore, offset and classes"
+    )
+
+
+_warn_once = functools.cache(logging.warning)
+
+
+@functools.lru_cache(maxsize=32)
+def _sample_values(source: Source) -> dict[int, int]:
+  """Returns the values in a sample of a source's label maps, with their numbers of pixels."""
+  counts: collections.Counter[int] = collections.Counter()
+  for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
+    try:
+      example = source[index]
+      if "label_map" in example:
+        values, numbers = np.unique(decode_values(example["label_map"]), return_counts=True)
+        counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
+    except (CorruptExampleError, OSError):
+      continue  # reported when its turn comes
+  return dict(counts)
+
+
+def _values(example: Example) -> Int[np.ndarray, "h w"]:
+  """Returns the class ids of an example, as its file has them."""
+  if "segment_image" not in example:
+    return decode_values(example["label_map"])
+  segments = decode_segments(example["segment_image"], example["object_ids"])
+  labels = np.append(example["labels"], IGNORE).astype(np.int64)
+  return labels[np.where(segments == VOID, len(labels) - 1, segments)]
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomScale(GeometricTransform):
-  """Scales `image`, and what is marked in it, by a factor drawn from a range.
+  """Scales `image` and its annotations by a factor drawn uniformly.
 
   Attributes:
-    smallest: factor.
-    largest: factor.
+    smallest: lower bound of the factor.
+    largest: upper bound of the factor.
   """
 
   name = "random_scale"
@@ -119,11 +187,11 @@ class RandomScale(GeometricTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomWindow(GeometricTransform):
-  """Cuts a random window out of `image` and what is marked in it; no more than there is.
+  """Crops `image` and its annotations to a random window.
 
   Attributes:
-    height: of the window; the whole height of images that are not so high.
-    width: likewise.
+    height: of the window; the whole height of lower images.
+    width: of the window; the whole width of narrower images.
   """
 
   name = "random_window"
@@ -144,8 +212,8 @@ class PadLabelMap(Transform):
   """Adds `image_size` int32 [2]; pads `image` with 0 and `label_map` with 255. The last transform.
 
   Attributes:
-    height: of the result, or None to leave the padding to `data.loader.buckets`.
-    width: likewise.
+    height: of the result; None leaves the padding to `data.loader.buckets`.
+    width: of the result, or None.
   """
 
   name = "pad_label_map"
@@ -181,25 +249,18 @@ class PadLabelMap(Transform):
 
 
 def decode_values(data: bytes) -> Int[np.ndarray, "h w"]:
-  """Returns the numbers in a PNG file: grey levels, or indices of a palette.
+  """Returns the values in a PNG file: gray levels, or indices of a palette.
 
   Raises:
-    CorruptExampleError: it is no image, or one of colours.
+    CorruptExampleError: it is not an image, or has several channels.
   """
   try:
     with Image.open(io.BytesIO(data)) as image:
       values = np.array(image)  # Pillow keeps palettes' indices, OpenCV does not
-  except (OSError, SyntaxError, ValueError) as error:
-    raise CorruptExampleError(f"its label map cannot be decoded ({len(data)} bytes)") from error
+  except Exception as error:  # whatever a decoder raises on such bytes
+    raise CorruptExampleError(f"label map cannot be decoded ({len(data)} bytes)") from error
   if values.ndim != 2:
     raise CorruptExampleError(
-      f"its label map has {values.shape[2]} channels; expected one, with class ids"
+      f"label map has {values.shape[2]} channels; expected one, with class ids"
     )
   return values.astype(np.int64)
-
-
-def _segment_labels(example: Example) -> Int[np.ndarray, "h w"]:
-  """Returns the class of the segment at each pixel."""
-  segments = decode_segments(example["segment_image"], example["object_ids"])
-  labels = np.append(example["labels"], IGNORE).astype(np.int64)
-  return labels[np.where(segments == VOID, len(labels) - 1, segments)]

@@ -1,0 +1,328 @@
+"""The check of annotation files, problem by problem, and annotations of rotated images."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.conftest import encode, photo
+from vit_jax_zoo.data.images import orient
+from vit_jax_zoo.data.pipeline import eval_batches, train_batches
+from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.transforms import build_transforms
+
+SQUARE = [[10, 5, 30, 5, 30, 25, 10, 25]]
+MASKS = build_transforms([dict(name="load_objects", masks=True), dict(name="pad_objects")])
+BOXES = build_transforms([dict(name="load_objects"), dict(name="pad_objects")])
+
+
+def objects(**fields):
+  return {
+    "id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 5, 20, 20], "area": 400, "iscrowd": 0,
+    "segmentation": SQUARE, **fields,
+  }  # fmt: skip
+
+
+def dataset():
+  images = [{"id": i, "file_name": f"{i}.jpg", "height": 40, "width": 60} for i in (1, 2)]
+  found = [objects(), objects(id=2, image_id=2)]
+  return {"images": images, "annotations": found, "categories": [{"id": 1, "name": "cat"}]}
+
+
+def write(root, data, orientation=1):
+  (root / "annotations").mkdir(exist_ok=True)
+  (root / "train").mkdir(exist_ok=True)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  for i in (1, 2):
+    (root / "train" / f"{i}.jpg").write_bytes(encode(photo(40, 60, seed=i), exif=exif))
+  text = data if isinstance(data, bytes) else json.dumps(data).encode()
+  (root / "annotations" / "instances_train.json").write_bytes(text)
+  return f"coco:{root}"
+
+
+def batch_of(source, transforms=MASKS):
+  return next(iter(eval_batches(source, transforms, batch_size=len(source))))
+
+
+def first(**fields):
+  return lambda d: d["annotations"][0].update(fields)
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    (lambda d: d["images"][1].update(id=1), r"image id twice \(1: 1.jpg, 2.jpg\)"),
+    (lambda d: d["images"][1].update(id=None), "image without an id"),
+    (lambda d: d["images"][1].pop("file_name"), r"image without file_name \(image 2"),
+    (lambda d: d["images"][1].pop("height"), "height and width.*image 2, 2.jpg"),
+    (lambda d: d["images"][1].update(width=0.5), "height and width.*image 2, 2.jpg"),
+    (first(bbox=[]), r"bbox.*4 numbers.*annotation 1 of 1.jpg: \[\]"),
+    (first(bbox=[1, 2, 3, 4, 5]), "bbox.*4 numbers.*annotation 1 of 1.jpg"),
+    (first(bbox=["1", "2", "3", "4"]), "bbox.*4 numbers.*annotation 1 of 1.jpg"),
+    (first(bbox=None), "bbox.*4 numbers.*annotation 1 of 1.jpg: None"),
+    (first(iscrowd="yes"), "iscrowd.*annotation 1 of 1.jpg: 'yes'"),
+    (first(image_id="1"), "annotation 1: image '1'"),
+    (first(category_id="1"), "category_id.*annotation 1 of 1.jpg: '1'"),
+    (lambda d: d["categories"].append({"id": 1, "name": "dog"}), "two names.*cat, dog"),
+    (lambda d: d["categories"].append({"id": 10**9, "name": "x"}), "category id.*1000000000"),
+    (lambda d: d["categories"].append({"id": "2", "name": "x"}), "category without an integer id"),
+    (lambda d: d.update(annotations={}), "annotations is missing"),
+    (lambda d: d["annotations"].append(3), "annotations has 3, not an object"),
+  ],
+)
+def test_refused(tmp_path, change, named):
+  data = dataset()
+  change(data)
+  with pytest.raises(ValueError, match=rf"instances_train\.json.*{named}") as error:
+    load_source(write(tmp_path, data), "train")
+  assert "\n" not in str(error.value)
+
+
+def test_all_reasons_are_listed_with_counts(tmp_path):
+  data = dataset()
+  data["annotations"] = [objects(id=i, bbox=[]) for i in range(50)] + [objects(category_id=7)]
+  with pytest.raises(ValueError, match=r"50 x bbox .*annotation 0 of.*\.\.\.\); 1 x category_id"):
+    load_source(write(tmp_path, data), "train")
+
+
+@pytest.mark.parametrize(
+  ("text", "named"),
+  [
+    (b"\xe9", "byte 0 is not UTF-8"),
+    (b"{", "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"[]", "images is missing"),
+  ],
+)
+def test_files_that_are_no_json(tmp_path, text, named):
+  with pytest.raises(ValueError, match=rf"instances_train\.json.*{named}"):
+    load_source(write(tmp_path, text), "train")
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+  source = load_source(write(tmp_path, b"\xef\xbb\xbf" + json.dumps(dataset()).encode()), "train")
+  assert batch_of(source)["is_target"].sum() == 2
+
+
+@pytest.mark.parametrize(
+  ("outline", "named"),
+  [
+    ([], "no polygon"),
+    ([[]], "fewer than 3 points"),
+    ([[1, 2, 3, 4]], "fewer than 3 points"),
+    ([[1, 2, 3, 4, 5, 6, 7]], "odd coordinate"),
+    ([[[1, 1], [9, 1], [9, 9], [1, 9]]], "points as pairs"),
+    ([[[1, 1], [9, 1], [9, 9], [1, 9], [1, 2], [1, 3]]], "points as pairs"),
+    ([1, 1, 9, 1, 9, 9], "outside of a polygon"),
+    ([[float("nan"), 1, 9, 9, 5, 5]], "NaN"),
+    ([[float("inf"), 1, 9, 9, 5, 5]], "NaN"),
+    ([["1", 1, 9, 9, 5, 5]], "not numbers"),
+    ([[1, 5, 9, 5, 30, 5]], "no area"),
+    ([[1, 1, 2, 2, 3, 3]], "no area"),
+    ([[100, 100, 200, 100, 200, 200]], "no area"),
+    ({"counts": [2400], "size": [60, 40]}, "run lengths"),
+    ({"size": [40, 60]}, "run lengths"),
+  ],
+)
+def test_objects_without_a_usable_outline(tmp_path, caplog, outline, named):
+  """With masks they are left out, counted and named; without, they are boxes as others."""
+  data = dataset()
+  data["annotations"][0]["segmentation"] = outline
+  with caplog.at_level("WARNING"):
+    source = load_source(write(tmp_path, data), "train")
+  assert f"1 x outline with {named}" in caplog.text.replace("fewer than 3 points or an ", "") or (
+    named in caplog.text
+  )
+  assert "annotation 1 of 1.jpg" in caplog.text
+  batch = batch_of(source)
+  assert batch["is_target"].sum(axis=1).tolist() == [0, 1]
+  assert batch["masks"][1, 0].sum() == 400
+  assert batch_of(source, BOXES)["is_target"].sum(axis=1).tolist() == [1, 1]
+
+
+def test_a_usable_part_of_an_outline_stays(tmp_path):
+  data = dataset()
+  data["annotations"][0]["segmentation"] = [[1, 1], *SQUARE]
+  assert batch_of(load_source(write(tmp_path, data), "train"))["masks"][0, 0].sum() == 400
+
+
+def test_coordinates_far_outside_cost_nothing(tmp_path):
+  data = dataset()
+  data["annotations"][0]["segmentation"] = [[10, 5, 1e12, 5, 1e12, 25, 10, 25]]
+  masks = batch_of(load_source(write(tmp_path, data), "train"))["masks"]
+  assert masks[0, 0, 10].sum() == 50
+
+
+def test_data_without_outlines_are_boxes(tmp_path):
+  data = dataset()
+  for found in data["annotations"]:
+    found["segmentation"] = []
+  source = load_source(write(tmp_path, data), "train")
+  assert batch_of(source, BOXES)["is_target"].sum() == 2
+  with pytest.raises(ValueError, match="masks=False"):
+    batch_of(source)
+
+
+def test_boxes_with_nan_are_left_out(tmp_path, caplog):
+  data = dataset()
+  data["annotations"][0]["bbox"] = [float("nan"), 1, 2, 3]
+  with caplog.at_level("WARNING"):
+    source = load_source(write(tmp_path, data), "train")
+  assert "1 x bbox with NaN" in caplog.text
+  assert batch_of(source)["is_target"].sum(axis=1).tolist() == [0, 1]
+
+
+def test_text_as_iscrowd(tmp_path, caplog):
+  data = dataset()
+  for found, crowd in zip(data["annotations"], ("0", "1"), strict=True):
+    found["iscrowd"] = crowd
+  with caplog.at_level("WARNING"):
+    source = load_source(write(tmp_path, data), "train")
+  assert "2 x iscrowd that is text" in caplog.text
+  assert batch_of(source)["is_target"].sum(axis=1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+  ("change", "named"),
+  [
+    (lambda d: d.update(annotations=[]), "annotations is empty"),
+    (lambda d: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in d["annotations"]], r"\[0, 1\]"),
+    (lambda d: d["categories"].append({"id": 1, "name": "cat"}), "category that is listed twice"),
+    (lambda d: d["images"][1].update(file_name="1.jpg"), "image file that is listed twice"),
+    (first(area="big"), "area that is not a number"),
+  ],
+)
+def test_warned(tmp_path, caplog, change, named):
+  data = dataset()
+  change(data)
+  with caplog.at_level("WARNING"):
+    source = load_source(write(tmp_path, data), "train")
+  assert batch_of(source, BOXES)["image"].shape == (2, 40, 60, 3)
+  assert named.replace("\\", "") in caplog.text
+
+
+@pytest.mark.parametrize("ids", [(2**40, 2**41), ("a", "b"), (2**40, 3)])
+def test_image_ids_of_any_kind(tmp_path, ids):
+  data = dataset()
+  for i, number in enumerate(ids):
+    data["images"][i]["id"] = data["annotations"][i]["image_id"] = number
+  batch = batch_of(load_source(write(tmp_path, data), "train"))
+  assert batch["image_id"].tolist() == [0, 1]
+  assert batch["is_target"].sum(axis=1).tolist() == [1, 1]
+
+
+def test_room_for_objects_follows_the_data(tmp_path):
+  data = dataset()
+  data["annotations"] += [objects(id=i) for i in range(3, 153)]
+  source = load_source(write(tmp_path, data), "train")
+  assert source.info.max_objects == 151
+  assert batch_of(source)["is_target"].shape == (2, 151)
+
+
+class TestRotatedImages:
+  """Objects of images with an EXIF rotation, annotated in either frame."""
+
+  @pytest.mark.parametrize("turn", range(2, 9))
+  @pytest.mark.parametrize("frame", ["stored", "upright"])
+  def test_annotations_follow(self, tmp_path, caplog, turn, frame):
+    mask = np.zeros((40, 60), bool)
+    mask[5:25, 10:30] = True
+    data, chosen = dataset(), {}
+    turned = orient(mask, turn)
+    if frame == "upright":
+      rows, columns = np.nonzero(turned)
+      left, top, right, bottom = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+      box = [int(left), int(top), int(right - left), int(bottom - top)]
+      polygon = [float(x) for x in (left, top, right, top, right, bottom, left, bottom)]
+      for image, found in zip(data["images"], data["annotations"], strict=True):
+        image.update(height=turned.shape[0], width=turned.shape[1])
+        found.update(bbox=box, segmentation=[polygon])
+    elif turn < 5:
+      chosen = {"exif_frame": "stored"}  # the size does not tell
+    caplog.set_level("INFO")
+    source = load_source(write(tmp_path, data, turn), "train", **chosen)
+    assert f"2 images are rotated by EXIF; annotations are taken to be in the {frame}" in (
+      caplog.text
+    )
+    specs = [
+      dict(name="load_objects", masks=True, run_lengths=100, as_annotated=True),
+      dict(name="pad_objects"),
+    ]
+    transforms = build_transforms(specs)
+    with train_batches(source, transforms, batch_size=2, seed=0, buckets=1) as batches:
+      batch = next(batches)
+    height, width = turned.shape
+    assert batch["original_size"].tolist() == [[height, width]] * 2
+    assert source.image_size(0) == (height, width)
+    np.testing.assert_array_equal(batch["masks"][0, 0, :height, :width], turned)
+    rows, columns = np.nonzero(turned)
+    center = [(columns.min() + columns.max() + 1) / 2, (rows.min() + rows.max() + 1) / 2]
+    np.testing.assert_allclose(batch["boxes_cxcywh"][0, 0, :2] * (width, height), center)
+    assert len(batch["run_lengths"][0].tobytes().rstrip(b"\0").splitlines()) == 1
+
+
+class TestPanoptic:
+  def write(self, root, categories, segments, images=2):
+    ids = np.zeros((40, 60), np.uint8)
+    ids[:20, :30] = 1
+    ids[20:, 30:] = 2
+    data = dataset()
+    data["categories"] = categories
+    data["annotations"] = [
+      {"image_id": i, "file_name": f"{i}.png", "segments_info": segments} for i in (1, 2)[:images]
+    ]
+    write(root, data)
+    folder = root / "annotations" / "panoptic_train"
+    folder.mkdir()
+    for i in (1, 2):
+      Image.fromarray(np.dstack([ids, ids * 0, ids * 0])).save(folder / f"{i}.png")
+    file = root / "annotations" / "panoptic_train.json"
+    file.write_text(json.dumps(data))
+    return load_source(f"coco:{root}", "train", panoptic=True)
+
+  CATEGORIES = (
+    {"id": 1, "name": "cat", "isthing": 1},
+    {"id": 2, "name": "sky", "isthing": 0},
+  )
+  SEGMENTS = (
+    {"id": 1, "category_id": 1, "area": 600, "bbox": [9, 9, 9, 9], "iscrowd": 0},
+    {"id": 2, "category_id": 2, "area": 600, "bbox": [9, 9, 9, 9], "iscrowd": 0},
+  )
+
+  def test_boxes_follow_from_the_segments(self, tmp_path):
+    """As the official code, whose boxes end at the last pixel."""
+    source = self.write(tmp_path, self.CATEGORIES, self.SEGMENTS)
+    (load,) = build_transforms([dict(name="load_objects")])
+    example = load(source[0], np.random.default_rng(0))
+    assert example["boxes_xyxy"].tolist() == [[0, 0, 29, 19], [30, 20, 59, 39]]
+
+  def test_stuff_is_what_isthing_says(self, tmp_path):
+    assert self.write(tmp_path, self.CATEGORIES, self.SEGMENTS).info.stuff_from == 2
+
+  def test_stuff_below_things_is_refused(self, tmp_path):
+    categories = [{**c, "isthing": 1 - c["isthing"]} for c in self.CATEGORIES]
+    with pytest.raises(ValueError, match="category 2 is a thing"):
+      self.write(tmp_path, categories, self.SEGMENTS)
+
+  def test_images_without_annotation_are_named_and_left_out(self, tmp_path, caplog):
+    source = self.write(tmp_path, self.CATEGORIES, self.SEGMENTS, images=1)
+    assert len(source) == 1
+    assert "1 x image without panoptic annotation, left out (2.jpg)" in caplog.text
+
+  def test_segments_without_a_pixel_are_left_out(self, tmp_path):
+    lost = {**self.SEGMENTS[0], "id": 77}
+    source = self.write(tmp_path, self.CATEGORIES, [lost, *self.SEGMENTS])
+    specs = [
+      dict(name="load_objects", masks=True, segment_map=True, as_annotated=True),
+      dict(name="pad_objects"),
+    ]
+    batch = batch_of(source, build_transforms(specs))
+    assert batch["labels"][0].tolist() == [1, 2, 0]
+    assert sorted(np.unique(batch["segment_map"][0])) == [-1, 0, 1]
+    np.testing.assert_array_equal(batch["masks"][0, 1], batch["segment_map"][0] == 1)
+
+  def test_segments_of_one_id_are_refused(self, tmp_path):
+    with pytest.raises(ValueError, match=r"segment without an id of its own.*segment 1 of 1.jpg"):
+      self.write(tmp_path, self.CATEGORIES, [self.SEGMENTS[0], self.SEGMENTS[0]])

@@ -1,0 +1,397 @@
+"""Reads a COCO annotation file and checks all of it in one pass.
+
+Every kind of problem is reported once, with its count and its first example:
+
+* refused: duplicate ids, missing or wrong fields, boxes that are not 4 numbers, unknown images or
+  categories, category ids above `MAX_CATEGORY`;
+* left out of the data: annotations with NaN in their box, and images without panoptic annotation;
+* left out where masks are used: objects without a usable outline;
+* left out in training alone: crowds, and boxes without area in their image;
+* logged: no annotations, boxes in [0, 1], text where a number belongs, one file or name twice.
+"""
+
+import collections
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
+
+MAX_CATEGORY = 99_999
+"""Category ids are class ids, and a classifier has one output for each up to the largest."""
+
+_MAX_SEGMENT = 1 << 24
+"""Segment ids are colors of 24 bits."""
+
+
+class CocoFile(NamedTuple):
+  """Checked content of an annotation file.
+
+  Attributes:
+    images: `id`, `file_name`, `height`, `width` of each.
+    objects: those of each image, by image id: `id`, `bbox`, `category_id`, `iscrowd` and `area`;
+      `segmentation` where the file has outlines, None for an unusable one.
+    segments: file name of the segment image by image id; empty for detection.
+    categories: names by id.
+    stuff: ids of the categories with `isthing` 0.
+  """
+
+  images: list[dict[str, Any]]
+  objects: dict[Any, list[dict[str, Any]]]
+  segments: dict[Any, str]
+  categories: dict[int, str]
+  stuff: frozenset[int]
+
+
+def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
+  """Reads and checks an annotation file.
+
+  Raises:
+    ValueError: it is refused; the message lists every reason.
+  """
+  data = _load(file)
+  problems = _Problems(file)
+  categories, stuff = _categories(data["categories"], problems)
+  images = _images(data["images"], problems)
+  problems.raise_refused()
+  if not images:
+    raise ValueError(f"{file}: images is empty; expected at least one image")
+  if not categories:
+    raise ValueError(f"{file}: categories is empty; expected id and name of each class")
+  by_id = {image["id"]: image for image in images}
+  check = _Annotations(by_id, categories, problems)
+  for annotation in data["annotations"]:
+    (check.add_panoptic if panoptic else check.add)(annotation)
+  problems.raise_refused()
+  if panoptic:
+    images = check.annotated(images)
+  check.report_boxes()
+  problems.log()
+  if not any(check.objects.values()):
+    logging.warning("%s: annotations is empty: nothing can be learned from these images", file)
+  return CocoFile(images, check.finished(), check.segments, categories, stuff)
+
+
+class _Problems:
+  """Problems by kind, with their counts and first examples."""
+
+  def __init__(self, file: pathlib.Path) -> None:
+    self._file = file
+    self._refused: dict[str, list[str]] = {}
+    self._warned: dict[str, list[str]] = {}
+    self._counts: collections.Counter[str] = collections.Counter()
+
+  def refuse(self, kind: str, example: str) -> None:
+    self._add(self._refused, kind, example)
+
+  def warn(self, kind: str, example: str) -> None:
+    self._add(self._warned, kind, example)
+
+  def _add(self, kinds: dict[str, list[str]], kind: str, example: str) -> None:
+    self._counts[kind] += 1
+    examples = kinds.setdefault(kind, [])
+    if len(examples) < _LISTED:
+      examples.append(example)
+
+  def raise_refused(self) -> None:
+    if self._refused:
+      raise ValueError(f"{self._file}: {'; '.join(self._lines(self._refused))}")
+
+  def log(self) -> None:
+    for line in self._lines(self._warned):
+      logging.warning("%s: %s", self._file, line)
+
+  def _lines(self, kinds: Mapping[str, Sequence[str]]) -> list[str]:
+    lines = []
+    for kind, examples in kinds.items():
+      more = ", ..." if self._counts[kind] > len(examples) else ""
+      lines.append(f"{self._counts[kind]} x {kind} ({', '.join(examples)}{more})")
+    return lines
+
+
+_LISTED = 3
+
+
+def _load(file: pathlib.Path) -> dict[str, Any]:
+  """Returns the JSON object with its three lists."""
+  try:
+    data = json.loads(file.read_bytes().decode("utf-8-sig"))
+  except UnicodeDecodeError as error:
+    raise ValueError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+  except (json.JSONDecodeError, RecursionError) as error:
+    raise ValueError(f"{file}: not JSON ({error})") from None
+  for key in ("images", "annotations", "categories"):
+    found = data.get(key) if isinstance(data, dict) else None
+    if not isinstance(found, list):
+      raise ValueError(
+        f"{file} is not in COCO's format: {key} is missing; expected an object with the lists "
+        "images, annotations and categories"
+      )
+    wrong = next((item for item in found if not isinstance(item, dict)), None)
+    if wrong is not None:
+      raise ValueError(f"{file} is not in COCO's format: {key} has {_short(wrong)}, not an object")
+  return data
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _categories(
+  given: Sequence[Mapping[str, Any]], problems: _Problems
+) -> tuple[dict[int, str], frozenset[int]]:
+  names: dict[int, str] = {}
+  stuff = set()
+  for category in given:
+    number, name = category.get("id"), category.get("name")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+      problems.refuse("category without an integer id of at least 0", _short(category))
+    elif not isinstance(name, str):
+      problems.refuse("category without a name", f"id {number}")
+    elif number > MAX_CATEGORY:
+      problems.refuse(
+        f"category id above {MAX_CATEGORY}; ids are class ids: number them from 0 or 1",
+        f"id {number}",
+      )
+    elif names.get(number, name) != name:
+      problems.refuse("category id with two names", f"id {number}: {names[number]}, {name}")
+    else:
+      if number in names or name in names.values():
+        problems.warn("category that is listed twice", f"id {number}, {name}")
+      names[number] = name
+      if not category.get("isthing", 1):
+        stuff.add(number)
+  return names, frozenset(stuff)
+
+
+def _images(given: Sequence[Mapping[str, Any]], problems: _Problems) -> list[dict[str, Any]]:
+  images: dict[Any, dict[str, Any]] = {}
+  files: dict[str, Any] = {}
+  for image in given:
+    number, file = image.get("id"), image.get("file_name")
+    size = image.get("height"), image.get("width")
+    if not isinstance(number, int | str) or isinstance(number, bool):
+      problems.refuse("image without an id (an integer or text)", _short(file))
+    elif not isinstance(file, str) or not file:
+      problems.refuse("image without file_name", f"image {number}")
+    elif not all(isinstance(side, int) and side > 0 for side in size):
+      problems.refuse(
+        "image without height and width in pixels", f"image {number}, {file}: {_short(size)}"
+      )
+    elif number in images:
+      problems.refuse("image id twice", f"{number}: {images[number]['file_name']}, {file}")
+    else:
+      if file in files:
+        problems.warn("image file that is listed twice", f"{file}: images {files[file]}, {number}")
+      files[file] = number
+      images[number] = {"id": number, "file_name": file, "height": size[0], "width": size[1]}
+  return list(images.values())
+
+
+class _Annotations:
+  """Collects the annotations of each image, as they are checked."""
+
+  def __init__(
+    self, images: Mapping[Any, Mapping[str, Any]], categories: Mapping[int, str],
+    problems: _Problems,
+  ) -> None:  # fmt: skip
+    self.objects: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
+    self.segments: dict[Any, str] = {}
+    self._images, self._categories, self._problems = images, categories, problems
+    self._outlines = self._boxes = self._small = self._crowds = 0
+
+  def add(self, annotation: Mapping[str, Any]) -> None:
+    """Adds an object with a box."""
+    image = self._image(annotation)
+    if image is None:
+      return
+    where = f"annotation {annotation.get('id')} of {image['file_name']}"
+    box = annotation.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+      self._problems.refuse(
+        "bbox that is not 4 numbers (left, top, width, height)", f"{where}: {_short(box)}"
+      )
+      return
+    found = self._object(annotation, where)
+    if found is None:
+      return
+    if not all(map(math.isfinite, box)):
+      self._problems.warn("bbox with NaN or infinity, left out", where)
+      return
+    if not found["iscrowd"] and not _has_area(box, image):
+      self._problems.warn("bbox without area in its image, left out in training", where)
+    self._boxes += 1
+    self._small += max(box) <= 1 and min(box) >= 0
+    self._crowds += found["iscrowd"]
+    found["bbox"] = box
+    if "area" not in found:
+      found["area"] = box[2] * box[3]
+    if annotation.get("segmentation") is not None:
+      outline, problem = _usable_outline(annotation["segmentation"], image)
+      if problem:
+        self._problems.warn(f"outline with {problem}", where)
+      self._outlines += outline is not None
+      found["segmentation"] = outline
+    self.objects[image["id"]].append(found)
+
+  def add_panoptic(self, annotation: Mapping[str, Any]) -> None:
+    """Adds the segments of an image."""
+    image = self._image(annotation)
+    if image is None:
+      return
+    segments, png = annotation.get("segments_info"), annotation.get("file_name")
+    if not isinstance(segments, list) or not isinstance(png, str):
+      self._problems.refuse(
+        "panoptic annotation without segments_info and file_name", f"image {image['file_name']}"
+      )
+      return
+    if image["id"] in self.segments:
+      self._problems.refuse("image with two panoptic annotations", image["file_name"])
+      return
+    self.segments[image["id"]] = png
+    known = set()
+    for segment in segments:
+      number = segment.get("id") if isinstance(segment, dict) else None
+      where = f"segment {_short(number)} of {image['file_name']}"
+      if not isinstance(number, int) or not 0 < number < _MAX_SEGMENT or number in known:
+        self._problems.refuse("segment without an id of its own (1 to 16777215)", where)
+        continue
+      known.add(number)
+      found = self._object(segment, where)
+      if found is not None:
+        self._crowds += found["iscrowd"]
+        self.objects[image["id"]].append({"area": 0.0, **found})
+
+  def annotated(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the images with a panoptic annotation."""
+    for image in images:
+      if image["id"] not in self.segments:
+        self._problems.warn("image without panoptic annotation, left out", image["file_name"])
+    return [image for image in images if image["id"] in self.segments]
+
+  def report_boxes(self) -> None:
+    """Reports what only all boxes together show."""
+    if self._boxes and self._small == self._boxes:
+      self._problems.warn(
+        "dataset whose boxes all lie in [0, 1]; expected pixels: left, top, width, height",
+        f"{self._boxes} boxes",
+      )
+    if self._crowds:
+      logging.info("%d crowds, left out in training and known in scoring", self._crowds)
+
+  def finished(self) -> dict[Any, list[dict[str, Any]]]:
+    """Returns the objects by image; without outlines if none is usable."""
+    if not self._outlines:
+      for objects in self.objects.values():
+        for found in objects:
+          found.pop("segmentation", None)
+    return dict(self.objects)
+
+  def _image(self, annotation: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    number = annotation.get("image_id")
+    image = self._images.get(number) if isinstance(number, int | str) else None
+    if image is None:
+      self._problems.refuse(
+        "annotation of an image that is not listed",
+        f"annotation {annotation.get('id')}: image {_short(number)}",
+      )
+    return image
+
+  def _object(self, annotation: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """Returns the fields that objects and segments share; None after a problem."""
+    category, crowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
+    if isinstance(category, bool | float | list | dict) or category not in self._categories:
+      self._problems.refuse(
+        f"category_id that is not listed (known: {min(self._categories)}..{max(self._categories)})",
+        f"{where}: {_short(category)}",
+      )
+      return None
+    if isinstance(crowd, str) and crowd in ("0", "1"):
+      self._problems.warn("iscrowd that is text, read as a number", f"{where}: {crowd!r}")
+      crowd = int(crowd)
+    if crowd not in (0, 1, None):
+      self._problems.refuse("iscrowd that is neither 0 nor 1", f"{where}: {_short(crowd)}")
+      return None
+    number, area = annotation.get("id"), annotation.get("area")
+    found = {
+      "id": number if isinstance(number, int) and abs(number) < 1 << 63 else 0,
+      "category_id": category,
+      "iscrowd": int(crowd or 0),
+    }
+    if area is not None and not (_is_number(area) and math.isfinite(area)):
+      self._problems.warn("area that is not a number, taken from the box", where)
+    elif area is not None:
+      found["area"] = area
+    return found
+
+
+def _has_area(box: Sequence[float | int], image: Mapping[str, Any]) -> bool:
+  left, top, width, height = box
+  wide = min(left + width, image["width"]) > max(left, 0)
+  return wide and min(top + height, image["height"]) > max(top, 0)
+
+
+def _usable_outline(outline: Any, image: Mapping[str, Any]) -> tuple[Any, str]:
+  """Returns the usable part of an outline, None if there is none, and what is wrong with it."""
+  if isinstance(outline, dict):
+    size = [image["height"], image["width"]]
+    if outline.get("size") != size or not isinstance(outline.get("counts"), list | str):
+      return None, f"run lengths that are not of the image's size {size}"
+    return outline, ""
+  if not isinstance(outline, list) or not outline:
+    return None, "no polygon"
+  problem = ""
+  usable = []
+  for polygon in outline:
+    found = _polygon_problem(polygon, image)
+    if found:
+      problem = problem or found
+    else:
+      usable.append(_bounded(polygon, image))
+  return usable or None, problem
+
+
+def _polygon_problem(polygon: Any, image: Mapping[str, Any]) -> str:
+  if not isinstance(polygon, list):
+    return "coordinates outside of a polygon; expected [[x, y, x, y, ...], ...]"
+  if len(polygon) < 6 or len(polygon) % 2:
+    return "points as pairs" if _has_lists(polygon) else "fewer than 3 points or an odd coordinate"
+  try:
+    finite = math.isfinite(sum(polygon))
+  except TypeError:
+    return "points as pairs" if _has_lists(polygon) else "coordinates that are not numbers"
+  if not finite:
+    return "NaN or infinity"
+  xs, ys = polygon[::2], polygon[1::2]
+  left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
+  if min(right, image["width"]) <= max(left, 0) or min(bottom, image["height"]) <= max(top, 0):
+    return "no area in its image"
+  return "" if len(xs) > 4 or _area(xs, ys) else "no area in its image"
+
+
+def _has_lists(polygon: Sequence[Any]) -> bool:
+  return any(isinstance(point, list | dict) for point in polygon)
+
+
+def _area(xs: Sequence[float | int], ys: Sequence[float | int]) -> float | int:
+  """Returns twice the signed area (the shoelace formula)."""
+  following = zip([*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
+  return sum(x * y2 - x2 * y for x, y, (x2, y2) in zip(xs, ys, following, strict=True))
+
+
+_FAR = 10
+"""Vertices are clipped to so many sides of the image: rasterising costs the length of an edge."""
+
+
+def _bounded(polygon: list[float | int], image: Mapping[str, Any]) -> list[float | int]:
+  limits = (_FAR * image["width"], _FAR * image["height"])
+  if max(polygon) <= min(limits) and min(polygon) >= -min(limits):
+    return polygon
+  return [min(max(value, -limits[i % 2]), limits[i % 2]) for i, value in enumerate(polygon)]
