@@ -54,7 +54,7 @@ def awkward_pictures(folder):
 def test_predict_on_awkward_pictures(tmp_path):
   good, bad = awkward_pictures(tmp_path / "pictures")
   done = command(
-    "predict", f"--workdir={WEIGHTS}", "--images", tmp_path / "pictures",
+    "predict", f"--model={WEIGHTS}", "--images", tmp_path / "pictures",
     f"--output={tmp_path / 'out'}", "--top_k=2",
   )  # fmt: skip
   assert done.returncode == 1, done.stderr  # some could not be read
@@ -91,7 +91,7 @@ def test_predict_enlarges_pictures_with_a_reference(tmp_path):
     Image.fromarray(pixels).save(tmp_path / f"{name}.png")
   (tmp_path / "pictures" / "b.png").write_bytes(b"no picture")
   done = command(
-    "predict", f"--workdir={tmp_path / 'TTSR.safetensors'}", f"--images={tmp_path / 'pictures'}",
+    "predict", f"--model={tmp_path / 'TTSR.safetensors'}", f"--images={tmp_path / 'pictures'}",
     f"--reference={tmp_path / 'reference.png'}", f"--output={tmp_path / 'out'}", "--tile=100",
   )  # fmt: skip
   assert done.returncode == 1, done.stderr  # one is no picture
@@ -108,14 +108,14 @@ def test_predict_enlarges_pictures_with_a_reference(tmp_path):
 @pytest.mark.parametrize(
   ("module", "arguments", "message"),
   [
-    ("predict", [], "--workdir is missing"),
-    ("predict", ["--workdir=nowhere", "--images=x.jpg"], "there is no image at x.jpg"),
-    ("predict", [f"--workdir={WEIGHTS}"], "no images are given"),
-    ("predict", [f"--workdir={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
-    ("export", [f"--workdir={WEIGHTS}", "--format=hf"], "--output is missing"),
-    ("export", [f"--workdir={WEIGHTS}", "--format=onnx", "--output=o"], "unknown format of vit"),
-    ("export", [f"--workdir={WEIGHTS}", "--format=npz", "--output=o", "extra"], "'extra'"),
-    ("export", ["--workdir=nowhere.npz", "--format=hf", "--output=o"], "nowhere.npz"),
+    ("predict", [], "--model is missing"),
+    ("predict", ["--model=nowhere", "--images=x.jpg"], "there is no image at x.jpg"),
+    ("predict", [f"--model={WEIGHTS}"], "no images are given"),
+    ("predict", [f"--model={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
+    ("export", [f"--model={WEIGHTS}", "--format=hf"], "--output is missing"),
+    ("export", [f"--model={WEIGHTS}", "--format=onnx", "--output=o"], "unknown format of vit"),
+    ("export", [f"--model={WEIGHTS}", "--format=npz", "--output=o", "extra"], "'extra'"),
+    ("export", ["--model=nowhere.npz", "--format=hf", "--output=o"], "nowhere.npz"),
   ],
 )
 def test_errors_are_one_line(module, arguments, message):
@@ -161,7 +161,7 @@ def test_export_in_every_form_gives_the_same_logits(source, size, forms, tmp_pat
   for form in forms:
     out = tmp_path / form
     sized = [] if size is None else [f"--image_size={size}"]
-    done = command("export", f"--workdir={path}", f"--format={form}", f"--output={out}", *sized)
+    done = command("export", f"--model={path}", f"--format={form}", f"--output={out}", *sized)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     if form == "stablehlo":

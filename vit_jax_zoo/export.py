@@ -1,14 +1,14 @@
 """Writes a model in a form that others read.
 
-    python -m vit_jax_zoo.export --workdir=runs/vit_b16 --format=safetensors-timm --output=out/
-    python -m vit_jax_zoo.export --workdir=ViT-B_16.npz --format=hf --output=out/
+    python -m vit_jax_zoo.export --model=runs/vit_b16 --format=safetensors-timm --output=out/
+    python -m vit_jax_zoo.export --model=ViT-B_16.npz --format=hf --output=out/
 
 | format           | what is written                                 | read by                   |
 |------------------|-------------------------------------------------|---------------------------|
 | safetensors-timm | a folder: model.safetensors, config.json        | timm, `local-dir:<path>`  |
 | hf               | a folder: model.safetensors and its JSON files  | transformers              |
 | npz              | one file, in Google's layout                    | vision_transformer        |
-| orbax            | a folder that is a checkpoint of this package   | `--workdir`, Orbax        |
+| orbax            | a folder that is a checkpoint of this package   | `--model`, Orbax        |
 | stablehlo        | a folder: model.stablehlo, the whole program    | any program with JAX      |
 
 What else a family is published as stands in `weights/formats.py`. A format that has no such model
@@ -51,24 +51,24 @@ MAX_STABLEHLO = 2_000_000_000
 
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
-  flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
-  flags.DEFINE_string("format", None, "see the page's table")
-  flags.DEFINE_string("output", None, "the folder or file to write")
-  flags.DEFINE_integer("image_size", None, "another side of images; positions resized")
-  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+  flags.DEFINE_string("model", None, "a run, or a published file, folder or name")
+  flags.DEFINE_string("format", None, "output format; see the table above")
+  flags.DEFINE_string("output", None, "output folder or file")
+  flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
+  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
 def main(argv: Sequence[str]) -> int:
   """Runs the command; returns the process's exit status."""
   if argv[1:]:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
-  for name in ("workdir", "format", "output"):
+  for name in ("model", "format", "output"):
     if FLAGS[name].value is None:
       raise ValueError(f"--{name} is missing; see python -m vit_jax_zoo.export --help")
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
-  pretrained = load_pretrained(FLAGS.workdir, **options)
+  pretrained = load_pretrained(FLAGS.model, **options)
   write(pretrained, FLAGS.format, FLAGS.output)
-  logging.info("%s written as %s: %s", FLAGS.workdir, FLAGS.format, FLAGS.output)
+  logging.info("%s written as %s: %s", FLAGS.model, FLAGS.format, FLAGS.output)
   return 0
 
 
@@ -122,7 +122,7 @@ def export_of(pretrained: Pretrained) -> Export:
 
 
 def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
-  """Writes a checkpoint that `--workdir` and `init_from` take, with its config beside it."""
+  """Writes a checkpoint that `--model` and `init_from` take, with its config beside it."""
   folder = epath.Path(path).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   checkpointer = ocp.StandardCheckpointer()

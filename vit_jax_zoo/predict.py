@@ -1,11 +1,11 @@
 """Uses a model on pictures: what it says of each, as JSON, and a picture of that.
 
-    python -m vit_jax_zoo.predict --workdir=runs/vit_demo --images=a.jpg b.png --output=out/
-    python -m vit_jax_zoo.predict --workdir=ViT-B_16.npz --images='photos/*.jpg' --explain
-    python -m vit_jax_zoo.predict --workdir=openai/imagegpt-small --images=photos/ --samples=4
-    python -m vit_jax_zoo.predict --workdir=TTSR-rec.pt --images=photos/ --reference=ref.jpg
+    python -m vit_jax_zoo.predict --model=runs/vit_demo --images=a.jpg b.png --output=out/
+    python -m vit_jax_zoo.predict --model=ViT-B_16.npz --images='photos/*.jpg' --explain
+    python -m vit_jax_zoo.predict --model=openai/imagegpt-small --images=photos/ --samples=4
+    python -m vit_jax_zoo.predict --model=TTSR-rec.pt --images=photos/ --reference=ref.jpg
 
-`--workdir` is a run of ours, which stands for its best checkpoint (and `<run>/checkpoints` for its
+`--model` is a run of ours, which stands for its best checkpoint (and `<run>/checkpoints` for its
 newest), a published file or folder, or a published name. Images are files,
 folders or patterns, of any size and kind. One that cannot be read is named, the others are done,
 and the exit status is 1.
@@ -39,22 +39,24 @@ EXIT_SOME_FAILED = 1
 
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
-  flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
-  flags.DEFINE_multi_string("images", [], "files, folders or patterns; more may follow")
-  flags.DEFINE_string("output", "predictions", "the folder to write to")
-  flags.DEFINE_string("class_names", None, "a file with one name a line, in order")
-  flags.DEFINE_string("reference", None, "a picture to borrow textures from")
+  flags.DEFINE_string("model", None, "a run, or a published file, folder or name")
+  flags.DEFINE_multi_string("images", [], "image files, folders or patterns; more may follow")
+  flags.DEFINE_string("output", "predictions", "output folder")
+  flags.DEFINE_string("class_names", None, "file with one class name per line, in order")
+  flags.DEFINE_string("reference", None, "reference image for super-resolution")
   flags.DEFINE_integer(
-    "tile", None, "side of what is enlarged at once: smaller is slower, and needs less memory"
+    "tile", None, "tile size in pixels for super-resolution: smaller needs less memory"
   )
-  flags.DEFINE_integer("top_k", None, "so many classes are listed, or colours drawn from")
-  flags.DEFINE_float("threshold", Options.threshold, "the least score of what is shown")
-  flags.DEFINE_bool("explain", Options.explain, "draw what the prediction rests on")
-  flags.DEFINE_float("keep", Options.keep, "share of the rows that a completion is given")
-  flags.DEFINE_integer("samples", Options.samples, "completions of each image")
-  flags.DEFINE_float("temperature", Options.temperature, "of completions")
-  flags.DEFINE_integer("seed", Options.seed, "of whatever is drawn at random")
-  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+  flags.DEFINE_integer("top_k", None, "number of classes to list, or of colours to sample from")
+  flags.DEFINE_float("threshold", Options.threshold, "minimum score")
+  flags.DEFINE_bool("explain", Options.explain, "also draw attention maps")
+  flags.DEFINE_float(
+    "prefix_fraction", Options.prefix_fraction, "fraction of the rows given as the prompt"
+  )
+  flags.DEFINE_integer("samples", Options.samples, "completions per image")
+  flags.DEFINE_float("temperature", Options.temperature, "sampling temperature of completions")
+  flags.DEFINE_integer("seed", Options.seed, "random seed")
+  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,12 +65,14 @@ def main(argv: Sequence[str]) -> int:
   Args:
     argv: the command's name, and further images.
   """
-  if FLAGS.workdir is None:
-    raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
+  if FLAGS.model is None:
+    raise ValueError(
+      "--model is missing; expected the folder of a run, or a published file or name"
+    )
   paths = find_images([*FLAGS.images, *argv[1:]])
   options = read_options()
   names = read_class_names(FLAGS.class_names)
-  predictor = create_predictor(load(FLAGS.workdir, class_names=names), options)
+  predictor = create_predictor(load(FLAGS.model, class_names=names), options)
   check_options(predictor, options)
   return predict_all(predictor, paths, pathlib.Path(FLAGS.output))
 
@@ -81,7 +85,7 @@ def read_options() -> Options:
     explain=FLAGS.explain,
     reference=None if FLAGS.reference is None else read_image(pathlib.Path(FLAGS.reference)),
     tile=FLAGS.tile,
-    keep=FLAGS.keep,
+    prefix_fraction=FLAGS.prefix_fraction,
     samples=FLAGS.samples,
     temperature=FLAGS.temperature,
     seed=FLAGS.seed,

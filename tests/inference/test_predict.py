@@ -153,7 +153,7 @@ def test_lambdas_are_drawn(tmp_path):
 
 
 def test_half_a_picture_is_completed(igpt_run, tmp_path):
-  predictor = predictor_of(igpt_run, samples=2, keep=0.5)
+  predictor = predictor_of(igpt_run, samples=2, prefix_fraction=0.5)
   prediction = predictor(photo())
   assert prediction.record["given"] == 32
   assert 0 < prediction.record["nats"] < 3 * np.log(4)
@@ -163,7 +163,7 @@ def test_half_a_picture_is_completed(igpt_run, tmp_path):
   np.testing.assert_array_equal(given[:48], original[:48])
   np.testing.assert_array_equal(first[:48], original[:48])
   assert (first[48:] != second[48:]).any()
-  again = predictor_of(igpt_run, samples=2, keep=0.5)(photo())
+  again = predictor_of(igpt_run, samples=2, prefix_fraction=0.5)(photo())
   np.testing.assert_array_equal(again.pictures["samples"], strip)
 
 
@@ -175,8 +175,8 @@ def test_the_likeliest_colour_alone_leaves_nothing_to_chance(igpt_run):
 def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples means nothing to this .*; it reads --explain"):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
-  with pytest.raises(ValueError, match="--keep lies in"):
-    predictor_of(igpt_run, keep=2.0)
+  with pytest.raises(ValueError, match="--prefix_fraction lies in"):
+    predictor_of(igpt_run, prefix_fraction=2.0)
   with pytest.raises(ValueError, match="has no classifier"):
     create_predictor(load(str(GOLDENS / "vit_hf_base_a")), Options())
   with pytest.raises(FileNotFoundError, match="there is no image at"):
@@ -192,8 +192,8 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    ({"keep": 1.5}, r"--keep lies in \[0, 1\], .*; got 1.5, 6, 1.0"),
-    ({"keep": -0.1}, r"--keep lies in \[0, 1\]"),
+    ({"prefix_fraction": 1.5}, r"--prefix_fraction lies in \[0, 1\], .*; got 1.5, 6, 1.0"),
+    ({"prefix_fraction": -0.1}, r"--prefix_fraction lies in \[0, 1\]"),
     ({"samples": 0}, "--samples is positive"),
     ({"temperature": -1.0}, "--temperature not negative"),
     ({"top_k": 0}, "--top_k is positive; got 0"),

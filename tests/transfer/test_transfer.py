@@ -246,7 +246,7 @@ def test_the_command_reads_its_flags(tmp_path, monkeypatch):
   values(
     [
       "transfer",
-      f"--workdir={GOLDENS / 'vit_a' / 'weights.npz'}",
+      f"--model={GOLDENS / 'vit_a' / 'weights.npz'}",
       "--suite=few_shot,linear_sgd",
       "--data=demo:digits",
       f"--fit_split={FIT}",

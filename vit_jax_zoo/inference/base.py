@@ -63,7 +63,7 @@ class Options:
     reference: a picture to borrow textures from.
     tile: side of the largest part of a small picture that is enlarged at once, in its pixels; None:
       what usually fits.
-    keep: share of an image's rows that are given, in a completion.
+    prefix_fraction: fraction of an image's rows that is given as the prompt of a completion.
     samples: completions of each image.
     temperature: of completions.
     seed: of whatever is drawn at random.
@@ -74,7 +74,7 @@ class Options:
   explain: bool = False
   reference: Image | None = None
   tile: int | None = None
-  keep: float = 0.5
+  prefix_fraction: float = 0.5
   samples: int = 6
   temperature: float = 1.0
   seed: int = 0

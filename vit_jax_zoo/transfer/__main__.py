@@ -1,12 +1,12 @@
 r"""Asks what a model's features, or its classes, are worth on other data.
 
-    python -m vit_jax_zoo.transfer --workdir=runs/vit_demo --suite=few_shot,knn --data=demo:photos
-    python -m vit_jax_zoo.transfer --workdir=ViT-B_16.npz --suite=vtab --data_dir=/data
-    python -m vit_jax_zoo.transfer --workdir=openai/imagegpt-small --suite=linear --data=cifar10
-    python -m vit_jax_zoo.transfer --workdir=runs/igpt_xl_imagenet --suite=linear_sgd \
+    python -m vit_jax_zoo.transfer --model=runs/vit_demo --suite=few_shot,knn --data=demo:photos
+    python -m vit_jax_zoo.transfer --model=ViT-B_16.npz --suite=vtab --data_dir=/data
+    python -m vit_jax_zoo.transfer --model=openai/imagegpt-small --suite=linear --data=cifar10
+    python -m vit_jax_zoo.transfer --model=runs/igpt_xl_imagenet --suite=linear_sgd \
       --data=imagenet2012 --concatenate=5
 
-`--workdir` is a run of ours, a published file or folder, or a published name; images come to it as
+`--model` is a run of ours, a published file or folder, or a published name; images come to it as
 in its own evaluation. Several suites share the features of a data set.
 
 | suite                    | what it says                                                         |
@@ -64,7 +64,7 @@ TITLES = {
 
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
-  flags.DEFINE_string("workdir", None, "a run of ours, or a published file, folder or name")
+  flags.DEFINE_string("model", None, "a run, or a published file, folder or name")
   flags.DEFINE_list("suite", [], f"of {', '.join(SUITES)}")
   flags.DEFINE_list("data", [], "sources, or names of the suite's data; all of these by default")
   flags.DEFINE_string("data_dir", None, "where TFDS's data lie")
@@ -84,8 +84,10 @@ def main(argv: Sequence[str]) -> int:
   """Runs the command; returns the process's exit status."""
   if argv[1:]:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
-  if FLAGS.workdir is None:
-    raise ValueError("--workdir is missing; give a run's folder, or a published file or name")
+  if FLAGS.model is None:
+    raise ValueError(
+      "--model is missing; expected the folder of a run, or a published file or name"
+    )
   probes = {name: {"concatenate": FLAGS.concatenate} for name in ("linear", "linear_sgd")}
   if FLAGS.sgd_epochs is not None:
     probes["linear_sgd"]["num_epochs"] = FLAGS.sgd_epochs
@@ -98,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     probes=probes,
   )
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
-  trained = load(FLAGS.workdir, needs_head=False, **options)
+  trained = load(FLAGS.model, needs_head=False, **options)
   loader = LoaderOptions(FLAGS.batch_size, FLAGS.num_workers, FLAGS.on_corrupt)
   about = {"model": trained.model_name, "source": trained.source}
   return run_and_write(request, Extractor(trained, loader), pathlib.Path(FLAGS.output), about)

@@ -17,7 +17,9 @@ from vit_jax_zoo.systems.igpt.palette import cluster_colors
 class CompletionPredictor:
   """Keeps the upper rows of a picture, and draws the rest several times."""
 
-  reads: ClassVar[frozenset[str]] = frozenset({"keep", "samples", "temperature", "top_k", "seed"})
+  reads: ClassVar[frozenset[str]] = frozenset(
+    {"prefix_fraction", "samples", "temperature", "top_k", "seed"}
+  )
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Takes the model.
@@ -32,10 +34,10 @@ class CompletionPredictor:
       raise ValueError(
         f"{trained.source} has no palette; put OpenAI's kmeans_centers.npy beside the weights"
       )
-    if not 0 <= options.keep <= 1 or options.samples < 1 or options.temperature < 0:
+    if not 0 <= options.prefix_fraction <= 1 or options.samples < 1 or options.temperature < 0:
       raise ValueError(
-        "--keep lies in [0, 1], --samples is positive, --temperature not negative; got "
-        f"{options.keep}, {options.samples}, {options.temperature}"
+        "--prefix_fraction lies in [0, 1], --samples is positive, --temperature not negative; got "
+        f"{options.prefix_fraction}, {options.samples}, {options.temperature}"
       )
     self._trained, self._options = trained, options
     if options.top_k is not None and options.top_k < 1:
@@ -46,7 +48,7 @@ class CompletionPredictor:
     """Returns `given`, the pixels that were kept, and `nats`, the mean loss of a true pixel."""
     prepared = np.asarray(self._trained.prepare(image)["image"])
     height, width = prepared.shape[:2]
-    given = round(self._options.keep * height) * width
+    given = round(self._options.prefix_fraction * height) * width
     rng = jax.random.key(self._options.seed)
     variables = {k: self._trained.variables[k] for k in ("params", "palette")}
     drawn, truth, nats = self._complete(variables, prepared[None], given, rng)
