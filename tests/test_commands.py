@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from tests.command import ROOT
-from tests.conftest import GOLDENS, golden_folder
+from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
-WEIGHTS = GOLDENS / "vit_a" / "weights.npz"
+WEIGHTS = golden_folder("vit_a") / "weights.npz"
 
 
 def command(module, *arguments, timeout=300):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS, golden_folder
+from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
@@ -40,7 +40,7 @@ def test_npz_is_the_file_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize(("name", "heads"), [("vit_timm_a", 4), ("vit_timm_gap_a", 2)])
 def test_timm_is_the_file_bit_for_bit_and_says_the_rest(name, heads, tmp_path):
-  source = GOLDENS / name / "weights.safetensors"
+  source = golden_folder(name) / "weights.safetensors"
   loaded = load_pretrained(str(source), num_heads=heads)
   export.write(loaded, "safetensors-timm", str(tmp_path))
   assert_same_file(load_file(tmp_path / "model.safetensors"), load_file(source))
@@ -51,9 +51,9 @@ def test_timm_is_the_file_bit_for_bit_and_says_the_rest(name, heads, tmp_path):
 
 @pytest.mark.parametrize("name", ["vit_hf_a", "vit_hf_base_a"])
 def test_hugging_face_is_the_file_bit_for_bit(name, tmp_path):
-  loaded = load_pretrained(str(GOLDENS / name))
+  loaded = load_pretrained(str(golden_folder(name)))
   export.write(loaded, "hf", str(tmp_path))
-  source = GOLDENS / name / "model.safetensors"
+  source = golden_folder(name) / "model.safetensors"
   assert_same_file(load_file(tmp_path / "model.safetensors"), load_file(source))
 
 

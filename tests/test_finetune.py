@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import finetune as finetune_own
 from configs import vit
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import export, load_pretrained, predict
 from vit_jax_zoo import trainer as experiment
@@ -30,7 +30,8 @@ from vit_jax_zoo.training.metric_writer import read_metrics
 from vit_jax_zoo.training.optim import create_optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
-WEIGHTS = GOLDENS / "vit_posemb_a" / "weights.npz"  # 4 x 4 patches of 8, 20 classes, pre_logits
+# 4 x 4 patches of 8, 20 classes, pre_logits.
+WEIGHTS = golden_folder("vit_posemb_a") / "weights.npz"
 SIZES = {"width": 48, "depth": 2, "num_heads": 4, "mlp_dim": 96, "patch_size": 8}
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.configs.recipes import CASES, SYSTEMS, differences, fields, resolve
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
@@ -24,7 +24,7 @@ def splits(config):
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_resolved_configs_match_the_golden(system, golden_text):
   configs = {variant: resolve(system, variant).to_dict() for s, variant in CASES if s == system}
-  golden_text(GOLDENS / "configs" / f"{system}.txt", differences(configs))
+  golden_text(golden_folder("configs") / f"{system}.txt", differences(configs))
 
 
 def test_the_golden_text_shows_every_change_of_a_field():

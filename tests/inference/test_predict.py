@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.configs.recipes import CASES, resolve
-from tests.conftest import GOLDENS, golden_folder
+from tests.conftest import golden_folder
 from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
@@ -100,7 +100,7 @@ def predict_pixels(image):
 
 
 def test_a_published_file_sees_its_own_preprocessing():
-  path = str(GOLDENS / "vit_a" / "weights.npz")
+  path = str(golden_folder("vit_a") / "weights.npz")
   published, image = load_pretrained(path), photo()
   logits = published.model.apply(published.variables, published.preprocess([image]))["logits"][0]
   top = predictor_of(path).__call__(image).record["top"]
@@ -111,7 +111,7 @@ def test_a_published_file_sees_its_own_preprocessing():
 
 
 def test_a_transformer_shows_its_attention_and_what_it_has_learned(vit_run):
-  for path, viewer in ((GOLDENS / "vit_a" / "weights.npz", "class token"), (vit_run, "mean")):
+  for path, viewer in ((golden_folder("vit_a") / "weights.npz", "class token"), (vit_run, "mean")):
     prediction = predictor_of(path, explain=True)(photo())
     assert set(prediction.pictures) == {"", "attention", "heads", "distances"}
     assert set(prediction.model_pictures) == {"positions", "filters"}
@@ -178,7 +178,7 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match="--prefix_fraction lies in"):
     predictor_of(igpt_run, prefix_fraction=2.0)
   with pytest.raises(ValueError, match="has no classifier"):
-    create_predictor(load(str(GOLDENS / "vit_hf_base_a")), Options())
+    create_predictor(load(str(golden_folder("vit_hf_base_a"))), Options())
   with pytest.raises(FileNotFoundError, match="there is no image at"):
     predict.find_images([str(tmp_path / "none*.jpg")])
   with pytest.raises(ValueError, match="no images are given"):

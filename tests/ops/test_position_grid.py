@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.ops.resize import METHODS, resize_position_grid
 
 
@@ -65,6 +65,6 @@ def test_errors():
 )
 def test_golden_parity_with_timm_and_hugging_face(method, source):
   """Tables of 4 x 4 tokens that timm 1.0.31 and transformers 5.23 made into 6 x 6."""
-  tables = np.load(GOLDENS / "position_grid" / "tables.npz")
+  tables = np.load(golden_folder("position_grid") / "tables.npz")
   given = resize_position_grid(tables[source], (4, 4), (6, 6), method)
   np.testing.assert_allclose(given, tables[method], atol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.base import pixels
 from vit_jax_zoo.inference.base import Trained
@@ -173,7 +173,7 @@ def knn_of(trained, folder):
 
 
 def test_a_published_file_without_a_head_is_good_for_its_features(tmp_path):
-  path = str(GOLDENS / "vit_hf_base_a")
+  path = str(golden_folder("vit_hf_base_a"))
   with pytest.raises(ValueError, match="has no classifier"):
     load(path)
   scores, pictures = knn_of(load(path, needs_head=False), tmp_path)
@@ -246,7 +246,7 @@ def test_the_command_reads_its_flags(tmp_path, monkeypatch):
   values(
     [
       "transfer",
-      f"--model={GOLDENS / 'vit_a' / 'weights.npz'}",
+      f"--model={golden_folder('vit_a') / 'weights.npz'}",
       "--suite=few_shot,linear_sgd",
       "--data=demo:digits",
       f"--fit_split={FIT}",

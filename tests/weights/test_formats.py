@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS, golden_folder
+from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.weights import WeightsError, load_into, tf_bundle
 from vit_jax_zoo.weights.formats import formats, read_checkpoint
@@ -29,11 +29,11 @@ def bundle(name):
 @pytest.fixture
 def imagegpt(tmp_path):
   """A folder as transformers writes it, of the fixture's weights."""
-  config = json.loads((GOLDENS / "imagegpt_a" / "config.json").read_text())
-  inputs = np.load(GOLDENS / "imagegpt_a" / "inputs.npz")
+  config = json.loads((golden_folder("imagegpt_a") / "config.json").read_text())
+  inputs = np.load(golden_folder("imagegpt_a") / "inputs.npz")
   folder = tmp_path / "imagegpt"
   folder.mkdir()
-  shutil.copy(GOLDENS / "imagegpt_a" / "weights.safetensors", folder / "model.safetensors")
+  shutil.copy(golden_folder("imagegpt_a") / "weights.safetensors", folder / "model.safetensors")
   (folder / "config.json").write_text(json.dumps({"n_head": config["n_head"]}))
   clusters = np.asarray(inputs["clusters"], np.float32)
   processor = {"clusters": clusters.tolist(), "size": {"height": 8, "width": 8}}
@@ -103,7 +103,7 @@ def test_a_lambda_resnet_gets_a_new_head_and_lacks_no_statistics(tmp_path):
 def test_tensorflow_checkpoints_without_tensorflow(name, load_golden, tmp_path):
   _, inputs, outputs = load_golden(name)
   arrays = tf_bundle.read_bundle(tf_bundle.find_prefix(bundle(name)))
-  expected = load_file(GOLDENS / name / "weights.safetensors")
+  expected = load_file(golden_folder(name) / "weights.safetensors")
   for key, array in expected.items():
     if key in arrays:
       np.testing.assert_array_equal(arrays[key], array, strict=True)
@@ -200,17 +200,17 @@ def test_openai_weights_become_hugging_faces(tmp_path):
 def test_a_classifier_of_hugging_faces(imagegpt, tmp_path):
   arrays = load_file(imagegpt / "model.safetensors")
   del arrays["lm_head.weight"]
-  arrays |= load_file(GOLDENS / "imagegpt_a" / "weights_score.safetensors")
+  arrays |= load_file(golden_folder("imagegpt_a") / "weights_score.safetensors")
   save_file(arrays, imagegpt / "model.safetensors")
   loaded = load_pretrained(str(imagegpt))
   assert loaded.model.num_classes == 10
   assert not loaded.model.sos_token
   out = loaded.model.apply(
     loaded.variables,
-    jnp.asarray(np.load(GOLDENS / "imagegpt_a" / "inputs.npz")["tokens"]),
+    jnp.asarray(np.load(golden_folder("imagegpt_a") / "inputs.npz")["tokens"]),
     method="from_tokens",
   )
-  outputs = np.load(GOLDENS / "imagegpt_a" / "outputs.npz")
+  outputs = np.load(golden_folder("imagegpt_a") / "outputs.npz")
   np.testing.assert_allclose(out["logits"], outputs["clf_logits_hf_no_sos"], atol=1e-4)
   (imagegpt / "config.json").write_text('{"n_head": 4, "scale_attn_weights": false}')
   with pytest.raises(WeightsError, match="scale_attn_weights False; ours has True alone"):
@@ -241,7 +241,7 @@ def test_shards_of_a_folder(imagegpt):
 
 
 def test_files_are_known_by_their_content(tmp_path):
-  original = GOLDENS / "vit_timm_a" / "weights.safetensors"
+  original = golden_folder("vit_timm_a") / "weights.safetensors"
   shutil.copy(original, tmp_path / "renamed.pth")
   loaded = load_pretrained(str(tmp_path / "renamed.pth"), num_heads=4)
   expected = load_pretrained(str(original), num_heads=4)
@@ -278,11 +278,11 @@ def test_sizes_that_cannot_be_told_are_one_line(imagegpt):
 
 def test_each_format_knows_its_own_files_alone():
   files = {
-    ("vit", "npz"): GOLDENS / "vit_a" / "weights.npz",
-    ("vit", "safetensors-timm"): GOLDENS / "vit_timm_a" / "weights.safetensors",
-    ("vit", "hf"): GOLDENS / "vit_hf_a" / "model.safetensors",
-    ("igpt", "hf"): GOLDENS / "imagegpt_a" / "weights.safetensors",
-    ("igpt", "tf"): GOLDENS / "igpt_tf_a" / "weights.safetensors",
+    ("vit", "npz"): golden_folder("vit_a") / "weights.npz",
+    ("vit", "safetensors-timm"): golden_folder("vit_timm_a") / "weights.safetensors",
+    ("vit", "hf"): golden_folder("vit_hf_a") / "model.safetensors",
+    ("igpt", "hf"): golden_folder("imagegpt_a") / "weights.safetensors",
+    ("igpt", "tf"): golden_folder("igpt_tf_a") / "weights.safetensors",
   }
   for name, path in files.items():
     arrays = dict(np.load(path)) if path.suffix == ".npz" else load_file(path)

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.conftest import GOLDENS
+from tests.conftest import GOLDENS, golden_folder
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.registry import list_models
 from vit_jax_zoo.weights import WeightsError, hub
 from vit_jax_zoo.weights import model_index as catalog
 
-SOURCE = GOLDENS / "vit_a" / "weights.npz"
+SOURCE = golden_folder("vit_a") / "weights.npz"
 
 
 @pytest.fixture
@@ -106,11 +106,11 @@ def test_names_on_hugging_faces_hub(monkeypatch):
 
   def answer(name, allow_patterns):
     asked.append((name, allow_patterns))
-    return str(GOLDENS / "vit_hf_a")
+    return str(golden_folder("vit_hf_a"))
 
   fake_hub(monkeypatch, answer)
   loaded = load_pretrained("google/vit-base-patch16-224")
-  expected = load_pretrained(str(GOLDENS / "vit_hf_a"))
+  expected = load_pretrained(str(golden_folder("vit_hf_a")))
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected.variables)
   assert asked[0][0] == "google/vit-base-patch16-224"
   assert "model.safetensors" in asked[0][1]

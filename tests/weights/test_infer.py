@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS, golden_folder
+from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.weights import WeightsError
@@ -40,11 +40,11 @@ def copy_of(name, folder):
   """Returns the path of a copy that may be changed, the file with its arrays, and those."""
   if name == "vit_a":
     file = folder / "x.npz"
-    shutil.copy(GOLDENS / name / "weights.npz", file)
+    shutil.copy(golden_folder(name) / "weights.npz", file)
     return str(file), file, dict(np.load(file))
   is_folder = name == "vit_hf_a"
   if is_folder:
-    shutil.copy(GOLDENS / name / "config.json", folder)
+    shutil.copy(golden_folder(name) / "config.json", folder)
   file = folder / "model.safetensors"
   source = "model.safetensors" if is_folder else "weights.safetensors"
   shutil.copy(golden_folder(name) / source, file)

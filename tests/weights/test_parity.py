@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS, golden_folder
+from tests.conftest import golden_folder
 from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
@@ -63,7 +63,7 @@ def test_timm_computes_our_vits(fields, tmp_path):
 def test_timm_reads_its_own_fixtures_again(name, tmp_path, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(
-    str(GOLDENS / name / "weights.safetensors"), num_heads=config["num_heads"]
+    str(golden_folder(name) / "weights.safetensors"), num_heads=config["num_heads"]
   )
   export.write(loaded, "safetensors-timm", str(tmp_path))
   theirs = timm_logits(tmp_path, inputs["image"].transpose(0, 2, 3, 1))
@@ -160,7 +160,7 @@ def test_transformers_computes_openais_igpt(tmp_path, load_golden):
 def test_the_published_pickle_of_imagegpt(tmp_path):
   """`pytorch_model.bin`, as openai/imagegpt-small was published: with the causal masks."""
   torch = pytest.importorskip("torch")
-  fixture = GOLDENS / "imagegpt_a"
+  fixture = golden_folder("imagegpt_a")
   arrays = load_file(fixture / "weights.safetensors")
   config = json.loads((fixture / "config.json").read_text())
   clusters = np.load(fixture / "inputs.npz")["clusters"]

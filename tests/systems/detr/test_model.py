@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 import re
 
 import jax
@@ -11,11 +10,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from tests.conftest import golden_folder
 from tests.systems.detr.reference import model_of, read_variables
 from vit_jax_zoo.registry import create_model, list_models, sharding_rules
 from vit_jax_zoo.systems.detr.model import MAX_LEARNED_POSITIONS, VARIANTS, Detr, sine_positions
-
-GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 
 # Elements of parameters, without those of the frozen batch norms: spec of the official code.
 PARAMETERS = {
@@ -35,7 +33,7 @@ def golden(request):
 
   @functools.cache
   def load(name):
-    folder = GOLDENS / name
+    folder = golden_folder(name)
     config = json.loads((folder / "config.json").read_text())
     inputs, outputs = np.load(folder / "inputs.npz"), dict(np.load(folder / "outputs.npz"))
     images = np.moveaxis(inputs["images"], 1, -1)

@@ -1,7 +1,6 @@
 """DETR's training, step by step, against the official code's: loss terms, matchings, parameters."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +8,12 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from tests.conftest import golden_folder
 from tests.systems.detr.reference import model_of, variables_of
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.training.optim import create_optimizer
 from vit_jax_zoo.training.train_step import create_state, make_train_step
 
-GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
 FREEZE = {
   "train_detr_a": [("backbone/(stem|c2_).*", {"frozen": True})],
   "train_detr_panoptic_a": [(r"(?!mask_).*", {"frozen": True})],
@@ -58,10 +57,10 @@ def read_batches(inputs, count, with_masks):
 
 def train(name):
   """Returns the fixture's outputs, metrics of every step, parameters before and after."""
-  folder = GOLDENS / name
+  folder = golden_folder(name)
   config = json.loads((folder / "config.json").read_text())
   inputs, outputs = dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "outputs.npz"))
-  start = GOLDENS / pathlib.Path(config["start_config"]).parent
+  start = golden_folder(config["start_config"].split("/")[0])
   model_config = json.loads((start / "config.json").read_text())
   tensors = load_file(start / "weights.safetensors")
   variables = jax.tree.map(jnp.asarray, variables_of(tensors, model_config))

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.igpt import model as igpt
@@ -32,14 +32,14 @@ def load_params(published, rows, fields, ignore=()):
 
 
 def load_tf(name):
-  published = load_file(GOLDENS / name / "weights.safetensors")
+  published = load_file(golden_folder(name) / "weights.safetensors")
   return load_params(published, igpt_tf.TABLE, igpt_tf.infer_fields(published))
 
 
 def load_hf(config, with_score=False, **fields):
-  published = load_file(GOLDENS / "imagegpt_a" / "weights.safetensors")
+  published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   if with_score:
-    published |= load_file(GOLDENS / "imagegpt_a" / "weights_score.safetensors")
+    published |= load_file(golden_folder("imagegpt_a") / "weights_score.safetensors")
   published = igpt_hf.split(published)
   fields = igpt_hf.infer_fields(published, config) | fields
   if not fields.get("sos_token", True):
@@ -128,7 +128,7 @@ def test_classifier_equals_hugging_face(load_golden, sos_token):
 
 def test_hugging_face_weights_come_back_bit_for_bit(load_golden):
   config, _, _ = load_golden("imagegpt_a")
-  published = load_file(GOLDENS / "imagegpt_a" / "weights.safetensors")
+  published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   _, variables = load_hf(config)
   flat = table.unroll(flat_numpy(variables["params"]))
   written = igpt_hf.join(table.write(flat, igpt_hf.TABLE))
@@ -138,7 +138,7 @@ def test_hugging_face_weights_come_back_bit_for_bit(load_golden):
 
 
 def test_zero_biases_go_and_come_back(load_golden):
-  published = load_file(GOLDENS / "imagegpt_a" / "weights.safetensors")
+  published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   published = {k: v * 0 if k.endswith("bias") else v for k, v in published.items()}
   flat = igpt_hf.split(published)
   assert not any(key.endswith("bias") for key in flat)

@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.systems.igpt import palette
 from vit_jax_zoo.systems.igpt import weights_hf as igpt_hf
@@ -115,14 +115,14 @@ def test_an_image_without_a_masked_pixel_costs_nothing():
 
 @pytest.fixture(scope="module")
 def curve():
-  folder = GOLDENS / "train_imagegpt_a"
+  folder = golden_folder("train_imagegpt_a")
   return dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "outputs.npz"))
 
 
 def test_training_curve_is_hugging_faces(curve):
   inputs, outputs = curve
   model = ImageGPT(64, 64, 64, 3, 4, use_bias=True)
-  published = igpt_hf.split(load_file(GOLDENS / "imagegpt_a" / "weights.safetensors"))
+  published = igpt_hf.split(load_file(golden_folder("imagegpt_a") / "weights.safetensors"))
   init = functools.partial(model.init, method="from_tokens")
   abstract = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64), jnp.int32))["params"]
   shapes = {k: v.shape for k, v in traverse_util.flatten_dict(abstract, sep="/").items()}

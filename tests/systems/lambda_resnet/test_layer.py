@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
 
@@ -79,7 +79,7 @@ def test_timm_golden(load_golden, name, stride):
     stride=stride,
     pool_size=2,
   )
-  variables = timm_variables(load_file(GOLDENS / name / "weights.safetensors"))
+  variables = timm_variables(load_file(golden_folder(name) / "weights.safetensors"))
   out = check_against(golden, layer, variables)
   assert_close(out, outputs["out" if stride == 1 else "out_stride2"])
 
@@ -98,7 +98,7 @@ def test_lucidrains_golden(load_golden, name, implementation):
     position_bias="r" in config,
     implementation=implementation,
   )
-  variables = lucid_variables(load_file(GOLDENS / name / "weights.safetensors"))
+  variables = lucid_variables(load_file(golden_folder(name) / "weights.safetensors"))
   out = check_against(golden, layer, variables)
   assert_close(out, outputs["out"])
 

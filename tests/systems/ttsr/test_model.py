@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.ttsr import weights as ttsr_pt
 from vit_jax_zoo.systems.ttsr.model import TTSR
@@ -22,12 +22,12 @@ def nhwc(array):
 
 
 def golden_weights():
-  return load_file(GOLDENS / "ttsr_a" / "weights.safetensors")
+  return load_file(golden_folder("ttsr_a") / "weights.safetensors")
 
 
 @functools.cache
 def golden_run(dtype="float32", scan_layers=False):
-  inputs = np.load(GOLDENS / "ttsr_a" / "inputs.npz")
+  inputs = np.load(golden_folder("ttsr_a") / "inputs.npz")
   model, variables = ttsr_pt.from_published(
     golden_weights(), dtype=dtype, scan_layers=scan_layers, block_size=(50, 37)
   )

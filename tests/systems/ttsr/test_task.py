@@ -11,7 +11,7 @@ import optax
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from tests.systems.ttsr.goldens import (
   NARROW,
   TINY,
@@ -39,7 +39,7 @@ from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build
 
 @functools.cache
 def fn_fixture():
-  folder = GOLDENS / "ttsr_fn_a"
+  folder = golden_folder("ttsr_fn_a")
   return (
     load_file(folder / "weights.safetensors"),
     dict(np.load(folder / "inputs.npz")),

@@ -9,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from tests.systems.ttsr.goldens import NARROW, WEIGHTS, critic_params, vgg_params
 from vit_jax_zoo.systems.ttsr import weights as ttsr_pt
 from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
@@ -53,8 +53,9 @@ def curve_batch(inputs, index):
 
 
 def curve_program(config, inputs, seed):
-  model, variables = ttsr_pt.from_published(load_file(GOLDENS / "ttsr_a" / "weights.safetensors"))
-  extra = load_file(GOLDENS / "train_ttsr_a" / "extra.safetensors")
+  weights = load_file(golden_folder("ttsr_a") / "weights.safetensors")
+  model, variables = ttsr_pt.from_published(weights)
+  extra = load_file(golden_folder("train_ttsr_a") / "extra.safetensors")
   begin = config["phases"]["all_losses_steps"][0]
   rng = jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
   task = Replay(
@@ -85,7 +86,7 @@ def curve_program(config, inputs, seed):
 @functools.cache
 def curve():
   """Trains through the package's own step; returns metrics by step, and states on the way."""
-  folder = GOLDENS / "train_ttsr_a"
+  folder = golden_folder("train_ttsr_a")
   inputs = dict(np.load(folder / "inputs.npz"))
   config = {"steps": 15, "batch": 3, "phases": {"all_losses_steps": [10, 14]}}
   program, start = curve_program(config, inputs, seed=5)
@@ -173,7 +174,7 @@ def test_hard_attention_along_the_curve(load_golden):
   """What the trained network looks up is what the official one looks up."""
   _, inputs, expected = load_golden("train_ttsr_a")
   _, params, *_ = curve()
-  model, _ = ttsr_pt.from_published(load_file(GOLDENS / "ttsr_a" / "weights.safetensors"))
+  model, _ = ttsr_pt.from_published(load_file(golden_folder("ttsr_a") / "weights.safetensors"))
   predict = jax.jit(SuperResolution(model).predict)
   for step in (9, 13):  # the state after a step is the one that the next step looks up with
     found = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]

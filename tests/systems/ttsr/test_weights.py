@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo import export, weights
 from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.model import TTSR
@@ -16,7 +16,7 @@ from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.load import flatten_variables
 
-FILE = GOLDENS / "ttsr_a" / "weights.safetensors"
+FILE = golden_folder("ttsr_a") / "weights.safetensors"
 NARROW = {
   "critic_widths": (2, 4, 8, 16, 32),
   "critic_hidden": 64,

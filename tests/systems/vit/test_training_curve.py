@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import load_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.registry import sharding_rules
 from vit_jax_zoo.systems.vit import weights_timm as vit_timm
@@ -16,7 +16,7 @@ from vit_jax_zoo.tasks.classification import Classification
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
 
-WEIGHTS = GOLDENS / "vit_timm_a" / "weights.safetensors"
+WEIGHTS = golden_folder("vit_timm_a") / "weights.safetensors"
 
 
 def train(config, inputs):

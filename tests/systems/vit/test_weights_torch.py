@@ -11,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import GOLDENS
+from tests.conftest import golden_folder
 from vit_jax_zoo import load_pretrained
 from vit_jax_zoo.systems.vit import weights_hf as vit_hf
 from vit_jax_zoo.systems.vit import weights_timm as vit_timm
@@ -26,11 +26,11 @@ HF = ("vit_hf_a", "vit_hf_base_a")
 
 
 def timm_file(name):
-  return str(GOLDENS / name / "weights.safetensors")
+  return str(golden_folder(name) / "weights.safetensors")
 
 
 def hf_folder(name):
-  return str(GOLDENS / name)
+  return str(golden_folder(name))
 
 
 def close(given, expected, atol=1e-5):
@@ -119,9 +119,8 @@ def test_export_of_import_is_the_file_bit_for_bit(scan_layers, tmp_path):
     loaded = load_pretrained(hf_folder(name), scan_layers=scan_layers)
     export = Export("vit", loaded.model, table.unroll(flat(loaded.variables)), loaded.preprocess)
     vit_hf.write_checkpoint(str(tmp_path), export)
-    assert_same_arrays(
-      load_file(tmp_path / "model.safetensors"), load_file(GOLDENS / name / "model.safetensors")
-    )
+    expected = load_file(golden_folder(name) / "model.safetensors")
+    assert_same_arrays(load_file(tmp_path / "model.safetensors"), expected)
     again = load_pretrained(str(tmp_path), scan_layers=scan_layers)
     assert again.model == loaded.model
     assert again.preprocess == loaded.preprocess
@@ -241,7 +240,7 @@ def test_preprocessing_travels_with_the_weights(tmp_path):
   white = np.full((4, 4, 3), 255, np.uint8)
   close(preprocess([white])[0, 0, 0], [6.0, 2.5, 4 / 3])
 
-  shutil.copytree(GOLDENS / "vit_timm_a", tmp_path / "timm")
+  shutil.copytree(golden_folder("vit_timm_a"), tmp_path / "timm")
   settings = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "input_size": [3, 32, 32]}
   config = {"architecture": "vit_small", "pretrained_cfg": settings}
   (tmp_path / "timm" / "config.json").write_text(json.dumps(config))
@@ -272,10 +271,10 @@ def test_errors_a_user_can_cause(tmp_path):
   with pytest.raises(ValueError, match=r"there is no model\.safetensors or .* nor a TensorFlow"):
     load_pretrained(str(tmp_path))
   cut = tmp_path / "cut.safetensors"
-  cut.write_bytes((GOLDENS / "vit_timm_a" / "weights.safetensors").read_bytes()[:9000])
+  cut.write_bytes((golden_folder("vit_timm_a") / "weights.safetensors").read_bytes()[:9000])
   with pytest.raises(WeightsError, match=r"cut\.safetensors cannot be read as safetensors"):
     load_pretrained(str(cut))
-  shutil.copy(GOLDENS / "vit_hf_a" / "model.safetensors", tmp_path)
+  shutil.copy(golden_folder("vit_hf_a") / "model.safetensors", tmp_path)
   with pytest.raises(WeightsError, match=r"there is no config\.json beside it"):
     load_pretrained(str(tmp_path))
   config = {"num_attention_heads": 4, "patch_size": 8, "hidden_act": "mish"}
