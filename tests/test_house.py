@@ -102,6 +102,18 @@ def test_the_goldens_stay_small():
   assert size < 60e6
 
 
+def test_every_golden_fixture_has_a_readme():
+  folders = {p.parent for p in (ROOT / "tests" / "goldens").rglob("*.npz")}
+  assert folders
+  assert sorted(p.name for p in folders if not (p / "README.md").is_file()) == []
+
+
+def test_no_test_skips_for_a_missing_file():
+  """Only drills that mount a file system may skip; a missing golden is an error."""
+  tests = [p for p in (ROOT / "tests").rglob("*.py") if "drills" not in p.parts]
+  assert [name_of(p) for p in tests if re.search(r"pytest\.skip\(", p.read_text())] == []
+
+
 def test_changelog_leads_with_what_is_new():
   headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
   version = r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}"
