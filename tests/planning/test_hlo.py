@@ -148,6 +148,41 @@ def test_only_the_busiest_branch_counts():
   assert hlo.traffic(text).collective_bytes == {"all-to-all": 3 / 4 * 400}
 
 
+def test_a_kernel_with_metadata_of_several_lines_does_not_end_its_computation():
+  """As libtpu prints a splash attention kernel: here inside a loop of five steps."""
+  text = """HloModule m
+
+%body (p: (s32[], f32[1000])) -> (s32[], f32[1000]) {
+  %p = (s32[], f32[1000]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[1000] get-tuple-element(%p), index=1
+  %kernel = f32[1000] custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 128}"
+}}, metadata={op_name="jit(f)/attention"}, backend_config={"flags":[]}
+  %after = f32[1000] negate(%kernel)
+  ROOT %t = (s32[], f32[1000]) tuple(%i, %after)
+}
+
+%condition (p: (s32[], f32[1000])) -> pred[] {
+  %n = s32[] constant(5)
+  %p = (s32[], f32[1000]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[1000]) -> f32[1000] {
+  %x = f32[1000] parameter(0)
+  %zero = s32[] constant(0)
+  %first = (s32[], f32[1000]) tuple(%zero, %x)
+  %loop = (s32[], f32[1000]) while(%first), condition=%condition, body=%body
+  ROOT %out = f32[1000] get-tuple-element(%loop), index=1
+}, execution_thread="main"
+"""
+  in_kernel = in_negation = 2 * 4000
+  assert hlo.traffic(text).memory_bytes == 5 * (in_kernel + in_negation)
+
+
 def test_a_text_that_is_none():
   with pytest.raises(ValueError, match="no ENTRY computation"):
     hlo.traffic("nothing")

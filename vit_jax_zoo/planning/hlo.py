@@ -139,23 +139,26 @@ def parse(text: str) -> Module:
   Raises:
     ValueError: it has no entry computation.
   """
-  computations: dict[str, list[Instruction]] = {}
+  lines_of: dict[str, list[str]] = {}
   entry, current = None, None
   for line in text.splitlines():
     if current is None and line.endswith("{") and "->" in line:
       name = _NAME.match(line.removeprefix("ENTRY ").strip())
       if name is not None:
-        current = computations[name[1]] = []
+        current = lines_of[name[1]] = []
         entry = name[1] if line.startswith("ENTRY") else entry
-    elif line.startswith("}"):
+    elif line == "}" or line.startswith("}, execution_thread"):
       current = None
-    elif current is not None and " = " in line:
-      current.append(_instruction(line))
+    elif current is not None and line.startswith("  ") and " = " in line:
+      current.append(line)
+    elif current:  # a kernel's metadata has several lines, some of which begin with "}"
+      current[-1] += line
   if entry is None:
     raise ValueError("the text has no ENTRY computation; expected an HLO module as XLA prints it")
   partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
   replicas = re.search(r"replica_count=(\d+)", text[:100_000])
   devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
+  computations = {name: [_instruction(line) for line in lines] for name, lines in lines_of.items()}
   return Module(computations, entry, devices)
 
 
