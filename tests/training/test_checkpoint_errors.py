@@ -30,16 +30,27 @@ def whole(tmp_path_factory):
   return workdir
 
 
-def damaged(whole, folder, pattern, how):
-  """Returns a copy of a run of which all files that match are cut or gone."""
+def damaged(whole, folder, pattern, how, manifest=True):
+  """Returns a copy of a run of which all files that match are cut, changed or missing."""
   shutil.copytree(whole, folder)
   files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
   assert files, "there is nothing to damage"
   for file in files:
-    file.unlink() if how == "missing" else file.write_bytes(file.read_bytes()[:-9])
+    content = file.read_bytes()
+    if how == "missing":
+      file.unlink()
+    elif how == "cut":
+      file.write_bytes(content[:-9])
+    else:
+      middle = len(content) // 2
+      file.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
+  if not manifest:  # a run from before
+    for file in folder.rglob("files.json"):
+      file.unlink()
   return folder
 
 
+@pytest.mark.parametrize("manifest", [True, False])
 @pytest.mark.parametrize(
   ("pattern", "how"),
   [
@@ -52,13 +63,13 @@ def damaged(whole, folder, pattern, how):
     ("checkpoints/2/state/**/*", "missing"),
   ],
 )
-def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(whole, tmp_path, pattern, how):
-  workdir = damaged(whole, tmp_path / "run", pattern, how)
+def test_a_damaged_checkpoint_is_one_line(whole, tmp_path, pattern, how, manifest):
+  workdir = damaged(whole, tmp_path / "run", pattern, how, manifest)
   assert is_checkpoint(workdir)
   said = rf"the checkpoint of step 2 in {workdir}/checkpoints/2 is damaged \(.*\); "
   with (
     Checkpointer(workdir) as checkpointer,
-    pytest.raises(ValueError, match=rf"{said}remove this folder, .* on from step 1$") as resumed,
+    pytest.raises(ValueError, match=rf"{said}remove this folder; .* step 1$") as resumed,
   ):
     checkpointer.restore(STATE)
   with pytest.raises(ValueError, match=rf"{said}use another: .*points/1, .*/best/1$") as read:
@@ -71,10 +82,29 @@ def test_a_damaged_checkpoint_is_one_line_that_says_how_to_go_on(whole, tmp_path
     np.testing.assert_array_equal(checkpointer.restore(STATE)["params"]["x"], STATE["params"]["x"])
 
 
+@pytest.mark.parametrize(
+  "pattern", ["checkpoints/2/state/d/*", "checkpoints/2/state/ocdbt.process_0/d/*"]
+)
+def test_a_flipped_bit_is_found_and_the_file_named(whole, tmp_path, pattern):
+  workdir = damaged(whole, tmp_path / "run", pattern, "flipped")
+  said = r"step 2 .* is damaged \(state/\S+ has another checksum"
+  with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=said):
+    checkpointer.restore(STATE)
+  with pytest.raises(ValueError, match=said):
+    restore_variables(workdir / "checkpoints")
+
+
+def test_a_checkpoint_without_manifest_is_restored(whole, tmp_path):
+  workdir = damaged(whole, tmp_path / "run", "best/1/metrics/metrics", "missing", manifest=False)
+  np.testing.assert_array_equal(
+    restore_variables(workdir / "checkpoints")["params"]["x"], STATE["params"]["x"]
+  )
+
+
 def test_the_only_checkpoint_may_be_damaged(whole, tmp_path):
   workdir = damaged(whole, tmp_path / "run", "checkpoints/2/state/_METADATA", "cut")
   shutil.rmtree(workdir / "checkpoints" / "1")
-  advice = r"no earlier step: remove .* begins anew \(or from --config.init_from=.*/best/1\)$"
+  advice = r"remove this folder; .*--config.init_from=.*/best/1\)$"
   with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=advice):
     checkpointer.restore(STATE)
 
@@ -82,7 +112,7 @@ def test_the_only_checkpoint_may_be_damaged(whole, tmp_path):
 @pytest.mark.parametrize(
   ("pattern", "use", "advice"),
   [
-    ("best/1/metrics/metrics", Checkpointer, "remove this folder: what is best will be found anew"),
+    ("best/1/metrics/metrics", Checkpointer, "remove this folder; "),
     ("best/1/variables/_METADATA", restore_variables, "use another: .*points/2, .*points/1$"),
   ],
 )
@@ -106,7 +136,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path):
   noise = {"params": {"x": jax.random.normal(jax.random.key(0), (100_000,))}}
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, noise)
-  message = rf"cannot be written to {tmp_path}: File too large; that of step 1 is complete: make "
+  message = rf"cannot be written to {tmp_path}: File too large; that of step 1 is complete: "
   with small_files(100_000), pytest.raises(OSError, match=message) as error:
     save_and_wait(tmp_path, 2, noise)
   assert "\n" not in str(error.value)
