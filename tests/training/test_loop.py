@@ -1,6 +1,7 @@
 """The loop, on a toy: what happens when, exact resumption, and losses that are not finite."""
 
 import dataclasses
+import errno
 import functools
 import os
 import signal
@@ -16,7 +17,7 @@ from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
 from vit_jax_zoo.training.evaluate import PredictionScores
-from vit_jax_zoo.training.loop import Loop, LoopSettings, in_words, prefetch
+from vit_jax_zoo.training.loop import EvaluationError, Loop, LoopSettings, format_scores, prefetch
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
 
@@ -37,8 +38,10 @@ def make_program():
   )
 
 
-def train(workdir, *, settings=SETTINGS, data=None, on_step=None, train_step=None):
-  """Runs the loop from the last checkpoint in `workdir`, as `experiment.run` does."""
+def train(
+  workdir, *, settings=SETTINGS, data=None, on_step=None, train_step=None, on_evaluation=None
+):
+  """Runs the loop from the last checkpoint in `workdir`, as `trainer.run` does."""
   made = make_program()
   data = data or toy.batches(settings.num_steps)
 
@@ -54,13 +57,19 @@ def train(workdir, *, settings=SETTINGS, data=None, on_step=None, train_step=Non
     mesh=made.mesh,
     name="held_out",
   )
+
+  def evaluation(variables):
+    if on_evaluation is not None:
+      on_evaluation()
+    return scores(variables)
+
   with jax.set_mesh(made.mesh), Checkpointer(workdir, keep=3) as checkpointer:
     state = checkpointer.restore(made.abstract_state) or made.initial_state(seed=0)
     start = int(state.step)
     with MetricWriter(workdir, resume_step=start or None) as writer:
       loop = Loop(
         train_step=step,
-        evaluations={"held_out": scores},
+        evaluations={"held_out": evaluation},
         schedules=made.schedules,
         settings=settings,
         checkpointer=checkpointer,
@@ -96,7 +105,8 @@ def test_everything_happens_when_it_is_due(undisturbed):
   # Metrics are written when they are due, and before every evaluation and checkpoint.
   assert [row["step"] for row in training] == [3, 4, 5, 6, 8, 9, 10, 12]
   assert [row["step"] for row in scoring] == [4, 8, 12]
-  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "12", "5"]
+  # The state is saved every 5 steps and before each evaluation; three checkpoints are kept.
+  assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["10", "12", "8"]
   assert outcome.scores["held_out/error"] == scoring[-1]["held_out/error"]
   assert training[0]["train/learning_rate"] == pytest.approx(1e-2)
   assert "speed/images_per_second" in read_metrics(workdir)[0]
@@ -128,7 +138,7 @@ def with_settings(**fields):
 
 
 def test_the_best_variables_are_scored_at_the_end(tmp_path):
-  outcome = train(tmp_path, settings=with_settings(score_best=True))
+  outcome = train(tmp_path, settings=with_settings(eval_best_at_end=True))
   scores = {row["step"]: row for row in read_metrics(tmp_path) if "held_out/score" in row}
   best = max((4, 8, 12), key=lambda step: scores[step]["held_out/score"])
   assert best != 12  # as this toy and its few steps have it
@@ -141,7 +151,7 @@ def test_the_best_variables_are_scored_at_the_end(tmp_path):
 
 def test_the_last_may_be_the_best(tmp_path):
   """The highest error stands for the best here, and that is the last one's."""
-  outcome = train(tmp_path, settings=with_settings(best="held_out/error", score_best=True))
+  outcome = train(tmp_path, settings=with_settings(best="held_out/error", eval_best_at_end=True))
   assert outcome.scores["best/held_out/error"] == outcome.scores["held_out/error"]
 
 
@@ -155,10 +165,10 @@ def test_what_is_due_may_be_a_share_of_the_run():
 
 def test_single_classes_are_not_said():
   scores = {"val/accuracy": 0.5, "val/accuracy/cat": 1.0, "best/val/loss": 2.0, "best/val/a/b": 1.0}
-  assert in_words(scores) == "val/accuracy 0.5  best/val/loss 2"
+  assert format_scores(scores) == "val/accuracy 0.5  best/val/loss 2"
 
 
-@pytest.mark.parametrize("stop_at", [1, 5, 7])
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 7])
 def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed, tmp_path, stop_at):
   def send_sigterm(step):
     if step == stop_at:
@@ -170,12 +180,40 @@ def test_a_stopped_run_goes_on_to_the_same_bits(undisturbed, tmp_path, stop_at):
   resumed = train(tmp_path)
   assert resumed.finished
   jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
-  finals = [{**r} for r in rows(tmp_path) if r["step"] == 12]
-  assert finals == [r for r in rows(undisturbed[1]) if r["step"] == 12]
+  assert rows(tmp_path) == rows(undisturbed[1])
 
 
 class Killed(BaseException):
   pass
+
+
+@pytest.mark.parametrize("error", [Killed(), ValueError("damaged image")], ids=["kill", "error"])
+def test_an_interrupted_evaluation_loses_no_state_and_is_repeated(undisturbed, tmp_path, error):
+  def interrupt():
+    raise error
+
+  with pytest.raises((Killed, EvaluationError)) as raised:
+    train(tmp_path, on_evaluation=interrupt)
+  if isinstance(error, ValueError):
+    assert str(raised.value) == "evaluation 'held_out': damaged image"
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
+  steps = []
+  resumed = train(tmp_path, on_step=steps.append)
+  assert steps == list(range(5, 13))
+  jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
+  assert rows(tmp_path) == rows(undisturbed[1])
+  best = [path.name for path in (undisturbed[1] / "best").iterdir()]
+  assert [path.name for path in (tmp_path / "best").iterdir()] == best
+
+
+def test_a_log_that_cannot_be_written_loses_no_state(tmp_path, monkeypatch):
+  def full(self, *_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(MetricWriter, "_write_scalars", full)
+  with pytest.raises(OSError, match="the log cannot be written"):
+    train(tmp_path)
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
 def test_a_crash_between_checkpoints_repeats_the_lost_steps(undisturbed, tmp_path):
@@ -185,7 +223,7 @@ def test_a_crash_between_checkpoints_repeats_the_lost_steps(undisturbed, tmp_pat
 
   with pytest.raises(Killed):
     train(tmp_path, on_step=crash)
-  resumed = train(tmp_path)  # from step 5; what was logged about 6 to 8 is written again
+  resumed = train(tmp_path)  # from step 8
   jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
   assert rows(tmp_path) == rows(undisturbed[1])
 
@@ -197,7 +235,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
     FloatingPointError, match=r"loss is nan at step 7; the last good one is step 5"
   ):
     train(tmp_path, data=data)
-  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["5"]
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
   assert all(np.isfinite(row["train/loss"]) for row in rows(tmp_path) if "train/loss" in row)
 
 
@@ -207,13 +245,13 @@ def test_parameters_that_are_not_finite_are_neither_scored_nor_saved(tmp_path):
 
   def spoil(state, batch):
     state, metrics = made.train_step(state, batch)
-    if int(state.step) == 5:
+    if int(state.step) == 4:
       spoilt = jax.tree.map(lambda p: p * jnp.inf, state.params)
       state = dataclasses.replace(state, params=spoilt)
     return state, metrics
 
   with pytest.raises(
-    FloatingPointError, match="a parameter is not finite after step 5; there is no"
+    FloatingPointError, match="a parameter is not finite after step 4; there is no"
   ):
     train(tmp_path, train_step=spoil)
   assert not (tmp_path / "checkpoints").exists()

@@ -122,3 +122,16 @@ def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
   assert [(row["step"], row["loss"]) for row in rows] == [(1, 2.0), (2, 0.5)]
   assert (bucket / "run" / "figures" / "a" / "picture_00000002.png").exists()
   assert len(list((bucket / "run").glob("events.out.tfevents.*"))) == 2
+
+
+def test_a_line_that_is_not_utf8_is_dropped(tmp_path):
+  with MetricWriter(tmp_path, enabled=True) as writer:
+    for step in (1, 2, 3):
+      writer.write_scalars(step, {"train/loss": float(step)})
+  path = tmp_path / "metrics.jsonl"
+  first, second, third = path.read_bytes().splitlines(keepends=True)
+  path.write_bytes(first + b"\xff" + second[1:] + third)
+  assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
+  with MetricWriter(tmp_path, resume_step=3, enabled=True):
+    pass
+  assert path.read_bytes() == first + third

@@ -27,17 +27,17 @@ def h100s(count):
 
 def test_rates_leave_out_what_is_not_training(clock):
   progress = Progress(100, 64, flops_per_step=989e12, devices=h100s(4), bar=False, clock=clock)
-  with progress.outside("compile"):
+  with progress.exclude("compile"):
     clock.now += 30.0
   for _ in range(10):
-    with progress.inside("input_wait"):
+    with progress.time_as("input_wait"):
       clock.now += 0.1
     clock.now += 0.4
-  with progress.inside("logging"):
+  with progress.time_as("logging"):
     clock.now += 0.0
-  with progress.outside("evaluate"):
+  with progress.exclude("evaluate"):
     clock.now += 20.0
-    with progress.inside("input_wait"):
+    with progress.time_as("input_wait"):
       clock.now += 5.0  # evaluation's input is not training's
   rates = progress.report(10)
   assert rates == pytest.approx(
@@ -86,9 +86,9 @@ def test_the_bar_shows_the_line_too(capsys, clock):
 def test_nested_pauses_are_a_mistake(clock):
   progress = Progress(10, 64, bar=False, clock=clock)
   with (
-    progress.outside("evaluate"),
+    progress.exclude("evaluate"),
     pytest.raises(RuntimeError, match="within another"),
-    progress.outside("checkpoint"),
+    progress.exclude("checkpoint"),
   ):
     pass
 

@@ -1,24 +1,23 @@
-"""What a run writes down: TensorBoard files, `metrics.jsonl`, and figures as PNG.
+"""Writes a run's metrics.jsonl, TensorBoard event files and figures (PNG).
 
     <workdir>/metrics.jsonl               a line for each write: {"step": 100, "train/loss": 0.5}
     <workdir>/events.out.tfevents.*       the same for TensorBoard, with figures, text and hparams
     <workdir>/figures/<name>_<step>.png   figures; a "/" in a name makes a directory
 
-Numbers that JSON cannot hold are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity", as
-Python's `float` reads them. `read_metrics` gives them back as floats.
+NaN and infinities are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity", as Python's
+`float` reads them. `read_metrics` returns them as floats.
 
-In a bucket (gs://...), files cannot grow: there they are written to a local directory first, and
-`flush` uploads what has changed.
+Objects in a bucket (gs://...) cannot be appended to: files are written to a local directory first,
+and `flush` uploads those that have changed.
 
-A run that is resumed at step s drops what its former life wrote about later steps, so that its log
-ends like that of an undisturbed run.
+A run that resumes at step s removes the rows of later steps, so that its log ends like that of an
+uninterrupted run.
 """
 
 import concurrent.futures
 import contextlib
 import io
 import json
-import logging
 import math
 import os
 import pathlib
@@ -26,10 +25,12 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from logging import ERROR, getLogger
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
@@ -40,24 +41,23 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
 from tensorboardX.record_writer import RecordWriter
 
 from vit_jax_zoo.figures.canvas import render
-from vit_jax_zoo.training import atomic_write as whole_file
-from vit_jax_zoo.training import disk_errors as full_disk
+from vit_jax_zoo.training import atomic_write, disk_errors
 
 FLUSH_SECONDS = 30
-"""How long TensorBoard may have to wait for what is written."""
+"""Interval at which event files are flushed."""
 
 
 class EventFile:
-  """Appends summaries to a new file."""
+  """A TensorBoard event file."""
 
   def __init__(self, workdir: pathlib.Path, *, number: int, purge_step: int):
-    """Begins the file.
+    """Creates the file.
 
     Args:
-      workdir: where.
-      number: of files before it: TensorBoard reads them in the order of their names, and two may be
-        of the same second.
-      purge_step: TensorBoard drops what files before this one say of this step and later ones.
+      workdir: its directory.
+      number: number of files before it: TensorBoard reads files in the order of their names, and
+        two may be of the same second.
+      purge_step: TensorBoard drops this and later steps of the files before this one.
     """
     name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number:04d}"
     self._records = RecordWriter(os.fspath(workdir / name))
@@ -66,18 +66,18 @@ class EventFile:
     self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
   def add(self, summary: Summary, step: int = 0) -> None:
-    """Writes a summary, one of `tensorboardX.summary`'s, of this training step."""
+    """Writes a summary made by `tensorboardX.summary`."""
     self._write(Event(summary=summary, step=step))
     if time.monotonic() > self._flushed + FLUSH_SECONDS:
       self.flush()
 
   def flush(self) -> None:
-    """Returns when all is on disk."""
+    """Writes buffered events to disk."""
     self._records.flush()
     self._flushed = time.monotonic()
 
   def close(self) -> None:
-    """Writes what is left, and closes the file."""
+    """Flushes and closes the file."""
     self._records.close()
 
   def _write(self, event: Event) -> None:
@@ -88,15 +88,15 @@ class EventFile:
 METRICS_FILE = "metrics.jsonl"
 FIGURES = "figures"
 
-# A NaN is written as it is; that the library remarks on each one says nothing more.
-logging.getLogger("tensorboardX.x2num").setLevel(logging.ERROR)
+getLogger("tensorboardX.x2num").setLevel(ERROR)  # no warning for each NaN
 
 
 class MetricWriter:
-  """Writes scalars, figures, text and hyper-parameters of one run, in a thread of its own.
+  """Writes scalars, figures, text and hyper-parameters of one run, in a background thread.
 
-  Only process 0 writes; elsewhere, every method returns at once. What goes wrong while writing (a
-  full disk) is raised by a later call. Use it as a context manager, or `close` it.
+  Only process 0 writes; elsewhere, every method returns at once. Errors of the thread (a full disk)
+  are raised by `flush`, so that training is not interrupted between two checkpoints. Use it as a
+  context manager, or `close` it.
   """
 
   def __init__(
@@ -109,9 +109,9 @@ class MetricWriter:
     """Opens the files.
 
     Args:
-      workdir: the run's directory; made if missing.
-      resume_step: training steps that the resumed checkpoint has behind it: what was written about
-        later steps is dropped. None begins a new log, and drops all that is there.
+      workdir: the run's directory; created if missing.
+      resume_step: step of the resumed checkpoint; rows of later steps are removed. None: all rows
+        are removed.
       enabled: whether this process writes; by default, whether it is process 0.
     """
     self._enabled = jax.process_index() == 0 if enabled is None else enabled
@@ -140,7 +140,7 @@ class MetricWriter:
     self.close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Writes numbers. Arrays still being computed do not hold up the caller.
+    """Writes numbers; does not block on arrays that are still being computed.
 
     Args:
       step: training steps completed.
@@ -165,7 +165,11 @@ class MetricWriter:
     self._submit(self._write_hparams, dict(_flatten(hparams)))
 
   def flush(self) -> None:
-    """Returns when all is on disk: call it before a checkpoint, so that no row can be missing."""
+    """Writes everything to disk; call it before a checkpoint, so that no row can be missing.
+
+    Raises:
+      OSError: the disk is full, now or in an earlier write.
+    """
     if not self._enabled:
       return
     futures, self._futures = self._futures, []
@@ -178,7 +182,7 @@ class MetricWriter:
         self._bucket.upload()
 
   def close(self) -> None:
-    """Writes what is left, and closes the files."""
+    """Flushes and closes the files."""
     if not self._enabled:
       return
     try:
@@ -189,20 +193,17 @@ class MetricWriter:
       parts = (self._file, self._tensorboard, *([self._bucket] if self._bucket else []))
       with self._disk_errors(), contextlib.ExitStack() as stack:
         for part in reversed(parts):
-          stack.callback(part.close)  # each, whatever another one says
+          stack.callback(part.close)  # each, also if another one raises
 
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
-    if not self._enabled:
-      return
-    with self._disk_errors():
-      while self._futures and self._futures[0].done():  # one thread: they end in order
-        self._futures.pop(0).result()
-    self._futures.append(self._pool.submit(write, *args))
+    if self._enabled:
+      self._futures = [f for f in self._futures if not f.done() or f.exception()]
+      self._futures.append(self._pool.submit(write, *args))
 
   def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
-    return full_disk.explained(
+    return disk_errors.explained(
       f"the log cannot be written to {self._workdir}",
-      lambda: "make room, and give the same command again: it goes on from the last checkpoint",
+      lambda: "free disk space and run the same command again; it resumes at the last checkpoint",
     )
 
   def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -216,7 +217,7 @@ class MetricWriter:
   def _write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
     path = self._workdir / _figure_file(step, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole_file.write(path, _png(pixels))
+    atomic_write.write(path, _png(pixels))
     self._tensorboard.add(summary.image(name, pixels, dataformats="HWC"), step)
 
   def _write_text(self, step: int, name: str, text: str) -> None:
@@ -228,7 +229,7 @@ class MetricWriter:
 
 
 class _Bucket:
-  """A local directory whose files are copied to a remote one."""
+  """A local directory, uploaded to a remote one."""
 
   def __init__(self, remote: str | os.PathLike[str]):
     self._remote = epath.Path(remote)
@@ -239,7 +240,7 @@ class _Bucket:
       (self.local / METRICS_FILE).write_bytes((self._remote / METRICS_FILE).read_bytes())
 
   def upload(self) -> None:
-    """Copies the files that have changed since the last time."""
+    """Uploads the files that have changed."""
     for path in self.local.rglob("*"):
       stat = path.stat()
       version = (stat.st_mtime_ns, stat.st_size)
@@ -251,16 +252,16 @@ class _Bucket:
       self._uploaded[path] = version
 
   def close(self) -> None:
-    """Uploads the rest, and removes the local directory."""
+    """Uploads the rest and removes the local directory."""
     self.upload()
     self._directory.cleanup()
 
 
 def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[str, Figure]) -> None:
-  """Writes figures where a run has its own, and nothing else: its log stays as it is."""
+  """Writes figures into a run's directory, and nothing to its log."""
   for name, figure in figures.items():
     path = epath.Path(workdir) / _figure_file(step, name)
-    with full_disk.explained(f"{path} cannot be written"):
+    with disk_errors.explained(f"{path} cannot be written"):
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(_png(render(figure)))
     plt.close(figure)
@@ -268,19 +269,32 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats."""
-  lines = (epath.Path(workdir) / METRICS_FILE).read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
+  path = epath.Path(workdir) / METRICS_FILE
+  rows = [json.loads(line) for line in _read_lines(path)]
   return [{k: v if k == "step" else float(v) for k, v in row.items()} for row in rows]
 
 
+def _read_lines(path: epath.Path | pathlib.Path) -> list[str]:
+  """Returns the lines of a file; those that are not UTF-8 are dropped with a warning."""
+  lines, dropped = [], []
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    try:
+      lines.append(line.decode())
+    except UnicodeDecodeError:
+      dropped.append(str(number))
+  if dropped:
+    logging.warning("%s: line %s is not UTF-8; dropped", path, ", ".join(dropped[:5]))
+  return lines
+
+
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-  """Drops the rows about steps after `last_step`, and a last row that a kill cut short."""
+  """Removes the rows of steps after `last_step`, and a last row that a kill cut short."""
   if not path.exists():
     return
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-  kept = [line for line in lines if _step_of(line) <= last_step]
-  if kept != lines:
-    whole_file.write(path, "".join(kept))
+  kept = [line for line in _read_lines(path) if _step_of(line) <= last_step]
+  content = "".join(kept).encode()
+  if content != path.read_bytes():
+    atomic_write.write(path, content)
 
 
 def _step_of(line: str) -> float:

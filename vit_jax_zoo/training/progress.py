@@ -1,7 +1,7 @@
-"""How fast a run is, how long it will take, and where the host spends its time.
+"""Throughput, MFU, time to completion, and the host's time by activity.
 
-Steps run on the devices while the host goes on. So rates are measured from one report to the next,
-where the loop has waited for the metrics of the last step, and never around a single call.
+Steps run on the devices asynchronously. Rates are therefore measured from one report to the next,
+when the loop has waited for the metrics of the last step, and never around a single call.
 """
 
 import contextlib
@@ -71,19 +71,19 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Progress:
-  """Measures, and says so in one line.
+  """Measures and logs the progress of a run.
 
   progress = Progress(num_steps=1200, batch_size=64)
-  with progress.outside("compile"):
+  with progress.exclude("compile"):
     compiled = ...
   for step in ...:
-    with progress.inside("input_wait"):
+    with progress.time_as("input_wait"):
       batch = next(batches)
     state, metrics = compiled(state, batch)
     if log:
       rates = progress.report(step + 1)    # once the metrics of this step are on the host
       progress.log(step + 1, {"loss": ...})
-    with progress.outside("evaluate"):
+    with progress.exclude("evaluate"):
       ...
   """
 
@@ -103,7 +103,7 @@ class Progress:
     Args:
       num_steps: training steps of the whole run.
       batch_size: examples of a step, over all devices and hosts.
-      start_step: the step that a resumed run begins with.
+      start_step: the first step of a resumed run.
       flops_per_step: floating-point operations of a step (forward, backward, update), over all
         devices.
       devices: `jax.devices()`; their number and kind give the peak that `mfu` is relative to.
@@ -116,7 +116,7 @@ class Progress:
     self._peak = None if peak is None else peak * len(devices)
     self._clock = clock
     self._start_step, self._step = start_step, start_step
-    self._outside: dict[str, float] = {}
+    self._excluded_parts: dict[str, float] = {}
     self._paused = False
     self._step_time: float | None = None
     self._begin_window(start_step)
@@ -124,33 +124,33 @@ class Progress:
     self._bar = _start_bar(num_steps, start_step) if wanted else None
 
   def close(self) -> None:
-    """Takes the progress bar away."""
+    """Removes the progress bar."""
     if self._bar is not None:
       self._bar.stop()
       self._bar = None
 
   @contextlib.contextmanager
-  def inside(self, part: str) -> Iterator[None]:
-    """Counts the host's time in the block as `part` of the training: "input_wait", "logging"."""
+  def time_as(self, part: str) -> Iterator[None]:
+    """Measures the host's time in the block as `part` of the training ("input_wait")."""
     begin = self._clock()
     try:
       yield
     finally:
       if not self._paused:
-        self._inside[part] = self._inside.get(part, 0.0) + self._clock() - begin
+        self._timed[part] = self._timed.get(part, 0.0) + self._clock() - begin
 
   @contextlib.contextmanager
-  def outside(self, part: str) -> Iterator[None]:
-    """Leaves the time in the block out of the rates: "compile", "evaluate", "checkpoint"."""
+  def exclude(self, part: str) -> Iterator[None]:
+    """Excludes the time in the block from the rates: "compile", "evaluate", "checkpoint"."""
     if self._paused:
-      raise RuntimeError(f"progress.outside({part!r}) within another outside block")
+      raise RuntimeError(f"progress.exclude({part!r}) within another exclude block")
     begin, self._paused = self._clock(), True
     try:
       yield
     finally:
       self._paused, spent = False, self._clock() - begin
       self._excluded += spent
-      self._outside[part] = self._outside.get(part, 0.0) + spent
+      self._excluded_parts[part] = self._excluded_parts.get(part, 0.0) + spent
 
   def report(self, step: int) -> dict[str, float]:
     """Returns the rates since the last report.
@@ -159,7 +159,7 @@ class Progress:
       step: training steps completed, the devices' work included.
 
     Returns:
-      `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `inside`
+      `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `time_as`
       (shares of the time, 0 to 1), `mfu` (model FLOP utilisation, 0 to 1) where FLOPs and the
       device's peak are known. Empty if no step has been completed since.
     """
@@ -169,22 +169,22 @@ class Progress:
       return {}
     step_time = self._step_time = seconds / steps
     rates = {"step_time": step_time, "images_per_second": self.batch_size / step_time}
-    rates |= {part: spent / seconds for part, spent in self._inside.items()}
+    rates |= {part: spent / seconds for part, spent in self._timed.items()}
     if self._flops_per_step and self._peak:
       rates["mfu"] = self._flops_per_step / (step_time * self._peak)
     self._begin_window(step)
     return rates
 
   def eta_seconds(self) -> float | None:
-    """Returns how long the rest will take, evaluation as often as so far; None before a report."""
+    """Returns the estimated seconds to the end, evaluations included; None before a report."""
     done, left = self._step - self._start_step, self.num_steps - self._step
     if self._step_time is None or done <= 0:
       return None
-    between = sum(spent for part, spent in self._outside.items() if part != "compile")
+    between = sum(spent for part, spent in self._excluded_parts.items() if part != "compile")
     return left * (self._step_time + between / done)
 
   def line(self, step: int, metrics: Mapping[str, Any]) -> str:
-    """Returns where the run is, in one line.
+    """Returns step, metrics, throughput and ETA in one line.
 
     >>> Progress(num_steps=1200, batch_size=64, bar=False).line(300, {"loss": 0.41234})
     'step 300/1200 (25 %) loss 0.4123'
@@ -209,7 +209,7 @@ class Progress:
 
   def _begin_window(self, step: int) -> None:
     self._step, self._begin = step, self._clock()
-    self._excluded, self._inside = 0.0, {}
+    self._excluded, self._timed = 0.0, {}
 
 
 def _readable(value: float) -> str:
