@@ -1,0 +1,71 @@
+"""The lock of a run's directory: one run at a time; locks of ended processes are ignored."""
+
+import json
+import os
+
+import pytest
+from etils import epath
+
+from vit_jax_zoo.training import workdir_lock
+from vit_jax_zoo.training.workdir_lock import LOCK_FILE, LockedError
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  return epath.Path(tmp_path) / "run"
+
+
+def change(workdir, **fields):
+  path = workdir / LOCK_FILE
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_a_second_run_is_refused_in_one_line_that_names_the_process(workdir):
+  with workdir_lock.workdir_lock(workdir):
+    with (
+      pytest.raises(LockedError, match=rf"{workdir}: .* {os.getpid()} .*--workdir") as error,
+      workdir_lock.workdir_lock(workdir),
+    ):
+      pass
+    assert "\n" not in str(error.value)
+    assert (workdir / LOCK_FILE).exists()
+  assert not workdir.exists()
+  with workdir_lock.workdir_lock(workdir):
+    (workdir / "metrics.jsonl").write_text("")
+  assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [{"pid": 2**22 + 1}, {"process_start": "1"}],
+  ids=["ended", "another process with the same id"],
+)
+def test_the_lock_of_an_ended_process_is_taken_over(workdir, fields):
+  with workdir_lock.workdir_lock(workdir):
+    change(workdir, **fields)
+    with workdir_lock.workdir_lock(workdir):
+      assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_was_cut_short_is_taken_over(workdir):
+  workdir.mkdir()
+  (workdir / LOCK_FILE).write_text('{"host"')
+  with workdir_lock.workdir_lock(workdir):
+    assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_another_host_is_alive_while_it_writes_heartbeats(workdir, monkeypatch, alive):
+  monkeypatch.setattr(workdir_lock, "HEARTBEAT", 0.1)
+  with workdir_lock.workdir_lock(workdir):
+    held = json.loads((workdir / LOCK_FILE).read_text())
+  workdir.mkdir()
+  (workdir / LOCK_FILE).write_text(json.dumps(held | {"machine": "another"}))
+  if alive:
+    read, beats = workdir_lock._read, iter(range(1, 100))
+    monkeypatch.setattr(workdir_lock, "_read", lambda p: read(p) | {"beats": next(beats)})
+    with pytest.raises(LockedError), workdir_lock.workdir_lock(workdir):
+      pass
+  else:
+    with workdir_lock.workdir_lock(workdir):
+      pass

@@ -1,0 +1,148 @@
+"""Lock of a run's directory: a second run in the same one is refused.
+
+`<workdir>/lock.json` names host, process and time. Its owner rewrites it every `HEARTBEAT` seconds.
+A lock is stale if its process has ended, or, on another host, if no heartbeat is written for three
+times as long.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from vit_jax_zoo.training import atomic_write
+from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
+
+LOCK_FILE = "lock.json"
+HEARTBEAT = 15.0
+"""Seconds between two heartbeats."""
+
+
+class LockedError(ValueError):
+  """Another run uses the directory."""
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: epath.Path) -> Iterator[None]:
+  """Holds the lock of a directory; called by all processes of a run.
+
+  Raises:
+    LockedError: another run holds it; on all processes.
+  """
+  path = workdir / LOCK_FILE
+  problem = _acquire(path) if is_primary() else None
+  problem = all_gather_objects(problem)[0]
+  if problem:
+    raise LockedError(problem)
+  if not is_primary():
+    yield
+    return
+  stop = threading.Event()
+  thread = threading.Thread(target=_beat, args=(path, stop), daemon=True, name="workdir_lock")
+  thread.start()
+  try:
+    yield
+  finally:
+    stop.set()
+    thread.join()
+    path.unlink(missing_ok=True)
+    if workdir.exists() and not any(workdir.iterdir()):  # the run has written nothing
+      workdir.rmdir()
+
+
+_FIELDS = {"host", "pid", "started", "beats", "machine", "process_start"}
+
+
+def _acquire(path: epath.Path) -> str | None:
+  """Writes the lock; returns a message if another run holds it."""
+  owner = _read(path)
+  if owner is not None and _is_alive(path, owner):
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+    return (
+      f"{path.parent}: in use by process {owner['pid']} on {owner['host']} since {since}; "
+      f"use another --workdir, or stop that run (if it has ended, remove {path})"
+    )
+  if owner is not None:
+    logging.info("removing the lock of process %s on %s, which ended", owner["pid"], owner["host"])
+  path.parent.mkdir(parents=True, exist_ok=True)
+  _write(path)
+  return None
+
+
+def _is_alive(path: epath.Path, owner: dict[str, Any]) -> bool:
+  if owner["machine"] == _machine():
+    return _process_start(owner["pid"]) == owner["process_start"]
+  logging.info("%s: waiting for a heartbeat of process %s on %s", path, owner["pid"], owner["host"])
+  deadline = time.monotonic() + 3 * HEARTBEAT
+  while time.monotonic() < deadline:
+    time.sleep(HEARTBEAT / 15)
+    now = _read(path)
+    if now is None:
+      return False
+    if now["beats"] != owner["beats"]:
+      return True
+  return False
+
+
+def _beat(path: epath.Path, stop: threading.Event) -> None:
+  started, beats = time.time(), 0
+  while not stop.wait(HEARTBEAT):
+    beats += 1
+    with contextlib.suppress(OSError):  # a full disk: the next save reports it
+      _write(path, started, beats)
+
+
+def _write(path: epath.Path, started: float | None = None, beats: int = 0) -> None:
+  content = {
+    "host": socket.gethostname(),
+    "pid": os.getpid(),
+    "started": time.time() if started is None else started,
+    "beats": beats,
+    "machine": _machine(),
+    "process_start": _process_start(os.getpid()),
+  }
+  atomic_write.write_json(path, content)
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+  """Returns the content of the lock; None if there is none, or one that was cut short."""
+  try:
+    content = json.loads(path.read_text())
+    return content if content.keys() >= _FIELDS else None
+  except (FileNotFoundError, ValueError, AttributeError):
+    return None
+
+
+def _machine() -> str:
+  """Identifies the process-id namespace of a booted machine, which host names do not."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return socket.gethostname()
+
+
+def _process_start(pid: int) -> str | None:
+  """Returns the start time of a process, which tells it from a later one with the same id."""
+  try:
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()[19]
+  except OSError:
+    pass
+  if pathlib.Path("/proc").is_dir():
+    return None
+  try:  # macOS: no start time
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return None
+  except PermissionError:
+    pass
+  return "running"
