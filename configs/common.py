@@ -51,14 +51,17 @@ def build(
     fields[name] = _parse_value(f"{variant},{name}", text, defaults[name])
   config = variants[variant](**fields)
   if "recipe" not in config:
-    config.recipe = _recipe(variants[variant], fields)
+    config.recipe = _recipe(config, variants[variant], fields)
   return complete(config)
 
 
-def _recipe(make: Callable[..., ConfigDict], fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the batch size and the learning rates of a variant where nobody has changed them."""
-  changed = ("batch_size", "learning_rate", "accumulation_steps")
-  usual = make(**{name: value for name, value in fields.items() if name not in changed})
+def _recipe(
+  config: ConfigDict, make: Callable[..., ConfigDict], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the batch size and the learning rates of the unchanged variant."""
+  kept = {k: v for k, v in fields.items() if k not in ("batch_size", "learning_rate",
+                                                       "accumulation_steps")}  # fmt: skip
+  usual = config if kept == fields else make(**kept)
   optimizer = usual.get("optimizer") or {}
   optimizers = {SINGLE: optimizer} if "name" in optimizer else optimizer
   rates = {player: section["learning_rate"] for player, section in optimizers.items()}

@@ -187,7 +187,7 @@ def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDic
         "learning_rates": {SINGLE: family.learning_rate},
       },
       "log_every": 20,
-      "checkpoint": {"keep": 1, "best": "val/loss", "best_mode": "min", "score_best": True},
+      "checkpoint": {"keep": 1, "best": "val/loss", "best_mode": "min", "eval_best_at_end": True},
     }
   )
 

@@ -7,9 +7,9 @@ r"""Image GPT: a demo, and the recipes of the paper.
     python -m vit_jax_zoo.plan --config=configs/igpt.py:xl_imagenet64 --topology=v5p:4x4x4
     python -m vit_jax_zoo.main \
       --config=configs/igpt.py:s_finetune,dataset=cifar100,init_from=runs/igpt_s_imagenet
-    python -m vit_jax_zoo.main --evaluate_only \
+    python -m vit_jax_zoo.main --eval_only \
       --config=configs/igpt.py:s_probe,dataset=stl10,init_from=runs/igpt_s_imagenet
-    python -m vit_jax_zoo.main --evaluate_only --config=configs/igpt.py:s_eval_nll
+    python -m vit_jax_zoo.main --eval_only --config=configs/igpt.py:s_eval_nll
 
 | variant                        | trains on       | from               | expected            |
 |--------------------------------|-----------------|--------------------|---------------------|
@@ -211,7 +211,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
 def linear_probe(
   size: str, *, dataset: str = "cifar10", data_dir: str = "", init_from: str = ""
 ) -> ConfigDict:
-  """Linear probes of every layer: for `--evaluate_only`, as there is nothing to train.
+  """Linear probes of every layer: for `--eval_only`, as there is nothing to train.
 
   Paper: section 3.5: L-BFGS logistic regression on the mean of a layer's normalised input over all
     positions, without augmentation; a tenth of the training images chooses layer and strength.
@@ -247,7 +247,7 @@ def published_nats(
   init_from: str = "",
   data_dir: str = "",
 ) -> ConfigDict:
-  """The acceptance test of a published checkpoint: for `--evaluate_only`.
+  """The acceptance test of a published checkpoint: for `--eval_only`.
 
   Paper: none; the figures are of the README of openai/image-gpt, on ImageNet's validation images.
   Data: short side 224, the middle of it, down to 32x32 with antialiasing. OpenAI does not say by

@@ -176,7 +176,7 @@ def pseudo_labelled(
   more = {"source": pseudo_source, "split": "train"}
   if data_dir and pseudo_source.startswith("tfds:"):
     more["data_dir"] = data_dir
-  config.data.train.mixed_with = (more,)
+  config.data.train.extra_sources = (more,)
   return common.with_data_dir(config, data_dir)
 
 

@@ -6,7 +6,7 @@ r"""TTSR: a demo, and the recipes of the paper.
     python -m vit_jax_zoo.main --config=configs/ttsr.py
     python -m vit_jax_zoo.main --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED
     python -m vit_jax_zoo.main --config=configs/ttsr.py:finetune,source=pairs:/my/pairs
-    python -m vit_jax_zoo.main --evaluate_only \
+    python -m vit_jax_zoo.main --eval_only \
       --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
 
 The last needs the weights and `test/CUFED5`, and neither CUFED's training pictures nor VGG-19's
@@ -19,7 +19,7 @@ file (`vgg_file`): nothing that only training needs is read.
 | cufed_rec  | CUFED, 160x160       | sections 3.3, 4.1 | 26.99 / .800, level 1        |
 | finetune   | your own pairs       | as cufed_rec      | -                            |
 
-Published test sets, with whatever weights; nothing is trained (`--evaluate_only`):
+Published test sets, with whatever weights; nothing is trained (`--eval_only`):
 
 | variant    | evaluations, named after their protocol  | references                       |
 |------------|------------------------------------------|----------------------------------|
@@ -28,7 +28,7 @@ Published test sets, with whatever weights; nothing is trained (`--evaluate_only
 | urban100   | urban100_self                            | none: the small picture itself   |
 | manga109   | manga109_self                            | none: the small picture itself   |
 
-    python -m vit_jax_zoo.main --evaluate_only \
+    python -m vit_jax_zoo.main --eval_only \
       --config=configs/ttsr.py:sun80,source=pairs:/data/Sun80,init_from=TTSR-rec.pt
 
 Each function below is a page of the lab book. Batch sizes are global.
@@ -190,7 +190,7 @@ def finetune(
 def published(
   test_set: str, *, source: str = "pairs:CUFED", init_from: str = "TTSR-rec.pt"
 ) -> ConfigDict:
-  """A published test set, by the protocol that TTSR's authors have for it; for `--evaluate_only`.
+  """A published test set, by the protocol that TTSR's authors have for it; for `--eval_only`.
 
   Each evaluation is named after the set and the protocol, and so are its scores:
   `urban100_self/psnr`.

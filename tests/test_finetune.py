@@ -24,7 +24,7 @@ from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.initialization import Start
+from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 from vit_jax_zoo.training.optim import create_optimizer
@@ -82,7 +82,7 @@ def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
   made = experiment.create(finetune(folder, WEIGHTS))
   with jax.set_mesh(made.mesh):
     program = made.program(next(made.train_batches()))
-    state = program.initial_state(0, Start(made.task, str(WEIGHTS), ()))
+    state = program.initial_state(0, Initializer(made.task, str(WEIGHTS), ()))
   published = np.load(WEIGHTS)
   params = jax.tree.map(np.asarray, state.params)
   np.testing.assert_array_equal(params["embedding"]["kernel"], published["embedding/kernel"])

@@ -11,7 +11,7 @@ from configs import ttsr
 from tests.systems.ttsr.test_weights import NARROW, TINY, game_variables
 from vit_jax_zoo import trainer as experiment
 from vit_jax_zoo import weights
-from vit_jax_zoo.initialization import Start
+from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import formats
 from vit_jax_zoo.weights.checkpoint import Export
@@ -51,12 +51,12 @@ def same(a, b):
 
 def test_a_file_that_would_be_overwritten_is_not_read(released):
   path, params = released
-  found = Start(REC, path, no_data())(fresh_variables(REC))
+  found = Initializer(REC, path, no_data())(fresh_variables(REC))
   assert same(found["params"]["generator"], params)
   with pytest.raises(WeightsError, match=r"no checkpoint at missing/vgg19\.pth"):
-    Start(REC, None, no_data())(fresh_variables(REC))
+    Initializer(REC, None, no_data())(fresh_variables(REC))
   with pytest.raises(WeightsError, match=r"no checkpoint at missing/vgg19\.pth"):
-    Start(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
+    Initializer(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
 
 
 def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatch, tmp_path):
@@ -97,7 +97,7 @@ def test_released_weights_are_scored_without_vgg_and_training_pictures(released,
   config.data.loader.num_workers = 0
   config.eval_batch_size = 8  # there are eight devices
   del config.data.eval.cufed5_stitched
-  options = experiment.RunOptions(evaluate_only=True)
+  options = experiment.RunOptions(eval_only=True)
   outcome = experiment.run(config, epath.Path(tmp_path / "run"), options)
   assert int(outcome.state.step) == 0
   assert set(outcome.state.variables["params"]) == {"generator"}

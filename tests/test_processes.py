@@ -146,7 +146,7 @@ def test_two_processes_judge_boxes_and_segments_as_one(tmp_path):
   assert alone["test/images"] == 13
   assert alone["test/box_ap50"] > 0
   assert "test/pq" in alone
-  first, second = run_processes(tmp_path, 2, *steps, "--evaluate_only")
+  first, second = run_processes(tmp_path, 2, *steps, "--eval_only")
   assert scores_of(first) == alone
   assert "done" not in second
 
@@ -211,5 +211,5 @@ def test_the_others_stop_when_one_is_killed_and_a_restart_resumes(tmp_path, coun
 
 def test_half_given_process_flags_are_one_line(tmp_path):
   output = command.run(tmp_path, *SHORT, "--num_processes=2", expect=2)
-  assert "error: coordinator=None, num_processes=2, process_id=None: give all three" in output
+  assert "error: --coordinator=None --num_processes=2 --process_id=None: " in output
   assert "Traceback" not in output

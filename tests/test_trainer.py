@@ -1,12 +1,15 @@
 """From a config to a run: what is filled in, where a run starts, and what may be asked of it."""
 
 import json
+import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
+import vit_jax_zoo
 from configs import vit
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
@@ -50,11 +53,11 @@ def test_epochs_become_steps():
 
 def test_sources_of_the_same_classes_are_mixed():
   config = vit.get_config("demo,batch_size=16")
-  config.data.train.mixed_with = ({"source": "demo:digits", "split": "test[:50]"},)
+  config.data.train.extra_sources = ({"source": "demo:digits", "split": "test[:50]"},)
   made = experiment.create(config)
   assert len(made.train_source) == 1437 + 50
   assert next(made.train_batches())["image"].shape[0] == 16
-  config.data.train.mixed_with = ({"source": "demo:photos", "split": "train"},)
+  config.data.train.extra_sources = ({"source": "demo:photos", "split": "train"},)
   with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes"):
     experiment.create(config)
 
@@ -83,7 +86,7 @@ def test_evaluating_alone_changes_nothing_and_needs_no_training_data(finished):
     path.unlink()
   moved = tiny()  # the training data are elsewhere by now
   moved.data.train.source = "folder:/moved/away"
-  again = run(moved, workdir, evaluate_only=True, allow_config_change=True)
+  again = run(moved, workdir, eval_only=True, allow_config_change=True)
   assert again.scores == outcome.scores
   assert (workdir / "metrics.jsonl").read_bytes() == before
   assert drawn
@@ -126,7 +129,7 @@ def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path)
   changed = tiny(log_every=1)
   changed.sharding.mesh.update(data=1, fsdp=-1)
   assert run(changed, workdir).finished
-  with pytest.raises(ValueError, match=r"another config \(seed: 0 -> 1\); name another --workdir"):
+  with pytest.raises(ValueError, match=r"another config \(seed: 0 -> 1\); .*--workdir"):
     run(tiny(seed=1), workdir)
   assert run(tiny(seed=1), workdir, allow_config_change=True).finished
 
@@ -149,12 +152,12 @@ def test_overfitting_leaves_nothing_that_real_training_could_take_up(tmp_path):
 
 def test_there_must_be_something_to_evaluate(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"nothing to evaluate: no checkpoint in .*/typo"):
-    run(tiny(), tmp_path / "typo", evaluate_only=True)
+    run(tiny(), tmp_path / "typo", eval_only=True)
   assert not (tmp_path / "typo").exists()
 
 
 def test_a_profile_outside_the_run_is_one_line(tmp_path):
-  with pytest.raises(ValueError, match=r"--profile=9:12 lies outside .* steps 1 to 4"):
+  with pytest.raises(ValueError, match=r"--profile=9:12 lies outside .* 1 to 4"):
     run(tiny(), tmp_path, profile=(9, 12))
 
 
@@ -169,10 +172,39 @@ def test_a_run_from_before_recipes_were_remembered_may_go_on(tmp_path):
   config = experiment.create(tiny()).config
   old = {k: v for k, v in run_config.as_json(config).items() if k != "recipe"}
   (tmp_path / "config.json").write_text(json.dumps(old))
-  run_config.check_config_unchanged(config, epath.Path(tmp_path))
+  run_config.check_unchanged(config, None, epath.Path(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps(old | {"seed": 9}))
   with pytest.raises(ValueError, match="seed: 9 -> 0"):
-    run_config.check_config_unchanged(config, epath.Path(tmp_path))
+    run_config.check_unchanged(config, None, epath.Path(tmp_path))
+
+
+def test_swapped_class_names_are_noticed_on_resume(finished):
+  _, workdir = finished
+  data = json.loads((workdir / "data.json").read_text())
+  names = data["class_names"]
+  (workdir / "data.json").write_text(
+    json.dumps(data | {"class_names": [names[1], names[0], *names[2:]]})
+  )
+  with pytest.raises(ValueError, match="class 0: 1 -> 0"):
+    run(tiny(), workdir)
+  (workdir / "data.json").write_text(json.dumps(data))
+  assert run(tiny(), workdir).finished
+
+
+def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them(
+  tmp_path, monkeypatch
+):
+  opened, original = [], experiment.Experiment.train_batches
+
+  def train_batches(self, *args):
+    opened.append(args)
+    return original(self, *args)
+
+  monkeypatch.setattr(experiment.Experiment, "train_batches", train_batches)
+  assert run(tiny(), tmp_path).finished
+  assert opened == [(0,)]
+  assert run(tiny(), tmp_path).finished
+  assert opened == [(0,)]
 
 
 def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
@@ -194,8 +226,21 @@ def test_averaged_parameters_are_those_that_are_scored(tmp_path):
 
 
 def test_a_run_keeps_what_it_took_from_its_data(finished):
-  config, data = run_config.recall(finished[0].workdir)
+  config, data = run_config.load_run(finished[0].workdir)
   assert config["model"]["num_classes"] is None
   assert run_config.fill_from_data(config["model"], data)["num_classes"] == 10
   assert data.class_names == tuple("0123456789")
   assert data.shapes["image"] == (8, 8, 3)
+
+
+def test_the_call_lists_of_contributing_are_true():
+  """Each `file:function` of the lists exists; patterns and protocols have an implementation."""
+  root = pathlib.Path(vit_jax_zoo.__file__).parent
+  page = (root.parent / "CONTRIBUTING.md").read_text()
+  lists = page[page.index("From an example's file to its loss") : page.index("## Add a system")]
+  found = re.findall(r"`([\w/*]+\.py):([\w.]+)`", lists)
+  assert len(found) >= 16
+  for pattern, function in found:
+    *_, name = function.split(".")
+    files = [path.read_text() for path in root.glob(pattern)]
+    assert any(re.search(rf"^ *def {name}\(", text, re.MULTILINE) for text in files), function

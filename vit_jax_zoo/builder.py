@@ -1,7 +1,7 @@
-"""From a config to its live parts: opens the data, makes mesh, model and task.
+"""Builds datasets, mesh, model, task and compiled steps from a config.
 
-A field of `config.model` or `config.task` that is None takes its value from the training data's
-`DatasetInfo` where that has a field of the same name (`num_classes`, `class_names`).
+A field of `config.model` or `config.task` that is None is filled in from the field of the training
+data's `DatasetInfo` with the same name (`num_classes`, `class_names`).
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classe
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, create_probes
 from vit_jax_zoo.registry import create_model
-from vit_jax_zoo.run_metadata import RunData, asks_data, fill_from_data, main_evaluation
+from vit_jax_zoo.run_metadata import RunData, fill_from_data, main_evaluation, needs_data
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.training import sharding
@@ -37,18 +37,18 @@ from vit_jax_zoo.training.compiled_steps import (
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config's live parts, before any of them runs.
+  """The objects that a config describes.
 
   Attributes:
     config: complete.
     mesh: of all devices.
-    open_train_source: makes the training examples' source.
-    eval_sources: the examples of each evaluation, by its name.
-    fit_sources: those that a probe learns from, by the evaluation's name.
-    probes: how features are asked, by the evaluation's name.
+    open_train_source: opens the training data.
+    eval_sources: the data of each evaluation, by name.
+    fit_sources: the data that each feature probe is fitted to, by name of the evaluation.
+    probes: feature probes, by name of the evaluation.
     model: a Linen module.
-    task: what it is to learn.
-    num_steps: the length of the run; of no meaning where nothing is trained.
+    task: provides init, loss and predict.
+    num_steps: the length of the run.
   """
 
   config: ConfigDict
@@ -63,18 +63,18 @@ class Experiment:
 
   @functools.cached_property
   def train_source(self) -> Source:
-    """The training examples; whoever only evaluates may have none, and never asks."""
+    """The training data; opened when first used, which an evaluation need not."""
     return self.open_train_source()
 
   @property
   def sharding_rules(self) -> sharding.Rules:
-    """The config's rules, then those that stand beside the model."""
+    """The config's rules, then the model's."""
     beside_model = sys.modules[type(self.model).__module__].SHARDING_RULES
     return (*self.config.sharding.rules, *beside_model)
 
   @property
   def sources(self) -> dict[str, Source]:
-    """All examples, by what they are for: "train", and the names of the evaluations."""
+    """All data, by name: "train", and the evaluations."""
     return {"train": self.train_source, **self.eval_sources}
 
   def train_batches(self, start_step: int = 0) -> pipeline.BatchIterator:
@@ -89,7 +89,7 @@ class Experiment:
       process_index=index,
       process_count=count,
       num_classes=getattr(self.task, "num_classes", None),
-      repeats=self.config.data.train.get("repeats", 1),
+      repeats=self.config.data.train.get("aug_repeats", 1),
       **self.config.data.loader.to_dict(),
     )
 
@@ -121,7 +121,7 @@ class Experiment:
     )
 
   def program(self, batch: Mapping[str, np.ndarray]) -> Program:
-    """Returns the run's program for batches like this process's part `batch`."""
+    """Returns the compiled steps for batches with the shapes of this process's part `batch`."""
     config = self.config
     return build_program(
       self.task,
@@ -137,9 +137,9 @@ class Experiment:
     )
 
   def evaluation_program(self) -> EvaluationProgram:
-    """Returns what judges a model where nothing is trained, without what only training has.
+    """Returns the compiled steps of an evaluation without training.
 
-    Variables are made for the first batch of the evaluation that stands for the run.
+    Variables are initialised for the first batch of the default evaluation.
     """
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
@@ -160,33 +160,33 @@ def create(
   devices: Any = None,
   open_source: Callable[..., Source] = load_source,
   *,
-  recalled: RunData | None = None,
+  run_data: RunData | None = None,
 ) -> Experiment:
-  """Makes a config's live parts.
+  """Builds the objects that a config describes.
 
   Args:
-    config: any.
-    devices: those of the mesh; by default all there are.
-    open_source: makes a source of its name, its split and the options of its kind: for those who
-      plan a run where its data are not, `data.stand_in.load`.
-    recalled: for those who only evaluate: what the run took from its training data, as far as it is
-      known. They are opened only if fields of the config are left to them that it does not know.
+    config: complete or not.
+    devices: of the mesh; all by default.
+    open_source: opens a source by name, split and options; `data.fake_data.load` to plan a run
+      without its data.
+    run_data: metadata saved with the run, for an evaluation without training; the training data are
+      opened only if fields of the config depend on more than that.
 
   Raises:
-    ValueError: one line, about whatever in the config cannot be.
-    FileNotFoundError: one line, about data that is not there.
+    ValueError: the config is invalid.
+    FileNotFoundError: data do not exist.
   """
   config = complete(config)
   check_values(config)
   mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
-  if recalled is None:
+  if run_data is None:
     sharding.check_batch_size(config.batch_size, mesh, config.accumulation_steps)
   opened = functools.partial(_open, open_source)
   open_train_source = functools.cache(functools.partial(opened, config.data.train))
-  if recalled is None or (recalled.num_classes is None and asks_data(config.model, config.task)):
+  if run_data is None or (run_data.num_classes is None and needs_data(config.model, config.task)):
     info = open_train_source().info
   else:
-    info = recalled.info("what the run was trained on")
+    info = run_data.info("the training data of the run")
   eval_sources, fit_sources = _open_evaluations(opened, config.data.eval, info)
   model = create_model(**fill_from_data(config.model.to_dict(), info))
   task_fields = fill_from_data(config.task.to_dict(), info)
@@ -207,12 +207,12 @@ def create(
 def _open_evaluations(
   opened: Callable[..., Source], sections: Mapping[str, Any] | ConfigDict, info: DatasetInfo
 ) -> tuple[dict[str, Source], dict[str, Source]]:
-  """Returns what evaluations judge on, and what those that fit something first fit it on, by name.
+  """Returns the data of the evaluations, and those that feature probes are fitted to, by name.
 
   Args:
-    opened: makes a source of a section.
+    opened: opens the source of a section.
     sections: of the evaluations, by name.
-    info: of the training data, whose classes are those of what fits nothing of its own.
+    info: of the training data, whose classes evaluations other than probes must have.
   """
   judged = {name: opened(spec) for name, spec in sections.items()}
   fitted = {
@@ -228,5 +228,5 @@ def _open(
   open_source: Callable[..., Source], spec: Mapping[str, Any] | ConfigDict, split: str = "split"
 ) -> Source:
   options = {key: spec[key] for key in spec if key not in SECTION}
-  others = (_open(open_source, other) for other in spec.get("mixed_with") or ())
+  others = (_open(open_source, other) for other in spec.get("extra_sources") or ())
   return join_sources([open_source(spec["source"], spec[split], **options), *others])

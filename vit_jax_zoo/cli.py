@@ -1,33 +1,31 @@
-"""How all commands of the package speak to a shell: plain log lines, and errors of one line."""
+"""Shared by all commands: flag parsing, log format, and one-line errors."""
 
 import contextlib
 import logging as python_logging
-import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
-from vit_jax_zoo.training import disk_errors as full_disk
-from vit_jax_zoo.training import libtpu
+from vit_jax_zoo.training import disk_errors, libtpu
 
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
   ArithmeticError, flags.Error,
 )  # fmt: skip
-"""What becomes one line; a command's `--traceback` shows the rest of it."""
+"""Errors that are printed in one line; `--traceback` also prints their traceback."""
 
 EXIT_ERROR = 2
 
 
 @contextlib.contextmanager
 def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
-  """Turns what a user can cause into one line on stderr and exit status 2.
+  """Prints errors in one line on stderr and exits with status 2.
 
   Args:
-    show_traceback: also says where in the code the error arose.
+    show_traceback: also print the traceback.
 
   Raises:
     SystemExit: in place of any of `USER_ERRORS`.
@@ -39,9 +37,9 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
     text = " ".join(str(message).split())
-    if full_disk.is_full(error):
-      text += "; make room, and give the same command again"
-    print(f"error: {text}", file=sys.stderr)  # noqa: T201 the one place that speaks to a shell
+    if disk_errors.is_full(error):
+      text += "; free disk space and run the same command again"
+    print(f"error: {text}", file=sys.stderr)  # noqa: T201
     raise SystemExit(EXIT_ERROR) from None
 
 
@@ -49,34 +47,43 @@ def run(
   main: Callable[[Sequence[str]], int],
   define_flags: Callable[[], None] | None = None,
   parse: Callable[[list[str]], list[str]] | None = None,
+  renamed: Mapping[str, str] | None = None,
 ) -> None:
-  """Runs a command, and ends the process with its exit status.
+  """Runs a command, and exits with its status.
 
   Args:
-    main: takes the command's name, and what is left of its arguments.
-    define_flags: defines the command's flags, `--traceback` among them, if importing did not.
+    main: takes the command's name, and the arguments that are no flags.
+    define_flags: defines the command's flags, `--traceback` among them, unless importing did.
     parse: parses them; `parse_flags` by default.
+    renamed: old names of flags, which are refused, and the new ones.
   """
 
   def main_or_one_line(argv: Sequence[str]) -> int:
     with one_line_errors(show_traceback=flags.FLAGS.traceback):
       return main(argv)
 
+  def parse_new(argv: list[str]) -> list[str]:
+    with one_line_errors(show_traceback="--traceback" in argv):
+      for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name in (renamed or {}):
+          raise ValueError(f"--{name} is now --{(renamed or {})[name]}")
+      return (parse or parse_flags)(argv)
+
   log_plainly()
   if define_flags is not None:
     define_flags()
-  app.run(main_or_one_line, flags_parser=parse or parse_flags)
+  app.run(main_or_one_line, flags_parser=parse_new)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags, and returns what is left."""
+  """Parses flags; returns the other arguments."""
   with one_line_errors(show_traceback="--traceback" in argv):
     return flags.FLAGS(argv)
 
 
 def parse_flags_and_overrides(argv: list[str]) -> list[str]:
-  """Parses flags; leaves those that set fields of the config, `--config.section.field=value`."""
-  sys.path.insert(0, os.getcwd())  # configs import configs.common
+  """Parses flags; returns the overrides of the config, `--config.section.field=value`."""
   is_override = [a.startswith("-") and a.lstrip("-").startswith("config.") for a in argv]
   with one_line_errors(show_traceback="--traceback" in argv):
     rest = flags.FLAGS([a for a, override in zip(argv, is_override, strict=True) if not override])
@@ -84,10 +91,7 @@ def parse_flags_and_overrides(argv: list[str]) -> list[str]:
 
 
 def log_plainly() -> None:
-  """Logs as time and text, and leaves out what other libraries merely have to report.
-
-  In a notebook as well, where no absl application has begun.
-  """
+  """Logs time and text, and only warnings of other libraries; in notebooks too."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
@@ -99,18 +103,17 @@ def log_plainly() -> None:
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-  """Orbax alone writes pages of what it has done, and traces of what it raises to us as well."""
+  """Drops what Orbax logs of its work, and tracebacks of errors that it also raises."""
   if record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"):
     return False
   return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname
 
 
 def _report_unless_known(report: Any) -> None:
-  """Orbax raises the first of several errors to us; TensorStore's threads come with the others.
+  """Drops errors of TensorStore's threads: Orbax raises the first of several errors itself.
 
-  By then nobody waits for them: the event loop is closed, or the coroutine is being thrown away.
+  The others arrive when the event loop is closed, or its coroutines are deleted.
   """
-  code = [frame.filename for frame in traceback.extract_tb(report.exc_traceback)]
-  is_late = str(report.exc_value) == "Event loop is closed"
-  if not (is_late or any("orbax" in filename for filename in code)):
+  files = [frame.filename for frame in traceback.extract_tb(report.exc_traceback)]
+  if not any("orbax" in file or "asyncio" in file for file in files):
     sys.__unraisablehook__(report)

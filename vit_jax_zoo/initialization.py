@@ -1,7 +1,6 @@
-"""What a run starts from: random numbers, what its task takes from files and data, `init_from`.
+"""Initial variables: random init, pretrained sub-trees, data-dependent init, `init_from`.
 
-Nothing is read that would be overwritten: weights of a whole model make the files of its parts
-unnecessary, and the training data from which a task would have learned.
+Files and data are read only for variables that `init_from` does not have.
 """
 
 import dataclasses
@@ -20,15 +19,14 @@ from vit_jax_zoo.training.distributed import all_gather_objects
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-  """From fresh variables to those that a run starts from.
+class Initializer:
+  """Replaces randomly initialised variables by pretrained and data-dependent ones.
 
   Attributes:
-    task: names files for parts of them, and learns others from the data.
-    init_from: weights of a whole model, a published file or a run of ours; or None.
-    preview: this process's part of the training batches; nothing is read before the first is asked
-      for.
-    grid: height and width of the images in tokens, for models that cut them into patches.
+    task: provides `weight_files` and `prepare`.
+    init_from: weights of a whole model, a published file or a run; or None.
+    preview: this process's part of the training batches; read only if needed.
+    grid: height and width of the images in tokens, for models with position embeddings.
   """
 
   task: Task
@@ -37,11 +35,14 @@ class Start:
   grid: tuple[int, int] | None = None
 
   def __call__(self, fresh: Variables) -> Variables:
-    """Returns the variables to start from; those that nothing gives stay the fresh ones.
+    """Returns the initial variables.
+
+    Args:
+      fresh: randomly initialised.
 
     Raises:
-      ValueError: one line, about weights that do not fit.
-      FileNotFoundError: one line, about what is needed and not there.
+      ValueError: weights do not fit.
+      FileNotFoundError: a file or data do not exist.
     """
     taken = self._init_from(self.init_from, fresh) if self.init_from else fresh
     before = _flatten(fresh)
@@ -55,8 +56,8 @@ class Start:
     return jax.tree.map(lambda a, b, other: other if a is b else a, taken, fresh, others)
 
   def _init_from(self, path: str, fresh: Variables) -> Variables:
-    """Returns the variables with the weights of a run of ours, or of a published file."""
-    logging.info("starting from the weights in %s", path)
+    """Returns the variables with the weights of a run, or of a published file."""
+    logging.info("initialising from %s", path)
     if not is_checkpoint(path):
       return weights.load_into(path, fresh, position_grid=self.grid)
     optional = self.task.training_only
@@ -64,10 +65,10 @@ class Start:
 
 
 def check_files(task: Task) -> None:
-  """Finds the files that a task's parts start from, before anything is compiled for them.
+  """Checks that the files of a task's pretrained sub-trees exist, before anything is compiled.
 
   Raises:
-    WeightsError: one line, about a file that is not there.
+    WeightsError: a file does not exist.
   """
   weights.find_files({k: f for k, f in task.weight_files.items() if not is_checkpoint(f)})
 

@@ -1,10 +1,10 @@
-"""Trains and evaluates what a config says.
+"""Trains and evaluates a config.
 
     python -m vit_jax_zoo.main --config=configs/vit.py
     python -m vit_jax_zoo.main --config=configs/vit.py:s16_imagenet --workdir=gs://bucket/run
     python -m vit_jax_zoo.main --config=configs/vit.py --config.optimizer.learning_rate=3e-4
 
-The same command again goes on where the run had come; when it is complete, it scores it once more.
+The same command again resumes the run; a finished run is only re-evaluated.
 """
 
 import hashlib
@@ -14,11 +14,10 @@ from collections.abc import Sequence
 from absl import flags, logging
 from etils import epath
 
-from vit_jax_zoo import cli as command_line
-from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import cli, trainer
+from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.training import distributed
-from vit_jax_zoo.training.loop import Outcome, in_words
+from vit_jax_zoo.training.loop import Outcome, format_scores
 
 CONFIG = flags.DEFINE_string(
   "config",
@@ -26,53 +25,52 @@ CONFIG = flags.DEFINE_string(
   "configs/<system>.py[:variant][,field=value...]; --config.section.field=value sets any field",
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "default: runs/<config>_<variant>")
-EVALUATE_ONLY = flags.DEFINE_bool("evaluate_only", False, "score the last checkpoint")
-OVERFIT = flags.DEFINE_bool(
-  "overfit_one_batch", False, "train on one batch: is the model broken, or just slow to learn?"
-)
+EVAL_ONLY = flags.DEFINE_bool("eval_only", False, "evaluate the last checkpoint, or init_from")
+OVERFIT = flags.DEFINE_bool("overfit_one_batch", False, "train on one batch, to check the model")
 PROFILE = flags.DEFINE_string("profile", None, "steps to trace, first:last, such as 10:15")
 ALLOW_CHANGE = flags.DEFINE_bool(
-  "allow_config_change", False, "resume although the config is not the one the run began with"
+  "allow_config_change", False, "resume although the config differs from the run's"
 )
-flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+flags.DEFINE_bool("traceback", False, "print the traceback of errors")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes the run has")
-PROCESS_ID = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes of the run")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process, from 0")
+RENAMED_FLAGS = {"evaluate_only": "eval_only"}
 
 _LONGEST = 120
-"""So many letters of the config's argument are in the name of a run's folder."""
+"""Maximum length of the config's argument in the name of a run's directory."""
 
 EXIT_STOPPED = 143
-"""128 + SIGTERM: a run that was told to stop, has saved its state, and is not finished."""
+"""128 + SIGTERM: the run was interrupted, and its state is saved."""
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; returns the process's exit status.
+  """Runs the command; returns the exit status.
 
   Args:
-    argv: the command's name, and what absl has left of its arguments: overrides of config fields.
+    argv: the command's name, and overrides of config fields.
   """
   if CONFIG.value is None:
     raise ValueError("--config is missing; try --config=configs/vit.py")
-  config = config_lib.load_with_overrides(CONFIG.value, argv[1:])
+  config = load_with_overrides(CONFIG.value, argv[1:])
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   if not distributed.is_primary():
     logging.set_verbosity(logging.WARNING)
   workdir = epath.Path(WORKDIR.value or default_workdir(CONFIG.value))
-  options = experiment.RunOptions(
-    evaluate_only=EVALUATE_ONLY.value,
+  options = trainer.RunOptions(
+    eval_only=EVAL_ONLY.value,
     overfit_one_batch=OVERFIT.value,
     profile=parse_window(PROFILE.value),
     allow_config_change=ALLOW_CHANGE.value,
   )
-  outcome = experiment.run(config, workdir, options)
+  outcome = trainer.run(config, workdir, options)
   if distributed.is_primary():
-    _say_where(outcome)
+    _log_outcome(outcome)
   return 0 if outcome.finished else EXIT_STOPPED
 
 
 def default_workdir(config_argument: str) -> str:
-  """Returns runs/<config>_<variant and fields> for the text behind --config=.
+  """Returns runs/<config>_<variant and fields> of the value of --config.
 
   >>> default_workdir("configs/vit.py:b16_imagenet,image_size=384")
   'runs/vit_b16_imagenet_image_size_384'
@@ -81,40 +79,40 @@ def default_workdir(config_argument: str) -> str:
   """
   path, _, argument = config_argument.partition(":")
   words = "".join(c if c.isalnum() or c in "._-" else "_" for c in argument or "demo")
-  if len(words) > _LONGEST:  # file systems have a limit, and paths of data may be long
+  if len(words) > _LONGEST:  # file names are limited, and fields may be paths
     words = f"{words[:_LONGEST]}_{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}"
   return f"runs/{pathlib.Path(path).stem}_{words}"
 
 
 def parse_window(text: str | None) -> tuple[int, int] | None:
-  """Reads "first:last" as a half-open window of steps.
+  """Parses "first:last", a half-open window of steps.
 
   Raises:
-    ValueError: it is not two increasing positive numbers.
+    ValueError: not two increasing positive integers.
   """
   if text is None:
     return None
   first, _, last = text.partition(":")
   if not (first.isdigit() and last.isdigit() and 0 < int(first) < int(last)):
-    raise ValueError(f"--profile={text} is not a window of steps; write first:last, such as 10:15")
+    raise ValueError(f"--profile={text}: expected first:last, such as 10:15")
   return int(first), int(last)
 
 
-def _say_where(outcome: Outcome) -> None:
-  """Says what came out of the run, and where everything lies."""
+def _log_outcome(outcome: Outcome) -> None:
+  """Logs the scores and the output paths."""
   step, workdir = int(outcome.state.step), outcome.workdir
   if outcome.finished:
-    scores = in_words(outcome.scores) or "(the config names no evaluation)"
+    scores = format_scores(outcome.scores) or "(the config has no evaluation)"
     logging.info("done after %d steps: %s", step, scores)
   else:
-    logging.info("stopped by a signal after step %d; the same command goes on from there", step)
-  places = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "pictures": "figures"}
-  for name, place in places.items():
-    if (workdir / place).exists():
-      logging.info("  %-12s %s", name, workdir / place)
+    logging.info("stopped by a signal after step %d; run the same command to resume", step)
+  outputs = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "figures": "figures"}
+  for name, output in outputs.items():
+    if (workdir / output).exists():
+      logging.info("  %-12s %s", name, workdir / output)
   if (workdir / "metrics.jsonl").exists():
     logging.info("  %-12s tensorboard --logdir=%s", "TensorBoard", workdir)
 
 
 if __name__ == "__main__":
-  command_line.run(main, parse=command_line.parse_flags_and_overrides)
+  cli.run(main, parse=cli.parse_flags_and_overrides, renamed=RENAMED_FLAGS)

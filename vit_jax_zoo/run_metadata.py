@@ -1,12 +1,14 @@
-"""What a run began with, written beside it: its config, and what it took from its data.
+"""Run metadata: config.json and data.json, saved with a run and compared when it resumes.
 
-The config is compared when the run is resumed. What came from the data, above all the names of the
-classes, is for those who use the model when the data are elsewhere.
+data.json has the class names and counts of the training data; `predict` and `--eval_only` then need
+no training data.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,62 +17,77 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from vit_jax_zoo.data.sources.base import DatasetInfo
-from vit_jax_zoo.training import atomic_write as whole_file
-from vit_jax_zoo.training import disk_errors as full_disk
+from vit_jax_zoo.config import rename_fields
+from vit_jax_zoo.data.sources.base import DatasetInfo, Source
+from vit_jax_zoo.training import atomic_write, disk_errors
 
 CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
 HARMLESS = (
   "log_every", "eval_every", "eval_batch_size", "checkpoint", "data.loader", "sharding", "recipe",
 )  # fmt: skip
-"""Fields that may change when a run is resumed: what it computes does not depend on them."""
+"""Fields that may change when a run resumes: its results do not depend on them."""
 
 
 def as_json(config: ConfigDict) -> dict[str, Any]:
-  """Returns the config as JSON has it: nested dicts, lists, numbers, strings."""
+  """Returns the config as JSON represents it: nested dicts, lists, numbers, strings."""
   return json.loads(config.to_json_best_effort())
 
 
-def check_config_unchanged(config: ConfigDict, workdir: epath.Path) -> None:
-  """Raises ValueError if the run in `workdir` began with another config; names what differs."""
-  before = _remembered(workdir)
-  found = [] if before is None else _differences(before, as_json(config))
-  changed = [difference for difference in found if not difference.startswith(HARMLESS)]
+def check_unchanged(config: ConfigDict, info: DatasetInfo | None, workdir: epath.Path) -> None:
+  """Compares config and classes with those of the run in `workdir`.
+
+  Args:
+    config: complete.
+    info: of the training data; None: not compared.
+    workdir: of the run.
+
+  Raises:
+    ValueError: they differ; the message names the fields.
+  """
+  before = _read_config(workdir)
+  found = {} if before is None else _differences(before, as_json(config))
+  changed = [text for path, text in found.items() if not path.startswith(HARMLESS)]
+  names = load_data(workdir).class_names
+  if info is not None and names and names != info.class_names:
+    pairs = itertools.zip_longest(names, info.class_names)
+    index, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+    changed.append(f"class {index}: {old} -> {new}")
   if changed:
     raise ValueError(
-      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); name another "
-      "--workdir, or add --allow_config_change to go on with the new values"
+      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); use another --workdir, "
+      "or --allow_config_change to resume with the new values"
     )
 
 
-def remember_config(config: ConfigDict, workdir: epath.Path) -> None:
-  """Writes the config beside the run: for `check_config_unchanged`, `predict` and people."""
-  if _remembered(workdir) == as_json(config):
-    return
-  _write(as_json(config), workdir / CONFIG_FILE)
+def save_config(config: ConfigDict, workdir: epath.Path) -> None:
+  """Writes the complete config of a run."""
+  if _read_config(workdir) != as_json(config):
+    _write(as_json(config), workdir / CONFIG_FILE)
 
 
-def remember_data(info: DatasetInfo, batch: Mapping[str, np.ndarray], workdir: epath.Path) -> None:
-  """Writes beside the run what it took from its data.
+def save_data(info: DatasetInfo, batch: Mapping[str, np.ndarray], workdir: epath.Path) -> None:
+  """Writes the metadata of the training data.
 
   Args:
     info: of the training data.
-    batch: of training examples; their shapes are kept.
+    batch: of training examples, for their shapes; a resumed run keeps the shapes of its start.
     workdir: of the run.
   """
-  shapes = {key: list(np.shape(value)[1:]) for key, value in batch.items()}
-  _write({**dataclasses.asdict(info), "shapes": shapes}, workdir / DATA_FILE)
+  shapes = load_data(workdir).shapes or {k: np.shape(v)[1:] for k, v in batch.items()}
+  content = {**dataclasses.asdict(info), "shapes": {k: list(v) for k, v in shapes.items()}}
+  if _read(workdir / DATA_FILE) != json.loads(json.dumps(content)):
+    _write(content, workdir / DATA_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-  """What a run took from its data.
+  """Metadata of a run's training data.
 
   Attributes:
     num_classes: see `DatasetInfo`.
     class_names: see `DatasetInfo`.
-    shapes: of one training example's arrays; empty for runs that did not keep them.
+    shapes: of one training example's arrays; empty if unknown.
   """
 
   num_classes: int | None = None
@@ -78,27 +95,27 @@ class RunData:
   shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
   def info(self, name: str) -> DatasetInfo:
-    """Returns it as what is known of a source, with no examples."""
+    """Returns the metadata of a source without examples."""
     return DatasetInfo(name, 0, self.num_classes, self.class_names)
 
 
-def recall(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
-  """Returns the config of a run, and what it took from its data.
+def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
+  """Returns the config of a run, with today's field names, and the metadata of its data.
 
   Raises:
-    FileNotFoundError: the run has no config beside it.
-    ValueError: it cannot be read.
+    FileNotFoundError: there is no config.json.
+    ValueError: it is not JSON.
   """
   config = _read(workdir / CONFIG_FILE)
   if config is None:
     raise FileNotFoundError(
-      f"there is no {CONFIG_FILE} in {workdir}; give the folder of a run, its --workdir"
+      f"{workdir}: there is no {CONFIG_FILE}; expected the --workdir of a run"
     )
-  return config, recall_data(workdir)
+  return rename_fields(config), load_data(workdir)
 
 
-def recall_data(workdir: epath.Path) -> RunData:
-  """Returns what the run in `workdir` took from its data; nothing, if there is no run."""
+def load_data(workdir: epath.Path) -> RunData:
+  """Returns the metadata of the training data; empty if there is no run."""
   data = _read(workdir / DATA_FILE) or {}
   shapes = {key: tuple(shape) for key, shape in data.get("shapes", {}).items()}
   names = tuple(data.get("class_names") or ())
@@ -106,32 +123,45 @@ def recall_data(workdir: epath.Path) -> RunData:
 
 
 def main_evaluation(evaluations: Mapping[str, Any]) -> str | None:
-  """Returns the name of the evaluation that stands for a run, where nothing else is said.
-
-  The first by name; one that predicts before those that probe features.
-  """
+  """Returns the name of the default evaluation: the first by name that is no feature probe."""
   return min(evaluations, key=lambda name: ("fit_split" in evaluations[name], name), default=None)
 
 
-def asks_data(*sections: Mapping[str, Any] | ConfigDict) -> bool:
+def needs_data(*sections: Mapping[str, Any] | ConfigDict) -> bool:
   """Returns whether any section has a field that `fill_from_data` would fill."""
-  asked = [key for section in sections for key, value in section.items() if value is None]
-  return any(hasattr(RunData(), key) for key in asked)
+  open_fields = [key for section in sections for key, value in section.items() if value is None]
+  return any(hasattr(RunData(), key) for key in open_fields)
 
 
 def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> dict[str, Any]:
-  """Returns a section's fields, with those that are None and that the data knows taken from it."""
+  """Returns a section's fields; those that are None are filled in from the data's metadata."""
   return {
     key: getattr(data, key) if value is None and hasattr(data, key) else value
     for key, value in fields.items()
   }
 
 
+def fingerprint(source: Source) -> str:
+  """Returns name, size, and hashes of the classes and of up to 1,000 example names of a source."""
+  names = [source.example_name(i) for i in range(0, len(source), max(1, len(source) // 1000))]
+  classes = _hash(*source.info.class_names)
+  return f"{source.info.name}, {len(source)} examples, files {_hash(*names)}, classes {classes}"
+
+
+def code_version() -> str:
+  """Returns a hash of the package's files."""
+  files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+  return _hash(*(path.read_text() for path in files))
+
+
+def _hash(*texts: str) -> str:
+  return hashlib.blake2b("\0".join(texts).encode(errors="replace"), digest_size=6).hexdigest()
+
+
 def _write(content: Any, file: epath.Path) -> None:
-  """Writes JSON and renames it into its place: a kill leaves the old one, or the new one."""
-  with full_disk.explained(f"{file} cannot be written"):
+  with disk_errors.explained(f"{file} cannot be written"):
     file.parent.mkdir(parents=True, exist_ok=True)
-    whole_file.write(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    atomic_write.write(file, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def _read(file: epath.Path) -> Any:
@@ -141,18 +171,20 @@ def _read(file: epath.Path) -> Any:
     raise ValueError(f"{file} is not JSON ({error})") from None
 
 
-def _remembered(workdir: epath.Path) -> dict[str, Any] | None:
+def _read_config(workdir: epath.Path) -> dict[str, Any] | None:
   path = workdir / CONFIG_FILE
   try:
-    return json.loads(path.read_text()) if path.exists() else None
+    return rename_fields(json.loads(path.read_text())) if path.exists() else None
   except ValueError:
-    logging.warning("%s cannot be read, and is written anew", path)
+    logging.warning("%s is not JSON; it is overwritten", path)
     return None
 
 
-def _differences(before: Any, after: Any, path: str = "") -> list[str]:
+def _differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
+  """Returns the fields that differ, by path, as text."""
   if isinstance(before, dict) and isinstance(after, dict):
-    keys = sorted(before.keys() | after.keys())
-    found = (_differences(before.get(k), after.get(k), f"{path}.{k}".lstrip(".")) for k in keys)
-    return list(itertools.chain.from_iterable(found))
-  return [] if before == after else [f"{path}: {before} -> {after}"]
+    found: dict[str, str] = {}
+    for key in sorted(before.keys() | after.keys()):
+      found |= _differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
+    return found
+  return {} if before == after else {path: f"{path}: {before} -> {after}"}

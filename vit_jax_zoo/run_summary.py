@@ -1,7 +1,4 @@
-"""What a run says before its first step: of its batch, its data's classes, its parameters.
-
-Nothing here changes what is trained. Pictures and texts go to TensorBoard and to `figures/`.
-"""
+"""Logs the parameter table, class counts, learning-rate advice and first-batch figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,27 +20,27 @@ from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter
 
 MAX_LISTED = 12
-"""So many classes are listed with their counts; of more, the smallest and the largest."""
+"""Up to this number, all classes are listed with their counts; else the smallest and largest."""
 
-UNEVEN = 10
-"""Classes are called uneven where the largest has so many times the examples of the smallest."""
+IMBALANCED = 10
+"""Ratio of the sizes of the largest and smallest class from which a warning is logged."""
 
 
-def introduce(
+def log_summary(
   config: ConfigDict,
   program: Program,
   sources: Mapping[str, Source],
   batch: Mapping[str, np.ndarray],
   writer: MetricWriter,
 ) -> None:
-  """Logs what is about to be trained, and draws the first batch and the classes.
+  """Logs a new run's model and data, and writes its config and figures.
 
   Args:
     config: complete.
-    program: the run's.
+    program: provides parameter shapes and the task.
     sources: "train", and those of the evaluations by name.
-    batch: this process's part of the first one.
-    writer: takes texts and figures.
+    batch: this process's part of the first batch.
+    writer: writes texts and figures.
   """
   table = parameter_overview.get_parameter_overview(
     program.abstract_state.params, include_stats=False
@@ -73,7 +70,7 @@ def _figures(
 
 
 def count_classes(sources: Mapping[str, Source]) -> dict[str, Int[np.ndarray, " k"]]:
-  """Returns the examples of each class, for those sources that know labels without reading."""
+  """Returns the number of examples of each class, for sources with labels in their index."""
   counts = {}
   for name, source in sources.items():
     labels, classes = source.labels(), source.info.num_classes
@@ -85,7 +82,7 @@ def count_classes(sources: Mapping[str, Source]) -> dict[str, Int[np.ndarray, " 
 def describe_balance(
   counts: Mapping[str, Integer[np.ndarray, " k"]], class_names: Sequence[str]
 ) -> list[str]:
-  """Returns a line for each split: how many examples of which class.
+  """Returns a line for each split with its number of examples by class.
 
   >>> describe_balance({"train": np.array([3, 4])}, ("ant", "bee"))
   ['train: 7 examples of 2 classes: ant 3, bee 4']
@@ -105,28 +102,25 @@ def describe_balance(
 def find_imbalance(
   counts: Mapping[str, Integer[np.ndarray, " k"]], class_names: Sequence[str]
 ) -> list[str]:
-  """Returns a line for each thing about the training classes that a user should know."""
+  """Returns warnings about empty classes and class imbalance of the training data."""
   values = counts.get("train")
   if values is None:
     return []
   if len(values) == 1:
     return [
-      f"there is one class alone, {_name(0, class_names)}: every answer will be right, and nothing "
-      "is learned; a folder of images needs a folder inside for each class"
+      f"only one class found ({_name(0, class_names)}); put the images of each class in a folder "
+      "of their own"
     ]
   empty = [_name(i, class_names) for i, count in enumerate(values) if not count]
   if empty:
     listed = ", ".join(empty[:MAX_LISTED]) + (", ..." if len(empty) > MAX_LISTED else "")
-    if len(empty) == 1:
-      return [f"no training example of one class: {listed}; it cannot be learned"]
-    return [f"no training example of {len(empty)} classes: {listed}; they cannot be learned"]
+    return [f"classes without training images ({len(empty)}): {listed}"]
   smallest, largest = int(np.argmin(values)), int(np.argmax(values))
-  if values[largest] < UNEVEN * values[smallest]:
+  if values[largest] < IMBALANCED * values[smallest]:
     return []
   return [
-    f"the classes are uneven: {_name(largest, class_names)} has {values[largest]} training "
-    f"examples, {_name(smallest, class_names)} {values[smallest]}; look at mean_class_accuracy "
-    "and the confusion matrix beside the accuracy"
+    f"class imbalance: {_name(largest, class_names)} has {values[largest]} training images, "
+    f"{_name(smallest, class_names)} {values[smallest]}; report mean_class_accuracy"
   ]
 
 

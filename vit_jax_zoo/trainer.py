@@ -1,14 +1,16 @@
-"""From a config to a run: makes its parts and its program, and lets the loop go.
+"""Trains and evaluates a config: initial state, input pipeline, evaluations, and the loop.
 
-Where a run starts: at its own last checkpoint; else from `config.init_from`; else from scratch,
-with what the task learns from the data beforehand.
+A run resumes at its last checkpoint. A new one starts from `config.init_from`, or from random and
+data-dependent variables.
 """
 
 import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,141 +20,189 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo.builder import Experiment as Experiment
 from vit_jax_zoo.builder import create as create
-from vit_jax_zoo.initialization import Start, check_files
+from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_metadata import (
-  check_config_unchanged,
+  as_json,
+  check_unchanged,
+  code_version,
+  fingerprint,
+  load_data,
   main_evaluation,
-  recall_data,
-  remember_config,
-  remember_data,
+  save_config,
+  save_data,
 )
-from vit_jax_zoo.run_summary import introduce
+from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
-from vit_jax_zoo.training.distributed import is_primary
+from vit_jax_zoo.training.distributed import check_equal, is_primary
 from vit_jax_zoo.training.evaluate import Evaluation, Explanations, PredictionScores
 from vit_jax_zoo.training.feature_evaluation import FeatureEvaluation
-from vit_jax_zoo.training.loop import Loop, LoopSettings, Outcome, prefetch, run_evaluations
+from vit_jax_zoo.training.loop import (
+  Loop,
+  LoopSettings,
+  Outcome,
+  is_evaluated,
+  prefetch,
+  run_evaluations,
+)
 from vit_jax_zoo.training.metric_writer import MetricWriter, save_figures
 from vit_jax_zoo.training.progress import Progress
 from vit_jax_zoo.training.train_step import TrainState
+from vit_jax_zoo.training.workdir_lock import workdir_lock
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-  """What a command line may ask of a run beside its config.
+  """Options of a run that are not part of its config.
 
   Attributes:
-    evaluate_only: score the last checkpoint (or `init_from`) and train nothing; training data are
-      read only if the config leaves fields, or `init_from` leaves variables, to them.
-    overfit_one_batch: train on the first batch over and over: a model that cannot learn it is
-      broken, not slow.
-    profile: the half-open window of steps to trace, or None.
-    allow_config_change: go on with a run whose config was another.
+    eval_only: evaluate the last checkpoint (or `init_from`) without training; training data are
+      read only if fields of the config, or variables that `init_from` does not have, depend on
+      them.
+    overfit_one_batch: train on the first batch only; a correct model can fit it.
+    profile: half-open window of steps to trace, or None.
+    allow_config_change: resume although the config differs from the run's.
   """
 
-  evaluate_only: bool = False
+  eval_only: bool = False
   overfit_one_batch: bool = False
   profile: tuple[int, int] | None = None
   allow_config_change: bool = False
 
 
 def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOptions()) -> Outcome:
-  """Trains and evaluates what the config says, from wherever the run in `workdir` had come.
+  """Trains and evaluates a config; resumes the run in `workdir` if there is one.
 
   Raises:
-    ValueError: one line, about a config, option or data that cannot be.
-    FileNotFoundError: data is not there, or there is nothing to evaluate.
+    ValueError: a config, option or data is invalid, or the processes differ in them.
+    FileNotFoundError: data do not exist, or there is nothing to evaluate.
     FloatingPointError: training diverged.
+    LockedError: another run uses `workdir`.
   """
-  if options.overfit_one_batch:  # a run of its own: nothing of it may pass for real training
+  if options.overfit_one_batch:  # kept apart from real training
     workdir = workdir / "overfit_one_batch"
-  recalled = recall_data(workdir) if options.evaluate_only else None
-  experiment = create(config, recalled=recalled)
-  checkpoints = functools.partial(
-    Checkpointer,
-    workdir,
-    keep=experiment.config.checkpoint.keep,
-    best_mode=experiment.config.checkpoint.best_mode,
-    read_only=options.evaluate_only,
+  run_data = load_data(workdir) if options.eval_only else None
+  lock = contextlib.nullcontext() if options.eval_only else workdir_lock(workdir)
+  with lock:
+    experiment = create(config, run_data=run_data)
+    check_equal(lambda: _facts(experiment, train=not options.eval_only))
+    checkpoint = experiment.config.checkpoint
+    with (
+      jax.set_mesh(experiment.mesh),
+      Checkpointer(
+        workdir,
+        keep=checkpoint.keep,
+        best_mode=checkpoint.best_mode,
+        read_only=options.eval_only,
+      ) as checkpointer,
+    ):
+      if checkpointer.latest_step is None:
+        if options.eval_only and not experiment.config.init_from:
+          raise FileNotFoundError(
+            f"nothing to evaluate: no checkpoint in {workdir}, and no init_from"
+          )
+      elif not options.allow_config_change:
+        info = None if options.eval_only else experiment.train_source.info
+        check_unchanged(experiment.config, info, workdir)
+      if options.eval_only:
+        return _evaluate_only(experiment, checkpointer)
+      return _train(experiment, options, checkpointer)
+
+
+def _facts(experiment: Experiment, *, train: bool) -> dict[str, Any]:
+  """Returns what must be equal on all processes: config, datasets, code."""
+  flat = _flatten(as_json(experiment.config), "config")
+  sources = experiment.sources if train else experiment.eval_sources
+  data = {f"data of {name!r}": fingerprint(source) for name, source in sources.items()}
+  return {**flat, **data, "code version": code_version()}
+
+
+def _flatten(tree: Any, path: str) -> dict[str, Any]:
+  if not isinstance(tree, dict):
+    return {path: json.dumps(tree)}
+  parts = (_flatten(value, f"{path}.{key}") for key, value in tree.items())
+  return {key: value for part in parts for key, value in part.items()}
+
+
+def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpointer) -> Outcome:
+  """Trains from the last checkpoint, or from the start; only evaluates a finished run."""
+  config, workdir, start = experiment.config, checkpointer.workdir, checkpointer.latest_step or 0
+  evaluated = bool(experiment.eval_sources) and is_evaluated(
+    workdir, experiment.eval_sources, start
   )
-  with jax.set_mesh(experiment.mesh), checkpoints() as checkpointer:
-    if checkpointer.latest_step is None:
-      if options.evaluate_only and not experiment.config.init_from:
-        raise FileNotFoundError(
-          f"nothing to evaluate: no checkpoint in {workdir}, and no init_from"
-        )
-    elif not options.allow_config_change:
-      check_config_unchanged(experiment.config, workdir)
-    if options.evaluate_only:
-      program = experiment.evaluation_program()
-      state = _state_to_judge(experiment, program, checkpointer)
-      return _judge(state, _evaluations(experiment, program), workdir)
-    return _train(experiment, options, checkpointer, workdir)
+  if start >= experiment.num_steps and evaluated:
+    return _evaluate_only(experiment, checkpointer)
+  settings = _loop_settings(experiment, options, start)
+  if not (start or config.init_from):
+    check_files(experiment.task)  # with init_from, what is missing depends on its variables
+  with experiment.train_batches(0 if options.overfit_one_batch else start) as iterator:
+    first = next(iterator)  # for shapes and figures; then it is trained on
+    program = experiment.program(first)
+    state, taken = _initial_state(experiment, program, checkpointer, first, iterator)
+    if is_primary():
+      save_config(config, workdir)
+      save_data(experiment.train_source.info, first, workdir)
+    with (
+      MetricWriter(workdir, resume_step=start or None) as writer,
+      _progress(experiment, program, start) as progress,
+    ):
+      if not start:
+        log_summary(config, program, experiment.sources, first, writer)
+      loop = Loop(
+        train_step=program.train_step,
+        evaluations=_evaluations(experiment, program),
+        schedules=program.schedules,
+        settings=settings,
+        checkpointer=checkpointer,
+        writer=writer,
+        progress=progress,
+        workdir=workdir,
+        counters=lambda: {"data/skipped_images": float(iterator.num_skipped)},
+      )
+      batches = itertools.chain(taken, iterator)
+      del taken  # chain frees each batch after its use
+      if options.overfit_one_batch:
+        batches = itertools.repeat(first)
+      put = functools.partial(sharding.to_global, mesh=experiment.mesh)
+      outcome = loop.run(state, prefetch(batches, put))
+      iterator.log_skipped()
+      return outcome
 
 
-def _train(
-  experiment: Experiment, options: RunOptions, checkpointer: Checkpointer, workdir: epath.Path
-) -> Outcome:
-  """Goes on from the last checkpoint, or begins; only scores a run that is complete."""
-  if checkpointer.latest_step is None and not experiment.config.init_from:
-    check_files(experiment.task)  # else only the variables tell what is needed besides
-  with experiment.train_batches() as batches:
-    first_batch = next(batches)
-  program = experiment.program(first_batch)
-  state = _starting_state(experiment, program, checkpointer)
-  step, evaluations = int(state.step), _evaluations(experiment, program)
-  if step >= experiment.num_steps:
-    return _judge(state, evaluations, workdir)
-  settings = _loop_settings(experiment, options, step)
-  if is_primary():
-    remember_config(experiment.config, workdir)
-    remember_data(experiment.train_source.info, first_batch, workdir)
-  with (
-    MetricWriter(workdir, resume_step=step or None) as writer,
-    _progress(experiment, program, step) as progress,
-    experiment.train_batches(step) as batches,
-  ):
-    if step == 0:
-      introduce(experiment.config, program, experiment.sources, first_batch, writer)
-    loop = Loop(
-      train_step=program.train_step,
-      evaluations=evaluations,
-      schedules=program.schedules,
-      settings=settings,
-      checkpointer=checkpointer,
-      writer=writer,
-      progress=progress,
-      workdir=workdir,
-      counters=lambda: {"data/skipped_images": float(batches.num_skipped)},
-    )
-    endless = itertools.repeat(first_batch) if options.overfit_one_batch else batches
-    put = functools.partial(sharding.to_global, mesh=experiment.mesh)
-    outcome = loop.run(state, prefetch(endless, put))
-    batches.log_skipped()
-    return outcome
+def _initial_state(
+  experiment: Experiment,
+  program: Program,
+  checkpointer: Checkpointer,
+  first: Any,
+  iterator: Iterator[Any],
+) -> tuple[TrainState, list[Any]]:
+  """Returns the restored or the initial state, and the batches that were read, for the training."""
+  state, taken = checkpointer.restore(program.abstract_state), [first]
+  if state is not None:
+    logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
+    return state, taken
+  config, preview = experiment.config, itertools.chain([first], _recorded(iterator, taken))
+  initializer = Initializer(experiment.task, config.init_from, preview, _grid(experiment, program))
+  return program.initial_state(config.seed, pretrain=initializer), taken
 
 
-def _judge(
-  state: TrainState, evaluations: Mapping[str, Evaluation], workdir: epath.Path
-) -> Outcome:
-  """Scores a state that is not trained any further."""
-  report = run_evaluations(evaluations, state.variables)
-  if is_primary():
-    save_figures(workdir, int(state.step), report.figures)
-  return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
+def _recorded(batches: Iterator[Any], taken: list[Any]) -> Iterator[Any]:
+  """Yields batches and appends each to `taken`."""
+  for batch in batches:
+    taken.append(batch)
+    yield batch
 
 
-def _state_to_judge(
-  experiment: Experiment, program: EvaluationProgram, checkpointer: Checkpointer
-) -> TrainState:
-  """Returns a state of variables alone: those of the last checkpoint, else those of `init_from`."""
+def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcome:
+  """Evaluates the variables of the last checkpoint, else those of `init_from`."""
+  program = experiment.evaluation_program()
   step = checkpointer.latest_step
   if step is None:
-    start = _start(experiment, program)
-    variables = program.initial_variables(experiment.config.seed, pretrain=start)
+    init_from, grid = experiment.config.init_from, _grid(experiment, program)
+    initializer = Initializer(experiment.task, init_from, _preview(experiment), grid)
+    variables = program.initial_variables(experiment.config.seed, pretrain=initializer)
   else:
     variables = restore_variables(
       checkpointer.workdir / CHECKPOINTS / str(step),
@@ -161,37 +211,32 @@ def _state_to_judge(
     )
   params = variables["params"]
   others = {name: tree for name, tree in variables.items() if name != "params"}
-  return TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)
+  state = TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)
+  return _evaluate(state, _evaluations(experiment, program), checkpointer.workdir)
 
 
-def _starting_state(
-  experiment: Experiment, program: Program, checkpointer: Checkpointer
-) -> TrainState:
-  """Restores the run's last checkpoint; else starts from `init_from`; else from scratch."""
-  state = checkpointer.restore(program.abstract_state)
-  if state is not None:
-    logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
-    return state
-  return program.initial_state(experiment.config.seed, pretrain=_start(experiment, program))
+def _evaluate(
+  state: TrainState, evaluations: Mapping[str, Evaluation], workdir: epath.Path
+) -> Outcome:
+  """Evaluates a state that is not trained any further; the log is unchanged."""
+  report = run_evaluations(evaluations, state.variables)
+  if is_primary():
+    save_figures(workdir, int(state.step), report.figures)
+  return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
 
 
-def _start(experiment: Experiment, program: EvaluationProgram) -> Start:
-  init_from, preview = experiment.config.init_from, _preview(experiment)
-  return Start(experiment.task, init_from, preview, _token_grid(experiment, program))
+def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
+  """Yields training batches; opens the data when the first is needed."""
+  with contextlib.closing(experiment.train_batches()) as batches:
+    yield from batches
 
 
-def _token_grid(experiment: Experiment, program: EvaluationProgram) -> tuple[int, int] | None:
+def _grid(experiment: Experiment, program: EvaluationProgram) -> tuple[int, int] | None:
   """Returns the height and width of the images in tokens, for models with `token_grid`."""
   token_grid = getattr(experiment.model, "token_grid", None)
   if token_grid is None or "image" not in program.abstract_batch:
     return None
   return token_grid(program.abstract_batch["image"].shape[1:3])
-
-
-def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
-  """Yields the run's training batches; reads nothing before the first is asked for."""
-  with contextlib.closing(experiment.train_batches()) as batches:
-    yield from batches
 
 
 def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str, Evaluation]:
@@ -235,7 +280,7 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
     log_every=config.log_every,
     eval_every=config.eval_every,
     checkpoint_every=config.checkpoint.every,
-    score_best=config.checkpoint.score_best,
+    eval_best_at_end=config.checkpoint.eval_best_at_end,
     best=config.checkpoint.best or (first and f"{first}/{experiment.task.best_metric}"),
     profile=options.profile,
   )

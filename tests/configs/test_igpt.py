@@ -143,7 +143,7 @@ def nats_config(folder):
 
 def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, tmp_path):
   config = nats_config(published)
-  outcome = run(config, tmp_path / "run", evaluate_only=True)
+  outcome = run(config, tmp_path / "run", eval_only=True)
   loaded = load_pretrained(str(published))
   batch = next(iter(experiment.create(config).eval_batches("test")))
   images = jnp.asarray(batch["image"][:6], jnp.float32) / 127.5 - 1
@@ -159,7 +159,7 @@ def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, t
 def test_weights_without_a_palette_are_not_taken_in_silence(published, tmp_path, caplog):
   (published / "preprocessor_config.json").unlink()
   with caplog.at_level(logging.WARNING, logger="absl"):
-    run(nats_config(published), tmp_path / "run", evaluate_only=True)
+    run(nats_config(published), tmp_path / "run", eval_only=True)
   assert f"{published} holds no palette" in caplog.text
 
 

@@ -106,7 +106,7 @@ def augmentation(config):
 
 def data(config):
   """Returns the training sources, with the image size where it is fixed."""
-  names = [config.data.train, *map(dict, config.data.train.get("mixed_with") or ())]
+  names = [config.data.train, *map(dict, config.data.train.get("extra_sources") or ())]
   names = [spec["source"].removeprefix("tfds:") for spec in names]
   sides = [t["size"] for t in map(dict, config.data.train.transforms) if "size" in t]
   return " + ".join(names) + (f", {sides[-1]} px" if sides else "")

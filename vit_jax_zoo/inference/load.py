@@ -22,7 +22,7 @@ from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall
 from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.registry import create_model
-from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, main_evaluation, recall
+from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, load_run, main_evaluation
 from vit_jax_zoo.tasks import create_task, task_fields, tasks
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
@@ -217,7 +217,7 @@ class _Run:
       FileNotFoundError: there is no config beside it.
       ValueError: its checkpoint is damaged, or holds numbers that are not finite.
     """
-    config, data = recall(_workdir_of(path))
+    config, data = load_run(_workdir_of(path))
     variables = restore_variables(path)
     weights.check_finite(variables, path)
     if data.num_classes is None:

@@ -156,7 +156,16 @@ def build_program(
   sharding.check_batch_size(batch_size, mesh, recipe.accumulation_steps)
   judging = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
   abstract = judging.abstract_variables
-  optimizers = _create_optimizers(task, recipe, abstract["params"])
+  optimizers = tuple(
+    create_optimizer(
+      recipe.optimizer if group.name is None else recipe.optimizer[group.name],
+      group.select(abstract["params"]),
+      recipe.num_steps,
+      begin_step=group.begin_step,
+      updates_per_step=group.updates,
+    )
+    for group in task.optim_groups
+  )
   create = functools.partial(create_state, task, optimizers, with_ema=recipe.ema_decay is not None)
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
   shardings = state_shardings(abstract_state, rules, mesh)
@@ -225,19 +234,6 @@ def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[
   left = tuple(f"{part}/" for part in left_out)
   kept = {path: leaf for path, leaf in flat.items() if not path.startswith(left)}
   return traverse_util.unflatten_dict(kept, sep="/")
-
-
-def _create_optimizers(task: Task, recipe: Recipe, params: Any) -> tuple[Optimizer, ...]:
-  return tuple(
-    create_optimizer(
-      recipe.optimizer if group.name is None else recipe.optimizer[group.name],
-      group.select(params),
-      recipe.num_steps,
-      begin_step=group.begin_step,
-      updates_per_step=group.updates,
-    )
-    for group in task.optim_groups
-  )
 
 
 def state_shardings(abstract_state: TrainState, rules: sharding.Rules, mesh: Mesh) -> TrainState:

@@ -1,18 +1,21 @@
-"""Several processes, one run: how they find each other, and how they pool what they hold."""
+"""Runs of several processes: initialisation, gathering of objects, check of equal settings."""
 
+import os
 import pickle
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from absl import logging
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 30
-"""A process that has not been heard of for so long is dead, and the others stop: JAX's own 100
-seconds are a long time of a pod's. Heartbeats are sent by a thread that Python cannot hold up."""
+"""Time without a heartbeat after which a process counts as dead and the others exit; JAX's default
+is 100. A C++ thread sends heartbeats."""
 
 
 def initialize(
@@ -20,40 +23,46 @@ def initialize(
   num_processes: int | None = None,
   process_id: int | None = None,
 ) -> None:
-  """Joins this process to the others of its run. Call it before anything else asks for devices.
+  """Connects the processes of a run. Call it before JAX initialises its devices.
 
-  Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets are recognised by JAX itself; elsewhere
-  all three arguments are needed. Where there is nothing to join, it does nothing. When one process
-  dies, all others stop with an error inside a minute.
+  JAX detects Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets; elsewhere all three arguments
+  are needed. Without arguments and outside of these, the run has a single process. If one process
+  dies, the others exit with an error within a minute.
 
   Args:
-    coordinator: "host:port" at which process 0 can be reached.
-    num_processes: how many processes there are.
-    process_id: which of them this one is, from 0.
+    coordinator: "host:port" of process 0.
+    num_processes: number of processes.
+    process_id: index of this process, from 0.
 
   Raises:
     ValueError: only some of the arguments are given.
-    RuntimeError: a cluster was recognised, but joining it failed.
+    RuntimeError: the processes could not be connected.
   """
   given = (coordinator, num_processes, process_id)
   if any(value is None for value in given) and any(value is not None for value in given):
     raise ValueError(
-      f"coordinator={coordinator}, num_processes={num_processes}, process_id={process_id}: "
-      "give all three, or none of them where TPU pods, SLURM, Open MPI or Kubernetes say it"
+      f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
+      "expected all three, or none on TPU pods, SLURM, Open MPI and Kubernetes"
     )
+  if coordinator is None and not _is_in_cluster():
+    return
   try:
     jax.distributed.initialize(
       coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
     )
   except ValueError as error:
-    if coordinator is not None or "coordinator_address should be defined" not in str(error):
-      raise RuntimeError(f"could not join the other processes: {error}") from error
-    return
+    raise RuntimeError(f"could not connect to the other processes: {error}") from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
+def _is_in_cluster() -> bool:
+  """Returns whether JAX detects a cluster; it has no public function for that."""
+  found = (env.is_env_present() for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
+  return "JAX_COORDINATOR_ADDRESS" in os.environ or any(found)
+
+
 def is_primary() -> bool:
-  """Returns whether this is the one process that writes logs and pictures."""
+  """Returns whether this is process 0, which writes logs and figures."""
   return jax.process_index() == 0
 
 
@@ -70,3 +79,24 @@ def all_gather_objects(value: T) -> list[T]:
     pickle.loads(row[:size].tobytes())  # our own processes wrote it a moment ago
     for row, size in zip(np.atleast_2d(gathered), sizes, strict=True)
   ]
+
+
+def check_equal(facts: Callable[[], Mapping[str, Any]]) -> None:
+  """Compares settings over all processes.
+
+  Args:
+    facts: returns this process's, by name; not called in a run of one process.
+
+  Raises:
+    ValueError: a setting differs, which the message names; on all processes.
+  """
+  if jax.process_count() == 1:
+    return
+  first, *others = all_gather_objects(dict(facts()))
+  for index, other in enumerate(others, start=1):
+    for name in (*first, *other):
+      if first.get(name) != other.get(name):
+        raise ValueError(
+          f"{name} differs: {first.get(name)} on process 0, {other.get(name)} on process {index}; "
+          "start all processes with the same command, code and data"
+        )

@@ -169,6 +169,12 @@ def create_optimizer(
 _NO_UPDATE = optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.full_like(g, -0.0), grads))
 
 
+def optimizer_fields(name: str) -> list[str]:
+  """Returns the fields that the config of an optimizer may have; the common ones if unknown."""
+  own = fields_of(_CORES[name]) if name in _CORES else []
+  return [*_FIELDS, *own]
+
+
 def list_optimizers() -> list[str]:
   """Returns the known names."""
   return sorted(_CORES)
@@ -198,7 +204,7 @@ def _create_core(fields: Mapping[str, Any]) -> _Core:
     raise ValueError(unknown_name("optimizer", str(name), _CORES))
   make = _CORES[name]
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
-  check_names(f"field of optimizer {name}", own, [*_FIELDS, *fields_of(make), "name"])
+  check_names(f"field of optimizer {name}", own, optimizer_fields(name))
   return make(**{key: _as_dtype(key, value) for key, value in own.items()})
 
 

@@ -37,7 +37,7 @@ SECTION = (
   "probe",
   "metrics",
   "transforms",
-  "mixed_with",
+  "extra_sources",
   "repeats",
 )
 """Fields of `data.train` and `data.eval.<name>` that are not options of the source."""
