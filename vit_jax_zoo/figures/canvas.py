@@ -1,4 +1,4 @@
-"""The head of a figure: its title, and below it, more quietly, what it shows."""
+"""Titles and rendering shared by all figures."""
 
 import warnings
 
@@ -10,10 +10,9 @@ from matplotlib.text import Text
 
 
 def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
-  """Draws a figure, and takes its words as they stand.
+  """Renders a figure to pixels, with class names as plain text.
 
-  Class names are those of users' folders: a "$" begins no formula there, and where the font lacks a
-  character, a box in its place is all that is said of it.
+  "$" starts no formula, and characters missing in the font are drawn as boxes without a warning.
   """
   canvas = FigureCanvasAgg(figure)
   for text in figure.findobj(Text):
@@ -30,7 +29,7 @@ MARGIN = 0.3  # inches
 
 
 def write_title(figure: Figure, title: str, subtitle: str) -> None:
-  """Writes both at the upper left. They take 0.7 inches, which the figure must have to spare."""
+  """Writes a title and a smaller subtitle at the upper left, in 0.7 inches of free space."""
   width, height = figure.get_size_inches()
   left = MARGIN / width
   figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=13, weight="bold")

@@ -1,4 +1,4 @@
-"""A picture of how many examples each class has, in training and in the evaluations."""
+"""Bar chart of the number of examples per class, by split."""
 
 from collections.abc import Mapping, Sequence
 
@@ -23,10 +23,10 @@ def draw_class_balance(
   *,
   title: str = "Examples of each class",
 ) -> Figure:
-  """Draws a bar for each class, whose parts are the splits.
+  """Draws a bar for each class, with a segment per split.
 
   Args:
-    counts: examples of each class, by split; the first is what is learned from.
+    counts: examples of each class, by split; the training split first.
     class_names: in order; class numbers by default.
     title: of the figure.
 

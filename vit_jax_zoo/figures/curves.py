@@ -1,4 +1,4 @@
-"""Curves over a run's steps, or over examples: losses, accuracies, of one run or of several."""
+"""Metric curves over training steps or examples, of one run or several."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,12 +9,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
-  """Draws metrics of a run side by side, each over the steps at which it was written.
+  """Draws metrics of a run side by side over the steps.
 
   Args:
-    rows: as `train.metric_writer.read_metrics` returns them.
-    names: a metric each, without what stands before the slash: "loss" draws "train/loss" and
-      "test/loss" together.
+    rows: as `metric_writer.read_metrics` returns them.
+    names: metrics without the prefix: "loss" draws "train/loss" and "test/loss" together.
 
   Raises:
     ValueError: no row has one of them.

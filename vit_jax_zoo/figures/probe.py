@@ -1,4 +1,4 @@
-"""A picture of linear probes: accuracy against depth (iGPT's figure 2)."""
+"""Linear-probe accuracy over depth (iGPT's figure 2)."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,12 @@ def draw_probe(
   *,
   title: str = "Linear probe by depth",
 ) -> Figure:
-  """Draws the accuracy that each layer's features reach.
+  """Draws the accuracy of each layer's features.
 
   Args:
     accuracies: of the layers in order, in [0, 1].
-    best: the layer that was chosen, on other images than these.
-    references: names and accuracies of other features, drawn as level lines.
+    best: the layer selected on held-out images.
+    references: names and accuracies of other features, drawn as horizontal lines.
     title: of the figure.
   """
   figure = Figure(figsize=(6.4, 4.0), dpi=110, layout="constrained")

@@ -1,4 +1,4 @@
-"""Pictures of transfer suites: accuracy by data set, and by the number of shots."""
+"""Figures of transfer evaluations: accuracy by dataset, and by number of shots."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -21,12 +21,12 @@ def draw_accuracies(
   groups: Mapping[str, str] | None = None,
   means: Mapping[str, float] | None = None,
 ) -> Figure:
-  """Draws a bar for each data set, with its number.
+  """Draws a labelled bar for each dataset.
 
   Args:
-    accuracies: in [0, 1] by name, in the order of the bars, from the top.
+    accuracies: in [0, 1] by name, in the order of the bars from the top.
     title: of the figure.
-    groups: of the data sets, by name: they share a colour, and the legend names them.
+    groups: of the datasets, by name; a group has one colour and a legend entry.
     means: of groups, by name, for the legend; "mean" is added to the title.
   """
   means = means or {}
@@ -55,11 +55,11 @@ def draw_accuracies(
 def draw_shots(
   curves: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]], *, title: str
 ) -> Figure:
-  """Draws accuracy against the number of images of each class that were learned from.
+  """Draws accuracy over the number of training images per class.
 
   Args:
-    curves: by data set: numbers of shots, accuracies in [0, 1], and their standard deviations over
-      the choices of images.
+    curves: by dataset: numbers of shots, accuracies in [0, 1], and their standard deviations
+      over the choices of images.
     title: of the figure.
   """
   figure = Figure(figsize=(7.4, 4.4), dpi=110, layout="constrained")
@@ -93,7 +93,6 @@ def draw_shots(
 
 
 def _clean(ax: Axes, axis: Literal["x", "y"]) -> None:
-  """Leaves of the frame what is read, and a faint grid along one axis."""
   ax.spines[["top", "right"]].set_visible(False)
   ax.grid(axis=axis, color=GRID, linewidth=0.8)
   ax.set_axisbelow(True)

@@ -1,8 +1,7 @@
-"""What `python -m vit_jax_zoo.predict` needs of each task: the protocol of a predictor.
+"""The predictor protocol: one image in, a prediction out.
 
-A predictor is made once, from a model that is ready, and called for each image of the user's. It
-returns what is to be written and writes nothing itself. One file a task beside this one, one line
-in `inference/__init__.py`.
+A predictor is created once, from a trained model, and called for each image. It returns what
+`python -m vit_jax_zoo.predict` writes, and writes nothing itself.
 """
 
 import dataclasses
@@ -24,17 +23,17 @@ Picture: TypeAlias = Figure | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A model that is ready, from a run of ours or from a published file.
+  """A trained model, from a run or a published file.
 
   Attributes:
-    source: what it was read from, for messages.
-    task: with the model; `task.predict(variables, batch)` normalises images itself.
-    variables: as numpy arrays: the best that the run has, averaged ones where there are any.
-    prepare: a picture -> the example that an evaluation would have made of it: `image`, uint8 or
-      float32 [h w 3] in [0, 255], unbatched, and what else the run's transforms add.
-    image_size: height and width of the images that the model is for; None: any.
-    model_name: as the registry or the file calls the model.
-    config: a run's whole config, as JSON has it; empty for a published file.
+    source: its path or name, for error messages.
+    task: with the model; `task.predict(variables, batch)` normalises images.
+    variables: numpy arrays: of the best checkpoint, averaged where the run has averages.
+    prepare: image -> example preprocessed as in the model's evaluation: `image`, uint8 or float32
+      [h w 3] in [0, 255], unbatched, and what else the run's transforms add.
+    image_size: height and width of the model's images; None: any.
+    model_name: as the registry or the file names the model.
+    config: a run's config as JSON; empty for a published file.
   """
 
   source: str
@@ -53,20 +52,19 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What a user may ask for beside the prediction; a predictor says which of them it reads.
+  """Options of prediction; each predictor declares which of them it uses.
 
   Attributes:
-    top_k: how many classes are listed, None: 5; or among how many of the likeliest colours a
-      completion draws each pixel, None: among all.
-    threshold: the least score of what is shown.
-    explain: also draw what the prediction rests on.
-    reference: a picture to borrow textures from.
-    tile: side of the largest part of a small picture that is enlarged at once, in its pixels; None:
-      what usually fits.
+    top_k: number of classes to list, None: 5; or of colours to sample from in a completion, None:
+      all.
+    threshold: minimum score.
+    explain: also draw attention maps.
+    reference: reference image for super-resolution.
+    tile: tile size in pixels of the low-resolution image; None: what usually fits.
     prefix_fraction: fraction of an image's rows that is given as the prompt of a completion.
-    samples: completions of each image.
+    samples: completions per image.
     temperature: of completions.
-    seed: of whatever is drawn at random.
+    seed: random seed.
   """
 
   top_k: int | None = None
@@ -82,17 +80,17 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What came out of one image.
+  """Prediction for one image.
 
   Attributes:
-    record: as JSON has it: str keys, lists, numbers, strings. `predict` adds the image's path.
+    record: JSON values by name. `predict` adds the image's path.
     pictures: by a suffix of the file's name: "" is `<image>.png`, "attention" is
       `<image>_attention.png`.
-    objects: where objects were looked for, each as COCO's files have annotations, but for the
-      numbers of itself and its image, and with its class's `name`: `predict` writes `coco.json`.
+    objects: detections, as COCO annotations without `id` and `image_id`, with the class's `name`:
+      `predict` writes `coco.json`.
     segments: the same of the segments in the picture "panoptic": `coco_panoptic.json`.
-    model_pictures: what does not depend on the image, by name: "filters" is `model_filters.png`,
-      written once.
+    model_pictures: figures that do not depend on the image, by name: "filters" is
+      `model_filters.png`, written once.
   """
 
   record: dict[str, Any]
@@ -104,19 +102,18 @@ class Prediction:
 
 @runtime_checkable
 class Predictor(Protocol):
-  """Turns one picture into a prediction. `Predictor(trained, options)` makes it.
+  """Maps an image to a prediction. `Predictor(trained, options)` creates it.
 
-  Raises at once, from its constructor, ValueError of one line where the model cannot do what the
-  options ask for.
+  The constructor raises ValueError, in one line, if the model does not support the options.
   """
 
   reads: ClassVar[frozenset[str]]
   """The names of the options that it reads: `predict` refuses others, unless they are defaults."""
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Compiles nothing yet: the first image does."""
+    """Compiles nothing; the first image does."""
     ...
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns what the model makes of a picture."""
+    """Returns the prediction for an image."""
     ...

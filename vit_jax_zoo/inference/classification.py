@@ -1,4 +1,4 @@
-"""Naming what pictures show: the likeliest classes, and what they rest on."""
+"""Classification of images: the most probable classes, with explanations."""
 
 from typing import Any, ClassVar
 
@@ -13,10 +13,10 @@ from vit_jax_zoo.ops.images import normalize_images
 
 
 class ClassificationPredictor:
-  """The `top_k` likeliest classes of a picture; with `explain`, what the model shows of its inside.
+  """The `top_k` most probable classes; with `explain`, attention maps and the like.
 
-  That is up to the model (`ops.explanation`): attention rolled out, by head, and by distance, or
-  lambdas, for each picture; positions and filters, once.
+  The model defines its explanations (`ops.interpretability`): attention rollout, heads and
+  attention distances, or lambdas, per image; position embeddings and filters, once.
   """
 
   reads: ClassVar[frozenset[str]] = frozenset({"top_k", "explain"})
@@ -24,7 +24,7 @@ class ClassificationPredictor:
   """So many, where `top_k` is None."""
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Takes the model; raises ValueError if it is to be explained, and cannot be."""
+    """Raises ValueError if `explain` is set and the model has no explanation."""
     self._trained, self._options = trained, options
     self._task: Any = trained.task
     self._logits = jax.jit(self._compute_logits)
@@ -33,7 +33,7 @@ class ClassificationPredictor:
       raise ValueError(f"--explain: {type(trained.model).__name__} shows nothing of its inside")
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns `top`, best first: `label`, `name` where it is known, `probability`."""
+    """Returns `top`, best first: `label`, `name` if known, `probability`."""
     prepared = np.asarray(self._trained.prepare(image)["image"])
     logits = np.asarray(self._logits(self._trained.variables, prepared[None]))[0]
     logits = logits.astype(np.float64)

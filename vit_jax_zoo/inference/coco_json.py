@@ -1,10 +1,10 @@
-"""What was found in all pictures together, in COCO's formats, for other tools to read.
+"""Collects predictions of all images in COCO's formats.
 
     coco.json           images, annotations with a `score`, categories: pycocotools' `COCO(file)`
                         reads it, and its list of annotations is what `loadRes` takes
     coco_panoptic.json  the same of panoptic segmentation, beside the pictures `*_panoptic.png`
 
-Images are numbered from 1 in the order of the pictures; `file_name` is the path that was given.
+Images are numbered from 1 in order; `file_name` is the given path.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from vit_jax_zoo.inference.base import Image, Prediction
 
 
 class CocoFiles:
-  """Collects predictions of pictures in which objects or segments were looked for."""
+  """Collects detections and segments of images."""
 
   def __init__(self) -> None:
-    """Begins with nothing."""
+    """Starts empty."""
     self._images: list[dict[str, Any]] = []
     self._annotations: list[dict[str, Any]] = []
     self._panoptic: list[dict[str, Any]] = []
@@ -25,13 +25,13 @@ class CocoFiles:
     self._looked_for = {"objects": False, "segments": False}
 
   def add(self, path: str, name: str, image: Image, prediction: Prediction) -> None:
-    """Takes one picture.
+    """Adds one image.
 
     Args:
       path: of its file.
-      name: what the names of its predicted pictures begin with.
-      image: itself; its size counts.
-      prediction: what was made of it.
+      name: prefix of the names of its pictures.
+      image: its pixels, for their size.
+      prediction: for the image.
     """
     number, (height, width) = len(self._images) + 1, image.shape[:2]
     self._images.append({"id": number, "file_name": path, "height": height, "width": width})
@@ -48,7 +48,7 @@ class CocoFiles:
       )
 
   def contents(self) -> dict[str, Any]:
-    """Returns the files' contents by name: those of what was looked for."""
+    """Returns the contents of the files by name."""
     categories = [{"id": k, "name": v} for k, v in sorted(self._names.items())]
     files = {}
     for file, key, annotations in (
@@ -71,13 +71,13 @@ class CocoFiles:
 def box_annotation(
   category: Mapping[str, Any], box_xyxy: Sequence[float], score: float, **more: Any
 ) -> dict[str, Any]:
-  """Returns an object as COCO's files have it, but for its number and its image's.
+  """Returns a COCO annotation without `id` and `image_id`.
 
   Args:
-    category: `category_id`, and `name` where it is known.
+    category: `category_id`, and `name` if known.
     box_xyxy: left, top, right, bottom in pixels.
     score: in [0, 1].
-    **more: other keys, `segmentation` for one. `area` is the box's where it is not given.
+    **more: other keys, such as `segmentation`. `area` is the box's by default.
   """
   left, top, right, bottom = (float(side) for side in box_xyxy)
   box = [left, top, right - left, bottom - top]

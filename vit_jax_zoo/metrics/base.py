@@ -1,4 +1,4 @@
-"""What every evaluator is: counts on the host that can be fed, merged and read."""
+"""Evaluators: accumulate batches on the host, merge over hosts, return scores."""
 
 import abc
 from collections.abc import Mapping
@@ -8,20 +8,20 @@ import numpy as np
 
 
 class Evaluator(abc.ABC):
-  """Scores predictions on the host. Each host feeds its own examples; the loop merges the hosts.
+  """Scores predictions on the host. Each host adds its own examples; the loop merges the hosts.
 
-  It must be picklable: that is how it travels from host to host.
+  Evaluators are pickled to be sent between hosts.
   """
 
   @abc.abstractmethod
   def add(self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]) -> None:
-    """Takes one batch, padding included: rows whose `batch["mask"]` is False must not count."""
+    """Adds one batch; rows whose `batch["mask"]` is False are padding and do not count."""
 
   def merge(self, other: "Evaluator") -> None:
-    """Takes over all that another host's evaluator has been fed.
+    """Adds all examples of another host's evaluator.
 
     Raises:
-      TypeError: that one evaluates something else.
+      TypeError: it is of another class.
     """
     if not isinstance(other, type(self)):
       raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
@@ -29,7 +29,7 @@ class Evaluator(abc.ABC):
 
   @abc.abstractmethod
   def _merge(self, other: Any) -> None:
-    """Does what `merge` says, of one of the same class."""
+    """Implements `merge`; `other` is of the same class."""
 
   @abc.abstractmethod
   def result(self) -> dict[str, float]:
@@ -37,14 +37,14 @@ class Evaluator(abc.ABC):
 
 
 class MeanEvaluator(Evaluator):
-  """Averages numbers by name over images, each of which weighs the same."""
+  """Averages values by name over images with equal weight."""
 
   def __init__(self) -> None:
     self.images = 0
     self.sums: dict[str, float] = {}
 
   def count(self, images: int, sums: Mapping[str, float]) -> None:
-    """Takes what was summed over so many images."""
+    """Adds sums over a number of images."""
     self.images += images
     for name, total in sums.items():
       self.sums[name] = self.sums.get(name, 0.0) + total
@@ -53,7 +53,7 @@ class MeanEvaluator(Evaluator):
     """Returns the averages by name.
 
     Raises:
-      ValueError: there was no image.
+      ValueError: no image was added.
     """
     if not self.images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")

@@ -1,4 +1,4 @@
-"""Accuracy and loss of a classifier as counts that merge: top-1, top-k, per class, multi-label."""
+"""Classification metrics as mergeable counts: top-1, top-k, per class, multi-label, loss."""
 
 import collections
 from collections.abc import Mapping, Sequence

@@ -1,14 +1,14 @@
-"""Ways to ask features what they know, under one interface and by name.
+"""Frozen-feature evaluations, by name.
 
-    linear      logistic regression by L-BFGS, its regularisation chosen on held-out images
-    linear_sgd  the same by stochastic gradient descent, its rate chosen on held-out images
-    few_shot    regularised least squares on a few images of each class, see `few_shot.py`
-    knn         the vote of the nearest neighbours, see `knn.py`
+    linear      logistic regression by L-BFGS; regularisation selected on held-out images
+    linear_sgd  the same by SGD; learning rate selected on held-out images
+    few_shot    ridge regression on a few images per class, see `few_shot.py`
+    knn         k nearest neighbours, see `knn.py`
 
-Where features come from several layers, the layer is chosen on images held out from those to fit
-to; the test images choose nothing. With `concatenate` the layers around it are also asked together,
-as iGPT-XL's 15360 features are five layers'. Where there are several views of the images to score
-(masks of a model that needs them), linear probes let them vote, and the others see the first.
+With features of several layers, the layer is selected on images held out from the training images;
+the test images select nothing. `concatenate` also evaluates the concatenation of the layers around
+it, as iGPT-XL's 15360 features are five layers'. With several views of the test images (masks of a
+BERT model), linear probes use a majority vote, the others the first view.
 """
 
 import abc
@@ -34,11 +34,11 @@ from vit_jax_zoo.metrics.linear_probe import (
 
 @dataclasses.dataclass(frozen=True)
 class FeatureScore:
-  """What one kind of feature is worth.
+  """Scores of one kind of feature.
 
   Attributes:
-    scores: on the test images, by name; "accuracy" is the headline.
-    validation: accuracy on held-out images; None where there was nothing to choose.
+    scores: on the test images, by name; "accuracy" is the main one.
+    validation: accuracy on held-out images; None if nothing was selected.
   """
 
   scores: Mapping[str, float]
@@ -51,11 +51,11 @@ Arrays: TypeAlias = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class FeatureProbe(abc.ABC):
-  """The base of all probes; `PROBES` knows them by name.
+  """Base of all probes; see `PROBES` for their names.
 
   Attributes:
-    concatenate: ask so many consecutive layers together as well, those around the one that was
-      chosen (as near as the ends of the stack allow), as "concatenated"; an odd number, or 0.
+    concatenate: also evaluate the concatenation of this many consecutive layers around the selected
+      one, as "concatenated"; an odd number, or 0.
   """
 
   title: ClassVar[str]
@@ -75,9 +75,9 @@ class FeatureProbe(abc.ABC):
     """Scores each kind of feature.
 
     Args:
-      fit: images to learn from.
-      test: images to score.
-      held_out: which of `fit` choose what there is to choose; a tenth by default.
+      fit: training images.
+      test: test images.
+      held_out: which of `fit` select hyperparameters; a tenth by default.
 
     Raises:
       ValueError: there are too few images or classes.
@@ -117,17 +117,17 @@ class FeatureProbe(abc.ABC):
 
   @abc.abstractmethod
   def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Learns from `fit`, and returns the scores on `test` by name."""
+    """Fits to `fit`, and returns the scores on `test` by name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Linear(FeatureProbe):
   """Logistic regression by L-BFGS: iGPT's probe for CIFAR and STL-10.
 
-  Scores: "accuracy", and the inverse "strength" of the regularisation that was chosen.
+  Scores: "accuracy", and the selected inverse regularisation "strength".
 
   Attributes:
-    strengths: to choose from.
+    strengths: candidates.
   """
 
   title = "Linear probe"
@@ -144,18 +144,18 @@ class Linear(FeatureProbe):
     return FeatureScore({"accuracy": found.test, "strength": found.strength}, found.validation)
 
   def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Chooses on a tenth of `fit`, learns from all of it, and scores."""
+    """Selects the strength on a tenth of `fit`, fits to all of it, and scores."""
     return dict(self._score_one(fit, test, None, choose=True).scores)
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearSgd(FeatureProbe):
-  """Softmax regression by SGD: iGPT's probe for ImageNet, see `sgd_probe.py`.
+  """Softmax regression by SGD: iGPT's probe for ImageNet.
 
-  Scores: "accuracy", and the learning "rate" that was chosen.
+  Scores: "accuracy", and the selected learning "rate".
 
   Attributes:
-    rates: to choose from.
+    rates: candidates.
     num_epochs: see `SgdRecipe`.
     batch_size: see `SgdRecipe`.
   """
@@ -182,21 +182,21 @@ class LinearSgd(FeatureProbe):
     return FeatureScore({"accuracy": accuracy, "rate": self.rates[best]}, reached[best])
 
   def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Chooses on a tenth of `fit`, learns from all of it, and scores."""
+    """Selects the rate on a tenth of `fit`, fits to all of it, and scores."""
     return dict(self._score_one(fit, test, None, choose=True).scores)
 
 
 @dataclasses.dataclass(frozen=True)
 class FewShot(FeatureProbe):
-  """Least squares on a few images of each class, see `few_shot.py`.
+  """Ridge regression on a few images per class, see `few_shot.py`.
 
   Scores: "<n>_shot", the mean over the seeds, and "<n>_shot_std", their standard deviation; and
-  "accuracy", which is "5_shot" as in the ViT paper, or that of most shots where there is none.
+  "accuracy", which is "5_shot" as in the ViT paper, else that of most shots.
 
   Attributes:
-    shots: images of each class.
+    shots: images per class.
     seeds: of the choice of images.
-    l2: of the regularisation.
+    l2: regularisation.
   """
 
   title = "Few-shot"
@@ -206,7 +206,7 @@ class FewShot(FeatureProbe):
   l2: float = few_shot.L2
 
   def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Returns mean and deviation for each number of shots."""
+    """Returns mean and standard deviation for each number of shots."""
     found = few_shot.few_shot_accuracies(
       *fit, *test, shots=self.shots, seeds=self.seeds, l2=self.l2
     )
@@ -220,13 +220,13 @@ class FewShot(FeatureProbe):
 
 @dataclasses.dataclass(frozen=True)
 class NearestNeighbours(FeatureProbe):
-  """The vote of the nearest neighbours, see `knn.py`.
+  """k nearest neighbours, see `knn.py`.
 
-  Scores: "<k>_nn" for each number of neighbours; "accuracy" is that of 20, or of most.
+  Scores: "<k>_nn" for each number of neighbours; "accuracy" is that of 20, else of the most.
 
   Attributes:
-    neighbours: how many vote.
-    temperature: of the votes' weights; None: they weigh the same.
+    neighbours: numbers of neighbours.
+    temperature: of the vote weights; None: equal weights.
   """
 
   title = "Nearest neighbours"
@@ -253,7 +253,7 @@ PROBES: dict[str, type[FeatureProbe]] = {
 
 
 def create_probe(name: str, **fields: Any) -> FeatureProbe:
-  """Returns a probe, from what a config says.
+  """Returns a probe from its config section.
 
   Raises:
     ValueError: one line, about an unknown name or field, or an empty one.
@@ -269,13 +269,13 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
 
 
 def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureProbe]:
-  """Returns the probes of a config's evaluations, by name: linear ones where nothing else is said.
+  """Returns the probes of a config's evaluations by name; linear ones by default.
 
   Args:
-    evaluations: those with a `fit_split` are probes; `probe` says which.
+    evaluations: those with a `fit_split` are probes; `probe` has the name and fields.
 
   Raises:
-    ValueError: one line, about what a probe's section cannot say.
+    ValueError: one line, about an invalid field of a probe.
   """
   probes = {}
   for name, spec in evaluations.items():
@@ -295,13 +295,13 @@ def choose_features(found: Mapping[str, FeatureScore]) -> str:
 
 
 def around(layers: Sequence[str], best: str, count: int) -> list[str]:
-  """Returns so many consecutive layers with the best in their middle, as far as the ends allow.
+  """Returns consecutive layers centred on the best one, as far as the ends allow.
 
   >>> around(["a", "b", "c", "d", "e", "f"], "e", 3), around(["a", "b", "c", "d"], "a", 3)
   (['d', 'e', 'f'], ['a', 'b', 'c'])
 
   Raises:
-    ValueError: there are not so many layers.
+    ValueError: there are fewer layers.
   """
   if len(layers) < count:
     raise ValueError(f"the probe shall concatenate {count} layers, but there are {len(layers)}")
@@ -314,7 +314,7 @@ def _is_layer(name: str) -> bool:
 
 
 def by_layer(found: Mapping[str, Any]) -> dict[str, Float[np.ndarray, "b _"]]:
-  """Returns the features of `Task.features` with `layers` taken apart: "layer_0", "layer_1", ..."""
+  """Splits `layers` of `Task.features` into "layer_0", "layer_1", ..."""
   arrays = {name: np.asarray(array, np.float32) for name, array in found.items()}
   layers = arrays.pop("layers", np.zeros((0, 0, 0), np.float32))
   digits = len(str(max(layers.shape[1] - 1, 0)))

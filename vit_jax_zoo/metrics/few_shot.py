@@ -1,9 +1,9 @@
-"""Few-shot linear accuracy: least squares on a handful of images of each class, in closed form.
+"""Few-shot linear accuracy: closed-form ridge regression on a few images per class.
 
 As the ViT paper tracks pre-training (Dosovitskiy et al., 2021, section 4.1: "a regularised
 least-squares regression problem that maps the frozen representation of a subset of training images
-to {-1, 1}^K"), with big_vision's constants. Solved in float64: its constant feature dominates the
-spectrum, so that float32 would lose three digits of the weights or more.
+to {-1, 1}^K"), with big_vision's constants. In float64: the constant feature dominates the
+spectrum, so that float32 would lose three or more digits of the weights.
 """
 
 import dataclasses
@@ -66,9 +66,9 @@ def solve_ridge(
 
 
 def choose_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " m"]:
-  """Returns the rows to learn from: `shots` of each class, or all where there are fewer.
+  """Returns the rows to fit to: `shots` per class, or all where a class has fewer.
 
-  One generator permutes the rows of one class after the other, so that the choice of a seed with
+  One generator permutes the rows of one class after the other, so that for one seed the choice with
   more shots contains the one with fewer.
   """
   rng = np.random.default_rng(seed)

@@ -1,8 +1,8 @@
-"""Classifiers on images that were labelled anew, or on some of their classes: ImageNet's variants.
+"""Classifiers on ImageNet's variants: relabelled images, or a subset of the classes.
 
-ReaL (Beyer et al., arXiv:2006.07159): an image may have several labels, and the best class is right
-if it is any of them; images without a label count nowhere. ImageNet-A and -R (Hendrycks et al.,
-arXiv:1907.07174 and 2006.16241) have 200 of the 1000 classes: the best among these is the answer.
+ReaL (Beyer et al., arXiv:2006.07159): an image may have several labels, any of which is correct;
+images without a label do not count. ImageNet-A and -R (Hendrycks et al., arXiv:1907.07174 and
+2006.16241) have 200 of the 1000 classes; the prediction is the best of these.
 """
 
 import numpy as np
@@ -12,16 +12,16 @@ from jaxtyping import Bool, Int
 def score_rankings(
   ranked: Int[np.ndarray, "n r"], labels: Bool[np.ndarray, "n k"], *, only_its_classes: bool = False
 ) -> dict[str, float]:
-  """Scores classes from the likeliest down.
+  """Scores rankings of classes.
 
   Args:
-    ranked: classes, the likeliest first; with `only_its_classes` all of them.
-    labels: which classes are right.
-    only_its_classes: leave out classes that are never right.
+    ranked: classes, the most probable first; all of them with `only_its_classes`.
+    labels: correct classes.
+    only_its_classes: ignore classes that occur in no label.
 
   Returns:
-    "accuracy", "top5_accuracy" (where there are more than five classes), "images" (how many have a
-    label) and "classes" (how many occur).
+    "accuracy", "top5_accuracy" (with more than five classes), "images" (number with a label) and
+    "classes" (number that occur).
 
   Raises:
     ValueError: no image has a label.

@@ -1,8 +1,8 @@
-"""Nearest neighbours: what the features know without anything being fitted to them.
+"""k-NN evaluation on frozen features.
 
 Neighbours by cosine similarity vote with the weight `exp(similarity / temperature)`, as in Wu et
 al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (arXiv:1805.01978,
-section 3.4), and in DINO's evaluation, whose `k` and temperature are the defaults here.
+section 3.4), and in DINO's evaluation, whose `k` and temperature are the defaults.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,11 @@ def classify_by_neighbours(
   """Returns the predicted labels by number of neighbours.
 
   Args:
-    features: to look for neighbours in.
-    labels: of these.
-    test_features: to classify.
-    neighbours: how many vote; where there are fewer, all do.
-    temperature: of the votes' weights; None gives each neighbour one vote. Of classes with equally
-      many votes the first wins.
+    features: of the training images.
+    labels: of the training images.
+    test_features: of the images to classify.
+    neighbours: numbers of neighbours; limited to the number of training images.
+    temperature: of the vote weights; None: equal weights. Ties go to the lowest class.
   """
   known, asked = _normalised(features), _normalised(test_features)
   most = min(max(neighbours), len(known))
@@ -59,7 +58,6 @@ def _normalised(features: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 def _largest(values: Float[np.ndarray, "m n"], count: int) -> Int[np.ndarray, "m k"]:
-  """Returns the columns of each row's largest values, the largest first."""
   columns = np.argpartition(values, values.shape[1] - count, axis=1)[:, -count:]
   order = np.argsort(-np.take_along_axis(values, columns, axis=1), axis=1, kind="stable")
   return np.take_along_axis(columns, order, axis=1)

@@ -1,8 +1,8 @@
-"""Linear probes: what logistic regression makes of features, layer by layer.
+"""Linear probes on frozen features, by L-BFGS and by SGD.
 
 As iGPT's CIFAR and STL-10 probes (Chen et al., 2020, section 3.5): L-BFGS on fixed features without
-augmentation. A part of the images to fit to is held out; on it the regularisation and the best
-layer are chosen, then everything is fitted again to all of them.
+augmentation. Regularisation and layer are selected on held-out training images; then the classifier
+is fitted to all of them.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ RATES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
 
 @dataclasses.dataclass(frozen=True)
 class SgdRecipe:
-  """How the classifier learns.
+  """Hyperparameters of the SGD probe.
 
   Attributes:
-    rates: learning rates to choose from.
-    momentum: of the descent.
+    rates: candidate learning rates.
+    momentum: of SGD.
     num_epochs: passes over the images; the paper made a million steps.
-    batch_size: images of a step, or all of them where there are fewer.
-    seed: of the order of the images.
+    batch_size: limited to the number of images.
+    seed: of the shuffle.
   """
 
   rates: tuple[float, ...] = RATES
@@ -59,9 +59,9 @@ class LinearClassifiers:
   def accuracies(
     self, features: Float[np.ndarray, "n *v d"], labels: Int[np.ndarray, " n"]
   ) -> list[float]:
-    """Returns each classifier's accuracy; one that diverged is right by chance at best.
+    """Returns each classifier's accuracy; a diverged one is at chance level at best.
 
-    Where there are several views of each image, the majority names the label.
+    With several views of each image, by majority vote.
     """
     hits = np.zeros(len(self.bias))
     for start in range(0, len(labels), _ROWS):
@@ -82,7 +82,7 @@ def fit_by_sgd(
   num_classes: int,
   recipe: SgdRecipe = SgdRecipe(),
 ) -> LinearClassifiers:
-  """Fits a softmax regression with each of the recipe's learning rates; they start from zeros."""
+  """Fits a softmax regression for each learning rate, from zero weights."""
   mean, std = features.mean(axis=0), features.std(axis=0)
   std = np.where(std > 0, std, 1)
   batch_size = min(recipe.batch_size, len(labels))
@@ -142,12 +142,12 @@ STRENGTHS = (0.01, 0.1, 1.0, 10.0)
 
 @dataclasses.dataclass(frozen=True)
 class ProbeScore:
-  """What a probe of one kind of feature reached.
+  """Result of a probe on one kind of feature.
 
   Attributes:
-    validation: accuracy on the held-out part of the images to fit to, at the best strength.
-    test: accuracy on the test images, fitted to all others at that strength.
-    strength: the one chosen.
+    validation: accuracy on held-out images at the best strength.
+    test: accuracy on the test images, fitted to all training images at that strength.
+    strength: the selected one.
   """
 
   validation: float
@@ -176,16 +176,16 @@ def probe(
   strengths: Sequence[float] = STRENGTHS,
   held_out: Bool[np.ndarray, " b"] | None = None,
 ) -> dict[str, ProbeScore]:
-  """Returns what a linear classifier reaches on each kind of feature.
+  """Returns the accuracy of a linear classifier on each kind of feature.
 
   Args:
-    fit: images to fit to.
-    test: images to score.
-    strengths: inverse regularisation strengths to choose from.
-    held_out: those of the images to fit to on which to choose; by default see `hold_out`.
+    fit: training images.
+    test: test images.
+    strengths: candidate inverse regularisation strengths.
+    held_out: which training images select the strength; see `hold_out` by default.
 
   Raises:
-    ValueError: there is but one class to tell apart, or too few images to hold some out.
+    ValueError: there is one class only, or too few images to hold some out.
   """
   held_out = hold_out(fit.labels) if held_out is None else held_out
   scores = {}
@@ -204,10 +204,10 @@ def probe(
 def hold_out(
   labels: Int[np.ndarray, " b"], *, share: float = 0.1, seed: int = 0
 ) -> Bool[np.ndarray, " b"]:
-  """Returns which images to choose on: a share of them, drawn at random.
+  """Returns a random subset of images for selection.
 
   Raises:
-    ValueError: there is but one class among the others, or there are too few images.
+    ValueError: the other images have one class only, or there are too few.
   """
   held_out = np.random.default_rng(seed).permutation(len(labels)) < round(share * len(labels))
   if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
@@ -224,9 +224,9 @@ def accuracy(
   test_labels: Int[np.ndarray, " n"],
   strength: float,
 ) -> float:
-  """Fits a logistic regression to standardised features, and returns its accuracy on others.
+  """Fits a logistic regression to standardised features; returns its test accuracy.
 
-  Where there are several views of each of these, the majority names the label.
+  With several views of each test image, by majority vote.
   """
   from sklearn.exceptions import ConvergenceWarning  # slow to import, and needed at the end
   from sklearn.linear_model import LogisticRegression
@@ -242,7 +242,7 @@ def accuracy(
 
 
 def vote(labels: Int[np.ndarray, "n *v"]) -> Int[np.ndarray, " n"]:
-  """Returns each image's label: that of the majority, where there are several views of it."""
+  """Returns each image's label, by majority vote over its views."""
   if labels.ndim == 1:
     return labels
   return np.asarray(majority_vote(jnp.asarray(labels.T), jax.random.key(0)))

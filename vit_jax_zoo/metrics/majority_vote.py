@@ -1,4 +1,4 @@
-"""The vote over several views of one image."""
+"""Majority vote over several views of an image."""
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +6,11 @@ from jaxtyping import Array, Int
 
 
 def majority_vote(labels: Int[Array, "v b"], rng: jax.Array) -> Int[Array, " b"]:
-  """Returns the label that most views of each image name; ties are broken at random, evenly.
+  """Returns the most frequent label of each image; ties are broken uniformly at random.
 
   Args:
     labels: of each view of each image.
-    rng: a key.
+    rng: PRNG key.
   """
   agreeing = jnp.sum(labels[:, None] == labels[None], axis=1)
   # Tied labels have as many views each, so a view drawn among theirs is a label drawn evenly.

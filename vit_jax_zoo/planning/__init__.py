@@ -1,1 +1,1 @@
-"""What a run would need on a machine that is not here: compiled, measured, compared."""
+"""TPU planner: memory, traffic and a lower bound on the time of a training step."""

@@ -1,4 +1,4 @@
-"""What a forward pass keeps for the backward pass: what remat trades for work."""
+"""Size of the activations kept for the backward pass, which remat trades for compute."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from vit_jax_zoo.training.sharding import batch_ways
 
 
 def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
-  """Returns the bytes of one device, of the optimizer group that keeps most.
+  """Returns the bytes per device, of the optimizer group with the most.
 
-  These are the arrays that differentiation asks for, before XLA has fused any of them away, each
-  split over the devices as the batch is. Parameters, and what else was there before, do not count.
+  Counts the residuals of differentiation before XLA fuses any of them, split over the devices
+  as the batch is; without parameters and other inputs.
 
   Args:
-    program: nothing of it is run.
-    accumulation_steps: into how many parts a batch is cut.
+    program: of the run; nothing is executed.
+    accumulation_steps: number of micro-batches.
   """
   batch = {
     key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)

@@ -1,4 +1,4 @@
-"""Machines to plan for: a TPU slice that is not here, by its name, or what this machine has."""
+"""Devices to plan for: a TPU slice by its name, or this machine's devices."""
 
 import dataclasses
 import importlib.util
@@ -23,11 +23,10 @@ class Chip:
   """One JAX device.
 
   Attributes:
-    memory: bytes of its main memory (HBM).
-    memory_bandwidth: bytes a second to and from it.
-    network_bandwidth: bytes a second that it can send to neighbours, over all its links together
-      (ICI, NVLink).
-    peak_flops: dense bfloat16 operations a second.
+    memory: bytes of main memory (HBM).
+    memory_bandwidth: bytes per second.
+    network_bandwidth: bytes per second to neighbours over all links (ICI, NVLink).
+    peak_flops: dense bfloat16 operations per second.
   """
 
   memory: float
@@ -53,7 +52,7 @@ _FIGURES: Mapping[str, tuple[float, float, float]] = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-  """Returns what is known of a device, None if that is too little for an estimate.
+  """Returns a device's data, None if unknown.
 
   >>> find_chip("TPU v5 lite").memory == 16 * GIB, find_chip("cpu")
   (True, None)
@@ -81,14 +80,14 @@ _SHAPES_3D: Mapping[int, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """Where a step is to run.
+  """Devices to compile for.
 
   Attributes:
     name: as the user gave it, or the platform.
     devices: real ones, or those of a topology.
-    kind: of its devices, as JAX calls it.
-    memory: bytes that each device has.
-    chip: what is known of the kind.
+    kind: of the devices, as JAX names it.
+    memory: bytes per device.
+    chip: data of the kind, if known.
   """
 
   name: str

@@ -1,14 +1,11 @@
-"""What a compiled program moves: to and from memory, and between devices. From XLA's text.
+"""Memory and network traffic of a compiled program, from XLA's text.
 
-The compiler's own cost analysis counts the body of a loop once, however often it runs. Here every
-computation counts as often as it is executed: a scan's body as often as it has steps, of a
-conditional's branches the busiest one.
+XLA's cost analysis counts the body of a loop once. Here each computation counts as often as it is
+executed: a scan's body once per step; of a conditional, the branch with the most traffic.
 
-Three conventions, as the compiler's analysis has them where it is right:
-
-* an instruction reads its operands and writes its result, and a fusion is one instruction;
-* what is cut out of an array, or written into a part of it in place, counts as the part;
-* arrays in memories other than the main one (`S(1)` is a TPU's on-chip memory) are free.
+* An instruction reads its operands and writes its result; a fusion is one instruction.
+* Slices, and updates in place, count as the slice.
+* Arrays outside main memory (`S(1)` is a TPU's on-chip memory) do not count.
 """
 
 import collections
@@ -49,14 +46,14 @@ _MESH = re.compile(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One line of a computation.
+  """One instruction of a computation.
 
   Attributes:
-    name: without its "%".
+    name: without "%".
     shape: of the result, as text.
-    opcode: what it does.
+    opcode: the operation.
     operands: names of the arguments.
-    rest: the attributes behind them, as text.
+    rest: attributes, as text.
     is_root: whether it is the computation's result.
   """
 
@@ -69,7 +66,7 @@ class Instruction:
 
   @property
   def called(self) -> tuple[str, ...]:
-    """Computations that run whenever this instruction runs, a loop's condition excepted."""
+    """Computations that run with this instruction, except a loop's condition."""
     return tuple(_CALLED.findall(self.rest))
 
   @property
@@ -85,9 +82,9 @@ class Module:
   """A parsed program.
 
   Attributes:
-    computations: instructions in order, by the computation's name.
-    entry: name of the one that runs.
-    num_devices: among which it is partitioned.
+    computations: instructions in order, by computation.
+    entry: name of the entry computation.
+    num_devices: number of partitions.
   """
 
   computations: Mapping[str, Sequence[Instruction]]
@@ -97,14 +94,14 @@ class Module:
 
 @dataclasses.dataclass
 class Traffic:
-  """What one device moves in one execution of a program.
+  """Traffic of one device in one execution.
 
   Attributes:
     memory_bytes: read from and written to main memory.
-    collective_bytes: sent to other devices, by kind, if rings are used: of n devices each sends
-      (n - 1) / n of a gathered or scattered array, twice that to reduce it for all.
-    collective_counts: how often, by kind.
-    loops_of_unknown_length: counted as if they ran once.
+    collective_bytes: sent to other devices by kind, with ring algorithms: (n - 1) / n of a gathered
+      or scattered array for n devices, twice that for an all-reduce.
+    collective_counts: number of executions by kind.
+    loops_of_unknown_length: counted as one iteration.
   """
 
   memory_bytes: float = 0.0
@@ -114,7 +111,7 @@ class Traffic:
 
 
 def traffic(text: str) -> Traffic:
-  """Returns what a program moves.
+  """Returns a program's traffic.
 
   Args:
     text: an optimised HLO module, as XLA prints it.
@@ -214,7 +211,7 @@ def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
 
 
 def _add(module: Module, name: str, times: int, found: Traffic, *, fused: bool) -> None:
-  """Adds what a computation moves when it runs so often; inside a fusion only collectives move."""
+  """Adds a computation's traffic `times` times; inside a fusion, collectives only."""
   shapes = {i.name: i for i in module.computations.get(name, ())}
   for instruction in module.computations.get(name, ()):
     kind = instruction.opcode.removesuffix("-start")
@@ -239,7 +236,7 @@ _RUNNING = ("while", "call", "async-start")
 
 
 def _add_busiest(module: Module, branches: Sequence[str], times: int, found: Traffic) -> None:
-  """Adds the branch that moves most."""
+  """Adds the branch with the most traffic."""
   moved = []
   for branch in branches:
     alone = Traffic(
@@ -257,7 +254,7 @@ def _add_busiest(module: Module, branches: Sequence[str], times: int, found: Tra
 
 
 def _trip_count(module: Module, loop: Instruction) -> int | None:
-  """Returns how often a loop runs: as XLA notes it, or from `counter < constant`."""
+  """Returns a loop's number of iterations: as XLA annotates it, or from `counter < constant`."""
   noted = _TRIPS.search(loop.rest)
   if noted:
     return int(noted[1])
@@ -306,12 +303,12 @@ _SENT: Mapping[str, Callable[[int], float]] = {
 
 
 def group_size(attributes: str, num_devices: int) -> int:
-  """Returns how many devices take part in a collective.
+  """Returns the number of devices in a collective.
 
   Args:
-    attributes: of the instruction; its `replica_groups` may be lists, `[groups,size]<=[...]`, or
-      axes of a mesh.
-    num_devices: how many do where nothing is said.
+    attributes: of the instruction; `replica_groups` may be lists, `[groups,size]<=[...]`, or mesh
+      axes.
+    num_devices: default.
 
   >>> group_size("replica_groups=[2,4]<=[8]", 8), group_size("replica_groups={{0,1},{2,3}}", 4)
   (4, 2)
@@ -331,7 +328,7 @@ def group_size(attributes: str, num_devices: int) -> int:
 
 
 def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instruction]) -> float:
-  """Returns what an instruction reads and writes in main memory."""
+  """Returns the bytes that an instruction reads and writes in main memory."""
   opcode = instruction.opcode
   if opcode in _FREE or opcode.endswith("-done") or "AllocateBuffer" in instruction.rest:
     return 0.0
@@ -355,7 +352,7 @@ def _read(name: str, shapes: Mapping[str, Instruction]) -> float:
 def _moved_by_fusion(
   module: Module, fusion: Instruction, shapes: Mapping[str, Instruction]
 ) -> Iterator[float]:
-  """Yields what a fusion reads of each operand, and what it writes."""
+  """Yields the bytes that a fusion reads of each operand, and the bytes that it writes."""
   lines = module.computations.get(fusion.called[0], ()) if fusion.called else ()
   by_name = {i.name: i for i in lines}
   users: dict[str, list[Instruction]] = collections.defaultdict(list)
@@ -377,7 +374,7 @@ def _moved_by_fusion(
 
 
 def _part(user: Instruction, name: str | None) -> float | None:
-  """Returns the bytes that an instruction needs of an operand, None if it needs all of it."""
+  """Returns the bytes that an instruction reads of an operand, None if it reads all of it."""
   if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
     return shape_bytes(user.shape)
   if user.opcode == "dynamic-update-slice" and user.operands[0] == name:
@@ -386,7 +383,7 @@ def _part(user: Instruction, name: str | None) -> float | None:
 
 
 def _roots(lines: Sequence[Instruction], by_name: Mapping[str, Instruction]) -> list[Instruction]:
-  """Returns the instructions that make a fusion's results."""
+  """Returns the instructions that produce a fusion's results."""
   roots = [i for i in lines if i.is_root]
   if roots and roots[0].opcode == "tuple":
     roots = [by_name[o] for o in roots[0].operands if o in by_name]

@@ -1,4 +1,4 @@
-"""Compiles a config's own training step for a machine, and says what it takes."""
+"""Compiles a config's training step for a machine: memory, FLOPs, traffic, lower bound on time."""
 
 import contextlib
 import dataclasses
@@ -28,20 +28,18 @@ SECONDS_PER_DAY = 86_400
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes of one device.
+  """Bytes per device.
 
   Attributes:
     params: parameters.
-    optimizer: the optimizer's state.
-    other_state: averages of parameters, statistics of norms, and the like.
+    optimizer: optimizer state.
+    other_state: moving averages, batch statistics and the like.
     batch: this device's part.
-    activations: what the forward pass keeps for the backward pass, as differentiation asks for it;
-      XLA may fuse some of it away. Part of `temporary`.
-    temporary: all that lives within a step alone, activations and gradients too; None if it does
-      not fit.
+    activations: residuals for the backward pass before XLA's fusion. Part of `temporary`.
+    temporary: live within a step only, activations and gradients included; None if it does not fit.
     code: the program.
-    peak: what must be there at once; of a step that does not fit, what the compiler would need.
-    limit: what is there, None if that is not known.
+    peak: maximum in use; of a step that does not fit, what the compiler would need.
+    limit: the device's memory, None if unknown.
   """
 
   params: float
@@ -57,35 +55,35 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a config's training step takes on a machine. All figures are of one device and one step.
+  """Cost of a config's training step on a machine. All figures are per device and step.
 
   Attributes:
-    config: as the user named it.
-    overrides: fields set besides.
-    machine: likewise.
-    device_kind: as JAX calls it.
+    config: name of the config.
+    overrides: further fields.
+    machine: name of the machine.
+    device_kind: as JAX names it.
     num_devices: in the mesh.
     mesh: devices along each axis.
-    remat: what blocks keep, for models that have the choice.
-    batch_size: examples of a step on all devices together.
-    accumulation_steps: into how many parts a batch is cut.
+    remat: remat policy, for models that have one.
+    batch_size: global.
+    accumulation_steps: number of micro-batches.
     num_steps: length of the run.
     num_examples: in an epoch.
-    batch_shapes: of images, with the share of steps that have them; the largest is compiled.
-    fits: whether it compiles, and its peak lies below the device's memory.
+    batch_shapes: of images, with the fraction of steps; the largest is compiled.
+    fits: whether it compiles with a peak below the device's memory.
     memory: bytes.
     flops: floating-point operations.
-    memory_bytes: to and from main memory; None if it did not compile, as the following.
+    memory_bytes: main-memory traffic; None if it did not compile, like the following.
     network_bytes: to other devices, by kind of collective.
-    compile_seconds: by the clock.
+    compile_seconds: wall time.
     compile_cpu_seconds: of this process.
-    optimization_level: of XLA, such as O1; None is its own choice.
-    roofline: least seconds of a step; None where the chip is not known.
-    step_seconds: the same of a mean step, where images have several sizes.
+    optimization_level: of XLA, such as O1; None: its default.
+    roofline: lower bounds in seconds; None if the chip is unknown.
+    step_seconds: lower bound of a mean step, if images have several sizes.
     epochs_per_day: at that rate.
-    days: to the end of the run, at that rate.
-    notes: assumptions that are this plan's own.
-    jax_version: with which it was compiled.
+    days: to the end of the run at that rate.
+    notes: assumptions of this plan.
+    jax_version: that compiled it.
     date: of compilation.
   """
 
@@ -136,14 +134,14 @@ def make_plan(
   """Compiles the training step of a config for a machine.
 
   Args:
-    config: with everything that is to be set.
-    machine: where it is to run.
-    name: what the user calls the config.
-    overrides: what the user has set, for the record.
-    compile_step: False leaves out all that only the compiler knows.
+    config: complete.
+    machine: devices to compile for.
+    name: name of the config.
+    overrides: the user's overrides, for the record.
+    compile_step: False skips everything that needs the compiler.
 
   Raises:
-    ValueError: one line, about whatever in the config cannot be.
+    ValueError: one line, about an invalid config.
   """
   parts = experiment.create(config, machine.devices, stand_in.load)
   kinds = parts.batch_shapes()
@@ -180,7 +178,7 @@ def make_plan(
 
 
 def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) -> Plan:
-  """Returns the plan with what only the compiler knows."""
+  """Returns the plan with the compiler's figures."""
   start, cpu_start = time.perf_counter(), time.process_time()
   with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
@@ -214,7 +212,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
 
 
 def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan:
-  """Returns the plan with the least times."""
+  """Returns the plan with the lower bounds on time."""
   least = roofline(
     chip,
     flops=plan.flops,
@@ -232,16 +230,16 @@ def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan
 
 
 def optimization_level() -> str | None:
-  """Returns the level that JAX asks XLA for, such as O1; None is XLA's own choice."""
+  """Returns the XLA optimization level set in JAX, such as O1; None: XLA's default."""
   level = getattr(jax.config, "jax_optimization_level", "UNKNOWN")
   return None if level == "UNKNOWN" else level
 
 
 def compile_text(lowered: Any) -> tuple[Any, str]:
-  """Compiles a lowered program; returns it, and its text after all optimisations.
+  """Compiles a lowered program; returns it, and its optimised HLO text.
 
-  libtpu's programs cannot always be printed by jaxlib, so XLA prints them itself, into files. The
-  largest is the program; beside it there may be conversions.
+  jaxlib cannot always print libtpu's programs, so XLA dumps them to files, of which the largest is
+  the program.
 
   Raises:
     jax.errors.JaxRuntimeError: it does not compile.
@@ -254,10 +252,9 @@ def compile_text(lowered: Any) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-  """Keeps JAX from a cache of compiled programs, if it has one.
+  """Disables JAX's compilation cache.
 
-  What comes from there takes no time to compile, and a program for a slice that is not here cannot
-  be read back at all.
+  Cached programs have no compile time, and those for absent devices cannot be loaded.
   """
   enabled = getattr(jax.config, "jax_enable_compilation_cache", True)
   try:

@@ -1,8 +1,7 @@
-"""How long a step takes at best: the slowest of computing, memory and network, each at its peak.
+"""Roofline: lower bound on a step's time from compute, memory and network at their peaks.
 
-A lower bound, not a forecast. It takes for granted that the three overlap perfectly, that every
-matrix product runs at the peak of its unit, that rings use all links of a chip at once, and that
-the input pipeline keeps up.
+Assumes perfect overlap of the three, every matrix product at peak rate, rings that use all links of
+a chip, and an input pipeline that keeps up.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """Seconds of a step.
+  """Seconds per step.
 
   Attributes:
-    compute: for the FLOPs.
-    memory: for main memory's traffic.
-    network: for what goes between devices.
+    compute: FLOPs at peak rate.
+    memory: main-memory traffic at peak bandwidth.
+    network: traffic between devices at peak bandwidth.
   """
 
   compute: float
@@ -36,23 +35,23 @@ class Roofline:
 
   @property
   def step(self) -> float:
-    """The slowest of them."""
+    """The largest of the three."""
     return max(self.compute, self.memory, self.network)
 
   @property
   def bound(self) -> str:
-    """Which is the slowest."""
+    """Name of the largest."""
     return max(("compute", "memory", "network"), key=lambda part: getattr(self, part))
 
 
 def roofline(chip: Chip, *, flops: float, memory_bytes: float, network_bytes: float) -> Roofline:
-  """Returns the least time of a step.
+  """Returns the lower bounds of a step.
 
   Args:
     chip: the device.
-    flops: of one device.
-    memory_bytes: that one device moves to and from its memory.
-    network_bytes: that one device sends to others.
+    flops: per device.
+    memory_bytes: main-memory traffic per device.
+    network_bytes: sent per device.
   """
   return Roofline(
     compute=flops / chip.peak_flops,

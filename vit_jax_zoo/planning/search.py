@@ -1,4 +1,4 @@
-"""Which mesh, of a few: those that split the batch, the parameters, or the layers."""
+"""Mesh search: data, FSDP and model parallelism with the first remat policy that fits."""
 
 import copy
 from collections.abc import Iterator
@@ -14,16 +14,16 @@ from vit_jax_zoo.planning.plan import Plan, make_plan
 def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
   """Yields plans as they are made: for each mesh the first remat policy that fits.
 
-  Rungs only trade work for memory, so those behind the first that fits would be slower. A mesh
-  that the model's layers or the batch cannot be split by is left out.
+  Later policies trade compute for memory and would be slower. Meshes that cannot split the batch or
+  the model's layers are skipped.
 
   Args:
-    config: whose mesh and remat are to be found.
-    machine: where it is to run.
-    name: what the user calls the config.
+    config: its mesh and remat are replaced.
+    machine: devices to compile for.
+    name: name of the config.
 
   Raises:
-    ValueError: one line, about whatever in the config cannot be on any mesh.
+    ValueError: one line, about a config that is invalid on every mesh.
   """
   for sizes in meshes(config, len(machine.devices)):
     for remat in remat_policies(config):
@@ -79,7 +79,7 @@ def remat_policies(config: ConfigDict) -> list[str | None]:
 
 
 def best(plans: list[Plan]) -> Plan | None:
-  """Returns the plan to choose: of those that fit the fastest, then the one with most room."""
+  """Returns the fastest plan that fits; of equal ones, that with most free memory."""
   fitting = [plan for plan in plans if plan.fits]
   if not fitting:
     return None

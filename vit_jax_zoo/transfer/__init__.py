@@ -1,4 +1,1 @@
-"""What a model's features are worth on other data: the suites of the transfer papers.
-
-`python -m vit_jax_zoo.transfer --help` says which there are; `__main__.py` is the command.
-"""
+"""Transfer evaluations: a model's features, or its classes, on other datasets."""

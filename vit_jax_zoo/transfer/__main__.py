@@ -1,4 +1,4 @@
-r"""Asks what a model's features, or its classes, are worth on other data.
+r"""Evaluates a model's features, or its classes, on other datasets.
 
     python -m vit_jax_zoo.transfer --model=runs/vit_demo --suite=few_shot,knn --data=demo:photos
     python -m vit_jax_zoo.transfer --model=ViT-B_16.npz --suite=vtab --data_dir=/data
@@ -6,25 +6,25 @@ r"""Asks what a model's features, or its classes, are worth on other data.
     python -m vit_jax_zoo.transfer --model=runs/igpt_xl_imagenet --suite=linear_sgd \
       --data=imagenet2012 --concatenate=5
 
-`--model` is a run of ours, a published file or folder, or a published name; images come to it as
-in its own evaluation. Several suites share the features of a data set.
+`--model` is a run, a published file or folder, or a published name; images are preprocessed as in
+its own evaluation. Suites share the features of a dataset.
 
-| suite                    | what it says                                                         |
+| suite                    | evaluation                                                           |
 |--------------------------|----------------------------------------------------------------------|
-| few_shot                 | least squares on 1, 5, 10, 25 images of each class, three draws      |
+| few_shot                 | ridge regression on 1, 5, 10, 25 images per class, three draws       |
 | linear                   | logistic regression by L-BFGS (iGPT's for CIFAR and STL-10)          |
 | linear_sgd               | the same by SGD (iGPT's for ImageNet)                                |
-| knn                      | the vote of the nearest neighbours                                   |
+| knn                      | k nearest neighbours                                                 |
 | vtab                     | VTAB-1k's 19 tasks, 800 + 200 images each, linear on frozen features |
-| imagenet, real, v2, a, r | a classifier of ImageNet's classes on its validation images, their   |
-|                          | ReaL labels, ImageNet-V2, -A, -R                                     |
+| imagenet, real, v2, a, r | an ImageNet classifier on the validation images, their ReaL labels,  |
+|                          | ImageNet-V2, -A, -R                                                  |
 
-`--data` names sources (`folder:/path`), or data sets of the suite's own table; without it, all of
-the table. What is not prepared is named, with the command that prepares it, and left out. The
-scores of the VTAB paper, and ViT's, are of fine-tuned models: linear ones are lower.
-None of these data sets was at hand here: what has been run are the suites on the embedded ones.
+`--data` lists sources (`folder:/path`) or datasets of the suite; all of the suite's by default.
+Datasets that are not prepared are reported with the command that prepares them, and skipped. The
+VTAB paper's scores are of fine-tuned models: linear ones are lower. Not yet run on these datasets;
+tested on the embedded ones.
 
-The folder `--output` then has `transfer.json` and a picture of each suite.
+`--output` then holds `transfer.json` and a figure per suite.
 """
 
 import pathlib

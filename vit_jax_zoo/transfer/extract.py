@@ -1,4 +1,4 @@
-"""What a model makes of whole data sets: features of images, and rankings of its classes."""
+"""Features and class rankings of a model on whole datasets."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from vit_jax_zoo.training.feature_evaluation import collect_features
 
 @dataclasses.dataclass(frozen=True)
 class Prepare(Transform):
-  """`image`: encoded bytes or pixels -> what the model's own evaluation would have made of them.
+  """`image`: encoded bytes or pixels -> preprocessed as in the model's own evaluation.
 
   Attributes:
     prepare: `Trained.prepare`.
@@ -41,12 +41,12 @@ class Prepare(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class LoaderOptions:
-  """How data sets are read.
+  """Options of reading datasets.
 
   Attributes:
-    batch_size: images at a time on all devices together; rounded up to a multiple of these.
-    num_workers: processes that read and prepare images; 0: threads of this one.
-    on_corrupt: "error", or "skip" to go on without an image that cannot be read.
+    batch_size: global; rounded up to a multiple of the number of devices.
+    num_workers: worker processes; 0: threads of this process.
+    on_corrupt: "error", or "skip" to skip unreadable images.
   """
 
   batch_size: int = 128
@@ -55,7 +55,7 @@ class LoaderOptions:
 
 
 class Extractor:
-  """A model at work on data sets, on all devices of this machine."""
+  """Applies a model to datasets, on all local devices."""
 
   def __init__(self, trained: Trained, options: LoaderOptions = LoaderOptions()) -> None:
     """Puts the model on the devices; compiles nothing yet.
@@ -97,14 +97,14 @@ class Extractor:
   def rankings(
     self, source: Source, keep: int | None = None
   ) -> tuple[Int[np.ndarray, "n r"], Bool[np.ndarray, "n k"]]:
-    """Returns the model's classes from the likeliest down, and which ones are right.
+    """Returns the model's classes from most to least probable, and the correct ones.
 
     Args:
-      source: images with one label or several of the model's classes.
-      keep: how many of the likeliest are returned; all by default.
+      source: images with one or several labels among the model's classes.
+      keep: number of classes to return; all by default.
 
     Raises:
-      ValueError: the model is no classifier, or one of other classes.
+      ValueError: the model is no classifier, or has other classes.
     """
     num_classes = self._check_classes(source)
     task: Any = self._trained.task

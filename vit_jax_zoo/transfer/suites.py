@@ -1,7 +1,6 @@
-"""The suites: which data are asked, how, and what is reported of them.
+"""Transfer suites: datasets, probes and reported scores.
 
-A data set that is not prepared is named in its outcome, with the command that prepares it; the
-others go on.
+A dataset that is not prepared is reported with the command that prepares it; the others continue.
 """
 
 import dataclasses
@@ -40,16 +39,16 @@ PROBE_DATA: Mapping[str, Mapping[str, ProbeData]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What a suite found on one data set.
+  """Result of a suite on one dataset.
 
   Attributes:
     suite: its name.
-    data: the name of the data set.
-    scores: by name, shares in [0, 1] and what was chosen; "accuracy" is the headline. Empty where
-      the data set is missing.
-    features: which kind of feature they are of: "features", or the chosen layer.
-    group: VTAB's, of its tasks.
-    missing: how to get the data that are not there.
+    data: name of the dataset.
+    scores: by name, fractions in [0, 1] and selected hyperparameters; "accuracy" is the main one.
+      Empty if the dataset is missing.
+    features: kind of feature: "features", or the selected layer.
+    group: of VTAB's tasks.
+    missing: how to get a missing dataset.
     figures: by name.
   """
 
@@ -69,14 +68,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What a user asks for.
+  """Suites and datasets to evaluate.
 
   Attributes:
     suites: keys of `SUITES`.
-    data: sources (`folder:/path`), or names of the suites' own tables; () for all of these.
-    data_dir: where TFDS's data lie; None: its own place.
-    fit_split: what is learned from, of the sources in `data`.
-    test_split: what is scored, of these.
+    data: sources (`folder:/path`), or names in the suites' tables; () for all of these.
+    data_dir: TFDS data folder; None: its default.
+    fit_split: training split of the sources in `data`.
+    test_split: test split of these.
     probes: fields of the probes, by name.
   """
 
@@ -118,10 +117,10 @@ class Request:
 
 
 def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
-  """Yields the outcomes of all that was asked for, as they come.
+  """Yields the outcomes one by one.
 
   Raises:
-    ValueError: one line, about a name, or a model that cannot do what a suite asks.
+    ValueError: one line, about an unknown name, or a model that a suite cannot evaluate.
   """
   jobs = [job for suite in request.suites for job in _jobs(suite, request)]
   cache: dict[Any, Labelled] = {}
@@ -233,7 +232,7 @@ def _outcome(suite: str, name: str, title: str, found: Mapping[str, Any]) -> Out
 
 
 def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:
-  """Returns VTAB's means: of each group whose tasks are all there, and of all 19 if they are."""
+  """Returns VTAB's means: of each complete group, and of all 19 tasks if complete."""
   scores = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes if outcome.scores}
   means = {}
   for group in benchmarks.GROUPS:

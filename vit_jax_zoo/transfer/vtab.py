@@ -1,4 +1,4 @@
-"""The data sets of transfer suites, as plain tables: where each lies in TFDS, and its splits.
+"""Datasets of the transfer suites: TFDS names and splits.
 
 VTAB: Zhai et al., arXiv:1910.04867, with the splits of google-research/task_adaptation; few-shot:
 big_vision's; variants of ImageNet: ReaL (arXiv:2006.07159), V2 (arXiv:1902.10811), -A
@@ -19,14 +19,14 @@ its validation split, and learns from both together for the test."""
 
 @dataclasses.dataclass(frozen=True)
 class VtabTask:
-  """One of VTAB's 19.
+  """One of VTAB's 19 tasks.
 
   Attributes:
     group: "natural", "specialized" or "structured".
-    source: as in `data/sources.py`.
-    train: the split whose first 800 images are learned from.
-    validation: the split whose first 200 images choose.
-    test: the split that is scored, in whole.
+    source: as in `data/sources`.
+    train: split whose first 800 images are used for training.
+    validation: split whose first 200 images are used for selection.
+    test: split that is scored.
     options: of the source.
   """
 
@@ -108,12 +108,12 @@ VTAB = {
 
 @dataclasses.dataclass(frozen=True)
 class ProbeData:
-  """Images to learn from, and images to score.
+  """Training and test images of a probe.
 
   Attributes:
-    source: as in `data/sources.py`.
-    fit: the split to learn from.
-    test: the split that is scored.
+    source: as in `data/sources`.
+    fit: training split.
+    test: test split.
     options: of the source.
   """
 
@@ -145,14 +145,14 @@ PROBED = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageNetVariant:
-  """Images that a classifier of ImageNet's 1000 classes names without having seen their like.
+  """Images for a classifier of ImageNet's 1000 classes.
 
   Attributes:
-    source: as in `data/sources.py`.
+    source: as in `data/sources`.
     split: that is scored.
     options: of the source.
-    only_its_classes: the answer is sought among the classes that occur in it alone.
-    num_its_classes: how many these are, in the published set.
+    only_its_classes: predict among the classes that occur in it only.
+    num_its_classes: number of these in the published dataset.
   """
 
   source: str

@@ -1,4 +1,4 @@
-"""Published checkpoints, in and out: one declarative table a format, read in both directions."""
+"""Published checkpoints: containers, key tables, formats, downloads."""
 
 from vit_jax_zoo.weights.finetune_init import adapt, relayout
 from vit_jax_zoo.weights.key_map import WeightsError, check_finite

@@ -1,8 +1,7 @@
-"""A published file, read: its arrays, the table that names them, the model that they are of.
+"""A published checkpoint after reading: its arrays, key table, and the model's fields.
 
-Every format returns one of these, and `weights.load` knows nothing else. A family whose parameters
-depend on more than the model's fields (positions on a grid of tokens) derives a class of its own
-and overrides `choose_size` and `at_size`.
+Every format returns a `Checkpoint`. A family whose parameters depend on the image size (position
+tables) derives a class and overrides `choose_size`, `at_size` and `fit_positions_to`.
 """
 
 import dataclasses
@@ -24,23 +23,23 @@ class Checkpoint:
   """What each format's `read_checkpoint` returns.
 
   Attributes:
-    source: the file's name, for messages.
+    source: name of the file, for error messages.
     family: of the model, a key of `registry.model_classes()`.
-    arrays: by published key, joint matrices taken apart.
-    table: connects the keys with our paths. A path below `params` stands alone; one of another
-      collection begins with its name: "batch_stats/stem/norm/mean", "palette/clusters".
-    fields: of the model's class, all that the arrays determine.
-    preprocess: what happens to pictures.
-    task: what the weights were trained for, a key of `tasks.tasks()`; "" of a part of a network.
-    task_fields: of that task, beside the model and what `preprocess` knows: `class_names`, ...
+    arrays: by published key, fused matrices split.
+    table: key table. Paths are relative to `params`; those of other collections begin with the
+      collection: "batch_stats/stem/norm/mean".
+    fields: of the model's class, as far as the arrays determine them.
+    preprocess: preprocessing of images.
+    task: that the weights were trained for, a key of `tasks.tasks()`; "" of a part of a network.
+    task_fields: known fields of the task, such as `class_names`.
     ignore: regular expressions of keys that may stay unused.
-    heads: our paths begin so where a new task may start afresh: when the number of classes is
-      another, or the model has no head.
-    below_heads: our paths begin so in layers that a model may leave out, and then its head, which
-      was trained on their output, starts afresh, too.
-    first_kernels: our paths of the kernels one of which images come to first, [h w channels out].
-    optional: collections that a file may lack, although the table has rows for them: a palette.
-    image_size: of the images that the weights were trained on, if it is known.
+    heads: path prefixes that are newly initialised if the number of classes differs, and dropped if
+      the model has no head.
+    below_heads: path prefixes of layers that a model may leave out; its head, which was trained on
+      their output, is then newly initialised.
+    first_kernels: paths of the kernels applied to images, [h w channels out].
+    optional: collections that the file may lack although the table has rows for them.
+    image_size: of training, if known.
     trained_network: the key in `params` under which a task trains the model beside other networks;
       "" where it trains the model alone.
   """
@@ -62,17 +61,17 @@ class Checkpoint:
   trained_network: str = ""
 
   def key(self, path: str) -> str | None:
-    """Returns the key under which the file has our parameter, None if it has not."""
+    """Returns the published key of a parameter's path, None if the file lacks it."""
     row = self._row(path)
     return None if row is None else row.key(path)
 
   def array(self, path: str) -> np.ndarray | None:
-    """Returns what the file has for our parameter, in the file's layout."""
+    """Returns a parameter's array in the file's layout, None if the file lacks it."""
     key = self.key(path)
     return None if key is None else self.arrays[key]
 
   def ours(self, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Returns what the file has for our parameter of that shape, in our layout."""
+    """Returns a parameter's array in our layout, None if the file lacks it."""
     row = self._row(path)
     return None if row is None else row.transform.read(self.arrays[row.key(path) or ""], shape)
 
@@ -80,11 +79,11 @@ class Checkpoint:
     return next((row for row in self.table if row.key(path) in self.arrays), None)
 
   def has(self, prefix: str) -> bool:
-    """Tells whether the file has any of our parameters whose path begins so."""
+    """Returns whether the file has parameters whose path begins with `prefix`."""
     return bool(self._keys(prefix))
 
   def without(self, prefix: str) -> Any:
-    """Returns the same without those parameters."""
+    """Returns the checkpoint without the parameters whose path begins with `prefix`."""
     dropped = self._keys(prefix)
     return self.replace(arrays={k: array for k, array in self.arrays.items() if k not in dropped})
 
@@ -93,33 +92,33 @@ class Checkpoint:
     return {key for key in self.arrays if any(row.path(key) is not None for row in rows)}
 
   def replace(self, **fields: Any) -> Any:
-    """Returns the same with other fields."""
+    """Returns the checkpoint with other fields."""
     return dataclasses.replace(self, **fields)
 
   def choose_size(
     self, model: Any, wanted: Size | None, trained: Size | None
   ) -> tuple[Size, "Checkpoint"]:
-    """Settles the size of images for which the variables are made.
+    """Selects the image size for which the variables are made.
 
     Args:
       model: of these weights, with the user's overrides.
-      wanted: what the user asks for.
-      trained: what the user says the weights were trained on.
+      wanted: size requested by the user.
+      trained: training size stated by the user.
 
     Returns:
-      The size, and the checkpoint with `image_size` known as well as it can be.
+      The size, and the checkpoint with its `image_size` filled in where known.
     """
     del model
     size = wanted or trained or self.image_size or self.preprocess.image_size
     return size, self.replace(image_size=trained or self.image_size)
 
   def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns what `model.init` is called with, for its shapes alone: one batch of one image."""
+    """Returns inputs for `model.init`, of which only the shapes matter: one image."""
     return (np.zeros((1, *size, self.image_channels), np.float32),)
 
   @property
   def image_channels(self) -> int:
-    """How many channels images have: 3, unless the first kernel takes another number."""
+    """Number of channels of the images: that of the first kernel, 3 by default."""
     for path in self.first_kernels:
       kernel = self.ours(path, ())
       if kernel is not None:
@@ -129,13 +128,13 @@ class Checkpoint:
   def at_size(
     self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
   ) -> "Checkpoint":
-    """Returns the same with arrays that depend on the size of images fitted to `size`.
+    """Returns the checkpoint with arrays that depend on the image size resized for `size`.
 
     Args:
       target: the model's variables by path, with shapes.
       model: see `choose_size`.
-      size: of the images to come.
-      method: how positions are resized; None: as the code does it that published the file.
+      size: of the images.
+      method: interpolation of position embeddings; None: the publisher's.
     """
     del target, model, size, method
     return self
@@ -143,7 +142,7 @@ class Checkpoint:
   def fit_positions_to(
     self, target: Mapping[str, Any], grid: Size | None, method: str | None
   ) -> "Checkpoint":
-    """Returns the same with position tables resized to those of existing variables.
+    """Returns the checkpoint with position tables resized to those of existing variables.
 
     Args:
       target: the model's variables by path, with shapes.
@@ -156,13 +155,13 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What each format's `write_checkpoint` is given.
+  """What each format's `write_checkpoint` takes.
 
   Attributes:
     family: of the model, a key of `registry.model_classes()`.
     model: the Linen module.
-    variables: by path as in `Checkpoint.table`, layers unrolled, numpy arrays.
-    preprocess: what happens to pictures.
+    variables: numpy arrays by path as in `Checkpoint.table`, layers unrolled.
+    preprocess: preprocessing of images.
     task: see `Checkpoint`.
     task_fields: see `Checkpoint`.
   """
@@ -176,7 +175,7 @@ class Export:
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """The names of the classes in order, or none."""
+    """Class names in order; empty if unknown."""
     return tuple(self.task_fields.get("class_names") or ())
 
   def fields(self) -> dict[str, Any]:

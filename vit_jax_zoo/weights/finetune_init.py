@@ -1,4 +1,4 @@
-"""From the variables of one run to those of another model, which is to be fine-tuned."""
+"""Initialises a model from the variables of another run: new heads, resized position tables."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,28 +31,27 @@ def adapt(
   grid: Grid | None = None,
   optional: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Returns `variables` with every array that `source` has for it.
+  """Returns `variables` with every array of `source` that fits.
 
-  A head of another shape, and one that sits on a dropped layer, stays as it is in `variables`; a
-  learned position table is resized to the new grid, corners on corners, as Google's code does it.
-  So are the positions of an iGPT's pixels, for which no paper has a rule: our own extension, a
-  start for fine-tuning. Scanned layers become unrolled ones and the reverse, as the model wants.
+  A head of another shape, and one on top of a dropped layer, keeps its value from `variables`. A
+  learned position table is interpolated to the new grid with aligned corners, as in Google's code;
+  pixel position embeddings likewise, which no paper does. Scanned layers are unrolled and the
+  reverse, as the model needs it.
 
   Args:
-    source: variables of a run of ours, as numpy arrays.
-    variables: fresh ones of the model that is to be trained.
-    name: of the source, for messages.
-    source_grid: height and width, in tokens, of what the source's position table covers: image
-      size over patch size. A table has none of its own: 36 rows may be 6 x 6 or 4 x 9.
-    grid: the same of the model. Where either is not known, tables with equally many rows are
-      copied, and the unknown grid of a table that must be resized is taken to be square.
-    optional: parts by path, "params/critic", that either may have without the other: the model's
-      stays as it is in `variables`, the source's is left behind.
+    source: variables of a run, numpy arrays.
+    variables: fresh ones of the model to train.
+    name: of the source, for error messages.
+    source_grid: height and width, in tokens, that the source's position table covers: 36 rows may
+      be 6 x 6 or 4 x 9.
+    grid: the same of the model. If either is unknown, tables of equal length are copied, and the
+      unknown grid of a table to be resized is assumed to be square.
+    optional: sub-trees, "params/critic", that only one of the two may have: the model's keeps its
+      value from `variables`, the source's is ignored.
 
   Raises:
-    ValueError: one line with every array that is missing, has no place, or another shape; or about
-      a position table that is not for the given grid, or for no square one where none is given; or
-      about numbers that are not finite.
+    ValueError: one line that lists every missing, unused or misshapen array; or a position table
+      that does not match its grid; or values that are not finite.
   """
   adapted = dict(variables)
   problems: list[str] = []
@@ -75,7 +74,6 @@ def adapt(
 def _without_lone(
   have: Mapping[str, Any], want: Mapping[str, Any], parts: Sequence[str]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-  """Returns both without those of the parts that only one of them has."""
   for part in parts:
     one, other = ({k for k in leaves if k.startswith(f"{part}/")} for leaves in (have, want))
     if bool(one) != bool(other):
@@ -84,7 +82,7 @@ def _without_lone(
 
 
 def _in_layout_of(have: Mapping[str, Any], want: Mapping[str, Any]) -> dict[str, Any]:
-  """Scans or unrolls layers where `want` has them otherwise; what cannot be matched stays."""
+  """Scans or unrolls layers as in `want`; layers without a match stay as they are."""
   if have.keys() == want.keys():
     return dict(have)
   layers = unroll(have)
@@ -119,7 +117,7 @@ def _taken(
   problems: list[str],
   grids: tuple[Grid | None, Grid | None],
 ) -> Iterator[tuple[str, Any]]:
-  """Yields what is taken over, and notes what should be and cannot."""
+  """Yields the arrays that fit; appends what does not fit to `problems`."""
   has_cls = "cls_token" in have, "cls_token" in want
   dropped_below_head = "pre_logits/kernel" in have and "pre_logits/kernel" not in want
   for key, leaf in want.items():
@@ -145,7 +143,7 @@ def _fitted(
   grids: tuple[Grid | None, Grid | None],
   has_cls: tuple[bool, bool],
 ) -> Any | None:
-  """Returns an array in the shape of `leaf`, positions resized; None if it cannot have it."""
+  """Returns an array in the shape of `leaf`, positions resized; None if it does not fit."""
   if key == POSITIONS and array.shape[2:] == leaf.shape[2:]:
     return _refit(array, leaf.shape[1], grids, has_cls)
   if array.shape == leaf.shape:
@@ -158,12 +156,12 @@ def _fitted(
 def _refit(
   table: np.ndarray, rows: int, grids: tuple[Grid | None, Grid | None], has_cls: tuple[bool, bool]
 ) -> np.ndarray:
-  """Returns a table [1 n d] for another grid; the class token's row stays.
+  """Returns a table [1 n d] for another grid; the class token's row is kept.
 
   Args:
     table: the source's.
     rows: of the model's table.
-    grids: the source's and the model's, as far as they are known.
+    grids: the source's and the model's; None if unknown.
     has_cls: whether the source and the model have a class token.
   """
   known = None not in grids
@@ -181,7 +179,7 @@ def _refit(
 
 
 def _layout(rows: int, grid: Grid | None, has_cls: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
-  """Returns how many rows of a table come before the grid's, and the grid; else a square one."""
+  """Returns the number of rows before the grid's, and the grid; a square one if unknown."""
   for first in (1, 0) if has_cls else (0,):
     side = math.isqrt(rows - first)
     height, width = grid or (side, side)

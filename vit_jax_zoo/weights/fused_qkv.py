@@ -1,4 +1,4 @@
-"""Queries, keys and values that are one matrix in a published file: apart, and together again."""
+"""Splits and joins fused QKV matrices."""
 
 import re
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ PARTS = ("query", "key", "value")
 
 
 def split(published: Mapping[str, np.ndarray], joint: re.Pattern[str]) -> Flat:
-  """Takes apart what matches: `...qkv.weight[query]`, `...qkv.weight[key]`, ..."""
+  """Splits matching arrays into `...qkv.weight[query]`, `...[key]` and `...[value]`."""
   flat: Flat = {}
   for key, array in published.items():
     if joint.fullmatch(key) and array.ndim and len(array) % len(PARTS) == 0:
@@ -24,7 +24,7 @@ def split(published: Mapping[str, np.ndarray], joint: re.Pattern[str]) -> Flat:
 
 
 def join(flat: Mapping[str, np.ndarray]) -> Flat:
-  """Puts together what `split` took apart."""
+  """Inverse of `split`."""
   joint: Flat = {}
   for key, array in flat.items():
     whole = key.partition("[")[0]

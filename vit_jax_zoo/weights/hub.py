@@ -1,7 +1,7 @@
-"""From a name to a file: what is on this machine already, and what has to be downloaded.
+"""Resolves names to files, and downloads what is missing.
 
-Downloads lie in `~/.cache/vit_jax_zoo`, or where the environment variable `VIT_JAX_ZOO_CACHE` says;
-those of Hugging Face's hub in its own cache, which other libraries share.
+Downloads are stored in `~/.cache/vit_jax_zoo` or `$VIT_JAX_ZOO_CACHE`; those from the Hugging Face
+hub in its own cache.
 """
 
 import difflib
@@ -37,15 +37,15 @@ _HUB_WEIGHTS = (
 
 
 def resolve(name: str) -> str:
-  """Returns the local or `gs://` path of a checkpoint, after downloading it where need be.
+  """Returns the local or `gs://` path of a checkpoint; downloads it if necessary.
 
   Args:
-    name: an existing path; a key of `model_index.entries()`; a URL; "owner/name" on Hugging Face's
-      hub.
+    name: an existing path; a key of `model_index.entries()`; a URL; "owner/name" on the Hugging
+      Face hub.
 
   Raises:
-    WeightsError: there is nothing of that name, or a file that came is not the one published.
-    OSError: it cannot be downloaded; one line.
+    WeightsError: the name is unknown, or a download is not the published file.
+    OSError: the download failed; one line.
     ImportError: it is on the hub, and `huggingface_hub` is not installed.
   """
   if name.startswith(("http://", "https://")):
@@ -60,7 +60,7 @@ def resolve(name: str) -> str:
 
 
 def _hint(name: str) -> str:
-  """Returns what a user may have meant who names a file that is not there."""
+  """Returns a suggestion for a name that does not exist, to append to an error message."""
   file = name.rsplit("/", 1)[-1]
   same = [
     key for key, entry in entries().items() if any(u.endswith(f"/{file}") for u in entry.urls)
@@ -83,23 +83,23 @@ def _fetch(name: str, entry: Entry) -> str:
 
 
 def cache_folder() -> epath.Path:
-  """Returns where downloads lie."""
+  """Returns the folder of downloads."""
   return epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
 
 
 def download(url: str, *, sha256: str = "", folder: str = "") -> str:
-  """Downloads a file unless the cache has it; returns its path.
+  """Downloads a file unless it is cached; returns its path.
 
-  A file appears under its name only when it is whole and its checksum is right.
+  The file gets its name only after it is complete and its checksum matches.
 
   Args:
     url: of the file.
-    sha256: of its content, or how that begins; "": not known.
-    folder: in the cache, for files that belong together; "": one that the URL names.
+    sha256: of its content, or a prefix of it; "" if unknown.
+    folder: subfolder of the cache, for files that belong together; "": derived from the URL.
 
   Raises:
-    OSError: it cannot be downloaded.
-    WeightsError: it is not the file that was published.
+    OSError: the download failed.
+    WeightsError: the checksum differs.
   """
   parts = urllib.parse.urlsplit(url)
   place = folder or hashlib.sha256(url.encode()).hexdigest()[:8]
@@ -128,7 +128,7 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
 
 
 def _transfer(url: str, target: epath.Path) -> str:
-  """Copies a URL to a file and says how far it is; returns the sha256 of the content."""
+  """Copies a URL to a file with a progress log; returns the sha256 of the content."""
   digest, done, said = hashlib.sha256(), 0, time.monotonic()
   begin = said
   logging.info("downloading %s", url)
@@ -153,12 +153,12 @@ def _say(done: int, total: int, seconds: float) -> None:
 
 
 def _from_hub(name: str) -> str:
-  """Downloads a folder of Hugging Face's hub into its cache: JSON, and safetensors if it has them.
+  """Downloads a repository of the Hugging Face hub: JSON files, and safetensors if it has them.
 
   Raises:
     ImportError: `huggingface_hub` is not installed.
-    OSError: the hub cannot be asked, or has no such model.
-    WeightsError: the model has no weights that can be read.
+    OSError: the hub cannot be reached, or has no such model.
+    WeightsError: the model has no weights in a known format.
   """
   try:
     hub = importlib.import_module("huggingface_hub")

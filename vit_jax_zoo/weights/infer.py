@@ -1,7 +1,7 @@
-"""What a file's arrays say of a model's sizes, also where one of them is missing or misshapen.
+"""Infers a model's sizes from a file's arrays, also where one of them is missing or misshapen.
 
-Sizes stand in several arrays. A reader that asks more than one of them finds the model in a damaged
-file, too; what is wrong with the file is then reported whole, when it is read.
+Each size is read from several arrays, so that a damaged file is recognised, and all its problems
+are reported together when it is read.
 """
 
 import re
@@ -15,7 +15,7 @@ Place: TypeAlias = tuple[str, int, int]
 
 
 def side(arrays: Mapping[str, np.ndarray], *places: Place) -> int | None:
-  """Returns a size from the first place that has it; None if no array does."""
+  """Returns a size from the first array that has it, else None."""
   for pattern, rank, axis in places:
     for key, array in arrays.items():
       if array.ndim == rank and re.fullmatch(pattern, key):
@@ -24,14 +24,11 @@ def side(arrays: Mapping[str, np.ndarray], *places: Place) -> int | None:
 
 
 def outputs_of(arrays: Mapping[str, np.ndarray], layer: str) -> int | None:
-  """Returns how many outputs a dense layer of PyTorch's has, or None where it is not there.
-
-  A layer of which only one part is there counts: what it lacks is said when it is read.
-  """
+  """Returns the number of outputs of a PyTorch dense layer from its weight or bias, else None."""
   return side(arrays, (rf"{layer}\.bias", 1, 0), (rf"{layer}\.weight", 2, 0))
 
 
 def count(keys: Iterable[str], pattern: str) -> int:
-  """Returns how many layers there are, of which the pattern's group is the number, from 0."""
+  """Returns the number of layers; the pattern's group is a layer's number, from 0."""
   numbers = [int(match[1]) for key in keys if (match := re.match(pattern, key))]
   return 1 + max(numbers, default=-1)

@@ -1,17 +1,17 @@
-"""Published checkpoint <-> our parameter tree: the mechanism. The tables stand beside it.
+"""Key tables: published keys to parameter paths and back.
 
 A table is a tuple of rows `(published key, our path, transform)`. Keys and paths are patterns with
 numbers in braces: "blocks.{i}.norm1.weight" <-> "encoder/block_{i}/attention_norm/scale". The same
 rows read and write:
 
-* reading looks each parameter of the model up, by the first row that matches its path and whose key
-  the file has: several rows for one path are several spellings of a published name;
+* reading uses, for each parameter, the first row that matches its path and whose key the file has:
+  several rows for one path are alternative published names;
 * writing uses the first row of each path.
 
-Tables know unrolled layers alone (`block_0/...`, `block_1/...`); `unroll` and `stack` stand between
-them and models that scan their layers (`blocks/...`, with a leading axis). Of a ResNet's stage only
-the units after the first are scanned (`stage_0_units/...` for `stage_0_unit_1/...` and so on). The
-layers of an encoder-decoder are `transformer/encoder_0/...`, and scanned `transformer/encoder/...`.
+Tables contain unrolled layers only (`block_0/...`, `block_1/...`); `unroll` and `stack` convert
+from and to scanned layers (`blocks/...`, with a leading axis). Of a ResNet's stage only the units
+after the first are scanned (`stage_0_units/...` for `stage_0_unit_1/...` and so on). The layers of
+an encoder-decoder are `transformer/encoder_0/...`, and scanned `transformer/encoder/...`.
 """
 
 import dataclasses
@@ -57,12 +57,12 @@ CHANNELS_4D = Transform(_drop_unit_axes, lambda array: array.reshape(1, 1, 1, -1
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One line of a table.
+  """One row of a table.
 
   Attributes:
     published: pattern of the key in the file; "{s+1}" where the file counts from 1.
     ours: pattern of the "/"-joined path below `params`, layers unrolled.
-    transform: between the two.
+    transform: change of layout.
   """
 
   published: str
@@ -70,11 +70,11 @@ class Row:
   transform: Transform = KEEP
 
   def key(self, path: str) -> str | None:
-    """Returns the published key of our parameter, or None if the row is not about it."""
+    """Returns the published key of a path, None if the row does not match."""
     return _translate(path, self.ours, self.published)
 
   def path(self, key: str) -> str | None:
-    """Returns our path of a published key, or None if the row is not about it."""
+    """Returns the path of a published key, None if the row does not match."""
     return _translate(key, self.published, self.ours)
 
 
@@ -82,7 +82,7 @@ _SLOT = re.compile(r"\{(\w+)(\+1)?\}")
 
 
 def _translate(name: str, source: str, target: str) -> str | None:
-  """Returns the name in the form of `target` if it has that of `source`; numbers carry over."""
+  """Returns the name in the form of `target` if it matches `source`; numbers are copied."""
   match = _pattern(source).fullmatch(name)
   if match is None:
     return None
@@ -106,7 +106,7 @@ def _pattern(form: str) -> re.Pattern[str]:
 
 
 class WeightsError(ValueError):
-  """A file does not fit the model. The message lists everything that is wrong, not the first."""
+  """A file does not fit the model. The message lists every problem."""
 
 
 def read(
@@ -117,18 +117,18 @@ def read(
   source: str,
   ignore: Iterable[str] = (),
 ) -> Flat:
-  """Takes each of the model's parameters out of a file.
+  """Returns the model's parameters from a file's arrays.
 
   Args:
     published: the file's arrays by key.
-    table: rows that connect keys and paths.
-    shapes: the model's parameters by path, layers unrolled.
-    source: the file's name, for the message.
+    table: key table.
+    shapes: of the model's parameters by path, layers unrolled.
+    source: name of the file, for error messages.
     ignore: regular expressions of keys that may stay unused.
 
   Raises:
-    WeightsError: parameters without an array, arrays without a parameter, shapes that differ, or
-      whole numbers where weights should be; or else, numbers that are not finite.
+    WeightsError: missing or unused arrays, other shapes, integer arrays; or values that are not
+      finite.
   """
   found: Flat = {}
   used, problems = set(), []
@@ -162,14 +162,14 @@ def read(
 
 
 def check_finite(arrays: Mapping[str, Any], source: str) -> None:
-  """Refuses weights with which nothing can be computed.
+  """Checks that weights are finite.
 
   Args:
     arrays: by key, or a tree of them.
-    source: where they are from, for the message.
+    source: their origin, for the error message.
 
   Raises:
-    WeightsError: one line: some numbers are NaN or infinite; it names the first arrays.
+    WeightsError: one line with the first arrays that contain NaN or infinity.
   """
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(arrays), sep="/"))
   broken = [key for key, array in flat.items() if not _is_finite(array)]
@@ -192,10 +192,10 @@ def _is_finite(array: Array) -> bool:
 
 
 def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
-  """Returns the parameters (by path, layers unrolled) under their published keys.
+  """Returns the parameters (by path, layers unrolled) by published key.
 
   Raises:
-    WeightsError: some parameters have no published name.
+    WeightsError: some parameters have no published key.
   """
   published: Flat = {}
   nameless = []
@@ -216,17 +216,16 @@ _UNROLLED = re.compile(rf"(.*/)?(block|stage_\d+_unit|{_CODER})_(\d+)/(.*)")
 
 
 def _first(name: str) -> int:
-  """Returns the number of the first layer that is scanned."""
+  """Returns the number of the first scanned layer."""
   return 1 if name.startswith("stage_") else 0
 
 
 def _scanned(name: str) -> str:
-  """Returns what the layers are called together."""
   return name if name.endswith("coder") else f"{name}s"
 
 
 def unroll(parameters: Mapping[str, Array]) -> Flat:
-  """Cuts scanned layers, `blocks/x` [depth ...], into `block_0/x`, `block_1/x`, ..."""
+  """Splits scanned layers, `blocks/x` [depth ...], into `block_0/x`, `block_1/x`, ..."""
   flat: Flat = {}
   for path, array in parameters.items():
     match = _SCANNED.fullmatch(path)
@@ -240,13 +239,13 @@ def unroll(parameters: Mapping[str, Array]) -> Flat:
 
 
 def unroll_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-  """Does to shapes what `unroll` does to arrays."""
+  """`unroll` for shapes."""
   placeholders = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes.items()}
   return {path: array.shape for path, array in unroll(placeholders).items()}
 
 
 def scanned_paths(paths: Iterable[str]) -> list[str]:
-  """Returns the paths that unrolled layers have when they are scanned; the others as they are."""
+  """Returns the paths with unrolled layers replaced by scanned ones."""
   scanned: dict[str, None] = {}
   for path in paths:
     match = _UNROLLED.fullmatch(path)
@@ -257,11 +256,11 @@ def scanned_paths(paths: Iterable[str]) -> list[str]:
 
 
 def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
-  """Brings unrolled parameters into a model's own layout: the inverse of `unroll`.
+  """Stacks unrolled layers as a model's paths need them: the inverse of `unroll`.
 
   Args:
     parameters: by path, layers unrolled.
-    paths: the model's own; those of scanned layers are stacked.
+    paths: the model's own.
   """
   layers: dict[str, dict[int, Array]] = {}
   for path, array in parameters.items():

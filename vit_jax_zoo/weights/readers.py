@@ -1,11 +1,11 @@
-"""From a path to arrays: whatever container a published checkpoint lies in, told by its content.
+"""Reads arrays from .npz, .safetensors, .pth and TensorFlow files, detected by their content.
 
-weights.npz                           numpy's archive
+weights.npz                           numpy archive
 model.safetensors                     safetensors
-model.pth, pytorch_model.bin          PyTorch's pickle, see `torch_file`
-R-50.pkl                              a pickle of arrays, see `pickled_arrays`
-folder/                               one of these, whole or in shards, with JSON files beside it
-model.ckpt-1000000[.index]            a TensorFlow checkpoint, see `tf_bundle`
+model.pth, pytorch_model.bin          PyTorch pickle, see `torch_file`
+R-50.pkl                              pickle of numpy arrays
+folder/                               one of these, whole or sharded, with JSON files beside it
+model.ckpt-1000000[.index]            TensorFlow checkpoint, see `tf_bundle`
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ _WRAPPERS = ("blobs", "model", "state_dict")
 
 
 class _Reader(pickle.Unpickler):
-  """Builds arrays, numbers, texts and containers."""
+  """Unpickles arrays, numbers, strings and containers only."""
 
   def find_class(self, module_name: str, global_name: str) -> Any:
-    """Returns one of numpy's parts of an array."""
+    """Returns one of the numpy functions that build an array; anything else is refused."""
     if module_name in _MODULES and global_name in _NAMES:
       owner = np if module_name == "numpy" else np._core.multiarray
       return getattr(owner, global_name)
@@ -48,10 +48,10 @@ def _encode(text: str, encoding: str) -> bytes:
 
 
 def read_pickle(path: str) -> Flat:
-  """Returns the arrays of a pickle by name; what is no array is left out.
+  """Returns the arrays of a pickle by name; other objects are ignored.
 
   Raises:
-    WeightsError: one line: the file is truncated, or no pickle; it holds code; or no arrays.
+    WeightsError: one line: the file is truncated or no pickle, contains code, or has no arrays.
   """
   try:
     with epath.Path(path).open("rb") as stream:
@@ -78,11 +78,11 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """What lies at a path, before anybody knows whose it is.
+  """The content of a checkpoint file or folder, of any format.
 
   Attributes:
-    path: as the user gave it, for messages.
-    file: with the arrays; what lies beside it may matter to a format.
+    path: as the user gave it, for error messages.
+    file: that holds the arrays.
     arrays: by key.
     config: the `config.json` beside the file, empty if there is none.
     processor: the `preprocessor_config.json` beside it, empty if there is none.
@@ -101,10 +101,10 @@ class Published:
 
 
 def read_published(path: str) -> Published:
-  """Reads the arrays at a path, and the JSON files beside them.
+  """Reads the arrays of a file or folder, and the JSON files beside them.
 
   Raises:
-    WeightsError: one line: nothing is there, or it cannot be read, or is no checkpoint.
+    WeightsError: one line: the path does not exist, cannot be read, or is no checkpoint.
   """
   file, arrays = _read(epath.Path(path), path)
   empty = next((key for key, array in arrays.items() if array.size == 0), None)
@@ -120,10 +120,10 @@ def read_published(path: str) -> Published:
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file, an empty one if there is no file.
+  """Returns the object in a JSON file; an empty one if the file does not exist.
 
   Raises:
-    WeightsError: there is something else in it.
+    WeightsError: the file is not JSON, or holds no object.
   """
   if not file.exists():
     return {}
@@ -175,7 +175,7 @@ def _read_shards(index: epath.Path) -> Flat:
 
 
 def _read_file(file: epath.Path, path: str) -> Flat:
-  """Reads a file by its content: people rename files, and download pages instead of weights."""
+  """Reads a file by its content, as files get renamed, and web pages saved in place of weights."""
   try:
     with file.open("rb") as stream:
       start = stream.read(16)
@@ -200,7 +200,6 @@ def _read_file(file: epath.Path, path: str) -> Flat:
 
 
 def _read_zip(file: epath.Path, path: str) -> Flat:
-  """Reads what is zipped: numpy's archives are, and PyTorch's files."""
   try:
     with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
       is_torch = any(name.endswith("data.pkl") for name in archive.namelist())

@@ -1,7 +1,7 @@
-"""Reading PyTorch's own files, `.pth`, `.pt` and `.bin`. The one place that touches PyTorch.
+"""Reads and writes PyTorch files (.pth, .pt, .bin); the only module that imports PyTorch.
 
-They are pickles, and a pickle may hold code. PyTorch's `weights_only` reader builds tensors and
-plain containers and nothing else: a file that asks for more is refused, and nothing of it runs.
+They are pickles, which may contain code. PyTorch's `weights_only` reader builds tensors and plain
+containers only: other files are refused, and no code is executed.
 """
 
 import argparse
@@ -23,17 +23,17 @@ WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "params")
 
 
 def read_torch(path: str) -> Flat:
-  """Returns the state dict that lies in a PyTorch file, as numpy arrays by key.
+  """Returns the state dict of a PyTorch file, as numpy arrays by key.
 
-  16-bit floats are widened to float32. Of a training checkpoint the model alone is read, and the
-  prefix "module." of parallel training is taken off.
+  16-bit floats become float32. Of a training checkpoint only the model is read, and the prefix
+  "module." of parallel training is removed.
 
   Args:
     path: of the file; local or `gs://bucket/...`.
 
   Raises:
     ImportError: PyTorch is not installed.
-    WeightsError: one line: the file is missing, truncated, or none of PyTorch's; it holds code; or
+    WeightsError: one line: the file is missing, truncated or no PyTorch file, contains code, or has
       no state dict.
   """
   try:
@@ -92,7 +92,7 @@ def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def _local(path: str) -> Iterator[str]:
-  """Yields a file of the operating system's with the content of `path`."""
+  """Yields a local copy of `path`, or the path itself if it is local."""
   if "://" not in path:
     if not epath.Path(path).exists():
       raise WeightsError(f"there is no file {path}")
@@ -108,9 +108,9 @@ def write_torch(path: str, arrays: Mapping[str, np.ndarray], *, wrapper: str | N
   """Writes a state dict as `torch.save` does.
 
   Args:
-    path: of the file, on this machine.
+    path: of the file, local.
     arrays: by key.
-    wrapper: the key in the file under which the state dict stands, such as "model"; None: alone.
+    wrapper: key under which the state dict is stored, such as "model"; None: no wrapper.
 
   Raises:
     ImportError: PyTorch is not installed.
