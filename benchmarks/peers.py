@@ -1,29 +1,31 @@
-r"""Ours beside the peer: one machine, the same weights and batch, in turns; ratios with spread.
+r"""Speed of every system compared with timm, transformers and PyTorch.
 
-    python benchmarks/peers.py                                # all that is here, at sizes for a CPU
+    python benchmarks/peers.py                                # all pairs, at sizes for a CPU
     python benchmarks/peers.py --pairs=vit,detr --rounds=7
     python benchmarks/peers.py --pairs=vit --model=vit_b16 --batch_size=256 --dtype=bfloat16
-    python benchmarks/peers.py --compile                      # on a CPU; a GPU always has it
-    python benchmarks/peers.py --unroll                       # ours with scan_layers off
+    python benchmarks/peers.py --compile                      # torch.compile on a CPU
+    python benchmarks/peers.py --unroll                       # scan_layers=False
+    python benchmarks/peers.py --gpu                          # sizes and precision for a GPU
 
-| pair          | ours                              | peer                                     |
-|---------------|-----------------------------------|------------------------------------------|
-| vit           | train and prediction step         | timm                                     |
-| lambda_resnet | the same                          | timm, also with channels last            |
-| igpt          | train step; last pixels drawn     | transformers, also with fused attention  |
-| detr          | train and prediction step         | transformers                             |
-| ttsr          | search for patches, and gradients | the official algorithm, written in torch |
-| fpt           | pyramid, and gradients            | the released modules, written in torch   |
+| pair          | this package                      | peer                                    |
+|---------------|-----------------------------------|-----------------------------------------|
+| vit           | train and prediction steps        | timm                                    |
+| lambda_resnet | train and prediction steps        | timm, also channels last                |
+| igpt          | train step, sampling              | transformers, also with fused attention |
+| detr          | train and prediction steps        | transformers                            |
+| ttsr          | texture search, its gradients     | the official algorithm in PyTorch       |
+| fpt           | feature pyramid, its gradients    | the official modules in PyTorch         |
 
-Both sides compute with as many threads, each in a process of its own, so that thread pools do not
-meet; one waits while the other works, and who begins changes from round to round. Ours writes the
-weights as they are published, the peer reads that file: "differs" is how far the answers are apart
-(logits, boxes, the loss of the first training step ...), relative to the largest. Every form of the
-peer is measured: eager, compiled, whatever else a careful user would try. On a GPU both have
-bfloat16 (the peer by autocast), the peer torch.compile, TF32, cuDNN's search and fused attention.
+Both sides use the same number of threads, each in its own process, and run alternately; the order
+is reversed in every other round. This package exports its weights in a published format and the
+peer loads them. "difference" is the largest difference between their outputs (logits, boxes, the
+first training loss, ...) relative to the largest output. Every mode of the peer is measured: eager,
+compiled, channels last, fused attention. With `--gpu`, both use bfloat16 (the peer by autocast) and
+the peer uses torch.compile, TF32, cuDNN's autotuner and fused attention.
 
-A ratio is the peer's time by ours, round by round: above 1, ours is faster. The results go to
-`--output` as JSON (every single time) and Markdown. Needs `pip install -e '.[parity]'`.
+A ratio is the peer's time divided by ours, round by round: above 1, ours is faster. `--output`
+writes the results as JSON, with every measured time, and Markdown.
+Requires `pip install -e '.[parity]'`.
 """
 
 import argparse
@@ -42,18 +44,19 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory, too
 
 import numpy as np
-from implementations.base import Setting, Side, job_of
+import timing
+from implementations.base import Implementation, Setting, job_of
 
 
 class Size(NamedTuple):
-  """What is compared by default on one kind of machine."""
+  """Default sizes for one kind of machine."""
 
   model: str
   batch_size: int
@@ -62,13 +65,13 @@ class Size(NamedTuple):
 
 
 class Pair(NamedTuple):
-  """Who is compared: a function of `implementations/ours.py`, and a module of `implementations`."""
+  """A comparison: a function of `implementations/ours.py` and a module of `implementations`."""
 
   ours: str
   peer: str
   cpu: Size
   gpu: Size
-  packages: tuple[str, ...]
+  packages: tuple[str, ...] = ()
 
 
 PAIRS = {
@@ -96,32 +99,32 @@ PAIRS = {
     Size("detr_r50", 16, 800),
     ("transformers", "scipy"),
   ),
-  "ttsr": Pair("relevance", "torch_ttsr", Size("search", 1, 40), Size("search", 9, 40), ()),
-  "fpt": Pair("pyramid", "torch_fpt", Size("fpt_64", 2, 256), Size("fpt_256", 2, 512), ()),
+  "ttsr": Pair("texture_search", "torch_ttsr", Size("search", 1, 40), Size("search", 9, 40)),
+  "fpt": Pair("pyramid", "torch_fpt", Size("fpt_64", 2, 256), Size("fpt_256", 2, 512)),
 }
 
 
 @dataclasses.dataclass
 class Worker:
-  """One side in a process of its own."""
+  """One implementation in its own process."""
 
   process: Any
   pipe: Connection
 
-  def ask(self, *question: Any) -> Any:
-    """Sends a question and returns the answer.
+  def request(self, *command: Any) -> Any:
+    """Sends a command and returns the result.
 
     Raises:
-      RuntimeError: the other process failed; its traceback stands on stderr.
+      RuntimeError: the worker failed; it prints its traceback to stderr.
     """
-    self.pipe.send(question)
+    self.pipe.send(command)
     try:
-      good, answer = self.pipe.recv()
+      succeeded, result = self.pipe.recv()
     except EOFError:
-      good, answer = False, "the process ended, perhaps for want of memory"
-    if not good:
-      raise RuntimeError(answer)
-    return answer
+      succeeded, result = False, "the process died, possibly out of memory"
+    if not succeeded:
+      raise RuntimeError(result)
+    return result
 
   def close(self) -> None:
     """Ends the process."""
@@ -130,8 +133,14 @@ class Worker:
     self.process.terminate()
 
 
-def start(function: Any, setting: Setting, cores: Sequence[int]) -> Worker:
-  """Starts a side; `function` names its module and the function there."""
+def start(function: tuple[str, str], setting: Setting, cores: Sequence[int]) -> Worker:
+  """Starts a worker.
+
+  Args:
+    function: module and name of the function that creates the implementation.
+    setting: its argument.
+    cores: CPU cores of the process; empty for all.
+  """
   context = multiprocessing.get_context("spawn")
   here, there = context.Pipe()
   process = context.Process(target=serve, args=(there, function, setting, cores), daemon=True)
@@ -140,74 +149,70 @@ def start(function: Any, setting: Setting, cores: Sequence[int]) -> Worker:
   return Worker(process, here)
 
 
-def serve(pipe: Connection, function: Any, setting: Setting, cores: Sequence[int]) -> None:
-  """Answers the driver's questions until it hangs up: the life of a worker."""
-  if cores:  # before the libraries count them
+def serve(
+  pipe: Connection, function: tuple[str, str], setting: Setting, cores: Sequence[int]
+) -> None:
+  """Executes commands until the pipe closes: the main function of a worker."""
+  if cores:  # before the libraries create their thread pools
     os.sched_setaffinity(0, cores)
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
-  timing = importlib.import_module("timing")
-  side: Side | None = None
+  side: Implementation | None = None
   while True:
     try:
       name, *args = pipe.recv()
     except EOFError:
       return
     try:
-      if name == "prepare":
-        module, maker = function
-        side = getattr(importlib.import_module(module), maker)(setting)
-        answer = {**dataclasses.asdict(dataclasses.replace(side, runs={})), "runs": [*side.runs]}
-      elif name == "count":
-        answer = timing.steps_for(side.runs[args[0]], args[1])
+      if name == "create":
+        module, create = function
+        side = getattr(importlib.import_module(module), create)(setting)
+        fields = dataclasses.replace(side, runs={})
+        result = {**dataclasses.asdict(fields), "runs": [*side.runs]}
+      elif name == "steps_for":
+        result = timing.steps_for(side.runs[args[0]], args[1])
       else:
-        answer = tuple(timing.time_steps(side.runs[args[0]], args[1]))
-      pipe.send((True, answer))
+        result = tuple(timing.time_steps(side.runs[args[0]], args[1]))
+      pipe.send((True, result))
     except Exception as error:
       traceback.print_exc()
       pipe.send((False, f"{type(error).__name__}: {error}".splitlines()[0][:300]))
 
 
-def available_cores() -> list[int]:
-  """Returns the cores that this process may use; none where the system does not tell."""
-  return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-
-
-def differences(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> dict[str, float]:
-  """Returns how far answers are apart, relative to the largest (indices: how many differ)."""
-  found = {}
-  for name, mine in ours.items():
-    other = theirs[name]
-    if mine.shape != other.shape:
-      raise RuntimeError(f"{name}: ours is {mine.shape}, the peer's {other.shape}")
+def differences(ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]) -> dict[str, float]:
+  """Returns the largest differences relative to the largest output; for "index", the share."""
+  result = {}
+  for name, x in ours.items():
+    y = peer[name]
+    if x.shape != y.shape:
+      raise RuntimeError(f"{name}: shape {x.shape}, but the peer's is {y.shape}")
     if name == "index":
-      found[name] = float(np.mean(mine != other))
+      result[name] = float(np.mean(x != y))
     else:
-      found[name] = float(np.max(np.abs(mine - other)) / max(1e-30, np.max(np.abs(other))))
-  return found
+      result[name] = float(np.max(np.abs(x - y)) / max(1e-30, np.max(np.abs(y))))
+  return result
 
 
 def compare(name: str, setting: Setting, flags: argparse.Namespace) -> dict[str, Any]:
-  """Measures one pair; returns everything that is to be known about it."""
+  """Measures one pair; returns the setting, differences and all times."""
   pair = PAIRS[name]
-  cores = (
-    sorted(os.sched_getaffinity(0))[: flags.threads] if hasattr(os, "sched_getaffinity") else []
-  )
-  sides = {
+  cores = timing.available_cores()[: flags.threads]
+  modules = {
     "ours": ("implementations.ours", pair.ours),
-    "peer": (f"implementations.{pair.peer}", "side"),
+    "peer": (f"implementations.{pair.peer}", "create"),
   }
   workers: dict[str, Worker] = {}
   try:
-    facts = {}
-    for who, function in sides.items():  # one after the other: the peer reads what ours writes
+    sides = {}
+    for who, function in modules.items():  # ours first: the peer reads its weights
       workers[who] = start(function, setting, cores)
-      facts[who] = workers[who].ask("prepare")
-    runs = [(who, run) for who in sides for run in facts[who]["runs"]]
-    counts = {key: workers[key[0]].ask("count", key[1], flags.seconds) for key in runs}
+      sides[who] = workers[who].request("create")
+    runs = [(who, run) for who in modules for run in sides[who]["runs"]]
+    counts = {key: workers[key[0]].request("steps_for", key[1], flags.seconds) for key in runs}
     load, times = os.getloadavg(), {key: [] for key in runs}
     for turn in range(flags.rounds):
       for key in runs[:: -1 if turn % 2 else 1]:
-        times[key].append(workers[key[0]].ask("time", key[1], counts[key]))
+        wall, cpu = workers[key[0]].request("time", key[1], counts[key])
+        times[key].append([float(f"{wall:.5g}"), float(f"{cpu:.5g}")])
   finally:
     for worker in workers.values():
       worker.close()
@@ -217,100 +222,109 @@ def compare(name: str, setting: Setting, flags: argparse.Namespace) -> dict[str,
     "pair": name,
     "setting": fields,
     "threads": len(cores),
-    "devices": {who: facts[who]["device"] for who in sides},
-    "load_average": {"before": load, "after": os.getloadavg()},
-    "differs": differences(facts["ours"]["answers"], facts["peer"]["answers"]),
-    "skipped": facts["peer"]["skipped"],
-    "steps": {f"{who}: {run}": count for (who, run), count in counts.items()},
+    "devices": {who: sides[who]["device"] for who in modules},
+    "load_average": [round(load[0], 1), round(os.getloadavg()[0], 1)],
+    "differences": differences(sides["ours"]["outputs"], sides["peer"]["outputs"]),
+    "skipped": sides["peer"]["skipped"],
     "seconds": {f"{who}: {run}": value for (who, run), value in times.items()},
-    "ratios": ratios(times),
   }
 
 
-def ratios(times: dict[tuple[str, str], list[Any]]) -> list[dict[str, Any]]:
-  """Returns the peer's time by ours for every form of the peer, round by round."""
-  return [
-    {
+def ratios(seconds: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
+  """Returns the peer's time divided by ours for every mode of the peer, round by round.
+
+  Args:
+    seconds: wall and CPU time per step in each round, by "ours: job" and "peer: job, mode".
+  """
+  rows = []
+  for name, peer in seconds.items():
+    who, _, run = name.partition(": ")
+    if who != "peer":
+      continue
+    ours = seconds[f"ours: {job_of(run)}"]
+    pairs = list(zip(peer, ours, strict=True))
+    rows.append({
       "job": job_of(run),
-      "form": run.partition(", ")[2],
-      "ours_ms": [1e3 * wall for wall, _ in times["ours", job_of(run)]],
-      "peer_ms": [1e3 * wall for wall, _ in values],
-      "ratio": [a[0] / b[0] for a, b in zip(values, times["ours", job_of(run)], strict=True)],
-      "cpu_ratio": [
-        a[1] / max(b[1], 1e-9) for a, b in zip(values, times["ours", job_of(run)], strict=True)
-      ],
-    }
-    for (who, run), values in times.items()
-    if who == "peer"
-  ]
+      "mode": run.partition(", ")[2],
+      "ours_ms": [1e3 * wall for wall, _ in ours],
+      "peer_ms": [1e3 * wall for wall, _ in peer],
+      "ratio": [a[0] / b[0] for a, b in pairs],
+      "cpu_ratio": [a[1] / max(b[1], 1e-9) for a, b in pairs],
+    })  # fmt: skip
+  return rows
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-  """Returns the results as Markdown; the peer's fastest form of each job is marked."""
-  timing = importlib.import_module("timing")
-  header = ("pair, job", "peer", "ours, ms", "peer, ms", "peer / ours", "by CPU time", "differs")
+  """Returns the results as Markdown; the peer's fastest mode of each job is bold."""
+  header = ("model, job", "peer", "ours, ms", "peer, ms", "peer / ours", "CPU time", "difference")
   rows = []
   for result in results:
+    modes = ratios(result["seconds"])
     fastest: dict[str, float] = {}
-    for row in result["ratios"]:
+    for row in modes:
       middle = statistics.median(row["peer_ms"])
       fastest[row["job"]] = min(middle, fastest.get(row["job"], middle))
-    for row in result["ratios"]:
+    for row in modes:
       best = statistics.median(row["peer_ms"]) == fastest[row["job"]]
       ratio = timing.spread(row["ratio"], ".2f")
-      rows.append(
-        [
-          f"{result['setting']['model']}, {row['job']}",
-          row["form"],
-          timing.spread(row["ours_ms"]),
-          timing.spread(row["peer_ms"]),
-          f"**{ratio}**" if best else ratio,
-          timing.spread(row["cpu_ratio"], ".2f") if "cpu" in _kind(result) else "-",
-          f"{max(result['differs'].values()):.0e}",
-        ]
-      )
+      rows.append([
+        f"{result['setting']['model']}, {row['job']}",
+        row["mode"],
+        timing.spread(row["ours_ms"]),
+        timing.spread(row["peer_ms"]),
+        f"**{ratio}**" if best else ratio,
+        timing.spread(row["cpu_ratio"], ".2f") if _on_cpu(result) else "-",
+        f"{max(result['differences'].values()):.0e}",
+      ])  # fmt: skip
   return timing.markdown(header, rows)
 
 
-def _kind(result: dict[str, Any]) -> str:
-  return result["devices"]["ours"].lower()
+def _on_cpu(result: dict[str, Any]) -> bool:
+  return "cpu" in result["devices"]["ours"].lower()
 
 
-def document(report: dict[str, Any]) -> str:
-  """Returns the report as a page."""
+def page(report: dict[str, Any]) -> str:
+  """Returns the report as a Markdown page."""
   lines = [
-    "# Ours beside the peers",
+    "# Comparison with peers",
     "",
     f"`{report['command']}`, {report['date']}, {report['machine']}; {report['versions']}.",
     "",
     table(report["results"]),
     "",
-    "Median (range) of the rounds; above 1, ours is faster. Bold: beside the peer's fastest form.",
+    "Median (range) of the rounds; above 1, ours is faster. Bold: the peer's fastest mode.",
     "",
   ]
   for result in report["results"]:
-    s, load = result["setting"], result["load_average"]
-    form = ", ours unrolled" if s["unroll"] else ""
+    s, (before, after) = result["setting"], result["load_average"]
+    unrolled = ", layers unrolled" if s["unroll"] else ""
     lines.append(
-      f"* {result['pair']}: {s['model']}, batch {s['batch_size']}, side {s['image_size']}, "
-      f"{s['dtype']}, {result['threads']} threads{form}; load average {load['before'][0]:.1f}, "
-      f"afterwards {load['after'][0]:.1f}"
+      f"* {result['pair']}: {s['model']}, batch {s['batch_size']}, image size {s['image_size']}, "
+      f"{s['dtype']}, {result['threads']} threads{unrolled}; load average {before:.1f} before, "
+      f"{after:.1f} after"
     )
-    lines += [f"  * not measured: {job}: {why}" for job, why in result["skipped"].items()]
-  lines += [f"* {name}: not measured: {why}" for name, why in report["failed"].items()]
+    lines += [f"  * not measured: {job}: {reason}" for job, reason in result["skipped"].items()]
+  lines += [f"* {name}: not measured: {reason}" for name, reason in report["failed"].items()]
   return "\n".join(lines) + "\n"
 
 
+def to_json(report: dict[str, Any]) -> str:
+  """Returns the report as JSON with one line per pair."""
+  fields = [f" {json.dumps(k)}: {json.dumps(v)},\n" for k, v in report.items() if k != "results"]
+  results = ",\n".join(f"  {json.dumps(result)}" for result in report["results"])
+  return f'{{\n{"".join(fields)} "results": [\n{results}\n ]\n}}\n'
+
+
 def settings(flags: argparse.Namespace, folder: str) -> dict[str, Setting]:
-  """Returns what is compared, by pair."""
-  found = {}
+  """Returns the setting of each pair."""
+  result = {}
   for name in flags.pairs.split(","):
     if name not in PAIRS:
-      sys.exit(f"there is no pair {name!r}; there are {', '.join(PAIRS)}")
+      sys.exit(f"--pairs: unknown pair {name!r}; expected {', '.join(PAIRS)}")
     size = PAIRS[name].gpu if flags.gpu else PAIRS[name].cpu
     place = pathlib.Path(folder) / name
     place.mkdir()
-    found[name] = Setting(
+    result[name] = Setting(
       str(place),
       flags.model or size.model,
       flags.batch_size or size.batch_size,
@@ -320,31 +334,31 @@ def settings(flags: argparse.Namespace, folder: str) -> dict[str, Setting]:
       ("eager", "compiled") if flags.compile or flags.gpu else ("eager",),
       flags.unroll,
     )
-  return found
+  return result
 
 
 def parse() -> argparse.Namespace:
-  """Reads the command line."""
+  """Parses the command line."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--pairs", default=",".join(PAIRS), help="separated by commas")
-  parser.add_argument("--model", help="with one pair; fpt_<width> for fpt")
+  parser.add_argument("--model", help="for a single pair; fpt_<width> for fpt")
   parser.add_argument("--batch_size", type=int)
-  parser.add_argument("--image_size", type=int, help="ttsr: side of the maps that are searched")
-  parser.add_argument("--pixels", type=int, help="igpt: how many of an image are drawn")
+  parser.add_argument("--image_size", type=int, help="ttsr: side of the feature maps")
+  parser.add_argument("--pixels", type=int, help="igpt: number of pixels to sample")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"))
-  parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU, too")
-  parser.add_argument("--unroll", action="store_true", help="layers that we would scan")
+  parser.add_argument("--compile", action="store_true", help="torch.compile also on a CPU")
+  parser.add_argument("--unroll", action="store_true", help="unroll our layers, default: scan")
   parser.add_argument("--gpu", action="store_true", help="sizes and precision for a GPU")
-  parser.add_argument("--threads", type=int, help="of each side; by default as many as cores")
+  parser.add_argument("--threads", type=int, help="threads per side, default: all cores")
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
-  parser.add_argument("--output", help="folder of <name>.json and .md; else they are printed")
-  parser.add_argument("--name", default="peers", help="of the results")
+  parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of a turn")
+  parser.add_argument("--output", help="folder for <name>.json and <name>.md")
+  parser.add_argument("--name", default="peers", help="name of the results files")
   return parser.parse_args()
 
 
 def main() -> None:
-  """Measures pair after pair, prints the page, writes the files."""
+  """Measures all pairs, prints the page and writes the files."""
   flags = parse()
   packages = ["jax", "flax", "torch"]
   results, failed = [], {}
@@ -363,16 +377,16 @@ def main() -> None:
     "machine": _machine(results),
     "versions": ", ".join([f"Python {platform.python_version()}", *versions]),
     "commit": _commit(),
-    "results": results,
     "failed": failed,
+    "results": results,
   }
-  page = document(report)
-  print(page)
+  text = page(report)
+  print(text)
   if flags.output:
-    place = pathlib.Path(flags.output)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / f"{flags.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    (place / f"{flags.name}.md").write_text(page)
+    output = pathlib.Path(flags.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{flags.name}.json").write_text(to_json(report))
+    (output / f"{flags.name}.md").write_text(text)
   sys.exit(1 if failed else 0)
 
 
@@ -384,10 +398,9 @@ def _version(name: str) -> str:
 
 
 def _machine(results: Sequence[dict[str, Any]]) -> str:
-  cores = len(available_cores()) or os.cpu_count()
-  cpu = importlib.import_module("timing").cpu_name()
-  gpus = {r["devices"]["ours"] for r in results if "cpu" not in _kind(r)}
-  return ", ".join([*gpus, f"{cores} cores of {cpu}"])
+  cores = len(timing.available_cores()) or os.cpu_count()
+  gpus = {result["devices"]["ours"] for result in results if not _on_cpu(result)}
+  return ", ".join([*gpus, f"{cores} cores of {timing.cpu_name()}"])
 
 
 def _commit() -> str:

@@ -1,1 +1,1 @@
-"""Two sides of every comparison that `peers.py` drives: ours, and one small file a peer."""
+"""Implementations that `peers.py` compares: this package, and one file per peer."""

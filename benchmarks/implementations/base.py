@@ -1,8 +1,8 @@
-"""The protocol between `peers.py` and the two sides of a comparison.
+"""Protocol between `peers.py` and the implementations that it compares.
 
-A side is a module with a function that takes a `Setting` and returns a `Side`. Ours comes first: it
-leaves weights and inputs in the setting's folder, in a published form, and the peer reads them
-there. So both compute the same; `answers` shows that they do.
+An implementation is a module with a function that takes a `Setting` and returns an
+`Implementation`. This package's runs first and writes weights, in a published format, and inputs to
+the setting's folder; the peer reads them. Equal `outputs` show that both compute the same.
 """
 
 import dataclasses
@@ -16,18 +16,17 @@ INPUTS, WEIGHTS = "inputs.npz", "weights"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What is compared.
+  """Settings of a comparison.
 
   Attributes:
-    folder: where weights and inputs lie.
-    model: its name here.
-    batch_size: images.
-    image_size: side of the images; for `ttsr`, of the maps that are searched.
-    dtype: "float32", or "bfloat16": the peer's is by autocast.
-    pixels: how many of an image are drawn, where any are.
-    forms: of the peer that are tried: "eager", "compiled".
-    unroll: whether our layers are compiled one by one, as the peer's are; otherwise one of them is,
-      and a loop runs it.
+    folder: folder of the weights and inputs.
+    model: model name in this package.
+    batch_size: images per step.
+    image_size: side of the images in pixels; for `ttsr`, of the feature maps.
+    dtype: "float32", or "bfloat16" (the peer uses autocast).
+    pixels: number of pixels to sample, for generative models.
+    modes: modes of the peer, "eager" and "compiled".
+    unroll: unroll this package's layers, as the peer does, instead of scanning them.
   """
 
   folder: str
@@ -36,43 +35,43 @@ class Setting:
   image_size: int
   dtype: str = "float32"
   pixels: int = 32
-  forms: tuple[str, ...] = ("eager", "compiled")
+  modes: tuple[str, ...] = ("eager", "compiled")
   unroll: bool = False
 
   @property
   def weights(self) -> str:
-    """The folder or file that ours writes and the peer reads."""
+    """Folder or file of the weights."""
     return str(pathlib.Path(self.folder) / WEIGHTS)
 
   def write_inputs(self, **arrays: np.ndarray) -> None:
-    """Leaves arrays for the peer."""
+    """Saves the inputs for the peer."""
     np.savez(pathlib.Path(self.folder) / INPUTS, **arrays)
 
   def inputs(self) -> dict[str, np.ndarray]:
-    """Returns what ours has left."""
+    """Loads the inputs."""
     return dict(np.load(pathlib.Path(self.folder) / INPUTS))
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-  """One of the two.
+class Implementation:
+  """One side of a comparison.
 
   Attributes:
-    runs: by name, each takes a number of steps and waits for the last. The peer's may come in
-      several forms: "train, eager", "train, compiled" stand beside our "train".
-    answers: what the two must agree on, computed before anything is trained.
-    device: what it computes on, in words.
-    skipped: why forms are missing, by name.
+    runs: functions by name; each runs a number of steps and waits for the last. A peer has several
+      modes of a job: "train, eager" and "train, compiled" are compared with this package's "train".
+    outputs: arrays that must agree, computed before training.
+    device: description of the device.
+    skipped: reasons for missing modes, by name.
   """
 
   runs: Mapping[str, Callable[[int], object]]
-  answers: Mapping[str, np.ndarray]
+  outputs: Mapping[str, np.ndarray]
   device: str
   skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def job_of(run: str) -> str:
-  """Returns what a run does, without the form in which it is done.
+  """Returns the job of a run, without its mode.
 
   >>> job_of("train, compiled")
   'train'

@@ -1,7 +1,7 @@
-"""EfficientNet (arXiv:1905.11946) in Linen, to be compiled beside LambdaResNet: no model of ours.
+"""EfficientNet (arXiv:1905.11946) in Linen, for `efficientnet_tpu.py` alone.
 
-Mobile inverted bottlenecks with squeeze and excitation, widths and depths of the paper's compound
-scaling. Stochastic depth and dropout are left out: they cost next to nothing.
+Mobile inverted bottlenecks with squeeze and excitation, scaled as in the paper. Stochastic depth
+and dropout are omitted; their cost is negligible.
 """
 
 import math
@@ -12,7 +12,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 _STAGES = (
-  # expansion, channels, blocks, stride, kernel: of B0 (table 1)
+  # B0 (table 1): expansion, channels, blocks, stride, kernel
   (1, 16, 1, 1, 3),
   (6, 24, 2, 2, 3),
   (6, 40, 2, 2, 5),
@@ -23,7 +23,7 @@ _STAGES = (
 )
 
 SIZES = {
-  # width, depth, side of the images in pixels: of the authors' code
+  # From the official code: width, depth, image size in pixels
   "efficientnet_b0": (1.0, 1.0, 224),
   "efficientnet_b3": (1.2, 1.4, 300),
   "efficientnet_b6": (1.8, 2.6, 528),
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def scale_channels(channels: int, width: float) -> int:
-  """Returns the scaled channels: the next multiple of 8, and never less than 90 % of them."""
+  """Returns the scaled channels, rounded to a multiple of 8 but not below 90 % of them."""
   scaled = channels * width
   rounded = max(8, int(scaled + 4) // 8 * 8)
   return rounded + 8 if rounded < 0.9 * scaled else rounded
@@ -42,10 +42,10 @@ class EfficientNet(nn.Module):
   """Images [b h w 3] to logits [b num_classes].
 
   Attributes:
-    width: factor of the channels.
-    depth: factor of the blocks of each stage.
-    num_classes: of the last layer.
-    dtype: of the computation; parameters and logits are float32.
+    width: channel multiplier.
+    depth: multiplier of the blocks per stage.
+    num_classes: number of logits.
+    dtype: dtype of the computation; parameters and logits are float32.
   """
 
   width: float
@@ -57,7 +57,7 @@ class EfficientNet(nn.Module):
   def __call__(
     self, images: Float[Array, "b h w 3"], *, train: bool = False
   ) -> Float[Array, "b n"]:
-    """Classifies."""
+    """Returns the logits."""
     x = self._conv(images, scale_channels(32, self.width), 3, 2, train=train)
     for expansion, channels, blocks, stride, kernel in _STAGES:
       channels = scale_channels(channels, self.width)
@@ -101,6 +101,6 @@ class EfficientNet(nn.Module):
 
 
 def create(name: str, **fields: Any) -> EfficientNet:
-  """Returns an EfficientNet by its name, one of `SIZES`."""
+  """Returns the EfficientNet of a name in `SIZES`."""
   width, depth, _ = SIZES[name]
   return EfficientNet(width, depth, **fields)

@@ -1,4 +1,4 @@
-"""transformers' DETR, from the folder that the package exports for it; it matches on the host."""
+"""transformers' DETR, with the weights that this package exports for it; it matches on the host."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,30 +7,33 @@ import torch
 import transformers
 
 from implementations import torch_utils
-from implementations.base import Setting, Side
+from implementations.base import Implementation, Setting
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def side(setting: Setting) -> Side:
-  """Trains (matching and losses of six layers included) and predicts; attention is fused."""
+def create(setting: Setting) -> Implementation:
+  """Train step, with matching and losses of six layers, and prediction step; fused attention."""
   batch = setting.inputs()
-  images = torch_utils.placed(batch["image"])
+  images = torch_utils.to_device(batch["image"])
   mean, std = (torch.tensor(x, device=images.device) for x in (_MEAN, _STD))
   columns = zip(batch["labels"], batch["boxes_cxcywh"], batch["is_target"], strict=True)
   targets = [
-    {"class_labels": torch_utils.placed(ids[real]).long(), "boxes": torch_utils.placed(boxes[real])}
+    {
+      "class_labels": torch_utils.to_device(ids[real]).long(),
+      "boxes": torch_utils.to_device(boxes[real]),
+    }
     for ids, boxes, real in columns
   ]
 
   def outputs(model: Any, labels: Any) -> Any:
-    normal = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    normalized = ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch_utils.precision(setting):
-      return model(normal, labels=labels)
+      return model(normalized, labels=labels)
 
-  def make(form: str) -> dict[str, Callable[[int], None]]:
+  def make(mode: str) -> dict[str, Callable[[int], None]]:
     plain = _load(setting)
-    if form.startswith("compiled"):  # the losses match on the host: only the network compiles
+    if mode.startswith("compiled"):  # only the network: matching runs on the host
       plain.model = torch.compile(plain.model)
 
     @torch.inference_mode()
@@ -44,14 +47,14 @@ def side(setting: Setting) -> Side:
     return {"train": step, "predict": torch_utils.repeated(predict)}
 
   plain = _load(setting).eval()
-  # With auxiliary losses transformers' layers hand on what is normalised: as much work, but other
-  # numbers, which no published weights were trained for.
+  # With auxiliary losses, transformers passes normalized features between decoder layers: the same
+  # cost, but different outputs, which no published weights were trained for.
   plain.config.auxiliary_loss = False
   with torch.no_grad():
-    found = outputs(plain, None)
-  answers = {"logits": found.logits, "boxes_cxcywh": found.pred_boxes}
-  runs, skipped = torch_utils.tried(setting, make)
-  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
+    predicted = outputs(plain, None)
+  arrays = torch_utils.numpy({"logits": predicted.logits, "boxes_cxcywh": predicted.pred_boxes})
+  runs, skipped = torch_utils.prepare_modes(setting, make)
+  return Implementation(runs, arrays, torch_utils.device_name(), skipped)
 
 
 def _load(setting: Setting) -> Any:

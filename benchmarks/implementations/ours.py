@@ -1,5 +1,6 @@
-"""Our side of every comparison: the package as its users run it, no shortcuts."""
+"""This package's side of every comparison, through its public train and prediction steps."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from implementations.base import Setting, Side
+from implementations.base import Implementation, Setting
 from vit_jax_zoo import export
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.registry import create_model, sharding_rules
@@ -34,18 +35,18 @@ DETR = {
     (".*", {"weight_decay": 1.0}),
   ),
 }
-"""The paper's, as in configs/detr.py."""
+"""Optimizer of the paper, as in configs/detr.py."""
 
 NUM_CLASSES, COCO_CLASSES, TARGETS, OBJECTS = 1000, 91, 100, 7
 TEXTURE_WIDTHS = (256, 128, 64)  # VGG-19's relu3_1, relu2_1, relu1_1
 
 
 def random_variables(init: Any, *args: Any) -> Any:
-  """Returns fresh variables, their parameters moved: a head of zeros would show no difference."""
+  """Returns initial variables plus noise, since a zero-initialised head would hide differences."""
   fresh = jax.device_get(jax.jit(init)(jax.random.key(0), *args))
   rng = np.random.default_rng(1)
-  moved = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, x.dtype), fresh["params"])
-  return {**fresh, "params": moved}
+  noisy = jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, x.dtype), fresh["params"])
+  return {**fresh, "params": noisy}
 
 
 def _model(setting: Setting, **fields: Any) -> Any:
@@ -54,8 +55,8 @@ def _model(setting: Setting, **fields: Any) -> Any:
   return model.clone(scan_layers=False) if scanned else model
 
 
-def classification(setting: Setting) -> Side:
-  """ViT and LambdaResNet: the train step and the prediction step of the package."""
+def classification(setting: Setting) -> Implementation:
+  """ViT and LambdaResNet: train step and prediction step."""
   rng = np.random.default_rng(0)
   size = (setting.image_size, setting.image_size)
   batch = {
@@ -71,14 +72,13 @@ def classification(setting: Setting) -> Side:
   _write(setting, "safetensors-timm", model, variables, size)
   setting.write_inputs(**batch)
   task = create_task("classification", model, num_classes=NUM_CLASSES)
-  outputs = jax.jit(functools.partial(model.apply, train=False))(variables, images)
-  loss = _first_loss(task, variables, batch)
-  answers = {"logits": outputs["logits"], "training loss": loss}
-  return _steps(setting, task, variables, batch, ADAMW, answers)
+  logits = jax.jit(functools.partial(model.apply, train=False))(variables, images)["logits"]
+  outputs = {"logits": logits, "training loss": _first_loss(task, variables, batch)}
+  return _steps(setting, task, variables, batch, ADAMW, outputs)
 
 
-def pixels(setting: Setting) -> Side:
-  """IGPT: the train step, and the last pixels of images drawn."""
+def pixels(setting: Setting) -> Implementation:
+  """Image GPT: train step, and sampling of the last pixels."""
   model = _model(setting, num_positions=setting.image_size**2)
   rng = np.random.default_rng(0)
   shape = (setting.batch_size, model.num_positions)
@@ -92,24 +92,24 @@ def pixels(setting: Setting) -> Side:
   _write(setting, "hf", model, variables, (side, side), task="pixel_modelling")
   setting.write_inputs(tokens=tokens)
   task = create_task("pixel_modelling", model)
-  outputs = jax.jit(functools.partial(model.apply, method="from_tokens"))(variables, tokens)
-  loss = _first_loss(task, variables, batch)
-  answers = {"logits": outputs["pixel_logits"], "training loss": loss}
-  result = _steps(setting, task, variables, batch, ADAMW, answers)
+  apply = jax.jit(functools.partial(model.apply, method="from_tokens"))
+  logits = apply(variables, tokens)["pixel_logits"]
+  outputs = {"logits": logits, "training loss": _first_loss(task, variables, batch)}
+  result = _steps(setting, task, variables, batch, ADAMW, outputs)
   complete = jax.jit(model.complete)
   placed = jax.device_put(variables)
   given = jnp.full(setting.batch_size, model.num_positions - setting.pixels)
 
-  def draw(count: int) -> None:
+  def sample(count: int) -> None:
     for seed in range(count):
-      drawn = complete(placed, tokens, given, jax.random.key(seed))
-    jax.block_until_ready(drawn)
+      images = complete(placed, tokens, given, jax.random.key(seed))
+    jax.block_until_ready(images)
 
-  return Side({"train": result.runs["train"], "draw": draw}, answers, result.device)
+  return dataclasses.replace(result, runs={"train": result.runs["train"], "sample": sample})
 
 
-def detection(setting: Setting) -> Side:
-  """DETR: the train step with matching and six losses, and the prediction step."""
+def detection(setting: Setting) -> Implementation:
+  """DETR: train step with matching and losses of six layers, and prediction step."""
   rng = np.random.default_rng(0)
   images, size = setting.batch_size, (setting.image_size, setting.image_size)
   batch = {
@@ -120,17 +120,17 @@ def detection(setting: Setting) -> Side:
   }
   model = _model(setting)
   task = create_task("detection", model, num_classes=COCO_CLASSES)
-  normal = normalize_images(jnp.asarray(batch["image"]), task.image_mean, task.image_std)
-  variables = random_variables(functools.partial(model.init, train=False), normal)
+  normalized = normalize_images(jnp.asarray(batch["image"]), task.image_mean, task.image_std)
+  variables = random_variables(functools.partial(model.init, train=False), normalized)
   _write(setting, "hf", model, variables, size, task="detection")
   setting.write_inputs(**batch)
-  outputs = jax.jit(functools.partial(model.apply, train=False))(variables, normal)
-  answers = {name: outputs[name] for name in ("logits", "boxes_cxcywh")}
-  return _steps(setting, task, variables, batch, DETR, answers)
+  predicted = jax.jit(functools.partial(model.apply, train=False))(variables, normalized)
+  outputs = {name: predicted[name] for name in ("logits", "boxes_cxcywh")}
+  return _steps(setting, task, variables, batch, DETR, outputs)
 
 
-def relevance(setting: Setting) -> Side:
-  """TTSR: the search for matching patches, and the transfer of three levels of texture."""
+def texture_search(setting: Setting) -> Implementation:
+  """TTSR: texture search and transfer of three levels, and its gradients."""
   rng = np.random.default_rng(0)
   side = setting.image_size
   shapes = {"queries": (side, TEXTURE_WIDTHS[0]), "references": (side, TEXTURE_WIDTHS[0])}
@@ -154,19 +154,18 @@ def relevance(setting: Setting) -> Side:
 
   placed = tuple(jax.device_put(x) for x in maps.values())
   forward, gradient = jax.jit(search), jax.jit(jax.grad(total, argnums=tuple(range(len(placed)))))
-  found = forward(*placed)
-  index = find_matches(*placed[:2]).index
-  answers = {"relevance": found[0], "index": index}
-  answers |= {f"texture {s}": x for s, x in zip((1, 2, 4), found[1:], strict=True)}
+  relevance, *textures = forward(*placed)
+  outputs = {"relevance": relevance, "index": find_matches(*placed[:2]).index}
+  outputs |= {f"texture {s}": x for s, x in zip((1, 2, 4), textures, strict=True)}
   runs = {
     "search": repeated(lambda: forward(*placed)),
     "search and gradient": repeated(lambda: gradient(*placed)),
   }
-  return Side(runs, _numpy(answers), device())
+  return Implementation(runs, _numpy(outputs), device())
 
 
-def pyramid(setting: Setting) -> Side:
-  """FPT of the released code: four levels of 256 channels, forward and with gradients."""
+def pyramid(setting: Setting) -> Implementation:
+  """FPT in the official flavor: four levels, forward and with gradients."""
   width = int(setting.model.rpartition("_")[2])
   model = FeaturePyramidTransformer(
     width, "official", lateral=False, dropout_rate=0.0, dtype=setting.dtype
@@ -190,16 +189,16 @@ def pyramid(setting: Setting) -> Side:
     return sum(jnp.sum(x * x) for x in results), new
 
   gradient = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))
-  answers = {f"p{i}": x for i, x in enumerate(forward(placed, maps), 2)}
+  outputs = {f"p{i}": x for i, x in enumerate(forward(placed, maps), 2)}
   runs = {
     "forward": repeated(lambda: forward(placed, maps)),
     "forward and backward": repeated(lambda: gradient(placed["params"], maps)),
   }
-  return Side(runs, _numpy(answers), device())
+  return Implementation(runs, _numpy(outputs), device())
 
 
 def repeated(call: Any) -> Any:
-  """Returns what makes the call so many times, and waits for the last."""
+  """Returns a function that calls `call` n times and waits for the last result."""
 
   def run(count: int) -> None:
     for _ in range(count):
@@ -210,21 +209,21 @@ def repeated(call: Any) -> Any:
 
 
 def device() -> str:
-  """Returns what JAX computes on, in words."""
+  """Returns the number and kind of the devices."""
   return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _write(
   setting: Setting,
-  form: str,
+  file_format: str,
   model: Any,
   variables: Any,
   size: tuple[int, int],
   task: str = "classification",
 ) -> None:
-  """Writes the weights as published files have them."""
+  """Writes the weights in a published format."""
   pretrained = Pretrained(model, variables, Preprocess(size), {"image_size": size}, task=task)
-  export.write(pretrained, form, setting.weights)
+  export.write(pretrained, file_format, setting.weights)
 
 
 def _first_loss(task: Any, variables: Any, batch: Mapping[str, Any]) -> Any:
@@ -244,9 +243,9 @@ def _steps(
   variables: Any,
   batch: Mapping[str, np.ndarray],
   optimizer: Mapping[str, Any],
-  answers: Mapping[str, Any],
-) -> Side:
-  """Compiles the package's own program: what a run executes."""
+  outputs: Mapping[str, Any],
+) -> Implementation:
+  """Compiles the train and prediction steps of a run."""
   program = build_program(
     task,
     abstract_batch_of(batch, setting.batch_size),
@@ -269,8 +268,8 @@ def _steps(
       predictions = program.predict_step(kept, placed)
     jax.block_until_ready(predictions)
 
-  return Side({"train": train, "predict": predict}, _numpy(answers), device())
+  return Implementation({"train": train, "predict": predict}, _numpy(outputs), device())
 
 
-def _numpy(answers: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  return {name: np.asarray(jax.device_get(x), np.float32) for name, x in answers.items()}
+def _numpy(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  return {name: np.asarray(jax.device_get(x), np.float32) for name, x in outputs.items()}

@@ -1,4 +1,4 @@
-"""timm's ViT and LambdaResNet, from the folder that the package exports for timm."""
+"""timm's ViT and LambdaResNet, with the weights that this package exports for timm."""
 
 from collections.abc import Callable
 
@@ -6,31 +6,32 @@ import timm
 import torch
 
 from implementations import torch_utils
-from implementations.base import Setting, Side
+from implementations.base import Implementation, Setting
 
 
-def side(setting: Setting) -> Side:
-  """Trains and predicts as a torch user would; convolutional networks also with channels last."""
+def create(setting: Setting) -> Implementation:
+  """Train and prediction steps; convolutional networks also in channels-last layout."""
   batch = setting.inputs()
-  images, labels = torch_utils.placed(batch["image"]), torch_utils.placed(batch["label"]).long()
+  images, labels = (torch_utils.to_device(batch[name]) for name in ("image", "label"))
+  labels = labels.long()
 
-  def normal() -> torch.Tensor:
+  def normalized() -> torch.Tensor:
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
-  def make(form: str) -> dict[str, Callable[[int], None]]:
-    plain = _load(setting, form)
-    model = torch_utils.maybe_compiled(plain, form)
+  def make(mode: str) -> dict[str, Callable[[int], None]]:
+    plain = _load(setting, mode)
+    model = torch_utils.maybe_compiled(plain, mode)
 
     def loss() -> torch.Tensor:
       with torch_utils.precision(setting):
-        logits = model(normal())
+        logits = model(normalized())
       return torch.nn.functional.cross_entropy(logits.float(), labels)
 
     @torch.inference_mode()
     def predict() -> None:
       plain.eval()
       with torch_utils.precision(setting):
-        logits = model(normal())
+        logits = model(normalized())
       scores = torch.softmax(logits.float(), dim=-1)
       torch.topk(scores, 5)
       torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
@@ -40,26 +41,25 @@ def side(setting: Setting) -> Side:
       "predict": torch_utils.repeated(predict),
     }
 
-  forms = setting.forms
-  if not setting.model.startswith("vit"):  # convolutions may like the other order better
-    forms = tuple(f + last for f in forms for last in ("", torch_utils.CHANNELS_LAST))
-  answers = _answers(_load(setting, "eager"), normal(), labels)
-  runs, skipped = torch_utils.tried(setting, make, forms)
-  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
+  modes = setting.modes
+  if not setting.model.startswith("vit"):
+    modes = tuple(m + last for m in modes for last in ("", torch_utils.CHANNELS_LAST))
+  outputs = _outputs(_load(setting, "eager"), normalized(), labels)
+  runs, skipped = torch_utils.prepare_modes(setting, make, modes)
+  return Implementation(runs, torch_utils.numpy(outputs), torch_utils.device_name(), skipped)
 
 
-def _load(setting: Setting, form: str) -> torch.nn.Module:
-  model = timm.create_model(f"local-dir:{setting.weights}", pretrained=True).to(
-    torch_utils.device()
-  )
-  for module in model.modules() if form.endswith(torch_utils.CHANNELS_LAST) else ():
-    if isinstance(module, torch.nn.Conv2d):  # others, of lambda layers, have no such order
+def _load(setting: Setting, mode: str) -> torch.nn.Module:
+  model = timm.create_model(f"local-dir:{setting.weights}", pretrained=True)
+  model = model.to(torch_utils.device())
+  for module in model.modules() if mode.endswith(torch_utils.CHANNELS_LAST) else ():
+    if isinstance(module, torch.nn.Conv2d):  # lambda layers have 3d convolutions
       module.to(memory_format=torch.channels_last)
   return model
 
 
 @torch.no_grad()
-def _answers(
+def _outputs(
   model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, torch.Tensor]:
   logits = model.eval()(images)

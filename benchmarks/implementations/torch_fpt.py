@@ -1,26 +1,28 @@
-"""The feature pyramid transformer of the released code, written plainly in torch.
+"""The feature pyramid transformer of the official code, in PyTorch.
 
-Names of parameters are those of the released state dicts; what the code makes and never uses is
-left out. Without lateral convolutions and without norms after the joins, as compared here.
+Parameters are named as in the released state dicts; unused parameters are omitted. Without lateral
+convolutions and without norms after the output convolutions.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
+import timing
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
 from implementations import torch_utils
-from implementations.base import Setting, Side
+from implementations.base import Implementation, Setting
 
 LEVELS = (2, 3, 4, 5)
+STRIDES = (4, 8, 16, 32)
 PARTS = 2
 
 
 class SelfTransformer(nn.Module):
-  """Mixture of two softmaxes over pooled keys; residual."""
+  """Mixture of two softmaxes over pooled keys, with a residual."""
 
   def __init__(self, width: int):
     super().__init__()
@@ -45,7 +47,7 @@ class SelfTransformer(nn.Module):
 
 
 class GroundingTransformer(nn.Module):
-  """Dot products with a coarser level, over the number of its positions."""
+  """Attention to a coarser level by dot products, divided by the number of its positions."""
 
   def __init__(self, width: int):
     super().__init__()
@@ -53,7 +55,7 @@ class GroundingTransformer(nn.Module):
     self.W_z = nn.Sequential(nn.Conv2d(width // 2, width, 1), nn.BatchNorm2d(width))
 
   def forward(self, x: torch.Tensor, coarse: torch.Tensor) -> torch.Tensor:
-    """Returns [b c h w] of the finer level."""
+    """Returns [b c h w] at the finer level's size."""
     query = self.theta(x).flatten(2).transpose(1, 2)
     key, value = self.phi(coarse).flatten(2), self.g(coarse).flatten(2).transpose(1, 2)
     gathered = torch.bmm(torch.bmm(query, key) / key.shape[-1], value)
@@ -62,7 +64,7 @@ class GroundingTransformer(nn.Module):
 
 
 class RenderingTransformer(nn.Module):
-  """A level gated by the mean of a finer one, which is made smaller and added."""
+  """A level gated by the mean of a finer one, plus the downsampled finer level."""
 
   def __init__(self, width: int):
     super().__init__()
@@ -72,7 +74,7 @@ class RenderingTransformer(nn.Module):
     self.bn_high, self.bn_low, self.bn_reduction = (nn.BatchNorm2d(width) for _ in range(3))
 
   def forward(self, x: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
-    """Returns [b c h w] of the coarser level."""
+    """Returns [b c h w] at the coarser level's size."""
     gate = F.relu(self.bn_low(self.conv1x1(fine.mean((2, 3), keepdim=True))))
     gated = self.bn_high(self.conv3x3(x)) * gate
     for _ in range(int(math.log2(fine.shape[-1] // x.shape[-1]))):
@@ -80,8 +82,8 @@ class RenderingTransformer(nn.Module):
     return F.relu(self.bn_reduction(fine) + gated)
 
 
-class PlainFpt(nn.Module):
-  """All pairs of levels, joined by a 3x3 convolution each."""
+class TorchFpt(nn.Module):
+  """Transformers between all pairs of levels, and a 3x3 output convolution per level."""
 
   def __init__(self, width: int):
     super().__init__()
@@ -95,30 +97,48 @@ class PlainFpt(nn.Module):
       self.add_module(f"fpt_p{own}", nn.Conv2d(5 * width, width, 3, padding=1))
 
   def forward(self, levels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns a map for each level, from fine to coarse."""
+    """Returns a map per level, from fine to coarse."""
     maps = dict(zip(LEVELS, levels, strict=True))
     results = []
     for own, x in maps.items():
-      seen = [self.get_submodule(f"st_p{own}")(x)]
+      features = [self.get_submodule(f"st_p{own}")(x)]
       finer = [i for i in reversed(LEVELS) if i < own]
-      seen += [self.get_submodule(f"rt_p{own}_p{i}")(x, maps[i]) for i in finer]
+      features += [self.get_submodule(f"rt_p{own}_p{i}")(x, maps[i]) for i in finer]
       coarser = [i for i in LEVELS if i > own]
-      seen += [self.get_submodule(f"gt_p{own}_p{i}")(x, maps[i]) for i in coarser]
-      results.append(self.get_submodule(f"fpt_p{own}")(torch.cat([*seen, x], dim=1)))
+      features += [self.get_submodule(f"gt_p{own}_p{i}")(x, maps[i]) for i in coarser]
+      results.append(self.get_submodule(f"fpt_p{own}")(torch.cat([*features, x], dim=1)))
     return results
 
 
-def side(setting: Setting) -> Side:
-  """Computes the pyramid, and the gradients for parameters and maps."""
-  levels = [torch_utils.placed(x.transpose(0, 3, 1, 2)) for x in setting.inputs().values()]
+def measure(image_size: int, width: int, rounds: int) -> tuple[float, list[float], list[float]]:
+  """Returns the growth of peak memory in GB, and the seconds forward and with gradients."""
+  torch.manual_seed(0)
+  model = TorchFpt(width).eval()  # running statistics, as measured in JAX
+  levels = [torch.randn(1, width, image_size // s, image_size // s) for s in STRIDES]
+  before = timing.resident_gb()
 
-  def make(form: str) -> dict[str, Callable[[int], None]]:
+  @torch.inference_mode()
+  def forward() -> None:
+    model(levels)
+
+  def backward() -> None:
+    sum(x.sum() for x in model(levels)).backward()
+
+  times = [timing.time_rounds(torch_utils.repeated(run), rounds) for run in (forward, backward)]
+  return timing.resident_gb() - before, times[0], times[1]
+
+
+def create(setting: Setting) -> Implementation:
+  """The pyramid, and the gradients for parameters and maps."""
+  levels = [torch_utils.to_device(x.transpose(0, 3, 1, 2)) for x in setting.inputs().values()]
+
+  def make(mode: str) -> dict[str, Callable[[int], None]]:
     plain = _load(setting)
     maps = levels
-    if form.endswith(torch_utils.CHANNELS_LAST):
+    if mode.endswith(torch_utils.CHANNELS_LAST):
       plain = plain.to(memory_format=torch.channels_last)
       maps = [x.to(memory_format=torch.channels_last) for x in levels]
-    model = torch_utils.maybe_compiled(plain, form)
+    model = torch_utils.maybe_compiled(plain, mode)
 
     @torch.inference_mode()
     def forward() -> None:
@@ -128,9 +148,9 @@ def side(setting: Setting) -> Side:
 
     def gradient() -> None:
       plain.train()
-      asked = [x.detach().requires_grad_() for x in maps]
+      leaves = [x.detach().requires_grad_() for x in maps]
       with torch_utils.precision(setting):
-        results = model(asked)
+        results = model(leaves)
       sum((x.float() ** 2).sum() for x in results).backward()
       plain.zero_grad(set_to_none=True)
 
@@ -140,17 +160,17 @@ def side(setting: Setting) -> Side:
     }
 
   with torch.no_grad():
-    found = _load(setting).eval()(levels)
-  answers = {f"p{i}": x.permute(0, 2, 3, 1) for i, x in zip(LEVELS, found, strict=True)}
-  forms = tuple(f + last for f in setting.forms for last in ("", torch_utils.CHANNELS_LAST))
-  runs, skipped = torch_utils.tried(setting, make, forms)
-  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
+    results = _load(setting).eval()(levels)
+  outputs = {f"p{i}": x.permute(0, 2, 3, 1) for i, x in zip(LEVELS, results, strict=True)}
+  modes = tuple(m + last for m in setting.modes for last in ("", torch_utils.CHANNELS_LAST))
+  runs, skipped = torch_utils.prepare_modes(setting, make, modes)
+  return Implementation(runs, torch_utils.numpy(outputs), torch_utils.device_name(), skipped)
 
 
-def _load(setting: Setting) -> PlainFpt:
+def _load(setting: Setting) -> TorchFpt:
   state = load_file(f"{setting.weights}.safetensors")
-  model = PlainFpt(len(state["fpt_p2.weight"]))
+  model = TorchFpt(len(state["fpt_p2.weight"]))
   missing = model.load_state_dict(state, strict=False).missing_keys
   if missing:
-    raise ValueError(f"the exported FPT lacks {', '.join(missing[:3])}")
+    raise ValueError(f"{setting.weights}.safetensors: missing {', '.join(missing[:3])}")
   return model.to(torch_utils.device())

@@ -1,36 +1,40 @@
-"""TTSR's search and transfer as the official code does them, written plainly in torch."""
+"""TTSR's texture search and transfer as in the official code, in PyTorch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
+import timing
 import torch
 import torch.nn.functional as F
 
 from implementations import torch_utils
-from implementations.base import Setting, Side
+from implementations.base import Implementation, Setting
+
+SCALES = (1, 2, 4)
 
 
 def search(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-  """Unfolds all patches, multiplies all with all, and takes the maximum over the references.
+  """Searches with the full similarity matrix of all patches.
 
   Args:
     queries: [b c h w].
     references: [b c i j].
 
   Returns:
-    The maxima [b h*w] and their places among the references.
+    The maximal similarities [b h*w] and their reference positions.
   """
   asked, known = (F.normalize(F.unfold(x, 3, padding=1), dim=1) for x in (queries, references))
   return torch.bmm(known.transpose(1, 2), asked).max(dim=1)
 
 
 def transfer(reference: torch.Tensor, index: torch.Tensor, scale: int, size: list) -> torch.Tensor:
-  """Unfolds the reference's patches, gathers the chosen ones and folds them.
+  """Gathers the best patches of a reference and folds them.
 
   Args:
     reference: [b c i*scale j*scale].
-    index: as `search` returns it.
-    scale: of the level.
-    size: height and width of the map that asked.
+    index: reference positions from `search`.
+    scale: scale of the level.
+    size: height and width of the query map.
   """
   patches = F.unfold(reference, 3 * scale, padding=scale, stride=scale)
   chosen = patches.gather(2, index[:, None].expand(-1, patches.shape[1], -1))
@@ -38,28 +42,46 @@ def transfer(reference: torch.Tensor, index: torch.Tensor, scale: int, size: lis
   return F.fold(chosen, whole, 3 * scale, padding=scale, stride=scale) / 9
 
 
-def side(setting: Setting) -> Side:
-  """Searches, and transfers three levels; once more with gradients for all maps."""
-  given = setting.inputs()
-  maps = [torch_utils.placed(x.transpose(0, 3, 1, 2)) for x in given.values()]
-  size = list(maps[0].shape[2:])
+def search_and_transfer(
+  queries: torch.Tensor, references: torch.Tensor, *levels: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+  """Returns index, relevance and the transferred textures of up to three levels."""
+  relevance, index = search(queries, references)
+  size = list(queries.shape[2:])
+  textures = [transfer(x, index, s, size) for x, s in zip(levels, SCALES, strict=False)]
+  return index, relevance, *textures
 
-  def whole(queries: torch.Tensor, references: torch.Tensor, *levels: torch.Tensor) -> tuple:
-    relevance, index = search(queries, references)
-    scales = (1, 2, 4)
-    textures = [transfer(x, index, s, size) for x, s in zip(levels, scales, strict=True)]
-    return index, relevance, *textures
 
-  def make(form: str) -> dict[str, Callable[[int], None]]:
-    run = torch_utils.maybe_compiled(whole, form)
+def channels_first(maps: Sequence[np.ndarray]) -> list[torch.Tensor]:
+  """Returns maps [b h w c] as tensors [b c h w] on the device."""
+  return [torch_utils.to_device(x.transpose(0, 3, 1, 2)) for x in maps]
+
+
+@torch.inference_mode()
+def measure(maps: Sequence[np.ndarray], rounds: int) -> tuple[float, list[float]]:
+  """Returns the growth of peak memory in GB in a warm-up run, and the seconds of each round."""
+  tensors = channels_first(maps)
+  run = torch_utils.repeated(lambda: search_and_transfer(*tensors))
+  before = timing.resident_gb()
+  run(1)
+  grown = timing.resident_gb() - before
+  return grown, timing.time_rounds(run, rounds)
+
+
+def create(setting: Setting) -> Implementation:
+  """Search and transfer of three levels, and the same with gradients for all maps."""
+  maps = channels_first(list(setting.inputs().values()))
+
+  def make(mode: str) -> dict[str, Callable[[int], None]]:
+    run = torch_utils.maybe_compiled(search_and_transfer, mode)
 
     @torch.inference_mode()
     def forward() -> None:
       run(*maps)
 
     def gradient() -> None:
-      asked = [x.detach().requires_grad_() for x in maps]
-      sum(x.sum() for x in run(*asked)[1:]).backward()
+      leaves = [x.detach().requires_grad_() for x in maps]
+      sum(x.sum() for x in run(*leaves)[1:]).backward()
 
     return {
       "search": torch_utils.repeated(forward),
@@ -67,11 +89,9 @@ def side(setting: Setting) -> Side:
     }
 
   with torch.no_grad():
-    index, relevance, *textures = whole(*maps)
-  grid = (len(relevance), *size)
-  answers = {"relevance": relevance.view(grid), "index": index.view(grid)}
-  answers |= {
-    f"texture {s}": x.permute(0, 2, 3, 1) for s, x in zip((1, 2, 4), textures, strict=True)
-  }
-  runs, skipped = torch_utils.tried(setting, make)
-  return Side(runs, torch_utils.numpy(answers), torch_utils.described(), skipped)
+    index, relevance, *textures = search_and_transfer(*maps)
+  grid = (len(relevance), *maps[0].shape[2:])
+  outputs = {"relevance": relevance.view(grid), "index": index.view(grid)}
+  outputs |= {f"texture {s}": x.permute(0, 2, 3, 1) for s, x in zip(SCALES, textures, strict=True)}
+  runs, skipped = torch_utils.prepare_modes(setting, make)
+  return Implementation(runs, torch_utils.numpy(outputs), torch_utils.device_name(), skipped)

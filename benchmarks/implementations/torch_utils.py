@@ -1,4 +1,4 @@
-"""What the peers in torch share: device, precision, torch.compile, the training step."""
+"""Shared by the peers in PyTorch: device, precision, torch.compile, train step."""
 
 import platform
 import time
@@ -14,7 +14,7 @@ CHANNELS_LAST = ", channels last"
 
 
 def device() -> torch.device:
-  """Returns the GPU where there is one; lets float32 products use its fast units, as JAX does."""
+  """Returns the GPU if there is one, with TF32 and cuDNN's autotuner, else the CPU."""
   if not torch.cuda.is_available():
     return torch.device("cpu")
   torch.set_float32_matmul_precision("high")
@@ -22,41 +22,36 @@ def device() -> torch.device:
   return torch.device("cuda")
 
 
-def described() -> str:
-  """Returns what torch computes on, in words."""
+def device_name() -> str:
+  """Returns the name of the GPU, or the CPU's architecture and number of threads."""
   if torch.cuda.is_available():
     return torch.cuda.get_device_name()
   return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def placed(array: np.ndarray) -> torch.Tensor:
-  """Returns an array on the device."""
+def to_device(array: np.ndarray) -> torch.Tensor:
+  """Returns an array as a tensor on the device."""
   return torch.from_numpy(np.ascontiguousarray(array)).to(device())
 
 
-def numpy(answers: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-  """Returns answers as the driver compares them."""
-  return {name: x.detach().float().cpu().numpy() for name, x in answers.items()}
+def numpy(outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+  """Returns tensors as float32 arrays."""
+  return {name: x.detach().float().cpu().numpy() for name, x in outputs.items()}
 
 
 def precision(setting: Setting) -> Any:
-  """Returns the context of a forward pass: mixed precision by autocast for bfloat16."""
+  """Returns the autocast context of a forward pass, enabled for bfloat16."""
   return torch.autocast(device().type, torch.bfloat16, enabled=setting.dtype == "bfloat16")
 
 
-def wait() -> None:
-  """Waits until the device has done all that it was told."""
-  if torch.cuda.is_available():
-    torch.cuda.synchronize()
-
-
 def repeated(call: Callable[[], Any]) -> Callable[[int], None]:
-  """Returns what makes the call so many times, and waits for the last."""
+  """Returns a function that calls `call` n times and waits for the device."""
 
   def run(count: int) -> None:
     for _ in range(count):
       call()
-    wait()
+    if torch.cuda.is_available():
+      torch.cuda.synchronize()
 
   return run
 
@@ -68,7 +63,7 @@ def train_step(
   weight_decay: float = 0.1,
   clip_norm: float = 1.0,
 ) -> Callable[[int], None]:
-  """Returns so many steps of fused AdamW with clipped gradients."""
+  """Returns a function that takes n steps of fused AdamW with clipped gradients."""
   params = [p for p in model.parameters() if p.requires_grad]
   optimizer = torch.optim.AdamW(params, lr=1e-4, weight_decay=weight_decay, fused=True)
 
@@ -82,44 +77,44 @@ def train_step(
   return repeated(step)
 
 
-def tried(
+def prepare_modes(
   setting: Setting,
   make: Callable[[str], Mapping[str, Callable[[int], None]]],
-  forms: tuple[str, ...] = (),
+  modes: tuple[str, ...] = (),
 ) -> tuple[dict[str, Callable[[int], None]], dict[str, str]]:
-  """Sets the peer up in every form, and runs each once: torch.compile fails in many ways.
+  """Prepares the peer in every mode and runs each once; modes that fail are skipped.
 
   Args:
-    setting: names the forms.
-    make: takes the form's name, and returns runs.
-    forms: in place of the setting's.
+    setting: default modes.
+    make: returns runs by job for a mode.
+    modes: replaces the setting's modes.
 
   Returns:
-    The runs, by "job, form", and what went wrong with others.
+    Runs by "job, mode", and the errors of the skipped ones.
   """
   runs, skipped = {}, {}
-  for form in forms or setting.forms:
+  for mode in modes or setting.modes:
     try:
-      made = make(form)
+      made = make(mode)
     except Exception as error:
-      skipped[form] = _reason(error)
+      skipped[mode] = _first_line(error)
       continue
     for job, run in made.items():
       start = time.perf_counter()
       try:
         run(1)
       except Exception as error:
-        skipped[f"{job}, {form}"] = _reason(error)
+        skipped[f"{job}, {mode}"] = _first_line(error)
         continue
-      print(f"ready: {job}, {form} ({time.perf_counter() - start:.0f} s)", flush=True)
-      runs[f"{job}, {form}"] = run
+      print(f"ready: {job}, {mode} ({time.perf_counter() - start:.0f} s)", flush=True)
+      runs[f"{job}, {mode}"] = run
   return runs, skipped
 
 
-def _reason(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
   return (str(error).strip().splitlines() or [repr(error)])[0][:200]
 
 
-def maybe_compiled(model: Any, form: str) -> Any:
-  """Returns the model or function through torch.compile where the form says so."""
-  return torch.compile(model) if form.startswith("compiled") else model
+def maybe_compiled(model: Any, mode: str) -> Any:
+  """Returns the model or function, through torch.compile in compiled modes."""
+  return torch.compile(model) if mode.startswith("compiled") else model

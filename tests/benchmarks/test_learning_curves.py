@@ -1,4 +1,4 @@
-"""`benchmarks/learning_curves.py`: one budget for all, and what its table and picture say."""
+"""`benchmarks/learning_curves.py`: the common budget, the table and the figure."""
 
 import pathlib
 import sys
@@ -44,9 +44,9 @@ def test_the_plain_network_differs_by_its_lambda_layers_alone():
 def test_the_table_has_the_median_and_the_range(found):
   (row,) = learning_curves.summarize(found)
   assert row == {
-    "system": "ViT", "parameters": "12,345", "MFLOP an example": "2.5",
+    "system": "ViT", "parameters": "12,345", "MFLOP per example": "2.5",
     "after 64": "10.0% (10.0%-10.0%)", "at the end": "80.0% (70.0%-90.0%)",
-    "CPU s a run": "11",
+    "CPU s per run": "11",
   }  # fmt: skip
 
 
