@@ -1,13 +1,12 @@
-r"""Augmentations: what they cost, and what they look like.
+r"""Augmentations: throughput, and a figure of their results.
 
     python benchmarks/augmentation.py [--picture=augmented.png] [--rounds=5] [--images=256]
     python benchmarks/augmentation.py --config=configs/vit.py:b16_augreg --picture=augmented.png
 
-The table: images a second of CPU time, on one core, through an Inception crop from JPEG files of
-500x375 to 224 pixels and a flip, without and with each policy (medians over the rounds, in turns;
-the ratio is that of the medians). The picture: a row for each of some photographs, through the same
-transforms, or through those of `--config`, again and again; the first column is the photograph.
-What mixes examples is not in it: a run draws its first batch, mixed, when it begins.
+The table has images per CPU second on one core, from JPEG files of 500x375 through an Inception
+crop to 224 pixels and a flip, without and with each policy, measured alternately. The figure has
+one row per photograph: the original, then results of the same transforms or of those of `--config`.
+Mixup and CutMix are not included; a run draws its first batch with them.
 """
 
 import argparse
@@ -18,11 +17,10 @@ import time
 
 import cv2
 import numpy as np
-import rich.console
-import rich.table
+import timing
 from input_pipeline import write_images
 
-from vit_jax_zoo import config as configs
+from vit_jax_zoo import config as config_lib
 from vit_jax_zoo.data.sources.base import Example
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.data.transforms import build_transforms
@@ -53,25 +51,22 @@ def measure(specs: list[dict], images: list[bytes], seed: int) -> float:
   return len(images) / (time.process_time() - start)
 
 
-def table(images: list[bytes], rounds: int) -> rich.table.Table:
-  """Measures all policies in turns."""
+def table(images: list[bytes], rounds: int) -> str:
+  """Measures all policies alternately and returns the table."""
   rates: dict[str, list[float]] = {name: [] for name in POLICIES}
   for seed in range(rounds):
     for name, policy in POLICIES.items():
       rates[name].append(measure(BASE + policy, images, seed))
-  drawn = rich.table.Table(title=f"{len(images)} images, {rounds} rounds")
-  for column in ("transforms", "images / CPU second", "range", "ratio"):
-    drawn.add_column(column, justify="left" if column == "transforms" else "right")
   base = statistics.median(rates["crop and flip"])
-  for name, values in rates.items():
-    median = statistics.median(values)
-    span = f"{min(values):.0f}-{max(values):.0f}"
-    drawn.add_row(name, f"{median:.0f}", span, f"{median / base:.2f}")
-  return drawn
+  rows = [
+    [name, timing.spread(values, ".0f"), f"{statistics.median(values) / base:.2f}"]
+    for name, values in rates.items()
+  ]
+  return timing.markdown(("transforms", "images/CPU s", "ratio"), rows)
 
 
 def picture(specs: list[dict], path: str, title: str) -> None:
-  """Draws photographs as they are, and as transforms make them."""
+  """Draws photographs and their augmentations."""
   transforms, rng, rows = build_transforms(specs), np.random.default_rng(0), []
   for name in PHOTOS:
     photo = read_photo(name)
@@ -90,23 +85,24 @@ def picture(specs: list[dict], path: str, title: str) -> None:
 
 
 def main() -> None:
-  """Prints the table, unless a config's picture is all that is wanted; draws the picture."""
+  """Prints the table, or with --config only draws the figure."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--config", help="draw this config's training transforms, measure nothing")
-  parser.add_argument("--picture", help="file to draw to, such as augmented.png")
+  parser.add_argument("--config", help="draw this config's training transforms, without the table")
+  parser.add_argument("--picture", help="file of the figure, such as augmented.png")
   parser.add_argument("--images", type=int, default=256)
   parser.add_argument("--rounds", type=int, default=5)
   flags = parser.parse_args()
   specs, title = BASE + POLICIES["+ RandAugment(2, 10)"], "RandAugment(2, 10)"
   if flags.config:
-    transforms = configs.load(flags.config).data.train.transforms
+    transforms = config_lib.load(flags.config).data.train.transforms
     specs, title = [dict(spec) for spec in transforms], flags.config
   else:
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as folder:
       files = write_images(pathlib.Path(folder), flags.images)
       images = [pathlib.Path(file).read_bytes() for file in files]
-    rich.console.Console().print(table(images, flags.rounds))
+    print(f"{len(images)} images, {flags.rounds} rounds; {timing.machine()}\n")
+    print(table(images, flags.rounds))
   if flags.picture:
     picture(specs, flags.picture, title)
 

@@ -1,72 +1,66 @@
-r"""A training step of LambdaResNet and of EfficientNet, compiled for a TPU core that is not here.
+r"""Train steps of LambdaResNet and EfficientNet compiled for one TPU core: FLOPs, traffic, time.
 
-The paper (arXiv:2102.08602) compares models of the same ImageNet accuracy: LambdaResNet-152 on 288
-pixels with EfficientNet-B7 on 600 (86.7 % both, with extra data; 1620 and 170 images/s of training
-on 8 cores of TPU v3), and, on ImageNet alone, the C4 form on 320 pixels with EfficientNet-B6 on 528
-(84.0 % both). Printed are FLOPs, bytes and the least time an image by what the compiler says, and
-each model's distance from the first of its group. It is a bound, from peaks: that a TPU is slow at
-depthwise convolutions is not in it.
+The LambdaNetworks paper (arXiv:2102.08602) compares models of the same ImageNet accuracy:
+LambdaResNet-152 at 288 px with EfficientNet-B7 at 600 px (86.7 % with extra data; 1620 and 170
+images/s on 8 cores of TPU v3), and LambdaResNet-152 C4 at 320 px with EfficientNet-B6 at 528 px
+(84.0 % on ImageNet alone). The table has cost and minimum time per image, and the ratio to the
+first model of each pair. The minimum is a bound from the chip's peaks, which depthwise convolutions
+do not reach.
 
   pip install -e '.[plan]'
-  python benchmarks/rivals_for_tpu.py
-  python benchmarks/rivals_for_tpu.py --batch_size=4 --groups=2
+  python benchmarks/efficientnet_tpu.py
+  python benchmarks/efficientnet_tpu.py --batch_size=4 --pairs=2
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+import timing
 from implementations import efficientnet
-from tpu_compile import compile_for_core
+from tpu_compile import Cost, compile_for_core
 
 from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.report import gib, seconds
 from vit_jax_zoo.registry import create_model
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v3:2x2", "One core of it is planned for.")
-_BATCH = flags.DEFINE_integer("batch_size", 8, "Images of the core.")
-_GROUPS = flags.DEFINE_list("groups", ["1", "2"], "Which comparisons to make.")
+HEADER = (
+  "model", "px", "GFLOP/image", "traffic/image, GB", "temporaries", "time/image, at least", "ratio",
+  "ratio in the paper",
+)  # fmt: skip
 
 
-class Rival(NamedTuple):
-  """A model on images of one size, with the training speed that the paper prints."""
+class Entry(NamedTuple):
+  """A model with its image size and the paper's training speed in images/s."""
 
   name: str
-  side: int
+  image_size: int
   paper: float | None = None
 
 
-RIVALS = {
-  "1": (Rival("lambda_resnet_152", 288, 1620), Rival("efficientnet_b7", 600, 170)),
-  "2": (Rival("lambda_resnet_152_c4", 320), Rival("efficientnet_b6", 528)),
+PAIRS = {
+  "1": (Entry("lambda_resnet_152", 288, 1620), Entry("efficientnet_b7", 600, 170)),
+  "2": (Entry("lambda_resnet_152_c4", 320), Entry("efficientnet_b6", 528)),
 }
 
 
-class Cost(NamedTuple):
-  """What an image of a training step costs."""
-
-  flops: float
-  memory_bytes: float
-  temporaries: float
-  step: float
-  bound: str
+def create(name: str) -> Any:
+  """Returns the model in bfloat16."""
+  if name in efficientnet.SIZES:
+    return efficientnet.create(name, dtype="bfloat16")
+  return create_model(name, num_classes=1000, dtype="bfloat16")
 
 
-def create(rival: Rival) -> Any:
-  """Returns the model, in half precision."""
-  if rival.name in efficientnet.SIZES:
-    return efficientnet.create(rival.name, dtype="bfloat16")
-  return create_model(rival.name, num_classes=1000, dtype="bfloat16")
-
-
-def measure(rival: Rival, machine: Machine) -> Cost:
-  """Compiles loss, gradients and an update with momentum."""
-  model, optimizer = create(rival), optax.sgd(0.1, momentum=0.9)
-  images = jax.ShapeDtypeStruct((_BATCH.value, rival.side, rival.side, 3), jnp.bfloat16)
-  labels = jax.ShapeDtypeStruct((_BATCH.value,), jnp.int32)
+def train_step_cost(entry: Entry, batch_size: int, machine: Machine) -> Cost:
+  """Compiles loss, gradients and a momentum update for one core."""
+  model, optimizer = create(entry.name), optax.sgd(0.1, momentum=0.9)
+  size = entry.image_size
+  images = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.bfloat16)
+  labels = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+  rngs = {"dropout": jax.random.key(1)}
 
   def init(images: jax.Array) -> tuple[Any, Any, Any]:
     others = dict(model.init(jax.random.key(0), images, train=False))
@@ -85,46 +79,43 @@ def measure(rival: Rival, machine: Machine) -> Cost:
     updates, state = optimizer.update(gradients, state, params)
     return optax.apply_updates(params, updates), others, state
 
-  rngs = {"dropout": jax.random.key(1)}
   arguments = *jax.eval_shape(init, images), images, labels
-  needs, count = compile_for_core(step, arguments, machine, donate=(0, 1, 2)), _BATCH.value
-  return Cost(
-    needs.flops / count,
-    needs.memory_bytes / count,
-    needs.temporaries,
-    needs.least.step / count,
-    needs.least.bound,
-  )
+  return compile_for_core(step, arguments, machine, donate=(0, 1, 2))
 
 
-def rows(group: Sequence[Rival], machine: Machine) -> None:
-  """Prints a group, each model as soon as it is compiled."""
-  first = None
-  for rival in group:
-    cost = measure(rival, machine)
-    first = first or cost
-    paper = f"{group[0].paper / rival.paper:.1f}" if group[0].paper and rival.paper else "-"
-    print(
-      f"| {rival.name} | {rival.side} | {cost.flops / 1e9:.0f} | {cost.memory_bytes / 1e9:.2f} | "
-      f"{gib(cost.temporaries)} | {seconds(cost.step)} ({cost.bound}) | "
-      f"{cost.step / first.step:.1f} | {paper} |",
-      flush=True,
-    )
+def rows(pair: Sequence[Entry], batch_size: int, machine: Machine) -> list[list[str]]:
+  """Returns the rows of a pair."""
+  costs = [train_step_cost(entry, batch_size, machine) for entry in pair]
+  first = pair[0].paper
+  return [
+    [
+      entry.name,
+      str(entry.image_size),
+      f"{cost.flops / batch_size / 1e9:.0f}",
+      f"{cost.memory_bytes / batch_size / 1e9:.2f}",
+      gib(cost.temporary_bytes),
+      f"{seconds(cost.bound.step / batch_size)} ({cost.bound.bound})",
+      f"{cost.bound.step / costs[0].bound.step:.1f}",
+      f"{first / entry.paper:.1f}" if first and entry.paper else "-",
+    ]
+    for entry, cost in zip(pair, costs, strict=True)
+  ]
 
 
-def main(argv: list[str]) -> None:
-  """Prints a table."""
-  del argv
-  machine = find_machine("tpu", _TOPOLOGY.value)
-  print(f"a core of {_TOPOLOGY.value}, {_BATCH.value} images, bfloat16, training\n")
-  print(
-    "| model | pixels | GFLOP an image | GB moved an image | temporaries | least time an image | "
-    "times the first's | by the paper's images/s |"
-  )
-  print("|---|--:|--:|--:|--:|--:|--:|--:|")
-  for name in _GROUPS.value:
-    rows(RIVALS[name], machine)
+def main() -> None:
+  """Compiles the pairs and prints the table."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("--topology", default="v3:2x2", help="TPU slice; one core of it is used")
+  parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--pairs", default="1,2", help="comparisons: 1, 2 or 1,2")
+  flags = parser.parse_args()
+  machine = find_machine("tpu", flags.topology)
+  table = [
+    row for key in flags.pairs.split(",") for row in rows(PAIRS[key], flags.batch_size, machine)
+  ]
+  print(f"one core of {flags.topology}, {flags.batch_size} images, bfloat16, train step\n")
+  print(timing.markdown(HEADER, table))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -1,71 +1,69 @@
-r"""The paper's comparison on the demo: three pyramids, the same seed, data and number of steps.
+r"""FPT, FPN and a plain bottom-up pyramid trained on the demo: same seed, data and steps.
 
   python benchmarks/fpt_comparison.py
   python benchmarks/fpt_comparison.py --seeds=0,1,2 --variant=demo_mask --num_steps=900
 
-"bfp" is the plain bottom-up pyramid that arXiv:2007.09451 compares with, "fpn" the one with a way
-back, "fpt" the transformer; in segmentation (`--variant=demo_segmentation`) "ufp" is the unscathed
-pyramid alone. One table, a row for each pyramid; with several seeds, means and the largest distance
-from them.
+"bfp" is the plain bottom-up pyramid of arXiv:2007.09451, "fpn" the feature pyramid network, "fpt"
+the feature pyramid transformer; for `--variant=demo_segmentation`, "ufp" is the unscathed pyramid.
+With several seeds: the mean and the largest deviation from it.
 """
 
+import argparse
 import tempfile
 import time
 
 import numpy as np
-from absl import app, flags, logging
+import timing
+from absl import logging
 from etils import epath
 
-from vit_jax_zoo import config as schema
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import config as config_lib
+from vit_jax_zoo import trainer
 
-_VARIANT = flags.DEFINE_enum(
-  "variant", "demo", ["demo", "demo_mask", "demo_segmentation"], "Of configs/fpt.py."
-)
-_NECKS = flags.DEFINE_list("necks", None, "Pyramids to train; by default all that there are.")
-_SEEDS = flags.DEFINE_list("seeds", ["0"], "Each is a run.")
-_STEPS = flags.DEFINE_integer("num_steps", 400, "Of each run.")
-_SCORES = (
-  "box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "miou", "pixel_accuracy"
-)  # fmt: skip
+METRICS = ("box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "miou", "pixel_accuracy")
 
 
-def run(neck: str, seed: int) -> tuple[dict[str, float], float]:
-  """Trains one detector; returns its scores on the test scenes and the seconds that it took."""
-  argument = f"configs/fpt.py:{_VARIANT.value},neck={neck},num_steps={_STEPS.value}"
-  config = schema.load(argument)
+def run(variant: str, neck: str, num_steps: int, seed: int) -> dict[str, float]:
+  """Trains one model; returns its metrics on the test scenes and the seconds of the run."""
+  config = config_lib.load(f"configs/fpt.py:{variant},neck={neck},num_steps={num_steps}")
   config.seed = seed
-  config.explain = False  # pictures that fpt alone has, and that take time
+  config.explain = False
   start = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
-    outcome = experiment.run(config, epath.Path(folder))
+    outcome = trainer.run(config, epath.Path(folder))
   scores = {name.rpartition("/")[2]: value for name, value in outcome.scores.items()}
-  return scores, time.perf_counter() - start
+  return {**scores, "seconds": time.perf_counter() - start}
 
 
-def _cell(values: list[float], digits: int) -> str:
-  middle = float(np.mean(values))
-  spread = max(abs(value - middle) for value in values)
-  return f"{middle:.{digits}f}" + (f" +-{spread:.{digits}f}" if len(values) > 1 else "")
+def mean_deviation(values: list[float], digits: int) -> str:
+  """Returns the mean, and the largest deviation from it if there are several values."""
+  mean = float(np.mean(values))
+  deviation = max(abs(value - mean) for value in values)
+  return f"{mean:.{digits}f}" + (f" ±{deviation:.{digits}f}" if len(values) > 1 else "")
 
 
-def main(argv: list[str]) -> None:
-  """Prints the table."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
+def main() -> None:
+  """Trains every pyramid with every seed and prints the table."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument(
+    "--variant", default="demo", choices=("demo", "demo_mask", "demo_segmentation")
+  )
+  parser.add_argument("--necks", help="pyramids to train, by default all of the variant")
+  parser.add_argument("--seeds", default="0", help="one run each")
+  parser.add_argument("--num_steps", type=int, default=400, help="steps per run")
+  flags = parser.parse_args()
   logging.set_verbosity(logging.WARNING)
-  print(f"{_VARIANT.value}, {_STEPS.value} steps, seeds {', '.join(_SEEDS.value)}")
-  every = ["ufp", "fpt"] if _VARIANT.value == "demo_segmentation" else ["bfp", "fpn", "fpt"]
-  for place, neck in enumerate(_NECKS.value or every):
-    runs = [run(neck, int(seed)) for seed in _SEEDS.value]
-    names = [name for name in _SCORES if name in runs[0][0]]
-    if not place:
-      print("| pyramid | " + " | ".join(names) + " | seconds |")
-      print("|---" * (len(names) + 2) + "|")
-    cells = [_cell([scores[name] for scores, _ in runs], 3) for name in names]
-    cells.append(_cell([seconds for _, seconds in runs], 0))
-    print(f"| {neck} | " + " | ".join(cells) + " |", flush=True)
+  every = "ufp,fpt" if flags.variant == "demo_segmentation" else "bfp,fpn,fpt"
+  seeds = [int(seed) for seed in flags.seeds.split(",")]
+  rows = []
+  for neck in (flags.necks or every).split(","):
+    runs = [run(flags.variant, neck, flags.num_steps, seed) for seed in seeds]
+    names = [name for name in METRICS if name in runs[0]]
+    cells = [mean_deviation([scores[name] for scores in runs], 3) for name in names]
+    rows.append([neck, *cells, mean_deviation([scores["seconds"] for scores in runs], 0)])
+  print(f"{flags.variant}, {flags.num_steps} steps, seeds {flags.seeds}; {timing.machine()}\n")
+  print(timing.markdown(["pyramid", *names, "seconds"], rows))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

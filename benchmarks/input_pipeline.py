@@ -1,16 +1,14 @@
-r"""Input pipeline: images a second, ours beside tf.data as big_vision uses it, in one run.
+r"""Input pipeline: images per second compared with tf.data as big_vision uses it.
 
     python benchmarks/input_pipeline.py [--images=1200] [--quality=90] [--rounds=5]
 
-Both read the same JPEG files (500x375, cut from the photographs of the demos), take an Inception
-crop to 224, flip and batch. tf.data decodes only the crop (decode_and_crop_jpeg, as big_vision's
-`decode_jpeg_and_inception_crop` does) and samples it without antialiasing; ours is shown with the
-crop blurred where it shrinks, and without. They are measured in turns, so that both
-see the same machine. The table gives the median of images per second of the clock and of CPU time
-(over all threads: what one core does in a second), and their range over the rounds.
+Both read the same JPEG files (500x375, crops of the demo photographs), take an Inception crop to
+224, flip and batch. tf.data decodes only the crop, as in big_vision's
+`decode_jpeg_and_inception_crop`, and resizes it without antialiasing; this package is measured with
+and without. The pipelines run alternately. The table has the median and range of images per second
+of wall and of CPU time.
 
-tf.data needs TensorFlow in the same Python (pip install -e '.[prepare]'); without it the
-table has our rows alone.
+tf.data requires TensorFlow (`pip install -e '.[prepare]'`); without it, the rows are omitted.
 """
 
 import argparse
@@ -24,8 +22,7 @@ from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
-import rich.console
-import rich.table
+import timing
 from PIL import Image
 
 from vit_jax_zoo.data import images as jpeg
@@ -37,13 +34,13 @@ from vit_jax_zoo.data.transforms import build_transforms
 SIZE = 224
 BATCH = 64
 WARM_UP = 8
-"""Batches before the clock starts: buffers fill, TensorFlow tunes itself."""
+"""Batches before timing starts, while buffers fill and TensorFlow tunes itself."""
 
 
 def write_images(root: pathlib.Path, count: int, quality: int = 90) -> list[str]:
-  """Writes photographs of ImageNet's usual size: random parts of the demos', never enlarged.
+  """Writes random crops of the demo photographs in ImageNet's usual size and returns their paths.
 
-  (Enlarging would make them smoother, and so faster to decode, than what a camera delivers.)
+  They are never enlarged, which would make them smoother and so faster to decode than real ones.
   """
   rng = np.random.default_rng(0)
   photos = [demos.read_photo(name) for name in demos.PHOTOS]
@@ -66,7 +63,7 @@ def write_images(root: pathlib.Path, count: int, quality: int = 90) -> list[str]
 
 
 def ours(root: pathlib.Path, threads: int, *, antialias: bool) -> Iterator[np.ndarray]:
-  """Yields batches as our training gets them: uint8, normalised later on the device."""
+  """Yields this package's batches: uint8, normalized later on the device."""
   source = load_source(f"folder:{root}", "train")
   crop = dict(name="random_resized_crop", size=SIZE, antialias=antialias)
   transforms = build_transforms([crop, dict(name="random_flip")])
@@ -75,8 +72,8 @@ def ours(root: pathlib.Path, threads: int, *, antialias: bool) -> Iterator[np.nd
       yield batch["image"]
 
 
-def tf_data(files: list[str], threads: int, *, normalise: bool) -> Iterator[np.ndarray]:
-  """Yields batches as big_vision gets them: float32 in [-1, 1], or uint8 when not normalised."""
+def tf_data(files: list[str], threads: int, *, normalize: bool) -> Iterator[np.ndarray]:
+  """Yields big_vision's batches: float32 in [-1, 1], or uint8 if not normalized."""
   tf = importlib.import_module("tensorflow")
   tf.config.set_visible_devices([], "GPU")
 
@@ -93,7 +90,7 @@ def tf_data(files: list[str], threads: int, *, normalise: bool) -> Iterator[np.n
     image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
     image = tf.cast(tf.image.resize(image, (SIZE, SIZE)), tf.uint8)
     image = tf.image.random_flip_left_right(image)
-    return tf.cast(image, tf.float32) / 127.5 - 1 if normalise else image
+    return tf.cast(image, tf.float32) / 127.5 - 1 if normalize else image
 
   dataset = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files)).repeat()
   options = tf.data.Options()
@@ -105,7 +102,7 @@ def tf_data(files: list[str], threads: int, *, normalise: bool) -> Iterator[np.n
 
 
 def measure(batches: Iterator[np.ndarray], count: int) -> tuple[float, float]:
-  """Returns images per second of the clock, and per second of CPU time over all threads."""
+  """Returns images per second of wall time, and of CPU time over all threads."""
   wall, cpu = time.perf_counter(), time.process_time()
   for _ in range(count):
     next(batches)
@@ -113,61 +110,57 @@ def measure(batches: Iterator[np.ndarray], count: int) -> tuple[float, float]:
   return images / (time.perf_counter() - wall), images / (time.process_time() - cpu)
 
 
-def contestants(
+def pipelines(
   root: pathlib.Path, files: list[str], threads: int
 ) -> dict[str, Callable[[], Iterator[np.ndarray]]]:
-  """Returns what is measured, by the name of its row; the first one is what ratios refer to."""
+  """Returns the pipelines by name; ratios refer to the first."""
   rows: dict[str, Callable[[], Iterator[np.ndarray]]] = {}
   if importlib.util.find_spec("tensorflow"):
-    rows["tf.data, float32"] = lambda: tf_data(files, threads, normalise=True)
-    rows["tf.data, uint8"] = lambda: tf_data(files, threads, normalise=False)
+    rows["tf.data, float32"] = lambda: tf_data(files, threads, normalize=True)
+    rows["tf.data, uint8"] = lambda: tf_data(files, threads, normalize=False)
   rows["ours, antialiased"] = lambda: ours(root, threads, antialias=True)
   rows["ours, not antialiased"] = lambda: ours(root, threads, antialias=False)
   return rows
 
 
 def main() -> None:
-  """Makes the images, measures in turns, prints the table."""
+  """Writes the images, measures the pipelines alternately and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--images", type=int, default=1200)
   parser.add_argument("--quality", type=int, default=90)
   parser.add_argument("--rounds", type=int, default=5)
   parser.add_argument("--threads", type=int, default=2)
   flags = parser.parse_args()
-  console = rich.console.Console()
   with tempfile.TemporaryDirectory() as folder:
     root = pathlib.Path(folder)
     files = write_images(root, flags.images, flags.quality)
-    rows = contestants(root, files, flags.threads)
+    rows = pipelines(root, files, flags.threads)
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for _ in range(flags.rounds):
       for name, start in rows.items():
-        # One at a time, from start to end: a pipeline that only waits still works ahead.
+        # One at a time, from start to end: an idle pipeline would prefetch.
         batches = start()
         measure(batches, WARM_UP)
         results[name].append(measure(batches, max(1, flags.images // BATCH)))
         batches.close()
     kilobytes = sum(map(os.path.getsize, files)) / len(files) / 1e3
-  decoder = "simplejpeg" if jpeg.simplejpeg else "OpenCV; pip install -e '.[fast]' helps"
-  console.print(f"{len(files)} JPEG files, {kilobytes:.0f} kB on average; we decode by {decoder}")
-  console.print(table(results, flags.threads))
+  decoder = "simplejpeg" if jpeg.simplejpeg else "OpenCV; faster: pip install -e '.[fast]'"
+  print(f"{len(files)} JPEG files, {kilobytes:.0f} kB on average; decoder: {decoder}")
+  print(f"Inception crop to {SIZE}, batch {BATCH}, {flags.threads} threads; {timing.machine()}\n")
+  print(table(results))
   if not importlib.util.find_spec("tensorflow"):
-    console.print("tf.data was not measured: this Python has no TensorFlow")
+    print("\ntf.data was not measured: TensorFlow is not installed")
 
 
-def table(results: dict[str, list[tuple[float, float]]], threads: int) -> rich.table.Table:
-  """Returns the medians over the rounds, their range, and the ratio to the first row."""
-  drawn = rich.table.Table(title=f"Inception crop to {SIZE}, batch {BATCH}, {threads} threads")
-  for column in ("pipeline", "images/s", "range", "per CPU second", "range", "ratio (CPU)"):
-    drawn.add_column(column, justify="left" if column == "pipeline" else "right")
+def table(results: dict[str, list[tuple[float, float]]]) -> str:
+  """Returns medians and ranges over the rounds, and the ratio to the first row."""
   base = statistics.median(cpu for _, cpu in next(iter(results.values())))
+  rows = []
   for name, rounds in results.items():
-    cells = []
-    for values in zip(*rounds, strict=True):
-      cells += [f"{statistics.median(values):.0f}", f"{min(values):.0f}-{max(values):.0f}"]
-    cpu = statistics.median(cpu for _, cpu in rounds)
-    drawn.add_row(name, *cells, f"{cpu / base:.2f}")
-  return drawn
+    wall, cpu = zip(*rounds, strict=True)
+    cells = [timing.spread(values, ".0f") for values in (wall, cpu)]
+    rows.append([name, *cells, f"{statistics.median(cpu) / base:.2f}"])
+  return timing.markdown(("pipeline", "images/s", "images/CPU s", "ratio (CPU)"), rows)
 
 
 if __name__ == "__main__":

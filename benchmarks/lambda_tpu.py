@@ -1,25 +1,25 @@
-r"""LambdaResNet's forward pass, compiled for a TPU that is not here: FLOPs, bytes, memory.
+r"""LambdaResNet's forward pass compiled for a TPU chip: FLOPs, traffic, memory of embeddings.
 
-The paper's table (arXiv:2102.08602, batch 128, 224 pixels) compares ResNet-50s whose layers see the
-whole image: global attention takes 120 GB and does not run, lambda layers take 1.9 GB, 0.95 GB with
-a key depth of 8. That is the memory of the position embeddings of all pairs of positions, in
-float32, of all layers at once; it does not grow with the batch. Printed are
+The LambdaNetworks paper (arXiv:2102.08602; batch 128, 224 px) compares ResNet-50s with global
+context: self-attention needs 120 GB for its maps, lambda layers 1.9 GB (0.95 GB with k = 8) for the
+position embeddings of all pairs of positions, of all layers, in float32. The table has
 
-  * that figure by the paper's formula, from the layers that this model really has, counted on the
-    maps behind their strides, as the paper does it, and on those that they are applied to here;
-  * what attention maps would take, counted the first way, with 8 heads: they grow with the batch;
-  * what the compiler says: temporaries of a whole forward pass, where layers share their room.
+  * embeddings: the paper's figure from this model's layers, counted after their strides, and in
+    brackets at the resolution where they are applied here. Independent of the batch;
+  * attention maps: 8 heads in float32, counted after the strides. Proportional to the batch;
+  * temporaries of a forward pass by the compiler, where layers share memory.
 
   pip install -e '.[plan]'
-  python benchmarks/lambda_for_tpu.py
-  python benchmarks/lambda_for_tpu.py --models=lambda_resnet_50_llll --key_depths=16,8
+  python benchmarks/lambda_tpu.py
+  python benchmarks/lambda_tpu.py --models=lambda_resnet_50_llll --key_depths=16,8
 """
 
+import argparse
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+import timing
 from flax import linen as nn
 from tpu_compile import compile_for_core
 
@@ -28,31 +28,27 @@ from vit_jax_zoo.planning.report import gib, seconds
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "One chip.")
-_MODELS = flags.DEFINE_list(
-  "models", ["lambda_resnet_50_llll", "lambda_resnet_50_cccc"], "Models of the paper's ablations."
-)
-_KEY_DEPTHS = flags.DEFINE_list("key_depths", ["16"], "The paper's |k|.")
-_BATCH = flags.DEFINE_integer("batch_size", 128, "Images.")
-_SIZE = flags.DEFINE_integer("image_size", 224, "Side of the images, in pixels.")
-
+HEADER = (
+  "model", "k", "TFLOP", "traffic, GB", "temporaries", "embeddings (as applied)", "attention maps",
+  "time, at least",
+)  # fmt: skip
 HEADS = 8
-"""Of the attention that the paper compares with; 120 GB are 8 heads in float32 at batch 128."""
+"""Heads of the attention in the paper's comparison."""
 
 
-def lambda_maps(model: Any, images: jax.ShapeDtypeStruct) -> list[tuple[int, int, int]]:
-  """Returns positions, stride and key depth of each lambda layer of a model, by tracing it."""
-  found = []
+def lambda_layers(model: Any, images: jax.ShapeDtypeStruct) -> list[tuple[int, int, int]]:
+  """Returns positions, stride and key depth of each lambda layer, by tracing the model."""
+  layers = []
 
-  def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+  def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
     if isinstance(context.module, LambdaLayer) and context.method_name == "__call__":
       _, height, width, _ = args[0].shape
-      found.append((height * width, context.module.stride, context.module.dim_k))
+      layers.append((height * width, context.module.stride, context.module.dim_k))
     return call(*args, **kwargs)
 
-  with nn.intercept_methods(watch):
+  with nn.intercept_methods(record):
     abstract_variables(model, images)
-  return found
+  return layers
 
 
 def abstract_variables(model: Any, images: jax.ShapeDtypeStruct) -> Any:
@@ -61,9 +57,8 @@ def abstract_variables(model: Any, images: jax.ShapeDtypeStruct) -> Any:
   return jax.eval_shape(init, jax.random.key(0), images)
 
 
-def measure(name: str, key_depth: int, machine: Machine) -> str:
-  """Compiles one forward pass; returns its row."""
-  images = jax.ShapeDtypeStruct((_BATCH.value, _SIZE.value, _SIZE.value, 3), jnp.bfloat16)
+def measure(name: str, key_depth: int, images: jax.ShapeDtypeStruct, machine: Machine) -> list[str]:
+  """Compiles one forward pass and returns its row."""
   fields = {"lambda_layer": {"dim_k": key_depth}} if key_depth != 16 else {}
   model = create_model(name, num_classes=1000, dtype="bfloat16", **fields)
   variables = abstract_variables(model, images)
@@ -71,32 +66,43 @@ def measure(name: str, key_depth: int, machine: Machine) -> str:
   def forward(variables: Any, images: jax.Array) -> jax.Array:
     return model.apply(variables, images, train=False)["logits"]
 
-  maps = lambda_maps(model, images)
-  applied = sum(4.0 * k * n**2 for n, _, k in maps)
-  embeddings = sum(4.0 * k * (n // stride**2) ** 2 for n, stride, k in maps)
-  attention = sum(4.0 * HEADS * _BATCH.value * (n // stride**2) ** 2 for n, stride, _ in maps)
-  needs = compile_for_core(forward, (variables, images), machine)
-  return (
-    f"| {name} | {key_depth} | {needs.flops / 1e12:.3f} | {needs.memory_bytes / 1e9:.1f} | "
-    f"{gib(needs.temporaries)} | {gib(embeddings)} ({gib(applied)}) | {gib(attention)} | "
-    f"{seconds(needs.least.step)} ({needs.least.bound}) |"
-  )
+  layers = lambda_layers(model, images)
+  applied = sum(4.0 * k * n**2 for n, _, k in layers)
+  embeddings = sum(4.0 * k * (n // stride**2) ** 2 for n, stride, k in layers)
+  attention = sum(4.0 * HEADS * len(images) * (n // stride**2) ** 2 for n, stride, _ in layers)
+  cost = compile_for_core(forward, (variables, images), machine)
+  return [
+    name,
+    str(key_depth),
+    f"{cost.flops / 1e12:.3f}",
+    f"{cost.memory_bytes / 1e9:.1f}",
+    gib(cost.temporary_bytes),
+    f"{gib(embeddings)} ({gib(applied)})",
+    gib(attention),
+    f"{seconds(cost.bound.step)} ({cost.bound.bound})",
+  ]
 
 
-def main(argv: list[str]) -> None:
-  """Prints one row for each model and key depth."""
-  del argv
-  machine = find_machine("tpu", _TOPOLOGY.value)
-  print(f"{_TOPOLOGY.value}, {_BATCH.value} images of {_SIZE.value} pixels, bfloat16, forward\n")
-  print(
-    "| model | k | TFLOP | GB moved | temporaries | embeddings (as applied) | attention maps | "
-    "least time |"
-  )
-  print("|---|--:|--:|--:|--:|--:|--:|--:|")
-  for name in _MODELS.value:
-    for depth in _KEY_DEPTHS.value:
-      print(measure(name, int(depth), machine), flush=True)
+def main() -> None:
+  """Compiles each model with each key depth and prints the table."""
+  parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+  parser.add_argument("--topology", default="v5e:1x1", help="TPU slice; one chip of it is used")
+  parser.add_argument("--models", default="lambda_resnet_50_llll,lambda_resnet_50_cccc")
+  parser.add_argument("--key_depths", default="16", help="the paper's |k|")
+  parser.add_argument("--batch_size", type=int, default=128)
+  parser.add_argument("--image_size", type=int, default=224, help="in pixels")
+  flags = parser.parse_args()
+  machine = find_machine("tpu", flags.topology)
+  size = flags.image_size
+  images = jax.ShapeDtypeStruct((flags.batch_size, size, size, 3), jnp.bfloat16)
+  rows = [
+    measure(name, int(depth), images, machine)
+    for name in flags.models.split(",")
+    for depth in flags.key_depths.split(",")
+  ]
+  print(f"{flags.topology}, {flags.batch_size} images of {size} px, bfloat16, forward pass\n")
+  print(timing.markdown(HEADER, rows))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -1,23 +1,21 @@
-r"""What DETR's matching costs: on the device, beside optax's solver and scipy on the host.
+r"""DETR's matching: time on the device, compared with optax's solver and scipy on the host.
 
     python benchmarks/matching.py
     python benchmarks/matching.py --step=detr_r50 --image_size=640 --batch_size=4
 
-Costs are those of random predictions and targets, for a batch of images and six decoder layers.
+Costs come from random predictions and targets, for a batch of images and six decoder layers.
 
-* ours: `ops.matching.match`, padded targets left out;
-* optax: `hungarian_algorithm` under vmap, padding given the cost 0;
-* scipy: `linear_sum_assignment` for one problem after the other, on costs fetched from the device,
-  pairs sent back: what a host-side matcher has to do in the middle of a step.
+* ours: `match`, which skips padded targets;
+* optax: `hungarian_algorithm` under vmap, with cost 0 for padded targets;
+* scipy: `linear_sum_assignment` per problem, with costs fetched from the device and indices sent
+  back, as a matcher on the host needs within a step.
 
-With `--step` a whole training step of that model (loss and gradients) is measured as well, and the
-share of it that matching takes, by the clock and in CPU time (of all threads; on a busy machine the
-steadier share; it says nothing where the step runs on an accelerator).
+With `--step`, the loss and gradients of that model are measured too, and the share of matching in
+them, in wall and CPU time (the latter only where the step runs on the CPU).
 """
 
 import argparse
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,7 +35,7 @@ LAYERS, QUERIES, CLASSES = 6, 100, 91
 
 
 def problem(images: int, padded: int, objects: float) -> tuple[Any, Any]:
-  """Returns costs [b l q t] and which targets there are, Poisson-many an image."""
+  """Returns costs [b l q t] and the mask of real targets, Poisson-distributed per image."""
   rng = np.random.default_rng(0)
   is_target = np.arange(padded) < np.minimum(rng.poisson(objects, images), padded)[:, None]
   boxes = rng.uniform(0.1, 0.5, (images, padded, 4)).astype(np.float32)
@@ -56,10 +54,10 @@ def problem(images: int, padded: int, objects: float) -> tuple[Any, Any]:
   return cost, repeat(is_target)
 
 
-def solvers(cost: Any, is_target: Any) -> dict[str, Callable[[int], object]]:
-  """Returns what is measured, by name."""
+def solvers(cost: Any, is_target: Any) -> dict[str, timing.Run]:
+  """Returns the measured solvers by name."""
   ours = jax.jit(match)
-  theirs = jax.jit(jax.vmap(jax.vmap(optax.assignment.hungarian_algorithm)))
+  peer = jax.jit(jax.vmap(jax.vmap(optax.assignment.hungarian_algorithm)))
   padded = jnp.where(is_target[:, :, None], cost, 0)
   counts = np.asarray(is_target).sum(axis=-1)
 
@@ -73,19 +71,14 @@ def solvers(cost: Any, is_target: Any) -> dict[str, Callable[[int], object]]:
 
   calls = {
     "ours": lambda: ours(cost, is_target),
-    "optax": lambda: theirs(padded),
+    "optax": lambda: peer(padded),
     "scipy": on_host,
   }
-  return {name: repeated(call) for name, call in calls.items()}
+  return {name: timing.repeated(call) for name, call in calls.items()}
 
 
-def repeated(call: Callable[[], Any]) -> Callable[[int], object]:
-  """Returns what makes the call so many times and waits for each, as a step has to."""
-  return lambda count: [jax.block_until_ready(call()) for _ in range(count)]
-
-
-def training_step(flags: argparse.Namespace, padded: int) -> Callable[[int], object]:
-  """Returns loss and gradients of a model, dropout included."""
+def training_step(flags: argparse.Namespace, padded: int) -> timing.Run:
+  """Returns a run of loss and gradients of a model, with dropout."""
   images, image_size = flags.batch_size, flags.image_size
   model = create_model(flags.step, dtype=flags.dtype)
   task = create_task("detection", model, num_classes=CLASSES)
@@ -107,20 +100,20 @@ def training_step(flags: argparse.Namespace, padded: int) -> Callable[[int], obj
 
     return jax.grad(loss)(params)
 
-  return repeated(lambda: step(variables["params"]))
+  return timing.repeated(lambda: step(variables["params"]))
 
 
 def main() -> None:
-  """Prints a table: one row for each size of problem."""
+  """Measures every size of problem and prints the table."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--batch_size", type=int, default=16)
-  parser.add_argument("--padded", default="100,32", help="targets an image has room for")
-  parser.add_argument("--objects", type=float, default=7.3, help="in an image, on average (COCO)")
-  parser.add_argument("--step", default="", help="a model's name: also measures its training step")
+  parser.add_argument("--padded", default="100,32", help="sizes that targets are padded to")
+  parser.add_argument("--objects", type=float, default=7.3, help="mean objects per image (COCO)")
+  parser.add_argument("--step", default="", help="model whose training step to measure")
   parser.add_argument("--image_size", type=int, default=640)
-  parser.add_argument("--dtype", default="bfloat16", help="of the step's computation")
+  parser.add_argument("--dtype", default="bfloat16", help="dtype of the step")
   parser.add_argument("--rounds", type=int, default=5)
-  parser.add_argument("--seconds", type=float, default=1.0, help="of a turn, about")
+  parser.add_argument("--seconds", type=float, default=1.0, help="approximate length of a turn")
   flags = parser.parse_args()
   print(timing.machine("optax", "scipy"))
   rows = []
@@ -128,18 +121,18 @@ def main() -> None:
     runs = solvers(*problem(flags.batch_size, padded, flags.objects))
     if flags.step:
       runs["step"] = training_step(flags, padded)
-    times = timing.in_turns(runs, rounds=flags.rounds, seconds=flags.seconds)
+    times = timing.alternate(runs, rounds=flags.rounds, seconds=flags.seconds)
     wall = {name: [1e3 * t.wall for t in rounds] for name, rounds in times.items()}
     row = [str(padded), *(timing.spread(wall[name]) for name in runs)]
     if flags.step:
       row += [f"{_share(times, 'wall'):.2%}", f"{_share(times, 'cpu'):.2%}"]
     rows.append(row)
-  header = ["targets, padded to", "ours, ms", "optax, ms", "scipy, ms"]
-  header += [f"step of {flags.step}, ms", "ours / step", "in CPU time"] if flags.step else []
+  header = ["targets padded to", "ours, ms", "optax, ms", "scipy, ms"]
+  header += [f"step of {flags.step}, ms", "ours / step", "CPU time"] if flags.step else []
   print(f"\n{timing.markdown(header, rows)}")
   print(
     f"\n{flags.batch_size} images x {LAYERS} layers x {QUERIES} queries, {flags.objects} objects "
-    f"an image; median (range) of {flags.rounds} rounds; afterwards: {timing.machine()}"
+    f"per image; median (range) of {flags.rounds} rounds; at the end: {timing.machine()}"
   )
 
 

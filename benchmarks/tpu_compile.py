@@ -1,4 +1,4 @@
-"""What a program needs on one core of a TPU that is not here, by its compiler."""
+"""Compiles a function for one TPU core: FLOPs, memory traffic, temporaries, minimum time."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,13 +12,20 @@ from vit_jax_zoo.planning.plan import compile_text
 from vit_jax_zoo.planning.roofline import Roofline, roofline
 
 
-class Needs(NamedTuple):
-  """FLOPs, bytes moved and bytes of temporaries, and the least time."""
+class Cost(NamedTuple):
+  """Cost of one call on one core.
+
+  Attributes:
+    flops: floating-point operations, from the jaxpr.
+    memory_bytes: traffic to and from main memory, from the compiled program.
+    temporary_bytes: temporary memory.
+    bound: lower bound on the time, from the chip's peaks.
+  """
 
   flops: float
   memory_bytes: float
-  temporaries: int
-  least: Roofline
+  temporary_bytes: int
+  bound: Roofline
 
 
 def compile_for_core(
@@ -26,11 +33,18 @@ def compile_for_core(
   arguments: tuple[Any, ...],
   machine: Machine,
   donate: tuple[int, ...] = (),
-) -> Needs:
-  """Compiles a function of shapes for the first core of a machine."""
+) -> Cost:
+  """Compiles a function for the first core of a machine.
+
+  Args:
+    function: a function of arrays.
+    arguments: shapes and dtypes of its arguments.
+    machine: devices to compile for, which need not be attached.
+    donate: indices of the arguments whose buffers are donated.
+  """
   core = jax.sharding.SingleDeviceSharding(machine.devices[0])
   jitted = jax.jit(function, in_shardings=core, out_shardings=core, donate_argnums=donate)
   compiled, text = compile_text(jitted.lower(*arguments))
   flops, moved = count_flops(function, *arguments), hlo.traffic(text).memory_bytes
-  least = roofline(machine.chip, flops=flops, memory_bytes=moved, network_bytes=0.0)
-  return Needs(flops, moved, compiled.memory_analysis().temp_size_in_bytes, least)
+  bound = roofline(machine.chip, flops=flops, memory_bytes=moved, network_bytes=0.0)
+  return Cost(flops, moved, compiled.memory_analysis().temp_size_in_bytes, bound)
