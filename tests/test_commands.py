@@ -109,6 +109,7 @@ def test_predict_enlarges_pictures_with_a_reference(tmp_path):
   ("module", "arguments", "message"),
   [
     ("predict", [], "--model is missing"),
+    ("predict", ["--workdir=x"], "--workdir is now --model"),
     ("predict", ["--model=nowhere", "--images=x.jpg"], "there is no image at x.jpg"),
     ("predict", [f"--model={WEIGHTS}"], "no images are given"),
     ("predict", [f"--model={WEIGHTS}", "--imagse=x.jpg"], "imagse"),

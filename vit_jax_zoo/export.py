@@ -222,4 +222,4 @@ def _program(pretrained: Pretrained) -> Any:
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags)
+  command_line.run(main, define_flags, renamed={"workdir": "model"})

@@ -216,4 +216,4 @@ def _write_picture(picture: Picture, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags)
+  command_line.run(main, define_flags, renamed={"workdir": "model", "keep": "prefix_fraction"})

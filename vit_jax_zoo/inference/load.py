@@ -262,8 +262,7 @@ class _Run:
     shape = self.data.shapes.get("image")
     if shape:
       return int(shape[0]), int(shape[1])
-    side = round(getattr(model, "num_positions", 0) ** 0.5)
-    return (side, side) if side else None
+    return getattr(model, "image_size", None)
 
   def preprocess(self, size: tuple[int, int] | None) -> Preprocess:
     """Returns the evaluation's transforms in the words of published files, as near as they come."""

@@ -184,4 +184,4 @@ def _write_picture(figure: Figure, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags)
+  command_line.run(main, define_flags, renamed={"workdir": "model"})

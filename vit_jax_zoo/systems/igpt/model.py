@@ -163,6 +163,12 @@ class ImageGPT(nn.Module):
   scan_layers: bool = True
   attention_implementation: Implementation = None
 
+  @property
+  def image_size(self) -> tuple[int, int]:
+    """Height and width of the images in pixels."""
+    side = math.isqrt(self.num_positions)
+    return side, side
+
   def setup(self) -> None:  # noqa: D102 Linen's
     self._check()
     normal, zeros = nn.initializers.normal, nn.initializers.zeros
