@@ -95,7 +95,7 @@ slice_state() {
   state=$(gcloud compute tpus queued-resources "${list[@]}" "--format=value(state.state)") || return
   if [[ $state == ACTIVE ]]; then
     state=$(gcloud compute tpus tpu-vm "${list[@]}" "--format=value(state)") || return
-    state=${state:-PREEMPTED} # the node disappears before its request is suspended
+    state=${state:-NODE_MISSING} # for minutes after a preemption, until the request is suspended
   fi
   if [[ $state == SUSPEND* || $state == TERMINATED ]]; then state=PREEMPTED; fi
   echo "${state:-ABSENT}"
@@ -186,7 +186,6 @@ clean_up() {
 }
 
 # --- the command line -----------------------------------------------------------------------------
-
 COMMAND=${1:-}
 case $COMMAND in
   all | create | setup | run | follow | status | delete) shift ;;
@@ -233,6 +232,7 @@ fi
   die "gcloud not found; install the Google Cloud CLI: https://cloud.google.com/sdk/docs/install"
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [[ -n $DRY_RUN && $COMMAND == all ]]; then
+  python3 -c "import jax" 2>&- || die "--dry-run: needs the package here, too: pip install -e ."
   plan=() && for arg in "$@"; do if [[ $arg == --config* ]]; then plan+=("$arg"); fi; done
   python3 -m vit_jax_zoo.plan "${plan[@]}" "--topology=$TYPE" --nocompile >&2
 fi

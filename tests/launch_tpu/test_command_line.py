@@ -52,6 +52,14 @@ def test_dry_run_checks_config_and_slice(tpu):
   assert (result.returncode, result.stdout) == (2, "")
 
 
+def test_dry_run_without_the_package(tpu):
+  tpu.set(no_jax="")
+  result = tpu.launch("all", *SLICE, "--dry-run", "--", *MAIN)
+  assert (result.returncode, result.stdout) == (2, "")
+  assert len(result.stderr.splitlines()) == 1
+  assert "pip install" in result.stderr
+
+
 def test_dry_run_of_one_step(tpu):
   assert [words[2:5] for words in printed(tpu.launch("delete", *PLACE, "--dry-run"))] == [
     ["tpus", "queued-resources", "delete"]

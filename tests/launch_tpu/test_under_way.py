@@ -90,6 +90,17 @@ def test_slice_without_ssh_is_not_changed(tpu):
   assert tpu.exists
 
 
+def test_slice_whose_node_is_not_listed_is_not_deleted(tpu):
+  """A list without the node may be incomplete; only the state of the request is proof."""
+  tpu.set(request="ACTIVE", node="missing")
+  process = tpu.start("create", *SLICE)
+  tpu.wait_until(lambda: len(tpu.calls("list")) > 6)
+  tpu.set(node="READY")
+  process.communicate(timeout=60)
+  assert process.returncode == 0
+  assert not tpu.changes()
+
+
 def test_replacement_of_a_preempted_slice_is_deleted(tpu):
   tpu.set(request="SUSPENDED")
   result = tpu.launch("all", *SLICE, "--", *MAIN)

@@ -76,6 +76,7 @@ _SHAPES_3D: Mapping[int, str] = {
   4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
   512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16", 6144: "16x16x24",
 }  # fmt: skip
+_MOST_CHIPS = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +156,11 @@ def find_topology(name: str | None) -> str:
     return name
   shapes = _SHAPES_3D if version in ("v4", "v5p") else _SHAPES_2D
   cores = 1 if version in ("v5e", "v6e") else 2
-  types = {str(chips * cores): f"{version}:{shape}" for chips, shape in shapes.items()}
+  types = {
+    str(chips * cores): f"{version}:{shape}"
+    for chips, shape in shapes.items()
+    if chips <= _MOST_CHIPS[version] and (chips > 1 or cores == 1)
+  }
   if size not in types:
     raise ValueError(
       f"--topology: unknown accelerator type {name!r}; expected a size among {', '.join(types)}, "

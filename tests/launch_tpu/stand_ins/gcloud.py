@@ -52,7 +52,7 @@ def show():
   states = read("request").split()
   if use_up("broken_lists"):
     fail("Reauthentication failed.\nPlease run: gcloud auth login")
-  if not states or (kind == "tpu-vm" and states[0] != "ACTIVE"):
+  if not states or (kind == "tpu-vm" and (states[0] != "ACTIVE" or read("node") == "missing")):
     print("Listed 0 items.", file=sys.stderr)
     return
   print(read("node") or "READY" if kind == "tpu-vm" else states[0])
