@@ -198,7 +198,7 @@ def test_a_published_lambda_resnet_fits_a_detector():
 def test_what_fits_no_backbone_is_one_line(tmp_path):
   own = filled(shapes_of(detector("batch_norm")))
   other = filled(shapes_of(LambdaResNet(num_classes=5, **{**LAMBDA, "widths": (4, 4, 8, 4)})))
-  with pytest.raises(WeightsError, match="the run that backbone_file names does not fit") as info:
+  with pytest.raises(WeightsError, match="backbone_file") as info:
     load_parts({"*/backbone": other}, own)
   assert "\n" not in str(info.value)
   save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors")

@@ -258,7 +258,7 @@ def test_problems_of_an_fpt_are_one_line(change, message, tmp_path):
   [
     ({**SMALL, "neck": "bfp"}, "pth-torchvision", "no R-CNN with neck='bfp'"),
     ({**SMALL, "convention": "detectron2"}, "pth-torchvision", "convention='detectron2'"),
-    (MODELS["official_2mlp"], "pth-torchvision", "no backbone with stride_in_1x1=True"),
+    (MODELS["official_2mlp"], "pth-torchvision", "stride_in_1x1=True"),
     (SMALL, "pth", "the official code has no detector with neck='fpn'"),
     ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT but that of flavor='official'"),
   ],
