@@ -264,7 +264,9 @@ def test_accelerator_types_have_a_topology(name, topology):
   assert find_topology(name) == topology
 
 
-@pytest.mark.parametrize("name", ["v5litepod-17", "v5e-512", "v3-2", "v5p-4", "v9-8", "v5e-", "-v5e"])
+@pytest.mark.parametrize(
+  "name", ["v5litepod-17", "v5e-512", "v3-2", "v5p-4", "v9-8", "v5e-", "-v5e"]
+)
 def test_unknown_accelerator_type(name):
   with pytest.raises(ValueError, match=r"--topology|unknown TPU"):
     find_topology(name)
