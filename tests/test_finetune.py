@@ -213,7 +213,7 @@ def test_what_is_no_image_is_named_counted_and_no_obstacle(own_run, own):
 def test_the_classes_and_the_learning_rate_that_is_due_are_stated(own_run):
   _, _, said = own_run
   assert re.search(r"train: \d+ examples of 3 classes: cat \d+, galaxies \d+, retina \d+", said)
-  assert "by the linear rule of sgd its learning rate of 0.03 becomes 0.00046" in said
+  assert "linear scaling suggests --config.optimizer.learning_rate=0.00046" in said
 
 
 def test_the_best_is_what_is_exported_and_it_knows_the_names(own_run, own, tmp_path):

@@ -28,14 +28,13 @@ def said(config):
   ("config", "words"),
   [
     (vit.get_config("b16_finetune,batch_size=32"),
-     ["batch_size 32 is 1/16 of the recipe's 512: by the linear rule of sgd its learning rate of "
-      "0.03 becomes 0.001875, and this run has 0.03; set --config.optimizer.learning_rate=0.001875"
-      ", or keep the recipe's batch in parts: --config.batch_size=512 "
-      "--config.accumulation_steps=16"]),
+     ["batch_size 32 instead of 512: linear scaling suggests "
+      "--config.optimizer.learning_rate=0.001875 (now 0.03), or keep the recipe's batch with "
+      "--config.batch_size=512 --config.accumulation_steps=16"]),
     (vit.get_config("b16_imagenet21k,batch_size=64"),
-     ["batch_size 64 is 1/64 of the recipe's 4096: by the root rule of adamw its learning rate of "
-      "0.001 becomes 0.000125,"]),
-    (vit.get_config("b16_imagenet21k,batch_size=40960"), ["10 times the recipe's 4096: by the "]),
+     ["batch_size 64 instead of 4096: square-root scaling suggests "
+      "--config.optimizer.learning_rate=0.000125 (now 0.001)"]),
+    (vit.get_config("b16_imagenet21k,batch_size=40960"), ["batch_size 40960 instead of 4096: "]),
     (fpt.get_config("segmentation_voc"), []),
   ],
   ids=("sgd", "adamw", "larger", "the recipe's own"),
@@ -52,12 +51,18 @@ def test_a_rate_that_does_not_follow_is_a_warning(config, words):
 @pytest.mark.parametrize(
   ("config", "change"),
   [
-    (detr.get_config("r50,batch_size=4"), "the root rule of adamw: 0.0001 -> 2.5e-05"),
+    (
+      detr.get_config("r50,batch_size=4"),
+      "square-root scaling of the learning rate, 0.0001 -> 2.5e-05",
+    ),
     (
       lambda_resnet.get_config("lambda152_256,batch_size=256"),
-      "the linear rule of sgd: 1.6 -> 0.1",
+      "linear scaling of the learning rate, 1.6 -> 0.1",
     ),
-    (fpt.get_config("mask_rcnn_r50_fpt_coco,batch_size=2"), "linear rule of sgd: 0.05 -> 0.00625"),
+    (
+      fpt.get_config("mask_rcnn_r50_fpt_coco,batch_size=2"),
+      "linear scaling of the learning rate, 0.05 -> 0.00625",
+    ),
   ],
   ids=("detr", "lambda_resnet", "fpt"),
 )
@@ -72,7 +77,7 @@ def test_a_rate_that_was_chosen_for_the_batch_is_left_alone():
   assert said(vit.get_config("b16_finetune,batch_size=256")) == []  # near enough
 
 
-def test_a_flag_that_sets_the_batch_is_noticed_for_every_player():
+def test_a_flag_that_sets_the_batch_is_noticed_for_every_optimizer_group():
   config = ttsr.get_config("cufed,source=pairs:x")
   config.batch_size = 1
   found = said(config)
@@ -83,9 +88,7 @@ def test_a_flag_that_sets_the_batch_is_noticed_for_every_player():
   config = igpt.get_config("s_imagenet")
   config.batch_size = 8
   (advice,) = said(config)
-  assert (
-    "of 0.001 becomes 0.00025, and this run has 0.001; set --config.optimizer.le" in advice.text
-  )
+  assert "--config.optimizer.learning_rate=0.00025 (now 0.001)" in advice.text
   assert "--config.batch_size=128 --config.accumulation_steps=16" in advice.text
 
 

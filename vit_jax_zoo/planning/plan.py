@@ -185,7 +185,8 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
   try:
     compiled, text = compile_text(lowered)
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    # XLA's status code, which has no class of its own, begins the message.
+    if not str(error).startswith("RESOURCE_EXHAUSTED"):
       raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
     memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
     return dataclasses.replace(plan, memory=memory)

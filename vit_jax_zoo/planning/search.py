@@ -9,6 +9,7 @@ from vit_jax_zoo.config import complete
 from vit_jax_zoo.nn.transformer import REMAT_POLICIES
 from vit_jax_zoo.planning.hardware import Machine
 from vit_jax_zoo.planning.plan import Plan, make_plan
+from vit_jax_zoo.training.sharding import ShardingRuleError
 
 
 def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
@@ -35,10 +36,8 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
         overrides.append(f"--config.model.remat={remat}")
       try:
         plan = make_plan(candidate, machine, name=name, overrides=overrides)
-      except ValueError as error:
-        if "sharding rule" not in str(error):
-          raise
-        break  # heads or hidden units that cannot be split so
+      except ShardingRuleError:
+        break  # heads or hidden units are no multiple of the axis
       yield plan
       if plan.fits:
         break

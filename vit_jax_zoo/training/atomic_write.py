@@ -1,4 +1,4 @@
-"""Files that are written in one step: a kill, or another process, meets the old one or the new."""
+"""Atomic writes: an interruption, or another process, sees the old or the new file."""
 
 import json
 from typing import Any
@@ -7,11 +7,11 @@ from etils import epath
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file beside its place, and renames it into it.
+  """Writes a temporary file and renames it.
 
   Args:
-    path: of one process only, or of who has it to himself.
-    content: text is written as UTF-8.
+    path: written by one process only.
+    content: text is encoded as UTF-8.
   """
   path = epath.Path(path)
   encoded = content if isinstance(content, bytes) else content.encode()
@@ -21,5 +21,5 @@ def write(path: epath.PathLike, content: str | bytes) -> None:
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:
-  """Writes JSON that people may read too."""
+  """Writes indented JSON."""
   write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A full disk is said to be one, in one line, with what was to be written and what to do."""
+"""Converts ENOSPC and EDQUOT (TensorStore's too) to a one-line OSError."""
 
 import contextlib
 import errno
@@ -6,27 +6,27 @@ import os
 import re
 from collections.abc import Callable, Iterator
 
-_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_PLACE_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _NO_PLACE))})'")  # TensorStore's
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _FULL))})'")  # TensorStore's
 
 
 def is_full(error: BaseException) -> int | None:
-  """Returns the number of the system's error, if there is no place left; else None."""
-  code = _NO_PLACE_CODE.search(str(error))
+  """Returns the errno if the error is of a full disk; else None."""
+  code = _FULL_CODE.search(str(error))
   number = int(code[1]) if code else getattr(error, "errno", None)
-  return number if number in _NO_PLACE else None
+  return number if number in _FULL else None
 
 
 @contextlib.contextmanager
-def explained(what: str, advice: Callable[[], str] = lambda: "make room") -> Iterator[None]:
-  """Says of a full disk that it is full, and what to do.
+def explained(what: str, advice: Callable[[], str] = lambda: "free disk space") -> Iterator[None]:
+  """Raises a one-line error if the disk is full.
 
   Args:
-    what: begins the message: "a checkpoint cannot be written to /runs/vit".
-    advice: ends it.
+    what: the first part of the message: "a checkpoint cannot be written to /runs/vit".
+    advice: returns the last part.
 
   Raises:
-    OSError: in place of whatever is raised where there is no place left.
+    OSError: the disk is full.
   """
   try:
     yield

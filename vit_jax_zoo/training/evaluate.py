@@ -1,4 +1,4 @@
-"""Evaluation: predictions on the mesh, scores on the hosts, every example counted once."""
+"""Evaluations: predictions on the mesh, scores on the hosts, each example counted once."""
 
 import dataclasses
 import time
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass
 class Report:
-  """What an evaluation found: scores by name, and figures by name."""
+  """Scores and figures of an evaluation, by name."""
 
   scores: dict[str, float]
   figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
@@ -29,27 +29,27 @@ class Report:
 
 @runtime_checkable
 class Evaluation(Protocol):
-  """Anything that judges variables. The loop calls it and logs its report under its name."""
+  """Evaluates variables. The loop writes its report under its name."""
 
   def __call__(self, variables: Variables) -> Report:
-    """Judges `variables`. Called on all processes at once."""
+    """Evaluates `variables`; called on all processes."""
     ...
 
 
 @runtime_checkable
 class SizedBatches(Sized, Iterable[dict[str, np.ndarray]], Protocol):
-  """A finite sequence of batches; as many on every process."""
+  """A finite sequence of batches, of the same length on every process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictionScores:
-  """The usual evaluation: predict every batch of a split, and let the task's evaluator score it.
+  """Scores the predictions for a split with the task's evaluator.
 
   Attributes:
-    task: gives the evaluator and draws the figures.
+    task: provides the evaluator and draws the figures.
     predict_step: compiled, see `compile_predict_step`.
-    batches: makes the split's batches anew: this process's part of each.
-    mesh: where to predict.
+    batches: returns this process's part of the split's batches.
+    mesh: devices to predict on.
     name: of the split, for progress lines.
   """
 
@@ -60,9 +60,9 @@ class PredictionScores:
   name: str
 
   def __call__(self, variables: Variables) -> Report:
-    """Returns the scores over the whole split, figures of these, and figures of its first batch.
+    """Returns the scores over the whole split, and figures of them and of the first batch.
 
-    Where images could not be read, and the data's policy is to go on, "skipped_images" counts them.
+    "skipped_images" is the number of images that could not be read, if there are any.
     """
     evaluator, figures = self.task.evaluator(), {}
     batches = self.batches()
@@ -86,13 +86,13 @@ class PredictionScores:
 
 @dataclasses.dataclass(frozen=True)
 class Explanations:
-  """The evaluation that scores nothing: it draws what the model shows of its inside.
+  """Draws attention maps and other intermediates; no scores.
 
   Attributes:
     task: draws the figures.
-    explain_step: compiled `task.explain`, whose results are whole on every process.
-    batches: makes a split's batches anew: this process's part of each. The first one is explained.
-    mesh: where to compute.
+    explain_step: compiled `task.explain`, with replicated results.
+    batches: returns this process's part of a split's batches; the first one is used.
+    mesh: devices to compute on.
   """
 
   task: Task
@@ -101,7 +101,7 @@ class Explanations:
   mesh: Mesh
 
   def __call__(self, variables: Variables) -> Report:
-    """Returns figures alone, and those on one process."""
+    """Returns figures, on process 0 only."""
     batch = _without_padding(next(iter(self.batches())))
     found = self.explain_step(variables, sharding.to_global(batch, self.mesh))
     if not is_primary():
@@ -112,7 +112,7 @@ class Explanations:
 
 
 def _without_padding(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Puts real examples, over again, where a batch is padded."""
+  """Replaces padding by repeated real examples."""
   real = np.flatnonzero(batch["mask"]) if "mask" in batch else ()
   if not len(real):
     return dict(batch)
@@ -120,9 +120,9 @@ def _without_padding(batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def gather_parts(value: T, mesh: Mesh) -> list[T]:
-  """Returns what was made of each part of the data, on every process: one value for each part.
+  """Returns the value of each part of the data, on every process.
 
-  Processes whose devices differ along `model` alone are fed the same part, and made the same of it.
+  Processes whose devices differ only along `model` have the same part.
   """
   part, _ = sharding.input_shard(mesh, sharding.batch_ways(mesh))
   found: dict[int, T] = {}
@@ -134,7 +134,7 @@ def gather_parts(value: T, mesh: Mesh) -> list[T]:
 def predict_batches(
   predict_step: PredictStep, variables: Variables, batches: Iterable[Any], mesh: Mesh
 ) -> Iterable[tuple[Any, Any]]:
-  """Yields batches with their predictions, one batch behind: the device never waits for us."""
+  """Yields batches with their predictions, one batch behind, so that the device does not wait."""
   ahead = None
   for batch in batches:
     predictions = predict_step(variables, sharding.to_global(batch, mesh))
@@ -146,29 +146,29 @@ def predict_batches(
 
 
 class Clock:
-  """Says every ten seconds how far an evaluation has come."""
+  """Logs the progress of an evaluation every ten seconds."""
 
   def __init__(self, name: str, total: int) -> None:
-    """Begins to count.
+    """Starts the clock.
 
     Args:
       name: of the evaluation.
-      total: how many batches it has.
+      total: its number of batches.
     """
     self._name, self._total = name, total
-    self._start = self._said = time.monotonic()
+    self._start = self._logged = time.monotonic()
 
   def tick(self, done: int) -> None:
-    """Takes note that so many batches are done."""
+    """Sets the number of batches that are done."""
     now = time.monotonic()
-    if now - self._said < 10:
+    if now - self._logged < 10:
       return
-    self._said = now
+    self._logged = now
     left = (now - self._start) / done * (self._total - done)
     logging.info("evaluating %s: %d/%d batches, ETA %.0f s", self._name, done, self._total, left)
 
 
 def compile_predict_step(predict_step: PredictStep, shardings: Any, mesh: Mesh) -> PredictStep:
-  """Compiles a predict step: variables as laid out, batches and predictions split by example."""
+  """Compiles a predict step: variables with `shardings`, batches and predictions by example."""
   split = sharding.batch_sharding(mesh)
   return jax.jit(predict_step, in_shardings=(shardings, split), out_shardings=split)

@@ -1,4 +1,4 @@
-"""The evaluation that asks a model's features, layer by layer, what they know of the labels."""
+"""Evaluation of frozen features: fits a probe to each layer and scores it."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -17,23 +17,23 @@ from vit_jax_zoo.training.train_step import PredictStep
 
 @dataclasses.dataclass(frozen=True)
 class FeatureEvaluation:
-  """Learns from the features of one split, and scores on those of another.
+  """Fits a probe to the features of one split and scores it on another.
 
   All features are kept on the host, in float32: images x layers x width numbers.
 
-  Scores: those of the probe (see `evaluation/feature_probes.py`; "accuracy" is the headline). Of
-  features by layer they are the best layer's, "best_layer", chosen on a held-out part of the split
-  to learn from; then also "layer_<i>", each layer's accuracy, and one for each other kind of
-  feature, such as "pixels", and a picture of accuracy against depth.
+  Scores: those of the probe, see `metrics.feature_probes`. For features by layer they are those of
+  the best layer, "best_layer", selected on a held-out part of the fitted split; also "layer_<i>",
+  the accuracy of each layer, that of each other kind of feature, such as "pixels", and a figure of
+  accuracy against depth.
 
   Attributes:
     features_step: compiled `task.features`, see `compile_predict_step`; `layers` [b l d] are
-      probed one by one, anything else [b d] as a whole.
-    fit_batches: makes the batches to learn from anew: this process's part of each.
-    test_batches: the same of those to score.
-    mesh: where to compute features.
+      probed one by one, others [b d] as a whole.
+    fit_batches: returns this process's part of the batches to fit to.
+    test_batches: the same for the batches to score.
+    mesh: devices to compute features on.
     name: of the evaluation, for the log.
-    probe: how the features are asked.
+    probe: fitted to the features.
     views: of each image to score, see `Task.feature_views`.
   """
 
@@ -46,7 +46,7 @@ class FeatureEvaluation:
   views: int = 1
 
   def __call__(self, variables: Variables) -> Report:
-    """Returns the probe's scores and, of layers, their picture."""
+    """Returns the probe's scores and, for features by layer, a figure."""
     fit = self._collect(variables, self.fit_batches(), 1)
     test = self._collect(variables, self.test_batches(), self.views)
     logging.info("probing %s: %d and %d images", self.name, len(fit.labels), len(test.labels))
@@ -57,10 +57,10 @@ class FeatureEvaluation:
 
 
 def report(found: dict[str, FeatureScore], title: str) -> Report:
-  """Returns the scores of the best features under the probe's names, and all others' beside them.
+  """Returns the scores of the best features under the probe's names, and those of all others.
 
   Args:
-    found: what a probe says of each kind of feature.
+    found: scores of each kind of feature.
     title: of the probe.
   """
   best = choose_features(found)
@@ -92,9 +92,9 @@ def collect_features(
     features_step: compiled `task.features`.
     variables: of the model.
     batches: this process's part of each, with `label` int [b] and `mask`.
-    mesh: where to compute.
+    mesh: devices to compute on.
     name: for progress lines.
-    views: how many of each image; if several, features are [b v d].
+    views: number of views of each image; if several, features are [b v d].
 
   Raises:
     ValueError: an image has no label, or several.
@@ -105,7 +105,7 @@ def collect_features(
   pairs = predict_batches(features_step, variables, _each_view(batches, views), mesh)
   for done, (batch, found) in enumerate(pairs):
     if "label" not in batch or np.ndim(batch["label"]) != 1:
-      raise ValueError(f"{name}: features are probed with one label an image, and here are not")
+      raise ValueError(f"evaluation {name!r}: feature probes need one label per image")
     real = np.asarray(batch["mask"], bool)
     if done % views == 0:
       labels.append(np.asarray(batch["label"])[real])
@@ -121,7 +121,7 @@ def collect_features(
 
 
 def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:
-  """Yields each batch once for each view, with its number where there are several."""
+  """Yields each batch once for each view, with `view` if there are several."""
   for batch in batches:
     for view in range(views):
       number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}
@@ -129,7 +129,7 @@ def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarr
 
 
 def _join_views(arrays: list[np.ndarray], views: int) -> np.ndarray:
-  """Joins features of batches, views in turns: to [n d], or [n v d] where there are several."""
+  """Concatenates features of batches to [n d], or to [n v d] for several views."""
   if views == 1:
     return np.concatenate(arrays)
   return np.stack([np.concatenate(arrays[view::views]) for view in range(views)], axis=1)

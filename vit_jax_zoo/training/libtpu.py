@@ -1,4 +1,4 @@
-"""libtpu on machines without a TPU, where it is to plan for one (the `[plan]` extra)."""
+"""libtpu on machines without a TPU, for the planner (the `[plan]` extra)."""
 
 import os
 import pathlib
@@ -9,35 +9,35 @@ QUIET = {
   "TPU_ACCELERATOR_TYPE": "v5litepod-16",
   "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What libtpu would otherwise ask for, or complain of; of no consequence for what it compiles."""
+"""Settings without which libtpu queries a server or logs warnings; they do not change programs."""
 
 _PCI = pathlib.Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"
 _TELLING = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
-"""What stands in the environment of TPU hosts. (JAX sets others itself, anywhere.)"""
+"""Environment variables of TPU hosts. (JAX sets others on any host.)"""
 
 _FLAGS_OF_OTHERS = re.compile(r"--xla_[cg]pu_\S*")
 
 
 def has_tpu() -> bool:
-  """Whether a TPU is plugged in, or the environment speaks of one."""
+  """Returns whether the host has a TPU, by PCI device or environment."""
   vendors = (path.read_text().strip() for path in _PCI.glob("*/vendor"))
   return any(name in os.environ for name in _TELLING) or _GOOGLE in vendors
 
 
 def silence_if_idle() -> None:
-  """Keeps libtpu from several lines of complaints, at every start, that there is no TPU.
+  """Suppresses libtpu's warnings about a missing TPU; does nothing if there is one.
 
-  Call it before JAX looks for devices. It does nothing where there is a TPU.
+  Call it before JAX initialises its devices.
   """
   if not has_tpu():
     os.environ.update(QUIET)
 
 
 def hide_flags_of_others() -> None:
-  """Takes the flags for CPUs and GPUs out of XLA_FLAGS: libtpu ends the process at an unknown one.
+  """Removes flags for CPUs and GPUs from XLA_FLAGS: libtpu aborts at unknown flags.
 
-  Call it before libtpu is loaded. What a TPU's program looks like does not depend on them.
+  Call it before libtpu is loaded.
   """
   if "XLA_FLAGS" in os.environ:
     os.environ["XLA_FLAGS"] = _FLAGS_OF_OTHERS.sub("", os.environ["XLA_FLAGS"])

@@ -1,14 +1,13 @@
-"""Other batches than a recipe's: which learning rate is due, and what a user should know.
+"""Learning-rate scaling with batch size: linear for SGD, square root for adaptive optimizers.
 
 | optimizer  | rule   | learning rate                 | from                                    |
 |------------|--------|-------------------------------|-----------------------------------------|
 | sgd        | linear | the recipe's * ratio          | Goyal et al., arXiv:1706.02677          |
 | all others | root   | the recipe's * ratio ** (1/2) | Malladi et al., arXiv:2205.10287 (Adam) |
 
-where the ratio is that of the batch sizes. For lamb the root is You et al.'s (arXiv:1904.00962),
-for others it is what is usually done. These are rules of thumb: they keep what an epoch does about
-the same, and nothing replaces a search on held-out images. The same batch in parts needs no rule:
-`accumulation_steps`.
+where the ratio is that of the batch sizes. For lamb the square root is from You et al.
+(arXiv:1904.00962). These are rules of thumb; gradient accumulation (`accumulation_steps`) keeps the
+recipe's batch instead.
 """
 
 import dataclasses
@@ -17,28 +16,28 @@ from collections.abc import Mapping
 from typing import Any
 
 FAR = 4
-"""A batch is far from the recipe's if it is so many times smaller or larger."""
+"""Ratio of batch sizes from which a learning rate that is not scaled causes a warning."""
 
 _CLOSE = 2
-"""A learning rate is left uncommented within this factor of what is due."""
+"""No warning within this factor of the scaled learning rate."""
 
 SINGLE = "optimizer"
-"""What the one optimizer of a task without players is called in `recipe.learning_rates`."""
+"""Name in `recipe.learning_rates` of the optimizer of a task with one optimizer."""
 
 
 def rule_of(optimizer: str) -> str:
-  """Returns which rule an optimizer's learning rate follows: "linear" or "root"."""
+  """Returns the scaling rule of an optimizer: "linear" or "root"."""
   return "linear" if optimizer == "sgd" else "root"
 
 
 def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size: int) -> float:
-  """Returns the learning rate that is due for a batch, from that of the recipe.
+  """Returns the learning rate scaled with the batch size.
 
   Args:
     optimizer: its name.
     rate: the recipe's learning rate.
-    batch_size: images of a step, on all devices together.
-    recipe_batch_size: for which the rate was chosen.
+    batch_size: global.
+    recipe_batch_size: the recipe's, global.
 
   >>> scaled_rate("sgd", 0.03, 32, 512), scaled_rate("adamw", 1e-4, 16, 64)
   (0.001875, 5e-05)
@@ -49,62 +48,55 @@ def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-  """What to say about a batch and its learning rate; a warning, if something should be changed."""
+  """A line about batch size and learning rate; a warning if the learning rate should change."""
 
   text: str
   is_warning: bool
 
 
 def advise(config: Mapping[str, Any]) -> list[Advice]:
-  """Compares a config's batch and learning rates with those of its recipe.
+  """Compares a config's batch size and learning rates with its recipe's.
 
   Args:
-    config: `batch_size`; `optimizer`, one or one for each player; `recipe`: `batch_size` and
-      `learning_rates` by player (`SINGLE`, where there is but one).
+    config: `batch_size`; `optimizer`, one or one for each optimizer group; `recipe`: `batch_size`
+      and `learning_rates` by group (`SINGLE` if there is one).
 
   Returns:
-    Nothing where the recipe states no batch or the batch is its own, or where it is near enough
-    and the learning rates are those that are due.
+    Nothing if the batch is the recipe's, or the learning rate is near the scaled one.
   """
   recipe, batch_size = config["recipe"], config["batch_size"]
   usual = recipe["batch_size"]
   if not usual or usual == batch_size:
     return []
   optimizers = config["optimizer"]
-  by_player = {SINGLE: optimizers} if "name" in optimizers else optimizers
+  by_group = {SINGLE: optimizers} if "name" in optimizers else optimizers
   found = []
-  for player, rate in recipe["learning_rates"].items():
-    if player in by_player and by_player[player]["learning_rate"]:
-      found.append(_advise(player, by_player[player], rate, batch_size, usual))
+  for group, rate in recipe["learning_rates"].items():
+    if group in by_group and by_group[group]["learning_rate"]:
+      found.append(_advise(group, by_group[group], rate, batch_size, usual))
   return [advice for advice in found if advice is not None]
 
 
 def _advise(
-  player: str, optimizer: Mapping[str, Any], rate: float, batch_size: int, usual: int
+  group: str, optimizer: Mapping[str, Any], rate: float, batch_size: int, usual: int
 ) -> Advice | None:
   name, given = optimizer["name"], optimizer["learning_rate"]
-  due = scaled_rate(name, rate, batch_size, usual)
-  section = "optimizer" if player == SINGLE else f"optimizer.{player}"
-  sizes = f"batch_size {batch_size} is {_times(batch_size, usual)} the recipe's {usual}"
-  rule = f"the {rule_of(name)} rule of {name}"
-  if math.isclose(given, due, rel_tol=0.02):
-    return Advice(f"{sizes}; the learning rate follows it by {rule}: {rate:g} -> {given:g}", False)
+  scaled = scaled_rate(name, rate, batch_size, usual)
+  section = "optimizer" if group == SINGLE else f"optimizer.{group}"
+  change = f"batch_size {batch_size} instead of {usual}"
+  rule = "linear" if rule_of(name) == "linear" else "square-root"
+  if math.isclose(given, scaled, rel_tol=0.02):
+    return Advice(f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}", False)
   far = max(usual / batch_size, batch_size / usual) >= FAR
-  if not far or 1 / _CLOSE <= given / due <= _CLOSE:
+  if not far or 1 / _CLOSE <= given / scaled <= _CLOSE:
     return None
   parts = -(-usual // batch_size)
-  whole = f", or keep the recipe's batch in parts: --config.batch_size={usual} "
-  whole += f"--config.accumulation_steps={parts}"
+  keep = (
+    f", or keep the recipe's batch with --config.batch_size={usual} "
+    f"--config.accumulation_steps={parts}"
+  )
   return Advice(
-    f"{sizes}: by {rule} its learning rate of {rate:g} becomes {due:.4g}, and this run has "
-    f"{given:g}; set --config.{section}.learning_rate={due:.4g}"
-    + (whole if batch_size * parts == usual else ""),
+    f"{change}: {rule} scaling suggests --config.{section}.learning_rate={scaled:.4g} "
+    f"(now {given:g}){keep if batch_size * parts == usual else ''}",
     is_warning=True,
   )
-
-
-def _times(batch_size: int, usual: int) -> str:
-  """Says how large a batch is beside the usual one."""
-  if batch_size < usual:
-    return f"1/{usual / batch_size:.3g} of"
-  return f"{batch_size / usual:.3g} times"

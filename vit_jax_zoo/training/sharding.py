@@ -1,16 +1,16 @@
-"""Where arrays live: the mesh, the rules that lay parameters on it, and batches across hosts.
+"""Device mesh, sharding rules of parameters, and global batches across hosts.
 
-A mesh has three axes. `data` and `fsdp` split the batch; `fsdp` splits parameters and optimizer
-state as well, which XLA gathers layer by layer as it needs them; `model` splits the layers
-themselves. What a run computes does not depend on the mesh, beyond float rounding.
+A mesh has three axes. `data` and `fsdp` shard the batch; `fsdp` also shards parameters and
+optimizer state, which XLA gathers layer by layer; `model` shards the layers (tensor parallelism).
+Results do not depend on the mesh, up to float rounding.
 
-Rules are data, and stand beside each model: `((pattern, spec), ...)`. The first pattern that
-matches the whole "/"-joined path of a parameter decides. A spec is
+Each model has rules: `((pattern, spec), ...)`. The first pattern that matches the whole "/"-joined
+path of a parameter applies. A spec is
 
 * a tuple of axis names and None, one for each dimension, aligned on the right: the leading layer
-  axis of scanned layers stays whole;
-* an axis name: that axis splits the largest dimension that it divides;
-* `()`: the parameter is whole on every device.
+  axis of scanned layers is not sharded;
+* an axis name: it shards the largest dimension that it divides;
+* `()`: the parameter is replicated.
 """
 
 import math
@@ -32,16 +32,19 @@ Spec: TypeAlias = str | tuple[str | None, ...]
 Rules: TypeAlias = Sequence[tuple[str, Spec]]
 
 FSDP_MIN_SIZE = 2**12
-"""Parameters with fewer elements are not split by an axis-name spec: the gather would cost more."""
+"""Parameters with fewer elements are not sharded by an axis-name spec: the gather costs more."""
+
+
+class ShardingRuleError(ValueError):
+  """A rule cannot be applied to a parameter on this mesh."""
 
 
 def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges the devices along the axes `data`, `fsdp` and `model`.
 
   Args:
-    sizes: devices along each axis; an axis that is left out has one, and one axis may be -1, which
-      takes the devices that the others leave.
-    devices: all of them by default.
+    sizes: devices along each axis, 1 by default; one axis may be -1: the remaining devices.
+    devices: all by default.
 
   Raises:
     ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
@@ -64,7 +67,7 @@ def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None =
 
 
 def batch_ways(mesh: Mesh) -> int:
-  """Returns into how many parts the mesh splits a batch."""
+  """Returns the number of parts of a batch on the mesh."""
   return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -76,17 +79,17 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulation_steps: int = 1) -
     raise ValueError(
       f"batch_size {batch_size} cannot be split evenly over {batch_ways(mesh)} device(s)"
       f" (mesh data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']}) in {accumulation_steps}"
-      f" accumulation step(s); use a multiple of {parts}, such as {nearest}"
+      f" accumulation step(s); expected a multiple of {parts}, such as {nearest}"
     )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of an array that is whole on every device."""
+  """Returns the sharding of a replicated array."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of a batch: the first axis is split, the others are whole."""
+  """Returns the sharding of a batch, by its first axis."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -100,7 +103,8 @@ def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
   """Applies the rules: a tree like `abstract_params` with a PartitionSpec for each parameter.
 
   Raises:
-    ValueError: a rule's tuple cannot apply to a parameter that it matches, or none matches.
+    ShardingRuleError: a tuple cannot be applied to a parameter that it matches.
+    ValueError: no rule matches a parameter.
   """
   flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
   specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}
@@ -112,7 +116,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
     if re.fullmatch(pattern, path):
       if isinstance(spec, str):
         return _split_largest(shape, spec, mesh)
-      return _split_as_told(path, shape, pattern, spec, mesh)
+      return _split_by_tuple(path, shape, pattern, spec, mesh)
   raise ValueError(
     f"no sharding rule matches parameter {path!r} {shape}; end the rules with ('.*', 'fsdp')"
   )
@@ -127,13 +131,13 @@ def _split_largest(shape: tuple[int, ...], axis: str, mesh: Mesh) -> PartitionSp
   return PartitionSpec(*(axis if i == largest else None for i in range(len(shape))))
 
 
-def _split_as_told(
+def _split_by_tuple(
   path: str, shape: tuple[int, ...], pattern: str, spec: tuple[str | None, ...], mesh: Mesh
 ) -> PartitionSpec:
   aligned = (None,) * (len(shape) - len(spec)) + spec
   for i, (size, axis) in enumerate(zip(shape, aligned, strict=False)):
     if axis and size % mesh.shape[axis]:
-      raise ValueError(
+      raise ShardingRuleError(
         f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
         f"dimension {i} has {size} elements, and mesh axis {axis!r} has {mesh.shape[axis]} devices"
       )
@@ -147,11 +151,10 @@ def _split_as_told(
 
 
 def specs_like_parameters(tree: Any, abstract_params: Any, specs: Any) -> Any:
-  """Gives every leaf of `tree` the spec of the parameter that it accompanies.
+  """Returns a spec for every leaf of an optimizer state.
 
-  Optimizer states carry trees shaped like the parameters (moments, averages): there, a leaf whose
-  path ends in a parameter's path and whose shape is the parameter's is laid out as the parameter
-  is. Whatever else there is (counters, factored moments) is whole on every device.
+  A leaf has the spec of a parameter if its path ends in the parameter's path and its shape is the
+  same (moments, averages). Other leaves (counters, factored moments) are replicated.
   """
   flat_specs: dict[str, Any] = traverse_util.flatten_dict(specs, sep="/")
   flat_params: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
@@ -175,10 +178,10 @@ def named_shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-  """Returns which part of each global batch this process feeds: (index, number of parts).
+  """Returns the part of each global batch that this process loads: (index, number of parts).
 
-  Usually a process index and count. Processes whose devices differ along `model` alone work on the
-  same examples, and so feed the same part.
+  Usually process index and count. Processes whose devices differ only along `model` load the same
+  part.
   """
   rows: dict[int, set[int]] = {}
   for device, (index, *_) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
@@ -188,7 +191,7 @@ def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 
 
 def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """Makes global arrays, split over the mesh, of each process's rows."""
+  """Returns global arrays, sharded over the mesh, from the rows of each process."""
   sharding = batch_sharding(mesh)
   return {
     key: jax.make_array_from_process_local_data(sharding, np.asarray(value))
@@ -197,7 +200,7 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
 
 
 def to_local(tree: Any) -> Any:
-  """Fetches this process's rows of arrays split by `batch_sharding`: the inverse of `to_global`."""
+  """Fetches this process's rows of global arrays: the inverse of `to_global`."""
 
   def rows(array: jax.Array) -> np.ndarray:
     shards = {shard.index[0].start or 0: shard for shard in array.addressable_shards}
