@@ -209,6 +209,25 @@ def test_the_others_stop_when_one_is_killed_and_a_restart_resumes(tmp_path, coun
   assert f"done after {last + 2} steps" in first
 
 
+def test_processes_with_different_configs_are_one_line(tmp_path):
+  rates = ("--config.optimizer.learning_rate=0.001", "--config.optimizer.learning_rate=0.002")
+  coordinator = f"--coordinator=localhost:{free_port()}"
+  processes = [
+    command.start(
+      tmp_path / "run", *SHORT, rates[i], coordinator, "--num_processes=2", f"--process_id={i}"
+    )
+    for i in range(2)
+  ]
+  for process in processes:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, output
+    assert (
+      "error: config.optimizer.learning_rate differs: 0.001 on process 0, 0.002 on process 1"
+      in output
+    )
+  assert not (tmp_path / "run").exists()
+
+
 def test_half_given_process_flags_are_one_line(tmp_path):
   output = command.run(tmp_path, *SHORT, "--num_processes=2", expect=2)
   assert "error: --coordinator=None --num_processes=2 --process_id=None: " in output

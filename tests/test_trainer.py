@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -11,9 +12,11 @@ from etils import epath
 
 import vit_jax_zoo
 from configs import vit
+from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 
 
@@ -205,6 +208,25 @@ def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them
   assert opened == [(0,)]
   assert run(tiny(), tmp_path).finished
   assert opened == [(0,)]
+
+
+def test_a_run_of_version_0_1_resumes(tmp_path):
+  """Its config has old field names, its checkpoints no manifest; see tests/goldens/README.md."""
+  shutil.copytree(GOLDENS / "run_0_1", tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+  assert "score_best" in json.loads((tmp_path / "run" / "config.json").read_text())["checkpoint"]
+  config = config_lib.load("configs/vit.py:demo,num_steps=4,batch_size=16")
+  config.model.update(width=16, depth=2, mlp_dim=16, num_heads=2)
+  config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 2
+  config.ema_decay, config.data.eval.test.split = 0.9, "test[:40]"
+  outcome = run(config, tmp_path / "run")
+  expected = restore_variables(GOLDENS / "run_0_1" / "checkpoints" / "4")
+  jax.tree.map(
+    lambda found, old: np.testing.assert_allclose(found, old, rtol=1e-5, atol=1e-6),
+    jax.device_get(outcome.state.variables),
+    expected,
+  )
+  assert read_metrics(tmp_path / "run")[0] == read_metrics(GOLDENS / "run_0_1")[0]
 
 
 def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
