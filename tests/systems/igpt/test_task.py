@@ -15,9 +15,8 @@ from tests.conftest import golden_folder
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.systems.igpt import palette
 from vit_jax_zoo.systems.igpt import weights_hf as igpt_hf
-from vit_jax_zoo.systems.igpt.metrics import PixelEvaluator
 from vit_jax_zoo.systems.igpt.model import ImageGPT
-from vit_jax_zoo.systems.igpt.task import pixel_nats
+from vit_jax_zoo.systems.igpt.task import PixelEvaluator, pixel_nats
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.weights import key_map as table
@@ -239,7 +238,7 @@ def test_preparation_fits_a_palette_and_a_baseline_or_reads_one(tmp_path):
   clusters = found["palette"]["clusters"]
   assert clusters.shape == (8, 3)
   np.testing.assert_array_equal(clusters, palette.fit_palette(batch["image"], 8))
-  palette.write_palette(str(tmp_path / "colors.npy"), clusters[::-1])
+  np.save(str(tmp_path / "colors.npy"), clusters[::-1])
   read = make_task(palette=str(tmp_path / "colors.npy")).prepare([batch])
   np.testing.assert_array_equal(read["palette"]["clusters"], clusters[::-1])
   init = jax.eval_shape(task.init, jax.random.key(0), batch)
@@ -273,7 +272,7 @@ def test_completions_keep_what_was_given_and_scores_leave_out_padding():
   predictions = {k: np.asarray(v) for k, v in jax.jit(task.predict)(variables, batch).items()}
   assert predictions["completions"].shape == (6, 2, 4, 4, 3)
   clusters = np.asarray(variables["palette"]["clusters"])
-  quantized = palette.decode(palette.encode(batch["image"], clusters), clusters)
+  quantized = np.asarray(palette.cluster_colors(palette.encode(batch["image"], clusters), clusters))
   np.testing.assert_array_equal(predictions["quantized"], quantized)
   pixels = predictions["completions"].reshape(6, 2, 16, 3)
   for row, length in enumerate(batch["prefix_length"]):
@@ -330,11 +329,11 @@ def test_best_metrics_are_scores():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"mask_probability": 0.0}, r"mask_probability must lie in \(0, 1\), but is 0.0"),
-    ({"temperature": -1.0}, "cannot be negative, but are 0.0 and -1.0"),
-    ({"top_k": 0}, "must be positive, but are 5, 2048, 4 and 0"),
-    ({"maskings": 0}, "must be positive, but are 0, 2048"),
-    ({"class_weight": 1.0}, "the model has no num_classes; set it"),
+    ({"mask_probability": 0.0}, "mask_probability: 0.0"),
+    ({"temperature": -1.0}, "temperature"),
+    ({"top_k": 0}, "top_k"),
+    ({"maskings": 0}, "maskings"),
+    ({"class_weight": 1.0}, "num_classes"),
   ],
 )
 def test_wrong_fields_are_one_line(fields, message):
@@ -344,9 +343,9 @@ def test_wrong_fields_are_one_line(fields, message):
 
 
 def test_a_palette_of_another_size_is_one_line(tmp_path):
-  palette.write_palette(str(tmp_path / "colors.npy"), np.zeros((5, 3), np.float32))
+  np.save(str(tmp_path / "colors.npy"), np.zeros((5, 3), np.float32))
   task = make_task(palette=str(tmp_path / "colors.npy"))
-  with pytest.raises(ValueError, match=r"has 5 colours, but the model 8; set .*num_colors=5"):
+  with pytest.raises(ValueError, match="num_colors=5"):
     task.prepare([make_batch()])
-  with pytest.raises(ValueError, match="no training images"):
+  with pytest.raises(ValueError, match=r"data\.train"):
     make_task().prepare([])

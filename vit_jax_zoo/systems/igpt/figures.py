@@ -1,7 +1,4 @@
-"""Pictures of what a generative model draws: grids of images, and completions of half images.
-
-Figures are made without `pyplot`, so that nothing is kept alive and no window opens.
-"""
+"""Figures of image grids and of image completions, without `pyplot`."""
 
 from collections.abc import Sequence
 
@@ -13,7 +10,7 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.figures.canvas import MARGIN, write_title
 
 MISSING = (236, 236, 240)
-"""Colour of pixels that were not given."""
+"""Colour of pixels after the prefix."""
 GAP = 0.06  # inches between pictures
 HEAD = 0.95  # inches above the grid
 
@@ -26,14 +23,14 @@ def draw_completions(
   title: str = "Completions",
   max_images: int = 12,
 ) -> Figure:
-  """Draws a row for each image: what was given, what the model made of it, and what was there.
+  """Draws a row for each image: the prefix, the completions and the original.
 
   Args:
     images: the originals.
-    given: how many pixels, in raster order, the model was given of each.
+    given: number of pixels of each prefix, in raster order.
     completions: several of each image.
     title: of the figure.
-    max_images: draws the first so many.
+    max_images: maximum number of images.
   """
   shown = min(len(images), max_images)
   count = completions.shape[1]
@@ -65,12 +62,12 @@ def draw_images(
   Args:
     images: uint8, or floats in [0, 255].
     title: of the figure.
-    max_images: draws the first so many.
-    columns: in a row; None makes a square of them.
+    max_images: maximum number of images.
+    columns: number of images in a row; None: a square grid.
   """
   shown = min(len(images), max_images)
   if not shown:
-    raise ValueError("there is no image to draw")
+    raise ValueError("images: none; expected at least one")
   columns = columns or max(4, int(np.ceil(np.sqrt(shown))))
   figure, axes = _grid(-(-shown // columns), columns, images.shape[1:3])
   height, width = images.shape[1:3]
@@ -84,7 +81,7 @@ def draw_images(
 
 
 def keep_pixels(image: UInt8[np.ndarray, "h w 3"], count: int) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the image with all but its first `count` pixels, in raster order, blanked."""
+  """Returns the image with all but its first `count` pixels blanked."""
   pixels = image.reshape(-1, 3).copy()
   pixels[count:] = MISSING
   return pixels.reshape(image.shape)
@@ -93,7 +90,7 @@ def keep_pixels(image: UInt8[np.ndarray, "h w 3"], count: int) -> UInt8[np.ndarr
 def _grid(
   rows: int, columns: int, size: tuple[int, int], separate: Sequence[int] = ()
 ) -> tuple[Figure, list[list[Axes]]]:
-  """Lays out pictures of one size, with a wider gap before the columns in `separate`."""
+  """Returns axes for images of one size, with a wider gap before the columns in `separate`."""
   side = float(np.clip(max(size) / 32, 0.62, 1.3))
   height = side * size[0] / max(size)
   width = side * size[1] / max(size)

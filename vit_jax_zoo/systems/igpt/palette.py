@@ -1,7 +1,6 @@
-"""Palettes on the host: fitted to pixels, read and written. Free of JAX.
+"""Colour quantization: palettes fitted by k-means (iGPT, section 3.2), nearest colours of pixels.
 
-A palette is float32 [k 3] with values in [-1, 1], as OpenAI's `kmeans_centers.npy` is. Its colours
-are the clusters that k-means finds in the pixels of a training set (iGPT, section 3.2).
+A palette is float32 [k 3] with values in [-1, 1], as OpenAI's `kmeans_centers.npy`.
 """
 
 import json
@@ -11,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Float32, Int, Int32, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
 
 
 def spread_clusters(count: int) -> np.ndarray:
-  """Returns float32 [count 3] in [-1, 1]: colours spread evenly over the cube, for want of better.
+  """Returns float32 [count 3] in [-1, 1]: colours spread evenly over the cube, an initial palette.
 
-  The additive sequence whose steps are powers of the inverse of the root of
-  x^4 = x + 1: the first `count` points leave no large gap for any `count`.
+  The R3 low-discrepancy sequence, whose steps are powers of the inverse of the root of x^4 = x + 1.
   """
   root = 1.2207440846057596
   steps = root ** -np.arange(1.0, 4.0)
@@ -28,11 +26,11 @@ def spread_clusters(count: int) -> np.ndarray:
 def nearest_cluster(
   images: Float[Array, "b h w 3"], clusters: Float[Array, "k 3"]
 ) -> Int[Array, "b h w"]:
-  """Returns the index of the nearest colour of each pixel, the first of them where several are.
+  """Returns the index of the nearest colour of each pixel, the first of equals.
 
-  Distances are summed channel by channel as squares of differences: no matrix product, so that
-  accelerators which multiply matrices in 16 bits find the same colour; no array over pixels x
-  colours x channels; and XLA fuses the rest into the search for the smallest.
+  Squared differences are summed channel by channel: without a matrix product, the result is exact
+  on accelerators that multiply matrices in 16 bits; there is no array over pixels x colours x
+  channels, and XLA fuses the rest into the argmin.
 
   Args:
     images: in [-1, 1].
@@ -54,12 +52,12 @@ def cluster_colors(
 
 
 def raster(images: Int[Array, "b h w"]) -> Int[Array, "b n"]:
-  """Lays the rows of an image one after the other, top row first."""
+  """Flattens images in raster order."""
   return jax.lax.reshape(images, (images.shape[0], images.shape[1] * images.shape[2]))
 
 
 CHUNK = 1 << 16
-"""So many pixels are compared with the palette at a time: 128 MB for 512 colours."""
+"""Pixels that `encode` compares with the palette at a time: 128 MB for 512 colours."""
 
 
 def fit_palette(
@@ -67,25 +65,24 @@ def fit_palette(
 ) -> Float32[np.ndarray, "k 3"]:
   """Returns the k-means clusters of pixels in RGB, from dark to bright.
 
-  Pixels of the same colour count as one with a weight, so a set with few colours is fitted in no
-  time, and one that has exactly `num_colors` gets just these.
+  Equal pixels are one point with a weight; a set with exactly `num_colors` colours gets these.
 
   Args:
     pixels: RGB in [0, 255].
     num_colors: k, the size of the palette.
-    seed: of the first guess.
+    seed: of the initial clusters.
 
   Raises:
     ValueError: the pixels have fewer colours than the palette.
   """
-  from sklearn.cluster import KMeans  # slow to import, and needed once in a run
+  from sklearn.cluster import KMeans  # slow to import
 
   codes = pixels.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
   codes, counts = np.unique(codes, return_counts=True)
   if len(codes) < num_colors:
     raise ValueError(
-      f"a palette of {num_colors} colours cannot be fitted to images with {len(codes)} different "
-      f"ones; set the model's num_colors to {len(codes)} or fewer"
+      f"num_colors: {num_colors}, but the images have {len(codes)} different colours. Set "
+      f"num_colors={len(codes)} or fewer"
     )
   colors = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1) / 127.5 - 1.0
   if len(codes) > num_colors:
@@ -98,7 +95,7 @@ def fit_palette(
 def encode(
   images: UInt8[np.ndarray, "*shape 3"], palette: Float32[np.ndarray, "k 3"]
 ) -> Int32[np.ndarray, "*shape"]:
-  """Returns the index of the nearest colour of each pixel, the first of them where several are."""
+  """Returns the index of the nearest colour of each pixel, the first of equals; on the host."""
   pixels = images.reshape(-1, 3).astype(np.float32) / np.float32(127.5) - np.float32(1)
   tokens = np.empty(len(pixels), np.int32)
   for start in range(0, len(pixels), CHUNK):
@@ -110,40 +107,27 @@ def encode(
   return tokens.reshape(images.shape[:-1])
 
 
-def decode(
-  tokens: Shaped[np.ndarray, "*shape"], palette: Float32[np.ndarray, "k 3"]
-) -> UInt8[np.ndarray, "*shape 3"]:
-  """Returns the colours of tokens as pixels in [0, 255]."""
-  return np.clip(np.rint(127.5 * (palette + 1.0)), 0, 255).astype(np.uint8)[tokens]
-
-
 def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
   """Reads a palette.
 
   Args:
     path: a `.npy` file with [k 3], such as OpenAI's `kmeans_centers.npy`; or the JSON file of
-      Hugging Face's image processor, which has them as `clusters`.
+      Hugging Face's image processor, with the field `clusters`.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: it holds something else.
+    FileNotFoundError: the file does not exist.
+    ValueError: the file holds no palette.
   """
   file = epath.Path(path)
   if not file.exists():
-    raise FileNotFoundError(f"there is no palette {path}; leave it out to fit one to the images")
+    raise FileNotFoundError(f"{path}: no such file. Leave the palette out to fit one to the images")
   clusters = _from_json(file) if file.suffix == ".json" else _from_npy(file)
   if clusters.ndim != 2 or clusters.shape[1] != 3 or not len(clusters):
-    raise ValueError(f"{path} holds an array of shape {clusters.shape}; a palette is (colours, 3)")
+    raise ValueError(f"{path}: shape {clusters.shape}; expected (colours, 3)")
   if not np.abs(clusters).max() <= 1:
     low, high = clusters.min(), clusters.max()
-    raise ValueError(f"{path} has values from {low:g} to {high:g}; a palette's lie in [-1, 1]")
+    raise ValueError(f"{path}: values from {low:g} to {high:g}; expected [-1, 1]")
   return clusters.astype(np.float32)
-
-
-def write_palette(path: str, palette: Float32[np.ndarray, "k 3"]) -> None:
-  """Writes a palette as `.npy`, as OpenAI's are."""
-  with epath.Path(path).open("wb") as file:
-    np.save(file, palette)
 
 
 def _from_npy(file: epath.Path) -> np.ndarray:
@@ -151,11 +135,11 @@ def _from_npy(file: epath.Path) -> np.ndarray:
     with file.open("rb") as stream:
       return np.asarray(np.load(stream, allow_pickle=False))
   except (ValueError, EOFError) as error:
-    raise ValueError(f"{file} is not a .npy array ({error})") from None
+    raise ValueError(f"{file}: not a .npy array ({error})") from None
 
 
 def _from_json(file: epath.Path) -> np.ndarray:
   fields: Any = json.loads(file.read_text())
   if not isinstance(fields, dict) or "clusters" not in fields:
-    raise ValueError(f"{file} has no 'clusters'; expected the JSON of an ImageGPT image processor")
+    raise ValueError(f"{file}: no field 'clusters'; expected ImageGPT's image processor")
   return np.asarray(fields["clusters"], np.float32)

@@ -1,4 +1,4 @@
-"""Completing half of a picture, as the iGPT paper's figures show it."""
+"""Image completion, as in the iGPT paper's figures."""
 
 import functools
 from typing import Any, ClassVar
@@ -12,27 +12,28 @@ from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.igpt.figures import draw_completions, keep_pixels
 from vit_jax_zoo.systems.igpt.palette import cluster_colors
+from vit_jax_zoo.systems.igpt.sampling import complete
 
 
 class CompletionPredictor:
-  """Keeps the upper rows of a picture, and draws the rest several times."""
+  """Keeps the top rows of an image as the prefix, and samples the rest several times."""
 
   reads: ClassVar[frozenset[str]] = frozenset(
     {"prefix_fraction", "samples", "temperature", "top_k", "seed"}
   )
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Takes the model.
+    """Compiles nothing yet.
 
     Raises:
-      ValueError: the model cannot draw pixels, has no palette, or an option is out of its range.
+      ValueError: the model is not causal, has no palette, or an option is out of its range.
     """
     model: Any = trained.model
     if not model.causal:
-      raise ValueError(f"{trained.source} was trained on masked pixels, and cannot draw new ones")
+      raise ValueError(f"{trained.source}: causal=False; expected a causal model for completions")
     if "palette" not in trained.variables:
       raise ValueError(
-        f"{trained.source} has no palette; put OpenAI's kmeans_centers.npy beside the weights"
+        f"{trained.source}: no palette; expected OpenAI's kmeans_centers.npy beside the weights"
       )
     if not 0 <= options.prefix_fraction <= 1 or options.samples < 1 or options.temperature < 0:
       raise ValueError(
@@ -45,7 +46,7 @@ class CompletionPredictor:
     self._complete = jax.jit(functools.partial(_complete, model, options))
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns `given`, the pixels that were kept, and `nats`, the mean loss of a true pixel."""
+    """Returns `given`, the number of kept pixels, and `nats`, the mean loss of the pixels."""
     prepared = np.asarray(self._trained.prepare(image)["image"])
     height, width = prepared.shape[:2]
     given = round(self._options.prefix_fraction * height) * width
@@ -70,9 +71,8 @@ def _complete(
   nats = -jnp.mean(jnp.take_along_axis(log_likelihoods, tokens[..., None], axis=-1))
   lengths = jnp.full(options.samples, given, jnp.int32)
   repeated = jnp.repeat(tokens, options.samples, axis=0)
-  drawn = model.complete(
-    variables, repeated, lengths, rng, temperature=options.temperature, top_k=options.top_k
-  )
+  settings = {"temperature": options.temperature, "top_k": options.top_k}
+  drawn = complete(model, variables, repeated, lengths, rng, **settings)
   clusters = variables["palette"]["clusters"]
   return cluster_colors(drawn, clusters), cluster_colors(tokens, clusters), nats
 
@@ -80,7 +80,7 @@ def _complete(
 def _strip(
   original: UInt8[np.ndarray, "h w 3"], given: int, completions: UInt8[np.ndarray, "s h w 3"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-  """Returns the given part, the completions and the original side by side, pixel for pixel."""
+  """Returns the prefix, the completions and the original side by side."""
   pictures = [keep_pixels(original, given), *completions, original]
   gap = np.full((original.shape[0], 2, 3), 255, np.uint8)
   parts = [part for picture in pictures for part in (picture, gap)][:-1]

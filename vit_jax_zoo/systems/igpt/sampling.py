@@ -1,5 +1,6 @@
-"""Drawing sequences token by token, inside one compiled loop."""
+"""Sampling of images pixel by pixel, in one compiled loop with a cache of keys and values."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -7,34 +8,66 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+UNROLLED_DEPTH = 48
+"""Largest depth, L's, of which layers are unrolled for sampling. XL's 60 would take 15 times as
+long to compile as a scan of them, and a second copy of the weights, 27 GB."""
+
 Step: TypeAlias = Callable[[Any, Array, Array], tuple[Array, Any]]
 """`step(cache, previous, position) -> logits [b k], cache`: `previous` int32 [b] are the tokens at
-`position - 1`, to be ignored at position 0; the logits are those of the token at `position`."""
+`position - 1`, ignored at position 0; the logits are those of the token at `position`."""
 
 
-def sample_token(
+def complete(
+  model: Any,
+  variables: Any,
+  tokens: Int[Array, "b n"],
+  lengths: Int[Array, " b"],
   rng: jax.Array,
-  logits: Float[Array, "b k"],
   *,
   temperature: float | Float[Array, ""] = 1.0,
   top_k: int | None = None,
-) -> Int[Array, " b"]:
-  """Draws a token for each row.
+) -> Int[Array, "b n"]:
+  """Samples the pixels of each image from its length on. For use inside `jax.jit`.
+
+  The cache holds keys and values of all positions, so that a pixel costs one position's work. The
+  given pixels pass the model together. Scanned layers are unrolled up to `UNROLLED_DEPTH`: a scan
+  would copy each layer's weights and cache, and of one position the work is mostly to read them.
 
   Args:
+    model: a causal `ImageGPT` with a start token.
+    variables: of the model.
+    tokens: images as colours; those after a row's length are ignored.
+    lengths: number of given pixels per image, from 0 to all.
     rng: a key.
-    logits: unnormalised log-probabilities.
-    temperature: divides the logits; at 0 the most likely token is taken, the first of several.
-    top_k: draw among so many of the most likely tokens (and those that tie with the last of them);
-      None: among all.
+    temperature: see `sample_token`; 0 is greedy.
+    top_k: see `sample_token`.
   """
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  if top_k is not None and top_k < logits.shape[-1]:
-    smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
-    logits = jnp.where(logits < smallest, -jnp.inf, logits)
-  heat = jnp.asarray(temperature, jnp.float32)
-  drawn = jax.random.categorical(rng, logits / jnp.where(heat > 0, heat, 1.0))
-  return jnp.where(heat > 0, drawn.astype(jnp.int32), best)
+  if not model.shifts:
+    raise ValueError("causal, sos_token: False; expected a causal model with a start token")
+  variables = {key: variables[key] for key in ("params", "palette") if key in variables}
+  # A filler that is no colour would be embedded as NaN, which a weight of zero does not hide.
+  given = jnp.where(jnp.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
+  _, state = model.apply(variables, given, method="from_tokens", mutable=["cache"])
+  cache = state["cache"]
+  if model.scan_layers and model.depth <= UNROLLED_DEPTH:
+    variables = {**variables, "params": _unstack(variables["params"], model.depth)}
+    cache = _unstack(cache, model.depth)
+    model = model.clone(scan_layers=False)
+
+  def step(cache: Any, previous: Array, position: Array) -> tuple[Array, Any]:
+    logits, state = model.apply(
+      {**variables, "cache": cache}, previous, position, method="next_logits", mutable=["cache"]
+    )
+    return logits, state["cache"]
+
+  return continue_sequences(step, cache, tokens, lengths, rng, temperature=temperature, top_k=top_k)
+
+
+def _unstack(tree: Any, depth: int) -> Any:
+  """Returns a collection of a model with scanned layers in the layout of unrolled layers."""
+  blocks = tree["decoder"]["blocks"]
+  layers = {f"block_{i}": jax.tree.map(operator.itemgetter(i), blocks) for i in range(depth)}
+  return {**tree, "decoder": layers}
 
 
 def continue_sequences(
@@ -47,18 +80,19 @@ def continue_sequences(
   temperature: float | Float[Array, ""] = 1.0,
   top_k: int | None = None,
 ) -> Int[Array, "b n"]:
-  """Fills each row of `tokens` from its length on; what comes before stays as it is.
+  """Samples each row of `tokens` from its length on, and keeps what comes before.
 
-  One loop from the shortest length to the end, so the cost is that of the longest continuation. It
-  is a `fori_loop` and not a scan over all positions that skips the given ones: XLA copies the whole
-  cache in and out of the branch that would skip.
+  One loop from the shortest length to the end. It is a `fori_loop` and not a scan over all
+  positions that skips the given ones: XLA copies the whole cache in and out of the branch that
+  would skip.
 
   Args:
-    step: gives the logits of a position from the token before it and a cache of those before that.
+    step: returns the logits of a position from the token before it and a cache of those before
+      that.
     cache: of every position before the shortest length.
-    tokens: prefixes; what stands after a row's length is ignored.
-    lengths: how many tokens of each row are given, from 0 to n.
-    rng: a key; each position draws with one of its own.
+    tokens: prefixes; tokens after a row's length are ignored.
+    lengths: number of given tokens per row, from 0 to n.
+    rng: a key, folded with each position.
     temperature: see `sample_token`.
     top_k: see `sample_token`.
   """
@@ -74,3 +108,28 @@ def continue_sequences(
     return jax.lax.dynamic_update_index_in_dim(tokens, token, position, axis=1), cache
 
   return jax.lax.fori_loop(jnp.min(lengths), tokens.shape[1], draw, (tokens, cache))[0]
+
+
+def sample_token(
+  rng: jax.Array,
+  logits: Float[Array, "b k"],
+  *,
+  temperature: float | Float[Array, ""] = 1.0,
+  top_k: int | None = None,
+) -> Int[Array, " b"]:
+  """Samples a token for each row.
+
+  Args:
+    rng: a key.
+    logits: unnormalised log-probabilities.
+    temperature: divides the logits; at 0 the most likely token is taken, the first of several.
+    top_k: number of most likely tokens to sample from, with those that tie with the last of them;
+      None: all.
+  """
+  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  if top_k is not None and top_k < logits.shape[-1]:
+    smallest = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < smallest, -jnp.inf, logits)
+  heat = jnp.asarray(temperature, jnp.float32)
+  drawn = jax.random.categorical(rng, logits / jnp.where(heat > 0, heat, 1.0))
+  return jnp.where(heat > 0, drawn.astype(jnp.int32), best)

@@ -1,74 +1,62 @@
-"""Generative modelling of pixels: the next one, or those that are masked; with labels if wanted.
+"""Autoregressive and masked pixel modelling, with a classification loss for fine-tuning.
 
-Chen et al., "Generative Pretraining from Pixels", ICML 2020, sections 2.1, 2.2 and 3.4.
+Chen et al., "Generative Pretraining from Pixels", ICML 2020, sections 2.1 to 2.3.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int64, Integer
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.metrics.base import MeanEvaluator
 from vit_jax_zoo.metrics.majority_vote import majority_vote
+from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.igpt import figures as draw
-from vit_jax_zoo.systems.igpt import palette as host
-from vit_jax_zoo.systems.igpt.bigram import count_bigrams, log_bigrams, score_bigrams
-from vit_jax_zoo.systems.igpt.metrics import PixelEvaluator
+from vit_jax_zoo.systems.igpt import palette as palettes
 from vit_jax_zoo.systems.igpt.palette import cluster_colors
+from vit_jax_zoo.systems.igpt.sampling import complete
 from vit_jax_zoo.tasks import base
-
-
-class PixelModel(base.Model, Protocol):
-  """What the task asks of a model; `models.igpt.ImageGPT` has it."""
-
-  num_colors: int
-  num_positions: int
-  num_classes: int | None
-  causal: bool
-
-  def complete(self, *args: Any, **kwargs: Any) -> Any:
-    """Draws the pixels of images from a length on."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelModelling(base.Task):
-  """Learns the distribution of images as sequences of colours.
+  """Models images as sequences of colours.
 
-  A causal model predicts each pixel from those before, and its loss is the mean over all of them
-  (Eq. 2). Another predicts masked pixels from visible ones: each is masked with
-  `mask_probability`, and an image's loss is the mean over those that are, so that images weigh the
-  same however many that is (Eq. 3). With `class_weight` the cross-entropy of the label is added.
+  A causal model predicts each pixel from those before; its loss is the mean over pixels (Eq. 2). A
+  model with `causal=False` predicts masked pixels from visible ones; its loss is the mean over an
+  image's masked pixels, then over images (Eq. 3). `class_weight` adds the label's cross-entropy.
 
   Batches: `image` [b h w 3], uint8 or floats in [0, 255]; `label` int [b], needed with
-  `class_weight`; `mask` [b], True for real rows. When a batch to be predicted has `prefix_length`
-  int [b], its images are completed from so many pixels on.
+  `class_weight`; `mask` [b], True for real rows. With `prefix_length` int [b], predictions contain
+  completions of the images from that number of pixels on.
 
   Attributes:
-    model: a `PixelModel`.
-    class_weight: of the label's loss; 0 for pre-training, 1 for fine-tuning in the paper.
-    mask_probability: of a pixel, in models that are not causal.
-    maskings: so often an image is masked to be classified by a model that is not causal, in
-      predictions and by probes of its features; the majority names the label (section 4, BERT).
-    palette: file to read the colours from, see `palette.read_palette`; None: they are fitted to
-      the training images before the first step.
-    palette_images: so many training images are used for that, and for the bigram baseline.
+    model: an `ImageGPT`.
+    class_weight: weight of the label's loss; 0 for pre-training, 1 for fine-tuning (section 3.4).
+    mask_probability: probability of masking a pixel, with `causal=False` (section 2.2: 0.15).
+    maskings: number of random masks per image for classification with `causal=False`, in
+      predictions and by probes; the majority is the label (section 4, BERT).
+    palette: file of the colours, see `palette.read_palette`; None: fitted to the training images
+      before the first step.
+    palette_images: number of training images for that, and for the bigram baseline.
     temperature: of completions.
-    top_k: completions draw among so many of the likeliest colours; None: among all.
-    completions: how many of each image.
+    top_k: number of most likely colours that completions sample from; None: all.
+    completions: number of completions per image.
     seed: of masks in evaluations, of completions, and of the palette.
   """
 
   name: ClassVar[str] = "pixel_modelling"
 
-  model: Any  # a PixelModel; Python 3.13 cannot tell a Linen module for one
+  model: Any
   class_weight: float = 0.0
   mask_probability: float = 0.15
   maskings: int = 5
@@ -81,49 +69,38 @@ class PixelModelling(base.Task):
 
   def __post_init__(self) -> None:
     if not 0 < self.mask_probability < 1:
-      raise ValueError(f"mask_probability must lie in (0, 1), but is {self.mask_probability}")
-    if self.class_weight < 0 or self.temperature < 0:
-      raise ValueError(
-        "class_weight and temperature cannot be negative, but are "
-        f"{self.class_weight} and {self.temperature}"
-      )
-    counts = (self.maskings, self.palette_images, self.completions)
-    if min(*counts, 1 if self.top_k is None else self.top_k) < 1:
-      raise ValueError(
-        "maskings, palette_images, completions and top_k must be positive, but are "
-        f"{self.maskings}, {self.palette_images}, {self.completions} and {self.top_k}"
-      )
+      raise ValueError(f"mask_probability: {self.mask_probability}; expected a number in (0, 1)")
+    check_not_negative(self, "class_weight", "temperature")
+    check_positive(self, "maskings", "palette_images", "completions", "top_k")
     if self.class_weight and self.model.num_classes is None:
-      raise ValueError(
-        f"class_weight is {self.class_weight}, but the model has no num_classes; set it"
-      )
+      raise ValueError(f"class_weight: {self.class_weight}, but the model's num_classes is None")
 
   @property
   def best_metric(self) -> str:
-    """Accuracy when labels are learned, else the mean log-likelihood of a pixel."""
+    """Accuracy with `class_weight`, else the mean log-likelihood of a pixel."""
     return "accuracy" if self.class_weight else "log_likelihood"
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's fresh variables, and a bigram baseline that knows nothing yet."""
+    """Returns the model's initial variables, and a uniform bigram baseline."""
     variables, colors = self.model.init(rng, self._images(batch)), self.model.num_colors
     blank = jnp.full((colors + 1, colors), -jnp.log(float(colors)), jnp.float32)
     return {**variables, "baseline": {"bigram": blank}}
 
   def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
-    """Returns the palette, read or fitted, and the bigram baseline of the first images."""
+    """Returns the palette, read or fitted, and the bigram baseline, from the first images."""
     images = _take(batches, self.palette_images)
     colors = self.model.num_colors
     if self.palette is None:
-      clusters = host.fit_palette(images, colors, seed=self.seed)
+      clusters = palettes.fit_palette(images, colors, seed=self.seed)
       logging.info("fitted a palette of %d colours to %d images", colors, len(images))
     else:
-      clusters = host.read_palette(self.palette)
+      clusters = palettes.read_palette(self.palette)
       if len(clusters) != colors:
         raise ValueError(
-          f"the palette {self.palette} has {len(clusters)} colours, but the model {colors}; "
-          f"set the model's num_colors={len(clusters)}"
+          f"{self.palette}: {len(clusters)} colours; expected the model's num_colors={colors}. Set "
+          f"num_colors={len(clusters)}"
         )
-    tokens = host.encode(images, clusters).reshape(len(images), -1)
+    tokens = palettes.encode(images, clusters).reshape(len(images), -1)
     return {
       "palette": {"clusters": clusters},
       "baseline": {"bigram": log_bigrams(count_bigrams(tokens, colors))},
@@ -132,9 +109,9 @@ class PixelModelling(base.Task):
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> base.LossOutput:
-    """Returns the mean loss of the step's examples, as far as it is these examples'.
+    """Returns the sum of the examples' losses over the number of examples of the whole step.
 
-    Metrics: "nats" (of a pixel), "loss", and with labels "class_loss" and "accuracy".
+    Metrics: "nats" per pixel, "loss", and with labels "class_loss" and "accuracy".
     """
     outputs, nats = self._model(variables, batch, context.rng, train=True)
     real = base.example_mask(batch)
@@ -152,15 +129,14 @@ class PixelModelling(base.Task):
     )
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Scores images, and completes them where asked.
+    """Returns each image's likelihood, label and completions.
 
     Returns:
-      `nats` float32 [b], the mean over an image's pixels (or masked pixels; the masks are always
-      the same); of a causal model `bigram_nats` [b], those of the baseline; of a model with a head
-      `labels` int32 [b], and `class_loss` [b] and `correct` [b] if the batch has labels too; and
-      with `prefix_length`, `completions` uint8 [b completions h w 3] and `quantized` uint8
-      [b h w 3], the image in the palette's colours. Where there are several `maskings`, losses are
-      the means over them.
+      `nats` float32 [b], the mean over an image's pixels, or over masked pixels, with the same
+      masks in every evaluation; of a causal model `bigram_nats` [b], of the baseline; of a model
+      with a head `labels` int32 [b], and with labels in the batch `class_loss` [b] and `correct`
+      [b]; with `prefix_length`, `completions` uint8 [b completions h w 3] and `quantized` uint8
+      [b h w 3], the image in the palette's colours. Losses are means over `maskings`.
     """
     if not self.model.causal and self.model.num_classes is not None:
       return self._vote(variables, batch)
@@ -181,12 +157,12 @@ class PixelModelling(base.Task):
   def _vote(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Predicts labels by the majority of `maskings` views; losses are means over them."""
 
-    def look(view: Array) -> dict[str, Array]:
+    def predict_view(view: Array) -> dict[str, Array]:
       outputs, nats = self._model(variables, batch, self._view(view), train=False)
       seen = {"nats": nats, "labels": jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)}
       return seen | ({"class_loss": self._classify(outputs, batch)[0]} if "label" in batch else {})
 
-    seen = jax.lax.map(look, jnp.arange(self.maskings))
+    seen = jax.lax.map(predict_view, jnp.arange(self.maskings))
     labels = majority_vote(seen.pop("labels"), jax.random.key(self.seed))
     predictions = {name: jnp.mean(losses, axis=0) for name, losses in seen.items()}
     if "label" in batch:
@@ -195,13 +171,13 @@ class PixelModelling(base.Task):
 
   @property
   def feature_views(self) -> int:
-    """`maskings` of a model that is not causal."""
+    """`maskings` with `causal=False`, else 1."""
     return 1 if self.model.causal else self.maskings
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns `layers` [b depth+1 d], see `ImageGPT.from_tokens`, and `pixels` [b h*w*3].
 
-    A model that is not causal sees images masked as in training, each `view` in its own way.
+    With `causal=False`, images are masked as in training; `view` is the number of the mask.
     """
     view = jnp.asarray(batch["view"])[0] if "view" in batch else 0
     outputs, _ = self._model(variables, batch, self._view(view), train=False)
@@ -209,7 +185,7 @@ class PixelModelling(base.Task):
     pixels = images.reshape(images.shape[0], -1)
     return {"layers": outputs["layer_features"], "pixels": pixels}
 
-  def evaluator(self) -> PixelEvaluator:
+  def evaluator(self) -> base.Evaluator:
     """Returns an empty evaluator."""
     return PixelEvaluator()
 
@@ -220,7 +196,7 @@ class PixelModelling(base.Task):
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws completions beside what was given and what was there, where there are any."""
+    """Draws completions beside the given pixels and the originals, if there are any."""
     real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
     if "completions" not in predictions or not real.any():
       return {}
@@ -232,7 +208,7 @@ class PixelModelling(base.Task):
     return {"completions": figure}
 
   def _view(self, view: int | Array) -> jax.Array:
-    """Returns the key of an evaluation's masks: the same each time."""
+    """Returns the key of an evaluation's masks, which is constant."""
     return jax.random.fold_in(jax.random.key(self.seed), view)
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
@@ -241,7 +217,7 @@ class PixelModelling(base.Task):
   def _model(
     self, variables: base.Variables, batch: base.Batch, rng: jax.Array, *, train: bool
   ) -> tuple[dict[str, Array], Float[Array, " b"]]:
-    """Returns the model's outputs, and each image's loss in nats a pixel."""
+    """Returns the model's outputs, and each image's loss in nats per pixel."""
     images = self._images(batch)
     visible = None
     if not self.model.causal:
@@ -256,7 +232,7 @@ class PixelModelling(base.Task):
   ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
     labels = jnp.asarray(batch["label"])
     logits = outputs["logits"]
-    # A label that is no class gives NaN, which stops a run; in rows of padding none may.
+    # A label that is no class gives NaN, which stops a run, except in rows of padding.
     known = (labels >= 0) & (labels < logits.shape[-1])
     inside = jnp.where(known, labels, 0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, inside)
@@ -269,9 +245,8 @@ class PixelModelling(base.Task):
     count, shape = self.completions, batch["image"].shape[:3]
     repeated = jnp.repeat(tokens, count, axis=0)
     lengths = jnp.repeat(jnp.asarray(batch["prefix_length"], jnp.int32), count)
-    drawn = self.model.complete(
-      variables, repeated, lengths, rng, temperature=self.temperature, top_k=self.top_k
-    )
+    options = {"temperature": self.temperature, "top_k": self.top_k}
+    drawn = complete(self.model, variables, repeated, lengths, rng, **options)
     clusters = variables["palette"]["clusters"]
     return {
       "completions": cluster_colors(drawn, clusters).reshape(shape[0], count, *shape[1:], 3),
@@ -282,9 +257,9 @@ class PixelModelling(base.Task):
 def pixel_nats(
   logits: Float[Array, "b n k"], tokens: Int[Array, "b n"], visible: Bool[Array, "b n"] | None
 ) -> Float[Array, " b"]:
-  """Returns each image's mean cross-entropy over its pixels, or over those that are not visible.
+  """Returns each image's mean cross-entropy over its pixels, or over its masked pixels.
 
-  An image without a masked pixel (the reference divides 0 by 0) has the loss 0.
+  An image without a masked pixel has the loss 0; OpenAI's code divides 0 by 0.
   """
   nats = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
   if visible is None:
@@ -302,6 +277,68 @@ def _take(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> np.ndarray
     if found >= count:
       break
   if not images:
-    raise ValueError("there are no training images to fit a palette to")
+    raise ValueError("data.train: no images; expected some to fit the palette to")
   whole = np.concatenate(images)[:count]
   return np.clip(np.rint(whole), 0, 255).astype(np.uint8)
+
+
+class PixelEvaluator(MeanEvaluator):
+  """Means over images.
+
+  Scores: "nats" and "bits" per pixel, "log_likelihood" (minus nats; higher is better), "images";
+  where the predictions have them "bigram_nats" of the baseline, "class_loss" and "accuracy".
+  """
+
+  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
+    """Adds one batch.
+
+    Args:
+      batch: `mask` [b], True for real rows, optional.
+      predictions: of `PixelModelling.predict`.
+    """
+    real = np.asarray(batch.get("mask", np.ones(len(predictions["nats"]))), bool)
+    names = [n for n in ("nats", "bigram_nats", "class_loss", "correct") if n in predictions]
+    sums = {n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names}
+    self.count(int(real.sum()), sums)
+
+  def result(self) -> dict[str, float]:
+    """Returns the scores by name."""
+    means = self.means()
+    if "correct" in means:
+      means["accuracy"] = means.pop("correct")
+    nats = means["nats"]
+    scores = {"bits": nats / math.log(2), "log_likelihood": -nats, "images": float(self.images)}
+    return {**means, **scores}
+
+
+def count_bigrams(tokens: Integer[np.ndarray, "b n"], num_tokens: int) -> Int64[np.ndarray, "m k"]:
+  """Returns how often token j (column) follows token i (row); the last row is for first tokens.
+
+  Args:
+    tokens: sequences of numbers in [0, num_tokens).
+    num_tokens: k; the result has k + 1 rows.
+  """
+  previous = np.full_like(tokens, num_tokens)
+  previous[:, 1:] = tokens[:, :-1]
+  pairs = previous.astype(np.int64) * num_tokens + tokens
+  counts = np.bincount(pairs.ravel(), minlength=(num_tokens + 1) * num_tokens)
+  return counts.reshape(num_tokens + 1, num_tokens).astype(np.int64)
+
+
+def log_bigrams(counts: Int64[np.ndarray, "m k"]) -> Float32[np.ndarray, "m k"]:
+  """Returns the log-probabilities of each row of counts.
+
+  Each row is smoothed by one observation distributed as all tokens are, with add-one smoothing.
+  """
+  overall = counts.sum(axis=0) + 1.0
+  smoothed = counts + overall / overall.sum()
+  return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def score_bigrams(
+  tokens: Int[Array, "b n"], log_probabilities: Float[Array, "m k"]
+) -> Float[Array, " b"]:
+  """Returns the mean negative log-likelihood of each sequence's tokens, in nats."""
+  first = jnp.full_like(tokens[:, :1], log_probabilities.shape[1])
+  previous = jnp.concatenate([first, tokens[:, :-1]], axis=1)
+  return -jnp.mean(log_probabilities[previous, tokens], axis=1)

@@ -1,11 +1,12 @@
-"""Hugging Face's ImageGPT: `openai/imagegpt-{small,medium,large}` and whatever has their keys.
+"""Hugging Face's ImageGPT: `openai/imagegpt-{small,medium,large}` and other files with their keys.
 
-Query, key and value stand side by side in one matrix, and the start token is the last row of the
-embedding; `split` and `join` take them apart and together, the table does the rest. Dense layers
-have biases, which are zero in the published files. Old files also hold causal masks.
+Query, key and value are one matrix, and the start token is the last row of the embedding: `split`
+and `join` convert both, the table the rest. Dense layers have biases, which are zero in the
+published files. Old files also hold causal masks.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,8 +26,7 @@ FROM_HEADS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1
 HEADS_BIAS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
 """[width] kept as [heads, head width]."""
 
-IGNORE = (r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias",)
-"""Causal masks that old files keep beside the weights."""
+_BIAS = r"transformer\.h\.\d+\.(attn|mlp)\.(query|key|value|c_fc|c_proj)\.bias"
 
 _EMBEDDING, _SOS = "transformer.wte.weight", "transformer.wte.sos"
 _FUSED, _PARTS = ".attn.c_attn.", ("query", "key", "value")
@@ -99,7 +99,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   if "score.weight" in arrays:
     fields["sos_token"] = False
     del arrays[_SOS]
-  return checkpoint_of(path, arrays, TABLE, fields)
+  return checkpoint_of(path, arrays, TABLE, fields, () if fields["use_bias"] else (_BIAS,))
 
 
 def _is_mask(key: str) -> bool:
@@ -171,10 +171,7 @@ def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
 
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:
-  """Takes the joint matrices of a file apart.
-
-  Biases that are zero throughout the file go, as the model of the paper has none.
-  """
+  """Splits the fused matrices of a file."""
   flat: Flat = {}
   for key, array in published.items():
     if key == _EMBEDDING:
@@ -186,15 +183,11 @@ def split(published: Mapping[str, np.ndarray]) -> Flat:
       }
     else:
       flat[key] = array
-  biases = [key for key in flat if key.endswith((".c_fc.bias", ".c_proj.bias"))]
-  biases += [key for key in flat if key.endswith(tuple(f".{part}.bias" for part in _PARTS))]
-  if not any(flat[key].any() for key in biases):
-    flat = {key: array for key, array in flat.items() if key not in biases}
   return flat
 
 
 def join(flat: Mapping[str, np.ndarray]) -> Flat:
-  """Puts together what `split` took apart; biases that it dropped come back as zeros."""
+  """Inverts `split`; missing biases become zeros."""
   flat = dict(flat)
   flat[_EMBEDDING] = np.concatenate([flat[_EMBEDDING], flat.pop(_SOS)[None]])
   for key in [key for key in flat if key.endswith(".attn.query.weight")]:
@@ -211,11 +204,13 @@ def join(flat: Mapping[str, np.ndarray]) -> Flat:
 
 
 def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of the `ImageGPT` that a file fits.
+  """Returns the fields of the `ImageGPT` that fit a file.
+
+  Biases that are all zero, as the published ones, are left out: the paper's model has none.
 
   Args:
-    published: as `split` returns it.
-    config: the folder's `config.json`; it alone knows the heads.
+    published: the result of `split`.
+    config: the folder's `config.json`, for the number of heads.
   """
   embedding = published[_EMBEDDING]
   return {
@@ -225,6 +220,6 @@ def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any])
     "depth": sum(key.endswith(".ln_1.weight") for key in published),
     "num_heads": config["n_head"],
     "mlp_dim": published["transformer.h.0.mlp.c_fc.weight"].shape[1],
-    "use_bias": "transformer.h.0.mlp.c_fc.bias" in published,
+    "use_bias": any(re.fullmatch(_BIAS, key) and a.any() for key, a in published.items()),
     "num_classes": published["score.weight"].shape[0] if "score.weight" in published else None,
   }

@@ -6,6 +6,7 @@ output]. BERT checkpoints have no start token; no published one has a classifica
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -20,8 +21,9 @@ INPUT_LAST = Transform(lambda a, _: a.transpose(2, 0, 1), lambda a: a.transpose(
 """[heads, head width, input] kept as [input, heads, head width]."""
 TRANSPOSED = Transform(lambda a, _: a.T, lambda a: a.T)
 
-IGNORE = (r"global_step", r".*/(Adam|Adam_1|adam_[mv]|m|v)", r".*beta[12]_power")
-"""State of the optimizer and of the run."""
+
+IGNORE = (r"model/.*/(Adam|Adam_1|adam_[mv]|m|v)",)
+"""State of the optimizer."""
 
 
 def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
@@ -47,25 +49,30 @@ TABLE: tuple[Row, ...] = (
 )
 
 PALETTE_FILE = "kmeans_centers.npy"
-"""OpenAI's colours; looked for beside the checkpoint and in the folders above it."""
+"""OpenAI's colours, beside the checkpoint or in a folder above."""
 
 
 def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are OpenAI's, as far as the embeddings go."""
+  """Returns whether the keys are OpenAI's."""
   return "model/wte" in arrays and "model/wpe" in arrays
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a checkpoint's variables, and the palette that lies beside it, if one does."""
-  arrays = without_state(published.arrays) | palette_beside(published.file)
-  return checkpoint_of(published.path, arrays, TABLE, infer_fields(arrays))
+  """Reads a checkpoint's variables, and the palette beside it, if there is one."""
+  arrays = {key: a for key, a in published.arrays.items() if key.startswith("model/")}
+  arrays |= palette_beside(published.file)
+  return checkpoint_of(published.path, arrays, TABLE, infer_fields(arrays), IGNORE)
 
 
 def checkpoint_of(
-  source: str, arrays: Flat, table: tuple[Row, ...], fields: Mapping[str, object]
+  source: str,
+  arrays: Flat,
+  table: tuple[Row, ...],
+  fields: Mapping[str, Any],
+  ignore: tuple[str, ...] = (),
 ) -> Checkpoint:
-  """Returns an iGPT's file as read: pictures are squashed to a square of its positions."""
-  side = math.isqrt(arrays_positions(fields))
+  """Returns the checkpoint of an iGPT, whose images are resized to a square of its positions."""
+  side = math.isqrt(fields["num_positions"])
   return Checkpoint(
     source=source,
     family="igpt",
@@ -74,27 +81,21 @@ def checkpoint_of(
     fields=fields,
     preprocess=Preprocess((side, side), interpolation="bilinear"),
     task="pixel_modelling",
-    ignore=IGNORE,
+    ignore=ignore,
     optional=("palette",),
     image_size=(side, side),
   )
 
 
-def arrays_positions(fields: Mapping[str, object]) -> int:
-  """Returns the number of positions among a model's fields."""
-  positions = fields["num_positions"]
-  return positions if isinstance(positions, int) else 0
-
-
 def palette_beside(file: epath.Path) -> Flat:
-  """Returns the colours of OpenAI's file beside a checkpoint or above it; nothing without one."""
+  """Returns the palette beside a checkpoint or above it, empty if there is none."""
   places = [file.parent, file.parent.parent, file.parent.parent.parent]
   found = next((f / PALETTE_FILE for f in places if (f / PALETTE_FILE).exists()), None)
   return {} if found is None else {"clusters": read_palette(str(found))}
 
 
 def infer_fields(published: Mapping[str, np.ndarray]) -> dict[str, int | bool | None]:
-  """Returns the fields of the `ImageGPT` that a checkpoint's variables fit."""
+  """Returns the fields of the `ImageGPT` that fit a checkpoint's variables."""
   return {
     "num_colors": published["model/wte"].shape[0],
     "num_positions": published["model/wpe"].shape[0],
@@ -109,8 +110,3 @@ def infer_fields(published: Mapping[str, np.ndarray]) -> dict[str, int | bool | 
 
 def _rows(published: Mapping[str, np.ndarray], key: str) -> int | None:
   return published[key].shape[0] if key in published else None
-
-
-def without_state(published: Mapping[str, np.ndarray]) -> Flat:
-  """Returns the variables below `model/`: a checkpoint may hold the optimizer's, too."""
-  return {key: array for key, array in published.items() if key.startswith("model/")}
