@@ -89,6 +89,7 @@ RENAMED = (
   ("checkpoint.score_best", "eval_best_at_end"),
   ("data.*mixed_with", "extra_sources"),
   ("data.train.repeats", "aug_repeats"),
+  ("model.norm_after_pool", "fc_norm"),
 )
 """Patterns of the paths of renamed fields, and their new names. Saved runs are read with the new
 names; config files and flags with an old one are refused with the new one."""

@@ -146,6 +146,15 @@ def test_tensorflow_checkpoints_that_are_not_whole(tmp_path):
     load_pretrained(str(tmp_path / "b"))
 
 
+def test_zero_biases_of_imagegpt_load_into_a_model_with_biases(imagegpt):
+  arrays = load_file(imagegpt / "model.safetensors")
+  arrays = {key: x * 0 if key.endswith("bias") else x for key, x in arrays.items()}
+  save_file(arrays, imagegpt / "model.safetensors")
+  assert not load_pretrained(str(imagegpt)).model.use_bias
+  block = load_pretrained(str(imagegpt), use_bias=True).variables["params"]["decoder"]["blocks"]
+  assert not block["mlp"]["hidden"]["bias"].any()
+
+
 def test_imagegpt_folders_both_ways(imagegpt, load_golden, tmp_path):
   _, inputs, outputs = load_golden("imagegpt_a")
   loaded = load_pretrained(str(imagegpt))

@@ -13,7 +13,7 @@ from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
-from vit_jax_zoo.weights.torch_file import read_torch
+from vit_jax_zoo.weights.readers import read_published
 
 pytestmark = [
   pytest.mark.parity,
@@ -34,6 +34,10 @@ def assert_same(given, expected):
   np.testing.assert_allclose(given, expected, atol=1e-4 * scale)
 
 
+RESNET = {"group_norm_epsilon": 1e-5, "std_epsilon": 0.0, "variance_epsilon": 1e-8}
+"""timm's constants of a hybrid's ResNet."""
+
+
 def timm_logits(folder, images):
   timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
   model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -49,14 +53,41 @@ def timm_logits(folder, images):
     {"activation": "gelu", "pool": "mean", "fc_norm": True, "qkv_bias": False},
     {"activation": "gelu", "cls_token_position": False},
     {"activation": "quick_gelu", "position_embedding": "learned_2d"},
+    {"activation": "gelu", "patch_size": 8, "resnet": {"stage_sizes": (), **RESNET}},
   ],
-  ids=["plain", "better", "fc_norm", "no_embed_class", "learned_2d"],
+  ids=["plain", "better", "fc_norm", "no_embed_class", "learned_2d", "hybrid"],
 )
 def test_timm_computes_our_vits(fields, tmp_path):
   made = tiny(size=(32, 32), **fields)
   export.write(made, "safetensors-timm", str(tmp_path))
   images = images_of((32, 32))
   assert_same(timm_logits(tmp_path, images), ours(made, images))
+
+
+@pytest.mark.parametrize(
+  ("architecture", "arguments"),
+  [
+    ("test_vit", {}),
+    ("vit_large_patch16_siglip_gap_512", {"img_size": 32, "embed_dim": 64, "depth": 2}),
+  ],
+)
+def test_architectures_of_timm_determine_heads_and_activation(architecture, arguments, tmp_path):
+  timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+  torch.manual_seed(0)
+  model = timm.create_model(architecture, num_classes=3, **arguments).eval()
+  for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.2)
+  arrays = {key: value.numpy() for key, value in model.state_dict().items()}
+  save_file(arrays, tmp_path / "model.safetensors")
+  config = {"architecture": architecture, "model_args": arguments}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  heads = {"num_heads": 16} if "large" in architecture else {}
+  loaded = load_pretrained(str(tmp_path), **heads)
+  side = model.patch_embed.img_size[0]
+  images = images_of((side, side))
+  with torch.no_grad():
+    expected = model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
+  assert_same(ours(loaded, images), expected)
 
 
 @pytest.mark.parametrize("name", ["vit_timm_a", "vit_timm_gap_a"])
@@ -190,11 +221,13 @@ def test_state_dicts_of_pytorch(tmp_path):
     "bare": state,
     "wrapped": {"model": state, "args": argparse.Namespace(lr=1), "epoch": 3},
     "parallel": {"state_dict": {f"module.{key}": value for key, value in state.items()}},
+    "compiled": {f"_orig_mod.module.{key}": value for key, value in state.items()},
+    "averaged": {"model": {key: value + 1 for key, value in state.items()}, "model_ema": state},
   }.items():
     for legacy in (False, True):
       path = str(tmp_path / f"{name}.pth")
       torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-      read = read_torch(path)
+      read = read_published(path).arrays
       assert read.keys() == state.keys()
       np.testing.assert_array_equal(
         read["a.weight"], np.arange(6.0, dtype=np.float32).reshape(2, 3)

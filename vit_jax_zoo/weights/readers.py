@@ -30,6 +30,9 @@ _WRAPPERS = ("blobs", "model", "state_dict")
 """Where the arrays stand, if they do not stand alone."""
 
 
+_PREFIXES = ("_orig_mod.", "module.", "model.")
+
+
 class _Reader(pickle.Unpickler):
   """Unpickles arrays, numbers, strings and containers only."""
 
@@ -107,6 +110,7 @@ def read_published(path: str) -> Published:
     WeightsError: one line: the path does not exist, cannot be read, or is no checkpoint.
   """
   file, arrays = _read(epath.Path(path), path)
+  arrays = _without_prefixes(arrays)
   empty = next((key for key, array in arrays.items() if array.size == 0), None)
   if empty is not None:
     raise WeightsError(f"{path} is not whole: its {empty} has the shape {arrays[empty].shape}")
@@ -117,6 +121,13 @@ def read_published(path: str) -> Published:
     config=read_json(file.with_name("config.json")),
     processor=read_json(file.with_name("preprocessor_config.json")),
   )
+
+
+def _without_prefixes(arrays: Flat) -> Flat:
+  """Removes prefixes of torch.compile, parallel training and Lightning that all keys have."""
+  while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in arrays)), None):
+    arrays = {key.removeprefix(prefix): array for key, array in arrays.items()}
+  return arrays
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:

@@ -14,19 +14,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "params")
-"""Where training codes put the state dict beside optimizer, epoch and arguments."""
+EMA_WRAPPERS = ("state_dict_ema", "model_ema")
+WRAPPERS = (*EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "net", "params")
+"""Keys of the state dict in training checkpoints, in the order of preference, which is timm's."""
 
 
 def read_torch(path: str) -> Flat:
   """Returns the state dict of a PyTorch file, as numpy arrays by key.
 
-  16-bit floats become float32. Of a training checkpoint only the model is read, and the prefix
-  "module." of parallel training is removed.
+  16-bit floats become float32. Of a training checkpoint only the model is read: its moving average
+  if there is one, as timm does.
 
   Args:
     path: of the file; local or `gs://bucket/...`.
@@ -69,14 +71,15 @@ def _load(torch: Any, file: str, path: str) -> Any:
 
 
 def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
-  candidates = [found, *(found.get(key) for key in WRAPPERS if isinstance(found, Mapping))]
-  for candidate in candidates:
+  candidates = {"": found}
+  if isinstance(found, Mapping):
+    candidates |= {key: found[key] for key in WRAPPERS if key in found}
+  for name, candidate in candidates.items():
     is_mapping = isinstance(candidate, Mapping) and candidate
     if is_mapping and all(isinstance(value, torch.Tensor) for value in candidate.values()):
-      prefixed = all(str(key).startswith("module.") for key in candidate)
-      return {
-        str(k).removeprefix("module.") if prefixed else str(k): candidate[k] for k in candidate
-      }
+      if name in EMA_WRAPPERS and len(candidates) > 2:
+        logging.info("%s: reads the moving average of the weights, %r, as timm does", path, name)
+      return {str(key): value for key, value in candidate.items()}
   inside = (
     ", ".join(map(str, list(found)[:5])) if isinstance(found, Mapping) else type(found).__name__
   )

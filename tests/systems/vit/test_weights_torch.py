@@ -12,7 +12,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
-from vit_jax_zoo import load_pretrained
+from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.systems.vit import weights_hf as vit_hf
 from vit_jax_zoo.systems.vit import weights_timm as vit_timm
 from vit_jax_zoo.systems.vit.model import VisionTransformer
@@ -194,6 +194,60 @@ def test_what_timms_arguments_say_of_the_pooling(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
     with pytest.raises(WeightsError, match="known are the class token and the patches' mean"):
       load_pretrained(path)
+
+
+@pytest.mark.parametrize(
+  ("added", "architecture", "named"),
+  [
+    ({}, "vit_base_patch16_rpn_224", "vit_base_patch16_rpn_224"),
+    ({"dist_token": np.zeros((1, 1, 64), np.float32)}, "", "dist_token"),
+    ({"reg_token": np.zeros((1, 4, 64), np.float32)}, "", "reg_token"),
+  ],
+)
+def test_other_architectures_with_a_vits_keys_are_refused(added, architecture, named, tmp_path):
+  _, variables = tiny_variables(depth=1)
+  save_file({**vit_timm.state_dict(flat(variables)), **added}, tmp_path / "model.safetensors")
+  (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
+  with pytest.raises(WeightsError, match=named):
+    load_pretrained(str(tmp_path))
+
+
+def test_the_architecture_determines_what_arrays_do_not(tmp_path, caplog):
+  _, variables = tiny_variables(depth=1)
+  vit_timm.write_file(str(tmp_path / "model.safetensors"), flat(variables))
+  with caplog.at_level("INFO"):
+    assert load_pretrained(str(tmp_path)).model.num_heads == 1
+  assert "assumes 1 heads, activation gelu, pool cls" in caplog.text
+  (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_vit"}))
+  assert load_pretrained(str(tmp_path)).model.num_heads == 2
+  architecture = "vit_so400m_patch16_siglip_gap_256"
+  (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
+  assert load_pretrained(str(tmp_path)).model.activation == "gelu_tanh"
+
+
+def test_prefixes_of_wrappers_are_removed(tmp_path):
+  _, variables = tiny_variables(depth=1)
+  arrays = vit_timm.state_dict(flat(variables))
+  for prefix in ("_orig_mod.", "module.", "model.", "_orig_mod.module."):
+    save_file({prefix + key: x for key, x in arrays.items()}, tmp_path / "x.safetensors")
+    loaded = load_pretrained(str(tmp_path / "x.safetensors"))
+    assert_same_arrays(flat(loaded.variables), flat(variables))
+
+
+def test_the_image_size_decides_what_a_square_table_is(tmp_path):
+  """16 rows are 4 x 4 patches, or 3 x 5 and the class token's."""
+  path = str(tmp_path / "model.safetensors")
+  _, variables = tiny_variables((24, 40), depth=1)
+  vit_timm.write_file(path, flat(variables))
+  for given in ({"image_size": (24, 40)}, {"source_image_size": (24, 40)}):
+    loaded = load_pretrained(path, **given)
+    assert loaded.model.cls_token_position
+    assert_same_arrays(flat(loaded.variables), flat(variables))
+  export.write(loaded, "safetensors-timm", str(tmp_path / "again"))
+  again = load_pretrained(str(tmp_path / "again"))
+  assert again.model.cls_token_position
+  assert_same_arrays(flat(again.variables), flat(variables))
+  assert not load_pretrained(path).model.cls_token_position
 
 
 def test_half_precision_is_widened(tmp_path):

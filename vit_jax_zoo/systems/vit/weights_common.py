@@ -27,7 +27,9 @@ class VitCheckpoint(Checkpoint):
   """What ViT's formats return.
 
   Attributes:
-    resize: how the format's own code resizes positions, a key of `position_grid.METHODS`.
+    resize: the format's method of resizing position embeddings, a key of `ops.resize.METHODS`.
+    cls_row_is_stated: whether the file states if the class token has a row in the table. If not, 16
+      rows are 4 x 4, or 3 x 5 and the class token's: the size of the images decides.
   """
 
   family: str = "vit"
@@ -35,6 +37,7 @@ class VitCheckpoint(Checkpoint):
   first_kernels: tuple[str, ...] = ("resnet/root_conv/kernel", "embedding/kernel")
   below_heads: tuple[str, ...] = ("pre_logits/",)
   resize: str
+  cls_row_is_stated: bool = True
 
   def choose_size(
     self, model: Any, wanted: Size | None, trained: Size | None
@@ -44,7 +47,8 @@ class VitCheckpoint(Checkpoint):
     given, checkpoint = trained and _grid(trained, side), self
     table = self.array(POSITIONS)
     if table is not None and table.ndim == 3:  # a misshapen one is reported with all that is wrong
-      checkpoint = self._with_class_row_of(given)
+      guess = None if self.cls_row_is_stated else wanted and _grid(wanted, side)
+      checkpoint = self._with_class_row_of(given or guess)
       grid = checkpoint.position_grid(given=given, fallback=wanted and _grid(wanted, side))
       trained = (grid[0] * side, grid[1] * side)
     size = wanted or trained or self.preprocess.image_size

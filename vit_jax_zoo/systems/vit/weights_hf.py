@@ -151,6 +151,9 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
   path, config = published.path, published.config
   if not published.has_config:
     raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
+  model_type = config.get("model_type", "vit")
+  if model_type != "vit":
+    raise WeightsError(f"{path}: model_type {model_type!r} in config.json; expected 'vit'")
   side = config.get("image_size", 224)
   size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
   fields = infer_fields(published.arrays, config, path)

@@ -1,8 +1,9 @@
 """timm's Vision Transformers and hybrids, as safetensors: `timm/vit_base_patch16_224.augreg_in1k`.
 
-Query, key and value stand one upon the other in one matrix; `split` and `join` take it apart and
-together, the table does the rest. A file does not say how many heads there are: they are those of
-the published size with the same width and depth, else as many as are 64 wide.
+Query, key and value are one matrix, which `fused_qkv` splits and joins; the table converts the
+rest. The arrays do not determine heads, activation and pooling: they are read from `architecture`
+and `model_args` of config.json. Without them, the heads are those of the published size of the same
+width and depth, or 64 wide, and the assumptions are logged.
 """
 
 import math
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.systems.vit.model import VARIANTS
@@ -48,11 +50,12 @@ FIXED: dict[str, Any] = {
   "activation": ACTIVATIONS,
   "layer_norm_epsilon": 1e-6,
   "representation_size": None,
+  "resnet.width": 64,
   "resnet.group_norm_epsilon": 1e-5,
   "resnet.std_epsilon": 0.0,
   "resnet.variance_epsilon": 1e-8,
 }
-"""What timm's ViT has always the same, or one of."""
+"""Values of our fields that timm's ViT is limited to: one, or one of several."""
 
 HALF = (0.5, 0.5, 0.5)
 """Mean and deviation of pixels, where no file says anything else."""
@@ -115,6 +118,24 @@ def _table_of(keys: Mapping[str, Any] | set[str]) -> tuple[Row, ...]:
 
 def _normalizes_after_pool(keys: Mapping[str, Any] | set[str]) -> bool:
   return any(key.startswith("fc_norm.") for key in keys)
+
+
+_REFUSED_KEYS = {
+  r"dist_token|head_dist\..*": "a distilled DeiT (dist_token)",
+  "reg_token": "a ViT with register tokens (reg_token)",
+}
+_REFUSED_ARCHITECTURES = {r".*_rpn_.*": "residual post-norm blocks"}
+"""timm's architectures with a plain ViT's keys and shapes that compute something else."""
+
+_ARCHITECTURE_ARGS: tuple[tuple[str, dict[str, Any]], ...] = (
+  (r"test_vit", {"num_heads": 2}),
+  (r"vit_base_patch16_gap_224", {"num_heads": 16}),
+  (r"vit_giantopt_patch16_siglip_gap_.*", {"num_heads": 16, "act_layer": "gelu_tanh"}),
+  (r"vit_so400m_patch16_siglip_gap_.*", {"act_layer": "gelu_tanh"}),
+  (r"vit_(base_patch32_siglip_gap_256|large_patch16_siglip_gap_512)", {"act_layer": "gelu_tanh"}),
+)
+"""Arguments of timm's architectures that neither their arrays nor their sizes determine. The list
+is complete for timm 1.0.31: every ViT, DeiT and hybrid whose keys and shapes are a plain ViT's."""
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -200,12 +221,22 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
   Raises:
     WeightsError: there is no ViT of timm's in it.
   """
+  architecture = str(published.config.get("architecture", ""))
+  _check_architecture(architecture, published)
   fields = infer_fields(published.arrays, published.path)
-  arguments = published.config.get("model_args", {})
+  arguments: dict[str, Any] = {}
+  for pattern, known in _ARCHITECTURE_ARGS:
+    arguments |= known if re.fullmatch(pattern, architecture) else {}
+  arguments |= published.config.get("model_args", {})
   fields |= _stated_fields(arguments, fields, published.path)
   activation = arguments.get("act_layer", "gelu")
   if activation not in ACTIVATIONS:
     raise WeightsError(f"{published.path}: {unknown_name('act_layer', activation, ACTIVATIONS)}")
+  if not architecture:
+    logging.info(
+      "%s: no config.json with an architecture; assumes %d heads, activation %s, pool %s",
+      published.path, fields["num_heads"], activation, fields["pool"],
+    )  # fmt: skip
   settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
   return VitCheckpoint(
     source=published.path,
@@ -216,13 +247,30 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
     preprocess=settings.preprocess,
     task_fields=settings.task_fields,
     image_size=settings.stated_size,
+    cls_row_is_stated="no_embed_class" in arguments,
   )
+
+
+def _check_architecture(architecture: str, published: Published) -> None:
+  """Raises WeightsError for models with a plain ViT's keys that are something else."""
+  found = [
+    what
+    for pattern, what in _REFUSED_KEYS.items()
+    if any(re.fullmatch(pattern, key) for key in published.arrays)
+  ]
+  found += [
+    f"{architecture}, with {what}"
+    for pattern, what in _REFUSED_ARCHITECTURES.items()
+    if re.fullmatch(pattern, architecture)
+  ]
+  if found:
+    raise WeightsError(f"{published.path}: {found[0]}; expected a plain ViT or hybrid")
 
 
 def _stated_fields(
   arguments: Mapping[str, Any], fields: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields that the arguments of timm's constructor know better than the arrays."""
+  """Returns the fields that the arguments of timm's constructor determine."""
   pool = arguments.get("global_pool") or _POOLS[fields["pool"]]
   of_all_tokens = fields["cls_token"] and arguments.get("pool_include_prefix") and pool == "avg"
   if pool not in _POOLS.values() or of_all_tokens:
@@ -292,7 +340,7 @@ def write_checkpoint(path: str, export: Export) -> None:
 
 _ARCHITECTURES = {
   **{
-    (None, width, patch): f"vit_{name}_patch{patch}_224"
+    (width, patch): f"vit_{name}_patch{patch}_224"
     for name, width, patches in (
       ("tiny", 192, (16,)),
       ("small", 384, (16, 32)),
@@ -302,22 +350,24 @@ _ARCHITECTURES = {
     )
     for patch in patches
   },
-  ((), 192, 8): "vit_tiny_r_s16_p8_224",
-  ((2, 2, 2, 2), 384, 1): "vit_small_r26_s32_224",
-  ((2, 2, 2, 2), 768, 1): "vit_base_r26_s32_224",
-  ((3, 4, 9), 768, 1): "vit_base_r50_s16_224",
-  ((3, 4, 6, 3), 1024, 1): "vit_large_r50_s32_224",
 }
-"""Stages of the ResNet, width and patch -> timm's model."""
+"""Width and patch size -> timm's model; the arguments in config.json state all sizes again."""
+_HYBRIDS = {
+  (): "vit_tiny_r_s16_p8_224",
+  (2, 2, 2, 2): "vit_small_r26_s32_224",
+  (3, 4, 9): "vit_base_r50_s16_224",
+  (3, 4, 6, 3): "vit_large_r50_s32_224",
+}
+"""Stages of the ResNet, which no argument changes -> timm's model."""
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:
-  """Returns the name of timm's model from which the arguments lead to this one."""
-  resnet = fields["resnet"]
-  stages = None if resnet is None else tuple(resnet["stage_sizes"])
-  name = _ARCHITECTURES.get((stages, fields["width"], fields["patch_size"]))
-  if name is None and stages is None:
-    return "vit_base_patch16_224"  # the arguments say all that differs
-  if name is None:
-    raise WeightsError(f"timm has no hybrid with the stages {stages} and width {fields['width']}")
-  return name
+  """Returns timm's model that has this one's parts; its arguments determine the sizes."""
+  if fields["resnet"] is None:
+    return _ARCHITECTURES.get((fields["width"], fields["patch_size"]), "vit_base_patch16_224")
+  stages = tuple(fields["resnet"]["stage_sizes"])
+  if stages not in _HYBRIDS:
+    raise WeightsError(
+      f"stage_sizes: {stages}; expected a ResNet of timm's hybrids: {', '.join(map(str, _HYBRIDS))}"
+    )
+  return _HYBRIDS[stages]
