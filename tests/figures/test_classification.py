@@ -60,7 +60,7 @@ def test_right_and_wrong_differ_in_colour_mark_and_words(images):
   labels = np.array([0, 0, 0, 1, 1])
   predictions["correct"] = predictions["labels"] == labels[:, None]
   figure = draw_predictions(images, labels, predictions, NAMES)
-  assert subtitle(figure) == "3 of 5 right"
+  assert subtitle(figure) == "3 of 5 correct"
   assert captions(figure)[:2] == ["✓ cat (90%)", "✗ dog (90%)"]
   right, wrong = figure.axes[:2]
   assert right.spines["left"].get_edgecolor() != wrong.spines["left"].get_edgecolor()
@@ -90,7 +90,7 @@ def test_confusion_has_counts_names_and_shares():
   matrix = np.array([[8, 2, 0], [1, 9, 0], [0, 0, 0]])
   figure = draw_confusion(matrix, NAMES)
   ax = figure.axes[0]
-  assert ax.get_title(loc="left") == "Confusion: 17 of 20 on the diagonal"
+  assert ax.get_title(loc="left") == "Confusion matrix: 17 of 20 correct"
   assert [label.get_text() for label in ax.get_yticklabels()] == ["cat", "dog", "a very long name…"]
   assert [text.get_text() for text in ax.texts] == ["8", "2", "1", "9"]
   np.testing.assert_allclose(ax.images[0].get_array()[:2], [[0.8, 0.2, 0], [0.1, 0.9, 0]])
@@ -108,5 +108,5 @@ def test_nothing_is_left_in_pyplot(images):
 
 
 def test_no_image_is_an_error():
-  with pytest.raises(ValueError, match="there is no image to draw"):
+  with pytest.raises(ValueError, match="images: none"):
     draw_batch(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int))

@@ -185,7 +185,7 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
     predict.find_images([])
   names = tmp_path / "names.txt"
   names.write_text("a\nb\n")
-  with pytest.raises(ValueError, match="2 class_names were given for 10 classes"):
+  with pytest.raises(ValueError, match="class_names: 2 names"):
     load(str(vit_run), class_names=predict.read_class_names(str(names)))
 
 

@@ -93,7 +93,7 @@ def test_a_label_out_of_range_is_named(examples, label, shown):
   batch, predictions = examples
   batch = {"label": batch["label"].copy()}
   batch["label"][5] = label
-  with pytest.raises(ValueError, match=rf"label {shown} is not one of the 8 classes 0\.\.7"):
+  with pytest.raises(ValueError, match=rf"label: {shown}\b"):
     ClassificationEvaluator(8).add(batch, predictions)
   masked = batch | {"mask": np.arange(40) != 5}
   ClassificationEvaluator(8).add(masked, predictions)
@@ -101,7 +101,7 @@ def test_a_label_out_of_range_is_named(examples, label, shown):
 
 def test_other_problems_are_one_line(examples):
   predictions = examples[1]
-  with pytest.raises(ValueError, match="labels have 3 columns, but num_classes is 8"):
+  with pytest.raises(ValueError, match="num_classes=8"):
     ClassificationEvaluator(8).add({"label": np.zeros((40, 3))}, predictions)
   with pytest.raises(ValueError, match="no image with a label"):
     ClassificationEvaluator(8).result()

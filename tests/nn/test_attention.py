@@ -96,5 +96,5 @@ def test_bfloat16_computes_the_softmax_in_float32():
 
 
 def test_heads_must_divide_the_width():
-  with pytest.raises(ValueError, match="width 8 is not a multiple of num_heads 3"):
+  with pytest.raises(ValueError, match="num_heads: 3"):
     MultiHeadAttention(num_heads=3).init(jax.random.key(0), normal(0, 1, 2, 8))

@@ -1,8 +1,4 @@
-"""Pictures of a Transformer's inside: where it looks, how far, and what its positions have learned.
-
-Figures are made without `pyplot`, so that nothing is kept alive and no window opens. The numbers
-behind them come from `ops.attention_maps`.
-"""
+"""Figures of attention, position embeddings, lambdas and first-layer filters, without `pyplot`."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -27,16 +23,14 @@ def principal_filters(
 ) -> tuple[Float[np.ndarray, "m kh kw c"], Float[np.ndarray, " m"]]:
   """Returns the principal components of filters, figure 7, left, of the ViT paper.
 
-  Each of the n filters is a point in the space of patches; the components are the directions along
-  which these points spread most. A component's sign means nothing: its largest entry is made
-  positive.
+  The n filters are points in the space of patches. A component's largest entry is positive.
 
   Args:
     kernel: of the first layer.
-    count: how many, at most: there are no more than kh * kw * c, nor than n.
+    count: maximum number of components.
 
   Returns:
-    The components, unit vectors, the widest first; and each one's share of the variance.
+    The components, unit vectors in the order of their variance; and their fractions of it.
   """
   points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T
   _, singular, directions = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
@@ -51,12 +45,12 @@ def principal_filters(
 def draw_filters(
   kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False, max_filters: int = 63
 ) -> Figure:
-  """Draws a first layer: gray is zero, each tile is scaled to its own largest entry.
+  """Draws the filters of a first layer: gray is zero, each tile is scaled to its largest entry.
 
   Args:
-    kernel: filters of 3 channels are shown in their colours, others by their channels' mean.
-    principal: draws the principal components, 28 as in the paper, in place of the filters.
-    max_filters: draws the first so many.
+    kernel: filters with 3 channels are drawn in colour, others as the mean of their channels.
+    principal: draws the first 28 principal components, as in the paper, in place of the filters.
+    max_filters: maximum number of filters.
   """
   side = f"{kernel.shape[0]} × {kernel.shape[1]}"
   if principal:
@@ -85,7 +79,7 @@ def draw_filters(
   return figure
 
 
-SMALL = 64  # pixels; below, single pixels are shown
+SMALL = 64  # pixels; smaller images are drawn without interpolation
 
 
 def draw_attention(
@@ -97,21 +91,21 @@ def draw_attention(
   subtitle: str = "",
   max_images: int = 8,
 ) -> Figure:
-  """Draws each image, and below it the image where it is attended to, as in the ViT's figure 6.
+  """Draws each image, and below it the image weighted by its attention (figure 6 of the ViT paper).
 
   Args:
     images: uint8, or floats in [0, 255]; 1 or 3 channels.
-    maps: how much the model looks at each patch; each is scaled to its own maximum.
-    captions: below the images, cut off where they would run into each other.
+    maps: attention to each patch; each map is scaled to its maximum.
+    captions: below the images, shortened to their width.
     title: of the figure.
     subtitle: below it.
-    max_images: draws the first so many.
+    max_images: maximum number of images.
   """
   shown = min(len(images), max_images)
   if not shown:
-    raise ValueError("there is no image to draw")
+    raise ValueError("images: none; expected at least one")
   across = 1.45 * shown  # inches
-  width = max(across + 2 * MARGIN, 4.5)  # so that the subtitle has room over a single image
+  width = max(across + 2 * MARGIN, 4.5)  # room for the subtitle above a single image
   figure = Figure(figsize=(width, 4.2), dpi=110)
   axes = figure.subplots(2, shown, squeeze=False)
   figure.subplots_adjust(
@@ -137,24 +131,19 @@ def draw_lambdas(
   title: str = "Position lambdas",
   max_layers: int = 6,
 ) -> Figure:
-  """Draws, for each lambda layer, how strongly the lambda of each position acts there.
-
-  Lambdas are linear maps [k v]; what is drawn is their Frobenius norm, bright where the context
-  changes what a query of that position is answered (LambdaNetworks, section 3).
+  """Draws the Frobenius norm of each position's lambda, a linear map [k v], for each layer.
 
   Args:
     image: uint8, or floats in [0, 255]; 1 or 3 channels.
-    lambdas: norms, of each layer by its name ("c4_block10"): drawn in the order of the numbers.
+    lambdas: norms by layer name ("c4_block10"), drawn in the order of the numbers.
     title: of the figure.
-    max_layers: draws the last so many.
+    max_layers: maximum number of layers; the last are drawn.
   """
   shown = sorted(lambdas.items(), key=lambda item: _numbers(item[0]))[-max_layers:]
   figure = Figure(figsize=(max(1.75 * (len(shown) + 1) + 0.5, 4.5), 2.75), dpi=110)
   axes = figure.subplots(1, len(shown) + 1, squeeze=False)[0]
   figure.subplots_adjust(left=0.03, right=0.97, top=0.66, bottom=0.1, wspace=0.1)
-  write_title(
-    figure, title, "norm of each position's lambda, each layer from its least to its most"
-  )
+  write_title(figure, title, "norm of each position's lambda, scaled to each layer's range")
   picture = _to_rgb(image)
   _show(axes[0], np.rint(picture).astype(np.uint8))
   for ax, (name, norms) in zip(axes[1:], shown, strict=True):
@@ -166,7 +155,7 @@ def draw_lambdas(
 
 
 def _numbers(name: str) -> list[int]:
-  """Returns a layer's numbers: block 10 comes after block 9."""
+  """Returns the numbers in a layer's name, for sorting."""
   return [int(digits) for digits in re.findall(r"\d+", name)]
 
 
@@ -178,14 +167,14 @@ def draw_heads(
   subtitle: str = "each map scaled to its own maximum",
   max_layers: int = 12,
 ) -> Figure:
-  """Draws an image, and beside it for each layer (row) and head (column) where it is looked at.
+  """Draws an image, and beside it the attention map of each layer (row) and head (column).
 
   Args:
     image: uint8, or floats in [0, 255]; 1 or 3 channels.
     maps: of one token, over the patches.
     title: of the figure.
     subtitle: below it.
-    max_layers: draws so many of the layers, evenly from first to last.
+    max_layers: maximum number of layers, evenly spaced.
   """
   depth, heads = maps.shape[:2]
   chosen = np.unique(np.linspace(0, depth - 1, min(depth, max_layers)).round().astype(int))
@@ -217,16 +206,15 @@ def draw_position_similarity(
   title: str = "Similarity of position embeddings",
   max_side: int = 14,
 ) -> Figure:
-  """Draws, for each patch, how similar its position's embedding is to all others.
+  """Draws the cosine similarity of each patch's position embedding to all others.
 
-  Figure 7, middle, of the ViT paper: the tile in row i, column j belongs to the patch there, and
-  shows the cosine between its embedding and those of all patches.
+  Figure 7, middle, of the ViT paper: the tile in row i, column j is of the patch there.
 
   Args:
-    table: one embedding a token; those before the last height * width are no patches.
+    table: one embedding per token; the last height * width are those of patches.
     grid: height and width, in patches.
     title: of the figure.
-    max_side: of a larger grid, every second (third ...) row and column gets a tile.
+    max_side: maximum number of tiles per side; of a larger grid, every n-th patch has one.
   """
   similarity = position_similarity(table, grid)
   stride = -(-max(grid) // max_side)
@@ -253,18 +241,18 @@ def draw_position_similarity(
 def draw_mosaic(
   ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **shown_with: Any
 ) -> AxesImage:
-  """Shows tiles in rows and columns as one picture: a hundred axes take seconds, one does not.
+  """Draws tiles in rows and columns as one image, since a hundred axes take seconds.
 
-  Ticks stand at the middle of each row and column.
+  Ticks are at the middle of each row and column.
 
   Args:
-    ax: where to.
+    ax: axes to draw into.
     tiles: all of one size.
     **shown_with: arguments of `imshow`.
   """
   rows, columns, height, width = tiles.shape[:4]
   gap = max(1, round(0.08 * max(height, width))) if max(height, width) > 8 else 1
-  grow = max(1, 24 // max(height, width))  # so that a gap of a pixel is thin beside a pixel
+  grow = max(1, 24 // max(height, width))  # pixels of a tile are larger than the gap
   blank = 1.0 if tiles.ndim == 5 else np.nan
   tiles = np.asarray(tiles, np.float32).repeat(grow, axis=2).repeat(grow, axis=3)
   edges = [(0, 0), (0, 0), (0, gap), (0, gap), *[(0, 0)] * (tiles.ndim - 4)]
@@ -285,10 +273,10 @@ def draw_mosaic(
 def position_similarity(
   table: Float[np.ndarray, "n d"], grid: tuple[int, int]
 ) -> Float[np.ndarray, "gh gw gh gw"]:
-  """Returns the cosines between the position embeddings of all pairs of patches."""
+  """Returns the cosine similarity of the position embeddings of all pairs of patches."""
   count = grid[0] * grid[1]
   if len(table) < count:
-    raise ValueError(f"the table has {len(table)} positions, but the grid {grid} has {count}")
+    raise ValueError(f"position table: {len(table)} rows; expected {count} or more for {grid}")
   patches = np.asarray(table, np.float32)[-count:]
   unit = patches / np.maximum(np.linalg.norm(patches, axis=1, keepdims=True), 1e-12)
   return (unit @ unit.T).reshape(*grid, *grid)
@@ -300,10 +288,10 @@ def draw_attention_distances(
   title: str = "Attention distance",
   unit: str = "pixels",
 ) -> Figure:
-  """Draws how far each head of each layer looks, as in figure 7, right, of the ViT paper.
+  """Draws the mean attention distance of each head by layer (figure 7, right, of the ViT paper).
 
   Args:
-    distances: as `systems.vit.figures.attention_distances` returns them.
+    distances: mean distance of each layer and head.
     title: of the figure.
     unit: of the distances.
   """

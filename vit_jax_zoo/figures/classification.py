@@ -1,8 +1,7 @@
-"""Pictures of classification: a training batch, predictions beside the truth, a confusion matrix.
+"""Figures of classification: training batch, predictions, ranking, confusion matrix.
 
-Figures are made without `pyplot`, so that nothing is kept alive and no window opens. Right and
-wrong differ in colour, mark and words; blue and vermilion are those of Okabe and Ito's palette,
-which every kind of colour blindness tells apart.
+Without `pyplot`. Correct and incorrect differ in colour (Okabe and Ito's palette for colour
+blindness), mark and words.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from vit_jax_zoo.figures.canvas import write_title
 
 RIGHT = "#0072B2"
 WRONG = "#D55E00"
-SMALL = 64  # pixels; below, single pixels are shown
+SMALL = 64  # pixels; smaller images are drawn without interpolation
 
 
 def draw_batch(
@@ -33,11 +32,11 @@ def draw_batch(
 
   Args:
     images: uint8, or floats in [0, 255]; 1 or 3 channels.
-    labels: class indices [b], or weights [b k]: the two heaviest classes are named, with their
-      share of the image's weights when these are mixed.
+    labels: class indices [b], or weights [b k], of which the two largest classes are written, with
+      their fractions if mixed.
     class_names: in order; class numbers by default.
     title: of the figure.
-    max_images: draws the first so many.
+    max_images: maximum number of images.
   """
   shown = min(len(images), max_images)
   height, width = images.shape[1:3]
@@ -59,22 +58,22 @@ def draw_predictions(
   title: str = "Predictions",
   max_images: int = 24,
 ) -> Figure:
-  """Draws images with the most likely class: framed blue where right, vermilion where wrong.
+  """Draws images with the most likely class: framed blue if correct, else vermilion.
 
   Args:
     images: uint8, or floats in [0, 255]; 1 or 3 channels.
     labels: class indices [b], or weights [b k].
-    predictions: `labels` [b r], best first, `probabilities` [b r], and `correct` [b r], as the
-      classification task's `predict` returns them.
+    predictions: of `Classification.predict`: `labels` [b r], best first, `probabilities` [b r],
+      and `correct` [b r].
     class_names: in order; class numbers by default.
     title: of the figure.
-    max_images: draws the first so many.
+    max_images: maximum number of images.
   """
   shown = min(len(images), max_images)
   correct = np.asarray(predictions["correct"])[:shown, 0]
   cell = _cell_size(images)
   figure, axes = _grid(shown, cell)
-  write_title(figure, title, f"{int(correct.sum())} of {shown} right")
+  write_title(figure, title, f"{int(correct.sum())} of {shown} correct")
   _write_legend(figure)
   for i, ax in enumerate(axes):
     best, chance = int(predictions["labels"][i][0]), float(predictions["probabilities"][i][0])
@@ -101,12 +100,12 @@ def draw_ranking(
   *,
   title: str = "",
 ) -> Figure:
-  """Draws one picture, and beside it a bar for each of the likeliest classes.
+  """Draws an image, and beside it a bar for each of the most likely classes.
 
   Args:
     image: uint8, or floats in [0, 255]; 1 or 3 channels; any size.
-    names: of the classes, the likeliest first.
-    probabilities: of these.
+    names: of the classes, most likely first.
+    probabilities: of the classes.
     title: of the figure; the first name by default.
   """
   figure = Figure(figsize=(7.4, max(3.0, 0.42 * len(names) + 1.3)), dpi=110)
@@ -132,9 +131,9 @@ def draw_confusion(
   matrix: Integer[np.ndarray, "k k"],
   class_names: Sequence[str] = (),
   *,
-  title: str = "Confusion",
+  title: str = "Confusion matrix",
 ) -> Figure:
-  """Draws how often class i (row) was taken for class j (column), as a share of the row.
+  """Draws how often class i (row) was predicted as class j (column), as a fraction of the row.
 
   Up to 20 classes the counts are written into the cells, up to 60 the classes beside them.
   """
@@ -148,11 +147,11 @@ def draw_confusion(
     _write_counts(ax, matrix, shares)
   _label_classes(ax, [shorten(name_of(i, class_names), 18) for i in range(classes)])
   bar = figure.colorbar(image, ax=ax, shrink=0.6, pad=0.02, format="{x:.0%}")
-  bar.set_label("share of the row", fontsize=9)
+  bar.set_label("fraction of the row", fontsize=9)
   bar.ax.tick_params(labelsize=8)
   bar.outline.set_visible(False)  # pyrefly: ignore[not-callable]
   right, total = int(np.trace(matrix)), int(matrix.sum())
-  ax.set_title(f"{title}: {right} of {total} on the diagonal", loc="left", weight="bold", pad=10)
+  ax.set_title(f"{title}: {right} of {total} correct", loc="left", weight="bold", pad=10)
   return figure
 
 
@@ -186,7 +185,7 @@ def _cell_size(images: Num[np.ndarray, "b h w c"]) -> float:
 def _grid(count: int, cell: float) -> tuple[Figure, list[Axes]]:
   """Lays out `count` square cells of `cell` inches, each with two lines of text below."""
   if not count:
-    raise ValueError("there is no image to draw")
+    raise ValueError("images: none; expected at least one")
   columns = min(count, 8 if cell < 2 and count > 12 else 6)
   rows = -(-count // columns)
   text, margin, head = 0.42, 0.25, 0.75  # inches
@@ -213,7 +212,7 @@ def _grid(count: int, cell: float) -> tuple[Figure, list[Axes]]:
 
 def _write_legend(figure: Figure) -> None:
   width, height = figure.get_size_inches()
-  for inches, text, color in ((1.1, "✓ right", RIGHT), (0.3, "✗ wrong", WRONG)):
+  for inches, text, color in ((1.1, "✓ correct", RIGHT), (0.3, "✗ wrong", WRONG)):
     figure.text(
       1 - inches / width,
       1 - 0.2 / height,
@@ -241,7 +240,7 @@ def _to_uint8(image: Num[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
 
 
 def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
-  """Names the class, or the two heaviest of a row of weights, in lines of `length` characters."""
+  """Returns the class, or the two largest of a row of weights, in lines of `length` characters."""
   weights = np.asarray(label)
   if weights.ndim == 0:
     return shorten(name_of(int(weights), class_names), length)

@@ -1,4 +1,4 @@
-"""Draws what a model shows of its inside, whatever of it there is."""
+"""Figures of an `Explanation`: attention, lambdas, position embeddings, filters."""
 
 from collections.abc import Sequence
 
@@ -20,16 +20,16 @@ from vit_jax_zoo.ops.interpretability import Explanation
 def draw_of_images(
   images: Num[np.ndarray, "b h w c"], captions: Sequence[str], seen: Explanation
 ) -> dict[str, Figure]:
-  """Draws what depends on the images.
+  """Draws the parts that depend on the images.
 
   Args:
-    images: as the model saw them, in [0, 255].
-    captions: of each.
-    seen: of these images, as numpy arrays.
+    images: inputs of the model, in [0, 255].
+    captions: of the images.
+    seen: explanation of these images, as numpy arrays.
 
   Returns:
-    As far as there is any: "attention", rolled out; "heads", of the first image; "distances", over
-    all images; "lambdas", of the first.
+    By name, if available: "attention", the rollout; "heads", of the first image; "distances", over
+    all images; "lambdas", of the first image.
   """
   figures = {}
   if seen.looked_at is not None:
@@ -47,7 +47,7 @@ def draw_of_images(
 
 
 def draw_of_model(seen: Explanation) -> dict[str, Figure]:
-  """Draws what does not depend on images: "positions" and "filters", as far as there are any."""
+  """Draws the parts that do not depend on images: "positions" and "filters", if available."""
   figures = {}
   if seen.positions is not None:
     figures["positions"] = draw_position_similarity(seen.positions, seen.grid)

@@ -106,13 +106,12 @@ class ClassificationEvaluator(Evaluator):
     if labels.ndim == 2:
       if labels.shape[1] != self.num_classes:
         raise ValueError(
-          f"labels have {labels.shape[1]} columns, but num_classes is {self.num_classes}"
+          f"label: {labels.shape[1]} columns; expected num_classes={self.num_classes}"
         )
     elif labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
       wrong = labels.min() if labels.min() < 0 else labels.max()
       raise ValueError(
-        f"label {wrong} is not one of the {self.num_classes} classes 0..{self.num_classes - 1}; "
-        "set num_classes to the dataset's, or mend the dataset"
+        f"label: {wrong}; expected 0 to {self.num_classes - 1}. Set num_classes to the dataset's"
       )
 
 

@@ -1,8 +1,7 @@
-"""Multi-head attention, through one function for the dot product.
+"""Multi-head attention. Attention Is All You Need, arXiv:1706.03762, section 3.2.
 
-Attention Is All You Need, arXiv:1706.03762, section 3.2. Every Transformer of the package attends
-with `MultiHeadAttention`: encoders (one input), causal decoders (`is_causal`), and cross-attention
-whose queries and keys carry positions that the values do not (three inputs).
+One module for encoders (one input), causal decoders (`is_causal`, with a cache), and attention with
+position embeddings in queries and keys but not in values (three inputs).
 """
 
 import functools
@@ -16,11 +15,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
-"""What `jax.nn.dot_product_attention` takes: None leaves the choice to JAX, "xla" runs everywhere,
-"cudnn" is the fused kernel of NVIDIA GPUs (16-bit inputs only)."""
+"""Of `jax.nn.dot_product_attention`: None is JAX's choice, "xla" runs everywhere, "cudnn" is the
+fused kernel of NVIDIA GPUs (16-bit inputs only)."""
 
 NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Score of a pair that must not attend: finite, so that a row without any key gives no NaN."""
+"""Score of a masked pair: finite, so that a row without any key gives no NaN."""
 
 
 def attend(
@@ -35,11 +34,11 @@ def attend(
   """Returns softmax(query key^T / sqrt(d)) value for each head; the softmax is in float32.
 
   Args:
-    query: one vector for each position and head.
-    key: what queries are compared with.
-    value: what is averaged.
-    mask: True where a query may look at a key.
-    is_causal: also hides keys after the query's own position.
+    query: one vector per position and head.
+    key: as `query`.
+    value: as `query`.
+    mask: True where a query attends to a key.
+    is_causal: also masks keys after the query's position.
     implementation: see `Implementation`.
   """
   return jax.nn.dot_product_attention(
@@ -54,7 +53,7 @@ def attention_weights(
   mask: Bool[Array, "#b #h #n #m"] | None = None,
   is_causal: bool = False,
 ) -> Float[Array, "b h n m"]:
-  """Returns the attention map itself, in float32: what `attend` never writes to memory."""
+  """Returns the attention map in float32, which `attend` does not materialise."""
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
   if is_causal:
@@ -66,11 +65,10 @@ def attention_weights(
 
 
 def heads_first(x: Float[Array, "b n h d"]) -> Float[Array, "b*h n d"]:
-  """Returns the vectors of each image's heads one after the other: the layout of a cache.
+  """Returns the layout of the cache: batch and heads in one axis, before the positions.
 
-  Batch and heads are one axis, since that is the one batch dimension of the two products in
-  `attend_cached`. With two, or in another order, XLA on a CPU copies the whole cache for each of
-  them at each step.
+  It is the only batch dimension of the two products in `attend_cached`. With two, or in another
+  order, XLA on a CPU copies the whole cache for each product at each step.
   """
   return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
@@ -81,13 +79,13 @@ def attend_cached(
   value: Float[Array, "b*h m d"],
   past_length: Int[Array, ""],
 ) -> Float[Array, "b n h d"]:
-  """Attends causally from new positions to themselves and to those that came before.
+  """Attends causally from new positions to all positions up to themselves.
 
   Args:
     query: of the new positions.
-    key: of all positions, in a buffer that may be longer than they are; see `heads_first`.
-    value: likewise.
-    past_length: the place of the first new position in the buffer.
+    key: of all positions, in a buffer that may be longer; see `heads_first`.
+    value: as `key`.
+    past_length: index of the first new position in the buffer.
   """
   batch, new, heads, width = query.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -101,25 +99,24 @@ def attend_cached(
 
 
 def key_padding_mask(keep: Bool[Array, "b m"]) -> Bool[Array, "b 1 1 m"]:
-  """Turns "which keys are real" into a mask that every head and query shares."""
+  """Returns the mask of real keys, broadcast over heads and queries."""
   return keep[:, None, None, :]
 
 
 class MultiHeadAttention(nn.Module):
-  """Projects to heads, attends, and projects back to the width of the query's input.
+  """Projects to heads, attends, and projects back to the width of the queries.
 
-  The attention map is sown as `weights` [b h n m] when the `intermediates` collection is mutable;
-  then, and when attention itself has dropout, the map is computed openly instead of by the fused
-  path. To decode token by token, the projected `key` and `value` of a call are kept in the
-  collection `cache` when that is mutable, laid out by `heads_first`; a call with `past_length` adds
-  its own to those that are there.
+  If the collection `intermediates` is mutable, the attention map is sown as `weights` [b h n m];
+  then, and with attention dropout, the fused path is not used. If the collection `cache` is
+  mutable, the projected `key` and `value` are stored in it in the layout of `heads_first`; a call
+  with `past_length` appends to them.
 
   Attributes:
     num_heads: must divide the width.
     qkv_bias: whether query, key and value have biases.
     out_bias: whether the output projection has one.
     dropout_rate: of the attention map, while training.
-    kernel_init: of all four projections, as matrices of width x width.
+    kernel_init: of all four projections, as width x width matrices.
     out_kernel_init: of the output projection; None: `kernel_init`.
     dtype: of the computation; the softmax is in float32 and parameters stay float32.
     implementation: see `Implementation`.
@@ -152,10 +149,10 @@ class MultiHeadAttention(nn.Module):
       queries: input of the query projection.
       keys: input of the key projection; `queries` if None.
       values: input of the value projection; `keys` if None.
-      mask: True where a query may look at a key.
-      is_causal: also hides keys after the query's own position.
-      past_length: go on after so many positions of `cache`, causally; see `attend_cached`.
-      train: whether attention dropout is on.
+      mask: True where a query attends to a key.
+      is_causal: also masks keys after the query's position.
+      past_length: number of positions in `cache`, after which to continue causally.
+      train: enables attention dropout.
     """
     keys = queries if keys is None else keys
     values = keys if values is None else values
@@ -185,9 +182,9 @@ class MultiHeadAttention(nn.Module):
     return checkpoint_name(out, "attention_out")
 
   def _keep(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
-    """Returns keys and values by name as the cache holds them, now that it holds the new ones.
+    """Writes keys and values to the cache, and returns its content.
 
-    They are written before they are read: otherwise XLA copies the cache, to write to the copy.
+    Written before they are read: otherwise XLA copies the cache.
     """
     kept = {name: heads_first(x) for name, x in new.items()}
     if past_length is not None:
@@ -200,9 +197,7 @@ class MultiHeadAttention(nn.Module):
 
   def _heads(self, name: str, width: int) -> nn.Module:
     if width % self.num_heads:
-      raise ValueError(
-        f"width {width} is not a multiple of num_heads {self.num_heads}; change one of them"
-      )
+      raise ValueError(f"num_heads: {self.num_heads}; expected a divisor of the width {width}")
     return nn.DenseGeneral(
       (self.num_heads, width // self.num_heads),
       use_bias=self.qkv_bias,

@@ -1,4 +1,4 @@
-"""A convolution that starts as PyTorch's does."""
+"""Convolution with PyTorch's initialization and padding."""
 
 import jax
 from flax import linen as nn
@@ -10,8 +10,6 @@ from vit_jax_zoo.nn.init import pytorch_uniform
 
 class Conv(nn.Module):
   """An odd square convolution with a bias; sides become ceil(side / stride).
-
-  Kernel and bias start uniform within one over the root of the inputs of a unit, PyTorch's default.
 
   Attributes:
     features: output channels.

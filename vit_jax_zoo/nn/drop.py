@@ -1,4 +1,4 @@
-"""Stochastic depth: whole residual branches are left out at random while training."""
+"""DropBlock and stochastic depth (DropPath)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from jaxtyping import Array, Float
 
 
 class DropBlock(nn.Module):
-  """Sets squares of each channel's map to zero while training, and scales up what remains.
+  """Drops squares of each channel's map while training. Ghiasi et al., arXiv:1810.12890.
 
   Attributes:
-    rate: expected share of a map that is dropped, in [0, 1), but for squares that overlap.
-    block_size: side of the squares; smaller maps have squares of their own smaller side.
+    rate: expected fraction of a map that is dropped, in [0, 1), without regard to overlaps.
+    block_size: side of the squares, at most the map's smaller side.
   """
 
   rate: float
@@ -25,9 +25,9 @@ class DropBlock(nn.Module):
       ValueError: the rate or the side of the squares is out of its range.
     """
     if not 0 <= self.rate < 1:
-      raise ValueError(f"the rate of DropBlock must lie in [0, 1), but is {self.rate}")
+      raise ValueError(f"DropBlock rate: {self.rate}; expected a number in [0, 1)")
     if self.block_size < 1:
-      raise ValueError(f"block_size must be positive, not {self.block_size}")
+      raise ValueError(f"block_size: {self.block_size}; expected a positive number")
     if not train or not self.rate:
       return x
     batch, height, width, channels = x.shape
@@ -45,10 +45,9 @@ class DropBlock(nn.Module):
 
 
 class DropPath(nn.Module):
-  """Drops a residual branch for some examples of the batch. Huang et al., arXiv:1603.09382.
+  """Drops a residual branch for random examples of the batch. Huang et al., arXiv:1603.09382.
 
-  The surviving branches are scaled by 1 / (1 - rate), so that the expectation is that of evaluation
-  and nothing needs scaling there.
+  The other branches are scaled by 1 / (1 - rate).
   """
 
   @nn.compact
@@ -58,9 +57,9 @@ class DropPath(nn.Module):
     """Keeps each example's branch with probability 1 - rate.
 
     Args:
-      branch: what is about to be added to the residual stream.
-      rate: in [0, 1); an array where layers are scanned. A plain 0 costs nothing.
-      train: False returns `branch` untouched.
+      branch: output of the residual branch.
+      rate: in [0, 1); an array if layers are scanned. The Python number 0 costs nothing.
+      train: False returns `branch`.
     """
     if not train or (isinstance(rate, (int, float)) and rate == 0):
       return branch

@@ -1,17 +1,15 @@
-"""Checks of fields, shared by models and tasks; each message names the field."""
+"""Range checks of the fields of models and tasks."""
 
 from typing import Any
 
 
 def check_positive(owner: Any, *fields: str, hint: str = "") -> None:
-  """Raises ValueError at the first of these fields that is not positive; one that is None passes.
-
-  Of a tuple, all must be, and there must be some.
+  """Raises ValueError for the first field that is not positive; None passes.
 
   Args:
-    owner: what has the fields.
-    *fields: their names.
-    hint: ends the message: what else could be given.
+    owner: the object with the fields.
+    *fields: names of numbers, or of non-empty tuples of positive numbers.
+    hint: end of the message.
   """
   for field in fields:
     value = getattr(owner, field)
@@ -26,19 +24,19 @@ def _is_positive(value: Any) -> bool:
 
 
 def check_not_negative(owner: Any, *fields: str) -> None:
-  """Raises ValueError at the first of these fields that is negative."""
+  """Raises ValueError for the first field that is negative."""
   for field in fields:
     if getattr(owner, field) < 0:
       raise ValueError(f"{field} must not be negative, but is {getattr(owner, field)}")
 
 
 def check_rates(owner: Any, *fields: str) -> None:
-  """Raises ValueError at the first of these fields that is no share of what may be left out."""
+  """Raises ValueError for the first field that is not in [0, 1)."""
   for field in fields:
     if not 0 <= getattr(owner, field) < 1:
       raise ValueError(f"{field} must lie in [0, 1), not {getattr(owner, field)}")
 
 
 def check_num_classes(model: Any) -> None:
-  """Raises ValueError if a model's `num_classes` is neither positive nor None."""
+  """Raises ValueError if `num_classes` is neither positive nor None."""
   check_positive(model, "num_classes", hint="None leaves out the head")

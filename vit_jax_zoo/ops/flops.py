@@ -1,7 +1,6 @@
 """FLOPs of a JAX function, counted from its jaxpr.
 
-The compiler's own estimate counts the body of a loop once, however often it runs, so that a model
-with scanned layers looks many times cheaper than it is. Here a scan counts its length.
+XLA's cost analysis counts the body of a loop once; here a scan counts its length.
 """
 
 import math
@@ -15,19 +14,18 @@ import numpy as np
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
   """Returns the floating-point operations of the function's matrix products and convolutions.
 
-  A multiplication and its addition count as two. Elementwise operations, reductions and sorting are
-  left out, as the literature leaves them out. In a convolution, products with padding and with the
-  zeros of a dilated input are not counted: each gradient of a convolution then costs exactly what
-  the convolution does. Rematerialised work is counted as often as it is done; of a conditional's
-  branches, the most expensive counts.
+  A multiply-add counts as two. Elementwise operations, reductions and sorting are not counted, nor
+  are products with padding or with the zeros of a dilated input, so that each gradient of a
+  convolution costs what the convolution does. Rematerialised work counts each time; of a
+  conditional's branches, the most expensive counts.
 
   Args:
-    function: anything `jax.jit` takes.
-    *args: arrays, or `jax.ShapeDtypeStruct`s: nothing is computed.
+    function: a function that `jax.jit` accepts.
+    *args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
     **kwargs: as `args`.
 
   Raises:
-    ValueError: matrix products stand in a while loop, whose length is not known beforehand.
+    ValueError: a while loop of unknown length contains matrix products.
   """
   return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
@@ -47,7 +45,7 @@ def _equation_flops(equation: Any) -> int:
   if name == "cond":
     return max(inner)
   if name == "while" and sum(inner):
-    raise ValueError("cannot count the FLOPs of a while loop; use jax.lax.scan or a fori_loop")
+    raise ValueError("while loop: FLOPs unknown; expected jax.lax.scan or fori_loop")
   return sum(inner) * (equation.params["length"] if name == "scan" else 1)
 
 
@@ -95,7 +93,7 @@ def _taps(
   input_dilation: int,
   kernel_dilation: int,
 ) -> int:
-  """Counts, along one axis, the pairs of output and kernel position that meet an input element."""
+  """Returns the number of (output, kernel) pairs along one axis that read an input element."""
   output = np.arange(output_size)[:, None]
   position = output * stride + np.arange(kernel_size) * kernel_dilation - low_padding
   inside = (position >= 0) & (position <= (input_size - 1) * input_dilation)

@@ -1,4 +1,4 @@
-"""Images as models want them: floats around zero."""
+"""Normalisation and padding of images on the device."""
 
 from collections.abc import Sequence
 
@@ -13,17 +13,16 @@ def normalize_images(
 ) -> Float[Array, "b h w c"]:
   """Maps pixels in [0, 255] to float32 `(pixels / 255 - mean) / std`.
 
-  It runs inside the jitted step: images travel to the device as uint8, a quarter of the bytes.
+  Runs inside the jitted step: images are transferred to the device as uint8.
 
   Args:
     images: uint8, or floats in [0, 255].
-    mean: of the data in [0, 1], one for all channels or one for each. The default, with its `std`,
-      maps to [-1, 1], as the ViT references do; ImageNet's (0.485, 0.456, 0.406) is what ResNets
-      were trained with.
-    std: as `mean`.
+    mean: of pixels in [0, 1], one value or one per channel. The defaults map to [-1, 1], as for
+      ViT; ResNets use `constants.IMAGENET_MEAN`.
+    std: standard deviation, as `mean`.
 
   Raises:
-    ValueError: when `mean` or `std` has another number of channels than the images.
+    ValueError: `mean` or `std` has another number of channels than the images.
   """
   center = 255.0 * _per_channel("mean", mean, images.shape[-1])
   scale = 255.0 * _per_channel("std", std, images.shape[-1])
@@ -33,14 +32,14 @@ def normalize_images(
 def clear_padding(
   images: Float[Array, "b h w c"], image_size: Num[Array, "b 2"]
 ) -> Float[Array, "b h w c"]:
-  """Sets everything to the right of and below the images to zero; sizes are heights and widths."""
+  """Sets the padding right of and below the images to zero; sizes are (height, width)."""
   rows = jnp.arange(images.shape[1])[None] < image_size[:, :1]
   columns = jnp.arange(images.shape[2])[None] < image_size[:, 1:]
   return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
 
 
 def pad_images(images: Shaped[Array, "b h w c"], multiple: int) -> Shaped[Array, "b i j c"]:
-  """Adds zeros at the right and bottom until both sides are multiples of a number."""
+  """Pads with zeros at the right and bottom to multiples of a number."""
   below, right = (-side % multiple for side in images.shape[1:3])
   return jnp.pad(images, ((0, 0), (0, below), (0, right), (0, 0)))
 
@@ -51,7 +50,7 @@ def _per_channel(
   array = jnp.asarray(value, jnp.float32)
   if array.ndim > 1 or array.size not in (1, channels):
     raise ValueError(
-      f"image {name} has {array.size} values, but the images have {channels} channels; "
-      "give one value for all or one for each"
+      f"image_{name}: {array.size} values for images with {channels} channels; expected one or "
+      f"{channels}"
     )
   return array.reshape(1, 1, 1, -1)

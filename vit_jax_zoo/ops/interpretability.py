@@ -1,11 +1,9 @@
-"""What a model can show of its inside: the protocol between models, and whoever draws it.
-
-A model that has something to show has a method
+"""Interpretability: the result of a model's `explain`, which `figures.interpretability` draws.
 
     explain(variables, intermediates, image_size) -> Explanation
 
-which is traced: `intermediates` is what it has sown for a batch of images, of which whole attention
-maps may be too large to be carried about; what it returns is small.
+is an optional method of models. It is traced and reduces `intermediates`, the sown arrays of a
+batch of images, such as whole attention maps, to small arrays.
 """
 
 from collections.abc import Mapping
@@ -16,19 +14,18 @@ from flax import struct
 
 @struct.dataclass
 class Explanation:
-  """What there is to be seen. A part that a model does not have is None, or empty.
+  """Arrays to draw. Parts that a model does not have are None or empty.
 
   Attributes:
-    looked_at: float32 [b gh gw], how much of what the head sees comes from each patch.
-    heads: float32 [b l heads gh gw], where the head's token looks, layer by layer.
-    distances: float32 [l heads], how far each head looks, in pixels, over the whole batch.
-    lambdas: layer's name -> float32 [b h w], the norms of the lambdas of its positions.
-    positions: float32 [gh*gw d], what the model adds to each patch to say where it is.
+    looked_at: float32 [b gh gw], attention rollout from the head's input to each patch.
+    heads: float32 [b l heads gh gw], attention of the head's token, by layer and head.
+    distances: float32 [l heads], mean attention distance in pixels, over the batch.
+    lambdas: layer name -> float32 [b h w], norms of the positions' lambdas.
+    positions: float32 [gh*gw d], position embeddings of the patches.
     filters: [kh kw c n], the kernel of the first layer.
-    viewer: in words, what looks in `looked_at` and `heads`.
-    principal: the filters are too many and too alike to be shown one by one: their principal
-      components are what the ViT paper shows.
-    grid: height and width in patches; of models that have none (0, 0).
+    viewer: name of the query in `looked_at` and `heads`.
+    principal: draws the filters' principal components, as in the ViT paper.
+    grid: height and width in patches; (0, 0) of models without patches.
   """
 
   looked_at: Any = None

@@ -1,11 +1,8 @@
-"""Mixing training examples: mixup and CutMix, of images and their label weights alike.
+"""mixup (arXiv:1710.09412) and CutMix (arXiv:1905.04899) of images and label weights.
 
-  Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412
-  Yun, Han, Oh, Chun, Choe, Yoo, "CutMix", arXiv:1905.04899
-
-Both give an example the share `lam` ~ Beta(alpha, alpha) of itself, and its neighbour in the batch
-the rest; batches are shuffled, so the neighbour is as good as a random one. As in big_vision the
-neighbour is the example before it (the first one's is the last); timm pairs first with last.
+An example keeps the fraction `lam` ~ Beta(alpha, alpha) of itself and takes the rest from its
+neighbour in the batch: the example before it, cyclically, as in big_vision (timm pairs the first
+with the last).
 """
 
 import dataclasses
@@ -21,15 +18,14 @@ UNITS = ("batch", "example")
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """How examples are mixed.
+  """Settings of mixup and CutMix.
 
   Attributes:
     mixup_alpha: of mixup's Beta distribution; None or 0: no mixup.
-    cutmix_alpha: of CutMix's; None or 0: no CutMix.
-    probability: that anything is mixed (timm's `mixup_prob`).
-    cutmix_share: how often, where both are on, it is CutMix (timm's `mixup_switch_prob`).
-    unit: what is drawn anew, mixed or not, which way and how much, for each "batch" (big_vision,
-      timm's default) or each "example" (timm's mode `elem`).
+    cutmix_alpha: of CutMix's Beta distribution; None or 0: no CutMix.
+    probability: of mixing (timm's `mixup_prob`).
+    cutmix_share: probability of CutMix if both are on (timm's `mixup_switch_prob`).
+    unit: one draw for each "batch" (big_vision, timm's default) or each "example" (timm's `elem`).
   """
 
   mixup_alpha: float | int | None = None
@@ -44,15 +40,15 @@ class Mixing:
     alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
     for field, alpha in alphas.items():
       if alpha is not None and alpha < 0:
-        raise ValueError(f"{field} must be at least 0, but is {alpha}; None turns it off")
+        raise ValueError(f"{field}: {alpha}; expected a number of at least 0, or None")
     shares = {"mix_probability": self.probability, "cutmix_share": self.cutmix_share}
     for field, share in shares.items():
       if not 0 <= share <= 1:
-        raise ValueError(f"{field} must lie in [0, 1], but is {share}")
+        raise ValueError(f"{field}: {share}; expected a number in [0, 1]")
 
   @property
   def is_on(self) -> bool:
-    """Whether anything can be mixed at all."""
+    """Whether mixup or CutMix is on."""
     return bool(self.mixup_alpha or self.cutmix_alpha) and self.probability > 0
 
 
@@ -63,21 +59,20 @@ def mix_examples(
   rng: jax.Array,
   mixing: Mixing,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
-  """Returns mixed images, and their targets mixed in the same shares.
+  """Returns mixed images, and their targets mixed by the same fractions.
 
   Args:
-    images: in any units: mixing commutes with normalisation.
+    images: normalised or not.
     targets: label weights.
-    mask: True for real examples; padding neither gives nor takes, so that who is beside it stays
-      whole.
+    mask: True for real examples; padding and its successor are not mixed.
     rng: a key.
-    mixing: how; it must be on.
+    mixing: settings, of which one is on.
   """
   shares, from_self = _draw(rng, images.shape[0], (images.shape[1], images.shape[2]), mixing)
   whole = ~(mask & jnp.roll(mask, 1))
   shares = jnp.where(whole, 1.0, shares)
   from_self = jnp.where(whole[:, None, None], 1.0, from_self)[..., None]
-  # An image in padding may hold anything, a NaN too, so it is left out and not multiplied by 0.
+  # Padding may contain NaN: it is replaced, not multiplied by 0.
   other_images = jnp.where(whole[:, None, None, None], images, jnp.roll(images, 1, axis=0))
   other_targets = jnp.where(whole[:, None], targets, jnp.roll(targets, 1, axis=0))
   mixed = images * from_self + other_images * (1 - from_self)
@@ -87,15 +82,14 @@ def mix_examples(
 def _draw(
   rng: jax.Array, count: int, size: tuple[int, int], mixing: Mixing
 ) -> tuple[Float[Array, " b"], Float[Array, "b h w"]]:
-  """Draws each example's share of itself: in its label, and in each of its pixels."""
+  """Samples the fraction of each example in its label and in each of its pixels."""
   draws = 1 if mixing.unit == "batch" else count
   which, whether, how_much, where = jax.random.split(rng, 4)
   ones = jnp.ones((draws, *size), jnp.float32)
   shares, pixels = jnp.ones(draws, jnp.float32), ones
   if mixing.mixup_alpha:
     drawn = jax.random.beta(how_much, mixing.mixup_alpha, mixing.mixup_alpha, (draws,))
-    # The larger share is the example's own. Whose it is makes no difference to what a batch
-    # consists of, but "the label" of a mixture stays that of its row.
+    # The larger fraction is the example's own, so that its label stays the mixture's largest.
     shares = jnp.maximum(drawn, 1 - drawn)
     pixels = jnp.broadcast_to(shares[:, None, None], ones.shape)
   if mixing.cutmix_alpha:
@@ -113,18 +107,18 @@ def _draw(
 def _cut(
   rng: jax.Array, alpha: float | int, draws: int, size: tuple[int, int]
 ) -> tuple[Float[Array, " n"], Float[Array, "n h w"]]:
-  """Draws boxes that go to the neighbour: the share outside each, and 1 there, 0 inside."""
+  """Samples boxes for the neighbour: the fraction outside each, and a mask of the outside."""
   share_rng, row_rng, column_rng = jax.random.split(rng, 3)
   side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha, (draws,)))
   rows = _covered(row_rng, side, size[0])
   columns = _covered(column_rng, side, size[1])
   outside = 1.0 - (rows[:, :, None] & columns[:, None, :])
-  # Cut off at the edge, a box is smaller than was drawn: the labels follow the pixels.
+  # A box is cut off at the edge: the labels follow the pixels.
   return jnp.mean(outside, axis=(1, 2)), outside
 
 
 def _covered(rng: jax.Array, side: Float[Array, " n"], length: int) -> Bool[Array, "n length"]:
-  """Tells which of `length` pixels a stretch covers, with its centre anywhere among them."""
+  """Returns the pixels of `length` in an interval with a random centre."""
   extent = jnp.floor(side * length).astype(jnp.int32)
   center = jax.random.randint(rng, side.shape, 0, length)
   begin, end = center - extent // 2, center + (extent + 1) // 2

@@ -1,7 +1,8 @@
-"""Resizing learned position embeddings to another grid, as each published code base does it.
+"""Resizing: nearest neighbour on the device, position embeddings on the host.
 
-The methods differ by 15 to 50 % of a table's root mean square, so a checkpoint should be resized
-the way it was evaluated. All are separable: two small matrices, applied in numpy on the host.
+Each published code base resizes position embeddings by a method of its own. They differ by 15 to
+50 % of a table's root mean square, so that a checkpoint should be resized as it was evaluated. All
+are separable: two small matrices, applied with numpy.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from vit_jax_zoo.errors import unknown_name
 
 
 def nearest_indices(size: int, new_size: int) -> Int[np.ndarray, " n"]:
-  """Returns the source index of each of `new_size` outputs; in float32, as the reference rounds."""
+  """Returns the source index of each of `new_size` outputs, in float32 as PyTorch rounds."""
   step = np.float32(size) / np.float32(new_size)
   indices = np.floor(np.arange(new_size, dtype=np.float32) * step).astype(np.int32)
   return np.minimum(indices, size - 1)
@@ -40,14 +41,14 @@ def _corner_aligned(old: int, new: int) -> np.ndarray:
   """Linear, corners on corners, as vision_transformer and big_vision (scipy.ndimage.zoom).
 
   Where the last coordinate rounds just past the edge (28 -> 14, 24 -> 42, ...), zoom fills the
-  whole last row and column with zeros. Here coordinates are clamped: the border keeps its values.
+  last row and column with zeros. Here coordinates are clamped.
   """
   source = np.arange(new) * ((old - 1) / max(new - 1, 1))
   return _weights(np.clip(source, 0, old - 1), old, lambda x: np.maximum(1 - np.abs(x), 0), 1)
 
 
 def _linear(old: int, new: int) -> np.ndarray:
-  """Linear, half-pixel centres, no antialiasing: timm, when it reads Google's .npz files."""
+  """Linear, half-pixel centres, no antialiasing: timm for Google's .npz files."""
   source = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
   return _weights(source, old, lambda x: np.maximum(1 - np.abs(x), 0), 1)
 
@@ -67,7 +68,7 @@ def _bicubic_antialias(old: int, new: int) -> np.ndarray:
 
 
 def _cubic(x: np.ndarray, a: float) -> np.ndarray:
-  """Keys' cubic convolution kernel, which is 0 from distance 2 on."""
+  """Keys' cubic convolution kernel, 0 from distance 2 on."""
   x = np.abs(x)
   near = ((a + 2) * x - (a + 3)) * x**2 + 1
   far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
@@ -77,7 +78,7 @@ def _cubic(x: np.ndarray, a: float) -> np.ndarray:
 def _weights(
   source: np.ndarray, old: int, kernel: Callable[[np.ndarray], np.ndarray], reach: int
 ) -> np.ndarray:
-  """Puts the kernel at each source coordinate; what falls outside goes to the nearest edge."""
+  """Returns the kernel's weights at each source coordinate, with replicated edges."""
   weights = np.zeros((len(source), old))
   first = np.floor(source).astype(int)
   for tap in range(1 - reach, reach + 1):
@@ -92,7 +93,7 @@ METHODS = {
   "bicubic": _bicubic,
   "bicubic_antialias": _bicubic_antialias,
 }
-"""By name: (old size, new size) -> matrix [new old]. Each docstring says whose it is."""
+"""Method name -> function of (old size, new size), which returns a matrix [new old]."""
 
 
 def resize_position_grid(
@@ -101,12 +102,12 @@ def resize_position_grid(
   new_grid: tuple[int, int],
   method: str = "corner_aligned",
 ) -> Float[np.ndarray, "m d"]:
-  """Resizes the positions of a grid of tokens; rows of other tokens must be taken off before.
+  """Resizes the position embeddings of a grid of tokens.
 
   Args:
-    table: one row for each token of the old grid, row by row.
-    old_grid: height and width that the table covers.
-    new_grid: height and width that it shall cover.
+    table: one row for each token of the old grid, row by row, without those of other tokens.
+    old_grid: height and width of the table's grid.
+    new_grid: height and width of the result's grid.
     method: a key of `METHODS`.
 
   Raises:
@@ -117,7 +118,7 @@ def resize_position_grid(
   height, width = old_grid
   if len(table) != height * width:
     raise ValueError(
-      f"position table has {len(table)} rows, but a {height} x {width} grid has {height * width}"
+      f"position table: {len(table)} rows; expected {height * width} for a {height} x {width} grid"
     )
   if tuple(old_grid) == tuple(new_grid):
     return table

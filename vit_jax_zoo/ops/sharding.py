@@ -1,4 +1,4 @@
-"""Where activations live on the device mesh: the one constraint that models state themselves."""
+"""Sharding of activations over the batch axes of the device mesh."""
 
 import math
 from collections.abc import Callable
@@ -9,26 +9,25 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 BATCH_AXES = ("data", "fsdp")
-"""The mesh axes over which a batch is split: every device works on examples of its own."""
+"""The mesh axes over which a batch is split."""
 
 
 def shard_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-  """Keeps the first axis of `x` split over the mesh's batch axes, and the others whole.
+  """Constrains the first axis of `x` to be split over the mesh's batch axes.
 
-  Models call it once in every block: without the constraint XLA may choose to gather activations
-  instead of parameters (a ViT-L step for 16 chips then takes five times the memory). Outside a mesh
-  (`jax.set_mesh`), or where the first axis cannot be split evenly, it does nothing.
+  Every block of a model calls it: otherwise XLA may gather activations instead of parameters (five
+  times the memory for a ViT-L step on 16 chips). Does nothing outside a mesh (`jax.set_mesh`), or
+  if the first axis is not divisible.
   """
   axes = _splitting_axes(x.shape[0])
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."]) -> Any:
-  """Returns `function(*args)`, computed by every device for its own part of the batch.
+  """Returns `function(*args)`, computed by each device for its own part of the batch.
 
-  For functions that treat examples one by one, in loops whose length depends on the data: left to
-  itself, XLA lets all devices agree on every round. Like `shard_batch` it does nothing where the
-  batch is not split.
+  For loops over single examples whose length depends on the data, on every round of which the
+  devices would synchronise otherwise. If the batch is not split, calls the function.
 
   Args:
     function: takes and returns arrays whose first axis is the example.
@@ -42,10 +41,10 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
 
 
 def _splitting_axes(batch_size: Any) -> tuple[str, ...]:
-  """Returns the mesh axes over which a batch of this size is split, none if it is not.
+  """Returns the mesh axes over which a batch of this size is split.
 
   Args:
-    batch_size: a number, or its symbol where a program is exported for batches of any size.
+    batch_size: a number, or the symbol of a program that is exported for any batch size.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)

@@ -1,4 +1,4 @@
-"""Image classification: one label an image, several, or mixtures of labels."""
+"""Image classification with single labels, multiple labels, or mixup's label weights."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.figures import classification as draw
 from vit_jax_zoo.figures.interpretability import draw_of_images, draw_of_model
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
+from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.mixup import Mixing, mix_examples
 from vit_jax_zoo.tasks import base
@@ -23,42 +24,40 @@ from vit_jax_zoo.tasks import base
 OBJECTIVES = ("softmax", "sigmoid")
 
 _MIXING = 0x6D6978
-"""Folded into a step's key for what mixes examples, so that dropout's draws stay what they are."""
+"""Folded into a step's key for mixup and CutMix, so that they are independent of dropout."""
 
 _DRAWN = 24
-"""So many examples of a batch are mixed for a picture."""
+"""Number of mixed examples in the figure of a training batch."""
 
 _EXPLAINED, _MOST_BYTES = 8, 2**30
-"""So many examples of a batch are explained, or as few as keep what the model sows below this."""
+"""Maximum number of examples to explain, and of bytes of the arrays that the model sows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Classification(base.Task):
-  """Learns to name what an image shows.
+  """Softmax or sigmoid classification of images.
 
-  Batches: `image` [b h w c], uint8 or floats in [0, 255]; `label`, int [b], or weights [b k] (a 1
-  for each label of a multi-label set, mixup's mixtures); `mask` [b], True for real rows, when a
-  batch is padded.
+  Batches: `image` [b h w c], uint8 or floats in [0, 255]; `label`, int [b], or weights [b k] (1 for
+  each of several labels, or fractions); `mask` [b], True for real rows of a padded batch.
 
   Attributes:
     model: called as `model(images, train=...)`, returns a dict with "logits" [b k].
     num_classes: size of the label set.
-    objective: "softmax": cross-entropy of one distribution over the classes. "sigmoid": a yes-no
-      cross-entropy for each class, summed over the classes (not averaged), as ViT's ImageNet-21k
-      and JFT pre-training have it.
-    label_smoothing: this share of each training label is spread evenly over all classes; the
-      loss of an evaluation is free of it.
-    mixup_alpha: training examples are mixed with their neighbours in the micro-batch, by shares
-      from Beta(alpha, alpha); None: not. Labels are mixed alike, before they are smoothed.
-    cutmix_alpha: the same for CutMix, which gives the neighbour a box of the image.
-    mix_probability: that anything is mixed.
-    cutmix_share: where both alphas are set, how often it is CutMix.
-    mix_per: what the draws are made for, "batch" (each micro-batch) or "example".
+    objective: "softmax": cross-entropy. "sigmoid": binary cross-entropy, summed over the classes,
+      as in ViT's ImageNet-21k and JFT pre-training.
+    label_smoothing: fraction of each training label that is distributed over all classes; not in
+      evaluations.
+    mixup_alpha: of mixup with the neighbour in the micro-batch, see `ops.mixup`; None: off. Labels
+      are mixed before they are smoothed.
+    cutmix_alpha: of CutMix; None: off.
+    mix_probability: probability of mixing.
+    cutmix_share: probability of CutMix if both alphas are set.
+    mix_per: "batch" (one draw per micro-batch) or "example".
     image_mean: see `normalize_images`; the default maps pixels to [-1, 1].
     image_std: as `image_mean`.
-    class_names: in order; for pictures and scores of single classes.
-    top_k: how many classes a prediction lists, and the k of the top-k accuracy.
-    per_class: evaluations score each class, too, and draw which is taken for which.
+    class_names: in order, for figures and per-class scores.
+    top_k: number of classes of a prediction, and the k of the top-k accuracy.
+    per_class: evaluations also score each class, and draw the confusion matrix.
   """
 
   name: ClassVar[str] = "classification"
@@ -81,15 +80,11 @@ class Classification(base.Task):
   def __post_init__(self) -> None:
     if self.objective not in OBJECTIVES:
       raise ValueError(unknown_name("objective", self.objective, OBJECTIVES))
-    if not 0 <= self.label_smoothing < 1:
-      raise ValueError(f"label_smoothing must lie in [0, 1), but is {self.label_smoothing}")
-    if self.num_classes < 1 or self.top_k < 1:
-      raise ValueError(
-        f"num_classes and top_k must be positive, but are {self.num_classes} and {self.top_k}"
-      )
+    check_rates(self, "label_smoothing")
+    check_positive(self, "num_classes", "top_k")
     if self.class_names and len(self.class_names) != self.num_classes:
       raise ValueError(
-        f"{len(self.class_names)} class_names were given for {self.num_classes} classes"
+        f"class_names: {len(self.class_names)} names; expected num_classes={self.num_classes}"
       )
     _ = self._mixing  # checks its fields
 
@@ -99,17 +94,16 @@ class Classification(base.Task):
     return "accuracy"
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's fresh variables for images of this batch's shape."""
+    """Returns the model's initial variables for images of this batch's shape."""
     return self.model.init(rng, self._images(batch), train=False)
 
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> base.LossOutput:
-    """Returns the mean cross-entropy of the step's examples, as far as it is these examples'.
+    """Returns the sum of the examples' losses over the number of examples of the whole step.
 
-    Metrics: "loss", "accuracy" and "top5_accuracy" (for the `top_k` of the task). A label that is
-    not one of the classes makes the loss NaN: it stops a run, where a silent 0 would mislead it.
-    Of a mixed example the larger part counts as its label in the accuracies.
+    Metrics: "loss", "accuracy" and "top5_accuracy" (with `top_k`), which count the largest label of
+    a mixed example. A label that is not one of the classes makes the loss NaN, which stops a run.
     """
     mask = base.example_mask(batch)
     targets = self._targets(jnp.asarray(batch["label"]), mask)
@@ -137,10 +131,9 @@ class Classification(base.Task):
     """Returns the most likely classes of each image.
 
     Returns:
-      `labels` int32 [b top_k], best first; `probabilities` float32 [b top_k], which are those of a
-      softmax or of independent sigmoids as the objective says; and, when the batch has labels,
-      `loss` float32 [b] and `correct` bool [b top_k] (with several labels: whether it is any of
-      them). In rows that the mask leaves out, `loss` is 0 and `correct` is False.
+      `labels` int32 [b top_k], best first; `probabilities` float32 [b top_k], of a softmax or of
+      sigmoids; and, if the batch has labels, `loss` float32 [b] and `correct` bool [b top_k] (of
+      several labels: any). In masked rows, `loss` is 0 and `correct` is False.
     """
     logits = self._logits(self.model.apply(variables, self._images(batch), train=False))
     to_probabilities = jax.nn.softmax if self.objective == "softmax" else jax.nn.sigmoid
@@ -154,53 +147,53 @@ class Classification(base.Task):
     return predictions | {"loss": losses, "correct": is_correct(targets, labels)}
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns the first examples' `image`, the likeliest `label`, and the model's `explanation`.
+    """Returns `image`, the most likely `label`, and the model's `explanation` of first examples.
 
     Raises:
-      ValueError: the model has no method `explain`, see `ops.explanation`.
+      ValueError: the model has no method `explain`, see `ops.interpretability`.
     """
     if not hasattr(self.model, "explain"):
-      raise ValueError(f"{type(self.model).__name__} shows nothing of its inside")
+      raise ValueError(f"{type(self.model).__name__}: no method explain; set explain=False")
     model: Any = self.model
     images = self._images(batch)
-    look = functools.partial(model.apply, variables, train=False, mutable=["intermediates"])
-    sown = jax.eval_shape(look, images[:1])[1]
+    apply = functools.partial(model.apply, variables, train=False, mutable=["intermediates"])
+    sown = jax.eval_shape(apply, images[:1])[1]
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sown))
     images = images[: max(1, min(_EXPLAINED, _MOST_BYTES // each))]
-    outputs, seen = look(images)
+    outputs, state = apply(images)
     return {
       "image": batch["image"][: len(images)],
       "label": jnp.argmax(outputs["logits"], axis=-1),
-      "explanation": model.explain(variables, seen["intermediates"], images.shape[1:3]),
+      "explanation": model.explain(variables, state["intermediates"], images.shape[1:3]),
     }
 
   def draw_explanation(self, explanation: Mapping[str, Any]) -> base.Explained:
-    """Draws attention, lambdas, positions, filters: whatever the model has of them."""
+    """Draws attention, lambdas, position embeddings and filters, as far as the model has them."""
     names = self.class_names
     captions = [names[label] if names else f"class {label}" for label in explanation["label"]]
-    seen = explanation["explanation"]
+    found = explanation["explanation"]
     images = np.clip(explanation["image"], 0, 255)
-    return base.Explained(draw_of_images(images, captions, seen), draw_of_model(seen))
+    return base.Explained(draw_of_images(images, captions, found), draw_of_model(found))
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Returns `features` float32 [b d]: what the model's head sees.
+    """Returns `features` float32 [b d], the input of the model's head.
 
     Raises:
-      ValueError: the model gives none.
+      ValueError: the model returns none.
     """
     outputs = self.model.apply(variables, self._images(batch), train=False)
     if "features" not in outputs:
-      raise ValueError(f"the model {type(self.model).__name__} has no features to probe")
+      raise ValueError(f"{type(self.model).__name__}: no output 'features' to probe")
     return {"features": outputs["features"].astype(jnp.float32)}
 
   def evaluator(self) -> ClassificationEvaluator:
-    """Returns an empty evaluator: accuracy, top-k accuracy, loss, and classes where asked."""
+    """Returns an empty evaluator of accuracy, top-k accuracy, loss, and per-class accuracy."""
     return ClassificationEvaluator(
       self.num_classes, per_class=self.per_class, class_names=self.class_names
     )
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws training images with their labels, mixed ones with their shares."""
+    """Draws training images with their labels, mixed ones with their fractions."""
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     if self._mixing.is_on:
       images, labels = self._mixed_pixels(images, labels)
@@ -209,7 +202,7 @@ class Classification(base.Task):
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws images with what was predicted, right or wrong, and how surely."""
+    """Draws images with their predictions and probabilities."""
     real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
     if not real.any():
       return {}
@@ -222,7 +215,7 @@ class Classification(base.Task):
     return {"predictions": figure}
 
   def score_figures(self, evaluator: base.Evaluator) -> dict[str, Figure]:
-    """Draws the confusion matrix, where classes are scored (`per_class`)."""
+    """Draws the confusion matrix, with `per_class`."""
     if not (self.per_class and isinstance(evaluator, ClassificationEvaluator)):
       return {}
     return {"confusion": draw.draw_confusion(evaluator.confusion(), self.class_names)}
@@ -240,7 +233,7 @@ class Classification(base.Task):
   def _mixed_pixels(
     self, images: Shaped[np.ndarray, "b h w c"], labels: Shaped[np.ndarray, "b ..."]
   ) -> tuple[Shaped[np.ndarray, "b h w c"], Shaped[np.ndarray, "b k"]]:
-    """Returns the first examples mixed, to be drawn; each by its own draw, to show the range."""
+    """Returns the first examples mixed, each with a draw of its own, for the figure."""
     images, labels = images[:_DRAWN], labels[:_DRAWN]
     everyone = jnp.ones(len(images), bool)
     mixed, targets = mix_examples(
@@ -263,26 +256,25 @@ class Classification(base.Task):
     logits = outputs["logits"]
     if logits.shape[-1] != self.num_classes:
       raise ValueError(
-        f"the model has {logits.shape[-1]} classes, but the task has {self.num_classes}; "
-        "give both the same num_classes"
+        f"num_classes: {logits.shape[-1]} in the model, {self.num_classes} in the task; expected "
+        "the same"
       )
     return logits.astype(jnp.float32)
 
   def _targets(
     self, labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]
   ) -> Float[Array, "b k"]:
-    """Returns label weights; NaN for a label that is no class, 0 for padding, whatever it holds."""
+    """Returns label weights; NaN for a label that is no class, 0 for padding."""
     if labels.ndim == 2:
       if labels.shape[1] != self.num_classes:
         raise ValueError(
-          f"labels have {labels.shape[1]} columns, but num_classes is {self.num_classes}"
+          f"label: {labels.shape[1]} columns; expected num_classes={self.num_classes}"
         )
       targets = labels.astype(jnp.float32)
     else:
       known = (labels >= 0) & (labels < self.num_classes)
       targets = jnp.where(known[:, None], jax.nn.one_hot(labels, self.num_classes), jnp.nan)
-    # Padding is emptied here, not in the loss: the gradient of a NaN that is masked away later is
-    # still NaN.
+    # Padding is cleared here, not in the loss: the gradient of a masked NaN would be NaN.
     return jnp.where(mask[:, None], targets, 0.0)
 
   def _losses(
@@ -305,15 +297,15 @@ class Classification(base.Task):
 
 
 def smooth(targets: Float[Array, "b k"], share: float) -> Float[Array, "b k"]:
-  """Spreads `share` of each row's label evenly over all classes (arXiv:1512.00567, section 7)."""
+  """Returns smoothed labels (arXiv:1512.00567, section 7)."""
   return optax.smooth_labels(targets, share) if share else targets
 
 
 def is_correct(targets: Float[Array, "b k"], predictions: Int[Array, "b r"]) -> Bool[Array, "b r"]:
-  """Tells which predictions are right: those that have the largest weight of their row.
+  """Returns which predictions are correct: those with the largest weight of their row.
 
-  With one label that is the label; with several of weight 1, any of them; of a mixture, the larger
-  part. In a row without a label nothing is right.
+  Of several labels of weight 1, any is correct; of a mixture, the larger part; without a label,
+  none.
   """
   weights = jnp.take_along_axis(targets, predictions, axis=1)
   return (weights > 0) & (weights == jnp.max(targets, axis=1, keepdims=True))
