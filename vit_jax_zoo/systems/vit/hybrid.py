@@ -1,8 +1,8 @@
-"""The ResNet in front of a hybrid ViT: group norm, and convolutions with standardised weights.
+"""ResNet of a hybrid ViT, with group norm and weight standardization.
 
-Big Transfer, arXiv:1912.11370, section 3.1, in the form that vision_transformer's hybrids have:
-post-activation bottlenecks, the stride on the 3x3 convolution, and TensorFlow's SAME padding (which
-for an even side pads more at the bottom and right).
+Big Transfer, arXiv:1912.11370, section 3.1, as in vision_transformer: post-activation bottlenecks,
+the stride in the 3x3 convolution, and TensorFlow's SAME padding (for an even side, one more at the
+bottom and right).
 """
 
 import functools
@@ -19,18 +19,18 @@ from vit_jax_zoo.ops.sharding import shard_batch
 
 
 class StandardizedConv(nn.Module):
-  """A convolution, without bias, whose kernel has mean 0 and deviation 1 for each output channel.
+  """A convolution without bias with weight standardization, arXiv:1903.10520.
 
-  Weight Standardization, arXiv:1903.10520: w -> (w - mean) / (sqrt(var + variance_epsilon) +
-  std_epsilon), over height, width and input channels, with the biased variance.
+  w -> (w - mean) / (sqrt(var + variance_epsilon) + std_epsilon) for each output channel, over
+  height, width and input channels, with the biased variance.
 
   Attributes:
     features: output channels.
     kernel_size: side of the square kernel.
-    stride: the same in both directions.
-    std_epsilon: added to the deviation; 1e-5 in vision_transformer, 0 in timm.
+    stride: along both sides.
+    std_epsilon: added to the standard deviation; 1e-5 in vision_transformer, 0 in timm.
     variance_epsilon: added under the root; 0 in vision_transformer, 1e-8 in timm.
-    dtype: of the convolution; the kernel is standardised in float32.
+    dtype: of the convolution; the kernel is standardized in float32.
   """
 
   features: int
@@ -42,7 +42,7 @@ class StandardizedConv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-    """Convolves with SAME padding: the output's sides are ceil(side / stride)."""
+    """Convolves with SAME padding; sides become ceil(side / stride)."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
     kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
     kernel = kernel - jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
@@ -58,7 +58,7 @@ class StandardizedConv(nn.Module):
 
 
 class BottleneckUnit(nn.Module):
-  """1x1, 3x3 (with the stride), 1x1 to four times the width; ReLU after the sum.
+  """1x1, 3x3 with the stride, 1x1 to four times the width; ReLU after the sum.
 
   Attributes:
     width: channels of the middle convolution.
@@ -74,7 +74,7 @@ class BottleneckUnit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 f"], None]:
-    """Returns the unit's output; the shortcut is projected where its shape must change."""
+    """Returns the unit's output; the shortcut is projected if the shape changes."""
     x = shard_batch(x)
     shortcut = x
     if x.shape[-1] != 4 * self.width or self.stride != 1:
@@ -92,28 +92,28 @@ class BottleneckUnit(nn.Module):
 
 
 def total_stride(stage_sizes: Sequence[int]) -> int:
-  """Returns how many pixels stand behind one position of the output, along each side."""
+  """Returns the stride of the output in pixels."""
   return 4 * 2 ** max(len(stage_sizes) - 1, 0)
 
 
 class StandardizedResNet(nn.Module):
   """7x7 stride-2 root with max-pool, then stages of bottleneck units.
 
-  The first unit of a stage, `stage_0_unit_0`, differs from the others, which are equal. Scanned,
-  the others' parameters stand in `stage_0_units/...` with a leading axis, and so do their
-  intermediates: convolutions take long to compile for TPUs, and so there are fewer. Unrolled, and
-  where only one is left, they stand in `stage_0_unit_1/...` and so on. `weights.table` converts.
+  The units of a stage after the first, `stage_0_unit_0`, are equal. Scanned, their parameters and
+  intermediates are in `stage_0_units/...` with a leading axis, since convolutions compile slowly
+  for TPUs. Unrolled, or if there is only one, they are in `stage_0_unit_1/...`.
+  `weights.key_map` converts.
 
   Attributes:
-    stage_sizes: units in each stage; () leaves the root alone, whose stride is 4. Each stage after
-      the first halves the sides.
-    width: channels of the root; stage i works at width * 2^i and returns four times that.
+    stage_sizes: units in each stage; (): only the root, with stride 4. Each stage after the first
+      halves the sides.
+    width: channels of the root; stage i has width * 2^i and returns four times that.
     num_groups: of the group norms.
     group_norm_epsilon: 1e-6 in vision_transformer, 1e-5 in timm.
     std_epsilon: see `StandardizedConv`.
     variance_epsilon: see `StandardizedConv`.
-    remat: whether the units keep only their inputs for the backward pass.
-    scan_layers: whether the equal units of a stage are scanned.
+    remat: saves only the units' inputs for the backward pass.
+    scan_layers: scans the equal units of a stage.
     dtype: of the computation.
   """
 

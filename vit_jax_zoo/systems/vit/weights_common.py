@@ -1,4 +1,4 @@
-"""A published ViT file: positions fit a grid of tokens, and class tokens may have a row there."""
+"""Published ViT files: resizing of position embeddings, and the row of the class token."""
 
 import dataclasses
 import math
@@ -16,15 +16,15 @@ from vit_jax_zoo.weights.preprocess import Preprocess
 CLS_TOKEN = "cls_token"
 POSITIONS = "position_embedding/table"
 GOOGLE = Preprocess((224, 224))
-"""Google's evaluations: squashed to the size by TensorFlow, and brought to [-1, 1]."""
+"""Google's evaluations: TensorFlow resizes without the aspect ratio, pixels in [-1, 1]."""
 
 PATCH_SIDE = 16
-"""Of patches, where the file has lost the array that says it; that is reported with the rest."""
+"""Side of patches if the file lacks the array that determines it, which is reported later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitCheckpoint(Checkpoint):
-  """What ViT's formats return.
+  """A ViT file as its format returns it.
 
   Attributes:
     resize: the format's method of resizing position embeddings, a key of `ops.resize.METHODS`.
@@ -42,11 +42,11 @@ class VitCheckpoint(Checkpoint):
   def choose_size(
     self, model: Any, wanted: Size | None, trained: Size | None
   ) -> tuple[Size, "VitCheckpoint"]:
-    """Takes the size from the table of positions where nobody states it."""
+    """Derives the size from the position table if it is not stated."""
     side, trained = model.token_stride, trained or self.image_size
     given, checkpoint = trained and _grid(trained, side), self
     table = self.array(POSITIONS)
-    if table is not None and table.ndim == 3:  # a misshapen one is reported with all that is wrong
+    if table is not None and table.ndim == 3:  # other shapes are reported later
       guess = None if self.cls_row_is_stated else wanted and _grid(wanted, side)
       checkpoint = self._with_class_row_of(given or guess)
       grid = checkpoint.position_grid(given=given, fallback=wanted and _grid(wanted, side))
@@ -55,7 +55,7 @@ class VitCheckpoint(Checkpoint):
     return size, checkpoint.replace(image_size=trained)
 
   def _with_class_row_of(self, grid: Size | None) -> "VitCheckpoint":
-    """Counts again whether the class token has a row: 25 are 5 x 5, or 4 x 6 and that one."""
+    """Sets `cls_token_position` by a known grid: 25 rows are 5 x 5, or 4 x 6 and one."""
     table = self.array(POSITIONS)
     if grid is None or table is None or table.ndim != 3 or self.key(CLS_TOKEN) is None:
       return self
@@ -66,7 +66,7 @@ class VitCheckpoint(Checkpoint):
   def at_size(
     self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
   ) -> "VitCheckpoint":
-    """Resizes the positions to the grid of tokens of images of `size`."""
+    """Resizes the position embeddings to the grid of images of `size`."""
     table = self.array(POSITIONS)
     if POSITIONS not in target or self.image_size is None or table is None or table.ndim != 3:
       return self
@@ -93,19 +93,19 @@ class VitCheckpoint(Checkpoint):
 
   @property
   def class_rows(self) -> int:
-    """Rows of the position table that are the class token's: 0 or 1."""
+    """Rows of the position table for the class token: 0 or 1."""
     has_row = self.fields["cls_token_position"] and self.key(POSITIONS) is not None
     return int(has_row and self.key(CLS_TOKEN) is not None)
 
   def position_grid(self, *, given: Size | None = None, fallback: Size | None = None) -> Size:
-    """Returns height and width, in tokens, of the grid that the file's positions cover.
+    """Returns height and width, in tokens, of the grid of the file's position table.
 
     Args:
-      given: the grid, if it is known. Otherwise it is taken to be square.
-      fallback: a grid to try where the number of rows is no square.
+      given: the grid, if known; otherwise square.
+      fallback: a grid to try if the number of rows is not a square.
 
     Raises:
-      WeightsError: the file has no positions, or for another number of tokens.
+      WeightsError: the file has no position table, or one for another number of tokens.
     """
     table = self.array(POSITIONS)
     if table is None or table.ndim != 3:
@@ -127,16 +127,16 @@ class VitCheckpoint(Checkpoint):
   def fit_positions(
     self, *, num_rows: int, old_grid: Size, new_grid: Size, method: str | None = None
   ) -> "VitCheckpoint":
-    """Resizes the position table to a model's grid, and moves the class token's row if it must.
+    """Resizes the position table to a model's grid, and converts the class token's row.
 
-    The token's position and the token itself are only ever added up: where the model has no row for
-    it, the row goes into the token; where the file has none, a row of zeros changes nothing.
+    If the model has no row for the class token, the row is added to the token; if the file has
+    none, it is zero.
 
     Args:
       num_rows: rows of the model's table.
       old_grid: see `position_grid`.
       new_grid: height and width of the model's grid, in tokens.
-      method: a key of `position_grid.METHODS`; None: as the format's own code does it.
+      method: a key of `ops.resize.METHODS`; None: the format's own.
     """
     key = self.key(POSITIONS)
     if key is None:
@@ -172,19 +172,18 @@ def _grid(size: Size, side: int) -> Size:
 
 
 def has_cls_token(fields: Mapping[str, Any]) -> bool:
-  """Tells whether a model of these fields has a class token."""
+  """Returns whether a model with these fields has a class token."""
   return fields["pool"] == "cls" if fields["cls_token"] is None else fields["cls_token"]
 
 
 def with_table(export: Export, *, class_row: bool) -> Flat:
-  """Returns a model's parameters with positions as one table, as published files have them.
+  """Returns a model's parameters with position embeddings as one table, as in published files.
 
-  Fixed and factorised positions are the numbers that they add up to; where there are none, zeros.
+  Fixed and factorised embeddings are expanded; without embeddings the table is zero.
 
   Args:
-    export: the model; its `preprocess` says for which size of images.
-    class_row: whether the table is to begin with a row for the class token: where the model has
-      none, it is zero. A row that the model has stays.
+    export: the model, with the image size in its `preprocess`.
+    class_row: adds a zero row for the class token if the model has none.
   """
   fields, params = export.fields(), dict(export.variables)
   has_row = has_cls_token(fields) and fields["cls_token_position"]
@@ -212,12 +211,12 @@ def _fixed_table(fields: Mapping[str, Any], params: Flat, grid: Size) -> np.ndar
 
 
 def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
-  """Raises WeightsError, naming all, if fields have other values than a code base knows.
+  """Raises WeightsError, with all fields, for values that a code base does not support.
 
   Args:
     export: the model.
-    fixed: field -> its value there, or a tuple of the values that it may have.
-    whose: the code base, for the message.
+    fixed: field -> its only value in the code base, or a tuple of values.
+    whose: name of the code base.
   """
   fields = export.fields()
   resnet = fields["resnet"] or {}

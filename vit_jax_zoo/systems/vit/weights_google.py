@@ -1,10 +1,9 @@
 """Google's ViT checkpoints, `.npz`: gs://vit_models/{imagenet21k,augreg,sam,...} and big_vision's.
 
-The published files spell modules as Flax did before Linen (`LayerNorm_2`, `MlpBlock_3`), files
-written since as Linen does (`LayerNorm_1`, `MlpBlock_0`); group norms are [1 1 1 c] or [c]; all
-keys may stand below `params/` or `opt/target/`; big_vision may stack the layers, and keeps its
-position table at the top, without a row for the class token. All of that is read; writing gives the
-published spelling.
+Reads the module names of Flax before Linen (`LayerNorm_2`, `MlpBlock_3`) and of Linen
+(`LayerNorm_1`, `MlpBlock_0`), group norms as [1 1 1 c] or [c], keys below `params/` or
+`opt/target/`, stacked layers, and big_vision's position table, which is at the top level without a
+row for the class token. Writes the published names.
 """
 
 import re
@@ -35,7 +34,7 @@ FIXED: dict[str, Any] = {
   "resnet.std_epsilon": 1e-5,
   "resnet.variance_epsilon": 0.0,
 }
-"""What Google's code has always the same: a model with another value is not one of its own."""
+"""Values of our fields that Google's code is limited to."""
 
 _PREFIXES = ("params/", "opt/target/")
 _OTHER_STATE = (r"opt/state/.*", r"opt/.*step", r"step")
@@ -88,14 +87,14 @@ TABLE: tuple[Row, ...] = (
 
 
 def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are Google's, as far as the first layers go."""
+  """Returns whether the keys are Google's."""
   return any(
     key.endswith("embedding/kernel") or "Transformer/encoderblock" in key for key in arrays
   )
 
 
 def normalize(arrays: Mapping[str, np.ndarray]) -> Flat:
-  """Returns the parameters by key, without prefix and optimizer state, layers unrolled."""
+  """Returns the parameters without prefixes and optimizer state, with layers unrolled."""
   prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in arrays)), "")
   flat: Flat = {}
   for key, array in arrays.items():
@@ -111,14 +110,14 @@ def normalize(arrays: Mapping[str, np.ndarray]) -> Flat:
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` that a file's arrays fit.
+  """Returns the fields of the `VisionTransformer` that fit a file's arrays.
 
   Args:
-    published: as `normalize` returns them.
-    source: the file's name, for the message.
+    published: the result of `normalize`.
+    source: the file's name.
 
   Raises:
-    WeightsError: there is no ViT in the file.
+    WeightsError: the file contains no ViT.
   """
   block = r"Transformer/encoderblock_(\d+)/"
   query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
@@ -126,8 +125,8 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   mlp_dim = side(published, (hidden, 2, 1))
   if width is None or mlp_dim is None:
     keys = ", ".join(sorted(published)[:3])
-    raise WeightsError(f"{source} holds no ViT in Google's layout; its keys begin with {keys}")
-  # big_vision has sine-cosine positions, which no file holds, where there is no class token.
+    raise WeightsError(f"{source}: keys {keys}, ...; expected a ViT in Google's layout")
+  # Without a table and a class token, big_vision's model has sine-cosine embeddings.
   has_table = any(key in published for key in (_POSITIONS, _POSITIONS_BIG_VISION, "cls"))
   fields: dict[str, Any] = {
     "num_classes": _outputs_of(published, "head"),
@@ -161,10 +160,10 @@ def _outputs_of(published: Mapping[str, np.ndarray], layer: str) -> int | None:
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:
-  """Reads a file's arrays; pictures are squashed to the size, as in Google's evaluations.
+  """Reads a file's arrays; the preprocessing is that of Google's evaluations.
 
   Raises:
-    WeightsError: there is no ViT in it.
+    WeightsError: the file contains no ViT.
   """
   arrays = normalize(published.arrays)
   return VitCheckpoint(
@@ -177,17 +176,17 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a model as Google published it; the file says nothing of its preprocessing.
+  """Writes a model as Google published it, without its preprocessing.
 
   Raises:
-    WeightsError: Google's code has no such model.
+    WeightsError: Google's code does not support the model.
   """
   check_fixed(export, FIXED, "Google's code")
   fields = export.fields()
   if has_cls_token(fields) != (fields["pool"] == "cls"):
-    raise WeightsError("Google's code has no ViT with a class token that the head does not see")
+    raise WeightsError("cls_token: True with pool='mean'; Google's code has no such ViT")
   own_row = has_cls_token(fields) and fields["cls_token_position"]
-  # Without a table big_vision's sine-cosine positions are meant, as in our own fields.
+  # A file without a table has big_vision's sine-cosine embeddings.
   fixed = fields["position_embedding"] == "sincos_2d" and not has_cls_token(fields)
   params = export.variables if fixed else with_table(export, class_row=own_row)
   write_file(path, params, cls_token_position=own_row or not has_cls_token(fields))
@@ -196,13 +195,13 @@ def write_checkpoint(path: str, export: Export) -> None:
 def write_file(
   path: str, params: Mapping[str, np.ndarray], *, cls_token_position: bool = True
 ) -> None:
-  """Writes a ViT's parameters as Google published them: what `read_file` reads.
+  """Writes a ViT's parameters as Google published them.
 
   Args:
     path: of the .npz file, local or `gs://bucket/...`.
     params: by "/"-joined path, layers scanned or unrolled.
-    cls_token_position: the model's field; a table without the class token's row goes where
-      big_vision keeps it, so that a reader knows.
+    cls_token_position: the model's field; a table without the class token's row is written under
+      big_vision's key.
   """
   published = write(unroll(params), TABLE)
   if not cls_token_position and _POSITIONS in published:

@@ -1,7 +1,7 @@
 """Hugging Face's Vision Transformers: folders with `config.json` and `model.safetensors`.
 
-`google/vit-base-patch16-224` and whatever is saved by transformers' `ViTForImageClassification`
-(keys begin with `vit.`) or `ViTModel` (they do not; its pooler is the paper's `pre_logits`).
+`google/vit-base-patch16-224` and other folders of transformers' `ViTForImageClassification` (keys
+begin with `vit.`) or `ViTModel` (without the prefix; its pooler is the paper's `pre_logits`).
 """
 
 import json
@@ -37,7 +37,7 @@ ACTIVATIONS = {
   "quick_gelu": "quick_gelu",
   "relu": "relu",
 }
-"""transformers' `hidden_act` -> our activation; the first of equals is written."""
+"""transformers' `hidden_act` -> our activation; the first of several is written."""
 
 FIXED: dict[str, Any] = {
   "pool": "cls",
@@ -45,7 +45,7 @@ FIXED: dict[str, Any] = {
   "fc_norm": False,
   "activation": tuple(dict.fromkeys(ACTIVATIONS.values())),
 }
-"""What transformers' ViT has always the same, or one of."""
+"""Values of our fields that transformers' ViT is limited to: one, or one of several."""
 
 _PREFIX = "vit."
 _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
@@ -81,22 +81,22 @@ CLASSIFIER_TABLE = (
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are Hugging Face's, as far as its layers go."""
+  """Returns whether the keys are Hugging Face's."""
   return any(re.match(_LAYER, key) for key in published)
 
 
 def infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` that a folder holds.
+  """Returns the fields of the `VisionTransformer` in a folder.
 
   Args:
-    published: the arrays, as they lie in the file.
-    config: `config.json`; it alone knows the heads, the activation and the epsilon.
-    source: the folder's name, for the message.
+    published: the file's arrays.
+    config: `config.json`, for heads, activation and epsilon.
+    source: the folder's name.
 
   Raises:
-    WeightsError: the config lacks something, or asks for what our model has not.
+    WeightsError: the config lacks a field, or our model does not support it.
   """
   missing = [key for key in _REQUIRED if key not in config]
   if missing:
@@ -143,10 +143,10 @@ def _prefix(published: Mapping[str, np.ndarray]) -> str:
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:
-  """Reads what lies in a folder with its `config.json`.
+  """Reads a folder with its `config.json`.
 
   Raises:
-    WeightsError: there is no such file, it lacks something, or there is no ViT.
+    WeightsError: config.json is missing or incomplete, or the folder contains no plain ViT.
   """
   path, config = published.path, published.config
   if not published.has_config:
@@ -176,7 +176,7 @@ def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
     params: by "/"-joined path, layers scanned or unrolled.
 
   Raises:
-    WeightsError: there is no name for some of them: a hybrid's, or both `pre_logits` and `head`.
+    WeightsError: the parameters are a hybrid's, or both `pre_logits` and `head`.
   """
   if "pre_logits/kernel" in params and "head/kernel" in params:
     raise WeightsError(
@@ -190,7 +190,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s.
 
   Raises:
-    WeightsError: transformers has no such model.
+    WeightsError: transformers does not support the model.
   """
   check_fixed(export, FIXED, "Hugging Face")
   folder = epath.Path(path)
@@ -208,12 +208,12 @@ def write_checkpoint(path: str, export: Export) -> None:
 def config_of(
   fields: Mapping[str, Any], image_size: tuple[int, int], class_names: Sequence[str] = ()
 ) -> dict[str, Any]:
-  """Returns the `config.json` of a model of these fields.
+  """Returns the content of `config.json`.
 
   Args:
     fields: of the `VisionTransformer`.
-    image_size: height and width of the images that its positions are for.
-    class_names: in order; "LABEL_0", ... where there are none.
+    image_size: height and width of the images of its position table.
+    class_names: in order; "LABEL_0", ... by default.
   """
   num_classes = fields["num_classes"]
   names = list(class_names) or [f"LABEL_{i}" for i in range(num_classes or 0)]

@@ -58,7 +58,7 @@ FIXED: dict[str, Any] = {
 """Values of our fields that timm's ViT is limited to: one, or one of several."""
 
 HALF = (0.5, 0.5, 0.5)
-"""Mean and deviation of pixels, where no file says anything else."""
+"""Default mean and standard deviation of pixels."""
 
 _JOINT = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
 _BACKBONE = "patch_embed.backbone"
@@ -93,11 +93,11 @@ def _resnet_rows(root: str) -> list[Row]:
 
 
 def table(*, root: str = f"{_BACKBONE}.stem", norm: str = "norm") -> tuple[Row, ...]:
-  """Returns the rows between the keys that `split` leaves and our paths.
+  """Returns the rows between the keys after `split` and our paths.
 
   Args:
-    root: where a hybrid's first convolution stands: in the backbone itself if it has no stages.
-    norm: the last norm: "fc_norm" where it comes after the pooling.
+    root: prefix of a hybrid's first convolution: the backbone's own if it has no stages.
+    norm: name of the last norm: "fc_norm" after the pooling.
   """
   return (
     *_resnet_rows(root),
@@ -139,20 +139,20 @@ is complete for timm 1.0.31: every ViT, DeiT and hybrid whose keys and shapes ar
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are timm's, as far as embedding and blocks go."""
+  """Returns whether the keys are timm's."""
   has_embedding = any(key.startswith("patch_embed.") for key in published)
   return has_embedding and any(re.match(r"blocks\.\d+\.(norm1|attn)\.", key) for key in published)
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` that a state dict fits.
+  """Returns the fields of the `VisionTransformer` that fit a state dict.
 
   Args:
-    published: as it lies in the file.
-    source: the file's name, for the message.
+    published: the file's arrays.
+    source: the file's name.
 
   Raises:
-    WeightsError: there is no ViT of timm's in the file.
+    WeightsError: the file contains no ViT of timm's.
   """
   embedding = r"patch_embed\.proj\.weight"
   width = side(published, (embedding, 4, 0), (r"blocks\.\d+\.norm\d\.\w+", 1, 0))
@@ -183,7 +183,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 
 def _has_class_row(published: Mapping[str, np.ndarray]) -> bool:
-  """A table without a row for the class token (`no_embed_class`) has a square number of rows."""
+  """Returns whether the number of rows is not a square, as it is with `no_embed_class`."""
   rows = side(published, ("pos_embed", 3, 1)) or 0
   return math.isqrt(rows) ** 2 != rows
 
@@ -216,10 +216,10 @@ def _infer_resnet(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def read_checkpoint(published: Published) -> VitCheckpoint:
-  """Reads a file, and the `config.json` beside it if there is one, for what arrays do not say.
+  """Reads a file, and the `config.json` beside it, if there is one.
 
   Raises:
-    WeightsError: there is no ViT of timm's in it.
+    WeightsError: the file contains no plain ViT or hybrid of timm's.
   """
   architecture = str(published.config.get("architecture", ""))
   _check_architecture(architecture, published)
@@ -293,7 +293,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
     fc_norm: the model's field.
 
   Raises:
-    WeightsError: timm has no name for some of them.
+    WeightsError: timm has no names for some of them.
   """
   layers = unroll(params)
   stages = any(path.startswith("resnet/stage_") for path in layers)
@@ -304,7 +304,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
 
 
 def write_file(path: str, params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> None:
-  """Writes what `read_checkpoint` reads; see `state_dict`."""
+  """Writes `state_dict` as safetensors."""
   write_safetensors(path, state_dict(params, fc_norm=fc_norm))
 
 
@@ -312,7 +312,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads.
 
   Raises:
-    WeightsError: timm has no such model.
+    WeightsError: timm does not support the model.
   """
   check_fixed(export, FIXED, "timm")
   fields = export.fields()
