@@ -103,7 +103,7 @@ class VisionTransformer(nn.Module):
       float32. With `mutable="intermediates"` also `patches` [b h w width], `embedded`, `encoded`,
       `pooled`, and below `encoder` the blocks' outputs and attention maps.
     """
-    _check(self, images.shape[1:3])
+    _check(self, (images.shape[1], images.shape[2]))
     x = shard_batch(jnp.asarray(images))
     if self.resnet is not None:
       settings: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat != "none"}
@@ -114,7 +114,7 @@ class VisionTransformer(nn.Module):
     patch = (self.patch_size, self.patch_size)
     x = nn.Conv(self.width, patch, patch, padding="VALID", dtype=self.dtype, name="embedding")(x)
     self.sow("intermediates", "patches", x)
-    grid, x = x.shape[1:3], x.reshape(x.shape[0], -1, self.width)
+    grid, x = (x.shape[1], x.shape[2]), x.reshape(x.shape[0], -1, self.width)
     learned = self.position_embedding == "learned_1d"
     cls_row = self.has_cls_token and self.cls_token_position and learned
     positions = PositionEmbedding(self.position_embedding, cls_row, name="position_embedding")
