@@ -250,7 +250,7 @@ def test_figures(tiny_classifier, batch):
       r"unknown field of task 'classification' 'num_clases'; did you mean 'num_cl",
     ),
     ({}, "task 'classification' needs the field 'num_classes'"),
-    ({"num_classes": None}, "the data does not tell it"),
+    ({"num_classes": None}, "num_classes"),
     ({"num_classes": 7, "objective": "sigmoids"}, "did you mean 'sigmoid'"),
     ({"num_classes": 7, "label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\)"),
     ({"num_classes": 7, "class_names": ["a"]}, "class_names: 1"),

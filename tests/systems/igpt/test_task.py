@@ -272,7 +272,8 @@ def test_completions_keep_what_was_given_and_scores_leave_out_padding():
   predictions = {k: np.asarray(v) for k, v in jax.jit(task.predict)(variables, batch).items()}
   assert predictions["completions"].shape == (6, 2, 4, 4, 3)
   clusters = np.asarray(variables["palette"]["clusters"])
-  quantized = np.asarray(palette.cluster_colors(palette.encode(batch["image"], clusters), clusters))
+  nearest = palette.encode(batch["image"], clusters)
+  quantized = np.asarray(palette.cluster_colors(jnp.asarray(nearest), jnp.asarray(clusters)))
   np.testing.assert_array_equal(predictions["quantized"], quantized)
   pixels = predictions["completions"].reshape(6, 2, 16, 3)
   for row, length in enumerate(batch["prefix_length"]):
