@@ -78,11 +78,12 @@ def load_pretrained(
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_classes()[checkpoint.family]
   check_names(f"field of {kind.__name__}", overrides, field_names(kind))
-  fields = {**checkpoint.fields, **overrides}
-  model = kind(**fields)
+  model = kind(**{**checkpoint.fields, **overrides})
   size, checkpoint = checkpoint.choose_size(
     model, _height_width(image_size), _height_width(source_image_size)
   )
+  fields = {**checkpoint.fields, **overrides}  # the size may have determined some of them
+  model = kind(**fields)
   inputs = checkpoint.example_inputs(size)
   abstract = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
   checkpoint = checkpoint.at_size(flatten_variables(abstract), model, size, method=resize)
