@@ -1,20 +1,20 @@
-"""Uses a model on pictures: what it says of each, as JSON, and a picture of that.
+"""Applies a model to images: writes predictions as JSON and annotated images.
 
     python -m vit_jax_zoo.predict --model=runs/vit_demo --images=a.jpg b.png --output=out/
     python -m vit_jax_zoo.predict --model=ViT-B_16.npz --images='photos/*.jpg' --explain
     python -m vit_jax_zoo.predict --model=openai/imagegpt-small --images=photos/ --samples=4
     python -m vit_jax_zoo.predict --model=TTSR-rec.pt --images=photos/ --reference=ref.jpg
 
-`--model` is a run of ours, which stands for its best checkpoint (and `<run>/checkpoints` for its
-newest), a published file or folder, or a published name. Images are files,
-folders or patterns, of any size and kind. One that cannot be read is named, the others are done,
-and the exit status is 1.
+`--model` is a run (its best checkpoint; `<run>/checkpoints` is the newest one), a published file or
+folder, or a published name. Images are files, folders or patterns, of any size and format.
+Unreadable ones are logged and skipped; the exit status is then 1.
 """
 
 import glob
+import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +36,11 @@ FLAGS = flags.FLAGS
 
 EXIT_SOME_FAILED = 1
 
+RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
+
 
 def define_flags() -> None:
-  """Defines the command's flags: not on import, as other commands have flags of the same names."""
+  """Defines the flags; not on import, as other commands have flags of the same names."""
   flags.DEFINE_string("model", None, "a run, or a published file, folder or name")
   flags.DEFINE_multi_string("images", [], "image files, folders or patterns; more may follow")
   flags.DEFINE_string("output", "predictions", "output folder")
@@ -147,72 +149,98 @@ def read_image(path: pathlib.Path) -> np.ndarray:
 
 
 def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pathlib.Path) -> int:
-  """Predicts for each file and writes what comes out; returns the exit status.
+  """Predicts for each file and writes the results; returns the exit status.
 
-  `predictions.json` in `output` has an entry for each file, in order: its `image`, and what the
-  predictor says, or the `error`. Beside it lie COCO's files where objects were looked for.
+  `predictions.json` in `output` has an entry for each file, in order: its `image`, its `pictures`
+  (names of files), and the predictor's record, or the `error`; `predictions.jsonl` has the same a
+  line each as they come. Detections are also written in COCO's formats. Existing files that no
+  earlier `predict` wrote are never overwritten.
   """
   output.mkdir(parents=True, exist_ok=True)
+  pictures, collected = PictureFiles(output), CocoFiles()
   records: list[dict[str, Any]] = []
-  together = CocoFiles()
-  failed, begin, names = 0, time.monotonic(), _unique_names(paths)
-  written: set[str] = set()
-  for done, (path, name) in enumerate(zip(paths, names, strict=True), start=1):
+  failed, begin = 0, time.monotonic()
+  lines = output / RECORDS
+  lines.unlink(missing_ok=True)
+  for done, path in enumerate(paths, start=1):
     try:
       image = read_image(path)
       prediction = predictor(image)
     except ValueError as error:
       failed += 1
       message = " ".join(str(error).split())
-      records.append({"image": str(path), "error": message})
+      record = {"image": str(path), "error": message}
       logging.error("%s", message if str(path) in message else f"{path}: {message}")
     else:
-      records.append({"image": str(path), **prediction.record})
-      _write_pictures(prediction, output, name)
-      together.add(str(path), name, image, prediction)
-      _write_model_pictures(prediction, output, written)
+      name, files = pictures.write(path.stem, prediction)
+      record = {"image": str(path), "pictures": files, **prediction.record}
+      collected.add(str(path), name, image, prediction)
+    records.append(record)
+    with lines.open("a") as stream:
+      stream.write(json.dumps(record) + "\n")
     _log_progress(done, len(paths), time.monotonic() - begin)
-    whole_file.write_json(output / "predictions.json", records)
-  for file, content in together.contents().items():
+  for file, content in {RESULTS: records, **collected.contents()}.items():
     whole_file.write_json(output / file, content)
   logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
   return EXIT_SOME_FAILED if failed else 0
 
 
-def _unique_names(paths: Sequence[pathlib.Path]) -> Iterator[str]:
-  """Yields a name for each file's pictures; equal ones are numbered, around those there are."""
-  stems, used = {path.stem for path in paths}, set()
-  for path in paths:
-    name, number = path.stem, 1
-    while name in used or (number > 1 and name in stems):
+class PictureFiles:
+  """Writes the pictures of predictions to a folder, under names that are free.
+
+  Free are names that neither this run has used nor another file has, unless the folder's
+  `predictions.jsonl` lists it as written by an earlier run.
+  """
+
+  def __init__(self, folder: pathlib.Path) -> None:
+    self._folder = folder
+    self._taken = {path.name for path in folder.iterdir()} - _written_before(folder)
+    self._model_pictures: dict[str, str] = {}
+
+  def write(self, stem: str, prediction: Prediction) -> tuple[str, list[str]]:
+    """Writes an image's pictures.
+
+    Returns:
+      The prefix of their names, `stem` or `stem_2` and so on, and the names.
+    """
+    new = prediction.model_pictures.keys() - self._model_pictures.keys()
+    if new:
+      self._model_pictures |= self._write("model", {k: prediction.model_pictures[k] for k in new})[
+        1
+      ]
+    prefix, names = self._write(stem, prediction.pictures)
+    return prefix, [*names.values(), *(self._model_pictures[k] for k in prediction.model_pictures)]
+
+  def _write(self, stem: str, pictures: Mapping[str, Picture]) -> tuple[str, dict[str, str]]:
+    prefix, number = stem, 1
+    while self._taken & set(_names(prefix, pictures).values()):
       number += 1
-      name = f"{path.stem}_{number}"
-    used.add(name)
-    yield name
+      prefix = f"{stem}_{number}"
+    names = _names(prefix, pictures)
+    for suffix, picture in pictures.items():
+      pixels = render(picture) if isinstance(picture, Figure) else picture
+      Image.fromarray(pixels).save(self._folder / names[suffix])
+    self._taken |= set(names.values())
+    return prefix, names
+
+
+def _names(prefix: str, suffixes: Iterable[str]) -> dict[str, str]:
+  return {suffix: f"{prefix}{'_' if suffix else ''}{suffix}.png" for suffix in suffixes}
+
+
+def _written_before(folder: pathlib.Path) -> set[str]:
+  """Returns the names of the pictures that an earlier run has written to a folder."""
+  try:
+    records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
+    return {name for record in records for name in record.get("pictures", ())}
+  except (OSError, ValueError, AttributeError, TypeError):
+    return set()
 
 
 def _log_progress(done: int, total: int, seconds: float) -> None:
   left = seconds / done * (total - done)
   minutes, rest = divmod(round(left), 60)
   logging.info("%d/%d images, ETA %d:%02d:%02d", done, total, minutes // 60, minutes % 60, rest)
-
-
-def _write_pictures(prediction: Prediction, output: pathlib.Path, name: str) -> None:
-  for suffix, picture in prediction.pictures.items():
-    _write_picture(picture, output / f"{name}{'_' if suffix else ''}{suffix}.png")
-
-
-def _write_model_pictures(prediction: Prediction, output: pathlib.Path, written: set[str]) -> None:
-  """Writes what is not `written` yet."""
-  for name, picture in prediction.model_pictures.items():
-    if name not in written:
-      _write_picture(picture, output / f"model_{name}.png")
-      written.add(name)
-
-
-def _write_picture(picture: Picture, path: pathlib.Path) -> None:
-  pixels = render(picture) if isinstance(picture, Figure) else picture
-  Image.fromarray(pixels).save(path)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from vit_jax_zoo import load_pretrained, predict
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.inference import create_predictor
-from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.base import Options, Prediction
 from vit_jax_zoo.inference.load import _prepare_for_run, _Run, load
 from vit_jax_zoo.run_metadata import RunData
 from vit_jax_zoo.training.checkpoint import restore_variables
@@ -31,10 +31,47 @@ def predictor_of(path, **options):
   return create_predictor(load(str(path)), Options(**options))
 
 
-def test_names_of_pictures_do_not_meet(tmp_path):
-  paths = [tmp_path / name for name in ("a.jpg", "a.png", "a_2.jpg", "x/a_2.jpg", "x/a.gif")]
-  names = list(predict._unique_names(paths))
-  assert names == ["a", "a_3", "a_2", "a_2_2", "a_4"]
+class Painter:
+  """A predictor with two pictures an image and one of the model."""
+
+  reads = frozenset()
+
+  def __init__(self, trained=None, options=None):
+    pass
+
+  def __call__(self, image):
+    pictures = {"": image, "attention": image}
+    return Prediction({"mean": float(image.mean())}, pictures, model_pictures={"filters": image})
+
+
+def images_in(folder, *names):
+  for i, name in enumerate(names):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo(seed=i)).save(folder / name)
+  return [folder / name for name in names]
+
+
+def records_of(output):
+  return json.loads((output / "predictions.json").read_text())
+
+
+def test_pictures_of_equal_or_prefixed_names_are_kept_apart(tmp_path):
+  paths = images_in(tmp_path, "a.jpg", "a_attention.jpg", "x/a.png", "a.webp")
+  assert predict.predict_all(Painter(), paths, tmp_path / "out") == 0
+  named = [record["pictures"] for record in records_of(tmp_path / "out")]
+  assert named[0] == ["a.png", "a_attention.png", "model_filters.png"]
+  own = [name for names in named for name in names if not name.startswith("model")]
+  assert len(own) == len(set(own)) == 8
+  assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*own, "model_filters.png"}
+
+
+def test_pictures_of_the_user_in_the_output_folder_are_not_overwritten(tmp_path):
+  paths = images_in(tmp_path, "a.png", "b.jpg", "b_attention.png", "model_filters.png")
+  before = {path: path.read_bytes() for path in paths}
+  for _ in range(2):  # the second run overwrites what the first has written
+    assert predict.predict_all(Painter(), paths[:2], tmp_path) == 0
+    assert {path: path.read_bytes() for path in paths} == before
+    assert len(list(tmp_path.glob("*.png"))) == 3 + 5
 
 
 def test_a_broken_file_is_named_and_the_rest_done(vit_run, tmp_path):
