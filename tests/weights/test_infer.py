@@ -114,7 +114,7 @@ def test_models_of_gray_pictures(name, kernel, tmp_path):
   assert images.shape == (2, 32, 32, 1)
   for shape in ((9, 9, 3), (9, 9)):
     given = re.escape(str(list(shape)))
-    with pytest.raises(ValueError, match=rf"pictures \[height, width, 1\]; this one is {given}$"):
+    with pytest.raises(ValueError, match=rf"{given}.*\[height, width, 1\]"):
       loaded.preprocess([np.zeros(shape, np.uint8)])
   for gray, rgb in ((76, (255, 0, 0)), (150, (0, 255, 0)), (29, (0, 0, 255)), (9, (9, 9, 9))):
     seen = load(path, image_size=32, needs_head=False).prepare(np.full((40, 50, 3), rgb, np.uint8))
