@@ -195,7 +195,7 @@ def test_own_images_are_learned_in_one_command(own_run):
 
 def test_what_is_no_image_is_named_counted_and_no_obstacle(own_run, own):
   outcome, workdir, said = own_run
-  assert "files that are not images and were ignored (1): retina/notes.txt" in said
+  assert "files that are not images: retina/notes.txt" in said
   broken = {*(f"cat/truncated{i}.jpg" for i in range(3)), "retina/renamed.png"}
   learned = load_source(f"folder:{own}", "fit")
   paths = {learned.example_name(i) for i in range(len(learned))}
@@ -238,7 +238,7 @@ def test_the_best_is_what_is_exported_and_it_knows_the_names(own_run, own, tmp_p
     ("model=vit_b61", "unknown classifier 'vit_b61'; did you mean 'vit_b16'"),
     ("model=detr_r50", "unknown classifier 'detr_r50'"),
     ("model=lambda_resnet_152", "no published weights of lambda_resnet_152 are known; give init_"),
-    ("data=folder:x", "unknown field of own 'data'"),
+    ("data=folder:x", "unknown field of finetune 'data'"),
   ],
 )
 def test_what_cannot_be_fine_tuned_is_one_line(argument, message):

@@ -97,7 +97,7 @@ def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
   for checkpoint in (workdir / "checkpoints").iterdir():
     assert checkpoint.name == "6"
   output = command.run(workdir, *SHORT, *halfway)
-  assert "resumed at step 6" in output
+  assert "evaluating step 6 " in output
   assert f"test/accuracy {command.rows(one_process)[-1]['test/accuracy']:.4g}" in output
 
 

@@ -204,6 +204,7 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
     initializer = Initializer(experiment.task, init_from, _preview(experiment), grid)
     variables = program.initial_variables(experiment.config.seed, pretrain=initializer)
   else:
+    logging.info("evaluating step %d of %s", step, checkpointer.workdir)
     variables = restore_variables(
       checkpointer.workdir / CHECKPOINTS / str(step),
       program.abstract_variables,

@@ -56,7 +56,7 @@ import sys, time
 import jax
 import numpy as np
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
-from vit_jax_zoo.training.preemption import PreemptionGuard
+from vit_jax_zoo.training.loop import PreemptionGuard
 index, count, port, workdir = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if count > 1:
   jax.distributed.initialize("localhost:" + port, count, index)

@@ -1,7 +1,7 @@
-"""The program of a run: state, shardings and compiled steps for one task, batch shape and mesh.
+"""State, shardings and jitted steps of a run, for one task, batch shape and mesh.
 
-Everything here is derived from shapes. Nothing touches a device before `initial_state`, and the
-devices of the mesh need not exist on this machine: to plan for another one, lower `train_step` with
+Everything is derived from shapes. No device is used before `initial_state`, and the devices of the
+mesh need not exist on this machine: to plan for another one, lower `train_step` with
 `abstract_state` and `abstract_batch`.
 """
 
@@ -30,17 +30,18 @@ from vit_jax_zoo.training.train_step import (
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationProgram:
-  """What judges a model, in a run or alone.
+  """The steps of evaluations.
 
   Attributes:
-    task: what is learned.
-    mesh: where.
-    left_out: parts of what `task.init` makes that are not here: `task.training_only`, or none.
-    abstract_batch: shapes, dtypes and shardings of the global batch that variables are made for.
+    task: provides init and predict.
+    mesh: devices to compile for.
+    left_out: sub-trees of the variables that are not created: `task.training_only`, or none.
+    abstract_batch: shapes, dtypes and shardings of the global batch for which variables are
+      initialised.
     abstract_variables: the same of parameters and the model's other collections.
     predict_step: jitted, with shardings.
     features_step: the same of `task.features`, for tasks that have any.
-    explain_step: the same of `task.explain`, whose results are whole on every device.
+    explain_step: the same of `task.explain`, with replicated results.
   """
 
   task: Task
@@ -55,12 +56,12 @@ class EvaluationProgram:
   def initial_variables(
     self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
   ) -> Variables:
-    """Makes the variables before the first step, each device its own part.
+    """Returns the variables before the first step, each device with its own shards.
 
     Args:
-      seed: of everything random in the run.
-      pretrain: takes the fresh variables and returns those to start from, on the devices or the
-        host. It must not keep the fresh ones: they may be donated.
+      seed: of all randomness.
+      pretrain: maps the random variables to the initial ones, on the devices or the host. It must
+        not keep the random ones: they may be donated.
 
     Raises:
       ValueError: `pretrain` returns other names or shapes than it was given.
@@ -78,7 +79,7 @@ class EvaluationProgram:
 
 @dataclasses.dataclass(frozen=True)
 class Program(EvaluationProgram):
-  """What a run executes.
+  """The steps of a training run.
 
   Attributes:
     optimizers: one for each of the task's `optim_groups`.
@@ -92,7 +93,7 @@ class Program(EvaluationProgram):
 
   @property
   def schedules(self) -> dict[str, Callable[[int], Any]]:
-    """The learning rates as functions of the step, by the name under which they are logged."""
+    """The learning rates as functions of the step, by the name of their metric."""
     return {
       f"{group.name}_learning_rate" if group.name else "learning_rate": optimizer.schedule
       for group, optimizer in zip(self.task.optim_groups, self.optimizers, strict=True)
@@ -101,7 +102,7 @@ class Program(EvaluationProgram):
   def initial_state(
     self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
   ) -> TrainState:
-    """Makes the state before the first step; see `initial_variables`."""
+    """Returns the state before the first step; see `initial_variables`."""
     variables = self.initial_variables(seed, pretrain)
     train_rng = jax.random.split(jax.random.key(seed))[1]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
@@ -116,7 +117,7 @@ class Program(EvaluationProgram):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """How to train.
+  """Optimizer, schedule, accumulation and EMA of a training run.
 
   Attributes:
     optimizer: see `create_optimizer`; for a task with several `optim_groups`, such a mapping by
@@ -140,17 +141,17 @@ def build_program(
   mesh: Mesh,
   rules: sharding.Rules,
 ) -> Program:
-  """Derives a run's program.
+  """Returns the steps of a training run.
 
   Args:
-    task: what is learned.
+    task: provides init, loss and predict.
     abstract_batch: shapes and dtypes of a global training batch.
-    recipe: how.
-    mesh: see `sharding.create_mesh`.
-    rules: see `sharding`.
+    recipe: optimizer, schedule, accumulation, EMA.
+    mesh: devices to compile for.
+    rules: sharding rules of the parameters.
 
   Raises:
-    ValueError: the batch does not fit the mesh, or a rule cannot apply.
+    ValueError: the batch cannot be split over the mesh, or a rule cannot be applied.
   """
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
   sharding.check_batch_size(batch_size, mesh, recipe.accumulation_steps)
@@ -195,13 +196,13 @@ def build_evaluation(
   rules: sharding.Rules,
   left_out: tuple[str, ...] = (),
 ) -> EvaluationProgram:
-  """Derives what judges a model; see `build_program`.
+  """Returns the steps of evaluations.
 
   Args:
-    task: what is learned.
+    task: provides init and predict.
     abstract_batch: of a global batch, of training or of an evaluation.
-    mesh: see `sharding.create_mesh`.
-    rules: see `sharding`.
+    mesh: devices to compile for.
+    rules: sharding rules of the parameters.
     left_out: see `EvaluationProgram`.
   """
   with jax.set_mesh(mesh):
@@ -226,7 +227,7 @@ def build_evaluation(
 
 
 def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:
-  """Returns fresh variables, without the parts that are left out."""
+  """Returns random variables, without the sub-trees of `left_out`."""
   variables = task.init(rng, _zeros(abstract_batch))
   if not left_out:
     return variables
@@ -269,7 +270,7 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
 
 
 def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns the shapes of a global batch of `batch_size`, of which `batch` is a process's part."""
+  """Returns the shapes of a global batch, from a process's part of it."""
   return {
     key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
     for key, value in batch.items()
@@ -277,12 +278,12 @@ def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, ja
 
 
 def _placed(wanted: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
-  """Puts an array where `wanted` says: of one on the host, each device gets its own part alone."""
+  """Places an array with the sharding of `wanted`; from the host, each device gets its shards."""
   if value is fresh:
     return fresh
   if np.shape(value) != wanted.shape:
-    raise ValueError(f"a variable to start from is {np.shape(value)}; expected {wanted.shape}")
-  if isinstance(value, jax.Array):  # a copy: somebody may still need the array itself
+    raise ValueError(f"an initial variable is {np.shape(value)}; expected {wanted.shape}")
+  if isinstance(value, jax.Array):  # a copy: the state is donated, the array is not ours
     return jax.device_put(value.astype(wanted.dtype), wanted.sharding, may_alias=False)
   array = np.asarray(value, wanted.dtype)
   return jax.make_array_from_callback(array.shape, wanted.sharding, lambda index: array[index])
