@@ -1,4 +1,4 @@
-"""What all configs share: how the text behind `--config=configs/vit.py:` picks and changes one.
+"""Shared by all configs: parses `variant,field=value` behind `--config=configs/vit.py:`.
 
     --config=configs/vit.py                                  the demo
     --config=configs/vit.py:b16_imagenet21k                  a variant
@@ -8,8 +8,8 @@ A variant is a function; its keyword arguments are the fields that may be set, t
 the types. Anything else in the config is reached by flags: `--config.optimizer.learning_rate=3e-4`,
 also what a recipe leaves open, such as `--config.init_from` or `--config.sharding.mesh.fsdp`.
 
-A variant's own batch size and learning rate are remembered as `config.recipe`: whoever takes a much
-smaller batch is told the learning rate that is due (`train/batch_rule.py`).
+A variant's own batch size and learning rate are kept in `config.recipe`: a much smaller batch
+triggers a warning with the scaled learning rate (`training/lr_scaling.py`).
 """
 
 import inspect
@@ -94,7 +94,7 @@ def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]
 
 
 def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
-  """Returns the config after telling all of its data of TFDS's where they lie.
+  """Sets the TFDS data folder of all datasets of a config, and returns the config.
 
   Args:
     config: with `data.train` and `data.eval`.

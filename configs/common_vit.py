@@ -1,8 +1,8 @@
-"""What ViT's recipes share: data, augmentation, optimizers, and what is sharded or computed twice.
+"""Shared by ViT's recipes: data, augmentation, optimizers, sharding, remat.
 
 Augmentation is by name, as "How to train your ViT?" (arXiv:2106.10270) has it; RandAugment is
-TensorFlow's flavour everywhere here (`rand_augment`: see `data/rand_augment.py`), as these recipes
-come from Google's code.
+TensorFlow's variant (`rand_augment`, `data/transforms/augment.py`), as these recipes come from
+Google's code.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def decoupled_adam(weight_decay: float = 1e-4) -> dict[str, Any]:
 
 
 def base(model: str, source: str, image_size: int, batch_size: int) -> ConfigDict:
-  """What all recipes have in common: Inception crop, flip, bfloat16, numbers from the data."""
+  """Common to all recipes: Inception crop, flip, bfloat16, numbers from the data."""
   return ConfigDict(
     {
       "seed": 0,
@@ -152,7 +152,7 @@ def track_few_shots(config: ConfigDict, source: str, image_size: int) -> None:
 
 
 def memory(size: str) -> dict[str, str]:
-  """What the blocks of a model keep for the backward pass: see `layers.transformer`."""
+  """What the blocks of a model keep for the backward pass: see `nn.transformer`."""
   return {"remat": {"l": "dots", "h": "full"}.get(_letter(size), "none")}
 
 

@@ -16,9 +16,9 @@ r"""DETR: a demo, and the recipes of the paper.
 | r50 r101 r50_dc5 r101_dc5                | COCO              | table 1  | AP 42.0 (R50)     |
 | r50_panoptic r101_panoptic r50_dc5_...   | COCO panoptic     | table 5  | boxes, stage 1    |
 | r50_masks r101_masks r50_dc5_masks       | COCO panoptic     | table 5  | PQ 43.4 (R50)     |
-| r50_finetune r101_finetune r50_dc5_...   | one's own folder  | -        | depends           |
+| r50_finetune r101_finetune r50_dc5_...   | your own folder  | -        | depends           |
 
-Each function below is a page of the lab book. Batch sizes are global.
+Each function below is one recipe. Batch sizes are global.
 
 Small machines. `accumulation_steps=n` cuts each batch of 64 into n parts that run one after the
 other: the same training in n times the time, as the frozen norms look at no batch. A smaller
@@ -113,7 +113,7 @@ def demo_panoptic(
 
 
 def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
-  """What both demos have in common."""
+  """Common to both demos."""
   return ConfigDict(
     {
       "seed": seed,
@@ -187,7 +187,7 @@ def coco(
   data_dir: str = "",
   backbone_file: str = "",
 ) -> ConfigDict:
-  """DETR on COCO, or on one's own folder in COCO's format, from an ImageNet backbone.
+  """DETR on COCO, or on your own folder in COCO's format, from an ImageNet backbone.
 
   Paper: arXiv:2005.12872, section 4 and A.4: AdamW, 1e-4, backbone 1e-5, its stem, first stage and
     all its norms frozen; weight decay 1e-4, gradients clipped to norm 0.1, dropout 0.1; flips,
@@ -253,7 +253,7 @@ def masks(
   data_dir: str = "",
   init_from: str = "",
 ) -> ConfigDict:
-  """DETR for panoptic segmentation, second stage: the mask head alone; all else stands still.
+  """DETR for panoptic segmentation, second stage: the mask head only; all else is frozen.
 
   Paper: section 4.4 and A.4: 25 epochs, rate 1e-4, divided by 10 after 15.
   Weights: `init_from`, by default the first stage's run.
@@ -285,13 +285,13 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   learning_rate: float = 1e-4,
   data_dir: str = "",
 ) -> ConfigDict:
-  """A DETR that was trained on COCO learns the classes of a folder of one's own.
+  """A DETR that was trained on COCO learns the classes of your own folder.
 
   Paper: none. From scratch, DETR learns nothing from a few thousand images: start from published
     weights, of which all but the class head is kept (facebookresearch/detr, issues 9, 125 and 169).
-  Data: `source=coco:/path`, with splits `train` and `val`; `data/coco.py` says how files are named.
+  Data: `source=coco:/path`, with splits `train` and `val`; see `data/sources/coco.py`.
   Weights: `init_from`, by default the official file in this folder; Hugging Face's folder or a run
-    of our own does as well.
+    works as well.
   Hardware: one GPU of 16 GB holds about four images of 800 pixels; see accumulation above.
   Expected: depends on the data.
   Not yet run here.
@@ -308,7 +308,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
 def _recipe(
   model: str, num_epochs: int, batch_size: int, accumulation_steps: int = 1
 ) -> ConfigDict:
-  """What all recipes on large images have in common."""
+  """Common to all recipes on large images."""
   is_dc5 = "dc5" in model
   return ConfigDict(
     {

@@ -1,17 +1,17 @@
-r"""Images of your own, one folder for each class: any classifier of the zoo, fine-tuned on them.
+r"""Your own images, one folder per class: fine-tunes any classifier.
 
     python -m vit_jax_zoo.main --config=configs/finetune.py:source=folder:/path
     python -m vit_jax_zoo.main \
       --config=configs/finetune.py:model=vit_b16,source=folder:/path,init_from=ViT-B_16.npz
     python -m vit_jax_zoo.main \
       --config=configs/finetune.py:model=lambda_resnet26t,source=folder:/path,batch_size=16
-    python -m vit_jax_zoo.predict --workdir=runs/... --images=photos/
+    python -m vit_jax_zoo.predict --model=runs/... --images=photos/
 
 | variant | trains on   | from                                        | expected |
 |---------|-------------|---------------------------------------------|----------|
 | finetune| your images | the ViT paper; what is usual for ResNets    | depends  |
 
-The function below is a page of the lab book. iGPT's fine-tuning, with its two losses, stands in
+The function below is the recipe. iGPT's fine-tuning, with its two losses, stands in
 `configs/igpt.py` (`s_finetune,source=folder:/path`).
 """
 
@@ -54,11 +54,11 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     with 0.01 for 256 images, which lies in the grid of Kornblith et al. (arXiv:1805.08974). Here a
     tenth of the run is warm-up. Crops (5 to 100 % of an image) and flips, no RandAugment; whole
     images, squashed to a square, in evaluations.
-  Data: a folder for each class, `source=folder:/path`; see `data/folder.py`. A tenth or so of the
-    training images, by a hash of their names, chooses the best checkpoint (`val`); `test` is the
-    folder `test`, or another tenth. An image that cannot be read is named, counted and skipped.
+  Data: a folder for each class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth of
+    the training images, by a hash of their names, chooses the best checkpoint (`val`); `test` is the
+    folder `test`, or another tenth. Unreadable images are logged, counted and skipped.
     `flip=false` where left and right differ, as in text. Names of TFDS do as well: tfds:beans.
-  Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run of ours; by default
+  Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default
     ImageNet-21k's of AugReg for a ViT, timm's for a LambdaResNet, which are then downloaded.
   Learning rate: by default that of the recipe, scaled to `batch_size` by the linear rule (Goyal et
     al., arXiv:1706.02677): 0.03 for 512 images makes 0.001875 for 32. If the accuracy on `val` is
@@ -67,7 +67,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     handful of images is coarse. With many, --config.checkpoint.best=val/accuracy and
     --config.checkpoint.best_mode=max are what papers do.
   Small machines: `batch_size=8`, `--config.accumulation_steps=4`, `--config.model.remat=dots`
-    (ViT), `head_only=true` (the rest stands still), `dtype=float32` on a CPU, which has no fast
+    (ViT), `head_only=true` (the rest is frozen), `dtype=float32` on a CPU, which has no fast
     bfloat16.
   Hardware: any. How large a batch fits which device was not measured.
   Expected: depends on the images. A confusion matrix and a picture of the class sizes are in

@@ -1,4 +1,4 @@
-r"""FPT: boxes and masks of objects, found on a pyramid whose levels see each other.
+r"""FPT: boxes and masks of objects on a feature pyramid with attention across levels.
 
   Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451
 
@@ -20,7 +20,7 @@ The demos also draw where each level looks from an object, `explain_levels`; oth
 Variants with a field `neck` can be had with the feature pyramid transformer (fpt), a feature
 pyramid network (fpn) or the plain bottom-up pyramid (bfp), which is what the paper compares with.
 The variants of semantic segmentation stand in `configs/fpt_segmentation.py`.
-Each function below is a page of the lab book. Batch sizes are global.
+Each function below is one recipe. Batch sizes are global.
 """
 
 import functools
@@ -261,7 +261,7 @@ _NECK_FIELDS = {f"{kind}_rcnn_r50_fpt_official": _OFFICIAL_NECK for kind in ("fa
 
 
 def _recipe(model: str, batch_size: int, accumulation_steps: int) -> ConfigDict:
-  """What all recipes on large images have in common."""
+  """Common to all recipes on large images."""
   return ConfigDict(
     {
       "seed": 0,
@@ -294,7 +294,7 @@ def _with_coco(
   data_dir: str,
   masks: bool,
 ) -> ConfigDict:
-  """Sets the data: TFDS's COCO for boxes, for masks one's own copy, since TFDS has no outlines."""
+  """Sets the data: TFDS's COCO for boxes, for masks your own copy, since TFDS has no outlines."""
   source = source or ("coco:/path" if masks else "tfds:coco/2017")
   scored = {"run_lengths": 500_000} if masks else {}
   config.data.train = {

@@ -20,7 +20,7 @@ r"""Image GPT: a demo, and the recipes of the paper.
 | s_probe      m l               | CIFAR-10, ...   | section 3.5        | L 96.3 %            |
 | s_eval_nll       m l               | ImageNet, 32x32 | OpenAI's README    | S 2.0895 nats       |
 
-Each function below is a page of the lab book. Batch sizes are global.
+Each function below is one recipe. Batch sizes are global.
 """
 
 import dataclasses

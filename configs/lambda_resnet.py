@@ -129,7 +129,7 @@ def scaled(
   """LambdaResNets from 50 to 420 layers deep, on ImageNet-1k for 350 epochs.
 
   Paper: arXiv:2102.08602, its speed-accuracy curve and appendix: as `imagenet`, but weight decay
-    4e-5, RandAugment with 2 layers in TensorFlow's flavour, dropout before the classifier and
+    4e-5, RandAugment with 2 layers in TensorFlow's variant, dropout before the classifier and
     stochastic depth, each of the strength that the appendix has for this depth and size
     (`NETWORKS`); trained and tested at the same size. The paper has batches of 4096 or 2048, tuned
     on 2 % of the training images, and stopped early from 350 layers at 288 pixels on: `best/` in
@@ -162,7 +162,7 @@ def pseudo_labelled(
   Paper: arXiv:2102.08602, its semi-supervised experiment: the recipe of `scaled` with the same
     strengths, on ImageNet and 130 million images of JFT that were filtered, balanced between the
     classes and labelled by an EfficientNet-L2 with Noisy Student (88.4 %).
-  Data: these images are not public. `pseudo_source` is a prepared set of one's own with the labels
+  Data: these images are not public. `pseudo_source` is a prepared set of your own with the labels
     of ImageNet, one an image. The text does not say how the two sets are mixed, nor how long: here
     an image is as likely as any other of both, and `num_epochs` counts epochs of ImageNet alone, so
     the training costs as much as that of `scaled`.
@@ -241,7 +241,7 @@ def _regularised(network: Network, source: str, batch_size: int) -> ConfigDict:
 
 
 def _recipe(model: str, source: str, image_size: int, batch_size: int) -> ConfigDict:
-  """What all recipes on ImageNet have in common."""
+  """Common to all ImageNet recipes."""
   crop = {"name": "random_resized_crop", "size": image_size, "area": (0.08, 1.0)}
   middle = [
     {"name": "resize_small", "size": image_size * 8 // 7},

@@ -31,7 +31,7 @@ Published test sets, with whatever weights; nothing is trained (`--eval_only`):
     python -m vit_jax_zoo.main --eval_only \
       --config=configs/ttsr.py:sun80,source=pairs:/data/Sun80,init_from=TTSR-rec.pt
 
-Each function below is a page of the lab book. Batch sizes are global.
+Each function below is one recipe. Batch sizes are global.
 """
 
 import functools
@@ -118,7 +118,7 @@ def cufed(
     similar reference, as the released code; `cufed5_stitched` all five, as the paper's table.
   Weights: `vgg_file` is torchvision's VGG-19, for the perceptual loss, and what the extractor
     starts as: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth, or that URL itself.
-    `init_from`, a published TTSR.pt or a run of ours, is optional.
+    `init_from`, a published TTSR.pt or a run, is optional.
   Hardware: the paper names none. One device; pictures of different sizes are compiled one by one in
     the evaluation. For more devices choose a batch size that they divide, and pad (`pad_pair`).
   Expected on CUFED5, level 1: 25.40 dB, SSIM 0.7600, with the released weights (issue 3 of the
@@ -166,7 +166,7 @@ def finetune(
   size: int = 160,
   reference_margin: int = 80,
 ) -> ConfigDict:
-  """Your own pictures with references of any size: `input/` and `ref/`, see data/pairs.py.
+  """Your own pictures with references of any size: `input/` and `ref/`, see data/sources/pairs.py.
 
   Paper: as `cufed_rec`; but crops are taken at random, and of a reference around the same place,
     by `reference_margin` pixels larger on each side, since photographs are larger than CUFED's. A
@@ -197,11 +197,11 @@ def published(
 
   Paper: section 4.1; how references are found is what the authors say in issues of the released
     code, 3 and 18 and 19.
-  Data: laid out as published, see data/pairs.py. CUFED5: the most similar reference, and all five,
-    stitched. Sun80: one of a picture's references, drawn by its name, so that it is always the
+  Data: laid out as published, see data/sources/pairs.py. CUFED5: the most similar reference, and all
+    five, stitched. Sun80: one of a picture's references, drawn by its name, so that it is always the
     same; which ones the authors drew is not known. Urban100 and Manga109: the small picture is its
     own reference.
-  Weights: `init_from`, the published TTSR.pt or TTSR-rec.pt, or a run of ours.
+  Weights: `init_from`, the published TTSR.pt or TTSR-rec.pt, or a run.
   Hardware: one device; pictures of different sizes are compiled one by one.
   Expected: on CUFED5, level 1, 26.99 dB and SSIM 0.8003 with TTSR-rec.pt, 25.40 dB and 0.7600 with
     TTSR.pt (issue 3 of the released code). The paper's figures for the other sets could not be
@@ -239,7 +239,7 @@ def _protocols(test_set: str, source: str) -> dict[str, Any]:
 
 
 def _cufed(source: str, vgg_file: str, init_from: str) -> ConfigDict:
-  """What both recipes have in common."""
+  """Common to both recipes."""
   config = _base(source, 9, init_from)
   config.task.vgg_file = vgg_file
   config.data.train.transforms = [

@@ -19,13 +19,13 @@ r"""Vision Transformers: a demo, and the recipes of the papers.
 | s16_imagenet                         | ImageNet-1k  | better, section 2   | 76.5 %         |
 | b16_imagenet    b32 l16 l32          | ImageNet-1k  | ViT, table 3        | 74.8 %         |
 | b16_imagenet21k ti16 s16 ... r50_b16 | ImageNet-21k | ViT, table 3        | 47.9 %         |
-| b16_jft b32 l16 l32 h14 r50_b16 ...  | one's own    | ViT, table 3        | 84.2 % later   |
+| b16_jft b32 l16 l32 h14 r50_b16 ...  | your own    | ViT, table 3        | 84.2 % later   |
 | b16_augreg      ti16 s16 s32 b32 l16 | ImageNet-1k  | AugReg              | -              |
 | b16_augreg21k   ti16 s16 s32 b32 l16 | ImageNet-21k | AugReg              | 85.5 % later   |
 | b16_finetune    b32 l16 l32 h14 ...  | ImageNet ... | ViT, tables 4 and 5 | 84.0 %         |
 
 `augreg` and `finetune` stand in `configs/vit_augreg.py` and `configs/vit_finetune.py`.
-Each function below is a page of the lab book. Batch sizes are global. ImageNet and ImageNet-21k
+Each function below is one recipe. Batch sizes are global. ImageNet and ImageNet-21k
 have to be prepared first, see the README; or take `source=folder:/path` with class folders in
 `train/` and `val/`. `data_dir` says where prepared data lie, for training and all evaluations.
 """
@@ -112,7 +112,7 @@ def s16_imagenet(
 
   Paper: arXiv:2205.01580, section 2: mean pooling, a tanh layer before the head, sin-cos positions,
     batch 1024, Adam with a fully decoupled weight decay of 1e-4 on kernels, RandAugment(2, 10) in
-    TensorFlow's flavour, mixup(0.2) with one share a batch.
+    TensorFlow's variant, mixup(0.2) with one share a batch.
   Expected: 76.5 % after 90 epochs, 80 % after 300.
   Hardware: 90 epochs took 6.5 hours on a TPU v3-8.
   Not yet run here.
@@ -179,7 +179,7 @@ def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   multi_label: bool = False,
   few_shot: str = "",
 ) -> ConfigDict:
-  """ViT pre-training on ImageNet-21k, or on a set of one's own with as many labels an image.
+  """ViT pre-training on ImageNet-21k, or on your own dataset with as many labels an image.
 
   Paper: arXiv:2010.11929, table 3: Adam, rate 1e-3, linear decay, weight decay 0.03, dropout 0.1,
     10k steps of warm-up, batch 4096; 90 epochs, for L 30 or 90. From the authors' issues 2 and 34:
@@ -226,7 +226,7 @@ def jft(  # noqa: PLR0913  (each is a field that a command line may set)
     R50+L/16 4e-4. Epochs: 7, H/14 14; L/16 and R50+L/16 7 or 14. As in `imagenet21k`, and not in
     the table: sigmoid cross-entropy summed over the classes, a head's bias that starts at -10, a
     tanh layer before the head.
-  Data: JFT is not public. `source=tfds:/path` is a prepared set of one's own, whose `label` is a
+  Data: JFT is not public. `source=tfds:/path` is a prepared set of your own, whose `label` is a
     list of classes; `num_classes` is its (JFT has 18,291 in papers about it); `multi_label=false`
     is for one label an image. Its first 51,200 images are held out.
   Progress: `few_shot`, as in `imagenet21k`.

@@ -46,7 +46,7 @@ def augreg(  # noqa: PLR0913  (each is a field that a command line may set)
     gradients clipped to norm 1, a fully decoupled weight decay of 1e-4 on kernels ("wd 0.1" in the
     names of the published files; for "wd 0.03" `weight_decay=3e-5`), sigmoid cross-entropy, a
     head's bias that starts at -6.9, class token and no layer before the head. RandAugment is
-    TensorFlow's flavour, in which magnitudes go beyond 10 and 0 is not nothing.
+    TensorFlow's variant, in which magnitudes go beyond 10 and 0 is not nothing.
   Fields: `augmentation` is none, light1, light2, medium1, medium2, strong1 or strong2, by default
     what the authors' code has for this size; where the paper regularises, it has 0.1 as
     `dropout_rate` and `drop_path_rate`.
