@@ -1,11 +1,171 @@
+import functools
+
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
+from tests.half_precision import bfloat16_errors
+from vit_jax_zoo.systems.lambda_resnet import layer as lambdas
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
+
+apply_lambdas = jax.jit(lambdas.apply_lambdas, static_argnames="implementation")
+
+
+def random_map(seed, shape):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def example(batch=2, size=(5, 7), heads=3, k=4, u=1, v=6, window=(9, 13)):
+  """Queries, keys, values and embeddings."""
+  return (
+    random_map(0, (batch, *size, heads, k)),
+    random_map(1, (batch, *size, u, k)),
+    random_map(2, (batch, *size, u, v)),
+    random_map(3, (*window, u, k)),
+  )
+
+
+def dense_reference(queries, keys, values, window):
+  """The layer from its definition, position by position, in float64."""
+  queries, keys, values, window = (
+    np.asarray(x, np.float64) for x in (queries, keys, values, window)
+  )
+  batch, height, width, heads, _ = queries.shape
+  out = np.zeros((batch, height, width, heads, values.shape[-1]))
+  middle = np.asarray(window.shape[:2]) // 2
+  places = [(y, x) for y in range(height) for x in range(width)]
+  weights = np.exp(keys)
+  weights /= weights.sum(axis=(1, 2), keepdims=True)
+  for y, x in places:
+    for row, column in places:
+      offset = np.add(middle, (row - y, column - x))
+      inside = np.all(offset >= 0) and np.all(offset < window.shape[:2])
+      embedding = window[tuple(offset)] if inside else 0.0
+      linear = np.einsum(
+        "buk,buv->bkv", weights[:, row, column] + embedding, values[:, row, column]
+      )
+      out[:, y, x] += np.einsum("bik,bkv->biv", queries[:, y, x], linear)
+  return out
+
+
+@pytest.mark.parametrize("implementation", ["einsum", "convolution"])
+@pytest.mark.parametrize(
+  ("size", "u", "window"),
+  [((5, 7), 1, (9, 13)), ((4, 3), 2, (3, 3)), ((3, 6), 2, (7, 5)), ((2, 2), 1, (9, 9))],
+)
+def test_equals_its_definition(implementation, size, u, window):
+  inputs = example(size=size, u=u, window=window)
+  output = apply_lambdas(*inputs, implementation=implementation).output
+  np.testing.assert_allclose(output, dense_reference(*inputs), atol=2e-5)
+
+
+def test_einsum_and_convolution_have_the_same_gradients():
+  inputs = example(u=2, window=(3, 5))
+
+  def loss(implementation, *inputs):
+    return jnp.sum(lambdas.apply_lambdas(*inputs, implementation=implementation).output ** 2)
+
+  gradient = jax.jit(jax.grad(loss, argnums=(1, 2, 3, 4)), static_argnums=0)
+  grads = [gradient(name, *inputs) for name in ("einsum", "convolution")]
+  for one, other in zip(*grads, strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+    assert np.abs(one).max() > 0
+
+
+def test_paper_golden(load_golden):
+  _, inputs, outputs = load_golden("lambda_paper_a")
+  result = apply_lambdas(
+    jnp.einsum("bhnk->bnhk", inputs["queries_bhnk"])[:, None],
+    jnp.einsum("bmku->bmuk", inputs["keys_bmku"])[:, None],
+    jnp.einsum("bmvu->bmuv", inputs["values_bmvu"])[:, None],
+    jnp.einsum("rku->ruk", inputs["rel_table_rku"])[None],
+  )
+  expected = outputs["output"]
+  np.testing.assert_allclose(result.output.reshape(expected.shape), expected, atol=1e-5)
+  np.testing.assert_allclose(result.content_lambda, outputs["content_lambda"], atol=1e-5)
+  np.testing.assert_allclose(result.position_lambda[:, 0], outputs["position_lambdas"], atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["einsum", "convolution"])
+def test_position_lambdas_are_translation_equivariant(implementation):
+  _, _, values, window = example(size=(8, 9), window=(5, 5))
+  inside = jnp.pad(values[:, :4, :4], ((0, 0), (2, 6), (2, 7), (0, 0), (0, 0)))
+  moved = jnp.roll(inside, (3, 4), axis=(1, 2))
+
+  @jax.jit
+  def apply(values):
+    queries, keys, _, _ = example(size=values.shape[1:3])
+    return lambdas.apply_lambdas(
+      queries, keys, values, window, implementation=implementation
+    ).position_lambda
+
+  np.testing.assert_allclose(
+    jnp.roll(apply(inside), (3, 4), axis=(1, 2))[:, 3:, 4:], apply(moved)[:, 3:, 4:], atol=1e-5
+  )
+
+
+def intermediate_shapes(function, *inputs):
+  """Shapes of every value that a function computes, those of nested functions included."""
+
+  def walk(jaxpr):
+    for equation in jaxpr.eqns:
+      yield from (variable.aval.shape for variable in equation.outvars)
+      for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        yield from walk(inner)
+
+  return list(walk(jax.make_jaxpr(function)(*inputs).jaxpr))
+
+
+def test_no_value_has_batch_query_and_context_axes():
+  batch, positions = 11, 5 * 7
+  apply = functools.partial(lambdas.apply_lambdas, implementation="einsum")
+  shapes = intermediate_shapes(apply, *example(batch=batch, v=3))
+  sizes = [int(np.prod(shape)) for shape in shapes]
+  assert positions**2 * 4 in sizes  # the embeddings of all pairs, k = 4, once for all images
+  assert max(size for size in sizes if size % batch == 0) < batch * positions**2
+
+
+def test_memory_of_position_embeddings_does_not_grow_with_the_batch():
+  def temporaries(batch):
+    inputs = example(batch=batch, size=(16, 16), heads=1, k=8, v=2, window=(31, 31))
+    apply = jax.jit(lambda *x: apply_lambdas(*x, implementation="einsum").output)
+    return apply.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+
+  embeddings = 256**2 * 8 * 4
+  one, many = temporaries(1), temporaries(17)
+  assert one > embeddings
+  assert many - one < 16 * 256**2 * 4 / 8  # far below one attention map of one head for each image
+
+
+def test_chooses_by_cost():
+  choose = lambdas.choose_implementation
+  assert choose((16, 16), (31, 31, 1, 16)) == "einsum"  # global
+  assert choose((16, 16), (9, 9, 1, 16)) == "einsum"
+  assert choose((56, 56), (23, 23, 1, 16)) == "einsum"
+  assert choose((56, 56), (7, 7, 1, 16)) == "convolution"
+  assert choose((85, 85), (169, 169, 1, 16)) == "einsum"  # where the paper draws the line
+  assert choose((86, 86), (171, 171, 1, 16)) == "convolution"
+  assert choose((56, 56), (111, 111, 8, 16)) == "convolution"
+
+
+@pytest.mark.parametrize("implementation", ["einsum", "convolution"])
+def test_bfloat16_results_and_gradients_are_near_those_of_float32(implementation):
+  apply = functools.partial(apply_lambdas, implementation=implementation)
+  inputs = example(size=(16, 16), window=(3, 3))
+  assert max(bfloat16_errors(lambda *x: apply(*x).output, *inputs)) < 0.02
+  result = apply(*(x.astype(jnp.bfloat16) for x in inputs))
+  assert result.output.dtype == jnp.bfloat16
+  assert result.content_lambda.dtype == result.position_lambda.dtype == jnp.float32
+
+
+def test_embeddings_of_an_even_side_are_refused():
+  queries, keys, values, window = example()
+  with pytest.raises(ValueError, match=r"position_embedding: sides \(4, 13\)"):
+    apply_lambdas(queries, keys, values, window[:4])
 
 
 def norm_variables(weights, name):
@@ -90,7 +250,6 @@ def test_lucidrains_golden(load_golden, name, implementation):
   golden = load_golden(name)
   config, _, outputs = golden
   layer = LambdaLayer(
-    dim_out=config.get("dim_out", config["dim"]),
     num_heads=config["heads"],
     dim_k=config["dim_k"],
     dim_u=config["dim_u"],
@@ -141,7 +300,7 @@ def test_paper_initialisation_has_the_stated_deviations():
 
 def test_options_shapes_and_dtypes():
   layer, variables, x = random_layer(
-    (2, 5, 7, 8), dim_out=12, num_heads=3, dim_u=2, qkv_bias=True, stride=2, dtype="bfloat16"
+    (2, 5, 7, 12), num_heads=3, dim_u=2, qkv_bias=True, stride=2, dtype="bfloat16"
   )
   assert variables["params"]["qkv"]["bias"].shape == (3 * 4 + 2 * 4 + 2 * 4,)
   assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
@@ -151,7 +310,7 @@ def test_options_shapes_and_dtypes():
 
 
 def test_strided_pooling_leaves_the_border_s_padding_out():
-  fields = {"num_heads": 1, "dim_out": 2}
+  fields = {"num_heads": 1}
   layer, variables, x = random_layer((1, 4, 4, 2), **fields)
   full = layer(variables, x)
   pooled = random_layer((1, 4, 4, 2), stride=2, **fields)[0](variables, x)
@@ -162,11 +321,11 @@ def test_strided_pooling_leaves_the_border_s_padding_out():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"num_heads": 3}, "dim_out 8 is not a multiple of num_heads 3"),
-    ({"receptive_field": 4}, "receptive_field must be odd, not 4"),
+    ({"num_heads": 3}, "num_heads: 3 does not divide 8"),
+    ({"receptive_field": 4}, "receptive_field: 4"),
     ({"initialization": "papr"}, "did you mean 'paper'"),
-    ({"stride": 3}, "stride is 1 or 2"),
-    ({"pool_size": 4}, "pool_size 2 or 3"),
+    ({"stride": 3}, "stride: 3"),
+    ({"pool_size": 4}, "pool_size 4"),
   ],
 )
 def test_errors_are_one_clear_line(fields, message):

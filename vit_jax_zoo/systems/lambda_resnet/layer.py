@@ -1,54 +1,200 @@
-"""The lambda layer as a module: projections, norms, embeddings. arXiv:2102.08602, section 3."""
+"""Lambda layer. Bello, "LambdaNetworks", ICLR 2021, arXiv:2102.08602, section 3.
+
+A lambda is a linear map `[k v]` computed from a context and applied to queries: the content lambda
+is shared by all queries of an image, the position lambdas differ per query. There is no attention
+map: no tensor has batch, query and context axes.
+
+Axes: `b` images, `h w` query positions, `y x` context positions (the same map), `i` heads, `k`
+depth of queries and keys, `v` depth of values per head, `u` intra-depth. Keys and values have no
+head axis: all heads share one lambda (the paper's multi-query lambdas).
+"""
 
 import functools
 from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.norm import BatchNorm
 from vit_jax_zoo.ops.checks import check_positive
-from vit_jax_zoo.systems.lambda_resnet.lambda_op import Implementation, lambda_layer
+
+Implementation: TypeAlias = Literal["auto", "einsum", "convolution"]
 
 INITIALIZATIONS = ("paper", "timm")
 
+# Measured: a dense matrix product is this many times faster per multiply-add than a convolution
+# with `u` input channels (16x16 and 32x32 maps, 9x9 scope, forward and backward).
+EINSUM_ADVANTAGE = 6.0
+# The paper uses the einsum up to 85^2 positions (k = 16, u = 1); its table of embeddings of all
+# pairs grows with the square of the positions.
+EINSUM_MAX_ELEMENTS = 85**4 * 16
+
+
+class LambdaOutput(NamedTuple):
+  """Output of `apply_lambdas`; lambdas are float32, position lambdas include the bias."""
+
+  output: Float[Array, "b h w i v"]
+  content_lambda: Float[Array, "b k v"]
+  position_lambda: Float[Array, "b h w k v"]
+
+
+def apply_lambdas(
+  queries: Float[Array, "b h w i k"],
+  keys: Float[Array, "b h w u k"],
+  values: Float[Array, "b h w u v"],
+  embeddings: Float[Array, "dy dx u k"],
+  *,
+  bias: Float[Array, " k"] | None = None,
+  implementation: Implementation = "auto",
+) -> LambdaOutput:
+  """Applies content and position lambdas to the queries of a map (arXiv:2102.08602, Eq. 1-2).
+
+  Args:
+    queries: queries, unscaled; the paper has `1/sqrt(k)` in the initialization.
+    keys: keys, before the softmax over positions.
+    values: values.
+    embeddings: relative position embeddings (context minus query) with odd sides, zero beyond.
+      `[2h-1 2w-1]` reaches every position, `[r r]` is the lambda convolution's local scope. The
+      content lambda always covers the whole map.
+    bias: added to the position lambdas (in both public codes, not in the paper).
+    implementation: of the position lambdas; "auto": see `choose_implementation`.
+
+  Raises:
+    ValueError: embeddings with an even side.
+  """
+  map_size = values.shape[1:3]
+  embeddings = _crop(embeddings, map_size).astype(values.dtype)
+  if implementation == "auto":
+    implementation = choose_implementation(map_size, embeddings.shape)
+  wide = jnp.promote_types(values.dtype, jnp.float32)  # lambdas are sums over the whole map
+  weights = jax.nn.softmax(keys.astype(wide), axis=(1, 2)).astype(values.dtype)
+
+  content = jnp.einsum("byxuk,byxuv->bkv", weights, values, preferred_element_type=wide)
+  if implementation == "convolution":
+    position = _position_lambdas_by_convolution(values, embeddings)
+  else:
+    pairs = relative_embeddings(embeddings, map_size)
+    position = jnp.einsum("hywxuk,byxuv->bhwkv", pairs, values, preferred_element_type=wide)
+  if bias is not None:
+    position += bias.astype(wide).reshape(1, 1, 1, -1, 1)
+
+  output = jnp.einsum("bhwik,bkv->bhwiv", queries, content.astype(queries.dtype)).astype(wide)
+  output += jnp.einsum("bhwik,bhwkv->bhwiv", queries.astype(wide), position)
+  return LambdaOutput(output.astype(queries.dtype), content, position)
+
+
+def choose_implementation(
+  map_size: tuple[int, ...], embeddings_shape: tuple[int, ...]
+) -> Literal["einsum", "convolution"]:
+  """Returns the cheaper implementation of position lambdas, from shapes alone.
+
+  Per query, key channel and value channel, the einsum has one multiply-add per map position, the
+  convolution one per scope position; but matrix products run faster. The einsum also needs the
+  embeddings of all pairs in memory, independent of the batch size.
+
+  Args:
+    map_size: height and width.
+    embeddings_shape: `[dy dx u k]`.
+  """
+  positions = map_size[0] * map_size[1]
+  scope = min(embeddings_shape[0], 2 * map_size[0] - 1) * min(
+    embeddings_shape[1], 2 * map_size[1] - 1
+  )
+  elements = positions**2 * embeddings_shape[2] * embeddings_shape[3]
+  if elements > EINSUM_MAX_ELEMENTS or positions > EINSUM_ADVANTAGE * scope:
+    return "convolution"
+  return "einsum"
+
+
+def relative_embeddings(
+  embeddings: Float[Array, "dy dx u k"], map_size: tuple[int, ...]
+) -> Float[Array, "h y w x u k"]:
+  """Returns the embeddings of all pairs of positions, zero for offsets beyond `embeddings`."""
+  height, width = map_size
+  rows, columns = 2 * height - 1 - embeddings.shape[0], 2 * width - 1 - embeddings.shape[1]
+  padding = ((rows // 2,) * 2, (columns // 2,) * 2, (0, 0), (0, 0))
+  return jax.vmap(jax.vmap(_toeplitz))(_toeplitz(jnp.pad(embeddings, padding)))
+
+
+def _toeplitz(offsets: Float[Array, "d ..."]) -> Float[Array, "n n ..."]:
+  """Arranges `[2n-1, ...]` by offset as `[n, n, ...]` by query and context.
+
+  Reads copies of the array with a row length that is one shorter, so that rows shift by one against
+  each other; a gather would have a scatter as its gradient.
+  """
+  size = (offsets.shape[0] + 1) // 2
+  padded = jnp.concatenate([offsets, jnp.zeros_like(offsets[:1])])
+  repeated = jnp.tile(padded, (size,) + (1,) * (offsets.ndim - 1))
+  sliding = repeated[size - 1 : size - 1 + size * (2 * size - 1)]
+  return sliding.reshape(size, 2 * size - 1, *offsets.shape[1:])[:, :size]
+
+
+def _position_lambdas_by_convolution(
+  values: Float[Array, "b h w u v"], embeddings: Float[Array, "dy dx u k"]
+) -> Float[Array, "b h w k v"]:
+  """Convolves every value channel separately, as examples of a batch."""
+  batch, height, width, intra_depth, value_depth = values.shape
+  wide = jnp.promote_types(values.dtype, jnp.float32)
+  maps = jnp.moveaxis(values, -1, 1).reshape(-1, height, width, intra_depth)
+  lambdas = jax.lax.conv_general_dilated(
+    maps.astype(wide),
+    embeddings.astype(wide),
+    window_strides=(1, 1),
+    padding=[(side // 2, side // 2) for side in embeddings.shape[:2]],
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  return jnp.moveaxis(lambdas.reshape(batch, value_depth, height, width, -1), 1, -1)
+
+
+def _crop(
+  embeddings: Float[Array, "dy dx u k"], map_size: tuple[int, ...]
+) -> Float[Array, "ey ex u k"]:
+  """Drops the offsets that do not occur in a map of this size."""
+  for axis, side in enumerate(map_size):
+    length, limit = embeddings.shape[axis], 2 * side - 1
+    if length % 2 == 0:
+      raise ValueError(
+        f"position_embedding: sides {embeddings.shape[:2]}; expected odd sides, the middle being "
+        "offset 0"
+      )
+    start = max(length - limit, 0) // 2
+    embeddings = jax.lax.slice_in_dim(embeddings, start, length - start, axis=axis)
+  return embeddings
+
 
 class LambdaLayer(nn.Module):
-  """Exchanges information over a map through lambdas; takes the place of a 3x3 convolution.
+  """Lambda layer with as many output as input channels; replaces a 3x3 convolution.
 
-  Queries and values are batch-normalised after their projection, keys by a softmax over the
-  positions of the context; there is no output projection. The parameters: `qkv` (a 1x1 convolution
-  whose outputs are queries (head k), keys (u k) and values (u v), side by side), `query_norm`,
-  `value_norm`, `position_embedding` `[dy dx u k]` (context minus query) and, by choice,
-  `position_bias` `[k]`.
+  Queries and values are batch-normalized after their projection; there is no output projection.
+  Parameters: `qkv` (one 1x1 convolution; outputs are queries (i k), keys (u k), values (u v)),
+  `query_norm`, `value_norm`, `position_embedding` `[dy dx u k]` and, optionally, `position_bias`
+  `[k]`.
 
-  A global table belongs to the map on which it was initialised. On other maps the offsets that it
-  has keep their embeddings and the others get none.
+  A global table belongs to the map size at initialization. On other maps the offsets in it keep
+  their embeddings and the others are zero.
 
   Attributes:
-    dim_out: output channels, a multiple of `num_heads`; None: as many as come in.
-    num_heads: queries at each position, answered by one shared lambda.
-    dim_k: length of queries and keys.
-    dim_u: intra-depth: keys and values for each position of the context, summed in the lambdas.
-    receptive_field: side of the scope of the position lambdas, odd; None: the whole map.
-    position_bias: adds one bias for each query channel to the position lambdas, as the public
-      codes do (lucidrains' and timm's `conv_lambda`) and the paper does not.
-    qkv_bias: whether the projections have a bias.
-    stride: 2 halves the map after the lambdas have been applied, by average pooling.
-    pool_size: of that pooling: 3 (the paper; padded by one, padding not counted) or 2 (timm).
-    initialization: "paper" (queries N(0, 1 / (k d)) in variance, keys and values N(0, 1 / d),
-      embeddings N(0, 1)) or "timm" (projections N(0, 1 / d), a scope's embeddings N(0, 1 / k), a
-      global table's deviation 0.02).
-    implementation: of the position lambdas; see `ops.lambda_op.choose_implementation`.
-    norm: makes a norm, called with `name`; None: a batch norm.
-    dtype: of projections and output. Softmax and lambdas are float32.
+    num_heads: query heads; divides the number of channels.
+    dim_k: depth of queries and keys.
+    dim_u: intra-depth (paper, ablation of u).
+    receptive_field: odd side of the position lambdas' scope; None: the whole map.
+    position_bias: adds a bias per query channel to the position lambdas (timm's and lucidrains'
+      `conv_lambda`; not in the paper).
+    qkv_bias: bias of the projections (timm's argument).
+    stride: 2 halves the map by average pooling after the lambdas.
+    pool_size: pooling window: 3 (paper; padded by one, padding not counted) or 2 (timm).
+    initialization: standard deviations: "paper": queries (k d)^-0.5, keys and values d^-0.5,
+      embeddings 1; "timm": projections d^-0.5, embeddings k^-0.5 (scope) or 0.02 (global table).
+    implementation: see `apply_lambdas`.
+    norm: creates a norm, called with `name`; None: batch norm.
+    dtype: dtype of projections and output. Softmax and lambdas are float32.
   """
 
-  dim_out: int | None = None
   num_heads: int = 4
   dim_k: int = 16
   dim_u: int = 1
@@ -63,49 +209,23 @@ class LambdaLayer(nn.Module):
   dtype: Dtype = "float32"
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], *, train: bool, mask: Bool[Array, "n m"] | None = None
-  ) -> Float[Array, "b h2 w2 d"]:
+  def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h2 w2 d"]:
     """Returns the layer's output.
 
     Args:
-      x: the map, queries and context alike.
-      train: whether batch norms take the statistics of this batch.
-      mask: True where query n may see context m (row by row), the same for every image.
+      x: feature map.
+      train: batch norms use batch statistics.
 
     Raises:
-      ValueError: fields that do not fit together, or a map that 2x2 pooling cannot halve.
+      ValueError: fields that do not fit together, or a map that the pooling cannot halve.
     """
-    dim_out = self.dim_out or x.shape[-1]
-    self._check(dim_out, x.shape[1:3])
-    queries, keys, values = self._project(x, dim_out // self.num_heads, train=train)
-    bias = None
-    if self.position_bias:
-      bias = self.param("position_bias", nn.initializers.zeros, (self.dim_k,))
-    result = lambda_layer(
-      queries,
-      keys,
-      values,
-      self._embeddings(x.shape[1:3]),
-      bias=bias,
-      mask=mask,
-      implementation=self.implementation,
-    )
-    self.sow("intermediates", "content_lambda", result.content_lambda)
-    self.sow("intermediates", "position_lambda", result.position_lambda)
-    y = self._pool(result.output.reshape(*result.output.shape[:3], dim_out)).astype(self.dtype)
-    self.sow("intermediates", "output", y)
-    return y
-
-  def _project(
-    self, x: Float[Array, "b h w c"], dim_v: int, *, train: bool
-  ) -> tuple[Float[Array, "b h w i k"], Float[Array, "b h w u k"], Float[Array, "b h w u v"]]:
-    """Projects to queries, keys and values with one matrix product, and normalises two of them."""
+    self._check(x)
+    grid, dim_v = x.shape[:3], x.shape[-1] // self.num_heads
     sizes = (self.num_heads * self.dim_k, self.dim_u * self.dim_k, self.dim_u * dim_v)
     projection = nn.Dense(
       sum(sizes),
       use_bias=self.qkv_bias,
-      kernel_init=_columns(sizes, self._projection_stds(x.shape[-1])),
+      kernel_init=_qkv_init(sizes, self._projection_stds(x.shape[-1])),
       dtype=self.dtype,
       name="qkv",
     )
@@ -113,16 +233,30 @@ class LambdaLayer(nn.Module):
     norm = self.norm or functools.partial(BatchNorm, dtype=self.dtype)
     queries = norm(name="query_norm")(queries, train=train)
     values = norm(name="value_norm")(values, train=train)
-    grid = x.shape[:3]
-    return (
+    bias = None
+    if self.position_bias:
+      bias = self.param("position_bias", nn.initializers.zeros, (self.dim_k,))
+    result = apply_lambdas(
       queries.reshape(*grid, self.num_heads, self.dim_k),
       keys.reshape(*grid, self.dim_u, self.dim_k),
       values.reshape(*grid, self.dim_u, dim_v),
+      self._embeddings(x.shape[1:3]),
+      bias=bias,
+      implementation=self.implementation,
     )
+    self.sow("intermediates", "content_lambda", result.content_lambda)
+    self.sow("intermediates", "position_lambda", result.position_lambda)
+    y = result.output.reshape(x.shape)
+    if self.stride > 1:
+      window, padding = (self.pool_size,) * 2, ((self.pool_size % 2,) * 2,) * 2
+      y = nn.avg_pool(y, window, (self.stride,) * 2, padding, count_include_pad=False)
+    y = y.astype(self.dtype)
+    self.sow("intermediates", "output", y)
+    return y
 
   def _embeddings(self, map_size: tuple[int, ...]) -> Float[Array, "dy dx u k"]:
     name = "position_embedding"
-    if self.has_variable("params", name):  # of whatever map it was made for
+    if self.has_variable("params", name):  # of any map size
       return self.get_variable("params", name)
     sides = tuple(2 * side - 1 for side in map_size)
     std = 1.0 if self.initialization == "paper" else 0.02
@@ -133,40 +267,30 @@ class LambdaLayer(nn.Module):
 
   def _projection_stds(self, dim_in: int) -> tuple[float, float, float]:
     std = dim_in**-0.5
-    if self.initialization == "timm":
-      return std, std, std
-    return std * self.dim_k**-0.5, std, std
+    return (std if self.initialization == "timm" else std * self.dim_k**-0.5), std, std
 
-  def _pool(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h2 w2 d"]:
-    if self.stride == 1:
-      return x
-    padding = ((self.pool_size // 2 if self.pool_size % 2 else 0,) * 2,) * 2
-    window = (self.pool_size, self.pool_size)
-    return nn.avg_pool(x, window, (self.stride,) * 2, padding, count_include_pad=False)
-
-  def _check(self, dim_out: int, map_size: tuple[int, ...]) -> None:
+  def _check(self, x: Float[Array, "b h w d"]) -> None:
     check_positive(self, "dim_k", "dim_u", "num_heads", "receptive_field")
-    if dim_out % self.num_heads:
-      raise ValueError(
-        f"dim_out {dim_out} is not a multiple of num_heads {self.num_heads}; "
-        "every head answers with the same number of channels"
-      )
+    if x.shape[-1] % self.num_heads:
+      raise ValueError(f"num_heads: {self.num_heads} does not divide {x.shape[-1]} channels")
     if self.receptive_field is not None and self.receptive_field % 2 == 0:
-      raise ValueError(
-        f"receptive_field must be odd, not {self.receptive_field}: it has a centre, the query"
-      )
+      raise ValueError(f"receptive_field: {self.receptive_field} is even; expected an odd number")
     if self.initialization not in INITIALIZATIONS:
       raise ValueError(unknown_name("initialization", self.initialization, INITIALIZATIONS))
-    if (self.stride, self.pool_size) not in ((1, 2), (1, 3), (2, 2), (2, 3)):
+    if self.stride not in (1, 2) or self.pool_size not in (2, 3):
       raise ValueError(
-        f"stride {self.stride} with pool_size {self.pool_size}: stride is 1 or 2, pool_size 2 or 3"
+        f"stride: {self.stride} with pool_size {self.pool_size}; expected stride 1 or 2 and "
+        "pool_size 2 or 3"
       )
-    if min(map_size) < self.stride:
-      raise ValueError(f"a map of {map_size} is too small for stride {self.stride}")
+    if self.stride == 2 and self.pool_size == 2 and (x.shape[1] % 2 or x.shape[2] % 2):
+      raise ValueError(
+        f"a map of {x.shape[1]}x{x.shape[2]} cannot be halved by 2x2 pooling; resize the images to "
+        "multiples of 32"
+      )
 
 
-def _columns(sizes: tuple[int, ...], stds: tuple[float, ...]) -> Initializer:
-  """Initialises a kernel whose groups of columns have deviations of their own."""
+def _qkv_init(sizes: tuple[int, ...], stds: tuple[float, ...]) -> Initializer:
+  """Returns a normal initializer with a standard deviation for each group of columns."""
 
   def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
     scales = jnp.repeat(jnp.asarray(stds, dtype), jnp.asarray(sizes), total_repeat_length=shape[-1])

@@ -1,16 +1,16 @@
-"""LambdaResNet: lambda layers in the place of 3x3 convolutions. Bello, ICLR 2021, arXiv:2102.08602.
+"""LambdaResNet: a ResNet with lambda layers. Bello, ICLR 2021, arXiv:2102.08602.
 
-The paper's code was never released. Where its text leaves something open, this is the choice:
+The paper's code was not released. Choices where its text is ambiguous:
 
-* squeeze-and-excitation stands in c2 and c3 alone: only so do the published parameter counts come
-  out (the text says that lambda blocks have none);
-* a lambda layer is followed by batch norm and ReLU, as was the convolution that it replaces, and
-  strided ones by the 3x3 average pool before those;
-* the blocks of c4 that have a lambda layer are counted from zero;
-* "N(0, x)" of the initialisation is read as a standard deviation.
+* squeeze-and-excitation in c2 and c3 only: this reproduces the published parameter counts (the text
+  says that lambda blocks have none);
+* a lambda layer is followed by batch norm and ReLU, like the convolution that it replaces; the 3x3
+  average pooling of strided ones comes before these;
+* the indices of c4's blocks with a lambda layer count from zero;
+* "N(0, x)" in the initialization gives the standard deviation x.
 
-timm's `lambda_resnet26t`, `50ts` and `26rpt_256` are other networks under the same name: no
-squeeze-and-excitation, convolutions in the shortcuts, scope 9 (or a table) with a bias, 2x2 pools.
+timm's `lambda_resnet26t`, `50ts` and `26rpt_256` are other networks of the same name: no
+squeeze-and-excitation, convolutional shortcuts, scope 9 (or a table) with a bias, 2x2 pooling.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ def _every(step: int, count: int) -> tuple[int, ...]:
   return tuple(range(step, step * count + 1, step))
 
 
-# The blocks of c4 with a lambda layer, by depth of the network (appendix, architectures).
+# Blocks of c4 with a lambda layer by network depth (appendix, architectures).
 _C4_BLOCKS = {
   50: (3,),
   101: _every(6, 3),
@@ -48,7 +48,6 @@ def _paper(depth: int, c4: tuple[int, ...] | str) -> dict[str, Any]:
 
 
 def _ablation(placement: str) -> dict[str, Any]:
-  """Vanilla ResNet-50 with lambda layers in the stages marked L (ablation)."""
   blocks = tuple("all" if stage == "L" else "none" for stage in placement)
   plain = {"stem": "conv7", "shortcut": "conv", "se_ratio": 0.0}
   return {"blocks": RESNET_BLOCKS[50], "lambda_blocks": blocks, **plain}
@@ -105,10 +104,10 @@ SHARDING_RULES = (
 
 
 class LambdaBottleneck(Bottleneck):
-  """A bottleneck with a lambda layer, a norm and an activation in the place of the 3x3 convolution.
+  """A bottleneck with a lambda layer, norm and activation instead of the 3x3 convolution.
 
   Attributes:
-    lambda_fields: fields of `LambdaLayer`, over its defaults.
+    lambda_fields: overrides of the fields of `LambdaLayer`.
   """
 
   lambda_fields: Mapping[str, Any] | None = None
@@ -116,30 +115,25 @@ class LambdaBottleneck(Bottleneck):
   def spatial(
     self, x: Float[Array, "b h w c"], stride: int, *, train: bool
   ) -> Float[Array, "b h2 w2 c"]:
-    """Applies the lambda layer, which halves the map after its lambdas if there is a stride."""
+    """Applies the lambda layer; a stride is average pooling at its end."""
     fields: dict[str, Any] = {
       "norm": self.norm,
       "dtype": self.dtype,
       **part_fields("lambda_layer", LambdaLayer, self.lambda_fields),
     }
     layer = LambdaLayer(stride=stride, **fields, name="lambda_layer")
-    if stride > 1 and layer.pool_size % 2 == 0 and (x.shape[1] % 2 or x.shape[2] % 2):
-      raise ValueError(
-        f"a map of {x.shape[1]}x{x.shape[2]} cannot be halved by 2x2 pooling; resize the images so "
-        "that their sides are multiples of 32"
-      )
     x = self.norm(name="lambda_norm")(layer(x, train=train), train=train)
     return ACTIVATIONS[self.activation](x)
 
 
 class LambdaResNet(ResNet):
-  """A ResNet, by default ResNet-RS, some of whose blocks have lambda layers; and a classifier.
+  """A ResNet classifier (default: ResNet-RS) with lambda layers in some of its blocks.
 
   Attributes:
-    num_classes: size of the label set; None leaves out the head.
-    lambda_blocks: for c2, c3, c4 and c5: "all", "none", or the blocks, counted from zero.
-    lambda_layer: fields of `LambdaLayer`, over its defaults (k = 16, 4 heads, scope 23).
-    dropout_rate: before the classifier.
+    num_classes: number of classes; None: no head.
+    lambda_blocks: for each of c2 to c5: "all", "none" or block indices from zero.
+    lambda_layer: overrides of the fields of `LambdaLayer` (k = 16, 4 heads, scope 23).
+    dropout_rate: dropout rate before the classifier.
   """
 
   stem: str = "deep_strided"
@@ -154,17 +148,17 @@ class LambdaResNet(ResNet):
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
-    """Classifies `images`.
+    """Classifies images.
 
     Args:
-      images: normalised by ImageNet's mean and deviation (timm's weights). Any size; timm's
-        variants take multiples of 32.
-      train: batch norms take the statistics of this batch (and renew "batch_stats", which must
-        then be mutable); dropout and stochastic depth draw from the "dropout" stream.
+      images: normalized with ImageNet's mean and std (timm's weights). Any size; multiples of 32
+        for timm's variants.
+      train: batch norms use batch statistics (and update "batch_stats", which must be mutable);
+        dropout and stochastic depth use the "dropout" stream.
 
     Returns:
-      `features` [b d], the average over positions, and `logits` [b num_classes] unless
-      `num_classes` is None; float32.
+      `features` [b d], the mean over positions, and `logits` [b num_classes] unless `num_classes`
+      is None; float32.
     """
     x = self.pyramid(images, train=train)["c5"]
     self.sow("intermediates", "c5", x)
@@ -184,7 +178,7 @@ class LambdaResNet(ResNet):
   def explain(
     self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
   ) -> Explanation:
-    """Returns the lambdas' norms, layer by layer, and the stem's filters; see `ops.explanation`."""
+    """Returns the norms of each layer's position lambdas, and the stem's filters."""
     del image_size
     lambdas = {
       name: block["lambda_layer"]["position_lambda"][0].astype(jnp.float32)
@@ -197,7 +191,7 @@ class LambdaResNet(ResNet):
     )
 
   def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
-    """Makes a lambda block where `lambda_blocks` wants one."""
+    """Returns a lambda block where `lambda_blocks` has one, else a bottleneck."""
     chosen = self.lambda_blocks[STAGES.index(stage)]
     if chosen == "all" or (not isinstance(chosen, str) and index in chosen):
       return LambdaBottleneck(**fields, lambda_fields=self.lambda_layer)
@@ -210,15 +204,17 @@ class LambdaResNet(ResNet):
     check_rates(self, "dropout_rate")
     if len(self.lambda_blocks) != len(STAGES):
       raise ValueError(
-        f"lambda_blocks has {len(self.lambda_blocks)} entries; there are four stages, c2 to c5"
+        f"lambda_blocks: {len(self.lambda_blocks)} entries; expected four, for c2 to c5"
       )
     for stage, count, chosen in zip(STAGES, self.blocks, self.lambda_blocks, strict=True):
       if chosen in ("all", "none"):
         continue
       if isinstance(chosen, str):
-        raise ValueError(f"lambda_blocks of {stage} is {chosen!r}; write 'all', 'none' or indices")
+        raise ValueError(
+          f"lambda_blocks: {chosen!r} for {stage}; expected 'all', 'none' or indices"
+        )
       for index in chosen:
         if not 0 <= index < count:
           raise ValueError(
-            f"lambda_blocks names block {index} of {stage}, which has {count} blocks"
+            f"lambda_blocks: block {index} of {stage}; it has blocks 0 to {count - 1}"
           )
