@@ -84,12 +84,12 @@ def _demo(neck: str, num_steps: int, batch_size: int) -> ConfigDict:
         "name": "instance_detection",
         "num_classes": placeholder(int),
         "class_names": placeholder(tuple),
-        "anchor_samples": 64,
-        "anchor_high": 0.6,
-        "inside_only": False,
-        "roi_samples": 24,
-        "roi_foreground": 0.5,
-        "max_detections": 20,
+        "rpn_batch_size_per_image": 64,
+        "rpn_fg_iou_thresh": 0.6,
+        "rpn_inside_only": False,
+        "box_batch_size_per_image": 24,
+        "box_positive_fraction": 0.5,
+        "box_detections_per_img": 20,
         "score_threshold": 0.5,
       },
       "data": {
@@ -139,7 +139,7 @@ def _demo_model(neck: str) -> dict[str, Any]:
     "width": 64,
     "anchor_sizes": (20, 28, 40),
     "aspect_ratios": (1, 1.6),
-    "proposals": {"before_nms": (100, 60), "after_nms": (48, 24)},
+    "proposals": {"pre_nms_top_n": (100, 60), "post_nms_top_n": (48, 24)},
     "canonical_size": 28,
     "canonical_stride": 8,
     "box_head": {"width": 128},
@@ -242,7 +242,7 @@ def lambda_coco(
     },
     "weight_decay": 4e-5,
   }
-  config.task.update(inside_only=False, box_beta=1 / 9)
+  config.task.update(rpn_inside_only=False, box_smooth_l1_beta=1 / 9)
   jitter = {
     "name": "random_scale_crop",
     "shorter": (1024,),

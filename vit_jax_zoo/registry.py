@@ -80,6 +80,9 @@ class System:
     part_readers: path of a part of the variables ("*/backbone") -> function that reads it, see
       `weights.pretrained_parts`.
     backbone_readers: functions that recognise a published backbone, see `weights.backbones`.
+    backbones: backbone name -> class, for detectors; returns a dict of feature maps.
+    necks: neck name -> class, for detectors; maps a feature pyramid to another one. It may have
+      `explain(run, batch, size_multiple)` and `draw_explanation(explanation, level_names)`.
     several_inputs: families whose models are not called with one batch of images alone.
     parts: families that are a part of other models, without a task of their own.
   """
@@ -93,6 +96,8 @@ class System:
   paper_scores: str = ""
   part_readers: Mapping[str, str] = dataclasses.field(default_factory=dict)
   backbone_readers: tuple[str, ...] = ()
+  backbones: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  necks: Mapping[str, str] = dataclasses.field(default_factory=dict)
   several_inputs: tuple[str, ...] = ()
   parts: tuple[str, ...] = ()
 

@@ -59,12 +59,12 @@ def test_predictions(batch, predictions):
   figure = draw_predictions(batch, predictions, NAMES, threshold=0.7)
   truth, found, _, other, _, nothing, *_ = figure.axes
   assert len(rectangles(truth)) == 2
-  # Pixels of the original image, drawn on one of half its size; the surest last, on top.
+  # Pixels of the original image, drawn on one of half its size; the highest score last, on top.
   np.testing.assert_allclose(rectangles(found), [(0, 0, 5, 5), (6, 4, 12, 8)])
   assert texts(found) == ["dog 80%", "cat 90%"]
   assert texts(other) == ["bird 75%"]
   assert texts(nothing) == []
-  assert "0; surest 20%" in nothing.get_title(loc="left")
+  assert "; highest 20%" in nothing.get_title(loc="left")
 
 
 def test_padding_rows_and_unnamed_classes(batch, predictions):

@@ -181,10 +181,10 @@ def test_nothing_found():
 
 def test_errors_are_one_clear_line():
   split = make_split(images=1)
-  with pytest.raises(ValueError, match="no object was there to be found in 0 images"):
+  with pytest.raises(ValueError, match="no ground truth in 0 images"):
     DetectionEvaluator(CLASSES).result()
   batch = split[0][0] | {"labels": np.full((1, TARGETS), 5), "is_target": np.ones((1, 7), bool)}
-  with pytest.raises(ValueError, match=r"label 5 is not one of the class ids 0\.\.4"):
+  with pytest.raises(ValueError, match="labels: 5"):
     DetectionEvaluator(CLASSES).add(batch, split[0][1])
   with pytest.raises(TypeError, match="cannot merge a ClassificationEvaluator"):
     DetectionEvaluator(CLASSES).merge(ClassificationEvaluator(CLASSES))

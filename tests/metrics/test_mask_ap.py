@@ -109,12 +109,10 @@ def test_it_agrees_with_pycocotools():
 def test_masks_of_another_size_are_refused():
   batch, predictions = scene(0)
   batch["original_size"] = np.array([[80, 80]])
-  with pytest.raises(
-    ValueError, match=r"masks of 40x40 cannot be scored in an image of 80x80; set"
-  ):
+  with pytest.raises(ValueError, match="masks: 40x40 for an image of 80x80"):
     scored([(batch, predictions)])
   del batch["masks"]
-  with pytest.raises(ValueError, match="masks cannot be scored: the data has none"):
+  with pytest.raises(ValueError, match="masks: missing"):
     scored([(batch, predictions)])
 
 

@@ -1,25 +1,26 @@
-"""Pictures of detection: training images with their boxes, predictions beside the truth.
+"""Figures of object detection: boxes and instance masks, predicted beside true ones.
 
-Classes differ in colour, from Okabe and Ito's palette that every kind of colour blindness tells
-apart, and, since there are more classes than colours, in line style; and every box has its name.
+Classes differ in color (Okabe and Ito's color-blind safe palette) and line style.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Num
-from matplotlib import patheffects
+from jaxtyping import Bool, Float, Int, Num
+from matplotlib import colors, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from vit_jax_zoo.errors import name_of
+from vit_jax_zoo.ops.mask_paste import paste_masks
 
 COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-DARK = ("#0072B2",)  # of these, what white text is easier to read on
+DARK = ("#0072B2",)  # with white text
 STYLES = ("-", "--", ":")
 CELL = 3.2  # inches
+_MASK_OPACITY = 0.5
 
 
 def draw_targets(
@@ -29,13 +30,13 @@ def draw_targets(
   title: str = "Training batch",
   max_images: int = 8,
 ) -> Figure:
-  """Draws images with their true boxes, each without its padding.
+  """Draws images with their true boxes, without padding.
 
   Args:
-    batch: as the detection task has it.
-    class_names: by class id; ids by default.
-    title: of the figure.
-    max_images: draws the first so many.
+    batch: detection batch.
+    class_names: names by class id; default: the ids.
+    title: title of the figure.
+    max_images: number of images, the first of the batch.
   """
   rows = real_rows(batch)[:max_images]
   columns = min(4, max(len(rows), 1))
@@ -57,47 +58,47 @@ def draw_predictions(
   title: str = "Truth and predictions",
   max_images: int = 4,
 ) -> Figure:
-  """Draws every image twice: with its true boxes, and with what was found in it.
+  """Draws every image twice: with its true and with its predicted boxes.
 
   Args:
-    batch: as the detection task has it.
+    batch: detection batch.
     predictions: `boxes_xyxy` [b q 4], in pixels of the batch's `original_size` if it has one,
       `labels` [b q] and `scores` [b q].
-    class_names: by class id; ids by default.
-    threshold: shows predictions that are at least as sure.
-    title: of the figure.
-    max_images: draws the first so many.
+    class_names: names by class id; default: the ids.
+    threshold: minimum score of predictions.
+    title: title of the figure.
+    max_images: number of images, the first of the batch.
   """
   rows = real_rows(batch)[:max_images]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
   figure, axes = grid(-(-2 * len(rows) // columns), columns, title)
   for index, row in enumerate(rows):
     image = image_of(batch, row)
-    truth, found = axes.flat[2 * index], axes.flat[2 * index + 1]
+    truth, predicted = axes.flat[2 * index], axes.flat[2 * index + 1]
     boxes, labels = _targets(batch, row, image)
     show(truth, image)
     draw_boxes(truth, boxes, [name_of(i, class_names) for i in labels], labels)
     truth.set_title(f"truth: {len(labels)}", fontsize=8.5, loc="left")
     scores = np.asarray(predictions["scores"][row])
-    sure = np.flatnonzero(scores >= threshold)
-    sure = sure[np.argsort(scores[sure])]  # the surest on top
-    labels = np.asarray(predictions["labels"][row])[sure]
-    boxes = np.asarray(predictions["boxes_xyxy"][row])[sure] * to_shown(batch, row, image)
+    confident = np.flatnonzero(scores >= threshold)
+    confident = confident[np.argsort(scores[confident])]  # the highest on top
+    labels = np.asarray(predictions["labels"][row])[confident]
+    boxes = np.asarray(predictions["boxes_xyxy"][row])[confident] * to_shown(batch, row, image)
     names = [
       f"{name_of(i, class_names)} {score:.0%}"
-      for i, score in zip(labels, scores[sure], strict=True)
+      for i, score in zip(labels, scores[confident], strict=True)
     ]
-    show(found, image)
-    draw_boxes(found, boxes, names, labels)
-    best = f"; surest {scores.max():.0%}" if not len(sure) and scores.size else ""
-    found.set_title(
-      f"found at {threshold:.0%} or more: {len(sure)}{best}", fontsize=8.5, loc="left"
+    show(predicted, image)
+    draw_boxes(predicted, boxes, names, labels)
+    best = f"; highest {scores.max():.0%}" if not len(confident) and scores.size else ""
+    predicted.set_title(
+      f"{len(confident)} predicted at {threshold:.0%} or more{best}", fontsize=8.5, loc="left"
     )
   return figure
 
 
 def real_rows(batch: Mapping[str, Any]) -> list[int]:
-  """Returns which rows of a batch are images, and not padding altogether."""
+  """Returns the indices of the examples that are not padding."""
   real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
   return np.flatnonzero(real).tolist()
 
@@ -114,7 +115,7 @@ def image_of(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
 def _targets(
   batch: Mapping[str, Any], row: int, image: Num[np.ndarray, "h w c"]
 ) -> tuple[Float[np.ndarray, "t 4"], Int[np.ndarray, " t"]]:
-  """Returns corners in pixels of the shown image, and class ids."""
+  """Returns boxes in pixels of the shown image, and class ids."""
   real = np.asarray(batch["is_target"][row], bool)
   boxes = np.asarray(batch["boxes_cxcywh"][row], np.float64)[real]
   boxes = boxes * np.tile(image.shape[1::-1], 2)
@@ -125,7 +126,7 @@ def _targets(
 def to_shown(
   batch: Mapping[str, Any], row: int, image: Num[np.ndarray, "h w c"]
 ) -> Float[np.ndarray, " 4"]:
-  """Returns what takes predicted corners to pixels of the shown image."""
+  """Returns the factors from predicted boxes to pixels of the shown image."""
   if "original_size" not in batch:
     return np.ones(4)
   original = np.asarray(batch["original_size"][row], np.float64)
@@ -133,7 +134,7 @@ def to_shown(
 
 
 def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
-  """Returns a figure with a title, and its empty axes [rows columns]."""
+  """Returns a figure with a title and its empty axes [rows columns]."""
   rows = max(rows, 1)
   figure = Figure(figsize=(CELL * columns, CELL * rows + 0.5), dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
@@ -144,7 +145,7 @@ def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 
 def show(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
-  """Draws an image: small ones pixel by pixel."""
+  """Draws an image, without interpolation if it is small."""
   interpolation = "nearest" if max(image.shape[:2]) < 100 else "antialiased"
   ax.imshow(image, interpolation=interpolation)
   ax.set_anchor("NW")
@@ -156,7 +157,7 @@ def draw_boxes(
   names: Sequence[str],
   labels: Int[np.ndarray, " n"],
 ) -> None:
-  """Draws boxes with their names, in the colour and line style of their class."""
+  """Draws boxes with their names in the color and line style of their class."""
   outline: list[patheffects.AbstractPathEffect] = [
     patheffects.withStroke(linewidth=3.2, foreground="black", alpha=0.55)
   ]
@@ -172,3 +173,86 @@ def draw_boxes(
       bbox={"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85},
       annotation_clip=False,
     )  # fmt: skip
+
+
+def draw_masks(
+  batch: Mapping[str, Any],
+  predictions: Mapping[str, Any],
+  class_names: Sequence[str] = (),
+  *,
+  threshold: float = 0.7,
+  max_images: int = 4,
+) -> Figure:
+  """Draws every image twice: with its true and with its predicted instance masks.
+
+  Args:
+    batch: detection batch with `masks`.
+    predictions: predictions of a two-stage detector with `box_masks`.
+    class_names: names by class id; default: the ids.
+    threshold: minimum score of predictions.
+    max_images: number of images, the first of the batch.
+  """
+  rows = real_rows(batch)[:max_images]
+  columns = 2 if len(rows) < 2 else 4  # two images side by side
+  figure, axes = grid(-(-2 * len(rows) // columns), columns, "True and predicted masks")
+  cells = iter(axes.flat)
+  for row in rows:
+    image = image_of(batch, row)
+    targets = np.asarray(batch["is_target"][row], bool)
+    masks = np.asarray(batch["masks"][row], bool)[targets][:, : image.shape[0], : image.shape[1]]
+    names = [name_of(i, class_names) for i in np.asarray(batch["labels"][row])[targets]]
+    _show_masks(next(cells), image, masks, names, f"truth: {len(names)}")
+    scores = np.asarray(predictions["scores"][row])
+    confident = np.flatnonzero(np.asarray(predictions["is_object"][row]) & (scores >= threshold))
+    boxes = np.asarray(predictions["boxes_xyxy"][row], np.float64)[confident]
+    masks = paste_masks(
+      np.asarray(predictions["box_masks"][row], np.float64)[confident],
+      boxes * to_shown(batch, row, image),
+      (image.shape[0], image.shape[1]),
+    )
+    labels = np.asarray(predictions["labels"][row])
+    names = [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in confident]
+    _show_masks(
+      next(cells), image, masks, names, f"{len(names)} predicted at {threshold:.0%} or more"
+    )
+  return figure
+
+
+def draw_predicted_masks(
+  image: np.ndarray, masks: Bool[np.ndarray, "n h w"], names: Sequence[str]
+) -> Figure:
+  """Draws one image with masks over it.
+
+  Args:
+    image: uint8 [h w 3].
+    masks: masks of the image's size.
+    names: caption of each mask.
+  """
+  height = 2 * CELL * image.shape[0] / image.shape[1]
+  figure = Figure(figsize=(2 * CELL, height + 0.3), dpi=110, layout="constrained")
+  ax = figure.subplots()
+  ax.set_axis_off()
+  _show_masks(ax, image, masks, names, f"{len(names)} predicted")
+  return figure
+
+
+def _show_masks(
+  ax: Axes,
+  image: np.ndarray,
+  masks: Bool[np.ndarray, "n h w"],
+  names: Sequence[str],
+  title: str,
+) -> None:
+  painted = image.astype(np.float64) / 255
+  for index, mask in enumerate(masks):
+    color = np.array(colors.to_rgb(COLORS[index % len(COLORS)]))
+    painted[mask] = (1 - _MASK_OPACITY) * painted[mask] + _MASK_OPACITY * color
+  show(ax, painted)
+  ax.set_title(title, fontsize=8.5, loc="left")
+  for index, (mask, name) in enumerate(zip(masks, names, strict=True)):
+    rows, columns = np.nonzero(mask)
+    if not len(rows):
+      continue
+    ax.contour(mask, levels=[0.5], colors=[COLORS[index % len(COLORS)]], linewidths=1.4)
+    text = ax.text(columns.mean(), rows.min(), name, fontsize=8, color="white", ha="center")
+    text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])

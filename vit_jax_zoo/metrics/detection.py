@@ -1,4 +1,4 @@
-"""Average precision and recall of boxes, as COCO scores them."""
+"""COCO's average precision and recall of boxes."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ _NAMES = (
 
 @dataclasses.dataclass(frozen=True)
 class _Image:
-  """Truth and detections of one image; boxes are [n 4], left, top, width, height in pixels."""
+  """Ground truth and detections of an image; boxes are left, top, width, height in pixels."""
 
   image_id: int | None
   size: tuple[int, int]
@@ -31,19 +31,19 @@ class _Image:
 
 
 class DetectionEvaluator(Evaluator):
-  """Collects detections and scores them with faster-coco-eval.
+  """Scores detections with faster-coco-eval.
 
-  Scores, fractions in [0, 1]: "box_ap" (mean over IoU thresholds 0.5 to 0.95 and over classes),
-  "box_ap50", "box_ap75"; "box_ap_small", "..._medium", "..._large" (below 32^2, below 96^2, and
-  above, in pixels of the original image); "box_ar1", "box_ar10", "box_ar100" (recall with so many
-  detections an image) and by size; with `per_class` also "box_ap/<class>"; "images". A score of
-  which there is nothing in the split (no large objects, say) is left out. Classes without any
-  object in the split do not count; of an image's detections the 100 surest do.
+  Scores, in [0, 1]: "box_ap" (mean over IoU thresholds 0.5 to 0.95 and classes), "box_ap50",
+  "box_ap75"; "box_ap_small", "..._medium", "..._large" (below 32^2, below 96^2, above, in pixels of
+  the original image); "box_ar1", "box_ar10", "box_ar100" (recall at 1, 10, 100 detections per
+  image) and by size; with `per_class` also "box_ap/<class>"; "images". Scores without any ground
+  truth (such as no large object) are left out, as are classes without any. The 100 highest-scoring
+  detections of an image count.
 
   Args:
     num_classes: highest class id + 1.
-    class_names: by class id; the ids by default.
-    per_class: also scores each class that occurs.
+    class_names: names by class id; default: the ids.
+    per_class: also returns each class's AP.
   """
 
   def __init__(
@@ -55,18 +55,18 @@ class DetectionEvaluator(Evaluator):
     self.images: list[_Image] = []
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Takes one batch.
+    """Adds one batch.
 
     Args:
-      batch: `boxes_cxcywh` [b t 4], in shares of the image without padding, `labels` [b t],
+      batch: `boxes_cxcywh` [b t 4], relative to the image without padding, `labels` [b t],
         `is_target` [b t]; `original_size` [b 2], height and width in pixels, else `image_size`,
-        else the images' shape; optional: `is_crowd` [b t] (a group: detections in it are neither
-        right nor wrong), `area` [b t] in pixels (of the object's outline; that of its box by
-        default), `image_id` [b] (an image that comes twice counts once), `mask` [b].
+        else the images' shape; optional `is_crowd` [b t] (detections in crowds are ignored), `area`
+        [b t] of the object's mask in pixels (default: its box's), `image_id` [b] (duplicates count
+        once), `mask` [b].
       predictions: `boxes_xyxy` [b q 4] in pixels of the same size, `labels` [b q], `scores` [b q].
 
     Raises:
-      ValueError: when a target's label is not one of the classes.
+      ValueError: an unknown label.
     """
     rows = len(batch["image"])
     keep = np.asarray(batch.get("mask", np.ones(rows)), bool)
@@ -84,15 +84,15 @@ class DetectionEvaluator(Evaluator):
     images = self._unique()
     if not any(len(image.labels) for image in images):
       raise ValueError(
-        f"no object was there to be found in {len(images)} images; does the evaluation split have "
-        "annotations?"
+        f"boxes_cxcywh: no ground truth in {len(images)} images; expected annotations in the "
+        "evaluation split"
       )
     # Here, so that training does not load it.
     from faster_coco_eval import COCO, COCOeval_faster
 
     truth, found = _as_coco(images, self.num_classes)
     truth = COCO(truth)
-    # It would take an empty list for a file of another format.
+    # loadRes refuses an empty list.
     found = truth.loadRes(found) if found else COCO({**truth.dataset, "annotations": []})
     run = COCOeval_faster(truth, found, iouType="bbox", print_function=_say_nothing)
     run.evaluate()
@@ -125,8 +125,8 @@ class DetectionEvaluator(Evaluator):
     if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
       wrong = labels.min() if labels.min() < 0 else labels.max()
       raise ValueError(
-        f"label {wrong} is not one of the class ids 0..{self.num_classes - 1}; set num_classes to "
-        "the highest id + 1, or mend the dataset"
+        f"labels: {wrong}; expected class ids 0 to {self.num_classes - 1}. Set num_classes to the "
+        "highest id + 1, or fix the dataset"
       )
     scale = np.tile(size[::-1], 2).astype(np.float64)
     center, sides = np.split(truth["boxes_cxcywh"][real].astype(np.float64) * scale, 2, axis=1)
@@ -145,7 +145,7 @@ class DetectionEvaluator(Evaluator):
     )
 
   def _unique(self) -> list[_Image]:
-    """Returns the images in the order of their ids, so that ties fall alike on any hosts."""
+    """Returns the images in the order of their ids: ties do not depend on the hosts."""
     numbered = {image.image_id: image for image in self.images if image.image_id is not None}
     others = [image for image in self.images if image.image_id is None]
     return [numbered[key] for key in sorted(numbered)] + others

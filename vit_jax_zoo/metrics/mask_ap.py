@@ -1,4 +1,4 @@
-"""Average precision of instance masks, as COCO scores them, beside that of their boxes."""
+"""COCO's average precision of instance masks and boxes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,21 +15,20 @@ _NAMES = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium"
 
 
 class InstanceEvaluator(DetectionEvaluator):
-  """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the scores of boxes.
+  """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the box scores.
 
-  Masks are compared in the pixels of the original image, as compressed run lengths. True masks come
-  as `run_lengths` uint8 [b l] (see `load_objects`), or as `segment_map` [b h w] of the original
-  image, the number of the target at each pixel; or else as `masks` bool [b t h w], which must then
-  have the original size. Predictions: `box_masks` [b q m m], see `ops.mask_paste`, and `is_object`
-  [b q], which tells finds from padding; or `mask_logits` [b q i j] of the padded image, of all
-  queries (DETR, section 4.4).
+  Masks are compared in the original image's pixels, as compressed run lengths. True masks are
+  `run_lengths` uint8 [b l] (see `load_objects`), or `segment_map` [b h w] of the original image
+  (target index of each pixel), or `masks` bool [b t h w] of the original size. Predictions:
+  `box_masks` [b q m m], see `ops.mask_paste`, with `is_object` [b q], False for padding; or
+  `mask_logits` [b q i j] of the padded image, one per query.
 
   Args:
     num_classes: highest class id + 1.
-    class_names: by class id.
-    per_class: also scores each class's boxes.
-    paste_convention: of `box_masks`, see `ops.mask_paste`.
-    masks_below: only the masks of class ids below this are scored, those of things; all by default.
+    class_names: names by class id.
+    per_class: also returns each class's box AP.
+    paste_convention: convention of `box_masks`, see `ops.mask_paste`.
+    masks_below: scores only masks of class ids below this (things); default: all.
   """
 
   def __init__(
@@ -45,13 +44,13 @@ class InstanceEvaluator(DetectionEvaluator):
     self.paste_convention = paste_convention
     self.masks_below = num_classes if masks_below is None else masks_below
     self.truths: list[list[dict[str, Any]]] = []
-    self.finds: list[list[dict[str, Any]]] = []
+    self.predicted: list[list[dict[str, Any]]] = []
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Takes one batch; see `DetectionEvaluator.add` for its other keys.
+    """Adds one batch; see `DetectionEvaluator.add` for the other keys.
 
     Raises:
-      ValueError: there are no masks of the original size to compare with.
+      ValueError: there are no true masks of the original size.
     """
     super().add(batch, predictions)
     keep = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
@@ -61,9 +60,9 @@ class InstanceEvaluator(DetectionEvaluator):
       self.truths.append(_true_masks(batch, int(row), size))
       if "mask_logits" in predictions:
         masks = original_masks(batch, predictions, int(row), size)
-        self.finds.append([encode_masks(mask[None])[0] for mask in masks])
+        self.predicted.append([encode_masks(mask[None])[0] for mask in masks])
       else:
-        self.finds.append(self._pasted(predictions, int(row), size))
+        self.predicted.append(self._pasted(predictions, int(row), size))
 
   def _pasted(
     self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]
@@ -82,7 +81,7 @@ class InstanceEvaluator(DetectionEvaluator):
   def _merge(self, other: Any) -> None:
     super()._merge(other)
     self.truths += other.truths
-    self.finds += other.finds
+    self.predicted += other.finds
 
   def result(self) -> dict[str, float]:
     """Returns the scores of boxes and masks by name."""
@@ -102,12 +101,12 @@ class InstanceEvaluator(DetectionEvaluator):
 
   def _as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     numbered, others = {}, []
-    for place, image in enumerate(self.images):  # an image that comes twice counts once
+    for place, image in enumerate(self.images):  # duplicate images count once
       if image.image_id is None:
         others.append(place)
       else:
         numbered[image.image_id] = place
-    order = [numbered[key] for key in sorted(numbered)] + others  # ties fall alike on any hosts
+    order = [numbered[key] for key in sorted(numbered)] + others  # ties do not depend on the hosts
     sizes, truth, found = [], [], []
     for number, place in enumerate(order, start=1):
       image = self.images[place]
@@ -117,7 +116,7 @@ class InstanceEvaluator(DetectionEvaluator):
         box = {"bbox": image.boxes_xywh[i].tolist(), "area": float(image.areas[i])}
         crowd = {"iscrowd": int(image.is_crowd[i]), "segmentation": mask}
         truth.append(known | box | crowd)
-      for i, mask in enumerate(self.finds[place]):
+      for i, mask in enumerate(self.predicted[place]):
         if image.scores[i] > 0:
           known = {"image_id": number, "category_id": int(image.found_labels[i])}
           found.append(known | {"segmentation": mask, "score": float(image.scores[i])})
@@ -128,16 +127,16 @@ class InstanceEvaluator(DetectionEvaluator):
 def original_masks(
   batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int, size: tuple[int, int]
 ) -> Iterator[Bool[np.ndarray, "h w"]]:
-  """Yields each query's mask in the pixels of the original image, as the official DETR has it.
+  """Yields each query's mask in the original image's pixels, resized as in the official code.
 
-  Bilinear to the padded image, more than one half, without the padding, then the nearest pixel,
-  whose index is rounded down.
+  Bilinear to the padded image, thresholded at one half, cropped, then nearest neighbour with the
+  index rounded down.
 
   Args:
-    batch: `image` [b h w 3] and `image_size` [b 2], the latter where there is padding.
+    batch: `image` [b h w 3], and `image_size` [b 2] with padding.
     predictions: `mask_logits` [b q i j].
-    row: of the batch.
-    size: of the original image.
+    row: index of the example.
+    size: size of the original image.
   """
   padded = batch["image"].shape[1:3]
   shown = batch["image_size"][row] if "image_size" in batch else padded
@@ -157,26 +156,26 @@ def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> li
     counts = [line for line in lines if line]
     if len(counts) != real.sum():
       raise ValueError(
-        f"there are {len(counts)} outlines for {real.sum()} objects; targets must not be left out "
-        "between load_objects and the evaluation"
+        f"run_lengths: {len(counts)} masks for {real.sum()} objects; transforms after load_objects "
+        "must not drop targets in evaluation"
       )
     return [{"size": list(size), "counts": line.decode()} for line in counts]
   if "segment_map" in batch:
     segments = np.asarray(batch["segment_map"][row])[: size[0], : size[1]]
     return [encode_masks((segments == number)[None])[0] for number in np.flatnonzero(real)]
   if "masks" not in batch:
-    raise ValueError("masks cannot be scored: the data has none; set load_objects' run_lengths")
+    raise ValueError("masks: missing in the batch; set run_lengths of load_objects")
   height, width = np.asarray(batch.get("image_size", [batch["image"].shape[1:3]] * (row + 1))[row])
   if (height, width) != size:
     raise ValueError(
-      f"masks of {height}x{width} cannot be scored in an image of {size[0]}x{size[1]}; set "
-      "load_objects' run_lengths"
+      f"masks: {height}x{width} for an image of {size[0]}x{size[1]}; expected the same size. Set "
+      "run_lengths of load_objects"
     )
   return encode_masks(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
 
 
 def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
-  """Returns each mask as COCO's compressed run lengths: `size`, `counts` as text."""
+  """Returns COCO's compressed run lengths of each mask: `size`, `counts` as text."""
   if not len(masks):
     return []
   columns = np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)

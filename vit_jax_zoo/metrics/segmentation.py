@@ -1,4 +1,4 @@
-"""Semantic segmentation: how well every pixel's class was found."""
+"""Mean intersection over union and accuracies of semantic segmentation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +10,19 @@ from vit_jax_zoo.metrics.base import Evaluator
 
 
 class SegmentationEvaluator(Evaluator):
-  """Counts pixels by true and found class: the confusion matrix of the whole split.
+  """Scores from the confusion matrix of all pixels of a split.
 
-  Scores, fractions in [0, 1]: "miou", the mean over classes of intersection over union, TP / (TP +
-  FP + FN) (Everingham et al., 2015, as Cityscapes and ADE20K have it): pixels of all images
-  together, not an image's mean; "pixel_accuracy", the share of pixels that are right;
-  "mean_accuracy", the mean over the classes that occur of their pixels' share that is right; with
-  `per_class` also "iou/<class>"; "images". Pixels whose truth is `ignore_label` do not count at
-  all. A class that neither occurs nor is ever found does not count; one that is found and never
-  occurs has an IoU of 0.
+  Scores, in [0, 1]: "miou", the mean over classes of TP / (TP + FP + FN) over the pixels of all
+  images (Everingham et al., 2015; Cityscapes and ADE20K); "pixel_accuracy"; "mean_accuracy", the
+  mean over classes that occur of their pixel accuracy; with `per_class` also "iou/<class>";
+  "images". Pixels with `ignore_label` do not count. Classes that neither occur nor are predicted do
+  not count; predicted ones that do not occur have IoU 0.
 
   Args:
-    num_classes: labels are 0 to num_classes - 1.
-    ignore_label: of pixels that do not count.
-    class_names: by label; the labels themselves by default.
-    per_class: also scores each class.
+    num_classes: number of classes.
+    ignore_label: label of ignored pixels.
+    class_names: names by label; default: the labels.
+    per_class: also returns each class's IoU.
   """
 
   def __init__(
@@ -43,19 +41,19 @@ class SegmentationEvaluator(Evaluator):
     self.confusion = np.zeros((num_classes, num_classes), np.int64)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Takes one batch.
+    """Adds one batch.
 
     Args:
-      batch: `label_map` int [b h w], `ignore_label` where a pixel does not count; `image_size`
-        [b 2], height and width without padding, and `mask` [b], both optional.
-      predictions: `label_map` int [b h w], of the same pixels.
+      batch: `label_map` int [b h w]; optional `image_size` [b 2], height and width without padding,
+        and `mask` [b].
+      predictions: `label_map` int [b h w].
 
     Raises:
-      ValueError: maps of different sizes, or a label that is no class.
+      ValueError: maps of different sizes, or an unknown label.
     """
     truths, found = np.asarray(batch["label_map"]), np.asarray(predictions["label_map"])
     if truths.shape != found.shape:
-      raise ValueError(f"true label maps are {truths.shape}, predicted ones {found.shape}")
+      raise ValueError(f"label_map: {truths.shape} in the batch, {found.shape} predicted")
     real = np.asarray(batch.get("mask", np.ones(len(truths))), bool)
     sizes = np.asarray(batch.get("image_size", [truths.shape[1:]] * len(truths)))
     for row in np.flatnonzero(real):
@@ -72,8 +70,8 @@ class SegmentationEvaluator(Evaluator):
     total = self.confusion.sum()
     if not total:
       raise ValueError(
-        f"no pixel with a label was there in {self.images} images; is the split empty, or "
-        f"does everything in it have the label {self.ignore_label}?"
+        f"label_map: no labelled pixel in {self.images} images; the split is empty, or all its "
+        f"labels are {self.ignore_label}, the ignored label"
       )
     right = np.diagonal(self.confusion)
     true, found = self.confusion.sum(axis=1), self.confusion.sum(axis=0)
@@ -99,9 +97,9 @@ class SegmentationEvaluator(Evaluator):
       if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
         wrong = labels.min() if labels.min() < 0 else labels.max()
         raise ValueError(
-          f"the {what} label {wrong} is not one of 0..{self.num_classes - 1}, nor "
-          f"{self.ignore_label} for pixels that do not count; check num_classes, and "
-          "load_label_map's offset and ignore"
+          f"label_map: {what} label {wrong}; expected 0 to {self.num_classes - 1}, or "
+          f"{self.ignore_label} for ignored pixels. Check num_classes, and offset and ignore of "
+          "load_label_map"
         )
     pairs = np.bincount(self.num_classes * truth + found, minlength=self.confusion.size)
     return pairs.reshape(self.confusion.shape)

@@ -1,16 +1,20 @@
-"""DropBlock and stochastic depth (DropPath)."""
+"""DropBlock and stochastic depth."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.ops.checks import check_positive, check_rates
+
 
 class DropBlock(nn.Module):
-  """Drops squares of each channel's map while training. Ghiasi et al., arXiv:1810.12890.
+  """Zeroes squares of each channel's map in training and rescales the rest.
+
+  Ghiasi et al., arXiv:1810.12890.
 
   Attributes:
-    rate: expected fraction of a map that is dropped, in [0, 1), without regard to overlaps.
+    rate: expected fraction of a map that is dropped, overlaps not counted, in [0, 1).
     block_size: side of the squares, at most the map's smaller side.
   """
 
@@ -19,20 +23,18 @@ class DropBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
-    """Returns `x` with squares dropped, drawing from the "dropout" stream, if `train`.
+    """Returns `x`, in training with squares dropped ("dropout" stream).
 
     Raises:
-      ValueError: the rate or the side of the squares is out of its range.
+      ValueError: `rate` or `block_size` is out of range.
     """
-    if not 0 <= self.rate < 1:
-      raise ValueError(f"DropBlock rate: {self.rate}; expected a number in [0, 1)")
-    if self.block_size < 1:
-      raise ValueError(f"block_size: {self.block_size}; expected a positive number")
+    check_rates(self, "rate")
+    check_positive(self, "block_size")
     if not train or not self.rate:
       return x
     batch, height, width, channels = x.shape
     size = min(self.block_size, height, width)
-    places = (height - size + 1, width - size + 1)  # where a square's first corner can lie
+    places = (height - size + 1, width - size + 1)  # of the squares' first corners
     share = self.rate * height * width / (size**2 * places[0] * places[1])  # Eq. 1
     corners = jax.random.bernoulli(
       self.make_rng("dropout"), min(share, 1.0), (batch, *places, channels)
@@ -45,9 +47,9 @@ class DropBlock(nn.Module):
 
 
 class DropPath(nn.Module):
-  """Drops a residual branch for random examples of the batch. Huang et al., arXiv:1603.09382.
+  """Stochastic depth: drops a residual branch per example. Huang et al., arXiv:1603.09382.
 
-  The other branches are scaled by 1 / (1 - rate).
+  Kept branches are scaled by 1 / (1 - rate).
   """
 
   @nn.compact
@@ -58,7 +60,7 @@ class DropPath(nn.Module):
 
     Args:
       branch: output of the residual branch.
-      rate: in [0, 1); an array if layers are scanned. The Python number 0 costs nothing.
+      rate: probability in [0, 1); an array in scanned layers.
       train: False returns `branch`.
     """
     if not train or (isinstance(rate, (int, float)) and rate == 0):
@@ -70,7 +72,7 @@ class DropPath(nn.Module):
 
 
 def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
-  """Returns each layer's rate, growing linearly from 0 at the first to `rate` at the last."""
+  """Returns each layer's rate, linear from 0 in the first to `rate` in the last."""
   if not 0 <= rate < 1:
     raise ValueError(f"drop_path_rate must lie in [0, 1), not {rate}")
   return tuple(rate * layer / max(depth - 1, 1) for layer in range(depth))

@@ -1,4 +1,4 @@
-"""Batch normalisation as the published ResNets have it, and its frozen form."""
+"""Batch norm with PyTorch's statistics, frozen batch norm, group norm."""
 
 import functools
 from collections.abc import Callable
@@ -16,20 +16,18 @@ NORMS = ("batch_norm", "frozen_batch_norm", "group_norm")
 
 
 class BatchNorm(nn.Module):
-  """Normalises each channel over the batch and all positions. Ioffe & Szegedy, arXiv:1502.03167.
+  """Batch norm over batch and positions. Ioffe & Szegedy, arXiv:1502.03167.
 
-  Follows PyTorch, whose checkpoints are read: activations are normalised by the biased variance,
-  the running variance is of the unbiased one. (Flax's own keeps the biased one there.) The running
-  averages are `mean` and `var` in the collection "batch_stats".
-
-  Inside `jax.jit` the batch is the global one, however many devices it is split over, so that the
-  statistics are synchronised without further ado.
+  As in PyTorch, activations are normalized with the biased variance, and the running average is of
+  the unbiased one (Flax averages the biased one). The running averages are `mean` and `var` in
+  "batch_stats". Inside `jax.jit` the batch is the global one: statistics are synchronized over
+  devices.
 
   Attributes:
-    momentum: share of the old running average that an update keeps; PyTorch's momentum is 1 - this.
-    epsilon: added to the variance under the root.
-    scale_init: of the scale; zeros in the last norm of a residual branch start it as the identity.
-    dtype: of the result. Statistics are float32 at least.
+    momentum: weight of the old running average; 1 - PyTorch's momentum.
+    epsilon: added to the variance.
+    scale_init: init of the scale.
+    dtype: dtype of the output. Statistics are at least float32.
   """
 
   momentum: float = 0.9
@@ -39,7 +37,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b c"], *, train: bool) -> Float[Array, "*b c"]:
-    """Returns `x` normalised by its own statistics if `train`, else by the running ones."""
+    """Returns `x` normalized with batch statistics if `train`, else with running averages."""
     channels = x.shape[-1:]
     scale = self.param("scale", self.scale_init, channels)
     bias = self.param("bias", nn.initializers.zeros, channels)
@@ -48,8 +46,7 @@ class BatchNorm(nn.Module):
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, var = running_mean.value, running_var.value
     if train:
-      # Moments around the running mean: one pass over the data, without the cancellation that
-      # E[x^2] - E[x]^2 suffers where the mean is far from zero.
+      # Moments around the running mean: one pass, without the cancellation of E[x^2] - E[x]^2.
       origin = jax.lax.stop_gradient(mean)
       mean, var = _moments(x, origin)
       if not self.is_initializing():
@@ -64,7 +61,7 @@ class BatchNorm(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-  """Batch normalisation that never changes: scale, bias, mean and variance are given, not learned.
+  """Batch norm with fixed scale, bias, mean and variance.
 
   For backbones trained elsewhere (DETR, Mask R-CNN): all four live in "batch_stats", so that no
   optimizer sees them and they do not count as parameters.
@@ -79,7 +76,7 @@ class FrozenBatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b c"], *, train: bool = False) -> Float[Array, "*b c"]:
-    """Returns `x` normalised by the stored statistics, whatever `train` says."""
+    """Returns `x` normalized with the stored statistics, in training, too."""
     del train
     channels = x.shape[-1:]
     initial = {"mean": jnp.zeros, "var": jnp.ones, "scale": jnp.ones, "bias": jnp.zeros}
@@ -89,13 +86,13 @@ class FrozenBatchNorm(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-  """Linen's group norm behind the same call as the batch norms."""
+  """Linen's group norm with the call signature of the batch norms."""
 
   # E[x^2] - E[x]^2 loses too much where a group is a pair of numbers that are nearly equal.
   use_fast_variance: bool = False
 
   def __call__(self, x: Float[Array, "b *n c"], *, train: bool = False) -> Float[Array, "b *n c"]:
-    """Returns `x` normalised per example and group of channels."""
+    """Returns `x` normalized per example and group of channels."""
     del train
     return super().__call__(x)
 
@@ -108,7 +105,7 @@ def norm_factory(
   num_groups: int = 32,
   dtype: Dtype = "float32",
 ) -> Callable[..., nn.Module]:
-  """Returns what makes a norm of this kind, called with `name` and, optionally, `scale_init`.
+  """Returns a function that creates a norm from `name` and, optionally, `scale_init`.
 
   Args:
     kind: "batch_norm", "frozen_batch_norm" or "group_norm".
@@ -130,7 +127,6 @@ def norm_factory(
 
 
 def _frozen(scale_init: Initializer | None = None, **fields: Any) -> nn.Module:
-  """A frozen norm has no scale to initialise: its values come from a checkpoint."""
   del scale_init
   return FrozenBatchNorm(**fields)
 

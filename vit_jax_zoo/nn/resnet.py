@@ -1,8 +1,8 @@
-"""Residual networks of bottleneck blocks, plain, ResNet-D and ResNet-RS: backbones of the models.
+"""ResNet, ResNet-D and ResNet-RS of bottleneck blocks: backbones of the models.
 
-He et al., arXiv:1512.03385 (with the stride on the 3x3 convolution, as torchvision and timm have
-it); ResNet-D: arXiv:1812.01187; ResNet-RS: arXiv:2103.07579. Padding, pooling and norms follow
-PyTorch, so that published weights give the published features.
+He et al., arXiv:1512.03385 (with the stride on the 3x3 convolution, as in torchvision and timm);
+ResNet-D: arXiv:1812.01187; ResNet-RS: arXiv:2103.07579. Padding, pooling and norms are PyTorch's,
+for published weights.
 """
 
 import functools
@@ -32,13 +32,12 @@ def pointwise_conv(
   precision: Any = None,
   **unused: Any,
 ) -> Float[Array, "b h2 w2 f"]:
-  """Convolves; takes what `nn.Conv` gives to `conv_general_dilated` of a 1x1 kernel without groups.
+  """A 1x1 `conv_general_dilated` for `nn.Conv`, whose kernel gradient is a matrix product.
 
-  The result and the gradient of `x` are XLA's. That of the kernel is one product over all
-  positions: XLA on a CPU computes it as a convolution with a window as large as the map, which
-  takes two to ten times as long.
+  XLA on CPUs computes that gradient as a convolution with a window of the map's size, which is two
+  to ten times slower.
   """
-  del padding, unused  # there is none; dilations of one tap mean nothing
+  del padding, unused  # no effect for a 1x1 kernel without groups
   return _convolve(x, kernel, tuple(window_strides), precision)
 
 
@@ -58,7 +57,7 @@ def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax
   convolve = functools.partial(_convolve.fun, strides=strides, precision=precision)
   (of_x,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
   seen = x[:, :: strides[0], :: strides[1]]
-  # XLA on a CPU lays out the left factor anew, slowly; so that is the narrower one.
+  # XLA on CPUs transposes the left factor, slowly; make it the narrower one.
   if seen.shape[-1] > gradient.shape[-1]:
     of_kernel = jnp.einsum("bhwf,bhwc->fc", gradient, seen, precision=precision).T
   else:
@@ -79,10 +78,10 @@ RESNET_BLOCKS = {
   350: (4, 36, 72, 4),
   420: (4, 44, 87, 4),
 }
-"""Blocks in each of the four stages, by depth of the network."""
+"""Network depth -> blocks in each of the four stages."""
 
 STAGES = ("c2", "c3", "c4", "c5")
-"""Names of the stages' outputs; `c<i>` has stride 2^i."""
+"""Names of the stage outputs; `c<i>` has stride 2^i."""
 
 STEMS = ("conv7", "deep", "deep_strided", "tiered", "conv3")
 SHORTCUTS = ("conv", "avg_pool")
@@ -90,19 +89,19 @@ ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
 
 
 class ConvNorm(nn.Module):
-  """A convolution without bias, a norm, an activation.
+  """Convolution without bias, norm, activation.
 
   Attributes:
     features: output channels.
-    kernel_size: side of the square kernel, odd.
-    norm: makes the norm.
-    stride: the same along both sides.
-    dilation: spacing of the kernel's taps.
+    kernel_size: side of the kernel, odd.
+    norm: creates the norm.
+    stride: stride.
+    dilation: dilation of the kernel.
     activation: "relu", "silu" or None.
-    zero_init_scale: starts the norm's scale at zero.
-    pointwise_products: computes the gradient of a 1x1 kernel as a matrix product, which on CPUs is
-      quicker (`ops.pointwise`) and rounds otherwise.
-    dtype: of the computation.
+    zero_init_scale: zero-initializes the norm's scale.
+    pointwise_products: computes gradients of 1x1 kernels as matrix products (`pointwise_conv`):
+      faster on CPUs, with another rounding.
+    dtype: dtype of the computation.
   """
 
   features: int
@@ -117,7 +116,7 @@ class ConvNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
-    """Returns a map of ceil(side / stride), padded alike on both sides."""
+    """Returns a map of ceil(side / stride), with symmetric padding."""
     pad = self.dilation * (self.kernel_size // 2)
     as_product = self.pointwise_products and self.kernel_size == 1
     x = nn.Conv(
@@ -138,11 +137,11 @@ class ConvNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-  """Weighs channels by what the whole map holds. Hu et al., arXiv:1709.01507.
+  """Squeeze-and-excitation: channel gates from the map's mean. Hu et al., arXiv:1709.01507.
 
   Attributes:
-    ratio: hidden width over the map's channels.
-    dtype: of the computation.
+    ratio: hidden width / channels.
+    dtype: dtype of the computation.
   """
 
   ratio: float = 0.25
@@ -150,7 +149,7 @@ class SqueezeExcite(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Returns `x` with its channels scaled by factors in (0, 1)."""
+    """Returns `x` times the gates."""
     channels = x.shape[-1]
     pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=_float32_at_least(x)).astype(x.dtype)
     hidden = nn.Dense(max(1, int(channels * self.ratio)), dtype=self.dtype, name="reduce")(pooled)
@@ -159,16 +158,16 @@ class SqueezeExcite(nn.Module):
 
 
 class Stem(nn.Module):
-  """From the image to a map of a quarter of its sides ("conv3": of the same sides).
+  """First layers, with total stride 4 ("conv3": 1).
 
   Attributes:
-    kind: "conv7" (7x7 and max-pool), "deep" (ResNet-D: three 3x3 and max-pool), "deep_strided"
-      (ResNet-RS: a fourth, strided 3x3 in place of the pool), "tiered" (timm: widths growing) or
-      "conv3" (one 3x3, for images of a few pixels).
+    kind: "conv7" (7x7, max-pool), "deep" (ResNet-D: three 3x3, max-pool), "deep_strided"
+      (ResNet-RS: a strided 3x3 instead of the max-pool), "tiered" (timm: growing widths, max-pool)
+      or "conv3" (one 3x3, for tiny images).
     width: output channels.
-    norm: makes a norm.
+    norm: creates a norm.
     activation: see `ConvNorm`.
-    dtype: of the computation.
+    dtype: dtype of the computation.
   """
 
   kind: str
@@ -179,7 +178,7 @@ class Stem(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
-    """Returns the map."""
+    """Returns the feature map."""
     half, whole = self.width // 2, self.width
     layers = {
       "conv7": ((whole, 7, 2),),
@@ -206,24 +205,24 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-  """1x1, 3x3, 1x1 to four times the width, and the shortcut; activation after the sum.
+  """1x1, 3x3, 1x1 to four times the width, plus the shortcut; activation after the sum.
 
-  A subclass may put something else in the place of the 3x3 convolution: `spatial`.
+  Subclasses may replace the 3x3 convolution, `spatial`.
 
   Attributes:
-    width: channels of the middle.
-    norm: makes a norm.
-    stride: of the block; on the 3x3 convolution unless `stride_in_1x1`.
-    dilation: of the 3x3 convolution.
-    shortcut: where the shape changes: "conv" (strided 1x1) or "avg_pool" (2x2 pool, then 1x1:
-      ResNet-D).
-    se_ratio: of squeeze-and-excitation before the sum; 0 leaves it out.
-    drop_path_rate: how often a training example skips the block, in [0, 1).
+    width: channels of the first two convolutions.
+    norm: creates a norm.
+    stride: stride of the block, in the 3x3 convolution unless `stride_in_1x1`.
+    dilation: dilation of the 3x3 convolution.
+    shortcut: if the shape changes: "conv" (strided 1x1) or "avg_pool" (ResNet-D: 2x2 average
+      pooling, 1x1).
+    se_ratio: ratio of squeeze-and-excitation before the sum; 0: none.
+    drop_path_rate: stochastic depth rate.
     activation: "relu" or "silu".
-    stride_in_1x1: the stride on the first convolution, as in the 2015 paper and Caffe's weights.
-    zero_init_last_scale: starts the block as the identity (arXiv:1706.02677, section 5.1).
+    stride_in_1x1: stride in the first convolution (the 2015 paper and Caffe's weights).
+    zero_init_last_scale: initializes the block as identity (arXiv:1706.02677, section 5.1).
     pointwise_products: see `ConvNorm`.
-    dtype: of the computation.
+    dtype: dtype of the computation.
   """
 
   width: int
@@ -263,7 +262,7 @@ class Bottleneck(nn.Module):
   def spatial(
     self, x: Float[Array, "b h w c"], stride: int, *, train: bool
   ) -> Float[Array, "b h2 w2 c"]:
-    """What looks at more than one position: here a 3x3 convolution."""
+    """Applies the 3x3 convolution."""
     return self._conv(self.width, 3, stride, dilation=self.dilation, name="conv2")(x, train=train)
 
   def _skip(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
@@ -284,29 +283,29 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Four stages of bottleneck blocks; returns all their outputs.
+  """Four stages of bottleneck blocks; returns the outputs of all.
 
   Attributes:
-    blocks: in each stage; see `RESNET_BLOCKS`.
-    widths: of the stages' bottlenecks; their outputs have four times as many channels.
+    blocks: blocks per stage; see `RESNET_BLOCKS`.
+    widths: bottleneck channels per stage; outputs have four times as many.
     stem: see `Stem`.
-    stem_width: channels of the stem's output.
+    stem_width: output channels of the stem.
     shortcut: see `Bottleneck`.
-    se_ratio: of squeeze-and-excitation; 0 leaves it out.
-    se_stages: the stages that have it.
+    se_ratio: ratio of squeeze-and-excitation; 0: none.
+    se_stages: stages with squeeze-and-excitation.
     activation: "relu" or "silu".
     norm: "batch_norm", "frozen_batch_norm" or "group_norm".
-    norm_momentum: share of the old running averages that an update keeps.
-    norm_epsilon: under the root of the norms.
-    output_stride: 32; 16, 8 or 4 trade the strides of last stages for dilations, as torchvision
-      does: a stage's first block still has the dilation of the stage before (DETR's DC5 is 16).
+    norm_momentum: weight of the old running averages.
+    norm_epsilon: epsilon of the norms.
+    output_stride: 32; 16, 8 or 4 replace strides of the last stages by dilation, as in torchvision:
+      a stage's first block has the dilation of the previous stage (DC5: 16).
     stride_in_1x1: see `Bottleneck`.
-    drop_path_rate: of the last block, growing linearly from 0 at the first.
+    drop_path_rate: stochastic depth rate of the last block, linear from 0 in the first.
     zero_init_last_scale: see `Bottleneck`.
-    pointwise_products: see `ConvNorm`. DETR's detections are compared with the reference's step by
-      step of a training, where another rounding can turn a matching around.
-    remat_stages: stages whose blocks keep only their inputs for the backward pass.
-    dtype: of the computation. Parameters and statistics are float32.
+    pointwise_products: see `ConvNorm`. Off for detectors, whose training curves are compared with
+      the reference's step by step.
+    remat_stages: stages with activation checkpointing of their blocks.
+    dtype: dtype of the computation. Parameters and statistics are float32.
   """
 
   blocks: tuple[int, ...] = RESNET_BLOCKS[50]
@@ -335,20 +334,20 @@ class ResNet(nn.Module):
     """Returns the feature pyramid.
 
     Args:
-      images: normalised as the weights expect it.
-      train: whether batch norms take the statistics of this batch (and renew "batch_stats", which
-        must then be mutable), and blocks are dropped (drawing from the "dropout" stream).
+      images: normalized images.
+      train: batch norms use batch statistics (and update "batch_stats", which must be mutable);
+        stochastic depth uses the "dropout" stream.
 
     Returns:
-      "c2" to "c5", with strides 4, 8, 16 and 32 (or `output_stride`, where that is smaller; a
-      quarter of these with the stem "conv3").
+      "c2" to "c5", with strides 4, 8, 16 and 32, at most `output_stride` (a quarter of that with
+      the stem "conv3").
     """
     return self.pyramid(images, train=train)
 
   def pyramid(
     self, images: Float[Array, "b h w c"], *, train: bool
   ) -> dict[str, Float[Array, "b _ _ _"]]:
-    """Does the work of `__call__`, for subclasses that go on from the features."""
+    """Returns the feature pyramid, for subclasses with a head."""
     self.check()
     make_norm = self._norm_factory()
     x = shard_batch(images.astype(self.dtype))
@@ -383,7 +382,7 @@ class ResNet(nn.Module):
     return features
 
   def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
-    """Makes block `index` of `stage`; subclasses choose another class for some of them."""
+    """Returns block `index` of `stage`; subclasses may return other classes."""
     del stage, index
     return Bottleneck(**fields)
 
@@ -421,7 +420,7 @@ class ResNet(nn.Module):
 
 
 def _call_block(block: nn.Module, x: jax.Array, train: bool) -> jax.Array:  # noqa: FBT001
-  """Positional `train`: rematerialisation tells static arguments by their place."""
+  """Has a positional `train`: `nn.remat` identifies static arguments by position."""
   return block(x, train=train)
 
 

@@ -1,13 +1,13 @@
-"""Boxes: their two formats, and how much two of them have in common.
+"""Box formats and intersection over union.
 
-`boxes_cxcywh` are (centre x, centre y, width, height), `boxes_xyxy` (left, top, right, bottom);
-coordinates are pixels or shares of the image's sides, as the caller has them.
+`boxes_cxcywh` are (centre x, centre y, width, height), `boxes_xyxy` (left, top, right, bottom), in
+pixels or relative to the image's sides.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_NO_AREA = 1e-12  # a pixel of a 4,000 x 4,000 image, as a share of it, is 6e-8
+_NO_AREA = 1e-12  # one pixel of a 4,000 x 4,000 image is 6e-8 of it
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
@@ -23,15 +23,15 @@ def xyxy_to_cxcywh(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
 
 
 def box_area(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-  """Returns the areas; 0 where a right or lower side lies before its left or upper one."""
+  """Returns the areas; 0 for boxes with a negative side."""
   sides = jnp.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
   return sides[..., 0] * sides[..., 1]
 
 
 def iou(a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]) -> Float[Array, "*#n"]:
-  """Returns intersection over union of the boxes at equal places, in [0, 1].
+  """Returns the elementwise intersection over union, in [0, 1].
 
-  Two boxes without area have 0, also when they are the same, and no gradient.
+  It is 0, without gradient, for two empty boxes, even if they are equal.
   """
   return _overlap(a_xyxy, b_xyxy)[0]
 
@@ -39,11 +39,10 @@ def iou(a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]) -> Float[A
 def generalized_iou(
   a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]
 ) -> Float[Array, "*#n"]:
-  """Returns the generalised IoU of the boxes at equal places, in [-1, 1].
+  """Returns the elementwise generalized IoU, in [-1, 1].
 
-  IoU - (hull - union) / hull, with the smallest box around both as hull: boxes that do not touch
-  still know how far apart they are. Rezatofighi et al., arXiv:1902.09630, algorithm 1. Finite, and
-  with a finite gradient, for boxes without area too.
+  IoU - (hull - union) / hull, where hull is the smallest box around both. Rezatofighi et al.,
+  arXiv:1902.09630, algorithm 1. Value and gradient are finite for empty boxes, too.
   """
   overlap, union = _overlap(a_xyxy, b_xyxy)
   low = jnp.minimum(a_xyxy[..., :2], b_xyxy[..., :2])
@@ -78,6 +77,6 @@ def _overlap(
 
 
 def _divide(part: Float[Array, "*n"], whole: Float[Array, "*n"]) -> Float[Array, "*n"]:
-  """Returns part / whole, 0 where there is no whole; the gradient is finite there as well."""
+  """Returns part / whole, 0 with a finite gradient where whole is 0."""
   exists = whole > _NO_AREA
   return jnp.where(exists, part / jnp.where(exists, whole, 1), 0)

@@ -1,6 +1,6 @@
-"""Masks inside boxes put back into their images; numpy, on the host.
+"""Pasting of box masks into images; numpy, on the host.
 
-A mask of m x m values fills its box; between their middles it is interpolated, and outside it is 0.
+A mask of m x m values covers its box, interpolated between pixel centres, 0 outside.
 """
 
 import numpy as np
@@ -17,17 +17,17 @@ def paste_masks(
   threshold: float = 0.5,
   convention: str = "exact",
 ) -> Bool[np.ndarray, "n h w"]:
-  """Returns which pixels of the image each mask covers.
+  """Returns the binary mask of each box in the image.
 
   Args:
     masks: probabilities.
-    boxes_xyxy: in pixels of the image, right and bottom behind the last pixel; parts outside the
-      image are lost.
+    boxes_xyxy: boxes in pixels of the image, right and bottom exclusive; parts outside the image
+      are cropped.
     image_size: height and width.
-    threshold: pixels of at least this probability are covered ("detectron": of more).
-    convention: "exact": each pixel's middle is looked up in the box as it is (Detectron2).
-      "detectron": boxes grow by a border of one mask pixel of zeros, then by rounding to whole
-      pixels (also torchvision's way, but for its boxes that end on their last pixel).
+    threshold: minimum probability ("detectron": exclusive).
+    convention: "exact": samples the mask at each pixel's centre (Detectron2). "detectron": expands
+      boxes by one mask pixel of zeros, then to whole pixels (also torchvision, with inclusive
+      boxes).
   """
   pasted = np.zeros((len(masks), *image_size), bool)
   for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):
@@ -47,7 +47,7 @@ def _paste_exactly(
   matrices, spans = [], []
   for axis, limit in ((1, canvas.shape[0]), (0, canvas.shape[1])):
     low, high = box[axis], box[axis + 2]
-    # A mask's interpolated edge reaches half of its pixel beyond the box.
+    # The interpolated edge extends half a mask pixel beyond the box.
     border = 0.5 * (high - low) / len(mask)
     if not np.isfinite([low, high]).all() or high <= low:
       return
@@ -69,7 +69,7 @@ def _paste_rounded(
     return
   side = len(mask) + 2
   padded = np.pad(mask, 1)
-  low, high = box[:2], box[2:] - 1  # on the last pixel
+  low, high = box[:2], box[2:] - 1  # inclusive
   half = 0.5 * (high - low) * side / len(mask)
   center = 0.5 * (low + high)
   first, last = np.trunc(center - half).astype(int), np.trunc(center + half).astype(int)
@@ -85,5 +85,5 @@ def _paste_rounded(
 
 
 def _interpolation(at: Float[np.ndarray, " p"], side: int) -> Float[np.ndarray, "p side"]:
-  """Returns the matrix of linear interpolation at the given places, 0 beyond the ends."""
+  """Returns the matrix of linear interpolation at the given positions, 0 beyond the ends."""
   return np.maximum(1 - np.abs(at[:, None] - np.arange(side)[None]), 0)

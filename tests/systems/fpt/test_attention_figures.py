@@ -1,11 +1,12 @@
-"""Where a pyramid's levels look: rows of the attention maps, of the right queries."""
+"""Attention maps of a pyramid's levels: the rows of the right queries."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.fpt.attention_figures import first_targets, looks, middles, padded
+from vit_jax_zoo.systems.fpt.detectors import FPTNeck
+from vit_jax_zoo.systems.fpt.figures import attention_rows, pad_batch, target_centers
 from vit_jax_zoo.tasks import create_task
 
 
@@ -37,7 +38,10 @@ def sown(fine, coarse, rows=2):
 class Sower:
   """Stands in for a detector, of which one thing alone is asked."""
 
-  neck, level_names, has_masks, small_print = "fpt", ("p2", "p3"), False, None
+  level_names, size_multiple, has_masks, convention_details = ("p2", "p3"), 1, False, None
+
+  def __init__(self, neck_class):
+    self.neck_class = neck_class
 
   def init(self): ...
 
@@ -49,7 +53,7 @@ class Sower:
 def test_rows_are_those_of_the_query_at_the_place():
   seen = sown((4, 6), (2, 3))
   places = jnp.asarray([[0.5, 0.5], [1.0, 0.0]])  # rows 2 and 3 of 4, columns 3 and 0 of 6
-  found = looks(seen, places)
+  found = attention_rows(seen, places)
   for name, weights in (("0", "self_0"), ("0 1", "ground_0_1")):
     rows = np.asarray(seen[weights]["weights"][0])
     shape = found[name].shape[1:]
@@ -57,39 +61,38 @@ def test_rows_are_those_of_the_query_at_the_place():
     np.testing.assert_allclose(found[name][1], rows[1, 3 * 6].reshape(shape), rtol=1e-6)
   assert found["0 1"].shape == found["1"].shape == (2, 2, 3)
   in_window = {**seen, "ground_0_1": {"weights": (jnp.zeros((2, 4, 6, 9)),)}}
-  assert set(looks(in_window, places)) == {"0", "1"}
+  assert set(attention_rows(in_window, places)) == {"0", "1"}
 
 
 def test_places_are_shares_of_the_padded_image():
   batch = batch_of(2)
-  np.testing.assert_allclose(middles(batch), [[0.5, 0.25]] * 2)
-  np.testing.assert_allclose(first_targets(batch), [[0.25, 0.25], [0.5, 0.25]])
-  np.testing.assert_allclose(middles({"image": batch["image"]}), [[0.5, 0.5]] * 2)
+  image_only = {key: batch[key] for key in ("image", "image_size")}
+  np.testing.assert_allclose(target_centers(image_only), [[0.5, 0.25]] * 2)
+  np.testing.assert_allclose(target_centers(batch), [[0.25, 0.25], [0.5, 0.25]])
+  np.testing.assert_allclose(target_centers({"image": batch["image"]}), [[0.5, 0.5]] * 2)
 
 
 def test_a_detector_explains_three_images_and_says_what_it_cannot():
-  task = create_task("instance_detection", Sower(), num_classes=3)
+  task = create_task("instance_detection", Sower(FPTNeck), num_classes=3)
   found = jax.device_get(jax.jit(task.explain)({}, batch_of(4)))
   assert len(found["image"]) == 3
   shapes = {"0": (3, 8, 12), "1": (3, 4, 6), "0 1": (3, 4, 6)}
   assert {name: x.shape for name, x in found["levels"].items()} == shapes
   figure = task.draw_explanation(found).images["levels"]
   titles = [ax.get_title() for ax in figure.axes[:4]]
-  assert titles == ["from the ring", "p2: 8x12", "p3: 4x6", "p2: 8x12 at p3: 4x6"]
+  assert titles == ["query: ring", "p2: 8x12", "p3: 4x6", "p2: 8x12 at p3: 4x6"]
   assert len(figure.axes) == 3 * 4
-  with pytest.raises(ValueError, match="where 65x64 positions look cannot be drawn"):
-    looks({"self_0_output": (jnp.zeros((1, 65, 64, 1)),)}, jnp.zeros((1, 2)))
-  other = Sower()
-  other.neck = "bfp"
-  with pytest.raises(ValueError, match="this model has no FPT; leave explain out"):
-    create_task("instance_detection", other, num_classes=3).explain({}, batch_of(1))
+  with pytest.raises(ValueError, match="explain: attention maps of 65x64"):
+    attention_rows({"self_0_output": (jnp.zeros((1, 65, 64, 1)),)}, jnp.zeros((1, 2)))
+  with pytest.raises(ValueError, match="explain: the model's neck"):
+    create_task("instance_detection", Sower(object), num_classes=3).explain({}, batch_of(1))
 
 
 def test_padding_moves_no_place():
-  batch = {**batch_of(1), "looked_from": np.array([[0.75, 0.5]], np.float32)}
-  framed = padded(batch, 40)
+  batch = {**batch_of(1), "query_position": np.array([[0.75, 0.5]], np.float32)}
+  framed = pad_batch(batch, 40)
   assert framed["image"].shape == (1, 40, 80, 3)
-  np.testing.assert_allclose(np.asarray(framed["looked_from"]) * [40, 80], [[24, 24]])
-  np.testing.assert_allclose(np.asarray(first_targets(framed)) * [40, 80], [[8, 12]])
-  alone = padded({"image": batch["image"]}, 40)
+  np.testing.assert_allclose(np.asarray(framed["query_position"]) * [40, 80], [[24, 24]])
+  np.testing.assert_allclose(np.asarray(target_centers(framed)) * [40, 80], [[8, 12]])
+  alone = pad_batch({"image": batch["image"]}, 40)
   np.testing.assert_array_equal(alone["image_size"], [[32, 48]])

@@ -245,21 +245,21 @@ def test_jit_equals_eager(tiny):
   ("fields", "message"),
   [
     ({"auxiliary_weight": -1.0}, "auxiliary_weight must not be negative"),
-    ({"class_names": ("a",) * 4}, "4 class_names were given for 3 classes"),
-    ({"class_weights": (1.0, 2.0)}, "2 class_weights were given for 3 classes"),
-    ({"class_weights": (1.0, 2.0, -1.0)}, r"class_weights must not be negative, nor all 0, but"),
-    ({"class_weights": (0.0, 0.0, 0.0)}, r"class_weights must not be negative, nor all 0, but"),
+    ({"class_names": ("a",) * 4}, "class_names: 4 names"),
+    ({"class_weights": (1.0, 2.0)}, "class_weights: 2 numbers"),
+    ({"class_weights": (1.0, 2.0, -1.0)}, r"class_weights: .*expected no negative"),
+    ({"class_weights": (0.0, 0.0, 0.0)}, r"class_weights: .*expected no negative"),
   ],
 )
 def test_errors_are_one_clear_line(fields, message):
   with pytest.raises(ValueError, match=message):
     task_of(**fields)
-  with pytest.raises(ValueError, match="num_classes must not exceed 255"):
+  with pytest.raises(ValueError, match="num_classes: 256"):
     create_task("semantic_segmentation", Pixelwise(), num_classes=256)
 
 
 def test_model_and_task_must_agree(batch):
   task = create_task("semantic_segmentation", Pixelwise(num_classes=4), num_classes=3)
   variables = task.init(jax.random.key(0), batch)
-  with pytest.raises(ValueError, match="the model has 4 classes, but the task 3"):
+  with pytest.raises(ValueError, match="num_classes: 4 in the model"):
     task.predict(variables, batch)

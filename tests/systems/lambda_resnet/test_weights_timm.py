@@ -60,5 +60,5 @@ def test_all_problems_are_reported_at_once():
 
 
 def test_a_file_of_something_else_is_named():
-  with pytest.raises(WeightsError, match=r"vit\.bin holds no LambdaResNet of timm's; .* blocks"):
+  with pytest.raises(WeightsError, match=r"vit\.bin: none of timm.s LambdaResNets; .* blocks"):
     lambda_resnet_timm.infer_fields({"blocks.0.norm1.weight": np.zeros(3)}, "vit.bin")

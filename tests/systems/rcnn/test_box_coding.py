@@ -33,7 +33,7 @@ def test_the_official_coding(load_golden):
 def test_the_official_clipping(load_golden):
   _, _, outputs = load_golden("fpt_det_a")
   boxes = coding.exclusive(jnp.asarray(outputs["bbox_transform_w1"].reshape(-1, 4)))
-  clipped = coding.clip_boxes(boxes, jnp.asarray([150, 200]), least_side=1)
+  clipped = coding.clip_boxes(boxes, jnp.asarray([150, 200]), min_size=1)
   expected = outputs["clip_tiled"].reshape(-1, 4)
   np.testing.assert_allclose(coding.inclusive(clipped), expected, atol=1e-3)
 

@@ -8,10 +8,15 @@ from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
 from vit_jax_zoo.nn.resnet import ResNet
-from vit_jax_zoo.systems.rcnn import losses
+from vit_jax_zoo.systems.rcnn import task as losses
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
-from vit_jax_zoo.systems.rcnn.heads import BoxHead, BoxOutputs, MaskHead, RegionProposalHead
-from vit_jax_zoo.systems.rcnn.pyramid import FeaturePyramid, subsample
+from vit_jax_zoo.systems.rcnn.heads import (
+  BoxHead,
+  BoxOutputs,
+  FeaturePyramid,
+  MaskHead,
+  RegionProposalHead,
+)
 from vit_jax_zoo.weights import key_map as table
 from vit_jax_zoo.weights.load import flatten_variables, unflatten_variables
 
@@ -146,9 +151,7 @@ def test_the_official_mask_head_and_loss(load_golden, weights):
   for box, target in enumerate(targets):
     for label in range(config["num_classes"]):
       if (target[label] >= 0).all():
-        mask = losses.mask_of_class(
-          logits[0, box], jnp.asarray((label - 1) % config["num_classes"])
-        )
+        mask = losses.select_mask(logits[0, box], jnp.asarray((label - 1) % config["num_classes"]))
         each.append(float(losses.mask_loss(mask, jnp.asarray(target[label] == 1))))
   valid = (targets >= 0).sum() / targets[0, 0].size
   if len(each) == valid:  # the fixture ignores whole masks
@@ -187,4 +190,3 @@ def test_what_a_pyramid_passes_down():
     assert [x.shape for x in before] == [(1, s, s, 6) for s in (9, 5, 3)]
     moved = [bool(jnp.any(jnp.abs(a - b) > 1e-6)) for a, b in zip(before, after, strict=True)]
     assert moved == [top_down, top_down, True]
-  assert subsample(maps[0]).shape == (1, 5, 5, 5)

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.anchors import cell_anchors, clip_boxes, decode_boxes, grid_anchors
-from vit_jax_zoo.systems.rcnn.proposals import non_max_suppression, take_best
+from vit_jax_zoo.systems.rcnn.anchors import (
+  cell_anchors,
+  clip_boxes,
+  decode_boxes,
+  grid_anchors,
+  top_k,
+)
+from vit_jax_zoo.systems.rcnn.proposals import non_max_suppression
 
 
 def area(box):
@@ -109,9 +115,9 @@ def test_the_official_proposals_of_one_map(load_golden):
   @jax.jit
   def propose(scores, deltas, size):
     best, index = jax.lax.top_k(scores, options["pre_nms"])
-    boxes = clip_boxes(decode_boxes(deltas[index], anchors[index]), size, least_side=1)
+    boxes = clip_boxes(decode_boxes(deltas[index], anchors[index]), size, min_size=1)
     keep = non_max_suppression(boxes, best, options["nms"], inclusive=True)
-    chosen, exists = take_best(best, keep, options["post_nms"])
+    chosen, exists = top_k(best, keep, options["post_nms"])
     return boxes[chosen], best[chosen], exists
 
   for image in range(2):
@@ -130,9 +136,9 @@ def test_the_official_proposals_of_one_map(load_golden):
 def test_the_best_of_what_may_be_kept():
   scores = jnp.asarray([0.1, 0.9, 0.5, 0.9, 0.7])
   keep = jnp.asarray([True, True, False, True, True])
-  index, exists = take_best(scores, keep, 3)
+  index, exists = top_k(scores, keep, 3)
   assert list(index) == [1, 3, 4]
   assert exists.all()
-  index, exists = take_best(scores, keep, 7)
+  index, exists = top_k(scores, keep, 7)
   assert list(index[:4]) == [1, 3, 4, 0]
   assert list(exists) == [True] * 4 + [False] * 3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.conventions import find_convention
+from vit_jax_zoo.systems.rcnn.anchors import find_convention
 from vit_jax_zoo.systems.rcnn.proposals import (
   DetectionLimits,
   ProposalLimits,
@@ -33,7 +33,7 @@ def test_the_best_of_each_level_then_of_all():
   choose = jax.jit(
     lambda logits, deltas: choose_proposals(
       logits, deltas, anchors, jnp.asarray([50, 50]), lengths=(3, 3),
-      limits=ProposalLimits(before_nms=2, after_nms=4), convention=TORCHVISION,
+      limits=ProposalLimits(pre_nms_top_n=2, post_nms_top_n=4), convention=TORCHVISION,
     )
   )  # fmt: skip
   boxes, scores, exists = choose(logits, jnp.zeros((6, 4)))
@@ -56,7 +56,7 @@ def test_suppression_is_class_by_class_and_few_candidates_change_nothing():
   def choose(**limits):
     return choose_detections(
       logits, deltas, proposals, jnp.arange(30) < 28, jnp.asarray([64, 64]),
-      limits=DetectionLimits(max_detections=8, **limits), convention=TORCHVISION,
+      limits=DetectionLimits(detections_per_img=8, **limits), convention=TORCHVISION,
     )  # fmt: skip
 
   every, few = choose(max_candidates=1000), choose(max_candidates=40)
@@ -66,7 +66,7 @@ def test_suppression_is_class_by_class_and_few_candidates_change_nothing():
   probabilities = np.asarray(jax.nn.softmax(logits))[:28, :3]
   np.testing.assert_allclose(every.scores[0], probabilities.max(), rtol=1e-6)
   assert int(every.labels[0]) == probabilities.max(axis=0).argmax()
-  assert not choose(least_score=0.999999).exists.any()
+  assert not choose(score_thresh=0.999999).exists.any()
 
 
 @pytest.mark.parametrize(("convention", "least"), [("torchvision", 0.01), ("detectron2", 0.0)])
@@ -76,12 +76,12 @@ def test_torchvision_drops_what_is_too_small(convention, least):
   logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
   found = choose_detections(
     logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
-    limits=DetectionLimits(max_detections=3), convention=find_convention(convention),
+    limits=DetectionLimits(detections_per_img=3), convention=find_convention(convention),
   )  # fmt: skip
   assert int(found.exists.sum()) == (1 if least else 3)
 
 
 def test_limits_are_for_training_and_for_use():
-  fields = {"before_nms": (20, 10), "after_nms": 5}
+  fields = {"pre_nms_top_n": (20, 10), "post_nms_top_n": 5}
   assert pick_limits(fields, train=True) == ProposalLimits(20, 5)
   assert pick_limits(fields, train=False) == ProposalLimits(10, 5)

@@ -8,15 +8,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.ops.boxes import pairwise_iou
-from vit_jax_zoo.systems.rcnn.conventions import find_convention
+from vit_jax_zoo.systems.rcnn.anchors import find_convention
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.systems.rcnn.proposals import DetectionLimits, choose_detections
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 
 FIELDS = {
-  "num_classes": 4, "anchor_samples": 32, "roi_samples": 16, "max_detections": 6,
-  "inside_only": False, "least_score": 0.0,
+  "num_classes": 4, "rpn_batch_size_per_image": 32, "box_batch_size_per_image": 16,
+  "box_detections_per_img": 6, "rpn_inside_only": False, "box_score_thresh": 0.0,
 }  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def make_model(**fields):
       "levels": ("c2", "c3"),
       "width": 8,
       "anchor_sizes": (16, 24, 32),
-      "proposals": {"before_nms": 40, "after_nms": 12},
+      "proposals": {"pre_nms_top_n": 40, "post_nms_top_n": 12},
       "canonical_size": 28,
       "canonical_stride": 8,
       "pool_size": 3,
@@ -163,7 +163,7 @@ def test_finds_are_in_original_pixels_and_padded(task, variables):
       own = given["is_object"][row] & (given["labels"][row] == label)
       mine = jnp.asarray(given["boxes_xyxy"][row][own])
       overlap = np.asarray(pairwise_iou(mine, mine))
-      assert (overlap - np.eye(len(overlap)) <= task.nms_threshold + 1e-5).all()
+      assert (overlap - np.eye(len(overlap)) <= task.box_nms_thresh + 1e-5).all()
 
 
 def test_a_model_that_knows_the_truth_scores_full_marks():
@@ -179,7 +179,7 @@ def test_a_model_that_knows_the_truth_scores_full_marks():
   logits = jnp.where(jax.nn.one_hot(labels, 5) > 0, jnp.r_[[9.0] * 3, [6.0] * 3][:, None], 0.0)
   found = choose_detections(
     logits, jnp.zeros((6, 5, 4)), proposals, jnp.ones(6, bool), size,
-    limits=DetectionLimits(max_detections=5), convention=find_convention("torchvision"),
+    limits=DetectionLimits(detections_per_img=5), convention=find_convention("torchvision"),
   )  # fmt: skip
   evaluator = DetectionEvaluator(4)
   one = {k: v[row : row + 1] for k, v in batch.items()}
@@ -207,8 +207,12 @@ def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gra
 @pytest.mark.slow
 def test_micro_batches_add_up():
   """Where every candidate takes part, nothing is drawn, and images have equally many of them."""
-  everything = {"anchor_samples": 10_000, "anchor_foreground": 1.0, "roi_samples": 15}
-  everything |= {"roi_foreground": 1.0, "roi_threshold": 0.0}
+  everything = {
+    "rpn_batch_size_per_image": 10_000,
+    "rpn_positive_fraction": 1.0,
+    "box_batch_size_per_image": 15,
+  }
+  everything |= {"box_positive_fraction": 1.0, "box_fg_iou_thresh": 0.0}
   model = make_model(mask_head=None)
   task = create_task("instance_detection", model, **{**FIELDS, **everything})
   batch = make_batch(rows=2)
@@ -257,9 +261,9 @@ def test_jit_equals_eager(task, variables):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"anchor_high": 1.5}, "anchor_high must lie in"),
-    ({"roi_samples": 0}, "roi_samples must be positive"),
-    ({"box_beta": -1.0}, "box_beta must not be negative"),
+    ({"rpn_fg_iou_thresh": 1.5}, "rpn_fg_iou_thresh: 1.5"),
+    ({"box_batch_size_per_image": 0}, "box_batch_size_per_image must be positive"),
+    ({"box_smooth_l1_beta": -1.0}, "box_smooth_l1_beta: -1.0"),
   ],
 )
 def test_fields_are_checked(fields, message):
@@ -269,5 +273,5 @@ def test_fields_are_checked(fields, message):
 
 def test_other_classes_than_the_models(variables):
   task = create_task("instance_detection", make_model(), **{**FIELDS, "num_classes": 7})
-  with pytest.raises(ValueError, match="the model has 4 classes beside the background, but"):
+  with pytest.raises(ValueError, match="num_classes: 4 in the model"):
     jax.eval_shape(lambda: task.loss(variables, make_batch(), context(task, make_batch())))

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import golden_folder
 from vit_jax_zoo import export
 from vit_jax_zoo.inference.load import load, load_pretrained
-from vit_jax_zoo.systems.rcnn import weights_classes as rcnn_classes
+from vit_jax_zoo.systems.rcnn import weights_detectron as rcnn_classes
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into, load_parts
@@ -240,7 +240,7 @@ def _task_with(model, file):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    (lambda a: a | {"st_p4.conv_ks.bias": a["st_p4.conv_ks.bias"] + 1}, "not what conv_qs holds"),
+    (lambda a: a | {"st_p4.conv_ks.bias": a["st_p4.conv_ks.bias"] + 1}, "differs from conv_qs"),
     (lambda a: {k: v for k, v in a.items() if k != "fpt_p3.weight"}, "missing: join_1/kernel"),
     (lambda a: a | {"gt_p2_p4.g.bias": a["gt_p2_p4.g.bias"][1:]}, "wrong shape: gt_p2_p4.g.bias"),
   ],
@@ -260,7 +260,7 @@ def test_problems_of_an_fpt_are_one_line(change, message, tmp_path):
     ({**SMALL, "convention": "detectron2"}, "pth-torchvision", "convention='detectron2'"),
     (MODELS["official_2mlp"], "pth-torchvision", "stride_in_1x1=True"),
     (SMALL, "pth", "the official code has no detector with neck='fpn'"),
-    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT but that of flavor='official'"),
+    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than flavor='official'"),
   ],
 )
 def test_what_a_format_has_no_model_for(fields, form, message, tmp_path):

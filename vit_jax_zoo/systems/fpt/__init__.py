@@ -7,6 +7,8 @@ SYSTEM = System(
     "fpt_segmentation": "segmentation:PyramidSegmenter",
     "fpt_pyramid": "segmentation:FeaturePyramidTransformer",
   },
+  variants={"faster_rcnn": "detectors:VARIANTS", "mask_rcnn": "detectors:VARIANTS"},
+  necks={"fpt": "detectors:FPTNeck"},
   tasks={"semantic_segmentation": "task:SemanticSegmentation"},
   predictors={"semantic_segmentation": "predictor:SegmentationPredictor"},
   formats=(

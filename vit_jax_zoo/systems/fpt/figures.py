@@ -1,24 +1,28 @@
-"""Pictures of semantic segmentation: label maps beside their images, found beside true, a legend.
-
-Colours are spread over hue and lightness so that neighbours in the list of classes differ in both;
-the legend names those that can be seen. Pixels that do not count are hatched grey.
-"""
+"""Figures of FPT: label maps of semantic segmentation, attention maps of pyramid levels."""
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int, Num, UInt8
+from jaxtyping import Array, Bool, Float, Int, Num, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from vit_jax_zoo.figures.canvas import QUIET
 from vit_jax_zoo.figures.detection import COLORS
+from vit_jax_zoo.ops.images import pad_images
+from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.detection_utils import image_size
 
 MOST_NAMES = 24
-"""So many classes the legend names at most, those with the most pixels first."""
+"""Maximum number of classes in the legend, those with the most pixels first."""
+MOST_IMAGES = 3
+"""Maximum number of images with attention maps."""
+MOST_POSITIONS = 64**2
+"""Maximum number of positions of the finest level: whole attention maps are computed."""
 
 _CELL = 2.6  # inches
 
@@ -26,28 +30,29 @@ _CELL = 2.6  # inches
 def draw_label_maps(
   batch: Mapping[str, Any],
   class_names: Sequence[str] = (),
-  found: Num[np.ndarray, "b h w"] | None = None,
+  predicted: Num[np.ndarray, "b h w"] | None = None,
   *,
   ignore_label: int = 255,
   title: str = "",
   max_images: int = 4,
 ) -> Figure:
-  """Draws a row for each image: the image, its true classes and, if given, those found and wrong.
+  """Draws one row per image: image, ground truth and, if given, prediction and errors.
 
   Args:
-    batch: `image` [b h w 3] in [0, 255], `label_map` [b h w]; `image_size` [b 2] and `mask` [b],
-      both optional.
-    class_names: by label; labels by default.
-    found: the predicted label maps.
-    ignore_label: of pixels that do not count.
-    title: of the figure.
-    max_images: draws the first so many.
+    batch: `image` [b h w 3] in [0, 255], `label_map` [b h w]; optional `image_size` [b 2] and
+      `mask` [b].
+    class_names: by label; default: the labels.
+    predicted: predicted label maps.
+    ignore_label: label of ignored pixels.
+    title: title of the figure.
+    max_images: number of images, the first of the batch.
   """
   real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
   rows = np.flatnonzero(real).tolist()[:max_images]
-  heads = ("image", "truth") if found is None else ("image", "truth", "found", "wrong")
-  figure, axes = _grid(max(len(rows), 1), heads, _aspect(batch["image"]))
-  figure.suptitle(title or _title(found), x=0.01, ha="left", fontsize=12, weight="bold")
+  heads = ("image", "truth") if predicted is None else ("image", "truth", "predicted", "errors")
+  figure, axes = _grid(max(len(rows), 1), heads, batch["image"].shape[1:3])
+  default = "Training batch" if predicted is None else "Truth and predictions"
+  figure.suptitle(title or default, x=0.01, ha="left", fontsize=12, weight="bold")
   seen: list[np.ndarray] = []
   for line, row in zip(axes, rows, strict=False):
     size = batch["image_size"][row] if "image_size" in batch else batch["image"].shape[1:3]
@@ -57,13 +62,13 @@ def draw_label_maps(
     _show(line[0], image)
     _show(line[1], color_labels(truth, ignore_label))
     seen.append(truth[truth != ignore_label])
-    if found is not None:
-      guess = np.asarray(found)[part].astype(np.int64)
+    if predicted is not None:
+      guess = np.asarray(predicted)[part].astype(np.int64)
       wrong = (truth != guess) & (truth != ignore_label)
       _show(line[2], color_labels(guess, ignore_label))
-      _show(line[3], _marked(image, wrong))
+      _show(line[3], _highlight(image, wrong))
       counted = max(int((truth != ignore_label).sum()), 1)
-      line[3].set_xlabel(f"{1 - wrong.sum() / counted:.1%} right", fontsize=9, color=QUIET)
+      line[3].set_xlabel(f"{1 - wrong.sum() / counted:.1%} correct", fontsize=9, color=QUIET)
       seen.append(guess.ravel())
   _legend(figure, np.concatenate(seen) if seen else np.zeros(0, np.int64), class_names)
   return figure
@@ -72,38 +77,38 @@ def draw_label_maps(
 def color_labels(
   labels: Int[np.ndarray, "h w"], ignore_label: int = 255
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the colour of each label; stripes of grey where a pixel does not count."""
+  """Returns an image with the color of each label; ignored pixels have gray stripes."""
   y, x = np.indices(labels.shape)
-  picture = np.where(((x + y) // 3 % 2 == 0)[..., None], np.uint8(215), np.uint8(190))
-  picture = np.repeat(picture, 3, axis=2)
+  image = np.where(((x + y) // 3 % 2 == 0)[..., None], np.uint8(215), np.uint8(190))
+  image = np.repeat(image, 3, axis=2)
   for label in np.unique(labels[labels != ignore_label]):
-    picture[labels == label] = label_color(int(label))
-  return picture
+    image[labels == label] = label_color(int(label))
+  return image
 
 
 def label_color(label: int) -> tuple[int, int, int]:
-  """Returns a label's colour, RGB: first those that everybody can tell apart, then many more."""
+  """Returns a label's RGB color: a color-blind safe palette first, then spread hues."""
   if label < len(COLORS):
     red, green, blue = (int(COLORS[label][i : i + 2], 16) for i in (1, 3, 5))
     return red, green, blue
-  hue = (label * 0.61803398875) % 1.0  # the golden ratio: new hues fall between old ones
-  # Darker and lighter than those first ones, so that none is taken for one of them.
+  hue = (label * 0.61803398875) % 1.0  # golden ratio: new hues lie between old ones
+  # Darker and lighter than the palette, so that neither is confused with it.
   lightness, saturation = (0.26, 0.82)[label % 2], (0.9, 0.6)[label // 2 % 2]
   red, green, blue = (round(255 * c) for c in colorsys.hls_to_rgb(hue, lightness, saturation))
   return red, green, blue
 
 
-def _marked(
+def _highlight(
   image: UInt8[np.ndarray, "h w 3"], wrong: Bool[np.ndarray, "h w"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the image in grey, with the wrong pixels in red."""
+  """Returns the image in gray with the wrong pixels in red."""
   gray = 0.6 * image.mean(axis=-1, keepdims=True) + 90
   return np.where(wrong[..., None], (220, 30, 30), gray).clip(0, 255).astype(np.uint8)
 
 
-def _legend(figure: Figure, seen: Int[np.ndarray, " n"], class_names: Sequence[str]) -> None:
-  labels, counts = np.unique(seen, return_counts=True)
-  shown = np.sort(labels[np.argsort(-counts, kind="stable")[:MOST_NAMES]]).tolist()
+def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence[str]) -> None:
+  found, counts = np.unique(labels, return_counts=True)
+  shown = np.sort(found[np.argsort(-counts, kind="stable")[:MOST_NAMES]]).tolist()
   patches = [
     Patch(
       color="#{:02x}{:02x}{:02x}".format(*label_color(label)),
@@ -122,19 +127,14 @@ def _legend(figure: Figure, seen: Int[np.ndarray, " n"], class_names: Sequence[s
     )
 
 
-def _title(found: np.ndarray | None) -> str:
-  return "Training batch" if found is None else "Truth and predictions"
-
-
-def _aspect(images: Any) -> float:
-  return float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
-
-
 def _show(ax: Axes, image: UInt8[np.ndarray, "h w 3"]) -> None:
   ax.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
 
 
-def _grid(rows: int, heads: Sequence[str], aspect: float) -> tuple[Figure, list[list[Axes]]]:
+def _grid(
+  rows: int, heads: Sequence[str], image_shape: tuple[int, int]
+) -> tuple[Figure, list[list[Axes]]]:
+  aspect = float(np.clip(image_shape[0] / image_shape[1], 0.4, 1.6))
   size = (_CELL * len(heads), rows * (_CELL * aspect + 0.3) + 1.1)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   axes = figure.subplots(rows, len(heads), squeeze=False)
@@ -145,3 +145,152 @@ def _grid(rows: int, heads: Sequence[str], aspect: float) -> tuple[Figure, list[
   for name, ax in zip(heads, axes[0], strict=True):
     ax.set_title(name, fontsize=10, loc="left")
   return figure, [list(line) for line in axes]
+
+
+def explain_attention(
+  run: Callable[[base.Batch], Mapping[str, Any]], batch: base.Batch
+) -> dict[str, Any]:
+  """Returns the attention maps of one query position, for the first images of a batch; traced.
+
+  Args:
+    run: applies the model to a batch and returns the transformer's intermediates.
+    batch: `image`; the position is `query_position` float [b 2], relative to the images' height and
+      width, default: the first target's centre or the image's (`target_centers`).
+
+  Returns:
+    `image`; `places` [b 2]; `sizes` int32 [l 2] of the levels; `levels`, see `attention_rows`.
+
+  Raises:
+    ValueError: the attention maps would be too large.
+  """
+  batch = {key: jnp.asarray(value)[:MOST_IMAGES] for key, value in batch.items()}
+  places = jnp.asarray(batch.get("query_position", target_centers(batch)), jnp.float32)
+  sown = run(batch)
+  return {
+    "image": batch["image"],
+    "places": places,
+    "sizes": jnp.asarray(_level_sizes(sown), jnp.int32),
+    "levels": attention_rows(sown, places),
+  }
+
+
+def attention_rows(
+  sown: Mapping[str, Any], places: Float[Array, "b 2"]
+) -> dict[str, Float[Array, "b _ _"]]:
+  """Returns the attention weights of the query at a position, as maps over the keys.
+
+  "0", "1", ...: the self-transformer of each level; "0 1", ...: the grounding transformer from the
+  finest level to level 1, unless it has a window or no softmax.
+
+  Args:
+    sown: intermediates of the transformer.
+    places: positions of the queries, relative to height and width.
+
+  Raises:
+    ValueError: the attention maps would be too large.
+  """
+  sizes = _level_sizes(sown)
+  height, width = max(sizes)
+  if height * width > MOST_POSITIONS:
+    raise ValueError(
+      f"explain: attention maps of {height}x{width} positions are too large; use smaller images, "
+      "or leave explain out"
+    )
+  found = {
+    str(level): _rows(sown[f"self_{level}"]["weights"][0], size, size, places)
+    for level, size in enumerate(sizes)
+  }
+  for level in range(1, len(sizes)):
+    weights = sown.get(f"ground_0_{level}", {}).get("weights")
+    if weights is not None and weights[0].ndim == 3:
+      found[f"0 {level}"] = _rows(weights[0], sizes[0], sizes[level], places)
+  return found
+
+
+def _level_sizes(sown: Mapping[str, Any]) -> list[tuple[int, int]]:
+  sizes = []
+  while (name := f"self_{len(sizes)}_output") in sown:
+    sizes.append((sown[name][0].shape[1], sown[name][0].shape[2]))
+  return sizes
+
+
+def _rows(
+  weights: Float[Array, "b n m"],
+  queries: tuple[int, int],
+  keys: tuple[int, int],
+  places: Float[Array, "b 2"],
+) -> Float[Array, "b _ _"]:
+  size = jnp.asarray(queries)[None]
+  at = jnp.minimum((places * size).astype(jnp.int32), size - 1)
+  index = at[:, 0] * queries[1] + at[:, 1]
+  rows = jnp.take_along_axis(weights, index[:, None, None], axis=1)[:, 0]
+  if rows.shape[-1] != keys[0] * keys[1]:  # keys pooled with stride 2
+    keys = ((keys[0] + 1) // 2, (keys[1] + 1) // 2)
+  return rows.reshape(len(rows), *keys).astype(jnp.float32)
+
+
+def pad_batch(batch: base.Batch, multiple: int) -> base.Batch:
+  """Pads images as the model does, so that its maps cover exactly the image.
+
+  Args:
+    batch: see `explain_attention`.
+    multiple: the sides become multiples of this.
+  """
+  images = jnp.asarray(batch["image"])
+  framed = pad_images(images, multiple)
+  after = {**batch, "image": framed, "image_size": image_size(batch)}
+  if "query_position" in batch:
+    before, sides = (jnp.asarray([x.shape[1:3]]) for x in (images, framed))
+    after["query_position"] = jnp.asarray(batch["query_position"]) * (before / sides)
+  return after
+
+
+def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
+  """Returns the centre of each image's first target, else of the image.
+
+  Positions are relative to height and width with padding.
+  """
+  relative = image_size(batch).astype(jnp.float32) / jnp.asarray([batch["image"].shape[1:3]])
+  if "boxes_cxcywh" not in batch or not batch["boxes_cxcywh"].shape[1]:
+    return 0.5 * relative
+  first = jnp.asarray(batch["boxes_cxcywh"])[:, 0, 1::-1]
+  return jnp.where(jnp.asarray(batch["is_target"])[:, :1], first, 0.5) * relative
+
+
+def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -> Figure:
+  """Draws each image with the query position marked, beside the attention maps of each level.
+
+  Args:
+    explanation: result of `explain_attention`, as numpy arrays.
+    level_names: names of the levels.
+  """
+  levels = [
+    f"{name}: {height}x{width}"
+    for name, (height, width) in zip(level_names, explanation["sizes"], strict=True)
+  ]
+
+  def title(key: str) -> str:
+    level, _, other = key.partition(" ")
+    return f"{levels[int(level)]} at {levels[int(other)]}" if other else levels[int(level)]
+
+  keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
+  images = explanation["image"]
+  height, width = images.shape[1:3]
+  cell = _CELL * min(height / width, 2.0)
+  size = (_CELL * (len(keys) + 1), cell * len(images) + 0.35)
+  figure = Figure(figsize=size, dpi=110)
+  grid = figure.subplots(len(images), len(keys) + 1, squeeze=False)
+  figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / size[1], wspace=0.04, hspace=0.04)
+  for row, axes in enumerate(grid):
+    axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
+    y, x = explanation["places"][row] * (height, width) - 0.5
+    axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
+    axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
+    for ax, key in zip(axes[1:], keys, strict=True):
+      weights = np.asarray(explanation["levels"][key][row])
+      ax.imshow(weights, cmap="viridis", vmin=0, interpolation="nearest")
+    for ax in axes:
+      ax.set_axis_off()
+  for ax, text in zip(grid[0], ("query: ring", *map(title, keys)), strict=True):
+    ax.set_title(text, fontsize=9)
+  return figure

@@ -1,4 +1,4 @@
-"""Naming what every pixel of a picture shows: a label map, its colours over the picture, shares."""
+"""Prediction of label maps: overlay, label map, class fractions."""
 
 import functools
 from typing import Any, ClassVar
@@ -12,37 +12,34 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.systems.fpt.figures import color_labels
 
-STRENGTH = 0.55
-"""How much of the overlay is the classes' colour."""
+OPACITY = 0.55
+"""Opacity of the class colors in the overlay."""
 
 
 class SegmentationPredictor:
-  """The likeliest class of each pixel, of the picture's own size.
-
-  With `explain` also where the levels of the pyramid look from the picture's middle.
-  """
+  """Most likely class of each pixel; with `explain` also attention maps of the image's centre."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Takes the model."""
+    """Compiles the prediction."""
     if options.explain and getattr(trained.model, "neck", None) != "fpt":
-      raise ValueError("--explain draws where a pyramid's levels look, and this model has no FPT")
+      raise ValueError("--explain: a model without transformer has no attention maps")
     self._trained, self._explain = trained, options.explain
     self._task: Any = trained.task
     self._predict = jax.jit(functools.partial(self._task.predict))
 
   def __call__(self, image: Image) -> Prediction:
-    """Segments a picture.
+    """Segments an image.
 
     Returns:
-      In the record `classes`, the largest first: `label`, `name` where it is known, `share` of the
-      pixels, and `confidence`, the mean probability over them. Pictures: "" is the overlay,
-      "labels" the label map in the classes' colours, "ids" the label map itself, as data sets have
-      theirs, "levels" what `explain` asks for.
+      Record: `classes`, largest first, with `label`, `name` if known, `share` (fraction of the
+      pixels) and `confidence` (mean probability over them). Images, in the input's size: "" the
+      overlay, "labels" the colored label map, "ids" the label map as class ids; with `explain`
+      "levels", the attention maps.
 
     Raises:
-      ValueError: the picture is too large to be explained.
+      ValueError: the image is too large for `explain`.
     """
     prepared = self._trained.prepare(image)
     example = {"image": np.asarray(prepared["image"])}
@@ -82,15 +79,15 @@ class SegmentationPredictor:
 
 
 def _resized(values: np.ndarray, image: Image, method: int) -> np.ndarray:
-  """Brings what was found to the picture's own size."""
+  """Resizes a prediction to the image's size."""
   kind = np.int32 if np.issubdtype(values.dtype, np.integer) else np.float32
   if values.shape == image.shape[:2]:
     return values.astype(kind)
-  # Label maps go as bytes: there are at most 255 classes, and OpenCV resizes no 32-bit integers.
+  # OpenCV does not resize 32-bit integers; there are at most 255 classes.
   passed = np.ascontiguousarray(values.astype(np.uint8 if kind is np.int32 else np.float32))
   return cv2.resize(passed, image.shape[1::-1], interpolation=method).astype(kind)
 
 
 def _overlay(image: Image, colors: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
   gray = image.astype(np.float32).mean(axis=-1, keepdims=True)
-  return np.rint((1 - STRENGTH) * gray + STRENGTH * colors).astype(np.uint8)
+  return np.rint((1 - OPACITY) * gray + OPACITY * colors).astype(np.uint8)

@@ -1,13 +1,12 @@
 """FPT for semantic segmentation. Zhang et al., "Feature Pyramid Transformer", arXiv:2007.09451.
 
-A dilated ResNet, a pyramid of four maps of one size that differ in how far they reach, the feature
-pyramid transformer on it, whose fine levels look at coarse ones in a window around themselves, and
-a class for every pixel. (Detection and instance segmentation with the same transformer: see
-`models.rcnn`; the transformer itself: `layers.feature_pyramid_transformer`.)
+A dilated ResNet, a pyramid of four maps of one size and different receptive fields (the unscathed
+feature pyramid), the feature pyramid transformer with grounding in a window, and a per-pixel
+classifier.
 
-The authors released no code of their segmentation networks. What the paper leaves open is chosen as
-usual for networks of this kind: the four levels are joined by a 3x3 convolution in front of the
-classifier, and an auxiliary one may stand on c4 (Zhao et al., arXiv:1612.01105, section 3.2).
+No code of the segmentation networks was released. Choices where the paper is silent, as usual for
+such networks: a 3x3 convolution joins the levels before the classifier; an optional auxiliary
+classifier on c4 (Zhao et al., arXiv:1612.01105, section 3.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,12 +27,12 @@ from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 
 
 class GlobalConvolution(nn.Module):
-  """A large kernel as a sum of two products: a column after a row, and a row after a column.
+  """A large kernel as the sum of two separable ones, column-row and row-column.
 
   Attributes:
     features: output channels.
-    kernel_size: its side, odd; 1 is a single 1x1 convolution.
-    dtype: of the computation.
+    kernel_size: side of the kernel, odd; 1 is a 1x1 convolution.
+    dtype: dtype of the computation.
   """
 
   features: int
@@ -44,7 +43,7 @@ class GlobalConvolution(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
     """Returns a map of the same size."""
     if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-      raise ValueError(f"kernels of the pyramid must be odd, not {self.kernel_size}")
+      raise ValueError(f"kernel_sizes: {self.kernel_size}; expected odd numbers")
     if self.kernel_size == 1:
       return self._conv((1, 1), "conv")(x)
     column, row = (self.kernel_size, 1), (1, self.kernel_size)
@@ -59,13 +58,13 @@ class GlobalConvolution(nn.Module):
 
 
 class UnscathedPyramid(nn.Module):
-  """As many levels as there are kernels, each of the size of the map that they are made of.
+  """A pyramid of maps of the input's size, with a global convolution each.
 
   Attributes:
     width: channels of each level.
-    kernel_sizes: of the levels' global convolutions, from the finest level to the coarsest.
-    norm: behind them, a name that `norm_factory` knows.
-    dtype: of the computation.
+    kernel_sizes: kernel sizes from the finest to the coarsest level.
+    norm: norm after the convolutions, a name of `norm_factory`.
+    dtype: dtype of the computation.
   """
 
   width: int = 256
@@ -77,7 +76,7 @@ class UnscathedPyramid(nn.Module):
   def __call__(
     self, x: Float[Array, "b h w c"], *, train: bool
   ) -> tuple[Float[Array, "b h w d"], ...]:
-    """Returns the levels, the one of the smallest reach first."""
+    """Returns the levels, smallest receptive field first."""
     make_norm = norm_factory(self.norm, dtype=self.dtype)
     levels = []
     for index, size in enumerate(self.kernel_sizes):
@@ -98,34 +97,33 @@ VARIANTS: dict[str, dict[str, Any]] = {
   "fpt_pyramid_official": {"flavor": "official"},
   "fpt_pyramid_official_gn": {"flavor": "official", "norm": "group_norm"},
 }
-"""Fields by model name: of `PyramidSegmenter`, "ufp" being the same without the transformer; and of
-the `FeaturePyramidTransformer` alone, which takes a pyramid in place of images."""
+"""Fields by model name: of `PyramidSegmenter` ("ufp": without transformer), and of
+`FeaturePyramidTransformer`, whose input is a pyramid instead of images."""
 
 SHARDING_RULES = (
   (r".*/(bias|scale|mixture)", ()),
   (r".*", "fsdp"),
 )
-"""Kernels split over `fsdp`; everything small is kept whole."""
+"""Kernels are sharded over `fsdp`, small arrays replicated."""
 
 NECKS = ("fpt", "ufp")
 
 
 class PyramidSegmenter(nn.Module):
-  """Names the class of every pixel.
+  """Classifies every pixel.
 
   Attributes:
     num_classes: number of classes.
     width: channels of the pyramid's levels.
-    kernel_sizes: of the pyramid's global convolutions, from the finest level to the coarsest.
-    neck: "fpt", or "ufp": the pyramid alone, to compare with.
-    window: side of the window in which a fine level looks at a coarse one; None: everywhere. The
-      paper's value is not known to us.
+    kernel_sizes: kernel sizes of the pyramid, from the finest to the coarsest level.
+    neck: "fpt", or "ufp": the pyramid without transformer, the paper's baseline.
+    window: window of the grounding transformers; None: all positions. The paper does not state it.
     transformer: further fields of `FeaturePyramidTransformer`.
-    norm: of all that stands on the backbone; see `norm_factory`.
-    dropout_rate: before the classifier.
-    auxiliary_head: also classifies from c4, while training.
-    backbone: fields of `ResNet`. "output_stride" 8 keeps maps at an eighth of the image's sides.
-    dtype: of the computation. Parameters, norms' statistics, softmaxes and logits are float32.
+    norm: norm of everything after the backbone; see `norm_factory`.
+    dropout_rate: dropout rate before the classifier.
+    auxiliary_head: adds an auxiliary classifier on c4 in training.
+    backbone: fields of `ResNet`; default "output_stride": 8.
+    dtype: dtype of the computation. Parameters, norm statistics, softmaxes and logits are float32.
   """
 
   num_classes: int = 19
@@ -147,14 +145,13 @@ class PyramidSegmenter(nn.Module):
     """Segments images.
 
     Args:
-      images: normalised with ImageNet's mean and standard deviation.
-      train: norms take this batch's statistics (and renew "batch_stats", which must then be
-        mutable); dropout draws from the "dropout" stream.
+      images: normalized with ImageNet's mean and standard deviation.
+      train: norms use batch statistics (and update "batch_stats", which must be mutable); dropout
+        uses the "dropout" stream.
 
     Returns:
-      `logits` float32 [b i j num_classes], of the size of the backbone's last map: enlarge them by
-      the stride, bilinearly, and cut them to the images. With an auxiliary head, while training,
-      `auxiliary_logits`, too.
+      `logits` float32 [b i j num_classes], of the size of the backbone's last map; in training with
+      an auxiliary head also `auxiliary_logits`.
     """
     if self.neck not in NECKS:
       raise ValueError(unknown_name("neck", self.neck, NECKS))
@@ -183,7 +180,7 @@ class PyramidSegmenter(nn.Module):
 
   @property
   def level_names(self) -> tuple[str, ...]:
-    """Names of the pyramid's levels: the sides of their kernels."""
+    """Names of the pyramid's levels."""
     return tuple(f"kernel {size}" for size in self.kernel_sizes)
 
   def _transformer(self) -> FeaturePyramidTransformer:

@@ -1,14 +1,12 @@
-"""State dicts of the authors' FPT (ZHANGDONG-NJUST/FPT, class `FPT`), by key.
+"""State dicts of the authors' FPT (ZHANGDONG-NJUST/FPT, class `FPT`).
 
-No trained weights of it were published; whoever has some can bring them. They are those of a
-`FeaturePyramidTransformer(flavor="official")` of four levels, p2 to p5. In checkpoints of a whole
-detector all keys begin with a prefix ("Conv_Body.", and what comes below it there).
+No trained weights of it were published. The model is `FeaturePyramidTransformer(flavor="official")`
+with four levels, p2 to p5. In a detector's checkpoint the keys begin with "Conv_Body.".
 
-Queries and keys of a self-transformer share one convolution, which the file has under two names,
-`conv_qs` and `conv_ks`: both must hold the same, and both are written. Kernels that the code makes
-and never uses are parameters here, too, so that nothing of a file is lost.
+Queries and keys of a self-transformer share one convolution, which the file has twice, as `conv_qs`
+and `conv_ks`. Kernels that the code never uses are parameters here, too.
 
-Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+Paths are relative to `params`; those of running statistics begin with "batch_stats/".
 """
 
 import dataclasses
@@ -44,15 +42,15 @@ from vit_jax_zoo.weights.torch_layouts import (
 )
 
 FINEST = 2
-"""The file counts its levels from p2."""
+"""Number of the finest level in the file: p2."""
 LEVELS = 4
 
 BODY = "Conv_Body."
-"""What the keys begin with in a whole detector."""
+"""Prefix of the keys in a detector."""
 
 IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
-"""Counters; the second names of shared convolutions, which are compared; and what a file of HEAD
-has beyond the rendering of before November 2020, where that is asked for."""
+"""Keys that may remain unread: counters, second names of shared convolutions (compared separately),
+and kernels that rendering="november_2020" does not have."""
 
 
 def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:
@@ -90,7 +88,7 @@ def ground_rows(published: str, ours: str) -> list[Row]:
 
 
 def render_rows(published: str, ours: str) -> list[Row]:
-  """Rows of an `OfficialRenderingTransformer`; the code calls the gate's norm `bn_low`."""
+  """Rows of an `OfficialRenderingTransformer`."""
   return [
     *_conv_rows(f"{published}.conv3x3", f"{ours}/refine", transform=CONVOLUTION),
     *batch_norm_rows(f"{published}.bn_high", f"{ours}/refine_norm"),
@@ -104,7 +102,7 @@ def render_rows(published: str, ours: str) -> list[Row]:
 
 
 def _join_rows(published: str, ours: str) -> list[Row]:
-  """Rows of a lateral or joining convolution, alone or in front of a norm."""
+  """Rows of a lateral or joining convolution, with or without norm."""
   return [
     *_conv_rows(f"{published}.0", ours, transform=CONVOLUTION),
     *batch_norm_rows(f"{published}.1", f"{ours}_norm"),
@@ -113,12 +111,12 @@ def _join_rows(published: str, ours: str) -> list[Row]:
 
 
 def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row, ...]:
-  """Returns the table of an FPT.
+  """Returns the key map of an FPT.
 
   Args:
-    prefix: what the file's keys begin with.
-    ours: what our paths begin with, behind a collection's name.
-    with_norm: whether norms stand behind the lateral and the joining convolutions.
+    prefix: prefix of the file's keys.
+    ours: prefix of our paths, after the collection's name.
+    with_norm: lateral and joining convolutions have norms.
   """
   rows: list[Row] = []
   for level in range(LEVELS):
@@ -143,21 +141,21 @@ def _below(ours: str, row: Row) -> Row:
 
 
 def is_of(published: Mapping[str, Array], prefix: str = "") -> bool:
-  """Tells whether a state dict holds the authors' FPT."""
+  """Returns whether a state dict contains the authors' FPT."""
   return all(f"{prefix}{key}.weight" in published for key in ("st_p5.conv_qs", "gt_p2_p5.theta"))
 
 
 def infer_fields(
   published: Mapping[str, Array], *, prefix: str = "", source: str = "the file"
 ) -> dict[str, Any]:
-  """Returns the fields of the `FeaturePyramidTransformer` that a state dict is of.
+  """Returns the fields of the `FeaturePyramidTransformer` of a state dict.
 
   Raises:
-    WeightsError: there is none in it; or `conv_qs` and `conv_ks` hold different things.
+    WeightsError: it contains none; or `conv_qs` and `conv_ks` differ.
   """
   if not is_of(published, prefix):
     keys = ", ".join(sorted(published)[:3])
-    raise WeightsError(f"{source} holds no FPT of the authors' code; its keys begin with {keys}")
+    raise WeightsError(f"{source}: no FPT of the authors' code; first keys: {keys}")
   _check_shared(published, prefix, source)
   mixture = published.get(f"{prefix}st_p5.attention.weight")
   norm = "none"
@@ -176,16 +174,16 @@ def infer_fields(
 
 @dataclasses.dataclass(frozen=True)
 class FptCheckpoint(Checkpoint):
-  """A file with an FPT alone: the model is called with a pyramid.
+  """A file with an FPT only, whose input is a pyramid.
 
   Attributes:
-    channels: of the backbone's maps, from fine to coarse.
+    channels: channels of the backbone's maps, from fine to coarse.
   """
 
   channels: tuple[int, ...] = ()
 
   def example_inputs(self, size: Size) -> tuple[Any, ...]:
-    """Returns a pyramid of the least sizes: parameters do not depend on them."""
+    """Returns a minimal pyramid: parameters do not depend on its size."""
     del size
     sides = [2**level for level in reversed(range(LEVELS))]
     pyramid = [
@@ -198,7 +196,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a state dict of the authors' class.
 
   Raises:
-    WeightsError: there is none in it.
+    WeightsError: it is of something else.
   """
   arrays = published.arrays
   fields = infer_fields(arrays, source=published.path)
@@ -219,14 +217,14 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
-  """Returns the arrays of a detector's neck by path, from a file with the FPT alone or with more.
+  """Returns the arrays of a detector's neck by path, from a file of an FPT or a detector.
 
   Args:
-    path: of the file.
-    shapes: of the neck's variables, by path as in `Checkpoint.table`.
+    path: path of the file.
+    shapes: shapes of the neck's variables by path.
 
   Raises:
-    WeightsError: the file holds no FPT, or another than `shapes` wants.
+    WeightsError: the file contains no FPT, or one of other shapes.
   """
   arrays = read_published(path).arrays
   prefix = "" if is_of(arrays) else BODY
@@ -237,17 +235,15 @@ def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
 
 
 def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "") -> Flat:
-  """Returns an FPT of the official flavour as the authors' code names it.
-
-  PyTorch's counters of batches, which batch norm with a fixed momentum never reads, are zero.
+  """Returns the authors' state dict of an official FPT; PyTorch's batch counters are zero.
 
   Args:
-    variables: by path, as in `Checkpoint.table`.
-    ours: what the FPT's paths begin with; others are left out.
-    prefix: what the keys are to begin with.
+    variables: arrays by path.
+    ours: prefix of the FPT's paths; others are ignored.
+    prefix: prefix of the keys.
 
   Raises:
-    WeightsError: the code has no name for some of them.
+    WeightsError: the code has no name for a variable.
   """
   own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
   with_norm = f"{ours}join_0_norm/scale" in own
@@ -257,21 +253,21 @@ def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "")
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes the FPT, alone or out of a detector, as the authors' class loads it.
+  """Writes an FPT, or that of a detector, for the authors' class.
 
   Args:
-    path: `.safetensors`, else a file of PyTorch's, which must be installed.
-    export: of an FPT, or of a detector with one as its neck.
+    path: path; `.safetensors`, else PyTorch's format.
+    export: export of an FPT, or of a detector with an FPT as neck.
 
   Raises:
-    WeightsError: there is none of the official flavour, with its four levels.
+    WeightsError: it has no official FPT of four levels.
   """
   ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
   if f"{ours}render_1_0/gate_norm/scale" not in export.variables:
-    raise WeightsError("the authors' code has no FPT but that of flavor='official'")
+    raise WeightsError("flavor: the authors' code has no FPT other than flavor='official'")
   arrays = contiguous(state_dict(export.variables, ours))
   if not is_of(arrays):
-    raise WeightsError(f"the authors' code has an FPT of {LEVELS} levels alone")
+    raise WeightsError(f"levels: the authors' code has an FPT of {LEVELS} levels only")
   (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
 
 
@@ -281,6 +277,6 @@ def _check_shared(published: Mapping[str, Array], prefix: str, source: str) -> N
     is_key = key.startswith(prefix) and ".conv_ks." in key
     if is_key and (twin is None or not np.array_equal(array, twin)):
       raise WeightsError(
-        f"{source} does not fit the model; {key} is not what conv_qs holds, though the code shares "
-        "one convolution between the two"
+        f"{source}: {key} differs from conv_qs; expected equal arrays, as the code shares one "
+        "convolution"
       )

@@ -1,8 +1,8 @@
 """State dicts of the official code's detectors: Caffe's ResNet, FPT, adaptive heads.
 
-The keys are Detectron.pytorch's, see `rcnn_detectron`; between "Conv_Body.conv_body." and the heads
-stands the class `FPT`, see `fpt_pt`, below "Conv_Body.". (The code's configs name another class,
-`FPT_s`, which cannot be run: its lateral convolutions do not fit each other.)
+Keys are Detectron.pytorch's (`rcnn.weights_detectron`), with those of the class `FPT`
+(`weights_official`) below "Conv_Body.". The code's configs name another class, `FPT_s`, which does
+not run: its lateral convolutions do not fit each other.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
-from vit_jax_zoo.systems.rcnn.weights_classes import NAMES, with_ids, without_ids
+from vit_jax_zoo.systems.rcnn.weights_detectron import NAMES, with_ids, without_ids
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -24,16 +24,16 @@ from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
 PREPROCESS = Preprocess(
   (1000, 1000), detectron.IMAGE_MEAN, detectron.IMAGE_STD, "shorter_side", "bilinear", max_side=1400
 )
-"""Shorter side 1000, longer at most 1400, as the code's configs test."""
+"""Shorter side 1000, longer at most 1400, as in the code's test configs."""
 COCO_OUTPUTS = 81
-"""Of a detector of COCO's classes, with the background."""
+"""Number of classes of COCO detectors, background included."""
 
 _BODY = f"{fpt_pt.BODY}conv_body."
 _OUTPUTS = {"Box_Outs.cls_score": 1, "Box_Outs.bbox_pred": 4, "Mask_Outs.classify": 1}
 
 
 def rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
-  """Returns the table of an `RCNN` with these fields."""
+  """Returns the key map of an `RCNN` with these fields."""
   convs = fields["box_head"].get("num_convs", 0)
   mask = fields["mask_head"] or {}
   return (
@@ -49,19 +49,19 @@ def rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file holds a detector of the official code's, with its FPT."""
+  """Returns whether a state dict is a detector of the official code with an FPT."""
   return f"{_BODY}res1.conv1.weight" in published and fpt_pt.is_of(published, fpt_pt.BODY)
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `RCNN` that a state dict is of.
+  """Returns the fields of the `RCNN` of a state dict.
 
   Raises:
-    WeightsError: its anchors are others than three at each place.
-    KeyError: an array is missing from which a size is read.
+    WeightsError: it does not have three anchors per position.
+    KeyError: an array whose shape is needed is missing.
   """
   if len(published["RPN.FPN_RPN_cls_score.bias"]) != 3:
-    raise WeightsError(f"{source} has other anchors than three at each place")
+    raise WeightsError(f"{source}: expected three anchors per position")
   neck = fpt_pt.infer_fields(published, prefix=fpt_pt.BODY, source=source)
   width = neck.pop("width")
   box, flat = _box_head(published)
@@ -90,7 +90,7 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 
 def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]:
-  """Returns the box head's fields, and the length of what its first dense layer sees."""
+  """Returns the box head's fields and the input size of its first dense layer."""
   if "Box_Head.fc1.0.0.weight" in published:
     dense, flat = published["Box_Head.fc1.0.0.weight"].shape
     return {"norm": "group_norm", "width": dense}, flat
@@ -112,10 +112,10 @@ def _backbone(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a state dict of the official code's.
+  """Reads a state dict of the official code.
 
   Raises:
-    WeightsError: there is no such detector in it.
+    WeightsError: it is of something else.
   """
   arrays, is_coco = with_ids(published.arrays, _OUTPUTS)
   fields = infer_fields(arrays, published.path)
@@ -134,13 +134,11 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a state dict in the layout of the official code's.
-
-  Statistics of frozen norms go into their scales and biases, which is all that Caffe's have.
+  """Writes a state dict of the official code; frozen norms are folded into scale and bias.
 
   Args:
-    path: `.safetensors`, else a file of PyTorch's, which must be installed.
-    export: of a detector.
+    path: path; `.safetensors`, else PyTorch's format.
+    export: export of a detector.
 
   Raises:
     WeightsError: the official code has no such detector.

@@ -4,6 +4,8 @@ from vit_jax_zoo.registry import Format, System
 
 SYSTEM = System(
   models={"lambda_resnet": "model:LambdaResNet"},
+  variants={"mask_rcnn": "model:DETECTORS"},
+  backbones={"lambda_resnet": "model:LambdaBackbone"},
   formats=(Format("safetensors-timm", "lambda_resnet", "weights_timm", "timm's LambdaResNet"),),
   backbone_readers=("weights_timm:recognize_backbone",),
   published="published:PUBLISHED",

@@ -95,6 +95,19 @@ VARIANTS: dict[str, dict[str, Any]] = (
 )
 """Fields of `LambdaResNet` by model name."""
 
+DETECTORS: dict[str, dict[str, Any]] = {
+  f"mask_rcnn_lambda_resnet_{depth}": {
+    "backbone_kind": "lambda_resnet",
+    "backbone": {**VARIANTS[f"lambda_resnet_{depth}"], "norm": "batch_norm"},
+    "neck": "fpn",
+    "neck_fields": {"norm": "batch_norm"},
+    "convention": "detectron2",
+    "mask_head": {},
+  }
+  for depth in (101, 152)
+}
+"""Detectors of the paper's COCO experiment: fields of Mask R-CNN by model name."""
+
 SHARDING_RULES = (
   (r".*/(bias|scale|position_bias)", ()),
   (r".*/position_embedding", ()),
@@ -218,3 +231,14 @@ class LambdaResNet(ResNet):
           raise ValueError(
             f"lambda_blocks: block {index} of {stage}; it has blocks 0 to {count - 1}"
           )
+
+
+class LambdaBackbone(LambdaResNet):
+  """A LambdaResNet without classifier, which returns its feature pyramid."""
+
+  @nn.compact
+  def __call__(
+    self, images: Float[Array, "b h w c"], *, train: bool = False
+  ) -> dict[str, Float[Array, "b _ _ _"]]:
+    """Returns the outputs of the stages, "c2" to "c5"."""
+    return self.pyramid(images, train=train)

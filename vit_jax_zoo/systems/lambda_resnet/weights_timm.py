@@ -1,6 +1,6 @@
-"""timm's LambdaResNet checkpoints: `timm/lambda_resnet26t.c1_in1k` and its sisters, by key.
+"""timm's LambdaResNet checkpoints, such as `timm/lambda_resnet26t.c1_in1k`.
 
-Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+Paths are relative to `params`; those of running statistics begin with "batch_stats/".
 """
 
 import re
@@ -33,7 +33,7 @@ from vit_jax_zoo.weights.torch_layouts import COUNTER, batch_counters, batch_nor
 
 
 def _transposed(*axes: int) -> Transform:
-  """A change of the axes' order; arrays of another rank pass, and fail by their shape."""
+  """Permutes axes; arrays of another rank pass unchanged, and fail the shape check."""
   back = tuple(int(axis) for axis in np.argsort(axes))
   return Transform(
     lambda array, _: array.transpose(axes) if array.ndim == len(axes) else array,
@@ -42,7 +42,7 @@ def _transposed(*axes: int) -> Transform:
 
 
 def _with_unit_axes(inner: Transform, *unit_axes: int) -> Transform:
-  """A transform after axes of length 1 have been dropped from the published array."""
+  """Drops axes of length 1 from the published array, then applies `inner`."""
 
   def read_array(array: Array, shape: tuple[int, ...]) -> Array:
     fits = array.ndim > max(unit_axes) and all(array.shape[axis] == 1 for axis in unit_axes)
@@ -56,11 +56,11 @@ CONVOLUTION = _transposed(2, 3, 1, 0)
 """[out in h w] <-> [h w in out]."""
 POINTWISE = _with_unit_axes(DENSE, 2, 3)
 SCOPE = _with_unit_axes(CONVOLUTION, 4)
-"""A position convolution, [k u h w 1] <-> [h w u k]."""
+"""Position convolution, [k u h w 1] <-> [h w u k]."""
 TABLE_OF_OFFSETS = Transform(
   lambda array, _: array[:, :, None] if array.ndim == 3 else array, lambda array: array[:, :, 0]
 )
-"""A relative position table, [h w k] <-> [h w 1 k]."""
+"""Relative position table, [h w k] <-> [h w 1 k]."""
 
 
 def _conv_norm_rows(published: str, ours: str) -> list[Row]:
@@ -118,7 +118,7 @@ IGNORE = (rf".*\.{COUNTER}",)
 
 
 def is_of(arrays: Mapping[str, Array]) -> bool:
-  """Tells whether a file's keys are those of one of timm's networks with lambda layers."""
+  """Returns whether a state dict is one of timm's networks with lambda layers."""
   has_stem = any(re.match(r"stem\.conv\d\.", key) for key in arrays)
   return has_stem and any(".self_attn.norm_v." in key for key in arrays)
 
@@ -131,21 +131,21 @@ def recognize_backbone(arrays: Mapping[str, Array]) -> Backbone | None:
 
 
 class LambdaCheckpoint(Checkpoint):
-  """What is returned: tables of offsets stay those of the map for which they were made."""
+  """A timm LambdaResNet; relative position tables keep the map size that they were made for."""
 
   def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns an image of the size that the tables are for: see `LambdaLayer` on other maps."""
+    """Returns an image of the size that the relative position tables were made for."""
     return super().example_inputs(_size_of_tables(self.arrays) or size)
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a file, and the `config.json` beside it if there is one, for the preprocessing.
+  """Reads a file, and the preprocessing from its `config.json` if there is one.
 
   Raises:
-    WeightsError: there is none of timm's LambdaResNets in it.
+    WeightsError: it is of something else.
   """
   fields = infer_fields(published.arrays, published.path)
-  # timm's cards: 256 pixels, bicubic, of which the middle 94 % (50ts: 95 %) are seen.
+  # timm's model cards: 256 pixels, bicubic, center crop of 94 % (50ts: 95 %).
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
   settings = timm_config.read(
     published, size=(256, 256), mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_pct=crop_pct
@@ -170,7 +170,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def _size_of_tables(arrays: Mapping[str, Array]) -> tuple[int, int] | None:
-  """Returns the images' size for which tables of offsets were made: stage 2 is at 1/16 of it."""
+  """Returns the image size of the relative position tables: stage 2 has stride 16."""
   for key, array in arrays.items():
     if re.match(r"stages\.2\..*\.self_attn\.pos_emb", key) and array.ndim == 3:
       return 8 * (array.shape[0] + 1), 8 * (array.shape[1] + 1)
@@ -178,7 +178,7 @@ def _size_of_tables(arrays: Mapping[str, Array]) -> tuple[int, int] | None:
 
 
 VARIANT_WIDTH = 64
-"""Of the bottlenecks in the first stage, where nothing is scaled."""
+"""Bottleneck width of the first stage at width_factor 1."""
 
 _ARCHITECTURES = ("lambda_resnet26t", "lambda_resnet26rpt_256", "lambda_resnet50ts")
 
@@ -212,7 +212,7 @@ def write_checkpoint(path: str, export: Export) -> None:
 _LAYER = {
   "receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head", "qkv_bias": "qkv_bias"
 }  # fmt: skip
-"""Fields of our lambda layer -> arguments of timm's."""
+"""Field of `LambdaLayer` -> argument of timm's layer."""
 
 
 def _layer_field(fields: Mapping[str, Any], name: str) -> Any:
@@ -220,7 +220,7 @@ def _layer_field(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def _is_like(fields: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
-  """Tells whether fields are a variant's, up to widths and the number of classes."""
+  """Returns whether fields are a variant's, apart from widths and number of classes."""
   layer = fields["lambda_layer"] or {}
   scope = variant["lambda_layer"]
   same = all(
@@ -244,15 +244,15 @@ def _chosen(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
 def read_variables(
   published: Mapping[str, Array], variables: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Brings a state dict into the structure of a model's variables.
+  """Converts a state dict to a model's variables.
 
   Args:
-    published: by timm's keys.
-    variables: the model's `params` and `batch_stats`, as arrays or shapes.
-    source: the file's name, for the message.
+    published: timm's state dict.
+    variables: the model's `params` and `batch_stats`, arrays or shapes.
+    source: name of the file, for error messages.
 
   Raises:
-    WeightsError: the arrays do not fit the model; all that is wrong is listed.
+    WeightsError: the arrays do not fit the model; lists all differences.
   """
   shapes = {path: tuple(leaf.shape) for path, leaf in _flatten(variables).items()}
   flat = read(published, table_of(published), shapes, source=source, ignore=IGNORE)
@@ -264,12 +264,10 @@ def read_variables(
 
 
 def write_variables(variables: Mapping[str, Any]) -> Flat:
-  """Returns `params` and `batch_stats` as timm's state dict.
-
-  PyTorch's counters of batches, which batch norm with a fixed momentum never reads, are zero.
+  """Returns `params` and `batch_stats` as timm's state dict; PyTorch's batch counters are zero.
 
   Raises:
-    WeightsError: timm has no name for some of them.
+    WeightsError: timm has no name for a variable.
   """
   return write_flat({path: np.asarray(array) for path, array in _flatten(variables).items()})
 
@@ -282,13 +280,12 @@ def write_flat(flat: Mapping[str, Array]) -> Flat:
 
 
 def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
-  """Returns the fields of the `LambdaResNet` that a state dict is of.
+  """Returns the fields of the `LambdaResNet` of a state dict.
 
-  Sizes are read from the arrays. The activation leaves no trace there: it is that of timm's model
-  with the same blocks.
+  The activation is that of timm's model with the same blocks.
 
   Raises:
-    WeightsError: there is none of timm's LambdaResNets in the file.
+    WeightsError: it is none of timm's LambdaResNets.
   """
   blocks, lambda_blocks = _layout(published)
   for name, fields in VARIANTS.items():
@@ -298,7 +295,7 @@ def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
       break
   else:
     keys = ", ".join(sorted(published)[:3])
-    raise WeightsError(f"{source} holds no LambdaResNet of timm's; its keys begin with {keys}")
+    raise WeightsError(f"{source}: none of timm's LambdaResNets; first keys: {keys}")
   return {
     **fields,
     "num_classes": outputs_of(published, "head.fc"),
@@ -312,7 +309,7 @@ def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
 
 
 def _outputs_of(published: Mapping[str, Array], layer: str) -> int | None:
-  """Returns how many channels a convolution with batch norm has, by a pattern of its name."""
+  """Returns the output channels of a convolution with batch norm whose name matches."""
   return side(published, (rf"{layer}\.conv\.weight", 4, 0), (rf"{layer}\.bn\.\w+", 1, 0))
 
 
@@ -330,7 +327,7 @@ def _infer_lambda_layer(published: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _layout(published: Mapping[str, Array]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-  """Returns the number of blocks in each stage, and which of them have a lambda layer."""
+  """Returns the number of blocks of each stage, and the indices of those with a lambda layer."""
   found: dict[int, dict[int, bool]] = {stage: {} for stage in range(4)}
   for key in published:
     if match := re.match(r"stages\.([0-3])\.(\d+)\.", key):
@@ -347,7 +344,7 @@ def _has_scope(published: Mapping[str, Array]) -> bool:
 
 
 def table_of(published: Mapping[str, Array]) -> tuple[Row, ...]:
-  """Returns the rows between a file's keys and the paths of a `LambdaResNet`."""
+  """Returns the key map of a state dict."""
   return TABLE if _has_scope(published) else RELATIVE_TABLE
 
 

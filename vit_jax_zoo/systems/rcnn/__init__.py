@@ -6,6 +6,7 @@ SYSTEM = System(
   models={"faster_rcnn": "model:RCNN", "mask_rcnn": "model:RCNN"},
   tasks={"instance_detection": "task:InstanceDetection"},
   predictors={"instance_detection": "predictor:InstancePredictor"},
+  necks={"fpn": "heads:FeaturePyramid", "bfp": "heads:BottomUpPyramid"},
   formats=(Format("pth-torchvision", "faster_rcnn", "weights_torchvision", "torchvision's R-CNN"),),
   backbone_readers=("weights_detectron:recognize_backbone",),
 )

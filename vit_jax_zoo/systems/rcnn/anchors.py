@@ -1,25 +1,82 @@
-"""Anchors: the boxes that a region proposal network starts from, alike at every place of a map.
+"""Boxes of R-CNN: conventions, coding, anchors, and the assignment of targets to them.
 
-Ren et al., arXiv:1506.01497, section 3.1; one size for each level of a pyramid: Lin et al.,
-arXiv:1612.03144, section 4.1. Boxes are (left, top, right, bottom) in pixels of the image, right
-and bottom behind the last pixel.
+Ren et al., arXiv:1506.01497, section 3.1; one anchor size per pyramid level: Lin et al.,
+arXiv:1612.03144, section 4.1. Boxes are (left, top, right, bottom) in pixels of the image; right
+and bottom are exclusive.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.ops.boxes import box_area, pairwise_iou
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+  """Details in which implementations differ; weights need those that they were trained with.
+
+  Attributes:
+    anchors: see `cell_anchors`.
+    aligned: of RoIAlign, see `roi_align`.
+    inclusive_boxes: RoIAlign gets boxes whose right and bottom are their last pixel.
+    inclusive_threshold: NMS also suppresses at an IoU equal to the threshold.
+    min_clipped_size: size in pixels that clipping leaves of a box outside the image.
+    min_proposal_size: proposals with a smaller side, in pixels, are dropped.
+    min_detection_size: detections with a smaller side, in pixels, are dropped.
+  """
+
+  anchors: str
+  aligned: bool
+  inclusive_boxes: bool = False
+  inclusive_threshold: bool = False
+  min_clipped_size: int = 0
+  min_proposal_size: float = 0.0
+  min_detection_size: float = 0.0
+
+  @property
+  def mask_paste(self) -> str:
+    """Convention of `ops.mask_paste`."""
+    return "detectron" if self.inclusive_boxes else "exact"
+
+
+CONVENTIONS = {
+  # Girshick et al., 2018, and its successors, the official code of FPT among them.
+  "detectron": Convention(
+    "detectron", aligned=False, inclusive_boxes=True, inclusive_threshold=True, min_clipped_size=1
+  ),
+  "torchvision": Convention(
+    "torchvision", aligned=False, min_proposal_size=1e-3, min_detection_size=1e-2
+  ),
+  "detectron2": Convention("detectron2", aligned=True),
+}
+
+
+def find_convention(name: str) -> Convention:
+  """Returns the convention of this name.
+
+  Raises:
+    ValueError: it is unknown.
+  """
+  if name not in CONVENTIONS:
+    raise ValueError(unknown_name("convention", name, CONVENTIONS))
+  return CONVENTIONS[name]
+
 
 Weights: TypeAlias = tuple[float | int, float | int, float | int, float | int]
-"""What the four deltas are multiplied by, so that a network has to learn numbers of order 1."""
+"""Factors of the four deltas, which bring them to the order of 1."""
 
 LOG_SIZE_LIMIT = math.log(1000 / 16)
-"""The largest growth, as a logarithm, that a delta may bring about."""
+"""Upper bound of a delta's log growth."""
 
-_LEAST_SIDE = 1e-6  # pixels: boxes without a side (in padding) are coded by finite numbers
+_MIN_SIDE = 1e-6  # pixels: deltas of empty boxes (in padding) are finite
 
 
 def encode_boxes(
@@ -27,16 +84,16 @@ def encode_boxes(
   references_xyxy: Float[Array, "*#n 4"],
   weights: Weights = (1, 1, 1, 1),
 ) -> Float[Array, "*#n 4"]:
-  """Returns the deltas that take the references to the boxes.
+  """Returns the deltas from references to boxes.
 
-  (x - x_r) / w_r, (y - y_r) / h_r, log(w / w_r), log(h / h_r), times the weights; x and y are
-  centres.
+  (x - x_r) / w_r, (y - y_r) / h_r, log(w / w_r), log(h / h_r) of the centres and sizes, times the
+  weights.
   """
   center, size = _center_size(boxes_xyxy)
   reference_center, reference_size = _center_size(references_xyxy)
-  reference_size = jnp.maximum(reference_size, _LEAST_SIDE)
+  reference_size = jnp.maximum(reference_size, _MIN_SIDE)
   shift = (center - reference_center) / reference_size
-  growth = jnp.log(jnp.maximum(size, _LEAST_SIDE) / reference_size)
+  growth = jnp.log(jnp.maximum(size, _MIN_SIDE) / reference_size)
   deltas = jnp.concatenate([shift, growth], axis=-1)
   return deltas * _expanded(weights, deltas)
 
@@ -46,9 +103,9 @@ def decode_boxes(
   references_xyxy: Float[Array, "*#n 4"],
   weights: Weights = (1, 1, 1, 1),
 ) -> Float[Array, "*#n 4"]:
-  """Returns the boxes that the deltas make of the references; the inverse of `encode_boxes`.
+  """Returns the boxes at the deltas from the references; the inverse of `encode_boxes`.
 
-  A growth of more than 1000/16 counts as that: early in training exp would overflow.
+  Growth is limited to 1000/16: early in training exp would overflow.
   """
   deltas = deltas / _expanded(weights, deltas)
   reference_center, reference_size = _center_size(references_xyxy)
@@ -61,30 +118,29 @@ def clip_boxes(
   boxes_xyxy: Float[Array, "*b n 4"],
   image_size: Num[Array, "*b 2"],
   *,
-  least_side: float | int = 0,
+  min_size: float | int = 0,
 ) -> Float[Array, "*b n 4"]:
-  """Returns the boxes' parts inside the images.
+  """Returns the boxes clipped to the images.
 
   Args:
-    boxes_xyxy: in pixels.
+    boxes_xyxy: boxes in pixels.
     image_size: height and width in pixels.
-    least_side: what is left of a box beside the image. Detectron's clipping leaves 1 pixel, the
-      nearest one; others nothing.
+    min_size: size that remains of a box outside the image: 1 pixel in Detectron, else 0.
   """
   height, width = jnp.moveaxis(image_size.astype(boxes_xyxy.dtype), -1, 0)
   limits = jnp.stack([width, height], axis=-1)[..., None, :]
-  low = jnp.clip(boxes_xyxy[..., :2], 0, limits - least_side)
-  high = jnp.clip(boxes_xyxy[..., 2:], least_side, limits)
+  low = jnp.clip(boxes_xyxy[..., :2], 0, limits - min_size)
+  high = jnp.clip(boxes_xyxy[..., 2:], min_size, limits)
   return jnp.concatenate([low, high], axis=-1)
 
 
 def inclusive(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
-  """Returns boxes that end on their last pixel, as Detectron has them."""
+  """Returns boxes with inclusive right and bottom, as in Detectron."""
   return jnp.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - 1], axis=-1)
 
 
 def exclusive(inclusive_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
-  """Returns boxes that end behind their last pixel; the inverse of `inclusive`."""
+  """Returns boxes with exclusive right and bottom; the inverse of `inclusive`."""
   return jnp.concatenate([inclusive_xyxy[..., :2], inclusive_xyxy[..., 2:] + 1], axis=-1)
 
 
@@ -106,19 +162,17 @@ def cell_anchors(
   *,
   convention: str = "torchvision",
 ) -> Float[np.ndarray, "a 4"]:
-  """Returns the anchors of a map's first place: all sizes of one ratio before the next ratio.
+  """Returns the anchors of a map's first position, ordered by ratio, then size.
 
-  In Detectron2 it is all ratios of one size before the next size. (Most networks have one size for
-  each level; with more, the order tells which output of the first stage is which anchor's.)
+  Detectron2 orders by size, then ratio.
 
   Args:
-    stride: pixels between two places.
-    sizes: square root of the anchors' area, in pixels.
+    stride: stride of the map in pixels.
+    sizes: square root of the anchors' area in pixels.
     aspect_ratios: height / width.
-    convention: "torchvision": around the corner of the image, corners rounded to whole pixels;
-      "detectron2": the same without rounding; "detectron": around the middle of the first
-      stride x stride pixels, sides rounded for an anchor of that size and then scaled, so that
-      areas differ a little from ratio to ratio.
+    convention: "torchvision": centred at the image's corner, rounded to whole pixels; "detectron2":
+      the same without rounding; "detectron": centred in the first stride x stride pixels, sides
+      rounded at that size and then scaled, so that areas differ slightly between ratios.
   """
   ratios = np.asarray(aspect_ratios, np.float64)[:, None]
   scales = np.asarray(sizes, np.float64)[None]
@@ -127,8 +181,7 @@ def cell_anchors(
     heights = np.round(widths * ratios)
     half = np.stack([scales / stride * widths, scales / stride * heights], axis=-1)
     half = half.reshape(-1, 2) / 2
-    # The middle of pixels 0 ... stride - 1 where a pixel's place is its own middle; then the box
-    # ends on a pixel, here behind it.
+    # Centre of pixels 0 ... stride - 1, which have integer positions; boxes are then inclusive.
     center = (stride - 1) / 2
     return np.concatenate([center - half + 0.5, center + half + 0.5], axis=1)
   roots = np.sqrt(ratios)
@@ -145,15 +198,15 @@ def anchor_steps(
   *,
   convention: str = "torchvision",
 ) -> list[tuple[int, int]]:
-  """Returns the pixels between two rows and between two columns of each level's anchors.
+  """Returns the pixels between rows and between columns of each level's anchors.
 
-  They are the strides, except beyond the backbone in torchvision: that divides the image's sides by
-  the map's, rounded down, so that after an odd side, halved and rounded up, places lie closer.
+  They are the strides, except for torchvision's extra levels: it divides the image's sides by the
+  map's, rounded down, which is less than the stride if sides were rounded up.
 
   Args:
     map_sizes: heights and widths, finest level first.
-    strides: of the levels.
-    own_levels: how many of them are the backbone's.
+    strides: strides of the levels.
+    own_levels: number of levels from the backbone.
     convention: see `cell_anchors`.
   """
   steps = [(stride, stride) for stride in strides]
@@ -166,12 +219,12 @@ def anchor_steps(
 def grid_anchors(
   cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], stride: int | tuple[int, int]
 ) -> Float[Array, "n 4"]:
-  """Returns the anchors of all places of a map: row by row, and those of one place together.
+  """Returns the anchors of all positions of a map in row-major order.
 
   Args:
-    cell: as `cell_anchors` gives them.
+    cell: anchors of the first position.
     map_size: height and width.
-    stride: pixels between two places; or between two rows and between two columns.
+    stride: pixels between positions, or (between rows, between columns).
   """
   steps = (stride, stride) if isinstance(stride, int) else stride
   rows, columns = (
@@ -193,7 +246,7 @@ def pyramid_anchors(
   """Returns the anchors of every level of a pyramid, from fine to coarse.
 
   Args:
-    cells: of each level, as `cell_anchors` gives them.
+    cells: anchors of each level's first position.
     map_sizes: see `anchor_steps`.
     strides: see `anchor_steps`.
     own_levels: see `anchor_steps`.
@@ -207,7 +260,150 @@ def pyramid_anchors(
 def inside_images(
   anchors_xyxy: Float[Array, "n 4"], image_size: Num[Array, "b 2"]
 ) -> Bool[Array, "b n"]:
-  """Returns which anchors do not cross the border of each image; sizes are heights and widths."""
+  """Returns which anchors lie entirely inside each image; sizes are heights and widths."""
   limits = image_size.astype(anchors_xyxy.dtype)[:, None, ::-1]
   starts = jnp.all(anchors_xyxy[:, :2] >= 0, axis=1)[None]
   return starts & jnp.all(anchors_xyxy[None, :, 2:] <= limits, axis=2)
+
+
+CROWD_FRACTION = 0.7
+"""Detectron's CROWD_FILTER_THRESH."""
+
+
+class Assignment(NamedTuple):
+  """Assignment of n boxes; boxes that are neither foreground nor background are ignored."""
+
+  foreground: Bool[Array, " n"]
+  background: Bool[Array, " n"]
+  target: Int[Array, " n"]  # index of the target with the highest IoU
+
+
+class Sample(NamedTuple):
+  """Sampled boxes: foreground, then background, then padding."""
+
+  index: Int[Array, " count"]
+  exists: Bool[Array, " count"]
+  foreground: Bool[Array, " count"]
+
+
+def assign_anchors(
+  anchors_xyxy: Float[Array, "n 4"],
+  targets_xyxy: Float[Array, "t 4"],
+  is_target: Bool[Array, " t"],
+  *,
+  valid: Bool[Array, " n"] | None = None,
+  fg_iou_thresh: float = 0.7,
+  bg_iou_thresh: float = 0.3,
+) -> Assignment:
+  """Assigns anchors to targets or background.
+
+  Foreground: IoU of at least `fg_iou_thresh` with a target, or the highest IoU of a target with any
+  anchor (all ties), so that every target has one. Background: below `bg_iou_thresh` with all.
+
+  Args:
+    anchors_xyxy: anchors in pixels.
+    targets_xyxy: targets in pixels; padding has any value.
+    is_target: False for padding.
+    valid: anchors that take part; default: all.
+    fg_iou_thresh: minimum IoU of foreground.
+    bg_iou_thresh: upper bound of the IoU of background.
+  """
+  valid = jnp.ones(len(anchors_xyxy), bool) if valid is None else valid
+  overlap = _overlap(anchors_xyxy, targets_xyxy, is_target)
+  overlap = jnp.where(valid[:, None], overlap, 0)
+  most, target = _best(overlap)
+  best_of_target = jnp.max(overlap, axis=0, initial=0)[None]
+  is_best = jnp.any((overlap == best_of_target) & (overlap > 0), axis=1)
+  foreground = (most >= fg_iou_thresh) | is_best
+  return Assignment(foreground & valid, (most < bg_iou_thresh) & ~foreground & valid, target)
+
+
+def assign_proposals(
+  proposals_xyxy: Float[Array, "n 4"],
+  targets_xyxy: Float[Array, "t 4"],
+  is_target: Bool[Array, " t"],
+  *,
+  valid: Bool[Array, " n"],
+  fg_iou_thresh: float = 0.5,
+  is_crowd: Bool[Array, " t"] | None = None,
+) -> Assignment:
+  """Assigns proposals to targets or background.
+
+  Args:
+    proposals_xyxy: proposals in pixels.
+    targets_xyxy: targets in pixels; padding has any value.
+    is_target: False for padding and crowds.
+    valid: False for padding.
+    fg_iou_thresh: minimum IoU of foreground; the others are background.
+    is_crowd: True for crowds. Boxes with more than 0.7 of their area in a crowd are ignored.
+  """
+  most, target = _best(_overlap(proposals_xyxy, targets_xyxy, is_target))
+  foreground = most >= fg_iou_thresh
+  background = ~foreground
+  if is_crowd is not None:
+    inside = _fraction_inside(proposals_xyxy, targets_xyxy)
+    background &= ~jnp.any((inside > CROWD_FRACTION) & is_crowd[None], axis=1)
+  return Assignment(foreground & valid, background & valid, target)
+
+
+def sample_boxes(
+  rng: jax.Array, assignment: Assignment, count: int, positive_fraction: float
+) -> Sample:
+  """Samples boxes without replacement.
+
+  Args:
+    rng: PRNG key.
+    assignment: assignment of the boxes.
+    count: number of boxes; padded if there are fewer.
+    positive_fraction: maximum fraction of foreground; background fills up.
+  """
+  keys = jax.random.uniform(rng, (2, len(assignment.target)))
+  most = round(count * positive_fraction)
+  foreground, is_foreground = top_k(keys[0], assignment.foreground, most)
+  background, is_background = top_k(keys[1], assignment.background, count)
+  is_background &= jnp.arange(count) < count - jnp.sum(is_foreground)
+  index = jnp.concatenate([foreground, background])
+  exists = jnp.concatenate([is_foreground, is_background])
+  order = jnp.argsort(~exists, stable=True)[:count]
+  drawn_foreground = jnp.concatenate([is_foreground, jnp.zeros_like(is_background)])
+  return Sample(index[order], exists[order], drawn_foreground[order])
+
+
+def _overlap(
+  boxes: Float[Array, "n 4"], targets: Float[Array, "t 4"], is_target: Bool[Array, " t"]
+) -> Float[Array, "n t"]:
+  return jnp.where(is_target[None], pairwise_iou(boxes, targets), 0)
+
+
+def _best(overlap: Float[Array, "n t"]) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
+  if not overlap.shape[1]:
+    return jnp.zeros(len(overlap)), jnp.zeros(len(overlap), jnp.int32)
+  return jnp.max(overlap, axis=1), jnp.argmax(overlap, axis=1).astype(jnp.int32)
+
+
+def _fraction_inside(
+  boxes: Float[Array, "n 4"], others: Float[Array, "t 4"]
+) -> Float[Array, "n t"]:
+  """Returns the fraction of each box's area inside each of the others."""
+  low = jnp.maximum(boxes[:, None, :2], others[None, :, :2])
+  high = jnp.minimum(boxes[:, None, 2:], others[None, :, 2:])
+  common = box_area(jnp.concatenate([low, high], axis=-1))
+  area = box_area(boxes)[:, None]
+  return jnp.where(area > 0, common / jnp.where(area > 0, area, 1), 0)
+
+
+def top_k(
+  scores: Float[Array, " n"], keep: Bool[Array, " n"], count: int
+) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
+  """Returns the indices of the `count` highest scores to keep, and which of these exist.
+
+  Args:
+    scores: scores; of ties the earlier comes first.
+    keep: candidates.
+    count: length of the result; padded if there are fewer.
+  """
+  available = min(count, len(scores))
+  best, index = jax.lax.top_k(jnp.where(keep, scores, -jnp.inf), available)
+  exists = keep[index] & (best > -jnp.inf)
+  missing = count - available
+  return jnp.pad(index, (0, missing)), jnp.pad(exists, (0, missing))

@@ -1,11 +1,9 @@
-"""The heads of R-CNN: what the network says of each place, each box, and each pixel of a box.
+"""Neck and heads of R-CNN: feature pyramid, region proposals, boxes and masks.
 
-Two kinds of box and mask heads. The standard ones see a box in one level of the pyramid
-(arXiv:1612.03144, arXiv:1703.06870). The adaptive ones see it in every level, each through a first
-layer of its own, and take the larger answer, feature by feature (Liu et al., arXiv:1803.01534,
-section 3.2); they are the ones of the official code of FPT.
-
-Crops come as a sequence of [b r s s c]: one for each level that is seen, finest first.
+Box and mask heads pool a box either from one level of the pyramid (arXiv:1612.03144,
+arXiv:1703.06870), or, adaptive, from all levels: each level has its own first layer, whose outputs
+are combined by an elementwise maximum (Liu et al., arXiv:1803.01534, section 3.2; the official code
+of FPT). Their input is a sequence of [b r s s c], one per pooled level, finest first.
 """
 
 from collections.abc import Sequence
@@ -15,19 +13,89 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.nn.init import kaiming_normal, kaiming_uniform
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
+from vit_jax_zoo.ops.resize import resize_nearest
+from vit_jax_zoo.ops.sharding import shard_batch
+
+
+class FeaturePyramid(nn.Module):
+  """Feature pyramid network: 1x1 convolutions, top-down path, 3x3 convolutions.
+
+  Lin et al., arXiv:1612.03144, section 3. Levels are numbered from the finest, 0: `lateral_0`,
+  `output_0`.
+
+  Attributes:
+    width: output channels.
+    top_down: adds the upsampled coarser level to each level.
+    norm: "none" (convolutions then have a bias) or a name of `norm_factory`.
+    drop_block_rate: DropBlock rate on the outputs in training. Ghiasi et al., arXiv:1810.12890.
+    drop_block_size: side of DropBlock's squares.
+    dtype: dtype of the computation.
+  """
+
+  width: int = 256
+  top_down: bool = True
+  norm: str = "none"
+  drop_block_rate: float = 0.0
+  drop_block_size: int = 3
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, pyramid: Sequence[Float[Array, "b _ _ _"]], *, train: bool = False
+  ) -> tuple[Float[Array, "b _ _ d"], ...]:
+    """Returns one map of `width` channels per level, of the level's size.
+
+    Args:
+      pyramid: maps from fine to coarse.
+      train: training mode of norms and DropBlock ("dropout" stream).
+    """
+    inner: list[Array] = []
+    for level, features in reversed(list(enumerate(pyramid))):
+      x = self._conv(f"lateral_{level}", features, 1, train=train)
+      if self.top_down and inner:
+        x = x + resize_nearest(inner[0], (x.shape[1], x.shape[2]))
+      inner.insert(0, shard_batch(x))
+    results = []
+    for level, x in enumerate(inner):
+      x = self._conv(f"output_{level}", x, 3, train=train)
+      drop = DropBlock(self.drop_block_rate, self.drop_block_size, name=f"drop_block_{level}")
+      results.append(shard_batch(drop(x, train=train)))
+    return tuple(results)
+
+  def _conv(
+    self, name: str, x: Float[Array, "b h w c"], size: int, *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    x = nn.Conv(
+      self.width,
+      (size, size),
+      use_bias=self.norm == "none",
+      kernel_init=kaiming_uniform,
+      dtype=self.dtype,
+      name=name,
+    )(x)
+    if self.norm != "none":
+      x = norm_factory(self.norm, dtype=self.dtype)(name=f"{name}_norm")(x, train=train)
+    return x
+
+
+class BottomUpPyramid(FeaturePyramid):
+  """The pyramid without top-down path, the baseline of arXiv:2007.09451."""
+
+  top_down: bool = False
 
 
 class RegionProposalHead(nn.Module):
-  """Says of every anchor how much it looks like an object, and which box is a better one.
+  """Objectness and box deltas of every anchor; shared by all levels.
 
-  Ren et al., arXiv:1506.01497, section 3.1. One head for all levels.
+  Ren et al., arXiv:1506.01497, section 3.1.
 
   Attributes:
-    num_anchors: at each place, a.
-    dtype: of the convolutions; results are float32.
+    num_anchors: anchors per position.
+    dtype: dtype of the convolutions; outputs are float32.
   """
 
   num_anchors: int
@@ -37,7 +105,7 @@ class RegionProposalHead(nn.Module):
   def __call__(
     self, pyramid: Sequence[Float[Array, "b _ _ d"]]
   ) -> tuple[Float[Array, "b n"], Float[Array, "b n 4"]]:
-    """Returns logits and deltas of the anchors of all levels, finest first, row by row."""
+    """Returns logits and deltas of all anchors, finest level first, in row-major order."""
     init = nn.initializers.normal(0.01)
 
     def conv(features: int, size: int, name: str) -> nn.Module:
@@ -61,11 +129,11 @@ class RegionProposalHead(nn.Module):
 
 
 class _Head(nn.Module):
-  """Layers that box and mask heads share.
+  """Layers of box and mask heads.
 
   Attributes:
-    norm: "none" (convolutions then have a bias), or a name that `norm_factory` knows.
-    dtype: of the computation.
+    norm: "none" (convolutions then have a bias) or a name of `norm_factory`.
+    dtype: dtype of the computation.
   """
 
   norm: str = "none"
@@ -91,24 +159,21 @@ class _Head(nn.Module):
 
 
 def _each_box(crops: Float[Array, "b r s s c"]) -> Float[Array, "n s s c"]:
-  """Makes every box an example: norms are taken over one box alone."""
+  """Makes every box an example; norms are computed per box."""
   return crops.reshape(-1, *crops.shape[2:])
 
 
 class BoxHead(_Head):
-  """Describes each box by a vector: convolutions, if any, then dense layers.
+  """Feature vector of each box: convolutions, if any, then dense layers.
 
-  With no convolutions and two dense layers: Lin et al.'s. The official code's are adaptive, with
-  group norms: `roi_2mlp_head_gn_fptnet` is this one, `roi_Xconv1fc_gn_head_fptnet` has four
-  convolutions and one dense layer.
-
-  The layer that is first is called `first_<level>` where it is adaptive, else `conv_0` or
-  `dense_0`.
+  Default: no convolutions, two dense layers (Lin et al.; torchvision). FPT's official heads are
+  adaptive with group norm: `roi_2mlp_head_gn_fptnet` is the default, `roi_Xconv1fc_gn_head_fptnet`
+  has four convolutions and one dense layer. Adaptive first layers are named `first_<level>`.
 
   Attributes:
-    num_convs: 3x3 convolutions, of as many channels as the pyramid has.
-    num_dense: dense layers. They have the norm as well if there are no convolutions.
-    width: of the dense layers.
+    num_convs: number of 3x3 convolutions, with the pyramid's channels.
+    num_dense: number of dense layers; they have the norm if there are no convolutions.
+    width: channels of the dense layers.
   """
 
   num_convs: int = 0
@@ -119,13 +184,13 @@ class BoxHead(_Head):
   def __call__(
     self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
   ) -> Float[Array, "b r f"]:
-    """Returns the vectors."""
+    """Returns the feature vectors."""
     check_positive(self, "width")
     check_not_negative(self, "num_convs", "num_dense")
     batch, boxes = crops[0].shape[:2]
     adaptive = len(crops) > 1
     if adaptive and not self.num_convs + self.num_dense:
-      raise ValueError("an adaptive box head needs a layer; give it num_convs or num_dense")
+      raise ValueError("box_head: an adaptive head needs num_convs or num_dense")
     inputs = [_each_box(x) for x in crops]
     convs = [f"conv_{i}" for i in range(self.num_convs)]
     denses = [f"dense_{i}" for i in range(self.num_dense)]
@@ -152,11 +217,11 @@ class BoxHead(_Head):
 
 
 class BoxOutputs(nn.Module):
-  """Class and box of each described box.
+  """Class logits and box deltas.
 
   Attributes:
-    num_classes: without the background.
-    dtype: of the products; results are float32.
+    num_classes: number of classes without the background.
+    dtype: dtype of the products; outputs are float32.
   """
 
   num_classes: int
@@ -166,7 +231,7 @@ class BoxOutputs(nn.Module):
   def __call__(
     self, x: Float[Array, "b r f"]
   ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k 4"]]:
-    """Returns logits and deltas by class; the last class is the background."""
+    """Returns logits and deltas per class; the last class is the background."""
     count = self.num_classes + 1
 
     def dense(features: int, deviation: float, name: str) -> Array:
@@ -179,20 +244,18 @@ class BoxOutputs(nn.Module):
 
 
 class MaskHead(_Head):
-  """Masks of each box, one for every class. He et al., arXiv:1703.06870, figure 4, right.
+  """One mask per class for each box. He et al., arXiv:1703.06870, figure 4, right.
 
-  Convolutions, a doubling of the size, and 1x1 convolutions to the classes. With `fused` a second
-  branch sees the whole box through a dense layer and adds what is said of all classes alike
-  (arXiv:1803.01534, section 3.3); the official code's `v1up4convs_gn_adp_ff` is the adaptive, fused
-  one with group norms.
+  Convolutions, a transposed convolution to twice the size, and a 1x1 convolution to the classes.
 
   Attributes:
-    num_classes: without the background, which has a mask nevertheless, the last, as published
-      weights have one.
-    num_convs: at the crops' size.
-    width: of the convolutions.
-    fused: see above. Two layers, `fused_conv_0` and (half as wide) `fused_conv_1`, branch off
-      before the last convolution.
+    num_classes: number of classes without the background. The background has a mask, the last, as
+      in published weights.
+    num_convs: number of convolutions.
+    width: channels of the convolutions.
+    fused: adds a class-agnostic mask from a dense layer over the whole box (arXiv:1803.01534,
+      section 3.3; FPT's official `v1up4convs_gn_adp_ff`). Its convolutions, `fused_conv_0` and
+      (half as wide) `fused_conv_1`, branch off before the last one.
   """
 
   num_classes: int = 80
@@ -204,11 +267,11 @@ class MaskHead(_Head):
   def __call__(
     self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
   ) -> Float[Array, "b r m m k"]:
-    """Returns float32 logits of masks of twice the crops' size."""
+    """Returns float32 mask logits of twice the input size."""
     check_positive(self, "width")
     check_not_negative(self, "num_convs")
     if len(crops) > 1 and not self.num_convs:
-      raise ValueError("an adaptive mask head needs a layer; num_convs must be positive, not 0")
+      raise ValueError("mask_head: an adaptive head needs num_convs > 0")
     batch, boxes = crops[0].shape[:2]
     inputs = [_each_box(x) for x in crops]
     names = [f"conv_{i}" for i in range(self.num_convs)]
@@ -234,7 +297,7 @@ class MaskHead(_Head):
     return logits.reshape(batch, boxes, *logits.shape[1:])
 
   def _whole(self, x: Float[Array, "n s s c"], *, train: bool) -> Float[Array, "n m m 1"]:
-    """The branch that sees all of the box at once; not negative, as the official code has it."""
+    """The class-agnostic mask; non-negative, as in the official code."""
     side = 2 * x.shape[1]
     x = self._convolve("fused_conv_0", x, self.width, train=train)
     x = self._convolve("fused_conv_1", x, self.width // 2, train=train)
@@ -245,11 +308,11 @@ class MaskHead(_Head):
 
 
 class Doubling(nn.Module):
-  """A 2x2 convolution with stride 1/2: each place becomes four, which do not mix.
+  """A 2x2 transposed convolution with stride 2.
 
   Attributes:
     features: output channels.
-    dtype: of the product.
+    dtype: dtype of the product.
   """
 
   features: int

@@ -1,4 +1,4 @@
-"""Finding objects in pictures with a two-stage detector: boxes, and masks where it has them."""
+"""Prediction of objects with a two-stage detector: boxes, and masks with a mask head."""
 
 from typing import Any, ClassVar
 
@@ -14,43 +14,41 @@ from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trai
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.metrics.mask_ap import encode_masks
 from vit_jax_zoo.ops.mask_paste import paste_masks
-from vit_jax_zoo.systems.rcnn.figures import draw_found_masks
 
 
 class InstancePredictor:
-  """Every object whose score is at least `threshold`; the picture shows the same.
+  """Objects with a score of at least `threshold`, as records and annotated images.
 
-  With `explain` also where the pyramid's levels look from the middle of the surest object.
+  With `explain` also the neck's attention maps of the best object's centre.
   """
 
   reads: ClassVar[frozenset[str]] = frozenset({"threshold", "explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Takes the model."""
-    if options.explain and getattr(trained.model, "neck", None) != "fpt":
-      raise ValueError("--explain draws where a pyramid's levels look, and this model has no FPT")
+    """Compiles the prediction."""
     self._trained, self._options = trained, options
     self._task: Any = trained.task
+    if options.explain and not hasattr(getattr(trained.model, "neck_class", None), "explain"):
+      raise ValueError("--explain: the model's neck has no attention maps; leave --explain out")
     self._predict = jax.jit(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns `objects`, the surest first.
+    """Returns `objects`, highest score first.
 
-    Each has `label`, `name` where it is known, `score`, `box` (left, top, right, bottom in pixels
-    of the picture), and with a mask head `mask`: `size` and `counts`, COCO's
-    compressed run lengths. Pictures: "" has the boxes, "masks" the masks, "levels" what `explain`
-    asks for.
+    Each has `label`, `name` if known, `score`, `box` (left, top, right, bottom in pixels of the
+    image), and with a mask head `mask`: `size` and `counts`, COCO's compressed run lengths. Images:
+    "" boxes, "masks" masks, with `explain` "levels", attention maps.
 
     Raises:
-      ValueError: the picture is too large to be explained.
+      ValueError: the image is too large for `explain`.
     """
     prepared = np.asarray(self._trained.prepare(image)["image"])
     size = np.array([image.shape[:2]], np.int32)
     batch = {"image": prepared[None], "original_size": size}
     found = jax.tree.map(np.asarray, self._predict(self._trained.variables, batch))
-    sure = found["is_object"][0] & (found["scores"][0] >= self._options.threshold)
+    confident = found["is_object"][0] & (found["scores"][0] >= self._options.threshold)
     names = self._task.class_names
-    labels, scores, boxes = (found[key][0][sure] for key in ("labels", "scores", "boxes_xyxy"))
+    labels, scores, boxes = (found[key][0][confident] for key in ("labels", "scores", "boxes_xyxy"))
     objects: list[dict[str, Any]] = [
       {
         "label": int(label),
@@ -67,32 +65,34 @@ class InstancePredictor:
       pictures["levels"] = self._draw_levels(prepared, place.astype(np.float32))
     if "box_masks" in found:
       masks = paste_masks(
-        found["box_masks"][0][sure].astype(np.float64),
+        found["box_masks"][0][confident].astype(np.float64),
         boxes.astype(np.float64),
         (image.shape[0], image.shape[1]),
-        convention=self._task.model.small_print.mask_paste,  # as evaluation scores them
+        convention=self._task.model.convention_details.mask_paste,  # as evaluation scores them
       )
       for entry, mask in zip(objects, encode_masks(masks), strict=True):
         entry["mask"] = mask
-      said = [f"{entry.get('name', entry['label'])} {entry['score']:.0%}" for entry in objects]
-      pictures["masks"] = draw_found_masks(image, masks, said)
+      captions = [f"{entry.get('name', entry['label'])} {entry['score']:.0%}" for entry in objects]
+      pictures["masks"] = draw.draw_predicted_masks(image, masks, captions)
     return Prediction({"objects": objects}, pictures, [_as_coco(entry) for entry in objects])
 
   def _draw(
     self, image: Image, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray
   ) -> Figure:
-    figure, axes = draw.grid(1, 1, f"{len(boxes)} found at {self._options.threshold:.0%} or more")
+    figure, axes = draw.grid(
+      1, 1, f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
+    )
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
     names = [
       f"{name_of(label, self._task.class_names)} {score:.0%}"
       for label, score in zip(labels, scores, strict=True)
     ]
-    draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # the surest on top
+    draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # the best on top
     return figure
 
   def _draw_levels(self, prepared: np.ndarray, place: Float[np.ndarray, " 2"]) -> Figure:
-    batch = {"image": prepared[None], "looked_from": place[None]}
+    batch = {"image": prepared[None], "query_position": place[None]}
     found = jax.jit(self._task.explain)(self._trained.variables, batch)
     return self._task.draw_explanation(jax.device_get(found)).images["levels"]
 

@@ -1,6 +1,6 @@
-"""From what a network says of every anchor to a fixed number of boxes, and from boxes to finds.
+"""Non-maximum suppression, proposals and detections, per image and with static shapes.
 
-One image at a time; Ren et al., arXiv:1506.01497, section 3.3. Where there is less, it is padded.
+Ren et al., arXiv:1506.01497, section 3.3.
 """
 
 import dataclasses
@@ -13,8 +13,13 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from vit_jax_zoo.ops.boxes import pairwise_iou
 from vit_jax_zoo.ops.checks import check_positive
-from vit_jax_zoo.systems.rcnn.anchors import Weights, clip_boxes, decode_boxes
-from vit_jax_zoo.systems.rcnn.conventions import Convention
+from vit_jax_zoo.systems.rcnn.anchors import (
+  Convention,
+  Weights,
+  clip_boxes,
+  decode_boxes,
+  top_k,
+)
 
 
 def non_max_suppression(
@@ -26,16 +31,15 @@ def non_max_suppression(
   groups: Int[Array, " n"] | None = None,
   inclusive: bool = False,
 ) -> Bool[Array, " n"]:
-  """Returns which boxes stay.
+  """Returns which boxes remain after non-maximum suppression.
 
   Args:
-    boxes_xyxy: in pixels or shares. Boxes without area overlap nothing.
-    scores: the higher, the surer; of equal ones the earlier box comes first. What is NaN does not
-      stay.
+    boxes_xyxy: boxes; empty ones overlap nothing.
+    scores: scores; of ties the earlier box comes first. Boxes with NaN are removed.
     threshold: IoU above which a box suppresses another.
-    valid: False for padding, which neither stays nor suppresses.
-    groups: boxes of different groups (classes, say) do not suppress each other.
-    inclusive: an IoU that equals the threshold suppresses, too, as in Detectron.
+    valid: False for padding.
+    groups: boxes of different groups (such as classes) do not suppress each other.
+    inclusive: also suppresses at an IoU equal to the threshold, as in Detectron.
   """
   valid = ~jnp.isnan(scores) & (jnp.ones_like(scores, bool) if valid is None else valid)
   order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
@@ -59,64 +63,43 @@ def non_max_suppression(
   return jnp.zeros_like(keep).at[order].set(keep, unique_indices=True)
 
 
-def take_best(
-  scores: Float[Array, " n"], keep: Bool[Array, " n"], count: int
-) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
-  """Returns the indices of the `count` best of those to keep, best first, and which of them exist.
-
-  Args:
-    scores: by which they are ordered; of equal ones the earlier comes first.
-    keep: what may be taken.
-    count: length of the result, padded where there is less to take.
-  """
-  available = min(count, len(scores))
-  best, index = jax.lax.top_k(jnp.where(keep, scores, -jnp.inf), available)
-  exists = keep[index] & (best > -jnp.inf)
-  missing = count - available
-  return jnp.pad(index, (0, missing)), jnp.pad(exists, (0, missing))
-
-
 @dataclasses.dataclass(frozen=True)
 class ProposalLimits:
-  """How many boxes the first stage hands to the second.
+  """Selection of proposals; torchvision's arguments without their prefix "rpn_".
 
   Attributes:
-    before_nms: the surest anchors of each level that take part in suppression.
-    after_nms: the surest of what stays, of all levels together.
-    nms_threshold: IoU above which the surer one suppresses.
-    least_side: smaller boxes are left out; in pixels.
+    pre_nms_top_n: highest-scoring anchors per level before suppression.
+    post_nms_top_n: highest-scoring proposals of all levels after suppression.
+    nms_thresh: IoU threshold of suppression.
+    min_size: smaller proposals are dropped, in pixels.
   """
 
-  before_nms: int = 1000
-  after_nms: int = 1000
-  nms_threshold: float = 0.7
-  least_side: float = 0.0
+  pre_nms_top_n: int = 1000
+  post_nms_top_n: int = 1000
+  nms_thresh: float = 0.7
+  min_size: float = 0.0
 
   def __post_init__(self) -> None:
-    """Checks the numbers.
-
-    Raises:
-      ValueError: no box would be left.
-    """
-    check_positive(self, "before_nms", "after_nms")
+    """Raises ValueError for counts that are not positive."""
+    check_positive(self, "pre_nms_top_n", "post_nms_top_n")
 
 
 def pick_limits(fields: Mapping[str, Any], *, train: bool) -> ProposalLimits:
-  """Returns the limits for training or for use.
+  """Returns the limits for training or inference.
 
   Args:
-    fields: of `ProposalLimits`; of two values the first is for training.
-    train: which of the two is taken.
+    fields: fields of `ProposalLimits`; a pair of values is (training, inference).
+    train: selects the first of a pair.
 
   Raises:
-    ValueError: there are neither one nor two values, or one leaves no box.
+    ValueError: a field has neither one nor two values, or is not positive.
   """
   chosen = {}
   for name, value in fields.items():
     pair = value if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2:
       raise ValueError(
-        f"{name} of the proposals is one number, or two, for training and for use, not {value}"
+        f"proposals.{name}: {value}; expected a number or a pair (training, inference)"
       )
     chosen[name] = pair[0 if train else 1]
   return ProposalLimits(**chosen)
@@ -132,35 +115,35 @@ def choose_proposals(
   limits: ProposalLimits,
   convention: Convention,
 ) -> tuple[Float[Array, "p 4"], Float[Array, " p"], Bool[Array, " p"]]:
-  """Returns boxes, logits (best first) and existence of an image's proposals.
+  """Returns boxes, logits (highest first) and existence of an image's proposals.
 
   Args:
     objectness: logits of the anchors.
-    deltas: of the anchors.
-    anchors_xyxy: of all levels, one after the other.
+    deltas: box deltas of the anchors.
+    anchors_xyxy: anchors of all levels, concatenated.
     image_size: height and width without padding.
-    lengths: how many anchors each level has.
-    limits: how many boxes are taken.
-    convention: see `ops.detection_conventions`.
+    lengths: number of anchors of each level.
+    limits: selection of proposals.
+    convention: see `Convention`.
   """
-  least = max(limits.least_side, convention.least_proposal)
+  min_size = max(limits.min_size, convention.min_proposal_size)
   kept, start = [], 0
   for length in lengths:
     scores, index = jax.lax.top_k(
-      objectness[start : start + length], min(limits.before_nms, length)
+      objectness[start : start + length], min(limits.pre_nms_top_n, length)
     )
     index = index + start
     boxes = decode_boxes(deltas[index], anchors_xyxy[index])
-    boxes = clip_boxes(boxes, image_size, least_side=convention.least_side)
+    boxes = clip_boxes(boxes, image_size, min_size=convention.min_clipped_size)
     sides = boxes[:, 2:] - boxes[:, :2]
-    valid = jnp.all((sides > 0) & (sides >= least), axis=1)  # NaN is not either
+    valid = jnp.all((sides > 0) & (sides >= min_size), axis=1)  # False for NaN
     keep = non_max_suppression(
-      boxes, scores, limits.nms_threshold, valid=valid, inclusive=convention.inclusive_threshold
+      boxes, scores, limits.nms_thresh, valid=valid, inclusive=convention.inclusive_threshold
     )
     kept.append((boxes, scores, keep))
     start += length
   boxes, scores, keep = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
-  index, exists = take_best(scores, keep, limits.after_nms)
+  index, exists = top_k(scores, keep, limits.post_nms_top_n)
   return (
     jnp.where(exists[:, None], boxes[index], 0),
     jnp.where(exists, scores[index], -jnp.inf),
@@ -170,26 +153,26 @@ def choose_proposals(
 
 @dataclasses.dataclass(frozen=True)
 class DetectionLimits:
-  """Which classified boxes are finds.
+  """Selection of detections; torchvision's arguments without their prefix "box_".
 
   Attributes:
-    least_score: of what is found at all.
-    nms_threshold: IoU above which a surer find of the same class suppresses.
-    max_detections: in each image.
-    max_candidates: as many of the surest pairs of box and class take part in suppression. Those
-      left out are the least sure: this changes nothing as long as `max_detections` stay.
-    box_weights: of the deltas, see `ops.box_coding`.
+    score_thresh: detections with a lower score are dropped.
+    nms_thresh: IoU threshold of suppression, per class.
+    detections_per_img: maximum number of detections.
+    max_candidates: number of highest-scoring (box, class) pairs before suppression. No effect as
+      long as `detections_per_img` of them remain.
+    reg_weights: weights of the deltas, see `anchors.encode_boxes`.
   """
 
-  least_score: float = 0.05
-  nms_threshold: float = 0.5
-  max_detections: int = 100
+  score_thresh: float = 0.05
+  nms_thresh: float = 0.5
+  detections_per_img: int = 100
   max_candidates: int = 2000
-  box_weights: Weights = (10.0, 10.0, 5.0, 5.0)
+  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
 
 
 class Detections(NamedTuple):
-  """Finds, the surest first."""
+  """Detections, highest score first."""
 
   boxes_xyxy: Float[Array, "*b q 4"]
   scores: Float[Array, "*b q"]
@@ -207,35 +190,35 @@ def choose_detections(
   limits: DetectionLimits,
   convention: Convention,
 ) -> Detections:
-  """Returns what an image's classified proposals come to; suppression is class by class.
+  """Returns the detections among an image's classified proposals.
 
   Args:
-    logits: of the classes and, last, of the background.
-    deltas: of each proposal, by class.
-    proposals_xyxy: in pixels.
-    exists: False for proposals that are padding.
+    logits: logits of the classes and, last, the background.
+    deltas: box deltas per class.
+    proposals_xyxy: proposals in pixels.
+    exists: False for padding.
     image_size: height and width without padding.
-    limits: what is a find.
-    convention: see `ops.detection_conventions`.
+    limits: selection of detections.
+    convention: see `Convention`.
   """
   probabilities = jax.nn.softmax(logits)[:, :-1]
   classes = probabilities.shape[1]
   scores = jnp.where(exists[:, None], probabilities, 0).reshape(-1)
-  sure = scores > limits.least_score
-  pair, candidate = take_best(scores, sure, min(limits.max_candidates, len(scores)))
+  candidates = scores > limits.score_thresh
+  pair, candidate = top_k(scores, candidates, min(limits.max_candidates, len(scores)))
   row, label, score = pair // classes, pair % classes, scores[pair]
-  boxes = decode_boxes(deltas[row, label], proposals_xyxy[row], limits.box_weights)
-  boxes = clip_boxes(boxes, image_size, least_side=convention.least_side)
+  boxes = decode_boxes(deltas[row, label], proposals_xyxy[row], limits.reg_weights)
+  boxes = clip_boxes(boxes, image_size, min_size=convention.min_clipped_size)
   sides = boxes[:, 2:] - boxes[:, :2]
   keep = non_max_suppression(
     boxes,
     score,
-    limits.nms_threshold,
-    valid=candidate & jnp.all(sides >= convention.least_find, axis=1),
+    limits.nms_thresh,
+    valid=candidate & jnp.all(sides >= convention.min_detection_size, axis=1),
     groups=label,
     inclusive=convention.inclusive_threshold,
   )
-  best, there = take_best(score, keep, limits.max_detections)
+  best, there = top_k(score, keep, limits.detections_per_img)
   return Detections(
     jnp.where(there[:, None], boxes[best], 0),
     jnp.where(there, score[best], 0),

@@ -1,18 +1,17 @@
-"""RoIAlign: a map's content inside a box, at a fixed size. He et al., arXiv:1703.06870, section 3.
+"""RoIAlign: crops of a feature map at a fixed size. He et al., arXiv:1703.06870, section 3.
 
 A box is divided into size x size bins; each bin is the mean of samples x samples points, read with
-bilinear interpolation. Two conventions differ in where a pixel is:
+bilinear interpolation. The two conventions differ in the position of a pixel's value:
 
-* `aligned`: its value stands at its middle, (i + 0.5) * stride (Detectron2, torchvision's option);
-* not `aligned`, the original: its value stands at i * stride, boxes are at least one step of the
-  map long, and (in Detectron) end on their last pixel: hand such boxes over as they are.
+* `aligned`: at its centre, (i + 0.5) * stride (Detectron2, torchvision's option);
+* not `aligned`, the original: at i * stride; boxes have at least one map step per side, and in
+  Detectron inclusive right and bottom (pass those as they are).
 
-Points up to one step beside the map take its border's values, those further away are 0.
+Points up to one step outside the map have the border's values, those further away are 0.
 
-Interpolation is a product of one function of the row and one of the column. So there are two ways
-to the same numbers: to gather four neighbours of each point, or to multiply the map by a matrix
-from each side. The second is the faster one for small maps (and the only one that takes as many
-points as a box is long); see `USE_MATRICES`.
+Bilinear interpolation is separable, which allows two implementations: gathering four neighbours per
+point, or multiplying the map by an interpolation matrix from each side. The second is faster for
+small maps, and the only one for a number of samples that depends on the box; see `USE_MATRICES`.
 """
 
 import math
@@ -24,20 +23,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 USE_MATRICES = 1024
-"""Maps of up to so many places are multiplied, larger ones are gathered from."""
+"""Maximum number of map positions for interpolation matrices; larger maps are gathered from."""
 
 USE_MATRICES_FOR_MASKS = 128**2
-"""The same for masks, which have but one channel to gather."""
+"""The same for masks, which have one channel."""
 
 
-_ROUNDING = 1e-4  # steps: boxes often end where points begin to count nothing
+_ROUNDING = 1e-4  # map steps: boxes often end exactly at the limit of one step
 
 
 class _Points(NamedTuple):
-  """Where the points of every box lie along one side, in steps of the map."""
+  """Sample points of every box along one axis, in map steps."""
 
   at: Float[Array, "r size samples"]
-  weight: Float[Array, "r size samples"]  # of a point in its bin's mean; 0 beside the map
+  weight: Float[Array, "r size samples"]  # weight in the bin's mean; 0 outside the map
 
 
 def roi_align(
@@ -49,17 +48,16 @@ def roi_align(
   samples: int = 2,
   aligned: bool = True,
 ) -> Float[Array, "r size size c"]:
-  """Returns what the map holds inside each box.
+  """Returns the crop of each box.
 
   Args:
-    features: one image's map.
-    boxes_xyxy: in pixels of the image.
-    stride: pixels of the image for each step of the map.
-    size: side of the result.
-    samples: points along each side of a bin; 0 takes as many as steps of the map fit into the bin,
-      rounded up, box by box (boxes of more than twice the map's sides: as many as fit into that);
-      an `aligned` box without a side then has no points, and its result is 0.
-    aligned: see above.
+    features: feature map of one image.
+    boxes_xyxy: boxes in pixels of the image.
+    stride: stride of the map in pixels.
+    size: side of the crops.
+    samples: points along each side of a bin; 0: as many as map steps in the bin, rounded up, per
+      box (limited to twice the map); an empty `aligned` box then has no points and a zero crop.
+    aligned: see the module's docstring.
   """
   side = (features.shape[0], features.shape[1])
   rows, columns = _points(side, boxes_xyxy / stride, size, samples, aligned=aligned)
@@ -75,15 +73,15 @@ def box_levels(
   canonical_size: float | int = 224,
   canonical_level: int = 4,
 ) -> Int[Array, "*r"]:
-  """Returns the pyramid's level from which each box is read. Lin et al., arXiv:1612.03144, Eq. 1.
+  """Returns the pyramid level to crop each box from. Lin et al., arXiv:1612.03144, Eq. 1.
 
-  The floor of canonical_level + log2(sqrt(area) / canonical_size + 1e-6), within `levels`.
+  floor(canonical_level + log2(sqrt(area) / canonical_size + 1e-6)), clipped to `levels`.
 
   Args:
-    boxes_xyxy: in pixels.
-    levels: the finest and the coarsest there are; level l has stride 2^l.
-    canonical_size: side of a box that belongs to `canonical_level`; ImageNet's images have 224.
-    canonical_level: that of a network that has but one map.
+    boxes_xyxy: boxes in pixels.
+    levels: finest and coarsest level; level l has stride 2^l.
+    canonical_size: side of boxes of `canonical_level` (ImageNet's 224).
+    canonical_level: level of single-scale detectors.
   """
   sides = jnp.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
   share = jnp.sqrt(sides[..., 0] * sides[..., 1]) / canonical_size
@@ -101,16 +99,16 @@ def pyramid_roi_align(
   samples: int = 2,
   aligned: bool = True,
 ) -> Float[Array, "b r size size c"]:
-  """Returns what each image's pyramid holds inside its boxes, each read from one level.
+  """Returns the crops of boxes, each from one level of the pyramid.
 
   Args:
     pyramid: maps, finest first.
-    boxes_xyxy: in pixels of the image.
-    level_index: which map to read, counted from 0.
-    strides: of the maps.
-    size: as in `roi_align`, like `samples` and `aligned`.
-    samples: at least 1 where the pyramid has maps of more than `USE_MATRICES` places.
-    aligned: see above.
+    boxes_xyxy: boxes in pixels of the image.
+    level_index: index of each box's map.
+    strides: strides of the maps.
+    size: see `roi_align`.
+    samples: see `roi_align`; at least 1 for maps of more than `USE_MATRICES` positions.
+    aligned: see `roi_align`.
   """
   large = [math.prod(x.shape[1:3]) > USE_MATRICES and samples > 0 for x in pyramid]
   fields: dict[str, Any] = {"size": size, "samples": samples, "aligned": aligned}
@@ -136,10 +134,7 @@ def every_level_roi_align(
   samples: int = 2,
   aligned: bool = True,
 ) -> list[Float[Array, "b r size size c"]]:
-  """Returns what every level holds inside the boxes. Liu et al., arXiv:1803.01534, section 3.2.
-
-  Arguments as in `pyramid_roi_align`.
-  """
+  """Returns the crops of boxes from every level. Liu et al., arXiv:1803.01534, section 3.2."""
   fields: dict[str, Any] = {"size": size, "samples": samples, "aligned": aligned}
   return [
     _each_image(features, boxes_xyxy, stride=stride, **fields)
@@ -153,13 +148,13 @@ def crop_masks(
   boxes_xyxy: Float[Array, "r 4"],
   size: int,
 ) -> Bool[Array, "r size size"]:
-  """Returns the part of a mask that lies inside each box, as a target of a mask head.
+  """Returns crops of masks, the targets of a mask head.
 
   Args:
-    masks: of an image's objects.
-    index: which of them each box is about.
-    boxes_xyxy: in pixels of the masks.
-    size: of the result. A bin belongs to the mask if half of 2 x 2 points in it do.
+    masks: masks of an image's objects.
+    index: index of each box's mask.
+    boxes_xyxy: boxes in pixels of the masks.
+    size: side of the crops. A bin is True if at least half of its 2 x 2 points are.
   """
   height, width = masks.shape[1:]
   rows, columns = _points((height, width), boxes_xyxy, size, 2, aligned=True)
@@ -191,7 +186,7 @@ def _points(
   *,
   aligned: bool,
 ) -> tuple[_Points, _Points]:
-  """Returns the points along the rows' and along the columns' direction."""
+  """Returns the sample points along rows and columns."""
   start = boxes[:, :2] - (0.5 if aligned else 0.0)
   extent = boxes[:, 2:] - boxes[:, :2]
   if not aligned:
@@ -232,7 +227,6 @@ def _points_along(
 def _multiplied(
   features: Float[Array, "h w c"], rows: _Points, columns: _Points
 ) -> Float[Array, "r size size c"]:
-  """Multiplies the map by a matrix from either side."""
   by_row = _interpolation(rows, features.shape[0]).astype(features.dtype)
   by_column = _interpolation(columns, features.shape[1]).astype(features.dtype)
   partial = jnp.einsum("rih,hwc->riwc", by_row, features)
@@ -240,7 +234,7 @@ def _multiplied(
 
 
 def _interpolation(points: _Points, side: int) -> Float[Array, "r size side"]:
-  """Returns what each place of the map counts in each bin."""
+  """Returns the weight of each map position in each bin."""
   distance = jnp.abs(
     points.at[..., None] - jnp.arange(side, dtype=points.at.dtype)[None, None, None]
   )
@@ -250,7 +244,6 @@ def _interpolation(points: _Points, side: int) -> Float[Array, "r size side"]:
 def _gathered(
   features: Float[Array, "h w c"], rows: _Points, columns: _Points
 ) -> Float[Array, "r size size c"]:
-  """Gathers four neighbours of each point."""
   height, width, channels = features.shape
   boxes = len(rows.at)
   table = features.reshape(height * width, channels)
@@ -266,14 +259,14 @@ def _interpolate(
   rows: _Points,
   columns: _Points,
 ) -> Float[Array, "r size size c"]:
-  """Returns the bins' means.
+  """Returns the bins' means by gathering four neighbours per point.
 
   Args:
-    table: the places of one or more maps, row by row.
-    offset: where in it each box's map begins.
+    table: positions of one or more maps, in row-major order.
+    offset: offset in the table of each box's map.
     map_size: height and width of each box's map.
-    rows: of the boxes.
-    columns: of the boxes.
+    rows: sample points along the rows.
+    columns: sample points along the columns.
   """
   boxes, size, samples = rows.at.shape
   flat = (boxes, size * samples)
@@ -293,7 +286,7 @@ def _interpolate(
 def _neighbours(
   at: Float[Array, "r p"], side: Int[Array, " r"]
 ) -> list[tuple[Int[Array, "r p"], Float[Array, "r p"]]]:
-  """Returns the places before and behind each point, and how much each of them counts."""
+  """Returns the positions before and after each point with their weights."""
   low = jnp.floor(at)
   share = at - low
   index = low.astype(jnp.int32)
@@ -309,15 +302,15 @@ def _gathered_from_one(
   samples: int,
   aligned: bool,
 ) -> Float[Array, "b r size size c"]:
-  """Gathers each box's points from its level alone, all levels laid out in one table.
+  """Gathers each box's points from its level, out of one table of all levels.
 
   Args:
     levels: maps and their strides.
-    boxes_xyxy: in pixels of the image.
-    level_index: which of `levels` each box is read from; anything where it is none of them.
-    size: as in `roi_align`, like `samples` and `aligned`.
-    samples: at least 1.
-    aligned: see above.
+    boxes_xyxy: boxes in pixels of the image.
+    level_index: index into `levels` of each box; clipped.
+    size: see `roi_align`.
+    samples: see `roi_align`; at least 1.
+    aligned: see `roi_align`.
   """
   batch, channels = levels[0][0].shape[0], levels[0][0].shape[-1]
   table = jnp.concatenate([x.reshape(batch, -1, channels) for x, _ in levels], axis=1)

@@ -1,8 +1,7 @@
-"""Instance detection in two stages: boxes are proposed, then named, corrected, and filled in.
+"""Two-stage detection task: losses, detections, evaluation.
 
-Ren et al., arXiv:1506.01497; He et al., arXiv:1703.06870. The first stage learns from a sample of
-its anchors, the second from a sample of what the first proposes, in the same step; no gradient goes
-through the choice.
+Ren et al., arXiv:1506.01497; He et al., arXiv:1703.06870. In one step, the first stage's loss is
+over sampled anchors, the second's over sampled proposals, which have no gradient.
 """
 
 import dataclasses
@@ -22,46 +21,56 @@ from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
+from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
-from vit_jax_zoo.systems.detr.task import image_size
-from vit_jax_zoo.systems.fpt.attention_figures import (
-  draw_looks,
-  explain_looks,
-  first_targets,
-  padded,
-)
-from vit_jax_zoo.systems.rcnn import losses
-from vit_jax_zoo.systems.rcnn.anchors import Weights, encode_boxes, inside_images
-from vit_jax_zoo.systems.rcnn.assign_and_sample import (
+from vit_jax_zoo.systems.rcnn.anchors import (
+  Convention,
+  Weights,
   assign_anchors,
   assign_proposals,
+  encode_boxes,
+  inside_images,
   sample_boxes,
 )
-from vit_jax_zoo.systems.rcnn.conventions import Convention
-from vit_jax_zoo.systems.rcnn.figures import draw_masks
 from vit_jax_zoo.systems.rcnn.proposals import DetectionLimits, choose_detections
 from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
 from vit_jax_zoo.tasks import base
+from vit_jax_zoo.tasks.detection_utils import image_size
 
 
 @runtime_checkable
 class TwoStageModel(base.Model, Protocol):
-  """A model with the methods `propose`, `classify` and (with masks) `segment`: `models.rcnn`."""
+  """A model with the methods `propose`, `classify` and (with masks) `segment`, see `model.RCNN`."""
 
   @property
   def has_masks(self) -> bool:
-    """Whether it gives masks."""
+    """Whether the model has a mask head."""
     ...
 
   @property
-  def small_print(self) -> Convention:
-    """How its implementation does what implementations do differently."""
+  def convention_details(self) -> Convention:
+    """Details of the model's convention."""
+    ...
+
+  @property
+  def neck_class(self) -> Any:
+    """Class of the neck; may have `explain` and `draw_explanation`, see `registry.System`."""
+    ...
+
+  @property
+  def level_names(self) -> tuple[str, ...]:
+    """Names of the pyramid's levels, from fine to coarse."""
+    ...
+
+  @property
+  def size_multiple(self) -> int:
+    """Image sides are padded to multiples of this."""
     ...
 
 
 class Targets(NamedTuple):
-  """What is to be found in each image, padded."""
+  """Ground truth of each image, padded."""
 
   boxes_xyxy: Float[Array, "b t 4"]  # pixels
   labels: Int[Array, "b t"]
@@ -70,7 +79,7 @@ class Targets(NamedTuple):
 
 
 class Rois(NamedTuple):
-  """Boxes from which the second stage learns, foreground first."""
+  """Sampled proposals of the second stage, foreground first."""
 
   boxes_xyxy: Float[Array, "b r 4"]
   target: Int[Array, "b r"]
@@ -80,37 +89,41 @@ class Rois(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class InstanceDetection(base.Task):
-  """Learns to find objects, and their masks where the model has a head for them.
+  """Object detection in two stages, with instance masks if the model has a mask head.
 
-  Batches are those of `tasks.detection.Detection`: `image`, `image_size`, `boxes_cxcywh`, `labels`,
-  `is_target`, optionally `is_crowd`, and `masks` for a model with a mask head; and what
-  evaluation reads. Nothing is learned in crowds, and proposals inside them are no background.
+  Batches are those of DETR's detection task: `image`, `image_size`, `boxes_cxcywh`, `labels`,
+  `is_target`, optional `is_crowd`, `masks` for a mask head, and the evaluator's keys. Crowds have
+  no loss, and proposals inside them are not background.
 
-  The defaults are those of the official code of FPT (Detectron's, but for `box_beta`).
+  Argument names are torchvision's; defaults are those of FPT's official code (Detectron's except
+  for `box_smooth_l1_beta`).
 
   Attributes:
-    model: see `models.rcnn.RCNN`.
+    model: see `model.RCNN`.
     num_classes: highest class id + 1.
-    anchor_samples: anchors of each image from which the first stage learns.
-    anchor_foreground: the largest share of them on objects.
-    anchor_high: least IoU of anchors on objects.
-    anchor_low: IoU below which anchors are background.
-    inside_only: anchors that cross the image's border do not take part.
-    anchor_beta: where the loss of the first stage's boxes turns linear.
-    roi_samples: proposals of each image from which the second stage learns.
-    roi_foreground: the largest share of them on objects.
-    roi_threshold: least IoU of proposals on objects.
-    box_weights: see `ops.box_coding`; of the second stage.
-    box_beta: as `anchor_beta`, for the second stage.
-    least_score, nms_threshold, max_detections, max_candidates: `ops.proposals.DetectionLimits`.
-    image_mean, image_std: see `normalize_images`.
-    class_names: by class id; for pictures and scores of single classes.
-    score_threshold: pictures show what is at least as sure.
-    per_class: evaluations score each class, too.
-    backbone_file: what the model's backbone starts from, where the run has no `init_from`: a ResNet
-      of torchvision's, timm's, Hugging Face's or Caffe's, a LambdaResNet of timm's, or the workdir
-      of a classifier of ours; see `weights.backbones`.
-    neck_file: what its neck starts from: a state dict of the official FPT's, or a workdir.
+    rpn_batch_size_per_image: anchors per image in the first stage's loss.
+    rpn_positive_fraction: maximum fraction of foreground among them.
+    rpn_fg_iou_thresh: minimum IoU of foreground anchors.
+    rpn_bg_iou_thresh: upper bound of the IoU of background anchors.
+    rpn_inside_only: ignores anchors that cross the image's border.
+    rpn_smooth_l1_beta: beta of the first stage's smooth L1 loss.
+    box_batch_size_per_image: proposals per image in the second stage's loss.
+    box_positive_fraction: maximum fraction of foreground among them.
+    box_fg_iou_thresh: minimum IoU of foreground proposals.
+    bbox_reg_weights: weights of the second stage's deltas, see `anchors.encode_boxes`.
+    box_smooth_l1_beta: beta of the second stage's smooth L1 loss.
+    box_score_thresh: detections with a lower score are dropped.
+    box_nms_thresh: IoU threshold of suppression among detections of a class.
+    box_detections_per_img: maximum number of detections.
+    max_candidates: see `proposals.DetectionLimits`.
+    image_mean: see `normalize_images`.
+    image_std: see `normalize_images`.
+    class_names: names by class id, for figures and per-class scores.
+    score_threshold: minimum score in figures.
+    per_class: also evaluates each class.
+    backbone_file: pretrained weights of the backbone, used without `init_from`: a file with a
+      published ResNet or another registered backbone, or a workdir; see `weights.backbones`.
+    neck_file: pretrained weights of the neck: a file of a registered neck, or a workdir.
   """
 
   name: ClassVar[str] = "instance_detection"
@@ -118,20 +131,20 @@ class InstanceDetection(base.Task):
 
   model: TwoStageModel
   num_classes: int
-  anchor_samples: int = 256
-  anchor_foreground: float = 0.5
-  anchor_high: float = 0.7
-  anchor_low: float = 0.3
-  inside_only: bool = True
-  anchor_beta: float = 1 / 9
-  roi_samples: int = 512
-  roi_foreground: float = 0.25
-  roi_threshold: float = 0.5
-  box_weights: Weights = (10.0, 10.0, 5.0, 5.0)
-  box_beta: float = 1 / 3
-  least_score: float = 0.05
-  nms_threshold: float = 0.5
-  max_detections: int = 100
+  rpn_batch_size_per_image: int = 256
+  rpn_positive_fraction: float = 0.5
+  rpn_fg_iou_thresh: float = 0.7
+  rpn_bg_iou_thresh: float = 0.3
+  rpn_inside_only: bool = True
+  rpn_smooth_l1_beta: float = 1 / 9
+  box_batch_size_per_image: int = 512
+  box_positive_fraction: float = 0.25
+  box_fg_iou_thresh: float = 0.5
+  bbox_reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
+  box_smooth_l1_beta: float = 1 / 3
+  box_score_thresh: float = 0.05
+  box_nms_thresh: float = 0.5
+  box_detections_per_img: int = 100
   max_candidates: int = 2000
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
@@ -144,26 +157,32 @@ class InstanceDetection(base.Task):
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name in _SHARES and not 0 <= value <= 1:
-        raise ValueError(f"{field.name} must lie in [0, 1], but is {value}")
-      if field.name in _COUNTS and value < 1:
-        raise ValueError(f"{field.name} must be positive, not {value}")
+      if field.name.endswith(("_fraction", "_thresh", "_threshold")) and not 0 <= value <= 1:
+        raise ValueError(f"{field.name}: {value}; expected a number in [0, 1]")
       if field.name.endswith("_beta") and value < 0:
-        raise ValueError(f"{field.name} must not be negative, but is {value}")
+        raise ValueError(f"{field.name}: {value}; expected 0 or more")
+    check_positive(
+      self,
+      "num_classes",
+      "rpn_batch_size_per_image",
+      "box_batch_size_per_image",
+      "box_detections_per_img",
+      "max_candidates",
+    )
 
   @property
   def best_metric(self) -> str:
-    """COCO's average precision of boxes."""
+    """COCO's box AP."""
     return "box_ap"
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """Those of backbone and neck, if they are to start from files."""
+    """Files of pretrained backbone and neck."""
     files = {"*/backbone": self.backbone_file, "*/neck": self.neck_file}
     return {part: file for part, file in files.items() if file}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's fresh variables for images of this batch's shape."""
+    """Returns the model's initial variables for this batch's image shape."""
     return self.model.init(rng, self._images(batch), image_size(batch), train=False)
 
   def loss(
@@ -171,14 +190,13 @@ class InstanceDetection(base.Task):
   ) -> base.LossOutput:
     """Returns the losses of both stages.
 
-    Those of the first are divided by `anchor_samples` and the step's number of images, as the
-    official code has it. Those of the second are means over the sampled proposals (of masks: over
-    those on objects), whose number only the first stage knows: over those of all devices, but of
-    micro-batches each by itself, weighted by their numbers of images.
+    The first stage's are divided by `rpn_batch_size_per_image` and the step's number of images, as
+    in the official code. The second stage's are means over the sampled proposals (for masks: the
+    foreground) of all devices; of micro-batches separately, weighted by their number of images.
 
-    Metrics: "loss" and its parts "objectness_loss", "anchor_box_loss", "class_loss", "box_loss",
-    "mask_loss"; "class_accuracy" of the sampled proposals; "proposal_recall", the share of objects
-    that some proposal overlaps by half. A label that is no class makes the loss NaN.
+    Metrics: "loss" and its terms "objectness_loss", "anchor_box_loss", "class_loss", "box_loss",
+    "mask_loss"; "class_accuracy" of the sampled proposals; "proposal_recall", the fraction of
+    targets with a proposal of IoU 0.5 or more. An unknown label makes the loss NaN.
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
     dropout, anchor_rng, roi_rng = jax.random.split(context.rng, 3)
@@ -204,7 +222,7 @@ class InstanceDetection(base.Task):
     terms = self._anchor_losses(found, targets, batch, anchor_rng, context.normalizers)
     terms |= self._box_losses(logits, deltas, rois, targets, share)
     if self.model.has_masks:
-      most = max(round(self.roi_samples * self.roi_foreground), 1)
+      most = max(round(self.box_batch_size_per_image * self.box_positive_fraction), 1)
       first = Rois(*(x[:, :most] for x in rois))
       mask_logits = run("segment", found.pyramid, first.boxes_xyxy)
       terms["mask_loss"] = share * self._mask_loss(mask_logits, first, targets, batch)
@@ -223,13 +241,13 @@ class InstanceDetection(base.Task):
     return base.LossOutput(loss=loss, metrics=metrics, model_state=state)
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Returns what is found, the surest first, padded.
+    """Returns the detections, highest score first, padded.
 
     Returns:
-      `scores` float32 [b q], 0 in the padding; `labels` int32 [b q]; `is_object` bool [b q], False
-      in the padding; `boxes_xyxy` float32 [b q 4], in pixels of the original image where the batch
-      has its `original_size`, else of the image as it is given; with a mask head `box_masks`
-      float32 [b q m m], probabilities inside each box, see `ops.mask_paste`.
+      `scores` float32 [b q], 0 for padding; `labels` int32 [b q]; `is_object` bool [b q], False for
+      padding; `boxes_xyxy` float32 [b q 4] in pixels of `original_size` if the batch has it, else
+      of the image; with a mask head `box_masks` float32 [b q m m], probabilities inside each box,
+      see `ops.mask_paste`.
     """
     size = image_size(batch)
     found = self.model.apply(variables, self._images(batch), size, method="propose")
@@ -237,13 +255,13 @@ class InstanceDetection(base.Task):
     detect = functools.partial(
       choose_detections,
       limits=DetectionLimits(
-        self.least_score,
-        self.nms_threshold,
-        self.max_detections,
+        self.box_score_thresh,
+        self.box_nms_thresh,
+        self.box_detections_per_img,
         self.max_candidates,
-        self.box_weights,
+        self.bbox_reg_weights,
       ),
-      convention=self.model.small_print,
+      convention=self.model.convention_details,
     )
     boxes, scores, labels, exists = on_own_examples(
       jax.vmap(detect), logits, deltas, found.boxes_xyxy, found.exists, size
@@ -257,34 +275,37 @@ class InstanceDetection(base.Task):
     }
     if self.model.has_masks:
       masks = self.model.apply(variables, found.pyramid, boxes, method="segment")
-      predictions["box_masks"] = jax.nn.sigmoid(losses.mask_of_class(masks, labels))
+      predictions["box_masks"] = jax.nn.sigmoid(select_mask(masks, labels))
     return predictions
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns where a feature pyramid transformer's levels look from the images' first targets.
+    """Returns the neck's attention maps of the query in each image's first target.
 
     Raises:
-      ValueError: see `pyramid_looks.explain_looks`.
+      ValueError: the neck has no attention, or its attention maps are too large.
     """
+    neck = self.model.neck_class
+    if not hasattr(neck, "explain"):
+      raise ValueError("explain: the model's neck has no attention maps; leave explain out")
     propose = functools.partial(self.model.apply, method="propose", mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:
       _, seen = propose(variables, self._images(first), image_size(first))
       return seen["intermediates"]["neck"]
 
-    batch = padded(batch, getattr(self.model, "size_multiple", 1))
-    return explain_looks(self.model, run, batch, first_targets(batch))
+    return neck.explain(run, batch, self.model.size_multiple)
 
   def draw_explanation(self, explanation: Any) -> base.Explained:
-    """Draws where the levels look."""
-    return base.Explained({"levels": draw_looks(explanation, self.model)}, {})
+    """Draws the neck's attention maps."""
+    figure = self.model.neck_class.draw_explanation(explanation, self.model.level_names)
+    return base.Explained({"levels": figure}, {})
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's scores of boxes, and of masks where there are any."""
+    """Returns an evaluator of COCO's box AP, and mask AP with a mask head."""
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if not self.model.has_masks:
       return DetectionEvaluator(self.num_classes, **fields)
-    convention = self.model.small_print.mask_paste
+    convention = self.model.convention_details.mask_paste
     return InstanceEvaluator(self.num_classes, paste_convention=convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
@@ -294,20 +315,20 @@ class InstanceDetection(base.Task):
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws what was found beside the truth."""
+    """Draws predictions beside the ground truth."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
     fields = {"class_names": self.class_names, "threshold": self.score_threshold}
     figures = {"predictions": draw.draw_predictions(batch, predictions, **fields)}
     if "box_masks" in predictions and "masks" in batch:
-      figures["masks"] = draw_masks(batch, predictions, **fields)
+      figures["masks"] = draw.draw_masks(batch, predictions, **fields)
     return figures
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
 
   def _targets(self, batch: base.Batch) -> Targets:
-    """Returns the targets in pixels, harmless boxes in the padding, whatever it holds."""
+    """Returns the targets in pixels, with zero boxes for padding."""
     real = jnp.asarray(batch["is_target"]).astype(bool) & base.example_mask(batch)[:, None]
     crowd = real & jnp.asarray(batch.get("is_crowd", jnp.zeros_like(real))).astype(bool)
     size = image_size(batch).astype(jnp.float32)
@@ -328,14 +349,21 @@ class InstanceDetection(base.Task):
       rng: Array, logits: Array, deltas: Array, target: Array, real: Array, valid: Array
     ) -> tuple[Array, Array]:
       assigned = assign_anchors(
-        found.anchors_xyxy, target, real, valid=valid, high=self.anchor_high, low=self.anchor_low
+        found.anchors_xyxy,
+        target,
+        real,
+        valid=valid,
+        fg_iou_thresh=self.rpn_fg_iou_thresh,
+        bg_iou_thresh=self.rpn_bg_iou_thresh,
       )
-      sample = sample_boxes(rng, assigned, self.anchor_samples, self.anchor_foreground)
+      sample = sample_boxes(
+        rng, assigned, self.rpn_batch_size_per_image, self.rpn_positive_fraction
+      )
       anchors = found.anchors_xyxy[sample.index]
       labels = sample.foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[sample.index], labels)
-      wanted = encode_boxes(losses.rows(target, assigned.target[sample.index]), anchors)
-      distance = losses.smooth_l1(deltas[sample.index] - wanted, self.anchor_beta)
+      wanted = encode_boxes(take_rows(target, assigned.target[sample.index]), anchors)
+      distance = smooth_l1(deltas[sample.index] - wanted, self.rpn_smooth_l1_beta)
       return (
         jnp.sum(jnp.where(sample.exists, objectness, 0)),
         jnp.sum(jnp.where(sample.foreground, distance, 0)),
@@ -343,13 +371,13 @@ class InstanceDetection(base.Task):
 
     mask, size = base.example_mask(batch), image_size(batch)
     valid = jnp.broadcast_to(mask[:, None], (len(mask), len(found.anchors_xyxy)))
-    if self.inside_only:
+    if self.rpn_inside_only:
       valid &= inside_images(found.anchors_xyxy, size)
     keys = jax.random.split(rng, len(mask))
     objectness, distance = jax.vmap(one_image)(
       keys, found.objectness, found.deltas, targets.boxes_xyxy, targets.is_target, valid
     )
-    count = self.anchor_samples * normalizers["examples"]
+    count = self.rpn_batch_size_per_image * normalizers["examples"]
     return {
       "objectness_loss": jnp.sum(objectness) / count,
       "anchor_box_loss": jnp.sum(distance) / count,
@@ -358,7 +386,7 @@ class InstanceDetection(base.Task):
   def _sampled_proposals(
     self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
   ) -> Rois:
-    """Draws from the proposals and the targets themselves, which are among them from the start."""
+    """Samples from the proposals and the targets themselves."""
 
     def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> tuple[Array, ...]:
       assigned = assign_proposals(
@@ -366,10 +394,12 @@ class InstanceDetection(base.Task):
         targets.boxes_xyxy,
         targets.is_target,
         valid=exists,
-        threshold=self.roi_threshold,
+        fg_iou_thresh=self.box_fg_iou_thresh,
         is_crowd=targets.is_crowd,
       )
-      sample = sample_boxes(rng, assigned, self.roi_samples, self.roi_foreground)
+      sample = sample_boxes(
+        rng, assigned, self.box_batch_size_per_image, self.box_positive_fraction
+      )
       chosen = jnp.where(sample.exists[:, None], boxes[sample.index], 0)
       return chosen, assigned.target[sample.index], sample.exists, sample.foreground
 
@@ -379,7 +409,7 @@ class InstanceDetection(base.Task):
     return Rois(*jax.vmap(one_image)(keys, boxes, exists, targets))
 
   def _roi_labels(self, rois: Rois, targets: Targets) -> Int[Array, "b r"]:
-    labels = jax.vmap(losses.rows)(targets.labels, rois.target)
+    labels = jax.vmap(take_rows)(targets.labels, rois.target)
     return jnp.where(rois.foreground, labels, self.num_classes)
 
   def _box_losses(
@@ -392,14 +422,14 @@ class InstanceDetection(base.Task):
   ) -> dict[str, Array]:
     if logits.shape[-1] != self.num_classes + 1:
       raise ValueError(
-        f"the model has {logits.shape[-1] - 1} classes beside the background, but the task has "
-        f"{self.num_classes}; give both the same num_classes (highest class id + 1)"
+        f"num_classes: {logits.shape[-1] - 1} in the model and {self.num_classes} in the task; "
+        "expected the highest class id + 1 in both"
       )
     labels = self._roi_labels(rois, targets)
-    of_class = losses.class_loss(logits, labels)
-    boxes = jax.vmap(losses.rows)(targets.boxes_xyxy, rois.target)
-    wanted = encode_boxes(boxes, rois.boxes_xyxy, self.box_weights)
-    distance = losses.smooth_l1(losses.of_class(deltas, labels) - wanted, self.box_beta)
+    of_class = class_loss(logits, labels)
+    boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
+    wanted = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
+    distance = smooth_l1(select_class(deltas, labels) - wanted, self.box_smooth_l1_beta)
     count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / share
     return {
       "class_loss": jnp.sum(jnp.where(rois.exists, of_class, 0)) / count,
@@ -413,27 +443,64 @@ class InstanceDetection(base.Task):
     targets: Targets,
     batch: base.Batch,
   ) -> Float[Array, ""]:
-    """Returns the mean over the boxes on objects."""
+    """Returns the mean over the foreground proposals."""
     if "masks" not in batch:
       raise ValueError(
-        "the model has a mask head, but the batch has no 'masks'; load them with the data, or use "
-        "a model without a mask head"
+        "masks: missing in the batch, but the model has a mask head; set masks=True of "
+        "load_objects, or use a model without mask head"
       )
     masks = jnp.asarray(batch["masks"]).astype(bool)
     if not masks.shape[1]:
       return jnp.zeros(())
     crop = functools.partial(crop_masks, size=logits.shape[2])
     wanted = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
-    loss = losses.mask_loss(losses.mask_of_class(logits, self._roi_labels(rois, targets)), wanted)
+    loss = mask_loss(select_mask(logits, self._roi_labels(rois, targets)), wanted)
     count = jnp.maximum(jnp.sum(rois.foreground.astype(jnp.float32)), 1)
     return jnp.sum(jnp.where(rois.foreground, loss, 0)) / count
 
 
-_SHARES = (
-  "anchor_foreground", "anchor_high", "anchor_low", "roi_foreground", "roi_threshold",
-  "least_score", "nms_threshold", "score_threshold",
-)  # fmt: skip
-_COUNTS = ("num_classes", "anchor_samples", "roi_samples", "max_detections", "max_candidates")
+def smooth_l1(errors: Float[Array, "*n d"], beta: float) -> Float[Array, "*n"]:
+  """Returns the smooth L1 loss, summed over the last axis; beta 0 is L1.
+
+  Girshick, arXiv:1504.08083, Eq. 3, with beta 1.
+  """
+  size = jnp.abs(errors)
+  if not beta:
+    return jnp.sum(size, axis=-1)
+  return jnp.sum(jnp.where(size < beta, 0.5 / beta * size**2, size - 0.5 * beta), axis=-1)
+
+
+def class_loss(logits: Float[Array, "*n k"], labels: Int[Array, "*n"]) -> Float[Array, "*n"]:
+  """Returns the cross-entropy; labels are clipped to the classes."""
+  index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
+  return -jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1)[..., 0]
+
+
+def mask_loss(logits: Float[Array, "*n m m"], masks: Bool[Array, "*n m m"]) -> Float[Array, "*n"]:
+  """Returns the binary cross-entropy of each mask, mean over pixels."""
+  losses = optax.sigmoid_binary_cross_entropy(logits, masks.astype(logits.dtype))
+  return jnp.mean(losses, axis=(-2, -1))
+
+
+def select_class(values: Float[Array, "*n k d"], labels: Int[Array, "*n"]) -> Float[Array, "*n d"]:
+  """Returns the row of `values` of each label; labels are clipped to the classes."""
+  index = jnp.clip(labels, 0, values.shape[-2] - 1)[..., None, None]
+  return jnp.take_along_axis(values, index, axis=-2)[..., 0, :]
+
+
+def select_mask(
+  masks: Float[Array, "*n m m k"], labels: Int[Array, "*n"]
+) -> Float[Array, "*n m m"]:
+  """Returns the mask of each label; labels are clipped to the classes."""
+  index = jnp.clip(labels, 0, masks.shape[-1] - 1)[..., None, None, None]
+  return jnp.take_along_axis(masks, index, axis=-1)[..., 0]
+
+
+def take_rows(values: Array, index: Int[Array, " r"]) -> Array:
+  """Returns the rows at `index`; zeros if `values` has none."""
+  if not len(values):
+    return jnp.zeros((len(index), *values.shape[1:]), values.dtype)
+  return values[index]
 
 
 def _recall(found: Any, targets: Targets) -> base.Mean:

@@ -1,35 +1,38 @@
-"""State dicts of Detectron.pytorch's R-CNNs, the official code of FPT among them, by key.
+"""State dicts of Detectron.pytorch's R-CNNs, FPT's official code included; COCO's class ids.
 
-    Conv_Body.conv_body.res2.0.conv1.weight   Caffe's ResNet; its norms are folded: bn1 has a weight
-                                              and a bias and no statistics
-    Conv_Body....                             the pyramid: see `weights.fpt_pt` for FPT's
+    Conv_Body.conv_body.res2.0.conv1.weight   Caffe's ResNet, with norms folded to weight and bias
+    Conv_Body....                             the pyramid
     RPN.FPN_RPN_conv.weight                   the first stage
     Box_Head.... Box_Outs....                 the second stage
     Mask_Head.... Mask_Outs....               the masks
 
-Three things differ from ours: images are BGR (the first convolution's inputs are turned round
-here), the background is the first class (here the last), and boxes are flattened channel by
-channel. Means of images, for the task: `IMAGE_MEAN`, deviations `IMAGE_STD`.
+Differences from ours: images are BGR (the first convolution's input channels are reversed), the
+background is the first class (here the last), and crops are flattened channel first.
 
-Paths of parameters stand below `params`; those of running statistics begin with "batch_stats/".
+Class ids of COCO are 1 to 90 with gaps, as in `data.sources.coco`. A file with 81 outputs
+(Detectron, without gaps) or 91 (torchvision, with gaps) is taken as COCO's, and gets outputs for
+the unused ids. Otherwise the file's class 1 is class 0 here.
+
+Paths are relative to `params`; those of running statistics begin with "batch_stats/".
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from vit_jax_zoo.data.sources.coco import THINGS, names_by_id
 from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, layer_rows, norm_rows
 
 IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
-"""Of RGB images, for `normalize_images`."""
+"""RGB mean for `normalize_images`."""
 IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
 
 NORM_EPSILON = 1e-5
-"""Of our norms: they divide by sqrt(var + epsilon), Caffe's by nothing."""
+"""Epsilon of our norms; Caffe's folded norms have neither epsilon nor variance."""
 UNIT_VARIANCE = np.float32(1 - NORM_EPSILON)
 
 
@@ -42,7 +45,7 @@ FIRST_CONVOLUTION = Transform(_bgr_read, lambda array: CONVOLUTION.write(array)[
 
 
 def background_last(inner: Transform, per_class: int = 1) -> Transform:
-  """A transform after the first class has become the last; `per_class` outputs a class."""
+  """Moves the first class to the end, then applies `inner`; `per_class` outputs per class."""
 
   def rolled(array: Array, steps: int) -> Array:
     if len(array) % per_class:
@@ -80,7 +83,7 @@ def flattened_crops(side: int) -> Transform:
 
 
 def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone/") -> list[Row]:
-  """Rows of Caffe's ResNet, whose norms are only scales and biases: see `unfold_norms`."""
+  """Rows of Caffe's ResNet after `unfold_norms`."""
 
   def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
     return [
@@ -111,7 +114,7 @@ def proposal_rows() -> list[Row]:
 
 
 def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -> list[Row]:
-  """Rows of the adaptive box heads; without convolutions they have two dense layers, else one."""
+  """Rows of the adaptive box heads: two dense layers, or convolutions and one dense layer."""
   crops, ours = flattened_crops(pool_size), "box_head"
   if not num_convs:
     return [
@@ -169,10 +172,9 @@ def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
 
 
 def unfold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
-  """Returns the arrays, with the statistics that folded norms below `prefix` do without.
+  """Adds mean 0 and variance 1 (minus epsilon) to the folded norms below `prefix`.
 
-  Caffe's norms are a scale and a bias: x * scale + bias. That is a frozen norm of ours whose mean
-  is 0 and whose variance, with the epsilon that is added to it, is 1.
+  A folded norm is x * scale + bias: a frozen norm with mean 0 and variance + epsilon = 1.
   """
   found = dict(arrays)
   for key, scale in arrays.items():
@@ -185,10 +187,7 @@ def unfold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body
 
 
 def fold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
-  """Returns the arrays with the statistics of norms below `prefix` in their scales and biases.
-
-  What `unfold_norms` has added goes bit for bit.
-  """
+  """Folds the statistics of norms below `prefix` into scale and bias; inverse of `unfold_norms`."""
   found = dict(arrays)
   for key in arrays:
     norm = key.removesuffix(".running_var")
@@ -237,3 +236,59 @@ def _detectron_key(blob: str) -> str:
   stage, block, branch = name.split("_")
   layers = _BRANCHES.get(branch.removeprefix("branch"), ("downsample.0", "downsample.1"))
   return f"{_BODY}{stage}.{block}.{layers[is_norm]}.{suffix}"
+
+
+IDS = sorted(THINGS)
+NUM_CLASSES = IDS[-1] + 1
+NAMES = names_by_id(THINGS)
+UNUSED = -20.0
+"""Bias of outputs without class: they are never predicted, and remain trainable."""
+
+_LAYOUTS = {len(IDS) + 1: IDS, NUM_CLASSES: list(range(1, NUM_CLASSES))}
+"""Outputs -> class ids after the background: Detectron's without, torchvision's with gaps."""
+
+
+def with_ids(arrays: Mapping[str, Array], layers: Mapping[str, int]) -> tuple[Flat, bool]:
+  """Reorders a COCO detector's outputs by class id, background first.
+
+  A state dict with 81 or 91 outputs is taken as COCO's; others stay as they are.
+
+  Args:
+    arrays: state dict.
+    layers: layers with outputs per class (without ".weight" and ".bias") -> outputs per class; the
+      class logits first.
+
+  Returns:
+    The state dict, and whether it is COCO's.
+  """
+  first = next(iter(layers))
+  ids = _LAYOUTS.get(len(arrays[f"{first}.bias"]))
+  if ids is None:
+    return dict(arrays), False
+  places = [0, *(number + 1 for number in ids)]
+  found = dict(arrays)
+  for layer, per_class in layers.items():
+    for key in (f"{layer}.weight", f"{layer}.bias"):
+      if key in arrays and len(arrays[key]) == per_class * len(places):
+        own = arrays[key].reshape(len(places), per_class, *arrays[key].shape[1:])
+        fill = UNUSED if layer == first and key.endswith("bias") else 0.0
+        wide = np.full((NUM_CLASSES + 1, *own.shape[1:]), fill, own.dtype)
+        wide[places] = own
+        found[key] = wide.reshape(-1, *arrays[key].shape[1:])
+  return found, True
+
+
+def without_ids(
+  arrays: Mapping[str, Array], layers: Mapping[str, int], names: Sequence[str], outputs: int
+) -> Flat:
+  """Inverse of `with_ids` for a file with `outputs` classes, if the class names are COCO's."""
+  if tuple(names) != NAMES:
+    return dict(arrays)
+  places = [0, *(number + 1 for number in _LAYOUTS[outputs])]
+  found = dict(arrays)
+  for layer, per_class in layers.items():
+    for key in (f"{layer}.weight", f"{layer}.bias"):
+      if key in arrays:
+        grouped = arrays[key].reshape(-1, per_class, *arrays[key].shape[1:])[places]
+        found[key] = grouped.reshape(-1, *arrays[key].shape[1:])
+  return found

@@ -16,8 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.systems.rcnn.weights_classes import NAMES, with_ids, without_ids
-from vit_jax_zoo.systems.rcnn.weights_detectron import DOUBLING, background_last, flattened_crops
+from vit_jax_zoo.systems.rcnn.weights_detectron import (
+  DOUBLING,
+  NAMES,
+  background_last,
+  flattened_crops,
+  with_ids,
+  without_ids,
+)
 from vit_jax_zoo.weights import resnet_torchvision as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
@@ -41,11 +47,11 @@ _OUTPUTS = {
   f"{_MASKS}.mask_fcn_logits": 1,
 }
 COCO_OUTPUTS = 91
-"""Of a detector of COCO's classes, with the background."""
+"""Number of classes of COCO detectors, background included."""
 
 
 def rows(pool_size: int = 7) -> tuple[Row, ...]:
-  """Returns the table; `pool_size` is the side of what the box head sees."""
+  """Returns the key map; `pool_size` is the side of the box head's input."""
   classes, boxes = background_last(DENSE), background_last(DENSE, 4)
   masks, bias = background_last(CONVOLUTION), background_last(KEEP)
   return (
@@ -70,21 +76,21 @@ def rows(pool_size: int = 7) -> tuple[Row, ...]:
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are those of torchvision's R-CNN on a ResNet."""
+  """Returns whether a state dict is torchvision's R-CNN on a ResNet."""
   return f"{_BODY}conv1.weight" in published and f"{_PREDICTOR}.cls_score.bias" in published
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `RCNN` that a state dict is of.
+  """Returns the fields of the `RCNN` of a state dict.
 
   Raises:
-    WeightsError: it is one of version 2; or its anchors are others than three at each place.
-    KeyError: an array is missing from which a size is read.
+    WeightsError: it is of version 2, or does not have three anchors per position.
+    KeyError: an array whose shape is needed is missing.
   """
   if "roi_heads.box_head.fc6.weight" not in published:
-    raise WeightsError(f"{source} is a version 2 of torchvision's, whose heads are not built here")
+    raise WeightsError(f"{source}: torchvision's R-CNN v2 is not supported; use the first version")
   if len(published["rpn.head.cls_logits.bias"]) != 3:
-    raise WeightsError(f"{source} has other anchors than three at each place")
+    raise WeightsError(f"{source}: expected three anchors per position")
   dense, flat = published["roi_heads.box_head.fc6.weight"].shape
   width = published["rpn.head.cls_logits.weight"].shape[1]
   fields: dict[str, Any] = {
@@ -104,10 +110,10 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a state dict of torchvision's.
+  """Reads a state dict of torchvision.
 
   Raises:
-    WeightsError: there is no such detector in it.
+    WeightsError: it is of something else.
   """
   arrays, is_coco = with_ids(published.arrays, _OUTPUTS)
   fields = infer_fields(arrays, published.path)
@@ -129,8 +135,8 @@ def write_checkpoint(path: str, export: Export) -> None:
   """Writes a state dict that torchvision loads.
 
   Args:
-    path: `.safetensors`, else a file of PyTorch's, which must be installed.
-    export: of a detector.
+    path: path; `.safetensors`, else PyTorch's format.
+    export: export of a detector.
 
   Raises:
     WeightsError: torchvision has no such detector.
@@ -140,7 +146,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   if fields["neck"] != "fpn" or fields["convention"] != "torchvision":
     raise WeightsError(
       f"torchvision has no R-CNN with neck={fields['neck']!r} and "
-      f"convention={fields['convention']!r}; its own has 'fpn' and 'torchvision'"
+      f"convention={fields['convention']!r}; expected 'fpn' and 'torchvision'"
     )
   arrays = write(export.variables, rows(fields["pool_size"]))
   arrays = contiguous(without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))

@@ -1,8 +1,8 @@
-"""Pictures of masks."""
+"""Figures of instance masks."""
 
 import numpy as np
 
-from vit_jax_zoo.systems.rcnn.figures import draw_masks
+from vit_jax_zoo.figures.detection import draw_masks
 
 
 def test_truth_and_finds_side_by_side():
@@ -26,7 +26,7 @@ def test_truth_and_finds_side_by_side():
   }
   figure = draw_masks(batch, predictions, ("a", "b"), threshold=0.7)
   titles = [ax.get_title(loc="left") for ax in figure.axes]
-  assert titles == ["truth: 2", "found at 70% or more: 1"]
+  assert titles == ["truth: 2", "1 predicted at 70% or more"]
   assert [text.get_text() for text in figure.axes[1].texts] == ["b 90%"]
   painted = figure.axes[1].get_images()[0].get_array()
   changed = np.abs(painted - 90 / 255).max(axis=2) > 0.01

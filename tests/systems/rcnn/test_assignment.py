@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.assign_and_sample import (
+from vit_jax_zoo.systems.rcnn.anchors import (
   Assignment,
   assign_anchors,
   assign_proposals,

@@ -1,0 +1,63 @@
+"""R-CNNs with a feature pyramid transformer as neck."""
+
+import jax
+import numpy as np
+import pytest
+
+from tests.systems.rcnn.test_model import check_outputs, check_proposals, tiny
+from tests.systems.rcnn.test_predictor import SMALL
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options, Trained
+from vit_jax_zoo.systems.rcnn.model import RCNN
+from vit_jax_zoo.tasks import create_task
+
+
+def test_proposals_lie_in_their_images_and_padding_does_not_matter():
+  check_proposals(tiny(neck="fpt"))
+
+
+@pytest.mark.slow
+def test_the_official_detector_has_finite_outputs_of_the_right_shapes():
+  model = tiny(
+    neck="fpt",
+    neck_fields={"flavor": "official", "norm": "group_norm"},
+    adaptive=True,
+    convention="detectron",
+    box_head={"num_convs": 2, "num_dense": 1, "width": 16, "norm": "group_norm"},
+    mask_head={"norm": "group_norm", "fused": True, "num_convs": 3, "width": 64},
+    dtype="bfloat16",
+  )
+  check_outputs(model)
+
+
+@pytest.mark.parametrize("flavor", ["paper", "official"])
+def test_explain_draws_the_attention_maps_of_the_levels(flavor):
+  """By hand: rows of the attention maps of the levels, of the query in the image's centre."""
+  fields = {"levels": ("c2", "c3"), "anchor_sizes": (16, 16), "mask_head": None, "width": 32}
+  neck = {"flavor": flavor}
+  model = RCNN(**{**SMALL, **fields, "neck": "fpt", "neck_fields": neck})
+  task = create_task("instance_detection", model, num_classes=2)
+  image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+  shapes = jax.eval_shape(task.init, jax.random.key(0), {"image": image[None]})
+  rng = np.random.default_rng(1)
+
+  def leaf(path, shape):
+    value = {"var": 1.0, "scale": 1.0, "mean": 0.0}.get(path[-1].key)
+    if value is None:
+      return rng.normal(0, 0.1, shape.shape).astype(np.float32)
+    return np.full(shape.shape, value, np.float32)
+
+  variables = jax.tree_util.tree_map_with_path(leaf, shapes)
+  trained = Trained("test", task, variables, lambda image: {"image": image}, None, "faster_rcnn")
+  found = create_predictor(trained, Options(threshold=1.0, explain=True))(image)
+  assert found.record["objects"] == []
+  figure = found.pictures["levels"]
+  maps = [np.asarray(ax.images[0].get_array()) for ax in figure.axes[1:]]
+  pooled = flavor == "official"
+  sizes = [(3, 4), (2, 2)] if pooled else [(6, 8), (3, 4), (3, 4)]
+  assert [x.shape for x in maps] == sizes
+  for looked in maps:
+    assert looked.sum() == pytest.approx(1, abs=1e-5)
+    assert looked.min() >= 0
+  titles = [ax.get_title() for ax in figure.axes]
+  assert titles[:3] == ["query: ring", "p2: 6x8", "p3: 3x4"]
