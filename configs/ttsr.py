@@ -197,9 +197,9 @@ def published(
 
   Paper: section 4.1; how references are found is what the authors say in issues of the released
     code, 3 and 18 and 19.
-  Data: laid out as published, see data/sources/pairs.py. CUFED5: the most similar reference, and all
-    five, stitched. Sun80: one of a picture's references, drawn by its name, so that it is always the
-    same; which ones the authors drew is not known. Urban100 and Manga109: the small picture is its
+  Data: laid out as published, see data/sources/pairs.py. CUFED5: the most similar reference, and
+    all five, stitched. Sun80: one of a picture's references, drawn by its name, so that it is
+    always the same; which ones the authors drew is not known. Urban100 and Manga109: the small picture is its
     own reference.
   Weights: `init_from`, the published TTSR.pt or TTSR-rec.pt, or a run.
   Hardware: one device; pictures of different sizes are compiled one by one.
