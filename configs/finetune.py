@@ -56,7 +56,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     images, squashed to a square, in evaluations.
   Data: a folder for each class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth
     of the training images, by a hash of their names, selects the best checkpoint (`val`); `test` is
-    the     folder `test`, or another tenth. Unreadable images are logged, counted and skipped.
+    the folder `test`, or another tenth. Unreadable images are logged, counted and skipped.
     `flip=false` where left and right differ, as in text. Names of TFDS do as well: tfds:beans.
   Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default
     ImageNet-21k's of AugReg for a ViT, timm's for a LambdaResNet, which are then downloaded.

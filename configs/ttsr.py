@@ -199,8 +199,8 @@ def published(
     code, 3 and 18 and 19.
   Data: laid out as published, see data/sources/pairs.py. CUFED5: the most similar reference, and
     all five, stitched. Sun80: one of a picture's references, drawn by its name, so that it is
-    always the same; which ones the authors drew is not known. Urban100 and Manga109: the small picture is its
-    own reference.
+    always the same; which ones the authors drew is not known. Urban100 and Manga109: the small
+    picture is its own reference.
   Weights: `init_from`, the published TTSR.pt or TTSR-rec.pt, or a run.
   Hardware: one device; pictures of different sizes are compiled one by one.
   Expected: on CUFED5, level 1, 26.99 dB and SSIM 0.8003 with TTSR-rec.pt, 25.40 dB and 0.7600 with
