@@ -1,3 +1,5 @@
+"""PSNR and SSIM of super-resolution: means, exclusions, padding, merging."""
+
 import copy
 import pickle
 
@@ -83,6 +85,52 @@ def test_merging_equals_one_evaluator():
   before = copy.deepcopy(merged.result())
   merged.merge(SuperResolutionEvaluator())
   assert merged.result() == before
+
+
+def test_a_blank_image_is_excluded_from_psnr_alone():
+  data = batch()
+  blank = {key: np.full_like(value[:1], 7) for key, value in data.items()}
+  evaluator = SuperResolutionEvaluator()
+  evaluator.add(data, predictions(data))
+  expected = evaluator.result()
+  found = predictions(blank)
+  evaluator.add(blank, found)
+  result = evaluator.result()
+  assert all(np.isfinite(value) for value in result.values())
+  assert (result["images"], result["bicubic_psnr_excluded"], result["psnr_gain_excluded"]) == (
+    4,
+    1,
+    1,
+  )
+  assert "psnr_excluded" not in result  # ours is not perfect there
+  own = psnr_y(found["image"][0], blank["image"][0])
+  assert result["psnr"] == pytest.approx((3 * expected["psnr"] + own) / 4)
+  assert result["psnr_gain"] == pytest.approx(expected["psnr_gain"])
+  assert result["bicubic_ssim"] == pytest.approx((3 * expected["bicubic_ssim"] + 1) / 4)
+
+
+def test_only_blank_images():
+  data = {key: np.full_like(value, 7) for key, value in batch(2).items()}
+  evaluator = SuperResolutionEvaluator()
+  evaluator.add(data, {"image": data["image"]})
+  result = evaluator.result()
+  assert result["psnr"] == result["bicubic_psnr"] == np.inf
+  assert "psnr_gain" not in result
+  assert (result["psnr_gain_excluded"], result["ssim"]) == (2, pytest.approx(1))
+
+
+def test_small_images_are_excluded_from_ssim_alone():
+  data = batch()
+  small = {key: value[:1, :8, :9] for key, value in batch(seed=3).items()}
+  tiny = {key: value[:1, :4, :4] for key, value in batch(seed=4).items()}
+  result = evaluated(data, small, tiny).result()
+  expected = evaluated(data).result()
+  assert result["ssim"] == pytest.approx(expected["ssim"])
+  assert (result["ssim_excluded"], result["skimage_ssim_excluded"]) == (2, 1)
+  assert "psnr_excluded" not in result
+  alone = evaluated(tiny).result()
+  assert "ssim" not in alone
+  assert np.isfinite(alone["psnr"])
 
 
 def test_equal_pictures_are_infinitely_close():

@@ -1,4 +1,4 @@
-"""Scores of enlarged pictures: TTSR's own, on luma, and scikit-image's, on colours."""
+"""PSNR and SSIM of enlarged images: on luma as TTSR's code, and on RGB as scikit-image."""
 
 import math
 from collections.abc import Mapping
@@ -9,26 +9,24 @@ import numpy as np
 from jaxtyping import Float, Num
 from skimage import metrics
 
-from vit_jax_zoo.metrics.base import MeanEvaluator
+from vit_jax_zoo.metrics.base import Evaluator
 
 # BT.601 luma of 8-bit RGB, as MATLAB's rgb2ycbcr has it; without its offset of 16.
 _LUMA = np.array([65.738, 129.057, 25.064]) / 256.0
 
 _WINDOW, _SIGMA = 11, 1.5
+_SKIMAGE_WINDOW = 7
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the peak signal-to-noise ratio of luma in dB, as TTSR's code computes it.
 
-  Luma spans 219 levels, but the peak is 255; no border is left out.
+  Luma spans 219 levels, the peak is 255, and no border is cropped. Infinite for equal luma.
 
   Args:
-    image: in [0, 255], whole numbers if it is to be as published.
-    truth: the same.
-
-  Returns:
-    infinity for equal luma.
+    image: in [0, 255], rounded for published scores.
+    truth: the ground truth, in [0, 255].
   """
   difference = (_double(image) - _double(truth)) / 255.0 @ _LUMA
   error = float(np.mean(difference**2))
@@ -38,20 +36,18 @@ def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> 
 def ssim_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the structural similarity of luma (Wang et al., 2004), as TTSR's code computes it.
 
-  Windows are Gaussian, 11x11 with deviation 1.5, and only those inside of the picture count.
+  Mean over all Gaussian windows (11x11, standard deviation 1.5) inside of the image.
 
   Args:
     image: in [0, 255].
-    truth: the same.
+    truth: the ground truth, in [0, 255].
 
   Raises:
-    ValueError: a side is below 11 pixels.
+    ValueError: a side has fewer than 11 pixels.
   """
   if min(truth.shape[:2]) < _WINDOW:
-    raise ValueError(
-      f"SSIM needs pictures of at least {_WINDOW}x{_WINDOW} pixels, but one is "
-      f"{truth.shape[0]}x{truth.shape[1]}"
-    )
+    size = f"{truth.shape[0]}x{truth.shape[1]}"
+    raise ValueError(f"truth: its size is {size}; SSIM needs at least {_WINDOW}x{_WINDOW} pixels")
   x, y = (_double(pixels) @ _LUMA + 16 for pixels in (image, truth))
   mean_x, mean_y = _blurred(x), _blurred(y)
   variance_x = _blurred(x**2) - mean_x**2
@@ -76,64 +72,101 @@ SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
 
 
 def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) -> dict[str, float]:
-  """Returns `SCORES` of one picture: luma as TTSR has it, and all colours as scikit-image does.
+  """Returns `SCORES` of one image: infinite PSNR for equal images, NaN SSIM for too small ones.
+
+  Both images are cropped to the sides that they share, from the upper left.
 
   Args:
     image: in [0, 255].
-    truth: the same. Both are cropped to the sides that they share, from the upper left.
+    truth: the ground truth, in [0, 255].
   """
   height, width = (min(a, b) for a, b in zip(image.shape[:2], truth.shape[:2], strict=True))
   image, truth = image[:height, :width], truth[:height, :width]
-  same = np.array_equal(image, truth)
-  return {
-    "psnr": psnr_y(image, truth),
-    "ssim": ssim_y(image, truth),
-    "skimage_psnr": math.inf
-    if same
-    else float(metrics.peak_signal_noise_ratio(truth, image, data_range=255)),
-    "skimage_ssim": float(
-      metrics.structural_similarity(truth, image, data_range=255, channel_axis=-1)
-    ),
-  }
+  scores = {"psnr": psnr_y(image, truth), "skimage_psnr": math.inf}
+  if not np.array_equal(image, truth):
+    scores["skimage_psnr"] = metrics.peak_signal_noise_ratio(truth, image, data_range=255)
+  side = min(height, width)
+  scores["ssim"] = ssim_y(image, truth) if side >= _WINDOW else math.nan
+  scores["skimage_ssim"] = (
+    metrics.structural_similarity(truth, image, data_range=255, channel_axis=-1)
+    if side >= _SKIMAGE_WINDOW
+    else math.nan
+  )
+  return {name: float(value) for name, value in scores.items()}
 
 
-class SuperResolutionEvaluator(MeanEvaluator):
-  """Averages the scores of pictures, each of which weighs the same.
+class SuperResolutionEvaluator(Evaluator):
+  """Means of the scores over images, those of infinite or undefined score excluded and counted.
 
-  Scores: `SCORES`; the same of the bicubic enlargements, as "bicubic_psnr", ...; "psnr_gain", by
-  how much the results are better than those; "images". Where predictions were made with wrong
-  references, too, their scores as "wrong_reference_psnr", ...; and "reference_gain", by how much
-  the PSNR with the true ones is better.
+  PSNR is infinite for an image that equals its ground truth (as bicubic enlargements of a blank one
+  do), and SSIM is undefined below 11x11 pixels (scikit-image's below 7x7). Such an image is left
+  out of the mean of that score alone, and "<score>_excluded" is the number of these images. A score
+  of which all images are excluded is infinite for PSNR and missing for the others.
+
+  Scores: `SCORES`; those of the bicubic enlargements, "bicubic_psnr", ...; "psnr_gain", the mean
+  difference of the two PSNRs of an image; "images". With predictions from wrong references also
+  "wrong_reference_psnr", ... and "reference_gain".
   """
 
+  def __init__(self) -> None:
+    self.images = 0
+    self.sums: dict[str, float] = {}
+    self.counts: dict[str, int] = {}
+
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Takes one batch.
+    """Scores one batch.
 
     Args:
-      batch: `image` [b H W 3], the truth, and `upsampled_image`, its bicubic rival, in [0, 255];
-        `size` [b 2] and `mask` [b], both optional, as `tasks.super_resolution` has them.
-      predictions: `image` [b H W 3] in [0, 255]; `wrong_reference_image`, the same with another
-        picture's reference, optional.
+      batch: `image` [b H W 3], the ground truth, and `upsampled_image`, its bicubic enlargement, in
+        [0, 255]; optional `size` [b 2] and `mask` [b], as of the super-resolution task.
+      predictions: `image` [b H W 3] in [0, 255]; optional `wrong_reference_image`, predictions with
+        the reference of another image.
     """
     truths = np.asarray(batch["image"])
     kept = np.asarray(batch.get("mask", np.ones(len(truths))), bool)
     sizes = np.asarray(batch.get("size", [truths.shape[1:3]] * len(truths)))
+    kinds = {"": predictions["image"], "bicubic_": batch["upsampled_image"]}
+    if "wrong_reference_image" in predictions:
+      kinds["wrong_reference_"] = predictions["wrong_reference_image"]
     for i in np.flatnonzero(kept):
       truth = truths[i, : sizes[i][0], : sizes[i][1]]
-      rivals = {"": predictions["image"], "bicubic_": batch["upsampled_image"]}
-      if "wrong_reference_image" in predictions:
-        rivals["wrong_reference_"] = predictions["wrong_reference_image"]
       scores = {
         prefix + name: value
-        for prefix, images in rivals.items()
+        for prefix, images in kinds.items()
         for name, value in score(np.asarray(images[i]), truth).items()
       }
-      self.count(1, scores)
+      scores["psnr_gain"] = scores["psnr"] - scores["bicubic_psnr"]
+      if "wrong_reference_psnr" in scores:
+        scores["reference_gain"] = scores["psnr"] - scores["wrong_reference_psnr"]
+      self.images += 1
+      for name, value in scores.items():
+        finite = math.isfinite(value)
+        self._count(name, value if finite else 0.0, int(finite))
+
+  def _count(self, name: str, total: float, count: int) -> None:
+    self.sums[name] = self.sums.get(name, 0.0) + total
+    self.counts[name] = self.counts.get(name, 0) + count
+
+  def _merge(self, other: Any) -> None:
+    self.images += other.images
+    for name, total in other.sums.items():
+      self._count(name, total, other.counts[name])
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name; PSNR in dB."""
-    means = self.means()
-    gains = {"psnr_gain": means["psnr"] - means["bicubic_psnr"]}
-    if "wrong_reference_psnr" in means:
-      gains["reference_gain"] = means["psnr"] - means["wrong_reference_psnr"]
-    return means | gains | {"images": float(self.images)}
+    """Returns the scores by name; PSNR in dB.
+
+    Raises:
+      ValueError: there was no image.
+    """
+    if not self.images:
+      raise ValueError("no image was evaluated; is the evaluation split empty?")
+    result = {"images": float(self.images)}
+    for name, total in self.sums.items():
+      count = self.counts[name]
+      if count:
+        result[name] = total / count
+      elif name.endswith("psnr"):
+        result[name] = math.inf
+      if count < self.images:
+        result[f"{name}_excluded"] = float(self.images - count)
+    return result
