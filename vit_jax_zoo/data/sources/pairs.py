@@ -1,27 +1,29 @@
-"""Pictures with references for super-resolution: your own, and the published data sets.
+"""Images with references for super-resolution: own pairs, and the published datasets.
 
-    input/a.jpg input/b.png  ref/a.jpg ref/b/1.jpg ref/b/2.jpg     your own: one or more for each
-    train/input train/ref  test/input test/ref                     the same, split as folders say
+    input/a.jpg input/b.png  ref/a.jpg ref/b/1.jpg ref/b/2.jpg     own: one reference or several
+    train/input train/ref  test/input test/ref                     own, split by folders
     train/input train/ref  test/CUFED5/000_0.png ... 000_5.png     CUFED and CUFED5
     Sun_Hays_SR_groundtruth/a.jpg Sun_Hays_SR_scenematches/a.jpg/  Sun80
     image_SRF_4/img_001_SRF_4_HR.png ...                           Urban100
-    ARMS.png ...                                                   Manga109, any folder of pictures
+    ARMS.png ...                                                   Manga109, any folder of images
 
-A picture belongs to the reference, or to the folder of references, of its own name; suffixes may
-differ. Where all of one picture's are asked for, they are in the order of their names. Your own
-pictures without `train/` are split by a hash of their names, as `folder:` splits them; the
-published test sets are `test` alone. Which reference is taken is the option `reference`:
+The reference of an image is the file, or the folder of files, of its full name, else of its name
+without suffix. Two of them are refused as ambiguous. Names are compared after Unicode
+normalisation (NFC). Own images without `train/` are split by a hash of their names, as `folder:`;
+the published test sets have the split `test` alone. The option `reference` chooses:
 
-    "1" ... "5"   that one of a picture's references; of CUFED5 the most similar is "1"
-    "random"      one of them, always the same for the same file name; the authors' way with Sun80
-    "all"         all; a transform stitches them
-    "self"        none: the small picture refers to itself, the authors' way with Urban100, Manga109
+    "1" ... "5"   the reference of this number, in the order of names; in CUFED5 "1" is most similar
+    "random"      one of them, fixed for a file name; the authors' protocol for Sun80
+    "all"         all, stitched by a transform
+    "self"        the low-resolution image itself; the authors' protocol for Urban100 and Manga109
 """
 
 import functools
 import hashlib
+import os
 import pathlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
@@ -31,10 +33,10 @@ from vit_jax_zoo.data.sources.folder import TEST_FRACTION
 from vit_jax_zoo.errors import unknown_name
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
-"""What the option `reference` may be."""
+"""Values of the option `reference`."""
 
 Pairs: TypeAlias = Mapping[pathlib.Path, tuple[pathlib.Path, ...]]
-"""Each picture's references, in order."""
+"""References of each image, in order."""
 
 _SPLITS = ("train", "test", "val", "valid", "validation")
 _CUFED5 = "test/CUFED5"
@@ -43,10 +45,9 @@ _URBAN100 = "image_SRF_4"
 
 
 class PairSource(Source):
-  """Pictures and references, still encoded.
+  """Encoded images and references.
 
-  An example has `image`, bytes, and `reference`: bytes; or a tuple of them, for "all"; or None,
-  where the small picture is to be its own reference.
+  Examples: `image`, bytes; `reference`, bytes, a tuple of them for "all", None for "self".
   """
 
   def __init__(self, info: DatasetInfo, pairs: Pairs) -> None:
@@ -61,25 +62,25 @@ class PairSource(Source):
     return {"image": _read(image), "reference": reference}
 
   def example_name(self, index: int) -> str:
-    """Returns the path of the picture."""
+    """Returns the path of the image."""
     return self._pairs[index][0]
 
   def stitched(self) -> "PairSource":
-    """Hands out all references of a picture, as a tuple, from now on."""
+    """Returns this source with tuples of all references."""
     self._stitched = True
     return self
 
 
 def open_splits(location: str, reference: str | int = "1") -> Splits:
-  """Finds pictures and their references below a folder.
+  """Opens the splits of a folder.
 
   Args:
-    location: the folder, on a disk of this machine; the module's docstring has its layouts.
-    reference: which of a picture's references is taken, one of `REFERENCES`.
+    location: a local folder in one of the layouts of the module's docstring.
+    reference: one of `REFERENCES`.
 
   Raises:
-    FileNotFoundError: there is no such folder, or a picture has no such reference.
-    ValueError: an unknown `reference`, a folder in no known layout, or one without references.
+    FileNotFoundError: there is no such folder, or an image lacks the reference.
+    ValueError: `reference` or the layout is unknown, or names are ambiguous.
   """
   reference = str(reference)
   if reference not in REFERENCES:
@@ -87,8 +88,8 @@ def open_splits(location: str, reference: str | int = "1") -> Splits:
   root = pathlib.Path(location).expanduser()
   if "://" in location or not root.is_dir():
     raise FileNotFoundError(
-      f"pairs:{location} is not a folder on a local disk; expected input/ and ref/ in it, or a "
-      "data set as published (demo:stereo needs no files)"
+      f"pairs:{location} is not a folder on a local disk; expected one with input/ and ref/, or a "
+      "published dataset (demo:stereo needs no files)"
     )
   splits = {
     name: functools.partial(_open, f"pairs:{location}", find, reference)
@@ -106,13 +107,13 @@ def _open(name: str, find: Callable[[], Pairs], reference: str) -> PairSource:
 def _choose(
   image: pathlib.Path, references: tuple[pathlib.Path, ...], reference: str
 ) -> tuple[pathlib.Path, ...]:
-  """Returns the references that are taken of a picture's."""
+  """Returns the references that `reference` chooses."""
   if reference == "self":
     return ()
   if not references:
     raise FileNotFoundError(
-      f"{image} has no reference; add one of its name, or set reference='self', with which the "
-      "small picture is its own"
+      f"{image}: no reference of its name; add one, or set reference='self' to use the "
+      "low-resolution image itself"
     )
   if reference == "all":
     return references
@@ -120,14 +121,14 @@ def _choose(
     return (references[_hash(image.name) % len(references)],)
   if int(reference) > len(references):
     raise FileNotFoundError(
-      f"{image} has no reference number {reference}; it has {len(references)}, the last of them "
+      f"{image}: no reference number {reference}; it has {len(references)}, the last is "
       f"{references[-1]}"
     )
   return (references[int(reference) - 1],)
 
 
 def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:
-  """Returns what finds the pairs of each split, in whatever layout they lie."""
+  """Returns a function for each split that lists its pairs."""
   found: dict[str, Callable[[], Pairs]] = {
     split: functools.partial(_named_alike, root / split / "input", root / split / "ref")
     for split in _SPLITS
@@ -149,21 +150,51 @@ def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:
   if _images(root):
     return {"test": functools.partial(_alone, root, "*")}
   raise ValueError(
-    f"pairs:{root} holds no pictures in a known layout; expected input/ and ref/, train/input and "
-    f"train/ref, {_CUFED5}, {_SUN80}, {_URBAN100}, or pictures"
+    f"pairs:{root}: unknown layout; expected input/ and ref/, train/input and train/ref, "
+    f"{_CUFED5}, {_SUN80}, {_URBAN100}, or images"
   )
 
 
 def _named_alike(inputs: pathlib.Path, references: pathlib.Path) -> Pairs:
-  """Pairs pictures with files of their name, or with the files of a folder of their name."""
+  """Pairs images with the file of their name, or with the files of the folder of their name."""
   images = _images(inputs)
   if not images:
-    raise ValueError(f"{inputs} holds no images, of {', '.join(sorted(suffixes()))}")
-  known: dict[str, tuple[pathlib.Path, ...]] = {p.stem: (p,) for p in _images(references)}
-  folders = [path for path in _listing(references) if path.is_dir()]
-  for folder in folders:
-    known[folder.name] = tuple(_images(folder))
-  return {image: known.get(image.name) or known.get(image.stem, ()) for image in images}
+    raise ValueError(f"{inputs}: no images of {', '.join(sorted(suffixes()))}")
+  files: dict[str, list[pathlib.Path]] = {}
+  for path in [*_images(references), *(path for path in _listing(references) if path.is_dir())]:
+    for name in {_key(path.name), _key(path.stem) if path.is_file() else ""} - {""}:
+      files.setdefault(name, []).append(path)
+  names = {_key(image.name) for image in images}
+  return {image: _references_of(image, files, names) for image in images}
+
+
+def _references_of(
+  image: pathlib.Path, files: Mapping[str, list[pathlib.Path]], names: set[str]
+) -> tuple[pathlib.Path, ...]:
+  """Returns an image's references: of its full name; else of its stem, unless of another image.
+
+  Args:
+    image: the image.
+    files: reference files and folders by full name, and files by stem.
+    names: of all images.
+  """
+  own = _key(image.name)
+  found = files.get(own, [])
+  others = [p for p in files.get(_key(image.stem), []) if p not in found]
+  folders = [path for path in others if path.is_dir()]
+  if not found:
+    found = [path for path in others if path.is_dir() or _key(path.name) not in names]
+  elif folders:
+    found = [*found, *folders]
+  if len(found) > 1:
+    listed = ", ".join(map(str, sorted(found)))
+    raise ValueError(f"{image}: several references have its name, {listed}; keep one of them")
+  return tuple(_images(found[0])) if found and found[0].is_dir() else tuple(found)
+
+
+def _key(name: str) -> str:
+  """Returns a name for comparison: macOS decomposes accents, other systems do not."""
+  return unicodedata.normalize("NFC", name)
 
 
 def _cufed5(folder: pathlib.Path) -> Pairs:
@@ -173,35 +204,35 @@ def _cufed5(folder: pathlib.Path) -> Pairs:
     references = tuple(folder / f"{image.name[:-5]}{level}.png" for level in range(1, 6))
     for path in references:
       if not path.is_file():
-        raise FileNotFoundError(f"{image} has no reference {path.name}; CUFED5 has five for each")
+        raise FileNotFoundError(f"{image}: no reference {path.name}; CUFED5 has five for each")
     pairs[image] = references
   return pairs
 
 
 def _alone(folder: pathlib.Path, pattern: str) -> Pairs:
-  """Takes pictures that have no references."""
+  """Lists images without references."""
   return {path: () for path in _images(folder) if path.match(pattern)}
 
 
 def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
-  """Returns the part of the pairs that is held out, or the other."""
+  """Returns the held-out tenth of the pairs, or the others."""
   bound = TEST_FRACTION * 2**64
   return {k: v for k, v in find().items() if (_hash(k.name) < bound) == held_out}
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns the image files in a folder, numbers in their names in the order of their values."""
+  """Returns the image files of a folder, sorted by name, numbers in it by value."""
   found = [path for path in _listing(folder) if path.suffix.lower() in suffixes()]
   return sorted((path for path in found if path.is_file()), key=_natural)
 
 
 def _listing(folder: pathlib.Path) -> Iterable[pathlib.Path]:
-  return folder.iterdir() if folder.is_dir() else ()
+  return (p for p in folder.iterdir() if p.name[0] != ".") if folder.is_dir() else ()
 
 
 def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
   """Sorts 2.jpg before 10.jpg."""
-  return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", path.name)]
+  return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", path.name)]
 
 
 def _read(path: str) -> bytes:
@@ -210,5 +241,5 @@ def _read(path: str) -> bytes:
 
 
 def _hash(name: str) -> int:
-  """Returns a number in [0, 2**64) that depends on the name alone."""
-  return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
+  """Returns a hash of the name in [0, 2**64)."""
+  return int.from_bytes(hashlib.blake2b(os.fsencode(_key(name)), digest_size=8).digest(), "big")
