@@ -16,6 +16,7 @@ says what stands in the way. TTSR is not written as a program, since that takes 
 TTSR takes four.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,11 +30,12 @@ from etils import epath
 
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.errors import unknown_name
-from vit_jax_zoo.inference.load import load_pretrained
+from vit_jax_zoo.inference.load import load_pretrained, task_of
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.registry import family_of, systems, variants
 from vit_jax_zoo.run_metadata import CONFIG_FILE, DATA_FILE
-from vit_jax_zoo.weights import Pretrained
+from vit_jax_zoo.tasks import task_fields, tasks
+from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.formats import writable_formats, write_checkpoint
 from vit_jax_zoo.weights.key_map import unroll
@@ -129,18 +131,19 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   checkpointer.save(folder / "variables", pretrained.variables, force=True)
   checkpointer.wait_until_finished()
   checkpointer.close()
-  size, preprocess = pretrained.config["image_size"], pretrained.preprocess
+  size, preprocess = pretrained.config.get("image_size"), pretrained.preprocess
   fields = export_of(pretrained).fields()
   name = next(iter(variants(family)))
-  known = {k: v for k, v in pretrained.task_fields.items() if k != "class_names"}
-  task = {"name": pretrained.task, **known}
-  if pretrained.task == "classification":
-    task |= {"num_classes": None, "class_names": None}
-    task |= {"image_mean": preprocess.mean, "image_std": preprocess.std}
+  numbers = {"image_mean": preprocess.mean, "image_std": preprocess.std}
+  from_data = {"num_classes": None, "class_names": None}
+  given = {**pretrained.task_fields, **numbers, **from_data}
+  known = task_fields(pretrained.task)
+  task = {"name": pretrained.task, **{k: _plain(v) for k, v in given.items() if k in known}}
   config = {
     "model": {"name": name, **{k: _plain(v) for k, v in fields.items()}},
     "task": task,
-    "data": {"eval": {"test": {"transforms": _transforms(pretrained)}}},
+    "data": {"eval": {"test": {"transforms": []}}},
+    "preprocess": _plain(dataclasses.asdict(preprocess)),
     "checkpoint": {},
   }
   names = pretrained.class_names
@@ -153,19 +156,6 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
     (folder / file).write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _transforms(pretrained: Pretrained) -> list[dict[str, Any]]:
-  preprocess = pretrained.preprocess
-  size = list(preprocess.image_size)
-  if preprocess.fit == "crop":
-    side = round(min(size) / preprocess.crop_pct)
-    return [
-      {"name": "resize_small", "size": side, "method": "antialias"},
-      {"name": "central_crop", "size": size},
-    ]
-  method = "bilinear" if preprocess.interpolation == "tf_bilinear" else "antialias"
-  return [{"name": "resize", "size": size, "method": method, "dtype": "float32"}]
-
-
 def _plain(value: Any) -> Any:
   if isinstance(value, Mapping):
     return {key: _plain(item) for key, item in value.items()}
@@ -175,12 +165,14 @@ def _plain(value: Any) -> Any:
 
 
 def write_stablehlo(pretrained: Pretrained, path: str) -> None:
-  """Writes a program that takes `images`, float32 [b h w c] in [0, 255], b any number.
-
-  It normalises them and returns what the model does, by name. Weights are part of it. To run it:
+  """Writes the model as a program for any batch size, with weights and normalisation.
 
       exported = jax.export.deserialize(open("model.stablehlo", "rb").read())
       outputs = exported.call(images)
+
+  `images` is float32 [b h w c] in [0, 255]. The program of a detector has a second argument,
+  `image_size` int32 [b 2], height and width without the padding, and returns detections.
+  `model.json` has the shapes, and the preprocessing before the call.
 
   Raises:
     ValueError: the weights are too large for one file.
@@ -188,12 +180,16 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
   if size > MAX_STABLEHLO:
     raise ValueError(
-      f"the weights have {size / 1e9:.1f} GB, and a StableHLO file holds 2; export them as orbax"
+      f"weights: they have {size / 1e9:.1f} GB; a StableHLO file holds 2. Use --format=orbax"
     )
-  height, width = pretrained.config["image_size"]
-  (batch,), channels = jax.export.symbolic_shape("b"), pretrained.preprocess.channels
-  images = jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32)
-  exported = jax.export.export(jax.jit(_program(pretrained)), platforms=PLATFORMS)(images)
+  preprocess, is_detector = pretrained.preprocess, pretrained.task and _is_detector(pretrained)
+  height, width = _program_size(pretrained)
+  (batch,), channels = jax.export.symbolic_shape("b"), preprocess.channels
+  arguments = [jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32)]
+  if is_detector:
+    arguments.append(jax.ShapeDtypeStruct((batch, 2), jnp.int32))
+  program = _detector(pretrained) if is_detector else _program(pretrained)
+  exported = jax.export.export(jax.jit(program), platforms=PLATFORMS)(*arguments)
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
   (folder / STABLEHLO_FILE).write_bytes(bytes(exported.serialize()))
@@ -207,8 +203,52 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
     "outputs": outputs,
     "platforms": list(PLATFORMS),
     "class_names": list(pretrained.class_names),
+    "preprocess": _plain(dataclasses.asdict(preprocess)),
+    "steps": _steps(preprocess, (height, width), is_detector=is_detector),
   }
+  if is_detector:
+    notes["image_size"] = ["b", "2", "int32, height and width without the padding"]
   (folder / STABLEHLO_NOTES).write_text(json.dumps(notes, indent=1) + "\n")
+
+
+def _is_detector(pretrained: Pretrained) -> bool:
+  return tasks()[pretrained.task].predicts_boxes
+
+
+def _program_size(pretrained: Pretrained) -> tuple[int, int]:
+  """Returns height and width of the program's images: all that the preprocessing can give."""
+  preprocess = pretrained.preprocess
+  if preprocess.pad_size:
+    return preprocess.pad_size
+  if preprocess.fit == "shorter_side" and preprocess.max_side:
+    side = -(-preprocess.max_side // 32) * 32  # above what rounding adds to `max_side`
+    return side, side
+  height, width = pretrained.config.get("image_size") or preprocess.image_size
+  return height, width
+
+
+def _steps(preprocess: Preprocess, size: tuple[int, int], *, is_detector: bool) -> list[str]:
+  """Returns the preprocessing before the program, and its own, as text."""
+  height, width = preprocess.image_size
+  limit = f", the longer at most {preprocess.max_side}" if preprocess.max_side else ""
+  side = round(height / preprocess.crop_pct)
+  resize = {
+    "none": "do not resize",
+    "squash": f"resize to {height} x {width}",
+    "inside": f"resize with the aspect ratio kept to the largest size inside of {height} x {width}",
+    "shorter_side": f"resize with the aspect ratio kept, the shorter side to {height}{limit}",
+    "crop": f"resize the shorter side to {side} and crop the centre, {height} x {width}",
+  }[preprocess.fit]
+  filters = {"tf_bilinear": "TensorFlow's bilinear filter, not antialiased"}
+  name = preprocess.interpolation
+  steps = [f"{resize}, with {filters.get(name, f'the {name} filter of Pillow, antialiased')}"]
+  if is_detector:
+    steps.append(f"pad at the right and bottom to {size[0]} x {size[1]}, with any value")
+  return [
+    *steps,
+    f"in the program: image / 255, minus mean {preprocess.means}, divided by std {preprocess.stds}",
+    *(["boxes_xyxy: in pixels of the resized image without its padding"] if is_detector else []),
+  ]
 
 
 def _program(pretrained: Pretrained) -> Any:
@@ -217,6 +257,21 @@ def _program(pretrained: Pretrained) -> Any:
 
   def program(images: Any) -> Any:
     return model.apply(variables, normalize_images(images, preprocess.mean, preprocess.std))
+
+  return program
+
+
+def _detector(pretrained: Pretrained) -> Any:
+  task = task_of(pretrained)
+  variables = jax.tree.map(jnp.asarray, pretrained.variables)
+
+  def detect(example: dict[str, Any]) -> Any:
+    batch = jax.tree.map(lambda x: x[None], example)
+    return jax.tree.map(lambda x: x[0], task.predict(variables, batch))
+
+  def program(images: Any, image_size: Any) -> Any:
+    # One image after the other: R-CNN's shapes must be numbers, and a batch's size is none here.
+    return jax.lax.map(detect, {"image": images, "image_size": image_size})
 
   return program
 

@@ -6,7 +6,7 @@ for and with the pictures' way to the model, exactly that of the run's evaluatio
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +18,14 @@ from vit_jax_zoo import weights
 from vit_jax_zoo.data import images as image_ops
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.data.transforms.base import Transform
+from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall
 from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.inference.base import Image, Trained
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.run_metadata import CONFIG_FILE, RunData, fill_from_data, load_run, main_evaluation
 from vit_jax_zoo.tasks import create_task, task_fields, tasks
-from vit_jax_zoo.tasks.base import Variables
+from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
@@ -54,11 +55,13 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   else:
     variables = _adapted(run, model)
   preprocess = run.preprocess(seen)
+  if wanted is not None:
+    preprocess = preprocess.at_size(_height_width(wanted))
   config = {name: getattr(model, name) for name in field_names(model)}
   return Pretrained(
     model,
     dict(variables),
-    preprocess if size is None else preprocess.at_size(size),
+    preprocess,
     {**config, "image_size": size},
     task=run.config["task"]["name"],
     task_fields=_fields_beside(run, model),
@@ -95,31 +98,43 @@ def load(
       f"{path} holds a part of a network, which takes no pictures; train a detector that starts "
       "from it: --config.task.neck_file"
     )
-  fields = dict(published.task_fields)
-  fields |= {"num_classes": published.config.get("num_classes")}
-  if published.task == "classification" and fields["num_classes"] is None:
+  if published.task == "classification" and published.config.get("num_classes") is None:
     if needs_head:
       raise ValueError(f"{path} has no classifier; fine-tune it, or give weights that have a head")
-    fields["num_classes"] = 1  # the task must have a number; nothing asks for its classes
+    published.config["num_classes"] = 1  # a placeholder: features alone are used
   if class_names:
-    fields["class_names"] = tuple(class_names)
+    published.task_fields["class_names"] = tuple(class_names)
   preprocess = published.preprocess
-  fields |= {"image_mean": preprocess.mean, "image_std": preprocess.std}
-  known = task_fields(published.task)
   return Trained(
     source=path,
-    task=create_task(
-      published.task, published.model, **{k: v for k, v in fields.items() if k in known}
-    ),
+    task=task_of(published),
     variables=published.variables,
     prepare=functools.partial(_prepare_published, preprocess),
-    image_size=None if preprocess.fit == "shorter_side" else preprocess.image_size,
+    image_size=preprocess.image_size if preprocess.has_fixed_size else None,
     model_name=epath.Path(path).name or path,
   )
 
 
+def task_of(pretrained: Pretrained) -> Task:
+  """Returns the task of a pretrained model, with the mean and std of its preprocessing."""
+  preprocess = pretrained.preprocess
+  fields = {
+    **pretrained.task_fields,
+    "num_classes": pretrained.config.get("num_classes"),
+    "image_mean": preprocess.mean,
+    "image_std": preprocess.std,
+  }
+  known = task_fields(pretrained.task)
+  known_fields = {key: value for key, value in fields.items() if key in known}
+  return create_task(pretrained.task, pretrained.model, **known_fields)
+
+
 def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.ndarray]:
-  return {"image": preprocess.resize(preprocess.from_rgb(image))}
+  resized = preprocess.resize(preprocess.from_rgb(image))
+  if preprocess.pad_size is None:
+    return {"image": resized}
+  size = np.array(resized.shape[:2], np.int32)
+  return {"image": preprocess.pad(resized), "image_size": size}
 
 
 def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any]) -> Trained:
@@ -128,10 +143,7 @@ def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any])
   wanted = options.pop("image_size", None)
   model = run.model(options)
   seen = run.image_size(model)
-  size, transforms = seen, run.transforms()
-  if wanted is not None:
-    size = _height_width(wanted)
-    transforms = tuple(_at_size(transform, seen or size, size) for transform in transforms)
+  size = seen if wanted is None else _height_width(wanted)
   fields = run.task_fields()
   if class_names:
     fields["class_names"] = tuple(class_names)
@@ -139,7 +151,7 @@ def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any])
     source=path,
     task=create_task(run.config["task"]["name"], model, **fields),
     variables=_adapted(run, model) if size == seen else _refitted(run, model, seen, size),
-    prepare=functools.partial(_prepare_for_run, transforms, size, run.fit),
+    prepare=run.prepare(seen, size, is_resized=wanted is not None),
     image_size=size,
     model_name=run.config["model"]["name"],
     config=run.config,
@@ -264,20 +276,57 @@ class _Run:
       return int(shape[0]), int(shape[1])
     return getattr(model, "image_size", None)
 
+  def prepare(
+    self, seen: tuple[int, int] | None, size: tuple[int, int] | None, *, is_resized: bool
+  ) -> Callable[[Image], Mapping[str, Any]]:
+    """Returns the function from a user's image to an example of an evaluation.
+
+    Args:
+      seen: height and width of the run's images, if known.
+      size: height and width of the images to come, if known.
+      is_resized: whether the user asks for `size`.
+    """
+    if self.exported_preprocess is not None:
+      preprocess = self.exported_preprocess
+      preprocess = preprocess.at_size(size) if is_resized and size else preprocess
+      return functools.partial(_prepare_published, preprocess)
+    transforms = self.transforms()
+    if is_resized and size:
+      transforms = tuple(_at_size(transform, seen or size, size) for transform in transforms)
+    return functools.partial(_prepare_for_run, transforms, size, self.fit)
+
+  @property
+  def exported_preprocess(self) -> Preprocess | None:
+    """The preprocessing of a published model, if this is its export with `--format=orbax`."""
+    fields = self.config.get("preprocess")
+    return None if fields is None else Preprocess(**_as_fields(fields))
+
   def preprocess(self, size: tuple[int, int] | None) -> Preprocess:
-    """Returns the evaluation's transforms in the words of published files, as near as they come."""
-    specs = {spec["name"]: spec for spec in self._evaluation().get("transforms", [])}
-    fields = self.config["task"]
-    mean, std = (_plain(fields.get(f"image_{name}", 0.5)) for name in ("mean", "std"))
+    """Returns the evaluation's transforms as the preprocessing of a pretrained model."""
+    if self.exported_preprocess is not None:
+      return self.exported_preprocess
+    fields, task_class = self.task_fields(), tasks()[self.config["task"]["name"]]
+    mean, std = (
+      _frozen(fields.get(name, getattr(task_class, name, 0.5)))
+      for name in ("image_mean", "image_std")
+    )
     target = size or (224, 224)
-    if "resize_small" in specs and "central_crop" in specs:
-      share = target[0] / int(specs["resize_small"]["size"])
+    transforms = {type(transform): transform for transform in self.transforms()}
+    if (shorter := transforms.get(ResizeShorter)) is not None:
+      sides = np.ravel(shorter.shorter)
+      side, limit = (int(sides[0]),) * 2, shorter.longest
+      return Preprocess(side, mean, std, "shorter_side", "bilinear", max_side=limit)
+    if CentralCrop in transforms and (small := transforms.get(ResizeSmall)) is not None:
+      share = target[0] / int(small.size)
       return Preprocess(target, mean, std, fit="crop", interpolation="bilinear", crop_pct=share)
-    return Preprocess(target, mean, std)
-
-
-def _plain(value: Any) -> float | tuple[float, ...]:
-  return tuple(value) if isinstance(value, list) else value
+    if (resize := transforms.get(Resize)) is not None:
+      filters = {"bilinear": "tf_bilinear"}  # the others are antialiased
+      name = filters.get(resize.method, "bilinear")
+      return Preprocess(_height_width(resize.size), mean, std, interpolation=name)
+    if self.fit == "shorter_side":
+      return Preprocess((min(target),) * 2, mean, std, "shorter_side", "bilinear")
+    fit, name = ("none", "bilinear") if self.fit == "as_is" else ("squash", "bilinear")
+    return Preprocess(target, mean, std, fit, name)
 
 
 def _as_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,6 +143,9 @@ class Task(abc.ABC):
   keeps_aspect_ratio: ClassVar[bool] = False
   """Whether images keep their shape: resized by their shorter side and padded, not squashed."""
 
+  predicts_boxes: ClassVar[bool] = False
+  """Whether `predict` reads `image_size` and returns boxes: exported programs then do so too."""
+
   @property
   def optim_groups(self) -> tuple[OptimGroup, ...]:
     """The groups of parameters with an optimizer each, in the order of their updates."""

@@ -278,10 +278,10 @@ class Transformer(nn.Module):
       queries: the object queries, position embeddings of the decoder's slots.
       train: enables dropout.
     """
-    tokens = features.reshape(len(features), -1, features.shape[-1])
+    tokens = features.reshape(features.shape[0], -1, features.shape[-1])
     positions = positions.reshape(tokens.shape)
     mask = key_padding_mask(keep.reshape(tokens.shape[:2]))
-    queries = jnp.broadcast_to(queries.astype(tokens.dtype), (len(tokens), *queries.shape))
+    queries = jnp.broadcast_to(queries.astype(tokens.dtype), (tokens.shape[0], *queries.shape))
 
     memory, _ = self._stack("encoder", EncoderLayer, self.encoder_depth, self.encoder_layer)(
       tokens, positions, mask, train=train

@@ -47,11 +47,10 @@ class DetectionPredictor:
       the boxes; "attention" with `explain`; "segments" the coloured segments, and "panoptic" their
       ids as colours (red + 256 green + 65536 blue), as COCO has them.
     """
-    prepared = np.asarray(self._trained.prepare(image)["image"])
-    batch = {
-      "image": prepared[None],
-      "original_size": np.array([image.shape[:2]], np.int32),
-    }
+    example = self._trained.prepare(image)
+    keys = [key for key in ("image", "image_size") if key in example]
+    batch = {key: np.asarray(example[key])[None] for key in keys}
+    batch["original_size"] = np.array([image.shape[:2]], np.int32)
     found = jax.device_get(self._predict(self._trained.variables, batch))
     sure = np.flatnonzero(found["scores"][0] >= self._options.threshold)
     sure = sure[np.argsort(-found["scores"][0][sure], kind="stable")]

@@ -92,6 +92,8 @@ class Detection(base.Task):
 
   name: ClassVar[str] = "detection"
 
+  predicts_boxes: ClassVar[bool] = True
+
   model: DetectionModel
   num_classes: int
   class_weight: float = 1.0

@@ -128,6 +128,7 @@ class InstanceDetection(base.Task):
 
   name: ClassVar[str] = "instance_detection"
   keeps_aspect_ratio: ClassVar[bool] = True
+  predicts_boxes: ClassVar[bool] = True
 
   model: TwoStageModel
   num_classes: int

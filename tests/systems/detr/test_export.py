@@ -1,0 +1,114 @@
+"""Exports of DETR as orbax, hf and StableHLO: the same preprocessing and the same boxes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options
+from vit_jax_zoo.inference.load import load
+from vit_jax_zoo.systems.detr.model import Detr
+from vit_jax_zoo.systems.detr.weights_hf import read_preprocess
+from vit_jax_zoo.weights import Pretrained
+
+NAMES = ("N/A", "cat", "dog", "cow")
+PROCESSORS = {
+  "shortest_edge": {"size": {"shortest_edge": 64, "longest_edge": 96}},
+  "max_height": {
+    "size": {"max_height": 96, "max_width": 96},
+    "pad_size": {"height": 96, "width": 96},
+    "image_mean": [0.1, 0.2, 0.3],
+  },
+}
+
+
+def detector(name="shortest_edge"):
+  backbone = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 4}
+  model = Detr(4, 6, 16, 1, 1, 2, 16, backbone=backbone)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: rng.normal(float(x.ndim == 1), 0.3, x.shape).astype(np.float32), shapes
+  )
+  preprocess = read_preprocess(PROCESSORS[name], name)
+  config = {"num_classes": 4, "image_size": preprocess.image_size}
+  return Pretrained(model, variables, preprocess, config, "detection", {"class_names": NAMES})
+
+
+def image(height=100, width=50):
+  return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def detections(path):
+  predictor = create_predictor(load(str(path)), Options(threshold=0.0))
+  return predictor(image()).record["detections"]
+
+
+@pytest.mark.parametrize("name", sorted(PROCESSORS))
+def test_exports_give_the_same_boxes(name, tmp_path):
+  made = detector(name)
+  for form in ("orbax", "hf", "stablehlo"):
+    export.write(made, form, str(tmp_path / form))
+  assert load_pretrained(str(tmp_path / "orbax")).preprocess == made.preprocess
+  assert load_pretrained(str(tmp_path / "hf")).preprocess == made.preprocess
+  expected = detections(tmp_path / "hf")
+  assert detections(tmp_path / "orbax") == expected
+  assert len(expected) == 6
+
+  notes = json.loads((tmp_path / "stablehlo/model.json").read_text())
+  assert notes["preprocess"]["mean"] == list(made.preprocess.mean)
+  height, width = map(int, notes["images"][1:3])
+  resized = made.preprocess.resize(image())
+  images = np.full((3, height, width, 3), 7, np.float32)
+  images[:, : resized.shape[0], : resized.shape[1]] = resized
+  program = (tmp_path / "stablehlo/model.stablehlo").read_bytes()
+  sizes = np.array([resized.shape[:2]] * 3, np.int32)
+  found = jax.export.deserialize(bytearray(program)).call(images, sizes)
+  assert found["boxes_xyxy"].shape == (3, 6, 4)
+  order = np.argsort(-np.asarray(found["scores"][1]), kind="stable")
+  np.testing.assert_allclose(
+    np.asarray(found["scores"][1])[order], [d["score"] for d in expected], atol=1e-2
+  )
+
+
+def write_run(path, transforms, **task):
+  """A run's folder: its checkpoint, a config as `main` saves it, and the shape of its images."""
+  export.write(detector(), "orbax", str(path))
+  config = json.loads((path / "config.json").read_text())
+  del config["preprocess"]
+  config["task"] = {"name": "detection", "num_classes": None, "class_names": None, **task}
+  config["data"]["eval"]["test"]["transforms"] = transforms
+  (path / "config.json").write_text(json.dumps(config))
+  data = json.loads((path / "data.json").read_text())
+  data["shapes"] = {"image": [800, 1216, 3]}
+  (path / "data.json").write_text(json.dumps(data))
+
+
+def test_a_run_has_the_preprocessing_of_its_evaluation(tmp_path):
+  load_objects = {"name": "load_objects", "as_annotated": True}
+  resize = {"name": "resize_shorter", "shorter": 64, "longest": 96}
+  write_run(tmp_path / "run", [load_objects, resize, {"name": "pad_objects"}])
+  preprocess = load_pretrained(str(tmp_path / "run")).preprocess
+  assert (preprocess.fit, preprocess.image_size, preprocess.max_side) == (
+    "shorter_side",
+    (64, 64),
+    96,
+  )
+  assert preprocess.mean == (0.485, 0.456, 0.406)
+  export.write(load_pretrained(str(tmp_path / "run")), "hf", str(tmp_path / "hf"))
+  processor = json.loads((tmp_path / "hf/preprocessor_config.json").read_text())
+  assert processor["size"] == {"shortest_edge": 64, "longest_edge": 96}
+  assert processor["image_mean"] == [0.485, 0.456, 0.406]
+  assert processor["image_std"] == [0.229, 0.224, 0.225]
+  assert detections(tmp_path / "hf") == detections(tmp_path / "run")
+
+
+def test_a_run_with_its_own_mean_and_fixed_size(tmp_path):
+  resize = {"name": "resize", "size": [40, 48], "method": "antialias"}
+  write_run(tmp_path / "run", [resize], image_mean=[0.5, 0.4, 0.3], image_std=0.25)
+  preprocess = load_pretrained(str(tmp_path / "run")).preprocess
+  assert (preprocess.fit, preprocess.image_size) == ("squash", (40, 48))
+  assert (preprocess.mean, preprocess.std) == ((0.5, 0.4, 0.3), 0.25)
