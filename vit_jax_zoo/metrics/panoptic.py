@@ -1,8 +1,7 @@
-"""Panoptic segmentation: one object or region for every pixel, and how good that is.
+"""Panoptic segmentation: segments from mask predictions, and panoptic quality.
 
-From masks to segments: DETR, arXiv:2005.12872, section 4.4, as its code has it. Panoptic quality:
-Kirillov et al., "Panoptic Segmentation", arXiv:1801.00868, section 4, with COCO's rules for crowds
-and unlabelled pixels.
+Segments as in DETR's code (arXiv:2005.12872, section 4.4). Panoptic quality: Kirillov et al.,
+arXiv:1801.00868, section 4, with COCO's rules for crowds and unlabelled pixels.
 """
 
 import dataclasses
@@ -18,17 +17,17 @@ from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 
 VOID = -1
 SCORE_THRESHOLD = 0.85  # section 4.4
-SMALLEST_AREA = 5  # pixels; smaller segments give way to their neighbours
+SMALLEST_AREA = 5  # pixels; smaller segments are dropped
 
 
 @dataclasses.dataclass(frozen=True)
 class Segmentation:
-  """A picture's segments.
+  """The segments of an image.
 
   Attributes:
-    segment_map: number of the segment at every pixel; `VOID` where there is none.
-    labels: class id of every segment; a segment may have lost all its pixels.
-    is_crowd: whether a segment stands for several objects that nobody told apart; truth only.
+    segment_map: index of the segment at every pixel; `VOID` for none.
+    labels: class id of every segment; a segment may have no pixels.
+    is_crowd: True for segments of several objects annotated as one; ground truth only.
   """
 
   segment_map: Int[np.ndarray, "h w"]
@@ -42,7 +41,7 @@ class Segmentation:
     labels: Int[np.ndarray, " s"],
     is_crowd: Bool[np.ndarray, " s"] | None = None,
   ) -> "Segmentation":
-    """Returns a segmentation; without `is_crowd` there are no crowds."""
+    """Returns a segmentation, by default without crowds."""
     crowd = np.zeros(len(labels), bool) if is_crowd is None else is_crowd
     return cls(segment_map, labels, crowd)
 
@@ -56,20 +55,19 @@ def segment(
   image_size: tuple[int, int],
   size: tuple[int, int],
 ) -> Segmentation:
-  """Gives every pixel to the query whose mask is surest there.
+  """Assigns every pixel to the query with the largest mask logit.
 
-  Regions of stuff of one class become one segment. Segments of less than five pixels are left out,
-  and pixels given out again, until all are larger. The padding is cut off, where the paper's code
-  squeezes masks of padded images into their size without it; alone an image has none, and the two
-  are the same.
+  Stuff of one class becomes one segment. Segments of less than five pixels are dropped and their
+  pixels reassigned, until all are larger. The padding is cropped, where the official code resizes
+  masks with their padding; without padding the two are equal.
 
   Args:
-    mask_logits: of the queries that see something, of the padded image.
-    labels: their class ids.
-    stuff_from: class ids from here on are stuff.
-    padded_size: height and width of the image that the model saw.
-    image_size: of its part without padding.
-    size: of the result, the original image's.
+    mask_logits: of the queries with an object, for the padded image.
+    labels: class ids of these queries.
+    stuff_from: first class id of stuff.
+    padded_size: height and width of the padded image.
+    image_size: height and width without padding.
+    size: height and width of the result, the original image's.
   """
   if not len(labels):
     return Segmentation.of(np.full(size, VOID), labels)
@@ -93,7 +91,7 @@ def _enlarge(mask: Float[np.ndarray, "i j"], size: tuple[int, int]) -> Float[np.
 
 
 def _nearest(values: Int[np.ndarray, "i j"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
-  """Takes the pixel in which each new one's centre lies, where Pillow's rounding puts that."""
+  """Resizes with Pillow's nearest filter."""
   image = Image.fromarray(values.astype(np.int32))
   return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
 
@@ -101,7 +99,7 @@ def _nearest(values: Int[np.ndarray, "i j"], size: tuple[int, int]) -> Int[np.nd
 def _merge_stuff(
   winner: Int[np.ndarray, "h w"], labels: Int[np.ndarray, " q"], stuff_from: int
 ) -> Int[np.ndarray, "h w"]:
-  """Gives all regions of a stuff class to the first query that has it."""
+  """Assigns all regions of a stuff class to the first query of this class."""
   owner = np.arange(len(labels))
   for label in np.unique(labels[labels >= stuff_from]):
     same = np.flatnonzero(labels == label)
@@ -127,22 +125,22 @@ def found_segments(
   *,
   threshold: float = SCORE_THRESHOLD,
 ) -> Segmentation:
-  """Returns what queries that are surer than `threshold` make of an image, in original pixels.
+  """Returns an image's predicted segments, in its original pixels.
 
   Args:
     batch: see `PanopticEvaluator.add`.
-    predictions: likewise.
-    row: of the batch.
-    stuff_from: class ids from here on are stuff.
-    threshold: of the queries' scores.
+    predictions: see `PanopticEvaluator.add`.
+    row: index of the image in the batch.
+    stuff_from: first class id of stuff.
+    threshold: minimum score of the queries.
   """
   padded = batch["image"].shape[1:3]
   shown = np.asarray(batch["image_size"][row]) if "image_size" in batch else padded
-  sure = np.asarray(predictions["is_object"][row], bool)
-  sure = sure & (np.asarray(predictions["scores"][row]) > threshold)
+  kept = np.asarray(predictions["is_object"][row], bool)
+  kept = kept & (np.asarray(predictions["scores"][row]) > threshold)
   return segment(
-    np.asarray(predictions["mask_logits"][row], np.float32)[sure],
-    np.asarray(predictions["labels"][row])[sure].astype(np.int64),
+    np.asarray(predictions["mask_logits"][row], np.float32)[kept],
+    np.asarray(predictions["labels"][row])[kept].astype(np.int64),
     stuff_from,
     padded_size=(int(padded[0]), int(padded[1])),
     image_size=(int(shown[0]), int(shown[1])),
@@ -158,14 +156,14 @@ def _original_size(batch: Mapping[str, Any], row: int | np.integer) -> tuple[int
 
 
 class PanopticQuality:
-  """Counts matched and unmatched segments of every class.
+  """True positives, false negatives and false positives of every class.
 
-  Two segments of one class match if their IoU is above one half; at most one pair can. Then
-  PQ = sum of matched IoU / (matches + half the misses and false alarms) = SQ x RQ.
+  Segments of one class match if their IoU is above 0.5. PQ = sum of matched IoU / (matches + half
+  the misses and false alarms) = SQ x RQ.
 
   Args:
     num_classes: highest class id + 1.
-    stuff_from: class ids from here on are stuff.
+    stuff_from: first class id of stuff.
   """
 
   def __init__(self, num_classes: int, stuff_from: int) -> None:
@@ -178,8 +176,8 @@ class PanopticQuality:
   def add(self, truth: Segmentation, found: Segmentation) -> None:
     """Counts one image.
 
-    Pixels without truth do not count in a found segment's area; one that lies there for the most
-    part, or in a crowd of its own class, is not a false alarm. Crowds cannot be missed.
+    Unlabelled pixels do not count in a predicted segment's area. A segment mostly on unlabelled
+    pixels, or in a crowd of its class, is no false alarm. Crowds cannot be missed.
     """
     shared = _shared_pixels(truth, found)
     truth_area, found_area = shared.sum(axis=1), shared.sum(axis=0)
@@ -208,9 +206,9 @@ class PanopticQuality:
     self.false_alarms += other.false_alarms
 
   def result(self) -> dict[str, float]:
-    """Returns "pq", "sq", "rq", means over the classes that occur, and those of things and stuff.
+    """Returns "pq", "sq", "rq", means over the classes that occur, of all, "_things" and "_stuff".
 
-    "pq_things", "pq_stuff", and so on are left out where no such class occurs.
+    Means without any class are omitted.
     """
     stuff = np.arange(len(self.iou)) >= self.stuff_from
     return (
@@ -228,7 +226,7 @@ class PanopticQuality:
 
 
 def _shared_pixels(truth: Segmentation, found: Segmentation) -> Int[np.ndarray, "s t"]:
-  """Returns how many pixels each pair of segments shares; the last row and column are void."""
+  """Returns the number of shared pixels of each pair; the last row and column are void."""
   shape = len(truth.labels) + 1, len(found.labels) + 1
   rows = np.where(truth.segment_map == VOID, shape[0] - 1, truth.segment_map)
   columns = np.where(found.segment_map == VOID, shape[1] - 1, found.segment_map)
@@ -238,14 +236,14 @@ def _shared_pixels(truth: Segmentation, found: Segmentation) -> Int[np.ndarray, 
 
 
 class PanopticEvaluator(InstanceEvaluator):
-  """Scores boxes and the masks of things as COCO does, and segments by their panoptic quality.
+  """COCO's metrics of boxes and of masks of things, and panoptic quality.
 
   Args:
     num_classes: highest class id + 1.
-    stuff_from: class ids from here on are stuff; 91 in COCO.
-    score_threshold: queries that are at least as sure take part.
-    class_names: by class id.
-    per_class: also scores each class's boxes.
+    stuff_from: first class id of stuff; 91 in COCO.
+    score_threshold: minimum score of the queries that become segments.
+    class_names: names by class id.
+    per_class: also evaluates each class's boxes.
   """
 
   def __init__(
@@ -265,12 +263,11 @@ class PanopticEvaluator(InstanceEvaluator):
     self.seen: set[int] = set()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Takes one batch.
+    """Evaluates one batch.
 
     Args:
-      batch: as `DetectionEvaluator.add`, and `segment_map` int [b h w]: which of the image's
-        targets each pixel belongs to, `VOID` for none; in pixels of the original image, which lies
-        in the upper left.
+      batch: as `DetectionEvaluator.add`, and `segment_map` int [b h w]: index of the target at each
+        pixel of the original image, padded at the right and bottom, `VOID` for none.
       predictions: also `is_object` [b q] and `mask_logits` [b q i j].
     """
     super().add(batch, predictions)
@@ -285,10 +282,10 @@ class PanopticEvaluator(InstanceEvaluator):
 
   def _merge(self, other: Any) -> None:
     super()._merge(other)
-    self.quality.merge(other.quality)  # no image may be in both
+    self.quality.merge(other.quality)  # hosts evaluate disjoint images
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name: of boxes, masks, and "pq", "sq", "rq", of things and stuff."""
+    """Returns the metrics of boxes, of masks, and of `PanopticQuality`."""
     return super().result() | self.quality.result()
 
   def _is_repeated(self, batch: Mapping[str, Any], row: np.integer) -> bool:

@@ -49,7 +49,7 @@ def test_segments_have_their_colour_and_their_name():
   figure = draw_segments([(segment_map, [0, 5])], [nothing], [image], ("sky",))
   assert [text.get_text() for text in figure.axes[0].texts] == ["sky", "5"]
   assert figure.axes[0].get_title(loc="left") == "truth: 2"
-  assert figure.axes[1].get_title(loc="left") == "found: 0"
+  assert figure.axes[1].get_title(loc="left") == "predicted: 0"
   assert not figure.axes[1].texts
 
 

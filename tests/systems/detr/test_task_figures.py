@@ -57,7 +57,7 @@ def test_segments_are_drawn_and_scored_above_the_threshold():
     "mask_logits": mask_logits,
   }
   figure = task.figures(batch, predictions)["segments"]
-  assert [ax.get_title(loc="left") for ax in figure.axes] == ["truth: 2", "found: 2"]
+  assert [ax.get_title(loc="left") for ax in figure.axes] == ["truth: 2", "predicted: 2"]
   evaluator = task.evaluator()
   evaluator.add(batch, predictions)
   assert evaluator.result()["pq"] == pytest.approx(1.0)

@@ -1,3 +1,5 @@
+"""TTSR against the official code: outputs, intermediate maps, parameter counts, checkpoints."""
+
 import functools
 
 import jax
@@ -131,7 +133,7 @@ def test_the_state_dict_survives_a_round_trip(scan_layers):
 
 def test_wrong_files_are_told_in_one_line():
   published = golden_weights()
-  with pytest.raises(WeightsError, match=r"x\.pt is no checkpoint of TTSR: it has no 'MainNet"):
+  with pytest.raises(WeightsError, match=r"x\.pt: no 'MainNet.*TTSR"):
     ttsr_pt.from_published({}, source="x.pt")
   del published["MainNet.conv12.bias"]
   published["surprise"] = np.zeros(3, np.float32)
@@ -151,9 +153,9 @@ def test_sizes_that_cannot_be(field, size):
 @pytest.mark.parametrize(
   ("sides", "message"),
   [
-    ([(3, 4), (12, 12), (8, 8), (8, 8)], "enlarged one of 12x12; expected 12x16"),
-    ([(3, 4), (12, 16), (8, 10), (8, 10)], "reference of 8x10 .* multiples of 4"),
-    ([(3, 4), (12, 16), (8, 8), (8, 12)], "blurred reference is 8x12, the reference 8x8"),
+    ([(3, 4), (12, 12), (8, 8), (8, 8)], "upsampled_image: .*12x12; expected 12x16"),
+    ([(3, 4), (12, 16), (8, 10), (8, 10)], "ref_image: .*8x10.*multiples of 4"),
+    ([(3, 4), (12, 16), (8, 8), (8, 12)], "blurred_ref_image: .*8x12.*8x8"),
   ],
 )
 def test_sides_that_do_not_belong_together(sides, message):

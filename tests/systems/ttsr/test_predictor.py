@@ -168,11 +168,11 @@ def test_a_reference_is_an_option_like_others(trained):
 
 
 def test_errors(trained):
-  with pytest.raises(ValueError, match=r"takes textures from a picture; add --reference=ref\.jpg"):
+  with pytest.raises(ValueError, match="--reference: missing"):
     create_predictor(trained, Options())
-  with pytest.raises(ValueError, match="the reference is 3x9; expected at least 4x4"):
+  with pytest.raises(ValueError, match="the reference: 3x9 pixels"):
     create_predictor(trained, Options(reference=smooth(3, 9, 0)))
-  with pytest.raises(ValueError, match="a tile of 40 has no middle; this model needs 59"):
+  with pytest.raises(ValueError, match="--tile: 40 pixels; expected at least 59"):
     create_predictor(trained, Options(reference=smooth(8, 8, 0), tile=40))
 
 
@@ -211,7 +211,7 @@ def test_too_little_memory_is_one_line(trained, monkeypatch, size, tile, advice)
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
   monkeypatch.setattr(predictor, "_match", fail)
-  with pytest.raises(ValueError, match="out of memory, with a picture and a refer") as error:
+  with pytest.raises(ValueError, match="out of memory") as error:
     predictor(smooth(*size, 1))
   assert f"{size[1]}x{size[0]} and 8x12 pixels" in str(error.value)
   assert advice in str(error.value)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.half_precision import bfloat16_errors
+from vit_jax_zoo.systems.ttsr.losses import VGG19
 from vit_jax_zoo.systems.ttsr.search import Match, find_matches, relevance_of, transfer
-from vit_jax_zoo.systems.ttsr.vgg import VGG19
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -222,7 +222,7 @@ def test_errors_are_one_line():
   queries, references = random_maps()
   with pytest.raises(ValueError, match="block_size must be positive"):
     find_matches(queries, references, block_size=(0, 3))
-  with pytest.raises(ValueError, match="the reference is 4 wide, but 2 pixels for each of 4"):
+  with pytest.raises(ValueError, match="reference: its width is 4; expected 8"):
     transfer(references, jnp.zeros((2, 4, 5), jnp.int32), grid_width=4, scale=2)
 
 

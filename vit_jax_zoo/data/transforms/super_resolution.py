@@ -1,8 +1,8 @@
-"""From a picture and its reference to what `tasks.super_resolution` learns from.
+"""Transforms of image and reference pairs for TTSR.
 
-Pictures are made smaller and larger four times by Pillow's bicubic filter (a = -0.5, blurred where
-they shrink, rounded to whole levels each time), exactly as TTSR's published data code makes them;
-that is neither MATLAB's filter, which other papers use, nor PyTorch's inside the network.
+Images are reduced and enlarged by 4 with Pillow's bicubic filter (a = -0.5, antialiased, rounded to
+uint8), as in TTSR's data code; MATLAB's filter, which other papers use, and PyTorch's inside of the
+network differ.
 """
 
 import dataclasses
@@ -18,10 +18,10 @@ from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
 from vit_jax_zoo.data.transforms.base import Transform, pixels
 
 SCALE = 4
-"""Times that sides grow."""
+"""Ratio of the sides of output and input."""
 
 Resized: TypeAlias = UInt8[np.ndarray, "H W 3"]
-"""`Pixels` of other sides than those that came in."""
+"""`Pixels` of another size than the argument."""
 
 TARGETS = ("low_res_image", "upsampled_image", "image")
 REFERENCES = ("ref_image", "blurred_ref_image")
@@ -29,20 +29,17 @@ REFERENCES = ("ref_image", "blurred_ref_image")
 
 @dataclasses.dataclass(frozen=True)
 class SuperResolutionPair(Transform):
-  """Makes all five pictures, uint8 [h w 3], from `image` and `reference`.
+  """Creates the five images of the task, uint8 [h w 3], from `image` and `reference`.
 
-  `image` is cropped to multiples of 4, from the upper left. `low_res_image` is it, four times
-  smaller; `upsampled_image` that, enlarged again. `ref_image` is the reference, and
-  `blurred_ref_image` the same made smaller and larger again; `reference` is consumed.
+  `image` is cropped to multiples of 4 from the upper left; `low_res_image` is its reduction by 4,
+  `upsampled_image` the enlargement of that. `ref_image` is the reference, `blurred_ref_image` its
+  reduction, enlarged again. Removes `reference`.
 
   Attributes:
-    reference_side: None: the reference is cropped to multiples of 4, as in the published test; or
-      the side of a square in whose upper left corner it is laid, black around it, as in the
-      published training (160), where it is not cropped but its blurred form is made at a quarter
-      of its sides, rounded down.
-    stitch_side: where an example has several references, each is laid in a black square of this
-      side, and the squares stand below each other. The authors' is 500: issue 3 of
-      researchmm/TTSR.
+    reference_side: None: crops the reference to multiples of 4, as in the published test; a number:
+      pads it with black to a square of this side, as in the published training (160).
+    stitch_side: side of the black squares to which several references are padded before they are
+      stacked vertically; the authors use 500 (issue 3 of researchmm/TTSR).
   """
 
   name = "super_resolution_pair"
@@ -57,11 +54,13 @@ class SuperResolutionPair(Transform):
         raise ValueError(f"{field} is {side}; expected a positive multiple of {SCALE}")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with the five pictures."""
+    """Returns the example with the five images."""
     del rng
     if "reference" not in example:
-      raise ValueError("the example has no 'reference'; use a source that has, such as pairs:/path")
-    image = crop_to_multiple(pixels(example["image"]), "the picture")
+      raise ValueError(
+        "reference: missing in the example; use a source with references, pairs:/path"
+      )
+    image = crop_to_multiple(pixels(example["image"]), "the image")
     low_res = shrink(image)
     reference = self._reference(example["reference"], low_res)
     blurred = enlarge(shrink(reference), reference.shape[:2])
@@ -79,7 +78,7 @@ class SuperResolutionPair(Transform):
     }
 
   def _reference(self, given: Any, low_res: Pixels) -> Resized:
-    """Returns the reference's pixels."""
+    """Returns the pixels of the reference."""
     if given is None:
       given = low_res
     try:
@@ -89,22 +88,21 @@ class SuperResolutionPair(Transform):
     except CorruptExampleError as error:
       raise CorruptExampleError(f"its reference: {error}") from error
     if min(reference.shape[:2]) < SCALE:
-      raise ValueError(f"the reference is {_sides(reference)}; expected at least {SCALE}x{SCALE}")
+      raise ValueError(f"reference: {_sides(reference)} pixels; expected at least {SCALE}x{SCALE}")
     return reference if self.reference_side else crop_to_multiple(reference, "the reference")
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomPairCrop(Transform):
-  """Crops `image` at random, and `reference` around the same place.
+  """Crops `image` at random, and `reference` around the same relative position.
 
-  The reference's crop has the same middle, as a share of the sides, and is larger by a margin; it
-  is moved so that it lies inside. Where the reference itself is smaller, black is added below and
-  at the right, as in the published training: all crops of one configuration have the same sides.
+  The reference's crop is larger by a margin and shifted to lie inside. A smaller reference is
+  padded with black at the right and bottom, so that all crops have the same size.
 
   Attributes:
-    size: height and width, or the side, of the picture's crop; multiples of 4.
-    margin: pixels above and below, and left and right, or on all sides, by which the reference's
-      crop is larger; multiples of 2.
+    size: height and width, or the side, of the image's crop; multiples of 4.
+    margin: pixels by which the reference's crop is larger on each side, vertically and
+      horizontally or both; multiples of 2.
   """
 
   name = "random_pair_crop"
@@ -138,15 +136,14 @@ class RandomPairCrop(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomPairTurn(Transform):
-  """Mirrors and turns the five pictures of `super_resolution_pair`, the official augmentation.
+  """Random flips and quarter turns of the five images, the official augmentation.
 
-  Left and right are swapped or not, top and bottom are swapped or not, and there are none to three
-  quarter turns, all with the same probability; for the picture in all its sizes, and independently
-  for the reference.
+  Horizontal flip, vertical flip and number of quarter turns are uniform, equal for all sizes of the
+  image, and independent for the reference.
 
   Attributes:
-    rotate: whether there are turns; those of pictures that are not square change their shapes.
-    together: the reference is treated like the picture.
+    rotate: also applies quarter turns, which need square images.
+    together: applies the same to the reference.
   """
 
   name = "random_pair_turn"
@@ -155,7 +152,7 @@ class RandomPairTurn(Transform):
   together: bool = False
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with the pictures turned."""
+    """Returns the example with flipped and turned images."""
     groups = [TARGETS + REFERENCES] if self.together else [TARGETS, REFERENCES]
     turned = dict(example)
     for group in groups:
@@ -164,7 +161,7 @@ class RandomPairTurn(Transform):
       for key in group:
         image = example[key]
         if self.rotate and image.shape[0] != image.shape[1]:
-          raise ValueError(f"{key} is {_sides(image)}; quarter turns need squares: rotate=False")
+          raise ValueError(f"{key}: {_sides(image)} pixels; expected a square. Set rotate=False")
         image = image[:: -1 if flip else 1, :: -1 if mirror else 1]
         turned[key] = np.ascontiguousarray(np.rot90(image, turns))
     return turned
@@ -172,15 +169,14 @@ class RandomPairTurn(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class PadPair(Transform):
-  """Brings the pictures of `super_resolution_pair` to one size, so that they can share a batch.
+  """Pads the five images with black at the right and bottom to common sizes, for batching.
 
-  Black is added at the right and below; `size`, int32 [2], is what counts of `image`. Near the
-  edges that are padded results differ a little from those of the pictures alone, so published
-  scores are measured without, one picture in each batch.
+  Adds `size`, int32 [2], the unpadded size of `image`. Outputs near padded edges differ slightly;
+  published scores are measured without padding, one image per batch.
 
   Attributes:
-    size: height and width, or the side, of `image` afterwards; multiples of 4.
-    reference_size: the same of the reference.
+    size: height and width, or the side, of the padded `image`; multiples of 4.
+    reference_size: height and width, or the side, of the padded reference; multiples of 4.
   """
 
   name = "pad_pair"
@@ -194,7 +190,7 @@ class PadPair(Transform):
         raise ValueError(f"{field} is {getattr(self, field)}; expected multiples of {SCALE}")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with padded pictures, and `size`."""
+    """Returns the example with padded images, and `size`."""
     del rng
     large, reference = _pair(self.size), _pair(self.reference_size)
     small = (large[0] // SCALE, large[1] // SCALE)
@@ -205,12 +201,12 @@ class PadPair(Transform):
 
 
 def shrink(image: Pixels) -> Resized:
-  """Returns the picture with a quarter of its sides, rounded down."""
+  """Returns the image reduced by 4, sides rounded down."""
   return _resize(image, image.shape[0] // SCALE, image.shape[1] // SCALE)
 
 
 def enlarge(image: Pixels, size: Sequence[int]) -> Resized:
-  """Returns the picture with height and width `size`."""
+  """Returns the image resized to height and width `size`."""
   return _resize(image, *size)
 
 
@@ -218,29 +214,29 @@ def _resize(image: Pixels, height: int, width: int) -> Resized:
   return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def crop_to_multiple(image: Pixels, what: str = "the picture") -> Resized:
-  """Crops a picture to multiples of 4, from the upper left.
+def crop_to_multiple(image: Pixels, what: str = "the image") -> Resized:
+  """Crops an image to multiples of 4, from the upper left.
 
   Raises:
-    ValueError: nothing would be left.
+    ValueError: a side has fewer than 4 pixels.
   """
   height, width = (side // SCALE * SCALE for side in image.shape[:2])
   if not height or not width:
-    raise ValueError(f"{what} is {_sides(image)}; expected at least {SCALE}x{SCALE} pixels")
+    raise ValueError(f"{what}: {_sides(image)} pixels; expected at least {SCALE}x{SCALE}")
   return image[:height, :width]
 
 
 def stitch(images: Sequence[Any], side: int) -> Resized:
-  """Lays pictures, uint8 [h w 3] of any sides, in black squares, one below the other.
+  """Pads images, uint8 [h w 3], to black squares and stacks them vertically.
 
   Raises:
-    ValueError: one of them is larger.
+    ValueError: an image is larger than `side`.
   """
   return np.concatenate([lay_in_square(image, side, "stitch_side") for image in images])
 
 
 def lay_in_square(image: Pixels, side: int, field: str) -> Resized:
-  """Lays a picture in the upper left corner of a black square; `field` is what sets the side."""
+  """Pads an image to a black square of the side that `field` sets."""
   return _pad(image, (side, side), field)
 
 
@@ -248,7 +244,7 @@ def _pad(image: Pixels, size: tuple[int, int], what: str) -> Resized:
   height, width = size
   if image.shape[0] > height or image.shape[1] > width:
     raise ValueError(
-      f"a picture of {_sides(image)} does not fit in {height}x{width} ({what}); crop it or set more"
+      f"{what}: {height}x{width} is smaller than an image of {_sides(image)}; increase it or crop"
     )
   padded = np.zeros((height, width, 3), image.dtype)
   padded[: image.shape[0], : image.shape[1]] = image
@@ -256,11 +252,11 @@ def _pad(image: Pixels, size: tuple[int, int], what: str) -> Resized:
 
 
 def _room(image: Pixels, size: Sequence[int], axis: int) -> int:
-  """Returns how far a crop may be from the upper or left edge."""
+  """Returns the maximum offset of a crop along an axis."""
   room = image.shape[axis] - size[axis]
   if room < 0:
     raise ValueError(
-      f"a picture of {_sides(image)} has no crop of {size[0]}x{size[1]}; set a smaller size"
+      f"size: {size[0]}x{size[1]} is larger than an image of {_sides(image)}; set a smaller one"
     )
   return room
 

@@ -1,4 +1,4 @@
-"""Where object queries look: DETR's figure 6, the decoder's attention beside the box it gave."""
+"""Figures of DETR: attention maps of the queries (figure 6 of the paper), panoptic segments."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -14,33 +14,33 @@ from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures import detection as draw
 
 Segments: TypeAlias = tuple[Int[np.ndarray, "_ _"], Sequence[int] | Int[np.ndarray, " _"]]
-"""The number of the segment at every pixel, negative where there is none; segments' class ids."""
+"""Index of the segment at every pixel, negative for none; class ids of the segments."""
 
 _OPACITY = 0.55
 
 
 def draw_segments(
   truths: Sequence[Segments],
-  finds: Sequence[Segments],
+  predicted: Sequence[Segments],
   images: Sequence[np.ndarray],
   class_names: Sequence[str] = (),
   *,
   title: str = "True and predicted segments",
 ) -> Figure:
-  """Draws every image with its true segments, and with those that were found.
+  """Draws every image with its true and its predicted segments.
 
   Args:
-    truths: of each image.
-    finds: likewise.
+    truths: true segments of each image.
+    predicted: predicted segments of each image.
     images: uint8 [h w 3], of any sizes.
-    class_names: by class id; ids by default.
-    title: of the figure.
+    class_names: names by class id; ids by default.
+    title: title of the figure.
   """
   columns = 2 if len(images) < 2 else 4  # two images side by side
   figure, axes = draw.grid(-(-2 * len(images) // columns), columns, title)
   cells = iter(axes.flat)
-  for image, truth, find in zip(images, truths, finds, strict=True):
-    for (segment_map, labels), what in ((truth, "truth"), (find, "found")):
+  for image, truth, segments in zip(images, truths, predicted, strict=True):
+    for (segment_map, labels), what in ((truth, "truth"), (segments, "predicted")):
       count = len(np.unique(segment_map[segment_map >= 0]))
       ax = next(cells)
       draw.show(ax, paint_segments(image, segment_map))
@@ -50,7 +50,7 @@ def draw_segments(
 
 
 def paint_segments(image: np.ndarray, segment_map: Int[np.ndarray, "h w"]) -> np.ndarray:
-  """Returns the image in the map's size, tinted by segment; as it is where there is none."""
+  """Returns the image in the size of the map, tinted by segment."""
   image = cv2.resize(image, segment_map.shape[::-1], interpolation=cv2.INTER_LINEAR)
   tints = np.asarray(colormaps["tab20"](np.arange(20) * 7 % 20))[:, :3] * 255
   tinted = (1 - _OPACITY) * image + _OPACITY * tints[segment_map % len(tints)]
@@ -58,7 +58,7 @@ def paint_segments(image: np.ndarray, segment_map: Int[np.ndarray, "h w"]) -> np
 
 
 def _write_names(ax: Axes, segment_map: Int[np.ndarray, "h w"], names: Sequence[str]) -> None:
-  """Writes each segment's name where most of it lies."""
+  """Writes each segment's name at its pixel nearest to its centroid."""
   outline: list[patheffects.AbstractPathEffect] = [
     patheffects.withStroke(linewidth=2, foreground="black")
   ]
@@ -79,26 +79,26 @@ def draw_query_attention(
   class_names: Sequence[str] = (),
   *,
   threshold: float = 0.0,
-  title: str = "Where the queries look",
+  title: str = "Attention maps of the queries",
   max_images: int = 3,
   max_queries: int = 4,
 ) -> Figure:
-  """Draws images with their surest boxes, and beside them each box's query: where it looked.
+  """Draws images with the boxes of highest score, and the attention map of each box's query.
 
   Args:
-    batch: as the detection task has it.
-    predictions: as `draw_predictions` has them, and `attention` [b q i j]: of each query over the
-      map of the padded image.
-    class_names: by class id; ids by default.
-    threshold: shows queries that are at least as sure, and always the surest.
-    title: of the figure.
-    max_images: draws the first so many.
-    max_queries: the surest so many of each image.
+    batch: that of the detection task.
+    predictions: those of `draw_predictions`, and `attention` [b q i j] of each query over the
+      padded image.
+    class_names: names by class id; ids by default.
+    threshold: minimum score; the query of highest score is always drawn.
+    title: title of the figure.
+    max_images: maximum number of images.
+    max_queries: maximum number of queries of each image.
   """
   rows = draw.real_rows(batch)[:max_images]
-  surest = [_surest(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
-  figure, axes = draw.grid(len(rows), 1 + max(map(len, surest), default=0), title)
-  for index, (row, best) in enumerate(zip(rows, surest, strict=True)):
+  drawn = [_best(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
+  figure, axes = draw.grid(len(rows), 1 + max(map(len, drawn), default=0), title)
+  for index, (row, best) in enumerate(zip(rows, drawn, strict=True)):
     image = draw.image_of(batch, row)
     scale = draw.to_shown(batch, row, image)
     scores = np.asarray(predictions["scores"][row])
@@ -110,25 +110,25 @@ def draw_query_attention(
     for column, query in enumerate(best):
       ax = axes[index, 1 + column]
       padded = np.asarray(batch["image"]).shape[1:3]
-      draw.show(ax, _lit(image, np.asarray(predictions["attention"][row][query]), padded))
+      draw.show(ax, _shade(image, np.asarray(predictions["attention"][row][query]), padded))
       one = slice(column, column + 1)
       draw.draw_boxes(ax, boxes[one], names[one], labels[one])
       ax.set_title(f"query {query}: {scores[query]:.0%}", fontsize=8.5, loc="left")
   return figure
 
 
-def _surest(
+def _best(
   scores: Float[np.ndarray, " q"], threshold: float, max_queries: int
 ) -> Int[np.ndarray, " s"]:
-  """Returns the queries to be shown, the surest first."""
+  """Returns the queries to draw, by falling score."""
   best = np.argsort(-scores, kind="stable")[:max_queries]
   return best[(scores[best] >= threshold) | (best == best[0])]
 
 
-def _lit(
+def _shade(
   image: np.ndarray, attention: Float[np.ndarray, "i j"], padded: tuple[int, ...]
 ) -> np.ndarray:
-  """Returns the image, dark where nobody looks."""
+  """Returns the image, darkened where the attention is low."""
   light = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
   light = light[: image.shape[0], : image.shape[1]]
   light = light / max(float(light.max()), 1e-9)

@@ -1,7 +1,4 @@
-"""Pictures of super-resolution: small, bicubic, ours, truth, and where each patch was taken from.
-
-Figures are made without `pyplot`, so that nothing is kept alive and no window opens.
-"""
+"""Figures of super-resolution: images, source positions in the reference, matching confidence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +13,9 @@ from vit_jax_zoo.metrics.psnr_ssim import psnr_y
 
 CELL = 2.1  # inches
 COLUMNS = (
-  "small", "bicubic", "ours", "wrong reference", "truth", "reference", "taken from", "trust"
+  "small", "bicubic", "ours", "wrong reference", "truth", "reference", "source", "confidence"
 )  # fmt: skip
-"""Of each row; "wrong reference" and "truth" are left out where there are none."""
+"""Columns of each row; "wrong reference" and "truth" are optional."""
 
 BATCH_COLUMNS = {
   "small": "low_res_image",
@@ -27,7 +24,7 @@ BATCH_COLUMNS = {
   "reference": "ref_image",
   "blurred reference": "blurred_ref_image",
 }
-"""What is drawn of a training batch: title -> key."""
+"""Columns of a training batch: title -> key."""
 
 
 def draw_results(
@@ -37,19 +34,18 @@ def draw_results(
   title: str = "Super-resolution",
   max_images: int = 4,
 ) -> Figure:
-  """Draws a row of pictures for each example, as far as there are those of `COLUMNS`.
+  """Draws a row of images for each example, in the columns `COLUMNS`.
 
-  "taken from" gives each cell of the small picture the colour of the place in the reference where
-  its patch was found; those colours are laid over the reference. "trust" is the soft attention,
-  dark where it is least and bright where it is greatest in this picture.
+  "source" colours each cell of the input by the position of its match in the reference, whose
+  colours "reference" shows. "confidence" is the soft attention, scaled to its range in the image.
 
   Args:
-    batch: as `tasks.super_resolution` has it: `low_res_image`, `upsampled_image`,
-      `ref_image`, in [0, 255]; `image`, the truth, and `size` are optional.
-    predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w];
-      `wrong_reference_image`, what became of it with another's reference, is optional.
-    title: of the figure.
-    max_images: draws the first so many.
+    batch: that of the task: `low_res_image`, `upsampled_image`, `ref_image`, in [0, 255]; `image`,
+      the ground truth, and `size` are optional.
+    predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w]; optional
+      `wrong_reference_image`.
+    title: title of the figure.
+    max_images: maximum number of examples.
   """
   shown = min(len(batch["low_res_image"]), max_images)
   if not shown:
@@ -63,11 +59,11 @@ def draw_results(
 
 
 def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
-  """Draws what a model will learn from: a row of `BATCH_COLUMNS` for each example.
+  """Draws a training batch: a row of `BATCH_COLUMNS` for each example.
 
   Args:
-    batch: as `tasks.super_resolution` has it, in [0, 255].
-    max_images: draws the first so many.
+    batch: that of the task, in [0, 255].
+    max_images: maximum number of examples.
   """
   shown = min(len(batch["low_res_image"]), max_images)
   if not shown:
@@ -83,10 +79,9 @@ def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
 
 
 def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UInt8[Any, "h w 3"]:
-  """Returns the colour of each place `index` in a grid of cells, `[rows, columns]`.
+  """Returns a colour for each position `index` in a grid of cells, `[rows, columns]`.
 
-  Red grows with the column, blue with the row, green where both are far from their corner: near
-  places look alike, far ones differ.
+  Red increases with the column, blue with the row, green decreases with both.
   """
   rows, columns = np.divmod(np.asarray(index), grid[1])
   x, y = columns / max(grid[1] - 1, 1), rows / max(grid[0] - 1, 1)
@@ -95,7 +90,7 @@ def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UIn
 
 
 def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -> dict[str, Any]:
-  """Returns one example's pictures, cropped to what counts."""
+  """Returns the images of one example without their padding."""
   bicubic = np.asarray(batch["upsampled_image"][i])
   height, width = batch["size"][i] if "size" in batch else bicubic.shape[:2]
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
@@ -112,7 +107,7 @@ def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -
     **{name: np.asarray(x[i])[pixels] for name, x in optional.items() if x is not None},
     "reference": reference,
     "index": np.asarray(predictions["hard_attention"][i])[cells],
-    "trust": np.asarray(predictions["soft_attention"][i])[cells],
+    "confidence": np.asarray(predictions["soft_attention"][i])[cells],
     "grid": (reference.shape[0] // 4, reference.shape[1] // 4),
   }
 
@@ -131,21 +126,21 @@ def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
 
 
 def _draw_search(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
-  """Draws the reference, where in it patches were found, and how like they are."""
-  grid, index, trust = example["grid"], example["index"], example["trust"]
+  """Draws the reference, the source positions and the confidence of the matches."""
+  grid, index, soft = example["grid"], example["index"], example["confidence"]
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
   _show(axes["reference"], _tinted(example["reference"], key))
-  _show(axes["taken from"], position_colors(index, grid), "nearest")
-  axes["trust"].imshow(trust, cmap="cividis", interpolation="nearest")
+  _show(axes["source"], position_colors(index, grid), "nearest")
+  axes["confidence"].imshow(soft, cmap="cividis", interpolation="nearest")
   used = len(np.unique(index)) / index.size
-  axes["taken from"].set_xlabel(f"{used:.0%} different places", fontsize=9)
-  axes["trust"].set_xlabel(f"{np.min(trust):.3f} to {np.max(trust):.3f}", fontsize=9)
+  axes["source"].set_xlabel(f"{used:.0%} distinct patches", fontsize=9)
+  axes["confidence"].set_xlabel(f"{np.min(soft):.3f} to {np.max(soft):.3f}", fontsize=9)
 
 
 def _tinted(
   image: Num[np.ndarray, "y x 3"], colors: UInt8[np.ndarray, "i j 3"]
 ) -> Float[np.ndarray, "y x 3"]:
-  """Lays colours of cells of 4x4 pixels over a picture, whose own brightness stays."""
+  """Tints an image with the colours of cells of 4x4 pixels; keeps its brightness."""
   large = np.repeat(np.repeat(colors, 4, axis=0), 4, axis=1).astype(np.float32)
   image = np.asarray(image, np.float32)[: large.shape[0], : large.shape[1]]
   gray = image.mean(axis=-1, keepdims=True)
@@ -165,7 +160,7 @@ def _aspect(images: Num[np.ndarray, "b h w 3"]) -> float:
 def _grid(
   rows: int, columns: list[str], aspect: float, title: str
 ) -> tuple[Figure, list[dict[str, Axes]]]:
-  """Lays out rows of cells by their column's name, `aspect` times as high as wide."""
+  """Creates rows of axes by column name, `aspect` times as high as wide."""
   size = (len(columns) * CELL, rows * (CELL * aspect + 0.35) + 0.7)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
@@ -174,7 +169,7 @@ def _grid(
     ax.set_title(name, fontsize=10)
   for ax in axes.flat:
     ax.set(xticks=[], yticks=[])
-    ax.set_anchor("N")  # so that pictures of other shapes stand in line with their titles
+    ax.set_anchor("N")  # aligns images of other shapes with their titles
     ax.xaxis.label.set_color(QUIET)
     for spine in ax.spines.values():
       spine.set_visible(False)

@@ -1,11 +1,11 @@
 """TTSR. Yang et al., "Learning Texture Transformer Network for Image Super-Resolution", CVPR 2020.
 
-arXiv:2006.04139. A small picture is enlarged four times with the help of a large reference picture
-that shows similar things: for each of its patches the most similar one of the reference is found,
-and the reference's features are carried over where the match is good. TTSR and TTSR-rec are one
-network; they differ in the losses it was trained with (`tasks.super_resolution`).
+arXiv:2006.04139: 4x super-resolution with textures of a reference image. Modules in the order of
+the paper: `TTSR` with the texture transformer (3.1) and its stack (3.2, figure 3), cross-scale
+feature integration, and the layers below. TTSR and TTSR-rec are one network; they differ in the
+losses they were trained with (`task`).
 
-Numbers 1, 2 and 3 stand for maps of the small picture's size, twice and four times that.
+Numbers 1, 2 and 3 in names: maps with 1, 2 and 4 times the sides of the low-resolution image.
 """
 
 from collections.abc import Sequence
@@ -15,23 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
+from jax import lax
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.nn.conv import Conv
+from vit_jax_zoo.nn.init import pytorch_uniform
+from vit_jax_zoo.nn.transformer import Stack
 from vit_jax_zoo.ops.checks import check_positive
+from vit_jax_zoo.ops.resize import METHODS
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.systems.ttsr.concat_conv import JointConv
+from vit_jax_zoo.systems.ttsr.losses import VGG19
 from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer
-from vit_jax_zoo.systems.ttsr.upsample import pixel_shuffle, upsample_bicubic
-from vit_jax_zoo.systems.ttsr.vgg import VGG19
 
 SCALE = 4
-"""Times that sides grow; the only one that there is."""
+"""Ratio of the sides of output and input."""
 
 LEVELS = ("relu1_1", "relu2_1", "relu3_1")
-"""What of VGG-19 is a texture: maps of the picture's sides, a half and a quarter of them."""
+"""Outputs of the texture extractor: maps of the image's sides, a half and a quarter of them."""
 
-# 64 channels and 16, 16, 8 and 4 blocks: the released code's options; the paper gives no table.
+# 64 channels and 16, 16, 8 and 4 blocks: the released code's options; the paper has no table.
 VARIANTS: dict[str, dict[str, Any]] = {
   "ttsr": {"width": 64, "depths": (16, 16, 8, 4)},
   "ttsr_tiny": {"width": 16, "depths": (2, 2, 1, 1)},
@@ -45,65 +47,160 @@ SHARDING_RULES = (
 """Kernels split over `fsdp`; biases kept whole."""
 
 
-class ResidualBlock(nn.Module):
-  """Two convolutions around a ReLU, beside the identity; no norm.
+class TTSR(nn.Module):
+  """Enlarges an image four times with textures of a reference (figures 2 and 3).
 
   Attributes:
-    width: channels.
-    residual_scale: factor of what is added.
-    dtype: of the computation.
+    width: channels of the maps (TTSR.pt: 64).
+    depths: residual blocks before the texture transformers, and of stages 1, 2 and 3 (TTSR.pt: 16,
+      16, 8, 4).
+    texture_widths: channels of the texture extractor's levels (TTSR.pt: those of VGG-19; the demo
+      has fewer).
+    dtype: of the computation. Parameters, the output, and the features that are searched are
+      float32: in bfloat16 other patches would match.
+    scan_layers: whether residual blocks are scanned.
+    block_size: see `search.find_matches`.
   """
 
-  width: int
-  residual_scale: float = 1.0
+  width: int = 64
+  depths: tuple[int, int, int, int] = (16, 16, 8, 4)
+  texture_widths: tuple[int, int, int] = (64, 128, 256)
   dtype: Dtype = "float32"
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b h w c"], _: None = None
-  ) -> tuple[Float[Array, "b h w c"], None]:
-    """Returns the map, and nothing for `nn.scan` to stack."""
-    out = nn.relu(Conv(self.width, dtype=self.dtype, name="conv1")(shard_batch(x)))
-    out = Conv(self.width, dtype=self.dtype, name="conv2")(out)
-    return x + self.residual_scale * out, None
-
-
-class ResidualStage(nn.Module):
-  """Residual blocks and a last convolution.
-
-  Attributes:
-    depth: number of blocks.
-    width: channels.
-    residual_scale: see `ResidualBlock`.
-    scan_layers: one block compiled and run `depth` times, or `depth` blocks.
-    dtype: of the computation.
-  """
-
-  depth: int
-  width: int
-  residual_scale: float = 1.0
   scan_layers: bool = True
-  dtype: Dtype = "float32"
+  block_size: tuple[int, int] = BLOCK_SIZE
+
+  def setup(self) -> None:
+    """Creates the texture extractor, initialised as VGG-19 and trained with the rest."""
+    check_positive(self, "width", "depths", "texture_widths")
+    self.extractor = VGG19(LEVELS, self.texture_widths, self.dtype)
+
+  def __call__(
+    self,
+    low_res_image: Float[Array | np.ndarray, "b h w 3"],
+    upsampled_image: Float[Array | np.ndarray, "b h4 w4 3"],
+    ref_image: Float[Array | np.ndarray, "b y x 3"],
+    blurred_ref_image: Float[Array | np.ndarray, "b y2 x2 3"],
+    *,
+    train: bool = False,
+  ) -> dict[str, Any]:
+    """Enlarges `low_res_image`; all images in [-1, 1].
+
+    Args:
+      low_res_image: image of any size.
+      upsampled_image: its bicubic enlargement by 4.
+      ref_image: reference, with sides that are multiples of 4.
+      blurred_ref_image: the reference, bicubically reduced and enlarged by 4.
+      train: has no effect.
+
+    Returns:
+      `image` float32 [b 4h 4w 3], in [-1, 1]; `hard_attention` int32 [b h w], index of the matching
+      cell, row by row, in a grid of a quarter of the reference's sides; `soft_attention` float32
+      [b h w], cosine of the match; `textures`, transferred maps with 1, 2 and 4 times the sides of
+      the low-resolution image.
+
+    Raises:
+      ValueError: the sizes of the images do not fit together.
+    """
+    del train
+    given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
+    low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, given)
+    _check_sizes(*(image.shape for image in given))
+    grid_width = ref_image.shape[2] // SCALE
+
+    query = self.textures(shard_batch(upsampled_image), precise=True)[2]  # Eq. 1
+    key = self.textures(shard_batch(blurred_ref_image), precise=True)[2]  # Eq. 2
+    values = self.textures(shard_batch(ref_image))[::-1]  # Eq. 3
+    hard, soft = find_matches(query, key, block_size=self.block_size)  # Eq. 4, 5 and 7
+    textures = [
+      transfer(value, hard, grid_width=grid_width, scale=scale)  # Eq. 6
+      for value, scale in zip(values, (1, 2, 4), strict=True)
+    ]
+    return {
+      "image": self.restore(low_res_image, soft, textures),
+      "hard_attention": hard,
+      "soft_attention": soft,
+      "textures": tuple(textures),
+    }
+
+  def textures(
+    self, images: Float[Array, "b h w 3"], *, precise: bool = False
+  ) -> tuple[Float[Array, "b ..."], ...]:
+    """Returns the texture extractor's features of images in [-1, 1], at `LEVELS`."""
+    features = self.extractor(images, precise=precise)
+    return tuple(features[level] for level in LEVELS)
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Returns what the caller adds to its own map."""
-    fields = {
-      "width": self.width, "residual_scale": self.residual_scale, "dtype": self.dtype
-    }  # fmt: skip
-    if self.scan_layers:
-      scan = nn.scan(
-        ResidualBlock, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
-      )
-      x, _ = scan(**fields, name="blocks")(x, None)
-    else:
-      for i in range(self.depth):
-        x, _ = ResidualBlock(**fields, name=f"block_{i}")(x)
-    return Conv(self.width, dtype=self.dtype, name="tail")(x)
+  def restore(
+    self,
+    low_res_image: Float[Array, "b h w 3"],
+    soft_attention: Float[Array, "b h w"],
+    textures: Sequence[Float[Array, "b ..."]],
+  ) -> Float[Array, "b h4 w4 3"]:
+    """Returns the image of the stacked texture transformers (3.2, figure 3), after the search.
+
+    Args:
+      low_res_image: in [-1, 1].
+      soft_attention: cosine of each patch's match.
+      textures: transferred maps with 1, 2 and 4 times the sides of the image.
+    """
+    soft = soft_attention[..., None]
+    x = nn.relu(self._conv("head", self.width)(low_res_image))
+    x1 = x + self._residual(0, "shallow")(x)
+    self.sow("intermediates", "after_shallow", x1)
+
+    x1 += self._attend(1, x1, textures[0], soft)
+    x1 += self._residual(1, "stage1")(x1)
+
+    x2 = nn.relu(pixel_shuffle(self._conv("up2", 4 * self.width)(x1), 2))
+    x2 += self._attend(2, x2, textures[1], upsample_bicubic(soft, 2))
+    x1, x2 = self._integrate(2, [x1, x2])
+
+    x3 = nn.relu(pixel_shuffle(self._conv("up3", 4 * self.width)(x2), 2))
+    x3 += self._attend(3, x3, textures[2], upsample_bicubic(soft, 4))
+    x1, x2, x3 = self._integrate(3, [x1, x2, x3])
+    image = MergeTail(self.width, self.dtype, name="merge_tail")(x1, x2, x3)
+    image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
+    self.sow("intermediates", "unclipped", image)
+    return jnp.clip(image, -1.0, 1.0)
+
+  def _attend(
+    self,
+    scale: int,
+    x: Float[Array, "b h w c"],
+    texture: Float[Array, "b h w t"],
+    soft: Float[Array, "b h w 1"],
+  ) -> Float[Array, "b h w c"]:
+    """Returns Conv(Concat(F, T)) * S of Eq. 8, which is added to F."""
+    return self._concat_conv(f"attend{scale}")(x, texture) * soft.astype(x.dtype)
+
+  def _integrate(
+    self, stage: int, maps: list[Float[Array, "b ..."]]
+  ) -> list[Float[Array, "b ..."]]:
+    """Returns the maps plus residual blocks on what they exchange (CSFI)."""
+    exchanged = Exchange(self.width, self.dtype, name=f"exchange{stage}")(maps)
+    self.sow("intermediates", f"after_exchange{stage}", exchanged)
+    return [
+      x + self._residual(stage, f"stage{stage}_{i}")(e)
+      for i, (x, e) in enumerate(zip(maps, exchanged, strict=True), 1)
+    ]
+
+  def _residual(self, stage: int, name: str) -> nn.Module:
+    return ResidualStage(self.depths[stage], self.width, self.scan_layers, self.dtype, name=name)
+
+  def _conv(self, name: str, features: int) -> Conv:
+    return Conv(features, dtype=self.dtype, name=name)
+
+  def _concat_conv(self, name: str) -> nn.Module:
+    return ConcatConv(self.width, dtype=self.dtype, name=name)
+
+  @property
+  def reach(self) -> int:
+    """Bound of the receptive field of `restore`: radius in pixels of the low-resolution image."""
+    return 2 * sum(self.depths) + 21  # all convolutions and enlargements, as if on that grid
 
 
 class Exchange(nn.Module):
-  """Cross-scale feature integration (section 3.2): each map takes up what the others hold.
+  """Cross-scale feature integration (3.2): each map is merged with all others.
 
   Attributes:
     width: channels of each map.
@@ -115,18 +212,18 @@ class Exchange(nn.Module):
 
   @nn.compact
   def __call__(self, maps: Sequence[Float[Array, "b ..."]]) -> list[Float[Array, "b ..."]]:
-    """Takes and returns maps of growing size, each twice the one before."""
+    """Merges maps of growing size, each twice the one before."""
     merged = []
     for target, own in enumerate(maps, 1):
       others = [(i, x) for i, x in enumerate(maps, 1) if i != target]
       moved = [self._move(x, i, target) for i, x in others]
       factors = [1, *(2 ** max(target - i, 0) for i, _ in others)]
-      merge = JointConv(self.width, dtype=self.dtype, name=f"merge{target}")
+      merge = ConcatConv(self.width, dtype=self.dtype, name=f"merge{target}")
       merged.append(nn.relu(merge(own, *moved, factors=factors)))
     return merged
 
   def _move(self, x: Float[Array, "b h w c"], source: int, target: int) -> Float[Array, "b ..."]:
-    """Brings a map down to the target's size, or readies it to be enlarged to that."""
+    """Reduces a map to the target's size, or convolves it before `ConcatConv` enlarges it."""
     name = f"from{source}_to{target}"
     if source < target:
       return Conv(self.width, 1, dtype=self.dtype, name=name)(x)
@@ -137,7 +234,7 @@ class Exchange(nn.Module):
 
 
 class MergeTail(nn.Module):
-  """From three maps to a picture.
+  """Merges the three maps to an image.
 
   Attributes:
     width: channels of each map.
@@ -151,199 +248,144 @@ class MergeTail(nn.Module):
   def __call__(
     self, x1: Float[Array, "b h w c"], x2: Float[Array, "b ..."], x3: Float[Array, "b ..."]
   ) -> Float[Array, "b h4 w4 3"]:
-    """Returns a picture, not yet clipped."""
+    """Returns an image, not yet clipped."""
     x1 = Conv(self.width, 1, dtype=self.dtype, name="from1")(x1)
     x2 = Conv(self.width, 1, dtype=self.dtype, name="from2")(x2)
-    merge = JointConv(self.width, dtype=self.dtype, name="merge")
+    merge = ConcatConv(self.width, dtype=self.dtype, name="merge")
     merged = nn.relu(merge(x3, x1, x2, factors=(1, 4, 2)))
     narrow = Conv(self.width // 2, dtype=self.dtype, name="narrow")(merged)
     return Conv(3, 1, dtype=self.dtype, name="image")(narrow)
 
 
-class TTSR(nn.Module):
-  """Enlarges a picture four times, taking textures from a reference (Figures 2 and 3).
+class ResidualStage(nn.Module):
+  """Residual blocks and a convolution.
 
   Attributes:
-    width: channels of the maps.
-    depths: residual blocks on the small picture before textures come in, and of stages 1, 2 and 3.
-    residual_scale: factor of what a residual block adds.
-    texture_widths: channels of the texture extractor's three levels, VGG-19's.
-    dtype: of the computation. Parameters, the search for matches with all that leads up to it, and
-      the picture are float32: in bfloat16 the features already would name other patches.
-    scan_layers: see `ResidualStage`.
-    block_size: see `ops.relevance.find_matches`.
+    depth: number of blocks.
+    width: channels.
+    scan_layers: whether the blocks are scanned.
+    dtype: of the computation.
   """
 
-  width: int = 64
-  depths: tuple[int, int, int, int] = (16, 16, 8, 4)
-  residual_scale: float = 1.0
-  texture_widths: tuple[int, int, int] = (64, 128, 256)
-  dtype: Dtype = "float32"
+  depth: int
+  width: int
   scan_layers: bool = True
-  block_size: tuple[int, int] = BLOCK_SIZE
-
-  def setup(self) -> None:
-    """Makes the texture extractor; it begins as VGG-19 and is trained with the rest."""
-    check_positive(self, "width", "depths", "texture_widths")
-    self.extractor = VGG19(LEVELS, self.texture_widths, self.dtype)
-
-  def textures(
-    self, images: Float[Array, "b h w 3"], *, precise: bool = False
-  ) -> tuple[Float[Array, "b ..."], ...]:
-    """Returns the learnable extractor's features of pictures in [-1, 1], at `LEVELS`."""
-    found = self.extractor(images, precise=precise)
-    return tuple(found[level] for level in LEVELS)
-
-  @property
-  def reach(self) -> int:
-    """How far, in pixels of the small picture, a result can depend on picture and matches.
-
-    An upper bound: all convolutions on the way, two for each residual block, and the bicubic
-    enlargements, as if all were on the small picture's grid.
-    """
-    return 2 * sum(self.depths) + 21
-
-  def __call__(
-    self,
-    low_res_image: Float[Array | np.ndarray, "b h w 3"],
-    upsampled_image: Float[Array | np.ndarray, "b h4 w4 3"],
-    ref_image: Float[Array | np.ndarray, "b y x 3"],
-    blurred_ref_image: Float[Array | np.ndarray, "b y2 x2 3"],
-    *,
-    train: bool = False,
-  ) -> dict[str, Any]:
-    """Enlarges `low_res_image`. Pictures hold values in [-1, 1].
-
-    Args:
-      low_res_image: the picture to enlarge, of any sides.
-      upsampled_image: the same, enlarged bicubically to four times its sides.
-      ref_image: the reference; its sides are multiples of 4.
-      blurred_ref_image: the reference made four times smaller, then enlarged again.
-      train: has no effect.
-
-    Returns:
-      `image` float32 [b 4h 4w 3], in [-1, 1]; `hard_attention` int32 [b h w], the matching cell of
-      the reference, counted row by row on a grid of a quarter of its sides; `soft_attention`
-      float32 [b h w], the cosine of the match; `textures`, three maps with 1, 2 and 4 times the
-      sides of the small picture, taken from the reference.
-
-    Raises:
-      ValueError: the pictures' sides do not belong together.
-    """
-    del train
-    pictures = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
-    low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, pictures)
-    _check(*(picture.shape for picture in pictures))
-    match = find_matches(
-      self.textures(shard_batch(upsampled_image), precise=True)[2],
-      self.textures(shard_batch(blurred_ref_image), precise=True)[2],
-      block_size=self.block_size,
-    )
-    grid_width = ref_image.shape[2] // SCALE
-    textures = [
-      transfer(features, match.index, grid_width=grid_width, scale=scale)
-      for features, scale in zip(
-        self.textures(shard_batch(ref_image))[::-1], (1, 2, 4), strict=True
-      )
-    ]
-    return {
-      "image": self.restore(low_res_image, match.relevance, textures),
-      "hard_attention": match.index,
-      "soft_attention": match.relevance,
-      "textures": tuple(textures),
-    }
+  dtype: Dtype = "float32"
 
   @nn.compact
-  def restore(
-    self,
-    low_res_image: Float[Array, "b h w 3"],
-    soft_attention: Float[Array, "b h w"],
-    textures: Sequence[Float[Array, "b ..."]],
-  ) -> Float[Array, "b h4 w4 3"]:
-    """Three texture transformers, stacked (section 3.2, Figure 3): what follows the search.
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Returns the residual, which the caller adds."""
 
-    Args:
-      low_res_image: in [-1, 1].
-      soft_attention: how far to trust each patch's match.
-      textures: what was transferred, maps of the picture's sides and twice and four times these.
+    def block(name: str) -> ResidualBlock:
+      return ResidualBlock(self.width, self.dtype, name=name)
 
-    Returns:
-      the enlarged picture, float32, in [-1, 1].
-    """
-    relevance = soft_attention[..., None]
-    x = nn.relu(self._conv("head", self.width)(low_res_image))
-    x1 = x + self._stage(0, "shallow")(x)
-    self.sow("intermediates", "after_shallow", x1)
-
-    x1 += self._attend(1, x1, textures[0], relevance)
-    x1 += self._stage(1, "stage1")(x1)
-
-    x2 = nn.relu(pixel_shuffle(self._conv("up2", 4 * self.width)(x1), 2))
-    x2 += self._attend(2, x2, textures[1], upsample_bicubic(relevance, 2))
-    x1, x2 = self._integrate(2, [x1, x2])
-
-    x3 = nn.relu(pixel_shuffle(self._conv("up3", 4 * self.width)(x2), 2))
-    x3 += self._attend(3, x3, textures[2], upsample_bicubic(relevance, 4))
-    x1, x2, x3 = self._integrate(3, [x1, x2, x3])
-    image = MergeTail(self.width, self.dtype, name="merge_tail")(x1, x2, x3)
-    image = image.astype(jnp.promote_types(image.dtype, jnp.float32))
-    self.sow("intermediates", "unclipped", image)
-    return jnp.clip(image, -1.0, 1.0)
-
-  def _attend(
-    self,
-    scale: int,
-    x: Float[Array, "b h w c"],
-    texture: Float[Array, "b h w t"],
-    relevance: Float[Array, "b h w 1"],
-  ) -> Float[Array, "b h w c"]:
-    """Soft attention (section 3.1): what the texture adds, as far as the match is to be trusted."""
-    attend = JointConv(self.width, dtype=self.dtype, name=f"attend{scale}")
-    return attend(x, texture) * relevance.astype(x.dtype)
-
-  def _integrate(
-    self, stage: int, maps: list[Float[Array, "b ..."]]
-  ) -> list[Float[Array, "b ..."]]:
-    """Exchanges between the maps, and residual blocks on each, beside the identity."""
-    exchanged = Exchange(self.width, self.dtype, name=f"exchange{stage}")(maps)
-    self.sow("intermediates", f"after_exchange{stage}", exchanged)
-    return [
-      x + self._stage(stage, f"stage{stage}_{i}")(e)
-      for i, (x, e) in enumerate(zip(maps, exchanged, strict=True), 1)
-    ]
-
-  def _stage(self, number: int, name: str) -> ResidualStage:
-    return ResidualStage(
-      self.depths[number],
-      self.width,
-      self.residual_scale,
-      self.scan_layers,
-      self.dtype,
-      name=name,
-    )
-
-  def _conv(self, name: str, features: int) -> Conv:
-    return Conv(features, dtype=self.dtype, name=name)
+    blocks = Stack(block, self.depth, self.scan_layers)
+    nn.share_scope(self, blocks)
+    return Conv(self.width, dtype=self.dtype, name="tail")(blocks(x)[0])
 
 
-def _check(
+class ResidualBlock(nn.Module):
+  """x + conv(relu(conv(x))), without norms.
+
+  Attributes:
+    width: channels.
+    dtype: of the computation.
+  """
+
+  width: int
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], None]:
+    """Returns the map; None is the output of `Stack`'s layers."""
+    out = nn.relu(Conv(self.width, dtype=self.dtype, name="conv1")(shard_batch(x)))
+    return x + Conv(self.width, dtype=self.dtype, name="conv2")(out), None
+
+
+class ConcatConv(nn.Module):
+  """`Conv` of concatenated maps, computed as the sum of a convolution of each.
+
+  The concatenation would be the largest array at full size. Maps are enlarged one after the other,
+  when their convolution is due. Parameters are those of a `Conv` of the concatenation.
+
+  Attributes:
+    features: output channels.
+    dtype: of the computation; parts are summed in float32.
+  """
+
+  features: int
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, *maps: Float[Array, "b ..."], factors: Sequence[int] | None = None
+  ) -> Float[Array, "b h w f"]:
+    """Convolves maps, 3x3; those with a factor above 1 are enlarged by it before, with a ReLU."""
+    widths = [x.shape[-1] for x in maps]
+    init = pytorch_uniform(9 * sum(widths))
+    kernel = self.param("kernel", init, (3, 3, sum(widths), self.features), "float32")
+    bias = self.param("bias", init, (self.features,), "float32")
+    wide = jnp.promote_types(self.dtype, jnp.float32)
+    total, first = jnp.asarray(bias, wide).reshape(1, 1, 1, -1), 0
+    for x, width, factor in zip(maps, widths, factors or [1] * len(maps), strict=True):
+      x, total = lax.optimization_barrier((x, total))  # one after the other
+      if factor > 1:  # the paper's 1x1 convolution before it commutes with bicubic enlargement
+        x = nn.relu(upsample_bicubic(x, factor))
+      part = jnp.asarray(kernel[:, :, first : first + width], self.dtype)
+      numbers, padding = ("NHWC", "HWIO", "NHWC"), ((1, 1), (1, 1))
+      total = total + lax.conv_general_dilated(
+        x.astype(self.dtype), part, (1, 1), padding, dimension_numbers=numbers
+      ).astype(wide)
+      first += width
+    return total.astype(self.dtype)
+
+
+def upsample_bicubic(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b hf wf c"]:
+  """Enlarges a map as PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
+
+  a = -0.75 (Pillow's and JAX's filters have -0.5), half-pixel centres, edges repeated; results may
+  exceed the range of `x`.
+  """
+  for axis in (1, 2):
+    # All pixels are alike: each has `factor` outputs, which depend on it and two on either side.
+    weights = METHODS["bicubic"](5, 5 * factor)[2 * factor : 3 * factor]
+    size, edges = x.shape[axis], [(0, 0)] * 4
+    edges[axis] = (2, 2)
+    padded = jnp.pad(x, edges, mode="edge").astype(jnp.promote_types(x.dtype, jnp.float32))
+    taps = [lax.slice_in_dim(padded, k, k + size, axis=axis) for k in range(5)]
+    phases = [sum(float(w) * tap for w, tap in zip(row, taps, strict=True) if w) for row in weights]
+    shape = [side * factor if i == axis else side for i, side in enumerate(x.shape)]
+    x = jnp.stack(phases, axis=axis + 1).reshape(shape).astype(x.dtype)
+  return x
+
+
+def pixel_shuffle(x: Float[Array, "b h w cff"], factor: int) -> Float[Array, "b hf wf c"]:
+  """Moves channels to pixels in PyTorch's order: (c, y, x) of a cell to c of its pixel (y, x).
+
+  Shi et al., arXiv:1609.05158.
+  """
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height, width, channels // factor**2, factor, factor)
+  x = x.transpose(0, 1, 4, 2, 5, 3)
+  return x.reshape(batch, height * factor, width * factor, -1)
+
+
+def _check_sizes(
   low_res: tuple[int, ...],
   upsampled: tuple[int, ...],
   ref: tuple[int, ...],
   blurred: tuple[int, ...],
 ) -> None:
-  """Raises ValueError for sides that do not belong together; shapes are [b h w 3]."""
+  """Raises ValueError for shapes [b h w 3] that do not fit together."""
   if upsampled[1:3] != (SCALE * low_res[1], SCALE * low_res[2]):
     raise ValueError(
-      f"a picture of {low_res[1]}x{low_res[2]} came with an enlarged one of "
-      f"{upsampled[1]}x{upsampled[2]}; expected {SCALE * low_res[1]}x{SCALE * low_res[2]}"
+      f"upsampled_image: its size is {upsampled[1]}x{upsampled[2]}; expected "
+      f"{SCALE * low_res[1]}x{SCALE * low_res[2]} for a low_res_image of {low_res[1]}x{low_res[2]}"
     )
   if ref[1] % SCALE or ref[2] % SCALE or not ref[1] or not ref[2]:
-    raise ValueError(
-      f"a reference of {ref[1]}x{ref[2]} was given; crop or pad its sides to multiples of {SCALE}"
-    )
+    raise ValueError(f"ref_image: its size is {ref[1]}x{ref[2]}; expected multiples of {SCALE}")
   if blurred != ref:
     raise ValueError(
-      f"the blurred reference is {blurred[1]}x{blurred[2]}, the reference {ref[1]}x{ref[2]}; "
-      "both must have the same sides"
+      f"blurred_ref_image: its size is {blurred[1]}x{blurred[2]}; expected that of ref_image, "
+      f"{ref[1]}x{ref[2]}"
     )

@@ -1,12 +1,12 @@
-"""Enlarging a user's picture four times with textures of another: `predict --reference=ref.jpg`.
+"""4x super-resolution of a user's image: `predict --reference=ref.jpg`.
 
-Pictures of any sides are enlarged to exactly four times these. Large ones are made in two passes
-that hold little at a time and give, within rounding, what one would:
+Large images are processed in two tiled passes with bounded memory, equal to a single pass within
+rounding:
 
-1. the search. The reference's features are computed once; windows of the picture are compared with
-   all of them. A feature depends on few pixels around it, so windows overlap by little;
-2. the network behind it, in windows that overlap by all that a result can depend on
-   (`TTSR.reach`). What each keeps is its middle.
+1. the search: the reference's features are computed once, and windows of the image are compared
+   with all of them. Windows overlap by the receptive field of the features;
+2. the rest of the network, in windows that overlap by its receptive field (`TTSR.reach`), of which
+   the centre is kept.
 """
 
 import contextlib
@@ -34,23 +34,23 @@ from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer
 from vit_jax_zoo.systems.ttsr.task import to_pixels
 
 WINDOW = 360
-"""Side of the largest window, in pixels of the small picture: as many as 480x270 has. A picture of
-no more pixels is enlarged as a whole. `predict --tile` sets another."""
+"""Default of `--tile`: side of a window, in pixels of the input (as many as 480x270 has). Images
+with no more pixels are processed at once."""
 
 SEARCH_REACH = 8
-"""How far, in pixels of the small picture, a patch of features depends on pixels; it is 5."""
+"""Bound of the receptive field of a patch of features: radius in pixels of the input (it is 5)."""
 
 _LOG_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """A reference, with all that is needed of it.
+  """A reference image and its features.
 
   Attributes:
-    image: cropped to multiples of 4.
-    searched: features of its blurred form, which are compared with the picture's [1 i j c].
-    textures: its features, from those of a quarter of its sides to those of all of them.
+    image: the image, cropped to multiples of 4.
+    searched: features of the blurred image, the keys of the search [1 i j c].
+    textures: features of the image, the coarsest level first.
   """
 
   image: Any
@@ -59,22 +59,22 @@ class Reference:
 
 
 class SuperResolutionPredictor:
-  """Enlarges pictures four times; the reference is read once."""
+  """Enlarges images four times; the reference's features are computed once."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Takes the model and the reference.
+    """Prepares the model and the reference.
 
     Args:
       trained: the model, of a run or of a published file.
-      options: with the reference, and perhaps the side of windows; see `WINDOW`.
+      options: `reference`, and optionally `tile`; see `WINDOW`.
 
     Raises:
-      ValueError: there is no reference, it is too small, or windows are too small for the model.
+      ValueError: the reference is missing or too small, or the tile is too small for the model.
     """
     if options.reference is None:
-      raise ValueError("super-resolution takes textures from a picture; add --reference=ref.jpg")
+      raise ValueError("--reference: missing; super-resolution needs one, --reference=ref.jpg")
     self._model: Any = trained.model
     params = trained.variables["params"]
     self._variables = {"params": params.get("generator", params)}
@@ -82,7 +82,7 @@ class SuperResolutionPredictor:
     self._least_window = 2 * max(self._model.reach, SEARCH_REACH) + 1
     if self._window < self._least_window:
       raise ValueError(
-        f"a tile of {self._window} has no middle; this model needs {self._least_window}"
+        f"--tile: {self._window} pixels; expected at least {self._least_window} for this model"
       )
     self._reference_image = crop_to_multiple(options.reference, "the reference")
     self._reference: Reference | None = None
@@ -92,10 +92,10 @@ class SuperResolutionPredictor:
     self._restore = frugal(self._restore_window)
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns the enlarged picture, and a figure of where its textures come from.
+    """Returns the enlarged image, and a figure of the source positions of its textures.
 
     Raises:
-      ValueError: there is not memory enough; the message has a smaller tile.
+      ValueError: out of memory; the message suggests a smaller tile.
     """
     try:
       return self._enlarge(image)
@@ -105,13 +105,13 @@ class SuperResolutionPredictor:
       raise ValueError(self._too_large(image)) from error
 
   def _too_large(self, image: Image) -> str:
-    """Says what takes less memory: not windows that are hardly more than what they overlap by."""
+    """Returns the message for memory errors; no tile that is mostly overlap is suggested."""
     height, width = image.shape[:2]
     side, least = min(self._window, math.isqrt(height * width)), self._least_window * 9 // 8
-    smaller = f"smaller tiles, which take longer, --tile={max(side * 3 // 4, least)}, or "
+    smaller = f"a smaller tile (slower), --tile={max(side * 3 // 4, least)}, or "
     sizes = " and ".join(f"{x.shape[1]}x{x.shape[0]}" for x in (image, self._reference_image))
     return (
-      f"out of memory, with a picture and a reference of {sizes} pixels; try "
+      f"out of memory: image and reference have {sizes} pixels; use "
       f"{smaller if side > least else ''}a smaller reference"
     )
 
@@ -119,12 +119,12 @@ class SuperResolutionPredictor:
     upsampled = enlarge(image, [SCALE * side for side in image.shape[:2]])
     match = self._match(upsampled)
     result, windows = self._assemble(image, match)
-    index, trust = (np.asarray(x[0]) for x in match)
+    index, soft = (np.asarray(x[0]) for x in match)
     record = {
       "size": list(result.shape[:2]),
       "reference_size": list(self._reference_image.shape[:2]),
       "windows": windows,
-      "mean_soft_attention": float(trust.mean()),
+      "mean_soft_attention": float(soft.mean()),
       "reference_cells_used": len(np.unique(index)),
     }
     batch = {
@@ -132,8 +132,8 @@ class SuperResolutionPredictor:
       "upsampled_image": upsampled[None],
       "ref_image": self._reference_image[None],
     }
-    found = {"image": result[None], "hard_attention": index[None], "soft_attention": trust[None]}
-    figure = draw_results(batch, found, title="Where textures come from")
+    found = {"image": result[None], "hard_attention": index[None], "soft_attention": soft[None]}
+    figure = draw_results(batch, found, title="Source positions of the textures")
     return Prediction(record, {"": result, "search": figure})
 
   def _read_reference(self) -> Reference:
@@ -146,7 +146,7 @@ class SuperResolutionPredictor:
     )
 
   def _match(self, upsampled: UInt8[np.ndarray, "h4 w4 3"]) -> Match:
-    """Searches the whole reference for each patch of the picture."""
+    """Returns the match of each patch of the image in the whole reference."""
     height, width = (side // SCALE for side in upsampled.shape[:2])
     index = np.zeros((1, height, width), np.int32)
     relevance = np.zeros((1, height, width), np.float32)
@@ -158,7 +158,7 @@ class SuperResolutionPredictor:
     return Match(jnp.asarray(index), jnp.asarray(relevance))
 
   def _assemble(self, image: Image, match: Match) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-    """Enlarges window by window; returns the picture, and how many windows there were."""
+    """Enlarges window by window; returns the image and the number of windows."""
     result = np.zeros((1, *(SCALE * side for side in image.shape[:2]), 3), np.uint8)
     windows = list(cut(image.shape[:2], self._window, self._model.reach))
     for part in _progress(windows, "enlarging"):
@@ -198,32 +198,32 @@ class SuperResolutionPredictor:
 
 @functools.cache
 def compiler_options() -> dict[str, bool | str] | None:
-  """Returns XLA's options with which maps are made when they are needed, and no earlier.
+  """Returns XLA's options to schedule for low memory on CPUs; None if XLA has none.
 
-  On a CPU its default is to do side by side what can be: a picture of 480x270 with a reference of
-  1920x1080 then takes 4.2 GB in place of 3.4. None where there is no such option.
+  By default XLA schedules for parallelism: an image of 480x270 with a reference of 1920x1080 then
+  takes 4.2 GB, not 3.4.
   """
   options: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
   if jax.default_backend() != "cpu":
     return None
   try:
     jax.jit(jnp.negative).lower(0.0).compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError:  # it has a name for other versions of XLA
+  except jax.errors.JaxRuntimeError:  # other versions of XLA name it differently
     return None
   return options
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A part of a picture, in pixels of the small one.
+  """A window of an image, in pixels of the input.
 
   Attributes:
-    top: first row of the window.
+    top: first row.
     left: first column.
-    height: rows.
-    width: columns.
-    kept_rows: those whose results count, of the whole picture's.
-    kept_columns: the same.
+    height: number of rows.
+    width: number of columns.
+    kept_rows: range of the image's rows whose results are kept.
+    kept_columns: range of columns whose results are kept.
   """
 
   top: int
@@ -234,21 +234,21 @@ class Window:
   kept_columns: tuple[int, int]
 
   def outer(self, scale: int = 1) -> tuple[slice, slice]:
-    """Returns where the window lies in a picture of `scale` times the sides."""
+    """Returns the slices of the window in an image of `scale` times the sides."""
     return (
       slice(scale * self.top, scale * (self.top + self.height)),
       slice(scale * self.left, scale * (self.left + self.width)),
     )
 
   def kept(self, scale: int = 1) -> tuple[slice, slice, slice]:
-    """Returns where in the whole result [1 h w ...] the middle goes."""
+    """Returns the slices of the kept centre in the whole result [1 h w ...]."""
     rows, columns = (
       slice(scale * start, scale * stop) for start, stop in (self.kept_rows, self.kept_columns)
     )
     return slice(None), rows, columns
 
   def middle(self, scale: int = 1) -> tuple[slice, slice, slice]:
-    """Returns where in the window's result [1 h w ...] that lies."""
+    """Returns the slices of the kept centre in the window's result [1 h w ...]."""
     rows, columns = (
       slice(scale * (start - first), scale * (stop - first))
       for (start, stop), first in ((self.kept_rows, self.top), (self.kept_columns, self.left))
@@ -257,12 +257,12 @@ class Window:
 
 
 def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
-  """Cuts a picture into windows of one size, whose middles cover it once.
+  """Yields windows of one size whose kept centres partition an image.
 
   Args:
-    size: height and width.
-    window: pictures of no more than its square are one window; else no side is longer.
-    reach: what is kept of a window lies at least so far from its edges, but for the picture's own.
+    size: height and width of the image.
+    window: maximum side of a window; an image with at most `window`^2 pixels is one window.
+    reach: minimum distance of the kept centre from the window's edges inside of the image.
   """
   height, width = size
   if height * width <= window**2:
@@ -287,9 +287,9 @@ def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[int, int, 
 
 
 def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows, with a bar on a terminal; elsewhere a line from time to time says how far.
+  """Yields windows with a progress bar on a terminal, else with a log line from time to time.
 
-  Of a single one nobody knows how far it is: then it is said for how long it has gone on.
+  A single window shows the elapsed time alone.
   """
   console = rich.console.Console(stderr=True)
   if console.is_terminal:
@@ -303,28 +303,28 @@ def _progress(windows: list[Window], what: str) -> Iterator[Window]:
         bar.advance(task)
     return
   if len(windows) == 1:
-    with _saying_that_it_goes_on(what):
+    with _log_elapsed_time(what):
       yield windows[0]
     return
-  begin = said = time.monotonic()
+  begin = logged = time.monotonic()
   for done, window in enumerate(windows):
     now = time.monotonic()
-    if done and now - said > _LOG_SECONDS:
-      said, left = now, (now - begin) / done * (len(windows) - done)
+    if done and now - logged > _LOG_SECONDS:
+      logged, left = now, (now - begin) / done * (len(windows) - done)
       logging.info("%s: %d/%d windows, ETA %.0f s", what, done, len(windows), left)
     yield window
 
 
 @contextlib.contextmanager
-def _saying_that_it_goes_on(what: str) -> Iterator[None]:
+def _log_elapsed_time(what: str) -> Iterator[None]:
   done = threading.Event()
 
-  def say() -> None:
+  def log() -> None:
     begin = time.monotonic()
     while not done.wait(_LOG_SECONDS):
       logging.info("%s: %.0f s so far", what, time.monotonic() - begin)
 
-  thread = threading.Thread(target=say, daemon=True)
+  thread = threading.Thread(target=log, daemon=True)
   thread.start()
   try:
     yield

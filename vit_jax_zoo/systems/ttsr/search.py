@@ -1,18 +1,16 @@
-"""Looking patches up in a reference picture: TTSR's hard and soft attention without the matrix.
+"""TTSR's relevance search: hard and soft attention in blocks, without the full similarity matrix.
 
-Yang et al., "Learning Texture Transformer Network for Image Super-Resolution", CVPR 2020,
-arXiv:2006.04139, section 3.1. Each 3x3 patch of one feature map is compared with each 3x3 patch of
-another; the best match and its cosine are kept, and patches of the reference are laid where their
-matches were found. The matrix of all pairs, and the lists of all patches, never exist:
+arXiv:2006.04139, section 3.1. Each 3x3 patch of the query map is compared with each 3x3 patch of
+the reference map (Eq. 4); the index and the cosine of the best one are kept (Eq. 5 and 7), and
+reference patches are transferred to the positions of their matches (Eq. 6). Neither the matrix of
+all pairs nor the unfolded patches are materialised:
 
-* patches overlap, so the product of two patches is a sum of products of pixels, which neighbouring
-  pairs share: with columns of three pixels, `P(q, r) = C(q-1, r-1) + C(q, r) + C(q+1, r+1)`. That
-  takes a third of the multiplications, too;
+* the product of two patches is a sum of pixel products that neighbouring pairs share: with columns
+  of three pixels, `P(q, r) = C(q-1, r-1) + C(q, r) + C(q+1, r+1)`, a third of the multiplications;
 * the search runs over blocks of queries and of reference positions with a running maximum;
-* relevance is computed again, with a gradient, at the matches alone.
+* the relevance of the matches alone is recomputed, with a gradient.
 
-Memory is linear in each picture. Letters: `h w` rows and columns of the map that asks, `i j` those
-of the reference, `c` channels.
+Memory is linear in each image. Axes: `h w` of the query map, `i j` of the reference, `c` channels.
 """
 
 from collections.abc import Callable
@@ -24,19 +22,20 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 BLOCK_SIZE = (1024, 2048)
-"""Queries and reference positions compared at a time: 8 MB of products for each image."""
+"""Queries and reference positions per block: 8 MB of products for each image."""
 
 PATCH = 3
-_EPSILON = 1e-12  # smallest length that a patch is divided by, as in the reference code
-_OUTSIDE = -PATCH  # a row from which no offset of a patch leads into the map
+_EPSILON = 1e-12  # minimum norm of a patch, as in the official code
+_OUTSIDE = -PATCH  # a row whose patch lies outside of the map
 
 
 class Match(NamedTuple):
-  """Where each patch was found.
+  """The best match of each patch.
 
   Attributes:
-    index: `i * width + j` of the centre of the most similar reference patch; the first of equals.
-    relevance: cosine of the two patches, float32.
+    index: `i * width + j` of the centre of the most similar reference patch, the first of equal
+      ones: hard attention (Eq. 5).
+    relevance: cosine of the two patches, float32: soft attention (Eq. 7).
   """
 
   index: Int[Array, "b h w"]
@@ -49,18 +48,16 @@ def find_matches(
   *,
   block_size: tuple[int, int] = BLOCK_SIZE,
 ) -> Match:
-  """Finds, for each 3x3 patch of a map, the most similar one of a reference map.
+  """Returns the most similar 3x3 patch of a reference map for each 3x3 patch of a map.
 
-  Maps are continued by zeros; every position is the centre of a patch. Products are float32 at the
-  highest precision on any device, whatever the dtype of the maps: with less, matches flip.
-  Gradients pass through the relevance of the matches into both maps, as through a maximum; the
-  index has none.
+  Maps are padded with zeros; every position is the centre of a patch. Products are float32 at the
+  highest precision, whatever the dtype of the maps: with less, matches change. The relevance has
+  gradients with respect to both maps, the index has none.
 
   Args:
-    queries: the map that asks.
-    references: the map that is searched, of any size.
-    block_size: queries and reference positions compared at a time. It changes memory and speed,
-      not the result.
+    queries: query map.
+    references: reference map, of any size.
+    block_size: queries and reference positions per block; affects memory and speed alone.
 
   Raises:
     ValueError: a block size is not positive.
@@ -77,7 +74,7 @@ def relevance_of(
   references: Float[Array, "b i j c"],
   index: Int[Array, "b h w"],
 ) -> Float[Array, "b h w"]:
-  """Returns the cosine of each query patch and the reference patch that `index` names (float32)."""
+  """Returns the cosine of each query patch and the reference patch at `index` (float32)."""
   queries, references = _wide(queries), _wide(references)
   rows, columns = jnp.divmod(index, references.shape[2])
   around = _pad(queries)
@@ -87,7 +84,7 @@ def relevance_of(
     ours = _shifted(around, offset, (queries.shape[1], queries.shape[2]))
     return products + jnp.sum(ours * theirs, axis=-1), None
 
-  # Without the checkpoint a backward pass would keep all nine gathered maps.
+  # Without the checkpoint the backward pass would save all nine gathered maps.
   zeros = jnp.zeros(index.shape, queries.dtype)
   products, _ = lax.scan(jax.checkpoint(add), zeros, _offsets())
   scales = _windows(_inverse_lengths(references)[..., None], rows, columns, 1)[..., 0, 0, 0]
@@ -101,24 +98,24 @@ def transfer(
   grid_width: int,
   scale: int = 1,
 ) -> Float[Array, "b hs ws c"]:
-  """Lays the reference patches of all matches over one another, and divides by nine.
+  """Returns the mean of the overlapping reference patches of all matches (Eq. 6).
 
-  A patch has 3x3 cells of `scale`x`scale` pixels. At the border fewer than nine patches meet; like
-  the reference code, this divides by nine there, too.
+  A patch has 3x3 cells of `scale`x`scale` pixels. Sums are divided by nine at the border as well,
+  where fewer patches overlap, as in the official code.
 
   Args:
-    reference: a map of `scale` times the sides of the one that was searched.
+    reference: a map with `scale` times the sides of the searched one.
     index: see `Match`.
-    grid_width: width of the map that was searched.
-    scale: pixels along the side of a cell.
+    grid_width: width of the searched map.
+    scale: side of a cell in pixels.
 
   Raises:
-    ValueError: the reference is not `scale` times as wide as the map that was searched.
+    ValueError: the width of the reference is not `scale` times `grid_width`.
   """
   if reference.shape[2] != grid_width * scale:
     raise ValueError(
-      f"the reference is {reference.shape[2]} wide, but {scale} pixels for each of "
-      f"{grid_width} cells make {grid_width * scale}"
+      f"reference: its width is {reference.shape[2]}; expected {grid_width * scale}, {scale} times "
+      f"grid_width={grid_width}"
     )
   batch, height, width = index.shape
   rows, columns = jnp.divmod(index, grid_width)
@@ -126,7 +123,7 @@ def transfer(
   wide = _wide(reference)  # so that the gradient, a sum over many patches, is float32
 
   def add(total: Array, offset: Array) -> tuple[Array, None]:
-    # Cell (y, x) lies at `offset` in the patch that was found for its neighbour at -offset.
+    # Cell (y, x) is at `offset` in the patch that matches its neighbour at -offset.
     neighbours = (_shifted(x, -offset, (height, width)) for x in (rows, columns))
     row, column = (x + o for x, o in zip(neighbours, offset, strict=True))
     return total + _windows(wide, row, column, scale), None
@@ -144,8 +141,8 @@ def _search(
 ) -> Int[Array, "b h w"]:
   """Returns the first index of the largest cosine.
 
-  Positions are numbered along rows that have a zero at either end. So neighbours stand at fixed
-  distances, and a block of positions is one slice of memory, of any length.
+  Positions are numbered along rows padded with a zero at either end: neighbours have constant
+  distances, and a block of positions is one slice of any length.
   """
   batch, height, width, _ = queries.shape
   rows, columns = references.shape[1:3]
@@ -153,7 +150,7 @@ def _search(
   ref_block = min(block_size[1], rows * (columns + 2))
   query_columns = _column_reader(queries, query_block)
   ref_columns = _column_reader(references, ref_block)
-  # Positive exactly at real positions: rows' ends are no patches.
+  # Positive exactly at positions of the map, zero at the padding of rows.
   scales = jnp.pad(_inverse_lengths(references), ((0, 0), (0, 0), (1, 1))).reshape(batch, -1)
   scales = jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % ref_block)))
 
@@ -166,14 +163,14 @@ def _search(
       )
       patches = products[:, :-2, :-2] + products[:, 1:-1, 1:-1] + products[:, 2:, 2:]
       scale = lax.dynamic_slice_in_dim(scales, ref_start, ref_block, axis=1)[:, None]
-      cosines = jnp.where(scale > 0, patches * scale, -jnp.inf)  # but for the query's own length
+      cosines = jnp.where(scale > 0, patches * scale, -jnp.inf)  # times the query's norm
       value, place = jnp.max(cosines, axis=-1), jnp.argmax(cosines, axis=-1)
-      better = value > best[0]  # not >=: the first of equals stays
+      better = value > best[0]  # not >=: keeps the first of equal ones
       place = place.astype(jnp.int32) + ref_start
       return (jnp.where(better, value, best[0]), jnp.where(better, place, best[1])), None
 
     nothing = jnp.full((batch, query_block), -jnp.inf, queries.dtype)
-    first = jnp.ones((batch, query_block), jnp.int32)  # stays where features are NaN
+    first = jnp.ones((batch, query_block), jnp.int32)  # the result where features are NaN
     starts = jnp.arange(0, scales.shape[1], ref_block, dtype=jnp.int32)
     return lax.scan(compare, (nothing, first), starts)[0][1]
 
@@ -185,9 +182,9 @@ def _search(
 
 
 def _column_reader(maps: Float[Array, "b h w c"], block: int) -> Callable[[Array], Array]:
-  """Returns a function from a position to columns of three pixels, `[b block+2 3c]`.
+  """Returns a function from a position to a block's columns of three pixels, `[b block+2 3c]`.
 
-  They belong to the position before it, to it and its successors, and to the one after the block.
+  The block has one more position at either end.
   """
   stride = maps.shape[2] + 2
   count = maps.shape[1] * stride
@@ -204,18 +201,18 @@ def _column_reader(maps: Float[Array, "b h w c"], block: int) -> Callable[[Array
 
 
 def _inverse_lengths(maps: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
-  """Returns one over the length of each patch."""
+  """Returns the inverse norm of each patch."""
   squares = _pad(jnp.sum(maps**2, axis=-1))
   height, width = maps.shape[1:3]
   total = sum(squares[:, y : y + height, x : x + width] for y in range(PATCH) for x in range(PATCH))
-  # The maximum stands inside, where it keeps the root's infinite slope at zero out of gradients.
+  # The maximum inside excludes the root's infinite gradient at zero.
   return lax.rsqrt(jnp.maximum(jnp.asarray(total), _EPSILON**2))
 
 
 def _windows(
   maps: Float[Array, "b y x c"], rows: Int[Array, "b h w"], columns: Int[Array, "b h w"], size: int
 ) -> Float[Array, "b h w s s c"]:
-  """Gathers cells of `size`x`size` pixels by their row and column; those outside are zeros."""
+  """Gathers cells of `size`x`size` pixels by row and column, zeros outside of the map."""
   numbers = lax.GatherDimensionNumbers(
     offset_dims=(2, 3, 4), collapsed_slice_dims=(), start_index_map=(0, 1)
   )
@@ -228,14 +225,14 @@ def _windows(
 
 
 def _shifted(padded: Array, offset: Int[Array, " 2"], size: tuple[int, int]) -> Array:
-  """Returns the map whose (y, x) is that of the unpadded one at (y, x) + offset."""
+  """Returns the unpadded map shifted by an offset."""
   y, x = offset[0] + 1, offset[1] + 1
   padded = lax.dynamic_slice_in_dim(padded, y, size[0], axis=1)
   return lax.dynamic_slice_in_dim(padded, x, size[1], axis=2)
 
 
 def _pad(x: Array, value: Any = 0) -> Array:
-  """Puts a frame of one pixel around `[b h w ...]`."""
+  """Pads `[b h w ...]` by one pixel on each side."""
   widths = ((0, 0), (1, 1), (1, 1)) + ((0, 0),) * (x.ndim - 3)
   return jnp.pad(x, widths, constant_values=value)
 
@@ -245,5 +242,5 @@ def _offsets() -> Int[Array, "9 2"]:
 
 
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Brings `x` to float32, or leaves it float64."""
+  """Converts `x` to at least float32."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

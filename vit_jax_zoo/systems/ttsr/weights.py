@@ -1,11 +1,11 @@
 """TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR).
 
-The released files are bare state dicts: the main network and the texture extractor, and beside them
-the extractor's fixed normalisation, which is no parameter here. The critic was not released.
+State dicts of the main network and the texture extractor, with the extractor's constant
+normalisation. The discriminator was not released.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from flax import traverse_util
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.ttsr.model import TTSR
-from vit_jax_zoo.systems.ttsr.weights_vgg import CONVOLUTIONS
-from vit_jax_zoo.weights import key_map as table
+from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
+from vit_jax_zoo.weights import key_map
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -25,14 +25,14 @@ from vit_jax_zoo.weights.torch_file import write_torch
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
 
 TRAINED_SIDE = 160
-"""Of the pictures that the released weights were trained on; any others do as well."""
+"""Side of the training images of the released weights; other sizes work as well."""
 
 PAPER_SCORES = {
   "ttsr": ("27.09 dB with l1 alone (CUFED5, five references)", "2006.04139"),
 }
-"""The released files are on file-sharing sites alone, without a stable address."""
+"""The released files have no stable URL."""
 
-_PLAYER = "generator/"
+_GENERATOR = "generator/"
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
   "shallow": ("SFE.RBs", "SFE.conv_tail"),
@@ -81,34 +81,34 @@ TABLE: tuple[Row, ...] = (
   *(row for key, ours in _SINGLE.items() for row in _conv(f"MainNet.{key}", ours)),
   *(
     row
-    for key, name in zip(_EXTRACTOR, CONVOLUTIONS, strict=False)
+    for key, name in zip(_EXTRACTOR, VGG_LAYERS, strict=False)
     for row in _conv(f"LTE.{key}", f"extractor/{name}")
   ),
 )
-"""Between the keys of TTSR.pt and the paths of `models.ttsr.TTSR`, layers unrolled."""
+"""Keys of TTSR.pt and paths of `TTSR`, layers unrolled."""
 
 
-# Each channel is divided by its deviation after its mean is subtracted, written as a convolution.
+# (x - mean) / std as a 1x1 convolution.
 _MEAN, _STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
 _NORMALISATION = {
   "LTE.sub_mean.weight": (np.eye(3, dtype=np.float32) / _STD[:, None]).reshape(3, 3, 1, 1),
   "LTE.sub_mean.bias": -_MEAN / _STD,
 }
 IGNORE = (r"LTE\.sub_mean\.(weight|bias)", r"LTE_copy\..*")
-"""Constants, and a copy of the extractor that the training code keeps."""
+"""Constants, and the training code's copy of the extractor."""
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str = "the file") -> dict[str, Any]:
-  """Returns the fields of the `TTSR` that a file fits.
+  """Returns the fields of the `TTSR` of a file.
 
   Raises:
-    WeightsError: the file holds no TTSR.
+    WeightsError: the file is not TTSR's.
   """
   try:
     width = published["MainNet.SFE.conv_head.weight"].shape[0]
     textures = [published[f"LTE.{key}.weight"].shape[0] for key in _EXTRACTOR[::2]]
   except KeyError as error:
-    raise WeightsError(f"{source} is no checkpoint of TTSR: it has no {error}") from error
+    raise WeightsError(f"{source}: no {error}; expected a checkpoint of TTSR") from error
   depths = [
     sum(key.startswith(f"MainNet.{blocks}.") and key.endswith(".conv1.bias") for key in published)
     for blocks in ("SFE.RBs", "RB11", "RB21", "RB31")
@@ -122,47 +122,52 @@ def from_published(
   """Returns the model and its variables.
 
   Args:
-    published: the state dict, as numpy arrays.
-    source: the file's name, for messages.
+    published: arrays of the state dict, by key.
+    source: name of the file.
     **overrides: fields of `TTSR`, such as `dtype`.
 
   Raises:
-    WeightsError: the file does not fit; all that is wrong is listed.
+    WeightsError: the file does not fit; the message lists all differences.
   """
   model = TTSR(**{**infer_fields(published, source), **overrides})
   small, large = jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 4, 4, 3))
-  abstract = jax.eval_shape(model.init, jax.random.key(0), small, large, large, large)
-  params = _read(published, TABLE, abstract["params"], source, IGNORE)
+  abstract = jax.eval_shape(model.init, jax.random.key(0), small, large, large, large)["params"]
+  flat = traverse_util.flatten_dict(abstract, sep="/")
+  shapes = {path: leaf.shape for path, leaf in flat.items()}
+  unrolled = key_map.unroll_shapes(shapes)
+  layers = key_map.read(published, TABLE, unrolled, source=source, ignore=IGNORE)
+  params = traverse_util.unflatten_dict(key_map.stack(layers, shapes), sep="/")
   return model, {"params": params}
 
 
 def to_published(params: Mapping[str, Any]) -> Flat:
-  """Returns the state dict that the official code loads."""
-  flat = {path: np.asarray(array) for path, array in _flatten(params).items()}
-  return {**table.write(table.unroll(flat), TABLE), **_NORMALISATION}
+  """Returns the state dict of the official code."""
+  flat = traverse_util.flatten_dict(params, sep="/")
+  arrays = {path: np.asarray(array) for path, array in flat.items()}
+  return {**key_map.write(key_map.unroll(arrays), TABLE), **_NORMALISATION}
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are TTSR's."""
+  """Returns whether the keys are TTSR's."""
   return "MainNet.SFE.conv_head.weight" in published
 
 
 @dataclasses.dataclass(frozen=True)
 class TtsrCheckpoint(Checkpoint):
-  """A file of TTSR's: the model is called with four pictures, of any sizes."""
+  """A checkpoint of a model with four inputs of any sizes."""
 
   def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns pictures of the least sizes: parameters do not depend on them."""
+    """Returns inputs of minimal sizes: parameters do not depend on them."""
     del size
     large = np.zeros((1, 4, 4, 3), np.float32)
     return np.zeros((1, 1, 1, 3), np.float32), large, large, large
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads TTSR.pt or TTSR-rec.pt, or the same as safetensors.
+  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors.
 
   Raises:
-    WeightsError: there is no TTSR in it.
+    WeightsError: the file is not TTSR's.
   """
   return TtsrCheckpoint(
     source=published.path,
@@ -180,30 +185,15 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes the bare state dict that the official code loads; a critic and VGG-19 stay behind.
+  """Writes the generator as the official code's state dict.
 
   Args:
-    path: `.safetensors`, else a file of PyTorch's, which must be installed.
-    export: the model, alone or as a game's "generator".
+    path: `.safetensors`, else a PyTorch file, which needs torch.
+    export: the generator, alone or with the other networks of a run.
   """
-  game = {k.removeprefix(_PLAYER): v for k, v in export.variables.items() if k.startswith(_PLAYER)}
-  variables = game or dict(export.variables)
-  arrays = contiguous({**table.write(variables, TABLE), **_NORMALISATION})
+  parts = export.variables.items()
+  of_run = {k.removeprefix(_GENERATOR): v for k, v in parts if k.startswith(_GENERATOR)}
+  variables = of_run or dict(export.variables)
+  arrays = contiguous({**key_map.write(variables, TABLE), **_NORMALISATION})
   write = write_safetensors if path.endswith(".safetensors") else write_torch
   write(path, arrays)
-
-
-def _read(
-  published: Mapping[str, np.ndarray],
-  rows: Sequence[Row],
-  params: Mapping[str, Any],
-  source: str,
-  ignore: Sequence[str],
-) -> dict[str, Any]:
-  shapes = {path: leaf.shape for path, leaf in _flatten(params).items()}
-  layers = table.read(published, rows, table.unroll_shapes(shapes), source=source, ignore=ignore)
-  return traverse_util.unflatten_dict(table.stack(layers, shapes), sep="/")
-
-
-def _flatten(params: Mapping[str, Any]) -> dict[str, Any]:
-  return traverse_util.flatten_dict(params, sep="/")

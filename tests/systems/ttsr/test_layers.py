@@ -1,15 +1,15 @@
-"""A convolution of several maps: the same as of the maps laid side by side."""
+"""Layers of TTSR: convolution of concatenated maps, bicubic enlargement, pixel shuffle."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 
 from vit_jax_zoo.nn.conv import Conv
-from vit_jax_zoo.systems.ttsr.concat_conv import JointConv
-from vit_jax_zoo.systems.ttsr.upsample import upsample_bicubic
+from vit_jax_zoo.systems.ttsr.model import ConcatConv, pixel_shuffle, upsample_bicubic
 
 
 def maps():
@@ -27,7 +27,7 @@ def test_equals_a_convolution_of_all():
 
   def result(variables, joint):
     if joint:
-      return JointConv(5).apply(variables, own, small, middle, factors=(1, 4, 2))
+      return ConcatConv(5).apply(variables, own, small, middle, factors=(1, 4, 2))
     return Conv(5).apply(variables, laid)
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -42,7 +42,27 @@ def test_equals_a_convolution_of_all():
 
 def test_starts_as_a_convolution_does():
   own, *_ = maps()
-  ours = JointConv(5).init(jax.random.key(0), own, own)
+  ours = ConcatConv(5).init(jax.random.key(0), own, own)
   theirs = Conv(5).init(jax.random.key(0), jnp.concatenate([own, own], axis=-1))
   assert jax.tree.all(jax.tree.map(np.array_equal, ours, theirs))
-  assert JointConv(5, dtype="bfloat16").apply(ours, own, own).dtype == jnp.bfloat16
+  assert ConcatConv(5, dtype="bfloat16").apply(ours, own, own).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_bicubic_golden(load_golden, factor):
+  _, inputs, outputs = load_golden("ttsr_fn_a")
+  x = jnp.asarray(np.moveaxis(inputs["bicubic_in"], 1, -1))
+  found = np.moveaxis(upsample_bicubic(x, factor), -1, 1)
+  np.testing.assert_allclose(found, outputs[f"torch_bicubic_x{factor}"], atol=1e-6)
+
+
+def test_constants_stay():
+  x = jnp.full((1, 2, 3, 1), 0.7, jnp.bfloat16)
+  assert upsample_bicubic(x, 4).dtype == jnp.bfloat16
+  np.testing.assert_allclose(upsample_bicubic(x, 4).astype(np.float32), 0.7, atol=5e-3)
+
+
+def test_pixel_shuffle_reads_rows_then_columns():
+  x = jnp.arange(8.0).reshape(1, 1, 1, 8)
+  np.testing.assert_array_equal(pixel_shuffle(x, 2)[0, :, :, 0], [[0, 1], [2, 3]])
+  np.testing.assert_array_equal(pixel_shuffle(x, 2)[0, :, :, 1], [[4, 5], [6, 7]])
