@@ -150,7 +150,7 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   data = {
     "num_classes": fields.get("num_classes"),
     "class_names": list(names),
-    "shapes": {"image": [*size, preprocess.channels]} if size else {},
+    "shapes": {"image": [*size, preprocess.channels]} if size and preprocess.has_fixed_size else {},
   }
   for file, content in ((CONFIG_FILE, config), (DATA_FILE, data)):
     (folder / file).write_text(json.dumps(content, indent=1) + "\n")
