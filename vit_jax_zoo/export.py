@@ -263,6 +263,8 @@ def _program(pretrained: Pretrained) -> Any:
 
 def _detector(pretrained: Pretrained) -> Any:
   task = task_of(pretrained)
+  if not pretrained.preprocess.pad_size:  # else the model was trained with this padding
+    task = task.padding_invariant()
   variables = jax.tree.map(jnp.asarray, pretrained.variables)
 
   def detect(example: dict[str, Any]) -> Any:

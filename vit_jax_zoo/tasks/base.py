@@ -232,6 +232,13 @@ class Task(abc.ABC):
     del variables, batch
     raise ValueError(f"the task {type(self).__name__} has no features to probe")
 
+  def padding_invariant(self) -> "Task":
+    """Returns a task whose predictions do not depend on the padding of images; itself by default.
+
+    Programs exported for a fixed image size use it.
+    """
+    return self
+
   @abc.abstractmethod
   def evaluator(self) -> Evaluator:
     """Returns an empty evaluator."""

@@ -36,7 +36,7 @@ from vit_jax_zoo.tasks.detection_utils import image_size, is_target, pixel_mask,
 
 @runtime_checkable
 class DetectionModel(base.Model, Protocol):
-  """A model that predicts a fixed number of objects."""
+  """A model that predicts a fixed number of objects: a `Detr`, but for tests."""
 
   @property
   def num_queries(self) -> int:
@@ -238,6 +238,10 @@ class Detection(base.Task):
     if self.draw_attention:
       predictions["attention"] = last_attention(sown["intermediates"])
     return predictions
+
+  def padding_invariant(self) -> "Detection":
+    """Returns the task with a backbone that is masked after every norm, see `Detr`."""
+    return dataclasses.replace(self, model=self.model.clone(masked_backbone=True))
 
   def evaluator(self) -> DetectionEvaluator:
     """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality.
