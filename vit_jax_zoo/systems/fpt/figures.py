@@ -274,23 +274,41 @@ def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -
     return f"{levels[int(level)]} at {levels[int(other)]}" if other else levels[int(level)]
 
   keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
-  images = explanation["image"]
+  maps = [np.asarray(explanation["levels"][key]) for key in keys]
+  return draw_levels(
+    explanation["image"], maps, [title(key) for key in keys], explanation["places"]
+  )
+
+
+def draw_levels(
+  images: Num[np.ndarray, "b h w c"],
+  maps: Sequence[Float[np.ndarray, "b _ _"]],
+  titles: Sequence[str],
+  places: Float[np.ndarray, "b 2"],
+) -> Figure:
+  """Draws each image with a position marked, beside maps of attention weights.
+
+  Args:
+    images: uint8, or floats in [0, 255].
+    maps: attention weights, each map scaled to its maximum.
+    titles: titles of the maps.
+    places: marked positions, relative to height and width.
+  """
   height, width = images.shape[1:3]
   cell = _CELL * min(height / width, 2.0)
-  size = (_CELL * (len(keys) + 1), cell * len(images) + 0.35)
+  size = (_CELL * (len(maps) + 1), cell * len(images) + 0.35)
   figure = Figure(figsize=size, dpi=110)
-  grid = figure.subplots(len(images), len(keys) + 1, squeeze=False)
+  grid = figure.subplots(len(images), len(maps) + 1, squeeze=False)
   figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / size[1], wspace=0.04, hspace=0.04)
   for row, axes in enumerate(grid):
     axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
-    y, x = explanation["places"][row] * (height, width) - 0.5
+    y, x = places[row] * (height, width) - 0.5
     axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
     axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
-    for ax, key in zip(axes[1:], keys, strict=True):
-      weights = np.asarray(explanation["levels"][key][row])
-      ax.imshow(weights, cmap="viridis", vmin=0, interpolation="nearest")
+    for ax, weights in zip(axes[1:], maps, strict=True):
+      ax.imshow(weights[row], cmap="viridis", vmin=0, interpolation="nearest")
     for ax in axes:
       ax.set_axis_off()
-  for ax, text in zip(grid[0], ("query: ring", *map(title, keys)), strict=True):
-    ax.set_title(text, fontsize=9)
+  for ax, title in zip(grid[0], ("query: ring", *titles), strict=True):
+    ax.set_title(title, fontsize=9)
   return figure
