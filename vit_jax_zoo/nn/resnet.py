@@ -413,7 +413,9 @@ class ResNet(nn.Module):
         raise ValueError(unknown_name("stage", stage, STAGES))
     for field in ("blocks", "widths"):
       if len(getattr(self, field)) != len(STAGES):
-        raise ValueError(f"{field} has {len(getattr(self, field))} entries; there are four stages")
+        raise ValueError(
+          f"{field}: {len(getattr(self, field))} entries; expected four, for c2 to c5"
+        )
     check_positive(self, "blocks", "widths", "stem_width")
     if self.output_stride not in (4, 8, 16, 32):
       raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {self.output_stride}")

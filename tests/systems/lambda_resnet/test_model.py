@@ -334,7 +334,7 @@ def test_stochastic_depth_and_dropout_act_only_in_training(trained, one_step):
   ("fields", "message"),
   [
     ({"lambda_blocks": ("none", "none", (9,), "all")}, "lambda_blocks: block 9 of c4"),
-    ({"lambda_blocks": ("none", "none", "al", "all")}, "lambda_blocks: c4 has 'al'"),
+    ({"lambda_blocks": ("none", "none", "al", "all")}, "lambda_blocks: 'al' for c4"),
     ({"lambda_blocks": ("none", "all")}, "lambda_blocks: 2 entries"),
     ({"num_classes": 0}, "num_classes must be positive"),
     ({"widths": (64, 0, 256, 512)}, r"widths must be positive, not \(64, 0, 256, 512\)"),
@@ -344,7 +344,7 @@ def test_stochastic_depth_and_dropout_act_only_in_training(trained, one_step):
     ({"lambda_layer": {"receptive_field": -3}}, "receptive_field must be positive, not -3"),
     ({"stem": "conv77"}, "did you mean 'conv7'"),
     ({"se_stages": ("c6",)}, "unknown stage 'c6'"),
-    ({"blocks": (1, 2, 3)}, "lambda_blocks: 2 entries"),
+    ({"blocks": (1, 2, 3)}, "blocks: 3 entries"),
     ({"output_stride": 5}, "output_stride must be 4, 8, 16 or 32"),
     ({"norm": "batchnorm"}, "did you mean 'batch_norm'"),
   ],

@@ -1,4 +1,4 @@
-"""Published R-CNNs and FPTs by their path: torchvision's, the official code's, the neck alone."""
+"""Published R-CNNs: torchvision's; COCO's class ids."""
 
 import functools
 
@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import golden_folder
 from vit_jax_zoo import export
-from vit_jax_zoo.inference.load import load, load_pretrained
+from vit_jax_zoo.inference.load import load_pretrained
 from vit_jax_zoo.systems.rcnn import weights_detectron as rcnn_classes
 from vit_jax_zoo.systems.rcnn.model import RCNN
-from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into, load_parts
+from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into
 from vit_jax_zoo.weights.formats import formats
 from vit_jax_zoo.weights.load import flatten_variables
 
@@ -94,10 +92,11 @@ def _fold(path, leaf):
   return np.full_like(leaf, 0 if path[-1].key == "mean" else np.float32(1 - 1e-5))
 
 
-@pytest.mark.parametrize(
-  "kind", ["torchvision", "official", pytest.param("official_2mlp", marks=pytest.mark.slow)]
-)
-def test_a_detector_is_written_and_read_by_its_path_alone(kind, tmp_path):
+def test_a_detector_is_written_and_read_by_its_path_alone(tmp_path):
+  check_round_trip("torchvision", tmp_path)
+
+
+def check_round_trip(kind, tmp_path):
   model = RCNN(**MODELS[kind])
   variables = random_variables(kind)
   if kind != "torchvision":
@@ -129,29 +128,11 @@ def test_another_number_of_classes_starts_a_new_head(tmp_path):
   assert_same({"params": changed["box_head"]}, {"params": variables["params"]["box_head"]})
 
 
-def test_statistics_of_trained_norms_go_into_what_caffe_has(tmp_path):
-  variables = random_variables("official")
-  path = str(tmp_path / "detector.safetensors")
-  export.write(pretrained(RCNN(**MODELS["official"]), variables), "pth", path)
-  loaded = load_file(path)
-  x = np.linspace(-2, 2, 8)
-  for theirs, ours in (("res1.bn1", "stem/conv1"), ("res3.1.bn1", "c3_block1/conv1")):
-    norm = variables["batch_stats"]["backbone"]
-    for part in (*ours.split("/"), "norm"):
-      norm = norm[part]
-    channels = len(norm["mean"])
-    expected = (x[:channels] - norm["mean"]) / np.sqrt(norm["var"] + 1e-5)
-    expected = expected * norm["scale"] + norm["bias"]
-    weight, bias = (loaded[f"Conv_Body.conv_body.{theirs}.{n}"] for n in ("weight", "bias"))
-    np.testing.assert_allclose(x[:channels] * weight + bias, expected, rtol=1e-5)
-  assert not any(key.endswith("running_var") and "conv_body" in key for key in loaded)
+def test_cocos_classes_get_their_ids(tmp_path):
+  check_class_ids("torchvision", 91, tmp_path)
 
 
-@pytest.mark.parametrize(
-  ("kind", "outputs"),
-  [("torchvision", 91), pytest.param("official", 81, marks=pytest.mark.slow)],
-)
-def test_cocos_classes_get_their_ids(kind, outputs, tmp_path):
+def check_class_ids(kind, outputs, tmp_path):
   """The file's classes in a row, the background first; ours by COCO's ids, the background last."""
   fields = {**MODELS[kind], "num_classes": outputs - 1}
   model = RCNN(**fields)
@@ -201,69 +182,19 @@ def test_older_names_of_torchvisions_are_read(tmp_path):
   assert_same(load_pretrained(str(tmp_path / "old.safetensors")).variables, variables)
 
 
-@pytest.mark.parametrize("name", [pytest.param("fpt_a", marks=pytest.mark.slow), "fpt_gn_a"])
-def test_an_fpt_alone_comes_back_bit_for_bit(name, tmp_path, monkeypatch):
-  path = str(golden_folder(name) / "weights.safetensors")
-  published, loaded = load_file(path), load_pretrained(path)
-  export.write(loaded, "pth", str(tmp_path / "again.safetensors"))
-  written = load_file(tmp_path / "again.safetensors")
-  assert written.keys() == published.keys()
-  for key, array in published.items():
-    np.testing.assert_array_equal(written[key], array, err_msg=key, strict=True)
-  monkeypatch.setattr("vit_jax_zoo.weights.load_pretrained", lambda path: loaded)
-  with pytest.raises(ValueError, match=r"a part of a network.*--config\.task\.neck_file"):
-    load(path)
-
-
-def test_a_detectors_neck_starts_from_an_fpt_and_goes_out_again(tmp_path):
-  source, target = (RCNN(**MODELS["official"]) for _ in range(2))
-  theirs, ours = (random_variables("official", seed) for seed in (1, 2))
-  whole, alone = (str(tmp_path / f"{n}.safetensors") for n in ("whole", "alone"))
-  export.write(pretrained(source, theirs), "pth", whole)
-  export.write(pretrained(source, theirs), "pth-fpt", alone)
-  assert "st_p5.conv_qs.weight" in load_file(alone)
-  for file in (whole, alone, theirs):
-    task = create_task("instance_detection", target, num_classes=3)
-    assert not task.weight_files
-    files = {"*/neck": file} if file is theirs else _task_with(target, file).weight_files
-    loaded = load_parts(files, ours)
-    for kind in ("params", "batch_stats"):
-      assert_same({"params": loaded[kind]["neck"]}, {"params": theirs[kind]["neck"]})
-    rest = {k: v for k, v in loaded["params"].items() if k != "neck"}
-    assert_same({"params": rest}, {"params": {k: ours["params"][k] for k in rest}})
-
-
-def _task_with(model, file):
-  return create_task("instance_detection", model, num_classes=3, neck_file=file)
-
-
-@pytest.mark.parametrize(
-  ("change", "message"),
-  [
-    (lambda a: a | {"st_p4.conv_ks.bias": a["st_p4.conv_ks.bias"] + 1}, "differs from conv_qs"),
-    (lambda a: {k: v for k, v in a.items() if k != "fpt_p3.weight"}, "missing: join_1/kernel"),
-    (lambda a: a | {"gt_p2_p4.g.bias": a["gt_p2_p4.g.bias"][1:]}, "wrong shape: gt_p2_p4.g.bias"),
-  ],
-)
-def test_problems_of_an_fpt_are_one_line(change, message, tmp_path):
-  published = load_file(golden_folder("fpt_a") / "weights.safetensors")
-  save_file(change(dict(published)), tmp_path / "fpt.safetensors")
-  with pytest.raises(WeightsError, match=message) as caught:
-    load_pretrained(str(tmp_path / "fpt.safetensors"))
-  assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
   ("fields", "form", "message"),
   [
     ({**SMALL, "neck": "bfp"}, "pth-torchvision", "no R-CNN with neck='bfp'"),
     ({**SMALL, "convention": "detectron2"}, "pth-torchvision", "convention='detectron2'"),
     (MODELS["official_2mlp"], "pth-torchvision", "stride_in_1x1=True"),
-    (SMALL, "pth", "the official code has no detector with neck='fpn'"),
-    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than flavor='official'"),
   ],
 )
 def test_what_a_format_has_no_model_for(fields, form, message, tmp_path):
+  check_refused(fields, form, message, tmp_path)
+
+
+def check_refused(fields, form, message, tmp_path):
   model, nothing = RCNN(**fields), {"params": {}}
   with pytest.raises(WeightsError, match=message) as caught:
     export.write(pretrained(model, nothing), form, str(tmp_path / "x.safetensors"))
