@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vit_jax_zoo"
 
 SYSTEM_NAMES = re.compile(r"(?<![a-z])(vit|igpt|lambda_resnet|detr|ttsr|rcnn|fpt)(?![a-z])", re.I)
 OF_ONE_SYSTEM = re.compile(
-  r"patch_side|num_positions|num_queries|generator_|critic|discriminator|palette|"
+  r"patch_side|token_stride|num_positions|num_queries|generator_|critic|discriminator|palette|"
   r"clusters|num_colors|vgg"
 )
 NOT_A_SYSTEM = re.compile(r"vit_jax_zoo|VIT_JAX_ZOO|configs/vit\.py")

@@ -15,6 +15,7 @@ from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 from vit_jax_zoo.systems.fpt.weights_official import state_dict
+from vit_jax_zoo.systems.igpt.sampling import complete
 from vit_jax_zoo.systems.ttsr.search import find_matches, transfer
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
@@ -96,13 +97,13 @@ def pixels(setting: Setting) -> Implementation:
   logits = apply(variables, tokens)["pixel_logits"]
   outputs = {"logits": logits, "training loss": _first_loss(task, variables, batch)}
   result = _steps(setting, task, variables, batch, ADAMW, outputs)
-  complete = jax.jit(model.complete)
+  draw = jax.jit(functools.partial(complete, model))
   placed = jax.device_put(variables)
   given = jnp.full(setting.batch_size, model.num_positions - setting.pixels)
 
   def sample(count: int) -> None:
     for seed in range(count):
-      images = complete(placed, tokens, given, jax.random.key(seed))
+      images = draw(placed, tokens, given, jax.random.key(seed))
     jax.block_until_ready(images)
 
   return dataclasses.replace(result, runs={"train": result.runs["train"], "sample": sample})

@@ -1,4 +1,4 @@
-"""Parts of Transformers: the MLP, remat policies, and the stack of equal layers."""
+"""Parts of Transformers: MLP, remat policies, the stack of equal layers, sharding rules."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class Mlp(nn.Module):
   """Dense, activation, dropout, dense, dropout.
 
   Attributes:
-    hidden_dim: width of the layer between.
+    hidden_dim: width of the hidden layer.
     activation: a key of `ACTIVATIONS`.
     dropout_rate: after the activation and after the output.
     use_bias: whether the two layers have biases.
@@ -151,3 +151,16 @@ class Stack(nn.Module):
       x, output = body(layer, x, None if per_layer is None else per_layer[i])
       outputs.append(output)
     return x, jnp.stack(outputs) if outputs and outputs[0] is not None else None
+
+
+SHARDING_RULES = (
+  (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
+  (r".*/(query|key|value)/bias", ("model", None)),
+  (r".*/attention/out/kernel", ("model", None, "fsdp")),
+  (r".*/mlp/hidden/kernel", ("fsdp", "model")),
+  (r".*/mlp/hidden/bias", ("model",)),
+  (r".*/mlp/out/kernel", ("model", "fsdp")),
+  (r".*/(bias|scale)", ()),
+  (r".*", "fsdp"),
+)
+"""Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""

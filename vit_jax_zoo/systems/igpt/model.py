@@ -17,6 +17,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
+from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
@@ -268,18 +269,6 @@ class DecoderBlock(nn.Module):
     self.sow("intermediates", "output", x)
     return x, features
 
-
-SHARDING_RULES = (
-  (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
-  (r".*/(query|key|value)/bias", ("model", None)),
-  (r".*/attention/out/kernel", ("model", None, "fsdp")),
-  (r".*/mlp/hidden/kernel", ("fsdp", "model")),
-  (r".*/mlp/hidden/bias", ("model",)),
-  (r".*/mlp/out/kernel", ("model", "fsdp")),
-  (r".*/(bias|scale)", ()),
-  (r".*", "fsdp"),
-)
-"""Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""
 
 # Section 3.3 and OpenAI's code. The heads of XL are not published; 24 have the 128 channels of M's.
 # With the 1024 positions of a 32x32 image XL has the paper's 6801M parameters; it ran on 4096.

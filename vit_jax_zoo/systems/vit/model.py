@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
+from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
 from vit_jax_zoo.ops.interpretability import Explanation
@@ -303,19 +304,6 @@ def _check(model: VisionTransformer, image_size: tuple[int, int]) -> None:
         f"image {name}: {side} pixels; expected a multiple of the token stride {stride}. Resize to "
         f"{fits}"
       )
-
-
-SHARDING_RULES = (
-  (r".*/(query|key|value)/kernel", ("fsdp", "model", None)),
-  (r".*/(query|key|value)/bias", ("model", None)),
-  (r".*/attention/out/kernel", ("model", None, "fsdp")),
-  (r".*/mlp/hidden/kernel", ("fsdp", "model")),
-  (r".*/mlp/hidden/bias", ("model",)),
-  (r".*/mlp/out/kernel", ("model", "fsdp")),
-  (r".*/(bias|scale)", ()),
-  (r".*", "fsdp"),
-)
-"""Heads and hidden units over `model`, the other side of each matrix over `fsdp`."""
 
 
 def _size(width: int, depth: int, mlp_dim: int, num_heads: int, patches: tuple[int, ...]) -> Any:
