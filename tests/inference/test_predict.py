@@ -234,8 +234,8 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
     ({"samples": 0}, "--samples is positive"),
     ({"temperature": -1.0}, "--temperature not negative"),
     ({"top_k": 0}, "--top_k is positive; got 0"),
-    ({"palette": None}, r"has no palette; put OpenAI's kmeans_centers\.npy beside the weights"),
-    ({"causal": False}, "was trained on masked pixels, and cannot draw new ones"),
+    ({"palette": None}, "no palette"),
+    ({"causal": False}, "causal=False"),
   ],
 )
 def test_what_cannot_be_completed_is_one_line(igpt_run, wrong, message):

@@ -9,7 +9,7 @@ from flax import traverse_util
 from vit_jax_zoo.systems.vit.hybrid import StandardizedConv, StandardizedResNet
 from vit_jax_zoo.weights import key_map as table
 
-SIZES = {"stage_sizes": (1, 4), "width": 4, "num_groups": 2}
+SIZES = {"stage_sizes": (1, 4), "width": 32}
 
 
 def loss_and_gradients(model, params, images):
@@ -29,7 +29,7 @@ def test_scanned_units_compute_what_unrolled_ones_do(remat):
   rng = np.random.default_rng(1)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
   flat = traverse_util.flatten_dict(params, sep="/")
-  assert flat["stage_1_units/conv_2/kernel"].shape == (3, 3, 3, 8, 8)
+  assert flat["stage_1_units/conv_2/kernel"].shape == (3, 3, 3, 64, 64)
   layers = table.unroll(flat)
   assert {"stage_1_unit_0/shortcut_conv/kernel", "stage_1_unit_3/conv_1/kernel"} < layers.keys()
   for key, array in table.stack(layers, flat).items():
@@ -47,7 +47,7 @@ def test_scanned_units_compute_what_unrolled_ones_do(remat):
 
 
 def test_fresh_units_differ_from_each_other():
-  model = StandardizedResNet(stage_sizes=(3,), width=4, num_groups=2)
+  model = StandardizedResNet(stage_sizes=(3,), width=32)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   first, second = params["stage_0_units"]["conv_1"]["kernel"]
   assert np.abs(first - second).max() > 0.01

@@ -64,30 +64,29 @@ _KNOWN = {
   "scale_attn_weights": True,
   "scale_attn_by_inverse_layer_idx": False,
 }
-"""What OpenAI's networks have, of `config.json`: no array would show another."""
+"""Values in `config.json` that our model supports; the arrays do not determine them."""
 
 
 def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are Hugging Face's ImageGPT's, as far as the first block goes."""
+  """Returns whether the keys are those of Hugging Face's ImageGPT."""
   return _EMBEDDING in arrays and "transformer.h.0.attn.c_attn.weight" in arrays
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads what lies in a folder; the palette stands in its `preprocessor_config.json`.
+  """Reads a folder, with the palette from `preprocessor_config.json` or `kmeans_centers.npy`.
 
-  Without that file OpenAI's `kmeans_centers.npy` beside the weights is as good.
-  A folder of `ImageGPTForImageClassification` has a classifier that sees the pixels unshifted, and
-  no output matrix; one of `ImageGPTModel` has neither.
+  `ImageGPTForImageClassification` has a classifier on unshifted pixels and no output matrix;
+  `ImageGPTModel` has neither.
 
   Raises:
-    WeightsError: there is no `config.json`, it lacks something, or the model is another.
+    WeightsError: config.json is missing or incomplete, or has values that are not supported.
   """
   path, config = published.path, published.config
   if "n_head" not in config:
-    raise WeightsError(f"{path} has ImageGPT's keys, but no config.json that states n_head")
+    raise WeightsError(f"{path}: no n_head; expected it in a config.json beside the weights")
   for key, known in _KNOWN.items():
     if (given := config.get(key, known)) != known:
-      raise WeightsError(f"{path} has {key} {given!r}; ours has {known!r} alone")
+      raise WeightsError(f"{path}: {key} {given!r} in config.json; expected {known!r}")
   arrays = split({k: a for k, a in published.arrays.items() if not _is_mask(k)})
   if "lm_head.weight" not in arrays:
     arrays["lm_head.weight"] = np.zeros_like(arrays[_EMBEDDING])
@@ -112,17 +111,17 @@ def write_checkpoint(path: str, export: Export) -> None:
   A model with a classifier becomes an `ImageGPTForImageClassification`.
 
   Raises:
-    WeightsError: transformers has no such model.
+    WeightsError: transformers does not support the model.
   """
   fields, variables = export.fields(), dict(export.variables)
   if not fields["causal"]:
-    raise WeightsError("Hugging Face's ImageGPT is causal; a model of masked pixels is not")
+    raise WeightsError("causal: False; Hugging Face's ImageGPT is causal")
   clusters = variables.pop("palette/clusters", None)
   is_classifier = fields["num_classes"] is not None
   if is_classifier and fields["sos_token"]:
     raise WeightsError(
-      "Hugging Face's classifier sees the pixels unshifted, without a start token, and this model "
-      "was trained with one; leave the head away with num_classes=None"
+      "sos_token: True with a head; Hugging Face's classifier has no start token. Set "
+      "num_classes=None"
     )
   kept = {k: a for k, a in variables.items() if not k.startswith("baseline/")}
   kept.setdefault("sos_token", np.zeros(fields["width"], np.float32))

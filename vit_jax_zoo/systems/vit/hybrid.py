@@ -108,7 +108,6 @@ class StandardizedResNet(nn.Module):
     stage_sizes: units in each stage; (): only the root, with stride 4. Each stage after the first
       halves the sides.
     width: channels of the root; stage i has width * 2^i and returns four times that.
-    num_groups: of the group norms.
     group_norm_epsilon: 1e-6 in vision_transformer, 1e-5 in timm.
     std_epsilon: see `StandardizedConv`.
     variance_epsilon: see `StandardizedConv`.
@@ -119,7 +118,6 @@ class StandardizedResNet(nn.Module):
 
   stage_sizes: tuple[int, ...]
   width: int = 64
-  num_groups: int = 32
   group_norm_epsilon: float = 1e-6
   std_epsilon: float = 1e-5
   variance_epsilon: float = 0.0
@@ -137,7 +135,7 @@ class StandardizedResNet(nn.Module):
       dtype=self.dtype,
     )
     norm = functools.partial(
-      nn.GroupNorm, num_groups=self.num_groups, epsilon=self.group_norm_epsilon, dtype=self.dtype
+      nn.GroupNorm, num_groups=32, epsilon=self.group_norm_epsilon, dtype=self.dtype
     )
     x = conv(self.width, 7, 2, name="root_conv")(images)
     x = norm(name="root_norm")(x)
