@@ -82,7 +82,7 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 """
 
 
-def rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
+def _rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
   """Wraps a lifted function `body(module, ...)` in the checkpoint policy `remat`."""
   if remat not in REMAT_POLICIES:
     raise ValueError(unknown_name("remat", remat, REMAT_POLICIES))
@@ -135,7 +135,7 @@ class Stack(nn.Module):
       values = () if per_layer is None else (value,)
       return layer(x, *values, *args, **kwargs)  # pyrefly: ignore[not-callable]
 
-    body = rematerialize(body, self.remat, scanned=self.scan)
+    body = _rematerialize(body, self.remat, scanned=self.scan)
     if self.scan:
       scan = nn.scan(
         body,
