@@ -125,7 +125,7 @@ def test_tensorflow_checkpoints_without_tensorflow(name, load_golden, tmp_path):
 def test_a_checkpoint_without_a_palette_says_so_when_it_is_used():
   loaded = load_pretrained(bundle("igpt_tf_a"))
   assert "palette" not in loaded.variables
-  with pytest.raises(ValueError, match="the variables hold no palette"):
+  with pytest.raises(ValueError, match="no palette"):
     loaded.model.apply(loaded.variables, jnp.zeros((1, 8, 8, 3)))
 
 
