@@ -182,7 +182,8 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
     raise ValueError(
       f"weights: they have {size / 1e9:.1f} GB; a StableHLO file holds 2. Use --format=orbax"
     )
-  preprocess, is_detector = pretrained.preprocess, pretrained.task and _is_detector(pretrained)
+  preprocess = pretrained.preprocess
+  is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
   height, width = _program_size(pretrained)
   (batch,), channels = jax.export.symbolic_shape("b"), preprocess.channels
   arguments = [jax.ShapeDtypeStruct((batch, height, width, channels), jnp.float32)]
@@ -209,10 +210,6 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   if is_detector:
     notes["image_size"] = ["b", "2", "int32, height and width without the padding"]
   (folder / STABLEHLO_NOTES).write_text(json.dumps(notes, indent=1) + "\n")
-
-
-def _is_detector(pretrained: Pretrained) -> bool:
-  return tasks()[pretrained.task].predicts_boxes
 
 
 def _program_size(pretrained: Pretrained) -> tuple[int, int]:

@@ -311,7 +311,7 @@ class _Run:
       for name in ("image_mean", "image_std")
     )
     target = size or (224, 224)
-    transforms = {type(transform): transform for transform in self.transforms()}
+    transforms: dict[type, Any] = {type(transform): transform for transform in self.transforms()}
     if (shorter := transforms.get(ResizeShorter)) is not None:
       sides = np.ravel(shorter.shorter)
       side, limit = (int(sides[0]),) * 2, shorter.longest

@@ -241,7 +241,8 @@ class Detection(base.Task):
 
   def padding_invariant(self) -> "Detection":
     """Returns the task with a backbone that is masked after every norm, see `Detr`."""
-    return dataclasses.replace(self, model=self.model.clone(masked_backbone=True))
+    model: Any = self.model
+    return dataclasses.replace(self, model=model.clone(masked_backbone=True))
 
   def evaluator(self) -> DetectionEvaluator:
     """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality.
@@ -285,10 +286,10 @@ class Detection(base.Task):
         found_segments(batch, predictions, row, self.stuff_from, threshold=threshold)
         for row in rows
       ]
-      images = [draw.image_of(batch, row) for row in rows]
       figures["segments"] = draw_segments(
-        *([(s.segment_map, s.labels) for s in kind] for kind in (truths, predicted)),
-        images,
+        [(s.segment_map, s.labels) for s in truths],
+        [(s.segment_map, s.labels) for s in predicted],
+        [draw.image_of(batch, row) for row in rows],
         self.class_names,
       )
     return figures

@@ -89,7 +89,7 @@ TABLE: tuple[Row, ...] = (
 
 
 # (x - mean) / std as a 1x1 convolution.
-_MEAN, _STD = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
+_MEAN, _STD = (np.asarray(x, np.float32) for x in (IMAGENET_MEAN, IMAGENET_STD))
 _NORMALISATION = {
   "LTE.sub_mean.weight": (np.eye(3, dtype=np.float32) / _STD[:, None]).reshape(3, 3, 1, 1),
   "LTE.sub_mean.bias": -_MEAN / _STD,
@@ -132,7 +132,7 @@ def from_published(
   model = TTSR(**{**infer_fields(published, source), **overrides})
   small, large = jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 4, 4, 3))
   abstract = jax.eval_shape(model.init, jax.random.key(0), small, large, large, large)["params"]
-  flat = traverse_util.flatten_dict(abstract, sep="/")
+  flat: Mapping[str, Any] = traverse_util.flatten_dict(abstract, sep="/")
   shapes = {path: leaf.shape for path, leaf in flat.items()}
   unrolled = key_map.unroll_shapes(shapes)
   layers = key_map.read(published, TABLE, unrolled, source=source, ignore=IGNORE)
