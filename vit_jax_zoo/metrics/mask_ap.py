@@ -81,7 +81,7 @@ class InstanceEvaluator(DetectionEvaluator):
   def _merge(self, other: Any) -> None:
     super()._merge(other)
     self.truths += other.truths
-    self.predicted += other.finds
+    self.predicted += other.predicted
 
   def result(self) -> dict[str, float]:
     """Returns the scores of boxes and masks by name."""
