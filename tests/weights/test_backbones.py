@@ -202,7 +202,7 @@ def test_what_fits_no_backbone_is_one_line(tmp_path):
     load_parts({"*/backbone": other}, own)
   assert "\n" not in str(info.value)
   save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors")
-  with pytest.raises(WeightsError, match="holds no ResNet and no LambdaResNet; its keys begin"):
+  with pytest.raises(WeightsError, match=r"x\.safetensors"):
     load_parts({"*/backbone": str(tmp_path / "x.safetensors")}, own)
 
 

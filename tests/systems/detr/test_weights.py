@@ -301,9 +301,7 @@ def test_a_classifier_of_another_size_is_named(tmp_path):
     load_parts({"*/backbone": path}, abstract)
   assert "unused: layer9.0.conv1.weight" in str(info.value)
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
-  with pytest.raises(
-    WeightsError, match=r"holds no ResNet and no LambdaResNet; its keys begin with conv\.weight"
-  ):
+  with pytest.raises(WeightsError, match=r"other\.safetensors.* conv\.weight"):
     load_parts({"*/backbone": str(tmp_path / "other.safetensors")}, abstract)
   own = {"params": {"x": np.ones(1)}}
   assert load_parts({"*/trunk": path}, own) == own
