@@ -322,3 +322,10 @@ def test_default_workdirs():
   assert main.default_workdir("configs/vit.py") == "runs/vit_demo"
   name = main.default_workdir("configs/vit.py:b16_imagenet,image_size=384")
   assert name == "runs/vit_b16_imagenet_image_size_384"
+
+
+def test_removed_fields_of_saved_runs():
+  old = {"model": {"name": "m", "pre_norm": False}, "task": {"adversarial_kind": "wasserstein"}}
+  assert config_lib.rename_fields(old) == {"model": {"name": "m"}, "task": {}}
+  with pytest.raises(ValueError, match=r"config\.model\.pre_norm: True"):
+    config_lib.rename_fields({"model": {"pre_norm": True}})

@@ -112,6 +112,15 @@ RENAMED = (
 """Patterns of the paths of renamed fields, and their new names. Saved runs are read with the new
 names; config files and flags with an old one are refused with the new one."""
 
+REMOVED = {
+  "model.pre_norm": False,
+  "model.residual_scale": 1.0,
+  "task.transferal_kind": "l2",
+  "task.transferal_by_trust": False,
+  "task.adversarial_kind": "wasserstein",
+}
+"""Removed fields of saved runs, and the values that they have to have."""
+
 _FRACTIONS = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescale")
 """Counts of steps, in any section, that may be fractions of all steps."""
 
@@ -283,10 +292,18 @@ def _check_not_renamed(path: str, shown: str) -> None:
 
 
 def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
-  """Returns the config of a saved run, as nested dicts, with today's field names."""
+  """Returns the config of a saved run, as nested dicts, with today's field names.
+
+  Raises:
+    ValueError: a removed field has a value that is no longer supported.
+  """
   found = {}
   for key, value in config.items():
     name = f"{path}{key}"
+    if name in REMOVED:
+      if value != REMOVED[name]:
+        raise ValueError(f"config.{name}: {value!r} is no longer supported; this field was removed")
+      continue
     new = next((new for pattern, new in RENAMED if fnmatch.fnmatch(name, pattern)), key)
     found[new] = rename_fields(value, f"{name}.") if isinstance(value, dict) else value
   return found
