@@ -32,7 +32,12 @@ from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.tasks.classification import Classification
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Program, Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import (
+  Program,
+  TrainingOptions,
+  abstract_batch_of,
+  build_program,
+)
 from vit_jax_zoo.training.progress import peak_flops
 
 OPTIMIZER = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0}
@@ -83,7 +88,7 @@ def make_program(flags: argparse.Namespace, remat: str, scan: bool) -> Program: 
   return build_program(
     Classification(model, num_classes=flags.num_classes),
     abstract_batch_of(make_batch(flags), flags.batch_size),
-    Recipe(optimizer=OPTIMIZER, num_steps=10_000),
+    TrainingOptions(optimizer=OPTIMIZER, num_steps=10_000),
     mesh=sharding.create_mesh({"data": -1}),
     rules=sharding_rules(flags.model),
   )

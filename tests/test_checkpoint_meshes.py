@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer
 
@@ -26,7 +26,7 @@ def experiment_on(system, mesh):
   config = importlib.import_module(f"configs.{system}").get_config("demo,batch_size=8")
   config.accumulation_steps = 1
   config.sharding.mesh.update({"data": 1, "fsdp": 1, "model": 1, **mesh})
-  return experiment.create(config, jax.devices()[: int(np.prod(list(mesh.values())))])
+  return trainer.build(config, jax.devices()[: int(np.prod(list(mesh.values())))])
 
 
 def program_of(made):

@@ -15,8 +15,7 @@ from configs import vit
 from tests import command
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import main
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import main, trainer
 
 
 def changed(**fields):
@@ -51,13 +50,13 @@ def changed(**fields):
 )  # fmt: skip
 def test_a_config_that_cannot_be(fields, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-    experiment.create(changed(**fields))
+    trainer.build(changed(**fields))
   assert "\n" not in str(error.value)
 
 
 def trace_a_step(config):
   """Goes as far as a run goes before it compiles anything."""
-  made = experiment.create(config)
+  made = trainer.build(config)
   program = made.program(next(made.train_batches()))
   with jax.set_mesh(made.mesh):
     jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
@@ -103,7 +102,7 @@ def from_folder(folder, **fields):
 
 
 def test_a_corrupt_image_is_named_and_ends_the_run(folder_with_a_broken_image):
-  made = experiment.create(from_folder(folder_with_a_broken_image))
+  made = trainer.build(from_folder(folder_with_a_broken_image))
   with pytest.raises(ValueError, match=r"corrupt example .*dog/3.png.* set on_corrupt='skip'"):
     for _, _batch in zip(range(3), made.train_batches(), strict=False):
       pass
@@ -111,7 +110,7 @@ def test_a_corrupt_image_is_named_and_ends_the_run(folder_with_a_broken_image):
 
 def test_a_corrupt_image_may_be_skipped_and_is_counted(folder_with_a_broken_image):
   config = from_folder(folder_with_a_broken_image, data__loader__on_corrupt="skip")
-  made = experiment.create(config)
+  made = trainer.build(config)
   assert made.train_source.info.class_names == ("cat", "dog")
   assert made.model.num_classes == 2  # taken from the data
   batches = made.train_batches()
@@ -201,7 +200,7 @@ def test_overrides_reach_every_field_also_new_ones_of_the_parts():
 )
 def test_values_out_of_range(fields, message):
   with pytest.raises(ValueError, match=message):
-    experiment.create(changed(**fields))
+    trainer.build(changed(**fields))
 
 
 def test_counts_of_steps_may_be_shares_and_the_reverse():

@@ -17,8 +17,7 @@ from configs import finetune as finetune_own
 from configs import vit
 from tests.conftest import golden_folder
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import export, load_pretrained, predict
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import export, load_pretrained, predict, trainer
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.inference import create_predictor
@@ -67,7 +66,7 @@ def finetune(folder, init_from, **fields):
 @pytest.fixture(scope="module")
 def finetuned(folder, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finetuned")
-  return experiment.run(finetune(folder, WEIGHTS), epath.Path(workdir)), workdir
+  return trainer.run(finetune(folder, WEIGHTS), epath.Path(workdir)), workdir
 
 
 def test_published_weights_learn_the_classes_of_a_folder(finetuned):
@@ -79,7 +78,7 @@ def test_published_weights_learn_the_classes_of_a_folder(finetuned):
 
 
 def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
-  made = experiment.create(finetune(folder, WEIGHTS))
+  made = trainer.build(finetune(folder, WEIGHTS))
   with jax.set_mesh(made.mesh):
     program = made.program(next(made.train_batches()))
     state = program.initial_state(0, Initializer(made.task, str(WEIGHTS), ()))
@@ -97,13 +96,13 @@ def test_a_run_of_our_own_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
   _, workdir = finetuned
   config = finetune(folder, workdir, num_steps=1)
   config.optimizer.learning_rate = 0.0
-  before = experiment.run(config, epath.Path(tmp_path / "same"))
+  before = trainer.run(config, epath.Path(tmp_path / "same"))
   assert before.scores["test/accuracy"] == finetuned[0].scores["test/accuracy"]
   larger = finetune(folder, workdir, num_steps=1)
   transforms = [{"name": "resize", "size": 64}]
   larger.data.train.transforms = transforms
   larger.data.eval.test.transforms = larger.data.eval.val.transforms = transforms
-  outcome = experiment.run(larger, epath.Path(tmp_path / "larger"))
+  outcome = trainer.run(larger, epath.Path(tmp_path / "larger"))
   assert outcome.state.params["position_embedding"]["table"].shape == (1, 65, 48)
 
 
@@ -113,7 +112,7 @@ def test_weights_that_do_not_fit_are_listed_in_one_line(finetuned, folder, tmp_p
     config = finetune(folder, source)
     config.model.mlp_dim = 64
     with pytest.raises(ValueError, match=r"mlp/hidden/kernel|Dense_0/kernel") as error:
-      experiment.run(config, epath.Path(tmp_path))
+      trainer.run(config, epath.Path(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -121,7 +120,7 @@ def test_an_exported_vit_learns_new_classes_and_says_their_names(folder, tmp_pat
   """The whole way: weights out, weights in, new classes, and a picture of the user's own."""
   export.write(load_pretrained(str(WEIGHTS), representation_size=None), "npz", f"{tmp_path}/x.npz")
   config = finetune(folder, f"{tmp_path}/x.npz")
-  outcome = experiment.run(config, epath.Path(tmp_path / "run"))
+  outcome = trainer.run(config, epath.Path(tmp_path / "run"))
   assert outcome.scores["test/accuracy"] > 0.8
   predictor = create_predictor(load(str(tmp_path / "run")), Options(top_k=3))
   files = sorted((folder / "test").rglob("*.jpg"))
@@ -174,7 +173,7 @@ def own_run(own, tmp_path_factory):
   verbosity = absl_logging.get_verbosity()
   absl_logging.set_verbosity(absl_logging.INFO)
   try:
-    outcome = experiment.run(config, epath.Path(workdir))
+    outcome = trainer.run(config, epath.Path(workdir))
   finally:
     absl_logger.removeHandler(handler)
     absl_logging.set_verbosity(verbosity)
@@ -263,7 +262,7 @@ def test_the_rate_goes_with_the_batch_and_the_weights_with_the_model():
 
 def test_a_lambda_resnet_takes_images_of_ones_own_too(own):
   fields = "model=lambda_resnet26t,image_size=64,batch_size=8,head_only=true,dtype=float32"
-  made = experiment.create(finetune_own.get_config(f"{fields},source=folder:{own}"))
+  made = trainer.build(finetune_own.get_config(f"{fields},source=folder:{own}"))
   program = made.program(next(made.train_batches()))
   params = program.abstract_state.params
   assert params["head"]["kernel"].shape[-1] == len(NAMES)

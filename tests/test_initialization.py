@@ -9,8 +9,7 @@ from PIL import Image
 
 from configs import ttsr
 from tests.systems.ttsr.test_weights import NARROW, TINY, game_variables
-from vit_jax_zoo import trainer as experiment
-from vit_jax_zoo import weights
+from vit_jax_zoo import trainer, weights
 from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import formats
@@ -62,9 +61,9 @@ def test_a_file_that_would_be_overwritten_is_not_read(released):
 def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatch, tmp_path):
   config = ttsr.get_config("demo")
   config.task.vgg_file = f"{tmp_path}/vgg19.pth"
-  monkeypatch.setattr(experiment.Experiment, "program", no_data)
+  monkeypatch.setattr(trainer.Experiment, "program", no_data)
   with pytest.raises(WeightsError, match=r"no checkpoint at .*vgg19\.pth"):
-    experiment.run(config, epath.Path(tmp_path / "run"), experiment.RunOptions())
+    trainer.run(config, epath.Path(tmp_path / "run"), trainer.RunOptions())
 
 
 def test_a_game_starts_from_a_run_without_a_critic_and_the_reverse(released):
@@ -73,7 +72,7 @@ def test_a_game_starts_from_a_run_without_a_critic_and_the_reverse(released):
   critic = jax.tree.map(np.asarray, game["params"]["critic"])
   played = {"params": {"generator": params, "critic": critic}}
   for source, target in (({"params": {"generator": params}}, game), (played, alone)):
-    found = weights.adapt(source, target, "the run", optional=GAME.training_only)
+    found = weights.adapt(source, target, "the run", optional=GAME.train_only_collections)
     assert found.keys() == target.keys()
     assert same(found["params"]["generator"], params)
     others = {part: tree for part, tree in target["params"].items() if part != "generator"}
@@ -97,8 +96,8 @@ def test_released_weights_are_scored_without_vgg_and_training_pictures(released,
   config.data.loader.num_workers = 0
   config.eval_batch_size = 8  # there are eight devices
   del config.data.eval.cufed5_stitched
-  options = experiment.RunOptions(eval_only=True)
-  outcome = experiment.run(config, epath.Path(tmp_path / "run"), options)
+  options = trainer.RunOptions(eval_only=True)
+  outcome = trainer.run(config, epath.Path(tmp_path / "run"), options)
   assert int(outcome.state.step) == 0
   assert set(outcome.state.variables["params"]) == {"generator"}
   assert "vgg" not in outcome.state.variables
@@ -106,4 +105,4 @@ def test_released_weights_are_scored_without_vgg_and_training_pictures(released,
   assert np.isfinite(outcome.scores["cufed5_level1/psnr"])
   config.batch_size = 8
   with pytest.raises(ValueError, match="unknown split 'train'"):
-    experiment.run(config, epath.Path(tmp_path / "run"), experiment.RunOptions())
+    trainer.run(config, epath.Path(tmp_path / "run"), trainer.RunOptions())

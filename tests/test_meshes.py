@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from configs import vit
-from vit_jax_zoo import create_model, registry
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import create_model, registry, trainer
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import PredictionScores
 
@@ -28,7 +27,7 @@ def small_config(**mesh):
 
 def train(config, num_devices):
   """Trains a few steps on some of the devices; returns losses, scores and parameters."""
-  made = experiment.create(config, jax.devices()[:num_devices])
+  made = trainer.build(config, jax.devices()[:num_devices])
   batches, losses = made.train_batches(), []
   with jax.set_mesh(made.mesh):
     program = made.program(next(made.train_batches()))

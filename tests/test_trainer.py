@@ -15,7 +15,7 @@ from configs import vit
 from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 
@@ -32,7 +32,7 @@ def tiny(**fields):
 
 
 def run(config, workdir, **options):
-  return experiment.run(config, epath.Path(workdir), experiment.RunOptions(**options))
+  return trainer.run(config, epath.Path(workdir), trainer.RunOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -42,27 +42,27 @@ def finished(tmp_path_factory):
 
 
 def test_what_the_data_knows_is_filled_in():
-  made = experiment.create(tiny())
+  made = trainer.build(tiny())
   assert made.model.num_classes == made.task.num_classes == 10
   assert made.task.class_names == tuple("0123456789")
   assert made.num_steps == 4
 
 
 def test_epochs_become_steps():
-  made = experiment.create(tiny(num_steps=None, num_epochs=2.0))
+  made = trainer.build(tiny(num_steps=None, num_epochs=2.0))
   assert made.num_steps == round(2 * 1437 / 16)
-  assert experiment.create(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
+  assert trainer.build(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
 
 
 def test_sources_of_the_same_classes_are_mixed():
   config = vit.get_config("demo,batch_size=16")
   config.data.train.extra_sources = ({"source": "demo:digits", "split": "test[:50]"},)
-  made = experiment.create(config)
+  made = trainer.build(config)
   assert len(made.train_source) == 1437 + 50
   assert next(made.train_batches())["image"].shape[0] == 16
   config.data.train.extra_sources = ({"source": "demo:photos", "split": "train"},)
   with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes"):
-    experiment.create(config)
+    trainer.build(config)
 
 
 def test_every_default_is_there():
@@ -121,10 +121,10 @@ def test_a_probe_that_is_wrong_is_one_line():
   config = tiny()
   config.data.eval.test.probe = {"name": "knn"}
   with pytest.raises(ValueError, match="'test' is a probe; set the fit_split that it learns from"):
-    experiment.create(config)
+    trainer.build(config)
   config.data.eval.test.update(fit_split="train", probe={"name": "few_shots"})
   with pytest.raises(ValueError, match="unknown probe 'few_shots'; did you mean 'few_shot'"):
-    experiment.create(config)
+    trainer.build(config)
 
 
 def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path):
@@ -172,7 +172,7 @@ def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
 
 
 def test_a_run_from_before_recipes_were_remembered_may_go_on(tmp_path):
-  config = experiment.create(tiny()).config
+  config = trainer.build(tiny()).config
   old = {k: v for k, v in run_config.as_json(config).items() if k != "recipe"}
   (tmp_path / "config.json").write_text(json.dumps(old))
   run_config.check_unchanged(config, None, epath.Path(tmp_path))
@@ -197,13 +197,13 @@ def test_swapped_class_names_are_noticed_on_resume(finished):
 def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them(
   tmp_path, monkeypatch
 ):
-  opened, original = [], experiment.Experiment.train_batches
+  opened, original = [], trainer.Experiment.train_batches
 
   def train_batches(self, *args):
     opened.append(args)
     return original(self, *args)
 
-  monkeypatch.setattr(experiment.Experiment, "train_batches", train_batches)
+  monkeypatch.setattr(trainer.Experiment, "train_batches", train_batches)
   assert run(tiny(), tmp_path).finished
   assert opened == [(0,)]
   assert run(tiny(), tmp_path).finished

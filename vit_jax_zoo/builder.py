@@ -28,7 +28,7 @@ from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import (
   EvaluationProgram,
   Program,
-  Recipe,
+  TrainingOptions,
   abstract_batch_of,
   build_evaluation,
   build_program,
@@ -126,7 +126,7 @@ class Experiment:
     return build_program(
       self.task,
       abstract_batch_of(batch, config.batch_size),
-      Recipe(
+      TrainingOptions(
         optimizer=config.optimizer.to_dict(),
         num_steps=self.num_steps,
         accumulation_steps=config.accumulation_steps,
@@ -151,11 +151,11 @@ class Experiment:
       abstract_batch_of(batch, batch_size),
       mesh=self.mesh,
       rules=self.sharding_rules,
-      left_out=self.task.training_only,
+      left_out=self.task.train_only_collections,
     )
 
 
-def create(
+def build(
   config: ConfigDict,
   devices: Any = None,
   open_source: Callable[..., Source] = load_source,

@@ -23,7 +23,7 @@ class Initializer:
   """Replaces randomly initialised variables by pretrained and data-dependent ones.
 
   Attributes:
-    task: provides `weight_files` and `prepare`.
+    task: provides `weight_files` and `init_from_data`.
     init_from: weights of a whole model, a published file or a run; or None.
     preview: this process's part of the training batches; read only if needed.
     grid: height and width of the images in tokens, for models with position embeddings.
@@ -49,7 +49,7 @@ class Initializer:
     missing = [path for path, leaf in _flatten(taken).items() if leaf is before[path]]
     if not missing:
       return taken
-    learned = all_gather_objects(self.task.prepare(self.preview))[0]
+    learned = all_gather_objects(self.task.init_from_data(self.preview))[0]
     files = weights.still_needed(self.task.weight_files, missing)
     sources = {k: restore_variables(f) if is_checkpoint(f) else f for k, f in files.items()}
     others = weights.load_parts(sources, {**fresh, **learned})
@@ -60,7 +60,7 @@ class Initializer:
     logging.info("initialising from %s", path)
     if not is_checkpoint(path):
       return weights.load_into(path, fresh, position_grid=self.grid)
-    optional = self.task.training_only
+    optional = self.task.train_only_collections
     return weights.adapt(restore_variables(path), fresh, path, grid=self.grid, optional=optional)
 
 

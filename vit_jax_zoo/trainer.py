@@ -19,7 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.builder import Experiment as Experiment
-from vit_jax_zoo.builder import create as create
+from vit_jax_zoo.builder import build as build
 from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.run_metadata import (
@@ -86,7 +86,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
   run_data = load_data(workdir) if options.eval_only else None
   lock = contextlib.nullcontext() if options.eval_only else workdir_lock(workdir)
   with lock:
-    experiment = create(config, run_data=run_data)
+    experiment = build(config, run_data=run_data)
     check_equal(lambda: _facts(experiment, train=not options.eval_only))
     checkpoint = experiment.config.checkpoint
     with (

@@ -20,7 +20,7 @@ from vit_jax_zoo.systems.ttsr.search import find_matches, transfer
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.load import flatten_variables
 from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
@@ -250,7 +250,7 @@ def _steps(
   program = build_program(
     task,
     abstract_batch_of(batch, setting.batch_size),
-    Recipe(optimizer=optimizer, num_steps=100_000),
+    TrainingOptions(optimizer=optimizer, num_steps=100_000),
     mesh=sharding.create_mesh({"data": -1}),
     rules=sharding_rules(setting.model),
   )

@@ -9,8 +9,7 @@ import pytest
 from etils import epath
 
 from configs import igpt
-from vit_jax_zoo import export
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import export, trainer
 from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.systems.igpt.model import ImageGPT
 from vit_jax_zoo.training.checkpoint import restore_variables
@@ -27,7 +26,7 @@ def shrink(config, num_steps=2):
 
 
 def run(config, workdir, **options):
-  return experiment.run(config, epath.Path(workdir), experiment.RunOptions(**options))
+  return trainer.run(config, epath.Path(workdir), trainer.RunOptions(**options))
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +54,8 @@ def test_the_palette_is_fitted_and_stays_with_the_run(demo):
   kept = restore_variables(str(workdir))["palette"]["clusters"]
   trained = outcome.state.model_state["palette"]["clusters"]
   np.testing.assert_array_equal(kept, trained)
-  made = experiment.create(config)
-  fitted = made.task.prepare(made.train_batches())["palette"]["clusters"]
+  made = trainer.build(config)
+  fitted = made.task.init_from_data(made.train_batches())["palette"]["clusters"]
   np.testing.assert_array_equal(kept, fitted)
 
 
@@ -145,7 +144,7 @@ def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, t
   config = nats_config(published)
   outcome = run(config, tmp_path / "run", eval_only=True)
   loaded = load_pretrained(str(published))
-  batch = next(iter(experiment.create(config).eval_batches("test")))
+  batch = next(iter(trainer.build(config).eval_batches("test")))
   images = jnp.asarray(batch["image"][:6], jnp.float32) / 127.5 - 1
   assert images.shape == (6, 32, 32, 3)
   out = jax.jit(loaded.model.apply)(loaded.variables, images)
@@ -166,5 +165,5 @@ def test_weights_without_a_palette_are_not_taken_in_silence(published, tmp_path,
 def test_the_nats_of_images_that_are_not_there_name_their_preparation(tmp_path):
   config = igpt.get_config(f"s_eval_nll,data_dir={tmp_path}")
   with pytest.raises(FileNotFoundError, match=r"vit_jax_zoo\.data\.prepare") as error:
-    experiment.create(config)
+    trainer.build(config)
   assert "\n" not in str(error.value)

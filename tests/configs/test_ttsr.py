@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from configs import ttsr
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.run_metadata import RunData
 
 PICTURES = {
@@ -41,7 +41,7 @@ def test_each_published_test_set_by_its_protocol(test_set, tmp_path):
   truth, *others = lay_out(tmp_path, test_set)
   config = ttsr.get_config(f"{test_set},source=pairs:{tmp_path},init_from=TTSR-rec.pt")
   config.data.loader.num_workers = 0
-  made = experiment.create(config, jax.devices()[:1], run_data=RunData())
+  made = trainer.build(config, jax.devices()[:1], run_data=RunData())
   found = {name: next(iter(made.eval_batches(name))) for name in made.eval_sources}
   low_res = resized(truth, 5, 6)
   for batch in found.values():

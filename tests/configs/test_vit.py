@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from configs.vit import get_config
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.metrics.feature_probes import create_probe
 
 
@@ -120,7 +120,7 @@ def class_folders(request, tmp_path_factory):
 )
 def test_folders_of_the_usual_layouts_will_do(variant, held_out, class_folders):
   config = get_config(f"{variant},source=folder:{class_folders},batch_size=8")
-  made = experiment.create(config)
+  made = trainer.build(config)
   assert made.train_source.info.class_names == ("ant", "bee")
   sizes = {name: len(source) for name, source in made.eval_sources.items()}
   part = sizes.pop(next(name for name in sizes if name != held_out))

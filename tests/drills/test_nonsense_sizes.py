@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.errors import field_names
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def with_size(tree, path, size):
 
 def trace(config, batch):
   """Goes as far as a run goes before it compiles anything."""
-  made = experiment.create(config)
+  made = trainer.build(config)
   program = made.program(batch)
   with jax.set_mesh(made.mesh):
     jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
@@ -61,7 +61,7 @@ def trace(config, batch):
 @pytest.mark.parametrize(("system", "variant"), DEMOS)
 def test_sizes_that_cannot_be(system, variant):
   whole = demo(system, variant)
-  made = experiment.create(whole)
+  made = trainer.build(whole)
   batch = next(made.train_batches())
   given = whole.model.to_dict()
   fields = {name: getattr(made.model, name) for name in field_names(made.model)}

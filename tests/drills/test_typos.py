@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
@@ -72,7 +72,7 @@ def slips():
 def use(config):
   """Hands each section to the part that it configures, as a run does, without compiling."""
   config = config_lib.complete(config)
-  made = experiment.create(config)
+  made = trainer.build(config)
   made.train_batches()
   with jax.set_mesh(made.mesh):
     made.program(next(made.train_batches()))  # a model makes its inner parts when it is traced

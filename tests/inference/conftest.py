@@ -4,7 +4,7 @@ import pytest
 from etils import epath
 
 from configs import igpt, vit
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +27,5 @@ def igpt_run(tmp_path_factory):
 
 
 def trained(config, workdir):
-  experiment.run(config, epath.Path(workdir))
+  trainer.run(config, epath.Path(workdir))
   return workdir

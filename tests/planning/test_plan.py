@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from tests.command import TINY
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.config import complete, load_with_overrides
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning.activations import activation_bytes
@@ -42,7 +42,7 @@ def plan(machine):
 
 @pytest.mark.multidevice
 def test_what_a_plan_says_is_what_the_step_has(plan, machine):
-  parts = experiment.create(tiny(), machine.devices)
+  parts = trainer.build(tiny(), machine.devices)
   with parts.train_batches() as batches:
     batch = next(batches)
   program = parts.program(batch)
@@ -104,7 +104,7 @@ def test_activations_grow_with_depth_and_shrink_with_remat(machine):
   def kept(**fields):
     config = tiny()
     config.model.update(scan_layers=True, **fields)
-    parts = experiment.create(config, machine.devices[:1])
+    parts = trainer.build(config, machine.devices[:1])
     return activation_bytes(parts.program(parts.batch_shapes()[0][1]))
 
   shallow, deep = kept(depth=2, remat="full"), kept(depth=6, remat="full")

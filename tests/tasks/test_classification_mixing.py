@@ -8,7 +8,7 @@ import pytest
 from tests.tasks.test_classification import make_context
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def train(task, batch, mesh, devices):
     program = build_program(
       task,
       abstract_batch_of(batch, 16),
-      Recipe(
+      TrainingOptions(
         optimizer={"name": "sgd", "learning_rate": 0.1},
         num_steps=3,
         accumulation_steps=2,

@@ -15,7 +15,7 @@ from absl import logging
 from tests.training import toy
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.training.evaluate import PredictionScores
 from vit_jax_zoo.training.loop import EvaluationError, Loop, LoopSettings, format_scores, prefetch
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
@@ -32,7 +32,7 @@ def make_program():
   return build_program(
     toy.Regression(),
     abstract_batch_of(batch, len(batch["x"])),
-    Recipe({"name": "adamw", "learning_rate": 1e-2}, num_steps=12),
+    TrainingOptions({"name": "adamw", "learning_rate": 1e-2}, num_steps=12),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=toy.RULES,
   )

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from tests.training import toy
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 
 ADAMW = {"name": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
 
@@ -20,7 +20,7 @@ def program(task, batch, *, mesh=None, optimizer=None, **kwargs):
   return build_program(
     task,
     abstract_batch_of(batch, len(batch["x"])),
-    Recipe(optimizer or ADAMW, num_steps=100, **kwargs),
+    TrainingOptions(optimizer or ADAMW, num_steps=100, **kwargs),
     mesh=sharding.create_mesh(mesh or {"data": 1}, jax.devices()[: 1 if mesh is None else None]),
     rules=toy.RULES,
   )

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import trainer
 from vit_jax_zoo.data import fake_data as stand_in
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
@@ -143,7 +143,7 @@ def make_plan(
   Raises:
     ValueError: one line, about an invalid config.
   """
-  parts = experiment.create(config, machine.devices, stand_in.load)
+  parts = trainer.build(config, machine.devices, stand_in.load)
   kinds = parts.batch_shapes()
   largest = max((batch for _, batch in kinds), key=_size)
   program = parts.program(largest)
@@ -319,7 +319,7 @@ def _peak(analysis: Any) -> float:
   return float(held + analysis.generated_code_size_in_bytes)
 
 
-def _notes(parts: experiment.Experiment, kinds: list[tuple[float, Any]]) -> list[str]:
+def _notes(parts: trainer.Experiment, kinds: list[tuple[float, Any]]) -> list[str]:
   notes = [parts.train_source.assumption] if parts.train_source.assumption else []
   if level := optimization_level():
     notes.append(

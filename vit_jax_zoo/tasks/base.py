@@ -8,7 +8,8 @@ Where things run:
 
 * `init`, `normalizers`, `loss`, `predict`, `explain` are traced by `jax.jit`; they see
   global arrays and write no communication of their own;
-* `prepare`, `evaluator`, `draw_explanation` and all figures run on the host, on numpy arrays.
+* `init_from_data`, `evaluator`, `draw_explanation` and all figures run on the host, on numpy
+  arrays.
 """
 
 import abc
@@ -171,14 +172,14 @@ class Task(abc.ABC):
     return {}
 
   @property
-  def training_only(self) -> tuple[str, ...]:
+  def train_only_collections(self) -> tuple[str, ...]:
     """Parts of the variables that nothing but losses reads, by path as above; none by default.
 
     Such as a critic. Whoever only evaluates neither makes nor loads them.
     """
     return ()
 
-  def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
+  def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
     """Returns variables that come from the training data, such as a palette; none by default.
 
     Called on the host before the first step of a run, unless `init_from` has given every variable;

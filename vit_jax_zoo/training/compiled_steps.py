@@ -35,7 +35,7 @@ class EvaluationProgram:
   Attributes:
     task: provides init and predict.
     mesh: devices to compile for.
-    left_out: sub-trees of the variables that are not created: `task.training_only`, or none.
+    left_out: sub-trees that are not created: `task.train_only_collections`, or none.
     abstract_batch: shapes, dtypes and shardings of the global batch for which variables are
       initialised.
     abstract_variables: the same of parameters and the model's other collections.
@@ -116,7 +116,7 @@ class Program(EvaluationProgram):
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class TrainingOptions:
   """Optimizer, schedule, accumulation and EMA of a training run.
 
   Attributes:
@@ -136,7 +136,7 @@ class Recipe:
 def build_program(
   task: Task,
   abstract_batch: Mapping[str, jax.ShapeDtypeStruct],
-  recipe: Recipe,
+  options: TrainingOptions,
   *,
   mesh: Mesh,
   rules: sharding.Rules,
@@ -146,7 +146,7 @@ def build_program(
   Args:
     task: provides init, loss and predict.
     abstract_batch: shapes and dtypes of a global training batch.
-    recipe: optimizer, schedule, accumulation, EMA.
+    options: optimizer, schedule, accumulation, EMA.
     mesh: devices to compile for.
     rules: sharding rules of the parameters.
 
@@ -154,27 +154,27 @@ def build_program(
     ValueError: the batch cannot be split over the mesh, or a rule cannot be applied.
   """
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
-  sharding.check_batch_size(batch_size, mesh, recipe.accumulation_steps)
+  sharding.check_batch_size(batch_size, mesh, options.accumulation_steps)
   judging = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
   abstract = judging.abstract_variables
   optimizers = tuple(
     create_optimizer(
-      recipe.optimizer if group.name is None else recipe.optimizer[group.name],
+      options.optimizer if group.name is None else options.optimizer[group.name],
       group.select(abstract["params"]),
-      recipe.num_steps,
+      options.num_steps,
       begin_step=group.begin_step,
       updates_per_step=group.updates,
     )
     for group in task.optim_groups
   )
-  create = functools.partial(create_state, task, optimizers, with_ema=recipe.ema_decay is not None)
+  create = functools.partial(create_state, task, optimizers, with_ema=options.ema_decay is not None)
   abstract_state = jax.eval_shape(create, abstract, jax.random.key(0))
   shardings = state_shardings(abstract_state, rules, mesh)
   split = sharding.batch_sharding(mesh)
-  options = {"accumulation_steps": recipe.accumulation_steps, "ema_decay": recipe.ema_decay}
-  train_step = task.make_train_step(optimizers, **options)
+  arguments = {"accumulation_steps": options.accumulation_steps, "ema_decay": options.ema_decay}
+  train_step = task.make_train_step(optimizers, **arguments)
   if train_step is None:
-    train_step = make_train_step(task, optimizers[0], **options)
+    train_step = make_train_step(task, optimizers[0], **arguments)
   return Program(
     **vars(judging),
     optimizers=optimizers,

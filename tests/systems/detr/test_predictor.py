@@ -13,8 +13,7 @@ from PIL import Image
 
 from configs import detr
 from tests.systems.detr.files import official_file
-from vit_jax_zoo import predict
-from vit_jax_zoo import trainer as experiment
+from vit_jax_zoo import predict, trainer
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.detection import decode_segments
 from vit_jax_zoo.inference import create_predictor
@@ -35,7 +34,7 @@ def detr_run(tmp_path_factory):
   config.update(eval_batch_size=8, eval_every=2, log_every=2)
   config.checkpoint.every = 2
   workdir = tmp_path_factory.mktemp("detr_run")
-  experiment.run(config, epath.Path(workdir))
+  trainer.run(config, epath.Path(workdir))
   return workdir
 
 

@@ -44,7 +44,7 @@ def make_variables(task, batch):
     "params": jax.tree.map(
       lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), abstract["params"]
     ),
-    **jax.tree.map(jnp.asarray, task.prepare([batch])),
+    **jax.tree.map(jnp.asarray, task.init_from_data([batch])),
   }
 
 
@@ -234,12 +234,12 @@ def test_a_masked_model_classifies_by_the_vote_of_its_maskings():
 def test_preparation_fits_a_palette_and_a_baseline_or_reads_one(tmp_path):
   task = make_task()
   batch = make_batch(rows=40)
-  found = task.prepare(iter([batch]))
+  found = task.init_from_data(iter([batch]))
   clusters = found["palette"]["clusters"]
   assert clusters.shape == (8, 3)
   np.testing.assert_array_equal(clusters, palette.fit_palette(batch["image"], 8))
   np.save(str(tmp_path / "colors.npy"), clusters[::-1])
-  read = make_task(palette=str(tmp_path / "colors.npy")).prepare([batch])
+  read = make_task(palette=str(tmp_path / "colors.npy")).init_from_data([batch])
   np.testing.assert_array_equal(read["palette"]["clusters"], clusters[::-1])
   init = jax.eval_shape(task.init, jax.random.key(0), batch)
   for name, tree in found.items():
@@ -261,7 +261,7 @@ def test_preparation_takes_only_as_many_images_as_it_needs():
       taken.append(seed)
       yield make_batch(rows=20, seed=seed)
 
-  task.prepare(batches())
+  task.init_from_data(batches())
   assert taken == [0, 1, 2]
 
 
@@ -347,6 +347,6 @@ def test_a_palette_of_another_size_is_one_line(tmp_path):
   np.save(str(tmp_path / "colors.npy"), np.zeros((5, 3), np.float32))
   task = make_task(palette=str(tmp_path / "colors.npy"))
   with pytest.raises(ValueError, match="num_colors=5"):
-    task.prepare([make_batch()])
+    task.init_from_data([make_batch()])
   with pytest.raises(ValueError, match=r"data\.train"):
-    make_task().prepare([])
+    make_task().init_from_data([])

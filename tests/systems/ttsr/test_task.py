@@ -30,7 +30,7 @@ from vit_jax_zoo.systems.ttsr.task import (
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 
 # --- single losses -----------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ def test_two_discriminator_updates_share_the_generated_images():
   program = build_program(
     task,
     abstract_batch_of(batch, len(batch["image"])),
-    Recipe({"generator": sgd, "critic": sgd}, num_steps=2),
+    TrainingOptions({"generator": sgd, "critic": sgd}, num_steps=2),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=SHARDING_RULES,
   )

@@ -12,7 +12,7 @@ from vit_jax_zoo.systems.ttsr.train_step import make_train_step
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import LossOutput, Mean, OptimGroup, Task
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def train(num_steps, kind=TwoNumbers, **kwargs):
   program = build_program(
     task,
     abstract_batch_of(batch, len(batch["x"])),
-    Recipe({"critic": sgd, "actor": sgd}, num_steps=100, accumulation_steps=2),
+    TrainingOptions({"critic": sgd, "actor": sgd}, num_steps=100, accumulation_steps=2),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=toy.RULES,
   )

@@ -15,7 +15,7 @@ from vit_jax_zoo.systems.ttsr import weights as ttsr_pt
 from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import Recipe, abstract_batch_of, build_program
+from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.training.train_step import create_state
 
 
@@ -71,8 +71,10 @@ def curve_program(config, inputs, seed):
   program = build_program(
     task,
     abstract_batch_of(curve_batch(inputs, 0), config["batch"]),
-    Recipe({"generator": {**adam, "rules": slower}, "critic": {**adam, "b1": 0.0, "b2": 0.9}},
-           num_steps=config["steps"]),
+    TrainingOptions(
+      {"generator": {**adam, "rules": slower}, "critic": {**adam, "b1": 0.0, "b2": 0.9}},
+      num_steps=config["steps"],
+    ),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=SHARDING_RULES,
   )  # fmt: skip

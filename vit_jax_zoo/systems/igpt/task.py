@@ -86,7 +86,7 @@ class PixelModelling(base.Task):
     blank = jnp.full((colors + 1, colors), -jnp.log(float(colors)), jnp.float32)
     return {**variables, "baseline": {"bigram": blank}}
 
-  def prepare(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
+  def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
     """Returns the palette, read or fitted, and the bigram baseline, from the first images."""
     images = _take(batches, self.palette_images)
     colors = self.model.num_colors

@@ -98,7 +98,7 @@ class SuperResolution(base.Task):
     return dict.fromkeys(parts, self.vgg_file) if self.vgg_file else {}
 
   @property
-  def training_only(self) -> tuple[str, ...]:
+  def train_only_collections(self) -> tuple[str, ...]:
     """Sub-trees that only the losses use."""
     return ("vgg", "params/critic")
 
