@@ -54,6 +54,31 @@ def test_epochs_become_steps():
   assert trainer.build(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
 
 
+def test_metrics_are_chosen_in_the_config(tmp_path):
+  config = tiny()
+  config.data.eval.test.metrics = ("accuracy",)
+  run(config, tmp_path)
+  written = {name for row in read_metrics(tmp_path) for name in row if name.startswith("test/")}
+  assert written == {"test/accuracy"}
+
+
+@pytest.mark.parametrize(
+  ("metrics", "best", "message"),
+  [
+    (("acuracy",), None, r"data\.eval\.test\.metrics.*'acuracy'; did you mean 'accuracy'"),
+    (("loss",), None, r"data\.eval\.test\.metrics lacks 'accuracy'"),
+    (("accuracy",), "test/loss", r"data\.eval\.test\.metrics lacks 'loss'"),
+  ],
+)
+def test_metrics_that_cannot_be_chosen(metrics, best, message):
+  config = tiny()
+  config.data.eval.test.metrics = metrics
+  with config.ignore_type():
+    config.checkpoint.best = best
+  with pytest.raises(ValueError, match=message):
+    experiment.create(config)
+
+
 def test_sources_of_the_same_classes_are_mixed():
   config = vit.get_config("demo,batch_size=16")
   config.data.train.extra_sources = ({"source": "demo:digits", "split": "test[:50]"},)

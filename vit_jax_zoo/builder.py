@@ -19,6 +19,7 @@ from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources import SECTION, load_source
 from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classes, join_sources
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, create_probes
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.run_metadata import RunData, fill_from_data, main_evaluation, needs_data
@@ -191,6 +192,8 @@ def build(
   model = create_model(**fill_from_data(config.model.to_dict(), info))
   task_fields = fill_from_data(config.task.to_dict(), info)
   num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
+  task = create_task(task_fields.pop("name"), model, **task_fields)
+  _check_metrics(config, task)
   return Experiment(
     config=config,
     mesh=mesh,
@@ -199,9 +202,28 @@ def build(
     fit_sources=fit_sources,
     probes=create_probes(config.data.eval.to_dict()),
     model=model,
-    task=create_task(task_fields.pop("name"), model, **task_fields),
+    task=task,
     num_steps=max(1, num_steps),
   )
+
+
+def _check_metrics(config: ConfigDict, task: Task) -> None:
+  """Checks the metrics that evaluations choose, and that the best checkpoint's is one of them."""
+  evaluations = config.data.eval
+  best = config.checkpoint.best
+  if best is None and (name := main_evaluation(evaluations.to_dict())):
+    best = f"{name}/{task.best_metric}"
+  for name, spec in evaluations.items():
+    chosen = spec.get("metrics") or ()
+    if not chosen:
+      continue
+    field = f"data.eval.{name}.metrics"
+    if "fit_split" in spec:
+      raise ValueError(f"{field}: a probe has no metrics to choose from; leave it out")
+    check_names(f"metric in {field}", chosen, task.metrics)
+    score = (best or "").removeprefix(f"{name}/")
+    if best != score and score.partition("/")[0] not in chosen:
+      raise ValueError(f"{field} lacks {score!r}, which chooses the best checkpoint; add it")
 
 
 def _open_evaluations(

@@ -270,6 +270,7 @@ def _evaluation(experiment: Experiment, program: EvaluationProgram, name: str) -
     batches=batches,
     mesh=experiment.mesh,
     name=name,
+    metrics=experiment.config.data.eval[name].get("metrics", ()),
   )
 
 

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,7 +11,12 @@ class Evaluator(abc.ABC):
   """Scores predictions on the host. Each host adds its own examples; the loop merges the hosts.
 
   Evaluators are pickled to be sent between hosts.
+
+  Attributes:
+    scores: names that `result` may return, without the "/<class>" of scores by class.
   """
+
+  scores: ClassVar[tuple[str, ...]] = ()
 
   @abc.abstractmethod
   def add(self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]) -> None:

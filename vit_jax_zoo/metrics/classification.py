@@ -29,6 +29,8 @@ class ClassificationEvaluator(Evaluator):
     class_names: names of the classes in order; their numbers by default.
   """
 
+  scores = ("accuracy", "top5_accuracy", "loss", "images", "mean_class_accuracy")
+
   def __init__(
     self, num_classes: int, *, per_class: bool = False, class_names: Sequence[str] = ()
   ) -> None:

@@ -46,6 +46,8 @@ class DetectionEvaluator(Evaluator):
     per_class: also returns each class's AP.
   """
 
+  scores = (*_NAMES, "images")
+
   def __init__(
     self, num_classes: int, *, class_names: Sequence[str] = (), per_class: bool = False
   ) -> None:

@@ -31,6 +31,8 @@ class InstanceEvaluator(DetectionEvaluator):
     masks_below: scores only masks of class ids below this (things); default: all.
   """
 
+  scores = (*_NAMES, *DetectionEvaluator.scores)
+
   def __init__(
     self,
     num_classes: int,

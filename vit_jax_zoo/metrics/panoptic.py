@@ -246,6 +246,11 @@ class PanopticEvaluator(InstanceEvaluator):
     per_class: also evaluates each class's boxes.
   """
 
+  scores = (
+    *(f"{name}{kind}" for kind in ("", "_things", "_stuff") for name in ("pq", "sq", "rq")),
+    *InstanceEvaluator.scores,
+  )
+
   def __init__(
     self,
     num_classes: int,

@@ -108,6 +108,11 @@ class SuperResolutionEvaluator(Evaluator):
   "wrong_reference_psnr", ... and "reference_gain".
   """
 
+  scores = (
+    *(prefix + name for prefix in ("", "bicubic_", "wrong_reference_") for name in SCORES),
+    "psnr_gain", "reference_gain", "images",
+  )  # fmt: skip
+
   def __init__(self) -> None:
     self.images = 0
     self.sums: dict[str, float] = {}

@@ -25,6 +25,8 @@ class SegmentationEvaluator(Evaluator):
     per_class: also returns each class's IoU.
   """
 
+  scores = ("miou", "pixel_accuracy", "mean_accuracy", "images", "iou")
+
   def __init__(
     self,
     num_classes: int,

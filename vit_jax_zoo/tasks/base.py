@@ -244,6 +244,11 @@ class Task(abc.ABC):
   def evaluator(self) -> Evaluator:
     """Returns an empty evaluator."""
 
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """Names of the scores of an evaluation, of which `data.eval.<name>.metrics` may choose."""
+    return self.evaluator().scores
+
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws a training batch as the model will see it, by figure name. Optional."""
     del batch

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -51,6 +51,7 @@ class PredictionScores:
     batches: returns this process's part of the split's batches.
     mesh: devices to predict on.
     name: of the split, for progress lines.
+    metrics: the scores that are reported; default: all of the task's.
   """
 
   task: Task
@@ -58,6 +59,7 @@ class PredictionScores:
   batches: Callable[[], SizedBatches]
   mesh: Mesh
   name: str
+  metrics: Sequence[str] = ()
 
   def __call__(self, variables: Variables) -> Report:
     """Returns the scores over the whole split, and figures of them and of the first batch.
@@ -81,7 +83,10 @@ class PredictionScores:
     if is_primary():
       figures = {**figures, **self.task.score_figures(first)}
     lost = {"skipped_images": float(sum(losses))} if any(losses) else {}
-    return Report({**first.result(), **lost}, figures)
+    scores = first.result()
+    if self.metrics:
+      scores = {k: v for k, v in scores.items() if k.partition("/")[0] in self.metrics}
+    return Report({**scores, **lost}, figures)
 
 
 @dataclasses.dataclass(frozen=True)
