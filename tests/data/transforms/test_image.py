@@ -139,7 +139,7 @@ class TestRandomResizedCrop:
   )
   def test_decoding_at_a_smaller_scale_shows_the_same_crop(self, box, reduce):
     data = encode(photo(420, 560), quality=95)
-    image, (top, left, height, width) = transforms.image._decode_for(
+    image, (top, left, height, width) = image_transforms._decode_for(
       data, (420, 560), box, (30, 40)
     )
     assert image.shape[1] == -(-560 // reduce)

@@ -12,23 +12,27 @@
 A kind is a module with `open_splits(location, **options)`.
 """
 
-import importlib
 import inspect
 import os
 from typing import Any
 
 from vit_jax_zoo.data.sources.base import Source, select_split
 from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.registry import Registry
 
-KINDS = {
-  "demo": "vit_jax_zoo.data.sources.demo",
-  "coco": "vit_jax_zoo.data.sources.coco",
-  "folder": "vit_jax_zoo.data.sources.folder",
-  "pairs": "vit_jax_zoo.data.sources.pairs",
-  "segmentation": "vit_jax_zoo.data.sources.segmentation",
-  "segments": "vit_jax_zoo.data.sources.segmentation",  # its old name
-  "tfds": "vit_jax_zoo.data.sources.tfds",
-}
+_HERE = "vit_jax_zoo.data.sources"
+KINDS = Registry(
+  "kind of source",
+  {
+    "demo": f"{_HERE}.demo:open_splits",
+    "coco": f"{_HERE}.coco:open_splits",
+    "folder": f"{_HERE}.folder:open_splits",
+    "pairs": f"{_HERE}.pairs:open_splits",
+    "segmentation": f"{_HERE}.segmentation:open_splits",
+    "segments": f"{_HERE}.segmentation:open_splits",  # its old name
+    "tfds": f"{_HERE}.tfds:open_splits",
+  },
+)
 
 SECTION = (
   "source",
@@ -60,7 +64,7 @@ def load_source(name: str, split: str, **options: Any) -> Source:
   (360, 10)
   """
   kind, location = split_name(name)
-  open_splits = importlib.import_module(KINDS[kind]).open_splits
+  open_splits = KINDS[kind]
   known = list(inspect.signature(open_splits).parameters)[1:]
   if not set(options) <= set(known):
     check_names(f"option of {kind}:", options, [*known, *SECTION])

@@ -15,43 +15,44 @@ from typing import Any
 
 from absl import logging
 
-from vit_jax_zoo.data.transforms import augment, detection, image, segmentation, super_resolution
 from vit_jax_zoo.data.transforms.base import Transform
-from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.registry import Registry
 
-TRANSFORMS: dict[str, type[Transform]] = {
-  transform.name: transform
-  for transform in (
-    image.Decode,
-    image.RandomResizedCrop,
-    image.RandomResizeSmall,
-    image.RandomTranslate,
-    image.RandomCrop,
-    image.CentralCrop,
-    image.Resize,
-    image.ResizeSmall,
-    image.OneHot,
-    image.MultiHot,
-    image.KeepPrefix,
-    augment.RandAugment,
-    augment.TimmRandAugment,
-    augment.RandomErasing,
-    detection.LoadObjects,
-    detection.KeepClasses,
-    detection.RandomFlip,
-    detection.ResizeShorter,
-    detection.RandomScaleCrop,
-    detection.PadObjects,
-    segmentation.LoadLabelMap,
-    segmentation.RandomScale,
-    segmentation.RandomWindow,
-    segmentation.PadLabelMap,
-    super_resolution.SuperResolutionPair,
-    super_resolution.RandomPairCrop,
-    super_resolution.RandomPairTurn,
-    super_resolution.PadPair,
-  )
-}
+_HERE = "vit_jax_zoo.data.transforms"
+TRANSFORMS = Registry(
+  "transform",
+  {
+    "decode": f"{_HERE}.image:Decode",
+    "random_resized_crop": f"{_HERE}.image:RandomResizedCrop",
+    "random_resize_small": f"{_HERE}.image:RandomResizeSmall",
+    "random_translate": f"{_HERE}.image:RandomTranslate",
+    "random_crop": f"{_HERE}.image:RandomCrop",
+    "central_crop": f"{_HERE}.image:CentralCrop",
+    "resize": f"{_HERE}.image:Resize",
+    "resize_small": f"{_HERE}.image:ResizeSmall",
+    "one_hot": f"{_HERE}.image:OneHot",
+    "multi_hot": f"{_HERE}.image:MultiHot",
+    "keep_prefix": f"{_HERE}.image:KeepPrefix",
+    "rand_augment": f"{_HERE}.augment:RandAugment",
+    "timm_rand_augment": f"{_HERE}.augment:TimmRandAugment",
+    "random_erasing": f"{_HERE}.augment:RandomErasing",
+    "load_objects": f"{_HERE}.detection:LoadObjects",
+    "keep_classes": f"{_HERE}.detection:KeepClasses",
+    "random_flip": f"{_HERE}.detection:RandomFlip",
+    "resize_shorter": f"{_HERE}.detection:ResizeShorter",
+    "random_scale_crop": f"{_HERE}.detection:RandomScaleCrop",
+    "pad_objects": f"{_HERE}.detection:PadObjects",
+    "load_label_map": f"{_HERE}.segmentation:LoadLabelMap",
+    "random_scale": f"{_HERE}.segmentation:RandomScale",
+    "random_window": f"{_HERE}.segmentation:RandomWindow",
+    "pad_label_map": f"{_HERE}.segmentation:PadLabelMap",
+    "super_resolution_pair": f"{_HERE}.super_resolution:SuperResolutionPair",
+    "random_pair_crop": f"{_HERE}.super_resolution:RandomPairCrop",
+    "random_pair_turn": f"{_HERE}.super_resolution:RandomPairTurn",
+    "pad_pair": f"{_HERE}.super_resolution:PadPair",
+  },
+)
 """The transforms that a config can name."""
 
 
@@ -75,15 +76,14 @@ _RETIRED = {"upright"}
 
 
 def _build(spec: dict[str, Any]) -> Transform:
-  name = spec.pop("name", None)
-  if name not in TRANSFORMS:
-    raise ValueError(unknown_name("transform", str(name), TRANSFORMS))
+  name = str(spec.pop("name", None))
+  kind = TRANSFORMS[name]
   for field in _RETIRED & spec.keys():
     logging.info("transform %r: the field %r is gone: images are always upright", name, field)
     del spec[field]
-  fields = dataclasses.fields(TRANSFORMS[name])
+  fields = dataclasses.fields(kind)
   check_names(f"field of transform {name!r}", spec, [field.name for field in fields])
   for field in fields:
     if field.name not in spec and field.default is dataclasses.MISSING:
       raise ValueError(f"transform {name!r} needs the field {field.name!r}")
-  return TRANSFORMS[name](**spec)
+  return kind(**spec)
