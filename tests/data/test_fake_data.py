@@ -29,7 +29,7 @@ def test_facts_of_known_datasets(name, split, count, classes):
 
 def test_ones_own_data_that_are_not_here_are_assumed_to_be_usual():
   source = stand_in.load("coco:/nowhere", "val")
-  assert source.assumption == "coco:/nowhere is not here: taken to be like coco/2017"
+  assert source.assumption == "coco:/nowhere not found: assumed to be like coco/2017"
   assert len(source) == 5_000
 
 

@@ -254,9 +254,9 @@ class TestErrors:
   @pytest.mark.parametrize(
     ("options", "message"),
     [
-      ({"repeats": 3}, "repeats is 3; expected 1 or more, of which batch_size 8 is a multiple"),
+      ({"repeats": 3}, "data.train.repeats: 3"),
       ({"repeats": 0}, "repeats is 0"),
-      ({"repeats": 2, "buckets": 2}, "repeats and buckets do not go together"),
+      ({"repeats": 2, "buckets": 2}, "data.train.repeats"),
     ],
   )
   def test_repeats_that_cannot_be(self, options, message):
@@ -283,15 +283,15 @@ class TestErrors:
 
   def test_error_in_a_transform_names_the_example(self):
     crop = build_transforms([dict(name="central_crop", size=99)])
-    with pytest.raises(ValueError, match=r"pictures/\d\.png: cannot crop 99x99"):
+    with pytest.raises(ValueError, match=r"pictures/\d\.png: crop of 99x99"):
       take(1, Pictures(8), crop, batch_size=4, seed=0)
 
   @pytest.mark.parametrize(
     ("options", "message"),
     [
-      (dict(batch_size=5, process_count=2), "batch_size 5 is not a positive multiple of the 2"),
-      (dict(batch_size=0), "batch_size 0 is not a positive multiple"),
-      (dict(batch_size=4, process_index=2, process_count=2), "process_index 2 is not one of 2"),
+      (dict(batch_size=5, process_count=2), "batch_size is 5"),
+      (dict(batch_size=0), "batch_size is 0"),
+      (dict(batch_size=4, process_index=2, process_count=2), "process_index is 2"),
       (dict(batch_size=4, on_corrupt="skpi"), "did you mean 'skip'"),
     ],
   )
@@ -301,7 +301,7 @@ class TestErrors:
     assert message in str(error.value)
 
   def test_empty_source(self):
-    with pytest.raises(ValueError, match="pictures holds no example"):
+    with pytest.raises(ValueError, match="pictures has no example"):
       train_batches(Pictures(0), PLAIN, batch_size=4, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""From the number of a batch to its arrays: what a thread or a worker process does in one go."""
+"""Builds the arrays of one batch from its number, in a thread or a worker process."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from vit_jax_zoo.data.buckets import EvalPlan, Room, TrainPlan
+from vit_jax_zoo.data.buckets import EvalPlan, PaddedShape, TrainPlan
 from vit_jax_zoo.data.shuffle import RandomNumbers, shuffled_index
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms.base import pixels
@@ -15,10 +15,10 @@ from vit_jax_zoo.data.transforms.base import pixels
 Batch: TypeAlias = dict[str, np.ndarray]
 
 MAX_REPLACEMENTS = 100
-"""A training example and its replacements may fail this often in a row before the run stops."""
+"""Corrupt examples in a row at which a run stops, although `on_corrupt` is "skip"."""
 
 SKIPPED = "_skipped"
-"""Where a batch says what was lost on the way to it: `Failures`."""
+"""Key of a batch's `Failures`."""
 
 
 Failures: TypeAlias = tuple[tuple[str, str], ...]
@@ -26,7 +26,7 @@ Failures: TypeAlias = tuple[tuple[str, str], ...]
 
 
 class Loaded(NamedTuple):
-  """An example, or None where there is none, and what was lost on the way to it."""
+  """An example, or None, and the corrupt examples that were tried before."""
 
   example: Example | None
   failures: Failures = ()
@@ -34,14 +34,14 @@ class Loaded(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-  """From an index in the source to a finished example; it travels to the workers.
+  """Loads, checks and transforms examples by index; pickled to the worker processes.
 
   Attributes:
     source: the examples.
-    transforms: what each goes through.
-    num_classes: labels must lie below it; by default what the source says.
+    transforms: applied in order.
+    num_classes: bound of the labels; default: the source's.
     on_corrupt: "error" or "skip".
-    replace: whether "skip" takes another example, drawn at random, instead of none.
+    replace: whether "skip" draws another example at random instead of returning none.
   """
 
   source: Source
@@ -51,7 +51,7 @@ class Loader:
   replace: bool
 
   def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
-    """Loads example `index`; before the first one and beyond the last there is nothing."""
+    """Loads example `index`; nothing outside of the source."""
     if not 0 <= index < len(self.source):
       return Loaded(None)
     failures: list[tuple[str, str]] = []
@@ -62,7 +62,7 @@ class Loader:
         name = self.source.example_name(index)
         if self.on_corrupt == "error":
           raise CorruptExampleError(
-            f"corrupt example {name}: {error}; remove it, or set on_corrupt='skip'"
+            f"corrupt example {name}: {error}; remove it, or set data.loader.on_corrupt='skip'"
           ) from None
         failures.append((name, str(error)))
       if not self.replace:
@@ -74,7 +74,7 @@ class Loader:
     )
 
   def load(self, index: int, rng: np.random.Generator) -> Example:
-    """Returns the example, checked, transformed and as arrays."""
+    """Returns the example as arrays, checked and transformed."""
     example = self.source[index]
     self._check_label(index, example)
     try:
@@ -107,7 +107,7 @@ class Loader:
       return
     label, num_classes = example[key], self.num_classes or self.source.info.num_classes
     if isinstance(label, int) and 0 <= label < (num_classes or math.inf):
-      return  # the usual case, without numpy's ten microseconds
+      return  # the usual case, without numpy's 10 microseconds
     labels = np.asarray(label)
     bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
     if np.any(bad):
@@ -119,15 +119,15 @@ class Loader:
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-  """From the number of a training batch to the batch; it travels to the workers.
+  """Training batches by number; pickled to the worker processes.
 
   Attributes:
     loader: of the examples.
     size: rows of this host.
     seed: of the run.
-    plan: what belongs together, where images have different sizes; by default what comes together.
-    hosts: how many there are; batches are numbered step by step, host by host.
-    repeats: how often each example is in a batch, augmented anew; not with a plan.
+    plan: batches of images of different sizes; default: consecutive positions.
+    hosts: number of hosts; batches are numbered step by step, host by host.
+    repeats: rows with the same example, augmented differently; not with a plan.
   """
 
   loader: Loader
@@ -140,29 +140,29 @@ class TrainBatches:
   def __call__(self, number: int) -> dict[str, Any]:
     """Returns the examples at positions [number * size, (number + 1) * size) of the run.
 
-    With a plan, those at the positions that it gives to these rows; what is lost to a corrupt image
-    is then made up for by another position of the same batch, which has its shape.
+    With a plan, those at its positions for these rows; a corrupt image is then replaced by the next
+    one of the same batch, which has the batch's shape.
     """
     if self.plan is None:
       positions = range(number * self.size, (number + 1) * self.size)
       batch, _, failures = _collect(map(self._at, positions), self.size)
     else:
       step, host = divmod(number, self.hosts)
-      positions, room = self.plan(step)
-      rows = (self._first_sound(positions, host * self.size + i) for i in range(self.size))
-      batch, _, failures = _collect(rows, self.size, room)
+      positions, padded = self.plan(step)
+      rows = (self._first_readable(positions, host * self.size + i) for i in range(self.size))
+      batch, _, failures = _collect(rows, self.size, padded)
     return {**batch, SKIPPED: failures}
 
   def _at(self, position: int) -> Loaded:
     count = len(self.loader.source)
     numbers = RandomNumbers(self.seed)
-    return self.loader(shuffled_index(self._turn(position), count, self.seed), numbers.at(position))
+    index = shuffled_index(self._unrepeated(position), count, self.seed)
+    return self.loader(index, numbers.at(position))
 
-  def _turn(self, position: int) -> int:
-    """Returns whose turn it is at a row of the run, in the row of all epochs.
+  def _unrepeated(self, position: int) -> int:
+    """Returns the position in the sequence of epochs for a row of the run with repeats.
 
-    The same examples come again after all others of the batch: neighbours, which mixup mixes, are
-    different ones.
+    An example is repeated after all others of the batch: neighbors, which mixup mixes, differ.
     """
     if self.repeats == 1:
       return position
@@ -171,8 +171,8 @@ class TrainBatches:
     different = rows // self.repeats
     return step * different + row % different
 
-  def _first_sound(self, positions: np.ndarray, row: int) -> Loaded:
-    """Returns the example of a row, or of the first row behind it whose example can be read."""
+  def _first_readable(self, positions: np.ndarray, row: int) -> Loaded:
+    """Returns the example of a row, or of the first following row whose example can be read."""
     failures: Failures = ()
     for i in range(len(positions)):
       example, lost = self._at(int(positions[(row + i) % len(positions)]))
@@ -187,16 +187,15 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedBatches:
-  """From the number of an evaluation batch to the batch; it travels to the workers.
+  """Evaluation batches by number; pickled to the worker processes.
 
   Rows without an example are zeros, and False in `mask`.
 
   Attributes:
     loader: of the examples.
     size: rows of this host.
-    plan: which examples meet, where images have different sizes; by default those that follow each
-      other.
-    hosts: how many there are.
+    plan: batches of images of different sizes; default: consecutive examples.
+    hosts: number of hosts.
   """
 
   loader: Loader
@@ -205,26 +204,23 @@ class MaskedBatches:
   hosts: int = 1
 
   def __call__(self, number: int) -> dict[str, Any]:
-    """Returns the examples [number * size, (number + 1) * size) of the source, and `mask`.
-
-    With a plan, they are counted in its order.
-    """
+    """Returns examples [number * size, (number + 1) * size), in the plan's order, and `mask`."""
     numbers = RandomNumbers(0)
     indices: Iterable[int] = range(number * self.size, (number + 1) * self.size)
-    room = None
+    padded = None
     if self.plan is not None:
       indices = self.plan.indices[list(indices)].tolist()
-      room = self.plan.rooms[number // self.hosts]
+      padded = self.plan.padded_shapes[number // self.hosts]
     rows = (self.loader(index, numbers.at(max(index, 0))) for index in indices)
-    batch, mask, failures = _collect(rows, self.size, room)
+    batch, mask, failures = _collect(rows, self.size, padded)
     if not batch:
-      batch = _allocate(self._first_sound(), self.size, room)
+      batch = _allocate(self._first_readable(), self.size, padded)
     for values in batch.values():
       values[~mask] = 0
     return {**batch, "mask": mask, SKIPPED: failures}
 
-  def _first_sound(self) -> Example:
-    """Returns an example for its shapes, when the batch has none."""
+  def _first_readable(self) -> Example:
+    """Returns an example for the shapes of a batch that has none."""
     for index in range(min(len(self.loader.source), MAX_REPLACEMENTS)):
       example = self.loader(index, np.random.default_rng(0)).example
       if example is not None:
@@ -235,30 +231,30 @@ class MaskedBatches:
 
 
 def _as_array(value: Any) -> np.ndarray:
-  """Returns the array to stack: int32 for Python ints, as no accelerator wants 64 bits."""
+  """Returns the array to stack: int32 for Python ints."""
   return np.asarray(value, np.int32) if isinstance(value, int) else np.asarray(value)
 
 
 PADDED = {"image": (0, 0), "masks": (1, False), "label_map": (0, 255)}
-"""Keys that are padded with their image: the axis of its rows, and what stands in the padding."""
+"""Keys padded with their image: axis of the rows, value of the padding."""
 
 PADDED_ORIGINAL = {"segment_map": (0, -1)}
-"""The same for keys that have the size that the image had before it was transformed."""
+"""The same for keys of the image's size before the transforms."""
 
 
 def _collect(
-  rows: Iterable[Loaded], size: int, room: Room | None = None
+  rows: Iterable[Loaded], size: int, padded: PaddedShape | None = None
 ) -> tuple[Batch, np.ndarray, Failures]:
-  """Copies each example into the batch as soon as it is there, while the cache still holds it.
+  """Copies each example into the batch as it arrives, while it is in the cache.
 
   Args:
     rows: the examples.
-    size: how many.
-    room: heights and widths in the batch; by default all examples have the same.
+    size: number of rows.
+    padded: heights and widths of the batch; default: those of the examples.
 
   Returns:
-    The arrays, undefined in rows without an example, and empty when no row has one; the mask of the
-    rows that do; what was lost.
+    The arrays, undefined in rows without an example, and empty if no row has one; the mask of rows
+    with an example; the failures.
   """
   batch: Batch = {}
   mask = np.zeros(size, bool)
@@ -267,18 +263,18 @@ def _collect(
     failures += lost
     if example is not None:
       mask[row] = True
-      batch = batch or _allocate(example, size, room)
+      batch = batch or _allocate(example, size, padded)
       for key in batch:
-        _put(batch, key, example[key], row, padded=room is not None)
+        _put(batch, key, example[key], row, padded=padded is not None)
   return batch, mask, tuple(failures)
 
 
-def _allocate(example: Example, size: int, room: Room | None) -> Batch:
-  """Returns arrays for a batch of such examples, full of what stands in the padding."""
+def _allocate(example: Example, size: int, padded: PaddedShape | None) -> Batch:
+  """Returns a batch's arrays for examples like this one, filled with the padding."""
   batch = {key: np.empty((size, *value.shape), value.dtype) for key, value in example.items()}
-  if room is None:
+  if padded is None:
     return batch
-  for keys, (height, width) in ((PADDED, room.image), (PADDED_ORIGINAL, room.original)):
+  for keys, (height, width) in ((PADDED, padded.image), (PADDED_ORIGINAL, padded.original)):
     for key in keys.keys() & batch.keys():
       value, (axis, fill) = example[key], keys[key]
       shape = (*value.shape[:axis], height, width, *value.shape[axis + 2 :])
@@ -287,7 +283,7 @@ def _allocate(example: Example, size: int, room: Room | None) -> Batch:
 
 
 def _put(batch: Batch, key: str, value: np.ndarray, row: int, *, padded: bool) -> None:
-  """Sets one row of one array of the batch, which the first example of all gives its shape."""
+  """Sets one row of an array; the batch's first example gives the shape."""
   if batch[key].dtype != value.dtype:
     batch[key] = batch[key].astype(np.promote_types(batch[key].dtype, value.dtype))
   place = batch[key][row, ...]

@@ -1,17 +1,17 @@
-"""Images of different sizes in one batch: which go together, and how large the batch is.
+"""Bucketed batching of images of different sizes.
 
-XLA compiles a step once for each shape, so batches may have a handful of shapes, the buckets. An
-image is padded at the right and bottom to the bucket of its batch. What is padded is computed in
-vain; therefore images of like size should meet. Two plans see to that, from the images' sizes
-alone, so that all hosts come to the same without reading an image:
+XLA compiles a step for each shape, so batches have one of a few shapes, the buckets, and images are
+padded at the right and bottom to the bucket of their batch. To compute little padding, images of
+similar size share a batch. Two plans follow from the images' sizes alone, so that all hosts compute
+the same plan without reading an image:
 
-* In training the positions of a run (`data/order.py`) are taken in windows of some batches. What a
-  position holds, and at which random scale, stays as it was; within a window the positions are
-  sorted by size, cut into batches, and the batches shuffled. So the batch of step t is a function
-  of (seed, t) still, and every example comes once in an epoch, give or take a window.
-* In evaluation an image goes to the smallest bucket that holds it, and meets only images of the
-  same bucket. So its padding, on which some models' results depend, is its own affair: scores do
-  not change with the batch size or with the other images.
+* Training takes the positions of a run (`data/shuffle.py`) in windows of `WINDOW` batches. The
+  example and the random numbers of a position do not change; within a window positions are sorted
+  by size and cut into batches, and the batches are shuffled. The batch of step t is still a
+  function of (seed, t), and an epoch has every example once, up to a window.
+* Evaluation puts an image in the smallest bucket that holds it, with images of that bucket alone.
+  Its padding, on which some models' results depend, and so the scores are independent of the batch
+  size and of the other images.
 """
 
 import concurrent.futures
@@ -35,34 +35,34 @@ Shape: TypeAlias = tuple[int, int]
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 
 WINDOW = 128
-"""Batches that are sorted together."""
+"""Batches sorted together."""
 
 SAMPLE = 10_000
-"""So many positions of a run decide which buckets are chosen, where only their number is given."""
+"""Positions of a run from which buckets are chosen where only their number is given."""
 
 MULTIPLE = 32
-"""Chosen buckets have sides that are multiples of this: a ResNet's stride."""
+"""Sides of chosen buckets are multiples of this, a ResNet's stride."""
 
 _SHUFFLE = 2
-"""Keeps this use of the seed apart from those of `data/order.py`."""
+"""Separates this use of the seed from those of `data/shuffle.py`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-  """The shapes that batches may have.
+  """Shapes of batches.
 
   Attributes:
-    shapes: from the smallest area to the largest; the last one holds what any of them holds.
+    shapes: by area; the last one holds every image that another one holds.
   """
 
   shapes: tuple[Shape, ...]
 
   @classmethod
   def of(cls, shapes: Iterable[Sequence[int]]) -> "Buckets":
-    """Returns buckets of these shapes, and of one that is as high and wide as any of them.
+    """Returns buckets of these shapes and of their largest height and width.
 
     Raises:
-      ValueError: one of them is no (height, width).
+      ValueError: a shape is not (height, width).
     """
     given = set[Shape]()
     for shape in shapes:
@@ -75,10 +75,10 @@ class Buckets:
     return cls(tuple(sorted(given, key=lambda shape: (shape[0] * shape[1], shape))))
 
   def find(self, height: int, width: int) -> int:
-    """Returns the number of the smallest bucket that holds an image of this size.
+    """Returns the index of the smallest bucket that holds an image of this size.
 
     Raises:
-      ValueError: none does.
+      ValueError: there is none.
     """
     for number, (bucket_height, bucket_width) in enumerate(self.shapes):
       if height <= bucket_height and width <= bucket_width:
@@ -92,14 +92,14 @@ class Buckets:
 def choose_buckets(
   sizes: Int[np.ndarray, "n 2"], count: int, multiple: int = MULTIPLE
 ) -> tuple[Shape, ...]:
-  """Returns shapes that hold all images, with little padding.
+  """Returns shapes that hold all images with little padding.
 
-  Begins with a shape for each size, and replaces, over and over, those two by the one that holds
-  both for which this adds the least padding.
+  Agglomerative: begins with a shape for each size and merges the two shapes whose common bound adds
+  the least padding, until `count` remain.
 
   Args:
-    sizes: heights and widths, drawn as they will be.
-    count: how many shapes.
+    sizes: a sample of heights and widths.
+    count: number of shapes.
     multiple: sides are rounded up to multiples of this.
   """
   rounded = -(-np.asarray(sizes, np.int64) // multiple) * multiple
@@ -118,15 +118,15 @@ def choose_buckets(
 
 @functools.lru_cache(maxsize=8)
 def source_sizes(source: Source) -> Int[np.ndarray, "n 2"]:
-  """Returns height and width of every image of a source; reads their headers if it has to.
+  """Returns height and width of every image of a source, from the headers if necessary.
 
-  Images that are none get (1, 1): whoever loads them will say which they are.
+  Unreadable images have (1, 1); loading them reports the error.
   """
 
   def size(index: int) -> Shape:
     try:
       return source.image_size(index)
-    except CorruptExampleError:
+    except (CorruptExampleError, OSError):
       return 1, 1
 
   def read(indices: range) -> list[Shape]:
@@ -143,12 +143,12 @@ def source_sizes(source: Source) -> Int[np.ndarray, "n 2"]:
   return np.array(sizes, np.int32).reshape(count, 2)
 
 
-class Room(NamedTuple):
-  """Heights and widths in a batch.
+class PaddedShape(NamedTuple):
+  """Heights and widths of a batch.
 
   Attributes:
-    image: of the images as they come out of the transforms.
-    original: of what keeps the size of the images as they were stored.
+    image: of the transformed images.
+    original: of arrays that keep the size of the images before the transforms.
   """
 
   image: Shape
@@ -157,11 +157,11 @@ class Room(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """Knows how large an example will be when it comes out of the transforms.
+  """Predicts the size of transformed images.
 
   Attributes:
-    sizes: of the images, by example.
-    transforms: what they go through.
+    sizes: of the source's images.
+    transforms: applied in order.
   """
 
   sizes: Any  # Int[np.ndarray, "n 2"]
@@ -169,7 +169,7 @@ class Forecast:
 
   @property
   def original(self) -> Shape:
-    """Height and width that every image has room in before it is transformed."""
+    """Largest height and width before the transforms."""
     height, width = self.sizes.max(axis=0)
     return int(height), int(width)
 
@@ -182,14 +182,14 @@ class Forecast:
 
 
 class TrainPlan:
-  """Says which positions of a run make up the batch of a step, and its shape.
+  """Positions and shape of each training batch.
 
   Args:
-    forecast: of the examples.
+    forecast: sizes of the examples.
     seed: of the run.
     batch_size: of all hosts together.
     buckets: the shapes.
-    window: so many batches are sorted together.
+    window: batches sorted together.
   """
 
   def __init__(
@@ -201,12 +201,12 @@ class TrainPlan:
     self._batch_size = batch_size
     self._window = window
 
-  def __call__(self, step: int) -> tuple[Int[np.ndarray, " b"], Room]:
-    """Returns the positions of the batch, row by row, and how large it is."""
+  def __call__(self, step: int) -> tuple[Int[np.ndarray, " b"], PaddedShape]:
+    """Returns the positions of the batch, row by row, and its shape."""
     number, place = divmod(step, self._window)
-    with _LOCK:  # threads that prepare neighbouring batches need the same window
+    with _LOCK:  # threads that build neighboring batches need the same window
       batches, shapes = _planned(self, number)
-    return batches[place], Room(shapes[place], self._forecast.original)
+    return batches[place], PaddedShape(shapes[place], self._forecast.original)
 
   def plan_window(self, number: int) -> tuple[Int[np.ndarray, "w b"], list[Shape]]:
     """Returns the positions of each batch of a window, and the batches' shapes."""
@@ -222,12 +222,12 @@ class TrainPlan:
     return first + batches[shuffled], [shapes[i] for i in shuffled]
 
   def _holding(self, sizes: Sequence[Shape]) -> int:
-    """Returns the number of the smallest bucket that holds all of these."""
+    """Returns the index of the smallest bucket that holds all sizes."""
     return self.buckets.find(max(height for height, _ in sizes), max(width for _, width in sizes))
 
 
 def forecast_run(forecast: Forecast, seed: int, positions: Iterable[int]) -> list[Shape]:
-  """Returns the sizes of what stands at these positions of a training run."""
+  """Returns the sizes of the examples at these positions of a training run."""
   numbers, count = RandomNumbers(seed), len(forecast.sizes)
   return [
     forecast(shuffled_index(position, count, seed), numbers.at(position)) for position in positions
@@ -243,20 +243,20 @@ def _planned(plan: TrainPlan, number: int) -> tuple[np.ndarray, list[Shape]]:
 
 
 def _along(shape: Shape) -> int:
-  """Orders shapes from large wide ones over small ones to large high ones.
+  """Sort key: from large wide shapes over small ones to large high ones.
 
-  So batches that mix two buckets, at the seams, mix small images or similar ones.
+  Batches at the boundary of two buckets then have small or similar images.
   """
   height, width = shape
   return height * width if height > width else -height * width
 
 
 class EvalPlan:
-  """Says which examples make up each batch of an evaluation, and its shape.
+  """Examples and shape of each evaluation batch.
 
   Attributes:
-    indices: int64 [batches * batch_size], examples row by row, -1 where a row has none.
-    rooms: how large each batch is.
+    indices: int64 [batches * batch_size], examples row by row, -1 for a row without one.
+    padded_shapes: shape of each batch.
   """
 
   def __init__(self, forecast: Forecast, batch_size: int, buckets: Buckets) -> None:
@@ -265,11 +265,11 @@ class EvalPlan:
     for index in range(len(forecast.sizes)):
       of_bucket[buckets.find(*forecast(index, numbers.at(index)))].append(index)
     indices: list[int] = []
-    self.rooms: list[Room] = []
+    self.padded_shapes: list[PaddedShape] = []
     for shape, members in zip(buckets.shapes, of_bucket, strict=True):
       batches = -(-len(members) // batch_size)
       indices += members + [-1] * (batches * batch_size - len(members))
-      self.rooms += [Room(shape, forecast.original)] * batches
+      self.padded_shapes += [PaddedShape(shape, forecast.original)] * batches
     self.indices = np.array(indices, np.int64)
 
 
@@ -281,7 +281,7 @@ def plan_training(
   seed: int,
   batch_size: int,
 ) -> TrainPlan:
-  """Returns the plan of a training run: see `TrainPlan`, and `find_buckets` for the errors."""
+  """Returns the plan of a training run; errors as in `find_buckets`."""
   forecast = Forecast(source_sizes(source), tuple(transforms))
   return TrainPlan(forecast, seed, batch_size, find_buckets(forecast, buckets, seed))
 
@@ -293,7 +293,7 @@ def plan_evaluation(
   *,
   batch_size: int,
 ) -> EvalPlan:
-  """Returns the plan of an evaluation: see `EvalPlan`, and `find_buckets` for the errors."""
+  """Returns the plan of an evaluation; errors as in `find_buckets`."""
   forecast = Forecast(source_sizes(source), tuple(transforms))
   return EvalPlan(forecast, batch_size, find_buckets(forecast, buckets, seed=None))
 
@@ -301,15 +301,15 @@ def plan_evaluation(
 def find_buckets(
   forecast: Forecast, buckets: int | Sequence[Sequence[int]], seed: int | None
 ) -> Buckets:
-  """Returns the given buckets, or chooses as many as are asked for.
+  """Returns the given buckets, or chooses a given number.
 
   Args:
-    forecast: of the examples.
-    buckets: shapes; or how many to choose for the sizes that are to be expected.
+    forecast: sizes of the examples.
+    buckets: shapes, or a number of shapes.
     seed: of a training run; None for an evaluation.
 
   Raises:
-    ValueError: they are no shapes, or a transform cannot say how large its result will be.
+    ValueError: wrong shapes, or a transform whose output size is not known in advance.
   """
   if not isinstance(buckets, int):
     return Buckets.of(buckets)

@@ -1,9 +1,7 @@
-"""Sources for those who plan a run where its data are not: facts and shapes, and black pictures.
+"""Fake data for planning: black images with the metadata and shapes of a dataset that is not here.
 
-A plan needs to know how many examples there are, how many classes, how large the images, and what
-an example consists of; all of this is known of the datasets that papers use, and stands in
-`DATASETS`. Of one's own data that are not here, nothing is known: then those of a usual dataset of
-the same kind stand in, and `assumption` says so.
+`DATASETS` has the numbers of examples and classes, image sizes and keys of the papers' datasets.
+Other missing data are assumed to be like a common dataset of their kind; `assumption` says so.
 """
 
 import dataclasses
@@ -30,12 +28,12 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """What is known of a dataset.
+  """Metadata of a dataset.
 
   Attributes:
-    example: what its examples consist of, a key of `MAKERS`.
-    splits: examples in each split.
-    sizes: heights and widths of images, as often as they are usual; examples take turns.
+    example: kind of its examples, a key of `MAKERS`.
+    splits: number of examples in each split.
+    sizes: heights and widths of images, repeated by frequency; examples cycle through them.
     num_classes: see `DatasetInfo`.
   """
 
@@ -48,7 +46,7 @@ class Facts:
 _COCO_SIZES = (
   *[(480, 640)] * 8, *[(427, 640)] * 6, *[(640, 480)] * 3, *[(640, 427)] * 2, (640, 640),
 )  # fmt: skip
-"""COCO's longer sides are 640; three in ten images are upright. The shares are rough."""
+"""COCO's longer sides are 640; three in ten images are portraits. Approximate."""
 
 _COCO = {"train": 118_287, "validation": 5_000}
 
@@ -78,7 +76,7 @@ DATASETS: Mapping[str, Facts] = {
   ),
   "CUFED": Facts("pair", {"train": 11_871, "test": 126}, [(160, 160)]),
 }
-"""By the name that TFDS, or the folder it is published as, has. From the datasets' own pages."""
+"""By name in TFDS or of the published folder. From the datasets' pages."""
 
 _USUAL = {
   "tfds": "imagenet2012",
@@ -91,14 +89,14 @@ _OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
 
 
 def load(name: str, split: str, **options: Any) -> Source:
-  """Returns a source like `load_source`, without the data unless it is one's own and here.
+  """Returns the source of `load_source`, or a fake one.
 
-  Known datasets are never opened, so that a plan is the same on every machine; demos always are.
+  Known datasets are always fake, so that a plan is the same on every machine; demos never are.
 
   Args:
-    name: see `sources`.
-    split: see `base`.
-    **options: of the kind of source; of a stand-in, `panoptic` alone counts.
+    name: as in `load_source`.
+    split: as in `load_source`.
+    **options: of the kind of source; fake data read `panoptic` alone.
 
   Raises:
     ValueError: an unknown kind, demo or split.
@@ -106,29 +104,29 @@ def load(name: str, split: str, **options: Any) -> Source:
   kind, location = split_name(name)
   facts = _known(location)
   if facts is not None:
-    return _stand_in(name, split, facts, options)
+    return _fake(name, split, facts, options)
   try:
     return load_source(name, split, **options)
   except FileNotFoundError:
     pass
   usual = _USUAL.get(kind)
-  assumption = f"{name} is not here: taken to be like {usual or 'photographs of 1024x768'}"
+  assumption = f"{name} not found: assumed to be like {usual or 'photographs of 1024x768'}"
   facts = _OWN_PAIRS if usual is None else DATASETS[usual]
-  return _stand_in(name, split, facts, options, assumption)
+  return _fake(name, split, facts, options, assumption)
 
 
 def _known(location: str) -> Facts | None:
-  """Returns the facts of a dataset: by TFDS's name, with or without version, or by its folder."""
+  """Returns a dataset's metadata by TFDS's name, with or without version, or by its folder."""
   name = location.partition(":")[0]
   return DATASETS.get(name) or DATASETS.get(name.rstrip("/").rpartition("/")[2])
 
 
-def _stand_in(
+def _fake(
   name: str, split: str, facts: Facts, options: Mapping[str, Any], assumption: str = ""
 ) -> Source:
   make = functools.partial(MAKERS[facts.example], panoptic=bool(options.get("panoptic")))
   opened: dict[str, Callable[[], Source]] = {
-    part: functools.partial(StandIn, f"{name} {part}", count, facts, make, assumption)
+    part: functools.partial(FakeSource, f"{name} {part}", count, facts, make, assumption)
     for part, count in facts.splits.items()
   }
   if "test" not in opened:
@@ -136,8 +134,8 @@ def _stand_in(
   return select_split(name_validation(opened), split, name)
 
 
-class StandIn(Source):
-  """Examples of the right form, all black."""
+class FakeSource(Source):
+  """Black examples."""
 
   def __init__(
     self,
@@ -156,11 +154,11 @@ class StandIn(Source):
     return self._make(index, self.image_size(index))
 
   def example_name(self, index: int) -> str:
-    """Returns split and position."""
-    return f"{self.info.name}[{index}], a stand-in"
+    """Returns split and index."""
+    return f"{self.info.name}[{index}], fake"
 
   def image_size(self, index: int) -> Size:
-    """Returns the size whose turn it is."""
+    """Returns the example's size."""
     return self._sizes[index % len(self._sizes)]
 
 
@@ -195,7 +193,7 @@ MAKERS: Mapping[str, Callable[..., Example]] = {
   "label_map": _with_label_map,
   "pair": _pair,
 }
-"""What an example consists of; see `data/base.py`, `objects.py`, `segments.py` and `pairs.py`."""
+"""Functions that make an example, by kind."""
 
 
 @functools.lru_cache(maxsize=32)

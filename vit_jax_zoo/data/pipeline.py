@@ -1,10 +1,9 @@
-"""Batches: which examples a step sees, in what order, on which host.
+"""Batches of training and evaluation, on Grain.
 
 The global batch of training step t is a pure function of (seed, t). Every epoch is a permutation of
-the examples drawn from the seed; position i of the endless row of epochs belongs to row i mod b of
-step i div b; and the random numbers an example is transformed with come from (seed, i). So neither
-the number of hosts, nor of threads, nor of worker processes changes a pixel, and a run resumes at
-any step without replaying what came before.
+the examples drawn from the seed; position i of the endless sequence of epochs is row i mod b of
+step i div b; and the random numbers of an example's transforms come from (seed, i). The numbers of
+hosts, threads and worker processes change no pixel, and a run resumes at any step without replay.
 
 Host p reads only rows [p * b/hosts, (p + 1) * b/hosts) of each batch.
 """
@@ -31,11 +30,11 @@ Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Exampl
 CORRUPT_POLICIES = ("error", "skip")
 
 _LISTED = 10
-"""So many skipped examples are named at the end of a run."""
+"""Examples that are named in a log line."""
 
 
 LOADER_FIELDS = ("num_workers", "num_threads", "on_corrupt", "buckets")
-"""What both kinds of batches take of a config's `data.loader`."""
+"""Fields of `data.loader`."""
 
 
 def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of the process)
@@ -54,32 +53,33 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   buckets: int | Sequence[Sequence[int]] | None = None,
   repeats: int = 1,
 ) -> "BatchIterator":
-  """Returns the training batches of this host from `start_step` on, without end.
+  """Returns this host's endless training batches from `start_step` on.
 
   Args:
     source: the examples.
     transforms: from an example of the source to arrays of the same shape for each example.
     batch_size: of all hosts together; a multiple of `process_count`.
-    seed: the order of the examples and all augmentation depend on it and on nothing else.
-    start_step: the first step wanted; getting there costs nothing.
+    seed: of the order of the examples and of all augmentation.
+    start_step: first step; no earlier one is replayed.
     process_index: this host.
-    process_count: the number of hosts.
-    num_workers: processes to prepare batches in; 0 uses threads of this one, which is faster up to
-      a few cores, as decoding releases the interpreter lock.
-    num_threads: threads in each process; by default the cores this process may use, shared among
+    process_count: number of hosts.
+    num_workers: worker processes; 0 uses threads of this one, which is faster up to a few cores, as
+      decoding releases the interpreter lock.
+    num_threads: threads in each process; default: the cores that this process may use, divided by
       the workers, at most 16. Each holds one batch of this host in memory.
-    num_classes: labels must lie below it; by default what the source says.
-    on_corrupt: "error" stops at an image that cannot be decoded; "skip" takes another example,
-      drawn at random from (seed, position), and counts the lost one in the iterator's `skipped`.
-    buckets: where images have different sizes: shapes (height, width) to which batches are padded,
-      or how many such shapes to choose; see `data/buckets.py`. By default they all have the same.
+    num_classes: bound of the labels; default: the source's.
+    on_corrupt: "error" stops at an image that cannot be decoded; "skip" replaces it by an example
+      drawn from (seed, position) and counts it in the iterator's `skipped`.
+    buckets: for images of different sizes: shapes (height, width) to which batches are padded, or a
+      number of shapes to choose; see `data/buckets.py`.
     repeats: repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al.,
-      arXiv:1902.05509; timm's `--aug-repeats`): so many rows of a batch are the same example,
-      augmented differently; an epoch, by its number of steps, then sees only a part of the data.
+      arXiv:1902.05509; timm's `--aug-repeats`): rows of a batch with the same example, augmented
+      differently; an epoch, by its number of steps, then sees only a part of the data.
 
   Raises:
-    ValueError: one line, about the batch size, an empty source, a label, a corrupt image, or
-      examples of different shapes.
+    ValueError: wrong batch size, empty source, wrong label, corrupt image, or examples of different
+      shapes.
+    FileNotFoundError: files of the source are missing, and `on_corrupt` is "error".
   """
   transforms = _for_source(transforms, source)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
@@ -89,7 +89,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
     plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=plan is None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
-  # Grain counts batches, not examples: its bookkeeping for an element takes as long as a flip.
+  # An element is a batch: Grain's work for each element takes as long as a flip.
   numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
   batches = TrainBatches(loader, local, seed, plan, process_count, repeats)
   dataset = numbers[::process_count].map(batches)
@@ -105,25 +105,25 @@ def training_shapes(
   num_classes: int | None = None,
   buckets: int | Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[float, Batch]]:
-  """Returns what kinds of batches a training run meets, from one example of each.
+  """Returns the shapes of a training run's batches, for planning.
 
   Args:
-    source: the examples, or their stand-ins.
-    transforms: see `train_batches`, as the others.
+    source: the examples, or fake ones.
+    transforms: as in `train_batches`.
     batch_size: of all hosts together.
     seed: of the run.
-    num_classes: see `train_batches`.
-    buckets: see `train_batches`.
+    num_classes: as in `train_batches`.
+    buckets: as in `train_batches`.
 
   Returns:
-    For each shape, the most usual first, its share of the steps, and a batch of a single example.
+    For each shape, the most frequent first, its fraction of the steps and a batch of one example.
   """
   transforms = _for_source(transforms, source)
   loader = Loader(source, transforms, num_classes, "error", replace=False)
   plan, steps = None, 1
   if buckets is not None:
     plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
-    steps = STEPS_LOOKED_AT
+    steps = _SAMPLED_STEPS
   found = collections.Counter(plan(step)[1] if plan else None for step in range(steps))
   kinds = []
   for room, count in found.most_common():
@@ -133,8 +133,8 @@ def training_shapes(
   return kinds
 
 
-STEPS_LOOKED_AT = 512
-"""So many steps say which shapes a run meets; `buckets.WINDOW` of them are planned at once."""
+_SAMPLED_STEPS = 512
+"""Steps of which shapes are counted; `buckets.WINDOW` of them are planned at once."""
 
 
 def eval_batches(  # noqa: PLR0913
@@ -150,16 +150,15 @@ def eval_batches(  # noqa: PLR0913
   on_corrupt: str = "error",
   buckets: int | Sequence[Sequence[int]] | None = None,
 ) -> "EvalBatches":
-  """Returns the batches of this host that go over the source once.
+  """Returns this host's batches of one pass over the source.
 
-  The order is the source's own; with `buckets`, that of the shapes, and there the source's own.
+  In the order of the source; with `buckets`, in the order of the shapes, then of the source.
 
-  Every host gets the same number of batches, all of the same size; `mask` (bool [b]) is True for
-  real examples and False for the zeros that fill up the last batch. With `on_corrupt="skip"` an
-  image that cannot be decoded becomes such a row too.
+  Every host has the same number of batches, all of the same size; `mask` (bool [b]) is False for
+  the zeros that pad the last batch, and with `on_corrupt="skip"` for corrupt images.
 
-  The result has a length, and each `iter()` of it starts from the beginning. Arguments and errors
-  are those of `train_batches`; random transforms draw the same numbers in every evaluation.
+  The result has a length, and each `iter()` of it begins anew. Arguments and errors are those of
+  `train_batches`; random transforms draw the same numbers in every evaluation.
   """
   transforms = _for_source(transforms, source)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=False)
@@ -174,11 +173,11 @@ def eval_batches(  # noqa: PLR0913
 
 
 class BatchIterator(Iterator[Batch]):
-  """Batches of one host. Close it, or use it in a `with`, when worker processes are involved.
+  """Batches of one host. Close it, or use it in a `with`, to end worker processes.
 
   Attributes:
-    skipped: how often each corrupt example has been met so far, by its name, in the batches that
-      this iterator has handed out.
+    skipped: number of times that each corrupt example was skipped, by its name, in the batches
+      returned so far.
   """
 
   def __init__(self, iterator: grain.DatasetIterator) -> None:
@@ -195,11 +194,11 @@ class BatchIterator(Iterator[Batch]):
 
   @property
   def num_skipped(self) -> int:
-    """How many rows so far lost their example."""
+    """Number of skipped examples so far."""
     return self.skipped.total()
 
   def log_skipped(self) -> None:
-    """Says once more, at the end of a run, which examples were skipped all along."""
+    """Logs the examples that were skipped."""
     if self.skipped:
       names = sorted(self.skipped)
       listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
@@ -218,7 +217,7 @@ class BatchIterator(Iterator[Batch]):
 
 @dataclasses.dataclass
 class EvalBatches:
-  """The batches of an evaluation: `len()` of them, anew with each `iter()`."""
+  """Batches of an evaluation: `len()` of them, anew with each `iter()`."""
 
   _dataset: grain.MapDataset
   _num_workers: int
@@ -234,7 +233,7 @@ class EvalBatches:
 
   @property
   def num_skipped(self) -> int:
-    """How many rows lost their example in the last iteration, so far; 0 before the first."""
+    """Number of skipped examples in the last iteration so far; 0 before the first."""
     return 0 if self._last is None else self._last.num_skipped
 
 
@@ -258,26 +257,26 @@ def _for_source(transforms: Transforms, source: Source) -> tuple[Any, ...]:
 def _check_repeats(repeats: int, batch_size: int, buckets: Any) -> None:
   if repeats < 1 or batch_size % repeats:
     raise ValueError(
-      f"repeats is {repeats}; expected 1 or more, of which batch_size {batch_size} is a multiple"
+      f"data.train.repeats: {repeats}; expected a divisor of batch_size {batch_size}"
     )
   if repeats > 1 and buckets is not None:
-    raise ValueError("repeats and buckets do not go together; leave one of them out")
+    raise ValueError("data.train.repeats cannot be combined with data.loader.buckets; remove one")
 
 
 def _local_batch_size(
   source: Source, batch_size: int, process_index: int, process_count: int, on_corrupt: str
 ) -> int:
-  """Returns the rows of one host, after checking what all hosts were given."""
+  """Returns the rows of one host; checks the arguments."""
   if on_corrupt not in CORRUPT_POLICIES:
     raise ValueError(unknown_name("policy for corrupt examples", on_corrupt, CORRUPT_POLICIES))
   if len(source) == 0:
-    raise ValueError(f"{source.info.name} holds no example")
+    raise ValueError(f"{source.info.name} has no example")
   _check_files(source, on_corrupt)
   if not 0 <= process_index < process_count:
-    raise ValueError(f"process_index {process_index} is not one of {process_count} processes")
+    raise ValueError(f"process_index is {process_index}; expected 0..{process_count - 1}")
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
-      f"batch_size {batch_size} is not a positive multiple of the {process_count} processes"
+      f"batch_size is {batch_size}; expected a positive multiple of {process_count} processes"
     )
   return batch_size // process_count
 
@@ -286,7 +285,7 @@ def _iterate(
   dataset: grain.MapDataset, num_workers: int, num_threads: int | None
 ) -> grain.DatasetIterator:
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also where there is no absl app
+    flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also without an absl app
   threads = num_threads or max(1, min(16, _available_cores() // max(1, num_workers)))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   batches = dataset.to_iter_dataset(options)

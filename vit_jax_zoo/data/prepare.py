@@ -1,10 +1,10 @@
-r"""Prepares a dataset as ArrayRecord files, which training then reads by index.
+r"""Prepares a dataset as ArrayRecord files, which training reads by index.
 
     python -m vit_jax_zoo.data.prepare --dataset=imagenet2012 --data_dir=... --manual_dir=...
-        as TFDS builds it, from the archives in manual_dir. Needs TensorFlow, here and only here:
+        with TFDS, from the archives in manual_dir. The only command that needs TensorFlow:
         pip install -e '.[prepare]'
     python -m vit_jax_zoo.data.prepare --from_tfrecord=.../imagenet2012/5.1.0 --data_dir=...
-        from what TFDS once prepared as TFRecord. No TensorFlow.
+        from TFRecord files prepared by TFDS. No TensorFlow.
     python -m vit_jax_zoo.data.prepare --from_folder=... --dataset=flowers --data_dir=...
         from class folders, as `folder:` reads them. No TensorFlow.
 
@@ -35,23 +35,23 @@ _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = None) -> pathlib.Path:
-  """Lets TFDS download (or take from `manual_dir`) and prepare a dataset, as ArrayRecord.
+  """Downloads (or reads from `manual_dir`) and prepares a TFDS dataset as ArrayRecord.
 
   Returns:
     The folder of the prepared dataset.
 
   Raises:
     ModuleNotFoundError: TensorFlow is not installed; TFDS writes with it.
-    ValueError: TFDS knows no such dataset, or does not find its archives.
+    ValueError: an unknown dataset, or its archives are missing.
   """
-  known = tfds.list_builders(with_community_datasets=False)  # those ask the network
+  known = tfds.list_builders(with_community_datasets=False)  # those need the network
   if re.split("[/:]", name)[0] not in known:
-    nearest = ", ".join(difflib.get_close_matches(name, known)) or "none is near"
-    raise ValueError(f"TFDS knows no dataset {name!r}; nearest: {nearest}")
+    nearest = ", ".join(difflib.get_close_matches(name, known)) or "none"
+    raise ValueError(f"--dataset={name} is not a TFDS dataset; closest matches: {nearest}")
   if importlib.util.find_spec("tensorflow") is None:
     raise ModuleNotFoundError(
-      f"preparing {name} needs TensorFlow, which reading it does not: pip install "
-      "-e '.[prepare]', here or in another environment"
+      f"preparing {name} needs TensorFlow (reading it does not): pip install -e '.[prepare]', here "
+      "or in another environment"
     )
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
@@ -65,25 +65,25 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
 
 
 def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Rewrites a dataset that TFDS prepared as TFRecord as ArrayRecord, file by file.
+  """Converts a TFRecord dataset of TFDS to ArrayRecord, file by file.
 
-  An interrupted conversion goes on with the first unfinished file.
+  An interrupted conversion resumes at the first unfinished file.
 
   Args:
-    prepared: the folder that holds its `dataset_info.json`.
-    data_dir: where it is to lie, as `name/[config/]version`.
+    prepared: the folder with its `dataset_info.json`.
+    data_dir: parent of the result, `name/[config/]version`.
 
   Returns:
     The new folder.
 
   Raises:
-    FileNotFoundError: `prepared` is no prepared dataset.
-    ValueError: it does not hold TFRecord files, or not as many records as it says.
+    FileNotFoundError: `prepared` is not a prepared dataset.
+    ValueError: its files are not TFRecord, or have another number of records than its metadata.
   """
   source = pathlib.Path(tfds_source.at_path(prepared))
   info = json.loads((source / "dataset_info.json").read_text())
   if info.get("fileFormat", "tfrecord") != "tfrecord":
-    raise ValueError(f"{source} holds {info['fileFormat']} files, expected tfrecord")
+    raise ValueError(f"{source} has {info['fileFormat']} files, expected tfrecord")
   target = data_dir / info["name"] / info.get("configName", "") / info["version"]
   if target.exists():
     raise ValueError(f"{target} is already there; remove it to convert {source} again")
@@ -95,7 +95,7 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
   records = _convert_shards(shards, scratch)
   expected = sum(int(n) for split in info["splits"] for n in split["shardLengths"])
   if records != expected:
-    raise ValueError(f"{source} holds {records} records, and dataset_info.json says {expected}")
+    raise ValueError(f"{source} has {records} records, expected {expected} by dataset_info.json")
   for file in source.iterdir():
     if file.is_file() and file not in shards:
       shutil.copyfile(file, scratch / file.name)
@@ -105,14 +105,14 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Packs class folders into ArrayRecord files, with the splits and labels that `folder:` gives.
+  """Packs class folders into ArrayRecord files, with the splits and labels of `folder:`.
 
   Returns:
     The folder of the prepared dataset.
 
   Raises:
     FileNotFoundError: there is no such folder.
-    ValueError: it holds no images in class folders, or `name` is no lower-case identifier.
+    ValueError: there are no images in class folders, or `name` is not a lower-case identifier.
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
@@ -125,7 +125,7 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
 
 
 class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes sources as they are: bytes and labels, in their order, which is already shuffled."""
+  """Writes a folder source's bytes and labels in its order, which is already shuffled."""
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -154,7 +154,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int:
-  """Writes each shard anew; returns the number of records, those of earlier runs included."""
+  """Converts each shard; returns the number of records, with those of earlier runs."""
   columns = (
     *rich.progress.Progress.get_default_columns(),
     rich.progress.DownloadColumn(),
@@ -176,7 +176,7 @@ def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int
 
 def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
   unfinished = new.with_name(new.name + ".part")
-  # group_size:1, as TFDS writes it: every record can be read alone.
+  # group_size:1, as TFDS: every record can be read alone.
   writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
   for record in tfrecord.read_records(str(shard)):
     writer.write(record)
@@ -185,7 +185,7 @@ def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
 
 
 def _as_array_record(info: dict[str, Any]) -> dict[str, Any]:
-  """Returns `dataset_info.json` for the same records in the other file format."""
+  """Returns `dataset_info.json` of the converted dataset."""
   splits = [
     {
       **split,
@@ -206,23 +206,23 @@ def _check_disk(name: str, data_dir: pathlib.Path, size: int) -> None:
     "there; downloads and shuffling may need as much again for a while"
   )
   if size > free:
-    raise ValueError(f"{data_dir} has not enough room for {name}; choose another --data_dir")
+    raise ValueError(f"--data_dir={data_dir}: not enough space for {name}; choose another")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """Reads the flags, does one of the three, and says how to use the result."""
+  """Runs one of the three commands and prints how to use the result."""
   summary, _, usage = (__doc__ or "").partition("\n\n")
   parser = argparse.ArgumentParser(
     description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--dataset", help="its name in TFDS, or a name for your folder's")
+  parser.add_argument("--dataset", help="name in TFDS, or of the new dataset with --from_folder")
   parser.add_argument("--data_dir", default=str(tfds_source.default_data_dir()))
-  parser.add_argument("--manual_dir", help="where archives lie that TFDS may not download")
-  parser.add_argument("--from_tfrecord", help="a dataset that TFDS prepared as TFRecord")
+  parser.add_argument("--manual_dir", help="archives that TFDS may not download")
+  parser.add_argument("--from_tfrecord", help="dataset prepared by TFDS as TFRecord")
   parser.add_argument("--from_folder", help="a folder of class folders")
   given = parser.parse_args(arguments)
   if not given.dataset and not given.from_tfrecord:
-    parser.error("which dataset? Give --dataset=imagenet2012 or --from_tfrecord=<prepared folder>")
+    parser.error("set --dataset=imagenet2012 or --from_tfrecord=<prepared folder>")
   for flag in ("data_dir", "from_tfrecord", "from_folder"):
     if tfds_source.is_remote(getattr(given, flag) or ""):
       parser.error(

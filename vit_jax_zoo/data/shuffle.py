@@ -1,7 +1,7 @@
-"""Which example stands at which position of a training run, and what its random numbers are.
+"""Shuffling: the example and the random numbers at each position of a training run.
 
-Both are functions of (seed, position) alone, so that any host, worker or resumed run finds the same
-ones without having seen the positions before.
+Both are functions of (seed, position) alone: independent of hosts and workers, and resumed at any
+position at no cost.
 """
 
 import functools
@@ -10,11 +10,11 @@ import grain
 import numpy as np
 
 _ORDER, _NUMBERS = 0, 1
-"""Keep the two uses of one seed apart."""
+"""Separate the two uses of one seed."""
 
 
 def shuffled_index(position: int, num_examples: int, seed: int) -> int:
-  """Returns the example at a position in an endless row of epochs, each one a permutation.
+  """Returns the example at a position of the endless sequence of epochs, each a permutation.
 
   Args:
     position: 0 or more; epoch e takes the positions [e * num_examples, (e + 1) * num_examples).
@@ -28,17 +28,17 @@ def shuffled_index(position: int, num_examples: int, seed: int) -> int:
 
 
 _SMALL = 1 << 16
-"""Up to here a permutation is drawn and kept: Grain's cipher, which needs no memory, enciphers at
-least 16 bits, and again and again until it hits one of the examples."""
+"""Up to this number of examples permutations are drawn and cached: Grain's cipher, which needs no
+memory, has a block of at least 16 bits and cycle-walks until it hits one of the examples."""
 
 
 def _enciphered(place: int, num_examples: int, key: int) -> int:
-  """Returns where a permutation of range(num_examples) takes `place`, by Grain's cipher."""
-  # At powers of two Grain 0.2 takes a block one bit too short; there permute one number more, and
-  # follow it on whenever it comes out (cycle walking keeps this a permutation).
+  """Returns the image of `place` in a permutation of range(num_examples), by Grain's cipher."""
+  # At powers of two Grain 0.2 takes a block one bit too short: permute one number more there, and
+  # apply the cipher again when that number results (cycle walking keeps this a permutation).
   last = num_examples - 1 if (num_examples - 1).bit_count() > 1 else num_examples
   while True:
-    # With Grain's usual 4 rounds, neighbours stay noticeably apart.
+    # With Grain's default of 4 rounds, neighbors are measurably spread.
     place = grain.experimental.index_shuffle(place, max_index=last, seed=key, rounds=8)
     if place < num_examples:
       return place
@@ -57,10 +57,10 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 class RandomNumbers:
-  """The random numbers of each position, by Philox (Salmon et al., 2011): a hash of a counter.
+  """Random numbers of each position by Philox (Salmon et al., 2011), a counter-based generator.
 
-  Making a generator takes longer than drawing a crop, so there is one, set to the numbers of a
-  position by setting its counter: they begin 2**128 apart.
+  Creating a generator takes longer than drawing a crop, so one is reused: its counter is set to the
+  position, and the streams are 2**128 apart.
   """
 
   def __init__(self, seed: int) -> None:
@@ -69,7 +69,7 @@ class RandomNumbers:
     self._generator = np.random.Generator(self._bits)
 
   def at(self, position: int) -> np.random.Generator:
-    """Returns the generator at the first number of a position; it is the same one each time."""
+    """Returns the generator, set to the first number of a position; always the same object."""
     self._start["state"]["counter"] = np.array([0, 0, position, 0], np.uint64)
     self._bits.state = self._start
     return self._generator

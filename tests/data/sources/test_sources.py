@@ -62,8 +62,8 @@ def test_percentages_partition_a_split():
   ("split", "message"),
   [
     ("trian", "unknown split 'trian'; did you mean 'train'"),
-    ("train[:5", "cannot read the split"),
-    ("train[5:5]", "holds no example"),
+    ("train[:5", "malformed split"),
+    ("train[5:5]", "has no example"),
   ],
 )
 def test_wrong_splits_are_one_line(split, message):

@@ -218,5 +218,5 @@ def test_wrong_fields_are_one_clear_line(spec, message):
 
 
 def test_floats_are_refused(photo):
-  with pytest.raises(ValueError, match="needs uint8 images, but this one is float32"):
+  with pytest.raises(ValueError, match="expected uint8 images, got float32"):
     RandAugment().apply(photo.astype(np.float32), np.random.default_rng(0))

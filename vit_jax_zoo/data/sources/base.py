@@ -1,9 +1,8 @@
-"""What every source of examples has in common: its interface, its description, its splits.
+"""Base class of sources of examples, their description and their splits.
 
-A split is written as TFDS writes it: `train`, `train[:99%]`, `train[1000:2000]`, `train+test`. Two
-names stand for the usual way to hold out a part of a training set that has no validation split:
-`minitrain` is `train[:99%]` and `minival` is `train[99%:]`. `val`, `valid` and `validation` mean
-the same split, whichever of them a dataset has.
+Splits are written as in TFDS: `train`, `train[:99%]`, `train[1000:2000]`, `train+test`. Where there
+is no validation split, `minitrain` is `train[:99%]` and `minival` is `train[99%:]`. `val`, `valid`
+and `validation` are aliases of the one that a dataset has.
 """
 
 import abc
@@ -29,19 +28,18 @@ _PART = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\
 
 
 class CorruptExampleError(ValueError):
-  """An example whose data cannot be used. The pipeline names it, and skips it if told to."""
+  """An example that cannot be read; `data.loader.on_corrupt` stops the run or skips it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """What is known of a source without reading its examples.
+  """Metadata of a source.
 
   Attributes:
-    name: what it was loaded as, with the split: "demo:digits train[:90%]".
-    num_examples: how many there are.
-    num_classes: how many classes the labels come from; None when the source has no labels, or
-      labels of no stated range.
-    class_names: one name for each class, or empty when there are none.
+    name: as it was loaded, with the split: "demo:digits train[:90%]".
+    num_examples: number of examples.
+    num_classes: number of classes; None without labels, or if unknown.
+    class_names: one name for each class, or empty.
     max_objects: largest number of annotated objects in an image; None if unknown.
     stuff_from: of panoptic data, the first class id that is stuff; None if unknown.
   """
@@ -55,11 +53,11 @@ class DatasetInfo:
 
 
 class Source(abc.ABC):
-  """Examples by index. It travels to worker processes by pickle, so it holds paths, not files.
+  """Examples by index. Pickled to worker processes, so it keeps paths, not open files.
 
   Attributes:
-    info: what is known of it.
-    assumption: of data that only stand in for others, what was assumed of these; see `stand_in`.
+    info: its metadata.
+    assumption: of fake data: what was assumed of the real ones; see `fake_data`.
   """
 
   info: DatasetInfo
@@ -74,10 +72,10 @@ class Source(abc.ABC):
 
   @abc.abstractmethod
   def example_name(self, index: int) -> str:
-    """Returns what an error message calls this example: its file, or its split and position."""
+    """Returns the example's name in error messages: its file, or its split and index."""
 
   def labels(self) -> np.ndarray | None:
-    """Returns the label of every example, int [n], where that takes reading none of them."""
+    """Returns the labels of all examples, int [n], if known without reading them."""
     return None
 
   def missing(self) -> Sequence[int]:
@@ -86,18 +84,18 @@ class Source(abc.ABC):
 
   def image_size(self, index: int) -> tuple[int, int]:
     """Returns height and width of the example's image, without decoding it."""
-    from vit_jax_zoo.data import images  # which in turn knows the errors of this module
+    from vit_jax_zoo.data import images  # imports this module's errors
 
     image = self[index]["image"]
     return images.image_size(image) if isinstance(image, bytes) else image.shape[:2]
 
 
 Splits: TypeAlias = Mapping[str, Callable[[], Source]]
-"""The whole splits of a dataset by name, opened on demand."""
+"""Splits of a dataset by name, opened on demand."""
 
 
 def name_validation(splits: Splits) -> Splits:
-  """Returns the splits, the validation split by all of its names if there is exactly one."""
+  """Adds the aliases of the validation split, if there is exactly one."""
   names = [name for name in VALIDATION_NAMES if name in splits]
   if len(names) != 1:
     return splits
@@ -105,7 +103,7 @@ def name_validation(splits: Splits) -> Splits:
 
 
 class SlicedSource(Source):
-  """Ranges of other sources, one after the other."""
+  """Concatenation of ranges of other sources."""
 
   def __init__(self, name: str, parts: list[tuple[Source, range]]) -> None:
     self._parts = parts
@@ -132,12 +130,12 @@ class SlicedSource(Source):
     return source[position]
 
   def example_name(self, index: int) -> str:
-    """Returns the name that the example has in the source it comes from."""
+    """Returns the example's name in its source."""
     source, position = self._find(index)
     return source.example_name(position)
 
   def labels(self) -> np.ndarray | None:
-    """Returns those of its parts, if all of them know theirs."""
+    """Returns the labels of all parts, if all are known."""
     known = [source.labels() for source, _ in self._parts]
     found = [x for x in known if x is not None]
     if len(found) < len(known):
@@ -160,23 +158,23 @@ class SlicedSource(Source):
 
 
 def select_split(splits: Splits, split: str, dataset: str) -> Source:
-  """Returns the examples that a split specification asks for.
+  """Returns the examples of a split specification.
 
   Args:
-    splits: the whole splits of the dataset.
+    splits: of the dataset.
     split: one split, a slice of one, or several joined with `+`. Percentages are rounded to the
       nearest example; negative positions count from the end.
-    dataset: the name under which the user asked for the dataset.
+    dataset: its name, for error messages.
 
   Raises:
-    ValueError: the specification cannot be read, names no split of this dataset, or is empty.
+    ValueError: a malformed specification, an unknown split, or an empty one.
   """
   parts = []
   for text in (ALIASES.get(p, p) if p not in splits else p for p in split.split("+")):
     match = _PART.fullmatch(text.strip())
     if match is None:
       raise ValueError(
-        f"cannot read the split {split!r} of {dataset}; write it as 'train', 'train[:99%]', "
+        f"{dataset}: malformed split {split!r}; expected 'train', 'train[:99%]', "
         "'train[1000:2000]' or 'train+test'"
       )
     if match["name"] not in splits:
@@ -185,15 +183,15 @@ def select_split(splits: Splits, split: str, dataset: str) -> Source:
     start, stop = (_position(match[end], len(source)) for end in ("start", "stop"))
     parts.append((source, range(len(source))[start:stop]))
   if not any(len(indices) for _, indices in parts):
-    raise ValueError(f"the split {split!r} of {dataset} holds no example")
+    raise ValueError(f"{dataset}: the split {split!r} has no example")
   return SlicedSource(f"{dataset} {split}", parts)
 
 
 def join_sources(sources: Sequence[Source]) -> Source:
-  """Returns the examples of all sources, one source after the other; training shuffles them.
+  """Returns the concatenation of sources of the same classes.
 
   Raises:
-    ValueError: a label does not mean the same class in all of them.
+    ValueError: their classes differ.
   """
   first, *others = sources
   for other in others:
@@ -211,17 +209,15 @@ def join_sources(sources: Sequence[Source]) -> Source:
 
 
 def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> None:
-  """Checks that a label means the same class in two sources.
-
-  Sources without names for their classes pass: nothing is known that could differ.
+  """Checks that two sources have the same class names; sources without names pass.
 
   Args:
-    train: what a model is trained on.
-    other: what it is scored on.
-    name: what the message calls the other: "the evaluation 'val'".
+    train: training data.
+    other: evaluation data.
+    name: of the other in the message: "the evaluation 'val'".
 
   Raises:
-    ValueError: both name their classes, and not alike; the message has the first difference.
+    ValueError: the names differ; the message has the first difference.
   """
   ours, theirs = train.class_names, other.class_names
   if not ours or not theirs or ours == theirs:

@@ -1,8 +1,8 @@
-"""Demonstration datasets made from images that scikit-learn and scikit-image carry in their wheels.
+"""Demo datasets from images in the wheels of scikit-learn and scikit-image.
 
-They are TFDS builders like any other, prepared as ArrayRecord on first use (a second or two, the
-scenes ten; no download, no TensorFlow) and then read as ImageNet is read. They lie in
-`$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or `~/.cache`.
+They are TFDS builders, prepared as ArrayRecord at their first use (1 to 2 s, scenes 10 s; no
+download, no TensorFlow) in `$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or
+`~/.cache`, and read as ImageNet is.
 """
 
 import importlib.resources
@@ -25,7 +25,7 @@ from vit_jax_zoo.data.sources.demo_stereo import Stereo
 from vit_jax_zoo.errors import unknown_name
 
 TEST_EVERY = 5
-"""One example in five is held out."""
+"""One example in five is in the test split."""
 
 
 class DemoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -59,7 +59,7 @@ class DemoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       yield key, {"image": encode(image, self.IMAGE_FORMAT), "label": label}
 
   def _examples(self) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields (uint8 image, label) class by class, so that every fifth is a stratified test set."""
+    """Yields (uint8 image, label) by class, so that every fifth is a stratified test set."""
     raise NotImplementedError
 
 
@@ -75,13 +75,13 @@ PHOTOS = {
   "temple": "sklearn/datasets/images/china.jpg",
   "tissue": "skimage/data/ihc.png",
 }
-"""Colour photographs by class, each at its place in the wheel that carries it."""
+"""Color photographs by class, with their paths in the wheels."""
 
 
 def read_photo(name: str) -> np.ndarray:
-  """Returns one of `PHOTOS`, uint8 [h w 3], at its own size."""
+  """Returns one of `PHOTOS`, uint8 [h w 3], at its size."""
   package, _, path = PHOTOS[name].partition("/")
-  # By the file's place: skimage.data's functions bring in a downloader and a registry.
+  # By path: skimage.data's functions import a downloader.
   file = importlib.resources.files(package).joinpath(path)
   with file.open("rb") as stream, Image.open(stream) as image:
     return np.asarray(image.convert("RGB"))
@@ -96,7 +96,7 @@ def short_side(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def encode(image: np.ndarray, image_format: str) -> bytes:
-  """Returns an image as a file of the format "png" or "jpeg"."""
+  """Returns an image's file content, "png" or "jpeg"."""
   buffer = io.BytesIO()
   Image.fromarray(image).save(buffer, image_format, **_QUALITY[image_format])
   return buffer.getvalue()
@@ -106,19 +106,19 @@ _QUALITY: dict[str, dict[str, int]] = {"png": {}, "jpeg": {"quality": 95}}
 
 
 def digit_images() -> tuple[np.ndarray, np.ndarray]:
-  """Returns scikit-learn's handwritten digits, uint8 [n 8 8] from 0 to 255, and their labels [n].
+  """Returns scikit-learn's handwritten digits, uint8 [n 8 8] in 0..255, and their labels [n].
 
-  The test set of the UCI "Optical Recognition of Handwritten Digits" data (Alpaydin and Kaynak,
-  1998). Its 17 grey levels are spread over 0..255.
+  The test set of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998),
+  with its 17 gray levels scaled to 0..255.
   """
-  from sklearn.datasets import load_digits  # slow to import, and needed once
+  from sklearn.datasets import load_digits  # slow to import
 
   pixels, labels = load_digits(return_X_y=True)
   return np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), np.asarray(labels)
 
 
 class Digits(DemoBuilder, skip_registration=True):
-  """1797 handwritten digits, 8x8 grey: 1437 to train on, 360 to test, the same on every machine."""
+  """1797 handwritten digits, 8x8 gray: 1437 for training, 360 for test."""
 
   DESCRIPTION = "Handwritten digits, 8x8, from scikit-learn."
   CLASS_NAMES = tuple("0123456789")
@@ -132,10 +132,10 @@ class Digits(DemoBuilder, skip_registration=True):
 
 
 class Photos(DemoBuilder, skip_registration=True):
-  """Tiles of ten colour photographs; the class says which photograph a tile was cut from.
+  """Tiles of ten color photographs; the class is the photograph.
 
-  Each photograph is brought to 512 pixels on its short side and cut into tiles of 64x64 that do not
-  overlap; every fifth tile is held out, so the test asks about places not seen in training.
+  Each photograph is resized to a shorter side of 512 and cut into 64x64 tiles without overlap;
+  every fifth tile is in the test split, so that test tiles are not seen in training.
   """
 
   DESCRIPTION = "64x64 tiles of photographs from scikit-image and scikit-learn."
@@ -158,7 +158,7 @@ DEMOS = {"digits": Digits, "photos": Photos, "scenes": Scenes, "stereo": Stereo}
 
 
 def cache_dir() -> pathlib.Path:
-  """Returns the folder in which demos are kept."""
+  """Returns the folder of prepared demos."""
   if "VIT_JAX_ZOO_CACHE" in os.environ:
     return pathlib.Path(os.environ["VIT_JAX_ZOO_CACHE"]).expanduser()
   base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -166,14 +166,14 @@ def cache_dir() -> pathlib.Path:
 
 
 def open_splits(location: str, *, panoptic: bool = False) -> Splits:
-  """Opens a demo, and prepares it first where that has not been done.
+  """Opens a demo; prepares it at its first use.
 
   Args:
     location: its name.
-    panoptic: of scenes, give the stuff as well as the things, and which pixels belong to what.
+    panoptic: of scenes: things and stuff with their segments.
 
   Raises:
-    ValueError: there is no demo of that name, or it has no stuff.
+    ValueError: an unknown demo, or one without segments.
     OSError: the cache folder cannot be written.
   """
   if location not in DEMOS:
@@ -185,18 +185,17 @@ def open_splits(location: str, *, panoptic: bool = False) -> Splits:
 
 
 def _prepare(builder_class: type[tfds.core.GeneratorBasedBuilder], folder: pathlib.Path) -> None:
-  """Writes the dataset beside its place and moves it there in one step.
+  """Writes the dataset to a temporary folder and renames it in one step.
 
-  So nobody ever sees half a dataset, and of several processes that start together the first to
-  finish wins; the others have written the same.
+  No process sees half a dataset; of several that start together, the first to finish wins.
   """
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-")
   except OSError as error:
     raise OSError(
-      f"cannot write to the cache {cache_dir()} ({error.strerror}); set VIT_JAX_ZOO_CACHE to a "
-      "folder that can be written"
+      f"cache folder {cache_dir()} cannot be written ({error.strerror}); set VIT_JAX_ZOO_CACHE to "
+      "another folder"
     ) from error
   try:
     builder = builder_class(data_dir=scratch, file_format="array_record")

@@ -1,8 +1,8 @@
-"""Labels that are worked out of an image's annotations: VTAB's structured tasks.
+"""Labels derived from annotations: VTAB's structured tasks.
 
 As in google-research/task_adaptation, for Zhai et al., "A Large-scale Study of Representation
-Learning with the Visual Task Adaptation Benchmark" (arXiv:1910.04867). A `tfds:` source with
-`label_rule="clevr_count"` gives them.
+Learning with the Visual Task Adaptation Benchmark" (arXiv:1910.04867). The option of `tfds:` is
+`label_rule="clevr_count"`.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from vit_jax_zoo.errors import unknown_name
 
 @dataclasses.dataclass(frozen=True)
 class LabelRule:
-  """From a record of TFDS to a label.
+  """Label of a TFDS record.
 
   Attributes:
-    keys: the features that it reads.
-    num_classes: how many classes there are.
-    label: of a record.
-    image_scale: what pixels are multiplied by; dSprites are stored as 0 and 1.
+    keys: features that it reads.
+    num_classes: number of classes.
+    label: computes the label of a record.
+    image_scale: factor of the pixels; dSprites are stored as 0 and 1.
   """
 
   keys: tuple[str, ...]
@@ -43,18 +43,18 @@ def find_rule(name: str) -> LabelRule:
 
 
 def count_objects(record: Mapping[str, Any]) -> int:
-  """CLEVR: how many objects there are; 3 to 10 become 0 to 7."""
+  """CLEVR: number of objects, 3 to 10, as 0 to 7."""
   return len(record["objects"]["size"]) - 3
 
 
 def nearest_object(record: Mapping[str, Any]) -> int:
-  """CLEVR: the interval of the distance to the nearest object."""
+  """CLEVR: interval of the distance to the nearest object."""
   distances = np.asarray(record["objects"]["pixel_coords"], np.float64).reshape(-1, 3)[:, 2]
   return _interval(distances.min(), (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0))
 
 
 def nearest_vehicle(record: Mapping[str, Any]) -> int:
-  """KITTI: the interval of the distance to the nearest car, van or truck; the last: there is none.
+  """KITTI: interval of the distance to the nearest car, van or truck; the last one for none.
 
   Distances are metres ahead of the camera.
   """
@@ -70,17 +70,17 @@ _VEHICLES = 3
 
 
 def x_position(record: Mapping[str, Any]) -> int:
-  """DSprites: the column, of 32, in 16 groups."""
+  """DSprites: x position, 32 columns in 16 groups."""
   return int(record["label_x_position"]) // 2
 
 
 def orientation(record: Mapping[str, Any]) -> int:
-  """DSprites: the orientation, of 40, in 16 groups of two or three."""
+  """DSprites: orientation, 40 in 16 groups of two or three."""
   return int(int(record["label_orientation"]) / 2.5)
 
 
 def _interval(value: float, starts: tuple[float, ...]) -> int:
-  """Returns the last interval that begins below the value."""
+  """Returns the index of the last interval that starts below the value."""
   return int(np.flatnonzero(np.asarray(starts) < value).max())
 
 

@@ -5,11 +5,11 @@
     leftImg8bit/train/x/a_leftImg8bit.png  gtFine/train/x/a_gtFine_labelTrainIds.png   Cityscapes
     JPEGImages/a.jpg  SegmentationClass/a.png  ImageSets/Segmentation/train.txt        Pascal VOC
 
-Other places are said by patterns: `images="rgb/{split}/{name}.jpg"` and
-`labels="gt/{split}/{name}.png"`, where a name may go on over folders. A label PNG has one channel,
-or a palette, with a class id at each pixel; `load_label_map` says which ids do not count, and from
-where they are counted. The folder `training` is the split `train`; `val`, `valid` and `validation`
-are one.
+Other layouts are given as patterns: `images="rgb/{split}/{name}.jpg"` and
+`labels="gt/{split}/{name}.png"`, where a name may have several folders. A label PNG has one
+channel, or a palette, with a class id at each pixel; `load_label_map` sets which ids are ignored,
+and their offset. The folder `training` is the split `train`; `val`, `valid` and `validation` are
+aliases.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from vit_jax_zoo.data.sources.files import list_images, read_class_names
 
 
 class Layout(NamedTuple):
-  """Where things lie below the root; `{name}.*` stands for any image suffix.
+  """Paths below the root; `{name}.*` stands for any image suffix.
 
   Attributes:
     images: pattern of the images.
     labels: pattern of the label PNGs.
-    lists: pattern of the text files that name a split's images, or None where folders do.
+    lists: pattern of text files with the names of a split; None where splits are folders.
   """
 
   images: str
@@ -52,7 +52,7 @@ SPLIT_NAMES = {"training": "train", "testing": "test"}
 
 
 class SegmentationSource(Source):
-  """Image files with label maps; both are given as their files' bytes."""
+  """Image files with label maps, both as bytes."""
 
   def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, str]]) -> None:
     self.info = info
@@ -79,18 +79,18 @@ def open_splits(
   lists: str | None = None,
   class_names: Sequence[str] | str | None = None,
 ) -> Splits:
-  """Finds the images below a folder, and their label maps.
+  """Finds the images below a folder and their label maps.
 
   Args:
-    location: the folder, on a disk of this machine.
-    images: pattern of the images, when none of the usual layouts is there.
-    labels: pattern of the label maps, likewise.
-    lists: pattern of text files with a split's names, likewise.
-    class_names: the classes in the order of their ids, or a text file with one on each line.
+    location: a local folder.
+    images: pattern of the images; default: one of `LAYOUTS`.
+    labels: pattern of the label maps; given together with `images`.
+    lists: pattern of text files with the names of a split, for patterns without `{split}`.
+    class_names: the classes in the order of their ids, or a text file with one a line.
 
   Raises:
     FileNotFoundError: there is no such folder, or an image has no label map.
-    ValueError: no image was found, or a pattern lacks its parts.
+    ValueError: there is no image, or a pattern lacks `{name}` or `{split}`.
   """
   root = pathlib.Path(location).expanduser()
   if not root.is_dir():
@@ -109,7 +109,7 @@ def open_splits(
   whole = DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
   found = _listed(root, layout) if layout.lists else _in_folders(root, layout)
   if not found:
-    raise ValueError(f"{root} holds no images like {layout.images}")
+    raise ValueError(f"{root} has no images {layout.images}")
   _check_labels(root, found)
   return name_validation(
     {
@@ -144,7 +144,7 @@ def _check_pattern(layout: Layout) -> None:
 
 
 def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
-  """Returns image and label file of each example, by split, of layouts with a folder for each."""
+  """Returns image and label file of each example by split, of layouts with split folders."""
   pattern = re.escape(layout.images).replace(r"\{split\}", r"(?P<split>[^/]+)", 1)
   pattern = pattern.replace(r"\{split\}", r"(?P=split)").replace(r"\{name\}", r"(?P<name>.+)", 1)
   pattern = pattern.replace(r"\{name\}", r"(?P=name)").replace(r"\.\*", r"\.\w+")
@@ -158,7 +158,7 @@ def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str,
 
 
 def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
-  """Returns the same of layouts where a text file names each split's examples."""
+  """Returns the same for layouts with a text file of names for each split."""
   lists = str(layout.lists)
   images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}
   found = {}
@@ -170,7 +170,7 @@ def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str
     stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
     missing = [stem for stem in stems if stem not in images]
     if missing:
-      raise FileNotFoundError(f"{file} names {missing[0]}, which is not there")
+      raise FileNotFoundError(f"{file}: image {missing[0]} is missing ({len(missing)} in all)")
     pairs = zip(names, stems, strict=True)
     found[split[1] if split else file.stem] = [
       (images[stem], layout.labels.format(split="", name=name)) for name, stem in pairs
@@ -179,7 +179,7 @@ def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str
 
 
 def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
-  """Returns image files, as paths below the root, in the folder that a pattern begins with."""
+  """Returns the image files in the folder of a pattern, as paths below the root."""
   folder = root / pattern.split("{")[0].rpartition("/")[0]
   if not folder.is_dir():
     return []
@@ -191,7 +191,7 @@ def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
 def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:
   for split, files in found.items():
     missing = [(image, labels) for image, labels in files if not (root / labels).is_file()]
-    if missing and SPLIT_NAMES.get(split, split) != "test":  # benchmarks keep theirs to themselves
+    if missing and SPLIT_NAMES.get(split, split) != "test":  # benchmarks do not publish these
       image, labels = missing[0]
       raise FileNotFoundError(
         f"{root / image} has no label map {root / labels} ({len(missing)} of {len(files)} of the "

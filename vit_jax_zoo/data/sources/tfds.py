@@ -1,12 +1,11 @@
-"""Datasets that TFDS has prepared, read without TensorFlow.
+"""Datasets prepared by TFDS, read without TensorFlow.
 
-ArrayRecord folders are read through TFDS's own data source. A folder of TFRecord files, which TFDS
-itself can only read with TensorFlow and in order, goes through `data/tfrecord.py`. Image bytes stay
-encoded: the pipeline decodes them, and only the part it needs.
+ArrayRecord folders are read with TFDS's data source; TFRecord files, which TFDS reads with
+TensorFlow and in order alone, with `data/sources/tfrecord.py`. Images stay encoded: the pipeline
+decodes the part that it needs.
 
-Folders may be local or `gs://bucket/...`. Finding them there needs the package gcsfs; the records
-are read by array_record itself, which opens `gs://` natively. That was not tried against a real
-bucket here: the tests find datasets through a local stand-in. TFRecord files must be local.
+Folders are local or `gs://bucket/...`: listing them needs the package gcsfs, and array_record opens
+`gs://` natively. Tested with a local replacement, not with a bucket. TFRecord files must be local.
 """
 
 import contextlib
@@ -30,12 +29,12 @@ from vit_jax_zoo.data.sources.derived_labels import LabelRule, find_rule
 from vit_jax_zoo.data.transforms.detection import objects_example
 
 LABELS = "segmentation_label"
-"""The feature that makes a dataset one of label maps, also where nobody names it."""
+"""Feature of label maps that is used without `label_key`."""
 IMAGES = ("image", "image_left")
 
 
 class TfdsLabelMaps(Source):
-  """One split of a prepared dataset; examples are those of `data/segments.py`."""
+  """Split of a dataset of label maps; examples as in `transforms/segmentation.py`."""
 
   def __init__(self, info: DatasetInfo, records: Any, keys: tuple[str, str]) -> None:
     self.info = info
@@ -47,19 +46,19 @@ class TfdsLabelMaps(Source):
     return {**maps, "image_id": index}
 
   def example_name(self, index: int) -> str:
-    """Returns split and position."""
+    """Returns split and index."""
     return f"{self.info.name}[{index}]"
 
 
 def find_keys(
   images: Sequence[str], image_key: str | None, label_key: str | None
 ) -> tuple[str, str] | None:
-  """Returns the features of images and of label maps; None of a dataset without the latter.
+  """Returns the features of images and of label maps; None for a dataset without label maps.
 
   Args:
-    images: those of the dataset's features that are images.
-    image_key: as the user gave it, or None.
-    label_key: likewise; that of an image names label maps.
+    images: names of the image features.
+    image_key: option of `open_splits`.
+    label_key: option of `open_splits`; an image feature has label maps.
   """
   labels = LABELS if label_key is None else label_key
   if labels not in images:
@@ -70,7 +69,7 @@ def find_keys(
 
 
 def label_map_decoders(keys: tuple[str, str]) -> dict[str, Any]:
-  """Returns TFDS's decoders that leave images and label maps as they are stored."""
+  """Returns TFDS decoders that leave images and label maps encoded."""
   return {key: tfds.decode.SkipDecoding() for key in keys}
 
 
@@ -78,7 +77,7 @@ KEYS = ("image", "reference")
 
 
 class TfdsPairs(Source):
-  """One split of a prepared dataset; examples are those of `data/pairs.py`."""
+  """Split of a dataset of pairs; examples as in `sources/pairs.py`."""
 
   def __init__(self, info: DatasetInfo, records: Any) -> None:
     self.info = info
@@ -89,17 +88,17 @@ class TfdsPairs(Source):
     return {key: record[key] for key in KEYS}
 
   def example_name(self, index: int) -> str:
-    """Returns split and position."""
+    """Returns split and index."""
     return f"{self.info.name}[{index}]"
 
 
 def has_pairs(features: Any) -> bool:
-  """Whether a dataset's pictures have references."""
+  """Returns whether a dataset's images have references."""
   return all(key in features and isinstance(features[key], tfds.features.Image) for key in KEYS)
 
 
 def pair_decoders() -> dict[str, Any]:
-  """Returns TFDS's decoders that leave both pictures as they are stored."""
+  """Returns TFDS decoders that leave both images encoded."""
   return {key: tfds.decode.SkipDecoding() for key in KEYS}
 
 
@@ -109,13 +108,13 @@ OBJECTS = {False: "objects", True: "panoptic_objects"}
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """Where in a record things are.
+  """Features of a record.
 
   Attributes:
-    image: the image's feature.
-    objects: the objects' feature.
-    segments: the feature of the segment image, or None.
-    class_ids: the id that each of the dataset's labels stands for, or None where it is the id.
+    image: feature of the image.
+    objects: feature of the objects.
+    segments: feature of the segment image, or None.
+    class_ids: class id of each label; None where labels are class ids.
   """
 
   image: str
@@ -125,7 +124,7 @@ class Layout:
 
 
 class TfdsObjects(Source):
-  """One split of a prepared dataset; examples are those of `data/objects.py`."""
+  """Split of a dataset of objects; examples as in `transforms/detection.py`."""
 
   def __init__(self, info: DatasetInfo, records: Any, layout: Layout) -> None:
     self.info = info
@@ -154,15 +153,15 @@ class TfdsObjects(Source):
     return example
 
   def example_name(self, index: int) -> str:
-    """Returns split and position."""
+    """Returns split and index."""
     return f"{self.info.name}[{index}]"
 
 
 def find_layout(features: Any, name: str, *, panoptic: bool) -> tuple[Layout, DatasetInfo]:
-  """Returns where a dataset has its objects, and what its classes are.
+  """Returns the features of a dataset's objects, and its classes.
 
   Raises:
-    ValueError: it has none.
+    ValueError: it has no objects.
   """
   objects = OBJECTS[panoptic]
   if objects not in features or "bbox" not in _inner(features, objects):
@@ -183,25 +182,25 @@ def find_layout(features: Any, name: str, *, panoptic: bool) -> tuple[Layout, Da
 
 
 def has_objects(features: Any) -> bool:
-  """Whether a dataset has boxes, so that it is not one for classification."""
+  """Returns whether a dataset has boxes."""
   return any(key in features and "bbox" in _inner(features, key) for key in OBJECTS.values())
 
 
 def object_decoders(layout: Layout) -> dict[str, Any]:
-  """Returns TFDS's decoders that leave images as they are stored."""
+  """Returns TFDS decoders that leave images encoded."""
   keys = (layout.image, layout.segments)
   return {key: tfds.decode.SkipDecoding() for key in keys if key is not None}
 
 
 def _in_pixels(boxes: Any, image: bytes) -> np.ndarray:
-  """Returns boxes [n 4] as left, top, right, bottom, from shares top, left, bottom, right."""
+  """Returns boxes [n 4], left, top, right, bottom in pixels, from relative y, x, y, x."""
   height, width = images.image_size(image)
   shares = np.asarray(boxes, np.float64).reshape(-1, 4)
   return shares[:, [1, 0, 3, 2]] * (width, height, width, height)
 
 
 def _inner(features: Any, key: str) -> Any:
-  """Returns the features of what a sequence consists of."""
+  """Returns the features of a sequence's elements."""
   return getattr(features[key], "feature", features[key])
 
 
@@ -209,9 +208,9 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class TfdsSource(Source):
-  """One split of a prepared dataset, with the two features that classification needs.
+  """Split of a classification dataset.
 
-  `label` is an int, or int32 [n] where the dataset gives several labels for each image.
+  `label` is an int, or int32 [n] for several labels an image.
   """
 
   def __init__(self, info: DatasetInfo, records: Any, keys: tuple[str, str | None]) -> None:
@@ -224,18 +223,18 @@ class TfdsSource(Source):
     example = {"image": record[self._image_key]}
     if self._label_key is not None:
       label = record[self._label_key]
-      # TFDS hands out sequences as lists, and an empty one without a type.
+      # TFDS returns sequences as lists, an empty one without a type.
       several = isinstance(label, list | tuple | np.ndarray) and np.ndim(label) > 0
       example["label"] = np.asarray(label, np.int32).reshape(-1) if several else int(label)
     return example
 
   def example_name(self, index: int) -> str:
-    """Returns split and position."""
+    """Returns split and index."""
     return f"{self.info.name}[{index}]"
 
 
 class RuledSource(Source):
-  """One split of a prepared dataset, with labels that a rule makes of its other features."""
+  """Split with labels derived from other features by a rule."""
 
   def __init__(self, info: DatasetInfo, records: Any, image_key: str, rule: LabelRule) -> None:
     self.info = info
@@ -249,7 +248,7 @@ class RuledSource(Source):
     return {"image": image, "label": self._rule.label(record)}
 
   def example_name(self, index: int) -> str:
-    """Returns split and position."""
+    """Returns split and index."""
     return f"{self.info.name}[{index}]"
 
 
@@ -262,24 +261,24 @@ def open_splits(
   panoptic: bool = False,
   label_rule: str | None = None,
 ) -> Splits:
-  """Opens a prepared dataset, for classification or, by what it has, for another task.
+  """Opens a prepared dataset; its features decide the task.
 
-  Boxes are for detection, label maps for segmentation, references for super-resolution.
+  Boxes: detection; label maps: segmentation; references: super-resolution; else classification.
 
   Args:
-    location: `name`, `name/config`, either with `:version`, or the path of the folder that holds
-      `dataset_info.json`, local or `gs://bucket/...`.
-    data_dir: where datasets lie, local or `gs://bucket/...`; the default is `$TFDS_DATA_DIR`, else
+    location: `name`, `name/config`, either with `:version`, or the folder of `dataset_info.json`,
+      local or `gs://bucket/...`.
+    data_dir: folder of datasets, local or `gs://bucket/...`; default: `$TFDS_DATA_DIR`, else
       `~/tensorflow_datasets`.
-    image_key: the image feature; by default the only one there is, or "image".
-    label_key: the label feature; by default `label`, else `labels`, else none. One that is an image
-      holds label maps, see `tfds_label_maps`.
-    panoptic: of a dataset with segments for things and stuff, give these; see `tfds_objects`.
-    label_rule: makes the labels out of other features, a key of `label_rules.RULES`.
+    image_key: image feature; default: the only one, or "image".
+    label_key: label feature; default: `label`, else `labels`, else none. An image feature has label
+      maps.
+    panoptic: read segments of things and stuff.
+    label_rule: derives the labels from other features; a key of `derived_labels.RULES`.
 
   Raises:
     FileNotFoundError: it has not been prepared there.
-    ValueError: it has no such features, or lies in files that cannot be read by index.
+    ValueError: it lacks these features, or cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   is_path = is_path or is_remote(location)
@@ -298,7 +297,7 @@ def open_folder(
   *,
   panoptic: bool = False,
 ) -> Splits:
-  """Opens the prepared dataset in `folder`; `name` is what its examples are called by."""
+  """Opens the prepared dataset in `folder`; `name` is used in messages."""
   builder = tfds.builder_from_directory(folder)
   features = builder.info.features
   if panoptic or (image_key is None and label_key is None and has_objects(features)):
@@ -322,7 +321,7 @@ def _open_with_rule(
   folder: epath.PathLike, name: str, image_key: str | None, label_key: str | None, label_rule: str
 ) -> Splits:
   if label_key is not None:
-    raise ValueError(f"label_rule makes labels, and label_key={label_key!r} names others; give one")
+    raise ValueError(f"label_rule={label_rule!r} and label_key={label_key!r}: set one of them")
   builder, rule = tfds.builder_from_directory(folder), find_rule(label_rule)
   features = builder.info.features
   image_key, _ = _keys(features, name, image_key, None)
@@ -350,7 +349,7 @@ def _splits(
 
 @contextlib.contextmanager
 def quiet_progress() -> Iterator[None]:
-  """Keeps TFDS from drawing progress bars, and from saying that it downloads what it computes."""
+  """Silences TFDS's progress bars and download messages."""
   tfds.disable_progress_bar()
   try:
     with contextlib.redirect_stdout(io.StringIO()):
@@ -360,12 +359,12 @@ def quiet_progress() -> Iterator[None]:
 
 
 def default_data_dir() -> epath.Path:
-  """Returns where TFDS keeps datasets unless told otherwise."""
+  """Returns TFDS's default folder of datasets."""
   return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
 
 
 def is_remote(location: str) -> bool:
-  """Whether a path names its file system: `gs://bucket/folder`."""
+  """Returns whether a path has a file system: `gs://bucket/folder`."""
   return "://" in location
 
 
@@ -409,7 +408,7 @@ def _keys(
       raise ValueError(f"{name} has no feature {given!r}; it has {', '.join(sorted(features))}")
   if image_key is None and len(found) != 1:
     known = ", ".join(sorted(found)) or "none"
-    raise ValueError(f"{name}: which feature is the image? Set image_key; image features: {known}")
+    raise ValueError(f"{name}: set image_key to one of the image features: {known}")
   labels = [key for key in ("label", "labels") if key in features]
   return image_key or found[0], label_key or (labels[0] if labels else None)
 
@@ -428,7 +427,7 @@ def _classes(features: Any, label_key: str | None) -> tuple[int | None, tuple[st
 
 
 def _only_numbers(feature: tfds.features.ClassLabel) -> bool:
-  """Whether the names are just 0, 1, 2, ...: what TFDS makes up for a class count."""
+  """Returns whether the names are 0, 1, 2, ..., TFDS's default for a number of classes."""
   return getattr(feature, "_int2str", None) is None
 
 
@@ -441,7 +440,7 @@ def at_path(location: str) -> epath.Path:
   folder = epath.Path(location).expanduser()
   if not (folder / "dataset_info.json").exists():
     raise FileNotFoundError(
-      f"{folder} holds no dataset_info.json; give the innermost folder of a prepared dataset, such "
+      f"{folder} has no dataset_info.json; expected the inmost folder of a prepared dataset, such "
       "as .../imagenet2012/5.1.0 (demo:digits needs none)"
     )
   return folder
@@ -465,7 +464,7 @@ def _find(location: str, data_dir: str | None) -> epath.Path:
 
 
 def _versions(folder: epath.Path) -> list[epath.Path]:
-  """Returns the prepared versions in a folder, or in its only configuration."""
+  """Returns the prepared versions in a folder or in its only config."""
   if not folder.is_dir():
     return []
   inside = sorted(f for f in folder.iterdir() if (f / "dataset_info.json").exists())

@@ -1,7 +1,7 @@
 """TFRecord files by index, and their conversion to ArrayRecord, without TensorFlow.
 
-A TFRecord file is a row of records: uint64 length, uint32 CRC of the length, data, uint32 CRC of
-the data, all little-endian (tensorflow/core/lib/io/record_writer.h).
+A TFRecord file is a sequence of records: uint64 length, uint32 CRC of the length, data, uint32 CRC
+of the data, all little-endian (tensorflow/core/lib/io/record_writer.h).
 """
 
 import bisect
@@ -19,8 +19,8 @@ _HEADER, _FOOTER = 12, 4
 class TFRecordFiles:
   """The records of several files as one sequence.
 
-  A file is indexed (a jump from header to header) when it is first asked for something, by each
-  process for itself. Only names and counts travel by pickle.
+  Each process indexes a file at its first access, by reading the headers. Only names and counts are
+  pickled.
   """
 
   def __init__(
@@ -50,10 +50,10 @@ class TFRecordFiles:
       offsets = np.array(list(_index(path)), np.int64).reshape(-1, 2)
       if len(offsets) != expected:
         raise ValueError(
-          f"{path} holds {len(offsets)} whole records, and dataset_info.json says {expected}; the "
+          f"{path} has {len(offsets)} whole records, expected {expected} by dataset_info.json; the "
           "file is truncated or belongs to another version"
         )
-      # Two threads may both come here; setdefault keeps one, the other's file is closed.
+      # Two threads may both open the file; setdefault keeps one, the other is closed.
       mine = (os.open(path, os.O_RDONLY), offsets)
       if self._opened.setdefault(shard, mine) is not mine:
         os.close(mine[0])

@@ -1,10 +1,10 @@
-"""RandAugment, in the two flavours that published models were trained with.
+"""Random erasing, and RandAugment in the two variants of published models.
 
   Cubuk, Zoph, Shlens, Le, "RandAugment: Practical automated data augmentation with a reduced search
   space", arXiv:1909.13719
 
 A layer draws one operation and applies it at a common magnitude M, in tenths of a range; N layers
-follow each other, each drawn from the whole list again. So far the paper; the rest differs:
+are drawn with replacement. The rest differs between the implementations:
 
 |                 | `rand_augment`                       | `timm_rand_augment`               |
 |-----------------|--------------------------------------|-----------------------------------|
@@ -26,11 +26,10 @@ follow each other, each drawn from the whole list again. So far the paper; the r
 Enhancements are brightness, color, contrast, sharpness. (*) With `increasing`; without it as on the
 left, but thresholds do not overflow, and posterize may keep no bit.
 
-The left column is what was run, not what was meant. TensorFlow keeps the threshold of solarize in
-eight bits, so at M = 10 and 20, where it should do nothing, it inverts the image, as it does at
-M = 0; and it shifts a byte by seven bits at most. (Tried with TensorFlow 2.15 and NumPy 1.23; with
-NumPy 2 that threshold is an error.) Strength does not grow with M: RandAugment(2, 0) is one of the
-strong ones.
+The left column is what the code computes, not what its authors intended. TensorFlow stores the
+threshold of solarize in eight bits, so that M = 10 and 20 invert the image, as M = 0 does; and it
+shifts a byte by at most seven bits. (Checked with TensorFlow 2.15 and NumPy 1.23; NumPy 2 raises an
+error for that threshold.) Strength does not grow with M: RandAugment(2, 0) is a strong one.
 """
 
 import abc
@@ -55,20 +54,19 @@ _ATTEMPTS = 10
 
 @dataclasses.dataclass(frozen=True)
 class RandomErasing(ImageTransform):
-  """Erases random rectangles of `image`, with timm's fields, defaults and way of drawing.
+  """Erases random rectangles of `image`, with timm's fields, defaults and distribution.
 
-  timm erases after normalisation, with zeros or normal noise; here pixels are still in [0, 255], so
-  that is the data's mean, or its mean and so many of its standard deviations, clipped (and rounded,
-  in a uint8 image).
+  timm erases after normalisation, with zeros or normal noise; here, in [0, 255], that is the data's
+  mean, or its mean plus noise of its standard deviation, clipped (and rounded for uint8).
 
   Attributes:
-    probability: that an image loses anything.
-    area: smallest and largest share of the image that all rectangles together take.
+    probability: of erasing.
+    area: smallest and largest fraction of the image in all rectangles together.
     aspect_ratio: smallest and largest height/width, drawn on a logarithmic scale.
-    mode: "const": the mean; "rand": one random colour a rectangle; "pixel": one a pixel.
-    max_count: an image loses 1 to so many rectangles.
-    image_mean: as the task has it, in [0, 1]; one for all channels or one for each.
-    image_std: as `image_mean`.
+    mode: "const": the mean; "rand": a random color for each rectangle; "pixel": for each pixel.
+    max_count: largest number of rectangles.
+    image_mean: the task's, in [0, 1]; one number or one for each channel.
+    image_std: the task's; one number or one for each channel.
   """
 
   name = "random_erasing"
@@ -96,7 +94,7 @@ class RandomErasing(ImageTransform):
         raise ValueError(f"random_erasing: {field} must be (smallest, largest), got {value}")
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the image, erased or as it was; type and range stay."""
+    """Returns the image of the same type, erased or unchanged."""
     if rng.random() >= self.probability:
       return image
     image = image.copy()
@@ -112,7 +110,7 @@ class RandomErasing(ImageTransform):
   def _box(
     self, size: tuple[int, int], count: int, rng: np.random.Generator
   ) -> tuple[int, int, int, int] | None:
-    """Draws (top, left, height, width); None when ten attempts found no box that fits."""
+    """Draws (top, left, height, width); None if ten attempts did not fit."""
     for _ in range(_ATTEMPTS):
       area = rng.uniform(self.area[0], self.area[1]) * size[0] * size[1] / count
       ratio = math.exp(rng.uniform(math.log(self.aspect_ratio[0]), math.log(self.aspect_ratio[1])))
@@ -123,7 +121,7 @@ class RandomErasing(ImageTransform):
     return None
 
   def _fill(self, shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
-    """Returns values for a rectangle, or one colour for all of it."""
+    """Returns the values of a rectangle, or one color."""
     noise = np.zeros(shape[-1])
     if self.mode != "const":
       noise = rng.standard_normal(shape if self.mode == "pixel" else shape[-1])
@@ -133,7 +131,7 @@ class RandomErasing(ImageTransform):
     return (np.rint(values) if dtype == np.uint8 else values).astype(dtype)
 
 
-Pixels_augment_ops: TypeAlias = UInt8[np.ndarray, "h w 3"]
+Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 
 Color: TypeAlias = tuple[int, int, int]
 """Red, green, blue in [0, 255]."""
@@ -148,8 +146,8 @@ _LEVELS = np.arange(256)
 _SMOOTH = ImageFilter.Kernel((3, 3), (1, 1, 1, 1, 5, 1, 1, 1, 1), scale=13)
 
 
-def auto_contrast(image: Pixels_augment_ops) -> Pixels_augment_ops:
-  """Stretches each channel to [0, 255]; one of a single value stays."""
+def auto_contrast(image: Pixels) -> Pixels:
+  """Stretches each channel to [0, 255], unless it is constant."""
   tables = []
   for channel in cv2.split(image):
     low, high, _, _ = cv2.minMaxLoc(channel)
@@ -159,8 +157,8 @@ def auto_contrast(image: Pixels_augment_ops) -> Pixels_augment_ops:
   return _look_up(image, np.stack(tables, axis=1))
 
 
-def equalize(image: Pixels_augment_ops) -> Pixels_augment_ops:
-  """Spreads the values of each channel so that their histogram is as flat as can be."""
+def equalize(image: Pixels) -> Pixels:
+  """Equalises the histogram of each channel."""
   histograms = np.reshape(Image.fromarray(image).histogram(), (3, 256))
   return _look_up(image, np.stack([_equalizing(h) for h in histograms], axis=1))
 
@@ -173,71 +171,69 @@ def _equalizing(histogram: np.ndarray) -> np.ndarray:
   return _truncate((below + step // 2) // step)
 
 
-def invert(image: Pixels_augment_ops) -> Pixels_augment_ops:
+def invert(image: Pixels) -> Pixels:
   """Returns the negative."""
   return cv2.bitwise_not(image)
 
 
-def posterize(image: Pixels_augment_ops, bits: int) -> Pixels_augment_ops:
-  """Keeps the `bits` highest bits of each value, 0 to 8 of them."""
+def posterize(image: Pixels, bits: int) -> Pixels:
+  """Keeps the `bits` highest bits of each value, 0 to 8."""
   return image & np.uint8(256 - (1 << (8 - bits)))
 
 
-def solarize(image: Pixels_augment_ops, threshold: int) -> Pixels_augment_ops:
-  """Inverts the values from `threshold` on; 256 leaves all as they are."""
+def solarize(image: Pixels, threshold: int) -> Pixels:
+  """Inverts values from `threshold` on; 256 inverts none."""
   return _look_up(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
 
 
-def solarize_add(image: Pixels_augment_ops, addition: int) -> Pixels_augment_ops:
-  """Adds to the values below 128, up to 255."""
+def solarize_add(image: Pixels, addition: int) -> Pixels:
+  """Adds to values below 128, clipped to 255."""
   return _look_up(image, np.where(_LEVELS < 128, np.minimum(_LEVELS + addition, 255), _LEVELS))
 
 
-def brightness(image: Pixels_augment_ops, factor: float) -> Pixels_augment_ops:
-  """Blends from black (0) to the image (1) and beyond."""
+def brightness(image: Pixels, factor: float) -> Pixels:
+  """Blends black (factor 0) with the image (1), and extrapolates."""
   return _look_up(image, _blend_levels(0, factor))
 
 
-def contrast(
-  image: Pixels_augment_ops, factor: float, grey: int | None = None
-) -> Pixels_augment_ops:
-  """Blends from a grey image (0) to the image (1) and beyond.
+def contrast(image: Pixels, factor: float, grey: int | None = None) -> Pixels:
+  """Blends a gray image (factor 0) with the image (1), and extrapolates.
 
   Args:
     image: pixels.
-    factor: how far.
-    grey: the level to blend from; None: the mean brightness of the image, rounded.
+    factor: weight of the image.
+    grey: gray level; default: the image's mean brightness, rounded.
   """
   if grey is None:
     grey = int(np.mean(np.asarray(Image.fromarray(image).convert("L"))) + 0.5)
   return _look_up(image, _blend_levels(grey, factor))
 
 
-def color(image: Pixels_augment_ops, factor: float) -> Pixels_augment_ops:
-  """Blends from black and white (0) to the image (1) and beyond."""
+def color(image: Pixels, factor: float) -> Pixels:
+  """Blends the grayscale image (factor 0) with the image (1), and extrapolates."""
   original = Image.fromarray(image)
   return np.asarray(Image.blend(original.convert("L").convert("RGB"), original, factor))
 
 
-def sharpness(image: Pixels_augment_ops, factor: float) -> Pixels_augment_ops:
-  """Blends from a slightly smoothed image (0) to the image (1) and beyond; the edge stays."""
+def sharpness(image: Pixels, factor: float) -> Pixels:
+  """Blends a smoothed image (factor 0) with the image (1), and extrapolates."""
   original = Image.fromarray(image)
   return np.asarray(Image.blend(original.filter(_SMOOTH), original, factor))
 
 
 def affine(
-  image: Pixels_augment_ops,
+  image: Pixels,
   matrix: Sequence[float | int],
   fill: Color,
   resample: Image.Resampling = NEAREST,
-) -> Pixels_augment_ops:
-  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f); where that lies outside, `fill`.
+) -> Pixels:
+  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f).
 
   Args:
-    image: pixels, whose centres lie at halves: the first one at (0.5, 0.5).
+    image: pixels with centers at halves, the first at (0.5, 0.5).
     matrix: a, b, c, d, e, f.
-    fill: of what comes into view.
-    resample: the interpolation.
+    fill: color of pixels from outside the image.
+    resample: interpolation.
   """
   original = Image.fromarray(image)
   method = Image.Transform.AFFINE
@@ -246,19 +242,17 @@ def affine(
 
 
 def rotate(
-  image: Pixels_augment_ops, degrees: float, fill: Color, resample: Image.Resampling = NEAREST
-) -> Pixels_augment_ops:
-  """Turns the image counterclockwise about its middle."""
+  image: Pixels, degrees: float, fill: Color, resample: Image.Resampling = NEAREST
+) -> Pixels:
+  """Rotates the image counterclockwise about its center."""
   sine, cosine = math.sin(-math.radians(degrees)), math.cos(-math.radians(degrees))
   y, x = image.shape[0] / 2, image.shape[1] / 2
   matrix = (cosine, sine, x - cosine * x - sine * y, -sine, cosine, y + sine * x - cosine * y)
   return affine(image, matrix, fill, resample)
 
 
-def cutout(
-  image: Pixels_augment_ops, center: tuple[int, int], half: int, fill: Color
-) -> Pixels_augment_ops:
-  """Fills the square of side `2 * half` about `center` (row, column), as far as it is inside."""
+def cutout(image: Pixels, center: tuple[int, int], half: int, fill: Color) -> Pixels:
+  """Fills the square of side `2 * half` about `center` (row, column), clipped to the image."""
   image = image.copy()
   top, left = (max(0, at - half) for at in center)
   image[top : center[0] + half, left : center[1] + half] = fill
@@ -266,7 +260,7 @@ def cutout(
 
 
 def _blend_levels(start: int, factor: float) -> np.ndarray:
-  """Returns the table of a blend from one level, in float32 as both libraries compute it."""
+  """Returns the lookup table of a blend with one level, in float32 as in both libraries."""
   return _truncate(np.float32(start) + np.float32(factor) * (_LEVELS - start).astype(np.float32))
 
 
@@ -274,12 +268,10 @@ def _truncate(levels: np.ndarray) -> np.ndarray:
   return np.clip(levels, 0, 255).astype(np.uint8)
 
 
-def _look_up(image: Pixels_augment_ops, table: np.ndarray) -> Pixels_augment_ops:
-  """Maps values through a table, [256] or [256 3] with one for each channel."""
+def _look_up(image: Pixels, table: np.ndarray) -> Pixels:
+  """Maps values through a table [256], or [256 3] with a column for each channel."""
   return np.asarray(cv2.LUT(image, table.astype(np.uint8).reshape(1, 256, -1)))
 
-
-Pixels: TypeAlias = np.ndarray
 
 GREY = (128, 128, 128)
 
@@ -294,12 +286,12 @@ COMMON = (
   "auto_contrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color",
   "contrast", "brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y",
 )  # fmt: skip
-"""The operations of both flavours."""
+"""Operations of both variants."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Policy(ImageTransform):
-  """What both flavours do: draw operations, and look up how each is applied.
+  """Draws and applies operations: the base of both variants.
 
   Attributes:
     num_layers: the paper's N.
@@ -326,8 +318,8 @@ class _Policy(ImageTransform):
     """
     if image.dtype != np.uint8:
       raise ValueError(
-        f"{self.name} needs uint8 images, but this one is {image.dtype}; put it before transforms "
-        "with dtype='float32'"
+        f"{self.name}: expected uint8 images, got {image.dtype}; put it before transforms with "
+        "dtype='float32'"
       )
     for _ in range(self.num_layers):
       image = self.apply_layer(image, self.operations[rng.integers(len(self.operations))], rng)
@@ -340,14 +332,14 @@ class _Policy(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandAugment(_Policy):
-  """RandAugment as EfficientNet's TPU code has it, and big_vision's `randaug(N,M)`.
+  """RandAugment of EfficientNet's TPU code and big_vision's `randaug(N,M)`, on `image`.
 
-  Its enhanced contrast blends from a grey level that is the number of pixels / 256 (196 at 224x224)
-  where the image's mean was meant; models were trained with it, so it stays. TensorFlow computes a
-  few values otherwise than Pillow, by one grey level at most.
+  Its contrast blends with a gray level of the number of pixels / 256 (196 at 224x224) instead of
+  the image's mean, as in the published models' training. TensorFlow's values differ from Pillow's
+  by at most one level.
 
   Attributes:
-    num_layers: N, how many operations an image goes through.
+    num_layers: N, number of operations.
     magnitude: M, in tenths of the ranges above.
   """
 
@@ -380,16 +372,16 @@ class RandAugment(_Policy):
 
 @dataclasses.dataclass(frozen=True)
 class TimmRandAugment(_Policy):
-  """RandAugment as timm has it; the defaults are its `rand-m9-mstd0.5-inc1`.
+  """timm's RandAugment on `image`; the defaults are `rand-m9-mstd0.5-inc1`.
 
   Attributes:
-    num_layers: N, how many operations are drawn.
+    num_layers: N, number of operations.
     magnitude: M, in tenths of the ranges above.
-    magnitude_std: standard deviation of each operation's magnitude; 0: always M.
-    probability: that a drawn operation is applied.
-    increasing: all operations grow stronger with M.
-    interpolation: "random" draws "bilinear" or "bicubic" each time; or one of these, or "nearest".
-    fill: colour of what comes into view, in [0, 255]; timm takes the mean of the data.
+    magnitude_std: standard deviation of each operation's magnitude.
+    probability: of applying a drawn operation.
+    increasing: whether all operations grow stronger with M.
+    interpolation: "nearest", "bilinear", "bicubic", or "random": one of the last two each time.
+    fill: color of pixels from outside the image, in [0, 255]; timm's is the data's mean.
   """
 
   name = "timm_rand_augment"
@@ -453,12 +445,11 @@ def _move(
   fill: Color,
   resample: Image.Resampling,
 ) -> Pixels:
-  """Moves pixels by a share of the longest way: 30 degrees, a shear of 0.3, or `way` pixels."""
+  """Moves pixels by a fraction of the range: 30 degrees, a shear of 0.3, or `way` pixels."""
   if kind == "rotate":
     return rotate(image, 30 * share, fill, resample)
   shear, shift = 0.3 * share, way * share
-  # TensorFlow, which takes the nearest, shears about the centre of the first pixel; Pillow about
-  # its corner.
+  # TensorFlow (nearest) shears about the center of the first pixel, Pillow about its corner.
   start = -0.5 * shear if resample == NEAREST else 0.0
   matrix = {
     "shear_x": (1, shear, start, 0, 1, 0),

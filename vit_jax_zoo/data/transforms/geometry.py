@@ -1,12 +1,11 @@
-"""Mirroring, scaling and cropping an image together with all that is marked in it.
+"""Flips, resizes and crops of an image together with its annotations.
 
 The keys that follow the image: `boxes_xyxy` float32 [n 4] in pixels, `masks` bool [n h w], and
-`label_map` [h w]. A crop leaves out objects of which nothing is left. `area` stays what was
-annotated, `segment_map` stays that of the original image: scores are counted there.
+`label_map` [h w]. A crop drops objects without area in it. `area` remains as annotated, and
+`segment_map` that of the original image, for scoring.
 
-A transform first plans its steps from the image's size alone and then takes them, so that the size
-of its result can be known before any image is read; batches are put together by it
-(`data/buckets.py`).
+A transform plans its steps from the image's size alone, so that the size of its result is known
+before any image is read (`data/buckets.py`).
 """
 
 import abc
@@ -29,18 +28,18 @@ PER_OBJECT = ("boxes_xyxy", "labels", "is_crowd", "area", "object_ids", "masks")
 
 
 class Mirror(NamedTuple):
-  """Left becomes right."""
+  """Horizontal flip."""
 
 
 class Scale(NamedTuple):
-  """To a new size."""
+  """Resize to a size."""
 
   height: int
   width: int
 
 
 class Window(NamedTuple):
-  """What lies in a window stays."""
+  """Crop to a window."""
 
   top: int
   left: int
@@ -53,7 +52,7 @@ Step: TypeAlias = Mirror | Scale | Window
 
 @dataclasses.dataclass(frozen=True)
 class GeometricTransform(Transform):
-  """A transform that moves pixels, and everything that is marked in the image with them."""
+  """A transform that moves pixels, and the annotations with them."""
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example after the planned steps."""
@@ -63,14 +62,14 @@ class GeometricTransform(Transform):
     return example
 
   def output_size(self, size: Size, rng: np.random.Generator) -> Size:
-    """Returns the size that the result will have; draws what a call draws."""
+    """Returns the size of the result; draws the same random numbers as a call."""
     for step in self.plan(size, rng):
       size = size if isinstance(step, Mirror) else (step.height, step.width)
     return size
 
   @abc.abstractmethod
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns what is to be done to an image of this size."""
+    """Returns the steps for an image of this size."""
 
 
 def take(step: Step, example: Example) -> Example:
@@ -81,7 +80,7 @@ def take(step: Step, example: Example) -> Example:
 
 
 def mirror(example: Example) -> Example:
-  """Returns the example seen in a mirror."""
+  """Returns the example, flipped horizontally."""
   example = {**example, "image": cv2.flip(example["image"], 1)}
   if "boxes_xyxy" in example:
     left, top, right, bottom = example["boxes_xyxy"].T
@@ -94,10 +93,10 @@ def mirror(example: Example) -> Example:
 
 
 def resize(example: Example, size: Scale) -> Example:
-  """Returns the example with another size: of the image as Pillow's bilinear filter has it.
+  """Returns the example, resized with Pillow's bilinear filter.
 
-  Masks take the pixel whose index is rounded down, as torch's "nearest" does; label maps the one
-  in which the new pixel's centre lies.
+  Masks take the pixel whose index is rounded down, as torch's "nearest"; label maps the pixel that
+  has the new pixel's center.
   """
   before = example["image"].shape[:2]
   if before == tuple(size):
@@ -115,13 +114,13 @@ def resize(example: Example, size: Scale) -> Example:
 
 
 def scale_image(image: Num[np.ndarray, "h w c"], height: int, width: int) -> np.ndarray:
-  """Returns uint8 [height width 3]: Pillow's bilinear filter, which averages where it shrinks."""
+  """Returns uint8 [height width 3], resized with Pillow's antialiased bilinear filter."""
   picture = Image.fromarray(np.ascontiguousarray(image, np.uint8))
   return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def crop(example: Example, window: Window) -> Example:
-  """Returns what of the example lies in the window."""
+  """Returns the example, cropped to the window."""
   top, left, height, width = window
   rows, columns = slice(top, top + height), slice(left, left + width)
   example = {**example, "image": example["image"][rows, columns]}
@@ -136,18 +135,18 @@ def crop(example: Example, window: Window) -> Example:
 
 
 def clip(boxes_xyxy: Num[np.ndarray, "n 4"], height: int, width: int) -> Num[np.ndarray, "n 4"]:
-  """Returns the boxes as far as they lie in an image of this size."""
+  """Returns the boxes, clipped to an image of this size."""
   return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], np.float32))
 
 
 def has_area(boxes_xyxy: Num[np.ndarray, "n 4"]) -> Bool[np.ndarray, " n"]:
-  """Returns which boxes are both wide and high."""
+  """Returns which boxes have a positive width and height."""
   left, top, right, bottom = boxes_xyxy.T
   return (right > left) & (bottom > top)
 
 
 def keep_objects(example: Example, keep: Bool[np.ndarray, " n"]) -> Example:
-  """Returns the example with some of its objects."""
+  """Returns the example with the objects where `keep` is True."""
   if keep.all():
     return example
   kept = {key: example[key][keep] for key in PER_OBJECT if key in example}
@@ -165,7 +164,7 @@ def _nearest_masks(masks: Bool[np.ndarray, "n h w"], size: Scale) -> Bool[np.nda
 
 
 def _keep_lines(data: UInt8[np.ndarray, " l"], keep: Bool[np.ndarray, " n"]) -> np.ndarray:
-  """Returns some of the lines in a buffer of text, with zeros behind as before."""
+  """Returns the kept lines of a text buffer, padded with zeros to its length."""
   lines = data.tobytes().rstrip(b"\0").splitlines(keepends=True)
   kept = b"".join(line for line, stays in zip(lines, keep, strict=True) if stays)
   return np.frombuffer(kept.ljust(len(data), b"\0"), np.uint8)

@@ -36,18 +36,17 @@ class Decode(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomResizedCrop(Transform):
-  """Inception crop: `image` -> uint8 [size size 3], a random box of it, distorted to a square.
+  """Inception crop: `image` -> uint8 [size size 3], a random box resized to a square.
 
-  The box is drawn as `tf.image.sample_distorted_bounding_box` draws it (Szegedy et al., 2015,
-  arXiv:1409.4842, section 6): an aspect ratio uniformly, then a height uniformly between those that
-  give the smallest and the largest area; when 100 attempts find no box, the whole image.
+  The box has the distribution of `tf.image.sample_distorted_bounding_box` (Szegedy et al., 2015,
+  arXiv:1409.4842, section 6): a uniform aspect ratio, then a uniform height between those of the
+  smallest and the largest area; after 100 failed attempts, the whole image.
 
   Attributes:
     size: side of the result, or (height, width).
-    area: smallest and largest area, as a share of the image.
+    area: smallest and largest area as a fraction of the image.
     aspect_ratio: smallest and largest width/height.
-    antialias: average where the box shrinks. TensorFlow's pipelines do not, and see of a large
-      photo only scattered pixels.
+    antialias: filter where the box shrinks. TensorFlow's pipelines do not.
   """
 
   name = "random_resized_crop"
@@ -62,7 +61,7 @@ class RandomResizedCrop(Transform):
     _check_range("aspect_ratio", self.aspect_ratio, math.inf)
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with the crop in the place of `image`."""
+    """Returns the example with the crop as `image`."""
     image, new = example["image"], _height_width(self.size)
     if isinstance(image, bytes):
       size = images.image_size(image)
@@ -94,7 +93,7 @@ def sample_distorted_box(
     width = round(height * ratio)
     if height < 1 or not 1 <= width <= size[1]:
       continue
-    # Rounding to pixels may leave the interval; then try again.
+    # Rounding to pixels may leave the interval: draw again.
     if area[0] * total <= height * width <= area[1] * total:
       top = int(rng.integers(size[0] - height, endpoint=True))
       left = int(rng.integers(size[1] - width, endpoint=True))
@@ -105,7 +104,7 @@ def sample_distorted_box(
 def _decode_for(
   data: bytes, size: tuple[int, int], box: tuple[int, int, int, int], new: tuple[int, int]
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-  """Decodes at the smallest scale at which `box` still has the pixels of `new`; scales the box."""
+  """Decodes at the smallest scale at which `box` has at least the pixels of `new`."""
   reduce = next(r for r in (8, 4, 2, 1) if r == 1 or min(box[2] / new[0], box[3] / new[1]) >= r)
   if reduce == 1:
     return images.decode_image(data, rows=box[0] + box[2]), box
@@ -150,13 +149,11 @@ class RandomResizeSmall(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomTranslate(ImageTransform):
-  """Shifts `image` by up to `pixels` in each direction.
-
-  The same as padding by `pixels` and cropping at random, which is how CIFAR is augmented.
+  """Shifts `image` at random: CIFAR's padding and random crop.
 
   Attributes:
-    pixels: the longest way, down, up, left or right.
-    fill: value of what is left open; None mirrors the image there, without repeating its edge.
+    pixels: largest shift in each direction.
+    fill: value of the padding; None reflects the image without repeating its edge.
   """
 
   name = "random_translate"
@@ -178,7 +175,7 @@ class RandomTranslate(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomCrop(ImageTransform):
-  """Cuts a random window of `size` out of `image`; type and range stay."""
+  """Crops `image` to a random window of `size`."""
 
   name = "random_crop"
 
@@ -194,14 +191,14 @@ class RandomCrop(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop(ImageTransform):
-  """Cuts the window of `size` out of the middle of `image`; type and range stay."""
+  """Crops `image` to its central window of `size`."""
 
   name = "central_crop"
 
   size: Size
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the window; of an odd remainder the smaller half lies above and to the left."""
+    """Returns the window; an odd remainder leaves the smaller half above and to the left."""
     del rng
     height, width = _window(image, self.size)
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
@@ -210,7 +207,7 @@ class CentralCrop(ImageTransform):
 
 @dataclasses.dataclass(frozen=True)
 class Resize(ImageTransform):
-  """Resizes `image` to `size`, whatever its aspect ratio, as TensorFlow does.
+  """Resizes `image` to `size`, ignoring the aspect ratio, with TensorFlow's exact results.
 
   Attributes:
     size: side of the result, or (height, width).
@@ -284,10 +281,9 @@ class OneHot(Transform):
 
 
 class MultiHot(OneHot):
-  """`label`: any number of ints -> float32 [num_classes], 1 at each of them; none gives all zeros.
+  """`label`: any number of ints -> float32 [num_classes], 1 at each of them.
 
-  For sets that name several classes for an image (JFT, ImageNet-ReaL), trained with the sigmoid
-  cross-entropy.
+  For datasets of several labels an image (JFT, ImageNet-ReaL) and the sigmoid cross-entropy.
   """
 
   name = "multi_hot"
@@ -295,12 +291,12 @@ class MultiHot(OneHot):
 
 @dataclasses.dataclass(frozen=True)
 class KeepPrefix(Transform):
-  """Adds `prefix_length`, int32: so many pixels in raster order are given, the rest is to be drawn.
+  """Adds `prefix_length`, int32: number of pixels in raster order that a completion begins with.
 
-  `image` is decoded and stays whole, so that the truth can be shown beside.
+  `image` is decoded and stays whole, for comparison.
 
   Attributes:
-    share: of the image's rows that are given, rounded to whole rows; 0.5 is the upper half.
+    share: fraction of the image's rows in the prefix, rounded to whole rows.
   """
 
   name = "keep_prefix"
@@ -320,7 +316,7 @@ class KeepPrefix(Transform):
 
 
 def _labels(label: Any, num_classes: int) -> np.ndarray:
-  """Returns the label or labels as int [n], none of them below 0 or above num_classes - 1."""
+  """Returns the labels as int [n], checked against num_classes."""
   labels = np.asarray(label, np.int64).reshape(-1)
   for value in labels:
     if not 0 <= value < num_classes:
@@ -342,8 +338,8 @@ def _window(image: np.ndarray, size: Size) -> tuple[int, int]:
   height, width = _height_width(size)
   if height > image.shape[0] or width > image.shape[1]:
     raise ValueError(
-      f"cannot crop {height}x{width} out of an image of {image.shape[0]}x{image.shape[1]}; resize "
-      "it first"
+      f"crop of {height}x{width} exceeds the image of {image.shape[0]}x{image.shape[1]}; resize it "
+      "first"
     )
   return height, width
 
