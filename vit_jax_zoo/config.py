@@ -28,12 +28,12 @@ def defaults() -> ConfigDict:
   * `accumulation_steps`: number of micro-batches of a batch (gradient accumulation).
   * `model`: `name`, and fields of the model; `task`: `name`, and fields of the task. A field that
     is None is filled in from the training data (`num_classes`, `class_names`).
-  * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `data.eval`:
-    the same for each evaluation by name, and `metrics`, the scores to report (default: all). A
-    feature probe has a `fit_split`, and `probe`: `name` (see `metrics.feature_probes`; "linear" by default) and its fields; its classes may differ from
-    those of the training data. `extra_sources` in either: further sources of the same classes, each
-    with `source`, `split` and options; `aug_repeats` in `data.train`: repeated augmentation;
-    `data.loader`: options of both batch makers of `data.pipeline`.
+  * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `aug_repeats`:
+    repeated augmentation. `data.eval`: the same for each evaluation by name, and `metrics`, the
+    scores to report (default: all). A feature probe has a `fit_split`, and `probe`: `name` (see
+    `metrics.feature_probes`; "linear" by default) and its fields; its classes may differ from those
+    of the training data. `extra_sources` in either: further sources of the same classes, each with
+    `source`, `split` and options. `data.loader`: options of both batch makers of `data.pipeline`.
   * `optimizer`: see `training.optim`; a task with several optimizer groups has a section for each.
   * `ema_decay`: of the moving average of parameters and statistics; None: no average.
   * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: precede those of the

@@ -88,15 +88,17 @@ class RunData:
     num_classes: see `DatasetInfo`.
     class_names: see `DatasetInfo`.
     shapes: of one training example's arrays; empty if unknown.
+    stuff_from: see `DatasetInfo`.
   """
 
   num_classes: int | None = None
   class_names: tuple[str, ...] = ()
   shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  stuff_from: int | None = None
 
   def info(self, name: str) -> DatasetInfo:
     """Returns the metadata of a source without examples."""
-    return DatasetInfo(name, 0, self.num_classes, self.class_names)
+    return DatasetInfo(name, 0, self.num_classes, self.class_names, stuff_from=self.stuff_from)
 
 
 def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
@@ -119,7 +121,7 @@ def load_data(workdir: epath.Path) -> RunData:
   data = _read(workdir / DATA_FILE) or {}
   shapes = {key: tuple(shape) for key, shape in data.get("shapes", {}).items()}
   names = tuple(data.get("class_names") or ())
-  return RunData(data.get("num_classes"), names, shapes)
+  return RunData(data.get("num_classes"), names, shapes, data.get("stuff_from"))
 
 
 def main_evaluation(evaluations: Mapping[str, Any]) -> str | None:

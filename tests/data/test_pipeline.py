@@ -254,9 +254,9 @@ class TestErrors:
   @pytest.mark.parametrize(
     ("options", "message"),
     [
-      ({"repeats": 3}, "data.train.repeats: 3"),
+      ({"repeats": 3}, "data.train.aug_repeats: 3"),
       ({"repeats": 0}, "repeats is 0"),
-      ({"repeats": 2, "buckets": 2}, "data.train.repeats"),
+      ({"repeats": 2, "buckets": 2}, "data.train.aug_repeats"),
     ],
   )
   def test_repeats_that_cannot_be(self, options, message):

@@ -257,10 +257,12 @@ def _for_source(transforms: Transforms, source: Source) -> tuple[Any, ...]:
 def _check_repeats(repeats: int, batch_size: int, buckets: Any) -> None:
   if repeats < 1 or batch_size % repeats:
     raise ValueError(
-      f"data.train.repeats: {repeats}; expected a divisor of batch_size {batch_size}"
+      f"data.train.aug_repeats: {repeats}; expected a divisor of batch_size {batch_size}"
     )
   if repeats > 1 and buckets is not None:
-    raise ValueError("data.train.repeats cannot be combined with data.loader.buckets; remove one")
+    raise ValueError(
+      "data.train.aug_repeats cannot be combined with data.loader.buckets; remove one"
+    )
 
 
 def _local_batch_size(

@@ -35,15 +35,8 @@ KINDS = Registry(
 )
 
 SECTION = (
-  "source",
-  "split",
-  "fit_split",
-  "probe",
-  "metrics",
-  "transforms",
-  "extra_sources",
-  "repeats",
-)
+  "source", "split", "fit_split", "probe", "metrics", "transforms", "extra_sources", "aug_repeats",
+)  # fmt: skip
 """Fields of `data.train` and `data.eval.<name>` that are not options of the source."""
 
 
