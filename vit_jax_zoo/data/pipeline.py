@@ -89,8 +89,8 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
     plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=plan is None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
-  # An element is a batch: with Grain's shuffle, random_map and batch, by example, an image takes 12 %
-  # more CPU time for JPEG files of 500x375 (1.62 instead of 1.44 ms) and 18 % more for 8x8 digits.
+  # An element is a batch: with Grain's shuffle, random_map and batch by example, images take 12 %
+  # more CPU time for JPEG files of 500x375 (1.62 instead of 1.44 ms), 18 % more for 8x8 digits.
   numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
   batches = TrainBatches(loader, local, seed, plan, process_count, repeats)
   dataset = numbers[::process_count].map(batches)
