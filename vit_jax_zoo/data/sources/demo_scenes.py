@@ -1,9 +1,8 @@
-"""Scenes to find things in: handwritten digits in front of textures from photographs.
+"""`demo:scenes`: synthetic detection and panoptic data, digits in front of photographic textures.
 
-Each scene has two regions of texture (stuff) that meet at a curve, and one to four digits (things)
-of different sizes and colours that may overlap. Everything about it is known exactly: which segment
-every pixel belongs to, the boxes of what can be seen, and the classes. The features are laid out as
-those of TFDS's `coco/2017` and `coco/2017_panoptic`, with ids and segment images as in COCO.
+A scene has two regions of texture (stuff) with a curved boundary, and one to four digits (things)
+of different sizes and colors that may overlap, with exact segments, boxes of the visible parts and
+classes. The features are those of TFDS's `coco/2017` and `coco/2017_panoptic`.
 """
 
 import dataclasses
@@ -22,22 +21,20 @@ COUNTS = {"train": 4000, "test": 400}
 SEEDS = {"train": 1, "test": 2}
 
 TEXTURES = ("cat", "galaxies", "retina", "rocket", "tissue")
-"""Photographs that can be told apart wherever one looks; their middle, without the edges."""
+"""Photographs with distinguishable textures."""
 MIDDLE = 0.7
+"""Central fraction of a photograph that is used."""
 STUFF_FROM = 10
 CLASS_NAMES = (*"0123456789", *TEXTURES)
 
 MAX_DIGITS = 4
 HEIGHTS = (20, 40)
 LEAST_VISIBLE = 0.75
-"""A digit that would hide more of another one is put elsewhere, or left out."""
+"""Smallest visible fraction of a digit."""
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """4000 scenes to train on and 400 to test, 64x64 pixels, the same on every machine.
-
-  The two splits share no digit and no place of a photograph.
-  """
+  """4000 training and 400 test scenes of 64x64; the splits share no digit and no texture region."""
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -67,7 +64,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @dataclasses.dataclass(frozen=True)
 class Material:
-  """What the scenes of a split are made of.
+  """Digits and textures of a split.
 
   Attributes:
     digits: strength of the stroke in [0, 1], float32 [h w], each cut to its stroke.
@@ -82,7 +79,7 @@ class Material:
 
   @classmethod
   def of(cls, split: str) -> "Material":
-    """Returns the material of a split: one digit and one place in five are for the test."""
+    """Returns a split's material; one in five digits and places belongs to the test split."""
     images, labels = demo_base.digit_images()
     order = np.argsort(labels, kind="stable")
     mine = order[_belongs(len(order), split)]
@@ -92,11 +89,11 @@ class Material:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """A picture and what is in it.
+  """An image and its annotations.
 
   Attributes:
     image: RGB.
-    segment_map: number of the segment that is seen at each pixel, from 0 on.
+    segment_map: index of the visible segment at each pixel, from 0.
     labels: the segments' classes; the first ones are stuff.
   """
 
@@ -106,7 +103,7 @@ class Scene:
 
 
 def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
-  """Draws one scene: two textures, then digits, each one in front of those before it."""
+  """Draws a scene: two textures, then digits from back to front."""
   textures = rng.choice(len(TEXTURES), 2, replace=False)
   segment_map = _regions(rng).astype(np.int64)
   backgrounds = np.stack([_texture(material.places[t], rng) for t in textures])
@@ -129,7 +126,7 @@ def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
 
 
 def _regions(rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
-  """Returns which pixels lie beyond a wavy line through the middle part of the picture."""
+  """Returns the pixels on one side of a wavy line through the image."""
   y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
   angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-SIZE / 6, SIZE / 6)
   across = x * np.cos(angle) + y * np.sin(angle)
@@ -139,7 +136,7 @@ def _regions(rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
 
 
 def _texture(places: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
-  """Cuts a picture out of a place chosen at random, and mirrors it as often as not."""
+  """Crops a random place at random, and mirrors it with probability 0.5."""
   place = places[rng.integers(len(places))]
   top, left = rng.integers(place.shape[0] - SIZE, size=2, endpoint=True)
   texture = place[top : top + SIZE, left : left + SIZE]
@@ -149,7 +146,7 @@ def _texture(places: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> 
 def _placed(
   digit: Float32[np.ndarray, "_ _"], rng: np.random.Generator
 ) -> Float32[np.ndarray, "h w"]:
-  """Enlarges a digit, puts it somewhere and returns how opaque each pixel is, in [0, 1]."""
+  """Enlarges a digit, places it at random and returns the opacity of each pixel, in [0, 1]."""
   height = int(rng.integers(HEIGHTS[0], HEIGHTS[1], endpoint=True))
   width = max(6, round(height * digit.shape[1] / digit.shape[0] * rng.uniform(0.85, 1.15)))
   margin = cv2.copyMakeBorder(digit, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
@@ -171,7 +168,7 @@ def _painted(
   stroke: Float32[np.ndarray, "h w"],
   rng: np.random.Generator,
 ) -> Float[np.ndarray, "h w 3"]:
-  """Lays a stroke of a bright colour over the image, with a dark seam around it."""
+  """Draws a stroke of a bright color with a dark outline over the image."""
   hue, saturation = rng.uniform(0, 360), rng.uniform(0.1, 0.75)
   pixel = np.array([[[hue, saturation, 1.0]]], np.float32)
   color = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] * 255
@@ -181,13 +178,13 @@ def _painted(
 
 
 def _belongs(count: int, split: str) -> Bool[np.ndarray, " n"]:
-  """Returns which of `count` things belong to a split."""
+  """Returns which of `count` items belong to a split."""
   test = np.arange(count) % demo_base.TEST_EVERY == 0
   return test if split == "test" else ~test
 
 
 def _places(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
-  """Cuts the middle of a photograph into squares of one and a half times a scene's side."""
+  """Cuts the center of a photograph into squares of 1.5 times a scene's side."""
   photo, side = demo_base.read_photo(name), SIZE * 3 // 2
   height, width = photo.shape[:2]
   top, left = round(height * (1 - MIDDLE) / 2), round(width * (1 - MIDDLE) / 2)
@@ -219,7 +216,7 @@ def _objects(names: tuple[str, ...]) -> tfds.features.Sequence:
 
 
 def _record(scene: Scene, number: int) -> dict[str, Any]:
-  """Returns a scene as TFDS stores it; ids count from 1, as 0 is COCO's "no segment"."""
+  """Returns a scene's TFDS record; ids start at 1, as 0 is COCO's "no segment"."""
   ids = np.zeros((SIZE, SIZE, 3), np.uint8)
   ids[..., 0] = scene.segment_map + 1
   segments = [_segment(scene, i) for i in range(len(scene.labels))]
@@ -234,7 +231,7 @@ def _record(scene: Scene, number: int) -> dict[str, Any]:
 
 
 def _segment(scene: Scene, number: int) -> dict[str, Any] | None:
-  """Returns what is stored of a segment; None if nothing of it can be seen."""
+  """Returns a segment's record; None if it is invisible."""
   rows, columns = np.nonzero(scene.segment_map == number)
   if not len(rows):
     return None

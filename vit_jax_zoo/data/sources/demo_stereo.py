@@ -1,10 +1,9 @@
-"""`demo:stereo`: what one eye sees is enlarged with the help of the other eye's picture.
+"""`demo:stereo`: super-resolution of one image of a stereo pair with the other as reference.
 
 The pair is scikit-image's motorcycle, from the Middlebury stereo data of 2014 (Scharstein et al.,
-"High-resolution stereo datasets with subpixel-accurate ground truth"). The left eye's picture is
-what is to be enlarged, the right eye's the reference. A strip across the engine and the wheels is
-held out from training, of both eyes. Photographs with a pretended second eye are added to what
-there is to train on.
+"High-resolution stereo datasets with subpixel-accurate ground truth"): the left image is enlarged,
+the right one is the reference. A strip across engine and wheels, of both images, is the test split.
+Photographs with a simulated second view are added to the training split.
 """
 
 import importlib.resources
@@ -22,27 +21,27 @@ from vit_jax_zoo.data.sources import demo as demo_base
 EYES = ("skimage/data/motorcycle_left.png", "skimage/data/motorcycle_right.png")
 
 SHIFT = 34
-"""Columns by which the right eye's picture is moved to the right. Things stand 8 to 60 columns
-further left in it; then, what belongs together is at most 26 columns apart."""
+"""Columns by which the right image is shifted to the right. Disparities are 8 to 60 columns, and at
+most 26 after the shift."""
 
 STRIP = slice(232, 328)
-"""Rows that are held out."""
+"""Rows of the test split."""
 
 MARGIN = 28
-"""Columns on either side of a held-out picture that its reference shows, too."""
+"""Columns on either side of a test image that its reference also covers."""
 
 TEST_WIDTH, WINDOW = 112, (160, 256)
-"""Of held-out pictures; height and width of those to train on, which are cropped at random."""
+"""Width of test images; height and width of training images, which are cropped at random."""
 
 PHOTOS = ("astronaut", "cat", "coffee", "flower", "rocket", "temple")
 PHOTO_SIDE = 320
 
 Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]
-"""A picture and its reference."""
+"""An image and its reference."""
 
 
 class Stereo(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Windows of two eyes' pictures to train on, and six parts of a strip, 96x112, for the test."""
+  """Training windows of a stereo pair, and six test images of 96x112 from a strip of it."""
 
   VERSION = tfds.core.Version("1.0.0")
 
@@ -69,7 +68,7 @@ class Stereo(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def read_eyes() -> Pair:
-  """Returns what the left and the right eye see, [500 707 3], moved by `SHIFT`."""
+  """Returns the left and the right image, [500 707 3], shifted by `SHIFT`."""
   pictures = []
   for path in EYES:
     package, _, name = path.partition("/")
@@ -90,7 +89,7 @@ def _train_windows(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
 
 
 def _test_pairs(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
-  """Yields the strip part by part, each with what the other eye sees there and on both sides."""
+  """Yields the parts of the strip, each with the other image's region and its margins."""
   width = left.shape[1]
   whole = TEST_WIDTH + 2 * MARGIN
   for start in range((width % TEST_WIDTH) // 2, width - TEST_WIDTH + 1, TEST_WIDTH):
@@ -99,7 +98,7 @@ def _test_pairs(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
 
 
 def _photo_windows() -> Iterator[Pair]:
-  """Yields windows of photographs, with what a second eye might see."""
+  """Yields windows of photographs with a simulated second view."""
   rng = np.random.default_rng(0)
   for name in PHOTOS:
     image = demo_base.short_side(demo_base.read_photo(name), PHOTO_SIDE)
@@ -110,7 +109,7 @@ def _photo_windows() -> Iterator[Pair]:
 
 
 def _second_eye(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-  """Returns the picture moved sideways as far as the pair's may be, a little nearer or farther."""
+  """Returns the image with a random horizontal shift, as large as the pair's, and scale."""
   middle = (image.shape[1] / 2, image.shape[0] / 2)
   motion = cv2.getRotationMatrix2D(middle, rng.uniform(-1, 1), rng.uniform(0.97, 1.03))
   motion[:, 2] += rng.uniform(-20, 20), rng.uniform(-2, 2)
@@ -122,5 +121,5 @@ def _second_eye(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _starts(length: int, size: int, step: int) -> list[int]:
-  """Returns where windows begin, `step` apart; the last ends where the whole does."""
+  """Returns the starts of windows `step` apart; the last window ends at the end."""
   return [*range(0, length - size, step), length - size]
