@@ -62,6 +62,8 @@ def _figures(
   figures: dict[str, Any] = {f"train_{k}": v for k, v in task.batch_figures(batch).items()}
   counts = count_classes(sources)
   names = sources["train"].info.class_names
+  for line in task.check_data(sources["train"].info):
+    logging.warning(line)
   for line in describe_balance(counts, names):
     logging.info(line)
   for line in find_imbalance(counts, names):

@@ -249,6 +249,11 @@ class Task(abc.ABC):
     """Names of the scores of an evaluation, of which `data.eval.<name>.metrics` may choose."""
     return self.evaluator().scores
 
+  def check_data(self, info: Any) -> list[str]:
+    """Returns warnings about the training data, given its `DatasetInfo`. Optional."""
+    del info
+    return []
+
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws a training batch as the model will see it, by figure name. Optional."""
     del batch

@@ -9,6 +9,7 @@ import pytest
 
 from tests.half_precision import bfloat16_errors
 from tests.systems.detr.tiny import Echo, TinyDetector
+from vit_jax_zoo.data.sources.base import DatasetInfo
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.metrics.panoptic import PanopticEvaluator
@@ -365,3 +366,11 @@ def test_bfloat16_gradients_of_mask_losses_are_near_those_of_float32():
   query_of_target = jnp.asarray(rng.permutation(20)[None])
   losses = functools.partial(mask_losses, masks=masks, query_of_target=query_of_target)
   assert max(bfloat16_errors(lambda x: sum(losses(x)), logits)) < 0.01
+
+
+def test_more_objects_than_queries_are_warned_of():
+  task = create_task("detection", TinyDetector(), num_classes=3)
+  count = task.model.num_queries
+  assert not task.check_data(DatasetInfo("x", 1, max_objects=count))
+  (line,) = task.check_data(DatasetInfo("x", 1, max_objects=count + 1))
+  assert "num_queries" in line

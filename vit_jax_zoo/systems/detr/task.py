@@ -128,6 +128,16 @@ class Detection(base.Task):
         f"{self.num_classes}"
       )
 
+  def check_data(self, info: Any) -> list[str]:
+    """Warns of images with more objects than queries."""
+    count, queries = info.max_objects or 0, self.model.num_queries
+    if count <= queries:
+      return []
+    return [
+      f"{info.name}: an image has {count} objects, and the model has {queries} queries; raise "
+      "--config.model.num_queries"
+    ]
+
   @property
   def best_metric(self) -> str:
     """Panoptic quality with `stuff_from`; else COCO's average precision of masks or boxes."""
