@@ -281,7 +281,9 @@ def _decode_fast(data: bytes, reduce: int, rows: int | None) -> Pixels | None:
       pixels = _imdecode(data, reduce)
     if pixels is not None and to_srgb is not None and header.channels == 3:
       pixels = _apply(to_srgb, Image.fromarray(pixels))
-    return pixels if pixels is None or upright else _contiguous(orient(pixels, header.orientation))
+    if pixels is None or upright:
+      return pixels
+    return np.ascontiguousarray(orient(pixels, header.orientation))  # OpenCV takes no other
   if data.startswith(_PNG_START) and data.endswith(_PNG_END) and _is_plain_png(data):
     return _imdecode(data, reduce)
   return None
@@ -376,10 +378,6 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
 
 def _from_gray(samples: Shaped[np.ndarray, "h w"]) -> Pixels:
   return np.repeat(np.clip(samples, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _contiguous(array: np.ndarray) -> np.ndarray:
-  return np.ascontiguousarray(array)  # OpenCV takes no other
 
 
 _SAME = 2

@@ -33,7 +33,15 @@ LABELS = "segmentation_label"
 IMAGES = ("image", "image_left")
 
 
-class TfdsLabelMaps(Source):
+class _Split(Source):
+  """Split of a prepared dataset."""
+
+  def example_name(self, index: int) -> str:
+    """Returns split and index."""
+    return f"{self.info.name}[{index}]"
+
+
+class TfdsLabelMaps(_Split):
   """Split of a dataset of label maps; examples as in `transforms/segmentation.py`."""
 
   def __init__(self, info: DatasetInfo, records: Any, keys: tuple[str, str]) -> None:
@@ -44,10 +52,6 @@ class TfdsLabelMaps(Source):
     record = self._records[index]
     maps = {"image": record[self._image_key], "label_map": record[self._label_key]}
     return {**maps, "image_id": index}
-
-  def example_name(self, index: int) -> str:
-    """Returns split and index."""
-    return f"{self.info.name}[{index}]"
 
 
 def find_keys(
@@ -68,15 +72,10 @@ def find_keys(
   return None if found is None else (found, labels)
 
 
-def label_map_decoders(keys: tuple[str, str]) -> dict[str, Any]:
-  """Returns TFDS decoders that leave images and label maps encoded."""
-  return {key: tfds.decode.SkipDecoding() for key in keys}
-
-
 KEYS = ("image", "reference")
 
 
-class TfdsPairs(Source):
+class TfdsPairs(_Split):
   """Split of a dataset of pairs; examples as in `sources/pairs.py`."""
 
   def __init__(self, info: DatasetInfo, records: Any) -> None:
@@ -87,19 +86,10 @@ class TfdsPairs(Source):
     record = self._records[index]
     return {key: record[key] for key in KEYS}
 
-  def example_name(self, index: int) -> str:
-    """Returns split and index."""
-    return f"{self.info.name}[{index}]"
-
 
 def has_pairs(features: Any) -> bool:
   """Returns whether a dataset's images have references."""
   return all(key in features and isinstance(features[key], tfds.features.Image) for key in KEYS)
-
-
-def pair_decoders() -> dict[str, Any]:
-  """Returns TFDS decoders that leave both images encoded."""
-  return {key: tfds.decode.SkipDecoding() for key in KEYS}
 
 
 OBJECTS = {False: "objects", True: "panoptic_objects"}
@@ -123,7 +113,7 @@ class Layout:
   class_ids: tuple[int, ...] | None = None
 
 
-class TfdsObjects(Source):
+class TfdsObjects(_Split):
   """Split of a dataset of objects; examples as in `transforms/detection.py`."""
 
   def __init__(self, info: DatasetInfo, records: Any, layout: Layout) -> None:
@@ -151,10 +141,6 @@ class TfdsObjects(Source):
     if layout.segments is not None:
       example["segment_image"] = record[layout.segments]
     return example
-
-  def example_name(self, index: int) -> str:
-    """Returns split and index."""
-    return f"{self.info.name}[{index}]"
 
 
 def find_layout(features: Any, name: str, *, panoptic: bool) -> tuple[Layout, DatasetInfo]:
@@ -186,12 +172,6 @@ def has_objects(features: Any) -> bool:
   return any(key in features and "bbox" in _inner(features, key) for key in OBJECTS.values())
 
 
-def object_decoders(layout: Layout) -> dict[str, Any]:
-  """Returns TFDS decoders that leave images encoded."""
-  keys = (layout.image, layout.segments)
-  return {key: tfds.decode.SkipDecoding() for key in keys if key is not None}
-
-
 def _in_pixels(boxes: Any, image: bytes) -> np.ndarray:
   """Returns boxes [n 4], left, top, right, bottom in pixels, from relative y, x, y, x."""
   height, width = images.image_size(image)
@@ -207,7 +187,7 @@ def _inner(features: Any, key: str) -> Any:
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
-class TfdsSource(Source):
+class TfdsSource(_Split):
   """Split of a classification dataset.
 
   `label` is an int, or int32 [n] for several labels an image.
@@ -228,12 +208,8 @@ class TfdsSource(Source):
       example["label"] = np.asarray(label, np.int32).reshape(-1) if several else int(label)
     return example
 
-  def example_name(self, index: int) -> str:
-    """Returns split and index."""
-    return f"{self.info.name}[{index}]"
 
-
-class RuledSource(Source):
+class RuledSource(_Split):
   """Split with labels derived from other features by a rule."""
 
   def __init__(self, info: DatasetInfo, records: Any, image_key: str, rule: LabelRule) -> None:
@@ -246,10 +222,6 @@ class RuledSource(Source):
     if self._rule.image_scale != 1:
       image = images.decode_image(image) * np.uint8(self._rule.image_scale)
     return {"image": image, "label": self._rule.label(record)}
-
-  def example_name(self, index: int) -> str:
-    """Returns split and index."""
-    return f"{self.info.name}[{index}]"
 
 
 def open_splits(
@@ -303,18 +275,18 @@ def open_folder(
   if panoptic or (image_key is None and label_key is None and has_objects(features)):
     layout, whole = find_layout(features, name, panoptic=panoptic)
     make = functools.partial(TfdsObjects, layout=layout)
-    decoders = object_decoders(layout)
+    encoded = [key for key in (layout.image, layout.segments) if key is not None]
   elif maps := find_keys(_images(features), image_key, label_key):
     whole, make = DatasetInfo(name, 0), functools.partial(TfdsLabelMaps, keys=maps)
-    decoders = label_map_decoders(maps)
+    encoded = maps
   elif image_key is None and has_pairs(features):
-    whole, make, decoders = DatasetInfo(name, 0), TfdsPairs, pair_decoders()
+    whole, make, encoded = DatasetInfo(name, 0), TfdsPairs, KEYS
   else:
     keys = _keys(features, name, image_key, label_key)
     whole = DatasetInfo(name, 0, *_classes(features, keys[1]))
     make = functools.partial(TfdsSource, keys=keys)
-    decoders = {keys[0]: tfds.decode.SkipDecoding()}
-  return _splits(builder, whole, decoders, make)
+    encoded = [keys[0]]
+  return _splits(builder, whole, encoded, make)
 
 
 def _open_with_rule(
@@ -329,16 +301,17 @@ def _open_with_rule(
     if key not in features:
       raise ValueError(f"{name} has no feature {key!r}, which the label_rule {label_rule!r} reads")
   make = functools.partial(RuledSource, image_key=image_key, rule=rule)
-  decoders = dict.fromkeys(_images(features), tfds.decode.SkipDecoding())
-  return _splits(builder, DatasetInfo(name, 0, rule.num_classes), decoders, make)
+  return _splits(builder, DatasetInfo(name, 0, rule.num_classes), _images(features), make)
 
 
 def _splits(
   builder: Any,
   whole: DatasetInfo,
-  decoders: dict[str, Any],
+  encoded: Sequence[str],
   make: Callable[[DatasetInfo, Any], Source],
 ) -> Splits:
+  """Returns the splits; the features `encoded` are left as stored."""
+  decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())
   return name_validation(
     {
       split: functools.partial(_open_split, builder, split, whole, decoders, make)
