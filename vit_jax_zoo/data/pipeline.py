@@ -167,7 +167,7 @@ def eval_batches(  # noqa: PLR0913
   plan, num_batches = None, -(-len(source) // batch_size)
   if buckets is not None:
     plan = plan_evaluation(source, transforms, buckets, batch_size=batch_size)
-    num_batches = len(plan.rooms)
+    num_batches = len(plan.padded_shapes)
   numbers = grain.MapDataset.range(num_batches * process_count)[process_index::process_count]
   batches = MaskedBatches(loader, local, plan, process_count)
   return EvalBatches(numbers.map(batches), num_workers, num_threads)

@@ -146,13 +146,13 @@ class LoadObjects(Transform):
     """Adds masks and run lengths of the objects that have an outline."""
     example = keep_objects(example, np.array([o is not None for o in outlines], bool))
     outlines = [outline for outline in outlines if outline is not None]
-    masks = None
-    if self.masks or turn != 1:
+    if self.masks:
       masks = orient(decode_outlines(outlines, *stored), turn, (1, 2))
-    if self.masks and masks is not None:
       example["masks"] = np.ascontiguousarray(masks)
     if self.run_lengths is not None:
-      encoded = _encode_outlines(outlines, *stored) if turn == 1 else _encode(masks)
+      encoded = _encode_outlines(outlines, *stored)
+      if turn != 1:
+        encoded = _encode(orient(decode_outlines(outlines, *stored), turn, (1, 2)))
       example["run_lengths"] = _lines(encoded, self.run_lengths)
     return example
 
@@ -435,7 +435,7 @@ def _encode_outlines(outlines: Sequence[Any], height: int, width: int) -> list[d
   return [_encode_outline(outline, height, width) for outline in outlines]
 
 
-def _encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
+def _encode_outline(outline: Any, height: int, width: int) -> Any:
   try:
     if isinstance(outline, dict):
       if tuple(outline["size"]) != (height, width):
@@ -449,15 +449,16 @@ def _encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
     polygons = [polygon for polygon in outline if len(polygon) >= 6]
     if not polygons:
       return _encode(np.zeros((1, height, width), bool))[0]
-    return run_lengths.merge(run_lengths.frPyObjects(polygons, height, width))
+    parts: Any = run_lengths.frPyObjects(polygons, height, width)
+    return run_lengths.merge(parts)
   except (KeyError, TypeError, ValueError, RuntimeError) as error:
     if isinstance(error, CorruptExampleError):
       raise
     raise CorruptExampleError(f"an outline cannot be read ({error})") from error
 
 
-def _encode(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
-  """Returns COCO's compressed run lengths of each mask."""
+def _encode(masks: Bool[np.ndarray, "n h w"]) -> Any:
+  """Returns COCO's compressed run lengths of each mask, a list of dicts."""
   if not len(masks):
     return []
   return run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
