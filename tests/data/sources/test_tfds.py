@@ -112,5 +112,5 @@ def test_packed_folders_keep_validation_by_all_of_its_names(tmp_path):
 
 
 def test_path_that_is_no_dataset(prepared):
-  with pytest.raises(FileNotFoundError, match="give the innermost folder"):
+  with pytest.raises(FileNotFoundError, match="expected the inmost folder"):
     load_source(f"tfds:{prepared}/tiny", "train")
