@@ -289,6 +289,10 @@ class PixelEvaluator(MeanEvaluator):
   where the predictions have them "bigram_nats" of the baseline, "class_loss" and "accuracy".
   """
 
+  scores = (
+    "nats", "bits", "log_likelihood", "images", "bigram_nats", "class_loss", "accuracy",
+  )  # fmt: skip
+
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch.
 
