@@ -90,6 +90,6 @@ def test_levels_are_drawn_where_there_are_any():
   assert isinstance(found.pictures["levels"], Figure)
   assert len(found.pictures["levels"].axes) == 3
   titles = [ax.get_title() for ax in found.pictures["levels"].axes]
-  assert titles == ["from the ring", "kernel 1: 4x5", "kernel 3: 4x5"]
+  assert titles == ["query: ring", "kernel 1: 4x5", "kernel 3: 4x5"]
   with pytest.raises(ValueError, match="--explain"):
     create_predictor(trained("fpt_segmentation_r50_ufp"), explained)
