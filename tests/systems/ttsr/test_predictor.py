@@ -161,9 +161,9 @@ def test_middles_cover_the_picture_once(size, window, reach):
 def test_a_reference_is_an_option_like_others(trained):
   options = Options(reference=smooth(8, 8, 0))
   check_options(create_predictor(trained, options), options)
-  more = dataclasses.replace(options, keep=0.25)
+  more = dataclasses.replace(options, prefix_fraction=0.25)
   predictor = create_predictor(trained, more)
-  with pytest.raises(ValueError, match="--keep means nothing to this model's task"):
+  with pytest.raises(ValueError, match="--prefix_fraction means nothing to this model's task"):
     check_options(predictor, more)
 
 
@@ -200,9 +200,9 @@ def test_a_single_window_goes_on_visibly(monkeypatch):
 
 @pytest.mark.parametrize(
   ("size", "tile", "advice"),
-  [((80, 200), None, "smaller tiles, which take longer, --tile=94, or a smaller reference"),
-   ((80, 200), 80, "--tile=66"), ((80, 200), 60, "try a smaller reference"),
-   ((5, 9), None, "try a smaller reference")],
+  [((80, 200), None, "a smaller tile (slower), --tile=94, or a smaller reference"),
+   ((80, 200), 80, "--tile=66"), ((80, 200), 60, "use a smaller reference"),
+   ((5, 9), None, "use a smaller reference")],
 )  # fmt: skip
 def test_too_little_memory_is_one_line(trained, monkeypatch, size, tile, advice):
   predictor = create_predictor(trained, Options(reference=smooth(12, 8, 0), tile=tile))
