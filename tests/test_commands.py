@@ -110,7 +110,7 @@ def test_predict_enlarges_pictures_with_a_reference(tmp_path):
   [
     ("predict", [], "--model is missing"),
     ("predict", ["--workdir=x"], "--workdir is now --model"),
-    ("predict", ["--model=nowhere", "--images=x.jpg"], "there is no image at x.jpg"),
+    ("predict", ["--model=nowhere", "--images=x.jpg"], "--images=x.jpg"),
     ("predict", [f"--model={WEIGHTS}"], "no images are given"),
     ("predict", [f"--model={WEIGHTS}", "--imagse=x.jpg"], "imagse"),
     ("export", [f"--model={WEIGHTS}", "--format=hf"], "--output is missing"),

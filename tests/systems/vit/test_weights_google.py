@@ -307,7 +307,7 @@ def test_errors_a_user_can_cause(tmp_path):
     load_pretrained(str(other))
   path = tmp_path / "other.npz"
   np.savez(path, a=np.zeros(3))
-  with pytest.raises(WeightsError, match=r"holds no weights of Google's .* begin with a$"):
+  with pytest.raises(WeightsError, match=r"other\.npz .* begin with a$"):
     load_pretrained(str(path))
   with pytest.raises(WeightsError, match="positions for 6 tokens, which is no square"):
     load_pretrained(weights_of("vit_rep_a"))
@@ -315,7 +315,7 @@ def test_errors_a_user_can_cause(tmp_path):
     load_pretrained(weights_of("vit_rep_a"), source_image_size=32)
   with pytest.raises(ValueError, match="field of VisionTransformer 'widht'; did you mean 'width'"):
     load_pretrained(weights_of("vit_a"), widht=3)
-  with pytest.raises(ValueError, match="multiple of 8"):
+  with pytest.raises(ValueError, match=r"image height: 33 .*8"):
     load_pretrained(weights_of("vit_a"), image_size=33)
 
 
