@@ -21,6 +21,7 @@ from vit_jax_zoo.planning.hardware import find_machine, find_topology
 from vit_jax_zoo.planning.plan import Memory, compile_text, device_bytes, make_plan, needed_memory
 from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.planning.search import best, meshes, remat_policies, search
+from vit_jax_zoo.training.sharding import ShardingRuleError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -199,7 +200,7 @@ def test_a_search_takes_the_first_rung_that_fits_and_leaves_out_what_cannot_be(
 
   def fake(config, machine, *, name, overrides):
     if config.sharding.mesh.model == 2:
-      raise ValueError("sharding rule ('a', 'b') cannot apply")
+      raise ShardingRuleError("sharding rule ('a', 'b') cannot apply")
     tried.append((dict(config.sharding.mesh), config.model.remat))
     return dataclasses.replace(plan, fits=config.model.remat == "dots", overrides=overrides)
 
