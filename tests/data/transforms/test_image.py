@@ -8,7 +8,7 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import images, transforms
 from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.data.transforms.image import sample_distorted_box
+from vit_jax_zoo.data.transforms.image import _decode_for, sample_distorted_box
 
 
 def run(specs, image, seed=0, **others):
@@ -139,9 +139,7 @@ class TestRandomResizedCrop:
   )
   def test_decoding_at_a_smaller_scale_shows_the_same_crop(self, box, reduce):
     data = encode(photo(420, 560), quality=95)
-    image, (top, left, height, width) = image_transforms._decode_for(
-      data, (420, 560), box, (30, 40)
-    )
+    image, (top, left, height, width) = _decode_for(data, (420, 560), box, (30, 40))
     assert image.shape[1] == -(-560 // reduce)
     assert top + height <= image.shape[0] <= -(-420 // reduce)
     edges = np.array([top, left, top + height, left + width]) * reduce

@@ -136,7 +136,7 @@ class RandomPairCrop(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomPairTurn(Transform):
-  """Random flips and quarter turns of the five images, the official augmentation.
+  """Random flips and quarter turns of `image` and the other four, the official augmentation.
 
   Horizontal flip, vertical flip and number of quarter turns are uniform, equal for all sizes of the
   image, and independent for the reference.
