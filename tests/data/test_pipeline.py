@@ -255,7 +255,7 @@ class TestErrors:
     ("options", "message"),
     [
       ({"repeats": 3}, "data.train.aug_repeats: 3"),
-      ({"repeats": 0}, "repeats is 0"),
+      ({"repeats": 0}, "data.train.aug_repeats: 0"),
       ({"repeats": 2, "buckets": 2}, "data.train.aug_repeats"),
     ],
   )

@@ -90,7 +90,7 @@ class TestConvert:
       prepare.convert_tfrecord(str(broken), tmp_path)
 
   def test_not_tfrecord(self, prepared, tmp_path):
-    with pytest.raises(SystemExit, match="holds array_record files, expected tfrecord"):
+    with pytest.raises(SystemExit, match="has array_record files, expected tfrecord"):
       prepare.main([f"--from_tfrecord={prepared}/tiny/1.2.0", f"--data_dir={tmp_path}"])
 
 
