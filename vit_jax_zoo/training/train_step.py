@@ -5,6 +5,7 @@ devices, from the shardings with which `compiled_steps` compiles it. A task whos
 optimizers of their own provides another step: `Task.make_train_step`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -120,8 +121,12 @@ def make_train_step(
     updates, opt_state = optimizer.tx.update(grads, state.opt_state[0], state.params)
     params = optax.apply_updates(state.params, updates)
 
-    state = state.replace(
-      step=state.step + 1, params=params, model_state=output.model_state, opt_state=(opt_state,)
+    state = dataclasses.replace(
+      state,
+      step=state.step + 1,
+      params=params,
+      model_state=output.model_state,
+      opt_state=(opt_state,),
     )
     metrics = {**output.metrics, "gradient_norm": Mean.of(optax.tree.norm(grads))}
     return update_ema(state, ema_decay), metrics
@@ -156,12 +161,13 @@ def accumulate(grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[
       rng_of_part = jax.random.fold_in(rng, index)
       (_, output), more = grad_fn(params, model_state, micro_batch, rng_of_part)
       grads = jax.tree.map(jnp.add, grads, more)
-      return (grads, output.model_state), output.replace(model_state=None)
+      return (grads, output.model_state), dataclasses.replace(output, model_state=None)
 
     indices, parts = jnp.arange(num_micro_batches), split_batch(batch, num_micro_batches)
     start = jax.tree.map(jnp.zeros_like, params), model_state
     (grads, model_state), outputs = jax.lax.scan(add, start, (indices, parts))
-    output = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs).replace(model_state=model_state)
+    total = jax.tree.map(lambda x: jnp.sum(x, axis=0), outputs)
+    output = dataclasses.replace(total, model_state=model_state)
     return (output.loss, output), grads
 
   return accumulated
@@ -197,4 +203,4 @@ def update_ema(state: TrainState, decay: float | None) -> TrainState:
     # Constant arrays keep their bits over any number of steps.
     return jnp.where(latest == past, latest, past + (1.0 - decay) * (latest - past))
 
-  return state.replace(ema=jax.tree.map(average, state.ema, state.latest_variables))
+  return dataclasses.replace(state, ema=jax.tree.map(average, state.ema, state.latest_variables))

@@ -51,7 +51,7 @@ def make_train_step(
     for step in steps:
       state, of_group = step(state, batch, normalizers)
       metrics |= of_group
-    return update_ema(state.replace(step=state.step + 1), ema_decay), metrics
+    return update_ema(dataclasses.replace(state, step=state.step + 1), ema_decay), metrics
 
   return train_step
 
@@ -85,8 +85,8 @@ class _Group:
     opt_states = list(state.opt_state)
     opt_states[self.index] = opt_state
     params = group.insert(state.params, own)
-    return state.replace(
-      params=params, model_state=model_state, opt_state=tuple(opt_states)
+    return dataclasses.replace(
+      state, params=params, model_state=model_state, opt_state=tuple(opt_states)
     ), metrics
 
   def update(self, state: TrainState, batch: Batch, normalizers: Any) -> tuple[Any, ...]:
@@ -100,7 +100,7 @@ class _Group:
     def loss_fn(own: Any, model_state: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
       batch, precomputed = batch
       params = group.insert(state.params, optimizer.stop_frozen(own))
-      at = context.replace(rng=rng, precomputed=precomputed)
+      at = dataclasses.replace(context, rng=rng, precomputed=precomputed)
       output = self.task.loss({"params": params, **model_state}, batch, at)
       return output.loss, output
 

@@ -107,9 +107,8 @@ class VisionTransformer(nn.Module):
     _check(self, (images.shape[1], images.shape[2]))
     x = shard_batch(jnp.asarray(images))
     if self.resnet is not None:
-      settings: dict[str, Any] = {"dtype": self.dtype, "remat": self.remat != "none"}
-      settings |= {"scan_layers": self.scan_layers, **self.resnet}
-      x = StandardizedResNet(**settings, name="resnet")(x)
+      shared = {"dtype": self.dtype, "remat": self.remat != "none", "scan_layers": self.scan_layers}
+      x = StandardizedResNet(**{**shared, **self.resnet}, name="resnet")(x)
 
     # Eq. 1: patch embedding, position embedding, class token.
     patch = (self.patch_size, self.patch_size)
@@ -147,7 +146,6 @@ class VisionTransformer(nn.Module):
       features = jnp.mean(patches, axis=1, dtype=jnp.float32).astype(x.dtype)
     features = norm(features) if self.fc_norm else features
     self.sow("intermediates", "pooled", features)
-
     return {"tokens": x, **self._head(features)}
 
   @property
