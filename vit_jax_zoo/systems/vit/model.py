@@ -107,8 +107,7 @@ class VisionTransformer(nn.Module):
     _check(self, (images.shape[1], images.shape[2]))
     x = shard_batch(jnp.asarray(images))
     if self.resnet is not None:
-      shared = {"dtype": self.dtype, "remat": self.remat != "none", "scan_layers": self.scan_layers}
-      x = StandardizedResNet(**{**shared, **self.resnet}, name="resnet")(x)
+      x = StandardizedResNet(**self._resnet_fields(), name="resnet")(x)
 
     # Eq. 1: patch embedding, position embedding, class token.
     patch = (self.patch_size, self.patch_size)
@@ -147,6 +146,10 @@ class VisionTransformer(nn.Module):
     features = norm(features) if self.fc_norm else features
     self.sow("intermediates", "pooled", features)
     return {"tokens": x, **self._head(features)}
+
+  def _resnet_fields(self) -> dict[str, Any]:
+    shared = {"dtype": self.dtype, "remat": self.remat != "none", "scan_layers": self.scan_layers}
+    return {**shared, **(self.resnet or {})}
 
   @property
   def _block(self) -> functools.partial[nn.Module]:
