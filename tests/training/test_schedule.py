@@ -94,7 +94,10 @@ def test_shares_of_the_run():
     ({"name": "cosine", "warm_steps": 1}, "cosine schedule 'warm_steps'; .*'warmup_steps'"),
     ({"name": "linear", "warmup_steps": -1}, "warmup_steps is -1"),
     ({"name": "linear", "warmup_steps": 2.5}, "warmup_steps is 2.5"),
-    ({"name": "linear", "warmup_start": 1.5}, "warmup_start is 1.5; expected a share of the rate"),
+    (
+      {"name": "linear", "warmup_start": 1.5},
+      "warmup_start is 1.5; expected a fraction of the rate",
+    ),
     ({"name": "step"}, "either `boundaries` or `every`"),
     ({"name": "step", "every": 0}, "every >= 1"),
     ({"name": "step", "boundaries": [5, 3]}, "must ascend"),
@@ -120,7 +123,7 @@ def test_a_warm_up_that_never_ends_is_said(caplog, warmup_steps, warns):
   schedule = {"name": "cosine", "warmup_steps": warmup_steps}
   with caplog.at_level("WARNING", logger="absl"):
     create_schedule({"learning_rate": 0.5, "schedule": schedule}, 100)
-  assert ("the run has 100: the learning rate never comes to 0.5" in caplog.text) == warns
+  assert ("in a run of 100: the learning rate does not reach 0.5" in caplog.text) == warns
 
 
 def test_poly_falls_by_a_power_of_what_is_left():

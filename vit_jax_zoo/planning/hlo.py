@@ -1,4 +1,4 @@
-"""Memory and network traffic of a compiled program, from XLA's text.
+"""Memory and network traffic of a compiled program, from its HLO text.
 
 XLA's cost analysis counts the body of a loop once. Here each computation counts as often as it is
 executed: a scan's body once per step; of a conditional, the branch with the most traffic.
@@ -26,12 +26,12 @@ _FREE = frozenset(
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
   )
 )  # fmt: skip
-"""Instructions that move nothing themselves."""
+"""Instructions without memory traffic."""
 
 _WHOLE = (
   "broadcast", "iota", "copy-start", "all-gather-start", "collective-permute-start",
 )  # fmt: skip
-"""Instructions whose result is all that moves: of the last three it holds what is read, too."""
+"""Instructions of which only the result counts; for the last three it includes the bytes read."""
 
 _BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -148,7 +148,7 @@ def parse(text: str) -> Module:
       current = None
     elif current is not None and line.startswith("  ") and " = " in line:
       current.append(line)
-    elif current:  # a kernel's metadata has several lines, some of which begin with "}"
+    elif current:  # the metadata of a kernel spans several lines, some of which begin with "}"
       current[-1] += line
   if entry is None:
     raise ValueError("the text has no ENTRY computation; expected an HLO module as XLA prints it")
@@ -179,7 +179,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-  """Returns where the parenthesis that opens at `opening` closes."""
+  """Returns the index of the parenthesis that closes the one at `opening`."""
   depth = 0
   for i in range(opening, len(text)):
     depth += (text[i] == "(") - (text[i] == ")")
@@ -193,8 +193,8 @@ def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
   """Returns the bytes of all arrays in a shape.
 
   Args:
-    shape: as XLA writes it, a tuple's too.
-    main_memory: leave out arrays that lie elsewhere.
+    shape: array or tuple shape in HLO syntax.
+    main_memory: counts arrays in main memory only.
 
   >>> shape_bytes("(f32[2,3]{1,0}, bf16[8]{0:S(1)})"), shape_bytes("bf16[8]{0:S(1)}",
   ...   main_memory=True)
@@ -232,7 +232,7 @@ def _add(module: Module, name: str, times: int, found: Traffic, *, fused: bool) 
 
 
 _RUNNING = ("while", "call", "async-start")
-"""Instructions whose computations are run as they stand; others' are part of one instruction."""
+"""Instructions whose computations count on their own; those of others are one instruction."""
 
 
 def _add_busiest(module: Module, branches: Sequence[str], times: int, found: Traffic) -> None:
@@ -264,7 +264,7 @@ def _trip_count(module: Module, loop: Instruction) -> int | None:
   root = next((i for i in lines if i.is_root), None)
   if root is None:
     return None
-  # The comparison stands alone, or wrapped into a fusion.
+  # The comparison is an instruction of its own, or within a fusion.
   compared = [root, *(i for name in root.called for i in module.computations.get(name, ()))]
   if not any(i.opcode == "compare" and "direction=LT" in i.rest for i in compared):
     return None
@@ -299,7 +299,7 @@ _SENT: Mapping[str, Callable[[int], float]] = {
   "collective-permute": lambda _: 1.0,
   "collective-broadcast": lambda _: 1.0,
 }
-"""Bytes that one of n devices sends, for each byte of what it gives."""
+"""Bytes that each of n devices sends, per byte of its operand."""
 
 
 def group_size(attributes: str, num_devices: int) -> int:
@@ -374,7 +374,7 @@ def _moved_by_fusion(
 
 
 def _part(user: Instruction, name: str | None) -> float | None:
-  """Returns the bytes that an instruction reads of an operand, None if it reads all of it."""
+  """Returns the bytes that an instruction reads of an operand; None: all of it."""
   if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
     return shape_bytes(user.shape)
   if user.opcode == "dynamic-update-slice" and user.operands[0] == name:

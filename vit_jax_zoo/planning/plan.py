@@ -61,30 +61,30 @@ class Plan:
     config: name of the config.
     overrides: further fields.
     machine: name of the machine.
-    device_kind: as JAX names it.
-    num_devices: in the mesh.
+    device_kind: JAX's name of the devices.
+    num_devices: number of devices in the mesh.
     mesh: devices along each axis.
     remat: remat policy, for models that have one.
-    batch_size: global.
+    batch_size: global batch size.
     accumulation_steps: number of micro-batches.
     num_steps: length of the run.
-    num_examples: in an epoch.
-    batch_shapes: of images, with the fraction of steps; the largest is compiled.
+    num_examples: number of examples per epoch.
+    batch_shapes: fraction of steps and image shape; the largest is compiled.
     fits: whether it compiles with a peak below the device's memory.
     memory: bytes.
     flops: floating-point operations.
     memory_bytes: main-memory traffic; None if it did not compile, like the following.
-    network_bytes: to other devices, by kind of collective.
-    compile_seconds: wall time.
-    compile_cpu_seconds: of this process.
-    optimization_level: of XLA, such as O1; None: its default.
+    network_bytes: traffic to other devices, by kind of collective.
+    compile_seconds: wall time of the compilation.
+    compile_cpu_seconds: CPU time of the compilation.
+    optimization_level: XLA optimization level, such as O1; None: XLA's default.
     roofline: lower bounds in seconds; None if the chip is unknown.
-    step_seconds: lower bound of a mean step, if images have several sizes.
-    epochs_per_day: at that rate.
-    days: to the end of the run at that rate.
+    step_seconds: lower bound of the mean step time over all batch shapes.
+    epochs_per_day: upper bound, from `step_seconds`.
+    days: lower bound of the whole run, from `step_seconds`.
     notes: assumptions of this plan.
-    jax_version: that compiled it.
-    date: of compilation.
+    jax_version: version of JAX that compiled it.
+    date: date of compilation.
   """
 
   config: str
@@ -137,7 +137,7 @@ def make_plan(
     config: complete.
     machine: devices to compile for.
     name: name of the config.
-    overrides: the user's overrides, for the record.
+    overrides: the user's overrides, stored in the plan.
     compile_step: False skips everything that needs the compiler.
 
   Raises:
@@ -185,7 +185,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
   try:
     compiled, text = compile_text(lowered)
   except jax.errors.JaxRuntimeError as error:
-    # XLA's status code, which has no class of its own, begins the message.
+    # XLA's status code is at the start of the message; it has no exception class.
     if not str(error).startswith("RESOURCE_EXHAUSTED"):
       raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
     memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
@@ -260,7 +260,7 @@ def _without_cache() -> Iterator[None]:
   enabled = getattr(jax.config, "jax_enable_compilation_cache", True)
   try:
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX looks at the setting but once
+    compilation_cache.reset_cache()  # JAX reads the setting only once
     yield
   finally:
     jax.config.update("jax_enable_compilation_cache", enabled)
@@ -268,11 +268,11 @@ def _without_cache() -> Iterator[None]:
 
 
 def needed_memory(message: str, memory: Memory) -> float | None:
-  """Returns the bytes that a step would need, None if XLA does not say it.
+  """Returns the bytes that a step would need; None if XLA's message lacks them.
 
   Args:
-    message: what XLA says when a program does not fit: the sum, or its temporaries alone.
-    memory: what the step is given.
+    message: XLA's error for a program that does not fit, with the total or the temporaries.
+    memory: sizes of the step's arguments.
   """
   total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
   if total:
@@ -303,7 +303,7 @@ def _memory(program: Program, machine: Machine, accumulation_steps: int) -> Memo
 
 
 def device_bytes(tree: Any) -> float:
-  """Returns the bytes that one device has of a tree of shapes with shardings."""
+  """Returns the bytes per device of a tree of shapes with shardings."""
   return float(
     sum(
       np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=float) * leaf.dtype.itemsize
@@ -313,7 +313,7 @@ def device_bytes(tree: Any) -> float:
 
 
 def _peak(analysis: Any) -> float:
-  """Returns what must be there at once: arguments, results that are not arguments, temporaries."""
+  """Returns the bytes in use at once: arguments, results not aliased with them, temporaries."""
   results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   held = analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
   return float(held + analysis.generated_code_size_in_bytes)
@@ -323,13 +323,13 @@ def _notes(parts: trainer.Experiment, kinds: list[tuple[float, Any]]) -> list[st
   notes = [parts.train_source.assumption] if parts.train_source.assumption else []
   if level := optimization_level():
     notes.append(
-      f"it runs as it was compiled, with JAX_OPTIMIZATION_LEVEL={level}; at XLA's own level a "
-      "program takes longer to compile, moves fewer bytes, and needs somewhat more or less memory"
+      f"the run also sets JAX_OPTIMIZATION_LEVEL={level}; at XLA's default level, compilation is "
+      "slower, the program moves fewer bytes, and its memory may be larger or smaller"
     )
   if len(kinds) > 1:
     notes.append(
-      f"the largest of {len(kinds)} batch shapes is compiled; a mean step takes time in proportion "
-      "to its pixels"
+      f"the largest of {len(kinds)} batch shapes is compiled; the time of the others is in "
+      "proportion to their pixels"
     )
   return notes
 
@@ -338,7 +338,7 @@ def _loop_notes(moved: hlo.Traffic) -> list[str]:
   if not moved.loops_of_unknown_length:
     return []
   return [
-    f"{moved.loops_of_unknown_length} loop(s) of a length that depends on the data count once"
+    f"{moved.loops_of_unknown_length} loop(s) with a data-dependent length count as one iteration"
   ]
 
 

@@ -1,4 +1,4 @@
-"""A plan in words: a table for people, and the sentence that they were looking for."""
+"""Formats plans as text: the report of one plan, and a table to compare meshes."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ GIB = 2**30
 
 
 def report(plan: Plan) -> str:
-  """Returns everything that is known of a plan, one figure a line."""
+  """Returns all figures of a plan, one per line, and its assumptions."""
   rows = [
     ("config", " ".join((plan.config, *plan.overrides))),
     ("machine", f"{plan.machine}: {plan.num_devices} x {plan.device_kind}, mesh {mesh(plan)}"),
-    ("batch", f"{plan.batch_size} of {_shapes(plan)}, in {plan.accumulation_steps} part(s)"),
+    ("batch", f"{plan.batch_size} of {_shapes(plan)}, {plan.accumulation_steps} micro-batch(es)"),
     ("remat", plan.remat or "-"),
     ("fits", verdict(plan)),
     *_memory_rows(plan.memory),
@@ -25,24 +25,24 @@ def report(plan: Plan) -> str:
   lines = [f"{name:<{width}}  {text}" for name, text in rows]
   notes = [*plan.notes, *(ASSUMPTIONS if plan.roofline else ())]
   if notes:
-    lines += ["", "All of one device and one step, if:", *(f"  * {note}" for note in notes)]
+    lines += ["", "Per device and step, assuming:", *(f"  * {note}" for note in notes)]
   return "\n".join(lines)
 
 
 def verdict(plan: Plan) -> str:
-  """Returns whether it fits, and by how much."""
+  """Returns whether the plan fits into the device's memory, with peak and limit."""
   memory = plan.memory
   if memory.peak is None:
-    return "no: the compiler gives up"
+    return "no: the compiler ran out of memory"
   if memory.limit is None:
-    return f"not known: it needs {gib(memory.peak)}, and what there is the device does not say"
+    return f"unknown: peak {gib(memory.peak)}; the device does not report its memory"
   words = "yes" if plan.fits else "NO"
   return f"{words}: {gib(memory.peak)} of {gib(memory.limit)}"
 
 
 def table(plans: Sequence[Plan]) -> str:
   """Returns one line for each plan, to compare meshes."""
-  head = f"{'mesh':<28} {'remat':<10} {'fits':<4} {'peak':>10} {'step at best':>13}  bound by"
+  head = f"{'mesh':<28} {'remat':<10} {'fits':<4} {'peak':>10} {'min step time':>13}  bound by"
   rows = [
     f"{mesh(p):<28} {p.remat or '-':<10} {'yes' if p.fits else 'no':<4} "
     f"{gib(p.memory.peak):>10} {seconds(p.step_seconds):>13}  "
@@ -53,13 +53,13 @@ def table(plans: Sequence[Plan]) -> str:
 
 
 def mesh(plan: Plan) -> str:
-  """Returns the mesh's axes that have more than one device."""
+  """Returns the sizes of the mesh's axes with more than one device."""
   used = [f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1]
   return " x ".join(used) or "one device"
 
 
 def gib(size: float | None) -> str:
-  """Returns bytes as people read them.
+  """Formats a number of bytes.
 
   >>> gib(1.5 * 2**30), gib(3 * 2**20), gib(None)
   ('1.50 GiB', '3.0 MiB', '-')
@@ -70,7 +70,7 @@ def gib(size: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-  """Returns a time as people read it.
+  """Formats a time in seconds.
 
   >>> seconds(0.0123), seconds(2.5), seconds(None)
   ('12.3 ms', '2.50 s', '-')
@@ -87,6 +87,16 @@ def _count(value: float, unit: str) -> str:
   return f"{value:.0f} {unit}"
 
 
+def _thousands(value: float | None) -> str:
+  return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(days: float | None) -> str:
+  if days is None:
+    return "-"
+  return f"{_thousands(days)} days" if days >= 2 else f"{24 * days:.3g} hours"
+
+
 def _shapes(plan: Plan) -> str:
   texts = ["x".join(map(str, shape)) for _, shape in plan.batch_shapes]
   return texts[0] if len(texts) == 1 else f"{', '.join(texts)} (the largest is compiled)"
@@ -98,8 +108,8 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
     ("  optimizer state", gib(memory.optimizer)),
     ("  other state", gib(memory.other_state)),
     ("  batch", gib(memory.batch)),
-    ("  activations", f"{gib(memory.activations)} kept for the backward pass, before XLA fuses"),
-    ("  temporaries", f"{gib(memory.temporary)}, activations and gradients among them"),
+    ("  activations", f"{gib(memory.activations)} for the backward pass, before fusion by XLA"),
+    ("  temporaries", f"{gib(memory.temporary)}, including activations and gradients"),
     ("  program", gib(memory.code)),
   ]
 
@@ -119,13 +129,13 @@ def _moved_rows(plan: Plan) -> list[tuple[str, str]]:
 def _time_rows(plan: Plan) -> list[tuple[str, str]]:
   least = plan.roofline
   if least is None or plan.step_seconds is None:
-    return [("step at best", "not known: no figures of this device")] if plan.fits else []
+    return [("min step time", "unknown: no peak rates of this device")] if plan.fits else []
   parts = ", ".join(f"{p} {seconds(getattr(least, p))}" for p in ("compute", "memory", "network"))
-  rows = [("step at best", f"{seconds(least.step)} ({parts})")]
+  rows = [("min step time", f"{seconds(least.step)} ({parts})")]
   if plan.step_seconds != least.step:
-    rows.append(("mean step", seconds(plan.step_seconds)))
+    rows.append(("mean step time", seconds(plan.step_seconds)))
   return [
     *rows,
-    ("epochs a day", f"{plan.epochs_per_day:.3g}"),
-    ("days to the end", f"{plan.days:.3g} ({plan.num_steps} steps)"),
+    ("max rate", f"{_thousands(plan.epochs_per_day)} epochs a day"),
+    ("min total time", f"{_duration(plan.days)} in total ({plan.num_steps:,} steps)"),
   ]

@@ -35,13 +35,13 @@ class EvaluationProgram:
   Attributes:
     task: provides init and predict.
     mesh: devices to compile for.
-    left_out: sub-trees that are not created: `task.train_only_collections`, or none.
+    left_out: sub-trees that are not created, such as `task.train_only_collections`.
     abstract_batch: shapes, dtypes and shardings of the global batch for which variables are
       initialised.
-    abstract_variables: the same of parameters and the model's other collections.
-    predict_step: jitted, with shardings.
-    features_step: the same of `task.features`, for tasks that have any.
-    explain_step: the same of `task.explain`, with replicated results.
+    abstract_variables: shapes, dtypes and shardings of parameters and other collections.
+    predict_step: jitted `task.predict`, with shardings.
+    features_step: jitted `task.features`, for tasks that have features.
+    explain_step: jitted `task.explain`, with replicated results.
   """
 
   task: Task
@@ -59,12 +59,12 @@ class EvaluationProgram:
     """Returns the variables before the first step, each device with its own shards.
 
     Args:
-      seed: of all randomness.
+      seed: random seed.
       pretrain: maps the random variables to the initial ones, on the devices or the host. It must
         not keep the random ones: they may be donated.
 
     Raises:
-      ValueError: `pretrain` returns other names or shapes than it was given.
+      ValueError: names or shapes of `pretrain`'s result differ from its argument's.
     """
     abstract = self.abstract_variables
     init = jax.jit(
@@ -283,7 +283,7 @@ def _placed(wanted: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.A
     return fresh
   if np.shape(value) != wanted.shape:
     raise ValueError(f"an initial variable is {np.shape(value)}; expected {wanted.shape}")
-  if isinstance(value, jax.Array):  # a copy: the state is donated, the array is not ours
+  if isinstance(value, jax.Array):  # a copy: the state is donated
     return jax.device_put(value.astype(wanted.dtype), wanted.sharding, may_alias=False)
   array = np.asarray(value, wanted.dtype)
   return jax.make_array_from_callback(array.shape, wanted.sharding, lambda index: array[index])

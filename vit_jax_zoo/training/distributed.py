@@ -76,23 +76,23 @@ def all_gather_objects(value: T) -> list[T]:
   padded[: data.size] = data
   gathered = multihost_utils.process_allgather(padded)
   return [
-    pickle.loads(row[:size].tobytes())  # our own processes wrote it a moment ago
+    pickle.loads(row[:size].tobytes())  # trusted: from processes of this run
     for row, size in zip(np.atleast_2d(gathered), sizes, strict=True)
   ]
 
 
-def check_equal(facts: Callable[[], Mapping[str, Any]]) -> None:
+def check_equal(settings: Callable[[], Mapping[str, Any]]) -> None:
   """Compares settings over all processes.
 
   Args:
-    facts: returns this process's, by name; not called in a run of one process.
+    settings: returns this process's settings by name; not called in a run of one process.
 
   Raises:
     ValueError: a setting differs, which the message names; on all processes.
   """
   if jax.process_count() == 1:
     return
-  first, *others = all_gather_objects(dict(facts()))
+  first, *others = all_gather_objects(dict(settings()))
   for index, other in enumerate(others, start=1):
     for name in (*first, *other):
       if first.get(name) != other.get(name):

@@ -22,9 +22,9 @@ class FeatureEvaluation:
   All features are kept on the host, in float32: images x layers x width numbers.
 
   Scores: those of the probe, see `metrics.feature_probes`. For features by layer they are those of
-  the best layer, "best_layer", selected on a held-out part of the fitted split; also "layer_<i>",
-  the accuracy of each layer, that of each other kind of feature, such as "pixels", and a figure of
-  accuracy against depth.
+  the best layer, "best_layer", selected on a held-out part of the fitted split; further scores are
+  the accuracy of each layer, "layer_<i>", and of each other kind of feature, such as "pixels". A
+  figure plots accuracy against depth.
 
   Attributes:
     features_step: compiled `task.features`, see `compile_predict_step`; `layers` [b l d] are

@@ -55,8 +55,8 @@ class EventFile:
 
     Args:
       workdir: its directory.
-      number: number of files before it: TensorBoard reads files in the order of their names, and
-        two may be of the same second.
+      number: number of earlier files: TensorBoard reads files in the order of their names, and two
+        may be created within the same second.
       purge_step: TensorBoard drops this and later steps of the files before this one.
     """
     name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number:04d}"
@@ -165,7 +165,7 @@ class MetricWriter:
     self._submit(self._write_hparams, dict(_flatten(hparams)))
 
   def flush(self) -> None:
-    """Writes everything to disk; call it before a checkpoint, so that no row can be missing.
+    """Writes everything to disk. Call it before a checkpoint, so that the log is never behind it.
 
     Raises:
       OSError: the disk is full, now or in an earlier write.
@@ -288,7 +288,7 @@ def _read_lines(path: epath.Path | pathlib.Path) -> list[str]:
 
 
 def _truncate(path: pathlib.Path, last_step: int) -> None:
-  """Removes the rows of steps after `last_step`, and a last row that a kill cut short."""
+  """Removes the rows of steps after `last_step`, and an incomplete last row."""
   if not path.exists():
     return
   kept = [line for line in _read_lines(path) if _step_of(line) <= last_step]

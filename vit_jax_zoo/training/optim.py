@@ -2,19 +2,19 @@
 
 One update, with gradients g, parameters p, the learning rate B s(t) (base B, schedule's shape s):
 
-1. gradients of frozen parameters are left out; the others are clipped to a global norm;
+1. gradients of frozen parameters are dropped; the others are clipped to a global norm;
 2. weight decay of mode "l2" adds d p to g: the gradient of d |p|^2 / 2;
 3. the optimizer turns g into a direction u;
-4. weight decay of mode "decoupled" adds d p to u (AdamW, arXiv:1711.05101, as optax and torch
-   have it: the learning rate scales the decay);
+4. weight decay of mode "decoupled" adds d p to u (AdamW, arXiv:1711.05101, as in optax and torch:
+   the learning rate scales the decay);
 5. p moves by -B s(t) m u, where m is the parameter's own multiplier;
 6. weight decay of mode "fully_decoupled" moves p by a further -s(t) d p: neither base rate nor
-   multiplier scale it. This is what the AugReg and ViT-S recipes use (arXiv:2106.10270,
+   multiplier scale it. The AugReg and ViT-S recipes use this mode (arXiv:2106.10270,
    arXiv:2205.01580); their 1e-4 at a rate of 1e-3 equals 0.1 of mode "decoupled".
 
-Which parameters decay: those of two or more dimensions that are not called `bias` or `scale`. The
-layer axis that scanned blocks put in front (".../blocks/attention/...") is not counted. Attention
-biases of shape [heads, head_dim] do not decay, embeddings, class tokens and kernels do.
+Parameters with two or more dimensions decay, except those named `bias` or `scale`. The leading
+layer axis of scanned blocks (".../blocks/attention/...") is not counted. Attention biases of shape
+[heads, head_dim] do not decay; embeddings, class tokens and kernels do.
 """
 
 import dataclasses
@@ -50,14 +50,14 @@ def scale_by_adam(
 ) -> optax.GradientTransformation:
   """Returns Adam's direction. Kingma & Ba, arXiv:1412.6980, algorithm 1.
 
-  The state is optax's, and so is the meaning of the arguments; see `optax.scale_by_adam`.
+  State and arguments are those of `optax.scale_by_adam`.
 
   Args:
-    b1: share of the old mean of gradients that a step keeps, in [0, 1).
-    b2: share of the old mean of squared gradients, in [0, 1).
+    b1: decay of the mean of gradients, in [0, 1).
+    b2: decay of the mean of squared gradients, in [0, 1).
     eps: added to the root.
-    mu_dtype: of the mean of gradients in the state; that of the parameters if None.
-    nesterov: looks one step ahead (NAdam).
+    mu_dtype: dtype of the mean of gradients; None: that of the parameters.
+    nesterov: Nesterov momentum (NAdam).
   """
 
   def init(params: Any) -> optax.ScaleByAdamState:
@@ -85,7 +85,7 @@ def scale_by_adam(
 
 
 def _correction(decay: float, count: jax.Array) -> jax.Array | float:
-  """Returns 1 - decay^count to the last digit: the logarithm is taken in float64."""
+  """Returns 1 - decay^count, accurate to the last digit: the logarithm is computed in float64."""
   return -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else 1.0
 
 
@@ -102,10 +102,10 @@ class Optimizer:
   """Gradient transformation, learning-rate schedule and mask of frozen parameters.
 
   Attributes:
-    tx: `init(params)` and `update(grads, opt_state, params)`. State trees are shaped like the
-      parameters, with nothing at frozen ones.
-    schedule: the learning rate in the training step numbered `step`, from 0; 0 before `begin_step`.
-    frozen: a tree like the parameters, True where they are constant.
+    tx: `init(params)` and `update(grads, opt_state, params)`. State trees have the structure of the
+      parameters, without the frozen ones.
+    schedule: learning rate by training step, from 0; it is 0 before `begin_step`.
+    frozen: tree with the structure of the parameters; True for frozen ones.
   """
 
   tx: optax.GradientTransformation
@@ -124,7 +124,7 @@ def create_optimizer(
   begin_step: int = 0,
   updates_per_step: int = 1,
 ) -> Optimizer:
-  """Returns the optimizer that a config describes.
+  """Creates an optimizer from its config.
 
   Args:
     config: `name` (see `list_optimizers`), `learning_rate`; optionally `schedule` (see
@@ -132,14 +132,14 @@ def create_optimizer(
       "fully_decoupled" for adafactor, else "decoupled"), `clip_norm` (None), `rules`, and fields of
       the named optimizer (`b1`, `momentum`, `mu_dtype`, ...). `rules` is a sequence of (pattern,
       dict): the pattern is matched with the whole "/"-joined path of each parameter, and the dict
-      sets `learning_rate` (a multiplier), `weight_decay` (a multiplier, for parameters that
-      otherwise don't decay as well) or `frozen` (a bool). For each of the three, the first matching
-      rule that sets it wins.
-    abstract_params: nested dict of arrays or their shapes: the parameters of one group.
+      sets `learning_rate` (a multiplier), `weight_decay` (a multiplier, also for parameters that
+      do not decay by default) or `frozen` (a bool). For each of the three, the first matching rule
+      that sets it applies.
+    abstract_params: nested dict of the arrays or shapes of one group's parameters.
     num_steps: training steps of the whole run.
-    begin_step: the first training step with an update. The caller does not call `update` before
-      it; the schedule starts there, so that a warm-up is not missed, and ends with the run.
-    updates_per_step: calls of `update` in each training step.
+    begin_step: first training step with an update. The caller does not call `update` before it; the
+      schedule starts there, with its warm-up, and ends with the run.
+    updates_per_step: number of calls of `update` per training step.
 
   Raises:
     ValueError: an unknown name or field, a rule that matches no parameter, all parameters frozen.
@@ -155,7 +155,7 @@ def create_optimizer(
   flat = traverse_util.flatten_dict(plain(abstract_params), sep="/")
   settings = _settings_of(flat, _plain_rules(fields.get("rules") or ()))
   if all(setting.frozen for setting in settings.values()):
-    raise ValueError("the optimizer's rules freeze every parameter; leave one to train")
+    raise ValueError("optimizer.rules: they freeze every parameter; expected one to train")
   own_steps = max(num_steps - begin_step, 1)
   schedule = create_schedule(fields, own_steps)
   chain = _chain(fields, core, settings, lambda count: schedule(count // updates_per_step))
@@ -165,18 +165,18 @@ def create_optimizer(
   return Optimizer(tx, _delayed(schedule, begin_step), frozen)
 
 
-# Minus zero: adding it keeps the bits of every parameter, those of -0.0 too.
+# Adding minus zero keeps the bits of every parameter, including -0.0.
 _NO_UPDATE = optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.full_like(g, -0.0), grads))
 
 
 def optimizer_fields(name: str) -> list[str]:
-  """Returns the fields that the config of an optimizer may have; the common ones if unknown."""
+  """Returns the config fields of an optimizer; only the common ones if its name is unknown."""
   own = fields_of(_CORES[name]) if name in _CORES else []
   return [*_FIELDS, *own]
 
 
 def list_optimizers() -> list[str]:
-  """Returns the known names."""
+  """Returns the names of the optimizers."""
   return sorted(_CORES)
 
 
@@ -188,7 +188,7 @@ def _delayed(schedule: Schedule, begin_step: int) -> Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class _Core:
-  """A named optimizer: what turns gradients into a direction, before and after weight decay."""
+  """Gradient transformations of a named optimizer, before and after weight decay."""
 
   direction: optax.GradientTransformation
   decay_mode: str
@@ -209,7 +209,7 @@ def _create_core(fields: Mapping[str, Any]) -> _Core:
 
 
 def _as_dtype(field: str, value: Any) -> Any:
-  """Turns the name of a dtype, as configs have it, into the dtype."""
+  """Converts a config's dtype name to the dtype."""
   return jnp.dtype(value) if field.endswith("dtype") and value is not None else value
 
 
@@ -255,9 +255,9 @@ def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
   momentum_dtype: Any = jnp.bfloat16,
   eps: Number = 1e-30,
 ) -> _Core:
-  """Adafactor as Scaling Vision Transformers has it (arXiv:2106.04560, section 3.4).
+  """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4).
 
-  A bfloat16 momentum, a capped second-moment decay, no scaling by the parameter. The original
+  bfloat16 momentum, capped second-moment decay, no scaling by the parameter. The original
   (arXiv:1804.04235, and optax's defaults): beta2_cap=1, min_dim_size_to_factor=128,
   clipping_threshold=1, multiply_by_parameter_scale=True, momentum=None.
   """
@@ -294,7 +294,7 @@ _CORES: dict[str, Callable[..., _Core]] = {
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-  """What the rules say of one parameter: two multipliers and a flag."""
+  """Settings of one parameter after the rules: two multipliers and a flag."""
 
   learning_rate: Number
   weight_decay: Number
@@ -302,7 +302,7 @@ class _Setting:
 
 
 def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
-  """Checks the form of the rules."""
+  """Returns the rules as pairs of pattern and dict, after checks."""
   found = []
   for rule in rules:
     if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
@@ -336,14 +336,14 @@ def _settings_of(
 
 def _setting_of(path: str, ndim: int, rules: Sequence[tuple[str, Mapping[str, Any]]]) -> _Setting:
   setting = _Setting(learning_rate=1.0, weight_decay=float(_decays(path, ndim)), frozen=False)
-  for pattern, fields in reversed(rules):  # so that the first has the last word
+  for pattern, fields in reversed(rules):  # so that the first rule overrides the others
     if re.fullmatch(pattern, path):
       setting = dataclasses.replace(setting, **fields)
   return setting
 
 
 def _decays(path: str, ndim: int) -> bool:
-  """Whether a parameter decays unless a rule says otherwise."""
+  """Returns whether a parameter decays by default."""
   *parents, name = path.split("/")
   inside = parents[parents.index("blocks") + 1 :] if "blocks" in parents else ["0"]
   scanned = not (inside and inside[0].isdigit())
@@ -360,7 +360,7 @@ def _chain(
   settings: Mapping[str, _Setting],
   schedule: Schedule,
 ) -> optax.GradientTransformation:
-  """Puts together steps 1 to 6 of the module's docstring, for the parameters that are trained."""
+  """Returns steps 1 to 6 of the module's docstring, for the parameters that are trained."""
   mode = fields.get("weight_decay_mode") or core.decay_mode
   if mode not in _DECAY_MODES:
     raise ValueError(unknown_name("weight_decay_mode", str(mode), _DECAY_MODES))
@@ -384,7 +384,7 @@ def _chain(
 
 
 def _masked_tree(settings: Mapping[str, _Setting], value: Callable[[_Setting], float]) -> Any:
-  """A tree as `optax.masked` hands it on: with an empty node in place of each frozen parameter."""
+  """Returns a tree as `optax.masked` passes it on: an empty node for each frozen parameter."""
   return _tree(settings, lambda s: optax.MaskedNode() if s.frozen else value(s))
 
 

@@ -1,7 +1,7 @@
 """Throughput, MFU, time to completion, and the host's time by activity.
 
-Steps run on the devices asynchronously. Rates are therefore measured from one report to the next,
-when the loop has waited for the metrics of the last step, and never around a single call.
+Steps run asynchronously on the devices. Rates are therefore measured between reports, after the
+loop has waited for the metrics of the last step, and never around a single call.
 """
 
 import contextlib
@@ -54,14 +54,14 @@ PEAK_FLOPS: dict[str, float] = {
 }
 """Peak dense bfloat16 FLOP/s of a JAX device (float16 for V100 and T4, which lack bfloat16).
 
-The longest name that stands in `device.device_kind` as words of their own counts: an "L40" is no
-"L4". From the vendors' data sheets; a TPU v2, v3 or 7x chip is two JAX devices, with half of the
-chip's peak each.
+A device matches the longest name that `device.device_kind` contains as whole words: "L40" does not
+match "L4". From the vendors' data sheets; a TPU v2, v3 or 7x chip is two JAX devices, with half of
+the chip's peak each.
 """
 
 
 def peak_flops(device_kind: str) -> float | None:
-  """Returns the peak dense bfloat16 FLOP/s of a device, or None if it is not known (a CPU's).
+  """Returns the peak dense bfloat16 FLOP/s of a device, or None if unknown (CPUs).
 
   >>> peak_flops("NVIDIA H100 80GB HBM3")
   989000000000000.0
@@ -160,8 +160,8 @@ class Progress:
 
     Returns:
       `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `time_as`
-      (shares of the time, 0 to 1), `mfu` (model FLOP utilisation, 0 to 1) where FLOPs and the
-      device's peak are known. Empty if no step has been completed since.
+      (fractions of the time), `mfu` (model FLOP utilisation, 0 to 1) if FLOPs and the
+      device's peak are known. Empty if no step was completed since.
     """
     steps = step - self._step
     seconds = self._clock() - self._begin - self._excluded

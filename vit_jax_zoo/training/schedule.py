@@ -1,9 +1,9 @@
-"""Learning rates over time, by name.
+"""Learning-rate schedules by name, with warm-up and cool-down.
 
-A schedule is a function of the number t of updates already made: the first update of a run uses
-`schedule(0)`, which is 0 when there is a warm-up, unless `warmup_start`, f, has it begin at that
-share of the rate. With w warm-up steps, T steps in all, the progress p =
-clip((t - w) / (T - w), 0, 1), base rate B and end value E:
+A schedule is a function of the number t of completed updates: the first update of a run uses
+`schedule(0)`. A warm-up starts at the fraction f = `warmup_start` of the rate, 0 by default. With w
+warm-up steps, T steps in total, the progress p = clip((t - w) / (T - w), 0, 1), base rate B and end
+value E:
 
 | name     | learning rate                                                        |
 |----------|----------------------------------------------------------------------|
@@ -14,11 +14,11 @@ clip((t - w) / (T - w), 0, 1), base rate B and end value E:
 | rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
 | step     | B times the factors of all boundaries <= t; or B factor^floor(t / every) |
 
-times the warm-up min(1, f + (1 - f) t / w). `constant` and `rsqrt` may end with a cool-down: over
-the last c steps a straight line leads to E. Linear and cosine agree with the code of the ViT paper
+times the warm-up min(1, f + (1 - f) t / w). `constant` and `rsqrt` may end with a cool-down: linear
+to E over the last c steps. Linear and cosine are those of the ViT paper's code
 (`create_learning_rate_schedule` in google-research/vision_transformer).
 
-Every count of steps may be given as an int, or as a float below 1: that share of all steps.
+Numbers of steps are ints, or floats below 1: that fraction of all steps.
 """
 
 import functools
@@ -37,7 +37,7 @@ from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.training.distributed import is_primary
 
 Schedule: TypeAlias = Callable[[Any], Float[Array, ""]]
-"""From the number of updates made to the learning rate of the next one; int or traced array."""
+"""Number of completed updates, int or traced array -> learning rate of the next update."""
 
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
 Number: TypeAlias = int | float
@@ -45,15 +45,15 @@ Steps: TypeAlias = Number
 
 
 def create_schedule(config: Config, num_steps: int) -> Schedule:
-  """Returns the learning rate as a function of the number of updates made.
+  """Creates a schedule from an optimizer's config.
 
   Args:
-    config: `learning_rate`, the base rate; `schedule` (constant, if left out), its `name` and the
-      name's own fields; other entries are not looked at: it may be a whole optimizer config.
-    num_steps: the length of the run; afterwards the rate stays where it ended.
+    config: `learning_rate`, the base rate; `schedule`, its `name` and fields, constant by default;
+      other entries are ignored.
+    num_steps: length of the run; the rate is constant afterwards.
 
   Raises:
-    ValueError: an unknown name or field, or a value that makes no sense.
+    ValueError: an unknown name or field, or an invalid value.
 
   >>> config = dict(learning_rate=0.1, schedule=dict(name="cosine", warmup_steps=10))
   >>> float(create_schedule(config, 100)(5))
@@ -67,15 +67,15 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   warmup_steps = count_steps("warmup_steps", fields.pop("warmup_steps", 0), num_steps)
   if warmup_steps >= num_steps and is_primary():
     logging.warning(
-      "the warm-up takes %d steps and the run has %d: the learning rate never comes to %g; "
-      "lower schedule.warmup_steps, or make it a share of all steps, such as 0.05",
+      "schedule.warmup_steps: %d steps in a run of %d: the learning rate does not reach %g; "
+      "lower it, or give a fraction of all steps, such as 0.05",
       warmup_steps,
       num_steps,
       base,
     )
   start = _positive_or_zero("warmup_start", fields.pop("warmup_start", 0.0))
   if start > 1:
-    raise ValueError(f"warmup_start is {start}; expected a share of the rate, from 0 to 1")
+    raise ValueError(f"warmup_start is {start}; expected a fraction of the rate, in [0, 1]")
   make = _SCHEDULES[name]
   known = [*fields_of(make), "warmup_steps", "warmup_start", "name"]
   check_names(f"field of the {name} schedule", fields, known)
@@ -92,21 +92,23 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
 
 
 def count_steps(field: str, steps: Steps, num_steps: int) -> int:
-  """Turns a share of all steps (a float below 1) into a count, and checks a count."""
+  """Returns a number of steps, from a number or a fraction of all steps (a float below 1)."""
   if isinstance(steps, float) and 0 <= steps < 1:
     return round(steps * num_steps)
   if isinstance(steps, bool) or steps != int(steps) or steps < 0:
-    raise ValueError(f"{field} is {steps}; give a number of steps >= 0, or a share of all below 1")
+    raise ValueError(
+      f"{field} is {steps}; expected a number of steps >= 0, or a fraction of all steps below 1"
+    )
   return int(steps)
 
 
 def plain(config: Config) -> dict[str, Any]:
-  """Returns the entries of a mapping or ConfigDict as a dict of its own."""
+  """Returns a mapping or ConfigDict as a new dict."""
   return config.to_dict() if isinstance(config, ConfigDict) else dict(config)
 
 
 def fields_of(make: Callable[..., Any]) -> list[str]:
-  """Returns the names of the arguments that have defaults: those a config may set."""
+  """Returns the names of the arguments with defaults, which a config may set."""
   parameters = inspect.signature(make).parameters.values()
   return [p.name for p in parameters if p.default is not inspect.Parameter.empty]
 
@@ -206,7 +208,7 @@ def _staircase(
 
 
 def _progress(step: jax.Array, num_steps: int, warmup: int) -> jax.Array:
-  """The share of the way from the end of the warm-up to the end of the run."""
+  """Returns the fraction of steps completed between the warm-up and the end of the run."""
   return jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
 
 
