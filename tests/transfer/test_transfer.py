@@ -202,7 +202,7 @@ def test_what_cannot_be_asked_is_one_line(digits, tmp_path):
     Request(())
   with pytest.raises(ValueError, match="unknown data for few_shot 'cifar'; did you mean"):
     list(run_suites(Request(("few_shot",), ("cifar",)), digits))
-  with pytest.raises(ValueError, match="vtab has its own 19 tasks, and demo:digits is none"):
+  with pytest.raises(ValueError, match="demo:digits: not one of vtab's 19 tasks"):
     list(run_suites(Request(("vtab",), ("demo:digits",)), digits))
   with pytest.raises(ValueError, match="batch_size is 0; expected a whole number"):
     Extractor(digits._trained, LoaderOptions(batch_size=0))

@@ -218,7 +218,7 @@ def test_pickles_are_read_as_arrays_and_nothing_of_them_is_run(tmp_path):
       "a": [0, 1, 2]
     }
   (tmp_path / "trap.pkl").write_bytes(pickle.dumps({"a": Trap()}))
-  with pytest.raises(WeightsError, match=r"with code in it: it asks for .*; nothing"):
+  with pytest.raises(WeightsError, match=r"with code in it: it requests .*; nothing"):
     pickled_arrays.read_pickle(str(tmp_path / "trap.pkl"))
   assert not (tmp_path / "ran").exists()
   (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"a": np.arange(99.0)})[:90])

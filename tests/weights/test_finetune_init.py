@@ -79,7 +79,7 @@ def test_another_width_is_listed_with_all_that_does_not_fit():
   source["params"]["more"] = np.zeros(2, np.float32)
   with pytest.raises(ValueError, match="the weights of a run do not fit") as error:
     adapt(source, model, "a run")
-  for part in ("table has shape (1, 10, 5), and (1, 37, 3) is wanted", "more has no place"):
+  for part in ("table has shape (1, 10, 5); expected (1, 37, 3)", "more has no place"):
     assert part in str(error.value)
 
 

@@ -270,9 +270,7 @@ def test_objects_in_an_archive_are_not_unpickled(tmp_path):
       return (tmp_path.joinpath("ran").touch, ())
 
   np.savez(tmp_path / "trap.npz", **{"embedding/kernel": np.array([Trap()], dtype=object)})
-  with pytest.raises(
-    WeightsError, match="holds more than arrays of numbers; nothing of it was run"
-  ):
+  with pytest.raises(WeightsError, match="holds more than arrays of numbers; nothing was executed"):
     load_pretrained(str(tmp_path / "trap.npz"))
   assert not (tmp_path / "ran").exists()
 

@@ -143,5 +143,5 @@ def test_the_catalog_is_sound():
     assert (entry.score == "–") == (entry.source == "–"), name
   with pytest.raises(WeightsError, match="did you mean the published vit_b16_imagenet21k"):
     load_pretrained("vit_b16_imagenet_21k")
-  with pytest.raises(WeightsError, match=r"x/ViT-L_16\.npz; .* say vit_l16"):
+  with pytest.raises(WeightsError, match=r"x/ViT-L_16\.npz; .* give vit_l16"):
     load_pretrained("x/ViT-L_16.npz")

@@ -267,7 +267,7 @@ def test_torch_files_that_are_not_whole(tmp_path):
   torch.save({"a": torch.ones(1000)}, tmp_path / "x.pth")
   content = (tmp_path / "x.pth").read_bytes()
   (tmp_path / "x.pth").write_bytes(content[: len(content) // 2])
-  with pytest.raises(WeightsError, match="truncated, or no file of PyTorch's") as error:
+  with pytest.raises(WeightsError, match="truncated, or no PyTorch file") as error:
     load_pretrained(str(tmp_path / "x.pth"))
   assert "\n" not in str(error.value)
   torch.save({"epoch": 3}, tmp_path / "y.pth")

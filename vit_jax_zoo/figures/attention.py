@@ -241,7 +241,7 @@ def draw_position_similarity(
 def draw_mosaic(
   ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **shown_with: Any
 ) -> AxesImage:
-  """Draws tiles in rows and columns as one image, since a hundred axes take seconds.
+  """Draws tiles in rows and columns as one image: a hundred axes would take seconds.
 
   Ticks are at the middle of each row and column.
 

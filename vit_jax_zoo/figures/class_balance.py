@@ -11,10 +11,10 @@ from vit_jax_zoo.errors import shorten
 from vit_jax_zoo.figures.canvas import QUIET
 
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-"""Of the splits in order; from Okabe and Ito's palette, told apart by every kind of eye."""
+"""Colours of the splits in order, from Okabe and Ito's palette, safe for colour blindness."""
 
 MAX_NAMED = 40
-"""With more classes, they are sorted by size and not named."""
+"""More classes are sorted by size and not named."""
 
 
 def draw_class_balance(
@@ -34,7 +34,7 @@ def draw_class_balance(
     ValueError: there is no split.
   """
   if not counts:
-    raise ValueError("there is no split to draw; give the counts of one at least")
+    raise ValueError("counts: no split to draw; expected at least one")
   first = np.asarray(next(iter(counts.values())))
   named = len(first) <= MAX_NAMED
   order = np.arange(len(first)) if named else np.argsort(-first, kind="stable")
@@ -76,7 +76,7 @@ def _draw_bars(
     color = COLORS[i % len(COLORS)]
     if len(order) <= MAX_NAMED:
       ax.barh(places, widths, left=left, height=0.72, color=color, label=split)
-    else:  # thousands of single bars would take minutes
+    else:  # thousands of bars would take minutes
       ax.fill_betweenx(
         places, left, left + widths, step="mid", color=color, linewidth=0, label=split
       )

@@ -85,7 +85,7 @@ def draw_predictions(
     )
     if not correct[i]:
       truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
-      below = shorten(f"is {truth}", int(13 * cell))
+      below = shorten(f"true: {truth}", int(13 * cell))
       ax.annotate(
         below, (0.5, 0), (0, -18), "axes fraction", "offset points", ha="center", va="top",
         fontsize=8.5,
@@ -133,9 +133,9 @@ def draw_confusion(
   *,
   title: str = "Confusion matrix",
 ) -> Figure:
-  """Draws how often class i (row) was predicted as class j (column), as a fraction of the row.
+  """Draws a confusion matrix: row i, column j is the fraction of class i predicted as class j.
 
-  Up to 20 classes the counts are written into the cells, up to 60 the classes beside them.
+  Cells show counts up to 20 classes; axes show class names up to 60.
   """
   classes = len(matrix)
   shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -178,7 +178,7 @@ def _label_classes(ax: Axes, names: Sequence[str]) -> None:
 
 
 def _cell_size(images: Num[np.ndarray, "b h w c"]) -> float:
-  """Returns the side of a cell in inches: photos need more than digits."""
+  """Returns the side of a cell in inches; larger for larger images."""
   return 1.45 if max(images.shape[1:3]) < SMALL else 2.0
 
 

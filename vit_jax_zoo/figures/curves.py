@@ -22,7 +22,7 @@ def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Fig
   for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
     parts = sorted({key for row in rows for key in row if key.partition("/")[2] == name})
     if not parts:
-      raise ValueError(f"no metric of the run is called {name!r}")
+      raise ValueError(f"no metric {name!r} in the run")
     for part, color in zip(reversed(parts), COLORS, strict=False):
       points = [(row["step"], row[part]) for row in rows if part in row]
       label = part.partition("/")[0]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 COLORS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which every kind of colour blindness tells apart."""
+"""Okabe and Ito's palette, safe for colour blindness."""
 
 GRID = "#E2E2E2"
 
@@ -39,15 +39,15 @@ def draw_accuracies(
   bars = ax.barh(range(len(names)), percent, color=colors, height=0.72)
   ax.bar_label(bars, [f"{value:.1f}" for value in percent], padding=4, fontsize=9)
   ax.set_yticks(range(len(names)), names)
-  ax.set_ylim(max(len(names), 2) - 0.4, -0.6)  # from the top, and one bar no thicker than many
+  ax.set_ylim(max(len(names), 2) - 0.4, -0.6)  # from the top; a single bar is not thicker
   ax.set_xlim(0, 108)
   ax.set_xlabel("test accuracy, %")
   overall = f", mean {100 * means['mean']:.1f} %" if "mean" in means else ""
   ax.set_title(f"{title}{overall}", loc="left", weight="bold")
   if kinds:
-    said = [f"{kind} {100 * means[kind]:.1f}" if kind in means else kind for kind in kinds]
+    labels = [f"{kind} {100 * means[kind]:.1f}" if kind in means else kind for kind in kinds]
     handles = [Patch(color=COLORS[i]) for i in range(len(kinds))]
-    figure.legend(handles, said, loc="outside lower center", ncols=len(kinds), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds), frameon=False)
   _clean(ax, "x")
   return figure
 
@@ -59,7 +59,7 @@ def draw_shots(
 
   Args:
     curves: by dataset: numbers of shots, accuracies in [0, 1], and their standard deviations
-      over the choices of images.
+      over the samples of images.
     title: of the figure.
   """
   figure = Figure(figsize=(7.4, 4.4), dpi=110, layout="constrained")
@@ -83,7 +83,7 @@ def draw_shots(
   ax.margins(x=0.08, y=0.15)
   bottom, top = ax.get_ylim()
   ax.set_ylim(max(bottom, -2), min(top, 107))
-  ax.set_xlabel("images of each class to learn from")
+  ax.set_xlabel("training images per class")
   ax.set_ylabel("test accuracy, %")
   ax.set_title(title, loc="left", weight="bold")
   if len(curves) > 1:

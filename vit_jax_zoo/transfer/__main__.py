@@ -6,14 +6,14 @@ r"""Evaluates a model's features, or its classes, on other datasets.
     python -m vit_jax_zoo.transfer --model=runs/igpt_xl_imagenet --suite=linear_sgd \
       --data=imagenet2012 --concatenate=5
 
-`--model` is a run, a published file or folder, or a published name; images are preprocessed as in
-its own evaluation. Suites share the features of a dataset.
+`--model` is a run's workdir, a published file or folder, or a published name; images are
+preprocessed as in its own evaluation. Suites share the features of a dataset.
 
 | suite                    | evaluation                                                           |
 |--------------------------|----------------------------------------------------------------------|
 | few_shot                 | ridge regression on 1, 5, 10, 25 images per class, three draws       |
 | linear                   | logistic regression by L-BFGS (iGPT's for CIFAR and STL-10)          |
-| linear_sgd               | the same by SGD (iGPT's for ImageNet)                                |
+| linear_sgd               | logistic regression by SGD (iGPT's for ImageNet)                     |
 | knn                      | k nearest neighbours                                                 |
 | vtab                     | VTAB-1k's 19 tasks, 800 + 200 images each, linear on frozen features |
 | imagenet, real, v2, a, r | an ImageNet classifier on the validation images, their ReaL labels,  |
@@ -24,7 +24,7 @@ Datasets that are not prepared are reported with the command that prepares them,
 VTAB paper's scores are of fine-tuned models: linear ones are lower. Not yet run on these datasets;
 tested on the embedded ones.
 
-`--output` then holds `transfer.json` and a figure per suite.
+`transfer.json` and a figure per suite are written to `--output`.
 """
 
 import pathlib
@@ -64,20 +64,22 @@ TITLES = {
 
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
-  flags.DEFINE_string("model", None, "a run, or a published file, folder or name")
-  flags.DEFINE_list("suite", [], f"of {', '.join(SUITES)}")
-  flags.DEFINE_list("data", [], "sources, or names of the suite's data; all of these by default")
-  flags.DEFINE_string("data_dir", None, "where TFDS's data lie")
-  flags.DEFINE_string("fit_split", "train", "what is learned from, of the sources in --data")
-  flags.DEFINE_string("test_split", "test", "what is scored, of these")
-  flags.DEFINE_string("output", "transfer", "the folder to write to")
-  flags.DEFINE_integer("image_size", None, "another side of images; positions resized")
-  flags.DEFINE_integer("batch_size", LoaderOptions.batch_size, "images at a time")
-  flags.DEFINE_integer("num_workers", LoaderOptions.num_workers, "processes that read images")
-  flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do without an image")
-  flags.DEFINE_integer("sgd_epochs", None, "passes of linear_sgd over the images")
-  flags.DEFINE_integer("concatenate", 0, "probe so many layers around the best together, as well")
-  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
+  flags.DEFINE_string("model", None, "a run's workdir, or a published file, folder or name")
+  flags.DEFINE_list("suite", [], f"suites: {', '.join(SUITES)}")
+  flags.DEFINE_list("data", [], "sources, or datasets of the suite; default: all of the suite's")
+  flags.DEFINE_string("data_dir", None, "TFDS data folder")
+  flags.DEFINE_string("fit_split", "train", "training split of the sources in --data")
+  flags.DEFINE_string("test_split", "test", "test split of the sources in --data")
+  flags.DEFINE_string("output", "transfer", "output folder")
+  flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
+  flags.DEFINE_integer("batch_size", LoaderOptions.batch_size, "batch size")
+  flags.DEFINE_integer("num_workers", LoaderOptions.num_workers, "worker processes for reading")
+  flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do with unreadable images")
+  flags.DEFINE_integer("sgd_epochs", None, "epochs of linear_sgd")
+  flags.DEFINE_integer(
+    "concatenate", 0, "also probe this many layers around the best, concatenated"
+  )
+  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,9 +87,7 @@ def main(argv: Sequence[str]) -> int:
   if argv[1:]:
     raise ValueError(f"unexpected argument {argv[1]!r}; options begin with --")
   if FLAGS.model is None:
-    raise ValueError(
-      "--model is missing; expected the folder of a run, or a published file or name"
-    )
+    raise ValueError("--model is missing; expected a run's workdir, or a published file or name")
   probes = {name: {"concatenate": FLAGS.concatenate} for name in ("linear", "linear_sgd")}
   if FLAGS.sgd_epochs is not None:
     probes["linear_sgd"]["num_epochs"] = FLAGS.sgd_epochs
@@ -109,13 +109,13 @@ def main(argv: Sequence[str]) -> int:
 def run_and_write(
   request: Request, extractor: Extractor, output: pathlib.Path, about: Mapping[str, Any]
 ) -> int:
-  """Runs the suites, and writes after each data set what has been found; returns the exit status.
+  """Runs the suites, and writes the results after each dataset; returns the exit status.
 
   Args:
-    request: what to run.
-    extractor: of the model.
-    output: the folder to write to.
-    about: the model, for the results' head.
+    request: suites and datasets.
+    extractor: applies the model.
+    output: output folder.
+    about: description of the model, written with the results.
   """
   output.mkdir(parents=True, exist_ok=True)
   outcomes: list[Outcome] = []
@@ -130,12 +130,12 @@ def run_and_write(
       figure = draw(outcome.suite, same, str(about.get("model", "")))
       _write_picture(figure, output / f"{outcome.suite}.png")
   done = sum(bool(outcome.scores) for outcome in outcomes)
-  logging.info("%d of %d done: %s", done, len(outcomes), output / RESULTS_FILE)
+  logging.info("%d of %d evaluations done: %s", done, len(outcomes), output / RESULTS_FILE)
   return 0 if done else EXIT_NOTHING_FOUND
 
 
 def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-  """Returns what JSON has of the outcomes: `suites` by suite and data set, `means`, `missing`."""
+  """Returns the outcomes for JSON: `suites` by suite and dataset, `means`, `missing`."""
   suites: dict[str, dict[str, Any]] = {}
   for outcome in outcomes:
     if outcome.scores:
@@ -151,7 +151,7 @@ def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def draw(suite: str, outcomes: Sequence[Outcome], model: str) -> Figure:
-  """Draws what a suite found on its data sets."""
+  """Draws the scores of a suite on its datasets."""
   title = f"{TITLES[suite]}: {model}" if model else TITLES[suite]
   if suite == "few_shot":
     return draw_shots({outcome.data: _curve(outcome) for outcome in outcomes}, title=title)
@@ -169,10 +169,10 @@ def _curve(outcome: Outcome) -> tuple[list[int], list[float], list[float]]:
 
 def _log(outcome: Outcome) -> None:
   if outcome.missing:
-    logging.warning("%s is left out: %s", outcome.title, outcome.missing)
+    logging.warning("%s skipped: %s", outcome.title, outcome.missing)
     return
-  said = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
-  logging.info("%s: %s", outcome.title, said)
+  scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
+  logging.info("%s: %s", outcome.title, scores)
 
 
 def _file_name(text: str) -> str:

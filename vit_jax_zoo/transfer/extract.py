@@ -33,7 +33,7 @@ class Prepare(Transform):
   prepare: Callable[[np.ndarray], Mapping[str, Any]]
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with another `image`; of what else there is, the label alone."""
+    """Returns the example's preprocessed `image`, and its `label` if it has one."""
     del rng
     image = self.prepare(pixels(example["image"]))["image"]
     return {"image": image} | ({"label": example["label"]} if "label" in example else {})
@@ -78,8 +78,8 @@ class Extractor:
 
     Args:
       source: images with one label each.
-      to_score: they are not learned from; where the task has several views of an image, all of
-        them are returned, [b v d].
+      to_score: for scoring only; if the task has several views of an image, returns all of them,
+        [b v d].
 
     Raises:
       ValueError: the model's task has no features, or images have no label or several.
@@ -104,7 +104,7 @@ class Extractor:
       keep: number of classes to return; all by default.
 
     Raises:
-      ValueError: the model is no classifier, or has other classes.
+      ValueError: the model is no classifier, or its number of classes differs.
     """
     num_classes = self._check_classes(source)
     task: Any = self._trained.task

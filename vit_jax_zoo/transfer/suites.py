@@ -34,7 +34,7 @@ SUITES = (*PROBES, "vtab", *benchmarks.IMAGENET)
 PROBE_DATA: Mapping[str, Mapping[str, ProbeData]] = {
   name: benchmarks.FEW_SHOT if name == "few_shot" else benchmarks.PROBED for name in PROBES
 }
-"""What each probe is asked of where the user names no data."""
+"""Default datasets of each probe."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Outcome:
 
   @property
   def title(self) -> str:
-    """The suite and its data, which may have one name."""
+    """Suite and dataset; one name if they are equal."""
     return _title(self.suite, self.data)
 
 
@@ -95,11 +95,11 @@ class Request:
 
   def open(self, source: str, split: str, options: Mapping[str, Any]) -> Source:
     """Opens a split."""
-    place = {"data_dir": self.data_dir} if self.data_dir and source.startswith("tfds:") else {}
-    return load_source(source, split, **options, **place)
+    folder = {"data_dir": self.data_dir} if self.data_dir and source.startswith("tfds:") else {}
+    return load_source(source, split, **options, **folder)
 
   def choose(self, suite: str, table: Mapping[str, Any], make: Callable[[str], Any]) -> dict:
-    """Returns the data of a suite by name: of its table, or what `make` makes of sources.
+    """Returns the datasets of a suite by name: from its table, or made by `make` from sources.
 
     Raises:
       ValueError: a name is neither in the table nor a source.
@@ -158,7 +158,7 @@ def _title(suite: str, data: str) -> str:
 
 
 def _no_task(source: str) -> VtabTask:
-  raise ValueError(f"vtab has its own 19 tasks, and {source} is none; name some of these, or none")
+  raise ValueError(f"--data={source}: not one of vtab's 19 tasks; give some of these, or no --data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class _VtabJob:
   task: VtabTask
 
   def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
-    del cache  # a task's images serve no other
+    del cache  # no other task uses the same images
     train, validation, test = (
       request.open(self.task.source, split, self.task.options)
       for split in (self.task.train, self.task.validation, self.task.test)
@@ -227,8 +227,8 @@ def _features(
 
 
 def _outcome(suite: str, name: str, title: str, found: Mapping[str, Any]) -> Outcome:
-  judged = report(dict(found), f"{title}, {name}")
-  return Outcome(suite, name, judged.scores, choose_features(found), figures=judged.figures)
+  result = report(dict(found), f"{title}, {name}")
+  return Outcome(suite, name, result.scores, choose_features(found), figures=result.figures)
 
 
 def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -13,8 +13,8 @@ NATURAL, SPECIALIZED, STRUCTURED = "natural", "specialized", "structured"
 GROUPS = (NATURAL, SPECIALIZED, STRUCTURED)
 
 VTAB_TRAIN, VTAB_VALIDATION = 800, 200
-"""VTAB-1k learns from the first 800 images of a task's training split, chooses on the first 200 of
-its validation split, and learns from both together for the test."""
+"""VTAB-1k trains on the first 800 images of a task's training split, selects hyperparameters on the
+first 200 of its validation split, and retrains on both for the test."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _part_of_train(group: str, name: str, percent: int, **options: Any) -> VtabT
 def _all_in_train(
   group: str, name: str, percent: int, test_percent: int, **options: Any
 ) -> VtabTask:
-  """There is one split, cut into three."""
+  """Cuts the only split into three."""
   return VtabTask(
     group,
     f"tfds:{name}",
@@ -63,7 +63,7 @@ def _all_in_train(
 
 
 def _clevr(rule: str) -> VtabTask:
-  """CLEVR's test images have no annotations: its validation images are the test."""
+  """Tests on CLEVR's validation images: its test images have no annotations."""
   options = {"label_rule": rule}
   return VtabTask(
     STRUCTURED, "tfds:clevr", "train[:90%]", "train[90%:]", "validation", options=options
@@ -71,7 +71,7 @@ def _clevr(rule: str) -> VtabTask:
 
 
 def _small_norb(label: str) -> VtabTask:
-  """Half of the test images choose, the other half are the test."""
+  """Uses half of the test images for validation, the other half for the test."""
   options = {"image_key": "image", "label_key": label}
   splits = ("train", "test[:50%]", "test[50%:]")
   return VtabTask(STRUCTURED, "tfds:smallnorb", *splits, options=options)
@@ -132,7 +132,7 @@ FEW_SHOT = {
   "uc_merced": ProbeData("tfds:uc_merced", "train[:1000]", "train[1000:]"),
   "imagenet2012": ProbeData("tfds:imagenet2012", "train[:65000]", "validation"),
 }
-"""Big_vision's; of ImageNet the first 65,000 training images."""
+"""Datasets of big_vision's few-shot evaluation; of ImageNet the first 65,000 training images."""
 
 PROBED = {
   "cifar10": ProbeData("tfds:cifar10"),
@@ -140,7 +140,7 @@ PROBED = {
   "stl10": ProbeData("tfds:stl10"),
   "imagenet2012": ProbeData("tfds:imagenet2012", "train", "validation"),
 }
-"""What linear probes are reported on (iGPT's table 1), and nearest neighbours."""
+"""Datasets of linear probes (iGPT's table 1), and of k nearest neighbours."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,8 @@ class ImageNetVariant:
     source: as in `data/sources`.
     split: that is scored.
     options: of the source.
-    only_its_classes: predict among the classes that occur in it only.
-    num_its_classes: number of these in the published dataset.
+    only_its_classes: ranks only the classes that occur in the dataset.
+    num_its_classes: number of these classes in the published dataset.
   """
 
   source: str

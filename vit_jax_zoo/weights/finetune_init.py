@@ -12,11 +12,11 @@ from vit_jax_zoo.ops.resize import resize_position_grid
 from vit_jax_zoo.weights.key_map import check_finite, scanned_paths, stack, unroll, unroll_shapes
 
 HEADS = ("head/", "pre_logits/", "class_head/", "mask_head/", "mask_attention/")
-"""What a new task may drop, or start afresh."""
+"""Sub-trees that a new task may drop or newly initialise."""
 
 POSITIONS = "position_embedding/table"
 PIXEL_POSITIONS = "position_embedding"
-"""iGPT's: a row for each pixel, [n d]."""
+"""Path of iGPT's position embeddings: one per pixel, [n d]."""
 
 Grid: TypeAlias = tuple[int, int]
 """Height and width, in tokens."""
@@ -40,14 +40,14 @@ def adapt(
 
   Args:
     source: variables of a run, numpy arrays.
-    variables: fresh ones of the model to train.
-    name: of the source, for error messages.
+    variables: initial variables of the model to train.
+    name: name of the source, for error messages.
     source_grid: height and width, in tokens, that the source's position table covers: 36 rows may
       be 6 x 6 or 4 x 9.
-    grid: the same of the model. If either is unknown, tables of equal length are copied, and the
-      unknown grid of a table to be resized is assumed to be square.
-    optional: sub-trees, "params/critic", that only one of the two may have: the model's keeps its
-      value from `variables`, the source's is ignored.
+    grid: height and width, in tokens, of the model's position table. If either grid is unknown,
+      tables of equal length are copied, and a table to be resized is assumed to be square.
+    optional: sub-trees, such as "params/critic", that may exist in one of the two only: the model's
+      keeps its value from `variables`, the source's is ignored.
 
   Raises:
     ValueError: one line that lists every missing, unused or misshapen array; or a position table
@@ -64,7 +64,7 @@ def adapt(
     adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
     fresh = sorted(want.keys() - taken.keys())
     if fresh and not problems:
-      logging.info("%s: these start afresh: %s", name, ", ".join(fresh))
+      logging.info("%s: not loaded, newly initialised: %s", name, ", ".join(fresh))
   if problems:
     raise ValueError(f"the weights of {name} do not fit this model: {'; '.join(problems)}")
   check_finite({k: tree for k, tree in source.items() if k in variables}, name)
@@ -98,7 +98,7 @@ def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[
 
   Args:
     variables: as numpy arrays.
-    scan_layers: the model's field; None: as they are.
+    scan_layers: the model's field; None: unchanged.
   """
   if scan_layers is None:
     return dict(variables)
@@ -130,7 +130,7 @@ def _taken(
     elif (fitted := _fitted(key, have[key], leaf, grids, has_cls)) is not None:
       yield key, fitted
     else:
-      problems.append(f"{key} has shape {have[key].shape}, and {leaf.shape} is wanted")
+      problems.append(f"{key} has shape {have[key].shape}; expected {leaf.shape}")
   for key in have.keys() - want.keys():
     if not key.startswith(HEADS):
       problems.append(f"{key} has no place")
@@ -143,7 +143,7 @@ def _fitted(
   grids: tuple[Grid | None, Grid | None],
   has_cls: tuple[bool, bool],
 ) -> Any | None:
-  """Returns an array in the shape of `leaf`, positions resized; None if it does not fit."""
+  """Returns an array in the shape of `leaf`, position tables resized; None if it does not fit."""
   if key == POSITIONS and array.shape[2:] == leaf.shape[2:]:
     return _refit(array, leaf.shape[1], grids, has_cls)
   if array.shape == leaf.shape:
@@ -156,12 +156,12 @@ def _fitted(
 def _refit(
   table: np.ndarray, rows: int, grids: tuple[Grid | None, Grid | None], has_cls: tuple[bool, bool]
 ) -> np.ndarray:
-  """Returns a table [1 n d] for another grid; the class token's row is kept.
+  """Returns a position table [1 n d] resized to another grid; the class token's row is kept.
 
   Args:
-    table: the source's.
-    rows: of the model's table.
-    grids: the source's and the model's; None if unknown.
+    table: the source's table.
+    rows: number of rows of the model's table.
+    grids: grids of the source and the model; None if unknown.
     has_cls: whether the source and the model have a class token.
   """
   known = None not in grids

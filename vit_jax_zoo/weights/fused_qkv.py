@@ -8,7 +8,7 @@ import numpy as np
 from vit_jax_zoo.weights.key_map import Flat
 
 PARTS = ("query", "key", "value")
-"""In the order of the joint matrix, along its first axis."""
+"""Order along the first axis of the fused matrix."""
 
 
 def split(published: Mapping[str, np.ndarray], joint: re.Pattern[str]) -> Flat:

@@ -14,7 +14,7 @@ _BILINEAR = int(PILLOW_FILTERS["bilinear"])
 
 
 def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_config.json") -> str:
-  """Returns the filter of `resample`, Pillow's number of it; bilinear by default.
+  """Returns the filter for `resample`, Pillow's number of it; bilinear by default.
 
   Raises:
     WeightsError: no filter of Pillow has this number.
@@ -29,7 +29,7 @@ def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_c
 
 
 def resample_of(preprocess: Preprocess) -> int:
-  """Returns Pillow's number of the filter, of "tf_bilinear" that of the antialiased one."""
+  """Returns Pillow's number of the filter; for "tf_bilinear" that of Pillow's bilinear filter."""
   return int(PILLOW_FILTERS.get(preprocess.interpolation, _BILINEAR))
 
 
@@ -38,7 +38,7 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
 
   Args:
     processor: content of the file; {} for transformers' defaults.
-    size: height and width of the images of the model, the default.
+    size: default height and width, those of the model's images.
   """
   given, crop = processor.get("size"), processor.get("crop_size")
   has_crop = bool(processor.get("do_center_crop")) and crop is not None
@@ -55,7 +55,7 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
 
 
 def _size(given: Any, default: Size) -> tuple[Size, bool]:
-  """Returns height and width, and whether they are those of the shorter side."""
+  """Returns height and width, and whether they apply to the shorter side."""
   if isinstance(given, Mapping) and "height" in given:
     return (int(given["height"]), int(given["width"])), False
   if isinstance(given, Mapping) and "shortest_edge" in given:
@@ -81,7 +81,7 @@ def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any
   missing = sorted(set(range(count)) - set(labels))
   if missing:
     logging.warning(
-      "config.json: id2label lacks %d of %d classes (%s%s); these are shown by their ids",
+      "config.json: id2label lacks %d of %d classes (%s%s); their ids are shown",
       len(missing), count, ", ".join(map(str, missing[:5])), ", ..." * (len(missing) > 5),
     )  # fmt: skip
   return {"class_names": tuple(labels.get(i, str(i)) for i in range(count))}

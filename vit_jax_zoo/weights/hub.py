@@ -25,7 +25,7 @@ from vit_jax_zoo.weights.model_index import Entry, entries
 CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20
 TIMEOUT = 30
-"""Seconds without a byte after which a download has failed."""
+"""Timeout of a download: seconds without data."""
 
 _PROGRESS_EVERY = 5.0
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
@@ -66,7 +66,7 @@ def _hint(name: str) -> str:
     key for key, entry in entries().items() if any(u.endswith(f"/{file}") for u in entry.urls)
   ]
   if same:
-    return f"; to have a published file of that name downloaded, say {' or '.join(same)}"
+    return f"; to download a published file of that name, give {' or '.join(same)}"
   nearest = difflib.get_close_matches(name, entries(), n=1)
   return f"; did you mean the published {nearest[0]}?" if nearest else ""
 
@@ -95,7 +95,7 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
   Args:
     url: of the file.
     sha256: of its content, or a prefix of it; "" if unknown.
-    folder: subfolder of the cache, for files that belong together; "": derived from the URL.
+    folder: subfolder of the cache; "": derived from the URL.
 
   Raises:
     OSError: the download failed.
@@ -170,10 +170,10 @@ def _from_hub(name: str) -> str:
   for patterns in _HUB_WEIGHTS:
     try:
       folder = hub.snapshot_download(name, allow_patterns=[*_HUB_JSON, *patterns])
-    except Exception as error:  # of whichever library for the network lies below
+    except Exception as error:  # its class depends on the network library
       reason = (str(error).strip() or type(error).__name__).splitlines()[0]
       raise OSError(
-        f"there is no checkpoint at {name}, and Hugging Face's hub does not give it ({reason}); "
+        f"there is no checkpoint at {name}, and the Hugging Face hub failed ({reason}); "
         "if this machine is offline, download it elsewhere and give its folder"
       ) from None
     if any((epath.Path(folder) / pattern).exists() for pattern in patterns[:2]):

@@ -1,7 +1,7 @@
-"""Infers a model's sizes from a file's arrays, also where one of them is missing or misshapen.
+"""Infers a model's sizes from a file's arrays.
 
-Each size is read from several arrays, so that a damaged file is recognised, and all its problems
-are reported together when it is read.
+Each size is read from the first of several arrays, so that a file with a missing or misshapen array
+is still recognised, and all its problems are reported together.
 """
 
 import re
@@ -11,11 +11,11 @@ from typing import TypeAlias
 import numpy as np
 
 Place: TypeAlias = tuple[str, int, int]
-"""Where a size stands: regular expression of keys, number of axes that they have, axis."""
+"""Location of a size: regular expression of keys, their number of axes, axis."""
 
 
 def side(arrays: Mapping[str, np.ndarray], *places: Place) -> int | None:
-  """Returns a size from the first array that has it, else None."""
+  """Returns the size from the first matching array; None if there is none."""
   for pattern, rank, axis in places:
     for key, array in arrays.items():
       if array.ndim == rank and re.fullmatch(pattern, key):

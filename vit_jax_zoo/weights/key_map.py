@@ -27,9 +27,9 @@ Array = np.ndarray
 Flat = dict[str, Array]
 
 STATISTICS = "batch_stats/"
-"""What paths begin with that are no parameters, but running statistics."""
+"""Path prefix of running statistics."""
 _MAX_NAMED = 3
-"""So many arrays are named where all have the same fault."""
+"""Number of arrays named in an error about many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Transform:
 
   Attributes:
     read: (published array, our shape) -> our array.
-    write: our array -> published array, bit for bit what `read` was given.
+    write: our array -> published array, bit-identical to the argument of `read`.
   """
 
   read: Callable[[Array, tuple[int, ...]], Array]
@@ -46,13 +46,13 @@ class Transform:
 
 
 def _drop_unit_axes(array: Array, shape: tuple[int, ...]) -> Array:
-  # Only axes of size 1 may go: any other reshape would hide a wrong file.
+  # Only axes of size 1 may be removed: any other reshape would hide a wrong file.
   return array.reshape(shape) if array.shape[-len(shape) :] == shape else array
 
 
 KEEP = Transform(lambda array, _: array, lambda array: array)
 CHANNELS_4D = Transform(_drop_unit_axes, lambda array: array.reshape(1, 1, 1, -1))
-"""[c] kept as [1 1 1 c]; [c] itself is read, too."""
+"""[1 1 1 c] in the file, or [c] when reading."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +178,15 @@ def check_finite(arrays: Mapping[str, Any], source: str) -> None:
     more = len(broken) - _MAX_NAMED
     raise WeightsError(
       f"{source} holds NaN or infinity in {first}{f' and {more} more arrays' if more > 0 else ''}: "
-      "it is damaged, or its training diverged; get it anew, or take other weights"
+      "it is damaged, or its training diverged; download it again, or use other weights"
     )
 
 
 def _is_finite(array: Array) -> bool:
   if array.dtype.kind in "biuSU":
     return True
-  # What is not finite stays in a sum, which takes one look and no memory; but finite numbers, too,
-  # may have a sum that is not.
+  # NaN and infinity persist in a sum, which needs one pass and no memory. The sum of finite numbers
+  # may overflow, so a second pass decides.
   with np.errstate(all="ignore"):
     return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
 
@@ -260,7 +260,7 @@ def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
 
   Args:
     parameters: by path, layers unrolled.
-    paths: the model's own.
+    paths: paths of the model's parameters.
   """
   layers: dict[str, dict[int, Array]] = {}
   for path, array in parameters.items():

@@ -1,4 +1,4 @@
-"""Reading published checkpoints: as a model that is ready, or into the variables of a given one."""
+"""Reads published checkpoints, into a new model or into the variables of an existing one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -26,10 +26,11 @@ class Pretrained:
   Attributes:
     model: the Linen module: `model.apply(variables, images)`.
     variables: `{"params": ..., ...}`, numpy arrays.
-    preprocess: pictures -> images.
+    preprocess: preprocessing of images.
     config: the model's fields, and "image_size".
-    task: what the weights were trained for, a key of `tasks.TASKS`; "" of a part of a network.
-    task_fields: of that task, where the file knows them: `class_names`, ...
+    task: task that the weights were trained for, a key of `tasks.tasks()`; "" for a part of a
+      network.
+    task_fields: fields of that task that the file states, such as `class_names`.
   """
 
   model: nn.Module
@@ -41,7 +42,7 @@ class Pretrained:
 
   @property
   def class_names(self) -> tuple[str, ...]:
-    """The names of the classes in order; none where the file does not tell."""
+    """Class names in order; empty if the file does not state them."""
     return tuple(self.task_fields.get("class_names") or ())
 
 
@@ -56,24 +57,24 @@ def load_pretrained(
   """Reads a published checkpoint; its sizes are inferred from its arrays.
 
   Args:
-    path: a file or folder in any of `formats.FORMATS`, local or `gs://bucket/...` (which needs
-      gcsfs, and was not tried against a real bucket here); a published name such as
-      "vit_b16_imagenet21k", a URL, or "owner/name" on Hugging Face's hub: see `hub.resolve`.
-    image_size: side, or height and width, of the images to come; positions on a grid are resized
-      to them. By default the size that the checkpoint was trained at.
-    source_image_size: what it was trained at; needed only where that is not square and the file
-      does not state it.
-    resize: how positions are resized, a key of `position_grid.METHODS`; None: as the code does it
-      that the checkpoint was published for.
-    **overrides: fields of the model. With another `num_classes` the head starts from zeros;
-      `num_classes=None` drops it; a ViT's `representation_size=None` drops `pre_logits`, and then
-      the head, which was trained on its output, starts from zeros too. timm's files do not say how
-      many heads there are: see `vit_timm`, and give `num_heads` where that is wrong.
+    path: a file or folder in any registered format, local or `gs://bucket/...` (needs gcsfs; not
+      tested with a real bucket); a published name such as "vit_b16_imagenet21k"; a URL; or
+      "owner/name" on the Hugging Face hub: see `hub.resolve`.
+    image_size: side, or height and width, of the images; position embeddings on a grid are
+      interpolated. By default the training size.
+    source_image_size: training size; needed only if it is not square and the file does not state
+      it.
+    resize: interpolation of position embeddings, a key of `ops.resize.METHODS`; None: that of the
+      publisher's code.
+    **overrides: fields of the model. If `num_classes` differs, the head is zero-initialised;
+      `num_classes=None` drops it. A ViT's `representation_size=None` drops `pre_logits` and
+      zero-initialises the head, which was trained on its output. timm's files do not state the
+      number of heads: see `vit_timm`; give `num_heads` if it is inferred wrong.
 
   Raises:
-    ValueError: the file is missing or in no known format, or does not fit (all of it is listed).
-    ImportError: reading it takes a package that is not installed.
-    OSError: it is to be downloaded, and cannot be.
+    ValueError: the file is missing, in no known format, or does not fit; all problems are listed.
+    ImportError: a package needed for reading is not installed.
+    OSError: the download failed.
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   kind = model_classes()[checkpoint.family]
@@ -82,7 +83,7 @@ def load_pretrained(
   size, checkpoint = checkpoint.choose_size(
     model, _height_width(image_size), _height_width(source_image_size)
   )
-  fields = {**checkpoint.fields, **overrides}  # the size may have determined some of them
+  fields = {**checkpoint.fields, **overrides}  # some fields depend on the image size
   model = kind(**fields)
   inputs = checkpoint.example_inputs(size)
   abstract = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
@@ -99,7 +100,7 @@ def load_pretrained(
 
 
 def _task_fields(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the task's fields, without names of classes that a new head does not have."""
+  """Returns the task's fields, without class names if the number of classes differs."""
   known = dict(checkpoint.task_fields)
   names = known.get("class_names")
   if names and len(names) != fields.get("num_classes", len(names)):
@@ -114,16 +115,15 @@ def load_into(
   position_grid: tuple[int, int] | None = None,
   resize: str | None = None,
 ) -> dict[str, Any]:
-  """Reads a published checkpoint into the variables of a model that exists already.
+  """Reads a published checkpoint into the variables of an existing model.
 
   Args:
     path: as in `load_pretrained`.
-    variables: the model's, as arrays or as `jax.ShapeDtypeStruct`s. Only their shapes matter; but a
-      head that the file cannot fill, and whole collections of which it has nothing (a palette),
-      keep the values given here (zeros, if only their shapes are known). Where a task trains the
-      model beside other networks (`Checkpoint.trained_network`), only the model's are read.
-    position_grid: height and width, in tokens, of the model's grid; needed where that is not
-      square, and the file's is another.
+    variables: variables of the model, arrays or `jax.ShapeDtypeStruct`s. Heads and collections that
+      the file lacks (a palette) keep their values from here (zeros for shapes). If a task trains
+      the model beside other networks (`Checkpoint.trained_network`), only the model is read.
+    position_grid: height and width, in tokens, of the model's grid; needed if it is not square and
+      differs from the file's.
     resize: as in `load_pretrained`.
 
   Returns:
@@ -142,12 +142,12 @@ def load_into(
 
 
 def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Brings a file's arrays into the structure of `variables`."""
+  """Returns a file's arrays in the structure of `variables`."""
   target = flatten_variables(variables)
   checkpoint, kept = _fit_heads(checkpoint, target)
   for name in _left_alone(checkpoint, variables):
     if name in checkpoint.optional:
-      logging.warning("%s holds no %s: that of the run stays", checkpoint.source, name)
+      logging.warning("%s: no %s; the run's initial values are kept", checkpoint.source, name)
     kept |= {key: _fresh(leaf) for key, leaf in target.items() if key.startswith(f"{name}/")}
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
   layers = table.read(
@@ -164,7 +164,7 @@ def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]
 def _fit_heads(
   checkpoint: Checkpoint, target: Mapping[str, Any]
 ) -> tuple[Checkpoint, dict[str, Any]]:
-  """Drops what the model has no place for; returns the rest, and heads that stay as they are."""
+  """Drops arrays that the model lacks; returns the rest, and the heads that are not loaded."""
   kept: dict[str, Any] = {}
   was_trained_on_another = False
   for prefix in checkpoint.below_heads:
@@ -175,16 +175,16 @@ def _fit_heads(
     if wanted and checkpoint.has(prefix) and not was_trained_on_another:
       if all(_outputs(checkpoint, key, leaf) == leaf.shape[-1] for key, leaf in wanted.items()):
         continue
-      logging.info("%s: %s starts afresh", checkpoint.source, prefix.rstrip("/"))
+      logging.info("%s: not loaded, newly initialised: %s", checkpoint.source, prefix.rstrip("/"))
     checkpoint = checkpoint.without(prefix)
     kept |= {key: _fresh(leaf) for key, leaf in wanted.items()}
   return checkpoint, kept
 
 
 def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
-  """Returns how many classes the file has for a head's parameter, or those of the model.
+  """Returns the file's number of classes for a head's parameter; by default, the model's.
 
-  Only the number of classes may differ: whatever else is wrong with a head must be reported.
+  Only the number of classes may differ: any other difference of a head must be reported.
   """
   bias = checkpoint.array(f"{path.rpartition('/')[0]}/bias")
   if bias is not None and bias.ndim == 1:
@@ -194,7 +194,7 @@ def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
 
 
 def _left_alone(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> list[str]:
-  """Returns the collections that stay as they are: the file does not have them, and need not."""
+  """Returns the optional collections that the file lacks; they keep their values."""
   rows = [row.ours for row in checkpoint.table]
   return [
     name
@@ -206,7 +206,7 @@ def _left_alone(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> list[st
 
 
 def flatten_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the leaves by path as tables have it: those of `params` without the collection."""
+  """Returns the leaves by path as in tables: those of `params` without the collection."""
   flat = dict(traverse_util.flatten_dict(variables["params"], sep="/"))
   for name, tree in variables.items():
     if name != "params":
@@ -216,7 +216,7 @@ def flatten_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unflatten_variables(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the tree of leaves by path; which collections there are is seen from `like`."""
+  """Returns the tree of leaves by path, with the collections of `like`."""
   trees: dict[str, dict[str, Any]] = {name: {} for name in like}
   for path, leaf in flat.items():
     name, _, rest = path.partition("/")

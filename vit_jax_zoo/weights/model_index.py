@@ -1,7 +1,7 @@
-"""Index of published checkpoints: name -> where the files are, reported score, source.
+"""Index of published checkpoints: name -> URLs, reported score, source.
 
-Scores are the publishers', ImageNet-1k top-1 unless the text says otherwise; none was measured
-here. Each system lists its own in `published.py`.
+Scores are the publishers', ImageNet-1k top-1 unless stated otherwise; none was measured here. Each
+system lists its checkpoints in `published.py`.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ class Entry:
 
   Attributes:
     model: the registry's name of its architecture.
-    urls: of its files; the first is the one to read. Those of one entry lie together.
-    hub: "owner/name" on Hugging Face's hub, in place of `urls`.
-    sha256: of the first file, or how it begins, where the publisher states it.
-    score: what it reaches, with the side of the images.
-    source: who says so.
+    urls: URLs of its files; the first is read, the others are stored beside it.
+    hub: "owner/name" on the Hugging Face hub, instead of `urls`.
+    sha256: checksum of the first file, or its prefix, if published.
+    score: reported score, with the image size.
+    source: source of the score.
   """
 
   model: str

@@ -74,7 +74,7 @@ def still_needed(files: Mapping[str, str], paths: Iterable[str]) -> dict[str, st
 
 
 def _path_within(path: str, part: str) -> str | None:
-  """Returns a variable's path within a part, statistics marked; None if it is not in the part."""
+  """Returns a variable's path within a part, with the prefix of statistics; None outside it."""
   if not part.startswith(_EVERY):
     return path.removeprefix(f"{part}/") if path.startswith(f"{part}/") else None
   collection, _, rest = path.partition("/")
@@ -101,7 +101,7 @@ def _load_part(part: str, source: Any, flat: Mapping[str, Any]) -> dict[str, Any
 def _part_of(
   variables: Mapping[str, Any], part: str, shapes: Mapping[str, tuple[int, ...]]
 ) -> Flat:
-  """Returns the arrays of a part from a network that has it, or that is it except for its head.
+  """Returns the arrays of a part from a network that contains it, or that is it plus a head.
 
   A frozen norm's statistics are a trained norm's parameters, and the reverse.
   """

@@ -27,7 +27,7 @@ from vit_jax_zoo.weights.torch_layouts import read_safetensors
 _MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 _NAMES = ("ndarray", "dtype", "_reconstruct")
 _WRAPPERS = ("blobs", "model", "state_dict")
-"""Where the arrays stand, if they do not stand alone."""
+"""Keys of the arrays within training checkpoints."""
 
 
 _PREFIXES = ("_orig_mod.", "module.", "model.")
@@ -41,7 +41,10 @@ class _Reader(pickle.Unpickler):
     if module_name in _MODULES and global_name in _NAMES:
       owner = np if module_name == "numpy" else np._core.multiarray
       return getattr(owner, global_name)
-    if (module_name, global_name) == ("_codecs", "encode"):  # bytes, as Python 3 wrote protocol 2
+    if (module_name, global_name) == (
+      "_codecs",
+      "encode",
+    ):  # bytes in protocol 2
       return _encode
     raise WeightsError(f"{module_name}.{global_name}")
 
@@ -61,8 +64,8 @@ def read_pickle(path: str) -> Flat:
       found = _Reader(stream, encoding="latin1").load()
   except WeightsError as error:
     raise WeightsError(
-      f"{path} is a pickle with code in it: it asks for {error}, which is no array; nothing of it "
-      "was run"
+      f"{path} is a pickle with code in it: it requests {error}, which is no array; "
+      "nothing was executed"
     ) from None
   except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
     raise WeightsError(f"{path} cannot be read: it is truncated, or no pickle ({error})") from None
@@ -76,7 +79,7 @@ def read_pickle(path: str) -> Flat:
 
 
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What a folder of Hugging Face's holds, best first; in shards there is `<file>.index.json`."""
+"""Weight files of Hugging Face folders by preference; sharded ones have a `<file>.index.json`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Published:
 
   Attributes:
     path: as the user gave it, for error messages.
-    file: that holds the arrays.
+    file: file with the arrays.
     arrays: by key.
     config: the `config.json` beside the file, empty if there is none.
     processor: the `preprocessor_config.json` beside it, empty if there is none.
@@ -99,7 +102,7 @@ class Published:
 
   @property
   def has_config(self) -> bool:
-    """Whether there is a `config.json`, be it empty."""
+    """Whether there is a `config.json`, possibly empty."""
     return self.file.with_name("config.json").exists()
 
 
@@ -186,7 +189,7 @@ def _read_shards(index: epath.Path) -> Flat:
 
 
 def _read_file(file: epath.Path, path: str) -> Flat:
-  """Reads a file by its content, as files get renamed, and web pages saved in place of weights."""
+  """Reads a file in the format that its content shows; file names are not reliable."""
   try:
     with file.open("rb") as stream:
       start = stream.read(16)
@@ -227,14 +230,14 @@ def _read_npz(file: epath.Path, path: str) -> Flat:
       return {key: _as_numbers(archive[key]) for key in archive.files}
   except (OSError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
     raise WeightsError(f"{path} cannot be read as .npz: {error}") from None
-  except ValueError as error:  # objects, which numpy would have to unpickle
+  except ValueError as error:  # object arrays, which numpy would unpickle
     raise WeightsError(
-      f"{path} holds more than arrays of numbers; nothing of it was run ({error})"
+      f"{path} holds more than arrays of numbers; nothing was executed ({error})"
     ) from None
 
 
 def _as_numbers(array: np.ndarray | bytes) -> np.ndarray:
-  if isinstance(array, bytes):  # so numpy gives what is no array
+  if isinstance(array, bytes):  # not an array
     raise zipfile.BadZipFile("a part of it is no array")
-  # numpy stores bfloat16 as two bytes without a meaning.
+  # numpy stores bfloat16 as untyped pairs of bytes.
   return array.view(ml_dtypes.bfloat16).astype(np.float32) if array.dtype == "V2" else array

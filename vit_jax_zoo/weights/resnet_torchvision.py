@@ -3,8 +3,8 @@
     torchvision, timm   conv1.weight, bn1.weight, layer1.0.conv1.weight, layer1.0.downsample.0. ...
     Hugging Face        embedder.embedder.convolution.weight, encoder.stages.0.layers.0.layer.0. ...
 
-Classifiers' heads and PyTorch's counters of batches stay behind. Norms fit both of ours: the
-trained `BatchNorm`, and the frozen one, all of whose arrays are statistics.
+Classifier heads and PyTorch's batch counters are ignored. Norms fit the trained `BatchNorm` and the
+frozen one, all of whose arrays are statistics.
 """
 
 import dataclasses
@@ -17,18 +17,18 @@ from vit_jax_zoo.weights.key_map import STATISTICS, Row, WeightsError
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, COUNTER, batch_norm_rows, norm_rows
 
 IGNORE = (rf"(.*\.)?{COUNTER}", r"fc\.(weight|bias)", r"classifier\.1\.(weight|bias)")
-"""Regular expressions of keys that no backbone has a place for."""
+"""Regular expressions of keys that are not part of a backbone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How a library names a ResNet's parts; `{b}` is the number of a block in its stage.
+  """A library's names of a ResNet's parts; `{b}` is the number of a block in its stage.
 
   Attributes:
     stem: convolution and norm of the stem.
-    block: of a stage, by the stage's number from 0.
+    block: prefix of a stage's blocks, by the stage's number from 0.
     convolutions: convolution and norm of each of a block's three layers, below `block`.
-    shortcut: the same of the shortcut.
+    shortcut: convolution and norm of the shortcut.
   """
 
   stem: tuple[str, str]
@@ -61,8 +61,8 @@ def rows(layout: Layout, published: str = "", ours: str = "") -> list[Row]:
 
   Args:
     layout: of the file.
-    published: what all the file's keys begin with.
-    ours: what all our paths begin with.
+    published: prefix of the file's keys.
+    ours: prefix of our paths.
   """
   found = _conv_norm_rows(published, layout.stem, f"{ours}stem/conv1")
   for stage, block in enumerate(layout.block):
@@ -86,10 +86,10 @@ def _conv_norm_rows(prefix: str, names: tuple[str, str], ours: str) -> list[Row]
 def infer_fields(
   published: Mapping[str, np.ndarray], layout: Layout, source: str, prefix: str = ""
 ) -> dict[str, Any]:
-  """Returns what the arrays say of a `ResNet`: "blocks", "widths" and "stem_width".
+  """Infers the fields "blocks", "widths" and "stem_width" of a `ResNet` from its arrays.
 
   Raises:
-    WeightsError: there is no such ResNet of bottleneck blocks.
+    WeightsError: the arrays are not those of a ResNet of bottleneck blocks.
   """
   blocks, widths = [], []
   try:
@@ -111,7 +111,7 @@ _LAYOUTS = ((TORCHVISION, ""), (HUGGING_FACE, ""), (HUGGING_FACE, "resnet."))
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Tells whether a file's keys are a ResNet's, as far as the first layer goes."""
+  """Returns whether a file's keys are a ResNet's, by those of its first layer."""
   return _layout_of(published) is not None
 
 
@@ -119,7 +119,7 @@ def table_of(published: Mapping[str, np.ndarray], source: str) -> list[Row]:
   """Returns the rows between a file's keys and the paths of a `ResNet`.
 
   Raises:
-    WeightsError: the file holds none.
+    WeightsError: the file holds no ResNet.
   """
   found = _layout_of(published)
   if found is None:

@@ -1,6 +1,6 @@
-"""Reading TensorFlow's checkpoints without TensorFlow: `model.ckpt-<step>.{index,data-...}`.
+"""Reads TensorFlow checkpoints without TensorFlow: `model.ckpt-<step>.{index,data-...}`.
 
-A checkpoint is a table of names, `.index`, and raw numbers in one or many `.data-00000-of-00032`
+A checkpoint is a table of names, `.index`, and raw numbers in one or more `.data-00000-of-00032`
 files. The table is LevelDB's (github.com/google/leveldb, doc/table_format.md): blocks of sorted
 keys, each sharing a prefix with the one before, found through a footer at the end of the file. Its
 values are `BundleEntryProto`s (tensorflow/core/protobuf/tensor_bundle.proto): type, shape, shard,
@@ -32,11 +32,11 @@ _TYPES = {
 
 
 def find_prefix(path: str) -> str | None:
-  """Returns the common beginning of a checkpoint's files, or None if there are none.
+  """Returns the common prefix of a checkpoint's files, or None if there are none.
 
   Args:
-    path: that beginning, the `.index` file, or a folder; of several in a folder the one with the
-      highest step counts.
+    path: that prefix, the `.index` file, or a folder, of which the checkpoint with the highest step
+      is taken.
   """
   location = epath.Path(path)
   if location.exists() and location.is_dir():
@@ -62,7 +62,7 @@ def read_bundle(prefix: str) -> Flat:
     prefix: see `find_prefix`.
 
   Raises:
-    WeightsError: one line: a file is missing, truncated or something else.
+    WeightsError: one line: a file is missing, truncated or not in this format.
   """
   try:
     entries = dict(_read_table(epath.Path(f"{prefix}.index").read_bytes()))
@@ -117,7 +117,7 @@ def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
   if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
     raise ValueError("it does not end as such a file does")
   position = len(data) - _FOOTER
-  _, position = _handle(data, position)  # of blocks with statistics, which nobody needs
+  _, position = _handle(data, position)  # of statistics blocks, which are skipped
   index, _ = _handle(data, position)
   for _, value in _read_block(data, *index):
     block, _ = _handle(value, 0)
@@ -141,7 +141,7 @@ def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, by
 
 
 def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
-  """Reads where a block lies: its offset and its size; returns the position behind, too."""
+  """Returns offset and size of a block, and the position after them."""
   offset, position = _varint(data, position)
   size, position = _varint(data, position)
   return (offset, size), position
@@ -159,7 +159,7 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _parse(message: bytes) -> dict[int, list[Any]]:
-  """Takes a protocol buffer apart: field number -> its values, as ints or bytes."""
+  """Parses a protocol buffer: field number -> its values, as ints or bytes."""
   fields: dict[int, list[Any]] = {}
   position = 0
   while position < len(message):

@@ -1,7 +1,7 @@
-"""The `config.json` that stands beside timm's weights: how pictures are prepared, and class names.
+"""Reads and writes the `config.json` beside timm's weights: preprocessing and class names.
 
-A folder with it and `model.safetensors` is what timm puts on the hub, and what
-`timm.create_model("local-dir:<folder>", pretrained=True)` reads.
+timm publishes folders of it and `model.safetensors`, and
+`timm.create_model("local-dir:<folder>", pretrained=True)` reads them.
 """
 
 import dataclasses
@@ -23,12 +23,12 @@ _FITS = {"center": "crop", "squash": "squash"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What a `config.json` says.
+  """Content of a `config.json`.
 
   Attributes:
-    preprocess: whatever it leaves open is the family's usual.
-    stated_size: of the images that the weights were trained on, None if it does not say.
-    task_fields: `class_names`, if it has them.
+    preprocess: preprocessing; missing fields have the family's defaults.
+    stated_size: training image size, None if not stated.
+    task_fields: `class_names`, if stated.
   """
 
   preprocess: Preprocess
@@ -44,14 +44,14 @@ def read(
   std: float | tuple[float, ...],
   crop_pct: float,
 ) -> Settings:
-  """Returns what the file beside the weights says.
+  """Returns the content of the file beside the weights, or defaults.
 
   Args:
     published: the weights.
-    size: of images, where there is no file.
-    mean: of pixels in [0, 1], where there is no file.
-    std: as `mean`.
-    crop_pct: as `mean`; see `Preprocess`.
+    size: default image size.
+    mean: default mean of pixels in [0, 1].
+    std: default standard deviation.
+    crop_pct: default of `Preprocess.crop_pct`.
   """
   config = published.config
   given = config.get("pretrained_cfg", {})
@@ -59,8 +59,8 @@ def read(
   interpolation, mode = given.get("interpolation", "bicubic"), given.get("crop_mode", "center")
   if interpolation not in PILLOW_FILTERS or mode not in _FITS:
     logging.warning(
-      "%s prepares pictures with interpolation %r and crop_mode %r; bicubic and a central crop "
-      "stand in for what is not known here", published.path, interpolation, mode,
+      "%s: interpolation %r or crop_mode %r is not supported; bicubic interpolation and a central "
+      "crop replace what is not", published.path, interpolation, mode,
     )  # fmt: skip
   preprocess = Preprocess(
     size if stated is None else (int(stated[1]), int(stated[2])),
@@ -88,11 +88,11 @@ def write(
   """Writes a folder with `model.safetensors` and `config.json`.
 
   Args:
-    path: of the folder.
-    arrays: by timm's keys.
-    export: for the preprocessing and the names of the classes.
-    architecture: the name of timm's model.
-    arguments: of its constructor, where they differ from the name's.
+    path: folder to write.
+    arrays: arrays by timm's keys.
+    export: preprocessing and class names.
+    architecture: name of timm's model.
+    arguments: constructor arguments that differ from the architecture's.
   """
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _pretrained_cfg(preprocess: Preprocess, num_classes: int) -> dict[str, Any]:
   fit = {ours: theirs for theirs, ours in _FITS.items()}.get(preprocess.fit)
   if fit is None or preprocess.interpolation not in PILLOW_FILTERS:
     logging.warning(
-      "timm has no words for how pictures are prepared here (%s, %s); it is told the nearest",
+      "config.json: timm has no preprocessing with %s, %s; the nearest one is written",
       preprocess.fit, preprocess.interpolation,
     )  # fmt: skip
   known = preprocess.interpolation in PILLOW_FILTERS

@@ -21,7 +21,7 @@ from vit_jax_zoo.weights.key_map import Flat, WeightsError
 
 EMA_WRAPPERS = ("state_dict_ema", "model_ema")
 WRAPPERS = (*EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "net", "params")
-"""Keys of the state dict in training checkpoints, in the order of preference, which is timm's."""
+"""Keys of the state dict in training checkpoints, in timm's order of preference."""
 
 
 def read_torch(path: str) -> Flat:
@@ -42,8 +42,8 @@ def read_torch(path: str) -> Flat:
     import torch  # pyrefly: ignore[missing-import]
   except ImportError:
     raise ImportError(
-      f"{path} is a file of PyTorch's, which is not installed; pip install -e '.[torch]' "
-      "(its CPU version will do), or convert the file to safetensors"
+      f"{path} is a PyTorch file, and PyTorch is not installed; pip install -e '.[torch]' "
+      "(the CPU version suffices), or convert the file to safetensors"
     ) from None
   with _local(path) as file:
     found = _load(torch, file, path)
@@ -52,21 +52,21 @@ def read_torch(path: str) -> Flat:
 
 def _load(torch: Any, file: str, path: str) -> Any:
   try:
-    # Namespace: the command line that a training checkpoint remembers; a plain bag of values.
+    # Namespace: the command line stored in training checkpoints; it holds plain values.
     with torch.serialization.safe_globals([argparse.Namespace]):
       return torch.load(file, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
     if wanted:
       raise WeightsError(
-        f"{path} is a pickle with code in it: it asks for {wanted[1]}, which is no tensor; nothing "
-        "of it was run"
+        f"{path} is a pickle with code in it: it requests {wanted[1]}, which is no tensor; "
+        "nothing was executed"
       ) from None
-    raise WeightsError(f"{path} cannot be read: it is truncated, or no file of PyTorch's") from None
+    raise WeightsError(f"{path} cannot be read: it is truncated, or no PyTorch file") from None
   except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError) as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise WeightsError(
-      f"{path} cannot be read: it is truncated, or no file of PyTorch's ({reason})"
+      f"{path} cannot be read: it is truncated, or no PyTorch file ({reason})"
     ) from None
 
 
@@ -122,8 +122,8 @@ def write_torch(path: str, arrays: Mapping[str, np.ndarray], *, wrapper: str | N
     import torch  # pyrefly: ignore[missing-import]
   except ImportError:
     raise ImportError(
-      f"{path} is to be a file of PyTorch's, which is not installed; pip install "
-      "-e '.[torch]' (its CPU version will do), or write a .safetensors file"
+      f"{path} is a PyTorch file, and PyTorch is not installed; pip install -e '.[torch]' "
+      "(the CPU version suffices), or write a .safetensors file"
     ) from None
   state = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
   torch.save(state if wrapper is None else {wrapper: state}, path)

@@ -1,4 +1,4 @@
-"""How PyTorch's layers lie beside ours, and reading safetensors files."""
+"""Rows of key tables for PyTorch's layers; reads and writes safetensors files."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform, WeightsError
 
 COUNTER = "num_batches_tracked"
-"""PyTorch counts batches, which batch norm with a fixed momentum never reads."""
+"""Key of PyTorch's batch counters, which batch norm with a fixed momentum does not use."""
 
 
 def _read_convolution(array: Array, _: tuple[int, ...]) -> Array:
@@ -31,15 +31,15 @@ def _read_vector(array: Array, shape: tuple[int, ...]) -> Array:
 
 
 CONVOLUTION = Transform(_read_convolution, lambda array: array.transpose(3, 2, 0, 1))
-"""[out in h w] kept as [h w in out]."""
+"""[out in h w] -> [h w in out]."""
 DENSE = Transform(_read_matrix, lambda array: array.T)
-"""[out in] kept as [in out]."""
+"""[out in] -> [in out]."""
 TO_HEADS = Transform(_read_matrix, lambda array: array.reshape(array.shape[0], -1).T)
-"""[width in] kept as [in heads head_width]."""
+"""[width in] -> [in heads head_width]."""
 FROM_HEADS = Transform(_read_matrix, lambda array: array.reshape(-1, array.shape[-1]).T)
-"""[out width] kept as [heads head_width out]."""
+"""[out width] -> [heads head_width out]."""
 HEADS_BIAS = Transform(_read_vector, lambda array: array.reshape(-1))
-"""[width] kept as [heads head_width]."""
+"""[width] -> [heads head_width]."""
 
 
 def layer_rows(
@@ -67,7 +67,7 @@ def batch_norm_rows(published: str, ours: str) -> list[Row]:
 
 
 def batch_counters(published: Iterable[str]) -> Flat:
-  """Returns the counters that belong to a file's batch norms, of which `published` has keys: 0."""
+  """Returns zero counters for the batch norms among the keys of `published`."""
   mean = "running_mean"
   norms = (key.removesuffix(mean) for key in published if key.endswith(f".{mean}"))
   return {f"{norm}{COUNTER}": np.zeros((), np.int64) for norm in norms}
@@ -77,7 +77,7 @@ def read_safetensors(path: str) -> Flat:
   """Returns a file's arrays by key, 16-bit floats widened to float32.
 
   Raises:
-    WeightsError: the file is truncated, or something else.
+    WeightsError: the file is truncated, or not safetensors.
   """
   try:
     arrays = _read_bucket(path) if "://" in path else _read_local(path)
@@ -92,7 +92,7 @@ def _read_local(path: str) -> Flat:
 
 
 def _read_bucket(path: str) -> Flat:
-  # safetensors opens files of the operating system alone, and from bytes knows no bfloat16.
+  # safetensors opens local files only, and cannot read bfloat16 from bytes.
   with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
     shutil.copyfileobj(remote, copy)
     copy.flush()
@@ -109,6 +109,6 @@ def write_safetensors(path: str, arrays: Flat) -> None:
 
 
 def contiguous(arrays: Flat) -> Flat:
-  """Returns the arrays in row-major order: the writer of safetensors takes their memory as is."""
-  # Not `ascontiguousarray`, which gives scalars an axis.
+  """Returns the arrays in row-major order: safetensors writes their memory unchanged."""
+  # Not `ascontiguousarray`, which adds an axis to scalars.
   return {key: np.asarray(array, order="C") for key, array in arrays.items()}
