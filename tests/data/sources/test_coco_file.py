@@ -203,13 +203,16 @@ def test_warned(tmp_path, caplog, change, named):
   assert named.replace("\\", "") in caplog.text
 
 
-@pytest.mark.parametrize("ids", [(2**40, 2**41), ("a", "b"), (2**40, 3)])
+@pytest.mark.parametrize("ids", [(2**40, 2**41), ("a", "b"), (2**40, 3), (2**70, "c")])
 def test_image_ids_of_any_kind(tmp_path, ids):
   data = dataset()
   for i, number in enumerate(ids):
     data["images"][i]["id"] = data["annotations"][i]["image_id"] = number
-  batch = batch_of(load_source(write(tmp_path, data), "train"))
+  source = load_source(write(tmp_path, data), "train")
+  assert [source[i]["file_image_id"] for i in range(2)] == list(ids)
+  batch = batch_of(source)
   assert batch["image_id"].tolist() == [0, 1]
+  assert "file_image_id" not in batch
   assert batch["is_target"].sum(axis=1).tolist() == [1, 1]
 
 

@@ -138,6 +138,8 @@ class CocoSource(Source):
       area=[o["area"] for o in objects],
       ids=[o["id"] for o in objects],
     )
+    if not self._own_ids:
+      example["file_image_id"] = image["id"]  # of any size or type, for messages
     example["annotated_size"] = (image["height"], image["width"])
     if index in self._rotated:
       example["annotation_orientation"] = self._rotated[index]

@@ -74,6 +74,24 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
   return CocoFile(images, check.finished(), check.segments, categories, stuff)
 
 
+def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """Reads the images and the categories of a file with or without annotations, such as a test set.
+
+  Returns:
+    `id`, `file_name`, `height`, `width` of each image, and the categories as in the file.
+
+  Raises:
+    ValueError: it is refused; the message lists every reason.
+  """
+  data = _load(file, ("images", "categories"))
+  problems = _Problems(file)
+  images = _images(data["images"], problems)
+  _categories(data["categories"], problems)
+  problems.raise_refused()
+  problems.log()
+  return images, data["categories"]
+
+
 class _Problems:
   """Problems by kind, with their counts and first examples."""
 
@@ -114,20 +132,23 @@ class _Problems:
 _LISTED = 3
 
 
-def _load(file: pathlib.Path) -> dict[str, Any]:
-  """Returns the JSON object with its three lists."""
+_LISTS = ("images", "annotations", "categories")
+
+
+def _load(file: pathlib.Path, lists: Sequence[str] = _LISTS) -> dict[str, Any]:
+  """Returns the JSON object with these lists."""
   try:
     data = json.loads(file.read_bytes().decode("utf-8-sig"))
   except UnicodeDecodeError as error:
     raise ValueError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
   except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(f"{file}: not JSON ({error})") from None
-  for key in ("images", "annotations", "categories"):
+  for key in lists:
     found = data.get(key) if isinstance(data, dict) else None
     if not isinstance(found, list):
       raise ValueError(
         f"{file} is not in COCO's format: {key} is missing; expected an object with the lists "
-        "images, annotations and categories"
+        f"{', '.join(lists)}"
       )
     wrong = next((item for item in found if not isinstance(item, dict)), None)
     if wrong is not None:

@@ -9,6 +9,7 @@ Sources give, for n objects, `image`, `image_id`, and
     object_ids   int64 [n]
     outlines     optional: polygons or run lengths of each object as COCO has them, None without
     segment_image            optional: bytes of a PNG file whose colors are object ids
+    file_image_id            optional: id in the annotation file where `image_id` is an index
     annotated_size           optional: height and width for which the objects were annotated
     annotation_orientation   optional: EXIF orientation to apply to the annotations
 
@@ -115,7 +116,9 @@ class LoadObjects(Transform):
       example = self._add_segments(example, np.ascontiguousarray(orient(segments, turn)))
     elif outlines is not None and (self.masks or self.run_lengths is not None):
       example = self._add_outlines(example, outlines, turn, stored)
-    return example if self.as_annotated else _trainable(example, size)
+    example = example if self.as_annotated else _trainable(example, size)
+    example.pop("file_image_id", None)
+    return example
 
   def output_size(self, size: Size, rng: np.random.Generator) -> Size:
     """Returns the same size."""
@@ -367,8 +370,9 @@ _LOGGED = 10
 def _log_left_out(example: Example, which: Bool[np.ndarray, " n"], reason: str) -> None:
   for i in np.flatnonzero(which):
     number = example["object_ids"][i] or i
-    text = "image %d: object %d %s, and is left out"
-    logging.log_first_n(logging.WARNING, text, _LOGGED, example["image_id"], number, reason)
+    text = "image %s: object %d %s, and is left out"
+    image = example.get("file_image_id", example["image_id"])
+    logging.log_first_n(logging.WARNING, text, _LOGGED, image, number, reason)
 
 
 def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "h w"]:
