@@ -28,7 +28,7 @@ from vit_jax_zoo.data.sources.files import list_images, log_ignored, read_class_
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
-from vit_jax_zoo.inference.coco_json import CocoFiles
+from vit_jax_zoo.inference.coco_json import CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.training import atomic_write as whole_file
 
@@ -45,6 +45,9 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("images", [], "image files, folders or patterns; more may follow")
   flags.DEFINE_string("output", "predictions", "output folder")
   flags.DEFINE_string("class_names", None, "file with one class name per line, in order")
+  flags.DEFINE_string(
+    "coco_ids", None, "COCO file whose image ids and categories coco.json and coco_results.json use"
+  )
   flags.DEFINE_string("reference", None, "reference image for super-resolution")
   flags.DEFINE_integer(
     "tile", None, "tile size in pixels for super-resolution: smaller needs less memory"
@@ -74,9 +77,10 @@ def main(argv: Sequence[str]) -> int:
   paths = find_images([*FLAGS.images, *argv[1:]])
   options = read_options()
   names = read_class_names(FLAGS.class_names)
+  truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
   predictor = create_predictor(load(FLAGS.model, class_names=names), options)
   check_options(predictor, options)
-  return predict_all(predictor, paths, pathlib.Path(FLAGS.output))
+  return predict_all(predictor, paths, pathlib.Path(FLAGS.output), truth)
 
 
 def read_options() -> Options:
@@ -148,32 +152,41 @@ def read_image(path: pathlib.Path) -> np.ndarray:
     raise ValueError(f"{path} cannot be read: {error}") from None
 
 
-def predict_all(predictor: Predictor, paths: Sequence[pathlib.Path], output: pathlib.Path) -> int:
+def predict_all(
+  predictor: Predictor,
+  paths: Sequence[pathlib.Path],
+  output: pathlib.Path,
+  truth: GroundTruth | None = None,
+) -> int:
   """Predicts for each file and writes the results; returns the exit status.
 
   `predictions.json` in `output` has an entry for each file, in order: its `image`, its `pictures`
   (names of files), and the predictor's record, or the `error`; `predictions.jsonl` has the same a
-  line each as they come. Detections are also written in COCO's formats. Existing files that no
+  line each as they come. Detections are also written in COCO's formats. With `truth` these have its
+  ids, and entries have `image_id`, None if the image is not in `truth`. Existing files that no
   earlier `predict` wrote are never overwritten.
   """
   output.mkdir(parents=True, exist_ok=True)
-  pictures, collected = PictureFiles(output), CocoFiles()
+  pictures, collected = PictureFiles(output), CocoFiles(truth)
   records: list[dict[str, Any]] = []
   failed, begin = 0, time.monotonic()
   lines = output / RECORDS
   lines.unlink(missing_ok=True)
   for done, path in enumerate(paths, start=1):
+    known: dict[str, Any] = {"image": str(path)}
+    if truth is not None:
+      known["image_id"] = truth.image_ids.get(str(path))
     try:
       image = read_image(path)
       prediction = predictor(image)
     except ValueError as error:
       failed += 1
       message = " ".join(str(error).split())
-      record = {"image": str(path), "error": message}
+      record = {**known, "error": message}
       logging.error("%s", message if str(path) in message else f"{path}: {message}")
     else:
       name, files = pictures.write(path.stem, prediction)
-      record = {"image": str(path), "pictures": files, **prediction.record}
+      record = {**known, "pictures": files, **prediction.record}
       collected.add(str(path), name, image, prediction)
     records.append(record)
     with lines.open("a") as stream:

@@ -1,23 +1,115 @@
 """Collects predictions of all images in COCO's formats.
 
     coco.json           images, annotations with a `score`, categories: pycocotools' `COCO(file)`
-                        reads it, and its list of annotations is what `loadRes` takes
-    coco_panoptic.json  the same of panoptic segmentation, beside the pictures `*_panoptic.png`
+                        reads it
+    coco_results.json   the list of results that `COCO(ground_truth).loadRes(file)` takes; without
+                        `bbox` in it, masks are scored by their own areas
+    coco_panoptic.json  images, segments and categories, beside the pictures `*_panoptic.png`
 
-Images are numbered from 1 in order; `file_name` is the given path.
+`file_name` is the given path. Images are numbered from 1 in order, and categories have the model's
+class ids; with `GroundTruth`, both have the ids of an annotation file.
 """
 
+import collections
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
+from vit_jax_zoo.data.sources.coco_file import read_images
 from vit_jax_zoo.inference.base import Image, Prediction
+
+_LISTED = 10
+
+
+class GroundTruth:
+  """Ids of the images and categories of a COCO file, for predictions that are scored with it.
+
+  An image is matched if its path ends with one `file_name`, else if one has the same base name. The
+  others are logged. Classes are matched by name, or by id if the model has no names; a class that
+  is not in the file keeps its id, or gets one above the file's if its id is another class's.
+
+  Attributes:
+    image_ids: ids by given path, as in the file.
+    categories: as in the file, then the classes that are not in it.
+
+  Args:
+    file: path of the annotation file, with or without annotations.
+    paths: images to predict.
+  """
+
+  def __init__(self, file: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
+    if not file.is_file():
+      raise FileNotFoundError(f"--coco_ids={file}: no such file")
+    self._file = file
+    images, self.categories = read_images(file)
+    self._sizes = {image["id"]: (image["height"], image["width"]) for image in images}
+    self._names = {category["id"]: category["name"] for category in self.categories}
+    self._ids = {name: number for number, name in reversed(self._names.items())}
+    self.image_ids = self._match(images, paths)
+
+  def _match(
+    self, images: Sequence[Mapping[str, Any]], paths: Sequence[pathlib.Path]
+  ) -> dict[str, Any]:
+    by_name, by_base_name = collections.defaultdict(list), collections.defaultdict(list)
+    for image in images:
+      name = pathlib.Path(image["file_name"])
+      by_name[name.parts].append(image["id"])
+      by_base_name[name.name].append(image["id"])
+    found: dict[str, Any] = {}
+    given: dict[Any, pathlib.Path] = {}
+    for path in paths:
+      ends = (path.parts[i:] for i in range(len(path.parts)))
+      ids = next((by_name[end] for end in ends if end in by_name), by_base_name.get(path.name, ()))
+      if not ids:
+        logging.warning("%s: not in %s; left out of coco.json", path, self._file)
+      elif len(ids) > 1:
+        text = "%s: %d images of %s have this file_name; expected one; left out of coco.json"
+        logging.warning(text, path, len(ids), self._file)
+      elif ids[0] in given:
+        text = "%s: image %r of %s is already %s; left out of coco.json"
+        logging.warning(text, path, ids[0], self._file, given[ids[0]])
+      else:
+        given[ids[0]] = path
+        found[str(path)] = ids[0]
+    if len(found) < len(images):
+      text = "%s: %d of %d images are not given; scores count their objects as missed"
+      logging.warning(text, self._file, len(images) - len(found), len(images))
+    return found
+
+  def check_size(self, path: str, size: tuple[int, int]) -> None:
+    """Logs an image whose size differs from the file's: its boxes are for another image."""
+    expected = self._sizes[self.image_ids[path]]
+    if size != expected:
+      text = "%s: %dx%d pixels (height x width); %s has %dx%d"
+      logging.warning(text, path, *size, self._file, *expected)
+
+  def category_id(self, label: int, name: str | None) -> int:
+    """Returns the file's id of a class."""
+    name = self._names.get(label, str(label)) if name is None else name
+    if self._names.get(label) == name:
+      return label
+    return self._ids[name] if name in self._ids else self._add(label, name)
+
+  def _add(self, label: int, name: str) -> int:
+    number = max(self._names) + 1 if label in self._names else label
+    self._names[number], self._ids[name] = name, number
+    self.categories.append({"id": number, "name": name})
+    text = "class %r of the model is not in the categories of %s; its id is %d, and is not scored"
+    logging.log_first_n(logging.WARNING, text, _LISTED, name, self._file, number)
+    return number
 
 
 class CocoFiles:
-  """Collects detections and segments of images."""
+  """Collects detections and segments of images.
 
-  def __init__(self) -> None:
-    """Starts empty."""
+  Args:
+    truth: gives the ids; images that are not in it are left out.
+  """
+
+  def __init__(self, truth: GroundTruth | None = None) -> None:
+    self._truth = truth
     self._images: list[dict[str, Any]] = []
     self._annotations: list[dict[str, Any]] = []
     self._panoptic: list[dict[str, Any]] = []
@@ -33,15 +125,19 @@ class CocoFiles:
       image: its pixels, for their size.
       prediction: for the image.
     """
+    self._looked_for["objects"] |= prediction.objects is not None
+    self._looked_for["segments"] |= prediction.segments is not None
     number, (height, width) = len(self._images) + 1, image.shape[:2]
+    if self._truth is not None:
+      if path not in self._truth.image_ids:
+        return
+      number = self._truth.image_ids[path]
+      self._truth.check_size(path, (height, width))
     self._images.append({"id": number, "file_name": path, "height": height, "width": width})
-    if prediction.objects is not None:
-      self._looked_for["objects"] = True
-      for found in prediction.objects:
-        known = {"id": len(self._annotations) + 1, "image_id": number}
-        self._annotations.append(known | self._without_name(found))
+    for found in prediction.objects or ():
+      known = {"id": len(self._annotations) + 1, "image_id": number}
+      self._annotations.append(known | self._without_name(found))
     if prediction.segments is not None:
-      self._looked_for["segments"] = True
       segments = [self._without_name(segment) for segment in prediction.segments]
       self._panoptic.append(
         {"image_id": number, "file_name": f"{name}_panoptic.png", "segments_info": segments}
@@ -50,7 +146,11 @@ class CocoFiles:
   def contents(self) -> dict[str, Any]:
     """Returns the contents of the files by name."""
     categories = [{"id": k, "name": v} for k, v in sorted(self._names.items())]
-    files = {}
+    if self._truth is not None:
+      categories = self._truth.categories
+      if not any(self._looked_for.values()):
+        logging.warning("--coco_ids: unused; the model predicts no objects")
+    files: dict[str, Any] = {}
     for file, key, annotations in (
       ("coco.json", "objects", self._annotations),
       ("coco_panoptic.json", "segments", self._panoptic),
@@ -59,13 +159,19 @@ class CocoFiles:
         files[file] = {
           "images": self._images, "annotations": annotations, "categories": categories
         }  # fmt: skip
+    if self._looked_for["objects"]:
+      keys = ("image_id", "category_id", "bbox", "score", "segmentation")
+      files["coco_results.json"] = [{k: a[k] for k in keys if k in a} for a in self._annotations]
     return files
 
   def _without_name(self, found: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an annotation as COCO has it; its class's name is kept for the categories."""
-    label = found["category_id"]
-    self._names[label] = found.get("name", str(label))
-    return {"iscrowd": 0, **{key: value for key, value in found.items() if key != "name"}}
+    label, name = found["category_id"], found.get("name")
+    if self._truth is not None:
+      label = self._truth.category_id(label, name)
+    self._names[label] = str(label) if name is None else name
+    known = {key: value for key, value in found.items() if key != "name"}
+    return {"iscrowd": 0, **known, "category_id": label}
 
 
 def box_annotation(
