@@ -64,7 +64,7 @@ def _recipe(
   usual = config if kept == fields else make(**kept)
   optimizer = usual.get("optimizer") or {}
   optimizers = {SINGLE: optimizer} if "name" in optimizer else optimizer
-  rates = {player: section["learning_rate"] for player, section in optimizers.items()}
+  rates = {group: section["learning_rate"] for group, section in optimizers.items()}
   return {"batch_size": usual.get("batch_size"), "learning_rates": rates}
 
 

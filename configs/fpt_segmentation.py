@@ -179,7 +179,7 @@ _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
 
 def cityscapes(
   *,
-  source: str = "segments:data/cityscapes",
+  source: str = "segmentation:data/cityscapes",
   depth: int = 101,
   neck: str = "fpt",
   data_dir: str = "",
@@ -198,7 +198,7 @@ def cityscapes(
     source, num_classes=19, crop=769, num_epochs=240, batch_size=8, learning_rate=0.01,
     load={"classes": _CITYSCAPES_IDS}, buckets=None, depth=depth, neck=neck,
   )  # fmt: skip
-  if source.startswith("segments:"):
+  if source.startswith(("segmentation:", "segments:")):
     for split in (config.data.train, config.data.eval.val):
       split.images = "leftImg8bit/{split}/{name}_leftImg8bit.*"
       split.labels = "gtFine/{split}/{name}_gtFine_labelIds.png"
@@ -206,7 +206,7 @@ def cityscapes(
 
 
 def ade20k(
-  *, source: str = "segments:data/ADEChallengeData2016", depth: int = 101, neck: str = "fpt"
+  *, source: str = "segmentation:data/ADEChallengeData2016", depth: int = 101, neck: str = "fpt"
 ) -> ConfigDict:
   """ADE20K's 20210 images, 150 classes, in crops of 513 pixels; its label 0 is "other".
 
@@ -222,7 +222,7 @@ def ade20k(
 
 
 def voc(
-  *, source: str = "segments:data/VOCdevkit/VOC2012", depth: int = 101, neck: str = "fpt"
+  *, source: str = "segmentation:data/VOCdevkit/VOC2012", depth: int = 101, neck: str = "fpt"
 ) -> ConfigDict:
   """PASCAL VOC 2012, 21 classes with the background, in crops of 513 pixels.
 
@@ -238,7 +238,9 @@ def voc(
   )  # fmt: skip
 
 
-def lip(*, source: str = "segments:data/lip", depth: int = 101, neck: str = "fpt") -> ConfigDict:
+def lip(
+  *, source: str = "segmentation:data/lip", depth: int = 101, neck: str = "fpt"
+) -> ConfigDict:
   """LIP's 30462 people, 20 classes with the background, in crops of 473 pixels.
 
   Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.

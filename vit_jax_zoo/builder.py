@@ -236,14 +236,14 @@ def _open_evaluations(
     sections: of the evaluations, by name.
     info: of the training data, whose classes evaluations other than probes must have.
   """
-  judged = {name: opened(spec) for name, spec in sections.items()}
-  fitted = {
+  eval_sources = {name: opened(spec) for name, spec in sections.items()}
+  fit_sources = {
     name: opened(spec, "fit_split") for name, spec in sections.items() if "fit_split" in spec
   }
-  for name, source in judged.items():
-    trained_on = fitted[name].info if name in fitted else info
+  for name, source in eval_sources.items():
+    trained_on = fit_sources[name].info if name in fit_sources else info
     check_same_classes(trained_on, source.info, f"the evaluation {name!r}")
-  return judged, fitted
+  return eval_sources, fit_sources
 
 
 def _open(

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_options() -> Options:
-  """Returns what the flags ask for."""
+  """Returns the options set by the flags."""
   return Options(
     top_k=FLAGS.top_k,
     threshold=FLAGS.threshold,
@@ -99,7 +99,7 @@ def read_options() -> Options:
 
 
 def check_options(predictor: Predictor, options: Options) -> None:
-  """Raises ValueError if an option was given that the model's task has no use for."""
+  """Raises ValueError if an option was given that the model's task does not support."""
   given = [
     name
     for name, default in vars(Options()).items()
@@ -108,7 +108,7 @@ def check_options(predictor: Predictor, options: Options) -> None:
   unread = [name for name in given if name not in predictor.reads]
   if unread:
     known = ", ".join(f"--{option}" for option in sorted(predictor.reads))
-    raise ValueError(f"--{unread[0]} means nothing to this model's task; it reads {known}")
+    raise ValueError(f"--{unread[0]} is not supported by this model's task; it supports {known}")
 
 
 def _equal(value: Any, default: Any) -> bool:

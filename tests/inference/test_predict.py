@@ -210,7 +210,9 @@ def test_the_likeliest_colour_alone_leaves_nothing_to_chance(igpt_run):
 
 
 def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
-  with pytest.raises(ValueError, match=r"--samples means nothing to this .*; it reads --explain"):
+  with pytest.raises(
+    ValueError, match=r"--samples is not supported by this .*; it supports --explain"
+  ):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
   with pytest.raises(ValueError, match="--prefix_fraction lies in"):
     predictor_of(igpt_run, prefix_fraction=2.0)

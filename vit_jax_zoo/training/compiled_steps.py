@@ -155,8 +155,8 @@ def build_program(
   """
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
   sharding.check_batch_size(batch_size, mesh, options.accumulation_steps)
-  judging = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
-  abstract = judging.abstract_variables
+  evaluation = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)
+  abstract = evaluation.abstract_variables
   optimizers = tuple(
     create_optimizer(
       options.optimizer if group.name is None else options.optimizer[group.name],
@@ -176,7 +176,7 @@ def build_program(
   if train_step is None:
     train_step = make_train_step(task, optimizers[0], **arguments)
   return Program(
-    **vars(judging),
+    **vars(evaluation),
     optimizers=optimizers,
     abstract_state=abstract_like(abstract_state, shardings),
     train_step=jax.jit(
@@ -277,16 +277,16 @@ def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, ja
   }
 
 
-def _placed(wanted: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
-  """Places an array with the sharding of `wanted`; from the host, each device gets its shards."""
+def _placed(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:
+  """Places an array with the sharding of `target`; from the host, each device gets its shards."""
   if value is fresh:
     return fresh
-  if np.shape(value) != wanted.shape:
-    raise ValueError(f"an initial variable is {np.shape(value)}; expected {wanted.shape}")
+  if np.shape(value) != target.shape:
+    raise ValueError(f"an initial variable is {np.shape(value)}; expected {target.shape}")
   if isinstance(value, jax.Array):  # a copy: the state is donated
-    return jax.device_put(value.astype(wanted.dtype), wanted.sharding, may_alias=False)
-  array = np.asarray(value, wanted.dtype)
-  return jax.make_array_from_callback(array.shape, wanted.sharding, lambda index: array[index])
+    return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
+  array = np.asarray(value, target.dtype)
+  return jax.make_array_from_callback(array.shape, target.sharding, lambda index: array[index])
 
 
 def _zeros(abstract_batch: Batch) -> dict[str, jax.Array]:

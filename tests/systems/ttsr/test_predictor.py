@@ -163,7 +163,7 @@ def test_a_reference_is_an_option_like_others(trained):
   check_options(create_predictor(trained, options), options)
   more = dataclasses.replace(options, prefix_fraction=0.25)
   predictor = create_predictor(trained, more)
-  with pytest.raises(ValueError, match="--prefix_fraction means nothing to this model's task"):
+  with pytest.raises(ValueError, match="--prefix_fraction is not supported by this model's task"):
     check_options(predictor, more)
 
 
