@@ -1,19 +1,18 @@
-"""Writes a model in a form that others read.
+"""Exports a model to the formats of other libraries.
 
     python -m vit_jax_zoo.export --model=runs/vit_b16 --format=safetensors-timm --output=out/
     python -m vit_jax_zoo.export --model=ViT-B_16.npz --format=hf --output=out/
 
-| format           | what is written                                 | read by                   |
-|------------------|-------------------------------------------------|---------------------------|
-| safetensors-timm | a folder: model.safetensors, config.json        | timm, `local-dir:<path>`  |
-| hf               | a folder: model.safetensors and its JSON files  | transformers              |
-| npz              | one file, in Google's layout                    | vision_transformer        |
-| orbax            | a folder that is a checkpoint of this package   | `--model`, Orbax        |
-| stablehlo        | a folder: model.stablehlo, the whole program    | any program with JAX      |
+| format           | output                                     | read by                  |
+|------------------|--------------------------------------------|--------------------------|
+| safetensors-timm | folder: model.safetensors, config.json     | timm, `local-dir:<path>` |
+| hf               | folder: model.safetensors and JSON files   | transformers             |
+| npz              | file in Google's layout                    | vision_transformer       |
+| orbax            | folder: a checkpoint of this package       | `--model`, Orbax         |
+| stablehlo        | folder: model.stablehlo, the whole program | any program with JAX     |
 
-What else a family is published as stands in `weights/formats.py`. A format that has no such model
-says what stands in the way. TTSR is not written as a program, since that takes one picture, and
-TTSR takes four.
+Systems register further formats (`registry.Format`). If a format has no such model, the error names
+the field that prevents it. Models with several inputs (TTSR) cannot be written as StableHLO.
 """
 
 import dataclasses
@@ -48,12 +47,12 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
 
 MAX_STABLEHLO = 2_000_000_000
-"""Bytes: a program of StableHLO is one protocol buffer, which can be no larger than 2 GiB."""
+"""Bytes: a StableHLO program is one protocol buffer, of which 2 GiB is the maximum size."""
 
 
 def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
-  flags.DEFINE_string("model", None, "a run, or a published file, folder or name")
+  flags.DEFINE_string("model", None, "a run's workdir, or a published file, folder or name")
   flags.DEFINE_string("format", None, "output format; see the table above")
   flags.DEFINE_string("output", None, "output folder or file")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
@@ -91,9 +90,9 @@ def write(pretrained: Pretrained, form: str, path: str) -> None:
   """Writes a model.
 
   Args:
-    pretrained: the model, its variables, and how pictures come to it.
+    pretrained: model, variables and preprocessing.
     form: one of `formats_of` its family.
-    path: the folder or file to write.
+    path: output folder or file.
 
   Raises:
     ValueError: the family is not written in this format, or the format has no such model.
@@ -111,7 +110,7 @@ def write(pretrained: Pretrained, form: str, path: str) -> None:
 
 
 def export_of(pretrained: Pretrained) -> Export:
-  """Returns a model as the writers of published formats take it."""
+  """Returns the input of the writers of published formats."""
   flat = {key: np.asarray(x) for key, x in flatten_variables(pretrained.variables).items()}
   return Export(
     family_of(pretrained.model),
@@ -124,7 +123,7 @@ def export_of(pretrained: Pretrained) -> Export:
 
 
 def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
-  """Writes a checkpoint that `--model` and `init_from` take, with its config beside it."""
+  """Writes a checkpoint for `--model` and `init_from`, with its config beside it."""
   folder = epath.Path(path).absolute()
   folder.mkdir(parents=True, exist_ok=True)
   checkpointer = ocp.StandardCheckpointer()
@@ -180,7 +179,7 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
   if size > MAX_STABLEHLO:
     raise ValueError(
-      f"weights: they have {size / 1e9:.1f} GB; a StableHLO file holds 2. Use --format=orbax"
+      f"weights: {size / 1e9:.1f} GB; expected at most 2 for StableHLO. Use --format=orbax"
     )
   preprocess = pretrained.preprocess
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
@@ -213,19 +212,19 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
 
 
 def _program_size(pretrained: Pretrained) -> tuple[int, int]:
-  """Returns height and width of the program's images: all that the preprocessing can give."""
+  """Returns height and width of the program's images, the largest that preprocessing returns."""
   preprocess = pretrained.preprocess
   if preprocess.pad_size:
     return preprocess.pad_size
   if preprocess.fit == "shorter_side" and preprocess.max_side:
-    side = -(-preprocess.max_side // 32) * 32  # above what rounding adds to `max_side`
+    side = -(-preprocess.max_side // 32) * 32  # rounding may exceed `max_side`
     return side, side
   height, width = pretrained.config.get("image_size") or preprocess.image_size
   return height, width
 
 
 def _steps(preprocess: Preprocess, size: tuple[int, int], *, is_detector: bool) -> list[str]:
-  """Returns the preprocessing before the program, and its own, as text."""
+  """Returns the preprocessing before and within the program, as text."""
   height, width = preprocess.image_size
   limit = f", the longer at most {preprocess.max_side}" if preprocess.max_side else ""
   side = round(height / preprocess.crop_pct)
@@ -260,7 +259,7 @@ def _program(pretrained: Pretrained) -> Any:
 
 def _detector(pretrained: Pretrained) -> Any:
   task = task_of(pretrained)
-  if not pretrained.preprocess.pad_size:  # else the model was trained with this padding
+  if not pretrained.preprocess.pad_size:  # otherwise the model was trained with this padding
     task = task.padding_invariant()
   variables = jax.tree.map(jnp.asarray, pretrained.variables)
 
@@ -269,7 +268,7 @@ def _detector(pretrained: Pretrained) -> Any:
     return jax.tree.map(lambda x: x[0], task.predict(variables, batch))
 
   def program(images: Any, image_size: Any) -> Any:
-    # One image after the other: R-CNN's shapes must be numbers, and a batch's size is none here.
+    # One image at a time: R-CNN needs static shapes, and the batch size is symbolic here.
     return jax.lax.map(detect, {"image": images, "image_size": image_size})
 
   return program

@@ -1,7 +1,7 @@
-"""Models that are ready: from a run of ours or from whatever others have published.
+"""Loads models for inference, from runs and from published checkpoints.
 
-`load_pretrained` gives model and variables; `load` gives them with the task that they were trained
-for and with the pictures' way to the model, exactly that of the run's evaluations or of the file.
+`load_pretrained` returns model and variables; `load` also the task that they were trained for and
+the preprocessing, that of the run's evaluations or of the file.
 """
 
 import dataclasses
@@ -31,17 +31,17 @@ from vit_jax_zoo.weights import Preprocess, Pretrained
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
-  """Reads a published checkpoint, or a run of ours.
+  """Reads a published checkpoint, or a run's checkpoint.
 
   Args:
     path: as in `weights.load_pretrained`; or a run's `--workdir`, or one of its checkpoints.
-    **options: as there. Of a run: `image_size` (a ViT's positions are resized), `num_classes` (None
-      leaves the head away, another number starts it from zeros), and fields of the model that do
-      not change its parameters (`dtype`, `scan_layers`, ...).
+    **options: as in `weights.load_pretrained`. For a run: `image_size` (a ViT's position embeddings
+      are interpolated), `num_classes` (None drops the head, another number zero-initialises it),
+      and fields of the model that do not change its parameters (`dtype`, `scan_layers`, ...).
 
   Raises:
-    ValueError: as there; or the run's checkpoint does not fit the model that its config makes.
-    FileNotFoundError: there is no config beside the run.
+    ValueError: as in `weights.load_pretrained`; or the run's checkpoint does not fit its config.
+    FileNotFoundError: the run has no config.json.
   """
   if not is_checkpoint(path):
     return weights.load_pretrained(path, **options)
@@ -69,7 +69,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
 
 
 def _fields_beside(run: "_Run", model: Any) -> dict[str, Any]:
-  """Returns what is known of the task beside the preprocessing; no names of classes it has not."""
+  """Returns the task's fields without mean and std; no class names if the classes differ."""
   fields = {k: v for k, v in run.task_fields().items() if k not in ("image_mean", "image_std")}
   if "num_classes" in fields and getattr(model, "num_classes", None) != fields["num_classes"]:
     fields = {k: v for k, v in fields.items() if k not in ("num_classes", "class_names")}
@@ -79,29 +79,29 @@ def _fields_beside(run: "_Run", model: Any) -> dict[str, Any]:
 def load(
   path: str, *, class_names: Sequence[str] = (), needs_head: bool = True, **options: Any
 ) -> Trained:
-  """Returns a model that is ready to be used on pictures.
+  """Loads a model with its task and preprocessing.
 
   Args:
     path: see `load_pretrained`.
-    class_names: in order, for files that do not know them.
-    needs_head: refuse a file without a classifier; else it is good for its features alone.
+    class_names: names in order, for files that lack them.
+    needs_head: rejects files without a classifier; if False, they are loaded for their features.
     **options: see `load_pretrained`.
 
   Raises:
-    ValueError: as in `load_pretrained`; or there are not as many names as classes.
+    ValueError: as in `load_pretrained`; or the number of names is not the number of classes.
   """
   if is_checkpoint(path):
     return _load_run(path, class_names, options)
   published = weights.load_pretrained(path, **options)
   if not published.task:
     raise ValueError(
-      f"{path} holds a part of a network, which takes no pictures; train a detector that starts "
-      "from it: --config.task.neck_file"
+      f"{path} holds a part of a network, not a model of images; train a detector initialised from "
+      "it: --config.task.neck_file"
     )
   if published.task == "classification" and published.config.get("num_classes") is None:
     if needs_head:
-      raise ValueError(f"{path} has no classifier; fine-tune it, or give weights that have a head")
-    published.config["num_classes"] = 1  # a placeholder: features alone are used
+      raise ValueError(f"{path} has no classifier; fine-tune it, or give weights with a head")
+    published.config["num_classes"] = 1  # a placeholder: only features are used
   if class_names:
     published.task_fields["class_names"] = tuple(class_names)
   preprocess = published.preprocess
@@ -164,7 +164,7 @@ def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int]) -> Transform:
-  """Returns the transform of an evaluation on images of `size`, in the proportions of `seen`."""
+  """Returns an evaluation's transform with its sizes scaled from images of `seen` to `size`."""
   if not isinstance(transform, Resize | ResizeSmall | CentralCrop):
     return transform
   ratios = [new / old for new, old in zip(size, seen, strict=True)]
@@ -178,15 +178,14 @@ def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int])
 def _prepare_for_run(
   transforms: Sequence[Transform], size: tuple[int, int] | None, fit: str, image: Image
 ) -> dict[str, Any]:
-  """Applies an evaluation's transforms; pictures that are then of another size are resized.
+  """Applies an evaluation's transforms; first resizes the image as in `_Run.fit` if none does.
 
-  That is where a dataset's own images all have one size, and nothing in its transforms says so.
-  How, says `_Run.fit`.
+  That is for datasets whose images all have one size, so that no transform states it.
   """
   example: dict[str, Any] = {"image": image}
   if size is not None and not any(_fixes_size(transform) for transform in transforms):
     example["image"] = _fitted(image, size, fit)
-  rng = np.random.default_rng(0)  # evaluations have none that draw; if one does, always the same
+  rng = np.random.default_rng(0)  # evaluations are deterministic
   for transform in transforms:
     example = transform(example, rng)
   return example
@@ -207,13 +206,13 @@ def _fixes_size(transform: Transform) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """A run of ours, on disk.
+  """A run on disk.
 
   Attributes:
-    path: as the user gave it: a workdir, or one checkpoint of it.
-    config: its whole config, as JSON has it.
-    data: what it took from its data.
-    variables: the best that it has, as numpy arrays.
+    path: the user's path: a workdir, or one of its checkpoints.
+    config: config of the run, from JSON.
+    data: metadata of its datasets.
+    variables: variables of the best checkpoint, numpy arrays.
   """
 
   path: str
@@ -226,8 +225,8 @@ class _Run:
     """Reads the run.
 
     Raises:
-      FileNotFoundError: there is no config beside it.
-      ValueError: its checkpoint is damaged, or holds numbers that are not finite.
+      FileNotFoundError: the run has no config.json.
+      ValueError: its checkpoint is damaged, or contains NaN or infinity.
     """
     config, data = load_run(_workdir_of(path))
     variables = restore_variables(path)
@@ -242,7 +241,7 @@ class _Run:
     return create_model(**{**_as_fields(fields), **options})
 
   def task_fields(self) -> dict[str, Any]:
-    """Returns the fields of the task but its name, filled from the data."""
+    """Returns the fields of the task except its name, filled from the data."""
     fields = fill_from_data(self.config["task"], self.data)
     return {key: value for key, value in fields.items() if key != "name"}
 
@@ -253,16 +252,16 @@ class _Run:
     return evaluations.get(chosen) or evaluations.get(main_evaluation(evaluations)) or {}
 
   def transforms(self) -> tuple[Transform, ...]:
-    """Returns what an evaluation does to images."""
+    """Returns the evaluation's transforms of images."""
     transforms = build_transforms(self._evaluation().get("transforms", []))
     return tuple(transform for transform in transforms if not transform.is_target)
 
   @property
   def fit(self) -> str:
-    """How a picture comes to the size of the run's images, where no transform says it.
+    """How images are resized to the size of the run's if no transform does it.
 
-    "squeeze": exactly; "shorter_side": their shorter sides become equal; "as_is": not at all, where
-    images of any size were evaluated, padded.
+    "squeeze": to that size; "shorter_side": to its shorter side, with the aspect ratio kept;
+    "as_is": not resized, for runs that evaluate padded images of any size.
     """
     if not tasks()[self.config["task"]["name"]].keeps_aspect_ratio:
       return "squeeze"
@@ -270,7 +269,7 @@ class _Run:
     return "as_is" if "pad_label_map" in names else "shorter_side"
 
   def image_size(self, model: Any) -> tuple[int, int] | None:
-    """Returns height and width of the images that the model saw, as far as it is known."""
+    """Returns height and width of the images that the model was trained on; None if unknown."""
     shape = self.data.shapes.get("image")
     if shape:
       return int(shape[0]), int(shape[1])
@@ -283,8 +282,8 @@ class _Run:
 
     Args:
       seen: height and width of the run's images, if known.
-      size: height and width of the images to come, if known.
-      is_resized: whether the user asks for `size`.
+      size: height and width of the images for inference, if known.
+      is_resized: whether the user requested `size`.
     """
     if self.exported_preprocess is not None:
       preprocess = self.exported_preprocess
@@ -330,7 +329,7 @@ class _Run:
 
 
 def _as_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns fields as Python has them: JSON knows no tuples, and Linen hashes what it is given."""
+  """Returns fields with JSON's lists as tuples: Linen requires hashable fields."""
   return {key: _frozen(value) for key, value in fields.items()}
 
 
@@ -350,13 +349,13 @@ def _workdir_of(path: str) -> epath.Path:
 
 
 def _count_classes(variables: Variables) -> int | None:
-  """Returns how many classes a head has, for runs that did not keep it beside them."""
+  """Returns the number of classes of the head, for runs without that metadata."""
   head = variables["params"].get("head", {})
   return head["kernel"].shape[-1] if "kernel" in head else None
 
 
 def _adapted(run: _Run, model: Any) -> Variables:
-  """Returns the run's variables in the model's layout, without a head that it has not."""
+  """Returns the run's variables in the model's layout; without the head if the model has none."""
   variables = run.variables
   has_head = getattr(model, "num_classes", 0) is not None
   if not has_head:
@@ -371,7 +370,7 @@ def _refitted(
   """Returns the run's variables fitted to a model with another head, or to images of `size`.
 
   Raises:
-    ValueError: it is no classifier of images, or its parameters do not fit.
+    ValueError: the run is not a classifier, or its parameters do not fit.
   """
   if run.config["task"]["name"] != "classification":
     raise ValueError(
@@ -379,7 +378,7 @@ def _refitted(
       "changed for classifiers"
     )
   token_grid = getattr(model, "token_grid", None)
-  if token_grid is None:  # nothing but the head has another shape
+  if token_grid is None:  # only the head's shape differs
     variables, classes = _adapted(run, model), model.num_classes
     if classes in (None, _count_classes(variables)):
       return variables
