@@ -136,11 +136,12 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
 def test_the_catalog_is_sound():
   models = list_models()
   for name, entry in catalog.entries().items():
-    assert name.startswith(entry.model), name
     assert entry.model in models, name
     assert bool(entry.hub) != bool(entry.urls), name
     assert all(url.startswith("https://") for url in entry.urls)
-    assert (entry.score == "–") == (entry.source == "–"), name
+    if name != "vgg19_imagenet":  # a part of TTSR, without a score of its own
+      assert name.startswith(entry.model), name
+      assert (entry.score == "–") == (entry.source == "–"), name
   with pytest.raises(WeightsError, match="did you mean the published vit_b16_imagenet21k"):
     load_pretrained("vit_b16_imagenet_21k")
   with pytest.raises(WeightsError, match=r"x/ViT-L_16\.npz; .* give vit_l16"):
