@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import vit
+from tests.trees import flatten_paths
 from vit_jax_zoo import create_model, registry, trainer
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import PredictionScores
@@ -75,7 +76,7 @@ def layout(name):
   images = jax.ShapeDtypeStruct((8, 224, 224, 3), np.float32)
   params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
   specs = sharding.parameter_specs(params, registry.sharding_rules(name), mesh)
-  return {path: str(spec) for path, spec in sharding.flatten_paths(specs).items()}
+  return {path: str(spec) for path, spec in flatten_paths(specs).items()}
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_r50_b16", "lambda_resnet_50"])

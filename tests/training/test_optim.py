@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from tests.trees import flatten_paths
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.optim import create_optimizer, list_optimizers
 
@@ -75,7 +76,7 @@ def test_every_optimizer_learns_and_leaves_frozen_parameters_alone(name):
   assert distance(moved) < 0.5 * distance(params)
   before, after = params["head"]["bias"], moved["head"]["bias"]
   np.testing.assert_array_equal(np.asarray(before).view(np.int32), np.asarray(after).view(np.int32))
-  assert not [p for p in sharding.flatten_paths(state) if p.endswith("head/bias")], "no memory"
+  assert not [p for p in flatten_paths(state) if p.endswith("head/bias")], "no memory"
   assert optimizer.frozen["head"] == {"kernel": False, "bias": True}
 
 
@@ -190,7 +191,7 @@ def decayed(params, **config):
   optimizer = create(params, name="adamw", weight_decay=0.5, **config)
   ones = jax.tree.map(np.ones_like, params)
   found, _ = run(optimizer, ones, 1, grads=lambda p, _: jax.tree.map(np.zeros_like, p))
-  return {path for path, leaf in sharding.flatten_paths(found).items() if np.max(leaf) < 1.0}
+  return {path for path, leaf in flatten_paths(found).items() if np.max(leaf) < 1.0}
 
 
 def test_what_decays_by_default():
@@ -260,7 +261,7 @@ def test_states_are_laid_out_like_their_parameters(name):
   optimizer = create(params, name=name, clip_norm=1.0, rules=[FREEZE_BIAS], **momentum)
   specs = jax.tree.map(lambda p: P(*([None] * (p.ndim - 1)), "fsdp"), params)
   state = jax.eval_shape(optimizer.tx.init, params)
-  laid_out = sharding.flatten_paths(sharding.specs_like_parameters(state, params, specs))
+  laid_out = flatten_paths(sharding.specs_like_parameters(state, params, specs))
   split = [path for path, spec in laid_out.items() if spec != P()]
   moments = {"adamw": 2, "lamb": 2, "adafactor": 2, "sgd": 1, "lion": 1}[name]
   assert len(split) == 6 * moments

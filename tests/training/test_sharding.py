@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from tests.trees import flatten_paths
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.training import sharding
 
@@ -99,9 +100,9 @@ def test_optimizer_state_lies_as_its_parameters_do(name):
     params, (("a/kernel", ("fsdp", None)), ("kernel", (None, "fsdp"))), mesh
   )
   state = jax.eval_shape(getattr(optax, name)(1e-3).init, params)
-  found = sharding.flatten_paths(sharding.specs_like_parameters(state, params, specs))
+  found = flatten_paths(sharding.specs_like_parameters(state, params, specs))
   by_shape = {}
-  for path, leaf in sharding.flatten_paths(state).items():
+  for path, leaf in flatten_paths(state).items():
     by_shape.setdefault(leaf.shape, set()).add(found[path])
   assert by_shape.pop((), {P()}) == {P()}
   for shape, where in by_shape.items():

@@ -16,12 +16,6 @@ def cxcywh_to_xyxy(boxes_cxcywh: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
   return jnp.concatenate([center - 0.5 * size, center + 0.5 * size], axis=-1)
 
 
-def xyxy_to_cxcywh(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
-  """Returns centre and size of boxes given by their corners."""
-  low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
-  return jnp.concatenate([0.5 * (low + high), high - low], axis=-1)
-
-
 def box_area(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
   """Returns the areas; 0 for boxes with a negative side."""
   sides = jnp.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)

@@ -47,6 +47,7 @@ class Checkpointer:
   Attributes:
     workdir: the run's directory.
     read_only: whether saving is an error.
+    best_score: score of the best variables, also across interruptions; None without any.
   """
 
   def __init__(
@@ -85,7 +86,7 @@ class Checkpointer:
       )
       best_step = self._best.manager.best_step()
       metrics = None if best_step is None else self._best.manager.metrics(best_step)
-    self._best_score = None if metrics is None else float(metrics["score"])
+    self.best_score = None if metrics is None else float(metrics["score"])
 
   def __enter__(self) -> "Checkpointer":
     return self
@@ -97,11 +98,6 @@ class Checkpointer:
   def latest_step(self) -> int | None:
     """The step of the newest complete checkpoint, or None."""
     return self._newest.manager.latest_step()
-
-  @property
-  def best_score(self) -> float | None:
-    """The score of the best variables so far, before an interruption included."""
-    return self._best_score
 
   def save(self, step: int, state: Any) -> bool:
     """Starts to save the state after `step` training steps; returns False if it is there already.
@@ -169,7 +165,7 @@ class Checkpointer:
     self._check_writable()
     if not self._is_better(score):
       return False
-    self._best_score = score = float(score)
+    self.best_score = score = float(score)
     saved = ocp.args.Composite(
       **{
         VARIABLES: ocp.args.StandardSave(variables),
@@ -186,9 +182,9 @@ class Checkpointer:
       raise RuntimeError(f"the checkpoints in {self.workdir} were opened read-only")
 
   def _is_better(self, score: float | int) -> bool:
-    if not math.isfinite(score) or self._best_score is None:
+    if not math.isfinite(score) or self.best_score is None:
       return math.isfinite(score)
-    return score > self._best_score if self._best_mode == "max" else score < self._best_score
+    return score > self.best_score if self._best_mode == "max" else score < self.best_score
 
   def wait(self) -> None:
     """Waits until all saves are complete on disk; raises their errors."""

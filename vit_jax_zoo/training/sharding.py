@@ -93,12 +93,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def flatten_paths(tree: Any) -> dict[str, Any]:
-  """Returns the leaves of any tree by "/"-joined path, in the order of `jax.tree.leaves`."""
-  leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
   """Applies the rules: a tree like `abstract_params` with a PartitionSpec for each parameter.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from vit_jax_zoo.nn.conv import Conv
+from vit_jax_zoo.systems.ttsr.losses import Conv
 from vit_jax_zoo.systems.ttsr.model import ConcatConv, pixel_shuffle, upsample_bicubic
 
 

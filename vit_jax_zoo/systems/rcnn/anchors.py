@@ -139,11 +139,6 @@ def inclusive(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
   return jnp.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - 1], axis=-1)
 
 
-def exclusive(inclusive_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
-  """Returns boxes with exclusive right and bottom; the inverse of `inclusive`."""
-  return jnp.concatenate([inclusive_xyxy[..., :2], inclusive_xyxy[..., 2:] + 1], axis=-1)
-
-
 def _center_size(
   boxes_xyxy: Float[Array, "*n 4"],
 ) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:

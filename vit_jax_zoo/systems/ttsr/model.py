@@ -18,13 +18,12 @@ from flax.typing import Dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.nn.conv import Conv
 from vit_jax_zoo.nn.init import pytorch_uniform
 from vit_jax_zoo.nn.transformer import Stack
 from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.resize import METHODS
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.systems.ttsr.losses import VGG19
+from vit_jax_zoo.systems.ttsr.losses import VGG19, Conv
 from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer
 
 SCALE = 4
