@@ -58,16 +58,16 @@ def test_an_unknown_grid_is_square(grids):
 @pytest.mark.parametrize(
   ("old", "new", "grids", "message"),
   [
-    (13, 37, {}, "the source has 13 rows of them, which is no square grid"),
-    (37, 13, {}, "the model has 13 rows of them, which is no square grid"),
-    (13, 37, {"grid": (6, 6)}, "the source has 13 rows of them, which is no square grid"),
-    (13, 37, {"source_grid": (4, 4), "grid": (6, 6)}, "not a grid of 4 x 4 tokens"),
-    (10, 37, {"source_grid": (3, 3), "grid": (5, 9)}, "not a grid of 5 x 9 tokens"),
-    (9, 37, {}, "the source has 0 rows for the class token, and the model 1"),
+    (13, 37, {}, "the source has 13, which is no square grid"),
+    (37, 13, {}, "the model has 13, which is no square grid"),
+    (13, 37, {"grid": (6, 6)}, "the source has 13, which is no square grid"),
+    (13, 37, {"source_grid": (4, 4), "grid": (6, 6)}, "expected a grid of 4 x 4 tokens"),
+    (10, 37, {"source_grid": (3, 3), "grid": (5, 9)}, "expected a grid of 5 x 9 tokens"),
+    (9, 37, {}, "the source has 0 rows for the class token; expected 1"),
   ],
 )
 def test_what_cannot_be_resized_is_one_line(old, new, grids, message):
-  with pytest.raises(ValueError, match="positions") as error:
+  with pytest.raises(ValueError, match="position embeddings: ") as error:
     adapted(old, new, **grids)
   assert message in str(error.value)
   assert "\n" not in str(error.value)

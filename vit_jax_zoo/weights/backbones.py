@@ -1,14 +1,14 @@
-"""Reads published backbones, in whatever format, into the backbone of a detector or segmenter.
+"""Reads published backbones of all formats into the backbone of a detector or segmenter.
 
     torchvision, timm    conv1.weight, layer1.0.conv1.weight, ...       a ResNet
     Hugging Face         embedder.embedder.convolution.weight, ...      a ResNet
     resnet50_caffe.pth   torchvision's names for Caffe's weights
 
-and those that the systems recognise (`System.backbone_readers`: a LambdaResNet, Caffe's and
-Detectron's files). Caffe's networks take BGR; their first convolutions are reversed, so that ours
-take RGB. In a file with torchvision's names only "caffe" in the file's name tells. Caffe's have
-their stride in the blocks' first convolution: set the backbone's `stride_in_1x1`, as no file tells.
-Heads of classifiers are ignored.
+and those that the systems recognise (`System.backbone_readers`: LambdaResNet, Caffe and Detectron).
+The inputs of Caffe's networks are BGR; their first kernels are reversed to RGB. A file of Caffe's
+weights with torchvision's names is recognised by "caffe" in the file's name only. Caffe's blocks
+have their stride in the first convolution, which no file states: set the backbone's
+`stride_in_1x1`. Classifier heads are ignored.
 """
 
 import re
@@ -41,12 +41,12 @@ def read_backbone(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
   """Returns a backbone's arrays by path.
 
   Args:
-    path: of the file.
-    shapes: of the backbone's variables, by path as in `Checkpoint.table`.
+    path: path of the file.
+    shapes: shapes of the backbone's variables, by path as in `Checkpoint.table`.
 
   Raises:
-    WeightsError: the file holds no known backbone, or another than `shapes` needs; everything that
-      does not fit is listed.
+    WeightsError: the file has no known backbone, or does not fit `shapes`; all differences are
+      listed.
   """
   backbone = _recognize(read_published(path).arrays, path)
   return key_map.read(backbone.arrays, backbone.rows, shapes, source=path, ignore=backbone.ignore)
@@ -66,7 +66,7 @@ def _recognize(arrays: Flat, path: str) -> Backbone:
 
 
 def _in_any_norm(rows: Sequence[Row]) -> list[Row]:
-  """Adds to the rows of a trained norm's scale and bias those of a frozen one, and the reverse."""
+  """Adds the rows of frozen norms to those of trained norms, and the reverse."""
   found = list(rows)
   for row in rows:
     if re.search(r"norm\w*/(scale|bias)$", row.ours):

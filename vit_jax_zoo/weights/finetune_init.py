@@ -171,8 +171,8 @@ def _refit(
   wanted, new = _layout(rows, grids[1], has_cls[1], "the model")
   if first != wanted:
     raise ValueError(
-      f"cannot take positions over: the source has {first} rows for the class token, and the model "
-      f"{wanted}; set cls_token_position as the source has it"
+      f"position embeddings: the source has {first} rows for the class token; expected {wanted}; "
+      "set cls_token_position as in the source"
     )
   resized = resize_position_grid(np.asarray(table[0, first:]), old, new)
   return np.concatenate([table[:, :first], resized[None]], axis=1).astype(table.dtype)
@@ -187,10 +187,10 @@ def _layout(rows: int, grid: Grid | None, has_cls: bool, whose: str) -> tuple[in
       return first, (height, width)
   if grid is None:
     raise ValueError(
-      f"cannot resize positions: {whose} has {rows} rows of them, which is no square grid, and the "
-      "height and width of its grid are not known; use images of the same size or square ones"
+      f"position embeddings: {whose} has {rows}, which is no square grid, and the height and width "
+      "of its grid are unknown; use images of the same size or square ones"
     )
   raise ValueError(
-    f"cannot resize positions: {whose} has {rows} rows of them, which are not a grid of "
-    f"{grid[0]} x {grid[1]} tokens; check the image size"
+    f"position embeddings: {whose} has {rows}; expected a grid of {grid[0]} x {grid[1]} tokens; "
+    "check the image size"
   )

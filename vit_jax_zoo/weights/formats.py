@@ -31,11 +31,11 @@ def formats() -> dict[Format, ModuleType]:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-  """Reads a published file or folder, whatever its format.
+  """Reads a published file or folder of any registered format.
 
   Raises:
-    WeightsError: one line: it cannot be read, or belongs to no known format.
-    ImportError: reading it takes a package that is not installed.
+    WeightsError: one line: it cannot be read, or its format is unknown.
+    ImportError: a package needed for reading is not installed.
   """
   published = read_published(path)
   for form, module in formats().items():
@@ -47,7 +47,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 
 def _guarded(read: Callable[[Any], Checkpoint], published: Any, form: Format) -> Checkpoint:
-  """Sizes are read off single arrays: converts what a missing or misshapen one raises."""
+  """Converts errors raised while sizes are inferred from missing or misshapen arrays."""
   try:
     return read(published)
   except WeightsError:
@@ -74,7 +74,7 @@ def write_checkpoint(path: str, name: str, export: Export) -> None:
 
   Raises:
     WeightsError: the format has no such model.
-    ValueError: the family is not written in it; the message lists in which it is.
+    ValueError: the family cannot be written in this format; the message lists those that can.
   """
   known = writable_formats(export.family)
   if name not in known:
