@@ -48,7 +48,7 @@ _FIGURES: Mapping[str, tuple[float, float, float]] = {
   "H100 80GB HBM3": (80e9, 3350e9, 450e9),
   "H200": (141e9, 4800e9, 450e9),
 }
-"""By what stands in `device.device_kind`: memory, its bandwidth, bandwidth to other chips."""
+"""Name contained in `device.device_kind` -> memory, its bandwidth, bandwidth to other chips."""
 
 
 def find_chip(device_kind: str) -> Chip | None:

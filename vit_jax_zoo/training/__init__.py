@@ -1,1 +1,1 @@
-"""The training loop and its parts; it knows tasks by their protocol and no model."""
+"""Training loop and its parts; depends on the protocol of tasks, and on no model."""

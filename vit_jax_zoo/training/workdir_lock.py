@@ -131,7 +131,7 @@ def _machine() -> str:
 
 
 def _process_start(pid: int) -> str | None:
-  """Returns the start time of a process, which tells it from a later one with the same id."""
+  """Returns the start time of a process, which differs for a later one with the same id."""
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     return stat.rpartition(")")[2].split()[19]

@@ -35,8 +35,8 @@ def adapt(
 
   A head of another shape, and one on top of a dropped layer, keeps its value from `variables`. A
   learned position table is interpolated to the new grid with aligned corners, as in Google's code;
-  pixel position embeddings likewise, which no paper does. Scanned layers are unrolled and the
-  reverse, as the model needs it.
+  so are pixel position embeddings, which no paper does. Layers are scanned or unrolled as in the
+  model.
 
   Args:
     source: variables of a run, numpy arrays.
