@@ -16,7 +16,7 @@ class Entry:
   """A published checkpoint.
 
   Attributes:
-    model: the registry's name of its architecture.
+    model: the registry's name of its architecture; "" of a part of a model.
     urls: URLs of its files; the first is read, the others are stored beside it.
     hub: "owner/name" on the Hugging Face hub, instead of `urls`.
     sha256: checksum of the first file, or its prefix, if published.

@@ -32,7 +32,7 @@ COLLECTION = "vgg"
 
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
-PUBLISHED = {"vgg19_imagenet": Entry("ttsr", (URL,), sha256="dcbb9e9d", source="torchvision")}
+PUBLISHED = {"vgg19_imagenet": Entry("", (URL,), sha256="dcbb9e9d", source="torchvision")}
 
 
 def _indices() -> list[int]:
