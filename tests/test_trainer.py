@@ -76,7 +76,7 @@ def test_metrics_that_cannot_be_chosen(metrics, best, message):
   with config.ignore_type():
     config.checkpoint.best = best
   with pytest.raises(ValueError, match=message):
-    experiment.create(config)
+    trainer.build(config)
 
 
 def test_sources_of_the_same_classes_are_mixed():

@@ -110,9 +110,7 @@ def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
   """
   config = _read(workdir / CONFIG_FILE)
   if config is None:
-    raise FileNotFoundError(
-      f"{workdir}: there is no {CONFIG_FILE}; expected the folder of a run"
-    )
+    raise FileNotFoundError(f"{workdir}: there is no {CONFIG_FILE}; expected the folder of a run")
   return rename_fields(config), load_data(workdir)
 
 

@@ -187,7 +187,7 @@ def test_the_layer_of_an_igpt_is_chosen_on_images_held_out(tmp_path):
   source = load_source("demo:digits", FIT)
   images = np.stack([prepare(pixels(source[i]["image"]))["image"] for i in range(0, 300, 15)])
   batch = {"image": images}
-  variables = {**task.init(jax.random.key(0), batch), **task.prepare([batch])}
+  variables = {**task.init(jax.random.key(0), batch), **task.init_from_data([batch])}
   scores, pictures = knn_of(Trained("igpt", task, variables, prepare, (8, 8), "igpt"), tmp_path)
   assert scores["features"] == f"layer_{scores['best_layer']:.0f}"
   assert scores["accuracy"] == scores[scores["features"]] > 0.2

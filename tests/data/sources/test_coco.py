@@ -126,7 +126,7 @@ class TestInstances:
 
   def test_what_is_left_out_is_counted_and_named(self, instances, caplog):
     """Guards the log: how many boxes are flat, and the annotation and file of the first."""
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     load_source(f"coco:{instances}", "train")
     assert "2 x bbox without area" in caplog.text
     assert "annotation 4 of 009.jpg, annotation 6 of 009.jpg" in caplog.text

@@ -244,7 +244,7 @@ class TestRotatedImages:
         found.update(bbox=box, segmentation=[polygon])
     elif turn < 5:
       chosen = {"exif_frame": "stored"}  # the size does not tell
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="absl")
     source = load_source(write(tmp_path, data, turn), "train", **chosen)
     assert f"2 images are rotated by EXIF; annotations are taken to be in the {frame}" in (
       caplog.text
