@@ -100,7 +100,8 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 
 def _log_outcome(outcome: Outcome) -> None:
   """Logs the scores and the output paths."""
-  step, workdir = int(outcome.state.step), outcome.workdir
+  step = int(outcome.state.step)
+  workdir = epath.Path(str(outcome.workdir).removeprefix(f"{pathlib.Path.cwd()}/"))
   if outcome.finished:
     scores = format_scores(outcome.scores) or "(the config has no evaluation)"
     logging.info("done after %d steps: %s", step, scores)
