@@ -66,7 +66,7 @@ def test_right_and_wrong_differ_in_colour_mark_and_words(images):
   assert right.spines["left"].get_edgecolor() != wrong.spines["left"].get_edgecolor()
   assert right.xaxis.label.get_color() == RIGHT
   assert wrong.xaxis.label.get_color() == WRONG
-  assert [text.get_text() for text in wrong.texts] == ["is cat"]
+  assert [text.get_text() for text in wrong.texts] == ["true: cat"]
   assert not right.texts
 
 
