@@ -159,7 +159,7 @@ def test_parts_of_masks(monkeypatch, limit):
   boxes = jnp.asarray(
     [[10, 5, 20, 15], [5, 0, 25, 20], [0, 0, 30, 20], [-4, -4, 8, 8]], jnp.float32
   )
-  index = jnp.float32([0, 0, 1, 1])
+  index = jnp.asarray([0, 0, 1, 1])
   got = jax.jit(lambda masks: ops.crop_masks(masks, index, boxes, 8))(jnp.asarray(masks))
   assert got[0].all()
   expected = np.zeros((8, 8), bool)
