@@ -159,7 +159,7 @@ def test_weights_without_a_palette_are_not_taken_in_silence(published, tmp_path,
   (published / "preprocessor_config.json").unlink()
   with caplog.at_level(logging.WARNING, logger="absl"):
     run(nats_config(published), tmp_path / "run", eval_only=True)
-  assert f"{published} holds no palette" in caplog.text
+  assert f"{published}: no palette" in caplog.text
 
 
 def test_the_nats_of_images_that_are_not_there_name_their_preparation(tmp_path):
