@@ -6,12 +6,12 @@ import pytest
 from vit_jax_zoo.metrics.feature_probes import (
   PROBES,
   FeatureScore,
+  Labelled,
   around,
   by_layer,
   choose_features,
   create_probe,
 )
-from vit_jax_zoo.metrics.linear_probe import Labelled
 
 FAST = {"linear_sgd": {"num_epochs": 10, "rates": [0.3, 0.03]}}
 

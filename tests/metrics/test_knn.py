@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import sklearn
 from sklearn.neighbors import KNeighborsClassifier
 
-from vit_jax_zoo.metrics import knn
+from vit_jax_zoo.metrics.feature_probes import NearestNeighbours, Rows
 
 
 def clouds(rows, seed):
@@ -14,24 +15,22 @@ def clouds(rows, seed):
 
 
 @pytest.mark.parametrize("temperature", [None, 0.07, 1.0])
-def test_votes_as_scikit_learn_counts_them(temperature, monkeypatch):
-  monkeypatch.setattr(knn, "_CHUNK", 1000)  # several chunks, the last one smaller
+def test_votes_as_scikit_learn_counts_them(temperature):
   (features, labels), (test, _) = clouds(150, 0), clouds(40, 1)
-  found = knn.classify_by_neighbours(
-    features, labels, test, neighbours=(1, 4, 15), temperature=temperature
-  )
-  for count, predicted in found.items():
+  probe = NearestNeighbours(neighbours=(1, 4, 15), temperature=temperature)
+  with sklearn.config_context(working_memory=0.01):  # several chunks, the last one smaller
+    found = probe.classify(Rows(features, labels), Rows(test, labels))
+  for count, predicted in found:
     weights = "uniform" if temperature is None else lambda d: np.exp(-d / temperature)
     peer = KNeighborsClassifier(count, metric="cosine", algorithm="brute", weights=weights)
     np.testing.assert_array_equal(predicted, peer.fit(features, labels).predict(test))
 
 
 def test_length_does_not_matter_and_few_images_all_vote():
-  features = np.array([[1, 0], [0, 1], [0, 2]], np.float32)
-  labels = np.array([1, 0, 0])
-  near = np.array([[5, 1], [1, 9]], np.float32)
-  found = knn.classify_by_neighbours(features, labels, near, neighbours=(1, 20))
+  fit = Rows(np.array([[1, 0], [0, 1], [0, 2]], np.float32), np.array([1, 0, 0]))
+  near = Rows(np.array([[5, 1], [1, 9]], np.float32), np.zeros(2, int))
+  found = dict(NearestNeighbours(neighbours=(1, 20)).classify(fit, near))
   np.testing.assert_array_equal(found[1], [1, 0])
   np.testing.assert_array_equal(found[20], [1, 0])
-  plain = knn.classify_by_neighbours(features, labels, near, neighbours=(20,), temperature=None)
+  plain = dict(NearestNeighbours(neighbours=(20,), temperature=None).classify(fit, near))
   np.testing.assert_array_equal(plain[20], [0, 0])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.linear_probe import Labelled, probe
+from vit_jax_zoo.metrics.feature_probes import Labelled, Linear
 
 
 def clouds(rows, distance, seed):
@@ -21,22 +21,24 @@ def labelled(rows, seed):
 
 
 def test_what_can_be_told_apart_is():
-  scores = probe(labelled(400, 0), labelled(300, 1))
-  assert scores["good"].test > 0.97
-  assert scores["good"].validation > 0.95
-  assert scores["noise"].test < 0.45
-  assert scores["scaled"].test == pytest.approx(scores["good"].test, abs=0.005)
+  found = Linear()(labelled(400, 0), labelled(300, 1))
+  scores = {name: score.scores["accuracy"] for name, score in found.items()}
+  assert scores["good"] > 0.97
+  assert found["good"].validation > 0.95
+  assert scores["noise"] < 0.45
+  assert scores["scaled"] == pytest.approx(scores["good"], abs=0.005)
 
 
 def test_the_strength_is_chosen_without_the_test_images():
   fit, test = labelled(200, 0), labelled(100, 1)
   shuffled = Labelled(test.features, np.random.default_rng(0).permutation(test.labels))
-  one, other = probe(fit, test), probe(fit, shuffled)
+  one, other = Linear()(fit, test), Linear()(fit, shuffled)
   for name, score in one.items():
-    assert (score.strength, score.validation) == (other[name].strength, other[name].validation)
+    assert score.scores["strength"] == other[name].scores["strength"]
+    assert score.validation == other[name].validation
 
 
 def test_too_little_to_learn_from_is_one_line():
   few = Labelled({"x": np.zeros((4, 2), np.float32)}, np.zeros(4, int))
   with pytest.raises(ValueError, match="4 images of 1 classes are too few to probe with"):
-    probe(few, few)
+    Linear()(few, few)

@@ -91,7 +91,7 @@ def test_it_agrees_with_pycocotools():
   for _, predictions in scenes:
     predictions["boxes_xyxy"] = predictions["boxes_xyxy"] + rng.normal(0, 1.5, (1, 4, 4))
   evaluator = scored(scenes)
-  truth, found = evaluator._as_coco()
+  truth, found = evaluator._as_coco("segm")
   with contextlib.redirect_stdout(io.StringIO()):
     coco = COCO()
     coco.dataset = truth

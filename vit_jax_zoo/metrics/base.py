@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Int
 
 
 class Evaluator(abc.ABC):
@@ -23,11 +24,7 @@ class Evaluator(abc.ABC):
     """Adds one batch; rows whose `batch["mask"]` is False are padding and do not count."""
 
   def merge(self, other: "Evaluator") -> None:
-    """Adds all examples of another host's evaluator.
-
-    Raises:
-      TypeError: it is of another class.
-    """
+    """Adds all examples of another host's evaluator; TypeError if it is of another class."""
     if not isinstance(other, type(self)):
       raise TypeError(f"cannot merge a {type(other).__name__} into a {type(self).__name__}")
     self._merge(other)
@@ -38,7 +35,19 @@ class Evaluator(abc.ABC):
 
   @abc.abstractmethod
   def result(self) -> dict[str, float]:
-    """Returns the scores by name, over all examples."""
+    """Returns the scores by name, over all examples; ValueError if there are none."""
+
+
+def real_rows(batch: Mapping[str, Any], count: int) -> Int[np.ndarray, " r"]:
+  """Returns the indices of the rows that are not padding, of `count` rows."""
+  return np.flatnonzero(np.asarray(batch.get("mask", np.ones(count)), bool))
+
+
+def check_labels(field: str, labels: np.ndarray, num_classes: int, advice: str) -> None:
+  """Raises ValueError, with the advice, unless all labels are in [0, num_classes)."""
+  if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+    wrong = labels.min() if labels.min() < 0 else labels.max()
+    raise ValueError(f"{field} {wrong}; expected {advice}")
 
 
 class MeanEvaluator(Evaluator):
@@ -55,11 +64,7 @@ class MeanEvaluator(Evaluator):
       self.sums[name] = self.sums.get(name, 0.0) + total
 
   def means(self) -> dict[str, float]:
-    """Returns the averages by name.
-
-    Raises:
-      ValueError: no image was added.
-    """
+    """Returns the averages by name; ValueError if no image was added."""
     if not self.images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")
     return {name: total / self.images for name, total in self.sums.items()}

@@ -7,26 +7,24 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
-from vit_jax_zoo.metrics.base import Evaluator
+from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 
 
 class ClassificationEvaluator(Evaluator):
-  """Counts what the predictions got right.
+  """Counts correct predictions.
 
-  An image may carry several labels (ImageNet-ReaL, arXiv:2006.07159; JFT): its best prediction is
-  right when it is any of them, and an image without any label is left out of numerator and
-  denominator, of the loss too.
+  An image may have several labels (ImageNet-ReaL, arXiv:2006.07159; JFT), any of which is correct;
+  images without a label do not count.
 
-  Scores: "accuracy", "top5_accuracy" (as many as the predictions hold, when that is fewer than the
-  classes), "loss" (mean over images), "images" (how many counted); with `per_class` also
-  "accuracy/<class>" (the share of the class's images that were recognised) and
-  "mean_class_accuracy" (their mean over the classes that occur, as Pets, Flowers and Caltech-101
-  are scored). Counts are integers and merge exactly; the loss is summed in float64.
+  Scores: "accuracy", "top5_accuracy" (or as many as the predictions have, if fewer than the
+  classes), "loss" (mean over images), "images"; with `per_class` also "accuracy/<class>" (fraction
+  of the class's images) and "mean_class_accuracy" (mean over the classes that occur, as for Pets,
+  Flowers and Caltech-101). Counts merge exactly; the loss is summed in float64.
 
   Args:
-    num_classes: size of the label set.
+    num_classes: number of classes.
     per_class: also scores each class, and keeps the confusion matrix.
-    class_names: names of the classes in order; their numbers by default.
+    class_names: in order; their numbers by default.
   """
 
   scores = ("accuracy", "top5_accuracy", "loss", "images", "mean_class_accuracy")
@@ -34,40 +32,44 @@ class ClassificationEvaluator(Evaluator):
   def __init__(
     self, num_classes: int, *, per_class: bool = False, class_names: Sequence[str] = ()
   ) -> None:
-    self.num_classes = num_classes
-    self.per_class = per_class
+    self.num_classes, self.per_class = num_classes, per_class
     self.class_names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
-    self.images = 0
-    self.loss = 0.0
-    self.hits: collections.Counter[int] = collections.Counter()  # rank -> right at that rank
-    self.ranks = 0
+    self.images, self.loss, self.ranks = 0, 0.0, 0
+    self.hits: collections.Counter[int] = collections.Counter()  # rank -> correct at that rank
     self.pairs: collections.Counter[tuple[int, int]] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Counts one batch.
+    """Adds one batch.
 
     Args:
-      batch: `label`, int [b] or multi-hot [b k]; `mask` [b], True for real rows, optional.
-      predictions: as `tasks.classification.Classification.predict` returns them: `labels` [b r],
-        best first, and `loss` [b].
+      batch: `label`, int [b] or multi-hot [b k]; optional `mask` [b].
+      predictions: `labels` [b r], best first, and `loss` [b].
 
     Raises:
-      ValueError: when a real row's label is not one of the classes.
+      ValueError: a real row's label is not one of the classes.
     """
     labels = np.asarray(batch["label"])
-    kept = np.asarray(batch.get("mask", np.ones(len(labels))), bool)
-    self._check(labels[kept])
+    kept = real_rows(batch, len(labels))
     if labels.ndim == 2:
-      kept = kept & (labels.max(axis=1) > 0)
+      if labels.shape[1] != self.num_classes:
+        raise ValueError(
+          f"label: {labels.shape[1]} columns; expected num_classes={self.num_classes}"
+        )
+      kept = kept[labels[kept].max(axis=1) > 0]
+    else:
+      advice = f"0 to {self.num_classes - 1}. Set num_classes to the dataset's"
+      check_labels("label:", labels[kept], self.num_classes, advice)
     labels, ranked = labels[kept], np.asarray(predictions["labels"])[kept]
     self.images += len(labels)
     self.loss += float(np.sum(np.asarray(predictions["loss"], np.float64)[kept]))
     self.ranks = ranked.shape[1]
     hits = is_correct(labels, ranked)
-    first = np.where(hits.any(axis=1), hits.argmax(axis=1), self.ranks)
-    self.hits.update(first[first < self.ranks].tolist())
+    self.hits.update(hits.argmax(axis=1)[hits.any(axis=1)].tolist())
     if self.per_class:
-      self.pairs.update(_label_prediction_pairs(labels, ranked[:, 0]))
+      rows, classes = (
+        (np.arange(len(labels)), labels) if labels.ndim == 1 else np.nonzero(labels > 0)
+      )
+      self.pairs.update(zip(classes.tolist(), ranked[rows, 0].tolist(), strict=True))
 
   def _merge(self, other: Any) -> None:
     self.images += other.images
@@ -87,13 +89,13 @@ class ClassificationEvaluator(Evaluator):
     return scores | (self._class_scores() if self.per_class else {})
 
   def confusion(self) -> Int[np.ndarray, "k k"]:
-    """Returns how often class i (row) was taken for class j (column); needs `per_class`.
+    """Returns how often class i (row) was predicted as class j (column); needs `per_class`.
 
     An image with several labels counts in the row of each of them.
     """
     matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
-    for (label, prediction), count in self.pairs.items():
-      matrix[label, prediction] = count
+    for pair, count in self.pairs.items():
+      matrix[pair] = count
     return matrix
 
   def _class_scores(self) -> dict[str, float]:
@@ -104,39 +106,18 @@ class ClassificationEvaluator(Evaluator):
     scores = {f"accuracy/{self.class_names[label]}": share for label, share in shares.items()}
     return {"mean_class_accuracy": sum(shares.values()) / len(shares)} | scores
 
-  def _check(self, labels: Shaped[np.ndarray, "..."]) -> None:
-    if labels.ndim == 2:
-      if labels.shape[1] != self.num_classes:
-        raise ValueError(
-          f"label: {labels.shape[1]} columns; expected num_classes={self.num_classes}"
-        )
-    elif labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
-      wrong = labels.min() if labels.min() < 0 else labels.max()
-      raise ValueError(
-        f"label: {wrong}; expected 0 to {self.num_classes - 1}. Set num_classes to the dataset's"
-      )
-
 
 def is_correct(
   labels: Shaped[np.ndarray, "b ..."], predictions: Int[np.ndarray, "b r"]
 ) -> Bool[np.ndarray, "b r"]:
-  """Tells which predictions are right.
+  """Returns which predictions are correct.
 
   Args:
-    labels: class indices [b], or label weights [b k]: any class that has the largest weight of its
-      row is right, so that this serves multi-hot labels and mixed ones alike.
+    labels: class indices [b], or weights [b k]: any class with the largest weight of its row is
+      correct.
     predictions: class indices.
   """
   if labels.ndim == 1:
     return labels[:, None] == predictions
   weights = np.take_along_axis(labels, predictions, axis=1)
   return (weights > 0) & (weights == labels.max(axis=1, keepdims=True))
-
-
-def _label_prediction_pairs(
-  labels: Shaped[np.ndarray, "b ..."], predictions: Int[np.ndarray, " b"]
-) -> list[tuple[int, int]]:
-  if labels.ndim == 1:
-    return list(zip(labels.tolist(), predictions.tolist(), strict=True))
-  rows, classes = np.nonzero(labels > 0)
-  return list(zip(classes.tolist(), predictions[rows].tolist(), strict=True))

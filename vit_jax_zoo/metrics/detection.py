@@ -2,22 +2,23 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from vit_jax_zoo.metrics.base import Evaluator
-
-_NAMES = (
-  "box_ap", "box_ap50", "box_ap75", "box_ap_small", "box_ap_medium", "box_ap_large",
-  "box_ar1", "box_ar10", "box_ar100", "box_ar_small", "box_ar_medium", "box_ar_large",
-)  # fmt: skip
+from vit_jax_zoo.errors import name_of
+from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 
 
 @dataclasses.dataclass(frozen=True)
-class _Image:
-  """Ground truth and detections of an image; boxes are left, top, width, height in pixels."""
+class Image:
+  """Ground truth and detections of an image; boxes are left, top, width, height in pixels.
+
+  Attributes:
+    true_masks: run lengths of the targets' masks, for mask AP.
+    found_masks: of the detections' masks.
+  """
 
   image_id: int | None
   size: tuple[int, int]
@@ -28,6 +29,8 @@ class _Image:
   found_xywh: Float[np.ndarray, "q 4"]
   found_labels: Int[np.ndarray, " q"]
   scores: Float[np.ndarray, " q"]
+  true_masks: Sequence[dict[str, Any]] = ()
+  found_masks: Sequence[dict[str, Any]] = ()
 
 
 class DetectionEvaluator(Evaluator):
@@ -46,15 +49,17 @@ class DetectionEvaluator(Evaluator):
     per_class: also returns each class's AP.
   """
 
-  scores = (*_NAMES, "images")
+  scores = (
+    "box_ap", "box_ap50", "box_ap75", "box_ap_small", "box_ap_medium", "box_ap_large", "box_ar1",
+    "box_ar10", "box_ar100", "box_ar_small", "box_ar_medium", "box_ar_large", "images",
+  )  # fmt: skip
 
   def __init__(
     self, num_classes: int, *, class_names: Sequence[str] = (), per_class: bool = False
   ) -> None:
     self.num_classes = num_classes
-    self.class_names = tuple(class_names)
-    self.per_class = per_class
-    self.images: list[_Image] = []
+    self.class_names, self.per_class = tuple(class_names), per_class
+    self.images: list[Image] = []
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch.
@@ -70,13 +75,9 @@ class DetectionEvaluator(Evaluator):
     Raises:
       ValueError: an unknown label.
     """
-    rows = len(batch["image"])
-    keep = np.asarray(batch.get("mask", np.ones(rows)), bool)
-    sizes = self._sizes(batch)
-    for row in np.flatnonzero(keep):
-      truth = {k: np.asarray(batch[k][row]) for k in _truth_keys(batch)}
-      found = {k: np.asarray(predictions[k][row]) for k in ("boxes_xyxy", "labels", "scores")}
-      self.images.append(self._image(truth, found, sizes[row]))
+    self.images += [
+      self._image(batch, predictions, int(row)) for row in real_rows(batch, len(batch["image"]))
+    ]
 
   def _merge(self, other: Any) -> None:
     self.images += other.images
@@ -89,100 +90,83 @@ class DetectionEvaluator(Evaluator):
         f"boxes_cxcywh: no ground truth in {len(images)} images; expected annotations in the "
         "evaluation split"
       )
-    # Here, so that training does not load it.
-    from faster_coco_eval import COCO, COCOeval_faster
+    run = self._evaluate("bbox", range(self.num_classes))
+    scores = dict(zip(DetectionEvaluator.scores, map(float, run.stats), strict=False))
+    if self.per_class:  # -1 for classes that do not occur; all areas, 100 detections
+      of_class = run.eval["precision"][:, :, :, 0, -1].mean(axis=(0, 1))
+      scores |= {f"box_ap/{name_of(i, self.class_names)}": float(x) for i, x in enumerate(of_class)}
+    return {k: v for k, v in scores.items() if v >= 0} | {"images": float(len(images))}
 
-    truth, found = _as_coco(images, self.num_classes)
+  def _evaluate(self, kind: Literal["bbox", "segm"], class_ids: Sequence[int]) -> Any:
+    """Returns faster-coco-eval's result for "bbox" or "segm"."""
+    from faster_coco_eval import COCO, COCOeval_faster  # here, so that training does not load it
+
+    truth, found = self._as_coco(kind)
     truth = COCO(truth)
     # loadRes refuses an empty list.
     found = truth.loadRes(found) if found else COCO({**truth.dataset, "annotations": []})
-    run = COCOeval_faster(truth, found, iouType="bbox", print_function=_say_nothing)
+    run = COCOeval_faster(truth, found, iouType=kind, print_function=lambda *_: None)
+    run.params.catIds = list(class_ids)
     run.evaluate()
     run.accumulate()
     run.summarize()
-    scores = dict(zip(_NAMES, (float(s) for s in run.stats), strict=False))
-    if self.per_class:
-      scores |= self._class_scores(run.eval["precision"])
-    return {k: v for k, v in scores.items() if v >= 0} | {"images": float(len(images))}
+    return run
 
-  def _class_scores(self, precision: Float[np.ndarray, "i r k a m"]) -> dict[str, float]:
-    """Returns each class's AP, -1 for those that do not occur; all areas, 100 detections."""
-    of_class = precision[:, :, :, 0, -1].mean(axis=(0, 1))
-    return {f"box_ap/{self._name(i)}": float(ap) for i, ap in enumerate(of_class)}
-
-  def _name(self, label: int) -> str:
-    return self.class_names[label] if label < len(self.class_names) else str(label)
-
-  def _sizes(self, batch: Mapping[str, Any]) -> Int[np.ndarray, "b 2"]:
-    for key in ("original_size", "image_size"):
-      if key in batch:
-        return np.asarray(batch[key]).astype(np.int64)
-    return np.tile(np.array(batch["image"].shape[1:3]), (len(batch["image"]), 1))
-
-  def _image(
-    self, truth: dict[str, np.ndarray], found: dict[str, np.ndarray], size: Int[np.ndarray, " 2"]
-  ) -> _Image:
-    real = truth["is_target"].astype(bool)
-    labels = truth["labels"][real].astype(np.int64)
-    if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
-      wrong = labels.min() if labels.min() < 0 else labels.max()
-      raise ValueError(
-        f"labels: {wrong}; expected class ids 0 to {self.num_classes - 1}. Set num_classes to the "
-        "highest id + 1, or fix the dataset"
-      )
-    scale = np.tile(size[::-1], 2).astype(np.float64)
-    center, sides = np.split(truth["boxes_cxcywh"][real].astype(np.float64) * scale, 2, axis=1)
-    boxes = np.concatenate([center - sides / 2, sides], axis=1)
-    low, high = np.split(found["boxes_xyxy"].astype(np.float64), 2, axis=1)
-    return _Image(
-      image_id=int(truth["image_id"]) if "image_id" in truth else None,
-      size=(int(size[0]), int(size[1])),
-      boxes_xywh=boxes,
+  def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
+    size = original_size(batch, row)
+    real = np.asarray(batch["is_target"][row], bool)
+    labels = np.asarray(batch["labels"][row])[real].astype(np.int64)
+    advice = (
+      f"class ids 0 to {self.num_classes - 1}. Set num_classes to the highest id + 1, or fix the "
+      "dataset"
+    )
+    check_labels("labels:", labels, self.num_classes, advice)
+    scale = np.array([*size[::-1]] * 2, np.float64)
+    boxes = np.asarray(batch["boxes_cxcywh"][row])[real].astype(np.float64) * scale
+    center, sides = np.split(boxes, 2, axis=1)
+    low, high = np.split(np.asarray(predictions["boxes_xyxy"][row], np.float64), 2, axis=1)
+    crowd = np.asarray(batch["is_crowd"][row], bool)[real] if "is_crowd" in batch else None
+    areas = np.asarray(batch["area"][row], np.float64)[real] if "area" in batch else None
+    return Image(
+      image_id=int(batch["image_id"][row]) if "image_id" in batch else None,
+      size=size,
+      boxes_xywh=np.concatenate([center - sides / 2, sides], axis=1),
       labels=labels,
-      is_crowd=truth.get("is_crowd", np.zeros_like(real))[real].astype(bool),
-      areas=truth["area"][real].astype(np.float64) if "area" in truth else sides.prod(axis=1),
+      is_crowd=np.zeros(len(labels), bool) if crowd is None else crowd,
+      areas=sides.prod(axis=1) if areas is None else areas,
       found_xywh=np.concatenate([low, high - low], axis=1),
-      found_labels=found["labels"].astype(np.int64),
-      scores=found["scores"].astype(np.float64),
+      found_labels=np.asarray(predictions["labels"][row]).astype(np.int64),
+      scores=np.asarray(predictions["scores"][row], np.float64),
     )
 
-  def _unique(self) -> list[_Image]:
+  def _unique(self) -> list[Image]:
     """Returns the images in the order of their ids: ties do not depend on the hosts."""
     numbered = {image.image_id: image for image in self.images if image.image_id is not None}
     others = [image for image in self.images if image.image_id is None]
     return [numbered[key] for key in sorted(numbered)] + others
 
-
-def _truth_keys(batch: Mapping[str, Any]) -> list[str]:
-  optional = ("is_crowd", "area", "image_id")
-  return ["boxes_cxcywh", "labels", "is_target", *(key for key in optional if key in batch)]
-
-
-def _as_coco(
-  images: Sequence[_Image], num_classes: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-  """Returns truth and detections as COCO's JSON has them; ids count from 1."""
-  truth, found = [], []
-  for number, image in enumerate(images, start=1):
-    for box, label, crowd, area in zip(
-      image.boxes_xywh, image.labels, image.is_crowd, image.areas, strict=True
-    ):
-      annotation = _annotation(number, box, label)
-      truth.append(annotation | {"id": len(truth) + 1, "area": float(area), "iscrowd": int(crowd)})
-    for box, label, score in zip(image.found_xywh, image.found_labels, image.scores, strict=True):
-      found.append(_annotation(number, box, label) | {"score": float(score)})
-  sizes = [
-    {"id": number, "height": image.size[0], "width": image.size[1]}
-    for number, image in enumerate(images, start=1)
-  ]
-  categories = [{"id": i, "name": str(i)} for i in range(num_classes)]
-  return {"images": sizes, "annotations": truth, "categories": categories}, found
+  def _as_coco(self, kind: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns truth and detections in COCO's JSON format; ids count from 1."""
+    sizes, truth, found = [], [], []
+    for number, image in enumerate(self._unique(), start=1):
+      sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})
+      for i, label in enumerate(image.labels):
+        known = {"id": len(truth) + 1, "image_id": number, "category_id": int(label)}
+        known |= {"iscrowd": int(image.is_crowd[i]), "area": float(image.areas[i])}
+        masks = {"segmentation": image.true_masks[i]} if kind == "segm" else {}
+        truth.append({**known, "bbox": image.boxes_xywh[i].tolist(), **masks})
+      for i, label in enumerate(image.found_labels):
+        known = {"image_id": number, "category_id": int(label), "score": float(image.scores[i])}
+        if kind == "bbox":
+          found.append(known | {"bbox": image.found_xywh[i].tolist()})
+        elif image.scores[i] > 0:
+          found.append(known | {"segmentation": image.found_masks[i]})
+    categories = [{"id": i, "name": str(i)} for i in range(self.num_classes)]
+    return {"images": sizes, "annotations": truth, "categories": categories}, found
 
 
-def _annotation(number: int, box: Float[np.ndarray, " 4"], label: np.integer) -> dict[str, Any]:
-  return {"image_id": number, "category_id": int(label), "bbox": box.tolist()}
-
-
-def _say_nothing(*args: object) -> None:
-  """The library's own report; ours is what `result` returns."""
-  del args
+def original_size(batch: Mapping[str, Any], row: int) -> tuple[int, int]:
+  """Returns height and width of an image: `original_size`, else `image_size`, else its shape."""
+  sizes = [batch[key][row] for key in ("original_size", "image_size") if key in batch]
+  height, width = sizes[0] if sizes else batch["image"].shape[1:3]
+  return int(height), int(width)

@@ -1,35 +1,60 @@
 """Frozen-feature evaluations, by name.
 
     linear      logistic regression by L-BFGS; regularisation selected on held-out images
-    linear_sgd  the same by SGD; learning rate selected on held-out images
-    few_shot    ridge regression on a few images per class, see `few_shot.py`
-    knn         k nearest neighbours, see `knn.py`
+    linear_sgd  softmax regression by SGD; learning rate selected on held-out images
+    few_shot    ridge regression on a few images per class
+    knn         k nearest neighbours
+
+The linear probes are iGPT's (Chen et al., 2020, section 3.5), on features without augmentation: the
+hyperparameter is selected on held-out training images, then the classifier is fitted to all.
 
 With features of several layers, the layer is selected on images held out from the training images;
 the test images select nothing. `concatenate` also evaluates the concatenation of the layers around
 it, as iGPT-XL's 15360 features are five layers'. With several views of the test images (masks of a
 BERT model), linear probes use a majority vote, the others the first view.
+
+scikit-learn is imported when a probe is fitted: it is slow to import.
 """
 
 import abc
 import dataclasses
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float
+import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.errors import check_names, field_names, unknown_name
-from vit_jax_zoo.metrics import few_shot, knn
-from vit_jax_zoo.metrics.linear_probe import (
-  RATES,
-  STRENGTHS,
-  Labelled,
-  SgdRecipe,
-  fit_by_sgd,
-  hold_out,
-  probe,
-)
+from vit_jax_zoo.metrics.majority_vote import majority_vote
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """Features and labels of the same images.
+
+  Attributes:
+    features: [b d] by name; [b v d] of test images with several views.
+    labels: int [b].
+  """
+
+  features: Mapping[str, Float[np.ndarray, "b *_"]]
+  labels: Int[np.ndarray, " b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """Features of one kind [n d], or [n v d], and their labels, int [n]."""
+
+  features: np.ndarray
+  labels: np.ndarray
+
+  def __getitem__(self, rows: np.ndarray | slice) -> "Rows":
+    return Rows(self.features[rows], self.labels[rows])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +68,6 @@ class FeatureScore:
 
   scores: Mapping[str, float]
   validation: float | None = None
-
-
-Arrays: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Features of one kind [n d], and their labels, int [n]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,118 +98,188 @@ class FeatureProbe(abc.ABC):
     Args:
       fit: training images.
       test: test images.
-      held_out: which of `fit` select hyperparameters; a tenth by default.
+      held_out: which of `fit` select hyperparameters and layer; a random tenth by default.
 
     Raises:
       ValueError: there are too few images or classes.
     """
-    choose = len(fit.features) > 1
-    found = {name: self._ask([name], fit, test, held_out, choose=choose) for name in fit.features}
+
+    def score(names: Sequence[str]) -> FeatureScore:
+      known, asked = (
+        Rows(np.concatenate([data.features[n] for n in names], axis=-1), data.labels)
+        for data in (fit, test)
+      )
+      if not self.votes and asked.features.ndim == 3:
+        asked = Rows(asked.features[:, 0], asked.labels)
+      if len(fit.features) == 1 and not self.votes:
+        return FeatureScore(self.score(known, asked))
+      held = hold_out(fit.labels) if held_out is None else held_out
+      return self.select_and_score(known, asked, held)
+
+    found = {name: score([name]) for name in fit.features}
     if self.concatenate:
-      layers = around([n for n in found if _is_layer(n)], choose_features(found), self.concatenate)
-      found["concatenated"] = self._ask(layers, fit, test, held_out, choose=choose)
+      layers = [name for name in found if _is_layer(name)]
+      found["concatenated"] = score(around(layers, choose_features(found), self.concatenate))
     return found
 
-  def _ask(
-    self,
-    names: Sequence[str],
-    fit: Labelled,
-    test: Labelled,
-    held_out: np.ndarray | None,
-    *,
-    choose: bool,
-  ) -> FeatureScore:
-    """Scores features of these names, side by side."""
-    known = np.concatenate([fit.features[name] for name in names], axis=-1)
-    asked = np.concatenate([test.features[name] for name in names], axis=-1)
-    asked = asked if self.votes or asked.ndim == 2 else asked[:, 0]
-    return self._score_one((known, fit.labels), (asked, test.labels), held_out, choose=choose)
+  def select_and_score(self, fit: Rows, test: Rows, held_out: np.ndarray) -> FeatureScore:
+    """Scores with the accuracy on held-out images, by which a layer is selected."""
+    validation = self.score(fit[~held_out], fit[held_out])["accuracy"]
+    return FeatureScore(self.score(fit, test), validation)
 
-  def _score_one(
-    self, fit: Arrays, test: Arrays, held_out: np.ndarray | None, *, choose: bool
-  ) -> FeatureScore:
-    if not choose:
-      return FeatureScore(self.score(fit, test))
-    held_out = hold_out(fit[1]) if held_out is None else held_out
-    chosen = self.score(
-      (fit[0][~held_out], fit[1][~held_out]), (fit[0][held_out], fit[1][held_out])
-    )
-    return FeatureScore(self.score(fit, test), chosen["accuracy"])
+  def score(self, fit: Rows, test: Rows) -> dict[str, float]:
+    """Fits to `fit`, and returns the scores on `test` by name."""
+    raise NotImplementedError
+
+
+class _LinearProbe(FeatureProbe):
+  """A classifier with a hyperparameter, which is selected on held-out images."""
+
+  votes = True
+  candidates: ClassVar[str]
+  """The field with the values to choose from; without its last letter, the name of the score."""
+
+  def select_and_score(self, fit: Rows, test: Rows, held_out: np.ndarray) -> FeatureScore:
+    values = getattr(self, self.candidates)
+    reached = self.accuracies(fit[~held_out], fit[held_out], values)
+    best = int(np.argmax(reached))
+    (accuracy,) = self.accuracies(fit, test, values[best : best + 1])
+    scores = {"accuracy": accuracy, self.candidates[:-1]: values[best]}
+    return FeatureScore(scores, reached[best])
 
   @abc.abstractmethod
-  def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Fits to `fit`, and returns the scores on `test` by name."""
+  def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
+    """Returns the test accuracy for each value; with several views, by majority vote."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear(FeatureProbe):
+class Linear(_LinearProbe):
   """Logistic regression by L-BFGS: iGPT's probe for CIFAR and STL-10.
 
-  Scores: "accuracy", and the selected inverse regularisation "strength".
-
-  Attributes:
-    strengths: candidates.
+  Scores: "accuracy", and the selected inverse regularisation "strength", one of `strengths`.
   """
 
   title = "Linear probe"
-  votes = True
+  candidates = "strengths"
 
-  strengths: tuple[float, ...] = STRENGTHS
+  strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 
-  def _score_one(
-    self, fit: Arrays, test: Arrays, held_out: np.ndarray | None, *, choose: bool
-  ) -> FeatureScore:
-    del choose  # there always is something to choose
-    parts = Labelled({"": fit[0]}, fit[1]), Labelled({"": test[0]}, test[1])
-    found = probe(*parts, strengths=self.strengths, held_out=held_out)[""]
-    return FeatureScore({"accuracy": found.test, "strength": found.strength}, found.validation)
+  def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
+    """See `_LinearProbe`."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
 
-  def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Selects the strength on a tenth of `fit`, fits to all of it, and scores."""
-    return dict(self._score_one(fit, test, None, choose=True).scores)
+    found = []
+    for strength in values:
+      classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=300))
+      with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # what it has reached by then is scored
+        classifier.fit(fit.features, fit.labels)
+      named = classifier.predict(test.features.reshape(-1, test.features.shape[-1]))
+      named = _vote(np.asarray(named).reshape(test.features.shape[:-1]))
+      found.append(float(np.mean(named == test.labels)))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearSgd(FeatureProbe):
-  """Softmax regression by SGD: iGPT's probe for ImageNet.
+class LinearSgd(_LinearProbe):
+  """Softmax regression by SGD: iGPT's probe for ImageNet. scikit-learn has no mini-batches.
 
-  Scores: "accuracy", and the selected learning "rate".
+  Scores: "accuracy", and the selected learning "rate", one of `rates`.
 
   Attributes:
-    rates: candidates.
-    num_epochs: see `SgdRecipe`.
-    batch_size: see `SgdRecipe`.
+    rates: learning rates, which decay to 0 with a cosine.
+    num_epochs: passes over the images; the paper made a million steps.
+    batch_size: limited to the number of images.
   """
 
   title = "Linear probe (SGD)"
-  votes = True
+  candidates = "rates"
 
-  rates: tuple[float, ...] = RATES
-  num_epochs: int = SgdRecipe.num_epochs
-  batch_size: int = SgdRecipe.batch_size
+  rates: tuple[float, ...] = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+  num_epochs: int = 100
+  batch_size: int = 1024
 
-  def _score_one(
-    self, fit: Arrays, test: Arrays, held_out: np.ndarray | None, *, choose: bool
-  ) -> FeatureScore:
-    del choose
-    held_out = hold_out(fit[1]) if held_out is None else held_out
-    num_classes = int(max(fit[1].max(), test[1].max())) + 1
-    recipe = SgdRecipe(self.rates, num_epochs=self.num_epochs, batch_size=self.batch_size)
-    searched = fit_by_sgd(fit[0][~held_out], fit[1][~held_out], num_classes, recipe)
-    reached = searched.accuracies(fit[0][held_out], fit[1][held_out])
-    best = int(np.argmax(reached))
-    recipe = dataclasses.replace(recipe, rates=(self.rates[best],))
-    (accuracy,) = fit_by_sgd(*fit, num_classes, recipe).accuracies(*test)
-    return FeatureScore({"accuracy": accuracy, "rate": self.rates[best]}, reached[best])
+  def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
+    """See `_LinearProbe`; the classifiers of all rates are fitted at once."""
+    num_classes = int(max(fit.labels.max(), test.labels.max())) + 1
+    parameters, standardise = self.fit(fit, values, num_classes)
+    hits = np.zeros(len(values))
+    for start in range(0, len(test.labels), 4096):
+      part = test[start : start + 4096]
+      x = standardise(part.features)
+      flat = jnp.asarray(x.reshape(-1, x.shape[-1]))
+      found = np.asarray(_logits(parameters, flat)).argmax(axis=-1)
+      named = np.stack([_vote(row.reshape(x.shape[:-1])) for row in found])
+      hits += (named == part.labels).sum(axis=1)
+    return list((hits / len(test.labels)).tolist())
 
-  def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
-    """Selects the rate on a tenth of `fit`, fits to all of it, and scores."""
-    return dict(self._score_one(fit, test, None, choose=True).scores)
+  def fit(self, data: Rows, rates: Sequence[float], num_classes: int) -> tuple[Any, Any]:
+    """Returns weights [r d k] and bias [r k] for each rate, and the standardisation before."""
+    mean, std = data.features.mean(axis=0), data.features.std(axis=0)
+    std = np.where(std > 0, std, 1)
+    standardise = lambda x: ((x - mean) / std).astype(np.float32)  # noqa: E731
+    count, width = data.features.shape
+    batch_size = min(self.batch_size, count)
+    steps_per_epoch = count // batch_size
+    parameters = jnp.zeros((len(rates), width, num_classes)), jnp.zeros((len(rates), num_classes))
+    momenta = jax.tree.map(jnp.zeros_like, parameters)
+    base, rng, step = np.asarray(rates, np.float32), np.random.default_rng(0), 0
+    for _ in range(self.num_epochs):
+      order = rng.permutation(count)
+      for start in range(0, steps_per_epoch * batch_size, batch_size):
+        batch = data[order[start : start + batch_size]]
+        decay = (1 + np.cos(np.pi * step / (self.num_epochs * steps_per_epoch))) / 2
+        x, labels = jnp.asarray(standardise(batch.features)), jnp.asarray(batch.labels, jnp.int32)
+        rate = jnp.asarray(base * np.float32(decay))
+        parameters, momenta = _sgd_step(parameters, momenta, x, labels, rate)
+        step += 1
+    return parameters, standardise
+
+
+def _logits(parameters: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Array, "r n k"]:
+  weights, bias = parameters
+  return jnp.einsum("nd,rdk->rnk", x, weights) + bias[:, None]
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _sgd_step(
+  parameters: Any, momenta: Any, x: Array, labels: Array, rates: Float[Array, " r"]
+) -> tuple[Any, Any]:
+  """Makes a step of SGD with momentum 0.9 for each rate."""
+
+  def loss(parameters: Any) -> Float[Array, ""]:
+    logits = _logits(parameters, x)
+    targets = jnp.broadcast_to(labels, logits.shape[:2])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    return jnp.sum(jnp.mean(losses, axis=1))  # the rates' parameters have nothing in common
+
+  gradients = jax.grad(loss)(parameters)
+  momenta = jax.tree.map(lambda m, g: jnp.float32(0.9) * m + g, momenta, gradients)
+  move = lambda p, m: p - rates.reshape(-1, *(1,) * (p.ndim - 1)) * m  # noqa: E731
+  return jax.tree.map(move, parameters, momenta), momenta
+
+
+def _vote(labels: Int[np.ndarray, "n *v"]) -> Int[np.ndarray, " n"]:
+  """Returns each image's label, by majority vote over its views."""
+  if labels.ndim == 1:
+    return labels
+  return np.asarray(majority_vote(jnp.asarray(labels.T), jax.random.key(0)))
+
+
+BIAS = 100.0
+"""The constant feature of few-shot regression; the regularisation counts it like any other."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FewShot(FeatureProbe):
-  """Ridge regression on a few images per class, see `few_shot.py`.
+  """Ridge regression on a few images per class, to targets of 1 and -1.
+
+  As the ViT paper tracks pre-training (Dosovitskiy et al., 2021, section 4.1), with big_vision's
+  constants. In float64: the constant feature dominates the spectrum, so that float32 would lose
+  three or more digits of the weights.
 
   Scores: "<n>_shot", the mean over the seeds, and "<n>_shot_std", their standard deviation; and
   "accuracy", which is "5_shot" as in the ViT paper, else that of most shots.
@@ -201,47 +292,95 @@ class FewShot(FeatureProbe):
 
   title = "Few-shot"
 
-  shots: tuple[int, ...] = few_shot.SHOTS
-  seeds: tuple[int, ...] = few_shot.SEEDS
-  l2: float = few_shot.L2
+  shots: tuple[int, ...] = (1, 5, 10, 25)
+  seeds: tuple[int, ...] = (0, 1, 2)
+  l2: float = 2.0**10
 
-  def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
+  def score(self, fit: Rows, test: Rows) -> dict[str, float]:
     """Returns mean and standard deviation for each number of shots."""
-    found = few_shot.few_shot_accuracies(
-      *fit, *test, shots=self.shots, seeds=self.seeds, l2=self.l2
-    )
-    headline = 5 if 5 in found else max(found)
-    scores = {"accuracy": float(np.mean(found[headline]))}
-    for count, accuracies in found.items():
-      scores[f"{count}_shot"] = float(np.mean(accuracies))
-      scores[f"{count}_shot_std"] = float(np.std(accuracies))
-    return scores
+    num_classes = int(max(fit.labels.max(), test.labels.max())) + 1
+    scores = {}
+    for shots in self.shots:
+      accuracies = []
+      for seed in self.seeds:
+        chosen = fit[choose_shots(fit.labels, shots, seed)]
+        found = ridge_scores(chosen, test.features, num_classes, self.l2).argmax(axis=1)
+        accuracies.append((found == test.labels).mean())
+      scores[f"{shots}_shot"] = float(np.mean(accuracies))
+      scores[f"{shots}_shot_std"] = float(np.std(accuracies))
+    headline = 5 if 5 in self.shots else max(self.shots)
+    return {"accuracy": scores[f"{headline}_shot"], **scores}
+
+
+def choose_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " m"]:
+  """Returns the rows to fit to: `shots` per class, or all where a class has fewer.
+
+  One generator permutes the rows of one class after the other, so that for one seed the choice with
+  more shots contains the one with fewer.
+  """
+  rng = np.random.default_rng(seed)
+  rows = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+  return np.concatenate([row[:shots] for row in rows])
+
+
+def ridge_scores(
+  fit: Rows, features: Float[np.ndarray, "m d"], num_classes: int, l2: float
+) -> Float[np.ndarray, "m k"]:
+  """Fits ridge regression to standardised features; returns the scores of other features."""
+  from sklearn.linear_model import Ridge
+
+  x = np.asarray(fit.features, np.float64)
+  mean, std = x.mean(axis=0), x.std(axis=0) + 1e-5
+
+  def prepare(x: np.ndarray) -> np.ndarray:
+    return np.pad((x - mean) / std, ((0, 0), (0, 1)), constant_values=BIAS)
+
+  targets = np.where(fit.labels[:, None] == np.arange(num_classes), 1.0, -1.0)
+  ridge = Ridge(alpha=l2, fit_intercept=False, solver="cholesky").fit(prepare(x), targets)
+  return ridge.predict(prepare(np.asarray(features, np.float64))).reshape(-1, num_classes)
 
 
 @dataclasses.dataclass(frozen=True)
 class NearestNeighbours(FeatureProbe):
-  """k nearest neighbours, see `knn.py`.
+  """k nearest neighbours.
+
+  Neighbours by cosine similarity vote with the weight `exp(similarity / temperature)`, as in Wu et
+  al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (arXiv:1805.01978,
+  section 3.4), and in DINO's evaluation, whose `k` and temperature are the defaults. Ties go to the
+  lowest class.
 
   Scores: "<k>_nn" for each number of neighbours; "accuracy" is that of 20, else of the most.
 
   Attributes:
-    neighbours: numbers of neighbours.
+    neighbours: numbers of neighbours; limited to the number of training images.
     temperature: of the vote weights; None: equal weights.
   """
 
   title = "Nearest neighbours"
 
-  neighbours: tuple[int, ...] = knn.NEIGHBOURS
-  temperature: float | None = knn.TEMPERATURE
+  neighbours: tuple[int, ...] = (1, 5, 10, 20)
+  temperature: float | None = 0.07
 
-  def score(self, fit: Arrays, test: Arrays) -> dict[str, float]:
+  def score(self, fit: Rows, test: Rows) -> dict[str, float]:
     """Returns the accuracy for each number of neighbours."""
-    found = knn.classify_by_neighbours(
-      *fit, test[0], neighbours=self.neighbours, temperature=self.temperature
-    )
-    shares = {count: float((labels == test[1]).mean()) for count, labels in found.items()}
-    headline = knn.HEADLINE if knn.HEADLINE in shares else max(shares)
+    shares = {k: float((found == test.labels).mean()) for k, found in self.classify(fit, test)}
+    headline = 20 if 20 in shares else max(shares)
     return {"accuracy": shares[headline]} | {f"{k}_nn": share for k, share in shares.items()}
+
+  def classify(self, fit: Rows, test: Rows) -> list[tuple[int, Int[np.ndarray, " m"]]]:
+    """Returns the numbers of neighbours, each with the predicted labels of the test images."""
+    from sklearn.neighbors import NearestNeighbors
+
+    most = min(max(self.neighbours), len(fit.labels))
+    search = NearestNeighbors(n_neighbors=most, metric="cosine", algorithm="brute")
+    distances, nearest = search.fit(fit.features).kneighbors(test.features)
+    weights = np.exp(-distances / self.temperature) if self.temperature else np.ones_like(distances)
+    labels, rows, found = fit.labels[nearest], np.arange(len(nearest))[:, None], []
+    for count in self.neighbours:
+      votes = np.zeros((len(nearest), int(fit.labels.max()) + 1))
+      np.add.at(votes, (rows, labels[:, :count]), weights[:, :count])
+      found.append((count, votes.argmax(axis=1)))
+    return found
 
 
 PROBES: dict[str, type[FeatureProbe]] = {
@@ -256,7 +395,7 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
   """Returns a probe from its config section.
 
   Raises:
-    ValueError: one line, about an unknown name or field, or an empty one.
+    ValueError: an unknown name or field, or an empty one.
   """
   if name not in PROBES:
     raise ValueError(unknown_name("probe", name, PROBES))
@@ -269,13 +408,14 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
 
 
 def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureProbe]:
-  """Returns the probes of a config's evaluations by name; linear ones by default.
+  """Returns the probes of a config's evaluations by name.
 
   Args:
-    evaluations: those with a `fit_split` are probes; `probe` has the name and fields.
+    evaluations: those with a `fit_split` are probes; `probe` has the name (default: "linear") and
+      fields.
 
   Raises:
-    ValueError: one line, about an invalid field of a probe.
+    ValueError: an invalid field of a probe.
   """
   probes = {}
   for name, spec in evaluations.items():
@@ -284,6 +424,20 @@ def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Fea
     elif "probe" in spec:
       raise ValueError(f"the evaluation {name!r} is a probe; set the fit_split that it learns from")
   return probes
+
+
+def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
+  """Returns a random tenth of the images, for selection.
+
+  Raises:
+    ValueError: the other images have one class only, or there are too few.
+  """
+  held_out = np.random.default_rng(0).permutation(len(labels)) < round(0.1 * len(labels))
+  if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
+    raise ValueError(
+      f"{len(labels)} images of {len(np.unique(labels))} classes are too few to probe with"
+    )
+  return held_out
 
 
 def choose_features(found: Mapping[str, FeatureScore]) -> str:

@@ -1,5 +1,6 @@
 """COCO's average precision of instance masks and boxes."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import Bool
 
-from vit_jax_zoo.metrics.detection import DetectionEvaluator
+from vit_jax_zoo.metrics.detection import DetectionEvaluator, Image
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
 _NAMES = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium", "mask_ap_large")
@@ -45,85 +46,35 @@ class InstanceEvaluator(DetectionEvaluator):
     super().__init__(num_classes, class_names=class_names, per_class=per_class)
     self.paste_convention = paste_convention
     self.masks_below = num_classes if masks_below is None else masks_below
-    self.truths: list[list[dict[str, Any]]] = []
-    self.predicted: list[list[dict[str, Any]]] = []
 
-  def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch; see `DetectionEvaluator.add` for the other keys.
-
-    Raises:
-      ValueError: there are no true masks of the original size.
-    """
-    super().add(batch, predictions)
-    keep = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
-    sizes = self._sizes(batch)
-    for row in np.flatnonzero(keep):
-      size = (int(sizes[row][0]), int(sizes[row][1]))
-      self.truths.append(_true_masks(batch, int(row), size))
-      if "mask_logits" in predictions:
-        masks = original_masks(batch, predictions, int(row), size)
-        self.predicted.append([encode_masks(mask[None])[0] for mask in masks])
-      else:
-        self.predicted.append(self._pasted(predictions, int(row), size))
+  def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
+    """Raises ValueError if there are no true masks of the original size."""
+    image = super()._image(batch, predictions, row)
+    truth = _true_masks(batch, row, image.size)
+    if "mask_logits" in predictions:
+      masks = original_masks(batch, predictions, row, image.size)
+      found = [encode_masks(mask[None])[0] for mask in masks]
+    else:
+      found = self._pasted(predictions, row, image.size)
+    return dataclasses.replace(image, true_masks=truth, found_masks=found)
 
   def _pasted(
     self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]
   ) -> list[dict[str, Any]]:
     there = np.asarray(predictions["is_object"][row], bool)
-    pasted = paste_masks(
-      np.asarray(predictions["box_masks"][row], np.float64)[there],
-      np.asarray(predictions["boxes_xyxy"][row], np.float64)[there],
-      size,
-      convention=self.paste_convention,
+    masks, boxes = (
+      np.asarray(predictions[key][row], np.float64)[there] for key in ("box_masks", "boxes_xyxy")
     )
+    found = iter(encode_masks(paste_masks(masks, boxes, size, convention=self.paste_convention)))
     empty = encode_masks(np.zeros((1, *size), bool))[0]
-    found = iter(encode_masks(pasted))
     return [next(found) if exists else empty for exists in there]
-
-  def _merge(self, other: Any) -> None:
-    super()._merge(other)
-    self.truths += other.truths
-    self.predicted += other.predicted
 
   def result(self) -> dict[str, float]:
     """Returns the scores of boxes and masks by name."""
-    from faster_coco_eval import COCO, COCOeval_faster  # so that training does not load it
-
     scores = super().result()
-    truth, found = self._as_coco()
-    truth = COCO(truth)
-    found = truth.loadRes(found) if found else COCO({**truth.dataset, "annotations": []})
-    run = COCOeval_faster(truth, found, iouType="segm", print_function=lambda *_: None)
-    run.params.catIds = list(range(self.masks_below))
-    run.evaluate()
-    run.accumulate()
-    run.summarize()
-    masks = dict(zip(_NAMES, (float(s) for s in run.stats), strict=False))
+    run = self._evaluate("segm", range(self.masks_below))
+    masks = dict(zip(_NAMES, map(float, run.stats), strict=False))
     return {k: v for k, v in masks.items() if v >= 0} | scores
-
-  def _as_coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    numbered, others = {}, []
-    for place, image in enumerate(self.images):  # duplicate images count once
-      if image.image_id is None:
-        others.append(place)
-      else:
-        numbered[image.image_id] = place
-    order = [numbered[key] for key in sorted(numbered)] + others  # ties do not depend on the hosts
-    sizes, truth, found = [], [], []
-    for number, place in enumerate(order, start=1):
-      image = self.images[place]
-      sizes.append({"id": number, "height": image.size[0], "width": image.size[1]})
-      for i, mask in enumerate(self.truths[place]):
-        known = {"id": len(truth) + 1, "image_id": number, "category_id": int(image.labels[i])}
-        box = {"bbox": image.boxes_xywh[i].tolist(), "area": float(image.areas[i])}
-        crowd = {"iscrowd": int(image.is_crowd[i]), "segmentation": mask}
-        truth.append(known | box | crowd)
-      for i, mask in enumerate(self.predicted[place]):
-        if image.scores[i] > 0:
-          known = {"image_id": number, "category_id": int(image.found_labels[i])}
-          found.append(known | {"segmentation": mask, "score": float(image.scores[i])})
-    categories = [{"id": i, "name": str(i)} for i in range(self.num_classes)]
-    return {"images": sizes, "annotations": truth, "categories": categories}, found
 
 
 def original_masks(
@@ -180,6 +131,5 @@ def encode_masks(masks: Bool[np.ndarray, "n h w"]) -> list[dict[str, Any]]:
   """Returns COCO's compressed run lengths of each mask: `size`, `counts` as text."""
   if not len(masks):
     return []
-  columns = np.asfortranarray(masks.transpose(1, 2, 0), np.uint8)
-  encoded = run_lengths.encode(columns)
+  encoded = run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))
   return [{"size": m["size"], "counts": m["counts"].decode()} for m in encoded]

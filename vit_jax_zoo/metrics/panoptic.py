@@ -5,6 +5,7 @@ arXiv:1801.00868, section 4, with COCO's rules for crowds and unlabelled pixels.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from vit_jax_zoo.metrics.base import real_rows
+from vit_jax_zoo.metrics.detection import original_size
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 
 VOID = -1
@@ -71,11 +74,13 @@ def segment(
   """
   if not len(labels):
     return Segmentation.of(np.full(size, VOID), labels)
-  masks = np.stack([_enlarge(mask, padded_size) for mask in mask_logits])
+  enlarge = functools.partial(cv2.resize, dsize=padded_size[::-1], interpolation=cv2.INTER_LINEAR)
+  masks = np.stack([enlarge(np.asarray(mask, np.float32)) for mask in mask_logits])
   masks = masks[:, : image_size[0], : image_size[1]]
   winner = _merge_stuff(np.argmax(masks, axis=0), labels, stuff_from)
   while True:
-    segment_map = _nearest(winner, size)
+    coarse = Image.fromarray(winner.astype(np.int32))
+    segment_map = np.asarray(coarse.resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
     areas = np.bincount(segment_map.ravel(), minlength=len(labels))
     large = areas >= SMALLEST_AREA
     if large.all():
@@ -84,16 +89,6 @@ def segment(
       return Segmentation.of(np.full(size, VOID), labels[large])
     masks, labels = masks[large], labels[large]
     winner = np.argmax(masks, axis=0)
-
-
-def _enlarge(mask: Float[np.ndarray, "i j"], size: tuple[int, int]) -> Float[np.ndarray, "h w"]:
-  return cv2.resize(np.asarray(mask, np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
-
-
-def _nearest(values: Int[np.ndarray, "i j"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
-  """Resizes with Pillow's nearest filter."""
-  image = Image.fromarray(values.astype(np.int32))
-  return np.asarray(image.resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
 
 
 def _merge_stuff(
@@ -107,9 +102,9 @@ def _merge_stuff(
   return owner[winner]
 
 
-def true_segments(batch: Mapping[str, Any], row: int | np.integer) -> Segmentation:
+def true_segments(batch: Mapping[str, Any], row: int) -> Segmentation:
   """Returns an image's true segments, in its original pixels; see `PanopticEvaluator.add`."""
-  height, width = _original_size(batch, row)
+  height, width = original_size(batch, row)
   return Segmentation.of(
     np.asarray(batch["segment_map"][row])[:height, :width].astype(np.int64),
     np.asarray(batch["labels"][row]).astype(np.int64),
@@ -120,7 +115,7 @@ def true_segments(batch: Mapping[str, Any], row: int | np.integer) -> Segmentati
 def found_segments(
   batch: Mapping[str, Any],
   predictions: Mapping[str, Any],
-  row: int | np.integer,
+  row: int,
   stuff_from: int,
   *,
   threshold: float = SCORE_THRESHOLD,
@@ -128,8 +123,8 @@ def found_segments(
   """Returns an image's predicted segments, in its original pixels.
 
   Args:
-    batch: see `PanopticEvaluator.add`.
-    predictions: see `PanopticEvaluator.add`.
+    batch: see `PanopticEvaluator.add`; so are `predictions`.
+    predictions: of all images.
     row: index of the image in the batch.
     stuff_from: first class id of stuff.
     threshold: minimum score of the queries.
@@ -144,15 +139,8 @@ def found_segments(
     stuff_from,
     padded_size=(int(padded[0]), int(padded[1])),
     image_size=(int(shown[0]), int(shown[1])),
-    size=_original_size(batch, row),
+    size=original_size(batch, row),
   )
-
-
-def _original_size(batch: Mapping[str, Any], row: int | np.integer) -> tuple[int, int]:
-  for key in ("original_size", "image_size"):
-    if key in batch:
-      return int(batch[key][row][0]), int(batch[key][row][1])
-  return int(batch["image"].shape[1]), int(batch["image"].shape[2])
 
 
 class PanopticQuality:
@@ -169,9 +157,7 @@ class PanopticQuality:
   def __init__(self, num_classes: int, stuff_from: int) -> None:
     self.stuff_from = stuff_from
     self.iou = np.zeros(num_classes)
-    self.matches = np.zeros(num_classes, np.int64)
-    self.misses = np.zeros(num_classes, np.int64)
-    self.false_alarms = np.zeros(num_classes, np.int64)
+    self.matches, self.misses, self.false_alarms = np.zeros((3, num_classes), np.int64)
 
   def add(self, truth: Segmentation, found: Segmentation) -> None:
     """Counts one image.
@@ -211,18 +197,14 @@ class PanopticQuality:
     Means without any class are omitted.
     """
     stuff = np.arange(len(self.iou)) >= self.stuff_from
-    return (
-      self._means("", stuff | True) | self._means("_things", ~stuff) | self._means("_stuff", stuff)
-    )
-
-  def _means(self, suffix: str, classes: Bool[np.ndarray, " k"]) -> dict[str, float]:
-    weight = self.matches + 0.5 * (self.misses + self.false_alarms)
-    occurs = classes & (weight > 0)
-    if not occurs.any():
-      return {}
-    iou, matches, weight = self.iou[occurs], self.matches[occurs], weight[occurs]
-    scores = {"pq": iou / weight, "sq": iou / np.maximum(matches, 1), "rq": matches / weight}
-    return {name + suffix: float(values.mean()) for name, values in scores.items()}
+    weight, found = self.matches + 0.5 * (self.misses + self.false_alarms), {}
+    for suffix, classes in (("", stuff | True), ("_things", ~stuff), ("_stuff", stuff)):
+      occurs = classes & (weight > 0)
+      if occurs.any():
+        iou, matches, total = self.iou[occurs], self.matches[occurs], weight[occurs]
+        scores = {"pq": iou / total, "sq": iou / np.maximum(matches, 1), "rq": matches / total}
+        found |= {name + suffix: float(values.mean()) for name, values in scores.items()}
+    return found
 
 
 def _shared_pixels(truth: Segmentation, found: Segmentation) -> Int[np.ndarray, "s t"]:
@@ -230,9 +212,8 @@ def _shared_pixels(truth: Segmentation, found: Segmentation) -> Int[np.ndarray, 
   shape = len(truth.labels) + 1, len(found.labels) + 1
   rows = np.where(truth.segment_map == VOID, shape[0] - 1, truth.segment_map)
   columns = np.where(found.segment_map == VOID, shape[1] - 1, found.segment_map)
-  return np.bincount((rows * shape[1] + columns).ravel(), minlength=shape[0] * shape[1]).reshape(
-    shape
-  )
+  pairs = (rows * shape[1] + columns).ravel()
+  return np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 class PanopticEvaluator(InstanceEvaluator):
@@ -276,14 +257,15 @@ class PanopticEvaluator(InstanceEvaluator):
       predictions: also `is_object` [b q] and `mask_logits` [b q i j].
     """
     super().add(batch, predictions)
-    real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
-    for row in np.flatnonzero(real):
-      if not self._is_repeated(batch, row):
-        truth = true_segments(batch, row)
-        found = found_segments(
-          batch, predictions, row, self.quality.stuff_from, threshold=self.score_threshold
-        )
-        self.quality.add(truth, found)
+    stuff_from, threshold = self.quality.stuff_from, self.score_threshold
+    for row in real_rows(batch, len(batch["image"])).tolist():
+      if "image_id" in batch:
+        number = int(batch["image_id"][row])
+        if number in self.seen:
+          continue
+        self.seen.add(number)
+      found = found_segments(batch, predictions, row, stuff_from, threshold=threshold)
+      self.quality.add(true_segments(batch, row), found)
 
   def _merge(self, other: Any) -> None:
     super()._merge(other)
@@ -292,11 +274,3 @@ class PanopticEvaluator(InstanceEvaluator):
   def result(self) -> dict[str, float]:
     """Returns the metrics of boxes, of masks, and of `PanopticQuality`."""
     return super().result() | self.quality.result()
-
-  def _is_repeated(self, batch: Mapping[str, Any], row: np.integer) -> bool:
-    if "image_id" not in batch:
-      return False
-    number = int(batch["image_id"][row])
-    repeated = number in self.seen
-    self.seen.add(number)
-    return repeated

@@ -1,5 +1,6 @@
 """PSNR and SSIM of enlarged images: on luma as TTSR's code, and on RGB as scikit-image."""
 
+import collections
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Num
 from skimage import metrics
 
-from vit_jax_zoo.metrics.base import Evaluator
+from vit_jax_zoo.metrics.base import Evaluator, real_rows
 
 # BT.601 luma of 8-bit RGB, as MATLAB's rgb2ycbcr has it; without its offset of 16.
 _LUMA = np.array([65.738, 129.057, 25.064]) / 256.0
@@ -28,7 +29,7 @@ def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> 
     image: in [0, 255], rounded for published scores.
     truth: the ground truth, in [0, 255].
   """
-  difference = (_double(image) - _double(truth)) / 255.0 @ _LUMA
+  difference = (np.asarray(image, np.float64) - np.asarray(truth, np.float64)) / 255.0 @ _LUMA
   error = float(np.mean(difference**2))
   return -10 * math.log10(error) if error else math.inf
 
@@ -36,19 +37,17 @@ def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> 
 def ssim_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the structural similarity of luma (Wang et al., 2004), as TTSR's code computes it.
 
-  Mean over all Gaussian windows (11x11, standard deviation 1.5) inside of the image.
+  Mean over all Gaussian windows (11x11, standard deviation 1.5) inside of the image, which
+  scikit-image's borders are not part of. ValueError if a side has fewer than 11 pixels.
 
   Args:
     image: in [0, 255].
     truth: the ground truth, in [0, 255].
-
-  Raises:
-    ValueError: a side has fewer than 11 pixels.
   """
   if min(truth.shape[:2]) < _WINDOW:
     size = f"{truth.shape[0]}x{truth.shape[1]}"
     raise ValueError(f"truth: its size is {size}; SSIM needs at least {_WINDOW}x{_WINDOW} pixels")
-  x, y = (_double(pixels) @ _LUMA + 16 for pixels in (image, truth))
+  x, y = (np.asarray(pixels, np.float64) @ _LUMA + 16 for pixels in (image, truth))
   mean_x, mean_y = _blurred(x), _blurred(y)
   variance_x = _blurred(x**2) - mean_x**2
   variance_y = _blurred(y**2) - mean_y**2
@@ -64,35 +63,27 @@ def _blurred(x: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h2 w2"]:
   return cv2.sepFilter2D(x, -1, kernel, kernel)[margin:-margin, margin:-margin]
 
 
-def _double(x: Num[np.ndarray, "h w 3"]) -> Float[np.ndarray, "h w 3"]:
-  return np.asarray(x, np.float64)
-
-
 SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
 
 
 def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) -> dict[str, float]:
   """Returns `SCORES` of one image: infinite PSNR for equal images, NaN SSIM for too small ones.
 
-  Both images are cropped to the sides that they share, from the upper left.
-
-  Args:
-    image: in [0, 255].
-    truth: the ground truth, in [0, 255].
+  Both images, in [0, 255], are cropped to the sides that they share, from the upper left.
   """
   height, width = (min(a, b) for a, b in zip(image.shape[:2], truth.shape[:2], strict=True))
   image, truth = image[:height, :width], truth[:height, :width]
-  scores = {"psnr": psnr_y(image, truth), "skimage_psnr": math.inf}
-  if not np.array_equal(image, truth):
-    scores["skimage_psnr"] = metrics.peak_signal_noise_ratio(truth, image, data_range=255)
-  side = min(height, width)
-  scores["ssim"] = ssim_y(image, truth) if side >= _WINDOW else math.nan
-  scores["skimage_ssim"] = (
-    metrics.structural_similarity(truth, image, data_range=255, channel_axis=-1)
+  side, equal = min(height, width), np.array_equal(image, truth)
+  peak, similarity = metrics.peak_signal_noise_ratio, metrics.structural_similarity
+  found = (
+    psnr_y(image, truth),
+    ssim_y(image, truth) if side >= _WINDOW else math.nan,
+    math.inf if equal else peak(truth, image, data_range=255),
+    similarity(truth, image, data_range=255, channel_axis=-1)
     if side >= _SKIMAGE_WINDOW
-    else math.nan
+    else math.nan,
   )
-  return {name: float(value) for name, value in scores.items()}
+  return dict(zip(SCORES, map(float, found), strict=True))
 
 
 class SuperResolutionEvaluator(Evaluator):
@@ -115,11 +106,11 @@ class SuperResolutionEvaluator(Evaluator):
 
   def __init__(self) -> None:
     self.images = 0
-    self.sums: dict[str, float] = {}
-    self.counts: dict[str, int] = {}
+    self.sums: collections.Counter[str] = collections.Counter()  # keeps scores of sum 0
+    self.counts: collections.Counter[str] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Scores one batch.
+    """Adds one batch.
 
     Args:
       batch: `image` [b H W 3], the ground truth, and `upsampled_image`, its bicubic enlargement, in
@@ -128,50 +119,36 @@ class SuperResolutionEvaluator(Evaluator):
         the reference of another image.
     """
     truths = np.asarray(batch["image"])
-    kept = np.asarray(batch.get("mask", np.ones(len(truths))), bool)
     sizes = np.asarray(batch.get("size", [truths.shape[1:3]] * len(truths)))
     kinds = {"": predictions["image"], "bicubic_": batch["upsampled_image"]}
     if "wrong_reference_image" in predictions:
       kinds["wrong_reference_"] = predictions["wrong_reference_image"]
-    for i in np.flatnonzero(kept):
+    for i in real_rows(batch, len(truths)):
       truth = truths[i, : sizes[i][0], : sizes[i][1]]
-      scores = {
-        prefix + name: value
-        for prefix, images in kinds.items()
-        for name, value in score(np.asarray(images[i]), truth).items()
-      }
-      scores["psnr_gain"] = scores["psnr"] - scores["bicubic_psnr"]
-      if "wrong_reference_psnr" in scores:
-        scores["reference_gain"] = scores["psnr"] - scores["wrong_reference_psnr"]
+      found = {kind: score(np.asarray(images[i]), truth) for kind, images in kinds.items()}
+      scores = {kind + name: value for kind in found for name, value in found[kind].items()}
+      for gain, kind in (("psnr_gain", "bicubic_"), ("reference_gain", "wrong_reference_")):
+        if kind in found:
+          scores[gain] = scores["psnr"] - scores[f"{kind}psnr"]
       self.images += 1
-      for name, value in scores.items():
-        finite = math.isfinite(value)
-        self._count(name, value if finite else 0.0, int(finite))
-
-  def _count(self, name: str, total: float, count: int) -> None:
-    self.sums[name] = self.sums.get(name, 0.0) + total
-    self.counts[name] = self.counts.get(name, 0) + count
+      finite = {name: math.isfinite(value) for name, value in scores.items()}
+      self.counts.update(finite)
+      self.sums.update({name: scores[name] if finite[name] else 0.0 for name in scores})
 
   def _merge(self, other: Any) -> None:
     self.images += other.images
-    for name, total in other.sums.items():
-      self._count(name, total, other.counts[name])
+    self.sums.update(other.sums)
+    self.counts.update(other.counts)
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name; PSNR in dB.
-
-    Raises:
-      ValueError: there was no image.
-    """
+    """Returns the scores by name; PSNR in dB."""
     if not self.images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")
     result = {"images": float(self.images)}
     for name, total in self.sums.items():
       count = self.counts[name]
-      if count:
-        result[name] = total / count
-      elif name.endswith("psnr"):
-        result[name] = math.inf
+      if count or name.endswith("psnr"):
+        result[name] = total / count if count else math.inf
       if count < self.images:
         result[f"{name}_excluded"] = float(self.images - count)
     return result

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Integer
 
-from vit_jax_zoo.metrics.base import Evaluator
+from vit_jax_zoo.errors import name_of
+from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 
 
 class SegmentationEvaluator(Evaluator):
@@ -15,8 +15,8 @@ class SegmentationEvaluator(Evaluator):
   Scores, in [0, 1]: "miou", the mean over classes of TP / (TP + FP + FN) over the pixels of all
   images (Everingham et al., 2015; Cityscapes and ADE20K); "pixel_accuracy"; "mean_accuracy", the
   mean over classes that occur of their pixel accuracy; with `per_class` also "iou/<class>";
-  "images". Pixels with `ignore_label` do not count. Classes that neither occur nor are predicted do
-  not count; predicted ones that do not occur have IoU 0.
+  "images". Classes that neither occur nor are predicted do not count; predicted ones that do not
+  occur have IoU 0.
 
   Args:
     num_classes: number of classes.
@@ -35,10 +35,8 @@ class SegmentationEvaluator(Evaluator):
     class_names: Sequence[str] = (),
     per_class: bool = False,
   ) -> None:
-    self.num_classes = num_classes
-    self.ignore_label = ignore_label
-    self.class_names = tuple(class_names)
-    self.per_class = per_class
+    self.num_classes, self.ignore_label = num_classes, ignore_label
+    self.class_names, self.per_class = tuple(class_names), per_class
     self.images = 0
     self.confusion = np.zeros((num_classes, num_classes), np.int64)
 
@@ -56,11 +54,19 @@ class SegmentationEvaluator(Evaluator):
     truths, found = np.asarray(batch["label_map"]), np.asarray(predictions["label_map"])
     if truths.shape != found.shape:
       raise ValueError(f"label_map: {truths.shape} in the batch, {found.shape} predicted")
-    real = np.asarray(batch.get("mask", np.ones(len(truths))), bool)
     sizes = np.asarray(batch.get("image_size", [truths.shape[1:]] * len(truths)))
-    for row in np.flatnonzero(real):
+    advice = (
+      f"0 to {self.num_classes - 1}, or {self.ignore_label} for ignored pixels. Check num_classes, "
+      "and offset and ignore of load_label_map"
+    )
+    for row in real_rows(batch, len(truths)):
       height, width = sizes[row]
-      self.confusion += self._count(truths[row, :height, :width], found[row, :height, :width])
+      counts = truths[row, :height, :width] != self.ignore_label
+      true, predicted = (x[row, :height, :width][counts].astype(np.int64) for x in (truths, found))
+      check_labels("label_map: true label", true, self.num_classes, advice)
+      check_labels("label_map: predicted label", predicted, self.num_classes, advice)
+      pairs = np.bincount(self.num_classes * true + predicted, minlength=self.confusion.size)
+      self.confusion += pairs.reshape(self.confusion.shape)
       self.images += 1
 
   def _merge(self, other: Any) -> None:
@@ -76,35 +82,16 @@ class SegmentationEvaluator(Evaluator):
         f"labels are {self.ignore_label}, the ignored label"
       )
     right = np.diagonal(self.confusion)
-    true, found = self.confusion.sum(axis=1), self.confusion.sum(axis=0)
-    union = true + found - right
+    true = self.confusion.sum(axis=1)
+    union = true + self.confusion.sum(axis=0) - right
     iou = right / np.maximum(union, 1)
-    occurs = true > 0
     scores = {
       "miou": float(iou[union > 0].mean()),
       "pixel_accuracy": float(right.sum() / total),
-      "mean_accuracy": float((right[occurs] / true[occurs]).mean()),
+      "mean_accuracy": float((right[true > 0] / true[true > 0]).mean()),
       "images": float(self.images),
     }
     if self.per_class:
-      scores |= {f"iou/{self._name(i)}": float(iou[i]) for i in np.flatnonzero(union > 0).tolist()}
+      for label in np.flatnonzero(union > 0):
+        scores[f"iou/{name_of(label, self.class_names)}"] = float(iou[label])
     return scores
-
-  def _count(
-    self, truth: Integer[np.ndarray, "h w"], found: Integer[np.ndarray, "h w"]
-  ) -> Int[np.ndarray, "k k"]:
-    counts = truth != self.ignore_label
-    truth, found = truth[counts].astype(np.int64), found[counts].astype(np.int64)
-    for labels, what in ((truth, "true"), (found, "predicted")):
-      if labels.size and not 0 <= labels.min() <= labels.max() < self.num_classes:
-        wrong = labels.min() if labels.min() < 0 else labels.max()
-        raise ValueError(
-          f"label_map: {what} label {wrong}; expected 0 to {self.num_classes - 1}, or "
-          f"{self.ignore_label} for ignored pixels. Check num_classes, and offset and ignore of "
-          "load_label_map"
-        )
-    pairs = np.bincount(self.num_classes * truth + found, minlength=self.confusion.size)
-    return pairs.reshape(self.confusion.shape)
-
-  def _name(self, label: int) -> str:
-    return self.class_names[label] if label < len(self.class_names) else str(label)

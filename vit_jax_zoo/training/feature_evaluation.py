@@ -8,8 +8,13 @@ from absl import logging
 from jax.sharding import Mesh
 
 from vit_jax_zoo.figures.probe import draw_probe
-from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, by_layer, choose_features
-from vit_jax_zoo.metrics.linear_probe import Labelled
+from vit_jax_zoo.metrics.feature_probes import (
+  FeatureProbe,
+  FeatureScore,
+  Labelled,
+  by_layer,
+  choose_features,
+)
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training.evaluate import Clock, Report, SizedBatches, gather_parts, predict_batches
 from vit_jax_zoo.training.train_step import PredictStep

@@ -13,7 +13,7 @@ from vit_jax_zoo.data.sources.base import Example, Source
 from vit_jax_zoo.data.transforms.base import Transform, pixels
 from vit_jax_zoo.data.transforms.image import MultiHot
 from vit_jax_zoo.inference.base import Trained
-from vit_jax_zoo.metrics.linear_probe import Labelled
+from vit_jax_zoo.metrics.feature_probes import Labelled
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import Clock, compile_predict_step, predict_batches

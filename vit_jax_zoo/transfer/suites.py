@@ -17,12 +17,12 @@ from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.metrics.feature_probes import (
   PROBES,
   FeatureProbe,
+  Labelled,
   Linear,
   choose_features,
   create_probe,
 )
 from vit_jax_zoo.metrics.imagenet_variants import score_rankings
-from vit_jax_zoo.metrics.linear_probe import Labelled
 from vit_jax_zoo.training.feature_evaluation import report
 from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor
