@@ -23,7 +23,7 @@ from ml_collections.config_dict import placeholder
 
 from configs import common
 from vit_jax_zoo.errors import unknown_name
-from vit_jax_zoo.registry import list_models
+from vit_jax_zoo.registry import list_models, model_name
 from vit_jax_zoo.training.lr_scaling import SINGLE, scaled_rate
 from vit_jax_zoo.weights.model_index import entries
 
@@ -74,6 +74,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     `figures/`; `best/test/accuracy` is what to report.
   Not yet run here.
   """
+  model = model_name(model)
   family = _family(model)
   image_size = image_size or family.image_size
   config = _base(model, family, source, image_size)

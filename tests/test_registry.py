@@ -42,6 +42,29 @@ def test_list_models_takes_a_pattern():
   assert list_models("nothing*") == []
 
 
+@pytest.mark.parametrize(
+  ("name", "here"),
+  [
+    ("vit_base_patch16_224", "vit_b16"),
+    ("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", "vit_ti16"),
+    ("google/vit-large-patch32-224-in21k", "vit_l32"),
+    ("ViT-H/14", "vit_h14"),
+    ("vit_b_16", "vit_b16"),
+    ("facebook/detr-resnet-101-dc5", "detr_r101_dc5"),
+    ("detr_resnet50_panoptic", "detr_r50_panoptic"),
+    ("openai/imagegpt-small", "igpt_s"),
+    ("maskrcnn_resnet50_fpn", "mask_rcnn_r50_fpn"),
+    ("timm/lambda_resnet26rpt_256.c1_in1k", "lambda_resnet26rpt_256"),
+    ("vit_large_patch14_clip_224", "vit_large_patch14_clip_224"),
+    ("deit_base_patch16_224", "deit_base_patch16_224"),
+  ],
+)
+def test_names_of_other_libraries(name, here):
+  assert registry.model_name(name) == here
+  if here in list_models():
+    assert create_model(name) == create_model(here)
+
+
 def test_overrides_go_over_the_variant():
   model = create_model("vit_b16", num_classes=10, dtype="bfloat16", depth=2)
   assert (model.num_classes, model.dtype, model.depth, model.width) == (10, "bfloat16", 2, 768)

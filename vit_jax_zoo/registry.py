@@ -8,6 +8,7 @@ import dataclasses
 import fnmatch
 import functools
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
@@ -151,16 +152,47 @@ def create_model(name: str, **overrides: Any) -> Any:
   """Returns the Linen module of this name, its parameters not yet made.
 
   Args:
-    name: one of `list_models()`, such as "vit_b16".
+    name: one of `list_models()`, such as "vit_b16"; see `model_name`.
     **overrides: fields of the model's class, over those of the variant.
 
   Raises:
     ValueError: the name or a field is unknown; the message has the nearest known one.
   """
+  name = model_name(name)
   family = _family(name)
   kind = model_classes()[family]
   check_names(f"field of {name}", overrides, [*field_names(kind), "name"])
+  if isinstance(overrides.get("dtype"), str):
+    check_names(f"dtype of {name}", [overrides["dtype"]], _DTYPES)
   return kind(**{**variants(family)[name], **overrides})
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+_OTHER_NAMES = (
+  (r"^[\w-]+/(?=[a-z])|\.\w+$|-in21k$", ""),  # owner, timm's tag
+  (r"(?<=\d)[-_](224|256|384|512)$", ""),  # image size
+  (r"[-/]", "_"),
+  (r"imagegpt_([sml])[a-z]+$", r"igpt_\1"),
+  (r"vit_(ti|s|b|l|h)(?:ny|mall|ase|arge|uge)?_(?:patch)?(\d+)$", r"vit_\1\2"),
+  (r"(faster|mask)rcnn", r"\1_rcnn"),
+  (r"(?<!lambda_)resnet_?(?=\d)", "r"),
+)
+"""Substitutions from the names of timm, Hugging Face, torchvision and Google to those here."""
+
+
+def model_name(name: str) -> str:
+  """Returns the name here of a model, which may be another library's: "vit_base_patch16_224".
+
+  >>> model_name("google/vit-base-patch16-224-in21k"), model_name("facebook/detr-resnet-50-dc5")
+  ('vit_b16', 'detr_r50_dc5')
+  """
+  if name in list_models():
+    return name
+  ours = name.strip().lower()
+  for pattern, replacement in _OTHER_NAMES:
+    ours = re.sub(pattern, replacement, ours)
+  return ours if ours in list_models() else name
 
 
 def family_of(model: Any) -> str:

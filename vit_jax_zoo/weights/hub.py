@@ -18,6 +18,7 @@ from http.client import HTTPException
 from absl import logging
 from etils import epath
 
+from vit_jax_zoo.registry import model_name
 from vit_jax_zoo.weights import tf_bundle
 from vit_jax_zoo.weights.key_map import WeightsError
 from vit_jax_zoo.weights.model_index import Entry, entries
@@ -29,6 +30,7 @@ TIMEOUT = 30
 
 _PROGRESS_EVERY = 5.0
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
+_TIMM_NAME = re.compile(r"\w+\.\w*in\d+k\w*")  # vit_base_patch16_224.augreg_in21k
 _HUB_JSON = ["config.json", "preprocessor_config.json"]
 _HUB_WEIGHTS = (
   ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"],
@@ -56,6 +58,8 @@ def resolve(name: str) -> str:
     return _fetch(name, entries()[name])
   if _HUB_NAME.fullmatch(name) and not name.endswith((".npz", ".safetensors", ".pth", ".bin")):
     return _from_hub(name)
+  if _TIMM_NAME.fullmatch(name):
+    return _from_hub(f"timm/{name}")
   raise WeightsError(f"there is no checkpoint at {name}{_hint(name)}")
 
 
@@ -67,7 +71,7 @@ def _hint(name: str) -> str:
   ]
   if same:
     return f"; to download a published file of that name, give {' or '.join(same)}"
-  nearest = difflib.get_close_matches(name, entries(), n=1)
+  nearest = difflib.get_close_matches(model_name(name), entries(), n=1, cutoff=0.4)
   return f"; did you mean the published {nearest[0]}?" if nearest else ""
 
 
