@@ -9,7 +9,14 @@ from absl import logging
 from flax import traverse_util
 
 from vit_jax_zoo.ops.resize import resize_position_grid
-from vit_jax_zoo.weights.key_map import check_finite, scanned_paths, stack, unroll, unroll_shapes
+from vit_jax_zoo.weights.key_map import (
+  check_finite,
+  list_problems,
+  scanned_paths,
+  stack,
+  unroll,
+  unroll_shapes,
+)
 
 HEADS = ("head/", "pre_logits/", "class_head/", "mask_head/", "mask_attention/")
 """Sub-trees that a new task may drop or newly initialise."""
@@ -50,7 +57,7 @@ def adapt(
       keeps its value from `variables`, the source's is ignored.
 
   Raises:
-    ValueError: one line that lists every missing, unused or misshapen array; or a position table
+    ValueError: one line with the first missing, unused or misshapen array; or a position table
       that does not match its grid; or values that are not finite.
   """
   adapted = dict(variables)
@@ -66,7 +73,7 @@ def adapt(
     if fresh and not problems:
       logging.info("%s: not loaded, newly initialised: %s", name, ", ".join(fresh))
   if problems:
-    raise ValueError(f"the weights of {name} do not fit this model: {'; '.join(problems)}")
+    raise ValueError(f"the weights of {name} do not fit this model: {list_problems(problems)}")
   check_finite({k: tree for k, tree in source.items() if k in variables}, name)
   return adapted
 

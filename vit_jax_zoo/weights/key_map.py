@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import logging
 from flax import traverse_util
 
 Array = np.ndarray
@@ -29,7 +30,7 @@ Flat = dict[str, Array]
 STATISTICS = "batch_stats/"
 """Path prefix of running statistics."""
 _MAX_NAMED = 3
-"""Number of arrays named in an error about many."""
+"""Number of arrays or problems named in an error about many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _pattern(form: str) -> re.Pattern[str]:
 
 
 class WeightsError(ValueError):
-  """A file does not fit the model. The message lists every problem."""
+  """A file does not fit the model. The message lists the first problems."""
 
 
 def read(
@@ -156,9 +157,18 @@ def read(
       f"the model's parameters such as {ours}; take a model of its kind, or another file"
     )
   if problems:
-    raise WeightsError(f"{source} does not fit the model; " + "; ".join(problems))
+    raise WeightsError(f"{source} does not fit the model; {list_problems(problems)}")
   check_finite({key: array for key, array in published.items() if key in used}, source)
   return found
+
+
+def list_problems(problems: Sequence[str]) -> str:
+  """Returns the first problems, for an error message of one line; logs all at `-v=1`."""
+  for problem in problems:
+    logging.debug("%s", problem)
+  more = len(problems) - _MAX_NAMED
+  rest = [f"and {more} more problems (-v=1 lists all)"] if more > 0 else []
+  return "; ".join([*problems[:_MAX_NAMED], *rest])
 
 
 def check_finite(arrays: Mapping[str, Any], source: str) -> None:

@@ -72,7 +72,7 @@ def load_pretrained(
       number of heads: see `vit_timm`; give `num_heads` if it is inferred wrong.
 
   Raises:
-    ValueError: the file is missing, in no known format, or does not fit; all problems are listed.
+    ValueError: the file is missing, in no known format, or does not fit.
     ImportError: a package needed for reading is not installed.
     OSError: the download failed.
   """
