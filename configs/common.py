@@ -71,22 +71,22 @@ def _recipe(
 def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:
   """Splits `variant,field=value,...`; the variant comes first and may be left out.
 
-  >>> parse_arg("b16,image_size=384", {"demo": ConfigDict, "b16": ConfigDict})
-  ('b16', {'image_size': '384'})
+  >>> parse_arg("b16,image_size=384,source=folder:a,b", {"demo": ConfigDict, "b16": ConfigDict})
+  ('b16', {'image_size': '384', 'source': 'folder:a,b'})
   """
-  parts = [part.strip() for part in (arg or "").split(",") if part.strip()]
+  parts = [part for part in (arg or "").split(",") if part.strip()]
   first = next(iter(variants))
-  variant = parts.pop(0) if parts and "=" not in parts[0] else first
+  variant = parts.pop(0).strip() if parts and "=" not in parts[0] else first
   if variant not in variants:
     raise ValueError(unknown_name("variant", variant, variants))
   fields: dict[str, str] = {}
   for part in parts:
-    name, equals, text = part.partition("=")
+    name, equals, text = part.strip().partition("=")
+    if not equals and fields:  # a comma inside of a value, such as a path
+      fields[next(reversed(fields))] += f",{part}"
+      continue
     if not equals:
-      raise ValueError(
-        f"cannot read {part!r} in {arg!r}; write variant,field=value,field=value, with no comma "
-        "inside of a value"
-      )
+      raise ValueError(f"cannot read {part!r} in {arg!r}; write variant,field=value,field=value")
     if name in fields:
       raise ValueError(f"the field {name!r} is set twice in {arg!r}")
     fields[name] = text

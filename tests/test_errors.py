@@ -4,18 +4,21 @@ import asyncio
 import contextlib
 import io
 import re
+import signal
+import subprocess
 import sys
 
 import cv2
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
-from configs import vit
+from configs import ttsr, vit
 from tests import command
+from vit_jax_zoo import builder, main, trainer
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo import config as config_lib
-from vit_jax_zoo import main, trainer
 
 
 def changed(**fields):
@@ -45,6 +48,11 @@ def changed(**fields):
     ({"sharding__mesh__data": 3}, r"mesh data=3 x fsdp=1 x model=1 does not fit 8 device"),
     ({"data__loader__num_worker": 1}, r"'num_worker'; did you mean 'num_workers'\?"),
     ({"num_steps": None}, "must set num_steps or num_epochs"),
+    ({"model__dtype": "fp16"}, "dtype of vit_.* 'fp16'; .*bfloat16, float16"),
+    ({"model__dtype": "float16"}, "config.model.dtype: float16 does not run on CPUs"),
+    ({"data__train__source": "../photos"}, r"did you mean folder:\.\./photos\?"),
+    ({"data__train__source": "Folder:/nowhere"}, "did you mean 'folder'"),
+    ({"data__train__source": "tfds:/nowhere/1.0.0"}, "tfds:/nowhere/1.0.0 does not exist"),
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -123,6 +131,7 @@ def test_a_corrupt_image_may_be_skipped_and_is_counted(folder_with_a_broken_imag
   ("argument", "message"),
   [
     ("configs/vti.py", r"there is no config file configs/vti.py; did you mean configs/vit.py\?"),
+    ("vti", r"did you mean configs/vit.py\?"),
     ("configs/vit.py:dmo", r"unknown variant 'dmo'; did you mean 'demo'\?"),
     ("configs/vit.py:demo,num_step=3", r"'num_step'; did you mean 'num_steps'\?"),
     ("configs/vit.py:demo,num_steps=x", r"demo,num_steps='x': expected a whole number"),
@@ -139,6 +148,45 @@ def test_a_config_from_another_folder(tmp_path, monkeypatch):
   message = rf"no config file configs/vit\.py in .*{tmp_path.name}; change to the folder that holds"
   with pytest.raises(FileNotFoundError, match=message):
     config_lib.load("configs/vit.py")
+
+
+@pytest.mark.parametrize("text", ["def get_config(:", "def get_config():\n  x\nnosuch"])
+def test_an_error_in_the_config_file_names_the_file(tmp_path, text):
+  (tmp_path / "own.py").write_text(text)
+  with pytest.raises(ValueError, match=r"own\.py: (SyntaxError|NameError): ") as error:
+    config_lib.load(str(tmp_path / "own.py"))
+  assert "\n" not in str(error.value)
+
+
+def test_an_absolute_config_from_another_folder(tmp_path, monkeypatch):
+  path = str(command.ROOT / "configs" / "vit.py")
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.load(f"{path}:demo,num_steps=3").num_steps == 3
+
+
+def test_a_field_of_one_of_several_optimizers():
+  with pytest.raises(ValueError, match=r"set --config\.optimizer\.generator\.name"):
+    config_lib.apply_overrides(ttsr.get_config(), ["--config.optimizer.name=sgd"])
+
+
+@pytest.mark.parametrize("path", ["/nowhere/ViT-B_16.npz", "vit_b17_imagenet"])
+def test_a_missing_init_from_is_found_before_data_are_read(tmp_path, path, monkeypatch):
+  monkeypatch.setattr(builder.pipeline, "train_batches", None)
+  with pytest.raises(ValueError, match=rf"init_from: there is no checkpoint at {path}"):
+    trainer.run(changed(init_from=path), epath.Path(tmp_path / "run"))
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+  (tmp_path / "file").write_text("")
+  for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
+    with pytest.raises(ValueError, match=f"--workdir={workdir}: not a folder"):
+      trainer.run(changed(), epath.Path(workdir))
+
+
+def test_ctrl_c_during_the_imports_is_one_line():
+  code = "import signal, vit_jax_zoo.cli; signal.raise_signal(signal.SIGINT)"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
 @pytest.mark.parametrize(
@@ -189,6 +237,8 @@ def test_overrides_reach_every_field_also_new_ones_of_the_parts():
   [
     ({"num_steps": 0}, "num_steps is 0; expected an integer, at least 1"),
     ({"num_steps": -3}, "num_steps is -3"),
+    ({"seed": -1}, "seed is -1; expected an integer, at least 0"),
+    ({"seed": 1 << 64}, "seed is .*; expected .* below"),
     ({"batch_size": 0}, "batch_size is 0; expected an integer, at least 1"),
     ({"accumulation_steps": 0}, "accumulation_steps is 0"),
     ({"ema_decay": 1.5}, r"ema_decay is 1.5; expected a number in \[0, 1\)"),

@@ -190,6 +190,8 @@ def build(
     info = run_data.info("the training data of the run")
   eval_sources, fit_sources = _open_evaluations(opened, config.data.eval, info)
   model = create_model(**fill_from_data(config.model.to_dict(), info))
+  if getattr(model, "dtype", None) == "float16" and mesh.devices.flat[0].platform == "cpu":
+    raise ValueError("config.model.dtype: float16 does not run on CPUs; set float32 or bfloat16")
   task_fields = fill_from_data(config.task.to_dict(), info)
   num_steps = config.num_steps or round(config.num_epochs * info.num_examples / config.batch_size)
   task = create_task(task_fields.pop("name"), model, **task_fields)

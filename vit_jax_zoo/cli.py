@@ -20,6 +20,16 @@ USER_ERRORS = (
 EXIT_ERROR = 2
 
 
+def _report_interrupt(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+  if issubclass(kind, KeyboardInterrupt):
+    print("interrupted", file=sys.stderr)  # noqa: T201
+  else:
+    sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report_interrupt  # from here on: the imports of the commands take seconds
+
+
 @contextlib.contextmanager
 def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
   """Prints errors in one line on stderr and exits with status 2.

@@ -156,11 +156,13 @@ def load(argument: str) -> ConfigDict:
     ValueError: a variant, field or value is invalid.
   """
   name, _, choice = argument.partition(":")
-  path = pathlib.Path(name)
+  path = pathlib.Path(name).expanduser()
   if not path.is_file():
-    known = sorted(str(p) for p in (path.parent or pathlib.Path()).glob("*.py"))
-    nearest = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else ""
+    folders = dict.fromkeys((path.parent, pathlib.Path("configs")))
+    known = {str(p): str(p) for folder in folders for p in folder.glob("[!_]*.py")}
+    known |= {pathlib.Path(p).stem: p for p in known}
+    nearest = difflib.get_close_matches(str(path), known, n=1)
+    hint = f"; did you mean {known[nearest[0]]}?" if nearest else ""
     if not (known or path.is_absolute()):
       hint = f" in {pathlib.Path.cwd()}; change to the folder that holds {path.parts[0]}"
     raise FileNotFoundError(f"there is no config file {name}{hint}")
@@ -171,7 +173,10 @@ def load(argument: str) -> ConfigDict:
   if spec is None or spec.loader is None:
     raise ValueError(f"--config={name}: not a Python file; expected configs/<system>.py")
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  try:
+    spec.loader.exec_module(module)
+  except (SyntaxError, NameError) as error:
+    raise ValueError(f"--config={name}: {type(error).__name__}: {error}") from error
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={name}: defines no get_config(arg); see configs/vit.py")
   return complete(module.get_config(choice) if choice else module.get_config())
@@ -269,6 +274,7 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
     raise ValueError(f"--config.{path} is a section; set its fields: {fields}")
   if key not in section:
     _check_not_renamed(path, f"--config.{path}")
+    _check_not_of_groups(config, path)
     if not above.rstrip(".").startswith(OPEN_SECTIONS):
       raise ValueError(unknown_name(f"field of {_dotted(above)}", key, section))
     return
@@ -289,6 +295,13 @@ def _check_not_renamed(path: str, shown: str) -> None:
   for pattern, new in RENAMED:
     if fnmatch.fnmatch(path, pattern):
       raise ValueError(f"{shown} is now {shown.rpartition('.')[0]}.{new}")
+
+
+def _check_not_of_groups(config: ConfigDict, path: str) -> None:
+  section, _, key = path.rpartition(".")
+  if section == "optimizer" and "name" not in config.optimizer:
+    fields = " or ".join(f"--config.{group}.{key}" for group, _ in _optimizers(config))
+    raise ValueError(f"--config.{path}: this task has several optimizers; set {fields}")
 
 
 def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -342,8 +355,9 @@ def check_values(config: ConfigDict) -> None:
     raise ValueError("the config must set num_steps or num_epochs")
   for name, minimum in _MINIMA.items():
     _check_at_least(config, name, minimum)
-  if isinstance(config.seed, bool) or not (isinstance(config.seed, int) and config.seed >= 0):
-    raise ValueError(f"seed is {config.seed}; expected an integer, at least 0")
+  seed = config.seed
+  if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 1 << 63):
+    raise ValueError(f"seed is {seed}; expected an integer, at least 0 and below 2**63")
   if config.num_epochs is not None and not config.num_epochs > 0:
     raise ValueError(f"num_epochs is {config.num_epochs}; expected a number above 0")
   if config.ema_decay is not None and not 0 <= config.ema_decay < 1:

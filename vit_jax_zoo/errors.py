@@ -19,7 +19,8 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
   "unknown optimizer 'adanw'; did you mean 'adamw'? Known: adamw, sgd"
   """
   names = sorted(known)
-  nearest = difflib.get_close_matches(given, names, n=1)
+  lower = {name.lower(): name for name in names}
+  nearest = [lower[name] for name in difflib.get_close_matches(given.lower(), lower, n=1)]
   hint = f"; did you mean {nearest[0]!r}? Known" if nearest else "; known"
   return f"unknown {kind} {given!r}{hint}: {', '.join(names)}"
 

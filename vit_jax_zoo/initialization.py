@@ -64,13 +64,15 @@ class Initializer:
     return weights.adapt(restore_variables(path), fresh, path, grid=self.grid, optional=optional)
 
 
-def check_files(task: Task) -> None:
-  """Checks that the files of a task's pretrained sub-trees exist, before anything is compiled.
+def check_files(task: Task, init_from: str | None) -> None:
+  """Checks that `init_from`, or else the task's pretrained files exist, before compilation.
 
   Raises:
     WeightsError: a file does not exist.
   """
-  weights.find_files({k: f for k, f in task.weight_files.items() if not is_checkpoint(f)})
+  # With init_from, the files that are needed depend on its variables.
+  files = {"init_from": init_from} if init_from else task.weight_files
+  weights.find_files({k: f for k, f in files.items() if not is_checkpoint(f)})
 
 
 def _flatten(variables: Variables) -> dict[str, Any]:

@@ -135,8 +135,8 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
   if start >= experiment.num_steps and evaluated:
     return _evaluate_only(experiment, checkpointer)
   settings = _loop_settings(experiment, options, start)
-  if not (start or config.init_from):
-    check_files(experiment.task)  # with init_from, what is missing depends on its variables
+  if not start:
+    check_files(experiment.task, config.init_from)
   with experiment.train_batches(0 if options.overfit_one_batch else start) as iterator:
     first = next(iterator)  # for shapes and figures; then it is trained on
     program = experiment.program(first)

@@ -37,6 +37,12 @@ def test_fields_have_the_types_of_their_defaults(arg):
   assert isinstance(config.model.rate, float)
 
 
+def test_a_value_may_contain_commas():
+  arg = "demo,source=folder:/a, b,c.d,num_steps=3"
+  fields = {"source": "folder:/a, b,c.d", "num_steps": "3"}
+  assert common.parse_arg(arg, VARIANTS) == ("demo", fields)
+
+
 def test_a_variant_of_another_shape():
   assert common.build("b16_other,image_size=384", VARIANTS).model.image_size == 384
 

@@ -38,7 +38,10 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
     LockedError: another run holds it; on all processes.
   """
   path = workdir / LOCK_FILE
-  problem = _acquire(path) if is_primary() else None
+  try:
+    problem = _acquire(path) if is_primary() else None
+  except (NotADirectoryError, FileExistsError):
+    problem = f"--workdir={workdir}: not a folder; expected a run's folder, or a new one"
   problem = all_gather_objects(problem)[0]
   if problem:
     raise LockedError(problem)

@@ -101,8 +101,9 @@ def test_files_that_are_no_json(tmp_path, text, named):
     load_source(write(tmp_path, text), "train")
 
 
-def test_a_byte_order_mark_is_read(tmp_path):
-  source = load_source(write(tmp_path, b"\xef\xbb\xbf" + json.dumps(dataset()).encode()), "train")
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32-le"])
+def test_every_unicode_encoding_is_read(tmp_path, encoding):
+  source = load_source(write(tmp_path, json.dumps(dataset()).encode(encoding)), "train")
   assert batch_of(source)["is_target"].sum() == 2
 
 

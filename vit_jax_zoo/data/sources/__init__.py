@@ -12,6 +12,7 @@
 A kind is a module with `open_splits(location, **options)`.
 """
 
+import glob
 import inspect
 import os
 from typing import Any
@@ -72,8 +73,11 @@ def split_name(name: str) -> tuple[str, str]:
   """
   kind, _, location = name.partition(":")
   if kind not in KINDS:
-    if (os.sep in name and "://" not in name) or os.path.exists(os.path.expanduser(name)):
-      raise ValueError(f"source {name!r} is a path without a kind; did you mean folder:{name}?")
+    path = os.path.expanduser(name)
+    if (os.sep in name and ":" not in name) or os.path.exists(path):
+      annotated = glob.glob(os.path.join(glob.escape(path), "annotations", "*.json"))
+      kind = "coco" if annotated else "folder"
+      raise ValueError(f"source {name!r} is a path without a kind; did you mean {kind}:{name}?")
     raise ValueError(unknown_name("kind of source", kind, KINDS) + f"; got the source {name!r}")
   if not location:
     raise ValueError(f"source {name!r} has no location; expected {kind}:<location>")

@@ -138,7 +138,7 @@ _LISTS = ("images", "annotations", "categories")
 def _load(file: pathlib.Path, lists: Sequence[str] = _LISTS) -> dict[str, Any]:
   """Returns the JSON object with these lists."""
   try:
-    data = json.loads(file.read_bytes().decode("utf-8-sig"))
+    data = json.loads(file.read_bytes())  # UTF-8, -16 or -32, with a byte order mark or without
   except UnicodeDecodeError as error:
     raise ValueError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
   except (json.JSONDecodeError, RecursionError) as error:

@@ -412,9 +412,10 @@ def at_path(location: str) -> epath.Path:
   """
   folder = epath.Path(location).expanduser()
   if not (folder / "dataset_info.json").exists():
+    problem = "has no dataset_info.json" if folder.exists() else "does not exist"
     raise FileNotFoundError(
-      f"{folder} has no dataset_info.json; expected the inmost folder of a prepared dataset, such "
-      "as .../imagenet2012/5.1.0 (demo:digits needs none)"
+      f"tfds:{location} {problem}; expected the inmost folder of a prepared dataset, such as "
+      ".../imagenet2012/5.1.0 (demo:digits needs none)"
     )
   return folder
 
