@@ -65,9 +65,11 @@ def detectron(mask, box, size):
   return canvas
 
 
-def test_detectron_rounds_to_pixels():
+@pytest.mark.parametrize(("convention", "beyond"), [("detectron", 1), ("torchvision", 0)])
+def test_detectron_and_torchvision_round_to_pixels(convention, beyond):
   masks = smooth_masks(len(BOXES), 14, seed=1)
-  pasted = paste_masks(masks, BOXES + np.array([0, 0, 1, 1]), (30, 40), convention="detectron")
+  boxes = BOXES + np.array([0, 0, beyond, beyond])
+  pasted = paste_masks(masks, boxes, (30, 40), convention=convention)
   for mask, box, got in zip(masks, BOXES, pasted, strict=True):
     expected = detectron(mask, box, (30, 40))
     assert (got != expected).mean() < 0.002  # OpenCV's own rounding at the threshold

@@ -6,8 +6,6 @@ A mask of m x m values covers its box, interpolated between pixel centres, 0 out
 import numpy as np
 from jaxtyping import Bool, Float
 
-CONVENTIONS = ("exact", "detectron")
-
 
 def paste_masks(
   masks: Float[np.ndarray, "n m m"],
@@ -24,17 +22,18 @@ def paste_masks(
     boxes_xyxy: boxes in pixels of the image, right and bottom exclusive; parts outside the image
       are cropped.
     image_size: height and width.
-    threshold: minimum probability ("detectron": exclusive).
-    convention: "exact": samples the mask at each pixel's centre (Detectron2). "detectron": expands
-      boxes by one mask pixel of zeros, then to whole pixels (also torchvision, with inclusive
-      boxes).
+    threshold: minimum probability, exclusive except for "exact".
+    convention: "exact": samples the mask at each pixel's centre (Detectron2). "detectron" expands
+      boxes by one mask pixel of zeros, then to whole pixels; so does "torchvision", which takes
+      right and bottom as inclusive.
   """
   pasted = np.zeros((len(masks), *image_size), bool)
   for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):
-    if convention == "detectron":
-      _paste_rounded(mask, box, canvas, threshold)
-    else:
+    if convention == "exact":
       _paste_exactly(mask, box, canvas, threshold)
+    else:
+      inclusive = box - np.array([0, 0, 1, 1]) if convention == "detectron" else box
+      _paste_rounded(mask, inclusive, canvas, threshold)
   return pasted
 
 
@@ -69,7 +68,7 @@ def _paste_rounded(
     return
   side = len(mask) + 2
   padded = np.pad(mask, 1)
-  low, high = box[:2], box[2:] - 1  # inclusive
+  low, high = box[:2], box[2:]
   half = 0.5 * (high - low) * side / len(mask)
   center = 0.5 * (low + high)
   first, last = np.trunc(center - half).astype(int), np.trunc(center + half).astype(int)

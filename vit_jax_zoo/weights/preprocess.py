@@ -24,7 +24,7 @@ PILLOW_FILTERS = {
 
 INTERPOLATIONS = ("tf_bilinear", *PILLOW_FILTERS)
 FITS = ("squash", "crop", "shorter_side", "inside", "none")
-ROUNDINGS = ("side", "ratio")
+ROUNDINGS = ("side", "ratio", "floor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Preprocess:
     max_side: with "shorter_side": maximum length of the longer side.
     rounding: with "shorter_side", where `max_side` limits the size: "side" rounds the shorter side
       before the longer is computed from it (official DETR: up to 1336 of 1333 pixels); "ratio"
-      computes the longer side from the unrounded shorter one (transformers: at most 1333).
+      computes the longer side from the unrounded shorter one (transformers: at most 1333); "floor"
+      rounds both scaled sides down (torchvision: 799 of 800 pixels for some sizes).
     pad_size: height and width to which images are padded at the right and bottom, after
       normalisation with zeros; see `pixel_mask`.
     channels: of the images.
@@ -170,6 +171,9 @@ class Preprocess:
       return round(height * scale), round(width * scale)
     short, long = sorted((height, width))
     limit = self.max_side if self.fit == "shorter_side" else None
+    if self.rounding == "floor":
+      scale = min(target[0] / short, limit / long if limit else math.inf)
+      return math.floor(height * scale), math.floor(width * scale)
     exact = float(target[0])
     if limit and long / short * exact > limit:
       exact = limit * float(short) / long
@@ -190,7 +194,7 @@ class Preprocess:
 DETECTION = Preprocess(
   (800, 800), IMAGENET_MEAN, IMAGENET_STD, "shorter_side", "bilinear", max_side=1333
 )
-"""Shorter side 800, longer at most 1333: DETR (arXiv:2005.12872, A.4), torchvision's R-CNN."""
+"""Shorter side 800, longer at most 1333: DETR (arXiv:2005.12872, A.4)."""
 
 
 def _resize(image: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:

@@ -1,11 +1,16 @@
-"""torchvision's Mask R-CNN on the same weights: each stage, and what is found in the end."""
+"""torchvision's R-CNNs on the same weights: each stage, and what is found in the end."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from faster_coco_eval.core import mask as run_lengths
 
 from vit_jax_zoo import export, load_pretrained
+from vit_jax_zoo.inference import create_predictor
+from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.ops.mask_paste import paste_masks
 
@@ -17,11 +22,10 @@ pytestmark = pytest.mark.parity
 SIDE = 128
 
 
-@pytest.fixture(scope="module")
-def theirs():
+def random_network(kind):
   """torchvision's network of random weights that say something: norms moved, outputs spread."""
   torch.manual_seed(0)
-  model = torchvision.models.detection.maskrcnn_resnet50_fpn(
+  model = getattr(torchvision.models.detection, f"{kind}_resnet50_fpn")(
     weights=None, weights_backbone=None, num_classes=7, min_size=SIDE, max_size=SIDE
   )
   with torch.no_grad():
@@ -35,6 +39,11 @@ def theirs():
     model.roi_heads.box_predictor.cls_score.weight.normal_(0, 0.1)
     model.roi_heads.box_predictor.bbox_pred.weight.normal_(0, 0.05)
   return model.eval()
+
+
+@pytest.fixture(scope="module")
+def theirs():
+  return random_network("maskrcnn")
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +137,46 @@ def test_what_is_found_is_what_torchvision_finds(theirs, path):
     np.testing.assert_allclose(ours["scores"], known["scores"], atol=1e-4)
     np.testing.assert_array_equal(ours["labels"] + 1, known["labels"])
     np.testing.assert_allclose(ours["boxes_xyxy"], known["boxes"], atol=0.02)
-    boxes = ours["boxes_xyxy"] + np.array([0, 0, 1, 1])
-    masks = paste_masks(ours["box_masks"], boxes, pictures[index].shape[:2], convention="detectron")
+    size = pictures[index].shape[:2]
+    masks = paste_masks(ours["box_masks"], ours["boxes_xyxy"], size, convention="torchvision")
     differ = masks != (known["masks"][:, 0].numpy() > 0.5)
     assert differ.sum() <= 1e-4 * masks.sum()  # values at the threshold
+
+
+SIZES = [(333, 500), (97, 641), (801, 333), (500, 334), (67, 131), (641, 480)]
+
+
+@pytest.mark.parametrize("kind", ["fasterrcnn", "maskrcnn"])
+def test_predictions_of_images_of_odd_sizes_are_torchvisions(kind, tmp_path):
+  """From the image to boxes and masks in its pixels; 334 is scaled to 95 of 96 pixels."""
+  network = random_network(kind)
+  network.transform.min_size, network.transform.max_size = (96,), 160
+  torch.save(network.state_dict(), tmp_path / "rcnn.pth")
+  preprocess = load_pretrained(str(tmp_path / "rcnn.pth")).preprocess.at_size((96, 96))
+  preprocess = dataclasses.replace(preprocess, max_side=160)
+  trained = dataclasses.replace(
+    load(str(tmp_path / "rcnn.pth")), prepare=lambda image: {"image": preprocess.resize(image)}
+  )
+  predict = create_predictor(trained, Options(threshold=0.05))
+  rng = np.random.default_rng(0)
+  for size in SIZES:
+    small = rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8)
+    image = np.kron(small, np.ones((9, 9, 1), np.uint8))[: size[0], : size[1]]
+    with torch.no_grad():
+      (expected,) = network([torch.from_numpy(image).permute(2, 0, 1) / 255])
+    resized = preprocess.resized_size(*size)
+    assert resized == tuple(network.transform.resize(torch.zeros(3, *size))[0].shape[1:])
+    objects = predict(image).record["objects"]
+    assert len(objects) == len(expected["scores"]) > 5, size
+    ours = {key: np.array([entry[key] for entry in objects]) for key in ("score", "label", "box")}
+    np.testing.assert_allclose(ours["score"], expected["scores"], atol=1e-4, err_msg=str(size))
+    np.testing.assert_array_equal(ours["label"] + 1, expected["labels"], err_msg=str(size))
+    scale = max(size) / max(resized)
+    np.testing.assert_allclose(ours["box"], expected["boxes"], atol=0.02 * scale, err_msg=str(size))
+    if kind == "maskrcnn":
+      masks = np.stack([run_lengths.decode(entry["mask"]) for entry in objects]).astype(bool)
+      differ = masks != (expected["masks"][:, 0].numpy() > 0.5)
+      assert differ.sum() <= 1e-3 * masks.sum(), size  # values at the threshold
 
 
 def test_what_is_written_torchvision_loads(theirs, path, tmp_path):

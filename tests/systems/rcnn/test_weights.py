@@ -12,6 +12,7 @@ from vit_jax_zoo import export
 from vit_jax_zoo.inference.load import load_pretrained
 from vit_jax_zoo.systems.rcnn import weights_detectron as rcnn_classes
 from vit_jax_zoo.systems.rcnn.model import RCNN
+from vit_jax_zoo.systems.rcnn.weights_torchvision import PREPROCESS
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError, load_into
 from vit_jax_zoo.weights.formats import formats
 from vit_jax_zoo.weights.load import flatten_variables
@@ -116,6 +117,12 @@ def check_round_trip(kind, tmp_path):
   assert loaded.model.mask_head == MODELS[kind].get("mask_head")
   start = jax.tree.map(np.zeros_like, variables)
   assert_same(load_into(path, start), variables)
+
+
+def test_sizes_after_resizing_are_torchvisions():
+  """floor(side * min(800 / shorter, 1333 / longer)); 334 / 800 * 334 is below 800 in floats."""
+  size = PREPROCESS.resized_size
+  assert [size(480, 640), size(334, 500), size(400, 50)] == [(800, 1066), (799, 1197), (1333, 166)]
 
 
 def test_another_number_of_classes_starts_a_new_head(tmp_path):

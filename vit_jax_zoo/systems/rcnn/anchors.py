@@ -44,7 +44,7 @@ class Convention:
   @property
   def mask_paste(self) -> str:
     """Convention of `ops.mask_paste`."""
-    return "detectron" if self.inclusive_boxes else "exact"
+    return "exact" if self.anchors == "detectron2" else self.anchors
 
 
 CONVENTIONS = {

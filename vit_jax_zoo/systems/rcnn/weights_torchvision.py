@@ -10,6 +10,7 @@
 Version 2 of both, with norms and convolutions in their heads, is another network, and is refused.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -46,6 +47,8 @@ _OUTPUTS = {
   f"{_PREDICTOR}.bbox_pred": 4,
   f"{_MASKS}.mask_fcn_logits": 1,
 }
+PREPROCESS = dataclasses.replace(DETECTION, interpolation="tf_bilinear", rounding="floor")
+"""Shorter side 800, longer at most 1333, without antialiasing."""
 COCO_OUTPUTS = 91
 """Number of classes of COCO detectors, background included."""
 
@@ -123,7 +126,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     arrays=arrays,
     table=rows(fields["pool_size"]),
     fields=fields,
-    preprocess=DETECTION,
+    preprocess=PREPROCESS,
     task="instance_detection",
     task_fields={"class_names": NAMES} if is_coco else {},
     ignore=(rf".*\.{COUNTER}",),
