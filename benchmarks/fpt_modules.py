@@ -21,7 +21,7 @@ import numpy as np
 import timing
 
 from vit_jax_zoo.systems.fpt.attention import BLOCK_ELEMENTS
-from vit_jax_zoo.systems.fpt.transformer import FLAVORS, FeaturePyramidTransformer
+from vit_jax_zoo.systems.fpt.transformer import TRANSFORMER_VARIANTS, FeaturePyramidTransformer
 
 STRIDES = (4, 8, 16, 32)
 HEADER = (
@@ -46,16 +46,16 @@ def total(model: FeaturePyramidTransformer) -> Callable[..., Any]:
   return lambda variables, levels: sum(jnp.sum(x) for x in model.apply(variables, levels))
 
 
-def measure(flavor: str, image_size: int, flags: argparse.Namespace, *, whole: bool) -> list[str]:
-  """Returns the row of one flavor, image size and form of attention."""
+def measure(variant: str, image_size: int, flags: argparse.Namespace, *, whole: bool) -> list[str]:
+  """Returns the row of one variant, image size and form of attention."""
   block = 2**62 if whole else BLOCK_ELEMENTS
-  model = FeaturePyramidTransformer(flags.width, flavor, lateral=False, block_elements=block)
+  model = FeaturePyramidTransformer(flags.width, variant, lateral=False, block_elements=block)
   levels = jax.eval_shape(lambda: pyramid(image_size, flags.width, 0))
   variables = jax.eval_shape(model.init, jax.random.key(0), levels)
   passes = (total(model), jax.grad(total(model)))
   compiled = [jax.jit(f).lower(variables, levels).compile() for f in passes]
   memory = [c.memory_analysis().temp_size_in_bytes / 1e9 for c in compiled]
-  row = [f"{flavor}, {image_size}", "whole" if whole else "blocks", *(f"{m:.3f}" for m in memory)]
+  row = [f"{variant}, {image_size}", "whole" if whole else "blocks", *(f"{m:.3f}" for m in memory)]
   if flags.compile_only or max(memory) > flags.whole_limit_gb:
     return [*row, "-", "-"]
   variables = jax.jit(model.init)(jax.random.key(0), pyramid(image_size, flags.width, 0))
@@ -76,7 +76,7 @@ def peer(image_size: int, flags: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-  """Measures all flavors and sizes and prints the table."""
+  """Measures all variants and sizes and prints the table."""
   parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
   parser.add_argument("--sizes", default="128,256,512", help="sides of the images, in pixels")
   parser.add_argument("--width", type=int, default=64, help="channels (256 in the paper)")
@@ -88,8 +88,8 @@ def main() -> None:
   sizes = [int(size) for size in flags.sizes.split(",")]
   print(timing.machine(), flush=True)
   rows = [
-    measure(flavor, size, flags, whole=whole)
-    for flavor in FLAVORS
+    measure(variant, size, flags, whole=whole)
+    for variant in TRANSFORMER_VARIANTS
     for size in sizes
     for whole in (False, True)
   ]

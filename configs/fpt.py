@@ -256,7 +256,7 @@ def lambda_coco(
   return _with_coco(config, train, test, source=source, data_dir=data_dir, masks=True)
 
 
-_OFFICIAL_NECK = {"flavor": "official", "norm": "group_norm"}
+_OFFICIAL_NECK = {"variant": "official", "norm": "group_norm"}
 _NECK_FIELDS = {f"{kind}_rcnn_r50_fpt_official": _OFFICIAL_NECK for kind in ("faster", "mask")}
 
 

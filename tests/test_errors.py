@@ -304,12 +304,12 @@ def test_saved_runs_are_read_with_the_new_names():
   old = {
     "checkpoint": {"score_best": True},
     "data": {"train": {"repeats": 3}, "eval": {"val": {"mixed_with": []}}},
-    "model": {"norm_after_pool": True},
+    "model": {"norm_after_pool": True, "neck_fields": {"flavor": "official"}},
   }
   assert config_lib.rename_fields(old) == {
     "checkpoint": {"eval_best_at_end": True},
     "data": {"train": {"aug_repeats": 3}, "eval": {"val": {"extra_sources": []}}},
-    "model": {"fc_norm": True},
+    "model": {"fc_norm": True, "neck_fields": {"variant": "official"}},
   }
 
 

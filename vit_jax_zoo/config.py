@@ -90,6 +90,7 @@ RENAMED = (
   ("data.*mixed_with", "extra_sources"),
   ("data.train.repeats", "aug_repeats"),
   ("model.norm_after_pool", "fc_norm"),
+  ("model.*flavor", "variant"),
   ("task.anchor_samples", "rpn_batch_size_per_image"),
   ("task.anchor_foreground", "rpn_positive_fraction"),
   ("task.anchor_high", "rpn_fg_iou_thresh"),

@@ -166,7 +166,7 @@ def texture_search(setting: Setting) -> Implementation:
 
 
 def pyramid(setting: Setting) -> Implementation:
-  """FPT in the official flavor: four levels, forward and with gradients."""
+  """FPT in the official variant: four levels, forward and with gradients."""
   width = int(setting.model.rpartition("_")[2])
   model = FeaturePyramidTransformer(
     width, "official", lateral=False, dropout_rate=0.0, dtype=setting.dtype

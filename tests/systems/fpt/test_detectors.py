@@ -20,7 +20,7 @@ def test_proposals_lie_in_their_images_and_padding_does_not_matter():
 def test_the_official_detector_has_finite_outputs_of_the_right_shapes():
   model = tiny(
     neck="fpt",
-    neck_fields={"flavor": "official", "norm": "group_norm"},
+    neck_fields={"variant": "official", "norm": "group_norm"},
     adaptive=True,
     convention="detectron",
     box_head={"num_convs": 2, "num_dense": 1, "width": 16, "norm": "group_norm"},
@@ -30,11 +30,11 @@ def test_the_official_detector_has_finite_outputs_of_the_right_shapes():
   check_outputs(model)
 
 
-@pytest.mark.parametrize("flavor", ["paper", "official"])
-def test_explain_draws_the_attention_maps_of_the_levels(flavor):
+@pytest.mark.parametrize("variant", ["paper", "official"])
+def test_explain_draws_the_attention_maps_of_the_levels(variant):
   """By hand: rows of the attention maps of the levels, of the query in the image's centre."""
   fields = {"levels": ("c2", "c3"), "anchor_sizes": (16, 16), "mask_head": None, "width": 32}
-  neck = {"flavor": flavor}
+  neck = {"variant": variant}
   model = RCNN(**{**SMALL, **fields, "neck": "fpt", "neck_fields": neck})
   task = create_task("instance_detection", model, num_classes=2)
   image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
@@ -53,7 +53,7 @@ def test_explain_draws_the_attention_maps_of_the_levels(flavor):
   assert found.record["objects"] == []
   figure = found.pictures["levels"]
   maps = [np.asarray(ax.images[0].get_array()) for ax in figure.axes[1:]]
-  pooled = flavor == "official"
+  pooled = variant == "official"
   sizes = [(3, 4), (2, 2)] if pooled else [(6, 8), (3, 4), (3, 4)]
   assert [x.shape for x in maps] == sizes
   for looked in maps:

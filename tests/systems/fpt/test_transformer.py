@@ -156,16 +156,16 @@ def test_training_curve_golden(load_golden):
 
 
 SIDES, NARROW = ((11, 7), (6, 4)), (6, 5)
-FLAVORS = {
-  "paper": {"flavor": "paper", "norm": "batch_norm", "drop_block_rate": 0.2, "window": 3},
-  "official": {"flavor": "official", "norm": "group_norm"},
+VARIANTS = {
+  "paper": {"variant": "paper", "norm": "batch_norm", "drop_block_rate": 0.2, "window": 3},
+  "official": {"variant": "official", "norm": "group_norm"},
 }
 
 
-@pytest.fixture(scope="module", params=FLAVORS)
+@pytest.fixture(scope="module", params=VARIANTS)
 def trained(request):
-  """A small model of a flavour, its variables with nothing left at zero, and its gradients."""
-  model = FeaturePyramidTransformer(32, **FLAVORS[request.param])
+  """A small model of a variant, its variables with nothing left at zero, and its gradients."""
+  model = FeaturePyramidTransformer(32, **VARIANTS[request.param])
   pyramid = pyramid_of(SIDES, NARROW)
   variables = jax.jit(model.init)(jax.random.key(0), pyramid)
   grown = jax.tree.map(lambda x: x + 0.3 * (jnp.abs(x).max() == 0), variables["params"])
@@ -240,10 +240,10 @@ def test_levels_of_one_size_are_levels_too():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"flavor": "papper"}, "did you mean 'paper'"),
+    ({"variant": "papper"}, "did you mean 'paper'"),
     ({"norm": "layer_norm"}, "unknown norm 'layer_norm'"),
-    ({"flavor": "official", "window": 3}, "window: flavor"),
-    ({"flavor": "official", "rendering": "tail"}, "unknown rendering 'tail'"),
+    ({"variant": "official", "window": 3}, "window: variant"),
+    ({"variant": "official", "rendering": "tail"}, "unknown rendering 'tail'"),
     ({"self_parts": 3}, "32 channels cannot be split into 3 parts"),
     ({"lateral": False}, "level 0 has 6 channels"),
   ],

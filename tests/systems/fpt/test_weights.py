@@ -38,7 +38,7 @@ def test_cocos_classes_get_their_ids(tmp_path):
   ("fields", "form", "message"),
   [
     (SMALL, "pth", "the official code has no detector with neck='fpn'"),
-    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than flavor='official'"),
+    ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than variant='official'"),
   ],
 )
 def test_what_a_format_has_no_model_for(fields, form, message, tmp_path):

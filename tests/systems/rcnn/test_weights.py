@@ -28,7 +28,7 @@ OFFICIAL = {
   **SMALL,
   "backbone": {**SMALL["backbone"], "stride_in_1x1": True},
   "neck": "fpt",
-  "neck_fields": {"flavor": "official", "norm": "group_norm"},
+  "neck_fields": {"variant": "official", "norm": "group_norm"},
   "adaptive": True,
   "convention": "detectron",
   "mask_pool_size": 2,

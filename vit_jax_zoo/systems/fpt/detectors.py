@@ -39,7 +39,7 @@ def _official(depth: int, fields: Mapping[str, Any]) -> dict[str, Any]:
     "num_classes": 80,
     "backbone": {"blocks": RESNET_BLOCKS[depth], "stride_in_1x1": True},
     "neck": "fpt",
-    "neck_fields": {"flavor": "official", "norm": "group_norm"},
+    "neck_fields": {"variant": "official", "norm": "group_norm"},
     "adaptive": True,
     "box_head": {"num_convs": 4, "num_dense": 1, "norm": "group_norm"},
     "convention": "detectron",

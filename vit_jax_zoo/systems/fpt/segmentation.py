@@ -94,8 +94,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
   **{f"fpt_segmentation_r{depth}": _variant(depth) for depth in (50, 101)},
   **{f"fpt_segmentation_r{depth}_ufp": _variant(depth, neck="ufp") for depth in (50, 101)},
   "fpt_pyramid": {},
-  "fpt_pyramid_official": {"flavor": "official"},
-  "fpt_pyramid_official_gn": {"flavor": "official", "norm": "group_norm"},
+  "fpt_pyramid_official": {"variant": "official"},
+  "fpt_pyramid_official_gn": {"variant": "official", "norm": "group_norm"},
 }
 """Fields by model name: of `PyramidSegmenter` ("ufp": without transformer), and of
 `FeaturePyramidTransformer`, whose input is a pyramid instead of images."""

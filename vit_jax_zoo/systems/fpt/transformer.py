@@ -2,7 +2,7 @@
 
 Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451, section 3. The authors'
 code (ZHANGDONG-NJUST/FPT at c7c76f9, see `official`) computes something else than the paper, and
-does not run as published; no trained weights of it were released. `flavor` selects one of the two:
+does not run as published; no trained weights of it were released. `variant` selects one of the two:
 
 | topic                 | "paper"                              | "official"                        |
 |-----------------------|--------------------------------------|-----------------------------------|
@@ -28,7 +28,7 @@ does not run as published; no trained weights of it were released. `flavor` sele
 
 Not stated in the paper: whether the projections `query`, `key`, `value` have a bias (none here),
 and the norms after the lateral and joining convolutions (`norm`). It is not known which of the two
-flavors the published results were obtained with.
+variants the published results were obtained with.
 """
 
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ from vit_jax_zoo.systems.fpt.official import (
   side_ratio,
 )
 
-FLAVORS = ("paper", "official")
+TRANSFORMER_VARIANTS = ("paper", "official")
 
 
 class MixtureTransformer(nn.Module):
@@ -180,10 +180,10 @@ class FeaturePyramidTransformer(nn.Module):
 
   Attributes:
     width: channels of all levels inside and of the output.
-    flavor: "paper" or "official"; see the module's docstring.
+    variant: "paper" or "official"; see the module's docstring.
     norm: norm after lateral and joining convolutions: "none" (these then have a bias) or a name of
       `norm_factory`; group norm has 32 groups. "official" always has batch norm inside.
-    rendering: of the official flavor, "head" or "november_2020".
+    rendering: of the official variant, "head" or "november_2020".
     self_parts: softmaxes in the self-transformers' mixtures.
     ground_parts: softmaxes in the paper's grounding transformers' mixtures.
     window: window of the paper's locality-constrained grounding transformer; None: all positions.
@@ -196,7 +196,7 @@ class FeaturePyramidTransformer(nn.Module):
   """
 
   width: int = 256
-  flavor: str = "paper"
+  variant: str = "paper"
   norm: str = "none"
   rendering: str = "head"
   self_parts: int = 2
@@ -222,7 +222,7 @@ class FeaturePyramidTransformer(nn.Module):
         and DropBlock use the "dropout" stream.
 
     Raises:
-      ValueError: an unknown flavor, or levels that do not fit together.
+      ValueError: an unknown variant, or levels that do not fit together.
     """
     self._check(pyramid)
     levels = [
@@ -248,7 +248,7 @@ class FeaturePyramidTransformer(nn.Module):
   def _self(self, level: int, x: Float[Array, "b h w d"], *, train: bool) -> Array:
     name = f"self_{level}"
     fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
-    if self.flavor == "paper":
+    if self.variant == "paper":
       result = SelfTransformer(self.width, self.self_parts, **fields)(x)
     else:
       transformer = OfficialSelfTransformer(
@@ -261,7 +261,7 @@ class FeaturePyramidTransformer(nn.Module):
     self, level: int, other: int, x: Float[Array, "b h w d"], coarse: Array, *, train: bool
   ) -> Float[Array, "b h w d"]:
     name = f"ground_{level}_{other}"
-    if self.flavor == "paper":
+    if self.variant == "paper":
       transformer = GroundingTransformer(
         self.width,
         self.ground_parts,
@@ -278,7 +278,7 @@ class FeaturePyramidTransformer(nn.Module):
     self, level: int, other: int, x: Float[Array, "b h w d"], fine: Array, *, train: bool
   ) -> Float[Array, "b h w d"]:
     name = f"render_{level}_{other}"
-    if self.flavor == "paper":
+    if self.variant == "paper":
       result = RenderingTransformer(self.width, self.dtype, name=name)(x, fine)
     else:
       transformer = OfficialRenderingTransformer(self.width, self.rendering, self.dtype, name=name)
@@ -307,10 +307,10 @@ class FeaturePyramidTransformer(nn.Module):
     return x
 
   def _check(self, pyramid: Sequence[Float[Array, "b _ _ _"]]) -> None:
-    if self.flavor not in FLAVORS:
-      raise ValueError(unknown_name("flavor", self.flavor, FLAVORS))
-    if self.window is not None and self.flavor != "paper":
-      raise ValueError("window: flavor='official' has no windowed grounding; leave window out")
+    if self.variant not in TRANSFORMER_VARIANTS:
+      raise ValueError(unknown_name("variant", self.variant, TRANSFORMER_VARIANTS))
+    if self.window is not None and self.variant != "paper":
+      raise ValueError("window: variant='official' has no windowed grounding; leave window out")
     if not pyramid:
       raise ValueError("pyramid: no levels; expected at least one")
     for level, x in enumerate(pyramid):

@@ -1,7 +1,8 @@
 """State dicts of the authors' FPT (ZHANGDONG-NJUST/FPT, class `FPT`).
 
-No trained weights of it were published. The model is `FeaturePyramidTransformer(flavor="official")`
-with four levels, p2 to p5. In a detector's checkpoint the keys begin with "Conv_Body.".
+No trained weights of it were published. The model is the official variant of
+`FeaturePyramidTransformer` with four levels, p2 to p5. In a detector's checkpoint the keys begin
+with "Conv_Body.".
 
 Queries and keys of a self-transformer share one convolution, which the file has twice, as `conv_qs`
 and `conv_ks`. Kernels that the code never uses are parameters here, too.
@@ -165,7 +166,7 @@ def infer_fields(
   halves = f"{prefix}rt_p5_p4.str_conv3x3.weight" in published
   return {
     "width": published[f"{prefix}st_p5.conv_qs.weight"].shape[0],
-    "flavor": "official",
+    "variant": "official",
     "norm": norm,
     "rendering": "head" if halves else "november_2020",
     "self_parts": 1 if mixture is None else mixture.shape[0],
@@ -264,7 +265,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   """
   ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
   if f"{ours}render_1_0/gate_norm/scale" not in export.variables:
-    raise WeightsError("flavor: the authors' code has no FPT other than flavor='official'")
+    raise WeightsError("variant: the authors' code has no FPT other than variant='official'")
   arrays = contiguous(state_dict(export.variables, ours))
   if not is_of(arrays):
     raise WeightsError(f"levels: the authors' code has an FPT of {LEVELS} levels only")

@@ -159,8 +159,8 @@ _OF_THE_CODE = {
 
 
 def _check(fields: Mapping[str, Any]) -> None:
-  given = {**fields, "flavor": (fields["neck_fields"] or {}).get("flavor", "paper")}
-  wanted = {**_OF_THE_CODE, "flavor": "official"}
+  given = {**fields, "variant": (fields["neck_fields"] or {}).get("variant", "paper")}
+  wanted = {**_OF_THE_CODE, "variant": "official"}
   other = [f"{k}={given[k]!r}" for k, value in wanted.items() if given[k] != value]
   backbone = fields["backbone"] or {}
   if backbone.get("norm", "frozen_batch_norm") != "frozen_batch_norm":
