@@ -108,13 +108,13 @@ RENAMED = (
   ("model.proposals.before_nms", "pre_nms_top_n"),
   ("model.proposals.after_nms", "post_nms_top_n"),
   ("model.proposals.nms_threshold", "nms_thresh"),
-  ("model.proposals.least_side", "min_size"),
 )
 """Patterns of the paths of renamed fields, and their new names. Saved runs are read with the new
 names; config files and flags with an old one are refused with the new one."""
 
 REMOVED = {
   "model.pre_norm": False,
+  "model.proposals.least_side": 0.0,
   "model.residual_scale": 1.0,
   "task.transferal_kind": "l2",
   "task.transferal_by_trust": False,

@@ -11,6 +11,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.nn.init import kaiming_uniform
 
 NORMS = ("batch_norm", "frozen_batch_norm", "group_norm")
 
@@ -124,6 +125,42 @@ def norm_factory(
   if kind == "group_norm":
     return functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
   raise ValueError(unknown_name("norm", kind, NORMS))
+
+
+def conv_norm(
+  owner: Any,
+  name: str,
+  x: Float[Array, "b h w c"],
+  features: int,
+  size: int,
+  *,
+  train: bool,
+  kernel_init: Initializer = kaiming_uniform,
+) -> Float[Array, "b h w f"]:
+  """Applies a size x size convolution and its norm, `<name>_norm`, as submodules of `owner`.
+
+  `owner`, the calling module, has `dtype` and `norm`, a kind of `norm_factory`, or "none": the
+  convolution then has a bias.
+  """
+  x = nn.Conv(
+    features,
+    (size, size),
+    padding=((size // 2, size // 2),) * 2,
+    use_bias=owner.norm == "none",
+    kernel_init=kernel_init,
+    dtype=owner.dtype,
+    name=name,
+  )(x)
+  return optional_norm(owner, name, x, train=train)
+
+
+def optional_norm(
+  owner: Any, name: str, x: Float[Array, "b *n c"], *, train: bool
+) -> Float[Array, "b *n c"]:
+  """Applies the norm `<name>_norm` of `conv_norm`."""
+  if owner.norm == "none":
+    return x
+  return norm_factory(owner.norm, dtype=owner.dtype)(name=f"{name}_norm")(x, train=train)
 
 
 def _frozen(scale_init: Initializer | None = None, **fields: Any) -> nn.Module:

@@ -38,12 +38,10 @@ def sown(fine, coarse, rows=2):
 class Sower:
   """Stands in for a detector, of which one thing alone is asked."""
 
-  level_names, size_multiple, has_masks, convention_details = ("p2", "p3"), 1, False, None
+  level_names, size_multiple = ("p2", "p3"), 1
 
   def __init__(self, neck_class):
     self.neck_class = neck_class
-
-  def init(self): ...
 
   def apply(self, variables, images, size, *, method, mutable):
     assert (len(images), len(size), method, mutable) == (3, 3, "propose", ["intermediates"])

@@ -45,7 +45,7 @@ def test_anchors_by_definition_with_ties():
     low = rng.integers(0, 12, (5, 2)) * 2
     targets = np.concatenate([low, low + rng.integers(0, 6, (5, 2)) * 2], 1).astype(np.float32)
     is_target = rng.random(5) < 0.7
-    got = assign(anchors, targets, is_target, valid=valid)
+    got = assign(anchors, targets, is_target, valid)
     foreground, background, target = defined(anchors, targets, is_target, valid, 0.7, 0.3)
     np.testing.assert_array_equal(got.foreground, foreground)
     np.testing.assert_array_equal(got.background, background)
@@ -58,11 +58,11 @@ def test_anchors_by_definition_with_ties():
 def test_without_targets_all_is_background(count):
   anchors = jnp.asarray([[0.0, 0, 4, 4], [4, 4, 8, 8]])
   targets, none = jnp.broadcast_to(anchors[:1], (count, 4)), jnp.zeros(count, bool)
-  got = jax.jit(assign_anchors)(anchors, targets, none)
+  got = jax.jit(assign_anchors)(anchors, targets, none, jnp.ones(2, bool))
   assert got.background.all()
   assert not got.foreground.any()
   valid = jnp.asarray([True, False])
-  got = jax.jit(assign_proposals)(anchors, targets, none, valid=valid)
+  got = jax.jit(assign_proposals)(anchors, targets, none, none, valid)
   assert list(got.background) == [True, False]
 
 
@@ -81,10 +81,10 @@ def test_proposals_and_crowds():
   targets = jnp.asarray([[0, 0, 10, 10], [20, 20, 40, 40]], jnp.float32)
   crowd = jnp.asarray([False, True])
   assign = jax.jit(assign_proposals)
-  got = assign(proposals, targets, ~crowd, valid=jnp.arange(6) < 6, is_crowd=crowd)
+  got = assign(proposals, targets, ~crowd, crowd, jnp.arange(6) < 6)
   assert list(got.foreground) == [True, True, False, False, False, False]
   assert list(got.background) == [False, False, True, False, True, True]  # 4/6 inside the crowd
-  plain = assign(proposals, targets, ~crowd, valid=jnp.arange(6) < 4)
+  plain = assign(proposals, targets, ~crowd, crowd & ~crowd, jnp.arange(6) < 4)
   assert list(plain.background) == [False, False, True, True, False, False]
 
 

@@ -109,8 +109,8 @@ def test_the_official_suppression(load_golden):
 def test_the_official_proposals_of_one_map(load_golden):
   config, inputs, outputs = load_golden("fpt_det_a")
   options = config["proposals"]
-  cell = cell_anchors(16, (options["anchor_size"],), (0.5, 1, 2), convention="detectron")
-  anchors = grid_anchors(cell, inputs["prop_scores"].shape[2:], 16)
+  cell = cell_anchors(16, options["anchor_size"], (0.5, 1, 2), convention="detectron")
+  anchors = grid_anchors(cell, inputs["prop_scores"].shape[2:], (16, 16))
 
   @jax.jit
   def propose(scores, deltas, size):

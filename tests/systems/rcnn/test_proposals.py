@@ -32,7 +32,7 @@ def test_the_best_of_each_level_then_of_all():
   logits = jnp.asarray([3.0, 2.0, 1.0, 5.0, 4.0, 6.0])
   choose = jax.jit(
     lambda logits, deltas: choose_proposals(
-      logits, deltas, anchors, jnp.asarray([50, 50]), lengths=(3, 3),
+      logits, deltas, jnp.asarray([50, 50]), anchors_xyxy=anchors, lengths=(3, 3),
       limits=ProposalLimits(pre_nms_top_n=2, post_nms_top_n=4), convention=TORCHVISION,
     )
   )  # fmt: skip

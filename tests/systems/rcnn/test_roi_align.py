@@ -1,7 +1,6 @@
 """RoIAlign against its definition point by point, in both conventions and by both ways."""
 
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +25,26 @@ def bilinear(features, y, x):
   return (1 - dy) * above + dy * below
 
 
-def definition(features, box, stride, size, samples, aligned):
+def definition(features, box, stride, size, aligned):
   left, top, right, bottom = np.asarray(box, np.float64) / stride
   width, height = right - left, bottom - top
   if aligned:
     left, top = left - 0.5, top - 0.5
   else:
     width, height = max(width, 1), max(height, 1)
-  rows = samples or max(math.ceil(height / size), 0)
-  columns = samples or max(math.ceil(width / size), 0)
   result = np.zeros((size, size, features.shape[2]))
-  for i, j, k, m in itertools.product(range(size), range(size), range(rows), range(columns)):
-    y = top + (i + (k + 0.5) / rows) * height / size
-    x = left + (j + (m + 0.5) / columns) * width / size
-    result[i, j] += bilinear(features, y, x) / (rows * columns)
+  for i, j, k, m in itertools.product(range(size), range(size), range(2), range(2)):
+    y = top + (i + (k + 0.5) / 2) * height / size
+    x = left + (j + (m + 0.5) / 2) * width / size
+    result[i, j] += bilinear(features, y, x) / 4
   return result
 
 
-def align(features, boxes, **fields):
+def align(features, boxes, stride, **fields):
   """Compiled anew each time: which way is taken is decided while tracing."""
-  function = jax.jit(lambda x, boxes: ops.roi_align(x, boxes, **fields))
-  return np.asarray(function(jnp.asarray(features), jnp.asarray(boxes)))
+  level = jnp.zeros((1, len(boxes)), jnp.int32)
+  function = jax.jit(lambda x, y: ops.roi_align([x], y, level, strides=[stride], **fields)[0])
+  return np.asarray(function(jnp.asarray(features)[None], jnp.asarray(boxes)[None]))
 
 
 BOXES = np.array(
@@ -69,23 +67,22 @@ BOXES = np.array(
 def test_the_definition(monkeypatch, aligned, way):
   monkeypatch.setattr(ops, "USE_MATRICES", 1024 if way == "matrices" else 0)
   features = np.random.default_rng(0).normal(size=(9, 12, 3)).astype(np.float32)
-  for size, samples in ((7, 2), (2, 0)):
-    got = align(features, BOXES, stride=8, size=size, samples=samples, aligned=aligned)
-    for box, crop in zip(BOXES, got, strict=True):
-      expected = definition(features, box, 8, size, samples, aligned)
-      np.testing.assert_allclose(crop, expected, atol=2e-5, err_msg=f"{box} {size} {samples}")
+  got = align(features, BOXES, 8, size=7, aligned=aligned)
+  for box, crop in zip(BOXES, got, strict=True):
+    expected = definition(features, box, 8, 7, aligned)
+    np.testing.assert_allclose(crop, expected, atol=2e-5, err_msg=f"{box}")
 
 
 def test_the_official_operator(load_golden):
   config, inputs, outputs = load_golden("fpt_det_a")
   features = inputs["roi_feat"].transpose(0, 2, 3, 1)
-  for size, samples in ((7, 2), (14, 2), (7, 0)):
-    expected = outputs[f"roi_align_{size}_s{samples}"].transpose(0, 2, 3, 1)
+  for size in (7, 14):
+    expected = outputs[f"roi_align_{size}_s2"].transpose(0, 2, 3, 1)
     stride = 1 / config["roi_scale"]
     for image in range(2):
       rows = inputs["rois"][:, 0] == image
       boxes = inputs["rois"][rows, 1:]
-      got = align(features[image], boxes, stride=stride, size=size, samples=samples, aligned=False)
+      got = align(features[image], boxes, stride, size=size, aligned=False)
       np.testing.assert_allclose(got, expected[rows], atol=1e-5)
 
 
@@ -116,17 +113,20 @@ def test_each_box_is_read_from_its_level(monkeypatch, pyramid, limit):
   rng = np.random.default_rng(2)
   boxes = np.sort(rng.uniform(-10, 110, (2, 6, 2, 2)), axis=2).reshape(2, 6, 4).astype(np.float32)
   level = rng.integers(0, 3, (2, 6))
-  fields = {"strides": (2, 4, 8), "size": 3}
+  strides, fields = (2, 4, 8), {"strides": (2, 4, 8), "size": 3}
 
   def pooled(pyramid):
-    return ops.pyramid_roi_align(pyramid, jnp.asarray(boxes), jnp.asarray(level), **fields)
+    return ops.roi_align(pyramid, jnp.asarray(boxes), jnp.asarray(level), **fields)
 
   got = jax.jit(pooled)(pyramid)
-  every = jax.jit(lambda x: ops.every_level_roi_align(x, jnp.asarray(boxes), **fields))(pyramid)
+  every = [
+    np.stack([align(x[i], boxes[i], stride, size=3) for i in range(2)])
+    for x, stride in zip(pyramid, strides, strict=True)
+  ]
   for image, box in itertools.product(range(2), range(6)):
     chosen = level[image, box]
     features = np.asarray(pyramid[chosen][image])
-    expected = definition(features, boxes[image, box], (2, 4, 8)[chosen], 3, 2, True)
+    expected = definition(features, boxes[image, box], strides[chosen], 3, True)
     np.testing.assert_allclose(got[image, box], expected, atol=2e-5)
     np.testing.assert_allclose(every[chosen][image, box], expected, atol=2e-5)
 
@@ -137,10 +137,10 @@ def test_both_ways_have_the_same_gradient(monkeypatch, pyramid):
 
   def gradient(limit):
     monkeypatch.setattr(ops, "USE_MATRICES", limit)
-    fields = {"strides": (4,), "size": 7}
+    level = jnp.zeros((1, 5), jnp.int32)
 
     def loss(features):
-      crops = ops.every_level_roi_align([features], boxes, **fields)[0]
+      crops = ops.roi_align([features], boxes, level, strides=(4,), size=7)
       return jnp.sum(crops * target)
 
     return jax.jit(jax.grad(loss))(pyramid[1][:1])
@@ -166,7 +166,7 @@ def test_parts_of_masks(monkeypatch, limit):
   expected[2:6, 2:6] = True
   np.testing.assert_array_equal(got[1], expected)
   for i in (2, 3):
-    soft = definition(masks[1][..., None].astype(float), boxes[i], 1, 8, 2, True)[..., 0]
+    soft = definition(masks[1][..., None].astype(float), boxes[i], 1, 8, True)[..., 0]
     np.testing.assert_array_equal(got[i], soft >= 0.5 - 1e-6)
 
 
@@ -179,6 +179,6 @@ def test_bfloat16_gradients_of_many_boxes_are_near_those_of_float32():
 
   def crops(*maps):
     boxes = corners.reshape(1, 512, 4)
-    return ops.pyramid_roi_align(maps, boxes, level, strides=(4, 8), size=7)
+    return ops.roi_align(maps, boxes, level, strides=(4, 8), size=7)
 
   assert max(bfloat16_errors(crops, *maps)) < 0.01

@@ -13,7 +13,6 @@ import numpy as np
 
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
-from vit_jax_zoo.systems.rcnn.weights_detectron import NAMES, with_ids, without_ids
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -28,7 +27,6 @@ PREPROCESS = Preprocess(
 COCO_OUTPUTS = 81
 """Number of classes of COCO detectors, background included."""
 
-_BODY = f"{fpt_pt.BODY}conv_body."
 _OUTPUTS = {"Box_Outs.cls_score": 1, "Box_Outs.bbox_pred": 4, "Mask_Outs.classify": 1}
 
 
@@ -37,7 +35,7 @@ def rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
   convs = fields["box_head"].get("num_convs", 0)
   mask = fields["mask_head"] or {}
   return (
-    *detectron.backbone_rows(_BODY, "backbone/"),
+    *detectron.backbone_rows(),
     *fpt_pt.neck_rows(
       fpt_pt.BODY, "neck/", with_norm=fields["neck_fields"].get("norm", "none") != "none"
     ),
@@ -50,16 +48,11 @@ def rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
   """Returns whether a state dict is a detector of the official code with an FPT."""
-  return f"{_BODY}res1.conv1.weight" in published and fpt_pt.is_of(published, fpt_pt.BODY)
+  return f"{detectron.BODY}res1.conv1.weight" in published and fpt_pt.is_of(published, fpt_pt.BODY)
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `RCNN` of a state dict.
-
-  Raises:
-    WeightsError: it does not have three anchors per position.
-    KeyError: an array whose shape is needed is missing.
-  """
+  """Returns the fields of the `RCNN` of a state dict; it has three anchors per position."""
   if len(published["RPN.FPN_RPN_cls_score.bias"]) != 3:
     raise WeightsError(f"{source}: expected three anchors per position")
   neck = fpt_pt.infer_fields(published, prefix=fpt_pt.BODY, source=source)
@@ -103,31 +96,27 @@ def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]
 def _backbone(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
   blocks, widths = [], []
   for stage in range(2, 6):
-    first = f"{_BODY}res{stage}.{{}}.conv1.weight"
+    first = f"{detectron.BODY}res{stage}.{{}}.conv1.weight"
     widths.append(len(published[first.format(0)]))
     blocks.append(sum(first.format(i) in published for i in range(len(published))))
-  stem = len(published[f"{_BODY}res1.conv1.weight"])
+  stem = len(published[f"{detectron.BODY}res1.conv1.weight"])
   sizes = {"blocks": tuple(blocks), "widths": tuple(widths), "stem_width": stem}
   return {**sizes, "stride_in_1x1": True}
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a state dict of the official code.
-
-  Raises:
-    WeightsError: it is of something else.
-  """
-  arrays, is_coco = with_ids(published.arrays, _OUTPUTS)
+  """Reads a state dict of the official code."""
+  arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS)
   fields = infer_fields(arrays, published.path)
   return Checkpoint(
     source=published.path,
     family="faster_rcnn",
-    arrays=detectron.unfold_norms(arrays, _BODY),
+    arrays=detectron.unfold_norms(arrays),
     table=rows(fields),
     fields=fields,
     preprocess=PREPROCESS,
     task="instance_detection",
-    task_fields={"class_names": NAMES} if is_coco else {},
+    task_fields={"class_names": detectron.NAMES} if is_coco else {},
     ignore=fpt_pt.IGNORE,
     heads=("box_outputs/", "mask_head/logits/"),
   )
@@ -136,31 +125,21 @@ def read_checkpoint(published: Published) -> Checkpoint:
 def write_checkpoint(path: str, export: Export) -> None:
   """Writes a state dict of the official code; frozen norms are folded into scale and bias.
 
-  Args:
-    path: path; `.safetensors`, else PyTorch's format.
-    export: export of a detector.
-
-  Raises:
-    WeightsError: the official code has no such detector.
+  Raises WeightsError if the code has no such detector.
   """
   fields = export.fields()
   _check(fields)
   arrays = write(export.variables, rows(fields))
-  own = {k: v for k, v in export.variables.items()}
-  arrays |= fpt_pt.state_dict(own, "neck/", fpt_pt.BODY)
-  arrays = detectron.fold_norms(arrays, _BODY)
-  arrays = contiguous(without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
+  arrays |= fpt_pt.state_dict(export.variables, "neck/", fpt_pt.BODY)
+  arrays = detectron.fold_norms(arrays)
+  arrays = contiguous(detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
   (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
-
-
-_OF_THE_CODE = {
-  "neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet",
-}  # fmt: skip
 
 
 def _check(fields: Mapping[str, Any]) -> None:
   given = {**fields, "variant": (fields["neck_fields"] or {}).get("variant", "paper")}
-  wanted = {**_OF_THE_CODE, "variant": "official"}
+  wanted = {"neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet"}
+  wanted |= {"variant": "official"}
   other = [f"{k}={given[k]!r}" for k, value in wanted.items() if given[k] != value]
   backbone = fields["backbone"] or {}
   if backbone.get("norm", "frozen_batch_norm") != "frozen_batch_norm":

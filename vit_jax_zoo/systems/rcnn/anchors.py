@@ -21,50 +21,32 @@ from vit_jax_zoo.ops.boxes import box_area, pairwise_iou
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-  """Details in which implementations differ; weights need those that they were trained with.
+  """Details in which implementations differ; weights need those that they were trained with."""
 
-  Attributes:
-    anchors: see `cell_anchors`.
-    aligned: of RoIAlign, see `roi_align`.
-    inclusive_boxes: RoIAlign gets boxes whose right and bottom are their last pixel.
-    inclusive_threshold: NMS also suppresses at an IoU equal to the threshold.
-    min_clipped_size: size in pixels that clipping leaves of a box outside the image.
-    min_proposal_size: proposals with a smaller side, in pixels, are dropped.
-    min_detection_size: detections with a smaller side, in pixels, are dropped.
-  """
-
-  anchors: str
-  aligned: bool
-  inclusive_boxes: bool = False
-  inclusive_threshold: bool = False
-  min_clipped_size: int = 0
-  min_proposal_size: float = 0.0
-  min_detection_size: float = 0.0
-
-  @property
-  def mask_paste(self) -> str:
-    """Convention of `ops.mask_paste`."""
-    return "exact" if self.anchors == "detectron2" else self.anchors
+  anchors: str  # see `cell_anchors`
+  mask_paste: str = "exact"  # convention of `ops.mask_paste`
+  aligned: bool = False  # of RoIAlign, see `roi_align`
+  inclusive_boxes: bool = False  # RoIAlign gets boxes whose right and bottom are their last pixel
+  inclusive_threshold: bool = False  # NMS also suppresses at an IoU equal to the threshold
+  min_clipped_size: int = 0  # size in pixels that clipping leaves of a box outside the image
+  min_proposal_size: float = 0.0  # proposals with a smaller side, in pixels, are dropped
+  min_detection_size: float = 0.0  # detections with a smaller side, in pixels, are dropped
 
 
 CONVENTIONS = {
   # Girshick et al., 2018, and its successors, the official code of FPT among them.
   "detectron": Convention(
-    "detectron", aligned=False, inclusive_boxes=True, inclusive_threshold=True, min_clipped_size=1
+    "detectron", "detectron", inclusive_boxes=True, inclusive_threshold=True, min_clipped_size=1
   ),
   "torchvision": Convention(
-    "torchvision", aligned=False, min_proposal_size=1e-3, min_detection_size=1e-2
+    "torchvision", "torchvision", min_proposal_size=1e-3, min_detection_size=1e-2
   ),
   "detectron2": Convention("detectron2", aligned=True),
 }
 
 
 def find_convention(name: str) -> Convention:
-  """Returns the convention of this name.
-
-  Raises:
-    ValueError: it is unknown.
-  """
+  """Returns the convention of this name; ValueError if it is unknown."""
   if name not in CONVENTIONS:
     raise ValueError(unknown_name("convention", name, CONVENTIONS))
   return CONVENTIONS[name]
@@ -74,7 +56,7 @@ Weights: TypeAlias = tuple[float | int, float | int, float | int, float | int]
 """Factors of the four deltas, which bring them to the order of 1."""
 
 LOG_SIZE_LIMIT = math.log(1000 / 16)
-"""Upper bound of a delta's log growth."""
+"""Upper bound of a delta's log growth: early in training exp would overflow."""
 
 _MIN_SIDE = 1e-6  # pixels: deltas of empty boxes (in padding) are finite
 
@@ -95,7 +77,7 @@ def encode_boxes(
   shift = (center - reference_center) / reference_size
   growth = jnp.log(jnp.maximum(size, _MIN_SIDE) / reference_size)
   deltas = jnp.concatenate([shift, growth], axis=-1)
-  return deltas * _expanded(weights, deltas)
+  return deltas * jnp.broadcast_to(jnp.asarray(weights, deltas.dtype), deltas.shape)
 
 
 def decode_boxes(
@@ -103,11 +85,8 @@ def decode_boxes(
   references_xyxy: Float[Array, "*#n 4"],
   weights: Weights = (1, 1, 1, 1),
 ) -> Float[Array, "*#n 4"]:
-  """Returns the boxes at the deltas from the references; the inverse of `encode_boxes`.
-
-  Growth is limited to 1000/16: early in training exp would overflow.
-  """
-  deltas = deltas / _expanded(weights, deltas)
+  """Returns the boxes at the deltas from the references; the inverse of `encode_boxes`."""
+  deltas = deltas / jnp.broadcast_to(jnp.asarray(weights, deltas.dtype), deltas.shape)
   reference_center, reference_size = _center_size(references_xyxy)
   center = reference_center + deltas[..., :2] * reference_size
   half = 0.5 * reference_size * jnp.exp(jnp.minimum(deltas[..., 2:], LOG_SIZE_LIMIT))
@@ -115,20 +94,13 @@ def decode_boxes(
 
 
 def clip_boxes(
-  boxes_xyxy: Float[Array, "*b n 4"],
-  image_size: Num[Array, "*b 2"],
-  *,
-  min_size: float | int = 0,
+  boxes_xyxy: Float[Array, "*b n 4"], image_size: Num[Array, "*b 2"], min_size: float | int = 0
 ) -> Float[Array, "*b n 4"]:
-  """Returns the boxes clipped to the images.
+  """Returns the boxes clipped to images of the given heights and widths.
 
-  Args:
-    boxes_xyxy: boxes in pixels.
-    image_size: height and width in pixels.
-    min_size: size that remains of a box outside the image: 1 pixel in Detectron, else 0.
+  `min_size` is the size that remains of a box outside the image: 1 pixel in Detectron, else 0.
   """
-  height, width = jnp.moveaxis(image_size.astype(boxes_xyxy.dtype), -1, 0)
-  limits = jnp.stack([width, height], axis=-1)[..., None, :]
+  limits = image_size.astype(boxes_xyxy.dtype)[..., None, ::-1]
   low = jnp.clip(boxes_xyxy[..., :2], 0, limits - min_size)
   high = jnp.clip(boxes_xyxy[..., 2:], min_size, limits)
   return jnp.concatenate([low, high], axis=-1)
@@ -146,82 +118,43 @@ def _center_size(
   return boxes_xyxy[..., :2] + 0.5 * size, size
 
 
-def _expanded(weights: Weights, deltas: Float[Array, "*n 4"]) -> Float[Array, "*ones 4"]:
-  return jnp.asarray(weights, deltas.dtype).reshape((1,) * (deltas.ndim - 1) + (4,))
-
-
 def cell_anchors(
   stride: int,
-  sizes: Sequence[float | int],
+  size: float | int,
   aspect_ratios: Sequence[float | int],
   *,
   convention: str = "torchvision",
 ) -> Float[np.ndarray, "a 4"]:
-  """Returns the anchors of a map's first position, ordered by ratio, then size.
-
-  Detectron2 orders by size, then ratio.
+  """Returns the anchors of a map's first position, one for each aspect ratio.
 
   Args:
     stride: stride of the map in pixels.
-    sizes: square root of the anchors' area in pixels.
+    size: square root of the anchors' area in pixels.
     aspect_ratios: height / width.
     convention: "torchvision": centred at the image's corner, rounded to whole pixels; "detectron2":
       the same without rounding; "detectron": centred in the first stride x stride pixels, sides
       rounded at that size and then scaled, so that areas differ slightly between ratios.
   """
-  ratios = np.asarray(aspect_ratios, np.float64)[:, None]
-  scales = np.asarray(sizes, np.float64)[None]
+  ratios = np.asarray(aspect_ratios, np.float64)
   if convention == "detectron":
     widths = np.round(np.sqrt(stride * stride / ratios))
-    heights = np.round(widths * ratios)
-    half = np.stack([scales / stride * widths, scales / stride * heights], axis=-1)
-    half = half.reshape(-1, 2) / 2
+    half = size / stride * np.stack([widths, np.round(widths * ratios)], axis=1) / 2
     # Centre of pixels 0 ... stride - 1, which have integer positions; boxes are then inclusive.
     center = (stride - 1) / 2
     return np.concatenate([center - half + 0.5, center + half + 0.5], axis=1)
   roots = np.sqrt(ratios)
-  half = np.stack([scales / roots, scales * roots], axis=-1)
-  half = (half.swapaxes(0, 1) if convention == "detectron2" else half).reshape(-1, 2) / 2
+  half = np.stack([size / roots, size * roots], axis=1) / 2
   anchors = np.concatenate([-half, half], axis=1)
   return np.round(anchors) if convention == "torchvision" else anchors
 
 
-def anchor_steps(
-  map_sizes: Sequence[tuple[int, int]],
-  strides: Sequence[int],
-  own_levels: int,
-  *,
-  convention: str = "torchvision",
-) -> list[tuple[int, int]]:
-  """Returns the pixels between rows and between columns of each level's anchors.
-
-  They are the strides, except for torchvision's extra levels: it divides the image's sides by the
-  map's, rounded down, which is less than the stride if sides were rounded up.
-
-  Args:
-    map_sizes: heights and widths, finest level first.
-    strides: strides of the levels.
-    own_levels: number of levels from the backbone.
-    convention: see `cell_anchors`.
-  """
-  steps = [(stride, stride) for stride in strides]
-  if convention != "torchvision":
-    return steps
-  height, width = (side * strides[own_levels - 1] for side in map_sizes[own_levels - 1])
-  return steps[:own_levels] + [(height // h, width // w) for h, w in map_sizes[own_levels:]]
-
-
 def grid_anchors(
-  cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], stride: int | tuple[int, int]
+  cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], steps: tuple[int, int]
 ) -> Float[Array, "n 4"]:
   """Returns the anchors of all positions of a map in row-major order.
 
-  Args:
-    cell: anchors of the first position.
-    map_size: height and width.
-    stride: pixels between positions, or (between rows, between columns).
+  `cell` has those of the first; `steps` are the pixels between rows, and between columns.
   """
-  steps = (stride, stride) if isinstance(stride, int) else stride
   rows, columns = (
     jnp.arange(side, dtype=jnp.float32) * step for side, step in zip(map_size, steps, strict=True)
   )
@@ -240,16 +173,15 @@ def pyramid_anchors(
 ) -> list[Float[Array, "_ 4"]]:
   """Returns the anchors of every level of a pyramid, from fine to coarse.
 
-  Args:
-    cells: anchors of each level's first position.
-    map_sizes: see `anchor_steps`.
-    strides: see `anchor_steps`.
-    own_levels: see `anchor_steps`.
-    convention: see `anchor_steps`.
+  They are `strides` pixels apart, except in torchvision's extra levels, those after the backbone's
+  `own_levels`: it divides the image's sides by the map's, rounded down, which is less than the
+  stride if sides were rounded up.
   """
-  steps = anchor_steps(map_sizes, strides, own_levels, convention=convention)
-  levels = zip(cells, map_sizes, steps, strict=True)
-  return [grid_anchors(cell, size, step) for cell, size, step in levels]
+  steps = [(stride, stride) for stride in strides]
+  if convention == "torchvision":
+    height, width = (side * strides[own_levels - 1] for side in map_sizes[own_levels - 1])
+    steps[own_levels:] = [(height // h, width // w) for h, w in map_sizes[own_levels:]]
+  return [grid_anchors(*level) for level in zip(cells, map_sizes, steps, strict=True)]
 
 
 def inside_images(
@@ -285,27 +217,17 @@ def assign_anchors(
   anchors_xyxy: Float[Array, "n 4"],
   targets_xyxy: Float[Array, "t 4"],
   is_target: Bool[Array, " t"],
+  valid: Bool[Array, " n"],
   *,
-  valid: Bool[Array, " n"] | None = None,
   fg_iou_thresh: float = 0.7,
   bg_iou_thresh: float = 0.3,
 ) -> Assignment:
-  """Assigns anchors to targets or background.
+  """Assigns the valid anchors to targets or background.
 
   Foreground: IoU of at least `fg_iou_thresh` with a target, or the highest IoU of a target with any
   anchor (all ties), so that every target has one. Background: below `bg_iou_thresh` with all.
-
-  Args:
-    anchors_xyxy: anchors in pixels.
-    targets_xyxy: targets in pixels; padding has any value.
-    is_target: False for padding.
-    valid: anchors that take part; default: all.
-    fg_iou_thresh: minimum IoU of foreground.
-    bg_iou_thresh: upper bound of the IoU of background.
   """
-  valid = jnp.ones(len(anchors_xyxy), bool) if valid is None else valid
-  overlap = _overlap(anchors_xyxy, targets_xyxy, is_target)
-  overlap = jnp.where(valid[:, None], overlap, 0)
+  overlap = jnp.where(is_target[None] & valid[:, None], pairwise_iou(anchors_xyxy, targets_xyxy), 0)
   most, target = _best(overlap)
   best_of_target = jnp.max(overlap, axis=0, initial=0)[None]
   is_best = jnp.any((overlap == best_of_target) & (overlap > 0), axis=1)
@@ -317,40 +239,38 @@ def assign_proposals(
   proposals_xyxy: Float[Array, "n 4"],
   targets_xyxy: Float[Array, "t 4"],
   is_target: Bool[Array, " t"],
-  *,
+  is_crowd: Bool[Array, " t"],
   valid: Bool[Array, " n"],
+  *,
   fg_iou_thresh: float = 0.5,
-  is_crowd: Bool[Array, " t"] | None = None,
 ) -> Assignment:
-  """Assigns proposals to targets or background.
+  """Assigns the valid proposals to targets (IoU of at least `fg_iou_thresh`) or background.
 
-  Args:
-    proposals_xyxy: proposals in pixels.
-    targets_xyxy: targets in pixels; padding has any value.
-    is_target: False for padding and crowds.
-    valid: False for padding.
-    fg_iou_thresh: minimum IoU of foreground; the others are background.
-    is_crowd: True for crowds. Boxes with more than 0.7 of their area in a crowd are ignored.
+  Proposals with more than 0.7 of their area in a crowd, which is no target, are not background.
   """
-  most, target = _best(_overlap(proposals_xyxy, targets_xyxy, is_target))
+  overlap = pairwise_iou(proposals_xyxy, targets_xyxy)
+  most, target = _best(jnp.where(is_target[None], overlap, 0))
   foreground = most >= fg_iou_thresh
-  background = ~foreground
-  if is_crowd is not None:
-    inside = _fraction_inside(proposals_xyxy, targets_xyxy)
-    background &= ~jnp.any((inside > CROWD_FRACTION) & is_crowd[None], axis=1)
-  return Assignment(foreground & valid, background & valid, target)
+  low = jnp.maximum(proposals_xyxy[:, None, :2], targets_xyxy[None, :, :2])
+  high = jnp.minimum(proposals_xyxy[:, None, 2:], targets_xyxy[None, :, 2:])
+  common, area = box_area(jnp.concatenate([low, high], axis=-1)), box_area(proposals_xyxy)[:, None]
+  inside = jnp.where(area > 0, common / jnp.where(area > 0, area, 1), 0)
+  in_crowd = jnp.any((inside > CROWD_FRACTION) & is_crowd[None], axis=1)
+  return Assignment(foreground & valid, ~foreground & ~in_crowd & valid, target)
+
+
+def _best(overlap: Float[Array, "n t"]) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
+  if not overlap.shape[1]:
+    return jnp.zeros(len(overlap)), jnp.zeros(len(overlap), jnp.int32)
+  return jnp.max(overlap, axis=1), jnp.argmax(overlap, axis=1).astype(jnp.int32)
 
 
 def sample_boxes(
   rng: jax.Array, assignment: Assignment, count: int, positive_fraction: float
 ) -> Sample:
-  """Samples boxes without replacement.
+  """Samples `count` boxes without replacement, padded if there are fewer.
 
-  Args:
-    rng: PRNG key.
-    assignment: assignment of the boxes.
-    count: number of boxes; padded if there are fewer.
-    positive_fraction: maximum fraction of foreground; background fills up.
+  At most `positive_fraction` of them are foreground; background fills up.
   """
   keys = jax.random.uniform(rng, (2, len(assignment.target)))
   most = round(count * positive_fraction)
@@ -364,38 +284,12 @@ def sample_boxes(
   return Sample(index[order], exists[order], drawn_foreground[order])
 
 
-def _overlap(
-  boxes: Float[Array, "n 4"], targets: Float[Array, "t 4"], is_target: Bool[Array, " t"]
-) -> Float[Array, "n t"]:
-  return jnp.where(is_target[None], pairwise_iou(boxes, targets), 0)
-
-
-def _best(overlap: Float[Array, "n t"]) -> tuple[Float[Array, " n"], Int[Array, " n"]]:
-  if not overlap.shape[1]:
-    return jnp.zeros(len(overlap)), jnp.zeros(len(overlap), jnp.int32)
-  return jnp.max(overlap, axis=1), jnp.argmax(overlap, axis=1).astype(jnp.int32)
-
-
-def _fraction_inside(
-  boxes: Float[Array, "n 4"], others: Float[Array, "t 4"]
-) -> Float[Array, "n t"]:
-  """Returns the fraction of each box's area inside each of the others."""
-  low = jnp.maximum(boxes[:, None, :2], others[None, :, :2])
-  high = jnp.minimum(boxes[:, None, 2:], others[None, :, 2:])
-  common = box_area(jnp.concatenate([low, high], axis=-1))
-  area = box_area(boxes)[:, None]
-  return jnp.where(area > 0, common / jnp.where(area > 0, area, 1), 0)
-
-
 def top_k(
   scores: Float[Array, " n"], keep: Bool[Array, " n"], count: int
 ) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
   """Returns the indices of the `count` highest scores to keep, and which of these exist.
 
-  Args:
-    scores: scores; of ties the earlier comes first.
-    keep: candidates.
-    count: length of the result; padded if there are fewer.
+  Of ties the earlier comes first; the result is padded if there are fewer.
   """
   available = min(count, len(scores))
   best, index = jax.lax.top_k(jnp.where(keep, scores, -jnp.inf), available)

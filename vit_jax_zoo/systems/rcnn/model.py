@@ -40,8 +40,8 @@ from vit_jax_zoo.systems.rcnn.anchors import (
   pyramid_anchors,
 )
 from vit_jax_zoo.systems.rcnn.heads import BoxHead, BoxOutputs, MaskHead, RegionProposalHead
-from vit_jax_zoo.systems.rcnn.proposals import ProposalLimits, choose_proposals, pick_limits
-from vit_jax_zoo.systems.rcnn.roi_align import box_levels, every_level_roi_align, pyramid_roi_align
+from vit_jax_zoo.systems.rcnn.proposals import choose_proposals, pick_limits
+from vit_jax_zoo.systems.rcnn.roi_align import box_levels, roi_align
 
 VARIANTS: dict[str, dict[str, Any]] = {
   f"{kind}_rcnn_r{depth}_{neck}": {
@@ -79,73 +79,55 @@ class Proposals(NamedTuple):
 
 
 class RCNN(nn.Module):
-  """A two-stage detector; tasks call its stages one by one.
+  """A two-stage detector; tasks call its stages one by one."""
 
-  Attributes:
-    num_classes: see the module's docstring.
-    backbone_kind: name of the backbone, "resnet" or one registered by a system.
-    backbone: fields of the backbone; norms are frozen by default.
-    levels: maps of the backbone to use, from fine to coarse.
-    extra_levels: further coarse maps for large anchors, each the subsampled previous one.
-    neck: name of the neck, "fpn", "bfp" (bottom-up) or one registered by a system.
-    neck_fields: fields of the neck beside `width`.
-    width: channels of the pyramid.
-    anchor_sizes: square root of the anchors' area in pixels per level (extra levels included); one
-      number or several.
-    aspect_ratios: height / width of the anchors.
-    proposals: fields of `ProposalLimits`; a pair of values is (training, inference). Default: 2000
-      and 1000 boxes, before and after suppression.
-    convention: "torchvision", "detectron" or "detectron2"; see `anchors.Convention`.
-    canonical_size: side in pixels of boxes that are pooled from the level of `canonical_stride`.
-    canonical_stride: stride of that level; twice as large boxes are pooled from the next one.
-    adaptive: pool boxes from all levels (adaptive feature pooling).
-    pool_size: side of the box head's input.
-    mask_pool_size: side of the mask head's input; masks have twice this side.
-    box_head: fields of `BoxHead`.
-    mask_head: fields of `MaskHead`; None: no masks.
-    dtype: dtype of the computation. Parameters, norm statistics, logits and boxes are float32.
-  """
-
-  num_classes: int = 90
-  backbone_kind: str = "resnet"
-  backbone: Mapping[str, Any] | None = None
-  levels: tuple[str, ...] = STAGES
-  extra_levels: int = 1
-  neck: str = "fpn"
-  neck_fields: Mapping[str, Any] | None = None
-  width: int = 256
-  anchor_sizes: tuple[Any, ...] = (32, 64, 128, 256, 512)
-  aspect_ratios: tuple[float | int, ...] = (0.5, 1, 2)
+  num_classes: int = 90  # see the module's docstring
+  backbone_kind: str = "resnet"  # name of the backbone, "resnet" or one registered by a system
+  backbone: Mapping[str, Any] | None = None  # fields of the backbone; norms are frozen by default
+  levels: tuple[str, ...] = STAGES  # maps of the backbone to use, from fine to coarse
+  extra_levels: int = 1  # further coarse maps for large anchors, each the subsampled previous one
+  neck: str = "fpn"  # name of the neck, "fpn", "bfp" (bottom-up) or one registered by a system
+  neck_fields: Mapping[str, Any] | None = None  # fields of the neck beside `width`
+  width: int = 256  # channels of the pyramid
+  # square root of the anchors' area in pixels, per level (extra levels included)
+  anchor_sizes: tuple[float | int, ...] = (32, 64, 128, 256, 512)
+  aspect_ratios: tuple[float | int, ...] = (0.5, 1, 2)  # height / width of the anchors
+  # fields of `ProposalLimits`; a pair of values is (training, inference)
   proposals: Mapping[str, Any] | None = None
+  # "torchvision", "detectron" or "detectron2"; see `anchors.Convention`
   convention: str = "torchvision"
+  # side in pixels of boxes that are pooled from the level of `canonical_stride`
   canonical_size: float | int = 224
+  # stride of that level; twice as large boxes are pooled from the next one
   canonical_stride: int = 16
-  adaptive: bool = False
-  pool_size: int = 7
-  mask_pool_size: int = 14
-  box_head: Mapping[str, Any] | None = None
-  mask_head: Mapping[str, Any] | None = None
-  dtype: Dtype = "float32"
+  adaptive: bool = False  # pool boxes from all levels (adaptive feature pooling)
+  pool_size: int = 7  # side of the box head's input
+  mask_pool_size: int = 14  # side of the mask head's input; masks have twice this side
+  box_head: Mapping[str, Any] | None = None  # fields of `BoxHead`
+  mask_head: Mapping[str, Any] | None = None  # fields of `MaskHead`; None: no masks
+  dtype: Dtype = "float32"  # of the computation; parameters, statistics, logits, boxes are float32
 
   def setup(self) -> None:
     """Creates backbone, neck and heads."""
     self._check()
     kind = _backbones()[self.backbone_kind]
-    given = part_fields("backbone", kind, self.backbone)
-    fields: dict[str, Any] = {"norm": "frozen_batch_norm", **given, "dtype": self.dtype}
-    self._backbone = kind(**fields, name="backbone")
-    neck = part_fields("neck_fields", self.neck_class, self.neck_fields)
-    fields = {"width": self.width, **neck, "dtype": self.dtype}
-    self._neck = self.neck_class(**fields, name="neck")
-    count = len(self.cell_anchors[0])
-    self._proposal_head = RegionProposalHead(count, self.dtype, name="proposal_head")
-    box = part_fields("box_head", BoxHead, self.box_head)
-    self._box_head = BoxHead(**box, dtype=self.dtype, name="box_head")
+    fields: dict[str, Any] = {
+      "norm": "frozen_batch_norm",
+      **part_fields("backbone", kind, self.backbone),
+    }
+    self._backbone = kind(**{**fields, "dtype": self.dtype}, name="backbone")
+    fields = {"width": self.width, **part_fields("neck_fields", self.neck_class, self.neck_fields)}
+    self._neck = self.neck_class(**{**fields, "dtype": self.dtype}, name="neck")
+    self._proposal_head = RegionProposalHead(
+      len(self.cell_anchors[0]), self.dtype, name="proposal_head"
+    )
+    fields = part_fields("box_head", BoxHead, self.box_head)
+    self._box_head = BoxHead(**fields, dtype=self.dtype, name="box_head")
     self._box_outputs = BoxOutputs(self.num_classes, self.dtype, name="box_outputs")
     if self.has_masks:
-      mask: dict[str, Any] = {"num_classes": self.num_classes}
-      mask |= part_fields("mask_head", MaskHead, self.mask_head)
-      self._mask_head = MaskHead(**mask, dtype=self.dtype, name="mask_head")
+      fields = part_fields("mask_head", MaskHead, self.mask_head)
+      fields = {"num_classes": self.num_classes, **fields}
+      self._mask_head = MaskHead(**fields, dtype=self.dtype, name="mask_head")
 
   def __call__(
     self,
@@ -154,28 +136,17 @@ class RCNN(nn.Module):
     *,
     train: bool = False,
   ) -> dict[str, Array]:
-    """Runs both stages.
+    """Runs both stages; see `propose` for the arguments.
 
-    Args:
-      images: normalized images.
-      image_size: height and width of each image without its padding at the right and bottom. None:
-        no padding.
-      train: see `propose`.
-
-    Returns:
-      `boxes_xyxy` [b p 4], the proposals; `exists` [b p], False for padding; `logits`
-      [b p num_classes + 1] and `deltas` [b p num_classes + 1 4], float32.
+    Returns `boxes_xyxy` [b p 4], the proposals; `exists` [b p], False for padding; `logits`
+    [b p num_classes + 1] and `deltas` [b p num_classes + 1 4], float32.
     """
     found = self.propose(images, image_size, train=train)
-    logits, deltas = self.classify(found.pyramid, found.boxes_xyxy, train=train)
+    boxes = found.boxes_xyxy
+    logits, deltas = self.classify(found.pyramid, boxes, train=train)
     if self.is_initializing() and self.has_masks:
-      self.segment(found.pyramid, found.boxes_xyxy[:, :1], train=train)
-    return {
-      "boxes_xyxy": found.boxes_xyxy,
-      "exists": found.exists,
-      "logits": logits,
-      "deltas": deltas,
-    }
+      self.segment(found.pyramid, boxes[:, :1], train=train)
+    return {"boxes_xyxy": boxes, "exists": found.exists, "logits": logits, "deltas": deltas}
 
   def propose(
     self,
@@ -184,49 +155,42 @@ class RCNN(nn.Module):
     *,
     train: bool = False,
   ) -> Proposals:
-    """Runs the first stage.
+    """Runs the first stage; boxes and scores of the proposals have no gradient.
 
     Args:
-      images: see `__call__`.
-      image_size: see `__call__`.
+      images: normalized images.
+      image_size: height and width of each image without its padding at the right and bottom. None:
+        no padding.
       train: batch norms that are not frozen use batch statistics (and update "batch_stats", which
         must be mutable); DropBlock, dropout and stochastic depth use the "dropout" stream; selects
         the first value of pairs in `proposals`.
-
-    Returns:
-      The proposals; their boxes and scores have no gradient.
     """
     if image_size is None:
       image_size = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2))
     images = pad_images(clear_padding(images, image_size), self.size_multiple)
     maps = self._backbone(images, train=train)
-    seen = self._neck([maps[level] for level in self.levels], train=train)
-    pyramid = tuple(shard_batch(x) for x in seen)
-    all_levels = list(pyramid)
+    pyramid = self._neck([maps[level] for level in self.levels], train=train)
+    pyramid = tuple(shard_batch(x) for x in pyramid)
+    levels = list(pyramid)
     for _ in range(self.extra_levels):
-      all_levels.append(all_levels[-1][:, ::2, ::2])
-    objectness, deltas = self._proposal_head(all_levels)
+      levels.append(levels[-1][:, ::2, ::2])
+    objectness, deltas = self._proposal_head(levels)
     anchors = pyramid_anchors(
       self.cell_anchors,
-      [(x.shape[1], x.shape[2]) for x in all_levels],
+      [(x.shape[1], x.shape[2]) for x in levels],
       self.strides,
       len(self.levels),
       convention=self.convention_details.anchors,
     )
-    choose_one = functools.partial(
+    choose = functools.partial(
       choose_proposals,
+      anchors_xyxy=jnp.concatenate(anchors),
       lengths=tuple(len(x) for x in anchors),
-      limits=self._limits(train=train),
+      limits=pick_limits(self.proposals, train=train),
       convention=self.convention_details,
     )
-
-    def choose(objectness: Array, deltas: Array, image_size: Array) -> tuple[Array, ...]:
-      return jax.vmap(choose_one, (0, 0, None, 0))(
-        objectness, deltas, jnp.concatenate(anchors), image_size
-      )
-
     logits, boxes = jax.lax.stop_gradient((objectness, deltas))
-    chosen = on_own_examples(choose, logits, boxes, image_size)
+    chosen = on_own_examples(jax.vmap(choose), logits, boxes, image_size)
     return Proposals(pyramid, jnp.concatenate(anchors), objectness, deltas, *chosen)
 
   def classify(
@@ -286,43 +250,28 @@ class RCNN(nn.Module):
   @property
   def cell_anchors(self) -> list[Float[np.ndarray, "a 4"]]:
     """Anchors of each level's first position."""
+    kind = self.convention_details.anchors
     return [
-      cell_anchors(
-        stride,
-        np.atleast_1d(sizes).tolist(),
-        self.aspect_ratios,
-        convention=self.convention_details.anchors,
-      )
-      for stride, sizes in zip(self.strides, self.anchor_sizes, strict=True)
+      cell_anchors(stride, size, self.aspect_ratios, convention=kind)
+      for stride, size in zip(self.strides, self.anchor_sizes, strict=True)
     ]
-
-  def _limits(self, *, train: bool) -> ProposalLimits:
-    fields: dict[str, Any] = {
-      "pre_nms_top_n": (2000, 1000),
-      "post_nms_top_n": (2000, 1000),
-      **part_fields("proposals", ProposalLimits, self.proposals),
-    }
-    return pick_limits(fields, train=train)
 
   def _crops(
     self, pyramid: Sequence[Float[Array, "b _ _ d"]], boxes_xyxy: Float[Array, "b r 4"], size: int
   ) -> list[Float[Array, "b r s s d"]]:
     strides = self.strides[: len(self.levels)]
     boxes = inclusive(boxes_xyxy) if self.convention_details.inclusive_boxes else boxes_xyxy
-    fields: dict[str, Any] = {
-      "strides": strides,
-      "size": size,
-      "aligned": self.convention_details.aligned,
-    }
+    align = functools.partial(roi_align, size=size, aligned=self.convention_details.aligned)
     if self.adaptive:
-      return every_level_roi_align(pyramid, boxes, **fields)
+      first = jnp.zeros(boxes.shape[:2], jnp.int32)
+      return [align([x], boxes, first, strides=[s]) for x, s in zip(pyramid, strides, strict=True)]
     first, last, canonical = (
       int(math.log2(stride)) for stride in (strides[0], strides[-1], self.canonical_stride)
     )
     level = box_levels(
       boxes_xyxy, (first, last), canonical_size=self.canonical_size, canonical_level=canonical
     )
-    return [pyramid_roi_align(pyramid, boxes, level - first, **fields)]
+    return [align(pyramid, boxes, level - first, strides=strides)]
 
   def _check(self) -> None:
     for level in self.levels:
@@ -335,14 +284,9 @@ class RCNN(nn.Module):
     check_positive(self, "num_classes", "width", "anchor_sizes", "aspect_ratios", "canonical_size")
     check_positive(self, "canonical_stride", "pool_size", "mask_pool_size")
     check_not_negative(self, "extra_levels")
-    self._check_anchors()
-
-  def _check_anchors(self) -> None:
-    levels = len(self.levels) + self.extra_levels
-    if len(self.anchor_sizes) != levels:
-      raise ValueError(f"anchor_sizes: {len(self.anchor_sizes)} entries; expected {levels}")
-    if len({len(np.atleast_1d(sizes)) for sizes in self.anchor_sizes}) > 1:
-      raise ValueError("anchor_sizes: expected as many sizes for every level; they share a head")
+    expected = len(self.levels) + self.extra_levels
+    if len(self.anchor_sizes) != expected:
+      raise ValueError(f"anchor_sizes: {len(self.anchor_sizes)} entries; expected {expected}")
     find_convention(self.convention)
 
 

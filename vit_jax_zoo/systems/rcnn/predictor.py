@@ -1,11 +1,11 @@
 """Prediction of objects with a two-stage detector: boxes, and masks with a mask head."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from faster_coco_eval.core import mask as run_lengths
-from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import name_of
@@ -38,9 +38,6 @@ class InstancePredictor:
     Each has `label`, `name` if known, `score`, `box` (left, top, right, bottom in pixels of the
     image), and with a mask head `mask`: `size` and `counts`, COCO's compressed run lengths. Images:
     "" boxes, "masks" masks, with `explain` "levels", attention maps.
-
-    Raises:
-      ValueError: the image is too large for `explain`.
     """
     prepared = np.asarray(self._trained.prepare(image)["image"])
     size = np.array([image.shape[:2]], np.int32)
@@ -58,11 +55,14 @@ class InstancePredictor:
       }
       for label, score, box in zip(labels, scores, boxes, strict=True)
     ]
-    pictures: dict[str, Picture] = {"": self._draw(image, boxes, labels, scores)}
+    captions = [f"{name_of(i, names)} {score:.0%}" for i, score in zip(labels, scores, strict=True)]
+    pictures: dict[str, Picture] = {"": self._draw(image, boxes, labels, captions)}
     if self._options.explain:
       box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
       place = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
-      pictures["levels"] = self._draw_levels(prepared, place.astype(np.float32))
+      batch = {"image": prepared[None], "query_position": place[None].astype(np.float32)}
+      looked = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
+      pictures["levels"] = self._task.draw_explanation(looked).images["levels"]
     if "box_masks" in found:
       masks = paste_masks(
         found["box_masks"][0][confident].astype(np.float64),
@@ -72,34 +72,22 @@ class InstancePredictor:
       )
       for entry, mask in zip(objects, encode_masks(masks), strict=True):
         entry["mask"] = mask
-      captions = [f"{entry.get('name', entry['label'])} {entry['score']:.0%}" for entry in objects]
       pictures["masks"] = draw.draw_predicted_masks(image, masks, captions)
     return Prediction({"objects": objects}, pictures, [_as_coco(entry) for entry in objects])
 
   def _draw(
-    self, image: Image, boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray
+    self, image: Image, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str]
   ) -> Figure:
-    figure, axes = draw.grid(
-      1, 1, f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
-    )
+    title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
+    figure, axes = draw.grid(1, 1, title)
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
-    names = [
-      f"{name_of(label, self._task.class_names)} {score:.0%}"
-      for label, score in zip(labels, scores, strict=True)
-    ]
-    draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # the best on top
+    draw.draw_boxes(axes[0, 0], boxes[::-1], captions[::-1], labels[::-1])  # the best on top
     return figure
-
-  def _draw_levels(self, prepared: np.ndarray, place: Float[np.ndarray, " 2"]) -> Figure:
-    batch = {"image": prepared[None], "query_position": place[None]}
-    found = jax.jit(self._task.explain)(self._trained.variables, batch)
-    return self._task.draw_explanation(jax.device_get(found)).images["levels"]
 
 
 def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:
-  category = {"category_id": entry["label"]}
-  category |= {"name": entry["name"]} if "name" in entry else {}
+  category = {"category_id": entry["label"]} | {k: entry[k] for k in {"name"} & entry.keys()}
   outline: dict[str, Any] = {}
   if "mask" in entry:
     area = int(run_lengths.area({**entry["mask"], "counts": entry["mask"]["counts"].encode()}))

@@ -11,15 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from vit_jax_zoo.errors import part_fields
 from vit_jax_zoo.ops.boxes import pairwise_iou
 from vit_jax_zoo.ops.checks import check_positive
-from vit_jax_zoo.systems.rcnn.anchors import (
-  Convention,
-  Weights,
-  clip_boxes,
-  decode_boxes,
-  top_k,
-)
+from vit_jax_zoo.systems.rcnn.anchors import Convention, Weights, clip_boxes, decode_boxes, top_k
 
 
 def non_max_suppression(
@@ -55,45 +50,36 @@ def non_max_suppression(
   def decide(keep: Bool[Array, " n"]) -> Bool[Array, " n"]:
     return exists & ~jnp.any(hits & keep[:, None], axis=0)
 
-  def unsettled(state: tuple[Array, Array]) -> Bool[Array, ""]:
-    return jnp.any(state[0] != state[1])
-
-  start = (exists, decide(exists))
-  _, keep = jax.lax.while_loop(unsettled, lambda state: (state[1], decide(state[1])), start)
+  # From the highest score on, each round settles at least one more box.
+  _, keep = jax.lax.while_loop(
+    lambda state: jnp.any(state[0] != state[1]),
+    lambda state: (state[1], decide(state[1])),
+    (exists, decide(exists)),
+  )
   return jnp.zeros_like(keep).at[order].set(keep, unique_indices=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProposalLimits:
-  """Selection of proposals; torchvision's arguments without their prefix "rpn_".
+  """Selection of proposals; torchvision's arguments without their prefix "rpn_"."""
 
-  Attributes:
-    pre_nms_top_n: highest-scoring anchors per level before suppression.
-    post_nms_top_n: highest-scoring proposals of all levels after suppression.
-    nms_thresh: IoU threshold of suppression.
-    min_size: smaller proposals are dropped, in pixels.
-  """
-
-  pre_nms_top_n: int = 1000
-  post_nms_top_n: int = 1000
-  nms_thresh: float = 0.7
-  min_size: float = 0.0
-
-  def __post_init__(self) -> None:
-    """Raises ValueError for counts that are not positive."""
-    check_positive(self, "pre_nms_top_n", "post_nms_top_n")
+  pre_nms_top_n: int = 1000  # highest-scoring anchors per level before suppression
+  post_nms_top_n: int = 1000  # highest-scoring proposals of all levels after suppression
+  nms_thresh: float = 0.7  # IoU threshold of suppression
 
 
-def pick_limits(fields: Mapping[str, Any], *, train: bool) -> ProposalLimits:
-  """Returns the limits for training or inference.
+def pick_limits(given: Mapping[str, Any] | None, *, train: bool) -> ProposalLimits:
+  """Returns the limits for training (2000 boxes by default) or inference.
 
   Args:
-    fields: fields of `ProposalLimits`; a pair of values is (training, inference).
+    given: fields of `ProposalLimits`; a pair of values is (training, inference).
     train: selects the first of a pair.
 
   Raises:
-    ValueError: a field has neither one nor two values, or is not positive.
+    ValueError: a field is unknown, has neither one nor two values, or is not positive.
   """
+  fields = {"pre_nms_top_n": (2000, 1000), "post_nms_top_n": (2000, 1000)}
+  fields |= part_fields("proposals", ProposalLimits, given)
   chosen = {}
   for name, value in fields.items():
     pair = value if isinstance(value, list | tuple) else (value, value)
@@ -102,41 +88,36 @@ def pick_limits(fields: Mapping[str, Any], *, train: bool) -> ProposalLimits:
         f"proposals.{name}: {value}; expected a number or a pair (training, inference)"
       )
     chosen[name] = pair[0 if train else 1]
-  return ProposalLimits(**chosen)
+  limits = ProposalLimits(**chosen)
+  check_positive(limits, "pre_nms_top_n", "post_nms_top_n")
+  return limits
 
 
 def choose_proposals(
   objectness: Float[Array, " n"],
   deltas: Float[Array, "n 4"],
-  anchors_xyxy: Float[Array, "n 4"],
   image_size: Num[Array, " 2"],
   *,
+  anchors_xyxy: Float[Array, "n 4"],
   lengths: Sequence[int],
   limits: ProposalLimits,
   convention: Convention,
 ) -> tuple[Float[Array, "p 4"], Float[Array, " p"], Bool[Array, " p"]]:
   """Returns boxes, logits (highest first) and existence of an image's proposals.
 
-  Args:
-    objectness: logits of the anchors.
-    deltas: box deltas of the anchors.
-    anchors_xyxy: anchors of all levels, concatenated.
-    image_size: height and width without padding.
-    lengths: number of anchors of each level.
-    limits: selection of proposals.
-    convention: see `Convention`.
+  The anchors, their logits and box deltas are those of all levels, of which `lengths` has the
+  numbers; `image_size` is height and width without padding.
   """
-  min_size = max(limits.min_size, convention.min_proposal_size)
   kept, start = [], 0
   for length in lengths:
-    scores, index = jax.lax.top_k(
-      objectness[start : start + length], min(limits.pre_nms_top_n, length)
-    )
+    level = objectness[start : start + length]
+    scores, index = jax.lax.top_k(level, min(limits.pre_nms_top_n, length))
     index = index + start
     boxes = decode_boxes(deltas[index], anchors_xyxy[index])
-    boxes = clip_boxes(boxes, image_size, min_size=convention.min_clipped_size)
+    boxes = clip_boxes(boxes, image_size, convention.min_clipped_size)
     sides = boxes[:, 2:] - boxes[:, :2]
-    valid = jnp.all((sides > 0) & (sides >= min_size), axis=1)  # False for NaN
+    # False for NaN
+    valid = jnp.all((sides > 0) & (sides >= convention.min_proposal_size), axis=1)
     keep = non_max_suppression(
       boxes, scores, limits.nms_thresh, valid=valid, inclusive=convention.inclusive_threshold
     )
@@ -144,31 +125,21 @@ def choose_proposals(
     start += length
   boxes, scores, keep = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
   index, exists = top_k(scores, keep, limits.post_nms_top_n)
-  return (
-    jnp.where(exists[:, None], boxes[index], 0),
-    jnp.where(exists, scores[index], -jnp.inf),
-    exists,
-  )
+  boxes = jnp.where(exists[:, None], boxes[index], 0)
+  return boxes, jnp.where(exists, scores[index], -jnp.inf), exists
 
 
 @dataclasses.dataclass(frozen=True)
 class DetectionLimits:
-  """Selection of detections; torchvision's arguments without their prefix "box_".
+  """Selection of detections; torchvision's arguments without their prefix "box_"."""
 
-  Attributes:
-    score_thresh: detections with a lower score are dropped.
-    nms_thresh: IoU threshold of suppression, per class.
-    detections_per_img: maximum number of detections.
-    max_candidates: number of highest-scoring (box, class) pairs before suppression. No effect as
-      long as `detections_per_img` of them remain.
-    reg_weights: weights of the deltas, see `anchors.encode_boxes`.
-  """
-
-  score_thresh: float = 0.05
-  nms_thresh: float = 0.5
-  detections_per_img: int = 100
+  score_thresh: float = 0.05  # detections with a lower score are dropped
+  nms_thresh: float = 0.5  # IoU threshold of suppression, per class
+  detections_per_img: int = 100  # maximum number of detections
+  # number of highest-scoring (box, class) pairs before suppression. No effect as long as
+  # `detections_per_img` of them remain.
   max_candidates: int = 2000
-  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
+  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # weights of the deltas, see `anchors.encode_boxes`
 
 
 class Detections(NamedTuple):
@@ -192,29 +163,23 @@ def choose_detections(
 ) -> Detections:
   """Returns the detections among an image's classified proposals.
 
-  Args:
-    logits: logits of the classes and, last, the background.
-    deltas: box deltas per class.
-    proposals_xyxy: proposals in pixels.
-    exists: False for padding.
-    image_size: height and width without padding.
-    limits: selection of detections.
-    convention: see `Convention`.
+  The background's logits and deltas are the last; `image_size` is height and width without padding.
   """
   probabilities = jax.nn.softmax(logits)[:, :-1]
   classes = probabilities.shape[1]
   scores = jnp.where(exists[:, None], probabilities, 0).reshape(-1)
-  candidates = scores > limits.score_thresh
-  pair, candidate = top_k(scores, candidates, min(limits.max_candidates, len(scores)))
+  pair, candidate = top_k(
+    scores, scores > limits.score_thresh, min(limits.max_candidates, len(scores))
+  )
   row, label, score = pair // classes, pair % classes, scores[pair]
   boxes = decode_boxes(deltas[row, label], proposals_xyxy[row], limits.reg_weights)
-  boxes = clip_boxes(boxes, image_size, min_size=convention.min_clipped_size)
-  sides = boxes[:, 2:] - boxes[:, :2]
+  boxes = clip_boxes(boxes, image_size, convention.min_clipped_size)
+  large = jnp.all(boxes[:, 2:] - boxes[:, :2] >= convention.min_detection_size, axis=1)
   keep = non_max_suppression(
     boxes,
     score,
     limits.nms_thresh,
-    valid=candidate & jnp.all(sides >= convention.min_detection_size, axis=1),
+    valid=candidate & large,
     groups=label,
     inclusive=convention.inclusive_threshold,
   )

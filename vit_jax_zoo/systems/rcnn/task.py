@@ -7,7 +7,7 @@ over sampled anchors, the second's over sampled proposals, which have no gradien
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
 from vit_jax_zoo.systems.rcnn.anchors import (
-  Convention,
   Weights,
   assign_anchors,
   assign_proposals,
@@ -36,37 +35,7 @@ from vit_jax_zoo.systems.rcnn.anchors import (
 from vit_jax_zoo.systems.rcnn.proposals import DetectionLimits, choose_detections
 from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
 from vit_jax_zoo.tasks import base
-from vit_jax_zoo.tasks.detection_utils import image_size
-
-
-@runtime_checkable
-class TwoStageModel(base.Model, Protocol):
-  """A model with the methods `propose`, `classify` and (with masks) `segment`, see `model.RCNN`."""
-
-  @property
-  def has_masks(self) -> bool:
-    """Whether the model has a mask head."""
-    ...
-
-  @property
-  def convention_details(self) -> Convention:
-    """Details of the model's convention."""
-    ...
-
-  @property
-  def neck_class(self) -> Any:
-    """Class of the neck; may have `explain` and `draw_explanation`, see `registry.System`."""
-    ...
-
-  @property
-  def level_names(self) -> tuple[str, ...]:
-    """Names of the pyramid's levels, from fine to coarse."""
-    ...
-
-  @property
-  def size_multiple(self) -> int:
-    """Image sides are padded to multiples of this."""
-    ...
+from vit_jax_zoo.tasks.detection_utils import image_size, is_target
 
 
 class Targets(NamedTuple):
@@ -97,62 +66,40 @@ class InstanceDetection(base.Task):
 
   Argument names are torchvision's; defaults are those of FPT's official code (Detectron's except
   for `box_smooth_l1_beta`).
-
-  Attributes:
-    model: see `model.RCNN`.
-    num_classes: highest class id + 1.
-    rpn_batch_size_per_image: anchors per image in the first stage's loss.
-    rpn_positive_fraction: maximum fraction of foreground among them.
-    rpn_fg_iou_thresh: minimum IoU of foreground anchors.
-    rpn_bg_iou_thresh: upper bound of the IoU of background anchors.
-    rpn_inside_only: ignores anchors that cross the image's border.
-    rpn_smooth_l1_beta: beta of the first stage's smooth L1 loss.
-    box_batch_size_per_image: proposals per image in the second stage's loss.
-    box_positive_fraction: maximum fraction of foreground among them.
-    box_fg_iou_thresh: minimum IoU of foreground proposals.
-    bbox_reg_weights: weights of the second stage's deltas, see `anchors.encode_boxes`.
-    box_smooth_l1_beta: beta of the second stage's smooth L1 loss.
-    box_score_thresh: detections with a lower score are dropped.
-    box_nms_thresh: IoU threshold of suppression among detections of a class.
-    box_detections_per_img: maximum number of detections.
-    max_candidates: see `proposals.DetectionLimits`.
-    image_mean: see `normalize_images`.
-    image_std: see `normalize_images`.
-    class_names: names by class id, for figures and per-class scores.
-    score_threshold: minimum score in figures.
-    per_class: also evaluates each class.
-    backbone_file: pretrained weights of the backbone, used without `init_from`: a file with a
-      published ResNet or another registered backbone, or a workdir; see `weights.backbones`.
-    neck_file: pretrained weights of the neck: a file of a registered neck, or a workdir.
   """
 
   name: ClassVar[str] = "instance_detection"
   keeps_aspect_ratio: ClassVar[bool] = True
   predicts_boxes: ClassVar[bool] = True
 
-  model: TwoStageModel
-  num_classes: int
-  rpn_batch_size_per_image: int = 256
-  rpn_positive_fraction: float = 0.5
-  rpn_fg_iou_thresh: float = 0.7
-  rpn_bg_iou_thresh: float = 0.3
-  rpn_inside_only: bool = True
-  rpn_smooth_l1_beta: float = 1 / 9
-  box_batch_size_per_image: int = 512
-  box_positive_fraction: float = 0.25
-  box_fg_iou_thresh: float = 0.5
+  model: Any  # a `model.RCNN`
+  num_classes: int  # highest class id + 1
+  rpn_batch_size_per_image: int = 256  # anchors per image in the first stage's loss
+  rpn_positive_fraction: float = 0.5  # maximum fraction of foreground among them
+  rpn_fg_iou_thresh: float = 0.7  # minimum IoU of foreground anchors
+  rpn_bg_iou_thresh: float = 0.3  # upper bound of the IoU of background anchors
+  rpn_inside_only: bool = True  # ignores anchors that cross the image's border
+  rpn_smooth_l1_beta: float = 1 / 9  # beta of the first stage's smooth L1 loss
+  box_batch_size_per_image: int = 512  # proposals per image in the second stage's loss
+  box_positive_fraction: float = 0.25  # maximum fraction of foreground among them
+  box_fg_iou_thresh: float = 0.5  # minimum IoU of foreground proposals
+  # weights of the second stage's deltas, see `anchors.encode_boxes`
   bbox_reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
-  box_smooth_l1_beta: float = 1 / 3
-  box_score_thresh: float = 0.05
-  box_nms_thresh: float = 0.5
-  box_detections_per_img: int = 100
-  max_candidates: int = 2000
+  box_smooth_l1_beta: float = 1 / 3  # beta of the second stage's smooth L1 loss
+  box_score_thresh: float = 0.05  # detections with a lower score are dropped
+  box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class
+  box_detections_per_img: int = 100  # maximum number of detections
+  max_candidates: int = 2000  # see `proposals.DetectionLimits`
+  # see `normalize_images`
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
-  class_names: tuple[str, ...] = ()
-  score_threshold: float = 0.7
-  per_class: bool = False
+  class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
+  score_threshold: float = 0.7  # minimum score in figures
+  per_class: bool = False  # also evaluates each class
+  # pretrained weights of the backbone, used without `init_from`: a file with a published ResNet or
+  # another registered backbone, or a workdir; see `weights.backbones`
   backbone_file: str | None = None
+  # pretrained weights of the neck: a file of a registered neck, or a workdir
   neck_file: str | None = None
 
   def __post_init__(self) -> None:
@@ -162,14 +109,8 @@ class InstanceDetection(base.Task):
         raise ValueError(f"{field.name}: {value}; expected a number in [0, 1]")
       if field.name.endswith("_beta") and value < 0:
         raise ValueError(f"{field.name}: {value}; expected 0 or more")
-    check_positive(
-      self,
-      "num_classes",
-      "rpn_batch_size_per_image",
-      "box_batch_size_per_image",
-      "box_detections_per_img",
-      "max_candidates",
-    )
+    check_positive(self, "num_classes", "rpn_batch_size_per_image", "box_batch_size_per_image")
+    check_positive(self, "box_detections_per_img", "max_candidates")
 
   @property
   def best_metric(self) -> str:
@@ -218,27 +159,27 @@ class InstanceDetection(base.Task):
     found = run("propose", self._images(batch), image_size(batch))
     targets, mask = self._targets(batch), base.example_mask(batch)
     rois = self._sampled_proposals(found, targets, mask, roi_rng)
+    labels = self._roi_labels(rois, targets)
     logits, deltas = run("classify", found.pyramid, rois.boxes_xyxy)
-    share = jnp.sum(mask.astype(jnp.float32)) / context.normalizers["examples"]
-    terms = self._anchor_losses(found, targets, batch, anchor_rng, context.normalizers)
-    terms |= self._box_losses(logits, deltas, rois, targets, share)
+    examples, count = jnp.sum(mask.astype(jnp.float32)), context.normalizers["examples"]
+    terms = self._anchor_losses(found, targets, batch, anchor_rng, count)
+    terms |= self._box_losses(logits, deltas, labels, rois, targets, examples / count)
     if self.model.has_masks:
       most = max(round(self.box_batch_size_per_image * self.box_positive_fraction), 1)
       first = Rois(*(x[:, :most] for x in rois))
-      mask_logits = run("segment", found.pyramid, first.boxes_xyxy)
-      terms["mask_loss"] = share * self._mask_loss(mask_logits, first, targets, batch)
-    loss = sum(terms.values())
+      masks = run("segment", found.pyramid, first.boxes_xyxy)
+      terms["mask_loss"] = examples / count * self._mask_loss(masks, labels[:, :most], first, batch)
     unknown = targets.is_target & ((targets.labels < 0) | (targets.labels >= self.num_classes))
-    loss = jnp.where(jnp.any(unknown), jnp.nan, loss)
-    examples = jnp.sum(mask.astype(jnp.float32))
+    loss = jnp.where(jnp.any(unknown), jnp.nan, sum(terms.values()))
     metrics = {
-      name: base.Mean(total=value * context.normalizers["examples"], count=examples)
+      name: base.Mean(total=value * count, count=examples)
       for name, value in ({"loss": loss} | terms).items()
     }
-    labels = self._roi_labels(rois, targets)
     right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     metrics["class_accuracy"] = base.Mean.of(right, rois.exists)
-    metrics["proposal_recall"] = _recall(found, targets)
+    overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
+    covered = jnp.any((overlap >= 0.5) & found.exists[:, None], axis=2)
+    metrics["proposal_recall"] = base.Mean.of(covered.astype(jnp.float32), targets.is_target)
     return base.LossOutput(loss=loss, metrics=metrics, model_state=state)
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
@@ -253,16 +194,15 @@ class InstanceDetection(base.Task):
     size = image_size(batch)
     found = self.model.apply(variables, self._images(batch), size, method="propose")
     logits, deltas = self.model.apply(variables, found.pyramid, found.boxes_xyxy, method="classify")
+    limits = DetectionLimits(
+      self.box_score_thresh,
+      self.box_nms_thresh,
+      self.box_detections_per_img,
+      self.max_candidates,
+      self.bbox_reg_weights,
+    )
     detect = functools.partial(
-      choose_detections,
-      limits=DetectionLimits(
-        self.box_score_thresh,
-        self.box_nms_thresh,
-        self.box_detections_per_img,
-        self.max_candidates,
-        self.bbox_reg_weights,
-      ),
-      convention=self.model.convention_details,
+      choose_detections, limits=limits, convention=self.model.convention_details
     )
     boxes, scores, labels, exists = on_own_examples(
       jax.vmap(detect), logits, deltas, found.boxes_xyxy, found.exists, size
@@ -329,23 +269,18 @@ class InstanceDetection(base.Task):
     return normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
 
   def _targets(self, batch: base.Batch) -> Targets:
-    """Returns the targets in pixels, with zero boxes for padding."""
-    real = jnp.asarray(batch["is_target"]).astype(bool) & base.example_mask(batch)[:, None]
+    real = is_target(batch)
     crowd = real & jnp.asarray(batch.get("is_crowd", jnp.zeros_like(real))).astype(bool)
-    size = image_size(batch).astype(jnp.float32)
-    scale = jnp.tile(size[:, None, ::-1], (1, 1, 2))
+    scale = jnp.tile(image_size(batch).astype(jnp.float32)[:, None, ::-1], (1, 1, 2))
     boxes = cxcywh_to_xyxy(jnp.asarray(batch["boxes_cxcywh"], jnp.float32)) * scale
     boxes = jnp.where(real[..., None], boxes, 0.0)
     return Targets(boxes, jnp.asarray(batch["labels"]), real & ~crowd, crowd)
 
   def _anchor_losses(
-    self,
-    found: Any,
-    targets: Targets,
-    batch: base.Batch,
-    rng: jax.Array,
-    normalizers: Mapping[str, Array],
+    self, found: Any, targets: Targets, batch: base.Batch, rng: jax.Array, count: Array
   ) -> dict[str, Array]:
+    """Returns the first stage's losses; `count`: images of the whole step."""
+
     def one_image(
       rng: Array, logits: Array, deltas: Array, target: Array, real: Array, valid: Array
     ) -> tuple[Array, Array]:
@@ -353,61 +288,57 @@ class InstanceDetection(base.Task):
         found.anchors_xyxy,
         target,
         real,
-        valid=valid,
+        valid,
         fg_iou_thresh=self.rpn_fg_iou_thresh,
         bg_iou_thresh=self.rpn_bg_iou_thresh,
       )
-      sample = sample_boxes(
+      index, exists, foreground = sample_boxes(
         rng, assigned, self.rpn_batch_size_per_image, self.rpn_positive_fraction
       )
-      anchors = found.anchors_xyxy[sample.index]
-      labels = sample.foreground.astype(jnp.float32)
-      objectness = optax.sigmoid_binary_cross_entropy(logits[sample.index], labels)
-      wanted = encode_boxes(take_rows(target, assigned.target[sample.index]), anchors)
-      distance = smooth_l1(deltas[sample.index] - wanted, self.rpn_smooth_l1_beta)
+      labels = foreground.astype(jnp.float32)
+      objectness = optax.sigmoid_binary_cross_entropy(logits[index], labels)
+      wanted = take_rows(target, assigned.target[index])
+      wanted = encode_boxes(wanted, found.anchors_xyxy[index])
+      distance = smooth_l1(deltas[index] - wanted, self.rpn_smooth_l1_beta)
       return (
-        jnp.sum(jnp.where(sample.exists, objectness, 0)),
-        jnp.sum(jnp.where(sample.foreground, distance, 0)),
+        jnp.sum(jnp.where(exists, objectness, 0)),
+        jnp.sum(jnp.where(foreground, distance, 0)),
       )
 
-    mask, size = base.example_mask(batch), image_size(batch)
+    mask = base.example_mask(batch)
     valid = jnp.broadcast_to(mask[:, None], (len(mask), len(found.anchors_xyxy)))
     if self.rpn_inside_only:
-      valid &= inside_images(found.anchors_xyxy, size)
+      valid &= inside_images(found.anchors_xyxy, image_size(batch))
     keys = jax.random.split(rng, len(mask))
-    objectness, distance = jax.vmap(one_image)(
+    losses = jax.vmap(one_image)(
       keys, found.objectness, found.deltas, targets.boxes_xyxy, targets.is_target, valid
     )
-    count = self.rpn_batch_size_per_image * normalizers["examples"]
-    return {
-      "objectness_loss": jnp.sum(objectness) / count,
-      "anchor_box_loss": jnp.sum(distance) / count,
-    }
+    objectness, distance = (jnp.sum(x) / (self.rpn_batch_size_per_image * count) for x in losses)
+    return {"objectness_loss": objectness, "anchor_box_loss": distance}
 
   def _sampled_proposals(
     self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
   ) -> Rois:
     """Samples from the proposals and the targets themselves."""
 
-    def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> tuple[Array, ...]:
+    def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> Rois:
       assigned = assign_proposals(
         boxes,
         targets.boxes_xyxy,
         targets.is_target,
-        valid=exists,
+        targets.is_crowd,
+        exists,
         fg_iou_thresh=self.box_fg_iou_thresh,
-        is_crowd=targets.is_crowd,
       )
-      sample = sample_boxes(
+      index, drawn, foreground = sample_boxes(
         rng, assigned, self.box_batch_size_per_image, self.box_positive_fraction
       )
-      chosen = jnp.where(sample.exists[:, None], boxes[sample.index], 0)
-      return chosen, assigned.target[sample.index], sample.exists, sample.foreground
+      chosen = jnp.where(drawn[:, None], boxes[index], 0)
+      return Rois(chosen, assigned.target[index], drawn, foreground)
 
     boxes = jnp.concatenate([found.boxes_xyxy, targets.boxes_xyxy], axis=1)
     exists = jnp.concatenate([found.exists & mask[:, None], targets.is_target], axis=1)
-    keys = jax.random.split(rng, len(mask))
-    return Rois(*jax.vmap(one_image)(keys, boxes, exists, targets))
+    return jax.vmap(one_image)(jax.random.split(rng, len(mask)), boxes, exists, targets)
 
   def _roi_labels(self, rois: Rois, targets: Targets) -> Int[Array, "b r"]:
     labels = jax.vmap(take_rows)(targets.labels, rois.target)
@@ -417,31 +348,31 @@ class InstanceDetection(base.Task):
     self,
     logits: Float[Array, "b r k"],
     deltas: Float[Array, "b r k 4"],
+    labels: Int[Array, "b r"],
     rois: Rois,
     targets: Targets,
     share: Float[Array, ""],
   ) -> dict[str, Array]:
+    """Returns the second stage's losses, times this micro-batch's share of the images."""
     if logits.shape[-1] != self.num_classes + 1:
       raise ValueError(
         f"num_classes: {logits.shape[-1] - 1} in the model and {self.num_classes} in the task; "
         "expected the highest class id + 1 in both"
       )
-    labels = self._roi_labels(rois, targets)
-    of_class = class_loss(logits, labels)
     boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
     wanted = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
     distance = smooth_l1(select_class(deltas, labels) - wanted, self.box_smooth_l1_beta)
     count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / share
     return {
-      "class_loss": jnp.sum(jnp.where(rois.exists, of_class, 0)) / count,
+      "class_loss": jnp.sum(jnp.where(rois.exists, class_loss(logits, labels), 0)) / count,
       "box_loss": jnp.sum(jnp.where(rois.foreground, distance, 0)) / count,
     }
 
   def _mask_loss(
     self,
     logits: Float[Array, "b r m m k"],
+    labels: Int[Array, "b r"],
     rois: Rois,
-    targets: Targets,
     batch: base.Batch,
   ) -> Float[Array, ""]:
     """Returns the mean over the foreground proposals."""
@@ -455,7 +386,7 @@ class InstanceDetection(base.Task):
       return jnp.zeros(())
     crop = functools.partial(crop_masks, size=logits.shape[2])
     wanted = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
-    loss = mask_loss(select_mask(logits, self._roi_labels(rois, targets)), wanted)
+    loss = mask_loss(select_mask(logits, labels), wanted)
     count = jnp.maximum(jnp.sum(rois.foreground.astype(jnp.float32)), 1)
     return jnp.sum(jnp.where(rois.foreground, loss, 0)) / count
 
@@ -473,8 +404,7 @@ def smooth_l1(errors: Float[Array, "*n d"], beta: float) -> Float[Array, "*n"]:
 
 def class_loss(logits: Float[Array, "*n k"], labels: Int[Array, "*n"]) -> Float[Array, "*n"]:
   """Returns the cross-entropy; labels are clipped to the classes."""
-  index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None]
-  return -jnp.take_along_axis(jax.nn.log_softmax(logits), index, axis=-1)[..., 0]
+  return -select_class(jax.nn.log_softmax(logits)[..., None], labels)[..., 0]
 
 
 def mask_loss(logits: Float[Array, "*n m m"], masks: Bool[Array, "*n m m"]) -> Float[Array, "*n"]:
@@ -502,9 +432,3 @@ def take_rows(values: Array, index: Int[Array, " r"]) -> Array:
   if not len(values):
     return jnp.zeros((len(index), *values.shape[1:]), values.dtype)
   return values[index]
-
-
-def _recall(found: Any, targets: Targets) -> base.Mean:
-  overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
-  covered = jnp.any((overlap >= 0.5) & found.exists[:, None], axis=2)
-  return base.Mean.of(covered.astype(jnp.float32), targets.is_target)

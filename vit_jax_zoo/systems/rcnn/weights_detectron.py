@@ -18,7 +18,7 @@ Paths are relative to `params`; those of running statistics begin with "batch_st
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,27 +35,18 @@ NORM_EPSILON = 1e-5
 """Epsilon of our norms; Caffe's folded norms have neither epsilon nor variance."""
 UNIT_VARIANCE = np.float32(1 - NORM_EPSILON)
 
-
-def _bgr_read(array: Array, shape: tuple[int, ...]) -> Array:
-  return CONVOLUTION.read(array[:, ::-1] if array.ndim == 4 else array, shape)
-
-
-FIRST_CONVOLUTION = Transform(_bgr_read, lambda array: CONVOLUTION.write(array)[:, ::-1])
+FIRST_CONVOLUTION = Transform(
+  lambda array, shape: CONVOLUTION.read(array[:, ::-1] if array.ndim == 4 else array, shape),
+  lambda array: CONVOLUTION.write(array)[:, ::-1],
+)
 """[out bgr h w] <-> [h w rgb out]."""
 
 
 def background_last(inner: Transform, per_class: int = 1) -> Transform:
   """Moves the first class to the end, then applies `inner`; `per_class` outputs per class."""
-
-  def rolled(array: Array, steps: int) -> Array:
-    if len(array) % per_class:
-      return array
-    grouped = array.reshape(-1, per_class, *array.shape[1:])
-    return np.roll(grouped, steps, axis=0).reshape(array.shape)
-
   return Transform(
-    lambda array, shape: inner.read(rolled(array, -1), shape),
-    lambda array: rolled(inner.write(array), 1),
+    lambda array, shape: inner.read(np.roll(array, -per_class, axis=0), shape),
+    lambda array: np.roll(inner.write(array), per_class, axis=0),
   )
 
 
@@ -82,25 +73,27 @@ def flattened_crops(side: int) -> Transform:
   return Transform(read_array, write_array)
 
 
-def backbone_rows(published: str = "Conv_Body.conv_body.", ours: str = "backbone/") -> list[Row]:
+BODY = "Conv_Body.conv_body."
+"""Prefix of the backbone's keys in a detector."""
+
+
+def backbone_rows(ours: str = "backbone/") -> list[Row]:
   """Rows of Caffe's ResNet after `unfold_norms`."""
 
   def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
     return [
-      Row(f"{published}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
-      *norm_rows(f"{published}{norm}", f"{STATISTICS}{ours}{path}/norm"),
-      Row(f"{published}{norm}.running_mean", f"{STATISTICS}{ours}{path}/norm/mean"),
-      Row(f"{published}{norm}.running_var", f"{STATISTICS}{ours}{path}/norm/var"),
+      Row(f"{BODY}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
+      *norm_rows(f"{BODY}{norm}", f"{STATISTICS}{ours}{path}/norm"),
+      Row(f"{BODY}{norm}.running_mean", f"{STATISTICS}{ours}{path}/norm/mean"),
+      Row(f"{BODY}{norm}.running_var", f"{STATISTICS}{ours}{path}/norm/var"),
     ]
 
   rows = folded("res1.conv1", "stem/conv1", FIRST_CONVOLUTION, "res1.bn1")
   for stage in range(2, 6):
     theirs, path = f"res{stage}.{{b}}.", f"c{stage}_block{{b}}"
-    for i in (1, 2, 3):
-      rows += folded(f"{theirs}conv{i}", f"{path}/conv{i}", CONVOLUTION, f"{theirs}bn{i}")
-    rows += folded(
-      f"{theirs}downsample.0", f"{path}/shortcut", CONVOLUTION, f"{theirs}downsample.1"
-    )
+    names = [(f"conv{i}", f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
+    for conv, name, norm in (*names, ("downsample.0", "shortcut", "downsample.1")):
+      rows += folded(f"{theirs}{conv}", f"{path}/{name}", CONVOLUTION, f"{theirs}{norm}")
   return rows
 
 
@@ -146,52 +139,51 @@ def output_rows() -> list[Row]:
 
 def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
   """Rows of the adaptive, fused mask head."""
-  theirs, ours = "Mask_Head", "mask_head"
-  convs = {f"conv_fcn.{3 * (i - 1)}": f"conv_{i}" for i in range(1, num_convs - 1)}
-  norms = {f"conv_fcn.{3 * (i - 1) + 1}": f"conv_{i}" for i in range(1, num_convs - 1)}
-  for published, name in (
-    ("mask_conv1.{l}", "first_{l}"),
-    ("mask_conv4", f"conv_{num_convs - 1}"),
-    ("mask_conv4_fc", "fused_conv_0"),
-    ("mask_conv5_fc", "fused_conv_1"),
-  ):
-    convs[f"{published}.0"], norms[f"{published}.1"] = name, name
-  rows = [
-    Row(f"{theirs}.{key}.weight", f"{ours}/{path}/kernel", CONVOLUTION)
-    for key, path in convs.items()
+  places = [(i, 3 * (i - 1)) for i in range(1, num_convs - 1)]  # convolution, norm, ReLU
+  layers = [(f"conv_fcn.{at}", f"conv_fcn.{at + 1}", f"conv_{i}") for i, at in places]
+  layers += [
+    (f"{published}.0", f"{published}.1", name)
+    for published, name in (
+      ("mask_conv1.{l}", "first_{l}"),
+      ("mask_conv4", f"conv_{num_convs - 1}"),
+      ("mask_conv4_fc", "fused_conv_0"),
+      ("mask_conv5_fc", "fused_conv_1"),
+    )
   ]
-  for key, path in norms.items():
-    rows += norm_rows(f"{theirs}.{key}", f"{ours}/{path}_norm")
+  theirs, ours = "Mask_Head", "mask_head"
+  rows = layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size))
+  for conv, norm, name in layers:
+    rows.append(Row(f"{theirs}.{conv}.weight", f"{ours}/{name}/kernel", CONVOLUTION))
+    rows += norm_rows(f"{theirs}.{norm}", f"{ours}/{name}_norm")
   classes = background_last(CONVOLUTION)
   return [
     *rows,
-    *layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
     *layer_rows(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
     *layer_rows("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
   ]
 
 
-def unfold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
-  """Adds mean 0 and variance 1 (minus epsilon) to the folded norms below `prefix`.
+def unfold_norms(arrays: Mapping[str, Array]) -> Flat:
+  """Adds mean 0 and variance 1 (minus epsilon) to the backbone's folded norms.
 
   A folded norm is x * scale + bias: a frozen norm with mean 0 and variance + epsilon = 1.
   """
   found = dict(arrays)
   for key, scale in arrays.items():
     norm = key.removesuffix(".weight")
-    is_norm = key.startswith(prefix) and norm != key and scale.ndim == 1
+    is_norm = key.startswith(BODY) and norm != key and scale.ndim == 1
     if is_norm and f"{norm}.running_var" not in arrays:
       found[f"{norm}.running_mean"] = np.zeros(scale.shape, np.float32)
       found[f"{norm}.running_var"] = np.full(scale.shape, UNIT_VARIANCE)
   return found
 
 
-def fold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body.") -> Flat:
-  """Folds the statistics of norms below `prefix` into scale and bias; inverse of `unfold_norms`."""
+def fold_norms(arrays: Mapping[str, Array]) -> Flat:
+  """Folds the backbone's running statistics into scale and bias; inverse of `unfold_norms`."""
   found = dict(arrays)
   for key in arrays:
     norm = key.removesuffix(".running_var")
-    if norm == key or not key.startswith(prefix):
+    if norm == key or not key.startswith(BODY):
       continue
     mean, var = found.pop(f"{norm}.running_mean"), found.pop(key)
     if np.any(mean != 0) or np.any(var != UNIT_VARIANCE):
@@ -201,7 +193,6 @@ def fold_norms(arrays: Mapping[str, Array], prefix: str = "Conv_Body.conv_body."
   return found
 
 
-_BODY = "Conv_Body.conv_body."
 _BLOB = re.compile(r"conv1_w|res_conv1_bn_[sb]|res\d_\d+_branch\w+?(_w|_bn_[sb])")
 _BRANCHES = {"2a": ("conv1", "bn1"), "2b": ("conv2", "bn2"), "2c": ("conv3", "bn3")}
 # Some of Caffe's files have a bias of the first convolution; Detectron ignores it, too.
@@ -216,13 +207,13 @@ def recognize_backbone(arrays: Flat) -> Backbone | None:
   """
   blobs = {_detectron_key(key): array for key, array in arrays.items() if _BLOB.fullmatch(key)}
   ignore: tuple[str, ...] = _IGNORE
-  if f"{_BODY}res1.conv1.weight" in blobs:
+  if f"{BODY}res1.conv1.weight" in blobs:
     arrays = blobs | {key: array for key, array in arrays.items() if not _BLOB.fullmatch(key)}
-  elif f"{_BODY}res1.conv1.weight" in arrays:
-    ignore = (rf"(?!{re.escape(_BODY)}).*",)
+  elif f"{BODY}res1.conv1.weight" in arrays:
+    ignore = (rf"(?!{re.escape(BODY)}).*",)
   else:
     return None
-  return Backbone(unfold_norms(arrays, _BODY), backbone_rows(ours=""), ignore)
+  return Backbone(unfold_norms(arrays), backbone_rows(ours=""), ignore)
 
 
 def _detectron_key(blob: str) -> str:
@@ -232,10 +223,10 @@ def _detectron_key(blob: str) -> str:
   name = name.removesuffix("_bn")
   suffix = "bias" if kind == "b" else "weight"
   if not name.startswith("res") or name == "res_conv1":
-    return f"{_BODY}res1.{'bn1' if is_norm else 'conv1'}.{suffix}"
+    return f"{BODY}res1.{'bn1' if is_norm else 'conv1'}.{suffix}"
   stage, block, branch = name.split("_")
   layers = _BRANCHES.get(branch.removeprefix("branch"), ("downsample.0", "downsample.1"))
-  return f"{_BODY}{stage}.{block}.{layers[is_norm]}.{suffix}"
+  return f"{BODY}{stage}.{block}.{layers[is_norm]}.{suffix}"
 
 
 IDS = sorted(THINGS)
@@ -261,21 +252,20 @@ def with_ids(arrays: Mapping[str, Array], layers: Mapping[str, int]) -> tuple[Fl
   Returns:
     The state dict, and whether it is COCO's.
   """
-  first = next(iter(layers))
-  ids = _LAYOUTS.get(len(arrays[f"{first}.bias"]))
+  logits = f"{next(iter(layers))}.bias"
+  ids = _LAYOUTS.get(len(arrays[logits]))
   if ids is None:
     return dict(arrays), False
   places = [0, *(number + 1 for number in ids)]
-  found = dict(arrays)
-  for layer, per_class in layers.items():
-    for key in (f"{layer}.weight", f"{layer}.bias"):
-      if key in arrays and len(arrays[key]) == per_class * len(places):
-        own = arrays[key].reshape(len(places), per_class, *arrays[key].shape[1:])
-        fill = UNUSED if layer == first and key.endswith("bias") else 0.0
-        wide = np.full((NUM_CLASSES + 1, *own.shape[1:]), fill, own.dtype)
-        wide[places] = own
-        found[key] = wide.reshape(-1, *arrays[key].shape[1:])
-  return found, True
+
+  def spread(key: str, own: Array) -> Array:
+    if len(own) != len(places):
+      return own
+    wide = np.full((NUM_CLASSES + 1, *own.shape[1:]), UNUSED if key == logits else 0, own.dtype)
+    wide[places] = own
+    return wide
+
+  return _change_classes(arrays, layers, spread), True
 
 
 def without_ids(
@@ -285,10 +275,17 @@ def without_ids(
   if tuple(names) != NAMES:
     return dict(arrays)
   places = [0, *(number + 1 for number in _LAYOUTS[outputs])]
+  return _change_classes(arrays, layers, lambda _, own: own[places])
+
+
+def _change_classes(
+  arrays: Mapping[str, Array], layers: Mapping[str, int], change: Callable[[str, Array], Array]
+) -> Flat:
+  """Applies `change` to arrays of layers, by key, as [classes, outputs per class, ...]."""
   found = dict(arrays)
   for layer, per_class in layers.items():
-    for key in (f"{layer}.weight", f"{layer}.bias"):
-      if key in arrays:
-        grouped = arrays[key].reshape(-1, per_class, *arrays[key].shape[1:])[places]
-        found[key] = grouped.reshape(-1, *arrays[key].shape[1:])
+    for key in {f"{layer}.weight", f"{layer}.bias"} & arrays.keys():
+      rest = arrays[key].shape[1:]
+      if len(arrays[key]) % per_class == 0:
+        found[key] = change(key, arrays[key].reshape(-1, per_class, *rest)).reshape(-1, *rest)
   return found

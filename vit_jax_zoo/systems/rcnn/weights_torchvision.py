@@ -17,14 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.systems.rcnn.weights_detectron import (
-  DOUBLING,
-  NAMES,
-  background_last,
-  flattened_crops,
-  with_ids,
-  without_ids,
-)
+from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
+from vit_jax_zoo.systems.rcnn.weights_detectron import background_last
 from vit_jax_zoo.weights import resnet_torchvision as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
@@ -55,26 +49,30 @@ COCO_OUTPUTS = 91
 
 def rows(pool_size: int = 7) -> tuple[Row, ...]:
   """Returns the key map; `pool_size` is the side of the box head's input."""
-  classes, boxes = background_last(DENSE), background_last(DENSE, 4)
-  masks, bias = background_last(CONVOLUTION), background_last(KEEP)
+  classes, boxes, bias = background_last(DENSE), background_last(DENSE, 4), background_last(KEEP)
+  convolutions = {
+    "backbone.fpn.inner_blocks.{l}.0": "neck/lateral_{l}",
+    "backbone.fpn.inner_blocks.{l}": "neck/lateral_{l}",
+    "backbone.fpn.layer_blocks.{l}.0": "neck/output_{l}",
+    "backbone.fpn.layer_blocks.{l}": "neck/output_{l}",
+    "rpn.head.conv.0.0": "proposal_head/conv",
+    "rpn.head.conv": "proposal_head/conv",
+    "rpn.head.cls_logits": "proposal_head/objectness",
+    "rpn.head.bbox_pred": "proposal_head/deltas",
+    "roi_heads.mask_head.{i}.0": "mask_head/conv_{i}",
+    "roi_heads.mask_head.mask_fcn{i+1}": "mask_head/conv_{i}",
+  }
   return (
     *resnet.rows(resnet.TORCHVISION, _BODY, "backbone/"),
-    *layer_rows("backbone.fpn.inner_blocks.{l}.0", "neck/lateral_{l}", CONVOLUTION),
-    *layer_rows("backbone.fpn.inner_blocks.{l}", "neck/lateral_{l}", CONVOLUTION),
-    *layer_rows("backbone.fpn.layer_blocks.{l}.0", "neck/output_{l}", CONVOLUTION),
-    *layer_rows("backbone.fpn.layer_blocks.{l}", "neck/output_{l}", CONVOLUTION),
-    *layer_rows("rpn.head.conv.0.0", "proposal_head/conv", CONVOLUTION),
-    *layer_rows("rpn.head.conv", "proposal_head/conv", CONVOLUTION),
-    *layer_rows("rpn.head.cls_logits", "proposal_head/objectness", CONVOLUTION),
-    *layer_rows("rpn.head.bbox_pred", "proposal_head/deltas", CONVOLUTION),
-    *layer_rows("roi_heads.box_head.fc6", "box_head/dense_0", flattened_crops(pool_size)),
+    *(row for layer in convolutions.items() for row in layer_rows(*layer, CONVOLUTION)),
+    *layer_rows("roi_heads.box_head.fc6", "box_head/dense_0", detectron.flattened_crops(pool_size)),
     *layer_rows("roi_heads.box_head.fc7", "box_head/dense_1", DENSE),
     *layer_rows(f"{_PREDICTOR}.cls_score", "box_outputs/logits", classes, bias),
     *layer_rows(f"{_PREDICTOR}.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
-    *layer_rows("roi_heads.mask_head.{i}.0", "mask_head/conv_{i}", CONVOLUTION),
-    *layer_rows("roi_heads.mask_head.mask_fcn{i+1}", "mask_head/conv_{i}", CONVOLUTION),
-    *layer_rows(f"{_MASKS}.conv5_mask", "mask_head/upsample", DOUBLING),
-    *layer_rows(f"{_MASKS}.mask_fcn_logits", "mask_head/logits", masks, bias),
+    *layer_rows(f"{_MASKS}.conv5_mask", "mask_head/upsample", detectron.DOUBLING),
+    *layer_rows(
+      f"{_MASKS}.mask_fcn_logits", "mask_head/logits", background_last(CONVOLUTION), bias
+    ),
   )
 
 
@@ -84,12 +82,7 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `RCNN` of a state dict.
-
-  Raises:
-    WeightsError: it is of version 2, or does not have three anchors per position.
-    KeyError: an array whose shape is needed is missing.
-  """
+  """Returns the fields of the `RCNN` of a state dict; WeightsError if it is another detector."""
   if "roi_heads.box_head.fc6.weight" not in published:
     raise WeightsError(f"{source}: torchvision's R-CNN v2 is not supported; use the first version")
   if len(published["rpn.head.cls_logits.bias"]) != 3:
@@ -113,12 +106,8 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a state dict of torchvision.
-
-  Raises:
-    WeightsError: it is of something else.
-  """
-  arrays, is_coco = with_ids(published.arrays, _OUTPUTS)
+  """Reads a state dict of torchvision."""
+  arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS)
   fields = infer_fields(arrays, published.path)
   return Checkpoint(
     source=published.path,
@@ -128,22 +117,14 @@ def read_checkpoint(published: Published) -> Checkpoint:
     fields=fields,
     preprocess=PREPROCESS,
     task="instance_detection",
-    task_fields={"class_names": NAMES} if is_coco else {},
+    task_fields={"class_names": detectron.NAMES} if is_coco else {},
     ignore=(rf".*\.{COUNTER}",),
     heads=("box_outputs/", "mask_head/logits/"),
   )
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a state dict that torchvision loads.
-
-  Args:
-    path: path; `.safetensors`, else PyTorch's format.
-    export: export of a detector.
-
-  Raises:
-    WeightsError: torchvision has no such detector.
-  """
+  """Writes a state dict that torchvision loads; WeightsError if it has no such detector."""
   fields = export.fields()
   resnet.check_plain(fields, "torchvision")
   if fields["neck"] != "fpn" or fields["convention"] != "torchvision":
@@ -152,5 +133,5 @@ def write_checkpoint(path: str, export: Export) -> None:
       f"convention={fields['convention']!r}; expected 'fpn' and 'torchvision'"
     )
   arrays = write(export.variables, rows(fields["pool_size"]))
-  arrays = contiguous(without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
+  arrays = contiguous(detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
   (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
