@@ -40,8 +40,8 @@ def test_found_beside_truth(batch):
   """Guards the four columns: wrong pixels are red, and the share of right ones is said."""
   found = batch["label_map"].copy()
   found[:, 20:] = (found[:, 20:] + 1) % 3
-  figure = draw_label_maps(batch, predicted=found, max_images=1)
-  image, _, guess, wrong = pictures(figure)
+  figure = draw_label_maps(batch, predicted=found)
+  image, _, guess, wrong = pictures(figure)[:4]
   np.testing.assert_array_equal(image, batch["image"][0])
   np.testing.assert_array_equal(guess[30, 30], label_color(int(found[0, 30, 30])))
   assert wrong[30, 30].tolist() == [220, 30, 30]

@@ -61,11 +61,13 @@ def test_golden_of_the_papers_formulas(load_golden, kind):
 def official_module(name, config):
   """The module of a golden's entry, and the rows that name its parameters."""
   if name.startswith("st_"):
-    return official.OfficialSelfTransformer(32, config["n_mix"]), fpt_pt.self_rows(name, "m")
+    return official.OfficialSelfTransformer(32, config["n_mix"]), fpt_pt.module_rows(
+      "st", name, "m"
+    )
   if name.startswith("gt_"):
-    return official.OfficialGroundingTransformer(32), fpt_pt.ground_rows(name, "m")
+    return official.OfficialGroundingTransformer(32), fpt_pt.module_rows("gt", name, "m")
   rendering = "november_2020" if "nov" in name else "head"
-  rows = fpt_pt.render_rows(name, "m")
+  rows = fpt_pt.module_rows("rt", name, "m")
   if config.get("upsample"):  # the strided convolution under another norm's name
     rows += batch_norm_rows(f"{name}.bn_upsample", "m/added_norm")
   return official.OfficialRenderingTransformer(32, rendering), rows

@@ -31,19 +31,12 @@ BLOCK_ELEMENTS = 2**22
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-  """Similarity of queries and keys.
+  """Similarity of queries and keys."""
 
-  Attributes:
-    kind: one of `SIMILARITIES`.
-    scale: factor of the similarity.
-    dropout_rate: dropout of each part's weights, applied if there is a `key`.
-    key: PRNG key of the dropout.
-  """
-
-  kind: str = "dot"
-  scale: float = 1.0
-  dropout_rate: float = 0.0
-  key: Array | None = None
+  kind: str = "dot"  # one of `SIMILARITIES`
+  scale: float = 1.0  # factor of the similarity
+  dropout_rate: float = 0.0  # of each part's weights, applied if there is a `key`
+  key: Array | None = None  # PRNG key of the dropout
 
   def __post_init__(self) -> None:
     if self.kind not in SIMILARITIES:
@@ -58,9 +51,7 @@ def mixture_shares(
 ) -> Float[Array, "b p"]:
   """Returns the mixture coefficients of the parts: softmax over parts of w . mean(vectors).
 
-  Args:
-    vectors: the keys in the paper, the queries in the official code.
-    weight: one row per part, over all channels.
+  The vectors are the keys in the paper, the queries in the official code.
   """
   mean = jnp.mean(_float32(vectors), axis=1)
   return jax.nn.softmax(mean @ weight.astype(mean.dtype).T, axis=-1)
@@ -74,11 +65,7 @@ def attention_map(
 ) -> Float[Array, "b n m"]:
   """Returns the whole float32 attention map, which `attend` never holds.
 
-  Args:
-    query: queries; `d` is a multiple of the number of parts.
-    key: keys.
-    shares: mixture coefficients of the parts; rows sum to 1.
-    similarity: similarity of queries and keys.
+  `shares` are the mixture coefficients of the p parts, into which the d channels are split.
   """
   parts = shares.shape[-1]
   query, key = _split(query, parts), _split(key, parts)
@@ -106,13 +93,7 @@ def attend(
 ) -> Float[Array, "b n c"]:
   """Returns `attention_map(...) @ value`, computed in blocks of queries.
 
-  Args:
-    query: see `attention_map`.
-    key: see `attention_map`.
-    value: values.
-    shares: see `attention_map`.
-    similarity: see `attention_map`.
-    block_elements: maximum number of attention weights (all parts) in memory, per example.
+  At most `block_elements` attention weights (all parts) are in memory, per example.
   """
   wide_key, wide_value = _float32(key), _float32(value)
 
@@ -121,12 +102,9 @@ def attend(
     if own.key is not None:
       own = dataclasses.replace(own, key=jax.random.fold_in(own.key, index))
     weights = attention_map(block, wide_key.astype(key.dtype), shares, own)
-    return jnp.einsum(
-      "bnm,bmc->bnc",
-      weights.astype(value.dtype),
-      wide_value.astype(value.dtype),
-      preferred_element_type=wide_value.dtype,
-    ).astype(value.dtype)
+    weights, values = weights.astype(value.dtype), wide_value.astype(value.dtype)
+    total = jnp.einsum("bnm,bmc->bnc", weights, values, preferred_element_type=wide_value.dtype)
+    return total.astype(value.dtype)
 
   batch, count, width = query.shape
   weights_per_query = key.shape[1] * shares.shape[-1]
@@ -150,15 +128,8 @@ def local_attention_map(
 ) -> Float[Array, "b h w k"]:
   """Returns the attention weights over a window of keys around each query, in row-major order.
 
-  Keys outside the map are zeros, and take part.
-
-  Args:
-    query: queries.
-    key: keys. If that map has another size, the window is centred on the key at the same relative
-      position, rounded down.
-    shares: see `attention_map`.
-    window: side of the window, odd.
-    similarity: see `attention_map`; without dropout.
+  Keys outside the map are zeros, and take part. If the maps' sizes differ, the window is centred on
+  the key at the same relative position, rounded down. There is no dropout.
   """
   queries = _split(_float32(query), shares.shape[-1])
   padded = _float32(_pad_window(key, window))

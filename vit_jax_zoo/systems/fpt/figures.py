@@ -6,17 +6,22 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures.canvas import QUIET
-from vit_jax_zoo.figures.detection import COLORS
+from vit_jax_zoo.figures.detection import COLORS, image_of, real_rows, show
 from vit_jax_zoo.ops.images import pad_images
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size
 
+IGNORE = 255
+"""Label of ignored pixels."""
+MOST_ROWS = 4
+"""Maximum number of images with label maps."""
 MOST_NAMES = 24
 """Maximum number of classes in the legend, those with the most pixels first."""
 MOST_IMAGES = 3
@@ -31,57 +36,48 @@ def draw_label_maps(
   batch: Mapping[str, Any],
   class_names: Sequence[str] = (),
   predicted: Num[np.ndarray, "b h w"] | None = None,
-  *,
-  ignore_label: int = 255,
-  title: str = "",
-  max_images: int = 4,
 ) -> Figure:
-  """Draws one row per image: image, ground truth and, if given, prediction and errors.
+  """Draws one row for each of the first images: image, truth and, if given, prediction and errors.
 
   Args:
     batch: `image` [b h w 3] in [0, 255], `label_map` [b h w]; optional `image_size` [b 2] and
       `mask` [b].
     class_names: by label; default: the labels.
     predicted: predicted label maps.
-    ignore_label: label of ignored pixels.
-    title: title of the figure.
-    max_images: number of images, the first of the batch.
   """
-  real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
-  rows = np.flatnonzero(real).tolist()[:max_images]
+  rows = real_rows(batch)[:MOST_ROWS]
   heads = ("image", "truth") if predicted is None else ("image", "truth", "predicted", "errors")
   figure, axes = _grid(max(len(rows), 1), heads, batch["image"].shape[1:3])
-  default = "Training batch" if predicted is None else "Truth and predictions"
-  figure.suptitle(title or default, x=0.01, ha="left", fontsize=12, weight="bold")
-  seen: list[np.ndarray] = []
+  title = "Training batch" if predicted is None else "Truth and predictions"
+  figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+  seen = [np.zeros(0, np.int64)]
   for line, row in zip(axes, rows, strict=False):
-    size = batch["image_size"][row] if "image_size" in batch else batch["image"].shape[1:3]
-    part = (row, slice(int(size[0])), slice(int(size[1])))
-    image = np.clip(np.asarray(batch["image"])[part], 0, 255).astype(np.uint8)
+    image = image_of(batch, row)
+    part = (row, slice(image.shape[0]), slice(image.shape[1]))
     truth = np.asarray(batch["label_map"])[part].astype(np.int64)
-    _show(line[0], image)
-    _show(line[1], color_labels(truth, ignore_label))
-    seen.append(truth[truth != ignore_label])
+    labelled = truth != IGNORE
+    show(line[0], image)
+    show(line[1], color_labels(truth))
+    seen.append(truth[labelled])
     if predicted is not None:
       guess = np.asarray(predicted)[part].astype(np.int64)
-      wrong = (truth != guess) & (truth != ignore_label)
-      _show(line[2], color_labels(guess, ignore_label))
-      _show(line[3], _highlight(image, wrong))
-      counted = max(int((truth != ignore_label).sum()), 1)
-      line[3].set_xlabel(f"{1 - wrong.sum() / counted:.1%} correct", fontsize=9, color=QUIET)
+      wrong = (truth != guess) & labelled
+      gray = (0.6 * image.mean(axis=-1, keepdims=True) + 90).clip(0, 255)
+      show(line[2], color_labels(guess))
+      show(line[3], np.where(wrong[..., None], (220, 30, 30), gray).astype(np.uint8))
+      correct = 1 - wrong.sum() / max(int(labelled.sum()), 1)
+      line[3].set_xlabel(f"{correct:.1%} correct", fontsize=9, color=QUIET)
       seen.append(guess.ravel())
-  _legend(figure, np.concatenate(seen) if seen else np.zeros(0, np.int64), class_names)
+  _legend(figure, np.concatenate(seen), class_names)
   return figure
 
 
-def color_labels(
-  labels: Int[np.ndarray, "h w"], ignore_label: int = 255
-) -> UInt8[np.ndarray, "h w 3"]:
+def color_labels(labels: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
   """Returns an image with the color of each label; ignored pixels have gray stripes."""
   y, x = np.indices(labels.shape)
   image = np.where(((x + y) // 3 % 2 == 0)[..., None], np.uint8(215), np.uint8(190))
   image = np.repeat(image, 3, axis=2)
-  for label in np.unique(labels[labels != ignore_label]):
+  for label in np.unique(labels[labels != IGNORE]):
     image[labels == label] = label_color(int(label))
   return image
 
@@ -98,21 +94,12 @@ def label_color(label: int) -> tuple[int, int, int]:
   return red, green, blue
 
 
-def _highlight(
-  image: UInt8[np.ndarray, "h w 3"], wrong: Bool[np.ndarray, "h w"]
-) -> UInt8[np.ndarray, "h w 3"]:
-  """Returns the image in gray with the wrong pixels in red."""
-  gray = 0.6 * image.mean(axis=-1, keepdims=True) + 90
-  return np.where(wrong[..., None], (220, 30, 30), gray).clip(0, 255).astype(np.uint8)
-
-
 def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence[str]) -> None:
   found, counts = np.unique(labels, return_counts=True)
   shown = np.sort(found[np.argsort(-counts, kind="stable")[:MOST_NAMES]]).tolist()
   patches = [
     Patch(
-      color="#{:02x}{:02x}{:02x}".format(*label_color(label)),
-      label=class_names[label] if 0 <= label < len(class_names) else str(label),
+      color="#{:02x}{:02x}{:02x}".format(*label_color(label)), label=name_of(label, class_names)
     )
     for label in shown
   ]
@@ -127,28 +114,22 @@ def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence
     )
 
 
-def _show(ax: Axes, image: UInt8[np.ndarray, "h w 3"]) -> None:
-  ax.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
-
-
 def _grid(
-  rows: int, heads: Sequence[str], image_shape: tuple[int, int]
+  rows: int, heads: Sequence[str], image_shape: tuple[int, ...]
 ) -> tuple[Figure, list[list[Axes]]]:
   aspect = float(np.clip(image_shape[0] / image_shape[1], 0.4, 1.6))
   size = (_CELL * len(heads), rows * (_CELL * aspect + 0.3) + 1.1)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   axes = figure.subplots(rows, len(heads), squeeze=False)
   for ax in axes.flat:
-    ax.set(xticks=[], yticks=[])
-    for spine in ax.spines.values():
-      spine.set_visible(False)
+    ax.set(xticks=[], yticks=[], frame_on=False)
   for name, ax in zip(heads, axes[0], strict=True):
-    ax.set_title(name, fontsize=10, loc="left")
+    ax.set_title(name, fontsize=9)
   return figure, [list(line) for line in axes]
 
 
 def explain_attention(
-  run: Callable[[base.Batch], Mapping[str, Any]], batch: base.Batch
+  run: Callable[[base.Batch], Mapping[str, Any]], batch: base.Batch, size_multiple: int = 1
 ) -> dict[str, Any]:
   """Returns the attention maps of one query position, for the first images of a batch; traced.
 
@@ -156,22 +137,17 @@ def explain_attention(
     run: applies the model to a batch and returns the transformer's intermediates.
     batch: `image`; the position is `query_position` float [b 2], relative to the images' height and
       width, default: the first target's centre or the image's (`target_centers`).
+    size_multiple: multiple to which the model pads images.
 
   Returns:
     `image`; `places` [b 2]; `sizes` int32 [l 2] of the levels; `levels`, see `attention_rows`.
-
-  Raises:
-    ValueError: the attention maps would be too large.
   """
   batch = {key: jnp.asarray(value)[:MOST_IMAGES] for key, value in batch.items()}
+  batch = pad_batch(batch, size_multiple)
   places = jnp.asarray(batch.get("query_position", target_centers(batch)), jnp.float32)
   sown = run(batch)
-  return {
-    "image": batch["image"],
-    "places": places,
-    "sizes": jnp.asarray(_level_sizes(sown), jnp.int32),
-    "levels": attention_rows(sown, places),
-  }
+  levels, sizes = attention_rows(sown, places), jnp.asarray(_level_sizes(sown), jnp.int32)
+  return {"image": batch["image"], "places": places, "sizes": sizes, "levels": levels}
 
 
 def attention_rows(
@@ -230,12 +206,7 @@ def _rows(
 
 
 def pad_batch(batch: base.Batch, multiple: int) -> base.Batch:
-  """Pads images as the model does, so that its maps cover exactly the image.
-
-  Args:
-    batch: see `explain_attention`.
-    multiple: the sides become multiples of this.
-  """
+  """Pads images to multiples of a number, as the model does: its maps then cover the image."""
   images = jnp.asarray(batch["image"])
   framed = pad_images(images, multiple)
   after = {**batch, "image": framed, "image_size": image_size(batch)}
@@ -258,26 +229,15 @@ def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
 
 
 def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -> Figure:
-  """Draws each image with the query position marked, beside the attention maps of each level.
-
-  Args:
-    explanation: result of `explain_attention`, as numpy arrays.
-    level_names: names of the levels.
-  """
+  """Draws the result of `explain_attention`, as numpy arrays, by `draw_levels`."""
   levels = [
     f"{name}: {height}x{width}"
     for name, (height, width) in zip(level_names, explanation["sizes"], strict=True)
   ]
-
-  def title(key: str) -> str:
-    level, _, other = key.partition(" ")
-    return f"{levels[int(level)]} at {levels[int(other)]}" if other else levels[int(level)]
-
   keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
   maps = [np.asarray(explanation["levels"][key]) for key in keys]
-  return draw_levels(
-    explanation["image"], maps, [title(key) for key in keys], explanation["places"]
-  )
+  titles = [" at ".join(levels[int(level)] for level in key.split()) for key in keys]
+  return draw_levels(explanation["image"], maps, titles, explanation["places"])
 
 
 def draw_levels(
@@ -294,21 +254,12 @@ def draw_levels(
     titles: titles of the maps.
     places: marked positions, relative to height and width.
   """
-  height, width = images.shape[1:3]
-  cell = _CELL * min(height / width, 2.0)
-  size = (_CELL * (len(maps) + 1), cell * len(images) + 0.35)
-  figure = Figure(figsize=size, dpi=110)
-  grid = figure.subplots(len(images), len(maps) + 1, squeeze=False)
-  figure.subplots_adjust(0.01, 0.01, 0.99, 1 - 0.35 / size[1], wspace=0.04, hspace=0.04)
+  figure, grid = _grid(len(images), ("query: ring", *titles), images.shape[1:3])
   for row, axes in enumerate(grid):
     axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
-    y, x = places[row] * (height, width) - 0.5
+    y, x = places[row] * images.shape[1:3] - 0.5
     axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
     axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
     for ax, weights in zip(axes[1:], maps, strict=True):
       ax.imshow(weights[row], cmap="viridis", vmin=0, interpolation="nearest")
-    for ax in axes:
-      ax.set_axis_off()
-  for ax, title in zip(grid[0], ("query: ring", *titles), strict=True):
-    ax.set_title(title, fontsize=9)
   return figure

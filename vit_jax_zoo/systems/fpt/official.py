@@ -35,29 +35,17 @@ class OfficialSelfTransformer(nn.Module):
   """Self-attention with pooled keys and values, a norm and a residual connection.
 
   Sows the attention map as `weights` [b h*w y*x] if "intermediates" is mutable.
-
-  Attributes:
-    width: channels of input, output, queries, keys and values.
-    num_parts: parts of the mixture of softmaxes; 1 is plain attention.
-    dropout_rate: dropout of each part's attention map.
-    block_elements: see `attend`.
-    dtype: dtype of the computation.
   """
 
-  width: int
-  num_parts: int = 2
-  dropout_rate: float = 0.1
-  block_elements: int = BLOCK_ELEMENTS
+  width: int  # channels of input, output, queries, keys and values
+  num_parts: int = 2  # of the mixture of softmaxes; 1 is plain attention
+  dropout_rate: float = 0.1  # of each part's attention map
+  block_elements: int = BLOCK_ELEMENTS  # see `attend`
   dtype: Dtype = "float32"
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w d"]:
-    """Returns `x` plus the attention output.
-
-    Args:
-      x: feature map of one level.
-      train: batch norm uses batch statistics; attention weights are dropped ("dropout" stream).
-    """
+    """Returns one level's map plus the attention output."""
     flat = (len(x), -1, self.width)
     query_key = _pointwise(self.width, self.dtype, name="query_key")  # one convolution for both
     pooled = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), count_include_pad=False)
@@ -87,13 +75,9 @@ class OfficialGroundingTransformer(nn.Module):
   """A non-local block from a fine to a coarse map, without residual connection or softmax.
 
   Wang et al., arXiv:1711.07971, its dot-product form. The output is zero at initialization.
-
-  Attributes:
-    width: channels of both maps and of the output; queries, keys and values have half of it.
-    dtype: dtype of the computation.
   """
 
-  width: int
+  width: int  # channels of both maps and of the output; queries, keys and values have half of it
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -102,9 +86,10 @@ class OfficialGroundingTransformer(nn.Module):
   ) -> Float[Array, "b h w d"]:
     """Returns the features that each position of `x` gathers from `coarse`."""
     inner = self.width // 2
-    value = _pointwise(inner, self.dtype, name="value")(coarse).reshape(len(x), -1, inner)
-    query = _pointwise(inner, self.dtype, name="query")(x).reshape(len(x), -1, inner)
-    key = _pointwise(inner, self.dtype, name="key")(coarse).reshape(len(x), -1, inner)
+    value, query, key = (
+      _pointwise(inner, self.dtype, name=name)(source).reshape(len(x), -1, inner)
+      for name, source in (("value", coarse), ("query", x), ("key", coarse))
+    )
     # Linear in the weights: (q k^T) v = q (k^T v), without an attention map.
     summary = jnp.einsum("bmd,bmc->bdc", key, value, preferred_element_type=jnp.float32)
     summary = (summary / key.shape[1]).astype(query.dtype)
@@ -117,14 +102,11 @@ class OfficialGroundingTransformer(nn.Module):
 class OfficialRenderingTransformer(nn.Module):
   """A coarse map gated by the mean of a fine one, plus the downsampled fine one.
 
-  Attributes:
-    width: channels of both maps and of the output.
-    rendering: "head", or "november_2020": the sum has the coarse map instead of the fine one, which
-      then only contributes the gate.
-    dtype: dtype of the computation.
+  With rendering "november_2020" the sum has the coarse map instead of the fine one, which then only
+  contributes the gate.
   """
 
-  width: int
+  width: int  # channels of both maps and of the output
   rendering: str = "head"
   dtype: Dtype = "float32"
 
@@ -139,12 +121,12 @@ class OfficialRenderingTransformer(nn.Module):
     mean = jnp.mean(fine, (1, 2), keepdims=True, dtype=jnp.promote_types(fine.dtype, jnp.float32))
     gate = _pointwise(self.width, self.dtype, use_bias=False, name="gate")(mean.astype(fine.dtype))
     gate = nn.relu(BatchNorm(dtype=self.dtype, name="gate_norm")(gate, train=train))
-    gated = _conv3x3(self.width, self.dtype, name="refine")(x)
+    gated = conv3x3(self.width, self.dtype, name="refine")(x)
     gated = BatchNorm(dtype=self.dtype, name="refine_norm")(gated, train=train) * gate
     if self.rendering == "november_2020":
       added = _pointwise(self.width, self.dtype, use_bias=False, name="reduce")(x)
     else:
-      halve = _conv3x3(self.width, self.dtype, stride=1 if ratio == 1 else 2, name="halve")
+      halve = conv3x3(self.width, self.dtype, stride=1 if ratio == 1 else 2, name="halve")
       added = fine
       for _ in range(max(1, int(math.log2(ratio)))):
         added = halve(added)
@@ -154,16 +136,10 @@ class OfficialRenderingTransformer(nn.Module):
 
 
 def side_ratio(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
-  """Returns the power of two by which a fine map's sides are longer; sides are rounded up.
-
-  Raises:
-    ValueError: there is none.
-  """
-  ratio = 1
-  while ratio <= max(fine):
+  """Returns the power of two by which a fine map's sides are longer; sides are rounded up."""
+  for ratio in (2**i for i in range(max(fine).bit_length())):
     if (-(-fine[0] // ratio), -(-fine[1] // ratio)) == coarse:
       return ratio
-    ratio *= 2
   raise ValueError(
     f"a map of {fine[0]}x{fine[1]} does not halve to {coarse[0]}x{coarse[1]} (sides rounded up); "
     "expected levels whose sides are halves of each other"
@@ -184,14 +160,7 @@ def _pointwise(features: int, dtype: Dtype, **fields: Any) -> nn.Dense:
   return nn.Dense(features, dtype=dtype, kernel_init=kaiming_uniform, **fields)
 
 
-def _conv3x3(features: int, dtype: Dtype, *, name: str, stride: int = 1) -> nn.Conv:
-  return nn.Conv(
-    features,
-    (3, 3),
-    (stride, stride),
-    padding=((1, 1), (1, 1)),
-    use_bias=False,
-    kernel_init=kaiming_uniform,
-    dtype=dtype,
-    name=name,
-  )
+def conv3x3(features: int, dtype: Dtype, *, name: str, stride: int = 1) -> nn.Conv:
+  """Returns a 3x3 convolution without bias, padded by 1."""
+  fields = {"use_bias": False, "kernel_init": kaiming_uniform, "dtype": dtype, "name": name}
+  return nn.Conv(features, (3, 3), (stride, stride), padding=((1, 1), (1, 1)), **fields)

@@ -27,16 +27,10 @@ from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 
 
 class GlobalConvolution(nn.Module):
-  """A large kernel as the sum of two separable ones, column-row and row-column.
-
-  Attributes:
-    features: output channels.
-    kernel_size: side of the kernel, odd; 1 is a 1x1 convolution.
-    dtype: dtype of the computation.
-  """
+  """A large kernel as the sum of two separable ones, column-row and row-column."""
 
   features: int
-  kernel_size: int
+  kernel_size: int  # side of the kernel, odd; 1 is a 1x1 convolution
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -58,18 +52,11 @@ class GlobalConvolution(nn.Module):
 
 
 class UnscathedPyramid(nn.Module):
-  """A pyramid of maps of the input's size, with a global convolution each.
+  """A pyramid of maps of the input's size, with a global convolution each."""
 
-  Attributes:
-    width: channels of each level.
-    kernel_sizes: kernel sizes from the finest to the coarsest level.
-    norm: norm after the convolutions, a name of `norm_factory`.
-    dtype: dtype of the computation.
-  """
-
-  width: int = 256
-  kernel_sizes: Sequence[int] = (1, 7, 15, 31)
-  norm: str = "batch_norm"
+  width: int = 256  # channels of each level
+  kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # from the finest to the coarsest level
+  norm: str = "batch_norm"  # after the convolutions, a name of `norm_factory`
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -100,43 +87,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Fields by model name: of `PyramidSegmenter` ("ufp": without transformer), and of
 `FeaturePyramidTransformer`, whose input is a pyramid instead of images."""
 
-SHARDING_RULES = (
-  (r".*/(bias|scale|mixture)", ()),
-  (r".*", "fsdp"),
-)
+SHARDING_RULES = ((r".*/(bias|scale|mixture)", ()), (r".*", "fsdp"))
 """Kernels are sharded over `fsdp`, small arrays replicated."""
 
 NECKS = ("fpt", "ufp")
 
 
 class PyramidSegmenter(nn.Module):
-  """Classifies every pixel.
-
-  Attributes:
-    num_classes: number of classes.
-    width: channels of the pyramid's levels.
-    kernel_sizes: kernel sizes of the pyramid, from the finest to the coarsest level.
-    neck: "fpt", or "ufp": the pyramid without transformer, the paper's baseline.
-    window: window of the grounding transformers; None: all positions. The paper does not state it.
-    transformer: further fields of `FeaturePyramidTransformer`.
-    norm: norm of everything after the backbone; see `norm_factory`.
-    dropout_rate: dropout rate before the classifier.
-    auxiliary_head: adds an auxiliary classifier on c4 in training.
-    backbone: fields of `ResNet`; default "output_stride": 8.
-    dtype: dtype of the computation. Parameters, norm statistics, softmaxes and logits are float32.
-  """
+  """Classifies every pixel."""
 
   num_classes: int = 19
-  width: int = 256
+  width: int = 256  # channels of the pyramid's levels
+  # kernel sizes of the pyramid, from the finest to the coarsest level
   kernel_sizes: Sequence[int] = (1, 7, 15, 31)
-  neck: str = "fpt"
+  neck: str = "fpt"  # "fpt", or "ufp": the pyramid without transformer, the paper's baseline
+  # window of the grounding transformers; None: all positions. The paper does not state it.
   window: int | None = 5
-  transformer: Mapping[str, Any] | None = None
-  norm: str = "batch_norm"
-  dropout_rate: float = 0.1
-  auxiliary_head: bool = False
-  backbone: Mapping[str, Any] | None = None
-  dtype: Dtype = "float32"
+  transformer: Mapping[str, Any] | None = None  # further fields of `FeaturePyramidTransformer`
+  norm: str = "batch_norm"  # norm of everything after the backbone; see `norm_factory`
+  dropout_rate: float = 0.1  # dropout rate before the classifier
+  auxiliary_head: bool = False  # adds an auxiliary classifier on c4 in training
+  backbone: Mapping[str, Any] | None = None  # fields of `ResNet`; default "output_stride": 8
+  dtype: Dtype = "float32"  # of the computation; parameters, statistics, logits are float32
 
   @nn.compact
   def __call__(
@@ -167,7 +139,15 @@ class PyramidSegmenter(nn.Module):
       self.width, self.kernel_sizes, self.norm, self.dtype, name="pyramid"
     )(features["c5"], train=train)
     if self.neck == "fpt":
-      pyramid = self._transformer()(pyramid, train=train)
+      fields: dict[str, Any] = {
+        "norm": self.norm,
+        "window": self.window,
+        **part_fields("transformer", FeaturePyramidTransformer, self.transformer),
+        "width": self.width,
+        "lateral": False,
+        "dtype": self.dtype,
+      }
+      pyramid = FeaturePyramidTransformer(**fields, name="transformer")(pyramid, train=train)
     for level, x in enumerate(pyramid):
       self.sow("intermediates", f"level_{level}", x)
     joined = jnp.concatenate([nn.relu(x) for x in pyramid], axis=-1)
@@ -183,25 +163,11 @@ class PyramidSegmenter(nn.Module):
     """Names of the pyramid's levels."""
     return tuple(f"kernel {size}" for size in self.kernel_sizes)
 
-  def _transformer(self) -> FeaturePyramidTransformer:
-    fields: dict[str, Any] = {
-      "norm": self.norm,
-      "window": self.window,
-      **part_fields("transformer", FeaturePyramidTransformer, self.transformer),
-      "width": self.width,
-      "lateral": False,
-      "dtype": self.dtype,
-    }
-    return FeaturePyramidTransformer(**fields, name="transformer")
-
   def _classify(
     self, name: str, x: Float[Array, "b h w c"], width: int, *, train: bool
   ) -> Float[Array, "b h w k"]:
     norm = norm_factory(self.norm, dtype=self.dtype)
     x = ConvNorm(width, 3, norm, dtype=self.dtype, name=f"{name}_conv")(x, train=train)
     x = nn.Dropout(self.dropout_rate)(x, deterministic=not train)
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    classifier = nn.Dense(
-      self.num_classes, kernel_init=nn.initializers.normal(0.01), dtype=wide, name=name
-    )
-    return classifier(x)
+    wide, init = jnp.promote_types(x.dtype, jnp.float32), nn.initializers.normal(0.01)
+    return nn.Dense(self.num_classes, kernel_init=init, dtype=wide, name=name)(x)

@@ -17,11 +17,9 @@ from vit_jax_zoo.metrics.segmentation import SegmentationEvaluator
 from vit_jax_zoo.ops.checks import check_not_negative
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.fpt import figures as draw
+from vit_jax_zoo.systems.fpt.figures import IGNORE
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import pixel_mask
-
-IGNORE = 255
-"""Label of ignored pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,50 +29,39 @@ class SemanticSegmentation(base.Task):
   Batches: `image` [b h w 3], uint8 or floats in [0, 255], padded at the right and bottom;
   `image_size` int [b 2], height and width without padding (optional); `label_map` int [b h w],
   class ids, 255 for ignored pixels and padding; `mask` bool [b], False for padding examples.
-
-  Attributes:
-    model: called as `model(images, train=...)`, see `segmentation.PyramidSegmenter`.
-    num_classes: number of classes.
-    auxiliary_weight: weight of the auxiliary classifier's loss.
-    class_weights: weight of each class's pixels in the loss, a weighted mean; empty: equal.
-    image_mean: see `normalize_images`.
-    image_std: see `normalize_images`.
-    class_names: names by class id, for figures and per-class scores.
-    per_class: also evaluates each class.
-    backbone_file: pretrained ImageNet classifier for the backbone, used without `init_from`: a file
-      with a ResNet, see `weights.backbones`, or a workdir.
   """
 
   name: ClassVar[str] = "semantic_segmentation"
   keeps_aspect_ratio: ClassVar[bool] = True
 
-  model: base.Model
+  model: base.Model  # called as `model(images, train=...)`, see `segmentation.PyramidSegmenter`
   num_classes: int
-  auxiliary_weight: float = 0.4
+  auxiliary_weight: float = 0.4  # weight of the auxiliary classifier's loss
+  # weight of each class's pixels in the loss, a weighted mean; empty: equal
   class_weights: tuple[float, ...] = ()
+  # see `normalize_images`
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
-  class_names: tuple[str, ...] = ()
-  per_class: bool = False
+  class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
+  per_class: bool = False  # also evaluates each class
+  # pretrained ImageNet classifier for the backbone, used without `init_from`: a file with a ResNet,
+  # see `weights.backbones`, or a workdir
   backbone_file: str | None = None
 
   def __post_init__(self) -> None:
     if not 1 <= self.num_classes <= IGNORE:
       raise ValueError(f"num_classes: {self.num_classes}; expected 1 to {IGNORE}")
     check_not_negative(self, "auxiliary_weight")
-    if self.class_weights and len(self.class_weights) != self.num_classes:
+    given, names = self.class_weights, len(self.class_names)
+    if given and len(given) != self.num_classes:
       raise ValueError(
-        f"class_weights: {len(self.class_weights)} numbers; expected one for each of "
-        f"{self.num_classes} classes"
+        f"class_weights: {len(given)} numbers; expected one for each of {self.num_classes} classes"
       )
-    if any(weight < 0 for weight in self.class_weights) or not any(self.class_weights or (1,)):
+    if any(weight < 0 for weight in given) or not any(given or (1,)):
+      raise ValueError(f"class_weights: {given}; expected no negative number, and not only zeros")
+    if names > self.num_classes:
       raise ValueError(
-        f"class_weights: {self.class_weights}; expected no negative number, and not only zeros"
-      )
-    if len(self.class_names) > self.num_classes:
-      raise ValueError(
-        f"class_names: {len(self.class_names)} names; expected at most {self.num_classes}, the "
-        "num_classes"
+        f"class_names: {names} names; expected at most num_classes={self.num_classes}"
       )
 
   @property
@@ -106,53 +93,37 @@ class SemanticSegmentation(base.Task):
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
     outputs, changed = self.model.apply(
-      variables,
-      self._images(batch),
-      train=True,
-      rngs={"dropout": context.rng},
-      mutable=list(state),
+      variables, self._images(batch), train=True, rngs={"dropout": context.rng}, mutable=list(state)
     )
     labels, labelled = jnp.asarray(batch["label_map"]).astype(jnp.int32), self._is_labelled(batch)
     weights = self._pixel_weights(batch)
     logits = self._upsample(outputs["logits"], batch)
-    losses = self._losses(logits, labels, labelled)
-    metrics = {"pixel_accuracy": _accuracy(logits, labels, labelled)}
-    total = losses
+    total = self._losses(logits, labels, labelled)
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    metrics = {"pixel_accuracy": base.Mean.of(correct, labelled)}
     if "auxiliary_logits" in outputs:
       auxiliary = self._losses(self._upsample(outputs["auxiliary_logits"], batch), labels, labelled)
       metrics["auxiliary_loss"] = base.Mean.of(auxiliary, weights)
-      total = losses + self.auxiliary_weight * auxiliary
+      total = total + self.auxiliary_weight * auxiliary
     unknown = jnp.any(labelled & ((labels < 0) | (labels >= self.num_classes)))
     total = jnp.where(unknown, jnp.nan, total)
     metrics["loss"] = base.Mean.of(total, weights)
-    return base.LossOutput(
-      loss=jnp.sum(total * weights) / context.normalizers["pixels"],
-      metrics=metrics,
-      model_state={**state, **changed},
-    )
+    loss = jnp.sum(total * weights) / context.normalizers["pixels"]
+    return base.LossOutput(loss=loss, metrics=metrics, model_state={**state, **changed})
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Returns the most likely class of each pixel.
+    """Returns `label_map` int32 [b h w], padding included, and `confidence` float32 [b h w].
 
-    Returns:
-      `label_map` int32 [b h w], padding included; `confidence` float32 [b h w], the probability of
-      that class.
+    They are the most likely class of each pixel, and its probability.
     """
     outputs = self.model.apply(variables, self._images(batch), train=False)
     logits = self._upsample(outputs["logits"], batch)
     best = jnp.max(logits, axis=-1)
-    confidence = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1))
-    return {
-      "label_map": jnp.argmax(logits, axis=-1).astype(jnp.int32),
-      "confidence": confidence.astype(jnp.float32),
-    }
+    confidence = jnp.exp(best - jax.nn.logsumexp(logits, axis=-1)).astype(jnp.float32)
+    return {"label_map": jnp.argmax(logits, axis=-1).astype(jnp.int32), "confidence": confidence}
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns the attention maps of the query in each image's centre.
-
-    Raises:
-      ValueError: the model has no transformer, or its attention maps are too large.
-    """
+    """Returns the attention maps of the query in each image's centre."""
     if getattr(self.model, "neck", None) != "fpt":
       raise ValueError("explain: a model without transformer has no attention maps; leave it out")
     apply = functools.partial(self.model.apply, train=False, mutable=["intermediates"])
@@ -170,10 +141,7 @@ class SemanticSegmentation(base.Task):
   def evaluator(self) -> SegmentationEvaluator:
     """Returns an evaluator of mean intersection over union and accuracies."""
     return SegmentationEvaluator(
-      self.num_classes,
-      ignore_label=IGNORE,
-      class_names=self.class_names,
-      per_class=self.per_class,
+      self.num_classes, ignore_label=IGNORE, class_names=self.class_names, per_class=self.per_class
     )
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
@@ -186,8 +154,8 @@ class SemanticSegmentation(base.Task):
     """Draws predicted beside true label maps."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
-    figure = draw.draw_label_maps(batch, self.class_names, predictions["label_map"])
-    return {"predictions": figure}
+    found = predictions["label_map"]
+    return {"predictions": draw.draw_label_maps(batch, self.class_names, found)}
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
     images = normalize_images(jnp.asarray(batch["image"]), self.image_mean, self.image_std)
@@ -202,11 +170,8 @@ class SemanticSegmentation(base.Task):
   def _pixel_weights(self, batch: base.Batch) -> Float[Array, "b h w"]:
     """Returns the class weight of each pixel, 0 without label."""
     labelled = self._is_labelled(batch).astype(jnp.float32)
-    if not self.class_weights:
-      return labelled
-    return labelled * jnp.take(
-      jnp.asarray(self.class_weights), jnp.asarray(batch["label_map"]), mode="clip"
-    )
+    weights = jnp.asarray(self.class_weights or (1.0,), jnp.float32)
+    return labelled * jnp.take(weights, jnp.asarray(batch["label_map"]), mode="clip")
 
   def _upsample(self, logits: Float[Array, "b i j k"], batch: base.Batch) -> Array:
     """Upsamples logits bilinearly by the model's stride and crops them to the image.
@@ -237,9 +202,3 @@ class SemanticSegmentation(base.Task):
     known = jnp.clip(labels, 0, self.num_classes - 1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, known)
     return jnp.where(labelled, losses, 0.0)
-
-
-def _accuracy(
-  logits: Float[Array, "b h w k"], labels: Int[Array, "b h w"], labelled: Bool[Array, "b h w"]
-) -> base.Mean:
-  return base.Mean.of((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), labelled)

@@ -31,7 +31,9 @@ and the norms after the lateral and joining convolutions (`norm`). It is not kno
 variants the published results were obtained with.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -41,7 +43,7 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
-from vit_jax_zoo.nn.norm import norm_factory
+from vit_jax_zoo.nn.norm import conv_norm
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.fpt.attention import (
   BLOCK_ELEMENTS,
@@ -56,6 +58,7 @@ from vit_jax_zoo.systems.fpt.official import (
   OfficialGroundingTransformer,
   OfficialRenderingTransformer,
   OfficialSelfTransformer,
+  conv3x3,
   side_ratio,
 )
 
@@ -67,22 +70,14 @@ class MixtureTransformer(nn.Module):
 
   Sows the attention map as `weights` [b h*w y*x], or [b h w window^2], if "intermediates" is
   mutable. It is the whole map: use small images.
-
-  Attributes:
-    width: output channels; a multiple of `num_parts`.
-    num_parts: number of softmaxes, each over its part of the channels; N in the paper.
-    similarity: "dot" or "euclidean".
-    window: odd side of the window of keys around each query; None: all keys.
-    block_elements: see `attend`.
-    dtype: dtype of the computation; softmaxes are float32.
   """
 
-  width: int
-  num_parts: int
-  similarity: str
-  window: int | None = None
-  block_elements: int = BLOCK_ELEMENTS
-  dtype: Dtype = "float32"
+  width: int  # output channels, a multiple of `num_parts`
+  num_parts: int  # softmaxes, each over its part of the channels; N in the paper
+  similarity: str  # "dot" or "euclidean"
+  window: int | None = None  # odd side of the window of keys around each query; None: all keys
+  block_elements: int = BLOCK_ELEMENTS  # see `attend`
+  dtype: Dtype = "float32"  # of the computation; softmaxes are float32
 
   @nn.compact
   def __call__(
@@ -94,25 +89,22 @@ class MixtureTransformer(nn.Module):
       _projection(self.width, self.dtype, name)(source)
       for name, source in (("query", x), ("key", context), ("value", context))
     )
-    shape = (self.num_parts, self.width)
+    shape, flat = (self.num_parts, self.width), (len(x), -1, self.width)
     mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape)
-    flat = (len(x), -1, self.width)
-    query_flat, key_flat, value_flat = (y.reshape(flat) for y in (query, key, value))
-    shares = mixture_shares(key_flat, mixture)
+    shares = mixture_shares(key.reshape(flat), mixture)
     self.sow("intermediates", "shares", shares)
+    if self.window is None:
+      query, key, value = (y.reshape(flat) for y in (query, key, value))
+      weigh = attention_map
+      attention = functools.partial(attend, block_elements=self.block_elements)
+    else:
+      weigh = functools.partial(local_attention_map, window=self.window)
+      attention = functools.partial(attend_locally, window=self.window)
     similarity = Similarity(self.similarity)
     if self.is_mutable_collection("intermediates"):
-      if self.window is None:
-        weights = attention_map(query_flat, key_flat, shares, similarity)
-      else:
-        weights = local_attention_map(query, key, shares, self.window, similarity)
-      self.sow("intermediates", "weights", weights)
-    if self.window is not None:
-      return attend_locally(query, key, value, shares, self.window, similarity)
-    attended = attend(
-      query_flat, key_flat, value_flat, shares, similarity, block_elements=self.block_elements
-    )
-    return attended.reshape(query.shape)
+      self.sow("intermediates", "weights", weigh(query, key, shares, similarity=similarity))
+    attended = attention(query, key, value, shares, similarity=similarity)
+    return attended.reshape(*x.shape[:3], self.width)
 
 
 class SelfTransformer(MixtureTransformer):
@@ -137,10 +129,6 @@ class RenderingTransformer(nn.Module):
 
   The coarse map's channels are multiplied by the fine map's mean key and refined by a 3x3
   convolution; the fine map, downsampled by a strided convolution, is added.
-
-  Attributes:
-    width: output channels.
-    dtype: dtype of the computation.
   """
 
   width: int
@@ -155,20 +143,8 @@ class RenderingTransformer(nn.Module):
     query = _projection(self.width, self.dtype, "query")(x)
     key = _projection(self.width, self.dtype, "key")(fine)
     gate = jnp.mean(key, (1, 2), keepdims=True, dtype=jnp.promote_types(key.dtype, jnp.float32))
-    attended = self._conv("refine", 1)(query * gate.astype(query.dtype))
-    return attended + self._conv("value", ratio)(fine)
-
-  def _conv(self, name: str, stride: int) -> nn.Module:
-    return nn.Conv(
-      self.width,
-      (3, 3),
-      (stride, stride),
-      padding=((1, 1), (1, 1)),
-      use_bias=False,
-      kernel_init=kaiming_uniform,
-      dtype=self.dtype,
-      name=name,
-    )
+    attended = conv3x3(self.width, self.dtype, name="refine")(query * gate.astype(query.dtype))
+    return attended + conv3x3(self.width, self.dtype, name="value", stride=ratio)(fine)
 
 
 class FeaturePyramidTransformer(nn.Module):
@@ -177,37 +153,25 @@ class FeaturePyramidTransformer(nn.Module):
   Levels are numbered from the finest, 0, as in the parameter names: `lateral_0`, `self_0`,
   `ground_0_1` (level 0 attends to level 1), `render_1_0` (level 0 is rendered into level 1),
   `join_0`.
-
-  Attributes:
-    width: channels of all levels inside and of the output.
-    variant: "paper" or "official"; see the module's docstring.
-    norm: norm after lateral and joining convolutions: "none" (these then have a bias) or a name of
-      `norm_factory`; group norm has 32 groups. "official" always has batch norm inside.
-    rendering: of the official variant, "head" or "november_2020".
-    self_parts: softmaxes in the self-transformers' mixtures.
-    ground_parts: softmaxes in the paper's grounding transformers' mixtures.
-    window: window of the paper's locality-constrained grounding transformer; None: all positions.
-    lateral: a 1x1 convolution maps each level to `width` channels; without it levels need as many.
-    drop_block_rate: DropBlock rate on the outputs in training.
-    drop_block_size: side of DropBlock's squares.
-    dropout_rate: dropout on the official self-transformers' attention maps.
-    block_elements: see `attention.attend`.
-    dtype: dtype of the computation. Parameters, softmaxes and norm statistics are float32.
   """
 
-  width: int = 256
-  variant: str = "paper"
+  width: int = 256  # channels of all levels inside and of the output
+  variant: str = "paper"  # "paper" or "official"; see the module's docstring
+  # norm after lateral and joining convolutions, see `conv_norm`; group norm has 32 groups.
+  # "official" always has batch norm inside.
   norm: str = "none"
-  rendering: str = "head"
-  self_parts: int = 2
-  ground_parts: int = 4
+  rendering: str = "head"  # of the official variant, "head" or "november_2020"
+  self_parts: int = 2  # softmaxes in the self-transformers' mixtures
+  ground_parts: int = 4  # softmaxes in the paper's grounding transformers' mixtures
+  # window of the paper's locality-constrained grounding transformer; None: all positions
   window: int | None = None
+  # a 1x1 convolution maps each level to `width` channels; without it levels need as many
   lateral: bool = True
-  drop_block_rate: float = 0.0
-  drop_block_size: int = 3
-  dropout_rate: float = 0.1
-  block_elements: int = BLOCK_ELEMENTS
-  dtype: Dtype = "float32"
+  drop_block_rate: float = 0.0  # DropBlock rate on the outputs in training
+  drop_block_size: int = 3  # side of DropBlock's squares
+  dropout_rate: float = 0.1  # dropout on the official self-transformers' attention maps
+  block_elements: int = BLOCK_ELEMENTS  # see `attention.attend`
+  dtype: Dtype = "float32"  # of the computation; parameters, softmaxes, statistics are float32
 
   @nn.compact
   def __call__(
@@ -220,89 +184,61 @@ class FeaturePyramidTransformer(nn.Module):
         times the other, rounded up, as strided convolutions produce them.
       train: norms use batch statistics (and update "batch_stats", which must be mutable); dropout
         and DropBlock use the "dropout" stream.
-
-    Raises:
-      ValueError: an unknown variant, or levels that do not fit together.
     """
     self._check(pyramid)
-    levels = [
-      self._conv_norm(f"lateral_{i}", shard_batch(x.astype(self.dtype)), 1, train=train)
-      if self.lateral
-      else shard_batch(x.astype(self.dtype))
-      for i, x in enumerate(pyramid)
-    ]
+    levels = [shard_batch(x.astype(self.dtype)) for x in pyramid]
+    if self.lateral:
+      levels = [self._conv(f"lateral_{i}", x, 1, train=train) for i, x in enumerate(levels)]
     outputs = []
     for i, x in enumerate(levels):
-      parts = [
-        self._self(i, x, train=train),
-        *(self._render(i, j, x, levels[j], train=train) for j in reversed(range(i))),
-        *(self._ground(i, j, x, levels[j], train=train) for j in range(i + 1, len(levels))),
-        x,
-      ]
-      joined = shard_batch(jnp.concatenate(parts, axis=-1))
-      output = self._conv_norm(f"join_{i}", joined, 3, train=train)
+      parts = {f"self_{i}": self._self(f"self_{i}", x, train=train)}
+      for j in reversed(range(i)):
+        parts[f"render_{i}_{j}"] = self._render(f"render_{i}_{j}", x, levels[j], train=train)
+      for j in range(i + 1, len(levels)):
+        parts[f"ground_{i}_{j}"] = self._ground(f"ground_{i}_{j}", x, levels[j], train=train)
+      for name, part in parts.items():
+        self.sow("intermediates", f"{name}_output", part)
+      joined = jnp.concatenate([*map(shard_batch, parts.values()), x], axis=-1)
+      output = self._conv(f"join_{i}", shard_batch(joined), 3, train=train)
       drop = DropBlock(self.drop_block_rate, self.drop_block_size, name=f"drop_block_{i}")
       outputs.append(drop(output, train=train))
     return tuple(outputs)
 
-  def _self(self, level: int, x: Float[Array, "b h w d"], *, train: bool) -> Array:
-    name = f"self_{level}"
-    fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
+  def _self(self, name: str, x: Float[Array, "b h w d"], *, train: bool) -> Array:
+    fields: dict[str, Any] = {
+      "block_elements": self.block_elements, "dtype": self.dtype, "name": name
+    }  # fmt: skip
     if self.variant == "paper":
-      result = SelfTransformer(self.width, self.self_parts, **fields)(x)
-    else:
-      transformer = OfficialSelfTransformer(
-        self.width, self.self_parts, self.dropout_rate, **fields
-      )
-      result = transformer(x, train=train)
-    return self._output(name, result)
+      return SelfTransformer(self.width, self.self_parts, **fields)(x)
+    official = OfficialSelfTransformer(self.width, self.self_parts, self.dropout_rate, **fields)
+    return official(x, train=train)
 
   def _ground(
-    self, level: int, other: int, x: Float[Array, "b h w d"], coarse: Array, *, train: bool
+    self, name: str, x: Float[Array, "b h w d"], coarse: Array, *, train: bool
   ) -> Float[Array, "b h w d"]:
-    name = f"ground_{level}_{other}"
-    if self.variant == "paper":
-      transformer = GroundingTransformer(
-        self.width,
-        self.ground_parts,
-        window=self.window,
-        block_elements=self.block_elements,
-        dtype=self.dtype,
-        name=name,
-      )
-      return self._output(name, transformer(x, coarse))
-    official = OfficialGroundingTransformer(self.width, self.dtype, name=name)
-    return self._output(name, official(x, coarse, train=train))
-
-  def _render(
-    self, level: int, other: int, x: Float[Array, "b h w d"], fine: Array, *, train: bool
-  ) -> Float[Array, "b h w d"]:
-    name = f"render_{level}_{other}"
-    if self.variant == "paper":
-      result = RenderingTransformer(self.width, self.dtype, name=name)(x, fine)
-    else:
-      transformer = OfficialRenderingTransformer(self.width, self.rendering, self.dtype, name=name)
-      result = transformer(x, fine, train=train)
-    return self._output(name, result)
-
-  def _output(self, name: str, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
-    self.sow("intermediates", f"{name}_output", x)
-    return shard_batch(x)
-
-  def _conv_norm(
-    self, name: str, x: Float[Array, "b h w c"], size: int, *, train: bool
-  ) -> Float[Array, "b h w d"]:
-    x = nn.Conv(
+    if self.variant == "official":
+      return OfficialGroundingTransformer(self.width, self.dtype, name=name)(x, coarse, train=train)
+    return GroundingTransformer(
       self.width,
-      (size, size),
-      padding=((size // 2, size // 2),) * 2,
-      use_bias=self.norm == "none",
-      kernel_init=kaiming_uniform,
+      self.ground_parts,
+      window=self.window,
+      block_elements=self.block_elements,
       dtype=self.dtype,
       name=name,
-    )(x)
-    if self.norm != "none":
-      x = norm_factory(self.norm, dtype=self.dtype)(name=f"{name}_norm")(x, train=train)
+    )(x, coarse)
+
+  def _render(
+    self, name: str, x: Float[Array, "b h w d"], fine: Array, *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    if self.variant == "paper":
+      return RenderingTransformer(self.width, self.dtype, name=name)(x, fine)
+    official = OfficialRenderingTransformer(self.width, self.rendering, self.dtype, name=name)
+    return official(x, fine, train=train)
+
+  def _conv(
+    self, name: str, x: Float[Array, "b h w c"], size: int, *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    x = conv_norm(self, name, x, self.width, size, train=train)
     self.sow("intermediates", f"{name}_output", x)
     return x
 

@@ -11,7 +11,6 @@ Paths are relative to `params`; those of running statistics begin with "batch_st
 """
 
 import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -62,53 +61,28 @@ def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:
 POINTWISE = Transform(_read_pointwise, lambda array: array.T[:, :, None, None])
 """A 1x1 convolution, [out in 1 1] <-> [in out]."""
 
-
-_conv_rows = functools.partial(layer_rows, transform=POINTWISE)
-
-
-def self_rows(published: str, ours: str) -> list[Row]:
-  """Rows of an `OfficialSelfTransformer`."""
-  return [
-    *_conv_rows(f"{published}.conv_qs", f"{ours}/query_key"),
-    *_conv_rows(f"{published}.conv_vs", f"{ours}/value"),
-    Row(f"{published}.attention.weight", f"{ours}/mixture"),
-    *_conv_rows(f"{published}.conv", f"{ours}/out"),
-    *batch_norm_rows(f"{published}.norm_layer", f"{ours}/norm"),
-  ]
+# Layers of the modules: 1x1 convolutions, 3x3 convolutions, batch norms.
+_MODULES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str]]] = {
+  "st": ({"conv_qs": "query_key", "conv_vs": "value", "conv": "out"}, {}, {"norm_layer": "norm"}),
+  "gt": ({"theta": "query", "phi": "key", "g": "value", "W_z.0": "out"}, {}, {"W_z.1": "norm"}),
+  "rt": (
+    {"conv1x1": "gate", "conv_reduction": "reduce", "conv_cat": "concat"},
+    {"conv3x3": "refine", "str_conv3x3": "halve"},
+    {"bn_high": "refine_norm", "bn_low": "gate_norm", "bn_reduction": "added_norm"},
+  ),
+}
 
 
-def ground_rows(published: str, ours: str) -> list[Row]:
-  """Rows of an `OfficialGroundingTransformer`."""
-  return [
-    *_conv_rows(f"{published}.theta", f"{ours}/query"),
-    *_conv_rows(f"{published}.phi", f"{ours}/key"),
-    *_conv_rows(f"{published}.g", f"{ours}/value"),
-    *_conv_rows(f"{published}.W_z.0", f"{ours}/out"),
-    *batch_norm_rows(f"{published}.W_z.1", f"{ours}/norm"),
-  ]
-
-
-def render_rows(published: str, ours: str) -> list[Row]:
-  """Rows of an `OfficialRenderingTransformer`."""
-  return [
-    *_conv_rows(f"{published}.conv3x3", f"{ours}/refine", transform=CONVOLUTION),
-    *batch_norm_rows(f"{published}.bn_high", f"{ours}/refine_norm"),
-    *_conv_rows(f"{published}.conv1x1", f"{ours}/gate"),
-    *batch_norm_rows(f"{published}.bn_low", f"{ours}/gate_norm"),
-    *_conv_rows(f"{published}.str_conv3x3", f"{ours}/halve", transform=CONVOLUTION),
-    *batch_norm_rows(f"{published}.bn_reduction", f"{ours}/added_norm"),
-    *_conv_rows(f"{published}.conv_reduction", f"{ours}/reduce"),
-    *_conv_rows(f"{published}.conv_cat", f"{ours}/concat"),
-  ]
-
-
-def _join_rows(published: str, ours: str) -> list[Row]:
-  """Rows of a lateral or joining convolution, with or without norm."""
-  return [
-    *_conv_rows(f"{published}.0", ours, transform=CONVOLUTION),
-    *batch_norm_rows(f"{published}.1", f"{ours}_norm"),
-    *_conv_rows(published, ours, transform=CONVOLUTION),
-  ]
+def module_rows(kind: str, published: str, ours: str) -> list[Row]:
+  """Rows of a self- ("st"), grounding ("gt") or rendering transformer ("rt")."""
+  rows = [Row(f"{published}.attention.weight", f"{ours}/mixture")] if kind == "st" else []
+  pointwise, convolutions, norms = _MODULES[kind]
+  for layers, transform in ((pointwise, POINTWISE), (convolutions, CONVOLUTION)):
+    for key, name in layers.items():
+      rows += layer_rows(f"{published}.{key}", f"{ours}/{name}", transform)
+  for key, name in norms.items():
+    rows += batch_norm_rows(f"{published}.{key}", f"{ours}/{name}")
+  return rows
 
 
 def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row, ...]:
@@ -122,23 +96,18 @@ def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row
   rows: list[Row] = []
   for level in range(LEVELS):
     own = f"p{level + FINEST}"
-    rows += self_rows(f"{prefix}st_{own}", f"self_{level}")
+    rows += module_rows("st", f"{prefix}st_{own}", f"{ours}self_{level}")
     for other in range(LEVELS):
       pair = f"{own}_p{other + FINEST}"
       if other > level:
-        rows += ground_rows(f"{prefix}gt_{pair}", f"ground_{level}_{other}")
+        rows += module_rows("gt", f"{prefix}gt_{pair}", f"{ours}ground_{level}_{other}")
       if other < level:
-        rows += render_rows(f"{prefix}rt_{pair}", f"render_{level}_{other}")
-    for theirs, name in ((f"fpn_{own}_1x1", "lateral"), (f"fpt_{own}", "join")):
-      joins = _join_rows(prefix + theirs, f"{name}_{level}")
-      rows += [row for row in joins if with_norm == bool(re.search(r"\.[01]\.\w+$", row.published))]
-  return tuple(_below(ours, row) for row in rows)
-
-
-def _below(ours: str, row: Row) -> Row:
-  collection = STATISTICS if row.ours.startswith(STATISTICS) else ""
-  path = f"{collection}{ours}{row.ours.removeprefix(STATISTICS)}"
-  return Row(row.published, path, row.transform)
+        rows += module_rows("rt", f"{prefix}rt_{pair}", f"{ours}render_{level}_{other}")
+    for theirs, name in ((f"{prefix}fpn_{own}_1x1", "lateral"), (f"{prefix}fpt_{own}", "join")):
+      path, conv = f"{ours}{name}_{level}", f"{theirs}.0" if with_norm else theirs
+      rows += layer_rows(conv, path, CONVOLUTION)
+      rows += batch_norm_rows(f"{theirs}.1", f"{path}_norm") if with_norm else ()
+  return tuple(rows)
 
 
 def is_of(published: Mapping[str, Array], prefix: str = "") -> bool:
@@ -151,8 +120,7 @@ def infer_fields(
 ) -> dict[str, Any]:
   """Returns the fields of the `FeaturePyramidTransformer` of a state dict.
 
-  Raises:
-    WeightsError: it contains none; or `conv_qs` and `conv_ks` differ.
+  Raises WeightsError if it contains none, or `conv_qs` and `conv_ks` differ.
   """
   if not is_of(published, prefix):
     keys = ", ".join(sorted(published)[:3])
@@ -175,30 +143,20 @@ def infer_fields(
 
 @dataclasses.dataclass(frozen=True)
 class FptCheckpoint(Checkpoint):
-  """A file with an FPT only, whose input is a pyramid.
+  """A file with an FPT only, whose input is a pyramid."""
 
-  Attributes:
-    channels: channels of the backbone's maps, from fine to coarse.
-  """
-
-  channels: tuple[int, ...] = ()
+  channels: tuple[int, ...] = ()  # of the backbone's maps, from fine to coarse
 
   def example_inputs(self, size: Size) -> tuple[Any, ...]:
     """Returns a minimal pyramid: parameters do not depend on its size."""
     del size
-    sides = [2**level for level in reversed(range(LEVELS))]
-    pyramid = [
-      np.zeros((1, n, n, c), np.float32) for n, c in zip(sides, self.channels, strict=True)
-    ]
-    return (pyramid,)
+    sides = reversed([2**level for level in range(LEVELS)])
+    levels = zip(sides, self.channels, strict=True)
+    return ([np.zeros((1, n, n, c), np.float32) for n, c in levels],)
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a state dict of the authors' class.
-
-  Raises:
-    WeightsError: it is of something else.
-  """
+  """Reads a state dict of the authors' class."""
   arrays = published.arrays
   fields = infer_fields(arrays, source=published.path)
   first = ".0" if fields["norm"] != "none" else ""
@@ -220,12 +178,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
   """Returns the arrays of a detector's neck by path, from a file of an FPT or a detector.
 
-  Args:
-    path: path of the file.
-    shapes: shapes of the neck's variables by path.
-
-  Raises:
-    WeightsError: the file contains no FPT, or one of other shapes.
+  Raises WeightsError if the file contains no FPT, or one of other `shapes`, which are by path.
   """
   arrays = read_published(path).arrays
   prefix = "" if is_of(arrays) else BODY
@@ -242,9 +195,6 @@ def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "")
     variables: arrays by path.
     ours: prefix of the FPT's paths; others are ignored.
     prefix: prefix of the keys.
-
-  Raises:
-    WeightsError: the code has no name for a variable.
   """
   own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
   with_norm = f"{ours}join_0_norm/scale" in own
@@ -254,15 +204,7 @@ def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "")
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes an FPT, or that of a detector, for the authors' class.
-
-  Args:
-    path: path; `.safetensors`, else PyTorch's format.
-    export: export of an FPT, or of a detector with an FPT as neck.
-
-  Raises:
-    WeightsError: it has no official FPT of four levels.
-  """
+  """Writes an FPT, or a detector's neck, for the authors' class; WeightsError if it is another."""
   ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
   if f"{ours}render_1_0/gate_norm/scale" not in export.variables:
     raise WeightsError("variant: the authors' code has no FPT other than variant='official'")
