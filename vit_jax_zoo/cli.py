@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from vit_jax_zoo.training import disk_errors, libtpu
+from vit_jax_zoo.training import disk_errors, libtpu, malloc
 
 USER_ERRORS = (
   ValueError, KeyError, AttributeError, TypeError, OSError, ImportError, RuntimeError,
@@ -80,6 +80,7 @@ def run(
           raise ValueError(f"--{name} is now --{(renamed or {})[name]}")
       return (parse or parse_flags)(argv)
 
+  malloc.keep_freed_memory()  # before log_plainly, whose settings for libtpu look like a TPU's
   log_plainly()
   if define_flags is not None:
     define_flags()
