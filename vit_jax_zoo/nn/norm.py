@@ -48,17 +48,17 @@ class BatchNorm(nn.Module):
     mean, var = running_mean.value, running_var.value
     if train:
       # Moments around the running mean: one pass, without the cancellation of E[x^2] - E[x]^2.
-      origin = jax.lax.stop_gradient(mean)
-      mean, var = _moments(x, origin)
+      origin, axes = jax.lax.stop_gradient(mean), tuple(range(x.ndim - 1))
+      offset = x - _as_channels(origin, x)
+      mean = jnp.mean(offset, axes)
+      var = jnp.maximum(jnp.mean(offset * offset, axes) - mean * mean, 0)
+      mean = mean + origin
       if not self.is_initializing():
         count = x.size // x.shape[-1]
         unbiased = var * (count / max(count - 1, 1))
-        self._update(running_mean, mean)
-        self._update(running_var, unbiased)
+        for running, new in ((running_mean, mean), (running_var, unbiased)):
+          running.value = self.momentum * running.value + (1 - self.momentum) * new
     return _normalize(x, mean, var, scale, bias, self.epsilon).astype(self.dtype)
-
-  def _update(self, running: nn.Variable, new: Float[Array, " c"]) -> None:
-    running.value = self.momentum * running.value + (1 - self.momentum) * new
 
 
 class FrozenBatchNorm(nn.Module):
@@ -69,10 +69,12 @@ class FrozenBatchNorm(nn.Module):
 
   Attributes:
     epsilon: added to the variance under the root.
+    scale_init: no effect; for the signature of `BatchNorm`.
     dtype: of the result.
   """
 
   epsilon: float = 1e-5
+  scale_init: Initializer | None = None
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -121,7 +123,7 @@ def norm_factory(
   if kind == "batch_norm":
     return functools.partial(BatchNorm, momentum=momentum, epsilon=epsilon, dtype=dtype)
   if kind == "frozen_batch_norm":
-    return functools.partial(_frozen, epsilon=epsilon, dtype=dtype)
+    return functools.partial(FrozenBatchNorm, epsilon=epsilon, dtype=dtype)
   if kind == "group_norm":
     return functools.partial(GroupNorm, num_groups=num_groups, epsilon=epsilon, dtype=dtype)
   raise ValueError(unknown_name("norm", kind, NORMS))
@@ -163,29 +165,8 @@ def optional_norm(
   return norm_factory(owner.norm, dtype=owner.dtype)(name=f"{name}_norm")(x, train=train)
 
 
-def _frozen(scale_init: Initializer | None = None, **fields: Any) -> nn.Module:
-  del scale_init
-  return FrozenBatchNorm(**fields)
-
-
-def _moments(
-  x: Float[Array, "*b c"], origin: Float[Array, " c"]
-) -> tuple[Float[Array, " c"], Float[Array, " c"]]:
-  """Returns mean and biased variance of each channel, computed around `origin`."""
-  axes = tuple(range(x.ndim - 1))
-  offset = x - _as_channels(origin, x)
-  mean = jnp.mean(offset, axes)
-  var = jnp.maximum(jnp.mean(offset * offset, axes) - mean * mean, 0)
-  return mean + origin, var
-
-
 def _normalize(
-  x: Float[Array, "*b c"],
-  mean: Float[Array, " c"],
-  var: Float[Array, " c"],
-  scale: Float[Array, " c"],
-  bias: Float[Array, " c"],
-  epsilon: float,
+  x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float
 ) -> Float[Array, "*b c"]:
   factor = scale * jax.lax.rsqrt(var + epsilon)
   return (x - _as_channels(mean, x)) * _as_channels(factor, x) + _as_channels(bias, x)

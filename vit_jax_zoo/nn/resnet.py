@@ -244,13 +244,8 @@ class Bottleneck(nn.Module):
     first_stride, stride = (self.stride, 1) if self.stride_in_1x1 else (1, self.stride)
     y = self._conv(self.width, 1, first_stride, name="conv1")(x, train=train)
     y = self.spatial(y, stride, train=train)
-    last = self._conv(
-      4 * self.width,
-      1,
-      activation=None,
-      zero_init_scale=self.zero_init_last_scale,
-      name="conv3",
-    )
+    zero = self.zero_init_last_scale
+    last = self._conv(4 * self.width, 1, activation=None, zero_init_scale=zero, name="conv3")
     y = last(y, train=train)
     if self.se_ratio:
       y = SqueezeExcite(self.se_ratio, self.dtype, name="se")(y)
@@ -344,9 +339,7 @@ class ResNet(nn.Module):
     """
     return self.pyramid(images, train=train)
 
-  def pyramid(
-    self, images: Float[Array, "b h w c"], *, train: bool
-  ) -> dict[str, Float[Array, "b _ _ _"]]:
+  def pyramid(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
     """Returns the feature pyramid, for subclasses with a head."""
     self.check()
     make_norm = self._norm_factory()
@@ -354,11 +347,12 @@ class ResNet(nn.Module):
     stem = Stem(self.stem, self.stem_width, make_norm, self.activation, self.dtype, name="stem")
     x = stem(x, train=train)
     rates = iter(drop_path_rates(self.drop_path_rate, sum(self.blocks)))
+    names = ("shortcut", "activation", "stride_in_1x1", "zero_init_last_scale", "dtype")
+    shared = {name: getattr(self, name) for name in (*names, "pointwise_products")}
     features = {}
     for stage, strides in zip(STAGES, self._strides(), strict=True):
-      call = (
-        nn.remat(_call_block, static_argnums=(2,)) if stage in self.remat_stages else _call_block
-      )
+      remat = stage in self.remat_stages
+      call = nn.remat(_call_block, static_argnums=(2,)) if remat else _call_block
       for index, (stride, dilation) in enumerate(strides):
         block = self.block(
           stage,
@@ -367,15 +361,10 @@ class ResNet(nn.Module):
           norm=make_norm,
           stride=stride,
           dilation=dilation,
-          shortcut=self.shortcut,
           se_ratio=self.se_ratio if stage in self.se_stages else 0.0,
           drop_path_rate=next(rates),
-          activation=self.activation,
-          stride_in_1x1=self.stride_in_1x1,
-          zero_init_last_scale=self.zero_init_last_scale,
-          pointwise_products=self.pointwise_products,
-          dtype=self.dtype,
           name=f"{stage}_block{index}",
+          **shared,
         )
         x = shard_batch(call(block, x, train))
       features[stage] = x

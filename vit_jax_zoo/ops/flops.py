@@ -71,30 +71,11 @@ def _convolution_flops(equation: Any) -> int:
   # The kernel's input-feature axis is already one group's share, and the output's batch axis too.
   products = output[numbers.out_spec[0]] * output[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
   for axis, stride in enumerate(params["window_strides"]):
-    products *= _taps(
-      inputs[numbers.lhs_spec[2 + axis]],
-      kernel[numbers.rhs_spec[2 + axis]],
-      output[numbers.out_spec[2 + axis]],
-      stride=stride,
-      low_padding=params["padding"][axis][0],
-      input_dilation=params["lhs_dilation"][axis],
-      kernel_dilation=params["rhs_dilation"][axis],
-    )
+    # The number of (output, kernel) pairs along the axis that read an element of the input.
+    dilation = params["lhs_dilation"][axis]
+    first = np.arange(output[numbers.out_spec[2 + axis]])[:, None] * stride
+    taps = np.arange(kernel[numbers.rhs_spec[2 + axis]]) * params["rhs_dilation"][axis]
+    position = first + taps - params["padding"][axis][0]
+    inside = (position >= 0) & (position <= (inputs[numbers.lhs_spec[2 + axis]] - 1) * dilation)
+    products *= int(np.sum(inside & (position % dilation == 0)))
   return 2 * products
-
-
-def _taps(
-  input_size: int,
-  kernel_size: int,
-  output_size: int,
-  *,
-  stride: int,
-  low_padding: int,
-  input_dilation: int,
-  kernel_dilation: int,
-) -> int:
-  """Returns the number of (output, kernel) pairs along one axis that read an input element."""
-  output = np.arange(output_size)[:, None]
-  position = output * stride + np.arange(kernel_size) * kernel_dilation - low_padding
-  inside = (position >= 0) & (position <= (input_size - 1) * input_dilation)
-  return int(np.sum(inside & (position % input_dilation == 0)))
