@@ -156,7 +156,7 @@ class TestTimmFlavour:
     def expected(kind):
       image, fill = Image.fromarray(wide), (1, 2, 3)
       if kind == "rotate":
-        return either_way(lambda d: image.rotate(d, ops.BICUBIC, fillcolor=fill), 30)
+        return either_way(lambda d: image.rotate(d, ops.Resampling.BICUBIC, fillcolor=fill), 30)
       matrix = {
         "shear_x": lambda s: (1, 0.3 * s, 0, 0, 1, 0),
         "shear_y": lambda s: (1, 0, 0, 0.3 * s, 1, 0),
@@ -165,7 +165,10 @@ class TestTimmFlavour:
       }[kind]
       affine = Image.Transform.AFFINE
       return either_way(
-        lambda s: image.transform(image.size, affine, matrix(s), ops.BICUBIC, fillcolor=fill), 1
+        lambda s: image.transform(
+          image.size, affine, matrix(s), ops.Resampling.BICUBIC, fillcolor=fill
+        ),
+        1,
       )
 
     for kind in ("shear_x", "shear_y", "translate_x", "translate_y"):

@@ -91,7 +91,9 @@ def test_contrast_from_a_given_grey():
   np.testing.assert_array_equal(ops.contrast(image, 1.9, grey=196), [[[0, 13, 255]]])
 
 
-@pytest.mark.parametrize("resample", [ops.NEAREST, ops.BILINEAR, ops.BICUBIC])
+@pytest.mark.parametrize(
+  "resample", [ops.Resampling.NEAREST, ops.Resampling.BILINEAR, ops.Resampling.BICUBIC]
+)
 @pytest.mark.parametrize("degrees", [-30.0, 12.5, 27.0])
 def test_rotate(image, degrees, resample):
   expected = Image.fromarray(image).rotate(degrees, resample, fillcolor=FILL)
@@ -102,7 +104,7 @@ def test_rotate(image, degrees, resample):
 
 def test_affine_takes_pixels_from_where_the_matrix_says():
   image = CASES["noise"]
-  moved = ops.affine(image, (1, 0, 3, 0, 1, -2), FILL)
+  moved = ops.affine(image, (1, 0, 3, 0, 1, -2), FILL, ops.Resampling.NEAREST)
   expected = np.empty_like(image)
   expected[:] = FILL
   expected[2:, :-3] = image[:-2, 3:]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.data.transforms import build_transforms, geometry
+from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.data.transforms import detection as scaling
 
 SCALING = [
@@ -52,7 +52,7 @@ class TestOfficial:
   def test_flip(self, official):
     """Guards the mirrored boxes and masks."""
     _, example, outputs = official
-    result = geometry.mirror(example)
+    result = scaling.Mirror()(example)
     check(result, outputs, "hflip")
     np.testing.assert_array_equal(result["image"], example["image"][:, ::-1])
 
@@ -60,7 +60,7 @@ class TestOfficial:
     """Guards clipping, and that objects outside are gone with their masks and labels."""
     config, example, outputs = official
     top, left, height, width = config["crop_region_i_j_h_w"]
-    check(geometry.crop(example, geometry.Window(top, left, height, width)), outputs, "crop")
+    check(scaling.Window(top, left, height, width)(example), outputs, "crop")
 
   def test_normalized_boxes(self, official):
     """Guards the targets: centre, width and height as shares of the image."""

@@ -19,48 +19,30 @@ from vit_jax_zoo.data.transforms.base import Transform
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.registry import Registry
 
-_HERE = "vit_jax_zoo.data.transforms"
+_NAMES = {
+  "image": "decode random_resized_crop random_resize_small random_translate random_crop "
+  "central_crop resize resize_small one_hot multi_hot keep_prefix",
+  "augment": "rand_augment timm_rand_augment random_erasing",
+  "detection": "load_objects keep_classes random_flip resize_shorter random_scale_crop pad_objects",
+  "segmentation": "load_label_map random_scale random_window pad_label_map",
+  "super_resolution": "super_resolution_pair random_pair_crop random_pair_turn pad_pair",
+}
 TRANSFORMS = Registry(
   "transform",
   {
-    "decode": f"{_HERE}.image:Decode",
-    "random_resized_crop": f"{_HERE}.image:RandomResizedCrop",
-    "random_resize_small": f"{_HERE}.image:RandomResizeSmall",
-    "random_translate": f"{_HERE}.image:RandomTranslate",
-    "random_crop": f"{_HERE}.image:RandomCrop",
-    "central_crop": f"{_HERE}.image:CentralCrop",
-    "resize": f"{_HERE}.image:Resize",
-    "resize_small": f"{_HERE}.image:ResizeSmall",
-    "one_hot": f"{_HERE}.image:OneHot",
-    "multi_hot": f"{_HERE}.image:MultiHot",
-    "keep_prefix": f"{_HERE}.image:KeepPrefix",
-    "rand_augment": f"{_HERE}.augment:RandAugment",
-    "timm_rand_augment": f"{_HERE}.augment:TimmRandAugment",
-    "random_erasing": f"{_HERE}.augment:RandomErasing",
-    "load_objects": f"{_HERE}.detection:LoadObjects",
-    "keep_classes": f"{_HERE}.detection:KeepClasses",
-    "random_flip": f"{_HERE}.detection:RandomFlip",
-    "resize_shorter": f"{_HERE}.detection:ResizeShorter",
-    "random_scale_crop": f"{_HERE}.detection:RandomScaleCrop",
-    "pad_objects": f"{_HERE}.detection:PadObjects",
-    "load_label_map": f"{_HERE}.segmentation:LoadLabelMap",
-    "random_scale": f"{_HERE}.segmentation:RandomScale",
-    "random_window": f"{_HERE}.segmentation:RandomWindow",
-    "pad_label_map": f"{_HERE}.segmentation:PadLabelMap",
-    "super_resolution_pair": f"{_HERE}.super_resolution:SuperResolutionPair",
-    "random_pair_crop": f"{_HERE}.super_resolution:RandomPairCrop",
-    "random_pair_turn": f"{_HERE}.super_resolution:RandomPairTurn",
-    "pad_pair": f"{_HERE}.super_resolution:PadPair",
+    name: f"{__name__}.{module}:{name.title().replace('_', '')}"
+    for module, names in _NAMES.items()
+    for name in names.split()
   },
 )
-"""The transforms that a config can name."""
+"""The transforms that a config can name, by module; `random_crop` is the class RandomCrop."""
+
+_RETIRED = {"upright"}
+"""Fields in the configs of old runs."""
 
 
 def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
-  """Builds the transforms of a config.
-
-  Args:
-    specs: `name` and fields of each transform, in order.
+  """Builds the transforms of a config from the `name` and fields of each, in order.
 
   Raises:
     ValueError: an unknown name or field, or a missing one.
@@ -69,10 +51,6 @@ def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...
   (RandomCrop(size=32),)
   """
   return tuple(_build(dict(spec)) for spec in specs)
-
-
-_RETIRED = {"upright"}
-"""Fields in the configs of old runs."""
 
 
 def _build(spec: dict[str, Any]) -> Transform:

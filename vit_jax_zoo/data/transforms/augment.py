@@ -34,7 +34,6 @@ error for that threshold.) Strength does not grow with M: RandAugment(2, 0) is a
 
 import abc
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeAlias
@@ -43,13 +42,16 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageFilter
+from PIL.Image import Resampling
 
 from vit_jax_zoo.data.transforms.base import ImageTransform
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.data.transforms.image import check_range
+from vit_jax_zoo.errors import check_names
 
-MODES = ("const", "rand", "pixel")
+Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 
-_ATTEMPTS = 10
+Color: TypeAlias = tuple[int, int, int]
+"""Red, green, blue in [0, 255]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,40 +60,25 @@ class RandomErasing(ImageTransform):
 
   timm erases after normalisation, with zeros or normal noise; here, in [0, 255], that is the data's
   mean, or its mean plus noise of its standard deviation, clipped (and rounded for uint8).
-
-  Attributes:
-    probability: of erasing.
-    area: smallest and largest fraction of the image in all rectangles together.
-    aspect_ratio: smallest and largest height/width, drawn on a logarithmic scale.
-    mode: "const": the mean; "rand": a random color for each rectangle; "pixel": for each pixel.
-    max_count: largest number of rectangles.
-    image_mean: the task's, in [0, 1]; one number or one for each channel.
-    image_std: the task's; one number or one for each channel.
   """
 
-  name = "random_erasing"
-
-  probability: float | int = 0.5
-  area: Sequence[float | int] = (0.02, 1 / 3)
-  aspect_ratio: Sequence[float | int] = (0.3, 1 / 0.3)
-  mode: str = "const"
-  max_count: int = 1
-  image_mean: float | int | Sequence[float | int] = 0.5
-  image_std: float | int | Sequence[float | int] = 0.5
+  probability: float | int = 0.5  # of erasing
+  area: Sequence[float | int] = (0.02, 1 / 3)  # limits of all rectangles' fraction of the image
+  aspect_ratio: Sequence[float | int] = (0.3, 1 / 0.3)  # limits of height/width, drawn in logs
+  mode: str = "const"  # the mean; "rand": a random color a rectangle; "pixel": one for each pixel
+  max_count: int = 1  # largest number of rectangles
+  image_mean: float | int | Sequence[float | int] = 0.5  # the task's, in [0, 1]; or by channel
+  image_std: float | int | Sequence[float | int] = 0.5  # the task's; one number or one a channel
 
   def __post_init__(self) -> None:
-    if self.mode not in MODES:
-      raise ValueError(unknown_name("random_erasing mode", self.mode, MODES))
+    check_names("random_erasing mode", [self.mode], ("const", "rand", "pixel"))
     if not 0 <= self.probability <= 1 or self.max_count < 1:
       raise ValueError(
         "random_erasing needs a probability in [0, 1] and a max_count of at least 1, not "
         f"{self.probability} and {self.max_count}"
       )
-    for field, value, upper in (
-      ("area", self.area, 1.0), ("aspect_ratio", self.aspect_ratio, math.inf),
-    ):  # fmt: skip
-      if not (len(value) == 2 and 0 < value[0] <= value[1] <= upper):
-        raise ValueError(f"random_erasing: {field} must be (smallest, largest), got {value}")
+    check_range("random_erasing: area", self.area, 1.0)
+    check_range("random_erasing: aspect_ratio", self.aspect_ratio, math.inf)
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the image of the same type, erased or unchanged."""
@@ -111,7 +98,7 @@ class RandomErasing(ImageTransform):
     self, size: tuple[int, int], count: int, rng: np.random.Generator
   ) -> tuple[int, int, int, int] | None:
     """Draws (top, left, height, width); None if ten attempts did not fit."""
-    for _ in range(_ATTEMPTS):
+    for _ in range(10):
       area = rng.uniform(self.area[0], self.area[1]) * size[0] * size[1] / count
       ratio = math.exp(rng.uniform(math.log(self.aspect_ratio[0]), math.log(self.aspect_ratio[1])))
       height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -125,22 +112,10 @@ class RandomErasing(ImageTransform):
     noise = np.zeros(shape[-1])
     if self.mode != "const":
       noise = rng.standard_normal(shape if self.mode == "pixel" else shape[-1])
-    values = np.clip(
-      255 * (np.asarray(self.image_mean) + np.asarray(self.image_std) * noise), 0, 255
-    )
+    values = 255 * (np.asarray(self.image_mean) + np.asarray(self.image_std) * noise)
+    values = np.clip(values, 0, 255)
     return (np.rint(values) if dtype == np.uint8 else values).astype(dtype)
 
-
-Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
-
-Color: TypeAlias = tuple[int, int, int]
-"""Red, green, blue in [0, 255]."""
-
-NEAREST, BILINEAR, BICUBIC = (
-  Image.Resampling.NEAREST,
-  Image.Resampling.BILINEAR,
-  Image.Resampling.BICUBIC,
-)
 
 _LEVELS = np.arange(256)
 _SMOOTH = ImageFilter.Kernel((3, 3), (1, 1, 1, 1, 5, 1, 1, 1, 1), scale=13)
@@ -152,8 +127,7 @@ def auto_contrast(image: Pixels) -> Pixels:
   for channel in cv2.split(image):
     low, high, _, _ = cv2.minMaxLoc(channel)
     scale = 255.0 / (high - low) if high > low else 1.0
-    offset = -low * scale if high > low else 0.0
-    tables.append(_truncate(_LEVELS * scale + offset))
+    tables.append(_truncate(_LEVELS * scale + (-low * scale if high > low else 0.0)))
   return _look_up(image, np.stack(tables, axis=1))
 
 
@@ -167,8 +141,7 @@ def _equalizing(histogram: np.ndarray) -> np.ndarray:
   step = (histogram.sum() - histogram[histogram > 0][-1]) // 255
   if step == 0:
     return _LEVELS.astype(np.uint8)
-  below = np.cumsum(histogram) - histogram
-  return _truncate((below + step // 2) // step)
+  return _truncate((np.cumsum(histogram) - histogram + step // 2) // step)
 
 
 def invert(image: Pixels) -> Pixels:
@@ -197,53 +170,41 @@ def brightness(image: Pixels, factor: float) -> Pixels:
 
 
 def contrast(image: Pixels, factor: float, grey: int | None = None) -> Pixels:
-  """Blends a gray image (factor 0) with the image (1), and extrapolates.
-
-  Args:
-    image: pixels.
-    factor: weight of the image.
-    grey: gray level; default: the image's mean brightness, rounded.
-  """
+  """Blends a gray level, by default the mean brightness, with the image, as `brightness`."""
   if grey is None:
     grey = int(np.mean(np.asarray(Image.fromarray(image).convert("L"))) + 0.5)
   return _look_up(image, _blend_levels(grey, factor))
 
 
 def color(image: Pixels, factor: float) -> Pixels:
-  """Blends the grayscale image (factor 0) with the image (1), and extrapolates."""
+  """Blends the grayscale image with the image, as `brightness`."""
   original = Image.fromarray(image)
   return np.asarray(Image.blend(original.convert("L").convert("RGB"), original, factor))
 
 
 def sharpness(image: Pixels, factor: float) -> Pixels:
-  """Blends a smoothed image (factor 0) with the image (1), and extrapolates."""
+  """Blends a smoothed image with the image, as `brightness`."""
   original = Image.fromarray(image)
   return np.asarray(Image.blend(original.filter(_SMOOTH), original, factor))
 
 
 def affine(
-  image: Pixels,
-  matrix: Sequence[float | int],
-  fill: Color,
-  resample: Image.Resampling = NEAREST,
+  image: Pixels, matrix: Sequence[float | int], fill: Color, resample: Resampling
 ) -> Pixels:
-  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f).
+  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f), with centers at halves.
 
   Args:
-    image: pixels with centers at halves, the first at (0.5, 0.5).
+    image: pixels.
     matrix: a, b, c, d, e, f.
     fill: color of pixels from outside the image.
     resample: interpolation.
   """
-  original = Image.fromarray(image)
-  method = Image.Transform.AFFINE
+  original, method = Image.fromarray(image), Image.Transform.AFFINE
   moved = original.transform(original.size, method, tuple(matrix), resample, fillcolor=fill)
   return np.asarray(moved)
 
 
-def rotate(
-  image: Pixels, degrees: float, fill: Color, resample: Image.Resampling = NEAREST
-) -> Pixels:
+def rotate(image: Pixels, degrees: float, fill: Color, resample: Resampling) -> Pixels:
   """Rotates the image counterclockwise about its center."""
   sine, cosine = math.sin(-math.radians(degrees)), math.cos(-math.radians(degrees))
   y, x = image.shape[0] / 2, image.shape[1] / 2
@@ -276,10 +237,10 @@ def _look_up(image: Pixels, table: np.ndarray) -> Pixels:
 GREY = (128, 128, 128)
 
 INTERPOLATIONS = {
-  "nearest": (NEAREST,),
-  "bilinear": (BILINEAR,),
-  "bicubic": (BICUBIC,),
-  "random": (BILINEAR, BICUBIC),
+  "nearest": (Resampling.NEAREST,),
+  "bilinear": (Resampling.BILINEAR,),
+  "bicubic": (Resampling.BICUBIC,),
+  "random": (Resampling.BILINEAR, Resampling.BICUBIC),
 }
 
 COMMON = (
@@ -288,20 +249,47 @@ COMMON = (
 )  # fmt: skip
 """Operations of both variants."""
 
+_MOVES = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+_ENHANCEMENTS = ("brightness", "color", "contrast", "sharpness")
+_OPERATIONS: dict[str, Callable[..., Pixels]] = {
+  function.__name__: function
+  for function in (
+    auto_contrast, equalize, invert, posterize, solarize, solarize_add, brightness, color, contrast,
+    sharpness,
+  )
+}  # fmt: skip
+
+
+def _signed(value: float, rng: np.random.Generator) -> float:
+  return value if rng.random() < 0.5 else -value
+
+
+def _move(
+  image: Pixels, kind: str, share: float, reach: float, fill: Color, resample: Resampling
+) -> Pixels:
+  """Moves pixels by a fraction of the range: 30 degrees, a shear of 0.3, or `reach` pixels."""
+  if kind == "rotate":
+    return rotate(image, 30 * share, fill, resample)
+  shear, shift = 0.3 * share, reach * share
+  # TensorFlow (nearest) shears about the center of the first pixel, Pillow about its corner.
+  start = -0.5 * shear if resample == Resampling.NEAREST else 0.0
+  matrix = {
+    "shear_x": (1, shear, start, 0, 1, 0),
+    "shear_y": (1, 0, 0, shear, 1, start),
+    "translate_x": (1, 0, shift, 0, 1, 0),
+    "translate_y": (1, 0, 0, 0, 1, shift),
+  }[kind]
+  return affine(image, matrix, fill, resample)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Policy(ImageTransform):
-  """Draws and applies operations: the base of both variants.
-
-  Attributes:
-    num_layers: the paper's N.
-    magnitude: the paper's M.
-  """
+  """Draws and applies operations: the base of both variants."""
 
   operations: ClassVar[tuple[str, ...]] = COMMON
 
-  num_layers: int = 2
-  magnitude: float | int = 10
+  num_layers: int = 2  # N, number of operations
+  magnitude: float | int = 10  # M, in tenths of the ranges above
 
   def __post_init__(self) -> None:
     if self.num_layers < 1 or not 0 <= self.magnitude <= 30:
@@ -337,66 +325,43 @@ class RandAugment(_Policy):
   Its contrast blends with a gray level of the number of pixels / 256 (196 at 224x224) instead of
   the image's mean, as in the published models' training. TensorFlow's values differ from Pillow's
   by at most one level.
-
-  Attributes:
-    num_layers: N, number of operations.
-    magnitude: M, in tenths of the ranges above.
   """
 
-  name = "rand_augment"
   operations = (*COMMON, "cutout")
 
   def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
     """Returns the image after one operation."""
     share = self.magnitude / 10
     if operation in _MOVES:
-      move = _MOVES[operation]
-      return move(image, _signed(share, rng), 100.0, GREY, NEAREST)
+      return _move(image, operation, _signed(share, rng), 100.0, GREY, Resampling.NEAREST)
     if operation == "cutout":
       center = (int(rng.integers(image.shape[0])), int(rng.integers(image.shape[1])))
       return cutout(image, center, int(share * 40), GREY)
-    if operation == "contrast":
-      grey = min(255, image.shape[0] * image.shape[1] // 256)
-      return contrast(image, 0.1 + 1.8 * share, grey)
-    if operation in _ENHANCEMENTS:
-      return _ENHANCEMENTS[operation](image, 0.1 + 1.8 * share)
-    if operation == "posterize":
-      bits = int(share * 4)
-      return posterize(image, bits if 0 < bits <= 8 else 1)
-    if operation == "solarize":
-      return solarize(image, int(share * 256) % 256)
-    if operation == "solarize_add":
-      return solarize_add(image, int(share * 110))
-    return _PLAIN[operation](image)
+    factor, bits = 0.1 + 1.8 * share, int(share * 4)
+    arguments = {
+      **dict.fromkeys(_ENHANCEMENTS, (factor,)),
+      "contrast": (factor, min(255, image.shape[0] * image.shape[1] // 256)),
+      "posterize": (bits if 0 < bits <= 8 else 1,),
+      "solarize": (int(share * 256) % 256,),
+      "solarize_add": (int(share * 110),),
+    }
+    return _OPERATIONS[operation](image, *arguments.get(operation, ()))
 
 
 @dataclasses.dataclass(frozen=True)
 class TimmRandAugment(_Policy):
-  """timm's RandAugment on `image`; the defaults are `rand-m9-mstd0.5-inc1`.
-
-  Attributes:
-    num_layers: N, number of operations.
-    magnitude: M, in tenths of the ranges above.
-    magnitude_std: standard deviation of each operation's magnitude.
-    probability: of applying a drawn operation.
-    increasing: whether all operations grow stronger with M.
-    interpolation: "nearest", "bilinear", "bicubic", or "random": one of the last two each time.
-    fill: color of pixels from outside the image, in [0, 255]; timm's is the data's mean.
-  """
-
-  name = "timm_rand_augment"
+  """timm's RandAugment on `image`; the defaults are `rand-m9-mstd0.5-inc1`."""
 
   magnitude: float | int = 9
-  magnitude_std: float | int = 0.5
-  probability: float | int = 0.5
-  increasing: bool = True
-  interpolation: str = "random"
-  fill: Sequence[int] = GREY
+  magnitude_std: float | int = 0.5  # of each operation's magnitude
+  probability: float | int = 0.5  # of applying a drawn operation
+  increasing: bool = True  # all operations grow stronger with M
+  interpolation: str = "random"  # "bilinear" or "bicubic", drawn each time; one of INTERPOLATIONS
+  fill: Sequence[int] = GREY  # color of pixels from outside, in [0, 255]; timm's: the data's mean
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.interpolation not in INTERPOLATIONS:
-      raise ValueError(unknown_name("interpolation", self.interpolation, INTERPOLATIONS))
+    check_names("interpolation", [self.interpolation], INTERPOLATIONS)
     if not 0 <= self.probability <= 1 or self.magnitude_std < 0 or len(self.fill) != 3:
       raise ValueError(
         f"{self.name} needs a probability in [0, 1], a magnitude_std of at least 0 and a fill of 3 "
@@ -407,71 +372,20 @@ class TimmRandAugment(_Policy):
     """Returns the image after one operation, or as it was."""
     if rng.random() >= self.probability:
       return image
-    magnitude = rng.normal(self.magnitude, self.magnitude_std)
-    share = float(np.clip(magnitude, 0, 10)) / 10
+    share = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10)) / 10
     if operation in _MOVES:
-      return self._move(image, operation, share, rng)
-    if operation in _ENHANCEMENTS:
-      # The mean brightness is contrast's own default.
+      choices = INTERPOLATIONS[self.interpolation]
+      resample = choices[rng.integers(len(choices))]
+      reach = 0.45 * (image.shape[1] if operation == "translate_x" else image.shape[0])
+      red, green, blue = self.fill
+      return _move(image, operation, _signed(share, rng), reach, (red, green, blue), resample)
+    if operation in _ENHANCEMENTS:  # the mean brightness is contrast's own default
       factor = max(0.1, 1 + _signed(0.9 * share, rng)) if self.increasing else 0.1 + 1.8 * share
-      return _ENHANCEMENTS[operation](image, factor)
-    if operation == "posterize":
-      bits = int(share * 4)
-      return posterize(image, 4 - bits if self.increasing else bits)
-    if operation == "solarize":
-      threshold = min(256, int(share * 256))
-      return solarize(image, 256 - threshold if self.increasing else threshold)
-    if operation == "solarize_add":
-      return solarize_add(image, min(128, int(share * 110)))
-    return _PLAIN[operation](image)
-
-  def _move(self, image: Pixels, operation: str, share: float, rng: np.random.Generator) -> Pixels:
-    choices = INTERPOLATIONS[self.interpolation]
-    resample = choices[rng.integers(len(choices))]
-    side = image.shape[1] if operation == "translate_x" else image.shape[0]
-    fill = (self.fill[0], self.fill[1], self.fill[2])
-    return _MOVES[operation](image, _signed(share, rng), 0.45 * side, fill, resample)
-
-
-def _signed(value: float, rng: np.random.Generator) -> float:
-  return value if rng.random() < 0.5 else -value
-
-
-def _move(
-  kind: str,
-  image: Pixels,
-  share: float,
-  way: float,
-  fill: Color,
-  resample: Image.Resampling,
-) -> Pixels:
-  """Moves pixels by a fraction of the range: 30 degrees, a shear of 0.3, or `way` pixels."""
-  if kind == "rotate":
-    return rotate(image, 30 * share, fill, resample)
-  shear, shift = 0.3 * share, way * share
-  # TensorFlow (nearest) shears about the center of the first pixel, Pillow about its corner.
-  start = -0.5 * shear if resample == NEAREST else 0.0
-  matrix = {
-    "shear_x": (1, shear, start, 0, 1, 0),
-    "shear_y": (1, 0, 0, shear, 1, start),
-    "translate_x": (1, 0, shift, 0, 1, 0),
-    "translate_y": (1, 0, 0, 0, 1, shift),
-  }[kind]
-  return affine(image, matrix, fill, resample)
-
-
-_MOVES: dict[str, Callable[..., Pixels]] = {
-  kind: functools.partial(_move, kind)
-  for kind in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
-}
-_ENHANCEMENTS: dict[str, Callable[[Pixels, float], Pixels]] = {
-  "brightness": brightness,
-  "color": color,
-  "contrast": contrast,
-  "sharpness": sharpness,
-}
-_PLAIN: dict[str, Callable[[Pixels], Pixels]] = {
-  "auto_contrast": auto_contrast,
-  "equalize": equalize,
-  "invert": invert,
-}
+      return _OPERATIONS[operation](image, factor)
+    bits, threshold = int(share * 4), min(256, int(share * 256))
+    arguments = {
+      "posterize": (4 - bits if self.increasing else bits,),
+      "solarize": (256 - threshold if self.increasing else threshold,),
+      "solarize_add": (min(128, int(share * 110)),),
+    }
+    return _OPERATIONS[operation](image, *arguments.get(operation, ()))

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import re
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,19 +13,17 @@ from vit_jax_zoo.data.sources.base import Example, Source
 
 @dataclasses.dataclass(frozen=True)
 class Transform(abc.ABC):
-  """Base of all transforms.
+  """Base of all transforms."""
 
-  Attributes:
-    name: what configs call it.
-    is_target: whether it prepares labels, boxes or label maps: inference, which has none, leaves it
-      out.
-  """
+  name: ClassVar[str]  # in configs: the class's name in snake case
+  is_target: ClassVar[bool] = False  # prepares labels, boxes or label maps: inference leaves it out
+  keeps_size: ClassVar[bool] = False  # the image has the same size before and after
 
-  name: ClassVar[str]
-  is_target: ClassVar[bool] = False
+  def __init_subclass__(cls) -> None:
+    cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
   @abc.abstractmethod
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+  def __call__(self, example: Example, rng: np.random.Generator, /) -> Example:
     """Returns a new example."""
 
   def for_source(self, source: Source) -> "Transform":
@@ -32,15 +31,15 @@ class Transform(abc.ABC):
     del source
     return self
 
-  def output_size(self, size: tuple[int, int], rng: np.random.Generator) -> tuple[int, int]:
-    """Returns height and width of the result for an image of `size`.
-
-    Draws the same random numbers as a call.
+  def output_size(self, size: tuple[int, int], rng: np.random.Generator, /) -> tuple[int, int]:
+    """Returns height and width of the result for an image of `size`; draws as a call does.
 
     Raises:
       ValueError: the size depends on more than the image's size.
     """
-    del size, rng
+    del rng
+    if self.keeps_size:
+      return size
     raise ValueError(
       f"transform {self.name!r}: the size of its result is not known in advance, which "
       "data.loader.buckets requires; use resize_shorter, random_scale or random_window"
@@ -55,7 +54,7 @@ class ImageTransform(Transform):
     return {**example, "image": self.apply(pixels(example["image"]), rng)}
 
   @abc.abstractmethod
-  def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  def apply(self, image: np.ndarray, rng: np.random.Generator, /) -> np.ndarray:
     """Returns the new image."""
 
 

@@ -14,43 +14,43 @@ Sources give, for n objects, `image`, `image_id`, and
     annotation_orientation   optional: EXIF orientation to apply to the annotations
 
 `load_objects` decodes them, geometric transforms move them, `pad_objects` makes fixed shapes.
+
+Geometric transforms move `boxes_xyxy`, `masks` bool [n h w] and `label_map` [h w] with the image. A
+crop drops objects without area in it. `area` remains as annotated, and `segment_map` that of the
+original image, for scoring. Their steps are planned from the image's size alone, so that the size
+of the result is known before any image is read (`data/buckets.py`).
 """
 
+import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
 import scipy.ndimage
 from absl import logging
 from faster_coco_eval.core import mask as run_lengths
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
+from PIL import Image
 
 from vit_jax_zoo.data.images import orient, orient_boxes
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms.base import Transform, pixels
-from vit_jax_zoo.data.transforms.geometry import (
-  GeometricTransform,
-  Mirror,
-  Scale,
-  Size,
-  Step,
-  Window,
-  clip,
-  has_area,
-  keep_objects,
-)
+
+Size: TypeAlias = tuple[int, int]
+"""Height and width in pixels."""
 
 VOID = -1
 """In a segment map: a pixel of no object."""
 
 SHORTER_SIDES = tuple(range(480, 801, 32))
-CROP_FROM = (400, 500, 600)
-CROP_SIDES = (384, 600)
-
 MAX_OBJECTS = 100
 """Room for objects where the data does not give a number; COCO's fullest image has 93 targets."""
+
+_PER_OBJECT = ("boxes_xyxy", "labels", "is_crowd", "area", "object_ids", "masks")
+_LOGGED = 10
+"""Objects left out that are logged; later ones are not."""
 
 
 def objects_example(
@@ -72,33 +72,28 @@ def objects_example(
 class LoadObjects(Transform):
   """Decodes `image` and its annotations: the first transform of detection.
 
-  Writes `image` uint8 [h w 3], `original_size` int32 [2] (height, width), and what the attributes
-  name. Annotations of the stored frame are rotated with the image (EXIF).
+  Writes `image` uint8 [h w 3], `original_size` int32 [2] (height, width), and what the fields name.
+  Annotations of the stored frame are rotated with the image (EXIF).
 
   For training, crowds are left out, boxes are clipped to the image, and boxes without area are left
   out; the first of these are logged. Objects without an outline are left out where masks are used,
   and segments without a pixel always.
-
-  Attributes:
-    as_annotated: keep crowds and boxes as annotated, for scoring.
-    masks: add `masks` bool [n h w], from outlines or segments.
-    segment_map: add `segment_map` int32 [h w], the index of the object at each pixel of the
-      original image, or -1 (`VOID`). From segments.
-    run_lengths: add `run_lengths` uint8 of this length: the masks of the original image as COCO's
-      compressed run lengths, one object a line, padded with zeros. For scoring masks.
   """
 
-  name = "load_objects"
   is_target = True
+  keeps_size = True
 
-  as_annotated: bool = False
-  masks: bool = False
+  as_annotated: bool = False  # keep crowds and boxes as annotated, for scoring
+  masks: bool = False  # add `masks` bool [n h w], from outlines or segments
+  # Add `segment_map` int32 [h w], the index of the object at each pixel of the original image, or
+  # `VOID`. From segments.
   segment_map: bool = False
+  # Add `run_lengths` uint8 of this length: the masks of the original image as COCO's compressed run
+  # lengths, one object a line, padded with zeros. For scoring masks.
   run_lengths: int | None = None
 
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+  def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the decoded example."""
-    del rng
     image = pixels(example["image"])
     size = image.shape[:2]
     example = {**example, "image": image, "original_size": np.array(size, np.int32)}
@@ -120,11 +115,6 @@ class LoadObjects(Transform):
     example.pop("file_image_id", None)
     return example
 
-  def output_size(self, size: Size, rng: np.random.Generator) -> Size:
-    """Returns the same size."""
-    del rng
-    return size
-
   def _add_segments(self, example: Example, segments: Int[np.ndarray, "h w"]) -> Example:
     """Adds boxes where there are none, masks, and the segment map."""
     boxes, exist = _boxes_of(segments, len(example["labels"]))
@@ -134,13 +124,13 @@ class LoadObjects(Transform):
       example = keep_objects(example, exist)
       number = np.append(np.cumsum(exist) - 1, VOID).astype(np.int32)
       segments = number[segments]  # VOID is the last
-    if self.masks:
-      example["masks"] = segments == np.arange(len(example["labels"]))[:, None, None]
     if self.segment_map:
       example["segment_map"] = segments
-    if self.run_lengths is not None:
+    if self.masks or self.run_lengths is not None:
       masks = segments == np.arange(len(example["labels"]))[:, None, None]
-      example["run_lengths"] = _lines(_encode(masks), self.run_lengths)
+      example |= {"masks": masks} if self.masks else {}
+      if self.run_lengths is not None:
+        example["run_lengths"] = _lines(_encode(masks), self.run_lengths)
     return example
 
   def _add_outlines(
@@ -148,14 +138,15 @@ class LoadObjects(Transform):
   ) -> Example:
     """Adds masks and run lengths of the objects that have an outline."""
     example = keep_objects(example, np.array([o is not None for o in outlines], bool))
-    outlines = [outline for outline in outlines if outline is not None]
-    if self.masks:
-      masks = orient(decode_outlines(outlines, *stored), turn, (1, 2))
-      example["masks"] = np.ascontiguousarray(masks)
+    encoded = [_encode_outline(o, *stored) for o in outlines if o is not None]
+    if self.masks or turn != 1:
+      masks = np.zeros((len(encoded), *stored), bool)
+      for mask, code in zip(masks, encoded, strict=True):
+        mask[:] = run_lengths.decode(code)
+      masks = np.ascontiguousarray(orient(masks, turn, (1, 2)))
+      encoded = encoded if turn == 1 else _encode(masks)
+      example |= {"masks": masks} if self.masks else {}
     if self.run_lengths is not None:
-      encoded = _encode_outlines(outlines, *stored)
-      if turn != 1:
-        encoded = _encode(orient(decode_outlines(outlines, *stored), turn, (1, 2)))
       example["run_lengths"] = _lines(encoded, self.run_lengths)
     return example
 
@@ -171,200 +162,21 @@ class LoadObjects(Transform):
       raise ValueError("load_objects: segment_map is for scoring; it needs as_annotated=True")
 
 
-@dataclasses.dataclass(frozen=True)
-class KeepClasses(Transform):
-  """Drops objects whose class id in `labels` is at or above a limit, after `load_objects`.
-
-  With things and stuff, the things remain.
-
-  Attributes:
-    below: first class id that is dropped.
-  """
-
-  name = "keep_classes"
-  is_target = True
-
-  below: int
-
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with the remaining objects."""
-    del rng
-    return keep_objects(example, example["labels"] < self.below)
-
-  def output_size(self, size: Size, rng: np.random.Generator) -> Size:
-    """Returns the same size."""
-    del rng
-    return size
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomFlip(GeometricTransform):
-  """Mirrors `image` and its annotations left to right with a probability."""
-
-  name = "random_flip"
-
-  probability: float = 0.5
-
-  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns the mirror, or nothing."""
-    del size
-    return (Mirror(),) if rng.random() < self.probability else ()
-
-
-@dataclasses.dataclass(frozen=True)
-class ResizeShorter(GeometricTransform):
-  """Resizes `image` and its annotations to a shorter side, keeping the aspect ratio.
-
-  Attributes:
-    shorter: shorter side in pixels, or several of which one is drawn.
-    longest: limit of the longer side, or None.
-  """
-
-  name = "resize_shorter"
-
-  shorter: int | Sequence[int] = 800
-  longest: int | None = 1333
-
-  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns a scale."""
-    return (_drawn_scale(size, self.shorter, self.longest, rng),)
-
-
-@dataclasses.dataclass(frozen=True)
-class RandomScaleCrop(GeometricTransform):
-  """DETR's augmentation of `image` and its annotations: a random size, half the time after a crop.
-
-  Attributes:
-    shorter: shorter sides of the result, of which one is drawn.
-    longest: limit of its longer side, or None.
-    crop_probability: of the crop.
-    crop_from: shorter sides of the image that is cropped, of which one is drawn.
-    crop_sides: smallest and largest height and width of the crop, bounded by the image.
-  """
-
-  name = "random_scale_crop"
-
-  shorter: Sequence[int] = SHORTER_SIDES
-  longest: int | None = 1333
-  crop_probability: float = 0.5
-  crop_from: Sequence[int] = CROP_FROM
-  crop_sides: Sequence[int] = CROP_SIDES
-
-  def __post_init__(self) -> None:
-    if not 0 <= self.crop_probability <= 1:
-      raise ValueError(
-        f"random_scale_crop: crop_probability is {self.crop_probability}; expected [0, 1]"
-      )
-
-  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns a scale; or a scale, a window and a scale."""
-    steps: list[Step] = []
-    if rng.random() < self.crop_probability:
-      scale = _drawn_scale(size, self.crop_from, None, rng)
-      low, high = self.crop_sides
-      height, width = (
-        int(rng.integers(min(low, side), min(high, side), endpoint=True)) for side in scale
-      )
-      top = int(rng.integers(scale.height - height, endpoint=True))
-      left = int(rng.integers(scale.width - width, endpoint=True))
-      steps += [scale, Window(top, left, height, width)]
-      size = height, width
-    return [*steps, _drawn_scale(size, self.shorter, self.longest, rng)]
-
-
-def scaled_size(size: Size, shorter: int, longest: int | None = None) -> Size:
-  """Returns the size with another shorter side, smaller if the longer one would exceed `longest`.
-
-  With DETR's rounding: where `longest` applies, the shorter side is rounded first and the longer
-  one follows from it, and may miss `longest` by a few pixels.
-  """
-  short, long = min(size), max(size)
-  if longest is not None and long / short * shorter > longest:
-    shorter = round(longest * short / long)
-  if short == shorter:
-    return size
-  other = int(shorter * long / short)
-  return (shorter, other) if size[0] <= size[1] else (other, shorter)
-
-
-def _drawn_scale(
-  size: Size, shorter: int | Sequence[int], longest: int | None, rng: np.random.Generator
-) -> Scale:
-  choices = np.atleast_1d(shorter)
-  return Scale(*scaled_size(size, int(choices[rng.integers(len(choices))]), longest))
-
-
-@dataclasses.dataclass(frozen=True)
-class PadObjects(Transform):
-  """Pads an image's objects to a fixed number of targets: the last transform of detection.
-
-  Reads `image`, `boxes_xyxy` and the other keys of objects; writes `boxes_cxcywh` float32 [num 4]
-  relative to the image; `labels` int32, `is_target`, `is_crowd` bool and `area` float32 [num];
-  `masks` bool [num h w] if there are masks; `image_size` int32 [2]. Padding is 0.
-
-  Attributes:
-    num: number of targets; None is the largest count in the data, or 100 where it is unknown.
-  """
-
-  name = "pad_objects"
-  is_target = True
-
-  num: int | None = None
-
-  def for_source(self, source: Source) -> Transform:
-    """Returns the transform with room for the source's fullest image."""
-    largest = source.info.max_objects
-    if self.num is None and largest is not None:
-      return dataclasses.replace(self, num=max(1, largest))
-    return self
-
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with padded targets."""
-    del rng
-    example, num = dict(example), self.num or MAX_OBJECTS
-    size, count = example["image"].shape[:2], len(example["labels"])
-    if count > num:
-      raise ValueError(f"{count} objects do not fit into pad_objects' num={num}; raise it")
-    boxes = example.pop("boxes_xyxy") / np.array([size[1], size[0]] * 2, np.float32)
-    example.pop("object_ids", None)
-    example["boxes_cxcywh"] = np.concatenate(
-      [(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1
-    )
-    example["is_target"] = np.ones(count, bool)
-    example["image_size"] = np.array(size, np.int32)
-    for key in ("boxes_cxcywh", "labels", "is_target", "is_crowd", "area", "masks"):
-      if key in example:
-        padded = np.zeros((num, *example[key].shape[1:]), example[key].dtype)
-        padded[:count] = example[key]
-        example[key] = padded
-    return example
-
-  def output_size(self, size: Size, rng: np.random.Generator) -> Size:
-    """Returns the same size."""
-    del rng
-    return size
-
-
 def _check_size(annotated: Sequence[int], stored: Size) -> None:
   if tuple(annotated) != stored:
-    hint = "; exif_frame" if tuple(annotated) == stored[::-1] else ""
-    hint = hint and f"{hint} of the source sets the frame of images that are rotated by EXIF"
+    hint = "; exif_frame of the source sets the frame of images that are rotated by EXIF"
     raise CorruptExampleError(
       f"the image is {stored[0]}x{stored[1]} pixels (height x width), its annotations are for "
-      f"{annotated[0]}x{annotated[1]}{hint}"
+      f"{annotated[0]}x{annotated[1]}{hint if tuple(annotated) == stored[::-1] else ''}"
     )
 
 
 def _trainable(example: Example, size: Size) -> Example:
   """Returns the example with the objects that a detector can learn."""
-  example["boxes_xyxy"] = clip(example["boxes_xyxy"], *size)
-  good = has_area(example["boxes_xyxy"])
+  example["boxes_xyxy"] = _clip(example["boxes_xyxy"], *size)
+  good = _has_area(example["boxes_xyxy"])
   _log_left_out(example, ~good & ~example["is_crowd"], "has a box without area in the image")
   return keep_objects(example, good & ~example["is_crowd"])
-
-
-_LOGGED = 10
-"""Objects left out that are logged; later ones are not."""
 
 
 def _log_left_out(example: Example, which: Bool[np.ndarray, " n"], reason: str) -> None:
@@ -376,12 +188,12 @@ def _log_left_out(example: Example, which: Bool[np.ndarray, " n"], reason: str) 
 
 
 def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "h w"]:
-  """Returns the index in `object_ids` of the object at each pixel, or `VOID`.
+  """Returns the index in `object_ids`, all different, of the object at each pixel, or `VOID`.
 
   Args:
     png: an image whose color is the id, red + 256 green + 65536 blue, or 0 for none; or one of a
       single channel with the ids.
-    object_ids: all different.
+    object_ids: of the objects.
 
   Raises:
     CorruptExampleError: it cannot be decoded.
@@ -395,8 +207,7 @@ def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.nda
   if not len(object_ids):
     return np.full(ids.shape, VOID, np.int32)
   order = np.argsort(object_ids)
-  place = np.searchsorted(object_ids, ids, sorter=order).clip(max=len(order) - 1)
-  index = order[place]
+  index = order[np.searchsorted(object_ids, ids, sorter=order).clip(max=len(order) - 1)]
   return np.where(object_ids[index] == ids, index, VOID).astype(np.int32)
 
 
@@ -404,8 +215,7 @@ def _boxes_of(
   segments: Int[np.ndarray, "h w"], count: int
 ) -> tuple[Float[np.ndarray, "n 4"], Bool[np.ndarray, " n"]]:
   """Returns the segments' boxes, as DETR's `masks_to_boxes`, and which segments have a pixel."""
-  boxes = np.zeros((count, 4), np.float32)
-  exist = np.zeros(count, bool)
+  boxes, exist = np.zeros((count, 4), np.float32), np.zeros(count, bool)
   for i, found in enumerate(scipy.ndimage.find_objects(segments + 1, max_label=count)):
     if found is not None:
       rows, columns = found
@@ -414,32 +224,15 @@ def _boxes_of(
   return boxes, exist
 
 
-def decode_outlines(
-  outlines: Sequence[Any], height: int, width: int
-) -> Bool[np.ndarray, "n {height} {width}"]:
-  """Returns the pixels of each object.
+def _encode_outline(outline: Any, height: int, width: int) -> Any:
+  """Returns COCO's compressed run lengths of an object.
 
   Args:
-    outlines: of each object a list of polygons x, y, x, y, ... in pixels, or COCO's run lengths,
-      compressed or not: {"counts": ..., "size": [height, width]}.
+    outline: a list of polygons x, y, x, y, ... in pixels, or COCO's run lengths, compressed or not:
+      {"counts": ..., "size": [height, width]}.
     height: of the image.
     width: of the image.
-
-  Raises:
-    CorruptExampleError: an outline is neither, or of another size.
   """
-  masks = np.zeros((len(outlines), height, width), bool)
-  for mask, encoded in zip(masks, _encode_outlines(outlines, height, width), strict=True):
-    mask[:] = run_lengths.decode(encoded)
-  return masks
-
-
-def _encode_outlines(outlines: Sequence[Any], height: int, width: int) -> list[dict[str, Any]]:
-  """Returns COCO's compressed run lengths of each object."""
-  return [_encode_outline(outline, height, width) for outline in outlines]
-
-
-def _encode_outline(outline: Any, height: int, width: int) -> Any:
   try:
     if isinstance(outline, dict):
       if tuple(outline["size"]) != (height, width):
@@ -477,3 +270,255 @@ def _lines(encoded: Sequence[dict[str, Any]], length: int) -> np.ndarray:
       f"run_lengths above {length}"
     )
   return np.frombuffer(data.ljust(length, b"\0"), np.uint8)
+
+
+def keep_objects(example: Example, keep: Bool[np.ndarray, " n"]) -> Example:
+  """Returns the example with the objects where `keep` is True."""
+  if keep.all():
+    return example
+  kept = {key: example[key][keep] for key in _PER_OBJECT if key in example}
+  if "run_lengths" in example:
+    lines = example["run_lengths"].tobytes().rstrip(b"\0").splitlines(keepends=True)
+    data = b"".join(line for line, stays in zip(lines, keep, strict=True) if stays)
+    kept["run_lengths"] = np.frombuffer(data.ljust(len(example["run_lengths"]), b"\0"), np.uint8)
+  return example | kept
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepClasses(Transform):
+  """Drops objects of stuff: those whose class id in `labels` is at or above a limit."""
+
+  is_target = True
+  keeps_size = True
+
+  below: int  # first class id that is dropped
+
+  def __call__(self, example: Example, _: np.random.Generator) -> Example:
+    """Returns the example with the remaining objects."""
+    return keep_objects(example, example["labels"] < self.below)
+
+
+class Mirror(NamedTuple):
+  """Horizontal flip."""
+
+  def __call__(self, example: Example) -> Example:
+    """Returns the example, flipped."""
+    example = {**example, "image": cv2.flip(example["image"], 1)}
+    if "boxes_xyxy" in example:
+      left, top, right, bottom = example["boxes_xyxy"].T
+      width = np.float32(example["image"].shape[1])
+      example["boxes_xyxy"] = np.stack([width - right, top, width - left, bottom], axis=1)
+    return example | {k: example[k][..., ::-1] for k in ("masks", "label_map") if k in example}
+
+
+class Scale(NamedTuple):
+  """Resize to a size, with Pillow's antialiased bilinear filter.
+
+  Masks take the pixel whose index is rounded down, as torch's "nearest"; label maps the pixel that
+  has the new pixel's center.
+  """
+
+  height: int
+  width: int
+
+  def __call__(self, example: Example) -> Example:
+    """Returns the example, resized."""
+    before = example["image"].shape[:2]
+    if before == tuple(self):
+      return example
+    image = Image.fromarray(np.ascontiguousarray(example["image"], np.uint8))
+    example = {**example, "image": np.asarray(image.resize(self[::-1], Image.Resampling.BILINEAR))}
+    if "boxes_xyxy" in example:
+      scale = np.array([self.width / before[1], self.height / before[0]] * 2, np.float32)
+      example["boxes_xyxy"] = example["boxes_xyxy"] * scale
+    if "masks" in example:
+      rows, columns = (
+        (np.arange(new, dtype=np.float32) * np.float32(old / new)).astype(int).clip(max=old - 1)
+        for old, new in zip(before, self, strict=True)
+      )
+      example["masks"] = example["masks"][:, rows][:, :, columns]
+    if "label_map" in example:
+      labels = Image.fromarray(example["label_map"])
+      example["label_map"] = np.asarray(labels.resize(self[::-1], Image.Resampling.NEAREST))
+    return example
+
+
+class Window(NamedTuple):
+  """Crop to a window."""
+
+  top: int
+  left: int
+  height: int
+  width: int
+
+  def __call__(self, example: Example) -> Example:
+    """Returns the example, cropped."""
+    top, left, height, width = self
+    rows, columns = slice(top, top + height), slice(left, left + width)
+    example = {**example, "image": example["image"][rows, columns]}
+    example |= {k: example[k][..., rows, columns] for k in ("masks", "label_map") if k in example}
+    if "boxes_xyxy" not in example:
+      return example
+    corner = np.array([left, top] * 2, np.float32)
+    example["boxes_xyxy"] = _clip(example["boxes_xyxy"] - corner, height, width)
+    return keep_objects(example, _has_area(example["boxes_xyxy"]))
+
+
+def _clip(boxes_xyxy: Num[np.ndarray, "n 4"], height: int, width: int) -> Num[np.ndarray, "n 4"]:
+  return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], np.float32))
+
+
+def _has_area(boxes_xyxy: Num[np.ndarray, "n 4"]) -> Bool[np.ndarray, " n"]:
+  left, top, right, bottom = boxes_xyxy.T
+  return (right > left) & (bottom > top)
+
+
+Step: TypeAlias = Mirror | Scale | Window
+
+
+@dataclasses.dataclass(frozen=True)
+class GeometricTransform(Transform):
+  """A transform that moves pixels, and the annotations with them."""
+
+  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    """Returns the example after the planned steps."""
+    example = {**example, "image": pixels(example["image"])}
+    for step in self.plan(example["image"].shape[:2], rng):
+      example = step(example)
+    return example
+
+  def output_size(self, size: Size, rng: np.random.Generator) -> Size:
+    """Returns the size of the result; draws the same random numbers as a call."""
+    for step in self.plan(size, rng):
+      size = size if isinstance(step, Mirror) else (step.height, step.width)
+    return size
+
+  @abc.abstractmethod
+  def plan(self, size: Size, rng: np.random.Generator, /) -> Sequence[Step]:
+    """Returns the steps for an image of this size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFlip(GeometricTransform):
+  """Mirrors `image` and its annotations left to right with a probability."""
+
+  probability: float = 0.5
+
+  def plan(self, _: Size, rng: np.random.Generator) -> Sequence[Step]:
+    """Returns the mirror, or nothing."""
+    return (Mirror(),) if rng.random() < self.probability else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class ResizeShorter(GeometricTransform):
+  """Resizes `image` and its annotations to a shorter side, keeping the aspect ratio."""
+
+  shorter: int | Sequence[int] = 800  # in pixels, or several sides of which one is drawn
+  longest: int | None = 1333  # limit of the longer side
+
+  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
+    """Returns a scale."""
+    return (_drawn_scale(size, self.shorter, self.longest, rng),)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomScaleCrop(GeometricTransform):
+  """DETR's augmentation of `image` and its annotations: a random size, half the time after a crop.
+
+  One of several sides is drawn uniformly.
+  """
+
+  shorter: Sequence[int] = SHORTER_SIDES  # shorter sides of the result
+  longest: int | None = 1333  # limit of its longer side
+  crop_probability: float = 0.5
+  crop_from: Sequence[int] = (400, 500, 600)  # shorter sides of the image that is cropped
+  crop_sides: Sequence[int] = (384, 600)  # smallest and largest side, bounded by the image
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.crop_probability <= 1:
+      raise ValueError(
+        f"random_scale_crop: crop_probability is {self.crop_probability}; expected [0, 1]"
+      )
+
+  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
+    """Returns a scale; or a scale, a window and a scale."""
+    steps: list[Step] = []
+    if rng.random() < self.crop_probability:
+      scale = _drawn_scale(size, self.crop_from, None, rng)
+      low, high = self.crop_sides
+      size = (
+        int(rng.integers(min(low, scale.height), min(high, scale.height), endpoint=True)),
+        int(rng.integers(min(low, scale.width), min(high, scale.width), endpoint=True)),
+      )
+      steps = [scale, random_window(scale, size, rng)]
+    return [*steps, _drawn_scale(size, self.shorter, self.longest, rng)]
+
+
+def random_window(size: Size, window: Size, rng: np.random.Generator) -> Window:
+  """Returns a window of height and width `window`, drawn uniformly, in an image of `size`."""
+  top = int(rng.integers(size[0] - window[0], endpoint=True))
+  return Window(top, int(rng.integers(size[1] - window[1], endpoint=True)), *window)
+
+
+def scaled_size(size: Size, shorter: int, longest: int | None = None) -> Size:
+  """Returns the size with another shorter side, smaller if the longer one would exceed `longest`.
+
+  With DETR's rounding: where `longest` applies, the shorter side is rounded first and the longer
+  one follows from it, and may miss `longest` by a few pixels.
+  """
+  short, long = min(size), max(size)
+  if longest is not None and long / short * shorter > longest:
+    shorter = round(longest * short / long)
+  if short == shorter:
+    return size
+  other = int(shorter * long / short)
+  return (shorter, other) if size[0] <= size[1] else (other, shorter)
+
+
+def _drawn_scale(
+  size: Size, shorter: int | Sequence[int], longest: int | None, rng: np.random.Generator
+) -> Scale:
+  choices = np.atleast_1d(shorter)
+  return Scale(*scaled_size(size, int(choices[rng.integers(len(choices))]), longest))
+
+
+@dataclasses.dataclass(frozen=True)
+class PadObjects(Transform):
+  """Pads an image's objects to a fixed number of targets: the last transform of detection.
+
+  Reads `image`, `boxes_xyxy` and the other keys of objects; writes `boxes_cxcywh` float32 [num 4]
+  relative to the image; `labels` int32, `is_target`, `is_crowd` bool and `area` float32 [num];
+  `masks` bool [num h w] if there are masks; `image_size` int32 [2]. Padding is 0.
+  """
+
+  is_target = True
+  keeps_size = True
+
+  num: int | None = None  # default: the largest count in the data, or 100 where it is unknown
+
+  def for_source(self, source: Source) -> Transform:
+    """Returns the transform with room for the source's fullest image."""
+    largest = source.info.max_objects
+    if self.num is None and largest is not None:
+      return dataclasses.replace(self, num=max(1, largest))
+    return self
+
+  def __call__(self, example: Example, _: np.random.Generator) -> Example:
+    """Returns the example with padded targets."""
+    example, num = dict(example), self.num or MAX_OBJECTS
+    size, count = example["image"].shape[:2], len(example["labels"])
+    if count > num:
+      raise ValueError(f"{count} objects do not fit into pad_objects' num={num}; raise it")
+    boxes = example.pop("boxes_xyxy") / np.array([size[1], size[0]] * 2, np.float32)
+    example.pop("object_ids", None)
+    example["boxes_cxcywh"] = np.concatenate(
+      [(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1
+    )
+    example["is_target"] = np.ones(count, bool)
+    example["image_size"] = np.array(size, np.int32)
+    for key in ("boxes_cxcywh", "labels", "is_target", "is_crowd", "area", "masks"):
+      if key in example:
+        padded = np.zeros((num, *example[key].shape[1:]), example[key].dtype)
+        padded[:count] = example[key]
+        example[key] = padded
+    return example

@@ -21,8 +21,15 @@ from PIL import Image
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms.base import Transform, pixels
-from vit_jax_zoo.data.transforms.detection import VOID, decode_segments
-from vit_jax_zoo.data.transforms.geometry import GeometricTransform, Scale, Size, Step, Window
+from vit_jax_zoo.data.transforms.detection import (
+  VOID,
+  GeometricTransform,
+  Scale,
+  Size,
+  Step,
+  decode_segments,
+  random_window,
+)
 
 IGNORE = 255
 """Label of pixels that are neither trained nor scored."""
@@ -35,20 +42,17 @@ class LoadLabelMap(Transform):
   Reads `image` and `label_map`, a PNG file's bytes, or a panoptic example's segments, whose other
   keys it drops. Writes `image` uint8 [h w 3], `label_map` uint8 [h w] and `original_size` int32
   [2]. A label map of the stored frame's size is rotated with its image (EXIF).
-
-  Attributes:
-    offset: added to the file's values: -1 for ADE20K, whose classes count from 1.
-    ignore: values of the file that are ignored: (255,) of Cityscapes' train ids and VOC, (0,) of
-      ADE20K. 255 is always ignored, unless `classes` names it.
-    classes: values of the file in the order of their class ids; all others are ignored. Cityscapes'
-      files have 34 values, of which 19 are classes. (0, 255) for binary masks.
   """
 
-  name = "load_label_map"
   is_target = True
+  keeps_size = True
 
-  offset: int = 0
+  offset: int = 0  # added to the file's values: -1 for ADE20K, whose classes count from 1
+  # Values of the file that are ignored: (255,) of Cityscapes' train ids and VOC, (0,) of ADE20K.
+  # 255 is always ignored, unless `classes` names it.
   ignore: Sequence[int] = (IGNORE,)
+  # Values of the file in the order of their class ids; all others are ignored. Cityscapes' files
+  # have 34 values, of which 19 are classes. (0, 255) for binary masks.
   classes: Sequence[int] = ()
 
   def __post_init__(self) -> None:
@@ -65,12 +69,23 @@ class LoadLabelMap(Transform):
     Raises:
       ValueError: they are binary masks, whose foreground would be ignored.
     """
-    _check_values(source, self)
+    counts = _sample_values(source)
+    if set(counts) == {0, IGNORE} and not self.classes:
+      raise ValueError(
+        f"{source.info.name}: the label maps have the values 0 and 255 alone, and 255 is ignored; "
+        "if 255 is the foreground, set load_label_map's classes=(0, 255)"
+      )
+    lost = {value: n for value, n in counts.items() if self._ignored(value)}
+    if 2 * sum(lost.values()) > sum(counts.values()):
+      values = ", ".join(map(str, sorted(lost, key=lambda value: -lost[value])[:10]))
+      _warn_once(
+        f"{source.info.name}: more than half of the pixels in a sample of label maps are ignored "
+        f"(values {values}); check load_label_map's ignore, offset and classes"
+      )
     return self
 
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+  def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the decoded example."""
-    del rng
     image = pixels(example["image"])
     values, turn = _values(example), example.get("annotation_orientation", 1)
     if turn == 1 and values.shape != image.shape[:2] and isinstance(example["image"], bytes):
@@ -85,12 +100,7 @@ class LoadLabelMap(Transform):
     size = np.array(image.shape[:2], np.int32)
     return {"image": image, "label_map": self._labels(values), "original_size": size, **rest}
 
-  def output_size(self, size: Size, rng: np.random.Generator) -> Size:
-    """Returns the same size."""
-    del rng
-    return size
-
-  def ignored(self, values: Any) -> Any:
+  def _ignored(self, values: Any) -> Any:
     """Returns which of a file's values are ignored."""
     if self.classes:
       return ~np.isin(values, self.classes)
@@ -102,7 +112,7 @@ class LoadLabelMap(Transform):
       ids = np.full(beyond + 1, IGNORE, np.uint8)
       ids[list(self.classes)] = np.arange(len(self.classes))
       return ids[np.where((values < 0) | (values > beyond), beyond, values)]
-    labels = np.where(self.ignored(values), IGNORE, values + self.offset)
+    labels = np.where(self._ignored(values), IGNORE, values + self.offset)
     wrong = (labels < 0) | (labels > IGNORE)
     if wrong.any():
       raise ValueError(
@@ -115,23 +125,6 @@ class LoadLabelMap(Transform):
 _SAMPLE = 8
 """Label maps that are checked when a run starts, evenly spread over the source."""
 
-
-def _check_values(source: Source, transform: LoadLabelMap) -> None:
-  counts = _sample_values(source)
-  if set(counts) == {0, IGNORE} and not transform.classes:
-    raise ValueError(
-      f"{source.info.name}: the label maps have the values 0 and 255 alone, and 255 is ignored; if "
-      "255 is the foreground, set load_label_map's classes=(0, 255)"
-    )
-  lost = {value: n for value, n in counts.items() if transform.ignored(value)}
-  if 2 * sum(lost.values()) > sum(counts.values()):
-    values = ", ".join(map(str, sorted(lost, key=lambda value: -lost[value])[:10]))
-    _warn_once(
-      f"{source.info.name}: more than half of the pixels in a sample of label maps are ignored "
-      f"(values {values}); check load_label_map's ignore, offset and classes"
-    )
-
-
 _warn_once = functools.cache(logging.warning)
 
 
@@ -143,7 +136,7 @@ def _sample_values(source: Source) -> dict[int, int]:
     try:
       example = source[index]
       if "label_map" in example:
-        values, numbers = np.unique(decode_values(example["label_map"]), return_counts=True)
+        values, numbers = np.unique(_decode(example["label_map"]), return_counts=True)
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     except (CorruptExampleError, OSError):
       continue  # reported when its turn comes
@@ -153,22 +146,28 @@ def _sample_values(source: Source) -> dict[int, int]:
 def _values(example: Example) -> Int[np.ndarray, "h w"]:
   """Returns the class ids of an example, as its file has them."""
   if "segment_image" not in example:
-    return decode_values(example["label_map"])
+    return _decode(example["label_map"])
   segments = decode_segments(example["segment_image"], example["object_ids"])
   labels = np.append(example["labels"], IGNORE).astype(np.int64)
   return labels[np.where(segments == VOID, len(labels) - 1, segments)]
 
 
+def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
+  """Returns the values in a PNG file: gray levels, or indices of a palette."""
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      values = np.array(image)  # Pillow keeps palettes' indices, OpenCV does not
+  except Exception as error:  # whatever a decoder raises on such bytes
+    raise CorruptExampleError(f"label map cannot be decoded ({len(data)} bytes)") from error
+  if values.ndim != 2:
+    channels = values.shape[2]
+    raise CorruptExampleError(f"label map has {channels} channels; expected one, with class ids")
+  return values.astype(np.int64)
+
+
 @dataclasses.dataclass(frozen=True)
 class RandomScale(GeometricTransform):
-  """Scales `image` and its annotations by a factor drawn uniformly.
-
-  Attributes:
-    smallest: lower bound of the factor.
-    largest: upper bound of the factor.
-  """
-
-  name = "random_scale"
+  """Scales `image` and its annotations by a factor drawn uniformly."""
 
   smallest: float = 0.5
   largest: float = 2.0
@@ -187,36 +186,23 @@ class RandomScale(GeometricTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomWindow(GeometricTransform):
-  """Crops `image` and its annotations to a random window.
-
-  Attributes:
-    height: of the window; the whole height of lower images.
-    width: of the window; the whole width of narrower images.
-  """
-
-  name = "random_window"
+  """Crops `image` and its annotations to a random window; smaller images keep their side."""
 
   height: int
   width: int
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
     """Returns the window."""
-    height, width = min(self.height, size[0]), min(self.width, size[1])
-    top = int(rng.integers(size[0] - height, endpoint=True))
-    left = int(rng.integers(size[1] - width, endpoint=True))
-    return (Window(top, left, height, width),)
+    return (random_window(size, (min(self.height, size[0]), min(self.width, size[1])), rng),)
 
 
 @dataclasses.dataclass(frozen=True)
 class PadLabelMap(Transform):
   """Adds `image_size` int32 [2]; pads `image` with 0 and `label_map` with 255. The last transform.
 
-  Attributes:
-    height: of the result; None leaves the padding to `data.loader.buckets`.
-    width: of the result, or None.
+  None leaves the padding to `data.loader.buckets`.
   """
 
-  name = "pad_label_map"
   is_target = True
 
   height: int | None = None
@@ -224,43 +210,22 @@ class PadLabelMap(Transform):
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the padded example."""
-    del rng
     image, labels = pixels(example["image"]), example["label_map"]
     size = image.shape[:2]
-    example = {**example, "image_size": np.array(size, np.int32)}
-    below, right = (after - before for after, before in zip(self._size(size), size, strict=True))
+    below, right = np.subtract(self.output_size(size, rng), size).tolist()
     if below < 0 or right < 0:
       raise ValueError(
         f"an image of {size[0]}x{size[1]} does not fit into pad_label_map's {self.height}x"
         f"{self.width}; put random_window or resize_shorter in front of it"
       )
     border = (0, below, 0, right, cv2.BORDER_CONSTANT)
-    example["image"] = cv2.copyMakeBorder(image, *border, value=(0, 0, 0))
-    example["label_map"] = cv2.copyMakeBorder(labels, *border, value=(IGNORE,))
-    return example
+    return {
+      **example,
+      "image": cv2.copyMakeBorder(image, *border, value=(0, 0, 0)),
+      "label_map": cv2.copyMakeBorder(labels, *border, value=(IGNORE,)),
+      "image_size": np.array(size, np.int32),
+    }
 
-  def output_size(self, size: Size, rng: np.random.Generator) -> Size:
+  def output_size(self, size: Size, _: np.random.Generator) -> Size:
     """Returns the padded size."""
-    del rng
-    return self._size(size)
-
-  def _size(self, size: Size) -> Size:
     return self.height or size[0], self.width or size[1]
-
-
-def decode_values(data: bytes) -> Int[np.ndarray, "h w"]:
-  """Returns the values in a PNG file: gray levels, or indices of a palette.
-
-  Raises:
-    CorruptExampleError: it is not an image, or has several channels.
-  """
-  try:
-    with Image.open(io.BytesIO(data)) as image:
-      values = np.array(image)  # Pillow keeps palettes' indices, OpenCV does not
-  except Exception as error:  # whatever a decoder raises on such bytes
-    raise CorruptExampleError(f"label map cannot be decoded ({len(data)} bytes)") from error
-  if values.ndim != 2:
-    raise CorruptExampleError(
-      f"label map has {values.shape[2]} channels; expected one, with class ids"
-    )
-  return values.astype(np.int64)

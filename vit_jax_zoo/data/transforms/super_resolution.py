@@ -2,7 +2,7 @@
 
 Images are reduced and enlarged by 4 with Pillow's bicubic filter (a = -0.5, antialiased, rounded to
 uint8), as in TTSR's data code; MATLAB's filter, which other papers use, and PyTorch's inside of the
-network differ.
+network differ. Sizes in fields are (height, width), or the side of a square, in pixels.
 """
 
 import dataclasses
@@ -34,28 +34,23 @@ class SuperResolutionPair(Transform):
   `image` is cropped to multiples of 4 from the upper left; `low_res_image` is its reduction by 4,
   `upsampled_image` the enlargement of that. `ref_image` is the reference, `blurred_ref_image` its
   reduction, enlarged again. Removes `reference`.
-
-  Attributes:
-    reference_side: None: crops the reference to multiples of 4, as in the published test; a number:
-      pads it with black to a square of this side, as in the published training (160).
-    stitch_side: side of the black squares to which several references are padded before they are
-      stacked vertically; the authors use 500 (issue 3 of researchmm/TTSR).
   """
 
-  name = "super_resolution_pair"
-
+  # None: crops the reference to multiples of 4, as in the published test; a number: pads it with
+  # black to a square of this side, as in the published training (160).
   reference_side: int | None = None
+  # Side of the black squares to which several references are padded before they are stacked
+  # vertically; the authors use 500 (issue 3 of researchmm/TTSR).
   stitch_side: int = 500
 
   def __post_init__(self) -> None:
-    for field in ("reference_side", "stitch_side"):
-      side = getattr(self, field)
-      if side is not None and (side < SCALE or side % SCALE):
-        raise ValueError(f"{field} is {side}; expected a positive multiple of {SCALE}")
+    sides = {"reference_side": self.reference_side, "stitch_side": self.stitch_side}
+    for field, side in sides.items():
+      if side is not None:
+        _check_multiples(field, side, "a positive multiple")
 
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+  def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the example with the five images."""
-    del rng
     if "reference" not in example:
       raise ValueError(
         "reference: missing in the example; use a source with references, pairs:/path"
@@ -65,9 +60,8 @@ class SuperResolutionPair(Transform):
     reference = self._reference(example["reference"], low_res)
     blurred = enlarge(shrink(reference), reference.shape[:2])
     if self.reference_side is not None:
-      reference, blurred = (
-        lay_in_square(x, self.reference_side, "reference_side") for x in (reference, blurred)
-      )
+      size = (self.reference_side, self.reference_side)
+      reference, blurred = (_pad(x, size, "reference_side") for x in (reference, blurred))
     others = {key: value for key, value in example.items() if key != "reference"}
     return others | {
       "image": image,
@@ -83,7 +77,8 @@ class SuperResolutionPair(Transform):
       given = low_res
     try:
       if isinstance(given, tuple | list):
-        given = stitch([pixels(one) for one in given], self.stitch_side)
+        size = (self.stitch_side, self.stitch_side)
+        given = np.concatenate([_pad(pixels(one), size, "stitch_side") for one in given])
       reference = pixels(given)
     except CorruptExampleError as error:
       raise CorruptExampleError(f"its reference: {error}") from error
@@ -98,30 +93,26 @@ class RandomPairCrop(Transform):
 
   The reference's crop is larger by a margin and shifted to lie inside. A smaller reference is
   padded with black at the right and bottom, so that all crops have the same size.
-
-  Attributes:
-    size: height and width, or the side, of the image's crop; multiples of 4.
-    margin: pixels by which the reference's crop is larger on each side, vertically and
-      horizontally or both; multiples of 2.
   """
 
-  name = "random_pair_crop"
-
-  size: int | Sequence[int]
-  margin: int | Sequence[int] = 0
+  size: int | Sequence[int]  # of the image's crop; multiples of 4
+  margin: int | Sequence[int] = 0  # of the reference's crop on each side; multiples of 2
 
   def __post_init__(self) -> None:
-    if any(side < SCALE or side % SCALE for side in _pair(self.size)):
-      raise ValueError(f"size is {self.size}; expected positive multiples of {SCALE}")
+    _check_multiples("size", self.size, "positive multiples")
     if any(margin < 0 or margin % 2 for margin in _pair(self.margin)):
       raise ValueError(f"margin is {self.margin}; expected multiples of 2, at least 0")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with both crops."""
     image, reference = (pixels(example[key]) for key in ("image", "reference"))
-    size = _pair(self.size)
-    wanted = (size[0] + 2 * _pair(self.margin)[0], size[1] + 2 * _pair(self.margin)[1])
-    corner = [int(rng.integers(_room(image, size, axis), endpoint=True)) for axis in (0, 1)]
+    size, margin = _pair(self.size), _pair(self.margin)
+    if image.shape[0] < size[0] or image.shape[1] < size[1]:
+      raise ValueError(
+        f"size: {size[0]}x{size[1]} is larger than an image of {_sides(image)}; set a smaller one"
+      )
+    wanted = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
+    corner = [int(rng.integers(image.shape[i] - size[i], endpoint=True)) for i in (0, 1)]
     other = []
     for axis in (0, 1):
       middle = (corner[axis] + size[axis] / 2) * reference.shape[axis] / image.shape[axis]
@@ -140,22 +131,15 @@ class RandomPairTurn(Transform):
 
   Horizontal flip, vertical flip and number of quarter turns are uniform, equal for all sizes of the
   image, and independent for the reference.
-
-  Attributes:
-    rotate: also applies quarter turns, which need square images.
-    together: applies the same to the reference.
   """
 
-  name = "random_pair_turn"
-
-  rotate: bool = True
-  together: bool = False
+  rotate: bool = True  # also applies quarter turns, which need square images
+  together: bool = False  # applies the same to the reference
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with flipped and turned images."""
-    groups = [TARGETS + REFERENCES] if self.together else [TARGETS, REFERENCES]
     turned = dict(example)
-    for group in groups:
+    for group in [TARGETS + REFERENCES] if self.together else [TARGETS, REFERENCES]:
       mirror, flip = rng.integers(2, size=2)
       turns = int(rng.integers(4)) if self.rotate else 0
       for key in group:
@@ -173,49 +157,38 @@ class PadPair(Transform):
 
   Adds `size`, int32 [2], the unpadded size of `image`. Outputs near padded edges differ slightly;
   published scores are measured without padding, one image per batch.
-
-  Attributes:
-    size: height and width, or the side, of the padded `image`; multiples of 4.
-    reference_size: height and width, or the side, of the padded reference; multiples of 4.
   """
 
-  name = "pad_pair"
-
-  size: int | Sequence[int]
-  reference_size: int | Sequence[int]
+  size: int | Sequence[int]  # of the padded `image`; multiples of 4
+  reference_size: int | Sequence[int]  # of the padded reference; multiples of 4
 
   def __post_init__(self) -> None:
-    for field in ("size", "reference_size"):
-      if any(side < SCALE or side % SCALE for side in _pair(getattr(self, field))):
-        raise ValueError(f"{field} is {getattr(self, field)}; expected multiples of {SCALE}")
+    _check_multiples("size", self.size, "multiples")
+    _check_multiples("reference_size", self.reference_size, "multiples")
 
-  def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+  def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the example with padded images, and `size`."""
-    del rng
     large, reference = _pair(self.size), _pair(self.reference_size)
-    small = (large[0] // SCALE, large[1] // SCALE)
     sizes = dict.fromkeys(("image", "upsampled_image"), large)
-    sizes |= {"low_res_image": small} | dict.fromkeys(REFERENCES, reference)
+    sizes["low_res_image"] = (large[0] // SCALE, large[1] // SCALE)
+    sizes |= dict.fromkeys(REFERENCES, reference)
     counted = np.array(example["image"].shape[:2], np.int32)
     return {**example, **{k: _pad(example[k], sizes[k], k) for k in sizes}, "size": counted}
 
 
 def shrink(image: Pixels) -> Resized:
   """Returns the image reduced by 4, sides rounded down."""
-  return _resize(image, image.shape[0] // SCALE, image.shape[1] // SCALE)
+  return enlarge(image, [side // SCALE for side in image.shape[:2]])
 
 
 def enlarge(image: Pixels, size: Sequence[int]) -> Resized:
   """Returns the image resized to height and width `size`."""
-  return _resize(image, *size)
-
-
-def _resize(image: Pixels, height: int, width: int) -> Resized:
+  height, width = size
   return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def crop_to_multiple(image: Pixels, what: str = "the image") -> Resized:
-  """Crops an image to multiples of 4, from the upper left.
+def crop_to_multiple(image: Pixels, what: str) -> Resized:
+  """Crops an image, `what` in messages, to multiples of 4, from the upper left.
 
   Raises:
     ValueError: a side has fewer than 4 pixels.
@@ -226,44 +199,23 @@ def crop_to_multiple(image: Pixels, what: str = "the image") -> Resized:
   return image[:height, :width]
 
 
-def stitch(images: Sequence[Any], side: int) -> Resized:
-  """Pads images, uint8 [h w 3], to black squares and stacks them vertically.
-
-  Raises:
-    ValueError: an image is larger than `side`.
-  """
-  return np.concatenate([lay_in_square(image, side, "stitch_side") for image in images])
-
-
-def lay_in_square(image: Pixels, side: int, field: str) -> Resized:
-  """Pads an image to a black square of the side that `field` sets."""
-  return _pad(image, (side, side), field)
-
-
 def _pad(image: Pixels, size: tuple[int, int], what: str) -> Resized:
   height, width = size
   if image.shape[0] > height or image.shape[1] > width:
     raise ValueError(
       f"{what}: {height}x{width} is smaller than an image of {_sides(image)}; increase it or crop"
     )
-  padded = np.zeros((height, width, 3), image.dtype)
-  padded[: image.shape[0], : image.shape[1]] = image
-  return padded
-
-
-def _room(image: Pixels, size: Sequence[int], axis: int) -> int:
-  """Returns the maximum offset of a crop along an axis."""
-  room = image.shape[axis] - size[axis]
-  if room < 0:
-    raise ValueError(
-      f"size: {size[0]}x{size[1]} is larger than an image of {_sides(image)}; set a smaller one"
-    )
-  return room
+  return np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)))
 
 
 def _crop(image: Pixels, corner: Sequence[int], size: Sequence[int]) -> Resized:
   top, left = corner
   return image[top : top + size[0], left : left + size[1]]
+
+
+def _check_multiples(field: str, size: int | Sequence[int], expected: str) -> None:
+  if any(side < SCALE or side % SCALE for side in _pair(size)):
+    raise ValueError(f"{field} is {size}; expected {expected} of {SCALE}")
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
