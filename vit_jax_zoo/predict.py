@@ -126,9 +126,9 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
   for text in given:
     path = pathlib.Path(text)
     if path.is_dir():
-      listing = list_images(path)
-      log_ignored(path, listing.ignored)
-      files = [path / name for name in listing.images]
+      images, ignored = list_images(path)
+      log_ignored(path, ignored)
+      files = [path / name for name in images]
     else:
       matches = [path] if path.exists() else sorted(map(pathlib.Path, glob.glob(text)))
       files = [match for match in matches if match.is_file()]

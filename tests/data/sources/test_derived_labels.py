@@ -7,7 +7,7 @@ import tensorflow_datasets as tfds
 
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources import tfds as tfds_source
-from vit_jax_zoo.data.sources.derived_labels import RULES, find_rule
+from vit_jax_zoo.data.sources.derived_labels import RULES
 from vit_jax_zoo.data.transforms.base import pixels
 from vit_jax_zoo.transfer import vtab as benchmarks
 
@@ -33,7 +33,7 @@ from vit_jax_zoo.transfer import vtab as benchmarks
   ],
 )
 def test_labels_by_hand(rule, record, label):
-  assert find_rule(rule).label(record) == label < find_rule(rule).num_classes
+  assert RULES[rule].label(record) == label < RULES[rule].num_classes
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):

@@ -33,35 +33,21 @@ class CorruptExampleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """Metadata of a source.
+  """Metadata of a source."""
 
-  Attributes:
-    name: as it was loaded, with the split: "demo:digits train[:90%]".
-    num_examples: number of examples.
-    num_classes: number of classes; None without labels, or if unknown.
-    class_names: one name for each class, or empty.
-    max_objects: largest number of annotated objects in an image; None if unknown.
-    stuff_from: of panoptic data, the first class id that is stuff; None if unknown.
-  """
-
-  name: str
+  name: str  # as it was loaded, with the split: "demo:digits train[:90%]"
   num_examples: int
-  num_classes: int | None = None
-  class_names: tuple[str, ...] = ()
-  max_objects: int | None = None
-  stuff_from: int | None = None
+  num_classes: int | None = None  # None without labels, or if unknown
+  class_names: tuple[str, ...] = ()  # one for each class, or empty
+  max_objects: int | None = None  # largest number of annotated objects in an image, if known
+  stuff_from: int | None = None  # of panoptic data, the first class id that is stuff, if known
 
 
 class Source(abc.ABC):
-  """Examples by index. Pickled to worker processes, so it keeps paths, not open files.
-
-  Attributes:
-    info: its metadata.
-    assumption: of fake data: what was assumed of the real ones; see `fake_data`.
-  """
+  """Examples by index. Pickled to worker processes, so it keeps paths, not open files."""
 
   info: DatasetInfo
-  assumption: str = ""
+  assumption: str = ""  # of fake data: what was assumed of the real ones; see `fake_data`
 
   def __len__(self) -> int:
     return self.info.num_examples
@@ -70,9 +56,9 @@ class Source(abc.ABC):
   def __getitem__(self, index: int) -> Example:
     """Returns example `index`, 0 <= index < len(self)."""
 
-  @abc.abstractmethod
   def example_name(self, index: int) -> str:
     """Returns the example's name in error messages: its file, or its split and index."""
+    return f"{self.info.name}[{index}]"
 
   def labels(self) -> np.ndarray | None:
     """Returns the labels of all examples, int [n], if known without reading them."""
@@ -136,12 +122,12 @@ class SlicedSource(Source):
 
   def labels(self) -> np.ndarray | None:
     """Returns the labels of all parts, if all are known."""
-    known = [source.labels() for source, _ in self._parts]
-    found = [x for x in known if x is not None]
-    if len(found) < len(known):
-      return None
-    pairs = zip(found, self._parts, strict=True)
-    return np.concatenate([labels[list(indices)] for labels, (_, indices) in pairs])
+    found = []
+    for source, indices in self._parts:
+      if (labels := source.labels()) is None:
+        return None
+      found.append(labels[list(indices)])
+    return np.concatenate(found)
 
   def missing(self) -> list[int]:
     """Returns the missing examples of all parts."""
@@ -158,13 +144,9 @@ class SlicedSource(Source):
 
 
 def select_split(splits: Splits, split: str, dataset: str) -> Source:
-  """Returns the examples of a split specification.
+  """Returns the examples of a split specification; see above.
 
-  Args:
-    splits: of the dataset.
-    split: one split, a slice of one, or several joined with `+`. Percentages are rounded to the
-      nearest example; negative positions count from the end.
-    dataset: its name, for error messages.
+  Percentages are rounded to the nearest example; negative positions count from the end.
 
   Raises:
     ValueError: a malformed specification, an unknown split, or an empty one.
@@ -211,13 +193,8 @@ def join_sources(sources: Sequence[Source]) -> Source:
 def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> None:
   """Checks that two sources have the same class names; sources without names pass.
 
-  Args:
-    train: training data.
-    other: evaluation data.
-    name: of the other in the message: "the evaluation 'val'".
-
   Raises:
-    ValueError: the names differ; the message has the first difference.
+    ValueError: the names differ; the message calls the other `name` and has the first difference.
   """
   ours, theirs = train.class_names, other.class_names
   if not ours or not theirs or ours == theirs:
@@ -233,8 +210,6 @@ def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> Non
 
 
 def _position(text: str | None, length: int) -> int | None:
-  if text is None:
-    return None
-  if text.endswith("%"):
+  if text is not None and text.endswith("%"):
     return round(int(text[:-1]) * length / 100)
-  return int(text)
+  return None if text is None else int(text)

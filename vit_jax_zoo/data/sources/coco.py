@@ -35,7 +35,7 @@ from vit_jax_zoo.data.sources.base import (
 )
 from vit_jax_zoo.data.sources.coco_file import CocoFile, read_coco
 from vit_jax_zoo.data.transforms.detection import objects_example
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 
 _THING_NAMES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
@@ -91,32 +91,26 @@ def coco_ids(names: Sequence[str]) -> tuple[int, ...] | None:
 
 ROBOFLOW = "_annotations.coco.json"
 
-FRAMES = ("auto", "upright", "stored")
-
 
 class _Split(NamedTuple):
-  """Files of a split: annotations, folder of images, folder of segment images."""
+  """Files of a split."""
 
   json: pathlib.Path
-  images: pathlib.Path
-  segments: pathlib.Path | None = None
+  images: pathlib.Path  # folder of images
+  segments: pathlib.Path | None = None  # folder of segment images
 
 
 class CocoSource(Source):
-  """Images of an annotation file; examples as in `transforms/detection.py`.
+  """Images of a checked annotation file; examples as in `transforms/detection.py`.
 
-  Args:
-    info: of the split.
-    content: the checked annotation file.
-    split: its files.
-    rotated: EXIF orientation by index, of images whose annotations are in the stored frame.
+  `rotated` has the EXIF orientation, by index, of images whose annotations are in the stored frame.
   """
 
   def __init__(
     self, info: DatasetInfo, content: CocoFile, split: _Split, rotated: Mapping[int, int]
   ) -> None:
     self.info = info
-    self._images, self._pngs, self._rotated = content.images, content.segments, dict(rotated)
+    self._images, self._pngs, self._rotated = content.images, content.segments, rotated
     # As text: COCO's outlines take a fifth of the memory, in this and in every worker process.
     self._objects = {key: json.dumps(value).encode() for key, value in content.objects.items()}
     self._folder, self._segments = str(split.images), split.segments and str(split.segments)
@@ -129,8 +123,9 @@ class CocoSource(Source):
     image = self._images[index]
     objects = json.loads(self._objects.get(image["id"], b"[]"))
     boxes = np.array([o.get("bbox", (0, 0, 0, 0)) for o in objects], np.float64).reshape(-1, 4)
+    file, *png = self._files(index)
     example = objects_example(
-      _read(self.example_name(index)),
+      _read(file),
       image["id"] if self._own_ids else index,
       np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
       [o["category_id"] for o in objects],
@@ -143,17 +138,24 @@ class CocoSource(Source):
     example["annotated_size"] = (image["height"], image["width"])
     if index in self._rotated:
       example["annotation_orientation"] = self._rotated[index]
-    if self._segments is not None:
+    if png:
       del example["boxes_xyxy"]  # they follow from the segments, as in the official DETR
-      png = os.path.join(self._segments, self._pngs[image["id"]])
-      example["segment_image"] = _read(png)
+      example["segment_image"] = _read(png[0])
     elif self._has_outlines:
       example["outlines"] = [o.get("segmentation") for o in objects]
     return example
 
+  def _files(self, index: int) -> list[str]:
+    """Returns the paths of an image and of its segment image, if there is one."""
+    image = self._images[index]
+    files = [os.path.join(self._folder, image["file_name"])]
+    if self._segments is not None:
+      files.append(os.path.join(self._segments, self._pngs[image["id"]]))
+    return files
+
   def example_name(self, index: int) -> str:
     """Returns the path of the image."""
-    return os.path.join(self._folder, self._images[index]["file_name"])
+    return self._files(index)[0]
 
   def image_size(self, index: int) -> tuple[int, int]:
     """Returns the upright size by the annotations; `load_objects` compares it with the image."""
@@ -162,15 +164,13 @@ class CocoSource(Source):
 
   def missing(self) -> list[int]:
     """Returns the images whose files, or whose segment images, are not there."""
-    listed: dict[str, frozenset[str]] = {}
-    lost = []
-    for index, image in enumerate(self._images):
-      files = [self.example_name(index)]
-      if self._segments is not None:
-        files.append(os.path.join(self._segments, self._pngs[image["id"]]))
-      if not all(_is_there(file, listed) for file in files):
-        lost.append(index)
-    return lost
+    folders = {os.path.dirname(f) for i in range(len(self)) for f in self._files(i)}
+    there = {os.path.join(d, f) for d in folders if os.path.isdir(d) for f in os.listdir(d)}
+    return [
+      index
+      for index in range(len(self))
+      if not all(file in there or os.path.isfile(file) for file in self._files(index))
+    ]
 
 
 def open_splits(
@@ -194,8 +194,7 @@ def open_splits(
     FileNotFoundError: there is no such folder, or none of segment images.
     ValueError: it has no annotations, or the annotation file is refused.
   """
-  if exif_frame not in FRAMES:
-    raise ValueError(unknown_name("exif_frame", exif_frame, FRAMES))
+  check_names("exif_frame", [exif_frame], ("auto", "upright", "stored"))
   root = pathlib.Path(location).expanduser()
   if not root.is_dir():
     raise FileNotFoundError(
@@ -216,7 +215,6 @@ def open_splits(
 
 
 def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]:
-  """Yields each split's name and files."""
   prefix = "panoptic_" if panoptic else "instances_"
   for file in sorted((root / "annotations").glob(f"{prefix}*.json")):
     name = file.stem.removeprefix(prefix)
@@ -309,14 +307,6 @@ def _read_headers(
   with concurrent.futures.ThreadPoolExecutor() as threads:
     found = zip(indices, threads.map(read, indices), strict=True)
     return {index: header for index, header in found if header is not None}
-
-
-def _is_there(file: str, listed: dict[str, frozenset[str]]) -> bool:
-  """Returns whether a file exists; lists each folder once."""
-  folder, name = os.path.split(file)
-  if folder not in listed:
-    listed[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-  return name in listed[folder] or os.path.isfile(file)
 
 
 def _read(file: str) -> bytes:

@@ -60,10 +60,9 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
     raise ValueError(f"{file}: images is empty; expected at least one image")
   if not categories:
     raise ValueError(f"{file}: categories is empty; expected id and name of each class")
-  by_id = {image["id"]: image for image in images}
-  check = _Annotations(by_id, categories, problems)
+  check = _Annotations({image["id"]: image for image in images}, categories, problems)
   for annotation in data["annotations"]:
-    (check.add_panoptic if panoptic else check.add)(annotation)
+    check.add(annotation, panoptic=panoptic)
   problems.raise_refused()
   if panoptic:
     images = check.annotated(images)
@@ -75,13 +74,9 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
 
 
 def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """Reads the images and the categories of a file with or without annotations, such as a test set.
+  """Returns `id`, `file_name`, `height`, `width` of each image, and the categories as in the file.
 
-  Returns:
-    `id`, `file_name`, `height`, `width` of each image, and the categories as in the file.
-
-  Raises:
-    ValueError: it is refused; the message lists every reason.
+  Reads a file with or without annotations, such as a test set; raises as `read_coco`.
   """
   data = _load(file, ("images", "categories"))
   problems = _Problems(file)
@@ -93,49 +88,37 @@ def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str
 
 
 class _Problems:
-  """Problems by kind, with their counts and first examples."""
+  """Problems by kind, with an example for each time."""
 
   def __init__(self, file: pathlib.Path) -> None:
     self._file = file
     self._refused: dict[str, list[str]] = {}
     self._warned: dict[str, list[str]] = {}
-    self._counts: collections.Counter[str] = collections.Counter()
 
   def refuse(self, kind: str, example: str) -> None:
-    self._add(self._refused, kind, example)
+    self._refused.setdefault(kind, []).append(example)
 
   def warn(self, kind: str, example: str) -> None:
-    self._add(self._warned, kind, example)
-
-  def _add(self, kinds: dict[str, list[str]], kind: str, example: str) -> None:
-    self._counts[kind] += 1
-    examples = kinds.setdefault(kind, [])
-    if len(examples) < _LISTED:
-      examples.append(example)
+    self._warned.setdefault(kind, []).append(example)
 
   def raise_refused(self) -> None:
     if self._refused:
-      raise ValueError(f"{self._file}: {'; '.join(self._lines(self._refused))}")
+      raise ValueError(f"{self._file}: {'; '.join(map(_line, self._refused.items()))}")
 
   def log(self) -> None:
-    for line in self._lines(self._warned):
-      logging.warning("%s: %s", self._file, line)
-
-  def _lines(self, kinds: Mapping[str, Sequence[str]]) -> list[str]:
-    lines = []
-    for kind, examples in kinds.items():
-      more = ", ..." if self._counts[kind] > len(examples) else ""
-      lines.append(f"{self._counts[kind]} x {kind} ({', '.join(examples)}{more})")
-    return lines
+    for problem in self._warned.items():
+      logging.warning("%s: %s", self._file, _line(problem))
 
 
-_LISTED = 3
+def _line(problem: tuple[str, Sequence[str]]) -> str:
+  kind, examples = problem
+  more = ", ..." if len(examples) > 3 else ""
+  return f"{len(examples)} x {kind} ({', '.join(examples[:3])}{more})"
 
 
-_LISTS = ("images", "annotations", "categories")
-
-
-def _load(file: pathlib.Path, lists: Sequence[str] = _LISTS) -> dict[str, Any]:
+def _load(
+  file: pathlib.Path, lists: Sequence[str] = ("images", "annotations", "categories")
+) -> dict[str, Any]:
   """Returns the JSON object with these lists."""
   try:
     data = json.loads(file.read_bytes())  # UTF-8, -16 or -32, with a byte order mark or without
@@ -150,9 +133,9 @@ def _load(file: pathlib.Path, lists: Sequence[str] = _LISTS) -> dict[str, Any]:
         f"{file} is not in COCO's format: {key} is missing; expected an object with the lists "
         f"{', '.join(lists)}"
       )
-    wrong = next((item for item in found if not isinstance(item, dict)), None)
-    if wrong is not None:
-      raise ValueError(f"{file} is not in COCO's format: {key} has {_short(wrong)}, not an object")
+    for item in found:
+      if not isinstance(item, dict):
+        raise ValueError(f"{file} is not in COCO's format: {key} has {_short(item)}, not an object")
   return data
 
 
@@ -216,6 +199,10 @@ def _images(given: Sequence[Mapping[str, Any]], problems: _Problems) -> list[dic
   return list(images.values())
 
 
+class _RefusedError(Exception):
+  """Kind and example of a problem for which the file is refused."""
+
+
 class _Annotations:
   """Collects the annotations of each image, as they are checked."""
 
@@ -228,21 +215,21 @@ class _Annotations:
     self._images, self._categories, self._problems = images, categories, problems
     self._outlines = self._boxes = self._small = self._crowds = 0
 
-  def add(self, annotation: Mapping[str, Any]) -> None:
-    """Adds an object with a box."""
+  def add(self, annotation: Mapping[str, Any], *, panoptic: bool) -> None:
+    """Adds an object with a box, or the segments of an image."""
+    try:
+      (self._add_segments if panoptic else self._add_object)(annotation)
+    except _RefusedError as problem:
+      self._problems.refuse(*problem.args)
+
+  def _add_object(self, annotation: Mapping[str, Any]) -> None:
     image = self._image(annotation)
-    if image is None:
-      return
     where = f"annotation {annotation.get('id')} of {image['file_name']}"
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-      self._problems.refuse(
-        "bbox that is not 4 numbers (left, top, width, height)", f"{where}: {_short(box)}"
-      )
-      return
+      kind = "bbox that is not 4 numbers (left, top, width, height)"
+      raise _RefusedError(kind, f"{where}: {_short(box)}")
     found = self._object(annotation, where)
-    if found is None:
-      return
     if not all(map(math.isfinite, box)):
       self._problems.warn("bbox with NaN or infinity, left out", where)
       return
@@ -251,9 +238,7 @@ class _Annotations:
     self._boxes += 1
     self._small += max(box) <= 1 and min(box) >= 0
     self._crowds += found["iscrowd"]
-    found["bbox"] = box
-    if "area" not in found:
-      found["area"] = box[2] * box[3]
+    found = {"area": box[2] * box[3], **found, "bbox": box}
     if annotation.get("segmentation") is not None:
       outline, problem = _usable_outline(annotation["segmentation"], image)
       if problem:
@@ -262,31 +247,28 @@ class _Annotations:
       found["segmentation"] = outline
     self.objects[image["id"]].append(found)
 
-  def add_panoptic(self, annotation: Mapping[str, Any]) -> None:
-    """Adds the segments of an image."""
+  def _add_segments(self, annotation: Mapping[str, Any]) -> None:
     image = self._image(annotation)
-    if image is None:
-      return
-    segments, png = annotation.get("segments_info"), annotation.get("file_name")
+    file, png = image["file_name"], annotation.get("file_name")
+    segments = annotation.get("segments_info")
     if not isinstance(segments, list) or not isinstance(png, str):
-      self._problems.refuse(
-        "panoptic annotation without segments_info and file_name", f"image {image['file_name']}"
-      )
-      return
+      kind = "panoptic annotation without segments_info and file_name"
+      raise _RefusedError(kind, f"image {file}")
     if image["id"] in self.segments:
-      self._problems.refuse("image with two panoptic annotations", image["file_name"])
-      return
+      raise _RefusedError("image with two panoptic annotations", file)
     self.segments[image["id"]] = png
     known = set()
     for segment in segments:
       number = segment.get("id") if isinstance(segment, dict) else None
-      where = f"segment {_short(number)} of {image['file_name']}"
-      if not isinstance(number, int) or not 0 < number < _MAX_SEGMENT or number in known:
-        self._problems.refuse("segment without an id of its own (1 to 16777215)", where)
-        continue
-      known.add(number)
-      found = self._object(segment, where)
-      if found is not None:
+      where = f"segment {_short(number)} of {file}"
+      try:
+        if not isinstance(number, int) or not 0 < number < _MAX_SEGMENT or number in known:
+          raise _RefusedError("segment without an id of its own (1 to 16777215)", where)
+        known.add(number)
+        found = self._object(segment, where)
+      except _RefusedError as problem:
+        self._problems.refuse(*problem.args)
+      else:
         self._crowds += found["iscrowd"]
         self.objects[image["id"]].append({"area": 0.0, **found})
 
@@ -315,31 +297,25 @@ class _Annotations:
           found.pop("segmentation", None)
     return dict(self.objects)
 
-  def _image(self, annotation: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  def _image(self, annotation: Mapping[str, Any]) -> Mapping[str, Any]:
     number = annotation.get("image_id")
-    image = self._images.get(number) if isinstance(number, int | str) else None
-    if image is None:
-      self._problems.refuse(
-        "annotation of an image that is not listed",
-        f"annotation {annotation.get('id')}: image {_short(number)}",
-      )
-    return image
+    if not isinstance(number, int | str) or number not in self._images:
+      where = f"annotation {annotation.get('id')}: image {_short(number)}"
+      raise _RefusedError("annotation of an image that is not listed", where)
+    return self._images[number]
 
-  def _object(self, annotation: Mapping[str, Any], where: str) -> dict[str, Any] | None:
-    """Returns the fields that objects and segments share; None after a problem."""
+  def _object(self, annotation: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns the fields that objects and segments share."""
     category, crowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
     if isinstance(category, bool | float | list | dict) or category not in self._categories:
-      self._problems.refuse(
-        f"category_id that is not listed (known: {min(self._categories)}..{max(self._categories)})",
-        f"{where}: {_short(category)}",
-      )
-      return None
+      known = f"{min(self._categories)}..{max(self._categories)}"
+      kind = f"category_id that is not listed (known: {known})"
+      raise _RefusedError(kind, f"{where}: {_short(category)}")
     if isinstance(crowd, str) and crowd in ("0", "1"):
       self._problems.warn("iscrowd that is text, read as a number", f"{where}: {crowd!r}")
       crowd = int(crowd)
     if crowd not in (0, 1, None):
-      self._problems.refuse("iscrowd that is neither 0 nor 1", f"{where}: {_short(crowd)}")
-      return None
+      raise _RefusedError("iscrowd that is neither 0 nor 1", f"{where}: {_short(crowd)}")
     number, area = annotation.get("id"), annotation.get("area")
     found = {
       "id": number if isinstance(number, int) and abs(number) < 1 << 63 else 0,
@@ -368,15 +344,10 @@ def _usable_outline(outline: Any, image: Mapping[str, Any]) -> tuple[Any, str]:
     return outline, ""
   if not isinstance(outline, list) or not outline:
     return None, "no polygon"
-  problem = ""
-  usable = []
-  for polygon in outline:
-    found = _polygon_problem(polygon, image)
-    if found:
-      problem = problem or found
-    else:
-      usable.append(_bounded(polygon, image))
-  return usable or None, problem
+  problems = [_polygon_problem(polygon, image) for polygon in outline]
+  pairs = zip(outline, problems, strict=True)
+  usable = [_bounded(polygon, image) for polygon, problem in pairs if not problem]
+  return usable or None, next(filter(None, problems), "")
 
 
 def _polygon_problem(polygon: Any, image: Mapping[str, Any]) -> str:

@@ -11,35 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.errors import unknown_name
-
 
 @dataclasses.dataclass(frozen=True)
 class LabelRule:
-  """Label of a TFDS record.
+  """Label of a TFDS record."""
 
-  Attributes:
-    keys: features that it reads.
-    num_classes: number of classes.
-    label: computes the label of a record.
-    image_scale: factor of the pixels; dSprites are stored as 0 and 1.
-  """
-
-  keys: tuple[str, ...]
+  keys: tuple[str, ...]  # features that it reads
   num_classes: int
-  label: Callable[[Mapping[str, Any]], int]
-  image_scale: int = 1
-
-
-def find_rule(name: str) -> LabelRule:
-  """Returns the rule of this name.
-
-  Raises:
-    ValueError: there is none.
-  """
-  if name not in RULES:
-    raise ValueError(unknown_name("label_rule", name, RULES))
-  return RULES[name]
+  label: Callable[[Mapping[str, Any]], int]  # of a record
+  image_scale: int = 1  # factor of the pixels; dSprites are stored as 0 and 1
 
 
 def count_objects(record: Mapping[str, Any]) -> int:
@@ -54,19 +34,11 @@ def nearest_object(record: Mapping[str, Any]) -> int:
 
 
 def nearest_vehicle(record: Mapping[str, Any]) -> int:
-  """KITTI: interval of the distance to the nearest car, van or truck; the last one for none.
-
-  Distances are metres ahead of the camera.
-  """
+  """KITTI: interval of the distance ahead, in metres, to the nearest car, van or truck, or none."""
   objects = record["objects"]
   ahead = np.asarray(objects["location"], np.float64).reshape(-1, 3)[:, 2]
-  vehicles = np.asarray(objects["type"], np.int64).reshape(-1) < _VEHICLES
-  nearest = min([1000.0, *ahead[vehicles].tolist()])
-  return _interval(nearest, (-100.0, 8.0, 20.0, 999.0))
-
-
-_VEHICLES = 3
-"""Car, Van, Truck are the first of KITTI's types."""
+  vehicles = np.asarray(objects["type"], np.int64).reshape(-1) < 3  # Car, Van, Truck come first
+  return _interval(min([1000.0, *ahead[vehicles].tolist()]), (-100.0, 8.0, 20.0, 999.0))
 
 
 def x_position(record: Mapping[str, Any]) -> int:

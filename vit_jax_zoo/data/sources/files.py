@@ -4,8 +4,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 
@@ -15,49 +14,40 @@ _LISTED = 5
 """Ignored files that are named in the log."""
 
 
-class Listing(NamedTuple):
-  """Content of a folder; paths below it, with "/", sorted.
+def list_images(
+  folder: str | os.PathLike, *, recursive: bool = True
+) -> tuple[list[str], list[str]]:
+  """Returns the image files below a folder, following links, and the ignored ones.
 
-  Attributes:
-    images: regular files with one of `images.suffixes()`.
-    ignored: all others but hidden ones; dangling links and special files with the reason.
+  Paths are those below the folder, with "/", sorted. Images are regular files with one of
+  `images.suffixes()`; ignored dangling links and special files have the reason. Hidden files and
+  folders (`.ipynb_checkpoints`, `._a.jpg`) and `__MACOSX` are skipped.
   """
-
-  images: list[str]
-  ignored: list[str]
-
-
-def list_images(folder: str | os.PathLike, *, recursive: bool = True) -> Listing:
-  """Lists the image files below a folder, following links.
-
-  Hidden files and folders (`.ipynb_checkpoints`, `._a.jpg`) and `__MACOSX` are skipped.
-  """
-  found = Listing([], [])
-  _list(os.fspath(folder), "", found, recursive=recursive, parents=())
-  return Listing(sorted(found.images), sorted(found.ignored))
+  images, ignored = [], []
+  for path, reason in _walk(os.fspath(folder), "", (), recursive=recursive):
+    is_image = not reason and os.path.splitext(path)[1].lower() in suffixes()
+    (images if is_image else ignored).append(path + reason)
+  return sorted(images), sorted(ignored)
 
 
-def _list(
-  folder: str, below: str, found: Listing, *, recursive: bool, parents: tuple[str, ...]
-) -> None:
+def _walk(
+  folder: str, below: str, parents: tuple[str, ...], *, recursive: bool
+) -> Iterator[tuple[str, str]]:
+  """Yields the path of each file and why it cannot be read, or an empty text."""
   real = os.path.realpath(folder)
   if real in parents:  # a link to a folder above it
     return
   with os.scandir(folder) as entries:
     for entry in entries:
       path = f"{below}{entry.name}"
-      if is_hidden(entry.name):
+      if is_hidden(entry.name) or (entry.is_dir() and not recursive):
         continue
       if entry.is_dir():
-        if recursive:
-          _list(entry.path, f"{path}/", found, recursive=True, parents=(*parents, real))
-      elif not entry.is_file():
-        reason = "dangling link" if entry.is_symlink() else "not a regular file"
-        found.ignored.append(f"{path} ({reason})")
-      elif os.path.splitext(entry.name)[1].lower() in suffixes():
-        found.images.append(path)
+        yield from _walk(entry.path, f"{path}/", (*parents, real), recursive=True)
+      elif entry.is_file():
+        yield path, ""
       else:
-        found.ignored.append(path)
+        yield path, " (dangling link)" if entry.is_symlink() else " (not a regular file)"
 
 
 def is_hidden(name: str) -> bool:
@@ -68,13 +58,11 @@ def is_hidden(name: str) -> bool:
 def log_ignored(folder: str | os.PathLike, ignored: Sequence[str]) -> None:
   """Logs the files of a folder that are not images, once for each folder."""
   if ignored:
-    _log_ignored(os.fspath(folder), tuple(ignored))
+    named = ", ".join(ignored[:_LISTED]) + (", ..." if len(ignored) > _LISTED else "")
+    _log_once(f"{folder}: ignored {len(ignored)} files that are not images: {named}")
 
 
-@functools.cache  # each split of a run lists the folder again
-def _log_ignored(folder: str, ignored: tuple[str, ...]) -> None:
-  named = ", ".join(ignored[:_LISTED]) + (", ..." if len(ignored) > _LISTED else "")
-  logging.info("%s: ignored %d files that are not images: %s", folder, len(ignored), named)
+_log_once = functools.cache(logging.info)  # each split of a run lists the folder again
 
 
 def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]:

@@ -50,18 +50,19 @@ CHOOSE_FRACTION = 0.1
 
 _LISTED = 5
 
+_warn_once = functools.cache(logging.warning)
+
 
 class FolderSource(Source):
   """Image files with the class of their folder. `image` is the file's bytes."""
 
-  def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, int]]) -> None:
-    self.info = info
-    self._root = root
-    self._files = files
+  def __init__(self, info: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> None:
+    self.info = dataclasses.replace(info, num_examples=len(files))
+    self._root, self._files = root, files
 
   def __getitem__(self, index: int) -> Example:
-    with open(self.example_name(index), "rb") as file:
-      return {"image": file.read(), "label": self._files[index][1]}
+    path, label = self._files[index]
+    return {"image": (self._root / path).read_bytes(), "label": label}
 
   def labels(self) -> np.ndarray:
     """Returns the labels of all files."""
@@ -69,7 +70,7 @@ class FolderSource(Source):
 
   def example_name(self, index: int) -> str:
     """Returns the path of the file."""
-    return os.path.join(self._root, self._files[index][0])
+    return str(self._root / self._files[index][0])
 
   def part(self, *, chosen: bool) -> "FolderSource":
     """Returns the held-out part (`chosen`) or the rest.
@@ -82,9 +83,8 @@ class FolderSource(Source):
         f"{self.info.name}: {len(self._files)} training image, and none for a held-out part; "
         "expected at least 2, better dozens of each class"
       )
-    fit, choose = _hold_out(self._files, CHOOSE_FRACTION, highest=True)
-    files = choose if chosen else fit
-    return FolderSource(dataclasses.replace(self.info, num_examples=len(files)), self._root, files)
+    parts = _hold_out(self._files, CHOOSE_FRACTION, highest=True)
+    return FolderSource(self.info, self._root, parts[chosen])
 
 
 FolderSplits: TypeAlias = Mapping[str, Callable[[], FolderSource]]
@@ -120,22 +120,25 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
       f"folder:{location} is not a folder; expected one folder for each class, with images inside "
       "(demo:photos needs no files)"
     )
-  splits = _split_folders(root)
-  found = {name: _scan(folder) for name, folder in (splits or {"": root}).items()}
-  if not any(found.values()):
+  folders = _split_folders(root) or {"": root}
+  found = {name: _scan(folder) for name, folder in folders.items()}
+  every = sorted({name for files in found.values() for _, name in files})
+  if not every:
     raise ValueError(
       f"{root} has no images in class folders; expected {root}/<class>/<image>, with one of "
       f"{', '.join(sorted(suffixes()))}"
     )
-  if not splits:
-    _check_not_wrapped(root, {name for _, name in found[""]}, location)
-  names = read_class_names(class_names)
-  names = names or tuple(sorted({name for files in found.values() for _, name in files}))
+  if "" in found and len(every) == 1:
+    _check_not_wrapped(root / every[0], location)
+  names = read_class_names(class_names) or tuple(every)
   whole = DatasetInfo(f"folder:{location}", 0, len(names), names)
-  if not splits:
-    return _hashed_splits(whole, root, _labelled(root, found[""], names))
-  labelled = {s: _labelled(splits[s], files, names) for s, files in found.items() if files}
-  return {s: functools.partial(_open, whole, splits[s], files) for s, files in labelled.items()}
+  labelled = {s: _labelled(folders[s], files, names) for s, files in found.items() if files}
+  if "" in labelled:
+    labelled = _hashed_splits(root, labelled[""], names)
+  return {
+    split: functools.partial(FolderSource, whole, folders.get(split, root), files)
+    for split, files in labelled.items()
+  }
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -166,14 +169,11 @@ def _folders(root: pathlib.Path) -> list[pathlib.Path]:
   return sorted(f for f in root.iterdir() if f.is_dir() and not is_hidden(f.name))
 
 
-def _check_not_wrapped(root: pathlib.Path, classes: set[str], location: str) -> None:
+def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
   """Refuses a folder whose only folder holds the dataset."""
-  if len(classes) != 1:
-    return
-  inner = root / next(iter(classes))
   inside = _folders(inner)
   splits = [f for f in inside if f.name.lower() in SPLIT_FOLDERS]
-  if splits or (len(inside) > 1 and not list_images(inner, recursive=False).images):
+  if splits or (len(inside) > 1 and not list_images(inner, recursive=False)[0]):
     raise ValueError(
       f"folder:{location} has a single class folder, {inner.name}, with the folders "
       f"{', '.join(f.name for f in inside[:_LISTED])}; did you mean "
@@ -186,11 +186,11 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   found: list[tuple[str, str]] = []
   ignored: list[str] = []
   for folder in _folders(root):
-    listing = list_images(folder)
-    found += [(f"{folder.name}/{path}", folder.name) for path in listing.images]
-    ignored += [f"{folder.name}/{path}" for path in listing.ignored]
+    images, others = list_images(folder)
+    found += [(f"{folder.name}/{path}", folder.name) for path in images]
+    ignored += [f"{folder.name}/{path}" for path in others]
   log_ignored(root, ignored)
-  return sorted(found, key=lambda file: (_hash(file[0]), file[0]))
+  return sorted(found, key=lambda file: (hash_name(file[0]), file[0]))
 
 
 def _labelled(
@@ -207,38 +207,30 @@ def _labelled(
 
 
 def _hashed_splits(
-  whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]
-) -> FolderSplits:
+  root: pathlib.Path, files: list[tuple[str, int]], names: tuple[str, ...]
+) -> dict[str, list[tuple[str, int]]]:
   train, test = _hold_out(files, TEST_FRACTION)
   untested = sorted({label for _, label in files} - {label for _, label in test})
   if untested:
-    named = ", ".join(whole.class_names[label] for label in untested[:_LISTED])
+    named = ", ".join(names[label] for label in untested[:_LISTED])
     _warn_once(f"{root}: {len(untested)} classes have no test image: {named}; add images to them")
-  splits = {"train": train, "test": test, "all": files}
-  return {name: functools.partial(_open, whole, root, splits[name]) for name in splits}
-
-
-_warn_once = functools.cache(logging.warning)
+  return {"train": train, "test": test, "all": files}
 
 
 def _hold_out(
   files: list[tuple[str, int]], fraction: float, *, highest: bool = False
 ) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-  """Splits files in (kept, held out) by hash.
+  """Splits files, ordered by hash, in (kept, held out): a fraction of the range of hashes.
 
-  Of each class with two or more files, at least one is kept and one held out.
-
-  Args:
-    files: paths and labels, ordered by hash.
-    fraction: of the range of hashes that is held out.
-    highest: hold out the files with the highest hashes, not the lowest.
+  Of each class with two or more files, at least one is kept and one held out. Those with the lowest
+  hashes are held out, or with the highest.
   """
   by_class: dict[int, list[tuple[str, int]]] = {}
   for file in reversed(files) if highest else files:
     by_class.setdefault(file[1], []).append(file)
   held: set[tuple[str, int]] = set()
   for members in by_class.values():
-    ranks = (_hash(path) / 2**64 for path, _ in members)
+    ranks = (hash_name(path) / 2**64 for path, _ in members)
     count = sum((1 - rank if highest else rank) < fraction for rank in ranks)
     held.update(members[: min(max(count, 1), len(members) - 1)])
   if not held:  # one file a class
@@ -246,11 +238,7 @@ def _hold_out(
   return [f for f in files if f not in held], [f for f in files if f in held]
 
 
-def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> FolderSource:
-  return FolderSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
-
-
-def _hash(path: str) -> int:
+def hash_name(path: str) -> int:
   """Returns a number in [0, 2**64) that depends on the path alone."""
   return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")
 
@@ -263,11 +251,8 @@ def _name_choices(splits: FolderSplits) -> Splits:
   if "test" in splits and len(validation) == 1:
     return {**splits, "fit": splits["train"], "choose": splits[validation[0]]}
   train = splits["train"]
-  return {
-    **splits,
-    "fit": lambda: train().part(chosen=False),
-    "choose": lambda: train().part(chosen=True),
-  }
+  parts = {"fit": lambda: train().part(chosen=False), "choose": lambda: train().part(chosen=True)}
+  return {**splits, **parts}
 
 
 def _name_test(splits: Splits, location: str) -> Splits:
@@ -276,14 +261,14 @@ def _name_test(splits: Splits, location: str) -> Splits:
   TFDS datasets have no such aliases: what a published number was measured on must be named.
   """
   validation = {splits[name] for name in VALIDATION_NAMES if name in splits}
-  if "test" in splits and not validation:
-    return {**splits, **dict.fromkeys(VALIDATION_NAMES, splits["test"])}
-  if "test" not in splits and len(validation) == 1:
+  if "test" in splits:
+    return splits if validation else {**splits, **dict.fromkeys(VALIDATION_NAMES, splits["test"])}
+  if len(validation) == 1:
     return {**splits, "test": validation.pop()}
-  if "test" not in splits and not validation:
-    absent = functools.partial(_nothing_held_out, location)
-    return {**splits, **dict.fromkeys(("test", *VALIDATION_NAMES), absent)}
-  return splits
+  if validation:
+    return splits
+  absent = functools.partial(_nothing_held_out, location)
+  return {**splits, **dict.fromkeys(("test", *VALIDATION_NAMES), absent)}
 
 
 def _nothing_held_out(location: str) -> Source:

@@ -19,8 +19,6 @@ the published test sets have the split `test` alone. The option `reference` choo
 """
 
 import functools
-import hashlib
-import os
 import pathlib
 import re
 import unicodedata
@@ -29,8 +27,8 @@ from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
-from vit_jax_zoo.data.sources.folder import TEST_FRACTION
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.data.sources.folder import TEST_FRACTION, hash_name
+from vit_jax_zoo.errors import check_names
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
 """Values of the option `reference`."""
@@ -50,41 +48,30 @@ class PairSource(Source):
   Examples: `image`, bytes; `reference`, bytes, a tuple of them for "all", None for "self".
   """
 
-  def __init__(self, info: DatasetInfo, pairs: Pairs) -> None:
+  def __init__(self, info: DatasetInfo, pairs: Pairs, *, stitched: bool) -> None:
     self.info = info
-    self._pairs = [(str(image), tuple(map(str, refs))) for image, refs in pairs.items()]
-    self._stitched = False
+    self._pairs, self._stitched = list(pairs.items()), stitched
 
   def __getitem__(self, index: int) -> Example:
     image, references = self._pairs[index]
-    found = tuple(_read(path) for path in references)
+    found = tuple(path.read_bytes() for path in references)
     reference = found if self._stitched else next(iter(found), None)
-    return {"image": _read(image), "reference": reference}
+    return {"image": image.read_bytes(), "reference": reference}
 
   def example_name(self, index: int) -> str:
     """Returns the path of the image."""
-    return self._pairs[index][0]
-
-  def stitched(self) -> "PairSource":
-    """Returns this source with tuples of all references."""
-    self._stitched = True
-    return self
+    return str(self._pairs[index][0])
 
 
 def open_splits(location: str, reference: str | int = "1") -> Splits:
-  """Opens the splits of a folder.
-
-  Args:
-    location: a local folder in one of the layouts of the module's docstring.
-    reference: one of `REFERENCES`.
+  """Opens the splits of a local folder in one of the layouts above, with one of `REFERENCES`.
 
   Raises:
     FileNotFoundError: there is no such folder, or an image lacks the reference.
     ValueError: `reference` or the layout is unknown, or names are ambiguous.
   """
   reference = str(reference)
-  if reference not in REFERENCES:
-    raise ValueError(unknown_name("reference", reference, REFERENCES))
+  check_names("reference", [reference], REFERENCES)
   root = pathlib.Path(location).expanduser()
   if "://" in location or not root.is_dir():
     raise FileNotFoundError(
@@ -100,14 +87,12 @@ def open_splits(location: str, reference: str | int = "1") -> Splits:
 
 def _open(name: str, find: Callable[[], Pairs], reference: str) -> PairSource:
   pairs = {image: _choose(image, refs, reference) for image, refs in find().items()}
-  source = PairSource(DatasetInfo(name, len(pairs)), pairs)
-  return source.stitched() if reference == "all" else source
+  return PairSource(DatasetInfo(name, len(pairs)), pairs, stitched=reference == "all")
 
 
 def _choose(
   image: pathlib.Path, references: tuple[pathlib.Path, ...], reference: str
 ) -> tuple[pathlib.Path, ...]:
-  """Returns the references that `reference` chooses."""
   if reference == "self":
     return ()
   if not references:
@@ -173,10 +158,7 @@ def _references_of(
 ) -> tuple[pathlib.Path, ...]:
   """Returns an image's references: of its full name; else of its stem, unless of another image.
 
-  Args:
-    image: the image.
-    files: reference files and folders by full name, and files by stem.
-    names: of all images.
+  `files` has reference files and folders by full name, and files by stem; `names` are all images'.
   """
   own = _key(image.name)
   found = files.get(own, [])
@@ -222,8 +204,8 @@ def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns the image files of a folder, sorted by name, numbers in it by value."""
-  found = [path for path in _listing(folder) if path.suffix.lower() in suffixes()]
-  return sorted((path for path in found if path.is_file()), key=_natural)
+  found = (path for path in _listing(folder) if path.suffix.lower() in suffixes())
+  return sorted(filter(pathlib.Path.is_file, found), key=_natural)
 
 
 def _listing(folder: pathlib.Path) -> Iterable[pathlib.Path]:
@@ -235,11 +217,5 @@ def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
   return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", path.name)]
 
 
-def _read(path: str) -> bytes:
-  with open(path, "rb") as file:
-    return file.read()
-
-
 def _hash(name: str) -> int:
-  """Returns a hash of the name in [0, 2**64)."""
-  return int.from_bytes(hashlib.blake2b(os.fsencode(_key(name)), digest_size=8).digest(), "big")
+  return hash_name(_key(name))

@@ -14,7 +14,6 @@ aliases.
 
 import dataclasses
 import functools
-import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -25,17 +24,11 @@ from vit_jax_zoo.data.sources.files import list_images, read_class_names
 
 
 class Layout(NamedTuple):
-  """Paths below the root; `{name}.*` stands for any image suffix.
-
-  Attributes:
-    images: pattern of the images.
-    labels: pattern of the label PNGs.
-    lists: pattern of text files with the names of a split; None where splits are folders.
-  """
+  """Patterns of paths below the root; `{name}.*` stands for any image suffix."""
 
   images: str
-  labels: str
-  lists: str | None = None
+  labels: str  # label PNGs
+  lists: str | None = None  # text files with the names of a split; None where splits are folders
 
 
 LAYOUTS = (
@@ -54,22 +47,17 @@ SPLIT_NAMES = {"training": "train", "testing": "test"}
 class SegmentationSource(Source):
   """Image files with label maps, both as bytes."""
 
-  def __init__(self, info: DatasetInfo, root: str, files: list[tuple[str, str]]) -> None:
-    self.info = info
-    self._root = root
-    self._files = files
+  def __init__(self, info: DatasetInfo, root: pathlib.Path, files: list[tuple[str, str]]) -> None:
+    self.info = dataclasses.replace(info, num_examples=len(files))
+    self._root, self._files = root, files
 
   def __getitem__(self, index: int) -> Example:
-    image, label_map = (self._read(file) for file in self._files[index])
+    image, label_map = ((self._root / file).read_bytes() for file in self._files[index])
     return {"image": image, "label_map": label_map, "image_id": index}
 
   def example_name(self, index: int) -> str:
     """Returns the path of the image file."""
-    return os.path.join(self._root, self._files[index][0])
-
-  def _read(self, file: str) -> bytes:
-    with open(os.path.join(self._root, file), "rb") as stream:
-      return stream.read()
+    return str(self._root / self._files[index][0])
 
 
 def open_splits(
@@ -113,14 +101,12 @@ def open_splits(
   _check_labels(root, found)
   return name_validation(
     {
-      SPLIT_NAMES.get(split, split): functools.partial(_open, whole, root, sorted(files))
+      SPLIT_NAMES.get(split, split): functools.partial(
+        SegmentationSource, whole, root, sorted(files)
+      )
       for split, files in found.items()
     }
   )
-
-
-def _open(whole: DatasetInfo, root: pathlib.Path, files: list[tuple[str, str]]) -> Source:
-  return SegmentationSource(dataclasses.replace(whole, num_examples=len(files)), str(root), files)
 
 
 def _find_layout(root: pathlib.Path) -> Layout:
@@ -185,7 +171,7 @@ def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
     return []
   below = folder.relative_to(root).as_posix()
   prefix = "" if below == "." else f"{below}/"
-  return [f"{prefix}{path}" for path in list_images(folder).images]
+  return [f"{prefix}{path}" for path in list_images(folder)[0]]
 
 
 def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:

@@ -14,8 +14,8 @@ import functools
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -25,203 +25,29 @@ from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources import tfrecord
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
 from vit_jax_zoo.data.sources.coco import coco_ids, names_by_id
-from vit_jax_zoo.data.sources.derived_labels import LabelRule, find_rule
+from vit_jax_zoo.data.sources.derived_labels import RULES, LabelRule
 from vit_jax_zoo.data.transforms.detection import objects_example
+from vit_jax_zoo.errors import check_names
 
-LABELS = "segmentation_label"
-"""Feature of label maps that is used without `label_key`."""
-IMAGES = ("image", "image_left")
-
-
-class _Split(Source):
-  """Split of a prepared dataset."""
-
-  def example_name(self, index: int) -> str:
-    """Returns split and index."""
-    return f"{self.info.name}[{index}]"
-
-
-class TfdsLabelMaps(_Split):
-  """Split of a dataset of label maps; examples as in `transforms/segmentation.py`."""
-
-  def __init__(self, info: DatasetInfo, records: Any, keys: tuple[str, str]) -> None:
-    self.info = info
-    self._records, (self._image_key, self._label_key) = records, keys
-
-  def __getitem__(self, index: int) -> Example:
-    record = self._records[index]
-    maps = {"image": record[self._image_key], "label_map": record[self._label_key]}
-    return {**maps, "image_id": index}
-
-
-def find_keys(
-  images: Sequence[str], image_key: str | None, label_key: str | None
-) -> tuple[str, str] | None:
-  """Returns the features of images and of label maps; None for a dataset without label maps.
-
-  Args:
-    images: names of the image features.
-    image_key: option of `open_splits`.
-    label_key: option of `open_splits`; an image feature has label maps.
-  """
-  labels = LABELS if label_key is None else label_key
-  if labels not in images:
-    return None
-  wanted = (*IMAGES, *images) if image_key is None else (image_key,)
-  found = next((key for key in wanted if key in images and key != labels), None)
-  return None if found is None else (found, labels)
-
-
-KEYS = ("image", "reference")
-
-
-class TfdsPairs(_Split):
-  """Split of a dataset of pairs; examples as in `sources/pairs.py`."""
-
-  def __init__(self, info: DatasetInfo, records: Any) -> None:
-    self.info = info
-    self._records = records
-
-  def __getitem__(self, index: int) -> Example:
-    record = self._records[index]
-    return {key: record[key] for key in KEYS}
-
-
-def has_pairs(features: Any) -> bool:
-  """Returns whether a dataset's images have references."""
-  return all(key in features and isinstance(features[key], tfds.features.Image) for key in KEYS)
-
+Record: TypeAlias = Mapping[str, Any]
+Maker: TypeAlias = Callable[[Record, int], Example]
+"""From a record and its index to an example."""
 
 OBJECTS = {False: "objects", True: "panoptic_objects"}
 """The feature, for detection and for panoptic segmentation."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Features of a record.
-
-  Attributes:
-    image: feature of the image.
-    objects: feature of the objects.
-    segments: feature of the segment image, or None.
-    class_ids: class id of each label; None where labels are class ids.
-  """
-
-  image: str
-  objects: str
-  segments: str | None = None
-  class_ids: tuple[int, ...] | None = None
+PAIR = ("image", "reference")
 
 
-class TfdsObjects(_Split):
-  """Split of a dataset of objects; examples as in `transforms/detection.py`."""
+class TfdsSource(Source):
+  """Split of a prepared dataset."""
 
-  def __init__(self, info: DatasetInfo, records: Any, layout: Layout) -> None:
+  def __init__(self, info: DatasetInfo, records: Any, make: Maker) -> None:
     self.info = info
-    self._records = records
-    self._layout = layout
+    self._records, self._make = records, make
 
   def __getitem__(self, index: int) -> Example:
-    record, layout = self._records[index], self._layout
-    objects, image = record[layout.objects], record[layout.image]
-    boxes = _in_pixels(objects["bbox"], image)
-    labels = np.asarray(objects["label"], np.int64)
-    if layout.class_ids is not None:
-      labels = np.asarray(layout.class_ids)[labels]
-    sides = boxes[:, 2:] - boxes[:, :2]
-    example = objects_example(
-      image,
-      int(record.get("image/id", index)),
-      boxes,
-      labels,
-      is_crowd=objects.get("is_crowd", np.zeros(len(labels), bool)),
-      area=objects.get("area", sides.prod(axis=1)),
-      ids=objects.get("id", np.zeros(len(labels))),
-    )
-    if layout.segments is not None:
-      example["segment_image"] = record[layout.segments]
-    return example
-
-
-def find_layout(features: Any, name: str, *, panoptic: bool) -> tuple[Layout, DatasetInfo]:
-  """Returns the features of a dataset's objects, and its classes.
-
-  Raises:
-    ValueError: it has no objects.
-  """
-  objects = OBJECTS[panoptic]
-  if objects not in features or "bbox" not in _inner(features, objects):
-    kind = "panoptic segments" if panoptic else "objects with boxes"
-    raise ValueError(f"{name} has no {kind}; its features are {', '.join(sorted(features))}")
-  label = _inner(features, objects)["label"]
-  names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
-  class_ids = coco_ids(names)
-  if class_ids is not None:
-    names = names_by_id(dict(zip(class_ids, names, strict=True)))
-  layout = Layout(
-    image="image",
-    objects=objects,
-    segments="panoptic_image" if panoptic else None,
-    class_ids=class_ids,
-  )
-  return layout, DatasetInfo(name, 0, len(names) or None, names)
-
-
-def has_objects(features: Any) -> bool:
-  """Returns whether a dataset has boxes."""
-  return any(key in features and "bbox" in _inner(features, key) for key in OBJECTS.values())
-
-
-def _in_pixels(boxes: Any, image: bytes) -> np.ndarray:
-  """Returns boxes [n 4], left, top, right, bottom in pixels, from relative y, x, y, x."""
-  height, width = images.image_size(image)
-  shares = np.asarray(boxes, np.float64).reshape(-1, 4)
-  return shares[:, [1, 0, 3, 2]] * (width, height, width, height)
-
-
-def _inner(features: Any, key: str) -> Any:
-  """Returns the features of a sequence's elements."""
-  return getattr(features[key], "feature", features[key])
-
-
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
-class TfdsSource(_Split):
-  """Split of a classification dataset.
-
-  `label` is an int, or int32 [n] for several labels an image.
-  """
-
-  def __init__(self, info: DatasetInfo, records: Any, keys: tuple[str, str | None]) -> None:
-    self.info = info
-    self._records = records
-    self._image_key, self._label_key = keys
-
-  def __getitem__(self, index: int) -> Example:
-    record = self._records[index]
-    example = {"image": record[self._image_key]}
-    if self._label_key is not None:
-      label = record[self._label_key]
-      # TFDS returns sequences as lists, an empty one without a type.
-      several = isinstance(label, list | tuple | np.ndarray) and np.ndim(label) > 0
-      example["label"] = np.asarray(label, np.int32).reshape(-1) if several else int(label)
-    return example
-
-
-class RuledSource(_Split):
-  """Split with labels derived from other features by a rule."""
-
-  def __init__(self, info: DatasetInfo, records: Any, image_key: str, rule: LabelRule) -> None:
-    self.info = info
-    self._records, self._image_key, self._rule = records, image_key, rule
-
-  def __getitem__(self, index: int) -> Example:
-    record = self._records[index]
-    image = record[self._image_key]
-    if self._rule.image_scale != 1:
-      image = images.decode_image(image) * np.uint8(self._rule.image_scale)
-    return {"image": image, "label": self._rule.label(record)}
+    return self._make(self._records[index], index)
 
 
 def open_splits(
@@ -253,65 +79,40 @@ def open_splits(
     ValueError: it lacks these features, or cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
-  is_path = is_path or is_remote(location)
-  folder = at_path(location) if is_path else _find(location, data_dir)
-  name = f"tfds:{location}"
-  if label_rule is not None:
-    return _open_with_rule(folder, name, image_key, label_key, label_rule)
-  return open_folder(folder, name, image_key, label_key, panoptic=panoptic)
+  folder = at_path(location) if is_path or is_remote(location) else _find(location, data_dir)
+  options = dict(image_key=image_key, label_key=label_key, label_rule=label_rule)
+  return open_folder(folder, f"tfds:{location}", panoptic=panoptic, **options)
 
 
 def open_folder(
   folder: epath.PathLike,
   name: str,
+  *,
   image_key: str | None = None,
   label_key: str | None = None,
-  *,
   panoptic: bool = False,
+  label_rule: str | None = None,
 ) -> Splits:
   """Opens the prepared dataset in `folder`; `name` is used in messages."""
   builder = tfds.builder_from_directory(folder)
-  features = builder.info.features
-  if panoptic or (image_key is None and label_key is None and has_objects(features)):
-    layout, whole = find_layout(features, name, panoptic=panoptic)
-    make = functools.partial(TfdsObjects, layout=layout)
-    encoded = [key for key in (layout.image, layout.segments) if key is not None]
-  elif maps := find_keys(_images(features), image_key, label_key):
-    whole, make = DatasetInfo(name, 0), functools.partial(TfdsLabelMaps, keys=maps)
-    encoded = maps
-  elif image_key is None and has_pairs(features):
-    whole, make, encoded = DatasetInfo(name, 0), TfdsPairs, KEYS
+  features, whole, encoded = builder.info.features, DatasetInfo(name, 0), PAIR
+  keys = (image_key, label_key)
+  if label_rule is not None:
+    whole, encoded, make = _derived(features, name, *keys, label_rule)
+  elif panoptic or (
+    keys == (None, None) and any(_has_boxes(features, key) for key in OBJECTS.values())
+  ):
+    whole, encoded, make = _objects(features, name, panoptic=panoptic)
+  elif maps := _label_maps(features, *keys):
+    encoded, make = maps, functools.partial(_map_example, keys=maps)
+  elif image_key is None and set(PAIR) <= set(_images(features)):
+    make = _pair_example
   else:
-    keys = _keys(features, name, image_key, label_key)
-    whole = DatasetInfo(name, 0, *_classes(features, keys[1]))
-    make = functools.partial(TfdsSource, keys=keys)
-    encoded = [keys[0]]
-  return _splits(builder, whole, encoded, make)
-
-
-def _open_with_rule(
-  folder: epath.PathLike, name: str, image_key: str | None, label_key: str | None, label_rule: str
-) -> Splits:
-  if label_key is not None:
-    raise ValueError(f"label_rule={label_rule!r} and label_key={label_key!r}: set one of them")
-  builder, rule = tfds.builder_from_directory(folder), find_rule(label_rule)
-  features = builder.info.features
-  image_key, _ = _keys(features, name, image_key, None)
-  for key in rule.keys:
-    if key not in features:
-      raise ValueError(f"{name} has no feature {key!r}, which the label_rule {label_rule!r} reads")
-  make = functools.partial(RuledSource, image_key=image_key, rule=rule)
-  return _splits(builder, DatasetInfo(name, 0, rule.num_classes), _images(features), make)
-
-
-def _splits(
-  builder: Any,
-  whole: DatasetInfo,
-  encoded: Sequence[str],
-  make: Callable[[DatasetInfo, Any], Source],
-) -> Splits:
-  """Returns the splits; the features `encoded` are left as stored."""
-  decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())
+    image_key, label_key = _keys(features, name, *keys)
+    whole = DatasetInfo(name, 0, *_classes(features, label_key))
+    encoded = (image_key,)
+    make = functools.partial(_labelled_example, image_key=image_key, label_key=label_key)
+  decoders = dict.fromkeys(encoded, tfds.decode.SkipDecoding())  # left as stored
   return name_validation(
     {
       split: functools.partial(_open_split, builder, split, whole, decoders, make)
@@ -320,33 +121,8 @@ def _splits(
   )
 
 
-@contextlib.contextmanager
-def quiet_progress() -> Iterator[None]:
-  """Silences TFDS's progress bars and download messages."""
-  tfds.disable_progress_bar()
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    tfds.enable_progress_bar()
-
-
-def default_data_dir() -> epath.Path:
-  """Returns TFDS's default folder of datasets."""
-  return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-
-
-def is_remote(location: str) -> bool:
-  """Returns whether a path has a file system: `gs://bucket/folder`."""
-  return "://" in location
-
-
 def _open_split(
-  builder: Any,
-  split: str,
-  whole: DatasetInfo,
-  decoders: dict[str, Any],
-  make: Callable[[DatasetInfo, Any], Source],
+  builder: Any, split: str, whole: DatasetInfo, decoders: dict[str, Any], make: Maker
 ) -> Source:
   info = builder.info.splits[split]
   if str(builder.info.file_format.value) == "tfrecord":
@@ -356,17 +132,120 @@ def _open_split(
         f"{whole.name} lies in TFRecord files, which can be read by index from a local disk only; "
         "copy it there and convert it with python -m vit_jax_zoo.data.prepare --from_tfrecord"
       )
-    records = tfrecord.TFRecordFiles(
-      files, info.shard_lengths, functools.partial(_decode, builder.info.features, decoders)
-    )
+    decode = functools.partial(builder.info.features.deserialize_example_np, decoders=decoders)
+    records = tfrecord.TFRecordFiles(files, info.shard_lengths, decode)
   else:
     records = builder.as_data_source(split, decoders=decoders)
   one = dataclasses.replace(whole, name=f"{whole.name} {split}", num_examples=info.num_examples)
-  return make(one, records)
+  return TfdsSource(one, records, make)
 
 
-def _decode(features: Any, decoders: dict[str, Any], record: bytes) -> dict[str, Any]:
-  return features.deserialize_example_np(record, decoders=decoders)
+def _labelled_example(record: Record, _: int, *, image_key: str, label_key: str | None) -> Example:
+  """`label` is an int, or int32 [n] for several labels an image."""
+  example = {"image": record[image_key]}
+  if label_key is not None:
+    label = record[label_key]
+    # TFDS returns sequences as lists, an empty one without a type.
+    several = isinstance(label, list | tuple | np.ndarray) and np.ndim(label) > 0
+    example["label"] = np.asarray(label, np.int32).reshape(-1) if several else int(label)
+  return example
+
+
+def _derived(
+  features: Any, name: str, image_key: str | None, label_key: str | None, label_rule: str
+) -> tuple[DatasetInfo, Sequence[str], Maker]:
+  """Returns classes, encoded features and examples with labels derived from other features."""
+  if label_key is not None:
+    raise ValueError(f"label_rule={label_rule!r} and label_key={label_key!r}: set one of them")
+  check_names("label_rule", [label_rule], RULES)
+  rule = RULES[label_rule]
+  image_key, _ = _keys(features, name, image_key, None)
+  for key in rule.keys:
+    if key not in features:
+      raise ValueError(f"{name} has no feature {key!r}, which the label_rule {label_rule!r} reads")
+  make = functools.partial(_derived_example, image_key=image_key, rule=rule)
+  return DatasetInfo(name, 0, rule.num_classes), _images(features), make
+
+
+def _derived_example(record: Record, _: int, *, image_key: str, rule: LabelRule) -> Example:
+  image = record[image_key]
+  if rule.image_scale != 1:
+    image = images.decode_image(image) * np.uint8(rule.image_scale)
+  return {"image": image, "label": rule.label(record)}
+
+
+def _label_maps(
+  features: Any, image_key: str | None, label_key: str | None
+) -> tuple[str, str] | None:
+  """Returns the features of images and of label maps; None for a dataset without label maps."""
+  pictures, labels = _images(features), label_key or "segmentation_label"
+  wanted = ("image", "image_left", *pictures) if image_key is None else (image_key,)
+  found = next((key for key in wanted if key in pictures and key != labels), None)
+  return None if found is None or labels not in pictures else (found, labels)
+
+
+def _map_example(record: Record, index: int, *, keys: tuple[str, str]) -> Example:
+  return {"image": record[keys[0]], "label_map": record[keys[1]], "image_id": index}
+
+
+def _pair_example(record: Record, _: int) -> Example:
+  return {key: record[key] for key in PAIR}
+
+
+def _objects(
+  features: Any, name: str, *, panoptic: bool
+) -> tuple[DatasetInfo, Sequence[str], Maker]:
+  """Returns classes, encoded features and examples of a dataset with boxes."""
+  objects = OBJECTS[panoptic]
+  if not _has_boxes(features, objects):
+    kind = "panoptic segments" if panoptic else "objects with boxes"
+    raise ValueError(f"{name} has no {kind}; its features are {', '.join(sorted(features))}")
+  label = _inner(features, objects)["label"]
+  names = tuple(label.names) if isinstance(label, tfds.features.ClassLabel) else ()
+  class_ids = coco_ids(names)
+  if class_ids is not None:
+    names = names_by_id(dict(zip(class_ids, names, strict=True)))
+  encoded, segments = ["image"], None
+  if panoptic:
+    encoded, segments = ["image", "panoptic_image"], "panoptic_image"
+  options = dict(objects=objects, segments=segments, class_ids=class_ids)
+  info = DatasetInfo(name, 0, len(names) or None, names)
+  return info, encoded, functools.partial(_objects_example, **options)
+
+
+def _objects_example(
+  record: Record,
+  index: int,
+  *,
+  objects: str,
+  segments: str | None,
+  class_ids: tuple[int, ...] | None,
+) -> Example:
+  """The example of a record with boxes; `class_ids` of its labels, None where they are ids."""
+  found, image = record[objects], record["image"]
+  height, width = images.image_size(image)
+  relative_yxyx = np.asarray(found["bbox"], np.float64).reshape(-1, 4)
+  boxes = relative_yxyx[:, [1, 0, 3, 2]] * (width, height, width, height)
+  labels = np.asarray(found["label"], np.int64)
+  example = objects_example(
+    image,
+    int(record.get("image/id", index)),
+    boxes,
+    labels if class_ids is None else np.asarray(class_ids)[labels],
+    is_crowd=found.get("is_crowd", np.zeros(len(labels), bool)),
+    area=found.get("area", (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)),
+    ids=found.get("id", np.zeros(len(labels))),
+  )
+  return example if segments is None else {**example, "segment_image": record[segments]}
+
+
+def _has_boxes(features: Any, key: str) -> bool:
+  return key in features and "bbox" in _inner(features, key)
+
+
+def _inner(features: Any, key: str) -> Any:
+  """Returns the features of a sequence's elements."""
+  return getattr(features[key], "feature", features[key])
 
 
 def _keys(
@@ -391,17 +270,33 @@ def _images(features: Any) -> list[str]:
 
 
 def _classes(features: Any, label_key: str | None) -> tuple[int | None, tuple[str, ...]]:
-  feature = features[label_key] if label_key else None
-  feature = getattr(feature, "feature", feature)  # what a Sequence is a sequence of
+  feature = _inner(features, label_key) if label_key else None
   if not isinstance(feature, tfds.features.ClassLabel):
     return None, ()
-  named = feature.num_classes is not None and not _only_numbers(feature)
+  # Without names TFDS counts 0, 1, 2, ...
+  named = feature.num_classes is not None and getattr(feature, "_int2str", None) is not None
   return feature.num_classes, tuple(feature.names) if named else ()
 
 
-def _only_numbers(feature: tfds.features.ClassLabel) -> bool:
-  """Returns whether the names are 0, 1, 2, ..., TFDS's default for a number of classes."""
-  return getattr(feature, "_int2str", None) is None
+@contextlib.contextmanager
+def quiet_progress() -> Iterator[None]:
+  """Silences TFDS's progress bars and download messages."""
+  tfds.disable_progress_bar()
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    tfds.enable_progress_bar()
+
+
+def default_data_dir() -> epath.Path:
+  """Returns TFDS's default folder of datasets."""
+  return epath.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+
+
+def is_remote(location: str) -> bool:
+  """Returns whether a path has a file system: `gs://bucket/folder`."""
+  return "://" in location
 
 
 def at_path(location: str) -> epath.Path:
@@ -442,8 +337,7 @@ def _versions(folder: epath.Path) -> list[epath.Path]:
   if not folder.is_dir():
     return []
   inside = sorted(f for f in folder.iterdir() if (f / "dataset_info.json").exists())
-  versions = [f for f in inside if _VERSION.fullmatch(f.name)]
-  if versions:
+  if versions := [f for f in inside if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]:
     return versions
   configs = [f for f in folder.iterdir() if f.is_dir() and _versions(f)]
   return _versions(configs[0]) if len(configs) == 1 else []
