@@ -45,9 +45,7 @@ def main() -> None:
   if flags.steps < buckets.WINDOW:
     sys.exit(f"--steps: {flags.steps}; expected at least one window of {buckets.WINDOW} batches")
   forecast = make_forecast(flags.images, flags.seed)
-  sizes = np.array(
-    buckets.forecast_run(forecast, flags.seed, range(flags.steps * flags.batch_size))
-  )
+  sizes = np.array(forecast.run(flags.seed, range(flags.steps * flags.batch_size)))
   rows = [fixed(sizes), largest(sizes, flags.batch_size), largest(sizes, 4)]
   for count in (2, 4, 6, 8, 12):
     chosen = buckets.find_buckets(forecast, count, flags.seed)
@@ -97,7 +95,7 @@ def planned(
   window: int,
 ) -> list[str]:
   """Batches as planned by `train_batches`."""
-  plan = buckets.TrainPlan(forecast, flags.seed, flags.batch_size, chosen, window)
+  plan = buckets.TrainPlan(forecast, flags.seed, flags.batch_size, chosen.shapes, window)
   start = time.perf_counter()
   windows = [plan.plan_window(number) for number in range(flags.steps // window)]
   milliseconds = (time.perf_counter() - start) / flags.steps * 1e3

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -20,44 +20,45 @@ MAX_REPLACEMENTS = 100
 SKIPPED = "_skipped"
 """Key of a batch's `Failures`."""
 
+PADDED = {"image": (0, 0), "masks": (1, False), "label_map": (0, 255)}
+"""Keys padded with their image: axis of the rows, value of the padding."""
+
+PADDED_ORIGINAL = {"segment_map": (0, -1)}
+"""The same for keys of the image's size before the transforms."""
+
+_REMEDIES = {
+  "image": "end the transforms with a resize or a crop, or set data.loader.buckets",
+  "label": "add multi_hot",
+  "labels": "add pad_objects",
+}
+"""Fixes for examples of different shapes."""
 
 Failures: TypeAlias = tuple[tuple[str, str], ...]
 """Name and reason of each corrupt example."""
 
 
-class Loaded(NamedTuple):
-  """An example, or None, and the corrupt examples that were tried before."""
-
-  example: Example | None
-  failures: Failures = ()
+Loaded: TypeAlias = tuple[Example | None, Failures]
+"""An example, or None, and the corrupt examples that were tried before."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-  """Loads, checks and transforms examples by index; pickled to the worker processes.
-
-  Attributes:
-    source: the examples.
-    transforms: applied in order.
-    num_classes: bound of the labels; default: the source's.
-    on_corrupt: "error" or "skip".
-    replace: whether "skip" draws another example at random instead of returning none.
-  """
+  """Loads, checks and transforms examples by index; pickled to the worker processes."""
 
   source: Source
-  transforms: tuple[Callable[[Example, np.random.Generator], Example], ...]
-  num_classes: int | None
-  on_corrupt: str
-  replace: bool
+  transforms: tuple[Callable[[Example, np.random.Generator], Example], ...]  # applied in order
+  num_classes: int | None  # bound of the labels; default: the source's
+  on_corrupt: str  # "error" or "skip"
+  replace: bool  # "skip" draws another example at random instead of returning none
 
   def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
     """Loads example `index`; nothing outside of the source."""
     if not 0 <= index < len(self.source):
-      return Loaded(None)
+      return None, ()
     failures: list[tuple[str, str]] = []
     while len(failures) < MAX_REPLACEMENTS:
       try:
-        return Loaded(self.load(index, rng), tuple(failures))
+        return self.load(index, rng), tuple(failures)
       except (CorruptExampleError, FileNotFoundError, PermissionError) as error:
         name = self.source.example_name(index)
         if self.on_corrupt == "error":
@@ -66,7 +67,7 @@ class Loader:
           ) from None
         failures.append((name, str(error)))
       if not self.replace:
-        return Loaded(None, tuple(failures))
+        return None, tuple(failures)
       index = int(rng.integers(len(self.source)))
     raise CorruptExampleError(
       f"{MAX_REPLACEMENTS} examples of {self.source.info.name} in a row are corrupt, the last one "
@@ -87,7 +88,7 @@ class Loader:
     except ValueError as error:
       raise ValueError(f"{self.source.example_name(index)}: {error}") from error
     self._check_label_map(index, example)
-    return {key: _as_array(value) for key, value in example.items()}
+    return {k: np.asarray(v, np.int32 if isinstance(v, int) else None) for k, v in example.items()}
 
   def _check_label_map(self, index: int, example: Example) -> None:
     if "label_map" not in example or self.num_classes is None:
@@ -119,23 +120,14 @@ class Loader:
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatches:
-  """Training batches by number; pickled to the worker processes.
-
-  Attributes:
-    loader: of the examples.
-    size: rows of this host.
-    seed: of the run.
-    plan: batches of images of different sizes; default: consecutive positions.
-    hosts: number of hosts; batches are numbered step by step, host by host.
-    repeats: rows with the same example, augmented differently; not with a plan.
-  """
+  """Training batches by number; pickled to the worker processes."""
 
   loader: Loader
-  size: int
-  seed: int
-  plan: TrainPlan | None = None
-  hosts: int = 1
-  repeats: int = 1
+  size: int  # rows of this host
+  seed: int  # of the run
+  plan: TrainPlan | None = None  # of images of different sizes; default: consecutive positions
+  hosts: int = 1  # batches are numbered step by step, host by host
+  repeats: int = 1  # rows with the same example, augmented differently; not with a plan
 
   def __call__(self, number: int) -> dict[str, Any]:
     """Returns the examples at positions [number * size, (number + 1) * size) of the run.
@@ -154,22 +146,14 @@ class TrainBatches:
     return {**batch, SKIPPED: failures}
 
   def _at(self, position: int) -> Loaded:
-    count = len(self.loader.source)
-    numbers = RandomNumbers(self.seed)
-    index = shuffled_index(self._unrepeated(position), count, self.seed)
-    return self.loader(index, numbers.at(position))
-
-  def _unrepeated(self, position: int) -> int:
-    """Returns the position in the sequence of epochs for a row of the run with repeats.
-
-    An example is repeated after all others of the batch: neighbors, which mixup mixes, differ.
-    """
-    if self.repeats == 1:
-      return position
-    rows = self.size * self.hosts
-    step, row = divmod(position, rows)
-    different = rows // self.repeats
-    return step * different + row % different
+    source_position = position
+    if self.repeats > 1:
+      # An example is repeated after all others of the batch: neighbors, which mixup mixes, differ.
+      step, row = divmod(position, self.size * self.hosts)
+      different = self.size * self.hosts // self.repeats
+      source_position = step * different + row % different
+    index = shuffled_index(source_position, len(self.loader.source), self.seed)
+    return self.loader(index, RandomNumbers(self.seed).at(position))
 
   def _first_readable(self, positions: np.ndarray, row: int) -> Loaded:
     """Returns the example of a row, or of the first following row whose example can be read."""
@@ -178,7 +162,7 @@ class TrainBatches:
       example, lost = self._at(int(positions[(row + i) % len(positions)]))
       failures += lost
       if example is not None:
-        return Loaded(example, failures)
+        return example, failures
     raise CorruptExampleError(
       f"all {len(positions)} examples of a batch of {self.loader.source.info.name} are corrupt, "
       f"the last one {failures[-1][0]}: {failures[-1][1]}"
@@ -190,17 +174,11 @@ class MaskedBatches:
   """Evaluation batches by number; pickled to the worker processes.
 
   Rows without an example are zeros, and False in `mask`.
-
-  Attributes:
-    loader: of the examples.
-    size: rows of this host.
-    plan: batches of images of different sizes; default: consecutive examples.
-    hosts: number of hosts.
   """
 
   loader: Loader
-  size: int
-  plan: EvalPlan | None = None
+  size: int  # rows of this host
+  plan: EvalPlan | None = None  # of images of different sizes; default: consecutive examples
   hosts: int = 1
 
   def __call__(self, number: int) -> dict[str, Any]:
@@ -222,7 +200,7 @@ class MaskedBatches:
   def _first_readable(self) -> Example:
     """Returns an example for the shapes of a batch that has none."""
     for index in range(min(len(self.loader.source), MAX_REPLACEMENTS)):
-      example = self.loader(index, np.random.default_rng(0)).example
+      example, _ = self.loader(index, np.random.default_rng(0))
       if example is not None:
         return example
     raise CorruptExampleError(
@@ -230,31 +208,13 @@ class MaskedBatches:
     )
 
 
-def _as_array(value: Any) -> np.ndarray:
-  """Returns the array to stack: int32 for Python ints."""
-  return np.asarray(value, np.int32) if isinstance(value, int) else np.asarray(value)
-
-
-PADDED = {"image": (0, 0), "masks": (1, False), "label_map": (0, 255)}
-"""Keys padded with their image: axis of the rows, value of the padding."""
-
-PADDED_ORIGINAL = {"segment_map": (0, -1)}
-"""The same for keys of the image's size before the transforms."""
-
-
 def _collect(
   rows: Iterable[Loaded], size: int, padded: PaddedShape | None = None
 ) -> tuple[Batch, np.ndarray, Failures]:
   """Copies each example into the batch as it arrives, while it is in the cache.
 
-  Args:
-    rows: the examples.
-    size: number of rows.
-    padded: heights and widths of the batch; default: those of the examples.
-
-  Returns:
-    The arrays, undefined in rows without an example, and empty if no row has one; the mask of rows
-    with an example; the failures.
+  Returns the arrays, undefined in rows without an example, and empty if no row has one; the mask of
+  rows with an example; the failures.
   """
   batch: Batch = {}
   mask = np.zeros(size, bool)
@@ -290,13 +250,8 @@ def _put(batch: Batch, key: str, value: np.ndarray, row: int, *, padded: bool) -
   if padded and key in PADDED | PADDED_ORIGINAL and value.ndim == place.ndim:
     place = place[tuple(slice(side) for side in value.shape)]
   if value.shape != place.shape:
-    remedy = {
-      "image": "end the transforms with a resize or a crop, or set data.loader.buckets",
-      "label": "add multi_hot",
-      "labels": "add pad_objects",
-    }
     raise ValueError(
       f"{key!r} has different shapes in one batch, such as {place.shape} and "
-      f"{value.shape}; {remedy.get(key, 'bring them to one shape in a transform')}"
+      f"{value.shape}; {_REMEDIES.get(key, 'bring them to one shape in a transform')}"
     )
   place[...] = value

@@ -49,11 +49,7 @@ _SHUFFLE = 2
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-  """Shapes of batches.
-
-  Attributes:
-    shapes: by area; the last one holds every image that another one holds.
-  """
+  """Shapes of batches, by area; the last one holds every image that another one holds."""
 
   shapes: tuple[Shape, ...]
 
@@ -89,20 +85,13 @@ class Buckets:
     )
 
 
-def choose_buckets(
-  sizes: Int[np.ndarray, "n 2"], count: int, multiple: int = MULTIPLE
-) -> tuple[Shape, ...]:
-  """Returns shapes that hold all images with little padding.
+def choose_buckets(sizes: Int[np.ndarray, "n 2"], count: int) -> tuple[Shape, ...]:
+  """Returns `count` shapes that hold all images of a sample with little padding.
 
-  Agglomerative: begins with a shape for each size and merges the two shapes whose common bound adds
-  the least padding, until `count` remain.
-
-  Args:
-    sizes: a sample of heights and widths.
-    count: number of shapes.
-    multiple: sides are rounded up to multiples of this.
+  Agglomerative: begins with a shape for each size, with sides rounded up to `MULTIPLE`, and merges
+  the two shapes whose common bound adds the least padding.
   """
-  rounded = -(-np.asarray(sizes, np.int64) // multiple) * multiple
+  rounded = -(-np.asarray(sizes, np.int64) // MULTIPLE) * MULTIPLE
   shapes, weights = np.unique(rounded, axis=0, return_counts=True)
   while len(shapes) > count:
     both = np.maximum(shapes[:, None], shapes[None])
@@ -123,49 +112,42 @@ def source_sizes(source: Source) -> Int[np.ndarray, "n 2"]:
   Unreadable images have (1, 1); loading them reports the error.
   """
 
-  def size(index: int) -> Shape:
-    try:
-      return source.image_size(index)
-    except (CorruptExampleError, OSError):
-      return 1, 1
-
   def read(indices: range) -> list[Shape]:
-    return [size(index) for index in indices]
+    sizes = []
+    for index in indices:
+      try:
+        sizes.append(source.image_size(index))
+      except (CorruptExampleError, OSError):
+        sizes.append((1, 1))
+    return sizes
 
-  count, at_once = len(source), 1024
-  start = time.monotonic()
+  count, at_once, start = len(source), 1024, time.monotonic()
   parts = [range(i, min(i + at_once, count)) for i in range(0, count, at_once)]
   with concurrent.futures.ThreadPoolExecutor() as threads:
     sizes = [size for part in threads.map(read, parts) for size in part]
-  if time.monotonic() - start > 5:
-    seconds = time.monotonic() - start
+  if (seconds := time.monotonic() - start) > 5:
     logging.info("read the sizes of %d images of %s in %.0f s", count, source.info.name, seconds)
   return np.array(sizes, np.int32).reshape(count, 2)
 
 
 class PaddedShape(NamedTuple):
-  """Heights and widths of a batch.
+  """Heights and widths of a batch."""
 
-  Attributes:
-    image: of the transformed images.
-    original: of arrays that keep the size of the images before the transforms.
-  """
-
-  image: Shape
-  original: Shape
+  image: Shape  # of the transformed images
+  original: Shape  # of arrays that keep the size of the images before the transforms
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-  """Predicts the size of transformed images.
+  """Predicts the size of transformed images."""
 
-  Attributes:
-    sizes: of the source's images.
-    transforms: applied in order.
-  """
+  sizes: Any  # of the source's images, Int[np.ndarray, "n 2"]
+  transforms: tuple[Any, ...]  # applied in order
 
-  sizes: Any  # Int[np.ndarray, "n 2"]
-  transforms: tuple[Any, ...]
+  @classmethod
+  def of(cls, source: Source, transforms: Transforms) -> "Forecast":
+    """Returns the forecast of a source."""
+    return cls(source_sizes(source), tuple(transforms))
 
   @property
   def original(self) -> Shape:
@@ -180,26 +162,52 @@ class Forecast:
       size = transform.output_size(size, rng)
     return size
 
+  def run(self, seed: int, positions: Iterable[int]) -> list[Shape]:
+    """Returns the sizes of the examples at these positions of a training run."""
+    numbers, count = RandomNumbers(seed), len(self.sizes)
+    return [self(shuffled_index(i, count, seed), numbers.at(i)) for i in positions]
+
+  def evaluation(self) -> list[Shape]:
+    """Returns the sizes of all examples in an evaluation."""
+    numbers = RandomNumbers(0)
+    return [self(index, numbers.at(index)) for index in range(len(self.sizes))]
+
+
+def find_buckets(
+  forecast: Forecast, buckets: int | Sequence[Sequence[int]], seed: int | None
+) -> Buckets:
+  """Returns the given buckets, or chooses a given number, for a training run or an evaluation.
+
+  Raises:
+    ValueError: wrong shapes, or a transform whose output size is not known in advance.
+  """
+  if not isinstance(buckets, int):
+    return Buckets.of(buckets)
+  if buckets < 1:
+    raise ValueError(f"buckets: expected at least 1, or pairs (height, width), got {buckets}")
+  sizes = forecast.evaluation() if seed is None else forecast.run(seed, range(SAMPLE))
+  chosen = Buckets.of(choose_buckets(np.array(sizes), buckets))
+  logging.info("images are padded to %s (height, width)", ", ".join(map(str, chosen.shapes)))
+  return chosen
+
 
 class TrainPlan:
-  """Positions and shape of each training batch.
+  """Positions and shape of each training batch of all hosts; `window` batches are sorted together.
 
-  Args:
-    forecast: sizes of the examples.
-    seed: of the run.
-    batch_size: of all hosts together.
-    buckets: the shapes.
-    window: batches sorted together.
+  Errors are those of `find_buckets`.
   """
 
   def __init__(
-    self, forecast: Forecast, seed: int, batch_size: int, buckets: Buckets, window: int = WINDOW
+    self,
+    forecast: Forecast,
+    seed: int,
+    batch_size: int,
+    buckets: int | Sequence[Sequence[int]],
+    window: int = WINDOW,
   ) -> None:
-    self.buckets = buckets
-    self._forecast = forecast
-    self._seed = seed
-    self._batch_size = batch_size
-    self._window = window
+    self._buckets = find_buckets(forecast, buckets, seed)
+    self._forecast, self._seed = forecast, seed
+    self._batch_size, self._window = batch_size, window
 
   def __call__(self, step: int) -> tuple[Int[np.ndarray, " b"], PaddedShape]:
     """Returns the positions of the batch, row by row, and its shape."""
@@ -210,28 +218,20 @@ class TrainPlan:
 
   def plan_window(self, number: int) -> tuple[Int[np.ndarray, "w b"], list[Shape]]:
     """Returns the positions of each batch of a window, and the batches' shapes."""
-    count = self._window * self._batch_size
+    count, all_shapes = self._window * self._batch_size, self._buckets.shapes
     first = number * count
-    sizes = forecast_run(self._forecast, self._seed, range(first, first + count))
-    found = [self.buckets.find(*size) for size in sizes]
-    order = sorted(range(count), key=lambda i: (_along(self.buckets.shapes[found[i]]), i))
+    sizes = self._forecast.run(self._seed, range(first, first + count))
+    found = [all_shapes[self._buckets.find(*size)] for size in sizes]
+    # From large wide shapes over small ones to large high ones: batches at the boundary of two
+    # buckets then have small or similar images.
+    along = [h * w if h > w else -h * w for h, w in found]
+    order = sorted(range(count), key=lambda i: (along[i], i))
     batches = np.array(order).reshape(self._window, self._batch_size)
-    shapes = [self.buckets.shapes[self._holding([sizes[i] for i in batch])] for batch in batches]
+    largest = np.array(sizes)[batches].max(axis=1).tolist()
+    shapes = [all_shapes[self._buckets.find(*size)] for size in largest]
     seed = np.random.SeedSequence(self._seed, spawn_key=(_SHUFFLE, number))
     shuffled = np.random.default_rng(seed).permutation(self._window)
     return first + batches[shuffled], [shapes[i] for i in shuffled]
-
-  def _holding(self, sizes: Sequence[Shape]) -> int:
-    """Returns the index of the smallest bucket that holds all sizes."""
-    return self.buckets.find(max(height for height, _ in sizes), max(width for _, width in sizes))
-
-
-def forecast_run(forecast: Forecast, seed: int, positions: Iterable[int]) -> list[Shape]:
-  """Returns the sizes of the examples at these positions of a training run."""
-  numbers, count = RandomNumbers(seed), len(forecast.sizes)
-  return [
-    forecast(shuffled_index(position, count, seed), numbers.at(position)) for position in positions
-  ]
 
 
 _LOCK = threading.Lock()
@@ -242,84 +242,25 @@ def _planned(plan: TrainPlan, number: int) -> tuple[np.ndarray, list[Shape]]:
   return plan.plan_window(number)
 
 
-def _along(shape: Shape) -> int:
-  """Sort key: from large wide shapes over small ones to large high ones.
-
-  Batches at the boundary of two buckets then have small or similar images.
-  """
-  height, width = shape
-  return height * width if height > width else -height * width
-
-
 class EvalPlan:
-  """Examples and shape of each evaluation batch.
+  """Examples and shape of each evaluation batch; errors are those of `find_buckets`.
 
   Attributes:
     indices: int64 [batches * batch_size], examples row by row, -1 for a row without one.
     padded_shapes: shape of each batch.
   """
 
-  def __init__(self, forecast: Forecast, batch_size: int, buckets: Buckets) -> None:
-    numbers = RandomNumbers(0)
-    of_bucket: list[list[int]] = [[] for _ in buckets.shapes]
-    for index in range(len(forecast.sizes)):
-      of_bucket[buckets.find(*forecast(index, numbers.at(index)))].append(index)
+  def __init__(
+    self, forecast: Forecast, batch_size: int, buckets: int | Sequence[Sequence[int]]
+  ) -> None:
+    found = find_buckets(forecast, buckets, seed=None)
+    members: dict[Shape, list[int]] = {shape: [] for shape in found.shapes}
+    for index, size in enumerate(forecast.evaluation()):
+      members[found.shapes[found.find(*size)]].append(index)
     indices: list[int] = []
     self.padded_shapes: list[PaddedShape] = []
-    for shape, members in zip(buckets.shapes, of_bucket, strict=True):
-      batches = -(-len(members) // batch_size)
-      indices += members + [-1] * (batches * batch_size - len(members))
+    for shape, examples in members.items():
+      batches = -(-len(examples) // batch_size)
+      indices += examples + [-1] * (batches * batch_size - len(examples))
       self.padded_shapes += [PaddedShape(shape, forecast.original)] * batches
     self.indices = np.array(indices, np.int64)
-
-
-def plan_training(
-  source: Source,
-  transforms: Transforms,
-  buckets: int | Sequence[Sequence[int]],
-  *,
-  seed: int,
-  batch_size: int,
-) -> TrainPlan:
-  """Returns the plan of a training run; errors as in `find_buckets`."""
-  forecast = Forecast(source_sizes(source), tuple(transforms))
-  return TrainPlan(forecast, seed, batch_size, find_buckets(forecast, buckets, seed))
-
-
-def plan_evaluation(
-  source: Source,
-  transforms: Transforms,
-  buckets: int | Sequence[Sequence[int]],
-  *,
-  batch_size: int,
-) -> EvalPlan:
-  """Returns the plan of an evaluation; errors as in `find_buckets`."""
-  forecast = Forecast(source_sizes(source), tuple(transforms))
-  return EvalPlan(forecast, batch_size, find_buckets(forecast, buckets, seed=None))
-
-
-def find_buckets(
-  forecast: Forecast, buckets: int | Sequence[Sequence[int]], seed: int | None
-) -> Buckets:
-  """Returns the given buckets, or chooses a given number.
-
-  Args:
-    forecast: sizes of the examples.
-    buckets: shapes, or a number of shapes.
-    seed: of a training run; None for an evaluation.
-
-  Raises:
-    ValueError: wrong shapes, or a transform whose output size is not known in advance.
-  """
-  if not isinstance(buckets, int):
-    return Buckets.of(buckets)
-  if buckets < 1:
-    raise ValueError(f"buckets: expected at least 1, or pairs (height, width), got {buckets}")
-  if seed is None:
-    numbers = RandomNumbers(0)
-    sizes = [forecast(index, numbers.at(index)) for index in range(len(forecast.sizes))]
-  else:
-    sizes = forecast_run(forecast, seed, range(SAMPLE))
-  chosen = Buckets.of(choose_buckets(np.array(sizes), buckets))
-  logging.info("images are padded to %s (height, width)", ", ".join(map(str, chosen.shapes)))
-  return chosen

@@ -28,7 +28,8 @@ Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 FloatPixels: TypeAlias = Float32[np.ndarray, "h w 3"]
 Method: TypeAlias = Literal["bilinear", "area", "antialias"]
 
-METHODS = ("bilinear", "area", "antialias")
+_FIRST_TRANSPOSED = 5
+"""EXIF orientations from here on exchange height and width."""
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused by their header: Pillow's limit against decompression bombs."""
@@ -43,10 +44,7 @@ cv2.setNumThreads(0)  # one thread per image: the pipeline parallelises over ima
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-  """Returns the suffixes of image files, in lower case: those that this Pillow can decode.
-
-  `.heic` is one of them where a plugin such as pillow-heif is registered.
-  """
+  """Returns the suffixes, in lower case, that this Pillow, with plugins for `.heic`, can decode."""
   Image.init()
   return frozenset(suffix for suffix in _SUFFIXES if suffix in Image.EXTENSION)
 
@@ -57,8 +55,8 @@ def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixel
   Args:
     data: the file's content.
     reduce: 1, 2, 4 or 8: decode to about 1/reduce of the height and width. Cheap for JPEG.
-    rows: with reduce=1: the topmost rows that are needed. Of most JPEG files these are cheaper than
-      the whole; the result may have more.
+    rows: with reduce=1: the topmost rows that are needed, cheaper than the whole of most JPEG
+      files; the result may have more.
 
   Raises:
     CorruptExampleError: not an image, truncated, or of more than `MAX_PIXELS`.
@@ -89,20 +87,10 @@ def orientation(data: bytes) -> int:
   return _header(data)[2]
 
 
-_FIRST_TRANSPOSED = 5
-"""EXIF orientations from here on exchange height and width."""
-
-
 def orient(
   array: Shaped[np.ndarray, "..."], turn: int, axes: tuple[int, int] = (0, 1)
 ) -> Shaped[np.ndarray, "..."]:
-  """Turns a stored array upright.
-
-  Args:
-    array: pixels, masks or labels as stored.
-    turn: EXIF orientation, 1 to 8.
-    axes: the array's axes of rows and columns.
-  """
+  """Turns a stored array upright by its EXIF orientation; `axes` are those of rows and columns."""
   if turn >= _FIRST_TRANSPOSED:
     array = np.swapaxes(array, *axes)
   if turn in (3, 4, 7, 8):
@@ -113,14 +101,7 @@ def orient(
 def orient_boxes(
   boxes_xyxy: Shaped[np.ndarray, "n 4"], turn: int, height: int, width: int
 ) -> Shaped[np.ndarray, "n 4"]:
-  """Turns boxes of a stored image upright.
-
-  Args:
-    boxes_xyxy: in pixels of the stored image.
-    turn: EXIF orientation, 1 to 8.
-    height: of the upright image.
-    width: of the upright image.
-  """
+  """Turns boxes, in pixels, upright by the EXIF orientation; the size is the upright image's."""
   left, top, right, bottom = boxes_xyxy.T
   if turn >= _FIRST_TRANSPOSED:
     left, top, right, bottom = top, left, bottom, right
@@ -132,25 +113,15 @@ def orient_boxes(
 
 
 class JpegHeader(NamedTuple):
-  """Header of a JPEG file.
+  """Header of a JPEG file."""
 
-  Attributes:
-    height: rows, as stored.
-    width: columns, as stored.
-    channels: 1 (gray), 3 or 4 (CMYK).
-    sequential: whether it is stored row by row with 8 bits a sample.
-    offset: byte offset of the height, a big-endian uint16.
-    orientation: EXIF or XMP orientation, 1 to 8.
-    icc: embedded color profile, or None.
-  """
-
-  height: int
+  height: int  # as stored
   width: int
-  channels: int
-  sequential: bool
-  offset: int
-  orientation: int = 1
-  icc: bytes | None = None
+  channels: int  # 1 (gray), 3 or 4 (CMYK)
+  sequential: bool  # stored row by row with 8 bits a sample
+  offset: int  # byte offset of the height, a big-endian uint16
+  orientation: int = 1  # by EXIF or XMP, 1 to 8
+  icc: bytes | None = None  # embedded color profile
 
 
 # Start-of-frame markers, ITU-T T.81, table B.1: baseline, extended and progressive, Huffman-coded.
@@ -160,6 +131,7 @@ _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), (0xC2,)
 _NO_SEGMENT = frozenset((0x00, 0x01, *range(0xD0, 0xDB), 0xFF))
 
 _APP1, _APP2 = 0xE1, 0xE2
+_ORIENTATION = 0x0112
 _EXIF, _XMP, _ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")  # as Pillow has it
 
@@ -208,9 +180,6 @@ def _exif_orientation(tiff: bytes) -> int:
   return 0
 
 
-_ORIENTATION = 0x0112
-
-
 def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
   """Returns an image file's height and width as stored, and its EXIF orientation.
 
@@ -221,14 +190,11 @@ def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
     OSError: it cannot be read.
   """
   with open(file, "rb") as stream:
-    begin = stream.read(_HEADER_BYTES)
+    begin = stream.read(1 << 16)
     try:
       return _header(begin)
     except CorruptExampleError:
       return _header(begin + stream.read())
-
-
-_HEADER_BYTES = 1 << 16
 
 
 def _header(data: bytes) -> tuple[int, int, int]:
@@ -253,12 +219,7 @@ _PNG_EXTRAS = (b"tRNS", b"iCCP", b"eXIf", b"Raw profile type", b"XML:com.adobe.x
 """Transparency, color profile and orientation: Pillow decodes the PNG files that may have them."""
 
 _READ = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-_REDUCED = {
-  1: _READ,
-  2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | _READ,
-  4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | _READ,
-  8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | _READ,
-}
+_REDUCED = {1: 0} | {r: getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{r}") for r in (2, 4, 8)}
 """Reduced decoding omits part of JPEG's inverse cosine transform: a cheap average. The color flag
 overrides the names' "grayscale"; their color variants set BGR, which excludes RGB."""
 
@@ -300,25 +261,17 @@ def _is_plain_png(data: bytes) -> bool:
 
 def _imdecode(data: bytes, reduce: int) -> Pixels | None:
   try:
-    return cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[reduce])
+    return cv2.imdecode(np.frombuffer(data, np.uint8), _READ | _REDUCED[reduce])
   except cv2.error:
     return None
 
 
-_CONTEXT = 2
-"""Rows below that chroma of half the resolution is interpolated from."""
-
-
 def decode_rows(data: bytes, rows: int | None = None) -> Pixels | None:
-  """Decodes the topmost `rows` of a JPEG file (default: all), as stored.
+  """Decodes the topmost `rows` of a complete JPEG file (default: all), as stored.
 
-  Args:
-    data: a complete file; a missing end would not be noticed.
-    rows: the rows that are needed.
-
-  Returns:
-    Exactly the pixels of OpenCV and Pillow, maybe with rows below; None for files that need another
-    decoder (progressive, CMYK or damaged), or where simplejpeg is not installed.
+  Returns exactly the pixels of OpenCV and Pillow, maybe with rows below; None for files that need
+  another decoder (progressive, CMYK or damaged), or where simplejpeg is not installed. A missing
+  end would not be noticed.
   """
   header = read_jpeg_header(data)
   if simplejpeg is None or header is None or not header.sequential:
@@ -326,9 +279,10 @@ def decode_rows(data: bytes, rows: int | None = None) -> Pixels | None:
   if header.channels not in (1, 3):
     return None
   source: bytes | bytearray = data
-  if rows is not None and rows + _CONTEXT < header.height:
+  # Chroma of half the resolution is interpolated from two rows below.
+  if rows is not None and rows + 2 < header.height:
     source = bytearray(data)
-    struct.pack_into(">H", source, header.offset, rows + _CONTEXT)
+    struct.pack_into(">H", source, header.offset, rows + 2)
   try:
     return simplejpeg.decode_jpeg(source, strict=False)
   except ValueError:
@@ -348,9 +302,7 @@ def _decode_with_pillow(data: bytes) -> Pixels:
 
 def _reason(error: Exception, data: bytes) -> str:
   text = " ".join(str(error).split())
-  if not text or "BytesIO" in text:
-    text = "not an image"
-  return f"{text} ({len(data)} bytes)"
+  return f"{'not an image' if not text or 'BytesIO' in text else text} ({len(data)} bytes)"
 
 
 def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
@@ -363,8 +315,7 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
   if image.has_transparency_data:
     image = image.convert("RGBA")
     alpha = image.getchannel("A")
-    image = image.convert("RGB")
-  elif image.mode not in ("L", "CMYK"):
+  if alpha is not None or image.mode not in ("L", "CMYK"):
     image = image.convert("RGB")
   to_srgb = None if icc is None else _srgb_transform(icc, image.mode)
   pixels = np.array(image.convert("RGB")) if to_srgb is None else _apply(to_srgb, image)
@@ -380,15 +331,12 @@ def _from_gray(samples: Shaped[np.ndarray, "h w"]) -> Pixels:
   return np.repeat(np.clip(samples, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
-_SAME = 2
-"""A profile that moves no color by more levels than this is taken for sRGB."""
-
-
 @functools.lru_cache(maxsize=256)
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
   """Returns the transform of images of `mode` to sRGB.
 
-  None where there is nothing to do: the profile is damaged, of another color space, or sRGB.
+  None where there is nothing to do: the profile is damaged, of another color space, or sRGB, which
+  is one that moves no color by more than two levels.
   """
   try:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -400,13 +348,11 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
   if mode == "CMYK":
     return transform
   levels = np.linspace(0, 255, 18).astype(np.uint8)
-  if mode == "L":
-    colors = levels[None]
-    plain = np.repeat(colors[..., None], 3, axis=2)
-  else:
-    colors = plain = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
-  moved = _apply(transform, Image.fromarray(colors)).astype(int) - plain
-  return None if np.abs(moved).max() <= _SAME else transform
+  grid = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
+  moved = _apply(transform, Image.fromarray(grid[None])) - grid.reshape(1, len(grid), -1).astype(
+    int
+  )
+  return None if np.abs(moved).max() <= 2 else transform
 
 
 _SRGB = ImageCms.createProfile("sRGB")

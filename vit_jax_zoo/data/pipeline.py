@@ -13,25 +13,20 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
-import numpy as np
 from absl import flags, logging
 
 from vit_jax_zoo.data.batching import SKIPPED, Batch, Loader, MaskedBatches, TrainBatches
-from vit_jax_zoo.data.buckets import plan_evaluation, plan_training
-from vit_jax_zoo.data.sources.base import Example, Source
+from vit_jax_zoo.data.buckets import EvalPlan, Forecast, TrainPlan, Transforms
+from vit_jax_zoo.data.sources.base import Source
 from vit_jax_zoo.data.transforms.base import Transform
-from vit_jax_zoo.errors import unknown_name
-
-Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
-CORRUPT_POLICIES = ("error", "skip")
+from vit_jax_zoo.errors import check_names
 
 _LISTED = 10
 """Examples that are named in a log line."""
-
 
 LOADER_FIELDS = ("num_workers", "num_threads", "on_corrupt", "buckets")
 """Fields of `data.loader`."""
@@ -86,7 +81,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   _check_repeats(repeats, batch_size, buckets)
   plan = None
   if buckets is not None:
-    plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
+    plan = TrainPlan(Forecast.of(source, transforms), seed, batch_size, buckets)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=plan is None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
   # An element is a batch: with Grain's shuffle, random_map and batch by example, images take 12 %
@@ -106,36 +101,21 @@ def training_shapes(
   num_classes: int | None = None,
   buckets: int | Sequence[Sequence[int]] | None = None,
 ) -> list[tuple[float, Batch]]:
-  """Returns the shapes of a training run's batches, for planning.
+  """Returns the shapes of a training run's batches, for planning; arguments as in `train_batches`.
 
-  Args:
-    source: the examples, or fake ones.
-    transforms: as in `train_batches`.
-    batch_size: of all hosts together.
-    seed: of the run.
-    num_classes: as in `train_batches`.
-    buckets: as in `train_batches`.
-
-  Returns:
-    For each shape, the most frequent first, its fraction of the steps and a batch of one example.
+  For each shape, the most frequent first, its fraction of 512 steps and a batch of one example.
   """
   transforms = _for_source(transforms, source)
   loader = Loader(source, transforms, num_classes, "error", replace=False)
-  plan, steps = None, 1
+  plan, shapes = None, list[Any]([None])
   if buckets is not None:
-    plan = plan_training(source, transforms, buckets, seed=seed, batch_size=batch_size)
-    steps = _SAMPLED_STEPS
-  found = collections.Counter(plan(step)[1] if plan else None for step in range(steps))
+    plan = TrainPlan(Forecast.of(source, transforms), seed, batch_size, buckets)
+    shapes = [plan(step)[1] for step in range(512)]
   kinds = []
-  for room, count in found.most_common():
-    step = 0 if plan is None else next(s for s in range(steps) if plan(s)[1] == room)
-    batch = TrainBatches(loader, 1, seed, plan)(step)
-    kinds.append((count / steps, {key: batch[key] for key in batch if key != SKIPPED}))
+  for shape, count in collections.Counter(shapes).most_common():
+    batch = TrainBatches(loader, 1, seed, plan)(shapes.index(shape))
+    kinds.append((count / len(shapes), {key: batch[key] for key in batch if key != SKIPPED}))
   return kinds
-
-
-_SAMPLED_STEPS = 512
-"""Steps of which shapes are counted; `buckets.WINDOW` of them are planned at once."""
 
 
 def eval_batches(  # noqa: PLR0913
@@ -166,7 +146,7 @@ def eval_batches(  # noqa: PLR0913
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
   plan, num_batches = None, -(-len(source) // batch_size)
   if buckets is not None:
-    plan = plan_evaluation(source, transforms, buckets, batch_size=batch_size)
+    plan = EvalPlan(Forecast.of(source, transforms), batch_size, buckets)
     num_batches = len(plan.padded_shapes)
   numbers = grain.MapDataset.range(num_batches * process_count)[process_index::process_count]
   batches = MaskedBatches(loader, local, plan, process_count)
@@ -200,10 +180,9 @@ class BatchIterator(Iterator[Batch]):
 
   def log_skipped(self) -> None:
     """Logs the examples that were skipped."""
-    if self.skipped:
-      names = sorted(self.skipped)
-      listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
-      logging.warning("%d examples could not be read and were skipped: %s", len(names), listed)
+    if names := sorted(self.skipped):
+      count, listed = len(names), _listed(names)
+      logging.warning("%d examples could not be read and were skipped: %s", count, listed)
 
   def close(self) -> None:
     """Stops threads and worker processes."""
@@ -238,14 +217,17 @@ class EvalBatches:
     return 0 if self._last is None else self._last.num_skipped
 
 
+def _listed(names: Sequence[str]) -> str:
+  return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+
+
 @functools.lru_cache(maxsize=32)  # evaluations open their batches again and again
 def _check_files(source: Source, on_corrupt: str) -> None:
   missing = source.missing()
   if not missing:
     return
-  named = ", ".join(source.example_name(i) for i in missing[:_LISTED])
-  more = ", ..." if len(missing) > _LISTED else ""
-  text = f"{source.info.name}: {len(missing)} files are missing: {named}{more}"
+  named = _listed([source.example_name(i) for i in missing])
+  text = f"{source.info.name}: {len(missing)} files are missing: {named}"
   if on_corrupt == "error":
     raise FileNotFoundError(f"{text}; add them, or set data.loader.on_corrupt='skip'")
   logging.warning("%s; they are skipped", text)
@@ -270,8 +252,7 @@ def _local_batch_size(
   source: Source, batch_size: int, process_index: int, process_count: int, on_corrupt: str
 ) -> int:
   """Returns the rows of one host; checks the arguments."""
-  if on_corrupt not in CORRUPT_POLICIES:
-    raise ValueError(unknown_name("policy for corrupt examples", on_corrupt, CORRUPT_POLICIES))
+  check_names("policy for corrupt examples", [on_corrupt], ("error", "skip"))
   if len(source) == 0:
     raise ValueError(f"{source.info.name} has no example")
   _check_files(source, on_corrupt)
@@ -289,17 +270,14 @@ def _iterate(
 ) -> grain.DatasetIterator:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also without an absl app
-  threads = num_threads or max(1, min(16, _available_cores() // max(1, num_workers)))
+  try:
+    cores = len(os.sched_getaffinity(0))
+  except AttributeError:  # not on macOS
+    cores = os.cpu_count() or 1
+  threads = num_threads or max(1, min(16, cores // max(1, num_workers)))
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
   batches = dataset.to_iter_dataset(options)
   if num_workers:
     processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
     batches = batches.mp_prefetch(processes)
   return iter(batches)
-
-
-def _available_cores() -> int:
-  try:
-    return len(os.sched_getaffinity(0))
-  except AttributeError:  # not on macOS
-    return os.cpu_count() or 1

@@ -18,8 +18,8 @@ Pixels: TypeAlias = Float32[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w c"]
 
 METHODS = ("bilinear", "area", "antialias")
 
-_TABLES = 256
-"""How many (old size, new size) keep their tables of neighbours and weights."""
+_cached = functools.lru_cache(256)
+"""Keeps the tables of neighbours and weights by (old size, new size)."""
 
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 
@@ -27,18 +27,11 @@ _ONE, _HALF = np.float32(1), np.float32(0.5)
 def tf_resize(
   image: Pixels, height: int, width: int, method: str = "bilinear"
 ) -> Float32[np.ndarray, "H W c"]:
-  """Resizes an image as `tf.image.resize` does, without rounding.
+  """Resizes an image, in [0, 255], as `tf.image.resize` does, without rounding.
 
-  Args:
-    image: values in [0, 255].
-    height: new height.
-    width: new width.
-    method: "bilinear" interpolates the four nearest pixels, at half-pixel centres, so that a large
-      image shrinks to a scatter of its pixels; it is TensorFlow's default. "area" is the mean of
-      the covered area. "antialias" is bilinear with a triangle as wide as the shrinkage.
-
-  Raises:
-    ValueError: the method is none of these.
+  "bilinear" interpolates the four nearest pixels, at half-pixel centres, so that a large image
+  shrinks to a scatter of its pixels; it is TensorFlow's default. "area" is the mean of the covered
+  area. "antialias" is bilinear with a triangle as wide as the shrinkage.
   """
   image = image.astype(np.float32)
   if method == "bilinear":
@@ -77,7 +70,7 @@ def _bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
   return upper + (image[where[height:]] - upper) * y
 
 
-@functools.lru_cache(_TABLES)
+@_cached
 def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Returns the lower and the upper neighbour of each new pixel's centre, and how far between."""
   centres = (np.arange(new, dtype=np.float32) + _HALF) * _scale(old, new) - _HALF
@@ -101,7 +94,7 @@ def _weighted_sum(
   return total
 
 
-@functools.lru_cache(_TABLES)
+@_cached
 def _cover(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the pixels that the stretch [i, i + 1) * old/new covers, and how much of each."""
   scale = _scale(old, new)
@@ -117,7 +110,7 @@ def _cover(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
   return starts, np.where(np.arange(counts.max()) < counts[:, None], weights, np.float32(0))
 
 
-@functools.lru_cache(_TABLES)
+@_cached
 def _triangle(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns the pixels below a triangle around each new pixel's centre, and their weights."""
   inverse_scale = _ONE / (np.float32(new) / np.float32(old))
