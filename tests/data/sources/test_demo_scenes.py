@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.data.images import decode_image
-from vit_jax_zoo.data.sources import demo_scenes, load_source
+from vit_jax_zoo.data.sources import demo as demo_scenes
+from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.detection import decode_segments
 
 NAMES = (*"0123456789", *demo_scenes.TEXTURES)

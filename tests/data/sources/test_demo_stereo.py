@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax_zoo.data.sources import demo_stereo, load_source
+from vit_jax_zoo.data.sources import demo as demo_stereo
+from vit_jax_zoo.data.sources import load_source
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
 They are TFDS builders, prepared as ArrayRecord at their first use (1 to 2 s, scenes 10 s; no
 download, no TensorFlow) in `$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or
-`~/.cache`, and read as ImageNet is.
+`~/.cache`, and read as ImageNet is. One example in five is in the test split.
 """
 
+import dataclasses
 import importlib.resources
 import io
 import os
@@ -14,54 +15,15 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import cv2
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Bool, Float, Float32, Int, UInt8
 from PIL import Image
 
 from vit_jax_zoo.data.sources import tfds as tfds_source
 from vit_jax_zoo.data.sources.base import Splits
-from vit_jax_zoo.data.sources.demo_scenes import Scenes
-from vit_jax_zoo.data.sources.demo_stereo import Stereo
-from vit_jax_zoo.errors import unknown_name
-
-TEST_EVERY = 5
-"""One example in five is in the test split."""
-
-
-class DemoBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A classification dataset of images that need no download."""
-
-  VERSION = tfds.core.Version("1.0.0")
-  DESCRIPTION: ClassVar[str]
-  CLASS_NAMES: ClassVar[tuple[str, ...]]
-  IMAGE_SHAPE: ClassVar[tuple[int, int, int]]
-  IMAGE_FORMAT: ClassVar[str]
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    features = {
-      "image": tfds.features.Image(shape=self.IMAGE_SHAPE, encoding_format=self.IMAGE_FORMAT),
-      "label": tfds.features.ClassLabel(names=self.CLASS_NAMES),
-    }
-    features = tfds.features.FeaturesDict(features)
-    return tfds.core.DatasetInfo(builder=self, description=self.DESCRIPTION, features=features)
-
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-    del dl_manager
-    examples = list(self._examples())
-    test = examples[::TEST_EVERY]
-    train = [example for i, example in enumerate(examples) if i % TEST_EVERY]
-    return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
-
-  def _generate_examples(
-    self, examples: list[tuple[np.ndarray, int]]
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    for key, (image, label) in enumerate(examples):
-      yield key, {"image": encode(image, self.IMAGE_FORMAT), "label": label}
-
-  def _examples(self) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields (uint8 image, label) by class, so that every fifth is a stratified test set."""
-    raise NotImplementedError
-
+from vit_jax_zoo.errors import check_names
 
 PHOTOS = {
   "astronaut": "skimage/data/astronaut.png",
@@ -77,17 +39,21 @@ PHOTOS = {
 }
 """Color photographs by class, with their paths in the wheels."""
 
+DIGITS = tuple("0123456789")
+
+_RIGHT_EYE = "skimage/data/motorcycle_right.png"
+
 
 def read_photo(name: str) -> np.ndarray:
-  """Returns one of `PHOTOS`, uint8 [h w 3], at its size."""
-  package, _, path = PHOTOS[name].partition("/")
+  """Returns one of `PHOTOS`, or an image by its path in a wheel, uint8 [h w 3], at its size."""
+  package, _, path = PHOTOS.get(name, name).partition("/")
   # By path: skimage.data's functions import a downloader.
   file = importlib.resources.files(package).joinpath(path)
   with file.open("rb") as stream, Image.open(stream) as image:
     return np.asarray(image.convert("RGB"))
 
 
-def short_side(image: np.ndarray, size: int) -> np.ndarray:
+def _short_side(image: np.ndarray, size: int) -> np.ndarray:
   """Returns the image with `size` pixels on its shorter side."""
   height, width = image.shape[:2]
   scale = size / min(height, width)
@@ -95,78 +61,388 @@ def short_side(image: np.ndarray, size: int) -> np.ndarray:
   return np.asarray(Image.fromarray(image).resize(size_xy, Image.Resampling.BICUBIC))
 
 
-def encode(image: np.ndarray, image_format: str) -> bytes:
-  """Returns an image's file content, "png" or "jpeg"."""
+def _encode(image: np.ndarray, image_format: str) -> bytes:
   buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, image_format, **_QUALITY[image_format])
+  Image.fromarray(image).save(buffer, image_format, quality=95)  # PNG ignores the quality
   return buffer.getvalue()
 
 
-_QUALITY: dict[str, dict[str, int]] = {"png": {}, "jpeg": {"quality": 95}}
-
-
-def digit_images() -> tuple[np.ndarray, np.ndarray]:
+def _digit_images() -> tuple[np.ndarray, np.ndarray]:
   """Returns scikit-learn's handwritten digits, uint8 [n 8 8] in 0..255, and their labels [n].
 
   The test set of UCI's "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998),
-  with its 17 gray levels scaled to 0..255.
+  with its 17 gray levels scaled to 0..255; sorted by label, so that every fifth is stratified.
   """
   from sklearn.datasets import load_digits  # slow to import
 
   pixels, labels = load_digits(return_X_y=True)
-  return np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), np.asarray(labels)
+  order = np.argsort(labels, kind="stable")
+  images = np.round(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+  return images[order], np.asarray(labels)[order]
 
 
-class Digits(DemoBuilder, skip_registration=True):
+def _belongs(count: int, split: str) -> Bool[np.ndarray, " n"]:
+  """Returns which of `count` items belong to a split."""
+  return (np.arange(count) % 5 == 0) == (split == "test")
+
+
+class _Demo(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """A dataset that needs no download."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  KEEP_ORDER: ClassVar[bool] = False
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description=self.__doc__,
+      features=tfds.features.FeaturesDict(self._features()),
+      disable_shuffling=self.KEEP_ORDER,
+    )
+
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    del dl_manager
+    return {split: self._generate_examples(split) for split in ("train", "test")}
+
+  def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield from enumerate(self._records(split))
+
+  def _features(self) -> dict[str, Any]:
+    raise NotImplementedError
+
+  def _records(self, split: str) -> Iterator[dict[str, Any]]:
+    raise NotImplementedError
+
+
+class Digits(_Demo, skip_registration=True):
   """1797 handwritten digits, 8x8 gray: 1437 for training, 360 for test."""
 
-  DESCRIPTION = "Handwritten digits, 8x8, from scikit-learn."
-  CLASS_NAMES = tuple("0123456789")
-  IMAGE_SHAPE = (8, 8, 1)
-  IMAGE_FORMAT = "png"
+  def _features(self) -> dict[str, Any]:
+    image = tfds.features.Image(shape=(8, 8, 1), encoding_format="png")
+    return {"image": image, "label": tfds.features.ClassLabel(names=DIGITS)}
 
-  def _examples(self) -> Iterator[tuple[np.ndarray, int]]:
-    images, labels = digit_images()
-    for i in np.argsort(labels, kind="stable"):
-      yield images[i], int(labels[i])
+  def _records(self, split: str) -> Iterator[dict[str, Any]]:
+    images, labels = _digit_images()
+    for i in np.flatnonzero(_belongs(len(labels), split)):
+      yield {"image": _encode(images[i], "png"), "label": int(labels[i])}
 
 
-class Photos(DemoBuilder, skip_registration=True):
+class Photos(_Demo, skip_registration=True):
   """Tiles of ten color photographs; the class is the photograph.
 
   Each photograph is resized to a shorter side of 512 and cut into 64x64 tiles without overlap;
   every fifth tile is in the test split, so that test tiles are not seen in training.
   """
 
-  DESCRIPTION = "64x64 tiles of photographs from scikit-image and scikit-learn."
-  CLASS_NAMES = tuple(PHOTOS)
-  IMAGE_SHAPE = (64, 64, 3)
-  IMAGE_FORMAT = "jpeg"
+  def _features(self) -> dict[str, Any]:
+    image = tfds.features.Image(shape=(64, 64, 3), encoding_format="jpeg")
+    return {"image": image, "label": tfds.features.ClassLabel(names=tuple(PHOTOS))}
 
-  SHORT_SIDE = 512
+  def _records(self, split: str) -> Iterator[dict[str, Any]]:
+    photos = [_tiles(_short_side(read_photo(name), 512), 64) for name in PHOTOS]
+    tiles = [(tile, label) for label, photo in enumerate(photos) for tile in photo]
+    for i in np.flatnonzero(_belongs(len(tiles), split)):
+      yield {"image": _encode(tiles[i][0], "jpeg"), "label": tiles[i][1]}
 
-  def _examples(self) -> Iterator[tuple[np.ndarray, int]]:
-    tile = self.IMAGE_SHAPE[0]
-    for label, name in enumerate(PHOTOS):
-      image = short_side(read_photo(name), self.SHORT_SIDE)
-      for top in range(0, image.shape[0] - tile + 1, tile):
-        for left in range(0, image.shape[1] - tile + 1, tile):
-          yield image[top : top + tile, left : left + tile], label
+
+def _tiles(image: np.ndarray, side: int) -> list[np.ndarray]:
+  """Returns the squares that an image is cut into, without overlap."""
+  return [
+    image[top : top + side, left : left + side]
+    for top in range(0, image.shape[0] - side + 1, side)
+    for left in range(0, image.shape[1] - side + 1, side)
+  ]
+
+
+# demo:scenes
+
+SIZE = 64
+COUNTS = {"train": 4000, "test": 400}
+
+TEXTURES = ("cat", "galaxies", "retina", "rocket", "tissue")
+"""Photographs with distinguishable textures."""
+STUFF_FROM = 10
+MAX_DIGITS = 4
+
+
+class Scenes(_Demo, skip_registration=True):
+  """Synthetic detection and panoptic data, digits in front of photographic textures.
+
+  A scene, 64x64, has two regions of texture (stuff) with a curved boundary, and one to four digits
+  (things) of different sizes and colors that may overlap, with exact segments, boxes of the visible
+  parts and classes. The features are those of TFDS's `coco/2017` and `coco/2017_panoptic`. 4000
+  training and 400 test scenes share no digit and no texture region.
+  """
+
+  def _features(self) -> dict[str, Any]:
+    return {
+      "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="jpeg"),
+      "image/id": np.int64,
+      "objects": _object_features(DIGITS),
+      "panoptic_image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
+      "panoptic_objects": _object_features((*DIGITS, *TEXTURES)),
+    }
+
+  def _records(self, split: str) -> Iterator[dict[str, Any]]:
+    material, seed = Material.of(split), {"train": 1, "test": 2}[split]
+    first = 0 if split == "train" else COUNTS["train"]
+    for number in range(COUNTS[split]):
+      yield _record(draw_scene(material, np.random.default_rng((seed, number))), first + number)
+
+
+def _object_features(names: tuple[str, ...]) -> tfds.features.Sequence:
+  return tfds.features.Sequence(
+    {
+      "area": np.int64,
+      "bbox": tfds.features.BBoxFeature(),
+      "id": np.int64,
+      "is_crowd": np.bool_,
+      "label": tfds.features.ClassLabel(names=names),
+    }
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+  """Digits and textures of a split."""
+
+  digits: tuple[np.ndarray, ...]  # strength in [0, 1], float32 [h w], each cut to its stroke
+  labels: Int[np.ndarray, " n"]  # which digit each of them is
+  places: tuple[np.ndarray, ...]  # of each of `TEXTURES`, squares to cut from, uint8 [p s s 3]
+
+  @classmethod
+  def of(cls, split: str) -> "Material":
+    """Returns a split's material; one in five digits and places belongs to the test split."""
+    images, labels = _digit_images()
+    mine = _belongs(len(labels), split)
+    digits = tuple(_cut(image).astype(np.float32) / 255 for image in images[mine])
+    return cls(digits, labels[mine], tuple(_places(name, split) for name in TEXTURES))
+
+
+def _cut(digit: UInt8[np.ndarray, "8 8"]) -> UInt8[np.ndarray, "_ _"]:
+  """Returns a digit without the empty rows and columns around it."""
+  rows, columns = np.flatnonzero(digit.max(axis=1) > 48), np.flatnonzero(digit.max(axis=0) > 48)
+  return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _places(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
+  """Cuts the central 70 % of a photograph into squares of 1.5 times a scene's side."""
+  photo, side = read_photo(name), SIZE * 3 // 2
+  height, width = photo.shape[:2]
+  top, left = round(height * (1 - 0.7) / 2), round(width * (1 - 0.7) / 2)
+  places = _tiles(_short_side(photo[top : height - top, left : width - left], 4 * side), side)
+  return np.stack(places)[_belongs(len(places), split)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+  """An image and its annotations."""
+
+  image: UInt8[np.ndarray, "h w 3"]
+  segment_map: Int[np.ndarray, "h w"]  # index of the visible segment at each pixel, from 0
+  labels: tuple[int, ...]  # the segments' classes; the first two are stuff
+
+
+def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
+  """Draws a scene: two textures, then digits from back to front, each at least 75 % visible."""
+  textures = rng.choice(len(TEXTURES), 2, replace=False)
+  segment_map = _regions(rng).astype(np.int64)
+  backgrounds = np.stack([_texture(material.places[t], rng) for t in textures])
+  image = np.where(segment_map[..., None] == 0, backgrounds[0], backgrounds[1]).astype(np.float32)
+  labels = [STUFF_FROM + int(t) for t in textures]
+  areas = [0, 0]
+  for _ in range(int(rng.integers(1, MAX_DIGITS, endpoint=True))):
+    for _ in range(8):  # attempts to find it a place
+      digit = int(rng.integers(len(material.digits)))
+      stroke = _placed(material.digits[digit], rng)
+      after = np.where(stroke > 0.5, len(labels), segment_map)
+      seen = np.bincount(after.ravel(), minlength=len(labels) + 1)
+      if all(seen[i] >= 0.75 * areas[i] for i in range(2, len(labels))):
+        segment_map = after
+        image = _painted(image, stroke, rng)
+        labels.append(int(material.labels[digit]))
+        areas.append(int(seen[-1]))
+        break
+  return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))
+
+
+def _regions(rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
+  """Returns the pixels on one side of a wavy line through the image."""
+  y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
+  angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-SIZE / 6, SIZE / 6)
+  across = x * np.cos(angle) + y * np.sin(angle)
+  along = y * np.cos(angle) - x * np.sin(angle)
+  wave = rng.uniform(0, 5) * np.sin(along / rng.uniform(5, 12) + rng.uniform(0, 2 * np.pi))
+  return across > offset + wave
+
+
+def _texture(places: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
+  """Crops a random place at random, and mirrors it with probability 0.5."""
+  place = places[rng.integers(len(places))]
+  top, left = rng.integers(place.shape[0] - SIZE, size=2, endpoint=True)
+  texture = place[top : top + SIZE, left : left + SIZE]
+  return texture[:, ::-1] if rng.random() < 0.5 else texture
+
+
+def _placed(
+  digit: Float32[np.ndarray, "_ _"], rng: np.random.Generator
+) -> Float32[np.ndarray, "h w"]:
+  """Enlarges a digit, places it at random and returns the opacity of each pixel, in [0, 1]."""
+  height = int(rng.integers(20, 40, endpoint=True))
+  width = max(6, round(height * digit.shape[1] / digit.shape[0] * rng.uniform(0.85, 1.15)))
+  margin = cv2.copyMakeBorder(digit, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+  scale_x, scale_y = width / digit.shape[1], height / digit.shape[0]
+  size = (width + round(2 * scale_x), height + round(2 * scale_y))
+  large = cv2.resize(margin, size, interpolation=cv2.INTER_CUBIC)
+  stroke = np.clip((large - 0.3) / 0.2, 0, 1)
+  rows, columns = np.flatnonzero(stroke.max(axis=1) > 0.5), np.flatnonzero(stroke.max(0) > 0.5)
+  stroke = stroke[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][:SIZE, :SIZE]
+  top = int(rng.integers(SIZE - stroke.shape[0], endpoint=True))
+  left = int(rng.integers(SIZE - stroke.shape[1], endpoint=True))
+  whole = np.zeros((SIZE, SIZE), np.float32)
+  whole[top : top + stroke.shape[0], left : left + stroke.shape[1]] = stroke
+  return whole
+
+
+def _painted(
+  image: Float[np.ndarray, "h w 3"], stroke: Float32[np.ndarray, "h w"], rng: np.random.Generator
+) -> Float[np.ndarray, "h w 3"]:
+  """Draws a stroke of a bright color with a dark outline over the image."""
+  pixel = np.array([[[rng.uniform(0, 360), rng.uniform(0.1, 0.75), 1.0]]], np.float32)
+  color = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0] * 255
+  seam = 0.75 * cv2.GaussianBlur(cv2.dilate(stroke, np.ones((3, 3))), (5, 5), 1.0)
+  image = image * (1 - seam[..., None])
+  return image + stroke[..., None] * (color - image)
+
+
+def _record(scene: Scene, number: int) -> dict[str, Any]:
+  """Returns a scene's TFDS record; ids start at 1, as 0 is COCO's "no segment"."""
+  ids = np.zeros((SIZE, SIZE, 3), np.uint8)
+  ids[..., 0] = scene.segment_map + 1
+  segments = []
+  for i, label in enumerate(scene.labels):
+    rows, columns = np.nonzero(scene.segment_map == i)
+    if len(rows):  # it is visible
+      edges = (rows.min(), columns.min(), rows.max() + 1, columns.max() + 1)
+      box = tfds.features.BBox(*(float(edge) / SIZE for edge in edges))
+      segment = {"area": len(rows), "bbox": box, "id": i + 1, "is_crowd": False, "label": label}
+      segments.append(segment)
+  return {
+    "image": _encode(scene.image, "jpeg"),
+    "image/id": number,
+    "objects": [segment for segment in segments if segment["label"] < STUFF_FROM],
+    "panoptic_image": _encode(ids, "png"),
+    "panoptic_objects": segments,
+  }
+
+
+# demo:stereo
+
+SHIFT = 34
+"""Columns by which the right image is shifted to the right. Disparities are 8 to 60 columns, and at
+most 26 after the shift."""
+
+STRIP = slice(232, 328)
+"""Rows of the test split."""
+
+MARGIN = 28
+"""Columns on either side of a test image that its reference also covers."""
+
+TEST_WIDTH, WINDOW = 112, (160, 256)
+"""Width of test images; height and width of training images, which are cropped at random."""
+
+Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]
+"""An image and its reference."""
+
+
+class Stereo(_Demo, skip_registration=True):
+  """Super-resolution of one image of a stereo pair with the other as reference.
+
+  The pair is scikit-image's motorcycle, from the Middlebury stereo data of 2014 (Scharstein et al.,
+  "High-resolution stereo datasets with subpixel-accurate ground truth"): the left image is
+  enlarged, the right one is the reference. A strip across engine and wheels, of both images, is the
+  test split: six images of 96x112. The training split has windows above and below it, and
+  photographs with a simulated second view.
+  """
+
+  KEEP_ORDER = True
+
+  def _features(self) -> dict[str, Any]:
+    picture = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
+    return {"image": picture, "reference": picture}
+
+  def _records(self, split: str) -> Iterator[dict[str, Any]]:
+    left, right = read_eyes()
+    pairs = [*_test_pairs(left, right)]
+    if split == "train":
+      pairs = [*_train_windows(left, right), *_photo_windows()]
+    for image, reference in pairs:
+      yield {"image": _encode(image, "png"), "reference": _encode(reference, "png")}
+
+
+def read_eyes() -> Pair:
+  """Returns the left and the right image, [500 707 3], shifted by `SHIFT`."""
+  left, right = read_photo("motorcycle"), read_photo(_RIGHT_EYE)
+  return left[:, SHIFT:], right[:, :-SHIFT]
+
+
+def _train_windows(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
+  """Yields overlapping windows above and below the strip."""
+  for rows in (slice(None, STRIP.start), slice(STRIP.stop, None)):
+    for window in _windows(left[rows].shape, (72, 64)):
+      yield left[rows][window], right[rows][window]
+
+
+def _test_pairs(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
+  """Yields the parts of the strip, each with the other image's region and its margins."""
+  width = left.shape[1]
+  whole = TEST_WIDTH + 2 * MARGIN
+  for start in range((width % TEST_WIDTH) // 2, width - TEST_WIDTH + 1, TEST_WIDTH):
+    other = min(max(start - MARGIN, 0), width - whole)
+    yield left[STRIP, start : start + TEST_WIDTH], right[STRIP, other : other + whole]
+
+
+def _photo_windows() -> Iterator[Pair]:
+  """Yields windows of photographs with a simulated second view."""
+  rng = np.random.default_rng(0)
+  for name in ("astronaut", "cat", "coffee", "flower", "rocket", "temple"):
+    image = _short_side(read_photo(name), 320)
+    for window in _windows(image.shape, WINDOW):
+      yield image[window], _second_eye(image, rng)[window]
+
+
+def _second_eye(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+  """Returns the image with a random horizontal shift, as large as the pair's, and scale."""
+  size = (image.shape[1], image.shape[0])
+  middle = (size[0] / 2, size[1] / 2)
+  motion = cv2.getRotationMatrix2D(middle, rng.uniform(-1, 1), rng.uniform(0.97, 1.03))
+  motion[:, 2] += rng.uniform(-20, 20), rng.uniform(-2, 2)
+  options = dict(flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
+  moved = cv2.warpAffine(image, motion, size, **options)
+  return np.clip(moved * rng.uniform(0.95, 1.05), 0, 255).astype(np.uint8)
+
+
+def _windows(shape: tuple[int, ...], step: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+  """Yields windows `step` rows and columns apart; the last ones end at the image's end."""
+  tops, lefts = (
+    [*range(0, length - size, apart), length - size]
+    for length, size, apart in zip(shape[:2], WINDOW, step, strict=True)
+  )
+  for top in tops:
+    for left in lefts:
+      yield slice(top, top + WINDOW[0]), slice(left, left + WINDOW[1])
 
 
 DEMOS = {"digits": Digits, "photos": Photos, "scenes": Scenes, "stereo": Stereo}
 
 
-def cache_dir() -> pathlib.Path:
-  """Returns the folder of prepared demos."""
-  if "VIT_JAX_ZOO_CACHE" in os.environ:
-    return pathlib.Path(os.environ["VIT_JAX_ZOO_CACHE"]).expanduser()
-  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(base).expanduser() / "vit_jax_zoo"
+def _cache_dir() -> pathlib.Path:
+  base = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "vit_jax_zoo"
+  return pathlib.Path(os.environ.get("VIT_JAX_ZOO_CACHE", base)).expanduser()
 
 
 def open_splits(location: str, *, panoptic: bool = False) -> Splits:
-  """Opens a demo; prepares it at its first use.
+  """Opens a demo by its name; prepares it at its first use.
 
   Args:
     location: its name.
@@ -176,15 +452,14 @@ def open_splits(location: str, *, panoptic: bool = False) -> Splits:
     ValueError: an unknown demo, or one without segments.
     OSError: the cache folder cannot be written.
   """
-  if location not in DEMOS:
-    raise ValueError(unknown_name("demo", location, DEMOS))
-  folder = cache_dir() / "demos" / location / str(DEMOS[location].VERSION)
+  check_names("demo", [location], DEMOS)
+  folder = _cache_dir() / "demos" / location / str(DEMOS[location].VERSION)
   if not folder.is_dir():
     _prepare(DEMOS[location], folder)
   return tfds_source.open_folder(folder, f"demo:{location}", panoptic=panoptic)
 
 
-def _prepare(builder_class: type[tfds.core.GeneratorBasedBuilder], folder: pathlib.Path) -> None:
+def _prepare(builder_class: type[_Demo], folder: pathlib.Path) -> None:
   """Writes the dataset to a temporary folder and renames it in one step.
 
   No process sees half a dataset; of several that start together, the first to finish wins.
@@ -194,7 +469,7 @@ def _prepare(builder_class: type[tfds.core.GeneratorBasedBuilder], folder: pathl
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-")
   except OSError as error:
     raise OSError(
-      f"cache folder {cache_dir()} cannot be written ({error.strerror}); set VIT_JAX_ZOO_CACHE to "
+      f"cache folder {_cache_dir()} cannot be written ({error.strerror}); set VIT_JAX_ZOO_CACHE to "
       "another folder"
     ) from error
   try:
