@@ -28,18 +28,11 @@ Size = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-  """Metadata of a dataset.
+  """Metadata of a dataset."""
 
-  Attributes:
-    example: kind of its examples, a key of `MAKERS`.
-    splits: number of examples in each split.
-    sizes: heights and widths of images, repeated by frequency; examples cycle through them.
-    num_classes: see `DatasetInfo`.
-  """
-
-  example: str
-  splits: Mapping[str, int]
-  sizes: Sequence[Size]
+  example: str  # kind of its examples, a key of `MAKERS`
+  splits: Mapping[str, int]  # number of examples in each
+  sizes: Sequence[Size]  # heights and widths, repeated by frequency; examples cycle through them
   num_classes: int | None = None
 
 
@@ -51,29 +44,23 @@ _COCO_SIZES = (
 _COCO = {"train": 118_287, "validation": 5_000}
 
 DATASETS: Mapping[str, Facts] = {
-  "imagenet2012": Facts(
-    "label", {"train": 1_281_167, "validation": 50_000}, [(375, 500)], num_classes=1000
-  ),
-  "imagenet21k": Facts("label", {"train": 14_197_122}, [(375, 500)], num_classes=21_843),
-  "cifar10": Facts("label", {"train": 50_000, "test": 10_000}, [(32, 32)], num_classes=10),
-  "cifar100": Facts("label", {"train": 50_000, "test": 10_000}, [(32, 32)], num_classes=100),
-  "stl10": Facts("label", {"train": 5_000, "test": 8_000}, [(96, 96)], num_classes=10),
-  "oxford_iiit_pet": Facts("label", {"train": 3_680, "test": 3_669}, [(375, 500)], num_classes=37),
+  "imagenet2012": Facts("label", {"train": 1_281_167, "validation": 50_000}, [(375, 500)], 1000),
+  "imagenet21k": Facts("label", {"train": 14_197_122}, [(375, 500)], 21_843),
+  "cifar10": Facts("label", {"train": 50_000, "test": 10_000}, [(32, 32)], 10),
+  "cifar100": Facts("label", {"train": 50_000, "test": 10_000}, [(32, 32)], 100),
+  "stl10": Facts("label", {"train": 5_000, "test": 8_000}, [(96, 96)], 10),
+  "oxford_iiit_pet": Facts("label", {"train": 3_680, "test": 3_669}, [(375, 500)], 37),
   "oxford_flowers102": Facts(
-    "label", {"train": 1_020, "validation": 1_020, "test": 6_149}, [(500, 667)], num_classes=102
+    "label", {"train": 1_020, "validation": 1_020, "test": 6_149}, [(500, 667)], 102
   ),
-  "coco/2017": Facts("objects", _COCO, _COCO_SIZES, num_classes=91),
-  "coco/2017_panoptic": Facts("objects", _COCO, _COCO_SIZES, num_classes=201),
-  "cityscapes": Facts("label_map", {"train": 2_975, "val": 500}, [(1024, 2048)], num_classes=19),
+  "coco/2017": Facts("objects", _COCO, _COCO_SIZES, 91),
+  "coco/2017_panoptic": Facts("objects", _COCO, _COCO_SIZES, 201),
+  "cityscapes": Facts("label_map", {"train": 2_975, "val": 500}, [(1024, 2048)], 19),
   "ADEChallengeData2016": Facts(
-    "label_map", {"train": 20_210, "val": 2_000}, [(512, 683), (683, 512)], num_classes=150
+    "label_map", {"train": 20_210, "val": 2_000}, [(512, 683), (683, 512)], 150
   ),
-  "VOC2012": Facts(
-    "label_map", {"train": 1_464, "val": 1_449}, [(375, 500), (500, 375)], num_classes=21
-  ),
-  "lip": Facts(
-    "label_map", {"train": 30_462, "val": 10_000}, [(450, 300), (300, 450)], num_classes=20
-  ),
+  "VOC2012": Facts("label_map", {"train": 1_464, "val": 1_449}, [(375, 500), (500, 375)], 21),
+  "lip": Facts("label_map", {"train": 30_462, "val": 10_000}, [(450, 300), (300, 450)], 20),
   "CUFED": Facts("pair", {"train": 11_871, "test": 126}, [(160, 160)]),
 }
 """By name in TFDS or of the published folder. From the datasets' pages."""
@@ -89,41 +76,25 @@ _OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
 
 
 def load(name: str, split: str, **options: Any) -> Source:
-  """Returns the source of `load_source`, or a fake one.
+  """Returns the source of `load_source`, whose arguments it takes, or a fake one.
 
-  Known datasets are always fake, so that a plan is the same on every machine; demos never are.
-
-  Args:
-    name: as in `load_source`.
-    split: as in `load_source`.
-    **options: of the kind of source; fake data read `panoptic` alone.
+  Known datasets are always fake, so that a plan is the same on every machine; demos never are. Of
+  the options, fake data read `panoptic` alone.
 
   Raises:
     ValueError: an unknown kind, demo or split.
   """
   kind, location = split_name(name)
-  facts = _known(location)
-  if facts is not None:
-    return _fake(name, split, facts, options)
-  try:
-    return load_source(name, split, **options)
-  except FileNotFoundError:
-    pass
-  usual = _USUAL.get(kind)
-  assumption = f"{name} not found: assumed to be like {usual or 'photographs of 1024x768'}"
-  facts = _OWN_PAIRS if usual is None else DATASETS[usual]
-  return _fake(name, split, facts, options, assumption)
-
-
-def _known(location: str) -> Facts | None:
-  """Returns a dataset's metadata by TFDS's name, with or without version, or by its folder."""
-  name = location.partition(":")[0]
-  return DATASETS.get(name) or DATASETS.get(name.rstrip("/").rpartition("/")[2])
-
-
-def _fake(
-  name: str, split: str, facts: Facts, options: Mapping[str, Any], assumption: str = ""
-) -> Source:
+  folder = location.partition(":")[0]  # or TFDS's name, with or without version
+  facts = DATASETS.get(folder) or DATASETS.get(folder.rstrip("/").rpartition("/")[2])
+  assumption = ""
+  if facts is None:
+    try:
+      return load_source(name, split, **options)
+    except FileNotFoundError:
+      usual = _USUAL.get(kind)
+      assumption = f"{name} not found: assumed to be like {usual or 'photographs of 1024x768'}"
+      facts = _OWN_PAIRS if usual is None else DATASETS[usual]
   make = functools.partial(MAKERS[facts.example], panoptic=bool(options.get("panoptic")))
   opened: dict[str, Callable[[], Source]] = {
     part: functools.partial(FakeSource, f"{name} {part}", count, facts, make, assumption)
@@ -138,36 +109,25 @@ class FakeSource(Source):
   """Black examples."""
 
   def __init__(
-    self,
-    name: str,
-    count: int,
-    facts: Facts,
-    make: Callable[[int, Size], Example],
-    assumption: str = "",
+    self, name: str, count: int, facts: Facts, make: Callable[[int, Size], Example], assumption: str
   ) -> None:
     self.assumption = assumption
     self.info = DatasetInfo(name, count, facts.num_classes)
-    self._sizes = tuple(facts.sizes)
-    self._make = make
+    self._sizes, self._make = tuple(facts.sizes), make
 
   def __getitem__(self, index: int) -> Example:
     return self._make(index, self.image_size(index))
 
   def example_name(self, index: int) -> str:
     """Returns split and index."""
-    return f"{self.info.name}[{index}], fake"
+    return f"{super().example_name(index)}, fake"
 
   def image_size(self, index: int) -> Size:
     """Returns the example's size."""
     return self._sizes[index % len(self._sizes)]
 
 
-def _labelled(index: int, size: Size, *, panoptic: bool) -> Example:
-  del index, panoptic
-  return {"image": _picture(size), "label": 0}
-
-
-def _with_objects(index: int, size: Size, *, panoptic: bool) -> Example:
+def _objects(index: int, size: Size, *, panoptic: bool) -> Example:
   """One object, as large as the image."""
   height, width = size
   box, area = [[0, 0, width, height]], [height * width]
@@ -177,25 +137,6 @@ def _with_objects(index: int, size: Size, *, panoptic: bool) -> Example:
   return {**example, "outlines": [[[0, 0, width, 0, width, height, 0, height]]]}
 
 
-def _with_label_map(index: int, size: Size, *, panoptic: bool) -> Example:
-  del panoptic
-  return {"image": _picture(size), "label_map": _picture(size, 1), "image_id": index}
-
-
-def _pair(index: int, size: Size, *, panoptic: bool) -> Example:
-  del index, panoptic
-  return {"image": _picture(size), "reference": _picture(size)}
-
-
-MAKERS: Mapping[str, Callable[..., Example]] = {
-  "label": _labelled,
-  "objects": _with_objects,
-  "label_map": _with_label_map,
-  "pair": _pair,
-}
-"""Functions that make an example, by kind."""
-
-
 @functools.lru_cache(maxsize=32)
 def _picture(size: Size, color: int | tuple[int, int, int] = (0, 0, 0)) -> bytes:
   """Returns a PNG file of one colour, or of one grey level."""
@@ -203,3 +144,24 @@ def _picture(size: Size, color: int | tuple[int, int, int] = (0, 0, 0)) -> bytes
   shape = size if isinstance(color, int) else (*size, 3)
   Image.fromarray(np.full(shape, color, np.uint8)).save(file, "PNG")
   return file.getvalue()
+
+
+def _label(_: int, size: Size, **_options: bool) -> Example:
+  return {"image": _picture(size), "label": 0}
+
+
+def _label_map(index: int, size: Size, **_options: bool) -> Example:
+  return {"image": _picture(size), "label_map": _picture(size, 1), "image_id": index}
+
+
+def _pair(_: int, size: Size, **_options: bool) -> Example:
+  return {"image": _picture(size), "reference": _picture(size)}
+
+
+MAKERS: Mapping[str, Callable[..., Example]] = {
+  "label": _label,
+  "objects": _objects,
+  "label_map": _label_map,
+  "pair": _pair,
+}
+"""Functions that make an example, by kind."""

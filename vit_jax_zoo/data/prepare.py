@@ -35,10 +35,7 @@ _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = None) -> pathlib.Path:
-  """Downloads (or reads from `manual_dir`) and prepares a TFDS dataset as ArrayRecord.
-
-  Returns:
-    The folder of the prepared dataset.
+  """Prepares a TFDS dataset, downloaded or in `manual_dir`, as ArrayRecord; returns its folder.
 
   Raises:
     ModuleNotFoundError: TensorFlow is not installed; TFDS writes with it.
@@ -65,16 +62,9 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
 
 
 def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Converts a TFRecord dataset of TFDS to ArrayRecord, file by file.
+  """Converts a TFRecord dataset of TFDS to ArrayRecord; returns its folder below `data_dir`.
 
   An interrupted conversion resumes at the first unfinished file.
-
-  Args:
-    prepared: the folder with its `dataset_info.json`.
-    data_dir: parent of the result, `name/[config/]version`.
-
-  Returns:
-    The new folder.
 
   Raises:
     FileNotFoundError: `prepared` is not a prepared dataset.
@@ -99,16 +89,18 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
   for file in source.iterdir():
     if file.is_file() and file not in shards:
       shutil.copyfile(file, scratch / file.name)
-  (scratch / "dataset_info.json").write_text(json.dumps(_as_array_record(info), indent=1))
+  for split in info["splits"]:
+    default = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    template = split.get("filepathTemplate", default)
+    split["filepathTemplate"] = template.replace("tfrecord", "array_record")
+  info["fileFormat"] = "array_record"
+  (scratch / "dataset_info.json").write_text(json.dumps(info, indent=1))
   os.rename(scratch, target)
   return target
 
 
 def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Packs class folders into ArrayRecord files, with the splits and labels of `folder:`.
-
-  Returns:
-    The folder of the prepared dataset.
+  """Packs class folders, with splits and labels of `folder:`, as ArrayRecord; returns its folder.
 
   Raises:
     FileNotFoundError: there is no such folder.
@@ -135,12 +127,8 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     names = next(iter(self._sources.values())).info.class_names
-    features = tfds.features.FeaturesDict(
-      {
-        "image": tfds.features.Image(shape=(None, None, 3)),
-        "label": tfds.features.ClassLabel(names=names),
-      }
-    )
+    image, label = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(names=names)
+    features = tfds.features.FeaturesDict({"image": image, "label": label})
     return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
@@ -182,20 +170,6 @@ def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
     writer.write(record)
   writer.close()
   os.rename(unfinished, new)
-
-
-def _as_array_record(info: dict[str, Any]) -> dict[str, Any]:
-  """Returns `dataset_info.json` of the converted dataset."""
-  splits = [
-    {
-      **split,
-      "filepathTemplate": split.get(
-        "filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-      ).replace("tfrecord", "array_record"),
-    }
-    for split in info["splits"]
-  ]
-  return {**info, "fileFormat": "array_record", "splits": splits}
 
 
 def _check_disk(name: str, data_dir: pathlib.Path, size: int) -> None:

@@ -16,10 +16,7 @@ _ORDER, _NUMBERS = 0, 1
 def shuffled_index(position: int, num_examples: int, seed: int) -> int:
   """Returns the example at a position of the endless sequence of epochs, each a permutation.
 
-  Args:
-    position: 0 or more; epoch e takes the positions [e * num_examples, (e + 1) * num_examples).
-    num_examples: at least 1.
-    seed: 0 or more.
+  Epoch e takes the positions [e * num_examples, (e + 1) * num_examples).
   """
   epoch, place = divmod(position, num_examples)
   if num_examples <= _SMALL:

@@ -174,11 +174,7 @@ class CocoSource(Source):
 
 
 def open_splits(
-  location: str,
-  *,
-  panoptic: bool = False,
-  annotated_only: bool = False,
-  exif_frame: str = "auto",
+  location: str, *, panoptic: bool = False, annotated_only: bool = False, exif_frame: str = "auto"
 ) -> Splits:
   """Finds the annotation files below a folder.
 
