@@ -17,8 +17,7 @@ Batch: TypeAlias = dict[str, np.ndarray]
 MAX_REPLACEMENTS = 100
 """Corrupt examples in a row at which a run stops, although `on_corrupt` is "skip"."""
 
-SKIPPED = "_skipped"
-"""Key of a batch's `Failures`."""
+SKIPPED = "_skipped"  # key of a batch's `Failures`
 
 PADDED = {"image": (0, 0), "masks": (1, False), "label_map": (0, 255)}
 """Keys padded with their image: axis of the rows, value of the padding."""
@@ -33,8 +32,7 @@ _REMEDIES = {
 }
 """Fixes for examples of different shapes."""
 
-Failures: TypeAlias = tuple[tuple[str, str], ...]
-"""Name and reason of each corrupt example."""
+Failures: TypeAlias = tuple[tuple[str, str], ...]  # name and reason of each corrupt example
 
 
 Loaded: TypeAlias = tuple[Example | None, Failures]

@@ -29,22 +29,14 @@ from jaxtyping import Int
 from vit_jax_zoo.data.shuffle import RandomNumbers, shuffled_index
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 
-Shape: TypeAlias = tuple[int, int]
-"""Height and width in pixels."""
+Shape: TypeAlias = tuple[int, int]  # height and width in pixels
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 
-WINDOW = 128
-"""Batches sorted together."""
-
-SAMPLE = 10_000
-"""Positions of a run from which buckets are chosen where only their number is given."""
-
-MULTIPLE = 32
-"""Sides of chosen buckets are multiples of this, a ResNet's stride."""
-
-_SHUFFLE = 2
-"""Separates this use of the seed from those of `data/shuffle.py`."""
+WINDOW = 128  # batches sorted together
+SAMPLE = 10_000  # positions of a run from which buckets are chosen where only their number is given
+MULTIPLE = 32  # sides of chosen buckets are multiples of this, a ResNet's stride
+_SHUFFLE = 2  # separates this use of the seed from those of `data/shuffle.py`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,8 +28,7 @@ Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 FloatPixels: TypeAlias = Float32[np.ndarray, "h w 3"]
 Method: TypeAlias = Literal["bilinear", "area", "antialias"]
 
-_FIRST_TRANSPOSED = 5
-"""EXIF orientations from here on exchange height and width."""
+_FIRST_TRANSPOSED = 5  # EXIF orientations from here on exchange height and width
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused by their header: Pillow's limit against decompression bombs."""

@@ -25,11 +25,8 @@ from vit_jax_zoo.data.sources.base import Source
 from vit_jax_zoo.data.transforms.base import Transform
 from vit_jax_zoo.errors import check_names
 
-_LISTED = 10
-"""Examples that are named in a log line."""
-
-LOADER_FIELDS = ("num_workers", "num_threads", "on_corrupt", "buckets")
-"""Fields of `data.loader`."""
+_LISTED = 10  # examples that are named in a log line
+LOADER_FIELDS = ("num_workers", "num_threads", "on_corrupt", "buckets")  # fields of `data.loader`
 
 
 def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of the process)

@@ -71,8 +71,7 @@ STUFF = {
 }  # fmt: skip
 """Names by id in the panoptic annotations."""
 
-NOT_A_CLASS = "N/A"
-"""Name of the ids in the gaps."""
+NOT_A_CLASS = "N/A"  # name of the ids in the gaps
 
 
 def names_by_id(names: Mapping[int, str]) -> tuple[str, ...]:
@@ -260,8 +259,7 @@ def _stuff_from(file: pathlib.Path, content: CocoFile) -> int | None:
   return first
 
 
-_SAMPLE = 256
-"""Images whose headers tell whether any has an EXIF rotation."""
+_SAMPLE = 256  # images whose headers tell whether any has an EXIF rotation
 
 
 def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str) -> dict[int, int]:

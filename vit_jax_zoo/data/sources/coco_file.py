@@ -22,8 +22,7 @@ from absl import logging
 MAX_CATEGORY = 99_999
 """Category ids are class ids, and a classifier has one output for each up to the largest."""
 
-_MAX_SEGMENT = 1 << 24
-"""Segment ids are colors of 24 bits."""
+_MAX_SEGMENT = 1 << 24  # segment ids are colors of 24 bits
 
 
 class CocoFile(NamedTuple):

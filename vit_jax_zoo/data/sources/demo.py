@@ -342,17 +342,13 @@ SHIFT = 34
 """Columns by which the right image is shifted to the right. Disparities are 8 to 60 columns, and at
 most 26 after the shift."""
 
-STRIP = slice(232, 328)
-"""Rows of the test split."""
-
-MARGIN = 28
-"""Columns on either side of a test image that its reference also covers."""
+STRIP = slice(232, 328)  # rows of the test split
+MARGIN = 28  # columns on either side of a test image that its reference also covers
 
 TEST_WIDTH, WINDOW = 112, (160, 256)
 """Width of test images; height and width of training images, which are cropped at random."""
 
-Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]
-"""An image and its reference."""
+Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]  # an image and its reference
 
 
 class Stereo(_Demo, skip_registration=True):

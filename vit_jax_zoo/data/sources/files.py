@@ -10,8 +10,7 @@ from absl import logging
 
 from vit_jax_zoo.data.images import suffixes
 
-_LISTED = 5
-"""Ignored files that are named in the log."""
+_LISTED = 5  # ignored files that are named in the log
 
 
 def list_images(

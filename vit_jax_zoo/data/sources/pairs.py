@@ -30,8 +30,7 @@ from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, 
 from vit_jax_zoo.data.sources.folder import TEST_FRACTION, hash_name
 from vit_jax_zoo.errors import check_names
 
-REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")
-"""Values of the option `reference`."""
+REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")  # values of the option `reference`
 
 Pairs: TypeAlias = Mapping[pathlib.Path, tuple[pathlib.Path, ...]]
 """References of each image, in order."""

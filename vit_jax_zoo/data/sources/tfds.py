@@ -30,8 +30,7 @@ from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.errors import check_names
 
 Record: TypeAlias = Mapping[str, Any]
-Maker: TypeAlias = Callable[[Record, int], Example]
-"""From a record and its index to an example."""
+Maker: TypeAlias = Callable[[Record, int], Example]  # from a record and its index to an example
 
 OBJECTS = {False: "objects", True: "panoptic_objects"}
 """The feature, for detection and for panoptic segmentation."""

@@ -37,8 +37,7 @@ TRANSFORMS = Registry(
 )
 """The transforms that a config can name, by module; `random_crop` is the class RandomCrop."""
 
-_RETIRED = {"upright"}
-"""Fields in the configs of old runs."""
+_RETIRED = {"upright"}  # fields in the configs of old runs
 
 
 def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:

@@ -50,8 +50,7 @@ from vit_jax_zoo.errors import check_names
 
 Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 
-Color: TypeAlias = tuple[int, int, int]
-"""Red, green, blue in [0, 255]."""
+Color: TypeAlias = tuple[int, int, int]  # red, green, blue in [0, 255]
 
 
 @dataclasses.dataclass(frozen=True)

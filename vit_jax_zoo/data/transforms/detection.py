@@ -38,19 +38,15 @@ from vit_jax_zoo.data.images import orient, orient_boxes
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms.base import Transform, pixels
 
-Size: TypeAlias = tuple[int, int]
-"""Height and width in pixels."""
-
-VOID = -1
-"""In a segment map: a pixel of no object."""
+Size: TypeAlias = tuple[int, int]  # height and width in pixels
+VOID = -1  # in a segment map: a pixel of no object
 
 SHORTER_SIDES = tuple(range(480, 801, 32))
 MAX_OBJECTS = 100
 """Room for objects where the data does not give a number; COCO's fullest image has 93 targets."""
 
 _PER_OBJECT = ("boxes_xyxy", "labels", "is_crowd", "area", "object_ids", "masks")
-_LOGGED = 10
-"""Objects left out that are logged; later ones are not."""
+_LOGGED = 10  # objects left out that are logged; later ones are not
 
 
 def objects_example(

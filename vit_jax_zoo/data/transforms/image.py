@@ -14,14 +14,9 @@ from vit_jax_zoo.data.sources.base import Example
 from vit_jax_zoo.data.transforms.base import ImageTransform, Transform, pixels
 from vit_jax_zoo.errors import check_names
 
-Size: TypeAlias = int | tuple[int, int] | list[int]
-"""A side in pixels, or (height, width)."""
-
-Range: TypeAlias = Sequence[float | int]
-"""The smallest and the largest value."""
-
-Box: TypeAlias = tuple[int, int, int, int]
-"""Top, left, height and width in pixels."""
+Size: TypeAlias = int | tuple[int, int] | list[int]  # a side in pixels, or (height, width)
+Range: TypeAlias = Sequence[float | int]  # the smallest and the largest value
+Box: TypeAlias = tuple[int, int, int, int]  # top, left, height and width in pixels
 
 
 class Decode(ImageTransform):

@@ -31,8 +31,7 @@ from vit_jax_zoo.data.transforms.detection import (
   random_window,
 )
 
-IGNORE = 255
-"""Label of pixels that are neither trained nor scored."""
+IGNORE = 255  # label of pixels that are neither trained nor scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +121,7 @@ class LoadLabelMap(Transform):
     return labels.astype(np.uint8)
 
 
-_SAMPLE = 8
-"""Label maps that are checked when a run starts, evenly spread over the source."""
+_SAMPLE = 8  # label maps that are checked when a run starts, evenly spread over the source
 
 _warn_once = functools.cache(logging.warning)
 

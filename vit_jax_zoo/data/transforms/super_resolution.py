@@ -17,11 +17,8 @@ from vit_jax_zoo.data.images import Pixels
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
 from vit_jax_zoo.data.transforms.base import Transform, pixels
 
-SCALE = 4
-"""Ratio of the sides of output and input."""
-
-Resized: TypeAlias = UInt8[np.ndarray, "H W 3"]
-"""`Pixels` of another size than the argument."""
+SCALE = 4  # ratio of the sides of output and input
+Resized: TypeAlias = UInt8[np.ndarray, "H W 3"]  # `Pixels` of another size than the argument
 
 TARGETS = ("low_res_image", "upsampled_image", "image")
 REFERENCES = ("ref_image", "blurred_ref_image")
