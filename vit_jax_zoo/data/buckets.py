@@ -47,11 +47,7 @@ class Buckets:
 
   @classmethod
   def of(cls, shapes: Iterable[Sequence[int]]) -> "Buckets":
-    """Returns buckets of these shapes and of their largest height and width.
-
-    Raises:
-      ValueError: a shape is not (height, width).
-    """
+    """Returns buckets of these (height, width), or ValueError, and of their largest sides."""
     given = set[Shape]()
     for shape in shapes:
       if len(shape) != 2 or not all(isinstance(side, int) and side > 0 for side in shape):
@@ -63,11 +59,7 @@ class Buckets:
     return cls(tuple(sorted(given, key=lambda shape: (shape[0] * shape[1], shape))))
 
   def find(self, height: int, width: int) -> int:
-    """Returns the index of the smallest bucket that holds an image of this size.
-
-    Raises:
-      ValueError: there is none.
-    """
+    """Returns the index of the smallest bucket that holds an image of this size, or ValueError."""
     for number, (bucket_height, bucket_width) in enumerate(self.shapes):
       if height <= bucket_height and width <= bucket_width:
         return number
@@ -170,8 +162,7 @@ def find_buckets(
 ) -> Buckets:
   """Returns the given buckets, or chooses a given number, for a training run or an evaluation.
 
-  Raises:
-    ValueError: wrong shapes, or a transform whose output size is not known in advance.
+  ValueError for wrong shapes, or a transform whose output size is not known in advance.
   """
   if not isinstance(buckets, int):
     return Buckets.of(buckets)

@@ -79,10 +79,7 @@ def load(name: str, split: str, **options: Any) -> Source:
   """Returns the source of `load_source`, whose arguments it takes, or a fake one.
 
   Known datasets are always fake, so that a plan is the same on every machine; demos never are. Of
-  the options, fake data read `panoptic` alone.
-
-  Raises:
-    ValueError: an unknown kind, demo or split.
+  the options, fake data read `panoptic` alone. ValueError for an unknown kind, demo or split.
   """
   kind, location = split_name(name)
   folder = location.partition(":")[0]  # or TFDS's name, with or without version

@@ -68,21 +68,13 @@ def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixel
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-  """Returns (height, width) of the upright image from its header.
-
-  Raises:
-    CorruptExampleError: not an image.
-  """
+  """Returns (height, width) of the upright image from its header, or CorruptExampleError."""
   height, width, turn = _header(data)
   return (width, height) if turn >= _FIRST_TRANSPOSED else (height, width)
 
 
 def orientation(data: bytes) -> int:
-  """Returns an image file's EXIF orientation, 1 to 8; 1 is upright.
-
-  Raises:
-    CorruptExampleError: not an image.
-  """
+  """Returns a file's EXIF orientation, 1 to 8 (1 is upright), or CorruptExampleError."""
   return _header(data)[2]
 
 
@@ -182,11 +174,8 @@ def _exif_orientation(tiff: bytes) -> int:
 def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
   """Returns an image file's height and width as stored, and its EXIF orientation.
 
-  Reads the beginning of the file, or all of it if the header is longer.
-
-  Raises:
-    CorruptExampleError: not an image.
-    OSError: it cannot be read.
+  Reads the beginning of the file, or all of it if the header is longer. Raises OSError, and
+  CorruptExampleError for other files than images.
   """
   with open(file, "rb") as stream:
     begin = stream.read(1 << 16)

@@ -143,22 +143,14 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int:
   """Converts each shard; returns the number of records, with those of earlier runs."""
-  columns = (
-    *rich.progress.Progress.get_default_columns(),
-    rich.progress.DownloadColumn(),
-    rich.progress.TransferSpeedColumn(),
-  )
   records = 0
-  with rich.progress.Progress(*columns, console=_CONSOLE) as progress:
-    bar = progress.add_task("converting", total=sum(s.stat().st_size for s in shards))
-    for shard in shards:
-      new = target / shard.name.replace(".tfrecord", ".array_record")
-      if not new.exists():
-        _convert_shard(shard, new)
-      reader = array_record_module.ArrayRecordReader(str(new))
-      records += reader.num_records()
-      reader.close()
-      progress.advance(bar, shard.stat().st_size)
+  for shard in rich.progress.track(shards, "converting", console=_CONSOLE):
+    new = target / shard.name.replace(".tfrecord", ".array_record")
+    if not new.exists():
+      _convert_shard(shard, new)
+    reader = array_record_module.ArrayRecordReader(str(new))
+    records += reader.num_records()
+    reader.close()
   return records
 
 

@@ -21,18 +21,10 @@ from vit_jax_zoo.data.sources.base import Source, select_split
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.registry import Registry
 
-_HERE = "vit_jax_zoo.data.sources"
+_MODULES = {name: name for name in ("demo", "coco", "folder", "pairs", "segmentation", "tfds")}
+_MODULES["segments"] = "segmentation"  # its old name
 KINDS = Registry(
-  "kind of source",
-  {
-    "demo": f"{_HERE}.demo:open_splits",
-    "coco": f"{_HERE}.coco:open_splits",
-    "folder": f"{_HERE}.folder:open_splits",
-    "pairs": f"{_HERE}.pairs:open_splits",
-    "segmentation": f"{_HERE}.segmentation:open_splits",
-    "segments": f"{_HERE}.segmentation:open_splits",  # its old name
-    "tfds": f"{_HERE}.tfds:open_splits",
-  },
+  "kind of source", {kind: f"{__name__}.{m}:open_splits" for kind, m in _MODULES.items()}
 )
 
 SECTION = (
@@ -66,11 +58,7 @@ def load_source(name: str, split: str, **options: Any) -> Source:
 
 
 def split_name(name: str) -> tuple[str, str]:
-  """Returns the kind and the location of a source's name.
-
-  Raises:
-    ValueError: the kind is unknown, or the location is empty.
-  """
+  """Returns the kind and the location of a source's name; ValueError unless it has both."""
   kind, _, location = name.partition(":")
   if kind not in KINDS:
     path = os.path.expanduser(name)

@@ -144,12 +144,9 @@ class SlicedSource(Source):
 
 
 def select_split(splits: Splits, split: str, dataset: str) -> Source:
-  """Returns the examples of a split specification; see above.
+  """Returns the examples of a split specification, see above; ValueError for a wrong or empty one.
 
   Percentages are rounded to the nearest example; negative positions count from the end.
-
-  Raises:
-    ValueError: a malformed specification, an unknown split, or an empty one.
   """
   parts = []
   for text in (ALIASES.get(p, p) if p not in splits else p for p in split.split("+")):
@@ -170,11 +167,7 @@ def select_split(splits: Splits, split: str, dataset: str) -> Source:
 
 
 def join_sources(sources: Sequence[Source]) -> Source:
-  """Returns the concatenation of sources of the same classes.
-
-  Raises:
-    ValueError: their classes differ.
-  """
+  """Returns the concatenation of sources of the same classes; ValueError for other classes."""
   first, *others = sources
   for other in others:
     check_same_classes(first.info, other.info, f"{other.info.name}, mixed in,")
@@ -191,10 +184,9 @@ def join_sources(sources: Sequence[Source]) -> Source:
 
 
 def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> None:
-  """Checks that two sources have the same class names; sources without names pass.
+  """Raises ValueError, with the first difference, if two sources have different class names.
 
-  Raises:
-    ValueError: the names differ; the message calls the other `name` and has the first difference.
+  Sources without names pass; `name` is the other's in the message.
   """
   ours, theirs = train.class_names, other.class_names
   if not ours or not theirs or ours == theirs:

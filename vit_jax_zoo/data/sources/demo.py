@@ -440,13 +440,8 @@ def _cache_dir() -> pathlib.Path:
 def open_splits(location: str, *, panoptic: bool = False) -> Splits:
   """Opens a demo by its name; prepares it at its first use.
 
-  Args:
-    location: its name.
-    panoptic: of scenes: things and stuff with their segments.
-
-  Raises:
-    ValueError: an unknown demo, or one without segments.
-    OSError: the cache folder cannot be written.
+  With `panoptic`, scenes have things and stuff with their segments. ValueError for an unknown demo,
+  or one without segments; OSError if the cache folder cannot be written.
   """
   check_names("demo", [location], DEMOS)
   folder = _cache_dir() / "demos" / location / str(DEMOS[location].VERSION)

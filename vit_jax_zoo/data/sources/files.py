@@ -1,16 +1,38 @@
 """Image files below a folder."""
 
+import dataclasses
 import functools
 import json
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import logging
 
 from vit_jax_zoo.data.images import suffixes
+from vit_jax_zoo.data.sources.base import DatasetInfo, Source
 
 _LISTED = 5  # ignored files that are named in the log
+
+
+class FileSource(Source):
+  """Examples of `files`: an image's path below a folder, and the rest of the example."""
+
+  def __init__(
+    self, info: DatasetInfo, root: str | os.PathLike, files: Sequence[tuple[str, Any]]
+  ) -> None:
+    self.info = dataclasses.replace(info, num_examples=len(files))
+    self._root, self._files = os.fspath(root), files
+
+  def example_name(self, index: int) -> str:
+    """Returns the path of the image file."""
+    return os.path.join(self._root, self._files[index][0])
+
+  def read(self, file: str) -> bytes:
+    """Returns the content of a file, given by its path below the folder."""
+    with open(os.path.join(self._root, file), "rb") as stream:
+      return stream.read()
 
 
 def list_images(

@@ -17,7 +17,6 @@ on, and `choose`, a tenth. Where there are folders for training, validation and 
 the training and the validation set.
 """
 
-import dataclasses
 import functools
 import hashlib
 import os
@@ -37,7 +36,13 @@ from vit_jax_zoo.data.sources.base import (
   Splits,
   name_validation,
 )
-from vit_jax_zoo.data.sources.files import is_hidden, list_images, log_ignored, read_class_names
+from vit_jax_zoo.data.sources.files import (
+  FileSource,
+  is_hidden,
+  list_images,
+  log_ignored,
+  read_class_names,
+)
 
 SPLIT_FOLDERS = {
   "train": "train", "training": "train", "test": "test", "testing": "test",
@@ -53,31 +58,19 @@ _LISTED = 5
 _warn_once = functools.cache(logging.warning)
 
 
-class FolderSource(Source):
+class FolderSource(FileSource):
   """Image files with the class of their folder. `image` is the file's bytes."""
-
-  def __init__(self, info: DatasetInfo, root: pathlib.Path, files: list[tuple[str, int]]) -> None:
-    self.info = dataclasses.replace(info, num_examples=len(files))
-    self._root, self._files = root, files
 
   def __getitem__(self, index: int) -> Example:
     path, label = self._files[index]
-    return {"image": (self._root / path).read_bytes(), "label": label}
+    return {"image": self.read(path), "label": label}
 
   def labels(self) -> np.ndarray:
     """Returns the labels of all files."""
     return np.array([label for _, label in self._files], np.int64)
 
-  def example_name(self, index: int) -> str:
-    """Returns the path of the file."""
-    return str(self._root / self._files[index][0])
-
   def part(self, *, chosen: bool) -> "FolderSource":
-    """Returns the held-out part (`chosen`) or the rest.
-
-    Raises:
-      ValueError: there are fewer than two files.
-    """
+    """Returns the held-out part (`chosen`) or the rest; ValueError for fewer than two files."""
     if len(self._files) < 2:
       raise ValueError(
         f"{self.info.name}: {len(self._files)} training image, and none for a held-out part; "

@@ -26,7 +26,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
-from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
+from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Splits, name_validation
+from vit_jax_zoo.data.sources.files import FileSource
 from vit_jax_zoo.data.sources.folder import TEST_FRACTION, hash_name
 from vit_jax_zoo.errors import check_names
 
@@ -41,25 +42,18 @@ _SUN80, _SUN80_REFERENCES = "Sun_Hays_SR_groundtruth", "Sun_Hays_SR_scenematches
 _URBAN100 = "image_SRF_4"
 
 
-class PairSource(Source):
+class PairSource(FileSource):
   """Encoded images and references.
 
   Examples: `image`, bytes; `reference`, bytes, a tuple of them for "all", None for "self".
   """
 
-  def __init__(self, info: DatasetInfo, pairs: Pairs, *, stitched: bool) -> None:
-    self.info = info
-    self._pairs, self._stitched = list(pairs.items()), stitched
+  stitched = False
 
   def __getitem__(self, index: int) -> Example:
-    image, references = self._pairs[index]
-    found = tuple(path.read_bytes() for path in references)
-    reference = found if self._stitched else next(iter(found), None)
-    return {"image": image.read_bytes(), "reference": reference}
-
-  def example_name(self, index: int) -> str:
-    """Returns the path of the image."""
-    return str(self._pairs[index][0])
+    image, references = self._files[index]
+    found = tuple(map(self.read, references))
+    return {"image": self.read(image), "reference": found if self.stitched else (*found, None)[0]}
 
 
 def open_splits(location: str, reference: str | int = "1") -> Splits:
@@ -85,8 +79,11 @@ def open_splits(location: str, reference: str | int = "1") -> Splits:
 
 
 def _open(name: str, find: Callable[[], Pairs], reference: str) -> PairSource:
-  pairs = {image: _choose(image, refs, reference) for image, refs in find().items()}
-  return PairSource(DatasetInfo(name, len(pairs)), pairs, stitched=reference == "all")
+  chosen = {image: _choose(image, refs, reference) for image, refs in find().items()}
+  pairs = [(str(image), tuple(map(str, refs))) for image, refs in chosen.items()]
+  source = PairSource(DatasetInfo(name, len(pairs)), "", pairs)
+  source.stitched = reference == "all"
+  return source
 
 
 def _choose(

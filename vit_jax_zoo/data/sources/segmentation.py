@@ -12,15 +12,14 @@ and their offset. The folder `training` is the split `train`; `val`, `valid` and
 aliases.
 """
 
-import dataclasses
 import functools
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
-from vit_jax_zoo.data.sources.files import list_images, read_class_names
+from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Splits, name_validation
+from vit_jax_zoo.data.sources.files import FileSource, list_images, read_class_names
 
 
 class Layout(NamedTuple):
@@ -44,20 +43,12 @@ LAYOUTS = (
 SPLIT_NAMES = {"training": "train", "testing": "test"}
 
 
-class SegmentationSource(Source):
+class SegmentationSource(FileSource):
   """Image files with label maps, both as bytes."""
 
-  def __init__(self, info: DatasetInfo, root: pathlib.Path, files: list[tuple[str, str]]) -> None:
-    self.info = dataclasses.replace(info, num_examples=len(files))
-    self._root, self._files = root, files
-
   def __getitem__(self, index: int) -> Example:
-    image, label_map = ((self._root / file).read_bytes() for file in self._files[index])
+    image, label_map = map(self.read, self._files[index])
     return {"image": image, "label_map": label_map, "image_id": index}
-
-  def example_name(self, index: int) -> str:
-    """Returns the path of the image file."""
-    return str(self._root / self._files[index][0])
 
 
 def open_splits(

@@ -299,11 +299,7 @@ def is_remote(location: str) -> bool:
 
 
 def at_path(location: str) -> epath.Path:
-  """Returns the folder of a prepared dataset.
-
-  Raises:
-    FileNotFoundError: it is not there, or is not the innermost one.
-  """
+  """Returns the innermost folder of a prepared dataset, or FileNotFoundError."""
   folder = epath.Path(location).expanduser()
   if not (folder / "dataset_info.json").exists():
     problem = "has no dataset_info.json" if folder.exists() else "does not exist"

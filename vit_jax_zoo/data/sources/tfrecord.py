@@ -65,11 +65,7 @@ class TFRecordFiles:
 
 
 def read_records(path: str) -> Iterator[bytes]:
-  """Yields the records of a file in order.
-
-  Raises:
-    ValueError: the file ends in the middle of a record.
-  """
+  """Yields the records of a file in order; ValueError if it ends in the middle of one."""
   end = 0
   with open(path, "rb") as file:
     for start, length in _index(path):

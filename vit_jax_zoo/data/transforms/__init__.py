@@ -43,9 +43,6 @@ _RETIRED = {"upright"}  # fields in the configs of old runs
 def build_transforms(specs: Iterable[Mapping[str, Any]]) -> tuple[Transform, ...]:
   """Builds the transforms of a config from the `name` and fields of each, in order.
 
-  Raises:
-    ValueError: an unknown name or field, or a missing one.
-
   >>> build_transforms([dict(name="random_crop", size=32)])
   (RandomCrop(size=32),)
   """

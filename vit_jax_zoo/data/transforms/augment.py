@@ -190,14 +190,7 @@ def sharpness(image: Pixels, factor: float) -> Pixels:
 def affine(
   image: Pixels, matrix: Sequence[float | int], fill: Color, resample: Resampling
 ) -> Pixels:
-  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f), with centers at halves.
-
-  Args:
-    image: pixels.
-    matrix: a, b, c, d, e, f.
-    fill: color of pixels from outside the image.
-    resample: interpolation.
-  """
+  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f), `fill` outside; centers at halves."""
   original, method = Image.fromarray(image), Image.Transform.AFFINE
   moved = original.transform(original.size, method, tuple(matrix), resample, fillcolor=fill)
   return np.asarray(moved)
@@ -298,11 +291,7 @@ class _Policy(ImageTransform):
       )
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the augmented image, uint8.
-
-    Raises:
-      ValueError: the image is not uint8.
-    """
+    """Returns the augmented image, uint8; ValueError for images of another type."""
     if image.dtype != np.uint8:
       raise ValueError(
         f"{self.name}: expected uint8 images, got {image.dtype}; put it before transforms with "

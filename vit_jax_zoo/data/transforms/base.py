@@ -32,11 +32,7 @@ class Transform(abc.ABC):
     return self
 
   def output_size(self, size: tuple[int, int], rng: np.random.Generator, /) -> tuple[int, int]:
-    """Returns height and width of the result for an image of `size`; draws as a call does.
-
-    Raises:
-      ValueError: the size depends on more than the image's size.
-    """
+    """Returns height and width of the result for an image of `size`; draws as a call does."""
     del rng
     if self.keeps_size:
       return size
@@ -59,11 +55,7 @@ class ImageTransform(Transform):
 
 
 def pixels(image: Any) -> np.ndarray:
-  """Returns uint8 or float32 [h w 3]; decodes bytes, repeats a single channel.
-
-  Raises:
-    CorruptExampleError: the bytes cannot be decoded.
-  """
+  """Returns uint8 or float32 [h w 3]; decodes bytes (or CorruptExampleError), repeats gray."""
   if isinstance(image, bytes):
     return images.decode_image(image)
   if image.ndim == 2:

@@ -186,13 +186,8 @@ def _log_left_out(example: Example, which: Bool[np.ndarray, " n"], reason: str) 
 def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "h w"]:
   """Returns the index in `object_ids`, all different, of the object at each pixel, or `VOID`.
 
-  Args:
-    png: an image whose color is the id, red + 256 green + 65536 blue, or 0 for none; or one of a
-      single channel with the ids.
-    object_ids: of the objects.
-
-  Raises:
-    CorruptExampleError: it cannot be decoded.
+  The image's color is the id, red + 256 green + 65536 blue, or 0 for none; or it has a single
+  channel with the ids. CorruptExampleError if it cannot be decoded.
   """
   image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
   if image is None:
@@ -223,11 +218,8 @@ def _boxes_of(
 def _encode_outline(outline: Any, height: int, width: int) -> Any:
   """Returns COCO's compressed run lengths of an object.
 
-  Args:
-    outline: a list of polygons x, y, x, y, ... in pixels, or COCO's run lengths, compressed or not:
-      {"counts": ..., "size": [height, width]}.
-    height: of the image.
-    width: of the image.
+  An outline is a list of polygons x, y, x, y, ... in pixels, or COCO's run lengths, compressed or
+  not: {"counts": ..., "size": [height, width]}.
   """
   try:
     if isinstance(outline, dict):

@@ -63,11 +63,7 @@ class LoadLabelMap(Transform):
       )
 
   def for_source(self, source: Source) -> Transform:
-    """Checks the values of a sample of label maps.
-
-    Raises:
-      ValueError: they are binary masks, whose foreground would be ignored.
-    """
+    """Checks a sample of label maps; ValueError for masks whose foreground would be ignored."""
     counts = _sample_values(source)
     if set(counts) == {0, IGNORE} and not self.classes:
       raise ValueError(

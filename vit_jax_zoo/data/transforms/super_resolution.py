@@ -185,11 +185,7 @@ def enlarge(image: Pixels, size: Sequence[int]) -> Resized:
 
 
 def crop_to_multiple(image: Pixels, what: str) -> Resized:
-  """Crops an image, `what` in messages, to multiples of 4, from the upper left.
-
-  Raises:
-    ValueError: a side has fewer than 4 pixels.
-  """
+  """Crops `what`, at least 4x4 (or ValueError), to multiples of 4, from the upper left."""
   height, width = (side // SCALE * SCALE for side in image.shape[:2])
   if not height or not width:
     raise ValueError(f"{what}: {_sides(image)} pixels; expected at least {SCALE}x{SCALE}")
