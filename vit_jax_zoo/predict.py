@@ -24,7 +24,7 @@ from PIL import Image
 
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.data import images
-from vit_jax_zoo.data.sources.files import list_images, log_ignored, read_class_names
+from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor

@@ -27,8 +27,7 @@ from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Splits, name_validation
-from vit_jax_zoo.data.sources.files import FileSource
-from vit_jax_zoo.data.sources.folder import TEST_FRACTION, hash_name
+from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name
 from vit_jax_zoo.errors import check_names
 
 REFERENCES = ("1", "2", "3", "4", "5", "random", "all", "self")  # values of the option `reference`

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Splits, name_validation
-from vit_jax_zoo.data.sources.files import FileSource, list_images, read_class_names
+from vit_jax_zoo.data.sources.folder import FileSource, list_images, read_class_names
 
 
 class Layout(NamedTuple):

@@ -25,7 +25,6 @@ from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources import tfrecord
 from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Source, Splits, name_validation
 from vit_jax_zoo.data.sources.coco import coco_ids, names_by_id
-from vit_jax_zoo.data.sources.derived_labels import RULES, LabelRule
 from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.errors import check_names
 
@@ -71,7 +70,7 @@ def open_splits(
     label_key: label feature; default: `label`, else `labels`, else none. An image feature has label
       maps.
     panoptic: read segments of things and stuff.
-    label_rule: derives the labels from other features; a key of `derived_labels.RULES`.
+    label_rule: derives the labels from other features; a key of `RULES`.
 
   Raises:
     FileNotFoundError: it has not been prepared there.
@@ -148,6 +147,63 @@ def _labelled_example(record: Record, _: int, *, image_key: str, label_key: str 
     several = isinstance(label, list | tuple | np.ndarray) and np.ndim(label) > 0
     example["label"] = np.asarray(label, np.int32).reshape(-1) if several else int(label)
   return example
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelRule:
+  """Label derived from the annotations of a record: VTAB's structured tasks.
+
+  As in google-research/task_adaptation, for Zhai et al., "A Large-scale Study of Representation
+  Learning with the Visual Task Adaptation Benchmark" (arXiv:1910.04867).
+  """
+
+  keys: tuple[str, ...]  # features that it reads
+  num_classes: int
+  label: Callable[[Record], int]  # of a record
+  image_scale: int = 1  # factor of the pixels; dSprites are stored as 0 and 1
+
+
+def count_objects(record: Record) -> int:
+  """CLEVR: number of objects, 3 to 10, as 0 to 7."""
+  return len(record["objects"]["size"]) - 3
+
+
+def nearest_object(record: Record) -> int:
+  """CLEVR: interval of the distance to the nearest object."""
+  distances = np.asarray(record["objects"]["pixel_coords"], np.float64).reshape(-1, 3)[:, 2]
+  return _interval(distances.min(), (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0))
+
+
+def nearest_vehicle(record: Record) -> int:
+  """KITTI: interval of the distance ahead, in metres, to the nearest car, van or truck, or none."""
+  objects = record["objects"]
+  ahead = np.asarray(objects["location"], np.float64).reshape(-1, 3)[:, 2]
+  vehicles = np.asarray(objects["type"], np.int64).reshape(-1) < 3  # Car, Van, Truck come first
+  return _interval(min([1000.0, *ahead[vehicles].tolist()]), (-100.0, 8.0, 20.0, 999.0))
+
+
+def x_position(record: Record) -> int:
+  """DSprites: x position, 32 columns in 16 groups."""
+  return int(record["label_x_position"]) // 2
+
+
+def orientation(record: Record) -> int:
+  """DSprites: orientation, 40 in 16 groups of two or three."""
+  return int(int(record["label_orientation"]) / 2.5)
+
+
+def _interval(value: float, starts: tuple[float, ...]) -> int:
+  """Returns the index of the last interval that starts below the value."""
+  return int(np.flatnonzero(np.asarray(starts) < value).max())
+
+
+RULES = {
+  "clevr_count": LabelRule(("objects",), 8, count_objects),
+  "clevr_distance": LabelRule(("objects",), 6, nearest_object),
+  "kitti_distance": LabelRule(("objects",), 4, nearest_vehicle),
+  "dsprites_x_position": LabelRule(("label_x_position",), 16, x_position, image_scale=255),
+  "dsprites_orientation": LabelRule(("label_orientation",), 16, orientation, image_scale=255),
+}
 
 
 def _derived(

@@ -17,7 +17,6 @@ class Transform(abc.ABC):
 
   name: ClassVar[str]  # in configs: the class's name in snake case
   is_target: ClassVar[bool] = False  # prepares labels, boxes or label maps: inference leaves it out
-  keeps_size: ClassVar[bool] = False  # the image has the same size before and after
 
   def __init_subclass__(cls) -> None:
     cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
@@ -34,12 +33,18 @@ class Transform(abc.ABC):
   def output_size(self, size: tuple[int, int], rng: np.random.Generator, /) -> tuple[int, int]:
     """Returns height and width of the result for an image of `size`; draws as a call does."""
     del rng
-    if self.keeps_size:
+    if self.is_target:
       return size
     raise ValueError(
       f"transform {self.name!r}: the size of its result is not known in advance, which "
       "data.loader.buckets requires; use resize_shorter, random_scale or random_window"
     )
+
+
+class TargetTransform(Transform):
+  """A transform of labels, boxes or label maps, which keeps the image's size."""
+
+  is_target = True
 
 
 class ImageTransform(Transform):

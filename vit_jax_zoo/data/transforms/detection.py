@@ -36,7 +36,7 @@ from PIL import Image
 
 from vit_jax_zoo.data.images import orient, orient_boxes
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms.base import Transform, pixels
+from vit_jax_zoo.data.transforms.base import TargetTransform, Transform, pixels
 
 Size: TypeAlias = tuple[int, int]  # height and width in pixels
 VOID = -1  # in a segment map: a pixel of no object
@@ -65,7 +65,7 @@ def objects_example(
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadObjects(Transform):
+class LoadObjects(TargetTransform):
   """Decodes `image` and its annotations: the first transform of detection.
 
   Writes `image` uint8 [h w 3], `original_size` int32 [2] (height, width), and what the fields name.
@@ -75,9 +75,6 @@ class LoadObjects(Transform):
   out; the first of these are logged. Objects without an outline are left out where masks are used,
   and segments without a pixel always.
   """
-
-  is_target = True
-  keeps_size = True
 
   as_annotated: bool = False  # keep crowds and boxes as annotated, for scoring
   masks: bool = False  # add `masks` bool [n h w], from outlines or segments
@@ -273,11 +270,8 @@ def keep_objects(example: Example, keep: Bool[np.ndarray, " n"]) -> Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class KeepClasses(Transform):
+class KeepClasses(TargetTransform):
   """Drops objects of stuff: those whose class id in `labels` is at or above a limit."""
-
-  is_target = True
-  keeps_size = True
 
   below: int  # first class id that is dropped
 
@@ -471,16 +465,13 @@ def _drawn_scale(
 
 
 @dataclasses.dataclass(frozen=True)
-class PadObjects(Transform):
+class PadObjects(TargetTransform):
   """Pads an image's objects to a fixed number of targets: the last transform of detection.
 
   Reads `image`, `boxes_xyxy` and the other keys of objects; writes `boxes_cxcywh` float32 [num 4]
   relative to the image; `labels` int32, `is_target`, `is_crowd` bool and `area` float32 [num];
   `masks` bool [num h w] if there are masks; `image_size` int32 [2]. Padding is 0.
   """
-
-  is_target = True
-  keeps_size = True
 
   num: int | None = None  # default: the largest count in the data, or 100 where it is unknown
 

@@ -11,7 +11,7 @@ import numpy as np
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.sources.base import Example
-from vit_jax_zoo.data.transforms.base import ImageTransform, Transform, pixels
+from vit_jax_zoo.data.transforms.base import ImageTransform, TargetTransform, Transform, pixels
 from vit_jax_zoo.errors import check_names
 
 Size: TypeAlias = int | tuple[int, int] | list[int]  # a side in pixels, or (height, width)
@@ -224,10 +224,8 @@ def _height_width(size: Size) -> tuple[int, int]:
 
 
 @dataclasses.dataclass(frozen=True)
-class OneHot(Transform):
+class OneHot(TargetTransform):
   """`label`: int -> float32 [num_classes], `on_value` at the label and `off_value` elsewhere."""
-
-  is_target = True
 
   num_classes: int
   on_value: float = 1.0

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms.base import Transform, pixels
+from vit_jax_zoo.data.transforms.base import TargetTransform, Transform, pixels
 from vit_jax_zoo.data.transforms.detection import (
   VOID,
   GeometricTransform,
@@ -35,16 +35,13 @@ IGNORE = 255  # label of pixels that are neither trained nor scored
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadLabelMap(Transform):
+class LoadLabelMap(TargetTransform):
   """Decodes `image` and its `label_map`: the first transform of semantic segmentation.
 
   Reads `image` and `label_map`, a PNG file's bytes, or a panoptic example's segments, whose other
   keys it drops. Writes `image` uint8 [h w 3], `label_map` uint8 [h w] and `original_size` int32
   [2]. A label map of the stored frame's size is rotated with its image (EXIF).
   """
-
-  is_target = True
-  keeps_size = True
 
   offset: int = 0  # added to the file's values: -1 for ADE20K, whose classes count from 1
   # Values of the file that are ignored: (255,) of Cityscapes' train ids and VOC, (0,) of ADE20K.
@@ -191,13 +188,11 @@ class RandomWindow(GeometricTransform):
 
 
 @dataclasses.dataclass(frozen=True)
-class PadLabelMap(Transform):
+class PadLabelMap(TargetTransform):
   """Adds `image_size` int32 [2]; pads `image` with 0 and `label_map` with 255. The last transform.
 
   None leaves the padding to `data.loader.buckets`.
   """
-
-  is_target = True
 
   height: int | None = None
   width: int | None = None
