@@ -136,7 +136,6 @@ def _objects(index: int, size: Size, *, panoptic: bool) -> Example:
 
 @functools.lru_cache(maxsize=32)
 def _picture(size: Size, color: int | tuple[int, int, int] = (0, 0, 0)) -> bytes:
-  """Returns a PNG file of one colour, or of one grey level."""
   file = io.BytesIO()
   shape = size if isinstance(color, int) else (*size, 3)
   Image.fromarray(np.full(shape, color, np.uint8)).save(file, "PNG")

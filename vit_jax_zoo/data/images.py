@@ -186,7 +186,6 @@ def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
 
 
 def _header(data: bytes) -> tuple[int, int, int]:
-  """Returns height and width as stored, and the EXIF orientation."""
   header = read_jpeg_header(data)
   if header is not None:
     return header.height, header.width, header.orientation

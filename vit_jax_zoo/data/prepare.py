@@ -142,7 +142,7 @@ class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int:
-  """Converts each shard; returns the number of records, with those of earlier runs."""
+  """Returns the number of records, with those of earlier runs."""
   records = 0
   for shard in rich.progress.track(shards, "converting", console=_CONSOLE):
     new = target / shard.name.replace(".tfrecord", ".array_record")

@@ -118,7 +118,6 @@ def _line(problem: tuple[str, Sequence[str]]) -> str:
 def _load(
   file: pathlib.Path, lists: Sequence[str] = ("images", "annotations", "categories")
 ) -> dict[str, Any]:
-  """Returns the JSON object with these lists."""
   try:
     data = json.loads(file.read_bytes())  # UTF-8, -16 or -32, with a byte order mark or without
   except UnicodeDecodeError as error:

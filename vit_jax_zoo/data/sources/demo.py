@@ -55,9 +55,8 @@ def read_photo(name: str) -> np.ndarray:
 
 def _short_side(image: np.ndarray, size: int) -> np.ndarray:
   """Returns the image with `size` pixels on its shorter side."""
-  height, width = image.shape[:2]
-  scale = size / min(height, width)
-  size_xy = (round(width * scale), round(height * scale))
+  scale = size / min(image.shape[:2])
+  size_xy = (round(image.shape[1] * scale), round(image.shape[0] * scale))
   return np.asarray(Image.fromarray(image).resize(size_xy, Image.Resampling.BICUBIC))
 
 
@@ -82,7 +81,6 @@ def _digit_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _belongs(count: int, split: str) -> Bool[np.ndarray, " n"]:
-  """Returns which of `count` items belong to a split."""
   return (np.arange(count) % 5 == 0) == (split == "test")
 
 
@@ -146,7 +144,6 @@ class Photos(_Demo, skip_registration=True):
 
 
 def _tiles(image: np.ndarray, side: int) -> list[np.ndarray]:
-  """Returns the squares that an image is cut into, without overlap."""
   return [
     image[top : top + side, left : left + side]
     for top in range(0, image.shape[0] - side + 1, side)
@@ -215,13 +212,13 @@ class Material:
     """Returns a split's material; one in five digits and places belongs to the test split."""
     images, labels = _digit_images()
     mine = _belongs(len(labels), split)
-    digits = tuple(_cut(image).astype(np.float32) / 255 for image in images[mine])
+    digits = tuple(_cut(image, 48).astype(np.float32) / 255 for image in images[mine])
     return cls(digits, labels[mine], tuple(_places(name, split) for name in TEXTURES))
 
 
-def _cut(digit: UInt8[np.ndarray, "8 8"]) -> UInt8[np.ndarray, "_ _"]:
-  """Returns a digit without the empty rows and columns around it."""
-  rows, columns = np.flatnonzero(digit.max(axis=1) > 48), np.flatnonzero(digit.max(axis=0) > 48)
+def _cut(digit: np.ndarray, above: float) -> np.ndarray:
+  """Returns a digit without the rows and columns around it where nothing is `above` a level."""
+  rows, columns = np.flatnonzero(digit.max(1) > above), np.flatnonzero(digit.max(0) > above)
   return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
@@ -246,9 +243,9 @@ class Scene:
 def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
   """Draws a scene: two textures, then digits from back to front, each at least 75 % visible."""
   textures = rng.choice(len(TEXTURES), 2, replace=False)
-  segment_map = _regions(rng).astype(np.int64)
-  backgrounds = np.stack([_texture(material.places[t], rng) for t in textures])
-  image = np.where(segment_map[..., None] == 0, backgrounds[0], backgrounds[1]).astype(np.float32)
+  segment_map = _regions(rng)
+  backgrounds = [_texture(material.places[t], rng) for t in textures]
+  image = np.where(segment_map[..., None] == 0, *backgrounds).astype(np.float32)
   labels = [STUFF_FROM + int(t) for t in textures]
   areas = [0, 0]
   for _ in range(int(rng.integers(1, MAX_DIGITS, endpoint=True))):
@@ -266,14 +263,14 @@ def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
   return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))
 
 
-def _regions(rng: np.random.Generator) -> Bool[np.ndarray, "h w"]:
-  """Returns the pixels on one side of a wavy line through the image."""
+def _regions(rng: np.random.Generator) -> Int[np.ndarray, "h w"]:
+  """Returns 0 and 1 on the two sides of a wavy line through the image."""
   y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2
   angle, offset = rng.uniform(0, 2 * np.pi), rng.uniform(-SIZE / 6, SIZE / 6)
   across = x * np.cos(angle) + y * np.sin(angle)
   along = y * np.cos(angle) - x * np.sin(angle)
   wave = rng.uniform(0, 5) * np.sin(along / rng.uniform(5, 12) + rng.uniform(0, 2 * np.pi))
-  return across > offset + wave
+  return (across > offset + wave).astype(np.int64)
 
 
 def _texture(places: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
@@ -294,9 +291,7 @@ def _placed(
   scale_x, scale_y = width / digit.shape[1], height / digit.shape[0]
   size = (width + round(2 * scale_x), height + round(2 * scale_y))
   large = cv2.resize(margin, size, interpolation=cv2.INTER_CUBIC)
-  stroke = np.clip((large - 0.3) / 0.2, 0, 1)
-  rows, columns = np.flatnonzero(stroke.max(axis=1) > 0.5), np.flatnonzero(stroke.max(0) > 0.5)
-  stroke = stroke[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1][:SIZE, :SIZE]
+  stroke = _cut(np.clip((large - 0.3) / 0.2, 0, 1), 0.5)[:SIZE, :SIZE]
   top = int(rng.integers(SIZE - stroke.shape[0], endpoint=True))
   left = int(rng.integers(SIZE - stroke.shape[1], endpoint=True))
   whole = np.zeros((SIZE, SIZE), np.float32)
@@ -385,7 +380,7 @@ def read_eyes() -> Pair:
 def _train_windows(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
   """Yields overlapping windows above and below the strip."""
   for rows in (slice(None, STRIP.start), slice(STRIP.stop, None)):
-    for window in _windows(left[rows].shape, (72, 64)):
+    for window in _windows(left[rows], (72, 64)):
       yield left[rows][window], right[rows][window]
 
 
@@ -403,7 +398,7 @@ def _photo_windows() -> Iterator[Pair]:
   rng = np.random.default_rng(0)
   for name in ("astronaut", "cat", "coffee", "flower", "rocket", "temple"):
     image = _short_side(read_photo(name), 320)
-    for window in _windows(image.shape, WINDOW):
+    for window in _windows(image, WINDOW):
       yield image[window], _second_eye(image, rng)[window]
 
 
@@ -418,14 +413,11 @@ def _second_eye(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return np.clip(moved * rng.uniform(0.95, 1.05), 0, 255).astype(np.uint8)
 
 
-def _windows(shape: tuple[int, ...], step: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
+def _windows(image: np.ndarray, step: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
   """Yields windows `step` rows and columns apart; the last ones end at the image's end."""
-  tops, lefts = (
-    [*range(0, length - size, apart), length - size]
-    for length, size, apart in zip(shape[:2], WINDOW, step, strict=True)
-  )
-  for top in tops:
-    for left in lefts:
+  last = image.shape[0] - WINDOW[0], image.shape[1] - WINDOW[1]
+  for top in [*range(0, last[0], step[0]), last[0]]:
+    for left in [*range(0, last[1], step[1]), last[1]]:
       yield slice(top, top + WINDOW[0]), slice(left, left + WINDOW[1])
 
 

@@ -71,9 +71,7 @@ class FileSource(Source):
       return stream.read()
 
 
-def list_images(
-  folder: str | os.PathLike, *, recursive: bool = True
-) -> tuple[list[str], list[str]]:
+def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
   """Returns the image files below a folder, following links, and the ignored ones.
 
   Paths are those below the folder, with "/", sorted. Images are regular files with one of
@@ -81,15 +79,13 @@ def list_images(
   folders (`.ipynb_checkpoints`, `._a.jpg`) and `__MACOSX` are skipped.
   """
   images, ignored = [], []
-  for path, reason in _walk(os.fspath(folder), "", (), recursive=recursive):
+  for path, reason in _walk(os.fspath(folder)):
     is_image = not reason and os.path.splitext(path)[1].lower() in suffixes()
     (images if is_image else ignored).append(path + reason)
   return sorted(images), sorted(ignored)
 
 
-def _walk(
-  folder: str, below: str, parents: tuple[str, ...], *, recursive: bool
-) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, below: str = "", parents: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
   """Yields the path of each file and why it cannot be read, or an empty text."""
   real = os.path.realpath(folder)
   if real in parents:  # a link to a folder above it
@@ -97,18 +93,17 @@ def _walk(
   with os.scandir(folder) as entries:
     for entry in entries:
       path = f"{below}{entry.name}"
-      if is_hidden(entry.name) or (entry.is_dir() and not recursive):
+      if _is_hidden(entry.name):
         continue
       if entry.is_dir():
-        yield from _walk(entry.path, f"{path}/", (*parents, real), recursive=True)
+        yield from _walk(entry.path, f"{path}/", (*parents, real))
       elif entry.is_file():
         yield path, ""
       else:
         yield path, " (dangling link)" if entry.is_symlink() else " (not a regular file)"
 
 
-def is_hidden(name: str) -> bool:
-  """Returns whether a file or folder of this name is none of the user's data."""
+def _is_hidden(name: str) -> bool:
   return name.startswith(".") or name == "__MACOSX"
 
 
@@ -230,14 +225,14 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def _folders(root: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(f for f in root.iterdir() if f.is_dir() and not is_hidden(f.name))
+  return sorted(f for f in root.iterdir() if f.is_dir() and not _is_hidden(f.name))
 
 
 def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
   """Refuses a folder whose only folder holds the dataset."""
   inside = _folders(inner)
   splits = [f for f in inside if f.name.lower() in SPLIT_FOLDERS]
-  if splits or (len(inside) > 1 and not list_images(inner, recursive=False)[0]):
+  if splits or (len(inside) > 1 and all("/" in path for path in list_images(inner)[0])):
     raise ValueError(
       f"folder:{location} has a single class folder, {inner.name}, with the folders "
       f"{', '.join(f.name for f in inside[:_LISTED])}; did you mean "

@@ -187,12 +187,10 @@ def _cufed5(folder: pathlib.Path) -> Pairs:
 
 
 def _alone(folder: pathlib.Path, pattern: str) -> Pairs:
-  """Lists images without references."""
   return {path: () for path in _images(folder) if path.match(pattern)}
 
 
 def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
-  """Returns the held-out tenth of the pairs, or the others."""
   bound = TEST_FRACTION * 2**64
   return {k: v for k, v in find().items() if (_hash(k.name) < bound) == held_out}
 
@@ -208,7 +206,6 @@ def _listing(folder: pathlib.Path) -> Iterable[pathlib.Path]:
 
 
 def _natural(path: pathlib.Path) -> list[tuple[int, str]]:
-  """Sorts 2.jpg before 10.jpg."""
   return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", path.name)]
 
 

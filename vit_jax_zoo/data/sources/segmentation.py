@@ -156,7 +156,6 @@ def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str
 
 
 def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
-  """Returns the image files in the folder of a pattern, as paths below the root."""
   folder = root / pattern.split("{")[0].rpartition("/")[0]
   if not folder.is_dir():
     return []

@@ -299,14 +299,12 @@ def _has_boxes(features: Any, key: str) -> bool:
 
 
 def _inner(features: Any, key: str) -> Any:
-  """Returns the features of a sequence's elements."""
   return getattr(features[key], "feature", features[key])
 
 
 def _keys(
   features: Any, name: str, image_key: str | None, label_key: str | None
 ) -> tuple[str, str | None]:
-  """Returns the names of the image feature and of the label feature."""
   found = _images(features)
   if image_key is None and "image" in found:  # Pets have a mask beside it, smallNORB another view
     image_key = "image"

@@ -107,7 +107,6 @@ class RandomErasing(ImageTransform):
     return None
 
   def _fill(self, shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
-    """Returns the values of a rectangle, or one color."""
     noise = np.zeros(shape[-1])
     if self.mode != "const":
       noise = rng.standard_normal(shape if self.mode == "pixel" else shape[-1])

@@ -93,7 +93,6 @@ class LoadLabelMap(TargetTransform):
     return {"image": image, "label_map": self._labels(values), "original_size": size, **rest}
 
   def _ignored(self, values: Any) -> Any:
-    """Returns which of a file's values are ignored."""
     if self.classes:
       return ~np.isin(values, self.classes)
     return np.isin(values, (*self.ignore, IGNORE))
@@ -135,7 +134,6 @@ def _sample_values(source: Source) -> dict[int, int]:
 
 
 def _values(example: Example) -> Int[np.ndarray, "h w"]:
-  """Returns the class ids of an example, as its file has them."""
   if "segment_image" not in example:
     return _decode(example["label_map"])
   segments = decode_segments(example["segment_image"], example["object_ids"])

@@ -69,7 +69,6 @@ class SuperResolutionPair(Transform):
     }
 
   def _reference(self, given: Any, low_res: Pixels) -> Resized:
-    """Returns the pixels of the reference."""
     if given is None:
       given = low_res
     try:
