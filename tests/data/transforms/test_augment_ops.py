@@ -40,10 +40,6 @@ def test_auto_contrast(image):
   np.testing.assert_array_equal(ops.auto_contrast(image), expected)
 
 
-def test_equalize(image):
-  np.testing.assert_array_equal(ops.equalize(image), pillow(ImageOps.equalize, image))
-
-
 def test_invert(image):
   np.testing.assert_array_equal(ops.invert(image), 255 - image)
 

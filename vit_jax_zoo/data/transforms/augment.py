@@ -41,7 +41,7 @@ from typing import ClassVar, TypeAlias
 import cv2
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling
 
 from vit_jax_zoo.data.transforms.base import ImageTransform
@@ -116,7 +116,6 @@ class RandomErasing(ImageTransform):
 
 
 _LEVELS = np.arange(256)
-_SMOOTH = ImageFilter.Kernel((3, 3), (1, 1, 1, 1, 5, 1, 1, 1, 1), scale=13)
 
 
 def auto_contrast(image: Pixels) -> Pixels:
@@ -131,15 +130,7 @@ def auto_contrast(image: Pixels) -> Pixels:
 
 def equalize(image: Pixels) -> Pixels:
   """Equalises the histogram of each channel."""
-  histograms = np.reshape(Image.fromarray(image).histogram(), (3, 256))
-  return _look_up(image, np.stack([_equalizing(h) for h in histograms], axis=1))
-
-
-def _equalizing(histogram: np.ndarray) -> np.ndarray:
-  step = (histogram.sum() - histogram[histogram > 0][-1]) // 255
-  if step == 0:
-    return _LEVELS.astype(np.uint8)
-  return _truncate((np.cumsum(histogram) - histogram + step // 2) // step)
+  return np.asarray(ImageOps.equalize(Image.fromarray(image)))
 
 
 def invert(image: Pixels) -> Pixels:
@@ -176,14 +167,12 @@ def contrast(image: Pixels, factor: float, grey: int | None = None) -> Pixels:
 
 def color(image: Pixels, factor: float) -> Pixels:
   """Blends the grayscale image with the image, as `brightness`."""
-  original = Image.fromarray(image)
-  return np.asarray(Image.blend(original.convert("L").convert("RGB"), original, factor))
+  return np.asarray(ImageEnhance.Color(Image.fromarray(image)).enhance(factor))
 
 
 def sharpness(image: Pixels, factor: float) -> Pixels:
   """Blends a smoothed image with the image, as `brightness`."""
-  original = Image.fromarray(image)
-  return np.asarray(Image.blend(original.filter(_SMOOTH), original, factor))
+  return np.asarray(ImageEnhance.Sharpness(Image.fromarray(image)).enhance(factor))
 
 
 def affine(
