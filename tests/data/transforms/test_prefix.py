@@ -15,5 +15,5 @@ def test_whole_rows_are_given(share, length):
 
 
 def test_more_than_all_is_refused():
-  with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 2.0"):
+  with pytest.raises(ValueError, match=r"share is 2.0; expected \[0, 1\]"):
     build_transforms([{"name": "keep_prefix", "share": 2.0}])

@@ -77,9 +77,9 @@ def test_floats_stay_floats():
   ("fields", "message"),
   [
     ({"mode": "pixels"}, "did you mean 'pixel'"),
-    ({"probability": 1.1}, r"probability in \[0, 1\]"),
-    ({"area": (0.5, 0.2)}, r"area must be \(smallest, largest\)"),
-    ({"max_count": 0}, "max_count of at least 1"),
+    ({"probability": 1.1}, r"probability is 1.1; expected \[0, 1\]"),
+    ({"area": (0.5, 0.2)}, r"area is \(0.5, 0.2\); expected \(smallest, largest\)"),
+    ({"max_count": 0}, "max_count is 0; expected at least 1"),
   ],
 )
 def test_wrong_fields_are_one_clear_line(fields, message):

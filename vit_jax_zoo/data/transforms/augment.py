@@ -45,7 +45,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling
 
 from vit_jax_zoo.data.transforms.base import ImageTransform
-from vit_jax_zoo.data.transforms.image import check_range
 from vit_jax_zoo.errors import check_names
 
 Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
@@ -71,13 +70,10 @@ class RandomErasing(ImageTransform):
 
   def __post_init__(self) -> None:
     check_names("random_erasing mode", [self.mode], ("const", "rand", "pixel"))
-    if not 0 <= self.probability <= 1 or self.max_count < 1:
-      raise ValueError(
-        "random_erasing needs a probability in [0, 1] and a max_count of at least 1, not "
-        f"{self.probability} and {self.max_count}"
-      )
-    check_range("random_erasing: area", self.area, 1.0)
-    check_range("random_erasing: aspect_ratio", self.aspect_ratio, math.inf)
+    self.check("probability", 0 <= self.probability <= 1, "[0, 1]")
+    self.check("max_count", self.max_count >= 1, "at least 1")
+    self.check_limits("area", 1.0)
+    self.check_limits("aspect_ratio", math.inf)
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the image of the same type, erased or unchanged."""
@@ -272,11 +268,8 @@ class _Policy(ImageTransform):
   magnitude: float | int = 10  # M, in tenths of the ranges above
 
   def __post_init__(self) -> None:
-    if self.num_layers < 1 or not 0 <= self.magnitude <= 30:
-      raise ValueError(
-        f"{self.name} needs num_layers of at least 1 and a magnitude in [0, 30], not "
-        f"{self.num_layers} and {self.magnitude}"
-      )
+    self.check("num_layers", self.num_layers >= 1, "at least 1")
+    self.check("magnitude", 0 <= self.magnitude <= 30, "[0, 30]")
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the augmented image, uint8; ValueError for images of another type."""
@@ -338,11 +331,9 @@ class TimmRandAugment(_Policy):
   def __post_init__(self) -> None:
     super().__post_init__()
     check_names("interpolation", [self.interpolation], INTERPOLATIONS)
-    if not 0 <= self.probability <= 1 or self.magnitude_std < 0 or len(self.fill) != 3:
-      raise ValueError(
-        f"{self.name} needs a probability in [0, 1], a magnitude_std of at least 0 and a fill of 3 "
-        f"values, not {self.probability}, {self.magnitude_std} and {self.fill}"
-      )
+    self.check("probability", 0 <= self.probability <= 1, "[0, 1]")
+    self.check("magnitude_std", self.magnitude_std >= 0, "at least 0")
+    self.check("fill", len(self.fill) == 3, "3 values")
 
   def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
     """Returns the image after one operation, or as it was."""

@@ -25,6 +25,17 @@ class Transform(abc.ABC):
   def __call__(self, example: Example, rng: np.random.Generator, /) -> Example:
     """Returns a new example."""
 
+  def check(self, field: str, ok: Any, expected: str) -> None:
+    """Raises ValueError with a field's value unless it is `ok`."""
+    if not ok:
+      raise ValueError(f"{self.name}: {field} is {getattr(self, field)}; expected {expected}")
+
+  def check_limits(self, field: str, upper: float) -> None:
+    """Raises ValueError unless a field is (smallest, largest), above 0 and up to `upper`."""
+    value = getattr(self, field)
+    ok = len(value) == 2 and 0 < value[0] <= value[1] <= upper
+    self.check(field, ok, f"(smallest, largest) in (0, {upper}]")
+
   def for_source(self, source: Source) -> "Transform":
     """Returns the transform with the fields that follow from a source's data."""
     del source

@@ -417,10 +417,7 @@ class RandomScaleCrop(GeometricTransform):
   crop_sides: Sequence[int] = (384, 600)  # smallest and largest side, bounded by the image
 
   def __post_init__(self) -> None:
-    if not 0 <= self.crop_probability <= 1:
-      raise ValueError(
-        f"random_scale_crop: crop_probability is {self.crop_probability}; expected [0, 1]"
-      )
+    self.check("crop_probability", 0 <= self.crop_probability <= 1, "[0, 1]")
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
     """Returns a scale; or a scale, a window and a scale."""

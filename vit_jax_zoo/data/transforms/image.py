@@ -42,8 +42,8 @@ class RandomResizedCrop(Transform):
   antialias: bool = True  # filter where the box shrinks; TensorFlow's pipelines do not
 
   def __post_init__(self) -> None:
-    check_range("random_resized_crop: area", self.area, 1.0)
-    check_range("random_resized_crop: aspect_ratio", self.aspect_ratio, math.inf)
+    self.check_limits("area", 1.0)
+    self.check_limits("aspect_ratio", math.inf)
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with the crop as `image`."""
@@ -59,12 +59,6 @@ class RandomResizedCrop(Transform):
     crop = image[top : top + height, left : left + width]
     method = "antialias" if self.antialias else "bilinear"
     return {**example, "image": images.resize(crop, *new, method)}
-
-
-def check_range(field: str, value: Range, upper: float) -> None:
-  """Raises ValueError unless 0 < smallest <= largest <= upper."""
-  if not (len(value) == 2 and 0 < value[0] <= value[1] <= upper):
-    raise ValueError(f"{field} must be (smallest, largest), got {value}")
 
 
 def sample_distorted_box(
@@ -116,11 +110,7 @@ class RandomResizeSmall(ImageTransform):
   largest: int
 
   def __post_init__(self) -> None:
-    if not 0 < self.smallest <= self.largest:
-      raise ValueError(
-        "random_resize_small: smallest must lie between 1 and largest, got "
-        f"{self.smallest} and {self.largest}"
-      )
+    self.check("smallest", 0 < self.smallest <= self.largest, f"1..{self.largest} (largest)")
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the resized image; the longer side is rounded."""
@@ -260,8 +250,7 @@ class KeepPrefix(Transform):
   share: float = 0.5  # fraction of the image's rows in the prefix, rounded to whole rows
 
   def __post_init__(self) -> None:
-    if not 0 <= self.share <= 1:
-      raise ValueError(f"keep_prefix: share must lie in [0, 1], got {self.share}")
+    self.check("share", 0 <= self.share <= 1, "[0, 1]")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the example with `prefix_length`."""

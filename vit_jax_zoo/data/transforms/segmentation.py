@@ -54,10 +54,8 @@ class LoadLabelMap(TargetTransform):
   def __post_init__(self) -> None:
     if self.classes and (self.offset or tuple(self.ignore) != (IGNORE,)):
       raise ValueError("load_label_map: set either classes, or offset and ignore")
-    if len(set(self.classes)) < len(self.classes) or min(self.classes, default=0) < 0:
-      raise ValueError(
-        f"load_label_map: classes is {tuple(self.classes)}; expected different values from 0"
-      )
+    ok = len(set(self.classes)) == len(self.classes) and min(self.classes, default=0) >= 0
+    self.check("classes", ok, "different values from 0")
 
   def for_source(self, source: Source) -> Transform:
     """Checks a sample of label maps; ValueError for masks whose foreground would be ignored."""
@@ -162,10 +160,8 @@ class RandomScale(GeometricTransform):
   largest: float = 2.0
 
   def __post_init__(self) -> None:
-    if not 0 < self.smallest <= self.largest:
-      raise ValueError(
-        f"random_scale: expected 0 < smallest <= largest, got {self.smallest} and {self.largest}"
-      )
+    ok = 0 < self.smallest <= self.largest
+    self.check("smallest", ok, f"above 0, up to largest ({self.largest})")
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
     """Returns the scale."""

@@ -41,10 +41,9 @@ class SuperResolutionPair(Transform):
   stitch_side: int = 500
 
   def __post_init__(self) -> None:
-    sides = {"reference_side": self.reference_side, "stitch_side": self.stitch_side}
-    for field, side in sides.items():
-      if side is not None:
-        _check_multiples(field, side, "a positive multiple")
+    ok = self.reference_side is None or _are_multiples(self.reference_side)
+    self.check("reference_side", ok, f"a positive multiple of {SCALE}")
+    self.check("stitch_side", _are_multiples(self.stitch_side), f"a positive multiple of {SCALE}")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the example with the five images."""
@@ -95,9 +94,9 @@ class RandomPairCrop(Transform):
   margin: int | Sequence[int] = 0  # of the reference's crop on each side; multiples of 2
 
   def __post_init__(self) -> None:
-    _check_multiples("size", self.size, "positive multiples")
-    if any(margin < 0 or margin % 2 for margin in _pair(self.margin)):
-      raise ValueError(f"margin is {self.margin}; expected multiples of 2, at least 0")
+    self.check("size", _are_multiples(self.size), f"positive multiples of {SCALE}")
+    ok = all(margin >= 0 and margin % 2 == 0 for margin in _pair(self.margin))
+    self.check("margin", ok, "multiples of 2, at least 0")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
     """Returns the example with both crops."""
@@ -159,8 +158,8 @@ class PadPair(Transform):
   reference_size: int | Sequence[int]  # of the padded reference; multiples of 4
 
   def __post_init__(self) -> None:
-    _check_multiples("size", self.size, "multiples")
-    _check_multiples("reference_size", self.reference_size, "multiples")
+    for field in ("size", "reference_size"):
+      self.check(field, _are_multiples(getattr(self, field)), f"multiples of {SCALE}")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
     """Returns the example with padded images, and `size`."""
@@ -205,9 +204,8 @@ def _crop(image: Pixels, corner: Sequence[int], size: Sequence[int]) -> Resized:
   return image[top : top + size[0], left : left + size[1]]
 
 
-def _check_multiples(field: str, size: int | Sequence[int], expected: str) -> None:
-  if any(side < SCALE or side % SCALE for side in _pair(size)):
-    raise ValueError(f"{field} is {size}; expected {expected} of {SCALE}")
+def _are_multiples(size: int | Sequence[int]) -> bool:
+  return all(side >= SCALE and side % SCALE == 0 for side in _pair(size))
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
