@@ -175,7 +175,7 @@ class TestTransforms:
       self.run([LOAD], self.example() | {"label_map": encode(photo(), "PNG")})
     with pytest.raises(ValueError, match="does not fit into pad_label_map's 20x20"):
       self.run([LOAD, dict(name="pad_label_map", height=20, width=20)], self.example())
-    with pytest.raises(ValueError, match="random_scale: smallest is .*largest"):
+    with pytest.raises(ValueError, match=r"random_scale: smallest is .*largest"):
       build_transforms([dict(name="random_scale", smallest=2.0, largest=1.0)])
 
 

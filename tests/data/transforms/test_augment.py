@@ -209,7 +209,10 @@ def test_every_operation_keeps_shape_and_type(photo):
 @pytest.mark.parametrize(
   ("spec", "message"),
   [
-    ({"name": "rand_augment", "num_layers": 0}, "rand_augment: num_layers is 0; expected at least 1"),
+    (
+      {"name": "rand_augment", "num_layers": 0},
+      "rand_augment: num_layers is 0; expected at least 1",
+    ),
     ({"name": "rand_augment", "magnitude": -1}, r"magnitude is -1; expected \[0, 30\]"),
     ({"name": "timm_rand_augment", "interpolation": "cubic"}, "did you mean 'bicubic'"),
     ({"name": "timm_rand_augment", "probability": 2.0}, r"probability is 2.0; expected \[0, 1\]"),

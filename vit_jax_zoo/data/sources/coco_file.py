@@ -11,10 +11,11 @@ Every kind of problem is reported once, with its count and its first example:
 """
 
 import collections
+import itertools
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -51,25 +52,24 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
     ValueError: it is refused; the message lists every reason.
   """
   data = _load(file)
-  problems = _Problems(file)
-  categories, stuff = _categories(data["categories"], problems)
-  images = _images(data["images"], problems)
-  problems.raise_refused()
-  if not images:
+  check = _Check(file)
+  check.each(data["categories"], check.category)
+  check.each(data["images"], check.image)
+  check.raise_refused()
+  if not check.images:
     raise ValueError(f"{file}: images is empty; expected at least one image")
-  if not categories:
+  if not check.names:
     raise ValueError(f"{file}: categories is empty; expected id and name of each class")
-  check = _Annotations({image["id"]: image for image in images}, categories, problems)
-  for annotation in data["annotations"]:
-    check.add(annotation, panoptic=panoptic)
-  problems.raise_refused()
+  check.each(data["annotations"], check.segments_of_image if panoptic else check.object_with_box)
+  check.raise_refused()
+  images = list(check.images.values())
   if panoptic:
-    images = check.annotated(images)
-  check.report_boxes()
-  problems.log()
-  if not any(check.objects.values()):
-    logging.warning("%s: annotations is empty: nothing can be learned from these images", file)
-  return CocoFile(images, check.finished(), check.segments, categories, stuff)
+    for image in images:
+      if image["id"] not in check.segments:
+        check.warn("image without panoptic annotation, left out", image["file_name"])
+    images = [image for image in images if image["id"] in check.segments]
+  check.log()
+  return CocoFile(images, dict(check.objects), check.segments, check.names, frozenset(check.stuff))
 
 
 def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -78,41 +78,12 @@ def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str
   Reads a file with or without annotations, such as a test set; raises as `read_coco`.
   """
   data = _load(file, ("images", "categories"))
-  problems = _Problems(file)
-  images = _images(data["images"], problems)
-  _categories(data["categories"], problems)
-  problems.raise_refused()
-  problems.log()
-  return images, data["categories"]
-
-
-class _Problems:
-  """Problems by kind, with an example for each time."""
-
-  def __init__(self, file: pathlib.Path) -> None:
-    self._file = file
-    self._refused: dict[str, list[str]] = {}
-    self._warned: dict[str, list[str]] = {}
-
-  def refuse(self, kind: str, example: str) -> None:
-    self._refused.setdefault(kind, []).append(example)
-
-  def warn(self, kind: str, example: str) -> None:
-    self._warned.setdefault(kind, []).append(example)
-
-  def raise_refused(self) -> None:
-    if self._refused:
-      raise ValueError(f"{self._file}: {'; '.join(map(_line, self._refused.items()))}")
-
-  def log(self) -> None:
-    for problem in self._warned.items():
-      logging.warning("%s: %s", self._file, _line(problem))
-
-
-def _line(problem: tuple[str, Sequence[str]]) -> str:
-  kind, examples = problem
-  more = ", ..." if len(examples) > 3 else ""
-  return f"{len(examples)} x {kind} ({', '.join(examples[:3])}{more})"
+  check = _Check(file)
+  check.each(data["images"], check.image)
+  check.each(data["categories"], check.category)
+  check.raise_refused()
+  check.log_warned()
+  return list(check.images.values()), data["categories"]
 
 
 def _load(
@@ -124,16 +95,17 @@ def _load(
     raise ValueError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
   except (json.JSONDecodeError, RecursionError) as error:
     raise ValueError(f"{file}: not JSON ({error})") from None
+  wrong, expected = (
+    f"{file} is not in COCO's format:",
+    f"an object with the lists {', '.join(lists)}",
+  )
   for key in lists:
     found = data.get(key) if isinstance(data, dict) else None
     if not isinstance(found, list):
-      raise ValueError(
-        f"{file} is not in COCO's format: {key} is missing; expected an object with the lists "
-        f"{', '.join(lists)}"
-      )
+      raise ValueError(f"{wrong} {key} is missing; expected {expected}")
     for item in found:
       if not isinstance(item, dict):
-        raise ValueError(f"{file} is not in COCO's format: {key} has {_short(item)}, not an object")
+        raise ValueError(f"{wrong} {key} has {_short(item)}, not an object")
   return data
 
 
@@ -146,93 +118,109 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _categories(
-  given: Sequence[Mapping[str, Any]], problems: _Problems
-) -> tuple[dict[int, str], frozenset[int]]:
-  names: dict[int, str] = {}
-  stuff = set()
-  for category in given:
-    number, name = category.get("id"), category.get("name")
-    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-      problems.refuse("category without an integer id of at least 0", _short(category))
-    elif not isinstance(name, str):
-      problems.refuse("category without a name", f"id {number}")
-    elif number > MAX_CATEGORY:
-      problems.refuse(
-        f"category id above {MAX_CATEGORY}; ids are class ids: number them from 0 or 1",
-        f"id {number}",
-      )
-    elif names.get(number, name) != name:
-      problems.refuse("category id with two names", f"id {number}: {names[number]}, {name}")
-    else:
-      if number in names or name in names.values():
-        problems.warn("category that is listed twice", f"id {number}, {name}")
-      names[number] = name
-      if not category.get("isthing", 1):
-        stuff.add(number)
-  return names, frozenset(stuff)
-
-
-def _images(given: Sequence[Mapping[str, Any]], problems: _Problems) -> list[dict[str, Any]]:
-  images: dict[Any, dict[str, Any]] = {}
-  files: dict[str, Any] = {}
-  for image in given:
-    number, file = image.get("id"), image.get("file_name")
-    size = image.get("height"), image.get("width")
-    if not isinstance(number, int | str) or isinstance(number, bool):
-      problems.refuse("image without an id (an integer or text)", _short(file))
-    elif not isinstance(file, str) or not file:
-      problems.refuse("image without file_name", f"image {number}")
-    elif not all(isinstance(side, int) and side > 0 for side in size):
-      problems.refuse(
-        "image without height and width in pixels", f"image {number}, {file}: {_short(size)}"
-      )
-    elif number in images:
-      problems.refuse("image id twice", f"{number}: {images[number]['file_name']}, {file}")
-    else:
-      if file in files:
-        problems.warn("image file that is listed twice", f"{file}: images {files[file]}, {number}")
-      files[file] = number
-      images[number] = {"id": number, "file_name": file, "height": size[0], "width": size[1]}
-  return list(images.values())
-
-
 class _RefusedError(Exception):
   """Kind and example of a problem for which the file is refused."""
 
 
-class _Annotations:
-  """Collects the annotations of each image, as they are checked."""
+class _Check:
+  """Collects the content of a file as it is checked, and its problems by kind with examples."""
 
-  def __init__(
-    self, images: Mapping[Any, Mapping[str, Any]], categories: Mapping[int, str],
-    problems: _Problems,
-  ) -> None:  # fmt: skip
+  def __init__(self, file: pathlib.Path) -> None:
+    self.names: dict[int, str] = {}
+    self.stuff: set[int] = set()
+    self.images: dict[Any, dict[str, Any]] = {}
     self.objects: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
     self.segments: dict[Any, str] = {}
-    self._images, self._categories, self._problems = images, categories, problems
+    self._file, self._files = file, dict[str, Any]()
+    self._refused: dict[str, list[str]] = {}
+    self._warned: dict[str, list[str]] = {}
     self._outlines = self._boxes = self._small = self._crowds = 0
 
-  def add(self, annotation: Mapping[str, Any], *, panoptic: bool) -> None:
-    """Adds an object with a box, or the segments of an image."""
-    try:
-      (self._add_segments if panoptic else self._add_object)(annotation)
-    except _RefusedError as problem:
-      self._problems.refuse(*problem.args)
+  def each(self, items: Iterable[Any], add: Callable[[Any], None]) -> None:
+    """Adds items; those that are refused are collected."""
+    for item in items:
+      try:
+        add(item)
+      except _RefusedError as problem:
+        kind, example = problem.args
+        self._refused.setdefault(kind, []).append(example)
 
-  def _add_object(self, annotation: Mapping[str, Any]) -> None:
-    image = self._image(annotation)
+  def warn(self, kind: str, example: str) -> None:
+    self._warned.setdefault(kind, []).append(example)
+
+  def raise_refused(self) -> None:
+    if self._refused:
+      raise ValueError(f"{self._file}: {'; '.join(map(_line, self._refused.items()))}")
+
+  def log_warned(self) -> None:
+    for problem in self._warned.items():
+      logging.warning("%s: %s", self._file, _line(problem))
+
+  def log(self) -> None:
+    """Logs the problems, and what only all annotations together show."""
+    if self._boxes and self._small == self._boxes:
+      kind = "dataset whose boxes all lie in [0, 1]; expected pixels: left, top, width, height"
+      self.warn(kind, f"{self._boxes} boxes")
+    if self._crowds:
+      logging.info("%d crowds, left out in training and known in scoring", self._crowds)
+    if not self._outlines:  # none is usable
+      for found in itertools.chain(*self.objects.values()):
+        found.pop("segmentation", None)
+    self.log_warned()
+    if not any(self.objects.values()):
+      text = "%s: annotations is empty: nothing can be learned from these images"
+      logging.warning(text, self._file)
+
+  def category(self, category: Mapping[str, Any]) -> None:
+    number, name = category.get("id"), category.get("name")
+    if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+      raise _RefusedError("category without an integer id of at least 0", _short(category))
+    if not isinstance(name, str):
+      raise _RefusedError("category without a name", f"id {number}")
+    if number > MAX_CATEGORY:
+      kind = f"category id above {MAX_CATEGORY}; ids are class ids: number them from 0 or 1"
+      raise _RefusedError(kind, f"id {number}")
+    if self.names.get(number, name) != name:
+      example = f"id {number}: {self.names[number]}, {name}"
+      raise _RefusedError("category id with two names", example)
+    if number in self.names or name in self.names.values():
+      self.warn("category that is listed twice", f"id {number}, {name}")
+    self.names[number] = name
+    if not category.get("isthing", 1):
+      self.stuff.add(number)
+
+  def image(self, image: Mapping[str, Any]) -> None:
+    number, file = image.get("id"), image.get("file_name")
+    size = image.get("height"), image.get("width")
+    if not isinstance(number, int | str) or isinstance(number, bool):
+      raise _RefusedError("image without an id (an integer or text)", _short(file))
+    if not isinstance(file, str) or not file:
+      raise _RefusedError("image without file_name", f"image {number}")
+    if not all(isinstance(side, int) and side > 0 for side in size):
+      example = f"image {number}, {file}: {_short(size)}"
+      raise _RefusedError("image without height and width in pixels", example)
+    if number in self.images:
+      example = f"{number}: {self.images[number]['file_name']}, {file}"
+      raise _RefusedError("image id twice", example)
+    if file in self._files:
+      example = f"{file}: images {self._files[file]}, {number}"
+      self.warn("image file that is listed twice", example)
+    self._files[file] = number
+    self.images[number] = {"id": number, "file_name": file, "height": size[0], "width": size[1]}
+
+  def object_with_box(self, annotation: Mapping[str, Any]) -> None:
+    image = self._image_of(annotation)
     where = f"annotation {annotation.get('id')} of {image['file_name']}"
     box = annotation.get("bbox")
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
       kind = "bbox that is not 4 numbers (left, top, width, height)"
       raise _RefusedError(kind, f"{where}: {_short(box)}")
-    found = self._object(annotation, where)
+    found = self._shared_fields(annotation, where)
     if not all(map(math.isfinite, box)):
-      self._problems.warn("bbox with NaN or infinity, left out", where)
+      self.warn("bbox with NaN or infinity, left out", where)
       return
     if not found["iscrowd"] and not _has_area(box, image):
-      self._problems.warn("bbox without area in its image, left out in training", where)
+      self.warn("bbox without area in its image, left out in training", where)
     self._boxes += 1
     self._small += max(box) <= 1 and min(box) >= 0
     self._crowds += found["iscrowd"]
@@ -240,13 +228,13 @@ class _Annotations:
     if annotation.get("segmentation") is not None:
       outline, problem = _usable_outline(annotation["segmentation"], image)
       if problem:
-        self._problems.warn(f"outline with {problem}", where)
+        self.warn(f"outline with {problem}", where)
       self._outlines += outline is not None
       found["segmentation"] = outline
     self.objects[image["id"]].append(found)
 
-  def _add_segments(self, annotation: Mapping[str, Any]) -> None:
-    image = self._image(annotation)
+  def segments_of_image(self, annotation: Mapping[str, Any]) -> None:
+    image = self._image_of(annotation)
     file, png = image["file_name"], annotation.get("file_name")
     segments = annotation.get("segments_info")
     if not isinstance(segments, list) or not isinstance(png, str):
@@ -256,75 +244,51 @@ class _Annotations:
       raise _RefusedError("image with two panoptic annotations", file)
     self.segments[image["id"]] = png
     known = set()
-    for segment in segments:
+
+    def add(segment: Any) -> None:
       number = segment.get("id") if isinstance(segment, dict) else None
       where = f"segment {_short(number)} of {file}"
-      try:
-        if not isinstance(number, int) or not 0 < number < _MAX_SEGMENT or number in known:
-          raise _RefusedError("segment without an id of its own (1 to 16777215)", where)
-        known.add(number)
-        found = self._object(segment, where)
-      except _RefusedError as problem:
-        self._problems.refuse(*problem.args)
-      else:
-        self._crowds += found["iscrowd"]
-        self.objects[image["id"]].append({"area": 0.0, **found})
+      if not isinstance(number, int) or not 0 < number < _MAX_SEGMENT or number in known:
+        raise _RefusedError("segment without an id of its own (1 to 16777215)", where)
+      known.add(number)
+      found = self._shared_fields(segment, where)
+      self._crowds += found["iscrowd"]
+      self.objects[image["id"]].append({"area": 0.0, **found})
 
-  def annotated(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the images with a panoptic annotation."""
-    for image in images:
-      if image["id"] not in self.segments:
-        self._problems.warn("image without panoptic annotation, left out", image["file_name"])
-    return [image for image in images if image["id"] in self.segments]
+    self.each(segments, add)
 
-  def report_boxes(self) -> None:
-    """Reports what only all boxes together show."""
-    if self._boxes and self._small == self._boxes:
-      self._problems.warn(
-        "dataset whose boxes all lie in [0, 1]; expected pixels: left, top, width, height",
-        f"{self._boxes} boxes",
-      )
-    if self._crowds:
-      logging.info("%d crowds, left out in training and known in scoring", self._crowds)
-
-  def finished(self) -> dict[Any, list[dict[str, Any]]]:
-    """Returns the objects by image; without outlines if none is usable."""
-    if not self._outlines:
-      for objects in self.objects.values():
-        for found in objects:
-          found.pop("segmentation", None)
-    return dict(self.objects)
-
-  def _image(self, annotation: Mapping[str, Any]) -> Mapping[str, Any]:
+  def _image_of(self, annotation: Mapping[str, Any]) -> Mapping[str, Any]:
     number = annotation.get("image_id")
-    if not isinstance(number, int | str) or number not in self._images:
+    if not isinstance(number, int | str) or number not in self.images:
       where = f"annotation {annotation.get('id')}: image {_short(number)}"
       raise _RefusedError("annotation of an image that is not listed", where)
-    return self._images[number]
+    return self.images[number]
 
-  def _object(self, annotation: Mapping[str, Any], where: str) -> dict[str, Any]:
+  def _shared_fields(self, annotation: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the fields that objects and segments share."""
     category, crowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
-    if isinstance(category, bool | float | list | dict) or category not in self._categories:
-      known = f"{min(self._categories)}..{max(self._categories)}"
-      kind = f"category_id that is not listed (known: {known})"
+    if isinstance(category, bool | float | list | dict) or category not in self.names:
+      kind = f"category_id that is not listed (known: {min(self.names)}..{max(self.names)})"
       raise _RefusedError(kind, f"{where}: {_short(category)}")
     if isinstance(crowd, str) and crowd in ("0", "1"):
-      self._problems.warn("iscrowd that is text, read as a number", f"{where}: {crowd!r}")
+      self.warn("iscrowd that is text, read as a number", f"{where}: {crowd!r}")
       crowd = int(crowd)
     if crowd not in (0, 1, None):
       raise _RefusedError("iscrowd that is neither 0 nor 1", f"{where}: {_short(crowd)}")
     number, area = annotation.get("id"), annotation.get("area")
-    found = {
-      "id": number if isinstance(number, int) and abs(number) < 1 << 63 else 0,
-      "category_id": category,
-      "iscrowd": int(crowd or 0),
-    }
+    has_id = isinstance(number, int) and abs(number) < 1 << 63
+    found = {"id": number if has_id else 0, "category_id": category, "iscrowd": int(crowd or 0)}
     if area is not None and not (_is_number(area) and math.isfinite(area)):
-      self._problems.warn("area that is not a number, taken from the box", where)
+      self.warn("area that is not a number, taken from the box", where)
     elif area is not None:
       found["area"] = area
     return found
+
+
+def _line(problem: tuple[str, Sequence[str]]) -> str:
+  kind, examples = problem
+  more = ", ..." if len(examples) > 3 else ""
+  return f"{len(examples)} x {kind} ({', '.join(examples[:3])}{more})"
 
 
 def _has_area(box: Sequence[float | int], image: Mapping[str, Any]) -> bool:
