@@ -69,13 +69,8 @@ def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixel
 
 def image_size(data: bytes) -> tuple[int, int]:
   """Returns (height, width) of the upright image from its header, or CorruptExampleError."""
-  height, width, turn = _header(data)
+  height, width, turn = parse_header(data)
   return (width, height) if turn >= _FIRST_TRANSPOSED else (height, width)
-
-
-def orientation(data: bytes) -> int:
-  """Returns a file's EXIF orientation, 1 to 8 (1 is upright), or CorruptExampleError."""
-  return _header(data)[2]
 
 
 def orient(
@@ -180,12 +175,13 @@ def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
   with open(file, "rb") as stream:
     begin = stream.read(1 << 16)
     try:
-      return _header(begin)
+      return parse_header(begin)
     except CorruptExampleError:
-      return _header(begin + stream.read())
+      return parse_header(begin + stream.read())
 
 
-def _header(data: bytes) -> tuple[int, int, int]:
+def parse_header(data: bytes) -> tuple[int, int, int]:
+  """Returns height and width as stored, and EXIF orientation, 1 to 8; or CorruptExampleError."""
   header = read_jpeg_header(data)
   if header is not None:
     return header.height, header.width, header.orientation

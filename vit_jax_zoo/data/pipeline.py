@@ -50,11 +50,8 @@ _REMEDIES = {
 }
 """Fixes for examples of different shapes."""
 
-Failures: TypeAlias = tuple[tuple[str, str], ...]  # name and reason of each corrupt example
-
-
-Loaded: TypeAlias = tuple[Example | None, Failures]
-"""An example, or None, and the corrupt examples that were tried before."""
+Failures: TypeAlias = list[tuple[str, str]]  # name and reason of each corrupt example
+Loaded: TypeAlias = tuple[Example | None, Failures]  # the corrupt examples were tried before
 
 
 def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of the process)
@@ -103,7 +100,12 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   """
   transforms = _for_source(transforms, source)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
-  _check_repeats(repeats, batch_size, buckets)
+  if repeats < 1 or batch_size % repeats:
+    expected = f"a divisor of batch_size {batch_size}"
+    raise ValueError(f"data.train.aug_repeats: {repeats}; expected {expected}")
+  if repeats > 1 and buckets is not None:
+    both = "data.train.aug_repeats cannot be combined with data.loader.buckets"
+    raise ValueError(f"{both}; remove one")
   plan = None
   if buckets is not None:
     plan = TrainPlan(Forecast.of(source, transforms), seed, batch_size, buckets)
@@ -262,17 +264,6 @@ def _for_source(transforms: Transforms, source: Source) -> tuple[Any, ...]:
   return tuple(t.for_source(source) if isinstance(t, Transform) else t for t in transforms)
 
 
-def _check_repeats(repeats: int, batch_size: int, buckets: Any) -> None:
-  if repeats < 1 or batch_size % repeats:
-    raise ValueError(
-      f"data.train.aug_repeats: {repeats}; expected a divisor of batch_size {batch_size}"
-    )
-  if repeats > 1 and buckets is not None:
-    raise ValueError(
-      "data.train.aug_repeats cannot be combined with data.loader.buckets; remove one"
-    )
-
-
 def _local_batch_size(
   source: Source, batch_size: int, process_index: int, process_count: int, on_corrupt: str
 ) -> int:
@@ -284,9 +275,8 @@ def _local_batch_size(
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index is {process_index}; expected 0..{process_count - 1}")
   if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
-      f"batch_size is {batch_size}; expected a positive multiple of {process_count} processes"
-    )
+    expected = f"a positive multiple of {process_count} processes"
+    raise ValueError(f"batch_size is {batch_size}; expected {expected}")
   return batch_size // process_count
 
 
@@ -321,30 +311,29 @@ class Loader:
   def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
     """Loads example `index`; nothing outside of the source."""
     if not 0 <= index < len(self.source):
-      return None, ()
-    failures: list[tuple[str, str]] = []
+      return None, []
+    failures: Failures = []
     while len(failures) < MAX_REPLACEMENTS:
       try:
-        return self.load(index, rng), tuple(failures)
+        return self.load(index, rng), failures
       except (CorruptExampleError, FileNotFoundError, PermissionError) as error:
-        name = self.source.example_name(index)
+        name, remedy = self.source.example_name(index), "set data.loader.on_corrupt='skip'"
         if self.on_corrupt == "error":
-          raise CorruptExampleError(
-            f"corrupt example {name}: {error}; remove it, or set data.loader.on_corrupt='skip'"
-          ) from None
+          text = f"corrupt example {name}: {error}; remove it, or {remedy}"
+          raise CorruptExampleError(text) from None
         failures.append((name, str(error)))
       if not self.replace:
-        return None, tuple(failures)
+        return None, failures
       index = int(rng.integers(len(self.source)))
-    raise CorruptExampleError(
-      f"{MAX_REPLACEMENTS} examples of {self.source.info.name} in a row are corrupt, the last one "
-      f"{failures[-1][0]}: {failures[-1][1]}"
-    )
+    raise _all_corrupt(f"{MAX_REPLACEMENTS} examples of {self.source.info.name} in a row", failures)
 
   def load(self, index: int, rng: np.random.Generator) -> Example:
     """Returns the example as arrays, checked and transformed."""
-    example = self.source[index]
-    self._check_label(index, example)
+    example, num_classes = self.source[index], self.num_classes or self.source.info.num_classes
+    label = example.get("label", example.get("labels"))  # of an image, or those of its objects
+    # The usual case goes without numpy's 10 microseconds.
+    if not isinstance(label, int | None) or not 0 <= (label or 0) < (num_classes or math.inf):
+      self._check(index, np.asarray(label), num_classes)
     try:
       for transform in self.transforms:
         example = transform(example, rng)
@@ -354,34 +343,25 @@ class Loader:
       raise
     except ValueError as error:
       raise ValueError(f"{self.source.example_name(index)}: {error}") from error
-    self._check_label_map(index, example)
+    if "label_map" in example and self.num_classes is not None:
+      self._check(index, example["label_map"], self.num_classes, PADDED["label_map"][1])
     return {k: np.asarray(v, np.int32 if isinstance(v, int) else None) for k, v in example.items()}
 
-  def _check_label_map(self, index: int, example: Example) -> None:
-    if "label_map" not in example or self.num_classes is None:
-      return
-    labels = example["label_map"]
-    wrong = labels[(labels >= self.num_classes) & (labels != PADDED["label_map"][1])]
-    if wrong.size:
-      raise ValueError(
-        f"{self.source.example_name(index)} has label {wrong[0]}, expected 0.."
-        f"{self.num_classes - 1} or 255 (num_classes={self.num_classes}); check num_classes, and "
-        "load_label_map's offset and ignore"
-      )
-
-  def _check_label(self, index: int, example: Example) -> None:
-    key = "label" if "label" in example else "labels"  # one of an image, those of its objects
-    if key not in example:
-      return
-    label, num_classes = example[key], self.num_classes or self.source.info.num_classes
-    if isinstance(label, int) and 0 <= label < (num_classes or math.inf):
-      return  # the usual case, without numpy's 10 microseconds
-    labels = np.asarray(label)
-    bad = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+  def _check(
+    self, index: int, labels: np.ndarray, num_classes: int | None, ignored: int | None = None
+  ) -> None:
+    bad = (labels < 0) | (labels >= (num_classes or math.inf))
+    bad = bad if ignored is None else bad & (labels != ignored)
     if np.any(bad):
+      known, remedy = f"0..{(num_classes or 0) - 1}", "the labels or num_classes"
+      if ignored is not None:
+        known, remedy = (
+          f"{known} or {ignored}",
+          "num_classes, and load_label_map's offset and ignore",
+        )
       raise ValueError(
-        f"{self.source.example_name(index)} has label {labels[bad].flat[0]}, expected 0.."
-        f"{(num_classes or 0) - 1} (num_classes={num_classes}); check the labels or num_classes"
+        f"{self.source.example_name(index)} has label {labels[bad].flat[0]}, expected {known} "
+        f"(num_classes={num_classes}); check {remedy}"
       )
 
 
@@ -408,9 +388,15 @@ class TrainBatches:
     else:
       step, host = divmod(number, self.hosts)
       positions, padded = self.plan(step)
-      rows = (self._first_readable(positions, host * self.size + i) for i in range(self.size))
+      rows = (self._row(positions.tolist(), host * self.size + i) for i in range(self.size))
       batch, _, failures = _collect(rows, self.size, padded)
     return {**batch, SKIPPED: failures}
+
+  def _row(self, positions: list[int], row: int) -> Loaded:
+    """Returns the example of a row, or of the first following row whose example can be read."""
+    loaded = map(self._at, positions[row:] + positions[:row])
+    name = self.loader.source.info.name
+    return _first_readable(loaded, f"all {len(positions)} examples of a batch of {name}")
 
   def _at(self, position: int) -> Loaded:
     source_position = position
@@ -421,19 +407,6 @@ class TrainBatches:
       source_position = step * different + row % different
     index = shuffled_index(source_position, len(self.loader.source), self.seed)
     return self.loader(index, RandomNumbers(self.seed).at(position))
-
-  def _first_readable(self, positions: np.ndarray, row: int) -> Loaded:
-    """Returns the example of a row, or of the first following row whose example can be read."""
-    failures: Failures = ()
-    for i in range(len(positions)):
-      example, lost = self._at(int(positions[(row + i) % len(positions)]))
-      failures += lost
-      if example is not None:
-        return example, failures
-    raise CorruptExampleError(
-      f"all {len(positions)} examples of a batch of {self.loader.source.info.name} are corrupt, "
-      f"the last one {failures[-1][0]}: {failures[-1][1]}"
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,20 +432,27 @@ class MaskedBatches:
     rows = (self.loader(index, numbers.at(max(index, 0))) for index in indices)
     batch, mask, failures = _collect(rows, self.size, padded)
     if not batch:
-      batch = _allocate(self._first_readable(), self.size, padded)
+      tried = range(min(len(self.loader.source), MAX_REPLACEMENTS))
+      loaded = (self.loader(index, np.random.default_rng(0)) for index in tried)
+      what = f"the first {len(tried)} examples of {self.loader.source.info.name}"
+      batch = _allocate(_first_readable(loaded, what)[0], self.size, padded)
     for values in batch.values():
       values[~mask] = 0
     return {**batch, "mask": mask, SKIPPED: failures}
 
-  def _first_readable(self) -> Example:
-    """Returns an example for the shapes of a batch that has none."""
-    for index in range(min(len(self.loader.source), MAX_REPLACEMENTS)):
-      example, _ = self.loader(index, np.random.default_rng(0))
-      if example is not None:
-        return example
-    raise CorruptExampleError(
-      f"the first {index + 1} examples of {self.loader.source.info.name} are all corrupt"
-    )
+
+def _first_readable(loaded: Iterable[Loaded], what: str) -> tuple[Example, Failures]:
+  failures: Failures = []
+  for example, lost in loaded:
+    failures += lost
+    if example is not None:
+      return example, failures
+  raise _all_corrupt(what, failures)
+
+
+def _all_corrupt(what: str, failures: Failures) -> CorruptExampleError:
+  name, reason = failures[-1]
+  return CorruptExampleError(f"{what} are corrupt, the last one {name}: {reason}")
 
 
 def _collect(
@@ -485,7 +465,7 @@ def _collect(
   """
   batch: Batch = {}
   mask = np.zeros(size, bool)
-  failures: list[tuple[str, str]] = []
+  failures: Failures = []
   for row, (example, lost) in enumerate(rows):
     failures += lost
     if example is not None:
@@ -493,7 +473,7 @@ def _collect(
       batch = batch or _allocate(example, size, padded)
       for key in batch:
         _put(batch, key, example[key], row, padded=padded is not None)
-  return batch, mask, tuple(failures)
+  return batch, mask, failures
 
 
 def _allocate(example: Example, size: int, padded: PaddedShape | None) -> Batch:

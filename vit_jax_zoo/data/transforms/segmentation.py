@@ -79,7 +79,7 @@ class LoadLabelMap(TargetTransform):
     image = pixels(example["image"])
     values, turn = _values(example), example.get("annotation_orientation", 1)
     if turn == 1 and values.shape != image.shape[:2] and isinstance(example["image"], bytes):
-      turn = images.orientation(example["image"])
+      turn = images.parse_header(example["image"])[2]
     values = images.orient(values, turn)
     if values.shape != image.shape[:2]:
       raise CorruptExampleError(
