@@ -36,7 +36,7 @@ def test_ones_own_data_that_are_not_here_are_assumed_to_be_usual():
 def test_ones_own_data_that_are_here_are_opened(tmp_path):
   for name in ("cat", "dog", "owl"):
     (tmp_path / "train" / name).mkdir(parents=True)
-    image = stand_in.MAKERS["label"](0, (20, 30), panoptic=False)["image"]
+    image = stand_in.make_example("label", 0, (20, 30))["image"]
     (tmp_path / "train" / name / "1.png").write_bytes(image)
   source = stand_in.load(f"folder:{tmp_path}", "train")
   assert (len(source), source.info.num_classes, source.assumption) == (3, 3, "")

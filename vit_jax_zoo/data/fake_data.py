@@ -30,7 +30,7 @@ Size = tuple[int, int]
 class Facts:
   """Metadata of a dataset."""
 
-  example: str  # kind of its examples, a key of `MAKERS`
+  kind: str  # of its examples: label, objects, label_map or pair
   splits: Mapping[str, int]  # number of examples in each
   sizes: Sequence[Size]  # heights and widths, repeated by frequency; examples cycle through them
   num_classes: int | None = None
@@ -92,7 +92,7 @@ def load(name: str, split: str, **options: Any) -> Source:
       usual = _USUAL.get(kind)
       assumption = f"{name} not found: assumed to be like {usual or 'photographs of 1024x768'}"
       facts = _OWN_PAIRS if usual is None else DATASETS[usual]
-  make = functools.partial(MAKERS[facts.example], panoptic=bool(options.get("panoptic")))
+  make = functools.partial(make_example, facts.kind, panoptic=bool(options.get("panoptic")))
   opened: dict[str, Callable[[], Source]] = {
     part: functools.partial(FakeSource, f"{name} {part}", count, facts, make, assumption)
     for part, count in facts.splits.items()
@@ -124,11 +124,17 @@ class FakeSource(Source):
     return self._sizes[index % len(self._sizes)]
 
 
-def _objects(index: int, size: Size, *, panoptic: bool) -> Example:
-  """One object, as large as the image."""
-  height, width = size
+def make_example(kind: str, index: int, size: Size, *, panoptic: bool = False) -> Example:
+  """Returns an example of a black image, with one object as large as the image."""
+  (height, width), image = size, _picture(size)
+  if kind == "label":
+    return {"image": image, "label": 0}
+  if kind == "label_map":
+    return {"image": image, "label_map": _picture(size, 1), "image_id": index}
+  if kind == "pair":
+    return {"image": image, "reference": image}
   box, area = [[0, 0, width, height]], [height * width]
-  example = objects_example(_picture(size), index, box, [1], is_crowd=[False], area=area, ids=[1])
+  example = objects_example(image, index, box, [1], is_crowd=[False], area=area, ids=[1])
   if panoptic:
     return {**example, "segment_image": _picture(size, (1, 0, 0))}
   return {**example, "outlines": [[[0, 0, width, 0, width, height, 0, height]]]}
@@ -140,24 +146,3 @@ def _picture(size: Size, color: int | tuple[int, int, int] = (0, 0, 0)) -> bytes
   shape = size if isinstance(color, int) else (*size, 3)
   Image.fromarray(np.full(shape, color, np.uint8)).save(file, "PNG")
   return file.getvalue()
-
-
-def _label(_: int, size: Size, **_options: bool) -> Example:
-  return {"image": _picture(size), "label": 0}
-
-
-def _label_map(index: int, size: Size, **_options: bool) -> Example:
-  return {"image": _picture(size), "label_map": _picture(size, 1), "image_id": index}
-
-
-def _pair(_: int, size: Size, **_options: bool) -> Example:
-  return {"image": _picture(size), "reference": _picture(size)}
-
-
-MAKERS: Mapping[str, Callable[..., Example]] = {
-  "label": _label,
-  "objects": _objects,
-  "label_map": _label_map,
-  "pair": _pair,
-}
-"""Functions that make an example, by kind."""

@@ -363,11 +363,7 @@ class Stereo(_Demo, skip_registration=True):
     return {"image": picture, "reference": picture}
 
   def _records(self, split: str) -> Iterator[dict[str, Any]]:
-    left, right = read_eyes()
-    pairs = [*_test_pairs(left, right)]
-    if split == "train":
-      pairs = [*_train_windows(left, right), *_photo_windows()]
-    for image, reference in pairs:
+    for image, reference in _test_pairs() if split == "test" else _train_pairs():
       yield {"image": _encode(image, "png"), "reference": _encode(reference, "png")}
 
 
@@ -377,24 +373,21 @@ def read_eyes() -> Pair:
   return left[:, SHIFT:], right[:, :-SHIFT]
 
 
-def _train_windows(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
-  """Yields overlapping windows above and below the strip."""
-  for rows in (slice(None, STRIP.start), slice(STRIP.stop, None)):
-    for window in _windows(left[rows], (72, 64)):
-      yield left[rows][window], right[rows][window]
-
-
-def _test_pairs(left: np.ndarray, right: np.ndarray) -> Iterator[Pair]:
+def _test_pairs() -> Iterator[Pair]:
   """Yields the parts of the strip, each with the other image's region and its margins."""
-  width = left.shape[1]
-  whole = TEST_WIDTH + 2 * MARGIN
+  left, right = read_eyes()
+  width, whole = left.shape[1], TEST_WIDTH + 2 * MARGIN
   for start in range((width % TEST_WIDTH) // 2, width - TEST_WIDTH + 1, TEST_WIDTH):
     other = min(max(start - MARGIN, 0), width - whole)
     yield left[STRIP, start : start + TEST_WIDTH], right[STRIP, other : other + whole]
 
 
-def _photo_windows() -> Iterator[Pair]:
-  """Yields windows of photographs with a simulated second view."""
+def _train_pairs() -> Iterator[Pair]:
+  """Yields overlapping windows beside the strip, and photographs with a simulated second view."""
+  left, right = read_eyes()
+  for rows in (slice(None, STRIP.start), slice(STRIP.stop, None)):
+    for window in _windows(left[rows], (72, 64)):
+      yield left[rows][window], right[rows][window]
   rng = np.random.default_rng(0)
   for name in ("astronaut", "cat", "coffee", "flower", "rocket", "temple"):
     image = _short_side(read_photo(name), 320)
