@@ -20,7 +20,6 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import rich.console
 import rich.progress
@@ -29,7 +28,7 @@ from array_record.python import array_record_module
 
 from vit_jax_zoo.data.sources import folder, tfrecord
 from vit_jax_zoo.data.sources import tfds as tfds_source
-from vit_jax_zoo.data.sources.base import Source
+from vit_jax_zoo.data.sources.base import Example, Source
 
 _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -108,37 +107,21 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
-  splits = {s: open_() for s, open_ in folder.find_splits(root).items() if s != "all"}
-  builder_class = type(name, (_FolderBuilder,), {"name": name}, skip_registration=True)
-  builder = builder_class(splits, data_dir=data_dir, file_format="array_record")
-  with tfds_source.quiet_progress():
-    builder.download_and_prepare()
-  return pathlib.Path(builder.data_dir)
+  sources = {s: open_() for s, open_ in folder.find_splits(root).items() if s != "all"}
+  names = next(iter(sources.values())).info.class_names
+  features = {
+    "image": tfds.features.Image(shape=(None, None, 3)),
+    "label": tfds.features.ClassLabel(names=names),
+  }
+  splits = {split: _read_all(source) for split, source in sources.items()}
+  # A folder's order is already shuffled.
+  return tfds_source.write_dataset(name, features, splits, data_dir, shuffle=False)
 
 
-class _FolderBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Writes a folder source's bytes and labels in its order, which is already shuffled."""
-
-  VERSION = tfds.core.Version("1.0.0")
-
-  def __init__(self, splits: dict[str, Source], **options: Any) -> None:
-    self._sources = splits
-    super().__init__(**options)
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    names = next(iter(self._sources.values())).info.class_names
-    image, label = tfds.features.Image(shape=(None, None, 3)), tfds.features.ClassLabel(names=names)
-    features = tfds.features.FeaturesDict({"image": image, "label": label})
-    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-    del dl_manager
-    return {name: self._generate_examples(source) for name, source in self._sources.items()}
-
-  def _generate_examples(self, source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
-    indices = range(len(source))
-    for index in rich.progress.track(indices, f"reading {source.info.name}", console=_CONSOLE):
-      yield index, source[index]
+def _read_all(source: Source) -> Iterator[Example]:
+  indices = range(len(source))
+  for index in rich.progress.track(indices, f"reading {source.info.name}", console=_CONSOLE):
+    yield source[index]
 
 
 def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int:

@@ -1,6 +1,6 @@
 """Demo datasets from images in the wheels of scikit-learn and scikit-image.
 
-They are TFDS builders, prepared as ArrayRecord at their first use (1 to 2 s, scenes 10 s; no
+They are prepared as ArrayRecord at their first use (1 to 2 s, scenes 10 s; no
 download, no TensorFlow) in `$VIT_JAX_ZOO_CACHE`, or in `vit_jax_zoo` below `$XDG_CACHE_HOME` or
 `~/.cache`, and read as ImageNet is. One example in five is in the test split.
 """
@@ -12,8 +12,8 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -40,6 +40,8 @@ PHOTOS = {
 """Color photographs by class, with their paths in the wheels."""
 
 DIGITS = tuple("0123456789")
+
+Record = dict[str, Any]
 
 _RIGHT_EYE = "skimage/data/motorcycle_right.png"
 
@@ -84,63 +86,23 @@ def _belongs(count: int, split: str) -> Bool[np.ndarray, " n"]:
   return (np.arange(count) % 5 == 0) == (split == "test")
 
 
-class _Demo(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A dataset that needs no download."""
-
-  VERSION = tfds.core.Version("1.0.0")
-  KEEP_ORDER: ClassVar[bool] = False
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=self.__doc__,
-      features=tfds.features.FeaturesDict(self._features()),
-      disable_shuffling=self.KEEP_ORDER,
-    )
-
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-    del dl_manager
-    return {split: self._generate_examples(split) for split in ("train", "test")}
-
-  def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from enumerate(self._records(split))
-
-  def _features(self) -> dict[str, Any]:
-    raise NotImplementedError
-
-  def _records(self, split: str) -> Iterator[dict[str, Any]]:
-    raise NotImplementedError
+def digits(split: str) -> Iterator[Record]:
+  """Yields 1797 handwritten digits, 8x8 gray: 1437 for training, 360 for test."""
+  images, labels = _digit_images()
+  for i in np.flatnonzero(_belongs(len(labels), split)):
+    yield {"image": _encode(images[i], "png"), "label": int(labels[i])}
 
 
-class Digits(_Demo, skip_registration=True):
-  """1797 handwritten digits, 8x8 gray: 1437 for training, 360 for test."""
-
-  def _features(self) -> dict[str, Any]:
-    image = tfds.features.Image(shape=(8, 8, 1), encoding_format="png")
-    return {"image": image, "label": tfds.features.ClassLabel(names=DIGITS)}
-
-  def _records(self, split: str) -> Iterator[dict[str, Any]]:
-    images, labels = _digit_images()
-    for i in np.flatnonzero(_belongs(len(labels), split)):
-      yield {"image": _encode(images[i], "png"), "label": int(labels[i])}
-
-
-class Photos(_Demo, skip_registration=True):
-  """Tiles of ten color photographs; the class is the photograph.
+def photos(split: str) -> Iterator[Record]:
+  """Yields tiles of ten color photographs; the class is the photograph.
 
   Each photograph is resized to a shorter side of 512 and cut into 64x64 tiles without overlap;
   every fifth tile is in the test split, so that test tiles are not seen in training.
   """
-
-  def _features(self) -> dict[str, Any]:
-    image = tfds.features.Image(shape=(64, 64, 3), encoding_format="jpeg")
-    return {"image": image, "label": tfds.features.ClassLabel(names=tuple(PHOTOS))}
-
-  def _records(self, split: str) -> Iterator[dict[str, Any]]:
-    photos = [_tiles(_short_side(read_photo(name), 512), 64) for name in PHOTOS]
-    tiles = [(tile, label) for label, photo in enumerate(photos) for tile in photo]
-    for i in np.flatnonzero(_belongs(len(tiles), split)):
-      yield {"image": _encode(tiles[i][0], "jpeg"), "label": tiles[i][1]}
+  cut = [_tiles(_short_side(read_photo(name), 512), 64) for name in PHOTOS]
+  tiles = [(tile, label) for label, photo in enumerate(cut) for tile in photo]
+  for i in np.flatnonzero(_belongs(len(tiles), split)):
+    yield {"image": _encode(tiles[i][0], "jpeg"), "label": tiles[i][1]}
 
 
 def _tiles(image: np.ndarray, side: int) -> list[np.ndarray]:
@@ -162,41 +124,18 @@ STUFF_FROM = 10
 MAX_DIGITS = 4
 
 
-class Scenes(_Demo, skip_registration=True):
-  """Synthetic detection and panoptic data, digits in front of photographic textures.
+def scenes(split: str) -> Iterator[Record]:
+  """Yields synthetic detection and panoptic data, digits in front of photographic textures.
 
   A scene, 64x64, has two regions of texture (stuff) with a curved boundary, and one to four digits
   (things) of different sizes and colors that may overlap, with exact segments, boxes of the visible
   parts and classes. The features are those of TFDS's `coco/2017` and `coco/2017_panoptic`. 4000
   training and 400 test scenes share no digit and no texture region.
   """
-
-  def _features(self) -> dict[str, Any]:
-    return {
-      "image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="jpeg"),
-      "image/id": np.int64,
-      "objects": _object_features(DIGITS),
-      "panoptic_image": tfds.features.Image(shape=(SIZE, SIZE, 3), encoding_format="png"),
-      "panoptic_objects": _object_features((*DIGITS, *TEXTURES)),
-    }
-
-  def _records(self, split: str) -> Iterator[dict[str, Any]]:
-    material, seed = Material.of(split), {"train": 1, "test": 2}[split]
-    first = 0 if split == "train" else COUNTS["train"]
-    for number in range(COUNTS[split]):
-      yield _record(draw_scene(material, np.random.default_rng((seed, number))), first + number)
-
-
-def _object_features(names: tuple[str, ...]) -> tfds.features.Sequence:
-  return tfds.features.Sequence(
-    {
-      "area": np.int64,
-      "bbox": tfds.features.BBoxFeature(),
-      "id": np.int64,
-      "is_crowd": np.bool_,
-      "label": tfds.features.ClassLabel(names=names),
-    }
-  )
+  material, seed = Material.of(split), {"train": 1, "test": 2}[split]
+  first = 0 if split == "train" else COUNTS["train"]
+  for number in range(COUNTS[split]):
+    yield _record(draw_scene(material, np.random.default_rng((seed, number))), first + number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +249,7 @@ def _painted(
   return image + stroke[..., None] * (color - image)
 
 
-def _record(scene: Scene, number: int) -> dict[str, Any]:
+def _record(scene: Scene, number: int) -> Record:
   """Returns a scene's TFDS record; ids start at 1, as 0 is COCO's "no segment"."""
   ids = np.zeros((SIZE, SIZE, 3), np.uint8)
   ids[..., 0] = scene.segment_map + 1
@@ -346,8 +285,8 @@ TEST_WIDTH, WINDOW = 112, (160, 256)
 Pair = tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]  # an image and its reference
 
 
-class Stereo(_Demo, skip_registration=True):
-  """Super-resolution of one image of a stereo pair with the other as reference.
+def stereo(split: str) -> Iterator[Record]:
+  """Yields super-resolution of one image of a stereo pair with the other as reference.
 
   The pair is scikit-image's motorcycle, from the Middlebury stereo data of 2014 (Scharstein et al.,
   "High-resolution stereo datasets with subpixel-accurate ground truth"): the left image is
@@ -355,16 +294,8 @@ class Stereo(_Demo, skip_registration=True):
   test split: six images of 96x112. The training split has windows above and below it, and
   photographs with a simulated second view.
   """
-
-  KEEP_ORDER = True
-
-  def _features(self) -> dict[str, Any]:
-    picture = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-    return {"image": picture, "reference": picture}
-
-  def _records(self, split: str) -> Iterator[dict[str, Any]]:
-    for image, reference in _test_pairs() if split == "test" else _train_pairs():
-      yield {"image": _encode(image, "png"), "reference": _encode(reference, "png")}
+  for image, reference in _test_pairs() if split == "test" else _train_pairs():
+    yield {"image": _encode(image, "png"), "reference": _encode(reference, "png")}
 
 
 def read_eyes() -> Pair:
@@ -414,7 +345,42 @@ def _windows(image: np.ndarray, step: tuple[int, int]) -> Iterator[tuple[slice, 
       yield slice(top, top + WINDOW[0]), slice(left, left + WINDOW[1])
 
 
-DEMOS = {"digits": Digits, "photos": Photos, "scenes": Scenes, "stereo": Stereo}
+class Demo(NamedTuple):
+  """Records of a split, and their features."""
+
+  records: Callable[[str], Iterator[Record]]
+  features: Record
+  shuffle: bool = True
+
+
+def _image(side: int | None, channels: int, encoding: str) -> tfds.features.Image:
+  return tfds.features.Image(shape=(side, side, channels), encoding_format=encoding)
+
+
+def _label(names: Iterable[str]) -> tfds.features.ClassLabel:
+  return tfds.features.ClassLabel(names=tuple(names))
+
+
+def _objects(names: Iterable[str]) -> tfds.features.Sequence:
+  box = {"area": np.int64, "bbox": tfds.features.BBoxFeature(), "id": np.int64}
+  return tfds.features.Sequence({**box, "is_crowd": np.bool_, "label": _label(names)})
+
+
+DEMOS = {
+  "digits": Demo(digits, {"image": _image(8, 1, "png"), "label": _label(DIGITS)}),
+  "photos": Demo(photos, {"image": _image(64, 3, "jpeg"), "label": _label(PHOTOS)}),
+  "scenes": Demo(
+    scenes,
+    {
+      "image": _image(SIZE, 3, "jpeg"),
+      "image/id": np.int64,
+      "objects": _objects(DIGITS),
+      "panoptic_image": _image(SIZE, 3, "png"),
+      "panoptic_objects": _objects((*DIGITS, *TEXTURES)),
+    },
+  ),
+  "stereo": Demo(stereo, dict.fromkeys(("image", "reference"), _image(None, 3, "png")), False),
+}
 
 
 def _cache_dir() -> pathlib.Path:
@@ -429,13 +395,13 @@ def open_splits(location: str, *, panoptic: bool = False) -> Splits:
   or one without segments; OSError if the cache folder cannot be written.
   """
   check_names("demo", [location], DEMOS)
-  folder = _cache_dir() / "demos" / location / str(DEMOS[location].VERSION)
+  folder = _cache_dir() / "demos" / location / "1.0.0"
   if not folder.is_dir():
-    _prepare(DEMOS[location], folder)
+    _prepare(location, folder)
   return tfds_source.open_folder(folder, f"demo:{location}", panoptic=panoptic)
 
 
-def _prepare(builder_class: type[_Demo], folder: pathlib.Path) -> None:
+def _prepare(name: str, folder: pathlib.Path) -> None:
   """Writes the dataset to a temporary folder and renames it in one step.
 
   No process sees half a dataset; of several that start together, the first to finish wins.
@@ -448,11 +414,11 @@ def _prepare(builder_class: type[_Demo], folder: pathlib.Path) -> None:
       f"cache folder {_cache_dir()} cannot be written ({error.strerror}); set VIT_JAX_ZOO_CACHE to "
       "another folder"
     ) from error
+  demo = DEMOS[name]
+  splits = {split: demo.records(split) for split in ("train", "test")}
   try:
-    builder = builder_class(data_dir=scratch, file_format="array_record")
-    with tfds_source.quiet_progress():
-      builder.download_and_prepare()
-    os.rename(builder.data_dir, folder)
+    written = tfds_source.write_dataset(name, demo.features, splits, scratch, shuffle=demo.shuffle)
+    os.rename(written, folder)
   except OSError:
     if not folder.is_dir():
       raise

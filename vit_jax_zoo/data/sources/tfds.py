@@ -13,8 +13,9 @@ import dataclasses
 import functools
 import io
 import os
+import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -340,6 +341,46 @@ def quiet_progress() -> Iterator[None]:
       yield
   finally:
     tfds.enable_progress_bar()
+
+
+class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  VERSION = tfds.core.Version("1.0.0")
+
+  def __init__(
+    self, features: Record, splits: Mapping[str, Iterable[Record]], *, shuffle: bool, **options: Any
+  ) -> None:
+    self._features, self._splits, self._shuffle = features, splits, shuffle
+    super().__init__(**options)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict(self._features)
+    return tfds.core.DatasetInfo(
+      builder=self, features=features, disable_shuffling=not self._shuffle
+    )
+
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    del dl_manager
+    return {split: self._generate_examples(records) for split, records in self._splits.items()}
+
+  def _generate_examples(self, records: Iterable[Record]) -> Iterator[tuple[int, Record]]:
+    yield from enumerate(records)
+
+
+def write_dataset(
+  name: str,
+  features: Record,
+  splits: Mapping[str, Iterable[Record]],
+  data_dir: str | os.PathLike,
+  *,
+  shuffle: bool,
+) -> pathlib.Path:
+  """Writes records as ArrayRecord, without TensorFlow; returns the dataset's folder."""
+  builder_class = type(name, (_Writer,), {"name": name}, skip_registration=True)
+  options = dict(data_dir=data_dir, file_format="array_record")
+  builder = builder_class(features, splits, shuffle=shuffle, **options)
+  with quiet_progress():
+    builder.download_and_prepare()
+  return pathlib.Path(builder.data_dir)
 
 
 def default_data_dir() -> epath.Path:
