@@ -51,11 +51,9 @@ def suffixes() -> frozenset[str]:
 def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixels:
   """Decodes an image file to upright sRGB by the rules of docs/IMAGES.md.
 
-  Args:
-    data: the file's content.
-    reduce: 1, 2, 4 or 8: decode to about 1/reduce of the height and width. Cheap for JPEG.
-    rows: with reduce=1: the topmost rows that are needed, cheaper than the whole of most JPEG
-      files; the result may have more.
+  `reduce`, 1, 2, 4 or 8, decodes to about 1/reduce of the height and width, cheap for JPEG. With
+  reduce=1, `rows` are the topmost rows that are needed, cheaper than the whole of most JPEG files;
+  the result may have more.
 
   Raises:
     CorruptExampleError: not an image, truncated, or of more than `MAX_PIXELS`.
@@ -350,13 +348,9 @@ def resize(
 ) -> UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W 3"]:
   """Resizes an image for training; `data/resize.py` has TensorFlow's exact resizes for evaluation.
 
-  Args:
-    image: uint8 (the result is rounded) or float32.
-    height: of the result.
-    width: of the result.
-    method: "bilinear" interpolates the four nearest pixels, at half-pixel centres; "area" averages
-      the covered area; "antialias" is bilinear, after a blur of the axes that shrink to less than
-      1/1.2, and "area" where one shrinks to less than 1/2.2.
+  "bilinear" interpolates the four nearest pixels, at half-pixel centres; "area" averages the
+  covered area; "antialias" is bilinear, after a blur of the axes that shrink to less than 1/1.2,
+  and "area" where one shrinks to less than 1/2.2. uint8 results are rounded.
   """
   scales = image.shape[0] / height, image.shape[1] / width
   if method == "antialias" and _BLUR_FROM < max(scales) <= _AREA_FROM:

@@ -58,40 +58,26 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   source: Source,
   transforms: Transforms,
   *,
-  batch_size: int,
-  seed: int,
-  start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
-  num_workers: int = 0,
-  num_threads: int | None = None,
-  num_classes: int | None = None,
-  on_corrupt: str = "error",
-  buckets: int | Sequence[Sequence[int]] | None = None,
-  repeats: int = 1,
+  batch_size: int,  # of all hosts together; a multiple of `process_count`
+  seed: int,  # of the order of the examples and of all augmentation
+  start_step: int = 0,  # no earlier one is replayed
+  process_index: int = 0,  # this host
+  process_count: int = 1,  # number of hosts
+  num_workers: int = 0,  # processes; 0: threads of this one, faster up to a few cores
+  num_threads: int | None = None,  # of each process; default: its share of the cores, at most 16
+  num_classes: int | None = None,  # bound of the labels; default: the source's
+  on_corrupt: str = "error",  # stops at an image that cannot be decoded; or "skip"
+  buckets: int | Sequence[Sequence[int]] | None = None,  # for images of different sizes
+  repeats: int = 1,  # rows of a batch with the same example, augmented differently
 ) -> "BatchIterator":
   """Returns this host's endless training batches from `start_step` on.
 
-  Args:
-    source: the examples.
-    transforms: from an example of the source to arrays of the same shape for each example.
-    batch_size: of all hosts together; a multiple of `process_count`.
-    seed: of the order of the examples and of all augmentation.
-    start_step: first step; no earlier one is replayed.
-    process_index: this host.
-    process_count: number of hosts.
-    num_workers: worker processes; 0 uses threads of this one, which is faster up to a few cores, as
-      decoding releases the interpreter lock.
-    num_threads: threads in each process; default: the cores that this process may use, divided by
-      the workers, at most 16. Each holds one batch of this host in memory.
-    num_classes: bound of the labels; default: the source's.
-    on_corrupt: "error" stops at an image that cannot be decoded; "skip" replaces it by an example
-      drawn from (seed, position) and counts it in the iterator's `skipped`.
-    buckets: for images of different sizes: shapes (height, width) to which batches are padded, or a
-      number of shapes to choose; see `data/buckets.py`.
-    repeats: repeated augmentation (Hoffer et al., arXiv:1901.09335; Berman et al.,
-      arXiv:1902.05509; timm's `--aug-repeats`): rows of a batch with the same example, augmented
-      differently; an epoch, by its number of steps, then sees only a part of the data.
+  The transforms make arrays of the same shape of each example. Each thread holds one batch of this
+  host in memory. "skip" replaces a corrupt image by an example drawn from (seed, position) and
+  counts it in the iterator's `skipped`. Buckets are the shapes (height, width) to which batches are
+  padded, or a number of shapes to choose; see `data/buckets.py`. With repeated augmentation (Hoffer
+  et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509; timm's `--aug-repeats`) an epoch, by
+  its number of steps, sees only a part of the data.
 
   Raises:
     ValueError: wrong batch size, empty source, wrong label, corrupt image, or examples of different

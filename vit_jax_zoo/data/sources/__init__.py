@@ -34,12 +34,9 @@ SECTION = (
 
 
 def load_source(name: str, split: str, **options: Any) -> Source:
-  """Returns the examples of one split.
+  """Returns the examples of one split, such as `train[:99%]`; see `data/sources/base.py`.
 
-  Args:
-    name: `kind:location`, see above.
-    split: `train`, `train[:99%]`, `minival`, ...; see `data/sources/base.py`.
-    **options: arguments of the kind's `open_splits`, such as `data_dir` of tfds.
+  The name is `kind:location`; options are those of the kind's `open_splits`.
 
   Raises:
     ValueError: an unknown kind, dataset, split or option.

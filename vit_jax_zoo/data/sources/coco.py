@@ -173,17 +173,16 @@ class CocoSource(Source):
 
 
 def open_splits(
-  location: str, *, panoptic: bool = False, annotated_only: bool = False, exif_frame: str = "auto"
+  location: str,
+  *,
+  panoptic: bool = False,  # read `panoptic_*.json`: segments of things and stuff
+  annotated_only: bool = False,  # leave out images without annotations, as torchvision, not DETR
+  exif_frame: str = "auto",  # of annotations of EXIF-rotated images; "upright", "stored"
 ) -> Splits:
-  """Finds the annotation files below a folder.
+  """Finds the annotation files below a local folder.
 
-  Args:
-    location: a local folder.
-    panoptic: read the files `panoptic_*.json`: segments of things and stuff.
-    annotated_only: leave out images without annotations, about 1 % of COCO: the official DETR
-      trains on them, torchvision's detectors do not.
-    exif_frame: frame of the annotations of images with an EXIF rotation: "upright", "stored", or
-      "auto": that of the sizes in the annotation file.
+  About 1 % of COCO's images have no annotations. The automatic frame is that of the sizes in the
+  annotation file.
 
   Raises:
     FileNotFoundError: there is no such folder, or none of segment images.

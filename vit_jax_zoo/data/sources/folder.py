@@ -150,12 +150,10 @@ FolderSplits: TypeAlias = Mapping[str, Callable[[], FolderSource]]
 
 
 def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
-  """Finds the images below a folder.
+  """Finds the images below a local folder.
 
-  Args:
-    location: a local folder.
-    class_names: the classes in the order of their labels, or a text file with one a line; needed
-      where labels must agree with a published model's. Default: folder names in sorted order.
+  `class_names` in the order of their labels, or in a text file of one a line, are needed where
+  labels must agree with a published model's. Default: folder names in sorted order.
 
   Raises:
     FileNotFoundError: there is no such folder.

@@ -53,19 +53,12 @@ class SegmentationSource(FileSource):
 
 def open_splits(
   location: str,
-  images: str | None = None,
-  labels: str | None = None,
-  lists: str | None = None,
-  class_names: Sequence[str] | str | None = None,
+  images: str | None = None,  # pattern; default: one of `LAYOUTS`
+  labels: str | None = None,  # pattern of the label maps; given together with `images`
+  lists: str | None = None,  # pattern of files of names, for patterns without `{split}`
+  class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
 ) -> Splits:
-  """Finds the images below a folder and their label maps.
-
-  Args:
-    location: a local folder.
-    images: pattern of the images; default: one of `LAYOUTS`.
-    labels: pattern of the label maps; given together with `images`.
-    lists: pattern of text files with the names of a split, for patterns without `{split}`.
-    class_names: the classes in the order of their ids, or a text file with one a line.
+  """Finds the images below a local folder and their label maps.
 
   Raises:
     FileNotFoundError: there is no such folder, or an image has no label map.

@@ -51,27 +51,18 @@ class TfdsSource(Source):
 
 def open_splits(
   location: str,
-  data_dir: str | None = None,
-  image_key: str | None = None,
-  label_key: str | None = None,
+  data_dir: str | None = None,  # default: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`
+  image_key: str | None = None,  # default: the only image feature, or "image"
+  label_key: str | None = None,  # default: `label`, else `labels`, else none
   *,
-  panoptic: bool = False,
-  label_rule: str | None = None,
+  panoptic: bool = False,  # read segments of things and stuff
+  label_rule: str | None = None,  # derives the labels from other features; a key of `RULES`
 ) -> Splits:
   """Opens a prepared dataset; its features decide the task.
 
-  Boxes: detection; label maps: segmentation; references: super-resolution; else classification.
-
-  Args:
-    location: `name`, `name/config`, either with `:version`, or the folder of `dataset_info.json`,
-      local or `gs://bucket/...`.
-    data_dir: folder of datasets, local or `gs://bucket/...`; default: `$TFDS_DATA_DIR`, else
-      `~/tensorflow_datasets`.
-    image_key: image feature; default: the only one, or "image".
-    label_key: label feature; default: `label`, else `labels`, else none. An image feature has label
-      maps.
-    panoptic: read segments of things and stuff.
-    label_rule: derives the labels from other features; a key of `RULES`.
+  Boxes: detection; label maps, for which `label_key` is an image feature: segmentation; references:
+  super-resolution; else classification. The location is `name`, `name/config`, either with
+  `:version`, or the folder of `dataset_info.json`. Folders are local or `gs://bucket/...`.
 
   Raises:
     FileNotFoundError: it has not been prepared there.
