@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.conftest import golden_folder
 from vit_jax_zoo.data.sources import load_source
-from vit_jax_zoo.data.transforms.base import pixels
+from vit_jax_zoo.data.transforms import pixels
 from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.registry import create_model

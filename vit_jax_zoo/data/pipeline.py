@@ -24,7 +24,7 @@ from absl import flags, logging
 from vit_jax_zoo.data.buckets import EvalPlan, Forecast, PaddedShape, TrainPlan, Transforms
 from vit_jax_zoo.data.shuffle import RandomNumbers, shuffled_index
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms.base import Transform, pixels
+from vit_jax_zoo.data.transforms import Transform, pixels
 from vit_jax_zoo.errors import check_names
 
 _LISTED = 10  # examples that are named in a log line

@@ -16,8 +16,7 @@ from jaxtyping import UInt8
 
 from vit_jax_zoo import weights
 from vit_jax_zoo.data import images as image_ops
-from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.data.transforms.base import Transform
+from vit_jax_zoo.data.transforms import Transform, build_transforms
 from vit_jax_zoo.data.transforms.detection import ResizeShorter
 from vit_jax_zoo.data.transforms.image import CentralCrop, Resize, ResizeSmall
 from vit_jax_zoo.errors import field_names

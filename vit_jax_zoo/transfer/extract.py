@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources.base import Example, Source
-from vit_jax_zoo.data.transforms.base import Transform, pixels
+from vit_jax_zoo.data.transforms import Transform, pixels
 from vit_jax_zoo.data.transforms.image import MultiHot
 from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.metrics.feature_probes import Labelled

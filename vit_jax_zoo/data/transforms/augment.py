@@ -44,7 +44,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling
 
-from vit_jax_zoo.data.transforms.base import ImageTransform
+from vit_jax_zoo.data.transforms import ImageTransform
 from vit_jax_zoo.errors import check_names
 
 Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]

@@ -36,7 +36,7 @@ from PIL import Image
 
 from vit_jax_zoo.data.images import orient, orient_boxes
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms.base import TargetTransform, Transform, pixels
+from vit_jax_zoo.data.transforms import TargetTransform, Transform, pixels
 
 Size: TypeAlias = tuple[int, int]  # height and width in pixels
 VOID = -1  # in a segment map: a pixel of no object

@@ -11,7 +11,7 @@ import numpy as np
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data import resize as tf_resize
 from vit_jax_zoo.data.sources.base import Example
-from vit_jax_zoo.data.transforms.base import ImageTransform, TargetTransform, Transform, pixels
+from vit_jax_zoo.data.transforms import ImageTransform, TargetTransform, Transform, pixels
 from vit_jax_zoo.errors import check_names
 
 Size: TypeAlias = int | tuple[int, int] | list[int]  # a side in pixels, or (height, width)

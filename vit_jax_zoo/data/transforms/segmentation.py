@@ -20,7 +20,7 @@ from PIL import Image
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms.base import TargetTransform, Transform, pixels
+from vit_jax_zoo.data.transforms import TargetTransform, Transform, pixels
 from vit_jax_zoo.data.transforms.detection import (
   VOID,
   GeometricTransform,

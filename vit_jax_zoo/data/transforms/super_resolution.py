@@ -15,7 +15,7 @@ from PIL import Image
 
 from vit_jax_zoo.data.images import Pixels
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example
-from vit_jax_zoo.data.transforms.base import Transform, pixels
+from vit_jax_zoo.data.transforms import Transform, pixels
 
 SCALE = 4  # ratio of the sides of output and input
 Resized: TypeAlias = UInt8[np.ndarray, "H W 3"]  # `Pixels` of another size than the argument
