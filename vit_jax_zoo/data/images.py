@@ -330,10 +330,9 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     return transform
   levels = np.linspace(0, 255, 18).astype(np.uint8)
   grid = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
-  moved = _apply(transform, Image.fromarray(grid[None])) - grid.reshape(1, len(grid), -1).astype(
-    int
-  )
-  return None if np.abs(moved).max() <= 2 else transform
+  plain = grid.reshape(1, len(grid), -1).astype(int)
+  moved = np.abs(_apply(transform, Image.fromarray(grid[None])) - plain)
+  return None if moved.max() <= 2 else transform
 
 
 _SRGB = ImageCms.createProfile("sRGB")

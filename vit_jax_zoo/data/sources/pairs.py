@@ -52,7 +52,8 @@ class PairSource(FileSource):
   def __getitem__(self, index: int) -> Example:
     image, references = self._files[index]
     found = tuple(map(self.read, references))
-    return {"image": self.read(image), "reference": found if self.stitched else (*found, None)[0]}
+    reference = found if self.stitched else next(iter(found), None)
+    return {"image": self.read(image), "reference": reference}
 
 
 def open_splits(location: str, reference: str | int = "1") -> Splits:
