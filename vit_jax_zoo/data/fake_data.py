@@ -13,17 +13,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vit_jax_zoo.data.sources import load_source, split_name
-from vit_jax_zoo.data.sources.base import (
-  DatasetInfo,
-  Example,
-  Source,
-  name_validation,
-  select_split,
-)
+from vit_jax_zoo.data.sources import base, load_source, split_name
 from vit_jax_zoo.data.transforms.detection import objects_example
 
 Size = tuple[int, int]
+Maker = Callable[[int, Size], base.Example]  # from an index and a size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +69,7 @@ _USUAL = {
 _OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
 
 
-def load(name: str, split: str, **options: Any) -> Source:
+def load(name: str, split: str, **options: Any) -> base.Source:
   """Returns the source of `load_source`, whose arguments it takes, or a fake one.
 
   Known datasets are always fake, so that a plan is the same on every machine; demos never are. Of
@@ -93,26 +87,24 @@ def load(name: str, split: str, **options: Any) -> Source:
       assumption = f"{name} not found: assumed to be like {usual or 'photographs of 1024x768'}"
       facts = _OWN_PAIRS if usual is None else DATASETS[usual]
   make = functools.partial(make_example, facts.kind, panoptic=bool(options.get("panoptic")))
-  opened: dict[str, Callable[[], Source]] = {
-    part: functools.partial(FakeSource, f"{name} {part}", count, facts, make, assumption)
+  opened: dict[str, Callable[[], base.Source]] = {
+    part: functools.partial(FakeSource, f"{name} {part}", facts, count, make, assumption)
     for part, count in facts.splits.items()
   }
   if "test" not in opened:
     opened["test"] = next(reversed(opened.values()))
-  return select_split(name_validation(opened), split, name)
+  return base.select_split(base.name_validation(opened), split, name)
 
 
-class FakeSource(Source):
+class FakeSource(base.Source):
   """Black examples."""
 
-  def __init__(
-    self, name: str, count: int, facts: Facts, make: Callable[[int, Size], Example], assumption: str
-  ) -> None:
+  def __init__(self, name: str, facts: Facts, count: int, make: Maker, assumption: str) -> None:
     self.assumption = assumption
-    self.info = DatasetInfo(name, count, facts.num_classes)
+    self.info = base.DatasetInfo(name, count, facts.num_classes)
     self._sizes, self._make = tuple(facts.sizes), make
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index: int) -> base.Example:
     return self._make(index, self.image_size(index))
 
   def example_name(self, index: int) -> str:
@@ -124,7 +116,7 @@ class FakeSource(Source):
     return self._sizes[index % len(self._sizes)]
 
 
-def make_example(kind: str, index: int, size: Size, *, panoptic: bool = False) -> Example:
+def make_example(kind: str, index: int, size: Size, *, panoptic: bool = False) -> base.Example:
   """Returns an example of a black image, with one object as large as the image."""
   (height, width), image = size, _picture(size)
   if kind == "label":

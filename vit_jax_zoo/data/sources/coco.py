@@ -25,14 +25,7 @@ import numpy as np
 from absl import logging
 
 from vit_jax_zoo.data import images as image_files
-from vit_jax_zoo.data.sources.base import (
-  CorruptExampleError,
-  DatasetInfo,
-  Example,
-  Source,
-  Splits,
-  name_validation,
-)
+from vit_jax_zoo.data.sources import base
 from vit_jax_zoo.data.sources.coco_file import CocoFile, read_coco
 from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.errors import check_names
@@ -99,14 +92,14 @@ class _Split(NamedTuple):
   segments: pathlib.Path | None = None  # folder of segment images
 
 
-class CocoSource(Source):
+class CocoSource(base.Source):
   """Images of a checked annotation file; examples as in `transforms/detection.py`.
 
   `rotated` has the EXIF orientation, by index, of images whose annotations are in the stored frame.
   """
 
   def __init__(
-    self, info: DatasetInfo, content: CocoFile, split: _Split, rotated: Mapping[int, int]
+    self, info: base.DatasetInfo, content: CocoFile, split: _Split, rotated: Mapping[int, int]
   ) -> None:
     self.info = info
     self._images, self._pngs, self._rotated = content.images, content.segments, rotated
@@ -118,7 +111,7 @@ class CocoSource(Source):
     ids = [image["id"] for image in self._images]
     self._own_ids = all(isinstance(i, int) and abs(i) < 1 << 31 for i in ids)  # batches are int32
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index: int) -> base.Example:
     image = self._images[index]
     objects = json.loads(self._objects.get(image["id"], b"[]"))
     boxes = np.array([o.get("bbox", (0, 0, 0, 0)) for o in objects], np.float64).reshape(-1, 4)
@@ -178,7 +171,7 @@ def open_splits(
   panoptic: bool = False,  # read `panoptic_*.json`: segments of things and stuff
   annotated_only: bool = False,  # leave out images without annotations, as torchvision, not DETR
   exif_frame: str = "auto",  # of annotations of EXIF-rotated images; "upright", "stored"
-) -> Splits:
+) -> base.Splits:
   """Finds the annotation files below a local folder.
 
   About 1 % of COCO's images have no annotations. The automatic frame is that of the sizes in the
@@ -205,7 +198,7 @@ def open_splits(
     for name, split in found.items()
   }
   short = {re.sub(r"_?(19|20)\d\d$", "", name): source for name, source in opened.items()}
-  return name_validation({**opened, **short} if len(short) == len(opened) else opened)
+  return base.name_validation({**opened, **short} if len(short) == len(opened) else opened)
 
 
 def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]:
@@ -228,12 +221,12 @@ def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]
 
 def _open(
   dataset: str, name: str, split: _Split, *, annotated_only: bool, exif_frame: str
-) -> Source:
+) -> base.Source:
   content = read_coco(split.json, panoptic=split.segments is not None)
   if annotated_only:
     kept = [image for image in content.images if content.objects.get(image["id"])]
     content = content._replace(images=kept)
-  info = DatasetInfo(
+  info = base.DatasetInfo(
     name=f"{dataset} {name}",
     num_examples=len(content.images),
     num_classes=max(content.categories) + 1,
@@ -294,7 +287,7 @@ def _read_headers(
   def read(index: int) -> tuple[int, int, int] | None:
     try:
       return image_files.read_header(split.images / images[index]["file_name"])
-    except (OSError, CorruptExampleError):
+    except (OSError, base.CorruptExampleError):
       return None
 
   with concurrent.futures.ThreadPoolExecutor() as threads:
@@ -307,4 +300,4 @@ def _read(file: str) -> bytes:
     with open(file, "rb") as stream:
       return stream.read()
   except OSError as error:
-    raise CorruptExampleError(f"{file} cannot be read ({error.strerror})") from None
+    raise base.CorruptExampleError(f"{file} cannot be read ({error.strerror})") from None

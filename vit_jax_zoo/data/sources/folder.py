@@ -30,18 +30,11 @@ import numpy as np
 from absl import logging
 
 from vit_jax_zoo.data.images import suffixes
-from vit_jax_zoo.data.sources.base import (
-  VALIDATION_NAMES,
-  DatasetInfo,
-  Example,
-  Source,
-  Splits,
-  name_validation,
-)
+from vit_jax_zoo.data.sources import base
 
 SPLIT_FOLDERS = {
   "train": "train", "training": "train", "test": "test", "testing": "test",
-  **{name: name for name in VALIDATION_NAMES},
+  **{name: name for name in base.VALIDATION_NAMES},
 }  # fmt: skip
 """Splits by the names that their folders may have, in lower case."""
 
@@ -54,10 +47,10 @@ _warn_once = functools.cache(logging.warning)
 _log_once = functools.cache(logging.info)  # each split of a run lists the folder again
 
 
-class FileSource(Source):
+class FileSource(base.Source):
   """Examples of `files`: an image's path below a folder, and the rest of the example."""
 
-  def __init__(self, info: DatasetInfo, root: str | os.PathLike, files: list[Any]) -> None:
+  def __init__(self, info: base.DatasetInfo, root: str | os.PathLike, files: list[Any]) -> None:
     self.info = dataclasses.replace(info, num_examples=len(files))
     self._root, self._files = os.fspath(root), files
 
@@ -127,7 +120,7 @@ def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]
 class FolderSource(FileSource):
   """Image files with the class of their folder. `image` is the file's bytes."""
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index: int) -> base.Example:
     path, label = self._files[index]
     return {"image": self.read(path), "label": label}
 
@@ -149,7 +142,7 @@ class FolderSource(FileSource):
 FolderSplits: TypeAlias = Mapping[str, Callable[[], FolderSource]]
 
 
-def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> Splits:
+def open_splits(location: str, class_names: Sequence[str] | str | None = None) -> base.Splits:
   """Finds the images below a local folder.
 
   `class_names` in the order of their labels, or in a text file of one a line, are needed where
@@ -161,7 +154,7 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
       lacks.
   """
   splits = find_splits(location, class_names)
-  return _name_test(name_validation(_name_choices(splits)), location)
+  return _name_test(base.name_validation(_name_choices(splits)), location)
 
 
 def find_splits(location: str, class_names: Sequence[str] | str | None = None) -> FolderSplits:
@@ -188,7 +181,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
   if "" in found and len(every) == 1:
     _check_not_wrapped(root / every[0], location)
   names = read_class_names(class_names) or tuple(every)
-  whole = DatasetInfo(f"folder:{location}", 0, len(names), names)
+  whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
   labelled = {s: _labelled(folders[s], files, names) for s, files in found.items() if files}
   if "" in labelled:
     labelled = _hashed_splits(root, labelled[""], names)
@@ -300,9 +293,9 @@ def hash_name(path: str) -> int:
   return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")
 
 
-def _name_choices(splits: FolderSplits) -> Splits:
+def _name_choices(splits: FolderSplits) -> base.Splits:
   """Adds the splits `fit` and `choose`."""
-  validation = [name for name in VALIDATION_NAMES if name in splits]
+  validation = [name for name in base.VALIDATION_NAMES if name in splits]
   if "train" not in splits:
     return splits
   if "test" in splits and len(validation) == 1:
@@ -312,23 +305,25 @@ def _name_choices(splits: FolderSplits) -> Splits:
   return {**splits, **parts}
 
 
-def _name_test(splits: Splits, location: str) -> Splits:
+def _name_test(splits: base.Splits, location: str) -> base.Splits:
   """Makes `test` an alias of the validation set where there is none, and the reverse.
 
   TFDS datasets have no such aliases: what a published number was measured on must be named.
   """
-  validation = {splits[name] for name in VALIDATION_NAMES if name in splits}
+  validation = {splits[name] for name in base.VALIDATION_NAMES if name in splits}
+  if "test" in splits and not validation:
+    return {**splits, **dict.fromkeys(base.VALIDATION_NAMES, splits["test"])}
   if "test" in splits:
-    return splits if validation else {**splits, **dict.fromkeys(VALIDATION_NAMES, splits["test"])}
+    return splits
   if len(validation) == 1:
     return {**splits, "test": validation.pop()}
   if validation:
     return splits
   absent = functools.partial(_nothing_held_out, location)
-  return {**splits, **dict.fromkeys(("test", *VALIDATION_NAMES), absent)}
+  return {**splits, **dict.fromkeys(("test", *base.VALIDATION_NAMES), absent)}
 
 
-def _nothing_held_out(location: str) -> Source:
+def _nothing_held_out(location: str) -> base.Source:
   raise ValueError(
     f"folder:{location} has images in train/, but none in test/ or val/; add one of them, or give "
     f"folder:{location.rstrip('/')}/train, of which a tenth is then held out"

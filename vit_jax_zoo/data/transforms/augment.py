@@ -81,26 +81,19 @@ class RandomErasing(ImageTransform):
       return image
     image = image.copy()
     count = int(rng.integers(1, self.max_count, endpoint=True))
+    low, high = (math.log(limit) for limit in self.aspect_ratio)
     for _ in range(count):
-      box = self._box(image.shape[:2], count, rng)
-      if box is not None:
-        top, left, height, width = box
-        part = image[top : top + height, left : left + width]
-        part[:] = self._fill(part.shape, image.dtype, rng)
+      for _ in range(10):  # attempts to fit
+        area = rng.uniform(self.area[0], self.area[1]) * image.shape[0] * image.shape[1] / count
+        ratio = math.exp(rng.uniform(low, high))
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if height < image.shape[0] and width < image.shape[1]:
+          top = int(rng.integers(image.shape[0] - height, endpoint=True))
+          left = int(rng.integers(image.shape[1] - width, endpoint=True))
+          part = image[top : top + height, left : left + width]
+          part[:] = self._fill(part.shape, image.dtype, rng)
+          break
     return image
-
-  def _box(
-    self, size: tuple[int, int], count: int, rng: np.random.Generator
-  ) -> tuple[int, int, int, int] | None:
-    """Draws (top, left, height, width); None if ten attempts did not fit."""
-    for _ in range(10):
-      area = rng.uniform(self.area[0], self.area[1]) * size[0] * size[1] / count
-      ratio = math.exp(rng.uniform(math.log(self.aspect_ratio[0]), math.log(self.aspect_ratio[1])))
-      height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-      if height < size[0] and width < size[1]:
-        top = int(rng.integers(size[0] - height, endpoint=True))
-        return top, int(rng.integers(size[1] - width, endpoint=True)), height, width
-    return None
 
   def _fill(self, shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
     noise = np.zeros(shape[-1])

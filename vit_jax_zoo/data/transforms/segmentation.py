@@ -20,16 +20,7 @@ from PIL import Image
 
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
-from vit_jax_zoo.data.transforms import TargetTransform, Transform, pixels
-from vit_jax_zoo.data.transforms.detection import (
-  VOID,
-  GeometricTransform,
-  Scale,
-  Size,
-  Step,
-  decode_segments,
-  random_window,
-)
+from vit_jax_zoo.data.transforms import TargetTransform, Transform, detection, pixels
 
 IGNORE = 255  # label of pixels that are neither trained nor scored
 
@@ -134,9 +125,9 @@ def _sample_values(source: Source) -> dict[int, int]:
 def _values(example: Example) -> Int[np.ndarray, "h w"]:
   if "segment_image" not in example:
     return _decode(example["label_map"])
-  segments = decode_segments(example["segment_image"], example["object_ids"])
+  segments = detection.decode_segments(example["segment_image"], example["object_ids"])
   labels = np.append(example["labels"], IGNORE).astype(np.int64)
-  return labels[np.where(segments == VOID, len(labels) - 1, segments)]
+  return labels[np.where(segments == detection.VOID, len(labels) - 1, segments)]
 
 
 def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
@@ -153,7 +144,7 @@ def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomScale(GeometricTransform):
+class RandomScale(detection.GeometricTransform):
   """Scales `image` and its annotations by a factor drawn uniformly."""
 
   smallest: float = 0.5
@@ -163,22 +154,23 @@ class RandomScale(GeometricTransform):
     ok = 0 < self.smallest <= self.largest
     self.check("smallest", ok, f"above 0, up to largest ({self.largest})")
 
-  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
+  def plan(self, size: detection.Size, rng: np.random.Generator) -> Sequence[detection.Step]:
     """Returns the scale."""
     factor = rng.uniform(self.smallest, self.largest)
-    return (Scale(max(1, round(size[0] * factor)), max(1, round(size[1] * factor))),)
+    return (detection.Scale(max(1, round(size[0] * factor)), max(1, round(size[1] * factor))),)
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomWindow(GeometricTransform):
+class RandomWindow(detection.GeometricTransform):
   """Crops `image` and its annotations to a random window; smaller images keep their side."""
 
   height: int
   width: int
 
-  def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
+  def plan(self, size: detection.Size, rng: np.random.Generator) -> Sequence[detection.Step]:
     """Returns the window."""
-    return (random_window(size, (min(self.height, size[0]), min(self.width, size[1])), rng),)
+    window = min(self.height, size[0]), min(self.width, size[1])
+    return (detection.random_window(size, window, rng),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +201,6 @@ class PadLabelMap(TargetTransform):
       "image_size": np.array(size, np.int32),
     }
 
-  def output_size(self, size: Size, _: np.random.Generator) -> Size:
+  def output_size(self, size: detection.Size, _: np.random.Generator) -> detection.Size:
     """Returns the padded size."""
     return self.height or size[0], self.width or size[1]
