@@ -168,7 +168,7 @@ class TestChoice:
     """Guards the choice against a search of all pairs of shapes that hold the images."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 7, (60, 2)) * 32
-    chosen = buckets.Buckets.of(buckets.choose_buckets(sizes, 3))
+    chosen = buckets.Buckets(buckets.choose_buckets(sizes, 3))
     assert len(chosen.shapes) <= 4
     for height, width in sizes.tolist():
       bucket = chosen.shapes[chosen.find(height, width)]

@@ -39,15 +39,13 @@ MULTIPLE = 32  # sides of chosen buckets are multiples of this, a ResNet's strid
 _SHUFFLE = 2  # separates this use of the seed from those of `data/shuffle.py`
 
 
-@dataclasses.dataclass(frozen=True)
 class Buckets:
-  """Shapes of batches, by area; the last one holds every image that another one holds."""
+  """Shapes of batches, by area; the last one holds every image that another one holds.
 
-  shapes: tuple[Shape, ...]
+  ValueError unless the given shapes are pairs (height, width).
+  """
 
-  @classmethod
-  def of(cls, shapes: Iterable[Sequence[int]]) -> "Buckets":
-    """Returns buckets of these (height, width), or ValueError, and of their largest sides."""
+  def __init__(self, shapes: Iterable[Sequence[int]]) -> None:
     given = set[Shape]()
     for shape in shapes:
       if len(shape) != 2 or not all(isinstance(side, int) and side > 0 for side in shape):
@@ -56,7 +54,7 @@ class Buckets:
     if not given:
       raise ValueError("buckets: expected at least one (height, width)")
     given.add((max(height for height, _ in given), max(width for _, width in given)))
-    return cls(tuple(sorted(given, key=lambda shape: (shape[0] * shape[1], shape))))
+    self.shapes = sorted(given, key=lambda shape: (shape[0] * shape[1], shape))
 
   def find(self, height: int, width: int) -> int:
     """Returns the index of the smallest bucket that holds an image of this size, or ValueError."""
@@ -65,7 +63,7 @@ class Buckets:
         return number
     raise ValueError(
       f"an image of {height}x{width} pixels (height, width) fits into none of the buckets "
-      f"{self.shapes}; add a larger one, or scale the images down"
+      f"{tuple(self.shapes)}; add a larger one, or scale the images down"
     )
 
 
@@ -128,11 +126,6 @@ class Forecast:
   sizes: Any  # of the source's images, Int[np.ndarray, "n 2"]
   transforms: tuple[Any, ...]  # applied in order
 
-  @classmethod
-  def of(cls, source: Source, transforms: Transforms) -> "Forecast":
-    """Returns the forecast of a source."""
-    return cls(source_sizes(source), tuple(transforms))
-
   @property
   def original(self) -> Shape:
     """Largest height and width before the transforms."""
@@ -165,11 +158,11 @@ def find_buckets(
   ValueError for wrong shapes, or a transform whose output size is not known in advance.
   """
   if not isinstance(buckets, int):
-    return Buckets.of(buckets)
+    return Buckets(buckets)
   if buckets < 1:
     raise ValueError(f"buckets: expected at least 1, or pairs (height, width), got {buckets}")
   sizes = forecast.evaluation() if seed is None else forecast.run(seed, range(SAMPLE))
-  chosen = Buckets.of(choose_buckets(np.array(sizes), buckets))
+  chosen = Buckets(choose_buckets(np.array(sizes), buckets))
   logging.info("images are padded to %s (height, width)", ", ".join(map(str, chosen.shapes)))
   return chosen
 

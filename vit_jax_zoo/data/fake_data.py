@@ -108,11 +108,9 @@ class FakeSource(base.Source):
     return self._make(index, self.image_size(index))
 
   def example_name(self, index: int) -> str:
-    """Returns split and index."""
     return f"{super().example_name(index)}, fake"
 
   def image_size(self, index: int) -> Size:
-    """Returns the example's size."""
     return self._sizes[index % len(self._sizes)]
 
 

@@ -21,7 +21,14 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from vit_jax_zoo.data.buckets import EvalPlan, Forecast, PaddedShape, TrainPlan, Transforms
+from vit_jax_zoo.data.buckets import (
+  EvalPlan,
+  Forecast,
+  PaddedShape,
+  TrainPlan,
+  Transforms,
+  source_sizes,
+)
 from vit_jax_zoo.data.shuffle import RandomNumbers, shuffled_index
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms import Transform, pixels
@@ -94,7 +101,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
     raise ValueError(f"{both}; remove one")
   plan = None
   if buckets is not None:
-    plan = TrainPlan(Forecast.of(source, transforms), seed, batch_size, buckets)
+    plan = TrainPlan(Forecast(source_sizes(source), transforms), seed, batch_size, buckets)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=plan is None)
   # Batches of one host's size, in the order of their rows: host p takes every process_count-th.
   # An element is a batch: with Grain's shuffle, random_map and batch by example, images take 12 %
@@ -122,7 +129,7 @@ def training_shapes(
   loader = Loader(source, transforms, num_classes, "error", replace=False)
   plan, shapes = None, list[Any]([None])
   if buckets is not None:
-    plan = TrainPlan(Forecast.of(source, transforms), seed, batch_size, buckets)
+    plan = TrainPlan(Forecast(source_sizes(source), transforms), seed, batch_size, buckets)
     shapes = [plan(step)[1] for step in range(512)]
   kinds = []
   for shape, count in collections.Counter(shapes).most_common():
@@ -159,7 +166,7 @@ def eval_batches(  # noqa: PLR0913
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
   plan, num_batches = None, -(-len(source) // batch_size)
   if buckets is not None:
-    plan = EvalPlan(Forecast.of(source, transforms), batch_size, buckets)
+    plan = EvalPlan(Forecast(source_sizes(source), transforms), batch_size, buckets)
     num_batches = len(plan.padded_shapes)
   numbers = grain.MapDataset.range(num_batches * process_count)[process_index::process_count]
   batches = MaskedBatches(loader, local, plan, process_count)

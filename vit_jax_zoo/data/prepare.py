@@ -45,10 +45,8 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
     nearest = ", ".join(difflib.get_close_matches(name, known)) or "none"
     raise ValueError(f"--dataset={name} is not a TFDS dataset; closest matches: {nearest}")
   if importlib.util.find_spec("tensorflow") is None:
-    raise ModuleNotFoundError(
-      f"preparing {name} needs TensorFlow (reading it does not): pip install -e '.[prepare]', here "
-      "or in another environment"
-    )
+    remedy = "pip install -e '.[prepare]', here or in another environment"
+    raise ModuleNotFoundError(f"preparing {name} needs TensorFlow, unlike reading it: {remedy}")
   try:
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     _check_disk(name, data_dir, int(builder.info.dataset_size or 0))
@@ -174,9 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.error("set --dataset=imagenet2012 or --from_tfrecord=<prepared folder>")
   for flag in ("data_dir", "from_tfrecord", "from_folder"):
     if tfds_source.is_remote(getattr(given, flag) or ""):
-      parser.error(
-        f"--{flag}={getattr(given, flag)} is not on a local disk; prepare on one, and copy"
-      )
+      value = getattr(given, flag)
+      parser.error(f"--{flag}={value} is not on a local disk; prepare on one, and copy")
   data_dir = pathlib.Path(given.data_dir).expanduser()
   try:
     if given.from_tfrecord:

@@ -116,12 +116,10 @@ class SlicedSource(Source):
     return source[position]
 
   def example_name(self, index: int) -> str:
-    """Returns the example's name in its source."""
     source, position = self._find(index)
     return source.example_name(position)
 
   def labels(self) -> np.ndarray | None:
-    """Returns the labels of all parts, if all are known."""
     found = []
     for source, indices in self._parts:
       if (labels := source.labels()) is None:
@@ -130,7 +128,6 @@ class SlicedSource(Source):
     return np.concatenate(found)
 
   def missing(self) -> list[int]:
-    """Returns the missing examples of all parts."""
     found = []
     for end, (source, indices) in zip(self._ends, self._parts, strict=True):
       start = end - len(indices)
@@ -138,7 +135,6 @@ class SlicedSource(Source):
     return found
 
   def image_size(self, index: int) -> tuple[int, int]:
-    """Returns the size that the source of the example returns."""
     source, position = self._find(index)
     return source.image_size(position)
 

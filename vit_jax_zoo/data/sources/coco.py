@@ -146,7 +146,6 @@ class CocoSource(base.Source):
     return files
 
   def example_name(self, index: int) -> str:
-    """Returns the path of the image."""
     return self._files(index)[0]
 
   def image_size(self, index: int) -> tuple[int, int]:
@@ -155,7 +154,6 @@ class CocoSource(base.Source):
     return (width, height) if self._rotated.get(index, 1) >= 5 else (height, width)
 
   def missing(self) -> list[int]:
-    """Returns the images whose files, or whose segment images, are not there."""
     folders = {os.path.dirname(f) for i in range(len(self)) for f in self._files(i)}
     there = {os.path.join(d, f) for d in folders if os.path.isdir(d) for f in os.listdir(d)}
     return [

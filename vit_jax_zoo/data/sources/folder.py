@@ -55,7 +55,6 @@ class FileSource(base.Source):
     self._root, self._files = os.fspath(root), files
 
   def example_name(self, index: int) -> str:
-    """Returns the path of the image file."""
     return os.path.join(self._root, self._files[index][0])
 
   def read(self, file: str) -> bytes:
@@ -125,7 +124,6 @@ class FolderSource(FileSource):
     return {"image": self.read(path), "label": label}
 
   def labels(self) -> np.ndarray:
-    """Returns the labels of all files."""
     return np.array([label for _, label in self._files], np.int64)
 
   def part(self, *, chosen: bool) -> "FolderSource":

@@ -101,10 +101,8 @@ def _choose(
   if reference == "random":
     return (references[_hash(image.name) % len(references)],)
   if int(reference) > len(references):
-    raise FileNotFoundError(
-      f"{image}: no reference number {reference}; it has {len(references)}, the last is "
-      f"{references[-1]}"
-    )
+    last = f"it has {len(references)}, the last is {references[-1]}"
+    raise FileNotFoundError(f"{image}: no reference number {reference}; {last}")
   return (references[int(reference) - 1],)
 
 

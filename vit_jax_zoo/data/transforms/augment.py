@@ -76,7 +76,6 @@ class RandomErasing(ImageTransform):
     self.check_limits("aspect_ratio", math.inf)
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the image of the same type, erased or unchanged."""
     if rng.random() >= self.probability:
       return image
     image = image.copy()
@@ -267,10 +266,8 @@ class _Policy(ImageTransform):
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Returns the augmented image, uint8; ValueError for images of another type."""
     if image.dtype != np.uint8:
-      raise ValueError(
-        f"{self.name}: expected uint8 images, got {image.dtype}; put it before transforms with "
-        "dtype='float32'"
-      )
+      remedy = "put it before transforms with dtype='float32'"
+      raise ValueError(f"{self.name}: expected uint8 images, got {image.dtype}; {remedy}")
     for _ in range(self.num_layers):
       image = self.apply_layer(image, self.operations[rng.integers(len(self.operations))], rng)
     return image
@@ -292,7 +289,6 @@ class RandAugment(_Policy):
   operations = (*COMMON, "cutout")
 
   def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
-    """Returns the image after one operation."""
     share = self.magnitude / 10
     if operation in _MOVES:
       return _move(image, operation, _signed(share, rng), 100.0, GREY, Resampling.NEAREST)
@@ -329,7 +325,6 @@ class TimmRandAugment(_Policy):
     self.check("fill", len(self.fill) == 3, "3 values")
 
   def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
-    """Returns the image after one operation, or as it was."""
     if rng.random() >= self.probability:
       return image
     share = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10)) / 10

@@ -86,7 +86,6 @@ class LoadObjects(TargetTransform):
   run_lengths: int | None = None
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the decoded example."""
     image = pixels(example["image"])
     size = image.shape[:2]
     example = {**example, "image": image, "original_size": np.array(size, np.int32)}
@@ -221,9 +220,8 @@ def _encode_outline(outline: Any, height: int, width: int) -> Any:
   try:
     if isinstance(outline, dict):
       if tuple(outline["size"]) != (height, width):
-        raise CorruptExampleError(
-          f"an outline of {outline['size']} (height, width) is not the image's {height}x{width}"
-        )
+        found = f"an outline of {outline['size']} (height, width)"
+        raise CorruptExampleError(f"{found} is not the image's {height}x{width}")
       counts = outline["counts"]
       if isinstance(counts, list):
         return run_lengths.frPyObjects(outline, height, width)
@@ -250,10 +248,8 @@ def _lines(encoded: Sequence[dict[str, Any]], length: int) -> np.ndarray:
   """Returns run lengths as lines of text, padded with zeros to `length` bytes."""
   data = b"".join(mask["counts"] + b"\n" for mask in encoded)
   if len(data) > length:
-    raise ValueError(
-      f"run lengths of {len(encoded)} objects take {len(data)} bytes; raise load_objects' "
-      f"run_lengths above {length}"
-    )
+    need = f"run lengths of {len(encoded)} objects take {len(data)} bytes"
+    raise ValueError(f"{need}; raise load_objects' run_lengths above {length}")
   return np.frombuffer(data.ljust(length, b"\0"), np.uint8)
 
 
@@ -276,7 +272,6 @@ class KeepClasses(TargetTransform):
   below: int  # first class id that is dropped
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the example with the remaining objects."""
     return keep_objects(example, example["labels"] < self.below)
 
 
@@ -284,7 +279,6 @@ class Mirror(NamedTuple):
   """Horizontal flip."""
 
   def __call__(self, example: Example) -> Example:
-    """Returns the example, flipped."""
     example = {**example, "image": cv2.flip(example["image"], 1)}
     if "boxes_xyxy" in example:
       left, top, right, bottom = example["boxes_xyxy"].T
@@ -304,7 +298,6 @@ class Scale(NamedTuple):
   width: int
 
   def __call__(self, example: Example) -> Example:
-    """Returns the example, resized."""
     before = example["image"].shape[:2]
     if before == tuple(self):
       return example
@@ -334,7 +327,6 @@ class Window(NamedTuple):
   width: int
 
   def __call__(self, example: Example) -> Example:
-    """Returns the example, cropped."""
     top, left, height, width = self
     rows, columns = slice(top, top + height), slice(left, left + width)
     example = {**example, "image": example["image"][rows, columns]}
@@ -387,7 +379,6 @@ class RandomFlip(GeometricTransform):
   probability: float = 0.5
 
   def plan(self, _: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns the mirror, or nothing."""
     return (Mirror(),) if rng.random() < self.probability else ()
 
 
@@ -399,7 +390,6 @@ class ResizeShorter(GeometricTransform):
   longest: int | None = 1333  # limit of the longer side
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns a scale."""
     return (_drawn_scale(size, self.shorter, self.longest, rng),)
 
 
@@ -420,7 +410,6 @@ class RandomScaleCrop(GeometricTransform):
     self.check("crop_probability", 0 <= self.crop_probability <= 1, "[0, 1]")
 
   def plan(self, size: Size, rng: np.random.Generator) -> Sequence[Step]:
-    """Returns a scale; or a scale, a window and a scale."""
     steps: list[Step] = []
     if rng.random() < self.crop_probability:
       scale = _drawn_scale(size, self.crop_from, None, rng)
@@ -473,14 +462,12 @@ class PadObjects(TargetTransform):
   num: int | None = None  # default: the largest count in the data, or 100 where it is unknown
 
   def for_source(self, source: Source) -> Transform:
-    """Returns the transform with room for the source's fullest image."""
     largest = source.info.max_objects
     if self.num is None and largest is not None:
       return dataclasses.replace(self, num=max(1, largest))
     return self
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the example with padded targets."""
     example, num = dict(example), self.num or MAX_OBJECTS
     size, count = example["image"].shape[:2], len(example["labels"])
     if count > num:

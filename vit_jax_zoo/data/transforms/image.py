@@ -23,7 +23,6 @@ class Decode(ImageTransform):
   """Decodes `image`: bytes -> uint8 [h w 3] in [0, 255], RGB; see `images.decode_image`."""
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-    """Returns the pixels."""
     return image
 
 
@@ -46,7 +45,6 @@ class RandomResizedCrop(Transform):
     self.check_limits("aspect_ratio", math.inf)
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with the crop as `image`."""
     image, new = example["image"], _height_width(self.size)
     if isinstance(image, bytes):
       size = images.image_size(image)
@@ -103,7 +101,7 @@ def _decode_for(
 class RandomResizeSmall(ImageTransform):
   """Resizes `image`, with antialiasing, so that its shorter side is drawn from a range.
 
-  With a random crop behind it, the augmentation of AlexNet, VGG and iGPT (section 3.1).
+  The longer side is rounded. With a random crop behind it, the augmentation of AlexNet, VGG and iGPT (section 3.1).
   """
 
   smallest: int  # of the shorter sides, in pixels
@@ -113,7 +111,6 @@ class RandomResizeSmall(ImageTransform):
     self.check("smallest", 0 < self.smallest <= self.largest, f"1..{self.largest} (largest)")
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the resized image; the longer side is rounded."""
     scale = rng.integers(self.smallest, self.largest, endpoint=True) / min(image.shape[:2])
     height, width = (round(side * scale) for side in image.shape[:2])
     return images.resize(image, height, width, "antialias")
@@ -127,7 +124,6 @@ class RandomTranslate(ImageTransform):
   fill: int | None = 0  # value of the padding; None reflects without repeating the edge
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the shifted image."""
     border = cv2.BORDER_REFLECT_101 if self.fill is None else cv2.BORDER_CONSTANT
     value, m = (self.fill or 0,) * 3, self.pixels
     padded = cv2.copyMakeBorder(image, m, m, m, m, border, value=value)
@@ -142,18 +138,16 @@ class RandomCrop(ImageTransform):
   size: Size
 
   def apply(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Returns the window."""
     return _crop(image, self.size, lambda room: int(rng.integers(room, endpoint=True)))
 
 
 @dataclasses.dataclass(frozen=True)
 class CentralCrop(ImageTransform):
-  """Crops `image` to its central window of `size`."""
+  """Crops `image` to its central window of `size`; odd remainders are smaller above and left."""
 
   size: Size
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-    """Returns the window; an odd remainder leaves the smaller half above and to the left."""
     return _crop(image, self.size, lambda room: room // 2)
 
 
@@ -161,10 +155,8 @@ def _crop(image: np.ndarray, size: Size, start: Callable[[int], int]) -> np.ndar
   """Crops to a window whose corner `start` returns from the free rows and columns."""
   height, width = _height_width(size)
   if height > image.shape[0] or width > image.shape[1]:
-    raise ValueError(
-      f"crop of {height}x{width} exceeds the image of {image.shape[0]}x{image.shape[1]}; resize it "
-      "first"
-    )
+    size_text = f"{image.shape[0]}x{image.shape[1]}"
+    raise ValueError(f"crop of {height}x{width} exceeds the image of {size_text}; resize it first")
   top, left = start(image.shape[0] - height), start(image.shape[1] - width)
   return image[top : top + height, left : left + width]
 
@@ -185,7 +177,6 @@ class Resize(ImageTransform):
     check_names("pixel type", [self.dtype], ("uint8", "float32"))
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-    """Returns the resized image."""
     return self._resized(image, *_height_width(self.size))
 
   def _resized(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -201,7 +192,6 @@ class ResizeSmall(Resize):
   method: str = "area"  # big_vision's; "bilinear" or "antialias"
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-    """Returns the resized image."""
     # In float32, as TensorFlow: it decides where a side comes to a half.
     scale = np.float32(self.size) / np.float32(min(image.shape[:2]))
     height, width = (round(float(np.float32(side) * scale)) for side in image.shape[:2])
@@ -222,7 +212,6 @@ class OneHot(TargetTransform):
   off_value: float = 0.0
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the example with the vector in the place of `label`."""
     labels = np.asarray(example["label"], np.int64).reshape(-1)
     for label in labels:
       if not 0 <= label < self.num_classes:
@@ -253,7 +242,6 @@ class KeepPrefix(Transform):
     self.check("share", 0 <= self.share <= 1, "[0, 1]")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the example with `prefix_length`."""
     image = pixels(example["image"])
     height, width = image.shape[:2]
     return {**example, "image": image, "prefix_length": round(self.share * height) * width}

@@ -66,17 +66,14 @@ class LoadLabelMap(TargetTransform):
     return self
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the decoded example."""
     image = pixels(example["image"])
     values, turn = _values(example), example.get("annotation_orientation", 1)
     if turn == 1 and values.shape != image.shape[:2] and isinstance(example["image"], bytes):
       turn = images.parse_header(example["image"])[2]
     values = images.orient(values, turn)
     if values.shape != image.shape[:2]:
-      raise CorruptExampleError(
-        f"label map is {values.shape[0]}x{values.shape[1]}, its image {image.shape[0]}x"
-        f"{image.shape[1]} (height x width)"
-      )
+      sizes = f"{values.shape[0]}x{values.shape[1]}, its image {image.shape[0]}x{image.shape[1]}"
+      raise CorruptExampleError(f"label map is {sizes} (height x width)")
     rest = {key: example[key] for key in ("image_id",) if key in example}
     size = np.array(image.shape[:2], np.int32)
     return {"image": image, "label_map": self._labels(values), "original_size": size, **rest}
@@ -155,7 +152,6 @@ class RandomScale(detection.GeometricTransform):
     self.check("smallest", ok, f"above 0, up to largest ({self.largest})")
 
   def plan(self, size: detection.Size, rng: np.random.Generator) -> Sequence[detection.Step]:
-    """Returns the scale."""
     factor = rng.uniform(self.smallest, self.largest)
     return (detection.Scale(max(1, round(size[0] * factor)), max(1, round(size[1] * factor))),)
 
@@ -168,7 +164,6 @@ class RandomWindow(detection.GeometricTransform):
   width: int
 
   def plan(self, size: detection.Size, rng: np.random.Generator) -> Sequence[detection.Step]:
-    """Returns the window."""
     window = min(self.height, size[0]), min(self.width, size[1])
     return (detection.random_window(size, window, rng),)
 
@@ -184,7 +179,6 @@ class PadLabelMap(TargetTransform):
   width: int | None = None
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the padded example."""
     image, labels = pixels(example["image"]), example["label_map"]
     size = image.shape[:2]
     below, right = np.subtract(self.output_size(size, rng), size).tolist()
@@ -202,5 +196,4 @@ class PadLabelMap(TargetTransform):
     }
 
   def output_size(self, size: detection.Size, _: np.random.Generator) -> detection.Size:
-    """Returns the padded size."""
     return self.height or size[0], self.width or size[1]

@@ -46,11 +46,8 @@ class SuperResolutionPair(Transform):
     self.check("stitch_side", _are_multiples(self.stitch_side), f"a positive multiple of {SCALE}")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the example with the five images."""
     if "reference" not in example:
-      raise ValueError(
-        "reference: missing in the example; use a source with references, pairs:/path"
-      )
+      raise ValueError("reference: missing; use a source with references, such as pairs:/path")
     image = crop_to_multiple(pixels(example["image"]), "the image")
     low_res = shrink(image)
     reference = self._reference(example["reference"], low_res)
@@ -99,13 +96,11 @@ class RandomPairCrop(Transform):
     self.check("margin", ok, "multiples of 2, at least 0")
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with both crops."""
     image, reference = (pixels(example[key]) for key in ("image", "reference"))
     size, margin = _pair(self.size), _pair(self.margin)
     if image.shape[0] < size[0] or image.shape[1] < size[1]:
-      raise ValueError(
-        f"size: {size[0]}x{size[1]} is larger than an image of {_sides(image)}; set a smaller one"
-      )
+      found = f"{size[0]}x{size[1]} is larger than an image of {_sides(image)}"
+      raise ValueError(f"size: {found}; set a smaller one")
     wanted = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
     corner = [int(rng.integers(image.shape[i] - size[i], endpoint=True)) for i in (0, 1)]
     other = []
@@ -132,7 +127,6 @@ class RandomPairTurn(Transform):
   together: bool = False  # applies the same to the reference
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with flipped and turned images."""
     turned = dict(example)
     for group in [TARGETS + REFERENCES] if self.together else [TARGETS, REFERENCES]:
       mirror, flip = rng.integers(2, size=2)
@@ -162,7 +156,6 @@ class PadPair(Transform):
       self.check(field, _are_multiples(getattr(self, field)), f"multiples of {SCALE}")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
-    """Returns the example with padded images, and `size`."""
     large, reference = _pair(self.size), _pair(self.reference_size)
     sizes = dict.fromkeys(("image", "upsampled_image"), large)
     sizes["low_res_image"] = (large[0] // SCALE, large[1] // SCALE)
@@ -193,9 +186,8 @@ def crop_to_multiple(image: Pixels, what: str) -> Resized:
 def _pad(image: Pixels, size: tuple[int, int], what: str) -> Resized:
   height, width = size
   if image.shape[0] > height or image.shape[1] > width:
-    raise ValueError(
-      f"{what}: {height}x{width} is smaller than an image of {_sides(image)}; increase it or crop"
-    )
+    found = f"{height}x{width} is smaller than an image of {_sides(image)}"
+    raise ValueError(f"{what}: {found}; increase it or crop")
   return np.pad(image, ((0, height - image.shape[0]), (0, width - image.shape[1]), (0, 0)))
 
 
