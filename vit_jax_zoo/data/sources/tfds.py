@@ -30,6 +30,7 @@ from vit_jax_zoo.data.transforms.detection import objects_example
 from vit_jax_zoo.errors import check_names
 
 Record: TypeAlias = Mapping[str, Any]
+RecordSplits: TypeAlias = Mapping[str, Iterable[Record]]
 Maker: TypeAlias = Callable[[Record, int], Example]  # from a record and its index to an example
 
 OBJECTS = {False: "objects", True: "panoptic_objects"}
@@ -70,32 +71,29 @@ def open_splits(
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   folder = at_path(location) if is_path or is_remote(location) else _find(location, data_dir)
-  options = dict(image_key=image_key, label_key=label_key, label_rule=label_rule)
-  return open_folder(folder, f"tfds:{location}", panoptic=panoptic, **options)
+  keys = (image_key, label_key)
+  return open_folder(folder, f"tfds:{location}", keys, label_rule, panoptic=panoptic)
 
 
 def open_folder(
   folder: epath.PathLike,
-  name: str,
-  *,
-  image_key: str | None = None,
-  label_key: str | None = None,
-  panoptic: bool = False,
+  name: str,  # in messages
+  keys: tuple[str | None, str | None] = (None, None),  # features of images and labels
   label_rule: str | None = None,
+  *,
+  panoptic: bool = False,
 ) -> Splits:
-  """Opens the prepared dataset in `folder`; `name` is used in messages."""
+  """Opens the prepared dataset in `folder`."""
   builder = tfds.builder_from_directory(folder)
   features, whole, encoded = builder.info.features, DatasetInfo(name, 0), PAIR
-  keys = (image_key, label_key)
+  has_boxes = any(_has_boxes(features, key) for key in OBJECTS.values())
   if label_rule is not None:
     whole, encoded, make = _derived(features, name, *keys, label_rule)
-  elif panoptic or (
-    keys == (None, None) and any(_has_boxes(features, key) for key in OBJECTS.values())
-  ):
+  elif panoptic or (keys == (None, None) and has_boxes):
     whole, encoded, make = _objects(features, name, panoptic=panoptic)
   elif maps := _label_maps(features, *keys):
     encoded, make = maps, functools.partial(_map_example, keys=maps)
-  elif image_key is None and set(PAIR) <= set(_images(features)):
+  elif keys[0] is None and set(PAIR) <= set(_images(features)):
     make = _pair_example
   else:
     image_key, label_key = _keys(features, name, *keys)
@@ -337,17 +335,12 @@ def quiet_progress() -> Iterator[None]:
 class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   VERSION = tfds.core.Version("1.0.0")
 
-  def __init__(
-    self, features: Record, splits: Mapping[str, Iterable[Record]], *, shuffle: bool, **options: Any
-  ) -> None:
-    self._features, self._splits, self._shuffle = features, splits, shuffle
+  def __init__(self, splits: RecordSplits, metadata: Record, **options: Any) -> None:
+    self._splits, self._metadata = splits, metadata
     super().__init__(**options)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = tfds.features.FeaturesDict(self._features)
-    return tfds.core.DatasetInfo(
-      builder=self, features=features, disable_shuffling=not self._shuffle
-    )
+    return tfds.core.DatasetInfo(builder=self, **self._metadata)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
     del dl_manager
@@ -358,17 +351,12 @@ class _Writer(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 
 def write_dataset(
-  name: str,
-  features: Record,
-  splits: Mapping[str, Iterable[Record]],
-  data_dir: str | os.PathLike,
-  *,
-  shuffle: bool,
+  name: str, features: Record, splits: RecordSplits, data_dir: str | os.PathLike, *, shuffle: bool
 ) -> pathlib.Path:
   """Writes records as ArrayRecord, without TensorFlow; returns the dataset's folder."""
   builder_class = type(name, (_Writer,), {"name": name}, skip_registration=True)
-  options = dict(data_dir=data_dir, file_format="array_record")
-  builder = builder_class(features, splits, shuffle=shuffle, **options)
+  metadata = dict(features=tfds.features.FeaturesDict(features), disable_shuffling=not shuffle)
+  builder = builder_class(splits, metadata, data_dir=data_dir, file_format="array_record")
   with quiet_progress():
     builder.download_and_prepare()
   return pathlib.Path(builder.data_dir)

@@ -101,7 +101,8 @@ def _decode_for(
 class RandomResizeSmall(ImageTransform):
   """Resizes `image`, with antialiasing, so that its shorter side is drawn from a range.
 
-  The longer side is rounded. With a random crop behind it, the augmentation of AlexNet, VGG and iGPT (section 3.1).
+  The longer side is rounded. With a random crop behind it, the augmentation of AlexNet, VGG and
+  iGPT (section 3.1).
   """
 
   smallest: int  # of the shorter sides, in pixels
