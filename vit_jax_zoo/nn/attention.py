@@ -14,6 +14,9 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from vit_jax_zoo.ops.attention import matrix_product
+from vit_jax_zoo.ops.sharding import is_for_cpu
+
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
 """Of `jax.nn.dot_product_attention`: None is JAX's choice, "xla" runs everywhere, "cudnn" is the
 fused kernel of NVIDIA GPUs (16-bit inputs only)."""
@@ -177,6 +180,7 @@ class MultiHeadAttention(nn.Module):
       use_bias=self.out_bias,
       kernel_init=self.out_kernel_init or self.kernel_init,
       dtype=self.dtype,
+      dot_general=matrix_product if is_for_cpu() else None,
       name="out",
     )(context)
     return checkpoint_name(out, "attention_out")
@@ -203,5 +207,6 @@ class MultiHeadAttention(nn.Module):
       use_bias=self.qkv_bias,
       kernel_init=self.kernel_init,
       dtype=self.dtype,
+      dot_general=matrix_product if is_for_cpu() else None,
       name=name,
     )

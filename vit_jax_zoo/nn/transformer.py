@@ -12,6 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.ops.attention import matrix_product
+from vit_jax_zoo.ops.sharding import is_for_cpu
 
 ACTIVATIONS = {
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -55,6 +57,7 @@ class Mlp(nn.Module):
       kernel_init=self.kernel_init,
       bias_init=self.bias_init,
       dtype=self.dtype,
+      dot_general=matrix_product if is_for_cpu() else None,
     )
     hidden = checkpoint_name(dense(self.hidden_dim, name="hidden")(x), "mlp_hidden")
     hidden = ACTIVATIONS[self.activation](hidden)

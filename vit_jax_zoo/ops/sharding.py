@@ -41,12 +41,14 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
 
 
 def _splitting_axes(batch_size: Any) -> tuple[str, ...]:
-  """Returns the mesh axes over which a batch of this size is split.
-
-  Args:
-    batch_size: a number, or the symbol of a program that is exported for any batch size.
-  """
+  # The size is a number, or the symbol of a program that is exported for any batch size.
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
   ways = math.prod(mesh.shape[axis] for axis in axes)
   return () if ways == 1 or batch_size % ways else axes
+
+
+def is_for_cpu() -> bool:
+  """Returns whether the traced program is for CPUs: by the mesh's devices, else JAX's default."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return (device.platform if device else jax.default_backend()) == "cpu"
