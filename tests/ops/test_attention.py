@@ -1,4 +1,6 @@
-"""The products for CPUs against JAX's own."""
+"""The products and the attention for CPUs against JAX's own."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,67 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from vit_jax_zoo.nn.attention import attend
 from vit_jax_zoo.ops.attention import matrix_product
 from vit_jax_zoo.ops.sharding import is_for_cpu
+
+SHAPES = ((2, 5, 3, 4), (2, 7, 3, 4), (2, 7, 3, 4), (2, 5, 3, 4))
+QUERY, KEY, VALUE, WEIGHT = (
+  jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(SHAPES)
+)
+MASKS = {
+  "no mask": None,
+  "keys": jnp.asarray([[True] * 4 + [False] * 3, [True] * 7])[:, None, None],
+  "pairs": jax.random.bernoulli(jax.random.key(9), 0.5, (2, 3, 5, 7)).at[..., 0].set(True),
+  "a row without keys": jnp.ones((1, 1, 5, 7), bool).at[:, :, 2].set(False),
+}
+
+
+def loss(implementation, mask, is_causal, *arrays):
+  out = attend(*arrays, mask=mask, is_causal=is_causal, implementation=implementation)
+  return jnp.sum(jnp.sin(out.astype(jnp.float32)) * WEIGHT)
+
+
+def ours_and_theirs(function, mask, *arrays, is_causal=False):
+  """`implementation` None is this package's on a CPU, "xla" is JAX's."""
+  return (
+    jax.jit(function(functools.partial(loss, name, mask, is_causal)))(*arrays)
+    for name in (None, "xla")
+  )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+def test_values_and_gradients_are_those_of_jax(mask, is_causal):
+  def value_and_grad(function):
+    return jax.value_and_grad(function, argnums=(0, 1, 2))
+
+  pairs = ours_and_theirs(value_and_grad, MASKS[mask], QUERY, KEY, VALUE, is_causal=is_causal)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *pairs)
+
+
+def test_second_derivatives_are_those_of_jax():
+  def gradient_norm(function):
+    def norm(*arrays):
+      return sum(jnp.sum(x * x) for x in jax.grad(function, argnums=(0, 1, 2))(*arrays))
+
+    return jax.grad(norm, argnums=(0, 1, 2))
+
+  pairs = ours_and_theirs(gradient_norm, MASKS["keys"], QUERY, KEY, VALUE)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *pairs)
+
+
+def test_forward_mode_is_an_error_and_no_wrong_number():
+  with pytest.raises(TypeError, match="custom_vjp"):
+    jax.jvp(functools.partial(loss, None, None, False, QUERY, KEY), (VALUE,), (VALUE,))
+
+
+def test_gradients_in_bfloat16():
+  arrays = [x.astype(jnp.bfloat16) for x in (QUERY, KEY, VALUE)]
+  ours, theirs = ours_and_theirs(lambda f: jax.grad(f, argnums=(0, 1, 2)), None, *arrays)
+  for a, b in zip(ours, theirs, strict=True):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.03)
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,12 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax_zoo.ops.attention import matrix_product
+from vit_jax_zoo.ops.attention import NEGATIVE, attend_on_cpu, matrix_product
 from vit_jax_zoo.ops.sharding import is_for_cpu
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
-"""Of `jax.nn.dot_product_attention`: None is JAX's choice, "xla" runs everywhere, "cudnn" is the
-fused kernel of NVIDIA GPUs (16-bit inputs only)."""
-
-NEGATIVE = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Score of a masked pair: finite, so that a row without any key gives no NaN."""
+"""None: on CPUs `ops.attention`, else JAX's choice. "xla" and "cudnn" (the fused kernel of NVIDIA
+GPUs, 16-bit inputs only) are those of `jax.nn.dot_product_attention`."""
 
 
 def attend(
@@ -36,14 +33,11 @@ def attend(
 ) -> Float[Array, "b n h d"]:
   """Returns softmax(query key^T / sqrt(d)) value for each head; the softmax is in float32.
 
-  Args:
-    query: one vector per position and head.
-    key: as `query`.
-    value: as `query`.
-    mask: True where a query attends to a key.
-    is_causal: also masks keys after the query's position.
-    implementation: see `Implementation`.
+  `mask` is True where a query attends to a key; `is_causal` also masks keys after the query.
   """
+  if implementation is None and is_for_cpu():
+    mask = _add_causal(mask, query, key) if is_causal else mask
+    return attend_on_cpu(*(x.swapaxes(1, 2) for x in (query, key, value)), mask).swapaxes(1, 2)
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
   )
@@ -56,22 +50,22 @@ def attention_weights(
   mask: Bool[Array, "#b #h #n #m"] | None = None,
   is_causal: bool = False,
 ) -> Float[Array, "b h n m"]:
-  """Returns the attention map in float32, which `attend` does not materialise."""
+  """Returns the attention map in float32, which `attend` does not return."""
   scale = query.shape[-1] ** -0.5
   scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
-  if is_causal:
-    causal = jnp.tril(jnp.ones((1, 1, *scores.shape[2:]), dtype=bool))
-    mask = causal if mask is None else mask & causal
-  if mask is not None:
-    scores = jnp.where(mask, scores, NEGATIVE)
-  return jax.nn.softmax(scores, axis=-1)
+  mask = _add_causal(mask, query, key) if is_causal else mask
+  return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, NEGATIVE), axis=-1)
+
+
+def _add_causal(mask: Array | None, query: Array, key: Array) -> Bool[Array, "#b #h n m"]:
+  causal = jnp.tril(jnp.ones((1, 1, query.shape[1], key.shape[1]), dtype=bool))
+  return causal if mask is None else mask & causal
 
 
 def heads_first(x: Float[Array, "b n h d"]) -> Float[Array, "b*h n d"]:
-  """Returns the layout of the cache: batch and heads in one axis, before the positions.
+  """Returns the layout of the cache.
 
-  It is the only batch dimension of the two products in `attend_cached`. With two, or in another
-  order, XLA on a CPU copies the whole cache for each product at each step.
+  With another one, XLA on a CPU copies the whole cache for each product at each step.
   """
   return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
@@ -84,11 +78,8 @@ def attend_cached(
 ) -> Float[Array, "b n h d"]:
   """Attends causally from new positions to all positions up to themselves.
 
-  Args:
-    query: of the new positions.
-    key: of all positions, in a buffer that may be longer; see `heads_first`.
-    value: as `key`.
-    past_length: index of the first new position in the buffer.
+  Keys and values are buffers in the layout of `heads_first`; `past_length` is the index of the
+  first new position in them.
   """
   batch, new, heads, width = query.shape
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -24,10 +24,11 @@ from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
 from vit_jax_zoo.errors import part_fields, unknown_name
-from vit_jax_zoo.nn.attention import NEGATIVE, Implementation, MultiHeadAttention, key_padding_mask
+from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention, key_padding_mask
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ResNet
 from vit_jax_zoo.nn.transformer import Mlp, Stack
+from vit_jax_zoo.ops.attention import NEGATIVE
 from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.resize import resize_nearest
 from vit_jax_zoo.ops.sharding import shard_batch
