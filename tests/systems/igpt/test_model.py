@@ -10,6 +10,7 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
+from vit_jax_zoo.nn import transformer
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.igpt import model as igpt
@@ -335,7 +336,8 @@ def test_deep_models_draw_with_layers_scanned(monkeypatch):
   model, variables = init_tiny()
   arguments = (random_tokens(), jnp.array([0, 5]), jax.random.key(0))
   unrolled = jax.jit(sampler(model))(variables, *arguments)
-  monkeypatch.setattr(sampling, "UNROLLED_DEPTH", 2)
+  for module in (sampling, transformer):
+    monkeypatch.setattr(module, "UNROLLED_DEPTH", 2)
   np.testing.assert_array_equal(jax.jit(sampler(model))(variables, *arguments), unrolled)
   deeper, more = init_tiny(depth=6)
   programs = [
