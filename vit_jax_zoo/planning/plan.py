@@ -185,8 +185,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
   try:
     compiled, text = compile_text(lowered)
   except jax.errors.JaxRuntimeError as error:
-    # XLA's status code is at the start of the message; it has no exception class.
-    if not str(error).startswith("RESOURCE_EXHAUSTED"):
+    if error.error_code_string != "RESOURCE_EXHAUSTED":
       raise RuntimeError(f"{machine.name} cannot compile {plan.config}: {error}") from None
     memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
     return dataclasses.replace(plan, memory=memory)

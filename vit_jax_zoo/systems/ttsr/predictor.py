@@ -100,7 +100,7 @@ class SuperResolutionPredictor:
     try:
       return self._enlarge(image)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-      if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+      if getattr(error, "error_code_string", "RESOURCE_EXHAUSTED") != "RESOURCE_EXHAUSTED":
         raise
       raise ValueError(self._too_large(image)) from error
 
