@@ -14,7 +14,7 @@ from vit_jax_zoo.training.checkpoint import find_checkpoint, restore_variables
 
 
 def final_bits(workdir, step=24):
-  directory = find_checkpoint(workdir, prefer_best=False)
+  directory = find_checkpoint(workdir / "checkpoints")
   assert directory.name == str(step)
   return restore_variables(directory)
 
@@ -78,7 +78,7 @@ LONG = (
 def test_sigterm_saves_and_exits_and_the_same_command_goes_on(tmp_path):
   interrupted, undisturbed = tmp_path / "interrupted", tmp_path / "undisturbed"
   assert kill_once_it_trains(interrupted, signal.SIGTERM, arguments=LONG) == 143
-  saved = int(find_checkpoint(interrupted, prefer_best=False).name)
+  saved = int(find_checkpoint(interrupted / "checkpoints").name)
   assert 2 <= saved < 400
   logged = command.rows(interrupted)[-1]["step"]
   assert saved - 2 < logged <= saved  # no row but those of the schedule

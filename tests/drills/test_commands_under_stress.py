@@ -57,7 +57,7 @@ def the_error(output):
 
 
 def bits(workdir):
-  return restore_variables(find_checkpoint(workdir, prefer_best=False))["params"]
+  return restore_variables(find_checkpoint(workdir / "checkpoints"))["params"]
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
@@ -69,7 +69,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(small_disk):
   output = command.run(workdir, *LONGER, expect=2)
   assert "No space left on device; that of step 6 is complete: make room" in the_error(output)
   assert "Traceback" not in output
-  assert find_checkpoint(workdir, prefer_best=False).name == "6"
+  assert find_checkpoint(workdir / "checkpoints").name == "6"
   jax.tree.map(np.testing.assert_array_equal, bits(workdir), good)
   filler.unlink()
   filler = fill(small_disk, leave=0)
@@ -130,6 +130,6 @@ def test_numbers_that_are_not_finite_are_never_saved(tmp_path):
   error = the_error(command.run(workdir, *LONGER, wild, expect=2))
   assert "not finite" in error or "nan" in error or "inf" in error
   assert "the last good one is step 6" in error
-  assert find_checkpoint(workdir, prefer_best=False).name == "6"
+  assert find_checkpoint(workdir / "checkpoints").name == "6"
   jax.tree.map(np.testing.assert_array_equal, bits(workdir), good)
   assert "done after 12 steps" in command.run(workdir, *LONGER)

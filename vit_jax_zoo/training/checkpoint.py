@@ -12,13 +12,15 @@ run call each function, and each writes its part.
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import mmap
+import operator
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -26,6 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from flax import traverse_util
 
 from vit_jax_zoo.training import disk_errors
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
@@ -42,47 +45,36 @@ class Checkpointer:
   """Saves and restores the state of one run, and the variables with the best score.
 
   Use it as a context manager: closing waits for saves in progress. Opening changes nothing on disk;
-  the first save creates the directories and deletes incomplete checkpoints.
+  the first save creates the directories and deletes incomplete checkpoints. Saving raises
+  RuntimeError if opened read-only, and OSError, in this save or the next, if the disk is full.
+
+  Args:
+    workdir: the run's directory; it need not exist.
+    keep: number of the newest checkpoints to keep, at least 1.
+    best_mode: whether a higher ("max") or a lower ("min") score is better.
+    read_only: whether saving is an error.
 
   Attributes:
-    workdir: the run's directory.
-    read_only: whether saving is an error.
     best_score: score of the best variables, also across interruptions; None without any.
   """
 
   def __init__(
-    self,
-    workdir: PathLike,
-    *,
-    keep: int = 1,
-    best_mode: str = "max",
-    read_only: bool = False,
+    self, workdir: PathLike, *, keep: int = 1, best_mode: str = "max", read_only: bool = False
   ):
-    """Reads the steps and the best score that are on disk.
-
-    Args:
-      workdir: the run's directory; it need not exist.
-      keep: number of the newest checkpoints to keep.
-      best_mode: whether a higher ("max") or a lower ("min") score is better.
-      read_only: saving raises an error.
-
-    Raises:
-      ValueError: `keep` is below 1 or `best_mode` unknown.
-    """
     if keep < 1:
       raise ValueError(f"checkpoint.keep is {keep}; expected at least 1")
     if best_mode not in ("max", "min"):
       raise ValueError(f"checkpoint.best_mode is {best_mode!r}; expected 'max' or 'min'")
     self.workdir, self.read_only, self._best_mode = absolute(workdir), read_only, best_mode
-    self._newest = _Folder(self.workdir / CHECKPOINTS, max_to_keep=keep)
+    policy = ocp.checkpoint_managers.LatestN(keep)
+    self._newest = _Folder(self.workdir / CHECKPOINTS, preservation_policy=policy)
     newest = max(steps(self.workdir / BEST), default="")
     advice = "remove this folder; the next evaluation selects the best again"
+    score = operator.itemgetter("score")
+    policy = ocp.checkpoint_managers.BestN(get_metric_fn=score, reverse=best_mode == "min", n=1)
     with _damage_reported(self.workdir / BEST / str(newest), lambda: advice):
       self._best = _Folder(
-        self.workdir / BEST,
-        max_to_keep=1,
-        best_fn=lambda metrics: metrics["score"],
-        best_mode=best_mode,
+        self.workdir / BEST, preservation_policy=policy, best_fn=score, best_mode=best_mode
       )
       best_step = self._best.manager.best_step()
       metrics = None if best_step is None else self._best.manager.metrics(best_step)
@@ -103,14 +95,6 @@ class Checkpointer:
     """Starts to save the state after `step` training steps; returns False if it is there already.
 
     The state's arrays may be donated as soon as this returns.
-
-    Args:
-      step: training steps completed.
-      state: a tree of arrays on the devices.
-
-    Raises:
-      RuntimeError: opened read-only.
-      OSError: the disk is full; raised by this save or the next.
     """
     self._check_writable()
     if step in self._newest.manager.all_steps():
@@ -137,9 +121,8 @@ class Checkpointer:
     verify(directory, self._advice)
     with _damage_reported(directory, self._advice):
       saved = _saved_arrays(directory / STATE)
-    expected = _by_path(abstract_state)
-    problems = [*_differences(expected, saved, with_dtype=True), *_unused(expected, saved)]
-    _raise_if_any(problems, f"the checkpoint {directory} does not fit this run's state")
+    what = f"the checkpoint {directory} does not fit this run's state"
+    _check_fits(_by_path(abstract_state), saved, saved, what, with_dtype=True)
     arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
     with _damage_reported(directory, self._advice):
       return self._newest.manager.restore(step, args=arguments)[STATE]
@@ -149,29 +132,22 @@ class Checkpointer:
     if earlier:
       return f"remove this folder; the same command then resumes at step {earlier[-1]}"
     best = self._best.manager.best_step()
-    start = (
-      "" if best is None else f" (or use --config.init_from={self.workdir / BEST / str(best)})"
-    )
+    start = "" if best is None else f" (or use --config.init_from={self.workdir / BEST}/{best})"
     return f"there is no earlier step: remove this folder; the run then starts from scratch{start}"
 
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score is the best so far; returns whether it is.
 
     Every process must pass the same score. NaN and infinities are never the best.
-
-    Raises:
-      RuntimeError: opened read-only.
     """
     self._check_writable()
-    if not self._is_better(score):
+    sign = 1 if self._best_mode == "max" else -1
+    is_better = self.best_score is None or sign * score > sign * self.best_score
+    if not (math.isfinite(score) and is_better):
       return False
     self.best_score = score = float(score)
-    saved = ocp.args.Composite(
-      **{
-        VARIABLES: ocp.args.StandardSave(variables),
-        METADATA: ocp.args.JsonSave({"score": score, "best_mode": self._best_mode}),
-      }
-    )
+    metadata = ocp.args.JsonSave({"score": score, "best_mode": self._best_mode})
+    saved = ocp.args.Composite(**{VARIABLES: ocp.args.StandardSave(variables), METADATA: metadata})
     with writing(self.workdir, self._newest.newest):
       if jax.process_count() > 1:  # barriers of two saves at once would mix
         self._newest.manager.wait_until_finished()
@@ -180,11 +156,6 @@ class Checkpointer:
   def _check_writable(self) -> None:
     if self.read_only:
       raise RuntimeError(f"the checkpoints in {self.workdir} were opened read-only")
-
-  def _is_better(self, score: float | int) -> bool:
-    if not math.isfinite(score) or self.best_score is None:
-      return math.isfinite(score)
-    return score > self.best_score if self._best_mode == "max" else score < self.best_score
 
   def wait(self) -> None:
     """Waits until all saves are complete on disk; raises their errors."""
@@ -200,11 +171,7 @@ class Checkpointer:
 
 
 class _Folder:
-  """A directory of checkpoints. It is not changed before the first `save`.
-
-  Attributes:
-    manager: Orbax's, of the complete checkpoints.
-  """
+  """A directory of checkpoints, with Orbax's `manager`. Not changed before the first `save`."""
 
   def __init__(self, directory: epath.Path, **options: Any) -> None:
     self._directory, self._options, self._writable = directory, options, False
@@ -212,7 +179,6 @@ class _Folder:
     self.manager = self._open(create=False)
 
   def save(self, step: int, **arguments: Any) -> bool:
-    """Starts to save; creates the directory and deletes incomplete checkpoints before."""
     if not self._writable:
       self.manager.close()
       self.manager = self._open(cleanup_tmp_directories=True)
@@ -224,7 +190,6 @@ class _Folder:
     return self.manager.save(step, force=True, **arguments)
 
   def newest(self) -> int | None:
-    """Returns the newest step that is complete on disk."""
     return max(steps(self._directory), default=None)
 
   def _open(self, **options: Any) -> ocp.CheckpointManager:
@@ -252,19 +217,15 @@ def restore_variables(
   path: PathLike,
   abstract_variables: Mapping[str, Any] | None = None,
   *,
-  prefer_best: bool = True,
-  use_ema: bool = True,
   left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Restores parameters and model state, without the rest, from a run or a single checkpoint.
+  """Restores parameters and model state, averaged if they are, from a run or a single checkpoint.
 
   Args:
-    path: a run's workdir, its `checkpoints` or `best` directory, or one step's directory in there.
+    path: see `find_checkpoint`.
     abstract_variables: `params` and the model's other collections, as arrays or
       `jax.ShapeDtypeStruct`s; each leaf is restored into its dtype and onto its `sharding` (one
       device of this process, if it has none). None gives numpy arrays, as they were saved.
-    prefer_best: restore the best variables of a workdir that has some; else the newest checkpoint.
-    use_ema: restore the averaged variables, if there are any.
     left_out: sub-trees by path ("params/head") that are not restored when `abstract_variables` are
       given.
 
@@ -273,42 +234,67 @@ def restore_variables(
     ValueError: parameters are missing, unused or of another shape, which the message lists; or the
       checkpoint is damaged.
   """
-  directory = find_checkpoint(path, prefer_best=prefer_best)
-  verify(directory, lambda: _others(directory))
+  directory = find_checkpoint(path)
+  advice = functools.partial(_others, directory)
+  verify(directory, advice)
   item = directory / (STATE if (directory / STATE).exists() else VARIABLES)
-  with _damage_reported(directory, lambda: _others(directory)):
+  with _damage_reported(directory, advice):
     saved = _saved_arrays(item)
-  names = _collections(saved, use_ema=use_ema) if item.name == STATE else {}
-  expected = abstract_variables
-  if expected is None:
-    expected = _abstract_from(saved, names)
+  places = _places(saved) if item.name == STATE else {key: key for key in saved}
+  found = {path: saved[key] for path, key in places.items()}
+  if abstract_variables is None:
+    wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in found.items()}
+    arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in found}
   else:
-    by_path = {_renamed(key, names): leaf for key, leaf in _by_path(expected).items()}
-    left = tuple(_renamed(f"{part}/", names) for part in left_out)
-    here = {k: x for k, x in saved.items() if item.name != STATE or _in(k, names)}
-    here = {key: leaf for key, leaf in here.items() if not key.startswith(left)}
-    problems = [*_differences(by_path, saved, with_dtype=False), *_unused(by_path, here)]
-    _raise_if_any(problems, f"the checkpoint {directory} does not fit this model")
-  with _damage_reported(directory, lambda: _others(directory)):
-    return _read(item, expected, names, as_numpy=abstract_variables is None)
+    wanted = {path: _placed(leaf) for path, leaf in _by_path(abstract_variables).items()}
+    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    left = tuple(f"{part}/" for part in left_out)
+    read = [path for path in found if not path.startswith(left)]
+    _check_fits(wanted, found, read, f"the checkpoint {directory} does not fit this model")
+  like, restore_args = (
+    traverse_util.unflatten_dict({places[path]: flat[path] for path in wanted}, sep="/")
+    for flat in (wanted, arguments)
+  )
+  with _damage_reported(directory, advice):
+    partial = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
+    restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=partial)
+  restored = traverse_util.flatten_dict(restored, sep="/")
+  return traverse_util.unflatten_dict({path: restored[places[path]] for path in wanted}, sep="/")
 
 
-def find_checkpoint(path: PathLike, *, prefer_best: bool = True) -> epath.Path:
-  """Returns the directory of one complete checkpoint: `path` itself, or the newest below it.
+def _places(saved: Iterable[str]) -> dict[str, str]:
+  """Returns the path of each variable within a saved train state, by its path in the variables."""
+  averages = {key.removeprefix("ema/"): key for key in saved if key.startswith("ema/")}
+  if averages:
+    return averages
+  params = {key: key for key in saved if key.startswith("params/")}
+  states = {
+    key.removeprefix("model_state/"): key for key in saved if key.startswith("model_state/")
+  }
+  return params | states
 
-  Raises:
-    FileNotFoundError: there is none.
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = getattr(leaf, "sharding", None) or one
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def find_checkpoint(path: PathLike) -> epath.Path:
+  """Returns the directory of one complete checkpoint.
+
+  `path` is that directory, or a run's workdir (its best checkpoint, else the newest), or its
+  `checkpoints` or `best` directory.
   """
   root = absolute(path)
   if _is_one(root):
     return root
-  order = (BEST, CHECKPOINTS) if prefer_best else (CHECKPOINTS, BEST)
-  for directory in (*(root / name for name in order), root):
-    found = steps(directory)
-    if len(found) > 1 and directory.name == BEST:
-      return directory / str(max(found, key=_best_first(directory)))
+  for directory in (root / BEST, root / CHECKPOINTS, root):
+    found = [directory / str(step) for step in sorted(steps(directory))]
+    if len(found) > 1 and directory.name == BEST:  # an interruption can leave several
+      return max(found, key=_quality)
     if found:
-      return directory / str(max(found))
+      return found[-1]
   raise FileNotFoundError(
     f"no complete checkpoint in {root}; give a run's workdir (with {CHECKPOINTS}/ or {BEST}/), "
     "or the directory of one checkpoint"
@@ -334,23 +320,17 @@ def steps(directory: epath.Path) -> list[int]:
 
 
 def _others(directory: epath.Path) -> str:
-  """Returns advice: the other checkpoints of the run."""
   run = directory.parent.parent
   folders = [run / name / str(n) for name in (CHECKPOINTS, BEST) for n in steps(run / name)]
   found = [str(folder) for folder in folders if folder != directory]
   return f"use another: {', '.join(found)}" if found else "there is no other beside it"
 
 
-def _best_first(directory: epath.Path) -> Callable[[int], float]:
-  """Returns a sort key of steps, by score: an interruption can leave several best ones."""
-
-  def score(step: int) -> float:
-    folder = directory / str(step)
-    with _damage_reported(folder, lambda: "remove this folder"):
-      found = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(folder / METADATA)
-    return found["score"] if found["best_mode"] == "max" else -found["score"]
-
-  return score
+def _quality(checkpoint: epath.Path) -> float:
+  """Returns the score of a best checkpoint, negative if a lower one is better."""
+  with _damage_reported(checkpoint, lambda: "remove this folder"):
+    found = ocp.Checkpointer(ocp.JsonCheckpointHandler()).restore(checkpoint / METADATA)
+  return found["score"] if found["best_mode"] == "max" else -found["score"]
 
 
 def absolute(path: PathLike) -> epath.Path:
@@ -362,14 +342,8 @@ def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
   """Compares the files of a checkpoint with its manifest.
 
   Checkpoints without a manifest are not checked: those of version 0.1, and those in buckets, which
-  have checksums of their own.
-
-  Args:
-    checkpoint: the directory of one step.
-    advice: returns the end of the error message: what to do without this checkpoint.
-
-  Raises:
-    ValueError: a file is missing, or has another size or checksum.
+  have checksums of their own. Raises ValueError, which ends with the result of `advice`, if a file
+  is missing, or has another size or checksum.
   """
   problem = _find_damage(checkpoint) if is_primary() else None
   problem = all_gather_objects(problem)[0]
@@ -397,14 +371,11 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
 
 
 def _checksums(directory: epath.Path) -> dict[str, list[int]]:
-  """Returns size and CRC-32 of every file, by relative path."""
   root = pathlib.Path(os.fspath(directory))
-  files = [
-    path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in _UNCHECKED
-  ]
+  files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    found = pool.map(_checksum, files)
-    return {str(path.relative_to(root)): value for path, value in zip(files, found, strict=True)}
+    names = [str(path.relative_to(root)) for path in files]
+    return dict(zip(names, pool.map(_checksum, files), strict=True))
 
 
 def _checksum(path: pathlib.Path) -> list[int]:
@@ -454,15 +425,7 @@ def _end_of(error: BaseException, checkpoint: epath.Path) -> str:
 
 @contextlib.contextmanager
 def writing(workdir: epath.Path, newest: Callable[[], int | None]) -> Iterator[None]:
-  """Raises one line if the disk is full.
-
-  Args:
-    workdir: the run's directory.
-    newest: returns the step of the newest complete checkpoint, None if there is none.
-
-  Raises:
-    OSError: the disk is full.
-  """
+  """Raises OSError of one line, with the result of `newest`, if the disk is full."""
 
   def advice() -> str:
     step = newest()
@@ -476,24 +439,24 @@ def writing(workdir: epath.Path, newest: Callable[[], int | None]) -> Iterator[N
 _MAX_LISTED = 8
 
 
-def _differences(
-  expected: Mapping[str, Any], saved: Mapping[str, Any], *, with_dtype: bool
-) -> Iterator[str]:
+def _check_fits(
+  expected: Mapping[str, Any],
+  saved: Mapping[str, Any],
+  read: Iterable[str],
+  what: str,
+  *,
+  with_dtype: bool = False,
+) -> None:
+  """Raises ValueError unless the arrays of `read` are the expected ones; logs all differences."""
+  problems = []
   for key, leaf in expected.items():
     if key not in saved:
-      yield f"{key} is not in the checkpoint"
+      problems.append(f"{key} is not in the checkpoint")
     elif tuple(leaf.shape) != tuple(saved[key].shape):
-      yield f"{key} has shape {tuple(saved[key].shape)}; expected {tuple(leaf.shape)}"
+      problems.append(f"{key} has shape {tuple(saved[key].shape)}; expected {tuple(leaf.shape)}")
     elif with_dtype and leaf.dtype != saved[key].dtype:
-      yield f"{key} is {np.dtype(saved[key].dtype)}; expected {leaf.dtype}"
-
-
-def _unused(expected: Mapping[str, Any], saved: Mapping[str, Any]) -> Iterator[str]:
-  return (f"{key} is only in the checkpoint" for key in saved if key not in expected)
-
-
-def _raise_if_any(problems: Sequence[str], what: str) -> None:
-  """Logs all problems; raises ValueError with the first ones, if there are any."""
+      problems.append(f"{key} is {np.dtype(saved[key].dtype)}; expected {leaf.dtype}")
+  problems += [f"{key} is only in the checkpoint" for key in read if key not in expected]
   if problems:
     logging.error("%s:\n%s", what, "\n".join(problems))
     more = len(problems) - _MAX_LISTED
@@ -509,82 +472,4 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 def _saved_arrays(item: epath.Path) -> dict[str, Any]:
   """Returns shape and dtype of each saved array by path, without reading any array."""
-  metadata = ocp.PyTreeCheckpointHandler().metadata(item)
-  return _by_path(metadata.tree)
-
-
-def _collections(saved: Mapping[str, Any], *, use_ema: bool) -> dict[str, str]:
-  """Returns the path of each collection of variables within a saved train state."""
-  has_ema = any(key.startswith("ema/") for key in saved)
-  parent = "ema" if use_ema and has_ema else "model_state"
-  names = {key.split("/")[1] for key in saved if key.startswith(f"{parent}/")}
-  return {"params": "params"} | {name: f"{parent}/{name}" for name in names}
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-  collection, _, rest = key.partition("/")
-  return f"{names.get(collection, collection)}/{rest}"
-
-
-def _in(key: str, names: Mapping[str, str]) -> bool:
-  return any(key.startswith(f"{name}/") for name in names.values())
-
-
-def _abstract_from(saved: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-  """Builds a tree of variables, with shapes, out of the saved paths."""
-  places = names or {key.split("/")[0]: key.split("/")[0] for key in saved}
-  tree: dict[str, Any] = {}
-  for collection, place in places.items():
-    for key, leaf in saved.items():
-      if key.startswith(f"{place}/"):
-        *parents, name = [collection, *key.removeprefix(f"{place}/").split("/")]
-        node = tree
-        for parent in parents:
-          node = node.setdefault(parent, {})
-        node[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-  return tree
-
-
-def _read(
-  item: epath.Path, variables: Mapping[str, Any], names: Mapping[str, str], *, as_numpy: bool
-) -> dict[str, Any]:
-  """Reads only the named part of what `item` holds."""
-  if as_numpy:
-    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), variables)
-  else:
-    variables = jax.tree.map(_placed, variables)
-    arguments = ocp.checkpoint_utils.construct_restore_args(variables)
-  restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(
-    item,
-    args=ocp.args.PyTreeRestore(
-      item=_as_saved(variables, names),
-      restore_args=_as_saved(arguments, names),
-      partial_restore=True,
-    ),
-  )
-  return {name: _at(restored, names.get(name, name)) for name in variables}
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _as_saved(variables: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the collections at their paths within a saved train state."""
-  tree: dict[str, Any] = {}
-  for name, value in variables.items():
-    *parents, last = names.get(name, name).split("/")
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = value
-  return tree
-
-
-def _at(tree: Any, path: str) -> Any:
-  for key in path.split("/"):
-    tree = tree[key]
-  return tree
+  return _by_path(ocp.PyTreeCheckpointHandler().metadata(item).tree)
