@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from tests.trees import flatten_paths
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.optim import create_optimizer, list_optimizers
+from vit_jax_zoo.training.optim import OPTIMIZERS, create_optimizer
 
 
 def make_params():
@@ -60,7 +60,7 @@ def create(params, *, num_steps=10, **config):
   return create_optimizer({"learning_rate": 0.01, **config}, params, num_steps)
 
 
-@pytest.mark.parametrize("name", list_optimizers())
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns_and_leaves_frozen_parameters_alone(name):
   params = make_params()
   optimizer = create(params, name=name, rules=[FREEZE_BIAS], learning_rate=0.1, num_steps=100)

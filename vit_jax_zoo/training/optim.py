@@ -22,7 +22,7 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,23 +41,17 @@ from vit_jax_zoo.training.schedule import (
 
 
 def scale_by_adam(
-  b1: float,
-  b2: float,
-  eps: float,
+  b1: Number = 0.9,
+  b2: Number = 0.999,
+  eps: Number = 1e-8,
   *,
   mu_dtype: Any = None,
   nesterov: bool = False,
 ) -> optax.GradientTransformation:
   """Returns Adam's direction. Kingma & Ba, arXiv:1412.6980, algorithm 1.
 
-  State and arguments are those of `optax.scale_by_adam`.
-
-  Args:
-    b1: decay of the mean of gradients, in [0, 1).
-    b2: decay of the mean of squared gradients, in [0, 1).
-    eps: added to the root.
-    mu_dtype: dtype of the mean of gradients; None: that of the parameters.
-    nesterov: Nesterov momentum (NAdam).
+  Arguments and state are those of `optax.scale_by_adam`, whose bias correction 1 - b^t loses half
+  of float32's digits in the first steps.
   """
 
   def init(params: Any) -> optax.ScaleByAdamState:
@@ -66,19 +60,16 @@ def scale_by_adam(
 
   def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
     del params
-    gradients = updates
-    mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, gradients, state.mu)
-    nu = jax.tree.map(lambda g, n: (1 - b2) * g * g + b2 * n, gradients, state.nu)
+    mu = jax.tree.map(lambda g, m: (1 - b1) * g + b1 * m, updates, state.mu)
+    nu = jax.tree.map(lambda g, n: (1 - b2) * g * g + b2 * n, updates, state.nu)
     count = jnp.asarray(optax.safe_increment(state.count))
     mean = jax.tree.map(lambda m: m / _correction(b1, count), mu)
     if nesterov:
       ahead = jax.tree.map(lambda m: m / _correction(b1, jnp.add(count, 1)), mu)
-      mean = jax.tree.map(
-        lambda m, g: b1 * m + (1 - b1) * g / _correction(b1, count), ahead, gradients
-      )
-    direction = jax.tree.map(
-      lambda m, n: m / (jnp.sqrt(n / _correction(b2, count)) + eps), mean, nu
-    )
+      now = _correction(b1, count)
+      mean = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g / now, ahead, updates)
+    root = lambda n: jnp.sqrt(n / _correction(b2, count)) + eps  # noqa: E731
+    direction = jax.tree.map(lambda m, n: m / root(n), mean, nu)
     return direction, optax.ScaleByAdamState(count, optax.tree.cast(mu, mu_dtype), nu)
 
   return optax.GradientTransformation(init, update)
@@ -89,11 +80,10 @@ def _correction(decay: float, count: jax.Array) -> jax.Array | float:
   return -jnp.expm1(count.astype(jnp.float32) * math.log(decay)) if decay else 1.0
 
 
-__all__ = ["Optimizer", "create_optimizer", "create_schedule", "list_optimizers"]
-
 _DECAY_MODES = ("l2", "decoupled", "fully_decoupled")
-_COMMON = ("name", "learning_rate", "schedule", "weight_decay", "weight_decay_mode", "clip_norm")
-_FIELDS = (*_COMMON, "rules")
+_FIELDS = (
+  "name", "learning_rate", "schedule", "weight_decay", "weight_decay_mode", "clip_norm", "rules",
+)  # fmt: skip
 _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 
 
@@ -101,16 +91,12 @@ _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 class Optimizer:
   """Gradient transformation, learning-rate schedule and mask of frozen parameters.
 
-  Attributes:
-    tx: `init(params)` and `update(grads, opt_state, params)`. State trees have the structure of the
-      parameters, without the frozen ones.
-    schedule: learning rate by training step, from 0; it is 0 before `begin_step`.
-    frozen: tree with the structure of the parameters; True for frozen ones.
+  State trees have the structure of the parameters, without the frozen ones.
   """
 
   tx: optax.GradientTransformation
-  schedule: Schedule
-  frozen: Any
+  schedule: Schedule  # by training step, from 0; it is 0 before `begin_step`
+  frozen: Any  # tree with the structure of the parameters; True for frozen ones
 
   def stop_frozen(self, params: Any) -> Any:
     """Stops the gradients of frozen parameters, so that XLA does not compute them."""
@@ -127,18 +113,17 @@ def create_optimizer(
   """Creates an optimizer from its config.
 
   Args:
-    config: `name` (see `list_optimizers`), `learning_rate`; optionally `schedule` (see
+    config: `name` (of `OPTIMIZERS`), `learning_rate`; optionally `schedule` (see
       `create_schedule`), `weight_decay` (0), `weight_decay_mode` ("l2" for sgd and adam,
       "fully_decoupled" for adafactor, else "decoupled"), `clip_norm` (None), `rules`, and fields of
       the named optimizer (`b1`, `momentum`, `mu_dtype`, ...). `rules` is a sequence of (pattern,
       dict): the pattern is matched with the whole "/"-joined path of each parameter, and the dict
-      sets `learning_rate` (a multiplier), `weight_decay` (a multiplier, also for parameters that
-      do not decay by default) or `frozen` (a bool). For each of the three, the first matching rule
-      that sets it applies.
+      sets `learning_rate` or `weight_decay` (multipliers, the latter also for parameters that do
+      not decay by default) or `frozen` (a bool). The first matching rule that sets one applies.
     abstract_params: nested dict of the arrays or shapes of one group's parameters.
     num_steps: training steps of the whole run.
-    begin_step: first training step with an update. The caller does not call `update` before it; the
-      schedule starts there, with its warm-up, and ends with the run.
+    begin_step: first training step with an update, at which the schedule starts; the caller does
+      not call `update` before.
     updates_per_step: number of calls of `update` per training step.
 
   Raises:
@@ -151,18 +136,22 @@ def create_optimizer(
   {'head': {'kernel': False, 'bias': True}}
   """
   fields = plain(config)
-  core = _create_core(fields)
+  kind, direction = _direction_of(fields)
   flat = traverse_util.flatten_dict(plain(abstract_params), sep="/")
   settings = _settings_of(flat, _plain_rules(fields.get("rules") or ()))
   if all(setting.frozen for setting in settings.values()):
     raise ValueError("optimizer.rules: they freeze every parameter; expected one to train")
-  own_steps = max(num_steps - begin_step, 1)
-  schedule = create_schedule(fields, own_steps)
-  chain = _chain(fields, core, settings, lambda count: schedule(count // updates_per_step))
+  schedule = create_schedule(fields, max(num_steps - begin_step, 1))
+  per_update = lambda count: schedule(count // updates_per_step)  # noqa: E731
+  chain = _chain(fields, kind, direction, settings, per_update)
   frozen = _tree(settings, lambda setting: setting.frozen)
   trained = _tree(settings, lambda setting: not setting.frozen)
   tx = optax.chain(optax.masked(chain, trained), optax.masked(_NO_UPDATE, frozen))
-  return Optimizer(tx, _delayed(schedule, begin_step), frozen)
+
+  def delayed(step: Any) -> Any:
+    return jnp.where(step < begin_step, 0.0, schedule(jnp.maximum(step - begin_step, 0)))
+
+  return Optimizer(tx, delayed if begin_step else schedule, frozen)
 
 
 # Adding minus zero keeps the bits of every parameter, including -0.0.
@@ -171,77 +160,42 @@ _NO_UPDATE = optax.stateless(lambda grads, _: jax.tree.map(lambda g: jnp.full_li
 
 def optimizer_fields(name: str) -> list[str]:
   """Returns the config fields of an optimizer; only the common ones if its name is unknown."""
-  own = fields_of(_CORES[name]) if name in _CORES else []
-  return [*_FIELDS, *own]
+  return [*_FIELDS, *(fields_of(OPTIMIZERS[name].direction) if name in OPTIMIZERS else [])]
 
 
-def list_optimizers() -> list[str]:
-  """Returns the names of the optimizers."""
-  return sorted(_CORES)
+class _Kind(NamedTuple):
+  """A named optimizer: its direction, a function of config fields, and what it does around it."""
 
-
-def _delayed(schedule: Schedule, begin_step: int) -> Schedule:
-  if not begin_step:
-    return schedule
-  return lambda step: jnp.where(step < begin_step, 0.0, schedule(jnp.maximum(step - begin_step, 0)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Core:
-  """Gradient transformations of a named optimizer, before and after weight decay."""
-
-  direction: optax.GradientTransformation
+  direction: Callable[..., optax.GradientTransformation]
   decay_mode: str
   after_decay: optax.GradientTransformation | None = None
 
 
-def _create_core(fields: Mapping[str, Any]) -> _Core:
+def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTransformation]:
   for field in ("name", "learning_rate"):
     if field not in fields:
       raise ValueError(f"the optimizer config has no {field!r}; it has: {', '.join(fields)}")
   name = fields["name"]
-  if name not in _CORES:
-    raise ValueError(unknown_name("optimizer", str(name), _CORES))
-  make = _CORES[name]
+  if name not in OPTIMIZERS:
+    raise ValueError(unknown_name("optimizer", str(name), OPTIMIZERS))
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
   check_names(f"field of optimizer {name}", own, optimizer_fields(name))
-  return make(**{key: _as_dtype(key, value) for key, value in own.items()})
-
-
-def _as_dtype(field: str, value: Any) -> Any:
-  """Converts a config's dtype name to the dtype."""
-  return jnp.dtype(value) if field.endswith("dtype") and value is not None else value
-
-
-def _adam(
-  *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
-  nesterov: bool = False,
-) -> _Core:  # fmt: skip
-  return _Core(scale_by_adam(b1, b2, eps, mu_dtype=mu_dtype, nesterov=nesterov), "l2")
-
-
-def _adamw(
-  *, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-8, mu_dtype: Any = None,
-  nesterov: bool = False,
-) -> _Core:  # fmt: skip
-  core = _adam(b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype, nesterov=nesterov)
-  return dataclasses.replace(core, decay_mode="decoupled")
+  for key, value in own.items():
+    if key.endswith("dtype") and value is not None:
+      own[key] = jnp.dtype(value)
+  return OPTIMIZERS[name], OPTIMIZERS[name].direction(**own)
 
 
 def _sgd(
   *, momentum: Number | None = None, nesterov: bool = False, accumulator_dtype: Any = None
-) -> _Core:
+) -> optax.GradientTransformation:
   if momentum is None:
-    return _Core(optax.identity(), "l2")
-  return _Core(optax.trace(momentum, nesterov, accumulator_dtype), "l2")
+    return optax.identity()
+  return optax.trace(momentum, nesterov, accumulator_dtype)
 
 
-def _lion(*, b1: Number = 0.9, b2: Number = 0.99, mu_dtype: Any = None) -> _Core:
-  return _Core(optax.scale_by_lion(b1, b2, mu_dtype), "decoupled")
-
-
-def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> _Core:
-  return _Core(scale_by_adam(b1, b2, eps), "decoupled", optax.scale_by_trust_ratio())
+def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> Any:
+  return scale_by_adam(b1, b2, eps)
 
 
 def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
@@ -254,7 +208,7 @@ def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
   momentum: Number | None = 0.9,
   momentum_dtype: Any = jnp.bfloat16,
   eps: Number = 1e-30,
-) -> _Core:
+) -> optax.GradientTransformation:
   """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4).
 
   bfloat16 momentum, capped second-moment decay, no scaling by the parameter. The original
@@ -279,30 +233,27 @@ def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
     steps.append(optax.scale_by_param_block_rms())
   if momentum is not None:
     steps.append(optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype))
-  return _Core(optax.chain(*steps), "fully_decoupled")
+  return optax.chain(*steps)
 
 
-_CORES: dict[str, Callable[..., _Core]] = {
-  "adafactor": _adafactor,
-  "adam": _adam,
-  "adamw": _adamw,
-  "lamb": _lamb,
-  "lion": _lion,
-  "sgd": _sgd,
+OPTIMIZERS = {
+  "adafactor": _Kind(_adafactor, "fully_decoupled"),
+  "adam": _Kind(scale_by_adam, "l2"),
+  "adamw": _Kind(scale_by_adam, "decoupled"),
+  "lamb": _Kind(_lamb, "decoupled", optax.scale_by_trust_ratio()),
+  "lion": _Kind(optax.scale_by_lion, "decoupled"),
+  "sgd": _Kind(_sgd, "l2"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class _Setting:
-  """Settings of one parameter after the rules: two multipliers and a flag."""
-
   learning_rate: Number
   weight_decay: Number
   frozen: bool
 
 
 def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
-  """Returns the rules as pairs of pattern and dict, after checks."""
   found = []
   for rule in rules:
     if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
@@ -331,19 +282,17 @@ def _settings_of(
         f"optimizer rule {pattern!r} matches no parameter (patterns match whole paths); "
         f"the nearest are: {', '.join(near)}"
       )
-  return {path: _setting_of(path, len(leaf.shape), rules) for path, leaf in flat.items()}
-
-
-def _setting_of(path: str, ndim: int, rules: Sequence[tuple[str, Mapping[str, Any]]]) -> _Setting:
-  setting = _Setting(learning_rate=1.0, weight_decay=float(_decays(path, ndim)), frozen=False)
-  for pattern, fields in reversed(rules):  # so that the first rule overrides the others
-    if re.fullmatch(pattern, path):
-      setting = dataclasses.replace(setting, **fields)
-  return setting
+  found = {}
+  for path, leaf in flat.items():
+    setting = _Setting(1.0, weight_decay=float(_decays(path, len(leaf.shape))), frozen=False)
+    for pattern, fields in reversed(rules):  # so that the first rule overrides the others
+      if re.fullmatch(pattern, path):
+        setting = dataclasses.replace(setting, **fields)
+    found[path] = setting
+  return found
 
 
 def _decays(path: str, ndim: int) -> bool:
-  """Returns whether a parameter decays by default."""
   *parents, name = path.split("/")
   inside = parents[parents.index("blocks") + 1 :] if "blocks" in parents else ["0"]
   scanned = not (inside and inside[0].isdigit())
@@ -356,54 +305,42 @@ def _tree(settings: Mapping[str, _Setting], value: Callable[[_Setting], Any]) ->
 
 def _chain(
   fields: Mapping[str, Any],
-  core: _Core,
+  kind: _Kind,
+  direction: optax.GradientTransformation,
   settings: Mapping[str, _Setting],
   schedule: Schedule,
 ) -> optax.GradientTransformation:
   """Returns steps 1 to 6 of the module's docstring, for the parameters that are trained."""
-  mode = fields.get("weight_decay_mode") or core.decay_mode
+  mode = fields.get("weight_decay_mode") or kind.decay_mode
   if mode not in _DECAY_MODES:
     raise ValueError(unknown_name("weight_decay_mode", str(mode), _DECAY_MODES))
   amount, base = float(fields.get("weight_decay") or 0.0), float(fields["learning_rate"])
-  decay = [_add_decay(amount, settings)] if amount else []
+  decay = {}
+  if amount:  # optax.add_decayed_weights has one rate for all parameters
+    add = lambda u, p, d: u + d * p if d else u  # noqa: E731
+    decay = {mode: [_per_parameter(settings, lambda s: amount * s.weight_decay, add)]}
   clip_norm = fields.get("clip_norm")
   if clip_norm is not None and not clip_norm > 0:
     raise ValueError(f"clip_norm is {clip_norm}; expected a number > 0, or None for no clipping")
   clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
-  steps = [*clip, *(decay if mode == "l2" else []), core.direction]
-  steps += decay if mode == "decoupled" else []
-  steps += [core.after_decay] if core.after_decay else []
-  steps += _multiply(settings)
-  if decay and mode == "fully_decoupled":
+  steps = [*clip, *decay.get("l2", []), direction, *decay.get("decoupled", [])]
+  steps += [kind.after_decay] if kind.after_decay else []
+  if any(setting.learning_rate != 1.0 for setting in settings.values()):
+    steps += [_per_parameter(settings, lambda s: float(s.learning_rate), lambda u, _, m: u * m)]
+  if last := decay.get("fully_decoupled"):
     if not base:
       raise ValueError("weight_decay_mode 'fully_decoupled' needs a learning_rate above 0")
-    steps += [optax.scale(base), *decay, optax.scale_by_schedule(lambda t: -schedule(t) / base)]
-  else:
-    steps += [optax.scale_by_schedule(lambda t: -schedule(t))]
-  return optax.chain(*steps)
+    scaled = optax.scale_by_schedule(lambda t: -schedule(t) / base)
+    return optax.chain(*steps, optax.scale(base), *last, scaled)
+  return optax.chain(*steps, optax.scale_by_schedule(lambda t: -schedule(t)))
 
 
-def _masked_tree(settings: Mapping[str, _Setting], value: Callable[[_Setting], float]) -> Any:
-  """Returns a tree as `optax.masked` passes it on: an empty node for each frozen parameter."""
-  return _tree(settings, lambda s: optax.MaskedNode() if s.frozen else value(s))
-
-
-def _add_decay(amount: float, settings: Mapping[str, _Setting]) -> optax.GradientTransformation:
-  amounts = _masked_tree(settings, lambda setting: amount * setting.weight_decay)
-
-  def update(updates: Any, params: Any) -> Any:
-    return jax.tree.map(lambda u, p, d: u + d * p if d else u, updates, params, amounts)
-
-  return optax.stateless(update)
-
-
-def _multiply(settings: Mapping[str, _Setting]) -> list[optax.GradientTransformation]:
-  if all(setting.learning_rate == 1.0 for setting in settings.values()):
-    return []
-  multipliers = _masked_tree(settings, lambda setting: float(setting.learning_rate))
-
-  def update(updates: Any, params: Any) -> Any:
-    del params
-    return jax.tree.map(lambda u, m: u * m, updates, multipliers)
-
-  return [optax.stateless(update)]
+def _per_parameter(
+  settings: Mapping[str, _Setting],
+  value: Callable[[_Setting], float],
+  apply: Callable[[Any, Any, float], Any],
+) -> optax.GradientTransformation:
+  """Returns the transformation `apply(update, parameter, value(setting))` of each parameter."""
+  # As `optax.masked` passes trees on: with an empty node for each frozen parameter.
+  values = _tree(settings, lambda s: optax.MaskedNode() if s.frozen else value(s))
+  return optax.stateless(lambda updates, params: jax.tree.map(apply, updates, params, values))

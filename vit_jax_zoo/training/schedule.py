@@ -14,14 +14,14 @@ value E:
 | rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
 | step     | B times the factors of all boundaries <= t; or B factor^floor(t / every) |
 
-times the warm-up min(1, f + (1 - f) t / w). `constant` and `rsqrt` may end with a cool-down: linear
-to E over the last c steps. Linear and cosine are those of the ViT paper's code
-(`create_learning_rate_schedule` in google-research/vision_transformer).
+times the warm-up min(1, f + (1 - f) t / w), of whose first steps `optax.linear_schedule` loses most
+digits. `constant` and `rsqrt` may end with a cool-down: linear to E over the last c steps. Linear
+and cosine are those of the ViT paper's code (`create_learning_rate_schedule` in
+google-research/vision_transformer).
 
 Numbers of steps are ints, or floats below 1: that fraction of all steps.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
@@ -36,7 +37,7 @@ from ml_collections import ConfigDict
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.training.distributed import is_primary
 
-Schedule: TypeAlias = Callable[[Any], Float[Array, ""]]
+Schedule: TypeAlias = Callable[[Any], Any]
 """Number of completed updates, int or traced array -> learning rate of the next update."""
 
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
@@ -45,15 +46,10 @@ Steps: TypeAlias = Number
 
 
 def create_schedule(config: Config, num_steps: int) -> Schedule:
-  """Creates a schedule from an optimizer's config.
+  """Creates a schedule from an optimizer's config, for a run of this length.
 
-  Args:
-    config: `learning_rate`, the base rate; `schedule`, its `name` and fields, constant by default;
-      other entries are ignored.
-    num_steps: length of the run; the rate is constant afterwards.
-
-  Raises:
-    ValueError: an unknown name or field, or an invalid value.
+  `learning_rate` is the base rate; `schedule` has its `name` and fields, constant by default; other
+  entries are ignored. Raises ValueError for an unknown name or field, or an invalid value.
 
   >>> config = dict(learning_rate=0.1, schedule=dict(name="cosine", warmup_steps=10))
   >>> float(create_schedule(config, 100)(5))
@@ -67,11 +63,8 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   warmup_steps = count_steps("warmup_steps", fields.pop("warmup_steps", 0), num_steps)
   if warmup_steps >= num_steps and is_primary():
     logging.warning(
-      "schedule.warmup_steps: %d steps in a run of %d: the learning rate does not reach %g; "
-      "lower it, or give a fraction of all steps, such as 0.05",
-      warmup_steps,
-      num_steps,
-      base,
+      f"schedule.warmup_steps: {warmup_steps} steps in a run of {num_steps}: the learning rate "
+      f"does not reach {base:g}; lower it, or give a fraction of all steps, such as 0.05"
     )
   start = _positive_or_zero("warmup_start", fields.pop("warmup_start", 0.0))
   if start > 1:
@@ -122,20 +115,17 @@ def _positive_or_zero(field: str, value: Any) -> float:
 def _constant(
   base: float, num_steps: int, _: int, *, end_value: Number = 0.0, cooldown_steps: Steps = 0
 ) -> Schedule:
-  return _with_cooldown(lambda _: jnp.asarray(base), num_steps, cooldown_steps, end_value)
+  return _with_cooldown(optax.constant_schedule(base), num_steps, cooldown_steps, end_value)
 
 
 def _linear(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
-  def rate(step: jax.Array) -> jax.Array:
-    return end_value + (base - end_value) * (1.0 - _progress(step, num_steps, warmup))
-
-  return rate
+  return _poly(base, num_steps, warmup, power=1.0, end_value=end_value)
 
 
 def _cosine(base: float, num_steps: int, warmup: int, *, end_value: Number = 0.0) -> Schedule:
-  def rate(step: jax.Array) -> jax.Array:
-    wave = 0.5 * (1.0 + jnp.cos(jnp.pi * _progress(step, num_steps, warmup)))
-    return end_value + (base - end_value) * wave
+  def rate(step: jax.Array) -> jax.Array:  # optax rounds pi t before it divides by T
+    progress = jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+    return end_value + (base - end_value) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
 
   return rate
 
@@ -145,11 +135,7 @@ def _poly(
 ) -> Schedule:
   if not power > 0:
     raise ValueError(f"the poly schedule has power {power}; expected a number above 0")
-
-  def rate(step: jax.Array) -> jax.Array:
-    return end_value + (base - end_value) * (1.0 - _progress(step, num_steps, warmup)) ** power
-
-  return rate
+  return optax.polynomial_schedule(base, end_value, power, max(num_steps - warmup, 1), warmup)
 
 
 def _rsqrt(
@@ -187,7 +173,7 @@ def _step(
     period = count_steps("every", every or 0, num_steps)
     if period < 1 or factors is not None:
       raise ValueError(f"the step schedule has every={every}, factors={factors}; every >= 1, alone")
-    return lambda step: base * jnp.power(factor, step // period)
+    return optax.exponential_decay(base, period, factor, staircase=True)
   edges = [count_steps("boundaries", edge, num_steps) for edge in boundaries]
   multipliers = [factor] * len(edges) if factors is None else list(factors)
   if len(multipliers) != len(edges) or edges != sorted(edges):
@@ -195,21 +181,10 @@ def _step(
       f"the step schedule has boundaries {edges} and {len(multipliers)} factors; "
       "boundaries must ascend, with one factor each"
     )
-  return functools.partial(_staircase, base, edges, multipliers)
-
-
-def _staircase(
-  base: float, edges: Sequence[int], multipliers: Sequence[Number], step: jax.Array
-) -> jax.Array:
-  rate = jnp.asarray(base)
-  for edge, multiplier in zip(edges, multipliers, strict=True):
-    rate = rate * jnp.where(step >= edge, multiplier, 1.0)
-  return rate
-
-
-def _progress(step: jax.Array, num_steps: int, warmup: int) -> jax.Array:
-  """Returns the fraction of steps completed between the warm-up and the end of the run."""
-  return jnp.clip((step - warmup) / max(num_steps - warmup, 1), 0.0, 1.0)
+  scales: dict[int, Number] = {}
+  for edge, multiplier in zip(edges, multipliers, strict=True):  # fractions may coincide
+    scales[edge] = scales.get(edge, 1.0) * multiplier
+  return optax.piecewise_constant_schedule(base, scales)
 
 
 def _with_cooldown(
