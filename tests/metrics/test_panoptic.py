@@ -78,8 +78,8 @@ def quality(*pairs, num_classes=4, stuff_from=2):
 
 def test_quality_by_hand():
   # Class 0: IoU 3/4. Class 1: 1 of 3 pixels found, so missed, and a false alarm. Class 2: exact.
-  truth = Segmentation.of(rows(0, 0, 0, 1, 1, 1, 2, 2, VOID), np.array([0, 1, 2]))
-  found = Segmentation.of(rows(0, 0, 0, 0, 1, VOID, 2, 2, 2), np.array([0, 1, 2]))
+  truth = Segmentation(rows(0, 0, 0, 1, 1, 1, 2, 2, VOID), np.array([0, 1, 2]))
+  found = Segmentation(rows(0, 0, 0, 0, 1, VOID, 2, 2, 2), np.array([0, 1, 2]))
   scores = quality((truth, found))
   assert scores["pq_things"] == pytest.approx((0.75 + 0) / 2)
   assert scores["sq_things"] == pytest.approx((0.75 + 0) / 2)
@@ -89,29 +89,29 @@ def test_quality_by_hand():
 
 
 def test_exactly_half_is_no_match():
-  truth = Segmentation.of(rows(0, 0, VOID), np.array([0]))
-  found = Segmentation.of(rows(0, VOID, VOID), np.array([0]))
+  truth = Segmentation(rows(0, 0, VOID), np.array([0]))
+  found = Segmentation(rows(0, VOID, VOID), np.array([0]))
   assert quality((truth, found))["pq"] == 0
 
 
 def test_the_wrong_class_is_a_miss_and_a_false_alarm():
-  truth = Segmentation.of(rows(0, 0, 0), np.array([0]))
-  found = Segmentation.of(rows(0, 0, 0), np.array([1]))
+  truth = Segmentation(rows(0, 0, 0), np.array([0]))
+  found = Segmentation(rows(0, 0, 0), np.array([1]))
   assert quality((truth, found)) == {
     "pq": 0, "sq": 0, "rq": 0, "pq_things": 0, "sq_things": 0, "rq_things": 0
   }  # fmt: skip
 
 
 def test_crowds_and_void_excuse():
-  right = Segmentation.of(rows(0, 0, 0, 0, 0, 0), np.array([0]))
-  crowd = Segmentation.of(rows(1, 1, 1, 0, 0, VOID), np.array([0, 1]), np.array([False, True]))
+  right = Segmentation(rows(0, 0, 0, 0, 0, 0), np.array([0]))
+  crowd = Segmentation(rows(1, 1, 1, 0, 0, VOID), np.array([0, 1]), np.array([False, True]))
   # Segment 0: most of it lies in a crowd of its class; segment 1 finds the object.
-  found = Segmentation.of(rows(0, 0, 0, 1, 1, 1), np.array([1, 0]))
+  found = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([1, 0]))
   assert quality((right, right), (crowd, found))["pq"] == 1
-  other = Segmentation.of(rows(0, 0, 0, 1, 1, 1), np.array([0, 0]))  # a crowd of another class
+  other = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([0, 0]))  # a crowd of another class
   assert quality((right, right), (crowd, other))["pq"] == pytest.approx(2 / 2.5)
-  in_void = Segmentation.of(rows(VOID, VOID, 1, 1, 1, 0), np.array([0, 1]))
-  truth = Segmentation.of(rows(VOID, VOID, 0, 0, 0, VOID), np.array([1]))
+  in_void = Segmentation(rows(VOID, VOID, 1, 1, 1, 0), np.array([0, 1]))
+  truth = Segmentation(rows(VOID, VOID, 0, 0, 0, VOID), np.array([1]))
   assert quality((truth, in_void))["pq"] == 1
 
 
@@ -145,7 +145,7 @@ def make_images(count=6, classes=4):
 
 
 def evaluate(images, **fields):
-  evaluator = PanopticEvaluator(4, 2, **fields)
+  evaluator = PanopticEvaluator(4, stuff_from=2, **fields)
   for batch, predictions in images:
     evaluator.add(batch, predictions)
   return evaluator

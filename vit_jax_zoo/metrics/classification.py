@@ -1,15 +1,18 @@
 """Classification metrics as mergeable counts: top-1, top-k, per class, multi-label, loss."""
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
+from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 
 
+@dataclasses.dataclass(eq=False)
 class ClassificationEvaluator(Evaluator):
   """Counts correct predictions.
 
@@ -20,20 +23,15 @@ class ClassificationEvaluator(Evaluator):
   classes), "loss" (mean over images), "images"; with `per_class` also "accuracy/<class>" (fraction
   of the class's images) and "mean_class_accuracy" (mean over the classes that occur, as for Pets,
   Flowers and Caltech-101). Counts merge exactly; the loss is summed in float64.
-
-  Args:
-    num_classes: number of classes.
-    per_class: also scores each class, and keeps the confusion matrix.
-    class_names: in order; their numbers by default.
   """
 
   scores = ("accuracy", "top5_accuracy", "loss", "images", "mean_class_accuracy")
 
-  def __init__(
-    self, num_classes: int, *, per_class: bool = False, class_names: Sequence[str] = ()
-  ) -> None:
-    self.num_classes, self.per_class = num_classes, per_class
-    self.class_names = tuple(class_names) or tuple(str(i) for i in range(num_classes))
+  num_classes: int
+  per_class: bool = False
+  class_names: Sequence[str] = ()  # default: their numbers
+
+  def __post_init__(self) -> None:
     self.images, self.loss, self.ranks = 0, 0.0, 0
     self.hits: collections.Counter[int] = collections.Counter()  # rank -> correct at that rank
     self.pairs: collections.Counter[tuple[int, int]] = collections.Counter()
@@ -103,7 +101,9 @@ class ClassificationEvaluator(Evaluator):
     for (label, _), count in self.pairs.items():
       seen[label] += count
     shares = {label: self.pairs[label, label] / seen[label] for label in sorted(seen)}
-    scores = {f"accuracy/{self.class_names[label]}": share for label, share in shares.items()}
+    scores = {
+      f"accuracy/{name_of(label, self.class_names)}": share for label, share in shares.items()
+    }
     return {"mean_class_accuracy": sum(shares.values()) / len(shares)} | scores
 
 

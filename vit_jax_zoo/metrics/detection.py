@@ -13,12 +13,7 @@ from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-  """Ground truth and detections of an image; boxes are left, top, width, height in pixels.
-
-  Attributes:
-    true_masks: run lengths of the targets' masks, for mask AP.
-    found_masks: of the detections' masks.
-  """
+  """Ground truth and detections of an image; boxes are left, top, width, height in pixels."""
 
   image_id: int | None
   size: tuple[int, int]
@@ -29,10 +24,11 @@ class Image:
   found_xywh: Float[np.ndarray, "q 4"]
   found_labels: Int[np.ndarray, " q"]
   scores: Float[np.ndarray, " q"]
-  true_masks: Sequence[dict[str, Any]] = ()
+  true_masks: Sequence[dict[str, Any]] = ()  # run lengths, for mask AP
   found_masks: Sequence[dict[str, Any]] = ()
 
 
+@dataclasses.dataclass(eq=False)
 class DetectionEvaluator(Evaluator):
   """Scores detections with faster-coco-eval.
 
@@ -42,11 +38,6 @@ class DetectionEvaluator(Evaluator):
   image) and by size; with `per_class` also "box_ap/<class>"; "images". Scores without any ground
   truth (such as no large object) are left out, as are classes without any. The 100 highest-scoring
   detections of an image count.
-
-  Args:
-    num_classes: highest class id + 1.
-    class_names: names by class id; default: the ids.
-    per_class: also returns each class's AP.
   """
 
   scores = (
@@ -54,12 +45,10 @@ class DetectionEvaluator(Evaluator):
     "box_ar10", "box_ar100", "box_ar_small", "box_ar_medium", "box_ar_large", "images",
   )  # fmt: skip
 
-  def __init__(
-    self, num_classes: int, *, class_names: Sequence[str] = (), per_class: bool = False
-  ) -> None:
-    self.num_classes = num_classes
-    self.class_names, self.per_class = tuple(class_names), per_class
-    self.images: list[Image] = []
+  num_classes: int  # highest class id + 1
+  class_names: Sequence[str] = ()  # default: the ids
+  per_class: bool = False
+  images: list[Image] = dataclasses.field(default_factory=list, init=False)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch.
@@ -98,7 +87,6 @@ class DetectionEvaluator(Evaluator):
     return {k: v for k, v in scores.items() if v >= 0} | {"images": float(len(images))}
 
   def _evaluate(self, kind: Literal["bbox", "segm"], class_ids: Sequence[int]) -> Any:
-    """Returns faster-coco-eval's result for "bbox" or "segm"."""
     from faster_coco_eval import COCO, COCOeval_faster  # here, so that training does not load it
 
     truth, found = self._as_coco(kind)

@@ -35,14 +35,9 @@ from vit_jax_zoo.metrics.majority_vote import majority_vote
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """Features and labels of the same images.
+  """Features, by name, and labels of the same images."""
 
-  Attributes:
-    features: [b d] by name; [b v d] of test images with several views.
-    labels: int [b].
-  """
-
-  features: Mapping[str, Float[np.ndarray, "b *_"]]
+  features: Mapping[str, Float[np.ndarray, "b *_"]]  # [b d]; [b v d] of v views of test images
   labels: Int[np.ndarray, " b"]
 
 
@@ -59,29 +54,20 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureScore:
-  """Scores of one kind of feature.
-
-  Attributes:
-    scores: on the test images, by name; "accuracy" is the main one.
-    validation: accuracy on held-out images; None if nothing was selected.
-  """
+  """Scores of one kind of feature on the test images; "accuracy" is the main one."""
 
   scores: Mapping[str, float]
-  validation: float | None = None
+  validation: float | None = None  # accuracy on held-out images, if something was selected
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureProbe(abc.ABC):
-  """Base of all probes; see `PROBES` for their names.
-
-  Attributes:
-    concatenate: also evaluate the concatenation of this many consecutive layers around the selected
-      one, as "concatenated"; an odd number, or 0.
-  """
+  """Base of all probes; see `PROBES` for their names."""
 
   title: ClassVar[str]
-  votes: ClassVar[bool] = False
+  votes: ClassVar[bool] = False  # over several views of a test image
 
+  # Also evaluate so many consecutive layers around the selected one, as "concatenated"; odd, or 0.
   concatenate: int = 0
 
   def __post_init__(self) -> None:
@@ -188,19 +174,14 @@ class LinearSgd(_LinearProbe):
   """Softmax regression by SGD: iGPT's probe for ImageNet. scikit-learn has no mini-batches.
 
   Scores: "accuracy", and the selected learning "rate", one of `rates`.
-
-  Attributes:
-    rates: learning rates, which decay to 0 with a cosine.
-    num_epochs: passes over the images; the paper made a million steps.
-    batch_size: limited to the number of images.
   """
 
   title = "Linear probe (SGD)"
   candidates = "rates"
 
-  rates: tuple[float, ...] = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
-  num_epochs: int = 100
-  batch_size: int = 1024
+  rates: tuple[float, ...] = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)  # decay to 0 with a cosine
+  num_epochs: int = 100  # the paper made a million steps
+  batch_size: int = 1024  # limited to the number of images
 
   def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
     """See `_LinearProbe`; the classifiers of all rates are fitted at once."""
@@ -283,17 +264,12 @@ class FewShot(FeatureProbe):
 
   Scores: "<n>_shot", the mean over the seeds, and "<n>_shot_std", their standard deviation; and
   "accuracy", which is "5_shot" as in the ViT paper, else that of most shots.
-
-  Attributes:
-    shots: images per class.
-    seeds: of the choice of images.
-    l2: regularisation.
   """
 
   title = "Few-shot"
 
-  shots: tuple[int, ...] = (1, 5, 10, 25)
-  seeds: tuple[int, ...] = (0, 1, 2)
+  shots: tuple[int, ...] = (1, 5, 10, 25)  # images per class
+  seeds: tuple[int, ...] = (0, 1, 2)  # of the choice of images
   l2: float = 2.0**10
 
   def score(self, fit: Rows, test: Rows) -> dict[str, float]:
@@ -350,16 +326,12 @@ class NearestNeighbours(FeatureProbe):
   lowest class.
 
   Scores: "<k>_nn" for each number of neighbours; "accuracy" is that of 20, else of the most.
-
-  Attributes:
-    neighbours: numbers of neighbours; limited to the number of training images.
-    temperature: of the vote weights; None: equal weights.
   """
 
   title = "Nearest neighbours"
 
-  neighbours: tuple[int, ...] = (1, 5, 10, 20)
-  temperature: float | None = 0.07
+  neighbours: tuple[int, ...] = (1, 5, 10, 20)  # limited to the number of training images
+  temperature: float | None = 0.07  # None: equal weights
 
   def score(self, fit: Rows, test: Rows) -> dict[str, float]:
     """Returns the accuracy for each number of neighbours."""

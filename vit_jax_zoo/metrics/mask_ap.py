@@ -1,7 +1,7 @@
 """COCO's average precision of instance masks and boxes."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cv2
@@ -15,6 +15,7 @@ from vit_jax_zoo.ops.mask_paste import paste_masks
 _NAMES = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium", "mask_ap_large")
 
 
+@dataclasses.dataclass(eq=False)
 class InstanceEvaluator(DetectionEvaluator):
   """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the box scores.
 
@@ -23,29 +24,12 @@ class InstanceEvaluator(DetectionEvaluator):
   (target index of each pixel), or `masks` bool [b t h w] of the original size. Predictions:
   `box_masks` [b q m m], see `ops.mask_paste`, with `is_object` [b q], False for padding; or
   `mask_logits` [b q i j] of the padded image, one per query.
-
-  Args:
-    num_classes: highest class id + 1.
-    class_names: names by class id.
-    per_class: also returns each class's box AP.
-    paste_convention: convention of `box_masks`, see `ops.mask_paste`.
-    masks_below: scores only masks of class ids below this (things); default: all.
   """
 
   scores = (*_NAMES, *DetectionEvaluator.scores)
 
-  def __init__(
-    self,
-    num_classes: int,
-    *,
-    class_names: Sequence[str] = (),
-    per_class: bool = False,
-    paste_convention: str = "exact",
-    masks_below: int | None = None,
-  ) -> None:
-    super().__init__(num_classes, class_names=class_names, per_class=per_class)
-    self.paste_convention = paste_convention
-    self.masks_below = num_classes if masks_below is None else masks_below
+  paste_convention: str = "exact"  # of `box_masks`, see `ops.mask_paste`
+  masks_below: int | None = None  # scores only masks of smaller class ids (things)
 
   def _image(self, batch: Mapping[str, Any], predictions: Mapping[str, Any], row: int) -> Image:
     """Raises ValueError if there are no true masks of the original size."""
@@ -72,7 +56,8 @@ class InstanceEvaluator(DetectionEvaluator):
   def result(self) -> dict[str, float]:
     """Returns the scores of boxes and masks by name."""
     scores = super().result()
-    run = self._evaluate("segm", range(self.masks_below))
+    stop = self.num_classes if self.masks_below is None else self.masks_below
+    run = self._evaluate("segm", range(stop))
     masks = dict(zip(_NAMES, map(float, run.stats), strict=False))
     return {k: v for k, v in masks.items() if v >= 0} | scores
 

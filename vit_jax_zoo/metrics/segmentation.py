@@ -1,5 +1,6 @@
 """Mean intersection over union and accuracies of semantic segmentation."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 
 
+@dataclasses.dataclass(eq=False)
 class SegmentationEvaluator(Evaluator):
   """Scores from the confusion matrix of all pixels of a split.
 
@@ -17,28 +19,18 @@ class SegmentationEvaluator(Evaluator):
   mean over classes that occur of their pixel accuracy; with `per_class` also "iou/<class>";
   "images". Classes that neither occur nor are predicted do not count; predicted ones that do not
   occur have IoU 0.
-
-  Args:
-    num_classes: number of classes.
-    ignore_label: label of ignored pixels.
-    class_names: names by label; default: the labels.
-    per_class: also returns each class's IoU.
   """
 
   scores = ("miou", "pixel_accuracy", "mean_accuracy", "images", "iou")
 
-  def __init__(
-    self,
-    num_classes: int,
-    *,
-    ignore_label: int = 255,
-    class_names: Sequence[str] = (),
-    per_class: bool = False,
-  ) -> None:
-    self.num_classes, self.ignore_label = num_classes, ignore_label
-    self.class_names, self.per_class = tuple(class_names), per_class
-    self.images = 0
-    self.confusion = np.zeros((num_classes, num_classes), np.int64)
+  num_classes: int
+  ignore_label: int = 255
+  class_names: Sequence[str] = ()  # by label; default: the labels
+  per_class: bool = False
+  images: int = dataclasses.field(default=0, init=False)
+
+  def __post_init__(self) -> None:
+    self.confusion = np.zeros((self.num_classes, self.num_classes), np.int64)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch.

@@ -267,7 +267,10 @@ class Detection(base.Task):
       kind = InstanceEvaluator if self.model.mask_head else DetectionEvaluator
       return kind(self.num_classes, **fields)
     return PanopticEvaluator(
-      self.num_classes, self.stuff_from, score_threshold=self.segment_threshold, **fields
+      self.num_classes,
+      stuff_from=self.stuff_from,
+      score_threshold=self.segment_threshold,
+      **fields,
     )
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
