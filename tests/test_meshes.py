@@ -10,7 +10,7 @@ from configs import vit
 from tests.trees import flatten_paths
 from vit_jax_zoo import create_model, registry, trainer
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.evaluate import PredictionScores
+from vit_jax_zoo.training.evaluate import score_predictions
 
 pytestmark = pytest.mark.multidevice
 
@@ -37,7 +37,14 @@ def train(config, num_devices):
       state, metrics = program.train_step(state, sharding.to_global(next(batches), made.mesh))
       losses.append(float(metrics["loss"].compute()))
     test = functools.partial(made.eval_batches, "test")
-    scores = PredictionScores(made.task, program.predict_step, test, made.mesh, "test")
+    scores = functools.partial(
+      score_predictions,
+      task=made.task,
+      predict_step=program.predict_step,
+      batches=test,
+      mesh=made.mesh,
+      name="test",
+    )
     report = scores(state.variables)
   return np.array(losses), report.scores, jax.tree.map(np.asarray, state.params)
 

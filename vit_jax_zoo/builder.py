@@ -25,46 +25,27 @@ from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.run_metadata import RunData, fill_from_data, main_evaluation, needs_data
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
-from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.compiled_steps import (
-  EvaluationProgram,
-  Program,
-  TrainingOptions,
-  abstract_batch_of,
-  build_evaluation,
-  build_program,
-)
+from vit_jax_zoo.training import compiled_steps, sharding
+from vit_jax_zoo.training.compiled_steps import TrainingOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """The objects that a config describes.
+  """The objects that a config describes."""
 
-  Attributes:
-    config: complete.
-    mesh: of all devices.
-    open_train_source: opens the training data.
-    eval_sources: the data of each evaluation, by name.
-    fit_sources: the data that each feature probe is fitted to, by name of the evaluation.
-    probes: feature probes, by name of the evaluation.
-    model: a Linen module.
-    task: provides init, loss and predict.
-    num_steps: the length of the run.
-  """
-
-  config: ConfigDict
+  config: ConfigDict  # complete
   mesh: Mesh
   open_train_source: Callable[[], Source]
-  eval_sources: Mapping[str, Source]
-  fit_sources: Mapping[str, Source]
-  probes: Mapping[str, FeatureProbe]
-  model: Any
+  eval_sources: Mapping[str, Source]  # of each evaluation, by name
+  fit_sources: Mapping[str, Source]  # that feature probes are fitted to, by name of the evaluation
+  probes: Mapping[str, FeatureProbe]  # by name of the evaluation
+  model: Any  # a Linen module
   task: Task
-  num_steps: int
+  num_steps: int  # of the whole run
 
   @functools.cached_property
   def train_source(self) -> Source:
-    """The training data; opened when first used, which an evaluation need not."""
+    """The training data, opened at the first use."""
     return self.open_train_source()
 
   @property
@@ -78,36 +59,36 @@ class Experiment:
     """All data, by name: "train", and the evaluations."""
     return {"train": self.train_source, **self.eval_sources}
 
+  def _loader_options(self, batch_size: int) -> dict[str, Any]:
+    index, count = sharding.input_shard(self.mesh, batch_size)
+    part = {"batch_size": batch_size, "process_index": index, "process_count": count}
+    return {**part, **self.config.data.loader.to_dict()}
+
+  @property
+  def _num_classes(self) -> int | None:
+    return getattr(self.task, "num_classes", None)
+
   def train_batches(self, start_step: int = 0) -> pipeline.BatchIterator:
     """Yields this process's part of the training batches from a step on, without end."""
-    index, count = sharding.input_shard(self.mesh, self.config.batch_size)
     return pipeline.train_batches(
       self.train_source,
       build_transforms(self.config.data.train.transforms),
-      batch_size=self.config.batch_size,
       seed=self.config.seed,
       start_step=start_step,
-      process_index=index,
-      process_count=count,
-      num_classes=getattr(self.task, "num_classes", None),
+      num_classes=self._num_classes,
       repeats=self.config.data.train.get("aug_repeats", 1),
-      **self.config.data.loader.to_dict(),
+      **self._loader_options(self.config.batch_size),
     )
 
   def eval_batches(self, name: str, *, to_fit: bool = False) -> pipeline.EvalBatches:
     """Returns this process's part of the batches of an evaluation, or of its `fit_split`."""
     batch_size = self.config.eval_batch_size or self.config.batch_size
     sharding.check_batch_size(batch_size, self.mesh)
-    index, count = sharding.input_shard(self.mesh, batch_size)
-    classes = None if name in self.fit_sources else getattr(self.task, "num_classes", None)
     return pipeline.eval_batches(
       (self.fit_sources if to_fit else self.eval_sources)[name],
       build_transforms(self.config.data.eval[name].transforms),
-      batch_size=batch_size,
-      process_index=index,
-      process_count=count,
-      num_classes=classes,
-      **self.config.data.loader.to_dict(),
+      num_classes=None if name in self.fit_sources else self._num_classes,
+      **self._loader_options(batch_size),
     )
 
   def batch_shapes(self) -> list[tuple[float, dict[str, np.ndarray]]]:
@@ -117,39 +98,32 @@ class Experiment:
       build_transforms(self.config.data.train.transforms),
       batch_size=self.config.batch_size,
       seed=self.config.seed,
-      num_classes=getattr(self.task, "num_classes", None),
+      num_classes=self._num_classes,
       buckets=self.config.data.loader.get("buckets"),
     )
 
-  def program(self, batch: Mapping[str, np.ndarray]) -> Program:
+  def program(self, batch: Mapping[str, np.ndarray]) -> compiled_steps.Program:
     """Returns the compiled steps for batches with the shapes of this process's part `batch`."""
     config = self.config
-    return build_program(
+    lengths = self.num_steps, config.accumulation_steps
+    return compiled_steps.build_program(
       self.task,
-      abstract_batch_of(batch, config.batch_size),
-      TrainingOptions(
-        optimizer=config.optimizer.to_dict(),
-        num_steps=self.num_steps,
-        accumulation_steps=config.accumulation_steps,
-        ema_decay=config.ema_decay,
-      ),
+      compiled_steps.abstract_batch_of(batch, config.batch_size),
+      TrainingOptions(config.optimizer.to_dict(), *lengths, config.ema_decay),
       mesh=self.mesh,
       rules=self.sharding_rules,
     )
 
-  def evaluation_program(self) -> EvaluationProgram:
-    """Returns the compiled steps of an evaluation without training.
-
-    Variables are initialised for the first batch of the default evaluation.
-    """
+  def evaluation_program(self) -> compiled_steps.EvaluationProgram:
+    """Returns the compiled steps of an evaluation, for the first batch of the default one."""
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
       raise ValueError("nothing to evaluate: the config names no evaluation")
     batch = next(iter(self.eval_batches(name)))
     batch_size = self.config.eval_batch_size or self.config.batch_size
-    return build_evaluation(
+    return compiled_steps.build_evaluation(
       self.task,
-      abstract_batch_of(batch, batch_size),
+      compiled_steps.abstract_batch_of(batch, batch_size),
       mesh=self.mesh,
       rules=self.sharding_rules,
       left_out=self.task.train_only_collections,
@@ -170,8 +144,8 @@ def build(
     devices: of the mesh; all by default.
     open_source: opens a source by name, split and options; `data.fake_data.load` to plan a run
       without its data.
-    run_data: metadata saved with the run, for an evaluation without training; the training data are
-      opened only if fields of the config depend on more than that.
+    run_data: metadata saved with the run, for an evaluation without training, which then opens the
+      training data only if fields of the config depend on more than that.
 
   Raises:
     ValueError: the config is invalid.
@@ -209,13 +183,15 @@ def build(
   )
 
 
+def best_score_of(config: ConfigDict, task: Task) -> str | None:
+  """Returns "<evaluation>/<score>" of the score that selects the best checkpoint, or None."""
+  name = main_evaluation(config.data.eval.to_dict())
+  return config.checkpoint.best or (name and f"{name}/{task.best_metric}")
+
+
 def _check_metrics(config: ConfigDict, task: Task) -> None:
-  """Checks the metrics that evaluations choose, and that the best checkpoint's is one of them."""
-  evaluations = config.data.eval
-  best = config.checkpoint.best
-  if best is None and (name := main_evaluation(evaluations.to_dict())):
-    best = f"{name}/{task.best_metric}"
-  for name, spec in evaluations.items():
+  best = best_score_of(config, task)
+  for name, spec in config.data.eval.items():
     chosen = spec.get("metrics") or ()
     if not chosen:
       continue
@@ -233,18 +209,15 @@ def _open_evaluations(
 ) -> tuple[dict[str, Source], dict[str, Source]]:
   """Returns the data of the evaluations, and those that feature probes are fitted to, by name.
 
-  Args:
-    opened: opens the source of a section.
-    sections: of the evaluations, by name.
-    info: of the training data, whose classes evaluations other than probes must have.
+  Evaluations other than probes must have the classes of `info`, the training data's.
   """
-  eval_sources = {name: opened(spec) for name, spec in sections.items()}
-  fit_sources = {
-    name: opened(spec, "fit_split") for name, spec in sections.items() if "fit_split" in spec
-  }
-  for name, source in eval_sources.items():
+  eval_sources, fit_sources = {}, {}
+  for name, spec in sections.items():
+    eval_sources[name] = opened(spec)
+    if "fit_split" in spec:
+      fit_sources[name] = opened(spec, "fit_split")
     trained_on = fit_sources[name].info if name in fit_sources else info
-    check_same_classes(trained_on, source.info, f"the evaluation {name!r}")
+    check_same_classes(trained_on, eval_sources[name].info, f"the evaluation {name!r}")
   return eval_sources, fit_sources
 
 

@@ -20,25 +20,15 @@ from vit_jax_zoo.training.distributed import all_gather_objects
 
 @dataclasses.dataclass(frozen=True)
 class Initializer:
-  """Replaces randomly initialised variables by pretrained and data-dependent ones.
-
-  Attributes:
-    task: provides `weight_files` and `init_from_data`.
-    init_from: weights of a whole model, a published file or a run; or None.
-    preview: this process's part of the training batches; read only if needed.
-    grid: height and width of the images in tokens, for models with position embeddings.
-  """
+  """Replaces randomly initialised variables by pretrained and data-dependent ones."""
 
   task: Task
-  init_from: str | None
-  preview: Iterable[Mapping[str, np.ndarray]]
-  grid: tuple[int, int] | None = None
+  init_from: str | None  # a published file or a run
+  preview: Iterable[Mapping[str, np.ndarray]]  # this process's training batches; read if needed
+  grid: tuple[int, int] | None = None  # height and width of the images in tokens
 
   def __call__(self, fresh: Variables) -> Variables:
-    """Returns the initial variables.
-
-    Args:
-      fresh: randomly initialised.
+    """Returns the initial variables, given randomly initialised ones.
 
     Raises:
       ValueError: weights do not fit.
@@ -56,7 +46,6 @@ class Initializer:
     return jax.tree.map(lambda a, b, other: other if a is b else a, taken, fresh, others)
 
   def _init_from(self, path: str, fresh: Variables) -> Variables:
-    """Returns the variables with the weights of a run, or of a published file."""
     logging.info("initialising from %s", path)
     if not is_checkpoint(path):
       return weights.load_into(path, fresh, position_grid=self.grid)
@@ -65,11 +54,7 @@ class Initializer:
 
 
 def check_files(task: Task, init_from: str | None) -> None:
-  """Checks that `init_from`, or else the task's pretrained files exist, before compilation.
-
-  Raises:
-    WeightsError: a file does not exist.
-  """
+  """Raises WeightsError if `init_from`, or else a pretrained file of the task, does not exist."""
   # With init_from, the files that are needed depend on its variables.
   files = {"init_from": init_from} if init_from else task.weight_files
   weights.find_files({k: f for k, f in files.items() if not is_checkpoint(f)})

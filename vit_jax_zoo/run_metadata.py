@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.config import rename_fields
@@ -35,19 +36,13 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_unchanged(config: ConfigDict, info: DatasetInfo | None, workdir: epath.Path) -> None:
-  """Compares config and classes with those of the run in `workdir`.
-
-  Args:
-    config: complete.
-    info: of the training data; None: not compared.
-    workdir: of the run.
+  """Compares config and classes (unless `info` is None) with those of the run in `workdir`.
 
   Raises:
     ValueError: they differ; the message names the fields.
   """
-  before = _read_config(workdir)
-  found = {} if before is None else _differences(before, as_json(config))
-  changed = [text for path, text in found.items() if not path.startswith(HARMLESS)]
+  before, after = _read_config(workdir), as_json(config)
+  changed = [] if before is None else _differences(before, after)
   names = load_data(workdir).class_names
   if info is not None and names and names != info.class_names:
     pairs = itertools.zip_longest(names, info.class_names)
@@ -67,13 +62,7 @@ def save_config(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def save_data(info: DatasetInfo, batch: Mapping[str, np.ndarray], workdir: epath.Path) -> None:
-  """Writes the metadata of the training data.
-
-  Args:
-    info: of the training data.
-    batch: of training examples, for their shapes; a resumed run keeps the shapes of its start.
-    workdir: of the run.
-  """
+  """Writes the metadata of the training data; a resumed run keeps the shapes of its start."""
   shapes = load_data(workdir).shapes or {k: np.shape(v)[1:] for k, v in batch.items()}
   content = {**dataclasses.asdict(info), "shapes": {k: list(v) for k, v in shapes.items()}}
   if _read(workdir / DATA_FILE) != json.loads(json.dumps(content)):
@@ -82,18 +71,11 @@ def save_data(info: DatasetInfo, batch: Mapping[str, np.ndarray], workdir: epath
 
 @dataclasses.dataclass(frozen=True)
 class RunData:
-  """Metadata of a run's training data.
-
-  Attributes:
-    num_classes: see `DatasetInfo`.
-    class_names: see `DatasetInfo`.
-    shapes: of one training example's arrays; empty if unknown.
-    stuff_from: see `DatasetInfo`.
-  """
+  """Metadata of a run's training data, as of `DatasetInfo`."""
 
   num_classes: int | None = None
   class_names: tuple[str, ...] = ()
-  shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+  shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)  # of an example
   stuff_from: int | None = None
 
   def info(self, name: str) -> DatasetInfo:
@@ -102,12 +84,7 @@ class RunData:
 
 
 def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
-  """Returns the config of a run, with today's field names, and the metadata of its data.
-
-  Raises:
-    FileNotFoundError: there is no config.json.
-    ValueError: it is not JSON.
-  """
+  """Returns the config of a run, with today's field names, and the metadata of its data."""
   config = _read(workdir / CONFIG_FILE)
   if config is None:
     raise FileNotFoundError(f"{workdir}: there is no {CONFIG_FILE}; expected the folder of a run")
@@ -172,19 +149,20 @@ def _read(file: epath.Path) -> Any:
 
 
 def _read_config(workdir: epath.Path) -> dict[str, Any] | None:
-  path = workdir / CONFIG_FILE
   try:
-    return rename_fields(json.loads(path.read_text())) if path.exists() else None
-  except ValueError:
-    logging.warning("%s is not JSON; it is overwritten", path)
+    config = _read(workdir / CONFIG_FILE)
+  except ValueError as error:
+    logging.warning("%s; it is overwritten", error)
     return None
+  return None if config is None else rename_fields(config)
 
 
-def _differences(before: Any, after: Any, path: str = "") -> dict[str, str]:
-  """Returns the fields that differ, by path, as text."""
-  if isinstance(before, dict) and isinstance(after, dict):
-    found: dict[str, str] = {}
-    for key in sorted(before.keys() | after.keys()):
-      found |= _differences(before.get(key), after.get(key), f"{path}.{key}".lstrip("."))
-    return found
-  return {} if before == after else {path: f"{path}: {before} -> {after}"}
+def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+  """Returns a text for each field that differs and is not harmless."""
+  flat = [traverse_util.flatten_dict(x, sep=".") for x in (before, after)]
+  pairs = {path: [x.get(path) for x in flat] for path in sorted(flat[0].keys() | flat[1].keys())}
+  return [
+    f"{path}: {old} -> {new}"
+    for path, (old, new) in pairs.items()
+    if old != new and not path.startswith(HARMLESS)
+  ]

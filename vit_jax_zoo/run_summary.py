@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from absl import logging
@@ -13,14 +12,13 @@ from ml_collections import ConfigDict
 from vit_jax_zoo.data.sources.base import Source
 from vit_jax_zoo.figures.class_balance import draw_class_balance
 from vit_jax_zoo.run_metadata import as_json
-from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.distributed import is_primary
 from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter
 
 MAX_LISTED = 12
-"""Up to this number, all classes are listed with their counts; else the smallest and largest."""
+"""Of more classes, only the counts of the smallest and largest are listed."""
 
 IMBALANCED = 10
 """Ratio of the sizes of the largest and smallest class from which a warning is logged."""
@@ -42,9 +40,8 @@ def log_summary(
     batch: this process's part of the first batch.
     writer: writes texts and figures.
   """
-  table = parameter_overview.get_parameter_overview(
-    program.abstract_state.params, include_stats=False
-  )
+  params = program.abstract_state.params
+  table = parameter_overview.get_parameter_overview(params, include_stats=False)
   logging.info("parameters:\n%s", table)
   if not is_primary():
     return
@@ -53,22 +50,15 @@ def log_summary(
   plain = as_json(config)
   writer.write_text(0, {"config": f"```\n{json.dumps(plain, indent=1)}\n```"})
   writer.write_hparams(plain)
-  writer.write_figures(0, _figures(program.task, sources, batch))
-
-
-def _figures(
-  task: Task, sources: Mapping[str, Source], batch: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-  figures: dict[str, Any] = {f"train_{k}": v for k, v in task.batch_figures(batch).items()}
-  counts = count_classes(sources)
-  names = sources["train"].info.class_names
-  for line in task.check_data(sources["train"].info):
-    logging.warning(line)
-  for line in describe_balance(counts, names):
+  figures = {f"train_{k}": v for k, v in program.task.batch_figures(batch).items()}
+  info, counts = sources["train"].info, count_classes(sources)
+  for line in describe_balance(counts, info.class_names):
     logging.info(line)
-  for line in find_imbalance(counts, names):
+  for line in [*program.task.check_data(info), *find_imbalance(counts, info.class_names)]:
     logging.warning(line)
-  return figures | ({"class_balance": draw_class_balance(counts, names)} if counts else {})
+  if counts:
+    figures["class_balance"] = draw_class_balance(counts, info.class_names)
+  writer.write_figures(0, figures)
 
 
 def count_classes(sources: Mapping[str, Source]) -> dict[str, Int[np.ndarray, " k"]]:

@@ -9,36 +9,29 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from ml_collections import ConfigDict
 
+from vit_jax_zoo import run_metadata
 from vit_jax_zoo.builder import Experiment as Experiment
+from vit_jax_zoo.builder import best_score_of
 from vit_jax_zoo.builder import build as build
 from vit_jax_zoo.initialization import Initializer, check_files
 from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.run_metadata import (
-  as_json,
-  check_unchanged,
-  code_version,
-  fingerprint,
-  load_data,
-  main_evaluation,
-  save_config,
-  save_data,
-)
 from vit_jax_zoo.run_summary import log_summary
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import CHECKPOINTS, Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import EvaluationProgram, Program
 from vit_jax_zoo.training.distributed import check_equal, is_primary
-from vit_jax_zoo.training.evaluate import Evaluation, Explanations, PredictionScores
-from vit_jax_zoo.training.feature_evaluation import FeatureEvaluation
+from vit_jax_zoo.training.evaluate import Evaluation, explain, score_predictions
+from vit_jax_zoo.training.feature_evaluation import probe_features
 from vit_jax_zoo.training.loop import (
   Loop,
   LoopSettings,
@@ -55,21 +48,12 @@ from vit_jax_zoo.training.workdir_lock import workdir_lock
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-  """Options of a run that are not part of its config.
+  """Options of a run that are not part of its config."""
 
-  Attributes:
-    eval_only: evaluate the last checkpoint (or `init_from`) without training; training data are
-      read only if fields of the config, or variables that `init_from` does not have, depend on
-      them.
-    overfit_one_batch: train on the first batch only; a correct model can fit it.
-    profile: half-open window of steps to trace, or None.
-    allow_config_change: resume although the config differs from the run's.
-  """
-
-  eval_only: bool = False
-  overfit_one_batch: bool = False
-  profile: tuple[int, int] | None = None
-  allow_config_change: bool = False
+  eval_only: bool = False  # evaluate the last checkpoint, or `init_from`
+  overfit_one_batch: bool = False  # train on the first batch only; a correct model can fit it
+  profile: tuple[int, int] | None = None  # half-open window of steps to trace
+  allow_config_change: bool = False  # resume although the config differs from the run's
 
 
 def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOptions()) -> Outcome:
@@ -83,56 +67,45 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
   """
   if options.overfit_one_batch:  # kept apart from real training
     workdir = workdir / "overfit_one_batch"
-  run_data = load_data(workdir) if options.eval_only else None
-  lock = contextlib.nullcontext() if options.eval_only else workdir_lock(workdir)
-  with lock:
+  run_data = run_metadata.load_data(workdir) if options.eval_only else None
+  with contextlib.nullcontext() if options.eval_only else workdir_lock(workdir):
     experiment = build(config, run_data=run_data)
     check_equal(lambda: _facts(experiment, train=not options.eval_only))
-    checkpoint = experiment.config.checkpoint
+    config = experiment.config
+    kept = {"keep": config.checkpoint.keep, "best_mode": config.checkpoint.best_mode}
     with (
       jax.set_mesh(experiment.mesh),
-      Checkpointer(
-        workdir,
-        keep=checkpoint.keep,
-        best_mode=checkpoint.best_mode,
-        read_only=options.eval_only,
-      ) as checkpointer,
+      Checkpointer(workdir, **kept, read_only=options.eval_only) as checkpointer,
     ):
-      if checkpointer.latest_step is None:
-        if options.eval_only and not experiment.config.init_from:
-          raise FileNotFoundError(
-            f"nothing to evaluate: no checkpoint in {workdir}, and no init_from"
-          )
-      elif not options.allow_config_change:
+      if checkpointer.latest_step is not None and not options.allow_config_change:
         info = None if options.eval_only else experiment.train_source.info
-        check_unchanged(experiment.config, info, workdir)
-      if options.eval_only:
-        return _evaluate_only(experiment, checkpointer)
-      return _train(experiment, options, checkpointer)
+        run_metadata.check_unchanged(config, info, workdir)
+      if not options.eval_only:
+        return _train(experiment, options, checkpointer)
+      if checkpointer.latest_step is None and not config.init_from:
+        raise FileNotFoundError(
+          f"nothing to evaluate: no checkpoint in {workdir}, and no init_from"
+        )
+      return _evaluate_only(experiment, checkpointer)
 
 
 def _facts(experiment: Experiment, *, train: bool) -> dict[str, Any]:
   """Returns what must be equal on all processes: config, datasets, code."""
-  flat = _flatten(as_json(experiment.config), "config")
+  flat = traverse_util.flatten_dict({"config": run_metadata.as_json(experiment.config)}, sep=".")
   sources = experiment.sources if train else experiment.eval_sources
-  data = {f"data of {name!r}": fingerprint(source) for name, source in sources.items()}
-  return {**flat, **data, "code version": code_version()}
-
-
-def _flatten(tree: Any, path: str) -> dict[str, Any]:
-  if not isinstance(tree, dict):
-    return {path: json.dumps(tree)}
-  parts = (_flatten(value, f"{path}.{key}") for key, value in tree.items())
-  return {key: value for part in parts for key, value in part.items()}
+  data = {f"data of {name!r}": run_metadata.fingerprint(source) for name, source in sources.items()}
+  return {
+    **{k: json.dumps(v) for k, v in flat.items()},
+    **data,
+    "code version": run_metadata.code_version(),
+  }
 
 
 def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpointer) -> Outcome:
   """Trains from the last checkpoint, or from the start; only evaluates a finished run."""
   config, workdir, start = experiment.config, checkpointer.workdir, checkpointer.latest_step or 0
-  evaluated = bool(experiment.eval_sources) and is_evaluated(
-    workdir, experiment.eval_sources, start
-  )
-  if start >= experiment.num_steps and evaluated:
+  names = experiment.eval_sources
+  if start >= experiment.num_steps and names and is_evaluated(workdir, names, start):
     return _evaluate_only(experiment, checkpointer)
   settings = _loop_settings(experiment, options, start)
   if not start:
@@ -142,11 +115,11 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
     program = experiment.program(first)
     state, taken = _initial_state(experiment, program, checkpointer, first, iterator)
     if is_primary():
-      save_config(config, workdir)
-      save_data(experiment.train_source.info, first, workdir)
+      run_metadata.save_config(config, workdir)
+      run_metadata.save_data(experiment.train_source.info, first, workdir)
     with (
       MetricWriter(workdir, resume_step=start or None) as writer,
-      _progress(experiment, program, start) as progress,
+      contextlib.closing(_progress(experiment, program, start)) as progress,
     ):
       if not start:
         log_summary(config, program, experiment.sources, first, writer)
@@ -183,16 +156,25 @@ def _initial_state(
   if state is not None:
     logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
     return state, taken
-  config, preview = experiment.config, itertools.chain([first], _recorded(iterator, taken))
-  initializer = Initializer(experiment.task, config.init_from, preview, _grid(experiment, program))
-  return program.initial_state(config.seed, pretrain=initializer), taken
+
+  def preview() -> Iterator[Any]:
+    yield first
+    for batch in iterator:
+      taken.append(batch)
+      yield batch
+
+  initializer = _initializer(experiment, program, preview())
+  return program.initial_state(experiment.config.seed, pretrain=initializer), taken
 
 
-def _recorded(batches: Iterator[Any], taken: list[Any]) -> Iterator[Any]:
-  """Yields batches and appends each to `taken`."""
-  for batch in batches:
-    taken.append(batch)
-    yield batch
+def _initializer(
+  experiment: Experiment, program: EvaluationProgram, preview: Iterator[Any]
+) -> Initializer:
+  """Returns the initializer; `grid` is the images' size in tokens, for models with `token_grid`."""
+  grid, token_grid = None, getattr(experiment.model, "token_grid", None)
+  if token_grid is not None and "image" in program.abstract_batch:
+    grid = token_grid(program.abstract_batch["image"].shape[1:3])
+  return Initializer(experiment.task, experiment.config.init_from, preview, grid)
 
 
 def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcome:
@@ -200,8 +182,7 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
   program = experiment.evaluation_program()
   step = checkpointer.latest_step
   if step is None:
-    init_from, grid = experiment.config.init_from, _grid(experiment, program)
-    initializer = Initializer(experiment.task, init_from, _preview(experiment), grid)
+    initializer = _initializer(experiment, program, _preview(experiment))
     variables = program.initial_variables(experiment.config.seed, pretrain=initializer)
   else:
     logging.info("evaluating step %d of %s", step, checkpointer.workdir)
@@ -213,17 +194,10 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
   params = variables["params"]
   others = {name: tree for name, tree in variables.items() if name != "params"}
   state = TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)
-  return _evaluate(state, _evaluations(experiment, program), checkpointer.workdir)
-
-
-def _evaluate(
-  state: TrainState, evaluations: Mapping[str, Evaluation], workdir: epath.Path
-) -> Outcome:
-  """Evaluates a state that is not trained any further; the log is unchanged."""
-  report = run_evaluations(evaluations, state.variables)
-  if is_primary():
-    save_figures(workdir, int(state.step), report.figures)
-  return Outcome(state, finished=True, scores=report.scores, workdir=workdir)
+  report = run_evaluations(_evaluations(experiment, program), state.variables)
+  if is_primary():  # the log is unchanged
+    save_figures(checkpointer.workdir, step or 0, report.figures)
+  return Outcome(state, True, report.scores, checkpointer.workdir)
 
 
 def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
@@ -232,75 +206,64 @@ def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
     yield from batches
 
 
-def _grid(experiment: Experiment, program: EvaluationProgram) -> tuple[int, int] | None:
-  """Returns the height and width of the images in tokens, for models with `token_grid`."""
-  token_grid = getattr(experiment.model, "token_grid", None)
-  if token_grid is None or "image" not in program.abstract_batch:
-    return None
-  return token_grid(program.abstract_batch["image"].shape[1:3])
-
-
 def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str, Evaluation]:
-  found = {name: _evaluation(experiment, program, name) for name in experiment.eval_sources}
+  found: dict[str, Evaluation] = {}
+  common: dict[str, Any] = {"mesh": experiment.mesh}
+  for name in experiment.eval_sources:
+    batches = functools.partial(experiment.eval_batches, name)
+    if name in experiment.fit_sources:
+      found[name] = functools.partial(
+        probe_features,
+        features_step=program.features_step,
+        fit_batches=functools.partial(batches, to_fit=True),
+        test_batches=batches,
+        name=name,
+        probe=experiment.probes[name],
+        views=experiment.task.feature_views,
+        **common,
+      )
+    else:
+      found[name] = functools.partial(
+        score_predictions,
+        task=experiment.task,
+        predict_step=program.predict_step,
+        batches=batches,
+        name=name,
+        metrics=experiment.config.data.eval[name].get("metrics", ()),
+        **common,
+      )
   if experiment.config.explain and found:
-    found["explain"] = Explanations(
-      task=experiment.task,
-      explain_step=program.explain_step,
-      batches=functools.partial(experiment.eval_batches, next(iter(found))),
-      mesh=experiment.mesh,
+    batches = functools.partial(experiment.eval_batches, next(iter(found)))
+    step = program.explain_step
+    found["explain"] = functools.partial(
+      explain, task=experiment.task, explain_step=step, batches=batches, **common
     )
   return found
 
 
-def _evaluation(experiment: Experiment, program: EvaluationProgram, name: str) -> Evaluation:
-  batches = functools.partial(experiment.eval_batches, name)
-  if name in experiment.fit_sources:
-    return FeatureEvaluation(
-      features_step=program.features_step,
-      fit_batches=functools.partial(batches, to_fit=True),
-      test_batches=batches,
-      mesh=experiment.mesh,
-      name=name,
-      probe=experiment.probes[name],
-      views=experiment.task.feature_views,
-    )
-  return PredictionScores(
-    task=experiment.task,
-    predict_step=program.predict_step,
-    batches=batches,
-    mesh=experiment.mesh,
-    name=name,
-    metrics=experiment.config.data.eval[name].get("metrics", ()),
-  )
-
-
 def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> LoopSettings:
-  config = experiment.config
-  first = main_evaluation(config.data.eval.to_dict())
-  settings = LoopSettings(
-    num_steps=experiment.num_steps,
+  config, profile, last = experiment.config, options.profile, experiment.num_steps
+  if profile is not None and not step < profile[0] <= last:
+    steps = f"{step + 1} to {last}"
+    raise ValueError(
+      f"--profile={profile[0]}:{profile[1]} lies outside the steps of this run, {steps}"
+    )
+  return LoopSettings(
+    num_steps=last,
     log_every=config.log_every,
     eval_every=config.eval_every,
     checkpoint_every=config.checkpoint.every,
     eval_best_at_end=config.checkpoint.eval_best_at_end,
-    best=config.checkpoint.best or (first and f"{first}/{experiment.task.best_metric}"),
-    profile=options.profile,
+    best=best_score_of(config, experiment.task),
+    profile=profile,
   )
-  settings.check_profile(step)
-  return settings
 
 
-def _progress(
-  experiment: Experiment, program: Program, step: int
-) -> contextlib.AbstractContextManager[Progress]:
-  return contextlib.closing(
-    Progress(
-      experiment.num_steps,
-      experiment.config.batch_size,
-      start_step=step,
-      flops_per_step=count_flops(
-        program.train_step, program.abstract_state, program.abstract_batch
-      ),
-      devices=list(experiment.mesh.devices.flat),
-    )
+def _progress(experiment: Experiment, program: Program, step: int) -> Progress:
+  return Progress(
+    experiment.num_steps,
+    experiment.config.batch_size,
+    start_step=step,
+    flops_per_step=count_flops(program.train_step, program.abstract_state, program.abstract_batch),
+    devices=list(experiment.mesh.devices.flat),
   )

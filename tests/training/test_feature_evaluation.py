@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.metrics.feature_probes import create_probe
-from vit_jax_zoo.training.feature_evaluation import FeatureEvaluation, collect_features
+from vit_jax_zoo.training.feature_evaluation import collect_features, probe_features
 from vit_jax_zoo.training.sharding import create_mesh
 
 ROWS, BATCH = 90, 40
@@ -41,9 +41,10 @@ def features(variables, batch):
 def evaluate(features_step, mesh, probe="linear", views=1, **fields):
   batches = {"fit_batches": lambda: Batches(0), "test_batches": lambda: Batches(1)}
   step = jax.jit(features_step)
-  return FeatureEvaluation(
-    step, **batches, mesh=mesh, name="probe", probe=create_probe(probe, **fields), views=views
-  )({})
+  made = create_probe(probe, **fields)
+  return probe_features(
+    {}, features_step=step, **batches, mesh=mesh, name="probe", probe=made, views=views
+  )
 
 
 def test_layers_are_probed_on_all_real_rows():

@@ -16,7 +16,7 @@ from tests.training import toy
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
-from vit_jax_zoo.training.evaluate import PredictionScores
+from vit_jax_zoo.training.evaluate import score_predictions
 from vit_jax_zoo.training.loop import EvaluationError, Loop, LoopSettings, format_scores, prefetch
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
@@ -50,7 +50,8 @@ def train(
       on_step(int(state.step) + 1)
     return (train_step or made.train_step)(state, batch)
 
-  scores = PredictionScores(
+  scores = functools.partial(
+    score_predictions,
     task=made.task,
     predict_step=made.predict_step,
     batches=lambda: toy.batches(2, seed=9),
@@ -291,11 +292,17 @@ def test_prefetch_keeps_order_and_depth():
   assert list(batches) == [10, 20, 30, 40]
 
 
+def evaluate(data, variables):
+  made = make_program()
+  steps = {"task": made.task, "predict_step": made.predict_step, "mesh": made.mesh}
+  return score_predictions(variables, **steps, batches=lambda: data, name="x")
+
+
 def test_evaluation_merges_every_batch_once():
   made = make_program()
   data = toy.batches(3, seed=4)
   data[2]["mask"] = np.arange(16) < 5
-  scores = PredictionScores(made.task, made.predict_step, lambda: data, made.mesh, "x")
+  scores = functools.partial(evaluate, data)
   with jax.set_mesh(made.mesh):
     variables = made.initial_state(seed=0).variables
     report = scores(variables)
@@ -313,7 +320,7 @@ def test_evaluation_says_how_many_images_it_lost():
 
   made = make_program()
   data = Lossy(toy.batches(1))
-  scores = PredictionScores(made.task, made.predict_step, lambda: data, made.mesh, "x")
+  scores = functools.partial(evaluate, data)
   with jax.set_mesh(made.mesh):
     report = scores(made.initial_state(seed=0).variables)
   assert report.scores["skipped_images"] == 3

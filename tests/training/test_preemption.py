@@ -10,27 +10,27 @@ import threading
 
 import pytest
 
-from vit_jax_zoo.training.loop import PreemptionGuard
+from vit_jax_zoo.training.loop import preemption_guard
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
 def test_a_signal_is_remembered_and_handlers_come_back():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-  with PreemptionGuard() as guard:
-    assert not guard.requested(0)
+  with preemption_guard() as requested:
+    assert not requested(0)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert guard.requested(1)
-    assert guard.requested(2), "and stays so"
+    assert requested(1)
+    assert requested(2), "and stays so"
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-  with guard:
-    assert not guard.requested(0), "a new life"
+  with preemption_guard() as requested:
+    assert not requested(0), "a new life"
 
 
 def test_the_second_interrupt_is_one():
-  with PreemptionGuard() as guard:
+  with preemption_guard() as requested:
     os.kill(os.getpid(), signal.SIGINT)
-    assert guard.requested(1)
+    assert requested(1)
     with pytest.raises(KeyboardInterrupt):
       os.kill(os.getpid(), signal.SIGINT)
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -41,8 +41,8 @@ def test_outside_the_main_thread_signals_are_left_alone():
   found = []
 
   def enter():
-    with PreemptionGuard() as guard:
-      found.append(guard.requested(0))
+    with preemption_guard() as requested:
+      found.append(requested(0))
 
   thread = threading.Thread(target=enter)
   thread.start()
@@ -56,16 +56,16 @@ import sys, time
 import jax
 import numpy as np
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
-from vit_jax_zoo.training.loop import PreemptionGuard
+from vit_jax_zoo.training.loop import preemption_guard
 index, count, port, workdir = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 if count > 1:
   jax.distributed.initialize("localhost:" + port, count, index)
-with PreemptionGuard() as guard:
+with preemption_guard() as requested:
   for step in range(100000):
     if step == 3:
       print("ready", flush=True)
     time.sleep(0.02)
-    if guard.requested(step):
+    if requested(step):
       break
 mesh = jax.make_mesh((count,), ("data",), (jax.sharding.AxisType.Auto,))
 sharding = jax.sharding.NamedSharding(mesh, jax.P("data"))

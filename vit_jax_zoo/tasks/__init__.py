@@ -1,8 +1,4 @@
-"""Tasks: loss, predictions and metrics of one kind of problem, found by name.
-
-`tasks.base` is the protocol; classification is here, as several systems share it; each other task
-lies in its system's folder.
-"""
+"""Tasks by name: classification, and those of the systems."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
@@ -33,7 +29,13 @@ def create_task(name: str, model: "Model", **fields: Any) -> "Task":
     ValueError: the task is unknown, or a field is unknown, missing or out of range.
   """
   task_class = tasks()[name]
-  _check_fields(name, task_class, fields)
+  check_names(f"field of task {name!r}", fields, [*task_fields(name), "name"])
+  for field in dataclasses.fields(task_class):
+    required = field.default is field.default_factory is dataclasses.MISSING
+    if required and field.name != "model" and fields.get(field.name) is None:
+      raise ValueError(
+        f"task {name!r} needs the field {field.name!r}, which the dataset does not define"
+      )
   plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
   return task_class(model=model, **plain)
 
@@ -41,12 +43,3 @@ def create_task(name: str, model: "Model", **fields: Any) -> "Task":
 def task_fields(name: str) -> tuple[str, ...]:
   """Returns the names of a task's fields, without the model."""
   return tuple(f.name for f in dataclasses.fields(tasks()[name]) if f.name != "model")
-
-
-def _check_fields(name: str, task_class: type, given: dict[str, Any]) -> None:
-  fields = {f.name: f for f in dataclasses.fields(task_class) if f.name != "model"}
-  check_names(f"field of task {name!r}", given, [*fields, "name"])
-  for key, field in fields.items():
-    required = field.default is field.default_factory is dataclasses.MISSING
-    if required and given.get(key) is None:
-      raise ValueError(f"task {name!r} needs the field {key!r}, which the dataset does not define")

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.figures import classification as draw
 from vit_jax_zoo.figures.interpretability import draw_of_images, draw_of_model
+from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.ops.checks import check_positive, check_rates
 from vit_jax_zoo.ops.images import normalize_images
@@ -39,43 +40,26 @@ class Classification(base.Task):
 
   Batches: `image` [b h w c], uint8 or floats in [0, 255]; `label`, int [b], or weights [b k] (1 for
   each of several labels, or fractions); `mask` [b], True for real rows of a padded batch.
-
-  Attributes:
-    model: called as `model(images, train=...)`, returns a dict with "logits" [b k].
-    num_classes: size of the label set.
-    objective: "softmax": cross-entropy. "sigmoid": binary cross-entropy, summed over the classes,
-      as in ViT's ImageNet-21k and JFT pre-training.
-    label_smoothing: fraction of each training label that is distributed over all classes; not in
-      evaluations.
-    mixup_alpha: of mixup with the neighbour in the micro-batch, see `ops.mixup`; None: off. Labels
-      are mixed before they are smoothed.
-    cutmix_alpha: of CutMix; None: off.
-    mix_probability: probability of mixing.
-    cutmix_share: probability of CutMix if both alphas are set.
-    mix_per: "batch" (one draw per micro-batch) or "example".
-    image_mean: see `normalize_images`; the default maps pixels to [-1, 1].
-    image_std: as `image_mean`.
-    class_names: in order, for figures and per-class scores.
-    top_k: number of classes of a prediction, and the k of the top-k accuracy.
-    per_class: evaluations also score each class, and draw the confusion matrix.
   """
 
   name: ClassVar[str] = "classification"
 
-  model: base.Model
+  model: base.Model  # `model(images, train=...)` returns a dict with "logits" [b k]
   num_classes: int
+  # "softmax": cross-entropy. "sigmoid": binary cross-entropy, summed over the classes, as in ViT's
+  # ImageNet-21k and JFT pre-training.
   objective: str = "softmax"
-  label_smoothing: float = 0.0
-  mixup_alpha: float | int | None = None
-  cutmix_alpha: float | int | None = None
+  label_smoothing: float = 0.0  # of training labels, after they are mixed
+  mixup_alpha: float | int | None = None  # see `ops.mixup`; None: off
+  cutmix_alpha: float | int | None = None  # None: off
   mix_probability: float | int = 1.0
-  cutmix_share: float | int = 0.5
-  mix_per: str = "batch"
-  image_mean: float | tuple[float, ...] = 0.5
+  cutmix_share: float | int = 0.5  # probability of CutMix if both alphas are set
+  mix_per: str = "batch"  # one draw per micro-batch, or per "example"
+  image_mean: float | tuple[float, ...] = 0.5  # see `normalize_images`; 0.5 and 0.5: [-1, 1]
   image_std: float | tuple[float, ...] = 0.5
-  class_names: tuple[str, ...] = ()
-  top_k: int = 5
-  per_class: bool = False
+  class_names: tuple[str, ...] = ()  # for figures and per-class scores
+  top_k: int = 5  # number of classes of a prediction, and the k of the top-k accuracy
+  per_class: bool = False  # also score each class, and draw the confusion matrix
 
   def __post_init__(self) -> None:
     if self.objective not in OBJECTIVES:
@@ -113,14 +97,11 @@ class Classification(base.Task):
       images, targets = mix_examples(images, targets, mask, rng, self._mixing)
     state = {name: tree for name, tree in variables.items() if name != "params"}
     outputs, changed = self.model.apply(
-      variables,
-      images,
-      train=True,
-      rngs={"dropout": context.rng},
-      mutable=list(state),
+      variables, images, train=True, rngs={"dropout": context.rng}, mutable=list(state)
     )
     logits = self._logits(outputs)
-    losses = jnp.where(mask, self._losses(logits, smooth(targets, self.label_smoothing)), 0.0)
+    smoothed = optax.smooth_labels(targets, self.label_smoothing)  # arXiv:1512.00567, section 7
+    losses = jnp.where(mask, self._losses(logits, smoothed), 0.0)
     return base.LossOutput(
       loss=jnp.sum(losses) / context.normalizers["examples"],
       metrics={"loss": base.Mean.of(losses, mask)} | self._accuracies(logits, targets, mask),
@@ -130,10 +111,9 @@ class Classification(base.Task):
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns the most likely classes of each image.
 
-    Returns:
-      `labels` int32 [b top_k], best first; `probabilities` float32 [b top_k], of a softmax or of
-      sigmoids; and, if the batch has labels, `loss` float32 [b] and `correct` bool [b top_k] (of
-      several labels: any). In masked rows, `loss` is 0 and `correct` is False.
+    `labels` int32 [b top_k], best first; `probabilities` float32 [b top_k], of a softmax or of
+    sigmoids; and, if the batch has labels, `loss` float32 [b] and `correct` bool [b top_k] (of
+    several labels: any). In masked rows, `loss` is 0 and `correct` is False.
     """
     logits = self._logits(self.model.apply(variables, self._images(batch), train=False))
     to_probabilities = jax.nn.softmax if self.objective == "softmax" else jax.nn.sigmoid
@@ -147,11 +127,7 @@ class Classification(base.Task):
     return predictions | {"loss": losses, "correct": is_correct(targets, labels)}
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns `image`, the most likely `label`, and the model's `explanation` of first examples.
-
-    Raises:
-      ValueError: the model has no method `explain`, see `ops.interpretability`.
-    """
+    """Returns `image`, the most likely `label`, and the model's `explanation` of first examples."""
     if not hasattr(self.model, "explain"):
       raise ValueError(f"{type(self.model).__name__}: no method explain; set explain=False")
     model: Any = self.model
@@ -176,11 +152,7 @@ class Classification(base.Task):
     return base.Explained(draw_of_images(images, captions, found), draw_of_model(found))
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Returns `features` float32 [b d], the input of the model's head.
-
-    Raises:
-      ValueError: the model returns none.
-    """
+    """Returns `features` float32 [b d], the input of the model's head; ValueError without one."""
     outputs = self.model.apply(variables, self._images(batch), train=False)
     if "features" not in outputs:
       raise ValueError(f"{type(self.model).__name__}: no output 'features' to probe")
@@ -203,16 +175,12 @@ class Classification(base.Task):
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
     """Draws images with their predictions and probabilities."""
-    real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
-    if not real.any():
+    real = real_rows(batch, len(batch["image"]))
+    if not len(real):
       return {}
-    figure = draw.draw_predictions(
-      np.asarray(batch["image"])[real],
-      np.asarray(batch["label"])[real],
-      {name: np.asarray(value)[real] for name, value in predictions.items()},
-      self.class_names,
-    )
-    return {"predictions": figure}
+    images, labels = np.asarray(batch["image"])[real], np.asarray(batch["label"])[real]
+    found = {name: np.asarray(value)[real] for name, value in predictions.items()}
+    return {"predictions": draw.draw_predictions(images, labels, found, self.class_names)}
 
   def score_figures(self, evaluator: base.Evaluator) -> dict[str, Figure]:
     """Draws the confusion matrix, with `per_class`."""
@@ -222,27 +190,16 @@ class Classification(base.Task):
 
   @property
   def _mixing(self) -> Mixing:
-    return Mixing(
-      mixup_alpha=self.mixup_alpha,
-      cutmix_alpha=self.cutmix_alpha,
-      probability=self.mix_probability,
-      cutmix_share=self.cutmix_share,
-      unit=self.mix_per,
-    )
+    rates = self.mixup_alpha, self.cutmix_alpha, self.mix_probability, self.cutmix_share
+    return Mixing(*rates, self.mix_per)
 
-  def _mixed_pixels(
-    self, images: Shaped[np.ndarray, "b h w c"], labels: Shaped[np.ndarray, "b ..."]
-  ) -> tuple[Shaped[np.ndarray, "b h w c"], Shaped[np.ndarray, "b k"]]:
+  def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first examples mixed, each with a draw of its own, for the figure."""
     images, labels = images[:_DRAWN], labels[:_DRAWN]
-    everyone = jnp.ones(len(images), bool)
-    mixed, targets = mix_examples(
-      jnp.asarray(images, jnp.float32),
-      self._targets(jnp.asarray(labels), everyone),
-      everyone,
-      jax.random.key(0),
-      dataclasses.replace(self._mixing, unit="example"),
-    )
+    everyone, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
+    targets = self._targets(jnp.asarray(labels), everyone)
+    mixing = dataclasses.replace(self._mixing, unit="example")
+    mixed, targets = mix_examples(pixels, targets, everyone, jax.random.key(0), mixing)
     return np.asarray(mixed), np.asarray(targets)
 
   @property
@@ -261,10 +218,8 @@ class Classification(base.Task):
       )
     return logits.astype(jnp.float32)
 
-  def _targets(
-    self, labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]
-  ) -> Float[Array, "b k"]:
-    """Returns label weights; NaN for a label that is no class, 0 for padding."""
+  def _targets(self, labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]) -> Array:
+    """Returns label weights [b k]; NaN for a label that is no class, 0 for padding."""
     if labels.ndim == 2:
       if labels.shape[1] != self.num_classes:
         raise ValueError(
@@ -277,9 +232,7 @@ class Classification(base.Task):
     # Padding is cleared here, not in the loss: the gradient of a masked NaN would be NaN.
     return jnp.where(mask[:, None], targets, 0.0)
 
-  def _losses(
-    self, logits: Float[Array, "b k"], targets: Float[Array, "b k"]
-  ) -> Float[Array, " b"]:
+  def _losses(self, logits: Float[Array, "b k"], targets: Float[Array, "b k"]) -> Array:
     if self.objective == "softmax":
       return optax.softmax_cross_entropy(logits, targets)
     return jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
@@ -294,11 +247,6 @@ class Classification(base.Task):
     if 1 < ranks < self.num_classes:
       accuracies[f"top{ranks}_accuracy"] = base.Mean.of(jnp.max(correct, axis=1), labelled)
     return accuracies
-
-
-def smooth(targets: Float[Array, "b k"], share: float) -> Float[Array, "b k"]:
-  """Returns smoothed labels (arXiv:1512.00567, section 7)."""
-  return optax.smooth_labels(targets, share) if share else targets
 
 
 def is_correct(targets: Float[Array, "b k"], predictions: Int[Array, "b r"]) -> Bool[Array, "b r"]:

@@ -20,38 +20,21 @@ from vit_jax_zoo.tasks.base import Batch, Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import compile_predict_step
 from vit_jax_zoo.training.optim import Optimizer, create_optimizer
-from vit_jax_zoo.training.train_step import (
-  PredictStep,
-  TrainState,
-  create_state,
-  make_train_step,
-)
+from vit_jax_zoo.training.train_step import PredictStep, TrainState, create_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationProgram:
-  """The steps of evaluations.
-
-  Attributes:
-    task: provides init and predict.
-    mesh: devices to compile for.
-    left_out: sub-trees that are not created, such as `task.train_only_collections`.
-    abstract_batch: shapes, dtypes and shardings of the global batch for which variables are
-      initialised.
-    abstract_variables: shapes, dtypes and shardings of parameters and other collections.
-    predict_step: jitted `task.predict`, with shardings.
-    features_step: jitted `task.features`, for tasks that have features.
-    explain_step: jitted `task.explain`, with replicated results.
-  """
+  """The jitted steps of evaluations, with shapes, dtypes and shardings of their arguments."""
 
   task: Task
   mesh: Mesh
-  left_out: tuple[str, ...]
-  abstract_batch: Batch
+  left_out: tuple[str, ...]  # sub-trees that are not created: `task.train_only_collections`
+  abstract_batch: Batch  # the global batch for which variables are initialised
   abstract_variables: Variables
   predict_step: PredictStep
   features_step: PredictStep
-  explain_step: PredictStep
+  explain_step: PredictStep  # with replicated results
 
   def initial_variables(
     self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
@@ -60,11 +43,8 @@ class EvaluationProgram:
 
     Args:
       seed: random seed.
-      pretrain: maps the random variables to the initial ones, on the devices or the host. It must
-        not keep the random ones: they may be donated.
-
-    Raises:
-      ValueError: names or shapes of `pretrain`'s result differ from its argument's.
+      pretrain: maps the random variables to initial ones of the same names and shapes, on the
+        devices or the host. It must not keep the random ones: they may be donated.
     """
     abstract = self.abstract_variables
     init = jax.jit(
@@ -79,15 +59,9 @@ class EvaluationProgram:
 
 @dataclasses.dataclass(frozen=True)
 class Program(EvaluationProgram):
-  """The steps of a training run.
+  """The steps of a training run; `train_step` donates its state."""
 
-  Attributes:
-    optimizers: one for each of the task's `optim_groups`.
-    abstract_state: shapes, dtypes and shardings of the train state.
-    train_step: jitted, with shardings, donating its state.
-  """
-
-  optimizers: tuple[Optimizer, ...]
+  optimizers: tuple[Optimizer, ...]  # one for each of the task's `optim_groups`
   abstract_state: TrainState
   train_step: Any
 
@@ -106,29 +80,17 @@ class Program(EvaluationProgram):
     variables = self.initial_variables(seed, pretrain)
     train_rng = jax.random.split(jax.random.key(seed))[1]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
-    create = functools.partial(
-      create_state,
-      self.task,
-      self.optimizers,
-      with_ema=self.abstract_state.ema is not None,
-    )
+    with_ema = self.abstract_state.ema is not None
+    create = functools.partial(create_state, self.task, self.optimizers, with_ema=with_ema)
     return jax.jit(create, out_shardings=shardings, donate_argnums=0)(variables, train_rng)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOptions:
-  """Optimizer, schedule, accumulation and EMA of a training run.
+  """Optimizer, schedule, accumulation and EMA of a training run; see `make_train_step`."""
 
-  Attributes:
-    optimizer: see `create_optimizer`; for a task with several `optim_groups`, such a mapping by
-      group name.
-    num_steps: the length that the schedules span.
-    accumulation_steps: see `make_train_step`.
-    ema_decay: see `make_train_step`.
-  """
-
-  optimizer: Mapping[str, Any]
-  num_steps: int
+  optimizer: Mapping[str, Any]  # see `create_optimizer`; or by name of the optimizer group
+  num_steps: int  # the length that the schedules span
   accumulation_steps: int = 1
   ema_decay: float | None = None
 
@@ -141,14 +103,7 @@ def build_program(
   mesh: Mesh,
   rules: sharding.Rules,
 ) -> Program:
-  """Returns the steps of a training run.
-
-  Args:
-    task: provides init, loss and predict.
-    abstract_batch: shapes and dtypes of a global training batch.
-    options: optimizer, schedule, accumulation, EMA.
-    mesh: devices to compile for.
-    rules: sharding rules of the parameters.
+  """Returns the steps of a training run, for a global batch of this shape.
 
   Raises:
     ValueError: the batch cannot be split over the mesh, or a rule cannot be applied.
@@ -196,27 +151,18 @@ def build_evaluation(
   rules: sharding.Rules,
   left_out: tuple[str, ...] = (),
 ) -> EvaluationProgram:
-  """Returns the steps of evaluations.
-
-  Args:
-    task: provides init and predict.
-    abstract_batch: of a global batch, of training or of an evaluation.
-    mesh: devices to compile for.
-    rules: sharding rules of the parameters.
-    left_out: see `EvaluationProgram`.
-  """
+  """Returns the steps of evaluations, for a global batch of training or of an evaluation."""
   with jax.set_mesh(mesh):
     abstract = jax.eval_shape(lambda: _init(task, jax.random.key(0), abstract_batch, left_out))
-  variables = variable_shardings(abstract, rules, mesh)
+  specs = jax.tree.map(lambda _: PartitionSpec(), dict(abstract))
+  specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
+  variables = sharding.named_shardings(specs, mesh)
   split = sharding.batch_sharding(mesh)
   return EvaluationProgram(
     task=task,
     mesh=mesh,
     left_out=left_out,
-    abstract_batch={
-      key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
-      for key, leaf in abstract_batch.items()
-    },
+    abstract_batch=abstract_like(dict(abstract_batch), dict.fromkeys(abstract_batch, split)),
     abstract_variables=abstract_like(abstract, variables),
     predict_step=compile_predict_step(task.predict, variables, mesh),
     features_step=compile_predict_step(task.features, variables, mesh),
@@ -227,8 +173,8 @@ def build_evaluation(
 
 
 def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[str]) -> Variables:
-  """Returns random variables, without the sub-trees of `left_out`."""
-  variables = task.init(rng, _zeros(abstract_batch))
+  zeros = {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}
+  variables = task.init(rng, zeros)
   if not left_out:
     return variables
   flat = traverse_util.flatten_dict(dict(variables), sep="/")
@@ -239,27 +185,13 @@ def _init(task: Task, rng: jax.Array, abstract_batch: Batch, left_out: Sequence[
 
 def state_shardings(abstract_state: TrainState, rules: sharding.Rules, mesh: Mesh) -> TrainState:
   """Returns the sharding of every array of a state."""
-  params = abstract_state.params
+  params, replicated = abstract_state.params, PartitionSpec()
   specs = sharding.parameter_specs(params, rules, mesh)
-  replicated = PartitionSpec()
   model_state = jax.tree.map(lambda _: replicated, abstract_state.model_state)
-  tree = TrainState(
-    step=replicated,
-    params=specs,
-    model_state=model_state,
-    opt_state=sharding.specs_like_parameters(abstract_state.opt_state, params, specs),
-    ema=None if abstract_state.ema is None else {"params": specs, **model_state},
-    rng=replicated,
-  )
+  opt_state = sharding.specs_like_parameters(abstract_state.opt_state, params, specs)
+  ema = None if abstract_state.ema is None else {"params": specs, **model_state}
+  tree = TrainState(replicated, specs, model_state, opt_state, ema, replicated)
   return sharding.named_shardings(tree, mesh)
-
-
-def variable_shardings(abstract: Variables, rules: sharding.Rules, mesh: Mesh) -> Variables:
-  """Returns the sharding of every variable; the same as in `state_shardings`."""
-  others = {name: tree for name, tree in abstract.items() if name != "params"}
-  replicated = jax.tree.map(lambda _: PartitionSpec(), others)
-  specs = sharding.parameter_specs(abstract["params"], rules, mesh)
-  return sharding.named_shardings({"params": specs, **replicated}, mesh)
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
@@ -287,7 +219,3 @@ def _placed(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.A
     return jax.device_put(value.astype(target.dtype), target.sharding, may_alias=False)
   array = np.asarray(value, target.dtype)
   return jax.make_array_from_callback(array.shape, target.sharding, lambda index: array[index])
-
-
-def _zeros(abstract_batch: Batch) -> dict[str, jax.Array]:
-  return {key: jnp.zeros(leaf.shape, leaf.dtype) for key, leaf in abstract_batch.items()}

@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Iterator
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _FULL))})'")  # TensorStore's
+# TensorStore raises ValueError, without an attribute for the errno in its message.
+_FULL_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _FULL))})'")
 
 
 def is_full(error: BaseException) -> int | None:
@@ -19,15 +20,7 @@ def is_full(error: BaseException) -> int | None:
 
 @contextlib.contextmanager
 def explained(what: str, advice: Callable[[], str] = lambda: "free disk space") -> Iterator[None]:
-  """Raises a one-line error if the disk is full.
-
-  Args:
-    what: the first part of the message: "a checkpoint cannot be written to /runs/vit".
-    advice: returns the last part.
-
-  Raises:
-    OSError: the disk is full.
-  """
+  """Raises OSError "<what>: <reason>; <advice()>" if the disk is full."""
   try:
     yield
   except (OSError, ValueError) as error:

@@ -14,14 +14,11 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 30
-"""Time without a heartbeat after which a process counts as dead and the others exit; JAX's default
-is 100. A C++ thread sends heartbeats."""
+"""Without a heartbeat for so long, a process counts as dead and the others exit; JAX: 100."""
 
 
 def initialize(
-  coordinator: str | None = None,
-  num_processes: int | None = None,
-  process_id: int | None = None,
+  coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
   """Connects the processes of a run. Call it before JAX initialises its devices.
 
@@ -44,7 +41,11 @@ def initialize(
       f"--coordinator={coordinator} --num_processes={num_processes} --process_id={process_id}: "
       "expected all three, or none on TPU pods, SLURM, Open MPI and Kubernetes"
     )
-  if coordinator is None and not _is_in_cluster():
+  # JAX has no public function for this: outside of a cluster, jax.distributed.initialize() raises
+  # the ValueError of incomplete settings, or RuntimeError if devices are initialised already.
+  kinds = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
+  in_cluster = "JAX_COORDINATOR_ADDRESS" in os.environ or any(k.is_env_present() for k in kinds)
+  if coordinator is None and not in_cluster:
     return
   try:
     jax.distributed.initialize(
@@ -53,12 +54,6 @@ def initialize(
   except ValueError as error:
     raise RuntimeError(f"could not connect to the other processes: {error}") from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
-
-
-def _is_in_cluster() -> bool:
-  """Returns whether JAX detects a cluster; it has no public function for that."""
-  found = (env.is_env_present() for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
-  return "JAX_COORDINATOR_ADDRESS" in os.environ or any(found)
 
 
 def is_primary() -> bool:
@@ -82,14 +77,7 @@ def all_gather_objects(value: T) -> list[T]:
 
 
 def check_equal(settings: Callable[[], Mapping[str, Any]]) -> None:
-  """Compares settings over all processes.
-
-  Args:
-    settings: returns this process's settings by name; not called in a run of one process.
-
-  Raises:
-    ValueError: a setting differs, which the message names; on all processes.
-  """
+  """Raises ValueError, on all processes, if `settings()`, by name, differ between them."""
   if jax.process_count() == 1:
     return
   first, *others = all_gather_objects(dict(settings()))

@@ -1,6 +1,5 @@
 """Evaluation of frozen features: fits a probe to each layer and scores it."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -8,20 +7,24 @@ from absl import logging
 from jax.sharding import Mesh
 
 from vit_jax_zoo.figures.probe import draw_probe
-from vit_jax_zoo.metrics.feature_probes import (
-  FeatureProbe,
-  FeatureScore,
-  Labelled,
-  by_layer,
-  choose_features,
-)
+from vit_jax_zoo.metrics import feature_probes
+from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, Labelled
 from vit_jax_zoo.tasks.base import Variables
-from vit_jax_zoo.training.evaluate import Clock, Report, SizedBatches, gather_parts, predict_batches
+from vit_jax_zoo.training.evaluate import Report, SizedBatches, gather_parts, predict_batches
 from vit_jax_zoo.training.train_step import PredictStep
 
 
-@dataclasses.dataclass(frozen=True)
-class FeatureEvaluation:
+def probe_features(  # noqa: PLR0913 (bound by keyword, once)
+  variables: Variables,
+  *,
+  features_step: PredictStep,
+  fit_batches: Callable[[], SizedBatches],
+  test_batches: Callable[[], SizedBatches],
+  mesh: Mesh,
+  name: str,
+  probe: FeatureProbe,
+  views: int = 1,
+) -> Report:
   """Fits a probe to the features of one split and scores it on another.
 
   All features are kept on the host, in float32: images x layers x width numbers.
@@ -31,9 +34,9 @@ class FeatureEvaluation:
   the accuracy of each layer, "layer_<i>", and of each other kind of feature, such as "pixels". A
   figure plots accuracy against depth.
 
-  Attributes:
-    features_step: compiled `task.features`, see `compile_predict_step`; `layers` [b l d] are
-      probed one by one, others [b d] as a whole.
+  Args:
+    variables: to evaluate.
+    features_step: compiled `task.features`; `layers` [b l d] are probed one by one, others [b d].
     fit_batches: returns this process's part of the batches to fit to.
     test_batches: the same for the batches to score.
     mesh: devices to compute features on.
@@ -41,34 +44,15 @@ class FeatureEvaluation:
     probe: fitted to the features.
     views: of each image to score, see `Task.feature_views`.
   """
-
-  features_step: PredictStep
-  fit_batches: Callable[[], SizedBatches]
-  test_batches: Callable[[], SizedBatches]
-  mesh: Mesh
-  name: str
-  probe: FeatureProbe
-  views: int = 1
-
-  def __call__(self, variables: Variables) -> Report:
-    """Returns the probe's scores and, for features by layer, a figure."""
-    fit = self._collect(variables, self.fit_batches(), 1)
-    test = self._collect(variables, self.test_batches(), self.views)
-    logging.info("probing %s: %d and %d images", self.name, len(fit.labels), len(test.labels))
-    return report(self.probe(fit, test), self.probe.title)
-
-  def _collect(self, variables: Variables, batches: SizedBatches, views: int) -> Labelled:
-    return collect_features(self.features_step, variables, batches, self.mesh, self.name, views)
+  fit = collect_features(features_step, variables, fit_batches(), mesh, name)
+  test = collect_features(features_step, variables, test_batches(), mesh, name, views)
+  logging.info("probing %s: %d and %d images", name, len(fit.labels), len(test.labels))
+  return report(probe(fit, test), probe.title)
 
 
 def report(found: dict[str, FeatureScore], title: str) -> Report:
-  """Returns the scores of the best features under the probe's names, and those of all others.
-
-  Args:
-    found: scores of each kind of feature.
-    title: of the probe.
-  """
-  best = choose_features(found)
+  """Returns the scores of the best features under the probe's names, and those of all others."""
+  best = feature_probes.choose_features(found)
   scores = dict(found[best].scores)
   accuracies = {name: score.scores["accuracy"] for name, score in found.items()}
   layers = [name for name in found if name.startswith("layer_")]
@@ -99,24 +83,23 @@ def collect_features(
     batches: this process's part of each, with `label` int [b] and `mask`.
     mesh: devices to compute on.
     name: for progress lines.
-    views: number of views of each image; if several, features are [b v d].
+    views: number of views of each image, a `view` of the batch; if several, features are [b v d].
 
   Raises:
     ValueError: an image has no label, or several.
   """
   labels: list[np.ndarray] = []
   features: dict[str, list[np.ndarray]] = {}
-  clock = Clock(name, len(batches) * views)
-  pairs = predict_batches(features_step, variables, _each_view(batches, views), mesh)
-  for done, (batch, found) in enumerate(pairs):
+  each, total = _each_view(batches, views), len(batches) * views
+  pairs = predict_batches(features_step, variables, each, mesh, name, total)
+  for number, (batch, found) in enumerate(pairs):
     if "label" not in batch or np.ndim(batch["label"]) != 1:
       raise ValueError(f"evaluation {name!r}: feature probes need one label per image")
     real = np.asarray(batch["mask"], bool)
-    if done % views == 0:
+    if number % views == 0:
       labels.append(np.asarray(batch["label"])[real])
-    for key, array in by_layer(found).items():
+    for key, array in feature_probes.by_layer(found).items():
       features.setdefault(key, []).append(array[real])
-    clock.tick(done + 1)
   joined = {key: _join_views(arrays, views) for key, arrays in features.items()}
   parts = gather_parts((joined, np.concatenate(labels)), mesh)
   return Labelled(

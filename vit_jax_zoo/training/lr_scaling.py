@@ -10,16 +10,15 @@ where the ratio is that of the batch sizes. For lamb the square root is from You
 recipe's batch instead.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 FAR = 4
-"""Ratio of batch sizes from which a learning rate that is not scaled causes a warning."""
+"""Ratio of batch sizes from which a learning rate that is not scaled causes a warning..."""
 
 _CLOSE = 2
-"""No warning within this factor of the scaled learning rate."""
+"""... unless it is within this factor of the scaled one."""
 
 SINGLE = "optimizer"
 """Name in `recipe.learning_rates` of the optimizer of a task with one optimizer."""
@@ -31,13 +30,7 @@ def rule_of(optimizer: str) -> str:
 
 
 def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size: int) -> float:
-  """Returns the learning rate scaled with the batch size.
-
-  Args:
-    optimizer: its name.
-    rate: the recipe's learning rate.
-    batch_size: global.
-    recipe_batch_size: the recipe's, global.
+  """Returns the recipe's learning rate, scaled with the global batch size.
 
   >>> scaled_rate("sgd", 0.03, 32, 512), scaled_rate("adamw", 1e-4, 16, 64)
   (0.001875, 5e-05)
@@ -46,23 +39,17 @@ def scaled_rate(optimizer: str, rate: float, batch_size: int, recipe_batch_size:
   return rate * (ratio if rule_of(optimizer) == "linear" else math.sqrt(ratio))
 
 
-@dataclasses.dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
   """A line about batch size and learning rate; a warning if the learning rate should change."""
 
   text: str
-  is_warning: bool
+  is_warning: bool = False
 
 
 def advise(config: Mapping[str, Any]) -> list[Advice]:
   """Compares a config's batch size and learning rates with its recipe's.
 
-  Args:
-    config: `batch_size`; `optimizer`, one or one for each optimizer group; `recipe`: `batch_size`
-      and `learning_rates` by group (`SINGLE` if there is one).
-
-  Returns:
-    Nothing if the batch is the recipe's, or the learning rate is near the scaled one.
+  Returns nothing if the batch is the recipe's, or the learning rate is near the scaled one.
   """
   recipe, batch_size = config["recipe"], config["batch_size"]
   usual = recipe["batch_size"]
@@ -70,10 +57,11 @@ def advise(config: Mapping[str, Any]) -> list[Advice]:
     return []
   optimizers = config["optimizer"]
   by_group = {SINGLE: optimizers} if "name" in optimizers else optimizers
-  found = []
-  for group, rate in recipe["learning_rates"].items():
-    if group in by_group and by_group[group]["learning_rate"]:
-      found.append(_advise(group, by_group[group], rate, batch_size, usual))
+  found = [
+    _advise(group, by_group[group], rate, batch_size, usual)
+    for group, rate in recipe["learning_rates"].items()
+    if group in by_group and by_group[group]["learning_rate"]
+  ]
   return [advice for advice in found if advice is not None]
 
 
@@ -86,7 +74,7 @@ def _advise(
   change = f"batch_size {batch_size} instead of {usual}"
   rule = "linear" if rule_of(name) == "linear" else "square-root"
   if math.isclose(given, scaled, rel_tol=0.02):
-    return Advice(f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}", False)
+    return Advice(f"{change}: {rule} scaling of the learning rate, {rate:g} -> {given:g}")
   far = max(usual / batch_size, batch_size / usual) >= FAR
   if not far or 1 / _CLOSE <= given / scaled <= _CLOSE:
     return None

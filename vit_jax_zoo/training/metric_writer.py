@@ -16,6 +16,7 @@ uninterrupted run.
 
 import concurrent.futures
 import contextlib
+import functools
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import pathlib
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from logging import ERROR, getLogger
 from typing import Any
 
@@ -32,6 +33,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax import traverse_util
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
@@ -48,20 +50,20 @@ FLUSH_SECONDS = 30
 
 
 class EventFile:
-  """A TensorBoard event file."""
+  """A TensorBoard event file.
+
+  Args:
+    workdir: its directory.
+    number: number of earlier files: TensorBoard reads files in the order of their names, and two
+      may be created within the same second.
+    purge_step: TensorBoard drops this and later steps of the files before this one.
+  """
 
   def __init__(self, workdir: pathlib.Path, *, number: int, purge_step: int):
-    """Creates the file.
-
-    Args:
-      workdir: its directory.
-      number: number of earlier files: TensorBoard reads files in the order of their names, and two
-        may be created within the same second.
-      purge_step: TensorBoard drops this and later steps of the files before this one.
-    """
     name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number:04d}"
     self._records = RecordWriter(os.fspath(workdir / name))
     self._flushed = time.monotonic()
+    self.close = self._records.close
     self._write(Event(file_version="brain.Event:2"))
     self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
@@ -76,10 +78,6 @@ class EventFile:
     self._records.flush()
     self._flushed = time.monotonic()
 
-  def close(self) -> None:
-    """Flushes and closes the file."""
-    self._records.close()
-
   def _write(self, event: Event) -> None:
     event.wall_time = time.time()
     self._records.write(event.SerializeToString())
@@ -87,6 +85,7 @@ class EventFile:
 
 METRICS_FILE = "metrics.jsonl"
 FIGURES = "figures"
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 getLogger("tensorboardX.x2num").setLevel(ERROR)  # no warning for each NaN
 
@@ -97,6 +96,11 @@ class MetricWriter:
   Only process 0 writes; elsewhere, every method returns at once. Errors of the thread (a full disk)
   are raised by `flush`, so that training is not interrupted between two checkpoints. Use it as a
   context manager, or `close` it.
+
+  Args:
+    workdir: the run's directory; created if missing.
+    resume_step: step of the resumed checkpoint; rows of later steps are removed. None: all rows.
+    enabled: whether this process writes; by default, whether it is process 0.
   """
 
   def __init__(
@@ -106,14 +110,6 @@ class MetricWriter:
     resume_step: int | None = None,
     enabled: bool | None = None,
   ):
-    """Opens the files.
-
-    Args:
-      workdir: the run's directory; created if missing.
-      resume_step: step of the resumed checkpoint; rows of later steps are removed. None: all rows
-        are removed.
-      enabled: whether this process writes; by default, whether it is process 0.
-    """
     self._enabled = jax.process_index() == 0 if enabled is None else enabled
     self._futures: list[concurrent.futures.Future[None]] = []
     if not self._enabled:
@@ -140,32 +136,27 @@ class MetricWriter:
     self.close()
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-    """Writes numbers; does not block on arrays that are still being computed.
-
-    Args:
-      step: training steps completed.
-      scalars: name to number or scalar array, for example {"train/loss": 0.5}.
-    """
+    """Writes numbers and scalar arrays by name; does not block on those still being computed."""
     self._submit(self._write_scalars, step, dict(scalars))
 
   def write_figures(self, step: int, figures: Mapping[str, Figure]) -> None:
     """Writes figures, by name, and closes them."""
     for name, figure in figures.items():
       if self._enabled:  # drawn here: matplotlib is not thread-safe
-        self._submit(self._write_picture, step, name, render(figure))
+        self._submit(self._write_image, step, name, render(figure))
       plt.close(figure)
 
   def write_text(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes Markdown texts, by name, for TensorBoard."""
     for name, text in texts.items():
-      self._submit(self._write_text, step, name, text)
+      self._submit(self._add, step, summary.text, name, text)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes the configuration, nested dicts as "optimizer.learning_rate", for TensorBoard."""
-    self._submit(self._write_hparams, dict(_flatten(hparams)))
+    self._submit(self._write_hparams, traverse_util.flatten_dict(dict(hparams), sep="."))
 
   def flush(self) -> None:
-    """Writes everything to disk. Call it before a checkpoint, so that the log is never behind it.
+    """Writes everything to disk, before a checkpoint, so that the log is never behind it.
 
     Raises:
       OSError: the disk is full, now or in an earlier write.
@@ -190,10 +181,10 @@ class MetricWriter:
     finally:
       self._enabled = False
       self._pool.shutdown()
-      parts = (self._file, self._tensorboard, *([self._bucket] if self._bucket else []))
-      with self._disk_errors(), contextlib.ExitStack() as stack:
-        for part in reversed(parts):
-          stack.callback(part.close)  # each, also if another one raises
+      with self._disk_errors(), contextlib.ExitStack() as stack:  # each, also if another one raises
+        for part in (self._bucket, self._tensorboard, self._file):
+          if part:
+            stack.callback(part.close)
 
   def _submit(self, write: Callable[..., None], *args: Any) -> None:
     if self._enabled:
@@ -208,23 +199,24 @@ class MetricWriter:
 
   def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     values = {name: _as_float(name, value) for name, value in scalars.items()}
-    row = {"step": step} | {name: _json_safe(value) for name, value in values.items()}
+    safe = {k: v if math.isfinite(v) else _NOT_FINITE[str(v)] for k, v in values.items()}
+    row = {"step": step} | safe
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._file.flush()
     for name, value in values.items():
-      self._tensorboard.add(summary.scalar(name, value), step)
+      self._add(step, summary.scalar, name, value)
 
-  def _write_picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-    path = self._workdir / _figure_file(step, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write.write(path, _png(pixels))
-    self._tensorboard.add(summary.image(name, pixels, dataformats="HWC"), step)
+  def _write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+    _save_image(_figure_path(self._workdir, step, name), pixels)
+    self._add(step, functools.partial(summary.image, dataformats="HWC"), name, pixels)
 
-  def _write_text(self, step: int, name: str, text: str) -> None:
-    self._tensorboard.add(summary.text(name, text), step)
+  def _add(self, step: int, make: Callable[..., Summary], name: str, value: Any) -> None:
+    self._tensorboard.add(make(name, value), step)
 
   def _write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    for part in summary.hparams(dict(hparams), {}):
+    plain = bool | int | float | str
+    values = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
+    for part in summary.hparams(values, {}):
       self._tensorboard.add(part)
 
 
@@ -260,10 +252,9 @@ class _Bucket:
 def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[str, Figure]) -> None:
   """Writes figures into a run's directory, and nothing to its log."""
   for name, figure in figures.items():
-    path = epath.Path(workdir) / _figure_file(step, name)
+    path = _figure_path(workdir, step, name)
     with disk_errors.explained(f"{path} cannot be written"):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_bytes(_png(render(figure)))
+      _save_image(path, render(figure))
     plt.close(figure)
 
 
@@ -311,26 +302,12 @@ def _as_float(name: str, value: Any) -> float:
   return float(array.reshape(()))
 
 
-def _json_safe(value: float) -> float | str:
-  if math.isfinite(value):
-    return value
-  return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+def _figure_path(workdir: epath.PathLike, step: int, name: str) -> epath.Path:
+  return epath.Path(workdir) / FIGURES / f"{name}_{step:08d}.png"
 
 
-def _figure_file(step: int, name: str) -> str:
-  return f"{FIGURES}/{name}_{step:08d}.png"
-
-
-def _png(pixels: np.ndarray) -> bytes:
+def _save_image(path: epath.Path, pixels: np.ndarray) -> None:
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="png")
-  return buffer.getvalue()
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _flatten(value, f"{prefix}{key}.")
-    else:
-      number = isinstance(value, bool | int | float | str)
-      yield f"{prefix}{key}", value if number else str(value)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  atomic_write.write(path, buffer.getvalue())

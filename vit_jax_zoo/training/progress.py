@@ -4,6 +4,7 @@ Steps run asynchronously on the devices. Rates are therefore measured between re
 loop has waited for the metrics of the last step, and never around a single call.
 """
 
+import collections
 import contextlib
 import datetime
 import re
@@ -16,43 +17,15 @@ import rich.console
 import rich.progress
 from absl import logging
 
-PEAK_FLOPS: dict[str, float] = {
-  "TPU7x": 1153.5e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5p": 459e12,
-  "TPU v5": 459e12,
-  "TPU v4 lite": 138e12,
-  "TPU v4": 275e12,
-  "TPU v3": 61.5e12,
-  "TPU v2": 22.5e12,
-  "GB300": 2500e12,
-  "B300": 2250e12,
-  "GB200": 2500e12,
-  "B200": 2250e12,
-  "GH200": 989e12,
-  "H200 NVL": 835e12,
-  "H200": 989e12,
-  "H100 PCIe": 756e12,
-  "H100 NVL": 835e12,
-  "H100": 989e12,
-  "H800": 989e12,
-  "H20": 148e12,
-  "A100": 312e12,
-  "A800": 312e12,
-  "L40S": 362e12,
-  "L40": 181e12,
-  "L4": 121e12,
-  "A40": 149.7e12,
-  "A30": 165e12,
-  "A10G": 70e12,
-  "A10": 125e12,
-  "V100": 125e12,
-  "T4": 65e12,
-}
-"""Peak dense bfloat16 FLOP/s of a JAX device (float16 for V100 and T4, which lack bfloat16).
+_TERAFLOPS = {
+  "TPU7x": 1153.5, "TPU v6 lite": 918, "TPU v6e": 918, "TPU v5 lite": 197, "TPU v5e": 197,
+  "TPU v5p": 459, "TPU v5": 459, "TPU v4 lite": 138, "TPU v4": 275, "TPU v3": 61.5, "TPU v2": 22.5,
+  "GB300": 2500, "B300": 2250, "GB200": 2500, "B200": 2250, "GH200": 989, "H200 NVL": 835,
+  "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H20": 148,
+  "A100": 312, "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A40": 149.7, "A30": 165,
+  "A10G": 70, "A10": 125, "V100": 125, "T4": 65,
+}  # fmt: skip
+"""Peak dense bfloat16 TFLOP/s of a JAX device (float16 for V100 and T4, which lack bfloat16).
 
 A device matches the longest name that `device.device_kind` contains as whole words: "L40" does not
 match "L4". From the vendors' data sheets; a TPU v2, v3 or 7x chip is two JAX devices, with half of
@@ -66,25 +39,21 @@ def peak_flops(device_kind: str) -> float | None:
   >>> peak_flops("NVIDIA H100 80GB HBM3")
   989000000000000.0
   """
-  found = [name for name in PEAK_FLOPS if re.search(rf"\b{re.escape(name)}\b", device_kind)]
-  return PEAK_FLOPS[max(found, key=len)] if found else None
+  found = [name for name in _TERAFLOPS if re.search(rf"\b{re.escape(name)}\b", device_kind)]
+  return _TERAFLOPS[max(found, key=len)] * 1e12 if found else None
 
 
 class Progress:
-  """Measures and logs the progress of a run.
+  """Measures and logs the progress of a run; its clock starts at once.
 
-  progress = Progress(num_steps=1200, batch_size=64)
-  with progress.exclude("compile"):
-    compiled = ...
-  for step in ...:
-    with progress.time_as("input_wait"):
-      batch = next(batches)
-    state, metrics = compiled(state, batch)
-    if log:
-      rates = progress.report(step + 1)    # once the metrics of this step are on the host
-      progress.log(step + 1, {"loss": ...})
-    with progress.exclude("evaluate"):
-      ...
+  Args:
+    num_steps: training steps of the whole run.
+    batch_size: examples of a step, over all devices and hosts.
+    start_step: the first step of a resumed run.
+    flops_per_step: floating-point operations of a step, over all devices.
+    devices: `jax.devices()`; their number and kind give the peak that `mfu` is relative to.
+    bar: draw a progress bar; by default, when the standard error stream is a terminal.
+    clock: returns seconds.
   """
 
   def __init__(
@@ -98,27 +67,12 @@ class Progress:
     bar: bool | None = None,
     clock: Callable[[], float] = time.perf_counter,
   ):
-    """Starts the clock.
-
-    Args:
-      num_steps: training steps of the whole run.
-      batch_size: examples of a step, over all devices and hosts.
-      start_step: the first step of a resumed run.
-      flops_per_step: floating-point operations of a step (forward, backward, update), over all
-        devices.
-      devices: `jax.devices()`; their number and kind give the peak that `mfu` is relative to.
-      bar: draw a progress bar; by default, when the standard error stream is a terminal.
-      clock: returns seconds.
-    """
     self.num_steps, self.batch_size = num_steps, batch_size
     self._flops_per_step = flops_per_step
-    peak = peak_flops(devices[0].device_kind) if devices else None
-    self._peak = None if peak is None else peak * len(devices)
-    self._clock = clock
-    self._start_step, self._step = start_step, start_step
-    self._excluded_parts: dict[str, float] = {}
-    self._paused = False
-    self._step_time: float | None = None
+    self._peak = ((devices and peak_flops(devices[0].device_kind)) or 0.0) * len(devices)
+    self._clock, self._start_step = clock, start_step
+    self._excluded_parts: dict[str, float] = collections.defaultdict(float)  # seconds
+    self._paused, self._step_time = False, 0.0
     self._begin_window(start_step)
     wanted = sys.stderr.isatty() if bar is None else bar
     self._bar = _start_bar(num_steps, start_step) if wanted else None
@@ -137,7 +91,7 @@ class Progress:
       yield
     finally:
       if not self._paused:
-        self._timed[part] = self._timed.get(part, 0.0) + self._clock() - begin
+        self._timed[part] += self._clock() - begin
 
   @contextlib.contextmanager
   def exclude(self, part: str) -> Iterator[None]:
@@ -150,18 +104,14 @@ class Progress:
     finally:
       self._paused, spent = False, self._clock() - begin
       self._excluded += spent
-      self._excluded_parts[part] = self._excluded_parts.get(part, 0.0) + spent
+      self._excluded_parts[part] += spent
 
   def report(self, step: int) -> dict[str, float]:
     """Returns the rates since the last report.
 
-    Args:
-      step: training steps completed, the devices' work included.
-
-    Returns:
-      `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `time_as`
-      (fractions of the time), `mfu` (model FLOP utilisation, 0 to 1) if FLOPs and the
-      device's peak are known. Empty if no step was completed since.
+    `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `time_as`
+    (fractions of the time), `mfu` (model FLOP utilisation, 0 to 1) if FLOPs and the device's peak
+    are known. Empty if no step was completed since.
     """
     steps = step - self._step
     seconds = self._clock() - self._begin - self._excluded
@@ -178,7 +128,7 @@ class Progress:
   def eta_seconds(self) -> float | None:
     """Returns the estimated seconds to the end, evaluations included; None before a report."""
     done, left = self._step - self._start_step, self.num_steps - self._step
-    if self._step_time is None or done <= 0:
+    if not self._step_time or done <= 0:
       return None
     between = sum(spent for part, spent in self._excluded_parts.items() if part != "compile")
     return left * (self._step_time + between / done)
@@ -192,8 +142,9 @@ class Progress:
     share = 100 * step // max(self.num_steps, 1)
     parts = [f"step {step}/{self.num_steps} ({share} %)"]
     parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
-    if self._step_time is not None:
-      parts.append(f"{_readable(self.batch_size / self._step_time)} images/s")
+    if self._step_time:
+      speed = self.batch_size / self._step_time
+      parts.append(f"{speed:{'.0f' if speed >= 100 else '.3g'}} images/s")
     eta = self.eta_seconds()
     if eta is not None:
       parts.append(f"ETA {datetime.timedelta(seconds=round(eta))}")
@@ -209,20 +160,15 @@ class Progress:
 
   def _begin_window(self, step: int) -> None:
     self._step, self._begin = step, self._clock()
-    self._excluded, self._timed = 0.0, {}
-
-
-def _readable(value: float) -> str:
-  return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    self._excluded, self._timed = 0.0, collections.defaultdict(float)
 
 
 def _start_bar(num_steps: int, start_step: int) -> rich.progress.Progress:
-  columns = (
-    rich.progress.BarColumn(),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.TimeElapsedColumn(),
-  )
-  bar = rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True)
+  kinds = (
+    rich.progress.BarColumn, rich.progress.MofNCompleteColumn, rich.progress.TimeElapsedColumn,
+  )  # fmt: skip
+  console = rich.console.Console(stderr=True)
+  bar = rich.progress.Progress(*(kind() for kind in kinds), console=console, transient=True)
   bar.add_task("train", total=num_steps, completed=start_step)
   bar.start()
   return bar

@@ -40,11 +40,11 @@ class ShardingRuleError(ValueError):
 
 
 def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges the devices along the axes `data`, `fsdp` and `model`.
+  """Arranges the devices (all by default) along the axes `data`, `fsdp` and `model`.
 
   Args:
     sizes: devices along each axis, 1 by default; one axis may be -1: the remaining devices.
-    devices: all by default.
+    devices: to arrange.
 
   Raises:
     ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
@@ -53,7 +53,7 @@ def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None =
   for axis in sizes:
     if axis not in AXES:
       raise ValueError(unknown_name("mesh axis", axis, AXES))
-  shape = [int(sizes.get(axis, 1)) for axis in AXES]
+  shape = [sizes.get(axis, 1) for axis in AXES]
   fixed = math.prod(size for size in shape if size != -1)
   if shape.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:
     shape[shape.index(-1)] = len(devices) // fixed
@@ -98,7 +98,7 @@ def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
 
   Raises:
     ShardingRuleError: a tuple cannot be applied to a parameter that it matches.
-    ValueError: no rule matches a parameter.
+    ValueError: no rule matches a parameter, or a tuple has too many dimensions.
   """
   flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
   specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}
@@ -106,40 +106,29 @@ def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
 
 
 def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> PartitionSpec:
-  for pattern, spec in rules:
-    if re.fullmatch(pattern, path):
-      if isinstance(spec, str):
-        return _split_largest(shape, spec, mesh)
-      return _split_by_tuple(path, shape, pattern, spec, mesh)
-  raise ValueError(
-    f"no sharding rule matches parameter {path!r} {shape}; end the rules with ('.*', 'fsdp')"
-  )
-
-
-def _split_largest(shape: tuple[int, ...], axis: str, mesh: Mesh) -> PartitionSpec:
-  ways = mesh.shape[axis]
-  fitting = [i for i, size in enumerate(shape) if size % ways == 0]
-  if ways == 1 or not fitting or math.prod(shape) < FSDP_MIN_SIZE:
-    return PartitionSpec()
-  largest = max(fitting, key=lambda i: shape[i])
-  return PartitionSpec(*(axis if i == largest else None for i in range(len(shape))))
-
-
-def _split_by_tuple(
-  path: str, shape: tuple[int, ...], pattern: str, spec: tuple[str | None, ...], mesh: Mesh
-) -> PartitionSpec:
+  matching = ((pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path))
+  pattern, spec = next(matching, (None, ()))
+  if pattern is None:
+    raise ValueError(
+      f"no sharding rule matches parameter {path!r} {shape}; end the rules with ('.*', 'fsdp')"
+    )
+  if isinstance(spec, str):
+    ways = mesh.shape[spec]
+    fitting = [i for i, size in enumerate(shape) if size % ways == 0]
+    if ways == 1 or not fitting or math.prod(shape) < FSDP_MIN_SIZE:
+      return PartitionSpec()
+    largest = max(fitting, key=lambda i: shape[i])
+    return PartitionSpec(*(spec if i == largest else None for i in range(len(shape))))
+  problem = f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
+  if len(spec) > len(shape):
+    raise ValueError(f"{problem}it names {len(spec)} dimensions")
   aligned = (None,) * (len(shape) - len(spec)) + spec
-  for i, (size, axis) in enumerate(zip(shape, aligned, strict=False)):
+  for i, (size, axis) in enumerate(zip(shape, aligned, strict=True)):
     if axis and size % mesh.shape[axis]:
       raise ShardingRuleError(
-        f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
-        f"dimension {i} has {size} elements, and mesh axis {axis!r} has {mesh.shape[axis]} devices"
+        f"{problem}dimension {i} has {size} elements, and mesh axis {axis!r} has "
+        f"{mesh.shape[axis]} devices"
       )
-  if len(aligned) != len(shape):
-    raise ValueError(
-      f"sharding rule ({pattern!r}, {spec}) cannot apply to parameter {path!r} {shape}: "
-      f"it names {len(spec)} dimensions"
-    )
   used = [axis if axis and mesh.shape[axis] > 1 else None for axis in aligned]
   return PartitionSpec(*used) if any(used) else PartitionSpec()
 

@@ -27,25 +27,15 @@ PredictStep: TypeAlias = Callable[[Variables, Batch], Predictions]
 class TrainState:
   """Input and output of a training step. All of it, and nothing else, is checkpointed.
 
-  The position in the training data is a function of `step`. The fields are not typed as arrays:
-  trees of shapes, shardings and specs have the same form.
-
-  Attributes:
-    step: training steps completed, int32 [].
-    params: the parameters, float32.
-    model_state: the other variable collections (`batch_stats`, ...).
-    opt_state: a tuple with one optimizer state for each of `Task.optim_groups`.
-    ema: exponential moving averages of `params` and `model_state` together, in the form of
-      `variables`, or None.
-    rng: key data, uint32 [2], from which the key of each step is derived; constant.
+  The fields are not typed as arrays: trees of shapes, shardings and specs have the same form.
   """
 
-  step: Any
-  params: Any
-  model_state: Any
-  opt_state: Any
-  ema: Any
-  rng: Any
+  step: Any  # int32 []: training steps completed, and so the position in the training data
+  params: Any  # float32
+  model_state: Any  # the other variable collections (`batch_stats`, ...)
+  opt_state: Any  # a tuple: of each of `Task.optim_groups`
+  ema: Any  # moving averages of params and model state, in the form of `variables`; or None
+  rng: Any  # uint32 [2]: key data, from which the key of each step is derived; constant
 
   @property
   def variables(self) -> Variables:
@@ -69,15 +59,7 @@ def create_state(
   *,
   with_ema: bool,
 ) -> TrainState:
-  """Returns the state before the first step. Traceable.
-
-  Args:
-    task: provides `optim_groups`.
-    optimizers: one for each group.
-    variables: random or pretrained.
-    rng: the key of the run.
-    with_ema: keep an average of the variables, initialised with a copy of them.
-  """
+  """Returns the state before the first step, with an optimizer for each of the task's groups."""
   params = variables["params"]
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -93,11 +75,7 @@ def create_state(
 
 
 def make_train_step(
-  task: Task,
-  optimizer: Optimizer,
-  *,
-  accumulation_steps: int = 1,
-  ema_decay: float | None = None,
+  task: Task, optimizer: Optimizer, *, accumulation_steps: int = 1, ema_decay: float | None = None
 ) -> TrainStep:
   """Returns `train_step(state, batch) -> (state, metrics)`, not yet compiled.
 

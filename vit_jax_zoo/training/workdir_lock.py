@@ -22,8 +22,7 @@ from vit_jax_zoo.training import atomic_write
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 
 LOCK_FILE = "lock.json"
-HEARTBEAT = 15.0
-"""Seconds between two heartbeats."""
+HEARTBEAT = 15.0  # seconds
 
 
 class LockedError(ValueError):
@@ -32,11 +31,7 @@ class LockedError(ValueError):
 
 @contextlib.contextmanager
 def workdir_lock(workdir: epath.Path) -> Iterator[None]:
-  """Holds the lock of a directory; called by all processes of a run.
-
-  Raises:
-    LockedError: another run holds it; on all processes.
-  """
+  """Holds the lock of a directory; called by all processes, which all raise LockedError."""
   path = workdir / LOCK_FILE
   try:
     problem = _acquire(path) if is_primary() else None
@@ -65,18 +60,18 @@ _FIELDS = {"host", "pid", "started", "beats", "machine", "process_start"}
 
 
 def _acquire(path: epath.Path) -> str | None:
-  """Writes the lock; returns a message if another run holds it."""
   owner = _read(path)
-  if owner is not None and _is_alive(path, owner):
-    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
-    return (
-      f"{path.parent}: in use by process {owner['pid']} on {owner['host']} since {since}; "
-      f"use another --workdir, or stop that run (if it has ended, remove {path})"
-    )
   if owner is not None:
-    logging.info("removing the lock of process %s on %s, which ended", owner["pid"], owner["host"])
+    process = f"process {owner['pid']} on {owner['host']}"
+    if _is_alive(path, owner):
+      since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["started"]))
+      return (
+        f"{path.parent}: in use by {process} since {since}; use another --workdir, or stop that "
+        f"run (if it has ended, remove {path})"
+      )
+    logging.info("removing the lock of %s, which ended", process)
   path.parent.mkdir(parents=True, exist_ok=True)
-  _write(path)
+  _write(path, time.time(), 0)
   return None
 
 
@@ -103,11 +98,11 @@ def _beat(path: epath.Path, stop: threading.Event) -> None:
       _write(path, started, beats)
 
 
-def _write(path: epath.Path, started: float | None = None, beats: int = 0) -> None:
+def _write(path: epath.Path, started: float, beats: int) -> None:
   content = {
     "host": socket.gethostname(),
     "pid": os.getpid(),
-    "started": time.time() if started is None else started,
+    "started": started,
     "beats": beats,
     "machine": _machine(),
     "process_start": _process_start(os.getpid()),

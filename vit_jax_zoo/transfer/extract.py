@@ -16,7 +16,7 @@ from vit_jax_zoo.inference.base import Trained
 from vit_jax_zoo.metrics.feature_probes import Labelled
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.training import sharding
-from vit_jax_zoo.training.evaluate import Clock, compile_predict_step, predict_batches
+from vit_jax_zoo.training.evaluate import compile_predict_step, predict_batches
 from vit_jax_zoo.training.feature_evaluation import collect_features
 
 
@@ -111,13 +111,12 @@ class Extractor:
     task = dataclasses.replace(task, top_k=min(keep or num_classes, num_classes))
     step = compile_predict_step(task.predict, self._whole, self._mesh)
     batches = self._batches(source, MultiHot(num_classes))
-    clock, ranked, labels = Clock(source.info.name, len(batches)), [], []
-    pairs = predict_batches(step, self._variables, batches, self._mesh)
-    for done, (batch, found) in enumerate(pairs, start=1):
+    ranked, labels, progress = [], [], (source.info.name, len(batches))
+    pairs = predict_batches(step, self._variables, batches, self._mesh, *progress)
+    for batch, found in pairs:
       real = np.asarray(batch["mask"], bool)
       ranked.append(np.asarray(found["labels"], np.int32)[real])
       labels.append(np.asarray(batch["label"])[real] > 0)
-      clock.tick(done)
     return np.concatenate(ranked), np.concatenate(labels)
 
   def _check_classes(self, source: Source) -> int:
