@@ -32,14 +32,7 @@ sys.excepthook = _report_interrupt  # from here on: the imports of the commands 
 
 @contextlib.contextmanager
 def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
-  """Prints errors in one line on stderr and exits with status 2.
-
-  Args:
-    show_traceback: also print the traceback.
-
-  Raises:
-    SystemExit: in place of any of `USER_ERRORS`.
-  """
+  """Prints `USER_ERRORS` in one line on stderr and exits with status 2."""
   try:
     yield
   except USER_ERRORS as error:
@@ -76,8 +69,8 @@ def run(
     with one_line_errors(show_traceback="--traceback" in argv):
       for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("-") and name in (renamed or {}):
-          raise ValueError(f"--{name} is now --{(renamed or {})[name]}")
+        if argument.startswith("-") and renamed and name in renamed:
+          raise ValueError(f"--{name} is now --{renamed[name]}")
       return (parse or parse_flags)(argv)
 
   malloc.keep_freed_memory()  # before log_plainly, whose settings for libtpu look like a TPU's
@@ -95,10 +88,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def parse_flags_and_overrides(argv: list[str]) -> list[str]:
   """Parses flags; returns the overrides of the config, `--config.section.field=value`."""
-  is_override = [a.startswith("-") and a.lstrip("-").startswith("config.") for a in argv]
-  with one_line_errors(show_traceback="--traceback" in argv):
-    rest = flags.FLAGS([a for a, override in zip(argv, is_override, strict=True) if not override])
-    return [*rest, *(a for a, override in zip(argv, is_override, strict=True) if override)]
+  overrides = [a for a in argv if a.startswith("-") and a.lstrip("-").startswith("config.")]
+  return [*parse_flags([a for a in argv if a not in overrides]), *overrides]
 
 
 def log_plainly() -> None:

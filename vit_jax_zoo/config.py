@@ -3,10 +3,12 @@
 import ast
 import difflib
 import fnmatch
+import functools
 import importlib.util
+import operator
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -19,62 +21,50 @@ from vit_jax_zoo.training.optim import optimizer_fields
 
 
 def defaults() -> ConfigDict:
-  """Returns every field with its default.
+  """Returns every field with its default; None is unset.
 
-  * `seed`: of all randomness.
-  * `num_steps` or `num_epochs`: the length of the run; one must be set, and steps take precedence.
-  * `batch_size`: global, of a training step; `eval_batch_size`: of an evaluation step, by default
-    the same.
-  * `accumulation_steps`: number of micro-batches of a batch (gradient accumulation).
-  * `model`: `name`, and fields of the model; `task`: `name`, and fields of the task. A field that
-    is None is filled in from the training data (`num_classes`, `class_names`).
-  * `data.train`: `source`, `split`, `transforms`, and options of the kind of source; `aug_repeats`:
-    repeated augmentation. `data.eval`: the same for each evaluation by name, and `metrics`, the
-    scores to report (default: all). A feature probe has a `fit_split`, and `probe`: `name` (see
-    `metrics.feature_probes`; "linear" by default) and its fields; its classes may differ from those
-    of the training data. `extra_sources` in either: further sources of the same classes, each with
-    `source`, `split` and options. `data.loader`: options of both batch makers of `data.pipeline`.
-  * `optimizer`: see `training.optim`; a task with several optimizer groups has a section for each.
-  * `ema_decay`: of the moving average of parameters and statistics; None: no average.
-  * `sharding.mesh`: devices along `data`, `fsdp`, `model`; `sharding.rules`: precede those of the
-    model.
-  * `log_every`, `eval_every`, `checkpoint.every`: in steps; 0: at the end only. The last two may be
-    fractions of the run: 0.05 is 20 times. The state is also saved before each evaluation.
-  * `checkpoint.keep`: number of the newest checkpoints to keep; `checkpoint.best`: the score that
-    selects the best one, "<evaluation>/<score>", by default of the first evaluation that is no
-    probe, and the task's `best_metric`; `checkpoint.best_mode`: whether a higher ("max") or lower
-    ("min") score is better; `checkpoint.eval_best_at_end`: evaluate the best at the end, as
-    "best/...".
-  * `explain`: with each evaluation, also draw attention maps and other intermediates.
-  * `init_from`: a published checkpoint or a run to initialise the variables from.
-  * `recipe`: `batch_size` and `learning_rates` of the unchanged recipe, for the advice of
-    `training.lr_scaling`.
+  Evaluations that have a `fit_split` are feature probes. Their classes may differ from those of the
+  training data, and their `probe` has a `name` (see `metrics.feature_probes`) and its fields.
   """
   return ConfigDict(
     {
       "seed": 0,
-      "num_steps": placeholder(int),
-      "num_epochs": placeholder(float),
-      "batch_size": placeholder(int),
-      "eval_batch_size": placeholder(int),
-      "accumulation_steps": 1,
+      "num_steps": placeholder(int),  # the length of the run: steps, which take precedence, ...
+      "num_epochs": placeholder(float),  # ... or epochs
+      "batch_size": placeholder(int),  # global, of a training step
+      "eval_batch_size": placeholder(int),  # default: the same
+      "accumulation_steps": 1,  # micro-batches of a batch
+      # `name`, and its fields. One that is None is filled in from the training data.
       "model": {},
       "task": {},
-      "data": {"train": {}, "eval": {}, "loader": {"num_workers": 0, "on_corrupt": "error"}},
-      "optimizer": {},
-      "ema_decay": placeholder(float),
+      "data": {
+        # `source`, `split`, `transforms`, options of the kind of source; `extra_sources` of the
+        # same classes, each with `source`, `split` and options; `aug_repeats` (repeated
+        # augmentation) in training; `metrics`, the scores to report, in evaluations.
+        "train": {},
+        "eval": {},  # by name
+        "loader": {"num_workers": 0, "on_corrupt": "error"},  # see `data.pipeline`
+      },
+      "optimizer": {},  # see `training.optim`; or a section for each optimizer group
+      "ema_decay": placeholder(float),  # of parameters and statistics
+      # Devices along each axis; rules that precede those of the model.
       "sharding": {"mesh": {"data": -1, "fsdp": 1, "model": 1}, "rules": ()},
+      # In steps; 0: at the end only. The last two may be fractions of the run: 0.05 is 20 times.
+      # The state is also saved before each evaluation.
       "log_every": 50,
       "eval_every": 0,
       "checkpoint": {
         "every": 0,
-        "keep": 1,
+        "keep": 1,  # number of the newest ones
+        # "<evaluation>/<score>", by default the task's `best_metric` of the first evaluation that
+        # is no probe; whether a higher ("max") or lower ("min") score is better.
         "best": placeholder(str),
         "best_mode": "max",
-        "eval_best_at_end": False,
+        "eval_best_at_end": False,  # evaluate the best, as "best/..."
       },
-      "explain": False,
-      "init_from": placeholder(str),
+      "explain": False,  # also draw attention maps and other intermediates
+      "init_from": placeholder(str),  # a published checkpoint or a run
+      # Of the unchanged recipe, for the advice of `training.lr_scaling`.
       "recipe": {"batch_size": placeholder(int), "learning_rates": {}},
     }
   )
@@ -138,24 +128,14 @@ _MINIMA = {
 
 
 def load_with_overrides(argument: str, overrides: Sequence[str]) -> ConfigDict:
-  """Returns the complete config of `--config=argument` with overrides.
-
-  Args:
-    argument: see `load`.
-    overrides: see `apply_overrides`.
-  """
+  """Returns the complete config of `--config=argument` with overrides; see `apply_overrides`."""
   config = load(argument)
   apply_overrides(config, overrides)
   return config
 
 
 def load(argument: str) -> ConfigDict:
-  """Returns the complete config of `configs/<system>.py[:variant][,field=value...]`.
-
-  Raises:
-    FileNotFoundError: the file does not exist; the message suggests the closest match.
-    ValueError: a variant, field or value is invalid.
-  """
+  """Returns the complete config of `configs/<system>.py[:variant][,field=value...]`."""
   name, _, choice = argument.partition(":")
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
@@ -184,16 +164,11 @@ def load(argument: str) -> ConfigDict:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-  """Returns the config with every default filled in; the config itself if it is complete.
-
-  Raises:
-    ValueError: a field is unknown.
-  """
+  """Returns the config with every default filled in; the config itself if it is complete."""
   whole = defaults()
   with whole.ignore_type():
     _fill(whole, config, "")
-  is_complete = _count_sections(whole) == _count_sections(config)
-  return config if is_complete else whole
+  return config if _count_fields(whole) == _count_fields(config) else whole
 
 
 def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
@@ -211,12 +186,9 @@ def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
       whole[key] = given[key]
 
 
-def _count_sections(config: ConfigDict) -> int:
-  """Returns the number of fields at all levels that have defaults."""
-  return sum(
-    1 + (_count_sections(config[key]) if isinstance(config[key], ConfigDict) else 0)
-    for key in config
-  )
+def _count_fields(config: ConfigDict) -> int:
+  sections = [config[key] for key in config if isinstance(config[key], ConfigDict)]
+  return len(config) + sum(map(_count_fields, sections))
 
 
 def _dotted(path: str) -> str:
@@ -233,11 +205,8 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     overrides: flags of the form `--config.section.field=value`. The value has the field's type, or
       is None; a value for a list or a new field is a Python literal (`3e-4`, `True`, `[1, 2]`) or a
       string.
-
-  Raises:
-    ValueError: a field is unknown, an argument is no such flag, or a value has another type.
   """
-  optimizers = {path: section.name for path, section in _optimizers(config)}
+  optimizers = {path: section.name for path, section in _optimizers(config).items()}
   given = set()
   for flag in overrides:
     name, equals, text = flag.lstrip("-").partition("=")
@@ -256,9 +225,13 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
       values(argv)
     except (flags.Error, TypeError) as error:
       raise ValueError(str(error)) from None
-    for path, section in _optimizers(config):
-      if optimizers.get(path) != section.name:
-        _drop_fields_of_old_optimizer(path, section, given)
+    for path, section in _optimizers(config).items():
+      known = optimizer_fields(section.name)
+      dropped = [key for key in section if key not in known and f"{path}.{key}" not in given]
+      if dropped and optimizers.get(path) != section.name:
+        for key in dropped:
+          del section[key]
+        logging.info("config.%s: %s has no %s; dropped", path, section.name, ", ".join(dropped))
 
 
 def _prepare(config: ConfigDict, path: str, text: str) -> None:
@@ -301,16 +274,12 @@ def _check_not_renamed(path: str, shown: str) -> None:
 def _check_not_of_groups(config: ConfigDict, path: str) -> None:
   section, _, key = path.rpartition(".")
   if section == "optimizer" and "name" not in config.optimizer:
-    fields = " or ".join(f"--config.{group}.{key}" for group, _ in _optimizers(config))
+    fields = " or ".join(f"--config.{group}.{key}" for group in _optimizers(config))
     raise ValueError(f"--config.{path}: this task has several optimizers; set {fields}")
 
 
 def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
-  """Returns the config of a saved run, as nested dicts, with today's field names.
-
-  Raises:
-    ValueError: a removed field has a value that is no longer supported.
-  """
+  """Returns the config of a saved run, as nested dicts, with today's field names."""
   found = {}
   for key, value in config.items():
     name = f"{path}{key}"
@@ -323,39 +292,22 @@ def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
   return found
 
 
-def _optimizers(config: ConfigDict) -> Iterator[tuple[str, ConfigDict]]:
-  """Yields the sections of optimizers with their paths: one, or one for each group."""
+def _optimizers(config: ConfigDict) -> dict[str, ConfigDict]:
   if "name" in config.optimizer:
-    yield "optimizer", config.optimizer
-  else:
-    for group, section in config.optimizer.items():
-      if isinstance(section, ConfigDict) and "name" in section:
-        yield f"optimizer.{group}", section
-
-
-def _drop_fields_of_old_optimizer(path: str, section: ConfigDict, given: set[str]) -> None:
-  known = optimizer_fields(section.name)
-  dropped = [key for key in section if key not in known and f"{path}.{key}" not in given]
-  for key in dropped:
-    del section[key]
-  if dropped:
-    logging.info("config.%s: %s has no %s; dropped", path, section.name, ", ".join(dropped))
+    return {"optimizer": config.optimizer}
+  sections = {f"optimizer.{group}": section for group, section in config.optimizer.items()}
+  return {k: s for k, s in sections.items() if isinstance(s, ConfigDict) and "name" in s}
 
 
 def check_values(config: ConfigDict) -> None:
-  """Checks the values of a complete config that do not depend on its parts.
-
-  Raises:
-    ValueError: a field is not set, or out of its range.
-  """
+  """Raises ValueError if a field of a complete config is not set, or out of its range."""
   for key in ("batch_size", "model", "task", "optimizer"):
     if config[key] is None or (key != "batch_size" and not config[key]):
       raise ValueError(f"the config does not set {key!r}")
   check_names("field of config.data.loader", config.data.loader, LOADER_FIELDS)
   if config.num_steps is None and config.num_epochs is None:
     raise ValueError("the config must set num_steps or num_epochs")
-  for name, minimum in _MINIMA.items():
-    _check_at_least(config, name, minimum)
+  _check_minima(config)
   seed = config.seed
   if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 1 << 63):
     raise ValueError(f"seed is {seed}; expected an integer, at least 0 and below 2**63")
@@ -368,15 +320,13 @@ def check_values(config: ConfigDict) -> None:
     raise ValueError(unknown_name("checkpoint.best_mode", mode, ("max", "min")))
 
 
-def _check_at_least(config: ConfigDict, name: str, minimum: int) -> None:
-  value = config
-  for key in name.split("."):
-    value = value[key]
-  may_be_fraction = name.rpartition(".")[2] in _FRACTIONS
-  if may_be_fraction and isinstance(value, float):
-    if 0 < value < 1:
-      return
-    value = int(value) if value.is_integer() else value
-  if value is not None and not (isinstance(value, int) and value >= minimum):
-    fraction = ", or a fraction of the run, such as 0.05" if may_be_fraction else ""
-    raise ValueError(f"{name} is {value}; expected an integer, at least {minimum}{fraction}")
+def _check_minima(config: ConfigDict) -> None:
+  for name, minimum in _MINIMA.items():
+    value = functools.reduce(operator.getitem, name.split("."), config)
+    may_be_fraction = name.rpartition(".")[2] in _FRACTIONS
+    is_valid = isinstance(value, int) and value >= minimum
+    if may_be_fraction and isinstance(value, float):
+      is_valid = 0 < value < 1 or (value.is_integer() and value >= minimum)
+    if value is not None and not is_valid:
+      fraction = ", or a fraction of the run, such as 0.05" if may_be_fraction else ""
+      raise ValueError(f"{name} is {value}; expected an integer, at least {minimum}{fraction}")

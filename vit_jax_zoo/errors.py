@@ -1,4 +1,4 @@
-"""Names that are not known, in one line with the nearest known one and the list; of classes."""
+"""Errors about unknown names ("did you mean"), and names of classes in figures."""
 
 import dataclasses
 import difflib
@@ -8,12 +8,7 @@ from typing import Any, SupportsIndex
 
 
 def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
-  """Returns the one-line message for a misspelt name.
-
-  Args:
-    kind: what was named, as a noun: "model", "transform", "config field".
-    given: the name as the user wrote it.
-    known: the names that would have been accepted.
+  """Returns the one-line message for a misspelt name of this kind ("model").
 
   >>> unknown_name("optimizer", "adanw", ["sgd", "adamw"])
   "unknown optimizer 'adanw'; did you mean 'adamw'? Known: adamw, sgd"
@@ -26,13 +21,7 @@ def unknown_name(kind: str, given: str, known: Iterable[str]) -> str:
 
 
 def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
-  """Raises ValueError at the first of the given names that is not known.
-
-  Args:
-    kind: as of `unknown_name`.
-    given: names as the user wrote them.
-    known: the names that are accepted.
-  """
+  """Raises ValueError at the first of the given names that is not known; see `unknown_name`."""
   known = list(known)
   for name in given:
     if name not in known:
@@ -45,26 +34,17 @@ def field_names(kind: Any) -> list[str]:
 
 
 def part_fields(part: str, kind: type, given: Mapping[str, Any] | None) -> dict[str, Any]:
-  """Returns the fields that a config gives to an inner part of a model.
-
-  Args:
-    part: the field of the model that holds them: "backbone".
-    kind: the part's class.
-    given: the fields, or None for none.
-
-  Raises:
-    ValueError: the part has no such field; the message has the nearest.
-  """
+  """Returns a config's fields of a part of a model ("backbone"); ValueError for an unknown one."""
   check_names(f"field of {part}", given or (), field_names(kind))
   return dict(given or {})
 
 
 def name_of(index: SupportsIndex, class_names: Sequence[str]) -> str:
-  """Returns a class's name, or its id where it has none."""
+  """Returns a class's name, or its id without one."""
   number = operator.index(index)
   return class_names[number] if number < len(class_names) else str(number)
 
 
 def shorten(name: str, length: int) -> str:
-  """Returns a name of at most so many characters, its end cut off where it is longer."""
+  """Returns a name, cut off at this length."""
   return name if len(name) <= length else name[: length - 1].rstrip(" ,;") + "…"

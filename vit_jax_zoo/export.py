@@ -45,9 +45,7 @@ FLAGS = flags.FLAGS
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
-
-MAX_STABLEHLO = 2_000_000_000
-"""Bytes: a StableHLO program is one protocol buffer, of which 2 GiB is the maximum size."""
+MAX_STABLEHLO = 2_000_000_000  # bytes; 2 GiB is the maximum size of a protocol buffer
 
 
 def define_flags() -> None:
@@ -75,28 +73,17 @@ def main(argv: Sequence[str]) -> int:
 
 def formats_of(family: str) -> tuple[str, ...]:
   """Returns the names of the formats in which a family of models can be written."""
-  is_part, several_inputs = (
-    any(family in getattr(system, field) for system in systems().values())
-    for field in ("parts", "several_inputs")
+  excluded = {"orbax": "parts", "stablehlo": "several_inputs"}
+  others = (
+    form
+    for form, field in excluded.items()
+    if not any(family in getattr(system, field) for system in systems().values())
   )
-  return (
-    *writable_formats(family),
-    *(() if is_part else ("orbax",)),
-    *(() if several_inputs else ("stablehlo",)),
-  )
+  return (*writable_formats(family), *others)
 
 
 def write(pretrained: Pretrained, form: str, path: str) -> None:
-  """Writes a model.
-
-  Args:
-    pretrained: model, variables and preprocessing.
-    form: one of `formats_of` its family.
-    path: output folder or file.
-
-  Raises:
-    ValueError: the family is not written in this format, or the format has no such model.
-  """
+  """Writes a model in one of `formats_of` its family; ValueError if the format lacks it."""
   family = family_of(pretrained.model)
   known = formats_of(family)
   if form not in known:
@@ -111,15 +98,10 @@ def write(pretrained: Pretrained, form: str, path: str) -> None:
 
 def export_of(pretrained: Pretrained) -> Export:
   """Returns the input of the writers of published formats."""
+  model, preprocess = pretrained.model, pretrained.preprocess
   flat = {key: np.asarray(x) for key, x in flatten_variables(pretrained.variables).items()}
-  return Export(
-    family_of(pretrained.model),
-    pretrained.model,
-    unroll(flat),
-    pretrained.preprocess,
-    task=pretrained.task,
-    task_fields=pretrained.task_fields,
-  )
+  task = {"task": pretrained.task, "task_fields": pretrained.task_fields}
+  return Export(family_of(model), model, unroll(flat), preprocess, **task)
 
 
 def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
@@ -131,28 +113,24 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   checkpointer.wait_until_finished()
   checkpointer.close()
   size, preprocess = pretrained.config.get("image_size"), pretrained.preprocess
-  fields = export_of(pretrained).fields()
-  name = next(iter(variants(family)))
-  numbers = {"image_mean": preprocess.mean, "image_std": preprocess.std}
+  fields, known = export_of(pretrained).fields(), task_fields(pretrained.task)
   from_data = {"num_classes": None, "class_names": None}
-  given = {**pretrained.task_fields, **numbers, **from_data}
-  known = task_fields(pretrained.task)
-  task = {"name": pretrained.task, **{k: _plain(v) for k, v in given.items() if k in known}}
+  numbers = {"image_mean": preprocess.mean, "image_std": preprocess.std}
+  task = {**pretrained.task_fields, **numbers, **from_data}
   config = {
-    "model": {"name": name, **{k: _plain(v) for k, v in fields.items()}},
-    "task": task,
+    "model": {"name": next(iter(variants(family))), **fields},
+    "task": {"name": pretrained.task, **{k: v for k, v in task.items() if k in known}},
     "data": {"eval": {"test": {"transforms": []}}},
-    "preprocess": _plain(dataclasses.asdict(preprocess)),
+    "preprocess": dataclasses.asdict(preprocess),
     "checkpoint": {},
   }
-  names = pretrained.class_names
   data = {
     "num_classes": fields.get("num_classes"),
-    "class_names": list(names),
+    "class_names": pretrained.class_names,
     "shapes": {"image": [*size, preprocess.channels]} if size and preprocess.has_fixed_size else {},
   }
   for file, content in ((CONFIG_FILE, config), (DATA_FILE, data)):
-    (folder / file).write_text(json.dumps(content, indent=1) + "\n")
+    (folder / file).write_text(json.dumps(_plain(content), indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -172,9 +150,6 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   `images` is float32 [b h w c] in [0, 255]. The program of a detector has a second argument,
   `image_size` int32 [b 2], height and width without the padding, and returns detections.
   `model.json` has the shapes, and the preprocessing before the call.
-
-  Raises:
-    ValueError: the weights are too large for one file.
   """
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
   if size > MAX_STABLEHLO:

@@ -45,11 +45,7 @@ EXIT_STOPPED = 143
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; returns the exit status.
-
-  Args:
-    argv: the command's name, and overrides of config fields.
-  """
+  """Runs the command with overrides of config fields; returns the exit status."""
   if CONFIG.value is None:
     raise ValueError("--config is missing; try --config=configs/vit.py")
   config = load_with_overrides(CONFIG.value, argv[1:])
@@ -85,11 +81,7 @@ def default_workdir(config_argument: str) -> str:
 
 
 def parse_window(text: str | None) -> tuple[int, int] | None:
-  """Parses "first:last", a half-open window of steps.
-
-  Raises:
-    ValueError: not two increasing positive integers.
-  """
+  """Parses "first:last", a half-open window of steps: two increasing positive integers."""
   if text is None:
     return None
   first, _, last = text.partition(":")
@@ -99,7 +91,6 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 
 
 def _log_outcome(outcome: Outcome) -> None:
-  """Logs the scores and the output paths."""
   step = int(outcome.state.step)
   workdir = epath.Path(str(outcome.workdir).removeprefix(f"{pathlib.Path.cwd()}/"))
   if outcome.finished:
@@ -107,10 +98,9 @@ def _log_outcome(outcome: Outcome) -> None:
     logging.info("done after %d steps: %s", step, scores)
   else:
     logging.info("stopped by a signal after step %d; run the same command to resume", step)
-  outputs = {"checkpoints": "checkpoints", "metrics": "metrics.jsonl", "figures": "figures"}
-  for name, output in outputs.items():
+  for output in ("checkpoints", "metrics.jsonl", "figures"):
     if (workdir / output).exists():
-      logging.info("  %-12s %s", name, workdir / output)
+      logging.info("  %-12s %s", output.partition(".")[0], workdir / output)
   if (workdir / "metrics.jsonl").exists():
     logging.info("  %-12s tensorboard --logdir=%s", "TensorBoard", workdir)
 

@@ -1,4 +1,4 @@
-"""Says what a config's training would need on a machine, without that machine and without the data.
+"""Plans the training of a config for a machine, without that machine and without the data.
 
     python -m vit_jax_zoo.plan --config=configs/igpt.py:xl_imagenet --topology=v5p:4x4x4
     python -m vit_jax_zoo.plan --config=configs/vit.py:l16_imagenet --topology=v5e:8x8 --search
@@ -6,10 +6,10 @@
     python -m vit_jax_zoo.plan --config=configs/vit.py --topology=v5litepod-16 --nocompile
     python -m vit_jax_zoo.plan --all
 
-It compiles the very step that `main` would run, and prints whether it fits, memory by its use,
-FLOPs, traffic, and the least time that a step, an epoch and the whole run can take. `--all` does so
-for every recipe and writes docs/PLANS.md. A TPU slice needs `pip install -e '.[plan]'`, except with
-`--nocompile`, which only checks that config, slice, mesh and batch size go together.
+It compiles the train step of `main`, and prints whether it fits, a memory breakdown, FLOPs,
+traffic, and lower bounds on the time of a step, an epoch and the run. `--all` plans every recipe
+and writes docs/PLANS.md. A TPU slice needs `pip install -e '.[plan]'`, except with `--nocompile`,
+which only checks that config, slice, mesh and batch size fit.
 """
 
 import json
@@ -51,18 +51,14 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; returns 0 if there is a plan that fits, 1 if there is none.
-
-  Args:
-    argv: the command's name, and what absl has left of its arguments: overrides of config fields.
-  """
+  """Runs the command with overrides of config fields; returns 0 if a plan fits, else 1."""
   if FLAGS.all:
     return page.compile_all(FLAGS.only, FLAGS.time_limit, FLAGS.optimization_level)
   if FLAGS.optimization_level:
     jax.config.update("jax_optimization_level", FLAGS.optimization_level)
   if FLAGS.config is None:
     raise ValueError("--config is missing; try --config=configs/vit.py --platform=cpu")
-  if FLAGS.output:  # a compilation may take an hour: what cannot be written is to be known before
+  if FLAGS.output:  # before a compilation, which may take an hour
     pathlib.Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
   config = load_with_overrides(FLAGS.config, argv[1:])
   if not FLAGS.compile:
@@ -75,19 +71,13 @@ def main(argv: Sequence[str]) -> int:
   chosen = best(tried) or tried[-1]
   _say(report(chosen))
   if FLAGS.output:
-    found = chosen.as_json() | (
-      {"tried": [plan.as_json() for plan in tried]} if FLAGS.search else {}
-    )
+    others = {"tried": [plan.as_json() for plan in tried]} if FLAGS.search else {}
+    found = chosen.as_json() | others
     pathlib.Path(FLAGS.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
   return 0 if chosen.fits else 1
 
 
 def _check(config: ConfigDict, overrides: list[str]) -> int:
-  """Checks that a config can be trained on a slice, except for its memory; returns 0.
-
-  Raises:
-    ValueError: one line, about the first field or flag that is wrong.
-  """
   machine = simulated_slice(FLAGS.topology)
   plan = make_plan(config, machine, name=FLAGS.config, overrides=overrides, compile_step=False)
   _say(
@@ -98,11 +88,7 @@ def _check(config: ConfigDict, overrides: list[str]) -> int:
 
 
 def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
-  """Tries the meshes, says what comes out and which is best, and returns all plans.
-
-  Raises:
-    ValueError: the batch cannot be split over the machine at all.
-  """
+  """Plans and prints several meshes; ValueError if none can split the batch."""
   plans: list[Plan] = []
   for plan in search(config, machine, name=FLAGS.config):
     plans.append(plan)

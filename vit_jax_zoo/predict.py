@@ -10,6 +10,8 @@ folder, or a published name. Images are files, folders or patterns, of any size 
 Unreadable ones are logged and skipped; the exit status is then 1.
 """
 
+import dataclasses
+import datetime
 import glob
 import json
 import pathlib
@@ -37,6 +39,7 @@ FLAGS = flags.FLAGS
 EXIT_SOME_FAILED = 1
 
 RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
+OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
 
 def define_flags() -> None:
@@ -49,15 +52,12 @@ def define_flags() -> None:
     "coco_ids", None, "COCO file whose image ids and categories coco.json and coco_results.json use"
   )
   flags.DEFINE_string("reference", None, "reference image for super-resolution")
-  flags.DEFINE_integer(
-    "tile", None, "tile size in pixels for super-resolution: smaller needs less memory"
-  )
+  flags.DEFINE_integer("tile", None, "tile size in pixels for super-resolution, to use less memory")
   flags.DEFINE_integer("top_k", None, "number of classes to list, or of colours to sample from")
   flags.DEFINE_float("threshold", Options.threshold, "minimum score")
   flags.DEFINE_bool("explain", Options.explain, "also draw attention maps")
-  flags.DEFINE_float(
-    "prefix_fraction", Options.prefix_fraction, "fraction of the rows given as the prompt"
-  )
+  fraction = Options.prefix_fraction
+  flags.DEFINE_float("prefix_fraction", fraction, "fraction of the rows given as the prompt")
   flags.DEFINE_integer("samples", Options.samples, "completions per image")
   flags.DEFINE_float("temperature", Options.temperature, "sampling temperature of completions")
   flags.DEFINE_integer("seed", Options.seed, "random seed")
@@ -65,17 +65,16 @@ def define_flags() -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-  """Runs the command; returns the process's exit status.
-
-  Args:
-    argv: the command's name, and further images.
-  """
+  """Runs the command with further images; returns the process's exit status."""
   if FLAGS.model is None:
     raise ValueError(
       "--model is missing; expected the folder of a run, or a published file or name"
     )
   paths = find_images([*FLAGS.images, *argv[1:]])
-  options = read_options()
+  values: dict[str, Any] = {name: FLAGS[name].value for name in OPTIONS}
+  if FLAGS.reference is not None:
+    values["reference"] = read_image(pathlib.Path(FLAGS.reference))
+  options = Options(**values)
   names = read_class_names(FLAGS.class_names)
   truth = GroundTruth(pathlib.Path(FLAGS.coco_ids), paths) if FLAGS.coco_ids else None
   predictor = create_predictor(load(FLAGS.model, class_names=names), options)
@@ -83,45 +82,22 @@ def main(argv: Sequence[str]) -> int:
   return predict_all(predictor, paths, pathlib.Path(FLAGS.output), truth)
 
 
-def read_options() -> Options:
-  """Returns the options set by the flags."""
-  return Options(
-    top_k=FLAGS.top_k,
-    threshold=FLAGS.threshold,
-    explain=FLAGS.explain,
-    reference=None if FLAGS.reference is None else read_image(pathlib.Path(FLAGS.reference)),
-    tile=FLAGS.tile,
-    prefix_fraction=FLAGS.prefix_fraction,
-    samples=FLAGS.samples,
-    temperature=FLAGS.temperature,
-    seed=FLAGS.seed,
-  )
-
-
 def check_options(predictor: Predictor, options: Options) -> None:
   """Raises ValueError if an option was given that the model's task does not support."""
-  given = [
+  defaults = Options()
+  unread = [
     name
-    for name, default in vars(Options()).items()
-    if getattr(options, name) is not default and not _equal(getattr(options, name), default)
+    for name in OPTIONS
+    if name not in predictor.reads
+    and not np.array_equal(getattr(options, name), getattr(defaults, name))
   ]
-  unread = [name for name in given if name not in predictor.reads]
   if unread:
     known = ", ".join(f"--{option}" for option in sorted(predictor.reads))
     raise ValueError(f"--{unread[0]} is not supported by this model's task; it supports {known}")
 
 
-def _equal(value: Any, default: Any) -> bool:
-  """Compares values of options; a picture equals no default."""
-  return not isinstance(value, np.ndarray) and value == default
-
-
 def find_images(given: Sequence[str]) -> list[pathlib.Path]:
-  """Returns the files that paths, folders and patterns stand for, each once, in order.
-
-  Raises:
-    FileNotFoundError: one of them stands for nothing.
-  """
+  """Returns the files of paths, folders and patterns, each once, in order."""
   found: dict[pathlib.Path, None] = {}
   for text in given:
     path = pathlib.Path(text)
@@ -141,11 +117,7 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
 
 
 def read_image(path: pathlib.Path) -> np.ndarray:
-  """Decodes an image file as training does: uint8 [h w 3]; see docs/IMAGES.md.
-
-  Raises:
-    ValueError: it cannot be read, or is no image.
-  """
+  """Decodes an image file as training does: uint8 [h w 3]; see docs/IMAGES.md."""
   try:
     return images.decode_image(path.read_bytes())
   except (OSError, images.CorruptExampleError) as error:
@@ -161,10 +133,10 @@ def predict_all(
   """Predicts for each file and writes the results; returns the exit status.
 
   `predictions.json` in `output` has an entry for each file, in order: its `image`, its `pictures`
-  (names of files), and the predictor's record, or the `error`; `predictions.jsonl` has the same a
-  line each as they come. Detections are also written in COCO's formats. With `truth` these have its
-  ids, and entries have `image_id`, None if the image is not in `truth`. Existing files that no
-  earlier `predict` wrote are never overwritten.
+  (names of files), and the predictor's record, or the `error`; `predictions.jsonl` has a line for
+  each, written at once. Detections are also written in COCO's formats. With `truth` these have its
+  ids, and entries have `image_id`, None if the image is not in `truth`. Files that no earlier
+  `predict` wrote are never overwritten.
   """
   output.mkdir(parents=True, exist_ok=True)
   pictures, collected = PictureFiles(output), CocoFiles(truth)
@@ -191,7 +163,8 @@ def predict_all(
     records.append(record)
     with lines.open("a") as stream:
       stream.write(json.dumps(record) + "\n")
-    _log_progress(done, len(paths), time.monotonic() - begin)
+    left = round((time.monotonic() - begin) / done * (len(paths) - done))
+    logging.info("%d/%d images, ETA %s", done, len(paths), datetime.timedelta(seconds=left))
   for file, content in {RESULTS: records, **collected.contents()}.items():
     whole_file.write_json(output / file, content)
   logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
@@ -211,18 +184,12 @@ class PictureFiles:
     self._model_pictures: dict[str, str] = {}
 
   def write(self, stem: str, prediction: Prediction) -> tuple[str, list[str]]:
-    """Writes an image's pictures.
-
-    Returns:
-      The prefix of their names, `stem` or `stem_2` and so on, and the names.
-    """
-    new = prediction.model_pictures.keys() - self._model_pictures.keys()
-    if new:
-      self._model_pictures |= self._write("model", {k: prediction.model_pictures[k] for k in new})[
-        1
-      ]
+    """Writes an image's pictures; returns the prefix of their names (`stem_2`), and the names."""
+    known, pictures = self._model_pictures, prediction.model_pictures
+    if new := {k: picture for k, picture in pictures.items() if k not in known}:
+      known |= self._write("model", new)[1]
     prefix, names = self._write(stem, prediction.pictures)
-    return prefix, [*names.values(), *(self._model_pictures[k] for k in prediction.model_pictures)]
+    return prefix, [*names.values(), *(known[k] for k in pictures)]
 
   def _write(self, stem: str, pictures: Mapping[str, Picture]) -> tuple[str, dict[str, str]]:
     prefix, number = stem, 1
@@ -242,18 +209,11 @@ def _names(prefix: str, suffixes: Iterable[str]) -> dict[str, str]:
 
 
 def _written_before(folder: pathlib.Path) -> set[str]:
-  """Returns the names of the pictures that an earlier run has written to a folder."""
   try:
     records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
     return {name for record in records for name in record.get("pictures", ())}
   except (OSError, ValueError, AttributeError, TypeError):
     return set()
-
-
-def _log_progress(done: int, total: int, seconds: float) -> None:
-  left = seconds / done * (total - done)
-  minutes, rest = divmod(round(left), 60)
-  logging.info("%d/%d images, ETA %d:%02d:%02d", done, total, minutes // 60, minutes % 60, rest)
 
 
 if __name__ == "__main__":

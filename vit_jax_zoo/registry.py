@@ -1,7 +1,6 @@
-"""Names to objects: one `Registry` class, and the `System` that each paper's folder registers.
+"""Names to objects: `Registry`, and the `System` that each `systems/<paper>/__init__.py` defines.
 
-`systems/<paper>/__init__.py` defines `SYSTEM = System(...)`; that is all that the rest of the
-package knows of a paper. A folder that is added is found, one that is deleted is gone.
+All folders of `systems` are found; nothing else lists them.
 """
 
 import dataclasses
@@ -24,11 +23,7 @@ class Registry(Mapping[str, Any]):
     self._kind, self._entries = kind, dict(entries)
 
   def __getitem__(self, name: str) -> Any:
-    """Returns the object of this name.
-
-    Raises:
-      ValueError: there is none; the message has the nearest known name.
-    """
+    """Returns the object of this name; ValueError with the nearest known one if there is none."""
     return getattr(self.module(name), self._entries[name].partition(":")[2])
 
   def module(self, name: str) -> ModuleType:
@@ -51,56 +46,41 @@ class Registry(Mapping[str, Any]):
 class Format:
   """A published checkpoint format.
 
-  Attributes:
-    name: of `export --format=`.
-    family: of its models, a key of `System.models`.
-    module: of the system, with `is_of(arrays)`, `read_checkpoint(published)` and, where the format
-      can be written, `write_checkpoint(path, export)`; see `weights.formats`.
-    description: for error messages: "timm's ViT".
+  Its module, in the system's folder, has `is_of(arrays)`, `read_checkpoint(published)` and, if the
+  format can be written, `write_checkpoint(path, export)`; see `weights.formats`.
   """
 
-  name: str
-  family: str
+  name: str  # of `export --format=`
+  family: str  # of its models, a key of `System.models`
   module: str
-  description: str
+  description: str  # for error messages: "timm's ViT"
 
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """What one paper's folder adds to the package. References are "module:attribute" in the folder.
+  """What one paper's folder registers. References are "module:attribute" in the folder.
 
-  Attributes:
-    models: model family -> class. Names of models begin with their family's; the class's module
-      holds `VARIANTS` (model name -> fields) and `SHARDING_RULES`.
-    variants: model family -> a further table of variants, for families of other systems as well.
-    tasks: task name -> class.
-    predictors: task name -> class.
-    formats: published checkpoint formats.
-    published: a mapping of `weights.model_index.Entry`, published checkpoints by name.
-    paper_scores: a mapping, model name -> (reported score, source).
-    part_readers: path of a part of the variables ("*/backbone") -> function that reads it, see
-      `weights.pretrained_parts`.
-    backbone_readers: functions that recognise a published backbone, see `weights.backbones`.
-    backbones: backbone name -> class, for detectors; returns a dict of feature maps.
-    necks: neck name -> class, for detectors; maps a feature pyramid to another one. It may have
-      `explain(run, batch, size_multiple)` and `draw_explanation(explanation, level_names)`.
-    several_inputs: families whose models are not called with one batch of images alone.
-    parts: families that are a part of other models, without a task of their own.
+  Names of models begin with their family's. The module of a model's class has `VARIANTS` (model
+  name -> fields) and `SHARDING_RULES`. A neck maps a feature pyramid to another one, and may have
+  `explain(run, batch, size_multiple)` and `draw_explanation(explanation, level_names)`.
   """
 
-  models: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  models: Mapping[str, str] = dataclasses.field(default_factory=dict)  # family -> class
+  # Model family, of any system -> a further table of variants.
   variants: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  predictors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name -> class
+  predictors: Mapping[str, str] = dataclasses.field(default_factory=dict)  # task name -> class
   formats: tuple[Format, ...] = ()
-  published: str = ""
-  paper_scores: str = ""
+  published: str = ""  # checkpoint name -> `weights.model_index.Entry`
+  paper_scores: str = ""  # model name -> (reported score, source)
+  # Path of a part ("*/backbone") -> function, see `weights.pretrained_parts`.
   part_readers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  backbone_readers: tuple[str, ...] = ()
+  backbone_readers: tuple[str, ...] = ()  # see `weights.backbones`
+  # Of detectors: name -> class, which returns a dict of feature maps.
   backbones: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  necks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  several_inputs: tuple[str, ...] = ()
-  parts: tuple[str, ...] = ()
+  necks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of detectors: name -> class
+  several_inputs: tuple[str, ...] = ()  # families of models with inputs besides images
+  parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
 
 
 @functools.cache
@@ -119,11 +99,11 @@ def load_reference(system: str, reference: str) -> Any:
 
 
 def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) -> Registry:
-  """Returns the registry of one field of all systems.
+  """Returns the registry of one field of all systems, a mapping of names to references.
 
   Args:
-    kind: what it holds, as a noun, for error messages.
-    field: of `System`, a mapping of names to references.
+    kind: a noun for error messages.
+    field: of `System`.
     core: further entries, "vit_jax_zoo.module:attribute".
   """
   entries = dict(core or {})
@@ -135,12 +115,13 @@ def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) ->
 
 def load_from_each(field: str) -> list[Any]:
   """Returns what one field names in each system that has it: a reference, or several."""
-  found = []
-  for name, system in systems().items():
-    value = getattr(system, field)
-    references = [value] if isinstance(value, str) else value
-    found += [load_reference(name, reference) for reference in references if reference]
-  return found
+  fields = {name: getattr(system, field) for name, system in systems().items()}
+  return [
+    load_reference(name, reference)
+    for name, value in fields.items()
+    for reference in ([value] if isinstance(value, str) else value)
+    if reference
+  ]
 
 
 def model_classes() -> Registry:
@@ -149,7 +130,7 @@ def model_classes() -> Registry:
 
 
 def create_model(name: str, **overrides: Any) -> Any:
-  """Returns the Linen module of this name, its parameters not yet made.
+  """Returns the Linen module of this name.
 
   Args:
     name: one of `list_models()`, such as "vit_b16"; see `model_name`.
@@ -196,11 +177,7 @@ def model_name(name: str) -> str:
 
 
 def family_of(model: Any) -> str:
-  """Returns the family of a model.
-
-  Raises:
-    ValueError: its class belongs to no family.
-  """
+  """Returns the family of a model; ValueError if its class belongs to none."""
   for family, kind in model_classes().items():
     if kind is type(model):
       return family
