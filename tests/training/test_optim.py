@@ -274,7 +274,7 @@ def test_states_are_laid_out_like_their_parameters(name):
     ({"name": "adanw"}, "unknown optimizer 'adanw'; did you mean 'adamw'"),
     ({"name": "adam", "beta1": 0.9}, "unknown field of optimizer adam 'beta1'; "),
     ({"name": "sgd", "momentun": 0.9}, "did you mean 'momentum'"),
-    ({"name": "sgd", "weight_decay_mode": "L2"}, "unknown weight_decay_mode 'L2'; known: decoup"),
+    ({"name": "sgd", "weight_decay_mode": "L2"}, "weight_decay_mode 'L2'; did you mean 'l2'"),
     ({"name": "sgd", "clip_norm": 0.0}, "clip_norm is 0.0; expected a number > 0"),
     ({"name": "sgd", "rules": [("heads/.*", {"frozen": True})]},
      "rule 'heads/.*' matches no parameter .* nearest are: head/"),
