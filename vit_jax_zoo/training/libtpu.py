@@ -19,13 +19,15 @@ _TELLING = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WOR
 _FLAGS_OF_OTHERS = re.compile(r"--xla_[cg]pu_\S*")
 
 
-def silence_if_idle() -> None:
-  """Suppresses libtpu's warnings about a missing TPU, by PCI device or environment.
-
-  Call it before JAX initialises its devices.
-  """
+def has_tpu() -> bool:
+  """Returns whether the host has a TPU, by PCI device or environment."""
   vendors = (path.read_text().strip() for path in _PCI.glob("*/vendor"))
-  if not any(name in os.environ for name in _TELLING) and _GOOGLE not in vendors:
+  return any(name in os.environ for name in _TELLING) or _GOOGLE in vendors
+
+
+def silence_if_idle() -> None:
+  """Suppresses libtpu's warnings about a missing TPU; call it before JAX finds its devices."""
+  if not has_tpu():
     os.environ.update(QUIET)
 
 
