@@ -23,11 +23,7 @@ class DropBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
-    """Returns `x`, in training with squares dropped ("dropout" stream).
-
-    Raises:
-      ValueError: `rate` or `block_size` is out of range.
-    """
+    """Returns `x`, in training with squares dropped ("dropout" stream)."""
     check_rates(self, "rate")
     check_positive(self, "block_size")
     if not train or not self.rate:
@@ -56,13 +52,7 @@ class DropPath(nn.Module):
   def __call__(
     self, branch: Float[Array, "b ..."], rate: float | Float[Array, ""], *, train: bool
   ) -> Float[Array, "b ..."]:
-    """Keeps each example's branch with probability 1 - rate.
-
-    Args:
-      branch: output of the residual branch.
-      rate: probability in [0, 1); an array in scanned layers.
-      train: False returns `branch`.
-    """
+    """Keeps each example's branch with probability 1 - rate; all unless `train`."""
     if not train or (isinstance(rate, (int, float)) and rate == 0):
       return branch
     keep = 1 - jnp.asarray(rate, dtype=jnp.float32)

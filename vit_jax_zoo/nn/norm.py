@@ -108,18 +108,7 @@ def norm_factory(
   num_groups: int = 32,
   dtype: Dtype = "float32",
 ) -> Callable[..., nn.Module]:
-  """Returns a function that creates a norm from `name` and, optionally, `scale_init`.
-
-  Args:
-    kind: "batch_norm", "frozen_batch_norm" or "group_norm".
-    momentum: of batch norm's running averages.
-    epsilon: added to the variance under the root.
-    num_groups: of group norm.
-    dtype: of the result.
-
-  Raises:
-    ValueError: the kind is unknown.
-  """
+  """Returns a function that creates a norm of a kind in `NORMS` from `name` and `scale_init`."""
   if kind == "batch_norm":
     return functools.partial(BatchNorm, momentum=momentum, epsilon=epsilon, dtype=dtype)
   if kind == "frozen_batch_norm":

@@ -95,9 +95,7 @@ class ConvNorm(nn.Module):
     features: output channels.
     kernel_size: side of the kernel, odd.
     norm: creates the norm.
-    stride: stride.
-    dilation: dilation of the kernel.
-    activation: "relu", "silu" or None.
+    activation: a key of `ACTIVATIONS`, or None.
     zero_init_scale: zero-initializes the norm's scale.
     pointwise_products: computes gradients of 1x1 kernels as matrix products (`pointwise_conv`):
       faster on CPUs, with another rounding.
@@ -137,14 +135,9 @@ class ConvNorm(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-  """Squeeze-and-excitation: channel gates from the map's mean. Hu et al., arXiv:1709.01507.
+  """Squeeze-and-excitation: channel gates from the map's mean. Hu et al., arXiv:1709.01507."""
 
-  Attributes:
-    ratio: hidden width / channels.
-    dtype: dtype of the computation.
-  """
-
-  ratio: float = 0.25
+  ratio: float = 0.25  # hidden width / channels
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -165,9 +158,6 @@ class Stem(nn.Module):
       (ResNet-RS: a strided 3x3 instead of the max-pool), "tiered" (timm: growing widths, max-pool)
       or "conv3" (one 3x3, for tiny images).
     width: output channels.
-    norm: creates a norm.
-    activation: see `ConvNorm`.
-    dtype: dtype of the computation.
   """
 
   kind: str
@@ -211,18 +201,14 @@ class Bottleneck(nn.Module):
 
   Attributes:
     width: channels of the first two convolutions.
-    norm: creates a norm.
     stride: stride of the block, in the 3x3 convolution unless `stride_in_1x1`.
     dilation: dilation of the 3x3 convolution.
     shortcut: if the shape changes: "conv" (strided 1x1) or "avg_pool" (ResNet-D: 2x2 average
       pooling, 1x1).
     se_ratio: ratio of squeeze-and-excitation before the sum; 0: none.
-    drop_path_rate: stochastic depth rate.
-    activation: "relu" or "silu".
     stride_in_1x1: stride in the first convolution (the 2015 paper and Caffe's weights).
     zero_init_last_scale: initializes the block as identity (arXiv:1706.02677, section 5.1).
     pointwise_products: see `ConvNorm`.
-    dtype: dtype of the computation.
   """
 
   width: int
@@ -285,18 +271,14 @@ class ResNet(nn.Module):
     widths: bottleneck channels per stage; outputs have four times as many.
     stem: see `Stem`.
     stem_width: output channels of the stem.
-    shortcut: see `Bottleneck`.
-    se_ratio: ratio of squeeze-and-excitation; 0: none.
+    shortcut: see `Bottleneck`, as for the other fields of this name.
     se_stages: stages with squeeze-and-excitation.
-    activation: "relu" or "silu".
-    norm: "batch_norm", "frozen_batch_norm" or "group_norm".
+    norm: a kind of `norm_factory`.
     norm_momentum: weight of the old running averages.
     norm_epsilon: epsilon of the norms.
     output_stride: 32; 16, 8 or 4 replace strides of the last stages by dilation, as in torchvision:
       a stage's first block has the dilation of the previous stage (DC5: 16).
-    stride_in_1x1: see `Bottleneck`.
     drop_path_rate: stochastic depth rate of the last block, linear from 0 in the first.
-    zero_init_last_scale: see `Bottleneck`.
     pointwise_products: see `ConvNorm`. Off for detectors, whose training curves are compared with
       the reference's step by step.
     remat_stages: stages with activation checkpointing of their blocks.

@@ -32,9 +32,6 @@ class Mlp(nn.Module):
     hidden_dim: width of the hidden layer.
     activation: a key of `ACTIVATIONS`.
     dropout_rate: after the activation and after the output.
-    use_bias: whether the two layers have biases.
-    kernel_init: of both kernels.
-    bias_init: of both biases.
     dtype: of the computation; parameters stay float32.
   """
 
