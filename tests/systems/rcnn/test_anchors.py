@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.anchors import cell_anchors, grid_anchors, pyramid_anchors
+from vit_jax_zoo.systems.rcnn.boxes import cell_anchors, grid_anchors, pyramid_anchors
 
 
 def test_the_official_anchors(load_golden):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.anchors import (
+from vit_jax_zoo.systems.rcnn.boxes import (
   Assignment,
   assign_anchors,
   assign_proposals,

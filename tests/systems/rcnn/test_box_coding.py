@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax_zoo.ops.boxes import pairwise_iou
-from vit_jax_zoo.systems.rcnn import anchors as coding
+from vit_jax_zoo.systems.rcnn import boxes as coding
 
 
 def exclusive(inclusive_xyxy):

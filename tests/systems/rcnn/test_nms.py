@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.anchors import (
+from vit_jax_zoo.systems.rcnn.boxes import (
   cell_anchors,
   clip_boxes,
   decode_boxes,
   grid_anchors,
+  non_max_suppression,
   top_k,
 )
-from vit_jax_zoo.systems.rcnn.proposals import non_max_suppression
 
 
 def area(box):

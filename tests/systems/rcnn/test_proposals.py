@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.rcnn.anchors import find_convention
-from vit_jax_zoo.systems.rcnn.proposals import (
+from vit_jax_zoo.systems.rcnn.boxes import (
   DetectionLimits,
   ProposalLimits,
   choose_detections,
   choose_proposals,
+  find_convention,
   pick_limits,
 )
 

@@ -8,9 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.ops.boxes import pairwise_iou
-from vit_jax_zoo.systems.rcnn.anchors import find_convention
+from vit_jax_zoo.systems.rcnn.boxes import DetectionLimits, choose_detections, find_convention
 from vit_jax_zoo.systems.rcnn.model import RCNN
-from vit_jax_zoo.systems.rcnn.proposals import DetectionLimits, choose_detections
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
 

@@ -39,11 +39,8 @@ def draw_label_maps(
 ) -> Figure:
   """Draws one row for each of the first images: image, truth and, if given, prediction and errors.
 
-  Args:
-    batch: `image` [b h w 3] in [0, 255], `label_map` [b h w]; optional `image_size` [b 2] and
-      `mask` [b].
-    class_names: by label; default: the labels.
-    predicted: predicted label maps.
+  The batch has `image` [b h w 3] in [0, 255], `label_map` [b h w]; optional `image_size` [b 2] and
+  `mask` [b]. Labels without class name are shown as numbers.
   """
   rows = real_rows(batch)[:MOST_ROWS]
   heads = ("image", "truth") if predicted is None else ("image", "truth", "predicted", "errors")
@@ -139,8 +136,7 @@ def explain_attention(
       width, default: the first target's centre or the image's (`target_centers`).
     size_multiple: multiple to which the model pads images.
 
-  Returns:
-    `image`; `places` [b 2]; `sizes` int32 [l 2] of the levels; `levels`, see `attention_rows`.
+  Returns `image`; `places` [b 2]; `sizes` int32 [l 2] and `levels`, see `attention_rows`.
   """
   batch = {key: jnp.asarray(value)[:MOST_IMAGES] for key, value in batch.items()}
   batch = pad_batch(batch, size_multiple)
@@ -158,12 +154,7 @@ def attention_rows(
   "0", "1", ...: the self-transformer of each level; "0 1", ...: the grounding transformer from the
   finest level to level 1, unless it has a window or no softmax.
 
-  Args:
-    sown: intermediates of the transformer.
-    places: positions of the queries, relative to height and width.
-
-  Raises:
-    ValueError: the attention maps would be too large.
+  `sown` are the transformer's intermediates; positions are relative to height and width.
   """
   sizes = _level_sizes(sown)
   height, width = max(sizes)
@@ -248,11 +239,8 @@ def draw_levels(
 ) -> Figure:
   """Draws each image with a position marked, beside maps of attention weights.
 
-  Args:
-    images: uint8, or floats in [0, 255].
-    maps: attention weights, each map scaled to its maximum.
-    titles: titles of the maps.
-    places: marked positions, relative to height and width.
+  Images are uint8, or floats in [0, 255]; each map is scaled to its maximum; positions are relative
+  to height and width.
   """
   figure, grid = _grid(len(images), ("query: ring", *titles), images.shape[1:3])
   for row, axes in enumerate(grid):

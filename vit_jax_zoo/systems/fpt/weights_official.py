@@ -86,12 +86,9 @@ def module_rows(kind: str, published: str, ours: str) -> list[Row]:
 
 
 def neck_rows(prefix: str = "", ours: str = "", *, with_norm: bool) -> tuple[Row, ...]:
-  """Returns the key map of an FPT.
+  """Returns the key map of an FPT, with or without norms of lateral and joining convolutions.
 
-  Args:
-    prefix: prefix of the file's keys.
-    ours: prefix of our paths, after the collection's name.
-    with_norm: lateral and joining convolutions have norms.
+  `prefix` is that of the file's keys, `ours` that of our paths, after the collection's name.
   """
   rows: list[Row] = []
   for level in range(LEVELS):
@@ -191,10 +188,7 @@ def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
 def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "") -> Flat:
   """Returns the authors' state dict of an official FPT; PyTorch's batch counters are zero.
 
-  Args:
-    variables: arrays by path.
-    ours: prefix of the FPT's paths; others are ignored.
-    prefix: prefix of the keys.
+  Paths of `variables` without the prefix `ours` are ignored; keys get `prefix`.
   """
   own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
   with_norm = f"{ours}join_0_norm/scale" in own

@@ -32,15 +32,16 @@ from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import clear_padding, pad_images
 from vit_jax_zoo.ops.sharding import on_own_examples, shard_batch
 from vit_jax_zoo.registry import registry_of
-from vit_jax_zoo.systems.rcnn.anchors import (
+from vit_jax_zoo.systems.rcnn.boxes import (
   Convention,
   cell_anchors,
+  choose_proposals,
   find_convention,
   inclusive,
+  pick_limits,
   pyramid_anchors,
 )
 from vit_jax_zoo.systems.rcnn.heads import BoxHead, BoxOutputs, MaskHead, RegionProposalHead
-from vit_jax_zoo.systems.rcnn.proposals import choose_proposals, pick_limits
 from vit_jax_zoo.systems.rcnn.roi_align import box_levels, roi_align
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ class RCNN(nn.Module):
   aspect_ratios: tuple[float | int, ...] = (0.5, 1, 2)  # height / width of the anchors
   # fields of `ProposalLimits`; a pair of values is (training, inference)
   proposals: Mapping[str, Any] | None = None
-  # "torchvision", "detectron" or "detectron2"; see `anchors.Convention`
+  # "torchvision", "detectron" or "detectron2"; see `boxes.Convention`
   convention: str = "torchvision"
   # side in pixels of boxes that are pooled from the level of `canonical_stride`
   canonical_size: float | int = 224
@@ -110,7 +111,8 @@ class RCNN(nn.Module):
   def setup(self) -> None:
     """Creates backbone, neck and heads."""
     self._check()
-    kind = _backbones()[self.backbone_kind]
+    kinds = registry_of("backbone_kind", "backbones", {"resnet": "vit_jax_zoo.nn.resnet:ResNet"})
+    kind = kinds[self.backbone_kind]
     fields: dict[str, Any] = {
       "norm": "frozen_batch_norm",
       **part_fields("backbone", kind, self.backbone),
@@ -200,7 +202,7 @@ class RCNN(nn.Module):
     *,
     train: bool = False,
   ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k 4"]]:
-    """Returns logits and, per class, box deltas (`anchors.encode_boxes`)."""
+    """Returns logits and, per class, box deltas (`boxes.encode_boxes`)."""
     crops = self._crops(pyramid, boxes_xyxy, self.pool_size)
     return self._box_outputs(shard_batch(self._box_head(crops, train=train)))
 
@@ -233,7 +235,7 @@ class RCNN(nn.Module):
   @property
   def neck_class(self) -> type[nn.Module]:
     """Class of the neck."""
-    return _necks()[self.neck]
+    return registry_of("neck", "necks")[self.neck]
 
   @property
   def convention_details(self) -> Convention:
@@ -288,13 +290,3 @@ class RCNN(nn.Module):
     if len(self.anchor_sizes) != expected:
       raise ValueError(f"anchor_sizes: {len(self.anchor_sizes)} entries; expected {expected}")
     find_convention(self.convention)
-
-
-@functools.cache
-def _backbones() -> Mapping[str, type[nn.Module]]:
-  return registry_of("backbone_kind", "backbones", {"resnet": "vit_jax_zoo.nn.resnet:ResNet"})
-
-
-@functools.cache
-def _necks() -> Mapping[str, type[nn.Module]]:
-  return registry_of("neck", "necks")

@@ -24,15 +24,16 @@ from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy, pairwise_iou
 from vit_jax_zoo.ops.checks import check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.ops.sharding import on_own_examples
-from vit_jax_zoo.systems.rcnn.anchors import (
+from vit_jax_zoo.systems.rcnn.boxes import (
+  DetectionLimits,
   Weights,
   assign_anchors,
   assign_proposals,
+  choose_detections,
   encode_boxes,
   inside_images,
   sample_boxes,
 )
-from vit_jax_zoo.systems.rcnn.proposals import DetectionLimits, choose_detections
 from vit_jax_zoo.systems.rcnn.roi_align import crop_masks
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size, is_target
@@ -52,6 +53,7 @@ class Rois(NamedTuple):
 
   boxes_xyxy: Float[Array, "b r 4"]
   target: Int[Array, "b r"]
+  labels: Int[Array, "b r"]  # the background's: `num_classes`
   exists: Bool[Array, "b r"]
   foreground: Bool[Array, "b r"]
 
@@ -83,13 +85,13 @@ class InstanceDetection(base.Task):
   box_batch_size_per_image: int = 512  # proposals per image in the second stage's loss
   box_positive_fraction: float = 0.25  # maximum fraction of foreground among them
   box_fg_iou_thresh: float = 0.5  # minimum IoU of foreground proposals
-  # weights of the second stage's deltas, see `anchors.encode_boxes`
+  # weights of the second stage's deltas, see `boxes.encode_boxes`
   bbox_reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
   box_smooth_l1_beta: float = 1 / 3  # beta of the second stage's smooth L1 loss
   box_score_thresh: float = 0.05  # detections with a lower score are dropped
   box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class
   box_detections_per_img: int = 100  # maximum number of detections
-  max_candidates: int = 2000  # see `proposals.DetectionLimits`
+  max_candidates: int = 2000  # see `boxes.DetectionLimits`
   # see `normalize_images`
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
@@ -159,23 +161,22 @@ class InstanceDetection(base.Task):
     found = run("propose", self._images(batch), image_size(batch))
     targets, mask = self._targets(batch), base.example_mask(batch)
     rois = self._sampled_proposals(found, targets, mask, roi_rng)
-    labels = self._roi_labels(rois, targets)
     logits, deltas = run("classify", found.pyramid, rois.boxes_xyxy)
     examples, count = jnp.sum(mask.astype(jnp.float32)), context.normalizers["examples"]
     terms = self._anchor_losses(found, targets, batch, anchor_rng, count)
-    terms |= self._box_losses(logits, deltas, labels, rois, targets, examples / count)
+    terms |= self._box_losses(logits, deltas, rois, targets, examples / count)
     if self.model.has_masks:
       most = max(round(self.box_batch_size_per_image * self.box_positive_fraction), 1)
       first = Rois(*(x[:, :most] for x in rois))
       masks = run("segment", found.pyramid, first.boxes_xyxy)
-      terms["mask_loss"] = examples / count * self._mask_loss(masks, labels[:, :most], first, batch)
+      terms["mask_loss"] = examples / count * self._mask_loss(masks, first, batch)
     unknown = targets.is_target & ((targets.labels < 0) | (targets.labels >= self.num_classes))
     loss = jnp.where(jnp.any(unknown), jnp.nan, sum(terms.values()))
     metrics = {
       name: base.Mean(total=value * count, count=examples)
       for name, value in ({"loss": loss} | terms).items()
     }
-    right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    right = (jnp.argmax(logits, axis=-1) == rois.labels).astype(jnp.float32)
     metrics["class_accuracy"] = base.Mean.of(right, rois.exists)
     overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
     covered = jnp.any((overlap >= 0.5) & found.exists[:, None], axis=2)
@@ -185,25 +186,23 @@ class InstanceDetection(base.Task):
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns the detections, highest score first, padded.
 
-    Returns:
-      `scores` float32 [b q], 0 for padding; `labels` int32 [b q]; `is_object` bool [b q], False for
-      padding; `boxes_xyxy` float32 [b q 4] in pixels of `original_size` if the batch has it, else
-      of the image; with a mask head `box_masks` float32 [b q m m], probabilities inside each box,
-      see `ops.mask_paste`.
+    `scores` float32 [b q], 0 for padding; `labels` int32 [b q]; `is_object` bool [b q], False for
+    padding; `boxes_xyxy` float32 [b q 4] in pixels of `original_size` if the batch has it, else of
+    the image; with a mask head `box_masks` float32 [b q m m], probabilities inside each box, see
+    `ops.mask_paste`.
     """
     size = image_size(batch)
     found = self.model.apply(variables, self._images(batch), size, method="propose")
     logits, deltas = self.model.apply(variables, found.pyramid, found.boxes_xyxy, method="classify")
     limits = DetectionLimits(
-      self.box_score_thresh,
-      self.box_nms_thresh,
-      self.box_detections_per_img,
-      self.max_candidates,
-      self.bbox_reg_weights,
+      score_thresh=self.box_score_thresh,
+      nms_thresh=self.box_nms_thresh,
+      detections_per_img=self.box_detections_per_img,
+      max_candidates=self.max_candidates,
+      reg_weights=self.bbox_reg_weights,
     )
-    detect = functools.partial(
-      choose_detections, limits=limits, convention=self.model.convention_details
-    )
+    convention = self.model.convention_details
+    detect = functools.partial(choose_detections, limits=limits, convention=convention)
     boxes, scores, labels, exists = on_own_examples(
       jax.vmap(detect), logits, deltas, found.boxes_xyxy, found.exists, size
     )
@@ -220,11 +219,7 @@ class InstanceDetection(base.Task):
     return predictions
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns the neck's attention maps of the query in each image's first target.
-
-    Raises:
-      ValueError: the neck has no attention, or its attention maps are too large.
-    """
+    """Returns the neck's attention maps of the query in each image's first target."""
     neck = self.model.neck_class
     if not hasattr(neck, "explain"):
       raise ValueError("explain: the model's neck has no attention maps; leave explain out")
@@ -284,26 +279,18 @@ class InstanceDetection(base.Task):
     def one_image(
       rng: Array, logits: Array, deltas: Array, target: Array, real: Array, valid: Array
     ) -> tuple[Array, Array]:
-      assigned = assign_anchors(
-        found.anchors_xyxy,
-        target,
-        real,
-        valid,
-        fg_iou_thresh=self.rpn_fg_iou_thresh,
-        bg_iou_thresh=self.rpn_bg_iou_thresh,
-      )
+      thresholds = self.rpn_fg_iou_thresh, self.rpn_bg_iou_thresh
+      assigned = assign_anchors(found.anchors_xyxy, target, real, valid, *thresholds)
       index, exists, foreground = sample_boxes(
         rng, assigned, self.rpn_batch_size_per_image, self.rpn_positive_fraction
       )
       labels = foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[index], labels)
-      wanted = take_rows(target, assigned.target[index])
-      wanted = encode_boxes(wanted, found.anchors_xyxy[index])
+      target = take_rows(target, assigned.target[index])
+      wanted = encode_boxes(target, found.anchors_xyxy[index])
       distance = smooth_l1(deltas[index] - wanted, self.rpn_smooth_l1_beta)
-      return (
-        jnp.sum(jnp.where(exists, objectness, 0)),
-        jnp.sum(jnp.where(foreground, distance, 0)),
-      )
+      objectness = jnp.where(exists, objectness, 0)
+      return jnp.sum(objectness), jnp.sum(jnp.where(foreground, distance, 0))
 
     mask = base.example_mask(batch)
     valid = jnp.broadcast_to(mask[:, None], (len(mask), len(found.anchors_xyxy)))
@@ -322,33 +309,23 @@ class InstanceDetection(base.Task):
     """Samples from the proposals and the targets themselves."""
 
     def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> Rois:
-      assigned = assign_proposals(
-        boxes,
-        targets.boxes_xyxy,
-        targets.is_target,
-        targets.is_crowd,
-        exists,
-        fg_iou_thresh=self.box_fg_iou_thresh,
-      )
+      truth = targets.boxes_xyxy, targets.is_target, targets.is_crowd
+      assigned = assign_proposals(boxes, *truth, exists, self.box_fg_iou_thresh)
       index, drawn, foreground = sample_boxes(
         rng, assigned, self.box_batch_size_per_image, self.box_positive_fraction
       )
-      chosen = jnp.where(drawn[:, None], boxes[index], 0)
-      return Rois(chosen, assigned.target[index], drawn, foreground)
+      chosen, target = jnp.where(drawn[:, None], boxes[index], 0), assigned.target[index]
+      labels = jnp.where(foreground, take_rows(targets.labels, target), self.num_classes)
+      return Rois(chosen, target, labels, drawn, foreground)
 
     boxes = jnp.concatenate([found.boxes_xyxy, targets.boxes_xyxy], axis=1)
     exists = jnp.concatenate([found.exists & mask[:, None], targets.is_target], axis=1)
     return jax.vmap(one_image)(jax.random.split(rng, len(mask)), boxes, exists, targets)
 
-  def _roi_labels(self, rois: Rois, targets: Targets) -> Int[Array, "b r"]:
-    labels = jax.vmap(take_rows)(targets.labels, rois.target)
-    return jnp.where(rois.foreground, labels, self.num_classes)
-
   def _box_losses(
     self,
     logits: Float[Array, "b r k"],
     deltas: Float[Array, "b r k 4"],
-    labels: Int[Array, "b r"],
     rois: Rois,
     targets: Targets,
     share: Float[Array, ""],
@@ -361,19 +338,15 @@ class InstanceDetection(base.Task):
       )
     boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
     wanted = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
-    distance = smooth_l1(select_class(deltas, labels) - wanted, self.box_smooth_l1_beta)
+    distance = smooth_l1(select_class(deltas, rois.labels) - wanted, self.box_smooth_l1_beta)
     count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / share
     return {
-      "class_loss": jnp.sum(jnp.where(rois.exists, class_loss(logits, labels), 0)) / count,
+      "class_loss": jnp.sum(jnp.where(rois.exists, class_loss(logits, rois.labels), 0)) / count,
       "box_loss": jnp.sum(jnp.where(rois.foreground, distance, 0)) / count,
     }
 
   def _mask_loss(
-    self,
-    logits: Float[Array, "b r m m k"],
-    labels: Int[Array, "b r"],
-    rois: Rois,
-    batch: base.Batch,
+    self, logits: Float[Array, "b r m m k"], rois: Rois, batch: base.Batch
   ) -> Float[Array, ""]:
     """Returns the mean over the foreground proposals."""
     if "masks" not in batch:
@@ -386,7 +359,7 @@ class InstanceDetection(base.Task):
       return jnp.zeros(())
     crop = functools.partial(crop_masks, size=logits.shape[2])
     wanted = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
-    loss = mask_loss(select_mask(logits, labels), wanted)
+    loss = mask_loss(select_mask(logits, rois.labels), wanted)
     count = jnp.maximum(jnp.sum(rois.foreground.astype(jnp.float32)), 1)
     return jnp.sum(jnp.where(rois.foreground, loss, 0)) / count
 

@@ -9,9 +9,9 @@
 Differences from ours: images are BGR (the first convolution's input channels are reversed), the
 background is the first class (here the last), and crops are flattened channel first.
 
-Class ids of COCO are 1 to 90 with gaps, as in `data.sources.coco`. A file with 81 outputs
-(Detectron, without gaps) or 91 (torchvision, with gaps) is taken as COCO's, and gets outputs for
-the unused ids. Otherwise the file's class 1 is class 0 here.
+Class ids of COCO are 1 to 90 with gaps, as in `data.sources.coco`: files with 81 outputs
+(Detectron, without gaps) or 91 (torchvision, with gaps) get outputs for the unused ids. Otherwise
+the file's class 1 is class 0 here.
 
 Paths are relative to `params`; those of running statistics begin with "batch_stats/".
 """
@@ -242,15 +242,10 @@ _LAYOUTS = {len(IDS) + 1: IDS, NUM_CLASSES: list(range(1, NUM_CLASSES))}
 def with_ids(arrays: Mapping[str, Array], layers: Mapping[str, int]) -> tuple[Flat, bool]:
   """Reorders a COCO detector's outputs by class id, background first.
 
-  A state dict with 81 or 91 outputs is taken as COCO's; others stay as they are.
+  A state dict with 81 or 91 outputs is taken as COCO's; others stay as they are. `layers` has the
+  outputs per class of layers (without ".weight" and ".bias"), the class logits first.
 
-  Args:
-    arrays: state dict.
-    layers: layers with outputs per class (without ".weight" and ".bias") -> outputs per class; the
-      class logits first.
-
-  Returns:
-    The state dict, and whether it is COCO's.
+  Returns the state dict, and whether it is COCO's.
   """
   logits = f"{next(iter(layers))}.bias"
   ids = _LAYOUTS.get(len(arrays[logits]))
