@@ -221,9 +221,7 @@ def _planned(plan: TrainPlan, number: int) -> tuple[np.ndarray, list[Shape]]:
 class EvalPlan:
   """Examples and shape of each evaluation batch; errors are those of `find_buckets`.
 
-  Attributes:
-    indices: int64 [batches * batch_size], examples row by row, -1 for a row without one.
-    padded_shapes: shape of each batch.
+  `indices`, int64 [batches * batch_size], are examples row by row, -1 for a row without one.
   """
 
   def __init__(

@@ -53,10 +53,8 @@ def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixel
 
   `reduce`, 1, 2, 4 or 8, decodes to about 1/reduce of the height and width, cheap for JPEG. With
   reduce=1, `rows` are the topmost rows that are needed, cheaper than the whole of most JPEG files;
-  the result may have more.
-
-  Raises:
-    CorruptExampleError: not an image, truncated, or of more than `MAX_PIXELS`.
+  the result may have more. CorruptExampleError if it is not an image, truncated, or larger than
+  `MAX_PIXELS`.
   """
   pixels = _decode_fast(data, reduce, rows)
   if pixels is not None:

@@ -86,10 +86,8 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509; timm's `--aug-repeats`) an epoch, by
   its number of steps, sees only a part of the data.
 
-  Raises:
-    ValueError: wrong batch size, empty source, wrong label, corrupt image, or examples of different
-      shapes.
-    FileNotFoundError: files of the source are missing, and `on_corrupt` is "error".
+  ValueError for a wrong batch size, an empty source, a wrong label or examples of different shapes;
+  without "skip" also for a corrupt image, and FileNotFoundError for missing files.
   """
   transforms = _for_source(transforms, source)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
@@ -174,15 +172,10 @@ def eval_batches(  # noqa: PLR0913
 
 
 class BatchIterator(Iterator[Batch]):
-  """Batches of one host. Close it, or use it in a `with`, to end worker processes.
-
-  Attributes:
-    skipped: number of times that each corrupt example was skipped, by its name, in the batches
-      returned so far.
-  """
+  """Batches of one host. Close it, or use it in a `with`, to end worker processes."""
 
   def __init__(self, iterator: grain.DatasetIterator) -> None:
-    self.skipped: collections.Counter[str] = collections.Counter()
+    self.skipped = collections.Counter[str]()  # of each corrupt example so far, by its name
     self._iterator = iterator
 
   def __next__(self) -> Batch:
@@ -346,15 +339,12 @@ class Loader:
     bad = (labels < 0) | (labels >= (num_classes or math.inf))
     bad = bad if ignored is None else bad & (labels != ignored)
     if np.any(bad):
-      known, remedy = f"0..{(num_classes or 0) - 1}", "the labels or num_classes"
+      also, remedy = "", "the labels or num_classes"
       if ignored is not None:
-        known, remedy = (
-          f"{known} or {ignored}",
-          "num_classes, and load_label_map's offset and ignore",
-        )
+        also, remedy = f" or {ignored}", "num_classes, and load_label_map's offset and ignore"
       raise ValueError(
-        f"{self.source.example_name(index)} has label {labels[bad].flat[0]}, expected {known} "
-        f"(num_classes={num_classes}); check {remedy}"
+        f"{self.source.example_name(index)} has label {labels[bad].flat[0]}, expected 0.."
+        f"{(num_classes or 0) - 1}{also} (num_classes={num_classes}); check {remedy}"
       )
 
 

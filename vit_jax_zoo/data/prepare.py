@@ -36,9 +36,8 @@ _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = None) -> pathlib.Path:
   """Prepares a TFDS dataset, downloaded or in `manual_dir`, as ArrayRecord; returns its folder.
 
-  Raises:
-    ModuleNotFoundError: TensorFlow is not installed; TFDS writes with it.
-    ValueError: an unknown dataset, or its archives are missing.
+  ValueError for an unknown dataset or missing archives; ModuleNotFoundError without TensorFlow,
+  with which TFDS writes.
   """
   known = tfds.list_builders(with_community_datasets=False)  # those need the network
   if re.split("[/:]", name)[0] not in known:
@@ -61,11 +60,8 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
 def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
   """Converts a TFRecord dataset of TFDS to ArrayRecord; returns its folder below `data_dir`.
 
-  An interrupted conversion resumes at the first unfinished file.
-
-  Raises:
-    FileNotFoundError: `prepared` is not a prepared dataset.
-    ValueError: its files are not TFRecord, or have another number of records than its metadata.
+  An interrupted conversion resumes at the first unfinished file. FileNotFoundError if there is no
+  prepared dataset; ValueError if its files are not TFRecord, or do not have all records.
   """
   source = pathlib.Path(tfds_source.at_path(prepared))
   info = json.loads((source / "dataset_info.json").read_text())
@@ -99,9 +95,7 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
 def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path:
   """Packs class folders, with splits and labels of `folder:`, as ArrayRecord; returns its folder.
 
-  Raises:
-    FileNotFoundError: there is no such folder.
-    ValueError: there are no images in class folders, or `name` is not a lower-case identifier.
+  ValueError without images in class folders, or if `name` is not a lower-case identifier.
   """
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")

@@ -173,11 +173,8 @@ def open_splits(
   """Finds the annotation files below a local folder.
 
   About 1 % of COCO's images have no annotations. The automatic frame is that of the sizes in the
-  annotation file.
-
-  Raises:
-    FileNotFoundError: there is no such folder, or none of segment images.
-    ValueError: it has no annotations, or the annotation file is refused.
+  annotation file. FileNotFoundError without the folder, or that of segment images; ValueError
+  without annotations, or if the annotation file is refused.
   """
   check_names("exif_frame", [exif_frame], ("auto", "upright", "stored"))
   root = pathlib.Path(location).expanduser()

@@ -29,28 +29,19 @@ _MAX_SEGMENT = 1 << 24  # segment ids are colors of 24 bits
 class CocoFile(NamedTuple):
   """Checked content of an annotation file.
 
-  Attributes:
-    images: `id`, `file_name`, `height`, `width` of each.
-    objects: those of each image, by image id: `id`, `bbox`, `category_id`, `iscrowd` and `area`;
-      `segmentation` where the file has outlines, None for an unusable one.
-    segments: file name of the segment image by image id; empty for detection.
-    categories: names by id.
-    stuff: ids of the categories with `isthing` 0.
+  Objects have `id`, `bbox`, `category_id`, `iscrowd` and `area`; `segmentation` where the file has
+  outlines, None for an unusable one.
   """
 
-  images: list[dict[str, Any]]
-  objects: dict[Any, list[dict[str, Any]]]
-  segments: dict[Any, str]
-  categories: dict[int, str]
-  stuff: frozenset[int]
+  images: list[dict[str, Any]]  # `id`, `file_name`, `height`, `width` of each
+  objects: dict[Any, list[dict[str, Any]]]  # by image id
+  segments: dict[Any, str]  # file name of the segment image by image id; empty for detection
+  categories: dict[int, str]  # names by id
+  stuff: frozenset[int]  # ids of the categories with `isthing` 0
 
 
 def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
-  """Reads and checks an annotation file.
-
-  Raises:
-    ValueError: it is refused; the message lists every reason.
-  """
+  """Reads and checks an annotation file; ValueError, with every reason, if it is refused."""
   data = _load(file)
   check = _Check(file)
   check.each(data["categories"], check.category)

@@ -145,11 +145,8 @@ def open_splits(location: str, class_names: Sequence[str] | str | None = None) -
 
   `class_names` in the order of their labels, or in a text file of one a line, are needed where
   labels must agree with a published model's. Default: folder names in sorted order.
-
-  Raises:
-    FileNotFoundError: there is no such folder.
-    ValueError: it is not local, or has no class folders, no images, or a class that `class_names`
-      lacks.
+  FileNotFoundError without the folder; ValueError for a remote one, or one without class folders or
+  images, or with a class that `class_names` lacks.
   """
   splits = find_splits(location, class_names)
   return _name_test(base.name_validation(_name_choices(splits)), location)

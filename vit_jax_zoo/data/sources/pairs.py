@@ -59,9 +59,8 @@ class PairSource(FileSource):
 def open_splits(location: str, reference: str | int = "1") -> Splits:
   """Opens the splits of a local folder in one of the layouts above, with one of `REFERENCES`.
 
-  Raises:
-    FileNotFoundError: there is no such folder, or an image lacks the reference.
-    ValueError: `reference` or the layout is unknown, or names are ambiguous.
+  FileNotFoundError without the folder or a reference; ValueError for an unknown `reference` or
+  layout, or ambiguous names.
   """
   reference = str(reference)
   check_names("reference", [reference], REFERENCES)

@@ -60,9 +60,8 @@ def open_splits(
 ) -> Splits:
   """Finds the images below a local folder and their label maps.
 
-  Raises:
-    FileNotFoundError: there is no such folder, or an image has no label map.
-    ValueError: there is no image, or a pattern lacks `{name}` or `{split}`.
+  FileNotFoundError without the folder or a label map; ValueError without images, or for a pattern
+  without `{name}` or `{split}`.
   """
   root = pathlib.Path(location).expanduser()
   if not root.is_dir():

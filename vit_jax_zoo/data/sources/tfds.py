@@ -64,10 +64,8 @@ def open_splits(
   Boxes: detection; label maps, for which `label_key` is an image feature: segmentation; references:
   super-resolution; else classification. The location is `name`, `name/config`, either with
   `:version`, or the folder of `dataset_info.json`. Folders are local or `gs://bucket/...`.
-
-  Raises:
-    FileNotFoundError: it has not been prepared there.
-    ValueError: it lacks these features, or cannot be read by index.
+  FileNotFoundError without the prepared dataset; ValueError without these features, or where it
+  cannot be read by index.
   """
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   folder = at_path(location) if is_path or is_remote(location) else _find(location, data_dir)
