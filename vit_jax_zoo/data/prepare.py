@@ -19,7 +19,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import rich.console
 import rich.progress
@@ -28,7 +28,6 @@ from array_record.python import array_record_module
 
 from vit_jax_zoo.data.sources import folder, tfrecord
 from vit_jax_zoo.data.sources import tfds as tfds_source
-from vit_jax_zoo.data.sources.base import Example, Source
 
 _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -75,7 +74,14 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
 
   scratch = target.with_name(target.name + ".incomplete")
   scratch.mkdir(parents=True, exist_ok=True)
-  records = _convert_shards(shards, scratch)
+  records = 0  # with those of earlier runs
+  for shard in rich.progress.track(shards, "converting", console=_CONSOLE):
+    new = scratch / shard.name.replace(".tfrecord", ".array_record")
+    if not new.exists():
+      _convert_shard(shard, new)
+    reader = array_record_module.ArrayRecordReader(str(new))
+    records += reader.num_records()
+    reader.close()
   expected = sum(int(n) for split in info["splits"] for n in split["shardLengths"])
   if records != expected:
     raise ValueError(f"{source} has {records} records, expected {expected} by dataset_info.json")
@@ -105,28 +111,13 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
     "image": tfds.features.Image(shape=(None, None, 3)),
     "label": tfds.features.ClassLabel(names=names),
   }
-  splits = {split: _read_all(source) for split, source in sources.items()}
+  splits = {}
+  for split, source in sources.items():
+    indices, text = range(len(source)), f"reading {source.info.name}"
+    tracked = rich.progress.track(indices, text, console=_CONSOLE)
+    splits[split] = map(source.__getitem__, tracked)
   # A folder's order is already shuffled.
   return tfds_source.write_dataset(name, features, splits, data_dir, shuffle=False)
-
-
-def _read_all(source: Source) -> Iterator[Example]:
-  indices = range(len(source))
-  for index in rich.progress.track(indices, f"reading {source.info.name}", console=_CONSOLE):
-    yield source[index]
-
-
-def _convert_shards(shards: Sequence[pathlib.Path], target: pathlib.Path) -> int:
-  """Returns the number of records, with those of earlier runs."""
-  records = 0
-  for shard in rich.progress.track(shards, "converting", console=_CONSOLE):
-    new = target / shard.name.replace(".tfrecord", ".array_record")
-    if not new.exists():
-      _convert_shard(shard, new)
-    reader = array_record_module.ArrayRecordReader(str(new))
-    records += reader.num_records()
-    reader.close()
-  return records
 
 
 def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
