@@ -220,7 +220,7 @@ def _decode_fast(data: bytes, reduce: int, rows: int | None) -> Pixels | None:
     if pixels is None:
       pixels = _imdecode(data, reduce)
     if pixels is not None and to_srgb is not None and header.channels == 3:
-      pixels = _apply(to_srgb, Image.fromarray(pixels))
+      pixels = np.array(to_srgb.apply(Image.fromarray(pixels)))
     if pixels is None or upright:
       return pixels
     return np.ascontiguousarray(orient(pixels, header.orientation))  # OpenCV takes no other
@@ -297,7 +297,7 @@ def _to_rgb(image: Image.Image, icc: bytes | None) -> Pixels:
   if alpha is not None or image.mode not in ("L", "CMYK"):
     image = image.convert("RGB")
   to_srgb = None if icc is None else _srgb_transform(icc, image.mode)
-  pixels = np.array(image.convert("RGB")) if to_srgb is None else _apply(to_srgb, image)
+  pixels = np.array(image.convert("RGB") if to_srgb is None else to_srgb.apply(image))
   if alpha is None:
     return pixels
   opaque = Image.fromarray(pixels)
@@ -321,7 +321,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
       return None
-    transform = ImageCms.buildTransform(source, _SRGB, mode, "RGB")
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
   except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
     return None
   if mode == "CMYK":
@@ -329,15 +329,8 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
   levels = np.linspace(0, 255, 18).astype(np.uint8)
   grid = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
   plain = grid.reshape(1, len(grid), -1).astype(int)
-  moved = np.abs(_apply(transform, Image.fromarray(grid[None])) - plain)
+  moved = np.abs(np.array(transform.apply(Image.fromarray(grid[None]))) - plain)
   return None if moved.max() <= 2 else transform
-
-
-_SRGB = ImageCms.createProfile("sRGB")
-
-
-def _apply(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Pixels:
-  return np.array(transform.apply(image))
 
 
 def resize(
