@@ -115,7 +115,7 @@ class TestResize:
     wanted = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
     errors = {
       method: np.abs(images.resize(noise, height, width, method).astype(int) - wanted).mean()
-      for method in images.METHODS
+      for method in ("bilinear", "area", "antialias")
     }
     assert errors["antialias"] < errors["bilinear"] / 1.35
     assert errors["antialias"] < 7
