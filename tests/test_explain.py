@@ -35,19 +35,20 @@ def test_the_class_token_looks_at_the_patches(scan_layers):
   weights = np.concatenate(
     [np.asarray(b["attention"]["weights"][0]).reshape(-1, 2, 2, 7, 7) for b in blocks]
   )
-  assert seen.grid == (2, 3)
-  assert seen.heads.shape == (2, 2, 2, 2, 3)  # [b l heads gh gw]
+  assert seen["heads"].shape == (2, 2, 2, 2, 3)  # [b l heads gh gw]
   np.testing.assert_allclose(
-    seen.heads[1, 0, 1].ravel(), weights[0, 1, 1, 0, 1:], rtol=1e-5, atol=1e-7
+    seen["heads"][1, 0, 1].ravel(), weights[0, 1, 1, 0, 1:], rtol=1e-5, atol=1e-7
   )
   rollout = np.asarray(attention_rollout(weights))[:, 0, 1:]
-  np.testing.assert_allclose(seen.looked_at.reshape(2, 6), rollout, rtol=1e-5, atol=1e-7)
-  assert seen.distances.shape == (2, 2)
+  np.testing.assert_allclose(seen["rollout"].reshape(2, 6), rollout, rtol=1e-5, atol=1e-7)
+  assert seen["distances"].shape == (2, 2)
   table = params["position_embedding"]["table"][0]
-  np.testing.assert_array_equal(seen.positions, table[1:])
-  np.testing.assert_array_equal(seen.filters, params["embedding"]["kernel"])
-  assert seen.principal
-  assert seen.viewer == "the class token"
+  np.testing.assert_array_equal(seen["positions"], table[1:])
+  np.testing.assert_array_equal(seen["filters"], params["embedding"]["kernel"])
+  drawn, of_model = model.draw_explanation(np.zeros((2, 8, 12, 3)), "ab", jax.device_get(seen))
+  assert "the class token" in drawn["attention"].texts[1].get_text()
+  assert "Components" in of_model["filters"].texts[0].get_text()
+  assert set(of_model) == {"filters", "positions"}
 
 
 def test_of_a_mean_the_patches_look_together():
@@ -55,10 +56,10 @@ def test_of_a_mean_the_patches_look_together():
   _, sown, seen = explain(model, images())
   weights = np.asarray(sown["encoder"]["blocks"]["attention"]["weights"][0])
   np.testing.assert_allclose(
-    seen.heads[1, 1, 0].ravel(), weights[1, 1, 0].mean(axis=0), rtol=1e-5, atol=1e-7
+    seen["heads"][1, 1, 0].ravel(), weights[1, 1, 0].mean(axis=0), rtol=1e-5, atol=1e-7
   )
-  np.testing.assert_allclose(np.asarray(seen.looked_at).sum(axis=(1, 2)), 1, rtol=1e-5)
-  np.testing.assert_allclose(seen.positions, sincos_2d(2, 3, 16), atol=1e-6)
+  np.testing.assert_allclose(np.asarray(seen["rollout"]).sum(axis=(1, 2)), 1, rtol=1e-5)
+  np.testing.assert_allclose(seen["positions"], sincos_2d(2, 3, 16), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["learned_2d", "none"])
@@ -66,11 +67,11 @@ def test_positions_of_every_kind(kind):
   model = VisionTransformer(**SMALL, position_embedding=kind)
   params, _, seen = explain(model, images())
   if kind == "none":
-    assert seen.positions is None
+    assert "positions" not in seen
     return
   rows, columns = (params["position_embedding"][name] for name in ("rows", "columns"))
   expected = np.concatenate([rows[1], columns[2]])  # of the last patch of 2 x 3
-  np.testing.assert_allclose(seen.positions[5], expected, rtol=1e-6)
+  np.testing.assert_allclose(seen["positions"][5], expected, rtol=1e-6)
 
 
 def test_a_residual_network_shows_norms_of_its_lambdas_and_its_stem():
@@ -79,11 +80,13 @@ def test_a_residual_network_shows_norms_of_its_lambdas_and_its_stem():
     lambda_blocks=("all", "none", "none", "all"), lambda_layer={"dim_k": 4, "receptive_field": 3},
   )  # fmt: skip
   params, sown, seen = explain(model, images(8, 8))
-  assert set(seen.lambdas) == {"c2_block0", "c5_block0"}
+  assert set(seen["lambdas"]) == {"c2_block0", "c5_block0"}
   lambdas = np.asarray(sown["c2_block0"]["lambda_layer"]["position_lambda"][0])
   np.testing.assert_allclose(
-    seen.lambdas["c2_block0"][1, 3, 5], np.linalg.norm(lambdas[1, 3, 5]), rtol=1e-5
+    seen["lambdas"]["c2_block0"][1, 3, 5], np.linalg.norm(lambdas[1, 3, 5]), rtol=1e-5
   )
-  np.testing.assert_array_equal(seen.filters, params["stem"]["conv1"]["conv"]["kernel"])
-  assert not seen.principal
-  assert seen.looked_at is None
+  np.testing.assert_array_equal(seen["filters"], params["stem"]["conv1"]["conv"]["kernel"])
+  assert set(seen) == {"lambdas", "filters"}
+  drawn, of_model = model.draw_explanation(np.zeros((2, 8, 8, 3)), "ab", jax.device_get(seen))
+  assert len(drawn["lambdas"].axes) == 1 + 2
+  assert "Filters" in of_model["filters"].texts[0].get_text()

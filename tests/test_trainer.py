@@ -16,6 +16,7 @@ from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo import trainer
+from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 
@@ -60,6 +61,15 @@ def test_metrics_are_chosen_in_the_config(tmp_path):
   run(config, tmp_path)
   written = {name for row in read_metrics(tmp_path) for name in row if name.startswith("test/")}
   assert written == {"test/accuracy"}
+
+
+def test_a_run_goes_on_where_its_model_has_nothing_to_explain(tmp_path, monkeypatch, caplog):
+  monkeypatch.delattr(VisionTransformer, "explain")
+  outcome = run(tiny(explain=True), tmp_path)
+  assert outcome.finished
+  assert "test/accuracy" in outcome.scores
+  assert "explain: VisionTransformer" in caplog.text
+  assert not list(tmp_path.rglob("*explain*"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jaxtyping import Int, Integer
 from ml_collections import ConfigDict
 
 from vit_jax_zoo.data.sources.base import Source
-from vit_jax_zoo.figures.class_balance import draw_class_balance
+from vit_jax_zoo.figures.classification import draw_class_balance
 from vit_jax_zoo.run_metadata import as_json
 from vit_jax_zoo.training.compiled_steps import Program
 from vit_jax_zoo.training.distributed import is_primary

@@ -8,7 +8,6 @@ from vit_jax_zoo.figures.attention import (
   draw_attention,
   draw_attention_distances,
   draw_heads,
-  draw_lambdas,
   draw_mosaic,
   draw_position_similarity,
   position_similarity,
@@ -34,9 +33,9 @@ def test_attended_places_stay_light_and_others_get_dark(side, channels):
   images = np.full((2, side, side, channels), 200, np.uint8)
   maps = np.zeros((2, 2, 2), np.float32)
   maps[:, 0, 1] = 0.3  # scaled to the maximum: fully lit
-  figure = draw_attention(images, maps, ["7", "1"], title="Where", subtitle="class token")
+  figure = draw_attention(images, maps, ["7", "1"], subtitle="class token")
   assert isinstance(figure, Figure)
-  assert [text.get_text() for text in figure.texts] == ["Where", "class token"]
+  assert [text.get_text() for text in figure.texts] == ["Attention", "class token"]
   assert [ax.get_xlabel() for ax in figure.axes] == ["", "", "7", "1"]
   above, below = (figure.axes[i].images[0].get_array() for i in (0, 2))
   assert np.all(above == 200)
@@ -97,16 +96,6 @@ def test_positions_have_a_tile_each_and_of_many_every_second():
   large = draw_position_similarity(np.ones((16 * 16, 2), np.float32), (16, 16))
   assert [text.get_text() for text in large.axes[0].get_xticklabels()][:3] == ["1", "3", "5"]
   figure.canvas.draw()
-
-
-def test_lambdas_are_drawn_in_the_order_of_the_blocks_each_from_its_least_to_its_most():
-  norms = np.array([[1, 2], [3, 5]], np.float32)
-  layers = {"c4_block10": norms, "c4_block9": 7 * norms, "c3_block1": np.ones((4, 4), np.float32)}
-  figure = draw_lambdas(np.full((8, 8, 1), 200, np.uint8), layers, max_layers=2)
-  assert [ax.get_xlabel() for ax in figure.axes] == ["", "c4 block9, 2 × 2", "c4 block10, 2 × 2"]
-  shown = figure.axes[1].images[0]
-  np.testing.assert_array_equal(shown.get_array(), 7 * norms)
-  assert shown.get_clim() == (7, 35)
 
 
 def test_distances_have_a_point_for_each_head():

@@ -8,9 +8,8 @@ from matplotlib.text import Text
 
 from vit_jax_zoo.figures.attention import draw_attention, draw_filters
 from vit_jax_zoo.figures.canvas import render
-from vit_jax_zoo.figures.class_balance import draw_class_balance
-from vit_jax_zoo.figures.classification import draw_confusion, draw_ranking
-from vit_jax_zoo.figures.transfer import draw_shots
+from vit_jax_zoo.figures.classification import draw_class_balance, draw_confusion, draw_ranking
+from vit_jax_zoo.figures.curves import draw_shots
 
 IMAGE = np.full((8, 8, 3), 200, np.uint8)
 NAMES = ("a$_{b$", "$5 to $6", "猫")

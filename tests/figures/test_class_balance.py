@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.figures.class_balance import MAX_NAMED, draw_class_balance
+from vit_jax_zoo.figures.classification import MAX_NAMED, draw_class_balance
 
 
 def bars(figure):

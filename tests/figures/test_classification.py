@@ -42,7 +42,7 @@ def test_a_batch_has_its_labels(images):
 
 def test_mixed_and_multiple_labels(images):
   labels = np.array([[0.75, 0.25, 0], [0, 1, 1], [1, 0, 0], [0, 0, 0], [0, 0.5, 0.5]])
-  figure = draw_batch(images, labels, NAMES, title="Mixed")
+  figure = draw_batch(images, labels, NAMES)
   assert captions(figure) == [
     "75% cat\n25% dog",
     "dog\na very long name…",

@@ -1,6 +1,6 @@
 import numpy as np
 
-from vit_jax_zoo.figures.probe import draw_probe
+from vit_jax_zoo.figures.curves import draw_probe
 
 
 def test_accuracy_stands_against_depth():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.figures.transfer import draw_accuracies, draw_shots
+from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 
 
 def test_bars_share_the_colour_of_their_group():

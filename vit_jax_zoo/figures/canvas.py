@@ -1,12 +1,19 @@
-"""Titles and rendering shared by all figures."""
+"""Titles, axes, images and rendering shared by all figures."""
 
 import warnings
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num, UInt8
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+# Okabe and Ito's palette, safe for colour blindness.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+QUIET = "#555555"
+MARGIN = 0.3  # inches
+SMALL = 64  # pixels; smaller images are drawn without interpolation
 
 
 def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
@@ -24,13 +31,39 @@ def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-QUIET = "#555555"
-MARGIN = 0.3  # inches
-
-
 def write_title(figure: Figure, title: str, subtitle: str) -> None:
   """Writes a title and a smaller subtitle at the upper left, in 0.7 inches of free space."""
   width, height = figure.get_size_inches()
   left = MARGIN / width
   figure.text(left, 1 - 0.16 / height, title, ha="left", va="top", fontsize=13, weight="bold")
   figure.text(left, 1 - 0.42 / height, subtitle, ha="left", va="top", fontsize=9.5, color=QUIET)
+
+
+def add_axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
+  """Adds axes; place and size in inches, from the lower left corner."""
+  scale = np.tile(figure.get_size_inches(), 2)
+  return figure.add_axes(tuple(np.array([left, bottom, width, height]) / scale))
+
+
+def show_image(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
+  """Draws an image with 1 or 3 channels in [0, 255], without ticks and frame."""
+  pixels = np.clip(np.rint(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
+  pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+  ax.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) < SMALL else "auto")
+  hide_frame(ax)
+
+
+def hide_frame(ax: Axes) -> None:
+  """Removes ticks and spines."""
+  ax.set(xticks=[], yticks=[])
+  ax.spines[:].set_visible(False)
+
+
+def chart(size: tuple[float, float], title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+  """Returns a figure of this size in inches, and its axes, with a title and labels."""
+  figure = Figure(figsize=size, dpi=110, layout="constrained")
+  ax = figure.subplots()
+  ax.set(xlabel=xlabel, ylabel=ylabel)
+  ax.set_title(title, loc="left", weight="bold")
+  ax.spines[["top", "right"]].set_visible(False)
+  return figure, ax

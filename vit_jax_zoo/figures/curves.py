@@ -1,19 +1,21 @@
-"""Metric curves over training steps or examples, of one run or several."""
+"""Figures of metrics over steps, of probes by depth, and of accuracies by dataset and shots."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from vit_jax_zoo.figures.canvas import COLORS, QUIET, chart
+
+GRID = "#E2E2E2"
 
 
 def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
   """Draws metrics of a run side by side over the steps.
 
-  Args:
-    rows: as `metric_writer.read_metrics` returns them.
-    names: metrics without the prefix: "loss" draws "train/loss" and "test/loss" together.
+  Rows are of `metric_writer.read_metrics`; "loss" draws "train/loss" and "test/loss" together.
 
   Raises:
     ValueError: no row has one of them.
@@ -31,4 +33,96 @@ def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Fig
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8)
+  return figure
+
+
+def draw_probe(
+  accuracies: Sequence[float],
+  best: int,
+  references: Sequence[tuple[str, float]] = (),
+  *,
+  title: str = "Linear probe by depth",
+) -> Figure:
+  """Draws the accuracies, in [0, 1], of the layers' features; `best` was selected on other images.
+
+  Accuracies of other features, by name, are horizontal lines.
+  """
+  depth = "layer (0: the first block's input; last: after the final norm)"
+  figure, ax = chart((6.4, 4.0), title, depth, "test accuracy, %")
+  percent = [100 * value for value in accuracies]
+  ax.plot(range(len(percent)), percent, color=COLORS[0], marker="o", markersize=5, linewidth=1.8)
+  ax.plot(best, percent[best], "o", color=COLORS[0], markersize=11, fillstyle="none")
+  note = f"layer {best}, chosen on validation: {percent[best]:.1f} %"
+  place = best / max(len(percent) - 1, 1)
+  side = "left" if place < 1 / 3 else "right" if place > 2 / 3 else "center"
+  ax.annotate(note, (best, percent[best]), (0, 12), "data", "offset points", ha=side)
+  style = {"textcoords": "offset points", "ha": "right", "color": QUIET, "fontsize": 9}
+  for name, value in references:
+    at, said = 100 * value, f"{name}: {100 * value:.1f} %"
+    ax.axhline(at, color=QUIET, linewidth=1.2, linestyle="--")
+    ax.annotate(said, (1, at), (-4, 4), ("axes fraction", "data"), **style)
+  ax.margins(y=0.25)
+  return figure
+
+
+def draw_accuracies(
+  accuracies: Mapping[str, float],
+  *,
+  title: str,
+  groups: Mapping[str, str] | None = None,
+  means: Mapping[str, float] | None = None,
+) -> Figure:
+  """Draws a labelled bar for each dataset, from the top; accuracies are in [0, 1].
+
+  A group, by dataset, has one colour and a legend entry with its mean; "mean" is in the title.
+  """
+  means, names = means or {}, list(accuracies)
+  overall = f", mean {100 * means['mean']:.1f} %" if "mean" in means else ""
+  size = (7.4, 1.3 + 0.34 * max(len(names), 2))
+  figure, ax = chart(size, f"{title}{overall}", "test accuracy, %", "")
+  kinds = list(dict.fromkeys((groups or {}).values()))
+  colors = [COLORS[kinds.index(groups[name])] if groups else COLORS[0] for name in names]
+  percent = [100 * accuracies[name] for name in names]
+  bars = ax.barh(range(len(names)), percent, color=colors, height=0.72)
+  ax.bar_label(bars, [f"{value:.1f}" for value in percent], padding=4, fontsize=9)
+  ax.set_yticks(range(len(names)), names)
+  ax.set_ylim(max(len(names), 2) - 0.4, -0.6)  # from the top; a single bar is not thicker
+  ax.set_xlim(0, 108)
+  if kinds:
+    labels = [f"{kind} {100 * means[kind]:.1f}" if kind in means else kind for kind in kinds]
+    handles = [Patch(color=COLORS[i]) for i in range(len(kinds))]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(kinds), frameon=False)
+  ax.grid(axis="x", color=GRID, linewidth=0.8)
+  ax.set_axisbelow(True)
+  return figure
+
+
+def draw_shots(
+  curves: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]], *, title: str
+) -> Figure:
+  """Draws accuracy over the number of training images per class.
+
+  Curves by dataset: numbers of shots, accuracies in [0, 1], their standard deviations over samples.
+  """
+  figure, ax = chart((7.4, 4.4), title, "training images per class", "test accuracy, %")
+  for i, (name, (shots, means, deviations)) in enumerate(curves.items()):
+    color = COLORS[i % len(COLORS)]
+    mean, std = 100 * np.asarray(means), 100 * np.asarray(deviations)
+    ax.plot(shots, mean, color=color, marker="o", markersize=5, linewidth=1.8, label=name)
+    low, high = np.clip([mean - std, mean + std], 0, 100)
+    ax.fill_between(shots, low, high, color=color, alpha=0.15, linewidth=0)
+    for at, value in zip(shots, mean, strict=True) if len(curves) == 1 else ():
+      place = ((at, value), (0, 7), "data", "offset points")
+      ax.annotate(f"{value:.1f}", *place, ha="center", fontsize=9)
+  ticks = sorted({shot for shots, _, _ in curves.values() for shot in shots})
+  ax.set_xscale("log")
+  ax.set_xticks(ticks, [str(tick) for tick in ticks])
+  ax.minorticks_off()
+  ax.margins(x=0.08, y=0.15)
+  bottom, top = ax.get_ylim()
+  ax.set_ylim(max(bottom, -2), min(top, 107))
+  if len(curves) > 1:
+    ax.legend(frameon=False, fontsize=9)
+  ax.grid(axis="y", color=GRID, linewidth=0.8)
+  ax.set_axisbelow(True)
   return figure

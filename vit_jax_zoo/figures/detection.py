@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from matplotlib import colors, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -24,28 +24,14 @@ _MASK_OPACITY = 0.5
 
 
 def draw_targets(
-  batch: Mapping[str, Any],
-  class_names: Sequence[str] = (),
-  *,
-  title: str = "Training batch",
-  max_images: int = 8,
+  batch: Mapping[str, Any], class_names: Sequence[str] = (), *, max_images: int = 8
 ) -> Figure:
-  """Draws images with their true boxes, without padding.
-
-  Args:
-    batch: detection batch.
-    class_names: names by class id; default: the ids.
-    title: title of the figure.
-    max_images: number of images, the first of the batch.
-  """
+  """Draws the first images of a detection batch with their true boxes, without padding."""
   rows = real_rows(batch)[:max_images]
   columns = min(4, max(len(rows), 1))
-  figure, axes = grid(-(-len(rows) // columns), columns, title)
+  figure, axes = grid(-(-len(rows) // columns), columns, "Training batch")
   for ax, row in zip(axes.flat, rows, strict=False):
-    image = image_of(batch, row)
-    show(ax, image)
-    boxes, labels = _targets(batch, row, image)
-    draw_boxes(ax, boxes, [name_of(i, class_names) for i in labels], labels)
+    _draw_targets(ax, batch, row, class_names)
   return figure
 
 
@@ -55,46 +41,53 @@ def draw_predictions(
   class_names: Sequence[str] = (),
   *,
   threshold: float = 0.7,
-  title: str = "Truth and predictions",
   max_images: int = 4,
 ) -> Figure:
-  """Draws every image twice: with its true and with its predicted boxes.
+  """Draws the first images twice: with true boxes, and with those that score `threshold` or more.
 
-  Args:
-    batch: detection batch.
-    predictions: `boxes_xyxy` [b q 4], in pixels of the batch's `original_size` if it has one,
-      `labels` [b q] and `scores` [b q].
-    class_names: names by class id; default: the ids.
-    threshold: minimum score of predictions.
-    title: title of the figure.
-    max_images: number of images, the first of the batch.
+  Predictions are `boxes_xyxy` [b q 4], in pixels of the batch's `original_size` if it has one,
+  `labels` [b q] and `scores` [b q].
   """
-  rows = real_rows(batch)[:max_images]
-  columns = 2 if len(rows) < 2 else 4  # two images side by side
-  figure, axes = grid(-(-2 * len(rows) // columns), columns, title)
-  for index, row in enumerate(rows):
-    image = image_of(batch, row)
-    truth, predicted = axes.flat[2 * index], axes.flat[2 * index + 1]
-    boxes, labels = _targets(batch, row, image)
-    show(truth, image)
-    draw_boxes(truth, boxes, [name_of(i, class_names) for i in labels], labels)
-    truth.set_title(f"truth: {len(labels)}", fontsize=8.5, loc="left")
+  figure, cells = _pairs(batch, "Truth and predictions", max_images)
+  for row, truth, predicted in cells:
+    count, image = _draw_targets(truth, batch, row, class_names), image_of(batch, row)
+    truth.set_title(f"truth: {count}", fontsize=8.5, loc="left")
     scores = np.asarray(predictions["scores"][row])
     confident = np.flatnonzero(scores >= threshold)
     confident = confident[np.argsort(scores[confident])]  # the highest on top
-    labels = np.asarray(predictions["labels"][row])[confident]
+    labels = np.asarray(predictions["labels"][row])
     boxes = np.asarray(predictions["boxes_xyxy"][row])[confident] * to_shown(batch, row, image)
-    names = [
-      f"{name_of(i, class_names)} {score:.0%}"
-      for i, score in zip(labels, scores[confident], strict=True)
-    ]
+    names = [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in confident]
     show(predicted, image)
-    draw_boxes(predicted, boxes, names, labels)
-    best = f"; highest {scores.max():.0%}" if not len(confident) and scores.size else ""
-    predicted.set_title(
-      f"{len(confident)} predicted at {threshold:.0%} or more{best}", fontsize=8.5, loc="left"
-    )
+    draw_boxes(predicted, boxes, names, labels[confident])
+    best = f"; highest {scores.max():.0%}" if not names and scores.size else ""
+    title = f"{len(names)} predicted at {threshold:.0%} or more{best}"
+    predicted.set_title(title, fontsize=8.5, loc="left")
   return figure
+
+
+def _pairs(
+  batch: Mapping[str, Any], title: str, max_images: int
+) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
+  """Returns a figure, and (row, left cell, right cell) of each of the first real examples."""
+  rows = real_rows(batch)[:max_images]
+  columns = 2 if len(rows) < 2 else 4  # two images side by side
+  figure, axes = grid(-(-2 * len(rows) // columns), columns, title)
+  cells = axes.ravel()
+  return figure, list(zip(rows, cells[::2], cells[1::2], strict=False))
+
+
+def _draw_targets(ax: Axes, batch: Mapping[str, Any], row: int, class_names: Sequence[str]) -> int:
+  """Draws an image with its true boxes; returns their number."""
+  image = image_of(batch, row)
+  real = np.asarray(batch["is_target"][row], bool)
+  boxes = np.asarray(batch["boxes_cxcywh"][row], np.float64)[real] * np.tile(image.shape[1::-1], 2)
+  low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+  labels = np.asarray(batch["labels"][row])[real]
+  show(ax, image)
+  names = [name_of(i, class_names) for i in labels]
+  draw_boxes(ax, np.concatenate([low, high], axis=1), names, labels)
+  return len(labels)
 
 
 def real_rows(batch: Mapping[str, Any]) -> list[int]:
@@ -110,17 +103,6 @@ def image_of(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
     height, width = np.asarray(batch["image_size"][row])
     image = image[:height, :width]
   return np.clip(image, 0, 255).astype(np.uint8)
-
-
-def _targets(
-  batch: Mapping[str, Any], row: int, image: Num[np.ndarray, "h w c"]
-) -> tuple[Float[np.ndarray, "t 4"], Int[np.ndarray, " t"]]:
-  """Returns boxes in pixels of the shown image, and class ids."""
-  real = np.asarray(batch["is_target"][row], bool)
-  boxes = np.asarray(batch["boxes_cxcywh"][row], np.float64)[real]
-  boxes = boxes * np.tile(image.shape[1::-1], 2)
-  low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
-  return np.concatenate([low, high], axis=1), np.asarray(batch["labels"][row])[real]
 
 
 def to_shown(
@@ -167,12 +149,10 @@ def draw_boxes(
     box = Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, ls=style, lw=1.8)
     box.set_path_effects(outline)
     ax.add_patch(box)
-    ax.annotate(
-      name, (left, top), (1, -1), textcoords="offset points", va="top", fontsize=7,
-      color="white" if color in DARK else "black",
-      bbox={"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85},
-      annotation_clip=False,
-    )  # fmt: skip
+    frame = {"boxstyle": "square,pad=0.15", "fc": color, "ec": "none", "alpha": 0.85}
+    style = {"color": "white" if color in DARK else "black", "bbox": frame, "fontsize": 7}
+    placed = {"textcoords": "offset points", "va": "top", "annotation_clip": False}
+    ax.annotate(name, (left, top), (1, -1), **placed, **style)
 
 
 def draw_masks(
@@ -183,51 +163,32 @@ def draw_masks(
   threshold: float = 0.7,
   max_images: int = 4,
 ) -> Figure:
-  """Draws every image twice: with its true and with its predicted instance masks.
+  """Draws the first images twice: with true and with predicted instance masks.
 
-  Args:
-    batch: detection batch with `masks`.
-    predictions: predictions of a two-stage detector with `box_masks`.
-    class_names: names by class id; default: the ids.
-    threshold: minimum score of predictions.
-    max_images: number of images, the first of the batch.
+  The batch has `masks`; predictions are those of a two-stage detector with `box_masks`.
   """
-  rows = real_rows(batch)[:max_images]
-  columns = 2 if len(rows) < 2 else 4  # two images side by side
-  figure, axes = grid(-(-2 * len(rows) // columns), columns, "True and predicted masks")
-  cells = iter(axes.flat)
-  for row in rows:
+  figure, cells = _pairs(batch, "True and predicted masks", max_images)
+  for row, truth, predicted in cells:
     image = image_of(batch, row)
     targets = np.asarray(batch["is_target"][row], bool)
     masks = np.asarray(batch["masks"][row], bool)[targets][:, : image.shape[0], : image.shape[1]]
     names = [name_of(i, class_names) for i in np.asarray(batch["labels"][row])[targets]]
-    _show_masks(next(cells), image, masks, names, f"truth: {len(names)}")
-    scores = np.asarray(predictions["scores"][row])
+    _show_masks(truth, image, masks, names, f"truth: {len(names)}")
+    scores, labels = (np.asarray(predictions[name][row]) for name in ("scores", "labels"))
     confident = np.flatnonzero(np.asarray(predictions["is_object"][row]) & (scores >= threshold))
     boxes = np.asarray(predictions["boxes_xyxy"][row], np.float64)[confident]
-    masks = paste_masks(
-      np.asarray(predictions["box_masks"][row], np.float64)[confident],
-      boxes * to_shown(batch, row, image),
-      (image.shape[0], image.shape[1]),
-    )
-    labels = np.asarray(predictions["labels"][row])
+    masks = np.asarray(predictions["box_masks"][row], np.float64)[confident]
+    masks = paste_masks(masks, boxes * to_shown(batch, row, image), image.shape[:2])
     names = [f"{name_of(labels[i], class_names)} {scores[i]:.0%}" for i in confident]
-    _show_masks(
-      next(cells), image, masks, names, f"{len(names)} predicted at {threshold:.0%} or more"
-    )
+    title = f"{len(names)} predicted at {threshold:.0%} or more"
+    _show_masks(predicted, image, masks, names, title)
   return figure
 
 
 def draw_predicted_masks(
-  image: np.ndarray, masks: Bool[np.ndarray, "n h w"], names: Sequence[str]
+  image: UInt8[np.ndarray, "h w 3"], masks: Bool[np.ndarray, "n h w"], names: Sequence[str]
 ) -> Figure:
-  """Draws one image with masks over it.
-
-  Args:
-    image: uint8 [h w 3].
-    masks: masks of the image's size.
-    names: caption of each mask.
-  """
+  """Draws one image with captioned masks over it."""
   height = 2 * CELL * image.shape[0] / image.shape[1]
   figure = Figure(figsize=(2 * CELL, height + 0.3), dpi=110, layout="constrained")
   ax = figure.subplots()
@@ -237,11 +198,7 @@ def draw_predicted_masks(
 
 
 def _show_masks(
-  ax: Axes,
-  image: np.ndarray,
-  masks: Bool[np.ndarray, "n h w"],
-  names: Sequence[str],
-  title: str,
+  ax: Axes, image: np.ndarray, masks: Bool[np.ndarray, "n h w"], names: Sequence[str], title: str
 ) -> None:
   painted = image.astype(np.float64) / 255
   for index, mask in enumerate(masks):
@@ -251,8 +208,7 @@ def _show_masks(
   ax.set_title(title, fontsize=8.5, loc="left")
   for index, (mask, name) in enumerate(zip(masks, names, strict=True)):
     rows, columns = np.nonzero(mask)
-    if not len(rows):
-      continue
-    ax.contour(mask, levels=[0.5], colors=[COLORS[index % len(COLORS)]], linewidths=1.4)
-    text = ax.text(columns.mean(), rows.min(), name, fontsize=8, color="white", ha="center")
-    text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])
+    if len(rows):
+      ax.contour(mask, levels=[0.5], colors=[COLORS[index % len(COLORS)]], linewidths=1.4)
+      text = ax.text(columns.mean(), rows.min(), name, fontsize=8, color="white", ha="center")
+      text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])

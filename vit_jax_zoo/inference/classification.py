@@ -15,7 +15,7 @@ from vit_jax_zoo.ops.images import normalize_images
 class ClassificationPredictor:
   """The `top_k` most probable classes; with `explain`, attention maps and the like.
 
-  The model defines its explanations (`ops.interpretability`): attention rollout, heads and
+  The model defines its explanations, see `Classification.explain`: attention rollout, heads and
   attention distances, or lambdas, per image; position embeddings and filters, once.
   """
 

@@ -5,7 +5,9 @@ Each published code base resizes position embeddings by a method of its own. The
 are separable: two small matrices, applied with numpy.
 """
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,23 @@ METHODS = {
   "bicubic_antialias": _bicubic_antialias,
 }
 """Method name -> function of (old size, new size), which returns a matrix [new old]."""
+
+
+def find_grid(
+  rows: int, leading: Iterable[int], *grids: tuple[int, int] | None
+) -> tuple[int, tuple[int, int]] | None:
+  """Returns the number of rows before a position table's grid, and the grid; None if none fits.
+
+  Args:
+    rows: of the table.
+    leading: numbers of rows of other tokens to try, in this order.
+    *grids: height and width to try, in this order; None: square.
+  """
+  for grid, first in itertools.product(grids, leading):
+    height, width = grid or (math.isqrt(rows - first),) * 2
+    if first + height * width == rows:
+      return first, (height, width)
+  return None
 
 
 def resize_position_grid(

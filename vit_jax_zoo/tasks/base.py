@@ -223,13 +223,17 @@ class Task(abc.ABC):
     """Returns intermediates for the batch's first images, a tree of small arrays. Optional.
 
     Raises:
-      ValueError: this task, or this model, has nothing to show.
+      NoExplanation: this task, or this model, has nothing to show.
     """
-    raise ValueError(f"the task {type(self).__name__} cannot explain what its model does")
+    raise NoExplanation(f"the task {type(self).__name__} has no attention maps or the like to draw")
 
   def draw_explanation(self, explanation: Any) -> "Explained":
     """Draws what `explain` returned, as numpy arrays."""
     return Explained({}, {})
+
+
+class NoExplanation(ValueError):  # noqa: N818
+  """A model has nothing to show of its inside; a run with `explain` warns and goes on."""
 
 
 @dataclasses.dataclass(frozen=True)

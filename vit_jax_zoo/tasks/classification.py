@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.figures import classification as draw
-from vit_jax_zoo.figures.interpretability import draw_of_images, draw_of_model
 from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.ops.checks import check_positive, check_rates
@@ -127,9 +126,17 @@ class Classification(base.Task):
     return predictions | {"loss": losses, "correct": is_correct(targets, labels)}
 
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
-    """Returns `image`, the most likely `label`, and the model's `explanation` of first examples."""
+    """Returns `image`, the most likely `label`, and the model's `explanation` of first examples.
+
+    A model may have `explain(variables, intermediates, image_size)`, which is traced and reduces
+    the arrays that it sows for a batch to small ones, and `draw_explanation(images, captions,
+    explanation)`, which returns figures of these images and figures of the model, by name.
+
+    Raises:
+      NoExplanation: the model has no method `explain`.
+    """
     if not hasattr(self.model, "explain"):
-      raise ValueError(f"{type(self.model).__name__}: no method explain; set explain=False")
+      raise base.NoExplanation(f"{type(self.model).__name__} has no method explain")
     model: Any = self.model
     images = self._images(batch)
     apply = functools.partial(model.apply, variables, train=False, mutable=["intermediates"])
@@ -144,12 +151,12 @@ class Classification(base.Task):
     }
 
   def draw_explanation(self, explanation: Mapping[str, Any]) -> base.Explained:
-    """Draws attention, lambdas, position embeddings and filters, as far as the model has them."""
+    """Draws what the model shows of itself, such as attention maps and filters."""
     names = self.class_names
     captions = [names[label] if names else f"class {label}" for label in explanation["label"]]
-    found = explanation["explanation"]
+    model: Any = self.model
     images = np.clip(explanation["image"], 0, 255)
-    return base.Explained(draw_of_images(images, captions, found), draw_of_model(found))
+    return base.Explained(*model.draw_explanation(images, captions, explanation["explanation"]))
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns `features` float32 [b d], the input of the model's head; ValueError without one."""

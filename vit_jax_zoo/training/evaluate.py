@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.metrics.base import real_rows
-from vit_jax_zoo.tasks.base import Task, Variables
+from vit_jax_zoo.tasks.base import NoExplanation, Task, Variables
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 from vit_jax_zoo.training.train_step import PredictStep
@@ -96,7 +96,11 @@ def explain(
   real = real_rows(batch, len(next(iter(batch.values()))))
   if len(real):  # padding is replaced by repeated examples
     batch = {key: value[np.resize(real, len(value))] for key, value in batch.items()}
-  found = explain_step(variables, sharding.to_global(batch, mesh))
+  try:
+    found = explain_step(variables, sharding.to_global(batch, mesh))
+  except NoExplanation as error:
+    logging.warning("explain: %s; no figures are drawn, set explain=False", error)
+    return Report({})
   if not is_primary():
     return Report({})
   explained = task.draw_explanation(jax.device_get(found))

@@ -6,7 +6,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from vit_jax_zoo.figures.probe import draw_probe
+from vit_jax_zoo.figures.curves import draw_probe
 from vit_jax_zoo.metrics import feature_probes
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, FeatureScore, Labelled
 from vit_jax_zoo.tasks.base import Variables

@@ -37,10 +37,11 @@ from PIL import Image
 
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.figures.canvas import render
-from vit_jax_zoo.figures.transfer import draw_accuracies, draw_shots
+from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.training import atomic_write as whole_file
-from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
+from vit_jax_zoo.metrics.feature_probes import PROBES
+from vit_jax_zoo.training.atomic_write import write_json
+from vit_jax_zoo.transfer.extract import Extractor
 from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites, summarize_vtab
 
 FLAGS = flags.FLAGS
@@ -49,10 +50,7 @@ RESULTS_FILE = "transfer.json"
 EXIT_NOTHING_FOUND = 1
 
 TITLES = {
-  "few_shot": "Few-shot accuracy",
-  "linear": "Linear probe",
-  "linear_sgd": "Linear probe by SGD",
-  "knn": "Nearest neighbours",
+  **{name: probe.title for name, probe in PROBES.items()},
   "vtab": "VTAB-1k, linear on frozen features",
   "imagenet": "ImageNet, validation images",
   "real": "ImageNet-ReaL",
@@ -72,8 +70,8 @@ def define_flags() -> None:
   flags.DEFINE_string("test_split", "test", "test split of the sources in --data")
   flags.DEFINE_string("output", "transfer", "output folder")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
-  flags.DEFINE_integer("batch_size", LoaderOptions.batch_size, "batch size")
-  flags.DEFINE_integer("num_workers", LoaderOptions.num_workers, "worker processes for reading")
+  flags.DEFINE_integer("batch_size", 128, "batch size")
+  flags.DEFINE_integer("num_workers", 0, "worker processes for reading")
   flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do with unreadable images")
   flags.DEFINE_integer("sgd_epochs", None, "epochs of linear_sgd")
   flags.DEFINE_integer(
@@ -91,19 +89,15 @@ def main(argv: Sequence[str]) -> int:
   probes = {name: {"concatenate": FLAGS.concatenate} for name in ("linear", "linear_sgd")}
   if FLAGS.sgd_epochs is not None:
     probes["linear_sgd"]["num_epochs"] = FLAGS.sgd_epochs
-  request = Request(
-    suites=tuple(FLAGS.suite),
-    data=tuple(FLAGS.data),
-    data_dir=FLAGS.data_dir,
-    fit_split=FLAGS.fit_split,
-    test_split=FLAGS.test_split,
-    probes=probes,
-  )
+  splits = {"fit_split": FLAGS.fit_split, "test_split": FLAGS.test_split}
+  request = Request(FLAGS.suite, FLAGS.data, FLAGS.data_dir, **splits, probes=probes)
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
   trained = load(FLAGS.model, needs_head=False, **options)
-  loader = LoaderOptions(FLAGS.batch_size, FLAGS.num_workers, FLAGS.on_corrupt)
+  reading: dict[str, Any] = {
+    name: FLAGS[name].value for name in ("batch_size", "num_workers", "on_corrupt")
+  }
   about = {"model": trained.model_name, "source": trained.source}
-  return run_and_write(request, Extractor(trained, loader), pathlib.Path(FLAGS.output), about)
+  return run_and_write(request, Extractor(trained, **reading), pathlib.Path(FLAGS.output), about)
 
 
 def run_and_write(
@@ -111,24 +105,25 @@ def run_and_write(
 ) -> int:
   """Runs the suites, and writes the results after each dataset; returns the exit status.
 
-  Args:
-    request: suites and datasets.
-    extractor: applies the model.
-    output: output folder.
-    about: description of the model, written with the results.
+  `about` describes the model, and is written with the results.
   """
   output.mkdir(parents=True, exist_ok=True)
   outcomes: list[Outcome] = []
   for outcome in run_suites(request, extractor):
     outcomes.append(outcome)
-    _log(outcome)
-    for name, figure in outcome.figures.items():
-      _write_picture(figure, output / f"{outcome.suite}_{_file_name(outcome.data)}_{name}.png")
-    whole_file.write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
+    if outcome.missing:
+      logging.warning("%s skipped: %s", outcome.title, outcome.missing)
+    else:
+      scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
+      logging.info("%s: %s", outcome.title, scores)
+    data = "".join(c if c.isalnum() else "_" for c in outcome.data)
+    figures = {f"{outcome.suite}_{data}_{name}": drawn for name, drawn in outcome.figures.items()}
     same = [other for other in outcomes if other.suite == outcome.suite and other.scores]
     if same:
-      figure = draw(outcome.suite, same, str(about.get("model", "")))
-      _write_picture(figure, output / f"{outcome.suite}.png")
+      figures[outcome.suite] = draw(outcome.suite, same, str(about.get("model", "")))
+    for name, figure in figures.items():
+      Image.fromarray(render(figure)).save(output / f"{name}.png")
+    write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
   done = sum(bool(outcome.scores) for outcome in outcomes)
   logging.info("%d of %d evaluations done: %s", done, len(outcomes), output / RESULTS_FILE)
   return 0 if done else EXIT_NOTHING_FOUND
@@ -142,45 +137,24 @@ def results(outcomes: Sequence[Outcome]) -> dict[str, Any]:
       kind = {"features": outcome.features} if outcome.features else {}
       suites.setdefault(outcome.suite, {})[outcome.data] = {**kind, **outcome.scores}
   vtab = [outcome for outcome in outcomes if outcome.suite == "vtab"]
-  missing = {o.title: o.missing for o in outcomes if o.missing}
-  return {
-    "suites": suites,
-    **({"means": {"vtab": summarize_vtab(vtab)}} if vtab else {}),
-    "missing": missing,
-  }
+  means = {"means": {"vtab": summarize_vtab(vtab)}} if vtab else {}
+  return {"suites": suites, **means, "missing": {o.title: o.missing for o in outcomes if o.missing}}
 
 
 def draw(suite: str, outcomes: Sequence[Outcome], model: str) -> Figure:
   """Draws the scores of a suite on its datasets."""
   title = f"{TITLES[suite]}: {model}" if model else TITLES[suite]
   if suite == "few_shot":
-    return draw_shots({outcome.data: _curve(outcome) for outcome in outcomes}, title=title)
+    return draw_shots({outcome.data: _curve(outcome.scores) for outcome in outcomes}, title=title)
   groups = {outcome.data: outcome.group for outcome in outcomes if outcome.group}
   means = summarize_vtab(outcomes) if suite == "vtab" else {}
   accuracies = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes}
   return draw_accuracies(accuracies, title=title, groups=groups, means=means)
 
 
-def _curve(outcome: Outcome) -> tuple[list[int], list[float], list[float]]:
-  shots = [int(name.removesuffix("_shot")) for name in outcome.scores if name.endswith("_shot")]
-  scores = outcome.scores
+def _curve(scores: Mapping[str, float]) -> tuple[list[int], list[float], list[float]]:
+  shots = [int(name.removesuffix("_shot")) for name in scores if name.endswith("_shot")]
   return shots, [scores[f"{n}_shot"] for n in shots], [scores[f"{n}_shot_std"] for n in shots]
-
-
-def _log(outcome: Outcome) -> None:
-  if outcome.missing:
-    logging.warning("%s skipped: %s", outcome.title, outcome.missing)
-    return
-  scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
-  logging.info("%s: %s", outcome.title, scores)
-
-
-def _file_name(text: str) -> str:
-  return "".join(c if c.isalnum() else "_" for c in text)
-
-
-def _write_picture(figure: Figure, path: pathlib.Path) -> None:
-  Image.fromarray(render(figure)).save(path)
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ def test_a_detector_explains_three_images_and_says_what_it_cannot():
   titles = [ax.get_title() for ax in figure.axes[:4]]
   assert titles == ["query: ring", "p2: 8x12", "p3: 4x6", "p2: 8x12 at p3: 4x6"]
   assert len(figure.axes) == 3 * 4
-  with pytest.raises(ValueError, match="explain: attention maps of 65x64"):
+  with pytest.raises(ValueError, match="attention maps of 65x64"):
     attention_rows({"self_0_output": (jnp.zeros((1, 65, 64, 1)),)}, jnp.zeros((1, 2)))
-  with pytest.raises(ValueError, match="explain: the model's neck"):
+  with pytest.raises(ValueError, match="the model's neck"):
     create_task("instance_detection", Sower(object), num_classes=3).explain({}, batch_of(1))
 
 

@@ -159,9 +159,8 @@ def attention_rows(
   sizes = _level_sizes(sown)
   height, width = max(sizes)
   if height * width > MOST_POSITIONS:
-    raise ValueError(
-      f"explain: attention maps of {height}x{width} positions are too large; use smaller images, "
-      "or leave explain out"
+    raise base.NoExplanation(
+      f"attention maps of {height}x{width} positions are too large; use smaller images"
     )
   found = {
     str(level): _rows(sown[f"self_{level}"]["weights"][0], size, size, places)

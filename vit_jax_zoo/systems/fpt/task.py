@@ -125,7 +125,7 @@ class SemanticSegmentation(base.Task):
   def explain(self, variables: base.Variables, batch: base.Batch) -> dict[str, Any]:
     """Returns the attention maps of the query in each image's centre."""
     if getattr(self.model, "neck", None) != "fpt":
-      raise ValueError("explain: a model without transformer has no attention maps; leave it out")
+      raise base.NoExplanation("a model without transformer has no attention maps")
     apply = functools.partial(self.model.apply, train=False, mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:

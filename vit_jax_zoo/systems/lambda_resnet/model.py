@@ -13,34 +13,25 @@ timm's `lambda_resnet26t`, `50ts` and `26rpt_256` are other networks of the same
 squeeze-and-excitation, convolutional shortcuts, scope 9 (or a table) with a bias, 2x2 pooling.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
+from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import part_fields
+from vit_jax_zoo.figures.attention import draw_filters
 from vit_jax_zoo.nn.resnet import ACTIVATIONS, RESNET_BLOCKS, STAGES, Bottleneck, ResNet
 from vit_jax_zoo.ops.checks import check_num_classes, check_rates
-from vit_jax_zoo.ops.interpretability import Explanation
+from vit_jax_zoo.systems.lambda_resnet.figures import draw_lambdas
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
-
-def _every(step: int, count: int) -> tuple[int, ...]:
-  return tuple(range(step, step * count + 1, step))
-
-
-# Blocks of c4 with a lambda layer by network depth (appendix, architectures).
-_C4_BLOCKS = {
-  50: (3,),
-  101: _every(6, 3),
-  152: _every(5, 6),
-  200: _every(5, 6),
-  270: _every(8, 6),
-  350: _every(10, 6),
-  420: _every(10, 8),
-}
+# Blocks of c4 with a lambda layer by network depth (appendix, architectures): every n-th, how many.
+_C4 = {50: (3, 1), 101: (6, 3), 152: (5, 6), 200: (5, 6), 270: (8, 6), 350: (10, 6), 420: (10, 8)}
+_C4_BLOCKS = {n: tuple(range(step, step * last + 1, step)) for n, (step, last) in _C4.items()}
 
 
 def _paper(depth: int, c4: tuple[int, ...] | str) -> dict[str, Any]:
@@ -59,21 +50,13 @@ def _timm(
   activation: str = "relu",
   receptive_field: int | None = 9,
 ) -> dict[str, Any]:
-  return {
-    "blocks": blocks,
-    "lambda_blocks": lambda_blocks,
-    "stem": "tiered",
-    "shortcut": "conv",
-    "se_ratio": 0.0,
-    "activation": activation,
-    "lambda_layer": {
-      "receptive_field": receptive_field,
-      "position_bias": receptive_field is not None,
-      "pool_size": 2,
-      "initialization": "timm",
-    },
-  }
+  plain = {"stem": "tiered", "shortcut": "conv", "se_ratio": 0.0, "activation": activation}
+  scope = {"receptive_field": receptive_field, "position_bias": receptive_field is not None}
+  layer = {**scope, "pool_size": 2, "initialization": "timm"}
+  return {"blocks": blocks, "lambda_blocks": lambda_blocks, **plain, "lambda_layer": layer}
 
+
+_TIMM26 = ((2, 2, 2, 2), ("none", "none", (1,), "all"))
 
 VARIANTS: dict[str, dict[str, Any]] = (
   {f"lambda_resnet_{depth}": _paper(depth, blocks) for depth, blocks in _C4_BLOCKS.items()}
@@ -86,10 +69,8 @@ VARIANTS: dict[str, dict[str, Any]] = (
   }
   # timm 1.0, byobnet.py.
   | {
-    "lambda_resnet26t": _timm((2, 2, 2, 2), ("none", "none", (1,), "all")),
-    "lambda_resnet26rpt_256": _timm(
-      (2, 2, 2, 2), ("none", "none", (1,), "all"), receptive_field=None
-    ),
+    "lambda_resnet26t": _timm(*_TIMM26),
+    "lambda_resnet26rpt_256": _timm(*_TIMM26, receptive_field=None),
     "lambda_resnet50ts": _timm((3, 4, 6, 3), ("none", (3,), (1, 3, 5), (1,)), activation="silu"),
   }
 )
@@ -117,57 +98,42 @@ SHARDING_RULES = (
 
 
 class LambdaBottleneck(Bottleneck):
-  """A bottleneck with a lambda layer, norm and activation instead of the 3x3 convolution.
+  """A bottleneck with a lambda layer, norm and activation instead of the 3x3 convolution."""
 
-  Attributes:
-    lambda_fields: overrides of the fields of `LambdaLayer`.
-  """
-
-  lambda_fields: Mapping[str, Any] | None = None
+  lambda_fields: Mapping[str, Any] | None = None  # overrides of the fields of `LambdaLayer`
 
   def spatial(
     self, x: Float[Array, "b h w c"], stride: int, *, train: bool
   ) -> Float[Array, "b h2 w2 c"]:
     """Applies the lambda layer; a stride is average pooling at its end."""
-    fields: dict[str, Any] = {
-      "norm": self.norm,
-      "dtype": self.dtype,
-      **part_fields("lambda_layer", LambdaLayer, self.lambda_fields),
-    }
+    given = part_fields("lambda_layer", LambdaLayer, self.lambda_fields)
+    fields: dict[str, Any] = {"norm": self.norm, "dtype": self.dtype, **given}
     layer = LambdaLayer(stride=stride, **fields, name="lambda_layer")
     x = self.norm(name="lambda_norm")(layer(x, train=train), train=train)
     return ACTIVATIONS[self.activation](x)
 
 
 class LambdaResNet(ResNet):
-  """A ResNet classifier (default: ResNet-RS) with lambda layers in some of its blocks.
-
-  Attributes:
-    num_classes: number of classes; None: no head.
-    lambda_blocks: for each of c2 to c5: "all", "none" or block indices from zero.
-    lambda_layer: overrides of the fields of `LambdaLayer` (k = 16, 4 heads, scope 23).
-    dropout_rate: dropout rate before the classifier.
-  """
+  """A ResNet classifier (default: ResNet-RS) with lambda layers in some of its blocks."""
 
   stem: str = "deep_strided"
   shortcut: str = "avg_pool"
   se_ratio: float = 0.25
   se_stages: tuple[str, ...] = ("c2", "c3")
   pointwise_products: bool = True
-  num_classes: int | None = 1000
+  num_classes: int | None = 1000  # number of classes; None: no head
+  # for each of c2 to c5: "all", "none" or block indices from zero
   lambda_blocks: tuple[tuple[int, ...] | str, ...] = ("none", "none", (3,), "all")
+  # overrides of the fields of `LambdaLayer` (k = 16, 4 heads, scope 23)
   lambda_layer: Mapping[str, Any] | None = None
-  dropout_rate: float = 0.0
+  dropout_rate: float = 0.0  # dropout rate before the classifier
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
-    """Classifies images.
+    """Classifies images, normalized with ImageNet's mean and std, of any size (timm's: 32 n).
 
-    Args:
-      images: normalized with ImageNet's mean and std (timm's weights). Any size; multiples of 32
-        for timm's variants.
-      train: batch norms use batch statistics (and update "batch_stats", which must be mutable);
-        dropout and stochastic depth use the "dropout" stream.
+    With `train`, batch norms use batch statistics (and update "batch_stats", which must be
+    mutable); dropout and stochastic depth use the "dropout" stream.
 
     Returns:
       `features` [b d], the mean over positions, and `logits` [b num_classes] unless `num_classes`
@@ -180,28 +146,28 @@ class LambdaResNet(ResNet):
     if self.num_classes is None:
       return {"features": features}
     dropped = nn.Dropout(self.dropout_rate)(features, deterministic=not train)
-    head = nn.Dense(
-      self.num_classes,
-      kernel_init=nn.initializers.normal(0.01),
-      dtype=features.dtype,
-      name="head",
-    )
+    init = nn.initializers.normal(0.01)
+    head = nn.Dense(self.num_classes, kernel_init=init, dtype=features.dtype, name="head")
     return {"features": features, "logits": head(dropped)}
 
   def explain(
     self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
-  ) -> Explanation:
-    """Returns the norms of each layer's position lambdas, and the stem's filters."""
+  ) -> dict[str, Any]:
+    """Returns the norms [b h w] of each layer's position lambdas, and the stem's filters."""
     del image_size
-    lambdas = {
-      name: block["lambda_layer"]["position_lambda"][0].astype(jnp.float32)
-      for name, block in intermediates.items()
-      if "lambda_layer" in block
-    }
-    return Explanation(
-      lambdas={name: jnp.sqrt(jnp.sum(jnp.square(x), axis=(3, 4))) for name, x in lambdas.items()},
-      filters=variables["params"]["stem"]["conv1"]["conv"]["kernel"],
-    )
+    layers = {name: x["lambda_layer"] for name, x in intermediates.items() if "lambda_layer" in x}
+    lambdas = {name: layer["position_lambda"][0] for name, layer in layers.items()}
+    lambdas = {name: jnp.linalg.norm(x, axis=(3, 4)) for name, x in lambdas.items()}
+    return {"lambdas": lambdas, "filters": variables["params"]["stem"]["conv1"]["conv"]["kernel"]}
+
+  def draw_explanation(
+    self, images: np.ndarray, captions: Sequence[str], seen: Mapping[str, Any]
+  ) -> tuple[dict[str, Figure], dict[str, Figure]]:
+    """Draws the lambdas of the first image, if there are any; and the filters."""
+    del captions
+    first = {name: norms[0] for name, norms in seen["lambdas"].items()}
+    drawn = {"lambdas": draw_lambdas(images[0], first)} if first else {}
+    return drawn, {"filters": draw_filters(seen["filters"])}
 
   def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
     """Returns a lambda block where `lambda_blocks` has one, else a bottleneck."""
@@ -215,22 +181,15 @@ class LambdaResNet(ResNet):
     super().check()
     check_num_classes(self)
     check_rates(self, "dropout_rate")
-    if len(self.lambda_blocks) != len(STAGES):
-      raise ValueError(
-        f"lambda_blocks: {len(self.lambda_blocks)} entries; expected four, for c2 to c5"
-      )
-    for stage, count, chosen in zip(STAGES, self.blocks, self.lambda_blocks, strict=True):
-      if chosen in ("all", "none"):
-        continue
-      if isinstance(chosen, str):
-        raise ValueError(
-          f"lambda_blocks: {chosen!r} for {stage}; expected 'all', 'none' or indices"
-        )
-      for index in chosen:
+    given = self.lambda_blocks
+    if len(given) != len(STAGES):
+      raise ValueError(f"lambda_blocks: {len(given)} entries; expected four, for c2 to c5")
+    for stage, count, chosen in zip(STAGES, self.blocks, given, strict=True):
+      if isinstance(chosen, str) and chosen not in ("all", "none"):
+        raise ValueError(f"lambda_blocks: {chosen!r} for {stage}; expected 'all', 'none', indices")
+      for index in () if isinstance(chosen, str) else chosen:
         if not 0 <= index < count:
-          raise ValueError(
-            f"lambda_blocks: block {index} of {stage}; it has blocks 0 to {count - 1}"
-          )
+          raise ValueError(f"lambda_blocks: block {index} of {stage}, which has {count}, from 0")
 
 
 class LambdaBackbone(LambdaResNet):

@@ -222,7 +222,7 @@ class InstanceDetection(base.Task):
     """Returns the neck's attention maps of the query in each image's first target."""
     neck = self.model.neck_class
     if not hasattr(neck, "explain"):
-      raise ValueError("explain: the model's neck has no attention maps; leave explain out")
+      raise base.NoExplanation("the model's neck has no attention maps")
     propose = functools.partial(self.model.apply, method="propose", mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:

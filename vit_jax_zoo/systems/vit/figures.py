@@ -1,52 +1,72 @@
-"""Numbers behind figures 6 and 7 of the ViT paper: attention rollout, attention distances.
+"""Figures 6 and 7 of the ViT paper: attention rollout, attention distances, embeddings, filters.
 
 Attention maps have the layers in front, [l b heads n n]; rows sum to 1. Tokens that are no patches
 (the class token) come before the patches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
+from matplotlib.figure import Figure
 
-from vit_jax_zoo.ops.interpretability import Explanation
+from vit_jax_zoo.figures import attention as draw
 
 
 def explain(
-  model: Any, params: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
-) -> Explanation:
-  """Returns rollout, attention of the head's token, distances, position embeddings and filters.
+  model: Any, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
+) -> dict[str, Array]:
+  """Returns what `draw_explanation` draws, for what a `VisionTransformer` has sown.
 
-  The query is the class token, or the mean over the patches, as the head's input is.
-
-  Args:
-    model: a `VisionTransformer`.
-    params: of the model.
-    intermediates: sown by the model for a batch of images.
-    image_size: height and width of the images.
+  Returns:
+    `rollout` [b gh gw] and `heads` [b l heads gh gw]: attention of the head's input, the class
+    token or the mean over patches, to each patch; `distances` [l heads], in pixels; `positions`
+    [gh*gw d], if there are any; `filters` [kh kw c n], of the first layer.
   """
-  grid = model.token_grid(image_size)
+  grid, is_cls = model.token_grid(image_size), model.pool == "cls"
   weights = attention_maps(intermediates["encoder"])
 
   def of_the_head(maps: Array) -> Array:
     maps = patch_tokens(maps, grid, axis=-1)
-    row = maps[..., 0, :] if model.pool == "cls" else patch_tokens(maps, grid, axis=-2).mean(-2)
+    row = maps[..., 0, :] if is_cls else patch_tokens(maps, grid, axis=-2).mean(-2)
     return row.reshape(*row.shape[:-1], *grid)
 
-  positions = intermediates["positions"][0][0]
-  first = params["embedding" if model.resnet is None else "resnet"]
-  return Explanation(
-    looked_at=of_the_head(attention_rollout(weights)),
-    heads=of_the_head(weights.swapaxes(0, 1)),
-    distances=attention_distances(weights, grid, patch_size=float(model.token_stride)),
-    positions=patch_tokens(positions, grid, axis=0) if model.position_embedding != "none" else None,
-    filters=first["kernel"] if model.resnet is None else first["root_conv"]["kernel"],
-    viewer="the class token" if model.pool == "cls" else "the patches' mean",
-    principal=model.resnet is None,
-    grid=grid,
-  )
+  params = variables["params"]
+  first = params["embedding"] if model.resnet is None else params["resnet"]["root_conv"]
+  seen = {
+    "rollout": of_the_head(attention_rollout(weights)),
+    "heads": of_the_head(weights.swapaxes(0, 1)),
+    "distances": attention_distances(weights, grid, patch_size=float(model.token_stride)),
+    "filters": first["kernel"],
+  }
+  if model.position_embedding != "none":
+    seen["positions"] = patch_tokens(intermediates["positions"][0][0], grid, axis=0)
+  return seen
+
+
+def draw_explanation(
+  model: Any,
+  images: Num[np.ndarray, "b h w c"],
+  captions: Sequence[str],
+  seen: Mapping[str, np.ndarray],
+) -> tuple[dict[str, Figure], dict[str, Figure]]:
+  """Draws the arrays of `explain`: what depends on the images (in [0, 255]), what does not."""
+  viewer = "the class token" if model.pool == "cls" else "the patches' mean"
+  rolled = f"rolled out from {viewer} to the patches"
+  scaled = f"of {viewer}; each map scaled to its own maximum"
+  of_images = {
+    "attention": draw.draw_attention(images, seen["rollout"], captions, subtitle=rolled),
+    "heads": draw.draw_heads(images[0], seen["heads"][0], subtitle=scaled),
+    "distances": draw.draw_attention_distances(seen["distances"]),
+  }
+  of_model = {"filters": draw.draw_filters(seen["filters"], principal=model.resnet is None)}
+  if "positions" in seen:
+    grid = model.token_grid(images.shape[1:3])
+    of_model["positions"] = draw.draw_position_similarity(seen["positions"], grid)
+  return of_images, of_model
 
 
 def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
@@ -63,11 +83,8 @@ def attention_rollout(
   """Returns the share of each input token (column) in each output token (row); rows sum to 1.
 
   Abnar and Zuidema, arXiv:2005.00928, section 3, as in figure 6 of the ViT paper (appendix D.8):
-  the product of the maps, averaged over heads and mixed with the identity.
-
-  Args:
-    weights: attention maps.
-    residual: weight of the identity, which stands for the residual connection.
+  the product of the maps, averaged over heads and mixed with `residual` times the identity, which
+  stands for the residual connection.
   """
   maps = jnp.asarray(weights, jnp.float32)
   mixed = (1 - residual) * maps.mean(axis=2) + residual * jnp.eye(maps.shape[-1])[None, None]
@@ -85,12 +102,8 @@ def attention_distances(
 ) -> Float[Array, "l heads"]:
   """Returns the mean distance between a patch and the patches it attends to (figure 7, right).
 
-  Rows are renormalised to the patches, without other tokens.
-
-  Args:
-    weights: attention maps.
-    grid: height and width, in patches.
-    patch_size: side of a patch, in the unit of the result (pixels).
+  Rows are renormalised to the patches, without other tokens; `patch_size` is the side of a patch in
+  the unit of the result.
   """
   maps = patch_tokens(patch_tokens(weights, grid, axis=-1), grid, axis=-2).astype(jnp.float32)
   maps = maps / jnp.maximum(maps.sum(axis=-1, keepdims=True), 1e-12)
@@ -106,6 +119,4 @@ def patch_tokens(
   count, tokens = grid[0] * grid[1], values.shape[axis]
   if tokens < count:
     raise ValueError(f"attention maps: {tokens} tokens; expected {count} or more for grid {grid}")
-  keep = [slice(None)] * values.ndim
-  keep[axis] = slice(tokens - count, None)
-  return jnp.asarray(values)[tuple(keep)]
+  return jax.lax.slice_in_dim(jnp.asarray(values), tokens - count, tokens, axis=axis)

@@ -21,71 +21,43 @@ from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
 from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive, check_rates
-from vit_jax_zoo.ops.interpretability import Explanation
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.vit import figures
 from vit_jax_zoo.systems.vit.hybrid import StandardizedResNet, total_stride
 
 
 class VisionTransformer(nn.Module):
-  """Patch embedding, Transformer encoder, classification head (Eq. 1 to 4).
+  """Patch embedding, Transformer encoder, classification head (Eq. 1 to 4)."""
 
-  Attributes:
-    num_classes: size of the label set; None: no head, as Hugging Face's `ViTModel`.
-    patch_size: side of a patch, in pixels, or in positions of a hybrid's ResNet output.
-    width: D in the paper (Table 1).
-    depth: number of encoder blocks, L.
-    num_heads: attention heads of each block.
-    mlp_dim: hidden width of each block's MLP.
-    resnet: fields of `StandardizedResNet`, at least `stage_sizes`: a hybrid (section 3.1).
-    pool: input of the head: "cls", the class token, or "mean" over patch tokens (appendix D.3).
-    cls_token: whether there is a class token; None: if the pool needs one. MAE's fine-tuned weights
-      (arXiv:2111.06377) have one and pool the patches.
-    fc_norm: applies the last norm to the pooled vector in place of the tokens: MAE, timm.
-    position_embedding: "learned_1d", "learned_2d", "none" (Table 8), or "sincos_2d"
-      (arXiv:2205.01580).
-    cls_token_position: whether "learned_1d" has a row for the class token, as in the paper's code;
-      big_vision's and DeiT-3's weights have none.
-    representation_size: width of the tanh layer before the head (section 3.1, pre-training); None:
-      no such layer.
-    dropout_rate: after position embeddings and each dense layer except query, key and value
-      (Table 3).
-    drop_path_rate: stochastic depth of the last block, linear from 0 at the first
-      (arXiv:2106.10270).
-    activation: "gelu_tanh" (Google), "gelu" (timm, Hugging Face), or another of
-      `nn.transformer.ACTIVATIONS`.
-    layer_norm_epsilon: 1e-6 (Google, timm) or 1e-12 (Hugging Face).
-    qkv_bias: whether query, key and value have biases; timm's `vit_base_patch16_224_miil` has none.
-    head_bias_init: -10 in the paper's ImageNet-21k and JFT pre-training with sigmoid losses.
-    dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
-    remat: activations saved for the backward pass, a key of `nn.transformer.REMAT_POLICIES`.
-    scan_layers: scans the encoder blocks, and the equal units of a hybrid's stages.
-    attention_implementation: see `nn.attention.Implementation`.
-  """
-
-  num_classes: int | None = 1000
-  patch_size: int = 16
-  width: int = 768
-  depth: int = 12
-  num_heads: int = 12
-  mlp_dim: int = 3072
-  resnet: Mapping[str, Any] | None = None
-  pool: str = "cls"
+  num_classes: int | None = 1000  # None: no head, as Hugging Face's `ViTModel`
+  patch_size: int = 16  # side of a patch, in pixels, or in positions of a hybrid's ResNet output
+  width: int = 768  # D in the paper (Table 1)
+  depth: int = 12  # number of encoder blocks, L
+  num_heads: int = 12  # attention heads of each block
+  mlp_dim: int = 3072  # hidden width of each block's MLP
+  resnet: Mapping[str, Any] | None = None  # fields of a hybrid's `StandardizedResNet` (section 3.1)
+  pool: str = "cls"  # head's input: "cls" token, or "mean" over patch tokens (appendix D.3)
+  # whether there is a class token; None: if the pool needs one. MAE's fine-tuned weights
+  # (arXiv:2111.06377) have one and pool the patches.
   cls_token: bool | None = None
-  fc_norm: bool = False
+  fc_norm: bool = False  # norm after the pool, in place of before: MAE, timm
+  # "learned_1d", "learned_2d", "none" (Table 8), or "sincos_2d" (arXiv:2205.01580)
   position_embedding: str = "learned_1d"
+  # whether "learned_1d" has a row for the class token, as in the paper's code; big_vision's and
+  # DeiT-3's weights have none
   cls_token_position: bool = True
-  representation_size: int | None = None
-  dropout_rate: float = 0.0
-  drop_path_rate: float = 0.0
+  representation_size: int | None = None  # tanh layer before the head (section 3.1); None: none
+  dropout_rate: float = 0.0  # after positions and dense layers except query, key, value (Table 3)
+  drop_path_rate: float = 0.0  # of the last block, linear from 0 at the first (arXiv:2106.10270)
+  # "gelu_tanh" (Google), "gelu" (timm, Hugging Face), or another of `nn.transformer.ACTIVATIONS`
   activation: str = "gelu_tanh"
-  layer_norm_epsilon: float = 1e-6
-  qkv_bias: bool = True
-  head_bias_init: float = 0.0
-  dtype: Dtype = "float32"
-  remat: str = "none"
-  scan_layers: bool = True
-  attention_implementation: Implementation = None
+  layer_norm_epsilon: float = 1e-6  # 1e-6 (Google, timm) or 1e-12 (Hugging Face)
+  qkv_bias: bool = True  # timm's `vit_base_patch16_224_miil` has none
+  head_bias_init: float = 0.0  # -10 in the paper's pre-training with sigmoid losses
+  dtype: Dtype = "float32"  # parameters, softmax, norms' statistics and logits are float32
+  remat: str = "none"  # saved activations, a key of `nn.transformer.REMAT_POLICIES`
+  scan_layers: bool = True  # scans the encoder blocks, and the equal units of a hybrid's stages
+  attention_implementation: Implementation = None  # see `nn.attention.Implementation`
 
   @nn.compact
   def __call__(
@@ -107,7 +79,9 @@ class VisionTransformer(nn.Module):
     _check(self, (images.shape[1], images.shape[2]))
     x = shard_batch(jnp.asarray(images))
     if self.resnet is not None:
-      x = StandardizedResNet(**self._resnet_fields(), name="resnet")(x)
+      fields: dict[str, Any] = {"remat": self.remat != "none", "scan_layers": self.scan_layers}
+      fields = {**fields, "dtype": self.dtype, **self.resnet}
+      x = StandardizedResNet(**fields, name="resnet")(x)
 
     # Eq. 1: patch embedding, position embedding, class token.
     patch = (self.patch_size, self.patch_size)
@@ -147,10 +121,6 @@ class VisionTransformer(nn.Module):
     self.sow("intermediates", "pooled", features)
     return {"tokens": x, **self._head(features)}
 
-  def _resnet_fields(self) -> dict[str, Any]:
-    shared = {"dtype": self.dtype, "remat": self.remat != "none", "scan_layers": self.scan_layers}
-    return {**shared, **(self.resnet or {})}
-
   @property
   def _block(self) -> functools.partial[nn.Module]:
     fields = ("num_heads", "mlp_dim", "dropout_rate", "activation", "qkv_bias")
@@ -164,13 +134,9 @@ class VisionTransformer(nn.Module):
     features = features.astype(jnp.float32)
     if self.num_classes is None:
       return {"features": features}
-    head = nn.Dense(
-      self.num_classes,
-      kernel_init=nn.initializers.zeros,
-      bias_init=nn.initializers.constant(self.head_bias_init),
-      dtype=jnp.float32,
-      name="head",
-    )
+    zeros, bias = nn.initializers.zeros, nn.initializers.constant(self.head_bias_init)
+    init = {"kernel_init": zeros, "bias_init": bias}
+    head = nn.Dense(self.num_classes, **init, dtype=jnp.float32, name="head")
     return {"features": features, "logits": head(features)}
 
   @property
@@ -187,11 +153,8 @@ class VisionTransformer(nn.Module):
     """Whether the encoder's input begins with a class token."""
     return self.pool == "cls" if self.cls_token is None else self.cls_token
 
-  def explain(
-    self, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
-  ) -> Explanation:
-    """Returns the parts of figures 6 and 7 of the paper; see `ops.interpretability`."""
-    return figures.explain(self, variables["params"], intermediates, image_size)
+  explain = figures.explain
+  draw_explanation = figures.draw_explanation
 
 
 class EncoderBlock(nn.Module):
@@ -217,13 +180,9 @@ class EncoderBlock(nn.Module):
     x = shard_batch(x)
     norm = functools.partial(nn.LayerNorm, epsilon=self.layer_norm_epsilon, dtype=self.dtype)
     y = norm(name="attention_norm")(x)
-    y = MultiHeadAttention(
-      self.num_heads,
-      qkv_bias=self.qkv_bias,
-      dtype=self.dtype,
-      implementation=self.attention_implementation,
-      name="attention",
-    )(y, train=train)
+    fields = {"qkv_bias": self.qkv_bias, "implementation": self.attention_implementation}
+    attention = MultiHeadAttention(self.num_heads, **fields, dtype=self.dtype, name="attention")
+    y = attention(y, train=train)
     self.sow("intermediates", "attention_output", y)
     y = nn.Dropout(self.dropout_rate)(y, deterministic=not train)
     x = x + DropPath()(y, drop_path_rate, train=train)
@@ -241,17 +200,13 @@ POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "none")
 
 
 class PositionEmbedding(nn.Module):
-  """Position embeddings of a grid of patches (appendix D.4).
+  """Position embeddings of a grid of patches (appendix D.4)."""
 
-  Attributes:
-    kind: one of `POSITION_EMBEDDINGS`. "learned_1d" has a row per token, `table` [1 n d];
-      "learned_2d" concatenates half a vector per row, `rows` [h d/2], and half a vector per column,
-      `columns` [w d/2]; "sincos_2d" is fixed.
-    cls_row: "learned_1d" begins with a row for the class token.
-  """
-
+  # one of `POSITION_EMBEDDINGS`. "learned_1d" has a row per token, `table` [1 n d]; "learned_2d"
+  # concatenates half a vector per row, `rows` [h d/2], and half a vector per column, `columns` [w
+  # d/2]; "sincos_2d" is fixed.
   kind: str = "learned_1d"
-  cls_row: bool = False
+  cls_row: bool = False  # "learned_1d" begins with a row for the class token
 
   @nn.compact
   def __call__(self, grid: tuple[int, int], width: int) -> Float[Array, "1 n d"]:
@@ -300,11 +255,8 @@ def _check(model: VisionTransformer, image_size: tuple[int, int]) -> None:
   for name, side in zip(("height", "width"), image_size, strict=True):
     if side % stride or not side:
       below, above = side // stride * stride, (side // stride + 1) * stride
-      fits = f"{below} or {above}" if below else f"{above}"
-      raise ValueError(
-        f"image {name}: {side} pixels; expected a multiple of the token stride {stride}. Resize to "
-        f"{fits}"
-      )
+      fits = f"token stride {stride}. Resize to " + (f"{below} or {above}" if below else f"{above}")
+      raise ValueError(f"image {name}: {side} pixels; expected a multiple of the {fits}")
 
 
 def _size(width: int, depth: int, mlp_dim: int, num_heads: int, patches: tuple[int, ...]) -> Any:
