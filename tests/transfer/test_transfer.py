@@ -20,7 +20,7 @@ from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.transfer import __main__ as command
 from vit_jax_zoo.transfer import vtab as benchmarks
-from vit_jax_zoo.transfer.extract import Extractor, LoaderOptions
+from vit_jax_zoo.transfer.extract import Extractor
 from vit_jax_zoo.transfer.suites import SUITES, Request, run_suites
 from vit_jax_zoo.transfer.vtab import VtabTask
 
@@ -55,7 +55,7 @@ def digits():
   means = np.stack([features[labels == label].mean(0) for label in range(10)]).astype(np.float32)
   task = create_task("classification", Pixels(), num_classes=10)
   trained = Trained("pixels", task, {"params": {"means": means}}, prepare, (8, 8), "pixels")
-  return Extractor(trained, LoaderOptions(batch_size=50))
+  return Extractor(trained, batch_size=50)
 
 
 def ask(suites, **fields):
@@ -166,7 +166,7 @@ def test_folders_are_data_like_any_other(digits, tmp_path):
 def knn_of(trained, folder):
   """Returns the scores of nearest neighbours among digits, and the names of the pictures."""
   request = ask(("knn",), data=("demo:digits",))
-  extractor = Extractor(trained, LoaderOptions(batch_size=64))
+  extractor = Extractor(trained, batch_size=64)
   assert command.run_and_write(request, extractor, folder, {"model": trained.model_name}) == 0
   kept = json.loads((folder / "transfer.json").read_text())["suites"]["knn"]["demo:digits"]
   return kept, {path.name for path in folder.glob("*.png")}
@@ -205,7 +205,7 @@ def test_what_cannot_be_asked_is_one_line(digits, tmp_path):
   with pytest.raises(ValueError, match="demo:digits: not one of vtab's 19 tasks"):
     list(run_suites(Request(("vtab",), ("demo:digits",)), digits))
   with pytest.raises(ValueError, match="batch_size is 0; expected a whole number"):
-    Extractor(digits._trained, LoaderOptions(batch_size=0))
+    Extractor(digits._trained, batch_size=0)
   assert len(set(SUITES)) == len(SUITES)
 
 

@@ -22,64 +22,55 @@ from vit_jax_zoo.training.feature_evaluation import collect_features
 
 @dataclasses.dataclass(frozen=True)
 class Prepare(Transform):
-  """`image`: encoded bytes or pixels -> preprocessed as in the model's own evaluation.
-
-  Attributes:
-    prepare: `Trained.prepare`.
-  """
+  """`image`: encoded bytes or pixels -> preprocessed by `Trained.prepare`; keeps a `label`."""
 
   name = "prepare"
 
   prepare: Callable[[np.ndarray], Mapping[str, Any]]
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example's preprocessed `image`, and its `label` if it has one."""
+    """Returns the preprocessed example."""
     del rng
     image = self.prepare(pixels(example["image"]))["image"]
     return {"image": image} | ({"label": example["label"]} if "label" in example else {})
 
 
-@dataclasses.dataclass(frozen=True)
-class LoaderOptions:
-  """Options of reading datasets.
-
-  Attributes:
-    batch_size: global; rounded up to a multiple of the number of devices.
-    num_workers: worker processes; 0: threads of this process.
-    on_corrupt: "error", or "skip" to skip unreadable images.
-  """
-
-  batch_size: int = 128
-  num_workers: int = 0
-  on_corrupt: str = "error"
-
-
 class Extractor:
   """Applies a model to datasets, on all local devices."""
 
-  def __init__(self, trained: Trained, options: LoaderOptions = LoaderOptions()) -> None:
+  def __init__(
+    self,
+    trained: Trained,
+    *,
+    batch_size: int = 128,
+    num_workers: int = 0,
+    on_corrupt: str = "error",
+  ) -> None:
     """Puts the model on the devices; compiles nothing yet.
+
+    The batch size is global, and rounded up to a multiple of the number of devices; `num_workers`
+    processes read images (0: threads); `on_corrupt` is "error", or "skip" of unreadable images.
 
     Raises:
       ValueError: the batch size is not positive.
     """
-    if options.batch_size < 1:
-      raise ValueError(f"batch_size is {options.batch_size}; expected a whole number, at least 1")
-    self._trained, self._options = trained, options
+    if batch_size < 1:
+      raise ValueError(f"batch_size is {batch_size}; expected a whole number, at least 1")
+    self._trained = trained
     self._mesh = sharding.create_mesh({"data": -1, "fsdp": 1, "model": 1})
     ways = sharding.batch_ways(self._mesh)
-    self._batch_size = -(-options.batch_size // ways) * ways
+    batch_size = -(-batch_size // ways) * ways
+    self._reading = {
+      "batch_size": batch_size, "num_workers": num_workers, "on_corrupt": on_corrupt
+    }  # fmt: skip
     self._whole = sharding.replicated(self._mesh)
     self._variables = jax.device_put(trained.variables, self._whole)
     self._features_step = compile_predict_step(trained.task.features, self._whole, self._mesh)
 
   def features(self, source: Source, *, to_score: bool = False) -> Labelled:
-    """Returns the features of all images of a source, by kind, and their labels.
+    """Returns the features of all images of a source, by kind, and their labels, one each.
 
-    Args:
-      source: images with one label each.
-      to_score: for scoring only; if the task has several views of an image, returns all of them,
-        [b v d].
+    With `to_score`, all of a task's views of an image, [b v d].
 
     Raises:
       ValueError: the model's task has no features, or images have no label or several.
@@ -89,8 +80,7 @@ class Extractor:
       raise ValueError(
         f"{self._trained.source} has no features to probe: its task is {type(task).__name__}"
       )
-    batches = self._batches(source)
-    name = source.info.name
+    batches, name = self._batches(source), source.info.name
     views = task.feature_views if to_score else 1
     return collect_features(self._features_step, self._variables, batches, self._mesh, name, views)
 
@@ -99,18 +89,21 @@ class Extractor:
   ) -> tuple[Int[np.ndarray, "n r"], Bool[np.ndarray, "n k"]]:
     """Returns the model's classes from most to least probable, and the correct ones.
 
-    Args:
-      source: images with one or several labels among the model's classes.
-      keep: number of classes to return; all by default.
-
     Raises:
       ValueError: the model is no classifier, or its number of classes differs.
     """
-    num_classes = self._check_classes(source)
     task: Any = self._trained.task
-    task = dataclasses.replace(task, top_k=min(keep or num_classes, num_classes))
+    ours, theirs = getattr(task, "num_classes", None), source.info.num_classes
+    if ours is None:
+      raise ValueError(f"{self._trained.source} is no classifier; this suite scores its classes")
+    if theirs is not None and ours != theirs:
+      raise ValueError(
+        f"{self._trained.source} has {ours} classes and {source.info.name} {theirs}; give a model "
+        "with a head of the same classes, in the same order"
+      )
+    task = dataclasses.replace(task, top_k=min(keep or ours, ours))
     step = compile_predict_step(task.predict, self._whole, self._mesh)
-    batches = self._batches(source, MultiHot(num_classes))
+    batches = self._batches(source, MultiHot(ours))
     ranked, labels, progress = [], [], (source.info.name, len(batches))
     pairs = predict_batches(step, self._variables, batches, self._mesh, *progress)
     for batch, found in pairs:
@@ -119,23 +112,6 @@ class Extractor:
       labels.append(np.asarray(batch["label"])[real] > 0)
     return np.concatenate(ranked), np.concatenate(labels)
 
-  def _check_classes(self, source: Source) -> int:
-    ours = getattr(self._trained.task, "num_classes", None)
-    theirs = source.info.num_classes
-    if ours is None:
-      raise ValueError(f"{self._trained.source} is no classifier; this suite scores its classes")
-    if theirs is not None and ours != theirs:
-      raise ValueError(
-        f"{self._trained.source} has {ours} classes and {source.info.name} {theirs}; give a model "
-        "with a head of the same classes, in the same order"
-      )
-    return ours
-
   def _batches(self, source: Source, *transforms: Transform) -> pipeline.EvalBatches:
-    return pipeline.eval_batches(
-      source,
-      (Prepare(self._trained.prepare), *transforms),
-      batch_size=self._batch_size,
-      num_workers=self._options.num_workers,
-      on_corrupt=self._options.on_corrupt,
-    )
+    steps = (Prepare(self._trained.prepare), *transforms)
+    return pipeline.eval_batches(source, steps, **self._reading)

@@ -4,6 +4,7 @@ A dataset that is not prepared is reported with the command that prepares it; th
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,76 +15,48 @@ from matplotlib.figure import Figure
 from vit_jax_zoo.data.sources import KINDS, load_source
 from vit_jax_zoo.data.sources.base import SlicedSource, Source
 from vit_jax_zoo.errors import unknown_name
-from vit_jax_zoo.metrics.feature_probes import (
-  PROBES,
-  FeatureProbe,
-  Labelled,
-  Linear,
-  choose_features,
-  create_probe,
-)
+from vit_jax_zoo.metrics import feature_probes as probing
 from vit_jax_zoo.metrics.imagenet_variants import score_rankings
 from vit_jax_zoo.training.feature_evaluation import report
 from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor
 from vit_jax_zoo.transfer.vtab import ImageNetVariant, ProbeData, VtabTask
 
-SUITES = (*PROBES, "vtab", *benchmarks.IMAGENET)
+SUITES = (*probing.PROBES, "vtab", *benchmarks.IMAGENET)
 """All names of suites."""
-
-PROBE_DATA: Mapping[str, Mapping[str, ProbeData]] = {
-  name: benchmarks.FEW_SHOT if name == "few_shot" else benchmarks.PROBED for name in PROBES
-}
-"""Default datasets of each probe."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """Result of a suite on one dataset.
+  """Result of a suite on one dataset."""
 
-  Attributes:
-    suite: its name.
-    data: name of the dataset.
-    scores: by name, fractions in [0, 1] and selected hyperparameters; "accuracy" is the main one.
-      Empty if the dataset is missing.
-    features: kind of feature: "features", or the selected layer.
-    group: of VTAB's tasks.
-    missing: how to get a missing dataset.
-    figures: by name.
-  """
-
-  suite: str
-  data: str
+  suite: str  # its name
+  data: str  # name of the dataset
+  # by name, fractions in [0, 1] and selected hyperparameters; "accuracy" is the main one. Empty if
+  # the dataset is missing.
   scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  features: str | None = None
-  group: str | None = None
-  missing: str | None = None
-  figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  features: str | None = None  # kind of feature: "features", or the selected layer
+  group: str | None = None  # of VTAB's tasks
+  missing: str | None = None  # how to get a missing dataset
+  figures: Mapping[str, Figure] = dataclasses.field(default_factory=dict)  # by name
 
   @property
   def title(self) -> str:
     """Suite and dataset; one name if they are equal."""
-    return _title(self.suite, self.data)
+    return self.suite if self.suite == self.data else f"{self.suite} on {self.data}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """Suites and datasets to evaluate.
+  """Suites and datasets to evaluate."""
 
-  Attributes:
-    suites: keys of `SUITES`.
-    data: sources (`folder:/path`), or names in the suites' tables; () for all of these.
-    data_dir: TFDS data folder; None: its default.
-    fit_split: training split of the sources in `data`.
-    test_split: test split of these.
-    probes: fields of the probes, by name.
-  """
-
-  suites: Sequence[str]
+  suites: Sequence[str]  # keys of `SUITES`
+  # sources (`folder:/path`), or names in the suites' tables; () for all of these
   data: Sequence[str] = ()
-  data_dir: str | None = None
-  fit_split: str = "train"
-  test_split: str = "test"
+  data_dir: str | None = None  # TFDS data folder; None: its default
+  fit_split: str = "train"  # training split of the sources in `data`
+  test_split: str = "test"  # test split of these
+  # fields of the probes, by name
   probes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
@@ -122,123 +95,93 @@ def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
   Raises:
     ValueError: one line, about an unknown name, or a model that a suite cannot evaluate.
   """
-  jobs = [job for suite in request.suites for job in _jobs(suite, request)]
-  cache: dict[Any, Labelled] = {}
-  for number, (suite, name, job) in enumerate(jobs, start=1):
-    logging.info("%s (%d of %d)", _title(suite, name), number, len(jobs))
+  run = _Run(request, extractor, {})
+  jobs = [job for suite in request.suites for job in run.jobs(suite)]
+  for number, (empty, evaluate) in enumerate(jobs, start=1):
+    logging.info("%s (%d of %d)", empty.title, number, len(jobs))
     try:
-      yield job(request, extractor, cache)
+      yield dataclasses.replace(empty, **evaluate())
     except FileNotFoundError as error:
-      yield Outcome(suite, name, missing=" ".join(str(error).split()))
+      yield dataclasses.replace(empty, missing=" ".join(str(error).split()))
 
 
-Job = Callable[[Request, Extractor, dict[Any, Labelled]], Outcome]
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """Evaluates the requested suites; `cache` has the features that several probes share."""
 
+  request: Request
+  extractor: Extractor
+  cache: dict[Any, probing.Labelled]
 
-def _jobs(suite: str, request: Request) -> Iterator[tuple[str, str, Job]]:
-  if suite in PROBES:
-    probe = create_probe(suite, **request.probes.get(suite, {}))
-    make = lambda source: ProbeData(source, request.fit_split, request.test_split)  # noqa: E731
-    for name, data in request.choose(suite, PROBE_DATA[suite], make).items():
-      yield suite, name, _ProbeJob(suite, name, data, probe)
-  elif suite == "vtab":
-    for name, task in request.choose(suite, benchmarks.VTAB, _no_task).items():
-      yield suite, name, _VtabJob(name, task)
-  else:
-    table = {suite: benchmarks.IMAGENET[suite]}
-    make = lambda source: dataclasses.replace(  # noqa: E731
-      table[suite], source=source, split=request.test_split, options={}, num_its_classes=None
+  def jobs(self, suite: str) -> Iterator[tuple[Outcome, Callable[[], dict[str, Any]]]]:
+    """Yields, for each dataset, its outcome without scores, and the function of these."""
+    request = self.request
+    table: Mapping[str, Any]
+    if suite in probing.PROBES:
+      probe = probing.create_probe(suite, **request.probes.get(suite, {}))
+      table = benchmarks.FEW_SHOT if suite == "few_shot" else benchmarks.PROBED
+      make = functools.partial(ProbeData, fit=request.fit_split, test=request.test_split)
+      evaluate = functools.partial(self.probe, probe)
+    elif suite == "vtab":
+      table, make, evaluate = benchmarks.VTAB, _no_task, self.vtab
+    else:
+      table, evaluate = {suite: benchmarks.IMAGENET[suite]}, self.variant
+      replaced = {"split": request.test_split, "options": {}, "num_its_classes": None}
+      make = lambda source: dataclasses.replace(table[suite], source=source, **replaced)  # noqa: E731
+    for name, data in request.choose(suite, table, make).items():
+      group = data.group if suite == "vtab" else None
+      yield Outcome(suite, name, group=group), functools.partial(evaluate, data, name)
+
+  def probe(self, probe: probing.FeatureProbe, data: ProbeData, name: str) -> dict[str, Any]:
+    fit, test = (
+      self.request.open(data.source, split, data.options) for split in (data.fit, data.test)
     )
-    for name, variant in request.choose(suite, table, make).items():
-      yield suite, name, _VariantJob(suite, name, variant)
+    for source, to_score in ((fit, False), (test, True)):
+      key = source.info.name, to_score
+      if key not in self.cache:
+        self.cache[key] = self.extractor.features(source, to_score=to_score)
+    found = probe(self.cache[fit.info.name, False], self.cache[test.info.name, True])
+    result = report(found, f"{probe.title}, {name}")
+    features = probing.choose_features(found)
+    return {"scores": result.scores, "features": features, "figures": result.figures}
 
+  def vtab(self, task: VtabTask, name: str) -> dict[str, Any]:
+    train, validation, test = (
+      self.request.open(task.source, split, task.options)
+      for split in (task.train, task.validation, task.test)
+    )
+    sizes = ((train, benchmarks.VTAB_TRAIN), (validation, benchmarks.VTAB_VALIDATION))
+    parts = [(source, range(min(size, len(source)))) for source, size in sizes]
+    fit = self.extractor.features(
+      SlicedSource(f"{train.info.name} and {validation.info.name}", parts)
+    )
+    held_out = np.arange(len(fit.labels)) >= len(parts[0][1])
+    found = probing.Linear()(fit, self.extractor.features(test, to_score=True), held_out)
+    return {"scores": report(found, name).scores, "features": probing.choose_features(found)}
 
-def _title(suite: str, data: str) -> str:
-  return suite if suite == data else f"{suite} on {data}"
+  def variant(self, data: ImageNetVariant, name: str) -> dict[str, Any]:
+    source = self.request.open(data.source, data.split, data.options)
+    ranked, labels = self.extractor.rankings(source, None if data.only_its_classes else 5)
+    scores = score_rankings(ranked, labels, only_its_classes=data.only_its_classes)
+    if data.num_its_classes not in (None, scores["classes"]):
+      expected = data.num_its_classes
+      logging.warning("%s: %d classes occur, expected %d", name, scores["classes"], expected)
+    return {"scores": scores}
 
 
 def _no_task(source: str) -> VtabTask:
   raise ValueError(f"--data={source}: not one of vtab's 19 tasks; give some of these, or no --data")
 
 
-@dataclasses.dataclass(frozen=True)
-class _ProbeJob:
-  suite: str
-  name: str
-  data: ProbeData
-  probe: FeatureProbe
-
-  def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
-    parts = [request.open(self.data.source, split, self.data.options)
-             for split in (self.data.fit, self.data.test)]  # fmt: skip
-    fit = _features(extractor, parts[0], cache, to_score=False)
-    test = _features(extractor, parts[1], cache, to_score=True)
-    return _outcome(self.suite, self.name, self.probe.title, self.probe(fit, test))
-
-
-@dataclasses.dataclass(frozen=True)
-class _VtabJob:
-  name: str
-  task: VtabTask
-
-  def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
-    del cache  # no other task uses the same images
-    train, validation, test = (
-      request.open(self.task.source, split, self.task.options)
-      for split in (self.task.train, self.task.validation, self.task.test)
-    )
-    sizes = benchmarks.VTAB_TRAIN, benchmarks.VTAB_VALIDATION
-    parts = [(source, range(min(size, len(source))))
-             for source, size in zip((train, validation), sizes, strict=True)]  # fmt: skip
-    fit = extractor.features(SlicedSource(f"{train.info.name} and {validation.info.name}", parts))
-    held_out = np.arange(len(fit.labels)) >= len(parts[0][1])
-    probe = Linear()
-    found = probe(fit, extractor.features(test, to_score=True), held_out)
-    return dataclasses.replace(
-      _outcome("vtab", self.name, probe.title, found), group=self.task.group, figures={}
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _VariantJob:
-  suite: str
-  name: str
-  data: ImageNetVariant
-
-  def __call__(self, request: Request, extractor: Extractor, cache: dict) -> Outcome:
-    del cache
-    source = request.open(self.data.source, self.data.split, self.data.options)
-    few = None if self.data.only_its_classes else 5
-    ranked, labels = extractor.rankings(source, few)
-    scores = score_rankings(ranked, labels, only_its_classes=self.data.only_its_classes)
-    wanted = self.data.num_its_classes
-    if wanted is not None and scores["classes"] != wanted:
-      logging.warning("%s: %d classes occur, expected %d", self.name, scores["classes"], wanted)
-    return Outcome(self.suite, self.name, scores)
-
-
-def _features(
-  extractor: Extractor, source: Source, cache: dict[Any, Labelled], *, to_score: bool
-) -> Labelled:
-  key = source.info.name, to_score
-  if key not in cache:
-    cache[key] = extractor.features(source, to_score=to_score)
-  return cache[key]
-
-
-def _outcome(suite: str, name: str, title: str, found: Mapping[str, Any]) -> Outcome:
-  result = report(dict(found), f"{title}, {name}")
-  return Outcome(suite, name, result.scores, choose_features(found), figures=result.figures)
-
-
 def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:
   """Returns VTAB's means: of each complete group, and of all 19 tasks if complete."""
   scores = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes if outcome.scores}
-  means = {}
-  for group in benchmarks.GROUPS:
-    names = [name for name, task in benchmarks.VTAB.items() if task.group == group]
-    if names and all(name in scores for name in names):
-      means[group] = float(np.mean([scores[name] for name in names]))
-  if all(name in scores for name in benchmarks.VTAB):
-    means["mean"] = float(np.mean([scores[name] for name in benchmarks.VTAB]))
-  return means
+  groups = {
+    group: [name for name, task in benchmarks.VTAB.items() if task.group == group]
+    for group in benchmarks.GROUPS
+  }
+  return {
+    group: float(np.mean([scores[name] for name in names]))
+    for group, names in {**groups, "mean": list(benchmarks.VTAB)}.items()
+    if names and all(name in scores for name in names)
+  }

@@ -19,16 +19,7 @@ first 200 of its validation split, and retrains on both for the test."""
 
 @dataclasses.dataclass(frozen=True)
 class VtabTask:
-  """One of VTAB's 19 tasks.
-
-  Attributes:
-    group: "natural", "specialized" or "structured".
-    source: as in `data/sources`.
-    train: split whose first 800 images are used for training.
-    validation: split whose first 200 images are used for selection.
-    test: split that is scored.
-    options: of the source.
-  """
+  """One of VTAB's 19 tasks: its group, its source as in `data/sources`, and the source's splits."""
 
   group: str
   source: str
@@ -38,84 +29,56 @@ class VtabTask:
   options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _own_validation(group: str, name: str, **options: Any) -> VtabTask:
-  return VtabTask(group, f"tfds:{name}", "train", "validation", options=options)
+def _task(group: str, name: str, splits: tuple[str, str, str], **options: Any) -> VtabTask:
+  return VtabTask(group, f"tfds:{name}", *splits, options)
 
 
-def _part_of_train(group: str, name: str, percent: int, **options: Any) -> VtabTask:
-  """The validation split is the end of the training split."""
-  train, validation = f"train[:{percent}%]", f"train[{percent}%:]"
-  return VtabTask(group, f"tfds:{name}", train, validation, options=options)
+_OWN = ("train", "validation", "test")
+_CLEVR = ("train[:90%]", "train[90%:]", "validation")
+"""CLEVR's test images have no annotations."""
+_NORB = {"splits": ("train", "test[:50%]", "test[50%:]"), "image_key": "image"}
 
 
-def _all_in_train(
-  group: str, name: str, percent: int, test_percent: int, **options: Any
-) -> VtabTask:
-  """Cuts the only split into three."""
-  return VtabTask(
-    group,
-    f"tfds:{name}",
-    f"train[:{percent}%]",
-    f"train[{percent}%:{test_percent}%]",
-    f"train[{test_percent}%:]",
-    options,
-  )
+def _held_out(percent: int) -> tuple[str, str, str]:
+  """Validates on the end of the training split."""
+  return f"train[:{percent}%]", f"train[{percent}%:]", "test"
 
 
-def _clevr(rule: str) -> VtabTask:
-  """Tests on CLEVR's validation images: its test images have no annotations."""
-  options = {"label_rule": rule}
-  return VtabTask(
-    STRUCTURED, "tfds:clevr", "train[:90%]", "train[90%:]", "validation", options=options
-  )
-
-
-def _small_norb(label: str) -> VtabTask:
-  """Uses half of the test images for validation, the other half for the test."""
-  options = {"image_key": "image", "label_key": label}
-  splits = ("train", "test[:50%]", "test[50%:]")
-  return VtabTask(STRUCTURED, "tfds:smallnorb", *splits, options=options)
+def _cut(end: int, test: int) -> tuple[str, str, str]:
+  """Cuts the only split into three, at these percentages."""
+  return f"train[:{end}%]", f"train[{end}%:{test}%]", f"train[{test}%:]"
 
 
 _RETINOPATHY = "diabetic_retinopathy_detection/btgraham-300"
 
 VTAB = {
-  "caltech101": _part_of_train(NATURAL, "caltech101", 90),
-  "cifar100": _part_of_train(NATURAL, "cifar100", 90),
-  "dtd": _own_validation(NATURAL, "dtd"),
-  "oxford_flowers102": _own_validation(NATURAL, "oxford_flowers102"),
-  "oxford_iiit_pet": _part_of_train(NATURAL, "oxford_iiit_pet", 80),
-  "sun397": _own_validation(NATURAL, "sun397/tfds"),
-  "svhn": _part_of_train(NATURAL, "svhn_cropped", 90),
-  "patch_camelyon": _own_validation(SPECIALIZED, "patch_camelyon"),
-  "eurosat": _all_in_train(SPECIALIZED, "eurosat/rgb", 60, 80),
-  "resisc45": _all_in_train(SPECIALIZED, "resisc45", 60, 80),
-  "diabetic_retinopathy": _own_validation(SPECIALIZED, _RETINOPATHY),
-  "clevr_count": _clevr("clevr_count"),
-  "clevr_distance": _clevr("clevr_distance"),
-  "dmlab": _own_validation(STRUCTURED, "dmlab"),
-  "dsprites_x_position": _all_in_train(
-    STRUCTURED, "dsprites", 80, 90, label_rule="dsprites_x_position"
-  ),
-  "dsprites_orientation": _all_in_train(
-    STRUCTURED, "dsprites", 80, 90, label_rule="dsprites_orientation"
-  ),
-  "kitti_distance": _own_validation(STRUCTURED, "kitti", label_rule="kitti_distance"),
-  "smallnorb_azimuth": _small_norb("label_azimuth"),
-  "smallnorb_elevation": _small_norb("label_elevation"),
+  "caltech101": _task(NATURAL, "caltech101", _held_out(90)),
+  "cifar100": _task(NATURAL, "cifar100", _held_out(90)),
+  "dtd": _task(NATURAL, "dtd", _OWN),
+  "oxford_flowers102": _task(NATURAL, "oxford_flowers102", _OWN),
+  "oxford_iiit_pet": _task(NATURAL, "oxford_iiit_pet", _held_out(80)),
+  "sun397": _task(NATURAL, "sun397/tfds", _OWN),
+  "svhn": _task(NATURAL, "svhn_cropped", _held_out(90)),
+  "patch_camelyon": _task(SPECIALIZED, "patch_camelyon", _OWN),
+  "eurosat": _task(SPECIALIZED, "eurosat/rgb", _cut(60, 80)),
+  "resisc45": _task(SPECIALIZED, "resisc45", _cut(60, 80)),
+  "diabetic_retinopathy": _task(SPECIALIZED, _RETINOPATHY, _OWN),
+  "clevr_count": _task(STRUCTURED, "clevr", _CLEVR, label_rule="clevr_count"),
+  "clevr_distance": _task(STRUCTURED, "clevr", _CLEVR, label_rule="clevr_distance"),
+  "dmlab": _task(STRUCTURED, "dmlab", _OWN),
+  **{
+    f"dsprites_{rule}": _task(STRUCTURED, "dsprites", _cut(80, 90), label_rule=f"dsprites_{rule}")
+    for rule in ("x_position", "orientation")
+  },
+  "kitti_distance": _task(STRUCTURED, "kitti", _OWN, label_rule="kitti_distance"),
+  "smallnorb_azimuth": _task(STRUCTURED, "smallnorb", **_NORB, label_key="label_azimuth"),
+  "smallnorb_elevation": _task(STRUCTURED, "smallnorb", **_NORB, label_key="label_elevation"),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeData:
-  """Training and test images of a probe.
-
-  Attributes:
-    source: as in `data/sources`.
-    fit: training split.
-    test: test split.
-    options: of the source.
-  """
+  """Training and test split of a probe's dataset."""
 
   source: str
   fit: str = "train"
@@ -145,21 +108,13 @@ PROBED = {
 
 @dataclasses.dataclass(frozen=True)
 class ImageNetVariant:
-  """Images for a classifier of ImageNet's 1000 classes.
+  """Images for a classifier of ImageNet's 1000 classes."""
 
-  Attributes:
-    source: as in `data/sources`.
-    split: that is scored.
-    options: of the source.
-    only_its_classes: ranks only the classes that occur in the dataset.
-    num_its_classes: number of these classes in the published dataset.
-  """
-
-  source: str
-  split: str = "test"
-  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  only_its_classes: bool = False
-  num_its_classes: int | None = None
+  source: str  # as in `data/sources`
+  split: str = "test"  # that is scored
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the source
+  only_its_classes: bool = False  # ranks only the classes that occur in the dataset
+  num_its_classes: int | None = None  # number of these classes in the published dataset
 
 
 IMAGENET = {
