@@ -1,6 +1,5 @@
 """Initialises a model from the variables of another run: new heads, resized position tables."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -8,7 +7,7 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from vit_jax_zoo.ops.resize import resize_position_grid
+from vit_jax_zoo.ops.resize import find_grid, resize_position_grid
 from vit_jax_zoo.weights.key_map import (
   check_finite,
   list_problems,
@@ -171,8 +170,7 @@ def _refit(
     grids: grids of the source and the model; None if unknown.
     has_cls: whether the source and the model have a class token.
   """
-  known = None not in grids
-  if table.shape[1] == rows and (not known or grids[0] == grids[1]):
+  if table.shape[1] == rows and (None in grids or grids[0] == grids[1]):
     return table
   first, old = _layout(table.shape[1], grids[0], has_cls[0], "the source")
   wanted, new = _layout(rows, grids[1], has_cls[1], "the model")
@@ -187,17 +185,13 @@ def _refit(
 
 def _layout(rows: int, grid: Grid | None, has_cls: bool, whose: str) -> tuple[int, Grid]:  # noqa: FBT001
   """Returns the number of rows before the grid's, and the grid; a square one if unknown."""
-  for first in (1, 0) if has_cls else (0,):
-    side = math.isqrt(rows - first)
-    height, width = grid or (side, side)
-    if height * width == rows - first:
-      return first, (height, width)
-  if grid is None:
-    raise ValueError(
-      f"position embeddings: {whose} has {rows}, which is no square grid, and the height and width "
-      "of its grid are unknown; use images of the same size or square ones"
+  found = find_grid(rows, (1, 0) if has_cls else (0,), grid)
+  if found is None:
+    wrong = (
+      ", which is no square grid, and the height and width of its grid are unknown; use images "
     )
-  raise ValueError(
-    f"position embeddings: {whose} has {rows}; expected a grid of {grid[0]} x {grid[1]} tokens; "
-    "check the image size"
-  )
+    wrong += "of the same size or square ones"
+    if grid is not None:
+      wrong = f"; expected a grid of {grid[0]} x {grid[1]} tokens; check the image size"
+    raise ValueError(f"position embeddings: {whose} has {rows}{wrong}")
+  return found

@@ -19,7 +19,7 @@ from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import WeightsError, load_into
 from vit_jax_zoo.weights import key_map as table
 from vit_jax_zoo.weights.checkpoint import Export
-from vit_jax_zoo.weights.torch_layouts import read_safetensors
+from vit_jax_zoo.weights.torch_layouts import read_safetensors, write_safetensors
 
 TIMM = {"vit_timm_a": {"num_heads": 4}, "vit_timm_gap_a": {"num_heads": 2}}
 HF = ("vit_hf_a", "vit_hf_base_a")
@@ -39,6 +39,10 @@ def close(given, expected, atol=1e-5):
 
 def flat(variables):
   return traverse_util.flatten_dict(variables["params"], sep="/")
+
+
+def write_timm(path, params, **options):
+  write_safetensors(path, vit_timm.state_dict(params, **options))
 
 
 def run(loaded, images, **kwargs):
@@ -113,7 +117,7 @@ def _result(is_base):
 def test_export_of_import_is_the_file_bit_for_bit(scan_layers, tmp_path):
   for name, fields in TIMM.items():
     loaded = load_pretrained(timm_file(name), scan_layers=scan_layers, **fields)
-    vit_timm.write_file(str(tmp_path / "again.safetensors"), flat(loaded.variables))
+    write_timm(str(tmp_path / "again.safetensors"), flat(loaded.variables))
     assert_same_arrays(load_file(tmp_path / "again.safetensors"), load_file(timm_file(name)))
   for name in HF:
     loaded = load_pretrained(hf_folder(name), scan_layers=scan_layers)
@@ -155,7 +159,7 @@ def test_timm_variants_are_inferred(fields, tmp_path):
   path = str(tmp_path / "model.safetensors")
   model, variables = tiny_variables(**fields)
   after_pool = fields.get("fc_norm", False)
-  vit_timm.write_file(path, flat(variables), fc_norm=after_pool)
+  write_timm(path, flat(variables), fc_norm=after_pool)
   loaded = load_pretrained(path, scan_layers=model.scan_layers)
   inferred = {key: getattr(loaded.model, key) for key in fields}
   assert inferred == fields
@@ -170,7 +174,7 @@ def test_rows_of_grids_that_are_not_square(own_row, size, tmp_path):
   """4 x 6 and a class token's row are 25, which is 5 x 5 as well; what is stated decides."""
   path = str(tmp_path / "model.safetensors")
   model, variables = tiny_variables(size, depth=1, cls_token_position=own_row)
-  vit_timm.write_file(path, flat(variables))
+  write_timm(path, flat(variables))
   images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
   expected = jax.jit(model.apply)(variables, images)["logits"]
   config = {"pretrained_cfg": {"input_size": [3, *size]}}
@@ -186,7 +190,7 @@ def test_rows_of_grids_that_are_not_square(own_row, size, tmp_path):
 def test_what_timms_arguments_say_of_the_pooling(tmp_path):
   path = str(tmp_path / "model.safetensors")
   _, variables = tiny_variables(depth=1, cls_token=True, fc_norm=True)
-  vit_timm.write_file(path, flat(variables), fc_norm=True)
+  write_timm(path, flat(variables), fc_norm=True)
   for arguments, pool in (({}, "mean"), ({"global_pool": "token"}, "cls")):
     (tmp_path / "config.json").write_text(json.dumps({"model_args": arguments}))
     assert load_pretrained(path).model.pool == pool
@@ -214,7 +218,7 @@ def test_other_architectures_with_a_vits_keys_are_refused(added, architecture, n
 
 def test_the_architecture_determines_what_arrays_do_not(tmp_path, caplog):
   _, variables = tiny_variables(depth=1)
-  vit_timm.write_file(str(tmp_path / "model.safetensors"), flat(variables))
+  write_timm(str(tmp_path / "model.safetensors"), flat(variables))
   with caplog.at_level("INFO"):
     assert load_pretrained(str(tmp_path)).model.num_heads == 1
   assert "assumes 1 heads, activation gelu, pool cls" in caplog.text
@@ -238,7 +242,7 @@ def test_the_image_size_decides_what_a_square_table_is(tmp_path):
   """16 rows are 4 x 4 patches, or 3 x 5 and the class token's."""
   path = str(tmp_path / "model.safetensors")
   _, variables = tiny_variables((24, 40), depth=1)
-  vit_timm.write_file(path, flat(variables))
+  write_timm(path, flat(variables))
   for given in ({"image_size": (24, 40)}, {"source_image_size": (24, 40)}):
     loaded = load_pretrained(path, **given)
     assert loaded.model.cls_token_position

@@ -6,13 +6,19 @@ begin with `vit.`) or `ViTModel` (without the prefix; its pooler is the paper's 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from vit_jax_zoo.systems.vit.weights_common import VitCheckpoint, check_fixed, with_table
+from vit_jax_zoo.systems.vit.weights_common import (
+  VitCheckpoint,
+  check_fixed,
+  not_a_vit,
+  torch_block_rows,
+  with_table,
+)
 from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.infer import count, outputs_of, side
@@ -20,9 +26,6 @@ from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
-  FROM_HEADS,
-  HEADS_BIAS,
-  TO_HEADS,
   contiguous,
   layer_rows,
   norm_rows,
@@ -30,10 +33,8 @@ from vit_jax_zoo.weights.torch_layouts import (
 )
 
 ACTIVATIONS = {
-  "gelu": "gelu",
-  "gelu_python": "gelu",
-  "gelu_pytorch_tanh": "gelu_tanh",
-  "gelu_new": "gelu_tanh",
+  **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+  **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new"), "gelu_tanh"),
   "quick_gelu": "quick_gelu",
   "relu": "relu",
 }
@@ -49,29 +50,22 @@ FIXED: dict[str, Any] = {
 
 _PREFIX = "vit."
 _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
-_REQUIRED = ("num_attention_heads", "patch_size")
 
 
-def _block_rows() -> list[Row]:
-  theirs, ours = "encoder.layer.{i}", "encoder/block_{i}"
-  rows = norm_rows(f"{theirs}.layernorm_before", f"{ours}/attention_norm")
-  for part in ("query", "key", "value"):
-    layer = f"{theirs}.attention.attention.{part}"
-    rows += layer_rows(layer, f"{ours}/attention/{part}", TO_HEADS, HEADS_BIAS)
-  rows += layer_rows(f"{theirs}.attention.output.dense", f"{ours}/attention/out", FROM_HEADS)
-  rows += norm_rows(f"{theirs}.layernorm_after", f"{ours}/mlp_norm")
-  rows += layer_rows(f"{theirs}.intermediate.dense", f"{ours}/mlp/hidden")
-  return rows + layer_rows(f"{theirs}.output.dense", f"{ours}/mlp/out")
-
-
-_BODY: tuple[Row, ...] = (
+BASE_TABLE: tuple[Row, ...] = (
   Row("embeddings.cls_token", "cls_token"),
   Row("embeddings.position_embeddings", "position_embedding/table"),
   *layer_rows("embeddings.patch_embeddings.projection", "embedding", CONVOLUTION),
-  *_block_rows(),
+  *torch_block_rows(
+    "encoder.layer.{i}",
+    norms=("layernorm_before", "layernorm_after"),
+    qkv="attention.attention.{part}.{leaf}",
+    out="attention.output.dense",
+    mlp=("intermediate.dense", "output.dense"),
+  ),
   *norm_rows("layernorm", "norm"),
+  *layer_rows("pooler.dense", "pre_logits"),
 )
-BASE_TABLE = (*_BODY, *layer_rows("pooler.dense", "pre_logits"))
 """`ViTModel`."""
 CLASSIFIER_TABLE = (
   *(Row(_PREFIX + row.published, row.ours, row.transform) for row in BASE_TABLE),
@@ -85,21 +79,11 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
   return any(re.match(_LAYER, key) for key in published)
 
 
-def infer_fields(
+def _infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` in a folder.
-
-  Args:
-    published: the file's arrays.
-    config: `config.json`, for heads, activation and epsilon.
-    source: the folder's name.
-
-  Raises:
-    WeightsError: the config lacks a field, or our model does not support it.
-  """
-  missing = [key for key in _REQUIRED if key not in config]
-  if missing:
+  """Returns the fields of the `VisionTransformer` in a folder with this `config.json`."""
+  if missing := [key for key in ("num_attention_heads", "patch_size") if key not in config]:
     raise WeightsError(f"config.json of {source} does not state {', '.join(missing)}")
   activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
   if activation not in ACTIVATIONS or pooler != "tanh":
@@ -107,19 +91,22 @@ def infer_fields(
       f"{source} has hidden_act {activation!r} and pooler_act {pooler!r}; known are "
       f"{', '.join(ACTIVATIONS)}, and tanh"
     )
-  prefix, hidden = _prefix(published), rf"{_LAYER}intermediate\.dense\.weight"
+  patch = config["patch_size"]
+  sides = {patch} if isinstance(patch, int) else set(patch)
+  if len(sides) != 1:
+    raise WeightsError(f"{source} has patches of {patch}; ours are square")
+  hidden = rf"{_LAYER}intermediate\.dense\.weight"
   width, mlp_dim = side(published, (hidden, 2, 1)), side(published, (hidden, 2, 0))
   if width is None or mlp_dim is None:
-    keys = ", ".join(sorted(published)[:3])
-    raise WeightsError(f"{source} holds no ViT of Hugging Face's; its keys begin with {keys}")
+    raise not_a_vit(published, source, "Hugging Face")
   return {
     "num_classes": outputs_of(published, "classifier"),
-    "patch_size": _patch_side(config["patch_size"], source),
+    "patch_size": sides.pop(),
     "width": width,
     "depth": count(published, _LAYER),
     "num_heads": config["num_attention_heads"],
     "mlp_dim": mlp_dim,
-    "representation_size": outputs_of(published, f"{prefix}pooler.dense"),
+    "representation_size": outputs_of(published, r"(?:vit\.)?pooler\.dense"),
     "pool": "cls",
     "cls_token": True,
     "position_embedding": "learned_1d",
@@ -130,24 +117,8 @@ def infer_fields(
   }
 
 
-def _patch_side(stated: int | Sequence[int], source: str) -> int:
-  """Returns the side of a patch, which transformers lets be height and width."""
-  sides = {stated} if isinstance(stated, int) else set(stated)
-  if len(sides) != 1:
-    raise WeightsError(f"{source} has patches of {stated}; ours are square")
-  return int(sides.pop())
-
-
-def _prefix(published: Mapping[str, np.ndarray]) -> str:
-  return _PREFIX if any(key.startswith(_PREFIX) for key in published) else ""
-
-
 def read_checkpoint(published: Published) -> VitCheckpoint:
-  """Reads a folder with its `config.json`.
-
-  Raises:
-    WeightsError: config.json is missing or incomplete, or the folder contains no plain ViT.
-  """
+  """Reads a folder with its `config.json`."""
   path, config = published.path, published.config
   if not published.has_config:
     raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
@@ -156,11 +127,11 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
     raise WeightsError(f"{path}: model_type {model_type!r} in config.json; expected 'vit'")
   side = config.get("image_size", 224)
   size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
-  fields = infer_fields(published.arrays, config, path)
+  fields = _infer_fields(published.arrays, config, path)
   return VitCheckpoint(
     source=path,
     arrays=published.arrays,
-    table=CLASSIFIER_TABLE if _prefix(published.arrays) else BASE_TABLE,
+    table=(*CLASSIFIER_TABLE, *BASE_TABLE),
     fields=fields,
     resize="bicubic",
     preprocess=hf_config.read_preprocess(published.processor, size),
@@ -170,53 +141,39 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
 
 
 def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
-  """Returns a ViT's parameters under Hugging Face's keys: a classifier's if there is a head.
+  """Returns parameters, scanned or unrolled, under Hugging Face's keys.
 
-  Args:
-    params: by "/"-joined path, layers scanned or unrolled.
+  They are those of a classifier if there is a head.
 
   Raises:
     WeightsError: the parameters are a hybrid's, or both `pre_logits` and `head`.
   """
   if "pre_logits/kernel" in params and "head/kernel" in params:
-    raise WeightsError(
-      "Hugging Face has no model with both pre_logits and head; leave one of them out"
-    )
+    raise WeightsError("Hugging Face has no model with both pre_logits and head; drop one of them")
   rows = CLASSIFIER_TABLE if "head/kernel" in params else BASE_TABLE
   return contiguous(write(unroll(params), rows))
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s.
-
-  Raises:
-    WeightsError: transformers does not support the model.
-  """
+  """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s."""
   check_fixed(export, FIXED, "Hugging Face")
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
-  size = export.preprocess.image_size
-  config = config_of(export.fields(), size, export.class_names)
-  config["num_channels"] = export.preprocess.channels
   arrays = state_dict(with_table(export, class_row=True))
   write_safetensors(str(folder / "model.safetensors"), arrays)
   processor = hf_config.processor_of(export.preprocess, "ViTImageProcessor")
-  for name, content in (("config", config), ("preprocessor_config", processor)):
+  for name, content in (("config", _config_of(export)), ("preprocessor_config", processor)):
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def config_of(
-  fields: Mapping[str, Any], image_size: tuple[int, int], class_names: Sequence[str] = ()
-) -> dict[str, Any]:
-  """Returns the content of `config.json`.
-
-  Args:
-    fields: of the `VisionTransformer`.
-    image_size: height and width of the images of its position table.
-    class_names: in order; "LABEL_0", ... by default.
-  """
-  num_classes = fields["num_classes"]
-  names = list(class_names) or [f"LABEL_{i}" for i in range(num_classes or 0)]
+def _config_of(export: Export) -> dict[str, Any]:
+  fields, size = export.fields(), export.preprocess.image_size
+  num_classes, pooled = fields["num_classes"], fields["representation_size"]
+  names = export.class_names or [f"LABEL_{i}" for i in range(num_classes or 0)]
+  labels = {
+    "id2label": {str(i): name for i, name in enumerate(names)},
+    "label2id": {name: i for i, name in enumerate(names)},
+  }
   return {
     "architectures": ["ViTModel" if num_classes is None else "ViTForImageClassification"],
     "model_type": "vit",
@@ -227,16 +184,11 @@ def config_of(
     "hidden_act": next(a for a, ours in ACTIVATIONS.items() if ours == fields["activation"]),
     "layer_norm_eps": fields["layer_norm_epsilon"],
     "qkv_bias": fields["qkv_bias"],
-    "image_size": image_size[0] if image_size[0] == image_size[1] else list(image_size),
+    "image_size": size[0] if size[0] == size[1] else list(size),
     "patch_size": fields["patch_size"],
-    "num_channels": 3,
+    "num_channels": export.preprocess.channels,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    **({"id2label": {str(i): name for i, name in enumerate(names)}} if num_classes else {}),
-    **({"label2id": {name: i for i, name in enumerate(names)}} if num_classes else {}),
-    **_pooler(fields["representation_size"]),
+    **(labels if num_classes else {}),
+    **({} if pooled is None else {"pooler_output_size": pooled, "pooler_act": "tanh"}),
   }
-
-
-def _pooler(size: int | None) -> dict[str, Any]:
-  return {} if size is None else {"pooler_output_size": size, "pooler_act": "tanh"}
