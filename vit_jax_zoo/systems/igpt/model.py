@@ -21,7 +21,7 @@ from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
 from vit_jax_zoo.nn.transformer import Mlp, Stack
 from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
-from vit_jax_zoo.systems.igpt.palette import nearest_cluster, raster, spread_clusters
+from vit_jax_zoo.systems.igpt.palette import nearest_cluster, spread_clusters
 
 EPSILON = 1e-5
 """Added under the root of every norm."""
@@ -34,40 +34,26 @@ class ImageGPT(nn.Module):
 
   The palette is a variable (`palette/clusters` [num_colors 3], in [-1, 1]), not a parameter: it is
   fitted or loaded before training, and saved with the run.
-
-  Attributes:
-    num_colors: size of the palette, which is the vocabulary (section 3.2: 512).
-    num_positions: pixels of an image; 1024 for 32x32 (section 3.3).
-    width: d in the paper.
-    depth: number of blocks, L.
-    num_heads: attention heads of each block.
-    mlp_dim: hidden width of each block's MLP; None: 4 * width. Hugging Face's `n_inner`.
-    causal: True: autoregressive, position i predicts pixel i from those before. False: "BERT"
-      (section 2.2), pixels that are not visible are predicted.
-    sos_token: whether a causal model shifts its input by a start token; Hugging Face's
-      `ImageGPTForImageClassification` does not.
-    num_classes: size of the label set of the classification head (section 2.3); None: no head.
-    use_bias: whether dense layers except the two heads have biases (Hugging Face).
-    dtype: of the computation. Parameters, softmax, norms' statistics and logits are float32.
-    remat: activations saved for the backward pass, a key of `nn.transformer.REMAT_POLICIES`.
-    scan_layers: scans the blocks.
-    attention_implementation: see `nn.attention.Implementation`.
   """
 
-  num_colors: int = 512
-  num_positions: int = 1024
-  width: int = 512
-  depth: int = 24
-  num_heads: int = 8
-  mlp_dim: int | None = None
+  num_colors: int = 512  # size of the palette, which is the vocabulary (section 3.2: 512)
+  num_positions: int = 1024  # pixels of an image; 1024 for 32x32 (section 3.3)
+  width: int = 512  # d in the paper
+  depth: int = 24  # number of blocks, L
+  num_heads: int = 8  # attention heads of each block
+  mlp_dim: int | None = None  # hidden width of each MLP; None: 4 * width. HF's `n_inner`
+  # True: autoregressive, position i predicts pixel i from those before. False: "BERT" (section
+  # 2.2), pixels that are not visible are predicted.
   causal: bool = True
+  # whether a causal model shifts its input by a start token; Hugging Face's
+  # `ImageGPTForImageClassification` does not
   sos_token: bool = True
-  num_classes: int | None = None
-  use_bias: bool = False
-  dtype: Dtype = "float32"
-  remat: str = "none"
-  scan_layers: bool = True
-  attention_implementation: Implementation = None
+  num_classes: int | None = None  # of the classification head (section 2.3); None: no head
+  use_bias: bool = False  # whether dense layers except the two heads have biases (Hugging Face)
+  dtype: Dtype = "float32"  # parameters, softmax, norms' statistics and logits are float32
+  remat: str = "none"  # saved activations, a key of `nn.transformer.REMAT_POLICIES`
+  scan_layers: bool = True  # scans the blocks
+  attention_implementation: Implementation = None  # see `nn.attention.Implementation`
 
   def setup(self) -> None:  # noqa: D102 Linen's
     check_positive(self, "num_colors", "num_positions", "width", "depth", "num_heads")
@@ -77,24 +63,19 @@ class ImageGPT(nn.Module):
     self.position_embedding = self.param("position_embedding", normal(0.01), positions)
     if self.shifts:
       self.sos = self.param("sos_token", normal(0.02), (self.width,))
-    block = functools.partial(
-      DecoderBlock,
-      num_heads=self.num_heads,
-      mlp_dim=4 * self.width if self.mlp_dim is None else self.mlp_dim,
-      depth=self.depth,
-      causal=self.causal,
-      use_bias=self.use_bias,
-      dtype=self.dtype,
-      attention_implementation=self.attention_implementation,
-    )
+    shared = ("num_heads", "depth", "causal", "use_bias", "dtype", "attention_implementation")
+    mlp_dim = 4 * self.width if self.mlp_dim is None else self.mlp_dim
+    fields = {name: getattr(self, name) for name in shared}
+    block = functools.partial(DecoderBlock, mlp_dim=mlp_dim, **fields)
     self.decoder = Stack(block, self.depth, self.scan_layers, self.remat)
     self.norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype)
     self.pixel_head = self.param("pixel_head", zeros, colors)
     if self.num_classes is not None:
       self.head = nn.Dense(self.num_classes, use_bias=False, kernel_init=zeros, dtype=jnp.float32)
     if self.is_initializing() or self.has_variable("palette", "clusters"):
-      clusters = functools.partial(spread_clusters, self.num_colors)
-      self.palette = self.variable("palette", "clusters", lambda: jnp.asarray(clusters()))
+      self.palette = self.variable(
+        "palette", "clusters", lambda: jnp.asarray(spread_clusters(self.num_colors))
+      )
 
   def __call__(
     self,
@@ -103,15 +84,10 @@ class ImageGPT(nn.Module):
     visible: Bool[Array, "b n"] | None = None,
     train: bool = False,
   ) -> dict[str, Array]:
-    """Predicts pixels.
+    """Predicts pixels; the result is that of `from_tokens`, and `tokens` int32 [b n], the colours.
 
-    Args:
-      images: normalised to [-1, 1], with exactly `num_positions` pixels.
-      visible: pixels that a model with `causal=False` reads; None: all.
-      train: no effect; the model has no dropout.
-
-    Returns:
-      The result of `from_tokens`, and `tokens` int32 [b n], the pixels' colours in raster order.
+    Images are in [-1, 1] and have exactly `num_positions` pixels, of which a model with
+    `causal=False` reads those that are `visible`. `train` has no effect: there is no dropout.
     """
     del train
     tokens = self.encode(images)
@@ -129,17 +105,12 @@ class ImageGPT(nn.Module):
       )
     if not self.has_variable("palette", "clusters"):
       raise ValueError("variables: no palette; expected {'palette': {'clusters': [k, 3]}}")
-    return raster(nearest_cluster(images, self.palette.value))
+    return nearest_cluster(images, self.palette.value).reshape(images.shape[0], height * width)
 
   def from_tokens(
     self, tokens: Int[Array, "b n"], *, visible: Bool[Array, "b n"] | None = None
   ) -> dict[str, Array]:
-    """Predicts pixels from their colours.
-
-    Args:
-      tokens: colours, in [0, num_colors), in raster order; a causal model also takes fewer than
-        `num_positions`.
-      visible: see `__call__`.
+    """Predicts pixels from their colours in raster order; a causal model also takes fewer of them.
 
     Returns:
       `pixel_logits` [b n num_colors]; `features` [b d], the mean over positions of the last norm's
@@ -181,9 +152,7 @@ class ImageGPT(nn.Module):
   ) -> Float[Array, "b k"]:
     """Returns the logits of the pixel at `position`, given those before in the `cache` collection.
 
-    Args:
-      previous: colours of the pixels at `position - 1`; ignored at position 0.
-      position: index of the predicted pixels.
+    `previous` are the colours of the pixels at `position - 1`, ignored at position 0.
     """
     x = jnp.take(self.token_embedding, previous, axis=0)
     x = jnp.where(position == 0, self.sos[None], x)
@@ -206,16 +175,8 @@ class ImageGPT(nn.Module):
 class DecoderBlock(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x)); the equations of section 2.3.
 
-  Sows `attention_output` and `mlp_output`, before they are added, and the block's `output`.
-
-  Attributes:
-    num_heads: see `ImageGPT`, as for the other fields.
-    mlp_dim: hidden width of the MLP.
-    depth: of the stack; attention's output is initialised with (width * depth)^-0.5.
-    causal: a position attends to itself and those before.
-    use_bias: whether all dense layers have biases.
-    dtype: of the computation; norms and softmax are in float32 inside.
-    attention_implementation: see `nn.attention.Implementation`.
+  Sows `attention_output` and `mlp_output`, before they are added, and the block's `output`. The
+  fields are `ImageGPT`'s; attention's output is initialised with (width * depth)^-0.5.
   """
 
   num_heads: int
@@ -230,14 +191,11 @@ class DecoderBlock(nn.Module):
   def __call__(
     self, x: Float[Array, "b n d"], past_length: Int[Array, ""] | None = None
   ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-    """Applies the block.
+    """Returns the output, and the mean over positions of attention's input.
 
-    Returns:
-      Its output, and the mean over positions of attention's input: the feature of a linear probe at
-      this depth (section 2.4), float32.
+    The latter, in float32, is the feature of a linear probe at this depth (section 2.4).
     """
-    x = shard_batch(x)
-    width = x.shape[-1]
+    x, width = shard_batch(x), x.shape[-1]
     norm = functools.partial(nn.RMSNorm, epsilon=EPSILON, dtype=self.dtype)
     y = norm(name="attention_norm")(x)
     features = jnp.mean(y, axis=1, dtype=jnp.float32)
@@ -255,15 +213,8 @@ class DecoderBlock(nn.Module):
     x = x + y
 
     y = norm(name="mlp_norm")(x)
-    y = Mlp(
-      self.mlp_dim,
-      "quick_gelu",
-      use_bias=self.use_bias,
-      kernel_init=normal(0.02),
-      bias_init=zeros,
-      dtype=self.dtype,
-      name="mlp",
-    )(y)
+    fields = {"use_bias": self.use_bias, "kernel_init": normal(0.02), "bias_init": zeros}
+    y = Mlp(self.mlp_dim, "quick_gelu", dtype=self.dtype, **fields, name="mlp")(y)
     self.sow("intermediates", "mlp_output", y)
     x = x + y
     self.sow("intermediates", "output", x)

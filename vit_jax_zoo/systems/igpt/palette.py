@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Float32, Int, Int32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
+
+from vit_jax_zoo.ops.images import normalize_images
 
 
 def spread_clusters(count: int) -> np.ndarray:
@@ -26,15 +28,11 @@ def spread_clusters(count: int) -> np.ndarray:
 def nearest_cluster(
   images: Float[Array, "b h w 3"], clusters: Float[Array, "k 3"]
 ) -> Int[Array, "b h w"]:
-  """Returns the index of the nearest colour of each pixel, the first of equals.
+  """Returns the index of the nearest colour of each pixel, in [-1, 1], the first of equals.
 
   Squared differences are summed channel by channel: without a matrix product, the result is exact
   on accelerators that multiply matrices in 16 bits; there is no array over pixels x colours x
   channels, and XLA fuses the rest into the argmin.
-
-  Args:
-    images: in [-1, 1].
-    clusters: in [-1, 1].
   """
   distances = jnp.zeros((), jnp.float32)
   for channel in range(3):
@@ -51,26 +49,12 @@ def cluster_colors(
   return jnp.clip(colors, 0, 255).astype(jnp.uint8)[tokens]
 
 
-def raster(images: Int[Array, "b h w"]) -> Int[Array, "b n"]:
-  """Flattens images in raster order."""
-  return jax.lax.reshape(images, (images.shape[0], images.shape[1] * images.shape[2]))
-
-
-CHUNK = 1 << 16
-"""Pixels that `encode` compares with the palette at a time: 128 MB for 512 colours."""
-
-
 def fit_palette(
   pixels: UInt8[np.ndarray, "... 3"], num_colors: int, *, seed: int = 0
 ) -> Float32[np.ndarray, "k 3"]:
-  """Returns the k-means clusters of pixels in RGB, from dark to bright.
+  """Returns the k-means clusters of pixels, RGB in [0, 255], from dark to bright.
 
   Equal pixels are one point with a weight; a set with exactly `num_colors` colours gets these.
-
-  Args:
-    pixels: RGB in [0, 255].
-    num_colors: k, the size of the palette.
-    seed: of the initial clusters.
 
   Raises:
     ValueError: the pixels have fewer colours than the palette.
@@ -92,27 +76,20 @@ def fit_palette(
   return colors[np.argsort(brightness, kind="stable")].astype(np.float32)
 
 
+@jax.jit
 def encode(
-  images: UInt8[np.ndarray, "*shape 3"], palette: Float32[np.ndarray, "k 3"]
-) -> Int32[np.ndarray, "*shape"]:
-  """Returns the index of the nearest colour of each pixel, the first of equals; on the host."""
-  pixels = images.reshape(-1, 3).astype(np.float32) / np.float32(127.5) - np.float32(1)
-  tokens = np.empty(len(pixels), np.int32)
-  for start in range(0, len(pixels), CHUNK):
-    chunk = pixels[start : start + CHUNK]
-    distances = np.zeros((len(chunk), len(palette)), np.float32)
-    for channel in range(3):
-      distances += np.square(chunk[:, channel, None] - palette[None, :, channel])
-    tokens[start : start + CHUNK] = np.argmin(distances, axis=1)
-  return tokens.reshape(images.shape[:-1])
+  images: UInt8[Array | np.ndarray, "b h w 3"], palette: Float[Array | np.ndarray, "k 3"]
+) -> Int[Array, "b h w"]:
+  """Returns the index of the nearest colour of each pixel, image by image to save memory."""
+
+  def encode_one(image: Array) -> Array:
+    return nearest_cluster(normalize_images(image[None]), jnp.asarray(palette))[0]
+
+  return jax.lax.map(encode_one, jnp.asarray(images))
 
 
 def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
-  """Reads a palette.
-
-  Args:
-    path: a `.npy` file with [k 3], such as OpenAI's `kmeans_centers.npy`; or the JSON file of
-      Hugging Face's image processor, with the field `clusters`.
+  """Reads a palette: OpenAI's `kmeans_centers.npy`, or `clusters` in HF's processor's JSON.
 
   Raises:
     FileNotFoundError: the file does not exist.
@@ -121,25 +98,20 @@ def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
   file = epath.Path(path)
   if not file.exists():
     raise FileNotFoundError(f"{path}: no such file. Leave the palette out to fit one to the images")
-  clusters = _from_json(file) if file.suffix == ".json" else _from_npy(file)
+  if file.suffix == ".json":
+    fields: Any = json.loads(file.read_text())
+    if not isinstance(fields, dict) or "clusters" not in fields:
+      raise ValueError(f"{file}: no field 'clusters'; expected ImageGPT's image processor")
+    clusters = np.asarray(fields["clusters"], np.float32)
+  else:
+    try:
+      with file.open("rb") as stream:
+        clusters = np.asarray(np.load(stream, allow_pickle=False))
+    except (ValueError, EOFError) as error:
+      raise ValueError(f"{file}: not a .npy array ({error})") from None
   if clusters.ndim != 2 or clusters.shape[1] != 3 or not len(clusters):
     raise ValueError(f"{path}: shape {clusters.shape}; expected (colours, 3)")
   if not np.abs(clusters).max() <= 1:
     low, high = clusters.min(), clusters.max()
     raise ValueError(f"{path}: values from {low:g} to {high:g}; expected [-1, 1]")
   return clusters.astype(np.float32)
-
-
-def _from_npy(file: epath.Path) -> np.ndarray:
-  try:
-    with file.open("rb") as stream:
-      return np.asarray(np.load(stream, allow_pickle=False))
-  except (ValueError, EOFError) as error:
-    raise ValueError(f"{file}: not a .npy array ({error})") from None
-
-
-def _from_json(file: epath.Path) -> np.ndarray:
-  fields: Any = json.loads(file.read_text())
-  if not isinstance(fields, dict) or "clusters" not in fields:
-    raise ValueError(f"{file}: no field 'clusters'; expected ImageGPT's image processor")
-  return np.asarray(fields["clusters"], np.float32)

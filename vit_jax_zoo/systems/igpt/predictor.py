@@ -1,18 +1,13 @@
 """Image completion, as in the iGPT paper's figures."""
 
-import functools
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
 
 from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
-from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.igpt.figures import draw_completions, keep_pixels
-from vit_jax_zoo.systems.igpt.palette import cluster_colors
-from vit_jax_zoo.systems.igpt.sampling import complete
 
 
 class CompletionPredictor:
@@ -40,50 +35,30 @@ class CompletionPredictor:
         "--prefix_fraction lies in [0, 1], --samples is positive, --temperature not negative; got "
         f"{options.prefix_fraction}, {options.samples}, {options.temperature}"
       )
-    self._trained, self._options = trained, options
     if options.top_k is not None and options.top_k < 1:
       raise ValueError(f"--top_k is positive; got {options.top_k}")
-    self._complete = jax.jit(functools.partial(_complete, model, options))
+    self._trained, self._fraction = trained, options.prefix_fraction
+    sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
+    task: Any = trained.task
+    task = dataclasses.replace(task, completions=options.samples, **sampling)
+    self._predict = jax.jit(task.predict)
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns `given`, the number of kept pixels, and `nats`, the mean loss of the pixels."""
+    """Returns `given`, the number of kept pixels, and `nats`, the mean loss of the pixels.
+
+    Pictures: "" the figure, "samples" the prefix, the completions and the original side by side.
+    """
     prepared = np.asarray(self._trained.prepare(image)["image"])
     height, width = prepared.shape[:2]
-    given = round(self._options.prefix_fraction * height) * width
-    rng = jax.random.key(self._options.seed)
-    variables = {k: self._trained.variables[k] for k in ("params", "palette")}
-    drawn, truth, nats = self._complete(variables, prepared[None], given, rng)
-    shape = (self._options.samples, height, width, 3)
-    completions, quantized = np.asarray(drawn).reshape(shape), np.asarray(truth).reshape(shape[1:])
-    figure = draw_completions(
-      quantized[None], np.array([given]), completions[None], title="Completions"
-    )
-    record = {"given": given, "pixels": height * width, "nats": float(nats)}
-    return Prediction(record, {"": figure, "samples": _strip(quantized, given, completions)})
-
-
-def _complete(
-  model: Any, options: Options, variables: Any, image: Any, given: Any, rng: Any
-) -> tuple[Any, Any, Any]:
-  outputs = model.apply(variables, normalize_images(jnp.asarray(image)))
-  tokens = outputs["tokens"]
-  log_likelihoods = jax.nn.log_softmax(outputs["pixel_logits"])
-  nats = -jnp.mean(jnp.take_along_axis(log_likelihoods, tokens[..., None], axis=-1))
-  lengths = jnp.full(options.samples, given, jnp.int32)
-  repeated = jnp.repeat(tokens, options.samples, axis=0)
-  settings = {"temperature": options.temperature, "top_k": options.top_k}
-  drawn = complete(model, variables, repeated, lengths, rng, **settings)
-  clusters = variables["palette"]["clusters"]
-  return cluster_colors(drawn, clusters), cluster_colors(tokens, clusters), nats
-
-
-def _strip(
-  original: UInt8[np.ndarray, "h w 3"], given: int, completions: UInt8[np.ndarray, "s h w 3"]
-) -> UInt8[np.ndarray, "H W 3"]:
-  """Returns the prefix, the completions and the original side by side."""
-  pictures = [keep_pixels(original, given), *completions, original]
-  gap = np.full((original.shape[0], 2, 3), 255, np.uint8)
-  parts = [part for picture in pictures for part in (picture, gap)][:-1]
-  strip = np.concatenate(parts, axis=1)
-  scale = max(1, 96 // original.shape[0])
-  return strip.repeat(scale, axis=0).repeat(scale, axis=1)
+    given = np.array([round(self._fraction * height) * width])
+    batch = {"image": prepared[None], "prefix_length": given}
+    found = jax.device_get(self._predict(self._trained.variables, batch))
+    quantized, completions = found["quantized"], found["completions"]
+    pictures = [keep_pixels(quantized[0], int(given[0])), *completions[0], quantized[0]]
+    gap = np.full((height, 2, 3), 255, np.uint8)
+    strip = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
+    scale = max(1, 96 // height)
+    strip = strip.repeat(scale, axis=0).repeat(scale, axis=1)
+    record = {"given": int(given[0]), "pixels": height * width, "nats": float(found["nats"][0])}
+    figure = draw_completions(quantized, given, completions)
+    return Prediction(record, {"": figure, "samples": strip})

@@ -1,5 +1,6 @@
 """Sampling of images pixel by pixel, in one compiled loop with a cache of keys and values."""
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -13,8 +14,8 @@ UNROLLED_DEPTH = 48
 long to compile as a scan of them, and a second copy of the weights, 27 GB."""
 
 Step: TypeAlias = Callable[[Any, Array, Array], tuple[Array, Any]]
-"""`step(cache, previous, position) -> logits [b k], cache`: `previous` int32 [b] are the tokens at
-`position - 1`, ignored at position 0; the logits are those of the token at `position`."""
+"""`step(cache, previous, position)` returns the logits [b k] of the tokens at `position`, and the
+cache; `previous` int32 [b] are the tokens before, ignored at position 0."""
 
 
 def complete(
@@ -33,14 +34,8 @@ def complete(
   given pixels pass the model together. Scanned layers are unrolled up to `UNROLLED_DEPTH`: a scan
   would copy each layer's weights and cache, and of one position the work is mostly to read them.
 
-  Args:
-    model: a causal `ImageGPT` with a start token.
-    variables: of the model.
-    tokens: images as colours; those after a row's length are ignored.
-    lengths: number of given pixels per image, from 0 to all.
-    rng: a key.
-    temperature: see `sample_token`; 0 is greedy.
-    top_k: see `sample_token`.
+  `tokens` are images as colours, of each of which the first `lengths` pixels are given. The model
+  is causal and has a start token; for `temperature` and `top_k` see `sample_token`.
   """
   if not model.shifts:
     raise ValueError("causal, sos_token: False; expected a causal model with a start token")
@@ -51,8 +46,7 @@ def complete(
   cache = state["cache"]
   if model.scan_layers and model.depth <= UNROLLED_DEPTH:
     variables = {**variables, "params": _unstack(variables["params"], model.depth)}
-    cache = _unstack(cache, model.depth)
-    model = model.clone(scan_layers=False)
+    cache, model = _unstack(cache, model.depth), model.clone(scan_layers=False)
 
   def step(cache: Any, previous: Array, position: Array) -> tuple[Array, Any]:
     logits, state = model.apply(
@@ -60,7 +54,8 @@ def complete(
     )
     return logits, state["cache"]
 
-  return continue_sequences(step, cache, tokens, lengths, rng, temperature=temperature, top_k=top_k)
+  sample = functools.partial(sample_token, temperature=temperature, top_k=top_k)
+  return continue_sequences(step, cache, tokens, lengths, rng, sample)
 
 
 def _unstack(tree: Any, depth: int) -> Any:
@@ -76,9 +71,7 @@ def continue_sequences(
   tokens: Int[Array, "b n"],
   lengths: Int[Array, " b"],
   rng: jax.Array,
-  *,
-  temperature: float | Float[Array, ""] = 1.0,
-  top_k: int | None = None,
+  sample: Callable[[Array, Array], Array] | None = None,
 ) -> Int[Array, "b n"]:
   """Samples each row of `tokens` from its length on, and keeps what comes before.
 
@@ -86,15 +79,8 @@ def continue_sequences(
   positions that skips the given ones: XLA copies the whole cache in and out of the branch that
   would skip.
 
-  Args:
-    step: returns the logits of a position from the token before it and a cache of those before
-      that.
-    cache: of every position before the shortest length.
-    tokens: prefixes; tokens after a row's length are ignored.
-    lengths: number of given tokens per row, from 0 to n.
-    rng: a key, folded with each position.
-    temperature: see `sample_token`.
-    top_k: see `sample_token`.
+  The cache is that of all positions before the shortest length. The key is folded with each
+  position; `sample` is `sample_token` with its defaults if None.
   """
 
   def draw(position: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
@@ -102,8 +88,7 @@ def continue_sequences(
     previous = jax.lax.dynamic_index_in_dim(tokens, position - 1, axis=1, keepdims=False)
     given = jax.lax.dynamic_index_in_dim(tokens, position, axis=1, keepdims=False)
     logits, cache = step(cache, previous, position)
-    key = jax.random.fold_in(rng, position)
-    token = sample_token(key, logits, temperature=temperature, top_k=top_k)
+    token = (sample or sample_token)(jax.random.fold_in(rng, position), logits)
     token = jnp.where(position < lengths, given, token)
     return jax.lax.dynamic_update_index_in_dim(tokens, token, position, axis=1), cache
 
@@ -119,12 +104,8 @@ def sample_token(
 ) -> Int[Array, " b"]:
   """Samples a token for each row.
 
-  Args:
-    rng: a key.
-    logits: unnormalised log-probabilities.
-    temperature: divides the logits; at 0 the most likely token is taken, the first of several.
-    top_k: number of most likely tokens to sample from, with those that tie with the last of them;
-      None: all.
+  The temperature divides the logits; at 0 the most likely token is taken, the first of several. All
+  but the `top_k` most likely tokens, and those that tie with the last, have probability 0.
   """
   best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
   if top_k is not None and top_k < logits.shape[-1]:

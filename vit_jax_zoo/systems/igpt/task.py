@@ -4,6 +4,7 @@ Chen et al., "Generative Pretraining from Pixels", ICML 2020, sections 2.1 to 2.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
@@ -35,37 +36,24 @@ class PixelModelling(base.Task):
   model with `causal=False` predicts masked pixels from visible ones; its loss is the mean over an
   image's masked pixels, then over images (Eq. 3). `class_weight` adds the label's cross-entropy.
 
-  Batches: `image` [b h w 3], uint8 or floats in [0, 255]; `label` int [b], needed with
-  `class_weight`; `mask` [b], True for real rows. With `prefix_length` int [b], predictions contain
-  completions of the images from that number of pixels on.
-
-  Attributes:
-    model: an `ImageGPT`.
-    class_weight: weight of the label's loss; 0 for pre-training, 1 for fine-tuning (section 3.4).
-    mask_probability: probability of masking a pixel, with `causal=False` (section 2.2: 0.15).
-    maskings: number of random masks per image for classification with `causal=False`, in
-      predictions and by probes; the majority is the label (section 4, BERT).
-    palette: file of the colours, see `palette.read_palette`; None: fitted to the training images
-      before the first step.
-    palette_images: number of training images for that, and for the bigram baseline.
-    temperature: of completions.
-    top_k: number of most likely colours that completions sample from; None: all.
-    completions: number of completions per image.
-    seed: of masks in evaluations, of completions, and of the palette.
+  Batches: `image` [b h w 3] in [0, 255]; `label` int [b], needed with `class_weight`; `mask` [b],
+  True for real rows; `prefix_length` int [b], the number of pixels from which to complete images.
   """
 
   name: ClassVar[str] = "pixel_modelling"
 
-  model: Any
-  class_weight: float = 0.0
-  mask_probability: float = 0.15
+  model: Any  # an `ImageGPT`
+  class_weight: float = 0.0  # of the label's loss; 0 for pre-training, 1 for fine-tuning (3.4)
+  mask_probability: float = 0.15  # of a pixel, with `causal=False` (section 2.2: 0.15)
+  # number of random masks per image for classification with `causal=False`, in predictions and by
+  # probes; the majority is the label (section 4, BERT)
   maskings: int = 5
-  palette: str | None = None
-  palette_images: int = 2048
-  temperature: float = 1.0
-  top_k: int | None = None
-  completions: int = 4
-  seed: int = 0
+  palette: str | None = None  # file, see `palette.read_palette`; None: fitted to training images
+  palette_images: int = 2048  # number of training images for that, and for the bigram baseline
+  temperature: float = 1.0  # of completions
+  top_k: int | None = None  # number of most likely colours that completions sample from; None: all
+  completions: int = 4  # number of completions per image
+  seed: int = 0  # of masks in evaluations, of completions, and of the palette
 
   def __post_init__(self) -> None:
     if not 0 < self.mask_probability < 1:
@@ -88,23 +76,23 @@ class PixelModelling(base.Task):
 
   def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
     """Returns the palette, read or fitted, and the bigram baseline, from the first images."""
-    images = _take(batches, self.palette_images)
     colors = self.model.num_colors
+    examples = (image for batch in batches for image in batch["image"])
+    images = list(itertools.islice(examples, self.palette_images))
+    if not images:
+      raise ValueError("data.train: no images; expected some to fit the palette to")
+    images = np.clip(np.rint(np.stack(images)), 0, 255).astype(np.uint8)
     if self.palette is None:
       clusters = palettes.fit_palette(images, colors, seed=self.seed)
       logging.info("fitted a palette of %d colours to %d images", colors, len(images))
     else:
       clusters = palettes.read_palette(self.palette)
       if len(clusters) != colors:
-        raise ValueError(
-          f"{self.palette}: {len(clusters)} colours; expected the model's num_colors={colors}. Set "
-          f"num_colors={len(clusters)}"
-        )
-    tokens = palettes.encode(images, clusters).reshape(len(images), -1)
-    return {
-      "palette": {"clusters": clusters},
-      "baseline": {"bigram": log_bigrams(count_bigrams(tokens, colors))},
-    }
+        fix = f"expected the model's num_colors={colors}. Set num_colors={len(clusters)}"
+        raise ValueError(f"{self.palette}: {len(clusters)} colours; {fix}")
+    tokens = np.asarray(palettes.encode(images, clusters)).reshape(len(images), -1)
+    bigram = log_bigrams(count_bigrams(tokens, colors))
+    return {"palette": {"clusters": clusters}, "baseline": {"bigram": bigram}}
 
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
@@ -138,36 +126,31 @@ class PixelModelling(base.Task):
       [b]; with `prefix_length`, `completions` uint8 [b completions h w 3] and `quantized` uint8
       [b h w 3], the image in the palette's colours. Losses are means over `maskings`.
     """
-    if not self.model.causal and self.model.num_classes is not None:
-      return self._vote(variables, batch)
-    outputs, nats = self._model(variables, batch, self._view(0), train=False)
-    predictions = {"nats": nats}
-    if self.model.causal:
-      bigram = variables["baseline"]["bigram"]
-      predictions["bigram_nats"] = score_bigrams(outputs["tokens"], bigram)
-    if self.model.num_classes is not None:
-      predictions["labels"] = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)
-      if "label" in batch:
-        predictions["class_loss"], predictions["correct"] = self._classify(outputs, batch)
-    if "prefix_length" in batch:
-      rng = jax.random.key(self.seed)
-      predictions |= self._complete(variables, batch, outputs["tokens"], rng)
-    return predictions
 
-  def _vote(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Predicts labels by the majority of `maskings` views; losses are means over them."""
-
-    def predict_view(view: Array) -> dict[str, Array]:
+    def predict_view(view: int | Array) -> dict[str, Array]:
       outputs, nats = self._model(variables, batch, self._view(view), train=False)
-      seen = {"nats": nats, "labels": jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)}
-      return seen | ({"class_loss": self._classify(outputs, batch)[0]} if "label" in batch else {})
+      seen = {"nats": nats, "tokens": outputs["tokens"]}
+      if self.model.num_classes is not None:
+        seen["labels"] = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)
+        seen |= {"class_loss": self._classify(outputs, batch)[0]} if "label" in batch else {}
+      return seen
 
-    seen = jax.lax.map(predict_view, jnp.arange(self.maskings))
-    labels = majority_vote(seen.pop("labels"), jax.random.key(self.seed))
-    predictions = {name: jnp.mean(losses, axis=0) for name, losses in seen.items()}
-    if "label" in batch:
-      predictions["correct"] = labels == jnp.asarray(batch["label"])
-    return predictions | {"labels": labels}
+    if self.model.causal or self.model.num_classes is None:
+      predictions = predict_view(0)
+      tokens = predictions.pop("tokens")
+    else:  # the majority of `maskings` views; losses are means over them
+      views = jax.lax.map(predict_view, jnp.arange(self.maskings))
+      tokens = views.pop("tokens")[0]
+      labels = majority_vote(views.pop("labels"), jax.random.key(self.seed))
+      losses = {name: jnp.mean(values, axis=0) for name, values in views.items()}
+      predictions = {**losses, "labels": labels}
+    if "class_loss" in predictions:
+      predictions["correct"] = predictions["labels"] == jnp.asarray(batch["label"])
+    if self.model.causal and "baseline" in variables:
+      predictions["bigram_nats"] = score_bigrams(tokens, variables["baseline"]["bigram"])
+    if "prefix_length" in batch:
+      predictions |= self._complete(variables, batch, tokens)
+    return predictions
 
   @property
   def feature_views(self) -> int:
@@ -182,11 +165,10 @@ class PixelModelling(base.Task):
     view = jnp.asarray(batch["view"])[0] if "view" in batch else 0
     outputs, _ = self._model(variables, batch, self._view(view), train=False)
     images = self._images(batch)
-    pixels = images.reshape(images.shape[0], -1)
-    return {"layers": outputs["layer_features"], "pixels": pixels}
+    return {"layers": outputs["layer_features"], "pixels": images.reshape(len(images), -1)}
 
   def evaluator(self) -> base.Evaluator:
-    """Returns an empty evaluator."""
+    """Returns an empty `PixelEvaluator`."""
     return PixelEvaluator()
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
@@ -200,12 +182,8 @@ class PixelModelling(base.Task):
     real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
     if "completions" not in predictions or not real.any():
       return {}
-    figure = draw.draw_completions(
-      np.asarray(predictions["quantized"])[real],
-      np.asarray(batch["prefix_length"])[real],
-      np.asarray(predictions["completions"])[real],
-    )
-    return {"completions": figure}
+    arrays = (predictions["quantized"], batch["prefix_length"], predictions["completions"])
+    return {"completions": draw.draw_completions(*(np.asarray(array)[real] for array in arrays))}
 
   def _view(self, view: int | Array) -> jax.Array:
     """Returns the key of an evaluation's masks, which is constant."""
@@ -218,8 +196,7 @@ class PixelModelling(base.Task):
     self, variables: base.Variables, batch: base.Batch, rng: jax.Array, *, train: bool
   ) -> tuple[dict[str, Array], Float[Array, " b"]]:
     """Returns the model's outputs, and each image's loss in nats per pixel."""
-    images = self._images(batch)
-    visible = None
+    images, visible = self._images(batch), None
     if not self.model.causal:
       shape = (images.shape[0], images.shape[1] * images.shape[2])
       visible = jax.random.uniform(rng, shape) > self.mask_probability
@@ -230,19 +207,17 @@ class PixelModelling(base.Task):
   def _classify(
     self, outputs: Mapping[str, Array], batch: base.Batch
   ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
-    labels = jnp.asarray(batch["label"])
-    logits = outputs["logits"]
+    labels, logits = jnp.asarray(batch["label"]), outputs["logits"]
     # A label that is no class gives NaN, which stops a run, except in rows of padding.
     known = (labels >= 0) & (labels < logits.shape[-1])
-    inside = jnp.where(known, labels, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, inside)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
     losses = jnp.where(known | ~base.example_mask(batch), losses, jnp.nan)
     return losses, jnp.argmax(logits, axis=-1) == labels
 
   def _complete(
-    self, variables: base.Variables, batch: base.Batch, tokens: Int[Array, "b n"], rng: jax.Array
+    self, variables: base.Variables, batch: base.Batch, tokens: Int[Array, "b n"]
   ) -> dict[str, Array]:
-    count, shape = self.completions, batch["image"].shape[:3]
+    count, shape, rng = self.completions, batch["image"].shape[:3], jax.random.key(self.seed)
     repeated = jnp.repeat(tokens, count, axis=0)
     lengths = jnp.repeat(jnp.asarray(batch["prefix_length"], jnp.int32), count)
     options = {"temperature": self.temperature, "top_k": self.top_k}
@@ -268,38 +243,13 @@ def pixel_nats(
   return jnp.sum(jnp.where(visible, 0.0, nats), axis=-1) / jnp.maximum(masked, 1)
 
 
-def _take(batches: Iterable[Mapping[str, np.ndarray]], count: int) -> np.ndarray:
-  """Returns the first `count` images, or all if there are fewer, as uint8."""
-  images, found = [], 0
-  for batch in batches:
-    images.append(np.asarray(batch["image"]))
-    found += len(images[-1])
-    if found >= count:
-      break
-  if not images:
-    raise ValueError("data.train: no images; expected some to fit the palette to")
-  whole = np.concatenate(images)[:count]
-  return np.clip(np.rint(whole), 0, 255).astype(np.uint8)
-
-
 class PixelEvaluator(MeanEvaluator):
-  """Means over images.
+  """Means over images: nats and bits per pixel, log-likelihood (minus nats), other predictions."""
 
-  Scores: "nats" and "bits" per pixel, "log_likelihood" (minus nats; higher is better), "images";
-  where the predictions have them "bigram_nats" of the baseline, "class_loss" and "accuracy".
-  """
-
-  scores = (
-    "nats", "bits", "log_likelihood", "images", "bigram_nats", "class_loss", "accuracy",
-  )  # fmt: skip
+  scores = ("nats", "bits", "log_likelihood", "images", "bigram_nats", "class_loss", "accuracy")
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch.
-
-    Args:
-      batch: `mask` [b], True for real rows, optional.
-      predictions: of `PixelModelling.predict`.
-    """
+    """Adds one batch and its predictions, without rows of padding."""
     real = np.asarray(batch.get("mask", np.ones(len(predictions["nats"]))), bool)
     names = [n for n in ("nats", "bigram_nats", "class_loss", "correct") if n in predictions]
     sums = {n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names}
@@ -316,24 +266,15 @@ class PixelEvaluator(MeanEvaluator):
 
 
 def count_bigrams(tokens: Integer[np.ndarray, "b n"], num_tokens: int) -> Int64[np.ndarray, "m k"]:
-  """Returns how often token j (column) follows token i (row); the last row is for first tokens.
-
-  Args:
-    tokens: sequences of numbers in [0, num_tokens).
-    num_tokens: k; the result has k + 1 rows.
-  """
-  previous = np.full_like(tokens, num_tokens)
-  previous[:, 1:] = tokens[:, :-1]
-  pairs = previous.astype(np.int64) * num_tokens + tokens
-  counts = np.bincount(pairs.ravel(), minlength=(num_tokens + 1) * num_tokens)
-  return counts.reshape(num_tokens + 1, num_tokens).astype(np.int64)
+  """Returns how often token j (column) follows token i (row); the last row is for first tokens."""
+  previous = np.pad(tokens[:, :-1], ((0, 0), (1, 0)), constant_values=num_tokens)
+  counts = np.zeros((num_tokens + 1, num_tokens), np.int64)
+  np.add.at(counts, (previous, tokens), 1)
+  return counts
 
 
 def log_bigrams(counts: Int64[np.ndarray, "m k"]) -> Float32[np.ndarray, "m k"]:
-  """Returns the log-probabilities of each row of counts.
-
-  Each row is smoothed by one observation distributed as all tokens are, with add-one smoothing.
-  """
+  """Returns each row's log-probabilities, smoothed by one observation distributed as all tokens."""
   overall = counts.sum(axis=0) + 1.0
   smoothed = counts + overall / overall.sum()
   return np.log(smoothed / smoothed.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -15,21 +15,22 @@ from etils import epath
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
+from vit_jax_zoo.weights.fused_qkv import PARTS
+from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
-HEADS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(a.shape[0], -1))
-"""[input, width] kept as [input, heads, head width]."""
-FROM_HEADS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1, a.shape[-1]))
-"""[width, output] kept as [heads, head width, output]."""
-HEADS_BIAS = Transform(lambda a, shape: a.reshape(shape), lambda a: a.reshape(-1))
-"""[width] kept as [heads, head width]."""
+# [input, width] kept as [input, heads, head width]; [width, output] as [heads, head width, output];
+# [width] as [heads, head width].
+HEADS = Transform(np.reshape, lambda a: a.reshape(a.shape[0], -1))
+FROM_HEADS = Transform(np.reshape, lambda a: a.reshape(-1, a.shape[-1]))
+HEADS_BIAS = Transform(np.reshape, np.ravel)
 
 _BIAS = r"transformer\.h\.\d+\.(attn|mlp)\.(query|key|value|c_fc|c_proj)\.bias"
 
 _EMBEDDING, _SOS = "transformer.wte.weight", "transformer.wte.sos"
-_FUSED, _PARTS = ".attn.c_attn.", ("query", "key", "value")
+_FUSED = ".attn.c_attn."
 
 
 def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
@@ -41,8 +42,8 @@ TABLE: tuple[Row, ...] = (
   Row(_SOS, "sos_token"),
   Row("transformer.wpe.weight", "position_embedding"),
   _block("ln_1.weight", "attention_norm/scale"),
-  *(_block(f"attn.{p}.weight", f"attention/{p}/kernel", HEADS) for p in _PARTS),
-  *(_block(f"attn.{p}.bias", f"attention/{p}/bias", HEADS_BIAS) for p in _PARTS),
+  *(_block(f"attn.{p}.weight", f"attention/{p}/kernel", HEADS) for p in PARTS),
+  *(_block(f"attn.{p}.bias", f"attention/{p}/bias", HEADS_BIAS) for p in PARTS),
   _block("attn.c_proj.weight", "attention/out/kernel", FROM_HEADS),
   _block("attn.c_proj.bias", "attention/out/bias"),
   _block("ln_2.weight", "mlp_norm/scale"),
@@ -77,9 +78,6 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
   `ImageGPTForImageClassification` has a classifier on unshifted pixels and no output matrix;
   `ImageGPTModel` has neither.
-
-  Raises:
-    WeightsError: config.json is missing or incomplete, or has values that are not supported.
   """
   path, config = published.path, published.config
   if "n_head" not in config:
@@ -87,7 +85,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
   for key, known in _KNOWN.items():
     if (given := config.get(key, known)) != known:
       raise WeightsError(f"{path}: {key} {given!r} in config.json; expected {known!r}")
-  arrays = split({k: a for k, a in published.arrays.items() if not _is_mask(k)})
+  masks = (".attn.bias", ".attn.masked_bias")
+  arrays = split({k: a for k, a in published.arrays.items() if not k.endswith(masks)})
   if "lm_head.weight" not in arrays:
     arrays["lm_head.weight"] = np.zeros_like(arrays[_EMBEDDING])
   if published.processor.get("clusters") is not None:
@@ -98,20 +97,13 @@ def read_checkpoint(published: Published) -> Checkpoint:
   if "score.weight" in arrays:
     fields["sos_token"] = False
     del arrays[_SOS]
-  return checkpoint_of(path, arrays, TABLE, fields, () if fields["use_bias"] else (_BIAS,))
-
-
-def _is_mask(key: str) -> bool:
-  return key.endswith((".attn.bias", ".attn.masked_bias"))
+  return checkpoint_of(path, arrays, TABLE, fields, None if fields["use_bias"] else _BIAS)
 
 
 def write_checkpoint(path: str, export: Export) -> None:
   """Writes a folder that `ImageGPTForCausalImageModeling.from_pretrained` loads.
 
   A model with a classifier becomes an `ImageGPTForImageClassification`.
-
-  Raises:
-    WeightsError: transformers does not support the model.
   """
   fields, variables = export.fields(), dict(export.variables)
   if not fields["causal"]:
@@ -119,14 +111,11 @@ def write_checkpoint(path: str, export: Export) -> None:
   clusters = variables.pop("palette/clusters", None)
   is_classifier = fields["num_classes"] is not None
   if is_classifier and fields["sos_token"]:
-    raise WeightsError(
-      "sos_token: True with a head; Hugging Face's classifier has no start token. Set "
-      "num_classes=None"
-    )
+    wrong = "sos_token: True with a head; Hugging Face's classifier has no start token"
+    raise WeightsError(f"{wrong}. Set num_classes=None")
   kept = {k: a for k, a in variables.items() if not k.startswith("baseline/")}
   kept.setdefault("sos_token", np.zeros(fields["width"], np.float32))
-  arrays = join(write(kept, TABLE))
-  config = _config_of(fields, export)
+  arrays, config = join(write(kept, TABLE)), _config_of(fields, export)
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
   write_safetensors(str(folder / "model.safetensors"), arrays)
@@ -135,11 +124,9 @@ def write_checkpoint(path: str, export: Export) -> None:
     processor = {
       "image_processor_type": "ImageGPTImageProcessor",
       "clusters": np.asarray(clusters).tolist(),
-      "do_color_quantize": True,
-      "do_normalize": True,
-      "do_resize": True,
+      **dict.fromkeys(("do_color_quantize", "do_normalize", "do_resize"), True),
       "resample": 2,
-      "size": {name: export.preprocess.image_size[i] for i, name in enumerate(("height", "width"))},
+      "size": dict(zip(("height", "width"), export.preprocess.image_size, strict=True)),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
 
@@ -147,7 +134,7 @@ def write_checkpoint(path: str, export: Export) -> None:
 def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
   is_classifier = fields["num_classes"] is not None
   kind = "ImageClassification" if is_classifier else "CausalImageModeling"
-  names = export.class_names or tuple(f"LABEL_{i}" for i in range(fields["num_classes"] or 0))
+  names = export.class_names or [f"LABEL_{i}" for i in range(fields["num_classes"] or 0)]
   labels = {
     "id2label": {str(i): name for i, name in enumerate(names)},
     "label2id": {name: i for i, name in enumerate(names)},
@@ -176,10 +163,8 @@ def split(published: Mapping[str, np.ndarray]) -> Flat:
     if key == _EMBEDDING:
       flat[_EMBEDDING], flat[_SOS] = array[:-1], array[-1]
     elif _FUSED in key:
-      thirds = np.split(array, 3, axis=-1)
-      flat |= {
-        key.replace("c_attn", part): third for part, third in zip(_PARTS, thirds, strict=True)
-      }
+      for part, third in zip(PARTS, np.split(array, 3, axis=-1), strict=True):
+        flat[key.replace("c_attn", part)] = third
     else:
       flat[key] = array
   return flat
@@ -189,13 +174,11 @@ def join(flat: Mapping[str, np.ndarray]) -> Flat:
   """Inverts `split`; missing biases become zeros."""
   flat = dict(flat)
   flat[_EMBEDDING] = np.concatenate([flat[_EMBEDDING], flat.pop(_SOS)[None]])
-  for key in [key for key in flat if key.endswith(".attn.query.weight")]:
-    head = key.removesuffix("query.weight")
-    block = head.removesuffix("attn.")
+  for block in [k.removesuffix("attn.query.weight") for k in flat if k.endswith("query.weight")]:
     for leaf in ("weight", "bias"):
-      keys = [f"{head}{part}.{leaf}" for part in _PARTS if f"{head}{part}.{leaf}" in flat]
-      if keys:
-        flat[f"{head}c_attn.{leaf}"] = np.concatenate([flat.pop(k) for k in keys], axis=-1)
+      keys = [f"{block}attn.{part}.{leaf}" for part in PARTS]
+      if keys[0] in flat:
+        flat[f"{block}attn.c_attn.{leaf}"] = np.concatenate([flat.pop(k) for k in keys], axis=-1)
     for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
       width = flat[f"{block}{layer}.weight"].shape[1]
       flat.setdefault(f"{block}{layer}.bias", np.zeros(width, np.float32))
@@ -203,13 +186,9 @@ def join(flat: Mapping[str, np.ndarray]) -> Flat:
 
 
 def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the fields of the `ImageGPT` that fit a file.
+  """Returns the fields of the `ImageGPT` that fit what `split` returns, and a `config.json`.
 
   Biases that are all zero, as the published ones, are left out: the paper's model has none.
-
-  Args:
-    published: the result of `split`.
-    config: the folder's `config.json`, for the number of heads.
   """
   embedding = published[_EMBEDDING]
   return {
@@ -220,5 +199,5 @@ def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any])
     "num_heads": config["n_head"],
     "mlp_dim": published["transformer.h.0.mlp.c_fc.weight"].shape[1],
     "use_bias": any(re.fullmatch(_BIAS, key) and a.any() for key, a in published.items()),
-    "num_classes": published["score.weight"].shape[0] if "score.weight" in published else None,
+    "num_classes": side(published, (r"score\.weight", 2, 0)),
   }

@@ -13,6 +13,8 @@ from etils import epath
 
 from vit_jax_zoo.systems.igpt.palette import read_palette
 from vit_jax_zoo.weights.checkpoint import Checkpoint
+from vit_jax_zoo.weights.fused_qkv import PARTS
+from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -21,8 +23,7 @@ INPUT_LAST = Transform(lambda a, _: a.transpose(2, 0, 1), lambda a: a.transpose(
 """[heads, head width, input] kept as [input, heads, head width]."""
 TRANSPOSED = Transform(lambda a, _: a.T, lambda a: a.T)
 
-
-IGNORE = (r"model/.*/(Adam|Adam_1|adam_[mv]|m|v)",)
+IGNORE = r"model/.*/(Adam|Adam_1|adam_[mv]|m|v)"
 """State of the optimizer."""
 
 
@@ -35,9 +36,7 @@ TABLE: tuple[Row, ...] = (
   Row("model/wpe", "position_embedding"),
   Row("model/sos", "sos_token"),
   _block("ln_1/g", "attention_norm/scale"),
-  _block("attn/q_proj", "attention/query/kernel", INPUT_LAST),
-  _block("attn/k_proj", "attention/key/kernel", INPUT_LAST),
-  _block("attn/v_proj", "attention/value/kernel", INPUT_LAST),
+  *(_block(f"attn/{p[0]}_proj", f"attention/{p}/kernel", INPUT_LAST) for p in PARTS),
   _block("attn/c_proj", "attention/out/kernel"),
   _block("ln_2/g", "mlp_norm/scale"),
   _block("mlp/c_fc/w", "mlp/hidden/kernel"),
@@ -47,9 +46,6 @@ TABLE: tuple[Row, ...] = (
   Row("model/clf/wclf", "head/kernel", TRANSPOSED),
   Row("clusters", "palette/clusters"),
 )
-
-PALETTE_FILE = "kmeans_centers.npy"
-"""OpenAI's colours, beside the checkpoint or in a folder above."""
 
 
 def is_of(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -65,33 +61,22 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def checkpoint_of(
-  source: str,
-  arrays: Flat,
-  table: tuple[Row, ...],
-  fields: Mapping[str, Any],
-  ignore: tuple[str, ...] = (),
+  source: str, arrays: Flat, table: tuple[Row, ...], fields: Mapping[str, Any], ignore: str | None
 ) -> Checkpoint:
   """Returns the checkpoint of an iGPT, whose images are resized to a square of its positions."""
-  side = math.isqrt(fields["num_positions"])
-  return Checkpoint(
-    source=source,
-    family="igpt",
-    arrays=arrays,
-    table=table,
-    fields=fields,
-    preprocess=Preprocess((side, side), interpolation="bilinear"),
-    task="pixel_modelling",
-    ignore=ignore,
-    optional=("palette",),
-    image_size=(side, side),
-  )
+  size = (math.isqrt(fields["num_positions"]),) * 2
+  preprocess = Preprocess(size, interpolation="bilinear")
+  checkpoint = Checkpoint(source, "igpt", arrays, table, fields, preprocess, "pixel_modelling")
+  ignored = () if ignore is None else (ignore,)
+  return checkpoint.replace(ignore=ignored, optional=("palette",), image_size=size)
 
 
 def palette_beside(file: epath.Path) -> Flat:
-  """Returns the palette beside a checkpoint or above it, empty if there is none."""
-  places = [file.parent, file.parent.parent, file.parent.parent.parent]
-  found = next((f / PALETTE_FILE for f in places if (f / PALETTE_FILE).exists()), None)
-  return {} if found is None else {"clusters": read_palette(str(found))}
+  """Returns the palette beside a checkpoint, or in one of two folders above; empty if none."""
+  for folder in (file.parent, file.parent.parent, file.parent.parent.parent):
+    if (palette := folder / "kmeans_centers.npy").exists():
+      return {"clusters": read_palette(str(palette))}
+  return {}
 
 
 def infer_fields(published: Mapping[str, np.ndarray]) -> dict[str, int | bool | None]:
@@ -104,9 +89,5 @@ def infer_fields(published: Mapping[str, np.ndarray]) -> dict[str, int | bool | 
     "num_heads": published["model/h0/attn/q_proj"].shape[0],
     "mlp_dim": published["model/h0/mlp/c_fc/w"].shape[1],
     "causal": "model/sos" in published,
-    "num_classes": _rows(published, "model/clf/wclf"),
+    "num_classes": side(published, ("model/clf/wclf", 2, 0)),
   }
-
-
-def _rows(published: Mapping[str, np.ndarray], key: str) -> int | None:
-  return published[key].shape[0] if key in published else None
