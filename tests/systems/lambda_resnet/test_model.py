@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
-from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
+from tests.systems.lambda_resnet.timm_file import read_variables, write_variables
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
 
 # The published counts in millions (timm's exactly); of 50, 200 to 420 none are printed.
@@ -103,7 +103,7 @@ def timm_weights(name):
 
 def timm_variables(model, images, name):
   shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
-  return lambda_resnet_timm.read_variables(timm_weights(name), shapes, name)
+  return read_variables(timm_weights(name), shapes, name)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def training_curve(name, dtype, learning_rate, steps, load_golden):
 
 def check_final(outputs, prefix, variables, start, tolerance, leave_out=()):
   """The distance of the last values, over the length of the whole update."""
-  final = lambda_resnet_timm.write_variables(variables)
+  final = write_variables(variables)
   for key, expected in outputs.items():
     match = re.fullmatch(re.escape(prefix) + r"(param|bn)/(.*)", key)
     if not match or match[2] in leave_out:

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
+from tests.systems.lambda_resnet.timm_file import read_variables, write_variables
 from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
 from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
 from vit_jax_zoo.weights.key_map import WeightsError
@@ -29,9 +30,9 @@ def test_sizes_are_inferred_and_export_returns_what_was_imported(name, load_gold
   assert model.activation == config["act"]
   assert model.num_classes == config["kwargs"]["num_classes"]
   assert model.stem_width == config["stem_channels"][-1]
-  variables = lambda_resnet_timm.read_variables(published, shapes, name)
+  variables = read_variables(published, shapes, name)
   assert jax.tree.map(lambda x: x.shape, variables) == jax.tree.map(lambda x: x.shape, shapes)
-  exported = lambda_resnet_timm.write_variables(variables)
+  exported = write_variables(variables)
   assert exported.keys() == published.keys()
   for key, array in published.items():
     if not key.endswith("num_batches_tracked"):
@@ -47,7 +48,7 @@ def test_all_problems_are_reported_at_once():
   published["stages.0.0.conv1_1x1.bn.bias"] = np.zeros(16, np.int32)
   del published["stages.3.1.post_attn.running_var"]
   with pytest.raises(WeightsError) as error:
-    lambda_resnet_timm.read_variables(published, shapes, "x.safetensors")
+    read_variables(published, shapes, "x.safetensors")
   for problem in (
     "x.safetensors does not fit",
     "wrong shape: head.fc.weight is (5, 10)",

@@ -10,9 +10,11 @@ head axis: all heads share one lambda (the paper's multi-query lambdas).
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
+import einops
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -55,9 +57,9 @@ def apply_lambdas(
   """Applies content and position lambdas to the queries of a map (arXiv:2102.08602, Eq. 1-2).
 
   Args:
-    queries: queries, unscaled; the paper has `1/sqrt(k)` in the initialization.
-    keys: keys, before the softmax over positions.
-    values: values.
+    queries: unscaled; the paper has `1/sqrt(k)` in the initialization.
+    keys: before the softmax over positions.
+    values: of the same map.
     embeddings: relative position embeddings (context minus query) with odd sides, zero beyond.
       `[2h-1 2w-1]` reaches every position, `[r r]` is the lambda convolution's local scope. The
       content lambda always covers the whole map.
@@ -96,28 +98,20 @@ def choose_implementation(
   Per query, key channel and value channel, the einsum has one multiply-add per map position, the
   convolution one per scope position; but matrix products run faster. The einsum also needs the
   embeddings of all pairs in memory, independent of the batch size.
-
-  Args:
-    map_size: height and width.
-    embeddings_shape: `[dy dx u k]`.
   """
-  positions = map_size[0] * map_size[1]
-  scope = min(embeddings_shape[0], 2 * map_size[0] - 1) * min(
-    embeddings_shape[1], 2 * map_size[1] - 1
-  )
-  elements = positions**2 * embeddings_shape[2] * embeddings_shape[3]
-  if elements > EINSUM_MAX_ELEMENTS or positions > EINSUM_ADVANTAGE * scope:
-    return "convolution"
-  return "einsum"
+  positions = math.prod(map_size)
+  scope = math.prod(min(s, 2 * n - 1) for s, n in zip(embeddings_shape, map_size, strict=False))
+  too_large = positions**2 * math.prod(embeddings_shape[2:]) > EINSUM_MAX_ELEMENTS
+  return "convolution" if too_large or positions > EINSUM_ADVANTAGE * scope else "einsum"
 
 
 def relative_embeddings(
   embeddings: Float[Array, "dy dx u k"], map_size: tuple[int, ...]
 ) -> Float[Array, "h y w x u k"]:
   """Returns the embeddings of all pairs of positions, zero for offsets beyond `embeddings`."""
-  height, width = map_size
-  rows, columns = 2 * height - 1 - embeddings.shape[0], 2 * width - 1 - embeddings.shape[1]
-  padding = ((rows // 2,) * 2, (columns // 2,) * 2, (0, 0), (0, 0))
+  sides = zip(map_size, embeddings.shape, strict=False)
+  padding = [((2 * side - 1 - length) // 2,) * 2 for side, length in sides]
+  padding += [(0, 0), (0, 0)]
   return jax.vmap(jax.vmap(_toeplitz))(_toeplitz(jnp.pad(embeddings, padding)))
 
 
@@ -138,17 +132,14 @@ def _position_lambdas_by_convolution(
   values: Float[Array, "b h w u v"], embeddings: Float[Array, "dy dx u k"]
 ) -> Float[Array, "b h w k v"]:
   """Convolves every value channel separately, as examples of a batch."""
-  batch, height, width, intra_depth, value_depth = values.shape
   wide = jnp.promote_types(values.dtype, jnp.float32)
-  maps = jnp.moveaxis(values, -1, 1).reshape(-1, height, width, intra_depth)
+  maps = einops.rearrange(values, "b h w u v -> (b v) h w u").astype(wide)
+  padding = [(side // 2, side // 2) for side in embeddings.shape[:2]]
+  layout = ("NHWC", "HWIO", "NHWC")
   lambdas = jax.lax.conv_general_dilated(
-    maps.astype(wide),
-    embeddings.astype(wide),
-    window_strides=(1, 1),
-    padding=[(side // 2, side // 2) for side in embeddings.shape[:2]],
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    maps, embeddings.astype(wide), (1, 1), padding, dimension_numbers=layout
   )
-  return jnp.moveaxis(lambdas.reshape(batch, value_depth, height, width, -1), 1, -1)
+  return einops.rearrange(lambdas, "(b v) h w k -> b h w k v", v=values.shape[-1])
 
 
 def _crop(
@@ -170,51 +161,31 @@ def _crop(
 class LambdaLayer(nn.Module):
   """Lambda layer with as many output as input channels; replaces a 3x3 convolution.
 
-  Queries and values are batch-normalized after their projection; there is no output projection.
-  Parameters: `qkv` (one 1x1 convolution; outputs are queries (i k), keys (u k), values (u v)),
-  `query_norm`, `value_norm`, `position_embedding` `[dy dx u k]` and, optionally, `position_bias`
-  `[k]`.
+  Queries and values are batch-normalized after their projection, `qkv` (queries (i k), keys (u k),
+  values (u v)); there is no output projection.
 
   A global table belongs to the map size at initialization. On other maps the offsets in it keep
   their embeddings and the others are zero.
-
-  Attributes:
-    num_heads: query heads; divides the number of channels.
-    dim_k: depth of queries and keys.
-    dim_u: intra-depth (paper, ablation of u).
-    receptive_field: odd side of the position lambdas' scope; None: the whole map.
-    position_bias: adds a bias per query channel to the position lambdas (timm's and lucidrains'
-      `conv_lambda`; not in the paper).
-    qkv_bias: bias of the projections (timm's argument).
-    stride: 2 halves the map by average pooling after the lambdas.
-    pool_size: pooling window: 3 (paper; padded by one, padding not counted) or 2 (timm).
-    initialization: standard deviations: "paper": queries (k d)^-0.5, keys and values d^-0.5,
-      embeddings 1; "timm": projections d^-0.5, embeddings k^-0.5 (scope) or 0.02 (global table).
-    implementation: see `apply_lambdas`.
-    norm: creates a norm, called with `name`; None: batch norm.
-    dtype: dtype of projections and output. Softmax and lambdas are float32.
   """
 
-  num_heads: int = 4
-  dim_k: int = 16
-  dim_u: int = 1
-  receptive_field: int | None = 23
-  position_bias: bool = False
-  qkv_bias: bool = False
-  stride: int = 1
-  pool_size: int = 3
+  num_heads: int = 4  # query heads; divides the number of channels
+  dim_k: int = 16  # depth of queries and keys
+  dim_u: int = 1  # intra-depth (paper, ablation of u)
+  receptive_field: int | None = 23  # odd side of the position lambdas' scope; None: the whole map
+  position_bias: bool = False  # of each query channel in position lambdas (timm, lucidrains)
+  qkv_bias: bool = False  # bias of the projections (timm)
+  stride: int = 1  # 2 halves the map by average pooling after the lambdas
+  pool_size: int = 3  # pooling window: 3 (paper; padded by one, padding not counted) or 2 (timm)
+  # standard deviations: "paper": queries (k d)^-0.5, keys and values d^-0.5, embeddings 1; "timm":
+  # projections d^-0.5, embeddings k^-0.5 (scope) or 0.02 (global table)
   initialization: str = "paper"
-  implementation: Implementation = "auto"
-  norm: Callable[..., nn.Module] | None = None
-  dtype: Dtype = "float32"
+  implementation: Implementation = "auto"  # see `apply_lambdas`
+  norm: Callable[..., nn.Module] | None = None  # creates a norm by `name`; None: batch
+  dtype: Dtype = "float32"  # of projections and output. Softmax and lambdas are float32.
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h2 w2 d"]:
-    """Returns the layer's output.
-
-    Args:
-      x: feature map.
-      train: batch norms use batch statistics.
+    """Returns the layer's output; with `train`, batch norms use batch statistics.
 
     Raises:
       ValueError: fields that do not fit together, or a map that the pooling cannot halve.
@@ -222,28 +193,21 @@ class LambdaLayer(nn.Module):
     self._check(x)
     grid, dim_v = x.shape[:3], x.shape[-1] // self.num_heads
     sizes = (self.num_heads * self.dim_k, self.dim_u * self.dim_k, self.dim_u * dim_v)
-    projection = nn.Dense(
-      sum(sizes),
-      use_bias=self.qkv_bias,
-      kernel_init=_qkv_init(sizes, self._projection_stds(x.shape[-1])),
-      dtype=self.dtype,
-      name="qkv",
-    )
-    queries, keys, values = jnp.split(projection(x), (sizes[0], sizes[0] + sizes[1]), axis=-1)
+    std = x.shape[-1] ** -0.5
+    init = _qkv_init(sizes, (std * (1 if self._is_timm else self.dim_k**-0.5), std, std))
+    fields = {"use_bias": self.qkv_bias, "kernel_init": init, "dtype": self.dtype}
+    projected = nn.Dense(sum(sizes), **fields, name="qkv")(x)
+    queries, keys, values = jnp.split(projected, (sizes[0], sizes[0] + sizes[1]), axis=-1)
     norm = self.norm or functools.partial(BatchNorm, dtype=self.dtype)
     queries = norm(name="query_norm")(queries, train=train)
     values = norm(name="value_norm")(values, train=train)
-    bias = None
-    if self.position_bias:
-      bias = self.param("position_bias", nn.initializers.zeros, (self.dim_k,))
-    result = apply_lambdas(
-      queries.reshape(*grid, self.num_heads, self.dim_k),
-      keys.reshape(*grid, self.dim_u, self.dim_k),
-      values.reshape(*grid, self.dim_u, dim_v),
-      self._embeddings(x.shape[1:3]),
-      bias=bias,
-      implementation=self.implementation,
-    )
+    zeros = nn.initializers.zeros
+    bias = self.param("position_bias", zeros, (self.dim_k,)) if self.position_bias else None
+    queries = queries.reshape(*grid, self.num_heads, self.dim_k)
+    keys = keys.reshape(*grid, self.dim_u, self.dim_k)
+    values, embeddings = values.reshape(*grid, self.dim_u, dim_v), self._embeddings(grid[1:])
+    options = {"bias": bias, "implementation": self.implementation}
+    result = apply_lambdas(queries, keys, values, embeddings, **options)
     self.sow("intermediates", "content_lambda", result.content_lambda)
     self.sow("intermediates", "position_lambda", result.position_lambda)
     y = result.output.reshape(x.shape)
@@ -258,16 +222,15 @@ class LambdaLayer(nn.Module):
     name = "position_embedding"
     if self.has_variable("params", name):  # of any map size
       return self.get_variable("params", name)
-    sides = tuple(2 * side - 1 for side in map_size)
-    std = 1.0 if self.initialization == "paper" else 0.02
+    sides, std = tuple(2 * side - 1 for side in map_size), 0.02
     if self.receptive_field is not None:
-      sides = (self.receptive_field, self.receptive_field)
-      std = 1.0 if self.initialization == "paper" else self.dim_k**-0.5
-    return self.param(name, nn.initializers.normal(std), (*sides, self.dim_u, self.dim_k))
+      sides, std = (self.receptive_field, self.receptive_field), self.dim_k**-0.5
+    init = nn.initializers.normal(std if self._is_timm else 1.0)
+    return self.param(name, init, (*sides, self.dim_u, self.dim_k))
 
-  def _projection_stds(self, dim_in: int) -> tuple[float, float, float]:
-    std = dim_in**-0.5
-    return (std if self.initialization == "timm" else std * self.dim_k**-0.5), std, std
+  @property
+  def _is_timm(self) -> bool:
+    return self.initialization == "timm"
 
   def _check(self, x: Float[Array, "b h w d"]) -> None:
     check_positive(self, "dim_k", "dim_u", "num_heads", "receptive_field")
@@ -278,10 +241,8 @@ class LambdaLayer(nn.Module):
     if self.initialization not in INITIALIZATIONS:
       raise ValueError(unknown_name("initialization", self.initialization, INITIALIZATIONS))
     if self.stride not in (1, 2) or self.pool_size not in (2, 3):
-      raise ValueError(
-        f"stride: {self.stride} with pool_size {self.pool_size}; expected stride 1 or 2 and "
-        "pool_size 2 or 3"
-      )
+      pool = f"pool_size {self.pool_size}"
+      raise ValueError(f"stride: {self.stride} with {pool}; expected 1 or 2 with pool_size 2 or 3")
     if self.stride == 2 and self.pool_size == 2 and (x.shape[1] % 2 or x.shape[2] % 2):
       raise ValueError(
         f"a map of {x.shape[1]}x{x.shape[2]} cannot be halved by 2x2 pooling; resize the images to "
