@@ -21,7 +21,9 @@ from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.config import complete
 from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.registry import model_name as model_name
 from vit_jax_zoo.training.lr_scaling import SINGLE
+from vit_jax_zoo.training.lr_scaling import scaled_rate as scaled_rate
 
 Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 

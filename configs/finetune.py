@@ -16,16 +16,13 @@ The function below is the recipe. iGPT's fine-tuning, with its two losses, stand
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.errors import unknown_name
-from vit_jax_zoo.registry import list_models, model_name
-from vit_jax_zoo.training.lr_scaling import SINGLE, scaled_rate
-from vit_jax_zoo.weights.model_index import entries
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -42,6 +39,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   batch_size: int = 32,
   learning_rate: float = 0.0,
   image_size: int = 0,
+  class_names: str = "",
   flip: bool = True,
   head_only: bool = False,
   dtype: str = "bfloat16",
@@ -58,6 +56,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     of the training images, by a hash of their names, selects the best checkpoint (`val`); `test` is
     the folder `test`, or another tenth. Unreadable images are logged, counted and skipped.
     `flip=false` where left and right differ, as in text. Names of TFDS do as well: tfds:beans.
+    The classes are the folders, sorted by name, or the lines of the text file `class_names`.
   Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default
     ImageNet-21k's of AugReg for a ViT, timm's for a LambdaResNet, which are then downloaded.
   Learning rate: by default that of the recipe, scaled to `batch_size` by the linear rule (Goyal et
@@ -74,7 +73,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     `figures/`; `best/test/accuracy` is what to report.
   Not yet run here.
   """
-  model = model_name(model)
+  model = common.model_name(model)
   family = _family(model)
   image_size = image_size or family.image_size
   config = _base(model, family, source, image_size)
@@ -84,26 +83,31 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)},
     *([{"name": "random_flip"}] if flip else []),
   ]
-  rate = scaled_rate("sgd", family.learning_rate, batch_size, family.batch_size)
+  if class_names:
+    for spec in (config.data.train, *config.data.eval.values()):
+      spec.class_names = class_names
+  rate = common.scaled_rate("sgd", family.learning_rate, batch_size, family.batch_size)
   config.optimizer.learning_rate = learning_rate or rate
   if head_only:
     config.optimizer.rules = (("head/.*", {"frozen": False}), (".*", {"frozen": True}))
   config.init_from = init_from or _published(model)
-  config.eval_every = config.checkpoint.every = _once_an_epoch(num_epochs)
+  # Once an epoch, or each 1/50 of the run if that is more; 0 for a single epoch.
+  every = max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
+  config.eval_every = config.checkpoint.every = every
   return common.with_data_dir(config, data_dir)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-  """What fine-tuning takes of a family of models.
+  """Recipe of a family of models.
 
   Attributes:
     learning_rate: of SGD, for a batch of `batch_size`.
     batch_size: see `learning_rate`.
-    image_size: side of the images, unless another is asked for.
+    image_size: side of the images, unless another is given.
     image_mean: of pixels in [0, 1], as the published weights have it.
     image_std: as `image_mean`.
-    weights: endings of published names, the best to start from first.
+    weights: ending of published names -> models that have such weights; the first is taken.
   """
 
   learning_rate: float
@@ -111,45 +115,38 @@ class Family:
   image_size: int
   image_mean: float | tuple[float, ...]
   image_std: float | tuple[float, ...]
-  weights: tuple[str, ...]
+  weights: Mapping[str, tuple[str, ...]]
 
+
+AUGREG = ("ti16", "s32", "s16", "b16", "l16", "r_ti16", "r26_s32", "r50_l32")
+VIT = {
+  "augreg_imagenet21k": tuple(f"vit_{size}" for size in AUGREG),
+  "imagenet21k": ("vit_b32", "vit_l32", "vit_h14", "vit_r50_b16"),
+}
+LAMBDA = {"imagenet": ("lambda_resnet50ts", "lambda_resnet26t", "lambda_resnet26rpt_256")}
 
 FAMILIES = {
-  "vit": Family(0.03, 512, 224, 0.5, 0.5, ("augreg_imagenet21k", "imagenet21k", "augreg_imagenet")),
-  "lambda_resnet": Family(
-    0.01, 256, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), ("imagenet",)
-  ),
+  "vit": Family(0.03, 512, 224, 0.5, 0.5, VIT),
+  "lambda_resnet": Family(0.01, 256, 256, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), LAMBDA),
 }
 
 
 def _family(model: str) -> Family:
-  known = [name for name in list_models() if name.startswith(tuple(FAMILIES))]
-  if model not in known:
-    raise ValueError(unknown_name("classifier", model, known))
-  return next(family for prefix, family in FAMILIES.items() if model.startswith(prefix))
+  for prefix, family in FAMILIES.items():
+    if model.startswith(prefix):
+      return family
+  known = [name for family in FAMILIES.values() for name in sum(family.weights.values(), ())]
+  raise ValueError(common.unknown_name("classifier", model, known))
 
 
 def _published(model: str) -> str:
-  """Returns the published weights to start a model from.
-
-  Raises:
-    ValueError: nobody has published any.
-  """
-  for ending in _family(model).weights:
-    if f"{model}_{ending}" in entries():
+  """Returns the published weights to start a model from, by name."""
+  weights = _family(model).weights
+  for ending, models in weights.items():
+    if model in models:
       return f"{model}_{ending}"
-  raise ValueError(
-    f"no published weights of {model} are known; give init_from=<a file, or a run's folder>, or "
-    f"take one of those in docs/MODELS.md, such as model={_NEAREST[model.split('_')[0]]}"
-  )
-
-
-_NEAREST = {"vit": "vit_b16", "lambda": "lambda_resnet50ts"}
-
-
-def _once_an_epoch(num_epochs: float) -> float | int:
-  """Returns which share of the run an epoch is, or 1/50 if that is more; 0 for a single one."""
-  return max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
+  unknown = common.unknown_name("model with published weights", model, sum(weights.values(), ()))
+  raise ValueError(f"{unknown}. Or give init_from=<a file, or a run's folder>")
 
 
 def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDict:
@@ -185,7 +182,7 @@ def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDic
       },
       "recipe": {
         "batch_size": family.batch_size,
-        "learning_rates": {SINGLE: family.learning_rate},
+        "learning_rates": {common.SINGLE: family.learning_rate},
       },
       "log_every": 20,
       "checkpoint": {"keep": 1, "best": "val/loss", "best_mode": "min", "eval_best_at_end": True},

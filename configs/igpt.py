@@ -31,7 +31,6 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.errors import unknown_name
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -179,7 +178,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   Not yet run here.
   """
   if dataset not in FINETUNED:
-    raise ValueError(unknown_name("dataset", dataset, FINETUNED))
+    raise ValueError(common.unknown_name("dataset", dataset, FINETUNED))
   splits = OWN_IMAGES if source else FINETUNED[dataset]
   source = source or f"tfds:{dataset}"
   config = _base(size, image_size, 128)
@@ -225,7 +224,7 @@ def linear_probe(
   Not yet run here.
   """
   if dataset not in PROBED:
-    raise ValueError(unknown_name("dataset", dataset, PROBED))
+    raise ValueError(common.unknown_name("dataset", dataset, PROBED))
   config = _base(size, 32, 128)
   config.num_steps = 1
   split = {

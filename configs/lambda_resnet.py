@@ -29,7 +29,6 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -287,7 +286,7 @@ def _sgd(batch_size: int) -> dict[str, Any]:
   """0.1 for each 256 images; five epochs of warm-up."""
   return {
     "name": "sgd",
-    "learning_rate": scaled_rate("sgd", 0.1, batch_size, 256),
+    "learning_rate": common.scaled_rate("sgd", 0.1, batch_size, 256),
     "momentum": 0.9,
     "schedule": {"name": "cosine", "warmup_steps": round(5 * IMAGES / batch_size)},
   }

@@ -19,7 +19,6 @@ import functools
 from ml_collections import ConfigDict
 
 from configs import common, common_vit
-from vit_jax_zoo.errors import unknown_name
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -113,7 +112,7 @@ IMAGENET21K = {
 def _as_augreg(config: ConfigDict, size: str, augmentation: str, weight_decay: float) -> None:
   """Sets what AugReg's recipes have in common on both data sets."""
   if augmentation not in common_vit.AUGMENTATIONS:
-    raise ValueError(unknown_name("augmentation", augmentation, common_vit.AUGMENTATIONS))
+    raise ValueError(common.unknown_name("augmentation", augmentation, common_vit.AUGMENTATIONS))
   common_vit.augment(config, common_vit.AUGMENTATIONS[augmentation])
   config.task.objective = "sigmoid"
   config.model.update(common_vit.memory(size))

@@ -23,7 +23,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import common, common_vit
-from vit_jax_zoo.errors import unknown_name
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -67,7 +66,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   Not yet run here.
   """
   if dataset not in TRANSFERS:
-    raise ValueError(unknown_name("dataset", dataset, TRANSFERS))
+    raise ValueError(common.unknown_name("dataset", dataset, TRANSFERS))
   transfer = OWN_IMAGES if source else TRANSFERS[dataset]
   source = source or f"tfds:{dataset}"
   config = common_vit.base(f"vit_{size}", source, image_size, batch_size)

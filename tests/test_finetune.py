@@ -27,6 +27,7 @@ from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 from vit_jax_zoo.training.optim import create_optimizer
+from vit_jax_zoo.weights.model_index import entries
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 4 x 4 patches of 8, 20 classes, pre_logits.
@@ -234,9 +235,9 @@ def test_the_best_is_what_is_exported_and_it_knows_the_names(own_run, own, tmp_p
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("model=vit_b61", "unknown classifier 'vit_b61'; did you mean 'vit_b16'"),
+    ("model=vit_b61", "published weights 'vit_b61'; did you mean 'vit_b16'"),
     ("model=detr_r50", "unknown classifier 'detr_r50'"),
-    ("model=lambda_resnet_152", "no published weights of lambda_resnet_152 are known; give init_"),
+    ("model=lambda_resnet_152", "published weights 'lambda_resnet_152'.* init_from="),
     ("data=folder:x", "unknown field of finetune 'data'"),
   ],
 )
@@ -258,6 +259,22 @@ def test_the_rate_goes_with_the_batch_and_the_weights_with_the_model():
   params = {"head": {"kernel": np.ones((2, 3))}, "stem": {"kernel": np.ones((2, 3))}}
   frozen = create_optimizer(config.optimizer.to_dict(), params, num_steps=10).frozen
   assert frozen == {"head": {"kernel": False}, "stem": {"kernel": True}}
+
+
+def test_every_model_starts_from_weights_that_are_published():
+  for family in finetune_own.FAMILIES.values():
+    for models in family.weights.values():
+      for model in models:
+        assert entries()[finetune_own.get_config(f"model={model}").init_from].model == model
+
+
+def test_class_names_of_a_file_determine_the_labels(own, tmp_path):
+  names = tuple(reversed(NAMES))
+  (tmp_path / "names.txt").write_text("\n".join(names))
+  fields = f"source=folder:{own},class_names={tmp_path / 'names.txt'}"
+  made = trainer.build(finetune_own.get_config(f"model=vit_ti16,{fields}"))
+  assert made.task.class_names == names
+  assert made.eval_sources["test"].info.class_names == names
 
 
 def test_a_lambda_resnet_takes_images_of_ones_own_too(own):

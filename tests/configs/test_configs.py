@@ -1,8 +1,11 @@
 """All configs: what they resolve to, and that all they name exists."""
 
+import ast
 import functools
 import importlib
+import pathlib
 import re
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -14,6 +17,7 @@ from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.training.optim import create_optimizer
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 KERNELS = ("head/kernel", "head/bias")
 
 
@@ -115,3 +119,15 @@ def test_each_variant_is_a_page_of_the_lab_book(system, variant):
   for entry in ("Paper:", "Hardware:", "Expected"):
     assert entry in text
   assert ("Not yet run here." in text) == (not variant.startswith("demo"))
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["vit", "common_vit", "vit_augreg", "vit_finetune", "igpt", "lambda_resnet", "finetune"],
+)
+def test_a_config_imports_nothing_of_the_package_but_its_system(name):
+  tree = ast.parse((CONFIGS / f"{name}.py").read_text())
+  modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+  modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+  packages = {module.partition(".")[0] for module in modules}
+  assert packages <= sys.stdlib_module_names | {"configs", "ml_collections"}
