@@ -1,7 +1,10 @@
 """Whole formats, by path alone: LambdaResNet and iGPT, containers, and what is wrong with files."""
 
+import io
 import json
 import shutil
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.weights import WeightsError, load_into, tf_bundle
+from vit_jax_zoo.weights import WeightsError, load_into, readers, tf_bundle
 from vit_jax_zoo.weights.formats import formats, read_checkpoint
 
 LAMBDA = ("lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a")
@@ -273,6 +276,49 @@ def test_objects_in_an_archive_are_not_unpickled(tmp_path):
   with pytest.raises(WeightsError, match="holds more than arrays of numbers; nothing was executed"):
     load_pretrained(str(tmp_path / "trap.npz"))
   assert not (tmp_path / "ran").exists()
+
+
+def write_member(path, header, data=b"", compression=zipfile.ZIP_STORED, member_size=None):
+  """Writes a .npz whose array has the header's shape and dtype, and `data`."""
+  stream = io.BytesIO()
+  np.lib.format.write_array_header_1_0(stream, {"fortran_order": False, **header})
+  with zipfile.ZipFile(path, "w", compression) as archive:
+    archive.writestr("embedding/kernel.npy", stream.getvalue() + data)
+    if member_size is not None:
+      archive.infolist()[0].file_size = member_size
+
+
+@pytest.mark.parametrize(
+  "claim",
+  [
+    {"header": {"descr": "<f4", "shape": (10**7, 10**7)}},  # 400 TB
+    {"header": {"descr": "<f4", "shape": (10**7, 10**7)}, "member_size": 4 * 10**14},
+    {"header": {"descr": "|V1000000000", "shape": (1000,)}},
+    {"header": {"descr": "<f4", "shape": (3,)}, "data": b"12345678"},
+    {"header": {"descr": "|u1", "shape": (10**6,)}, "data": bytes(10**6),
+     "compression": zipfile.ZIP_DEFLATED},
+  ],
+  ids=["header", "member", "dtype", "short", "bomb"],
+)  # fmt: skip
+def test_archives_that_claim_more_than_they_have_are_one_line(tmp_path, monkeypatch, claim):
+  monkeypatch.setattr(readers, "_MAX_SMALL", 10**5)
+  path = tmp_path / "claim.npz"
+  write_member(path, **claim)
+  tracemalloc.start()
+  try:
+    with pytest.raises(WeightsError, match=r"claim\.npz cannot be read as \.npz: ") as error:
+      load_pretrained(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+  finally:
+    tracemalloc.stop()
+  assert "\n" not in str(error.value)
+
+
+def test_compressed_archives_of_zeros_are_read(tmp_path):
+  np.savez_compressed(tmp_path / "zeros.npz", zeros=np.zeros(10**6), ones=np.ones((), np.int64))
+  arrays = readers.read_published(str(tmp_path / "zeros.npz")).arrays
+  assert arrays["zeros"].shape == (10**6,)
+  assert arrays["ones"] == 1
 
 
 def test_sizes_that_cannot_be_told_are_one_line(imagegpt):

@@ -10,6 +10,7 @@ model.ckpt-1000000[.index]            TensorFlow checkpoint, see `tf_bundle`
 
 import dataclasses
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -28,7 +29,8 @@ _MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
 _NAMES = ("ndarray", "dtype", "_reconstruct")
 _WRAPPERS = ("blobs", "model", "state_dict")
 """Keys of the arrays within training checkpoints."""
-
+_MAX_RATIO, _MAX_SMALL = 20, 2**30
+"""Limits of a .npz's uncompressed bytes: as a multiple of the file's, and of small files."""
 
 _PREFIXES = ("_orig_mod.", "module.", "model.")
 
@@ -143,7 +145,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
     return {}
   try:
     found = json.loads(file.read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise WeightsError(f"{file} is not JSON ({error})") from None
   if not isinstance(found, dict):
     raise WeightsError(f"{file} holds a JSON {type(found).__name__}; expected an object")
@@ -226,8 +228,12 @@ def _read_zip(file: epath.Path, path: str) -> Flat:
 
 def _read_npz(file: epath.Path, path: str) -> Flat:
   try:
-    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-      return {key: _as_numbers(archive[key]) for key in archive.files}
+    with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+      size, members = file.stat().length, archive.infolist()
+      claimed = sum(member.file_size for member in members)
+      if claimed > max(_MAX_RATIO * size, _MAX_SMALL):
+        raise zipfile.BadZipFile(f"its members claim {claimed} bytes, the file has {size}")
+      return {member.filename.removesuffix(".npy"): _member(archive, member) for member in members}
   except (OSError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
     raise WeightsError(f"{path} cannot be read as .npz: {error}") from None
   except ValueError as error:  # object arrays, which numpy would unpickle
@@ -236,8 +242,30 @@ def _read_npz(file: epath.Path, path: str) -> Flat:
     ) from None
 
 
-def _as_numbers(array: np.ndarray | bytes) -> np.ndarray:
-  if isinstance(array, bytes):  # not an array
-    raise zipfile.BadZipFile("a part of it is no array")
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+  with archive.open(member) as stream:
+    array = read_npy(stream, member.file_size, member.filename)
   # numpy stores bfloat16 as untyped pairs of bytes.
   return array.view(ml_dtypes.bfloat16).astype(np.float32) if array.dtype == "V2" else array
+
+
+def read_npy(stream: Any, size: int, name: str) -> np.ndarray:
+  """Reads an array in numpy's format; allocates nothing for a header that claims too much.
+
+  Args:
+    stream: binary file at the start of the array; seekable.
+    size: bytes of the array with its header.
+    name: of the array, for error messages.
+
+  Raises:
+    EOFError: the header claims more than `size`, or the array is truncated.
+    ValueError: no array of numbers.
+  """
+  is_first = np.lib.format.read_magic(stream) == (1, 0)
+  read_header = getattr(np.lib.format, f"read_array_header_{1 if is_first else 2}_0")
+  shape, _, dtype = read_header(stream)
+  claimed = math.prod(shape) * dtype.itemsize
+  if claimed > size and not dtype.hasobject:
+    raise EOFError(f"{name} claims {claimed} bytes, shape {shape}; it has {size}")
+  stream.seek(0)
+  return np.lib.format.read_array(stream, allow_pickle=False)

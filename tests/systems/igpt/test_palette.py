@@ -109,12 +109,19 @@ def test_palettes_are_read_and_written(tmp_path, load_golden):
   np.testing.assert_array_equal(palette.read_palette(str(processor)), clusters)
 
 
+def claim_a_petabyte(path):
+  header = {"descr": "<f4", "fortran_order": False, "shape": (10**14, 3)}
+  with path.open("wb") as stream:
+    np.lib.format.write_array_header_1_0(stream, header)
+
+
 @pytest.mark.parametrize(
   ("name", "write", "message"),
   [
     ("a.npy", functools.partial(np.save, arr=np.zeros((4, 4))), "a.npy: shape"),
     ("a.npy", functools.partial(np.save, arr=np.full((4, 3), 200.0)), "a.npy: values"),
     ("a.npy", lambda path: path.write_text("colours"), "a.npy: not"),
+    ("a.npy", claim_a_petabyte, "a.npy: not .* claims"),
     ("a.json", lambda path: path.write_text("{}"), "a.json: .*'clusters'"),
   ],
 )

@@ -3,9 +3,6 @@
 A palette is float32 [k 3] with values in [-1, 1], as OpenAI's `kmeans_centers.npy`.
 """
 
-import json
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +10,7 @@ from etils import epath
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from vit_jax_zoo.ops.images import normalize_images
+from vit_jax_zoo.weights.readers import read_json, read_npy
 
 
 def spread_clusters(count: int) -> np.ndarray:
@@ -99,14 +97,14 @@ def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
   if not file.exists():
     raise FileNotFoundError(f"{path}: no such file. Leave the palette out to fit one to the images")
   if file.suffix == ".json":
-    fields: Any = json.loads(file.read_text())
-    if not isinstance(fields, dict) or "clusters" not in fields:
+    fields = read_json(file)
+    if "clusters" not in fields:
       raise ValueError(f"{file}: no field 'clusters'; expected ImageGPT's image processor")
     clusters = np.asarray(fields["clusters"], np.float32)
   else:
     try:
       with file.open("rb") as stream:
-        clusters = np.asarray(np.load(stream, allow_pickle=False))
+        clusters = read_npy(stream, file.stat().length, file.name)
     except (ValueError, EOFError) as error:
       raise ValueError(f"{file}: not a .npy array ({error})") from None
   if clusters.ndim != 2 or clusters.shape[1] != 3 or not len(clusters):
