@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import command
+from vit_jax_zoo.training import distributed
 from vit_jax_zoo.training.checkpoint import restore_variables
 
 
@@ -40,6 +41,23 @@ def run_processes(workdir, count, *arguments, devices_each=1, timeout=300):
   outputs = [process.communicate(timeout=timeout)[0] for process in processes]
   assert [process.returncode for process in processes] == [0] * count, "\n".join(outputs)
   return outputs
+
+
+def test_a_taken_port_is_one_line(tmp_path):
+  with socket.create_server(("", 0)) as other:
+    port = other.getsockname()[1]
+    here = (f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0")
+    output = command.run(tmp_path / "run", *command.TINY, *here, expect=2)
+  error = output.splitlines()[-1]
+  assert f"--coordinator=localhost:{port}: port {port} cannot be opened" in error
+
+
+@pytest.mark.parametrize(
+  "address", ["localhost", "localhost:", "localhost:http", "localhost:70000"]
+)
+def test_a_coordinator_without_a_port_is_one_line(address):
+  with pytest.raises(ValueError, match=f"--coordinator={address}: expected host:port"):
+    distributed.initialize(address, 2, 1)
 
 
 SHORT = (

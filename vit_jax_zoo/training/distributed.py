@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -32,7 +33,8 @@ def initialize(
     process_id: index of this process, from 0.
 
   Raises:
-    ValueError: only some of the arguments are given.
+    ValueError: only some of the arguments are given, or the coordinator is no "host:port".
+    OSError: another program listens on the coordinator's port.
     RuntimeError: the processes could not be connected.
   """
   given = (coordinator, num_processes, process_id)
@@ -47,6 +49,8 @@ def initialize(
   in_cluster = "JAX_COORDINATOR_ADDRESS" in os.environ or any(k.is_env_present() for k in kinds)
   if coordinator is None and not in_cluster:
     return
+  if coordinator is not None:
+    _check_port(coordinator, is_own=process_id == 0)
   try:
     jax.distributed.initialize(
       coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
@@ -54,6 +58,24 @@ def initialize(
   except ValueError as error:
     raise RuntimeError(f"could not connect to the other processes: {error}") from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
+
+
+def _check_port(coordinator: str, *, is_own: bool) -> None:
+  port = coordinator.rpartition(":")[2]
+  if ":" not in coordinator or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise ValueError(f"--coordinator={coordinator}: expected host:port, such as 10.0.0.2:8476")
+  if not is_own:
+    return
+  family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+  try:  # JAX's server listens on all addresses; on a taken port it crashes
+    socket.create_server(
+      ("", int(port)), family=family, dualstack_ipv6=family == socket.AF_INET6
+    ).close()
+  except OSError as error:
+    raise OSError(
+      f"--coordinator={coordinator}: port {port} cannot be opened ({error.strerror}); stop the "
+      "program that uses it, or give all processes another port"
+    ) from None
 
 
 def is_primary() -> bool:
