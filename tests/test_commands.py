@@ -48,7 +48,8 @@ def awkward_pictures(folder):
   (folder / "broken.jpg").write_bytes(jpeg[: len(jpeg) // 2])
   (folder / "empty.png").write_bytes(b"")
   (folder / "text.tif").write_text("no picture")
-  return good, ["broken.jpg", "empty.png", "text.tif"]
+  (folder / "un\x1b[31mread.png").write_text("nor this")
+  return good, ["broken.jpg", "empty.png", "text.tif", "un\x1b[31mread.png"]
 
 
 def test_predict_on_awkward_pictures(tmp_path):
@@ -71,7 +72,9 @@ def test_predict_on_awkward_pictures(tmp_path):
     with Image.open(tmp_path / "out" / name) as picture:
       assert picture.size[0] > 100
   for name in bad:
-    assert f"{name} cannot be read" in done.stderr
+    shown = name.replace("\x1b", r"\x1b")
+    assert f"{shown} cannot be read" in done.stderr
+  assert "\x1b" not in done.stderr
   assert f"{len(good)} of {len(records)} images done" in done.stderr
   assert "Traceback" not in done.stderr
 

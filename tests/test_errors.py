@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import io
+import logging
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import cv2
 import jax
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 from etils import epath
 
 from configs import ttsr, vit
@@ -329,6 +331,18 @@ def test_the_command_prints_one_line_and_no_traceback(tmp_path):
   assert len(errors) == 1
   assert "Traceback" not in output
   assert not (tmp_path / "config.json").exists()  # nothing stands in the way of the next try
+
+
+def test_escape_sequences_in_names_are_shown_escaped(capsys):
+  """A file's or class's name must not move the cursor or change the terminal's title."""
+  name = "a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
+  shown = r"a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
+  with pytest.raises(SystemExit), command_line.one_line_errors(show_traceback=False):
+    raise ValueError(f"{name}: cannot be read")
+  assert capsys.readouterr().err == f"error: {shown}: cannot be read\n"
+  command_line.log_plainly()
+  record = logging.makeLogRecord({"msg": "%s: %s", "args": (name, "größer\tals\nzwei")})
+  assert absl_logging.get_absl_handler().format(record).endswith(f"{shown}: größer\tals\nzwei")
 
 
 def test_a_traceback_is_there_for_who_asks():

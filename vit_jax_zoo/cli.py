@@ -9,6 +9,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from vit_jax_zoo.errors import escape_controls
 from vit_jax_zoo.training import disk_errors, libtpu, malloc
 
 USER_ERRORS = (
@@ -39,7 +40,7 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     if show_traceback:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = " ".join(str(message).split())
+    text = escape_controls(" ".join(str(message).split()))
     if disk_errors.is_full(error):
       text += "; free disk space and run the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201
@@ -97,11 +98,16 @@ def log_plainly() -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
-  handler.setFormatter(python_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   handler.addFilter(_is_ours_or_serious)
   if sys.unraisablehook is sys.__unraisablehook__:
     sys.unraisablehook = _report_unless_known
   libtpu.silence_if_idle()
+
+
+class _Formatter(python_logging.Formatter):
+  def format(self, record: python_logging.LogRecord) -> str:
+    return escape_controls(super().format(record))
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:

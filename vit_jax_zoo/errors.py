@@ -1,8 +1,9 @@
-"""Errors about unknown names ("did you mean"), and names of classes in figures."""
+"""Messages about names: the nearest known one, class names, escaped control characters."""
 
 import dataclasses
 import difflib
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -48,3 +49,16 @@ def name_of(index: SupportsIndex, class_names: Sequence[str]) -> str:
 def shorten(name: str, length: int) -> str:
   """Returns a name, cut off at this length."""
   return name if len(name) <= length else name[: length - 1].rstrip(" ,;") + "…"
+
+
+# C0 and C1 controls except tab and newline; overrides of the text's direction.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def escape_controls(text: str) -> str:
+  r"""Returns text for a terminal: control characters, as in escape sequences, are escaped.
+
+  >>> escape_controls("\x1b[31mred.jpg")
+  '\\x1b[31mred.jpg'
+  """
+  return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from vit_jax_zoo import cli as command_line
 from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.errors import escape_controls
 from vit_jax_zoo.planning import page
 from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
 from vit_jax_zoo.planning.plan import Plan, make_plan
@@ -105,7 +106,7 @@ def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
 
 
 def _say(text: str) -> None:
-  print(text, flush=True)  # noqa: T201 what the command is for
+  print(escape_controls(text), flush=True)  # noqa: T201 what the command is for
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 import sys
 
 import pytest
@@ -106,6 +107,11 @@ class TestFolder:
   def test_bad_name(self, class_folders, tmp_path):
     with pytest.raises(SystemExit, match="cannot name a dataset"):
       prepare.main([f"--from_folder={class_folders}", "--dataset=My Zoo", f"--data_dir={tmp_path}"])
+
+
+def test_escape_sequences_are_shown_escaped(tmp_path):
+  with pytest.raises(SystemExit, match=re.escape(r"\x1b[31mnone")):
+    prepare.main([f"--from_tfrecord={tmp_path}/\x1b[31mnone", f"--data_dir={tmp_path}"])
 
 
 def test_says_that_tensorflow_is_missing(monkeypatch, tmp_path):

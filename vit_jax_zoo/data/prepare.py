@@ -28,6 +28,7 @@ from array_record.python import array_record_module
 
 from vit_jax_zoo.data.sources import folder, tfrecord
 from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.errors import escape_controls
 
 _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -133,7 +134,7 @@ def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
 def _check_disk(name: str, data_dir: pathlib.Path, size: int) -> None:
   data_dir.mkdir(parents=True, exist_ok=True)
   free = shutil.disk_usage(data_dir).free
-  _CONSOLE.print(
+  _say(
     f"{name}: about {size / 2**30:.1f} GiB in {data_dir} when done, {free / 2**30:.1f} GiB free "
     "there; downloads and shuffling may need as much again for a while"
   )
@@ -168,8 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
       prepared = prepare_tfds(given.dataset, data_dir, given.manual_dir)
   except (ValueError, OSError, ModuleNotFoundError) as error:
-    raise SystemExit(f"prepare: {error}") from error
-  _CONSOLE.print(f"ready: {prepared}\nuse it as source='tfds:{prepared}'")
+    raise SystemExit(escape_controls(f"prepare: {error}")) from error
+  _say(f"ready: {prepared}\nuse it as source='tfds:{prepared}'")
+
+
+def _say(text: str) -> None:
+  _CONSOLE.print(escape_controls(text), markup=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ import rich.console
 import rich.progress
 from absl import logging
 
+from vit_jax_zoo.errors import escape_controls
+
 _TERAFLOPS = {
   "TPU7x": 1153.5, "TPU v6 lite": 918, "TPU v6e": 918, "TPU v5 lite": 197, "TPU v5e": 197,
   "TPU v5p": 459, "TPU v5": 459, "TPU v4 lite": 138, "TPU v4": 275, "TPU v3": 61.5, "TPU v2": 22.5,
@@ -155,7 +157,8 @@ class Progress:
     if self._bar is None:
       logging.info("%s", self.line(step, metrics))
       return
-    self._bar.console.print(self.line(step, metrics), highlight=False, markup=False)
+    line = escape_controls(self.line(step, metrics))
+    self._bar.console.print(line, highlight=False, markup=False)
     self._bar.update(self._bar.task_ids[0], completed=step)
 
   def _begin_window(self, step: int) -> None:
