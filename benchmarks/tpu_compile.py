@@ -8,8 +8,7 @@ import jax
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.hardware import Machine
-from vit_jax_zoo.planning.plan import compile_text
-from vit_jax_zoo.planning.roofline import Roofline, roofline
+from vit_jax_zoo.planning.plan import Roofline, compile_text, roofline
 
 
 class Cost(NamedTuple):

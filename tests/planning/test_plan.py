@@ -16,9 +16,15 @@ from tests.command import TINY
 from vit_jax_zoo import trainer
 from vit_jax_zoo.config import complete, load_with_overrides
 from vit_jax_zoo.ops.flops import count_flops
-from vit_jax_zoo.planning.activations import activation_bytes
 from vit_jax_zoo.planning.hardware import find_machine, find_topology
-from vit_jax_zoo.planning.plan import Memory, compile_text, device_bytes, make_plan, needed_memory
+from vit_jax_zoo.planning.plan import (
+  Memory,
+  activation_bytes,
+  compile_text,
+  device_bytes,
+  make_plan,
+  needed_memory,
+)
 from vit_jax_zoo.planning.report import report, table
 from vit_jax_zoo.planning.search import best, meshes, remat_policies, search
 from vit_jax_zoo.training.sharding import ShardingRuleError

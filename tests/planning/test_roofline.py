@@ -3,7 +3,7 @@
 import pytest
 
 from vit_jax_zoo.planning.hardware import GIB, Chip, find_chip
-from vit_jax_zoo.planning.roofline import roofline
+from vit_jax_zoo.planning.plan import roofline
 
 CHIP = Chip(memory=16e9, memory_bandwidth=1e12, network_bandwidth=1e11, peak_flops=1e14)
 

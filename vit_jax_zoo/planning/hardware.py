@@ -20,19 +20,12 @@ GIB = 2.0**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """One JAX device.
+  """One JAX device; bytes, and bytes or operations per second."""
 
-  Attributes:
-    memory: bytes of main memory (HBM).
-    memory_bandwidth: bytes per second.
-    network_bandwidth: bytes per second to neighbours over all links (ICI, NVLink).
-    peak_flops: dense bfloat16 operations per second.
-  """
-
-  memory: float
+  memory: float  # main memory (HBM)
   memory_bandwidth: float
-  network_bandwidth: float
-  peak_flops: float
+  network_bandwidth: float  # to neighbours over all links (ICI, NVLink)
+  peak_flops: float  # dense, bfloat16
 
 
 _FIGURES: Mapping[str, tuple[float, float, float]] = {
@@ -64,7 +57,6 @@ def find_chip(device_kind: str) -> Chip | None:
   return Chip(*_FIGURES[max(found, key=len)], peak_flops=peak)
 
 
-TPUS = ("v2", "v3", "v4", "v5e", "v5p", "v6e")
 PLATFORMS = ("tpu", "cpu", "cuda")
 
 # Chips along each axis of a slice, by their number (cloud.google.com/tpu/docs, one page a version).
@@ -76,38 +68,26 @@ _SHAPES_3D: Mapping[int, str] = {
   4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8",
   512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16", 6144: "16x16x24",
 }  # fmt: skip
-_MOST_CHIPS = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256}
+_MAX_CHIPS = {"v2": 256, "v3": 1024, "v4": 4096, "v5e": 256, "v5p": 6144, "v6e": 256}
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """Devices to compile for.
+  """Devices to compile for."""
 
-  Attributes:
-    name: as the user gave it, or the platform.
-    devices: real ones, or those of a topology.
-    kind: of the devices, as JAX names it.
-    memory: bytes per device.
-    chip: data of the kind, if known.
-  """
-
-  name: str
-  devices: Sequence[Any]
-  kind: str
-  memory: float | None
-  chip: Chip | None
+  name: str  # as the user gave it, or the platform
+  devices: Sequence[Any]  # real ones, or those of a topology
+  kind: str  # JAX's name of the devices
+  memory: float | None  # bytes per device
+  chip: Chip | None  # None if unknown
 
 
 def find_machine(platform: str, topology: str | None = None) -> Machine:
-  """Returns the machine that was asked for.
-
-  Args:
-    platform: one of `PLATFORMS`; "tpu" needs libtpu, but no TPU.
-    topology: a TPU slice, such as "v5e:4x4" or "v5litepod-16".
+  """Returns the devices of one of `PLATFORMS`; "tpu" needs libtpu and a `topology`, but no TPU.
 
   Raises:
-    ValueError: one line, about an unknown platform or topology.
-    ImportError: one line, when libtpu is missing.
+    ValueError: unknown platform or topology.
+    ImportError: libtpu is missing.
     RuntimeError: there is no such device here.
   """
   if platform not in PLATFORMS:
@@ -125,19 +105,20 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
   except RuntimeError as error:
     raise RuntimeError(f"there is no {platform} device here: {error}") from None
   kind = devices[0].device_kind
-  memory = _host_memory() / len(devices) if platform == "cpu" else _limit(devices[0])
+  if platform == "cpu":
+    memory = float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES") / len(devices)
+  else:
+    memory = (devices[0].memory_stats() or {}).get("bytes_limit")
   return Machine(platform, devices, kind, memory, find_chip(kind))
 
 
 def find_topology(name: str | None) -> str:
-  """Returns the topology of a slice.
+  """Returns the topology of a slice, given as one or as an accelerator type of Google Cloud.
 
-  Args:
-    name: a topology, or an accelerator type of Google Cloud; the latter counts the chips of v5e and
-      v6e, and the two cores of each chip of the other versions.
+  The latter counts the chips of v5e and v6e, and the two cores of each chip of other versions.
 
   Raises:
-    ValueError: one line, about an unknown TPU version or accelerator type.
+    ValueError: unknown TPU version or accelerator type.
 
   >>> find_topology("v5litepod-16"), find_topology("v5p-128"), find_topology("v5e:4x4")
   ('v5e:4x4', 'v5p:4x4x4', 'v5e:4x4')
@@ -145,13 +126,10 @@ def find_topology(name: str | None) -> str:
   if name is None:
     raise ValueError("--topology is missing; name a TPU slice, such as --topology=v5e:4x4")
   version, separator, size = name.partition("-")
-  if version == "v5litepod":
-    version = "v5e"
-  version = version.partition(":")[0]
-  if version not in TPUS:
-    raise ValueError(
-      unknown_name("TPU", version, TPUS) + f"; got the topology {name!r}, write v5e:4x4"
-    )
+  version = "v5e" if version == "v5litepod" else version.partition(":")[0]
+  if version not in _MAX_CHIPS:
+    unknown = unknown_name("TPU", version, _MAX_CHIPS)
+    raise ValueError(f"{unknown}; got the topology {name!r}, write v5e:4x4")
   if not separator:
     return name
   shapes = _SHAPES_3D if version in ("v4", "v5p") else _SHAPES_2D
@@ -159,7 +137,7 @@ def find_topology(name: str | None) -> str:
   types = {
     str(chips * cores): f"{version}:{shape}"
     for chips, shape in shapes.items()
-    if chips <= _MOST_CHIPS[version] and (chips > 1 or cores == 1)
+    if chips <= _MAX_CHIPS[version] and (chips > 1 or cores == 1)
   }
   if size not in types:
     raise ValueError(
@@ -170,15 +148,9 @@ def find_topology(name: str | None) -> str:
 
 
 def simulated_slice(name: str | None) -> Machine:
-  """Returns a slice whose devices are CPU devices: for checks of a config without libtpu.
+  """Returns a slice of CPU devices, for checks of a config without libtpu.
 
-  The process must not have used JAX devices before.
-
-  Args:
-    name: as for `find_topology`.
-
-  Raises:
-    ValueError: one line, about an unknown slice.
+  The process must not have used JAX devices before. `name` and errors are those of `find_topology`.
   """
   topology = find_topology(name)
   version, _, shape = topology.partition(":")
@@ -197,8 +169,7 @@ def _tpu_slice(name: str | None) -> Machine:
   if importlib.util.find_spec("libtpu") is None:
     raise ImportError("planning for a TPU needs libtpu; pip install -e '.[plan]'")
   several = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # plans at a time; none of them has a TPU
-  for name, value in (libtpu.QUIET | several).items():
-    os.environ.setdefault(name, value)
+  os.environ.update(libtpu.QUIET | several | os.environ)
   libtpu.hide_flags_of_others()
   options = {"chip_config_name": "megacore"} if version == "v4" else {}
   try:
@@ -211,11 +182,3 @@ def _tpu_slice(name: str | None) -> Machine:
   kind = found.devices[0].device_kind
   chip = find_chip(kind)
   return Machine(topology, found.devices, kind, None if chip is None else chip.memory, chip)
-
-
-def _host_memory() -> float:
-  return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
-
-
-def _limit(device: Any) -> float | None:
-  return (device.memory_stats() or {}).get("bytes_limit")

@@ -8,29 +8,31 @@ executed: a scan's body once per step; of a conditional, the branch with the mos
 * Arrays outside main memory (`S(1)` is a TPU's on-chip memory) do not count.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-COLLECTIVES = (
-  "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-  "collective-permute", "collective-broadcast",
-)  # fmt: skip
+_SENT: Mapping[str, Callable[[int], float]] = {
+  "all-gather": lambda n: n - 1,
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-to-all": lambda n: (n - 1) / n,
+  "ragged-all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda _: 1.0,
+  "collective-broadcast": lambda _: 1.0,
+}
+"""Collectives: bytes that each of n devices sends, per byte of its operand."""
 
-_FREE = frozenset(
-  (
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
-    "call", "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
-  )
+_FREE = (
+  "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call",
+  "after-all", "partition-id", "replica-id", "opt-barrier", "async-start", "async-update",
 )  # fmt: skip
 """Instructions without memory traffic."""
 
-_WHOLE = (
-  "broadcast", "iota", "copy-start", "all-gather-start", "collective-permute-start",
-)  # fmt: skip
+_WHOLE = ("broadcast", "iota", "copy-start", "all-gather-start", "collective-permute-start")
 """Instructions of which only the result counts; for the last three it includes the bytes read."""
 
 _BITS = re.compile(r"[a-z]+(\d+)")
@@ -46,23 +48,14 @@ _MESH = re.compile(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """One instruction of a computation.
+  """One instruction of a computation."""
 
-  Attributes:
-    name: without "%".
-    shape: of the result, as text.
-    opcode: the operation.
-    operands: names of the arguments.
-    rest: attributes, as text.
-    is_root: whether it is the computation's result.
-  """
-
-  name: str
-  shape: str
+  name: str  # without "%"
+  shape: str  # of the result, as text
   opcode: str
-  operands: tuple[str, ...]
-  rest: str
-  is_root: bool
+  operands: tuple[str, ...]  # names of the arguments
+  rest: str  # attributes, as text
+  is_root: bool  # whether it is the computation's result
 
   @property
   def called(self) -> tuple[str, ...]:
@@ -79,55 +72,43 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """A parsed program.
+  """A parsed program."""
 
-  Attributes:
-    computations: instructions in order, by computation.
-    entry: name of the entry computation.
-    num_devices: number of partitions.
-  """
-
-  computations: Mapping[str, Sequence[Instruction]]
-  entry: str
+  computations: Mapping[str, Sequence[Instruction]]  # in order, by computation
+  entry: str  # name of the entry computation
   num_devices: int
 
 
 @dataclasses.dataclass
 class Traffic:
-  """Traffic of one device in one execution.
+  """Traffic of one device in one execution; collectives by kind.
 
-  Attributes:
-    memory_bytes: read from and written to main memory.
-    collective_bytes: sent to other devices by kind, with ring algorithms: (n - 1) / n of a gathered
-      or scattered array for n devices, twice that for an all-reduce.
-    collective_counts: number of executions by kind.
-    loops_of_unknown_length: counted as one iteration.
+  Bytes sent are those of ring algorithms: (n - 1) / n of a gathered or scattered array for n
+  devices, twice that for an all-reduce.
   """
 
-  memory_bytes: float = 0.0
+  memory_bytes: float = 0.0  # read from and written to main memory
   collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)
-  collective_counts: dict[str, int] = dataclasses.field(default_factory=dict)
-  loops_of_unknown_length: int = 0
+  collective_counts: Counter[str] = dataclasses.field(default_factory=Counter)
+  loops_of_unknown_length: int = 0  # counted as one iteration
+
+  def add(self, other: "Traffic") -> None:
+    """Adds other traffic in place."""
+    self.memory_bytes += other.memory_bytes
+    for kind, sent in other.collective_bytes.items():
+      self.collective_bytes[kind] = self.collective_bytes.get(kind, 0.0) + sent
+    self.collective_counts.update(other.collective_counts)
+    self.loops_of_unknown_length += other.loops_of_unknown_length
 
 
 def traffic(text: str) -> Traffic:
-  """Returns a program's traffic.
-
-  Args:
-    text: an optimised HLO module, as XLA prints it.
+  """Returns the traffic of an optimised HLO module, given as XLA prints it.
 
   Raises:
     ValueError: it has no entry computation.
   """
   module = parse(text)
-  found = Traffic(
-    collective_bytes=collections.defaultdict(float),
-    collective_counts=collections.defaultdict(int),
-  )
-  _add(module, module.entry, 1, found, fused=False)
-  found.collective_bytes = dict(found.collective_bytes)
-  found.collective_counts = dict(found.collective_counts)
-  return found
+  return _traffic(module, module.entry, 1, fused=False)
 
 
 def parse(text: str) -> Module:
@@ -190,11 +171,7 @@ def _closing(text: str, opening: int) -> int:
 
 @functools.lru_cache(maxsize=65536)
 def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
-  """Returns the bytes of all arrays in a shape.
-
-  Args:
-    shape: array or tuple shape in HLO syntax.
-    main_memory: counts arrays in main memory only.
+  """Returns the bytes of all arrays, or those in main memory, of a shape in HLO syntax.
 
   >>> shape_bytes("(f32[2,3]{1,0}, bf16[8]{0:S(1)})"), shape_bytes("bf16[8]{0:S(1)}",
   ...   main_memory=True)
@@ -210,47 +187,37 @@ def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
   return total
 
 
-def _add(module: Module, name: str, times: int, found: Traffic, *, fused: bool) -> None:
-  """Adds a computation's traffic `times` times; inside a fusion, collectives only."""
-  shapes = {i.name: i for i in module.computations.get(name, ())}
-  for instruction in module.computations.get(name, ()):
-    kind = instruction.opcode.removesuffix("-start")
-    if kind in COLLECTIVES:
-      _add_collective(module, name, kind, instruction, shapes, times, found)
-    if not fused:
-      found.memory_bytes += times * _moved(module, instruction, shapes)
-    inner = times
-    if instruction.opcode == "while":
-      trips = _trip_count(module, instruction)
-      found.loops_of_unknown_length += trips is None
-      inner = times * (1 if trips is None else trips)
-    if kind not in COLLECTIVES:
-      for called in instruction.called:
-        _add(module, called, inner, found, fused=fused or instruction.opcode not in _RUNNING)
-    if instruction.branches:
-      _add_busiest(module, instruction.branches, times, found)
-
-
 _RUNNING = ("while", "call", "async-start")
 """Instructions whose computations count on their own; those of others are one instruction."""
 
 
-def _add_busiest(module: Module, branches: Sequence[str], times: int, found: Traffic) -> None:
-  """Adds the branch with the most traffic."""
-  moved = []
-  for branch in branches:
-    alone = Traffic(
-      collective_bytes=collections.defaultdict(float),
-      collective_counts=collections.defaultdict(int),
-    )
-    _add(module, branch, times, alone, fused=False)
-    moved.append(alone)
-  most = max(moved, key=lambda t: t.memory_bytes + sum(t.collective_bytes.values()))
-  found.memory_bytes += most.memory_bytes
-  found.loops_of_unknown_length += most.loops_of_unknown_length
-  for kind, sent in most.collective_bytes.items():
-    found.collective_bytes[kind] += sent
-    found.collective_counts[kind] += most.collective_counts[kind]
+def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:
+  """Returns the traffic of a computation executed `times`; inside a fusion, collectives only."""
+  found = Traffic()
+  shapes = {i.name: i for i in module.computations.get(name, ())}
+  for instruction in shapes.values():
+    kind, inner = instruction.opcode.removesuffix("-start"), times
+    if not fused:
+      found.memory_bytes += times * _moved(module, instruction, shapes)
+    if instruction.opcode == "while":
+      trips = _trip_count(module, instruction)
+      found.loops_of_unknown_length += trips is None
+      inner = times * (1 if trips is None else trips)
+    if kind in _SENT:
+      operands = (shapes[name] for name in instruction.operands if name in shapes)
+      given = sum((shape_bytes(operand.shape) for operand in operands), 0.0)
+      # A TPU's name for an all-reduce whose result is scattered.
+      kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
+      sent = given * _SENT[kind](group_size(instruction.rest, module.num_devices))
+      found.add(Traffic(0.0, {kind: times * sent}, Counter({kind: times})))
+    else:
+      for called in instruction.called:
+        inside = fused or instruction.opcode not in _RUNNING
+        found.add(_traffic(module, called, inner, fused=inside))
+    if instruction.branches:
+      branches = [_traffic(module, each, times, fused=False) for each in instruction.branches]
+      found.add(max(branches, key=lambda t: t.memory_bytes + sum(t.collective_bytes.values())))
+  return found
 
 
 def _trip_count(module: Module, loop: Instruction) -> int | None:
@@ -273,42 +240,8 @@ def _trip_count(module: Module, loop: Instruction) -> int | None:
   return int(constants[0].operands[0]) if len(constants) == 1 else None
 
 
-def _add_collective(
-  module: Module,
-  computation: str,
-  kind: str,
-  instruction: Instruction,
-  shapes: Mapping[str, Instruction],
-  times: int,
-  found: Traffic,
-) -> None:
-  if computation.startswith("all-reduce-scatter"):  # a TPU's name for the two in one
-    kind = "reduce-scatter"
-  given = sum(shape_bytes(shapes[o].shape) for o in instruction.operands if o in shapes)
-  size = group_size(instruction.rest, module.num_devices)
-  found.collective_bytes[kind] += times * given * _SENT[kind](size)
-  found.collective_counts[kind] += times
-
-
-_SENT: Mapping[str, Callable[[int], float]] = {
-  "all-gather": lambda n: n - 1,
-  "all-reduce": lambda n: 2 * (n - 1) / n,
-  "reduce-scatter": lambda n: (n - 1) / n,
-  "all-to-all": lambda n: (n - 1) / n,
-  "ragged-all-to-all": lambda n: (n - 1) / n,
-  "collective-permute": lambda _: 1.0,
-  "collective-broadcast": lambda _: 1.0,
-}
-"""Bytes that each of n devices sends, per byte of its operand."""
-
-
 def group_size(attributes: str, num_devices: int) -> int:
-  """Returns the number of devices in a collective.
-
-  Args:
-    attributes: of the instruction; `replica_groups` may be lists, `[groups,size]<=[...]`, or mesh
-      axes.
-    num_devices: default.
+  """Returns the number of devices in a collective from its attributes, by default `num_devices`.
 
   >>> group_size("replica_groups=[2,4]<=[8]", 8), group_size("replica_groups={{0,1},{2,3}}", 4)
   (4, 2)
@@ -320,8 +253,7 @@ def group_size(attributes: str, num_devices: int) -> int:
     sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
     parts = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
-  iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
-  if iota:
+  if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
     return int(iota[1])
   listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
   return len(listed[1].split(",")) if listed else num_devices
@@ -355,7 +287,7 @@ def _moved_by_fusion(
   """Yields the bytes that a fusion reads of each operand, and the bytes that it writes."""
   lines = module.computations.get(fusion.called[0], ()) if fusion.called else ()
   by_name = {i.name: i for i in lines}
-  users: dict[str, list[Instruction]] = collections.defaultdict(list)
+  users: dict[str, list[Instruction]] = defaultdict(list)
   for line in lines:
     for operand in line.operands:
       users[operand].append(line)

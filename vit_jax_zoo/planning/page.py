@@ -5,7 +5,6 @@ are stored in `docs/plans.json`, one row per line, from which the page is writte
 run resumes. The page marks recipes that were not compiled or have changed since.
 """
 
-import contextlib
 import fcntl
 import fnmatch
 import hashlib
@@ -16,14 +15,13 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
 from vit_jax_zoo.config import load_with_overrides
-from vit_jax_zoo.planning.report import gib, seconds
-from vit_jax_zoo.planning.roofline import ASSUMPTIONS
+from vit_jax_zoo.planning.report import ASSUMPTIONS, gib, seconds
 from vit_jax_zoo.training import atomic_write
 
 PAGE, PLANS, SLICES, LOCK = (
@@ -32,17 +30,11 @@ PAGE, PLANS, SLICES, LOCK = (
 
 
 class Row(NamedTuple):
-  """A recipe on a slice.
+  """A recipe on a slice."""
 
-  Attributes:
-    config: value of `--config`, such as `configs/vit.py:b16_imagenet`.
-    topology: TPU slice, such as `v5e:4x4`.
-    overrides: config flags that this slice needs.
-  """
-
-  config: str
-  topology: str
-  overrides: tuple[str, ...] = ()
+  config: str  # such as `configs/vit.py:b16_imagenet`
+  topology: str  # TPU slice, such as `v5e:4x4`
+  overrides: tuple[str, ...] = ()  # config flags that this slice needs
 
   @property
   def key(self) -> str:
@@ -58,16 +50,9 @@ def recipes() -> list[str]:
   files = sorted(pathlib.Path("configs").glob("*.py"))
   modules = {path: importlib.import_module(f"configs.{path.stem}") for path in files}
   variants = {p: dict(m.VARIANTS) for p, m in modules.items() if hasattr(m, "VARIANTS")}
-  whole = [
-    path
-    for path, own in variants.items()
-    if not any(_is_part(own, others) for p, others in variants.items() if p != path)
-  ]
+  ids = {path: {id(variant) for variant in own.values()} for path, own in variants.items()}
+  whole = [p for p in variants if not any(ids[p] <= ids[q] for q in variants if q != p)]
   return [f"{p}:{name}" for p in whole for name in variants[p] if not name.startswith("demo")]
-
-
-def _is_part(own: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
-  return all(any(page is other for other in others.values()) for page in own.values())
 
 
 def rows() -> tuple[list[Row], dict[str, str]]:
@@ -94,16 +79,11 @@ def rows() -> tuple[list[Row], dict[str, str]]:
 
 
 def compile_all(pattern: str, time_limit: int, level: str | None = None) -> int:
-  """Compiles the matching rows that are missing or out of date; writes the page after each.
+  """Compiles the rows whose key matches, and that are missing or out of date; writes the page.
 
-  Args:
-    pattern: shell pattern of the rows' keys.
-    time_limit: seconds per row.
-    level: XLA optimization level, such as "O1". None is XLA's default; rows that were compiled at
-      another level are then compiled again.
-
-  Returns:
-    Exit status: 1 if a row does not fit or failed to compile, else 0.
+  The time limit is in seconds per row. `level` is XLA's optimization level, such as "O1"; None is
+  its default, at which rows of another level are compiled again. Returns the exit status: 1 if a
+  row does not fit or failed to compile, else 0.
   """
   failed = False
   for row in rows()[0]:
@@ -118,24 +98,15 @@ def compile_all(pattern: str, time_limit: int, level: str | None = None) -> int:
 
 
 def write_page(found: Mapping[str, Any] | None = None) -> None:
-  """Writes the page from the stored results.
-
-  Args:
-    found: new results by row key; stored first, together with results that other processes have
-      stored in the meantime.
-  """
-  with _locked():
-    if found:
-      _store(found)
-    atomic_write.write(PAGE, page())
-
-
-@contextlib.contextmanager
-def _locked() -> Iterator[None]:
-  """Locks the stored results against other processes."""
+  """Writes the page from the stored results, after storing new ones, by row key."""
   with LOCK.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)  # closing the file, or the end of the process, unlocks it
-    yield
+    if found:
+      results = {**_stored(), **found}  # read again: other processes may have stored other rows
+      known = {row.key for row in rows()[0]}
+      lines = [f"{json.dumps(k)}: {json.dumps(results[k])}" for k in sorted(results) if k in known]
+      atomic_write.write(PLANS, "{\n" + ",\n".join(lines) + "\n}\n")
+    atomic_write.write(PAGE, page())
 
 
 def _compile(row: Row, time_limit: int, level: str | None) -> dict[str, Any]:
@@ -156,16 +127,15 @@ def _compile(row: Row, time_limit: int, level: str | None) -> dict[str, Any]:
 
 def compact(plan: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the fields of a plan that the page shows, as one flat dict of rounded figures."""
-  memory = {name: plan["memory"][name] for name in MEMORY}
-  least = plan["roofline"] or {}
+  sizes = {name: plan["memory"][name] for name in MEMORY}
   fields = {
     "fits": plan["fits"],
     "mesh": {axis: size for axis, size in plan["mesh"].items() if size > 1},
     "remat": plan["remat"],
-    **{name: None if size is None else round(size) for name, size in memory.items()},
+    **{name: None if size is None else round(size) for name, size in sizes.items()},
     "tflop": _rounded(plan["flops"] / 1e12),
     "step_seconds": _rounded(plan["step_seconds"]),
-    "bound": least.get("bound"),
+    "bound": (plan["roofline"] or {}).get("bound"),
     "days": _rounded(plan["days"]),
     "compile_seconds": _rounded(plan["compile_seconds"]),
     "compile_cpu_seconds": _rounded(plan["compile_cpu_seconds"]),
@@ -182,13 +152,6 @@ def _rounded(value: float | None) -> float | None:
 
 def _stored() -> dict[str, Any]:
   return json.loads(PLANS.read_text(encoding="utf-8")) if PLANS.exists() else {}
-
-
-def _store(found: Mapping[str, Any]) -> None:
-  results = {**_stored(), **found}  # read again: other processes may have stored other rows
-  known = {row.key for row in rows()[0]}
-  lines = [f"{json.dumps(k)}: {json.dumps(results[k])}" for k in sorted(results) if k in known]
-  atomic_write.write(PLANS, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _is_current(row: Row, results: Mapping[str, Any], level: str | None) -> bool:
@@ -210,8 +173,8 @@ def digest(row: Row) -> str:
 def _without_rates(tree: Any) -> Any:
   """Drops learning rates and schedules, which do not change the compiled step."""
   if isinstance(tree, dict):
-    kept = {k: v for k, v in tree.items() if k not in ("learning_rate", "schedule")}
-    return {k: _without_rates(v) for k, v in kept.items()}
+    rates = ("learning_rate", "schedule")
+    return {k: _without_rates(v) for k, v in tree.items() if k not in rates}
   return [_without_rates(v) for v in tree] if isinstance(tree, list) else tree
 
 
@@ -252,8 +215,7 @@ def page() -> str:
   """Returns the text of docs/PLANS.md."""
   planned, without = rows()
   results = _stored()
-  assumptions = "\n".join(f"* {text};" for text in ASSUMPTIONS)[:-1] + "."
-  lines = [HEAD.format(assumptions=assumptions)]
+  lines = [HEAD.format(assumptions=";\n".join(f"* {text}" for text in ASSUMPTIONS) + ".")]
   done = [row for row in planned if "peak" in results.get(row.key, {})]
   lines += [_progress([results[row.key] for row in done], len(planned)), ""]
   for system in dict.fromkeys(row.config.partition(":")[0] for row in planned):
@@ -267,7 +229,6 @@ def page() -> str:
 
 
 def _progress(done: Sequence[Mapping[str, Any]], planned: int) -> str:
-  """Returns how many rows were compiled, and the range of their CPU times."""
   text = f"{len(done)} of {planned} rows compiled"
   text += "; whether the others fit is unknown." if len(done) < planned else "."
   costs = [result["compile_cpu_seconds"] for result in done if "compile_cpu_seconds" in result]
@@ -281,24 +242,23 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _flags(of_system: Sequence[Row]) -> list[str]:
-  """Returns the config flags that a row needs, one row per line."""
-  found = {row: row.overrides for row in of_system if row.overrides}
   lines = [
-    f"* `{r.config.partition(':')[2]}` on {r.topology}: `{' '.join(o)}`" for r, o in found.items()
+    f"* `{row.config.partition(':')[2]}` on {row.topology}: `{' '.join(row.overrides)}`"
+    for row in of_system
+    if row.overrides
   ]
   return ["Flags:", "", *lines, ""] if lines else []
 
 
 def _cells(row: Row, result: Mapping[str, Any] | None) -> list[str]:
   name = f"`{row.config.partition(':')[2]}`"
-  empty = [""] * (len(COLUMNS) - 3)
-  if result is None:
-    return [name, row.topology, "not compiled yet", *empty]
-  if "error" in result:
-    return [name, row.topology, f"not compiled: {result['error']}", *empty]
+  if result is None or "error" in result:
+    state = "not compiled yet" if result is None else f"not compiled: {result['error']}"
+    return [name, row.topology, state, *[""] * (len(COLUMNS) - 3)]
   level = result.get("optimization_level")
   bounded = level is None and "bound" in result
   changed = "" if result["digest"] == digest(row) else "; the recipe has changed since"
+  took = f"{result['compile_seconds']:.0f} s" if "compile_seconds" in result else ""
   peak, *sizes = (gib(float(result[name]) if name in result else None) for name in MEMORY)
   return [
     name,
@@ -311,8 +271,6 @@ def _cells(row: Row, result: Mapping[str, Any] | None) -> list[str]:
     seconds(result["step_seconds"]) if bounded else "",
     result["bound"] if bounded else "",
     f"{result['days']:.3g}" if bounded else "",
-    f"{result['compile_seconds']:.0f} s{f', {level}' if level else ''}"
-    if "compile_seconds" in result
-    else "",
+    f"{took}, {level}" if took and level else took,
     f"{result['date']}, jax {result['jax_version']}{changed}",
   ]

@@ -1,4 +1,8 @@
-"""Compiles a config's training step for a machine: memory, FLOPs, traffic, lower bound on time."""
+"""Compiles a config's training step for a machine: memory, FLOPs, traffic, lower bound on time.
+
+The bound is a roofline: it assumes perfect overlap of compute, memory and network, every matrix
+product at peak rate, rings that use all links of a chip, and an input pipeline that keeps up.
+"""
 
 import contextlib
 import dataclasses
@@ -15,103 +19,89 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import trainer
-from vit_jax_zoo.data import fake_data as stand_in
+from vit_jax_zoo.data import fake_data
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
-from vit_jax_zoo.planning.activations import activation_bytes
 from vit_jax_zoo.planning.hardware import Chip, Machine
-from vit_jax_zoo.planning.roofline import Roofline, roofline
+from vit_jax_zoo.tasks.base import LossContext, OptimGroup
 from vit_jax_zoo.training.compiled_steps import Program
+from vit_jax_zoo.training.sharding import batch_ways
 
 SECONDS_PER_DAY = 86_400
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes per device.
-
-  Attributes:
-    params: parameters.
-    optimizer: optimizer state.
-    other_state: moving averages, batch statistics and the like.
-    batch: this device's part.
-    activations: residuals for the backward pass before XLA's fusion. Part of `temporary`.
-    temporary: live within a step only, activations and gradients included; None if it does not fit.
-    code: the program.
-    peak: maximum in use; of a step that does not fit, what the compiler would need.
-    limit: the device's memory, None if unknown.
-  """
+  """Bytes per device. Figures of the compiler are None before compilation."""
 
   params: float
   optimizer: float
-  other_state: float
-  batch: float
-  activations: float
-  temporary: float | None
-  code: float | None
-  peak: float | None
-  limit: float | None
+  other_state: float  # moving averages, batch statistics and the like
+  batch: float  # this device's part
+  activations: float  # residuals for the backward pass before XLA's fusion; part of `temporary`
+  temporary: float | None = None  # live within a step only, with activations and gradients
+  code: float | None = None
+  peak: float | None = None  # of a step that does not fit, what the compiler would need
+  limit: float | None = None  # the device's memory, None if unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+  """Lower bounds in seconds per step: FLOPs and traffic at the chip's peak rates."""
+
+  compute: float
+  memory: float
+  network: float
+
+  @property
+  def step(self) -> float:
+    """The largest of the three."""
+    return max(self.compute, self.memory, self.network)
+
+  @property
+  def bound(self) -> str:
+    """Name of the largest."""
+    return max(("compute", "memory", "network"), key=lambda part: getattr(self, part))
+
+
+def roofline(chip: Chip, *, flops: float, memory_bytes: float, network_bytes: float) -> Roofline:
+  """Returns the lower bounds of a step from its figures per device."""
+  return Roofline(
+    compute=flops / chip.peak_flops,
+    memory=memory_bytes / chip.memory_bandwidth,
+    network=network_bytes / chip.network_bandwidth,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Cost of a config's training step on a machine. All figures are per device and step.
-
-  Attributes:
-    config: name of the config.
-    overrides: further fields.
-    machine: name of the machine.
-    device_kind: JAX's name of the devices.
-    num_devices: number of devices in the mesh.
-    mesh: devices along each axis.
-    remat: remat policy, for models that have one.
-    batch_size: global batch size.
-    accumulation_steps: number of micro-batches.
-    num_steps: length of the run.
-    num_examples: number of examples per epoch.
-    batch_shapes: fraction of steps and image shape; the largest is compiled.
-    fits: whether it compiles with a peak below the device's memory.
-    memory: bytes.
-    flops: floating-point operations.
-    memory_bytes: main-memory traffic; None if it did not compile, like the following.
-    network_bytes: traffic to other devices, by kind of collective.
-    compile_seconds: wall time of the compilation.
-    compile_cpu_seconds: CPU time of the compilation.
-    optimization_level: XLA optimization level, such as O1; None: XLA's default.
-    roofline: lower bounds in seconds; None if the chip is unknown.
-    step_seconds: lower bound of the mean step time over all batch shapes.
-    epochs_per_day: upper bound, from `step_seconds`.
-    days: lower bound of the whole run, from `step_seconds`.
-    notes: assumptions of this plan.
-    jax_version: version of JAX that compiled it.
-    date: date of compilation.
-  """
+  """Cost of a config's training step on a machine. All figures are per device and step."""
 
   config: str
   overrides: list[str]
   machine: str
-  device_kind: str
+  device_kind: str  # JAX's name of the devices
   num_devices: int
-  mesh: dict[str, int]
-  remat: str | None
-  batch_size: int
+  mesh: dict[str, int]  # devices along each axis
+  remat: str | None  # remat policy, for models that have one
+  batch_size: int  # global
   accumulation_steps: int
   num_steps: int
-  num_examples: int
-  batch_shapes: list[tuple[float, tuple[int, ...]]]
-  fits: bool
+  num_examples: int  # per epoch
+  batch_shapes: list[tuple[float, tuple[int, ...]]]  # fraction of steps, image; largest compiled
+  fits: bool  # compiles with a peak below the device's memory
   memory: Memory
   flops: float
-  memory_bytes: float | None = None
-  network_bytes: dict[str, float] | None = None
+  memory_bytes: float | None = None  # main-memory traffic; None if not compiled, like the following
+  network_bytes: dict[str, float] | None = None  # to other devices, by kind of collective
   compile_seconds: float | None = None
   compile_cpu_seconds: float | None = None
-  optimization_level: str | None = None
-  roofline: Roofline | None = None
-  step_seconds: float | None = None
-  epochs_per_day: float | None = None
-  days: float | None = None
-  notes: list[str] = dataclasses.field(default_factory=list)
+  optimization_level: str | None = None  # XLA's, such as O1; None: the default
+  roofline: Roofline | None = None  # None if the chip is unknown, like the following
+  step_seconds: float | None = None  # lower bound of the mean step time over all batch shapes
+  epochs_per_day: float | None = None  # upper bound
+  days: float | None = None  # lower bound of the whole run
+  notes: list[str] = dataclasses.field(default_factory=list)  # assumptions of this plan
   jax_version: str = jax.__version__
   date: str = ""
 
@@ -131,26 +121,29 @@ def make_plan(
   overrides: list[str] | None = None,
   compile_step: bool = True,
 ) -> Plan:
-  """Compiles the training step of a config for a machine.
+  """Compiles the training step of a complete config for a machine.
 
-  Args:
-    config: complete.
-    machine: devices to compile for.
-    name: name of the config.
-    overrides: the user's overrides, stored in the plan.
-    compile_step: False skips everything that needs the compiler.
+  The plan stores `name` and `overrides` of the config. `compile_step=False` skips everything that
+  needs the compiler.
 
   Raises:
     ValueError: one line, about an invalid config.
   """
-  parts = trainer.build(config, machine.devices, stand_in.load)
+  parts = trainer.build(config, machine.devices, fake_data.load)
   kinds = parts.batch_shapes()
   largest = max((batch for _, batch in kinds), key=_size)
   program = parts.program(largest)
+  state, batch = program.abstract_state, program.abstract_batch
   with jax.set_mesh(parts.mesh):
-    arguments = (program.abstract_state, program.abstract_batch)
-    flops = count_flops(program.train_step, *arguments) / len(machine.devices)
-    memory = _memory(program, machine, parts.config.accumulation_steps)
+    flops = count_flops(program.train_step, state, batch) / len(machine.devices)
+    memory = Memory(
+      params=device_bytes(state.params),
+      optimizer=device_bytes(state.opt_state),
+      other_state=device_bytes((state.ema, state.model_state, state.step, state.rng)),
+      batch=device_bytes(batch),
+      activations=activation_bytes(program, parts.config.accumulation_steps),
+      limit=machine.memory,
+    )
   plan = Plan(
     config=name,
     overrides=list(overrides or ()),
@@ -168,7 +161,7 @@ def make_plan(
     memory=memory,
     flops=flops,
     optimization_level=optimization_level(),
-    notes=_notes(parts, kinds),
+    notes=_notes(parts, len(kinds)),
     date=time.strftime("%Y-%m-%d"),
   )
   if not compile_step:
@@ -190,34 +183,28 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
     memory = dataclasses.replace(plan.memory, peak=needed_memory(str(error), plan.memory))
     return dataclasses.replace(plan, memory=memory)
   seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
-  analysis, moved = compiled.memory_analysis(), hlo.traffic(text)
-  peak = _peak(analysis)
-  memory = dataclasses.replace(
-    plan.memory,
-    temporary=float(analysis.temp_size_in_bytes),
-    code=float(analysis.generated_code_size_in_bytes),
-    peak=peak,
-  )
+  found, moved = compiled.memory_analysis(), hlo.traffic(text)
+  # In use at once: arguments, results not aliased with them, temporaries.
+  results = found.output_size_in_bytes - found.alias_size_in_bytes
+  temporary, code = float(found.temp_size_in_bytes), float(found.generated_code_size_in_bytes)
+  peak = found.argument_size_in_bytes + results + temporary + code
+  loops = moved.loops_of_unknown_length
+  note = f"{loops} loop(s) with a data-dependent length count as one iteration"
   plan = dataclasses.replace(
     plan,
     fits=machine.memory is None or peak <= machine.memory,
-    memory=memory,
+    memory=dataclasses.replace(plan.memory, temporary=temporary, code=code, peak=peak),
     memory_bytes=moved.memory_bytes,
     network_bytes=moved.collective_bytes,
     compile_seconds=seconds,
     compile_cpu_seconds=cpu,
-    notes=plan.notes + _loop_notes(moved),
+    notes=plan.notes + [note] * bool(loops),
   )
-  return plan if machine.chip is None else _timed(plan, machine.chip, moved, mean_size)
-
-
-def _timed(plan: Plan, chip: Chip, moved: hlo.Traffic, mean_size: float) -> Plan:
-  """Returns the plan with the lower bounds on time."""
+  if machine.chip is None:
+    return plan
+  sent = sum(moved.collective_bytes.values())
   least = roofline(
-    chip,
-    flops=plan.flops,
-    memory_bytes=moved.memory_bytes,
-    network_bytes=sum(moved.collective_bytes.values()),
+    machine.chip, flops=plan.flops, memory_bytes=moved.memory_bytes, network_bytes=sent
   )
   step = least.step * mean_size
   return dataclasses.replace(
@@ -252,10 +239,7 @@ def compile_text(lowered: Any) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _without_cache() -> Iterator[None]:
-  """Disables JAX's compilation cache.
-
-  Cached programs have no compile time, and those for absent devices cannot be loaded.
-  """
+  """Disables JAX's cache: cached programs have no compile time, those for absent devices fail."""
   enabled = getattr(jax.config, "jax_enable_compilation_cache", True)
   try:
     jax.config.update("jax_enable_compilation_cache", False)
@@ -269,36 +253,15 @@ def _without_cache() -> Iterator[None]:
 def needed_memory(message: str, memory: Memory) -> float | None:
   """Returns the bytes that a step would need; None if XLA's message lacks them.
 
-  Args:
-    message: XLA's error for a program that does not fit, with the total or the temporaries.
-    memory: sizes of the step's arguments.
+  XLA's error for a program that does not fit has the total, or the temporaries.
   """
   total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
-  if total:
-    return _in_bytes(*total.groups())
-  temporary = re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)
-  if temporary is None:
+  found = total or re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)
+  if found is None:
     return None
+  size = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]]
   given = memory.params + memory.optimizer + memory.other_state + memory.batch
-  return given + _in_bytes(*temporary.groups())
-
-
-def _in_bytes(number: str, unit: str) -> float:
-  return float(number) * 2 ** {"K": 10, "M": 20, "G": 30}[unit]
-
-
-def _memory(program: Program, machine: Machine, accumulation_steps: int) -> Memory:
-  state = program.abstract_state
-  known = {
-    "params": state.params, "optimizer": state.opt_state,
-    "other_state": (state.ema, state.model_state, state.step, state.rng),
-    "batch": program.abstract_batch,
-  }  # fmt: skip
-  sizes = {name: device_bytes(tree) for name, tree in known.items()}
-  kept = activation_bytes(program, accumulation_steps)
-  return Memory(
-    **sizes, activations=kept, temporary=None, code=None, peak=None, limit=machine.memory
-  )
+  return size if total else given + size
 
 
 def device_bytes(tree: Any) -> float:
@@ -311,34 +274,58 @@ def device_bytes(tree: Any) -> float:
   )
 
 
-def _peak(analysis: Any) -> float:
-  """Returns the bytes in use at once: arguments, results not aliased with them, temporaries."""
-  results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  held = analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
-  return float(held + analysis.generated_code_size_in_bytes)
+def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
+  """Returns the bytes per device kept for the backward pass, which remat trades for compute.
+
+  Counts the residuals of differentiation before XLA fuses any of them, split over the devices as
+  the batch is; without parameters and other inputs; of the optimizer group with the most.
+  """
+  batch = {
+    key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)
+    for key, leaf in program.abstract_batch.items()
+  }
+  kept = max(_residual_bytes(program, group, batch) for group in program.task.optim_groups)
+  return kept / batch_ways(program.mesh)
 
 
-def _notes(parts: trainer.Experiment, kinds: list[tuple[float, Any]]) -> list[str]:
+def _residual_bytes(program: Program, group: OptimGroup, batch: Any) -> float:
+  def forward(state: Any, batch: Any) -> list[jax.Array]:
+    context = LossContext(
+      rng=jax.random.wrap_key_data(state.rng),
+      step=state.step,
+      normalizers=program.task.normalizers(batch),
+      optim_group=group.name,
+    )
+
+    def loss(own: Any) -> tuple[Any, Any]:
+      params = group.insert(state.params, own)
+      output = program.task.loss({"params": params, **state.model_state}, batch, context)
+      return output.loss, None
+
+    _, backward, _ = jax.vjp(loss, group.select(state.params), has_aux=True)
+    given = {id(leaf) for leaf in jax.tree.leaves((state, batch))}
+    return [leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given]
+
+  with jax.set_mesh(program.mesh):
+    leaves = jax.eval_shape(forward, program.abstract_state, batch)
+  is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+  sizes = [8 if key else leaf.dtype.itemsize for key, leaf in zip(is_key, leaves, strict=True)]
+  return float(sum(leaf.size * size for leaf, size in zip(leaves, sizes, strict=True)))
+
+
+def _notes(parts: trainer.Experiment, num_shapes: int) -> list[str]:
   notes = [parts.train_source.assumption] if parts.train_source.assumption else []
   if level := optimization_level():
     notes.append(
       f"the run also sets JAX_OPTIMIZATION_LEVEL={level}; at XLA's default level, compilation is "
       "slower, the program moves fewer bytes, and its memory may be larger or smaller"
     )
-  if len(kinds) > 1:
+  if num_shapes > 1:
     notes.append(
-      f"the largest of {len(kinds)} batch shapes is compiled; the time of the others is in "
+      f"the largest of {num_shapes} batch shapes is compiled; the time of the others is in "
       "proportion to their pixels"
     )
   return notes
-
-
-def _loop_notes(moved: hlo.Traffic) -> list[str]:
-  if not moved.loops_of_unknown_length:
-    return []
-  return [
-    f"{moved.loops_of_unknown_length} loop(s) with a data-dependent length count as one iteration"
-  ]
 
 
 def _size(batch: Mapping[str, np.ndarray]) -> int:

@@ -2,23 +2,43 @@
 
 from collections.abc import Sequence
 
-from vit_jax_zoo.planning.plan import Memory, Plan
-from vit_jax_zoo.planning.roofline import ASSUMPTIONS
+from vit_jax_zoo.planning.plan import Plan
 
-GIB = 2**30
+ASSUMPTIONS = (
+  "a step takes the longest of compute, memory traffic and network traffic, each at the chip's "
+  "stated peak and fully overlapped",
+  "collectives are rings over all links of a chip; per device, they send (n-1)/n of an array, and "
+  "twice that for an all-reduce",
+  "FLOPs (matrix products and convolutions) are counted from the jaxpr, traffic from the compiled "
+  "program, both with all loop iterations and recomputation (remat)",
+  "evaluation, checkpoints and input are not included",
+)
 
 
 def report(plan: Plan) -> str:
   """Returns all figures of a plan, one per line, and its assumptions."""
+  memory = plan.memory
+  shapes = ["x".join(map(str, shape)) for _, shape in plan.batch_shapes]
+  several = " (the largest is compiled)" if len(shapes) > 1 else ""
   rows = [
     ("config", " ".join((plan.config, *plan.overrides))),
     ("machine", f"{plan.machine}: {plan.num_devices} x {plan.device_kind}, mesh {mesh(plan)}"),
-    ("batch", f"{plan.batch_size} of {_shapes(plan)}, {plan.accumulation_steps} micro-batch(es)"),
+    (
+      "batch",
+      f"{plan.batch_size} of {', '.join(shapes)}{several}, {plan.accumulation_steps} "
+      "micro-batch(es)",
+    ),
     ("remat", plan.remat or "-"),
-    ("fits", verdict(plan)),
-    *_memory_rows(plan.memory),
+    ("fits", _verdict(plan)),
+    ("  parameters", gib(memory.params)),
+    ("  optimizer state", gib(memory.optimizer)),
+    ("  other state", gib(memory.other_state)),
+    ("  batch", gib(memory.batch)),
+    ("  activations", f"{gib(memory.activations)} for the backward pass, before fusion by XLA"),
+    ("  temporaries", f"{gib(memory.temporary)}, including activations and gradients"),
+    ("  program", gib(memory.code)),
     ("FLOPs", _count(plan.flops, "FLOP")),
-    *_moved_rows(plan),
+    *_traffic_rows(plan),
     *_time_rows(plan),
   ]
   width = max(len(name) for name, _ in rows)
@@ -27,17 +47,6 @@ def report(plan: Plan) -> str:
   if notes:
     lines += ["", "Per device and step, assuming:", *(f"  * {note}" for note in notes)]
   return "\n".join(lines)
-
-
-def verdict(plan: Plan) -> str:
-  """Returns whether the plan fits into the device's memory, with peak and limit."""
-  memory = plan.memory
-  if memory.peak is None:
-    return "no: the compiler ran out of memory"
-  if memory.limit is None:
-    return f"unknown: peak {gib(memory.peak)}; the device does not report its memory"
-  words = "yes" if plan.fits else "NO"
-  return f"{words}: {gib(memory.peak)} of {gib(memory.limit)}"
 
 
 def table(plans: Sequence[Plan]) -> str:
@@ -66,7 +75,7 @@ def gib(size: float | None) -> str:
   """
   if size is None:
     return "-"
-  return f"{size / GIB:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+  return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
 def seconds(value: float | None) -> str:
@@ -78,6 +87,15 @@ def seconds(value: float | None) -> str:
   if value is None:
     return "-"
   return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms"
+
+
+def _verdict(plan: Plan) -> str:
+  memory = plan.memory
+  if memory.peak is None:
+    return "no: the compiler ran out of memory"
+  if memory.limit is None:
+    return f"unknown: peak {gib(memory.peak)}; the device does not report its memory"
+  return f"{'yes' if plan.fits else 'NO'}: {gib(memory.peak)} of {gib(memory.limit)}"
 
 
 def _count(value: float, unit: str) -> str:
@@ -97,24 +115,7 @@ def _duration(days: float | None) -> str:
   return f"{_thousands(days)} days" if days >= 2 else f"{24 * days:.3g} hours"
 
 
-def _shapes(plan: Plan) -> str:
-  texts = ["x".join(map(str, shape)) for _, shape in plan.batch_shapes]
-  return texts[0] if len(texts) == 1 else f"{', '.join(texts)} (the largest is compiled)"
-
-
-def _memory_rows(memory: Memory) -> list[tuple[str, str]]:
-  return [
-    ("  parameters", gib(memory.params)),
-    ("  optimizer state", gib(memory.optimizer)),
-    ("  other state", gib(memory.other_state)),
-    ("  batch", gib(memory.batch)),
-    ("  activations", f"{gib(memory.activations)} for the backward pass, before fusion by XLA"),
-    ("  temporaries", f"{gib(memory.temporary)}, including activations and gradients"),
-    ("  program", gib(memory.code)),
-  ]
-
-
-def _moved_rows(plan: Plan) -> list[tuple[str, str]]:
+def _traffic_rows(plan: Plan) -> list[tuple[str, str]]:
   if plan.memory_bytes is None or plan.network_bytes is None:
     return []
   kinds = [f"{kind} {_count(sent, 'B')}" for kind, sent in sorted(plan.network_bytes.items())]

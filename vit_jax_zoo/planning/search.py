@@ -1,6 +1,7 @@
 """Mesh search: data, FSDP and model parallelism with the first remat policy that fits."""
 
 import copy
+import math
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -17,11 +18,6 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
 
   Later policies trade compute for memory and would be slower. Meshes that cannot split the batch or
   the model's layers are skipped.
-
-  Args:
-    config: its mesh and remat are replaced.
-    machine: devices to compile for.
-    name: name of the config.
 
   Raises:
     ValueError: one line, about a config that is invalid on every mesh.
@@ -51,17 +47,11 @@ def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
 {'data': 2, 'fsdp': 1, 'model': 4}, {'data': 1, 'fsdp': 2, 'model': 4}]
   """
   own = dict(complete(config).sharding.mesh)
-  known = [size for size in own.values() if size != -1]
-  rest = num_devices
-  for size in known:
-    rest //= size
+  rest = num_devices // math.prod(size for size in own.values() if size != -1)
   tried = [{axis: rest if size == -1 else size for axis, size in own.items()}]
   for model in (1, 2, 4):
     ways = num_devices // model
-    tried += [
-      {"data": ways, "fsdp": 1, "model": model},
-      {"data": 1, "fsdp": ways, "model": model},
-    ]
+    tried += [{"data": d, "fsdp": ways // d, "model": model} for d in (ways, 1) if ways]
   parts = config.get("accumulation_steps") or 1
   found = []
   for sizes in tried:
@@ -80,6 +70,4 @@ def remat_policies(config: ConfigDict) -> list[str | None]:
 def best(plans: list[Plan]) -> Plan | None:
   """Returns the fastest plan that fits; of equal ones, that with most free memory."""
   fitting = [plan for plan in plans if plan.fits]
-  if not fitting:
-    return None
-  return min(fitting, key=lambda p: (p.step_seconds or 0.0, p.memory.peak))
+  return min(fitting, key=lambda p: (p.step_seconds or 0.0, p.memory.peak), default=None)
