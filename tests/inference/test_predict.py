@@ -120,7 +120,7 @@ def test_what_evaluations_do_to_images_can_be_done_to_a_picture_alone():
     config = json.loads(json.dumps(resolve(system, variant).to_dict()))
     if not config["data"]["eval"] or "pair" in str(config["data"]["eval"]):
       continue  # a picture and its reference go another way: `inference.super_resolution`
-    transforms = _Run(name, config, RunData(), {}).transforms()
+    transforms = _Run(name, config, RunData(), {}, None, None, None).transforms()
     rng = np.random.default_rng(0)
     example = {"image": photo()}
     for transform in transforms:
@@ -276,7 +276,7 @@ def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
 def test_pictures_keep_their_shape_where_the_model_can_see_it(task, transforms, expected):
   split = {"transforms": [{"name": name} for name in transforms]}
   config = {"task": {"name": task}, "data": {"eval": {"test": split}}, "checkpoint": {}}
-  run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {})
+  run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {}, None, None, None)
   example = _prepare_for_run(run.transforms(), (64, 80), run.fit, photo(40, 60))
   assert example["image"].shape == (*expected, 3)
 

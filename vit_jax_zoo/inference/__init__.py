@@ -14,9 +14,6 @@ def create_predictor(trained: "Trained", options: "Options") -> "Predictor":
   Raises:
     ValueError: the task has none, or the model does not support an option.
   """
-  core = {
-    "classification": "vit_jax_zoo.inference.classification:ClassificationPredictor",
-  }
-  return registry_of("task to predict with", "predictors", core)[trained.task.name](
-    trained, options
-  )
+  core = {"classification": "vit_jax_zoo.inference.classification:ClassificationPredictor"}
+  predictors = registry_of("task to predict with", "predictors", core)
+  return predictors[trained.task.name](trained, options)

@@ -25,24 +25,17 @@ Picture: TypeAlias = Figure | np.ndarray
 class Trained:
   """A trained model, from a run or a published file.
 
-  Attributes:
-    source: its path or name, for error messages.
-    task: with the model; `task.predict(variables, batch)` normalises images.
-    variables: numpy arrays: of the best checkpoint, averaged where the run has averages.
-    prepare: image -> example preprocessed as in the model's evaluation: `image`, uint8 or float32
-      [h w 3] in [0, 255], unbatched, and what else the run's transforms add.
-    image_size: height and width of the model's images; None: any.
-    model_name: as the registry or the file names the model.
-    config: a run's config as JSON; empty for a published file.
+  `prepare` maps an image to an example preprocessed as in the model's evaluation: `image`, uint8 or
+  float32 [h w 3] in [0, 255], unbatched, and what else the run's transforms add.
   """
 
-  source: str
-  task: Task
-  variables: Variables
+  source: str  # its path or name, for error messages
+  task: Task  # with the model; `task.predict(variables, batch)` normalises images
+  variables: Variables  # numpy arrays of the best checkpoint, averaged where the run has averages
   prepare: Callable[[Image], Mapping[str, Any]]
-  image_size: tuple[int, int] | None
-  model_name: str
-  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  image_size: tuple[int, int] | None  # height and width of the model's images; None: any
+  model_name: str  # as the registry or the file names the model
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # a run's, as JSON
 
   @property
   def model(self) -> Any:
@@ -52,29 +45,18 @@ class Trained:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of prediction; each predictor declares which of them it uses.
+  """Options of prediction; each predictor declares which of them it uses."""
 
-  Attributes:
-    top_k: number of classes to list, None: 5; or of colours to sample from in a completion, None:
-      all.
-    threshold: minimum score.
-    explain: also draw attention maps.
-    reference: reference image for super-resolution.
-    tile: tile size in pixels of the low-resolution image; None: what usually fits.
-    prefix_fraction: fraction of an image's rows that is given as the prompt of a completion.
-    samples: completions per image.
-    temperature: of completions.
-    seed: random seed.
-  """
-
-  top_k: int | None = None
-  threshold: float = 0.5
-  explain: bool = False
-  reference: Image | None = None
-  tile: int | None = None
-  prefix_fraction: float = 0.5
-  samples: int = 6
-  temperature: float = 1.0
+  top_k: int | None = None  # classes to list, None: 5; or colours to sample from, None: all
+  threshold: float = 0.5  # minimum score
+  explain: bool = False  # also draw attention maps
+  reference: Image | None = None  # reference image for super-resolution
+  tile: int | None = (
+    None  # tile size in pixels of the low-resolution image; None: what usually fits
+  )
+  prefix_fraction: float = 0.5  # of an image's rows, given as the prompt of a completion
+  samples: int = 6  # completions per image
+  temperature: float = 1.0  # of completions
   seed: int = 0
 
 
@@ -86,9 +68,8 @@ class Prediction:
     record: JSON values by name. `predict` adds the image's path.
     pictures: by a suffix of the file's name: "" is `<image>.png`, "attention" is
       `<image>_attention.png`.
-    objects: detections, as COCO annotations without `id` and `image_id`, with the class's `name`:
-      `predict` writes `coco.json`.
-    segments: the same of the segments in the picture "panoptic": `coco_panoptic.json`.
+    objects: COCO annotations without `id` and `image_id`, with the class's `name`.
+    segments: the same of the segments in the picture "panoptic".
     model_pictures: figures that do not depend on the image, by name: "filters" is
       `model_filters.png`, written once.
   """
@@ -107,8 +88,7 @@ class Predictor(Protocol):
   The constructor raises ValueError, in one line, if the model does not support the options.
   """
 
-  reads: ClassVar[frozenset[str]]
-  """The names of the options that it reads: `predict` refuses others, unless they are defaults."""
+  reads: ClassVar[frozenset[str]]  # options that it reads: `predict` refuses others
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Compiles nothing; the first image does."""

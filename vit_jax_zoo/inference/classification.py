@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.special import expit, softmax
 
 from vit_jax_zoo.figures.classification import draw_ranking
 from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
@@ -20,8 +21,7 @@ class ClassificationPredictor:
   """
 
   reads: ClassVar[frozenset[str]] = frozenset({"top_k", "explain"})
-  listed: ClassVar[int] = 5
-  """So many, where `top_k` is None."""
+  listed: ClassVar[int] = 5  # classes if `top_k` is None
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Raises ValueError if `explain` is set and the model has no explanation."""
@@ -36,23 +36,19 @@ class ClassificationPredictor:
     """Returns `top`, best first: `label`, `name` if known, `probability`."""
     prepared = np.asarray(self._trained.prepare(image)["image"])
     logits = np.asarray(self._logits(self._trained.variables, prepared[None]))[0]
-    logits = logits.astype(np.float64)
-    probabilities = _probabilities(logits, self._task.objective)
+    activation = expit if self._task.objective == "sigmoid" else softmax
+    probabilities = activation(logits.astype(np.float64))
     count = self.listed if self._options.top_k is None else self._options.top_k
     best = np.argsort(-probabilities, kind="stable")[: max(1, count)]
     names = self._task.class_names
+    scores = probabilities[best].tolist()
+    known = [{"name": names[label]} if names else {} for label in best]
     top = [
-      {
-        "label": int(label),
-        **({"name": names[label]} if names else {}),
-        "probability": float(probabilities[label]),
-      }
-      for label in best
+      {"label": int(label), **name, "probability": score}
+      for label, name, score in zip(best, known, scores, strict=True)
     ]
-    said = [names[label] if names else f"class {label}" for label in best]
-    pictures: dict[str, Figure] = {
-      "": draw_ranking(image, said, [entry["probability"] for entry in top])
-    }
+    shown = [names[label] if names else f"class {label}" for label in best]
+    pictures: dict[str, Figure] = {"": draw_ranking(image, shown, scores)}
     if not self._options.explain:
       return Prediction({"top": top}, pictures)
     found = self._explain(self._trained.variables, {"image": prepared[None]})
@@ -63,10 +59,3 @@ class ClassificationPredictor:
   def _compute_logits(self, variables: Any, image: Any) -> Any:
     images = normalize_images(jnp.asarray(image), self._task.image_mean, self._task.image_std)
     return self._task.model.apply(variables, images, train=False)["logits"]
-
-
-def _probabilities(logits: np.ndarray, objective: str) -> np.ndarray:
-  if objective == "sigmoid":
-    return 1 / (1 + np.exp(-logits))
-  shifted = np.exp(logits - logits.max())
-  return shifted / shifted.sum()

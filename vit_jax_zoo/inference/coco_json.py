@@ -30,13 +30,8 @@ class GroundTruth:
   others are logged. Classes are matched by name, or by id if the model has no names; a class that
   is not in the file keeps its id, or gets one above the file's if its id is another class's.
 
-  Attributes:
-    image_ids: ids by given path, as in the file.
-    categories: as in the file, then the classes that are not in it.
-
-  Args:
-    file: path of the annotation file, with or without annotations.
-    paths: images to predict.
+  `image_ids` has the ids by given path, as in the file; `categories` those of the file, then the
+  classes that are not in it.
   """
 
   def __init__(self, file: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
@@ -62,17 +57,16 @@ class GroundTruth:
     for path in paths:
       ends = (path.parts[i:] for i in range(len(path.parts)))
       ids = next((by_name[end] for end in ends if end in by_name), by_base_name.get(path.name, ()))
-      if not ids:
-        logging.warning("%s: not in %s; left out of coco.json", path, self._file)
-      elif len(ids) > 1:
-        text = "%s: %d images of %s have this file_name; expected one; left out of coco.json"
-        logging.warning(text, path, len(ids), self._file)
-      elif ids[0] in given:
-        text = "%s: image %r of %s is already %s; left out of coco.json"
-        logging.warning(text, path, ids[0], self._file, given[ids[0]])
-      else:
+      if len(ids) == 1 and ids[0] not in given:
         given[ids[0]] = path
         found[str(path)] = ids[0]
+        continue
+      why = f"not in {self._file}"
+      if len(ids) > 1:
+        why = f"{len(ids)} images of {self._file} have this file_name; expected one"
+      elif ids:
+        why = f"image {ids[0]!r} of {self._file} is already {given[ids[0]]}"
+      logging.warning("%s: %s; left out of coco.json", path, why)
     if len(found) < len(images):
       text = "%s: %d of %d images are not given; scores count their objects as missed"
       logging.warning(text, self._file, len(images) - len(found), len(images))
@@ -102,11 +96,7 @@ class GroundTruth:
 
 
 class CocoFiles:
-  """Collects detections and segments of images.
-
-  Args:
-    truth: gives the ids; images that are not in it are left out.
-  """
+  """Collects detections and segments of images; with `truth` of those in it, with its ids."""
 
   def __init__(self, truth: GroundTruth | None = None) -> None:
     self._truth = truth
@@ -117,14 +107,7 @@ class CocoFiles:
     self._looked_for = {"objects": False, "segments": False}
 
   def add(self, path: str, name: str, image: Image, prediction: Prediction) -> None:
-    """Adds one image.
-
-    Args:
-      path: of its file.
-      name: prefix of the names of its pictures.
-      image: its pixels, for their size.
-      prediction: for the image.
-    """
+    """Adds the prediction for an image; `name` is the prefix of the names of its pictures."""
     self._looked_for["objects"] |= prediction.objects is not None
     self._looked_for["segments"] |= prediction.segments is not None
     number, (height, width) = len(self._images) + 1, image.shape[:2]
@@ -150,18 +133,13 @@ class CocoFiles:
       categories = self._truth.categories
       if not any(self._looked_for.values()):
         logging.warning("--coco_ids: unused; the model predicts no objects")
-    files: dict[str, Any] = {}
-    for file, key, annotations in (
-      ("coco.json", "objects", self._annotations),
-      ("coco_panoptic.json", "segments", self._panoptic),
-    ):
-      if self._looked_for[key]:
-        files[file] = {
-          "images": self._images, "annotations": annotations, "categories": categories
-        }  # fmt: skip
+    shared, files = {"images": self._images, "categories": categories}, {}
     if self._looked_for["objects"]:
       keys = ("image_id", "category_id", "bbox", "score", "segmentation")
+      files["coco.json"] = {**shared, "annotations": self._annotations}
       files["coco_results.json"] = [{k: a[k] for k in keys if k in a} for a in self._annotations]
+    if self._looked_for["segments"]:
+      files["coco_panoptic.json"] = {**shared, "annotations": self._panoptic}
     return files
 
   def _without_name(self, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,11 +157,8 @@ def box_annotation(
 ) -> dict[str, Any]:
   """Returns a COCO annotation without `id` and `image_id`.
 
-  Args:
-    category: `category_id`, and `name` if known.
-    box_xyxy: left, top, right, bottom in pixels.
-    score: in [0, 1].
-    **more: other keys, such as `segmentation`. `area` is the box's by default.
+  `category` has `category_id`, and `name` if known; the box is left, top, right, bottom in pixels;
+  `more` other keys, such as `segmentation`. `area` is the box's by default.
   """
   left, top, right, bottom = (float(side) for side in box_xyxy)
   box = [left, top, right - left, bottom - top]

@@ -27,52 +27,37 @@ from vit_jax_zoo.tasks import create_task, task_fields, tasks
 from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained
+from vit_jax_zoo.weights.checkpoint import Size
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
   """Reads a published checkpoint, or a run's checkpoint.
 
-  Args:
-    path: as in `weights.load_pretrained`; or a run's `--workdir`, or one of its checkpoints.
-    **options: as in `weights.load_pretrained`. For a run: `image_size` (a ViT's position embeddings
-      are interpolated), `num_classes` (None drops the head, another number zero-initialises it),
-      and fields of the model that do not change its parameters (`dtype`, `scan_layers`, ...).
+  `path` and `options` are those of `weights.load_pretrained`, as are the errors; or `path` is a
+  run's `--workdir`, or one of its checkpoints. Options for a run: `image_size` (a ViT's position
+  embeddings are interpolated), `num_classes` (None drops the head, another number zero-initialises
+  it), and fields of the model that do not change its parameters (`dtype`, `scan_layers`, ...).
 
   Raises:
-    ValueError: as in `weights.load_pretrained`; or the run's checkpoint does not fit its config.
     FileNotFoundError: the run has no config.json.
   """
   if not is_checkpoint(path):
     return weights.load_pretrained(path, **options)
-  run = _Run.read(path)
-  wanted = options.pop("image_size", None)
-  model = run.model(options)
-  seen = run.image_size(model)
-  size = seen if wanted is None else _height_width(wanted)
-  if size != seen or options.get("num_classes") is not None:
-    variables = _refitted(run, model, seen, size)
-  else:
-    variables = _adapted(run, model)
-  preprocess = run.preprocess(seen)
-  if wanted is not None:
-    preprocess = preprocess.at_size(_height_width(wanted))
-  config = {name: getattr(model, name) for name in field_names(model)}
+  run = _Run.read(path, options)
+  preprocess, config = run.preprocess(), {n: getattr(run.model, n) for n in field_names(run.model)}
+  task_fields = run.task_fields()
+  count = task_fields.get("num_classes", config.get("num_classes"))
+  other_classes = ("num_classes", "class_names") if config.get("num_classes") != count else ()
+  for name in ("image_mean", "image_std", *other_classes):
+    task_fields.pop(name, None)
   return Pretrained(
-    model,
-    dict(variables),
-    preprocess,
-    {**config, "image_size": size},
-    task=run.config["task"]["name"],
-    task_fields=_fields_beside(run, model),
+    run.model,
+    dict(run.variables),
+    preprocess if run.wanted is None else preprocess.at_size(run.wanted),
+    {**config, "image_size": run.size},
+    task=run.task_name,
+    task_fields=task_fields,
   )
-
-
-def _fields_beside(run: "_Run", model: Any) -> dict[str, Any]:
-  """Returns the task's fields without mean and std; no class names if the classes differ."""
-  fields = {k: v for k, v in run.task_fields().items() if k not in ("image_mean", "image_std")}
-  if "num_classes" in fields and getattr(model, "num_classes", None) != fields["num_classes"]:
-    fields = {k: v for k, v in fields.items() if k not in ("num_classes", "class_names")}
-  return fields
 
 
 def load(
@@ -80,17 +65,25 @@ def load(
 ) -> Trained:
   """Loads a model with its task and preprocessing.
 
-  Args:
-    path: see `load_pretrained`.
-    class_names: names in order, for files that lack them.
-    needs_head: rejects files without a classifier; if False, they are loaded for their features.
-    **options: see `load_pretrained`.
+  See `load_pretrained` for `path`, `options` and the errors. `class_names` are in order, for files
+  that lack them. Files without a classifier are rejected, or loaded for their features if not
+  `needs_head`.
 
   Raises:
-    ValueError: as in `load_pretrained`; or the number of names is not the number of classes.
+    ValueError: the number of names is not the number of classes.
   """
   if is_checkpoint(path):
-    return _load_run(path, class_names, options)
+    run = _Run.read(path, options)
+    fields = run.task_fields() | ({"class_names": tuple(class_names)} if class_names else {})
+    return Trained(
+      source=path,
+      task=create_task(run.task_name, run.model, **fields),
+      variables=run.variables,
+      prepare=run.prepare(),
+      image_size=run.size,
+      model_name=run.config["model"]["name"],
+      config=run.config,
+    )
   published = weights.load_pretrained(path, **options)
   if not published.task:
     raise ValueError(
@@ -136,27 +129,6 @@ def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.nda
   return {"image": preprocess.pad(resized), "image_size": size}
 
 
-def _load_run(path: str, class_names: Sequence[str], options: Mapping[str, Any]) -> Trained:
-  run = _Run.read(path)
-  options = dict(options)
-  wanted = options.pop("image_size", None)
-  model = run.model(options)
-  seen = run.image_size(model)
-  size = seen if wanted is None else _height_width(wanted)
-  fields = run.task_fields()
-  if class_names:
-    fields["class_names"] = tuple(class_names)
-  return Trained(
-    source=path,
-    task=create_task(run.config["task"]["name"], model, **fields),
-    variables=_adapted(run, model) if size == seen else _refitted(run, model, seen, size),
-    prepare=run.prepare(seen, size, is_resized=wanted is not None),
-    image_size=size,
-    model_name=run.config["model"]["name"],
-    config=run.config,
-  )
-
-
 def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
   height, width = (size, size) if isinstance(size, int) else size
   return height, width
@@ -182,7 +154,7 @@ def _prepare_for_run(
   That is for datasets whose images all have one size, so that no transform states it.
   """
   example: dict[str, Any] = {"image": image}
-  if size is not None and not any(_fixes_size(transform) for transform in transforms):
+  if size and not any(hasattr(t, "size") or hasattr(t, "shorter") for t in transforms):
     example["image"] = _fitted(image, size, fit)
   rng = np.random.default_rng(0)  # evaluations are deterministic
   for transform in transforms:
@@ -199,45 +171,50 @@ def _fitted(image: Image, size: tuple[int, int], fit: str) -> UInt8[np.ndarray, 
   return image_ops.resize(image, *size)
 
 
-def _fixes_size(transform: Transform) -> bool:
-  return hasattr(transform, "size") or hasattr(transform, "shorter")
-
-
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """A run on disk.
+  """A run on disk, with its model as the user requested it."""
 
-  Attributes:
-    path: the user's path: a workdir, or one of its checkpoints.
-    config: config of the run, from JSON.
-    data: metadata of its datasets.
-    variables: variables of the best checkpoint, numpy arrays.
-  """
-
-  path: str
-  config: Mapping[str, Any]
-  data: RunData
-  variables: Variables
+  path: str  # the user's path: a workdir, or one of its checkpoints
+  config: Mapping[str, Any]  # of the run, from JSON
+  data: RunData  # metadata of its datasets
+  variables: Variables  # of the best checkpoint, numpy arrays that fit `model`
+  model: Any
+  seen: Size | None  # height and width of the images that it was trained on, if known
+  wanted: Size | None  # those that the user requested
 
   @classmethod
-  def read(cls, path: str) -> "_Run":
-    """Reads the run.
+  def read(cls, path: str, options: Mapping[str, Any]) -> "_Run":
+    """Reads the run; `options` are the model's fields and `image_size`.
 
     Raises:
       FileNotFoundError: the run has no config.json.
-      ValueError: its checkpoint is damaged, or contains NaN or infinity.
+      ValueError: its checkpoint is damaged, contains NaN or infinity, or does not fit the options.
     """
     config, data = load_run(_workdir_of(path))
     variables = restore_variables(path)
     weights.check_finite(variables, path)
     if data.num_classes is None:
       data = dataclasses.replace(data, num_classes=_count_classes(variables))
-    return cls(path, config, data, variables)
+    options = dict(options)
+    wanted = options.pop("image_size", None)
+    model = create_model(**{**_frozen(fill_from_data(config["model"], data)), **options})
+    shape = data.shapes.get("image")
+    seen = (int(shape[0]), int(shape[1])) if shape else getattr(model, "image_size", None)
+    wanted = None if wanted is None else _height_width(wanted)
+    run = cls(path, config, data, variables, model, seen, wanted)
+    is_other = run.size != seen or options.get("num_classes") is not None
+    return dataclasses.replace(run, variables=_refitted(run) if is_other else _adapted(run))
 
-  def model(self, options: Mapping[str, Any]) -> Any:
-    """Returns the model of the config, with the user's fields."""
-    fields = fill_from_data(self.config["model"], self.data)
-    return create_model(**{**_as_fields(fields), **options})
+  @property
+  def size(self) -> Size | None:
+    """Height and width of the images for inference, if known."""
+    return self.wanted or self.seen
+
+  @property
+  def task_name(self) -> str:
+    """Name of the task."""
+    return self.config["task"]["name"]
 
   def task_fields(self) -> dict[str, Any]:
     """Returns the fields of the task except its name, filled from the data."""
@@ -262,53 +239,39 @@ class _Run:
     "squeeze": to that size; "shorter_side": to its shorter side, with the aspect ratio kept;
     "as_is": not resized, for runs that evaluate padded images of any size.
     """
-    if not tasks()[self.config["task"]["name"]].keeps_aspect_ratio:
+    if not tasks()[self.task_name].keeps_aspect_ratio:
       return "squeeze"
     names = {spec["name"] for spec in self._evaluation().get("transforms", [])}
     return "as_is" if "pad_label_map" in names else "shorter_side"
 
-  def image_size(self, model: Any) -> tuple[int, int] | None:
-    """Returns height and width of the images that the model was trained on; None if unknown."""
-    shape = self.data.shapes.get("image")
-    if shape:
-      return int(shape[0]), int(shape[1])
-    return getattr(model, "image_size", None)
-
-  def prepare(
-    self, seen: tuple[int, int] | None, size: tuple[int, int] | None, *, is_resized: bool
-  ) -> Callable[[Image], Mapping[str, Any]]:
-    """Returns the function from a user's image to an example of an evaluation.
-
-    Args:
-      seen: height and width of the run's images, if known.
-      size: height and width of the images for inference, if known.
-      is_resized: whether the user requested `size`.
-    """
-    if self.exported_preprocess is not None:
-      preprocess = self.exported_preprocess
-      preprocess = preprocess.at_size(size) if is_resized and size else preprocess
-      return functools.partial(_prepare_published, preprocess)
+  def prepare(self) -> Callable[[Image], Mapping[str, Any]]:
+    """Returns the function from a user's image to an example of an evaluation."""
+    preprocess, wanted = self.exported_preprocess, self.wanted
+    if preprocess is not None:
+      return functools.partial(
+        _prepare_published, preprocess.at_size(wanted) if wanted else preprocess
+      )
     transforms = self.transforms()
-    if is_resized and size:
-      transforms = tuple(_at_size(transform, seen or size, size) for transform in transforms)
-    return functools.partial(_prepare_for_run, transforms, size, self.fit)
+    if wanted:
+      transforms = tuple(_at_size(each, self.seen or wanted, wanted) for each in transforms)
+    return functools.partial(_prepare_for_run, transforms, self.size, self.fit)
 
   @property
   def exported_preprocess(self) -> Preprocess | None:
     """The preprocessing of a published model, if this is its export with `--format=orbax`."""
     fields = self.config.get("preprocess")
-    return None if fields is None else Preprocess(**_as_fields(fields))
+    return None if fields is None else Preprocess(**_frozen(fields))
 
-  def preprocess(self, size: tuple[int, int] | None) -> Preprocess:
+  def preprocess(self) -> Preprocess:
     """Returns the evaluation's transforms as the preprocessing of a pretrained model."""
     if self.exported_preprocess is not None:
       return self.exported_preprocess
-    fields, task_class = self.task_fields(), tasks()[self.config["task"]["name"]]
+    fields, task_class = self.task_fields(), tasks()[self.task_name]
     mean, std = (
       _frozen(fields.get(name, getattr(task_class, name, 0.5)))
       for name in ("image_mean", "image_std")
     )
-    target = size or (224, 224)
+    target = self.seen or (224, 224)
     transforms: dict[type, Any] = {type(transform): transform for transform in self.transforms()}
     if (shorter := transforms.get(ResizeShorter)) is not None:
       sides = np.ravel(shorter.shorter)
@@ -316,26 +279,22 @@ class _Run:
       return Preprocess(side, mean, std, "shorter_side", "bilinear", max_side=limit)
     if CentralCrop in transforms and (small := transforms.get(ResizeSmall)) is not None:
       share = target[0] / int(small.size)
-      return Preprocess(target, mean, std, fit="crop", interpolation="bilinear", crop_pct=share)
+      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=share)
     if (resize := transforms.get(Resize)) is not None:
-      filters = {"bilinear": "tf_bilinear"}  # the others are antialiased
-      name = filters.get(resize.method, "bilinear")
+      # Filters other than bilinear are antialiased.
+      name = "tf_bilinear" if resize.method == "bilinear" else "bilinear"
       return Preprocess(_height_width(resize.size), mean, std, interpolation=name)
     if self.fit == "shorter_side":
-      return Preprocess((min(target),) * 2, mean, std, "shorter_side", "bilinear")
-    fit, name = ("none", "bilinear") if self.fit == "as_is" else ("squash", "bilinear")
-    return Preprocess(target, mean, std, fit, name)
-
-
-def _as_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns fields with JSON's lists as tuples: Linen requires hashable fields."""
-  return {key: _frozen(value) for key, value in fields.items()}
+      target = (min(target),) * 2
+    fit = {"as_is": "none", "squeeze": "squash"}.get(self.fit, self.fit)
+    return Preprocess(target, mean, std, fit, "bilinear")
 
 
 def _frozen(value: Any) -> Any:
+  """Returns JSON's value with lists as tuples: Linen requires hashable fields."""
   if isinstance(value, list):
     return tuple(_frozen(item) for item in value)
-  if isinstance(value, dict):
+  if isinstance(value, Mapping):
     return {key: _frozen(item) for key, item in value.items()}
   return value
 
@@ -353,39 +312,37 @@ def _count_classes(variables: Variables) -> int | None:
   return head["kernel"].shape[-1] if "kernel" in head else None
 
 
-def _adapted(run: _Run, model: Any) -> Variables:
+def _adapted(run: _Run) -> Variables:
   """Returns the run's variables in the model's layout; without the head if the model has none."""
   variables = run.variables
-  has_head = getattr(model, "num_classes", 0) is not None
-  if not has_head:
+  if getattr(run.model, "num_classes", 0) is None:
     params = {k: v for k, v in variables["params"].items() if k != "head"}
     variables = {**variables, "params": params}
-  return weights.relayout(variables, scan_layers=getattr(model, "scan_layers", None))
+  return weights.relayout(variables, scan_layers=getattr(run.model, "scan_layers", None))
 
 
-def _refitted(
-  run: _Run, model: Any, seen: tuple[int, int] | None, size: tuple[int, int] | None
-) -> Variables:
-  """Returns the run's variables fitted to a model with another head, or to images of `size`.
+def _refitted(run: _Run) -> Variables:
+  """Returns the run's variables fitted to a model with another head, or to images of `run.size`.
 
   Raises:
     ValueError: the run is not a classifier, or its parameters do not fit.
   """
-  if run.config["task"]["name"] != "classification":
+  if run.task_name != "classification":
     raise ValueError(
-      f"{run.path} is a run of {run.config['task']['name']}; image_size and num_classes can be "
-      "changed for classifiers"
+      f"{run.path} is a run of {run.task_name}; image_size and num_classes can be changed for "
+      "classifiers"
     )
+  model = run.model
   token_grid = getattr(model, "token_grid", None)
   if token_grid is None:  # only the head's shape differs
-    variables, classes = _adapted(run, model), model.num_classes
+    variables, classes = _adapted(run), model.num_classes
     if classes in (None, _count_classes(variables)):
       return variables
     head = variables["params"].get("head", {})
     head = {k: np.zeros((*v.shape[:-1], classes), v.dtype) for k, v in head.items()}
     return {**variables, "params": {**variables["params"], "head": head}}
-  images = jax.ShapeDtypeStruct((1, *(size or (224, 224)), 3), np.float32)
+  images = jax.ShapeDtypeStruct((1, *(run.size or (224, 224)), 3), np.float32)
   shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  grids = [None if s is None else token_grid(s) for s in (seen, size)]
+  grids = [None if s is None else token_grid(s) for s in (run.seen, run.size)]
   return weights.adapt(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])
