@@ -314,6 +314,12 @@ def test_archives_that_claim_more_than_they_have_are_one_line(tmp_path, monkeypa
   assert "\n" not in str(error.value)
 
 
+def test_an_archive_without_arrays_is_one_line(tmp_path):
+  np.savez(tmp_path / "empty.npz")
+  with pytest.raises(WeightsError, match=r"empty\.npz holds no weights of .*begin with none"):
+    load_pretrained(str(tmp_path / "empty.npz"))
+
+
 def test_compressed_archives_of_zeros_are_read(tmp_path):
   np.savez_compressed(tmp_path / "zeros.npz", zeros=np.zeros(10**6), ones=np.ones((), np.int64))
   arrays = readers.read_published(str(tmp_path / "zeros.npz")).arrays

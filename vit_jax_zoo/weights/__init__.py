@@ -1,4 +1,7 @@
-"""Published checkpoints: containers, key tables, formats, downloads."""
+"""Published checkpoints: containers, key tables, formats, downloads.
+
+Files that cannot be read or do not fit a model raise `WeightsError`: one line, with all problems.
+"""
 
 from vit_jax_zoo.weights.finetune_init import adapt, relayout
 from vit_jax_zoo.weights.key_map import WeightsError, check_finite

@@ -24,45 +24,27 @@ from vit_jax_zoo.weights.readers import read_published
 
 
 class Backbone(NamedTuple):
-  """A published backbone.
+  """A published backbone."""
 
-  Attributes:
-    arrays: by published key.
-    rows: key table, paths relative to the backbone.
-    ignore: regular expressions of keys that may stay unused.
-  """
-
-  arrays: Flat
-  rows: Sequence[Row]
-  ignore: Sequence[str]
+  arrays: Flat  # by published key
+  rows: Sequence[Row]  # key table, paths relative to the backbone
+  ignore: Sequence[str]  # regular expressions of keys that may stay unused
 
 
 def read_backbone(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
-  """Returns a backbone's arrays by path.
-
-  Args:
-    path: path of the file.
-    shapes: shapes of the backbone's variables, by path as in `Checkpoint.table`.
-
-  Raises:
-    WeightsError: the file has no known backbone, or does not fit `shapes`; all differences are
-      listed.
-  """
-  backbone = _recognize(read_published(path).arrays, path)
-  return key_map.read(backbone.arrays, backbone.rows, shapes, source=path, ignore=backbone.ignore)
-
-
-def _recognize(arrays: Flat, path: str) -> Backbone:
-  for recognize in load_from_each("backbone_readers"):
-    if found := recognize(arrays):
-      return found._replace(rows=_in_any_norm(found.rows))
-  if resnet_torchvision.is_of(arrays):
-    if "caffe" in epath.Path(path).name.lower():
-      arrays = {**arrays, "conv1.weight": arrays["conv1.weight"][:, ::-1]}
-    rows = resnet_torchvision.table_of(arrays, path)
-    return Backbone(arrays, rows, resnet_torchvision.IGNORE)
-  keys = ", ".join(sorted(arrays)[:3])
-  raise WeightsError(f"{path} holds no known backbone; its keys begin with {keys}")
+  """Returns a backbone's arrays by path, as in `Checkpoint.table`, from a file."""
+  arrays = read_published(path).arrays
+  found = (recognize(arrays) for recognize in load_from_each("backbone_readers"))
+  if backbone := next(filter(None, found), None):
+    rows = _in_any_norm(backbone.rows)
+    return key_map.read(backbone.arrays, rows, shapes, source=path, ignore=backbone.ignore)
+  rows = resnet_torchvision.table_of(arrays)
+  if rows is None:
+    keys = ", ".join(sorted(arrays)[:3])
+    raise WeightsError(f"{path} holds no known backbone; its keys begin with {keys}")
+  if "caffe" in epath.Path(path).name.lower():
+    arrays = {**arrays, "conv1.weight": arrays["conv1.weight"][:, ::-1]}
+  return key_map.read(arrays, rows, shapes, source=path, ignore=resnet_torchvision.IGNORE)
 
 
 def _in_any_norm(rows: Sequence[Row]) -> list[Row]:

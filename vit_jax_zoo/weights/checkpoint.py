@@ -22,61 +22,38 @@ Size: TypeAlias = tuple[int, int]
 class Checkpoint:
   """What each format's `read_checkpoint` returns.
 
-  Attributes:
-    source: name of the file, for error messages.
-    family: of the model, a key of `registry.model_classes()`.
-    arrays: by published key, fused matrices split.
-    table: key table. Paths are relative to `params`; those of other collections begin with the
-      collection: "batch_stats/stem/norm/mean".
-    fields: of the model's class, as far as the arrays determine them.
-    preprocess: preprocessing of images.
-    task: that the weights were trained for, a key of `tasks.tasks()`; "" of a part of a network.
-    task_fields: known fields of the task, such as `class_names`.
-    ignore: regular expressions of keys that may stay unused.
-    heads: path prefixes that are newly initialised if the number of classes differs, and dropped if
-      the model has no head.
-    below_heads: path prefixes of layers that a model may leave out; its head, which was trained on
-      their output, is then newly initialised.
-    first_kernels: paths of the kernels applied to images, [h w channels out].
-    optional: collections that the file may lack although the table has rows for them.
-    image_size: of training, if known.
-    trained_network: the key in `params` under which a task trains the model beside other networks;
-      "" where it trains the model alone.
+  Paths are relative to `params`; those of other collections begin with the collection:
+  "batch_stats/stem/norm/mean". `heads`, `below_heads` and `first_kernels` are prefixes of paths.
   """
 
-  source: str
-  family: str
-  arrays: Flat
-  table: Sequence[Row]
-  fields: Mapping[str, Any]
+  source: str  # name of the file, for error messages
+  family: str  # of the model, a key of `registry.model_classes()`
+  arrays: Flat  # by published key, fused matrices split
+  table: Sequence[Row]  # key table
+  fields: Mapping[str, Any]  # of the model's class, as far as the arrays determine them
   preprocess: Preprocess
-  task: str = "classification"
-  task_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  ignore: tuple[str, ...] = ()
-  heads: tuple[str, ...] = ("head/",)
-  below_heads: tuple[str, ...] = ()
-  first_kernels: tuple[str, ...] = ()
-  optional: tuple[str, ...] = ()
-  image_size: Size | None = None
-  trained_network: str = ""
+  task: str = "classification"  # trained for, a key of `tasks.tasks()`; "" of a part of a network
+  task_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # as `class_names`
+  ignore: tuple[str, ...] = ()  # regular expressions of keys that may stay unused
+  heads: tuple[str, ...] = ("head/",)  # new if the number of classes differs
+  below_heads: tuple[str, ...] = ()  # layers that a model may leave out; its head is then new
+  first_kernels: tuple[str, ...] = ()  # applied to images, [h w channels out]
+  optional: tuple[str, ...] = ()  # collections that the file may lack although the table has rows
+  image_size: Size | None = None  # of training, if known
+  trained_network: str = ""  # key in `params` where a task trains the model beside other networks
 
   def key(self, path: str) -> str | None:
     """Returns the published key of a parameter's path, None if the file lacks it."""
-    row = self._row(path)
-    return None if row is None else row.key(path)
+    return next((key for row in self.table if (key := row.key(path)) in self.arrays), None)
 
   def array(self, path: str) -> np.ndarray | None:
     """Returns a parameter's array in the file's layout, None if the file lacks it."""
-    key = self.key(path)
-    return None if key is None else self.arrays[key]
+    return self.arrays.get(self.key(path) or "")
 
   def ours(self, path: str, shape: tuple[int, ...]) -> np.ndarray | None:
     """Returns a parameter's array in our layout, None if the file lacks it."""
-    row = self._row(path)
-    return None if row is None else row.transform.read(self.arrays[row.key(path) or ""], shape)
-
-  def _row(self, path: str) -> Row | None:
-    return next((row for row in self.table if row.key(path) in self.arrays), None)
+    rows = ((row, self.arrays.get(row.key(path) or "")) for row in self.table)
+    return next((row.transform.read(a, shape) for row, a in rows if a is not None), None)
 
   def has(self, prefix: str) -> bool:
     """Returns whether the file has parameters whose path begins with `prefix`."""
@@ -100,13 +77,8 @@ class Checkpoint:
   ) -> tuple[Size, "Checkpoint"]:
     """Selects the image size for which the variables are made.
 
-    Args:
-      model: of these weights, with the user's overrides.
-      wanted: size requested by the user.
-      trained: training size stated by the user.
-
-    Returns:
-      The size, and the checkpoint with its `image_size` filled in where known.
+    The user requested `wanted`, and stated the training size `trained`. Returns the size, and the
+    checkpoint with its `image_size` filled in where known.
     """
     del model
     size = wanted or trained or self.image_size or self.preprocess.image_size
@@ -119,22 +91,17 @@ class Checkpoint:
   @property
   def image_channels(self) -> int:
     """Number of channels of the images: that of the first kernel, 3 by default."""
-    for path in self.first_kernels:
-      kernel = self.ours(path, ())
-      if kernel is not None:
-        return kernel.shape[2] if kernel.ndim == 4 else 3
-    return 3
+    kernels = (self.ours(path, ()) for path in self.first_kernels)
+    kernel = next((kernel for kernel in kernels if kernel is not None), None)
+    return 3 if kernel is None or kernel.ndim != 4 else kernel.shape[2]
 
   def at_size(
     self, target: Mapping[str, Any], model: Any, size: Size, *, method: str | None = None
   ) -> "Checkpoint":
     """Returns the checkpoint with arrays that depend on the image size resized for `size`.
 
-    Args:
-      target: the model's variables by path, with shapes.
-      model: see `choose_size`.
-      size: of the images.
-      method: interpolation of position embeddings; None: the publisher's.
+    `target` are the model's variables by path, with shapes; `method` is the interpolation of
+    position embeddings, None: the publisher's.
     """
     del target, model, size, method
     return self
@@ -144,10 +111,7 @@ class Checkpoint:
   ) -> "Checkpoint":
     """Returns the checkpoint with position tables resized to those of existing variables.
 
-    Args:
-      target: the model's variables by path, with shapes.
-      grid: height and width of the model's grid of tokens; None: square.
-      method: as of `at_size`.
+    `grid` is the model's height and width in tokens, None: square; the others as of `at_size`.
     """
     del target, grid, method
     return self
@@ -155,20 +119,11 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What each format's `write_checkpoint` takes.
-
-  Attributes:
-    family: of the model, a key of `registry.model_classes()`.
-    model: the Linen module.
-    variables: numpy arrays by path as in `Checkpoint.table`, layers unrolled.
-    preprocess: preprocessing of images.
-    task: see `Checkpoint`.
-    task_fields: see `Checkpoint`.
-  """
+  """What each format's `write_checkpoint` takes; fields as of `Checkpoint`."""
 
   family: str
-  model: Any
-  variables: Flat
+  model: Any  # the Linen module
+  variables: Flat  # numpy arrays by path as in `Checkpoint.table`, layers unrolled
   preprocess: Preprocess
   task: str = "classification"
   task_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)

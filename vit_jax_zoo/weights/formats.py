@@ -9,9 +9,7 @@ A system registers its formats (`registry.Format`). A format's module has three 
 """
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.registry import Format, load_reference, systems
@@ -38,25 +36,19 @@ def read_checkpoint(path: str) -> Checkpoint:
     ImportError: a package needed for reading is not installed.
   """
   published = read_published(path)
-  for form, module in formats().items():
-    if module.is_of(published.arrays):
-      return _guarded(module.read_checkpoint, published, form)
-  keys = ", ".join(sorted(published.arrays)[:3]) or "none"
-  known = ", ".join(dict.fromkeys(form.description for form in formats()))
-  raise WeightsError(f"{path} holds no weights of {known}; its keys begin with {keys}")
-
-
-def _guarded(read: Callable[[Any], Checkpoint], published: Any, form: Format) -> Checkpoint:
-  """Converts errors raised while sizes are inferred from missing or misshapen arrays."""
+  found = next((item for item in formats().items() if item[1].is_of(published.arrays)), None)
+  if found is None:
+    keys = ", ".join(sorted(published.arrays)[:3]) or "none"
+    known = ", ".join(dict.fromkeys(form.description for form in formats()))
+    raise WeightsError(f"{path} holds no weights of {known}; its keys begin with {keys}")
+  form, module = found
   try:
-    return read(published)
-  except WeightsError:
-    raise
+    return module.read_checkpoint(published)
   except (KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
+    # Raised where sizes are inferred from missing or misshapen arrays.
     what = f"no {error}" if isinstance(error, KeyError) else f"a wrong shape somewhere ({error})"
     raise WeightsError(
-      f"{published.path} looks like {form.description}, but its sizes cannot be inferred: there is "
-      f"{what}"
+      f"{path} looks like {form.description}, but its sizes cannot be inferred: there is {what}"
     ) from None
 
 
@@ -73,8 +65,7 @@ def write_checkpoint(path: str, name: str, export: Export) -> None:
   """Writes a model in a published format.
 
   Raises:
-    WeightsError: the format has no such model.
-    ValueError: the family cannot be written in this format; the message lists those that can.
+    ValueError: the family cannot be written in this format, or the format has no such model.
   """
   known = writable_formats(export.family)
   if name not in known:

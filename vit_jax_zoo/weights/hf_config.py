@@ -10,35 +10,26 @@ from vit_jax_zoo.weights.checkpoint import Size
 from vit_jax_zoo.weights.key_map import WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
 
-_BILINEAR = int(PILLOW_FILTERS["bilinear"])
-
 
 def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_config.json") -> str:
-  """Returns the filter for `resample`, Pillow's number of it; bilinear by default.
-
-  Raises:
-    WeightsError: no filter of Pillow has this number.
-  """
-  names = {int(code): name for name, code in PILLOW_FILTERS.items()}
+  """Returns the filter for `resample`, Pillow's number of it; bilinear by default."""
+  names = {None: "bilinear", **{int(code): name for name, code in PILLOW_FILTERS.items()}}
   code = processor.get("resample")
-  if code is None:
-    return "bilinear"
   if code not in names:
-    raise WeightsError(f"{source}: resample is {code!r}; expected one of {sorted(names)}")
+    expected = sorted(map(int, PILLOW_FILTERS.values()))
+    raise WeightsError(f"{source}: resample is {code!r}; expected one of {expected}")
   return names[code]
 
 
 def resample_of(preprocess: Preprocess) -> int:
   """Returns Pillow's number of the filter; for "tf_bilinear" that of Pillow's bilinear filter."""
-  return int(PILLOW_FILTERS.get(preprocess.interpolation, _BILINEAR))
+  return int(PILLOW_FILTERS.get(preprocess.interpolation, PILLOW_FILTERS["bilinear"]))
 
 
 def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
   """Returns the preprocessing of an image classifier's `preprocessor_config.json`.
 
-  Args:
-    processor: content of the file; {} for transformers' defaults.
-    size: default height and width, those of the model's images.
+  `processor` is its content, {} for transformers' defaults; `size` the default height and width.
   """
   given, crop = processor.get("size"), processor.get("crop_size")
   has_crop = bool(processor.get("do_center_crop")) and crop is not None
@@ -56,23 +47,19 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
 
 def _size(given: Any, default: Size) -> tuple[Size, bool]:
   """Returns height and width, and whether they apply to the shorter side."""
+  if isinstance(given, int):
+    return (given, given), False
   if isinstance(given, Mapping) and "height" in given:
     return (int(given["height"]), int(given["width"])), False
   if isinstance(given, Mapping) and "shortest_edge" in given:
     return (int(given["shortest_edge"]),) * 2, True
-  if isinstance(given, int):
-    return (given, given), False
   return default, False
 
 
 def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any]:
-  """Returns the names of the classes in a `config.json`, as a field of the task; {} if none.
+  """Returns the names of a model's `count` classes in a `config.json`, as a field of the task.
 
-  Classes without a name get their id as their name, with a warning.
-
-  Args:
-    config: content of the file.
-    count: number of the model's classes.
+  {} if there are none; classes without a name get their id as their name, with a warning.
   """
   labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
   if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
@@ -88,12 +75,7 @@ def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any
 
 
 def processor_of(preprocess: Preprocess, kind: str) -> dict[str, Any]:
-  """Returns the `preprocessor_config.json` of an image processor that squashes images.
-
-  Args:
-    preprocess: the preprocessing.
-    kind: the processor's class.
-  """
+  """Returns the `preprocessor_config.json` of an image processor class that squashes images."""
   known = preprocess.interpolation in PILLOW_FILTERS
   if preprocess.fit != "squash" or preprocess.crop_pct != 1 or not known:
     logging.warning(

@@ -10,7 +10,6 @@ import importlib
 import os
 import re
 import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from http.client import HTTPException
@@ -21,14 +20,13 @@ from etils import epath
 from vit_jax_zoo.registry import model_name
 from vit_jax_zoo.weights import tf_bundle
 from vit_jax_zoo.weights.key_map import WeightsError
-from vit_jax_zoo.weights.model_index import Entry, entries
+from vit_jax_zoo.weights.model_index import entries
 
 CACHE_VARIABLE, DEFAULT_CACHE = "VIT_JAX_ZOO_CACHE", "~/.cache/vit_jax_zoo"
 CHUNK = 1 << 20
-TIMEOUT = 30
-"""Timeout of a download: seconds without data."""
+TIMEOUT = 30  # seconds without data
 
-_PROGRESS_EVERY = 5.0
+_PROGRESS_EVERY = 5.0  # seconds
 _HUB_NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 _TIMM_NAME = re.compile(r"\w+\.\w*in\d+k\w*")  # vit_base_patch16_224.augreg_in21k
 _HUB_JSON = ["config.json", "preprocessor_config.json"]
@@ -41,9 +39,8 @@ _HUB_WEIGHTS = (
 def resolve(name: str) -> str:
   """Returns the local or `gs://` path of a checkpoint; downloads it if necessary.
 
-  Args:
-    name: an existing path; a key of `model_index.entries()`; a URL; "owner/name" on the Hugging
-      Face hub.
+  `name` is an existing path, a key of `model_index.entries()`, a URL, or "owner/name" on the
+  Hugging Face hub.
 
   Raises:
     WeightsError: the name is unknown, or a download is not the published file.
@@ -54,8 +51,14 @@ def resolve(name: str) -> str:
     return download(name)
   if epath.Path(name).exists() or tf_bundle.find_prefix(name):
     return name
-  if name in entries():
-    return _fetch(name, entries()[name])
+  if entry := entries().get(name):
+    if entry.hub:
+      return _from_hub(entry.hub)
+    folder = name if len(entry.urls) > 1 else ""
+    path = download(entry.urls[0], sha256=entry.sha256, folder=folder)
+    for url in entry.urls[1:]:
+      download(url, folder=folder)
+    return path
   if _HUB_NAME.fullmatch(name) and not name.endswith((".npz", ".safetensors", ".pth", ".bin")):
     return _from_hub(name)
   if _TIMM_NAME.fullmatch(name):
@@ -65,49 +68,26 @@ def resolve(name: str) -> str:
 
 def _hint(name: str) -> str:
   """Returns a suggestion for a name that does not exist, to append to an error message."""
-  file = name.rsplit("/", 1)[-1]
-  same = [
-    key for key, entry in entries().items() if any(u.endswith(f"/{file}") for u in entry.urls)
-  ]
+  file = f"/{name.rsplit('/', 1)[-1]}"
+  same = [k for k, entry in entries().items() if any(u.endswith(file) for u in entry.urls)]
   if same:
     return f"; to download a published file of that name, give {' or '.join(same)}"
   nearest = difflib.get_close_matches(model_name(name), entries(), n=1, cutoff=0.4)
   return f"; did you mean the published {nearest[0]}?" if nearest else ""
 
 
-def _fetch(name: str, entry: Entry) -> str:
-  if entry.hub:
-    return _from_hub(entry.hub)
-  folder = name if len(entry.urls) > 1 else ""
-  first, *others = entry.urls
-  path = download(first, sha256=entry.sha256, folder=folder)
-  for url in others:
-    download(url, folder=folder)
-  return path
-
-
-def cache_folder() -> epath.Path:
-  """Returns the folder of downloads."""
-  return epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
-
-
 def download(url: str, *, sha256: str = "", folder: str = "") -> str:
   """Downloads a file unless it is cached; returns its path.
 
-  The file gets its name only after it is complete and its checksum matches.
-
-  Args:
-    url: of the file.
-    sha256: of its content, or a prefix of it; "" if unknown.
-    folder: subfolder of the cache; "": derived from the URL.
+  The file gets its name only after it is complete and its checksum, of which `sha256` may be a
+  prefix, matches. `folder` is a subfolder of the cache, by default derived from the URL.
 
   Raises:
     OSError: the download failed.
-    WeightsError: the checksum differs.
   """
-  parts = urllib.parse.urlsplit(url)
-  place = folder or hashlib.sha256(url.encode()).hexdigest()[:8]
-  target = cache_folder() / place / urllib.parse.unquote(parts.path.rsplit("/", 1)[-1])
+  file = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1])
+  cache = epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()
+  target = cache / (folder or hashlib.sha256(url.encode()).hexdigest()[:8]) / file
   if target.exists():
     return str(target)
   target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,8 +113,8 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
 
 def _transfer(url: str, target: epath.Path) -> str:
   """Copies a URL to a file with a progress log; returns the sha256 of the content."""
-  digest, done, said = hashlib.sha256(), 0, time.monotonic()
-  begin = said
+  digest, done = hashlib.sha256(), 0
+  begin = said = time.monotonic()
   logging.info("downloading %s", url)
   with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:
     total = int(answer.headers.get("Content-Length") or 0)
@@ -144,26 +124,16 @@ def _transfer(url: str, target: epath.Path) -> str:
       done += len(chunk)
       if time.monotonic() - said > _PROGRESS_EVERY:
         said = time.monotonic()
-        _say(done, total, said - begin)
+        eta = round((said - begin) * (total - done) / done)
+        left = f" of {total / 1e6:.0f} MB, ETA {eta} s" if total else " MB"
+        logging.info("%.0f%s", done / 1e6, left)
   if total and done != total:
     raise OSError(f"the connection broke after {done} of {total} bytes")
   return digest.hexdigest()
 
 
-def _say(done: int, total: int, seconds: float) -> None:
-  share = f" of {total / 1e6:.0f} MB" if total else " MB"
-  left = f", ETA {round(seconds * (total - done) / done)} s" if total else ""
-  logging.info("%.0f%s%s", done / 1e6, share, left)
-
-
 def _from_hub(name: str) -> str:
-  """Downloads a repository of the Hugging Face hub: JSON files, and safetensors if it has them.
-
-  Raises:
-    ImportError: `huggingface_hub` is not installed.
-    OSError: the hub cannot be reached, or has no such model.
-    WeightsError: the model has no weights in a known format.
-  """
+  """Downloads a repository of the Hugging Face hub: JSON files, and safetensors if it has them."""
   try:
     hub = importlib.import_module("huggingface_hub")
   except ImportError:

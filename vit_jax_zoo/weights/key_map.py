@@ -29,21 +29,15 @@ Flat = dict[str, Array]
 
 STATISTICS = "batch_stats/"
 """Path prefix of running statistics."""
-_MAX_NAMED = 3
-"""Number of arrays or problems named in an error about many."""
+_MAX_NAMED = 3  # arrays or problems named in an error about many
 
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-  """A change of layout and its inverse.
+  """A change of layout and its inverse, bit for bit."""
 
-  Attributes:
-    read: (published array, our shape) -> our array.
-    write: our array -> published array, bit-identical to the argument of `read`.
-  """
-
-  read: Callable[[Array, tuple[int, ...]], Array]
-  write: Callable[[Array], Array]
+  read: Callable[[Array, tuple[int, ...]], Array]  # (published array, our shape) -> our array
+  write: Callable[[Array], Array]  # our array -> published array
 
 
 def _drop_unit_axes(array: Array, shape: tuple[int, ...]) -> Array:
@@ -58,16 +52,10 @@ CHANNELS_4D = Transform(_drop_unit_axes, lambda array: array.reshape(1, 1, 1, -1
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One row of a table.
+  """One row of a table."""
 
-  Attributes:
-    published: pattern of the key in the file; "{s+1}" where the file counts from 1.
-    ours: pattern of the "/"-joined path below `params`, layers unrolled.
-    transform: change of layout.
-  """
-
-  published: str
-  ours: str
+  published: str  # pattern of the key in the file; "{s+1}" where the file counts from 1
+  ours: str  # pattern of the "/"-joined path below `params`, layers unrolled
   transform: Transform = KEEP
 
   def key(self, path: str) -> str | None:
@@ -118,7 +106,7 @@ def read(
   source: str,
   ignore: Iterable[str] = (),
 ) -> Flat:
-  """Returns the model's parameters from a file's arrays.
+  """Returns the model's parameters from a file's arrays; lists all that does not fit.
 
   Args:
     published: the file's arrays by key.
@@ -126,10 +114,6 @@ def read(
     shapes: of the model's parameters by path, layers unrolled.
     source: name of the file, for error messages.
     ignore: regular expressions of keys that may stay unused.
-
-  Raises:
-    WeightsError: missing or unused arrays, other shapes, integer arrays; or values that are not
-      finite.
   """
   found: Flat = {}
   used, problems = set(), []
@@ -172,15 +156,7 @@ def list_problems(problems: Sequence[str]) -> str:
 
 
 def check_finite(arrays: Mapping[str, Any], source: str) -> None:
-  """Checks that weights are finite.
-
-  Args:
-    arrays: by key, or a tree of them.
-    source: their origin, for the error message.
-
-  Raises:
-    WeightsError: one line with the first arrays that contain NaN or infinity.
-  """
+  """Checks that weights, arrays by key or a tree of them, are finite."""
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(arrays), sep="/"))
   broken = [key for key, array in flat.items() if not _is_finite(array)]
   if broken:
@@ -202,22 +178,12 @@ def _is_finite(array: Array) -> bool:
 
 
 def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
-  """Returns the parameters (by path, layers unrolled) by published key.
-
-  Raises:
-    WeightsError: some parameters have no published key.
-  """
-  published: Flat = {}
-  nameless = []
-  for path, array in parameters.items():
-    named = next(((key, row) for row in table if (key := row.key(path)) is not None), None)
-    if named is None:
-      nameless.append(path)
-    else:
-      published[named[0]] = named[1].transform.write(np.asarray(array))
-  if nameless:
+  """Returns the parameters (by path, layers unrolled) by published key."""
+  rows = {path: next((row for row in table if row.key(path)), None) for path in parameters}
+  if nameless := [path for path, row in rows.items() if row is None]:
     raise WeightsError(f"the format has no name for: {', '.join(nameless)}")
-  return published
+  arrays = ((row, path, np.asarray(parameters[path])) for path, row in rows.items() if row)
+  return {row.key(path) or "": row.transform.write(array) for row, path, array in arrays}
 
 
 _CODER = r"(?<=transformer/)(?:en|de)coder"
@@ -230,8 +196,13 @@ def _first(name: str) -> int:
   return 1 if name.startswith("stage_") else 0
 
 
-def _scanned(name: str) -> str:
-  return name if name.endswith("coder") else f"{name}s"
+def _scanned(path: str) -> tuple[str, int] | None:
+  """Returns an unrolled layer's path in scanned form, and its number; None: not of a layer."""
+  match = _UNROLLED.fullmatch(path)
+  if match is None or int(match[3]) < _first(match[2]):
+    return None
+  plural = "" if match[2].endswith("coder") else "s"
+  return f"{match[1] or ''}{match[2]}{plural}/{match[4]}", int(match[3])
 
 
 def unroll(parameters: Mapping[str, Array]) -> Flat:
@@ -242,9 +213,9 @@ def unroll(parameters: Mapping[str, Array]) -> Flat:
     if match is None:
       flat[path] = array
     else:
-      head, name, rest = match.group(1) or "", match.group(2), match.group(3)
+      head, name, rest = match.groups(default="")
       layers = enumerate(array, start=_first(name))
-      flat.update({f"{head}{name}_{i}/{rest}": layer for i, layer in layers})
+      flat |= {f"{head}{name}_{i}/{rest}": layer for i, layer in layers}
   return flat
 
 
@@ -256,31 +227,14 @@ def unroll_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int,
 
 def scanned_paths(paths: Iterable[str]) -> list[str]:
   """Returns the paths with unrolled layers replaced by scanned ones."""
-  scanned: dict[str, None] = {}
-  for path in paths:
-    match = _UNROLLED.fullmatch(path)
-    if match is not None and int(match.group(3)) >= _first(match.group(2)):
-      path = f"{match.group(1) or ''}{_scanned(match.group(2))}/{match.group(4)}"
-    scanned[path] = None
-  return list(scanned)
+  return list(dict.fromkeys((_scanned(path) or (path,))[0] for path in paths))
 
 
 def stack(parameters: Mapping[str, Array], paths: Iterable[str]) -> Flat:
-  """Stacks unrolled layers as a model's paths need them: the inverse of `unroll`.
-
-  Args:
-    parameters: by path, layers unrolled.
-    paths: paths of the model's parameters.
-  """
+  """Stacks unrolled layers as the `paths` of a model need them: the inverse of `unroll`."""
   layers: dict[str, dict[int, Array]] = {}
   for path, array in parameters.items():
-    match = _UNROLLED.fullmatch(path)
-    if match is not None and int(match.group(3)) >= _first(match.group(2)):
-      scanned = f"{match.group(1) or ''}{_scanned(match.group(2))}/{match.group(4)}"
-      layers.setdefault(scanned, {})[int(match.group(3))] = array
-  return {
-    path: np.stack([layers[path][i] for i in sorted(layers[path])])
-    if path in layers
-    else parameters[path]
-    for path in paths
-  }
+    if scanned := _scanned(path):
+      layers.setdefault(scanned[0], {})[scanned[1]] = array
+  stacked = {path: [of[i] for i in sorted(of)] for path, of in layers.items()}
+  return {p: np.stack(stacked[p]) if p in stacked else parameters[p] for p in paths}

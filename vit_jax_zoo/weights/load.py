@@ -12,8 +12,7 @@ from flax import traverse_util
 
 from vit_jax_zoo.errors import check_names, field_names
 from vit_jax_zoo.registry import model_classes
-from vit_jax_zoo.weights import hub
-from vit_jax_zoo.weights import key_map as table
+from vit_jax_zoo.weights import hub, key_map
 from vit_jax_zoo.weights.checkpoint import Checkpoint
 from vit_jax_zoo.weights.formats import read_checkpoint
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -21,24 +20,14 @@ from vit_jax_zoo.weights.preprocess import Preprocess
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A model with its weights.
+  """A model with its weights."""
 
-  Attributes:
-    model: the Linen module: `model.apply(variables, images)`.
-    variables: `{"params": ..., ...}`, numpy arrays.
-    preprocess: preprocessing of images.
-    config: the model's fields, and "image_size".
-    task: task that the weights were trained for, a key of `tasks.tasks()`; "" for a part of a
-      network.
-    task_fields: fields of that task that the file states, such as `class_names`.
-  """
-
-  model: nn.Module
-  variables: dict[str, Any]
+  model: nn.Module  # `model.apply(variables, images)`
+  variables: dict[str, Any]  # `{"params": ..., ...}`, numpy arrays
   preprocess: Preprocess
-  config: dict[str, Any]
-  task: str = "classification"
-  task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+  config: dict[str, Any]  # the model's fields, and "image_size"
+  task: str = "classification"  # trained for, a key of `tasks.tasks()`; "" for a part of a network
+  task_fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # such as `class_names`
 
   @property
   def class_names(self) -> tuple[str, ...]:
@@ -89,23 +78,18 @@ def load_pretrained(
   abstract = jax.eval_shape(lambda *x: model.init(jax.random.key(0), *x), *inputs)
   checkpoint = checkpoint.at_size(flatten_variables(abstract), model, size, method=resize)
   abstract = {k: v for k, v in abstract.items() if k not in _left_alone(checkpoint, abstract)}
+  task_fields = dict(checkpoint.task_fields)
+  names = task_fields.get("class_names")
+  if names and len(names) != fields.get("num_classes", len(names)):
+    del task_fields["class_names"]
   return Pretrained(
     model,
     _fit(checkpoint, abstract),
     checkpoint.preprocess.at_size(size).with_channels(checkpoint.image_channels),
     {**fields, "image_size": size},
     task=checkpoint.task,
-    task_fields=_task_fields(checkpoint, fields),
+    task_fields=task_fields,
   )
-
-
-def _task_fields(checkpoint: Checkpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the task's fields, without class names if the number of classes differs."""
-  known = dict(checkpoint.task_fields)
-  names = known.get("class_names")
-  if names and len(names) != fields.get("num_classes", len(names)):
-    del known["class_names"]
-  return known
 
 
 def load_into(
@@ -115,22 +99,13 @@ def load_into(
   position_grid: tuple[int, int] | None = None,
   resize: str | None = None,
 ) -> dict[str, Any]:
-  """Reads a published checkpoint into the variables of an existing model.
+  """Returns the variables of an existing model, read from a published checkpoint.
 
-  Args:
-    path: as in `load_pretrained`.
-    variables: variables of the model, arrays or `jax.ShapeDtypeStruct`s. Heads and collections that
-      the file lacks (a palette) keep their values from here (zeros for shapes). If a task trains
-      the model beside other networks (`Checkpoint.trained_network`), only the model is read.
-    position_grid: height and width, in tokens, of the model's grid; needed if it is not square and
-      differs from the file's.
-    resize: as in `load_pretrained`.
-
-  Returns:
-    Variables of the same structure.
-
-  Raises:
-    ValueError: as in `load_pretrained`.
+  Heads and collections that the file lacks (a palette) keep their values from `variables`, arrays
+  or `jax.ShapeDtypeStruct`s (zeros then). If a task trains the model beside other networks
+  (`Checkpoint.trained_network`), only the model is read. `position_grid` is the height and width,
+  in tokens, of the model's grid; needed if it is not square and differs from the file's. `path`,
+  `resize` and the errors are those of `load_pretrained`.
   """
   checkpoint = read_checkpoint(hub.resolve(path))
   checkpoint = checkpoint.fit_positions_to(flatten_variables(variables), position_grid, resize)
@@ -150,15 +125,16 @@ def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]
       logging.warning("%s: no %s; the run's initial values are kept", checkpoint.source, name)
     kept |= {key: _fresh(leaf) for key, leaf in target.items() if key.startswith(f"{name}/")}
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
-  layers = table.read(
-    checkpoint.arrays,
-    checkpoint.table,
-    table.unroll_shapes(shapes),
-    source=checkpoint.source,
-    ignore=checkpoint.ignore,
+  given, unrolled = checkpoint.arrays, key_map.unroll_shapes(shapes)
+  layers = key_map.read(
+    given, checkpoint.table, unrolled, source=checkpoint.source, ignore=checkpoint.ignore
   )
-  fitted = {**table.stack(layers, shapes), **kept}
-  return unflatten_variables({key: _like(fitted[key], target[key]) for key in target}, variables)
+  fitted = {**key_map.stack(layers, shapes), **kept}
+  arrays = {
+    key: x if isinstance(x := fitted[key], jax.Array) else np.asarray(x, dtype=leaf.dtype)
+    for key, leaf in target.items()
+  }
+  return unflatten_variables(arrays, variables)
 
 
 def _fit_heads(
@@ -195,42 +171,31 @@ def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
 
 def _left_alone(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> list[str]:
   """Returns the optional collections that the file lacks; they keep their values."""
-  rows = [row.ours for row in checkpoint.table]
+  others = {row.ours.partition("/")[0] for row in checkpoint.table} - {*checkpoint.optional}
   return [
     name
     for name in variables
-    if name != "params"
-    and not checkpoint.has(f"{name}/")
-    and (name in checkpoint.optional or not any(ours.startswith(f"{name}/") for ours in rows))
+    if name != "params" and not checkpoint.has(f"{name}/") and name not in others
   ]
 
 
 def flatten_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the leaves by path as in tables: those of `params` without the collection."""
-  flat = dict(traverse_util.flatten_dict(variables["params"], sep="/"))
-  for name, tree in variables.items():
-    if name != "params":
-      leaves = traverse_util.flatten_dict(tree, sep="/")
-      flat |= {f"{name}/{path}": leaf for path, leaf in leaves.items()}
-  return flat
+  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  return {path.removeprefix("params/"): leaf for path, leaf in flat.items()}
 
 
 def unflatten_variables(flat: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
   """Returns the tree of leaves by path, with the collections of `like`."""
-  trees: dict[str, dict[str, Any]] = {name: {} for name in like}
-  for path, leaf in flat.items():
-    name, _, rest = path.partition("/")
-    is_other = name in like and name != "params"
-    trees[name if is_other else "params"][rest if is_other else path] = leaf
-  return {name: traverse_util.unflatten_dict(leaves, sep="/") for name, leaves in trees.items()}
+  others = tuple(f"{name}/" for name in like if name != "params")
+  flat = {
+    path if path.startswith(others) else f"params/{path}": leaf for path, leaf in flat.items()
+  }
+  return {**{name: {} for name in like}, **traverse_util.unflatten_dict(flat, sep="/")}
 
 
 def _fresh(leaf: Any) -> Any:
   return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-
-
-def _like(array: Any, target: Any) -> Any:
-  return array if isinstance(array, jax.Array) else np.asarray(array, dtype=target.dtype)
 
 
 def _height_width(size: int | tuple[int, int] | None) -> tuple[int, int] | None:

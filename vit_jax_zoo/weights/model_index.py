@@ -13,23 +13,14 @@ from vit_jax_zoo.registry import load_from_each
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """A published checkpoint.
+  """A published checkpoint."""
 
-  Attributes:
-    model: the registry's name of its architecture; "" of a part of a model.
-    urls: URLs of its files; the first is read, the others are stored beside it.
-    hub: "owner/name" on the Hugging Face hub, instead of `urls`.
-    sha256: checksum of the first file, or its prefix, if published.
-    score: reported score, with the image size.
-    source: source of the score.
-  """
-
-  model: str
-  urls: tuple[str, ...] = ()
-  hub: str = ""
-  sha256: str = ""
-  score: str = "–"
-  source: str = "–"
+  model: str  # the registry's name of its architecture; "" of a part of a model
+  urls: tuple[str, ...] = ()  # of its files; the first is read, the others are stored beside it
+  hub: str = ""  # "owner/name" on the Hugging Face hub, instead of `urls`
+  sha256: str = ""  # of the first file, or its prefix, if published
+  score: str = "–"  # reported score, with the image size
+  source: str = "–"  # of the score
 
 
 @functools.cache

@@ -12,14 +12,8 @@ from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.data.resize import tf_resize
 from vit_jax_zoo.errors import unknown_name
 
-PILLOW_FILTERS = {
-  "nearest": Image.Resampling.NEAREST,
-  "bilinear": Image.Resampling.BILINEAR,
-  "bicubic": Image.Resampling.BICUBIC,
-  "lanczos": Image.Resampling.LANCZOS,
-  "box": Image.Resampling.BOX,
-  "hamming": Image.Resampling.HAMMING,
-}
+_NAMES = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+PILLOW_FILTERS = {name: Image.Resampling[name.upper()] for name in _NAMES}
 """Pillow's filters, antialiased and rounded to uint8, by timm's names."""
 
 INTERPOLATIONS = ("tf_bilinear", *PILLOW_FILTERS)
@@ -31,36 +25,25 @@ ROUNDINGS = ("side", "ratio", "floor")
 class Preprocess:
   """Resizes, crops or pads images, then normalises them.
 
-  Attributes:
-    image_size: height and width of the result; see `fit`.
-    mean: subtracted from pixels in [0, 1]; one for each channel or for all.
-    std: divisor after that; as `mean`.
-    fit: "squash" resizes to `image_size`; "crop" keeps the aspect ratio, covers `image_size` and
-      crops the centre; "shorter_side" keeps the ratio and resizes the shorter side to
-      `image_size[0]`; "inside" keeps the ratio and resizes to the largest size inside of
-      `image_size`; "none" does not resize.
-    interpolation: "tf_bilinear" (TensorFlow's, not antialiased) or a key of `PILLOW_FILTERS`.
-    crop_pct: with "crop": fraction of the resized image's sides that remains (timm's term).
-    max_side: with "shorter_side": maximum length of the longer side.
-    rounding: with "shorter_side", where `max_side` limits the size: "side" rounds the shorter side
-      before the longer is computed from it (official DETR: up to 1336 of 1333 pixels); "ratio"
-      computes the longer side from the unrounded shorter one (transformers: at most 1333); "floor"
-      rounds both scaled sides down (torchvision: 799 of 800 pixels for some sizes).
-    pad_size: height and width to which images are padded at the right and bottom, after
-      normalisation with zeros; see `pixel_mask`.
-    channels: of the images.
+  `fit`: "squash" resizes to `image_size`; "crop" keeps the aspect ratio, covers `image_size` and
+  crops the centre; "shorter_side" keeps the ratio and resizes the shorter side to `image_size[0]`;
+  "inside" keeps the ratio and resizes to the largest size inside of `image_size`; "none" does not
+  resize. `rounding`, where `max_side` limits the size: "side" rounds the shorter side before the
+  longer is computed from it (official DETR: up to 1336 of 1333 pixels); "ratio" computes the longer
+  side from the unrounded shorter one (transformers: at most 1333); "floor" rounds both scaled sides
+  down (torchvision: 799 of 800 pixels for some sizes).
   """
 
-  image_size: tuple[int, int]
-  mean: float | tuple[float, ...] = 0.5
-  std: float | tuple[float, ...] = 0.5
+  image_size: tuple[int, int]  # height and width of the result; see `fit`
+  mean: float | tuple[float, ...] = 0.5  # subtracted from pixels in [0, 1]; of each channel, or all
+  std: float | tuple[float, ...] = 0.5  # divisor after that
   fit: str = "squash"
-  interpolation: str = "tf_bilinear"
-  crop_pct: float = 1.0
-  max_side: int | None = None
+  interpolation: str = "tf_bilinear"  # TensorFlow's, not antialiased; or a key of `PILLOW_FILTERS`
+  crop_pct: float = 1.0  # "crop": fraction of the resized image's sides that remains (timm's term)
+  max_side: int | None = None  # "shorter_side": maximum length of the longer side
   rounding: str = "side"
-  pad_size: tuple[int, int] | None = None
-  channels: int = 3
+  pad_size: tuple[int, int] | None = None  # padded at right and bottom, with zeros once normalised
+  channels: int = 3  # of the images
 
   def __post_init__(self) -> None:
     known = {"fit": FITS, "interpolation": INTERPOLATIONS, "rounding": ROUNDINGS}
@@ -72,7 +55,7 @@ class Preprocess:
     """Returns a normalised float32 batch of images, uint8 [h w c] of any sizes.
 
     Raises:
-      ValueError: as `resize`; or the results differ in size.
+      ValueError: wrong channels, or the results differ in size.
     """
     resized = [self.resize(image) for image in images]
     sizes = {image.shape[:2] for image in resized}
@@ -86,12 +69,8 @@ class Preprocess:
 
   def pixel_mask(self, images: Sequence[np.ndarray]) -> Bool[np.ndarray, "b h w"]:
     """Returns True at the pixels of the images, False in the padding that `__call__` adds."""
-    return np.stack(
-      [
-        self.pad(np.ones((*self.resized_size(*image.shape[:2]), 1), bool))[..., 0]
-        for image in images
-      ]
-    )
+    sizes = [self.resized_size(*image.shape[:2]) for image in images]
+    return np.stack([self.pad(np.ones((*size, 1), bool))[..., 0] for size in sizes])
 
   def resize(self, image: Num[np.ndarray, "h w *c"]) -> Float[np.ndarray, "H W c"]:
     """Resizes and crops an image, uint8 [h w c]; values stay in [0, 255], float32.
@@ -103,7 +82,12 @@ class Preprocess:
       given = ", ".join(map(str, image.shape))
       raise ValueError(f"image: its shape is [{given}]; expected [height, width, {self.channels}]")
     size = self.resized_size(image.shape[0], image.shape[1])
-    return self._cropped(_resize(np.asarray(image), *size, self.interpolation))
+    resized = _resize(np.asarray(image), *size, self.interpolation)
+    if not self.has_fixed_size:
+      return resized
+    height, width = self.image_size
+    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    return resized[top : top + height, left : left + width]
 
   def pad(self, image: Shaped[np.ndarray, "h w c"]) -> Shaped[np.ndarray, "H W c"]:
     """Pads a resized image to `pad_size`, if any, with zeros.
@@ -113,13 +97,11 @@ class Preprocess:
     """
     if self.pad_size is None:
       return image
-    bottom, right = (
-      large - side for large, side in zip(self.pad_size, image.shape[:2], strict=True)
-    )
+    (height, width), limit = image.shape[:2], self.pad_size
+    bottom, right = limit[0] - height, limit[1] - width
     if min(bottom, right) < 0:
       raise ValueError(
-        f"pad_size: the resized image is {list(image.shape[:2])}; expected at most "
-        f"{list(self.pad_size)}"
+        f"pad_size: the resized image is {[height, width]}; expected at most {list(limit)}"
       )
     return np.pad(image, ((0, bottom), (0, right), (0, 0)))
 
@@ -182,13 +164,6 @@ class Preprocess:
     if side == short:  # transformers leaves such an image as it is; so does the official code
       other = long
     return (side, other) if height <= width else (other, side)
-
-  def _cropped(self, image: np.ndarray) -> np.ndarray:
-    if not self.has_fixed_size:
-      return image
-    height, width = self.image_size
-    top, left = round((image.shape[0] - height) / 2), round((image.shape[1] - width) / 2)
-    return image[top : top + height, left : left + width]
 
 
 DETECTION = Preprocess(

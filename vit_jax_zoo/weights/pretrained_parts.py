@@ -13,30 +13,21 @@ import numpy as np
 from absl import logging
 from flax import traverse_util
 
-from vit_jax_zoo.registry import Registry, registry_of
+from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.weights import hub, key_map
 from vit_jax_zoo.weights.key_map import STATISTICS, Flat, Row
 
 _EVERY = "*/"
-
-
-def _readers() -> Registry:
-  core = {"*/backbone": "vit_jax_zoo.weights.backbones:read_backbone"}
-  return registry_of("part of a model", "part_readers", core)
+_CORE = {"*/backbone": "vit_jax_zoo.weights.backbones:read_backbone"}
 
 
 def load_parts(
   sources: Mapping[str, str | Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """Reads pretrained networks into parts of the variables.
+  """Returns the variables, arrays or shapes, with pretrained networks read into parts of them.
 
-  Args:
-    sources: part -> a file; or the variables of a network trained with this package that is the
-      part, or has a part of that name.
-    variables: as arrays, or as their shapes.
-
-  Returns:
-    Variables of the same structure; parts that do not exist in it are ignored.
+  The source of a part is a file; or the variables of a network trained with this package that is
+  the part, or has a part of that name. Parts that do not exist in `variables` are ignored.
 
   Raises:
     ValueError: a file is missing or holds another network.
@@ -48,11 +39,7 @@ def load_parts(
 
 
 def find_files(files: Mapping[str, str]) -> dict[str, str]:
-  """Returns the local paths of the files by part, after downloading where needed.
-
-  Raises:
-    WeightsError: one line, about a file that does not exist.
-  """
+  """Returns the local paths of the files by part, after downloading where needed."""
   return {part: _find(part, file) for part, file in files.items()}
 
 
@@ -66,11 +53,8 @@ def _find(part: str, file: str) -> str:
 def still_needed(files: Mapping[str, str], paths: Iterable[str]) -> dict[str, str]:
   """Returns the files of those parts that any of the variables `paths` belongs to."""
   found = list(paths)
-  return {
-    part: file
-    for part, file in files.items()
-    if any(_path_within(path, part) is not None for path in found)
-  }
+  used = {part for part in files if any(_path_within(path, part) is not None for path in found)}
+  return {part: file for part, file in files.items() if part in used}
 
 
 def _path_within(path: str, part: str) -> str | None:
@@ -92,7 +76,8 @@ def _load_part(part: str, source: Any, flat: Mapping[str, Any]) -> dict[str, Any
   shapes = {inner: tuple(flat[path].shape) for path, inner in within.items()}
   if isinstance(source, str):
     logging.info("%s: initialised from %s", part, source)
-    found = _readers()[part](_find(part, source), shapes)
+    readers = registry_of("part of a model", "part_readers", _CORE)
+    found = readers[part](_find(part, source), shapes)
   else:
     found = _part_of(source, part.removeprefix(_EVERY), shapes)
   return {path: np.asarray(found[inner], flat[path].dtype) for path, inner in within.items()}
@@ -106,10 +91,9 @@ def _part_of(
   A frozen norm's statistics are a trained norm's parameters, and the reverse.
   """
   is_whole = part not in variables["params"]
-  own: Flat = {}
-  for name in ("params", "batch_stats"):
-    tree = variables.get(name, {})
-    own |= traverse_util.flatten_dict(tree if is_whole else tree.get(part, {}), sep="/")
+  trees = [variables.get(name, {}) for name in ("params", "batch_stats")]
+  trees = trees if is_whole else [tree.get(part, {}) for tree in trees]
+  own: Flat = {k: v for t in trees for k, v in traverse_util.flatten_dict(t, sep="/").items()}
   rows = [Row(path.removeprefix(STATISTICS), path) for path in shapes]
   ignore = (r"head/.*",) if is_whole else ()
   return key_map.read(own, rows, shapes, source=f"the run in {part}_file", ignore=ignore)

@@ -14,6 +14,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Mapping
+from os.path import commonprefix
 from typing import Any
 
 import ml_dtypes
@@ -25,14 +26,13 @@ from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.torch_file import read_torch
 from vit_jax_zoo.weights.torch_layouts import read_safetensors
 
-_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
-_NAMES = ("ndarray", "dtype", "_reconstruct")
 _WRAPPERS = ("blobs", "model", "state_dict")
 """Keys of the arrays within training checkpoints."""
 _MAX_RATIO, _MAX_SMALL = 20, 2**30
 """Limits of a .npz's uncompressed bytes: as a multiple of the file's, and of small files."""
-
 _PREFIXES = ("_orig_mod.", "module.", "model.")
+_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray")
+_NAMES = ("ndarray", "dtype", "_reconstruct")
 
 
 class _Reader(pickle.Unpickler):
@@ -41,26 +41,14 @@ class _Reader(pickle.Unpickler):
   def find_class(self, module_name: str, global_name: str) -> Any:
     """Returns one of the numpy functions that build an array; anything else is refused."""
     if module_name in _MODULES and global_name in _NAMES:
-      owner = np if module_name == "numpy" else np._core.multiarray
-      return getattr(owner, global_name)
-    if (module_name, global_name) == (
-      "_codecs",
-      "encode",
-    ):  # bytes in protocol 2
-      return _encode
+      return getattr(np if module_name == "numpy" else np._core.multiarray, global_name)
+    if (module_name, global_name) == ("_codecs", "encode"):  # bytes in protocol 2
+      return str.encode
     raise WeightsError(f"{module_name}.{global_name}")
 
 
-def _encode(text: str, encoding: str) -> bytes:
-  return text.encode(encoding)
-
-
 def read_pickle(path: str) -> Flat:
-  """Returns the arrays of a pickle by name; other objects are ignored.
-
-  Raises:
-    WeightsError: one line: the file is truncated or no pickle, contains code, or has no arrays.
-  """
+  """Returns the arrays of a pickle by name; other objects are ignored."""
   try:
     with epath.Path(path).open("rb") as stream:
       found = _Reader(stream, encoding="latin1").load()
@@ -71,12 +59,11 @@ def read_pickle(path: str) -> Flat:
     ) from None
   except (pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
     raise WeightsError(f"{path} cannot be read: it is truncated, or no pickle ({error})") from None
-  candidates = [found, *(found.get(key) for key in _WRAPPERS if isinstance(found, Mapping))]
-  for candidate in candidates:
-    if isinstance(candidate, Mapping):
-      arrays = {str(k): v for k, v in candidate.items() if isinstance(v, np.ndarray)}
-      if arrays:
-        return arrays
+  found = found if isinstance(found, Mapping) else {}
+  for candidate in (found, *(found.get(key) for key in _WRAPPERS)):
+    items = candidate.items() if isinstance(candidate, Mapping) else ()
+    if arrays := {str(k): v for k, v in items if isinstance(v, np.ndarray)}:
+      return arrays
   raise WeightsError(f"{path} is a pickle without arrays by name")
 
 
@@ -86,21 +73,13 @@ FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """The content of a checkpoint file or folder, of any format.
+  """The content of a checkpoint file or folder, of any format."""
 
-  Attributes:
-    path: as the user gave it, for error messages.
-    file: file with the arrays.
-    arrays: by key.
-    config: the `config.json` beside the file, empty if there is none.
-    processor: the `preprocessor_config.json` beside it, empty if there is none.
-  """
-
-  path: str
-  file: epath.Path
-  arrays: Flat
-  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  path: str  # as the user gave it, for error messages
+  file: epath.Path  # with the arrays
+  arrays: Flat  # by key
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # `config.json`
+  processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # preprocessor_config
 
   @property
   def has_config(self) -> bool:
@@ -109,38 +88,20 @@ class Published:
 
 
 def read_published(path: str) -> Published:
-  """Reads the arrays of a file or folder, and the JSON files beside them.
-
-  Raises:
-    WeightsError: one line: the path does not exist, cannot be read, or is no checkpoint.
-  """
+  """Reads the arrays of a file or folder, and the JSON files beside them."""
   file, arrays = _read(epath.Path(path), path)
-  arrays = _without_prefixes(arrays)
+  # Prefixes of torch.compile, parallel training and Lightning; keys are no paths.
+  while prefix := next((p for p in _PREFIXES if commonprefix(list(arrays)).startswith(p)), None):  # noqa: RUF071
+    arrays = {key.removeprefix(prefix): array for key, array in arrays.items()}
   empty = next((key for key, array in arrays.items() if array.size == 0), None)
   if empty is not None:
     raise WeightsError(f"{path} is not whole: its {empty} has the shape {arrays[empty].shape}")
-  return Published(
-    path,
-    file,
-    arrays,
-    config=read_json(file.with_name("config.json")),
-    processor=read_json(file.with_name("preprocessor_config.json")),
-  )
-
-
-def _without_prefixes(arrays: Flat) -> Flat:
-  """Removes prefixes of torch.compile, parallel training and Lightning that all keys have."""
-  while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in arrays)), None):
-    arrays = {key.removeprefix(prefix): array for key, array in arrays.items()}
-  return arrays
+  names = ("config.json", "preprocessor_config.json")
+  return Published(path, file, arrays, *(read_json(file.with_name(name)) for name in names))
 
 
 def read_json(file: epath.Path) -> dict[str, Any]:
-  """Returns the object in a JSON file; an empty one if the file does not exist.
-
-  Raises:
-    WeightsError: the file is not JSON, or holds no object.
-  """
+  """Returns the object in a JSON file; an empty one if the file does not exist."""
   if not file.exists():
     return {}
   try:
@@ -153,30 +114,23 @@ def read_json(file: epath.Path) -> dict[str, Any]:
 
 
 def _read(location: epath.Path, path: str) -> tuple[epath.Path, Flat]:
-  if location.exists() and location.is_dir():
-    return _read_folder(location, path)
-  prefix = tf_bundle.find_prefix(str(location))
-  if prefix is not None:
-    return epath.Path(prefix), tf_bundle.read_bundle(prefix)
-  if not location.exists():
-    raise WeightsError(f"there is no checkpoint at {path}")
-  return location, _read_file(location, path)
-
-
-def _read_folder(folder: epath.Path, path: str) -> tuple[epath.Path, Flat]:
-  for name in FOLDER_FILES:
-    file, index = folder / name, folder / f"{name}.index.json"
+  is_folder = location.exists() and location.is_dir()
+  for name in FOLDER_FILES if is_folder else ():
+    file, index = location / name, location / f"{name}.index.json"
     if file.exists():
       return file, _read_file(file, str(file))
     if index.exists():
       return file, _read_shards(index)
-  prefix = tf_bundle.find_prefix(str(folder))
-  if prefix is not None:
+  if prefix := tf_bundle.find_prefix(str(location)):
     return epath.Path(prefix), tf_bundle.read_bundle(prefix)
-  raise WeightsError(
-    f"there is no {' or '.join(FOLDER_FILES)} in {path}, nor a TensorFlow checkpoint; give the "
-    "file itself if it has another name"
-  )
+  if is_folder:
+    raise WeightsError(
+      f"there is no {' or '.join(FOLDER_FILES)} in {path}, nor a TensorFlow checkpoint; give the "
+      "file itself if it has another name"
+    )
+  if not location.exists():
+    raise WeightsError(f"there is no checkpoint at {path}")
+  return location, _read_file(location, path)
 
 
 def _read_shards(index: epath.Path) -> Flat:
@@ -218,24 +172,19 @@ def _read_file(file: epath.Path, path: str) -> Flat:
 def _read_zip(file: epath.Path, path: str) -> Flat:
   try:
     with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-      is_torch = any(name.endswith("data.pkl") for name in archive.namelist())
-  except (OSError, zipfile.BadZipFile) as error:
-    if file.suffix != ".npz":
-      return read_torch(path)
-    raise WeightsError(f"{path} cannot be read as .npz: {error}") from None
-  return read_torch(path) if is_torch else _read_npz(file, path)
-
-
-def _read_npz(file: epath.Path, path: str) -> Flat:
-  try:
-    with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
       size, members = file.stat().length, archive.infolist()
+      if any(member.filename.endswith("data.pkl") for member in members):
+        return read_torch(path)
       claimed = sum(member.file_size for member in members)
       if claimed > max(_MAX_RATIO * size, _MAX_SMALL):
         raise zipfile.BadZipFile(f"its members claim {claimed} bytes, the file has {size}")
       return {member.filename.removesuffix(".npy"): _member(archive, member) for member in members}
-  except (OSError, EOFError, zipfile.BadZipFile, zipfile.error) as error:
+  except (OSError, EOFError, zipfile.BadZipFile) as error:
+    if file.suffix != ".npz":
+      return read_torch(path)
     raise WeightsError(f"{path} cannot be read as .npz: {error}") from None
+  except WeightsError:
+    raise
   except ValueError as error:  # object arrays, which numpy would unpickle
     raise WeightsError(
       f"{path} holds more than arrays of numbers; nothing was executed ({error})"
@@ -250,22 +199,17 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 
 
 def read_npy(stream: Any, size: int, name: str) -> np.ndarray:
-  """Reads an array in numpy's format; allocates nothing for a header that claims too much.
-
-  Args:
-    stream: binary file at the start of the array; seekable.
-    size: bytes of the array with its header.
-    name: of the array, for error messages.
+  """Reads an array in numpy's format from a seekable file of so many bytes, `size`.
 
   Raises:
-    EOFError: the header claims more than `size`, or the array is truncated.
+    EOFError: the header claims more bytes than there are; nothing is allocated.
     ValueError: no array of numbers.
   """
   is_first = np.lib.format.read_magic(stream) == (1, 0)
   read_header = getattr(np.lib.format, f"read_array_header_{1 if is_first else 2}_0")
   shape, _, dtype = read_header(stream)
-  claimed = math.prod(shape) * dtype.itemsize
-  if claimed > size and not dtype.hasobject:
-    raise EOFError(f"{name} claims {claimed} bytes, shape {shape}; it has {size}")
+  claimed, found = math.prod(shape) * dtype.itemsize, size - stream.tell()
+  if claimed > found and not dtype.hasobject:
+    raise EOFError(f"{name} claims {claimed} bytes, shape {shape}; it has {found}")
   stream.seek(0)
   return np.lib.format.read_array(stream, allow_pickle=False)

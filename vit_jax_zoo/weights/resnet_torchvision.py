@@ -8,6 +8,7 @@ frozen one, all of whose arrays are statistics.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,48 +23,30 @@ IGNORE = (rf"(.*\.)?{COUNTER}", r"fc\.(weight|bias)", r"classifier\.1\.(weight|b
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A library's names of a ResNet's parts; `{b}` is the number of a block in its stage.
-
-  Attributes:
-    stem: convolution and norm of the stem.
-    block: prefix of a stage's blocks, by the stage's number from 0.
-    convolutions: convolution and norm of each of a block's three layers, below `block`.
-    shortcut: convolution and norm of the shortcut.
-  """
+  """A library's names of a ResNet's parts: convolutions, each with its norm."""
 
   stem: tuple[str, str]
-  block: tuple[str, str, str, str]
-  convolutions: tuple[tuple[str, str], ...]
+  block: tuple[str, ...]  # prefix of a stage's blocks, by stage; `{b}` is the number of a block
+  convolutions: tuple[tuple[str, str], ...]  # of a block's three layers, below `block`
   shortcut: tuple[str, str]
 
 
 TORCHVISION = Layout(
   stem=("conv1", "bn1"),
-  block=("layer1.{b}", "layer2.{b}", "layer3.{b}", "layer4.{b}"),
-  convolutions=(("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+  block=tuple(f"layer{stage}.{{b}}" for stage in range(1, 5)),
+  convolutions=tuple((f"conv{i}", f"bn{i}") for i in range(1, 4)),
   shortcut=("downsample.0", "downsample.1"),
 )
 HUGGING_FACE = Layout(
   stem=("embedder.embedder.convolution", "embedder.embedder.normalization"),
-  block=(
-    "encoder.stages.0.layers.{b}",
-    "encoder.stages.1.layers.{b}",
-    "encoder.stages.2.layers.{b}",
-    "encoder.stages.3.layers.{b}",
-  ),
+  block=tuple(f"encoder.stages.{stage}.layers.{{b}}" for stage in range(4)),
   convolutions=tuple((f"layer.{i}.convolution", f"layer.{i}.normalization") for i in range(3)),
   shortcut=("shortcut.convolution", "shortcut.normalization"),
 )
 
 
 def rows(layout: Layout, published: str = "", ours: str = "") -> list[Row]:
-  """Returns the table of a ResNet's convolutions and norms.
-
-  Args:
-    layout: of the file.
-    published: prefix of the file's keys.
-    ours: prefix of our paths.
-  """
+  """Returns the table of a ResNet's convolutions and norms, with prefixes of keys and paths."""
   found = _conv_norm_rows(published, layout.stem, f"{ours}stem/conv1")
   for stage, block in enumerate(layout.block):
     theirs, path = f"{published}{block}.", f"{ours}c{stage + 2}_block{{b}}"
@@ -86,11 +69,7 @@ def _conv_norm_rows(prefix: str, names: tuple[str, str], ours: str) -> list[Row]
 def infer_fields(
   published: Mapping[str, np.ndarray], layout: Layout, source: str, prefix: str = ""
 ) -> dict[str, Any]:
-  """Infers the fields "blocks", "widths" and "stem_width" of a `ResNet` from its arrays.
-
-  Raises:
-    WeightsError: the arrays are not those of a ResNet of bottleneck blocks.
-  """
+  """Infers the fields "blocks", "widths" and "stem_width" of a `ResNet` from its arrays."""
   blocks, widths = [], []
   try:
     stem = published[f"{prefix}{layout.stem[0]}.weight"].shape[0]
@@ -98,62 +77,30 @@ def infer_fields(
       first = [f"{prefix}{block}.{names[0]}.weight" for names in layout.convolutions]
       widths.append(published[first[0].format(b=0)].shape[0])
       _ = published[first[2].format(b=0)]  # blocks of two convolutions have none
-      count = 0
-      while first[0].format(b=count) in published:
-        count += 1
-      blocks.append(count)
+      blocks.append(next(n for n in itertools.count() if first[0].format(b=n) not in published))
   except KeyError as error:
     raise WeightsError(f"{source} holds no ResNet of bottlenecks: it has no {error}") from error
   return {"blocks": tuple(blocks), "widths": tuple(widths), "stem_width": stem}
 
 
-_LAYOUTS = ((TORCHVISION, ""), (HUGGING_FACE, ""), (HUGGING_FACE, "resnet."))
-
-
-def is_of(published: Mapping[str, np.ndarray]) -> bool:
-  """Returns whether a file's keys are a ResNet's, by those of its first layer."""
-  return _layout_of(published) is not None
-
-
-def table_of(published: Mapping[str, np.ndarray], source: str) -> list[Row]:
-  """Returns the rows between a file's keys and the paths of a `ResNet`.
-
-  Raises:
-    WeightsError: the file holds no ResNet.
-  """
-  found = _layout_of(published)
-  if found is None:
-    keys = ", ".join(sorted(published)[:3])
-    raise WeightsError(f"{source} holds no ResNet; its keys begin with {keys}")
-  return rows(*found)
-
-
-def _layout_of(published: Mapping[str, np.ndarray]) -> tuple[Layout, str] | None:
-  for layout, prefix in _LAYOUTS:
+def table_of(published: Mapping[str, np.ndarray]) -> list[Row] | None:
+  """Returns the rows between a file's keys and the paths of a `ResNet`; None if it holds none."""
+  for layout, prefix in ((TORCHVISION, ""), (HUGGING_FACE, ""), (HUGGING_FACE, "resnet.")):
     if all(f"{prefix}{name}.weight" in published for name in layout.stem):
-      return layout, prefix
+      return rows(layout, prefix)
   return None
 
 
 _PLAIN = {
-  "stem": "conv7",
-  "shortcut": "conv",
-  "se_ratio": 0.0,
-  "activation": "relu",
-  "norm_epsilon": 1e-5,
+  "stem": "conv7", "shortcut": "conv", "se_ratio": 0.0, "activation": "relu", "norm_epsilon": 1e-5,
   "stride_in_1x1": False,
-}
+}  # fmt: skip
 
 
 def check_plain(fields: Mapping[str, Any], library: str) -> dict[str, Any]:
-  """Returns the backbone's "blocks", "widths", "stem_width" and "output_stride" of a detector.
+  """Returns "blocks", "widths", "stem_width" and "output_stride" of a detector's `ResNet`.
 
-  Args:
-    fields: the detector's; "backbone" holds those of its `ResNet`.
-    library: name of the code that the model is exported for.
-
-  Raises:
-    WeightsError: the backbone is not a plain ResNet.
+  Others than plain ones, which the `library` of the export lacks, raise an error.
   """
   given = dict(fields["backbone"] or {})
   other = [f"{k}={given[k]!r}" for k, plain in _PLAIN.items() if given.get(k, plain) != plain]

@@ -19,10 +19,8 @@ from etils import epath
 
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 
-_MAGIC = 0xDB4775248B80FB57
-_FOOTER = 48
-_HEADER = b""
-"""Key of the table's first entry, the `BundleHeaderProto`."""
+_MAGIC, _FOOTER = 0xDB4775248B80FB57, 48
+_HEADER = b""  # key of the table's first entry, the `BundleHeaderProto`
 
 # tensorflow/core/framework/types.proto
 _TYPES = {
@@ -34,20 +32,15 @@ _TYPES = {
 def find_prefix(path: str) -> str | None:
   """Returns the common prefix of a checkpoint's files, or None if there are none.
 
-  Args:
-    path: that prefix, the `.index` file, or a folder, of which the checkpoint with the highest step
-      is taken.
+  `path` is that prefix, the `.index` file, or a folder, whose checkpoint with the highest step is
+  taken.
   """
   location = epath.Path(path)
   if location.exists() and location.is_dir():
-    found = [str(file).removesuffix(".index") for file in location.iterdir() if _is_index(file)]
-    return max(found, key=_step, default=None)
+    files = [file for file in location.iterdir() if file.suffix == ".index" and file.is_file()]
+    return max((str(file).removesuffix(".index") for file in files), key=_step, default=None)
   prefix = path.removesuffix(".index")
   return prefix if epath.Path(f"{prefix}.index").exists() else None
-
-
-def _is_index(file: epath.Path) -> bool:
-  return file.suffix == ".index" and file.is_file()
 
 
 def _step(prefix: str) -> int:
@@ -56,23 +49,16 @@ def _step(prefix: str) -> int:
 
 
 def read_bundle(prefix: str) -> Flat:
-  """Returns all arrays of a checkpoint by variable name; 16-bit floats are widened to float32.
-
-  Args:
-    prefix: see `find_prefix`.
-
-  Raises:
-    WeightsError: one line: a file is missing, truncated or not in this format.
-  """
+  """Returns all arrays of a checkpoint by variable name; 16-bit floats are widened to float32."""
   try:
     entries = dict(_read_table(epath.Path(f"{prefix}.index").read_bytes()))
     header = _parse(entries.pop(_HEADER))
     shards = int(header.get(1, [1])[0])
     fields = {name.decode(): _parse(value) for name, value in entries.items()}
     return _read_tensors(prefix, fields, shards)
+  except WeightsError:
+    raise
   except (OSError, KeyError, IndexError, ValueError, struct.error) as error:
-    if isinstance(error, WeightsError):
-      raise
     raise WeightsError(
       f"{prefix}.index is no TensorFlow checkpoint that can be read, or a truncated one ({error})"
     ) from None
@@ -116,12 +102,9 @@ def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
   """Yields the keys and values of a LevelDB table, in order."""
   if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
     raise ValueError("it does not end as such a file does")
-  position = len(data) - _FOOTER
-  _, position = _handle(data, position)  # of statistics blocks, which are skipped
-  index, _ = _handle(data, position)
+  (_, _, *index), _ = _varints(data, len(data) - _FOOTER, 4)  # statistics blocks are skipped
   for _, value in _read_block(data, *index):
-    block, _ = _handle(value, 0)
-    yield from _read_block(data, *block)
+    yield from _read_block(data, *_varints(value, 0, 2)[0])
 
 
 def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
@@ -131,31 +114,23 @@ def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, by
   restarts = struct.unpack("<I", block[-4:])[0]
   position, end, key = 0, size - 4 - 4 * restarts, b""
   while position < end:
-    shared, position = _varint(block, position)
-    own, position = _varint(block, position)
-    length, position = _varint(block, position)
+    (shared, own, length), position = _varints(block, position, 3)
     key = key[:shared] + block[position : position + own]
     position += own
     yield key, block[position : position + length]
     position += length
 
 
-def _handle(data: bytes, position: int) -> tuple[tuple[int, int], int]:
-  """Returns offset and size of a block, and the position after them."""
-  offset, position = _varint(data, position)
-  size, position = _varint(data, position)
-  return (offset, size), position
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-  value = shift = 0
-  while True:
-    byte = data[position]
-    position += 1
-    value |= (byte & 0x7F) << shift
-    if byte < 0x80:
-      return value, position
-    shift += 7
+def _varints(data: bytes, position: int, count: int) -> tuple[list[int], int]:
+  """Returns `count` variable-length integers, and the position after them."""
+  values = [0] * count
+  for i in range(count):
+    shift, byte = 0, 0x80
+    while byte & 0x80:
+      byte = data[position]
+      values[i] |= (byte & 0x7F) << shift
+      position, shift = position + 1, shift + 7
+  return values, position
 
 
 def _parse(message: bytes) -> dict[int, list[Any]]:
@@ -163,19 +138,14 @@ def _parse(message: bytes) -> dict[int, list[Any]]:
   fields: dict[int, list[Any]] = {}
   position = 0
   while position < len(message):
-    tag, position = _varint(message, position)
+    (tag,), position = _varints(message, position, 1)
     number, kind = tag >> 3, tag & 7
-    if kind == 0:
-      value, position = _varint(message, position)
-    elif kind == 2:
-      size, position = _varint(message, position)
-      value = message[position : position + size]
-      position += size
-    elif kind in (1, 5):
-      width = 8 if kind == 1 else 4
-      value = message[position : position + width]
-      position += width
-    else:
+    if kind not in (0, 1, 2, 5):
       raise ValueError(f"its table has a field of the unknown kind {kind}")
+    size = 8 if kind == 1 else 4
+    if kind in (0, 2):
+      (size,), position = _varints(message, position, 1)
+    value = size if kind == 0 else message[position : position + size]
+    position += 0 if kind == 0 else size
     fields.setdefault(number, []).append(value)
   return fields

@@ -5,19 +5,16 @@ containers only: other files are refused, and no code is executed.
 """
 
 import argparse
-import contextlib
 import pickle
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
+from vit_jax_zoo.weights.torch_layouts import local_copy
 
 EMA_WRAPPERS = ("state_dict_ema", "model_ema")
 WRAPPERS = (*EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "net", "params")
@@ -25,29 +22,32 @@ WRAPPERS = (*EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "net", "pa
 
 
 def read_torch(path: str) -> Flat:
-  """Returns the state dict of a PyTorch file, as numpy arrays by key.
+  """Returns the state dict of a local or `gs://` PyTorch file, as numpy arrays by key.
 
   16-bit floats become float32. Of a training checkpoint only the model is read: its moving average
   if there is one, as timm does.
 
-  Args:
-    path: of the file; local or `gs://bucket/...`.
-
   Raises:
     ImportError: PyTorch is not installed.
-    WeightsError: one line: the file is missing, truncated or no PyTorch file, contains code, or has
-      no state dict.
+    WeightsError: no readable PyTorch file with a state dict, or one that contains code.
   """
+  torch = _import_torch(path, "convert the file to safetensors")
+  with local_copy(path) as file:
+    found = _load(torch, file, path)
+  arrays = {key: tensor.detach() for key, tensor in _state_dict(torch, found, path).items()}
+  half = (torch.float16, torch.bfloat16)
+  return {k: (x.float() if x.dtype in half else x).numpy() for k, x in arrays.items()}
+
+
+def _import_torch(path: str, otherwise: str) -> Any:
   try:
     import torch  # pyrefly: ignore[missing-import]
   except ImportError:
     raise ImportError(
       f"{path} is a PyTorch file, and PyTorch is not installed; pip install -e '.[torch]' "
-      "(the CPU version suffices), or convert the file to safetensors"
+      f"(the CPU version suffices), or {otherwise}"
     ) from None
-  with _local(path) as file:
-    found = _load(torch, file, path)
-  return {key: _as_numpy(torch, tensor) for key, tensor in _state_dict(torch, found, path).items()}
+  return torch
 
 
 def _load(torch: Any, file: str, path: str) -> Any:
@@ -86,44 +86,12 @@ def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
   raise WeightsError(f"{path} holds no state dict; in it there is: {inside}")
 
 
-def _as_numpy(torch: Any, tensor: Any) -> np.ndarray:
-  tensor = tensor.detach()
-  if tensor.dtype in (torch.float16, torch.bfloat16):
-    tensor = tensor.float()
-  return tensor.numpy()
-
-
-@contextlib.contextmanager
-def _local(path: str) -> Iterator[str]:
-  """Yields a local copy of `path`, or the path itself if it is local."""
-  if "://" not in path:
-    if not epath.Path(path).exists():
-      raise WeightsError(f"there is no file {path}")
-    yield path
-    return
-  with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
-    shutil.copyfileobj(remote, copy)
-    copy.flush()
-    yield copy.name
-
-
 def write_torch(path: str, arrays: Mapping[str, np.ndarray], *, wrapper: str | None = None) -> None:
-  """Writes a state dict as `torch.save` does.
-
-  Args:
-    path: of the file, local.
-    arrays: by key.
-    wrapper: key under which the state dict is stored, such as "model"; None: no wrapper.
+  """Writes a state dict to a local file, under a key such as "model" if `wrapper` is given.
 
   Raises:
     ImportError: PyTorch is not installed.
   """
-  try:
-    import torch  # pyrefly: ignore[missing-import]
-  except ImportError:
-    raise ImportError(
-      f"{path} is a PyTorch file, and PyTorch is not installed; pip install -e '.[torch]' "
-      "(the CPU version suffices), or write a .safetensors file"
-    ) from None
+  torch = _import_torch(path, "write a .safetensors file")
   state = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
   torch.save(state if wrapper is None else {wrapper: state}, path)

@@ -1,9 +1,10 @@
 """Rows of key tables for PyTorch's layers; reads and writes safetensors files."""
 
+import contextlib
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from etils import epath
@@ -74,33 +75,29 @@ def batch_counters(published: Iterable[str]) -> Flat:
 
 
 def read_safetensors(path: str) -> Flat:
-  """Returns a file's arrays by key, 16-bit floats widened to float32.
-
-  Raises:
-    WeightsError: the file is truncated, or not safetensors.
-  """
+  """Returns a file's arrays by key, 16-bit floats widened to float32."""
+  half = ("float16", "bfloat16")
   try:
-    arrays = _read_bucket(path) if "://" in path else _read_local(path)
+    # safetensors opens local files only, and cannot read bfloat16 from bytes.
+    with local_copy(path) as local, safe_open(local, framework="numpy") as file:
+      arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
   except (SafetensorError, OSError) as error:
     raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
-  return {key: _widened(array) for key, array in arrays.items()}
+  return {k: x.astype(np.float32) if x.dtype.name in half else x for k, x in arrays.items()}
 
 
-def _read_local(path: str) -> Flat:
-  with safe_open(path, framework="numpy") as file:
-    return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def _read_bucket(path: str) -> Flat:
-  # safetensors opens local files only, and cannot read bfloat16 from bytes.
+@contextlib.contextmanager
+def local_copy(path: str) -> Iterator[str]:
+  """Yields a local copy of a file, or the path itself if it is local."""
+  if "://" not in path:
+    if not epath.Path(path).exists():
+      raise WeightsError(f"there is no file {path}")
+    yield path
+    return
   with epath.Path(path).open("rb") as remote, tempfile.NamedTemporaryFile() as copy:
     shutil.copyfileobj(remote, copy)
     copy.flush()
-    return _read_local(copy.name)
-
-
-def _widened(array: Array) -> Array:
-  return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
+    yield copy.name
 
 
 def write_safetensors(path: str, arrays: Flat) -> None:
