@@ -111,6 +111,7 @@ def check_round_trip(kind, tmp_path):
   loaded = load_pretrained(path)
   assert_same(loaded.variables, variables)
   assert loaded.task == "instance_detection"
+  assert loaded.task_fields.get("mask_paste") == ("torchvision" if kind == "torchvision" else None)
   for field in ("neck", "adaptive", "convention", "width", "pool_size", "num_classes"):
     assert getattr(loaded.model, field) == getattr(model, field), field
   assert loaded.model.box_head == MODELS[kind]["box_head"]

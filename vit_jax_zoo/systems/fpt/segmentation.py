@@ -73,13 +73,11 @@ class UnscathedPyramid(nn.Module):
     return tuple(levels)
 
 
-def _variant(depth: int, **fields: Any) -> dict[str, Any]:
-  return {"backbone": {"blocks": RESNET_BLOCKS[depth], "output_stride": 8}, **fields}
-
-
 VARIANTS: dict[str, dict[str, Any]] = {
-  **{f"fpt_segmentation_r{depth}": _variant(depth) for depth in (50, 101)},
-  **{f"fpt_segmentation_r{depth}_ufp": _variant(depth, neck="ufp") for depth in (50, 101)},
+  f"fpt_segmentation_r{depth}{suffix}": {"backbone": {"blocks": RESNET_BLOCKS[depth]}, **neck}
+  for suffix, neck in (("", {}), ("_ufp", {"neck": "ufp"}))
+  for depth in (50, 101)
+} | {
   "fpt_pyramid": {},
   "fpt_pyramid_official": {"variant": "official"},
   "fpt_pyramid_official_gn": {"variant": "official", "norm": "group_norm"},

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -97,12 +97,18 @@ class SemanticSegmentation(base.Task):
     )
     labels, labelled = jnp.asarray(batch["label_map"]).astype(jnp.int32), self._is_labelled(batch)
     weights = self._pixel_weights(batch)
+
+    def losses(logits: Float[Array, "b h w k"]) -> Float[Array, "b h w"]:
+      known = jnp.clip(labels, 0, self.num_classes - 1)
+      each = optax.softmax_cross_entropy_with_integer_labels(logits, known)
+      return jnp.where(labelled, each, 0.0)
+
     logits = self._upsample(outputs["logits"], batch)
-    total = self._losses(logits, labels, labelled)
+    total = losses(logits)
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     metrics = {"pixel_accuracy": base.Mean.of(correct, labelled)}
     if "auxiliary_logits" in outputs:
-      auxiliary = self._losses(self._upsample(outputs["auxiliary_logits"], batch), labels, labelled)
+      auxiliary = losses(self._upsample(outputs["auxiliary_logits"], batch))
       metrics["auxiliary_loss"] = base.Mean.of(auxiliary, weights)
       total = total + self.auxiliary_weight * auxiliary
     unknown = jnp.any(labelled & ((labels < 0) | (labels >= self.num_classes)))
@@ -191,14 +197,3 @@ class SemanticSegmentation(base.Task):
     shape = (len(logits), stride * rows, stride * columns, self.num_classes)
     large = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
     return large[:, :height, :width]
-
-  def _losses(
-    self,
-    logits: Float[Array, "b h w k"],
-    labels: Int[Array, "b h w"],
-    labelled: Bool[Array, "b h w"],
-  ) -> Float[Array, "b h w"]:
-    """Returns the cross-entropy of each pixel, 0 without label."""
-    known = jnp.clip(labels, 0, self.num_classes - 1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, known)
-    return jnp.where(labelled, losses, 0.0)

@@ -25,7 +25,7 @@ class Convention:
   """Details in which implementations differ; weights need those that they were trained with."""
 
   anchors: str  # see `cell_anchors`
-  mask_paste: str = "exact"  # convention of `ops.mask_paste`
+  mask_paste: str = "exact"  # see `ops.mask_paste`
   aligned: bool = False  # of RoIAlign, see `roi_align`
   inclusive_boxes: bool = False  # RoIAlign gets boxes whose right and bottom are their last pixel
   inclusive_threshold: bool = False  # NMS also suppresses at an IoU equal to the threshold
@@ -39,9 +39,7 @@ CONVENTIONS = {
   "detectron": Convention(
     "detectron", "detectron", inclusive_boxes=True, inclusive_threshold=True, min_clipped_size=1
   ),
-  "torchvision": Convention(
-    "torchvision", "torchvision", min_proposal_size=1e-3, min_detection_size=1e-2
-  ),
+  "torchvision": Convention("torchvision", min_proposal_size=1e-3, min_detection_size=1e-2),
   "detectron2": Convention("detectron2", aligned=True),
 }
 

@@ -1,12 +1,10 @@
 """Prediction of objects with a two-stage detector: boxes, and masks with a mask head."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from faster_coco_eval.core import mask as run_lengths
-from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures import detection as draw
@@ -56,7 +54,12 @@ class InstancePredictor:
       for label, score, box in zip(labels, scores, boxes, strict=True)
     ]
     captions = [f"{name_of(i, names)} {score:.0%}" for i, score in zip(labels, scores, strict=True)]
-    pictures: dict[str, Picture] = {"": self._draw(image, boxes, labels, captions)}
+    title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
+    figure, axes = draw.grid(1, 1, title)
+    figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
+    draw.show(axes[0, 0], image)
+    draw.draw_boxes(axes[0, 0], boxes[::-1], captions[::-1], labels[::-1])  # the best on top
+    pictures: dict[str, Picture] = {"": figure}
     if self._options.explain:
       box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
       place = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
@@ -68,22 +71,12 @@ class InstancePredictor:
         found["box_masks"][0][confident].astype(np.float64),
         boxes.astype(np.float64),
         (image.shape[0], image.shape[1]),
-        convention=self._task.model.convention_details.mask_paste,  # as evaluation scores them
+        convention=self._task.paste_convention,  # as evaluation scores them
       )
       for entry, mask in zip(objects, encode_masks(masks), strict=True):
         entry["mask"] = mask
       pictures["masks"] = draw.draw_predicted_masks(image, masks, captions)
     return Prediction({"objects": objects}, pictures, [_as_coco(entry) for entry in objects])
-
-  def _draw(
-    self, image: Image, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str]
-  ) -> Figure:
-    title = f"{len(boxes)} predicted at {self._options.threshold:.0%} or more"
-    figure, axes = draw.grid(1, 1, title)
-    figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
-    draw.show(axes[0, 0], image)
-    draw.draw_boxes(axes[0, 0], boxes[::-1], captions[::-1], labels[::-1])  # the best on top
-    return figure
 
 
 def _as_coco(entry: dict[str, Any]) -> dict[str, Any]:

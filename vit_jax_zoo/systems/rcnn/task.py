@@ -92,6 +92,7 @@ class InstanceDetection(base.Task):
   box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class
   box_detections_per_img: int = 100  # maximum number of detections
   max_candidates: int = 2000  # see `boxes.DetectionLimits`
+  mask_paste: str | None = None  # see `ops.mask_paste`; None: that of the model's convention
   # see `normalize_images`
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
@@ -118,6 +119,11 @@ class InstanceDetection(base.Task):
   def best_metric(self) -> str:
     """COCO's box AP."""
     return "box_ap"
+
+  @property
+  def paste_convention(self) -> str:
+    """Convention of `ops.mask_paste` in evaluation and prediction."""
+    return self.mask_paste or self.model.convention_details.mask_paste
 
   @property
   def weight_files(self) -> Mapping[str, str]:
@@ -241,8 +247,7 @@ class InstanceDetection(base.Task):
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if not self.model.has_masks:
       return DetectionEvaluator(self.num_classes, **fields)
-    convention = self.model.convention_details.mask_paste
-    return InstanceEvaluator(self.num_classes, paste_convention=convention, **fields)
+    return InstanceEvaluator(self.num_classes, paste_convention=self.paste_convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws training images with their boxes."""

@@ -116,16 +116,23 @@ def box_rows(num_convs: int = 4, pool_size: int = 7, prefix: str = "Box_Head") -
       *layer_rows(f"{prefix}.fc2.0", f"{ours}/dense_1", DENSE),
       *norm_rows(f"{prefix}.fc2.1", f"{ours}/dense_1_norm"),
     ]
-  rows = [
-    Row(f"{prefix}.conv1_head.{{l}}.0.weight", f"{ours}/first_{{l}}/kernel", CONVOLUTION),
-    *norm_rows(f"{prefix}.conv1_head.{{l}}.1", f"{ours}/first_{{l}}_norm"),
+  return [
+    *_conv_norm_rows(f"{prefix}.conv1_head.{{l}}", f"{ours}/first_{{l}}"),
     *layer_rows(f"{prefix}.fc", f"{ours}/dense_0", crops),
+    *_sequence_rows(f"{prefix}.convs", ours, num_convs),
   ]
-  for i in range(1, num_convs):
-    place = 3 * (i - 1)  # convolution, norm, ReLU
-    rows.append(Row(f"{prefix}.convs.{place}.weight", f"{ours}/conv_{i}/kernel", CONVOLUTION))
-    rows += norm_rows(f"{prefix}.convs.{place + 1}", f"{ours}/conv_{i}_norm")
-  return rows
+
+
+def _conv_norm_rows(published: str, ours: str, place: int = 0) -> list[Row]:
+  """Rows of a convolution and its norm in a sequence of layers, the convolution at `place`."""
+  conv = Row(f"{published}.{place}.weight", f"{ours}/kernel", CONVOLUTION)
+  return [conv, *norm_rows(f"{published}.{place + 1}", f"{ours}_norm")]
+
+
+def _sequence_rows(published: str, ours: str, end: int) -> list[Row]:
+  """Rows of the convolutions 1 to `end` - 1: sequences of convolution, norm, ReLU."""
+  convs = (_conv_norm_rows(published, f"{ours}/conv_{i}", 3 * (i - 1)) for i in range(1, end))
+  return [row for rows in convs for row in rows]
 
 
 def output_rows() -> list[Row]:
@@ -139,25 +146,14 @@ def output_rows() -> list[Row]:
 
 def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
   """Rows of the adaptive, fused mask head."""
-  places = [(i, 3 * (i - 1)) for i in range(1, num_convs - 1)]  # convolution, norm, ReLU
-  layers = [(f"conv_fcn.{at}", f"conv_fcn.{at + 1}", f"conv_{i}") for i, at in places]
-  layers += [
-    (f"{published}.0", f"{published}.1", name)
-    for published, name in (
-      ("mask_conv1.{l}", "first_{l}"),
-      ("mask_conv4", f"conv_{num_convs - 1}"),
-      ("mask_conv4_fc", "fused_conv_0"),
-      ("mask_conv5_fc", "fused_conv_1"),
-    )
-  ]
-  theirs, ours = "Mask_Head", "mask_head"
-  rows = layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size))
-  for conv, norm, name in layers:
-    rows.append(Row(f"{theirs}.{conv}.weight", f"{ours}/{name}/kernel", CONVOLUTION))
-    rows += norm_rows(f"{theirs}.{norm}", f"{ours}/{name}_norm")
-  classes = background_last(CONVOLUTION)
+  theirs, ours, classes = "Mask_Head", "mask_head", background_last(CONVOLUTION)
   return [
-    *rows,
+    *_conv_norm_rows(f"{theirs}.mask_conv1.{{l}}", f"{ours}/first_{{l}}"),
+    *_sequence_rows(f"{theirs}.conv_fcn", ours, num_convs - 1),
+    *_conv_norm_rows(f"{theirs}.mask_conv4", f"{ours}/conv_{num_convs - 1}"),
+    *_conv_norm_rows(f"{theirs}.mask_conv4_fc", f"{ours}/fused_conv_0"),
+    *_conv_norm_rows(f"{theirs}.mask_conv5_fc", f"{ours}/fused_conv_1"),
+    *layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
     *layer_rows(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
     *layer_rows("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
   ]

@@ -109,6 +109,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a state dict of torchvision."""
   arrays, is_coco = detectron.with_ids(published.arrays, _OUTPUTS)
   fields = infer_fields(arrays, published.path)
+  names = {"class_names": detectron.NAMES} if is_coco else {}
   return Checkpoint(
     source=published.path,
     family="faster_rcnn",
@@ -117,7 +118,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
     fields=fields,
     preprocess=PREPROCESS,
     task="instance_detection",
-    task_fields={"class_names": detectron.NAMES} if is_coco else {},
+    # Models trained here paste exactly: its rule costs 6 % of IoU with objects of 30 pixels.
+    task_fields={"mask_paste": "torchvision", **names},
     ignore=(rf".*\.{COUNTER}",),
     heads=("box_outputs/", "mask_head/logits/"),
   )
