@@ -137,19 +137,14 @@ def build(
   *,
   run_data: RunData | None = None,
 ) -> Experiment:
-  """Builds the objects that a config describes.
+  """Builds the objects that a config, complete or not, describes.
 
   Args:
-    config: complete or not.
+    config: of a run.
     devices: of the mesh; all by default.
-    open_source: opens a source by name, split and options; `data.fake_data.load` to plan a run
-      without its data.
+    open_source: `data.fake_data.load` to plan a run without its data.
     run_data: metadata saved with the run, for an evaluation without training, which then opens the
       training data only if fields of the config depend on more than that.
-
-  Raises:
-    ValueError: the config is invalid.
-    FileNotFoundError: data do not exist.
   """
   config = complete(config)
   check_values(config)

@@ -28,12 +28,7 @@ class Initializer:
   grid: tuple[int, int] | None = None  # height and width of the images in tokens
 
   def __call__(self, fresh: Variables) -> Variables:
-    """Returns the initial variables, given randomly initialised ones.
-
-    Raises:
-      ValueError: weights do not fit.
-      FileNotFoundError: a file or data do not exist.
-    """
+    """Returns the initial variables, given randomly initialised ones."""
     taken = self._init_from(self.init_from, fresh) if self.init_from else fresh
     before = _flatten(fresh)
     missing = [path for path, leaf in _flatten(taken).items() if leaf is before[path]]

@@ -101,10 +101,7 @@ def load_reference(system: str, reference: str) -> Any:
 def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) -> Registry:
   """Returns the registry of one field of all systems, a mapping of names to references.
 
-  Args:
-    kind: a noun for error messages.
-    field: of `System`.
-    core: further entries, "vit_jax_zoo.module:attribute".
+  `kind` is a noun for error messages; `core` has further entries, "vit_jax_zoo.module:attribute".
   """
   entries = dict(core or {})
   for name, system in systems().items():
@@ -130,14 +127,10 @@ def model_classes() -> Registry:
 
 
 def create_model(name: str, **overrides: Any) -> Any:
-  """Returns the Linen module of this name.
+  """Returns the Linen module of this name, of `list_models()` or another library's.
 
-  Args:
-    name: one of `list_models()`, such as "vit_b16"; see `model_name`.
-    **overrides: fields of the model's class, over those of the variant.
-
-  Raises:
-    ValueError: the name or a field is unknown; the message has the nearest known one.
+  `overrides` are fields of the model's class, over those of the variant. ValueError for an unknown
+  name or field, with the nearest known one.
   """
   name = model_name(name)
   family = _family(name)

@@ -36,10 +36,9 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_unchanged(config: ConfigDict, info: DatasetInfo | None, workdir: epath.Path) -> None:
-  """Compares config and classes (unless `info` is None) with those of the run in `workdir`.
+  """Raises ValueError if config or classes differ from those of the run in `workdir`.
 
-  Raises:
-    ValueError: they differ; the message names the fields.
+  `info` is of the training data; None: not compared.
   """
   before, after = _read_config(workdir), as_json(config)
   changed = [] if before is None else _differences(before, after)

@@ -33,12 +33,7 @@ def log_summary(
 ) -> None:
   """Logs a new run's model and data, and writes its config and figures.
 
-  Args:
-    config: complete.
-    program: provides parameter shapes and the task.
-    sources: "train", and those of the evaluations by name.
-    batch: this process's part of the first batch.
-    writer: writes texts and figures.
+  `sources` are "train" and the evaluations', `batch` is this process's part of the first one.
   """
   params = program.abstract_state.params
   table = parameter_overview.get_parameter_overview(params, include_stats=False)

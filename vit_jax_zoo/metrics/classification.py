@@ -37,14 +37,11 @@ class ClassificationEvaluator(Evaluator):
     self.pairs: collections.Counter[tuple[int, int]] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch.
+    """Adds one batch; ValueError if a label is not one of the classes.
 
     Args:
       batch: `label`, int [b] or multi-hot [b k]; optional `mask` [b].
       predictions: `labels` [b r], best first, and `loss` [b].
-
-    Raises:
-      ValueError: a real row's label is not one of the classes.
     """
     labels = np.asarray(batch["label"])
     kept = real_rows(batch, len(labels))
@@ -110,12 +107,9 @@ class ClassificationEvaluator(Evaluator):
 def is_correct(
   labels: Shaped[np.ndarray, "b ..."], predictions: Int[np.ndarray, "b r"]
 ) -> Bool[np.ndarray, "b r"]:
-  """Returns which predictions are correct.
+  """Returns which predictions, class indices, are correct.
 
-  Args:
-    labels: class indices [b], or weights [b k]: any class with the largest weight of its row is
-      correct.
-    predictions: class indices.
+  Labels are class indices [b], or weights [b k], of which any with the largest of its row counts.
   """
   if labels.ndim == 1:
     return labels[:, None] == predictions

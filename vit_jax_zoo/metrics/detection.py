@@ -51,7 +51,7 @@ class DetectionEvaluator(Evaluator):
   images: list[Image] = dataclasses.field(default_factory=list, init=False)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch.
+    """Adds one batch; ValueError for an unknown label.
 
     Args:
       batch: `boxes_cxcywh` [b t 4], relative to the image without padding, `labels` [b t],
@@ -60,9 +60,6 @@ class DetectionEvaluator(Evaluator):
         [b t] of the object's mask in pixels (default: its box's), `image_id` [b] (duplicates count
         once), `mask` [b].
       predictions: `boxes_xyxy` [b q 4] in pixels of the same size, `labels` [b q], `scores` [b q].
-
-    Raises:
-      ValueError: an unknown label.
     """
     self.images += [
       self._image(batch, predictions, int(row)) for row in real_rows(batch, len(batch["image"]))

@@ -79,15 +79,9 @@ class FeatureProbe(abc.ABC):
   def __call__(
     self, fit: Labelled, test: Labelled, held_out: Bool[np.ndarray, " b"] | None = None
   ) -> dict[str, FeatureScore]:
-    """Scores each kind of feature.
+    """Scores each kind of feature; ValueError if there are too few images or classes.
 
-    Args:
-      fit: training images.
-      test: test images.
-      held_out: which of `fit` select hyperparameters and layer; a random tenth by default.
-
-    Raises:
-      ValueError: there are too few images or classes.
+    `held_out` are the images of `fit` that select hyperparameters and layer: by default a tenth.
     """
 
     def score(names: Sequence[str]) -> FeatureScore:
@@ -364,11 +358,7 @@ PROBES: dict[str, type[FeatureProbe]] = {
 
 
 def create_probe(name: str, **fields: Any) -> FeatureProbe:
-  """Returns a probe from its config section.
-
-  Raises:
-    ValueError: an unknown name or field, or an empty one.
-  """
+  """Returns a probe from its config section; ValueError for an unknown or empty field."""
   if name not in PROBES:
     raise ValueError(unknown_name("probe", name, PROBES))
   check_names(f"field of the probe {name!r}", fields, field_names(PROBES[name]))
@@ -382,12 +372,7 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
 def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureProbe]:
   """Returns the probes of a config's evaluations by name.
 
-  Args:
-    evaluations: those with a `fit_split` are probes; `probe` has the name (default: "linear") and
-      fields.
-
-  Raises:
-    ValueError: an invalid field of a probe.
+  Those with a `fit_split` are probes; `probe` has the name (default: "linear") and fields.
   """
   probes = {}
   for name, spec in evaluations.items():
@@ -399,11 +384,7 @@ def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Fea
 
 
 def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
-  """Returns a random tenth of the images, for selection.
-
-  Raises:
-    ValueError: the other images have one class only, or there are too few.
-  """
+  """Returns a random tenth of the images for selection; ValueError if there are too few."""
   held_out = np.random.default_rng(0).permutation(len(labels)) < round(0.1 * len(labels))
   if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
     raise ValueError(
@@ -425,9 +406,6 @@ def around(layers: Sequence[str], best: str, count: int) -> list[str]:
 
   >>> around(["a", "b", "c", "d", "e", "f"], "e", 3), around(["a", "b", "c", "d"], "a", 3)
   (['d', 'e', 'f'], ['a', 'b', 'c'])
-
-  Raises:
-    ValueError: there are fewer layers.
   """
   if len(layers) < count:
     raise ValueError(f"the probe shall concatenate {count} layers, but there are {len(layers)}")

@@ -12,19 +12,14 @@ from jaxtyping import Bool, Int
 def score_rankings(
   ranked: Int[np.ndarray, "n r"], labels: Bool[np.ndarray, "n k"], *, only_its_classes: bool = False
 ) -> dict[str, float]:
-  """Scores rankings of classes.
+  """Returns "accuracy", "top5_accuracy" (of more than five classes), "images", "classes".
+
+  "images" is the number of images with a label, "classes" the number of classes that occur.
 
   Args:
     ranked: classes, the most probable first; all of them with `only_its_classes`.
     labels: correct classes.
     only_its_classes: ignore classes that occur in no label.
-
-  Returns:
-    "accuracy", "top5_accuracy" (with more than five classes), "images" (number with a label) and
-    "classes" (number that occur).
-
-  Raises:
-    ValueError: no image has a label.
   """
   labelled = labels.any(axis=1)
   if not labelled.any():

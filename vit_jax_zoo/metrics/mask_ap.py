@@ -74,7 +74,7 @@ def original_masks(
     batch: `image` [b h w 3], and `image_size` [b 2] with padding.
     predictions: `mask_logits` [b q i j].
     row: index of the example.
-    size: size of the original image.
+    size: of the original image.
   """
   padded = batch["image"].shape[1:3]
   shown = batch["image_size"][row] if "image_size" in batch else padded

@@ -5,9 +5,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Num
 from skimage import metrics
 
 from vit_jax_zoo.metrics.base import Evaluator, real_rows
@@ -15,19 +14,14 @@ from vit_jax_zoo.metrics.base import Evaluator, real_rows
 # BT.601 luma of 8-bit RGB, as MATLAB's rgb2ycbcr has it; without its offset of 16.
 _LUMA = np.array([65.738, 129.057, 25.064]) / 256.0
 
-_WINDOW, _SIGMA = 11, 1.5
-_SKIMAGE_WINDOW = 7
-_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+_WINDOW, _SKIMAGE_WINDOW = 11, 7
 
 
 def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the peak signal-to-noise ratio of luma in dB, as TTSR's code computes it.
 
-  Luma spans 219 levels, the peak is 255, and no border is cropped. Infinite for equal luma.
-
-  Args:
-    image: in [0, 255], rounded for published scores.
-    truth: the ground truth, in [0, 255].
+  Images are in [0, 255], rounded for published scores. Luma spans 219 levels, the peak is 255, and
+  no border is cropped. Infinite for equal luma.
   """
   difference = (np.asarray(image, np.float64) - np.asarray(truth, np.float64)) / 255.0 @ _LUMA
   error = float(np.mean(difference**2))
@@ -37,30 +31,15 @@ def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> 
 def ssim_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the structural similarity of luma (Wang et al., 2004), as TTSR's code computes it.
 
-  Mean over all Gaussian windows (11x11, standard deviation 1.5) inside of the image, which
-  scikit-image's borders are not part of. ValueError if a side has fewer than 11 pixels.
-
-  Args:
-    image: in [0, 255].
-    truth: the ground truth, in [0, 255].
+  Mean over all Gaussian windows (11x11, standard deviation 1.5) inside of the image, whose pixels
+  are in [0, 255]. ValueError if a side has fewer than 11 pixels.
   """
   if min(truth.shape[:2]) < _WINDOW:
     size = f"{truth.shape[0]}x{truth.shape[1]}"
     raise ValueError(f"truth: its size is {size}; SSIM needs at least {_WINDOW}x{_WINDOW} pixels")
   x, y = (np.asarray(pixels, np.float64) @ _LUMA + 16 for pixels in (image, truth))
-  mean_x, mean_y = _blurred(x), _blurred(y)
-  variance_x = _blurred(x**2) - mean_x**2
-  variance_y = _blurred(y**2) - mean_y**2
-  covariance = _blurred(x * y) - mean_x * mean_y
-  luminance = (2 * mean_x * mean_y + _C1) / (mean_x**2 + mean_y**2 + _C1)
-  structure = (2 * covariance + _C2) / (variance_x + variance_y + _C2)
-  return float(np.mean(luminance * structure))
-
-
-def _blurred(x: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h2 w2"]:
-  kernel = cv2.getGaussianKernel(_WINDOW, _SIGMA)
-  margin = _WINDOW // 2
-  return cv2.sepFilter2D(x, -1, kernel, kernel)[margin:-margin, margin:-margin]
+  windows = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+  return float(metrics.structural_similarity(x, y, data_range=255, **windows))
 
 
 SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")

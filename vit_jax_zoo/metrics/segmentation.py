@@ -33,15 +33,12 @@ class SegmentationEvaluator(Evaluator):
     self.confusion = np.zeros((self.num_classes, self.num_classes), np.int64)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch.
+    """Adds one batch; ValueError for maps of different sizes, or an unknown label.
 
     Args:
       batch: `label_map` int [b h w]; optional `image_size` [b 2], height and width without padding,
         and `mask` [b].
       predictions: `label_map` int [b h w].
-
-    Raises:
-      ValueError: maps of different sizes, or an unknown label.
     """
     truths, found = np.asarray(batch["label_map"]), np.asarray(predictions["label_map"])
     if truths.shape != found.shape:

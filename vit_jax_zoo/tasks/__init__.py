@@ -18,15 +18,10 @@ def tasks() -> Registry:
 
 
 def create_task(name: str, model: "Model", **fields: Any) -> "Task":
-  """Returns the task of this name for a model.
+  """Returns the task of this name, one of `tasks()`, for a model.
 
-  Args:
-    name: a key of `tasks()`.
-    model: the model to train, as `create_model` returns it.
-    **fields: the task's own fields, plain values as configs hold them (lists become tuples).
-
-  Raises:
-    ValueError: the task is unknown, or a field is unknown, missing or out of range.
+  `fields` are plain values as configs hold them (lists become tuples). ValueError if the task or a
+  field is unknown, or a field is missing or out of range.
   """
   task_class = tasks()[name]
   check_names(f"field of task {name!r}", fields, [*task_fields(name), "name"])

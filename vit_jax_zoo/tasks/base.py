@@ -146,11 +146,8 @@ class Task(abc.ABC):
   def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
     """Returns variables computed from the training data, such as a palette; none by default.
 
-    Called before the first step of a run, unless `init_from` has every variable; they replace those
-    of `init`. Those of process 0 count.
-
-    Args:
-      batches: this process's part of the run's training batches, without end.
+    Called on this process's training batches, without end, before the first step of a run, unless
+    `init_from` has every variable. They replace those of `init`; those of process 0 count.
     """
     return {}
 
@@ -220,10 +217,9 @@ class Task(abc.ABC):
     return {}
 
   def explain(self, variables: Variables, batch: Batch) -> Any:
-    """Returns intermediates for the batch's first images, a tree of small arrays. Optional.
+    """Returns intermediates for the batch's first images, a tree of small arrays, for drawing.
 
-    Raises:
-      NoExplanation: this task, or this model, has nothing to show.
+    Raises NoExplanation if this task, or this model, has nothing to show.
     """
     raise NoExplanation(f"the task {type(self).__name__} has no attention maps or the like to draw")
 

@@ -7,12 +7,7 @@ from etils import epath
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a temporary file and renames it.
-
-  Args:
-    path: written by one process only.
-    content: text is encoded as UTF-8.
-  """
+  """Writes a file, text as UTF-8, and renames it; by one process only."""
   path = epath.Path(path)
   encoded = content if isinstance(content, bytes) else content.encode()
   unfinished = path.with_name(f"{path.name}.tmp")

@@ -53,9 +53,6 @@ class Checkpointer:
     keep: number of the newest checkpoints to keep, at least 1.
     best_mode: whether a higher ("max") or a lower ("min") score is better.
     read_only: whether saving is an error.
-
-  Attributes:
-    best_score: score of the best variables, also across interruptions; None without any.
   """
 
   def __init__(
@@ -111,8 +108,7 @@ class Checkpointer:
         may differ from the one that saved.
 
     Raises:
-      ValueError: names, shapes or dtypes differ from those saved, which the message lists; or the
-        checkpoint is damaged.
+      ValueError: names, shapes or dtypes differ from those saved, or the checkpoint is damaged.
     """
     step = self.latest_step
     if step is None:
@@ -226,13 +222,11 @@ def restore_variables(
     abstract_variables: `params` and the model's other collections, as arrays or
       `jax.ShapeDtypeStruct`s; each leaf is restored into its dtype and onto its `sharding` (one
       device of this process, if it has none). None gives numpy arrays, as they were saved.
-    left_out: sub-trees by path ("params/head") that are not restored when `abstract_variables` are
-      given.
+    left_out: sub-trees by path ("params/head") that are not restored.
 
   Raises:
     FileNotFoundError: there is no complete checkpoint.
-    ValueError: parameters are missing, unused or of another shape, which the message lists; or the
-      checkpoint is damaged.
+    ValueError: parameters are missing, unused or of another shape, or the checkpoint is damaged.
   """
   directory = find_checkpoint(path)
   advice = functools.partial(_others, directory)

@@ -41,10 +41,8 @@ class EvaluationProgram:
   ) -> Variables:
     """Returns the variables before the first step, each device with its own shards.
 
-    Args:
-      seed: random seed.
-      pretrain: maps the random variables to initial ones of the same names and shapes, on the
-        devices or the host. It must not keep the random ones: they may be donated.
+    `pretrain` maps the random variables to initial ones of the same names and shapes, on the
+    devices or the host. It must not keep the random ones: they may be donated.
     """
     abstract = self.abstract_variables
     init = jax.jit(
@@ -105,8 +103,7 @@ def build_program(
 ) -> Program:
   """Returns the steps of a training run, for a global batch of this shape.
 
-  Raises:
-    ValueError: the batch cannot be split over the mesh, or a rule cannot be applied.
+  Raises ValueError if the batch cannot be split over the mesh, or a rule cannot be applied.
   """
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
   sharding.check_batch_size(batch_size, mesh, options.accumulation_steps)

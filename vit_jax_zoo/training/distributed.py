@@ -23,14 +23,9 @@ def initialize(
 ) -> None:
   """Connects the processes of a run. Call it before JAX initialises its devices.
 
-  JAX detects Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets; elsewhere all three arguments
-  are needed. Without arguments and outside of these, the run has a single process. If one process
-  dies, the others exit with an error within a minute.
-
-  Args:
-    coordinator: "host:port" of process 0.
-    num_processes: number of processes.
-    process_id: index of this process, from 0.
+  JAX detects Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets; elsewhere the coordinator, the
+  "host:port" of process 0, and the other arguments are needed. Without them the run has a single
+  process. If one process dies, the others exit with an error within a minute.
 
   Raises:
     ValueError: only some of the arguments are given, or the coordinator is no "host:port".

@@ -50,16 +50,8 @@ def score_predictions(
 ) -> Report:
   """Returns the scores over a split by the task's evaluator, and figures of them and a batch.
 
-  "skipped_images" is the number of images that could not be read, if there are any.
-
-  Args:
-    variables: to evaluate.
-    task: provides the evaluator and draws the figures.
-    predict_step: compiled.
-    batches: returns this process's part of the split's batches.
-    mesh: devices to predict on.
-    name: of the split, for progress lines.
-    metrics: the scores that are reported; default: all of the task's.
+  "skipped_images" is the number of images that could not be read, if there are any. `batches`
+  returns this process's part; `metrics` are the scores that are reported, by default all.
   """
   evaluator, figures, data = task.evaluator(), {}, batches()
   pairs = predict_batches(predict_step, variables, data, mesh, name, len(data))

@@ -27,22 +27,13 @@ def probe_features(  # noqa: PLR0913 (bound by keyword, once)
 ) -> Report:
   """Fits a probe to the features of one split and scores it on another.
 
-  All features are kept on the host, in float32: images x layers x width numbers.
+  `features_step` is the compiled `task.features`: `layers` [b l d] are probed one by one, others
+  [b d]. All features are kept on the host, in float32: images x layers x width numbers.
 
   Scores: those of the probe, see `metrics.feature_probes`. For features by layer they are those of
   the best layer, "best_layer", selected on a held-out part of the fitted split; further scores are
   the accuracy of each layer, "layer_<i>", and of each other kind of feature, such as "pixels". A
   figure plots accuracy against depth.
-
-  Args:
-    variables: to evaluate.
-    features_step: compiled `task.features`; `layers` [b l d] are probed one by one, others [b d].
-    fit_batches: returns this process's part of the batches to fit to.
-    test_batches: the same for the batches to score.
-    mesh: devices to compute features on.
-    name: of the evaluation, for the log.
-    probe: fitted to the features.
-    views: of each image to score, see `Task.feature_views`.
   """
   fit = collect_features(features_step, variables, fit_batches(), mesh, name)
   test = collect_features(features_step, variables, test_batches(), mesh, name, views)
@@ -77,16 +68,8 @@ def collect_features(
 ) -> Labelled:
   """Returns features and labels of the real rows of all hosts, each once.
 
-  Args:
-    features_step: compiled `task.features`.
-    variables: of the model.
-    batches: this process's part of each, with `label` int [b] and `mask`.
-    mesh: devices to compute on.
-    name: for progress lines.
-    views: number of views of each image, a `view` of the batch; if several, features are [b v d].
-
-  Raises:
-    ValueError: an image has no label, or several.
+  With several `views` of each image, the number is `view` in the batch, and features are [b v d].
+  ValueError if an image has no label, or several.
   """
   labels: list[np.ndarray] = []
   features: dict[str, list[np.ndarray]] = {}

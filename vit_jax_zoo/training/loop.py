@@ -127,11 +127,7 @@ class Loop:
   counters: Callable[[], Mapping[str, float]] = dict  # returns further scalars to log
 
   def run(self, state: TrainState, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
-    """Trains from `state` to the last step.
-
-    Args:
-      state: fresh or restored. It is donated: do not use it afterwards.
-      batches: global arrays; the first one is that of the state's next step.
+    """Trains from `state`, which is donated, to the last step; `batches` begin with the next one.
 
     Raises:
       FloatingPointError: a loss or a parameter was not finite; no later state has been saved.

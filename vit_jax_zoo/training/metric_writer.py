@@ -50,13 +50,10 @@ FLUSH_SECONDS = 30
 
 
 class EventFile:
-  """A TensorBoard event file.
+  """A TensorBoard event file, which replaces the steps from `purge_step` on of earlier ones.
 
-  Args:
-    workdir: its directory.
-    number: number of earlier files: TensorBoard reads files in the order of their names, and two
-      may be created within the same second.
-    purge_step: TensorBoard drops this and later steps of the files before this one.
+  TensorBoard reads files in the order of their names: `number` is that of earlier files, as two may
+  be created within the same second.
   """
 
   def __init__(self, workdir: pathlib.Path, *, number: int, purge_step: int):
@@ -156,11 +153,7 @@ class MetricWriter:
     self._submit(self._write_hparams, traverse_util.flatten_dict(dict(hparams), sep="."))
 
   def flush(self) -> None:
-    """Writes everything to disk, before a checkpoint, so that the log is never behind it.
-
-    Raises:
-      OSError: the disk is full, now or in an earlier write.
-    """
+    """Writes everything to disk, before a checkpoint; raises OSError, also of earlier writes."""
     if not self._enabled:
       return
     futures, self._futures = self._futures, []

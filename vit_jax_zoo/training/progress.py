@@ -48,14 +48,8 @@ def peak_flops(device_kind: str) -> float | None:
 class Progress:
   """Measures and logs the progress of a run; its clock starts at once.
 
-  Args:
-    num_steps: training steps of the whole run.
-    batch_size: examples of a step, over all devices and hosts.
-    start_step: the first step of a resumed run.
-    flops_per_step: floating-point operations of a step, over all devices.
-    devices: `jax.devices()`; their number and kind give the peak that `mfu` is relative to.
-    bar: draw a progress bar; by default, when the standard error stream is a terminal.
-    clock: returns seconds.
+  `batch_size` and `flops_per_step` are over all devices and hosts; `devices` give the peak that
+  `mfu` is relative to. A bar is drawn by default when the standard error stream is a terminal.
   """
 
   def __init__(

@@ -42,12 +42,7 @@ class ShardingRuleError(ValueError):
 def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges the devices (all by default) along the axes `data`, `fsdp` and `model`.
 
-  Args:
-    sizes: devices along each axis, 1 by default; one axis may be -1: the remaining devices.
-    devices: to arrange.
-
-  Raises:
-    ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
+  `sizes` are the devices along each axis, 1 by default; one axis may be -1: the remaining devices.
   """
   devices = jax.devices() if devices is None else devices
   for axis in sizes:
@@ -96,9 +91,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
   """Applies the rules: a tree like `abstract_params` with a PartitionSpec for each parameter.
 
-  Raises:
-    ShardingRuleError: a tuple cannot be applied to a parameter that it matches.
-    ValueError: no rule matches a parameter, or a tuple has too many dimensions.
+  Raises ShardingRuleError if a tuple cannot be applied, ValueError if no rule matches.
   """
   flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
   specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}

@@ -79,11 +79,8 @@ def make_train_step(
 ) -> TrainStep:
   """Returns `train_step(state, batch) -> (state, metrics)`, not yet compiled.
 
-  Args:
-    task: provides the loss.
-    optimizer: of all parameters.
-    accumulation_steps: number of micro-batches of a batch; they are processed one after the other.
-    ema_decay: decay of the moving average of the variables; None: no average.
+  The micro-batches of a batch are processed one after the other; without a decay of the moving
+  average of the variables, there is none.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -124,11 +121,8 @@ def accumulate(grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[
   """Sums gradients, losses and metrics over micro-batches, in a scan.
 
   Losses are divided by the normalizers of the whole batch, so that the sum over micro-batches is
-  the gradient of the whole batch, up to float rounding.
-
-  Args:
-    grad_fn: `(params, model_state, batch, rng) -> ((loss, LossOutput), grads)`.
-    num_micro_batches: 1 returns `grad_fn` itself.
+  the gradient of the whole batch, up to float rounding. `grad_fn` is
+  `(params, model_state, batch, rng) -> ((loss, LossOutput), grads)`.
   """
   if num_micro_batches == 1:
     return grad_fn
