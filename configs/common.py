@@ -118,6 +118,15 @@ def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
   return config
 
 
+def for_few_images(config: ConfigDict) -> ConfigDict:
+  """Sets logs, evaluations, checkpoints and loader for runs of hundreds of steps on own images."""
+  with config.ignore_type():  # of a number of steps to a fraction
+    config.log_every, config.eval_every = 10, 0.05
+    config.checkpoint = {"every": 0.05, "keep": 1, "eval_best_at_end": True}
+    config.data.loader = {"num_workers": 0, "buckets": 3, "on_corrupt": "skip"}
+  return config
+
+
 def _parse_value(where: str, text: str, default: Any) -> Any:
   """Reads a value as the type of the field's default."""
   if isinstance(default, bool):

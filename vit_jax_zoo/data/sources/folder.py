@@ -110,7 +110,10 @@ def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]
   """Returns class names: those given, or those in a text file of one a line or a JSON list."""
   if not isinstance(class_names, str):
     return tuple(class_names or ())
-  text = pathlib.Path(class_names).expanduser().read_text(encoding="utf-8-sig")
+  file = pathlib.Path(class_names).expanduser()
+  if not file.is_file():
+    raise FileNotFoundError(f"class_names: there is no file {file}; expected one name per line")
+  text = file.read_text(encoding="utf-8-sig")
   if text.lstrip().startswith("["):
     return tuple(map(str, json.loads(text)))
   return tuple(line.strip() for line in text.splitlines() if line.strip())

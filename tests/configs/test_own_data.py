@@ -1,0 +1,154 @@
+"""Recipes for users' own images: a few steps on COCO files and label maps of own classes."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from configs import detr, fpt
+from vit_jax_zoo import trainer
+from vit_jax_zoo.builder import build
+from vit_jax_zoo.training.lr_scaling import advise
+
+BACKBONE = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 8}
+LOADER = {"num_workers": 0, "buckets": 1, "on_corrupt": "skip"}
+
+
+def photo(rng):
+  return Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8))
+
+
+def write_coco(root, **sizes):
+  """Writes images with a rectangle each, of the classes "bolt" (2) and "nut" (5)."""
+  rng = np.random.default_rng(0)
+  (root / "annotations").mkdir()
+  for split, size in sizes.items():
+    (root / split).mkdir()
+    images, annotations = [], []
+    for i in range(1, size + 1):
+      photo(rng).save(root / split / f"{i}.png")
+      images.append({"id": i, "file_name": f"{i}.png", "height": 40, "width": 48})
+      annotations.append({
+        "id": i, "image_id": i, "category_id": (2, 5)[i % 2], "bbox": [8, 8, 24, 20],
+        "area": 480, "iscrowd": 0, "segmentation": [[8, 8, 32, 8, 32, 28, 8, 28]],
+      })  # fmt: skip
+    categories = [{"id": 2, "name": "bolt"}, {"id": 5, "name": "nut"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+  return root
+
+
+def write_label_maps(root, values, **sizes):
+  rng = np.random.default_rng(0)
+  for split, size in sizes.items():
+    for folder in ("images", "annotations"):
+      (root / folder / split).mkdir(parents=True)
+    for i in range(size):
+      photo(rng).save(root / "images" / split / f"{i}.png")
+      labels = rng.choice(np.array(values, np.uint8), (40, 48))
+      Image.fromarray(labels).save(root / "annotations" / split / f"{i}.png")
+  (root / "classes.txt").write_text("road\nroof\n")
+  return root
+
+
+def trained(config, workdir, **model):
+  """Trains 2 steps of a small model from random weights; returns the scores and the experiment."""
+  config.update(num_steps=2, num_epochs=None, batch_size=8, eval_batch_size=8, init_from=None)
+  config.data.loader = LOADER
+  config.model.update(model)
+  config.task.backbone_file = None
+  experiment = build(config)
+  assert [name for name in experiment.task.class_names if name != "N/A"] in (
+    ["bolt", "nut"], ["road", "roof"],
+  )  # fmt: skip
+  return trainer.run(config, epath.Path(workdir)).scores
+
+
+def shrunk(transforms):
+  """Sets the images' shorter side to 64 pixels."""
+  for transform in transforms:
+    if transform["name"] in ("random_scale_crop", "resize_shorter"):
+      transform["shorter"] = (64,)
+    if transform["name"] == "random_scale_crop":
+      transform["crop_probability"] = 0.0
+
+
+@pytest.mark.parametrize("system", ["detr", "fpt"])
+def test_own_objects_with_masks(system, tmp_path):
+  root = write_coco(tmp_path, train=9, val=3)
+  text = f"source=coco:{root},masks=true"
+  if system == "detr":
+    config = detr.get_config(f"r50_finetune,{text}")
+    small = dict(width=16, encoder_depth=1, decoder_depth=2, mlp_dim=16, num_queries=5)
+    small["remat"] = "none"
+  else:
+    config = fpt.get_config(f"finetune,{text},neck=fpn,dtype=float32")
+    small = dict(
+      width=8, proposals={"pre_nms_top_n": (20, 20), "post_nms_top_n": (10, 10)},
+      box_head={"width": 16},
+    )  # fmt: skip
+    small["mask_head"] = {"num_convs": 1, "width": 8}
+  for split in (config.data.train, config.data.eval.val):
+    shrunk(split.transforms)
+  scores = trained(config, tmp_path / "run", backbone=BACKBONE, **small)
+  assert {"val/mask_ap", "val/box_ap", "best/val/box_ap"} <= scores.keys()
+  assert any("nut" in name for name in scores)
+
+
+def test_own_label_maps(tmp_path):
+  root = write_label_maps(tmp_path, (0, 255), train=9, val=3)
+  fields = f"values=0+255,class_names={root}/classes.txt"
+  config = fpt.get_config(
+    f"segmentation_finetune,source=segmentation:{root},{fields},neck=ufp,crop=32,dtype=float32"
+  )
+  scores = trained(
+    config, tmp_path / "run", backbone=BACKBONE, width=8, kernel_sizes=(1, 3), auxiliary_head=False
+  )
+  assert 0 <= scores["val/miou"] <= 1
+  assert {"val/iou/road", "val/iou/roof"} <= scores.keys()
+
+
+@pytest.mark.parametrize(("count", "steps"), [(20, 250), (46, 575), (500, 6250)])
+@pytest.mark.parametrize(
+  ("system", "variant"), [(detr, "r50_finetune"), (fpt, "finetune")], ids=["detr", "fpt"]
+)
+def test_few_images_make_a_sensible_run(system, variant, count, steps, tmp_path):
+  root = write_coco(tmp_path, train=count, val=3)
+  config = system.get_config(f"{variant},source=coco:{root}")
+  experiment = build(config.copy_and_resolve_references(), devices=jax.devices()[:1])
+  assert experiment.num_steps == steps
+  assert round(config.eval_every * steps) >= 10
+  warmup = config.optimizer.schedule.warmup_steps * steps
+  assert 10 <= warmup <= steps / 10
+  assert config.log_every <= steps / 20
+  assert advise(config.to_dict()) == []
+
+
+def test_another_batch_scales_the_learning_rate():
+  for system, variant in ((detr, "r50_finetune"), (fpt, "finetune")):
+    few, many = (system.get_config(f"{variant},batch_size={size}") for size in (4, 16))
+    assert many.optimizer.learning_rate > few.optimizer.learning_rate
+    assert [advice.is_warning for advice in advise(many.to_dict())] == [False]
+
+
+def test_classes_of_label_maps(tmp_path):
+  root = write_label_maps(tmp_path, (0, 1), train=8, val=3)
+  config = fpt.get_config(f"segmentation_finetune,source=segmentation:{root}")
+  assert build(config, devices=jax.devices()[:1]).task.class_names == ("road", "roof")
+  (root / "classes.txt").unlink()
+  with pytest.raises(FileNotFoundError, match=r"class_names.*classes\.txt"):
+    build(config, devices=jax.devices()[:1])
+  with pytest.raises(ValueError, match="values='a-3'"):
+    fpt.get_config("segmentation_finetune,source=segmentation:/mine,values=a-3")
+  config = fpt.get_config("segmentation_finetune,source=segmentation:/mine,values=1-3+9")
+  assert config.model.num_classes == config.task.num_classes == 4
+  assert config.data.eval.val.transforms[0]["classes"] == (1, 2, 3, 9)
+
+
+def test_weights_of_the_masks():
+  assert detr.get_config("r50_finetune").init_from == "detr_r50_coco"
+  assert detr.get_config("r50_finetune,masks=true").init_from == "detr_r50_panoptic_coco"
+  assert detr.get_config("r101_dc5_finetune,masks=true").init_from == "detr_r101_dc5_coco"
