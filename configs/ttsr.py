@@ -112,7 +112,7 @@ def cufed(
     extractor 1e-5, batch 9, crops of 160 pixels; flips and quarter turns, independent for picture
     and reference. Two epochs with the reconstruction loss alone, then fifty with perceptual (1e-2),
     transferal perceptual (1e-2) and adversarial loss (1e-3: Wasserstein with gradient penalty; the
-    critic has Adam (0, 0.9), rate 1e-4, and moves twice in a step).
+    discriminator has Adam (0, 0.9), rate 1e-4, and moves twice in a step).
   Data: CUFED's 11,871 pairs and CUFED5's 126 pictures, laid out as the paper's code wants them:
     train/input, train/ref, test/CUFED5. Each evaluation is a protocol: `cufed5_level1` has the most
     similar reference, as the released code; `cufed5_stitched` all five, as the paper's table.
@@ -132,9 +132,9 @@ def cufed(
     transferal_weight=1e-2,
     adversarial_weight=1e-3,
     begin_step=2 * STEPS_PER_EPOCH,
-    critic_updates=2,
+    discriminator_updates=2,
   )
-  config.optimizer.critic = {**ADAM, "b1": 0.0, "b2": 0.9}
+  config.optimizer.discriminator = {**ADAM, "b1": 0.0, "b2": 0.9}
   return config
 
 

@@ -66,18 +66,18 @@ def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatc
     trainer.run(config, epath.Path(tmp_path / "run"), trainer.RunOptions())
 
 
-def test_a_game_starts_from_a_run_without_a_critic_and_the_reverse(released):
+def test_a_game_starts_from_a_run_without_a_discriminator_and_the_reverse(released):
   _, params = released
   game, alone = fresh_variables(GAME), fresh_variables(REC)
-  critic = jax.tree.map(np.asarray, game["params"]["critic"])
-  played = {"params": {"generator": params, "critic": critic}}
+  discriminator = jax.tree.map(np.asarray, game["params"]["discriminator"])
+  played = {"params": {"generator": params, "discriminator": discriminator}}
   for source, target in (({"params": {"generator": params}}, game), (played, alone)):
     found = weights.adapt(source, target, "the run", optional=GAME.train_only_collections)
     assert found.keys() == target.keys()
     assert same(found["params"]["generator"], params)
     others = {part: tree for part, tree in target["params"].items() if part != "generator"}
     assert same({part: found["params"][part] for part in others}, others)
-  with pytest.raises(ValueError, match="critic/score/bias has no place"):
+  with pytest.raises(ValueError, match="discriminator/score/bias has no place"):
     weights.adapt(played, alone, "the run")
 
 

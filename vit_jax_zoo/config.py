@@ -17,6 +17,7 @@ from ml_collections.config_dict import placeholder
 
 from vit_jax_zoo.data.pipeline import LOADER_FIELDS
 from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.registry import systems
 from vit_jax_zoo.training.optim import optimizer_fields
 
 
@@ -99,8 +100,8 @@ RENAMED = (
   ("model.proposals.after_nms", "post_nms_top_n"),
   ("model.proposals.nms_threshold", "nms_thresh"),
 )
-"""Patterns of the paths of renamed fields, and their new names. Saved runs are read with the new
-names; config files and flags with an old one are refused with the new one."""
+"""Patterns of the paths of renamed fields, and their new names; systems have more. Saved runs are
+read with the new names; config files and flags with an old one are refused with the new one."""
 
 REMOVED = {
   "model.pre_norm": False,
@@ -265,10 +266,16 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
       section[key] = placeholder(object)
 
 
+def _new_name(path: str) -> str | None:
+  """Returns the new name of the field that had this path, None if it was not renamed."""
+  of_systems = (pair for system in systems().values() for pair in system.renamed_fields)
+  renamed = (new for old, new in (*RENAMED, *of_systems) if fnmatch.fnmatch(path, old))
+  return next(renamed, None)
+
+
 def _check_not_renamed(path: str, shown: str) -> None:
-  for pattern, new in RENAMED:
-    if fnmatch.fnmatch(path, pattern):
-      raise ValueError(f"{shown} is now {shown.rpartition('.')[0]}.{new}")
+  if new := _new_name(path):
+    raise ValueError(f"{shown} is now {shown.rpartition('.')[0]}.{new}")
 
 
 def _check_not_of_groups(config: ConfigDict, path: str) -> None:
@@ -287,7 +294,7 @@ def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
       if value != REMOVED[name]:
         raise ValueError(f"config.{name}: {value!r} is no longer supported; this field was removed")
       continue
-    new = next((new for pattern, new in RENAMED if fnmatch.fnmatch(name, pattern)), key)
+    new = _new_name(name) or key
     found[new] = rename_fields(value, f"{name}.") if isinstance(value, dict) else value
   return found
 

@@ -81,6 +81,8 @@ class System:
   necks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of detectors: name -> class
   several_inputs: tuple[str, ...] = ()  # families of models with inputs besides images
   parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
+  # Patterns of the paths of renamed config fields, and their new names.
+  renamed_fields: tuple[tuple[str, str], ...] = ()
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Recipes for users' own images: a few steps on COCO files and label maps of own classes."""
 
+import functools
 import json
 
 import jax
@@ -54,13 +55,18 @@ def write_label_maps(root, values, **sizes):
   return root
 
 
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+  monkeypatch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
+
+
 def trained(config, workdir, **model):
   """Trains 2 steps of a small model from random weights; returns the scores and the experiment."""
-  config.update(num_steps=2, num_epochs=None, batch_size=8, eval_batch_size=8, init_from=None)
+  config.update(num_steps=2, num_epochs=None, batch_size=2, eval_batch_size=2, init_from=None)
   config.data.loader = LOADER
   config.model.update(model)
   config.task.backbone_file = None
-  experiment = build(config)
+  experiment = trainer.build(config)
   assert [name for name in experiment.task.class_names if name != "N/A"] in (
     ["bolt", "nut"], ["road", "roof"],
   )  # fmt: skip
@@ -78,7 +84,7 @@ def shrunk(transforms):
 
 @pytest.mark.parametrize("system", ["detr", "fpt"])
 def test_own_objects_with_masks(system, tmp_path):
-  root = write_coco(tmp_path, train=9, val=3)
+  root = write_coco(tmp_path, train=5, val=3)
   text = f"source=coco:{root},masks=true"
   if system == "detr":
     config = detr.get_config(f"r50_finetune,{text}")
@@ -99,7 +105,7 @@ def test_own_objects_with_masks(system, tmp_path):
 
 
 def test_own_label_maps(tmp_path):
-  root = write_label_maps(tmp_path, (0, 255), train=9, val=3)
+  root = write_label_maps(tmp_path, (0, 255), train=5, val=3)
   fields = f"values=0+255,class_names={root}/classes.txt"
   config = fpt.get_config(
     f"segmentation_finetune,source=segmentation:{root},{fields},neck=ufp,crop=32,dtype=float32"

@@ -83,7 +83,7 @@ def test_a_flag_that_sets_the_batch_is_noticed_for_every_optimizer_group():
   found = said(config)
   assert {a.text.split("--config.")[1].split("=")[0] for a in found} == {
     "optimizer.generator.learning_rate",
-    "optimizer.critic.learning_rate",
+    "optimizer.discriminator.learning_rate",
   }
   config = igpt.get_config("s_imagenet")
   config.batch_size = 8

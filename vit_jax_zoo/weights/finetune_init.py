@@ -52,8 +52,8 @@ def adapt(
     source_grid: grid of the source's position table: 36 rows may be 6 x 6 or 4 x 9.
     grid: grid of the model's table. If either grid is unknown, tables of equal length are copied,
       and a table to be resized is assumed to be square.
-    optional: sub-trees, such as "params/critic", that may exist in one of the two only: the model's
-      keeps its value from `variables`, the source's is ignored.
+    optional: sub-trees, such as "params/discriminator", that may exist in one of the two only: the
+      model's keeps its value from `variables`, the source's is ignored.
 
   Raises:
     ValueError: one line with the first missing, unused or misshapen array; or a position table

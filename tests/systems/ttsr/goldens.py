@@ -1,50 +1,61 @@
-"""For the official TTSR's goldens: a narrow critic and VGG-19, and their weights in our layout."""
+"""Narrow discriminator and VGG-19 of the official TTSR's goldens, their weights in our layout."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from tests.conftest import golden_folder
+from vit_jax_zoo import weights
 from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import key_map
 
 NARROW = {
-  "critic_widths": (2, 4, 8, 16, 32),
-  "critic_hidden": 64,
+  "discriminator_widths": (2, 4, 8, 16, 32),
+  "discriminator_hidden": 64,
   "perceptual_widths": (4, 8, 16, 32, 32),
 }
 WEIGHTS = {"perceptual_weight": 1e-2, "transferal_weight": 1e-2, "adversarial_weight": 1e-3}
 TINY = TTSR(width=8, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8))
 
 
+FILE = golden_folder("ttsr_a") / "weights.safetensors"
+
+
+def load_golden_model(**fields):
+  """Returns the model of the official weights, and its variables."""
+  loaded = weights.load_pretrained(str(FILE), **fields)
+  return loaded.model, loaded.variables
+
+
 def nhwc(array):
   return jnp.asarray(np.moveaxis(array, 1, -1))
 
 
-def critic_params(weights, side):
-  """The official critic's; it flattens channels first, ours last."""
+def discriminator_params(arrays, side):
+  """The official discriminator's; it flattens channels first, ours last."""
   params = {}
   for i in range(1, 11):
     name = f"conv{(i + 1) // 2}_{2 - i % 2}"
-    kernel = weights[f"discriminator.conv{i}.weight"].transpose(2, 3, 1, 0)
-    params[name] = {"kernel": kernel, "bias": weights[f"discriminator.conv{i}.bias"]}
-  hidden = weights["discriminator.fc1.weight"]
+    kernel = arrays[f"discriminator.conv{i}.weight"].transpose(2, 3, 1, 0)
+    params[name] = {"kernel": kernel, "bias": arrays[f"discriminator.conv{i}.bias"]}
+  hidden = arrays["discriminator.fc1.weight"]
   hidden = (
     hidden.reshape(len(hidden), -1, side, side).transpose(2, 3, 1, 0).reshape(-1, len(hidden))
   )
-  params["hidden"] = {"kernel": hidden, "bias": weights["discriminator.fc1.bias"]}
-  score = weights["discriminator.fc2.weight"].T
-  params["score"] = {"kernel": score, "bias": weights["discriminator.fc2.bias"]}
+  params["hidden"] = {"kernel": hidden, "bias": arrays["discriminator.fc1.bias"]}
+  score = arrays["discriminator.fc2.weight"].T
+  params["score"] = {"kernel": score, "bias": arrays["discriminator.fc2.bias"]}
   return jax.tree.map(jnp.asarray, params)
 
 
-def vgg_params(weights):
+def vgg_params(arrays):
   """The official VGG-19's, by torchvision's names."""
   published = {
     key.replace("vgg19.slice1", "features"): array
-    for key, array in weights.items()
+    for key, array in arrays.items()
     if key.startswith("vgg19.slice1")
   }
   task = SuperResolution(TINY, **NARROW)

@@ -6,33 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
+from tests.systems.ttsr.goldens import load_golden_model, nhwc
 from vit_jax_zoo.registry import create_model
-from vit_jax_zoo.systems.ttsr import weights as ttsr_pt
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.search import find_matches
-from vit_jax_zoo.weights import WeightsError
 
 TINY = {"width": 8, "depths": (1, 1, 1, 1), "texture_widths": (4, 6, 8)}
 PICTURES = ("lr", "lrsr", "ref", "refsr")
 
 
-def nhwc(array):
-  return jnp.asarray(np.moveaxis(array, 1, -1))
-
-
-def golden_weights():
-  return load_file(golden_folder("ttsr_a") / "weights.safetensors")
-
-
 @functools.cache
 def golden_run(dtype="float32", scan_layers=False):
   inputs = np.load(golden_folder("ttsr_a") / "inputs.npz")
-  model, variables = ttsr_pt.from_published(
-    golden_weights(), dtype=dtype, scan_layers=scan_layers, block_size=(50, 37)
-  )
+  model, variables = load_golden_model(dtype=dtype, scan_layers=scan_layers, block_size=(50, 37))
   apply = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
   return apply(variables, *(nhwc(inputs[name]) for name in PICTURES))
 
@@ -68,7 +56,7 @@ def test_half_precision_takes_the_same_patches(load_golden):
   assert out["image"].dtype == jnp.float32
   np.testing.assert_allclose(np.moveaxis(out["image"], -1, 1), expected["sr"], atol=0.05)
   # With features of half precision, too, other patches would be taken.
-  model, variables = ttsr_pt.from_published(golden_weights(), dtype="bfloat16")
+  model, variables = load_golden_model(dtype="bfloat16")
   queries, references = (
     model.apply(variables, nhwc(inputs[name]), method="textures")[2] for name in ("lrsr", "refsr")
   )
@@ -119,26 +107,6 @@ def test_published_parameter_counts():
   assert count_parameters(create_model("ttsr")) == 6_729_615 - constants
   assert count_parameters(create_model("ttsr", scan_layers=True)) == 6_729_615 - constants
   assert count_parameters(create_model("ttsr_tiny")) == 755_199 - constants
-
-
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_the_state_dict_survives_a_round_trip(scan_layers):
-  published = golden_weights()
-  _, variables = ttsr_pt.from_published(published, scan_layers=scan_layers)
-  again = ttsr_pt.to_published(variables["params"])
-  assert again.keys() == published.keys()
-  for key, array in published.items():
-    np.testing.assert_array_equal(again[key], array, err_msg=key)
-
-
-def test_wrong_files_are_told_in_one_line():
-  published = golden_weights()
-  with pytest.raises(WeightsError, match=r"x\.pt: no 'MainNet.*TTSR"):
-    ttsr_pt.from_published({}, source="x.pt")
-  del published["MainNet.conv12.bias"]
-  published["surprise"] = np.zeros(3, np.float32)
-  with pytest.raises(WeightsError, match=r"missing: up2/bias .*; unused: surprise \(3,\)"):
-    ttsr_pt.from_published(published)
 
 
 @pytest.mark.parametrize(

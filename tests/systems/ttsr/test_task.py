@@ -15,7 +15,7 @@ from tests.systems.ttsr.goldens import (
   NARROW,
   TINY,
   WEIGHTS,
-  critic_params,
+  discriminator_params,
   nhwc,
   vgg_params,
 )
@@ -74,17 +74,19 @@ class Drawn(SuperResolution):
     return self.epsilon
 
 
-def test_critic_and_gradient_penalty_golden():
+def test_discriminator_and_gradient_penalty_golden():
   weights, inputs, outputs = fn_fixture()
-  params, made, real = critic_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  params, made, real = discriminator_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
   epsilon = jnp.asarray(inputs["gp_epsilon"][0].reshape(-1))
   task = Drawn(TINY, adversarial_weight=1.0, epsilon=epsilon, **NARROW)
   batch = {"image": (real + 1) * 127.5}
-  context = LossContext(jax.random.key(0), jnp.int32(0), {}, "critic", made)
+  context = LossContext(jax.random.key(0), jnp.int32(0), {}, "discriminator", made)
 
   def terms(params):
-    losses, metrics = task._critic_terms({"params": {"critic": params}}, batch, context)
-    difference, penalty = metrics["critic_difference"][0], metrics["gradient_penalty"][0]
+    losses, metrics = task._discriminator_terms(
+      {"params": {"discriminator": params}}, batch, context
+    )
+    difference, penalty = metrics["score_difference"][0], metrics["gradient_penalty"][0]
     scores = task._discriminator.apply({"params": params}, made)
     return jnp.mean(losses), (difference, penalty, scores)
 
@@ -162,13 +164,17 @@ def test_reconstruction_alone_has_one_optim_group_and_no_vgg():
 
 def test_all_losses_have_two_optim_groups():
   task = create_task("super_resolution", TINY, **WEIGHTS, begin_step=7)
-  critic, generator = task.optim_groups
-  assert (critic.name, critic.updates, critic.begin_step) == ("critic", 2, 7)
+  discriminator, generator = task.optim_groups
+  assert (discriminator.name, discriminator.updates, discriminator.begin_step) == (
+    "discriminator",
+    2,
+    7,
+  )
   assert (generator.name, generator.updates, generator.begin_step) == ("generator", 1, 0)
   batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch(1).items()}
   shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
   assert set(shapes) == {"params", "vgg"}
-  assert set(shapes["params"]) == {"generator", "critic"}
+  assert set(shapes["params"]) == {"generator", "discriminator"}
 
 
 class Counting(SuperResolution):
@@ -176,9 +182,9 @@ class Counting(SuperResolution):
 
   made: ClassVar[list[bool]] = []
 
-  def _generate(self, params, batch, *, train=False):
-    self.made.append(train)
-    return super()._generate(params, batch, train=train)
+  def _generate(self, params, batch):
+    self.made.append(True)
+    return super()._generate(params, batch)
 
 
 def test_two_discriminator_updates_share_the_generated_images():
@@ -188,14 +194,14 @@ def test_two_discriminator_updates_share_the_generated_images():
   program = build_program(
     task,
     abstract_batch_of(batch, len(batch["image"])),
-    TrainingOptions({"generator": sgd, "critic": sgd}, num_steps=2),
+    TrainingOptions({"generator": sgd, "discriminator": sgd}, num_steps=2),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=SHARDING_RULES,
   )
   with jax.set_mesh(program.mesh):
     jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
-  assert task.critic_updates == 2
-  assert Counting.made == [True, True]  # for the critic, and for the generator's own loss
+  assert task.discriminator_updates == 2
+  assert Counting.made == [True, True]  # for the discriminator, and for the generator's own loss
 
 
 def test_published_sizes_of_discriminator_and_vgg():
@@ -255,7 +261,7 @@ def test_pixels_are_rounded_as_the_official_code_does():
   [
     ({"perceptual_weight": -1.0}, "perceptual_weight"),
     ({"begin_step": -1}, "begin_step"),
-    ({"critic_updates": 0}, "critic_updates"),
+    ({"discriminator_updates": 0}, "discriminator_updates"),
   ],
 )
 def test_fields_out_of_range(fields, message):

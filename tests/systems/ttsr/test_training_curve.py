@@ -10,13 +10,20 @@ from flax import traverse_util
 from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
-from tests.systems.ttsr.goldens import NARROW, WEIGHTS, critic_params, vgg_params
-from vit_jax_zoo.systems.ttsr import weights as ttsr_pt
+from tests.systems.ttsr.goldens import (
+  NARROW,
+  WEIGHTS,
+  discriminator_params,
+  load_golden_model,
+  vgg_params,
+)
 from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
+from vit_jax_zoo.systems.ttsr.weights import TABLE
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.training.train_step import create_state
+from vit_jax_zoo.weights import key_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Replay(SuperResolution):
 
 
 def replay_keys(rng, steps, updates):
-  """The keys that the train step gives to the critic, player 0."""
+  """The keys that the train step gives to the discriminator, player 0."""
   keys = []
   for step in steps:
     player = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), 0)
@@ -53,8 +60,7 @@ def curve_batch(inputs, index):
 
 
 def curve_program(config, inputs, seed):
-  weights = load_file(golden_folder("ttsr_a") / "weights.safetensors")
-  model, variables = ttsr_pt.from_published(weights)
+  model, variables = load_golden_model()
   extra = load_file(golden_folder("train_ttsr_a") / "extra.safetensors")
   begin = config["phases"]["all_losses_steps"][0]
   rng = jax.random.key_data(jax.random.split(jax.random.key(seed))[1])
@@ -72,14 +78,14 @@ def curve_program(config, inputs, seed):
     task,
     abstract_batch_of(curve_batch(inputs, 0), config["batch"]),
     TrainingOptions(
-      {"generator": {**adam, "rules": slower}, "critic": {**adam, "b1": 0.0, "b2": 0.9}},
+      {"generator": {**adam, "rules": slower}, "discriminator": {**adam, "b1": 0.0, "b2": 0.9}},
       num_steps=config["steps"],
     ),
     mesh=sharding.create_mesh({"data": 1}, jax.devices()[:1]),
     rules=SHARDING_RULES,
   )  # fmt: skip
   start = {
-    "params": {"generator": variables["params"], "critic": critic_params(extra, 1)},
+    "params": {"generator": variables["params"], "discriminator": discriminator_params(extra, 1)},
     "vgg": vgg_params(extra),
   }
   return program, jax.tree.map(np.array, start)  # on the host: the step takes its state's memory
@@ -126,18 +132,23 @@ def test_training_curve(load_golden):
     np.testing.assert_allclose(
       weight * values[10:], expected[f"term/{theirs}_loss"], atol=2e-5, rtol=5e-3, err_msg=name
     )
-  # The slope whose length the critic's loss punishes jumps where a leaky ReLU bends, and the Adam
-  # of either player moves each number by about its learning rate, however small the gradient. So
+  # The slope whose length the discriminator's loss punishes jumps where a leaky ReLU bends, and
+  # Adam moves each number by about its learning rate, however small the gradient. So
   # weights that differ by 1e-7 of themselves, as do two orders of summation, move these norms by up
   # to 9, 9, 2, 20 and 1 % (jax 0.10, 27 draws); XLA's next release comes out as one of those draws
-  # did. Of one state, `test_critic_and_gradient_penalty_golden` asks 1e-4.
-  critic_norms = np.array([m["critic_gradient_norm"] for m in found[10:]])
-  miss = np.abs(critic_norms / expected["critic_grad_norm"][:, 1] - 1)
+  # did. Of one state, `test_discriminator_and_gradient_penalty_golden` asks 1e-4.
+  discriminator_norms = np.array([m["discriminator_gradient_norm"] for m in found[10:]])
+  miss = np.abs(discriminator_norms / expected["critic_grad_norm"][:, 1] - 1)
   np.testing.assert_array_less(miss, [0.15, 0.15, 0.05, 0.35, 0.05])
 
 
 def flat(params):
   return traverse_util.flatten_dict(params, sep="/")
+
+
+def published(params):
+  """The arrays under the official code's keys."""
+  return key_map.write(key_map.unroll({k: np.asarray(x) for k, x in flat(params).items()}), TABLE)
 
 
 def moved_alike(start, ours, theirs, tolerance):
@@ -148,18 +159,20 @@ def moved_alike(start, ours, theirs, tolerance):
 def test_updates_of_both_players(load_golden):
   _, _, expected = load_golden("train_ttsr_a")
   _, params, model_state, start = curve()
-  before = ttsr_pt.to_published(start["params"]["generator"])
+  before = published(start["params"]["generator"])
   for prefix, step in (("param_after_rec/", 9), ("param/", 14)):
-    after = ttsr_pt.to_published(params[step]["generator"])
+    after = published(params[step]["generator"])
     keys = [key for key in expected if key.startswith(prefix)]
     assert len(keys) == 5
     for key in keys:
       name = key.removeprefix(prefix)
       assert moved_alike(before[name], after[name], expected[key], 5e-2), key
-  # The critic and VGG-19 stand still in the first phase; VGG-19 does for ever.
-  jax.tree.map(np.testing.assert_array_equal, params[9]["critic"], start["params"]["critic"])
+  # The discriminator and VGG-19 stand still in the first phase; VGG-19 does for ever.
+  jax.tree.map(
+    np.testing.assert_array_equal, params[9]["discriminator"], start["params"]["discriminator"]
+  )
   jax.tree.map(np.testing.assert_array_equal, model_state["vgg"], start["vgg"])
-  ours, old = flat(params[14]["critic"]), flat(start["params"]["critic"])
+  ours, old = flat(params[14]["discriminator"]), flat(start["params"]["discriminator"])
   for path, key, axes in (
     ("conv3_2/kernel", "conv6.weight", (3, 2, 0, 1)),
     ("conv5_2/bias", "conv10.bias", (0,)),
@@ -176,7 +189,7 @@ def test_hard_attention_along_the_curve(load_golden):
   """What the trained network looks up is what the official one looks up."""
   _, inputs, expected = load_golden("train_ttsr_a")
   _, params, *_ = curve()
-  model, _ = ttsr_pt.from_published(load_file(golden_folder("ttsr_a") / "weights.safetensors"))
+  model, _ = load_golden_model()
   predict = jax.jit(SuperResolution(model).predict)
   for step in (9, 13):  # the state after a step is the one that the next step looks up with
     found = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import golden_folder
@@ -18,8 +19,8 @@ from vit_jax_zoo.weights.load import flatten_variables
 
 FILE = golden_folder("ttsr_a") / "weights.safetensors"
 NARROW = {
-  "critic_widths": (2, 4, 8, 16, 32),
-  "critic_hidden": 64,
+  "discriminator_widths": (2, 4, 8, 16, 32),
+  "discriminator_hidden": 64,
   "perceptual_widths": (4, 8, 8, 8, 8),
 }
 TINY = TTSR(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
@@ -50,7 +51,7 @@ def test_export_of_import_is_the_file(tmp_path, scan_layers):
   for prefix in ("", "generator/"):  # alone, and as a run of ours has it
     variables = {prefix + k: x for k, x in unroll(flat).items()}
     if prefix:
-      variables["critic/score/kernel"] = np.zeros((2, 1), np.float32)
+      variables["discriminator/score/kernel"] = np.zeros((2, 1), np.float32)
     path = str(tmp_path / "TTSR.safetensors")
     formats.write_checkpoint(
       path, "pt", Export("ttsr", pretrained.model, variables, pretrained.preprocess)
@@ -74,15 +75,18 @@ def test_a_game_starts_from_a_published_generator(loaded):
     strict=True,
   ):
     np.testing.assert_array_equal(ours, theirs)
-  assert not any(np.any(x) for x in jax.tree.leaves((after["params"]["critic"], after["vgg"])))
+  assert not any(
+    np.any(x) for x in jax.tree.leaves((after["params"]["discriminator"], after["vgg"]))
+  )
 
 
 def test_a_file_that_does_not_fit(tmp_path):
   arrays = load_file(FILE)
   del arrays["MainNet.conv12.bias"]
+  arrays["surprise"] = np.zeros(3, np.float32)
   path = tmp_path / "TTSR.safetensors"
   save_file(arrays, path)
-  with pytest.raises(WeightsError, match="up2/bias"):
+  with pytest.raises(WeightsError, match=r"missing: up2/bias .*; unused: surprise \(3,\)"):
     weights.load_pretrained(str(path))
   del arrays["MainNet.merge_tail.conv13.weight"], arrays["LTE.slice1.0.weight"]
   save_file(arrays, path)
@@ -103,19 +107,21 @@ def vgg():
 
 
 def write_vgg(path, params, **more):
-  arrays = vgg_torchvision.to_published(params)
-  save_file({k: np.ascontiguousarray(v) for k, v in (arrays | more).items()}, path)
+  flat = {f"vgg/{k}": v for k, v in traverse_util.flatten_dict(params, sep="/").items()}
+  vgg_torchvision.write_checkpoint(
+    str(path), Export("ttsr", None, flat, weights.Preprocess((8, 8)))
+  )
+  save_file(load_file(path) | more, path)
   return str(path)
 
 
 def test_vgg_both_ways(tmp_path, vgg):
-  published = vgg_torchvision.to_published(vgg)
+  path = write_vgg(tmp_path / "vgg.safetensors", vgg)
+  published = load_file(path)
   kernels = [f"features.{i}.weight" for i in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)]
   assert [
     k for k in sorted(published, key=lambda k: int(k.split(".")[1])) if "weight" in k
   ] == kernels
-  path = str(tmp_path / "vgg.safetensors")
-  vgg_torchvision.write_vgg(path, vgg)
   again = weights.load_parts({"vgg": path}, {"vgg": vgg})["vgg"]
   assert jax.tree.all(jax.tree.map(np.array_equal, again, vgg))
 

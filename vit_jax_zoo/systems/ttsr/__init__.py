@@ -17,4 +17,11 @@ SYSTEM = System(
     "params/generator/extractor": "weights_vgg:read_vgg",
   },
   several_inputs=("ttsr",),
+  renamed_fields=(
+    ("task.critic_updates", "discriminator_updates"),
+    ("task.critic_widths", "discriminator_widths"),
+    ("task.critic_hidden", "discriminator_hidden"),
+    ("optimizer.critic", "discriminator"),
+    ("recipe.learning_rates.critic", "discriminator"),
+  ),
 )

@@ -1,6 +1,5 @@
 """TTSR's losses (arXiv:2006.04139, 3.3), per example, and the networks that they use."""
 
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -26,16 +25,13 @@ def wasserstein_loss(
   truths: Float[Array, "b h w c"],
   epsilon: Float[Array, " b"],
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-  """Returns the two terms of the discriminator's loss: WGAN-GP, arXiv:1704.00028, Eq. 3.
+  """Returns score(image) - score(truth) and (|gradient| - 1)^2: WGAN-GP, arXiv:1704.00028, Eq. 3.
 
   Args:
     score: the discriminator; each score depends on its own image alone.
     images: of the generator.
     truths: of the data.
     epsilon: weight of the truth in the mixture at which the gradient is penalised.
-
-  Returns:
-    For each example score(image) - score(truth), and (|gradient| - 1)^2.
   """
   share = epsilon.reshape(-1, 1, 1, 1)
   mixed = images * (1 - share) + truths * share
@@ -55,11 +51,9 @@ def perceptual_loss(
 def transferal_loss(
   features: Sequence[Float[Array, "b ..."]], textures: Sequence[Float[Array, "b ..."]]
 ) -> Float[Array, " b"]:
-  """Returns the mean squared difference from the transferred textures, averaged over levels.
+  """Returns the mean squared difference of the output's features from the transferred textures.
 
-  Args:
-    features: of the output, by the texture extractor; the coarsest level first.
-    textures: transferred maps, in the same order.
+  Features are of the texture extractor, the coarsest level first; the mean is over levels.
   """
   levels = [
     _mean((feature.astype(jnp.float32) - texture.astype(jnp.float32)) ** 2)
@@ -73,18 +67,10 @@ def _mean(values: Float[Array, "b ..."]) -> Float[Array, " b"]:
 
 
 class Conv(nn.Module):
-  """Convolution with PyTorch's initialisation and padding; sides become ceil(side / stride).
-
-  Attributes:
-    features: output channels.
-    kernel_size: side of the kernel, odd; half of it is padded with zeros on all sides.
-    stride: stride along both axes.
-    dtype: dtype of the computation.
-    precision: precision of the products on devices with several.
-  """
+  """Convolution with PyTorch's initialisation and padding; sides become ceil(side / stride)."""
 
   features: int
-  kernel_size: int = 3
+  kernel_size: int = 3  # odd; half of it is padded with zeros on all sides
   stride: int = 1
   dtype: Dtype = "float32"
   precision: PrecisionLike = None
@@ -92,22 +78,13 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
     """Convolves `x`."""
-    pad = self.kernel_size // 2
-    init = pytorch_uniform(self.kernel_size**2 * x.shape[-1])
-    kernel = self.param(
-      "kernel", init, (self.kernel_size, self.kernel_size, x.shape[-1], self.features), "float32"
-    )
-    bias = self.param("bias", init, (self.features,), "float32")
-    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-    x = jax.lax.conv_general_dilated(
-      x,
-      kernel,
-      (self.stride, self.stride),
-      ((pad, pad), (pad, pad)),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-      precision=self.precision,
-    )
-    return x + bias.reshape(1, 1, 1, -1)
+    init, side = pytorch_uniform(self.kernel_size**2 * x.shape[-1]), self.kernel_size
+    conv = nn.Conv(
+      self.features, (side, side), self.stride, side // 2,
+      kernel_init=init, bias_init=init, dtype=self.dtype, precision=self.precision,
+    )  # fmt: skip
+    nn.share_scope(self, conv)
+    return conv(x)
 
 
 class Discriminator(nn.Module):
@@ -115,16 +92,10 @@ class Discriminator(nn.Module):
 
   The gradient penalty excludes batch norms (arXiv:1704.00028, section 4). The first dense layer
   fixes the size of the images.
-
-  Attributes:
-    widths: channels of each pair (the paper's; the tests have fewer).
-    hidden: units of the dense layer before the last.
-    dtype: of the computation.
   """
 
-  widths: Sequence[int] = (32, 64, 128, 256, 512)
-  hidden: int = 1024
-  dtype: Dtype = "float32"
+  widths: Sequence[int] = (32, 64, 128, 256, 512)  # channels of each pair
+  hidden: int = 1024  # units of the dense layer before the last
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
@@ -132,15 +103,14 @@ class Discriminator(nn.Module):
     x = images
     for index, width in enumerate(self.widths, 1):
       for stride in (1, 2):
-        conv = Conv(width, stride=stride, dtype=self.dtype, name=f"conv{index}_{stride}")
-        x = nn.leaky_relu(conv(x), 0.2)
+        x = nn.leaky_relu(Conv(width, stride=stride, name=f"conv{index}_{stride}")(x), 0.2)
     x = x.reshape(x.shape[0], -1)
     x = nn.leaky_relu(self._dense(self.hidden, x.shape[1], "hidden")(x), 0.2)
     return self._dense(1, x.shape[1], "score")(x)[:, 0]
 
   def _dense(self, features: int, inputs: int, name: str) -> nn.Dense:
     init = pytorch_uniform(inputs)
-    return nn.Dense(features, kernel_init=init, bias_init=init, dtype=self.dtype, name=name)
+    return nn.Dense(features, kernel_init=init, bias_init=init, name=name)
 
 
 VGG_DEPTHS = (2, 2, 4, 4, 4)
@@ -150,15 +120,9 @@ VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG19(nn.Module):
-  """Features of VGG-19, up to the last one asked for. arXiv:1409.1556, Table 1, column E.
+  """Features of VGG-19, up to the last one in `outputs`. arXiv:1409.1556, Table 1, column E."""
 
-  Attributes:
-    outputs: names "relu<stage>_<convolution>", both counted from 1.
-    widths: output channels of each stage.
-    dtype: of the computation.
-  """
-
-  outputs: tuple[str, ...] = ("relu5_1",)
+  outputs: tuple[str, ...] = ("relu5_1",)  # "relu<stage>_<convolution>", counted from 1
   widths: Sequence[int] = VGG_WIDTHS
   dtype: Dtype = "float32"
 
@@ -175,24 +139,14 @@ class VGG19(nn.Module):
     dtype = jnp.promote_types(images.dtype, jnp.float32) if precise else self.dtype
     precision = "highest" if precise else None
     mean, std = (jnp.asarray(x, dtype).reshape(1, 1, 1, 3) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    x = ((images.astype(dtype) + 1) / 2 - mean) / std
-    last = max(map(_position, self.outputs))
-    features = {}
-    for stage, depth in enumerate(VGG_DEPTHS, 1):
+    x, features = ((images.astype(dtype) + 1) / 2 - mean) / std, {}
+    for stage, (depth, width) in enumerate(zip(VGG_DEPTHS, self.widths, strict=False), 1):
+      x = nn.max_pool(x, (2, 2), (2, 2)) if stage > 1 else x
       for number in range(1, depth + 1):
-        if (stage, number) > last:
+        name = f"{stage}_{number}"
+        conv = Conv(width, dtype=dtype, precision=precision, name=f"conv{name}")
+        x = features[f"relu{name}"] = nn.relu(conv(x))
+        if features.keys() >= set(self.outputs):
           return {name: features[name] for name in self.outputs}
-        if stage > 1 and number == 1:
-          x = nn.max_pool(x, (2, 2), (2, 2))
-        conv = Conv(
-          self.widths[stage - 1], dtype=dtype, precision=precision, name=f"conv{stage}_{number}"
-        )
-        x = features[f"relu{stage}_{number}"] = nn.relu(conv(x))
-    return {name: features[name] for name in self.outputs}
-
-
-def _position(name: str) -> tuple[int, int]:
-  match = re.fullmatch(r"relu([1-5])_([1-4])", name)
-  if match is None or int(match[2]) > VGG_DEPTHS[int(match[1]) - 1]:
-    raise ValueError(f"outputs: VGG-19 has no {name!r}; expected relu1_1, relu1_2, ... relu5_4")
-  return int(match[1]), int(match[2])
+    unknown = sorted(set(self.outputs) - features.keys())
+    raise ValueError(f"outputs: VGG-19 has no {unknown}; expected relu1_1, relu1_2, ... relu5_4")

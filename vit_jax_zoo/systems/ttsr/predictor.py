@@ -9,7 +9,6 @@ rounding:
    the centre is kept.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -43,36 +42,16 @@ SEARCH_REACH = 8
 _LOG_SECONDS = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-  """A reference image and its features.
-
-  Attributes:
-    image: the image, cropped to multiples of 4.
-    searched: features of the blurred image, the keys of the search [1 i j c].
-    textures: features of the image, the coarsest level first.
-  """
-
-  image: Any
-  searched: Any
-  textures: tuple[Any, ...]
-
-
 class SuperResolutionPredictor:
-  """Enlarges images four times; the reference's features are computed once."""
+  """Enlarges images four times; the reference's features are computed once.
+
+  Reads the options `reference` and `tile`, see `WINDOW`.
+  """
 
   reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Prepares the model and the reference.
-
-    Args:
-      trained: the model, of a run or of a published file.
-      options: `reference`, and optionally `tile`; see `WINDOW`.
-
-    Raises:
-      ValueError: the reference is missing or too small, or the tile is too small for the model.
-    """
+    """Prepares the model; raises ValueError for a missing or small reference, or a small tile."""
     if options.reference is None:
       raise ValueError("--reference: missing; super-resolution needs one, --reference=ref.jpg")
     self._model: Any = trained.model
@@ -84,12 +63,11 @@ class SuperResolutionPredictor:
       raise ValueError(
         f"--tile: {self._window} pixels; expected at least {self._least_window} for this model"
       )
-    self._reference_image = crop_to_multiple(options.reference, "the reference")
-    self._reference: Reference | None = None
+    self._reference = crop_to_multiple(options.reference, "the reference")
     frugal = functools.partial(jax.jit, compiler_options=compiler_options())
-    self._features = frugal(self._model_features, static_argnames="precise")
-    self._search = frugal(self._search_window)
-    self._restore = frugal(self._restore_window)
+    self._jitted_features = frugal(self._features, static_argnames="precise")
+    self._jitted_search = frugal(self._search)
+    self._jitted_restore = frugal(self._restore)
 
   def __call__(self, image: Image) -> Prediction:
     """Returns the enlarged image, and a figure of the source positions of its textures.
@@ -102,18 +80,14 @@ class SuperResolutionPredictor:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
       if getattr(error, "error_code_string", "RESOURCE_EXHAUSTED") != "RESOURCE_EXHAUSTED":
         raise
-      raise ValueError(self._too_large(image)) from error
-
-  def _too_large(self, image: Image) -> str:
-    """Returns the message for memory errors; no tile that is mostly overlap is suggested."""
-    height, width = image.shape[:2]
-    side, least = min(self._window, math.isqrt(height * width)), self._least_window * 9 // 8
-    smaller = f"a smaller tile (slower), --tile={max(side * 3 // 4, least)}, or "
-    sizes = " and ".join(f"{x.shape[1]}x{x.shape[0]}" for x in (image, self._reference_image))
-    return (
-      f"out of memory: image and reference have {sizes} pixels; use "
-      f"{smaller if side > least else ''}a smaller reference"
-    )
+      side = min(self._window, math.isqrt(image.shape[0] * image.shape[1]))
+      least = self._least_window * 9 // 8  # a smaller tile would be mostly overlap
+      smaller = f"a smaller tile (slower), --tile={max(side * 3 // 4, least)}, or "
+      sizes = " and ".join(f"{x.shape[1]}x{x.shape[0]}" for x in (image, self._reference))
+      raise ValueError(
+        f"out of memory: image and reference have {sizes} pixels; use "
+        f"{smaller if side > least else ''}a smaller reference"
+      ) from error
 
   def _enlarge(self, image: Image) -> Prediction:
     upsampled = enlarge(image, [SCALE * side for side in image.shape[:2]])
@@ -122,7 +96,7 @@ class SuperResolutionPredictor:
     index, soft = (np.asarray(x[0]) for x in match)
     record = {
       "size": list(result.shape[:2]),
-      "reference_size": list(self._reference_image.shape[:2]),
+      "reference_size": list(self._reference.shape[:2]),
       "windows": windows,
       "mean_soft_attention": float(soft.mean()),
       "reference_cells_used": len(np.unique(index)),
@@ -130,32 +104,28 @@ class SuperResolutionPredictor:
     batch = {
       "low_res_image": image[None],
       "upsampled_image": upsampled[None],
-      "ref_image": self._reference_image[None],
+      "ref_image": self._reference[None],
     }
     found = {"image": result[None], "hard_attention": index[None], "soft_attention": soft[None]}
     figure = draw_results(batch, found, title="Source positions of the textures")
     return Prediction(record, {"": result, "search": figure})
 
-  def _read_reference(self) -> Reference:
-    image = self._reference_image
-    blurred = enlarge(shrink(image), image.shape[:2])
-    return Reference(
-      image,
-      self._features(_batch(blurred), precise=True)[2],
-      self._features(_batch(image), precise=False)[::-1],
-    )
+  @functools.cached_property
+  def _reference_features(self) -> tuple[Array, tuple[Array, ...]]:
+    """The keys of the search [1 i j c], and the textures, the coarsest level first."""
+    blurred = enlarge(shrink(self._reference), self._reference.shape[:2])
+    keys = self._jitted_features(_batch(blurred), precise=True)[2]
+    return keys, self._jitted_features(_batch(self._reference), precise=False)[::-1]
 
   def _match(self, upsampled: UInt8[np.ndarray, "h4 w4 3"]) -> Match:
     """Returns the match of each patch of the image in the whole reference."""
-    height, width = (side // SCALE for side in upsampled.shape[:2])
-    index = np.zeros((1, height, width), np.int32)
-    relevance = np.zeros((1, height, width), np.float32)
-    windows = list(cut((height, width), self._window, SEARCH_REACH))
-    for part in _progress(windows, "searching"):
-      found = self._search(_batch(upsampled[part.outer(SCALE)]), self._known.searched)
-      index[part.kept()] = np.asarray(found.index)[part.middle()]
-      relevance[part.kept()] = np.asarray(found.relevance)[part.middle()]
-    return Match(jnp.asarray(index), jnp.asarray(relevance))
+    size = tuple(side // SCALE for side in upsampled.shape[:2])
+    match = np.zeros((1, *size), np.int32), np.zeros((1, *size), np.float32)
+    for part in _progress(list(cut(size, self._window, SEARCH_REACH)), "searching"):
+      found = self._jitted_search(_batch(upsampled[part.outer(SCALE)]), self._reference_features[0])
+      for whole, own in zip(match, found, strict=True):
+        whole[part.kept()] = np.asarray(own)[part.middle()]
+    return Match(*map(jnp.asarray, match))
 
   def _assemble(self, image: Image, match: Match) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
     """Enlarges window by window; returns the image and the number of windows."""
@@ -164,44 +134,35 @@ class SuperResolutionPredictor:
     for part in _progress(windows, "enlarging"):
       rows, columns = part.outer()
       around = Match(*(x[:, rows, columns] for x in match))
-      made = self._restore(_batch(image[rows, columns]), around, self._known.textures)
-      result[part.kept(SCALE)] = np.asarray(made)[part.middle(SCALE)]
+      textures = self._reference_features[1]
+      restored = self._jitted_restore(_batch(image[rows, columns]), around, textures)
+      result[part.kept(SCALE)] = np.asarray(restored)[part.middle(SCALE)]
     return result[0], len(windows)
 
-  @property
-  def _known(self) -> Reference:
-    if self._reference is None:
-      self._reference = self._read_reference()
-    return self._reference
-
-  def _model_features(self, images: Num[Array, "b h w 3"], *, precise: bool) -> tuple[Array, ...]:
+  def _features(self, images: Num[Array, "b h w 3"], *, precise: bool) -> tuple[Array, ...]:
     images = normalize_images(images)
     return self._model.apply(self._variables, images, precise=precise, method="textures")
 
-  def _search_window(self, upsampled: Num[Array, "1 h w 3"], searched: Array) -> Match:
-    asked = self._model_features(upsampled, precise=True)[2]
-    return find_matches(asked, searched, block_size=self._model.block_size)
+  def _search(self, upsampled: Num[Array, "1 h w 3"], keys: Array) -> Match:
+    queries = self._features(upsampled, precise=True)[2]
+    return find_matches(queries, keys, block_size=self._model.block_size)
 
-  def _restore_window(
-    self, image: Num[Array, "1 h w 3"], match: Any, textures: tuple[Float[Array, "1 ..."], ...]
+  def _restore(
+    self, image: Num[Array, "1 h w 3"], match: Any, values: tuple[Float[Array, "1 ..."], ...]
   ) -> Array:
-    grid = textures[0].shape[2]
-    found = [
-      transfer(features, match.index, grid_width=grid, scale=scale)
-      for features, scale in zip(textures, (1, 2, 4), strict=True)
+    textures = [
+      transfer(value, match.index, grid_width=values[0].shape[2], scale=scale)
+      for value, scale in zip(values, (1, 2, 4), strict=True)
     ]
-    made = self._model.apply(
-      self._variables, normalize_images(image), match.relevance, found, method="restore"
-    )
-    return to_pixels(made)
+    inputs = normalize_images(image), match.relevance, textures
+    return to_pixels(self._model.apply(self._variables, *inputs, method="restore"))
 
 
 @functools.cache
 def compiler_options() -> dict[str, bool | str] | None:
   """Returns XLA's options to schedule for low memory on CPUs; None if XLA has none.
 
-  By default XLA schedules for parallelism: an image of 480x270 with a reference of 1920x1080 then
-  takes 4.2 GB, not 3.4.
+  An image of 480x270 with a reference of 1920x1080 takes 3.4 GB, and 4.2 without them.
   """
   options: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
   if jax.default_backend() != "cpu":
@@ -215,45 +176,39 @@ def compiler_options() -> dict[str, bool | str] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A window of an image, in pixels of the input.
+  """A window of an image: first and last + 1 of rows and columns, in pixels of the input.
 
   Attributes:
-    top: first row.
-    left: first column.
-    height: number of rows.
-    width: number of columns.
+    rows: of the window.
+    columns: of the window.
     kept_rows: range of the image's rows whose results are kept.
     kept_columns: range of columns whose results are kept.
   """
 
-  top: int
-  left: int
-  height: int
-  width: int
+  rows: tuple[int, int]
+  columns: tuple[int, int]
   kept_rows: tuple[int, int]
   kept_columns: tuple[int, int]
 
   def outer(self, scale: int = 1) -> tuple[slice, slice]:
     """Returns the slices of the window in an image of `scale` times the sides."""
-    return (
-      slice(scale * self.top, scale * (self.top + self.height)),
-      slice(scale * self.left, scale * (self.left + self.width)),
-    )
+    return _scaled(self.rows, scale), _scaled(self.columns, scale)
 
   def kept(self, scale: int = 1) -> tuple[slice, slice, slice]:
     """Returns the slices of the kept centre in the whole result [1 h w ...]."""
-    rows, columns = (
-      slice(scale * start, scale * stop) for start, stop in (self.kept_rows, self.kept_columns)
-    )
-    return slice(None), rows, columns
+    return slice(None), _scaled(self.kept_rows, scale), _scaled(self.kept_columns, scale)
 
   def middle(self, scale: int = 1) -> tuple[slice, slice, slice]:
     """Returns the slices of the kept centre in the window's result [1 h w ...]."""
-    rows, columns = (
-      slice(scale * (start - first), scale * (stop - first))
-      for (start, stop), first in ((self.kept_rows, self.top), (self.kept_columns, self.left))
+    return (
+      slice(None),
+      _scaled(self.kept_rows, scale, self.rows[0]),
+      _scaled(self.kept_columns, scale, self.columns[0]),
     )
-    return slice(None), rows, columns
+
+
+def _scaled(side: tuple[int, int], scale: int, origin: int = 0) -> slice:
+  return slice(scale * (side[0] - origin), scale * (side[1] - origin))
 
 
 def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
@@ -264,72 +219,49 @@ def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
     window: maximum side of a window; an image with at most `window`^2 pixels is one window.
     reach: minimum distance of the kept centre from the window's edges inside of the image.
   """
-  height, width = size
-  if height * width <= window**2:
-    yield Window(0, 0, height, width, (0, height), (0, width))
-    return
-  for top, rows, kept_rows in _cut_side(height, window, reach):
-    for left, columns, kept_columns in _cut_side(width, window, reach):
-      yield Window(top, left, rows, columns, kept_rows, kept_columns)
+  if math.prod(size) <= window**2:
+    window = max(size)
+  for rows, kept_rows in _cut_side(size[0], window, reach):
+    for columns, kept_columns in _cut_side(size[1], window, reach):
+      yield Window(rows, columns, kept_rows, kept_columns)
 
 
-def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[int, int, tuple[int, int]]]:
-  """Yields first, length and kept range of the windows along one side."""
+def _cut_side(
+  length: int, window: int, reach: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+  """Yields the ranges of the windows, and their kept ranges, along one side."""
   if length <= window:
-    yield 0, length, (0, length)
+    yield (0, length), (0, length)
     return
-  kept, core = 0, window - 2 * reach
+  kept = 0
   while kept < length:
     first = min(max(kept - reach, 0), length - window)
-    last = length if first + window == length else max(kept + core, first + window - reach)
-    yield first, window, (kept, last)
+    end = first + window
+    last = length if end == length else max(kept + window - 2 * reach, end - reach)
+    yield (first, end), (kept, last)
     kept = last
 
 
 def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows with a progress bar on a terminal, else with a log line from time to time.
-
-  A single window shows the elapsed time alone.
-  """
+  """Yields windows with a progress bar on a terminal, else with a log line from time to time."""
   console = rich.console.Console(stderr=True)
   if console.is_terminal:
-    columns = rich.progress.Progress.get_default_columns()
-    if len(windows) == 1:
-      columns = (*columns[:2], rich.progress.TimeElapsedColumn())
-    with rich.progress.Progress(*columns, console=console, transient=True) as bar:
-      task = bar.add_task(what, total=len(windows) if len(windows) > 1 else None)
-      for window in windows:
-        yield window
-        bar.advance(task)
+    yield from rich.progress.track(windows, what, console=console, transient=True)
     return
-  if len(windows) == 1:
-    with _log_elapsed_time(what):
-      yield windows[0]
-    return
-  begin = logged = time.monotonic()
-  for done, window in enumerate(windows):
-    now = time.monotonic()
-    if done and now - logged > _LOG_SECONDS:
-      logged, left = now, (now - begin) / done * (len(windows) - done)
-      logging.info("%s: %d/%d windows, ETA %.0f s", what, done, len(windows), left)
-    yield window
-
-
-@contextlib.contextmanager
-def _log_elapsed_time(what: str) -> Iterator[None]:
-  done = threading.Event()
+  done, finished, begin = 0, threading.Event(), time.monotonic()
 
   def log() -> None:
-    begin = time.monotonic()
-    while not done.wait(_LOG_SECONDS):
-      logging.info("%s: %.0f s so far", what, time.monotonic() - begin)
+    while not finished.wait(_LOG_SECONDS):
+      seconds = time.monotonic() - begin
+      logging.info("%s: %d/%d windows, %.0f s so far", what, done, len(windows), seconds)
 
   thread = threading.Thread(target=log, daemon=True)
   thread.start()
   try:
-    yield
+    for done, window in enumerate(windows):  # noqa: B007 (logged)
+      yield window
   finally:
-    done.set()
+    finished.set()
     thread.join()
 
 

@@ -4,7 +4,8 @@ TTSR-rec has the reconstruction loss alone; TTSR has it alone until `begin_step`
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -26,8 +27,6 @@ from vit_jax_zoo.training.train_step import TrainStep
 INPUTS = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image")
 """Arguments of the model, in order."""
 
-_PERCEPTUAL_LAYER = "relu5_1"
-
 
 @dataclasses.dataclass(frozen=True)
 class SuperResolution(base.Task):
@@ -38,8 +37,8 @@ class SuperResolution(base.Task):
   reduced and enlarged again; `image` [b 4h 4w 3], the ground truth; optional `mask` [b], False for
   padding rows; optional `size` int32 [b 2], height and width of `image` without its padding.
 
-  Parameters: "generator"; with an adversarial loss "critic", the discriminator. The perceptual loss
-  uses the collection "vgg", a frozen VGG-19, random unless loaded.
+  Parameters: "generator"; with an adversarial loss "discriminator". The perceptual loss uses the
+  collection "vgg", a frozen VGG-19, random unless loaded.
 
   The defaults are TTSR-rec; TTSR (section 4.1) has the weights 1, 1e-2, 1e-2 and 1e-3.
 
@@ -51,10 +50,10 @@ class SuperResolution(base.Task):
       features of the output and the transferred textures.
     adversarial_weight: weight of the discriminator's score.
     begin_step: first step with losses other than reconstruction, and of the discriminator.
-    critic_updates: updates of the discriminator per step.
+    discriminator_updates: updates of the discriminator per step.
     gradient_penalty: weight in the discriminator's loss (arXiv:1704.00028, Eq. 3).
-    critic_widths: see `losses.Discriminator`.
-    critic_hidden: see `losses.Discriminator`.
+    discriminator_widths: see `losses.Discriminator`.
+    discriminator_hidden: see `losses.Discriminator`.
     perceptual_widths: channels of the VGG-19 (published: `VGG_WIDTHS`; the tests have fewer).
     vgg_file: pretrained VGG-19 of torchvision, for the perceptual loss and as the initial texture
       extractor; None: random, or from `init_from`.
@@ -70,10 +69,10 @@ class SuperResolution(base.Task):
   transferal_weight: float = 0.0
   adversarial_weight: float = 0.0
   begin_step: int = 0
-  critic_updates: int = 2
+  discriminator_updates: int = 2
   gradient_penalty: float = 10.0
-  critic_widths: tuple[int, ...] = (32, 64, 128, 256, 512)
-  critic_hidden: int = 1024
+  discriminator_widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+  discriminator_hidden: int = 1024
   perceptual_widths: tuple[int, ...] = losses.VGG_WIDTHS
   vgg_file: str | None = None
   wrong_references: bool = False
@@ -81,7 +80,7 @@ class SuperResolution(base.Task):
   def __post_init__(self) -> None:
     weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
     check_not_negative(self, *weights, "begin_step")
-    check_positive(self, "critic_updates")
+    check_positive(self, "discriminator_updates")
 
   @property
   def optim_groups(self) -> tuple[base.OptimGroup, ...]:
@@ -89,7 +88,8 @@ class SuperResolution(base.Task):
     generator = base.OptimGroup("generator")
     if not self.adversarial_weight:
       return (generator,)
-    return (base.OptimGroup("critic", self.critic_updates, self.begin_step), generator)
+    updates = self.discriminator_updates
+    return (base.OptimGroup("discriminator", updates, self.begin_step), generator)
 
   @property
   def weight_files(self) -> Mapping[str, str]:
@@ -99,8 +99,8 @@ class SuperResolution(base.Task):
 
   @property
   def train_only_collections(self) -> tuple[str, ...]:
-    """Sub-trees that only the losses use."""
-    return ("vgg", "params/critic")
+    """Sub-trees that only the losses use; "critic" is the discriminator of earlier runs."""
+    return ("vgg", "params/discriminator", "params/critic")
 
   @property
   def best_metric(self) -> str:
@@ -109,15 +109,13 @@ class SuperResolution(base.Task):
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
     """Returns initial variables of the generator, and of the networks that the losses need."""
-    generator, critic, vgg = jax.random.split(rng, 3)
+    generator, discriminator, vgg = jax.random.split(rng, 3)
     params = {"generator": self.model.init(generator, *self._inputs(batch))["params"]}
     truth = _normalised(batch["image"])
     if self.adversarial_weight:
-      params["critic"] = self._discriminator.init(critic, truth)["params"]
-    variables = {"params": params}
-    if self.perceptual_weight:
-      variables["vgg"] = self._vgg.init(vgg, truth)["params"]
-    return variables
+      params["discriminator"] = self._discriminator.init(discriminator, truth)["params"]
+    vgg_params = {"vgg": self._vgg.init(vgg, truth)["params"]} if self.perceptual_weight else {}
+    return {"params": params, **vgg_params}
 
   def make_train_step(
     self, optimizers: Sequence[Optimizer], *, accumulation_steps: int, ema_decay: float | None
@@ -135,9 +133,9 @@ class SuperResolution(base.Task):
     The generator's loss computes them again: to reuse them, its activations would have to be kept
     for every micro-batch.
     """
-    if context.optim_group != "critic":
+    if context.optim_group != "discriminator":
       return None
-    return self._generate(variables["params"]["generator"], batch, train=True)["image"]
+    return self._generate(variables["params"]["generator"], batch)["image"]
 
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
@@ -145,13 +143,14 @@ class SuperResolution(base.Task):
     """Returns these examples' part of the generator's or the discriminator's loss.
 
     Metrics: "loss", the generator's, and its unweighted terms "reconstruction_loss",
-    "perceptual_loss", "transferal_loss", "adversarial_loss"; "critic_loss", the discriminator's,
-    and its terms "critic_difference" (score of generated minus true images), "gradient_penalty".
+    "perceptual_loss", "transferal_loss", "adversarial_loss"; "discriminator_loss" and its terms
+    "score_difference" (of generated minus true images) and "gradient_penalty".
     """
     mask = base.example_mask(batch)
-    terms = self._critic_terms if context.optim_group == "critic" else self._generator_terms
+    terms, name = self._generator_terms, "loss"
+    if context.optim_group == "discriminator":
+      terms, name = self._discriminator_terms, "discriminator_loss"
     values, metrics = terms(variables, batch, context)
-    name = "critic_loss" if context.optim_group == "critic" else "loss"
     metrics = {k: base.Mean.of(value, mask & active) for k, (value, active) in metrics.items()}
     return base.LossOutput(
       loss=jnp.sum(jnp.where(mask, values, 0.0)) / context.normalizers["examples"],
@@ -168,11 +167,8 @@ class SuperResolution(base.Task):
     """
     generator = variables["params"]["generator"]
     outputs = self._generate(generator, batch)
-    predictions = {
-      "image": to_pixels(outputs["image"]),
-      "hard_attention": outputs["hard_attention"],
-      "soft_attention": outputs["soft_attention"],
-    }
+    predictions = {key: outputs[key] for key in ("hard_attention", "soft_attention")}
+    predictions["image"] = to_pixels(outputs["image"])
     if self.wrong_references:
       other = self._generate(generator, exchange_references(batch))
       predictions["wrong_reference_image"] = to_pixels(other["image"])
@@ -190,11 +186,10 @@ class SuperResolution(base.Task):
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
     """Draws inputs, outputs, ground truth, and the source positions in the reference."""
-    real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
+    real = np.asarray(base.example_mask(batch))
     if not real.any():
       return {}
-    kept = {k: np.asarray(v)[real] for k, v in batch.items()}
-    found = {k: np.asarray(v)[real] for k, v in predictions.items()}
+    kept, found = ({k: np.asarray(v)[real] for k, v in x.items()} for x in (batch, predictions))
     return {"super_resolution": draw.draw_results(kept, found)}
 
   def draw_epsilon(self, rng: jax.Array, count: int) -> Float[Array, " b"]:
@@ -203,51 +198,46 @@ class SuperResolution(base.Task):
 
   @property
   def _discriminator(self) -> base.Model:
-    return losses.Discriminator(self.critic_widths, self.critic_hidden)
+    return losses.Discriminator(self.discriminator_widths, self.discriminator_hidden)
 
   @property
   def _vgg(self) -> base.Model:
-    return losses.VGG19((_PERCEPTUAL_LAYER,), self.perceptual_widths)
+    return losses.VGG19(("relu5_1",), self.perceptual_widths)
 
   def _inputs(self, batch: base.Batch) -> list[Float[Array, "b h w 3"]]:
     return [_normalised(batch[name]) for name in INPUTS]
 
-  def _generate(self, params: Any, batch: base.Batch, *, train: bool = False) -> dict[str, Any]:
-    return self.model.apply({"params": params}, *self._inputs(batch), train=train)
+  def _generate(self, params: Any, batch: base.Batch) -> dict[str, Any]:
+    return self.model.apply({"params": params}, *self._inputs(batch))
 
-  def _critic_terms(
+  def _discriminator_terms(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> tuple[Float[Array, " b"], dict[str, Any]]:
-    params, truths = variables["params"]["critic"], _normalised(batch["image"])
+    params, truths = variables["params"]["discriminator"], _normalised(batch["image"])
     images = context.precomputed
     if images is None:
       images = jax.lax.stop_gradient(self.precompute(variables, batch, context))
     epsilon = self.draw_epsilon(context.rng, len(truths))
-
-    def score(x: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
-      return self._discriminator.apply({"params": params}, x)
-
+    score = functools.partial(self._discriminator.apply, {"params": params})
     difference, penalty = losses.wasserstein_loss(score, images, truths, epsilon)
-    metrics = {"critic_difference": (difference, True), "gradient_penalty": (penalty, True)}
+    metrics = {"score_difference": (difference, True), "gradient_penalty": (penalty, True)}
     return difference + self.gradient_penalty * penalty, metrics
 
   def _generator_terms(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> tuple[Float[Array, " b"], dict[str, Any]]:
-    outputs = self._generate(variables["params"]["generator"], batch, train=True)
+    outputs = self._generate(variables["params"]["generator"], batch)
     truths = _normalised(batch["image"])
     reconstruction = losses.reconstruction_loss(outputs["image"], truths)
     total = self.reconstruction_weight * reconstruction
     metrics: dict[str, Any] = {"reconstruction_loss": (reconstruction, True)}
-
-    def later_losses() -> dict[str, Float[Array, " b"]]:
-      return self._later_losses(variables, outputs, truths)
-
-    shapes = jax.eval_shape(later_losses)
+    compute = functools.partial(self._later_losses, variables, outputs, truths)
+    shapes = jax.eval_shape(compute)
     if not shapes:
       return total, metrics
     begun = context.step >= self.begin_step
-    later = _where(begun, later_losses, shapes) if self.begin_step else later_losses()
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    later = jax.lax.cond(begun, compute, lambda: zeros) if self.begin_step else compute()
     for name, value in later.items():
       total += getattr(self, f"{name}_weight") * value
       metrics[f"{name}_loss"] = (value, begun)
@@ -266,14 +256,14 @@ class SuperResolution(base.Task):
       features = self.model.apply({"params": frozen}, image, method="textures")
       values["transferal"] = losses.transferal_loss(features[::-1], outputs["textures"])
     if self.adversarial_weight:
-      values["adversarial"] = -self._discriminator.apply({"params": params["critic"]}, image)
+      values["adversarial"] = -self._discriminator.apply({"params": params["discriminator"]}, image)
     return values
 
   def perceptual_loss(
     self, vgg: Any, images: Float[Array, "b h w 3"], truths: Float[Array, "b h w 3"]
   ) -> Float[Array, " b"]:
     """Returns `losses.perceptual_loss` of images in [-1, 1]."""
-    features = [self._vgg.apply({"params": vgg}, x)[_PERCEPTUAL_LAYER] for x in (images, truths)]
+    features = [self._vgg.apply({"params": vgg}, x)["relu5_1"] for x in (images, truths)]
     return losses.perceptual_loss(*features)
 
 
@@ -293,9 +283,3 @@ def to_pixels(images: Float[Array, "b h w c"]) -> Array:
 
 def _normalised(images: Any) -> Float[Array, "b h w 3"]:
   return normalize_images(jnp.asarray(images))  # to [-1, 1]
-
-
-def _where(condition: Array, compute: Callable[[], Any], shapes: Any) -> Any:
-  """Returns what `compute` does if the condition holds, else zeros, without the computation."""
-  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-  return jax.lax.cond(condition, compute, lambda: zeros)

@@ -8,21 +8,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
-from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
-from vit_jax_zoo.weights import key_map
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
-from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
+from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_torch
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows, write_safetensors
 
 TRAINED_SIDE = 160
 """Side of the training images of the released weights; other sizes work as well."""
@@ -32,7 +27,6 @@ PAPER_SCORES = {
 }
 """The released files have no stable URL."""
 
-_GENERATOR = "generator/"
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
   "shallow": ("SFE.RBs", "SFE.conv_tail"),
@@ -69,15 +63,16 @@ def _conv(published: str, ours: str) -> list[Row]:
   return layer_rows(published, ours, CONVOLUTION)
 
 
-def _stage(ours: str, blocks: str, tail: str) -> list[Row]:
-  rows = _conv(f"MainNet.{tail}", f"{ours}/tail")
-  for name in ("conv1", "conv2"):
-    rows += _conv(f"MainNet.{blocks}.{{i}}.{name}", f"{ours}/block_{{i}}/{name}")
-  return rows
-
-
 TABLE: tuple[Row, ...] = (
-  *(row for ours, (blocks, tail) in _STAGES.items() for row in _stage(ours, blocks, tail)),
+  *(
+    row
+    for ours, (blocks, tail) in _STAGES.items()
+    for key, name in (
+      (tail, "tail"),
+      *((f"{blocks}.{{i}}.conv{j}", f"block_{{i}}/conv{j}") for j in (1, 2)),
+    )
+    for row in _conv(f"MainNet.{key}", f"{ours}/{name}")
+  ),
   *(row for key, ours in _SINGLE.items() for row in _conv(f"MainNet.{key}", ours)),
   *(
     row
@@ -89,21 +84,16 @@ TABLE: tuple[Row, ...] = (
 
 
 # (x - mean) / std as a 1x1 convolution.
-_MEAN, _STD = (np.asarray(x, np.float32) for x in (IMAGENET_MEAN, IMAGENET_STD))
+_STD = np.asarray(IMAGENET_STD, np.float32)
 _NORMALISATION = {
   "LTE.sub_mean.weight": (np.eye(3, dtype=np.float32) / _STD[:, None]).reshape(3, 3, 1, 1),
-  "LTE.sub_mean.bias": -_MEAN / _STD,
+  "LTE.sub_mean.bias": -np.asarray(IMAGENET_MEAN, np.float32) / _STD,
 }
 IGNORE = (r"LTE\.sub_mean\.(weight|bias)", r"LTE_copy\..*")
 """Constants, and the training code's copy of the extractor."""
 
 
-def infer_fields(published: Mapping[str, np.ndarray], source: str = "the file") -> dict[str, Any]:
-  """Returns the fields of the `TTSR` of a file.
-
-  Raises:
-    WeightsError: the file is not TTSR's.
-  """
+def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
   try:
     width = published["MainNet.SFE.conv_head.weight"].shape[0]
     textures = [published[f"LTE.{key}.weight"].shape[0] for key in _EXTRACTOR[::2]]
@@ -114,37 +104,6 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str = "the file") 
     for blocks in ("SFE.RBs", "RB11", "RB21", "RB31")
   ]
   return {"width": width, "depths": tuple(depths), "texture_widths": tuple(textures)}
-
-
-def from_published(
-  published: Mapping[str, np.ndarray], *, source: str = "the file", **overrides: Any
-) -> tuple[TTSR, dict[str, Any]]:
-  """Returns the model and its variables.
-
-  Args:
-    published: arrays of the state dict, by key.
-    source: name of the file.
-    **overrides: fields of `TTSR`, such as `dtype`.
-
-  Raises:
-    WeightsError: the file does not fit; the message lists all differences.
-  """
-  model = TTSR(**{**infer_fields(published, source), **overrides})
-  small, large = jnp.zeros((1, 1, 1, 3)), jnp.zeros((1, 4, 4, 3))
-  abstract = jax.eval_shape(model.init, jax.random.key(0), small, large, large, large)["params"]
-  flat: Mapping[str, Any] = traverse_util.flatten_dict(abstract, sep="/")
-  shapes = {path: leaf.shape for path, leaf in flat.items()}
-  unrolled = key_map.unroll_shapes(shapes)
-  layers = key_map.read(published, TABLE, unrolled, source=source, ignore=IGNORE)
-  params = traverse_util.unflatten_dict(key_map.stack(layers, shapes), sep="/")
-  return model, {"params": params}
-
-
-def to_published(params: Mapping[str, Any]) -> Flat:
-  """Returns the state dict of the official code."""
-  flat = traverse_util.flatten_dict(params, sep="/")
-  arrays = {path: np.asarray(array) for path, array in flat.items()}
-  return {**key_map.write(key_map.unroll(arrays), TABLE), **_NORMALISATION}
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -164,17 +123,13 @@ class TtsrCheckpoint(Checkpoint):
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors.
-
-  Raises:
-    WeightsError: the file is not TTSR's.
-  """
+  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors; checks that they are TTSR's."""
   return TtsrCheckpoint(
     source=published.path,
     family="ttsr",
     arrays=dict(published.arrays),
     table=TABLE,
-    fields=infer_fields(published.arrays, published.path),
+    fields=_infer_fields(published.arrays, published.path),
     preprocess=Preprocess((TRAINED_SIDE, TRAINED_SIDE)),
     task="super_resolution",
     ignore=IGNORE,
@@ -185,15 +140,9 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes the generator as the official code's state dict.
-
-  Args:
-    path: `.safetensors`, else a PyTorch file, which needs torch.
-    export: the generator, alone or with the other networks of a run.
-  """
+  """Writes the generator, of a run too, to a safetensors or (with torch) a PyTorch file."""
   parts = export.variables.items()
-  of_run = {k.removeprefix(_GENERATOR): v for k, v in parts if k.startswith(_GENERATOR)}
-  variables = of_run or dict(export.variables)
-  arrays = contiguous({**key_map.write(variables, TABLE), **_NORMALISATION})
-  write = write_safetensors if path.endswith(".safetensors") else write_torch
-  write(path, arrays)
+  of_run = {k[len("generator/") :]: v for k, v in parts if k.startswith("generator/")}
+  variables = of_run or export.variables
+  save = write_safetensors if path.endswith(".safetensors") else write_torch
+  save(path, {**write(variables, TABLE), **_NORMALISATION})

@@ -1,64 +1,40 @@
 """torchvision's VGG-19, `vgg19-dcbb9e9d.pth`.
 
-    features.0.weight   conv1_1; ReLUs and pools are counted, too
-    classifier...       not used
-
 The task's `vgg_file` is read for the perceptual loss and as the initial texture extractor; `export
 --format=pth-vgg19` writes the VGG-19 of a run with a perceptual loss. Layers after relu5_1 are not
 kept: load such a file into torchvision's `vgg19()` with `strict=False`.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import numpy as np
-from flax import traverse_util
 
 from vit_jax_zoo.systems.ttsr.losses import VGG_DEPTHS
-from vit_jax_zoo.weights import key_map as table
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
+from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, read, write
 from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.readers import Published, read_published
 from vit_jax_zoo.weights.torch_file import write_torch
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, write_safetensors
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows, write_safetensors
 
 VGG_LAYERS = [f"conv{i}_{j}" for i, n in enumerate(VGG_DEPTHS, 1) for j in range(1, n + 1)]
 """Names of `VGG19`'s layers, in order."""
-
-COLLECTION = "vgg"
-"""The variable collection of the task's VGG-19."""
 
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
 PUBLISHED = {"vgg19_imagenet": Entry("", (URL,), sha256="dcbb9e9d", source="torchvision")}
 
 
-def _indices() -> list[int]:
-  """Returns the indices of the convolutions in torchvision's `features`."""
-  places, place = [], 0
-  for depth in VGG_DEPTHS:
-    places += [place + 2 * i for i in range(depth)]
-    place += 2 * depth + 1
-  return places
-
-
+# Index in torchvision's `features`: ReLUs and the pools after each stage count, too.
 TABLE: tuple[Row, ...] = tuple(
   row
-  for index, name in zip(_indices(), VGG_LAYERS, strict=True)
-  for row in layer_rows(f"features.{index}", name, CONVOLUTION)
+  for i, name in enumerate(VGG_LAYERS)
+  for row in layer_rows(f"features.{2 * i + int(name[4]) - 1}", name, CONVOLUTION)
 )
 """torchvision's keys and paths of `VGG19`."""
 
 IGNORE = (r"classifier\..*", r"features\.\d+\..*")
 """The classifier, and layers after the last one used."""
-
-
-def to_published(params: Mapping[str, Any]) -> Flat:
-  """Returns the convolutions under torchvision's keys."""
-  flat: Mapping[str, Any] = traverse_util.flatten_dict(params, sep="/")
-  return table.write(flat, TABLE)
 
 
 def read_vgg(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
@@ -74,7 +50,7 @@ def read_vgg(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
   published = read_published(path).arrays
   if any(key.endswith("running_mean") for key in published):
     raise WeightsError(f"{path}: VGG with batch norm; expected torchvision's plain vgg19, {URL}")
-  return table.read(published, TABLE, shapes, source=path, ignore=IGNORE)
+  return read(published, TABLE, shapes, source=path, ignore=IGNORE)
 
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
@@ -83,11 +59,7 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Refuses a VGG-19 as a model: it is a part of TTSR's losses.
-
-  Raises:
-    WeightsError: always.
-  """
+  """Raises WeightsError: a VGG-19 is not a model here, but a part of TTSR's losses."""
   raise WeightsError(
     f"{published.path}: torchvision's VGG-19 is no model here, but a part of TTSR's losses; use "
     "--config.task.vgg_file"
@@ -95,23 +67,16 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes the VGG-19 of a run's perceptual loss; see `write_vgg`.
+  """Writes the VGG-19 of a run's perceptual loss: `.safetensors`, else PyTorch (needs torch).
 
   Raises:
     WeightsError: the model has none.
   """
-  prefix = f"{COLLECTION}/"
-  flat = {k.removeprefix(prefix): v for k, v in export.variables.items() if k.startswith(prefix)}
-  if not flat:
+  parts = {k.removeprefix("vgg/"): v for k, v in export.variables.items() if k.startswith("vgg/")}
+  if not parts:
     raise WeightsError(
       "pth-vgg19: this TTSR has no VGG-19; expected a run with a perceptual loss. Published files "
       "have none"
     )
-  write_vgg(path, traverse_util.unflatten_dict(flat, sep="/"))
-
-
-def write_vgg(path: str, params: Mapping[str, Any]) -> None:
-  """Writes a state dict: `.safetensors`, else a PyTorch file, which needs torch."""
-  arrays = contiguous(to_published(jax.tree.map(np.asarray, params)))
-  write = write_safetensors if path.endswith(".safetensors") else write_torch
-  write(path, arrays)
+  save = write_safetensors if path.endswith(".safetensors") else write_torch
+  save(path, write(parts, TABLE))
