@@ -79,6 +79,7 @@ class System:
   # Of detectors: name -> class, which returns a dict of feature maps.
   backbones: Mapping[str, str] = dataclasses.field(default_factory=dict)
   necks: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of detectors: name -> class
+  other_names: tuple[tuple[str, str], ...] = ()  # see `model_name`: pattern, replacement
   several_inputs: tuple[str, ...] = ()  # families of models with inputs besides images
   parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
   # Patterns of the paths of renamed config fields, and their new names.
@@ -149,12 +150,9 @@ _OTHER_NAMES = (
   (r"^[\w-]+/(?=[a-z])|\.\w+$|-in21k$", ""),  # owner, timm's tag
   (r"(?<=\d)[-_](224|256|384|512)$", ""),  # image size
   (r"[-/]", "_"),
-  (r"imagegpt_([sml])[a-z]+$", r"igpt_\1"),
-  (r"vit_(ti|s|b|l|h)(?:ny|mall|ase|arge|uge)?_(?:patch)?(\d+)$", r"vit_\1\2"),
-  (r"(faster|mask)rcnn", r"\1_rcnn"),
   (r"(?<!lambda_)resnet_?(?=\d)", "r"),
 )
-"""Substitutions from the names of timm, Hugging Face, torchvision and Google to those here."""
+"""Substitutions from other libraries' model names; those of `System.other_names` follow."""
 
 
 def model_name(name: str) -> str:
@@ -166,7 +164,8 @@ def model_name(name: str) -> str:
   if name in list_models():
     return name
   ours = name.strip().lower()
-  for pattern, replacement in _OTHER_NAMES:
+  of_systems = (pair for system in systems().values() for pair in system.other_names)
+  for pattern, replacement in (*_OTHER_NAMES, *of_systems):
     ours = re.sub(pattern, replacement, ours)
   return ours if ours in list_models() else name
 

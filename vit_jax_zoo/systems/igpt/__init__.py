@@ -4,6 +4,7 @@ from vit_jax_zoo.registry import Format, System
 
 SYSTEM = System(
   models={"igpt": "model:ImageGPT"},
+  other_names=((r"imagegpt_([sml])[a-z]+$", r"igpt_\1"),),
   tasks={"pixel_modelling": "task:PixelModelling"},
   predictors={"pixel_modelling": "predictor:CompletionPredictor"},
   formats=(

@@ -4,6 +4,7 @@ from vit_jax_zoo.registry import Format, System
 
 SYSTEM = System(
   models={"faster_rcnn": "model:RCNN", "mask_rcnn": "model:RCNN"},
+  other_names=((r"(faster|mask)rcnn", r"\1_rcnn"),),
   tasks={"instance_detection": "task:InstanceDetection"},
   predictors={"instance_detection": "predictor:InstancePredictor"},
   necks={"fpn": "heads:FeaturePyramid", "bfp": "heads:BottomUpPyramid"},
