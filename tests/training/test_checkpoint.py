@@ -292,12 +292,6 @@ def test_no_checkpoint_is_one_line(tmp_path):
     restore_variables(tmp_path)
 
 
-@pytest.mark.parametrize("options", [{"keep": 0}, {"best_mode": "highest"}])
-def test_bad_options(tmp_path, options):
-  with pytest.raises(ValueError, match=r"keep is 0|best_mode is 'highest'"):
-    Checkpointer(tmp_path, **options)
-
-
 SAVE_FOREVER = """
 import sys
 import jax.numpy as jnp

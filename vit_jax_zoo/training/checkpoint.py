@@ -58,10 +58,6 @@ class Checkpointer:
   def __init__(
     self, workdir: PathLike, *, keep: int = 1, best_mode: str = "max", read_only: bool = False
   ):
-    if keep < 1:
-      raise ValueError(f"checkpoint.keep is {keep}; expected at least 1")
-    if best_mode not in ("max", "min"):
-      raise ValueError(f"checkpoint.best_mode is {best_mode!r}; expected 'max' or 'min'")
     self.workdir, self.read_only, self._best_mode = absolute(workdir), read_only, best_mode
     policy = ocp.checkpoint_managers.LatestN(keep)
     self._newest = _Folder(self.workdir / CHECKPOINTS, preservation_policy=policy)
