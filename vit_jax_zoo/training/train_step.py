@@ -79,8 +79,8 @@ def make_train_step(
 ) -> TrainStep:
   """Returns `train_step(state, batch) -> (state, metrics)`, not yet compiled.
 
-  The micro-batches of a batch are processed one after the other; without a decay of the moving
-  average of the variables, there is none.
+  `accumulation_steps` is the number of micro-batches of a batch, `ema_decay` the decay of the
+  moving average of the variables; None: no average.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
