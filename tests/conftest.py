@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import pathlib
+import signal
 import tempfile
 from importlib import metadata
 
@@ -26,6 +27,8 @@ import pytest
 from absl import flags
 
 mpl.use("Agg")
+# A shell starts background jobs with SIGINT ignored, and their subprocesses inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
