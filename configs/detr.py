@@ -49,7 +49,7 @@ def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> Confi
 
   Paper: the architecture is DETR's, with stride 8. It starts from nothing, where the paper's
     backbone has seen ImageNet and trains for 300 epochs of 118,000 images; therefore class and box
-    head also learn from every cell of the encoder's map (`cell_weight`). After 400 steps the AP50
+    head also learn from every cell of the encoder's map (`dense_weight`). After 400 steps the AP50
     was 0.19 with that loss and 0.02 without it. It fades until four fifths of the run, so that
     queries may leave an object to one of them. "No object" weighs 0.3, not 0.1: of twelve queries
     more find something than of a hundred. Batch norms learn; no dropout; the class counts three
@@ -129,7 +129,7 @@ def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
         "num_heads": 8,
         "mlp_dim": 128,
         "dropout_rate": 0.0,
-        "cell_predictions": True,
+        "dense_predictions": True,
         "backbone": {
           "blocks": (1, 1, 1, 1),
           "widths": (16, 32, 64, 64),
@@ -142,8 +142,8 @@ def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
         "name": "detection",
         "class_weight": 3.0,
         "no_object_weight": 0.3,
-        "cell_weight": 1.0,
-        "cell_steps": max(1, round(0.8 * num_steps)),
+        "dense_weight": 1.0,
+        "dense_steps": max(1, round(0.8 * num_steps)),
         "score_threshold": 0.5,
         "draw_attention": True,
       },

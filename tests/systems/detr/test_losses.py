@@ -43,70 +43,72 @@ def problem():
     "labels": np.array([[1], [0]], np.int32),
     "is_target": np.array([[True], [False]]),
   }
-  cell_logits = np.zeros((2, 2, 2, CLASSES + 1), np.float32)
-  cell_logits[..., CLASSES] = 50.0
-  cell_logits[0, 0, 0] = 50.0 * np.eye(CLASSES + 1)[1]
+  dense_logits = np.zeros((2, 2, 2, CLASSES + 1), np.float32)
+  dense_logits[..., CLASSES] = 50.0
+  dense_logits[0, 0, 0] = 50.0 * np.eye(CLASSES + 1)[1]
   outputs = {
     "logits": np.zeros((2, 2, CLASSES + 1), np.float32),
     "boxes_cxcywh": np.full((2, 2, 4), 0.5, np.float32),
     "auxiliary_logits": np.zeros((0, 2, 2, CLASSES + 1), np.float32),
     "auxiliary_boxes_cxcywh": np.zeros((0, 2, 2, 4), np.float32),
-    "cell_logits": cell_logits,
-    "cell_boxes_cxcywh": np.full((2, 2, 2, 4), 0.25, np.float32),
+    "dense_logits": dense_logits,
+    "dense_boxes_cxcywh": np.full((2, 2, 2, 4), 0.25, np.float32),
   }
   return batch, outputs
 
 
-def cell_loss(batch, outputs, normalizers=None, **fields):
-  task = create_task("detection", Echo(outputs), num_classes=CLASSES, cell_weight=1.0, **fields)
+def dense_loss(batch, outputs, normalizers=None, **fields):
+  task = create_task("detection", Echo(outputs), num_classes=CLASSES, dense_weight=1.0, **fields)
   normalizers = normalizers or task.normalizers(batch)
   context = LossContext(jax.random.key(0), jnp.int32(0), normalizers)
-  return task.loss({"params": {}}, batch, context).metrics["cell_loss"]
+  return task.loss({"params": {}}, batch, context).metrics["dense_loss"]
 
 
 def test_perfect_predictions_have_no_loss():
   batch, outputs = problem()
-  assert cell_loss(batch, outputs).compute() == pytest.approx(0, abs=1e-6)
+  assert dense_loss(batch, outputs).compute() == pytest.approx(0, abs=1e-6)
 
 
 def test_errors_weigh_as_those_of_queries():
   batch, outputs = problem()
-  outputs["cell_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU (.15 / .35), and no gap in the hull
+  outputs["dense_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU (.15 / .35), and no gap in the hull
   expected = 5 * 0.1 + 2 * (1 - 0.15 / 0.35)
-  assert cell_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
-  outputs["cell_boxes_cxcywh"][0, 1, 1] = 0.9  # where nothing is, boxes do not matter
-  assert cell_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
-  outputs["cell_boxes_cxcywh"][:] = 0.25
-  outputs["cell_logits"][1] = 0.0
+  assert dense_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
+  outputs["dense_boxes_cxcywh"][0, 1, 1] = 0.9  # where nothing is, boxes do not matter
+  assert dense_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
+  outputs["dense_boxes_cxcywh"][:] = 0.25
+  outputs["dense_logits"][1] = 0.0
   chance = np.log(CLASSES + 1) / 2  # a weighted mean over an image's cells, then over images
-  assert cell_loss(batch, outputs).compute() == pytest.approx(chance, rel=1e-5)
+  assert dense_loss(batch, outputs).compute() == pytest.approx(chance, rel=1e-5)
 
 
 def test_rows_of_padding_do_not_count_and_micro_batches_add_up():
   batch, outputs = problem()
-  outputs["cell_logits"][:] = np.random.default_rng(0).normal(size=outputs["cell_logits"].shape)
-  whole = cell_loss(batch, outputs)
+  outputs["dense_logits"][:] = np.random.default_rng(0).normal(size=outputs["dense_logits"].shape)
+  whole = dense_loss(batch, outputs)
   normalizers = create_task("detection", Echo(outputs), num_classes=CLASSES).normalizers(batch)
   parts = []
   for i in range(2):
     rows = {k: v[i : i + 1] for k, v in batch.items()}
     own = {k: v[:, i : i + 1] if "auxiliary" in k else v[i : i + 1] for k, v in outputs.items()}
-    parts.append(cell_loss(rows, own, normalizers))
+    parts.append(dense_loss(rows, own, normalizers))
   added = sum(part.total for part in parts)
   assert added == pytest.approx(float(whole.total), rel=1e-5)
-  first = cell_loss({**batch, "mask": np.array([True, False])}, outputs)
+  first = dense_loss({**batch, "mask": np.array([True, False])}, outputs)
   assert first.compute() == pytest.approx(float(parts[0].total), rel=1e-5)  # divided by 2, times 2
 
 
 def test_a_model_without_dense_predictions_is_refused():
-  with pytest.raises(ValueError, match=r"cell_weight.*cell_predictions"):
+  with pytest.raises(ValueError, match=r"dense_weight.*dense_predictions"):
     dense_auxiliary_loss({}, problem()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
 
 
 def test_the_weight_decays_linearly():
   batch, outputs = problem()
-  outputs["cell_logits"][:] = 0.0
-  task = create_task("detection", Echo(outputs), num_classes=CLASSES, cell_weight=2.0, cell_steps=8)
+  outputs["dense_logits"][:] = 0.0
+  task = create_task(
+    "detection", Echo(outputs), num_classes=CLASSES, dense_weight=2.0, dense_steps=8
+  )
   plain = create_task("detection", Echo(outputs), num_classes=CLASSES)
 
   @jax.jit
@@ -114,12 +116,12 @@ def test_the_weight_decays_linearly():
     context = LossContext(jax.random.key(0), step, task.normalizers(batch))
     output = task.loss({"params": {}}, batch, context)
     rest = plain.loss({"params": {}}, batch, context).loss
-    return (output.loss - rest) / output.metrics["cell_loss"].compute()
+    return (output.loss - rest) / output.metrics["dense_loss"].compute()
 
   shares = [float(cells_share(jnp.int32(step))) for step in (0, 2, 6, 8, 100)]
   np.testing.assert_allclose(shares, [2.0, 1.5, 0.5, 0.0, 0.0], atol=1e-5)
-  with pytest.raises(ValueError, match="cell_steps must be positive"):
-    create_task("detection", Echo(outputs), num_classes=CLASSES, cell_steps=0)
+  with pytest.raises(ValueError, match="dense_steps must be positive"):
+    create_task("detection", Echo(outputs), num_classes=CLASSES, dense_steps=0)
 
 
 def test_dense_predictions_add_no_parameters():
@@ -132,9 +134,9 @@ def test_dense_predictions_add_no_parameters():
     model = Detr(**fields, **more)
     return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), images)
 
-  outputs, variables = run(cell_predictions=True)
-  assert outputs["cell_logits"].shape == (1, 2, 3, 4)
-  assert outputs["cell_boxes_cxcywh"].shape == (1, 2, 3, 4)
+  outputs, variables = run(dense_predictions=True)
+  assert outputs["dense_logits"].shape == (1, 2, 3, 4)
+  assert outputs["dense_boxes_cxcywh"].shape == (1, 2, 3, 4)
   plain_outputs, plain = run()
   assert plain == variables
-  assert set(outputs) - set(plain_outputs) == {"cell_logits", "cell_boxes_cxcywh"}
+  assert set(outputs) - set(plain_outputs) == {"dense_logits", "dense_boxes_cxcywh"}

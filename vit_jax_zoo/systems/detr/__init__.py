@@ -12,4 +12,9 @@ SYSTEM = System(
   ),
   published="published:PUBLISHED",
   paper_scores="published:PAPER_SCORES",
+  renamed_fields=(
+    ("task.cell_weight", "dense_weight"),
+    ("task.cell_steps", "dense_steps"),
+    ("model.cell_predictions", "dense_predictions"),
+  ),
 )

@@ -24,20 +24,10 @@ def draw_segments(
   predicted: Sequence[Segments],
   images: Sequence[np.ndarray],
   class_names: Sequence[str] = (),
-  *,
-  title: str = "True and predicted segments",
 ) -> Figure:
-  """Draws every image with its true and its predicted segments.
-
-  Args:
-    truths: true segments of each image.
-    predicted: predicted segments of each image.
-    images: uint8 [h w 3], of any sizes.
-    class_names: names by class id; ids by default.
-    title: title of the figure.
-  """
+  """Draws images, uint8 [h w 3] of any sizes, with their true and their predicted segments."""
   columns = 2 if len(images) < 2 else 4  # two images side by side
-  figure, axes = draw.grid(-(-2 * len(images) // columns), columns, title)
+  figure, axes = draw.grid(-(-2 * len(images) // columns), columns, "True and predicted segments")
   cells = iter(axes.flat)
   for image, truth, segments in zip(images, truths, predicted, strict=True):
     for (segment_map, labels), what in ((truth, "truth"), (segments, "predicted")):
@@ -79,7 +69,6 @@ def draw_query_attention(
   class_names: Sequence[str] = (),
   *,
   threshold: float = 0.0,
-  title: str = "Attention maps of the queries",
   max_images: int = 3,
   max_queries: int = 4,
 ) -> Figure:
@@ -91,13 +80,14 @@ def draw_query_attention(
       padded image.
     class_names: names by class id; ids by default.
     threshold: minimum score; the query of highest score is always drawn.
-    title: title of the figure.
     max_images: maximum number of images.
     max_queries: maximum number of queries of each image.
   """
   rows = draw.real_rows(batch)[:max_images]
   drawn = [_best(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
-  figure, axes = draw.grid(len(rows), 1 + max(map(len, drawn), default=0), title)
+  figure, axes = draw.grid(
+    len(rows), 1 + max(map(len, drawn), default=0), "Attention maps of the queries"
+  )
   for index, (row, best) in enumerate(zip(rows, drawn, strict=True)):
     image = draw.image_of(batch, row)
     scale = draw.to_shown(batch, row, image)

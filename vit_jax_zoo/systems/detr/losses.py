@@ -104,8 +104,6 @@ def mask_losses(
     focal, dice = focal_loss(logits, target), dice_loss(logits, target)
     return jnp.where(matched, focal, 0.0), jnp.where(matched, dice, 0.0)
 
-  if not masks.shape[1]:
-    return jnp.zeros(query_of_target.shape), jnp.zeros(query_of_target.shape)
   focal, dice = jax.lax.map(one_target, (jnp.moveaxis(masks, 1, 0), query_of_target.T))
   return focal.T, dice.T
 
@@ -135,28 +133,25 @@ def dense_auxiliary_loss(
   weights: tuple[float | int, float | int, float | int],
   no_object_weight: float,
 ) -> Float[Array, " b"]:
-  """Returns each image's loss of the heads' predictions for the encoder's tokens.
+  """Returns each image's loss of the heads' predictions for the encoder's tokens. Not in the paper.
 
-  Not in the paper. The target of a token is the smallest box around its centre. Classes are
-  averaged over tokens by their weights, boxes over the tokens with a target.
+  The target of a token is the smallest box around its centre. Classes are averaged over tokens by
+  their weights, boxes over the tokens with a target.
 
   Args:
-    outputs: `cell_logits` [b i j k] and `cell_boxes_cxcywh` [b i j 4].
+    outputs: `dense_logits` [b i j k] and `dense_boxes_cxcywh` [b i j 4].
     batch: that of the detection task.
     weights: of the class loss, the L1 and the generalised IoU loss.
     no_object_weight: weight of a token without a target in the class loss.
-
-  Raises:
-    ValueError: `outputs` lacks the predictions.
   """
-  if "cell_logits" not in outputs:
+  if "dense_logits" not in outputs:
     raise ValueError(
-      "cell_weight: the model has no predictions for the encoder's tokens; set "
-      "model.cell_predictions=True, or cell_weight=0"
+      "dense_weight: the model has no predictions for the encoder's tokens; set "
+      "model.dense_predictions=True, or dense_weight=0"
     )
-  rows, height, width, classes = outputs["cell_logits"].shape
-  logits = outputs["cell_logits"].reshape(rows, -1, classes).astype(jnp.float32)
-  boxes = outputs["cell_boxes_cxcywh"].reshape(rows, -1, 4)
+  rows, height, width, classes = outputs["dense_logits"].shape
+  logits = outputs["dense_logits"].reshape(rows, -1, classes).astype(jnp.float32)
+  boxes = outputs["dense_boxes_cxcywh"].reshape(rows, -1, 4)
   targets = target_boxes(batch)
   of_token = covering_target(token_centers(batch, (height, width)), targets, is_target(batch))
   by_class, by_distance, by_overlap = weights

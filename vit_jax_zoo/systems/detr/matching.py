@@ -22,13 +22,7 @@ _LARGEST_COST = 1e6  # replaces larger and non-finite costs; float32 resolves 0.
 
 
 class Matching(NamedTuple):
-  """Matched pairs, by query and by target.
-
-  Attributes:
-    target_of_query: index of each query's target, -1 for none.
-    query_of_target: index of each target's query, -1 for padding, and for targets in excess of the
-      number of queries.
-  """
+  """Indices of matched pairs: -1 for queries without a target, for padding and excess targets."""
 
   target_of_query: Int[Array, "*b q"]
   query_of_target: Int[Array, "*b t"]
@@ -44,26 +38,19 @@ class _State(NamedTuple):
 
 
 class _Search(NamedTuple):
-  """Dijkstra's tables: each query's distance from the free targets, and the target before it.
+  """Dijkstra's tables."""
 
-  The parent is -1 if the path from the nearest free target is direct.
-  """
-
-  distance: Float[Array, " q"]
-  parent: Int[Array, " q"]
+  distance: Float[Array, " q"]  # from the free targets
+  parent: Int[Array, " q"]  # target before the query; -1 if the path from a free target is direct
   visited: Bool[Array, " q"]
   nearest: Int[Array, ""]
 
 
 def match(cost: Float[Array, "*b q t"], is_target: Bool[Array, "*b t"]) -> Matching:
-  """Returns the min(queries, targets) pairs of minimum total cost.
+  """Returns the min(queries, targets) pairs of minimum total cost. Not differentiable.
 
-  Not differentiable. Non-finite costs are replaced by very large (or small) ones. Padding and the
-  order of targets affect ties alone.
-
-  Args:
-    cost: cost of the pair of query q and target t; float32.
-    is_target: False for padding, whose costs are not used.
+  Non-finite costs are replaced by very large (or small) ones; those of padding are not used.
+  Padding and the order of targets affect ties alone.
 
   >>> cost = jnp.array([[3.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
   >>> match(cost, jnp.array([True, False])).target_of_query

@@ -83,8 +83,8 @@ class Detr(nn.Module):
     dropout_rate: in the Transformer (A.4: 0.1).
     position_embedding: "sine" (Table 1), or "learned", at most 50 x 50 features (Table 3).
     mask_head: also predicts masks (section 4.4, Table 5).
-    cell_predictions: also applies the class and box heads to the encoder's tokens, for
-      `Detection.cell_weight`. Not in the paper; the demo trains from random weights with it.
+    dense_predictions: also applies the class and box heads to the encoder's tokens, for
+      `Detection.dense_weight`. Not in the paper; the demo trains from random weights with it.
     backbone: fields of `ResNet`, with frozen batch norms. "output_stride" 16 is DC5 (Table 1).
     masked_backbone: see the module's docstring. For DC5, whose published weights (Table 1) were
       trained with one image a GPU, without padding. Not applied within the mask head.
@@ -105,7 +105,7 @@ class Detr(nn.Module):
   dropout_rate: float = 0.1
   position_embedding: str = "sine"
   mask_head: bool = False
-  cell_predictions: bool = False
+  dense_predictions: bool = False
   backbone: Mapping[str, Any] | None = None
   masked_backbone: bool = False
   dtype: Dtype = "float32"
@@ -132,26 +132,29 @@ class Detr(nn.Module):
       `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], relative to
       the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh` [l ...], those
       of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4], of the
-      padded image; with `cell_predictions` `cell_logits` and `cell_boxes_cxcywh` [b i j ...]. All
-      float32.
+      padded image; with `dense_predictions` `dense_logits` and `dense_boxes_cxcywh` [b i j ...].
+      All float32.
     """
     _check(self)
     if mask is None:
       mask = jnp.ones(images.shape[:3], dtype=bool)
-    transformer = Transformer(**self._transformer_fields(), name="transformer")
     dense = functools.partial(
       nn.Dense, kernel_init=pytorch_uniform(), bias_init=pytorch_uniform(self.width)
     )
     class_head = dense(self.num_classes + 1, name="class_head")
     box_layers = [dense(n, name=f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
-    queries = self.param("query_embedding", nn.initializers.normal(1.0), self._query_shape)
+    box_head = nn.Sequential([box_layers[0], nn.relu, box_layers[1], nn.relu, box_layers[2]])
+    transformer = Transformer(**self._transformer_fields(), name="transformer")
+    queries = self.param(
+      "query_embedding", nn.initializers.normal(1.0), (self.num_queries, self.width)
+    )
 
     features = self._backbone(jnp.where(mask[..., None], images, 0), mask, train=train)
     projected = self._projection(features["c5"])
     keep = self._feature_mask(mask, projected)
     memory, decoded = transformer(projected, self._positions(keep), keep, queries, train=train)
     logits = class_head(_float32(decoded))
-    boxes = nn.sigmoid(_mlp(box_layers, _float32(decoded)))
+    boxes = nn.sigmoid(box_head(_float32(decoded)))
 
     self.sow("intermediates", "memory", memory)
     predictions = {
@@ -160,16 +163,15 @@ class Detr(nn.Module):
       "auxiliary_logits": logits[:-1],
       "auxiliary_boxes_cxcywh": boxes[:-1],
     }
-    if self.cell_predictions:
-      predictions["cell_logits"] = class_head(_float32(memory))
-      predictions["cell_boxes_cxcywh"] = nn.sigmoid(_mlp(box_layers, _float32(memory)))
+    if self.dense_predictions:
+      predictions["dense_logits"] = class_head(_float32(memory))
+      predictions["dense_boxes_cxcywh"] = nn.sigmoid(box_head(_float32(memory)))
     if self.mask_head:
-      maps = MaskAttention(self.num_heads, self.dtype, name="mask_attention")(
-        decoded[-1], memory, keep
-      )
+      attend = MaskAttention(self.num_heads, self.dtype, name="mask_attention")
+      maps = attend(decoded[-1], memory, keep)
       self.sow("intermediates", "mask_maps", maps)
-      finer = [features[name] for name in ("c4", "c3", "c2")]
       mask_head = MaskHead(self.width, self.dtype, name="mask_head")
+      finer = [features[name] for name in ("c4", "c3", "c2")]
       predictions["mask_logits"] = mask_head(projected, maps, finer)
     return predictions
 
@@ -188,19 +190,15 @@ class Detr(nn.Module):
     return _MaskedResNet(**fields, keep=keep, name="backbone")(images, train=train)
 
   def _projection(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    bias_init = pytorch_uniform(features.shape[-1])
     return nn.Conv(
-      self.width,
-      (1, 1),
-      kernel_init=pytorch_uniform(),
-      bias_init=pytorch_uniform(features.shape[-1]),
-      dtype=self.dtype,
+      self.width, (1, 1), kernel_init=pytorch_uniform(), bias_init=bias_init, dtype=self.dtype,
       name="input_projection",
-    )(features)
+    )(features)  # fmt: skip
 
   def _feature_mask(
     self, mask: Bool[Array, "b h w"], features: Float[Array, "b i j d"]
   ) -> Bool[Array, "b i j"]:
-    """Returns True at features of the image, False at those of its padding."""
     if self.masked_backbone:
       stride = (self.backbone or {}).get("output_stride", 32)
       return mask[:, ::stride, ::stride]
@@ -223,18 +221,16 @@ class Detr(nn.Module):
     grid = [jnp.broadcast_to(table, (*keep.shape, half)) for table in tables]
     return jnp.concatenate(grid, axis=-1).astype(self.dtype)
 
-  @property
-  def _query_shape(self) -> tuple[int, int]:
-    return self.num_queries, self.width
-
   def _transformer_fields(self) -> dict[str, Any]:
     of_layers = ("num_heads", "mlp_dim", "dropout_rate", "dtype", "attention_implementation")
-    depths = ("encoder_depth", "decoder_depth", "remat", "scan_layers")
     layer = {name: getattr(self, name) for name in of_layers}
     return {
       "encoder_layer": layer,
       "decoder_layer": {**layer, **part_fields("decoder", DecoderLayer, self.decoder)},
-      **{name: getattr(self, name) for name in depths},
+      "encoder_depth": self.encoder_depth,
+      "decoder_depth": self.decoder_depth,
+      "remat": self.remat,
+      "scan_layers": self.scan_layers,
     }
 
 
@@ -242,21 +238,13 @@ class Transformer(nn.Module):
   """The encoder, and the decoder with the outputs of all its layers (section A.3, figure 10).
 
   Scanned, the layers' parameters are in `encoder/...` and `decoder/...` with a leading depth axis;
-  unrolled, in `encoder_0/...`, `decoder_0/...`.
-
-  Attributes:
-    encoder_depth: number of encoder layers.
-    decoder_depth: number of decoder layers.
-    encoder_layer: fields of `EncoderLayer`.
-    decoder_layer: fields of `DecoderLayer`.
-    remat: see `Detr`.
-    scan_layers: see `Detr`.
+  unrolled, in `encoder_0/...`, `decoder_0/...`. For the fields see `Detr`.
   """
 
   encoder_depth: int
   decoder_depth: int
-  encoder_layer: Mapping[str, Any]
-  decoder_layer: Mapping[str, Any]
+  encoder_layer: Mapping[str, Any]  # fields of `EncoderLayer`
+  decoder_layer: Mapping[str, Any]  # fields of `DecoderLayer`
   remat: str = "none"
   scan_layers: bool = True
 
@@ -296,8 +284,8 @@ class Transformer(nn.Module):
   def _stack(
     self, name: str, kind: type[nn.Module], depth: int, fields: Mapping[str, Any]
   ) -> Stack:
-    layer = functools.partial(kind, **fields)
-    stack = Stack(layer, depth, self.scan_layers, self.remat, name, f"{name}_{{}}")
+    make = functools.partial(kind, **fields)
+    stack = Stack(make, depth, self.scan_layers, self.remat, name, f"{name}_{{}}")
     nn.share_scope(self, stack)
     return stack
 
@@ -311,9 +299,20 @@ class _Layer(nn.Module):
   dtype: Dtype = jnp.float32
   attention_implementation: Implementation = None
 
-  def _attention(self, name: str) -> MultiHeadAttention:
+  def _attend(
+    self,
+    name: str,
+    x: Float[Array, "b n d"],
+    position: Float[Array, "b n d"],
+    key: Float[Array, "b m d"],
+    value: Float[Array, "b m d"],
+    mask: Bool[Array, "b 1 1 m"] | None = None,
+    *,
+    train: bool,
+  ) -> Float[Array, "b n d"]:
+    """Returns x plus its attention with the query x + position, normalised."""
     # The official code initialises query, key and value as one [3d d] matrix: half the variance.
-    return MultiHeadAttention(
+    attention = MultiHeadAttention(
       self.num_heads,
       dropout_rate=self.dropout_rate,
       kernel_init=nn.initializers.variance_scaling(0.5, "fan_avg", "uniform"),
@@ -322,20 +321,19 @@ class _Layer(nn.Module):
       implementation=self.attention_implementation,
       name=name,
     )
+    attended = attention(x + position, key, value, mask=mask, train=train)
+    attended = nn.Dropout(self.dropout_rate)(attended, deterministic=not train)
+    return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=f"{name}_norm")(x + attended)
 
-  def _mlp(self, x: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b n d"]:
+  def _feed_forward(self, x: Float[Array, "b n d"], *, train: bool) -> Float[Array, "b n d"]:
     fan_in = {(self.mlp_dim,): x.shape[-1], (x.shape[-1],): self.mlp_dim}  # by shape of the bias
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> Array:
       return pytorch_uniform(fan_in[shape])(key, shape, dtype)
 
-    rate = self.dropout_rate
-    return Mlp(self.mlp_dim, "relu", rate, bias_init=init, dtype=self.dtype, name="mlp")(
-      x, train=train
-    )
-
-  def _norm(self, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+    mlp = Mlp(self.mlp_dim, "relu", self.dropout_rate, bias_init=init, dtype=self.dtype, name="mlp")
+    norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="mlp_norm")
+    return norm(x + mlp(x, train=train))
 
 
 class EncoderLayer(_Layer):
@@ -352,11 +350,8 @@ class EncoderLayer(_Layer):
   ) -> tuple[Float[Array, "b n d"], None]:
     """Returns the next tokens; arguments as those of `Transformer`, flattened."""
     x = shard_batch(x)
-    attention, drop = self._attention("attention"), nn.Dropout(self.dropout_rate)
-    query = key = x + positions
-    attended = drop(attention(query, key, x, mask=mask, train=train), deterministic=not train)
-    x = self._norm("attention_norm")(x + attended)
-    return self._norm("mlp_norm")(x + self._mlp(x, train=train)), None
+    x = self._attend("attention", x, positions, x + positions, x, mask, train=train)
+    return self._feed_forward(x, train=train), None
 
 
 class DecoderLayer(_Layer):
@@ -375,15 +370,10 @@ class DecoderLayer(_Layer):
   ) -> tuple[Float[Array, "b q d"], Float[Array, "b q d"]]:
     """Returns the next slots, twice; arguments as those of `Transformer`, flattened."""
     x = shard_batch(x)
-    drop = functools.partial(nn.Dropout(self.dropout_rate), deterministic=not train)
-    self_attention = self._attention("self_attention")
-    cross_attention = self._attention("cross_attention")
-    query = key = x + queries
-    x = self._norm("self_attention_norm")(x + drop(self_attention(query, key, x, train=train)))
-    query, key = x + queries, memory + positions
-    attended = drop(cross_attention(query, key, memory, mask=mask, train=train))
-    x = self._norm("cross_attention_norm")(x + attended)
-    x = self._norm("mlp_norm")(x + self._mlp(x, train=train))
+    x = self._attend("self_attention", x, queries, x + queries, x, train=train)
+    key = memory + positions
+    x = self._attend("cross_attention", x, queries, key, memory, mask, train=train)
+    x = self._feed_forward(x, train=train)
     return x, x
 
 
@@ -414,14 +404,10 @@ class MaskAttention(nn.Module):
   """Attention maps of the queries over the encoder's output, without values (figure 8).
 
   The softmax runs over all heads and positions of a query together, as in the official code.
-
-  Attributes:
-    num_heads: maps for each query.
-    dtype: of the projections; the softmax is in float32.
   """
 
-  num_heads: int
-  dtype: Dtype = jnp.float32
+  num_heads: int  # maps for each query
+  dtype: Dtype = jnp.float32  # of the projections; the softmax is in float32
 
   @nn.compact
   def __call__(
@@ -444,13 +430,11 @@ class MaskAttention(nn.Module):
 class MaskHead(nn.Module):
   """Five convolutions from the coarsest map up, with the backbone's features added (figure 8).
 
-  Attributes:
-    width: of the projected features, d: the layers have d + heads, d/2, d/4, d/8, d/16 channels.
-    dtype: of the convolutions; norms compute in float32.
+  With d = `width`, the layers have d + heads, d/2, d/4, d/8, d/16 channels.
   """
 
   width: int
-  dtype: Dtype = jnp.float32
+  dtype: Dtype = jnp.float32  # of the convolutions; norms compute in float32
 
   @nn.compact
   def __call__(
@@ -482,16 +466,12 @@ class MaskHead(nn.Module):
   def _first(
     self, projected: Float[Array, "b h w d"], maps: Float[Array, "b q h w m"]
   ) -> Float[Array, "b q h w e"]:
-    """Convolves the concatenation of `projected` with each query's maps.
-
-    Convolutions are linear: the part of `projected` is computed once for all queries.
-    """
+    """Convolves `projected`, once for all queries, concatenated with each query's maps."""
     heads = maps.shape[-1]
     channels = projected.shape[-1] + heads
-    kernel = self.param("conv1_kernel", kaiming_uniform, (3, 3, channels, channels)).astype(
-      self.dtype
-    )
-    bias = self.param("conv1_bias", nn.initializers.zeros, (channels,)).astype(self.dtype)
+    kernel = self.param("conv1_kernel", kaiming_uniform, (3, 3, channels, channels))
+    bias = self.param("conv1_bias", nn.initializers.zeros, (channels,))
+    kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
     convolve = functools.partial(
       jax.lax.conv_general_dilated,
       window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -517,13 +497,9 @@ class MaskHead(nn.Module):
 
 
 class _MaskedResNet(ResNet):
-  """A ResNet whose features are zero in the padding after every norm, as outside of an image.
+  """A ResNet whose features are zero in the padding after every norm, as outside of an image."""
 
-  Attributes:
-    keep: True at the pixels of the image, by size of the map.
-  """
-
-  keep: Mapping[tuple[int, ...], Any] | None = None
+  keep: Mapping[tuple[int, ...], Any] | None = None  # by size of the map
 
   def _norm_factory(self) -> Callable[..., nn.Module]:
     make = super()._norm_factory()
@@ -540,18 +516,11 @@ class _MaskedResNet(ResNet):
     return masked  # pyrefly: ignore[bad-return]
 
 
-def _mlp(layers: Sequence[nn.Module], x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
-  for layer in layers[:-1]:
-    x = nn.relu(layer(x))
-  return layers[-1](x)
-
-
 def _float32(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
   return x.astype(jnp.float32)
 
 
 def _check(model: Detr) -> None:
-  """Raises ValueError for fields out of range."""
   if model.position_embedding not in POSITION_EMBEDDINGS:
     known = unknown_name("position_embedding", model.position_embedding, POSITION_EMBEDDINGS)
     raise ValueError(known)

@@ -32,6 +32,7 @@ class DetectionPredictor:
     self._trained, self._options = trained, options
     task: Any = trained.task
     self._task = dataclasses.replace(task, draw_attention=options.explain)
+    self._stuff_from = task.num_classes if task.stuff_from is None else task.stuff_from
     self._predict = jax.jit(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
@@ -54,9 +55,14 @@ class DetectionPredictor:
     record: dict[str, Any] = {"detections": self._detections(batch, found, kept, image)}
     pictures: dict[str, Picture] = {"": self._draw(image, found, kept)}
     if self._options.explain:
-      pictures["attention"] = self._draw_attention(image, batch, found)
+      shown = {**batch, "image": image[None]}  # at full size: the model's may be tiny
+      pictures["attention"] = draw_query_attention(
+        shown, found, self._task.class_names, threshold=self._options.threshold
+      )
     if "mask_logits" in found:
-      segments = self._segments(batch, found)
+      given = self._options.threshold
+      threshold = self._task.segment_threshold if given == Options.threshold else given
+      segments = found_segments(batch, found, 0, self._stuff_from, threshold=threshold)
       record["segments_info"] = self._segments_info(segments)
       pictures["segments"] = paint_segments(image, segments.segment_map)
       pictures["panoptic"] = _as_colors(segments.segment_map + 1)
@@ -106,32 +112,16 @@ class DetectionPredictor:
     draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])
     return figure
 
-  def _draw_attention(
-    self, image: Image, batch: dict[str, np.ndarray], found: dict[str, np.ndarray]
-  ) -> Figure:
-    shown = {**batch, "image": image[None]}  # at full size: the model's may be tiny
-    return draw_query_attention(
-      shown, found, self._task.class_names, threshold=self._options.threshold
-    )
-
-  def _stuff_from(self) -> int:
-    stuff_from = self._task.stuff_from
-    return self._task.num_classes if stuff_from is None else stuff_from
-
-  def _segments(self, batch: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> Segmentation:
-    given = self._options.threshold
-    threshold = self._task.segment_threshold if given == Options.threshold else given
-    return found_segments(batch, found, 0, self._stuff_from(), threshold=threshold)
-
   def _segments_info(self, segments: Segmentation) -> list[dict[str, Any]]:
     """Returns the entries of COCO's panoptic files for all segments with pixels."""
     info = []
     for index, label in enumerate(segments.labels):
       rows, columns = np.nonzero(segments.segment_map == index)
       if len(rows):
-        corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-        entry = {**self._category(int(label)), "area": len(rows), "bbox": _xywh(np.array(corners))}
-        info.append({"id": index + 1, **entry, "isthing": int(label < self._stuff_from())})
+        left, top = float(columns.min()), float(rows.min())
+        bbox = [left, top, columns.max() + 1 - left, rows.max() + 1 - top]
+        entry = {**self._category(int(label)), "area": len(rows), "bbox": bbox}
+        info.append({"id": index + 1, **entry, "isthing": int(label < self._stuff_from)})
     return info
 
 
@@ -139,11 +129,6 @@ def _inside(boxes_xyxy: np.ndarray, image: Image) -> np.ndarray:
   """Returns boxes clipped to the image."""
   height, width = image.shape[:2]
   return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], np.float32))
-
-
-def _xywh(box_xyxy: np.ndarray) -> list[float]:
-  left, top, right, bottom = (float(side) for side in box_xyxy)
-  return [left, top, right - left, bottom - top]
 
 
 def _as_colors(ids: np.ndarray) -> np.ndarray:

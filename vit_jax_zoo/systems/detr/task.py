@@ -6,7 +6,7 @@ predictions learn the class, the box and (with a mask head) the mask of their ta
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,21 +34,6 @@ from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size, is_target, pixel_mask, target_boxes
 
 
-@runtime_checkable
-class DetectionModel(base.Model, Protocol):
-  """A model that predicts a fixed number of objects: a `Detr`, but for tests."""
-
-  @property
-  def num_queries(self) -> int:
-    """Number of predictions for every image."""
-    ...
-
-  @property
-  def mask_head(self) -> bool:
-    """Whether it also predicts masks."""
-    ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Detection(base.Task):
   """Set prediction of objects: matching, class, box and mask losses, COCO metrics.
@@ -63,7 +48,7 @@ class Detection(base.Task):
   `DetectionEvaluator`.
 
   Attributes:
-    model: called as `model(images, pixel_mask, train=...)`; see `Detr`.
+    model: a `Detr`, or another with `num_queries` and `mask_head` that is called alike.
     num_classes: highest class id + 1, without "no object". COCO's ids are used unchanged: 91.
     class_weight: weight of the class loss, and of the class probability in the matching cost.
     box_weight: weight of the L1 distance in loss and matching cost (A.4: 5).
@@ -72,9 +57,9 @@ class Detection(base.Task):
     dice_weight: weight of the masks' dice loss.
     no_object_weight: weight of queries without a target in the class loss (3.1: 0.1).
     auxiliary_losses: trains every decoder layer, not the last alone (3.2).
-    cell_weight: weight of `losses.dense_auxiliary_loss`, which needs `cell_predictions` of the
+    dense_weight: weight of `losses.dense_auxiliary_loss`, which needs `dense_predictions` of the
       model. Not in the paper; with it the demo's small model learns from random weights.
-    cell_steps: number of steps in which `cell_weight` decays linearly to 0; None: it is constant.
+    dense_steps: number of steps in which `dense_weight` decays linearly to 0; None: it is constant.
       Neighbouring queries then stop to predict the same object.
     image_mean: see `normalize_images`.
     image_std: see `normalize_images`.
@@ -94,7 +79,7 @@ class Detection(base.Task):
 
   predicts_boxes: ClassVar[bool] = True
 
-  model: DetectionModel
+  model: Any
   num_classes: int
   class_weight: float = 1.0
   box_weight: float = 5.0
@@ -103,8 +88,8 @@ class Detection(base.Task):
   dice_weight: float = 1.0
   no_object_weight: float = 0.1
   auxiliary_losses: bool = True
-  cell_weight: float = 0.0
-  cell_steps: int | None = None
+  dense_weight: float = 0.0
+  dense_steps: int | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()
@@ -117,11 +102,11 @@ class Detection(base.Task):
 
   def __post_init__(self) -> None:
     weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]
-    check_positive(self, "num_classes", "cell_steps")
+    check_positive(self, "num_classes", "dense_steps")
     check_not_negative(self, *weights)
     for field in ("score_threshold", "segment_threshold"):
-      if not 0 <= getattr(self, field) <= 1:
-        raise ValueError(f"{field}: {getattr(self, field)} is given; expected a value in [0, 1]")
+      if not 0 <= (value := getattr(self, field)) <= 1:
+        raise ValueError(f"{field}: {value} is given; expected a value in [0, 1]")
     if len(self.class_names) > self.num_classes:
       raise ValueError(
         f"class_names: {len(self.class_names)} are given; expected at most num_classes="
@@ -180,30 +165,26 @@ class Detection(base.Task):
     averages per-device class losses).
 
     Metrics: "loss" and its unweighted terms "class_loss", "box_loss", "giou_loss", "mask_loss",
-    "dice_loss" of the last layer, "class_loss_0" ... of the others, "cell_loss"; "class_error", the
-    fraction of matched queries with a wrong class; "cardinality_error", the difference between the
+    "dice_loss" of the last layer, "class_loss_0" ... of the others, "dense_loss"; "class_error",
+    the fraction of matched queries with a wrong class; "cardinality_error", the difference of the
     numbers of predicted and of true objects. A label out of range makes the loss NaN, which stops
     the run.
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
+    inputs, rngs = (self._images(batch), pixel_mask(batch)), {"dropout": context.rng}
     outputs, changed = self.model.apply(
-      variables,
-      self._images(batch),
-      pixel_mask(batch),
-      train=True,
-      rngs={"dropout": context.rng},
-      mutable=list(state),
+      variables, *inputs, train=True, rngs=rngs, mutable=list(state)
     )
     mask = base.example_mask(batch)
     terms, matching = self._set_losses(outputs, batch, mask, context.normalizers)
     if "mask_logits" in outputs:
       terms |= self._mask_losses(outputs, batch, matching, context.normalizers)
-    if self.cell_weight:
+    if self.dense_weight:
       sums = losses.dense_auxiliary_loss(
         outputs, batch, weights=self._matching_weights, no_object_weight=self.no_object_weight
       )
       summed = jnp.sum(jnp.where(mask, sums, 0.0))
-      terms["cell_loss"] = summed / context.normalizers["examples"]
+      terms["dense_loss"] = summed / context.normalizers["examples"]
     loss = sum(self._weight(name, context.step) * value for name, value in terms.items())
     loss = jnp.where(self._has_unknown_labels(batch), jnp.nan, loss)
     examples = jnp.sum(mask.astype(jnp.float32))
@@ -225,13 +206,9 @@ class Detection(base.Task):
       unpadded one; with a mask head `mask_logits` float32 [b q i j], of the padded image; with
       `draw_attention` `attention` float32 [b q i j], of the last decoder layer, mean over heads.
     """
-    outputs, sown = self.model.apply(
-      variables,
-      self._images(batch),
-      pixel_mask(batch),
-      train=False,
-      mutable=["intermediates"] if self.draw_attention else [],
-    )
+    inputs, sown = (self._images(batch), pixel_mask(batch)), ["intermediates"]
+    sown = sown if self.draw_attention else []
+    outputs, sown = self.model.apply(variables, *inputs, train=False, mutable=sown)
     probabilities = jax.nn.softmax(self._logits(outputs), axis=-1)
     scores = jnp.max(probabilities[..., :-1], axis=-1)
     size = batch.get("original_size", image_size(batch))
@@ -251,8 +228,7 @@ class Detection(base.Task):
 
   def padding_invariant(self) -> "Detection":
     """Returns the task with a backbone that is masked after every norm, see `Detr`."""
-    model: Any = self.model
-    return dataclasses.replace(self, model=model.clone(masked_backbone=True))
+    return dataclasses.replace(self, model=self.model.clone(masked_backbone=True))
 
   def evaluator(self) -> DetectionEvaluator:
     """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality.
@@ -283,15 +259,10 @@ class Detection(base.Task):
     """Draws detections beside ground truth; attention maps; panoptic segments."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
-    figures = {
-      "predictions": draw.draw_predictions(
-        batch, predictions, self.class_names, threshold=self.score_threshold
-      )
-    }
+    drawn, threshold = (batch, predictions, self.class_names), self.score_threshold
+    figures = {"predictions": draw.draw_predictions(*drawn, threshold=threshold)}
     if self.draw_attention:
-      figures["attention"] = draw_query_attention(
-        batch, predictions, self.class_names, threshold=self.score_threshold
-      )
+      figures["attention"] = draw_query_attention(*drawn, threshold=threshold)
     if self.stuff_from is not None:
       rows, threshold = draw.real_rows(batch)[:4], self.segment_threshold
       truths = [true_segments(batch, row) for row in rows]
@@ -379,8 +350,8 @@ class Detection(base.Task):
 
   def _weight(self, term: str, step: Int[Array, ""]) -> float | Float[Array, ""]:
     weight = getattr(self, term.split("_loss")[0] + "_weight")
-    if term == "cell_loss" and self.cell_steps is not None:
-      return weight * jnp.maximum(0.0, 1.0 - step / self.cell_steps)
+    if term == "dense_loss" and self.dense_steps is not None:
+      return weight * jnp.maximum(0.0, 1.0 - step / self.dense_steps)
     return weight
 
   def _error_metrics(

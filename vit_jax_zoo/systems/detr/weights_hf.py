@@ -10,7 +10,6 @@ paper's, and the published weights were trained without.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,9 @@ from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
 from vit_jax_zoo.systems.detr.weights_official import (
   check_architecture,
   checkpoint_fields,
+  infer_mlp_dims,
+  infer_sizes,
+  side_rows,
   with_mask_head,
 )
 from vit_jax_zoo.weights import hf_config
@@ -61,41 +63,30 @@ def _attention_rows(published: str, ours: str) -> list[Row]:
   return rows + layer_rows(f"{published}.out_proj", f"{ours}/out", FROM_HEADS)
 
 
-def _side_rows(side: str, attentions: Mapping[str, str]) -> list[Row]:
+def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
+  norms = (*(f"{name}_layer_norm" for name in attentions), "final_layer_norm")
   theirs, ours = f"model.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
-  rows = []
-  for published, name in attentions.items():
-    rows += _attention_rows(f"{theirs}.{published}", f"{ours}/{name}")
-    rows += norm_rows(f"{theirs}.{published}_layer_norm", f"{ours}/{name}_norm")
-  rows += layer_rows(f"{theirs}.fc1", f"{ours}/mlp/hidden")
-  rows += layer_rows(f"{theirs}.fc2", f"{ours}/mlp/out")
-  return rows + norm_rows(f"{theirs}.final_layer_norm", f"{ours}/mlp_norm")
+  return side_rows(theirs, ours, attentions, _attention_rows, norms=norms, mlp=("fc1", "fc2"))
 
 
-def _position_rows() -> list[Row]:
-  """Returns the rows of learned positions: of transformers 5, then of its version 4."""
-  return [
-    Row(f"model.{place}.{theirs}_embeddings.weight", f"{ours}_embedding")
-    for place in ("position_embedding", "backbone.position_embedding")
-    for theirs, ours in (("row", "row"), ("column", "column"))
-  ]
+# Learned positions: of transformers 5, then of its version 4.
+_POSITION_ROWS = [
+  Row(f"model.{place}.{axis}_embeddings.weight", f"{axis}_embedding")
+  for place in ("position_embedding", "backbone.position_embedding")
+  for axis in ("row", "column")
+]
 
 
 def table(*, timm: bool, masks: bool) -> tuple[Row, ...]:
-  """Returns the rows between a file's keys and our paths, layers unrolled.
-
-  Args:
-    timm: whether the backbone has timm's keys.
-    masks: whether the model has a mask head.
-  """
+  """Returns the rows of files with timm's or transformers' backbone, with or without mask head."""
   layout = resnet.TORCHVISION if timm else resnet.HUGGING_FACE
   rows = (
     *resnet.rows(layout, _BACKBONE, "backbone/"),
-    *_position_rows(),
+    *_POSITION_ROWS,
     *layer_rows("model.input_projection", "input_projection", CONVOLUTION),
     Row("model.query_position_embeddings.weight", "query_embedding"),
-    *_side_rows("encoder", {"self_attn": "attention"}),
-    *_side_rows("decoder", {"self_attn": "self_attention", "encoder_attn": "cross_attention"}),
+    *_side("encoder", {"self_attn": "attention"}),
+    *_side("decoder", {"self_attn": "self_attention", "encoder_attn": "cross_attention"}),
     *norm_rows("model.decoder.layernorm", "transformer/decoder_norm"),
     *layer_rows("class_labels_classifier", "class_head"),
     *layer_rows("bbox_predictor.layers.{i}", "box_head_{i}"),
@@ -135,25 +126,19 @@ def infer_fields(
   prefix = _prefix(published)
   layout = resnet.TORCHVISION if _has_timm_keys(published) else resnet.HUGGING_FACE
   backbone = resnet.infer_fields(published, layout, source, f"{prefix}{_BACKBONE}")
-  classes, width = published[f"{prefix}class_labels_classifier.weight"].shape
+  hidden = f"{prefix}model.{{side}}.layers.{{i}}.fc1.weight"
+  sizes = zip(("encoder", "decoder"), infer_mlp_dims(published, hidden), strict=True)
   encoder, decoder = (
-    {
-      "num_heads": config.get(f"{side}_attention_heads", 8),
-      "mlp_dim": published[f"{prefix}model.{side}.layers.0.fc1.weight"].shape[0],
-    }
-    for side in ("encoder", "decoder")
+    {"num_heads": config.get(f"{side}_attention_heads", 8), "mlp_dim": mlp_dim}
+    for side, mlp_dim in sizes
   )
+  queries = f"{prefix}model.query_position_embeddings"
   return {
-    "num_classes": classes - 1,
-    "num_queries": published[f"{prefix}model.query_position_embeddings.weight"].shape[0],
-    "width": width,
-    "encoder_depth": _depth(published, f"{prefix}model.encoder.layers"),
-    "decoder_depth": _depth(published, f"{prefix}model.decoder.layers"),
+    **infer_sizes(published, f"{prefix}class_labels_classifier", queries, hidden),
     **encoder,
     "decoder": {key: n for key, n in decoder.items() if n != encoder[key]} or None,
     "dropout_rate": float(config.get("dropout", 0.1)),
     "position_embedding": config.get("position_embedding_type", "sine"),
-    "mask_head": "mask_head.lay1.weight" in published,
     "backbone": {**backbone, "output_stride": _output_stride(config)},
   }
 
@@ -170,10 +155,6 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
       raise WeightsError(
         f"{source}/config.json: {key} is {given[key]!r}; supported is DETR with {value!r}"
       )
-
-
-def _depth(published: Mapping[str, np.ndarray], layers: str) -> int:
-  return sum(bool(re.fullmatch(rf"{re.escape(layers)}\.\d+\.fc1\.weight", k)) for k in published)
 
 
 def _output_stride(config: Mapping[str, Any]) -> int:
@@ -208,11 +189,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
-  """Returns the preprocessing of a `DetrImageProcessor`.
-
-  Args:
-    processor: content of `preprocessor_config.json`; {} for transformers' defaults.
-    source: name of the file.
+  """Returns the preprocessing of a `DetrImageProcessor`, from the file's content ({}: defaults).
 
   Raises:
     WeightsError: `size` or `pad_size` has other keys than transformers' processor.
@@ -257,8 +234,6 @@ def _mean_and_std(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tupl
   if processor.get("do_normalize", True):
     mean = processor.get("image_mean") or IMAGENET_MEAN
     std = processor.get("image_std") or IMAGENET_STD
-  if factor == 1:
-    return tuple(map(float, mean)), tuple(map(float, std))
   return tuple(m / factor for m in mean), tuple(s / factor for s in std)
 
 
@@ -283,7 +258,8 @@ def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
       "bilinear filter (fit=%s, interpolation=%s); written as squash, bilinear",
       preprocess.fit, preprocess.interpolation,
     )  # fmt: skip
-  processor = {
+  padding = preprocess.pad_size
+  return {
     "image_processor_type": "DetrImageProcessor",
     "format": "coco_panoptic" if masks else "coco_detection",
     "do_resize": preprocess.fit != "none",
@@ -295,19 +271,12 @@ def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
     "image_mean": preprocess.means,
     "image_std": preprocess.stds,
     "do_pad": True,
+    **({"pad_size": dict(zip(("height", "width"), padding, strict=True))} if padding else {}),
   }
-  if preprocess.pad_size:
-    processor["pad_size"] = dict(zip(("height", "width"), preprocess.pad_size, strict=True))
-  return processor
 
 
 def state_dict(variables: Mapping[str, np.ndarray], *, timm: bool = False) -> Flat:
-  """Returns a DETR's variables under Hugging Face's keys.
-
-  Args:
-    variables: arrays by path, layers unrolled.
-    timm: whether the backbone gets timm's keys.
-  """
+  """Returns a DETR's variables, given by path with layers unrolled, under Hugging Face's keys."""
   masks = any(path.startswith("mask_head/") for path in variables)
   published = write(variables, table(timm=timm, masks=masks))
   if timm:  # timm's ResNet has counters in the shortcuts' norms, which transformers does not freeze
@@ -335,11 +304,7 @@ def write_checkpoint(path: str, export: Export) -> None:
 
 
 def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dict[str, Any]:
-  """Returns the `config.json` of a `Detr` with these fields.
-
-  Args:
-    fields: all fields of the model.
-    class_names: by class id; missing ones are written as "LABEL_<id>".
+  """Returns the `config.json` of a `Detr` with these fields; missing class names are "LABEL_<id>".
 
   Raises:
     WeightsError: transformers has no such model.
@@ -361,9 +326,7 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     **_side_config("decoder", {**fields, **(fields["decoder"] or {})}),
     "num_hidden_layers": fields["encoder_depth"],
     "activation_function": "relu",
-    "dropout": fields["dropout_rate"],
-    "attention_dropout": fields["dropout_rate"],
-    "activation_dropout": fields["dropout_rate"],
+    **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), fields["dropout_rate"]),
     "position_embedding_type": fields["position_embedding"],
     "is_encoder_decoder": True,
     "auxiliary_loss": False,
@@ -374,11 +337,8 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
 
 
 def _side_config(side: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-  return {
-    f"{side}_layers": fields[f"{side}_depth"],
-    f"{side}_attention_heads": fields["num_heads"],
-    f"{side}_ffn_dim": fields["mlp_dim"],
-  }
+  names = {"layers": f"{side}_depth", "attention_heads": "num_heads", "ffn_dim": "mlp_dim"}
+  return {f"{side}_{theirs}": fields[ours] for theirs, ours in names.items()}
 
 
 def _backbone_config(backbone: Mapping[str, Any], *, masks: bool) -> dict[str, Any]:

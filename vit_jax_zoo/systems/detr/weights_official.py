@@ -9,8 +9,9 @@ last stage (assumed if the file's name has "dc5"). Override with `num_heads`, or
 its "output_stride".
 """
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,42 +49,59 @@ _OTHER_ARCHITECTURES = {
 
 
 def _attention_rows(published: str, ours: str) -> list[Row]:
-  rows = []
+  rows = layer_rows(f"{published}.out_proj", f"{ours}/out", FROM_HEADS)
   for part in PARTS:
     rows.append(Row(f"{published}.in_proj_weight[{part}]", f"{ours}/{part}/kernel", TO_HEADS))
     rows.append(Row(f"{published}.in_proj_bias[{part}]", f"{ours}/{part}/bias", HEADS_BIAS))
-  return rows + layer_rows(f"{published}.out_proj", f"{ours}/out", FROM_HEADS)
+  return rows
 
 
-def _side_rows(side: str, attentions: Mapping[str, str]) -> list[Row]:
-  """Returns the rows of the encoder's or the decoder's layers."""
-  theirs, ours = f"transformer.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
-  rows = []
-  for index, (published, name) in enumerate(attentions.items(), start=1):
-    rows += _attention_rows(f"{theirs}.{published}", f"{ours}/{name}")
-    rows += norm_rows(f"{theirs}.norm{index}", f"{ours}/{name}_norm")
-  rows += layer_rows(f"{theirs}.linear1", f"{ours}/mlp/hidden")
-  rows += layer_rows(f"{theirs}.linear2", f"{ours}/mlp/out")
-  return rows + norm_rows(f"{theirs}.norm{len(attentions) + 1}", f"{ours}/mlp_norm")
+def side_rows(
+  published: str,
+  ours: str,
+  attentions: Mapping[str, str],
+  attention_rows: Callable[[str, str], list[Row]],
+  *,
+  norms: Sequence[str],
+  mlp: tuple[str, str],
+) -> list[Row]:
+  """Returns the rows of the encoder's or the decoder's layers.
+
+  `attentions` has the published and our names; `norms` and `mlp` are published names.
+  """
+  rows = norm_rows(f"{published}.{norms[-1]}", f"{ours}/mlp_norm")
+  for (attention, name), norm in zip(attentions.items(), norms, strict=False):
+    rows += attention_rows(f"{published}.{attention}", f"{ours}/{name}")
+    rows += norm_rows(f"{published}.{norm}", f"{ours}/{name}_norm")
+  for layer, name in zip(mlp, ("hidden", "out"), strict=True):
+    rows += layer_rows(f"{published}.{layer}", f"{ours}/mlp/{name}")
+  return rows
 
 
-def _mask_rows() -> list[Row]:
-  rows = [
-    *layer_rows("bbox_attention.q_linear", "mask_attention/query", TO_HEADS, HEADS_BIAS),
-    *layer_rows("bbox_attention.k_linear", "mask_attention/key", TO_HEADS, HEADS_BIAS),
-    Row("mask_head.lay1.weight", "mask_head/conv1_kernel", CONVOLUTION),
-    Row("mask_head.lay1.bias", "mask_head/conv1_bias"),
-  ]
-  rows += layer_rows("mask_head.lay{i}", "mask_head/conv{i}", CONVOLUTION)
-  rows += norm_rows("mask_head.gn{i}", "mask_head/norm{i}")
-  rows += layer_rows("mask_head.adapter{i}", "mask_head/adapter{i}", CONVOLUTION)
-  return rows + layer_rows("mask_head.out_lay", "mask_head/out", CONVOLUTION)
+def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
+  theirs, norms = f"transformer.{side}.layers.{{i}}", ("norm1", "norm2", "norm3")
+  return side_rows(
+    theirs, f"transformer/{side}_{{i}}", attentions, _attention_rows,
+    norms=norms[: len(attentions) + 1], mlp=("linear1", "linear2"),
+  )  # fmt: skip
+
+
+_MASK_ROWS = (
+  *layer_rows("bbox_attention.q_linear", "mask_attention/query", TO_HEADS, HEADS_BIAS),
+  *layer_rows("bbox_attention.k_linear", "mask_attention/key", TO_HEADS, HEADS_BIAS),
+  Row("mask_head.lay1.weight", "mask_head/conv1_kernel", CONVOLUTION),
+  Row("mask_head.lay1.bias", "mask_head/conv1_bias"),
+  *layer_rows("mask_head.lay{i}", "mask_head/conv{i}", CONVOLUTION),
+  *norm_rows("mask_head.gn{i}", "mask_head/norm{i}"),
+  *layer_rows("mask_head.adapter{i}", "mask_head/adapter{i}", CONVOLUTION),
+  *layer_rows("mask_head.out_lay", "mask_head/out", CONVOLUTION),
+)
 
 
 def with_mask_head(rows: Iterable[Row]) -> tuple[Row, ...]:
   """Returns the rows of a model with a mask head, whose detector's keys begin with "detr."."""
   detector = (Row(f"detr.{row.published}", row.ours, row.transform) for row in rows)
-  return (*detector, *_mask_rows())
+  return (*detector, *_MASK_ROWS)
 
 
 TABLE: tuple[Row, ...] = (
@@ -92,8 +110,8 @@ TABLE: tuple[Row, ...] = (
   Row("backbone.1.col_embed.weight", "column_embedding"),
   *layer_rows("input_proj", "input_projection", CONVOLUTION),
   Row("query_embed.weight", "query_embedding"),
-  *_side_rows("encoder", {"self_attn": "attention"}),
-  *_side_rows("decoder", {"self_attn": "self_attention", "multihead_attn": "cross_attention"}),
+  *_side("encoder", {"self_attn": "attention"}),
+  *_side("decoder", {"self_attn": "self_attention", "multihead_attn": "cross_attention"}),
   *norm_rows("transformer.decoder.norm", "transformer/decoder_norm"),
   *layer_rows("class_embed", "class_head"),
   *layer_rows("bbox_embed.layers.{i}", "box_head_{i}"),
@@ -130,38 +148,57 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   """
   check_architecture(published, source)
   prefix = _prefix(published)
-  classes, width = published[f"{prefix}class_embed.weight"].shape
+  hidden = f"{prefix}transformer.{{side}}.layers.{{i}}.linear1.weight"
+  encoder, decoder = infer_mlp_dims(published, hidden)
+  fields = infer_sizes(published, f"{prefix}class_embed", f"{prefix}query_embed", hidden)
   first = published.get("mask_head.lay1.weight")
   backbone = resnet.infer_fields(published, resnet.TORCHVISION, source, f"{prefix}{_BODY}")
-  encoder, decoder = (
-    published[f"{prefix}transformer.{side}.layers.0.linear1.weight"].shape[0]
-    for side in ("encoder", "decoder")
-  )
+  learned = f"{prefix}backbone.1.row_embed.weight" in published
   return {
-    "num_classes": classes - 1,
-    "num_queries": published[f"{prefix}query_embed.weight"].shape[0],
-    "width": width,
-    "encoder_depth": _depth(published, f"{prefix}transformer.encoder.layers"),
-    "decoder_depth": _depth(published, f"{prefix}transformer.decoder.layers"),
-    "num_heads": 8 if first is None else first.shape[1] - width,
+    **fields,
+    "num_heads": 8 if first is None else first.shape[1] - fields["width"],
     "mlp_dim": encoder,
     "decoder": None if decoder == encoder else {"mlp_dim": decoder},
-    "position_embedding": (
-      "learned" if f"{prefix}backbone.1.row_embed.weight" in published else "sine"
-    ),
-    "mask_head": first is not None,
+    "position_embedding": "learned" if learned else "sine",
     "backbone": {**backbone, "output_stride": 16 if "dc5" in source.lower() else 32},
   }
 
 
+def infer_mlp_dims(published: Mapping[str, np.ndarray], hidden: str) -> tuple[int, int]:
+  """Returns the hidden widths of encoder and decoder; arguments as of `infer_sizes`."""
+  encoder, decoder = (published[hidden.format(side=s, i=0)].shape[0] for s in _SIDES)
+  return encoder, decoder
+
+
+def infer_sizes(
+  published: Mapping[str, np.ndarray], class_head: str, queries: str, hidden: str
+) -> dict[str, Any]:
+  """Returns the fields of a `Detr` that array shapes and keys determine in every format.
+
+  Args:
+    published: arrays by key.
+    class_head: prefix of the class head's keys.
+    queries: prefix of the query embedding's key.
+    hidden: key of an MLP's first kernel, with {side} and {i} for the layer.
+  """
+  classes, width = published[f"{class_head}.weight"].shape
+  keys = ((hidden.format(side=side, i=i) for i in itertools.count()) for side in _SIDES)
+  encoder, decoder = (sum(1 for _ in itertools.takewhile(published.__contains__, k)) for k in keys)
+  return {
+    "num_classes": classes - 1,
+    "num_queries": published[f"{queries}.weight"].shape[0],
+    "width": width,
+    "encoder_depth": encoder,
+    "decoder_depth": decoder,
+    "mask_head": "mask_head.lay1.weight" in published,
+  }
+
+
+_SIDES = ("encoder", "decoder")
+
+
 def _prefix(published: Mapping[str, np.ndarray]) -> str:
   return "detr." if "detr.class_embed.weight" in published else ""
-
-
-def _depth(published: Mapping[str, np.ndarray], layers: str) -> int:
-  return sum(
-    bool(re.fullmatch(rf"{re.escape(layers)}\.\d+\.linear1\.weight", k)) for k in published
-  )
 
 
 def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -201,21 +238,13 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
-  """Returns a DETR's variables, given by path with layers unrolled, under the official keys.
-
-  Raises:
-    WeightsError: the official code has no name for some of them.
-  """
+  """Returns a DETR's variables, given by path with layers unrolled, under the official keys."""
   has_masks = any(path.startswith("mask_head/") for path in variables)
   return contiguous(join(write(variables, SEGMENTATION_TABLE if has_masks else TABLE)))
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes `{"model": state_dict}` for the official code; or a safetensors file.
-
-  Args:
-    path: `.safetensors`, else a PyTorch file, which needs torch.
-    export: the model.
+  """Writes a safetensors file, or `{"model": state_dict}` for the official code (needs torch).
 
   Raises:
     WeightsError: the official code has no such model.

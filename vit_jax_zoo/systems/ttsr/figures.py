@@ -12,19 +12,17 @@ from vit_jax_zoo.figures.canvas import QUIET
 from vit_jax_zoo.metrics.psnr_ssim import psnr_y
 
 CELL = 2.1  # inches
-COLUMNS = (
+COLUMNS = (  # "wrong reference" and "truth" are optional
   "small", "bicubic", "ours", "wrong reference", "truth", "reference", "source", "confidence"
 )  # fmt: skip
-"""Columns of each row; "wrong reference" and "truth" are optional."""
 
-BATCH_COLUMNS = {
+BATCH_COLUMNS = {  # of a training batch: title -> key
   "small": "low_res_image",
   "bicubic": "upsampled_image",
   "truth": "image",
   "reference": "ref_image",
   "blurred reference": "blurred_ref_image",
 }
-"""Columns of a training batch: title -> key."""
 
 
 def draw_results(
@@ -44,7 +42,7 @@ def draw_results(
       the ground truth, and `size` are optional.
     predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w]; optional
       `wrong_reference_image`.
-    title: title of the figure.
+    title: of the figure.
     max_images: maximum number of examples.
   """
   shown = min(len(batch["low_res_image"]), max_images)
@@ -59,12 +57,7 @@ def draw_results(
 
 
 def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
-  """Draws a training batch: a row of `BATCH_COLUMNS` for each example.
-
-  Args:
-    batch: that of the task, in [0, 255].
-    max_images: maximum number of examples.
-  """
+  """Draws a row of `BATCH_COLUMNS` for each example of a training batch, in [0, 255]."""
   shown = min(len(batch["low_res_image"]), max_images)
   if not shown:
     raise ValueError("there is no image to draw")
@@ -79,10 +72,7 @@ def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
 
 
 def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UInt8[Any, "h w 3"]:
-  """Returns a colour for each position `index` in a grid of cells, `[rows, columns]`.
-
-  Red increases with the column, blue with the row, green decreases with both.
-  """
+  """Returns a colour for each cell of a grid: red grows with the column, blue with the row."""
   rows, columns = np.divmod(np.asarray(index), grid[1])
   x, y = columns / max(grid[1] - 1, 1), rows / max(grid[0] - 1, 1)
   colors = np.stack([0.15 + 0.8 * x, 0.85 - 0.55 * (x + y) / 2, 0.15 + 0.8 * y], axis=-1)

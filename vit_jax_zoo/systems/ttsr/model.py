@@ -8,6 +8,7 @@ losses they were trained with (`task`).
 Numbers 1, 2 and 3 in names: maps with 1, 2 and 4 times the sides of the low-resolution image.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ class TTSR(nn.Module):
     del train
     given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
     low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, given)
-    _check_sizes(*(image.shape for image in given))
+    _check_sizes(low_res_image, upsampled_image, ref_image, blurred_ref_image)
     grid_width = ref_image.shape[2] // SCALE
 
     query = self.textures(shard_batch(upsampled_image), precise=True)[2]  # Eq. 1
@@ -143,18 +144,19 @@ class TTSR(nn.Module):
       textures: transferred maps with 1, 2 and 4 times the sides of the image.
     """
     soft = soft_attention[..., None]
-    x = nn.relu(self._conv("head", self.width)(low_res_image))
+    conv = functools.partial(Conv, dtype=self.dtype)
+    x = nn.relu(conv(self.width, name="head")(low_res_image))
     x1 = x + self._residual(0, "shallow")(x)
     self.sow("intermediates", "after_shallow", x1)
 
     x1 += self._attend(1, x1, textures[0], soft)
     x1 += self._residual(1, "stage1")(x1)
 
-    x2 = nn.relu(pixel_shuffle(self._conv("up2", 4 * self.width)(x1), 2))
+    x2 = nn.relu(pixel_shuffle(conv(4 * self.width, name="up2")(x1), 2))
     x2 += self._attend(2, x2, textures[1], upsample_bicubic(soft, 2))
     x1, x2 = self._integrate(2, [x1, x2])
 
-    x3 = nn.relu(pixel_shuffle(self._conv("up3", 4 * self.width)(x2), 2))
+    x3 = nn.relu(pixel_shuffle(conv(4 * self.width, name="up3")(x2), 2))
     x3 += self._attend(3, x3, textures[2], upsample_bicubic(soft, 4))
     x1, x2, x3 = self._integrate(3, [x1, x2, x3])
     image = MergeTail(self.width, self.dtype, name="merge_tail")(x1, x2, x3)
@@ -170,7 +172,8 @@ class TTSR(nn.Module):
     soft: Float[Array, "b h w 1"],
   ) -> Float[Array, "b h w c"]:
     """Returns Conv(Concat(F, T)) * S of Eq. 8, which is added to F."""
-    return self._concat_conv(f"attend{scale}")(x, texture) * soft.astype(x.dtype)
+    conv = ConcatConv(self.width, self.dtype, name=f"attend{scale}")
+    return conv(x, texture) * soft.astype(x.dtype)
 
   def _integrate(
     self, stage: int, maps: list[Float[Array, "b ..."]]
@@ -186,12 +189,6 @@ class TTSR(nn.Module):
   def _residual(self, stage: int, name: str) -> nn.Module:
     return ResidualStage(self.depths[stage], self.width, self.scan_layers, self.dtype, name=name)
 
-  def _conv(self, name: str, features: int) -> Conv:
-    return Conv(features, dtype=self.dtype, name=name)
-
-  def _concat_conv(self, name: str) -> nn.Module:
-    return ConcatConv(self.width, dtype=self.dtype, name=name)
-
   @property
   def reach(self) -> int:
     """Bound of the receptive field of `restore`: radius in pixels of the low-resolution image."""
@@ -199,14 +196,9 @@ class TTSR(nn.Module):
 
 
 class Exchange(nn.Module):
-  """Cross-scale feature integration (3.2): each map is merged with all others.
+  """Cross-scale feature integration (3.2): each map is merged with all others."""
 
-  Attributes:
-    width: channels of each map.
-    dtype: of the computation.
-  """
-
-  width: int
+  width: int  # channels of each map
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -233,14 +225,9 @@ class Exchange(nn.Module):
 
 
 class MergeTail(nn.Module):
-  """Merges the three maps to an image.
+  """Merges the three maps to an image."""
 
-  Attributes:
-    width: channels of each map.
-    dtype: of the computation.
-  """
-
-  width: int
+  width: int  # channels of each map
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -257,14 +244,7 @@ class MergeTail(nn.Module):
 
 
 class ResidualStage(nn.Module):
-  """Residual blocks and a convolution.
-
-  Attributes:
-    depth: number of blocks.
-    width: channels.
-    scan_layers: whether the blocks are scanned.
-    dtype: of the computation.
-  """
+  """Residual blocks and a convolution."""
 
   depth: int
   width: int
@@ -274,22 +254,14 @@ class ResidualStage(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Returns the residual, which the caller adds."""
-
-    def block(name: str) -> ResidualBlock:
-      return ResidualBlock(self.width, self.dtype, name=name)
-
-    blocks = Stack(block, self.depth, self.scan_layers)
+    make = functools.partial(ResidualBlock, self.width, self.dtype)
+    blocks = Stack(make, self.depth, self.scan_layers)
     nn.share_scope(self, blocks)
     return Conv(self.width, dtype=self.dtype, name="tail")(blocks(x)[0])
 
 
 class ResidualBlock(nn.Module):
-  """x + conv(relu(conv(x))), without norms.
-
-  Attributes:
-    width: channels.
-    dtype: of the computation.
-  """
+  """x + conv(relu(conv(x))), without norms."""
 
   width: int
   dtype: Dtype = "float32"
@@ -306,14 +278,10 @@ class ConcatConv(nn.Module):
 
   The concatenation would be the largest array at full size. Maps are enlarged one after the other,
   when their convolution is due. Parameters are those of a `Conv` of the concatenation.
-
-  Attributes:
-    features: output channels.
-    dtype: of the computation; parts are summed in float32.
   """
 
   features: int
-  dtype: Dtype = "float32"
+  dtype: Dtype = "float32"  # of the products, which are summed in float32
 
   @nn.compact
   def __call__(
@@ -369,22 +337,22 @@ def pixel_shuffle(x: Float[Array, "b h w cff"], factor: int) -> Float[Array, "b 
   return x.reshape(batch, height * factor, width * factor, -1)
 
 
-def _check_sizes(
-  low_res: tuple[int, ...],
-  upsampled: tuple[int, ...],
-  ref: tuple[int, ...],
-  blurred: tuple[int, ...],
-) -> None:
-  """Raises ValueError for shapes [b h w 3] that do not fit together."""
-  if upsampled[1:3] != (SCALE * low_res[1], SCALE * low_res[2]):
+def _check_sizes(*images: Array) -> None:
+  """Raises ValueError if the sizes of the model's inputs do not fit together."""
+  low_res, upsampled, ref, blurred = (image.shape[1:3] for image in images)
+  expected = (SCALE * low_res[0], SCALE * low_res[1])
+  if upsampled != expected:
     raise ValueError(
-      f"upsampled_image: its size is {upsampled[1]}x{upsampled[2]}; expected "
-      f"{SCALE * low_res[1]}x{SCALE * low_res[2]} for a low_res_image of {low_res[1]}x{low_res[2]}"
+      f"upsampled_image: its size is {_size(upsampled)}; expected {_size(expected)} for a "
+      f"low_res_image of {_size(low_res)}"
     )
-  if ref[1] % SCALE or ref[2] % SCALE or not ref[1] or not ref[2]:
-    raise ValueError(f"ref_image: its size is {ref[1]}x{ref[2]}; expected multiples of {SCALE}")
+  if any(side % SCALE or not side for side in ref):
+    raise ValueError(f"ref_image: its size is {_size(ref)}; expected multiples of {SCALE}")
   if blurred != ref:
     raise ValueError(
-      f"blurred_ref_image: its size is {blurred[1]}x{blurred[2]}; expected that of ref_image, "
-      f"{ref[1]}x{ref[2]}"
+      f"blurred_ref_image: its size is {_size(blurred)}; expected that of ref_image, {_size(ref)}"
     )
+
+
+def _size(sides: tuple[int, ...]) -> str:
+  return "x".join(map(str, sides))
