@@ -96,7 +96,7 @@ def run(name: str, workdir: pathlib.Path, **budget: Any) -> dict[str, Any]:
   """Trains one system; returns its size, FLOPs, learning curve and time."""
   make, score = SYSTEMS[name]
   config = prepare(make(), **budget)
-  parts = builder.create(config)
+  parts = builder.build(config)
   with parts.train_batches() as batches:
     program = parts.program(next(batches))
   params = program.abstract_state.params

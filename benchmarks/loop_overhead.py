@@ -104,7 +104,7 @@ class Workload:
   @classmethod
   def create(cls, name: str, flags: argparse.Namespace, folder: pathlib.Path) -> "Workload":
     """Opens the data, compiles the step and runs it once."""
-    parts = builder.create(make_config(name, flags))
+    parts = builder.build(make_config(name, flags))
     first = next(parts.train_batches())
     program = parts.program(first)
     put = functools.partial(sharding.to_global, mesh=parts.mesh)
