@@ -130,11 +130,9 @@ def explain_attention(
 ) -> dict[str, Any]:
   """Returns the attention maps of one query position, for the first images of a batch; traced.
 
-  Args:
-    run: applies the model to a batch and returns the transformer's intermediates.
-    batch: `image`; the position is `query_position` float [b 2], relative to the images' height and
-      width, default: the first target's centre or the image's (`target_centers`).
-    size_multiple: multiple to which the model pads images.
+  `run` applies the model, which pads images to `size_multiple`, to a batch, and returns the
+  transformer's intermediates. The position is the batch's `query_position` float [b 2], relative to
+  the images' height and width, or the first target's centre, or the image's (`target_centers`).
 
   Returns `image`; `places` [b 2]; `sizes` int32 [l 2] and `levels`, see `attention_rows`.
   """

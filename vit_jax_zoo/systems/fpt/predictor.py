@@ -28,13 +28,11 @@ class SegmentationPredictor:
     self._predict = jax.jit(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
-    """Segments an image.
+    """Returns `classes`, largest first, and images in the input's size.
 
-    Returns:
-      Record: `classes`, largest first, with `label`, `name` if known, `share` (fraction of the
-      pixels) and `confidence` (mean probability over them). Images, in the input's size: "" the
-      overlay, "labels" the colored label map, "ids" the label map as class ids; with `explain`
-      "levels", the attention maps.
+    Each class has `label`, `name` if known, `share` (fraction of the pixels) and `confidence` (mean
+    probability over them). Images: "" the overlay, "labels" the colored label map, "ids" the label
+    map as class ids; with `explain` "levels", the attention maps.
     """
     prepared = self._trained.prepare(image)
     example = {key: np.asarray(prepared[key]) for key in {"image", "image_size"} & prepared.keys()}

@@ -112,16 +112,11 @@ class PyramidSegmenter(nn.Module):
   def __call__(
     self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> dict[str, Float[Array, "b i j k"]]:
-    """Segments images.
+    """Segments images, normalized with ImageNet's mean and standard deviation.
 
-    Args:
-      images: normalized with ImageNet's mean and standard deviation.
-      train: norms use batch statistics (and update "batch_stats", which must be mutable); dropout
-        uses the "dropout" stream.
-
-    Returns:
-      `logits` float32 [b i j num_classes], of the size of the backbone's last map; in training with
-      an auxiliary head also `auxiliary_logits`.
+    Returns `logits` float32 [b i j num_classes], of the size of the backbone's last map; in
+    training with an auxiliary head also `auxiliary_logits`. In training norms use batch statistics
+    (and update "batch_stats", which must be mutable), and dropout the "dropout" stream.
     """
     if self.neck not in NECKS:
       raise ValueError(unknown_name("neck", self.neck, NECKS))

@@ -124,15 +124,12 @@ def cell_anchors(
   *,
   convention: str = "torchvision",
 ) -> Float[np.ndarray, "a 4"]:
-  """Returns the anchors of a map's first position, one for each aspect ratio.
+  """Returns the anchors of a map's first position, one for each aspect ratio (height / width).
 
-  Args:
-    stride: stride of the map in pixels.
-    size: square root of the anchors' area in pixels.
-    aspect_ratios: height / width.
-    convention: "torchvision": centred at the image's corner, rounded to whole pixels; "detectron2":
-      the same without rounding; "detectron": centred in the first stride x stride pixels, sides
-      rounded at that size and then scaled, so that areas differ slightly between ratios.
+  `size` is the square root of their area in pixels. "torchvision": centred at the image's corner,
+  rounded to whole pixels; "detectron2": the same without rounding; "detectron": centred in the
+  first stride x stride pixels, sides rounded at that size and then scaled, so that areas differ
+  slightly between ratios.
   """
   ratios = np.asarray(aspect_ratios, np.float64)
   if convention == "detectron":
@@ -304,15 +301,11 @@ def non_max_suppression(
   groups: Int[Array, " n"] | None = None,
   inclusive: bool = False,
 ) -> Bool[Array, " n"]:
-  """Returns which boxes remain after non-maximum suppression.
+  """Returns which of the valid boxes remain after non-maximum suppression.
 
-  Args:
-    boxes_xyxy: boxes; empty ones overlap nothing.
-    scores: scores; of ties the earlier box comes first. Boxes with NaN are removed.
-    threshold: IoU above which a box suppresses another.
-    valid: False for padding.
-    groups: boxes of different groups (such as classes) do not suppress each other.
-    inclusive: also suppresses at an IoU equal to the threshold, as in Detectron.
+  A box suppresses those of its group (such as a class) with a lower score, of ties the later ones,
+  and an IoU above the threshold; `inclusive`: or equal to it, as in Detectron. Boxes whose score is
+  NaN are removed; empty boxes overlap nothing.
   """
   valid = ~jnp.isnan(scores) & (jnp.ones_like(scores, bool) if valid is None else valid)
   order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
@@ -349,12 +342,7 @@ class ProposalLimits:
 def pick_limits(given: Mapping[str, Any] | None, *, train: bool) -> ProposalLimits:
   """Returns the limits for training (2000 boxes by default) or inference.
 
-  Args:
-    given: fields of `ProposalLimits`; a pair of values is (training, inference).
-    train: selects the first of a pair.
-
-  Raises:
-    ValueError: a field is unknown, has neither one nor two values, or is not positive.
+  `given` has fields of `ProposalLimits`; a pair of values is (training, inference).
   """
   fields = {"pre_nms_top_n": (2000, 1000), "post_nms_top_n": (2000, 1000)}
   fields |= part_fields("proposals", ProposalLimits, given)

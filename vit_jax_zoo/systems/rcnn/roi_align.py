@@ -71,13 +71,8 @@ def roi_align(
 ) -> Float[Array, "b r size size c"]:
   """Returns the crops of boxes, each from one level of the pyramid.
 
-  Args:
-    pyramid: maps, finest first.
-    boxes_xyxy: boxes in pixels of the image.
-    level_index: index of each box's map.
-    strides: strides of the maps in pixels.
-    size: side of the crops.
-    aligned: see the module's docstring.
+  `level_index` is the index of each box's map, `size` the side of the crops; boxes and strides are
+  in pixels of the image. For `aligned` see the module's docstring.
   """
   large = [math.prod(x.shape[1:3]) > USE_MATRICES for x in pyramid]
   multiply = functools.partial(_multiplied, size=size, aligned=aligned)
