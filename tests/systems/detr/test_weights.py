@@ -183,23 +183,26 @@ def test_weights_are_read_into_a_backbone_that_goes_on_learning(load):
   np.testing.assert_array_equal(params["backbone"]["stem"]["conv1"]["norm"]["scale"], expected)
 
 
-def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
-  arrays = load_file(official_file("detr_a"))
-  del arrays["transformer.decoder.norm.bias"]
-  arrays["transformer.encoder.layers.0.norm3.weight"] = np.zeros(64, np.float32)
-  arrays["transformer.encoder.layers.1.linear2.weight"] = np.zeros((64, 5), np.float32)
-  arrays["transformer.decoder.layers.1.multihead_attn.in_proj_weight"] = np.zeros(
-    (3, 64), np.float32
-  )
-  save_file(arrays, tmp_path / "broken.safetensors")
+@pytest.mark.parametrize(
+  ("key", "array", "message"),
+  [
+    ("transformer.decoder.norm.bias", None,
+     "missing: transformer/decoder_norm/bias (64,) (transformer.decoder.norm.bias)"),
+    ("transformer.encoder.layers.0.norm3.weight", np.zeros(64, np.float32),
+     "unused: transformer.encoder.layers.0.norm3.weight (64,)"),
+    ("transformer.encoder.layers.1.linear2.weight", np.zeros((64, 5), np.float32),
+     "wrong shape: transformer.encoder.layers.1.linear2.weight is (64, 5)"),
+    ("transformer.decoder.layers.1.multihead_attn.in_proj_weight", np.zeros((3, 64), np.float32),
+     "wrong shape: transformer.decoder.layers.1.multihead_attn.in_proj_weight["),
+  ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_file_is_in_one_line(tmp_path, key, array, message):
+  arrays = {**load_file(official_file("detr_a")), key: array}
+  save_file({k: v for k, v in arrays.items() if v is not None}, tmp_path / "broken.safetensors")
   with pytest.raises(WeightsError) as info:
     load_pretrained(str(tmp_path / "broken.safetensors"))
-  message = str(info.value)
-  assert "missing: transformer/decoder_norm/bias (64,) (transformer.decoder.norm.bias)" in message
-  assert "unused: transformer.encoder.layers.0.norm3.weight (64,)" in message
-  assert "wrong shape: transformer.encoder.layers.1.linear2.weight is (64, 5)" in message
-  assert "wrong shape: transformer.decoder.layers.1.multihead_attn.in_proj_weight[key]" in message
-  assert "\n" not in message
+  assert message in str(info.value)
+  assert "\n" not in str(info.value)
 
 
 @pytest.mark.parametrize(
@@ -297,9 +300,8 @@ def test_a_classifier_of_another_size_is_named(tmp_path):
   path = resnet_file(tmp_path / "resnet.safetensors", lambda key: key.replace("layer3", "layer9"))
   model = model_of_fixture("frozen_batch_norm")
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  with pytest.raises(WeightsError, match=r"missing: c4_block0/conv1/conv/kernel") as info:
+  with pytest.raises(WeightsError, match=r"missing: .*c4_block0/conv1/.*more problems"):
     load_parts({"*/backbone": path}, abstract)
-  assert "unused: layer9.0.conv1.weight" in str(info.value)
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
   with pytest.raises(WeightsError, match=r"other\.safetensors.* conv\.weight"):
     load_parts({"*/backbone": str(tmp_path / "other.safetensors")}, abstract)
