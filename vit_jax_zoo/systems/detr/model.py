@@ -68,49 +68,31 @@ MAX_LEARNED_POSITIONS = 50  # rows and columns of the learned tables
 
 
 class Detr(nn.Module):
-  """Backbone, encoder-decoder Transformer, class and box heads (section 3.2, figure 2).
+  """Backbone, encoder-decoder Transformer, class and box heads (section 3.2, figure 2)."""
 
-  Attributes:
-    num_classes: highest class id + 1; see the module's docstring.
-    num_queries: number of object queries, N (Tables 1 and 5: 100).
-    width: of the Transformer, d (A.4: 256).
-    encoder_depth: number of encoder layers (Table 2).
-    decoder_depth: number of decoder layers (figure 4).
-    num_heads: of every attention (A.4: 8).
-    mlp_dim: hidden width of the feed-forward networks (A.4: 2048; Table 1: DETR-DC5 alike).
-    decoder: fields of `DecoderLayer` that differ from the encoder's, such as {"mlp_dim": 1024}, as
-      the files of transformers may have them; None: none do, as in the paper.
-    dropout_rate: in the Transformer (A.4: 0.1).
-    position_embedding: "sine" (Table 1), or "learned", at most 50 x 50 features (Table 3).
-    mask_head: also predicts masks (section 4.4, Table 5).
-    dense_predictions: also applies the class and box heads to the encoder's tokens, for
-      `Detection.dense_weight`. Not in the paper; the demo trains from random weights with it.
-    backbone: fields of `ResNet`, with frozen batch norms. "output_stride" 16 is DC5 (Table 1).
-    masked_backbone: see the module's docstring. For DC5, whose published weights (Table 1) were
-      trained with one image a GPU, without padding. Not applied within the mask head.
-    dtype: of the computation. Parameters, softmax, norms' statistics, logits and boxes are float32.
-    remat: rematerialisation of Transformer layers, a key of `REMAT_POLICIES`.
-    scan_layers: compiles one encoder and one decoder layer, in place of all.
-    attention_implementation: see `attention.Implementation`.
-  """
-
-  num_classes: int = 91
-  num_queries: int = 100
-  width: int = 256
-  encoder_depth: int = 6
-  decoder_depth: int = 6
-  num_heads: int = 8
-  mlp_dim: int = 2048
+  num_classes: int = 91  # highest class id + 1; see the module's docstring
+  num_queries: int = 100  # N (Tables 1 and 5)
+  width: int = 256  # of the Transformer, d (A.4)
+  encoder_depth: int = 6  # Table 2
+  decoder_depth: int = 6  # figure 4
+  num_heads: int = 8  # of every attention (A.4)
+  mlp_dim: int = 2048  # hidden width of the feed-forward networks (A.4)
+  # Fields of `DecoderLayer` that differ from the encoder's, such as {"mlp_dim": 1024}, as the files
+  # of transformers may have them.
   decoder: Mapping[str, Any] | None = None
-  dropout_rate: float = 0.1
-  position_embedding: str = "sine"
-  mask_head: bool = False
+  dropout_rate: float = 0.1  # in the Transformer (A.4)
+  position_embedding: str = "sine"  # Table 1; or "learned", at most 50 x 50 features (Table 3)
+  mask_head: bool = False  # also predicts masks (section 4.4, Table 5)
+  # Also applies class and box head to the encoder's tokens, for `Detection.dense_weight`.
   dense_predictions: bool = False
+  # Fields of `ResNet`, with frozen batch norms by default; "output_stride" 16 is DC5 (Table 1).
   backbone: Mapping[str, Any] | None = None
+  # See the module's docstring. For DC5, whose published weights (Table 1) were trained with one
+  # image a GPU, without padding. Not applied within the mask head.
   masked_backbone: bool = False
-  dtype: Dtype = "float32"
-  remat: str = "none"
-  scan_layers: bool = True
+  dtype: Dtype = "float32"  # of the computation; parameters, norms, logits and boxes are float32
+  remat: str = "none"  # of Transformer layers, a key of `REMAT_POLICIES`
+  scan_layers: bool = True  # compiles one encoder and one decoder layer, in place of all
   attention_implementation: Implementation = None
 
   @nn.compact

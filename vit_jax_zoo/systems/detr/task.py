@@ -46,58 +46,38 @@ class Detection(base.Task):
   `original_size` int [b 2], height and width before the image was resized, `image_id` int [b],
   `is_crowd` bool [b t] and `area` float [b t], in pixels of the original image; see
   `DetectionEvaluator`.
-
-  Attributes:
-    model: a `Detr`, or another with `num_queries` and `mask_head` that is called alike.
-    num_classes: highest class id + 1, without "no object". COCO's ids are used unchanged: 91.
-    class_weight: weight of the class loss, and of the class probability in the matching cost.
-    box_weight: weight of the L1 distance in loss and matching cost (A.4: 5).
-    giou_weight: weight of the generalised IoU in loss and matching cost (A.4: 2).
-    mask_weight: weight of the masks' focal loss.
-    dice_weight: weight of the masks' dice loss.
-    no_object_weight: weight of queries without a target in the class loss (3.1: 0.1).
-    auxiliary_losses: trains every decoder layer, not the last alone (3.2).
-    dense_weight: weight of `losses.dense_auxiliary_loss`, which needs `dense_predictions` of the
-      model. Not in the paper; with it the demo's small model learns from random weights.
-    dense_steps: number of steps in which `dense_weight` decays linearly to 0; None: it is constant.
-      Neighbouring queries then stop to predict the same object.
-    image_mean: see `normalize_images`.
-    image_std: see `normalize_images`.
-    class_names: names by class id, for figures and per-class metrics.
-    score_threshold: minimum score of the detections in figures.
-    draw_attention: also draws the attention maps of the most confident queries.
-    per_class: also evaluates each class.
-    stuff_from: first class id of stuff (91 in COCO). If given, evaluation adds panoptic quality,
-      which needs a mask head and `segment_map` in the batch, see `PanopticEvaluator`; if None, the
-      masks of a mask head are evaluated as instances, see `InstanceEvaluator`.
-    segment_threshold: minimum score of the queries that become panoptic segments.
-    backbone_file: pretrained ImageNet classifier of the backbone (torchvision's or timm's ResNet,
-      or Hugging Face's), read if the run has no `init_from`.
   """
 
   name: ClassVar[str] = "detection"
-
   predicts_boxes: ClassVar[bool] = True
 
-  model: Any
-  num_classes: int
-  class_weight: float = 1.0
-  box_weight: float = 5.0
-  giou_weight: float = 2.0
-  mask_weight: float = 1.0
-  dice_weight: float = 1.0
-  no_object_weight: float = 0.1
-  auxiliary_losses: bool = True
+  model: Any  # a `Detr`, or another with `num_queries` and `mask_head` that is called alike
+  num_classes: int  # highest class id + 1, without "no object"; COCO's ids are unchanged: 91
+  class_weight: float = 1.0  # of the class loss, and of the probability in the matching cost
+  box_weight: float = 5.0  # of the L1 distance in loss and matching cost (A.4)
+  giou_weight: float = 2.0  # of the generalised IoU in loss and matching cost (A.4)
+  mask_weight: float = 1.0  # of the masks' focal loss
+  dice_weight: float = 1.0  # of the masks' dice loss
+  no_object_weight: float = 0.1  # of queries without a target in the class loss (3.1)
+  auxiliary_losses: bool = True  # trains every decoder layer, not the last alone (3.2)
+  # Of `losses.dense_auxiliary_loss`, which needs the model's `dense_predictions`. Not in the paper;
+  # with it the demo's small model learns from random weights.
   dense_weight: float = 0.0
+  # Steps in which `dense_weight` decays linearly to 0; None: it is constant. Neighbouring queries
+  # then stop to predict the same object.
   dense_steps: int | None = None
-  image_mean: float | tuple[float, ...] = IMAGENET_MEAN
+  image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
-  class_names: tuple[str, ...] = ()
-  score_threshold: float = 0.7
-  draw_attention: bool = False
-  per_class: bool = False
+  class_names: tuple[str, ...] = ()  # by class id, for figures and per-class metrics
+  score_threshold: float = 0.7  # minimum score of the detections in figures
+  draw_attention: bool = False  # also draws the attention maps of the most confident queries
+  per_class: bool = False  # also evaluates each class
+  # First class id of stuff (91 in COCO): evaluation adds panoptic quality, which needs a mask head
+  # and `segment_map` in the batch. None: masks are evaluated as instances.
   stuff_from: int | None = None
-  segment_threshold: float = SCORE_THRESHOLD
+  segment_threshold: float = SCORE_THRESHOLD  # minimum score of the queries that become segments
+  # Pretrained ImageNet classifier of the backbone (torchvision's, timm's or Hugging Face's ResNet),
+  # read if the run has no `init_from`.
   backbone_file: str | None = None
 
   def __post_init__(self) -> None:

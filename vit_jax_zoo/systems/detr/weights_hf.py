@@ -22,7 +22,6 @@ from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
 from vit_jax_zoo.systems.detr.weights_official import (
   check_architecture,
   checkpoint_fields,
-  infer_mlp_dims,
   infer_sizes,
   side_rows,
   with_mask_head,
@@ -46,12 +45,14 @@ from vit_jax_zoo.weights.torch_layouts import (
 )
 
 _BACKBONE = "model.backbone.conv_encoder.model."
-_KNOWN_BACKBONE = {
-  "hidden_act": "relu",
-  "downsample_in_first_stage": False,
-  "downsample_in_bottleneck": False,
+_SUPPORTED = {
+  "model_type": "detr",
+  "activation_function": "relu",
+  "backbone_config.hidden_act": "relu",
+  "backbone_config.downsample_in_first_stage": False,
+  "backbone_config.downsample_in_bottleneck": False,
 }
-"""Values of transformers' `backbone_config` that no array shows."""
+"""Values of `config.json` that no array shows."""
 _CLASSES = {False: "DetrForObjectDetection", True: "DetrForSegmentation"}
 _NO_LIMIT = 1_000_000  # transformers needs a `longest_edge`
 
@@ -110,12 +111,7 @@ def _has_timm_keys(published: Mapping[str, np.ndarray]) -> bool:
 def infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields of the `Detr` in a folder.
-
-  Args:
-    published: arrays by key.
-    config: content of `config.json`: heads, activation and dilation are in no array.
-    source: name of the folder.
+  """Returns the fields of the `Detr` in a folder, of its arrays and `config.json`.
 
   Raises:
     WeightsError: another architecture, or an option that `Detr` lacks.
@@ -127,14 +123,15 @@ def infer_fields(
   layout = resnet.TORCHVISION if _has_timm_keys(published) else resnet.HUGGING_FACE
   backbone = resnet.infer_fields(published, layout, source, f"{prefix}{_BACKBONE}")
   hidden = f"{prefix}model.{{side}}.layers.{{i}}.fc1.weight"
-  sizes = zip(("encoder", "decoder"), infer_mlp_dims(published, hidden), strict=True)
+  class_head = f"{prefix}class_labels_classifier.weight"
+  queries = f"{prefix}model.query_position_embeddings.weight"
+  fields, *mlp_dims = infer_sizes(published, class_head, queries, hidden)
   encoder, decoder = (
     {"num_heads": config.get(f"{side}_attention_heads", 8), "mlp_dim": mlp_dim}
-    for side, mlp_dim in sizes
+    for side, mlp_dim in zip(("encoder", "decoder"), mlp_dims, strict=True)
   )
-  queries = f"{prefix}model.query_position_embeddings"
   return {
-    **infer_sizes(published, f"{prefix}class_labels_classifier", queries, hidden),
+    **fields,
     **encoder,
     "decoder": {key: n for key, n in decoder.items() if n != encoder[key]} or None,
     "dropout_rate": float(config.get("dropout", 0.1)),
@@ -144,16 +141,12 @@ def infer_fields(
 
 
 def _check_config(config: Mapping[str, Any], source: str) -> None:
-  """Raises WeightsError for another model, or for options that `Detr` lacks."""
-  known = {"model_type": "detr", "activation_function": "relu"}
-  given = {key: config.get(key, value) for key, value in known.items()}
-  inner = config.get("backbone_config") or {}
-  known |= {f"backbone_config.{key}": value for key, value in _KNOWN_BACKBONE.items()}
-  given |= {f"backbone_config.{key}": inner.get(key, v) for key, v in _KNOWN_BACKBONE.items()}
-  for key, value in known.items():
-    if given[key] != value:
+  for name, value in _SUPPORTED.items():
+    section, _, key = name.rpartition(".")
+    given = ((config.get(section) or {}) if section else config).get(key, value)
+    if given != value:
       raise WeightsError(
-        f"{source}/config.json: {key} is {given[key]!r}; supported is DETR with {value!r}"
+        f"{source}/config.json: {name} is {given!r}; supported is DETR with {value!r}"
       )
 
 

@@ -149,8 +149,8 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   check_architecture(published, source)
   prefix = _prefix(published)
   hidden = f"{prefix}transformer.{{side}}.layers.{{i}}.linear1.weight"
-  encoder, decoder = infer_mlp_dims(published, hidden)
-  fields = infer_sizes(published, f"{prefix}class_embed", f"{prefix}query_embed", hidden)
+  names = f"{prefix}class_embed.weight", f"{prefix}query_embed.weight"
+  fields, encoder, decoder = infer_sizes(published, *names, hidden)
   first = published.get("mask_head.lay1.weight")
   backbone = resnet.infer_fields(published, resnet.TORCHVISION, source, f"{prefix}{_BODY}")
   learned = f"{prefix}backbone.1.row_embed.weight" in published
@@ -164,37 +164,25 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   }
 
 
-def infer_mlp_dims(published: Mapping[str, np.ndarray], hidden: str) -> tuple[int, int]:
-  """Returns the hidden widths of encoder and decoder; arguments as of `infer_sizes`."""
-  encoder, decoder = (published[hidden.format(side=s, i=0)].shape[0] for s in _SIDES)
-  return encoder, decoder
-
-
 def infer_sizes(
   published: Mapping[str, np.ndarray], class_head: str, queries: str, hidden: str
-) -> dict[str, Any]:
-  """Returns the fields of a `Detr` that array shapes and keys determine in every format.
+) -> tuple[dict[str, Any], int, int]:
+  """Returns the fields of a `Detr` that shapes and keys determine, and both sides' MLP widths.
 
-  Args:
-    published: arrays by key.
-    class_head: prefix of the class head's keys.
-    queries: prefix of the query embedding's key.
-    hidden: key of an MLP's first kernel, with {side} and {i} for the layer.
+  `hidden` is the key of an MLP's first kernel, with {side} and {i} for the layer.
   """
-  classes, width = published[f"{class_head}.weight"].shape
-  keys = ((hidden.format(side=side, i=i) for i in itertools.count()) for side in _SIDES)
-  encoder, decoder = (sum(1 for _ in itertools.takewhile(published.__contains__, k)) for k in keys)
-  return {
+  classes, width = published[class_head].shape
+  first = {side: published[hidden.format(side=side, i=0)] for side in ("encoder", "decoder")}
+  keys = ((hidden.format(side=side, i=i) for i in itertools.count()) for side in first)
+  depths = (sum(1 for _ in itertools.takewhile(published.__contains__, k)) for k in keys)
+  fields = {
     "num_classes": classes - 1,
-    "num_queries": published[f"{queries}.weight"].shape[0],
+    "num_queries": len(published[queries]),
     "width": width,
-    "encoder_depth": encoder,
-    "decoder_depth": decoder,
+    **dict(zip(("encoder_depth", "decoder_depth"), depths, strict=True)),
     "mask_head": "mask_head.lay1.weight" in published,
   }
-
-
-_SIDES = ("encoder", "decoder")
+  return fields, len(first["encoder"]), len(first["decoder"])
 
 
 def _prefix(published: Mapping[str, np.ndarray]) -> str:
@@ -204,9 +192,7 @@ def _prefix(published: Mapping[str, np.ndarray]) -> str:
 def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
   """Returns the fields of `Checkpoint` that the official and Hugging Face's format share.
 
-  Args:
-    fields: those of the `Detr`.
-    prefix: of the detector's keys, "detr." beside a mask head, which may then stay unused.
+  `prefix` is that of the detector's keys, "detr." beside a mask head, which may then stay unused.
   """
   is_coco_panoptic = fields["mask_head"] and fields["num_classes"] == 250
   counters = (rf".*\.{COUNTER}",)

@@ -48,26 +48,16 @@ SHARDING_RULES = (
 
 
 class TTSR(nn.Module):
-  """Enlarges an image four times with textures of a reference (figures 2 and 3).
+  """Enlarges an image four times with textures of a reference (figures 2 and 3)."""
 
-  Attributes:
-    width: channels of the maps (TTSR.pt: 64).
-    depths: residual blocks before the texture transformers, and of stages 1, 2 and 3 (TTSR.pt: 16,
-      16, 8, 4).
-    texture_widths: channels of the texture extractor's levels (TTSR.pt: those of VGG-19; the demo
-      has fewer).
-    dtype: of the computation. Parameters, the output, and the features that are searched are
-      float32: in bfloat16 other patches would match.
-    scan_layers: whether residual blocks are scanned.
-    block_size: see `search.find_matches`.
-  """
-
-  width: int = 64
-  depths: tuple[int, int, int, int] = (16, 16, 8, 4)
-  texture_widths: tuple[int, int, int] = (64, 128, 256)
+  width: int = 64  # channels of the maps
+  depths: tuple[int, int, int, int] = (16, 16, 8, 4)  # residual blocks before and in the stages
+  texture_widths: tuple[int, int, int] = (64, 128, 256)  # of the extractor's levels: VGG-19's
+  # Of the computation. Parameters, the output, and the features that are searched are float32: in
+  # bfloat16 other patches would match.
   dtype: Dtype = "float32"
-  scan_layers: bool = True
-  block_size: tuple[int, int] = BLOCK_SIZE
+  scan_layers: bool = True  # of residual blocks
+  block_size: tuple[int, int] = BLOCK_SIZE  # see `search.find_matches`
 
   def setup(self) -> None:
     """Creates the texture extractor, initialised as VGG-19 and trained with the rest."""

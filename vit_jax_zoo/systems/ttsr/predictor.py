@@ -176,18 +176,11 @@ def compiler_options() -> dict[str, bool | str] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """A window of an image: first and last + 1 of rows and columns, in pixels of the input.
-
-  Attributes:
-    rows: of the window.
-    columns: of the window.
-    kept_rows: range of the image's rows whose results are kept.
-    kept_columns: range of columns whose results are kept.
-  """
+  """A window of an image: start and stop of rows and columns, in pixels of the input."""
 
   rows: tuple[int, int]
   columns: tuple[int, int]
-  kept_rows: tuple[int, int]
+  kept_rows: tuple[int, int]  # of the image, whose results are kept
   kept_columns: tuple[int, int]
 
   def outer(self, scale: int = 1) -> tuple[slice, slice]:

@@ -30,16 +30,10 @@ _OUTSIDE = -PATCH  # a row whose patch lies outside of the map
 
 
 class Match(NamedTuple):
-  """The best match of each patch.
+  """The best match of each patch: hard (Eq. 5) and soft attention (Eq. 7)."""
 
-  Attributes:
-    index: `i * width + j` of the centre of the most similar reference patch, the first of equal
-      ones: hard attention (Eq. 5).
-    relevance: cosine of the two patches, float32: soft attention (Eq. 7).
-  """
-
-  index: Int[Array, "b h w"]
-  relevance: Float[Array, "b h w"]
+  index: Int[Array, "b h w"]  # i * width + j of the reference patch's centre; first of equal ones
+  relevance: Float[Array, "b h w"]  # cosine of the two patches, float32
 
 
 def find_matches(
@@ -58,9 +52,6 @@ def find_matches(
     queries: query map.
     references: reference map, of any size.
     block_size: queries and reference positions per block; affects memory and speed alone.
-
-  Raises:
-    ValueError: a block size is not positive.
   """
   if min(block_size) < 1:
     raise ValueError(f"block_size must be positive, but is {block_size}")
@@ -108,9 +99,6 @@ def transfer(
     index: see `Match`.
     grid_width: width of the searched map.
     scale: side of a cell in pixels.
-
-  Raises:
-    ValueError: the width of the reference is not `scale` times `grid_width`.
   """
   if reference.shape[2] != grid_width * scale:
     raise ValueError(

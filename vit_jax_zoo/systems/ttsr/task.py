@@ -41,40 +41,28 @@ class SuperResolution(base.Task):
   collection "vgg", a frozen VGG-19, random unless loaded.
 
   The defaults are TTSR-rec; TTSR (section 4.1) has the weights 1, 1e-2, 1e-2 and 1e-3.
-
-  Attributes:
-    model: a `TTSR`.
-    reconstruction_weight: weight of the mean absolute difference.
-    perceptual_weight: weight of the mean squared difference of VGG-19's relu5_1.
-    transferal_weight: weight of the mean squared difference between the texture extractor's
-      features of the output and the transferred textures.
-    adversarial_weight: weight of the discriminator's score.
-    begin_step: first step with losses other than reconstruction, and of the discriminator.
-    discriminator_updates: updates of the discriminator per step.
-    gradient_penalty: weight in the discriminator's loss (arXiv:1704.00028, Eq. 3).
-    discriminator_widths: see `losses.Discriminator`.
-    discriminator_hidden: see `losses.Discriminator`.
-    perceptual_widths: channels of the VGG-19 (published: `VGG_WIDTHS`; the tests have fewer).
-    vgg_file: pretrained VGG-19 of torchvision, for the perceptual loss and as the initial texture
-      extractor; None: random, or from `init_from`.
-    wrong_references: also predicts with the reference of another image, half a batch away, so that
-      the scores show the effect of the reference.
   """
 
   name: ClassVar[str] = "super_resolution"
 
-  model: base.Model
-  reconstruction_weight: float = 1.0
-  perceptual_weight: float = 0.0
+  model: base.Model  # a `TTSR`
+  reconstruction_weight: float = 1.0  # of the mean absolute difference
+  perceptual_weight: float = 0.0  # of the mean squared difference of VGG-19's relu5_1
+  # Of the mean squared difference between the texture extractor's features of the output and the
+  # transferred textures.
   transferal_weight: float = 0.0
-  adversarial_weight: float = 0.0
-  begin_step: int = 0
-  discriminator_updates: int = 2
-  gradient_penalty: float = 10.0
-  discriminator_widths: tuple[int, ...] = (32, 64, 128, 256, 512)
+  adversarial_weight: float = 0.0  # of the discriminator's score
+  begin_step: int = 0  # first step of the discriminator, and of losses other than reconstruction
+  discriminator_updates: int = 2  # per step
+  gradient_penalty: float = 10.0  # weight in the discriminator's loss (arXiv:1704.00028, Eq. 3)
+  discriminator_widths: tuple[int, ...] = (32, 64, 128, 256, 512)  # see `losses.Discriminator`
   discriminator_hidden: int = 1024
-  perceptual_widths: tuple[int, ...] = losses.VGG_WIDTHS
+  perceptual_widths: tuple[int, ...] = losses.VGG_WIDTHS  # of the VGG-19; the tests have fewer
+  # Pretrained VGG-19 of torchvision, for the perceptual loss and as the initial texture extractor;
+  # None: random, or from `init_from`.
   vgg_file: str | None = None
+  # Also predicts with the reference of another image, half a batch away, so that the scores show
+  # the effect of the reference.
   wrong_references: bool = False
 
   def __post_init__(self) -> None:
