@@ -17,7 +17,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Float32, Int, Int64, Integer
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.metrics.base import MeanEvaluator
+from vit_jax_zoo.metrics.base import MeanEvaluator, real_rows
 from vit_jax_zoo.metrics.majority_vote import majority_vote
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
@@ -179,8 +179,8 @@ class PixelModelling(base.Task):
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
     """Draws completions beside the given pixels and the originals, if there are any."""
-    real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
-    if "completions" not in predictions or not real.any():
+    real = real_rows(batch, len(batch["image"]))
+    if "completions" not in predictions or not len(real):
       return {}
     arrays = (predictions["quantized"], batch["prefix_length"], predictions["completions"])
     return {"completions": draw.draw_completions(*(np.asarray(array)[real] for array in arrays))}
@@ -250,10 +250,10 @@ class PixelEvaluator(MeanEvaluator):
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch and its predictions, without rows of padding."""
-    real = np.asarray(batch.get("mask", np.ones(len(predictions["nats"]))), bool)
+    real = real_rows(batch, len(predictions["nats"]))
     names = [n for n in ("nats", "bigram_nats", "class_loss", "correct") if n in predictions]
     sums = {n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names}
-    self.count(int(real.sum()), sums)
+    self.count(len(real), sums)
 
   def result(self) -> dict[str, float]:
     """Returns the scores by name."""
