@@ -28,12 +28,8 @@ def matching_cost(
 ) -> Float[Array, "*b q t"]:
   """Returns the cost of assigning target t to query q (L_match of Eq. 1).
 
-  Args:
-    logits: of the classes and, last, of "no object".
-    boxes_cxcywh: predicted boxes, relative to the image.
-    labels: class ids of the targets; ids out of range are clipped.
-    target_boxes_cxcywh: boxes of the targets.
-    weights: of the class probability, the boxes' L1 distance and their generalised IoU.
+  The last logit is that of "no object"; labels out of range are clipped. `weights` are those of the
+  class probability, the boxes' L1 distance and their generalised IoU.
   """
   by_class, by_distance, by_overlap = weights
   index = jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None, :]
@@ -142,7 +138,7 @@ def dense_auxiliary_loss(
     outputs: `dense_logits` [b i j k] and `dense_boxes_cxcywh` [b i j 4].
     batch: that of the detection task.
     weights: of the class loss, the L1 and the generalised IoU loss.
-    no_object_weight: weight of a token without a target in the class loss.
+    no_object_weight: of a token without a target in the class loss.
   """
   if "dense_logits" not in outputs:
     raise ValueError(

@@ -425,12 +425,10 @@ class MaskHead(nn.Module):
     maps: Float[Array, "b q h w m"],
     features: Sequence[Float[Array, "b _ _ _"]],
   ) -> Float[Array, "b q i j"]:
-    """Returns mask logits (float32) at the size of the finest features.
+    """Returns mask logits (float32) at the size of the finest of three backbone `features`.
 
-    Args:
-      projected: the projected features that the encoder takes.
-      maps: attention maps of every query.
-      features: three maps of the backbone, coarsest first, shared by the queries of an image.
+    The features, coarsest first, and the encoder's input `projected` are shared by all queries;
+    `maps` are the queries' attention maps.
     """
     batch, queries = maps.shape[:2]
     x = self._first(projected, maps)

@@ -45,12 +45,9 @@ def draw_results(
     title: of the figure.
     max_images: maximum number of examples.
   """
-  shown = min(len(batch["low_res_image"]), max_images)
-  if not shown:
-    raise ValueError("there is no image to draw")
   there = {"truth": "image" in batch, "wrong reference": "wrong_reference_image" in predictions}
   columns = [name for name in COLUMNS if there.get(name, True)]
-  figure, rows = _grid(shown, columns, _aspect(batch["upsampled_image"]), title)
+  figure, rows = _grid(batch, max_images, columns, title)
   for i, row in enumerate(rows):
     _draw_row(row, _example(batch, predictions, i))
   return figure
@@ -58,11 +55,7 @@ def draw_results(
 
 def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
   """Draws a row of `BATCH_COLUMNS` for each example of a training batch, in [0, 255]."""
-  shown = min(len(batch["low_res_image"]), max_images)
-  if not shown:
-    raise ValueError("there is no image to draw")
-  aspect = _aspect(batch["upsampled_image"])
-  figure, rows = _grid(shown, list(BATCH_COLUMNS), aspect, "Training batch")
+  figure, rows = _grid(batch, max_images, list(BATCH_COLUMNS), "Training batch")
   for i, row in enumerate(rows):
     for name, key in BATCH_COLUMNS.items():
       picture = np.asarray(batch[key][i])
@@ -112,11 +105,6 @@ def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
       decibels = psnr_y(example[name], example["truth"])
       weight = "bold" if name == "ours" else "normal"
       axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
-  _draw_search(axes, example)
-
-
-def _draw_search(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
-  """Draws the reference, the source positions and the confidence of the matches."""
   grid, index, soft = example["grid"], example["index"], example["confidence"]
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
   _show(axes["reference"], _tinted(example["reference"], key))
@@ -143,14 +131,14 @@ def _show(ax: Axes, image: Num[np.ndarray, "h w 3"], interpolation: str = "auto"
   ax.imshow(pixels, interpolation="nearest" if small else interpolation)
 
 
-def _aspect(images: Num[np.ndarray, "b h w 3"]) -> float:
-  return float(np.clip(images.shape[1] / images.shape[2], 0.4, 1.6))
-
-
 def _grid(
-  rows: int, columns: list[str], aspect: float, title: str
+  batch: Mapping[str, Any], max_images: int, columns: list[str], title: str
 ) -> tuple[Figure, list[dict[str, Axes]]]:
-  """Creates rows of axes by column name, `aspect` times as high as wide."""
+  """Creates a row of axes by column name for each example, in the images' aspect ratio."""
+  count, height, width, _ = batch["upsampled_image"].shape
+  rows, aspect = min(count, max_images), float(np.clip(height / width, 0.4, 1.6))
+  if not rows:
+    raise ValueError("there is no image to draw")
   size = (len(columns) * CELL, rows * (CELL * aspect + 0.35) + 0.7)
   figure = Figure(figsize=size, dpi=110, layout="constrained")
   figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")

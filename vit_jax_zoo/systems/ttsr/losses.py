@@ -27,11 +27,8 @@ def wasserstein_loss(
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
   """Returns score(image) - score(truth) and (|gradient| - 1)^2: WGAN-GP, arXiv:1704.00028, Eq. 3.
 
-  Args:
-    score: the discriminator; each score depends on its own image alone.
-    images: of the generator.
-    truths: of the data.
-    epsilon: weight of the truth in the mixture at which the gradient is penalised.
+  The gradient is that of `score` at `images` and `truths` mixed, with the weight `epsilon` of the
+  truth; each score depends on its own image alone.
   """
   share = epsilon.reshape(-1, 1, 1, 1)
   mixed = images * (1 - share) + truths * share
@@ -130,11 +127,9 @@ class VGG19(nn.Module):
   def __call__(
     self, images: Float[Array, "b h w 3"], *, precise: bool = False
   ) -> dict[str, Float[Array, "b ..."]]:
-    """Returns features by the names of `outputs`.
+    """Returns features by the names of `outputs`, of images in [-1, 1].
 
-    Args:
-      images: in [-1, 1]; normalised here with ImageNet's mean and standard deviation.
-      precise: computes in float32 at the highest precision, whatever `dtype`.
+    `precise` computes in float32 at the highest precision, whatever `dtype`.
     """
     dtype = jnp.promote_types(images.dtype, jnp.float32) if precise else self.dtype
     precision = "highest" if precise else None

@@ -87,9 +87,6 @@ class TTSR(nn.Module):
       cell, row by row, in a grid of a quarter of the reference's sides; `soft_attention` float32
       [b h w], cosine of the match; `textures`, transferred maps with 1, 2 and 4 times the sides of
       the low-resolution image.
-
-    Raises:
-      ValueError: the sizes of the images do not fit together.
     """
     del train
     given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
@@ -128,10 +125,7 @@ class TTSR(nn.Module):
   ) -> Float[Array, "b h4 w4 3"]:
     """Returns the image of the stacked texture transformers (3.2, figure 3), after the search.
 
-    Args:
-      low_res_image: in [-1, 1].
-      soft_attention: cosine of each patch's match.
-      textures: transferred maps with 1, 2 and 4 times the sides of the image.
+    Images are in [-1, 1]; `textures` have 1, 2 and 4 times the sides of the low-resolution image.
     """
     soft = soft_attention[..., None]
     conv = functools.partial(Conv, dtype=self.dtype)

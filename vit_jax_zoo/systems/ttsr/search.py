@@ -46,12 +46,8 @@ def find_matches(
 
   Maps are padded with zeros; every position is the centre of a patch. Products are float32 at the
   highest precision, whatever the dtype of the maps: with less, matches change. The relevance has
-  gradients with respect to both maps, the index has none.
-
-  Args:
-    queries: query map.
-    references: reference map, of any size.
-    block_size: queries and reference positions per block; affects memory and speed alone.
+  gradients with respect to both maps, the index has none. `block_size`, queries and reference
+  positions per block, affects memory and speed alone.
   """
   if min(block_size) < 1:
     raise ValueError(f"block_size must be positive, but is {block_size}")
@@ -91,14 +87,9 @@ def transfer(
 ) -> Float[Array, "b hs ws c"]:
   """Returns the mean of the overlapping reference patches of all matches (Eq. 6).
 
-  A patch has 3x3 cells of `scale`x`scale` pixels. Sums are divided by nine at the border as well,
-  where fewer patches overlap, as in the official code.
-
-  Args:
-    reference: a map with `scale` times the sides of the searched one.
-    index: see `Match`.
-    grid_width: width of the searched map.
-    scale: side of a cell in pixels.
+  A patch has 3x3 cells of `scale`x`scale` pixels; `reference` has `scale` times the sides of the
+  searched map, whose width is `grid_width`. Sums are divided by nine at the border as well, where
+  fewer patches overlap, as in the official code.
   """
   if reference.shape[2] != grid_width * scale:
     raise ValueError(

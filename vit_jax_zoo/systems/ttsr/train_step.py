@@ -39,8 +39,8 @@ def make_train_step(
     task: provides `optim_groups`, their losses, and `precompute(variables, batch, context)`: arrays
       `[b ...]` that are constant in the losses of a group.
     optimizers: one for each group.
-    accumulation_steps: number of micro-batches of a batch; they are processed one after the other.
-    ema_decay: decay of the moving average of the variables; None: no average.
+    accumulation_steps: number of micro-batches, processed one after the other.
+    ema_decay: of the moving average of the variables; None: no average.
   """
 
   def update(
