@@ -43,38 +43,12 @@ def make_train_step(
     ema_decay: of the moving average of the variables; None: no average.
   """
 
-  def update(
-    state: TrainState, batch: Batch, normalizers: Any, index: int
-  ) -> tuple[Any, Any, Any, Metrics]:
-    """Returns a group's parameters, the model state, the optimizer state, and the metrics."""
-    group, optimizer = task.optim_groups[index], optimizers[index]
-    rng = update_rng(state, index, group.updates)
-    context = LossContext(rng, state.step, normalizers, group.name)
-    precomputed = _precompute(task, state, batch, context, accumulation_steps)
-
-    def loss_fn(own: Any, model_state: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
-      batch, precomputed = batch
-      params = group.insert(state.params, optimizer.stop_frozen(own))
-      at = dataclasses.replace(context, rng=rng, precomputed=precomputed)
-      output = task.loss({"params": params, **model_state}, batch, at)
-      return output.loss, output
-
-    grad_fn = accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulation_steps)
-    own, model_state = group.select(state.params), state.model_state
-    opt_state, metrics = state.opt_state[index], {}
-    for number in range(group.updates):
-      rng = update_rng(state, index, number)
-      (_, output), grads = grad_fn(own, model_state, (batch, precomputed), rng)
-      updates, opt_state = optimizer.tx.update(grads, opt_state, own)
-      own, model_state = optax.apply_updates(own, updates), output.model_state
-      norm = Mean.of(optax.tree.norm(grads))
-      metrics = {**output.metrics, f"{group.name}_gradient_norm": norm}
-    return own, model_state, opt_state, metrics
-
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     normalizers, metrics = task.normalizers(batch), {}
     for index, group in enumerate(task.optim_groups):
-      step = functools.partial(update, state, batch, normalizers, index)
+      step = functools.partial(
+        _update, task, optimizers[index], index, state, batch, normalizers, accumulation_steps
+      )
       if group.begin_step:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step)[-1])
         same = group.select(state.params), state.model_state, state.opt_state[index], zeros
@@ -92,6 +66,41 @@ def make_train_step(
     return update_ema(dataclasses.replace(state, step=state.step + 1), ema_decay), metrics
 
   return train_step
+
+
+def _update(
+  task: Any,
+  optimizer: Optimizer,
+  index: int,
+  state: TrainState,
+  batch: Batch,
+  normalizers: Any,
+  accumulation_steps: int,
+) -> tuple[Any, Any, Any, Metrics]:
+  """Returns a group's parameters, the model state, the optimizer state, and the metrics."""
+  group = task.optim_groups[index]
+  rng = update_rng(state, index, group.updates)
+  context = LossContext(rng, state.step, normalizers, group.name)
+  precomputed = _precompute(task, state, batch, context, accumulation_steps)
+
+  def loss_fn(own: Any, model_state: Any, batch: Any, rng: jax.Array) -> tuple[Any, Any]:
+    batch, precomputed = batch
+    params = group.insert(state.params, optimizer.stop_frozen(own))
+    at = dataclasses.replace(context, rng=rng, precomputed=precomputed)
+    output = task.loss({"params": params, **model_state}, batch, at)
+    return output.loss, output
+
+  grad_fn = accumulate(jax.value_and_grad(loss_fn, has_aux=True), accumulation_steps)
+  own, model_state = group.select(state.params), state.model_state
+  opt_state, metrics = state.opt_state[index], {}
+  for number in range(group.updates):
+    rng = update_rng(state, index, number)
+    (_, output), grads = grad_fn(own, model_state, (batch, precomputed), rng)
+    updates, opt_state = optimizer.tx.update(grads, opt_state, own)
+    own, model_state = optax.apply_updates(own, updates), output.model_state
+    norm = Mean.of(optax.tree.norm(grads))
+    metrics = {**output.metrics, f"{group.name}_gradient_norm": norm}
+  return own, model_state, opt_state, metrics
 
 
 def _precompute(
