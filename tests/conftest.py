@@ -40,6 +40,14 @@ jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+  """Drops compiled programs after each file; a worker that keeps all of them grows to 3 GB."""
+  yield
+  jax.clear_caches()
+
+
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
