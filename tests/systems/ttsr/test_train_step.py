@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training import toy
-from vit_jax_zoo.systems.ttsr.train_step import make_train_step
+from vit_jax_zoo.systems.ttsr.task import make_train_step
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.base import LossOutput, Mean, OptimGroup, Task
 from vit_jax_zoo.training import sharding
