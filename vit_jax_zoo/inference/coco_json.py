@@ -72,21 +72,22 @@ class GroundTruth:
       logging.warning(text, self._file, len(images) - len(found), len(images))
     return found
 
-  def check_size(self, path: str, size: tuple[int, int]) -> None:
-    """Logs an image whose size differs from the file's: its boxes are for another image."""
-    expected = self._sizes[self.image_ids[path]]
+  def find(self, path: str, size: tuple[int, int]) -> Any:
+    """Returns an image's id, None if the file lacks it; logs an image of another size."""
+    number = self.image_ids.get(path)
+    expected = self._sizes.get(number, size)
     if size != expected:
       text = "%s: %dx%d pixels (height x width); %s has %dx%d"
       logging.warning(text, path, *size, self._file, *expected)
+    return number
 
   def category_id(self, label: int, name: str | None) -> int:
     """Returns the file's id of a class."""
     name = self._names.get(label, str(label)) if name is None else name
     if self._names.get(label) == name:
       return label
-    return self._ids[name] if name in self._ids else self._add(label, name)
-
-  def _add(self, label: int, name: str) -> int:
+    if name in self._ids:
+      return self._ids[name]
     number = max(self._names) + 1 if label in self._names else label
     self._names[number], self._ids[name] = name, number
     self.categories.append({"id": number, "name": name})
@@ -112,10 +113,9 @@ class CocoFiles:
     self._looked_for["segments"] |= prediction.segments is not None
     number, (height, width) = len(self._images) + 1, image.shape[:2]
     if self._truth is not None:
-      if path not in self._truth.image_ids:
-        return
-      number = self._truth.image_ids[path]
-      self._truth.check_size(path, (height, width))
+      number = self._truth.find(path, (height, width))
+    if number is None:
+      return
     self._images.append({"id": number, "file_name": path, "height": height, "width": width})
     for found in prediction.objects or ():
       known = {"id": len(self._annotations) + 1, "image_id": number}

@@ -33,8 +33,18 @@ def load_parts(
     ValueError: a file is missing or holds another network.
   """
   flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  readers = registry_of("part of a model", "part_readers", _CORE)
   for part, source in sources.items():
-    flat |= _load_part(part, source, flat)
+    within = {path: inner for path in flat if (inner := _path_within(path, part)) is not None}
+    shapes = {inner: tuple(flat[path].shape) for path, inner in within.items()}
+    if not within:
+      continue
+    if isinstance(source, str):
+      logging.info("%s: initialised from %s", part, source)
+      found = readers[part](_find(part, source), shapes)
+    else:
+      found = _part_of(source, part.removeprefix(_EVERY), shapes)
+    flat |= {path: np.asarray(found[inner], flat[path].dtype) for path, inner in within.items()}
   return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -67,20 +77,6 @@ def _path_within(path: str, part: str) -> str | None:
     return None
   within = rest.removeprefix(f"{name}/")
   return within if collection == "params" else f"{collection}/{within}"
-
-
-def _load_part(part: str, source: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
-  within = {path: inner for path in flat if (inner := _path_within(path, part)) is not None}
-  if not within:
-    return {}
-  shapes = {inner: tuple(flat[path].shape) for path, inner in within.items()}
-  if isinstance(source, str):
-    logging.info("%s: initialised from %s", part, source)
-    readers = registry_of("part of a model", "part_readers", _CORE)
-    found = readers[part](_find(part, source), shapes)
-  else:
-    found = _part_of(source, part.removeprefix(_EVERY), shapes)
-  return {path: np.asarray(found[inner], flat[path].dtype) for path, inner in within.items()}
 
 
 def _part_of(
