@@ -26,8 +26,8 @@ from vit_jax_zoo.systems.detr.weights_official import (
   side_rows,
   with_mask_head,
 )
+from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights import hf_config
-from vit_jax_zoo.weights import resnet_torchvision as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.weights import resnet_torchvision as resnet
+from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.fused_qkv import PARTS, join, split
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write

@@ -19,7 +19,7 @@ import numpy as np
 
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
 from vit_jax_zoo.systems.rcnn.weights_detectron import background_last
-from vit_jax_zoo.weights import resnet_torchvision as resnet
+from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
