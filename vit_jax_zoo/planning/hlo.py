@@ -112,11 +112,7 @@ def traffic(text: str) -> Traffic:
 
 
 def parse(text: str) -> Module:
-  """Returns the computations of a module.
-
-  Raises:
-    ValueError: it has no entry computation.
-  """
+  """Returns the computations of an HLO module."""
   lines_of: dict[str, list[str]] = {}
   entry, current = None, None
   for line in text.splitlines():

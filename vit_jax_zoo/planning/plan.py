@@ -134,6 +134,8 @@ def make_plan(
   largest = max((batch for _, batch in kinds), key=_size)
   program = parts.program(largest)
   state, batch = program.abstract_state, program.abstract_batch
+  level = getattr(jax.config, "jax_optimization_level", "UNKNOWN")
+  level = None if level == "UNKNOWN" else level
   with jax.set_mesh(parts.mesh):
     flops = count_flops(program.train_step, state, batch) / len(machine.devices)
     memory = Memory(
@@ -160,8 +162,8 @@ def make_plan(
     fits=False,
     memory=memory,
     flops=flops,
-    optimization_level=optimization_level(),
-    notes=_notes(parts, len(kinds)),
+    optimization_level=level,
+    notes=_notes(parts, level, len(kinds)),
     date=time.strftime("%Y-%m-%d"),
   )
   if not compile_step:
@@ -214,12 +216,6 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
     epochs_per_day=SECONDS_PER_DAY / step * plan.batch_size / plan.num_examples,
     days=plan.num_steps * step / SECONDS_PER_DAY,
   )
-
-
-def optimization_level() -> str | None:
-  """Returns the XLA optimization level set in JAX, such as O1; None: XLA's default."""
-  level = getattr(jax.config, "jax_optimization_level", "UNKNOWN")
-  return None if level == "UNKNOWN" else level
 
 
 def compile_text(lowered: Any) -> tuple[Any, str]:
@@ -313,9 +309,9 @@ def _residual_bytes(program: Program, group: OptimGroup, batch: Any) -> float:
   return float(sum(leaf.size * size for leaf, size in zip(leaves, sizes, strict=True)))
 
 
-def _notes(parts: trainer.Experiment, num_shapes: int) -> list[str]:
+def _notes(parts: trainer.Experiment, level: str | None, num_shapes: int) -> list[str]:
   notes = [parts.train_source.assumption] if parts.train_source.assumption else []
-  if level := optimization_level():
+  if level:
     notes.append(
       f"the run also sets JAX_OPTIMIZATION_LEVEL={level}; at XLA's default level, compilation is "
       "slower, the program moves fewer bytes, and its memory may be larger or smaller"
