@@ -97,7 +97,7 @@ def test_a_lambda_resnet_gets_a_new_head_and_lacks_no_statistics(tmp_path):
   arrays = load_file(source)
   del arrays["stem.conv1.bn.running_mean"]
   save_file(arrays, tmp_path / "cut.safetensors")
-  with pytest.raises(WeightsError, match="missing: batch_stats/stem/conv1/norm/mean"):
+  with pytest.raises(WeightsError, match=r"missing: batch_stats/\S+/norm/mean"):
     load_pretrained(str(tmp_path / "cut.safetensors"))
   again = load_into(source, loaded.variables)
   jax.tree.map(np.testing.assert_array_equal, again, loaded.variables)
