@@ -76,24 +76,19 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   model = common.model_name(model)
   family = _family(model)
   image_size = image_size or family.image_size
-  config = _base(model, family, source, image_size)
+  config = _base(model, family, source, class_names, image_size)
   config.batch_size, config.num_epochs = batch_size, num_epochs
   config.model.dtype = dtype
   config.data.train.transforms = [
     {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)},
     *([{"name": "random_flip"}] if flip else []),
   ]
-  if class_names:
-    for spec in (config.data.train, *config.data.eval.values()):
-      spec.class_names = class_names
   rate = common.scaled_rate("sgd", family.learning_rate, batch_size, family.batch_size)
   config.optimizer.learning_rate = learning_rate or rate
   if head_only:
     config.optimizer.rules = (("head/.*", {"frozen": False}), (".*", {"frozen": True}))
   config.init_from = init_from or _published(model)
-  # Once an epoch, or each 1/50 of the run if that is more; 0 for a single epoch.
-  every = max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
-  config.eval_every = config.checkpoint.every = every
+  config.eval_every = config.checkpoint.every = _once_an_epoch(num_epochs)
   return common.with_data_dir(config, data_dir)
 
 
@@ -149,13 +144,19 @@ def _published(model: str) -> str:
   raise ValueError(f"{unknown}. Or give init_from=<a file, or a run's folder>")
 
 
-def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDict:
+def _once_an_epoch(num_epochs: float) -> float | int:
+  """Returns the fraction of the run of an epoch, at least 1/50; 0 for a single epoch."""
+  return max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
+
+
+def _base(model: str, family: Family, source: str, class_names: str, image_size: int) -> ConfigDict:
   """What does not depend on the fields."""
   squash = [{"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}]
   own_split = source.startswith("folder:")
   splits = {"val": "choose" if own_split else "train[90%:]", "test": "test"}
+  images = {"source": source, **({"class_names": class_names} if class_names else {})}
   evaluations: dict[str, Any] = {
-    name: {"source": source, "split": split, "transforms": squash} for name, split in splits.items()
+    name: {**images, "split": split, "transforms": squash} for name, split in splits.items()
   }
   return ConfigDict(
     {
@@ -170,7 +171,7 @@ def _base(model: str, family: Family, source: str, image_size: int) -> ConfigDic
         "per_class": True,
       },
       "data": {
-        "train": {"source": source, "split": "fit" if own_split else "train[:90%]"},
+        "train": {**images, "split": "fit" if own_split else "train[:90%]"},
         "eval": evaluations,
         "loader": {"num_workers": 0, "on_corrupt": "skip"},
       },

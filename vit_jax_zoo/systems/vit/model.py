@@ -65,10 +65,9 @@ class VisionTransformer(nn.Module):
   ) -> dict[str, Array]:
     """Classifies `images`.
 
-    Args:
-      images: normalised, in [-1, 1] for Google's weights. Their sides are multiples of the token
-        stride; they need not be square.
-      train: enables dropout and stochastic depth, which draw from the "dropout" stream.
+    Images are normalised, in [-1, 1] for Google's weights; their sides are multiples of the token
+    stride and need not be equal. `train` enables dropout and stochastic depth, which draw from the
+    "dropout" stream.
 
     Returns:
       `features` [b d], the input of the head; `tokens` [b n width], the encoder's output, class
