@@ -131,12 +131,15 @@ class Detr(nn.Module):
       "query_embedding", nn.initializers.normal(1.0), (self.num_queries, self.width)
     )
 
+    def predict(x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b k"], Float[Array, "*b 4"]]:
+      x = x.astype(jnp.float32)
+      return class_head(x), nn.sigmoid(box_head(x))
+
     features = self._backbone(jnp.where(mask[..., None], images, 0), mask, train=train)
     projected = self._projection(features["c5"])
     keep = self._feature_mask(mask, projected)
     memory, decoded = transformer(projected, self._positions(keep), keep, queries, train=train)
-    logits = class_head(_float32(decoded))
-    boxes = nn.sigmoid(box_head(_float32(decoded)))
+    logits, boxes = predict(decoded)
 
     self.sow("intermediates", "memory", memory)
     predictions = {
@@ -146,8 +149,7 @@ class Detr(nn.Module):
       "auxiliary_boxes_cxcywh": boxes[:-1],
     }
     if self.dense_predictions:
-      predictions["dense_logits"] = class_head(_float32(memory))
-      predictions["dense_boxes_cxcywh"] = nn.sigmoid(box_head(_float32(memory)))
+      predictions["dense_logits"], predictions["dense_boxes_cxcywh"] = predict(memory)
     if self.mask_head:
       attend = MaskAttention(self.num_heads, self.dtype, name="mask_attention")
       maps = attend(decoded[-1], memory, keep)
@@ -242,12 +244,8 @@ class Transformer(nn.Module):
   ) -> tuple[Float[Array, "b h w d"], Float[Array, "l b q d"]]:
     """Returns the encoder's output, and the normalised outputs of all decoder layers.
 
-    Args:
-      features: the projected features of the backbone.
-      positions: position embeddings, added to queries and keys in every layer.
-      keep: False where the map is padding, which no attention includes.
-      queries: the object queries, position embeddings of the decoder's slots.
-      train: enables dropout.
+    Positions are added to queries and keys in every layer; the object queries are those of the
+    decoder's slots. No attention includes the padding, where `keep` is False.
     """
     tokens = features.reshape(features.shape[0], -1, features.shape[-1])
     positions = positions.reshape(tokens.shape)
@@ -494,10 +492,6 @@ class _MaskedResNet(ResNet):
       return call
 
     return masked  # pyrefly: ignore[bad-return]
-
-
-def _float32(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  return x.astype(jnp.float32)
 
 
 def _check(model: Detr) -> None:
