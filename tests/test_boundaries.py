@@ -1,7 +1,6 @@
 """One folder a system: nothing outside it knows of it, and the package works without it."""
 
 import ast
-import os
 import pathlib
 import re
 import shutil
@@ -9,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from tests import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vit_jax_zoo"
@@ -107,14 +108,9 @@ def python(folder, *arguments):
     capture_output=True,
     text=True,
     check=False,
-    env=environment(folder),
+    env=command.environment(PYTHONPATH=str(folder)),
     timeout=900,
   )
   assert done.returncode == 0, (
     f"{' '.join(arguments[:3])}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
   )
-
-
-def environment(folder):
-  kept = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "PYTHONPATH")}
-  return kept | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
