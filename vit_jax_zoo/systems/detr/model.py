@@ -103,12 +103,9 @@ class Detr(nn.Module):
     *,
     train: bool = False,
   ) -> dict[str, Array]:
-    """Detects objects.
+    """Detects objects in images normalised with ImageNet's mean and standard deviation.
 
-    Args:
-      images: normalised with ImageNet's mean and standard deviation.
-      mask: True at the pixels of the image, False in its padding; None: no padding.
-      train: enables dropout, drawn from the "dropout" stream.
+    `mask` is False in the padding of images; None: no padding. Dropout draws from "dropout".
 
     Returns:
       `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], relative to
@@ -118,8 +115,7 @@ class Detr(nn.Module):
       All float32.
     """
     _check(self)
-    if mask is None:
-      mask = jnp.ones(images.shape[:3], dtype=bool)
+    mask = jnp.ones(images.shape[:3], dtype=bool) if mask is None else mask
     dense = functools.partial(
       nn.Dense, kernel_init=pytorch_uniform(), bias_init=pytorch_uniform(self.width)
     )
