@@ -187,6 +187,17 @@ def test_a_model_that_knows_the_truth_scores_full_marks():
 
 
 @pytest.mark.multidevice
+def test_loss_and_predictions_are_traced_on_a_mesh(task, variables):
+  """Guards the loops that each device runs for its own examples, without compiling them."""
+  batch = make_batch()
+  mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  with jax.set_mesh(mesh):
+    loss = jax.jit(lambda v, b: task.loss(v, b, context(task, b)).loss)
+    assert jax.eval_shape(loss, variables, batch).shape == ()
+    assert jax.eval_shape(jax.jit(task.predict), variables, batch)["scores"].shape == (4, 6)
+
+
+@pytest.mark.multidevice
 @pytest.mark.slow
 def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gradient):
   batch = make_batch()

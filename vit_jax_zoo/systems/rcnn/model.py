@@ -184,15 +184,19 @@ class RCNN(nn.Module):
       len(self.levels),
       convention=self.convention_details.anchors,
     )
-    choose = functools.partial(
-      choose_proposals,
-      anchors_xyxy=jnp.concatenate(anchors),
-      lengths=tuple(len(x) for x in anchors),
-      limits=pick_limits(self.proposals, train=train),
-      convention=self.convention_details,
-    )
+
+    def choose(*each: Array) -> tuple[Array, ...]:
+      choose_one = functools.partial(
+        choose_proposals,
+        anchors_xyxy=jnp.concatenate(anchors),  # here, since arrays from outside have another mesh
+        lengths=tuple(len(x) for x in anchors),
+        limits=pick_limits(self.proposals, train=train),
+        convention=self.convention_details,
+      )
+      return jax.vmap(choose_one)(*each)
+
     logits, boxes = jax.lax.stop_gradient((objectness, deltas))
-    chosen = on_own_examples(jax.vmap(choose), logits, boxes, image_size)
+    chosen = on_own_examples(choose, logits, boxes, image_size)
     return Proposals(pyramid, jnp.concatenate(anchors), objectness, deltas, *chosen)
 
   def classify(
