@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import golden_folder
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.weights import WeightsError
+from vit_jax_zoo.weights import WeightsError, key_map
 from vit_jax_zoo.weights.infer import count, outputs_of, side
 
 BLOCK = "Transformer/encoderblock_0"
@@ -59,7 +59,8 @@ def save(arrays, file):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_arrays_that_tell_sizes_may_be_the_ones_that_are_missing(name, tmp_path):
+def test_arrays_that_tell_sizes_may_be_the_ones_that_are_missing(name, tmp_path, monkeypatch):
+  monkeypatch.setattr(key_map, "_MAX_NAMED", 999)
   path, file, arrays = copy_of(name, tmp_path)
   rest = {key: array for key, array in arrays.items() if key not in FIRST[name]}
   save({**rest, "nobodys": np.zeros(2, np.float32)}, file)
@@ -72,7 +73,8 @@ def test_arrays_that_tell_sizes_may_be_the_ones_that_are_missing(name, tmp_path)
   assert "unused: nobodys (2,)" in message
 
 
-def test_an_array_that_tells_sizes_may_be_misshapen(tmp_path):
+def test_an_array_that_tells_sizes_may_be_misshapen(tmp_path, monkeypatch):
+  monkeypatch.setattr(key_map, "_MAX_NAMED", 999)
   path, file, arrays = copy_of("vit_timm_a", tmp_path)
   save(arrays | {key: np.zeros((1, 2, 3, 4, 5), np.float32) for key in FIRST["vit_timm_a"]}, file)
   with pytest.raises(WeightsError) as info:
