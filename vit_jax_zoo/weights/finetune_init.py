@@ -123,7 +123,7 @@ def _taken(
       yield key, _refit(array[None], leaf.shape[0], (None, None), (False, False))[0]
     else:
       problems.append(f"{key} has shape {array.shape}; expected {leaf.shape}")
-  unused = (key for key in have.keys() - want.keys() if not key.startswith(HEADS))
+  unused = (key for key in sorted(have.keys() - want.keys()) if not key.startswith(HEADS))
   problems += [f"{key} has no place" for key in unused]
 
 
