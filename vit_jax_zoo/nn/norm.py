@@ -40,10 +40,10 @@ class BatchNorm(nn.Module):
   def __call__(self, x: Float[Array, "*b c"], *, train: bool) -> Float[Array, "*b c"]:
     """Returns `x` normalized with batch statistics if `train`, else with running averages."""
     channels = x.shape[-1:]
-    scale = self.param("scale", self.scale_init, channels)
-    bias = self.param("bias", nn.initializers.zeros, channels)
-    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels)
-    running_var = self.variable("batch_stats", "var", jnp.ones, channels)
+    scale = self.param("scale", self.scale_init, channels, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
+    running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+    running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean, var = running_mean.value, running_var.value
     if train:
@@ -83,7 +83,9 @@ class FrozenBatchNorm(nn.Module):
     del train
     channels = x.shape[-1:]
     initial = {"mean": jnp.zeros, "var": jnp.ones, "scale": jnp.ones, "bias": jnp.zeros}
-    frozen = {k: self.variable("batch_stats", k, v, channels).value for k, v in initial.items()}
+    frozen = {
+      k: self.variable("batch_stats", k, v, channels, jnp.float32).value for k, v in initial.items()
+    }
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return _normalize(x, **frozen, epsilon=self.epsilon).astype(self.dtype)
 

@@ -75,7 +75,7 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   after_warmup = make(base, num_steps, warmup_steps, **fields)
 
   def schedule(step: Any) -> Float[Array, ""]:
-    step = jnp.asarray(step)
+    step = jnp.asarray(step, jnp.float32)
     rate = after_warmup(step)
     if warmup_steps:
       rate = rate * jnp.minimum(1.0, start + (1 - start) * step / warmup_steps)

@@ -155,7 +155,7 @@ def dense_auxiliary_loss(
     logits, jnp.asarray(batch["labels"]), of_token, no_object_weight
   )
   distance, overlap = box_losses(boxes, targets, of_token)
-  covered = jnp.maximum(jnp.sum(of_token >= 0, axis=1), 1)
+  covered = jnp.maximum(jnp.sum(of_token >= 0, axis=1, dtype=jnp.float32), 1)
   box_loss = jnp.sum(by_distance * distance + by_overlap * overlap, axis=1) / covered
   return by_class * jnp.sum(class_loss, axis=1) / jnp.sum(of_class, axis=1) + box_loss
 
@@ -181,11 +181,11 @@ def covering_target(
 
 def token_centers(batch: base.Batch, grid: tuple[int, int]) -> Float[Array, "b n 2"]:
   """Returns the centres (x, y) of a map's tokens, row by row, relative to the unpadded image."""
-  rows = (jnp.arange(grid[0]) + 0.5) / grid[0]
-  columns = (jnp.arange(grid[1]) + 0.5) / grid[1]
+  rows = (jnp.arange(grid[0], dtype=jnp.float32) + 0.5) / grid[0]
+  columns = (jnp.arange(grid[1], dtype=jnp.float32) + 0.5) / grid[1]
   centers = jnp.stack(jnp.meshgrid(columns, rows), axis=-1).reshape(1, -1, 2)
   padded = jnp.asarray(batch["image"].shape[1:3], jnp.float32)
-  scale = padded[None] / jnp.maximum(image_size(batch), 1)
+  scale = padded[None] / jnp.maximum(image_size(batch), 1).astype(jnp.float32)
   return centers * scale[:, None, ::-1]
 
 

@@ -75,7 +75,7 @@ def _match_one(cost: Float[Array, "t q"], is_target: Bool[Array, " t"]) -> Match
   # Potentials must be equal among free targets, and zero for free queries: only then does the
   # nearest free query end the cheapest path.
   lowest = jnp.min(cost, initial=_LARGEST_COST, where=is_target[:, None])
-  state = _State(*none, jnp.zeros(num_queries), jnp.full(num_targets, lowest))
+  state = _State(*none, jnp.zeros(num_queries, cost.dtype), jnp.full(num_targets, lowest))
   pairs = jnp.minimum(jnp.sum(is_target), num_queries)
   state = jax.lax.fori_loop(0, pairs, lambda _, s: _augment(cost, is_target, s), state)
   return Matching(state.target_of_query, state.query_of_target)
@@ -114,7 +114,7 @@ def _start(cost: Float[Array, "t q"], free: Bool[Array, " t"], state: _State) ->
   level = jnp.max(jnp.where(free, state.target_potential, -jnp.inf))  # the same for all of them
   distance = cheapest - level - state.query_potential
   no_parent, unvisited = jnp.full(distance.shape, -1, jnp.int32), jnp.zeros(distance.shape, bool)
-  return _Search(distance, no_parent, unvisited, jnp.argmin(distance))
+  return _Search(distance, no_parent, unvisited, jax.lax.argmin(distance, 0, jnp.int32))
 
 
 def _step(cost: Float[Array, "t q"], state: _State, search: _Search) -> _Search:
@@ -125,7 +125,7 @@ def _step(cost: Float[Array, "t q"], state: _State, search: _Search) -> _Search:
   reduced = cost[target] - state.target_potential[target] - state.query_potential
   shorter = ~visited & (here + reduced < search.distance)
   distance = jnp.where(shorter, here + reduced, search.distance)
-  nearest = jnp.argmin(jnp.where(visited, jnp.inf, distance))
+  nearest = jax.lax.argmin(jnp.where(visited, jnp.inf, distance), 0, jnp.int32)
   return _Search(distance, jnp.where(shorter, target, search.parent), visited, nearest)
 
 
@@ -136,7 +136,7 @@ def _flip_path(
 
   def flip(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     query, target_of_query, query_of_target = carry
-    direct = jnp.argmin(jnp.where(free, cost[:, query], jnp.inf))
+    direct = jax.lax.argmin(jnp.where(free, cost[:, query], jnp.inf), 0, jnp.int32)
     target = jnp.where(search.parent[query] < 0, direct, search.parent[query])
     return (
       query_of_target[target],

@@ -124,7 +124,7 @@ class Detr(nn.Module):
     box_head = nn.Sequential([box_layers[0], nn.relu, box_layers[1], nn.relu, box_layers[2]])
     transformer = Transformer(**self._transformer_fields(), name="transformer")
     queries = self.param(
-      "query_embedding", nn.initializers.normal(1.0), (self.num_queries, self.width)
+      "query_embedding", nn.initializers.normal(1.0), (self.num_queries, self.width), jnp.float32
     )
 
     def predict(x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b k"], Float[Array, "*b 4"]]:
@@ -189,8 +189,8 @@ class Detr(nn.Module):
       return sine_positions(keep, self.width).astype(self.dtype)
     half, (rows, columns) = self.width // 2, keep.shape[1:]
     shape = (MAX_LEARNED_POSITIONS, half)
-    by_row = self.param("row_embedding", nn.initializers.uniform(1.0), shape)
-    by_column = self.param("column_embedding", nn.initializers.uniform(1.0), shape)
+    by_row = self.param("row_embedding", nn.initializers.uniform(1.0), shape, jnp.float32)
+    by_column = self.param("column_embedding", nn.initializers.uniform(1.0), shape, jnp.float32)
     if max(rows, columns) > MAX_LEARNED_POSITIONS:
       raise ValueError(
         f"position_embedding='learned': the feature map has {rows} x {columns} positions; expected "
@@ -443,8 +443,8 @@ class MaskHead(nn.Module):
     """Convolves `projected`, once for all queries, concatenated with each query's maps."""
     heads = maps.shape[-1]
     channels = projected.shape[-1] + heads
-    kernel = self.param("conv1_kernel", kaiming_uniform, (3, 3, channels, channels))
-    bias = self.param("conv1_bias", nn.initializers.zeros, (channels,))
+    kernel = self.param("conv1_kernel", kaiming_uniform, (3, 3, channels, channels), jnp.float32)
+    bias = self.param("conv1_bias", nn.initializers.zeros, (channels,), jnp.float32)
     kernel, bias = kernel.astype(self.dtype), bias.astype(self.dtype)
     convolve = functools.partial(
       jax.lax.conv_general_dilated,

@@ -127,7 +127,7 @@ class Detection(base.Task):
     mask = base.example_mask(batch)
     queries = self.model.num_queries
     count = jnp.sum(is_target(batch), axis=1)
-    matched = jnp.minimum(count, queries)
+    matched = jnp.minimum(count, queries).astype(jnp.float32)
     weight = matched + self.no_object_weight * (queries - matched)
     return {
       "examples": jnp.sum(mask.astype(jnp.float32)),

@@ -184,8 +184,8 @@ def _rows(
   keys: tuple[int, int],
   places: Float[Array, "b 2"],
 ) -> Float[Array, "b _ _"]:
-  size = jnp.asarray(queries)[None]
-  at = jnp.minimum((places * size).astype(jnp.int32), size - 1)
+  size = jnp.asarray(queries, jnp.int32)[None]
+  at = jnp.minimum((places * size.astype(jnp.float32)).astype(jnp.int32), size - 1)
   index = at[:, 0] * queries[1] + at[:, 1]
   rows = jnp.take_along_axis(weights, index[:, None, None], axis=1)[:, 0]
   if rows.shape[-1] != keys[0] * keys[1]:  # keys pooled with stride 2
@@ -199,7 +199,7 @@ def pad_batch(batch: base.Batch, multiple: int) -> base.Batch:
   framed = pad_images(images, multiple)
   after = {**batch, "image": framed, "image_size": image_size(batch)}
   if "query_position" in batch:
-    before, sides = (jnp.asarray([x.shape[1:3]]) for x in (images, framed))
+    before, sides = (jnp.asarray([x.shape[1:3]], jnp.float32) for x in (images, framed))
     after["query_position"] = jnp.asarray(batch["query_position"]) * (before / sides)
   return after
 
@@ -209,7 +209,8 @@ def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
 
   Positions are relative to height and width with padding.
   """
-  relative = image_size(batch).astype(jnp.float32) / jnp.asarray([batch["image"].shape[1:3]])
+  sides = jnp.asarray([batch["image"].shape[1:3]], jnp.float32)
+  relative = image_size(batch).astype(jnp.float32) / sides
   if "boxes_cxcywh" not in batch or not batch["boxes_cxcywh"].shape[1]:
     return 0.5 * relative
   first = jnp.asarray(batch["boxes_cxcywh"])[:, 0, 1::-1]

@@ -56,7 +56,7 @@ class OfficialSelfTransformer(nn.Module):
     shares = jnp.ones((len(x), 1), jnp.float32)
     if self.num_parts > 1:
       shape = (self.num_parts, self.width)
-      mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape)
+      mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
       shares = mixture_shares(query, mixture)
     similarity = Similarity(
       scale=self.width**-0.5,
@@ -153,7 +153,7 @@ class _Unused(nn.Module):
 
   @nn.compact
   def __call__(self) -> None:
-    self.param("kernel", kaiming_uniform, self.shape)
+    self.param("kernel", kaiming_uniform, self.shape, jnp.float32)
 
 
 def _pointwise(features: int, dtype: Dtype, **fields: Any) -> nn.Dense:

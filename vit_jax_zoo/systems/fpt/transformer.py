@@ -90,7 +90,7 @@ class MixtureTransformer(nn.Module):
       for name, source in (("query", x), ("key", context), ("value", context))
     )
     shape, flat = (self.num_parts, self.width), (len(x), -1, self.width)
-    mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape)
+    mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
     shares = mixture_shares(key.reshape(flat), mixture)
     self.sow("intermediates", "shares", shares)
     if self.window is None:

@@ -59,22 +59,22 @@ class ImageGPT(nn.Module):
     check_positive(self, "num_colors", "num_positions", "width", "depth", "num_heads")
     check_num_classes(self)
     colors, positions = (self.num_colors, self.width), (self.num_positions, self.width)
-    self.token_embedding = self.param("token_embedding", normal(0.02), colors)
-    self.position_embedding = self.param("position_embedding", normal(0.01), positions)
+    self.token_embedding = self.param("token_embedding", normal(0.02), colors, jnp.float32)
+    self.position_embedding = self.param("position_embedding", normal(0.01), positions, jnp.float32)
     if self.shifts:
-      self.sos = self.param("sos_token", normal(0.02), (self.width,))
+      self.sos = self.param("sos_token", normal(0.02), (self.width,), jnp.float32)
     shared = ("num_heads", "depth", "causal", "use_bias", "dtype", "attention_implementation")
     mlp_dim = 4 * self.width if self.mlp_dim is None else self.mlp_dim
     fields = {name: getattr(self, name) for name in shared}
     block = functools.partial(DecoderBlock, mlp_dim=mlp_dim, **fields)
     self.decoder = Stack(block, self.depth, self.scan_layers, self.remat)
     self.norm = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype)
-    self.pixel_head = self.param("pixel_head", zeros, colors)
+    self.pixel_head = self.param("pixel_head", zeros, colors, jnp.float32)
     if self.num_classes is not None:
       self.head = nn.Dense(self.num_classes, use_bias=False, kernel_init=zeros, dtype=jnp.float32)
     if self.is_initializing() or self.has_variable("palette", "clusters"):
       self.palette = self.variable(
-        "palette", "clusters", lambda: jnp.asarray(spread_clusters(self.num_colors))
+        "palette", "clusters", lambda: jnp.asarray(spread_clusters(self.num_colors), jnp.float32)
       )
 
   def __call__(

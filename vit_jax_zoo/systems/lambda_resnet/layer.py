@@ -202,7 +202,9 @@ class LambdaLayer(nn.Module):
     queries = norm(name="query_norm")(queries, train=train)
     values = norm(name="value_norm")(values, train=train)
     zeros = nn.initializers.zeros
-    bias = self.param("position_bias", zeros, (self.dim_k,)) if self.position_bias else None
+    bias = None
+    if self.position_bias:
+      bias = self.param("position_bias", zeros, (self.dim_k,), jnp.float32)
     queries = queries.reshape(*grid, self.num_heads, self.dim_k)
     keys = keys.reshape(*grid, self.dim_u, self.dim_k)
     values, embeddings = values.reshape(*grid, self.dim_u, dim_v), self._embeddings(grid[1:])
@@ -226,7 +228,7 @@ class LambdaLayer(nn.Module):
     if self.receptive_field is not None:
       sides, std = (self.receptive_field, self.receptive_field), self.dim_k**-0.5
     init = nn.initializers.normal(std if self._is_timm else 1.0)
-    return self.param(name, init, (*sides, self.dim_u, self.dim_k))
+    return self.param(name, init, (*sides, self.dim_u, self.dim_k), jnp.float32)
 
   @property
   def _is_timm(self) -> bool:

@@ -231,8 +231,8 @@ class Doubling(nn.Module):
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n i j f"]:
     """Returns a map of twice the size."""
     batch, height, width, channels = x.shape
-    kernel = self.param("kernel", kaiming_normal, (2, 2, channels, self.features))
-    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    kernel = self.param("kernel", kaiming_normal, (2, 2, channels, self.features), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
     y = jnp.einsum("nhwc,ijcf->nhiwjf", x, kernel)
     return y.reshape(batch, 2 * height, 2 * width, -1) + bias.reshape(1, 1, 1, -1)

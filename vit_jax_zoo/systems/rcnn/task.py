@@ -212,7 +212,7 @@ class InstanceDetection(base.Task):
     boxes, scores, labels, exists = on_own_examples(
       jax.vmap(detect), logits, deltas, found.boxes_xyxy, found.exists, size
     )
-    scale = jnp.asarray(batch.get("original_size", size), jnp.float32) / size
+    scale = jnp.asarray(batch.get("original_size", size), jnp.float32) / size.astype(jnp.float32)
     predictions = {
       "scores": scores,
       "labels": labels,

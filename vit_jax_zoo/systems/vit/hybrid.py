@@ -37,7 +37,7 @@ class StandardizedConv(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
     """Convolves with SAME padding; sides become ceil(side / stride)."""
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
     kernel = kernel - jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
     variance = jnp.mean(kernel**2, axis=(0, 1, 2), keepdims=True)
     kernel = kernel / (jnp.sqrt(variance + self.variance_epsilon) + self.std_epsilon)

@@ -95,8 +95,8 @@ class VisionTransformer(nn.Module):
     if not cls_row:
       x = x + positions
     if self.has_cls_token:
-      cls = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(cls, (x.shape[0], 1, self.width)), x], axis=1)
+      cls = self.param("cls_token", nn.initializers.zeros, (1, 1, self.width), jnp.float32)
+      x = jnp.concatenate([jnp.tile(cls.astype(x.dtype), (x.shape[0], 1, 1)), x], axis=1)
     if cls_row:
       x = x + positions
     self.sow("intermediates", "embedded", x)
@@ -212,10 +212,10 @@ class PositionEmbedding(nn.Module):
     """Returns the embeddings of a grid (height, width) of patches, row by row."""
     normal, (h, w) = nn.initializers.normal(0.02), grid
     if self.kind == "learned_1d":
-      return jnp.asarray(self.param("table", normal, (1, self.cls_row + h * w, width)))
+      return jnp.asarray(self.param("table", normal, (1, self.cls_row + h * w, width), jnp.float32))
     if self.kind == "learned_2d":
-      rows = self.param("rows", normal, (h, width // 2))[:, None]
-      columns = self.param("columns", normal, (w, width - width // 2))[None]
+      rows = self.param("rows", normal, (h, width // 2), jnp.float32)[:, None]
+      columns = self.param("columns", normal, (w, width - width // 2), jnp.float32)[None]
       halves = [jnp.broadcast_to(half, (h, w, half.shape[-1])) for half in (rows, columns)]
       return jnp.concatenate(halves, axis=-1).reshape(1, h * w, width)
     if self.kind == "sincos_2d":
