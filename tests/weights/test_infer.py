@@ -36,11 +36,6 @@ FIRST = {  # of each file, what tells sizes
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _all_problems_are_named(monkeypatch):
-  monkeypatch.setattr(key_map, "_MAX_NAMED", 99)
-
-
 def copy_of(name, folder):
   """Returns the path of a copy that may be changed, the file with its arrays, and those."""
   if name == "vit_a":
