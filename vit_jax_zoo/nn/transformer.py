@@ -95,7 +95,7 @@ def _rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Ca
 
 UNROLLED_DEPTH = 24
 """On CPUs, the loop over at most so many scanned layers is unrolled: XLA would copy the activations
-of each layer to stacked arrays, a third of ViT-S/16's training step."""
+of each layer to stacked arrays, a quarter of ViT-S/16's training step."""
 
 
 class Stack(nn.Module):
