@@ -246,26 +246,19 @@ class _Run:
 
   def prepare(self) -> Callable[[Image], Mapping[str, Any]]:
     """Returns the function from a user's image to an example of an evaluation."""
-    preprocess, wanted = self.exported_preprocess, self.wanted
-    if preprocess is not None:
-      return functools.partial(
-        _prepare_published, preprocess.at_size(wanted) if wanted else preprocess
-      )
-    transforms = self.transforms()
+    wanted, transforms = self.wanted, self.transforms()
+    if self.config.get("preprocess"):
+      preprocess = self.preprocess()
+      preprocess = preprocess.at_size(wanted) if wanted else preprocess
+      return functools.partial(_prepare_published, preprocess)
     if wanted:
       transforms = tuple(_at_size(each, self.seen or wanted, wanted) for each in transforms)
     return functools.partial(_prepare_for_run, transforms, self.size, self.fit)
 
-  @property
-  def exported_preprocess(self) -> Preprocess | None:
-    """The preprocessing of a published model, if this is its export with `--format=orbax`."""
-    fields = self.config.get("preprocess")
-    return None if fields is None else Preprocess(**_frozen(fields))
-
   def preprocess(self) -> Preprocess:
     """Returns the evaluation's transforms as the preprocessing of a pretrained model."""
-    if self.exported_preprocess is not None:
-      return self.exported_preprocess
+    if exported := self.config.get("preprocess"):  # of a published model with --format=orbax
+      return Preprocess(**_frozen(exported))
     fields, task_class = self.task_fields(), tasks()[self.task_name]
     mean, std = (
       _frozen(fields.get(name, getattr(task_class, name, 0.5)))
