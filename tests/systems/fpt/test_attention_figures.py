@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.fpt.detectors import FPTNeck
 from vit_jax_zoo.systems.fpt.figures import attention_rows, pad_batch, target_centers
+from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 from vit_jax_zoo.tasks import create_task
 
 
@@ -71,7 +71,7 @@ def test_places_are_shares_of_the_padded_image():
 
 
 def test_a_detector_explains_three_images_and_says_what_it_cannot():
-  task = create_task("instance_detection", Sower(FPTNeck), num_classes=3)
+  task = create_task("instance_detection", Sower(FeaturePyramidTransformer), num_classes=3)
   found = jax.device_get(jax.jit(task.explain)({}, batch_of(4)))
   assert len(found["image"]) == 3
   shapes = {"0": (3, 8, 12), "1": (3, 4, 6), "0 1": (3, 4, 6)}

@@ -9,13 +9,13 @@ from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
 from vit_jax_zoo.nn.drop import DropBlock
-from vit_jax_zoo.systems.fpt import official
+from vit_jax_zoo.systems.fpt import transformer as official
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
-from vit_jax_zoo.systems.fpt.official import side_ratio
 from vit_jax_zoo.systems.fpt.transformer import (
   GroundingTransformer,
   RenderingTransformer,
   SelfTransformer,
+  side_ratio,
 )
 from vit_jax_zoo.weights.key_map import read
 from vit_jax_zoo.weights.torch_layouts import batch_norm_rows

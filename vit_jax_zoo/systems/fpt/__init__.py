@@ -7,8 +7,8 @@ SYSTEM = System(
     "fpt_segmentation": "segmentation:PyramidSegmenter",
     "fpt_pyramid": "segmentation:FeaturePyramidTransformer",
   },
-  variants={"faster_rcnn": "detectors:VARIANTS", "mask_rcnn": "detectors:VARIANTS"},
-  necks={"fpt": "detectors:FPTNeck"},
+  variants={"faster_rcnn": "transformer:DETECTORS", "mask_rcnn": "transformer:DETECTORS"},
+  necks={"fpt": "transformer:FeaturePyramidTransformer"},
   tasks={"semantic_segmentation": "task:SemanticSegmentation"},
   predictors={"semantic_segmentation": "predictor:SegmentationPredictor"},
   formats=(

@@ -1,8 +1,8 @@
 """Feature pyramid transformer (FPT): attention within and across the levels of a feature pyramid.
 
 Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451, section 3. The authors'
-code (ZHANGDONG-NJUST/FPT at c7c76f9, see `official`) computes something else than the paper, and
-does not run as published; no trained weights of it were released. `variant` selects one of the two:
+code (ZHANGDONG-NJUST/FPT at c7c76f9) computes something else than the paper, and does not run as
+published; no trained weights of it were released. `variant` selects one of the two:
 
 | topic                 | "paper"                              | "official"                        |
 |-----------------------|--------------------------------------|-----------------------------------|
@@ -29,9 +29,14 @@ does not run as published; no trained weights of it were released. `variant` sel
 Not stated in the paper: whether the projections `query`, `key`, `value` have a bias (none here),
 and the norms after the lateral and joining convolutions (`norm`). It is not known which of the two
 variants the published results were obtained with.
+
+"official" has two fixes, without which that code does not run: the last reshape of the grounding
+transformer, and rendering transformers of non-adjacent levels, which downsample the fine map
+repeatedly (the authors' answer in their issue #25). Odd map sizes, which the code refuses, work.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +48,8 @@ from jaxtyping import Array, Float
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
-from vit_jax_zoo.nn.norm import conv_norm
+from vit_jax_zoo.nn.norm import BatchNorm, conv_norm
+from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.fpt.attention import (
   BLOCK_ELEMENTS,
@@ -54,15 +60,10 @@ from vit_jax_zoo.systems.fpt.attention import (
   local_attention_map,
   mixture_shares,
 )
-from vit_jax_zoo.systems.fpt.official import (
-  OfficialGroundingTransformer,
-  OfficialRenderingTransformer,
-  OfficialSelfTransformer,
-  conv3x3,
-  side_ratio,
-)
+from vit_jax_zoo.systems.fpt.figures import draw_attention, explain_attention
 
 TRANSFORMER_VARIANTS = ("paper", "official")
+RENDERINGS = ("head", "november_2020")
 
 
 class MixtureTransformer(nn.Module):
@@ -143,8 +144,122 @@ class RenderingTransformer(nn.Module):
     query = _projection(self.width, self.dtype, "query")(x)
     key = _projection(self.width, self.dtype, "key")(fine)
     gate = jnp.mean(key, (1, 2), keepdims=True, dtype=jnp.promote_types(key.dtype, jnp.float32))
-    attended = conv3x3(self.width, self.dtype, name="refine")(query * gate.astype(query.dtype))
-    return attended + conv3x3(self.width, self.dtype, name="value", stride=ratio)(fine)
+    attended = _conv3x3(self.width, self.dtype, name="refine")(query * gate.astype(query.dtype))
+    return attended + _conv3x3(self.width, self.dtype, name="value", stride=ratio)(fine)
+
+
+class OfficialSelfTransformer(nn.Module):
+  """Self-attention with pooled keys and values, a norm and a residual connection.
+
+  Sows the attention map as `weights` [b h*w y*x] if "intermediates" is mutable.
+  """
+
+  width: int  # channels of input, output, queries, keys and values
+  num_parts: int = 2  # of the mixture of softmaxes; 1 is plain attention
+  dropout_rate: float = 0.1  # of each part's attention map
+  block_elements: int = BLOCK_ELEMENTS  # see `attend`
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w d"]:
+    """Returns one level's map plus the attention output."""
+    flat = (len(x), -1, self.width)
+    query_key = _pointwise(self.width, self.dtype, name="query_key")  # one convolution for both
+    pooled = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), count_include_pad=False)
+    pooled = pooled.astype(x.dtype)
+    query = query_key(x).reshape(flat)
+    key = query_key(pooled).reshape(flat)
+    value = _pointwise(self.width, self.dtype, name="value")(pooled).reshape(flat)
+    shares = jnp.ones((len(x), 1), jnp.float32)
+    if self.num_parts > 1:
+      shape = (self.num_parts, self.width)
+      mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
+      shares = mixture_shares(query, mixture)
+    similarity = Similarity(
+      scale=self.width**-0.5,
+      dropout_rate=self.dropout_rate,
+      key=self.make_rng("dropout") if train and self.dropout_rate > 0 else None,
+    )
+    if self.is_mutable_collection("intermediates"):
+      self.sow("intermediates", "weights", attention_map(query, key, shares, similarity))
+    attended = attend(query, key, value, shares, similarity, block_elements=self.block_elements)
+    attended = attended.reshape(*x.shape[:3], self.width)
+    out = _pointwise(self.width, self.dtype, use_bias=False, name="out")(attended)
+    return BatchNorm(dtype=self.dtype, name="norm")(out, train=train) + x
+
+
+class OfficialGroundingTransformer(nn.Module):
+  """A non-local block from a fine to a coarse map, without residual connection or softmax.
+
+  Wang et al., arXiv:1711.07971, its dot-product form. The output is zero at initialization.
+  """
+
+  width: int  # channels of both maps and of the output; queries, keys and values have half of it
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], coarse: Float[Array, "b y x c"], *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    """Returns the features that each position of `x` gathers from `coarse`."""
+    inner = self.width // 2
+    value, query, key = (
+      _pointwise(inner, self.dtype, name=name)(source).reshape(len(x), -1, inner)
+      for name, source in (("value", coarse), ("query", x), ("key", coarse))
+    )
+    # Linear in the weights: (q k^T) v = q (k^T v), without an attention map.
+    summary = jnp.einsum("bmd,bmc->bdc", key, value, preferred_element_type=jnp.float32)
+    summary = (summary / key.shape[1]).astype(query.dtype)
+    gathered = jnp.einsum("bnd,bdc->bnc", query, summary).reshape(*x.shape[:3], inner)
+    out = _pointwise(self.width, self.dtype, name="out")(gathered)
+    norm = BatchNorm(scale_init=nn.initializers.zeros, dtype=self.dtype, name="norm")
+    return norm(out, train=train)
+
+
+class OfficialRenderingTransformer(nn.Module):
+  """A coarse map gated by the mean of a fine one, plus the downsampled fine one.
+
+  With rendering "november_2020" the sum has the coarse map instead of the fine one, which then only
+  contributes the gate.
+  """
+
+  width: int  # channels of both maps and of the output
+  rendering: str = "head"
+  dtype: Dtype = "float32"
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, "b h w c"], fine: Float[Array, "b y x c"], *, train: bool
+  ) -> Float[Array, "b h w d"]:
+    """Returns the new coarse map. The sides of `fine` are a power of two times those of `x`."""
+    if self.rendering not in RENDERINGS:
+      raise ValueError(unknown_name("rendering", self.rendering, RENDERINGS))
+    ratio = side_ratio((fine.shape[1], fine.shape[2]), (x.shape[1], x.shape[2]))
+    mean = jnp.mean(fine, (1, 2), keepdims=True, dtype=jnp.promote_types(fine.dtype, jnp.float32))
+    gate = _pointwise(self.width, self.dtype, use_bias=False, name="gate")(mean.astype(fine.dtype))
+    gate = nn.relu(BatchNorm(dtype=self.dtype, name="gate_norm")(gate, train=train))
+    gated = _conv3x3(self.width, self.dtype, name="refine")(x)
+    gated = BatchNorm(dtype=self.dtype, name="refine_norm")(gated, train=train) * gate
+    if self.rendering == "november_2020":
+      added = _pointwise(self.width, self.dtype, use_bias=False, name="reduce")(x)
+    else:
+      halve = _conv3x3(self.width, self.dtype, stride=1 if ratio == 1 else 2, name="halve")
+      added = fine
+      for _ in range(max(1, int(math.log2(ratio)))):
+        added = halve(added)
+      _Unused((fine.shape[-1], self.width), name="reduce")()
+    _Unused((2 * self.width, self.width), name="concat")()
+    return nn.relu(BatchNorm(dtype=self.dtype, name="added_norm")(added, train=train) + gated)
+
+
+class _Unused(nn.Module):
+  """A kernel of the published state dict and parameter count that the code never uses."""
+
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self) -> None:
+    self.param("kernel", kaiming_uniform, self.shape, jnp.float32)
 
 
 class FeaturePyramidTransformer(nn.Module):
@@ -172,6 +287,9 @@ class FeaturePyramidTransformer(nn.Module):
   dropout_rate: float = 0.1  # dropout on the official self-transformers' attention maps
   block_elements: int = BLOCK_ELEMENTS  # see `attention.attend`
   dtype: Dtype = "float32"  # of the computation; parameters, softmaxes, statistics are float32
+
+  explain = staticmethod(explain_attention)
+  draw_explanation = staticmethod(draw_attention)
 
   @nn.compact
   def __call__(
@@ -259,3 +377,50 @@ class FeaturePyramidTransformer(nn.Module):
 
 def _projection(width: int, dtype: Dtype, name: str) -> nn.Dense:
   return nn.Dense(width, use_bias=False, kernel_init=kaiming_uniform, dtype=dtype, name=name)
+
+
+def side_ratio(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
+  """Returns the power of two by which a fine map's sides are longer; sides are rounded up."""
+  for ratio in (2**i for i in range(max(fine).bit_length())):
+    if (-(-fine[0] // ratio), -(-fine[1] // ratio)) == coarse:
+      return ratio
+  raise ValueError(
+    f"a map of {fine[0]}x{fine[1]} does not halve to {coarse[0]}x{coarse[1]} (sides rounded up); "
+    "expected levels whose sides are halves of each other"
+  )
+
+
+def _pointwise(features: int, dtype: Dtype, **fields: Any) -> nn.Dense:
+  return nn.Dense(features, dtype=dtype, kernel_init=kaiming_uniform, **fields)
+
+
+def _conv3x3(features: int, dtype: Dtype, *, name: str, stride: int = 1) -> nn.Conv:
+  """Returns a 3x3 convolution without bias, padded by 1."""
+  fields = {"use_bias": False, "kernel_init": kaiming_uniform, "dtype": dtype, "name": name}
+  return nn.Conv(features, (3, 3), (stride, stride), padding=((1, 1), (1, 1)), **fields)
+
+
+# The official repository's configs: Caffe's ResNet, group norm, adaptive heads.
+_OFFICIAL = {
+  "num_classes": 80,
+  "neck": "fpt",
+  "neck_fields": {"variant": "official", "norm": "group_norm"},
+  "adaptive": True,
+  "box_head": {"num_convs": 4, "num_dense": 1, "norm": "group_norm"},
+  "convention": "detectron",
+}
+
+DETECTORS: dict[str, dict[str, Any]] = {
+  f"{kind}_rcnn_r{depth}_fpt": {"backbone": {"blocks": RESNET_BLOCKS[depth]}, "neck": "fpt", **mask}
+  for kind, mask in (("faster", {}), ("mask", {"mask_head": {}}))
+  for depth in (50, 101)
+} | {
+  f"{kind}_rcnn_r{depth}_fpt_official": {
+    "backbone": {"blocks": RESNET_BLOCKS[depth], "stride_in_1x1": True},
+    **_OFFICIAL,
+    **mask,
+  }
+  for kind, mask in (("faster", {}), ("mask", {"mask_head": {"norm": "group_norm", "fused": True}}))
+  for depth in (50, 101)
+}
+"""Fields of `RCNN` by name of a detector with this neck."""
