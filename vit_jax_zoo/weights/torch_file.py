@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
-from vit_jax_zoo.weights.torch_layouts import local_copy
+from vit_jax_zoo.weights.torch_layouts import local_copy, write_safetensors
 
 EMA_WRAPPERS = ("state_dict_ema", "model_ema")
 WRAPPERS = (*EMA_WRAPPERS, "model", "state_dict", "model_state_dict", "net", "params")
@@ -86,12 +86,15 @@ def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
   raise WeightsError(f"{path} holds no state dict; in it there is: {inside}")
 
 
-def write_torch(path: str, arrays: Mapping[str, np.ndarray], *, wrapper: str | None = None) -> None:
-  """Writes a state dict to a local file, under a key such as "model" if `wrapper` is given.
+def write_state_dict(path: str, arrays: Flat, *, wrapper: str | None = None) -> None:
+  """Writes `.safetensors`, else a local PyTorch file, with its arrays under the key `wrapper`.
 
   Raises:
-    ImportError: PyTorch is not installed.
+    ImportError: PyTorch is needed and not installed.
   """
+  if path.endswith(".safetensors"):
+    write_safetensors(path, arrays)
+    return
   torch = _import_torch(path, "write a .safetensors file")
-  state = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+  state = {key: torch.from_numpy(np.array(array, order="C")) for key, array in arrays.items()}
   torch.save(state if wrapper is None else {wrapper: state}, path)

@@ -22,7 +22,7 @@ from vit_jax_zoo.weights.fused_qkv import PARTS, join, split
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
   COUNTER,
@@ -32,7 +32,6 @@ from vit_jax_zoo.weights.torch_layouts import (
   contiguous,
   layer_rows,
   norm_rows,
-  write_safetensors,
 )
 
 _BODY = "backbone.0.body."
@@ -236,8 +235,4 @@ def write_checkpoint(path: str, export: Export) -> None:
     WeightsError: the official code has no such model.
   """
   resnet.check_plain(export.fields(), "the official code")
-  arrays = state_dict(export.variables)
-  if path.endswith(".safetensors"):
-    write_safetensors(path, arrays)
-  else:
-    write_torch(path, arrays, wrapper="model")
+  write_state_dict(path, state_dict(export.variables), wrapper="model")

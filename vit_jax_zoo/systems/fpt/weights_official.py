@@ -30,15 +30,13 @@ from vit_jax_zoo.weights.key_map import (
 )
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published, read_published
-from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
   COUNTER,
   batch_counters,
   batch_norm_rows,
-  contiguous,
   layer_rows,
-  write_safetensors,
 )
 
 FINEST = 2
@@ -202,10 +200,10 @@ def write_checkpoint(path: str, export: Export) -> None:
   ours = "neck/" if any(key.startswith("neck/") for key in export.variables) else ""
   if f"{ours}render_1_0/gate_norm/scale" not in export.variables:
     raise WeightsError("variant: the authors' code has no FPT other than variant='official'")
-  arrays = contiguous(state_dict(export.variables, ours))
+  arrays = state_dict(export.variables, ours)
   if not is_of(arrays):
     raise WeightsError(f"levels: the authors' code has an FPT of {LEVELS} levels only")
-  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
+  write_state_dict(path, arrays)
 
 
 def _check_shared(published: Mapping[str, Array], prefix: str, source: str) -> None:

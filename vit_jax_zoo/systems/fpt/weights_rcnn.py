@@ -17,8 +17,7 @@ from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_torch
-from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
+from vit_jax_zoo.weights.torch_file import write_state_dict
 
 PREPROCESS = Preprocess(
   (1000, 1000), detectron.IMAGE_MEAN, detectron.IMAGE_STD, "shorter_side", "bilinear", max_side=1400
@@ -132,8 +131,8 @@ def write_checkpoint(path: str, export: Export) -> None:
   arrays = write(export.variables, rows(fields))
   arrays |= fpt_pt.state_dict(export.variables, "neck/", fpt_pt.BODY)
   arrays = detectron.fold_norms(arrays)
-  arrays = contiguous(detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
-  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
+  arrays = detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  write_state_dict(path, arrays)
 
 
 def _check(fields: Mapping[str, Any]) -> None:

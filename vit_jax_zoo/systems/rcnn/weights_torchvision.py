@@ -24,14 +24,12 @@ from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_torch
+from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
   COUNTER,
   DENSE,
-  contiguous,
   layer_rows,
-  write_safetensors,
 )
 
 _BODY = "backbone.body."
@@ -135,5 +133,5 @@ def write_checkpoint(path: str, export: Export) -> None:
       f"convention={fields['convention']!r}; expected 'fpn' and 'torchvision'"
     )
   arrays = write(export.variables, rows(fields["pool_size"]))
-  arrays = contiguous(detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS))
-  (write_safetensors if path.endswith(".safetensors") else write_torch)(path, arrays)
+  arrays = detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  write_state_dict(path, arrays)

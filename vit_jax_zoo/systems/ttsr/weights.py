@@ -16,8 +16,8 @@ from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_file import write_torch
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows, write_safetensors
+from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 TRAINED_SIDE = 160
 """Side of the training images of the released weights; other sizes work as well."""
@@ -144,5 +144,4 @@ def write_checkpoint(path: str, export: Export) -> None:
   parts = export.variables.items()
   of_run = {k[len("generator/") :]: v for k, v in parts if k.startswith("generator/")}
   variables = of_run or export.variables
-  save = write_safetensors if path.endswith(".safetensors") else write_torch
-  save(path, {**write(variables, TABLE), **_NORMALISATION})
+  write_state_dict(path, {**write(variables, TABLE), **_NORMALISATION})

@@ -14,8 +14,8 @@ from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, read, write
 from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.readers import Published, read_published
-from vit_jax_zoo.weights.torch_file import write_torch
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows, write_safetensors
+from vit_jax_zoo.weights.torch_file import write_state_dict
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 VGG_LAYERS = [f"conv{i}_{j}" for i, n in enumerate(VGG_DEPTHS, 1) for j in range(1, n + 1)]
 """Names of `VGG19`'s layers, in order."""
@@ -78,5 +78,4 @@ def write_checkpoint(path: str, export: Export) -> None:
       "pth-vgg19: this TTSR has no VGG-19; expected a run with a perceptual loss. Published files "
       "have none"
     )
-  save = write_safetensors if path.endswith(".safetensors") else write_torch
-  save(path, write(parts, TABLE))
+  write_state_dict(path, write(parts, TABLE))
