@@ -25,12 +25,7 @@ from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_state_dict
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  COUNTER,
-  DENSE,
-  layer_rows,
-)
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, COUNTER, DENSE, layer_rows
 
 _BODY = "backbone.body."
 _PREDICTOR, _MASKS = "roi_heads.box_predictor", "roi_heads.mask_predictor"
