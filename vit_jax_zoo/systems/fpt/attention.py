@@ -1,15 +1,7 @@
 """Mixture-of-softmaxes attention between feature maps: over all positions, or over a window.
 
-Zhang et al., "Feature Pyramid Transformer", arXiv:2007.09451, section 3, after Yang et al.,
-"Breaking the Softmax Bottleneck", arXiv:1711.03953: the channels of queries and keys are split into
-parts, each part has its own softmax, and the attention weights are a weighted mean over the parts.
-
-Queries are processed in blocks, and each block's weights are recomputed in the backward pass, so
-that memory is linear in the number of positions. Every query attends to all keys at once.
-
-The gradients of key and value are sums over all blocks. The loops therefore close over float32
-copies: JAX accumulates the gradient of a loop constant in the constant's dtype, and bfloat16 drops
-terms smaller than 1/256 of the sum.
+arXiv:2007.09451, section 3, after Yang et al., arXiv:1711.03953: the channels of queries and keys
+are split into parts with a softmax each; attention weights are a weighted mean over the parts.
 """
 
 import dataclasses
@@ -22,8 +14,7 @@ from jaxtyping import Array, Float, Int
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.ops.resize import resize_nearest
 
-SIMILARITIES = ("dot", "euclidean")
-"""q.k, or -|q - k|^2 (the grounding transformer)."""
+SIMILARITIES = ("dot", "euclidean")  # q.k, or -|q - k|^2 (the grounding transformer)
 
 BLOCK_ELEMENTS = 2**22
 """Default maximum number of attention weights (all parts) in memory, per example."""
@@ -93,8 +84,11 @@ def attend(
 ) -> Float[Array, "b n c"]:
   """Returns `attention_map(...) @ value`, computed in blocks of queries.
 
-  At most `block_elements` attention weights (all parts) are in memory, per example.
+  At most `block_elements` attention weights (all parts) are in memory, per example: the backward
+  pass recomputes them.
   """
+  # The gradients of key and value are sums over all blocks, which JAX accumulates in the dtype of
+  # the loop's constants; bfloat16 would drop terms smaller than 1/256 of the sum.
   wide_key, wide_value = _float32(key), _float32(value)
 
   def of_block(block: Float[Array, "b t d"], index: Int[Array, ""]) -> Float[Array, "b t c"]:
@@ -171,7 +165,6 @@ def attend_locally(
 
 
 def _float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Returns `x` as float32; float64 stays."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 

@@ -18,17 +18,11 @@ from vit_jax_zoo.ops.images import pad_images
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size
 
-IGNORE = 255
-"""Label of ignored pixels."""
-MOST_ROWS = 4
-"""Maximum number of images with label maps."""
-MOST_NAMES = 24
-"""Maximum number of classes in the legend, those with the most pixels first."""
-MOST_IMAGES = 3
-"""Maximum number of images with attention maps."""
-MOST_POSITIONS = 64**2
-"""Maximum number of positions of the finest level: whole attention maps are computed."""
-
+IGNORE = 255  # label of ignored pixels
+MOST_ROWS = 4  # maximum number of images with label maps
+MOST_NAMES = 24  # maximum number of classes in the legend, those with the most pixels first
+MOST_IMAGES = 3  # maximum number of images with attention maps
+MOST_POSITIONS = 64**2  # of the finest level: whole attention maps are computed
 _CELL = 2.6  # inches
 
 
@@ -82,7 +76,7 @@ def color_labels(labels: Int[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
 def label_color(label: int) -> tuple[int, int, int]:
   """Returns a label's RGB color: a color-blind safe palette first, then spread hues."""
   if label < len(COLORS):
-    red, green, blue = (int(COLORS[label][i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = bytes.fromhex(COLORS[label][1:])
     return red, green, blue
   hue = (label * 0.61803398875) % 1.0  # golden ratio: new hues lie between old ones
   # Darker and lighter than the palette, so that neither is confused with it.
@@ -94,21 +88,11 @@ def label_color(label: int) -> tuple[int, int, int]:
 def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence[str]) -> None:
   found, counts = np.unique(labels, return_counts=True)
   shown = np.sort(found[np.argsort(-counts, kind="stable")[:MOST_NAMES]]).tolist()
-  patches = [
-    Patch(
-      color="#{:02x}{:02x}{:02x}".format(*label_color(label)), label=name_of(label, class_names)
-    )
-    for label in shown
-  ]
+  colors = {label: "#{:02x}{:02x}{:02x}".format(*label_color(label)) for label in shown}
+  patches = [Patch(color=colors[label], label=name_of(label, class_names)) for label in shown]
   if patches:
-    figure.legend(
-      handles=patches,
-      loc="outside lower left",
-      ncols=6,
-      fontsize=8,
-      frameon=False,
-      handlelength=1.2,
-    )
+    layout = {"loc": "outside lower left", "ncols": 6, "fontsize": 8, "handlelength": 1.2}
+    figure.legend(handles=patches, frameon=False, **layout)
 
 
 def _grid(
@@ -130,9 +114,9 @@ def explain_attention(
 ) -> dict[str, Any]:
   """Returns the attention maps of one query position, for the first images of a batch; traced.
 
-  `run` applies the model, which pads images to `size_multiple`, to a batch, and returns the
-  transformer's intermediates. The position is the batch's `query_position` float [b 2], relative to
-  the images' height and width, or the first target's centre, or the image's (`target_centers`).
+  `run` returns the transformer's intermediates of a batch; its model pads images to
+  `size_multiple`. The position is the batch's `query_position` float [b 2], relative to the images'
+  height and width, or `target_centers`.
 
   Returns `image`; `places` [b 2]; `sizes` int32 [l 2] and `levels`, see `attention_rows`.
   """
@@ -147,12 +131,10 @@ def explain_attention(
 def attention_rows(
   sown: Mapping[str, Any], places: Float[Array, "b 2"]
 ) -> dict[str, Float[Array, "b _ _"]]:
-  """Returns the attention weights of the query at a position, as maps over the keys.
+  """Returns the attention weights of the query at a relative position, as maps over the keys.
 
   "0", "1", ...: the self-transformer of each level; "0 1", ...: the grounding transformer from the
   finest level to level 1, unless it has a window or no softmax.
-
-  `sown` are the transformer's intermediates; positions are relative to height and width.
   """
   sizes = _level_sizes(sown)
   height, width = max(sizes)
