@@ -91,7 +91,12 @@ def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence
   colors = {label: "#{:02x}{:02x}{:02x}".format(*label_color(label)) for label in shown}
   patches = [Patch(color=colors[label], label=name_of(label, class_names)) for label in shown]
   if patches:
-    layout = {"loc": "outside lower left", "ncols": 6, "fontsize": 8, "handlelength": 1.2}
+    layout: dict[str, Any] = {
+      "loc": "outside lower left",
+      "ncols": 6,
+      "fontsize": 8,
+      "handlelength": 1.2,
+    }
     figure.legend(handles=patches, frameon=False, **layout)
 
 

@@ -10,8 +10,7 @@ from jaxtyping import UInt8
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.systems.fpt.figures import color_labels
 
-OPACITY = 0.55
-"""Opacity of the class colors in the overlay."""
+OPACITY = 0.55  # of the class colors in the overlay
 
 
 class SegmentationPredictor:
@@ -70,7 +69,6 @@ class SegmentationPredictor:
 
 
 def _resized(values: np.ndarray, image: Image, method: int) -> np.ndarray:
-  """Resizes a prediction to the image's size."""
   if values.shape == image.shape[:2]:
     return values
   return cv2.resize(np.ascontiguousarray(values), image.shape[1::-1], interpolation=method)

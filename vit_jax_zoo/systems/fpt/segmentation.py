@@ -1,12 +1,8 @@
-"""FPT for semantic segmentation. Zhang et al., "Feature Pyramid Transformer", arXiv:2007.09451.
+"""FPT for semantic segmentation, arXiv:2007.09451: dilated ResNet, pyramid, FPT, pixel classifier.
 
-A dilated ResNet, a pyramid of four maps of one size and different receptive fields (the unscathed
-feature pyramid), the feature pyramid transformer with grounding in a window, and a per-pixel
-classifier.
-
-No code of the segmentation networks was released. Choices where the paper is silent, as usual for
-such networks: a 3x3 convolution joins the levels before the classifier; an optional auxiliary
-classifier on c4 (Zhao et al., arXiv:1612.01105, section 3.2).
+No code of these networks was released. Choices where the paper is silent, as usual: a 3x3
+convolution joins the levels before the classifier; an optional auxiliary classifier on c4
+(arXiv:1612.01105, section 3.2).
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +48,7 @@ class GlobalConvolution(nn.Module):
 
 
 class UnscathedPyramid(nn.Module):
-  """A pyramid of maps of the input's size, with a global convolution each."""
+  """Unscathed feature pyramid: maps of one size and different receptive fields."""
 
   width: int = 256  # channels of each level
   kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # from the finest to the coarsest level
@@ -122,33 +118,24 @@ class PyramidSegmenter(nn.Module):
       raise ValueError(unknown_name("neck", self.neck, NECKS))
     check_positive(self, "num_classes", "width", "kernel_sizes")
     check_rates(self, "dropout_rate")
-    backbone: dict[str, Any] = {
-      "output_stride": 8,
-      **part_fields("backbone", ResNet, self.backbone),
-      "dtype": self.dtype,
-    }
-    features = ResNet(**backbone, name="backbone")(images, train=train)
+    fields: dict[str, Any] = {"output_stride": 8, **part_fields("backbone", ResNet, self.backbone)}
+    fields["dtype"] = self.dtype
+    features = ResNet(**fields, name="backbone")(images, train=train)
     pyramid = UnscathedPyramid(
       self.width, self.kernel_sizes, self.norm, self.dtype, name="pyramid"
     )(features["c5"], train=train)
     if self.neck == "fpt":
-      fields: dict[str, Any] = {
-        "norm": self.norm,
-        "window": self.window,
-        **part_fields("transformer", FeaturePyramidTransformer, self.transformer),
-        "width": self.width,
-        "lateral": False,
-        "dtype": self.dtype,
-      }
+      fields = {"norm": self.norm, "window": self.window}
+      fields |= part_fields("transformer", FeaturePyramidTransformer, self.transformer)
+      fields |= {"width": self.width, "lateral": False, "dtype": self.dtype}
       pyramid = FeaturePyramidTransformer(**fields, name="transformer")(pyramid, train=train)
     for level, x in enumerate(pyramid):
       self.sow("intermediates", f"level_{level}", x)
     joined = jnp.concatenate([nn.relu(x) for x in pyramid], axis=-1)
     outputs = {"logits": self._classify("head", joined, self.width, train=train)}
     if self.auxiliary_head and (train or self.is_initializing()):
-      c4 = features["c4"]
-      auxiliary = self._classify("auxiliary_head", c4, max(1, c4.shape[-1] // 4), train=train)
-      outputs["auxiliary_logits"] = auxiliary
+      c4, width = features["c4"], max(1, features["c4"].shape[-1] // 4)
+      outputs["auxiliary_logits"] = self._classify("auxiliary_head", c4, width, train=train)
     return outputs
 
   @property

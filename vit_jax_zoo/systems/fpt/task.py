@@ -39,8 +39,7 @@ class SemanticSegmentation(base.Task):
   auxiliary_weight: float = 0.4  # weight of the auxiliary classifier's loss
   # weight of each class's pixels in the loss, a weighted mean; empty: equal
   class_weights: tuple[float, ...] = ()
-  # see `normalize_images`
-  image_mean: float | tuple[float, ...] = IMAGENET_MEAN
+  image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
   per_class: bool = False  # also evaluates each class
@@ -66,16 +65,13 @@ class SemanticSegmentation(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """Mean intersection over union."""
     return "miou"
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """File of the pretrained backbone."""
     return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's initial variables for this batch's image shape."""
     return self.model.init(rng, self._images(batch), train=False)
 
   def normalizers(self, batch: base.Batch) -> dict[str, Array]:
@@ -140,24 +136,20 @@ class SemanticSegmentation(base.Task):
     return draw.explain_attention(run, batch)
 
   def draw_explanation(self, explanation: Any) -> base.Explained:
-    """Draws the attention maps of each level."""
     names = getattr(self.model, "level_names", ())
     return base.Explained({"levels": draw.draw_attention(explanation, names)}, {})
 
   def evaluator(self) -> SegmentationEvaluator:
-    """Returns an evaluator of mean intersection over union and accuracies."""
     return SegmentationEvaluator(
       self.num_classes, ignore_label=IGNORE, class_names=self.class_names, per_class=self.per_class
     )
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws training images with their label maps."""
     return {"batch": draw.draw_label_maps(batch, self.class_names)}
 
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws predicted beside true label maps."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
     found = predictions["label_map"]
@@ -191,9 +183,7 @@ class SemanticSegmentation(base.Task):
       )
     height, width = batch["image"].shape[1:3]
     rows, columns = logits.shape[1:3]
-    stride = 1
-    while stride * rows < height or stride * columns < width:
-      stride *= 2
+    stride = 1 << (max(-(-height // rows), -(-width // columns)) - 1).bit_length()
     shape = (len(logits), stride * rows, stride * columns, self.num_classes)
     large = jax.image.resize(logits.astype(jnp.float32), shape, "bilinear", antialias=False)
     return large[:, :height, :width]

@@ -87,7 +87,7 @@ class MixtureTransformer(nn.Module):
     """Returns the values of `context` (default: `x`), attended to from each position of `x`."""
     context = x if context is None else context
     query, key, value = (
-      _projection(self.width, self.dtype, name)(source)
+      _pointwise(self.width, self.dtype, use_bias=False, name=name)(source)
       for name, source in (("query", x), ("key", context), ("value", context))
     )
     shape, flat = (self.num_parts, self.width), (len(x), -1, self.width)
@@ -126,11 +126,7 @@ class GroundingTransformer(MixtureTransformer):
 
 
 class RenderingTransformer(nn.Module):
-  """From a fine to a coarse level (section 3.4): a channel gate, and the downsampled fine map.
-
-  The coarse map's channels are multiplied by the fine map's mean key and refined by a 3x3
-  convolution; the fine map, downsampled by a strided convolution, is added.
-  """
+  """From a fine to a coarse level (section 3.4): a channel gate, and the downsampled fine map."""
 
   width: int
   dtype: Dtype = "float32"
@@ -141,8 +137,8 @@ class RenderingTransformer(nn.Module):
   ) -> Float[Array, "b h w d"]:
     """Returns the new coarse map. The sides of `fine` are a power of two times those of `x`."""
     ratio = side_ratio((fine.shape[1], fine.shape[2]), (x.shape[1], x.shape[2]))
-    query = _projection(self.width, self.dtype, "query")(x)
-    key = _projection(self.width, self.dtype, "key")(fine)
+    query = _pointwise(self.width, self.dtype, use_bias=False, name="query")(x)
+    key = _pointwise(self.width, self.dtype, use_bias=False, name="key")(fine)
     gate = jnp.mean(key, (1, 2), keepdims=True, dtype=jnp.promote_types(key.dtype, jnp.float32))
     attended = _conv3x3(self.width, self.dtype, name="refine")(query * gate.astype(query.dtype))
     return attended + _conv3x3(self.width, self.dtype, name="value", stride=ratio)(fine)
@@ -265,9 +261,8 @@ class _Unused(nn.Module):
 class FeaturePyramidTransformer(nn.Module):
   """Maps a feature pyramid to one of the same sizes (figure 2).
 
-  Levels are numbered from the finest, 0, as in the parameter names: `lateral_0`, `self_0`,
-  `ground_0_1` (level 0 attends to level 1), `render_1_0` (level 0 is rendered into level 1),
-  `join_0`.
+  Levels are numbered from the finest, 0: `ground_0_1`: level 0 attends to level 1; `render_1_0`:
+  level 0 is rendered into level 1.
   """
 
   width: int = 256  # channels of all levels inside and of the output
@@ -323,9 +318,8 @@ class FeaturePyramidTransformer(nn.Module):
     return tuple(outputs)
 
   def _self(self, name: str, x: Float[Array, "b h w d"], *, train: bool) -> Array:
-    fields: dict[str, Any] = {
-      "block_elements": self.block_elements, "dtype": self.dtype, "name": name
-    }  # fmt: skip
+    fields: dict[str, Any] = {"block_elements": self.block_elements, "dtype": self.dtype}
+    fields["name"] = name
     if self.variant == "paper":
       return SelfTransformer(self.width, self.self_parts, **fields)(x)
     official = OfficialSelfTransformer(self.width, self.self_parts, self.dropout_rate, **fields)
@@ -336,14 +330,11 @@ class FeaturePyramidTransformer(nn.Module):
   ) -> Float[Array, "b h w d"]:
     if self.variant == "official":
       return OfficialGroundingTransformer(self.width, self.dtype, name=name)(x, coarse, train=train)
-    return GroundingTransformer(
-      self.width,
-      self.ground_parts,
-      window=self.window,
-      block_elements=self.block_elements,
-      dtype=self.dtype,
-      name=name,
-    )(x, coarse)
+    fields: dict[str, Any] = {"block_elements": self.block_elements, "dtype": self.dtype}
+    paper = GroundingTransformer(
+      self.width, self.ground_parts, window=self.window, **fields, name=name
+    )
+    return paper(x, coarse)
 
   def _render(
     self, name: str, x: Float[Array, "b h w d"], fine: Array, *, train: bool
@@ -375,10 +366,6 @@ class FeaturePyramidTransformer(nn.Module):
         )
 
 
-def _projection(width: int, dtype: Dtype, name: str) -> nn.Dense:
-  return nn.Dense(width, use_bias=False, kernel_init=kaiming_uniform, dtype=dtype, name=name)
-
-
 def side_ratio(fine: tuple[int, int], coarse: tuple[int, int]) -> int:
   """Returns the power of two by which a fine map's sides are longer; sides are rounded up."""
   for ratio in (2**i for i in range(max(fine).bit_length())):
@@ -395,9 +382,8 @@ def _pointwise(features: int, dtype: Dtype, **fields: Any) -> nn.Dense:
 
 
 def _conv3x3(features: int, dtype: Dtype, *, name: str, stride: int = 1) -> nn.Conv:
-  """Returns a 3x3 convolution without bias, padded by 1."""
   fields = {"use_bias": False, "kernel_init": kaiming_uniform, "dtype": dtype, "name": name}
-  return nn.Conv(features, (3, 3), (stride, stride), padding=((1, 1), (1, 1)), **fields)
+  return nn.Conv(features, (3, 3), stride, padding=1, **fields)
 
 
 # The official repository's configs: Caffe's ResNet, group norm, adaptive heads.

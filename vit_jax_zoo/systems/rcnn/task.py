@@ -93,8 +93,7 @@ class InstanceDetection(base.Task):
   box_detections_per_img: int = 100  # maximum number of detections
   max_candidates: int = 2000  # see `boxes.DetectionLimits`
   mask_paste: str | None = None  # see `ops.mask_paste`; None: that of the model's convention
-  # see `normalize_images`
-  image_mean: float | tuple[float, ...] = IMAGENET_MEAN
+  image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
   score_threshold: float = 0.7  # minimum score in figures
@@ -117,7 +116,6 @@ class InstanceDetection(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """COCO's box AP."""
     return "box_ap"
 
   @property
@@ -127,12 +125,10 @@ class InstanceDetection(base.Task):
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """Files of pretrained backbone and neck."""
     files = {"*/backbone": self.backbone_file, "*/neck": self.neck_file}
     return {part: file for part, file in files.items() if file}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's initial variables for this batch's image shape."""
     return self.model.init(rng, self._images(batch), image_size(batch), train=False)
 
   def loss(
@@ -238,25 +234,21 @@ class InstanceDetection(base.Task):
     return neck.explain(run, batch, self.model.size_multiple)
 
   def draw_explanation(self, explanation: Any) -> base.Explained:
-    """Draws the neck's attention maps."""
     figure = self.model.neck_class.draw_explanation(explanation, self.model.level_names)
     return base.Explained({"levels": figure}, {})
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an evaluator of COCO's box AP, and mask AP with a mask head."""
     fields = {"class_names": self.class_names, "per_class": self.per_class}
     if not self.model.has_masks:
       return DetectionEvaluator(self.num_classes, **fields)
     return InstanceEvaluator(self.num_classes, paste_convention=self.paste_convention, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws training images with their boxes."""
     return {"batch": draw.draw_targets(batch, self.class_names)}
 
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws predictions beside the ground truth."""
     if not np.asarray(batch.get("mask", True)).any():
       return {}
     fields = {"class_names": self.class_names, "threshold": self.score_threshold}
