@@ -1,8 +1,4 @@
-"""Builds datasets, mesh, model, task and compiled steps from a config.
-
-A field of `config.model` or `config.task` that is None is filled in from the field of the training
-data's `DatasetInfo` with the same name (`num_classes`, `class_names`).
-"""
+"""Builds datasets, mesh, model, task and compiled steps from a config."""
 
 import dataclasses
 import functools
@@ -137,14 +133,10 @@ def build(
   *,
   run_data: RunData | None = None,
 ) -> Experiment:
-  """Builds the objects that a config, complete or not, describes.
+  """Builds the objects that a config, complete or not, describes, on the devices (all by default).
 
-  Args:
-    config: of a run.
-    devices: of the mesh; all by default.
-    open_source: `data.fake_data.load` to plan a run without its data.
-    run_data: metadata saved with the run, for an evaluation without training, which then opens the
-      training data only if fields of the config depend on more than that.
+  `open_source` is `data.fake_data.load` to plan a run without its data. With `run_data`, metadata
+  saved with a run, the training data is opened only if fields of the config depend on more.
   """
   config = complete(config)
   check_values(config)
@@ -202,10 +194,7 @@ def _check_metrics(config: ConfigDict, task: Task) -> None:
 def _open_evaluations(
   opened: Callable[..., Source], sections: Mapping[str, Any] | ConfigDict, info: DatasetInfo
 ) -> tuple[dict[str, Source], dict[str, Source]]:
-  """Returns the data of the evaluations, and those that feature probes are fitted to, by name.
-
-  Evaluations other than probes must have the classes of `info`, the training data's.
-  """
+  """Opens the evaluations' data, and what probes are fitted to; checks classes against `info`."""
   eval_sources, fit_sources = {}, {}
   for name, spec in sections.items():
     eval_sources[name] = opened(spec)

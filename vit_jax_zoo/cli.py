@@ -53,13 +53,10 @@ def run(
   parse: Callable[[list[str]], list[str]] | None = None,
   renamed: Mapping[str, str] | None = None,
 ) -> None:
-  """Runs a command, and exits with its status.
+  """Runs a command with its name and the arguments that are no flags; exits with its status.
 
-  Args:
-    main: takes the command's name, and the arguments that are no flags.
-    define_flags: defines the command's flags, `--traceback` among them, unless importing did.
-    parse: parses them; `parse_flags` by default.
-    renamed: old names of flags, which are refused, and the new ones.
+  `define_flags` defines the command's flags, `--traceback` among them, unless importing did.
+  `renamed` maps old names of flags, which are refused, to the new ones.
   """
 
   def main_or_one_line(argv: Sequence[str]) -> int:
@@ -118,10 +115,7 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
 
 
 def _report_unless_known(report: Any) -> None:
-  """Drops errors of TensorStore's threads: Orbax raises the first of several errors itself.
-
-  The others arrive when the event loop is closed, or its coroutines are deleted.
-  """
+  """Drops errors of TensorStore's threads: Orbax raises the first of several itself."""
   files = [frame.filename for frame in traceback.extract_tb(report.exc_traceback)]
   if not any("orbax" in file or "asyncio" in file for file in files):
     sys.__unraisablehook__(report)

@@ -22,11 +22,7 @@ from vit_jax_zoo.training.optim import optimizer_fields
 
 
 def defaults() -> ConfigDict:
-  """Returns every field with its default; None is unset.
-
-  Evaluations that have a `fit_split` are feature probes. Their classes may differ from those of the
-  training data, and their `probe` has a `name` (see `metrics.feature_probes`) and its fields.
-  """
+  """Returns every field with its default (None: unset). Evaluations with `fit_split` are probes."""
   return ConfigDict(
     {
       "seed": 0,
@@ -199,13 +195,9 @@ def _dotted(path: str) -> str:
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
   """Sets fields of a complete config, in place, by `ml_collections.config_flags`.
 
-  Fields of `OPEN_SECTIONS` may be new. A new optimizer name drops the fields of the old one.
-
-  Args:
-    config: complete.
-    overrides: flags of the form `--config.section.field=value`. The value has the field's type, or
-      is None; a value for a list or a new field is a Python literal (`3e-4`, `True`, `[1, 2]`) or a
-      string.
+  Overrides are `--config.section.field=value`: None, a value of the field's type, or, for lists and
+  new fields (in `OPEN_SECTIONS`), a Python literal (`3e-4`, `True`, `[1, 2]`) or a string. A new
+  optimizer name drops the fields of the old one.
   """
   optimizers = {path: section.name for path, section in _optimizers(config).items()}
   given = set()

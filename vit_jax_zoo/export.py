@@ -144,11 +144,8 @@ def _plain(value: Any) -> Any:
 def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   """Writes the model as a program for any batch size, with weights and normalisation.
 
-      exported = jax.export.deserialize(open("model.stablehlo", "rb").read())
-      outputs = exported.call(images)
-
-  `images` is float32 [b h w c] in [0, 255]. The program of a detector has a second argument,
-  `image_size` int32 [b 2], height and width without the padding, and returns detections.
+  `jax.export.deserialize(content).call(images)` takes float32 [b h w c] in [0, 255]; a detector's
+  also `image_size` int32 [b 2], height and width without the padding, and returns detections.
   `model.json` has the shapes, and the preprocessing before the call.
   """
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))

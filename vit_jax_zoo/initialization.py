@@ -1,7 +1,4 @@
-"""Initial variables: random init, pretrained sub-trees, data-dependent init, `init_from`.
-
-Files and data are read only for variables that `init_from` does not have.
-"""
+"""Initial variables: random init, pretrained sub-trees, data-dependent init, `init_from`."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping

@@ -132,11 +132,9 @@ def predict_all(
 ) -> int:
   """Predicts for each file and writes the results; returns the exit status.
 
-  `predictions.json` in `output` has an entry for each file, in order: its `image`, its `pictures`
-  (names of files), and the predictor's record, or the `error`; `predictions.jsonl` has a line for
-  each, written at once. Detections are also written in COCO's formats. With `truth` these have its
-  ids, and entries have `image_id`, None if the image is not in `truth`. Files that no earlier
-  `predict` wrote are never overwritten.
+  `predictions.json` has an entry for each file, in order, `predictions.jsonl` a line, written at
+  once: `image`, `pictures` (names of files) and the predictor's record, or `error`; with `truth`
+  also `image_id`, None if the image is not in it. Detections are also written in COCO's formats.
   """
   output.mkdir(parents=True, exist_ok=True)
   pictures, collected = PictureFiles(output), CocoFiles(truth)
@@ -172,11 +170,7 @@ def predict_all(
 
 
 class PictureFiles:
-  """Writes the pictures of predictions to a folder, under names that are free.
-
-  Free are names that neither this run has used nor another file has, unless the folder's
-  `predictions.jsonl` lists it as written by an earlier run.
-  """
+  """Writes pictures under free names; those of an earlier run's `predictions.jsonl` are free."""
 
   def __init__(self, folder: pathlib.Path) -> None:
     self._folder = folder

@@ -1,7 +1,4 @@
-"""Names to objects: `Registry`, and the `System` that each `systems/<paper>/__init__.py` defines.
-
-All folders of `systems` are found; nothing else lists them.
-"""
+"""Names to objects: `Registry`, and the `System` of each folder of `systems`; all are found."""
 
 import dataclasses
 import fnmatch
@@ -44,11 +41,7 @@ class Registry(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-  """A published checkpoint format.
-
-  Its module, in the system's folder, has `is_of(arrays)`, `read_checkpoint(published)` and, if the
-  format can be written, `write_checkpoint(path, export)`; see `weights.formats`.
-  """
+  """A published checkpoint format; `weights.formats` documents the functions of its module."""
 
   name: str  # of `export --format=`
   family: str  # of its models, a key of `System.models`
@@ -102,10 +95,7 @@ def load_reference(system: str, reference: str) -> Any:
 
 
 def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) -> Registry:
-  """Returns the registry of one field of all systems, a mapping of names to references.
-
-  `kind` is a noun for error messages; `core` has further entries, "vit_jax_zoo.module:attribute".
-  """
+  """Returns the registry of a field of all systems and of `core`; `kind` is a noun for errors."""
   entries = dict(core or {})
   for name, system in systems().items():
     references: Mapping[str, str] = getattr(system, field)
@@ -132,8 +122,7 @@ def model_classes() -> Registry:
 def create_model(name: str, **overrides: Any) -> Any:
   """Returns the Linen module of this name, of `list_models()` or another library's.
 
-  `overrides` are fields of the model's class, over those of the variant. ValueError for an unknown
-  name or field, with the nearest known one.
+  `overrides` are fields of the model's class; ValueError for an unknown name or field.
   """
   name = model_name(name)
   family = _family(name)

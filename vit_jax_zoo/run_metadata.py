@@ -1,8 +1,4 @@
-"""Run metadata: config.json and data.json, saved with a run and compared when it resumes.
-
-data.json has the class names and counts of the training data; `predict` and `--eval_only` then need
-no training data.
-"""
+"""Run metadata: config.json and data.json, saved with a run and compared when it resumes."""
 
 import dataclasses
 import hashlib
@@ -36,10 +32,7 @@ def as_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def check_unchanged(config: ConfigDict, info: DatasetInfo | None, workdir: epath.Path) -> None:
-  """Raises ValueError if config or classes differ from those of the run in `workdir`.
-
-  `info` is of the training data; None: not compared.
-  """
+  """Raises ValueError if config, or classes (if `info` is given), differ from the run's."""
   before, after = _read_config(workdir), as_json(config)
   changed = [] if before is None else _differences(before, after)
   names = load_data(workdir).class_names

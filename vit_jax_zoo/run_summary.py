@@ -31,10 +31,7 @@ def log_summary(
   batch: Mapping[str, np.ndarray],
   writer: MetricWriter,
 ) -> None:
-  """Logs a new run's model and data, and writes its config and figures.
-
-  `sources` are "train" and the evaluations', `batch` is this process's part of the first one.
-  """
+  """Logs a new run's model and data; writes config and figures. `batch` is its first one."""
   params = program.abstract_state.params
   table = parameter_overview.get_parameter_overview(params, include_stats=False)
   logging.info("parameters:\n%s", table)

@@ -1,8 +1,4 @@
-"""Trains and evaluates a config: initial state, input pipeline, evaluations, and the loop.
-
-A run resumes at its last checkpoint. A new one starts from `config.init_from`, or from random and
-data-dependent variables.
-"""
+"""Trains and evaluates a config: initial state, input pipeline, evaluations, and the loop."""
 
 import contextlib
 import dataclasses
@@ -59,11 +55,8 @@ class RunOptions:
 def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOptions()) -> Outcome:
   """Trains and evaluates a config; resumes the run in `workdir` if there is one.
 
-  Raises:
-    ValueError: a config, option or data is invalid, or the processes differ in them.
-    FileNotFoundError: data do not exist, or there is nothing to evaluate.
-    FloatingPointError: training diverged.
-    LockedError: another run uses `workdir`.
+  Raises ValueError (invalid config, option or data), FileNotFoundError (no data, nothing to
+  evaluate), FloatingPointError (diverged) or LockedError (another run uses `workdir`).
   """
   if options.overfit_one_batch:  # kept apart from real training
     workdir = workdir / "overfit_one_batch"
@@ -151,7 +144,7 @@ def _initial_state(
   first: Any,
   iterator: Iterator[Any],
 ) -> tuple[TrainState, list[Any]]:
-  """Returns the restored or the initial state, and the batches that were read, for the training."""
+  """Returns the restored or initial state, and the batches read for it, which are trained on."""
   state, taken = checkpointer.restore(program.abstract_state), [first]
   if state is not None:
     logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
@@ -170,7 +163,6 @@ def _initial_state(
 def _initializer(
   experiment: Experiment, program: EvaluationProgram, preview: Iterator[Any]
 ) -> Initializer:
-  """Returns the initializer; `grid` is the images' size in tokens, for models with `token_grid`."""
   grid, token_grid = None, getattr(experiment.model, "token_grid", None)
   if token_grid is not None and "image" in program.abstract_batch:
     grid = token_grid(program.abstract_batch["image"].shape[1:3])
@@ -178,7 +170,6 @@ def _initializer(
 
 
 def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcome:
-  """Evaluates the variables of the last checkpoint, else those of `init_from`."""
   program = experiment.evaluation_program()
   step = checkpointer.latest_step
   if step is None:
@@ -201,7 +192,6 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
 
 
 def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
-  """Yields training batches; opens the data when the first is needed."""
   with contextlib.closing(experiment.train_batches()) as batches:
     yield from batches
 

@@ -9,11 +9,7 @@ if TYPE_CHECKING:
 
 
 def create_predictor(trained: "Trained", options: "Options") -> "Predictor":
-  """Returns the predictor of a model's task.
-
-  Raises:
-    ValueError: the task has none, or the model does not support an option.
-  """
+  """Returns the predictor of a model's task; ValueError if it has none, or refuses an option."""
   core = {"classification": "vit_jax_zoo.inference.classification:ClassificationPredictor"}
   predictors = registry_of("task to predict with", "predictors", core)
   return predictors[trained.task.name](trained, options)

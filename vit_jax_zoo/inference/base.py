@@ -1,8 +1,4 @@
-"""The predictor protocol: one image in, a prediction out.
-
-A predictor is created once, from a trained model, and called for each image. It returns what
-`python -m vit_jax_zoo.predict` writes, and writes nothing itself.
-"""
+"""The predictor protocol: one image in, what `vit_jax_zoo.predict` writes out."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -23,15 +19,12 @@ Picture: TypeAlias = Figure | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-  """A trained model, from a run or a published file.
-
-  `prepare` maps an image to an example preprocessed as in the model's evaluation: `image`, uint8 or
-  float32 [h w 3] in [0, 255], unbatched, and what else the run's transforms add.
-  """
+  """A trained model, from a run or a published file."""
 
   source: str  # its path or name, for error messages
   task: Task  # with the model; `task.predict(variables, batch)` normalises images
   variables: Variables  # numpy arrays of the best checkpoint, averaged where the run has averages
+  # To a preprocessed, unbatched example: `image` [h w 3] in [0, 255], and what transforms add.
   prepare: Callable[[Image], Mapping[str, Any]]
   image_size: tuple[int, int] | None  # height and width of the model's images; None: any
   model_name: str  # as the registry or the file names the model
@@ -51,9 +44,7 @@ class Options:
   threshold: float = 0.5  # minimum score
   explain: bool = False  # also draw attention maps
   reference: Image | None = None  # reference image for super-resolution
-  tile: int | None = (
-    None  # tile size in pixels of the low-resolution image; None: what usually fits
-  )
+  tile: int | None = None  # in pixels of the low-resolution image; None: what usually fits
   prefix_fraction: float = 0.5  # of an image's rows, given as the prompt of a completion
   samples: int = 6  # completions per image
   temperature: float = 1.0  # of completions
@@ -62,31 +53,19 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """Prediction for one image.
+  """Prediction for one image."""
 
-  Attributes:
-    record: JSON values by name. `predict` adds the image's path.
-    pictures: by a suffix of the file's name: "" is `<image>.png`, "attention" is
-      `<image>_attention.png`.
-    objects: COCO annotations without `id` and `image_id`, with the class's `name`.
-    segments: the same of the segments in the picture "panoptic".
-    model_pictures: figures that do not depend on the image, by name: "filters" is
-      `model_filters.png`, written once.
-  """
-
-  record: dict[str, Any]
-  pictures: Mapping[str, Picture]
-  objects: Sequence[Mapping[str, Any]] | None = None
-  segments: Sequence[Mapping[str, Any]] | None = None
+  record: dict[str, Any]  # JSON values by name; `predict` adds the image's path
+  pictures: Mapping[str, Picture]  # by suffix: "" is `<image>.png`, "x" is `<image>_x.png`
+  objects: Sequence[Mapping[str, Any]] | None = None  # COCO annotations without ids, with `name`
+  segments: Sequence[Mapping[str, Any]] | None = None  # the same, of the picture "panoptic"
+  # Independent of the image: "filters" is `model_filters.png`, written once.
   model_pictures: Mapping[str, Picture] = dataclasses.field(default_factory=dict)
 
 
 @runtime_checkable
 class Predictor(Protocol):
-  """Maps an image to a prediction. `Predictor(trained, options)` creates it.
-
-  The constructor raises ValueError, in one line, if the model does not support the options.
-  """
+  """Maps an image to a prediction; created once, it raises ValueError for options that it lacks."""
 
   reads: ClassVar[frozenset[str]]  # options that it reads: `predict` refuses others
 

@@ -14,11 +14,7 @@ from vit_jax_zoo.ops.images import normalize_images
 
 
 class ClassificationPredictor:
-  """The `top_k` most probable classes; with `explain`, attention maps and the like.
-
-  The model defines its explanations, see `Classification.explain`: attention rollout, heads and
-  attention distances, or lambdas, per image; position embeddings and filters, once.
-  """
+  """The `top_k` most probable classes; with `explain`, the figures of `Classification.explain`."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"top_k", "explain"})
   listed: ClassVar[int] = 5  # classes if `top_k` is None

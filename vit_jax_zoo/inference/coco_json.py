@@ -1,13 +1,12 @@
 """Collects predictions of all images in COCO's formats.
 
     coco.json           images, annotations with a `score`, categories: pycocotools' `COCO(file)`
-                        reads it
-    coco_results.json   the list of results that `COCO(ground_truth).loadRes(file)` takes; without
-                        `bbox` in it, masks are scored by their own areas
+    coco_results.json   results for `COCO(ground_truth).loadRes(file)`; without `bbox` in it, masks
+                        are scored by their own areas
     coco_panoptic.json  images, segments and categories, beside the pictures `*_panoptic.png`
 
-`file_name` is the given path. Images are numbered from 1 in order, and categories have the model's
-class ids; with `GroundTruth`, both have the ids of an annotation file.
+Images are numbered from 1 in order, and categories have the model's class ids, unless `GroundTruth`
+gives those of an annotation file.
 """
 
 import collections
@@ -26,12 +25,9 @@ _LISTED = 10
 class GroundTruth:
   """Ids of the images and categories of a COCO file, for predictions that are scored with it.
 
-  An image is matched if its path ends with one `file_name`, else if one has the same base name. The
-  others are logged. Classes are matched by name, or by id if the model has no names; a class that
-  is not in the file keeps its id, or gets one above the file's if its id is another class's.
-
-  `image_ids` has the ids by given path, as in the file; `categories` those of the file, then the
-  classes that are not in it.
+  An image is matched if its path ends with one `file_name`, else if one has the same base name.
+  Classes are matched by name, or by id if the model has no names; a class that is not in the file
+  keeps its id, or gets one above the file's if its id is another class's.
   """
 
   def __init__(self, file: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
@@ -155,10 +151,9 @@ class CocoFiles:
 def box_annotation(
   category: Mapping[str, Any], box_xyxy: Sequence[float], score: float, **more: Any
 ) -> dict[str, Any]:
-  """Returns a COCO annotation without `id` and `image_id`.
+  """Returns a COCO annotation without `id` and `image_id`; `area` is the box's by default.
 
-  `category` has `category_id`, and `name` if known; the box is left, top, right, bottom in pixels;
-  `more` other keys, such as `segmentation`. `area` is the box's by default.
+  `category` has `category_id`, and `name` if known; `more` other keys, such as `segmentation`.
   """
   left, top, right, bottom = (float(side) for side in box_xyxy)
   box = [left, top, right - left, bottom - top]

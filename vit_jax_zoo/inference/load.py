@@ -1,8 +1,4 @@
-"""Loads models for inference, from runs and from published checkpoints.
-
-`load_pretrained` returns model and variables; `load` also the task that they were trained for and
-the preprocessing, that of the run's evaluations or of the file.
-"""
+"""Loads models, with their tasks and preprocessing, from runs and from published checkpoints."""
 
 import dataclasses
 import functools
@@ -31,15 +27,11 @@ from vit_jax_zoo.weights.checkpoint import Size
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
-  """Reads a published checkpoint, or a run's checkpoint.
+  """Reads a published checkpoint, as `weights.load_pretrained`, or a run or one of its checkpoints.
 
-  `path` and `options` are those of `weights.load_pretrained`, as are the errors; or `path` is a
-  run's `--workdir`, or one of its checkpoints. Options for a run: `image_size` (a ViT's position
-  embeddings are interpolated), `num_classes` (None drops the head, another number zero-initialises
-  it), and fields of the model that do not change its parameters (`dtype`, `scan_layers`, ...).
-
-  Raises:
-    FileNotFoundError: the run has no config.json.
+  Options for a run: `image_size` (a ViT's position embeddings are interpolated), `num_classes`
+  (None drops the head, another number zero-initialises it), and fields of the model that do not
+  change its parameters (`dtype`, `scan_layers`, ...). FileNotFoundError without a config.json.
   """
   if not is_checkpoint(path):
     return weights.load_pretrained(path, **options)
@@ -63,14 +55,10 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
 def load(
   path: str, *, class_names: Sequence[str] = (), needs_head: bool = True, **options: Any
 ) -> Trained:
-  """Loads a model with its task and preprocessing.
+  """Loads a model with its task and preprocessing; see `load_pretrained`.
 
-  See `load_pretrained` for `path`, `options` and the errors. `class_names` are in order, for files
-  that lack them. Files without a classifier are rejected, or loaded for their features if not
-  `needs_head`.
-
-  Raises:
-    ValueError: the number of names is not the number of classes.
+  `class_names` are in order, for files that lack them (ValueError for another number than the
+  classes). Files without a classifier are rejected if `needs_head`, else loaded for their features.
   """
   if is_checkpoint(path):
     run = _Run.read(path, options)
@@ -149,10 +137,7 @@ def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int])
 def _prepare_for_run(
   transforms: Sequence[Transform], size: tuple[int, int] | None, fit: str, image: Image
 ) -> dict[str, Any]:
-  """Applies an evaluation's transforms; first resizes the image as in `_Run.fit` if none does.
-
-  That is for datasets whose images all have one size, so that no transform states it.
-  """
+  """Applies an evaluation's transforms; first resizes the image as in `_Run.fit` if none does."""
   example: dict[str, Any] = {"image": image}
   if size and not any(hasattr(t, "size") or hasattr(t, "shorter") for t in transforms):
     example["image"] = _fitted(image, size, fit)
@@ -185,12 +170,7 @@ class _Run:
 
   @classmethod
   def read(cls, path: str, options: Mapping[str, Any]) -> "_Run":
-    """Reads the run; `options` are the model's fields and `image_size`.
-
-    Raises:
-      FileNotFoundError: the run has no config.json.
-      ValueError: its checkpoint is damaged, contains NaN or infinity, or does not fit the options.
-    """
+    """Reads the run; ValueError if its checkpoint is damaged, not finite, or of another shape."""
     config, data = load_run(_workdir_of(path))
     variables = restore_variables(path)
     weights.check_finite(variables, path)
@@ -234,10 +214,9 @@ class _Run:
 
   @property
   def fit(self) -> str:
-    """How images are resized to the size of the run's if no transform does it.
+    """How images are resized to the run's size if no transform does it.
 
-    "squeeze": to that size; "shorter_side": to its shorter side, with the aspect ratio kept;
-    "as_is": not resized, for runs that evaluate padded images of any size.
+    "squeeze"; "shorter_side", with the aspect ratio kept; "as_is", for padded images of any size.
     """
     if not tasks()[self.task_name].keeps_aspect_ratio:
       return "squeeze"
@@ -300,7 +279,6 @@ def _workdir_of(path: str) -> epath.Path:
 
 
 def _count_classes(variables: Variables) -> int | None:
-  """Returns the number of classes of the head, for runs without that metadata."""
   head = variables["params"].get("head", {})
   return head["kernel"].shape[-1] if "kernel" in head else None
 
@@ -315,11 +293,7 @@ def _adapted(run: _Run) -> Variables:
 
 
 def _refitted(run: _Run) -> Variables:
-  """Returns the run's variables fitted to a model with another head, or to images of `run.size`.
-
-  Raises:
-    ValueError: the run is not a classifier, or its parameters do not fit.
-  """
+  """Returns variables fitted to a model with another head, or to images of `run.size`."""
   if run.task_name != "classification":
     raise ValueError(
       f"{run.path} is a run of {run.task_name}; image_size and num_classes can be changed for "

@@ -9,15 +9,9 @@ from jaxtyping import Int
 
 
 class Evaluator(abc.ABC):
-  """Scores predictions on the host. Each host adds its own examples; the loop merges the hosts.
+  """Scores predictions on the host: each adds its examples; the loop pickles and merges them."""
 
-  Evaluators are pickled to be sent between hosts.
-
-  Attributes:
-    scores: names that `result` may return, without the "/<class>" of scores by class.
-  """
-
-  scores: ClassVar[tuple[str, ...]] = ()
+  scores: ClassVar[tuple[str, ...]] = ()  # of `result`, without the "/<class>" of classes
 
   @abc.abstractmethod
   def add(self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]) -> None:

@@ -17,12 +17,10 @@ class ClassificationEvaluator(Evaluator):
   """Counts correct predictions.
 
   An image may have several labels (ImageNet-ReaL, arXiv:2006.07159; JFT), any of which is correct;
-  images without a label do not count.
-
-  Scores: "accuracy", "top5_accuracy" (or as many as the predictions have, if fewer than the
-  classes), "loss" (mean over images), "images"; with `per_class` also "accuracy/<class>" (fraction
-  of the class's images) and "mean_class_accuracy" (mean over the classes that occur, as for Pets,
-  Flowers and Caltech-101). Counts merge exactly; the loss is summed in float64.
+  images without a label do not count. Scores: "accuracy", "top5_accuracy" (or as many as the
+  predictions have, if fewer than the classes), "loss" (mean over images), "images"; with
+  `per_class` also "accuracy/<class>" and "mean_class_accuracy" (over the classes that occur, as for
+  Pets, Flowers and Caltech-101).
   """
 
   scores = ("accuracy", "top5_accuracy", "loss", "images", "mean_class_accuracy")
@@ -39,9 +37,8 @@ class ClassificationEvaluator(Evaluator):
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch; ValueError if a label is not one of the classes.
 
-    Args:
-      batch: `label`, int [b] or multi-hot [b k]; optional `mask` [b].
-      predictions: `labels` [b r], best first, and `loss` [b].
+    `batch`: `label`, int [b] or multi-hot [b k], optional `mask` [b]. `predictions`: `labels` [b
+    r], best first, `loss` [b].
     """
     labels = np.asarray(batch["label"])
     kept = real_rows(batch, len(labels))
@@ -84,10 +81,7 @@ class ClassificationEvaluator(Evaluator):
     return scores | (self._class_scores() if self.per_class else {})
 
   def confusion(self) -> Int[np.ndarray, "k k"]:
-    """Returns how often class i (row) was predicted as class j (column); needs `per_class`.
-
-    An image with several labels counts in the row of each of them.
-    """
+    """Returns how often an image of label i (row) was predicted as j (column), if `per_class`."""
     matrix = np.zeros((self.num_classes, self.num_classes), np.int64)
     for pair, count in self.pairs.items():
       matrix[pair] = count

@@ -35,9 +35,8 @@ class DetectionEvaluator(Evaluator):
   Scores, in [0, 1]: "box_ap" (mean over IoU thresholds 0.5 to 0.95 and classes), "box_ap50",
   "box_ap75"; "box_ap_small", "..._medium", "..._large" (below 32^2, below 96^2, above, in pixels of
   the original image); "box_ar1", "box_ar10", "box_ar100" (recall at 1, 10, 100 detections per
-  image) and by size; with `per_class` also "box_ap/<class>"; "images". Scores without any ground
-  truth (such as no large object) are left out, as are classes without any. The 100 highest-scoring
-  detections of an image count.
+  image) and by size; with `per_class` also "box_ap/<class>"; "images". Scores and classes without
+  any ground truth are left out. The 100 highest-scoring detections of an image count.
   """
 
   scores = (
@@ -55,10 +54,9 @@ class DetectionEvaluator(Evaluator):
 
     Args:
       batch: `boxes_cxcywh` [b t 4], relative to the image without padding, `labels` [b t],
-        `is_target` [b t]; `original_size` [b 2], height and width in pixels, else `image_size`,
-        else the images' shape; optional `is_crowd` [b t] (detections in crowds are ignored), `area`
-        [b t] of the object's mask in pixels (default: its box's), `image_id` [b] (duplicates count
-        once), `mask` [b].
+        `is_target` [b t]; see `original_size`; optional `is_crowd` [b t] (detections in crowds are
+        ignored), `area` [b t] of the object's mask in pixels (default: its box's), `image_id` [b]
+        (duplicates count once), `mask` [b].
       predictions: `boxes_xyxy` [b q 4] in pixels of the same size, `labels` [b q], `scores` [b q].
     """
     self.images += [

@@ -5,15 +5,10 @@
     few_shot    ridge regression on a few images per class
     knn         k nearest neighbours
 
-The linear probes are iGPT's (Chen et al., 2020, section 3.5), on features without augmentation: the
-hyperparameter is selected on held-out training images, then the classifier is fitted to all.
-
-With features of several layers, the layer is selected on images held out from the training images;
-the test images select nothing. `concatenate` also evaluates the concatenation of the layers around
-it, as iGPT-XL's 15360 features are five layers'. With several views of the test images (masks of a
-BERT model), linear probes use a majority vote, the others the first view.
-
-scikit-learn is imported when a probe is fitted: it is slow to import.
+The linear probes are iGPT's (Chen et al., 2020, section 3.5), without augmentation, fitted to all
+images once the hyperparameter is selected. The layer is selected on held-out training images too.
+`concatenate` also evaluates the concatenated layers around it, as iGPT-XL's 15360 features are five
+layers'. Of several views of test images, linear probes take a majority vote, others the first.
 """
 
 import abc
@@ -136,7 +131,7 @@ class _LinearProbe(FeatureProbe):
 class Linear(_LinearProbe):
   """Logistic regression by L-BFGS: iGPT's probe for CIFAR and STL-10.
 
-  Scores: "accuracy", and the selected inverse regularisation "strength", one of `strengths`.
+  Scores: "accuracy", and the selected inverse regularisation "strength".
   """
 
   title = "Linear probe"
@@ -167,7 +162,7 @@ class Linear(_LinearProbe):
 class LinearSgd(_LinearProbe):
   """Softmax regression by SGD: iGPT's probe for ImageNet. scikit-learn has no mini-batches.
 
-  Scores: "accuracy", and the selected learning "rate", one of `rates`.
+  Scores: "accuracy", and the selected learning "rate".
   """
 
   title = "Linear probe (SGD)"
@@ -250,14 +245,11 @@ BIAS = 100.0
 
 @dataclasses.dataclass(frozen=True)
 class FewShot(FeatureProbe):
-  """Ridge regression on a few images per class, to targets of 1 and -1.
+  """Ridge regression on a few images per class, to targets of 1 and -1, as in the ViT paper (4.1).
 
-  As the ViT paper tracks pre-training (Dosovitskiy et al., 2021, section 4.1), with big_vision's
-  constants. In float64: the constant feature dominates the spectrum, so that float32 would lose
-  three or more digits of the weights.
-
-  Scores: "<n>_shot", the mean over the seeds, and "<n>_shot_std", their standard deviation; and
-  "accuracy", which is "5_shot" as in the ViT paper, else that of most shots.
+  big_vision's constants. In float64: the constant feature dominates the spectrum, so that float32
+  would lose three or more digits of the weights. Scores: mean "<n>_shot" and standard deviation
+  "<n>_shot_std" over the seeds; "accuracy" is "5_shot" as in the paper, else that of most shots.
   """
 
   title = "Few-shot"
@@ -285,8 +277,7 @@ class FewShot(FeatureProbe):
 def choose_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " m"]:
   """Returns the rows to fit to: `shots` per class, or all where a class has fewer.
 
-  One generator permutes the rows of one class after the other, so that for one seed the choice with
-  more shots contains the one with fewer.
+  For one seed, the choice with more shots contains the one with fewer.
   """
   rng = np.random.default_rng(seed)
   rows = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
@@ -312,14 +303,10 @@ def ridge_scores(
 
 @dataclasses.dataclass(frozen=True)
 class NearestNeighbours(FeatureProbe):
-  """k nearest neighbours.
+  """k nearest neighbours by cosine similarity; each votes with `exp(similarity / temperature)`.
 
-  Neighbours by cosine similarity vote with the weight `exp(similarity / temperature)`, as in Wu et
-  al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (arXiv:1805.01978,
-  section 3.4), and in DINO's evaluation, whose `k` and temperature are the defaults. Ties go to the
-  lowest class.
-
-  Scores: "<k>_nn" for each number of neighbours; "accuracy" is that of 20, else of the most.
+  Wu et al., arXiv:1805.01978, section 3.4; `k` and temperature are DINO's. Ties go to the lowest
+  class. Scores: "<k>_nn" for each number; "accuracy" is that of 20, else of the most.
   """
 
   title = "Nearest neighbours"
@@ -370,10 +357,7 @@ def create_probe(name: str, **fields: Any) -> FeatureProbe:
 
 
 def create_probes(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, FeatureProbe]:
-  """Returns the probes of a config's evaluations by name.
-
-  Those with a `fit_split` are probes; `probe` has the name (default: "linear") and fields.
-  """
+  """Returns the probes of a config's evaluations, those with `fit_split`, by name."""
   probes = {}
   for name, spec in evaluations.items():
     if "fit_split" in spec:

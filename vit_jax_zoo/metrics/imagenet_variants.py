@@ -1,8 +1,7 @@
-"""Classifiers on ImageNet's variants: relabelled images, or a subset of the classes.
+"""Scores on ImageNet's variants: relabelled images, or a subset of the classes.
 
-ReaL (Beyer et al., arXiv:2006.07159): an image may have several labels, any of which is correct;
-images without a label do not count. ImageNet-A and -R (Hendrycks et al., arXiv:1907.07174 and
-2006.16241) have 200 of the 1000 classes; the prediction is the best of these.
+ReaL (Beyer et al., arXiv:2006.07159): an image may have several labels, any of which is correct.
+ImageNet-A and -R (Hendrycks et al., arXiv:1907.07174 and 2006.16241) have 200 of the 1000 classes.
 """
 
 import numpy as np
@@ -14,12 +13,8 @@ def score_rankings(
 ) -> dict[str, float]:
   """Returns "accuracy", "top5_accuracy" (of more than five classes), "images", "classes".
 
-  "images" is the number of images with a label, "classes" the number of classes that occur.
-
-  Args:
-    ranked: classes, the most probable first; all of them with `only_its_classes`.
-    labels: correct classes.
-    only_its_classes: ignore classes that occur in no label.
+  The last two count images with a label, and classes that occur; with `only_its_classes`, others
+  are ignored in `ranked`, which then has all classes, the most probable first.
   """
   labelled = labels.any(axis=1)
   if not labelled.any():

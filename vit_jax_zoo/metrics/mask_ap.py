@@ -19,11 +19,10 @@ _NAMES = ("mask_ap", "mask_ap50", "mask_ap75", "mask_ap_small", "mask_ap_medium"
 class InstanceEvaluator(DetectionEvaluator):
   """Adds "mask_ap", "mask_ap50", "mask_ap75" and those by size to the box scores.
 
-  Masks are compared in the original image's pixels, as compressed run lengths. True masks are
-  `run_lengths` uint8 [b l] (see `load_objects`), or `segment_map` [b h w] of the original image
-  (target index of each pixel), or `masks` bool [b t h w] of the original size. Predictions:
-  `box_masks` [b q m m], see `ops.mask_paste`, with `is_object` [b q], False for padding; or
-  `mask_logits` [b q i j] of the padded image, one per query.
+  True masks are `run_lengths` uint8 [b l] (see `load_objects`), `segment_map` [b h w] of the
+  original image (target index of each pixel), or `masks` bool [b t h w] of the original size.
+  Predictions: `box_masks` [b q m m], see `ops.mask_paste`, with `is_object` [b q], False for
+  padding; or `mask_logits` [b q i j] of the padded image, one per query.
   """
 
   scores = (*_NAMES, *DetectionEvaluator.scores)
@@ -68,13 +67,7 @@ def original_masks(
   """Yields each query's mask in the original image's pixels, resized as in the official code.
 
   Bilinear to the padded image, thresholded at one half, cropped, then nearest neighbour with the
-  index rounded down.
-
-  Args:
-    batch: `image` [b h w 3], and `image_size` [b 2] with padding.
-    predictions: `mask_logits` [b q i j].
-    row: index of the example.
-    size: of the original image.
+  index rounded down. `mask_logits` is [b q i j], `row` the example, `size` the original image's.
   """
   padded = batch["image"].shape[1:3]
   shown = batch["image_size"][row] if "image_size" in batch else padded

@@ -1,7 +1,6 @@
 """Panoptic segmentation: segments from mask predictions, and panoptic quality.
 
-Segments as in DETR's code (arXiv:2005.12872, section 4.4). Panoptic quality: Kirillov et al.,
-arXiv:1801.00868, section 4, with COCO's rules for crowds and unlabelled pixels.
+DETR, arXiv:2005.12872, section 4.4; Kirillov et al., arXiv:1801.00868, section 4, with COCO rules.
 """
 
 import dataclasses
@@ -51,8 +50,8 @@ def segment(
     mask_logits: of the queries with an object, for the padded image.
     labels: class ids of these queries.
     stuff_from: first class id of stuff.
-    padded_size: height and width of the padded image.
-    image_size: height and width without padding.
+    padded_size: height and width with padding.
+    image_size: height and width without.
     size: height and width of the result, the original image's.
   """
   if not len(labels):
@@ -95,10 +94,7 @@ def found_segments(
   *,
   threshold: float = SCORE_THRESHOLD,
 ) -> Segmentation:
-  """Returns an image's predicted segments, of queries above the threshold, in original pixels.
-
-  See `PanopticEvaluator.add` for `batch` and `predictions`; `row` is the image's index in them.
-  """
+  """Returns an image's predicted segments, of queries above the threshold, in original pixels."""
   padded = batch["image"].shape[1:3]
   shown = np.asarray(batch["image_size"][row]) if "image_size" in batch else padded
   kept = np.asarray(predictions["is_object"][row], bool)
@@ -114,10 +110,9 @@ def found_segments(
 
 
 class PanopticQuality:
-  """True positives, false negatives and false positives of every class.
+  """True positives, false negatives and false positives of every class, at an IoU above 0.5.
 
-  Segments of one class match if their IoU is above 0.5. PQ = sum of matched IoU / (matches + half
-  the misses and false alarms) = SQ x RQ.
+  PQ = sum of matched IoU / (matches + half the misses and false alarms) = SQ x RQ.
   """
 
   def __init__(self, num_classes: int, stuff_from: int) -> None:
@@ -162,10 +157,7 @@ class PanopticQuality:
       setattr(self, name, getattr(self, name) + getattr(other, name))
 
   def result(self) -> dict[str, float]:
-    """Returns "pq", "sq", "rq", means over the classes that occur, of all, "_things" and "_stuff".
-
-    Means without any class are omitted.
-    """
+    """Returns "pq", "sq", "rq", means over classes that occur: all, "_things" and "_stuff"."""
     stuff = np.arange(len(self.iou)) >= self.stuff_from
     weight, found = self.matches + 0.5 * (self.misses + self.false_alarms), {}
     for suffix, classes in (("", stuff | True), ("_things", ~stuff), ("_stuff", stuff)):
@@ -195,12 +187,9 @@ class PanopticEvaluator(InstanceEvaluator):
     self.quality = PanopticQuality(self.num_classes, self.stuff_from)
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Evaluates one batch.
+    """Evaluates one batch, as `InstanceEvaluator` describes it.
 
-    Args:
-      batch: as `DetectionEvaluator.add`, and `segment_map` int [b h w]: index of the target at each
-        pixel of the original image, padded at the right and bottom, `VOID` for none.
-      predictions: also `is_object` [b q] and `mask_logits` [b q i j].
+    `segment_map` int [b h w] is the target's index at each pixel, of the original image, or `VOID`.
     """
     super().add(batch, predictions)
     stuff_from, threshold = self.stuff_from, self.score_threshold

@@ -20,8 +20,7 @@ _WINDOW, _SKIMAGE_WINDOW = 11, 7
 def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the peak signal-to-noise ratio of luma in dB, as TTSR's code computes it.
 
-  Images are in [0, 255], rounded for published scores. Luma spans 219 levels, the peak is 255, and
-  no border is cropped. Infinite for equal luma.
+  Images in [0, 255], rounded for published scores. Luma spans 219 levels, the peak is 255.
   """
   difference = (np.asarray(image, np.float64) - np.asarray(truth, np.float64)) / 255.0 @ _LUMA
   error = float(np.mean(difference**2))
@@ -31,8 +30,7 @@ def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> 
 def ssim_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
   """Returns the structural similarity of luma (Wang et al., 2004), as TTSR's code computes it.
 
-  Mean over all Gaussian windows (11x11, standard deviation 1.5) inside of the image, whose pixels
-  are in [0, 255]. ValueError if a side has fewer than 11 pixels.
+  Mean over all Gaussian windows (11x11, standard deviation 1.5); ValueError for a smaller side.
   """
   if min(truth.shape[:2]) < _WINDOW:
     size = f"{truth.shape[0]}x{truth.shape[1]}"
@@ -66,16 +64,13 @@ def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) ->
 
 
 class SuperResolutionEvaluator(Evaluator):
-  """Means of the scores over images, those of infinite or undefined score excluded and counted.
+  """Means of the scores over images.
 
-  PSNR is infinite for an image that equals its ground truth (as bicubic enlargements of a blank one
-  do), and SSIM is undefined below 11x11 pixels (scikit-image's below 7x7). Such an image is left
-  out of the mean of that score alone, and "<score>_excluded" is the number of these images. A score
-  of which all images are excluded is infinite for PSNR and missing for the others.
-
-  Scores: `SCORES`; those of the bicubic enlargements, "bicubic_psnr", ...; "psnr_gain", the mean
-  difference of the two PSNRs of an image; "images". With predictions from wrong references also
-  "wrong_reference_psnr", ... and "reference_gain".
+  An image of infinite PSNR (equal to its ground truth), or undefined SSIM (too small), is left out
+  of that score's mean and counted in "<score>_excluded"; a score of which all are excluded is
+  infinite for PSNR, and missing for others. Scores: `SCORES`; "bicubic_psnr", ... of bicubic
+  enlargements; "psnr_gain", the mean difference of the two; "images"; with predictions from wrong
+  references also "wrong_reference_psnr", ... and "reference_gain".
   """
 
   scores = (
@@ -89,13 +84,10 @@ class SuperResolutionEvaluator(Evaluator):
     self.counts: collections.Counter[str] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch.
+    """Adds one batch, images in [0, 255].
 
-    Args:
-      batch: `image` [b H W 3], the ground truth, and `upsampled_image`, its bicubic enlargement, in
-        [0, 255]; optional `size` [b 2] and `mask` [b], as of the super-resolution task.
-      predictions: `image` [b H W 3] in [0, 255]; optional `wrong_reference_image`, predictions with
-        the reference of another image.
+    `batch`: `image` [b H W 3], the ground truth, `upsampled_image`, its bicubic enlargement;
+    optional `size` [b 2], `mask` [b]. `predictions`: `image`; optional `wrong_reference_image`.
     """
     truths = np.asarray(batch["image"])
     sizes = np.asarray(batch.get("size", [truths.shape[1:3]] * len(truths)))

@@ -14,11 +14,10 @@ from vit_jax_zoo.metrics.base import Evaluator, check_labels, real_rows
 class SegmentationEvaluator(Evaluator):
   """Scores from the confusion matrix of all pixels of a split.
 
-  Scores, in [0, 1]: "miou", the mean over classes of TP / (TP + FP + FN) over the pixels of all
-  images (Everingham et al., 2015; Cityscapes and ADE20K); "pixel_accuracy"; "mean_accuracy", the
-  mean over classes that occur of their pixel accuracy; with `per_class` also "iou/<class>";
-  "images". Classes that neither occur nor are predicted do not count; predicted ones that do not
-  occur have IoU 0.
+  Scores, in [0, 1]: "miou", the mean over classes of TP / (TP + FP + FN) (Everingham et al., 2015;
+  Cityscapes and ADE20K); "pixel_accuracy"; "mean_accuracy", over classes that occur; with
+  `per_class` also "iou/<class>"; "images". Classes that neither occur nor are predicted do not
+  count; predicted ones that do not occur have IoU 0.
   """
 
   scores = ("miou", "pixel_accuracy", "mean_accuracy", "images", "iou")
@@ -35,10 +34,8 @@ class SegmentationEvaluator(Evaluator):
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch; ValueError for maps of different sizes, or an unknown label.
 
-    Args:
-      batch: `label_map` int [b h w]; optional `image_size` [b 2], height and width without padding,
-        and `mask` [b].
-      predictions: `label_map` int [b h w].
+    `batch` and `predictions` have `label_map` int [b h w]; `batch` optional `image_size` [b 2],
+    height and width without padding, and `mask` [b].
     """
     truths, found = np.asarray(batch["label_map"]), np.asarray(predictions["label_map"])
     if truths.shape != found.shape:

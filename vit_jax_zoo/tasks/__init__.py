@@ -20,8 +20,7 @@ def tasks() -> Registry:
 def create_task(name: str, model: "Model", **fields: Any) -> "Task":
   """Returns the task of this name, one of `tasks()`, for a model.
 
-  `fields` are plain values as configs hold them (lists become tuples). ValueError if the task or a
-  field is unknown, or a field is missing or out of range.
+  `fields` are plain values as configs hold them; ValueError if one is unknown, missing or invalid.
   """
   task_class = tasks()[name]
   check_names(f"field of task {name!r}", fields, [*task_fields(name), "name"])

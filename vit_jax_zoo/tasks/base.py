@@ -1,8 +1,7 @@
 """The task protocol: loss, predictions and scores of one kind of problem.
 
-A task has a model, a pair of pure functions (`init`, `apply`). `init`, `normalizers`, `loss`,
-`predict`, `features` and `explain` are traced by `jax.jit` on global arrays, without communication
-of their own; the rest runs on the host, on numpy arrays.
+`init`, `normalizers`, `loss`, `predict`, `features` and `explain` are traced by `jax.jit` on global
+arrays; the rest runs on the host, on numpy arrays.
 """
 
 import abc
@@ -60,10 +59,9 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OptimGroup:
-  """Parameters with an optimizer and a loss of their own.
+  """Parameters with an optimizer and a loss of their own, updated in the listed order in each step.
 
-  Most tasks have a single group, `OptimGroup()`, of all parameters. A GAN has one for each network;
-  they are updated in the listed order in each training step.
+  Most tasks have a single group, `OptimGroup()`, of all parameters; a GAN one for each network.
   """
 
   name: str | None = None  # top-level key in `params`; None: all parameters
@@ -92,13 +90,9 @@ class LossContext:
 
 @struct.dataclass
 class LossOutput:
-  """Result of a loss.
+  """Result of a loss; those of micro-batches add up to that of the whole batch."""
 
-  The loss, float32 [], is the sum over these examples divided by the normalizers of the whole step:
-  the sum over micro-batches is the loss of the whole batch.
-  """
-
-  loss: Any
+  loss: Any  # float32 []: the sum over these examples / the normalizers of the whole step
   metrics: Mapping[str, Mean]
   model_state: Any  # the variable collections other than `params`, after this forward pass
 
@@ -131,10 +125,10 @@ class Task(abc.ABC):
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """Pretrained files or runs of sub-trees of the variables, by path; none by default.
+    """Pretrained files or runs of sub-trees, by path, for variables that `init_from` does not have.
 
     "vgg" is a collection, "params/generator/extractor" a part of the parameters, "*/backbone" a
-    part of every collection. A file is read only for variables that `init_from` does not have.
+    part of every collection.
     """
     return {}
 
@@ -144,10 +138,9 @@ class Task(abc.ABC):
     return ()
 
   def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
-    """Returns variables computed from the training data, such as a palette; none by default.
+    """Returns variables computed from the training data, such as a palette, to replace `init`'s.
 
-    Called on this process's training batches, without end, before the first step of a run, unless
-    `init_from` has every variable. They replace those of `init`; those of process 0 count.
+    `batches` are this process's, without end; the results of process 0 count.
     """
     return {}
 
@@ -162,10 +155,7 @@ class Task(abc.ABC):
   def make_train_step(
     self, optimizers: Sequence[Any], *, accumulation_steps: int, ema_decay: float | None
   ) -> Any:
-    """Returns the task's own training step; None for `training.train_step.make_train_step`.
-
-    `optimizers` has a `training.optim.Optimizer` for each of `optim_groups`.
-    """
+    """Returns the task's own training step; None for `training.train_step.make_train_step`."""
     return None
 
   @abc.abstractmethod
@@ -180,8 +170,7 @@ class Task(abc.ABC):
   def features(self, variables: Variables, batch: Batch) -> Predictions:
     """Returns features for probes: `layers` [b l d] to choose from, others [b d]. Optional.
 
-    With several `feature_views`, `view` int32 [b] in the batch is the number of the view, the same
-    for all its rows, 0 by default.
+    With several `feature_views`, `view` int32 [b] in the batch is the number of the view.
     """
     raise ValueError(f"the task {type(self).__name__} has no features to probe")
 
@@ -217,10 +206,7 @@ class Task(abc.ABC):
     return {}
 
   def explain(self, variables: Variables, batch: Batch) -> Any:
-    """Returns intermediates for the batch's first images, a tree of small arrays, for drawing.
-
-    Raises NoExplanation if this task, or this model, has nothing to show.
-    """
+    """Returns small intermediates of the batch's first images; raises NoExplanation without."""
     raise NoExplanation(f"the task {type(self).__name__} has no attention maps or the like to draw")
 
   def draw_explanation(self, explanation: Any) -> "Explained":

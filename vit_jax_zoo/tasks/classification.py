@@ -37,8 +37,8 @@ _EXPLAINED, _MOST_BYTES = 8, 2**30
 class Classification(base.Task):
   """Softmax or sigmoid classification of images.
 
-  Batches: `image` [b h w c], uint8 or floats in [0, 255]; `label`, int [b], or weights [b k] (1 for
-  each of several labels, or fractions); `mask` [b], True for real rows of a padded batch.
+  Batches: `image` [b h w c], uint8 or floats in [0, 255]; `label`, int [b], or weights [b k];
+  `mask` [b], True for real rows of a padded batch.
   """
 
   name: ClassVar[str] = "classification"
@@ -85,8 +85,8 @@ class Classification(base.Task):
   ) -> base.LossOutput:
     """Returns the sum of the examples' losses over the number of examples of the whole step.
 
-    Metrics: "loss", "accuracy" and "top5_accuracy" (with `top_k`), which count the largest label of
-    a mixed example. A label that is not one of the classes makes the loss NaN, which stops a run.
+    "accuracy" and "top5_accuracy" (with `top_k`) count the largest label of a mixed example. A
+    label that is not one of the classes makes the loss NaN, which stops a run.
     """
     mask = base.example_mask(batch)
     targets = self._targets(jnp.asarray(batch["label"]), mask)
@@ -110,9 +110,8 @@ class Classification(base.Task):
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns the most likely classes of each image.
 
-    `labels` int32 [b top_k], best first; `probabilities` float32 [b top_k], of a softmax or of
-    sigmoids; and, if the batch has labels, `loss` float32 [b] and `correct` bool [b top_k] (of
-    several labels: any). In masked rows, `loss` is 0 and `correct` is False.
+    `labels` int32 [b top_k], best first; `probabilities` float32 [b top_k]; and, if the batch has
+    labels, `loss` float32 [b] and `correct` bool [b top_k], 0 and False in masked rows.
     """
     logits = self._logits(self.model.apply(variables, self._images(batch), train=False))
     to_probabilities = jax.nn.softmax if self.objective == "softmax" else jax.nn.sigmoid
@@ -129,11 +128,8 @@ class Classification(base.Task):
     """Returns `image`, the most likely `label`, and the model's `explanation` of first examples.
 
     A model may have `explain(variables, intermediates, image_size)`, which is traced and reduces
-    the arrays that it sows for a batch to small ones, and `draw_explanation(images, captions,
-    explanation)`, which returns figures of these images and figures of the model, by name.
-
-    Raises:
-      NoExplanation: the model has no method `explain`.
+    the arrays that it sows to small ones, and `draw_explanation(images, captions, explanation)`,
+    which returns figures of these images and of the model, by name. NoExplanation without.
     """
     if not hasattr(self.model, "explain"):
       raise base.NoExplanation(f"{type(self.model).__name__} has no method explain")
@@ -257,10 +253,6 @@ class Classification(base.Task):
 
 
 def is_correct(targets: Float[Array, "b k"], predictions: Int[Array, "b r"]) -> Bool[Array, "b r"]:
-  """Returns which predictions are correct: those with the largest weight of their row.
-
-  Of several labels of weight 1, any is correct; of a mixture, the larger part; without a label,
-  none.
-  """
+  """Returns which predictions are correct: those with the largest weight of their row, above 0."""
   weights = jnp.take_along_axis(targets, predictions, axis=1)
   return (weights > 0) & (weights == jnp.max(targets, axis=1, keepdims=True))

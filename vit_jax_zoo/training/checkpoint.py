@@ -3,11 +3,9 @@
     <workdir>/checkpoints/<step>/   state: the train state
     <workdir>/best/<step>/          variables: those with the best score;  metadata: the score
 
-A save returns once the arrays are copied off the devices. A background thread writes them, and a
-manifest with size and CRC-32 of every file, into a temporary directory, which is then renamed. An
-interrupted save is ignored, and deleted by the next save; older checkpoints are deleted only after
-a newer one is complete. The manifest is verified at every restore. All processes of a multi-process
-run call each function, and each writes its part.
+A background thread writes the arrays, and a manifest with size and CRC-32 of every file, which
+every restore verifies, into a temporary directory, which is then renamed. Older checkpoints are
+deleted only after a newer one is complete. All processes of a run call each function.
 """
 
 import concurrent.futures
@@ -44,15 +42,10 @@ _UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax adds the time of the co
 class Checkpointer:
   """Saves and restores the state of one run, and the variables with the best score.
 
-  Use it as a context manager: closing waits for saves in progress. Opening changes nothing on disk;
-  the first save creates the directories and deletes incomplete checkpoints. Saving raises
-  RuntimeError if opened read-only, and OSError, in this save or the next, if the disk is full.
-
-  Args:
-    workdir: the run's directory; it need not exist.
-    keep: number of the newest checkpoints to keep, at least 1.
-    best_mode: whether a higher ("max") or a lower ("min") score is better.
-    read_only: whether saving is an error.
+  A context manager, which waits for saves in progress at its end. The first save creates the
+  directories, keeps the `keep` newest, and deletes incomplete ones. Saving raises RuntimeError if
+  `read_only`, and OSError, in this save or the next, if the disk is full. `best_mode` is "max" or
+  "min".
   """
 
   def __init__(
@@ -85,10 +78,7 @@ class Checkpointer:
     return self._newest.manager.latest_step()
 
   def save(self, step: int, state: Any) -> bool:
-    """Starts to save the state after `step` training steps; returns False if it is there already.
-
-    The state's arrays may be donated as soon as this returns.
-    """
+    """Starts to save the state, which may be donated then; returns False if the step is saved."""
     self._check_writable()
     if step in self._newest.manager.all_steps():
       return False
@@ -99,12 +89,8 @@ class Checkpointer:
   def restore(self, abstract_state: Any) -> Any | None:
     """Returns the newest complete checkpoint, or None if there is none.
 
-    Args:
-      abstract_state: the state, as arrays or `jax.ShapeDtypeStruct`s with a `sharding`; the mesh
-        may differ from the one that saved.
-
-    Raises:
-      ValueError: names, shapes or dtypes differ from those saved, or the checkpoint is damaged.
+    The mesh of the shardings in `abstract_state` may differ from the one that saved. ValueError if
+    names, shapes or dtypes differ from those saved, or the checkpoint is damaged.
     """
     step = self.latest_step
     if step is None:
@@ -128,10 +114,7 @@ class Checkpointer:
     return f"there is no earlier step: remove this folder; the run then starts from scratch{start}"
 
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
-    """Saves the variables if the score is the best so far; returns whether it is.
-
-    Every process must pass the same score. NaN and infinities are never the best.
-    """
+    """Saves the variables if the score, equal on all processes, is the best; returns whether."""
     self._check_writable()
     sign = 1 if self._best_mode == "max" else -1
     is_better = self.best_score is None or sign * score > sign * self.best_score
@@ -214,15 +197,10 @@ def restore_variables(
   """Restores parameters and model state, averaged if they are, from a run or a single checkpoint.
 
   Args:
-    path: see `find_checkpoint`.
-    abstract_variables: `params` and the model's other collections, as arrays or
-      `jax.ShapeDtypeStruct`s; each leaf is restored into its dtype and onto its `sharding` (one
-      device of this process, if it has none). None gives numpy arrays, as they were saved.
+    path: see `find_checkpoint`; FileNotFoundError if there is none.
+    abstract_variables: arrays or shapes of the result, with dtype and `sharding` (default: one
+      device); ValueError if they do not fit. None gives numpy arrays, as they were saved.
     left_out: sub-trees by path ("params/head") that are not restored.
-
-  Raises:
-    FileNotFoundError: there is no complete checkpoint.
-    ValueError: parameters are missing, unused or of another shape, or the checkpoint is damaged.
   """
   directory = find_checkpoint(path)
   advice = functools.partial(_others, directory)
@@ -273,8 +251,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 def find_checkpoint(path: PathLike) -> epath.Path:
   """Returns the directory of one complete checkpoint.
 
-  `path` is that directory, or a run's workdir (its best checkpoint, else the newest), or its
-  `checkpoints` or `best` directory.
+  `path` is that, a run (its best checkpoint, else the newest), or its `checkpoints` or `best`.
   """
   root = absolute(path)
   if _is_one(root):
@@ -329,11 +306,9 @@ def absolute(path: PathLike) -> epath.Path:
 
 
 def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
-  """Compares the files of a checkpoint with its manifest.
+  """Raises ValueError, ending with `advice()`, if files of a checkpoint differ from its manifest.
 
-  Checkpoints without a manifest are not checked: those of version 0.1, and those in buckets, which
-  have checksums of their own. Raises ValueError, which ends with the result of `advice`, if a file
-  is missing, or has another size or checksum.
+  Those without one are not checked: of version 0.1, and in buckets, which have their checksums.
   """
   problem = _find_damage(checkpoint) if is_primary() else None
   problem = all_gather_objects(problem)[0]

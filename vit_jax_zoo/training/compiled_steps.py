@@ -1,8 +1,6 @@
 """State, shardings and jitted steps of a run, for one task, batch shape and mesh.
 
-Everything is derived from shapes. No device is used before `initial_state`, and the devices of the
-mesh need not exist on this machine: to plan for another one, lower `train_step` with
-`abstract_state` and `abstract_batch`.
+Everything is derived from shapes: the devices of the mesh need not exist on this machine.
 """
 
 import dataclasses
@@ -41,8 +39,7 @@ class EvaluationProgram:
   ) -> Variables:
     """Returns the variables before the first step, each device with its own shards.
 
-    `pretrain` maps the random variables to initial ones of the same names and shapes, on the
-    devices or the host. It must not keep the random ones: they may be donated.
+    `pretrain` maps the random variables, which may be donated, to initial ones of the same shapes.
     """
     abstract = self.abstract_variables
     init = jax.jit(
@@ -101,10 +98,7 @@ def build_program(
   mesh: Mesh,
   rules: sharding.Rules,
 ) -> Program:
-  """Returns the steps of a training run, for a global batch of this shape.
-
-  Raises ValueError if the batch cannot be split over the mesh, or a rule cannot be applied.
-  """
+  """Returns the steps of a training run, for a global batch of this shape, or raises ValueError."""
   batch_size = jax.tree.leaves(abstract_batch)[0].shape[0]
   sharding.check_batch_size(batch_size, mesh, options.accumulation_steps)
   evaluation = build_evaluation(task, abstract_batch, mesh=mesh, rules=rules)

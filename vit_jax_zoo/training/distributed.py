@@ -23,14 +23,9 @@ def initialize(
 ) -> None:
   """Connects the processes of a run. Call it before JAX initialises its devices.
 
-  JAX detects Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets; elsewhere the coordinator, the
-  "host:port" of process 0, and the other arguments are needed. Without them the run has a single
-  process. If one process dies, the others exit with an error within a minute.
-
-  Raises:
-    ValueError: only some of the arguments are given, or the coordinator is no "host:port".
-    OSError: another program listens on the coordinator's port.
-    RuntimeError: the processes could not be connected.
+  JAX detects Cloud TPU pods, SLURM, Open MPI and Kubernetes JobSets; elsewhere all arguments are
+  needed (`coordinator` is "host:port" of process 0), or none for a single process. ValueError for
+  other arguments, OSError if the port is taken, RuntimeError if processes cannot be connected.
   """
   given = (coordinator, num_processes, process_id)
   if any(value is None for value in given) and any(value is not None for value in given):

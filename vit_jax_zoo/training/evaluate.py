@@ -48,10 +48,9 @@ def score_predictions(
   name: str,
   metrics: Sequence[str] = (),
 ) -> Report:
-  """Returns the scores over a split by the task's evaluator, and figures of them and a batch.
+  """Returns the scores over a split by the task's evaluator (only `metrics`, if any), and figures.
 
-  "skipped_images" is the number of images that could not be read, if there are any. `batches`
-  returns this process's part; `metrics` are the scores that are reported, by default all.
+  "skipped_images" counts those that could not be read. `batches` returns this process's part.
   """
   evaluator, figures, data = task.evaluator(), {}, batches()
   pairs = predict_batches(predict_step, variables, data, mesh, name, len(data))
@@ -80,10 +79,7 @@ def explain(
   batches: Callable[[], SizedBatches],
   mesh: Mesh,
 ) -> Report:
-  """Returns figures of the first batch's attention maps and other intermediates, on process 0.
-
-  `explain_step` is the compiled `task.explain`, with replicated results.
-  """
+  """Returns figures of the first batch's attention maps and other intermediates, on process 0."""
   batch = next(iter(batches()))
   real = real_rows(batch, len(next(iter(batch.values()))))
   if len(real):  # padding is replaced by repeated examples
@@ -101,10 +97,7 @@ def explain(
 
 
 def gather_parts(value: T, mesh: Mesh) -> list[T]:
-  """Returns the value of each part of the data, on every process.
-
-  Processes whose devices differ only along `model` have the same part.
-  """
+  """Returns the value of each part of the data, on every process; see `sharding.input_shard`."""
   part, _ = sharding.input_shard(mesh, sharding.batch_ways(mesh))
   found = dict(reversed(all_gather_objects((part, value))))
   return [found[index] for index in sorted(found)]
@@ -118,10 +111,7 @@ def predict_batches(
   name: str,
   total: int,
 ) -> Iterator[tuple[Any, Any]]:
-  """Yields batches with their predictions, one batch behind, so that the device does not wait.
-
-  Every ten seconds, logs how many of `total` batches of the evaluation `name` are done.
-  """
+  """Yields batches with their predictions, one batch behind, so that the device does not wait."""
   begin = logged = time.monotonic()
   ahead = None
   for done, batch in enumerate(itertools.chain(batches, [None])):

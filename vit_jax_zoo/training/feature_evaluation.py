@@ -27,13 +27,9 @@ def probe_features(  # noqa: PLR0913 (bound by keyword, once)
 ) -> Report:
   """Fits a probe to the features of one split and scores it on another.
 
-  `features_step` is the compiled `task.features`: `layers` [b l d] are probed one by one, others
-  [b d]. All features are kept on the host, in float32: images x layers x width numbers.
-
-  Scores: those of the probe, see `metrics.feature_probes`. For features by layer they are those of
-  the best layer, "best_layer", selected on a held-out part of the fitted split; further scores are
-  the accuracy of each layer, "layer_<i>", and of each other kind of feature, such as "pixels". A
-  figure plots accuracy against depth.
+  `features_step` is the compiled `task.features`; all features are kept on the host, in float32.
+  Scores: the probe's (for features by layer of the best layer, "best_layer", selected on held-out
+  images of the fitted split), and the accuracy of each layer, "layer_<i>", or kind ("pixels").
   """
   fit = collect_features(features_step, variables, fit_batches(), mesh, name)
   test = collect_features(features_step, variables, test_batches(), mesh, name, views)
@@ -66,10 +62,9 @@ def collect_features(
   name: str,
   views: int = 1,
 ) -> Labelled:
-  """Returns features and labels of the real rows of all hosts, each once.
+  """Returns features [b d] ([b v d] of several views) and labels of all hosts' real rows.
 
-  With several `views` of each image, the number is `view` in the batch, and features are [b v d].
-  ValueError if an image has no label, or several.
+  The number of a view is `view` in the batch. ValueError if an image has no label, or several.
   """
   labels: list[np.ndarray] = []
   features: dict[str, list[np.ndarray]] = {}

@@ -32,9 +32,6 @@ def silence_if_idle() -> None:
 
 
 def hide_flags_of_others() -> None:
-  """Removes flags for CPUs and GPUs from XLA_FLAGS: libtpu aborts at unknown flags.
-
-  Call it before libtpu is loaded.
-  """
+  """Removes flags for CPUs and GPUs from XLA_FLAGS, before libtpu is loaded: it aborts at them."""
   if "XLA_FLAGS" in os.environ:
     os.environ["XLA_FLAGS"] = _FLAGS_OF_OTHERS.sub("", os.environ["XLA_FLAGS"])

@@ -1,10 +1,8 @@
 """The training loop: train steps, logging, checkpoints, evaluations, in this order in each step.
 
-What is written under step N belongs to the state after N steps. The position in the data is a
-function of the step: a run that is interrupted anywhere and started again repeats the lost steps,
-and is bit-identical to an uninterrupted run at the end. A state is saved before it is evaluated, so
-that no evaluation, figure or log can lose it; an evaluation that is missing in the log is repeated
-when the run resumes.
+What is written under step N belongs to the state after N steps, and data are a function of the
+step: an interrupted run repeats the lost steps, and ends bit-identical to an uninterrupted one. A
+state is saved before it is evaluated; a missing evaluation is repeated when the run resumes.
 """
 
 import collections
@@ -41,12 +39,10 @@ PENDING_FILE = "pending_metrics.json"
 
 @contextlib.contextmanager
 def preemption_guard() -> Iterator[Callable[[int], bool]]:
-  """Yields a function that returns whether to save and stop after a step.
+  """Yields a function, for all processes to call after each step, that returns whether to stop.
 
-  It must be called after every step, in order, by every process, and returns the same on all. In a
-  single process, SIGTERM and the first SIGINT (Ctrl-C) set a flag; a second SIGINT interrupts. With
-  `jax.distributed` initialised, JAX handles SIGTERM on every host, and the hosts agree on a step,
-  some steps after the signal; Ctrl-C interrupts at once.
+  In a single process, SIGTERM and the first Ctrl-C set a flag. With `jax.distributed`, JAX handles
+  SIGTERM, the hosts agree on a step, some steps after the signal, and Ctrl-C interrupts at once.
   """
   stop, old_handlers = threading.Event(), {}
   has_service = getattr(jax.config, "jax_enable_preemption_service", False)
@@ -81,10 +77,9 @@ STEPS_IN_FLIGHT = 3
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
-  """Schedule of logging, evaluations and checkpoints, in steps.
+  """Schedule of logging, evaluations and checkpoints, in steps; 0 is at the end only.
 
-  Intervals of evaluations and checkpoints may be fractions of the run, below 1; 0 is at the end
-  only. The state is also saved before each evaluation; evaluations always run at the end.
+  Intervals below 1 are fractions of the run. The state is also saved before each evaluation.
   """
 
   num_steps: int
@@ -129,9 +124,8 @@ class Loop:
   def run(self, state: TrainState, batches: Iterator[Mapping[str, jax.Array]]) -> Outcome:
     """Trains from `state`, which is donated, to the last step; `batches` begin with the next one.
 
-    Raises:
-      FloatingPointError: a loss or a parameter was not finite; no later state has been saved.
-      EvaluationError: an evaluation failed; the state that it evaluated is saved.
+    Raises FloatingPointError if a loss or a parameter is not finite (no later state is saved), or
+    EvaluationError (the state that it evaluated is saved).
     """
     settings, scores, start = self.settings, {}, int(state.step)
     log = _TrainingLog(self, start)
@@ -165,7 +159,6 @@ class Loop:
     return Outcome(state, True, scores, workdir)
 
   def _save(self, step: int, state: TrainState) -> None:
-    """Saves the state after the log, which must be complete up to a checkpoint."""
     if not bool(_all_finite(state.params)):
       raise _diverged(f"a parameter is not finite after step {step}", self.checkpointer)
     with self.progress.exclude("checkpoint"):
@@ -193,10 +186,6 @@ class Loop:
     self.writer.flush()
 
   def _evaluate_best(self, last: Variables, last_scores: dict[str, float]) -> dict[str, float]:
-    """Runs every evaluation on the best variables; returns "best/<evaluation>/<score>".
-
-    The evaluation that selected them is biased in their favour; the others are not.
-    """
     self.checkpointer.wait()
     try:
       best = find_checkpoint(self.checkpointer.workdir / BEST)

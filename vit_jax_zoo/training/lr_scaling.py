@@ -1,13 +1,7 @@
 """Learning-rate scaling with batch size: linear for SGD, square root for adaptive optimizers.
 
-| optimizer  | rule   | learning rate                 | from                                    |
-|------------|--------|-------------------------------|-----------------------------------------|
-| sgd        | linear | the recipe's * ratio          | Goyal et al., arXiv:1706.02677          |
-| all others | root   | the recipe's * ratio ** (1/2) | Malladi et al., arXiv:2205.10287 (Adam) |
-
-where the ratio is that of the batch sizes. For lamb the square root is from You et al.
-(arXiv:1904.00962). These are rules of thumb; gradient accumulation (`accumulation_steps`) keeps the
-recipe's batch instead.
+Linear: Goyal et al., arXiv:1706.02677. Square root: Malladi et al., arXiv:2205.10287 (Adam), You et
+al., arXiv:1904.00962 (lamb). Rules of thumb; `accumulation_steps` keeps the recipe's batch instead.
 """
 
 import math
@@ -47,10 +41,7 @@ class Advice(NamedTuple):
 
 
 def advise(config: Mapping[str, Any]) -> list[Advice]:
-  """Compares a config's batch size and learning rates with its recipe's.
-
-  Returns nothing if the batch is the recipe's, or the learning rate is near the scaled one.
-  """
+  """Compares batch size and learning rates with the recipe's; returns nothing where they agree."""
   recipe, batch_size = config["recipe"], config["batch_size"]
   usual = recipe["batch_size"]
   if not usual or usual == batch_size:

@@ -16,12 +16,10 @@ _KEEP_FREED_MEMORY = (
 
 
 def keep_freed_memory() -> bool:
-  """Lets malloc keep memory that XLA frees; returns whether it does.
+  """Lets malloc keep memory that XLA frees; returns whether it does (glibc and no accelerator).
 
-  XLA on CPUs allocates the temporaries of each call anew. By default glibc maps and unmaps them,
-  and the page faults take up to a fifth of a training step. The memory of the process stays at its
-  peak. Does nothing without glibc, or if JAX has a TPU or GPU. Call it before JAX initialises its
-  devices: its threads would get heaps of their own.
+  By default glibc maps and unmaps the temporaries of each call; the page faults take up to a fifth
+  of a training step. Call it before JAX initialises its devices, whose threads would get own heaps.
   """
   platforms = os.environ.get("JAX_PLATFORMS", "")
   has_accelerator = has_tpu() or bool(importlib.metadata.entry_points(group="jax_plugins"))

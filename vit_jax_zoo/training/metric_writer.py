@@ -4,14 +4,9 @@
     <workdir>/events.out.tfevents.*       the same for TensorBoard, with figures, text and hparams
     <workdir>/figures/<name>_<step>.png   figures; a "/" in a name makes a directory
 
-NaN and infinities are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity", as Python's
-`float` reads them. `read_metrics` returns them as floats.
-
-Objects in a bucket (gs://...) cannot be appended to: files are written to a local directory first,
-and `flush` uploads those that have changed.
-
-A run that resumes at step s removes the rows of later steps, so that its log ends like that of an
-uninterrupted run.
+NaN and infinities are strings in `metrics.jsonl`: "NaN", "Infinity", "-Infinity". A run that
+resumes removes the rows of later steps. Objects in a bucket (gs://...) cannot be appended to: files
+are written to a local directory, and uploaded by `flush`.
 """
 
 import concurrent.futures
@@ -52,8 +47,7 @@ FLUSH_SECONDS = 30
 class EventFile:
   """A TensorBoard event file, which replaces the steps from `purge_step` on of earlier ones.
 
-  TensorBoard reads files in the order of their names: `number` is that of earlier files, as two may
-  be created within the same second.
+  `number`, that of earlier files, orders those created within the same second by their names.
   """
 
   def __init__(self, workdir: pathlib.Path, *, number: int, purge_step: int):
@@ -90,14 +84,9 @@ getLogger("tensorboardX.x2num").setLevel(ERROR)  # no warning for each NaN
 class MetricWriter:
   """Writes scalars, figures, text and hyper-parameters of one run, in a background thread.
 
-  Only process 0 writes; elsewhere, every method returns at once. Errors of the thread (a full disk)
-  are raised by `flush`, so that training is not interrupted between two checkpoints. Use it as a
-  context manager, or `close` it.
-
-  Args:
-    workdir: the run's directory; created if missing.
-    resume_step: step of the resumed checkpoint; rows of later steps are removed. None: all rows.
-    enabled: whether this process writes; by default, whether it is process 0.
+  Errors of the thread (a full disk) are raised by `flush`, so that training is not interrupted
+  between two checkpoints. Rows after `resume_step` (None: all) are removed. Processes that are not
+  `enabled`, by default all but 0, write nothing.
   """
 
   def __init__(

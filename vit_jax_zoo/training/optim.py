@@ -114,20 +114,17 @@ def create_optimizer(
 
   Args:
     config: `name` (of `OPTIMIZERS`), `learning_rate`; optionally `schedule` (see
-      `create_schedule`), `weight_decay` (0), `weight_decay_mode` ("l2" for sgd and adam,
-      "fully_decoupled" for adafactor, else "decoupled"), `clip_norm` (None), `rules`, and fields of
-      the named optimizer (`b1`, `momentum`, `mu_dtype`, ...). `rules` is a sequence of (pattern,
-      dict): the pattern is matched with the whole "/"-joined path of each parameter, and the dict
-      sets `learning_rate` or `weight_decay` (multipliers, the latter also for parameters that do
-      not decay by default) or `frozen` (a bool). The first matching rule that sets one applies.
+      `create_schedule`), `weight_decay` (0), `weight_decay_mode` (default: that in `OPTIMIZERS`),
+      `clip_norm` (None), `rules`, and fields of the named optimizer (`b1`, `momentum`, ...). Rules
+      are (pattern, dict), matched with the whole "/"-joined path of each parameter; the dict sets
+      `learning_rate` or `weight_decay` (multipliers, the latter also for parameters that do not
+      decay by default) or `frozen`. The first matching rule that sets one applies.
     abstract_params: nested dict of the arrays or shapes of one group's parameters.
     num_steps: training steps of the whole run.
-    begin_step: first training step with an update, at which the schedule starts; the caller does
-      not call `update` before.
+    begin_step: first training step with an update, at which the schedule starts.
     updates_per_step: number of calls of `update` per training step.
 
-  Raises:
-    ValueError: an unknown name or field, a rule that matches no parameter, all parameters frozen.
+  Raises ValueError for an unknown name or field, a rule without a parameter, or all frozen.
 
   >>> optimizer = create_optimizer(
   ...   dict(name="adamw", learning_rate=1e-3, rules=[(".*/bias", dict(frozen=True))]),
@@ -211,8 +208,7 @@ def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
 ) -> optax.GradientTransformation:
   """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4).
 
-  bfloat16 momentum, capped second-moment decay, no scaling by the parameter. The original
-  (arXiv:1804.04235, and optax's defaults): beta2_cap=1, min_dim_size_to_factor=128,
+  The original's (arXiv:1804.04235) are beta2_cap=1, min_dim_size_to_factor=128,
   clipping_threshold=1, multiply_by_parameter_scale=True, momentum=None.
   """
 

@@ -1,7 +1,6 @@
 """Throughput, MFU, time to completion, and the host's time by activity.
 
-Steps run asynchronously on the devices. Rates are therefore measured between reports, after the
-loop has waited for the metrics of the last step, and never around a single call.
+Steps run asynchronously: rates are measured between reports, which wait for the last step.
 """
 
 import collections
@@ -46,10 +45,9 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 class Progress:
-  """Measures and logs the progress of a run; its clock starts at once.
+  """Measures and logs the progress of a run, with a bar if stderr is a terminal (or `bar`).
 
-  `batch_size` and `flops_per_step` are over all devices and hosts; `devices` give the peak that
-  `mfu` is relative to. A bar is drawn by default when the standard error stream is a terminal.
+  `batch_size` and `flops_per_step` are over all devices and hosts; `mfu` of the peak of `devices`.
   """
 
   def __init__(
@@ -103,11 +101,10 @@ class Progress:
       self._excluded_parts[part] += spent
 
   def report(self, step: int) -> dict[str, float]:
-    """Returns the rates since the last report.
+    """Returns the rates since the last report; empty if no step was completed since.
 
-    `step_time` (seconds), `images_per_second`, `input_wait` and any other part given to `time_as`
-    (fractions of the time), `mfu` (model FLOP utilisation, 0 to 1) if FLOPs and the device's peak
-    are known. Empty if no step was completed since.
+    `step_time` (seconds), `images_per_second`, `input_wait` and other parts of `time_as` (fractions
+    of the time), `mfu` (model FLOP utilisation, 0 to 1) if FLOPs and the device's peak are known.
     """
     steps = step - self._step
     seconds = self._clock() - self._begin - self._excluded

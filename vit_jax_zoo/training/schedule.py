@@ -46,10 +46,9 @@ Steps: TypeAlias = Number
 
 
 def create_schedule(config: Config, num_steps: int) -> Schedule:
-  """Creates a schedule from an optimizer's config, for a run of this length.
+  """Creates a schedule for a run of this length; ValueError for an unknown or invalid field.
 
-  `learning_rate` is the base rate; `schedule` has its `name` and fields, constant by default; other
-  entries are ignored. Raises ValueError for an unknown name or field, or an invalid value.
+  `config` has the base `learning_rate`, and `schedule`: `name` (default: constant) and fields.
 
   >>> config = dict(learning_rate=0.1, schedule=dict(name="cosine", warmup_steps=10))
   >>> float(create_schedule(config, 100)(5))

@@ -89,10 +89,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_specs(abstract_params: Any, rules: Rules, mesh: Mesh) -> Any:
-  """Applies the rules: a tree like `abstract_params` with a PartitionSpec for each parameter.
-
-  Raises ShardingRuleError if a tuple cannot be applied, ValueError if no rule matches.
-  """
+  """Returns a tree like `abstract_params` with a PartitionSpec for each parameter, by the rules."""
   flat: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
   specs = {path: _spec_of(path, leaf.shape, rules, mesh) for path, leaf in flat.items()}
   return traverse_util.unflatten_dict(specs, sep="/")
@@ -129,8 +126,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
 def specs_like_parameters(tree: Any, abstract_params: Any, specs: Any) -> Any:
   """Returns a spec for every leaf of an optimizer state.
 
-  A leaf has the spec of a parameter if its path ends in the parameter's path and its shape is the
-  same (moments, averages). Other leaves (counters, factored moments) are replicated.
+  That of the parameter whose path ends the leaf's and whose shape is the same; else replicated.
   """
   flat_specs: dict[str, Any] = traverse_util.flatten_dict(specs, sep="/")
   flat_params: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
@@ -154,10 +150,9 @@ def named_shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-  """Returns the part of each global batch that this process loads: (index, number of parts).
+  """Returns which part of each global batch this process loads: (index, number of parts).
 
-  Usually process index and count. Processes whose devices differ only along `model` load the same
-  part.
+  Processes whose devices differ only along `model` load the same part.
   """
   rows: dict[int, set[int]] = {}
   for device, (index, *_) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():

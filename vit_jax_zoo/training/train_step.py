@@ -1,9 +1,4 @@
-"""The train state, and the training step of tasks with one optimizer.
-
-The step is written for the whole batch. XLA derives its partitioning, and what is summed over
-devices, from the shardings with which `compiled_steps` compiles it. A task whose networks have
-optimizers of their own provides another step: `Task.make_train_step`.
-"""
+"""The train state, and the training step of tasks with one optimizer, for the whole batch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -25,10 +20,7 @@ PredictStep: TypeAlias = Callable[[Variables, Batch], Predictions]
 
 @struct.dataclass
 class TrainState:
-  """Input and output of a training step. All of it, and nothing else, is checkpointed.
-
-  The fields are not typed as arrays: trees of shapes, shardings and specs have the same form.
-  """
+  """Input and output of a training step, or its shapes, shardings or specs; all is checkpointed."""
 
   step: Any  # int32 []: training steps completed, and so the position in the training data
   params: Any  # float32
@@ -77,11 +69,7 @@ def create_state(
 def make_train_step(
   task: Task, optimizer: Optimizer, *, accumulation_steps: int = 1, ema_decay: float | None = None
 ) -> TrainStep:
-  """Returns `train_step(state, batch) -> (state, metrics)`, not yet compiled.
-
-  `accumulation_steps` is the number of micro-batches of a batch, `ema_decay` the decay of the
-  moving average of the variables; None: no average.
-  """
+  """Returns `train_step(state, batch) -> (state, metrics)`, not yet compiled."""
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     normalizers = task.normalizers(batch)
@@ -120,9 +108,8 @@ def update_rng(state: TrainState, group: int = 0, update: int = 0) -> jax.Array:
 def accumulate(grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[..., Any]:
   """Sums gradients, losses and metrics over micro-batches, in a scan.
 
-  Losses are divided by the normalizers of the whole batch, so that the sum over micro-batches is
-  the gradient of the whole batch, up to float rounding. `grad_fn` is
-  `(params, model_state, batch, rng) -> ((loss, LossOutput), grads)`.
+  Losses are divided by the normalizers of the whole batch, so that the sum is its gradient.
+  `grad_fn` is `(params, model_state, batch, rng) -> ((loss, LossOutput), grads)`.
   """
   if num_micro_batches == 1:
     return grad_fn
@@ -161,11 +148,7 @@ def split_batch(batch: Any, count: int) -> Any:
 
 
 def update_ema(state: TrainState, decay: float | None) -> TrainState:
-  """Moves the averages towards the latest variables; `decay=None` returns the state as it is.
-
-  Statistics such as BatchNorm's are averaged too: those of the latest parameters do not fit the
-  averaged ones. Integers (counters, seeds) are copied.
-  """
+  """Moves the averages towards the latest variables, BatchNorm's statistics too; None: does not."""
   if decay is None:
     return state
 

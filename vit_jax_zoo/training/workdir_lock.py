@@ -1,8 +1,7 @@
 """Lock of a run's directory: a second run in the same one is refused.
 
-`<workdir>/lock.json` names host, process and time. Its owner rewrites it every `HEARTBEAT` seconds.
-A lock is stale if its process has ended, or, on another host, if no heartbeat is written for three
-times as long.
+The owner rewrites `<workdir>/lock.json` every `HEARTBEAT` seconds. A lock is stale if its process
+has ended, or, on another host, if no heartbeat is written for three times as long.
 """
 
 import contextlib
