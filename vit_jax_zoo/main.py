@@ -37,11 +37,9 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process, from 0")
 RENAMED_FLAGS = {"evaluate_only": "eval_only"}
 
-_LONGEST = 120
-"""Maximum length of the config's argument in the name of a run's directory."""
+_LONGEST = 120  # maximum length of the config's argument in the name of a run's directory
 
-EXIT_STOPPED = 143
-"""128 + SIGTERM: the run was interrupted, and its state is saved."""
+EXIT_STOPPED = 143  # 128 + SIGTERM: the run was interrupted, and its state is saved
 
 
 def main(argv: Sequence[str]) -> int:

@@ -17,11 +17,9 @@ from vit_jax_zoo.training.distributed import is_primary
 from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter
 
-MAX_LISTED = 12
-"""Of more classes, only the counts of the smallest and largest are listed."""
+MAX_LISTED = 12  # of more classes, only the counts of the smallest and largest are listed
 
-IMBALANCED = 10
-"""Ratio of the sizes of the largest and smallest class from which a warning is logged."""
+IMBALANCED = 10  # warns from this ratio of the sizes of the largest and smallest class
 
 
 def log_summary(

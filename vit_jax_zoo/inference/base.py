@@ -10,11 +10,9 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.tasks.base import Task, Variables
 
-Image: TypeAlias = UInt8[np.ndarray, "h w 3"]
-"""A user's picture, decoded: RGB, upright, any size."""
+Image: TypeAlias = UInt8[np.ndarray, "h w 3"]  # A user's picture, decoded: RGB, upright, any size
 
-Picture: TypeAlias = Figure | np.ndarray
-"""What is written as PNG: a figure, or pixels, uint8 [h w 3], or [h w]."""
+Picture: TypeAlias = Figure | np.ndarray  # written as PNG; pixels are uint8 [h w 3], or [h w]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +69,6 @@ class Predictor(Protocol):
 
   def __init__(self, trained: Trained, options: Options) -> None:
     """Compiles nothing; the first image does."""
-    ...
 
   def __call__(self, image: Image) -> Prediction:
     """Returns the prediction for an image."""

@@ -42,26 +42,3 @@ def check_labels(field: str, labels: np.ndarray, num_classes: int, advice: str) 
   if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
     wrong = labels.min() if labels.min() < 0 else labels.max()
     raise ValueError(f"{field} {wrong}; expected {advice}")
-
-
-class MeanEvaluator(Evaluator):
-  """Averages values by name over images with equal weight."""
-
-  def __init__(self) -> None:
-    self.images = 0
-    self.sums: dict[str, float] = {}
-
-  def count(self, images: int, sums: Mapping[str, float]) -> None:
-    """Adds sums over a number of images."""
-    self.images += images
-    for name, total in sums.items():
-      self.sums[name] = self.sums.get(name, 0.0) + total
-
-  def means(self) -> dict[str, float]:
-    """Returns the averages by name; ValueError if no image was added."""
-    if not self.images:
-      raise ValueError("no image was evaluated; is the evaluation split empty?")
-    return {name: total / self.images for name, total in self.sums.items()}
-
-  def _merge(self, other: Any) -> None:
-    self.count(other.images, other.sums)

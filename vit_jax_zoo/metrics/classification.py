@@ -71,7 +71,6 @@ class ClassificationEvaluator(Evaluator):
     self.pairs.update(other.pairs)
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name; accuracies are fractions in [0, 1]."""
     if not self.images:
       raise ValueError("no image with a label was evaluated; is the evaluation split empty?")
     scores = {"accuracy": self.hits[0] / self.images}

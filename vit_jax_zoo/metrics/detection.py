@@ -67,7 +67,6 @@ class DetectionEvaluator(Evaluator):
     self.images += other.images
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name."""
     images = self._unique()
     if not any(len(image.labels) for image in images):
       raise ValueError(

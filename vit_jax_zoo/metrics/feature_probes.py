@@ -111,8 +111,7 @@ class _LinearProbe(FeatureProbe):
   """A classifier with a hyperparameter, which is selected on held-out images."""
 
   votes = True
-  candidates: ClassVar[str]
-  """The field with the values to choose from; without its last letter, the name of the score."""
+  candidates: ClassVar[str]  # field with the values to choose from; without "s", the score's name
 
   def select_and_score(self, fit: Rows, test: Rows, held_out: np.ndarray) -> FeatureScore:
     values = getattr(self, self.candidates)
@@ -140,7 +139,6 @@ class Linear(_LinearProbe):
   strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0)
 
   def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
-    """See `_LinearProbe`."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -173,7 +171,6 @@ class LinearSgd(_LinearProbe):
   batch_size: int = 1024  # limited to the number of images
 
   def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
-    """See `_LinearProbe`; the classifiers of all rates are fitted at once."""
     num_classes = int(max(fit.labels.max(), test.labels.max())) + 1
     parameters, standardise = self.fit(fit, values, num_classes)
     hits = np.zeros(len(values))
@@ -239,8 +236,7 @@ def _vote(labels: Int[np.ndarray, "n *v"]) -> Int[np.ndarray, " n"]:
   return np.asarray(majority_vote(jnp.asarray(labels.T), jax.random.key(0)))
 
 
-BIAS = 100.0
-"""The constant feature of few-shot regression; the regularisation counts it like any other."""
+BIAS = 100.0  # the constant feature of few-shot regression, which is regularised like any other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +255,6 @@ class FewShot(FeatureProbe):
   l2: float = 2.0**10
 
   def score(self, fit: Rows, test: Rows) -> dict[str, float]:
-    """Returns mean and standard deviation for each number of shots."""
     num_classes = int(max(fit.labels.max(), test.labels.max())) + 1
     scores = {}
     for shots in self.shots:
@@ -315,7 +310,6 @@ class NearestNeighbours(FeatureProbe):
   temperature: float | None = 0.07  # None: equal weights
 
   def score(self, fit: Rows, test: Rows) -> dict[str, float]:
-    """Returns the accuracy for each number of neighbours."""
     shares = {k: float((found == test.labels).mean()) for k, found in self.classify(fit, test)}
     headline = 20 if 20 in shares else max(shares)
     return {"accuracy": shares[headline]} | {f"{k}_nn": share for k, share in shares.items()}

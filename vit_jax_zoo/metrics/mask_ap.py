@@ -53,7 +53,6 @@ class InstanceEvaluator(DetectionEvaluator):
     return [next(found) if exists else empty for exists in there]
 
   def result(self) -> dict[str, float]:
-    """Returns the scores of boxes and masks by name."""
     scores = super().result()
     stop = self.num_classes if self.masks_below is None else self.masks_below
     run = self._evaluate("segm", range(stop))

@@ -207,5 +207,4 @@ class PanopticEvaluator(InstanceEvaluator):
     self.quality.merge(other.quality)  # hosts evaluate disjoint images
 
   def result(self) -> dict[str, float]:
-    """Returns the metrics of boxes, of masks, and of `PanopticQuality`."""
     return super().result() | self.quality.result()

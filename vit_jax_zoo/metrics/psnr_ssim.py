@@ -112,7 +112,6 @@ class SuperResolutionEvaluator(Evaluator):
     self.counts.update(other.counts)
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name; PSNR in dB."""
     if not self.images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")
     result = {"images": float(self.images)}

@@ -60,7 +60,6 @@ class SegmentationEvaluator(Evaluator):
     self.images += other.images
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name."""
     total = self.confusion.sum()
     if not total:
       raise ValueError(

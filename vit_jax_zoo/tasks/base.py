@@ -7,7 +7,7 @@ arrays; the rest runs on the host, on numpy arrays.
 import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, TypeAlias
 
 import clu.metrics
 import jax
@@ -19,14 +19,10 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.metrics.base import Evaluator as Evaluator
 
-Batch: TypeAlias = Mapping[str, Any]
-"""Arrays whose first axis is the example; a padded batch has `mask [b]`, True = real."""
-
-Variables: TypeAlias = Mapping[str, Any]
-"""A Linen variable tree: `params`, and whatever else the model keeps (`batch_stats`, ...)."""
-
-Predictions: TypeAlias = Mapping[str, Any]
-"""Arrays whose first axis is the example, in the order of the batch."""
+Batch: TypeAlias = Mapping[str, Any]  # arrays [b ...]; a padded batch has `mask` [b], True: real
+Variables: TypeAlias = Mapping[str, Any]  # a Linen tree: `params`, `batch_stats`, ...
+Predictions: TypeAlias = Mapping[str, Any]  # arrays [b ...], in the order of the batch
+Model: TypeAlias = Any  # a Linen module: `init(rng, ...)`, `apply(variables, ...)`
 
 
 @struct.dataclass
@@ -42,19 +38,6 @@ class Mean(clu.metrics.Average):
     weights = jnp.ones_like(values) if where is None else jnp.broadcast_to(where, values.shape)
     weights = weights.astype(jnp.float32)
     return cls(total=jnp.sum(values.astype(jnp.float32) * weights), count=jnp.sum(weights))
-
-
-@runtime_checkable
-class Model(Protocol):
-  """Linen's two pure functions."""
-
-  def init(self, *args: Any, **kwargs: Any) -> Any:
-    """Returns initial variables."""
-    ...
-
-  def apply(self, *args: Any, **kwargs: Any) -> Any:
-    """Returns outputs, and the changed variable collections when `mutable` names some."""
-    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +83,9 @@ class LossOutput:
 class Task(abc.ABC):
   """A learning problem, from batch to score. Subclasses are frozen dataclasses of plain fields."""
 
-  name: ClassVar[str] = ""
-  """The name under which the task is registered."""
-
-  keeps_aspect_ratio: ClassVar[bool] = False
-  """Whether images are resized by their shorter side and padded, not squashed."""
-
-  predicts_boxes: ClassVar[bool] = False
-  """Whether `predict` reads `image_size` and returns boxes, in exported programs too."""
+  name: ClassVar[str] = ""  # the name under which the task is registered
+  keeps_aspect_ratio: ClassVar[bool] = False  # images are resized by their shorter side, and padded
+  predicts_boxes: ClassVar[bool] = False  # `predict` reads `image_size` and returns boxes
 
   @property
   def optim_groups(self) -> tuple[OptimGroup, ...]:

@@ -23,14 +23,9 @@ from vit_jax_zoo.tasks import base
 
 OBJECTIVES = ("softmax", "sigmoid")
 
-_MIXING = 0x6D6978
-"""Folded into a step's key for mixup and CutMix, so that they are independent of dropout."""
-
-_DRAWN = 24
-"""Number of mixed examples in the figure of a training batch."""
-
-_EXPLAINED, _MOST_BYTES = 8, 2**30
-"""Maximum number of examples to explain, and of bytes of the arrays that the model sows."""
+_MIXING = 0x6D6978  # folded into a step's key for mixup and CutMix: independent of dropout
+_DRAWN = 24  # number of mixed examples in the figure of a training batch
+_EXPLAINED, _MOST_BYTES = 8, 2**30  # maximum examples to explain, and bytes that the model sows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +68,9 @@ class Classification(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """Top-1 accuracy."""
     return "accuracy"
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's initial variables for images of this batch's shape."""
     return self.model.init(rng, self._images(batch), train=False)
 
   def loss(
@@ -133,9 +126,8 @@ class Classification(base.Task):
     """
     if not hasattr(self.model, "explain"):
       raise base.NoExplanation(f"{type(self.model).__name__} has no method explain")
-    model: Any = self.model
     images = self._images(batch)
-    apply = functools.partial(model.apply, variables, train=False, mutable=["intermediates"])
+    apply = functools.partial(self.model.apply, variables, train=False, mutable=["intermediates"])
     sown = jax.eval_shape(apply, images[:1])[1]
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sown))
     images = images[: max(1, min(_EXPLAINED, _MOST_BYTES // each))]
@@ -143,16 +135,15 @@ class Classification(base.Task):
     return {
       "image": batch["image"][: len(images)],
       "label": jnp.argmax(outputs["logits"], axis=-1),
-      "explanation": model.explain(variables, state["intermediates"], images.shape[1:3]),
+      "explanation": self.model.explain(variables, state["intermediates"], images.shape[1:3]),
     }
 
   def draw_explanation(self, explanation: Mapping[str, Any]) -> base.Explained:
-    """Draws what the model shows of itself, such as attention maps and filters."""
     names = self.class_names
     captions = [names[label] if names else f"class {label}" for label in explanation["label"]]
-    model: Any = self.model
     images = np.clip(explanation["image"], 0, 255)
-    return base.Explained(*model.draw_explanation(images, captions, explanation["explanation"]))
+    drawn = self.model.draw_explanation(images, captions, explanation["explanation"])
+    return base.Explained(*drawn)
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns `features` float32 [b d], the input of the model's head; ValueError without one."""
@@ -162,13 +153,11 @@ class Classification(base.Task):
     return {"features": outputs["features"].astype(jnp.float32)}
 
   def evaluator(self) -> ClassificationEvaluator:
-    """Returns an empty evaluator of accuracy, top-k accuracy, loss, and per-class accuracy."""
     return ClassificationEvaluator(
       self.num_classes, per_class=self.per_class, class_names=self.class_names
     )
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws training images with their labels, mixed ones with their fractions."""
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
     if self._mixing.is_on:
       images, labels = self._mixed_pixels(images, labels)
@@ -177,7 +166,6 @@ class Classification(base.Task):
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws images with their predictions and probabilities."""
     real = real_rows(batch, len(batch["image"]))
     if not len(real):
       return {}
@@ -186,7 +174,6 @@ class Classification(base.Task):
     return {"predictions": draw.draw_predictions(images, labels, found, self.class_names)}
 
   def score_figures(self, evaluator: base.Evaluator) -> dict[str, Figure]:
-    """Draws the confusion matrix, with `per_class`."""
     if not (self.per_class and isinstance(evaluator, ClassificationEvaluator)):
       return {}
     return {"confusion": draw.draw_confusion(evaluator.confusion(), self.class_names)}

@@ -14,8 +14,7 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-_HEARTBEAT_SECONDS = 30
-"""Without a heartbeat for so long, a process counts as dead and the others exit; JAX: 100."""
+_HEARTBEAT_SECONDS = 30  # without one, a process counts as dead and the others exit; JAX: 100
 
 
 def initialize(

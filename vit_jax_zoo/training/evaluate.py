@@ -29,8 +29,7 @@ class Report:
   figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
 
 
-Evaluation: TypeAlias = Callable[[Variables], Report]
-"""Evaluates variables; called on all processes. The loop writes its report under its name."""
+Evaluation: TypeAlias = Callable[[Variables], Report]  # called on all processes
 
 
 @runtime_checkable

@@ -13,8 +13,8 @@ QUIET = {
 
 _PCI = pathlib.Path("/sys/bus/pci/devices")
 _GOOGLE = "0x1ae0"
+# Environment variables of TPU hosts. (JAX sets others on any host.)
 _TELLING = ("TPU_ACCELERATOR_TYPE", "TPU_NAME", "TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID")
-"""Environment variables of TPU hosts. (JAX sets others on any host.)"""
 
 _FLAGS_OF_OTHERS = re.compile(r"--xla_[cg]pu_\S*")
 

@@ -33,8 +33,7 @@ from vit_jax_zoo.training.metric_writer import METRICS_FILE, MetricWriter, read_
 from vit_jax_zoo.training.progress import Progress
 from vit_jax_zoo.training.train_step import Metrics, TrainState, TrainStep
 
-PENDING_FILE = "pending_metrics.json"
-"""Sums of the training metrics that a SIGTERM interrupted between two rows of the log."""
+PENDING_FILE = "pending_metrics.json"  # sums of training metrics since the last row, at SIGTERM
 
 
 @contextlib.contextmanager
@@ -71,8 +70,7 @@ def preemption_guard() -> Iterator[Callable[[int], bool]]:
       signal.signal(number, old)
 
 
-STEPS_IN_FLIGHT = 3
-"""Steps in the device's queue: enough to keep it busy, few enough for its memory."""
+STEPS_IN_FLIGHT = 3  # in the device's queue: enough to keep it busy, few enough for its memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,14 +8,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-FAR = 4
-"""Ratio of batch sizes from which a learning rate that is not scaled causes a warning..."""
+FAR = 4  # ratio of batch sizes from which a learning rate that is not scaled causes a warning, ...
+_CLOSE = 2  # ... unless it is within this factor of the scaled one.
 
-_CLOSE = 2
-"""... unless it is within this factor of the scaled one."""
-
-SINGLE = "optimizer"
-"""Name in `recipe.learning_rates` of the optimizer of a task with one optimizer."""
+SINGLE = "optimizer"  # name in `recipe.learning_rates` if a task has one optimizer
 
 
 def rule_of(optimizer: str) -> str:

@@ -40,8 +40,7 @@ from tensorboardX.record_writer import RecordWriter
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.training import atomic_write, disk_errors
 
-FLUSH_SECONDS = 30
-"""Interval at which event files are flushed."""
+FLUSH_SECONDS = 30  # interval at which event files are flushed
 
 
 class EventFile:

@@ -37,8 +37,7 @@ from ml_collections import ConfigDict
 from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.training.distributed import is_primary
 
-Schedule: TypeAlias = Callable[[Any], Any]
-"""Number of completed updates, int or traced array -> learning rate of the next update."""
+Schedule: TypeAlias = Callable[[Any], Any]  # completed updates, may be traced -> learning rate
 
 Config: TypeAlias = Mapping[str, Any] | ConfigDict
 Number: TypeAlias = int | float

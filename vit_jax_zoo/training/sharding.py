@@ -31,8 +31,7 @@ AXES = (*BATCH_AXES, "model")
 Spec: TypeAlias = str | tuple[str | None, ...]
 Rules: TypeAlias = Sequence[tuple[str, Spec]]
 
-FSDP_MIN_SIZE = 2**12
-"""Parameters with fewer elements are not sharded by an axis-name spec: the gather costs more."""
+FSDP_MIN_SIZE = 2**12  # elements; smaller parameters are replicated: the gather costs more
 
 
 class ShardingRuleError(ValueError):

@@ -3,6 +3,7 @@
 Chen et al., "Generative Pretraining from Pixels", ICML 2020, sections 2.1 to 2.3.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -17,7 +18,7 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Float32, Int, Int64, Integer
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.metrics.base import MeanEvaluator, real_rows
+from vit_jax_zoo.metrics.base import Evaluator, real_rows
 from vit_jax_zoo.metrics.majority_vote import majority_vote
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
@@ -243,21 +244,31 @@ def pixel_nats(
   return jnp.sum(jnp.where(visible, 0.0, nats), axis=-1) / jnp.maximum(masked, 1)
 
 
-class PixelEvaluator(MeanEvaluator):
+class PixelEvaluator(Evaluator):
   """Means over images: nats and bits per pixel, log-likelihood (minus nats), other predictions."""
 
   scores = ("nats", "bits", "log_likelihood", "images", "bigram_nats", "class_loss", "accuracy")
+
+  def __init__(self) -> None:
+    self.images = 0
+    self.sums: collections.Counter[str] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
     """Adds one batch and its predictions, without rows of padding."""
     real = real_rows(batch, len(predictions["nats"]))
     names = [n for n in ("nats", "bigram_nats", "class_loss", "correct") if n in predictions]
-    sums = {n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names}
-    self.count(len(real), sums)
+    self.images += len(real)
+    self.sums.update({n: float(np.asarray(predictions[n], np.float64)[real].sum()) for n in names})
+
+  def _merge(self, other: Any) -> None:
+    self.images += other.images
+    self.sums.update(other.sums)
 
   def result(self) -> dict[str, float]:
     """Returns the scores by name."""
-    means = self.means()
+    if not self.images:
+      raise ValueError("no image was evaluated; is the evaluation split empty?")
+    means = {name: total / self.images for name, total in self.sums.items()}
     if "correct" in means:
       means["accuracy"] = means.pop("correct")
     nats = means["nats"]
