@@ -1,7 +1,7 @@
 """Hugging Face's JSON files beside weights: preprocessing and names of classes."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import logging
@@ -74,10 +74,12 @@ def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any
   return {"class_names": tuple(labels.get(i, str(i)) for i in range(count))}
 
 
-def processor_of(preprocess: Preprocess, kind: str) -> dict[str, Any]:
-  """Returns the `preprocessor_config.json` of an image processor class that squashes images."""
+def processor_of(
+  preprocess: Preprocess, kind: str, *, fits: Iterable[str] = ("squash",)
+) -> dict[str, Any]:
+  """Returns the `preprocessor_config.json` of an image processor class with these fits."""
   known = preprocess.interpolation in PILLOW_FILTERS
-  if preprocess.fit != "squash" or preprocess.crop_pct != 1 or not known:
+  if preprocess.fit not in fits or preprocess.crop_pct != 1 or not known:
     logging.warning(
       "preprocessor_config.json: %s has no fit=%s, interpolation=%s; written as squash, bilinear",
       kind, preprocess.fit, preprocess.interpolation,

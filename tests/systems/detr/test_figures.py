@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vit_jax_zoo.metrics.panoptic import Segmentation
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments, paint_segments
 
 
@@ -45,8 +46,9 @@ def test_segments_have_their_colour_and_their_name():
   assert (painted[2:, :2] == 0).all()
   large = paint_segments(image, np.zeros((8, 8), int))
   assert large.shape == (8, 8, 3)
-  nothing = (np.full((4, 4), -1), [])
-  figure = draw_segments([(segment_map, [0, 5])], [nothing], [image], ("sky",))
+  truth = Segmentation(segment_map, np.array([0, 5]))
+  nothing = Segmentation(np.full((4, 4), -1), np.array([], int))
+  figure = draw_segments([truth], [nothing], [image], ("sky",))
   assert [text.get_text() for text in figure.axes[0].texts] == ["sky", "5"]
   assert figure.axes[0].get_title(loc="left") == "truth: 2"
   assert figure.axes[1].get_title(loc="left") == "predicted: 0"
@@ -55,6 +57,6 @@ def test_segments_have_their_colour_and_their_name():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_images_stand_side_by_side(count):
-  segments = [(np.zeros((4, 4), int), [0])] * count
+  segments = [Segmentation(np.zeros((4, 4), int), np.array([0]))] * count
   figure = draw_segments(segments, segments, [np.zeros((4, 4, 3), np.uint8)] * count)
   assert sum(bool(ax.images) for ax in figure.axes) == 2 * count

@@ -1,27 +1,25 @@
 """Figures of DETR: attention maps of the queries (figure 6 of the paper), panoptic segments."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures import detection as draw
-
-Segments: TypeAlias = tuple[Int[np.ndarray, "_ _"], Sequence[int] | Int[np.ndarray, " _"]]
-"""Index of the segment at every pixel, negative for none; class ids of the segments."""
+from vit_jax_zoo.metrics.panoptic import Segmentation
 
 _OPACITY = 0.55
 
 
 def draw_segments(
-  truths: Sequence[Segments],
-  predicted: Sequence[Segments],
+  truths: Sequence[Segmentation],
+  predicted: Sequence[Segmentation],
   images: Sequence[np.ndarray],
   class_names: Sequence[str] = (),
 ) -> Figure:
@@ -30,11 +28,11 @@ def draw_segments(
   figure, axes = draw.grid(-(-2 * len(images) // columns), columns, "True and predicted segments")
   cells = iter(axes.flat)
   for image, truth, segments in zip(images, truths, predicted, strict=True):
-    for (segment_map, labels), what in ((truth, "truth"), (segments, "predicted")):
-      count = len(np.unique(segment_map[segment_map >= 0]))
-      ax = next(cells)
+    for given, what in ((truth, "truth"), (segments, "predicted")):
+      ax, segment_map = next(cells), given.segment_map
       draw.show(ax, paint_segments(image, segment_map))
-      _write_names(ax, segment_map, [name_of(label, class_names) for label in labels])
+      _write_names(ax, segment_map, [name_of(label, class_names) for label in given.labels])
+      count = len(np.unique(segment_map[segment_map >= 0]))
       ax.set_title(f"{what}: {count}", fontsize=8.5, loc="left")
   return figure
 
@@ -49,18 +47,14 @@ def paint_segments(image: np.ndarray, segment_map: Int[np.ndarray, "h w"]) -> np
 
 def _write_names(ax: Axes, segment_map: Int[np.ndarray, "h w"], names: Sequence[str]) -> None:
   """Writes each segment's name at its pixel nearest to its centroid."""
-  outline: list[patheffects.AbstractPathEffect] = [
-    patheffects.withStroke(linewidth=2, foreground="black")
-  ]
   for index, name in enumerate(names):
     rows, columns = np.nonzero(segment_map == index)
     if not len(rows):
       continue
     middle = np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2)
-    ax.text(
-      columns[middle], rows[middle], name, color="white", fontsize=7, ha="center", va="center",
-      path_effects=outline, clip_on=True,
-    )  # fmt: skip
+    style = {"color": "white", "fontsize": 7, "ha": "center", "va": "center", "clip_on": True}
+    text = ax.text(columns[middle], rows[middle], name, **style)
+    text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="black")])
 
 
 def draw_query_attention(
@@ -74,14 +68,8 @@ def draw_query_attention(
 ) -> Figure:
   """Draws images with the boxes of highest score, and the attention map of each box's query.
 
-  Args:
-    batch: that of the detection task.
-    predictions: those of `draw_predictions`, and `attention` [b q i j] of each query over the
-      padded image.
-    class_names: names by class id; ids by default.
-    threshold: minimum score; the query of highest score is always drawn.
-    max_images: maximum number of images.
-    max_queries: maximum number of queries of each image.
+  Predictions are those of `draw_predictions`, and `attention` [b q i j] over the padded image. The
+  query of highest score is drawn whatever the `threshold`.
   """
   rows = draw.real_rows(batch)[:max_images]
   drawn = [_best(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
@@ -107,17 +95,12 @@ def draw_query_attention(
   return figure
 
 
-def _best(
-  scores: Float[np.ndarray, " q"], threshold: float, max_queries: int
-) -> Int[np.ndarray, " s"]:
-  """Returns the queries to draw, by falling score."""
+def _best(scores: np.ndarray, threshold: float, max_queries: int) -> Int[np.ndarray, " s"]:
   best = np.argsort(-scores, kind="stable")[:max_queries]
   return best[(scores[best] >= threshold) | (best == best[0])]
 
 
-def _shade(
-  image: np.ndarray, attention: Float[np.ndarray, "i j"], padded: tuple[int, ...]
-) -> np.ndarray:
+def _shade(image: np.ndarray, attention: np.ndarray, padded: tuple[int, ...]) -> np.ndarray:
   """Returns the image, darkened where the attention is low."""
   light = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
   light = light[: image.shape[0], : image.shape[1]]

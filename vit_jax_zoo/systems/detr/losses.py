@@ -49,10 +49,7 @@ def class_losses(
   target_of_query: Int[Array, "*b q"],
   no_object_weight: float,
 ) -> tuple[Float[Array, "*b q"], Float[Array, "*b q"]]:
-  """Returns the weighted cross-entropy of each query, and its weight (Eq. 2, first term).
-
-  A query without a target has the class "no object", the last, with the weight `no_object_weight`.
-  """
+  """Returns the weighted cross-entropy of each query, and its weight (Eq. 2, first term)."""
   matched = target_of_query >= 0
   label = jnp.where(matched, take_targets(labels, target_of_query), logits.shape[-1] - 1)
   log_p = jax.nn.log_softmax(logits, axis=-1)
@@ -65,10 +62,7 @@ def box_losses(
   target_boxes_cxcywh: Float[Array, "*b t 4"],
   target_of_query: Int[Array, "*b q"],
 ) -> tuple[Float[Array, "*b q"], Float[Array, "*b q"]]:
-  """Returns the L1 and the generalised IoU loss of each query (L_box of Eq. 2; L_iou of A.2).
-
-  Both are 0 for a query without a target.
-  """
+  """Returns each query's L1 and generalised IoU loss, 0 without a target (L_box, L_iou; A.2)."""
   matched = target_of_query >= 0
   targets = jnp.where(matched[..., None], take_targets(target_boxes_cxcywh, target_of_query), 0.5)
   distance = jnp.sum(jnp.abs(boxes_cxcywh - targets), axis=-1)
@@ -89,10 +83,8 @@ def mask_losses(
   """
 
   @jax.checkpoint
-  def one_target(
-    arguments: tuple[Bool[Array, "b h w"], Int[Array, " b"]],
-  ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    mask, query = arguments
+  def one_target(mask_and_query: tuple[Array, Array]) -> tuple[Array, Array]:
+    mask, query = mask_and_query
     target, matched = mask.astype(jnp.float32), query >= 0
     index = jnp.maximum(query, 0)[:, None, None, None]
     logits = jnp.take_along_axis(mask_logits, index, axis=1)[:, 0]
@@ -132,13 +124,8 @@ def dense_auxiliary_loss(
   """Returns each image's loss of the heads' predictions for the encoder's tokens. Not in the paper.
 
   The target of a token is the smallest box around its centre. Classes are averaged over tokens by
-  their weights, boxes over the tokens with a target.
-
-  Args:
-    outputs: `dense_logits` [b i j k] and `dense_boxes_cxcywh` [b i j 4].
-    batch: that of the detection task.
-    weights: of the class loss, the L1 and the generalised IoU loss.
-    no_object_weight: of a token without a target in the class loss.
+  their weights, boxes over the tokens with a target. `outputs` has `dense_logits` [b i j k] and
+  `dense_boxes_cxcywh` [b i j 4]; `weights` are of the class, the L1 and the generalised IoU loss.
   """
   if "dense_logits" not in outputs:
     raise ValueError(
@@ -151,9 +138,8 @@ def dense_auxiliary_loss(
   targets = target_boxes(batch)
   of_token = covering_target(token_centers(batch, (height, width)), targets, is_target(batch))
   by_class, by_distance, by_overlap = weights
-  class_loss, of_class = class_losses(
-    logits, jnp.asarray(batch["labels"]), of_token, no_object_weight
-  )
+  labels = jnp.asarray(batch["labels"])
+  class_loss, of_class = class_losses(logits, labels, of_token, no_object_weight)
   distance, overlap = box_losses(boxes, targets, of_token)
   covered = jnp.maximum(jnp.sum(of_token >= 0, axis=1, dtype=jnp.float32), 1)
   box_loss = jnp.sum(by_distance * distance + by_overlap * overlap, axis=1) / covered

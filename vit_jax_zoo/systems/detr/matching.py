@@ -1,13 +1,9 @@
 """Exact bipartite matching on the accelerator, for batches with padded targets.
 
-The linear assignment problem of DETR's loss (arXiv:2005.12872, Eq. 1), solved by successive
-shortest paths: the matching grows by one pair at a time along the cheapest augmenting path, found
-with Dijkstra's algorithm on costs that potentials keep non-negative. The result is that of
-`scipy.optimize.linear_sum_assignment`.
-
-`optax.assignment.hungarian_algorithm` takes whole matrices: padding would need a cost, which
-changes the result or loses the true costs in rounding, and would take as much time as targets. Here
-padding takes no part.
+Successive shortest paths for Eq. 1 of arXiv:2005.12872: the matching grows by one pair at a time
+along the cheapest augmenting path, found with Dijkstra's algorithm on costs that potentials keep
+non-negative. In `optax.assignment.hungarian_algorithm` padding would need a cost, which changes the
+result or loses true costs in rounding, and would take as much time as targets.
 """
 
 from typing import NamedTuple
@@ -49,8 +45,8 @@ class _Search(NamedTuple):
 def match(cost: Float[Array, "*b q t"], is_target: Bool[Array, "*b t"]) -> Matching:
   """Returns the min(queries, targets) pairs of minimum total cost. Not differentiable.
 
-  Non-finite costs are replaced by very large (or small) ones; those of padding are not used.
-  Padding and the order of targets affect ties alone.
+  Non-finite costs are replaced by very large (or small) ones. Padding and the order of targets
+  affect ties alone.
 
   >>> cost = jnp.array([[3.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
   >>> match(cost, jnp.array([True, False])).target_of_query

@@ -1,11 +1,5 @@
 """DETR. Carion et al., "End-to-End Object Detection with Transformers", arXiv:2005.12872.
 
-Modules in the order of the paper: `Detr` (section 3.2, figure 2, listing 1), `Transformer` (A.3,
-figure 10), sine position embeddings (A.4), mask head (section 4.4, figure 8).
-
-`num_classes` is the highest class id + 1, as dataset ids are used unchanged: 91 for COCO, whose 80
-classes have ids up to 90. The last logit, one more, is "no object".
-
 Images of a batch are padded to one size at the right and bottom. As in the official code the
 padding is zero at the input of the backbone, but not after its first norm, so predictions depend
 slightly on the amount of padding. `masked_backbone` zeroes the padding after every norm: an image
@@ -23,7 +17,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float
 
-from vit_jax_zoo.errors import part_fields, unknown_name
+from vit_jax_zoo.errors import check_names, part_fields
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention, key_padding_mask
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ResNet
@@ -70,7 +64,7 @@ MAX_LEARNED_POSITIONS = 50  # rows and columns of the learned tables
 class Detr(nn.Module):
   """Backbone, encoder-decoder Transformer, class and box heads (section 3.2, figure 2)."""
 
-  num_classes: int = 91  # highest class id + 1; see the module's docstring
+  num_classes: int = 91  # highest class id + 1: COCO's 80 ids go up to 90
   num_queries: int = 100  # N (Tables 1 and 5)
   width: int = 256  # of the Transformer, d (A.4)
   encoder_depth: int = 6  # Table 2
@@ -103,16 +97,13 @@ class Detr(nn.Module):
     *,
     train: bool = False,
   ) -> dict[str, Array]:
-    """Detects objects in images normalised with ImageNet's mean and standard deviation.
-
-    `mask` is False in the padding of images; None: no padding. Dropout draws from "dropout".
+    """Detects objects in normalised images; `mask` is False in their padding.
 
     Returns:
       `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], relative to
       the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh` [l ...], those
       of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4], of the
       padded image; with `dense_predictions` `dense_logits` and `dense_boxes_cxcywh` [b i j ...].
-      All float32.
     """
     _check(self)
     mask = jnp.ones(images.shape[:3], dtype=bool) if mask is None else mask
@@ -155,14 +146,9 @@ class Detr(nn.Module):
       predictions["mask_logits"] = mask_head(projected, maps, finer)
     return predictions
 
-  def _backbone(
-    self, images: Float[Array, "b h w c"], mask: Bool[Array, "b h w"], *, train: bool
-  ) -> dict[str, Float[Array, "b _ _ _"]]:
-    fields: dict[str, Any] = {
-      "norm": "frozen_batch_norm",
-      **part_fields("backbone", ResNet, self.backbone),
-      "dtype": self.dtype,
-    }
+  def _backbone(self, images: Array, mask: Array, *, train: bool) -> dict[str, Array]:
+    given = part_fields("backbone", ResNet, self.backbone)
+    fields: dict[str, Any] = {"norm": "frozen_batch_norm", **given, "dtype": self.dtype}
     if not self.masked_backbone:
       return ResNet(**fields, name="backbone")(images, train=train)
     reduced = [mask[:, ::stride, ::stride] for stride in (2, 4, 8, 16, 32)]
@@ -176,9 +162,7 @@ class Detr(nn.Module):
       name="input_projection",
     )(features)  # fmt: skip
 
-  def _feature_mask(
-    self, mask: Bool[Array, "b h w"], features: Float[Array, "b i j d"]
-  ) -> Bool[Array, "b i j"]:
+  def _feature_mask(self, mask: Array, features: Array) -> Bool[Array, "b i j"]:
     if self.masked_backbone:
       stride = (self.backbone or {}).get("output_stride", 32)
       return mask[:, ::stride, ::stride]
@@ -218,7 +202,7 @@ class Transformer(nn.Module):
   """The encoder, and the decoder with the outputs of all its layers (section A.3, figure 10).
 
   Scanned, the layers' parameters are in `encoder/...` and `decoder/...` with a leading depth axis;
-  unrolled, in `encoder_0/...`, `decoder_0/...`. For the fields see `Detr`.
+  unrolled, in `encoder_0/...`, `decoder_0/...`.
   """
 
   encoder_depth: int
@@ -240,8 +224,7 @@ class Transformer(nn.Module):
   ) -> tuple[Float[Array, "b h w d"], Float[Array, "l b q d"]]:
     """Returns the encoder's output, and the normalised outputs of all decoder layers.
 
-    Positions are added to queries and keys in every layer; the object queries are those of the
-    decoder's slots. No attention includes the padding, where `keep` is False.
+    No attention includes the padding, where `keep` is False.
     """
     tokens = features.reshape(features.shape[0], -1, features.shape[-1])
     positions = positions.reshape(tokens.shape)
@@ -324,7 +307,7 @@ class EncoderLayer(_Layer):
     *,
     train: bool,
   ) -> tuple[Float[Array, "b n d"], None]:
-    """Returns the next tokens; arguments as those of `Transformer`, flattened."""
+    """Returns the next tokens."""
     x = shard_batch(x)
     x = self._attend("attention", x, positions, x + positions, x, mask, train=train)
     return self._feed_forward(x, train=train), None
@@ -344,7 +327,7 @@ class DecoderLayer(_Layer):
     *,
     train: bool,
   ) -> tuple[Float[Array, "b q d"], Float[Array, "b q d"]]:
-    """Returns the next slots, twice; arguments as those of `Transformer`, flattened."""
+    """Returns the next slots, twice."""
     x = shard_batch(x)
     x = self._attend("self_attention", x, queries, x + queries, x, train=train)
     key = memory + positions
@@ -354,14 +337,10 @@ class DecoderLayer(_Layer):
 
 
 def sine_positions(keep: Bool[Array, "b h w"], width: int) -> Float[Array, "b h w d"]:
-  """Returns fixed position embeddings, normalised to the unpadded image (section A.4).
+  """Returns fixed position embeddings, normalised to the image where `keep` is True (section A.4).
 
   Half of the channels encode the row, then half the column, each as sines and cosines in turn of
   angles in (0, 2 pi] at frequencies from 1 down to 1 / 10,000.
-
-  Args:
-    keep: False in the padding.
-    width: number of channels, a multiple of 4.
   """
   half = width // 2
   frequencies = 10_000.0 ** -(np.arange(0, half, 2) / half)
@@ -404,10 +383,7 @@ class MaskAttention(nn.Module):
 
 
 class MaskHead(nn.Module):
-  """Five convolutions from the coarsest map up, with the backbone's features added (figure 8).
-
-  With d = `width`, the layers have d + heads, d/2, d/4, d/8, d/16 channels.
-  """
+  """Five convolutions from the coarsest map up, with the backbone's features added (figure 8)."""
 
   width: int
   dtype: Dtype = jnp.float32  # of the convolutions; norms compute in float32
@@ -419,11 +395,7 @@ class MaskHead(nn.Module):
     maps: Float[Array, "b q h w m"],
     features: Sequence[Float[Array, "b _ _ _"]],
   ) -> Float[Array, "b q i j"]:
-    """Returns mask logits (float32) at the size of the finest of three backbone `features`.
-
-    The features, coarsest first, and the encoder's input `projected` are shared by all queries;
-    `maps` are the queries' attention maps.
-    """
+    """Returns mask logits (float32) at the size of the finest of three `features`, the last."""
     batch, queries = maps.shape[:2]
     x = self._first(projected, maps)
     x = self._norm(1, x.reshape(batch * queries, *x.shape[2:]))
@@ -437,9 +409,7 @@ class MaskHead(nn.Module):
     logits = self._conv("out", 1)(x).astype(jnp.float32)
     return logits.reshape(batch, queries, *logits.shape[1:3])
 
-  def _first(
-    self, projected: Float[Array, "b h w d"], maps: Float[Array, "b q h w m"]
-  ) -> Float[Array, "b q h w e"]:
+  def _first(self, projected: Array, maps: Array) -> Float[Array, "b q h w e"]:
     """Convolves `projected`, once for all queries, concatenated with each query's maps."""
     heads = maps.shape[-1]
     channels = projected.shape[-1] + heads
@@ -491,9 +461,7 @@ class _MaskedResNet(ResNet):
 
 
 def _check(model: Detr) -> None:
-  if model.position_embedding not in POSITION_EMBEDDINGS:
-    known = unknown_name("position_embedding", model.position_embedding, POSITION_EMBEDDINGS)
-    raise ValueError(known)
+  check_names("position_embedding", [model.position_embedding], POSITION_EMBEDDINGS)
   check_positive(model, "num_classes", "num_queries", "encoder_depth", "decoder_depth")
   check_positive(model, "width", "num_heads", "mlp_dim")
   check_rates(model, "dropout_rate")

@@ -20,13 +20,12 @@ class DetectionPredictor:
   """Detections with a score of at least `threshold`; with `explain`, their attention maps.
 
   A mask head adds panoptic segments; unless `threshold` is set, their minimum score is the task's
-  (0.85 in the paper). The model is compiled once for each size of resized images.
+  (0.85 in the paper).
   """
 
   reads: ClassVar[frozenset[str]] = frozenset({"threshold", "explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Prepares the model; raises ValueError for a threshold outside of [0, 1]."""
     if not 0 <= options.threshold <= 1:
       raise ValueError(f"--threshold: {options.threshold} is given; expected a value in [0, 1]")
     self._trained, self._options = trained, options
@@ -36,18 +35,14 @@ class DetectionPredictor:
     self._predict = jax.jit(self._task.predict)
 
   def __call__(self, image: Image) -> Prediction:
-    """Detects objects in an image.
+    """Returns `detections`, by falling score, in the format of COCO's result files.
 
-    Returns:
-      Record: `detections`, by falling score, in the format of COCO's result files: `category_id`,
-      `bbox` (left, top, width, height in pixels of the image), `score`, `area`, and `name` if
-      known; with masks also `segmentation` (RLE), and `segments_info` as in COCO's panoptic files.
-      Pictures: "" with boxes; "attention" with `explain`; "segments" with coloured segments, and
-      "panoptic" with their ids as colours (red + 256 green + 65536 blue), COCO's format.
+    With masks the record also has `segmentation` (RLE) and `area`, and `segments_info` as in COCO's
+    panoptic files. Pictures: "" with boxes; "attention" with `explain`; "segments" with coloured
+    segments, and "panoptic" with their ids as colours (red + 256 green + 65536 blue).
     """
-    example = self._trained.prepare(image)
-    keys = [key for key in ("image", "image_size") if key in example]
-    batch = {key: np.asarray(example[key])[None] for key in keys}
+    example, keys = self._trained.prepare(image), {"image", "image_size"}
+    batch = {key: np.asarray(example[key])[None] for key in keys & example.keys()}
     batch["original_size"] = np.array([image.shape[:2]], np.int32)
     found = jax.device_get(self._predict(self._trained.variables, batch))
     kept = np.flatnonzero(found["scores"][0] >= self._options.threshold)
@@ -69,19 +64,15 @@ class DetectionPredictor:
     return Prediction(record, pictures, record["detections"], record.get("segments_info"))
 
   def _detections(
-    self,
-    batch: dict[str, np.ndarray],
-    found: dict[str, np.ndarray],
-    kept: np.ndarray,
-    image: Image,
+    self, batch: dict[str, Any], found: dict[str, Any], kept: np.ndarray, image: Image
   ) -> list[dict[str, Any]]:
     boxes = _inside(found["boxes_xyxy"][0], image)
     outlines: list[dict[str, Any]] = [{}] * len(kept)
     if "mask_logits" in found:
       of_kept = {"mask_logits": found["mask_logits"][:, kept]}
-      masks = list(original_masks(batch, of_kept, 0, (image.shape[0], image.shape[1])))
       outlines = [
-        {"area": int(mask.sum()), "segmentation": encode_masks(mask[None])[0]} for mask in masks
+        {"area": int(mask.sum()), "segmentation": encode_masks(mask[None])[0]}
+        for mask in original_masks(batch, of_kept, 0, (image.shape[0], image.shape[1]))
       ]
     return [
       box_annotation(
@@ -103,9 +94,8 @@ class DetectionPredictor:
       f"{name_of(label, self._task.class_names)} {score:.0%}"
       for label, score in zip(labels, found["scores"][0][kept], strict=True)
     ]
-    figure, axes = draw.grid(
-      1, 1, f"{len(kept)} detections, score {self._options.threshold:.0%} or more"
-    )
+    title = f"{len(kept)} detections, score {self._options.threshold:.0%} or more"
+    figure, axes = draw.grid(1, 1, title)
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
     boxes = _inside(found["boxes_xyxy"][0][kept], image)  # drawn last, and on top: highest score
@@ -113,7 +103,6 @@ class DetectionPredictor:
     return figure
 
   def _segments_info(self, segments: Segmentation) -> list[dict[str, Any]]:
-    """Returns the entries of COCO's panoptic files for all segments with pixels."""
     info = []
     for index, label in enumerate(segments.labels):
       rows, columns = np.nonzero(segments.segment_map == index)
@@ -126,9 +115,7 @@ class DetectionPredictor:
 
 
 def _inside(boxes_xyxy: np.ndarray, image: Image) -> np.ndarray:
-  """Returns boxes clipped to the image."""
-  height, width = image.shape[:2]
-  return np.clip(boxes_xyxy, 0, np.array([width, height, width, height], np.float32))
+  return np.clip(boxes_xyxy, 0, np.array([*image.shape[1::-1]] * 2, np.float32))
 
 
 def _as_colors(ids: np.ndarray) -> np.ndarray:

@@ -1,8 +1,4 @@
-"""Detection as set prediction, with masks (DETR, arXiv:2005.12872, Eq. 2 and section A.2).
-
-Every image's targets are matched to predictions, separately for each decoder layer. Matched
-predictions learn the class, the box and (with a mask head) the mask of their target.
-"""
+"""Detection as set prediction, with masks (DETR, arXiv:2005.12872, Eq. 2 and section A.2)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,19 +7,14 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
+from vit_jax_zoo.metrics import panoptic
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
-from vit_jax_zoo.metrics.panoptic import (
-  SCORE_THRESHOLD,
-  PanopticEvaluator,
-  found_segments,
-  true_segments,
-)
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
@@ -36,7 +27,7 @@ from vit_jax_zoo.tasks.detection_utils import image_size, is_target, pixel_mask,
 
 @dataclasses.dataclass(frozen=True)
 class Detection(base.Task):
-  """Set prediction of objects: matching, class, box and mask losses, COCO metrics.
+  """Set prediction of objects: every decoder layer's predictions are matched to the targets.
 
   Batches: `image` [b h w 3], uint8 or floats in [0, 255], padded at the right and bottom;
   `image_size` int [b 2], height and width without the padding (no padding without this key);
@@ -63,8 +54,8 @@ class Detection(base.Task):
   # Of `losses.dense_auxiliary_loss`, which needs the model's `dense_predictions`. Not in the paper;
   # with it the demo's small model learns from random weights.
   dense_weight: float = 0.0
-  # Steps in which `dense_weight` decays linearly to 0; None: it is constant. Neighbouring queries
-  # then stop to predict the same object.
+  # Steps in which it decays linearly to 0, so that neighbouring queries stop to predict the same
+  # object; None: constant.
   dense_steps: int | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
@@ -75,7 +66,7 @@ class Detection(base.Task):
   # First class id of stuff (91 in COCO): evaluation adds panoptic quality, which needs a mask head
   # and `segment_map` in the batch. None: masks are evaluated as instances.
   stuff_from: int | None = None
-  segment_threshold: float = SCORE_THRESHOLD  # minimum score of the queries that become segments
+  segment_threshold: float = panoptic.SCORE_THRESHOLD  # minimum score of segments' queries
   # Pretrained ImageNet classifier of the backbone (torchvision's, timm's or Hugging Face's ResNet),
   # read if the run has no `init_from`.
   backbone_file: str | None = None
@@ -87,11 +78,9 @@ class Detection(base.Task):
     for field in ("score_threshold", "segment_threshold"):
       if not 0 <= (value := getattr(self, field)) <= 1:
         raise ValueError(f"{field}: {value} is given; expected a value in [0, 1]")
-    if len(self.class_names) > self.num_classes:
-      raise ValueError(
-        f"class_names: {len(self.class_names)} are given; expected at most num_classes="
-        f"{self.num_classes}"
-      )
+    names, most = len(self.class_names), self.num_classes
+    if names > most:
+      raise ValueError(f"class_names: {names} are given; expected at most num_classes={most}")
 
   def check_data(self, info: Any) -> list[str]:
     """Warns of images with more objects than queries."""
@@ -116,18 +105,14 @@ class Detection(base.Task):
     return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's initial variables for images of this batch's shape."""
+    """Returns the model's initial variables."""
     return self.model.init(rng, self._images(batch), pixel_mask(batch), train=False)
 
   def normalizers(self, batch: base.Batch) -> dict[str, Array]:
-    """Returns the counts of examples and of boxes (at least 1), and the class loss's weight.
-
-    The number of matched queries does not depend on the matching.
-    """
-    mask = base.example_mask(batch)
-    queries = self.model.num_queries
+    """Returns the counts of examples and of boxes (at least 1), and the class loss's weight."""
+    mask, queries = base.example_mask(batch), self.model.num_queries
     count = jnp.sum(is_target(batch), axis=1)
-    matched = jnp.minimum(count, queries).astype(jnp.float32)
+    matched = jnp.minimum(count, queries).astype(jnp.float32)  # whatever the matching
     weight = matched + self.no_object_weight * (queries - matched)
     return {
       "examples": jnp.sum(mask.astype(jnp.float32)),
@@ -141,14 +126,13 @@ class Detection(base.Task):
     """Returns these examples' part of the step's set loss.
 
     The class loss is a weighted mean over all queries of the step, the others are divided by its
-    number of boxes; both normalizers cover all devices and micro-batches (the official code
-    averages per-device class losses).
+    number of boxes, over all devices and micro-batches (the official code averages per-device class
+    losses). A label out of range makes the loss NaN, which stops the run.
 
     Metrics: "loss" and its unweighted terms "class_loss", "box_loss", "giou_loss", "mask_loss",
     "dice_loss" of the last layer, "class_loss_0" ... of the others, "dense_loss"; "class_error",
     the fraction of matched queries with a wrong class; "cardinality_error", the difference of the
-    numbers of predicted and of true objects. A label out of range makes the loss NaN, which stops
-    the run.
+    numbers of predicted and of true objects.
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
     inputs, rngs = (self._images(batch), pixel_mask(batch)), {"dropout": context.rng}
@@ -156,23 +140,22 @@ class Detection(base.Task):
       variables, *inputs, train=True, rngs=rngs, mutable=list(state)
     )
     mask = base.example_mask(batch)
-    terms, matching = self._set_losses(outputs, batch, mask, context.normalizers)
+    terms, matching = self._set_losses(outputs, batch, context.normalizers)
     if "mask_logits" in outputs:
-      terms |= self._mask_losses(outputs, batch, matching, context.normalizers)
+      terms |= self._mask_losses(outputs, batch, matching, context.normalizers["boxes"])
+    count = context.normalizers["examples"]
     if self.dense_weight:
       sums = losses.dense_auxiliary_loss(
         outputs, batch, weights=self._matching_weights, no_object_weight=self.no_object_weight
       )
-      summed = jnp.sum(jnp.where(mask, sums, 0.0))
-      terms["dense_loss"] = summed / context.normalizers["examples"]
+      terms["dense_loss"] = jnp.sum(jnp.where(mask, sums, 0.0)) / count
     loss = sum(self._weight(name, context.step) * value for name, value in terms.items())
-    loss = jnp.where(self._has_unknown_labels(batch), jnp.nan, loss)
+    labels = jnp.asarray(batch["labels"])
+    unknown = jnp.any(is_target(batch) & ((labels < 0) | (labels >= self.num_classes)))
+    loss = jnp.where(unknown, jnp.nan, loss)
     examples = jnp.sum(mask.astype(jnp.float32))
     # Scaled so that the means of micro-batches add up to the step's loss.
-    means = {
-      name: base.Mean(total=value * context.normalizers["examples"], count=examples)
-      for name, value in ({"loss": loss} | terms).items()
-    }
+    means = {k: base.Mean(x * count, examples) for k, x in ({"loss": loss} | terms).items()}
     metrics = means | self._error_metrics(outputs, batch, matching)
     return base.LossOutput(loss=loss, metrics=metrics, model_state={**state, **changed})
 
@@ -199,35 +182,26 @@ class Detection(base.Task):
       "labels": jnp.argmax(probabilities[..., :-1], axis=-1).astype(jnp.int32),
       "is_object": scores > probabilities[..., -1],
       "boxes_xyxy": cxcywh_to_xyxy(outputs["boxes_cxcywh"]) * scale,
+      **{key: x for key, x in outputs.items() if key == "mask_logits"},
     }
-    if "mask_logits" in outputs:
-      predictions["mask_logits"] = outputs["mask_logits"]
     if self.draw_attention:
       predictions["attention"] = last_attention(sown["intermediates"])
     return predictions
 
   def padding_invariant(self) -> "Detection":
-    """Returns the task with a backbone that is masked after every norm, see `Detr`."""
+    """Returns the task with `Detr.masked_backbone`."""
     return dataclasses.replace(self, model=self.model.clone(masked_backbone=True))
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality.
-
-    Raises:
-      ValueError: `stuff_from` is given, and the model has no mask head.
-    """
+    """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality."""
     if self.stuff_from is not None and not self.model.mask_head:
       raise ValueError("stuff_from: panoptic quality needs masks; set model.mask_head=True")
-    fields = {"class_names": self.class_names, "per_class": self.per_class}
+    fields: dict[str, Any] = {"class_names": self.class_names, "per_class": self.per_class}
     if self.stuff_from is None:
       kind = InstanceEvaluator if self.model.mask_head else DetectionEvaluator
       return kind(self.num_classes, **fields)
-    return PanopticEvaluator(
-      self.num_classes,
-      stuff_from=self.stuff_from,
-      score_threshold=self.segment_threshold,
-      **fields,
-    )
+    fields |= {"stuff_from": self.stuff_from, "score_threshold": self.segment_threshold}
+    return panoptic.PanopticEvaluator(self.num_classes, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     """Draws training images with their boxes."""
@@ -244,18 +218,12 @@ class Detection(base.Task):
     if self.draw_attention:
       figures["attention"] = draw_query_attention(*drawn, threshold=threshold)
     if self.stuff_from is not None:
-      rows, threshold = draw.real_rows(batch)[:4], self.segment_threshold
-      truths = [true_segments(batch, row) for row in rows]
-      predicted = [
-        found_segments(batch, predictions, row, self.stuff_from, threshold=threshold)
-        for row in rows
-      ]
-      figures["segments"] = draw_segments(
-        [(s.segment_map, s.labels) for s in truths],
-        [(s.segment_map, s.labels) for s in predicted],
-        [draw.image_of(batch, row) for row in rows],
-        self.class_names,
-      )
+      rows, given = draw.real_rows(batch)[:4], (batch, predictions)
+      least = {"threshold": self.segment_threshold}
+      truths = [panoptic.true_segments(batch, row) for row in rows]
+      found = [panoptic.found_segments(*given, row, self.stuff_from, **least) for row in rows]
+      images = [draw.image_of(batch, row) for row in rows]
+      figures["segments"] = draw_segments(truths, found, images, self.class_names)
     return figures
 
   @property
@@ -274,16 +242,8 @@ class Detection(base.Task):
       )
     return logits.astype(jnp.float32)
 
-  def _has_unknown_labels(self, batch: base.Batch) -> Bool[Array, ""]:
-    labels = jnp.asarray(batch["labels"])
-    return jnp.any(is_target(batch) & ((labels < 0) | (labels >= self.num_classes)))
-
   def _set_losses(
-    self,
-    outputs: Mapping[str, Any],
-    batch: base.Batch,
-    mask: Bool[Array, " b"],
-    normalizers: Mapping[str, Array],
+    self, outputs: Mapping[str, Any], batch: base.Batch, normalizers: Mapping[str, Array]
   ) -> tuple[dict[str, Array], Matching]:
     """Returns the unweighted terms of every decoder layer, and the last layer's matching."""
     logits, boxes = self._logits(outputs)[:, None], outputs["boxes_cxcywh"][:, None]
@@ -299,7 +259,7 @@ class Detection(base.Task):
     matching = match(cost, real)
     of_query = matching.target_of_query
     class_loss, _ = losses.class_losses(logits, labels, of_query, self.no_object_weight)
-    class_loss = jnp.where(mask[:, None, None], class_loss, 0.0)
+    class_loss = jnp.where(base.example_mask(batch)[:, None, None], class_loss, 0.0)
     distance, overlap = losses.box_losses(boxes, targets, of_query)
     sums = {
       "class_loss": jnp.sum(class_loss, axis=(0, 2)) / normalizers["class_weight"],
@@ -312,11 +272,7 @@ class Detection(base.Task):
     return terms, Matching(of_query[:, -1], matching.query_of_target[:, -1])
 
   def _mask_losses(
-    self,
-    outputs: Mapping[str, Any],
-    batch: base.Batch,
-    matching: Matching,
-    normalizers: Mapping[str, Array],
+    self, outputs: Mapping[str, Any], batch: base.Batch, matching: Matching, boxes: Array
   ) -> dict[str, Array]:
     if "masks" not in batch:
       raise ValueError(
@@ -325,7 +281,6 @@ class Detection(base.Task):
       )
     masks = jnp.asarray(batch["masks"]).astype(bool)
     focal, dice = losses.mask_losses(outputs["mask_logits"], masks, matching.query_of_target)
-    boxes = normalizers["boxes"]
     return {"mask_loss": jnp.sum(focal) / boxes, "dice_loss": jnp.sum(dice) / boxes}
 
   def _weight(self, term: str, step: Int[Array, ""]) -> float | Float[Array, ""]:

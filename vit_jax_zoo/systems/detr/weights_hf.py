@@ -111,12 +111,7 @@ def _has_timm_keys(published: Mapping[str, np.ndarray]) -> bool:
 def infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields of the `Detr` in a folder, of its arrays and `config.json`.
-
-  Raises:
-    WeightsError: another architecture, or an option that `Detr` lacks.
-    KeyError: an array from which a size is inferred is missing.
-  """
+  """Returns a `Detr`'s fields; WeightsError for other models, KeyError for a missing array."""
   _check_config(config, source)
   check_architecture(published, source)
   prefix = _prefix(published)
@@ -159,11 +154,7 @@ def _output_stride(config: Mapping[str, Any]) -> int:
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a folder.
-
-  Raises:
-    WeightsError: there is no `config.json`, or it is of another model.
-  """
+  """Reads a folder; WeightsError without a `config.json`, or for one of another model."""
   path, arrays = published.path, published.arrays
   if not published.has_config:
     raise WeightsError(f"{path}: no config.json beside weights with Hugging Face's keys; add it")
@@ -182,11 +173,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
-  """Returns the preprocessing of a `DetrImageProcessor`, from the file's content ({}: defaults).
-
-  Raises:
-    WeightsError: `size` or `pad_size` has other keys than transformers' processor.
-  """
+  """Returns the preprocessing of a `DetrImageProcessor`, from the file's content ({}: defaults)."""
   size = processor.get("size") or {"shortest_edge": 800}
   size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
   if "shortest_edge" in size:  # of transformers before 4.27, with the limit beside it
@@ -197,15 +184,13 @@ def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
     raise WeightsError(f"{source}: size is {size}; expected {known}")
   fit = _SIZES[keys] if processor.get("do_resize", True) else "none"
   first, second = (int(size[key]) for key in keys)
-  has_limit = fit == "shorter_side" and second < _NO_LIMIT
-  mean, std = _mean_and_std(processor)
+  by_side = fit == "shorter_side"
   return Preprocess(
-    (first, first) if fit == "shorter_side" else (first, second),
-    mean=mean,
-    std=std,
+    (first, first if by_side else second),
+    *_mean_and_std(processor),
     fit=fit,
     interpolation=hf_config.interpolation_of(processor, source),
-    max_side=second if has_limit else None,
+    max_side=second if by_side and second < _NO_LIMIT else None,
     rounding="ratio",
     pad_size=_pad_size(processor, source),
   )
@@ -242,27 +227,14 @@ def _pad_size(processor: Mapping[str, Any], source: str) -> tuple[int, int] | No
 def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
   """Returns the `preprocessor_config.json` of a `DetrImageProcessor`."""
   fits = {fit: keys for keys, fit in _SIZES.items()}
-  values = list(preprocess.image_size)
+  values, padding = preprocess.image_size, preprocess.pad_size
   if preprocess.fit == "shorter_side":
-    values = [values[0], preprocess.max_side or _NO_LIMIT]
-  if preprocess.fit == "crop" or preprocess.interpolation == "tf_bilinear":
-    logging.warning(
-      "preprocessor_config.json: DetrImageProcessor has neither centre crops nor TensorFlow's "
-      "bilinear filter (fit=%s, interpolation=%s); written as squash, bilinear",
-      preprocess.fit, preprocess.interpolation,
-    )  # fmt: skip
-  padding = preprocess.pad_size
+    values = values[0], preprocess.max_side or _NO_LIMIT
   return {
-    "image_processor_type": "DetrImageProcessor",
+    **hf_config.processor_of(preprocess, "DetrImageProcessor", fits=("none", *fits)),
     "format": "coco_panoptic" if masks else "coco_detection",
     "do_resize": preprocess.fit != "none",
     "size": dict(zip(fits.get(preprocess.fit, ("height", "width")), values, strict=True)),
-    "resample": hf_config.resample_of(preprocess),
-    "do_rescale": True,
-    "rescale_factor": 1 / 255,
-    "do_normalize": True,
-    "image_mean": preprocess.means,
-    "image_std": preprocess.stds,
     "do_pad": True,
     **({"pad_size": dict(zip(("height", "width"), padding, strict=True))} if padding else {}),
   }
@@ -281,9 +253,6 @@ def write_checkpoint(path: str, export: Export) -> None:
   """Writes a folder for `DetrForObjectDetection` or `DetrForSegmentation`.
 
   The backbone is transformers' own ResNet; timm's for DC5, as transformers' has no dilation.
-
-  Raises:
-    WeightsError: transformers has no such model.
   """
   fields = export.fields()
   config = config_of(fields, export.class_names)
@@ -297,11 +266,7 @@ def write_checkpoint(path: str, export: Export) -> None:
 
 
 def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dict[str, Any]:
-  """Returns the `config.json` of a `Detr` with these fields; missing class names are "LABEL_<id>".
-
-  Raises:
-    WeightsError: transformers has no such model.
-  """
+  """Returns a `Detr`'s `config.json`; WeightsError if transformers has no such model."""
   backbone = resnet.check_plain(fields, "transformers")
   if fields["masked_backbone"]:
     logging.warning(
@@ -309,14 +274,18 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     )
   count = fields["num_classes"]
   names = [*class_names, *(f"LABEL_{i}" for i in range(len(class_names), count))]
-  masks = fields["mask_head"]
+  masks, decoder = fields["mask_head"], {**fields, **(fields["decoder"] or {})}
   return {
     "architectures": [_CLASSES[masks]],
     "model_type": "detr",
     "d_model": fields["width"],
     "num_queries": fields["num_queries"],
-    **_side_config("encoder", fields),
-    **_side_config("decoder", {**fields, **(fields["decoder"] or {})}),
+    "encoder_layers": fields["encoder_depth"],
+    "decoder_layers": fields["decoder_depth"],
+    "encoder_attention_heads": fields["num_heads"],
+    "decoder_attention_heads": decoder["num_heads"],
+    "encoder_ffn_dim": fields["mlp_dim"],
+    "decoder_ffn_dim": decoder["mlp_dim"],
     "num_hidden_layers": fields["encoder_depth"],
     "activation_function": "relu",
     **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), fields["dropout_rate"]),
@@ -327,11 +296,6 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     "id2label": {str(i): name for i, name in enumerate(names)},
     "label2id": {name: i for i, name in enumerate(names)},
   }
-
-
-def _side_config(side: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-  names = {"layers": f"{side}_depth", "attention_heads": "num_heads", "ffn_dim": "mlp_dim"}
-  return {f"{side}_{theirs}": fields[ours] for theirs, ours in names.items()}
 
 
 def _backbone_config(backbone: Mapping[str, Any], *, masks: bool) -> dict[str, Any]:

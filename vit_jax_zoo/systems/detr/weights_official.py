@@ -64,10 +64,7 @@ def side_rows(
   norms: Sequence[str],
   mlp: tuple[str, str],
 ) -> list[Row]:
-  """Returns the rows of the encoder's or the decoder's layers.
-
-  `attentions` has the published and our names; `norms` and `mlp` are published names.
-  """
+  """Returns the rows of a side's layers; `attentions` has published and our names of them."""
   rows = norm_rows(f"{published}.{norms[-1]}", f"{ours}/mlp_norm")
   for (attention, name), norm in zip(attentions.items(), norms, strict=False):
     rows += attention_rows(f"{published}.{attention}", f"{ours}/{name}")
@@ -78,11 +75,9 @@ def side_rows(
 
 
 def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
-  theirs, norms = f"transformer.{side}.layers.{{i}}", ("norm1", "norm2", "norm3")
-  return side_rows(
-    theirs, f"transformer/{side}_{{i}}", attentions, _attention_rows,
-    norms=norms[: len(attentions) + 1], mlp=("linear1", "linear2"),
-  )  # fmt: skip
+  theirs, ours = f"transformer.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
+  norms, mlp = ("norm1", "norm2", "norm3")[: len(attentions) + 1], ("linear1", "linear2")
+  return side_rows(theirs, ours, attentions, _attention_rows, norms=norms, mlp=mlp)
 
 
 _MASK_ROWS = (
@@ -135,16 +130,7 @@ def check_architecture(published: Iterable[str], source: str) -> None:
 
 
 def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `Detr` of a state dict.
-
-  Args:
-    published: arrays by key.
-    source: name of the file: "dc5" in it stands for a dilated last stage.
-
-  Raises:
-    WeightsError: another architecture, or another backbone.
-    KeyError: an array from which a size is inferred is missing.
-  """
+  """Returns a `Detr`'s fields; WeightsError for other models, KeyError for a missing array."""
   check_architecture(published, source)
   prefix = _prefix(published)
   hidden = f"{prefix}transformer.{{side}}.layers.{{i}}.linear1.weight"
@@ -206,11 +192,7 @@ def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads a `.pth` file of the official code, or its arrays as safetensors.
-
-  Raises:
-    WeightsError: another architecture.
-  """
+  """Reads a `.pth` file of the official code, or its arrays as safetensors."""
   fields = infer_fields(published.arrays, published.file.name)
   prefix = _prefix(published.arrays)
   return Checkpoint(
@@ -229,10 +211,6 @@ def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a safetensors file, or `{"model": state_dict}` for the official code (needs torch).
-
-  Raises:
-    WeightsError: the official code has no such model.
-  """
+  """Writes a safetensors file, or `{"model": state_dict}` for the official code (needs torch)."""
   resnet.check_plain(export.fields(), "the official code")
   write_state_dict(path, state_dict(export.variables), wrapper="model")
