@@ -1,16 +1,12 @@
-"""Multi-head attention. Attention Is All You Need, arXiv:1706.03762, section 3.2.
-
-One module for encoders (one input), causal decoders (`is_causal`, with a cache), and attention with
-position embeddings in queries and keys but not in values (three inputs).
-"""
+"""Multi-head attention. Attention Is All You Need, arXiv:1706.03762, section 3.2."""
 
 import functools
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -63,10 +59,7 @@ def _add_causal(mask: Array | None, query: Array, key: Array) -> Bool[Array, "#b
 
 
 def heads_first(x: Float[Array, "b n h d"]) -> Float[Array, "b*h n d"]:
-  """Returns the layout of the cache.
-
-  With another one, XLA on a CPU copies the whole cache for each product at each step.
-  """
+  """Returns the cache's layout; with others, XLA on CPUs copies the cache for each product."""
   return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
@@ -104,25 +97,15 @@ class MultiHeadAttention(nn.Module):
   then, and with attention dropout, the fused path is not used. If the collection `cache` is
   mutable, the projected `key` and `value` are stored in it in the layout of `heads_first`; a call
   with `past_length` appends to them.
-
-  Attributes:
-    num_heads: must divide the width.
-    qkv_bias: whether query, key and value have biases.
-    out_bias: whether the output projection has one.
-    dropout_rate: of the attention map, while training.
-    kernel_init: of all four projections, as width x width matrices.
-    out_kernel_init: of the output projection; None: `kernel_init`.
-    dtype: of the computation; the softmax is in float32 and parameters stay float32.
-    implementation: see `Implementation`.
   """
 
-  num_heads: int
-  qkv_bias: bool = True
-  out_bias: bool = True
-  dropout_rate: float = 0.0
-  kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-  out_kernel_init: nn.initializers.Initializer | None = None
-  dtype: Dtype = jnp.float32
+  num_heads: int  # must divide the width
+  qkv_bias: bool = True  # whether query, key and value have biases
+  out_bias: bool = True  # whether the output projection has one
+  dropout_rate: float = 0.0  # of the attention map, while training
+  kernel_init: Initializer = nn.initializers.xavier_uniform()  # as width x width matrices
+  out_kernel_init: Initializer | None = None  # of the output projection; None: `kernel_init`
+  dtype: Dtype = jnp.float32  # of the computation; softmax and parameters are in float32
   implementation: Implementation = None
 
   @nn.compact
@@ -137,16 +120,10 @@ class MultiHeadAttention(nn.Module):
     past_length: Int[Array, ""] | None = None,
     train: bool = False,
   ) -> Float[Array, "b n d"]:
-    """Attends from `queries` to `keys`, averaging `values`.
+    """Attends from `queries` to `keys` (default: `queries`), averaging `values` (default: `keys`).
 
-    Args:
-      queries: input of the query projection.
-      keys: input of the key projection; `queries` if None.
-      values: input of the value projection; `keys` if None.
-      mask: True where a query attends to a key.
-      is_causal: also masks keys after the query's position.
-      past_length: number of positions in `cache`, after which to continue causally.
-      train: enables attention dropout.
+    `mask` and `is_causal` are as in `attend`; `past_length` is the number of positions in `cache`,
+    after which to continue causally; `train` enables attention dropout.
     """
     keys = queries if keys is None else keys
     values = keys if values is None else values
@@ -165,22 +142,12 @@ class MultiHeadAttention(nn.Module):
       context = attend(
         query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation
       )
-    out = nn.DenseGeneral(
-      queries.shape[-1],
-      axis=(-2, -1),
-      use_bias=self.out_bias,
-      kernel_init=self.out_kernel_init or self.kernel_init,
-      dtype=self.dtype,
-      dot_general=matrix_product if is_for_cpu() else None,
-      name="out",
-    )(context)
+    init = self.out_kernel_init or self.kernel_init
+    out = self._dense("out", queries.shape[-1], self.out_bias, init, axis=(-2, -1))(context)
     return checkpoint_name(out, "attention_out")
 
   def _keep(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
-    """Writes keys and values to the cache, and returns its content.
-
-    Written before they are read: otherwise XLA copies the cache.
-    """
+    """Writes keys and values to the cache before they are read; otherwise XLA copies the cache."""
     kept = {name: heads_first(x) for name, x in new.items()}
     if past_length is not None:
       place = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
@@ -193,11 +160,10 @@ class MultiHeadAttention(nn.Module):
   def _heads(self, name: str, width: int) -> nn.Module:
     if width % self.num_heads:
       raise ValueError(f"num_heads: {self.num_heads}; expected a divisor of the width {width}")
-    return nn.DenseGeneral(
-      (self.num_heads, width // self.num_heads),
-      use_bias=self.qkv_bias,
-      kernel_init=self.kernel_init,
-      dtype=self.dtype,
-      dot_general=matrix_product if is_for_cpu() else None,
-      name=name,
-    )
+    shape = (self.num_heads, width // self.num_heads)
+    return self._dense(name, shape, self.qkv_bias, self.kernel_init)
+
+  def _dense(self, name: str, shape: Any, bias: bool, init: Initializer, axis: Any = -1) -> Any:  # noqa: FBT001
+    options: dict[str, Any] = {"use_bias": bias, "kernel_init": init, "dtype": self.dtype}
+    dot_general = matrix_product if is_for_cpu() else None
+    return nn.DenseGeneral(shape, axis, **options, dot_general=dot_general, name=name)

@@ -9,17 +9,10 @@ from vit_jax_zoo.ops.checks import check_positive, check_rates
 
 
 class DropBlock(nn.Module):
-  """Zeroes squares of each channel's map in training and rescales the rest.
+  """Zeroes squares of each channel's map in training, rescales the rest. arXiv:1810.12890."""
 
-  Ghiasi et al., arXiv:1810.12890.
-
-  Attributes:
-    rate: expected fraction of a map that is dropped, overlaps not counted, in [0, 1).
-    block_size: side of the squares, at most the map's smaller side.
-  """
-
-  rate: float
-  block_size: int = 3
+  rate: float  # expected fraction of a map that is dropped, overlaps not counted, in [0, 1)
+  block_size: int = 3  # side of the squares, at most the map's smaller side
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
@@ -32,21 +25,15 @@ class DropBlock(nn.Module):
     size = min(self.block_size, height, width)
     places = (height - size + 1, width - size + 1)  # of the squares' first corners
     share = self.rate * height * width / (size**2 * places[0] * places[1])  # Eq. 1
-    corners = jax.random.bernoulli(
-      self.make_rng("dropout"), min(share, 1.0), (batch, *places, channels)
-    )
-    pad = (size - 1, size - 1)
-    dropped = nn.max_pool(corners.astype(jnp.float32), (size, size), padding=(pad, pad))
-    keep = 1.0 - dropped
+    rng, shape = self.make_rng("dropout"), (batch, *places, channels)
+    corners = jax.random.bernoulli(rng, min(share, 1.0), shape).astype(jnp.float32)
+    keep = 1.0 - nn.max_pool(corners, (size, size), padding=((size - 1, size - 1),) * 2)
     scale = keep.size / jnp.maximum(jnp.sum(keep), 1.0)  # Algorithm 1, line 7
     return x * (keep * scale).astype(x.dtype)
 
 
 class DropPath(nn.Module):
-  """Stochastic depth: drops a residual branch per example. Huang et al., arXiv:1603.09382.
-
-  Kept branches are scaled by 1 / (1 - rate).
-  """
+  """Stochastic depth: drops a residual branch per example, rescales kept ones. arXiv:1603.09382."""
 
   @nn.compact
   def __call__(

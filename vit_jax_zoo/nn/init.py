@@ -19,8 +19,7 @@ kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 def pytorch_uniform(fan_in: int | None = None) -> nn.initializers.Initializer:
   """Returns PyTorch's default init of dense layers and convolutions: U(-b, b), b = fan_in^-0.5.
 
-  Args:
-    fan_in: inputs of one output unit; None: the kernel's own. A bias needs it.
+  `fan_in`, the inputs of one output unit, is the kernel's own if None; a bias needs it.
   """
 
   def init(key: jax.Array, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Float[Array, "..."]:

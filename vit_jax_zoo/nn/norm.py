@@ -21,20 +21,13 @@ class BatchNorm(nn.Module):
 
   As in PyTorch, activations are normalized with the biased variance, and the running average is of
   the unbiased one (Flax averages the biased one). The running averages are `mean` and `var` in
-  "batch_stats". Inside `jax.jit` the batch is the global one: statistics are synchronized over
-  devices.
-
-  Attributes:
-    momentum: weight of the old running average; 1 - PyTorch's momentum.
-    epsilon: added to the variance.
-    scale_init: init of the scale.
-    dtype: dtype of the output. Statistics are at least float32.
+  "batch_stats". Inside `jax.jit` statistics are synchronized over devices.
   """
 
-  momentum: float = 0.9
-  epsilon: float = 1e-5
+  momentum: float = 0.9  # weight of the old running average; 1 - PyTorch's momentum
+  epsilon: float = 1e-5  # added to the variance
   scale_init: Initializer = nn.initializers.ones
-  dtype: Dtype = "float32"
+  dtype: Dtype = "float32"  # of the output; statistics are at least float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "*b c"], *, train: bool) -> Float[Array, "*b c"]:
@@ -64,17 +57,11 @@ class BatchNorm(nn.Module):
 class FrozenBatchNorm(nn.Module):
   """Batch norm with fixed scale, bias, mean and variance.
 
-  For backbones trained elsewhere (DETR, Mask R-CNN): all four live in "batch_stats", so that no
-  optimizer sees them and they do not count as parameters.
-
-  Attributes:
-    epsilon: added to the variance under the root.
-    scale_init: no effect; for the signature of `BatchNorm`.
-    dtype: of the result.
+  All four are in "batch_stats": they are not optimized, and do not count as parameters.
   """
 
   epsilon: float = 1e-5
-  scale_init: Initializer | None = None
+  scale_init: Initializer | None = None  # no effect; for the signature of `BatchNorm`
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -135,15 +122,9 @@ def conv_norm(
   `owner`, the calling module, has `dtype` and `norm`, a kind of `norm_factory`, or "none": the
   convolution then has a bias.
   """
-  x = nn.Conv(
-    features,
-    (size, size),
-    padding=((size // 2, size // 2),) * 2,
-    use_bias=owner.norm == "none",
-    kernel_init=kernel_init,
-    dtype=owner.dtype,
-    name=name,
-  )(x)
+  padding, has_bias = ((size // 2, size // 2),) * 2, owner.norm == "none"
+  options = {"padding": padding, "use_bias": has_bias, "kernel_init": kernel_init}
+  x = nn.Conv(features, (size, size), **options, dtype=owner.dtype, name=name)(x)
   return optional_norm(owner, name, x, train=train)
 
 

@@ -1,8 +1,6 @@
-"""ResNet, ResNet-D and ResNet-RS of bottleneck blocks: backbones of the models.
+"""ResNet (arXiv:1512.03385), ResNet-D (arXiv:1812.01187) and ResNet-RS (arXiv:2103.07579).
 
-He et al., arXiv:1512.03385 (with the stride on the 3x3 convolution, as in torchvision and timm);
-ResNet-D: arXiv:1812.01187; ResNet-RS: arXiv:2103.07579. Padding, pooling and norms are PyTorch's,
-for published weights.
+Of bottleneck blocks with PyTorch's padding, pooling and norms, for published weights.
 """
 
 import functools
@@ -89,26 +87,16 @@ ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
 
 
 class ConvNorm(nn.Module):
-  """Convolution without bias, norm, activation.
+  """Convolution without bias, norm, activation."""
 
-  Attributes:
-    features: output channels.
-    kernel_size: side of the kernel, odd.
-    norm: creates the norm.
-    activation: a key of `ACTIVATIONS`, or None.
-    zero_init_scale: zero-initializes the norm's scale.
-    pointwise_products: computes gradients of 1x1 kernels as matrix products (`pointwise_conv`):
-      faster on CPUs, with another rounding.
-    dtype: dtype of the computation.
-  """
-
-  features: int
-  kernel_size: int
-  norm: Callable[..., nn.Module]
+  features: int  # output channels
+  kernel_size: int  # odd
+  norm: Callable[..., nn.Module]  # creates the norm
   stride: int = 1
   dilation: int = 1
-  activation: str | None = "relu"
-  zero_init_scale: bool = False
+  activation: str | None = "relu"  # a key of `ACTIVATIONS`, or None
+  zero_init_scale: bool = False  # zero-initializes the norm's scale
+  # computes gradients of 1x1 kernels as matrix products: faster on CPUs, with another rounding
   pointwise_products: bool = False
   dtype: Dtype = "float32"
 
@@ -117,18 +105,11 @@ class ConvNorm(nn.Module):
     """Returns a map of ceil(side / stride), with symmetric padding."""
     pad = self.dilation * (self.kernel_size // 2)
     as_product = self.pointwise_products and self.kernel_size == 1
-    x = nn.Conv(
-      self.features,
-      (self.kernel_size, self.kernel_size),
-      (self.stride, self.stride),
-      padding=((pad, pad), (pad, pad)),
-      kernel_dilation=(self.dilation, self.dilation),
-      use_bias=False,
-      kernel_init=kaiming_normal,
-      dtype=self.dtype,
-      conv_general_dilated=pointwise_conv if as_product else None,
-      name="conv",
-    )(x)
+    window = ((self.kernel_size,) * 2, (self.stride,) * 2, ((pad, pad), (pad, pad)))
+    options = {"use_bias": False, "kernel_init": kaiming_normal, "dtype": self.dtype}
+    options["kernel_dilation"] = (self.dilation, self.dilation)
+    options["conv_general_dilated"] = pointwise_conv if as_product else None
+    x = nn.Conv(self.features, *window, **options, name="conv")(x)
     scale_init = nn.initializers.zeros if self.zero_init_scale else nn.initializers.ones
     x = self.norm(scale_init=scale_init, name="norm")(x, train=train)
     return x if self.activation is None else ACTIVATIONS[self.activation](x)
@@ -144,7 +125,8 @@ class SqueezeExcite(nn.Module):
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Returns `x` times the gates."""
     channels = x.shape[-1]
-    pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=_float32_at_least(x)).astype(x.dtype)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=wide).astype(x.dtype)
     hidden = nn.Dense(max(1, int(channels * self.ratio)), dtype=self.dtype, name="reduce")(pooled)
     gates = nn.Dense(channels, dtype=self.dtype, name="expand")(nn.relu(hidden))
     return x * nn.sigmoid(gates)
@@ -153,15 +135,13 @@ class SqueezeExcite(nn.Module):
 class Stem(nn.Module):
   """First layers, with total stride 4 ("conv3": 1).
 
-  Attributes:
-    kind: "conv7" (7x7, max-pool), "deep" (ResNet-D: three 3x3, max-pool), "deep_strided"
-      (ResNet-RS: a strided 3x3 instead of the max-pool), "tiered" (timm: growing widths, max-pool)
-      or "conv3" (one 3x3, for tiny images).
-    width: output channels.
+  Kinds: "conv7" (7x7, max-pool), "deep" (ResNet-D: three 3x3, max-pool), "deep_strided" (ResNet-RS:
+  a strided 3x3 instead of the max-pool), "tiered" (timm: growing widths, max-pool) or "conv3" (one
+  3x3, for tiny images).
   """
 
   kind: str
-  width: int
+  width: int  # output channels
   norm: Callable[..., nn.Module]
   activation: str = "relu"
   dtype: Dtype = "float32"
@@ -178,16 +158,8 @@ class Stem(nn.Module):
       "conv3": ((whole, 3, 1),),
     }[self.kind]
     for index, (features, size, stride) in enumerate(layers, start=1):
-      conv = ConvNorm(
-        features,
-        size,
-        self.norm,
-        stride,
-        activation=self.activation,
-        dtype=self.dtype,
-        name=f"conv{index}",
-      )
-      x = conv(x, train=train)
+      fields = {"activation": self.activation, "dtype": self.dtype, "name": f"conv{index}"}
+      x = ConvNorm(features, size, self.norm, stride, **fields)(x, train=train)
     if self.kind not in ("deep_strided", "conv3"):
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     self.sow("intermediates", "output", x)
@@ -198,30 +170,20 @@ class Bottleneck(nn.Module):
   """1x1, 3x3, 1x1 to four times the width, plus the shortcut; activation after the sum.
 
   Subclasses may replace the 3x3 convolution, `spatial`.
-
-  Attributes:
-    width: channels of the first two convolutions.
-    stride: stride of the block, in the 3x3 convolution unless `stride_in_1x1`.
-    dilation: dilation of the 3x3 convolution.
-    shortcut: if the shape changes: "conv" (strided 1x1) or "avg_pool" (ResNet-D: 2x2 average
-      pooling, 1x1).
-    se_ratio: ratio of squeeze-and-excitation before the sum; 0: none.
-    stride_in_1x1: stride in the first convolution (the 2015 paper and Caffe's weights).
-    zero_init_last_scale: initializes the block as identity (arXiv:1706.02677, section 5.1).
-    pointwise_products: see `ConvNorm`.
   """
 
-  width: int
+  width: int  # channels of the first two convolutions
   norm: Callable[..., nn.Module]
-  stride: int = 1
-  dilation: int = 1
+  stride: int = 1  # in the 3x3 convolution (torchvision, timm) unless `stride_in_1x1`
+  dilation: int = 1  # of the 3x3 convolution
+  # if the shape changes: "conv" (strided 1x1), or "avg_pool" (ResNet-D: 2x2 average pooling, 1x1)
   shortcut: str = "conv"
-  se_ratio: float = 0.0
+  se_ratio: float = 0.0  # of squeeze-and-excitation before the sum; 0: none
   drop_path_rate: float = 0.0
   activation: str = "relu"
-  stride_in_1x1: bool = False
-  zero_init_last_scale: bool = True
-  pointwise_products: bool = False
+  stride_in_1x1: bool = False  # as in the 2015 paper and Caffe's weights
+  zero_init_last_scale: bool = True  # starts as identity (arXiv:1706.02677, section 5.1)
+  pointwise_products: bool = False  # see `ConvNorm`
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -253,8 +215,7 @@ class Bottleneck(nn.Module):
     stride = self.stride
     if self.shortcut == "avg_pool" and stride > 1:
       pooled = nn.avg_pool(x, (stride,) * 2, (stride,) * 2, "SAME", count_include_pad=False)
-      x = pooled.astype(x.dtype)
-      stride = 1
+      x, stride = pooled.astype(x.dtype), 1
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
   def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:
@@ -266,58 +227,39 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
   """Four stages of bottleneck blocks; returns the outputs of all.
 
-  Attributes:
-    blocks: blocks per stage; see `RESNET_BLOCKS`.
-    widths: bottleneck channels per stage; outputs have four times as many.
-    stem: see `Stem`.
-    stem_width: output channels of the stem.
-    shortcut: see `Bottleneck`, as for the other fields of this name.
-    se_stages: stages with squeeze-and-excitation.
-    norm: a kind of `norm_factory`.
-    norm_momentum: weight of the old running averages.
-    norm_epsilon: epsilon of the norms.
-    output_stride: 32; 16, 8 or 4 replace strides of the last stages by dilation, as in torchvision:
-      a stage's first block has the dilation of the previous stage (DC5: 16).
-    drop_path_rate: stochastic depth rate of the last block, linear from 0 in the first.
-    pointwise_products: see `ConvNorm`. Off for detectors, whose training curves are compared with
-      the reference's step by step.
-    remat_stages: stages with activation checkpointing of their blocks.
-    dtype: dtype of the computation. Parameters and statistics are float32.
+  Fields without a comment are those of `Bottleneck`.
   """
 
-  blocks: tuple[int, ...] = RESNET_BLOCKS[50]
-  widths: tuple[int, ...] = (64, 128, 256, 512)
-  stem: str = "conv7"
-  stem_width: int = 64
+  blocks: tuple[int, ...] = RESNET_BLOCKS[50]  # per stage
+  widths: tuple[int, ...] = (64, 128, 256, 512)  # bottleneck channels; outputs: four times as many
+  stem: str = "conv7"  # see `Stem`
+  stem_width: int = 64  # output channels of the stem
   shortcut: str = "conv"
   se_ratio: float = 0.0
-  se_stages: tuple[str, ...] = STAGES
+  se_stages: tuple[str, ...] = STAGES  # stages with squeeze-and-excitation
   activation: str = "relu"
-  norm: str = "batch_norm"
-  norm_momentum: float = 0.9
+  norm: str = "batch_norm"  # a kind of `norm_factory`
+  norm_momentum: float = 0.9  # weight of the old running averages
   norm_epsilon: float = 1e-5
+  # 32; 16, 8 or 4 replace strides of the last stages by dilation, as in torchvision: a stage's
+  # first block has the dilation of the previous stage (DC5: 16)
   output_stride: int = 32
   stride_in_1x1: bool = False
-  drop_path_rate: float = 0.0
+  drop_path_rate: float = 0.0  # of the last block, linear from 0 in the first
   zero_init_last_scale: bool = True
+  # off for detectors, whose training curves are compared with the reference's step by step
   pointwise_products: bool = False
-  remat_stages: tuple[str, ...] = ()
-  dtype: Dtype = "float32"
+  remat_stages: tuple[str, ...] = ()  # stages with activation checkpointing of their blocks
+  dtype: Dtype = "float32"  # of the computation; parameters and statistics are float32
 
   @nn.compact
   def __call__(
     self, images: Float[Array, "b h w c"], *, train: bool = False
   ) -> dict[str, Float[Array, "b _ _ _"]]:
-    """Returns the feature pyramid.
+    """Returns "c2" to "c5" of normalized images, with strides 4, 8, 16, 32, or `output_stride`.
 
-    Args:
-      images: normalized images.
-      train: batch norms use batch statistics (and update "batch_stats", which must be mutable);
-        stochastic depth uses the "dropout" stream.
-
-    Returns:
-      "c2" to "c5", with strides 4, 8, 16 and 32, at most `output_stride` (a quarter of that with
-      the stem "conv3").
+    The stem "conv3" has a quarter of these strides. With `train`, batch norms use batch statistics
+    (and update "batch_stats", which must be mutable); stochastic depth uses the "dropout" stream.
     """
     return self.pyramid(images, train=train)
 
@@ -332,22 +274,13 @@ class ResNet(nn.Module):
     names = ("shortcut", "activation", "stride_in_1x1", "zero_init_last_scale", "dtype")
     shared = {name: getattr(self, name) for name in (*names, "pointwise_products")}
     features = {}
-    for stage, strides in zip(STAGES, self._strides(), strict=True):
-      remat = stage in self.remat_stages
+    for stage, width, strides in zip(STAGES, self.widths, self._strides(), strict=True):
+      se_ratio, remat = self.se_ratio * (stage in self.se_stages), stage in self.remat_stages
+      of_stage = {**shared, "width": width, "norm": make_norm, "se_ratio": se_ratio}
       call = nn.remat(_call_block, static_argnums=(2,)) if remat else _call_block
       for index, (stride, dilation) in enumerate(strides):
-        block = self.block(
-          stage,
-          index,
-          width=self.widths[STAGES.index(stage)],
-          norm=make_norm,
-          stride=stride,
-          dilation=dilation,
-          se_ratio=self.se_ratio if stage in self.se_stages else 0.0,
-          drop_path_rate=next(rates),
-          name=f"{stage}_block{index}",
-          **shared,
-        )
+        own = {"stride": stride, "dilation": dilation, "drop_path_rate": next(rates)}
+        block = self.block(stage, index, **of_stage, **own, name=f"{stage}_block{index}")
         x = shard_batch(call(block, x, train))
       features[stage] = x
     return features
@@ -370,9 +303,8 @@ class ResNet(nn.Module):
     return stages
 
   def _norm_factory(self) -> Callable[..., nn.Module]:
-    return norm_factory(
-      self.norm, momentum=self.norm_momentum, epsilon=self.norm_epsilon, dtype=self.dtype
-    )
+    averages = {"momentum": self.norm_momentum, "epsilon": self.norm_epsilon}
+    return norm_factory(self.norm, **averages, dtype=self.dtype)
 
   def check(self) -> None:
     """Raises ValueError for fields that are unknown or do not fit together."""
@@ -383,10 +315,8 @@ class ResNet(nn.Module):
       if stage not in STAGES:
         raise ValueError(unknown_name("stage", stage, STAGES))
     for field in ("blocks", "widths"):
-      if len(getattr(self, field)) != len(STAGES):
-        raise ValueError(
-          f"{field}: {len(getattr(self, field))} entries; expected four, for c2 to c5"
-        )
+      if (count := len(getattr(self, field))) != len(STAGES):
+        raise ValueError(f"{field}: {count} entries; expected four, for c2 to c5")
     check_positive(self, "blocks", "widths", "stem_width")
     if self.output_stride not in (4, 8, 16, 32):
       raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {self.output_stride}")
@@ -395,7 +325,3 @@ class ResNet(nn.Module):
 def _call_block(block: nn.Module, x: jax.Array, train: bool) -> jax.Array:  # noqa: FBT001
   """Has a positional `train`: `nn.remat` identifies static arguments by position."""
   return block(x, train=train)
-
-
-def _float32_at_least(x: Float[Array, "..."]) -> Dtype:
-  return jnp.promote_types(x.dtype, jnp.float32)

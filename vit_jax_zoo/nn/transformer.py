@@ -26,36 +26,25 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-  """Dense, activation, dropout, dense, dropout.
-
-  Attributes:
-    hidden_dim: width of the hidden layer.
-    activation: a key of `ACTIVATIONS`.
-    dropout_rate: after the activation and after the output.
-    dtype: of the computation; parameters stay float32.
-  """
+  """Dense, activation, dropout, dense, dropout."""
 
   hidden_dim: int
-  activation: str = "gelu_tanh"
-  dropout_rate: float = 0.0
+  activation: str = "gelu_tanh"  # a key of `ACTIVATIONS`
+  dropout_rate: float = 0.0  # after the activation and after the output
   use_bias: bool = True
   kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
   bias_init: nn.initializers.Initializer = nn.initializers.normal(1e-6)
-  dtype: Dtype = jnp.float32
+  dtype: Dtype = jnp.float32  # of the computation; parameters stay float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
     """Applies the MLP to every position."""
     if self.activation not in ACTIVATIONS:
       raise ValueError(unknown_name("activation", self.activation, ACTIVATIONS))
-    dense = functools.partial(
-      nn.Dense,
-      use_bias=self.use_bias,
-      kernel_init=self.kernel_init,
-      bias_init=self.bias_init,
-      dtype=self.dtype,
-      dot_general=matrix_product if is_for_cpu() else None,
-    )
+    names = ("use_bias", "kernel_init", "bias_init", "dtype")
+    options: dict[str, Any] = {name: getattr(self, name) for name in names}
+    dot_general = matrix_product if is_for_cpu() else None
+    dense = functools.partial(nn.Dense, dot_general=dot_general, **options)
     hidden = checkpoint_name(dense(self.hidden_dim, name="hidden")(x), "mlp_hidden")
     hidden = ACTIVATIONS[self.activation](hidden)
     hidden = nn.Dropout(self.dropout_rate)(hidden, deterministic=not train)
@@ -83,7 +72,6 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 
 
 def _rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
-  """Wraps a lifted function `body(module, ...)` in the checkpoint policy `remat`."""
   if remat not in REMAT_POLICIES:
     raise ValueError(unknown_name("remat", remat, REMAT_POLICIES))
   saved = REMAT_POLICIES[remat]
@@ -107,24 +95,15 @@ class Stack(nn.Module):
   Scanned, parameters and intermediates are in `blocks/...` with a leading depth axis, and one layer
   is compiled (on CPUs see `UNROLLED_DEPTH`). Unrolled, they are in `block_0/...`, `block_1/...`.
   `weights.key_map` converts. `nn.share_scope(parent, stack)` puts them into the parent's own scope.
-
-  Attributes:
-    layer: makes a layer of the given `name`.
-    depth: number of layers.
-    scan: whether the layers are scanned.
-    remat: a key of `REMAT_POLICIES`.
-    scanned_name: name of the scanned layers.
-    layer_name: name of one unrolled layer, with {} for its number.
-    first: number of the first layer.
   """
 
-  layer: Callable[..., nn.Module]
-  depth: int
+  layer: Callable[..., nn.Module]  # makes a layer of the given `name`
+  depth: int  # number of layers
   scan: bool = True
-  remat: str = "none"
+  remat: str = "none"  # a key of `REMAT_POLICIES`
   scanned_name: str = "blocks"
-  layer_name: str = "block_{}"
-  first: int = 0
+  layer_name: str = "block_{}"  # of an unrolled layer, with {} for its number
+  first: int = 0  # number of the first layer
 
   @nn.compact
   def __call__(

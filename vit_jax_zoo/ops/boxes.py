@@ -23,10 +23,7 @@ def box_area(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
 
 
 def iou(a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]) -> Float[Array, "*#n"]:
-  """Returns the elementwise intersection over union, in [0, 1].
-
-  It is 0, without gradient, for two empty boxes, even if they are equal.
-  """
+  """Returns the elementwise IoU, in [0, 1]; 0, without gradient, for two empty boxes."""
   return _overlap(a_xyxy, b_xyxy)[0]
 
 

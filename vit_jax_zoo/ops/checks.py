@@ -4,13 +4,7 @@ from typing import Any
 
 
 def check_positive(owner: Any, *fields: str, hint: str = "") -> None:
-  """Raises ValueError for the first field that is not positive; None passes.
-
-  Args:
-    owner: the object with the fields.
-    *fields: names of numbers, or of non-empty tuples of positive numbers.
-    hint: end of the message.
-  """
+  """Raises ValueError for the first number, or tuple of numbers, not positive; None passes."""
   for field in fields:
     value = getattr(owner, field)
     if not _is_positive(value):

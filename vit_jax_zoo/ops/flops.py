@@ -17,12 +17,8 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
   A multiply-add counts as two. Elementwise operations, reductions and sorting are not counted, nor
   are products with padding or with the zeros of a dilated input, so that each gradient of a
   convolution costs what the convolution does. Rematerialised work counts each time; of a
-  conditional's branches, the most expensive counts.
-
-  Args:
-    function: a function that `jax.jit` accepts.
-    *args: arrays or `jax.ShapeDtypeStruct`s; nothing is computed.
-    **kwargs: as `args`.
+  conditional's branches, the most expensive counts. Arguments are arrays or
+  `jax.ShapeDtypeStruct`s; nothing is computed.
 
   Raises:
     ValueError: a while loop of unknown length contains matrix products.

@@ -11,15 +11,10 @@ def normalize_images(
   mean: float | Sequence[float] = 0.5,
   std: float | Sequence[float] = 0.5,
 ) -> Float[Array, "b h w c"]:
-  """Maps pixels in [0, 255] to float32 `(pixels / 255 - mean) / std`.
+  """Maps pixels in [0, 255] to float32 `(pixels / 255 - mean) / std`, by default in [-1, 1].
 
-  Runs inside the jitted step: images are transferred to the device as uint8.
-
-  Args:
-    images: uint8, or floats in [0, 255].
-    mean: of pixels in [0, 1], one value or one per channel. The defaults map to [-1, 1], as for
-      ViT; ResNets use `constants.IMAGENET_MEAN`.
-    std: standard deviation, as `mean`.
+  Runs inside the jitted step: images are transferred to the device as uint8. `mean` and `std` have
+  one value, or one per channel.
 
   Raises:
     ValueError: `mean` or `std` has another number of channels than the images.
@@ -49,8 +44,6 @@ def _per_channel(
 ) -> Float[Array, "1 1 1 #c"]:
   array = jnp.asarray(value, jnp.float32)
   if array.ndim > 1 or array.size not in (1, channels):
-    raise ValueError(
-      f"image_{name}: {array.size} values for images with {channels} channels; expected one or "
-      f"{channels}"
-    )
+    given = f"{array.size} values for images with {channels} channels"
+    raise ValueError(f"image_{name}: {given}; expected one or {channels}")
   return array.reshape(1, 1, 1, -1)

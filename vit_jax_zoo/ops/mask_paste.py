@@ -1,7 +1,4 @@
-"""Pasting of box masks into images; numpy, on the host.
-
-A mask of m x m values covers its box, interpolated between pixel centres, 0 outside.
-"""
+"""Pasting of box masks into images; numpy, on the host."""
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -15,17 +12,11 @@ def paste_masks(
   threshold: float = 0.5,
   convention: str = "exact",
 ) -> Bool[np.ndarray, "n h w"]:
-  """Returns the binary mask of each box in the image.
+  """Returns each box's mask: pixels with a probability above the threshold ("exact": or at it).
 
-  Args:
-    masks: probabilities.
-    boxes_xyxy: boxes in pixels of the image, right and bottom exclusive; parts outside the image
-      are cropped.
-    image_size: height and width.
-    threshold: minimum probability, exclusive except for "exact".
-    convention: "exact": samples the mask at each pixel's centre (Detectron2). "detectron" expands
-      boxes by one mask pixel of zeros, then to whole pixels; so does "torchvision", which takes
-      right and bottom as inclusive.
+  A mask covers its box, in pixels, interpolated between pixel centres. Conventions: "exact" samples
+  the mask at each pixel's centre (Detectron2). "detectron" expands boxes by one mask pixel of
+  zeros, then to whole pixels; so does "torchvision", which takes right and bottom as inclusive.
   """
   pasted = np.zeros((len(masks), *image_size), bool)
   for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):

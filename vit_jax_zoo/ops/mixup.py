@@ -18,21 +18,13 @@ UNITS = ("batch", "example")
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-  """Settings of mixup and CutMix.
+  """Settings of mixup and CutMix."""
 
-  Attributes:
-    mixup_alpha: of mixup's Beta distribution; None or 0: no mixup.
-    cutmix_alpha: of CutMix's Beta distribution; None or 0: no CutMix.
-    probability: of mixing (timm's `mixup_prob`).
-    cutmix_share: probability of CutMix if both are on (timm's `mixup_switch_prob`).
-    unit: one draw for each "batch" (big_vision, timm's default) or each "example" (timm's `elem`).
-  """
-
-  mixup_alpha: float | int | None = None
-  cutmix_alpha: float | int | None = None
-  probability: float | int = 1.0
-  cutmix_share: float | int = 0.5
-  unit: str = "batch"
+  mixup_alpha: float | int | None = None  # of mixup's Beta distribution; None or 0: no mixup
+  cutmix_alpha: float | int | None = None  # of CutMix's Beta distribution; None or 0: no CutMix
+  probability: float | int = 1.0  # of mixing (timm's `mixup_prob`)
+  cutmix_share: float | int = 0.5  # of CutMix if both are on (timm's `mixup_switch_prob`)
+  unit: str = "batch"  # of one draw: "batch" (big_vision, timm) or "example" (timm's `elem`)
 
   def __post_init__(self) -> None:
     if self.unit not in UNITS:
@@ -59,14 +51,9 @@ def mix_examples(
   rng: jax.Array,
   mixing: Mixing,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
-  """Returns mixed images, and their targets mixed by the same fractions.
+  """Returns mixed images, and their targets (label weights) mixed by the same fractions.
 
-  Args:
-    images: normalised or not.
-    targets: label weights.
-    mask: True for real examples; padding and its successor are not mixed.
-    rng: a key.
-    mixing: settings, of which one is on.
+  `mask` is True for real examples; padding and its successor are not mixed.
   """
   shares, from_self = _draw(rng, images.shape[0], (images.shape[1], images.shape[2]), mixing)
   whole = ~(mask & jnp.roll(mask, 1))
@@ -110,8 +97,7 @@ def _cut(
   """Samples boxes for the neighbour: the fraction outside each, and a mask of the outside."""
   share_rng, row_rng, column_rng = jax.random.split(rng, 3)
   side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha, (draws,)))
-  rows = _covered(row_rng, side, size[0])
-  columns = _covered(column_rng, side, size[1])
+  rows, columns = _covered(row_rng, side, size[0]), _covered(column_rng, side, size[1])
   outside = 1.0 - (rows[:, :, None] & columns[:, None, :])
   # A box is cut off at the edge: the labels follow the pixels.
   return jnp.mean(outside, axis=(1, 2)), outside

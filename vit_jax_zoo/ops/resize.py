@@ -103,10 +103,8 @@ def find_grid(
 ) -> tuple[int, tuple[int, int]] | None:
   """Returns the number of rows before a position table's grid, and the grid; None if none fits.
 
-  Args:
-    rows: of the table.
-    leading: numbers of rows of other tokens to try, in this order.
-    *grids: height and width to try, in this order; None: square.
+  `leading` are numbers of rows of other tokens to try, in this order; `grids` heights and widths,
+  None for a square.
   """
   for grid, first in itertools.product(grids, leading):
     height, width = grid or (math.isqrt(rows - first),) * 2
@@ -121,13 +119,7 @@ def resize_position_grid(
   new_grid: tuple[int, int],
   method: str = "corner_aligned",
 ) -> Float[np.ndarray, "m d"]:
-  """Resizes the position embeddings of a grid of tokens.
-
-  Args:
-    table: one row for each token of the old grid, row by row, without those of other tokens.
-    old_grid: height and width of the table's grid.
-    new_grid: height and width of the result's grid.
-    method: a key of `METHODS`.
+  """Resizes a table with a row for each token of a grid (height, width), without other tokens.
 
   Raises:
     ValueError: the method is unknown, or the table does not have old_grid's rows.

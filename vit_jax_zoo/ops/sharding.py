@@ -27,8 +27,7 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
   """Returns `function(*args)`, computed by each device for its own part of the batch.
 
   For loops over single examples whose length depends on the data, on every round of which the
-  devices would synchronise otherwise. If the batch is not split, calls the function. The first axis
-  of all arrays that it takes and returns is the example.
+  devices would synchronise otherwise. All arrays have the example as their first axis.
   """
   axes = _splitting_axes(args[0].shape[0])
   if not axes:
