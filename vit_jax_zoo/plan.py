@@ -25,9 +25,8 @@ from vit_jax_zoo.config import load_with_overrides
 from vit_jax_zoo.errors import escape_controls
 from vit_jax_zoo.planning import page
 from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
-from vit_jax_zoo.planning.plan import Plan, make_plan
+from vit_jax_zoo.planning.plan import Plan, best, make_plan, search
 from vit_jax_zoo.planning.report import mesh, report, table
-from vit_jax_zoo.planning.search import best, search
 
 FLAGS = flags.FLAGS
 

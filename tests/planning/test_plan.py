@@ -20,13 +20,16 @@ from vit_jax_zoo.planning.hardware import find_machine, find_topology
 from vit_jax_zoo.planning.plan import (
   Memory,
   activation_bytes,
+  best,
   compile_text,
   device_bytes,
   make_plan,
+  meshes,
   needed_memory,
+  remat_policies,
+  search,
 )
 from vit_jax_zoo.planning.report import report, table
-from vit_jax_zoo.planning.search import best, meshes, remat_policies, search
 from vit_jax_zoo.training.sharding import ShardingRuleError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -210,7 +213,7 @@ def test_a_search_takes_the_first_rung_that_fits_and_leaves_out_what_cannot_be(
     tried.append((dict(config.sharding.mesh), config.model.remat))
     return dataclasses.replace(plan, fits=config.model.remat == "dots", overrides=overrides)
 
-  monkeypatch.setattr("vit_jax_zoo.planning.search.make_plan", fake)
+  monkeypatch.setattr("vit_jax_zoo.planning.plan.make_plan", fake)
   config = tiny("--config.model.remat=full")
   plans = list(search(config, machine, name="tiny"))
   assert [remat for _, remat in tried] == ["none", "dots"] * (len(tried) // 2)
@@ -221,7 +224,7 @@ def test_a_search_takes_the_first_rung_that_fits_and_leaves_out_what_cannot_be(
   def broken(*args, **kwargs):
     raise ValueError("unknown field of vit_ti16 'widht'")
 
-  monkeypatch.setattr("vit_jax_zoo.planning.search.make_plan", broken)
+  monkeypatch.setattr("vit_jax_zoo.planning.plan.make_plan", broken)
   with pytest.raises(ValueError, match="widht"):
     list(search(config, machine, name="tiny"))
 

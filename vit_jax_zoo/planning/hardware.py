@@ -85,10 +85,8 @@ class Machine:
 def find_machine(platform: str, topology: str | None = None) -> Machine:
   """Returns the devices of one of `PLATFORMS`; "tpu" needs libtpu and a `topology`, but no TPU.
 
-  Raises:
-    ValueError: unknown platform or topology.
-    ImportError: libtpu is missing.
-    RuntimeError: there is no such device here.
+  Raises ValueError for an unknown platform or topology, ImportError without libtpu, RuntimeError
+  without such a device.
   """
   if platform not in PLATFORMS:
     raise ValueError(unknown_name("platform", platform, PLATFORMS))
@@ -116,9 +114,6 @@ def find_topology(name: str | None) -> str:
   """Returns the topology of a slice, given as one or as an accelerator type of Google Cloud.
 
   The latter counts the chips of v5e and v6e, and the two cores of each chip of other versions.
-
-  Raises:
-    ValueError: unknown TPU version or accelerator type.
 
   >>> find_topology("v5litepod-16"), find_topology("v5p-128"), find_topology("v5e:4x4")
   ('v5e:4x4', 'v5p:4x4x4', 'v5e:4x4')

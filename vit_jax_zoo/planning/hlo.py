@@ -35,7 +35,6 @@ _FREE = (
 _WHOLE = ("broadcast", "iota", "copy-start", "all-gather-start", "collective-permute-start")
 """Instructions of which only the result counts; for the last three it includes the bytes read."""
 
-_BITS = re.compile(r"[a-z]+(\d+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%?([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.-]+)")
@@ -102,11 +101,7 @@ class Traffic:
 
 
 def traffic(text: str) -> Traffic:
-  """Returns the traffic of an optimised HLO module, given as XLA prints it.
-
-  Raises:
-    ValueError: it has no entry computation.
-  """
+  """Returns the traffic of an optimised HLO module, given as XLA prints it."""
   module = parse(text)
   return _traffic(module, module.entry, 1, fused=False)
 
@@ -177,14 +172,14 @@ def shape_bytes(shape: str, *, main_memory: bool = False) -> float:
   for kind, sides, layout in _ARRAY.findall(shape):
     if main_memory and re.search(r"S\([1-9]", layout):
       continue
-    bits = _BITS.match(kind)
+    bits = re.match(r"[a-z]+(\d+)", kind)
     size = int(bits[1]) / 8 if bits else {"pred": 1, "token": 0, "opaque": 0}.get(kind, 0)
     total += size * math.prod(int(side) for side in sides.split(",") if side)
   return total
 
 
+# Instructions whose computations count on their own; those of others are one instruction.
 _RUNNING = ("while", "call", "async-start")
-"""Instructions whose computations count on their own; those of others are one instruction."""
 
 
 def _traffic(module: Module, name: str, times: int, *, fused: bool) -> Traffic:

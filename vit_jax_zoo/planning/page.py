@@ -56,11 +56,7 @@ def recipes() -> list[str]:
 
 
 def rows() -> tuple[list[Row], dict[str, str]]:
-  """Returns the rows of the page, and the recipes without a row with the reason.
-
-  Raises:
-    ValueError: `docs/slices.toml` has no section for a recipe.
-  """
+  """Returns the rows of the page, and the recipes without a row with the reason."""
   sections = tomllib.loads(SLICES.read_text(encoding="utf-8"))["slice"]
   found, without = [], {}
   for recipe in recipes():
@@ -81,9 +77,8 @@ def rows() -> tuple[list[Row], dict[str, str]]:
 def compile_all(pattern: str, time_limit: int, level: str | None = None) -> int:
   """Compiles the rows whose key matches, and that are missing or out of date; writes the page.
 
-  The time limit is in seconds per row. `level` is XLA's optimization level, such as "O1"; None is
-  its default, at which rows of another level are compiled again. Returns the exit status: 1 if a
-  row does not fit or failed to compile, else 0.
+  The time limit is in seconds per row. At XLA's default `level`, None, rows of another level are
+  compiled again. Returns the exit status: 1 if a row does not fit or failed to compile, else 0.
   """
   failed = False
   for row in rows()[0]:
@@ -242,16 +237,17 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _flags(of_system: Sequence[Row]) -> list[str]:
-  lines = [
-    f"* `{row.config.partition(':')[2]}` on {row.topology}: `{' '.join(row.overrides)}`"
-    for row in of_system
-    if row.overrides
-  ]
+  flagged = [row for row in of_system if row.overrides]
+  lines = [f"* {_name(row)} on {row.topology}: `{' '.join(row.overrides)}`" for row in flagged]
   return ["Flags:", "", *lines, ""] if lines else []
 
 
+def _name(row: Row) -> str:
+  return f"`{row.config.partition(':')[2]}`"
+
+
 def _cells(row: Row, result: Mapping[str, Any] | None) -> list[str]:
-  name = f"`{row.config.partition(':')[2]}`"
+  name = _name(row)
   if result is None or "error" in result:
     state = "not compiled yet" if result is None else f"not compiled: {result['error']}"
     return [name, row.topology, state, *[""] * (len(COLUMNS) - 3)]

@@ -1,11 +1,12 @@
 """Compiles a config's training step for a machine: memory, FLOPs, traffic, lower bound on time.
 
-The bound is a roofline: it assumes perfect overlap of compute, memory and network, every matrix
-product at peak rate, rings that use all links of a chip, and an input pipeline that keeps up.
+The bound is a roofline; `report.ASSUMPTIONS` lists its assumptions. `search` compares meshes.
 """
 
 import contextlib
+import copy
 import dataclasses
+import math
 import pathlib
 import re
 import tempfile
@@ -19,13 +20,15 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import trainer
+from vit_jax_zoo.config import complete
 from vit_jax_zoo.data import fake_data
+from vit_jax_zoo.nn.transformer import REMAT_POLICIES
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.hardware import Chip, Machine
 from vit_jax_zoo.tasks.base import LossContext, OptimGroup
 from vit_jax_zoo.training.compiled_steps import Program
-from vit_jax_zoo.training.sharding import batch_ways
+from vit_jax_zoo.training.sharding import ShardingRuleError, batch_ways
 
 SECONDS_PER_DAY = 86_400
 
@@ -123,11 +126,8 @@ def make_plan(
 ) -> Plan:
   """Compiles the training step of a complete config for a machine.
 
-  The plan stores `name` and `overrides` of the config. `compile_step=False` skips everything that
-  needs the compiler.
-
-  Raises:
-    ValueError: one line, about an invalid config.
+  `compile_step=False` skips everything that needs the compiler. Raises ValueError, one line, about
+  an invalid config.
   """
   parts = trainer.build(config, machine.devices, fake_data.load)
   kinds = parts.batch_shapes()
@@ -173,7 +173,6 @@ def make_plan(
 
 
 def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) -> Plan:
-  """Returns the plan with the compiler's figures."""
   start, cpu_start = time.perf_counter(), time.process_time()
   with jax.set_mesh(program.mesh):
     lowered = program.train_step.lower(program.abstract_state, program.abstract_batch)
@@ -221,11 +220,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
 def compile_text(lowered: Any) -> tuple[Any, str]:
   """Compiles a lowered program; returns it, and its optimised HLO text.
 
-  jaxlib cannot always print libtpu's programs, so XLA dumps them to files, of which the largest is
-  the program.
-
-  Raises:
-    jax.errors.JaxRuntimeError: it does not compile.
+  jaxlib cannot always print libtpu's programs: the largest file that XLA dumps is the program.
   """
   with _without_cache(), tempfile.TemporaryDirectory() as folder:
     compiled = lowered.compile({"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
@@ -247,10 +242,7 @@ def _without_cache() -> Iterator[None]:
 
 
 def needed_memory(message: str, memory: Memory) -> float | None:
-  """Returns the bytes that a step would need; None if XLA's message lacks them.
-
-  XLA's error for a program that does not fit has the total, or the temporaries.
-  """
+  """Returns the bytes that a step would need: its total or temporaries in XLA's error, or None."""
   total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
   found = total or re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)
   if found is None:
@@ -262,12 +254,8 @@ def needed_memory(message: str, memory: Memory) -> float | None:
 
 def device_bytes(tree: Any) -> float:
   """Returns the bytes per device of a tree of shapes with shardings."""
-  return float(
-    sum(
-      np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=float) * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(tree)
-    )
-  )
+  leaves = jax.tree.leaves(tree)
+  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
 def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
@@ -332,3 +320,60 @@ def _image_shape(batch: Mapping[str, np.ndarray]) -> tuple[int, ...]:
   """Returns the shape of the largest array of an example."""
   largest = batch["image"] if "image" in batch else max(batch.values(), key=lambda v: v.size)
   return tuple(int(side) for side in largest.shape[1:])
+
+
+def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]:
+  """Yields plans as they are made: for each mesh the first, fastest remat policy that fits.
+
+  Meshes that cannot split the batch or the model's layers are skipped. Raises ValueError, one line,
+  about a config that is invalid on every mesh.
+  """
+  for sizes in meshes(config, len(machine.devices)):
+    for remat in remat_policies(config):
+      candidate = copy.deepcopy(complete(config))
+      overrides = [f"--config.sharding.mesh.{axis}={size}" for axis, size in sizes.items()]
+      candidate.sharding.mesh = dict(sizes)
+      if remat is not None:
+        candidate.model.remat = remat
+        overrides.append(f"--config.model.remat={remat}")
+      try:
+        plan = make_plan(candidate, machine, name=name, overrides=overrides)
+      except ShardingRuleError:
+        break  # heads or hidden units are no multiple of the axis
+      yield plan
+      if plan.fits:
+        break
+
+
+def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
+  """Returns the meshes to try, the config's own first; none twice, none that splits no batch.
+
+  >>> meshes(ConfigDict({"batch_size": 4}), 8)
+  [{'data': 4, 'fsdp': 1, 'model': 2}, {'data': 1, 'fsdp': 4, 'model': 2}, \
+{'data': 2, 'fsdp': 1, 'model': 4}, {'data': 1, 'fsdp': 2, 'model': 4}]
+  """
+  own = dict(complete(config).sharding.mesh)
+  rest = num_devices // math.prod(size for size in own.values() if size != -1)
+  tried = [{axis: rest if size == -1 else size for axis, size in own.items()}]
+  for model in (1, 2, 4):
+    ways = num_devices // model
+    tried += [{"data": d, "fsdp": ways // d, "model": model} for d in (ways, 1) if ways]
+  parts = config.get("accumulation_steps") or 1
+  found = []
+  for sizes in tried:
+    ways = sizes["data"] * sizes["fsdp"]
+    fits = ways * sizes["model"] == num_devices and config.batch_size % (ways * parts) == 0
+    if fits and sizes not in found:
+      found.append(sizes)
+  return found
+
+
+def remat_policies(config: ConfigDict) -> list[str | None]:
+  """Returns the remat policies to try; [None] for models without the field."""
+  return list(REMAT_POLICIES) if config.model.get("remat") is not None else [None]
+
+
+def best(plans: list[Plan]) -> Plan | None:
+  """Returns the fastest plan that fits; of equal ones, that with most free memory."""
+  fitting = [plan for plan in plans if plan.fits]
+  return min(fitting, key=lambda p: (p.step_seconds or 0.0, p.memory.peak), default=None)
