@@ -6,8 +6,6 @@ with "Conv_Body.".
 
 Queries and keys of a self-transformer share one convolution, which the file has twice, as `conv_qs`
 and `conv_ks`. Kernels that the code never uses are parameters here, too.
-
-Paths are relative to `params`; those of running statistics begin with "batch_stats/".
 """
 
 import dataclasses
@@ -39,12 +37,8 @@ from vit_jax_zoo.weights.torch_layouts import (
   layer_rows,
 )
 
-FINEST = 2
-"""Number of the finest level in the file: p2."""
-LEVELS = 4
-
-BODY = "Conv_Body."
-"""Prefix of the keys in a detector."""
+FINEST, LEVELS = 2, 4  # the file's levels are p2 to p5
+BODY = "Conv_Body."  # prefix of the keys in a detector
 
 IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
 """Keys that may remain unread: counters, second names of shared convolutions (compared separately),

@@ -13,6 +13,7 @@ import numpy as np
 
 from vit_jax_zoo.systems.fpt import weights_official as fpt_pt
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
+from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -23,8 +24,7 @@ PREPROCESS = Preprocess(
   (1000, 1000), detectron.IMAGE_MEAN, detectron.IMAGE_STD, "shorter_side", "bilinear", max_side=1400
 )
 """Shorter side 1000, longer at most 1400, as in the code's test configs."""
-COCO_OUTPUTS = 81
-"""Number of classes of COCO detectors, background included."""
+COCO_OUTPUTS = 81  # of COCO detectors, background included
 
 _OUTPUTS = {"Box_Outs.cls_score": 1, "Box_Outs.bbox_pred": 4, "Mask_Outs.classify": 1}
 
@@ -57,9 +57,10 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   neck = fpt_pt.infer_fields(published, prefix=fpt_pt.BODY, source=source)
   width = neck.pop("width")
   box, flat = _box_head(published)
+  sizes = resnet.infer_fields(published, detectron.LAYOUT, source, detectron.BODY)
   fields: dict[str, Any] = {
     "num_classes": len(published["Box_Outs.cls_score.bias"]) - 1,
-    "backbone": _backbone(published),
+    "backbone": {**sizes, "stride_in_1x1": True},
     "neck": "fpt",
     "neck_fields": neck,
     "width": width,
@@ -73,11 +74,9 @@ def infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, 
   if "Mask_Outs.classify.bias" in published:
     middle = [k for k in published if re.fullmatch(r"Mask_Head\.conv_fcn\.\d+\.weight", k)]
     convs = 2 + sum(published[k].ndim == 4 for k in middle)
-    channels = len(published["Mask_Head.upconv.bias"])
+    sizes = {"num_convs": convs, "width": len(published["Mask_Head.upconv.bias"])}
     fields["mask_pool_size"] = round(len(published["Mask_Head.mask_fc.0.bias"]) ** 0.5) // 2
-    fields["mask_head"] = {
-      "norm": "group_norm", "fused": True, "num_convs": convs, "width": channels
-    }  # fmt: skip
+    fields["mask_head"] = {"norm": "group_norm", "fused": True, **sizes}
   return fields
 
 
@@ -90,17 +89,6 @@ def _box_head(published: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], int]
   convs = 1 + sum(published[k].ndim == 4 for k in middle)
   dense, flat = published["Box_Head.fc.weight"].shape
   return {"norm": "group_norm", "num_convs": convs, "num_dense": 1, "width": dense}, flat
-
-
-def _backbone(published: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  blocks, widths = [], []
-  for stage in range(2, 6):
-    first = f"{detectron.BODY}res{stage}.{{}}.conv1.weight"
-    widths.append(len(published[first.format(0)]))
-    blocks.append(sum(first.format(i) in published for i in range(len(published))))
-  stem = len(published[f"{detectron.BODY}res1.conv1.weight"])
-  sizes = {"blocks": tuple(blocks), "widths": tuple(widths), "stem_width": stem}
-  return {**sizes, "stride_in_1x1": True}
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
@@ -138,7 +126,7 @@ def write_checkpoint(path: str, export: Export) -> None:
 def _check(fields: Mapping[str, Any]) -> None:
   given = {**fields, "variant": (fields["neck_fields"] or {}).get("variant", "paper")}
   wanted = {"neck": "fpt", "adaptive": True, "convention": "detectron", "backbone_kind": "resnet"}
-  wanted |= {"variant": "official"}
+  wanted["variant"] = "official"
   other = [f"{k}={given[k]!r}" for k, value in wanted.items() if given[k] != value]
   backbone = fields["backbone"] or {}
   if backbone.get("norm", "frozen_batch_norm") != "frozen_batch_norm":

@@ -1,21 +1,14 @@
 """State dicts of Detectron.pytorch's R-CNNs, FPT's official code included; COCO's class ids.
 
-    Conv_Body.conv_body.res2.0.conv1.weight   Caffe's ResNet, with norms folded to weight and bias
-    Conv_Body....                             the pyramid
-    RPN.FPN_RPN_conv.weight                   the first stage
-    Box_Head.... Box_Outs....                 the second stage
-    Mask_Head.... Mask_Outs....               the masks
-
 Differences from ours: images are BGR (the first convolution's input channels are reversed), the
 background is the first class (here the last), and crops are flattened channel first.
 
 Class ids of COCO are 1 to 90 with gaps, as in `data.sources.coco`: files with 81 outputs
 (Detectron, without gaps) or 91 (torchvision, with gaps) get outputs for the unused ids. Otherwise
 the file's class 1 is class 0 here.
-
-Paths are relative to `params`; those of running statistics begin with "batch_stats/".
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,16 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from vit_jax_zoo.data.sources.coco import THINGS, names_by_id
-from vit_jax_zoo.weights.backbones import Backbone
-from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform
+from vit_jax_zoo.weights import backbones as resnet
+from vit_jax_zoo.weights.key_map import KEEP, Array, Flat, Row, Transform
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, DENSE, layer_rows, norm_rows
 
-IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
-"""RGB mean for `normalize_images`."""
+IMAGE_MEAN = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)  # RGB, for `normalize_images`
 IMAGE_STD = (1 / 255, 1 / 255, 1 / 255)
 
-NORM_EPSILON = 1e-5
-"""Epsilon of our norms; Caffe's folded norms have neither epsilon nor variance."""
+NORM_EPSILON = 1e-5  # of our norms; Caffe's folded norms have neither epsilon nor variance
 UNIT_VARIANCE = np.float32(1 - NORM_EPSILON)
 
 FIRST_CONVOLUTION = Transform(
@@ -73,28 +64,20 @@ def flattened_crops(side: int) -> Transform:
   return Transform(read_array, write_array)
 
 
-BODY = "Conv_Body.conv_body."
-"""Prefix of the backbone's keys in a detector."""
+BODY = "Conv_Body.conv_body."  # prefix of the backbone's keys in a detector
+
+
+LAYOUT = dataclasses.replace(
+  resnet.TORCHVISION,
+  stem=("res1.conv1", "res1.bn1"),
+  block=tuple(f"res{stage}.{{b}}" for stage in range(2, 6)),
+)
 
 
 def backbone_rows(ours: str = "backbone/") -> list[Row]:
   """Rows of Caffe's ResNet after `unfold_norms`."""
-
-  def folded(theirs: str, path: str, transform: Transform, norm: str) -> list[Row]:
-    return [
-      Row(f"{BODY}{theirs}.weight", f"{ours}{path}/conv/kernel", transform),
-      *norm_rows(f"{BODY}{norm}", f"{STATISTICS}{ours}{path}/norm"),
-      Row(f"{BODY}{norm}.running_mean", f"{STATISTICS}{ours}{path}/norm/mean"),
-      Row(f"{BODY}{norm}.running_var", f"{STATISTICS}{ours}{path}/norm/var"),
-    ]
-
-  rows = folded("res1.conv1", "stem/conv1", FIRST_CONVOLUTION, "res1.bn1")
-  for stage in range(2, 6):
-    theirs, path = f"res{stage}.{{b}}.", f"c{stage}_block{{b}}"
-    names = [(f"conv{i}", f"conv{i}", f"bn{i}") for i in (1, 2, 3)]
-    for conv, name, norm in (*names, ("downsample.0", "shortcut", "downsample.1")):
-      rows += folded(f"{theirs}{conv}", f"{path}/{name}", CONVOLUTION, f"{theirs}{norm}")
-  return rows
+  first, *others = resnet.rows(LAYOUT, BODY, ours)
+  return [Row(first.published, first.ours, FIRST_CONVOLUTION), *others]
 
 
 def proposal_rows() -> list[Row]:
@@ -195,7 +178,7 @@ _BRANCHES = {"2a": ("conv1", "bn1"), "2b": ("conv2", "bn2"), "2c": ("conv3", "bn
 _IGNORE = (r"conv1_b", r"(pred|fc1000)_[wb]", r".*_momentum", r"lr|weight_order")
 
 
-def recognize_backbone(arrays: Flat) -> Backbone | None:
+def recognize_backbone(arrays: Flat) -> resnet.Backbone | None:
   """Returns the backbone of one of Caffe's files or of a detector of Detectron.pytorch's.
 
   Caffe                conv1_w, res2_0_branch2a_w, ...bn_s, ...bn_b   R-50.pkl, R-101.pkl
@@ -209,7 +192,7 @@ def recognize_backbone(arrays: Flat) -> Backbone | None:
     ignore = (rf"(?!{re.escape(BODY)}).*",)
   else:
     return None
-  return Backbone(unfold_norms(arrays), backbone_rows(ours=""), ignore)
+  return resnet.Backbone(unfold_norms(arrays), backbone_rows(ours=""), ignore)
 
 
 def _detectron_key(blob: str) -> str:
@@ -228,8 +211,7 @@ def _detectron_key(blob: str) -> str:
 IDS = sorted(THINGS)
 NUM_CLASSES = IDS[-1] + 1
 NAMES = names_by_id(THINGS)
-UNUSED = -20.0
-"""Bias of outputs without class: they are never predicted, and remain trainable."""
+UNUSED = -20.0  # bias of outputs without class: they are never predicted, and remain trainable
 
 _LAYOUTS = {len(IDS) + 1: IDS, NUM_CLASSES: list(range(1, NUM_CLASSES))}
 """Outputs -> class ids after the background: Detectron's without, torchvision's with gaps."""

@@ -1,13 +1,7 @@
 """torchvision's Faster and Mask R-CNN: `fasterrcnn_resnet50_fpn_coco-258fb6c6.pth` and its sister.
 
-    backbone.body.layer1.0.conv1.weight        its ResNet, norms frozen
-    backbone.fpn.inner_blocks.0.0.weight       the pyramid, finest level first; older files have
-                                               no ".0" behind the level
-    rpn.head.conv.0.0.weight  rpn.head.conv.weight                     the first stage, new and old
-    roi_heads.box_head.fc6.weight  roi_heads.box_predictor....         the second stage
-    roi_heads.mask_head.0.0.weight  roi_heads.mask_head.mask_fcn1....  masks, new and old
-
-Version 2 of both, with norms and convolutions in their heads, is another network, and is refused.
+Newer files have "conv.0.0" for "conv", and ".0" behind the numbers of layers and levels. Version 2
+of both, with norms and convolutions in their heads, is another network, and is refused.
 """
 
 import dataclasses
@@ -36,8 +30,7 @@ _OUTPUTS = {
 }
 PREPROCESS = dataclasses.replace(DETECTION, interpolation="tf_bilinear", rounding="floor")
 """Shorter side 800, longer at most 1333, without antialiasing."""
-COCO_OUTPUTS = 91
-"""Number of classes of COCO detectors, background included."""
+COCO_OUTPUTS = 91  # of COCO detectors, background included
 
 
 def rows(pool_size: int = 7) -> tuple[Row, ...]:
