@@ -1,10 +1,7 @@
 """Image GPT. Chen et al., "Generative Pretraining from Pixels", ICML 2020.
 
-A GPT-2 decoder over the pixels of a small image in raster order, each quantized to the nearest of
-512 colours. From OpenAI's code and not in the paper: norms only scale (RMS norm, no bias), GELU is
+From OpenAI's code and not in the paper: norms only scale (RMS norm, no bias), GELU is
 x sigmoid(1.702 x), no layer has a bias, and the output matrix is not the transposed embedding.
-Hugging Face's port adds biases (`use_bias`), and its classifier reads the pixels unshifted
-(`sos_token=False`).
 """
 
 import functools
@@ -84,10 +81,10 @@ class ImageGPT(nn.Module):
     visible: Bool[Array, "b n"] | None = None,
     train: bool = False,
   ) -> dict[str, Array]:
-    """Predicts pixels; the result is that of `from_tokens`, and `tokens` int32 [b n], the colours.
+    """Returns the result of `from_tokens`, and `tokens` int32 [b n], the colours.
 
-    Images are in [-1, 1] and have exactly `num_positions` pixels, of which a model with
-    `causal=False` reads those that are `visible`. `train` has no effect: there is no dropout.
+    Images are in [-1, 1], with `num_positions` pixels, of which a model with `causal=False` reads
+    those that are `visible`. `train` has no effect: there is no dropout.
     """
     del train
     tokens = self.encode(images)
@@ -191,10 +188,7 @@ class DecoderBlock(nn.Module):
   def __call__(
     self, x: Float[Array, "b n d"], past_length: Int[Array, ""] | None = None
   ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-    """Returns the output, and the mean over positions of attention's input.
-
-    The latter, in float32, is the feature of a linear probe at this depth (section 2.4).
-    """
+    """Returns the output, and attention's mean input, a feature of linear probes (section 2.4)."""
     x, width = shard_batch(x), x.shape[-1]
     norm = functools.partial(nn.RMSNorm, epsilon=EPSILON, dtype=self.dtype)
     y = norm(name="attention_norm")(x)

@@ -28,9 +28,8 @@ def nearest_cluster(
 ) -> Int[Array, "b h w"]:
   """Returns the index of the nearest colour of each pixel, in [-1, 1], the first of equals.
 
-  Squared differences are summed channel by channel: without a matrix product, the result is exact
-  on accelerators that multiply matrices in 16 bits; there is no array over pixels x colours x
-  channels, and XLA fuses the rest into the argmin.
+  Summed channel by channel: exact on accelerators that multiply matrices in 16 bits, without an
+  array over pixels x colours x channels; XLA fuses the rest into the argmin.
   """
   distances = jnp.zeros((), jnp.float32)
   for channel in range(3):

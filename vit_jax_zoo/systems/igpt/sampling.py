@@ -30,12 +30,9 @@ def complete(
 ) -> Int[Array, "b n"]:
   """Samples the pixels of each image from its length on. For use inside `jax.jit`.
 
-  The cache holds keys and values of all positions, so that a pixel costs one position's work. The
-  given pixels pass the model together. Scanned layers are unrolled up to `UNROLLED_DEPTH`: a scan
-  would copy each layer's weights and cache, and of one position the work is mostly to read them.
-
-  `tokens` are images as colours, of each of which the first `lengths` pixels are given. The model
-  is causal and has a start token; for `temperature` and `top_k` see `sample_token`.
+  `tokens` are images as colours, of each of which the first `lengths` pixels are given. Scanned
+  layers are unrolled up to `UNROLLED_DEPTH`: a scan would copy each layer's weights and cache, and
+  of one position the work is mostly to read them.
   """
   if not model.shifts:
     raise ValueError("causal, sos_token: False; expected a causal model with a start token")
@@ -75,12 +72,8 @@ def continue_sequences(
 ) -> Int[Array, "b n"]:
   """Samples each row of `tokens` from its length on, and keeps what comes before.
 
-  One loop from the shortest length to the end. It is a `fori_loop` and not a scan over all
-  positions that skips the given ones: XLA copies the whole cache in and out of the branch that
-  would skip.
-
-  The cache is that of all positions before the shortest length. The key is folded with each
-  position; `sample` is `sample_token` with its defaults if None.
+  The loop begins at the shortest length, up to which the cache is filled. A scan over all positions
+  that skips the given ones would copy the whole cache in and out of the branch that skips.
   """
 
   def draw(position: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:

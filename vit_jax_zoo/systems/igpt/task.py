@@ -33,8 +33,7 @@ from vit_jax_zoo.tasks import base
 class PixelModelling(base.Task):
   """Models images as sequences of colours.
 
-  A causal model predicts each pixel from those before; its loss is the mean over pixels (Eq. 2). A
-  model with `causal=False` predicts masked pixels from visible ones; its loss is the mean over an
+  The loss of a causal model is the mean over pixels (Eq. 2); with `causal=False`, the mean over an
   image's masked pixels, then over images (Eq. 3). `class_weight` adds the label's cross-entropy.
 
   Batches: `image` [b h w 3] in [0, 255]; `label` int [b], needed with `class_weight`; `mask` [b],
@@ -120,12 +119,11 @@ class PixelModelling(base.Task):
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns each image's likelihood, label and completions.
 
-    Returns:
-      `nats` float32 [b], the mean over an image's pixels, or over masked pixels, with the same
-      masks in every evaluation; of a causal model `bigram_nats` [b], of the baseline; of a model
-      with a head `labels` int32 [b], and with labels in the batch `class_loss` [b] and `correct`
-      [b]; with `prefix_length`, `completions` uint8 [b completions h w 3] and `quantized` uint8
-      [b h w 3], the image in the palette's colours. Losses are means over `maskings`.
+    `nats` [b], the mean over an image's pixels, or over masked ones, the same in every evaluation;
+    of a causal model `bigram_nats` [b], of the baseline; of a model with a head `labels` int32 [b],
+    and with labels in the batch `class_loss` [b] and `correct` [b]; with `prefix_length`,
+    `completions` uint8 [b completions h w 3] and `quantized` uint8 [b h w 3]. Losses are means over
+    `maskings`.
     """
 
     def predict_view(view: int | Array) -> dict[str, Array]:
@@ -139,7 +137,7 @@ class PixelModelling(base.Task):
     if self.model.causal or self.model.num_classes is None:
       predictions = predict_view(0)
       tokens = predictions.pop("tokens")
-    else:  # the majority of `maskings` views; losses are means over them
+    else:
       views = jax.lax.map(predict_view, jnp.arange(self.maskings))
       tokens = views.pop("tokens")[0]
       labels = majority_vote(views.pop("labels"), jax.random.key(self.seed))

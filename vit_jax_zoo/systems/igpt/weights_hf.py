@@ -1,8 +1,6 @@
 """Hugging Face's ImageGPT: `openai/imagegpt-{small,medium,large}` and other files with their keys.
 
-Query, key and value are one matrix, and the start token is the last row of the embedding: `split`
-and `join` convert both, the table the rest. Dense layers have biases, which are zero in the
-published files. Old files also hold causal masks.
+Query, key and value are one matrix, the start token is the embedding's last row: see `split`.
 """
 
 import json

@@ -1,8 +1,4 @@
-"""OpenAI's image-gpt checkpoints: the names of their TensorFlow 1 variables.
-
-Query, key and value are [heads, head width, input], the output projection [heads, head width,
-output]. BERT checkpoints have no start token; no published one has a classification head.
-"""
+"""OpenAI's image-gpt checkpoints: the names of their TensorFlow 1 variables."""
 
 import math
 from collections.abc import Mapping

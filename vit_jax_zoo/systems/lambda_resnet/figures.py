@@ -29,9 +29,8 @@ def draw_lambdas(
   write_title(figure, "Position lambdas", subtitle)
   show_image(axes[0], image)
   for ax, name in zip(axes[1:], shown, strict=True):
-    norms = lambdas[name]
-    ax.imshow(norms, cmap="viridis", interpolation="nearest")
+    height, width = lambdas[name].shape
+    ax.imshow(lambdas[name], cmap="viridis", interpolation="nearest")
     hide_frame(ax)
-    label = f"{name.replace('_', ' ')}, {norms.shape[0]} × {norms.shape[1]}"
-    ax.set_xlabel(label, fontsize=8, labelpad=4)
+    ax.set_xlabel(f"{name.replace('_', ' ')}, {height} × {width}", fontsize=8, labelpad=4)
   return figure

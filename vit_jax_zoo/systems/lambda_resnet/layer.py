@@ -1,9 +1,5 @@
 """Lambda layer. Bello, "LambdaNetworks", ICLR 2021, arXiv:2102.08602, section 3.
 
-A lambda is a linear map `[k v]` computed from a context and applied to queries: the content lambda
-is shared by all queries of an image, the position lambdas differ per query. There is no attention
-map: no tensor has batch, query and context axes.
-
 Axes: `b` images, `h w` query positions, `y x` context positions (the same map), `i` heads, `k`
 depth of queries and keys, `v` depth of values per head, `u` intra-depth. Keys and values have no
 head axis: all heads share one lambda (the paper's multi-query lambdas).
@@ -56,15 +52,10 @@ def apply_lambdas(
 ) -> LambdaOutput:
   """Applies content and position lambdas to the queries of a map (arXiv:2102.08602, Eq. 1-2).
 
-  Args:
-    queries: unscaled; the paper has `1/sqrt(k)` in the initialization.
-    keys: before the softmax over positions.
-    values: of the same map.
-    embeddings: relative position embeddings (context minus query) with odd sides, zero beyond.
-      `[2h-1 2w-1]` reaches every position, `[r r]` is the lambda convolution's local scope. The
-      content lambda always covers the whole map.
-    bias: added to the position lambdas (in both public codes, not in the paper).
-    implementation: of the position lambdas; "auto": see `choose_implementation`.
+  Queries are unscaled (the paper has `1/sqrt(k)` in the initialization), keys before the softmax.
+  `embeddings` are relative (context minus query), zero beyond their odd sides: `[2h-1 2w-1]`
+  reaches every position, `[r r]` is the lambda convolution's local scope. `bias` is added to the
+  position lambdas (in both public codes, not in the paper).
 
   Raises:
     ValueError: embeddings with an even side.
@@ -95,9 +86,8 @@ def choose_implementation(
 ) -> Literal["einsum", "convolution"]:
   """Returns the cheaper implementation of position lambdas, from shapes alone.
 
-  Per query, key channel and value channel, the einsum has one multiply-add per map position, the
-  convolution one per scope position; but matrix products run faster. The einsum also needs the
-  embeddings of all pairs in memory, independent of the batch size.
+  Per query and channel, the einsum has one multiply-add per map position, the convolution one per
+  scope position, which is slower. The einsum also needs the embeddings of all pairs in memory.
   """
   positions = math.prod(map_size)
   scope = math.prod(min(s, 2 * n - 1) for s, n in zip(embeddings_shape, map_size, strict=False))
@@ -116,10 +106,9 @@ def relative_embeddings(
 
 
 def _toeplitz(offsets: Float[Array, "d ..."]) -> Float[Array, "n n ..."]:
-  """Arranges `[2n-1, ...]` by offset as `[n, n, ...]` by query and context.
+  """Arranges an array by offset by query and context; a gather's gradient would be a scatter.
 
-  Reads copies of the array with a row length that is one shorter, so that rows shift by one against
-  each other; a gather would have a scatter as its gradient.
+  Reads copies of the array with a row length that is one shorter, so that rows shift by one.
   """
   size = (offsets.shape[0] + 1) // 2
   padded = jnp.concatenate([offsets, jnp.zeros_like(offsets[:1])])
@@ -135,10 +124,8 @@ def _position_lambdas_by_convolution(
   wide = jnp.promote_types(values.dtype, jnp.float32)
   maps = einops.rearrange(values, "b h w u v -> (b v) h w u").astype(wide)
   padding = [(side // 2, side // 2) for side in embeddings.shape[:2]]
-  layout = ("NHWC", "HWIO", "NHWC")
-  lambdas = jax.lax.conv_general_dilated(
-    maps, embeddings.astype(wide), (1, 1), padding, dimension_numbers=layout
-  )
+  kernel, layout = embeddings.astype(wide), ("NHWC", "HWIO", "NHWC")
+  lambdas = jax.lax.conv_general_dilated(maps, kernel, (1, 1), padding, dimension_numbers=layout)
   return einops.rearrange(lambdas, "(b v) h w k -> b h w k v", v=values.shape[-1])
 
 
@@ -149,10 +136,8 @@ def _crop(
   for axis, side in enumerate(map_size):
     length, limit = embeddings.shape[axis], 2 * side - 1
     if length % 2 == 0:
-      raise ValueError(
-        f"position_embedding: sides {embeddings.shape[:2]}; expected odd sides, the middle being "
-        "offset 0"
-      )
+      sides = embeddings.shape[:2]
+      raise ValueError(f"position_embedding: sides {sides}; expected odd ones, around offset 0")
     start = max(length - limit, 0) // 2
     embeddings = jax.lax.slice_in_dim(embeddings, start, length - start, axis=axis)
   return embeddings
@@ -161,11 +146,8 @@ def _crop(
 class LambdaLayer(nn.Module):
   """Lambda layer with as many output as input channels; replaces a 3x3 convolution.
 
-  Queries and values are batch-normalized after their projection, `qkv` (queries (i k), keys (u k),
-  values (u v)); there is no output projection.
-
-  A global table belongs to the map size at initialization. On other maps the offsets in it keep
-  their embeddings and the others are zero.
+  The columns of the projection `qkv` are queries (i k), keys (u k), values (u v). A global table
+  belongs to the map size at initialization; on other maps, the offsets beyond it are zero.
   """
 
   num_heads: int = 4  # query heads; divides the number of channels
@@ -201,8 +183,7 @@ class LambdaLayer(nn.Module):
     norm = self.norm or functools.partial(BatchNorm, dtype=self.dtype)
     queries = norm(name="query_norm")(queries, train=train)
     values = norm(name="value_norm")(values, train=train)
-    zeros = nn.initializers.zeros
-    bias = None
+    zeros, bias = nn.initializers.zeros, None
     if self.position_bias:
       bias = self.param("position_bias", zeros, (self.dim_k,), jnp.float32)
     queries = queries.reshape(*grid, self.num_heads, self.dim_k)
@@ -246,15 +227,11 @@ class LambdaLayer(nn.Module):
       pool = f"pool_size {self.pool_size}"
       raise ValueError(f"stride: {self.stride} with {pool}; expected 1 or 2 with pool_size 2 or 3")
     if self.stride == 2 and self.pool_size == 2 and (x.shape[1] % 2 or x.shape[2] % 2):
-      raise ValueError(
-        f"a map of {x.shape[1]}x{x.shape[2]} cannot be halved by 2x2 pooling; resize the images to "
-        "multiples of 32"
-      )
+      wrong = f"a map of {x.shape[1]}x{x.shape[2]} cannot be halved by 2x2 pooling"
+      raise ValueError(f"{wrong}; resize the images to multiples of 32")
 
 
 def _qkv_init(sizes: tuple[int, ...], stds: tuple[float, ...]) -> Initializer:
-  """Returns a normal initializer with a standard deviation for each group of columns."""
-
   def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> Array:
     scales = jnp.repeat(jnp.asarray(stds, dtype), jnp.asarray(sizes), total_repeat_length=shape[-1])
     return jax.random.normal(key, shape, dtype) * scales[None]

@@ -124,20 +124,15 @@ class LambdaResNet(ResNet):
   num_classes: int | None = 1000  # number of classes; None: no head
   # for each of c2 to c5: "all", "none" or block indices from zero
   lambda_blocks: tuple[tuple[int, ...] | str, ...] = ("none", "none", (3,), "all")
-  # overrides of the fields of `LambdaLayer` (k = 16, 4 heads, scope 23)
-  lambda_layer: Mapping[str, Any] | None = None
+  lambda_layer: Mapping[str, Any] | None = None  # overrides of the fields of `LambdaLayer`
   dropout_rate: float = 0.0  # dropout rate before the classifier
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"], *, train: bool = False) -> dict[str, Array]:
     """Classifies images, normalized with ImageNet's mean and std, of any size (timm's: 32 n).
 
-    With `train`, batch norms use batch statistics (and update "batch_stats", which must be
-    mutable); dropout and stochastic depth use the "dropout" stream.
-
-    Returns:
-      `features` [b d], the mean over positions, and `logits` [b num_classes] unless `num_classes`
-      is None; float32.
+    Returns float32 `features` [b d], the mean over positions, and `logits` [b num_classes] unless
+    that is None. For `train` see `ResNet`; dropout uses the "dropout" stream.
     """
     x = self.pyramid(images, train=train)["c5"]
     self.sow("intermediates", "c5", x)

@@ -1,7 +1,4 @@
-"""timm's LambdaResNet checkpoints, such as `timm/lambda_resnet26t.c1_in1k`.
-
-Paths are relative to `params`; those of running statistics begin with "batch_stats/".
-"""
+"""timm's LambdaResNet checkpoints, such as `timm/lambda_resnet26t.c1_in1k`."""
 
 import re
 from collections.abc import Mapping
@@ -193,9 +190,7 @@ def write_flat(flat: Mapping[str, Array]) -> Flat:
 
 
 def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
-  """Returns the fields of the `LambdaResNet` of a state dict.
-
-  The activation is that of timm's model with the same blocks.
+  """Returns the fields of a state dict's `LambdaResNet`; the activation is that of its blocks.
 
   Raises:
     WeightsError: it is none of timm's LambdaResNets.

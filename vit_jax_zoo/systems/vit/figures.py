@@ -1,8 +1,4 @@
-"""Figures 6 and 7 of the ViT paper: attention rollout, attention distances, embeddings, filters.
-
-Attention maps have the layers in front, [l b heads n n]; rows sum to 1. Tokens that are no patches
-(the class token) come before the patches.
-"""
+"""Figures 6 and 7 of the ViT paper: attention rollout, attention distances, embeddings, filters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,10 +17,8 @@ def explain(
 ) -> dict[str, Array]:
   """Returns what `draw_explanation` draws, for what a `VisionTransformer` has sown.
 
-  Returns:
-    `rollout` [b gh gw] and `heads` [b l heads gh gw]: attention of the head's input, the class
-    token or the mean over patches, to each patch; `distances` [l heads], in pixels; `positions`
-    [gh*gw d], if there are any; `filters` [kh kw c n], of the first layer.
+  `rollout` [b gh gw] and `heads` [b l heads gh gw]: attention of the head's input to each patch;
+  `distances` [l heads], in pixels; `positions` [gh*gw d], if any; `filters` [kh kw c n].
   """
   grid, is_cls = model.token_grid(image_size), model.pool == "cls"
   weights = attention_maps(intermediates["encoder"])
@@ -102,8 +96,7 @@ def attention_distances(
 ) -> Float[Array, "l heads"]:
   """Returns the mean distance between a patch and the patches it attends to (figure 7, right).
 
-  Rows are renormalised to the patches, without other tokens; `patch_size` is the side of a patch in
-  the unit of the result.
+  Without other tokens, in the unit of `patch_size`, the side of a patch.
   """
   maps = patch_tokens(patch_tokens(weights, grid, axis=-1), grid, axis=-2).astype(jnp.float32)
   maps = maps / jnp.maximum(maps.sum(axis=-1, keepdims=True), 1e-12)

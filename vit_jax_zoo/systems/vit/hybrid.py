@@ -1,8 +1,6 @@
-"""ResNet of a hybrid ViT, with group norm and weight standardization.
+"""ResNet of a hybrid ViT: Big Transfer, arXiv:1912.11370, section 3.1, as in vision_transformer.
 
-Big Transfer, arXiv:1912.11370, section 3.1, as in vision_transformer: post-activation bottlenecks,
-the stride in the 3x3 convolution, and TensorFlow's SAME padding (for an even side, one more at the
-bottom and right).
+TensorFlow's SAME padding: for an even side, one more at the bottom and right.
 """
 
 import functools
@@ -21,9 +19,8 @@ from vit_jax_zoo.ops.sharding import shard_batch
 class StandardizedConv(nn.Module):
   """A square convolution without bias, with weight standardization (arXiv:1903.10520) in float32.
 
-  w -> (w - mean) / (sqrt(var + variance_epsilon) + std_epsilon) for each output channel, over
-  height, width and input channels, with the biased variance. The epsilons are 0 and 1e-5 in
-  vision_transformer, 1e-8 and 0 in timm.
+  Mean and biased variance are over height, width and input channels. `variance_epsilon` and
+  `std_epsilon` are 0 and 1e-5 in vision_transformer, 1e-8 and 0 in timm.
   """
 
   features: int
@@ -78,15 +75,12 @@ def total_stride(stage_sizes: Sequence[int]) -> int:
 class StandardizedResNet(nn.Module):
   """7x7 stride-2 root with max-pool, then stages of bottleneck units.
 
-  The units of a stage after the first, `stage_0_unit_0`, are equal. Scanned, their parameters and
-  intermediates are in `stage_0_units/...` with a leading axis, since convolutions compile slowly
-  for TPUs. Unrolled, or if there is only one, they are in `stage_0_unit_1/...`.
-  `weights.key_map` converts.
+  The units of a stage after the first, `stage_0_unit_0`, are equal. Scanned, since convolutions
+  compile slowly for TPUs, they are in `stage_0_units/...` with a leading axis; unrolled, or if
+  there is only one, in `stage_0_unit_1/...`. `weights.key_map` converts.
   """
 
-  # units in each stage; (): only the root, with stride 4. Each stage after the first halves the
-  # sides.
-  stage_sizes: tuple[int, ...]
+  stage_sizes: tuple[int, ...]  # units in each stage; (): only the root, with stride 4
   width: int = 64  # channels of the root; stage i has width * 2^i and returns four times that
   group_norm_epsilon: float = 1e-6  # 1e-6 in vision_transformer, 1e-5 in timm
   std_epsilon: float = 1e-5  # see `StandardizedConv`, as for `variance_epsilon`

@@ -1,8 +1,6 @@
 """Vision Transformer. Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929.
 
-Defaults follow the paper's code: tanh-approximated GELU, layer-norm epsilon 1e-6, a class token
-with a position embedding of its own. timm and Hugging Face use the exact GELU, and Hugging Face the
-epsilon 1e-12.
+Defaults follow the paper's code.
 """
 
 import functools
@@ -63,11 +61,10 @@ class VisionTransformer(nn.Module):
   def __call__(
     self, images: Float[Array | np.ndarray, "b h w c"], *, train: bool = False
   ) -> dict[str, Array]:
-    """Classifies `images`.
+    """Classifies normalised images (in [-1, 1] for Google's weights).
 
-    Images are normalised, in [-1, 1] for Google's weights; their sides are multiples of the token
-    stride and need not be equal. `train` enables dropout and stochastic depth, which draw from the
-    "dropout" stream.
+    Sides are multiples of the token stride. `train` enables dropout and stochastic depth, which
+    draw from the "dropout" stream.
 
     Returns:
       `features` [b d], the input of the head; `tokens` [b n width], the encoder's output, class
@@ -199,12 +196,13 @@ POSITION_EMBEDDINGS = ("learned_1d", "learned_2d", "sincos_2d", "none")
 
 
 class PositionEmbedding(nn.Module):
-  """Position embeddings of a grid of patches (appendix D.4)."""
+  """Position embeddings of a grid of patches (appendix D.4).
 
-  # one of `POSITION_EMBEDDINGS`. "learned_1d" has a row per token, `table` [1 n d]; "learned_2d"
-  # concatenates half a vector per row, `rows` [h d/2], and half a vector per column, `columns` [w
-  # d/2]; "sincos_2d" is fixed.
-  kind: str = "learned_1d"
+  "learned_1d" has a row per token, `table` [1 n d]; "learned_2d" concatenates half a vector per
+  row, `rows` [h d/2], and half a vector per column, `columns` [w d/2]; "sincos_2d" is fixed.
+  """
+
+  kind: str = "learned_1d"  # one of `POSITION_EMBEDDINGS`
   cls_row: bool = False  # "learned_1d" begins with a row for the class token
 
   @nn.compact

@@ -143,10 +143,7 @@ def stage_sizes(keys: Iterable[str], pattern: str, *, first: int) -> tuple[int, 
 def torch_block_rows(
   theirs: str, *, norms: tuple[str, str], qkv: str, out: str, mlp: tuple[str, str]
 ) -> list[Row]:
-  """Returns the rows of PyTorch's encoder blocks, whose key is `theirs`.
-
-  `norms` are those before attention and before the MLP; `qkv` has places for {part} and {leaf}.
-  """
+  """Returns the rows of PyTorch's encoder blocks; `qkv` has places for {part} and {leaf}."""
   ours, rows = "encoder/block_{i}", []
   for name, key in zip(("attention_norm", "mlp_norm"), norms, strict=True):
     rows += norm_rows(f"{theirs}.{key}", f"{ours}/{name}")
@@ -168,10 +165,9 @@ def not_a_vit(published: Mapping[str, np.ndarray], source: str, whose: str) -> W
 
 
 def with_table(export: Export, *, class_row: bool) -> Flat:
-  """Returns a model's parameters with position embeddings as one table, as in published files.
+  """Returns a model's parameters with position embeddings as one table, zero if there are none.
 
-  Fixed and factorised embeddings are expanded; without embeddings the table is zero. `class_row`
-  adds a zero row for the class token if the model has none.
+  `class_row` adds a zero row for the class token if the model has none.
   """
   model, params = export.model, dict(export.variables)
   is_learned = model.position_embedding == "learned_1d"

@@ -1,9 +1,8 @@
 """Google's ViT checkpoints, `.npz`: gs://vit_models/{imagenet21k,augreg,sam,...} and big_vision's.
 
-Reads the module names of Flax before Linen (`LayerNorm_2`, `MlpBlock_3`) and of Linen
-(`LayerNorm_1`, `MlpBlock_0`), group norms as [1 1 1 c] or [c], keys below `params/` or
-`opt/target/`, stacked layers, and big_vision's position table, which is at the top level without a
-row for the class token. Writes the published names.
+Reads names of Flax before Linen (`MlpBlock_3`) and of Linen (`MlpBlock_0`), group norms as
+[1 1 1 c] or [c], keys below `params/` or `opt/target/`, stacked layers, and big_vision's position
+table, which is at the top level without a row for the class token. Writes the published names.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
-"""Hugging Face's Vision Transformers: folders with `config.json` and `model.safetensors`.
+"""Hugging Face's ViTs: folders with `config.json` and `model.safetensors`.
 
-`google/vit-base-patch16-224` and other folders of transformers' `ViTForImageClassification` (keys
-begin with `vit.`) or `ViTModel` (without the prefix; its pooler is the paper's `pre_logits`).
+Keys of `ViTForImageClassification` begin with `vit.`, those of `ViTModel` do not; its pooler is the
+paper's `pre_logits`.
 """
 
 import json
@@ -141,9 +141,7 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
 
 
 def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
-  """Returns parameters, scanned or unrolled, under Hugging Face's keys.
-
-  They are those of a classifier if there is a head.
+  """Returns parameters under Hugging Face's keys, those of a classifier if there is a head.
 
   Raises:
     WeightsError: the parameters are a hybrid's, or both `pre_logits` and `head`.

@@ -1,9 +1,7 @@
 """timm's Vision Transformers and hybrids, as safetensors: `timm/vit_base_patch16_224.augreg_in1k`.
 
-Query, key and value are one matrix, which `fused_qkv` splits and joins; the table converts the
-rest. The arrays do not determine heads, activation and pooling: they are read from `architecture`
-and `model_args` of config.json. Without them, the heads are those of the published size of the same
-width and depth, or 64 wide, and the assumptions are logged.
+Heads, activation and pooling are read from `architecture` and `model_args` of config.json. Without
+them, the heads are those of the published size of the same width and depth, or 64 wide.
 """
 
 import itertools
