@@ -69,7 +69,7 @@ def run(
         name = argument.lstrip("-").partition("=")[0]
         if argument.startswith("-") and renamed and name in renamed:
           raise ValueError(f"--{name} is now --{renamed[name]}")
-      return (parse or parse_flags)(argv)
+      return (parse or flags.FLAGS)(argv)
 
   malloc.keep_freed_memory()  # before log_plainly, whose settings for libtpu look like a TPU's
   log_plainly()
@@ -78,16 +78,10 @@ def run(
   app.run(main_or_one_line, flags_parser=parse_new)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags; returns the other arguments."""
-  with one_line_errors(show_traceback="--traceback" in argv):
-    return flags.FLAGS(argv)
-
-
 def parse_flags_and_overrides(argv: list[str]) -> list[str]:
   """Parses flags; returns the overrides of the config, `--config.section.field=value`."""
   overrides = [a for a in argv if a.startswith("-") and a.lstrip("-").startswith("config.")]
-  return [*parse_flags([a for a in argv if a not in overrides]), *overrides]
+  return [*flags.FLAGS([a for a in argv if a not in overrides]), *overrides]
 
 
 def log_plainly() -> None:

@@ -150,9 +150,7 @@ def write_stablehlo(pretrained: Pretrained, path: str) -> None:
   """
   size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(pretrained.variables))
   if size > MAX_STABLEHLO:
-    raise ValueError(
-      f"weights: {size / 1e9:.1f} GB; expected at most 2 for StableHLO. Use --format=orbax"
-    )
+    raise ValueError(f"weights: {size / 1e9:.1f} GB; expected at most 2. Use --format=orbax")
   preprocess = pretrained.preprocess
   is_detector = bool(pretrained.task) and tasks()[pretrained.task].predicts_boxes
   height, width = _program_size(pretrained)

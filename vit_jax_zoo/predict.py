@@ -67,9 +67,7 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> int:
   """Runs the command with further images; returns the process's exit status."""
   if FLAGS.model is None:
-    raise ValueError(
-      "--model is missing; expected the folder of a run, or a published file or name"
-    )
+    raise ValueError("--model is missing; expected a run's folder, or a published file or name")
   paths = find_images([*FLAGS.images, *argv[1:]])
   values: dict[str, Any] = {name: FLAGS[name].value for name in OPTIONS}
   if FLAGS.reference is not None:

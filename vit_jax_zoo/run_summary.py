@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 from absl import logging
@@ -17,6 +18,7 @@ from vit_jax_zoo.training.distributed import is_primary
 from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter
 
+Counts: TypeAlias = Mapping[str, Integer[np.ndarray, " k"]]  # examples of each class, by split
 MAX_LISTED = 12  # of more classes, only the counts of the smallest and largest are listed
 
 IMBALANCED = 10  # warns from this ratio of the sizes of the largest and smallest class
@@ -61,9 +63,7 @@ def count_classes(sources: Mapping[str, Source]) -> dict[str, Int[np.ndarray, " 
   return counts
 
 
-def describe_balance(
-  counts: Mapping[str, Integer[np.ndarray, " k"]], class_names: Sequence[str]
-) -> list[str]:
+def describe_balance(counts: Counts, class_names: Sequence[str]) -> list[str]:
   """Returns a line for each split with its number of examples by class.
 
   >>> describe_balance({"train": np.array([3, 4])}, ("ant", "bee"))
@@ -81,9 +81,7 @@ def describe_balance(
   return lines
 
 
-def find_imbalance(
-  counts: Mapping[str, Integer[np.ndarray, " k"]], class_names: Sequence[str]
-) -> list[str]:
+def find_imbalance(counts: Counts, class_names: Sequence[str]) -> list[str]:
   """Returns warnings about empty classes and class imbalance of the training data."""
   values = counts.get("train")
   if values is None:

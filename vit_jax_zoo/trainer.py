@@ -76,9 +76,7 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       if not options.eval_only:
         return _train(experiment, options, checkpointer)
       if checkpointer.latest_step is None and not config.init_from:
-        raise FileNotFoundError(
-          f"nothing to evaluate: no checkpoint in {workdir}, and no init_from"
-        )
+        raise FileNotFoundError(f"nothing to evaluate: no checkpoint in {workdir}, no init_from")
       return _evaluate_only(experiment, checkpointer)
 
 
@@ -160,9 +158,7 @@ def _initial_state(
   return program.initial_state(experiment.config.seed, pretrain=initializer), taken
 
 
-def _initializer(
-  experiment: Experiment, program: EvaluationProgram, preview: Iterator[Any]
-) -> Initializer:
+def _initializer(experiment: Experiment, program: EvaluationProgram, preview: Any) -> Initializer:
   grid, token_grid = None, getattr(experiment.model, "token_grid", None)
   if token_grid is not None and "image" in program.abstract_batch:
     grid = token_grid(program.abstract_batch["image"].shape[1:3])

@@ -40,9 +40,7 @@ class GroundTruth:
     self._ids = {name: number for number, name in reversed(self._names.items())}
     self.image_ids = self._match(images, paths)
 
-  def _match(
-    self, images: Sequence[Mapping[str, Any]], paths: Sequence[pathlib.Path]
-  ) -> dict[str, Any]:
+  def _match(self, images: list[dict[str, Any]], paths: Sequence[pathlib.Path]) -> dict[str, Any]:
     by_name, by_base_name = collections.defaultdict(list), collections.defaultdict(list)
     for image in images:
       name = pathlib.Path(image["file_name"])
@@ -118,9 +116,8 @@ class CocoFiles:
       self._annotations.append(known | self._without_name(found))
     if prediction.segments is not None:
       segments = [self._without_name(segment) for segment in prediction.segments]
-      self._panoptic.append(
-        {"image_id": number, "file_name": f"{name}_panoptic.png", "segments_info": segments}
-      )
+      known = {"image_id": number, "file_name": f"{name}_panoptic.png"}
+      self._panoptic.append(known | {"segments_info": segments})
 
   def contents(self) -> dict[str, Any]:
     """Returns the contents of the files by name."""

@@ -43,10 +43,8 @@ class ClassificationEvaluator(Evaluator):
     labels = np.asarray(batch["label"])
     kept = real_rows(batch, len(labels))
     if labels.ndim == 2:
-      if labels.shape[1] != self.num_classes:
-        raise ValueError(
-          f"label: {labels.shape[1]} columns; expected num_classes={self.num_classes}"
-        )
+      if (k := labels.shape[1]) != self.num_classes:
+        raise ValueError(f"label: {k} columns; expected num_classes={self.num_classes}")
       kept = kept[labels[kept].max(axis=1) > 0]
     else:
       advice = f"0 to {self.num_classes - 1}. Set num_classes to the dataset's"
@@ -91,9 +89,7 @@ class ClassificationEvaluator(Evaluator):
     for (label, _), count in self.pairs.items():
       seen[label] += count
     shares = {label: self.pairs[label, label] / seen[label] for label in sorted(seen)}
-    scores = {
-      f"accuracy/{name_of(label, self.class_names)}": share for label, share in shares.items()
-    }
+    scores = {f"accuracy/{name_of(i, self.class_names)}": share for i, share in shares.items()}
     return {"mean_class_accuracy": sum(shares.values()) / len(shares)} | scores
 
 

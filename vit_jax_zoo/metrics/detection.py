@@ -59,9 +59,8 @@ class DetectionEvaluator(Evaluator):
         (duplicates count once), `mask` [b].
       predictions: `boxes_xyxy` [b q 4] in pixels of the same size, `labels` [b q], `scores` [b q].
     """
-    self.images += [
-      self._image(batch, predictions, int(row)) for row in real_rows(batch, len(batch["image"]))
-    ]
+    rows = real_rows(batch, len(batch["image"]))
+    self.images += [self._image(batch, predictions, int(row)) for row in rows]
 
   def _merge(self, other: Any) -> None:
     self.images += other.images

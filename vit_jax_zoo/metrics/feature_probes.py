@@ -67,17 +67,12 @@ class FeatureProbe(abc.ABC):
 
   def __post_init__(self) -> None:
     if self.concatenate and (self.concatenate < 0 or self.concatenate % 2 == 0):
-      raise ValueError(
-        f"concatenate is {self.concatenate}; expected an odd number of layers, or 0 for none"
-      )
+      raise ValueError(f"concatenate is {self.concatenate}; expected an odd number of layers, or 0")
 
   def __call__(
     self, fit: Labelled, test: Labelled, held_out: Bool[np.ndarray, " b"] | None = None
   ) -> dict[str, FeatureScore]:
-    """Scores each kind of feature; ValueError if there are too few images or classes.
-
-    `held_out` are the images of `fit` that select hyperparameters and layer: by default a tenth.
-    """
+    """Scores each kind of feature; `held_out` images of `fit` (default: a tenth) select."""
 
     def score(names: Sequence[str]) -> FeatureScore:
       known, asked = (
@@ -128,10 +123,7 @@ class _LinearProbe(FeatureProbe):
 
 @dataclasses.dataclass(frozen=True)
 class Linear(_LinearProbe):
-  """Logistic regression by L-BFGS: iGPT's probe for CIFAR and STL-10.
-
-  Scores: "accuracy", and the selected inverse regularisation "strength".
-  """
+  """Logistic regression by L-BFGS: iGPT's for CIFAR and STL-10. Scores: "accuracy", "strength"."""
 
   title = "Linear probe"
   candidates = "strengths"
@@ -158,10 +150,7 @@ class Linear(_LinearProbe):
 
 @dataclasses.dataclass(frozen=True)
 class LinearSgd(_LinearProbe):
-  """Softmax regression by SGD: iGPT's probe for ImageNet. scikit-learn has no mini-batches.
-
-  Scores: "accuracy", and the selected learning "rate".
-  """
+  """Softmax regression by SGD, which scikit-learn lacks: iGPT's for ImageNet, with its "rate"."""
 
   title = "Linear probe (SGD)"
   candidates = "rates"
@@ -270,10 +259,7 @@ class FewShot(FeatureProbe):
 
 
 def choose_shots(labels: Int[np.ndarray, " n"], shots: int, seed: int) -> Int[np.ndarray, " m"]:
-  """Returns the rows to fit to: `shots` per class, or all where a class has fewer.
-
-  For one seed, the choice with more shots contains the one with fewer.
-  """
+  """Returns the rows to fit to: `shots` per class, or all, among those of more shots."""
   rng = np.random.default_rng(seed)
   rows = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
   return np.concatenate([row[:shots] for row in rows])
@@ -365,9 +351,8 @@ def hold_out(labels: Int[np.ndarray, " b"]) -> Bool[np.ndarray, " b"]:
   """Returns a random tenth of the images for selection; ValueError if there are too few."""
   held_out = np.random.default_rng(0).permutation(len(labels)) < round(0.1 * len(labels))
   if not held_out.any() or len(np.unique(labels[~held_out])) < 2:
-    raise ValueError(
-      f"{len(labels)} images of {len(np.unique(labels))} classes are too few to probe with"
-    )
+    classes = len(np.unique(labels))
+    raise ValueError(f"{len(labels)} images of {classes} classes are too few to probe with")
   return held_out
 
 

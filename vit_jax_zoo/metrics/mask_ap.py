@@ -41,9 +41,7 @@ class InstanceEvaluator(DetectionEvaluator):
       found = self._pasted(predictions, row, image.size)
     return dataclasses.replace(image, true_masks=truth, found_masks=found)
 
-  def _pasted(
-    self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]
-  ) -> list[dict[str, Any]]:
+  def _pasted(self, predictions: Mapping[str, Any], row: int, size: tuple[int, int]) -> list[Any]:
     there = np.asarray(predictions["is_object"][row], bool)
     masks, boxes = (
       np.asarray(predictions[key][row], np.float64)[there] for key in ("box_masks", "boxes_xyxy")

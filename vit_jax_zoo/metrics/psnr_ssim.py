@@ -18,10 +18,7 @@ _WINDOW, _SKIMAGE_WINDOW = 11, 7
 
 
 def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
-  """Returns the peak signal-to-noise ratio of luma in dB, as TTSR's code computes it.
-
-  Images in [0, 255], rounded for published scores. Luma spans 219 levels, the peak is 255.
-  """
+  """Returns PSNR of luma in dB as TTSR's code: pixels in [0, 255], 219 levels, a peak of 255."""
   difference = (np.asarray(image, np.float64) - np.asarray(truth, np.float64)) / 255.0 @ _LUMA
   error = float(np.mean(difference**2))
   return -10 * math.log10(error) if error else math.inf
@@ -44,10 +41,7 @@ SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
 
 
 def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) -> dict[str, float]:
-  """Returns `SCORES` of one image: infinite PSNR for equal images, NaN SSIM for too small ones.
-
-  Both images, in [0, 255], are cropped to the sides that they share, from the upper left.
-  """
+  """Returns `SCORES`, cropped to shared sides: infinite PSNR if equal, NaN SSIM if too small."""
   height, width = (min(a, b) for a, b in zip(image.shape[:2], truth.shape[:2], strict=True))
   image, truth = image[:height, :width], truth[:height, :width]
   side, equal = min(height, width), np.array_equal(image, truth)

@@ -12,24 +12,18 @@ if TYPE_CHECKING:
 
 def tasks() -> Registry:
   """Returns the task classes by name."""
-  return registry_of(
-    "task", "tasks", {"classification": "vit_jax_zoo.tasks.classification:Classification"}
-  )
+  core = {"classification": "vit_jax_zoo.tasks.classification:Classification"}
+  return registry_of("task", "tasks", core)
 
 
 def create_task(name: str, model: "Model", **fields: Any) -> "Task":
-  """Returns the task of this name, one of `tasks()`, for a model.
-
-  `fields` are plain values as configs hold them; ValueError if one is unknown, missing or invalid.
-  """
+  """Returns the task of this name for a model; ValueError for unknown, missing, invalid fields."""
   task_class = tasks()[name]
   check_names(f"field of task {name!r}", fields, [*task_fields(name), "name"])
   for field in dataclasses.fields(task_class):
     required = field.default is field.default_factory is dataclasses.MISSING
     if required and field.name != "model" and fields.get(field.name) is None:
-      raise ValueError(
-        f"task {name!r} needs the field {field.name!r}, which the dataset does not define"
-      )
+      raise ValueError(f"task {name!r} needs the field {field.name!r}, which the dataset lacks")
   plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
   return task_class(model=model, **plain)
 

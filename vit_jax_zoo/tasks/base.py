@@ -173,9 +173,7 @@ class Task(abc.ABC):
     """Draws a training batch, by figure name. Optional."""
     return {}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
+  def figures(self, batch: Batch, predictions: Predictions) -> dict[str, Figure]:
     """Draws predictions beside the ground truth, by figure name. Optional."""
     return {}
 

@@ -60,10 +60,8 @@ class Classification(base.Task):
       raise ValueError(unknown_name("objective", self.objective, OBJECTIVES))
     check_rates(self, "label_smoothing")
     check_positive(self, "num_classes", "top_k")
-    if self.class_names and len(self.class_names) != self.num_classes:
-      raise ValueError(
-        f"class_names: {len(self.class_names)} names; expected num_classes={self.num_classes}"
-      )
+    if (count := len(self.class_names)) not in (0, self.num_classes):
+      raise ValueError(f"class_names: {count} names; expected num_classes={self.num_classes}")
     _ = self._mixing  # checks its fields
 
   @property
@@ -153,9 +151,7 @@ class Classification(base.Task):
     return {"features": outputs["features"].astype(jnp.float32)}
 
   def evaluator(self) -> ClassificationEvaluator:
-    return ClassificationEvaluator(
-      self.num_classes, per_class=self.per_class, class_names=self.class_names
-    )
+    return ClassificationEvaluator(self.num_classes, self.per_class, self.class_names)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     images, labels = np.asarray(batch["image"]), np.asarray(batch["label"])
@@ -163,9 +159,7 @@ class Classification(base.Task):
       images, labels = self._mixed_pixels(images, labels)
     return {"batch": draw.draw_batch(images, labels, self.class_names)}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
+  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     real = real_rows(batch, len(batch["image"]))
     if not len(real):
       return {}
@@ -211,10 +205,8 @@ class Classification(base.Task):
   def _targets(self, labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]) -> Array:
     """Returns label weights [b k]; NaN for a label that is no class, 0 for padding."""
     if labels.ndim == 2:
-      if labels.shape[1] != self.num_classes:
-        raise ValueError(
-          f"label: {labels.shape[1]} columns; expected num_classes={self.num_classes}"
-        )
+      if (k := labels.shape[1]) != self.num_classes:
+        raise ValueError(f"label: {k} columns; expected num_classes={self.num_classes}")
       targets = labels.astype(jnp.float32)
     else:
       known = (labels >= 0) & (labels < self.num_classes)

@@ -236,10 +236,7 @@ def _places(saved: Iterable[str]) -> dict[str, str]:
   if averages:
     return averages
   params = {key: key for key in saved if key.startswith("params/")}
-  states = {
-    key.removeprefix("model_state/"): key for key in saved if key.startswith("model_state/")
-  }
-  return params | states
+  return params | {k.removeprefix("model_state/"): k for k in saved if k.startswith("model_state/")}
 
 
 def _placed(leaf: Any) -> jax.ShapeDtypeStruct:

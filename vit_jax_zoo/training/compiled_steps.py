@@ -1,12 +1,9 @@
-"""State, shardings and jitted steps of a run, for one task, batch shape and mesh.
-
-Everything is derived from shapes: the devices of the mesh need not exist on this machine.
-"""
+"""State, shardings and jitted steps of a run, from shapes: the mesh's devices need not exist."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,9 @@ from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import compile_predict_step
 from vit_jax_zoo.training.optim import Optimizer, create_optimizer
 from vit_jax_zoo.training.train_step import PredictStep, TrainState, create_state, make_train_step
+
+# Random variables, which may be donated then, to initial ones of the same names and shapes.
+Pretrain: TypeAlias = Callable[[Variables], Variables]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +34,8 @@ class EvaluationProgram:
   features_step: PredictStep
   explain_step: PredictStep  # with replicated results
 
-  def initial_variables(
-    self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
-  ) -> Variables:
-    """Returns the variables before the first step, each device with its own shards.
-
-    `pretrain` maps the random variables, which may be donated, to initial ones of the same shapes.
-    """
+  def initial_variables(self, seed: int, pretrain: Pretrain | None = None) -> Variables:
+    """Returns the variables before the first step, each device with its own shards."""
     abstract = self.abstract_variables
     init = jax.jit(
       lambda rng: _init(self.task, rng, self.abstract_batch, self.left_out),
@@ -68,9 +63,7 @@ class Program(EvaluationProgram):
       for group, optimizer in zip(self.task.optim_groups, self.optimizers, strict=True)
     }
 
-  def initial_state(
-    self, seed: int, pretrain: Callable[[Variables], Variables] | None = None
-  ) -> TrainState:
+  def initial_state(self, seed: int, pretrain: Pretrain | None = None) -> TrainState:
     """Returns the state before the first step; see `initial_variables`."""
     variables = self.initial_variables(seed, pretrain)
     train_rng = jax.random.split(jax.random.key(seed))[1]
@@ -148,7 +141,7 @@ def build_evaluation(
   specs = jax.tree.map(lambda _: PartitionSpec(), dict(abstract))
   specs["params"] = sharding.parameter_specs(abstract["params"], rules, mesh)
   variables = sharding.named_shardings(specs, mesh)
-  split = sharding.batch_sharding(mesh)
+  split, replicated = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   return EvaluationProgram(
     task=task,
     mesh=mesh,
@@ -157,9 +150,7 @@ def build_evaluation(
     abstract_variables=abstract_like(abstract, variables),
     predict_step=compile_predict_step(task.predict, variables, mesh),
     features_step=compile_predict_step(task.features, variables, mesh),
-    explain_step=jax.jit(
-      task.explain, in_shardings=(variables, split), out_shardings=sharding.replicated(mesh)
-    ),
+    explain_step=jax.jit(task.explain, in_shardings=(variables, split), out_shardings=replicated),
   )
 
 

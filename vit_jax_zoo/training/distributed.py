@@ -55,11 +55,10 @@ def _check_port(coordinator: str, *, is_own: bool) -> None:
     raise ValueError(f"--coordinator={coordinator}: expected host:port, such as 10.0.0.2:8476")
   if not is_own:
     return
-  family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+  dual = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dual else socket.AF_INET
   try:  # JAX's server listens on all addresses; on a taken port it crashes
-    socket.create_server(
-      ("", int(port)), family=family, dualstack_ipv6=family == socket.AF_INET6
-    ).close()
+    socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
   except OSError as error:
     raise OSError(
       f"--coordinator={coordinator}: port {port} cannot be opened ({error.strerror}); stop the "

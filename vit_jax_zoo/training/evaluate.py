@@ -47,10 +47,7 @@ def score_predictions(
   name: str,
   metrics: Sequence[str] = (),
 ) -> Report:
-  """Returns the scores over a split by the task's evaluator (only `metrics`, if any), and figures.
-
-  "skipped_images" counts those that could not be read. `batches` returns this process's part.
-  """
+  """Returns a split's scores (of `metrics`, or all), "skipped_images" if any, and figures."""
   evaluator, figures, data = task.evaluator(), {}, batches()
   pairs = predict_batches(predict_step, variables, data, mesh, name, len(data))
   for index, (batch, predictions) in enumerate(pairs):

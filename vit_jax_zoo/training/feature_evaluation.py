@@ -48,9 +48,8 @@ def report(found: dict[str, FeatureScore], title: str) -> Report:
   index = layers.index(best)
   scores |= accuracies | {"best_layer": float(index)}
   references = [(name, share) for name, share in accuracies.items() if name not in layers]
-  figure = draw_probe(
-    [accuracies[name] for name in layers], index, references, title=f"{title} by depth"
-  )
+  curve = [accuracies[name] for name in layers]
+  figure = draw_probe(curve, index, references, title=f"{title} by depth")
   return Report(scores, {"depth": figure})
 
 

@@ -52,9 +52,7 @@ def advise(config: Mapping[str, Any]) -> list[Advice]:
   return [advice for advice in found if advice is not None]
 
 
-def _advise(
-  group: str, optimizer: Mapping[str, Any], rate: float, batch_size: int, usual: int
-) -> Advice | None:
+def _advise(group: str, optimizer: Any, rate: float, batch_size: int, usual: int) -> Advice | None:
   name, given = optimizer["name"], optimizer["learning_rate"]
   scaled = scaled_rate(name, rate, batch_size, usual)
   section = "optimizer" if group == SINGLE else f"optimizer.{group}"

@@ -268,9 +268,7 @@ def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
   return found
 
 
-def _settings_of(
-  flat: Mapping[str, Any], rules: Sequence[tuple[str, Mapping[str, Any]]]
-) -> dict[str, _Setting]:
+def _settings_of(flat: Mapping[str, Any], rules: Sequence[tuple[str, Any]]) -> dict[str, _Setting]:
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, path) for path in flat):
       near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)

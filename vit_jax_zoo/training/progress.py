@@ -1,7 +1,4 @@
-"""Throughput, MFU, time to completion, and the host's time by activity.
-
-Steps run asynchronously: rates are measured between reports, which wait for the last step.
-"""
+"""Throughput, MFU, time to completion, and the host's time by activity; between reports only."""
 
 import collections
 import contextlib

@@ -87,9 +87,7 @@ def count_steps(field: str, steps: Steps, num_steps: int) -> int:
   if isinstance(steps, float) and 0 <= steps < 1:
     return round(steps * num_steps)
   if isinstance(steps, bool) or steps != int(steps) or steps < 0:
-    raise ValueError(
-      f"{field} is {steps}; expected a number of steps >= 0, or a fraction of all steps below 1"
-    )
+    raise ValueError(f"{field} is {steps}; expected steps >= 0, or a fraction of all steps below 1")
   return int(steps)
 
 
@@ -185,10 +183,8 @@ def _step(
   return optax.piecewise_constant_schedule(base, scales)
 
 
-def _with_cooldown(
-  rate: Schedule, num_steps: int, cooldown_steps: Steps, end_value: Number
-) -> Schedule:
-  cooldown = count_steps("cooldown_steps", cooldown_steps, num_steps)
+def _with_cooldown(rate: Schedule, num_steps: int, steps: Steps, end_value: Number) -> Schedule:
+  cooldown = count_steps("cooldown_steps", steps, num_steps)
   if not cooldown:
     if end_value:
       raise ValueError(f"end_value {end_value} has no effect without cooldown_steps; set them too")

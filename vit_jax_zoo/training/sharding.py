@@ -39,10 +39,7 @@ class ShardingRuleError(ValueError):
 
 
 def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges the devices (all by default) along the axes `data`, `fsdp` and `model`.
-
-  `sizes` are the devices along each axis, 1 by default; one axis may be -1: the remaining devices.
-  """
+  """Arranges the devices along `AXES`; sizes are 1 by default, and one may be -1: the remaining."""
   devices = jax.devices() if devices is None else devices
   for axis in sizes:
     if axis not in AXES:
@@ -98,9 +95,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
   matching = ((pattern, spec) for pattern, spec in rules if re.fullmatch(pattern, path))
   pattern, spec = next(matching, (None, ()))
   if pattern is None:
-    raise ValueError(
-      f"no sharding rule matches parameter {path!r} {shape}; end the rules with ('.*', 'fsdp')"
-    )
+    raise ValueError(f"no sharding rule matches parameter {path!r} {shape}; append ('.*', 'fsdp')")
   if isinstance(spec, str):
     ways = mesh.shape[spec]
     fitting = [i for i, size in enumerate(shape) if size % ways == 0]
@@ -123,10 +118,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
 
 
 def specs_like_parameters(tree: Any, abstract_params: Any, specs: Any) -> Any:
-  """Returns a spec for every leaf of an optimizer state.
-
-  That of the parameter whose path ends the leaf's and whose shape is the same; else replicated.
-  """
+  """Returns a spec for each leaf of an optimizer state: its parameter's, else replicated."""
   flat_specs: dict[str, Any] = traverse_util.flatten_dict(specs, sep="/")
   flat_params: dict[str, Any] = traverse_util.flatten_dict(abstract_params, sep="/")
 
