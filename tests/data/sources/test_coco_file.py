@@ -2,6 +2,8 @@
 
 import json
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -339,6 +341,29 @@ class TestPanoptic:
 
   def test_stuff_is_what_isthing_says(self, tmp_path):
     assert self.write(tmp_path, self.CATEGORIES, self.SEGMENTS).info.stuff_from == 2
+
+  def test_isthing_is_a_number_or_one_as_text(self, tmp_path):
+    categories = [{**c, "isthing": str(c["isthing"])} for c in self.CATEGORIES]
+    assert self.write(tmp_path, categories, self.SEGMENTS).info.stuff_from == 2
+
+  def test_other_values_of_isthing_are_refused(self, tmp_path):
+    with pytest.raises(ValueError, match=r"isthing.*id 1: 'yes'"):
+      self.write(tmp_path, [{**self.CATEGORIES[0], "isthing": "yes"}], self.SEGMENTS)
+
+  @pytest.mark.parametrize("size", [0, 60_000])
+  def test_segment_images_that_cannot_be_decoded_are_skipped(self, tmp_path, caplog, size):
+    source = self.write(tmp_path, self.CATEGORIES, self.SEGMENTS)
+    png = tmp_path / "annotations" / "panoptic_train" / "1.png"
+    header = struct.pack(">4sIIBBBBB", b"IHDR", size, size, 8, 2, 0, 0, 0)
+    begin = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header))
+    png.write_bytes(begin if size else b"")
+    specs = [
+      dict(name="load_objects", segment_map=True, as_annotated=True),
+      dict(name="pad_objects"),
+    ]
+    batches = eval_batches(source, build_transforms(specs), batch_size=2, on_corrupt="skip")
+    assert next(iter(batches))["mask"].tolist() == [False, True]
+    assert str(png) in caplog.text
 
   def test_stuff_below_things_is_refused(self, tmp_path):
     categories = [{**c, "isthing": 1 - c["isthing"]} for c in self.CATEGORIES]

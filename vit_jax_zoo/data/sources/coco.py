@@ -146,7 +146,7 @@ class CocoSource(base.Source):
     return files
 
   def example_name(self, index: int) -> str:
-    return self._files(index)[0]
+    return " with segments ".join(self._files(index))
 
   def image_size(self, index: int) -> tuple[int, int]:
     """Returns the upright size by the annotations; `load_objects` compares it with the image."""

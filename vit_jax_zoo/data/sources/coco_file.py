@@ -204,7 +204,10 @@ class _Check:
     if number in self.names or name in self.names.values():
       self.warn("category that is listed twice", f"id {number}, {name}")
     self.names[number] = name
-    if not category.get("isthing", 1):
+    thing = category.get("isthing")
+    if thing not in (None, 0, 1, "0", "1"):
+      raise _RefusedError("isthing that is neither 0 nor 1", f"id {number}: {_short(thing)}")
+    if thing in (0, "0"):
       self.stuff.add(number)
 
   def image(self, image: Mapping[str, Any]) -> None:

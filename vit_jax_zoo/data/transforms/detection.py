@@ -34,7 +34,7 @@ from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import Bool, Float, Int, Num
 from PIL import Image
 
-from vit_jax_zoo.data.images import orient, orient_boxes
+from vit_jax_zoo.data.images import image_size, orient, orient_boxes
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms import TargetTransform, Transform, pixels
 
@@ -93,7 +93,9 @@ class LoadObjects(TargetTransform):
     stored = size[::-1] if turn >= 5 else size
     _check_size(example.pop("annotated_size", stored), stored)
     outlines, png = example.pop("outlines", None), example.pop("segment_image", None)
-    self._check_fields(has_masks=outlines is not None or png is not None, has_segments=bool(png))
+    self._check_fields(
+      has_masks=outlines is not None or png is not None, has_segments=png is not None
+    )
     if "boxes_xyxy" in example:
       example["boxes_xyxy"] = orient_boxes(example["boxes_xyxy"], turn, *size)
     if png is not None:
@@ -185,7 +187,11 @@ def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.nda
   The image's color is the id, red + 256 green + 65536 blue, or 0 for none; or it has a single
   channel with the ids. CorruptExampleError if it cannot be decoded.
   """
-  image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
+  try:
+    image_size(png)  # refuses sizes above the limit by the header
+    image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
+  except (CorruptExampleError, cv2.error) as error:
+    raise CorruptExampleError(f"segment image cannot be decoded: {error}") from None
   if image is None:
     raise CorruptExampleError(f"segment image cannot be decoded ({len(png)} bytes)")
   ids = image.astype(np.int64)
