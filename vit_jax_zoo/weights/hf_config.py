@@ -1,14 +1,17 @@
 """Hugging Face's JSON files beside weights: preprocessing and names of classes."""
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
+from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Size
-from vit_jax_zoo.weights.key_map import WeightsError
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
+from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
 
 def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_config.json") -> str:
@@ -72,6 +75,22 @@ def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any
       len(missing), count, ", ".join(map(str, missing[:5])), ", ..." * (len(missing) > 5),
     )  # fmt: skip
   return {"class_names": tuple(labels.get(i, str(i)) for i in range(count))}
+
+
+def label_fields(class_names: Sequence[str], count: int) -> dict[str, Any]:
+  """Returns the names of `count` classes in a `config.json`; classes without one are LABEL_<i>."""
+  names = [*class_names, *(f"LABEL_{i}" for i in range(len(class_names), count))]
+  ids = {name: i for i, name in enumerate(names)}
+  return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": ids}
+
+
+def write_folder(path: str, arrays: Flat, **contents: Mapping[str, Any]) -> None:
+  """Writes `model.safetensors` and a JSON file for each of `contents`."""
+  folder = epath.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_safetensors(str(folder / "model.safetensors"), arrays)
+  for name, content in contents.items():
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def processor_of(

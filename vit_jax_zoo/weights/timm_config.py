@@ -4,18 +4,16 @@ timm publishes folders of it and `model.safetensors`, and
 `timm.create_model("local-dir:<folder>", pretrained=True)` reads them.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from absl import logging
-from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Export, Size
+from vit_jax_zoo.weights.hf_config import write_folder
 from vit_jax_zoo.weights.key_map import Flat
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
 _FITS = {"center": "crop", "squash": "squash"}
 
@@ -69,9 +67,6 @@ def write(
 
   `architecture` is timm's model, `arguments` those of its constructor that differ from its default.
   """
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_safetensors(str(folder / "model.safetensors"), arrays)
   preprocess, names = export.preprocess, list(export.class_names)
   num_classes = export.fields()["num_classes"] or 0
   fit = {ours: theirs for theirs, ours in _FITS.items()}.get(preprocess.fit)
@@ -97,4 +92,4 @@ def write(
       "fixed_input_size": False,
     },
   }
-  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  write_folder(path, arrays, config=config)

@@ -9,13 +9,11 @@ config is ignored: with it transformers' decoder layers pass on normalised outpu
 paper's, and the published weights were trained without.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
-from etils import epath
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
@@ -41,7 +39,6 @@ from vit_jax_zoo.weights.torch_layouts import (
   contiguous,
   layer_rows,
   norm_rows,
-  write_safetensors,
 )
 
 _BACKBONE = "model.backbone.conv_encoder.model."
@@ -257,12 +254,8 @@ def write_checkpoint(path: str, export: Export) -> None:
   fields = export.fields()
   config = config_of(fields, export.class_names)
   arrays = state_dict(export.variables, timm=config["use_timm_backbone"])
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_safetensors(str(folder / "model.safetensors"), arrays)
   processor = _processor_of(export.preprocess, masks=fields["mask_head"])
-  for name, content in (("config", config), ("preprocessor_config", processor)):
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+  hf_config.write_folder(path, arrays, config=config, preprocessor_config=processor)
 
 
 def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dict[str, Any]:
@@ -273,7 +266,6 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
       "masked_backbone: transformers' DETR lacks it; predictions of padded images will differ"
     )
   count = fields["num_classes"]
-  names = [*class_names, *(f"LABEL_{i}" for i in range(len(class_names), count))]
   masks, decoder = fields["mask_head"], {**fields, **(fields["decoder"] or {})}
   return {
     "architectures": [_CLASSES[masks]],
@@ -293,8 +285,7 @@ def config_of(fields: Mapping[str, Any], class_names: Sequence[str] = ()) -> dic
     "is_encoder_decoder": True,
     "auxiliary_loss": False,
     **_backbone_config(backbone, masks=masks),
-    "id2label": {str(i): name for i, name in enumerate(names)},
-    "label2id": {name: i for i, name in enumerate(names)},
+    **hf_config.label_fields(class_names, count),
   }
 
 

@@ -3,21 +3,19 @@
 Query, key and value are one matrix, the start token is the embedding's last row: see `split`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
+from vit_jax_zoo.weights import hf_config
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.fused_qkv import PARTS
 from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
 # [input, width] kept as [input, heads, head width]; [width, output] as [heads, head width, output];
 # [width] as [heads, head width].
@@ -113,30 +111,21 @@ def write_checkpoint(path: str, export: Export) -> None:
     raise WeightsError(f"{wrong}. Set num_classes=None")
   kept = {k: a for k, a in variables.items() if not k.startswith("baseline/")}
   kept.setdefault("sos_token", np.zeros(fields["width"], np.float32))
-  arrays, config = join(write(kept, TABLE)), _config_of(fields, export)
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_safetensors(str(folder / "model.safetensors"), arrays)
-  (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+  contents = {"config": _config_of(fields, export)}
   if clusters is not None:
-    processor = {
+    contents["preprocessor_config"] = {
       "image_processor_type": "ImageGPTImageProcessor",
       "clusters": np.asarray(clusters).tolist(),
       **dict.fromkeys(("do_color_quantize", "do_normalize", "do_resize"), True),
       "resample": 2,
       "size": dict(zip(("height", "width"), export.preprocess.image_size, strict=True)),
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+  hf_config.write_folder(path, join(write(kept, TABLE)), **contents)
 
 
 def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
   is_classifier = fields["num_classes"] is not None
   kind = "ImageClassification" if is_classifier else "CausalImageModeling"
-  names = export.class_names or [f"LABEL_{i}" for i in range(fields["num_classes"] or 0)]
-  labels = {
-    "id2label": {str(i): name for i, name in enumerate(names)},
-    "label2id": {name: i for i, name in enumerate(names)},
-  }
   return {
     "architectures": [f"ImageGPTFor{kind}"],
     "model_type": "imagegpt",
@@ -150,7 +139,7 @@ def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": False,
     "use_cache": True,
-    **(labels if is_classifier else {}),
+    **(hf_config.label_fields(export.class_names, fields["num_classes"]) if is_classifier else {}),
   }
 
 

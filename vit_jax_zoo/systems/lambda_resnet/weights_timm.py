@@ -10,19 +10,12 @@ from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS
 from vit_jax_zoo.weights import timm_config
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.backbones import Backbone
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.infer import outputs_of, side
 from vit_jax_zoo.weights.key_map import Array, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  COUNTER,
-  batch_counters,
-  batch_norm_rows,
-  contiguous,
-  layer_rows,
-)
 
 # Arrays of another shape pass unchanged, and fail the shape check.
 POINTWISE = Transform(
@@ -42,8 +35,8 @@ TABLE_OF_OFFSETS = Transform(
 
 
 def _conv_norm_rows(published: str, ours: str) -> list[Row]:
-  convolution = Row(f"{published}.conv.weight", f"{ours}/conv/kernel", CONVOLUTION)
-  return [convolution, *batch_norm_rows(f"{published}.bn", f"{ours}/norm")]
+  convolution = Row(f"{published}.conv.weight", f"{ours}/conv/kernel", layouts.CONVOLUTION)
+  return [convolution, *layouts.batch_norm_rows(f"{published}.bn", f"{ours}/norm")]
 
 
 def _stage_rows(stage: int) -> list[Row]:
@@ -52,13 +45,13 @@ def _stage_rows(stage: int) -> list[Row]:
   rows = []
   for name, our_name in {**convolutions, "shortcut": "shortcut"}.items():
     rows += _conv_norm_rows(f"{theirs}.{name}", f"{ours}/{our_name}")
-  rows += batch_norm_rows(f"{theirs}.post_attn", f"{ours}/lambda_norm")
+  rows += layouts.batch_norm_rows(f"{theirs}.post_attn", f"{ours}/lambda_norm")
   theirs, ours = f"{theirs}.self_attn", f"{ours}/lambda_layer"
-  rows += batch_norm_rows(f"{theirs}.norm_q", f"{ours}/query_norm")
-  rows += batch_norm_rows(f"{theirs}.norm_v", f"{ours}/value_norm")
+  rows += layouts.batch_norm_rows(f"{theirs}.norm_q", f"{ours}/query_norm")
+  rows += layouts.batch_norm_rows(f"{theirs}.norm_v", f"{ours}/value_norm")
   return [
     *rows,
-    *layer_rows(f"{theirs}.qkv", f"{ours}/qkv", POINTWISE),
+    *layouts.layer_rows(f"{theirs}.qkv", f"{ours}/qkv", POINTWISE),
     Row(f"{theirs}.conv_lambda.weight", f"{ours}/position_embedding", SCOPE),
     Row(f"{theirs}.pos_emb", f"{ours}/position_embedding", TABLE_OF_OFFSETS),
     Row(f"{theirs}.conv_lambda.bias", f"{ours}/position_bias"),
@@ -68,9 +61,9 @@ def _stage_rows(stage: int) -> list[Row]:
 TABLE = (
   *_conv_norm_rows("stem.conv{i}", "stem/conv{i}"),
   *(row for stage in range(4) for row in _stage_rows(stage)),
-  *layer_rows("head.fc", "head"),
+  *layouts.layer_rows("head.fc", "head"),
 )
-IGNORE = (rf".*\.{COUNTER}",)
+IGNORE = (rf".*\.{layouts.COUNTER}",)
 TIMM = {name: fields for name, fields in VARIANTS.items() if fields.get("stem") == "tiered"}
 """Variants of timm's; the stages' widths at width_factor 1 are 64, 128, 256, 512."""
 
@@ -144,7 +137,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   )
   if layer != usual:
     arguments["self_attn_kwargs"] = layer
-  arrays = contiguous(write_flat(export.variables))
+  arrays = layouts.contiguous(write_flat(export.variables))
   if (size := _size_of_tables(arrays)) is not None:
     arguments["img_size"] = list(size)
   timm_config.write(path, arrays, export, name, arguments)
@@ -186,7 +179,7 @@ def write_flat(flat: Mapping[str, Array]) -> Flat:
   """Returns variables by path as timm's state dict; PyTorch's batch counters are zero."""
   has_scope = any(path.endswith("/position_bias") for path in flat)
   published = write(flat, [row for row in TABLE if has_scope or row.transform is not SCOPE])
-  return {**published, **batch_counters(published)}
+  return {**published, **layouts.batch_counters(published)}
 
 
 def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:

@@ -9,16 +9,10 @@ import numpy as np
 
 from vit_jax_zoo.ops.resize import find_grid, resize_position_grid
 from vit_jax_zoo.systems.vit.model import PositionEmbedding
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
-from vit_jax_zoo.weights.torch_layouts import (
-  FROM_HEADS,
-  HEADS_BIAS,
-  TO_HEADS,
-  layer_rows,
-  norm_rows,
-)
 
 CLS_TOKEN = "cls_token"
 POSITIONS = "position_embedding/table"
@@ -146,15 +140,15 @@ def torch_block_rows(
   """Returns the rows of PyTorch's encoder blocks; `qkv` has places for {part} and {leaf}."""
   ours, rows = "encoder/block_{i}", []
   for name, key in zip(("attention_norm", "mlp_norm"), norms, strict=True):
-    rows += norm_rows(f"{theirs}.{key}", f"{ours}/{name}")
-  leaves = (("weight", "kernel", TO_HEADS), ("bias", "bias", HEADS_BIAS))
+    rows += layouts.norm_rows(f"{theirs}.{key}", f"{ours}/{name}")
+  leaves = (("weight", "kernel", layouts.TO_HEADS), ("bias", "bias", layouts.HEADS_BIAS))
   for part in ("query", "key", "value"):
     for leaf, name, transform in leaves:
       key = qkv.format(part=part, leaf=leaf)
       rows.append(Row(f"{theirs}.{key}", f"{ours}/attention/{part}/{name}", transform))
-  rows += layer_rows(f"{theirs}.{out}", f"{ours}/attention/out", FROM_HEADS)
+  rows += layouts.layer_rows(f"{theirs}.{out}", f"{ours}/attention/out", layouts.FROM_HEADS)
   for name, key in zip(("hidden", "out"), mlp, strict=True):
-    rows += layer_rows(f"{theirs}.{key}", f"{ours}/mlp/{name}")
+    rows += layouts.layer_rows(f"{theirs}.{key}", f"{ours}/mlp/{name}")
   return rows
 
 

@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from vit_jax_zoo.systems.vit.weights_common import (
-  VitCheckpoint,
-  check_fixed,
-  not_a_vit,
-  stage_sizes,
-  with_table,
-)
+from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.infer import count, side
 from vit_jax_zoo.weights.key_map import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
@@ -109,7 +103,7 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
   query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
   width, mlp_dim = side(published, (query, 3, 0)), side(published, (hidden, 2, 1))
   if width is None or mlp_dim is None:
-    raise not_a_vit(published, source, "Google")
+    raise common.not_a_vit(published, source, "Google")
   outputs = {
     layer: side(published, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
     for layer in ("head", "pre_logits")
@@ -129,31 +123,31 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
     "position_embedding": "learned_1d" if has_table else "sincos_2d",
   }
   if "conv_root/kernel" in published:
-    stages = stage_sizes(published, r"block(\d+)/unit(\d+)/", first=1)
+    stages = common.stage_sizes(published, r"block(\d+)/unit(\d+)/", first=1)
     root_width = published["conv_root/kernel"].shape[-1]
     fields["resnet"] = {"stage_sizes": stages, "width": root_width}
   return fields
 
 
-def read_checkpoint(published: Published) -> VitCheckpoint:
+def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file's arrays; the preprocessing is that of Google's evaluations."""
   path, arrays = published.path, _normalize(published.arrays)
   fields = _infer_fields(arrays, path)
-  return VitCheckpoint(
+  return common.VitCheckpoint(
     source=path, arrays=arrays, table=TABLE, fields=fields, resize="corner_aligned"
   )
 
 
 def write_checkpoint(path: str, export: Export) -> None:
   """Writes a model as Google published it, without its preprocessing."""
-  check_fixed(export, FIXED, "Google's code")
+  common.check_fixed(export, FIXED, "Google's code")
   model = export.model
   if model.has_cls_token != (model.pool == "cls"):
     raise WeightsError("cls_token: True with pool='mean'; Google's code has no such ViT")
   own_row = model.has_cls_token and model.cls_token_position
   # A file without a table has big_vision's sine-cosine embeddings.
   fixed = model.position_embedding == "sincos_2d" and not model.has_cls_token
-  params = export.variables if fixed else with_table(export, class_row=own_row)
+  params = export.variables if fixed else common.with_table(export, class_row=own_row)
   write_file(path, params, cls_token_position=own_row or not model.has_cls_token)
 
 

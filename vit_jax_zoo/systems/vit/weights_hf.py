@@ -4,33 +4,19 @@ Keys of `ViTForImageClassification` begin with `vit.`, those of `ViTModel` do no
 paper's `pre_logits`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from vit_jax_zoo.systems.vit.weights_common import (
-  VitCheckpoint,
-  check_fixed,
-  not_a_vit,
-  torch_block_rows,
-  with_table,
-)
+from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.infer import count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import (
-  CONVOLUTION,
-  contiguous,
-  layer_rows,
-  norm_rows,
-  write_safetensors,
-)
 
 ACTIVATIONS = {
   **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -55,21 +41,21 @@ _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
 BASE_TABLE: tuple[Row, ...] = (
   Row("embeddings.cls_token", "cls_token"),
   Row("embeddings.position_embeddings", "position_embedding/table"),
-  *layer_rows("embeddings.patch_embeddings.projection", "embedding", CONVOLUTION),
-  *torch_block_rows(
+  *layouts.layer_rows("embeddings.patch_embeddings.projection", "embedding", layouts.CONVOLUTION),
+  *common.torch_block_rows(
     "encoder.layer.{i}",
     norms=("layernorm_before", "layernorm_after"),
     qkv="attention.attention.{part}.{leaf}",
     out="attention.output.dense",
     mlp=("intermediate.dense", "output.dense"),
   ),
-  *norm_rows("layernorm", "norm"),
-  *layer_rows("pooler.dense", "pre_logits"),
+  *layouts.norm_rows("layernorm", "norm"),
+  *layouts.layer_rows("pooler.dense", "pre_logits"),
 )
 """`ViTModel`."""
 CLASSIFIER_TABLE = (
   *(Row(_PREFIX + row.published, row.ours, row.transform) for row in BASE_TABLE),
-  *layer_rows("classifier", "head"),
+  *layouts.layer_rows("classifier", "head"),
 )
 """`ViTForImageClassification`."""
 
@@ -98,7 +84,7 @@ def _infer_fields(
   hidden = rf"{_LAYER}intermediate\.dense\.weight"
   width, mlp_dim = side(published, (hidden, 2, 1)), side(published, (hidden, 2, 0))
   if width is None or mlp_dim is None:
-    raise not_a_vit(published, source, "Hugging Face")
+    raise common.not_a_vit(published, source, "Hugging Face")
   return {
     "num_classes": outputs_of(published, "classifier"),
     "patch_size": sides.pop(),
@@ -117,7 +103,7 @@ def _infer_fields(
   }
 
 
-def read_checkpoint(published: Published) -> VitCheckpoint:
+def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a folder with its `config.json`."""
   path, config = published.path, published.config
   if not published.has_config:
@@ -128,7 +114,7 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
   side = config.get("image_size", 224)
   size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
   fields = _infer_fields(published.arrays, config, path)
-  return VitCheckpoint(
+  return common.VitCheckpoint(
     source=path,
     arrays=published.arrays,
     table=(*CLASSIFIER_TABLE, *BASE_TABLE),
@@ -149,29 +135,20 @@ def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
   if "pre_logits/kernel" in params and "head/kernel" in params:
     raise WeightsError("Hugging Face has no model with both pre_logits and head; drop one of them")
   rows = CLASSIFIER_TABLE if "head/kernel" in params else BASE_TABLE
-  return contiguous(write(unroll(params), rows))
+  return layouts.contiguous(write(unroll(params), rows))
 
 
 def write_checkpoint(path: str, export: Export) -> None:
   """Writes a folder that `ViTForImageClassification.from_pretrained` loads, or `ViTModel`'s."""
-  check_fixed(export, FIXED, "Hugging Face")
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  arrays = state_dict(with_table(export, class_row=True))
-  write_safetensors(str(folder / "model.safetensors"), arrays)
+  common.check_fixed(export, FIXED, "Hugging Face")
+  arrays = state_dict(common.with_table(export, class_row=True))
   processor = hf_config.processor_of(export.preprocess, "ViTImageProcessor")
-  for name, content in (("config", _config_of(export)), ("preprocessor_config", processor)):
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+  hf_config.write_folder(path, arrays, config=_config_of(export), preprocessor_config=processor)
 
 
 def _config_of(export: Export) -> dict[str, Any]:
   fields, size = export.fields(), export.preprocess.image_size
   num_classes, pooled = fields["num_classes"], fields["representation_size"]
-  names = export.class_names or [f"LABEL_{i}" for i in range(num_classes or 0)]
-  labels = {
-    "id2label": {str(i): name for i, name in enumerate(names)},
-    "label2id": {name: i for i, name in enumerate(names)},
-  }
   return {
     "architectures": ["ViTModel" if num_classes is None else "ViTForImageClassification"],
     "model_type": "vit",
@@ -187,6 +164,6 @@ def _config_of(export: Export) -> dict[str, Any]:
     "num_channels": export.preprocess.channels,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
-    **(labels if num_classes else {}),
+    **(hf_config.label_fields(export.class_names, num_classes) if num_classes else {}),
     **({} if pooled is None else {"pooler_output_size": pooled, "pooler_act": "tanh"}),
   }

@@ -14,15 +14,8 @@ import numpy as np
 from absl import logging
 
 from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.systems.vit import weights_common as common
 from vit_jax_zoo.systems.vit.model import VARIANTS
-from vit_jax_zoo.systems.vit.weights_common import (
-  VitCheckpoint,
-  check_fixed,
-  not_a_vit,
-  stage_sizes,
-  torch_block_rows,
-  with_table,
-)
 from vit_jax_zoo.weights import timm_config
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.fused_qkv import join, split
@@ -79,7 +72,7 @@ TABLE: tuple[Row, ...] = (
   Row("cls_token", "cls_token"),
   Row("pos_embed", "position_embedding/table"),
   *layer_rows("patch_embed.proj", "embedding", CONVOLUTION),
-  *torch_block_rows(
+  *common.torch_block_rows(
     "blocks.{i}",
     norms=("norm1", "norm2"),
     qkv="attn.qkv.{leaf}[{part}]",
@@ -123,7 +116,7 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
   width = side(published, (embedding, 4, 0), (r"blocks\.\d+\.norm\d\.\w+", 1, 0))
   mlp_dim = side(published, (r"blocks\.\d+\.mlp\.fc1\.weight", 2, 0))
   if width is None or mlp_dim is None:
-    raise not_a_vit(published, source, "timm")
+    raise common.not_a_vit(published, source, "timm")
   depth, fc_norm = count(published, r"blocks\.(\d+)\."), "fc_norm.weight" in published
   has_cls, rows = "cls_token" in published, side(published, ("pos_embed", 3, 1)) or 0
   of_this_size = (
@@ -153,11 +146,11 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
   if root is None:
     return fields
   units = rf"{re.escape(_BACKBONE)}\.stages\.(\d+)\.blocks\.(\d+)\."
-  stages = stage_sizes(published, units, first=0)
+  stages = common.stage_sizes(published, units, first=0)
   return {**fields, "resnet": {"stage_sizes": stages, "width": root, **_RESNET}}
 
 
-def read_checkpoint(published: Published) -> VitCheckpoint:
+def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file, and the `config.json` beside it, if there is one."""
   path, architecture = published.path, str(published.config.get("architecture", ""))
   for name, (pattern, what) in itertools.product((architecture, *published.arrays), _REFUSED):
@@ -178,7 +171,7 @@ def read_checkpoint(published: Published) -> VitCheckpoint:
       path, fields["num_heads"], activation, fields["pool"],
     )  # fmt: skip
   settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
-  return VitCheckpoint(
+  return common.VitCheckpoint(
     source=path,
     arrays=split(published.arrays, _JOINT),
     table=TABLE,
@@ -228,10 +221,11 @@ def write_checkpoint(path: str, export: Export) -> None:
   Raises:
     WeightsError: timm does not support the model.
   """
-  check_fixed(export, FIXED, "timm")
+  common.check_fixed(export, FIXED, "timm")
   fields, with_cls = export.fields(), export.model.has_cls_token
   own_row = with_cls and fields["cls_token_position"]
-  params = with_table(export, class_row=own_row and fields["position_embedding"] != "learned_1d")
+  has_table = fields["position_embedding"] == "learned_1d"
+  params = common.with_table(export, class_row=own_row and not has_table)
   arrays = state_dict(params, fc_norm=fields["fc_norm"])
   arguments = {
     "img_size": list(export.preprocess.image_size),
