@@ -45,11 +45,11 @@ def add_axes(figure: Figure, left: float, bottom: float, width: float, height: f
   return figure.add_axes(tuple(np.array([left, bottom, width, height]) / scale))
 
 
-def show_image(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
+def show_image(ax: Axes, image: Num[np.ndarray, "h w c"], interpolation: str = "auto") -> None:
   """Draws an image with 1 or 3 channels in [0, 255], without ticks and frame."""
   pixels = np.clip(np.rint(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
   pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-  ax.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) < SMALL else "auto")
+  ax.imshow(pixels, interpolation="nearest" if max(pixels.shape[:2]) < SMALL else interpolation)
   hide_frame(ax)
 
 

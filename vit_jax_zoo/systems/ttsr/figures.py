@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Num, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.figures.canvas import QUIET
+from vit_jax_zoo.figures.canvas import QUIET, hide_frame, show_image
 from vit_jax_zoo.metrics.psnr_ssim import psnr_y
 
 CELL = 2.1  # inches
@@ -36,14 +36,8 @@ def draw_results(
 
   "source" colours each cell of the input by the position of its match in the reference, whose
   colours "reference" shows. "confidence" is the soft attention, scaled to its range in the image.
-
-  Args:
-    batch: that of the task: `low_res_image`, `upsampled_image`, `ref_image`, in [0, 255]; `image`,
-      the ground truth, and `size` are optional.
-    predictions: `image` in [0, 255], `hard_attention` and `soft_attention` [b h w]; optional
-      `wrong_reference_image`.
-    title: of the figure.
-    max_images: maximum number of examples.
+  Batch and predictions are those of the task; `image`, `size` and `blurred_ref_image` of the batch
+  are optional.
   """
   there = {"truth": "image" in batch, "wrong reference": "wrong_reference_image" in predictions}
   columns = [name for name in COLUMNS if there.get(name, True)]
@@ -59,7 +53,7 @@ def draw_batch(batch: Mapping[str, Any], *, max_images: int = 4) -> Figure:
   for i, row in enumerate(rows):
     for name, key in BATCH_COLUMNS.items():
       picture = np.asarray(batch[key][i])
-      _show(row[name], picture, "nearest" if name == "small" else "auto")
+      show_image(row[name], picture, "nearest" if name == "small" else "auto")
       row[name].set_xlabel(f"{picture.shape[1]} × {picture.shape[0]}", fontsize=9)
   return figure
 
@@ -73,21 +67,19 @@ def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UIn
 
 
 def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -> dict[str, Any]:
-  """Returns the images of one example without their padding."""
-  bicubic = np.asarray(batch["upsampled_image"][i])
-  height, width = batch["size"][i] if "size" in batch else bicubic.shape[:2]
+  height, width = batch["size"][i] if "size" in batch else batch["upsampled_image"].shape[1:3]
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
   pixels = slice(0, height), slice(0, width)
   reference = np.asarray(batch["ref_image"][i])
-  optional = {
+  large = {
+    "bicubic": batch["upsampled_image"],
+    "ours": predictions["image"],
     "truth": batch.get("image"),
     "wrong reference": predictions.get("wrong_reference_image"),
   }
   return {
     "small": np.asarray(batch["low_res_image"][i])[cells],
-    "bicubic": bicubic[pixels],
-    "ours": np.asarray(predictions["image"][i])[pixels],
-    **{name: np.asarray(x[i])[pixels] for name, x in optional.items() if x is not None},
+    **{name: np.asarray(x[i])[pixels] for name, x in large.items() if x is not None},
     "reference": reference,
     "index": np.asarray(predictions["hard_attention"][i])[cells],
     "confidence": np.asarray(predictions["soft_attention"][i])[cells],
@@ -96,39 +88,31 @@ def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -
 
 
 def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
-  _show(axes["small"], example["small"], "nearest")
+  show_image(axes["small"], example["small"], "nearest")
   for name in ("bicubic", "ours", "wrong reference", "truth"):
     if name not in axes:
       continue
-    _show(axes[name], example[name])
+    show_image(axes[name], example[name])
     if name != "truth" and "truth" in axes:
       decibels = psnr_y(example[name], example["truth"])
       weight = "bold" if name == "ours" else "normal"
       axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
   grid, index, soft = example["grid"], example["index"], example["confidence"]
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
-  _show(axes["reference"], _tinted(example["reference"], key))
-  _show(axes["source"], position_colors(index, grid), "nearest")
+  show_image(axes["reference"], _tinted(example["reference"], key))
+  show_image(axes["source"], position_colors(index, grid), "nearest")
   axes["confidence"].imshow(soft, cmap="cividis", interpolation="nearest")
   used = len(np.unique(index)) / index.size
   axes["source"].set_xlabel(f"{used:.0%} distinct patches", fontsize=9)
   axes["confidence"].set_xlabel(f"{np.min(soft):.3f} to {np.max(soft):.3f}", fontsize=9)
 
 
-def _tinted(
-  image: Num[np.ndarray, "y x 3"], colors: UInt8[np.ndarray, "i j 3"]
-) -> Float[np.ndarray, "y x 3"]:
+def _tinted(image: np.ndarray, colors: np.ndarray) -> Float[np.ndarray, "y x 3"]:
   """Tints an image with the colours of cells of 4x4 pixels; keeps its brightness."""
   large = np.repeat(np.repeat(colors, 4, axis=0), 4, axis=1).astype(np.float32)
   image = np.asarray(image, np.float32)[: large.shape[0], : large.shape[1]]
   gray = image.mean(axis=-1, keepdims=True)
   return 0.25 * image + 0.75 * large * (0.35 + 0.65 * gray / 255)
-
-
-def _show(ax: Axes, image: Num[np.ndarray, "h w 3"], interpolation: str = "auto") -> None:
-  pixels = np.clip(np.round(np.asarray(image, np.float32)), 0, 255).astype(np.uint8)
-  small = max(pixels.shape[:2]) < 64
-  ax.imshow(pixels, interpolation="nearest" if small else interpolation)
 
 
 def _grid(
@@ -146,9 +130,7 @@ def _grid(
   for name, ax in zip(columns, axes[0], strict=True):
     ax.set_title(name, fontsize=10)
   for ax in axes.flat:
-    ax.set(xticks=[], yticks=[])
+    hide_frame(ax)
     ax.set_anchor("N")  # aligns images of other shapes with their titles
     ax.xaxis.label.set_color(QUIET)
-    for spine in ax.spines.values():
-      spine.set_visible(False)
   return figure, [dict(zip(columns, row, strict=True)) for row in axes]

@@ -48,10 +48,7 @@ def perceptual_loss(
 def transferal_loss(
   features: Sequence[Float[Array, "b ..."]], textures: Sequence[Float[Array, "b ..."]]
 ) -> Float[Array, " b"]:
-  """Returns the mean squared difference of the output's features from the transferred textures.
-
-  Features are of the texture extractor, the coarsest level first; the mean is over levels.
-  """
+  """Returns the mean squared difference, also over levels, of the output's features (3.3)."""
   levels = [
     _mean((feature.astype(jnp.float32) - texture.astype(jnp.float32)) ** 2)
     for feature, texture in zip(features, textures, strict=True)
@@ -87,8 +84,7 @@ class Conv(nn.Module):
 class Discriminator(nn.Module):
   """SRGAN's discriminator without norms: pairs of convolutions, the second with stride 2.
 
-  The gradient penalty excludes batch norms (arXiv:1704.00028, section 4). The first dense layer
-  fixes the size of the images.
+  The gradient penalty excludes batch norms (arXiv:1704.00028, section 4).
   """
 
   widths: Sequence[int] = (32, 64, 128, 256, 512)  # channels of each pair
@@ -110,9 +106,7 @@ class Discriminator(nn.Module):
     return nn.Dense(features, kernel_init=init, bias_init=init, name=name)
 
 
-VGG_DEPTHS = (2, 2, 4, 4, 4)
-"""Convolutions in each stage; max-pools between stages."""
-
+VGG_DEPTHS = (2, 2, 4, 4, 4)  # convolutions in each stage; max-pools between stages
 VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 

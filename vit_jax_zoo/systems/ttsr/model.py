@@ -1,17 +1,15 @@
 """TTSR. Yang et al., "Learning Texture Transformer Network for Image Super-Resolution", CVPR 2020.
 
-arXiv:2006.04139: 4x super-resolution with textures of a reference image. Modules in the order of
-the paper: `TTSR` with the texture transformer (3.1) and its stack (3.2, figure 3), cross-scale
-feature integration, and the layers below. TTSR and TTSR-rec are one network; they differ in the
-losses they were trained with (`task`).
-
-Numbers 1, 2 and 3 in names: maps with 1, 2 and 4 times the sides of the low-resolution image.
+arXiv:2006.04139: 4x super-resolution with textures of a reference image. TTSR and TTSR-rec differ
+in their losses alone. Numbers 1, 2 and 3 in names: maps with 1, 2 and 4 times the sides of the
+low-resolution image.
 """
 
 import functools
 from collections.abc import Sequence
 from typing import Any
 
+import einops
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -27,11 +25,9 @@ from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.ttsr.losses import VGG19, Conv
 from vit_jax_zoo.systems.ttsr.search import BLOCK_SIZE, find_matches, transfer
 
-SCALE = 4
-"""Ratio of the sides of output and input."""
-
+SCALE = 4  # ratio of the sides of output and input
+# Outputs of the texture extractor: maps of the image's sides, a half and a quarter of them.
 LEVELS = ("relu1_1", "relu2_1", "relu3_1")
-"""Outputs of the texture extractor: maps of the image's sides, a half and a quarter of them."""
 
 # 64 channels and 16, 16, 8 and 4 blocks: the released code's options; the paper has no table.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -40,11 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Fields of `TTSR` by model name."""
 
-SHARDING_RULES = (
-  (r".*/bias", ()),
-  (r".*", "fsdp"),
-)
-"""Kernels split over `fsdp`; biases kept whole."""
+SHARDING_RULES = ((r".*/bias", ()), (r".*", "fsdp"))
 
 
 class TTSR(nn.Module):
@@ -73,20 +65,15 @@ class TTSR(nn.Module):
     *,
     train: bool = False,
   ) -> dict[str, Any]:
-    """Enlarges `low_res_image`; all images in [-1, 1].
+    """Enlarges `low_res_image`; all images in [-1, 1], the reference's sides multiples of 4.
 
-    Args:
-      low_res_image: image of any size.
-      upsampled_image: its bicubic enlargement by 4.
-      ref_image: reference, with sides that are multiples of 4.
-      blurred_ref_image: the reference, bicubically reduced and enlarged by 4.
-      train: has no effect.
+    `upsampled_image` is its bicubic enlargement, `blurred_ref_image` the reference, reduced and
+    enlarged. `train` has no effect.
 
     Returns:
       `image` float32 [b 4h 4w 3], in [-1, 1]; `hard_attention` int32 [b h w], index of the matching
       cell, row by row, in a grid of a quarter of the reference's sides; `soft_attention` float32
-      [b h w], cosine of the match; `textures`, transferred maps with 1, 2 and 4 times the sides of
-      the low-resolution image.
+      [b h w], cosine of the match; `textures`, the transferred maps 1, 2 and 3.
     """
     del train
     given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
@@ -123,10 +110,7 @@ class TTSR(nn.Module):
     soft_attention: Float[Array, "b h w"],
     textures: Sequence[Float[Array, "b ..."]],
   ) -> Float[Array, "b h4 w4 3"]:
-    """Returns the image of the stacked texture transformers (3.2, figure 3), after the search.
-
-    Images are in [-1, 1]; `textures` have 1, 2 and 4 times the sides of the low-resolution image.
-    """
+    """Returns the image of the stacked texture transformers (3.2, figure 3), after the search."""
     soft = soft_attention[..., None]
     conv = functools.partial(Conv, dtype=self.dtype)
     x = nn.relu(conv(self.width, name="head")(low_res_image))
@@ -148,20 +132,12 @@ class TTSR(nn.Module):
     self.sow("intermediates", "unclipped", image)
     return jnp.clip(image, -1.0, 1.0)
 
-  def _attend(
-    self,
-    scale: int,
-    x: Float[Array, "b h w c"],
-    texture: Float[Array, "b h w t"],
-    soft: Float[Array, "b h w 1"],
-  ) -> Float[Array, "b h w c"]:
+  def _attend(self, scale: int, x: Array, texture: Array, soft: Array) -> Float[Array, "b h w c"]:
     """Returns Conv(Concat(F, T)) * S of Eq. 8, which is added to F."""
     conv = ConcatConv(self.width, self.dtype, name=f"attend{scale}")
     return conv(x, texture) * soft.astype(x.dtype)
 
-  def _integrate(
-    self, stage: int, maps: list[Float[Array, "b ..."]]
-  ) -> list[Float[Array, "b ..."]]:
+  def _integrate(self, stage: int, maps: list[Array]) -> list[Array]:
     """Returns the maps plus residual blocks on what they exchange (CSFI)."""
     exchanged = Exchange(self.width, self.dtype, name=f"exchange{stage}")(maps)
     self.sow("intermediates", f"after_exchange{stage}", exchanged)
@@ -228,7 +204,7 @@ class MergeTail(nn.Module):
 
 
 class ResidualStage(nn.Module):
-  """Residual blocks and a convolution."""
+  """Residual blocks and a convolution, without the outer sum."""
 
   depth: int
   width: int
@@ -260,8 +236,8 @@ class ResidualBlock(nn.Module):
 class ConcatConv(nn.Module):
   """`Conv` of concatenated maps, computed as the sum of a convolution of each.
 
-  The concatenation would be the largest array at full size. Maps are enlarged one after the other,
-  when their convolution is due. Parameters are those of a `Conv` of the concatenation.
+  The concatenation would be the largest array at full size, and so maps are enlarged one after the
+  other, when their convolution is due.
   """
 
   features: int
@@ -294,8 +270,7 @@ class ConcatConv(nn.Module):
 def upsample_bicubic(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b hf wf c"]:
   """Enlarges a map as PyTorch's `interpolate(mode="bicubic", align_corners=False)`.
 
-  a = -0.75 (Pillow's and JAX's filters have -0.5), half-pixel centres, edges repeated; results may
-  exceed the range of `x`.
+  a = -0.75 (Pillow's and JAX's filters have -0.5), half-pixel centres, edges repeated.
   """
   for axis in (1, 2):
     # All pixels are alike: each has `factor` outputs, which depend on it and two on either side.
@@ -311,18 +286,11 @@ def upsample_bicubic(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b
 
 
 def pixel_shuffle(x: Float[Array, "b h w cff"], factor: int) -> Float[Array, "b hf wf c"]:
-  """Moves channels to pixels in PyTorch's order: (c, y, x) of a cell to c of its pixel (y, x).
-
-  Shi et al., arXiv:1609.05158.
-  """
-  batch, height, width, channels = x.shape
-  x = x.reshape(batch, height, width, channels // factor**2, factor, factor)
-  x = x.transpose(0, 1, 4, 2, 5, 3)
-  return x.reshape(batch, height * factor, width * factor, -1)
+  """Moves channels to pixels in PyTorch's order, arXiv:1609.05158."""
+  return einops.rearrange(x, "b h w (c y x) -> b (h y) (w x) c", y=factor, x=factor)
 
 
 def _check_sizes(*images: Array) -> None:
-  """Raises ValueError if the sizes of the model's inputs do not fit together."""
   low_res, upsampled, ref, blurred = (image.shape[1:3] for image in images)
   expected = (SCALE * low_res[0], SCALE * low_res[1])
   if upsampled != expected:

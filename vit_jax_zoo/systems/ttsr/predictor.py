@@ -1,12 +1,7 @@
 """4x super-resolution of a user's image: `predict --reference=ref.jpg`.
 
 Large images are processed in two tiled passes with bounded memory, equal to a single pass within
-rounding:
-
-1. the search: the reference's features are computed once, and windows of the image are compared
-   with all of them. Windows overlap by the receptive field of the features;
-2. the rest of the network, in windows that overlap by its receptive field (`TTSR.reach`), of which
-   the centre is kept.
+rounding: the search, and the rest of the network. Windows overlap by the receptive field of each.
 """
 
 import dataclasses
@@ -23,7 +18,7 @@ import numpy as np
 import rich.console
 import rich.progress
 from absl import logging
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Num, UInt8
 
 from vit_jax_zoo.data.transforms.super_resolution import SCALE, crop_to_multiple, enlarge, shrink
 from vit_jax_zoo.inference.base import Image, Options, Prediction, Trained
@@ -32,26 +27,19 @@ from vit_jax_zoo.systems.ttsr.figures import draw_results
 from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer
 from vit_jax_zoo.systems.ttsr.task import to_pixels
 
+# Default of `--tile`: side of a window, in pixels of the input (as many as 480x270 has). Images
+# with no more pixels are processed at once.
 WINDOW = 360
-"""Default of `--tile`: side of a window, in pixels of the input (as many as 480x270 has). Images
-with no more pixels are processed at once."""
-
-SEARCH_REACH = 8
-"""Bound of the receptive field of a patch of features: radius in pixels of the input (it is 5)."""
-
+SEARCH_REACH = 8  # bounds the radius of the features' receptive field, 5, in pixels of the input
 _LOG_SECONDS = 10
 
 
 class SuperResolutionPredictor:
-  """Enlarges images four times; the reference's features are computed once.
-
-  Reads the options `reference` and `tile`, see `WINDOW`.
-  """
+  """Enlarges images four times; the reference's features are computed once."""
 
   reads: ClassVar[frozenset[str]] = frozenset({"reference", "tile"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Prepares the model; raises ValueError for a missing or small reference, or a small tile."""
     if options.reference is None:
       raise ValueError("--reference: missing; super-resolution needs one, --reference=ref.jpg")
     self._model: Any = trained.model
@@ -70,11 +58,7 @@ class SuperResolutionPredictor:
     self._jitted_restore = frugal(self._restore)
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns the enlarged image, and a figure of the source positions of its textures.
-
-    Raises:
-      ValueError: out of memory; the message suggests a smaller tile.
-    """
+    """Returns the enlarged image, and a figure of the source positions of its textures."""
     try:
       return self._enlarge(image)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -118,7 +102,6 @@ class SuperResolutionPredictor:
     return keys, self._jitted_features(_batch(self._reference), precise=False)[::-1]
 
   def _match(self, upsampled: UInt8[np.ndarray, "h4 w4 3"]) -> Match:
-    """Returns the match of each patch of the image in the whole reference."""
     size = tuple(side // SCALE for side in upsampled.shape[:2])
     match = np.zeros((1, *size), np.int32), np.zeros((1, *size), np.float32)
     for part in _progress(list(cut(size, self._window, SEARCH_REACH)), "searching"):
@@ -128,7 +111,6 @@ class SuperResolutionPredictor:
     return Match(*map(jnp.asarray, match))
 
   def _assemble(self, image: Image, match: Match) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
-    """Enlarges window by window; returns the image and the number of windows."""
     result = np.zeros((1, *(SCALE * side for side in image.shape[:2]), 3), np.uint8)
     windows = list(cut(image.shape[:2], self._window, self._model.reach))
     for part in _progress(windows, "enlarging"):
@@ -147,9 +129,7 @@ class SuperResolutionPredictor:
     queries = self._features(upsampled, precise=True)[2]
     return find_matches(queries, keys, block_size=self._model.block_size)
 
-  def _restore(
-    self, image: Num[Array, "1 h w 3"], match: Any, values: tuple[Float[Array, "1 ..."], ...]
-  ) -> Array:
+  def _restore(self, image: Array, match: Match, values: tuple[Array, ...]) -> Array:
     textures = [
       transfer(value, match.index, grid_width=values[0].shape[2], scale=scale)
       for value, scale in zip(values, (1, 2, 4), strict=True)
@@ -160,10 +140,7 @@ class SuperResolutionPredictor:
 
 @functools.cache
 def compiler_options() -> dict[str, bool | str] | None:
-  """Returns XLA's options to schedule for low memory on CPUs; None if XLA has none.
-
-  An image of 480x270 with a reference of 1920x1080 takes 3.4 GB, and 4.2 without them.
-  """
+  """Returns XLA's options to schedule for low memory on CPUs (3.4 in place of 4.2 GB), if any."""
   options: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
   if jax.default_backend() != "cpu":
     return None
@@ -184,7 +161,7 @@ class Window:
   kept_columns: tuple[int, int]
 
   def outer(self, scale: int = 1) -> tuple[slice, slice]:
-    """Returns the slices of the window in an image of `scale` times the sides."""
+    """Returns the window's slices in an image of `scale` times the sides."""
     return _scaled(self.rows, scale), _scaled(self.columns, scale)
 
   def kept(self, scale: int = 1) -> tuple[slice, slice, slice]:
@@ -193,11 +170,8 @@ class Window:
 
   def middle(self, scale: int = 1) -> tuple[slice, slice, slice]:
     """Returns the slices of the kept centre in the window's result [1 h w ...]."""
-    return (
-      slice(None),
-      _scaled(self.kept_rows, scale, self.rows[0]),
-      _scaled(self.kept_columns, scale, self.columns[0]),
-    )
+    rows = _scaled(self.kept_rows, scale, self.rows[0])
+    return slice(None), rows, _scaled(self.kept_columns, scale, self.columns[0])
 
 
 def _scaled(side: tuple[int, int], scale: int, origin: int = 0) -> slice:
@@ -205,12 +179,10 @@ def _scaled(side: tuple[int, int], scale: int, origin: int = 0) -> slice:
 
 
 def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
-  """Yields windows of one size whose kept centres partition an image.
+  """Yields windows of one size, of at most `window` a side, whose kept centres partition an image.
 
-  Args:
-    size: height and width of the image.
-    window: maximum side of a window; an image with at most `window`^2 pixels is one window.
-    reach: minimum distance of the kept centre from the window's edges inside of the image.
+  The centres are `reach` or more from the windows' edges inside of the image. An image with at most
+  `window`^2 pixels is one window.
   """
   if math.prod(size) <= window**2:
     window = max(size)
@@ -219,14 +191,9 @@ def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
       yield Window(rows, columns, kept_rows, kept_columns)
 
 
-def _cut_side(
-  length: int, window: int, reach: int
-) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-  """Yields the ranges of the windows, and their kept ranges, along one side."""
-  if length <= window:
-    yield (0, length), (0, length)
-    return
-  kept = 0
+def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[tuple[int, int], ...]]:
+  """Yields the range of a window and its kept range along one side."""
+  window, kept = min(window, length), 0
   while kept < length:
     first = min(max(kept - reach, 0), length - window)
     end = first + window

@@ -1,16 +1,10 @@
 """TTSR's relevance search: hard and soft attention in blocks, without the full similarity matrix.
 
-arXiv:2006.04139, section 3.1. Each 3x3 patch of the query map is compared with each 3x3 patch of
-the reference map (Eq. 4); the index and the cosine of the best one are kept (Eq. 5 and 7), and
-reference patches are transferred to the positions of their matches (Eq. 6). Neither the matrix of
-all pairs nor the unfolded patches are materialised:
-
-* the product of two patches is a sum of pixel products that neighbouring pairs share: with columns
-  of three pixels, `P(q, r) = C(q-1, r-1) + C(q, r) + C(q+1, r+1)`, a third of the multiplications;
-* the search runs over blocks of queries and of reference positions with a running maximum;
-* the relevance of the matches alone is recomputed, with a gradient.
-
-Memory is linear in each image. Axes: `h w` of the query map, `i j` of the reference, `c` channels.
+arXiv:2006.04139, section 3.1. The search runs over blocks of queries and of reference positions
+with a running maximum; the relevance of the matches alone is recomputed, with a gradient. The
+product of two patches is a sum of pixel products that neighbouring pairs share: with columns of
+three pixels, `P(q, r) = C(q-1, r-1) + C(q, r) + C(q+1, r+1)`, a third of the multiplications. Axes:
+`h w` of the query map, `i j` of the reference, `c` channels.
 """
 
 from collections.abc import Callable
@@ -21,8 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+# Queries and reference positions per block: 8 MB of products for each image.
 BLOCK_SIZE = (1024, 2048)
-"""Queries and reference positions per block: 8 MB of products for each image."""
 
 PATCH = 3
 _EPSILON = 1e-12  # minimum norm of a patch, as in the official code
@@ -42,12 +36,11 @@ def find_matches(
   *,
   block_size: tuple[int, int] = BLOCK_SIZE,
 ) -> Match:
-  """Returns the most similar 3x3 patch of a reference map for each 3x3 patch of a map.
+  """Returns the most similar 3x3 patch of a reference map for each 3x3 patch of a map (Eq. 4).
 
   Maps are padded with zeros; every position is the centre of a patch. Products are float32 at the
   highest precision, whatever the dtype of the maps: with less, matches change. The relevance has
-  gradients with respect to both maps, the index has none. `block_size`, queries and reference
-  positions per block, affects memory and speed alone.
+  gradients, the index has none. `block_size` affects memory and speed alone.
   """
   if min(block_size) < 1:
     raise ValueError(f"block_size must be positive, but is {block_size}")
@@ -87,9 +80,8 @@ def transfer(
 ) -> Float[Array, "b hs ws c"]:
   """Returns the mean of the overlapping reference patches of all matches (Eq. 6).
 
-  A patch has 3x3 cells of `scale`x`scale` pixels; `reference` has `scale` times the sides of the
-  searched map, whose width is `grid_width`. Sums are divided by nine at the border as well, where
-  fewer patches overlap, as in the official code.
+  A patch has 3x3 cells of `scale`x`scale` pixels; `grid_width` is the width of the searched map.
+  Sums are divided by nine at the border as well, as in the official code.
   """
   if reference.shape[2] != grid_width * scale:
     raise ValueError(
@@ -114,9 +106,7 @@ def transfer(
 
 
 def _search(
-  queries: Float[Array, "b h w c"],
-  references: Float[Array, "b i j c"],
-  block_size: tuple[int, int],
+  queries: Float[Array, "b h w c"], references: Float[Array, "b i j c"], block: tuple[int, int]
 ) -> Int[Array, "b h w"]:
   """Returns the first index of the largest cosine.
 
@@ -125,8 +115,8 @@ def _search(
   """
   batch, height, width, _ = queries.shape
   rows, columns = references.shape[1:3]
-  query_block = min(block_size[0], height * (width + 2))
-  ref_block = min(block_size[1], rows * (columns + 2))
+  query_block = min(block[0], height * (width + 2))
+  ref_block = min(block[1], rows * (columns + 2))
   query_columns = _column_reader(queries, query_block)
   ref_columns = _column_reader(references, ref_block)
   # Positive exactly at positions of the map, zero at the padding of rows.
@@ -156,31 +146,25 @@ def _search(
   starts = jnp.arange(0, height * (width + 2), query_block, dtype=jnp.int32)
   places = jnp.moveaxis(lax.map(best_of, starts), 0, 1).reshape(batch, -1)
   places = places[:, : height * (width + 2)].reshape(batch, height, -1)[:, :, 1:-1]
-  row, column = jnp.divmod(places, columns + 2)
-  return row * columns + column - 1
+  return places // (columns + 2) * columns + places % (columns + 2) - 1
 
 
 def _column_reader(maps: Float[Array, "b h w c"], block: int) -> Callable[[Array], Array]:
-  """Returns a function from a position to a block's columns of three pixels, `[b block+2 3c]`.
-
-  The block has one more position at either end.
-  """
+  """Returns a function from a position to a block's columns of three pixels, `[b block+2 3c]`."""
   stride = maps.shape[2] + 2
   count = maps.shape[1] * stride
   flat = _pad(maps).reshape(maps.shape[0], -1, maps.shape[-1])
   flat = jnp.pad(flat, ((0, 0), (1, -count % block + 1), (0, 0)))
 
   def read(start: Array) -> Array:
-    rows = [
-      lax.dynamic_slice_in_dim(flat, start + k * stride, block + 2, axis=1) for k in range(PATCH)
-    ]
+    starts = (start + k * stride for k in range(PATCH))
+    rows = [lax.dynamic_slice_in_dim(flat, first, block + 2, axis=1) for first in starts]
     return jnp.concatenate(rows, axis=-1)
 
   return read
 
 
 def _inverse_lengths(maps: Float[Array, "b h w c"]) -> Float[Array, "b h w"]:
-  """Returns the inverse norm of each patch."""
   squares = _pad(jnp.sum(maps**2, axis=-1))
   height, width = maps.shape[1:3]
   total = sum(squares[:, y : y + height, x : x + width] for y in range(PATCH) for x in range(PATCH))
@@ -205,9 +189,8 @@ def _windows(
 
 def _shifted(padded: Array, offset: Int[Array, " 2"], size: tuple[int, int]) -> Array:
   """Returns the unpadded map shifted by an offset."""
-  y, x = offset[0] + 1, offset[1] + 1
-  padded = lax.dynamic_slice_in_dim(padded, y, size[0], axis=1)
-  return lax.dynamic_slice_in_dim(padded, x, size[1], axis=2)
+  padded = lax.dynamic_slice_in_dim(padded, offset[0] + 1, size[0], axis=1)
+  return lax.dynamic_slice_in_dim(padded, offset[1] + 1, size[1], axis=2)
 
 
 def _pad(x: Array, value: Any = 0) -> Array:
@@ -221,5 +204,4 @@ def _offsets() -> Int[Array, "9 2"]:
 
 
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """Converts `x` to at least float32."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,7 +1,4 @@
-"""Super-resolution with a reference: TTSR's training losses and predictions (arXiv:2006.04139).
-
-TTSR-rec has the reconstruction loss alone; TTSR has it alone until `begin_step`, then all four.
-"""
+"""Super-resolution with a reference: TTSR's training losses and predictions (arXiv:2006.04139)."""
 
 import dataclasses
 import functools
@@ -32,8 +29,7 @@ from vit_jax_zoo.training.train_step import (
   update_rng,
 )
 
-INPUTS = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image")
-"""Arguments of the model, in order."""
+INPUTS = ("low_res_image", "upsampled_image", "ref_image", "blurred_ref_image")  # of the model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +42,8 @@ class SuperResolution(base.Task):
   padding rows; optional `size` int32 [b 2], height and width of `image` without its padding.
 
   Parameters: "generator"; with an adversarial loss "discriminator". The perceptual loss uses the
-  collection "vgg", a frozen VGG-19, random unless loaded.
-
-  The defaults are TTSR-rec; TTSR (section 4.1) has the weights 1, 1e-2, 1e-2 and 1e-3.
+  collection "vgg", a frozen VGG-19, random unless loaded. The defaults are TTSR-rec; TTSR (section
+  4.1) has the weights 1, 1e-2, 1e-2 and 1e-3, the last three from `begin_step` on.
   """
 
   name: ClassVar[str] = "super_resolution"
@@ -143,9 +138,9 @@ class SuperResolution(base.Task):
     "score_difference" (of generated minus true images) and "gradient_penalty".
     """
     mask = base.example_mask(batch)
-    terms, name = self._generator_terms, "loss"
-    if context.optim_group == "discriminator":
-      terms, name = self._discriminator_terms, "discriminator_loss"
+    is_generator = context.optim_group != "discriminator"
+    terms = self._generator_terms if is_generator else self._discriminator_terms
+    name = "loss" if is_generator else "discriminator_loss"
     values, metrics = terms(variables, batch, context)
     metrics = {k: base.Mean.of(value, mask & active) for k, (value, active) in metrics.items()}
     return base.LossOutput(
@@ -155,11 +150,9 @@ class SuperResolution(base.Task):
     )
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Enlarges the images.
+    """Returns `image` uint8 [b 4h 4w 3]; `hard_attention` and `soft_attention` of the model.
 
-    Returns:
-      `image` uint8 [b 4h 4w 3]; `hard_attention` int32 [b h w] and `soft_attention` float32
-      [b h w], of the model; with `wrong_references`, `wrong_reference_image`.
+    With `wrong_references` also `wrong_reference_image`.
     """
     generator = variables["params"]["generator"]
     outputs = self._generate(generator, batch)
@@ -181,7 +174,7 @@ class SuperResolution(base.Task):
   def figures(
     self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
   ) -> dict[str, Figure]:
-    """Draws inputs, outputs, ground truth, and the source positions in the reference."""
+    """Draws inputs, outputs, ground truth, and the source positions."""
     real = np.asarray(base.example_mask(batch))
     if not real.any():
       return {}
@@ -242,7 +235,6 @@ class SuperResolution(base.Task):
   def _later_losses(
     self, variables: base.Variables, outputs: Mapping[str, Any], truths: Float[Array, "b h w 3"]
   ) -> dict[str, Float[Array, " b"]]:
-    """Returns the losses that begin at `begin_step`, by name, for each example."""
     params, image, values = variables["params"], outputs["image"], {}
     if self.perceptual_weight:
       values["perceptual"] = self.perceptual_loss(variables["vgg"], image, truths)
@@ -255,10 +247,8 @@ class SuperResolution(base.Task):
       values["adversarial"] = -self._discriminator.apply({"params": params["discriminator"]}, image)
     return values
 
-  def perceptual_loss(
-    self, vgg: Any, images: Float[Array, "b h w 3"], truths: Float[Array, "b h w 3"]
-  ) -> Float[Array, " b"]:
-    """Returns `losses.perceptual_loss` of images in [-1, 1]."""
+  def perceptual_loss(self, vgg: Any, images: Array, truths: Array) -> Float[Array, " b"]:
+    """Returns `losses.perceptual_loss` of images [b h w 3] in [-1, 1]."""
     features = [self._vgg.apply({"params": vgg}, x)["relu5_1"] for x in (images, truths)]
     return losses.perceptual_loss(*features)
 
@@ -290,15 +280,9 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the alternating step `train_step(state, batch) -> (state, metrics)`, not yet compiled.
 
-  Each network has its loss, optimizer and `OptimGroup`. Within a step a network is trained against
-  the others as they are after their own updates.
-
-  Args:
-    task: provides `optim_groups`, their losses, and `precompute(variables, batch, context)`: arrays
-      `[b ...]` that are constant in the losses of a group.
-    optimizers: one for each group.
-    accumulation_steps: number of micro-batches, processed one after the other.
-    ema_decay: of the moving average of the variables; None: no average.
+  Each `OptimGroup` has its loss and optimizer. Within a step a network is trained against the
+  others as they are after their own updates. `task.precompute(variables, batch, context)` returns
+  arrays `[b ...]` that are constant in the losses of a group.
   """
 
   def train_step(state: TrainState, batch: base.Batch) -> tuple[TrainState, Metrics]:
@@ -335,7 +319,6 @@ def _update(
   normalizers: Any,
   accumulation_steps: int,
 ) -> tuple[Any, Any, Any, Metrics]:
-  """Returns a group's parameters, the model state, the optimizer state, and the metrics."""
   group = task.optim_groups[index]
   rng = update_rng(state, index, group.updates)
   context = base.LossContext(rng, state.step, normalizers, group.name)

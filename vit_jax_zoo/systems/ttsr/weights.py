@@ -1,8 +1,4 @@
-"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR).
-
-State dicts of the main network and the texture extractor, with the extractor's constant
-normalisation. The discriminator was not released.
-"""
+"""TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR), without discriminator."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,19 +9,16 @@ import numpy as np
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
-from vit_jax_zoo.weights.key_map import Row, WeightsError, write
+from vit_jax_zoo.weights.key_map import WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
-TRAINED_SIDE = 160
-"""Side of the training images of the released weights; other sizes work as well."""
+TRAINED_SIZE = (160, 160)  # of the training images of the released weights
 
-PAPER_SCORES = {
-  "ttsr": ("27.09 dB with l1 alone (CUFED5, five references)", "2006.04139"),
-}
-"""The released files have no stable URL."""
+# The released files have no stable URL.
+PAPER_SCORES = {"ttsr": ("27.09 dB with l1 alone (CUFED5, five references)", "2006.04139")}
 
 _EXTRACTOR = ("slice1.0", "slice2.2", "slice2.5", "slice3.7", "slice3.10")
 _STAGES = {
@@ -59,27 +52,17 @@ _SINGLE = {
 }
 
 
-def _conv(published: str, ours: str) -> list[Row]:
-  return layer_rows(published, ours, CONVOLUTION)
-
-
-TABLE: tuple[Row, ...] = (
-  *(
-    row
-    for ours, (blocks, tail) in _STAGES.items()
-    for key, name in (
-      (tail, "tail"),
-      *((f"{blocks}.{{i}}.conv{j}", f"block_{{i}}/conv{j}") for j in (1, 2)),
-    )
-    for row in _conv(f"MainNet.{key}", f"{ours}/{name}")
-  ),
-  *(row for key, ours in _SINGLE.items() for row in _conv(f"MainNet.{key}", ours)),
-  *(
-    row
-    for key, name in zip(_EXTRACTOR, VGG_LAYERS, strict=False)
-    for row in _conv(f"LTE.{key}", f"extractor/{name}")
-  ),
-)
+_LAYERS = {
+  **{f"MainNet.{key}": ours for key, ours in _SINGLE.items()},
+  **{f"MainNet.{tail}": f"{ours}/tail" for ours, (_, tail) in _STAGES.items()},
+  **{
+    f"MainNet.{blocks}.{{i}}.conv{j}": f"{ours}/block_{{i}}/conv{j}"
+    for ours, (blocks, _) in _STAGES.items()
+    for j in (1, 2)
+  },
+  **{f"LTE.{key}": f"extractor/{name}" for key, name in zip(_EXTRACTOR, VGG_LAYERS, strict=False)},
+}
+TABLE = tuple(row for layer in _LAYERS.items() for row in layer_rows(*layer, CONVOLUTION))
 """Keys of TTSR.pt and paths of `TTSR`, layers unrolled."""
 
 
@@ -116,25 +99,25 @@ class TtsrCheckpoint(Checkpoint):
   """A checkpoint of a model with four inputs of any sizes."""
 
   def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns inputs of minimal sizes: parameters do not depend on them."""
+    """Returns inputs of minimal sizes."""
     del size
     large = np.zeros((1, 4, 4, 3), np.float32)
     return np.zeros((1, 1, 1, 3), np.float32), large, large, large
 
 
 def read_checkpoint(published: Published) -> Checkpoint:
-  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors; checks that they are TTSR's."""
+  """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors."""
   return TtsrCheckpoint(
     source=published.path,
     family="ttsr",
     arrays=dict(published.arrays),
     table=TABLE,
     fields=_infer_fields(published.arrays, published.path),
-    preprocess=Preprocess((TRAINED_SIDE, TRAINED_SIDE)),
+    preprocess=Preprocess(TRAINED_SIZE),
     task="super_resolution",
     ignore=IGNORE,
     heads=(),
-    image_size=(TRAINED_SIDE, TRAINED_SIDE),
+    image_size=TRAINED_SIZE,
     trained_network="generator",
   )
 

@@ -1,8 +1,7 @@
 """torchvision's VGG-19, `vgg19-dcbb9e9d.pth`.
 
-The task's `vgg_file` is read for the perceptual loss and as the initial texture extractor; `export
---format=pth-vgg19` writes the VGG-19 of a run with a perceptual loss. Layers after relu5_1 are not
-kept: load such a file into torchvision's `vgg19()` with `strict=False`.
+`export --format=pth-vgg19` writes the VGG-19 of a run with a perceptual loss, without layers after
+relu5_1: load such a file into torchvision's `vgg19()` with `strict=False`.
 """
 
 from collections.abc import Mapping
@@ -18,8 +17,6 @@ from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, layer_rows
 
 VGG_LAYERS = [f"conv{i}_{j}" for i, n in enumerate(VGG_DEPTHS, 1) for j in range(1, n + 1)]
-"""Names of `VGG19`'s layers, in order."""
-
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 
 PUBLISHED = {"vgg19_imagenet": Entry("", (URL,), sha256="dcbb9e9d", source="torchvision")}
@@ -33,20 +30,11 @@ TABLE: tuple[Row, ...] = tuple(
 )
 """torchvision's keys and paths of `VGG19`."""
 
-IGNORE = (r"classifier\..*", r"features\.\d+\..*")
-"""The classifier, and layers after the last one used."""
+IGNORE = (r"classifier\..*", r"features\.\d+\..*")  # also layers after the last one used
 
 
 def read_vgg(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
-  """Returns the parameters of a `VGG19`, or of its first layers, by path.
-
-  Args:
-    path: of a file with torchvision's vgg19.
-    shapes: of the network's parameters, by path.
-
-  Raises:
-    WeightsError: the file is not VGG-19, or is one with batch norm.
-  """
+  """Returns the parameters of a `VGG19`, or of its first layers, by path, for these shapes."""
   published = read_published(path).arrays
   if any(key.endswith("running_mean") for key in published):
     raise WeightsError(f"{path}: VGG with batch norm; expected torchvision's plain vgg19, {URL}")
@@ -67,11 +55,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes the VGG-19 of a run's perceptual loss: `.safetensors`, else PyTorch (needs torch).
-
-  Raises:
-    WeightsError: the model has none.
-  """
+  """Writes the VGG-19 of a run's perceptual loss: `.safetensors`, else PyTorch (needs torch)."""
   parts = {k.removeprefix("vgg/"): v for k, v in export.variables.items() if k.startswith("vgg/")}
   if not parts:
     raise WeightsError(
