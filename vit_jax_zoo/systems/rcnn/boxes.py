@@ -1,8 +1,7 @@
 """Boxes of R-CNN: conventions, coding, anchors, assignment, non-maximum suppression, selection.
 
-Ren et al., arXiv:1506.01497, sections 3.1 and 3.3; one anchor size per pyramid level: Lin et al.,
-arXiv:1612.03144, section 4.1. Boxes are (left, top, right, bottom) in pixels of the image; right
-and bottom are exclusive. Functions of proposals and detections are per image, with static shapes.
+arXiv:1506.01497, sections 3.1 and 3.3; one anchor size per pyramid level: arXiv:1612.03144, section
+4.1. Boxes are (left, top, right, bottom) in pixels; right and bottom are exclusive.
 """
 
 import dataclasses
@@ -54,9 +53,8 @@ def find_convention(name: str) -> Convention:
 Weights: TypeAlias = tuple[float | int, float | int, float | int, float | int]
 """Factors of the four deltas, which bring them to the order of 1."""
 
-LOG_SIZE_LIMIT = math.log(1000 / 16)
-"""Upper bound of a delta's log growth: early in training exp would overflow."""
-
+LOG_SIZE_LIMIT = math.log(1000 / 16)  # of a delta: early in training exp would overflow
+CROWD_FRACTION = 0.7  # Detectron's CROWD_FILTER_THRESH
 _MIN_SIDE = 1e-6  # pixels: deltas of empty boxes (in padding) are finite
 
 
@@ -95,10 +93,7 @@ def decode_boxes(
 def clip_boxes(
   boxes_xyxy: Float[Array, "*b n 4"], image_size: Num[Array, "*b 2"], min_size: float | int = 0
 ) -> Float[Array, "*b n 4"]:
-  """Returns the boxes clipped to images of the given heights and widths.
-
-  `min_size` is the size that remains of a box outside the image: 1 pixel in Detectron, else 0.
-  """
+  """Returns boxes clipped to images of height and width; `min_size` pixels of each box remain."""
   limits = image_size.astype(boxes_xyxy.dtype)[..., None, ::-1]
   low = jnp.clip(boxes_xyxy[..., :2], 0, limits - min_size)
   high = jnp.clip(boxes_xyxy[..., 2:], min_size, limits)
@@ -189,10 +184,6 @@ def inside_images(
   return starts & jnp.all(anchors_xyxy[None, :, 2:] <= limits, axis=2)
 
 
-CROWD_FRACTION = 0.7
-"""Detectron's CROWD_FILTER_THRESH."""
-
-
 class Assignment(NamedTuple):
   """Assignment of n boxes; boxes that are neither foreground nor background are ignored."""
 
@@ -262,10 +253,7 @@ def _best(overlap: Float[Array, "n t"]) -> tuple[Float[Array, " n"], Int[Array, 
 def sample_boxes(
   rng: jax.Array, assignment: Assignment, count: int, positive_fraction: float
 ) -> Sample:
-  """Samples `count` boxes without replacement, padded if there are fewer.
-
-  At most `positive_fraction` of them are foreground; background fills up.
-  """
+  """Samples `count` boxes without replacement, at most `positive_fraction` of them foreground."""
   keys = jax.random.uniform(rng, (2, len(assignment.target)))
   most = round(count * positive_fraction)
   foreground, is_foreground = top_k(keys[0], assignment.foreground, most)
@@ -281,10 +269,7 @@ def sample_boxes(
 def top_k(
   scores: Float[Array, " n"], keep: Bool[Array, " n"], count: int
 ) -> tuple[Int[Array, " count"], Bool[Array, " count"]]:
-  """Returns the indices of the `count` highest scores to keep, and which of these exist.
-
-  Of ties the earlier comes first; the result is padded if there are fewer.
-  """
+  """Returns indices of the `count` highest scores to keep, of ties the earlier; and which exist."""
   available = min(count, len(scores))
   best, index = jax.lax.top_k(jnp.where(keep, scores, -jnp.inf), available)
   exists = keep[index] & (best > -jnp.inf)
@@ -371,8 +356,8 @@ def choose_proposals(
 ) -> tuple[Float[Array, "p 4"], Float[Array, " p"], Bool[Array, " p"]]:
   """Returns boxes, logits (highest first) and existence of an image's proposals.
 
-  The anchors, their logits and box deltas are those of all levels, of which `lengths` has the
-  numbers; `image_size` is height and width without padding.
+  Anchors, logits and deltas are those of all levels, which have `lengths`; `image_size` is height
+  and width without padding.
   """
   kept, start = [], 0
   for length in lengths:
@@ -402,8 +387,7 @@ class DetectionLimits:
   score_thresh: float = 0.05  # detections with a lower score are dropped
   nms_thresh: float = 0.5  # IoU threshold of suppression, per class
   detections_per_img: int = 100  # maximum number of detections
-  # number of highest-scoring (box, class) pairs before suppression. No effect as long as
-  # `detections_per_img` of them remain.
+  # (box, class) pairs before suppression; no effect while `detections_per_img` of them remain
   max_candidates: int = 2000
   reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # weights of the deltas, see `boxes.encode_boxes`
 
@@ -441,14 +425,8 @@ def choose_detections(
   boxes = decode_boxes(deltas[row, label], proposals_xyxy[row], limits.reg_weights)
   boxes = clip_boxes(boxes, image_size, convention.min_clipped_size)
   large = jnp.all(boxes[:, 2:] - boxes[:, :2] >= convention.min_detection_size, axis=1)
-  keep = non_max_suppression(
-    boxes,
-    score,
-    limits.nms_thresh,
-    valid=candidate & large,
-    groups=label,
-    inclusive=convention.inclusive_threshold,
-  )
+  options: dict[str, Any] = {"groups": label, "inclusive": convention.inclusive_threshold}
+  keep = non_max_suppression(boxes, score, limits.nms_thresh, valid=candidate & large, **options)
   best, there = top_k(score, keep, limits.detections_per_img)
   return Detections(
     jnp.where(there[:, None], boxes[best], 0),

@@ -1,10 +1,8 @@
 """Neck and heads of R-CNN: feature pyramid, region proposals, boxes and masks.
 
-Box and mask heads pool a box either from one level of the pyramid (arXiv:1612.03144,
-arXiv:1703.06870), or, adaptive, from all levels: each level has its own first layer,
-`first_<level>`, whose outputs are combined by an elementwise maximum (Liu et al., arXiv:1803.01534,
-section 3.2; the official code of FPT). Their input is a sequence of [b r s s c], one per pooled
-level, finest first.
+Box and mask heads get a sequence of [b r s s c]: crops of one level of the pyramid, or, adaptive,
+of all levels, finest first: each has its own first layer, `first_<level>`, and their elementwise
+maximum goes on (Liu et al., arXiv:1803.01534, section 3.2; the official code of FPT).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +21,7 @@ from vit_jax_zoo.ops.sharding import shard_batch
 
 
 class FeaturePyramid(nn.Module):
-  """Feature pyramid network: 1x1 convolutions, top-down path, 3x3 convolutions.
-
-  Lin et al., arXiv:1612.03144, section 3. Levels are numbered from the finest, 0: `lateral_0`,
-  `output_0`.
-  """
+  """Feature pyramid network, arXiv:1612.03144, section 3. Levels are numbered from the finest."""
 
   width: int = 256
   top_down: bool = True  # adds the upsampled coarser level to each level
@@ -211,7 +205,7 @@ class MaskHead(_Head):
     return self._convolve(name, x, self.width, train=train)
 
   def _whole(self, x: Float[Array, "n s s c"], *, train: bool) -> Float[Array, "n m m 1"]:
-    """The class-agnostic mask; non-negative, as in the official code."""
+    # Non-negative, as in the official code.
     side = 2 * x.shape[1]
     x = self._convolve("fused_conv_0", x, self.width, train=train)
     x = self._convolve("fused_conv_1", x, self.width // 2, train=train)

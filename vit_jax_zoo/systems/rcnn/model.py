@@ -1,17 +1,7 @@
-"""Faster and Mask R-CNN on feature pyramids.
-
-Ren et al., "Faster R-CNN", arXiv:1506.01497; He et al., "Mask R-CNN", arXiv:1703.06870; Lin et al.,
-"Feature Pyramid Networks for Object Detection", arXiv:1612.03144.
+"""Faster R-CNN, arXiv:1506.01497, and Mask R-CNN, 1703.06870, on feature pyramids, 1612.03144.
 
 The first stage proposes boxes; the second classifies and refines them, and predicts a mask in each.
-All shapes are static and padded, so that both stages are one compiled program. Backbones and necks
-are registered by name (`registry.System`).
-
-`num_classes` is the number of classes, or the highest class id + 1 if ids are used as they are. The
-background is the last logit, index `num_classes` (Detectron and torchvision have it first).
-
-Boxes are (left, top, right, bottom) in pixels of the given image; right and bottom are exclusive,
-in all conventions.
+All shapes are static and padded, so that both stages are one compiled program.
 """
 
 import functools
@@ -82,7 +72,9 @@ class Proposals(NamedTuple):
 class RCNN(nn.Module):
   """A two-stage detector; tasks call its stages one by one."""
 
-  num_classes: int = 90  # see the module's docstring
+  # number of classes, or the highest class id + 1 if ids are used as they are. The last logit is the
+  # background (in Detectron and torchvision the first).
+  num_classes: int = 90
   backbone_kind: str = "resnet"  # name of the backbone, "resnet" or one registered by a system
   backbone: Mapping[str, Any] | None = None  # fields of the backbone; norms are frozen by default
   levels: tuple[str, ...] = STAGES  # maps of the backbone to use, from fine to coarse
@@ -113,10 +105,8 @@ class RCNN(nn.Module):
     self._check()
     kinds = registry_of("backbone_kind", "backbones", {"resnet": "vit_jax_zoo.nn.resnet:ResNet"})
     kind = kinds[self.backbone_kind]
-    fields: dict[str, Any] = {
-      "norm": "frozen_batch_norm",
-      **part_fields("backbone", kind, self.backbone),
-    }
+    fields: dict[str, Any] = {"norm": "frozen_batch_norm"}
+    fields |= part_fields("backbone", kind, self.backbone)
     self._backbone = kind(**{**fields, "dtype": self.dtype}, name="backbone")
     fields = {"width": self.width, **part_fields("neck_fields", self.neck_class, self.neck_fields)}
     self._neck = self.neck_class(**{**fields, "dtype": self.dtype}, name="neck")
@@ -157,15 +147,12 @@ class RCNN(nn.Module):
     *,
     train: bool = False,
   ) -> Proposals:
-    """Runs the first stage; boxes and scores of the proposals have no gradient.
+    """Runs the first stage on normalized images; the proposals have no gradient.
 
-    Args:
-      images: normalized images.
-      image_size: height and width of each image without its padding at the right and bottom. None:
-        no padding.
-      train: batch norms that are not frozen use batch statistics (and update "batch_stats", which
-        must be mutable); DropBlock, dropout and stochastic depth use the "dropout" stream; selects
-        the first value of pairs in `proposals`.
+    `image_size` is height and width of each image without its padding at the right and bottom, by
+    default all of it. In training, batch norms that are not frozen update "batch_stats", which must
+    be mutable; dropout and the like use the "dropout" stream; pairs in `proposals` have the first
+    value.
     """
     if image_size is None:
       image_size = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2))
@@ -274,9 +261,7 @@ class RCNN(nn.Module):
     first, last, canonical = (
       int(math.log2(stride)) for stride in (strides[0], strides[-1], self.canonical_stride)
     )
-    level = box_levels(
-      boxes_xyxy, (first, last), canonical_size=self.canonical_size, canonical_level=canonical
-    )
+    level = box_levels(boxes_xyxy, (first, last), self.canonical_size, canonical)
     return [align(pyramid, boxes, level - first, strides=strides)]
 
   def _check(self) -> None:

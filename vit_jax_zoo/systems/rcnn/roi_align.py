@@ -7,11 +7,8 @@ interpolation. The two conventions differ in the position of a pixel's value:
 * not `aligned`, the original: at i * stride; boxes have at least one map step per side, and in
   Detectron inclusive right and bottom (pass those as they are).
 
-Points up to one step outside the map have the border's values, those further away are 0.
-
-Bilinear interpolation is separable, which allows two implementations: gathering four neighbours per
-point, or multiplying the map by an interpolation matrix from each side, which is faster for small
-maps; see `USE_MATRICES`.
+Points up to one step outside the map have the border's values, those further away are 0. Large maps
+are gathered from; small ones are multiplied by interpolation matrices, which is faster.
 """
 
 import functools
@@ -23,15 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-SAMPLES = 2
-"""Points along each side of a bin: that of all published configs with a fixed number."""
-
-USE_MATRICES = 1024
-"""Maximum number of map positions for interpolation matrices; larger maps are gathered from."""
-
-USE_MATRICES_FOR_MASKS = 128**2
-"""The same for masks, which have one channel."""
-
+SAMPLES = 2  # points along each side of a bin, as in all published configs with a fixed number
+USE_MATRICES = 1024  # maximum number of map positions for interpolation matrices
+USE_MATRICES_FOR_MASKS = 128**2  # the same for masks, which have one channel
 _ROUNDING = 1e-4  # map steps: boxes often end exactly at the limit of one step
 
 
@@ -45,7 +36,6 @@ class _Points(NamedTuple):
 def box_levels(
   boxes_xyxy: Float[Array, "*r 4"],
   levels: tuple[int, int],
-  *,
   canonical_size: float | int = 224,
   canonical_level: int = 4,
 ) -> Int[Array, "*r"]:

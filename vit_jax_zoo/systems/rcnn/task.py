@@ -1,8 +1,4 @@
-"""Two-stage detection task: losses, detections, evaluation.
-
-Ren et al., arXiv:1506.01497; He et al., arXiv:1703.06870. In one step, the first stage's loss is
-over sampled anchors, the second's over sampled proposals, which have no gradient.
-"""
+"""Two-stage detection task (arXiv:1506.01497, arXiv:1703.06870): losses, detections, evaluation."""
 
 import dataclasses
 import functools
@@ -62,12 +58,9 @@ class Rois(NamedTuple):
 class InstanceDetection(base.Task):
   """Object detection in two stages, with instance masks if the model has a mask head.
 
-  Batches are those of DETR's detection task: `image`, `image_size`, `boxes_cxcywh`, `labels`,
-  `is_target`, optional `is_crowd`, `masks` for a mask head, and the evaluator's keys. Crowds have
-  no loss, and proposals inside them are not background.
-
-  Argument names are torchvision's; defaults are those of FPT's official code (Detectron's except
-  for `box_smooth_l1_beta`).
+  Batches: `image`, `image_size`, `boxes_cxcywh`, `labels`, `is_target`, optional `is_crowd`,
+  `masks` for a mask head, and the evaluator's keys. Argument names are torchvision's; defaults are
+  those of FPT's official code (Detectron's except for `box_smooth_l1_beta`).
   """
 
   name: ClassVar[str] = "instance_detection"
@@ -98,10 +91,8 @@ class InstanceDetection(base.Task):
   class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
   score_threshold: float = 0.7  # minimum score in figures
   per_class: bool = False  # also evaluates each class
-  # pretrained weights of the backbone, used without `init_from`: a file with a published ResNet or
-  # another registered backbone, or a workdir; see `weights.backbones`
-  backbone_file: str | None = None
-  # pretrained weights of the neck: a file of a registered neck, or a workdir
+  # pretrained weights, used without `init_from`: a published file or a workdir
+  backbone_file: str | None = None  # see `weights.backbones`
   neck_file: str | None = None
 
   def __post_init__(self) -> None:
@@ -196,13 +187,9 @@ class InstanceDetection(base.Task):
     size = image_size(batch)
     found = self.model.apply(variables, self._images(batch), size, method="propose")
     logits, deltas = self.model.apply(variables, found.pyramid, found.boxes_xyxy, method="classify")
-    limits = DetectionLimits(
-      score_thresh=self.box_score_thresh,
-      nms_thresh=self.box_nms_thresh,
-      detections_per_img=self.box_detections_per_img,
-      max_candidates=self.max_candidates,
-      reg_weights=self.bbox_reg_weights,
-    )
+    thresholds = self.box_score_thresh, self.box_nms_thresh
+    counts = self.box_detections_per_img, self.max_candidates
+    limits = DetectionLimits(*thresholds, *counts, self.bbox_reg_weights)
     convention = self.model.convention_details
     detect = functools.partial(choose_detections, limits=limits, convention=convention)
     boxes, scores, labels, exists = on_own_examples(
