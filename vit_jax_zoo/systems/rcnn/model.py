@@ -72,8 +72,8 @@ class Proposals(NamedTuple):
 class RCNN(nn.Module):
   """A two-stage detector; tasks call its stages one by one."""
 
-  # number of classes, or the highest class id + 1 if ids are used as they are. The last logit is the
-  # background (in Detectron and torchvision the first).
+  # number of classes, or the highest class id + 1 if ids are used as they are; the last logit is
+  # the background (in Detectron and torchvision the first)
   num_classes: int = 90
   backbone_kind: str = "resnet"  # name of the backbone, "resnet" or one registered by a system
   backbone: Mapping[str, Any] | None = None  # fields of the backbone; norms are frozen by default
