@@ -118,18 +118,18 @@ def _sequence_rows(published: str, ours: str, end: int) -> list[Row]:
   return [row for rows in convs for row in rows]
 
 
-def output_rows() -> list[Row]:
+def output_rows(prefix: str = "Box_Outs") -> list[Row]:
   """Rows of the second stage's classes and boxes."""
   classes, boxes = background_last(DENSE), background_last(DENSE, 4)
   return [
-    *layer_rows("Box_Outs.cls_score", "box_outputs/logits", classes, background_last(KEEP)),
-    *layer_rows("Box_Outs.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
+    *layer_rows(f"{prefix}.cls_score", "box_outputs/logits", classes, background_last(KEEP)),
+    *layer_rows(f"{prefix}.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
   ]
 
 
 def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
   """Rows of the adaptive, fused mask head."""
-  theirs, ours, classes = "Mask_Head", "mask_head", background_last(CONVOLUTION)
+  theirs, ours = "Mask_Head", "mask_head"
   return [
     *_conv_norm_rows(f"{theirs}.mask_conv1.{{l}}", f"{ours}/first_{{l}}"),
     *_sequence_rows(f"{theirs}.conv_fcn", ours, num_convs - 1),
@@ -138,8 +138,14 @@ def mask_rows(mask_pool_size: int = 14, num_convs: int = 4) -> list[Row]:
     *_conv_norm_rows(f"{theirs}.mask_conv5_fc", f"{ours}/fused_conv_1"),
     *layer_rows(f"{theirs}.mask_fc.0", f"{ours}/fused_dense", flattened_crops(mask_pool_size)),
     *layer_rows(f"{theirs}.upconv", f"{ours}/upsample", DOUBLING),
-    *layer_rows("Mask_Outs.classify", f"{ours}/logits", classes, background_last(KEEP)),
+    *mask_output_rows("Mask_Outs.classify"),
   ]
+
+
+def mask_output_rows(published: str) -> list[Row]:
+  """Rows of the masks' classes."""
+  outputs = background_last(CONVOLUTION), background_last(KEEP)
+  return layer_rows(published, "mask_head/logits", *outputs)
 
 
 def unfold_norms(arrays: Mapping[str, Array]) -> Flat:
@@ -218,12 +224,10 @@ _LAYOUTS = {len(IDS) + 1: IDS, NUM_CLASSES: list(range(1, NUM_CLASSES))}
 
 
 def with_ids(arrays: Mapping[str, Array], layers: Mapping[str, int]) -> tuple[Flat, bool]:
-  """Reorders a COCO detector's outputs by class id, background first.
+  """Reorders a COCO detector's outputs by class id, background first; returns whether it is COCO's.
 
   A state dict with 81 or 91 outputs is taken as COCO's; others stay as they are. `layers` has the
   outputs per class of layers (without ".weight" and ".bias"), the class logits first.
-
-  Returns the state dict, and whether it is COCO's.
   """
   logits = f"{next(iter(layers))}.bias"
   ids = _LAYOUTS.get(len(arrays[logits]))

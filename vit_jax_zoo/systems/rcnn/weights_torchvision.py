@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.systems.rcnn import weights_detectron as detectron
-from vit_jax_zoo.systems.rcnn.weights_detectron import background_last
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.key_map import KEEP, Row, WeightsError, write
+from vit_jax_zoo.weights.key_map import Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_state_dict
@@ -35,7 +34,6 @@ COCO_OUTPUTS = 91  # of COCO detectors, background included
 
 def rows(pool_size: int = 7) -> tuple[Row, ...]:
   """Returns the key map; `pool_size` is the side of the box head's input."""
-  classes, boxes, bias = background_last(DENSE), background_last(DENSE, 4), background_last(KEEP)
   convolutions = {
     "backbone.fpn.inner_blocks.{l}.0": "neck/lateral_{l}",
     "backbone.fpn.inner_blocks.{l}": "neck/lateral_{l}",
@@ -53,12 +51,9 @@ def rows(pool_size: int = 7) -> tuple[Row, ...]:
     *(row for layer in convolutions.items() for row in layer_rows(*layer, CONVOLUTION)),
     *layer_rows("roi_heads.box_head.fc6", "box_head/dense_0", detectron.flattened_crops(pool_size)),
     *layer_rows("roi_heads.box_head.fc7", "box_head/dense_1", DENSE),
-    *layer_rows(f"{_PREDICTOR}.cls_score", "box_outputs/logits", classes, bias),
-    *layer_rows(f"{_PREDICTOR}.bbox_pred", "box_outputs/deltas", boxes, background_last(KEEP, 4)),
+    *detectron.output_rows(_PREDICTOR),
     *layer_rows(f"{_MASKS}.conv5_mask", "mask_head/upsample", detectron.DOUBLING),
-    *layer_rows(
-      f"{_MASKS}.mask_fcn_logits", "mask_head/logits", background_last(CONVOLUTION), bias
-    ),
+    *detectron.mask_output_rows(f"{_MASKS}.mask_fcn_logits"),
   )
 
 
