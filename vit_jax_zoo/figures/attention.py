@@ -1,7 +1,4 @@
-"""Figures of attention, position embeddings and first-layer filters, without `pyplot`.
-
-Images are uint8 or floats in [0, 255], with 1 or 3 channels.
-"""
+"""Figures of attention, position embeddings and first-layer filters; images are in [0, 255]."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,9 +20,9 @@ COLUMNS = 7  # of the ViT paper's figure 7, which has 28 components
 def principal_filters(
   kernel: Float[np.ndarray, "kh kw c n"], count: int = 28
 ) -> tuple[Float[np.ndarray, "m kh kw c"], Float[np.ndarray, " m"]]:
-  """Returns the first principal components of n filters, and their fractions of the variance.
+  """Returns n filters' first principal components (ViT, figure 7), and fractions of the variance.
 
-  Figure 7, left, of the ViT paper. Components are unit vectors whose largest entry is positive.
+  Components are unit vectors whose largest entry is positive.
   """
   points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T
   _, singular, directions = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
@@ -39,10 +36,9 @@ def principal_filters(
 def draw_filters(
   kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False, max_filters: int = 63
 ) -> Figure:
-  """Draws the filters of a first layer: gray is zero, each tile is scaled to its largest entry.
+  """Draws a first layer's filters, or their `principal` components, scaled to the largest entry.
 
-  Filters of other than 3 channels are averaged over them. With `principal`, the first 28 principal
-  components are drawn in place of the filters, as in the ViT paper.
+  Gray is zero; filters of other than 3 channels are averaged over them.
   """
   side = f"{kernel.shape[0]} × {kernel.shape[1]} pixels"
   if principal:
@@ -74,10 +70,7 @@ def draw_attention(
   subtitle: str = "",
   max_images: int = 8,
 ) -> Figure:
-  """Draws each image, and below it the image weighted by its attention (figure 6 of the ViT paper).
-
-  Each map is scaled to its maximum; captions are shortened to the images' width.
-  """
+  """Draws each image, and below it the image weighted by its attention (ViT paper, figure 6)."""
   shown = min(len(images), max_images)
   if not shown:
     raise ValueError("images: none; expected at least one")
@@ -95,9 +88,8 @@ def draw_attention(
     light = cv2.resize(light, height_width[::-1], interpolation=method)
     show_image(axes[0, i], images[i])
     show_image(axes[1, i], images[i] * light[..., None])
-    if i < len(captions):
-      words = shorten(captions[i], 19 if shown > 1 else 60)
-      axes[1, i].set_xlabel(words, fontsize=9, labelpad=4)
+  for ax, caption in zip(axes[1], captions, strict=False):
+    ax.set_xlabel(shorten(caption, 19 if shown > 1 else 60), fontsize=9, labelpad=4)
   return figure
 
 
@@ -131,11 +123,9 @@ def draw_heads(
 def draw_position_similarity(
   table: Float[np.ndarray, "n d"], grid: tuple[int, int], *, max_side: int = 14
 ) -> Figure:
-  """Draws the cosine similarity of each patch's position embedding to all others.
+  """Draws the cosine similarity of each patch's position embedding to all others (ViT, figure 7).
 
-  Figure 7, middle, of the ViT paper: the tile in row i, column j is of the patch there. Of a grid
-  with more than `max_side` patches per side, every n-th patch has a tile. The last height * width
-  rows of the table are those of patches.
+  Of more than `max_side` patches per side, every n-th has a tile. The table ends with the patches.
   """
   similarity = position_similarity(table, grid)
   stride = -(-max(grid) // max_side)
@@ -158,10 +148,7 @@ def draw_position_similarity(
 def draw_mosaic(
   ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **shown_with: Any
 ) -> AxesImage:
-  """Draws tiles in rows and columns as one image, with ticks at the middle of each row and column.
-
-  A hundred axes would take seconds. `shown_with` are arguments of `imshow`.
-  """
+  """Draws tiles as one image (a hundred axes would take seconds), with ticks at their middles."""
   rows, columns, height, width = tiles.shape[:4]
   gap = max(1, round(0.08 * max(height, width))) if max(height, width) > 8 else 1
   grow = max(1, 24 // max(height, width))  # pixels of a tile are larger than the gap

@@ -17,10 +17,7 @@ SMALL = 64  # pixels; smaller images are drawn without interpolation
 
 
 def render(figure: Figure) -> UInt8[np.ndarray, "h w 3"]:
-  """Renders a figure to pixels, with class names as plain text.
-
-  "$" starts no formula, and characters missing in the font are drawn as boxes without a warning.
-  """
+  """Renders a figure to pixels: "$" starts no formula, missing glyphs give no warning."""
   canvas = FigureCanvasAgg(figure)
   for text in figure.findobj(Text):
     if isinstance(text, Text):

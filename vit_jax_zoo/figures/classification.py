@@ -1,7 +1,6 @@
 """Figures of classification: images, predictions, ranking, confusion matrix, class sizes.
 
-Without `pyplot`. Correct and incorrect differ in colour, mark and words. Images are uint8 or floats
-in [0, 255], with 1 or 3 channels; class names are in order, class numbers by default.
+Images are in [0, 255], with 1 or 3 channels; class names are in order, class numbers by default.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +24,12 @@ def draw_batch(
   *,
   max_images: int = 24,
 ) -> Figure:
-  """Draws training images with their labels.
-
-  Labels are class indices [b], or weights [b k], of which the two largest classes are written, with
-  their fractions if mixed.
-  """
+  """Draws training images with their labels: class indices [b], or weights [b k]."""
   shown = min(len(images), max_images)
   height, width = images.shape[1:3]
   figure, axes, cell = _grid(images, shown)
-  write_title(
-    figure, "Training batch", f"{shown} of {len(images)} images, {width} × {height} pixels"
-  )
+  words = f"{shown} of {len(images)} images, {width} × {height} pixels"
+  write_title(figure, "Training batch", words)
   for ax, image, label in zip(axes, images, labels, strict=False):
     _draw_image(ax, image)
     ax.set_xlabel(_describe(label, class_names, int(12.5 * cell)), fontsize=8.5, labelpad=4)
@@ -52,8 +46,7 @@ def draw_predictions(
 ) -> Figure:
   """Draws images with the most likely class: framed blue if correct, else vermilion.
 
-  Labels are as in `draw_batch`; predictions are `Classification.predict`'s: `labels` [b r], best
-  first, `probabilities` [b r], and `correct` [b r].
+  Labels are as in `draw_batch`; predictions are those of `Classification.predict`.
   """
   shown = min(len(images), max_images)
   correct = np.asarray(predictions["correct"])[:shown, 0]
@@ -131,18 +124,13 @@ def draw_confusion(matrix: Integer[np.ndarray, "k k"], class_names: Sequence[str
   return figure
 
 
-MAX_NAMED = 40
-"""More classes are sorted by size and not named."""
+MAX_NAMED = 40  # more classes are sorted by size and not named
 
 
 def draw_class_balance(
   counts: Mapping[str, Integer[np.ndarray, " k"]], class_names: Sequence[str] = ()
 ) -> Figure:
-  """Draws a bar for each class, with a segment per split, the first of which is for training.
-
-  Raises:
-    ValueError: there is no split.
-  """
+  """Draws a bar for each class, with a segment per split, the first of which is for training."""
   if not counts:
     raise ValueError("counts: no split to draw; expected at least one")
   split, first = next(iter(counts.items()))
@@ -223,7 +211,5 @@ def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
     return "no label"
   if len(heaviest) == 1 or np.all(weights[weights > 0] == 1):
     return "\n".join(shorten(name_of(i, class_names), length) for i in heaviest)
-  shares = weights / weights.sum()
-  return "\n".join(
-    f"{shares[i]:.0%} {shorten(name_of(i, class_names), length - 4)}" for i in heaviest
-  )
+  shares, names = weights / weights.sum(), {i: name_of(i, class_names) for i in heaviest}
+  return "\n".join(f"{shares[i]:.0%} {shorten(name, length - 4)}" for i, name in names.items())

@@ -13,13 +13,7 @@ GRID = "#E2E2E2"
 
 
 def draw_metrics(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Figure:
-  """Draws metrics of a run side by side over the steps.
-
-  Rows are of `metric_writer.read_metrics`; "loss" draws "train/loss" and "test/loss" together.
-
-  Raises:
-    ValueError: no row has one of them.
-  """
+  """Draws metrics, of `metric_writer.read_metrics`, over the steps; "loss" draws all splits'."""
   figure = Figure(figsize=(4.0 * len(names) + 0.4, 2.8), dpi=80, layout="constrained")
   for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
     parts = sorted({key for row in rows for key in row if key.partition("/")[2] == name})
@@ -43,10 +37,7 @@ def draw_probe(
   *,
   title: str = "Linear probe by depth",
 ) -> Figure:
-  """Draws the accuracies, in [0, 1], of the layers' features; `best` was selected on other images.
-
-  Accuracies of other features, by name, are horizontal lines.
-  """
+  """Draws the accuracies, in [0, 1], of the layers' features, and of others as horizontal lines."""
   depth = "layer (0: the first block's input; last: after the final norm)"
   figure, ax = chart((6.4, 4.0), title, depth, "test accuracy, %")
   percent = [100 * value for value in accuracies]
@@ -72,10 +63,7 @@ def draw_accuracies(
   groups: Mapping[str, str] | None = None,
   means: Mapping[str, float] | None = None,
 ) -> Figure:
-  """Draws a labelled bar for each dataset, from the top; accuracies are in [0, 1].
-
-  A group, by dataset, has one colour and a legend entry with its mean; "mean" is in the title.
-  """
+  """Draws a bar for each dataset, coloured by its group; accuracies are in [0, 1]."""
   means, names = means or {}, list(accuracies)
   overall = f", mean {100 * means['mean']:.1f} %" if "mean" in means else ""
   size = (7.4, 1.3 + 0.34 * max(len(names), 2))
@@ -100,10 +88,7 @@ def draw_accuracies(
 def draw_shots(
   curves: Mapping[str, tuple[Sequence[int], Sequence[float], Sequence[float]]], *, title: str
 ) -> Figure:
-  """Draws accuracy over the number of training images per class.
-
-  Curves by dataset: numbers of shots, accuracies in [0, 1], their standard deviations over samples.
-  """
+  """Draws each dataset's accuracies in [0, 1], with standard deviations, over numbers of shots."""
   figure, ax = chart((7.4, 4.4), title, "training images per class", "test accuracy, %")
   for i, (name, (shots, means, deviations)) in enumerate(curves.items()):
     color = COLORS[i % len(COLORS)]

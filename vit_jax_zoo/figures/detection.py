@@ -1,7 +1,4 @@
-"""Figures of object detection: boxes and instance masks, predicted beside true ones.
-
-Classes differ in color (Okabe and Ito's color-blind safe palette) and line style.
-"""
+"""Figures of object detection: boxes and instance masks, predicted beside true ones."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -128,8 +125,7 @@ def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
 
 def show(ax: Axes, image: Num[np.ndarray, "h w c"]) -> None:
   """Draws an image, without interpolation if it is small."""
-  interpolation = "nearest" if max(image.shape[:2]) < 100 else "antialiased"
-  ax.imshow(image, interpolation=interpolation)
+  ax.imshow(image, interpolation="nearest" if max(image.shape[:2]) < 100 else "antialiased")
   ax.set_anchor("NW")
 
 
@@ -163,10 +159,7 @@ def draw_masks(
   threshold: float = 0.7,
   max_images: int = 4,
 ) -> Figure:
-  """Draws the first images twice: with true and with predicted instance masks.
-
-  The batch has `masks`; predictions are those of a two-stage detector with `box_masks`.
-  """
+  """Draws the first images twice: with true `masks` and with a detector's `box_masks`."""
   figure, cells = _pairs(batch, "True and predicted masks", max_images)
   for row, truth, predicted in cells:
     image = image_of(batch, row)

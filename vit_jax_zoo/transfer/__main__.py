@@ -74,9 +74,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_workers", 0, "worker processes for reading")
   flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do with unreadable images")
   flags.DEFINE_integer("sgd_epochs", None, "epochs of linear_sgd")
-  flags.DEFINE_integer(
-    "concatenate", 0, "also probe this many layers around the best, concatenated"
-  )
+  flags.DEFINE_integer("concatenate", 0, "also probe so many layers around the best, concatenated")
   flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
@@ -93,9 +91,8 @@ def main(argv: Sequence[str]) -> int:
   request = Request(FLAGS.suite, FLAGS.data, FLAGS.data_dir, **splits, probes=probes)
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
   trained = load(FLAGS.model, needs_head=False, **options)
-  reading: dict[str, Any] = {
-    name: FLAGS[name].value for name in ("batch_size", "num_workers", "on_corrupt")
-  }
+  names = ("batch_size", "num_workers", "on_corrupt")
+  reading: dict[str, Any] = {name: FLAGS[name].value for name in names}
   about = {"model": trained.model_name, "source": trained.source}
   return run_and_write(request, Extractor(trained, **reading), pathlib.Path(FLAGS.output), about)
 
@@ -103,10 +100,7 @@ def main(argv: Sequence[str]) -> int:
 def run_and_write(
   request: Request, extractor: Extractor, output: pathlib.Path, about: Mapping[str, Any]
 ) -> int:
-  """Runs the suites, and writes the results after each dataset; returns the exit status.
-
-  `about` describes the model, and is written with the results.
-  """
+  """Runs the suites, writes `about` and the results after each dataset, returns the exit status."""
   output.mkdir(parents=True, exist_ok=True)
   outcomes: list[Outcome] = []
   for outcome in run_suites(request, extractor):

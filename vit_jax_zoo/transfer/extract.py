@@ -46,40 +46,32 @@ class Extractor:
     num_workers: int = 0,
     on_corrupt: str = "error",
   ) -> None:
-    """Puts the model on the devices; compiles nothing yet.
+    """Puts the model on the devices; `num_workers` processes read images (0: threads).
 
-    The batch size is global, and rounded up to a multiple of the number of devices; `num_workers`
-    processes read images (0: threads); `on_corrupt` is "error", or "skip" of unreadable images.
-
-    Raises:
-      ValueError: the batch size is not positive.
+    The global batch size is rounded up to a multiple of the number of devices; `on_corrupt` is
+    "error", or "skip" of unreadable images.
     """
     if batch_size < 1:
       raise ValueError(f"batch_size is {batch_size}; expected a whole number, at least 1")
     self._trained = trained
     self._mesh = sharding.create_mesh({"data": -1, "fsdp": 1, "model": 1})
     ways = sharding.batch_ways(self._mesh)
-    batch_size = -(-batch_size // ways) * ways
-    self._reading = {
-      "batch_size": batch_size, "num_workers": num_workers, "on_corrupt": on_corrupt
-    }  # fmt: skip
+    self._reading: dict[str, Any] = {"num_workers": num_workers, "on_corrupt": on_corrupt}
+    self._reading["batch_size"] = -(-batch_size // ways) * ways
     self._whole = sharding.replicated(self._mesh)
     self._variables = jax.device_put(trained.variables, self._whole)
     self._features_step = compile_predict_step(trained.task.features, self._whole, self._mesh)
 
   def features(self, source: Source, *, to_score: bool = False) -> Labelled:
-    """Returns the features of all images of a source, by kind, and their labels, one each.
-
-    With `to_score`, all of a task's views of an image, [b v d].
+    """Returns the features of a source by kind, and labels; `to_score`: of all views [b v d].
 
     Raises:
       ValueError: the model's task has no features, or images have no label or several.
     """
-    task = self._trained.task
+    task, source_name = self._trained.task, self._trained.source
     if type(task).features is Task.features:
-      raise ValueError(
-        f"{self._trained.source} has no features to probe: its task is {type(task).__name__}"
-      )
+      kind = type(task).__name__
+      raise ValueError(f"{source_name} has no features to probe: its task is {kind}")
     batches, name = self._batches(source), source.info.name
     views = task.feature_views if to_score else 1
     return collect_features(self._features_step, self._variables, batches, self._mesh, name, views)
@@ -87,11 +79,7 @@ class Extractor:
   def rankings(
     self, source: Source, keep: int | None = None
   ) -> tuple[Int[np.ndarray, "n r"], Bool[np.ndarray, "n k"]]:
-    """Returns the model's classes from most to least probable, and the correct ones.
-
-    Raises:
-      ValueError: the model is no classifier, or its number of classes differs.
-    """
+    """Returns the model's classes from most to least probable, and the correct ones."""
     task: Any = self._trained.task
     ours, theirs = getattr(task, "num_classes", None), source.info.num_classes
     if ours is None:
@@ -103,10 +91,9 @@ class Extractor:
       )
     task = dataclasses.replace(task, top_k=min(keep or ours, ours))
     step = compile_predict_step(task.predict, self._whole, self._mesh)
-    batches = self._batches(source, MultiHot(ours))
-    ranked, labels, progress = [], [], (source.info.name, len(batches))
-    pairs = predict_batches(step, self._variables, batches, self._mesh, *progress)
-    for batch, found in pairs:
+    batches, ranked, labels = self._batches(source, MultiHot(ours)), [], []
+    progress = (source.info.name, len(batches))
+    for batch, found in predict_batches(step, self._variables, batches, self._mesh, *progress):
       real = np.asarray(batch["mask"], bool)
       ranked.append(np.asarray(found["labels"], np.int32)[real])
       labels.append(np.asarray(batch["label"])[real] > 0)

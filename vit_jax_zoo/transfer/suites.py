@@ -1,7 +1,4 @@
-"""Transfer suites: datasets, probes and reported scores.
-
-A dataset that is not prepared is reported with the command that prepares it; the others continue.
-"""
+"""Transfer suites: datasets, probes and reported scores."""
 
 import dataclasses
 import functools
@@ -32,8 +29,7 @@ class Outcome:
 
   suite: str  # its name
   data: str  # name of the dataset
-  # by name, fractions in [0, 1] and selected hyperparameters; "accuracy" is the main one. Empty if
-  # the dataset is missing.
+  # fractions in [0, 1] and selected hyperparameters by name, "accuracy" first; {}: missing dataset
   scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
   features: str | None = None  # kind of feature: "features", or the selected layer
   group: str | None = None  # of VTAB's tasks
@@ -51,13 +47,11 @@ class Request:
   """Suites and datasets to evaluate."""
 
   suites: Sequence[str]  # keys of `SUITES`
-  # sources (`folder:/path`), or names in the suites' tables; () for all of these
-  data: Sequence[str] = ()
+  data: Sequence[str] = ()  # sources (`folder:/path`), or names in suites' tables; (): all of these
   data_dir: str | None = None  # TFDS data folder; None: its default
   fit_split: str = "train"  # training split of the sources in `data`
   test_split: str = "test"  # test split of these
-  # fields of the probes, by name
-  probes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+  probes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # their fields
 
   def __post_init__(self) -> None:
     for suite in self.suites:
@@ -72,11 +66,7 @@ class Request:
     return load_source(source, split, **options, **folder)
 
   def choose(self, suite: str, table: Mapping[str, Any], make: Callable[[str], Any]) -> dict:
-    """Returns the datasets of a suite by name: from its table, or made by `make` from sources.
-
-    Raises:
-      ValueError: a name is neither in the table nor a source.
-    """
+    """Returns the datasets of a suite by name: from its table, or made by `make` from sources."""
     chosen = {}
     for name in self.data or table:
       if name.partition(":")[0] in KINDS and ":" in name:
@@ -90,11 +80,7 @@ class Request:
 
 
 def run_suites(request: Request, extractor: Extractor) -> Iterator[Outcome]:
-  """Yields the outcomes one by one.
-
-  Raises:
-    ValueError: one line, about an unknown name, or a model that a suite cannot evaluate.
-  """
+  """Yields the outcomes; datasets that are not prepared have the command that prepares them."""
   run = _Run(request, extractor, {})
   jobs = [job for suite in request.suites for job in run.jobs(suite)]
   for number, (empty, evaluate) in enumerate(jobs, start=1):
@@ -114,7 +100,7 @@ class _Run:
   cache: dict[Any, probing.Labelled]
 
   def jobs(self, suite: str) -> Iterator[tuple[Outcome, Callable[[], dict[str, Any]]]]:
-    """Yields, for each dataset, its outcome without scores, and the function of these."""
+    """Yields, for each dataset, its outcome without scores, and the function that adds these."""
     request = self.request
     table: Mapping[str, Any]
     if suite in probing.PROBES:
@@ -133,9 +119,8 @@ class _Run:
       yield Outcome(suite, name, group=group), functools.partial(evaluate, data, name)
 
   def probe(self, probe: probing.FeatureProbe, data: ProbeData, name: str) -> dict[str, Any]:
-    fit, test = (
-      self.request.open(data.source, split, data.options) for split in (data.fit, data.test)
-    )
+    splits = (data.fit, data.test)
+    fit, test = (self.request.open(data.source, split, data.options) for split in splits)
     for source, to_score in ((fit, False), (test, True)):
       key = source.info.name, to_score
       if key not in self.cache:
@@ -146,15 +131,12 @@ class _Run:
     return {"scores": result.scores, "features": features, "figures": result.figures}
 
   def vtab(self, task: VtabTask, name: str) -> dict[str, Any]:
-    train, validation, test = (
-      self.request.open(task.source, split, task.options)
-      for split in (task.train, task.validation, task.test)
-    )
+    splits, source = (task.train, task.validation, task.test), task.source
+    train, validation, test = (self.request.open(source, s, task.options) for s in splits)
     sizes = ((train, benchmarks.VTAB_TRAIN), (validation, benchmarks.VTAB_VALIDATION))
     parts = [(source, range(min(size, len(source)))) for source, size in sizes]
-    fit = self.extractor.features(
-      SlicedSource(f"{train.info.name} and {validation.info.name}", parts)
-    )
+    both = SlicedSource(f"{train.info.name} and {validation.info.name}", parts)
+    fit = self.extractor.features(both)
     held_out = np.arange(len(fit.labels)) >= len(parts[0][1])
     found = probing.Linear()(fit, self.extractor.features(test, to_score=True), held_out)
     return {"scores": report(found, name).scores, "features": probing.choose_features(found)}
@@ -163,8 +145,8 @@ class _Run:
     source = self.request.open(data.source, data.split, data.options)
     ranked, labels = self.extractor.rankings(source, None if data.only_its_classes else 5)
     scores = score_rankings(ranked, labels, only_its_classes=data.only_its_classes)
-    if data.num_its_classes not in (None, scores["classes"]):
-      expected = data.num_its_classes
+    expected = data.num_its_classes
+    if expected not in (None, scores["classes"]):
       logging.warning("%s: %d classes occur, expected %d", name, scores["classes"], expected)
     return {"scores": scores}
 
@@ -176,12 +158,8 @@ def _no_task(source: str) -> VtabTask:
 def summarize_vtab(outcomes: Sequence[Outcome]) -> dict[str, float]:
   """Returns VTAB's means: of each complete group, and of all 19 tasks if complete."""
   scores = {outcome.data: outcome.scores["accuracy"] for outcome in outcomes if outcome.scores}
-  groups = {
-    group: [name for name, task in benchmarks.VTAB.items() if task.group == group]
-    for group in benchmarks.GROUPS
-  }
-  return {
-    group: float(np.mean([scores[name] for name in names]))
-    for group, names in {**groups, "mean": list(benchmarks.VTAB)}.items()
-    if names and all(name in scores for name in names)
-  }
+  groups = {"mean": list(benchmarks.VTAB)}
+  for name, task in benchmarks.VTAB.items():
+    groups.setdefault(task.group, []).append(name)
+  complete = {group: names for group, names in groups.items() if scores.keys() >= set(names)}
+  return {k: float(np.mean([scores[name] for name in names])) for k, names in complete.items()}

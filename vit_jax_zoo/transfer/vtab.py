@@ -19,7 +19,7 @@ first 200 of its validation split, and retrains on both for the test."""
 
 @dataclasses.dataclass(frozen=True)
 class VtabTask:
-  """One of VTAB's 19 tasks: its group, its source as in `data/sources`, and the source's splits."""
+  """One of VTAB's 19 tasks."""
 
   group: str
   source: str
@@ -34,18 +34,15 @@ def _task(group: str, name: str, splits: tuple[str, str, str], **options: Any) -
 
 
 _OWN = ("train", "validation", "test")
-_CLEVR = ("train[:90%]", "train[90%:]", "validation")
-"""CLEVR's test images have no annotations."""
+_CLEVR = ("train[:90%]", "train[90%:]", "validation")  # test images have no annotations
 _NORB = {"splits": ("train", "test[:50%]", "test[50%:]"), "image_key": "image"}
 
 
 def _held_out(percent: int) -> tuple[str, str, str]:
-  """Validates on the end of the training split."""
   return f"train[:{percent}%]", f"train[{percent}%:]", "test"
 
 
 def _cut(end: int, test: int) -> tuple[str, str, str]:
-  """Cuts the only split into three, at these percentages."""
   return f"train[:{end}%]", f"train[{end}%:{test}%]", f"train[{test}%:]"
 
 

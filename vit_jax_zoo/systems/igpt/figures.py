@@ -1,4 +1,4 @@
-"""Figures of image grids and of image completions, without `pyplot`."""
+"""Figures of image grids and of image completions."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.figures.canvas import MARGIN, add_axes, show_image, write_title
 
-MISSING = (236, 236, 240)
-"""Colour of pixels after the prefix."""
+MISSING = (236, 236, 240)  # colour of pixels after the prefix
 GAP = 0.06  # inches between pictures
 HEAD = 0.95  # inches above the grid
 
