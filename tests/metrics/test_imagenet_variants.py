@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.classification import ClassificationEvaluator
-from vit_jax_zoo.metrics.imagenet_variants import score_rankings
+from vit_jax_zoo.metrics.classification import ClassificationEvaluator, score_rankings
 
 
 def multi_hot(rows, num_classes):

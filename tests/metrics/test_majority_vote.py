@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax_zoo.metrics.majority_vote import majority_vote
+from vit_jax_zoo.metrics.feature_probes import majority_vote
 
 
 def test_the_majority_names_the_label():

@@ -25,7 +25,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.errors import check_names, field_names, unknown_name
-from vit_jax_zoo.metrics.majority_vote import majority_vote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +215,14 @@ def _sgd_step(
   momenta = jax.tree.map(lambda m, g: jnp.float32(0.9) * m + g, momenta, gradients)
   move = lambda p, m: p - rates.reshape(-1, *(1,) * (p.ndim - 1)) * m  # noqa: E731
   return jax.tree.map(move, parameters, momenta), momenta
+
+
+def majority_vote(labels: Int[Array, "v b"], rng: jax.Array) -> Int[Array, " b"]:
+  """Returns the most frequent label of v views of each image; ties are broken at random."""
+  agreeing = jnp.sum(labels[:, None] == labels[None], axis=1)
+  # Tied labels have as many views each, so a view drawn among theirs is a label drawn evenly.
+  chosen = jnp.argmax(agreeing + jax.random.uniform(rng, labels.shape), axis=0)
+  return jnp.take_along_axis(labels, chosen[None], axis=0)[0]
 
 
 def _vote(labels: Int[np.ndarray, "n *v"]) -> Int[np.ndarray, " n"]:

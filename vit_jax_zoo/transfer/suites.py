@@ -13,7 +13,7 @@ from vit_jax_zoo.data.sources import KINDS, load_source
 from vit_jax_zoo.data.sources.base import SlicedSource, Source
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.metrics import feature_probes as probing
-from vit_jax_zoo.metrics.imagenet_variants import score_rankings
+from vit_jax_zoo.metrics.classification import score_rankings
 from vit_jax_zoo.training.feature_evaluation import report
 from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int64, Integer
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.metrics.base import Evaluator, real_rows
-from vit_jax_zoo.metrics.majority_vote import majority_vote
+from vit_jax_zoo.metrics.feature_probes import majority_vote
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.igpt import figures as draw
