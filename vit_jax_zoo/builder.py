@@ -205,9 +205,7 @@ def _open_evaluations(
   return eval_sources, fit_sources
 
 
-def _open(
-  open_source: Callable[..., Source], spec: Mapping[str, Any] | ConfigDict, split: str = "split"
-) -> Source:
+def _open(open_source: Callable[..., Source], spec: Any, split: str = "split") -> Source:
   options = {key: spec[key] for key in spec if key not in SECTION}
   others = (_open(open_source, other) for other in spec.get("extra_sources") or ())
   return join_sources([open_source(spec["source"], spec[split], **options), *others])

@@ -83,12 +83,8 @@ def main(argv: Sequence[str]) -> int:
 def check_options(predictor: Predictor, options: Options) -> None:
   """Raises ValueError if an option was given that the model's task does not support."""
   defaults = Options()
-  unread = [
-    name
-    for name in OPTIONS
-    if name not in predictor.reads
-    and not np.array_equal(getattr(options, name), getattr(defaults, name))
-  ]
+  given = (n for n in OPTIONS if not np.array_equal(getattr(options, n), getattr(defaults, n)))
+  unread = [name for name in given if name not in predictor.reads]
   if unread:
     known = ", ".join(f"--{option}" for option in sorted(predictor.reads))
     raise ValueError(f"--{unread[0]} is not supported by this model's task; it supports {known}")

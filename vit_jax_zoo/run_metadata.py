@@ -104,10 +104,7 @@ def needs_data(*sections: Mapping[str, Any] | ConfigDict) -> bool:
 
 def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> dict[str, Any]:
   """Returns a section's fields; those that are None are filled in from the data's metadata."""
-  return {
-    key: getattr(data, key) if value is None and hasattr(data, key) else value
-    for key, value in fields.items()
-  }
+  return {k: getattr(data, k) if v is None and hasattr(data, k) else v for k, v in fields.items()}
 
 
 def fingerprint(source: Source) -> str:

@@ -87,10 +87,7 @@ def find_imbalance(counts: Counts, class_names: Sequence[str]) -> list[str]:
   if values is None:
     return []
   if len(values) == 1:
-    return [
-      f"only one class found ({_name(0, class_names)}); put the images of each class in a folder "
-      "of their own"
-    ]
+    return [f"only one class found ({_name(0, class_names)}); put each class in its own folder"]
   empty = [_name(i, class_names) for i, count in enumerate(values) if not count]
   if empty:
     listed = ", ".join(empty[:MAX_LISTED]) + (", ..." if len(empty) > MAX_LISTED else "")

@@ -85,11 +85,8 @@ def _facts(experiment: Experiment, *, train: bool) -> dict[str, Any]:
   flat = traverse_util.flatten_dict({"config": run_metadata.as_json(experiment.config)}, sep=".")
   sources = experiment.sources if train else experiment.eval_sources
   data = {f"data of {name!r}": run_metadata.fingerprint(source) for name, source in sources.items()}
-  return {
-    **{k: json.dumps(v) for k, v in flat.items()},
-    **data,
-    "code version": run_metadata.code_version(),
-  }
+  code = {"code version": run_metadata.code_version()}
+  return {k: json.dumps(v) for k, v in flat.items()} | data | code
 
 
 def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpointer) -> Outcome:
@@ -173,11 +170,8 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
     variables = program.initial_variables(experiment.config.seed, pretrain=initializer)
   else:
     logging.info("evaluating step %d of %s", step, checkpointer.workdir)
-    variables = restore_variables(
-      checkpointer.workdir / CHECKPOINTS / str(step),
-      program.abstract_variables,
-      left_out=program.left_out,
-    )
+    path = checkpointer.workdir / CHECKPOINTS / str(step)
+    variables = restore_variables(path, program.abstract_variables, left_out=program.left_out)
   params = variables["params"]
   others = {name: tree for name, tree in variables.items() if name != "params"}
   state = TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)

@@ -39,10 +39,8 @@ class ClassificationPredictor:
     names = self._task.class_names
     scores = probabilities[best].tolist()
     known = [{"name": names[label]} if names else {} for label in best]
-    top = [
-      {"label": int(label), **name, "probability": score}
-      for label, name, score in zip(best, known, scores, strict=True)
-    ]
+    rows = zip(best.tolist(), known, scores, strict=True)
+    top = [{"label": label, **name, "probability": score} for label, name, score in rows]
     shown = [names[label] if names else f"class {label}" for label in best]
     pictures: dict[str, Figure] = {"": draw_ranking(image, shown, scores)}
     if not self._options.explain:

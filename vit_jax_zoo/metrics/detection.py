@@ -69,8 +69,7 @@ class DetectionEvaluator(Evaluator):
     images = self._unique()
     if not any(len(image.labels) for image in images):
       raise ValueError(
-        f"boxes_cxcywh: no ground truth in {len(images)} images; expected annotations in the "
-        "evaluation split"
+        f"boxes_cxcywh: no ground truth in {len(images)} images; expected annotations"
       )
     run = self._evaluate("bbox", range(self.num_classes))
     scores = dict(zip(DetectionEvaluator.scores, map(float, run.stats), strict=False))
@@ -97,10 +96,8 @@ class DetectionEvaluator(Evaluator):
     size = original_size(batch, row)
     real = np.asarray(batch["is_target"][row], bool)
     labels = np.asarray(batch["labels"][row])[real].astype(np.int64)
-    advice = (
-      f"class ids 0 to {self.num_classes - 1}. Set num_classes to the highest id + 1, or fix the "
-      "dataset"
-    )
+    last = self.num_classes - 1
+    advice = f"class ids 0 to {last}. Set num_classes to the highest id + 1, or fix the dataset"
     check_labels("labels:", labels, self.num_classes, advice)
     scale = np.array([*size[::-1]] * 2, np.float64)
     boxes = np.asarray(batch["boxes_cxcywh"][row])[real].astype(np.float64) * scale

@@ -200,9 +200,7 @@ def _logits(parameters: tuple[Array, Array], x: Float[Array, "n d"]) -> Float[Ar
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
-def _sgd_step(
-  parameters: Any, momenta: Any, x: Array, labels: Array, rates: Float[Array, " r"]
-) -> tuple[Any, Any]:
+def _sgd_step(parameters: Any, momenta: Any, x: Array, labels: Array, rates: Array) -> Any:
   """Makes a step of SGD with momentum 0.9 for each rate."""
 
   def loss(parameters: Any) -> Float[Array, ""]:

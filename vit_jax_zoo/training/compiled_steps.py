@@ -185,10 +185,7 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
 
 def abstract_batch_of(batch: Mapping[str, Any], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns the shapes of a global batch, from a process's part of it."""
-  return {
-    key: jax.ShapeDtypeStruct((batch_size, *value.shape[1:]), value.dtype)
-    for key, value in batch.items()
-  }
+  return {k: jax.ShapeDtypeStruct((batch_size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
 
 def _placed(target: jax.ShapeDtypeStruct, fresh: jax.Array, value: Any) -> jax.Array:

@@ -79,10 +79,8 @@ def collect_features(
       features.setdefault(key, []).append(array[real])
   joined = {key: _join_views(arrays, views) for key, arrays in features.items()}
   parts = gather_parts((joined, np.concatenate(labels)), mesh)
-  return Labelled(
-    {key: np.concatenate([part[0][key] for part in parts]) for key in joined},
-    np.concatenate([part[1] for part in parts]),
-  )
+  whole = {key: np.concatenate([part[0][key] for part in parts]) for key in joined}
+  return Labelled(whole, np.concatenate([part[1] for part in parts]))
 
 
 def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:

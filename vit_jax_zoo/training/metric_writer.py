@@ -89,11 +89,7 @@ class MetricWriter:
   """
 
   def __init__(
-    self,
-    workdir: str | os.PathLike[str],
-    *,
-    resume_step: int | None = None,
-    enabled: bool | None = None,
+    self, workdir: epath.PathLike, *, resume_step: int | None = None, enabled: bool | None = None
   ):
     self._enabled = jax.process_index() == 0 if enabled is None else enabled
     self._futures: list[concurrent.futures.Future[None]] = []
@@ -107,11 +103,8 @@ class MetricWriter:
       path = self._workdir / METRICS_FILE
       _truncate(path, last_step)
       self._file = path.open("a", encoding="utf-8")
-      self._tensorboard = EventFile(
-        self._workdir,
-        number=len(list(epath.Path(workdir).glob("events.out.tfevents.*"))),
-        purge_step=last_step + 1,
-      )
+      number = len(list(epath.Path(workdir).glob("events.out.tfevents.*")))
+      self._tensorboard = EventFile(self._workdir, number=number, purge_step=last_step + 1)
     self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
   def __enter__(self) -> "MetricWriter":
