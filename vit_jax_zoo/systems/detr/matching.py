@@ -25,7 +25,7 @@ class Matching(NamedTuple):
 
 
 class _State(NamedTuple):
-  """The current matching, and potentials for which every reduced cost is non-negative."""
+  """A matching, and potentials for which every reduced cost is non-negative."""
 
   target_of_query: Int[Array, " q"]
   query_of_target: Int[Array, " t"]
@@ -84,10 +84,15 @@ def _augment(cost: Float[Array, "t q"], is_target: Bool[Array, " t"], state: _St
   loops must end: without a free target all distances are infinite.
   """
   free = is_target & (state.query_of_target < 0)
+  # The only pass over the whole matrix: a minimum, many times faster than an argmin on CPUs.
+  cheapest = jnp.min(jnp.where(free[:, None], cost, jnp.inf), axis=0)
+  level = jnp.max(jnp.where(free, state.target_potential, -jnp.inf))  # the same for all of them
+  distance = cheapest - level - state.query_potential
+  no_parent, unvisited = jnp.full(distance.shape, -1, jnp.int32), jnp.zeros(distance.shape, bool)
   search = jax.lax.while_loop(
     lambda s: (state.target_of_query[s.nearest] >= 0) & jnp.isfinite(s.distance[s.nearest]),
     lambda s: _step(cost, state, s),
-    _start(cost, free, state),
+    _Search(distance, no_parent, unvisited, jax.lax.argmin(distance, 0, jnp.int32)),
   )
   length = search.distance[search.nearest]
   # Raises nearer potentials to the path's length: its reduced cost becomes zero.
@@ -101,16 +106,6 @@ def _augment(cost: Float[Array, "t q"], is_target: Bool[Array, " t"], state: _St
     state.query_potential - gain,
     state.target_potential + target_gain,
   )
-
-
-def _start(cost: Float[Array, "t q"], free: Bool[Array, " t"], state: _State) -> _Search:
-  """Returns the direct distances from the free targets."""
-  # The only pass over the whole matrix: a minimum, many times faster than an argmin on CPUs.
-  cheapest = jnp.min(jnp.where(free[:, None], cost, jnp.inf), axis=0)
-  level = jnp.max(jnp.where(free, state.target_potential, -jnp.inf))  # the same for all of them
-  distance = cheapest - level - state.query_potential
-  no_parent, unvisited = jnp.full(distance.shape, -1, jnp.int32), jnp.zeros(distance.shape, bool)
-  return _Search(distance, no_parent, unvisited, jax.lax.argmin(distance, 0, jnp.int32))
 
 
 def _step(cost: Float[Array, "t q"], state: _State, search: _Search) -> _Search:

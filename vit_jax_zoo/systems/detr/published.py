@@ -19,21 +19,12 @@ _DETR = {
 }  # fmt: skip
 
 
-def _detr(model: str) -> dict[str, Entry]:
-  file, sha256, hub, score = _DETR[model]
-  said = f"{score} (COCO)"
-  return {
-    f"{model}_coco": Entry(
-      model, (f"{FACEBOOK}/detr-{file}-{sha256}.pth",), "", sha256, said, _README
-    ),
-    f"{model}_coco_hub": Entry(model, hub=f"facebook/detr-{hub}", score=said, source=_README),
-  }
+PAPER_SCORES = {model: (f"{score} (COCO)", _README) for model, (*_, score) in _DETR.items()}
 
-
-PUBLISHED: dict[str, Entry] = {
-  name: entry for model in _DETR for name, entry in _detr(model).items()
-}
-
-PAPER_SCORES: dict[str, tuple[str, str]] = {
-  model: (f"{score} (COCO)", _README) for model, (*_, score) in _DETR.items()
-}
+PUBLISHED: dict[str, Entry] = {}
+for _model, (_file, _sha256, _hub, _) in _DETR.items():
+  _url = f"{FACEBOOK}/detr-{_file}-{_sha256}.pth"
+  PUBLISHED[f"{_model}_coco"] = Entry(_model, (_url,), "", _sha256, *PAPER_SCORES[_model])
+  PUBLISHED[f"{_model}_coco_hub"] = Entry(
+    _model, (), f"facebook/detr-{_hub}", "", *PAPER_SCORES[_model]
+  )

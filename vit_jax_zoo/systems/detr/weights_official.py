@@ -5,8 +5,7 @@
     detr.transformer..., bbox_attention..., mask_head...     with a mask head
 
 Not stored: the number of heads (assumed to be 8; known with a mask head) and the dilation of the
-last stage (assumed if the file's name has "dc5"). Override with `num_heads`, or with `backbone` and
-its "output_stride".
+last stage (assumed if the file's name has "dc5").
 """
 
 import itertools
@@ -93,7 +92,7 @@ _MASK_ROWS = (
 
 
 def with_mask_head(rows: Iterable[Row]) -> tuple[Row, ...]:
-  """Returns the rows of a model with a mask head, whose detector's keys begin with "detr."."""
+  """Adds the rows of a mask head, beside which the detector's keys begin with "detr."."""
   detector = (Row(f"detr.{row.published}", row.ours, row.transform) for row in rows)
   return (*detector, *_MASK_ROWS)
 
@@ -175,10 +174,7 @@ def _prefix(published: Mapping[str, np.ndarray]) -> str:
 
 
 def checkpoint_fields(fields: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  """Returns the fields of `Checkpoint` that the official and Hugging Face's format share.
-
-  `prefix` is that of the detector's keys, "detr." beside a mask head, which may then stay unused.
-  """
+  """Returns the fields of `Checkpoint` that the official and Hugging Face's format share."""
   is_coco_panoptic = fields["mask_head"] and fields["num_classes"] == 250
   counters = (rf".*\.{COUNTER}",)
   return {

@@ -43,7 +43,7 @@ def draw_results(
   columns = [name for name in COLUMNS if there.get(name, True)]
   figure, rows = _grid(batch, max_images, columns, title)
   for i, row in enumerate(rows):
-    _draw_row(row, _example(batch, predictions, i))
+    _draw_row(row, batch, predictions, i)
   return figure
 
 
@@ -66,40 +66,30 @@ def position_colors(index: Int[np.ndarray, "h w"], grid: tuple[int, int]) -> UIn
   return np.round(255 * colors).astype(np.uint8)
 
 
-def _example(batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int) -> dict[str, Any]:
+def _draw_row(
+  axes: Mapping[str, Axes], batch: Mapping[str, Any], predictions: Mapping[str, Any], i: int
+) -> None:
   height, width = batch["size"][i] if "size" in batch else batch["upsampled_image"].shape[1:3]
   cells = slice(0, -(-height // 4)), slice(0, -(-width // 4))
-  pixels = slice(0, height), slice(0, width)
-  reference = np.asarray(batch["ref_image"][i])
   large = {
     "bicubic": batch["upsampled_image"],
     "ours": predictions["image"],
-    "truth": batch.get("image"),
     "wrong reference": predictions.get("wrong_reference_image"),
+    "truth": batch.get("image"),
   }
-  return {
-    "small": np.asarray(batch["low_res_image"][i])[cells],
-    **{name: np.asarray(x[i])[pixels] for name, x in large.items() if x is not None},
-    "reference": reference,
-    "index": np.asarray(predictions["hard_attention"][i])[cells],
-    "confidence": np.asarray(predictions["soft_attention"][i])[cells],
-    "grid": (reference.shape[0] // 4, reference.shape[1] // 4),
-  }
-
-
-def _draw_row(axes: Mapping[str, Axes], example: Mapping[str, Any]) -> None:
-  show_image(axes["small"], example["small"], "nearest")
-  for name in ("bicubic", "ours", "wrong reference", "truth"):
-    if name not in axes:
-      continue
-    show_image(axes[name], example[name])
-    if name != "truth" and "truth" in axes:
-      decibels = psnr_y(example[name], example["truth"])
+  shown = {k: np.asarray(x[i])[:height, :width] for k, x in large.items() if x is not None}
+  for name, image in shown.items():
+    show_image(axes[name], image)
+    if name != "truth" and "truth" in shown:
       weight = "bold" if name == "ours" else "normal"
+      decibels = psnr_y(image, shown["truth"])
       axes[name].set_xlabel(f"{decibels:.2f} dB", fontsize=9, weight=weight)
-  grid, index, soft = example["grid"], example["index"], example["confidence"]
+  show_image(axes["small"], np.asarray(batch["low_res_image"][i])[cells], "nearest")
+  reference = np.asarray(batch["ref_image"][i])
+  grid = reference.shape[0] // 4, reference.shape[1] // 4
   key = position_colors(np.arange(grid[0] * grid[1]).reshape(grid), grid)
-  show_image(axes["reference"], _tinted(example["reference"], key))
+  show_image(axes["reference"], _tinted(reference, key))
+  index, soft = (np.asarray(predictions[k][i])[cells] for k in ("hard_attention", "soft_attention"))
   show_image(axes["source"], position_colors(index, grid), "nearest")
   axes["confidence"].imshow(soft, cmap="cividis", interpolation="nearest")
   used = len(np.unique(index)) / index.size

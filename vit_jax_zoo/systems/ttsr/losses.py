@@ -38,10 +38,10 @@ def wasserstein_loss(
   return score(images) - score(truths), (norms - 1) ** 2
 
 
-def perceptual_loss(
-  features: Float[Array, "b h w c"], truths: Float[Array, "b h w c"]
+def squared_difference(
+  features: Float[Array, "b ..."], truths: Float[Array, "b ..."]
 ) -> Float[Array, " b"]:
-  """Returns the mean squared difference of VGG-19's relu5_1."""
+  """Returns the mean squared difference."""
   return _mean((features - truths) ** 2)
 
 
@@ -50,7 +50,7 @@ def transferal_loss(
 ) -> Float[Array, " b"]:
   """Returns the mean squared difference, also over levels, of the output's features (3.3)."""
   levels = [
-    _mean((feature.astype(jnp.float32) - texture.astype(jnp.float32)) ** 2)
+    squared_difference(feature.astype(jnp.float32), texture.astype(jnp.float32))
     for feature, texture in zip(features, textures, strict=True)
   ]
   return jnp.mean(jnp.stack(levels), axis=0)

@@ -78,15 +78,14 @@ class TTSR(nn.Module):
     del train
     given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)
     low_res_image, upsampled_image, ref_image, blurred_ref_image = map(jnp.asarray, given)
-    _check_sizes(low_res_image, upsampled_image, ref_image, blurred_ref_image)
-    grid_width = ref_image.shape[2] // SCALE
+    _check_sizes(*given)
 
     query = self.textures(shard_batch(upsampled_image), precise=True)[2]  # Eq. 1
     key = self.textures(shard_batch(blurred_ref_image), precise=True)[2]  # Eq. 2
     values = self.textures(shard_batch(ref_image))[::-1]  # Eq. 3
     hard, soft = find_matches(query, key, block_size=self.block_size)  # Eq. 4, 5 and 7
     textures = [
-      transfer(value, hard, grid_width=grid_width, scale=scale)  # Eq. 6
+      transfer(value, hard, grid_width=key.shape[2], scale=scale)  # Eq. 6
       for value, scale in zip(values, (1, 2, 4), strict=True)
     ]
     return {
@@ -174,7 +173,6 @@ class Exchange(nn.Module):
     return merged
 
   def _move(self, x: Float[Array, "b h w c"], source: int, target: int) -> Float[Array, "b ..."]:
-    """Reduces a map to the target's size, or convolves it before `ConcatConv` enlarges it."""
     name = f"from{source}_to{target}"
     if source < target:
       return Conv(self.width, 1, dtype=self.dtype, name=name)(x)
@@ -228,7 +226,7 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], None]:
-    """Returns the map; None is the output of `Stack`'s layers."""
+    """Returns the map, and None for `Stack`."""
     out = nn.relu(Conv(self.width, dtype=self.dtype, name="conv1")(shard_batch(x)))
     return x + Conv(self.width, dtype=self.dtype, name="conv2")(out), None
 
@@ -290,21 +288,16 @@ def pixel_shuffle(x: Float[Array, "b h w cff"], factor: int) -> Float[Array, "b 
   return einops.rearrange(x, "b h w (c y x) -> b (h y) (w x) c", y=factor, x=factor)
 
 
-def _check_sizes(*images: Array) -> None:
-  low_res, upsampled, ref, blurred = (image.shape[1:3] for image in images)
-  expected = (SCALE * low_res[0], SCALE * low_res[1])
+def _check_sizes(*images: Array | np.ndarray) -> None:
+  sizes = [image.shape[1:3] for image in images]
+  low_res, upsampled, ref, blurred = ("x".join(map(str, size)) for size in sizes)
+  expected = "x".join(str(SCALE * side) for side in sizes[0])
   if upsampled != expected:
     raise ValueError(
-      f"upsampled_image: its size is {_size(upsampled)}; expected {_size(expected)} for a "
-      f"low_res_image of {_size(low_res)}"
+      f"upsampled_image: its size is {upsampled}; expected {expected} for a low_res_image of "
+      f"{low_res}"
     )
-  if any(side % SCALE or not side for side in ref):
-    raise ValueError(f"ref_image: its size is {_size(ref)}; expected multiples of {SCALE}")
+  if any(side % SCALE or not side for side in sizes[2]):
+    raise ValueError(f"ref_image: its size is {ref}; expected multiples of {SCALE}")
   if blurred != ref:
-    raise ValueError(
-      f"blurred_ref_image: its size is {_size(blurred)}; expected that of ref_image, {_size(ref)}"
-    )
-
-
-def _size(sides: tuple[int, ...]) -> str:
-  return "x".join(map(str, sides))
+    raise ValueError(f"blurred_ref_image: its size is {blurred}; expected that of ref_image, {ref}")

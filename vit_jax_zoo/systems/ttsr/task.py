@@ -108,13 +108,9 @@ class SuperResolution(base.Task):
     vgg_params = {"vgg": self._vgg.init(vgg, truth)["params"]} if self.perceptual_weight else {}
     return {"params": params, **vgg_params}
 
-  def make_train_step(
-    self, optimizers: Sequence[Optimizer], *, accumulation_steps: int, ema_decay: float | None
-  ) -> TrainStep:
+  def make_train_step(self, optimizers: Sequence[Optimizer], **options: Any) -> TrainStep:
     """Returns the alternating step."""
-    return make_train_step(
-      self, optimizers, accumulation_steps=accumulation_steps, ema_decay=ema_decay
-    )
+    return make_train_step(self, optimizers, **options)
 
   def precompute(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
@@ -248,9 +244,9 @@ class SuperResolution(base.Task):
     return values
 
   def perceptual_loss(self, vgg: Any, images: Array, truths: Array) -> Float[Array, " b"]:
-    """Returns `losses.perceptual_loss` of images [b h w 3] in [-1, 1]."""
+    """Returns the squared difference of VGG-19's relu5_1, for images [b h w 3] in [-1, 1]."""
     features = [self._vgg.apply({"params": vgg}, x)["relu5_1"] for x in (images, truths)]
-    return losses.perceptual_loss(*features)
+    return losses.squared_difference(*features)
 
 
 def exchange_references(batch: base.Batch) -> dict[str, Any]:
