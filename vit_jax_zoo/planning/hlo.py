@@ -80,11 +80,7 @@ class Module:
 
 @dataclasses.dataclass
 class Traffic:
-  """Traffic of one device in one execution; collectives by kind.
-
-  Bytes sent are those of ring algorithms: (n - 1) / n of a gathered or scattered array for n
-  devices, twice that for an all-reduce.
-  """
+  """Traffic of one device in one execution; collectives, by kind, as ring algorithms send them."""
 
   memory_bytes: float = 0.0  # read from and written to main memory
   collective_bytes: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -1,8 +1,7 @@
 """Writes docs/PLANS.md: memory, FLOPs and a lower bound on the time of every recipe.
 
-Each recipe is compiled in its own process for the slices that `docs/slices.toml` lists. The results
-are stored in `docs/plans.json`, one row per line, from which the page is written and an interrupted
-run resumes. The page marks recipes that were not compiled or have changed since.
+Each is compiled in its own process, for the slices in `docs/slices.toml`; `docs/plans.json` stores
+the results, one row per line, from which an interrupted run resumes.
 """
 
 import fcntl
@@ -43,10 +42,7 @@ class Row(NamedTuple):
 
 
 def recipes() -> list[str]:
-  """Returns every variant of configs/ except the demos, as `configs/vit.py:b16_imagenet`.
-
-  A file whose variants another file includes is skipped.
-  """
+  """Returns the variants of configs/, each once, without demos: `configs/vit.py:b16_imagenet`."""
   files = sorted(pathlib.Path("configs").glob("*.py"))
   modules = {path: importlib.import_module(f"configs.{path.stem}") for path in files}
   variants = {p: dict(m.VARIANTS) for p, m in modules.items() if hasattr(m, "VARIANTS")}

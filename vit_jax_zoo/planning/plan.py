@@ -259,10 +259,10 @@ def device_bytes(tree: Any) -> float:
 
 
 def activation_bytes(program: Program, accumulation_steps: int = 1) -> float:
-  """Returns the bytes per device kept for the backward pass, which remat trades for compute.
+  """Returns the bytes per device of the residuals of differentiation, which remat avoids.
 
-  Counts the residuals of differentiation before XLA fuses any of them, split over the devices as
-  the batch is; without parameters and other inputs; of the optimizer group with the most.
+  Before fusion by XLA, split as the batch is; without parameters and other inputs; of the optimizer
+  group with the most.
   """
   batch = {
     key: jax.ShapeDtypeStruct((leaf.shape[0] // accumulation_steps, *leaf.shape[1:]), leaf.dtype)

@@ -33,8 +33,7 @@ def draw_label_maps(
 ) -> Figure:
   """Draws one row for each of the first images: image, truth and, if given, prediction and errors.
 
-  The batch has `image` [b h w 3] in [0, 255], `label_map` [b h w]; optional `image_size` [b 2] and
-  `mask` [b]. Labels without class name are shown as numbers.
+  Batches are those of `SemanticSegmentation`. Labels without class name are shown as numbers.
   """
   rows = real_rows(batch)[:MOST_ROWS]
   heads = ("image", "truth") if predicted is None else ("image", "truth", "predicted", "errors")
@@ -192,10 +191,7 @@ def pad_batch(batch: base.Batch, multiple: int) -> base.Batch:
 
 
 def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
-  """Returns the centre of each image's first target, else of the image.
-
-  Positions are relative to height and width with padding.
-  """
+  """Returns the centre of each image's first target, else of the image; relative, with padding."""
   sides = jnp.asarray([batch["image"].shape[1:3]], jnp.float32)
   relative = image_size(batch).astype(jnp.float32) / sides
   if "boxes_cxcywh" not in batch or not batch["boxes_cxcywh"].shape[1]:
@@ -206,10 +202,8 @@ def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
 
 def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -> Figure:
   """Draws the result of `explain_attention`, as numpy arrays, by `draw_levels`."""
-  levels = [
-    f"{name}: {height}x{width}"
-    for name, (height, width) in zip(level_names, explanation["sizes"], strict=True)
-  ]
+  sizes = zip(level_names, explanation["sizes"], strict=True)
+  levels = [f"{name}: {height}x{width}" for name, (height, width) in sizes]
   keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
   maps = [np.asarray(explanation["levels"][key]) for key in keys]
   titles = [" at ".join(levels[int(level)] for level in key.split()) for key in keys]
@@ -222,11 +216,7 @@ def draw_levels(
   titles: Sequence[str],
   places: Float[np.ndarray, "b 2"],
 ) -> Figure:
-  """Draws each image with a position marked, beside maps of attention weights.
-
-  Images are uint8, or floats in [0, 255]; each map is scaled to its maximum; positions are relative
-  to height and width.
-  """
+  """Draws images in [0, 255], a relative position marked, beside maps of attention weights."""
   figure, grid = _grid(len(images), ("query: ring", *titles), images.shape[1:3])
   for row, axes in enumerate(grid):
     axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")

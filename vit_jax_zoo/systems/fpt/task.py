@@ -114,10 +114,7 @@ class SemanticSegmentation(base.Task):
     return base.LossOutput(loss=loss, metrics=metrics, model_state={**state, **changed})
 
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
-    """Returns `label_map` int32 [b h w], padding included, and `confidence` float32 [b h w].
-
-    They are the most likely class of each pixel, and its probability.
-    """
+    """Returns each pixel's class `label_map`, int32 [b h w], and `confidence`, float32 [b h w]."""
     outputs = self.model.apply(variables, self._images(batch), train=False)
     logits = self._upsample(outputs["logits"], batch)
     best = jnp.max(logits, axis=-1)
@@ -166,16 +163,12 @@ class SemanticSegmentation(base.Task):
     return (labels != IGNORE) & base.example_mask(batch)[:, None, None]
 
   def _pixel_weights(self, batch: base.Batch) -> Float[Array, "b h w"]:
-    """Returns the class weight of each pixel, 0 without label."""
     labelled = self._is_labelled(batch).astype(jnp.float32)
     weights = jnp.asarray(self.class_weights or (1.0,), jnp.float32)
     return labelled * jnp.take(weights, jnp.asarray(batch["label_map"]), mode="clip")
 
   def _upsample(self, logits: Float[Array, "b i j k"], batch: base.Batch) -> Array:
-    """Upsamples logits bilinearly by the model's stride and crops them to the image.
-
-    Resizing to the image's size would distort maps whose sides were rounded up.
-    """
+    # Resizing to the image's size would distort maps whose sides were rounded up.
     if logits.shape[-1] != self.num_classes:
       raise ValueError(
         f"num_classes: {logits.shape[-1]} in the model and {self.num_classes} in the task; "

@@ -107,10 +107,7 @@ def is_of(published: Mapping[str, Array], prefix: str = "") -> bool:
 def infer_fields(
   published: Mapping[str, Array], *, prefix: str = "", source: str = "the file"
 ) -> dict[str, Any]:
-  """Returns the fields of the `FeaturePyramidTransformer` of a state dict.
-
-  Raises WeightsError if it contains none, or `conv_qs` and `conv_ks` differ.
-  """
+  """Returns the fields of the `FeaturePyramidTransformer` of a state dict."""
   if not is_of(published, prefix):
     keys = ", ".join(sorted(published)[:3])
     raise WeightsError(f"{source}: no FPT of the authors' code; first keys: {keys}")
@@ -165,10 +162,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 
 def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
-  """Returns the arrays of a detector's neck by path, from a file of an FPT or a detector.
-
-  Raises WeightsError if the file contains no FPT, or one of other `shapes`, which are by path.
-  """
+  """Returns a detector's neck by path from a file of an FPT or a detector; `shapes` are by path."""
   arrays = read_published(path).arrays
   prefix = "" if is_of(arrays) else BODY
   fields = infer_fields(arrays, prefix=prefix, source=path)
@@ -178,10 +172,7 @@ def read_neck(path: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
 
 
 def state_dict(variables: Mapping[str, Array], ours: str = "", prefix: str = "") -> Flat:
-  """Returns the authors' state dict of an official FPT; PyTorch's batch counters are zero.
-
-  Paths of `variables` without the prefix `ours` are ignored; keys get `prefix`.
-  """
+  """Returns the authors' state dict of the official FPT at `ours`; keys get `prefix`."""
   own = {k: v for k, v in variables.items() if k.removeprefix(STATISTICS).startswith(ours)}
   with_norm = f"{ours}join_0_norm/scale" in own
   published = write(own, neck_rows(prefix, ours, with_norm=with_norm))
@@ -205,7 +196,4 @@ def _check_shared(published: Mapping[str, Array], prefix: str, source: str) -> N
     twin = published.get(key.replace(".conv_ks.", ".conv_qs."))
     is_key = key.startswith(prefix) and ".conv_ks." in key
     if is_key and (twin is None or not np.array_equal(array, twin)):
-      raise WeightsError(
-        f"{source}: {key} differs from conv_qs; expected equal arrays, as the code shares one "
-        "convolution"
-      )
+      raise WeightsError(f"{source}: {key} differs from conv_qs; expected equal arrays")

@@ -7,7 +7,7 @@ All shapes are static and padded, so that both stages are one compiled program.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +57,13 @@ SHARDING_RULES = (
 """The box head's two large matrices are sharded over `model`, all kernels over `fsdp`."""
 
 
+Pyramid: TypeAlias = Sequence[Float[Array, "b _ _ d"]]
+
+
 class Proposals(NamedTuple):
   """Output of the first stage."""
 
-  pyramid: tuple[Float[Array, "b _ _ d"], ...]
+  pyramid: Pyramid
   anchors_xyxy: Float[Array, "n 4"]
   objectness: Float[Array, "b n"]  # logits
   deltas: Float[Array, "b n 4"]
@@ -160,17 +163,12 @@ class RCNN(nn.Module):
     maps = self._backbone(images, train=train)
     pyramid = self._neck([maps[level] for level in self.levels], train=train)
     pyramid = tuple(shard_batch(x) for x in pyramid)
-    levels = list(pyramid)
+    levels, kind = list(pyramid), self.convention_details.anchors
     for _ in range(self.extra_levels):
       levels.append(levels[-1][:, ::2, ::2])
     objectness, deltas = self._proposal_head(levels)
-    anchors = pyramid_anchors(
-      self.cell_anchors,
-      [(x.shape[1], x.shape[2]) for x in levels],
-      self.strides,
-      len(self.levels),
-      convention=self.convention_details.anchors,
-    )
+    sizes, own = [(x.shape[1], x.shape[2]) for x in levels], len(self.levels)
+    anchors = pyramid_anchors(self.cell_anchors, sizes, self.strides, own, convention=kind)
 
     def choose(*each: Array) -> tuple[Array, ...]:
       choose_one = functools.partial(
@@ -187,22 +185,14 @@ class RCNN(nn.Module):
     return Proposals(pyramid, jnp.concatenate(anchors), objectness, deltas, *chosen)
 
   def classify(
-    self,
-    pyramid: Sequence[Float[Array, "b _ _ d"]],
-    boxes_xyxy: Float[Array, "b r 4"],
-    *,
-    train: bool = False,
+    self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], *, train: bool = False
   ) -> tuple[Float[Array, "b r k"], Float[Array, "b r k 4"]]:
     """Returns logits and, per class, box deltas (`boxes.encode_boxes`)."""
     crops = self._crops(pyramid, boxes_xyxy, self.pool_size)
     return self._box_outputs(shard_batch(self._box_head(crops, train=train)))
 
   def segment(
-    self,
-    pyramid: Sequence[Float[Array, "b _ _ d"]],
-    boxes_xyxy: Float[Array, "b r 4"],
-    *,
-    train: bool = False,
+    self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], *, train: bool = False
   ) -> Float[Array, "b r m m k"]:
     """Returns mask logits in the boxes, one mask per class."""
     crops = self._crops(pyramid, boxes_xyxy, self.mask_pool_size)
@@ -250,7 +240,7 @@ class RCNN(nn.Module):
     ]
 
   def _crops(
-    self, pyramid: Sequence[Float[Array, "b _ _ d"]], boxes_xyxy: Float[Array, "b r 4"], size: int
+    self, pyramid: Pyramid, boxes_xyxy: Float[Array, "b r 4"], size: int
   ) -> list[Float[Array, "b r s s d"]]:
     strides = self.strides[: len(self.levels)]
     boxes = inclusive(boxes_xyxy) if self.convention_details.inclusive_boxes else boxes_xyxy

@@ -171,11 +171,7 @@ def _interpolate(
   rows: _Points,
   columns: _Points,
 ) -> Float[Array, "r size size c"]:
-  """Returns the bins' means by gathering four neighbours per point.
-
-  `table` has the positions of one or more maps in row-major order; each box's map begins at
-  `offset`.
-  """
+  """Gathers four neighbours per point; `table` has each box's map, row by row, from `offset` on."""
   boxes, size, samples = rows.at.shape
   y, y_weight, x, x_weight = (leaf.reshape(boxes, -1) for leaf in (*rows, *columns))
   result = 0.0

@@ -349,10 +349,7 @@ class InstanceDetection(base.Task):
 
 
 def smooth_l1(errors: Float[Array, "*n d"], beta: float) -> Float[Array, "*n"]:
-  """Returns the smooth L1 loss, summed over the last axis; beta 0 is L1.
-
-  Girshick, arXiv:1504.08083, Eq. 3, with beta 1.
-  """
+  """Returns the smooth L1 loss (arXiv:1504.08083, Eq. 3), summed over the last axis; beta 0: L1."""
   size = jnp.abs(errors)
   if not beta:
     return jnp.sum(size, axis=-1)
