@@ -74,12 +74,9 @@ def main(argv: Sequence[str]) -> int:
 def formats_of(family: str) -> tuple[str, ...]:
   """Returns the names of the formats in which a family of models can be written."""
   excluded = {"orbax": "parts", "stablehlo": "several_inputs"}
-  others = (
-    form
-    for form, field in excluded.items()
-    if not any(family in getattr(system, field) for system in systems().values())
-  )
-  return (*writable_formats(family), *others)
+  every = systems().values()
+  left = {form for form, field in excluded.items() for s in every if family in getattr(s, field)}
+  return (*writable_formats(family), *(form for form in excluded if form not in left))
 
 
 def write(pretrained: Pretrained, form: str, path: str) -> None:

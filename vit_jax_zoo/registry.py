@@ -106,12 +106,8 @@ def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) ->
 def load_from_each(field: str) -> list[Any]:
   """Returns what one field names in each system that has it: a reference, or several."""
   fields = {name: getattr(system, field) for name, system in systems().items()}
-  return [
-    load_reference(name, reference)
-    for name, value in fields.items()
-    for reference in ([value] if isinstance(value, str) else value)
-    if reference
-  ]
+  several = {name: [value] if isinstance(value, str) else value for name, value in fields.items()}
+  return [load_reference(name, ref) for name, refs in several.items() for ref in refs if ref]
 
 
 def model_classes() -> Registry:

@@ -150,8 +150,5 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
   """Returns a text for each field that differs and is not harmless."""
   flat = [traverse_util.flatten_dict(x, sep=".") for x in (before, after)]
   pairs = {path: [x.get(path) for x in flat] for path in sorted(flat[0].keys() | flat[1].keys())}
-  return [
-    f"{path}: {old} -> {new}"
-    for path, (old, new) in pairs.items()
-    if old != new and not path.startswith(HARMLESS)
-  ]
+  found = {k: v for k, v in pairs.items() if v[0] != v[1] and not k.startswith(HARMLESS)}
+  return [f"{path}: {old} -> {new}" for path, (old, new) in found.items()]

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import UInt8
 
 from vit_jax_zoo import weights
 from vit_jax_zoo.data import images as image_ops
@@ -98,12 +97,8 @@ def load(
 def task_of(pretrained: Pretrained) -> Task:
   """Returns the task of a pretrained model, with the mean and std of its preprocessing."""
   preprocess = pretrained.preprocess
-  fields = {
-    **pretrained.task_fields,
-    "num_classes": pretrained.config.get("num_classes"),
-    "image_mean": preprocess.mean,
-    "image_std": preprocess.std,
-  }
+  fields = {**pretrained.task_fields, "num_classes": pretrained.config.get("num_classes")}
+  fields |= {"image_mean": preprocess.mean, "image_std": preprocess.std}
   known = task_fields(pretrained.task)
   known_fields = {key: value for key, value in fields.items() if key in known}
   return create_task(pretrained.task, pretrained.model, **known_fields)
@@ -139,21 +134,16 @@ def _prepare_for_run(
 ) -> dict[str, Any]:
   """Applies an evaluation's transforms; first resizes the image as in `_Run.fit` if none does."""
   example: dict[str, Any] = {"image": image}
-  if size and not any(hasattr(t, "size") or hasattr(t, "shorter") for t in transforms):
-    example["image"] = _fitted(image, size, fit)
+  is_resized = any(hasattr(t, "size") or hasattr(t, "shorter") for t in transforms)
+  if size and not is_resized and fit != "as_is":
+    if fit == "shorter_side":
+      scale = min(size) / min(image.shape[:2])
+      size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
+    example["image"] = image_ops.resize(image, *size)
   rng = np.random.default_rng(0)  # evaluations are deterministic
   for transform in transforms:
     example = transform(example, rng)
   return example
-
-
-def _fitted(image: Image, size: tuple[int, int], fit: str) -> UInt8[np.ndarray, "i j 3"]:
-  if fit == "as_is":
-    return image
-  if fit == "shorter_side":
-    scale = min(size) / min(image.shape[:2])
-    size = (max(1, round(image.shape[0] * scale)), max(1, round(image.shape[1] * scale)))
-  return image_ops.resize(image, *size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,10 +229,8 @@ class _Run:
     if exported := self.config.get("preprocess"):  # of a published model with --format=orbax
       return Preprocess(**_frozen(exported))
     fields, task_class = self.task_fields(), tasks()[self.task_name]
-    mean, std = (
-      _frozen(fields.get(name, getattr(task_class, name, 0.5)))
-      for name in ("image_mean", "image_std")
-    )
+    names = ("image_mean", "image_std")
+    mean, std = (_frozen(fields.get(n, getattr(task_class, n, 0.5))) for n in names)
     target = self.seen or (224, 224)
     transforms: dict[type, Any] = {type(transform): transform for transform in self.transforms()}
     if (shorter := transforms.get(ResizeShorter)) is not None:
