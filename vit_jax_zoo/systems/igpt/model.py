@@ -20,9 +20,7 @@ from vit_jax_zoo.ops.checks import check_num_classes, check_positive
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.igpt.palette import nearest_cluster, spread_clusters
 
-EPSILON = 1e-5
-"""Added under the root of every norm."""
-
+EPSILON = 1e-5  # added under the root of every norm
 normal, zeros = nn.initializers.normal, nn.initializers.zeros
 
 
@@ -96,10 +94,9 @@ class ImageGPT(nn.Module):
     if height * width != self.num_positions:
       side = math.isqrt(self.num_positions)
       fits = f", such as {side}x{side}" if side * side == self.num_positions else ""
-      raise ValueError(
-        f"images: {height}x{width} pixels; expected num_positions={self.num_positions} of them"
-        f"{fits}. Resize the images, or train a model with num_positions={height * width}"
-      )
+      expected = f"num_positions={self.num_positions} of them{fits}"
+      fix = f"Resize the images, or train a model with num_positions={height * width}"
+      raise ValueError(f"images: {height}x{width} pixels; expected {expected}. {fix}")
     if not self.has_variable("palette", "clusters"):
       raise ValueError("variables: no palette; expected {'palette': {'clusters': [k, 3]}}")
     return nearest_cluster(images, self.palette.value).reshape(images.shape[0], height * width)
@@ -170,10 +167,9 @@ class ImageGPT(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); the equations of section 2.3.
+  """x + attention(norm(x)), then x + mlp(norm(x)) (section 2.3); the fields are `ImageGPT`'s.
 
-  Sows `attention_output` and `mlp_output`, before they are added, and the block's `output`. The
-  fields are `ImageGPT`'s; attention's output is initialised with (width * depth)^-0.5.
+  Sows `attention_output` and `mlp_output`, before they are added, and the block's `output`.
   """
 
   num_heads: int
@@ -193,16 +189,12 @@ class DecoderBlock(nn.Module):
     norm = functools.partial(nn.RMSNorm, epsilon=EPSILON, dtype=self.dtype)
     y = norm(name="attention_norm")(x)
     features = jnp.mean(y, axis=1, dtype=jnp.float32)
-    y = MultiHeadAttention(
-      self.num_heads,
-      qkv_bias=self.use_bias,
-      out_bias=self.use_bias,
-      kernel_init=normal(width**-0.5),
-      out_kernel_init=normal((width * self.depth) ** -0.5),
-      dtype=self.dtype,
-      implementation=self.attention_implementation,
-      name="attention",
-    )(y, is_causal=self.causal, past_length=past_length)
+    init, out_init = normal(width**-0.5), normal((width * self.depth) ** -0.5)
+    fields: dict[str, Any] = {"kernel_init": init, "out_kernel_init": out_init, "dtype": self.dtype}
+    fields |= dict.fromkeys(("qkv_bias", "out_bias"), self.use_bias)
+    fields["implementation"] = self.attention_implementation
+    attention = MultiHeadAttention(self.num_heads, **fields, name="attention")
+    y = attention(y, is_causal=self.causal, past_length=past_length)
     self.sow("intermediates", "attention_output", y)
     x = x + y
 

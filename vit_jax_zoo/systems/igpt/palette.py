@@ -51,20 +51,15 @@ def fit_palette(
 ) -> Float32[np.ndarray, "k 3"]:
   """Returns the k-means clusters of pixels, RGB in [0, 255], from dark to bright.
 
-  Equal pixels are one point with a weight; a set with exactly `num_colors` colours gets these.
-
-  Raises:
-    ValueError: the pixels have fewer colours than the palette.
+  Equal pixels are one point with a weight. Raises ValueError for fewer colours than the palette's.
   """
   from sklearn.cluster import KMeans  # slow to import
 
   codes = pixels.reshape(-1, 3).astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
   codes, counts = np.unique(codes, return_counts=True)
   if len(codes) < num_colors:
-    raise ValueError(
-      f"num_colors: {num_colors}, but the images have {len(codes)} different colours. Set "
-      f"num_colors={len(codes)} or fewer"
-    )
+    wrong = f"num_colors: {num_colors}, but the images have {len(codes)} different colours"
+    raise ValueError(f"{wrong}. Set num_colors={len(codes)} or fewer")
   colors = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1) / 127.5 - 1.0
   if len(codes) > num_colors:
     means = KMeans(num_colors, n_init=1, max_iter=100, random_state=seed)
@@ -86,12 +81,7 @@ def encode(
 
 
 def read_palette(path: str) -> Float32[np.ndarray, "k 3"]:
-  """Reads a palette: OpenAI's `kmeans_centers.npy`, or `clusters` in HF's processor's JSON.
-
-  Raises:
-    FileNotFoundError: the file does not exist.
-    ValueError: the file holds no palette.
-  """
+  """Reads a palette: OpenAI's `kmeans_centers.npy`, or `clusters` in HF's processor's JSON."""
   file = epath.Path(path)
   if not file.exists():
     raise FileNotFoundError(f"{path}: no such file. Leave the palette out to fit one to the images")

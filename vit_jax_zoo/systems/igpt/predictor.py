@@ -13,28 +13,20 @@ from vit_jax_zoo.systems.igpt.figures import draw_completions, keep_pixels
 class CompletionPredictor:
   """Keeps the top rows of an image as the prefix, and samples the rest several times."""
 
-  reads: ClassVar[frozenset[str]] = frozenset(
-    {"prefix_fraction", "samples", "temperature", "top_k", "seed"}
-  )
+  reads: ClassVar = frozenset({"prefix_fraction", "samples", "temperature", "top_k", "seed"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Compiles nothing yet.
-
-    Raises:
-      ValueError: the model is not causal, has no palette, or an option is out of its range.
-    """
+    """Raises ValueError if the model is not causal or has no palette, and for wrong options."""
     model: Any = trained.model
     if not model.causal:
       raise ValueError(f"{trained.source}: causal=False; expected a causal model for completions")
     if "palette" not in trained.variables:
-      raise ValueError(
-        f"{trained.source}: no palette; expected OpenAI's kmeans_centers.npy beside the weights"
-      )
+      wrong = f"{trained.source}: no palette"
+      raise ValueError(f"{wrong}; expected OpenAI's kmeans_centers.npy beside the weights")
     if not 0 <= options.prefix_fraction <= 1 or options.samples < 1 or options.temperature < 0:
-      raise ValueError(
-        "--prefix_fraction lies in [0, 1], --samples is positive, --temperature not negative; got "
-        f"{options.prefix_fraction}, {options.samples}, {options.temperature}"
-      )
+      given = f"{options.prefix_fraction}, {options.samples}, {options.temperature}"
+      known = "--prefix_fraction lies in [0, 1], --samples is positive, --temperature not negative"
+      raise ValueError(f"{known}; got {given}")
     if options.top_k is not None and options.top_k < 1:
       raise ValueError(f"--top_k is positive; got {options.top_k}")
     self._trained, self._fraction = trained, options.prefix_fraction

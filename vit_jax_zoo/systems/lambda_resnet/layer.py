@@ -56,9 +56,6 @@ def apply_lambdas(
   `embeddings` are relative (context minus query), zero beyond their odd sides: `[2h-1 2w-1]`
   reaches every position, `[r r]` is the lambda convolution's local scope. `bias` is added to the
   position lambdas (in both public codes, not in the paper).
-
-  Raises:
-    ValueError: embeddings with an even side.
   """
   map_size = values.shape[1:3]
   embeddings = _crop(embeddings, map_size).astype(values.dtype)
@@ -167,11 +164,7 @@ class LambdaLayer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h2 w2 d"]:
-    """Returns the layer's output; with `train`, batch norms use batch statistics.
-
-    Raises:
-      ValueError: fields that do not fit together, or a map that the pooling cannot halve.
-    """
+    """Returns the layer's output; with `train`, batch norms use batch statistics."""
     self._check(x)
     grid, dim_v = x.shape[:3], x.shape[-1] // self.num_heads
     sizes = (self.num_heads * self.dim_k, self.dim_u * self.dim_k, self.dim_u * dim_v)

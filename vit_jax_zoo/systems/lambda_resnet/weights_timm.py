@@ -119,11 +119,7 @@ def _size_of_tables(arrays: Mapping[str, Array]) -> Size | None:
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads.
-
-  Raises:
-    WeightsError: timm has no such network.
-  """
+  """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads."""
   fields = export.fields()
   name = next((name for name, variant in TIMM.items() if _is_like(fields, variant)), None)
   if name is None:

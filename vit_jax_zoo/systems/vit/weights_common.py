@@ -16,8 +16,7 @@ from vit_jax_zoo.weights.preprocess import Preprocess
 
 CLS_TOKEN = "cls_token"
 POSITIONS = "position_embedding/table"
-GOOGLE = Preprocess((224, 224))
-"""Google's evaluations: TensorFlow resizes without the aspect ratio, pixels in [-1, 1]."""
+GOOGLE = Preprocess((224, 224))  # TensorFlow resizes without the aspect ratio, to [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,9 +65,8 @@ class VitCheckpoint(Checkpoint):
     if grid is None:
       found = find_grid(rows, (1, 0) if CLS_TOKEN in target else (0,), None)
       if found is None:
-        raise WeightsError(
-          f"the model has positions for {rows} tokens, which is no square grid; give position_grid"
-        )
+        wrong = f"the model has positions for {rows} tokens, which is no square grid"
+        raise WeightsError(f"{wrong}; give position_grid")
       grid = found[1]
     return self._fit_positions(rows, self._grid(None, grid), grid, method)
 
@@ -103,16 +101,13 @@ class VitCheckpoint(Checkpoint):
     if find_grid(rows, (1,), given) and self.key(CLS_TOKEN) is None:
       token = next(row.published for row in self.table if row.ours == CLS_TOKEN)
       what += f" (is {token} missing, the class token?)"
-    raise WeightsError(
-      f"{self.source} has positions for {rows} tokens, {what}; "
-      "give source_image_size=(height, width), the size that it was trained at"
-    )
+    fix = "give source_image_size=(height, width), the size that it was trained at"
+    raise WeightsError(f"{self.source} has positions for {rows} tokens, {what}; {fix}")
 
   def _fit_positions(self, rows: int, old: Size, new: Size, method: str | None) -> "VitCheckpoint":
     """Resizes the position table to a model's grid and number of rows.
 
-    If the model has no row for the class token, the row is added to the token; if the file has
-    none, it is zero.
+    A class token's row is added to the token if the model has none, and zero if the file has none.
     """
     key, cls_key = self.key(POSITIONS) or "", self.key(CLS_TOKEN) or ""
     fitted, count = dict(self.arrays), self._class_rows
@@ -178,10 +173,7 @@ def with_table(export: Export, *, class_row: bool) -> Flat:
 
 
 def check_fixed(export: Export, fixed: Mapping[str, Any], whose: str) -> None:
-  """Raises WeightsError, with all fields, for values that a code base does not support.
-
-  `fixed` maps a field to its only value there, or to a tuple of values.
-  """
+  """Raises WeightsError for fields other than `fixed`: values, or tuples of them, by field."""
   fields = export.fields()
   resnet = fields["resnet"] or {}
   other = []

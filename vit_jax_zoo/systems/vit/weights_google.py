@@ -19,6 +19,7 @@ from vit_jax_zoo.weights.infer import count, side
 from vit_jax_zoo.weights.key_map import CHANNELS_4D, Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
 
+# Values of our fields that Google's code is limited to.
 FIXED: dict[str, Any] = {
   "activation": "gelu_tanh",
   "layer_norm_epsilon": 1e-6,
@@ -28,7 +29,6 @@ FIXED: dict[str, Any] = {
   "resnet.std_epsilon": 1e-5,
   "resnet.variance_epsilon": 0.0,
 }
-"""Values of our fields that Google's code is limited to."""
 
 _PREFIXES = ("params/", "opt/target/")
 _OTHER_STATE = re.compile(r"opt/state/.*|opt/.*step|step")
@@ -132,10 +132,8 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file's arrays; the preprocessing is that of Google's evaluations."""
   path, arrays = published.path, _normalize(published.arrays)
-  fields = _infer_fields(arrays, path)
-  return common.VitCheckpoint(
-    source=path, arrays=arrays, table=TABLE, fields=fields, resize="corner_aligned"
-  )
+  known = {"table": TABLE, "fields": _infer_fields(arrays, path), "resize": "corner_aligned"}
+  return common.VitCheckpoint(source=path, arrays=arrays, **known)
 
 
 def write_checkpoint(path: str, export: Export) -> None:
@@ -151,13 +149,8 @@ def write_checkpoint(path: str, export: Export) -> None:
   write_file(path, params, cls_token_position=own_row or not model.has_cls_token)
 
 
-def write_file(
-  path: str, params: Mapping[str, np.ndarray], *, cls_token_position: bool = True
-) -> None:
-  """Writes a ViT's parameters, scanned or unrolled, as Google's .npz; local or `gs://bucket/...`.
-
-  A table without the class token's row (`cls_token_position`) is written under big_vision's key.
-  """
+def write_file(path: str, params: Mapping[str, Any], *, cls_token_position: bool = True) -> None:
+  """Writes a .npz; a position table without a class token's row is under big_vision's key."""
   published = write(unroll(params), TABLE)
   if not cls_token_position and _POSITIONS in published:
     published[_POSITIONS_BIG_VISION] = published.pop(_POSITIONS)

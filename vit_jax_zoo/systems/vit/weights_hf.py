@@ -37,7 +37,6 @@ FIXED: dict[str, Any] = {
 _PREFIX = "vit."
 _LAYER = r"(?:vit\.)?encoder\.layer\.(\d+)\."
 
-
 BASE_TABLE: tuple[Row, ...] = (
   Row("embeddings.cls_token", "cls_token"),
   Row("embeddings.position_embeddings", "position_embedding/table"),
@@ -73,10 +72,8 @@ def _infer_fields(
     raise WeightsError(f"config.json of {source} does not state {', '.join(missing)}")
   activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
   if activation not in ACTIVATIONS or pooler != "tanh":
-    raise WeightsError(
-      f"{source} has hidden_act {activation!r} and pooler_act {pooler!r}; known are "
-      f"{', '.join(ACTIVATIONS)}, and tanh"
-    )
+    given = f"hidden_act {activation!r} and pooler_act {pooler!r}"
+    raise WeightsError(f"{source} has {given}; known are {', '.join(ACTIVATIONS)}, and tanh")
   patch = config["patch_size"]
   sides = {patch} if isinstance(patch, int) else set(patch)
   if len(sides) != 1:

@@ -24,14 +24,9 @@ from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, norm_rows
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
-"""timm's `act_layer`; the names are ours, too."""
-
-_POOLS = {"cls": "token", "mean": "avg"}
-"""Our `pool` -> timm's `global_pool`."""
-
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # timm's `act_layer`, and ours
+_POOLS = {"cls": "token", "mean": "avg"}  # our `pool` -> timm's `global_pool`
 _RESNET = {"group_norm_epsilon": 1e-5, "std_epsilon": 0.0, "variance_epsilon": 1e-8}
-"""Fields of a hybrid's ResNet."""
 
 FIXED: dict[str, Any] = {
   "activation": ACTIVATIONS,
@@ -42,15 +37,13 @@ FIXED: dict[str, Any] = {
 }
 """Values of our fields that timm's ViT is limited to: one, or one of several."""
 
-HALF = (0.5, 0.5, 0.5)
-"""Default mean and standard deviation of pixels."""
-
+HALF = (0.5, 0.5, 0.5)  # default mean and standard deviation of pixels
 _JOINT = re.compile(r"blocks\.\d+\.attn\.qkv\.(weight|bias)")
 _BACKBONE = "patch_embed.backbone"
 
 
 def _conv_norm_rows(published: str, ours: str) -> list[Row]:
-  """Returns the rows of a convolution and its group norm; "@" in the names is which of them."""
+  """Returns the rows of a convolution and its group norm; "@" is "conv" or "norm"."""
   conv, conv_path = published.replace("@", "conv"), ours.replace("@", "conv")
   norm = norm_rows(published.replace("@", "norm"), ours.replace("@", "norm"))
   return [Row(f"{conv}.weight", f"{conv_path}/kernel", CONVOLUTION), *norm]
@@ -119,11 +112,8 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
     raise common.not_a_vit(published, source, "timm")
   depth, fc_norm = count(published, r"blocks\.(\d+)\."), "fc_norm.weight" in published
   has_cls, rows = "cls_token" in published, side(published, ("pos_embed", 3, 1)) or 0
-  of_this_size = (
-    fields["num_heads"]
-    for fields in VARIANTS.values()
-    if (fields["width"], fields["depth"]) == (width, depth)
-  )
+  sizes = ((v["width"], v["depth"], v["num_heads"]) for v in VARIANTS.values())
+  of_this_size = (heads for *size, heads in sizes if size == [width, depth])
   fields = {
     "num_classes": outputs_of(published, "head"),
     "patch_size": side(published, (embedding, 4, 2)) or 16,  # reported if missing
@@ -203,11 +193,7 @@ def _stated_fields(
 
 
 def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Flat:
-  """Returns parameters, scanned or unrolled, under timm's keys; `fc_norm` is the model's field.
-
-  Raises:
-    WeightsError: timm has no names for some of them.
-  """
+  """Returns parameters under timm's keys; WeightsError if timm has no names for some of them."""
   layers = unroll(params)
   first = _FC_NORM if fc_norm else []
   if not any(path.startswith("resnet/stage_") for path in layers):
@@ -216,11 +202,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
 
 
 def write_checkpoint(path: str, export: Export) -> None:
-  """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads.
-
-  Raises:
-    WeightsError: timm does not support the model.
-  """
+  """Writes a folder that `timm.create_model("local-dir:<path>", pretrained=True)` loads."""
   common.check_fixed(export, FIXED, "timm")
   fields, with_cls = export.fields(), export.model.has_cls_token
   own_row = with_cls and fields["cls_token_position"]
@@ -270,7 +252,6 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     return "vit_base_patch16_224"
   stages = tuple(fields["resnet"]["stage_sizes"])
   if stages not in _HYBRIDS:
-    raise WeightsError(
-      f"stage_sizes: {stages}; expected a ResNet of timm's hybrids: {', '.join(map(str, _HYBRIDS))}"
-    )
+    known = ", ".join(map(str, _HYBRIDS))
+    raise WeightsError(f"stage_sizes: {stages}; expected a ResNet of timm's hybrids: {known}")
   return _HYBRIDS[stages]
