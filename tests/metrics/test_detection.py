@@ -183,6 +183,9 @@ def test_errors_are_one_clear_line():
   split = make_split(images=1)
   with pytest.raises(ValueError, match="no ground truth in 0 images"):
     DetectionEvaluator(CLASSES).result()
+  crowds = {"is_crowd": np.ones((1, TARGETS), bool)}  # crowds alone are no ground truth
+  with pytest.raises(ValueError, match="no ground truth in 1 images"):
+    score([(split[0][0] | crowds, split[0][1])])
   batch = split[0][0] | {"labels": np.full((1, TARGETS), 5), "is_target": np.ones((1, 7), bool)}
   with pytest.raises(ValueError, match="labels: 5"):
     DetectionEvaluator(CLASSES).add(batch, split[0][1])

@@ -67,7 +67,7 @@ class DetectionEvaluator(Evaluator):
 
   def result(self) -> dict[str, float]:
     images = self._unique()
-    if not any(len(image.labels) for image in images):
+    if all(image.is_crowd.all() for image in images):  # or no objects at all
       raise ValueError(
         f"boxes_cxcywh: no ground truth in {len(images)} images; expected annotations"
       )
