@@ -97,7 +97,8 @@ def relayout(variables: Mapping[str, Any], *, scan_layers: bool | None) -> dict[
   """Returns a model's variables, numpy arrays, with its layers scanned or unrolled; None: as is."""
   if scan_layers is None:
     return dict(variables)
-  flat = unroll(traverse_util.flatten_dict(dict(variables), sep="/"))
+  leaves: dict[str, Any] = dict(traverse_util.flatten_dict(dict(variables), sep="/"))
+  flat = unroll(leaves)
   flat = stack(flat, scanned_paths(flat)) if scan_layers else flat
   return {**{name: {} for name in variables}, **traverse_util.unflatten_dict(flat, sep="/")}
 

@@ -32,7 +32,7 @@ def load_parts(
   Raises:
     ValueError: a file is missing or holds another network.
   """
-  flat = traverse_util.flatten_dict(dict(variables), sep="/")
+  flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(variables), sep="/"))
   readers = registry_of("part of a model", "part_readers", _CORE)
   for part, source in sources.items():
     within = {path: inner for path in flat if (inner := _path_within(path, part)) is not None}
@@ -89,7 +89,9 @@ def _part_of(
   is_whole = part not in variables["params"]
   trees = [variables.get(name, {}) for name in ("params", "batch_stats")]
   trees = trees if is_whole else [tree.get(part, {}) for tree in trees]
-  own: Flat = {k: v for t in trees for k, v in traverse_util.flatten_dict(t, sep="/").items()}
+  own: dict[str, Any] = {}
+  for tree in trees:
+    own |= traverse_util.flatten_dict(tree, sep="/")
   rows = [Row(path.removeprefix(STATISTICS), path) for path in shapes]
   ignore = (r"head/.*",) if is_whole else ()
   return key_map.read(own, rows, shapes, source=f"the run in {part}_file", ignore=ignore)
