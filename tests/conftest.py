@@ -27,8 +27,9 @@ import pytest
 from absl import flags
 
 mpl.use("Agg")
-# A shell starts background jobs with SIGINT ignored, and their subprocesses inherit that.
+# A shell's background jobs ignore SIGINT, and nohup's SIGHUP; subprocesses would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
