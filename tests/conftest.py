@@ -1,18 +1,21 @@
 """Settings of every test: eight CPU devices, float32 matrix products, no silent rank promotion."""
 
+import ctypes
 import difflib
+import gc
 import json
 import os
 import pathlib
+import platform
 import signal
 import tempfile
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: LLVM's optimisation level 1, one LLVM module a program, and
-# loops in place of the fusion emitters are the fastest in all. Level 0 sums in another order (two
-# training goldens leave their tolerance). XLA ends the process at an unknown flag; jaxlib 0.10 is
-# the last with the flag about emitters.
+# Tests compile much and compute little: one LLVM module a program, loops in place of the fusion
+# emitters, and no LLVM optimization (see `optimized`) are the fastest in all. XLA ends the process
+# at an unknown flag; jaxlib 0.10 is the last with the flag about emitters.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
   + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1"
@@ -47,6 +50,17 @@ def _bounded_memory():
   """Drops compiled programs after each file; a worker that keeps all of them grows to 3 GB."""
   yield
   jax.clear_caches()
+  gc.collect()
+  if platform.libc_ver()[0] == "glibc":  # which keeps freed memory of small objects
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
+def optimized():
+  """LLVM's optimization level 1: for files that compute more than they compile."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
 
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

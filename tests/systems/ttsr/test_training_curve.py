@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
@@ -24,6 +25,8 @@ from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.training.train_step import create_state
 from vit_jax_zoo.weights import key_map
+
+pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @dataclasses.dataclass(frozen=True)
