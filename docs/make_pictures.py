@@ -1,4 +1,4 @@
-"""Draws docs/six.png: the six systems at work, from what their demos have learned.
+"""Draws docs/six.png, and its parts docs/systems/*.png: the systems at work after their demos.
 
     for system in vit igpt lambda_resnet detr ttsr fpt; do
       python -m vit_jax_zoo.main --config=configs/$system.py
@@ -368,7 +368,21 @@ def main() -> None:
   figure.savefig(buffer, format="png")
   with Image.open(buffer) as picture:
     picture.convert("RGB").save(given.output, optimize=True)
-  print(f"wrote {given.output}")  # noqa: T201
+  save_panels(given.output)
+  print(f"wrote {given.output} and its panels")  # noqa: T201
+
+
+def save_panels(path: str) -> None:
+  """Writes each panel of the picture by itself, `systems/<system>.png` beside it."""
+  folder = pathlib.Path(path).parent / "systems"
+  folder.mkdir(exist_ok=True)
+  with Image.open(path) as picture:
+    width, height = picture.width // 2, picture.height // 3
+    for index, panel in enumerate(PANELS):
+      left, top = index % 2 * width, index // 2 * height
+      name = panel.run.removesuffix("_demo")
+      part = picture.crop((left, top, left + width, top + height))
+      part.save(folder / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README.md says nothing that is not so: commands, flags, configs, extras, files and code in it.
+"""README.md and docs/ are true: commands, flags, configs, extras, files and code in them.
 
 What takes no longer than reading is checked always; `-m slow` runs every command as a newcomer
 would, in a fresh clone and a fresh virtual environment.
@@ -18,25 +18,31 @@ from vit_jax_zoo import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GUIDES = {  # with commands and code that a reader pastes
+  page.stem: page.read_text()
+  for folder in ("guides", "systems", ".")
+  for page in sorted((ROOT / "docs" / folder).glob("*.md"))
+  if page.stem not in ("add_a_model", "MODELS", "PLANS", "RECIPES")
+} | {"README": README}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`\n]+)`")
 
 
-def blocks(language):
-  return [text for name, text in BLOCK.findall(README) if name == language]
+def blocks(language, page=README):
+  return [text for name, text in BLOCK.findall(page) if name == language]
 
 
-def commands():
-  """Every command of the README's shell blocks as a list of words, continued lines joined."""
-  lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+def commands(page=README):
+  """Every command of a page's shell blocks as a list of words, continued lines joined."""
+  lines = "\n".join(blocks("sh", page)).replace("\\\n", " ").splitlines()
   parts = [part for line in lines for part in line.split("&&")]
   return [words for words in (shlex.split(part, comments=True) for part in parts) if words]
 
 
-def spans():
-  """The text of every `code span` of the README outside its blocks, line breaks taken out."""
-  prose = BLOCK.sub("", README)
+def spans(page):
+  """The text of every `code span` of a page outside its blocks, line breaks taken out."""
+  prose = BLOCK.sub("", page)
   return [span for line in prose.split("\n\n") for span in INLINE.findall(line.replace("\n", " "))]
 
 
@@ -57,8 +63,12 @@ def flags_of(module):
 
 
 def of_the_package():
-  run = [words for words in commands() if (module_of(words) or "").startswith("vit_jax_zoo")]
-  return [pytest.param(words, id=" ".join(words[2:])[:70]) for words in run]
+  """Every different command of the package in a page's blocks and spans."""
+  pages = GUIDES.values()
+  found = [words for page in pages for words in commands(page)]
+  found += [shlex.split(s) for page in pages for s in spans(page) if s.startswith("python -m")]
+  run = {tuple(w): w for w in found if (module_of(w) or "").startswith("vit_jax_zoo.")}
+  return [pytest.param(words, id=" ".join(words[2:])[:70]) for words in run.values()]
 
 
 @pytest.mark.parametrize("words", of_the_package())
@@ -69,11 +79,11 @@ def test_flags_of_the_commands_exist(words):
 
 
 def config_arguments():
-  """What stands behind --config= anywhere in the README, and the configs that its tables name."""
-  words = [word for command in commands() for word in command]
-  words += [word for span in spans() for word in span.split()]
+  """What stands behind --config= anywhere in the pages, and the configs that their tables name."""
+  words = [word for page in GUIDES.values() for command in commands(page) for word in command]
+  words += [word for page in GUIDES.values() for span in spans(page) for word in span.split()]
   given = [word.removeprefix("--config=") for word in words]
-  return sorted({word for word in given if word.startswith("configs/") and ".py" in word})
+  return sorted({w for w in given if re.fullmatch(r"configs/\w+\.py(:[\w.,=:/+-]+)?", w)})
 
 
 @pytest.mark.parametrize("argument", config_arguments())
@@ -89,11 +99,23 @@ def test_links_lead_somewhere(page):
   assert [target for target in local if not (page.parent / target).exists()] == []
 
 
+def test_systems_pages_name_functions_that_exist():
+  named = {m for page in GUIDES.values() for m in re.findall(r"`(\w+/[\w/]+\.py):(\w+)`", page)}
+  named = {(file, name) for file, name in named if not file.startswith("configs/")}
+  assert len(named) > 50
+  missing = []
+  for file, name in named:
+    text = (ROOT / "vit_jax_zoo" / file).read_text()
+    if not re.search(rf"^(class|def) {name}\b", text, re.MULTILINE):
+      missing.append(f"{file}:{name}")
+  assert missing == []
+
+
 def test_extras_exist():
   setup = configparser.ConfigParser()
   setup.read(ROOT / "setup.cfg")
-  known = set(setup["options.extras_require"])
-  named = {extra for group in re.findall(r"\.\[([\w,]+)\]", README) for extra in group.split(",")}
+  known, pages = set(setup["options.extras_require"]), "".join(GUIDES.values())
+  named = {extra for group in re.findall(r"\.\[([\w,]+)\]", pages) for extra in group.split(",")}
   assert named
   assert named <= known
 
@@ -109,7 +131,7 @@ def test_launch_script_takes_its_arguments():
 
 
 def test_python_uses_what_the_package_has():
-  trees = [ast.parse(text) for text in blocks("python")]
+  trees = [ast.parse(text) for page in GUIDES.values() for text in blocks("python", page)]
   assert trees
   attributes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
   used = {n.attr for n in attributes if isinstance(n.value, ast.Name) and n.value.id == "zoo"}
