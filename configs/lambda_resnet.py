@@ -18,7 +18,7 @@ r"""LambdaResNets: a demo, the recipe of the paper's ablations, and those of its
 
 The four letters are the stages of a ResNet-50: C with 3x3 convolutions, L with lambda layers.
 `lambda152_256` is depth 152 at 256 px. Each function below is one recipe. Batch sizes are global;
-the learning rate is scaled with them, as in the paper. Prepare ImageNet first, see the README.
+the learning rate is scaled with them, as in the paper. Prepare ImageNet: docs/guides/data.md.
 """
 
 import dataclasses

@@ -26,8 +26,9 @@ r"""Vision Transformers: a demo, and the recipes of the papers.
 
 `augreg` and `finetune` stand in `configs/vit_augreg.py` and `configs/vit_finetune.py`.
 Each function below is one recipe. Batch sizes are global. ImageNet and ImageNet-21k
-have to be prepared first, see the README; or take `source=folder:/path` with class folders in
-`train/` and `val/`. `data_dir` says where prepared data lie, for training and all evaluations.
+have to be prepared first, see docs/guides/data.md; or take `source=folder:/path` with class
+folders in `train/` and `val/`. `data_dir` says where prepared data lie, for training and all
+evaluations.
 """
 
 import functools
