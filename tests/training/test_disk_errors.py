@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboardX import summary
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from tests.training.disk import small_files
 from vit_jax_zoo import cli as command_line
@@ -38,7 +38,7 @@ def test_a_log_that_does_not_fit_ends_the_run_and_is_gone_on_with(tmp_path):
 def test_pictures_and_texts_that_do_not_fit(tmp_path, size):
   message = f"the log cannot be written to {tmp_path}"
   with small_files(size), one_line(message), MetricWriter(tmp_path) as writer:
-    for step in range(20):  # more than the ten that tensorboardX's queue would hold
+    for step in range(20):
       writer.write_figures(step, {"batch": Figure()})
       writer.write_text(step, {"config": "seed: 0\n" * 1000})
 
@@ -60,7 +60,7 @@ def test_elsewhere_the_commands_add_what_to_do(tmp_path, capsys):
 def test_a_flush_leaves_nothing_out(tmp_path):
   file = EventFile(tmp_path, number=0, purge_step=0)
   for step in range(100):
-    file.add(summary.scalar("loss", step / 4), step)
+    file.add(Summary(value=[Summary.Value(tag="loss", simple_value=step / 4)]), step)
   file.flush()  # what a kill after it would leave
   events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
   assert [(event.step, event.value) for event in events] == [(i, i / 4) for i in range(100)]

@@ -11,7 +11,6 @@ are written to a local directory, and uploaded by `flush`.
 
 import concurrent.futures
 import contextlib
-import functools
 import io
 import json
 import math
@@ -21,7 +20,6 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from logging import ERROR, getLogger
 from typing import Any
 
 import jax
@@ -32,10 +30,12 @@ from flax import traverse_util
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
-from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore
-from tensorboardX.record_writer import RecordWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from tensorboard.plugins.text.metadata import create_summary_metadata
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.training import atomic_write, disk_errors
@@ -51,14 +51,14 @@ class EventFile:
 
   def __init__(self, workdir: pathlib.Path, *, number: int, purge_step: int):
     name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number:04d}"
-    self._records = RecordWriter(os.fspath(workdir / name))
+    self._records = RecordWriter((workdir / name).open("wb"))
     self._flushed = time.monotonic()
     self.close = self._records.close
     self._write(Event(file_version="brain.Event:2"))
     self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
   def add(self, summary: Summary, step: int = 0) -> None:
-    """Writes a summary made by `tensorboardX.summary`."""
+    """Writes a summary."""
     self._write(Event(summary=summary, step=step))
     if time.monotonic() > self._flushed + FLUSH_SECONDS:
       self.flush()
@@ -76,8 +76,6 @@ class EventFile:
 METRICS_FILE = "metrics.jsonl"
 FIGURES = "figures"
 _NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-
-getLogger("tensorboardX.x2num").setLevel(ERROR)  # no warning for each NaN
 
 
 class MetricWriter:
@@ -127,7 +125,7 @@ class MetricWriter:
   def write_text(self, step: int, texts: Mapping[str, str]) -> None:
     """Writes Markdown texts, by name, for TensorBoard."""
     for name, text in texts.items():
-      self._submit(self._add, step, summary.text, name, text)
+      self._submit(self._write_text, step, name, text)
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     """Writes the configuration, nested dicts as "optimizer.learning_rate", for TensorBoard."""
@@ -178,20 +176,26 @@ class MetricWriter:
     self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._file.flush()
     for name, value in values.items():
-      self._add(step, summary.scalar, name, value)
+      self._add(step, tag=name, simple_value=value)
 
   def _write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
-    _save_image(_figure_path(self._workdir, step, name), pixels)
-    self._add(step, functools.partial(summary.image, dataformats="HWC"), name, pixels)
+    png = _save_image(_figure_path(self._workdir, step, name), pixels)
+    height, width, colorspace = pixels.shape
+    fields = {"height": height, "width": width, "colorspace": colorspace}
+    self._add(step, tag=name, image=Summary.Image(**fields, encoded_image_string=png))
 
-  def _add(self, step: int, make: Callable[..., Summary], name: str, value: Any) -> None:
-    self._tensorboard.add(make(name, value), step)
+  def _write_text(self, step: int, name: str, text: str) -> None:
+    metadata = create_summary_metadata(display_name=name, description="")
+    tag, tensor = f"{name}/text_summary", make_tensor_proto(text)
+    self._add(step, tag=tag, metadata=metadata, tensor=tensor)
+
+  def _add(self, step: int, **value: Any) -> None:
+    self._tensorboard.add(Summary(value=[Summary.Value(**value)]), step)
 
   def _write_hparams(self, hparams: Mapping[str, Any]) -> None:
     plain = bool | int | float | str
     values = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
-    for part in summary.hparams(values, {}):
-      self._tensorboard.add(part)
+    self._tensorboard.add(hparams_pb(values))
 
 
 class _Bucket:
@@ -280,8 +284,10 @@ def _figure_path(workdir: epath.PathLike, step: int, name: str) -> epath.Path:
   return epath.Path(workdir) / FIGURES / f"{name}_{step:08d}.png"
 
 
-def _save_image(path: epath.Path, pixels: np.ndarray) -> None:
+def _save_image(path: epath.Path, pixels: np.ndarray) -> bytes:
+  """Writes a PNG; returns its bytes."""
   buffer = io.BytesIO()
   Image.fromarray(pixels).save(buffer, format="png")
   path.parent.mkdir(parents=True, exist_ok=True)
   atomic_write.write(path, buffer.getvalue())
+  return buffer.getvalue()
