@@ -1,13 +1,17 @@
 """DETR's training, step by step, against the official code's: loss terms, matchings, parameters."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
 
+from tests import command
 from tests.conftest import golden_folder
 from tests.systems.detr.reference import model_of, variables_of
 from vit_jax_zoo.tasks import create_task
@@ -55,7 +59,7 @@ def read_batches(inputs, count, with_masks):
   return batches
 
 
-def train(name):
+def train(name, dtype=jnp.float32):
   """Returns the fixture's outputs, metrics of every step, parameters before and after."""
   folder = golden_folder(name)
   config = json.loads((folder / "config.json").read_text())
@@ -63,10 +67,10 @@ def train(name):
   start = golden_folder(config["start_config"].split("/")[0])
   model_config = json.loads((start / "config.json").read_text())
   tensors = load_file(start / "weights.safetensors")
-  variables = jax.tree.map(jnp.asarray, variables_of(tensors, model_config))
+  variables = jax.tree.map(lambda x: jnp.asarray(x, dtype), variables_of(tensors, model_config))
   task = create_task(
     "detection",
-    model_of(model_config),
+    model_of(model_config, dtype=dtype),
     num_classes=model_config["num_classes"],
     image_mean=0.0,
     image_std=1 / 255,  # the fixture's images are normalised already
@@ -143,6 +147,33 @@ def test_detection_trains_as_the_official_code_does():
   moved = params["backbone"]["stem"]["conv1"]["conv"]["kernel"]
   expected = np.transpose(tensors["backbone.0.body.conv1.weight"], (2, 3, 1, 0))
   np.testing.assert_array_equal(moved, expected)
+
+
+IN_FLOAT64 = """
+import json, jax, jax.numpy as jnp
+jax.config.update("jax_enable_x64", True)
+jnp.float32 = jnp.float64  # before all other imports: what they compute in float32, too
+from tests.systems.detr.test_training_curve import train
+history = train("train_detr_a", jnp.float64)[1]
+print(json.dumps([[metrics[name] for metrics in history] for name in ("loss", "gradient_norm")]))
+"""
+
+
+@pytest.mark.slow
+def test_in_float64_the_curves_agree_to_the_last_step():
+  """No rounding of float32 that grows over the steps, and no tie that it decides."""
+  done = subprocess.run(
+    [sys.executable, "-c", IN_FLOAT64],
+    cwd=command.ROOT,
+    env=command.environment(),
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  losses, norms = json.loads(done.stdout.splitlines()[-1])
+  outputs = np.load(golden_folder("train_detr_a") / "outputs.npz")
+  np.testing.assert_allclose(losses, outputs["float64/loss"], rtol=1e-6)
+  np.testing.assert_allclose(norms, outputs["float64/grad_norm"], rtol=2e-6)
 
 
 def test_the_mask_head_trains_as_the_official_code_does():
