@@ -36,7 +36,6 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -304,7 +303,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   Not yet run here.
   """
   config = _recipe(model, num_epochs, batch_size, accumulation_steps)
-  config.optimizer.learning_rate = learning_rate or scaled_rate("adamw", 5e-5, batch_size, 4)
+  config.optimizer.learning_rate = learning_rate or common.scaled_rate("adamw", 5e-5, batch_size, 4)
   config.optimizer.schedule.warmup_steps = 0.05
   config.model.update(num_classes=placeholder(int), mask_head=masks)
   config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple), per_class=True)
@@ -334,7 +333,7 @@ def _recipe(
       "data": {"train": {}, "eval": {}, "loader": {"num_workers": 8, "buckets": 6}},
       "optimizer": {
         "name": "adamw",
-        "learning_rate": scaled_rate("adamw", 1e-4, batch_size, 64),
+        "learning_rate": common.scaled_rate("adamw", 1e-4, batch_size, 64),
         "schedule": {"name": "step", "boundaries": (0.8 if num_epochs == 500 else 2 / 3,)},
         "weight_decay": 1e-4,
         "clip_norm": 0.1,

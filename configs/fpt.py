@@ -32,8 +32,6 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common, fpt_segmentation
-from vit_jax_zoo import registry
-from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -187,7 +185,7 @@ def coco(
   warmup = {"warmup_steps": 500, "warmup_start": 1 / 3}
   config.optimizer = {
     "name": "sgd",
-    "learning_rate": scaled_rate("sgd", 0.05, batch_size, 16),
+    "learning_rate": common.scaled_rate("sgd", 0.05, batch_size, 16),
     "momentum": 0.9,
     "schedule": {"name": "step", "boundaries": boundaries, **warmup},
     "weight_decay": 1e-4,
@@ -196,15 +194,14 @@ def coco(
       (".*/bias", {"learning_rate": 2.0}),
     ),
   }
-  config.model.backbone = {**registry.create_model(model).backbone, "norm": norm}
+  blocks = (3, 4, 23, 3) if "r101" in model else (3, 4, 6, 3)
+  config.model.update(backbone={"blocks": blocks, "norm": norm})
   config.model.neck_fields = {**_NECK_FIELDS.get(model, {}), "drop_block_rate": drop_block_rate}
-  shorter = (1200, 1200, 1000, 800, 600, 400)
-  train = [
-    {"name": "random_flip"},
-    {"name": "resize_shorter", "shorter": shorter, "longest": 1400},
-  ]
+  sides = (1200, 1200, 1000, 800, 600, 400)
+  train = [{"name": "random_flip"}, {"name": "resize_shorter", "shorter": sides, "longest": 1400}]
   test = [{"name": "resize_shorter", "shorter": 1000, "longest": 1400}]
   if model.endswith("official"):  # Caffe's: means alone are taken off, pixels stay in [0, 255]
+    config.model.backbone.stride_in_1x1 = True
     config.task.image_mean = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
     config.task.image_std = (1 / 255, 1 / 255, 1 / 255)
   return _with_coco(config, train, test, source=source, data_dir=data_dir, masks=masks)
@@ -234,7 +231,7 @@ def lambda_coco(
   config.num_steps = 130_000
   config.optimizer = {
     "name": "sgd",
-    "learning_rate": scaled_rate("sgd", 0.32, batch_size, 256),
+    "learning_rate": common.scaled_rate("sgd", 0.32, batch_size, 256),
     "momentum": 0.9,
     "schedule": {
       "name": "step",
@@ -300,7 +297,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     config.task.backbone_file = RESNET50
   config.optimizer = {
     "name": "sgd",
-    "learning_rate": learning_rate or scaled_rate("sgd", 0.005, batch_size, 4),
+    "learning_rate": learning_rate or common.scaled_rate("sgd", 0.005, batch_size, 4),
     "momentum": 0.9,
     "schedule": {"name": "step", "boundaries": (2 / 3, 8 / 9), "warmup_steps": 0.05},
     "weight_decay": 1e-4,

@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
-from vit_jax_zoo.training.lr_scaling import scaled_rate
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -301,7 +300,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   config = _recipe(
     source, num_classes=len(classes) or placeholder(int), crop=crop, num_epochs=float(num_epochs),
     batch_size=batch_size,
-    learning_rate=learning_rate or scaled_rate("sgd", 0.005, batch_size, 4),
+    learning_rate=learning_rate or common.scaled_rate("sgd", 0.005, batch_size, 4),
     load={"classes": classes} if classes else {}, depth=depth, neck=neck,
   )  # fmt: skip
   config.accumulation_steps = accumulation_steps
