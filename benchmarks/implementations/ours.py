@@ -23,7 +23,7 @@ from vit_jax_zoo.training import malloc, sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.load import flatten_variables
-from vit_jax_zoo.weights.torch_layouts import contiguous, write_safetensors
+from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
 malloc.keep_freed_memory()  # as the commands do
 
@@ -180,7 +180,7 @@ def pyramid(setting: Setting) -> Implementation:
   ]
   variables = random_variables(functools.partial(model.init, train=False), levels)
   flat = {path: np.asarray(x) for path, x in flatten_variables(variables).items()}
-  write_safetensors(f"{setting.weights}.safetensors", contiguous(state_dict(flat)))
+  write_safetensors(f"{setting.weights}.safetensors", state_dict(flat))
   setting.write_inputs(**{f"p{i}": x for i, x in enumerate(levels, 2)})
   placed, maps = jax.device_put(variables), jax.device_put(levels)
   forward = jax.jit(functools.partial(model.apply, train=False))

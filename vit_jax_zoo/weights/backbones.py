@@ -132,10 +132,7 @@ _PLAIN = {
 
 
 def check_plain(fields: Mapping[str, Any], library: str) -> dict[str, Any]:
-  """Returns "blocks", "widths", "stem_width" and "output_stride" of a detector's `ResNet`.
-
-  Others than plain ones, which the `library` of the export lacks, raise an error.
-  """
+  """Returns the sizes of a detector's `ResNet`; WeightsError if `library` has no such network."""
   given = dict(fields["backbone"] or {})
   other = [f"{k}={given[k]!r}" for k, plain in _PLAIN.items() if given.get(k, plain) != plain]
   if given.get("norm") == "group_norm":

@@ -39,6 +39,7 @@ class Checkpoint:
   below_heads: tuple[str, ...] = ()  # layers that a model may leave out; its head is then new
   first_kernels: tuple[str, ...] = ()  # applied to images, [h w channels out]
   optional: tuple[str, ...] = ()  # collections that the file may lack although the table has rows
+  inputs: tuple[Any, ...] = ()  # of `model.init`, if they are not one image
   image_size: Size | None = None  # of training, if known
   trained_network: str = ""  # key in `params` where a task trains the model beside other networks
 
@@ -75,18 +76,17 @@ class Checkpoint:
   def choose_size(
     self, model: Any, wanted: Size | None, trained: Size | None
   ) -> tuple[Size, "Checkpoint"]:
-    """Selects the image size for which the variables are made.
+    """Returns the image size to make variables for, and the checkpoint with its `image_size`.
 
-    The user requested `wanted`, and stated the training size `trained`. Returns the size, and the
-    checkpoint with its `image_size` filled in where known.
+    The user requested `wanted`, and stated the training size `trained`.
     """
     del model
     size = wanted or trained or self.image_size or self.preprocess.image_size
     return size, self.replace(image_size=trained or self.image_size)
 
-  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns inputs for `model.init`, of which only the shapes matter: one image."""
-    return (np.zeros((1, *size, self.image_channels), np.float32),)
+  def example_inputs(self, size: Size) -> tuple[Any, ...]:
+    """Returns inputs for `model.init`, of which only the shapes matter."""
+    return self.inputs or (np.zeros((1, *size, self.image_channels), np.float32),)
 
   @property
   def image_channels(self) -> int:

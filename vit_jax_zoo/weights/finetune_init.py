@@ -49,15 +49,13 @@ def adapt(
     source: variables of a run, numpy arrays.
     variables: initial variables of the model to train.
     name: name of the source, for error messages.
-    source_grid: grid of the source's position table: 36 rows may be 6 x 6 or 4 x 9.
-    grid: grid of the model's table. If either grid is unknown, tables of equal length are copied,
-      and a table to be resized is assumed to be square.
+    source_grid: of the source's position table: 36 rows may be 6 x 6 or 4 x 9.
+    grid: of the model's. If either is unknown, tables of equal length are copied, and one to be
+      resized is assumed to be square.
     optional: sub-trees, such as "params/discriminator", that may exist in one of the two only: the
-      model's keeps its value from `variables`, the source's is ignored.
+      model's keeps its value, the source's is ignored.
 
-  Raises:
-    ValueError: one line with the first missing, unused or misshapen array; or a position table
-      that does not match its grid; or values that are not finite.
+  Raises ValueError for missing, unused, misshapen or non-finite arrays, and wrong grids.
   """
   adapted, problems = dict(variables), list[str]()
   for collection in source.keys() & variables.keys():
@@ -68,9 +66,8 @@ def adapt(
     for part in loose:
       one, other = ({k for k in x if k.startswith(f"{part}/")} for x in (have, shared))
       if bool(one) != bool(other):
-        have, shared = (
-          {k: v for k, v in x.items() if k not in one | other} for x in (have, shared)
-        )
+        left = one | other
+        have, shared = ({k: v for k, v in x.items() if k not in left} for x in (have, shared))
     taken = dict(_taken(_in_layout_of(have, shared), shared, problems, (source_grid, grid)))
     adapted[collection] = traverse_util.unflatten_dict({**want, **taken}, sep="/")
     fresh = sorted(want.keys() - taken.keys())

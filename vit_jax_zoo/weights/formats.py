@@ -29,11 +29,9 @@ def formats() -> dict[Format, ModuleType]:
 
 
 def read_checkpoint(path: str) -> Checkpoint:
-  """Reads a published file or folder of any registered format.
+  """Reads a published file or folder of any registered format; WeightsError if it cannot be read.
 
-  Raises:
-    WeightsError: one line: it cannot be read, or its format is unknown.
-    ImportError: a package needed for reading is not installed.
+  Raises ImportError if a package needed for reading is not installed.
   """
   published = read_published(path)
   found = next((item for item in formats().items() if item[1].is_of(published.arrays)), None)
@@ -62,11 +60,7 @@ def writable_formats(family: str) -> dict[str, ModuleType]:
 
 
 def write_checkpoint(path: str, name: str, export: Export) -> None:
-  """Writes a model in a published format.
-
-  Raises:
-    ValueError: the family cannot be written in this format, or the format has no such model.
-  """
+  """Writes a model in a published format; ValueError if the format has no such model."""
   known = writable_formats(export.family)
   if name not in known:
     raise ValueError(unknown_name(f"format of {export.family}", name, known))

@@ -11,7 +11,27 @@ from etils import epath
 from vit_jax_zoo.weights.checkpoint import Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
+from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import write_safetensors
+
+
+def check_config(
+  published: Published, supported: Mapping[str, Any], needed: Sequence[str] = ()
+) -> None:
+  """Raises WeightsError for no `config.json`, one without `needed` keys, or of an unknown model.
+
+  `supported` has values by key or "section.key"; a key that is missing in the file passes.
+  """
+  path, config = published.path, published.config
+  if not published.has_config:
+    raise WeightsError(f"{path}: no config.json beside weights with Hugging Face's keys; add it")
+  if missing := [key for key in needed if key not in config]:
+    raise WeightsError(f"{path}/config.json: no {', '.join(missing)}; add the model's own file")
+  for name, value in supported.items():
+    section, _, key = name.rpartition(".")
+    given = ((config.get(section) or {}) if section else config).get(key, value)
+    if given != value:
+      raise WeightsError(f"{path}/config.json: {name} is {given!r}; expected {value!r}")
 
 
 def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_config.json") -> str:
@@ -22,11 +42,6 @@ def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_c
     expected = sorted(map(int, PILLOW_FILTERS.values()))
     raise WeightsError(f"{source}: resample is {code!r}; expected one of {expected}")
   return names[code]
-
-
-def resample_of(preprocess: Preprocess) -> int:
-  """Returns Pillow's number of the filter; for "tf_bilinear" that of Pillow's bilinear filter."""
-  return int(PILLOW_FILTERS.get(preprocess.interpolation, PILLOW_FILTERS["bilinear"]))
 
 
 def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
@@ -49,7 +64,6 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
 
 
 def _size(given: Any, default: Size) -> tuple[Size, bool]:
-  """Returns height and width, and whether they apply to the shorter side."""
   if isinstance(given, int):
     return (given, given), False
   if isinstance(given, Mapping) and "height" in given:
@@ -108,7 +122,7 @@ def processor_of(
     "image_processor_type": kind,
     "do_resize": True,
     "size": {"height": height, "width": width},
-    "resample": resample_of(preprocess),
+    "resample": int(PILLOW_FILTERS.get(preprocess.interpolation, PILLOW_FILTERS["bilinear"])),
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,

@@ -80,10 +80,8 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
   """Downloads a file unless it is cached; returns its path.
 
   The file gets its name only after it is complete and its checksum, of which `sha256` may be a
-  prefix, matches. `folder` is a subfolder of the cache, by default derived from the URL.
-
-  Raises:
-    OSError: the download failed.
+  prefix, matches. `folder` is a subfolder of the cache, by default derived from the URL. Raises
+  OSError if the download fails.
   """
   file = urllib.parse.unquote(urllib.parse.urlsplit(url).path.rsplit("/", 1)[-1])
   cache = epath.Path(os.environ.get(CACHE_VARIABLE, DEFAULT_CACHE)).expanduser()

@@ -106,14 +106,10 @@ def read(
   source: str,
   ignore: Iterable[str] = (),
 ) -> Flat:
-  """Returns the model's parameters from a file's arrays; lists all that does not fit.
+  """Returns the model's parameters from a file's arrays; WeightsError lists what does not fit.
 
-  Args:
-    published: the file's arrays by key.
-    table: key table.
-    shapes: of the model's parameters by path, layers unrolled.
-    source: name of the file, for error messages.
-    ignore: regular expressions of keys that may stay unused.
+  `shapes` are those of the parameters by path, layers unrolled; `source` is the file's name, for
+  errors; `ignore` has regular expressions of keys that may stay unused.
   """
   found: Flat = {}
   used, problems = set(), []
@@ -192,7 +188,6 @@ _UNROLLED = re.compile(rf"(.*/)?(block|stage_\d+_unit|{_CODER})_(\d+)/(.*)")
 
 
 def _first(name: str) -> int:
-  """Returns the number of the first scanned layer."""
   return 1 if name.startswith("stage_") else 0
 
 

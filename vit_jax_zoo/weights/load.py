@@ -69,9 +69,8 @@ def load_pretrained(
   kind = model_classes()[checkpoint.family]
   check_names(f"field of {kind.__name__}", overrides, field_names(kind))
   model = kind(**{**checkpoint.fields, **overrides})
-  size, checkpoint = checkpoint.choose_size(
-    model, _height_width(image_size), _height_width(source_image_size)
-  )
+  wanted, trained = _height_width(image_size), _height_width(source_image_size)
+  size, checkpoint = checkpoint.choose_size(model, wanted, trained)
   fields = {**checkpoint.fields, **overrides}  # some fields depend on the image size
   model = kind(**fields)
   inputs = checkpoint.example_inputs(size)
@@ -117,7 +116,6 @@ def load_into(
 
 
 def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a file's arrays in the structure of `variables`."""
   target = flatten_variables(variables)
   checkpoint, kept = _fit_heads(checkpoint, target)
   for name in _left_alone(checkpoint, variables):
@@ -125,10 +123,8 @@ def _fit(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> dict[str, Any]
       logging.warning("%s: no %s; the run's initial values are kept", checkpoint.source, name)
     kept |= {key: _fresh(leaf) for key, leaf in target.items() if key.startswith(f"{name}/")}
   shapes = {key: leaf.shape for key, leaf in target.items() if key not in kept}
-  given, unrolled = checkpoint.arrays, key_map.unroll_shapes(shapes)
-  layers = key_map.read(
-    given, checkpoint.table, unrolled, source=checkpoint.source, ignore=checkpoint.ignore
-  )
+  given, unrolled = (checkpoint.arrays, checkpoint.table), key_map.unroll_shapes(shapes)
+  layers = key_map.read(*given, unrolled, source=checkpoint.source, ignore=checkpoint.ignore)
   fitted = {**key_map.stack(layers, shapes), **kept}
   arrays = {
     key: x if isinstance(x := fitted[key], jax.Array) else np.asarray(x, dtype=leaf.dtype)
@@ -171,12 +167,9 @@ def _outputs(checkpoint: Checkpoint, path: str, leaf: Any) -> int:
 
 def _left_alone(checkpoint: Checkpoint, variables: Mapping[str, Any]) -> list[str]:
   """Returns the optional collections that the file lacks; they keep their values."""
-  others = {row.ours.partition("/")[0] for row in checkpoint.table} - {*checkpoint.optional}
-  return [
-    name
-    for name in variables
-    if name != "params" and not checkpoint.has(f"{name}/") and name not in others
-  ]
+  needed = {row.ours.partition("/")[0] for row in checkpoint.table} - {*checkpoint.optional}
+  needed.add("params")
+  return [x for x in variables if x not in needed and not checkpoint.has(f"{x}/")]
 
 
 def flatten_variables(variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.data.resize import tf_resize
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 
 _NAMES = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 PILLOW_FILTERS = {name: Image.Resampling[name.upper()] for name in _NAMES}
@@ -48,21 +48,14 @@ class Preprocess:
   def __post_init__(self) -> None:
     known = {"fit": FITS, "interpolation": INTERPOLATIONS, "rounding": ROUNDINGS}
     for field, names in known.items():
-      if getattr(self, field) not in names:
-        raise ValueError(unknown_name(field, getattr(self, field), names))
+      check_names(field, [getattr(self, field)], names)
 
   def __call__(self, images: Sequence[np.ndarray]) -> Float[np.ndarray, "b h w c"]:
-    """Returns a normalised float32 batch of images, uint8 [h w c] of any sizes.
-
-    Raises:
-      ValueError: wrong channels, or the results differ in size.
-    """
+    """Returns a normalised float32 batch of images, uint8 [h w c]; ValueError if sizes differ."""
     resized = [self.resize(image) for image in images]
     sizes = {image.shape[:2] for image in resized}
     if len(sizes) > 1 and not self.pad_size:
-      raise ValueError(
-        f"images: the sizes after resizing are {sorted(sizes)}; expected a single one"
-      )
+      raise ValueError(f"images: resized to the sizes {sorted(sizes)}; expected a single one")
     mean, std = np.asarray(self.mean), np.asarray(self.std)
     normalised = [((image / 255 - mean) / std).astype(np.float32) for image in resized]
     return np.stack([self.pad(image) for image in normalised])
@@ -73,11 +66,7 @@ class Preprocess:
     return np.stack([self.pad(np.ones((*size, 1), bool))[..., 0] for size in sizes])
 
   def resize(self, image: Num[np.ndarray, "h w *c"]) -> Float[np.ndarray, "H W c"]:
-    """Resizes and crops an image, uint8 [h w c]; values stay in [0, 255], float32.
-
-    Raises:
-      ValueError: the model takes images of another number of channels.
-    """
+    """Resizes and crops an image, uint8 [h w c]; values stay in [0, 255], float32."""
     if image.shape[2:] != (self.channels,):
       given = ", ".join(map(str, image.shape))
       raise ValueError(f"image: its shape is [{given}]; expected [height, width, {self.channels}]")
@@ -90,19 +79,13 @@ class Preprocess:
     return resized[top : top + height, left : left + width]
 
   def pad(self, image: Shaped[np.ndarray, "h w c"]) -> Shaped[np.ndarray, "H W c"]:
-    """Pads a resized image to `pad_size`, if any, with zeros.
-
-    Raises:
-      ValueError: the image is larger.
-    """
+    """Pads a resized image to `pad_size`, if any, with zeros; ValueError if it is larger."""
     if self.pad_size is None:
       return image
     (height, width), limit = image.shape[:2], self.pad_size
     bottom, right = limit[0] - height, limit[1] - width
     if min(bottom, right) < 0:
-      raise ValueError(
-        f"pad_size: the resized image is {[height, width]}; expected at most {list(limit)}"
-      )
+      raise ValueError(f"pad_size: the image is {[height, width]}; expected at most {list(limit)}")
     return np.pad(image, ((0, bottom), (0, right), (0, 0)))
 
   def from_rgb(self, image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w c"]:

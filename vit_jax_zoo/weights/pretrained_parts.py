@@ -27,10 +27,8 @@ def load_parts(
   """Returns the variables, arrays or shapes, with pretrained networks read into parts of them.
 
   The source of a part is a file; or the variables of a network trained with this package that is
-  the part, or has a part of that name. Parts that do not exist in `variables` are ignored.
-
-  Raises:
-    ValueError: a file is missing or holds another network.
+  the part, or has a part of that name. Parts that do not exist in `variables` are ignored. Raises
+  ValueError if a file is missing or holds another network.
   """
   flat: dict[str, Any] = dict(traverse_util.flatten_dict(dict(variables), sep="/"))
   readers = registry_of("part of a model", "part_readers", _CORE)
@@ -79,15 +77,13 @@ def _path_within(path: str, part: str) -> str | None:
   return within if collection == "params" else f"{collection}/{within}"
 
 
-def _part_of(
-  variables: Mapping[str, Any], part: str, shapes: Mapping[str, tuple[int, ...]]
-) -> Flat:
+def _part_of(network: Mapping[str, Any], part: str, shapes: Mapping[str, tuple[int, ...]]) -> Flat:
   """Returns the arrays of a part from a network that contains it, or that is it plus a head.
 
   A frozen norm's statistics are a trained norm's parameters, and the reverse.
   """
-  is_whole = part not in variables["params"]
-  trees = [variables.get(name, {}) for name in ("params", "batch_stats")]
+  is_whole = part not in network["params"]
+  trees = [network.get(name, {}) for name in ("params", "batch_stats")]
   trees = trees if is_whole else [tree.get(part, {}) for tree in trees]
   own: dict[str, Any] = {}
   for tree in trees:

@@ -201,9 +201,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
 def read_npy(stream: Any, size: int, name: str) -> np.ndarray:
   """Reads an array in numpy's format from a seekable file of so many bytes, `size`.
 
-  Raises:
-    EOFError: the header claims more bytes than there are; nothing is allocated.
-    ValueError: no array of numbers.
+  Raises EOFError, before allocating, if the header claims more; ValueError for no array of numbers.
   """
   is_first = np.lib.format.read_magic(stream) == (1, 0)
   read_header = getattr(np.lib.format, f"read_array_header_{1 if is_first else 2}_0")

@@ -99,7 +99,6 @@ def _tensor(name: str, entry: Mapping[int, Any], data: bytes) -> np.ndarray:
 
 
 def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-  """Yields the keys and values of a LevelDB table, in order."""
   if len(data) < _FOOTER or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
     raise ValueError("it does not end as such a file does")
   (_, _, *index), _ = _varints(data, len(data) - _FOOTER, 4)  # statistics blocks are skipped

@@ -25,11 +25,7 @@ def read_torch(path: str) -> Flat:
   """Returns the state dict of a local or `gs://` PyTorch file, as numpy arrays by key.
 
   16-bit floats become float32. Of a training checkpoint only the model is read: its moving average
-  if there is one, as timm does.
-
-  Raises:
-    ImportError: PyTorch is not installed.
-    WeightsError: no readable PyTorch file with a state dict, or one that contains code.
+  if there is one, as timm does. Raises WeightsError for other files, and for those with code.
   """
   torch = _import_torch(path, "convert the file to safetensors")
   with local_copy(path) as file:
@@ -87,11 +83,7 @@ def _state_dict(torch: Any, found: Any, path: str) -> Mapping[str, Any]:
 
 
 def write_state_dict(path: str, arrays: Flat, *, wrapper: str | None = None) -> None:
-  """Writes `.safetensors`, else a local PyTorch file, with its arrays under the key `wrapper`.
-
-  Raises:
-    ImportError: PyTorch is needed and not installed.
-  """
+  """Writes `.safetensors`, else a local PyTorch file, with its arrays under the key `wrapper`."""
   if path.endswith(".safetensors"):
     write_safetensors(path, arrays)
     return

@@ -1,16 +1,18 @@
 """Rows of key tables for PyTorch's layers; reads and writes safetensors files."""
 
 import contextlib
+import itertools
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from vit_jax_zoo.weights.fused_qkv import PARTS
 from vit_jax_zoo.weights.key_map import KEEP, STATISTICS, Array, Flat, Row, Transform, WeightsError
 
 COUNTER = "num_batches_tracked"
@@ -27,12 +29,19 @@ def _read_matrix(array: Array, shape: tuple[int, ...]) -> Array:
   return array.T.reshape(shape) if fits else array
 
 
+def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:
+  fits = array.ndim == 4 and array.shape[2:] == (1, 1) and len(shape) == 2
+  return array[:, :, 0, 0].T if fits else array
+
+
 def _read_vector(array: Array, shape: tuple[int, ...]) -> Array:
   return array.reshape(shape) if array.ndim == 1 and array.size == math.prod(shape) else array
 
 
 CONVOLUTION = Transform(_read_convolution, lambda array: array.transpose(3, 2, 0, 1))
 """[out in h w] -> [h w in out]."""
+POINTWISE = Transform(_read_pointwise, lambda array: array.T[:, :, None, None])
+"""[out in 1 1] -> [in out]."""
 DENSE = Transform(_read_matrix, lambda array: array.T)
 """[out in] -> [in out]."""
 TO_HEADS = Transform(_read_matrix, lambda array: array.reshape(array.shape[0], -1).T)
@@ -56,6 +65,34 @@ def layer_rows(
 def norm_rows(published: str, ours: str) -> list[Row]:
   """Rows of a norm's scale and bias."""
   return [Row(f"{published}.weight", f"{ours}/scale"), Row(f"{published}.bias", f"{ours}/bias")]
+
+
+def block_rows(
+  published: str,
+  ours: str,
+  attentions: Mapping[str, str],
+  *,
+  norms: Sequence[str],
+  qkv: str,
+  out: str = "out_proj",
+  mlp: tuple[str, str],
+) -> list[Row]:
+  """Rows of a Transformer block: attentions, published -> ours, and an MLP, each with its norm.
+
+  `qkv` is a key below an attention's, with {part}, "query", or its first letter {p}, and {leaf}.
+  """
+  rows = []
+  for name, norm in zip((*attentions.values(), "mlp"), norms, strict=True):
+    rows += norm_rows(f"{published}.{norm}", f"{ours}/{name}_norm")
+  leaves = (("weight", "kernel", TO_HEADS), ("bias", "bias", HEADS_BIAS))
+  for theirs, name in attentions.items():
+    rows += layer_rows(f"{published}.{theirs}.{out}", f"{ours}/{name}/out", FROM_HEADS)
+    for part, (leaf, own, transform) in itertools.product(PARTS, leaves):
+      key = f"{published}.{theirs}.{qkv.format(part=part, p=part[0], leaf=leaf)}"
+      rows.append(Row(key, f"{ours}/{name}/{part}/{own}", transform))
+  for layer, name in zip(mlp, ("hidden", "out"), strict=True):
+    rows += layer_rows(f"{published}.{layer}", f"{ours}/mlp/{name}")
+  return rows
 
 
 def batch_norm_rows(published: str, ours: str) -> list[Row]:
@@ -102,10 +139,6 @@ def local_copy(path: str) -> Iterator[str]:
 
 def write_safetensors(path: str, arrays: Flat) -> None:
   """Writes a file that PyTorch's libraries read; local or `gs://bucket/...`."""
-  epath.Path(path).write_bytes(save(contiguous(arrays), {"format": "pt"}))
-
-
-def contiguous(arrays: Flat) -> Flat:
-  """Returns the arrays in row-major order: safetensors writes their memory unchanged."""
-  # Not `ascontiguousarray`, which adds an axis to scalars.
-  return {key: np.asarray(array, order="C") for key, array in arrays.items()}
+  # In row-major order, as their memory is written. `ascontiguousarray` adds an axis to scalars.
+  arrays = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+  epath.Path(path).write_bytes(save(arrays, {"format": "pt"}))

@@ -210,7 +210,8 @@ def test_what_timms_arguments_say_of_the_pooling(tmp_path):
 )
 def test_other_architectures_with_a_vits_keys_are_refused(added, architecture, named, tmp_path):
   _, variables = tiny_variables(depth=1)
-  save_file({**vit_timm.state_dict(flat(variables)), **added}, tmp_path / "model.safetensors")
+  arrays = {**vit_timm.state_dict(flat(variables)), **added}
+  write_safetensors(str(tmp_path / "model.safetensors"), arrays)
   (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
   with pytest.raises(WeightsError, match=named):
     load_pretrained(str(tmp_path))
@@ -233,7 +234,8 @@ def test_prefixes_of_wrappers_are_removed(tmp_path):
   _, variables = tiny_variables(depth=1)
   arrays = vit_timm.state_dict(flat(variables))
   for prefix in ("_orig_mod.", "module.", "model.", "_orig_mod.module."):
-    save_file({prefix + key: x for key, x in arrays.items()}, tmp_path / "x.safetensors")
+    prefixed = {prefix + key: x for key, x in arrays.items()}
+    write_safetensors(str(tmp_path / "x.safetensors"), prefixed)
     loaded = load_pretrained(str(tmp_path / "x.safetensors"))
     assert_same_arrays(flat(loaded.variables), flat(variables))
 
@@ -334,7 +336,7 @@ def test_errors_a_user_can_cause(tmp_path):
   with pytest.raises(WeightsError, match=r"cut\.safetensors cannot be read as safetensors"):
     load_pretrained(str(cut))
   shutil.copy(golden_folder("vit_hf_a") / "model.safetensors", tmp_path)
-  with pytest.raises(WeightsError, match=r"there is no config\.json beside it"):
+  with pytest.raises(WeightsError, match=r"no config\.json beside"):
     load_pretrained(str(tmp_path))
   config = {"num_attention_heads": 4, "patch_size": 8, "hidden_act": "mish"}
   (tmp_path / "config.json").write_text(json.dumps(config))
@@ -347,7 +349,7 @@ def test_errors_a_user_can_cause(tmp_path):
   with pytest.raises(WeightsError, match=r"has patches of \[8, 4\]; ours are square"):
     load_pretrained(str(tmp_path))
   (tmp_path / "config.json").write_text("{}")
-  with pytest.raises(WeightsError, match="does not state num_attention_heads, patch_size"):
+  with pytest.raises(WeightsError, match="num_attention_heads, patch_size"):
     load_pretrained(str(tmp_path))
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
   with pytest.raises(WeightsError, match=r"holds no weights of .* begin with conv\.weight"):

@@ -21,7 +21,6 @@ from vit_jax_zoo.systems.detr.weights_official import (
   check_architecture,
   checkpoint_fields,
   infer_sizes,
-  side_rows,
   with_mask_head,
 )
 from vit_jax_zoo.weights import backbones as resnet
@@ -32,11 +31,8 @@ from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
-  FROM_HEADS,
-  HEADS_BIAS,
-  TO_HEADS,
   batch_counters,
-  contiguous,
+  block_rows,
   layer_rows,
   norm_rows,
 )
@@ -54,17 +50,10 @@ _CLASSES = {False: "DetrForObjectDetection", True: "DetrForSegmentation"}
 _NO_LIMIT = 1_000_000  # transformers needs a `longest_edge`
 
 
-def _attention_rows(published: str, ours: str) -> list[Row]:
-  rows = []
-  for theirs, part in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")):
-    rows += layer_rows(f"{published}.{theirs}", f"{ours}/{part}", TO_HEADS, HEADS_BIAS)
-  return rows + layer_rows(f"{published}.out_proj", f"{ours}/out", FROM_HEADS)
-
-
 def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
   norms = (*(f"{name}_layer_norm" for name in attentions), "final_layer_norm")
-  theirs, ours = f"model.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
-  return side_rows(theirs, ours, attentions, _attention_rows, norms=norms, mlp=("fc1", "fc2"))
+  theirs, ours, mlp = f"model.{side}.layers.{{i}}", f"transformer/{side}_{{i}}", ("fc1", "fc2")
+  return block_rows(theirs, ours, attentions, norms=norms, qkv="{p}_proj.{leaf}", mlp=mlp)
 
 
 # Learned positions: of transformers 5, then of its version 4.
@@ -109,7 +98,6 @@ def infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
   """Returns a `Detr`'s fields; WeightsError for other models, KeyError for a missing array."""
-  _check_config(config, source)
   check_architecture(published, source)
   prefix = _prefix(published)
   layout = resnet.TORCHVISION if _has_timm_keys(published) else resnet.HUGGING_FACE
@@ -132,16 +120,6 @@ def infer_fields(
   }
 
 
-def _check_config(config: Mapping[str, Any], source: str) -> None:
-  for name, value in _SUPPORTED.items():
-    section, _, key = name.rpartition(".")
-    given = ((config.get(section) or {}) if section else config).get(key, value)
-    if given != value:
-      raise WeightsError(
-        f"{source}/config.json: {name} is {given!r}; supported is DETR with {value!r}"
-      )
-
-
 def _output_stride(config: Mapping[str, Any]) -> int:
   """Returns 16 for DC5: `dilation` in transformers 4, `output_stride` in version 5."""
   if config.get("dilation"):
@@ -153,8 +131,7 @@ def _output_stride(config: Mapping[str, Any]) -> int:
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a folder; WeightsError without a `config.json`, or for one of another model."""
   path, arrays = published.path, published.arrays
-  if not published.has_config:
-    raise WeightsError(f"{path}: no config.json beside weights with Hugging Face's keys; add it")
+  hf_config.check_config(published, _SUPPORTED)
   fields = infer_fields(arrays, published.config, path)
   prefix = _prefix(arrays)
   known = checkpoint_fields(fields, prefix)
@@ -222,7 +199,6 @@ def _pad_size(processor: Mapping[str, Any], source: str) -> tuple[int, int] | No
 
 
 def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
-  """Returns the `preprocessor_config.json` of a `DetrImageProcessor`."""
   fits = {fit: keys for keys, fit in _SIZES.items()}
   values, padding = preprocess.image_size, preprocess.pad_size
   if preprocess.fit == "shorter_side":
@@ -243,7 +219,7 @@ def state_dict(variables: Mapping[str, np.ndarray], *, timm: bool = False) -> Fl
   published = write(variables, table(timm=timm, masks=masks))
   if timm:  # timm's ResNet has counters in the shortcuts' norms, which transformers does not freeze
     published |= batch_counters(key for key in published if ".downsample.1." in key)
-  return contiguous(published)
+  return published
 
 
 def write_checkpoint(path: str, export: Export) -> None:

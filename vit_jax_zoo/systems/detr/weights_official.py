@@ -10,14 +10,14 @@ last stage (assumed if the file's name has "dc5").
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.fused_qkv import PARTS, join, split
+from vit_jax_zoo.weights.fused_qkv import join, split
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
@@ -25,10 +25,9 @@ from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
   COUNTER,
-  FROM_HEADS,
   HEADS_BIAS,
   TO_HEADS,
-  contiguous,
+  block_rows,
   layer_rows,
   norm_rows,
 )
@@ -46,37 +45,10 @@ _OTHER_ARCHITECTURES = {
 """Architectures that share most of DETR's keys, by a part of one of their own."""
 
 
-def _attention_rows(published: str, ours: str) -> list[Row]:
-  rows = layer_rows(f"{published}.out_proj", f"{ours}/out", FROM_HEADS)
-  for part in PARTS:
-    rows.append(Row(f"{published}.in_proj_weight[{part}]", f"{ours}/{part}/kernel", TO_HEADS))
-    rows.append(Row(f"{published}.in_proj_bias[{part}]", f"{ours}/{part}/bias", HEADS_BIAS))
-  return rows
-
-
-def side_rows(
-  published: str,
-  ours: str,
-  attentions: Mapping[str, str],
-  attention_rows: Callable[[str, str], list[Row]],
-  *,
-  norms: Sequence[str],
-  mlp: tuple[str, str],
-) -> list[Row]:
-  """Returns the rows of a side's layers; `attentions` has published and our names of them."""
-  rows = norm_rows(f"{published}.{norms[-1]}", f"{ours}/mlp_norm")
-  for (attention, name), norm in zip(attentions.items(), norms, strict=False):
-    rows += attention_rows(f"{published}.{attention}", f"{ours}/{name}")
-    rows += norm_rows(f"{published}.{norm}", f"{ours}/{name}_norm")
-  for layer, name in zip(mlp, ("hidden", "out"), strict=True):
-    rows += layer_rows(f"{published}.{layer}", f"{ours}/mlp/{name}")
-  return rows
-
-
 def _side(side: str, attentions: Mapping[str, str]) -> list[Row]:
   theirs, ours = f"transformer.{side}.layers.{{i}}", f"transformer/{side}_{{i}}"
   norms, mlp = ("norm1", "norm2", "norm3")[: len(attentions) + 1], ("linear1", "linear2")
-  return side_rows(theirs, ours, attentions, _attention_rows, norms=norms, mlp=mlp)
+  return block_rows(theirs, ours, attentions, norms=norms, qkv="in_proj_{leaf}[{part}]", mlp=mlp)
 
 
 _MASK_ROWS = (
@@ -116,9 +88,8 @@ SEGMENTATION_TABLE = with_mask_head(TABLE)
 
 def is_of(published: Mapping[str, np.ndarray]) -> bool:
   """Returns whether the keys are those of the official code."""
-  return any(
-    f"{prefix}transformer.encoder.layers.0.linear1.weight" in published for prefix in ("", "detr.")
-  )
+  key = "transformer.encoder.layers.0.linear1.weight"
+  return key in published or f"detr.{key}" in published
 
 
 def check_architecture(published: Iterable[str], source: str) -> None:
@@ -203,7 +174,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
 def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
   """Returns a DETR's variables, given by path with layers unrolled, under the official keys."""
   has_masks = any(path.startswith("mask_head/") for path in variables)
-  return contiguous(join(write(variables, SEGMENTATION_TABLE if has_masks else TABLE)))
+  return join(write(variables, SEGMENTATION_TABLE if has_masks else TABLE))
 
 
 def write_checkpoint(path: str, export: Export) -> None:

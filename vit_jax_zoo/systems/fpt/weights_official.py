@@ -8,20 +8,18 @@ Queries and keys of a self-transformer share one convolution, which the file has
 and `conv_ks`. Kernels that the code never uses are parameters here, too.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import (
   STATISTICS,
   Array,
   Flat,
   Row,
-  Transform,
   WeightsError,
   read,
   write,
@@ -32,6 +30,7 @@ from vit_jax_zoo.weights.torch_file import write_state_dict
 from vit_jax_zoo.weights.torch_layouts import (
   CONVOLUTION,
   COUNTER,
+  POINTWISE,
   batch_counters,
   batch_norm_rows,
   layer_rows,
@@ -44,14 +43,6 @@ IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
 """Keys that may remain unread: counters, second names of shared convolutions (compared separately),
 and kernels that rendering="november_2020" does not have."""
 
-
-def _read_pointwise(array: Array, shape: tuple[int, ...]) -> Array:
-  fits = array.ndim == 4 and array.shape[2:] == (1, 1) and len(shape) == 2
-  return array[:, :, 0, 0].T if fits else array
-
-
-POINTWISE = Transform(_read_pointwise, lambda array: array.T[:, :, None, None])
-"""A 1x1 convolution, [out in 1 1] <-> [in out]."""
 
 # Layers of the modules: 1x1 convolutions, 3x3 convolutions, batch norms.
 _MODULES: dict[str, tuple[dict[str, str], dict[str, str], dict[str, str]]] = {
@@ -104,9 +95,7 @@ def is_of(published: Mapping[str, Array], prefix: str = "") -> bool:
   return all(f"{prefix}{key}.weight" in published for key in ("st_p5.conv_qs", "gt_p2_p5.theta"))
 
 
-def infer_fields(
-  published: Mapping[str, Array], *, prefix: str = "", source: str = "the file"
-) -> dict[str, Any]:
+def infer_fields(published: Mapping[str, Array], source: str, prefix: str = "") -> dict[str, Any]:
   """Returns the fields of the `FeaturePyramidTransformer` of a state dict."""
   if not is_of(published, prefix):
     keys = ", ".join(sorted(published)[:3])
@@ -127,27 +116,15 @@ def infer_fields(
   }
 
 
-@dataclasses.dataclass(frozen=True)
-class FptCheckpoint(Checkpoint):
-  """A file with an FPT only, whose input is a pyramid."""
-
-  channels: tuple[int, ...] = ()  # of the backbone's maps, from fine to coarse
-
-  def example_inputs(self, size: Size) -> tuple[Any, ...]:
-    """Returns a minimal pyramid: parameters do not depend on its size."""
-    del size
-    sides = reversed([2**level for level in range(LEVELS)])
-    levels = zip(sides, self.channels, strict=True)
-    return ([np.zeros((1, n, n, c), np.float32) for n, c in levels],)
-
-
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads a state dict of the authors' class."""
   arrays = published.arrays
   fields = infer_fields(arrays, source=published.path)
   first = ".0" if fields["norm"] != "none" else ""
-  laterals = [f"fpn_p{level + FINEST}_1x1{first}.weight" for level in range(LEVELS)]
-  return FptCheckpoint(
+  laterals = [arrays[f"fpn_p{level + FINEST}_1x1{first}.weight"] for level in range(LEVELS)]
+  sides = [2 ** (LEVELS - level - 1) for level in range(LEVELS)]
+  maps = [np.zeros((1, n, n, x.shape[1]), np.float32) for n, x in zip(sides, laterals, strict=True)]
+  return Checkpoint(
     source=published.path,
     family="fpt_pyramid",
     arrays=arrays,
@@ -157,7 +134,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     task="",
     ignore=IGNORE,
     heads=(),
-    channels=tuple(arrays[key].shape[1] for key in laterals),
+    inputs=(maps,),
   )
 
 

@@ -31,13 +31,11 @@ _OUTPUTS = {"Box_Outs.cls_score": 1, "Box_Outs.bbox_pred": 4, "Mask_Outs.classif
 
 def rows(fields: Mapping[str, Any]) -> tuple[Row, ...]:
   """Returns the key map of an `RCNN` with these fields."""
-  convs = fields["box_head"].get("num_convs", 0)
-  mask = fields["mask_head"] or {}
+  convs, mask = fields["box_head"].get("num_convs", 0), fields["mask_head"] or {}
+  with_norm = fields["neck_fields"].get("norm", "none") != "none"
   return (
     *detectron.backbone_rows(),
-    *fpt_pt.neck_rows(
-      fpt_pt.BODY, "neck/", with_norm=fields["neck_fields"].get("norm", "none") != "none"
-    ),
+    *fpt_pt.neck_rows(fpt_pt.BODY, "neck/", with_norm=with_norm),
     *detectron.proposal_rows(),
     *detectron.box_rows(convs, fields["pool_size"]),
     *detectron.output_rows(),

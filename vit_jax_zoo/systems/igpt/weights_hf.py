@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax_zoo.systems.igpt.weights_openai import TRANSPOSED, checkpoint_of, palette_beside
-from vit_jax_zoo.weights import hf_config
+from vit_jax_zoo.weights import fused_qkv, hf_config
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
-from vit_jax_zoo.weights.fused_qkv import PARTS
 from vit_jax_zoo.weights.infer import side
 from vit_jax_zoo.weights.key_map import KEEP, Flat, Row, Transform, WeightsError, write
 from vit_jax_zoo.weights.readers import Published
@@ -23,10 +22,9 @@ HEADS = Transform(np.reshape, lambda a: a.reshape(a.shape[0], -1))
 FROM_HEADS = Transform(np.reshape, lambda a: a.reshape(-1, a.shape[-1]))
 HEADS_BIAS = Transform(np.reshape, np.ravel)
 
-_BIAS = r"transformer\.h\.\d+\.(attn|mlp)\.(query|key|value|c_fc|c_proj)\.bias"
-
+_BIAS = r"transformer\.h\.\d+\.(attn|mlp)\.c_(attn|fc|proj)\.bias(\[\w+\])?"
+_FUSED = re.compile(r".*\.c_attn\.(weight|bias)")
 _EMBEDDING, _SOS = "transformer.wte.weight", "transformer.wte.sos"
-_FUSED = ".attn.c_attn."
 
 
 def _block(theirs: str, ours: str, transform: Transform = KEEP) -> Row:
@@ -38,8 +36,8 @@ TABLE: tuple[Row, ...] = (
   Row(_SOS, "sos_token"),
   Row("transformer.wpe.weight", "position_embedding"),
   _block("ln_1.weight", "attention_norm/scale"),
-  *(_block(f"attn.{p}.weight", f"attention/{p}/kernel", HEADS) for p in PARTS),
-  *(_block(f"attn.{p}.bias", f"attention/{p}/bias", HEADS_BIAS) for p in PARTS),
+  *(_block(f"attn.c_attn.weight[{p}]", f"attention/{p}/kernel", HEADS) for p in fused_qkv.PARTS),
+  *(_block(f"attn.c_attn.bias[{p}]", f"attention/{p}/bias", HEADS_BIAS) for p in fused_qkv.PARTS),
   _block("attn.c_proj.weight", "attention/out/kernel", FROM_HEADS),
   _block("attn.c_proj.bias", "attention/out/bias"),
   _block("ln_2.weight", "mlp_norm/scale"),
@@ -76,11 +74,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
   `ImageGPTModel` has neither.
   """
   path, config = published.path, published.config
-  if "n_head" not in config:
-    raise WeightsError(f"{path}: no n_head; expected it in a config.json beside the weights")
-  for key, known in _KNOWN.items():
-    if (given := config.get(key, known)) != known:
-      raise WeightsError(f"{path}: {key} {given!r} in config.json; expected {known!r}")
+  hf_config.check_config(published, _KNOWN, ["n_head"])
   masks = (".attn.bias", ".attn.masked_bias")
   arrays = split({k: a for k, a in published.arrays.items() if not k.endswith(masks)})
   if "lm_head.weight" not in arrays:
@@ -144,32 +138,19 @@ def _config_of(fields: Mapping[str, Any], export: Export) -> dict[str, Any]:
 
 
 def split(published: Mapping[str, np.ndarray]) -> Flat:
-  """Splits the fused matrices of a file."""
-  flat: Flat = {}
-  for key, array in published.items():
-    if key == _EMBEDDING:
-      flat[_EMBEDDING], flat[_SOS] = array[:-1], array[-1]
-    elif _FUSED in key:
-      for part, third in zip(PARTS, np.split(array, 3, axis=-1), strict=True):
-        flat[key.replace("c_attn", part)] = third
-    else:
-      flat[key] = array
-  return flat
+  """Splits the fused matrices of a file, and the start token from the colours' embedding."""
+  flat, embedding = fused_qkv.split(published, _FUSED, axis=-1), published[_EMBEDDING]
+  return {**flat, _EMBEDDING: embedding[:-1], _SOS: embedding[-1]}
 
 
 def join(flat: Mapping[str, np.ndarray]) -> Flat:
   """Inverts `split`; missing biases become zeros."""
-  flat = dict(flat)
+  flat = fused_qkv.join(flat, axis=-1)
   flat[_EMBEDDING] = np.concatenate([flat[_EMBEDDING], flat.pop(_SOS)[None]])
-  for block in [k.removesuffix("attn.query.weight") for k in flat if k.endswith("query.weight")]:
-    for leaf in ("weight", "bias"):
-      keys = [f"{block}attn.{part}.{leaf}" for part in PARTS]
-      if keys[0] in flat:
-        flat[f"{block}attn.c_attn.{leaf}"] = np.concatenate([flat.pop(k) for k in keys], axis=-1)
-    for layer in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-      width = flat[f"{block}{layer}.weight"].shape[1]
-      flat.setdefault(f"{block}{layer}.bias", np.zeros(width, np.float32))
-  return flat
+  layers = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")
+  widths = {k.replace("weight", "bias"): a.shape[1] for k, a in flat.items() if k.endswith(layers)}
+  zeros = {key: np.zeros(width, np.float32) for key, width in widths.items()}
+  return {**zeros, **flat}
 
 
 def infer_fields(published: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> dict[str, Any]:

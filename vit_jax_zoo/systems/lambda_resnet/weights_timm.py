@@ -18,11 +18,6 @@ from vit_jax_zoo.weights.key_map import Array, Flat, Row, Transform, WeightsErro
 from vit_jax_zoo.weights.readers import Published
 
 # Arrays of another shape pass unchanged, and fail the shape check.
-POINTWISE = Transform(
-  lambda array, _: array[:, :, 0, 0].T if array.shape[2:] == (1, 1) else array,
-  lambda array: array.T[:, :, None, None],
-)
-"""[out in 1 1] <-> [in out]."""
 SCOPE = Transform(
   lambda array, _: array[..., 0].transpose(2, 3, 1, 0) if array.shape[4:] == (1,) else array,
   lambda array: array.transpose(3, 2, 0, 1)[..., None],
@@ -51,7 +46,7 @@ def _stage_rows(stage: int) -> list[Row]:
   rows += layouts.batch_norm_rows(f"{theirs}.norm_v", f"{ours}/value_norm")
   return [
     *rows,
-    *layouts.layer_rows(f"{theirs}.qkv", f"{ours}/qkv", POINTWISE),
+    *layouts.layer_rows(f"{theirs}.qkv", f"{ours}/qkv", layouts.POINTWISE),
     Row(f"{theirs}.conv_lambda.weight", f"{ours}/position_embedding", SCOPE),
     Row(f"{theirs}.pos_emb", f"{ours}/position_embedding", TABLE_OF_OFFSETS),
     Row(f"{theirs}.conv_lambda.bias", f"{ours}/position_bias"),
@@ -92,9 +87,8 @@ def read_checkpoint(published: Published) -> Checkpoint:
   fields, arrays = infer_fields(published.arrays, published.path), published.arrays
   # timm's model cards: 256 pixels, bicubic, center crop of 94 % (50ts: 95 %).
   crop_pct = 0.95 if fields["activation"] == "silu" else 0.94
-  settings = timm_config.read(
-    published, size=(256, 256), mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_pct=crop_pct
-  )
+  defaults = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": crop_pct}
+  settings = timm_config.read(published, size=(256, 256), **defaults)
   size = settings.stated_size or _size_of_tables(arrays)
   return LambdaCheckpoint(
     published.path,
@@ -133,7 +127,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   )
   if layer != usual:
     arguments["self_attn_kwargs"] = layer
-  arrays = layouts.contiguous(write_flat(export.variables))
+  arrays = write_flat(export.variables)
   if (size := _size_of_tables(arrays)) is not None:
     arguments["img_size"] = list(size)
   timm_config.write(path, arrays, export, name, arguments)
@@ -164,7 +158,6 @@ def _is_like(fields: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
 
 
 def _chosen(fields: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-  """Returns the indices of each stage's lambda blocks."""
   return tuple(
     tuple(range(count)) if chosen == "all" else () if chosen == "none" else tuple(chosen)
     for count, chosen in zip(fields["blocks"], fields["lambda_blocks"], strict=True)
@@ -179,11 +172,7 @@ def write_flat(flat: Mapping[str, Array]) -> Flat:
 
 
 def infer_fields(published: Mapping[str, Array], source: str) -> dict[str, Any]:
-  """Returns the fields of a state dict's `LambdaResNet`; the activation is that of its blocks.
-
-  Raises:
-    WeightsError: it is none of timm's LambdaResNets.
-  """
+  """Returns the fields of a state dict's `LambdaResNet`; WeightsError if it is none of timm's."""
   blocks, chosen = (
     tuple(_block_indices(published, rf"stages\.{stage}\.(\d+)\.{layer}") for stage in range(4))
     for layer in ("", r"self_attn\.")
@@ -212,7 +201,6 @@ def _block_indices(published: Mapping[str, Array], pattern: str) -> tuple[int, .
 
 
 def _outputs_of(published: Mapping[str, Array], layer: str) -> int | None:
-  """Returns the output channels of a convolution with batch norm whose name matches."""
   return side(published, (rf"{layer}\.conv\.weight", 4, 0), (rf"{layer}\.bn\.\w+", 1, 0))
 
 

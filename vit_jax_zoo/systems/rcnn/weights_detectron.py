@@ -202,7 +202,6 @@ def recognize_backbone(arrays: Flat) -> resnet.Backbone | None:
 
 
 def _detectron_key(blob: str) -> str:
-  """Returns Detectron.pytorch's key of one of Caffe's blobs."""
   name, _, kind = blob.rpartition("_")
   is_norm = name.endswith("_bn")
   name = name.removesuffix("_bn")

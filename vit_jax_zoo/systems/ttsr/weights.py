@@ -1,6 +1,5 @@
 """TTSR's checkpoints, `TTSR.pt` and `TTSR-rec.pt` (researchmm/TTSR), without discriminator."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.systems.ttsr.weights_vgg import VGG_LAYERS
-from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
+from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.key_map import WeightsError, write
 from vit_jax_zoo.weights.preprocess import Preprocess
 from vit_jax_zoo.weights.readers import Published
@@ -94,20 +93,10 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
   return "MainNet.SFE.conv_head.weight" in published
 
 
-@dataclasses.dataclass(frozen=True)
-class TtsrCheckpoint(Checkpoint):
-  """A checkpoint of a model with four inputs of any sizes."""
-
-  def example_inputs(self, size: Size) -> tuple[np.ndarray, ...]:
-    """Returns inputs of minimal sizes."""
-    del size
-    large = np.zeros((1, 4, 4, 3), np.float32)
-    return np.zeros((1, 1, 1, 3), np.float32), large, large, large
-
-
 def read_checkpoint(published: Published) -> Checkpoint:
   """Reads TTSR.pt or TTSR-rec.pt, or their arrays as safetensors."""
-  return TtsrCheckpoint(
+  small, large = (np.zeros((1, side, side, 3), np.float32) for side in (1, 4))
+  return Checkpoint(
     source=published.path,
     family="ttsr",
     arrays=dict(published.arrays),
@@ -117,6 +106,7 @@ def read_checkpoint(published: Published) -> Checkpoint:
     task="super_resolution",
     ignore=IGNORE,
     heads=(),
+    inputs=(small, large, large, large),
     image_size=TRAINED_SIZE,
     trained_network="generator",
   )

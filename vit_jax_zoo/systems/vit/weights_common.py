@@ -9,9 +9,8 @@ import numpy as np
 
 from vit_jax_zoo.ops.resize import find_grid, resize_position_grid
 from vit_jax_zoo.systems.vit.model import PositionEmbedding
-from vit_jax_zoo.weights import torch_layouts as layouts
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export, Size
-from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import Preprocess
 
 CLS_TOKEN = "cls_token"
@@ -105,10 +104,7 @@ class VitCheckpoint(Checkpoint):
     raise WeightsError(f"{self.source} has positions for {rows} tokens, {what}; {fix}")
 
   def _fit_positions(self, rows: int, old: Size, new: Size, method: str | None) -> "VitCheckpoint":
-    """Resizes the position table to a model's grid and number of rows.
-
-    A class token's row is added to the token if the model has none, and zero if the file has none.
-    """
+    # A class token's row is added to the token if the model has none, zero if the file has none.
     key, cls_key = self.key(POSITIONS) or "", self.key(CLS_TOKEN) or ""
     fitted, count = dict(self.arrays), self._class_rows
     cls_row, table = np.split(fitted[key][0], [count])
@@ -127,24 +123,6 @@ def stage_sizes(keys: Iterable[str], pattern: str, *, first: int) -> tuple[int, 
   found = [re.match(pattern, key) for key in keys]
   last = dict(sorted((int(match[1]), int(match[2])) for match in found if match))
   return tuple(unit + 1 - first for unit in last.values())
-
-
-def torch_block_rows(
-  theirs: str, *, norms: tuple[str, str], qkv: str, out: str, mlp: tuple[str, str]
-) -> list[Row]:
-  """Returns the rows of PyTorch's encoder blocks; `qkv` has places for {part} and {leaf}."""
-  ours, rows = "encoder/block_{i}", []
-  for name, key in zip(("attention_norm", "mlp_norm"), norms, strict=True):
-    rows += layouts.norm_rows(f"{theirs}.{key}", f"{ours}/{name}")
-  leaves = (("weight", "kernel", layouts.TO_HEADS), ("bias", "bias", layouts.HEADS_BIAS))
-  for part in ("query", "key", "value"):
-    for leaf, name, transform in leaves:
-      key = qkv.format(part=part, leaf=leaf)
-      rows.append(Row(f"{theirs}.{key}", f"{ours}/attention/{part}/{name}", transform))
-  rows += layouts.layer_rows(f"{theirs}.{out}", f"{ours}/attention/out", layouts.FROM_HEADS)
-  for name, key in zip(("hidden", "out"), mlp, strict=True):
-    rows += layouts.layer_rows(f"{theirs}.{key}", f"{ours}/mlp/{name}")
-  return rows
 
 
 def not_a_vit(published: Mapping[str, np.ndarray], source: str, whose: str) -> WeightsError:

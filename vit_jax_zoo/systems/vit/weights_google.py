@@ -98,26 +98,25 @@ def _normalize(arrays: Mapping[str, np.ndarray]) -> Flat:
 
 
 def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` that fit a normalized file's arrays."""
   block = r"Transformer/encoderblock_(\d+)/"
   query, hidden = rf"{block}.*/query/kernel", rf"{block}MlpBlock_\d/Dense_0/kernel"
   width, mlp_dim = side(published, (query, 3, 0)), side(published, (hidden, 2, 1))
   if width is None or mlp_dim is None:
     raise common.not_a_vit(published, source, "Google")
-  outputs = {
-    layer: side(published, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
+  classes, representation = (
+    side(published, (f"{layer}/bias", 1, 0), (f"{layer}/kernel", 2, 1))
     for layer in ("head", "pre_logits")
-  }
+  )
   # Without a table and a class token, big_vision's model has sine-cosine embeddings.
   has_table = any(key in published for key in (_POSITIONS, _POSITIONS_BIG_VISION, "cls"))
   fields: dict[str, Any] = {
-    "num_classes": outputs["head"],
+    "num_classes": classes,
     "patch_size": side(published, ("embedding/kernel", 4, 0)) or 16,  # reported if missing
     "width": width,
     "depth": count(published, block),
     "num_heads": side(published, (query, 3, 1)),
     "mlp_dim": mlp_dim,
-    "representation_size": outputs["pre_logits"],
+    "representation_size": representation,
     "pool": "cls" if "cls" in published else "mean",
     "cls_token_position": _POSITIONS in published,
     "position_embedding": "learned_1d" if has_table else "sincos_2d",

@@ -41,11 +41,13 @@ BASE_TABLE: tuple[Row, ...] = (
   Row("embeddings.cls_token", "cls_token"),
   Row("embeddings.position_embeddings", "position_embedding/table"),
   *layouts.layer_rows("embeddings.patch_embeddings.projection", "embedding", layouts.CONVOLUTION),
-  *common.torch_block_rows(
+  *layouts.block_rows(
     "encoder.layer.{i}",
+    "encoder/block_{i}",
+    {"attention": "attention"},
     norms=("layernorm_before", "layernorm_after"),
-    qkv="attention.attention.{part}.{leaf}",
-    out="attention.output.dense",
+    qkv="attention.{part}.{leaf}",
+    out="output.dense",
     mlp=("intermediate.dense", "output.dense"),
   ),
   *layouts.norm_rows("layernorm", "norm"),
@@ -67,9 +69,6 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 def _infer_fields(
   published: Mapping[str, np.ndarray], config: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` in a folder with this `config.json`."""
-  if missing := [key for key in ("num_attention_heads", "patch_size") if key not in config]:
-    raise WeightsError(f"config.json of {source} does not state {', '.join(missing)}")
   activation, pooler = config.get("hidden_act", "gelu"), config.get("pooler_act", "tanh")
   if activation not in ACTIVATIONS or pooler != "tanh":
     given = f"hidden_act {activation!r} and pooler_act {pooler!r}"
@@ -103,11 +102,7 @@ def _infer_fields(
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a folder with its `config.json`."""
   path, config = published.path, published.config
-  if not published.has_config:
-    raise WeightsError(f"{path} has Hugging Face's keys, but there is no config.json beside it")
-  model_type = config.get("model_type", "vit")
-  if model_type != "vit":
-    raise WeightsError(f"{path}: model_type {model_type!r} in config.json; expected 'vit'")
+  hf_config.check_config(published, {"model_type": "vit"}, ["num_attention_heads", "patch_size"])
   side = config.get("image_size", 224)
   size = (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
   fields = _infer_fields(published.arrays, config, path)
@@ -124,15 +119,11 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
 
 
 def state_dict(params: Mapping[str, np.ndarray]) -> Flat:
-  """Returns parameters under Hugging Face's keys, those of a classifier if there is a head.
-
-  Raises:
-    WeightsError: the parameters are a hybrid's, or both `pre_logits` and `head`.
-  """
+  """Returns parameters under Hugging Face's keys, those of a classifier if there is a head."""
   if "pre_logits/kernel" in params and "head/kernel" in params:
     raise WeightsError("Hugging Face has no model with both pre_logits and head; drop one of them")
   rows = CLASSIFIER_TABLE if "head/kernel" in params else BASE_TABLE
-  return layouts.contiguous(write(unroll(params), rows))
+  return write(unroll(params), rows)
 
 
 def write_checkpoint(path: str, export: Export) -> None:

@@ -22,7 +22,7 @@ from vit_jax_zoo.weights.fused_qkv import join, split
 from vit_jax_zoo.weights.infer import count, outputs_of, side
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, unroll, write
 from vit_jax_zoo.weights.readers import Published
-from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, contiguous, layer_rows, norm_rows
+from vit_jax_zoo.weights.torch_layouts import CONVOLUTION, block_rows, layer_rows, norm_rows
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")  # timm's `act_layer`, and ours
 _POOLS = {"cls": "token", "mean": "avg"}  # our `pool` -> timm's `global_pool`
@@ -65,11 +65,13 @@ TABLE: tuple[Row, ...] = (
   Row("cls_token", "cls_token"),
   Row("pos_embed", "position_embedding/table"),
   *layer_rows("patch_embed.proj", "embedding", CONVOLUTION),
-  *common.torch_block_rows(
+  *block_rows(
     "blocks.{i}",
+    "encoder/block_{i}",
+    {"attn": "attention"},
     norms=("norm1", "norm2"),
-    qkv="attn.qkv.{leaf}[{part}]",
-    out="attn.proj",
+    qkv="qkv.{leaf}[{part}]",
+    out="proj",
     mlp=("mlp.fc1", "mlp.fc2"),
   ),
   *norm_rows("norm", "norm"),
@@ -104,7 +106,6 @@ def is_of(published: Mapping[str, np.ndarray]) -> bool:
 
 
 def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-  """Returns the fields of the `VisionTransformer` that fit a state dict."""
   embedding = r"patch_embed\.proj\.weight"
   width = side(published, (embedding, 4, 0), (r"blocks\.\d+\.norm\d\.\w+", 1, 0))
   mlp_dim = side(published, (r"blocks\.\d+\.mlp\.fc1\.weight", 2, 0))
@@ -177,7 +178,6 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
 def _stated_fields(
   arguments: Mapping[str, Any], fields: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-  """Returns the fields that the arguments of timm's constructor determine."""
   pool = arguments.get("global_pool") or _POOLS[fields["pool"]]
   of_all_tokens = fields["cls_token"] and arguments.get("pool_include_prefix") and pool == "avg"
   if pool not in _POOLS.values() or of_all_tokens:
@@ -198,7 +198,7 @@ def state_dict(params: Mapping[str, np.ndarray], *, fc_norm: bool = False) -> Fl
   first = _FC_NORM if fc_norm else []
   if not any(path.startswith("resnet/stage_") for path in layers):
     first = [*first, *_BARE_STEM]
-  return contiguous(join(write(layers, [*first, *TABLE])))
+  return join(write(layers, [*first, *TABLE]))
 
 
 def write_checkpoint(path: str, export: Export) -> None:
@@ -244,7 +244,6 @@ _HYBRIDS = {
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:
-  """Returns timm's model that has this one's parts; its arguments determine the sizes."""
   if fields["resnet"] is None:
     for name, (width, patches) in _SIZES.items():
       if fields["width"] == width and fields["patch_size"] in patches:
