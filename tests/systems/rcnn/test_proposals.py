@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.systems.rcnn.boxes import (
+  CONVENTIONS,
   DetectionLimits,
   ProposalLimits,
   choose_detections,
   choose_proposals,
-  find_convention,
   pick_limits,
 )
 
-TORCHVISION = find_convention("torchvision")
+TORCHVISION = CONVENTIONS["torchvision"]
 
 
 def test_the_best_of_each_level_then_of_all():
@@ -76,7 +76,7 @@ def test_torchvision_drops_what_is_too_small(convention, least):
   logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
   found = choose_detections(
     logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
-    limits=DetectionLimits(detections_per_img=3), convention=find_convention(convention),
+    limits=DetectionLimits(detections_per_img=3), convention=CONVENTIONS[convention],
   )  # fmt: skip
   assert int(found.exists.sum()) == (1 if least else 3)
 

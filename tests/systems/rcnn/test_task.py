@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.ops.boxes import pairwise_iou
-from vit_jax_zoo.systems.rcnn.boxes import DetectionLimits, choose_detections, find_convention
+from vit_jax_zoo.systems.rcnn.boxes import CONVENTIONS, DetectionLimits, choose_detections
 from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import LossContext
@@ -178,7 +178,7 @@ def test_a_model_that_knows_the_truth_scores_full_marks():
   logits = jnp.where(jax.nn.one_hot(labels, 5) > 0, jnp.r_[[9.0] * 3, [6.0] * 3][:, None], 0.0)
   found = choose_detections(
     logits, jnp.zeros((6, 5, 4)), proposals, jnp.ones(6, bool), size,
-    limits=DetectionLimits(detections_per_img=5), convention=find_convention("torchvision"),
+    limits=DetectionLimits(detections_per_img=5), convention=CONVENTIONS["torchvision"],
   )  # fmt: skip
   evaluator = DetectionEvaluator(4)
   one = {k: v[row : row + 1] for k, v in batch.items()}

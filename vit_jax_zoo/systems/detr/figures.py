@@ -73,9 +73,8 @@ def draw_query_attention(
   """
   rows = draw.real_rows(batch)[:max_images]
   drawn = [_best(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]
-  figure, axes = draw.grid(
-    len(rows), 1 + max(map(len, drawn), default=0), "Attention maps of the queries"
-  )
+  columns = 1 + max(map(len, drawn), default=0)
+  figure, axes = draw.grid(len(rows), columns, "Attention maps of the queries")
   for index, (row, best) in enumerate(zip(rows, drawn, strict=True)):
     image = draw.image_of(batch, row)
     scale = draw.to_shown(batch, row, image)
@@ -101,7 +100,6 @@ def _best(scores: np.ndarray, threshold: float, max_queries: int) -> Int[np.ndar
 
 
 def _shade(image: np.ndarray, attention: np.ndarray, padded: tuple[int, ...]) -> np.ndarray:
-  """Returns the image, darkened where the attention is low."""
   light = cv2.resize(attention.astype(np.float32), padded[::-1], interpolation=cv2.INTER_LINEAR)
   light = light[: image.shape[0], : image.shape[1]]
   light = light / max(float(light.max()), 1e-9)

@@ -37,9 +37,8 @@ def matching_cost(
   probability = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), index, axis=-1)
   offset = boxes_cxcywh[..., :, None, :] - target_boxes_cxcywh[..., None, :, :]
   distance = jnp.sum(jnp.abs(offset), axis=-1)
-  overlap = pairwise_generalized_iou(
-    cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh)
-  )
+  boxes, targets = cxcywh_to_xyxy(boxes_cxcywh), cxcywh_to_xyxy(target_boxes_cxcywh)
+  overlap = pairwise_generalized_iou(boxes, targets)
   return by_distance * distance - by_class * probability - by_overlap * overlap
 
 
@@ -89,24 +88,16 @@ def mask_losses(
     index = jnp.maximum(query, 0)[:, None, None, None]
     logits = jnp.take_along_axis(mask_logits, index, axis=1)[:, 0]
     logits = jax.image.resize(logits, target.shape, "linear", antialias=False)
-    focal, dice = focal_loss(logits, target), dice_loss(logits, target)
+    # Lin et al., arXiv:1708.02002, Eq. 5, mean over pixels.
+    focal = optax.sigmoid_focal_loss(logits, target, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)
+    focal, dice = jnp.mean(focal, axis=(-2, -1)), dice_loss(logits, target)
     return jnp.where(matched, focal, 0.0), jnp.where(matched, dice, 0.0)
 
   focal, dice = jax.lax.map(one_target, (jnp.moveaxis(masks, 1, 0), query_of_target.T))
   return focal.T, dice.T
 
 
-def focal_loss(
-  logits: Float[Array, "*b h w"], targets: Float[Array, "*b h w"]
-) -> Float[Array, "*b"]:
-  """Returns the sigmoid focal loss, mean over pixels. Lin et al., arXiv:1708.02002, Eq. 5."""
-  losses = optax.sigmoid_focal_loss(logits, targets, alpha=FOCAL_ALPHA, gamma=FOCAL_GAMMA)
-  return jnp.mean(losses, axis=(-2, -1))
-
-
-def dice_loss(
-  logits: Float[Array, "*b h w"], targets: Float[Array, "*b h w"]
-) -> Float[Array, "*b"]:
+def dice_loss(logits: Float[Array, "b h w"], targets: Float[Array, "b h w"]) -> Float[Array, " b"]:
   """Returns 1 - (2 sum p t + 1) / (sum p + sum t + 1) (L_DICE of A.2)."""
   probabilities = jax.nn.sigmoid(logits)
   both = jnp.sum(probabilities * targets, axis=(-2, -1))

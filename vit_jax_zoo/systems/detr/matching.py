@@ -99,13 +99,8 @@ def _augment(cost: Float[Array, "t q"], is_target: Bool[Array, " t"], state: _St
   gain = jnp.where(search.visited, length - search.distance, 0.0)
   matched = state.query_of_target >= 0
   target_gain = jnp.where(matched, gain[state.query_of_target], jnp.where(free, length, 0.0))
-  target_of_query, query_of_target = _flip_path(cost, free, search, state)
-  return _State(
-    target_of_query,
-    query_of_target,
-    state.query_potential - gain,
-    state.target_potential + target_gain,
-  )
+  potentials = state.query_potential - gain, state.target_potential + target_gain
+  return _State(*_flip_path(cost, free, search, state), *potentials)
 
 
 def _step(cost: Float[Array, "t q"], state: _State, search: _Search) -> _Search:
@@ -129,11 +124,8 @@ def _flip_path(
     query, target_of_query, query_of_target = carry
     direct = jax.lax.argmin(jnp.where(free, cost[:, query], jnp.inf), 0, jnp.int32)
     target = jnp.where(search.parent[query] < 0, direct, search.parent[query])
-    return (
-      query_of_target[target],
-      target_of_query.at[query].set(target),
-      query_of_target.at[target].set(query),
-    )
+    flipped = target_of_query.at[query].set(target), query_of_target.at[target].set(query)
+    return query_of_target[target], *flipped
 
   end = jnp.where(jnp.isfinite(search.distance[search.nearest]), search.nearest, -1)
   start = (end, state.target_of_query, state.query_of_target)

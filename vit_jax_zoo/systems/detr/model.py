@@ -99,24 +99,21 @@ class Detr(nn.Module):
   ) -> dict[str, Array]:
     """Detects objects in normalised images; `mask` is False in their padding.
 
-    Returns:
-      `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4], relative to
-      the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh` [l ...], those
-      of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4], of the
-      padded image; with `dense_predictions` `dense_logits` and `dense_boxes_cxcywh` [b i j ...].
+    Returns `logits` [b q num_classes + 1], the last for "no object"; `boxes_cxcywh` [b q 4],
+    relative to the image without its padding; `auxiliary_logits` and `auxiliary_boxes_cxcywh`
+    [l ...], those of all decoder layers but the last; with a mask head `mask_logits` [b q h/4 w/4],
+    of the padded image; with `dense_predictions` `dense_logits`, `dense_boxes_cxcywh` [b i j ...].
     """
     _check(self)
     mask = jnp.ones(images.shape[:3], dtype=bool) if mask is None else mask
-    dense = functools.partial(
-      nn.Dense, kernel_init=pytorch_uniform(), bias_init=pytorch_uniform(self.width)
-    )
+    init = {"kernel_init": pytorch_uniform(), "bias_init": pytorch_uniform(self.width)}
+    dense = functools.partial(nn.Dense, **init)
     class_head = dense(self.num_classes + 1, name="class_head")
     box_layers = [dense(n, name=f"box_head_{i}") for i, n in enumerate((self.width, self.width, 4))]
     box_head = nn.Sequential([box_layers[0], nn.relu, box_layers[1], nn.relu, box_layers[2]])
-    transformer = Transformer(**self._transformer_fields(), name="transformer")
-    queries = self.param(
-      "query_embedding", nn.initializers.normal(1.0), (self.num_queries, self.width), jnp.float32
-    )
+    transformer = self._transformer()
+    normal, shape = nn.initializers.normal(1.0), (self.num_queries, self.width)
+    queries = self.param("query_embedding", normal, shape, jnp.float32)
 
     def predict(x: Float[Array, "*b d"]) -> tuple[Float[Array, "*b k"], Float[Array, "*b 4"]]:
       x = x.astype(jnp.float32)
@@ -147,20 +144,17 @@ class Detr(nn.Module):
     return predictions
 
   def _backbone(self, images: Array, mask: Array, *, train: bool) -> dict[str, Array]:
-    given = part_fields("backbone", ResNet, self.backbone)
-    fields: dict[str, Any] = {"norm": "frozen_batch_norm", **given, "dtype": self.dtype}
+    fields: dict[str, Any] = part_fields("backbone", ResNet, self.backbone)
+    fields = {"norm": "frozen_batch_norm", **fields, "dtype": self.dtype, "name": "backbone"}
     if not self.masked_backbone:
-      return ResNet(**fields, name="backbone")(images, train=train)
+      return ResNet(**fields)(images, train=train)
     reduced = [mask[:, ::stride, ::stride] for stride in (2, 4, 8, 16, 32)]
-    keep = {m.shape[1:]: m for m in reduced}
-    return _MaskedResNet(**fields, keep=keep, name="backbone")(images, train=train)
+    return _MaskedResNet(**fields, keep={m.shape[1:]: m for m in reduced})(images, train=train)
 
   def _projection(self, features: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    bias_init = pytorch_uniform(features.shape[-1])
-    return nn.Conv(
-      self.width, (1, 1), kernel_init=pytorch_uniform(), bias_init=bias_init, dtype=self.dtype,
-      name="input_projection",
-    )(features)  # fmt: skip
+    init = {"kernel_init": pytorch_uniform(), "bias_init": pytorch_uniform(features.shape[-1])}
+    projection = nn.Conv(self.width, (1, 1), **init, dtype=self.dtype, name="input_projection")
+    return projection(features)
 
   def _feature_mask(self, mask: Array, features: Array) -> Bool[Array, "b i j"]:
     if self.masked_backbone:
@@ -185,17 +179,14 @@ class Detr(nn.Module):
     grid = [jnp.broadcast_to(table, (*keep.shape, half)) for table in tables]
     return jnp.concatenate(grid, axis=-1).astype(self.dtype)
 
-  def _transformer_fields(self) -> dict[str, Any]:
-    of_layers = ("num_heads", "mlp_dim", "dropout_rate", "dtype", "attention_implementation")
-    layer = {name: getattr(self, name) for name in of_layers}
-    return {
-      "encoder_layer": layer,
-      "decoder_layer": {**layer, **part_fields("decoder", DecoderLayer, self.decoder)},
-      "encoder_depth": self.encoder_depth,
-      "decoder_depth": self.decoder_depth,
-      "remat": self.remat,
-      "scan_layers": self.scan_layers,
-    }
+  def _transformer(self) -> "Transformer":
+    shared = ("num_heads", "mlp_dim", "dropout_rate", "dtype", "attention_implementation")
+    fields = {name: getattr(self, name) for name in shared}
+    encoder = functools.partial(EncoderLayer, **fields)
+    fields |= part_fields("decoder", DecoderLayer, self.decoder)
+    decoder = functools.partial(DecoderLayer, **fields)
+    layers, depths = (encoder, decoder), (self.encoder_depth, self.decoder_depth)
+    return Transformer(*layers, *depths, self.remat, self.scan_layers, name="transformer")
 
 
 class Transformer(nn.Module):
@@ -205,10 +196,10 @@ class Transformer(nn.Module):
   unrolled, in `encoder_0/...`, `decoder_0/...`.
   """
 
+  encoder_layer: Callable[..., nn.Module]
+  decoder_layer: Callable[..., nn.Module]
   encoder_depth: int
   decoder_depth: int
-  encoder_layer: Mapping[str, Any]  # fields of `EncoderLayer`
-  decoder_layer: Mapping[str, Any]  # fields of `DecoderLayer`
   remat: str = "none"
   scan_layers: bool = True
 
@@ -222,29 +213,21 @@ class Transformer(nn.Module):
     *,
     train: bool,
   ) -> tuple[Float[Array, "b h w d"], Float[Array, "l b q d"]]:
-    """Returns the encoder's output, and the normalised outputs of all decoder layers.
-
-    No attention includes the padding, where `keep` is False.
-    """
+    """Returns the encoder's output, and all decoder layers', normalised; `keep` masks padding."""
     tokens = features.reshape(features.shape[0], -1, features.shape[-1])
     positions = positions.reshape(tokens.shape)
     mask = key_padding_mask(keep.reshape(tokens.shape[:2]))
     queries = jnp.broadcast_to(queries.astype(tokens.dtype), (tokens.shape[0], *queries.shape))
 
-    memory, _ = self._stack("encoder", EncoderLayer, self.encoder_depth, self.encoder_layer)(
-      tokens, positions, mask, train=train
-    )
-    _, outputs = self._stack("decoder", DecoderLayer, self.decoder_depth, self.decoder_layer)(
-      jnp.zeros_like(queries), queries, memory, positions, mask, train=train
-    )
+    encoder = self._stack("encoder", self.encoder_layer, self.encoder_depth)
+    memory, _ = encoder(tokens, positions, mask, train=train)
+    decoder = self._stack("decoder", self.decoder_layer, self.decoder_depth)
+    _, outputs = decoder(jnp.zeros_like(queries), queries, memory, positions, mask, train=train)
     norm = nn.LayerNorm(epsilon=1e-5, dtype=tokens.dtype, name="decoder_norm")
     return memory.reshape(features.shape), norm(outputs)
 
-  def _stack(
-    self, name: str, kind: type[nn.Module], depth: int, fields: Mapping[str, Any]
-  ) -> Stack:
-    make = functools.partial(kind, **fields)
-    stack = Stack(make, depth, self.scan_layers, self.remat, name, f"{name}_{{}}")
+  def _stack(self, name: str, layer: Callable[..., nn.Module], depth: int) -> Stack:
+    stack = Stack(layer, depth, self.scan_layers, self.remat, name, f"{name}_{{}}")
     nn.share_scope(self, stack)
     return stack
 

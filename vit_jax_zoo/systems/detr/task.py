@@ -1,6 +1,7 @@
 """Detection as set prediction, with masks (DETR, arXiv:2005.12872, Eq. 2 and section A.2)."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -83,29 +84,21 @@ class Detection(base.Task):
       raise ValueError(f"class_names: {names} are given; expected at most num_classes={most}")
 
   def check_data(self, info: Any) -> list[str]:
-    """Warns of images with more objects than queries."""
     count, queries = info.max_objects or 0, self.model.num_queries
-    if count <= queries:
-      return []
-    return [
-      f"{info.name}: an image has {count} objects, and the model has {queries} queries; raise "
-      "--config.model.num_queries"
-    ]
+    wrong = f"{info.name}: an image has {count} objects, and the model has {queries} queries"
+    return [f"{wrong}; raise --config.model.num_queries"] if count > queries else []
 
   @property
   def best_metric(self) -> str:
-    """Panoptic quality with `stuff_from`; else COCO's average precision of masks or boxes."""
     if self.stuff_from is not None:
       return "pq"
     return "mask_ap" if self.model.mask_head else "box_ap"
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """The pretrained backbone, with `backbone_file`."""
     return {"*/backbone": self.backbone_file} if self.backbone_file else {}
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's initial variables."""
     return self.model.init(rng, self._images(batch), pixel_mask(batch), train=False)
 
   def normalizers(self, batch: base.Batch) -> dict[str, Array]:
@@ -136,9 +129,8 @@ class Detection(base.Task):
     """
     state = {name: tree for name, tree in variables.items() if name != "params"}
     inputs, rngs = (self._images(batch), pixel_mask(batch)), {"dropout": context.rng}
-    outputs, changed = self.model.apply(
-      variables, *inputs, train=True, rngs=rngs, mutable=list(state)
-    )
+    apply = functools.partial(self.model.apply, train=True, rngs=rngs, mutable=list(state))
+    outputs, changed = apply(variables, *inputs)
     mask = base.example_mask(batch)
     terms, matching = self._set_losses(outputs, batch, context.normalizers)
     if "mask_logits" in outputs:
@@ -162,16 +154,15 @@ class Detection(base.Task):
   def predict(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
     """Returns the most probable class and the box of every query.
 
-    Returns:
-      `scores` float32 [b q], probability of the best class without "no object"; `labels` int32
-      [b q], its id; `is_object` bool [b q], whether it exceeds "no object"; `boxes_xyxy` float32
-      [b q 4], in pixels of the original image if the batch has `original_size`, else of the
-      unpadded one; with a mask head `mask_logits` float32 [b q i j], of the padded image; with
-      `draw_attention` `attention` float32 [b q i j], of the last decoder layer, mean over heads.
+    `scores` float32 [b q], probability of the best class without "no object"; `labels` int32 [b q],
+    its id; `is_object` bool [b q], whether it exceeds "no object"; `boxes_xyxy` float32 [b q 4], in
+    pixels of the original image if the batch has `original_size`, else of the unpadded one; with a
+    mask head `mask_logits` float32 [b q i j], of the padded image; with `draw_attention`
+    `attention` float32 [b q i j], of the last decoder layer, mean over heads.
     """
-    inputs, sown = (self._images(batch), pixel_mask(batch)), ["intermediates"]
-    sown = sown if self.draw_attention else []
-    outputs, sown = self.model.apply(variables, *inputs, train=False, mutable=sown)
+    inputs = self._images(batch), pixel_mask(batch)
+    mutable = ["intermediates"] if self.draw_attention else []
+    outputs, sown = self.model.apply(variables, *inputs, train=False, mutable=mutable)
     probabilities = jax.nn.softmax(self._logits(outputs), axis=-1)
     scores = jnp.max(probabilities[..., :-1], axis=-1)
     size = batch.get("original_size", image_size(batch))
@@ -189,11 +180,9 @@ class Detection(base.Task):
     return predictions
 
   def padding_invariant(self) -> "Detection":
-    """Returns the task with `Detr.masked_backbone`."""
     return dataclasses.replace(self, model=self.model.clone(masked_backbone=True))
 
   def evaluator(self) -> DetectionEvaluator:
-    """Returns an empty evaluator: COCO's metrics of boxes; of masks; panoptic quality."""
     if self.stuff_from is not None and not self.model.mask_head:
       raise ValueError("stuff_from: panoptic quality needs masks; set model.mask_head=True")
     fields: dict[str, Any] = {"class_names": self.class_names, "per_class": self.per_class}
@@ -204,13 +193,9 @@ class Detection(base.Task):
     return panoptic.PanopticEvaluator(self.num_classes, **fields)
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws training images with their boxes."""
     return {"batch": draw.draw_targets(batch, self.class_names)}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
-    """Draws detections beside ground truth; attention maps; panoptic segments."""
+  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     if not np.asarray(batch.get("mask", True)).any():
       return {}
     drawn, threshold = (batch, predictions, self.class_names), self.score_threshold

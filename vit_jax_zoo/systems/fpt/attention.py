@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.ops.resize import resize_nearest
 
 SIMILARITIES = ("dot", "euclidean")  # q.k, or -|q - k|^2 (the grounding transformer)
@@ -30,21 +30,18 @@ class Similarity:
   key: Array | None = None  # PRNG key of the dropout
 
   def __post_init__(self) -> None:
-    if self.kind not in SIMILARITIES:
-      raise ValueError(unknown_name("similarity", self.kind, SIMILARITIES))
+    check_names("similarity", [self.kind], SIMILARITIES)
 
 
 DOT_PRODUCT = Similarity()
 
 
-def mixture_shares(
-  vectors: Float[Array, "b m d"], weight: Float[Array, "p d"]
-) -> Float[Array, "b p"]:
-  """Returns the mixture coefficients of the parts: softmax over parts of w . mean(vectors).
+def mixture_shares(x: Float[Array, "b m d"], weight: Float[Array, "p d"]) -> Float[Array, "b p"]:
+  """Returns the mixture coefficients of the parts: softmax over parts of weight . mean(x).
 
-  The vectors are the keys in the paper, the queries in the official code.
+  `x` are the keys in the paper, the queries in the official code.
   """
-  mean = jnp.mean(_float32(vectors), axis=1)
+  mean = jnp.mean(_float32(x), axis=1)
   return jax.nn.softmax(mean @ weight.astype(mean.dtype).T, axis=-1)
 
 

@@ -90,13 +90,8 @@ def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence
   colors = {label: "#{:02x}{:02x}{:02x}".format(*label_color(label)) for label in shown}
   patches = [Patch(color=colors[label], label=name_of(label, class_names)) for label in shown]
   if patches:
-    layout: dict[str, Any] = {
-      "loc": "outside lower left",
-      "ncols": 6,
-      "fontsize": 8,
-      "handlelength": 1.2,
-    }
-    figure.legend(handles=patches, frameon=False, **layout)
+    layout: dict[str, Any] = {"loc": "outside lower left", "ncols": 6, "fontsize": 8}
+    figure.legend(handles=patches, frameon=False, handlelength=1.2, **layout)
 
 
 def _grid(
@@ -120,9 +115,8 @@ def explain_attention(
 
   `run` returns the transformer's intermediates of a batch; its model pads images to
   `size_multiple`. The position is the batch's `query_position` float [b 2], relative to the images'
-  height and width, or `target_centers`.
-
-  Returns `image`; `places` [b 2]; `sizes` int32 [l 2] and `levels`, see `attention_rows`.
+  sides, or `target_centers`. Returns `image`; `places` [b 2]; `sizes` int32 [l 2] and `levels`, see
+  `attention_rows`.
   """
   batch = {key: jnp.asarray(value)[:MOST_IMAGES] for key, value in batch.items()}
   batch = pad_batch(batch, size_multiple)
@@ -146,10 +140,9 @@ def attention_rows(
     raise base.NoExplanation(
       f"attention maps of {height}x{width} positions are too large; use smaller images"
     )
-  found = {
-    str(level): _rows(sown[f"self_{level}"]["weights"][0], size, size, places)
-    for level, size in enumerate(sizes)
-  }
+  found = {}
+  for level, size in enumerate(sizes):
+    found[str(level)] = _rows(sown[f"self_{level}"]["weights"][0], size, size, places)
   for level in range(1, len(sizes)):
     weights = sown.get(f"ground_0_{level}", {}).get("weights")
     if weights is not None and weights[0].ndim == 3:
@@ -201,28 +194,18 @@ def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:
 
 
 def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -> Figure:
-  """Draws the result of `explain_attention`, as numpy arrays, by `draw_levels`."""
+  """Draws the result of `explain_attention`, numpy arrays: images with the query, and maps."""
   sizes = zip(level_names, explanation["sizes"], strict=True)
   levels = [f"{name}: {height}x{width}" for name, (height, width) in sizes]
   keys = sorted(explanation["levels"], key=lambda key: (len(key.split()), key))
-  maps = [np.asarray(explanation["levels"][key]) for key in keys]
   titles = [" at ".join(levels[int(level)] for level in key.split()) for key in keys]
-  return draw_levels(explanation["image"], maps, titles, explanation["places"])
-
-
-def draw_levels(
-  images: Num[np.ndarray, "b h w c"],
-  maps: Sequence[Float[np.ndarray, "b _ _"]],
-  titles: Sequence[str],
-  places: Float[np.ndarray, "b 2"],
-) -> Figure:
-  """Draws images in [0, 255], a relative position marked, beside maps of attention weights."""
+  images = explanation["image"]
   figure, grid = _grid(len(images), ("query: ring", *titles), images.shape[1:3])
   for row, axes in enumerate(grid):
     axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
-    y, x = places[row] * images.shape[1:3] - 0.5
+    y, x = explanation["places"][row] * images.shape[1:3] - 0.5
     axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
     axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
-    for ax, weights in zip(axes[1:], maps, strict=True):
-      ax.imshow(weights[row], cmap="viridis", vmin=0, interpolation="nearest")
+    for ax, key in zip(axes[1:], keys, strict=True):
+      ax.imshow(explanation["levels"][key][row], cmap="viridis", vmin=0, interpolation="nearest")
   return figure

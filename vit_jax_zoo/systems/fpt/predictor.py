@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import cv2
 import jax
 import numpy as np
-from jaxtyping import UInt8
 
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.systems.fpt.figures import color_labels
@@ -51,9 +50,7 @@ class SegmentationPredictor:
       pictures["levels"] = self._task.draw_explanation(jax.device_get(looked)).images["levels"]
     return Prediction({"classes": self._classes(labels, confidence)}, pictures)
 
-  def _classes(
-    self, labels: UInt8[np.ndarray, "h w"], confidence: np.ndarray
-  ) -> list[dict[str, Any]]:
+  def _classes(self, labels: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:
     names = self._task.class_names
     found, counts = np.unique(labels, return_counts=True)
     order = np.argsort(-counts, kind="stable")

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import part_fields, unknown_name
+from vit_jax_zoo.errors import check_names, part_fields
 from vit_jax_zoo.nn.init import kaiming_normal
 from vit_jax_zoo.nn.norm import norm_factory
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, ConvNorm, ResNet
@@ -42,9 +42,8 @@ class GlobalConvolution(nn.Module):
 
   def _conv(self, size: tuple[int, int], name: str) -> nn.Module:
     padding = tuple((side // 2, side // 2) for side in size)
-    return nn.Conv(
-      self.features, size, padding=padding, kernel_init=kaiming_normal, dtype=self.dtype, name=name
-    )
+    fields = {"padding": padding, "kernel_init": kaiming_normal, "dtype": self.dtype, "name": name}
+    return nn.Conv(self.features, size, **fields)
 
 
 class UnscathedPyramid(nn.Module):
@@ -114,16 +113,14 @@ class PyramidSegmenter(nn.Module):
     training with an auxiliary head also `auxiliary_logits`. In training norms use batch statistics
     (and update "batch_stats", which must be mutable), and dropout the "dropout" stream.
     """
-    if self.neck not in NECKS:
-      raise ValueError(unknown_name("neck", self.neck, NECKS))
+    check_names("neck", [self.neck], NECKS)
     check_positive(self, "num_classes", "width", "kernel_sizes")
     check_rates(self, "dropout_rate")
     fields: dict[str, Any] = {"output_stride": 8, **part_fields("backbone", ResNet, self.backbone)}
     fields["dtype"] = self.dtype
     features = ResNet(**fields, name="backbone")(images, train=train)
-    pyramid = UnscathedPyramid(
-      self.width, self.kernel_sizes, self.norm, self.dtype, name="pyramid"
-    )(features["c5"], train=train)
+    sizes, kinds = (self.width, self.kernel_sizes), (self.norm, self.dtype)
+    pyramid = UnscathedPyramid(*sizes, *kinds, name="pyramid")(features["c5"], train=train)
     if self.neck == "fpt":
       fields = {"norm": self.norm, "window": self.window}
       fields |= part_fields("transformer", FeaturePyramidTransformer, self.transformer)

@@ -51,17 +51,15 @@ class SemanticSegmentation(base.Task):
     if not 1 <= self.num_classes <= IGNORE:
       raise ValueError(f"num_classes: {self.num_classes}; expected 1 to {IGNORE}")
     check_not_negative(self, "auxiliary_weight")
-    given, names = self.class_weights, len(self.class_names)
+    given, names, most = self.class_weights, len(self.class_names), self.num_classes
     if given and len(given) != self.num_classes:
       raise ValueError(
         f"class_weights: {len(given)} numbers; expected one for each of {self.num_classes} classes"
       )
     if any(weight < 0 for weight in given) or not any(given or (1,)):
       raise ValueError(f"class_weights: {given}; expected no negative number, and not only zeros")
-    if names > self.num_classes:
-      raise ValueError(
-        f"class_names: {names} names; expected at most num_classes={self.num_classes}"
-      )
+    if names > most:
+      raise ValueError(f"class_names: {names} names; expected at most num_classes={most}")
 
   @property
   def best_metric(self) -> str:
@@ -144,9 +142,7 @@ class SemanticSegmentation(base.Task):
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     return {"batch": draw.draw_label_maps(batch, self.class_names)}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
+  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     if not np.asarray(batch.get("mask", True)).any():
       return {}
     found = predictions["label_map"]

@@ -45,7 +45,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.norm import BatchNorm, conv_norm
@@ -171,11 +171,8 @@ class OfficialSelfTransformer(nn.Module):
       shape = (self.num_parts, self.width)
       mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
       shares = mixture_shares(query, mixture)
-    similarity = Similarity(
-      scale=self.width**-0.5,
-      dropout_rate=self.dropout_rate,
-      key=self.make_rng("dropout") if train and self.dropout_rate > 0 else None,
-    )
+    key_of_dropout = self.make_rng("dropout") if train and self.dropout_rate > 0 else None
+    similarity = Similarity("dot", self.width**-0.5, self.dropout_rate, key_of_dropout)
     if self.is_mutable_collection("intermediates"):
       self.sow("intermediates", "weights", attention_map(query, key, shares, similarity))
     attended = attend(query, key, value, shares, similarity, block_elements=self.block_elements)
@@ -228,8 +225,7 @@ class OfficialRenderingTransformer(nn.Module):
     self, x: Float[Array, "b h w c"], fine: Float[Array, "b y x c"], *, train: bool
   ) -> Float[Array, "b h w d"]:
     """Returns the new coarse map. The sides of `fine` are a power of two times those of `x`."""
-    if self.rendering not in RENDERINGS:
-      raise ValueError(unknown_name("rendering", self.rendering, RENDERINGS))
+    check_names("rendering", [self.rendering], RENDERINGS)
     ratio = side_ratio((fine.shape[1], fine.shape[2]), (x.shape[1], x.shape[2]))
     mean = jnp.mean(fine, (1, 2), keepdims=True, dtype=jnp.promote_types(fine.dtype, jnp.float32))
     gate = _pointwise(self.width, self.dtype, use_bias=False, name="gate")(mean.astype(fine.dtype))
@@ -290,13 +286,11 @@ class FeaturePyramidTransformer(nn.Module):
   def __call__(
     self, pyramid: Sequence[Float[Array, "b _ _ _"]], *, train: bool = False
   ) -> tuple[Float[Array, "b _ _ d"], ...]:
-    """Returns one map of `width` channels per level, of the level's size.
+    """Returns one map of `width` channels per level, of the level's size, from fine to coarse.
 
-    Args:
-      pyramid: maps from fine to coarse. The sides of neighbours are equal, or one is a power of two
-        times the other, rounded up, as strided convolutions produce them.
-      train: norms use batch statistics (and update "batch_stats", which must be mutable); dropout
-        and DropBlock use the "dropout" stream.
+    The sides of neighbours are equal, or one is a power of two times the other, rounded up, as
+    strided convolutions produce them. In training norms use batch statistics (and update
+    "batch_stats", which must be mutable); dropout and DropBlock use the "dropout" stream.
     """
     self._check(pyramid)
     levels = [shard_batch(x.astype(self.dtype)) for x in pyramid]
@@ -318,8 +312,7 @@ class FeaturePyramidTransformer(nn.Module):
     return tuple(outputs)
 
   def _self(self, name: str, x: Float[Array, "b h w d"], *, train: bool) -> Array:
-    fields: dict[str, Any] = {"block_elements": self.block_elements, "dtype": self.dtype}
-    fields["name"] = name
+    fields = {"block_elements": self.block_elements, "dtype": self.dtype, "name": name}
     if self.variant == "paper":
       return SelfTransformer(self.width, self.self_parts, **fields)(x)
     official = OfficialSelfTransformer(self.width, self.self_parts, self.dropout_rate, **fields)
@@ -330,11 +323,8 @@ class FeaturePyramidTransformer(nn.Module):
   ) -> Float[Array, "b h w d"]:
     if self.variant == "official":
       return OfficialGroundingTransformer(self.width, self.dtype, name=name)(x, coarse, train=train)
-    fields: dict[str, Any] = {"block_elements": self.block_elements, "dtype": self.dtype}
-    paper = GroundingTransformer(
-      self.width, self.ground_parts, window=self.window, **fields, name=name
-    )
-    return paper(x, coarse)
+    fields = {"window": self.window, "block_elements": self.block_elements, "dtype": self.dtype}
+    return GroundingTransformer(self.width, self.ground_parts, **fields, name=name)(x, coarse)
 
   def _render(
     self, name: str, x: Float[Array, "b h w d"], fine: Array, *, train: bool
@@ -352,8 +342,7 @@ class FeaturePyramidTransformer(nn.Module):
     return x
 
   def _check(self, pyramid: Sequence[Float[Array, "b _ _ _"]]) -> None:
-    if self.variant not in TRANSFORMER_VARIANTS:
-      raise ValueError(unknown_name("variant", self.variant, TRANSFORMER_VARIANTS))
+    check_names("variant", [self.variant], TRANSFORMER_VARIANTS)
     if self.window is not None and self.variant != "paper":
       raise ValueError("window: variant='official' has no windowed grounding; leave window out")
     if not pyramid:

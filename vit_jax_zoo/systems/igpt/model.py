@@ -106,10 +106,9 @@ class ImageGPT(nn.Module):
   ) -> dict[str, Array]:
     """Predicts pixels from their colours in raster order; a causal model also takes fewer of them.
 
-    Returns:
-      `pixel_logits` [b n num_colors]; `features` [b d], the mean over positions of the last norm's
-      output, and `layer_features` [b depth+1 d], the same of each block's first norm and of the
-      last norm (section 2.4); `logits` [b num_classes], unless that is None. All float32.
+    Returns, in float32, `pixel_logits` [b n num_colors]; `features` [b d], the mean over positions
+    of the last norm's output, and `layer_features` [b depth+1 d], the same of each block's first
+    norm and of the last norm (section 2.4); `logits` [b num_classes], unless that is None.
     """
     length = tokens.shape[1]
     if length > self.num_positions:

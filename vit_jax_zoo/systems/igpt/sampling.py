@@ -56,7 +56,6 @@ def complete(
 
 
 def _unstack(tree: Any, depth: int) -> Any:
-  """Returns a collection of a model with scanned layers in the layout of unrolled layers."""
   blocks = tree["decoder"]["blocks"]
   layers = {f"block_{i}": jax.tree.map(operator.itemgetter(i), blocks) for i in range(depth)}
   return {**tree, "decoder": layers}

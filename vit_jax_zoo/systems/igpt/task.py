@@ -65,14 +65,12 @@ class PixelModelling(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """Accuracy with `class_weight`, else the mean log-likelihood of a pixel."""
     return "accuracy" if self.class_weight else "log_likelihood"
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns the model's initial variables, and a uniform bigram baseline."""
     variables, colors = self.model.init(rng, self._images(batch)), self.model.num_colors
-    blank = jnp.full((colors + 1, colors), -jnp.log(float(colors)), jnp.float32)
-    return {**variables, "baseline": {"bigram": blank}}
+    uniform = jnp.full((colors + 1, colors), -jnp.log(float(colors)), jnp.float32)
+    return {**variables, "baseline": {"bigram": uniform}}
 
   def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> base.Variables:
     """Returns the palette, read or fitted, and the bigram baseline, from the first images."""
@@ -153,7 +151,6 @@ class PixelModelling(base.Task):
 
   @property
   def feature_views(self) -> int:
-    """`maskings` with `causal=False`, else 1."""
     return 1 if self.model.causal else self.maskings
 
   def features(self, variables: base.Variables, batch: base.Batch) -> base.Predictions:
@@ -167,17 +164,12 @@ class PixelModelling(base.Task):
     return {"layers": outputs["layer_features"], "pixels": images.reshape(len(images), -1)}
 
   def evaluator(self) -> base.Evaluator:
-    """Returns an empty `PixelEvaluator`."""
     return PixelEvaluator()
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws training images."""
     return {"batch": draw.draw_images(batch["image"], title="Training batch")}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
-    """Draws completions beside the given pixels and the originals, if there are any."""
+  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     real = real_rows(batch, len(batch["image"]))
     if "completions" not in predictions or not len(real):
       return {}
@@ -185,7 +177,6 @@ class PixelModelling(base.Task):
     return {"completions": draw.draw_completions(*(np.asarray(array)[real] for array in arrays))}
 
   def _view(self, view: int | Array) -> jax.Array:
-    """Returns the key of an evaluation's masks, which is constant."""
     return jax.random.fold_in(jax.random.key(self.seed), view)
 
   def _images(self, batch: base.Batch) -> Float[Array, "b h w c"]:
@@ -252,7 +243,6 @@ class PixelEvaluator(Evaluator):
     self.sums: collections.Counter[str] = collections.Counter()
 
   def add(self, batch: Mapping[str, Any], predictions: Mapping[str, Any]) -> None:
-    """Adds one batch and its predictions, without rows of padding."""
     real = real_rows(batch, len(predictions["nats"]))
     names = [n for n in ("nats", "bigram_nats", "class_loss", "correct") if n in predictions]
     self.images += len(real)
@@ -263,7 +253,6 @@ class PixelEvaluator(Evaluator):
     self.sums.update(other.sums)
 
   def result(self) -> dict[str, float]:
-    """Returns the scores by name."""
     if not self.images:
       raise ValueError("no image was evaluated; is the evaluation split empty?")
     means = {name: total / self.images for name, total in self.sums.items()}

@@ -17,7 +17,7 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.norm import BatchNorm
 from vit_jax_zoo.ops.checks import check_positive
 
@@ -214,8 +214,7 @@ class LambdaLayer(nn.Module):
       raise ValueError(f"num_heads: {self.num_heads} does not divide {x.shape[-1]} channels")
     if self.receptive_field is not None and self.receptive_field % 2 == 0:
       raise ValueError(f"receptive_field: {self.receptive_field} is even; expected an odd number")
-    if self.initialization not in INITIALIZATIONS:
-      raise ValueError(unknown_name("initialization", self.initialization, INITIALIZATIONS))
+    check_names("initialization", [self.initialization], INITIALIZATIONS)
     if self.stride not in (1, 2) or self.pool_size not in (2, 3):
       pool = f"pool_size {self.pool_size}"
       raise ValueError(f"stride: {self.stride} with {pool}; expected 1 or 2 with pool_size 2 or 3")

@@ -89,11 +89,7 @@ DETECTORS: dict[str, dict[str, Any]] = {
 }
 """Detectors of the paper's COCO experiment: fields of Mask R-CNN by model name."""
 
-SHARDING_RULES = (
-  (r".*/(bias|scale|position_bias)", ()),
-  (r".*/position_embedding", ()),
-  (r".*", "fsdp"),
-)
+SHARDING_RULES = ((r".*/(bias|scale|position_bias|position_embedding)", ()), (r".*", "fsdp"))
 """Kernels split over `fsdp`; everything small is kept whole."""
 
 

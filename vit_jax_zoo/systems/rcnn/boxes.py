@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from vit_jax_zoo.errors import part_fields, unknown_name
+from vit_jax_zoo.errors import part_fields
 from vit_jax_zoo.ops.boxes import box_area, pairwise_iou
 from vit_jax_zoo.ops.checks import check_positive
 
@@ -43,13 +43,6 @@ CONVENTIONS = {
 }
 
 
-def find_convention(name: str) -> Convention:
-  """Returns the convention of this name; ValueError if it is unknown."""
-  if name not in CONVENTIONS:
-    raise ValueError(unknown_name("convention", name, CONVENTIONS))
-  return CONVENTIONS[name]
-
-
 Weights: TypeAlias = tuple[float | int, float | int, float | int, float | int]
 """Factors of the four deltas, which bring them to the order of 1."""
 
@@ -63,11 +56,7 @@ def encode_boxes(
   references_xyxy: Float[Array, "*#n 4"],
   weights: Weights = (1, 1, 1, 1),
 ) -> Float[Array, "*#n 4"]:
-  """Returns the deltas from references to boxes.
-
-  (x - x_r) / w_r, (y - y_r) / h_r, log(w / w_r), log(h / h_r) of the centres and sizes, times the
-  weights.
-  """
+  """Returns (x - x_r) / w_r, (y - y_r) / h_r, log(w / w_r), log(h / h_r), times the weights."""
   center, size = _center_size(boxes_xyxy)
   reference_center, reference_size = _center_size(references_xyxy)
   reference_size = jnp.maximum(reference_size, _MIN_SIDE)
@@ -105,11 +94,9 @@ def inclusive(boxes_xyxy: Float[Array, "*n 4"]) -> Float[Array, "*n 4"]:
   return jnp.concatenate([boxes_xyxy[..., :2], boxes_xyxy[..., 2:] - 1], axis=-1)
 
 
-def _center_size(
-  boxes_xyxy: Float[Array, "*n 4"],
-) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
-  size = boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]
-  return boxes_xyxy[..., :2] + 0.5 * size, size
+def _center_size(boxes: Float[Array, "*n 4"]) -> tuple[Float[Array, "*n 2"], Float[Array, "*n 2"]]:
+  size = boxes[..., 2:] - boxes[..., :2]
+  return boxes[..., :2] + 0.5 * size, size
 
 
 def cell_anchors(
@@ -142,14 +129,9 @@ def cell_anchors(
 def grid_anchors(
   cell: Float[np.ndarray, "a 4"], map_size: tuple[int, int], steps: tuple[int, int]
 ) -> Float[Array, "n 4"]:
-  """Returns the anchors of all positions of a map in row-major order.
-
-  `cell` has those of the first; `steps` are the pixels between rows, and between columns.
-  """
-  rows, columns = (
-    jnp.arange(side, dtype=jnp.float32) * step for side, step in zip(map_size, steps, strict=True)
-  )
-  y, x = jnp.meshgrid(rows, columns, indexing="ij")
+  """Returns the anchors of all positions, row by row; `steps` are pixels between rows, columns."""
+  rows, columns = (jnp.arange(side, dtype=jnp.float32) for side in map_size)
+  y, x = jnp.meshgrid(rows * steps[0], columns * steps[1], indexing="ij")
   shift = jnp.stack([x, y, x, y], axis=-1)[:, :, None]
   return (shift + jnp.asarray(cell, jnp.float32)[None, None]).reshape(-1, 4)
 
@@ -325,19 +307,14 @@ class ProposalLimits:
 
 
 def pick_limits(given: Mapping[str, Any] | None, *, train: bool) -> ProposalLimits:
-  """Returns the limits for training (2000 boxes by default) or inference.
-
-  `given` has fields of `ProposalLimits`; a pair of values is (training, inference).
-  """
+  """Returns `ProposalLimits` of a config, in which a pair of values is (training, inference)."""
   fields = {"pre_nms_top_n": (2000, 1000), "post_nms_top_n": (2000, 1000)}
   fields |= part_fields("proposals", ProposalLimits, given)
   chosen = {}
   for name, value in fields.items():
     pair = value if isinstance(value, list | tuple) else (value, value)
     if len(pair) != 2:
-      raise ValueError(
-        f"proposals.{name}: {value}; expected a number or a pair (training, inference)"
-      )
+      raise ValueError(f"proposals.{name}: {value}; expected a number or (training, inference)")
     chosen[name] = pair[0 if train else 1]
   limits = ProposalLimits(**chosen)
   check_positive(limits, "pre_nms_top_n", "post_nms_top_n")
@@ -356,8 +333,7 @@ def choose_proposals(
 ) -> tuple[Float[Array, "p 4"], Float[Array, " p"], Bool[Array, " p"]]:
   """Returns boxes, logits (highest first) and existence of an image's proposals.
 
-  Anchors, logits and deltas are those of all levels, which have `lengths`; `image_size` is height
-  and width without padding.
+  Anchors, logits and deltas are those of all levels, which have `lengths`.
   """
   kept, start = [], 0
   for length in lengths:
@@ -411,16 +387,12 @@ def choose_detections(
   limits: DetectionLimits,
   convention: Convention,
 ) -> Detections:
-  """Returns the detections among an image's classified proposals.
-
-  The background's logits and deltas are the last; `image_size` is height and width without padding.
-  """
+  """Returns the detections among an image's classified proposals; the background is the last."""
   probabilities = jax.nn.softmax(logits)[:, :-1]
   classes = probabilities.shape[1]
   scores = jnp.where(exists[:, None], probabilities, 0).reshape(-1)
-  pair, candidate = top_k(
-    scores, scores > limits.score_thresh, min(limits.max_candidates, len(scores))
-  )
+  count = min(limits.max_candidates, len(scores))
+  pair, candidate = top_k(scores, scores > limits.score_thresh, count)
   row, label, score = pair // classes, pair % classes, scores[pair]
   boxes = decode_boxes(deltas[row, label], proposals_xyxy[row], limits.reg_weights)
   boxes = clip_boxes(boxes, image_size, convention.min_clipped_size)

@@ -16,17 +16,17 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Num
 
-from vit_jax_zoo.errors import part_fields, unknown_name
+from vit_jax_zoo.errors import check_names, part_fields
 from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, STAGES
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import clear_padding, pad_images
 from vit_jax_zoo.ops.sharding import on_own_examples, shard_batch
 from vit_jax_zoo.registry import registry_of
 from vit_jax_zoo.systems.rcnn.boxes import (
+  CONVENTIONS,
   Convention,
   cell_anchors,
   choose_proposals,
-  find_convention,
   inclusive,
   pick_limits,
   pyramid_anchors,
@@ -108,14 +108,13 @@ class RCNN(nn.Module):
     self._check()
     kinds = registry_of("backbone_kind", "backbones", {"resnet": "vit_jax_zoo.nn.resnet:ResNet"})
     kind = kinds[self.backbone_kind]
-    fields: dict[str, Any] = {"norm": "frozen_batch_norm"}
-    fields |= part_fields("backbone", kind, self.backbone)
-    self._backbone = kind(**{**fields, "dtype": self.dtype}, name="backbone")
+    fields: dict[str, Any] = part_fields("backbone", kind, self.backbone)
+    fields = {"norm": "frozen_batch_norm", **fields, "dtype": self.dtype}
+    self._backbone = kind(**fields, name="backbone")
     fields = {"width": self.width, **part_fields("neck_fields", self.neck_class, self.neck_fields)}
     self._neck = self.neck_class(**{**fields, "dtype": self.dtype}, name="neck")
-    self._proposal_head = RegionProposalHead(
-      len(self.cell_anchors[0]), self.dtype, name="proposal_head"
-    )
+    count = len(self.cell_anchors[0])
+    self._proposal_head = RegionProposalHead(count, self.dtype, name="proposal_head")
     fields = part_fields("box_head", BoxHead, self.box_head)
     self._box_head = BoxHead(**fields, dtype=self.dtype, name="box_head")
     self._box_outputs = BoxOutputs(self.num_classes, self.dtype, name="box_outputs")
@@ -154,8 +153,7 @@ class RCNN(nn.Module):
 
     `image_size` is height and width of each image without its padding at the right and bottom, by
     default all of it. In training, batch norms that are not frozen update "batch_stats", which must
-    be mutable; dropout and the like use the "dropout" stream; pairs in `proposals` have the first
-    value.
+    be mutable, and dropout uses the "dropout" stream.
     """
     if image_size is None:
       image_size = jnp.broadcast_to(jnp.asarray(images.shape[1:3]), (len(images), 2))
@@ -221,7 +219,7 @@ class RCNN(nn.Module):
   @property
   def convention_details(self) -> Convention:
     """Details of the convention."""
-    return find_convention(self.convention)
+    return CONVENTIONS[self.convention]
 
   @property
   def strides(self) -> tuple[int, ...]:
@@ -248,16 +246,14 @@ class RCNN(nn.Module):
     if self.adaptive:
       first = jnp.zeros(boxes.shape[:2], jnp.int32)
       return [align([x], boxes, first, strides=[s]) for x, s in zip(pyramid, strides, strict=True)]
-    first, last, canonical = (
-      int(math.log2(stride)) for stride in (strides[0], strides[-1], self.canonical_stride)
-    )
+    ends = strides[0], strides[-1], self.canonical_stride
+    first, last, canonical = (int(math.log2(stride)) for stride in ends)
     level = box_levels(boxes_xyxy, (first, last), self.canonical_size, canonical)
     return [align(pyramid, boxes, level - first, strides=strides)]
 
   def _check(self) -> None:
-    for level in self.levels:
-      if level not in STAGES:
-        raise ValueError(unknown_name("level", level, STAGES))
+    check_names("level", self.levels, STAGES)
+    check_names("convention", [self.convention], CONVENTIONS)
     if list(self.levels) != sorted(set(self.levels)) or not self.levels:
       raise ValueError(f"levels: {self.levels}; expected each level once, from fine to coarse")
     if (self.backbone or {}).get("output_stride", 32) != 32:
@@ -268,4 +264,3 @@ class RCNN(nn.Module):
     expected = len(self.levels) + self.extra_levels
     if len(self.anchor_sizes) != expected:
       raise ValueError(f"anchor_sizes: {len(self.anchor_sizes)} entries; expected {expected}")
-    find_convention(self.convention)

@@ -128,7 +128,6 @@ def _multiplied(
 
 
 def _interpolation(points: _Points, side: int) -> Float[Array, "r size side"]:
-  """Returns the weight of each map position in each bin."""
   positions = jnp.arange(side, dtype=points.at.dtype)[None, None, None]
   distance = jnp.abs(points.at[..., None] - positions)
   return jnp.sum(points.weight[..., None] * jnp.maximum(1 - distance, 0), axis=2)
@@ -188,7 +187,6 @@ def _interpolate(
 def _neighbours(
   at: Float[Array, "r p"], side: Int[Array, " r"]
 ) -> list[tuple[Int[Array, "r p"], Float[Array, "r p"]]]:
-  """Returns the positions before and after each point with their weights."""
   low = jnp.floor(at)
   share = at - low
   index = low.astype(jnp.int32)

@@ -165,10 +165,7 @@ class InstanceDetection(base.Task):
       terms["mask_loss"] = examples / count * self._mask_loss(masks, first, batch)
     unknown = targets.is_target & ((targets.labels < 0) | (targets.labels >= self.num_classes))
     loss = jnp.where(jnp.any(unknown), jnp.nan, sum(terms.values()))
-    metrics = {
-      name: base.Mean(total=value * count, count=examples)
-      for name, value in ({"loss": loss} | terms).items()
-    }
+    metrics = {k: base.Mean(x * count, examples) for k, x in ({"loss": loss} | terms).items()}
     right = (jnp.argmax(logits, axis=-1) == rois.labels).astype(jnp.float32)
     metrics["class_accuracy"] = base.Mean.of(right, rois.exists)
     overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
@@ -233,9 +230,7 @@ class InstanceDetection(base.Task):
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
     return {"batch": draw.draw_targets(batch, self.class_names)}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
+  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     if not np.asarray(batch.get("mask", True)).any():
       return {}
     fields = {"class_names": self.class_names, "threshold": self.score_threshold}
@@ -265,9 +260,8 @@ class InstanceDetection(base.Task):
     ) -> tuple[Array, Array]:
       thresholds = self.rpn_fg_iou_thresh, self.rpn_bg_iou_thresh
       assigned = assign_anchors(found.anchors_xyxy, target, real, valid, *thresholds)
-      index, exists, foreground = sample_boxes(
-        rng, assigned, self.rpn_batch_size_per_image, self.rpn_positive_fraction
-      )
+      size = self.rpn_batch_size_per_image, self.rpn_positive_fraction
+      index, exists, foreground = sample_boxes(rng, assigned, *size)
       labels = foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[index], labels)
       target = take_rows(target, assigned.target[index])
@@ -281,23 +275,20 @@ class InstanceDetection(base.Task):
     if self.rpn_inside_only:
       valid &= inside_images(found.anchors_xyxy, image_size(batch))
     keys = jax.random.split(rng, len(mask))
-    losses = jax.vmap(one_image)(
-      keys, found.objectness, found.deltas, targets.boxes_xyxy, targets.is_target, valid
-    )
+    truth = targets.boxes_xyxy, targets.is_target
+    losses = jax.vmap(one_image)(keys, found.objectness, found.deltas, *truth, valid)
     objectness, distance = (jnp.sum(x) / (self.rpn_batch_size_per_image * count) for x in losses)
     return {"objectness_loss": objectness, "anchor_box_loss": distance}
 
   def _sampled_proposals(
     self, found: Any, targets: Targets, mask: Bool[Array, " b"], rng: jax.Array
   ) -> Rois:
-    """Samples from the proposals and the targets themselves."""
 
     def one_image(rng: Array, boxes: Array, exists: Array, targets: Targets) -> Rois:
       truth = targets.boxes_xyxy, targets.is_target, targets.is_crowd
       assigned = assign_proposals(boxes, *truth, exists, self.box_fg_iou_thresh)
-      index, drawn, foreground = sample_boxes(
-        rng, assigned, self.box_batch_size_per_image, self.box_positive_fraction
-      )
+      size = self.box_batch_size_per_image, self.box_positive_fraction
+      index, drawn, foreground = sample_boxes(rng, assigned, *size)
       chosen, target = jnp.where(drawn[:, None], boxes[index], 0), assigned.target[index]
       labels = jnp.where(foreground, take_rows(targets.labels, target), self.num_classes)
       return Rois(chosen, target, labels, drawn, foreground)
@@ -332,7 +323,6 @@ class InstanceDetection(base.Task):
   def _mask_loss(
     self, logits: Float[Array, "b r m m k"], rois: Rois, batch: base.Batch
   ) -> Float[Array, ""]:
-    """Returns the mean over the foreground proposals."""
     if "masks" not in batch:
       raise ValueError(
         "masks: missing in the batch, but the model has a mask head; set masks=True of "

@@ -98,7 +98,6 @@ def _draw_row(
 
 
 def _tinted(image: np.ndarray, colors: np.ndarray) -> Float[np.ndarray, "y x 3"]:
-  """Tints an image with the colours of cells of 4x4 pixels; keeps its brightness."""
   large = np.repeat(np.repeat(colors, 4, axis=0), 4, axis=1).astype(np.float32)
   image = np.asarray(image, np.float32)[: large.shape[0], : large.shape[1]]
   gray = image.mean(axis=-1, keepdims=True)
@@ -108,7 +107,6 @@ def _tinted(image: np.ndarray, colors: np.ndarray) -> Float[np.ndarray, "y x 3"]
 def _grid(
   batch: Mapping[str, Any], max_images: int, columns: list[str], title: str
 ) -> tuple[Figure, list[dict[str, Axes]]]:
-  """Creates a row of axes by column name for each example, in the images' aspect ratio."""
   count, height, width, _ = batch["upsampled_image"].shape
   rows, aspect = min(count, max_images), float(np.clip(height / width, 0.4, 1.6))
   if not rows:

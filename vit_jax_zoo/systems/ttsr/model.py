@@ -68,12 +68,10 @@ class TTSR(nn.Module):
     """Enlarges `low_res_image`; all images in [-1, 1], the reference's sides multiples of 4.
 
     `upsampled_image` is its bicubic enlargement, `blurred_ref_image` the reference, reduced and
-    enlarged. `train` has no effect.
-
-    Returns:
-      `image` float32 [b 4h 4w 3], in [-1, 1]; `hard_attention` int32 [b h w], index of the matching
-      cell, row by row, in a grid of a quarter of the reference's sides; `soft_attention` float32
-      [b h w], cosine of the match; `textures`, the transferred maps 1, 2 and 3.
+    enlarged. `train` has no effect. Returns `image` float32 [b 4h 4w 3], in [-1, 1];
+    `hard_attention` int32 [b h w], index of the matching cell, row by row, in a grid of a quarter
+    of the reference's sides; `soft_attention` float32 [b h w], cosine of the match; `textures`, the
+    transferred maps 1, 2 and 3.
     """
     del train
     given = (low_res_image, upsampled_image, ref_image, blurred_ref_image)

@@ -48,9 +48,8 @@ class SuperResolutionPredictor:
     self._window = WINDOW if options.tile is None else options.tile
     self._least_window = 2 * max(self._model.reach, SEARCH_REACH) + 1
     if self._window < self._least_window:
-      raise ValueError(
-        f"--tile: {self._window} pixels; expected at least {self._least_window} for this model"
-      )
+      expected = f"at least {self._least_window} for this model"
+      raise ValueError(f"--tile: {self._window} pixels; expected {expected}")
     self._reference = crop_to_multiple(options.reference, "the reference")
     frugal = functools.partial(jax.jit, compiler_options=compiler_options())
     self._jitted_features = frugal(self._features, static_argnames="precise")
@@ -85,11 +84,8 @@ class SuperResolutionPredictor:
       "mean_soft_attention": float(soft.mean()),
       "reference_cells_used": len(np.unique(index)),
     }
-    batch = {
-      "low_res_image": image[None],
-      "upsampled_image": upsampled[None],
-      "ref_image": self._reference[None],
-    }
+    batch = {"low_res_image": image[None], "upsampled_image": upsampled[None]}
+    batch["ref_image"] = self._reference[None]
     found = {"image": result[None], "hard_attention": index[None], "soft_attention": soft[None]}
     figure = draw_results(batch, found, title="Source positions of the textures")
     return Prediction(record, {"": result, "search": figure})
@@ -192,7 +188,6 @@ def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
 
 
 def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[tuple[int, int], ...]]:
-  """Yields the range of a window and its kept range along one side."""
   window, kept = min(window, length), 0
   while kept < length:
     first = min(max(kept - reach, 0), length - window)

@@ -127,9 +127,8 @@ def _search(
     asked = query_columns(query_start)
 
     def compare(best: tuple[Array, Array], ref_start: Array) -> tuple[tuple[Array, Array], None]:
-      products = jnp.einsum(
-        "bqc,brc->bqr", asked, ref_columns(ref_start), precision=lax.Precision.HIGHEST
-      )
+      theirs = ref_columns(ref_start)
+      products = jnp.einsum("bqc,brc->bqr", asked, theirs, precision=lax.Precision.HIGHEST)
       patches = products[:, :-2, :-2] + products[:, 1:-1, 1:-1] + products[:, 2:, 2:]
       scale = lax.dynamic_slice_in_dim(scales, ref_start, ref_block, axis=1)[:, None]
       cosines = jnp.where(scale > 0, patches * scale, -jnp.inf)  # times the query's norm
@@ -176,9 +175,7 @@ def _windows(
   maps: Float[Array, "b y x c"], rows: Int[Array, "b h w"], columns: Int[Array, "b h w"], size: int
 ) -> Float[Array, "b h w s s c"]:
   """Gathers cells of `size`x`size` pixels by row and column, zeros outside of the map."""
-  numbers = lax.GatherDimensionNumbers(
-    offset_dims=(2, 3, 4), collapsed_slice_dims=(), start_index_map=(0, 1)
-  )
+  numbers = lax.GatherDimensionNumbers((2, 3, 4), collapsed_slice_dims=(), start_index_map=(0, 1))
 
   def gather(one: Array, corners: Array) -> Array:
     shape = (size, size, one.shape[-1])
@@ -188,7 +185,6 @@ def _windows(
 
 
 def _shifted(padded: Array, offset: Int[Array, " 2"], size: tuple[int, int]) -> Array:
-  """Returns the unpadded map shifted by an offset."""
   padded = lax.dynamic_slice_in_dim(padded, offset[0] + 1, size[0], axis=1)
   return lax.dynamic_slice_in_dim(padded, offset[1] + 1, size[1], axis=2)
 

@@ -84,7 +84,6 @@ class SuperResolution(base.Task):
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """The VGG-19 of the perceptual loss and of the texture extractor."""
     parts = ("vgg", "params/generator/extractor")
     return dict.fromkeys(parts, self.vgg_file) if self.vgg_file else {}
 
@@ -95,11 +94,9 @@ class SuperResolution(base.Task):
 
   @property
   def best_metric(self) -> str:
-    """PSNR as the official code measures it."""
     return "psnr"
 
   def init(self, rng: jax.Array, batch: base.Batch) -> base.Variables:
-    """Returns initial variables of the generator, and of the networks that the losses need."""
     generator, discriminator, vgg = jax.random.split(rng, 3)
     params = {"generator": self.model.init(generator, *self._inputs(batch))["params"]}
     truth = _normalised(batch["image"])
@@ -109,7 +106,6 @@ class SuperResolution(base.Task):
     return {"params": params, **vgg_params}
 
   def make_train_step(self, optimizers: Sequence[Optimizer], **options: Any) -> TrainStep:
-    """Returns the alternating step."""
     return make_train_step(self, optimizers, **options)
 
   def precompute(
@@ -160,17 +156,12 @@ class SuperResolution(base.Task):
     return predictions
 
   def evaluator(self) -> SuperResolutionEvaluator:
-    """Returns an empty evaluator: PSNR and SSIM of outputs and of bicubic enlargements."""
     return SuperResolutionEvaluator()
 
   def batch_figures(self, batch: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-    """Draws low-resolution images, ground truth and references."""
     return {"batch": draw.draw_batch(batch)}
 
-  def figures(
-    self, batch: Mapping[str, np.ndarray], predictions: Mapping[str, np.ndarray]
-  ) -> dict[str, Figure]:
-    """Draws inputs, outputs, ground truth, and the source positions."""
+  def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     real = np.asarray(base.example_mask(batch))
     if not real.any():
       return {}

@@ -94,10 +94,7 @@ def attention_distances(
   *,
   patch_size: float = 1.0,
 ) -> Float[Array, "l heads"]:
-  """Returns the mean distance between a patch and the patches it attends to (figure 7, right).
-
-  Without other tokens, in the unit of `patch_size`, the side of a patch.
-  """
+  """Returns the mean distance, in units of `patch_size`, of attended patches (figure 7, right)."""
   maps = patch_tokens(patch_tokens(weights, grid, axis=-1), grid, axis=-2).astype(jnp.float32)
   maps = maps / jnp.maximum(maps.sum(axis=-1, keepdims=True), 1e-12)
   points = np.stack(np.meshgrid(*map(np.arange, grid), indexing="ij"), axis=-1).reshape(-1, 2)

@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.attention import Implementation, MultiHeadAttention
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
 from vit_jax_zoo.nn.transformer import SHARDING_RULES as SHARDING_RULES
@@ -66,11 +66,9 @@ class VisionTransformer(nn.Module):
     Sides are multiples of the token stride. `train` enables dropout and stochastic depth, which
     draw from the "dropout" stream.
 
-    Returns:
-      `features` [b d], the input of the head; `tokens` [b n width], the encoder's output, class
-      token first; `logits` [b num_classes], unless `num_classes` is None. Features and logits are
-      float32. With `mutable="intermediates"` also `patches` [b h w width], `embedded`, `encoded`,
-      `pooled`, and below `encoder` the blocks' outputs and attention maps.
+    Returns `features` float32 [b d], the input of the head; `tokens` [b n width], the encoder's
+    output, class token first; `logits` float32 [b num_classes], unless `num_classes` is None. Sows
+    `patches` [b h w width], `embedded`, `encoded`, `pooled`, and the blocks' intermediates.
     """
     _check(self, (images.shape[1], images.shape[2]))
     x = shard_batch(jnp.asarray(images))
@@ -218,9 +216,8 @@ class PositionEmbedding(nn.Module):
       return jnp.concatenate(halves, axis=-1).reshape(1, h * w, width)
     if self.kind == "sincos_2d":
       return jnp.asarray(sincos_2d(h, w, width))[None]
-    if self.kind == "none":
-      return jnp.zeros((1, h * w, width))
-    raise ValueError(unknown_name("position_embedding", self.kind, POSITION_EMBEDDINGS))
+    check_names("position_embedding", [self.kind], POSITION_EMBEDDINGS)
+    return jnp.zeros((1, h * w, width))
 
 
 def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> np.ndarray:
@@ -240,9 +237,7 @@ POOLS = ("cls", "mean")
 
 
 def _check(model: VisionTransformer, image_size: tuple[int, int]) -> None:
-  """Raises ValueError for fields out of range, and for images that patches do not fill."""
-  if model.pool not in POOLS:
-    raise ValueError(unknown_name("pool", model.pool, POOLS))
+  check_names("pool", [model.pool], POOLS)
   if model.pool == "cls" and not model.has_cls_token:
     raise ValueError("cls_token: False with pool='cls'; set cls_token=True or pool='mean'")
   check_num_classes(model)
