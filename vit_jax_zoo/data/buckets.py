@@ -33,6 +33,10 @@ Shape: TypeAlias = tuple[int, int]  # height and width in pixels
 
 Transforms: TypeAlias = Sequence[Callable[[Example, np.random.Generator], Example]]
 
+BucketSpec: TypeAlias = (
+  int | Sequence[Sequence[int]]
+)  # a number to choose, or (height, width) pairs
+
 WINDOW = 128  # batches sorted together
 SAMPLE = 10_000  # positions of a run from which buckets are chosen where only their number is given
 MULTIPLE = 32  # sides of chosen buckets are multiples of this, a ResNet's stride
@@ -150,9 +154,7 @@ class Forecast:
     return [self(index, numbers.at(index)) for index in range(len(self.sizes))]
 
 
-def find_buckets(
-  forecast: Forecast, buckets: int | Sequence[Sequence[int]], seed: int | None
-) -> Buckets:
+def find_buckets(forecast: Forecast, buckets: BucketSpec, seed: int | None) -> Buckets:
   """Returns the given buckets, or chooses a given number, for a training run or an evaluation.
 
   ValueError for wrong shapes, or a transform whose output size is not known in advance.
@@ -168,18 +170,15 @@ def find_buckets(
 
 
 class TrainPlan:
-  """Positions and shape of each training batch of all hosts; `window` batches are sorted together.
-
-  Errors are those of `find_buckets`.
-  """
+  """Positions and shape of each training batch of all hosts; errors are those of `find_buckets`."""
 
   def __init__(
     self,
     forecast: Forecast,
     seed: int,
     batch_size: int,
-    buckets: int | Sequence[Sequence[int]],
-    window: int = WINDOW,
+    buckets: BucketSpec,
+    window: int = WINDOW,  # batches sorted together
   ) -> None:
     self._buckets = find_buckets(forecast, buckets, seed)
     self._forecast, self._seed = forecast, seed
@@ -224,9 +223,7 @@ class EvalPlan:
   `indices`, int64 [batches * batch_size], are examples row by row, -1 for a row without one.
   """
 
-  def __init__(
-    self, forecast: Forecast, batch_size: int, buckets: int | Sequence[Sequence[int]]
-  ) -> None:
+  def __init__(self, forecast: Forecast, batch_size: int, buckets: BucketSpec) -> None:
     found = find_buckets(forecast, buckets, seed=None)
     members: dict[Shape, list[int]] = {shape: [] for shape in found.shapes}
     for index, size in enumerate(forecast.evaluation()):

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags, logging
 
 from vit_jax_zoo.data.buckets import (
+  BucketSpec,
   EvalPlan,
   Forecast,
   PaddedShape,
@@ -74,7 +75,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   num_threads: int | None = None,  # of each process; default: its share of the cores, at most 16
   num_classes: int | None = None,  # bound of the labels; default: the source's
   on_corrupt: str = "error",  # stops at an image that cannot be decoded; or "skip"
-  buckets: int | Sequence[Sequence[int]] | None = None,  # for images of different sizes
+  buckets: BucketSpec | None = None,  # for images of different sizes
   repeats: int = 1,  # rows of a batch with the same example, augmented differently
 ) -> "BatchIterator":
   """Returns this host's endless training batches from `start_step` on.
@@ -92,11 +93,9 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   transforms = _for_source(transforms, source)
   local = _local_batch_size(source, batch_size, process_index, process_count, on_corrupt)
   if repeats < 1 or batch_size % repeats:
-    expected = f"a divisor of batch_size {batch_size}"
-    raise ValueError(f"data.train.aug_repeats: {repeats}; expected {expected}")
+    raise ValueError(f"data.train.aug_repeats: {repeats}; expected a divisor of {batch_size=}")
   if repeats > 1 and buckets is not None:
-    both = "data.train.aug_repeats cannot be combined with data.loader.buckets"
-    raise ValueError(f"{both}; remove one")
+    raise ValueError("data.train.aug_repeats: not with data.loader.buckets; remove one of them")
   plan = None
   if buckets is not None:
     plan = TrainPlan(Forecast(source_sizes(source), transforms), seed, batch_size, buckets)
@@ -106,8 +105,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   # more CPU time for JPEG files of 500x375 (1.62 instead of 1.44 ms), 18 % more for 8x8 digits.
   numbers = grain.MapDataset.range(start_step * process_count + process_index, sys.maxsize)
   batches = TrainBatches(loader, local, seed, plan, process_count, repeats)
-  dataset = numbers[::process_count].map(batches)
-  return BatchIterator(_iterate(dataset, num_workers, num_threads))
+  return _iterate(numbers[::process_count].map(batches), num_workers, num_threads)
 
 
 def training_shapes(
@@ -117,7 +115,7 @@ def training_shapes(
   batch_size: int,
   seed: int,
   num_classes: int | None = None,
-  buckets: int | Sequence[Sequence[int]] | None = None,
+  buckets: BucketSpec | None = None,
 ) -> list[tuple[float, Batch]]:
   """Returns the shapes of a training run's batches, for planning; arguments as in `train_batches`.
 
@@ -147,7 +145,7 @@ def eval_batches(  # noqa: PLR0913
   num_threads: int | None = None,
   num_classes: int | None = None,
   on_corrupt: str = "error",
-  buckets: int | Sequence[Sequence[int]] | None = None,
+  buckets: BucketSpec | None = None,
 ) -> "EvalBatches":
   """Returns this host's batches of one pass over the source.
 
@@ -221,7 +219,7 @@ class EvalBatches:
     return len(self._dataset)
 
   def __iter__(self) -> BatchIterator:
-    self._last = BatchIterator(_iterate(self._dataset, self._num_workers, self._num_threads))
+    self._last = _iterate(self._dataset, self._num_workers, self._num_threads)
     return self._last
 
   @property
@@ -253,7 +251,6 @@ def _for_source(transforms: Transforms, source: Source) -> tuple[Any, ...]:
 def _local_batch_size(
   source: Source, batch_size: int, process_index: int, process_count: int, on_corrupt: str
 ) -> int:
-  """Returns the rows of one host; checks the arguments."""
   check_names("policy for corrupt examples", [on_corrupt], ("error", "skip"))
   if len(source) == 0:
     raise ValueError(f"{source.info.name} has no example")
@@ -266,9 +263,7 @@ def _local_batch_size(
   return batch_size // process_count
 
 
-def _iterate(
-  dataset: grain.MapDataset, num_workers: int, num_threads: int | None
-) -> grain.DatasetIterator:
+def _iterate(dataset: grain.MapDataset, num_workers: int, num_threads: int | None) -> BatchIterator:
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also without an absl app
   try:
@@ -281,7 +276,7 @@ def _iterate(
   if num_workers:
     processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
     batches = batches.mp_prefetch(processes)
-  return iter(batches)
+  return BatchIterator(iter(batches))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,12 +362,12 @@ class TrainBatches:
     """
     if self.plan is None:
       positions = range(number * self.size, (number + 1) * self.size)
-      batch, _, failures = _collect(map(self._at, positions), self.size)
+      rows, padded = map(self._at, positions), None
     else:
       step, host = divmod(number, self.hosts)
       positions, padded = self.plan(step)
       rows = (self._row(positions.tolist(), host * self.size + i) for i in range(self.size))
-      batch, _, failures = _collect(rows, self.size, padded)
+    batch, _, failures = _collect(rows, self.size, padded)
     return {**batch, SKIPPED: failures}
 
   def _row(self, positions: list[int], row: int) -> Loaded:
@@ -473,7 +468,6 @@ def _allocate(example: Example, size: int, padded: PaddedShape | None) -> Batch:
 
 
 def _put(batch: Batch, key: str, value: np.ndarray, row: int, *, padded: bool) -> None:
-  """Sets one row of an array; the batch's first example gives the shape."""
   if batch[key].dtype != value.dtype:
     batch[key] = batch[key].astype(np.promote_types(batch[key].dtype, value.dtype))
   place = batch[key][row, ...]

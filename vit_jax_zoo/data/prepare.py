@@ -90,8 +90,7 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
     if file.is_file() and file not in shards:
       shutil.copyfile(file, scratch / file.name)
   for split in info["splits"]:
-    default = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-    template = split.get("filepathTemplate", default)
+    template = split.get("filepathTemplate", "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}")
     split["filepathTemplate"] = template.replace("tfrecord", "array_record")
   info["fileFormat"] = "array_record"
   (scratch / "dataset_info.json").write_text(json.dumps(info, indent=1))
@@ -107,15 +106,14 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
   sources = {s: open_() for s, open_ in folder.find_splits(root).items() if s != "all"}
-  names = next(iter(sources.values())).info.class_names
   features = {
     "image": tfds.features.Image(shape=(None, None, 3)),
-    "label": tfds.features.ClassLabel(names=names),
+    "label": tfds.features.ClassLabel(names=next(iter(sources.values())).info.class_names),
   }
   splits = {}
   for split, source in sources.items():
-    indices, text = range(len(source)), f"reading {source.info.name}"
-    tracked = rich.progress.track(indices, text, console=_CONSOLE)
+    text = f"reading {source.info.name}"
+    tracked = rich.progress.track(range(len(source)), text, console=_CONSOLE)
     splits[split] = map(source.__getitem__, tracked)
   # A folder's order is already shuffled.
   return tfds_source.write_dataset(name, features, splits, data_dir, shuffle=False)

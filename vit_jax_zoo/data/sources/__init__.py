@@ -23,9 +23,7 @@ from vit_jax_zoo.registry import Registry
 
 _MODULES = {name: name for name in ("demo", "coco", "folder", "pairs", "segmentation", "tfds")}
 _MODULES["segments"] = "segmentation"  # its old name
-KINDS = Registry(
-  "kind of source", {kind: f"{__name__}.{m}:open_splits" for kind, m in _MODULES.items()}
-)
+KINDS = Registry("kind of source", {k: f"{__name__}.{m}:open_splits" for k, m in _MODULES.items()})
 
 SECTION = (
   "source", "split", "fit_split", "probe", "metrics", "transforms", "extra_sources", "aug_repeats",

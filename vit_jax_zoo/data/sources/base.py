@@ -130,8 +130,7 @@ class SlicedSource(Source):
   def missing(self) -> list[int]:
     found = []
     for end, (source, indices) in zip(self._ends, self._parts, strict=True):
-      start = end - len(indices)
-      found += [start + indices.index(i) for i in source.missing() if i in indices]
+      found += [end - len(indices) + indices.index(i) for i in source.missing() if i in indices]
     return found
 
   def image_size(self, index: int) -> tuple[int, int]:

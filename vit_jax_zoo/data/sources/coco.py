@@ -85,8 +85,6 @@ ROBOFLOW = "_annotations.coco.json"
 
 
 class _Split(NamedTuple):
-  """Files of a split."""
-
   json: pathlib.Path
   images: pathlib.Path  # folder of images
   segments: pathlib.Path | None = None  # folder of segment images
@@ -189,7 +187,7 @@ def open_splits(
     raise ValueError(f"{root} has no annotations/{wanted}")
   options = dict(annotated_only=annotated_only, exif_frame=exif_frame)
   opened = {
-    name: functools.cache(functools.partial(_open, f"coco:{location}", name, split, **options))
+    name: functools.cache(functools.partial(_open, f"coco:{location} {name}", split, **options))
     for name, split in found.items()
   }
   short = {re.sub(r"_?(19|20)\d\d$", "", name): source for name, source in opened.items()}
@@ -214,15 +212,13 @@ def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]
       yield file.parent.name, _Split(file, file.parent)
 
 
-def _open(
-  dataset: str, name: str, split: _Split, *, annotated_only: bool, exif_frame: str
-) -> base.Source:
+def _open(name: str, split: _Split, *, annotated_only: bool, exif_frame: str) -> base.Source:
   content = read_coco(split.json, panoptic=split.segments is not None)
   if annotated_only:
     kept = [image for image in content.images if content.objects.get(image["id"])]
     content = content._replace(images=kept)
   info = base.DatasetInfo(
-    name=f"{dataset} {name}",
+    name=name,
     num_examples=len(content.images),
     num_classes=max(content.categories) + 1,
     class_names=names_by_id(content.categories),

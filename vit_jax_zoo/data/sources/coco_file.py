@@ -46,7 +46,7 @@ class CocoFile(NamedTuple):
 
 def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
   """Reads and checks an annotation file; ValueError, with every reason, if it is refused."""
-  data = _load(file)
+  data = _load(file, ("images", "annotations", "categories"))
   check = _Check(file)
   check.each(data["categories"], check.category)
   check.each(data["images"], check.image)
@@ -81,23 +81,18 @@ def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str
   return list(check.images.values()), data["categories"]
 
 
-def _load(
-  file: pathlib.Path, lists: Sequence[str] = ("images", "annotations", "categories")
-) -> dict[str, Any]:
+def _load(file: pathlib.Path, lists: Sequence[str]) -> dict[str, Any]:
   try:
     data = json.loads(file.read_bytes())  # UTF-8, -16 or -32, with a byte order mark or without
   except UnicodeDecodeError as error:
     raise ValueError(f"{file}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
   except (ValueError, RecursionError) as error:
     raise ValueError(f"{file}: not JSON ({error})") from None
-  wrong, expected = (
-    f"{file} is not in COCO's format:",
-    f"an object with the lists {', '.join(lists)}",
-  )
+  wrong = f"{file} is not in COCO's format:"
   for key in lists:
     found = data.get(key) if isinstance(data, dict) else None
     if not isinstance(found, list):
-      raise ValueError(f"{wrong} {key} is missing; expected {expected}")
+      raise ValueError(f"{wrong} {key} is missing; expected the lists {', '.join(lists)}")
     for item in found:
       if not isinstance(item, dict):
         raise ValueError(f"{wrong} {key} has {_short(item)}, not an object")
@@ -186,8 +181,7 @@ class _Check:
     self.log_warned()
     if all(found["iscrowd"] for found in itertools.chain(*self.objects.values())):
       what = "annotations has crowds only" if self._crowds else "annotations is empty"
-      text = "%s: %s: nothing can be learned from these images"
-      logging.warning(text, self._file, what)
+      logging.warning("%s: %s: nothing can be learned from these images", self._file, what)
 
   def category(self, category: Mapping[str, Any]) -> None:
     number, name = category.get("id"), category.get("name")
@@ -199,8 +193,7 @@ class _Check:
       kind = f"category id above {MAX_CATEGORY}; ids are class ids: number them from 0 or 1"
       raise _RefusedError(kind, f"id {number}")
     if self.names.get(number, name) != name:
-      example = f"id {number}: {self.names[number]}, {name}"
-      raise _RefusedError("category id with two names", example)
+      raise _RefusedError("category with two names", f"id {number}: {self.names[number]}, {name}")
     if number in self.names or name in self.names.values():
       self.warn("category that is listed twice", f"id {number}, {name}")
     self.names[number] = name
@@ -246,8 +239,7 @@ class _Check:
     self._boxes += 1
     self._small += max(box) <= 1 and min(box) >= 0
     self._corners += box[0] < box[2] <= image["width"] and box[1] < box[3] <= image["height"]
-    outside = max(box[0] + box[2] - image["width"], box[1] + box[3] - image["height"])
-    self._outside += outside > 1
+    self._outside += max(box[0] + box[2] - image["width"], box[1] + box[3] - image["height"]) > 1
     self._crowds += found["iscrowd"]
     found = {"area": box[2] * box[3], **found, "bbox": box}
     if annotation.get("segmentation") is not None:
@@ -265,8 +257,7 @@ class _Check:
     file, png = image["file_name"], annotation.get("file_name")
     segments = annotation.get("segments_info")
     if not isinstance(segments, list) or not _is_path(png):
-      kind = "panoptic annotation without segments_info and file_name"
-      raise _RefusedError(kind, f"image {file}")
+      raise _RefusedError("panoptic annotation without segments_info or file_name", f"image {file}")
     if image["id"] in self.segments:
       raise _RefusedError("image with two panoptic annotations", file)
     self.segments[image["id"]] = png
@@ -292,7 +283,6 @@ class _Check:
     return self.images[number]
 
   def _shared_fields(self, annotation: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Returns the fields that objects and segments share."""
     category, crowd = annotation.get("category_id"), annotation.get("iscrowd", 0)
     if isinstance(category, bool | float | list | dict) or category not in self.names:
       kind = f"category_id that is not listed (known: {min(self.names)}..{max(self.names)})"

@@ -56,7 +56,6 @@ def read_photo(name: str) -> np.ndarray:
 
 
 def _short_side(image: np.ndarray, size: int) -> np.ndarray:
-  """Returns the image with `size` pixels on its shorter side."""
   scale = size / min(image.shape[:2])
   size_xy = (round(image.shape[1] * scale), round(image.shape[0] * scale))
   return np.asarray(Image.fromarray(image).resize(size_xy, Image.Resampling.BICUBIC))

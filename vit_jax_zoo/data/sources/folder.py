@@ -41,6 +41,8 @@ SPLIT_FOLDERS = {
 TEST_FRACTION = 0.1
 CHOOSE_FRACTION = 0.1
 
+Labelled: TypeAlias = list[tuple[str, int]]  # paths below a folder, and labels
+
 _LISTED = 5  # files and classes that are named in a message
 
 _warn_once = functools.cache(logging.warning)
@@ -241,9 +243,7 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   return sorted(found, key=lambda file: (hash_name(file[0]), file[0]))
 
 
-def _labelled(
-  root: pathlib.Path, files: list[tuple[str, str]], names: tuple[str, ...]
-) -> list[tuple[str, int]]:
+def _labelled(root: pathlib.Path, files: list[tuple[str, str]], names: Sequence[str]) -> Labelled:
   labels = {name: label for label, name in enumerate(names)}
   unknown = sorted({name for _, name in files} - set(labels))
   if unknown:
@@ -255,8 +255,8 @@ def _labelled(
 
 
 def _hashed_splits(
-  root: pathlib.Path, files: list[tuple[str, int]], names: tuple[str, ...]
-) -> dict[str, list[tuple[str, int]]]:
+  root: pathlib.Path, files: Labelled, names: Sequence[str]
+) -> dict[str, Labelled]:
   train, test = _hold_out(files, TEST_FRACTION)
   untested = sorted({label for _, label in files} - {label for _, label in test})
   if untested:
@@ -266,14 +266,14 @@ def _hashed_splits(
 
 
 def _hold_out(
-  files: list[tuple[str, int]], fraction: float, *, highest: bool = False
-) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+  files: Labelled, fraction: float, *, highest: bool = False
+) -> tuple[Labelled, Labelled]:
   """Splits files, ordered by hash, in (kept, held out): a fraction of the range of hashes.
 
   Of each class with two or more files, at least one is kept and one held out. Those with the lowest
   hashes are held out, or with the highest.
   """
-  by_class: dict[int, list[tuple[str, int]]] = {}
+  by_class: dict[int, Labelled] = {}
   for file in reversed(files) if highest else files:
     by_class.setdefault(file[1], []).append(file)
   held: set[tuple[str, int]] = set()

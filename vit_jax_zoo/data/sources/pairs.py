@@ -153,8 +153,7 @@ def _references_of(
 
   `files` has reference files and folders by full name, and files by stem; `names` are all images'.
   """
-  own = _key(image.name)
-  found = files.get(own, [])
+  found = files.get(_key(image.name), [])
   others = [p for p in files.get(_key(image.stem), []) if p not in found]
   folders = [path for path in others if path.is_dir()]
   if not found:
@@ -189,8 +188,7 @@ def _alone(folder: pathlib.Path, pattern: str) -> Pairs:
 
 
 def _hashed(find: Callable[[], Pairs], held_out: bool) -> Pairs:  # noqa: FBT001
-  bound = TEST_FRACTION * 2**64
-  return {k: v for k, v in find().items() if (_hash(k.name) < bound) == held_out}
+  return {k: v for k, v in find().items() if (_hash(k.name) / 2**64 < TEST_FRACTION) == held_out}
 
 
 def _images(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -82,14 +82,11 @@ def open_splits(
   if not found:
     raise ValueError(f"{root} has no images {layout.images}")
   _check_labels(root, found)
-  return name_validation(
-    {
-      SPLIT_NAMES.get(split, split): functools.partial(
-        SegmentationSource, whole, root, sorted(files)
-      )
-      for split, files in found.items()
-    }
-  )
+  splits = {
+    SPLIT_NAMES.get(split, split): functools.partial(SegmentationSource, whole, root, sorted(files))
+    for split, files in found.items()
+  }
+  return name_validation(splits)
 
 
 def _find_layout(root: pathlib.Path) -> Layout:
@@ -129,12 +126,11 @@ def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str,
 def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
   """Returns the same for layouts with a text file of names for each split."""
   lists = str(layout.lists)
+  pattern = re.escape(lists).replace(r"\{split\}", "(.+)")
   images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}
   found = {}
   for file in sorted(root.glob(lists.replace("{split}", "*"))):
-    split = re.fullmatch(
-      re.escape(lists).replace(r"\{split\}", "(.+)"), file.relative_to(root).as_posix()
-    )
+    split = re.fullmatch(pattern, file.relative_to(root).as_posix())
     names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
     stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
     missing = [stem for stem in stems if stem not in images]
@@ -151,9 +147,7 @@ def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
   folder = root / pattern.split("{")[0].rpartition("/")[0]
   if not folder.is_dir():
     return []
-  below = folder.relative_to(root).as_posix()
-  prefix = "" if below == "." else f"{below}/"
-  return [f"{prefix}{path}" for path in list_images(folder)[0]]
+  return [(folder / path).relative_to(root).as_posix() for path in list_images(folder)[0]]
 
 
 def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:

@@ -248,24 +248,16 @@ def _objects(
   class_ids = coco_ids(names)
   if class_ids is not None:
     names = names_by_id(dict(zip(class_ids, names, strict=True)))
-  encoded, segments = ["image"], None
-  if panoptic:
-    encoded, segments = ["image", "panoptic_image"], "panoptic_image"
-  options = dict(objects=objects, segments=segments, class_ids=class_ids)
-  info = DatasetInfo(name, 0, len(names) or None, names)
-  return info, encoded, functools.partial(_objects_example, **options)
+  encoded = ["image", "panoptic_image"] if panoptic else ["image"]
+  make = functools.partial(_objects_example, panoptic=panoptic, class_ids=class_ids)
+  return DatasetInfo(name, 0, len(names) or None, names), encoded, make
 
 
 def _objects_example(
-  record: Record,
-  index: int,
-  *,
-  objects: str,
-  segments: str | None,
-  class_ids: tuple[int, ...] | None,
+  record: Record, index: int, *, panoptic: bool, class_ids: tuple[int, ...] | None
 ) -> Example:
   """The example of a record with boxes; `class_ids` of its labels, None where they are ids."""
-  found, image = record[objects], record["image"]
+  found, image = record[OBJECTS[panoptic]], record["image"]
   height, width = images.image_size(image)
   relative_yxyx = np.asarray(found["bbox"], np.float64).reshape(-1, 4)
   boxes = relative_yxyx[:, [1, 0, 3, 2]] * (width, height, width, height)
@@ -279,7 +271,7 @@ def _objects_example(
     area=found.get("area", (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)),
     ids=found.get("id", np.zeros(len(labels))),
   )
-  return example if segments is None else {**example, "segment_image": record[segments]}
+  return {**example, "segment_image": record["panoptic_image"]} if panoptic else example
 
 
 def _has_boxes(features: Any, key: str) -> bool:

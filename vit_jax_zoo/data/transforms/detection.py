@@ -93,9 +93,7 @@ class LoadObjects(TargetTransform):
     stored = size[::-1] if turn >= 5 else size
     _check_size(example.pop("annotated_size", stored), stored)
     outlines, png = example.pop("outlines", None), example.pop("segment_image", None)
-    self._check_fields(
-      has_masks=outlines is not None or png is not None, has_segments=png is not None
-    )
+    self._check_fields(outlines, png)
     if "boxes_xyxy" in example:
       example["boxes_xyxy"] = orient_boxes(example["boxes_xyxy"], turn, *size)
     if png is not None:
@@ -127,9 +125,7 @@ class LoadObjects(TargetTransform):
         example["run_lengths"] = _lines(_encode(masks), self.run_lengths)
     return example
 
-  def _add_outlines(
-    self, example: Example, outlines: Sequence[Any], turn: int, stored: Size
-  ) -> Example:
+  def _add_outlines(self, example: Example, outlines: Any, turn: int, stored: Size) -> Example:
     """Adds masks and run lengths of the objects that have an outline."""
     example = keep_objects(example, np.array([o is not None for o in outlines], bool))
     encoded = [_encode_outline(o, *stored) for o in outlines if o is not None]
@@ -144,13 +140,13 @@ class LoadObjects(TargetTransform):
       example["run_lengths"] = _lines(encoded, self.run_lengths)
     return example
 
-  def _check_fields(self, *, has_masks: bool, has_segments: bool) -> None:
-    if (self.masks or self.run_lengths is not None) and not has_masks:
+  def _check_fields(self, outlines: Any, png: bytes | None) -> None:
+    if (self.masks or self.run_lengths is not None) and outlines is None and png is None:
       raise ValueError(
         "load_objects: no object has an outline to make masks of; set masks=False, or use data "
         "with segmentation, such as coco:/path or panoptic=True"
       )
-    if self.segment_map and not has_segments:
+    if self.segment_map and png is None:
       raise ValueError("load_objects: segment_map needs panoptic data; set panoptic=True")
     if self.segment_map and not self.as_annotated:
       raise ValueError("load_objects: segment_map is for scoring; it needs as_annotated=True")

@@ -76,8 +76,7 @@ def sample_distorted_box(
     # Rounding to pixels may leave the interval: draw again.
     if area[0] * total <= height * width <= area[1] * total:
       top = int(rng.integers(size[0] - height, endpoint=True))
-      left = int(rng.integers(size[1] - width, endpoint=True))
-      return top, left, height, width
+      return top, int(rng.integers(size[1] - width, endpoint=True)), height, width
   return 0, 0, *size
 
 
@@ -216,8 +215,7 @@ class OneHot(TargetTransform):
     labels = np.asarray(example["label"], np.int64).reshape(-1)
     for label in labels:
       if not 0 <= label < self.num_classes:
-        bounds = f"0..{self.num_classes - 1} (num_classes={self.num_classes})"
-        raise ValueError(f"label {label} is outside {bounds}")
+        raise ValueError(f"label: {label}; expected 0 to {self.num_classes - 1}. Set num_classes")
     target = np.full(self.num_classes, self.off_value, np.float32)
     target[labels] = self.on_value
     return {**example, "label": target}
