@@ -82,9 +82,10 @@ def test_a_new_run_in_an_old_place_begins_a_new_log(tmp_path):
   assert [step for step, _ in scalars_of(tmp_path, "loss")] == [0, 1]
 
 
-def test_other_processes_write_nothing(tmp_path):
+def test_other_processes_write_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(metric_writer, "is_primary", lambda: False)
   figure = plt.figure()
-  with MetricWriter(tmp_path / "other", enabled=False) as writer:
+  with MetricWriter(tmp_path / "other") as writer:
     writer.write_scalars(1, {"loss": 1.0})
     writer.write_figures(1, {"figure": figure})
     writer.write_text(1, {"text": "text"})
@@ -125,13 +126,13 @@ def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
 
 
 def test_a_line_that_is_not_utf8_is_dropped(tmp_path):
-  with MetricWriter(tmp_path, enabled=True) as writer:
+  with MetricWriter(tmp_path) as writer:
     for step in (1, 2, 3):
       writer.write_scalars(step, {"train/loss": float(step)})
   path = tmp_path / "metrics.jsonl"
   first, second, third = path.read_bytes().splitlines(keepends=True)
   path.write_bytes(first + b"\xff" + second[1:] + third)
   assert [row["step"] for row in read_metrics(tmp_path)] == [1, 3]
-  with MetricWriter(tmp_path, resume_step=3, enabled=True):
+  with MetricWriter(tmp_path, resume_step=3):
     pass
   assert path.read_bytes() == first + third

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -39,6 +38,7 @@ from tensorboard.util.tensor_util import make_tensor_proto
 
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.training import atomic_write, disk_errors
+from vit_jax_zoo.training.distributed import is_primary
 
 FLUSH_SECONDS = 30  # interval at which event files are flushed
 
@@ -82,14 +82,12 @@ class MetricWriter:
   """Writes scalars, figures, text and hyper-parameters of one run, in a background thread.
 
   Errors of the thread (a full disk) are raised by `flush`, so that training is not interrupted
-  between two checkpoints. Rows after `resume_step` (None: all) are removed. Processes that are not
-  `enabled`, by default all but 0, write nothing.
+  between two checkpoints. Rows after `resume_step` (None: all) are removed. Processes other than 0
+  write nothing.
   """
 
-  def __init__(
-    self, workdir: epath.PathLike, *, resume_step: int | None = None, enabled: bool | None = None
-  ):
-    self._enabled = jax.process_index() == 0 if enabled is None else enabled
+  def __init__(self, workdir: epath.PathLike, *, resume_step: int | None = None):
+    self._enabled = is_primary()
     self._futures: list[concurrent.futures.Future[None]] = []
     if not self._enabled:
       return
@@ -172,8 +170,7 @@ class MetricWriter:
   def _write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     values = {name: _as_float(name, value) for name, value in scalars.items()}
     safe = {k: v if math.isfinite(v) else _NOT_FINITE[str(v)] for k, v in values.items()}
-    row = {"step": step} | safe
-    self._file.write(json.dumps(row, allow_nan=False) + "\n")
+    self._file.write(json.dumps({"step": step} | safe, allow_nan=False) + "\n")
     self._file.flush()
     for name, value in values.items():
       self._add(step, tag=name, simple_value=value)
@@ -238,8 +235,7 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
   """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats."""
-  path = epath.Path(workdir) / METRICS_FILE
-  rows = [json.loads(line) for line in _read_lines(path)]
+  rows = [json.loads(line) for line in _read_lines(epath.Path(workdir) / METRICS_FILE)]
   return [{k: v if k == "step" else float(v) for k, v in row.items()} for row in rows]
 
 
@@ -260,8 +256,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
   """Removes the rows of steps after `last_step`, and an incomplete last row."""
   if not path.exists():
     return
-  kept = [line for line in _read_lines(path) if _step_of(line) <= last_step]
-  content = "".join(kept).encode()
+  content = "".join(line for line in _read_lines(path) if _step_of(line) <= last_step).encode()
   if content != path.read_bytes():
     atomic_write.write(path, content)
 
