@@ -33,9 +33,7 @@ def principal_filters(
   return kept.reshape(-1, *kernel.shape[:3]).astype(np.float32), shares.astype(np.float32)
 
 
-def draw_filters(
-  kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False, max_filters: int = 63
-) -> Figure:
+def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False) -> Figure:
   """Draws a first layer's filters, or their `principal` components, scaled to the largest entry.
 
   Gray is zero; filters of other than 3 channels are averaged over them.
@@ -46,7 +44,7 @@ def draw_filters(
     title = "Components of the patch embedding"
     said = f"the first {len(filters)}, {side}, {shares.sum():.0%} of the filters' variance"
   else:
-    filters = np.moveaxis(np.asarray(kernel, np.float32), -1, 0)[:max_filters]
+    filters = np.moveaxis(np.asarray(kernel, np.float32), -1, 0)[:63]
     title, said = "Filters of the first layer", f"{len(filters)} of {kernel.shape[-1]}, {side}"
   if filters.shape[-1] != 3:
     filters = filters.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
@@ -68,10 +66,9 @@ def draw_attention(
   captions: Sequence[str] = (),
   *,
   subtitle: str = "",
-  max_images: int = 8,
 ) -> Figure:
-  """Draws each image, and below it the image weighted by its attention (ViT paper, figure 6)."""
-  shown = min(len(images), max_images)
+  """Draws up to 8 images, and below each the image weighted by attention (ViT paper, figure 6)."""
+  shown = min(len(images), 8)
   if not shown:
     raise ValueError("images: none; expected at least one")
   across = 1.45 * shown  # inches
@@ -120,15 +117,13 @@ def draw_heads(
   return figure
 
 
-def draw_position_similarity(
-  table: Float[np.ndarray, "n d"], grid: tuple[int, int], *, max_side: int = 14
-) -> Figure:
+def draw_position_similarity(table: Float[np.ndarray, "n d"], grid: tuple[int, int]) -> Figure:
   """Draws the cosine similarity of each patch's position embedding to all others (ViT, figure 7).
 
-  Of more than `max_side` patches per side, every n-th has a tile. The table ends with the patches.
+  Of more than 14 patches per side, every n-th has a tile. The table ends with the patches.
   """
   similarity = position_similarity(table, grid)
-  stride = -(-max(grid) // max_side)
+  stride = -(-max(grid) // 14)
   rows, columns = range(0, grid[0], stride), range(0, grid[1], stride)
   tile, left, below = (0.55 if len(columns) > 6 else 0.8), 0.55, 0.5
   width, height = tile * len(columns), tile * len(rows)
@@ -154,8 +149,7 @@ def draw_mosaic(
   grow = max(1, 24 // max(height, width))  # pixels of a tile are larger than the gap
   tiles = np.asarray(tiles, np.float32).repeat(grow, axis=2).repeat(grow, axis=3)
   edges = [(0, 0), (0, 0), (0, gap), (0, gap), *[(0, 0)] * (tiles.ndim - 4)]
-  blank = 1.0 if tiles.ndim == 5 else np.nan
-  padded = np.pad(tiles, edges, constant_values=blank).swapaxes(1, 2)
+  padded = np.pad(tiles, edges, constant_values=1.0 if tiles.ndim == 5 else np.nan).swapaxes(1, 2)
   step = (padded.shape[1], padded.shape[3])
   whole = padded.reshape(rows * step[0], columns * step[1], *tiles.shape[4:])[:-gap, :-gap]
   image = ax.imshow(whole, interpolation="nearest", **shown_with)

@@ -41,14 +41,12 @@ def draw_predictions(
   labels: Shaped[np.ndarray, "b ..."],
   predictions: Mapping[str, Any],
   class_names: Sequence[str] = (),
-  *,
-  max_images: int = 24,
 ) -> Figure:
   """Draws images with the most likely class: framed blue if correct, else vermilion.
 
   Labels are as in `draw_batch`; predictions are those of `Classification.predict`.
   """
-  shown = min(len(images), max_images)
+  shown = min(len(images), 24)
   correct = np.asarray(predictions["correct"])[:shown, 0]
   figure, axes, cell = _grid(images, shown)
   write_title(figure, "Predictions", f"{int(correct.sum())} of {shown} correct")
@@ -61,8 +59,8 @@ def draw_predictions(
     name = shorten(name_of(best, class_names), int(11.5 * cell) - 8)
     mark, color = ("✓", RIGHT) if correct[i] else ("✗", WRONG)
     _draw_image(ax, images[i], frame=color)
-    said = f"{mark} {name} ({chance:.0%})"
-    ax.set_xlabel(said, fontsize=9, labelpad=4, color=color, weight="bold")
+    style = {"fontsize": 9, "color": color, "weight": "bold"}
+    ax.set_xlabel(f"{mark} {name} ({chance:.0%})", labelpad=4, **style)
     if not correct[i]:
       truth = _describe(labels[i], class_names, 99).replace("\n", ", ")
       below = shorten(f"true: {truth}", int(13 * cell))

@@ -20,11 +20,9 @@ CELL = 3.2  # inches
 _MASK_OPACITY = 0.5
 
 
-def draw_targets(
-  batch: Mapping[str, Any], class_names: Sequence[str] = (), *, max_images: int = 8
-) -> Figure:
-  """Draws the first images of a detection batch with their true boxes, without padding."""
-  rows = real_rows(batch)[:max_images]
+def draw_targets(batch: Mapping[str, Any], class_names: Sequence[str] = ()) -> Figure:
+  """Draws the first 8 images of a detection batch with their true boxes, without padding."""
+  rows = real_rows(batch)[:8]
   columns = min(4, max(len(rows), 1))
   figure, axes = grid(-(-len(rows) // columns), columns, "Training batch")
   for ax, row in zip(axes.flat, rows, strict=False):
@@ -38,14 +36,13 @@ def draw_predictions(
   class_names: Sequence[str] = (),
   *,
   threshold: float = 0.7,
-  max_images: int = 4,
 ) -> Figure:
-  """Draws the first images twice: with true boxes, and with those that score `threshold` or more.
+  """Draws the first 4 images twice: with true boxes, and with those that score `threshold` or more.
 
   Predictions are `boxes_xyxy` [b q 4], in pixels of the batch's `original_size` if it has one,
   `labels` [b q] and `scores` [b q].
   """
-  figure, cells = _pairs(batch, "Truth and predictions", max_images)
+  figure, cells = _pairs(batch, "Truth and predictions")
   for row, truth, predicted in cells:
     count, image = _draw_targets(truth, batch, row, class_names), image_of(batch, row)
     truth.set_title(f"truth: {count}", fontsize=8.5, loc="left")
@@ -63,11 +60,9 @@ def draw_predictions(
   return figure
 
 
-def _pairs(
-  batch: Mapping[str, Any], title: str, max_images: int
-) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
+def _pairs(batch: Mapping[str, Any], title: str) -> tuple[Figure, list[tuple[int, Axes, Axes]]]:
   """Returns a figure, and (row, left cell, right cell) of each of the first real examples."""
-  rows = real_rows(batch)[:max_images]
+  rows = real_rows(batch)[:4]
   columns = 2 if len(rows) < 2 else 4  # two images side by side
   figure, axes = grid(-(-2 * len(rows) // columns), columns, title)
   cells = axes.ravel()
@@ -89,8 +84,7 @@ def _draw_targets(ax: Axes, batch: Mapping[str, Any], row: int, class_names: Seq
 
 def real_rows(batch: Mapping[str, Any]) -> list[int]:
   """Returns the indices of the examples that are not padding."""
-  real = np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)
-  return np.flatnonzero(real).tolist()
+  return np.flatnonzero(np.asarray(batch.get("mask", np.ones(len(batch["image"]))), bool)).tolist()
 
 
 def image_of(batch: Mapping[str, Any], row: int) -> Num[np.ndarray, "h w c"]:
@@ -108,8 +102,7 @@ def to_shown(
   """Returns the factors from predicted boxes to pixels of the shown image."""
   if "original_size" not in batch:
     return np.ones(4)
-  original = np.asarray(batch["original_size"][row], np.float64)
-  return np.tile(image.shape[1::-1] / original[::-1], 2)
+  return np.tile(image.shape[1::-1] / np.asarray(batch["original_size"][row], np.float64)[::-1], 2)
 
 
 def grid(rows: int, columns: int, title: str) -> tuple[Figure, np.ndarray]:
@@ -157,10 +150,9 @@ def draw_masks(
   class_names: Sequence[str] = (),
   *,
   threshold: float = 0.7,
-  max_images: int = 4,
 ) -> Figure:
-  """Draws the first images twice: with true `masks` and with a detector's `box_masks`."""
-  figure, cells = _pairs(batch, "True and predicted masks", max_images)
+  """Draws the first 4 images twice: with true `masks` and with a detector's `box_masks`."""
+  figure, cells = _pairs(batch, "True and predicted masks")
   for row, truth, predicted in cells:
     image = image_of(batch, row)
     targets = np.asarray(batch["is_target"][row], bool)

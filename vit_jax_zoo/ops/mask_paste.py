@@ -9,10 +9,9 @@ def paste_masks(
   boxes_xyxy: Float[np.ndarray, "n 4"],
   image_size: tuple[int, int],
   *,
-  threshold: float = 0.5,
   convention: str = "exact",
 ) -> Bool[np.ndarray, "n h w"]:
-  """Returns each box's mask: pixels with a probability above the threshold ("exact": or at it).
+  """Returns each box's mask: pixels with a probability above one half ("exact": or of one half).
 
   A mask covers its box, in pixels, interpolated between pixel centres. Conventions: "exact" samples
   the mask at each pixel's centre (Detectron2). "detectron" expands boxes by one mask pixel of
@@ -21,18 +20,15 @@ def paste_masks(
   pasted = np.zeros((len(masks), *image_size), bool)
   for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):
     if convention == "exact":
-      _paste_exactly(mask, box, canvas, threshold)
+      _paste_exactly(mask, box, canvas)
     else:
       inclusive = box - np.array([0, 0, 1, 1]) if convention == "detectron" else box
-      _paste_rounded(mask, inclusive, canvas, threshold)
+      _paste_rounded(mask, inclusive, canvas)
   return pasted
 
 
 def _paste_exactly(
-  mask: Float[np.ndarray, "m m"],
-  box: Float[np.ndarray, " 4"],
-  canvas: Bool[np.ndarray, "h w"],
-  threshold: float,
+  mask: Float[np.ndarray, "m m"], box: Float[np.ndarray, " 4"], canvas: Bool[np.ndarray, "h w"]
 ) -> None:
   matrices, spans = [], []
   for axis, limit in ((1, canvas.shape[0]), (0, canvas.shape[1])):
@@ -46,14 +42,11 @@ def _paste_exactly(
     at = (np.arange(first, last) + 0.5 - low) / (high - low) * len(mask) - 0.5
     matrices.append(_interpolation(at, len(mask)))
     spans.append(slice(first, last))
-  canvas[spans[0], spans[1]] = matrices[0] @ mask @ matrices[1].T >= threshold
+  canvas[spans[0], spans[1]] = matrices[0] @ mask @ matrices[1].T >= 0.5
 
 
 def _paste_rounded(
-  mask: Float[np.ndarray, "m m"],
-  box: Float[np.ndarray, " 4"],
-  canvas: Bool[np.ndarray, "h w"],
-  threshold: float,
+  mask: Float[np.ndarray, "m m"], box: Float[np.ndarray, " 4"], canvas: Bool[np.ndarray, "h w"]
 ) -> None:
   if not np.isfinite(box).all():
     return
@@ -70,8 +63,7 @@ def _paste_rounded(
     at = (span - first[axis] + 0.5) * side / length - 0.5
     matrices.append(_interpolation(np.clip(at, 0, side - 1), side))
     spans.append(span)
-  covered = matrices[0] @ padded @ matrices[1].T > threshold
-  canvas[np.ix_(spans[0], spans[1])] = covered
+  canvas[np.ix_(spans[0], spans[1])] = matrices[0] @ padded @ matrices[1].T > 0.5
 
 
 def _interpolation(at: Float[np.ndarray, " p"], side: int) -> Float[np.ndarray, "p side"]:
