@@ -195,7 +195,7 @@ def test_there_must_be_something_to_evaluate(tmp_path):
 
 
 def test_a_profile_outside_the_run_is_one_line(tmp_path):
-  with pytest.raises(ValueError, match=r"--profile=9:12 lies outside .* 1 to 4"):
+  with pytest.raises(ValueError, match=r"--profile=9:12: outside .* 1 to 4"):
     run(tiny(), tmp_path, profile=(9, 12))
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classe
 from vit_jax_zoo.data.transforms import build_transforms
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.metrics.feature_probes import FeatureProbe, create_probes
-from vit_jax_zoo.registry import create_model
+from vit_jax_zoo.registry import create_model, sharding_rules
 from vit_jax_zoo.run_metadata import RunData, fill_from_data, main_evaluation, needs_data
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.tasks.base import Task
@@ -47,8 +46,7 @@ class Experiment:
   @property
   def sharding_rules(self) -> sharding.Rules:
     """The config's rules, then the model's."""
-    beside_model = sys.modules[type(self.model).__module__].SHARDING_RULES
-    return (*self.config.sharding.rules, *beside_model)
+    return (*self.config.sharding.rules, *sharding_rules(self.config.model.name))
 
   @property
   def sources(self) -> dict[str, Source]:

@@ -55,7 +55,7 @@ def run(
 ) -> None:
   """Runs a command with its name and the arguments that are no flags; exits with its status.
 
-  `define_flags` defines the command's flags, `--traceback` among them, unless importing did.
+  `define_flags` defines the command's own flags, unless importing did.
   `renamed` maps old names of flags, which are refused, to the new ones.
   """
 
@@ -73,6 +73,7 @@ def run(
 
   malloc.keep_freed_memory()  # before log_plainly, whose settings for libtpu look like a TPU's
   log_plainly()
+  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
   if define_flags is not None:
     define_flags()
   app.run(main_or_one_line, flags_parser=parse_new)

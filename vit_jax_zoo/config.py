@@ -261,8 +261,7 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
 def _new_name(path: str) -> str | None:
   """Returns the new name of the field that had this path, None if it was not renamed."""
   of_systems = (pair for system in systems().values() for pair in system.renamed_fields)
-  renamed = (new for old, new in (*RENAMED, *of_systems) if fnmatch.fnmatch(path, old))
-  return next(renamed, None)
+  return next((new for old, new in (*RENAMED, *of_systems) if fnmatch.fnmatch(path, old)), None)
 
 
 def _check_not_renamed(path: str, shown: str) -> None:
@@ -314,9 +313,7 @@ def check_values(config: ConfigDict) -> None:
     raise ValueError(f"num_epochs is {config.num_epochs}; expected a number above 0")
   if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
     raise ValueError(f"ema_decay is {config.ema_decay}; expected a number in [0, 1), or None")
-  if config.checkpoint.best_mode not in ("max", "min"):
-    mode = config.checkpoint.best_mode
-    raise ValueError(unknown_name("checkpoint.best_mode", mode, ("max", "min")))
+  check_names("checkpoint.best_mode", [config.checkpoint.best_mode], ("max", "min"))
 
 
 def _check_minima(config: ConfigDict) -> None:

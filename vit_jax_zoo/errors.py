@@ -26,7 +26,7 @@ def check_names(kind: str, given: Iterable[str], known: Iterable[str]) -> None:
   known = list(known)
   for name in given:
     if name not in known:
-      raise ValueError(unknown_name(kind, name, known))
+      raise ValueError(unknown_name(kind, str(name), known))
 
 
 def field_names(kind: Any) -> list[str]:

@@ -28,7 +28,7 @@ from absl import flags, logging
 from etils import epath
 
 from vit_jax_zoo import cli as command_line
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.inference.load import load_pretrained, task_of
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.registry import family_of, systems, variants
@@ -42,7 +42,6 @@ from vit_jax_zoo.weights.load import flatten_variables
 
 FLAGS = flags.FLAGS
 
-
 PLATFORMS = ("cpu", "cuda", "tpu")
 STABLEHLO_FILE, STABLEHLO_NOTES = "model.stablehlo", "model.json"
 MAX_STABLEHLO = 2_000_000_000  # bytes; 2 GiB is the maximum size of a protocol buffer
@@ -54,7 +53,6 @@ def define_flags() -> None:
   flags.DEFINE_string("format", None, "output format; see the table above")
   flags.DEFINE_string("output", None, "output folder or file")
   flags.DEFINE_integer("image_size", None, "image size; position embeddings are interpolated")
-  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS[name].value is None:
       raise ValueError(f"--{name} is missing; see python -m vit_jax_zoo.export --help")
   options = {} if FLAGS.image_size is None else {"image_size": FLAGS.image_size}
-  pretrained = load_pretrained(FLAGS.model, **options)
-  write(pretrained, FLAGS.format, FLAGS.output)
+  write(load_pretrained(FLAGS.model, **options), FLAGS.format, FLAGS.output)
   logging.info("%s written as %s: %s", FLAGS.model, FLAGS.format, FLAGS.output)
   return 0
 
@@ -82,9 +79,7 @@ def formats_of(family: str) -> tuple[str, ...]:
 def write(pretrained: Pretrained, form: str, path: str) -> None:
   """Writes a model in one of `formats_of` its family; ValueError if the format lacks it."""
   family = family_of(pretrained.model)
-  known = formats_of(family)
-  if form not in known:
-    raise ValueError(unknown_name(f"format of {family}", form, known))
+  check_names(f"format of {family}", [form], formats_of(family))
   if form == "orbax":
     write_orbax(pretrained, family, path)
   elif form == "stablehlo":

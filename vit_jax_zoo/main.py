@@ -31,7 +31,6 @@ PROFILE = flags.DEFINE_string("profile", None, "steps to trace, first:last, such
 ALLOW_CHANGE = flags.DEFINE_bool(
   "allow_config_change", False, "resume although the config differs from the run's"
 )
-flags.DEFINE_bool("traceback", False, "print the traceback of errors")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes of the run")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process, from 0")

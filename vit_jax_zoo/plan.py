@@ -47,7 +47,6 @@ def define_flags() -> None:
     "and needs other memory than a run's at the default level",
   )  # fmt: skip
   flags.DEFINE_integer("time_limit", 3600, "seconds for each row of --all")
-  flags.DEFINE_bool("traceback", False, "show where in the code an error arose")
 
 
 def main(argv: Sequence[str]) -> int:

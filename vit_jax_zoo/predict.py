@@ -61,7 +61,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("samples", Options.samples, "completions per image")
   flags.DEFINE_float("temperature", Options.temperature, "sampling temperature of completions")
   flags.DEFINE_integer("seed", Options.seed, "random seed")
-  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -82,8 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def check_options(predictor: Predictor, options: Options) -> None:
   """Raises ValueError if an option was given that the model's task does not support."""
-  defaults = Options()
-  given = (n for n in OPTIONS if not np.array_equal(getattr(options, n), getattr(defaults, n)))
+  given = (n for n in OPTIONS if not np.array_equal(getattr(options, n), getattr(Options, n)))
   unread = [name for name in given if name not in predictor.reads]
   if unread:
     known = ", ".join(f"--{option}" for option in sorted(predictor.reads))

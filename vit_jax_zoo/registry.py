@@ -179,8 +179,8 @@ def variants(family: str) -> Mapping[str, Mapping[str, Any]]:
 
 
 def sharding_rules(name: str) -> tuple[tuple[str, Any], ...]:
-  """Returns the parameter sharding rules of the family that has this model."""
-  return model_classes().module(_family(name)).SHARDING_RULES
+  """Returns the parameter sharding rules of a model's family."""
+  return model_classes().module(_family(model_name(name))).SHARDING_RULES
 
 
 def _family(name: str) -> str:

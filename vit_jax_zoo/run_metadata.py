@@ -116,8 +116,7 @@ def fingerprint(source: Source) -> str:
 
 def code_version() -> str:
   """Returns a hash of the package's files."""
-  files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
-  return _hash(*(path.read_text() for path in files))
+  return _hash(*(path.read_text() for path in sorted(pathlib.Path(__file__).parent.rglob("*.py"))))
 
 
 def _hash(*texts: str) -> str:

@@ -214,9 +214,8 @@ def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str
       )
   if experiment.config.explain and found:
     batches = functools.partial(experiment.eval_batches, next(iter(found)))
-    step = program.explain_step
     found["explain"] = functools.partial(
-      explain, task=experiment.task, explain_step=step, batches=batches, **common
+      explain, task=experiment.task, explain_step=program.explain_step, batches=batches, **common
     )
   return found
 
@@ -225,9 +224,7 @@ def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> Lo
   config, profile, last = experiment.config, options.profile, experiment.num_steps
   if profile is not None and not step < profile[0] <= last:
     steps = f"{step + 1} to {last}"
-    raise ValueError(
-      f"--profile={profile[0]}:{profile[1]} lies outside the steps of this run, {steps}"
-    )
+    raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of this run's steps, {steps}")
   return LoopSettings(
     num_steps=last,
     log_every=config.log_every,

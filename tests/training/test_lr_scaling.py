@@ -29,7 +29,7 @@ def said(config):
   [
     (vit.get_config("b16_finetune,batch_size=32"),
      ["batch_size 32 instead of 512: linear scaling suggests "
-      "--config.optimizer.learning_rate=0.001875 (now 0.03), or keep the recipe's batch with "
+      "--config.optimizer.learning_rate=0.001875 (now 0.03); or keep the batch: "
       "--config.batch_size=512 --config.accumulation_steps=16"]),
     (vit.get_config("b16_imagenet21k,batch_size=64"),
      ["batch_size 64 instead of 4096: square-root scaling suggests "

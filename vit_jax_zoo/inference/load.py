@@ -99,17 +99,15 @@ def task_of(pretrained: Pretrained) -> Task:
   preprocess = pretrained.preprocess
   fields = {**pretrained.task_fields, "num_classes": pretrained.config.get("num_classes")}
   fields |= {"image_mean": preprocess.mean, "image_std": preprocess.std}
-  known = task_fields(pretrained.task)
-  known_fields = {key: value for key, value in fields.items() if key in known}
-  return create_task(pretrained.task, pretrained.model, **known_fields)
+  known = {k: v for k, v in fields.items() if k in task_fields(pretrained.task)}
+  return create_task(pretrained.task, pretrained.model, **known)
 
 
 def _prepare_published(preprocess: Preprocess, image: Image) -> dict[str, np.ndarray]:
   resized = preprocess.resize(preprocess.from_rgb(image))
   if preprocess.pad_size is None:
     return {"image": resized}
-  size = np.array(resized.shape[:2], np.int32)
-  return {"image": preprocess.pad(resized), "image_size": size}
+  return {"image": preprocess.pad(resized), "image_size": np.array(resized.shape[:2], np.int32)}
 
 
 def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
@@ -183,7 +181,6 @@ class _Run:
 
   @property
   def task_name(self) -> str:
-    """Name of the task."""
     return self.config["task"]["name"]
 
   def task_fields(self) -> dict[str, Any]:
@@ -198,7 +195,6 @@ class _Run:
     return evaluations.get(chosen) or evaluations.get(main_evaluation(evaluations)) or {}
 
   def transforms(self) -> tuple[Transform, ...]:
-    """Returns the evaluation's transforms of images."""
     transforms = build_transforms(self._evaluation().get("transforms", []))
     return tuple(transform for transform in transforms if not transform.is_target)
 
@@ -234,12 +230,10 @@ class _Run:
     target = self.seen or (224, 224)
     transforms: dict[type, Any] = {type(transform): transform for transform in self.transforms()}
     if (shorter := transforms.get(ResizeShorter)) is not None:
-      sides = np.ravel(shorter.shorter)
-      side, limit = (int(sides[0]),) * 2, shorter.longest
+      side, limit = (int(np.ravel(shorter.shorter)[0]),) * 2, shorter.longest
       return Preprocess(side, mean, std, "shorter_side", "bilinear", max_side=limit)
     if CentralCrop in transforms and (small := transforms.get(ResizeSmall)) is not None:
-      share = target[0] / int(small.size)
-      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=share)
+      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=target[0] / int(small.size))
     if (resize := transforms.get(Resize)) is not None:
       # Filters other than bilinear are antialiased.
       name = "tf_bilinear" if resize.method == "bilinear" else "bilinear"

@@ -56,9 +56,8 @@ class ClassificationEvaluator(Evaluator):
     hits = is_correct(labels, ranked)
     self.hits.update(hits.argmax(axis=1)[hits.any(axis=1)].tolist())
     if self.per_class:
-      rows, classes = (
-        (np.arange(len(labels)), labels) if labels.ndim == 1 else np.nonzero(labels > 0)
-      )
+      all_rows = np.arange(len(labels))
+      rows, classes = (all_rows, labels) if labels.ndim == 1 else np.nonzero(labels > 0)
       self.pairs.update(zip(classes.tolist(), ranked[rows, 0].tolist(), strict=True))
 
   def _merge(self, other: Any) -> None:

@@ -68,9 +68,7 @@ class DetectionEvaluator(Evaluator):
   def result(self) -> dict[str, float]:
     images = self._unique()
     if all(image.is_crowd.all() for image in images):  # or no objects at all
-      raise ValueError(
-        f"boxes_cxcywh: no ground truth in {len(images)} images; expected annotations"
-      )
+      raise ValueError(f"boxes_cxcywh: no ground truth in {len(images)} images; add annotations")
     run = self._evaluate("bbox", range(self.num_classes))
     scores = dict(zip(DetectionEvaluator.scores, map(float, run.stats), strict=False))
     if self.per_class:  # -1 for classes that do not occur; all areas, 100 detections

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax_zoo.errors import check_names, field_names, unknown_name
+from vit_jax_zoo.errors import check_names, field_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,7 @@ class _LinearProbe(FeatureProbe):
     reached = self.accuracies(fit[~held_out], fit[held_out], values)
     best = int(np.argmax(reached))
     (accuracy,) = self.accuracies(fit, test, values[best : best + 1])
-    scores = {"accuracy": accuracy, self.candidates[:-1]: values[best]}
-    return FeatureScore(scores, reached[best])
+    return FeatureScore({"accuracy": accuracy, self.candidates[:-1]: values[best]}, reached[best])
 
   @abc.abstractmethod
   def accuracies(self, fit: Rows, test: Rows, values: Sequence[float]) -> list[float]:
@@ -331,8 +330,7 @@ PROBES: dict[str, type[FeatureProbe]] = {
 
 def create_probe(name: str, **fields: Any) -> FeatureProbe:
   """Returns a probe from its config section; ValueError for an unknown or empty field."""
-  if name not in PROBES:
-    raise ValueError(unknown_name("probe", name, PROBES))
+  check_names("probe", [name], PROBES)
   check_names(f"field of the probe {name!r}", fields, field_names(PROBES[name]))
   for field, value in fields.items():
     if isinstance(value, list | tuple) and not value:

@@ -53,8 +53,7 @@ class InstanceEvaluator(DetectionEvaluator):
   def result(self) -> dict[str, float]:
     scores = super().result()
     stop = self.num_classes if self.masks_below is None else self.masks_below
-    run = self._evaluate("segm", range(stop))
-    masks = dict(zip(_NAMES, map(float, run.stats), strict=False))
+    masks = dict(zip(_NAMES, map(float, self._evaluate("segm", range(stop)).stats), strict=False))
     return {k: v for k, v in masks.items() if v >= 0} | scores
 
 

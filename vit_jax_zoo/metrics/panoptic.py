@@ -66,8 +66,7 @@ def segment(
   while True:
     coarse = Image.fromarray(winner.astype(np.int32))
     segment_map = np.asarray(coarse.resize(size[::-1], Image.Resampling.NEAREST)).astype(np.int64)
-    areas = np.bincount(segment_map.ravel(), minlength=len(labels))
-    large = areas >= SMALLEST_AREA
+    large = np.bincount(segment_map.ravel(), minlength=len(labels)) >= SMALLEST_AREA
     if large.all():
       return Segmentation(segment_map, labels)
     if not large.any():

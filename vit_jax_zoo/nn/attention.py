@@ -131,17 +131,16 @@ class MultiHeadAttention(nn.Module):
     key = checkpoint_name(self._heads("key", queries.shape[-1])(keys), "key")
     value = checkpoint_name(self._heads("value", queries.shape[-1])(values), "value")
     cached = self._keep(past_length, key=key, value=value)
+    masked: dict[str, Any] = {"mask": mask, "is_causal": is_causal}
     if past_length is not None:
       context = attend_cached(query, **cached, past_length=past_length)
     elif self.is_mutable_collection("intermediates") or (train and self.dropout_rate):
-      weights = attention_weights(query, key, mask=mask, is_causal=is_causal)
+      weights = attention_weights(query, key, **masked)
       self.sow("intermediates", "weights", weights)
       weights = nn.Dropout(self.dropout_rate)(weights, deterministic=not train)
       context = jnp.einsum("bhnm,bmhd->bnhd", weights.astype(value.dtype), value)
     else:
-      context = attend(
-        query, key, value, mask=mask, is_causal=is_causal, implementation=self.implementation
-      )
+      context = attend(query, key, value, **masked, implementation=self.implementation)
     init = self.out_kernel_init or self.kernel_init
     out = self._dense("out", queries.shape[-1], self.out_bias, init, axis=(-2, -1))(context)
     return checkpoint_name(out, "attention_out")

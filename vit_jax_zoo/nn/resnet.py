@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
 from vit_jax_zoo.nn.init import kaiming_normal
 from vit_jax_zoo.nn.norm import norm_factory
@@ -309,11 +309,8 @@ class ResNet(nn.Module):
   def check(self) -> None:
     """Raises ValueError for fields that are unknown or do not fit together."""
     for field, known in (("stem", STEMS), ("shortcut", SHORTCUTS), ("activation", ACTIVATIONS)):
-      if getattr(self, field) not in known:
-        raise ValueError(unknown_name(field, getattr(self, field), known))
-    for stage in (*self.se_stages, *self.remat_stages):
-      if stage not in STAGES:
-        raise ValueError(unknown_name("stage", stage, STAGES))
+      check_names(field, [getattr(self, field)], known)
+    check_names("stage", (*self.se_stages, *self.remat_stages), STAGES)
     for field in ("blocks", "widths"):
       if (count := len(getattr(self, field))) != len(STAGES):
         raise ValueError(f"{field}: {count} entries; expected four, for c2 to c5")

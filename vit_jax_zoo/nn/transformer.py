@@ -11,7 +11,7 @@ from flax.typing import Dtype
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.ops.attention import matrix_product
 from vit_jax_zoo.ops.sharding import is_for_cpu
 
@@ -39,8 +39,7 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], *, train: bool = False) -> Float[Array, "b n d"]:
     """Applies the MLP to every position."""
-    if self.activation not in ACTIVATIONS:
-      raise ValueError(unknown_name("activation", self.activation, ACTIVATIONS))
+    check_names("activation", [self.activation], ACTIVATIONS)
     names = ("use_bias", "kernel_init", "bias_init", "dtype")
     options: dict[str, Any] = {name: getattr(self, name) for name in names}
     dot_general = matrix_product if is_for_cpu() else None
@@ -72,8 +71,7 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
 
 
 def _rematerialize(body: Callable[..., Any], remat: str, *, scanned: bool) -> Callable[..., Any]:
-  if remat not in REMAT_POLICIES:
-    raise ValueError(unknown_name("remat", remat, REMAT_POLICIES))
+  check_names("remat", [remat], REMAT_POLICIES)
   saved = REMAT_POLICIES[remat]
   if saved is None:
     return body

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 
 UNITS = ("batch", "example")
 
@@ -27,8 +27,7 @@ class Mixing:
   unit: str = "batch"  # of one draw: "batch" (big_vision, timm) or "example" (timm's `elem`)
 
   def __post_init__(self) -> None:
-    if self.unit not in UNITS:
-      raise ValueError(unknown_name("unit of mixing", self.unit, UNITS))
+    check_names("unit of mixing", [self.unit], UNITS)
     alphas = {"mixup_alpha": self.mixup_alpha, "cutmix_alpha": self.cutmix_alpha}
     for field, alpha in alphas.items():
       if alpha is not None and alpha < 0:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 
 
 def nearest_indices(size: int, new_size: int) -> Int[np.ndarray, " n"]:
@@ -124,8 +124,7 @@ def resize_position_grid(
   Raises:
     ValueError: the method is unknown, or the table does not have old_grid's rows.
   """
-  if method not in METHODS:
-    raise ValueError(unknown_name("position resizing method", method, METHODS))
+  check_names("position resizing method", [method], METHODS)
   height, width = old_grid
   if len(table) != height * width:
     raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.training import libtpu
 from vit_jax_zoo.training.progress import peak_flops
 
@@ -88,8 +88,7 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
   Raises ValueError for an unknown platform or topology, ImportError without libtpu, RuntimeError
   without such a device.
   """
-  if platform not in PLATFORMS:
-    raise ValueError(unknown_name("platform", platform, PLATFORMS))
+  check_names("platform", [platform], PLATFORMS)
   if platform != "cuda" and not getattr(jax.config, "jax_platforms", None):
     jax.config.update("jax_platforms", "cpu")  # shapes alone: nothing else need be started
   if platform == "tpu":

@@ -38,9 +38,7 @@ _WHOLE = ("broadcast", "iota", "copy-start", "all-gather-start", "collective-per
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%?([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.-]+)")
-_BRANCHES = re.compile(
-  r"branch_computations=\{([^}]*)\}|true_computation=(\S+), false_comp\w+=(\S+)"
-)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=(\S+), false_\w+=(\S+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _MESH = re.compile(r"replica_groups=(?:@?\w+)?mesh\[([^\]]*)\]\s*\{([^}]*)\}")
 

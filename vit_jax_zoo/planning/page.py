@@ -59,9 +59,7 @@ def rows() -> tuple[list[Row], dict[str, str]]:
     name = recipe.removeprefix("configs/")
     matching = [s for s in sections if fnmatch.fnmatchcase(name, s["recipes"])]
     if not matching:
-      raise ValueError(
-        f"{SLICES}: no section for {name}; add one with `topology` or with `not_planned`"
-      )
+      raise ValueError(f"{SLICES}: no section for {name}; add one with `topology` or `not_planned`")
     reasons = [s["not_planned"] for s in matching if "not_planned" in s]
     if reasons:
       without[recipe] = reasons[0]
@@ -153,8 +151,7 @@ def _is_current(row: Row, results: Mapping[str, Any], level: str | None) -> bool
 
 def digest(row: Row) -> str:
   """Returns a hash of the config fields on which a row's plan depends."""
-  config = load_with_overrides(row.config, row.overrides)
-  known = json.loads(config.to_json_best_effort())
+  known = json.loads(load_with_overrides(row.config, row.overrides).to_json_best_effort())
   fields = {field: known[field] for field in DECISIVE}
   fields["optimizer"] = _without_rates(fields["optimizer"])
   fields["data"] = known["data"]["train"], known["data"]["loader"].get("buckets")
@@ -164,8 +161,7 @@ def digest(row: Row) -> str:
 def _without_rates(tree: Any) -> Any:
   """Drops learning rates and schedules, which do not change the compiled step."""
   if isinstance(tree, dict):
-    rates = ("learning_rate", "schedule")
-    return {k: _without_rates(v) for k, v in tree.items() if k not in rates}
+    return {k: _without_rates(v) for k, v in tree.items() if k not in ("learning_rate", "schedule")}
   return [_without_rates(v) for v in tree] if isinstance(tree, list) else tree
 
 

@@ -190,7 +190,7 @@ def _compiled(plan: Plan, program: Program, machine: Machine, mean_size: float) 
   temporary, code = float(found.temp_size_in_bytes), float(found.generated_code_size_in_bytes)
   peak = found.argument_size_in_bytes + results + temporary + code
   loops = moved.loops_of_unknown_length
-  note = f"{loops} loop(s) with a data-dependent length count as one iteration"
+  note = f"{loops} loop(s) of unknown length count as one iteration"
   plan = dataclasses.replace(
     plan,
     fits=machine.memory is None or peak <= machine.memory,
@@ -283,8 +283,7 @@ def _residual_bytes(program: Program, group: OptimGroup, batch: Any) -> float:
 
     def loss(own: Any) -> tuple[Any, Any]:
       params = group.insert(state.params, own)
-      output = program.task.loss({"params": params, **state.model_state}, batch, context)
-      return output.loss, None
+      return program.task.loss({"params": params, **state.model_state}, batch, context).loss, None
 
     _, backward, _ = jax.vjp(loss, group.select(state.params), has_aux=True)
     given = {id(leaf) for leaf in jax.tree.leaves((state, batch))}

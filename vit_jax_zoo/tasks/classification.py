@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.figures import classification as draw
 from vit_jax_zoo.metrics.base import real_rows
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
@@ -56,8 +56,7 @@ class Classification(base.Task):
   per_class: bool = False  # also score each class, and draw the confusion matrix
 
   def __post_init__(self) -> None:
-    if self.objective not in OBJECTIVES:
-      raise ValueError(unknown_name("objective", self.objective, OBJECTIVES))
+    check_names("objective", [self.objective], OBJECTIVES)
     check_rates(self, "label_smoothing")
     check_positive(self, "num_classes", "top_k")
     if (count := len(self.class_names)) not in (0, self.num_classes):

@@ -184,8 +184,7 @@ class _Folder:
     if not is_primary() or _is_remote(self._directory):
       return
     for directory in self._directory.glob(f"{self._step}.*"):
-      content = json.dumps({"crc32": _checksums(directory)}, indent=1)
-      (directory / MANIFEST).write_text(content)
+      (directory / MANIFEST).write_text(json.dumps({"crc32": _checksums(directory)}, indent=1))
 
 
 def restore_variables(
@@ -194,13 +193,11 @@ def restore_variables(
   *,
   left_out: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Restores parameters and model state, averaged if they are, from a run or a single checkpoint.
+  """Restores the variables, averaged if they are, of `find_checkpoint(path)`.
 
-  Args:
-    path: see `find_checkpoint`; FileNotFoundError if there is none.
-    abstract_variables: arrays or shapes of the result, with dtype and `sharding` (default: one
-      device); ValueError if they do not fit. None gives numpy arrays, as they were saved.
-    left_out: sub-trees by path ("params/head") that are not restored.
+  `abstract_variables` are arrays or shapes of the result, with dtype and `sharding` (default: one
+  device), ValueError if they do not fit; None: numpy arrays as saved. `left_out` are sub-trees by
+  path ("params/head") that are not restored.
   """
   directory = find_checkpoint(path)
   advice = functools.partial(_others, directory)

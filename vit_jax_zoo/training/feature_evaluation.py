@@ -49,8 +49,7 @@ def report(found: dict[str, FeatureScore], title: str) -> Report:
   scores |= accuracies | {"best_layer": float(index)}
   references = [(name, share) for name, share in accuracies.items() if name not in layers]
   curve = [accuracies[name] for name in layers]
-  figure = draw_probe(curve, index, references, title=f"{title} by depth")
-  return Report(scores, {"depth": figure})
+  return Report(scores, {"depth": draw_probe(curve, index, references, title=f"{title} by depth")})
 
 
 def collect_features(

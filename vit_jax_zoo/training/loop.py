@@ -23,7 +23,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.tasks.base import Variables
 from vit_jax_zoo.training import atomic_write
 from vit_jax_zoo.training.checkpoint import BEST, Checkpointer, find_checkpoint, restore_variables
@@ -170,10 +170,10 @@ class Loop:
     with self.progress.exclude("evaluate"):
       report = run_evaluations(self.evaluations, variables)
       best = self.settings.best
-      if best is not None and best not in report.scores:
-        raise ValueError(unknown_name("score for checkpoint.best", best, report.scores))
-      if best is not None and self.checkpointer.save_best(step, variables, report.scores[best]):
-        self.checkpointer.wait()  # scores in the log mark the evaluation as complete
+      if best is not None:
+        check_names("score for checkpoint.best", [best], report.scores)
+        if self.checkpointer.save_best(step, variables, report.scores[best]):
+          self.checkpointer.wait()  # scores in the log mark the evaluation as complete
       self._write(step, report)
       logging.info("step %d: %s", step, format_scores(report.scores))
     return report.scores

@@ -64,10 +64,7 @@ def _advise(group: str, optimizer: Any, rate: float, batch_size: int, usual: int
   if not far or 1 / _CLOSE <= given / scaled <= _CLOSE:
     return None
   parts = -(-usual // batch_size)
-  keep = (
-    f", or keep the recipe's batch with --config.batch_size={usual} "
-    f"--config.accumulation_steps={parts}"
-  )
+  keep = f"; or keep the batch: --config.batch_size={usual} --config.accumulation_steps={parts}"
   return Advice(
     f"{change}: {rule} scaling suggests --config.{section}.learning_rate={scaled:.4g} "
     f"(now {given:g}){keep if batch_size * parts == usual else ''}",

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.training.schedule import (
   Config,
   Number,
@@ -173,8 +173,7 @@ def _direction_of(fields: Mapping[str, Any]) -> tuple[_Kind, optax.GradientTrans
     if field not in fields:
       raise ValueError(f"the optimizer config has no {field!r}; it has: {', '.join(fields)}")
   name = fields["name"]
-  if name not in OPTIMIZERS:
-    raise ValueError(unknown_name("optimizer", str(name), OPTIMIZERS))
+  check_names("optimizer", [name], OPTIMIZERS)
   own = {key: value for key, value in fields.items() if key not in _FIELDS}
   check_names(f"field of optimizer {name}", own, optimizer_fields(name))
   for key, value in own.items():
@@ -262,8 +261,7 @@ def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
     try:
       re.compile(rule[0])
     except re.error as error:
-      message = f"optimizer rule {rule[0]!r} is not a regular expression: {error}"
-      raise ValueError(message) from None
+      raise ValueError(f"optimizer rule {rule[0]!r}: no regular expression ({error})") from None
     found.append((rule[0], settings))
   return found
 
@@ -271,10 +269,9 @@ def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
 def _settings_of(flat: Mapping[str, Any], rules: Sequence[tuple[str, Any]]) -> dict[str, _Setting]:
   for pattern, _ in rules:
     if not any(re.fullmatch(pattern, path) for path in flat):
-      near = difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0)
       raise ValueError(
-        f"optimizer rule {pattern!r} matches no parameter (patterns match whole paths); "
-        f"the nearest are: {', '.join(near)}"
+        f"optimizer rule {pattern!r} matches no parameter (patterns match whole paths); the "
+        f"nearest are: {', '.join(difflib.get_close_matches(pattern, flat, n=3, cutoff=0.0))}"
       )
   found = {}
   for path, leaf in flat.items():
@@ -306,8 +303,7 @@ def _chain(
 ) -> optax.GradientTransformation:
   """Returns steps 1 to 6 of the module's docstring, for the parameters that are trained."""
   mode = fields.get("weight_decay_mode") or kind.decay_mode
-  if mode not in _DECAY_MODES:
-    raise ValueError(unknown_name("weight_decay_mode", str(mode), _DECAY_MODES))
+  check_names("weight_decay_mode", [mode], _DECAY_MODES)
   amount, base = float(fields.get("weight_decay") or 0.0), float(fields["learning_rate"])
   decay = {}
   if amount:  # optax.add_decayed_weights has one rate for all parameters

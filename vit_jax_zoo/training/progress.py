@@ -129,8 +129,7 @@ class Progress:
     >>> Progress(num_steps=1200, batch_size=64, bar=False).line(300, {"loss": 0.41234})
     'step 300/1200 (25 %) loss 0.4123'
     """
-    share = 100 * step // max(self.num_steps, 1)
-    parts = [f"step {step}/{self.num_steps} ({share} %)"]
+    parts = [f"step {step}/{self.num_steps} ({100 * step // max(self.num_steps, 1)} %)"]
     parts += [f"{name} {value:.4g}" for name, value in metrics.items()]
     if self._step_time:
       speed = self.batch_size / self._step_time

@@ -34,7 +34,7 @@ from absl import logging
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from vit_jax_zoo.errors import check_names, unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.training.distributed import is_primary
 
 Schedule: TypeAlias = Callable[[Any], Any]  # completed updates, may be traced -> learning rate
@@ -56,8 +56,7 @@ def create_schedule(config: Config, num_steps: int) -> Schedule:
   base = _positive_or_zero("learning_rate", config["learning_rate"])
   fields = plain(config.get("schedule") or {"name": "constant"})
   name = fields.pop("name", "constant")
-  if name not in _SCHEDULES:
-    raise ValueError(unknown_name("schedule", str(name), _SCHEDULES))
+  check_names("schedule", [name], _SCHEDULES)
   warmup_steps = count_steps("warmup_steps", fields.pop("warmup_steps", 0), num_steps)
   if warmup_steps >= num_steps and is_primary():
     logging.warning(

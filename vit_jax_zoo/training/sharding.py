@@ -23,7 +23,7 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.ops.sharding import BATCH_AXES
 
 AXES = (*BATCH_AXES, "model")
@@ -41,9 +41,7 @@ class ShardingRuleError(ValueError):
 def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges the devices along `AXES`; sizes are 1 by default, and one may be -1: the remaining."""
   devices = jax.devices() if devices is None else devices
-  for axis in sizes:
-    if axis not in AXES:
-      raise ValueError(unknown_name("mesh axis", axis, AXES))
+  check_names("mesh axis", sizes, AXES)
   shape = [sizes.get(axis, 1) for axis in AXES]
   fixed = math.prod(size for size in shape if size != -1)
   if shape.count(-1) == 1 and fixed > 0 and len(devices) % fixed == 0:

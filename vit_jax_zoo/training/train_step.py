@@ -117,8 +117,7 @@ def accumulate(grad_fn: Callable[..., Any], num_micro_batches: int) -> Callable[
   def accumulated(params: Any, model_state: Any, batch: Any, rng: jax.Array) -> Any:
     def add(carry: tuple[Any, Any], x: tuple[Any, Any]) -> tuple[tuple[Any, Any], Any]:
       (grads, model_state), (index, micro_batch) = carry, x
-      rng_of_part = jax.random.fold_in(rng, index)
-      (_, output), more = grad_fn(params, model_state, micro_batch, rng_of_part)
+      (_, output), more = grad_fn(params, model_state, micro_batch, jax.random.fold_in(rng, index))
       grads = jax.tree.map(jnp.add, grads, more)
       return (grads, output.model_state), dataclasses.replace(output, model_state=None)
 

@@ -130,8 +130,7 @@ def _machine() -> str:
 def _process_start(pid: int) -> str | None:
   """Returns the start time of a process, which differs for a later one with the same id."""
   try:
-    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
-    return stat.rpartition(")")[2].split()[19]
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
   except OSError:
     pass
   if pathlib.Path("/proc").is_dir():

@@ -75,7 +75,6 @@ def define_flags() -> None:
   flags.DEFINE_enum("on_corrupt", "error", ["error", "skip"], "what to do with unreadable images")
   flags.DEFINE_integer("sgd_epochs", None, "epochs of linear_sgd")
   flags.DEFINE_integer("concatenate", 0, "also probe so many layers around the best, concatenated")
-  flags.DEFINE_bool("traceback", False, "show the traceback of an error")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.data.sources import KINDS, load_source
 from vit_jax_zoo.data.sources.base import SlicedSource, Source
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import check_names, unknown_name
 from vit_jax_zoo.metrics import feature_probes as probing
 from vit_jax_zoo.metrics.classification import score_rankings
 from vit_jax_zoo.training.feature_evaluation import report
@@ -54,9 +54,7 @@ class Request:
   probes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # their fields
 
   def __post_init__(self) -> None:
-    for suite in self.suites:
-      if suite not in SUITES:
-        raise ValueError(unknown_name("suite", suite, SUITES))
+    check_names("suite", self.suites, SUITES)
     if not self.suites:
       raise ValueError(f"no suite is given; choose from {', '.join(SUITES)}")
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 NATURAL, SPECIALIZED, STRUCTURED = "natural", "specialized", "structured"
-GROUPS = (NATURAL, SPECIALIZED, STRUCTURED)
 
 VTAB_TRAIN, VTAB_VALIDATION = 800, 200
 """VTAB-1k trains on the first 800 images of a task's training split, selects hyperparameters on the
