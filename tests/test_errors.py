@@ -79,7 +79,7 @@ def trace_a_step(config):
     ({"optimizer__learning_rat": 1.0}, r"'learning_rat'.* did you mean 'learning_rate'\?"),
     ({"optimizer__schedule__name": "cosin"}, r"did you mean 'cosine'\?"),
     ({"model__patch_size": 3}, "image height: 8 pixels; .*token stride 3"),
-    ({"model__num_classes": 7}, "num_classes: 7 in the model, 10 in the task"),
+    ({"model__num_classes": 7}, "num_classes: 7 in the model; expected 10"),
     ({"data__train__transforms": [{"name": "random_flp"}]}, r"did you mean 'random_flip'\?"),
     ({"task__num_classes": 4, "task__class_names": (), "model__num_classes": 4},
      r"has label \d, expected 0..3 \(num_classes=4\)"),

@@ -186,7 +186,6 @@ def _program_size(pretrained: Pretrained) -> tuple[int, int]:
 
 
 def _steps(preprocess: Preprocess, size: tuple[int, int], *, is_detector: bool) -> list[str]:
-  """Returns the preprocessing before and within the program, as text."""
   height, width = preprocess.image_size
   limit = f", the longer at most {preprocess.max_side}" if preprocess.max_side else ""
   side = round(height / preprocess.crop_pct)

@@ -93,10 +93,8 @@ def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
     plans.append(plan)
     _say(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
   if not plans:
-    raise ValueError(
-      f"batch_size {config.batch_size} cannot be split over the {len(machine.devices)} devices of "
-      f"{machine.name} by any mesh that was tried; take a smaller slice or another batch"
-    )
+    problem = f"batch_size {config.batch_size}: no mesh of {len(machine.devices)} devices splits it"
+    raise ValueError(f"{problem}; take a smaller slice than {machine.name}, or another batch")
   chosen = best(plans)
   words = "none fits" if chosen is None else f"chosen: {' '.join(chosen.overrides)}"
   _say(f"\nof {len(plans)} tried, {words}\n")

@@ -146,7 +146,6 @@ def _read_config(workdir: epath.Path) -> dict[str, Any] | None:
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-  """Returns a text for each field that differs and is not harmless."""
   flat = [traverse_util.flatten_dict(x, sep=".") for x in (before, after)]
   pairs = {path: [x.get(path) for x in flat] for path in sorted(flat[0].keys() | flat[1].keys())}
   found = {k: v for k, v in pairs.items() if v[0] != v[1] and not k.startswith(HARMLESS)}

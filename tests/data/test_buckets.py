@@ -193,7 +193,7 @@ class TestErrors:
       ((), "expected at least one"),
       (((32,),), "expected pairs"),
       (((32, 0),), "expected pairs"),
-      (((32, 32),), "fits into none of the buckets"),
+      (((32, 32),), "in none of the buckets"),
     ],
   )
   def test_are_one_line(self, given, message):

@@ -245,7 +245,7 @@ def command(*arguments, **environment):
   [
     ("tpu", "v5q:2x2", "unknown TPU 'v5q'; did you mean 'v5p'?"),
     ("tpu", None, "--topology is missing; name a TPU slice"),
-    ("cpu", "v5e:2x2", "--topology=v5e:2x2 is a TPU slice, and the platform is cpu"),
+    ("cpu", "v5e:2x2", "--topology=v5e:2x2 --platform=cpu: leave one"),
     ("gpu", None, "unknown platform 'gpu'"),
   ],
 )

@@ -65,10 +65,7 @@ class Buckets:
     for number, (bucket_height, bucket_width) in enumerate(self.shapes):
       if height <= bucket_height and width <= bucket_width:
         return number
-    raise ValueError(
-      f"an image of {height}x{width} pixels (height, width) fits into none of the buckets "
-      f"{tuple(self.shapes)}; add a larger one, or scale the images down"
-    )
+    raise ValueError(f"an image of {height}x{width}: in none of the buckets {self.shapes}; add one")
 
 
 def choose_buckets(sizes: Int[np.ndarray, "n 2"], count: int) -> tuple[Shape, ...]:

@@ -455,7 +455,6 @@ def _collect(
 
 
 def _allocate(example: Example, size: int, padded: PaddedShape | None) -> Batch:
-  """Returns a batch's arrays for examples like this one, filled with the padding."""
   batch = {key: np.empty((size, *value.shape), value.dtype) for key, value in example.items()}
   if padded is None:
     return batch

@@ -140,9 +140,7 @@ def draw_position_similarity(table: Float[np.ndarray, "n d"], grid: tuple[int, i
   return figure
 
 
-def draw_mosaic(
-  ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **shown_with: Any
-) -> AxesImage:
+def draw_mosaic(ax: Axes, tiles: Num[np.ndarray, "r c h w *channels"], **style: Any) -> AxesImage:
   """Draws tiles as one image (a hundred axes would take seconds), with ticks at their middles."""
   rows, columns, height, width = tiles.shape[:4]
   gap = max(1, round(0.08 * max(height, width))) if max(height, width) > 8 else 1
@@ -152,7 +150,7 @@ def draw_mosaic(
   padded = np.pad(tiles, edges, constant_values=1.0 if tiles.ndim == 5 else np.nan).swapaxes(1, 2)
   step = (padded.shape[1], padded.shape[3])
   whole = padded.reshape(rows * step[0], columns * step[1], *tiles.shape[4:])[:-gap, :-gap]
-  image = ax.imshow(whole, interpolation="nearest", **shown_with)
+  image = ax.imshow(whole, interpolation="nearest", **style)
   ax.set_yticks([(i + 0.5) * step[0] - gap / 2 - 0.5 for i in range(rows)], [""] * rows)
   ax.set_xticks([(j + 0.5) * step[1] - gap / 2 - 0.5 for j in range(columns)], [""] * columns)
   ax.tick_params(length=0)

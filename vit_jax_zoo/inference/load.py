@@ -73,10 +73,7 @@ def load(
     )
   published = weights.load_pretrained(path, **options)
   if not published.task:
-    raise ValueError(
-      f"{path} holds a part of a network, not a model of images; train a detector initialised from "
-      "it: --config.task.neck_file"
-    )
+    raise ValueError(f"{path} holds a part of a network; train with --config.task.neck_file={path}")
   if published.task == "classification" and published.config.get("num_classes") is None:
     if needs_head:
       raise ValueError(f"{path} has no classifier; fine-tune it, or give weights with a head")
@@ -277,10 +274,8 @@ def _adapted(run: _Run) -> Variables:
 def _refitted(run: _Run) -> Variables:
   """Returns variables fitted to a model with another head, or to images of `run.size`."""
   if run.task_name != "classification":
-    raise ValueError(
-      f"{run.path} is a run of {run.task_name}; image_size and num_classes can be changed for "
-      "classifiers"
-    )
+    remedy = "image_size and num_classes can be changed for classifiers"
+    raise ValueError(f"{run.path} is a run of {run.task_name}; {remedy}")
   model = run.model
   token_grid = getattr(model, "token_grid", None)
   if token_grid is None:  # only the head's shape differs

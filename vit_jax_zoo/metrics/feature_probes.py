@@ -223,7 +223,6 @@ def majority_vote(labels: Int[Array, "v b"], rng: jax.Array) -> Int[Array, " b"]
 
 
 def _vote(labels: Int[np.ndarray, "n *v"]) -> Int[np.ndarray, " n"]:
-  """Returns each image's label, by majority vote over its views."""
   if labels.ndim == 1:
     return labels
   return np.asarray(majority_vote(jnp.asarray(labels.T), jax.random.key(0)))

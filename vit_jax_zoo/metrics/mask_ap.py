@@ -82,10 +82,8 @@ def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> li
     lines = np.asarray(batch["run_lengths"][row], np.uint8).tobytes().rstrip(b"\0").split(b"\n")
     counts = [line for line in lines if line]
     if len(counts) != real.sum():
-      raise ValueError(
-        f"run_lengths: {len(counts)} masks for {real.sum()} objects; transforms after load_objects "
-        "must not drop targets in evaluation"
-      )
+      remedy = "drop no targets after load_objects in evaluation"
+      raise ValueError(f"run_lengths: {len(counts)} masks for {real.sum()} objects; {remedy}")
     return [{"size": list(size), "counts": line.decode()} for line in counts]
   if "segment_map" in batch:
     segments = np.asarray(batch["segment_map"][row])[: size[0], : size[1]]
@@ -94,10 +92,8 @@ def _true_masks(batch: Mapping[str, Any], row: int, size: tuple[int, int]) -> li
     raise ValueError("masks: missing in the batch; set run_lengths of load_objects")
   height, width = np.asarray(batch.get("image_size", [batch["image"].shape[1:3]] * (row + 1))[row])
   if (height, width) != size:
-    raise ValueError(
-      f"masks: {height}x{width} for an image of {size[0]}x{size[1]}; expected the same size. Set "
-      "run_lengths of load_objects"
-    )
+    problem = f"masks: {height}x{width} for an image of {size[0]}x{size[1]}"
+    raise ValueError(f"{problem}; expected the same size. Set run_lengths of load_objects")
   return encode_masks(np.asarray(batch["masks"][row], bool)[real][:, :height, :width])
 
 

@@ -34,25 +34,18 @@ class Segmentation:
 def segment(
   mask_logits: Float[np.ndarray, "q i j"],
   labels: Int[np.ndarray, " q"],
-  stuff_from: int,
+  stuff_from: int,  # first class id of stuff
   *,
-  padded_size: tuple[int, int],
-  image_size: tuple[int, int],
-  size: tuple[int, int],
+  padded_size: tuple[int, int],  # of the image that the mask logits cover
+  image_size: tuple[int, int],  # without its padding
+  size: tuple[int, int],  # of the result: the original image's
 ) -> Segmentation:
   """Assigns every pixel to the query with the largest mask logit.
 
   Stuff of one class becomes one segment. Segments of less than five pixels are dropped and their
   pixels reassigned, until all are larger. The padding is cropped, where the official code resizes
-  masks with their padding; without padding the two are equal.
-
-  Args:
-    mask_logits: of the queries with an object, for the padded image.
-    labels: class ids of these queries.
-    stuff_from: first class id of stuff.
-    padded_size: height and width with padding.
-    image_size: height and width without.
-    size: height and width of the result, the original image's.
+  masks with their padding; without padding the two are equal. `mask_logits` and `labels` are those
+  of the queries with an object, and sizes are (height, width).
   """
   if not len(labels):
     return Segmentation(np.full(size, VOID), labels)

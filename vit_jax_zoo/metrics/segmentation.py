@@ -62,10 +62,8 @@ class SegmentationEvaluator(Evaluator):
   def result(self) -> dict[str, float]:
     total = self.confusion.sum()
     if not total:
-      raise ValueError(
-        f"label_map: no labelled pixel in {self.images} images; the split is empty, or all its "
-        f"labels are {self.ignore_label}, the ignored label"
-      )
+      problem = f"label_map: no labelled pixel in {self.images} images"
+      raise ValueError(f"{problem}; all are {self.ignore_label}, the ignored label")
     right = np.diagonal(self.confusion)
     true = self.confusion.sum(axis=1)
     union = true + self.confusion.sum(axis=0) - right

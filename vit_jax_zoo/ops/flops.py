@@ -18,10 +18,7 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
   are products with padding or with the zeros of a dilated input, so that each gradient of a
   convolution costs what the convolution does. Rematerialised work counts each time; of a
   conditional's branches, the most expensive counts. Arguments are arrays or
-  `jax.ShapeDtypeStruct`s; nothing is computed.
-
-  Raises:
-    ValueError: a while loop of unknown length contains matrix products.
+  `jax.ShapeDtypeStruct`s; nothing is computed. ValueError for matrix products in a while loop.
   """
   return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 

@@ -14,10 +14,7 @@ def normalize_images(
   """Maps pixels in [0, 255] to float32 `(pixels / 255 - mean) / std`, by default in [-1, 1].
 
   Runs inside the jitted step: images are transferred to the device as uint8. `mean` and `std` have
-  one value, or one per channel.
-
-  Raises:
-    ValueError: `mean` or `std` has another number of channels than the images.
+  one value, or one per channel; else ValueError.
   """
   center = 255.0 * _per_channel("mean", mean, images.shape[-1])
   scale = 255.0 * _per_channel("std", std, images.shape[-1])

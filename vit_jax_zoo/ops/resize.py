@@ -121,15 +121,12 @@ def resize_position_grid(
 ) -> Float[np.ndarray, "m d"]:
   """Resizes a table with a row for each token of a grid (height, width), without other tokens.
 
-  Raises:
-    ValueError: the method is unknown, or the table does not have old_grid's rows.
+  ValueError for an unknown method, or if the table does not have `old_grid`'s rows.
   """
   check_names("position resizing method", [method], METHODS)
   height, width = old_grid
   if len(table) != height * width:
-    raise ValueError(
-      f"position table: {len(table)} rows; expected {height * width} for a {height} x {width} grid"
-    )
+    raise ValueError(f"position table: {len(table)} rows; expected {height} x {width}")
   if tuple(old_grid) == tuple(new_grid):
     return table
   vertical, horizontal = (METHODS[method](*sizes) for sizes in zip(old_grid, new_grid, strict=True))

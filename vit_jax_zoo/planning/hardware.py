@@ -94,9 +94,7 @@ def find_machine(platform: str, topology: str | None = None) -> Machine:
   if platform == "tpu":
     return _tpu_slice(topology)
   if topology is not None:
-    raise ValueError(
-      f"--topology={topology} is a TPU slice, and the platform is {platform}; leave one of them out"
-    )
+    raise ValueError(f"--topology={topology} --platform={platform}: leave one of them out")
   try:
     devices = jax.devices(platform)
   except RuntimeError as error:

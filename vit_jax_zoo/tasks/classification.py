@@ -195,10 +195,7 @@ class Classification(base.Task):
   def _logits(self, outputs: Mapping[str, Any]) -> Float[Array, "b k"]:
     logits = outputs["logits"]
     if logits.shape[-1] != self.num_classes:
-      raise ValueError(
-        f"num_classes: {logits.shape[-1]} in the model, {self.num_classes} in the task; expected "
-        "the same"
-      )
+      raise ValueError(f"num_classes: {logits.shape[-1]} in the model; expected {self.num_classes}")
     return logits.astype(jnp.float32)
 
   def _targets(self, labels: Shaped[Array, "b ..."], mask: Bool[Array, " b"]) -> Array:

@@ -256,10 +256,7 @@ def find_checkpoint(path: PathLike) -> epath.Path:
       return max(found, key=_quality)
     if found:
       return found[-1]
-  raise FileNotFoundError(
-    f"no complete checkpoint in {root}; give a run's workdir (with {CHECKPOINTS}/ or {BEST}/), "
-    "or the directory of one checkpoint"
-  )
+  raise FileNotFoundError(f"no complete checkpoint in {root}; give a run's workdir, or one of its")
 
 
 def is_checkpoint(path: PathLike) -> bool:

@@ -60,10 +60,8 @@ def _check_port(coordinator: str, *, is_own: bool) -> None:
   try:  # JAX's server listens on all addresses; on a taken port it crashes
     socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
   except OSError as error:
-    raise OSError(
-      f"--coordinator={coordinator}: port {port} cannot be opened ({error.strerror}); stop the "
-      "program that uses it, or give all processes another port"
-    ) from None
+    problem = f"port {port} cannot be opened ({error.strerror}); give all processes another"
+    raise OSError(f"--coordinator={coordinator}: {problem}") from None
 
 
 def is_primary() -> bool:

@@ -83,7 +83,6 @@ def collect_features(
 
 
 def _each_view(batches: SizedBatches, views: int) -> Iterator[dict[str, np.ndarray]]:
-  """Yields each batch once for each view, with `view` if there are several."""
   for batch in batches:
     for view in range(views):
       number = {} if views == 1 else {"view": np.full(len(batch["mask"]), view, np.int32)}

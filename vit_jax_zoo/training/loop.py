@@ -276,7 +276,6 @@ class _TrainingLog:
       self._in_flight.popleft().block_until_ready()
 
   def wait(self) -> None:
-    """Waits for the newest step."""
     if self._in_flight:
       self._in_flight[-1].block_until_ready()
 

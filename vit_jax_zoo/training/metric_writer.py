@@ -207,7 +207,6 @@ class _Bucket:
       (self.local / METRICS_FILE).write_bytes((self._remote / METRICS_FILE).read_bytes())
 
   def upload(self) -> None:
-    """Uploads the files that have changed."""
     for path in self.local.rglob("*"):
       stat = path.stat()
       version = (stat.st_mtime_ns, stat.st_size)

@@ -172,10 +172,8 @@ def _step(
   edges = [count_steps("boundaries", edge, num_steps) for edge in boundaries]
   multipliers = [factor] * len(edges) if factors is None else list(factors)
   if len(multipliers) != len(edges) or edges != sorted(edges):
-    raise ValueError(
-      f"the step schedule has boundaries {edges} and {len(multipliers)} factors; "
-      "boundaries must ascend, with one factor each"
-    )
+    problem = f"the step schedule has boundaries {edges} and {len(multipliers)} factors"
+    raise ValueError(f"{problem}; expected ascending boundaries, with one factor each")
   scales: dict[int, Number] = {}
   for edge, multiplier in zip(edges, multipliers, strict=True):  # fractions may coincide
     scales[edge] = scales.get(edge, 1.0) * multiplier

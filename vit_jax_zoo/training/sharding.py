@@ -48,10 +48,8 @@ def create_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None =
     shape[shape.index(-1)] = len(devices) // fixed
   if math.prod(shape) != len(devices) or min(shape) < 1:
     given = " x ".join(f"{axis}={sizes.get(axis, 1)}" for axis in AXES)
-    raise ValueError(
-      f"mesh {given} does not fit {len(devices)} device(s); "
-      "the sizes must multiply to that number, and one of them may be -1"
-    )
+    expected = "that number as their product; one may be -1"
+    raise ValueError(f"mesh {given} does not fit {len(devices)} device(s); expected {expected}")
   return jax.make_mesh(tuple(shape), AXES, (AxisType.Auto,) * len(AXES), devices=tuple(devices))
 
 
@@ -106,10 +104,9 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
     raise ValueError(f"{problem}it names {len(spec)} dimensions")
   aligned = (None,) * (len(shape) - len(spec)) + spec
   for i, (size, axis) in enumerate(zip(shape, aligned, strict=True)):
-    if axis and size % mesh.shape[axis]:
+    if axis and size % (ways := mesh.shape[axis]):
       raise ShardingRuleError(
-        f"{problem}dimension {i} has {size} elements, and mesh axis {axis!r} has "
-        f"{mesh.shape[axis]} devices"
+        f"{problem}dimension {i} has {size} elements, {axis!r} {ways} devices"
       )
   used = [axis if axis and mesh.shape[axis] > 1 else None for axis in aligned]
   return PartitionSpec(*used) if any(used) else PartitionSpec()

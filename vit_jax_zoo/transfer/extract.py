@@ -65,13 +65,11 @@ class Extractor:
   def features(self, source: Source, *, to_score: bool = False) -> Labelled:
     """Returns the features of a source by kind, and labels; `to_score`: of all views [b v d].
 
-    Raises:
-      ValueError: the model's task has no features, or images have no label or several.
+    ValueError if the model's task has no features, or images have no label or several.
     """
     task, source_name = self._trained.task, self._trained.source
     if type(task).features is Task.features:
-      kind = type(task).__name__
-      raise ValueError(f"{source_name} has no features to probe: its task is {kind}")
+      raise ValueError(f"{source_name} has no features to probe: its task is {type(task).__name__}")
     batches, name = self._batches(source), source.info.name
     views = task.feature_views if to_score else 1
     return collect_features(self._features_step, self._variables, batches, self._mesh, name, views)
@@ -85,10 +83,8 @@ class Extractor:
     if ours is None:
       raise ValueError(f"{self._trained.source} is no classifier; this suite scores its classes")
     if theirs is not None and ours != theirs:
-      raise ValueError(
-        f"{self._trained.source} has {ours} classes and {source.info.name} {theirs}; give a model "
-        "with a head of the same classes, in the same order"
-      )
+      problem = f"{self._trained.source} has {ours} classes and {source.info.name} {theirs}"
+      raise ValueError(f"{problem}; give a model with a head of the same classes, in order")
     task = dataclasses.replace(task, top_k=min(keep or ours, ours))
     step = compile_predict_step(task.predict, self._whole, self._mesh)
     batches, ranked, labels = self._batches(source, MultiHot(ours)), [], []

@@ -241,7 +241,7 @@ class TestErrors:
 
   def test_missing_files(self, tmp_path):
     """Guards the words about folders and images that are not there."""
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"coco:.* is no folder"):
       load_source(f"coco:{tmp_path}/nowhere", "train")
     with pytest.raises(ValueError, match=r"has no annotations/instances_\*\.json"):
       load_source(f"coco:{tmp_path}", "train")

@@ -162,12 +162,12 @@ def test_class_order_can_be_given(class_folders, tmp_path):
   source = load_source(f"folder:{class_folders}", "all", class_names=names)
   assert source.info.num_classes == 4
   assert {source[i]["label"] for i in range(60)} == {1, 2, 3}
-  with pytest.raises(ValueError, match="cow is not one of the 2 class_names"):
+  with pytest.raises(ValueError, match="cow is not in class_names"):
     load_source(f"folder:{class_folders}", "all", class_names=["ant", "bee"])
 
 
 def test_errors(tmp_path):
-  with pytest.raises(FileNotFoundError, match="is not a folder; expected one folder for each"):
+  with pytest.raises(FileNotFoundError, match=r"is no folder.* expected one folder for each"):
     load_source(f"folder:{tmp_path}/none", "train")
   with pytest.raises(ValueError, match="has no images in class folders"):
     load_source(f"folder:{tmp_path}", "train")

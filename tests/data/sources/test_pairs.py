@@ -174,8 +174,8 @@ def test_hidden_files_are_no_references(tmp_path):
 @pytest.mark.parametrize(
   ("location", "options", "error", "message"),
   [
-    ("nowhere", {}, FileNotFoundError, "pairs:nowhere is not a folder on a local disk"),
-    ("gs://bucket/x", {}, FileNotFoundError, "is not a folder on a local disk"),
+    ("nowhere", {}, FileNotFoundError, "pairs:nowhere is no folder on a local disk"),
+    ("gs://bucket/x", {}, FileNotFoundError, "is no folder on a local disk"),
     (".", {"reference": "al"}, ValueError, "unknown reference 'al'"),
     (".", {"level": 1}, ValueError, "unknown option of pairs:"),
   ],

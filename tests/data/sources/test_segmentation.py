@@ -88,7 +88,7 @@ class TestLayouts:
 
   def test_errors_are_one_line(self, tmp_path):
     """Guards the words about folders, patterns and label maps that are not there."""
-    with pytest.raises(FileNotFoundError, match="is not a folder on a local disk"):
+    with pytest.raises(FileNotFoundError, match="is no folder on a local disk"):
       load_source(f"segments:{tmp_path}/nowhere", "train")
     with pytest.raises(ValueError, match="has none of the usual layouts"):
       load_source(f"segments:{tmp_path}", "train")

@@ -9,6 +9,7 @@ import abc
 import bisect
 import dataclasses
 import itertools
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -74,6 +75,14 @@ class Source(abc.ABC):
 
     image = self[index]["image"]
     return images.image_size(image) if isinstance(image, bytes) else image.shape[:2]
+
+
+def local_folder(kind: str, location: str, expected: str) -> pathlib.Path:
+  """Returns a source's folder; FileNotFoundError, with what is expected in it, if there is none."""
+  root = pathlib.Path(location).expanduser()
+  if "://" in location or not root.is_dir():
+    raise FileNotFoundError(f"{kind}:{location} is no folder on a local disk; expected {expected}")
+  return root
 
 
 Splits: TypeAlias = Mapping[str, Callable[[], Source]]
@@ -147,10 +156,8 @@ def select_split(splits: Splits, split: str, dataset: str) -> Source:
   for text in (ALIASES.get(p, p) if p not in splits else p for p in split.split("+")):
     match = _PART.fullmatch(text.strip())
     if match is None:
-      raise ValueError(
-        f"{dataset}: malformed split {split!r}; expected 'train', 'train[:99%]', "
-        "'train[1000:2000]' or 'train+test'"
-      )
+      example = "'train', 'train[:99%]', 'train[1000:2000]' or 'train+test'"
+      raise ValueError(f"{dataset}: malformed split {split!r}; expected {example}")
     if match["name"] not in splits:
       raise ValueError(f"{dataset}: {unknown_name('split', match['name'], splits)}")
     source = splits[match["name"]]()
@@ -166,12 +173,10 @@ def join_sources(sources: Sequence[Source]) -> Source:
   first, *others = sources
   for other in others:
     check_same_classes(first.info, other.info, f"{other.info.name}, mixed in,")
-    known = (first.info.num_classes, other.info.num_classes)
-    if None not in known and known[0] != known[1]:
-      raise ValueError(
-        f"{other.info.name}, mixed in, has {known[1]} classes and {first.info.name} has {known[0]};"
-        " both need the same classes in the same order"
-      )
+    ours, theirs = first.info.num_classes, other.info.num_classes
+    if None not in (ours, theirs) and ours != theirs:
+      expected = f"the {ours} of {first.info.name}, in the same order"
+      raise ValueError(f"{other.info.name}, mixed in: {theirs} classes; expected {expected}")
   if not others:
     return first
   name = " + ".join(source.info.name for source in sources)
@@ -191,8 +196,7 @@ def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> Non
   one, another = ("no class" if class_name is None else repr(class_name) for class_name in pair)
   raise ValueError(
     f"{name} has other classes than the training data: label {label} is {one} in {train.name} "
-    f"({len(ours)} classes) and {another} in {other.name} ({len(theirs)} classes); use the same "
-    "classes in the same order"
+    f"({len(ours)} classes) and {another} in {other.name} ({len(theirs)}); use the same, in order"
   )
 
 

@@ -175,12 +175,8 @@ def open_splits(
   without annotations, or if the annotation file is refused.
   """
   check_names("exif_frame", [exif_frame], ("auto", "upright", "stored"))
-  root = pathlib.Path(location).expanduser()
-  if not root.is_dir():
-    raise FileNotFoundError(
-      f"coco:{location} is not a folder on a local disk; expected annotations/instances_*.json in "
-      "it, and the images beside (demo:scenes needs no files)"
-    )
+  inside = "annotations/instances_*.json, and the images beside (demo:scenes needs no files)"
+  root = base.local_folder("coco", location, inside)
   found = dict(_find(root, panoptic=panoptic))
   if not found:
     wanted = "panoptic_*.json" if panoptic else f"instances_*.json, nor a folder with {ROBOFLOW}"
@@ -235,10 +231,7 @@ def _stuff_from(file: pathlib.Path, content: CocoFile) -> int | None:
     return None
   first = min(content.stuff)
   if things and max(things) > first:
-    raise ValueError(
-      f"{file}: category {max(things)} is a thing (isthing) and {first} is stuff; expected all "
-      "stuff ids above all thing ids; renumber the categories"
-    )
+    raise ValueError(f"{file}: category {max(things)} is a thing, {first} stuff; number stuff last")
   return first
 
 

@@ -212,7 +212,6 @@ def _regions(rng: np.random.Generator) -> Int[np.ndarray, "h w"]:
 
 
 def _texture(places: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
-  """Crops a random place at random, and mirrors it with probability 0.5."""
   place = places[rng.integers(len(places))]
   top, left = rng.integers(place.shape[0] - SIZE, size=2, endpoint=True)
   texture = place[top : top + SIZE, left : left + SIZE]
@@ -304,7 +303,6 @@ def read_eyes() -> Pair:
 
 
 def _test_pairs() -> Iterator[Pair]:
-  """Yields the parts of the strip, each with the other image's region and its margins."""
   left, right = read_eyes()
   width, whole = left.shape[1], TEST_WIDTH + 2 * MARGIN
   for start in range((width % TEST_WIDTH) // 2, width - TEST_WIDTH + 1, TEST_WIDTH):
@@ -409,10 +407,8 @@ def _prepare(name: str, folder: pathlib.Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-")
   except OSError as error:
-    raise OSError(
-      f"cache folder {_cache_dir()} cannot be written ({error.strerror}); set VIT_JAX_ZOO_CACHE to "
-      "another folder"
-    ) from error
+    text = f"cache folder {_cache_dir()} cannot be written ({error.strerror})"
+    raise OSError(f"{text}; set VIT_JAX_ZOO_CACHE to another folder") from error
   demo = DEMOS[name]
   splits = {split: demo.records(split) for split in ("train", "test")}
   try:

@@ -134,10 +134,7 @@ class FolderSource(FileSource):
   def part(self, *, chosen: bool) -> "FolderSource":
     """Returns the held-out part (`chosen`) or the rest; ValueError for fewer than two files."""
     if len(self._files) < 2:
-      raise ValueError(
-        f"{self.info.name}: {len(self._files)} training image, and none for a held-out part; "
-        "expected at least 2, better dozens of each class"
-      )
+      raise ValueError(f"{self.info.name}: {len(self._files)} training image; add some to hold out")
     parts = _hold_out(self._files, CHOOSE_FRACTION, highest=True)
     return FolderSource(self.info, self._root, parts[chosen])
 
@@ -164,20 +161,14 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
       f"folder:{location} is not on a local disk; copy it there, or pack it with python -m "
       "vit_jax_zoo.data.prepare --from_folder and read it as tfds:gs://bucket/name/1.0.0"
     )
-  root = pathlib.Path(location).expanduser()
-  if not root.is_dir():
-    raise FileNotFoundError(
-      f"folder:{location} is not a folder; expected one folder for each class, with images inside "
-      "(demo:photos needs no files)"
-    )
+  inside = "one folder for each class, with images inside (demo:photos needs no files)"
+  root = base.local_folder("folder", location, inside)
   folders = _split_folders(root) or {"": root}
   found = {name: _scan(folder) for name, folder in folders.items()}
   every = sorted({name for files in found.values() for _, name in files})
   if not every:
-    raise ValueError(
-      f"{root} has no images in class folders; expected {root}/<class>/<image>, with one of "
-      f"{', '.join(sorted(suffixes()))}"
-    )
+    known = ", ".join(sorted(suffixes()))
+    raise ValueError(f"{root} has no images in class folders; expected <class>/<image>, of {known}")
   if "" in found and len(every) == 1:
     _check_not_wrapped(root / every[0], location)
   names = read_class_names(class_names) or tuple(every)
@@ -208,10 +199,8 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
   if "train" in splits or (splits and len(nested) == len(folders)):
     return splits
   if len(named) > 1 and len(named) == len(folders) and not nested:
-    raise ValueError(
-      f"{root} has split folders ({', '.join(f.name for f in named)}) without class folders; "
-      f"expected {named[0]}/<class>/<image>"
-    )
+    expected = f"{named[0]}/<class>/<image>"
+    raise ValueError(f"{root} has split folders without class folders; expected {expected}")
   return {}
 
 
@@ -247,10 +236,7 @@ def _labelled(root: pathlib.Path, files: list[tuple[str, str]], names: Sequence[
   labels = {name: label for label, name in enumerate(names)}
   unknown = sorted({name for _, name in files} - set(labels))
   if unknown:
-    raise ValueError(
-      f"{root / unknown[0]} is not one of the {len(names)} class_names; expected every class "
-      f"folder in the list ({len(unknown)} are missing)"
-    )
+    raise ValueError(f"{root / unknown[0]} is not in class_names; add all {len(unknown)} missing")
   return [(path, labels[name]) for path, name in files]
 
 
@@ -292,7 +278,6 @@ def hash_name(path: str) -> int:
 
 
 def _name_choices(splits: FolderSplits) -> base.Splits:
-  """Adds the splits `fit` and `choose`."""
   validation = [name for name in base.VALIDATION_NAMES if name in splits]
   if "train" not in splits:
     return splits

@@ -26,7 +26,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
-from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Splits, name_validation
+from vit_jax_zoo.data.sources.base import (
+  DatasetInfo,
+  Example,
+  Splits,
+  local_folder,
+  name_validation,
+)
 from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name
 from vit_jax_zoo.errors import check_names
 
@@ -64,12 +70,8 @@ def open_splits(location: str, reference: str | int = "1") -> Splits:
   """
   reference = str(reference)
   check_names("reference", [reference], REFERENCES)
-  root = pathlib.Path(location).expanduser()
-  if "://" in location or not root.is_dir():
-    raise FileNotFoundError(
-      f"pairs:{location} is not a folder on a local disk; expected one with input/ and ref/, or a "
-      "published dataset (demo:stereo needs no files)"
-    )
+  inside = "input/ and ref/, or a published dataset (demo:stereo needs no files)"
+  root = local_folder("pairs", location, inside)
   splits = {
     name: functools.partial(_open, f"pairs:{location}", find, reference)
     for name, find in _find_layout(root).items()
@@ -91,10 +93,7 @@ def _choose(
   if reference == "self":
     return ()
   if not references:
-    raise FileNotFoundError(
-      f"{image}: no reference of its name; add one, or set reference='self' to use the "
-      "low-resolution image itself"
-    )
+    raise FileNotFoundError(f"{image}: no reference of its name; add one, or set reference='self'")
   if reference == "all":
     return references
   if reference == "random":
@@ -106,7 +105,6 @@ def _choose(
 
 
 def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:
-  """Returns a function for each split that lists its pairs."""
   found: dict[str, Callable[[], Pairs]] = {
     split: functools.partial(_named_alike, root / split / "input", root / split / "ref")
     for split in _SPLITS

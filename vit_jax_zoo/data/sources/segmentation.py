@@ -18,7 +18,13 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vit_jax_zoo.data.sources.base import DatasetInfo, Example, Splits, name_validation
+from vit_jax_zoo.data.sources.base import (
+  DatasetInfo,
+  Example,
+  Splits,
+  local_folder,
+  name_validation,
+)
 from vit_jax_zoo.data.sources.folder import FileSource, list_images, read_class_names
 
 
@@ -63,12 +69,8 @@ def open_splits(
   FileNotFoundError without the folder or a label map; ValueError without images, or for a pattern
   without `{name}` or `{split}`.
   """
-  root = pathlib.Path(location).expanduser()
-  if not root.is_dir():
-    raise FileNotFoundError(
-      f"segmentation:{location} is not a folder on a local disk; expected images/<split>/... and "
-      "annotations/<split>/... in it (demo:scenes with panoptic=True needs no files)"
-    )
+  inside = "images/<split>/ and annotations/<split>/ (demo:scenes, panoptic=True, needs no files)"
+  root = local_folder("segmentation", location, inside)
   if (images is None) != (labels is None):
     raise ValueError("segmentation: give both patterns, images and labels, or neither")
   if images is None or labels is None:
@@ -96,8 +98,7 @@ def _find_layout(root: pathlib.Path) -> Layout:
       return layout
   known = " or ".join(sorted({layout.images for layout in LAYOUTS}))
   raise ValueError(
-    f"{root} has none of the usual layouts ({known}); set images and labels to patterns such as "
-    "'rgb/{split}/{name}.png'"
+    f"{root} has none of the usual layouts ({known}); set the options images, labels"
   )
 
 

@@ -217,12 +217,10 @@ def _derived_example(record: Record, _: int, *, image_key: str, rule: LabelRule)
   return {"image": image, "label": rule.label(record)}
 
 
-def _label_maps(
-  features: Any, image_key: str | None, label_key: str | None
-) -> tuple[str, str] | None:
+def _label_maps(features: Any, image: str | None, label: str | None) -> tuple[str, str] | None:
   """Returns the features of images and of label maps; None for a dataset without label maps."""
-  pictures, labels = _images(features), label_key or "segmentation_label"
-  wanted = ("image", "image_left", *pictures) if image_key is None else (image_key,)
+  pictures, labels = _images(features), label or "segmentation_label"
+  wanted = ("image", "image_left", *pictures) if image is None else (image,)
   found = next((key for key in wanted if key in pictures and key != labels), None)
   return None if found is None or labels not in pictures else (found, labels)
 
@@ -238,7 +236,6 @@ def _pair_example(record: Record, _: int) -> Example:
 def _objects(
   features: Any, name: str, *, panoptic: bool
 ) -> tuple[DatasetInfo, Sequence[str], Maker]:
-  """Returns classes, encoded features and examples of a dataset with boxes."""
   objects = OBJECTS[panoptic]
   if not _has_boxes(features, objects):
     kind = "panoptic segments" if panoptic else "objects with boxes"
@@ -282,20 +279,18 @@ def _inner(features: Any, key: str) -> Any:
   return getattr(features[key], "feature", features[key])
 
 
-def _keys(
-  features: Any, name: str, image_key: str | None, label_key: str | None
-) -> tuple[str, str | None]:
+def _keys(features: Any, name: str, image: str | None, label: str | None) -> tuple[str, str | None]:
   found = _images(features)
-  if image_key is None and "image" in found:  # Pets have a mask beside it, smallNORB another view
-    image_key = "image"
-  for given in (image_key, label_key):
+  if image is None and "image" in found:  # Pets have a mask beside it, smallNORB another view
+    image = "image"
+  for given in (image, label):
     if given is not None and given not in features:
       raise ValueError(f"{name} has no feature {given!r}; it has {', '.join(sorted(features))}")
-  if image_key is None and len(found) != 1:
+  if image is None and len(found) != 1:
     known = ", ".join(sorted(found)) or "none"
     raise ValueError(f"{name}: set image_key to one of the image features: {known}")
   labels = [key for key in ("label", "labels") if key in features]
-  return image_key or found[0], label_key or (labels[0] if labels else None)
+  return image or found[0], label or (labels[0] if labels else None)
 
 
 def _images(features: Any) -> list[str]:
@@ -367,10 +362,8 @@ def at_path(location: str) -> epath.Path:
   folder = epath.Path(location).expanduser()
   if not (folder / "dataset_info.json").exists():
     problem = "has no dataset_info.json" if folder.exists() else "does not exist"
-    raise FileNotFoundError(
-      f"tfds:{location} {problem}; expected the inmost folder of a prepared dataset, such as "
-      ".../imagenet2012/5.1.0 (demo:digits needs none)"
-    )
+    expected = "the inmost folder of a prepared dataset, such as .../imagenet2012/5.1.0"
+    raise FileNotFoundError(f"tfds:{location} {problem}; expected {expected}")
   return folder
 
 

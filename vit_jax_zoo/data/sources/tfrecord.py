@@ -49,10 +49,8 @@ class TFRecordFiles:
       path = self._files[shard]
       offsets = np.array(list(_index(path)), np.int64).reshape(-1, 2)
       if len(offsets) != expected:
-        raise ValueError(
-          f"{path} has {len(offsets)} whole records, expected {expected} by dataset_info.json; the "
-          "file is truncated or belongs to another version"
-        )
+        problem = f"{path} has {len(offsets)} whole records, expected {expected}"
+        raise ValueError(f"{problem} by dataset_info.json; copy the file of this version again")
       # Two threads may both open the file; setdefault keeps one, the other is closed.
       mine = (os.open(path, os.O_RDONLY), offsets)
       if self._opened.setdefault(shard, mine) is not mine:

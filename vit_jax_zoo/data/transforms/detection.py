@@ -108,7 +108,6 @@ class LoadObjects(TargetTransform):
     return example
 
   def _add_segments(self, example: Example, segments: Int[np.ndarray, "h w"]) -> Example:
-    """Adds boxes where there are none, masks, and the segment map."""
     boxes, exist = _boxes_of(segments, len(example["labels"]))
     example.setdefault("boxes_xyxy", boxes)
     if not exist.all():
@@ -126,7 +125,6 @@ class LoadObjects(TargetTransform):
     return example
 
   def _add_outlines(self, example: Example, outlines: Any, turn: int, stored: Size) -> Example:
-    """Adds masks and run lengths of the objects that have an outline."""
     example = keep_objects(example, np.array([o is not None for o in outlines], bool))
     encoded = [_encode_outline(o, *stored) for o in outlines if o is not None]
     if self.masks or turn != 1:
@@ -142,10 +140,8 @@ class LoadObjects(TargetTransform):
 
   def _check_fields(self, outlines: Any, png: bytes | None) -> None:
     if (self.masks or self.run_lengths is not None) and outlines is None and png is None:
-      raise ValueError(
-        "load_objects: no object has an outline to make masks of; set masks=False, or use data "
-        "with segmentation, such as coco:/path or panoptic=True"
-      )
+      remedy = "set masks=False, or use data with segmentation, such as panoptic=True"
+      raise ValueError(f"load_objects: no object has an outline to make masks of; {remedy}")
     if self.segment_map and png is None:
       raise ValueError("load_objects: segment_map needs panoptic data; set panoptic=True")
     if self.segment_map and not self.as_annotated:
@@ -240,7 +236,6 @@ def _encode_outline(outline: Any, height: int, width: int) -> Any:
 
 
 def _encode(masks: Bool[np.ndarray, "n h w"]) -> Any:
-  """Returns COCO's compressed run lengths of each mask, a list of dicts."""
   if not len(masks):
     return []
   return run_lengths.encode(np.asfortranarray(masks.transpose(1, 2, 0), np.uint8))

@@ -205,19 +205,17 @@ def _height_width(size: Size) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class OneHot(TargetTransform):
-  """`label`: int -> float32 [num_classes], `on_value` at the label and `off_value` elsewhere."""
+  """`label`: int -> float32 [num_classes], 1 at the label."""
 
   num_classes: int
-  on_value: float = 1.0
-  off_value: float = 0.0
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
     labels = np.asarray(example["label"], np.int64).reshape(-1)
     for label in labels:
       if not 0 <= label < self.num_classes:
         raise ValueError(f"label: {label}; expected 0 to {self.num_classes - 1}. Set num_classes")
-    target = np.full(self.num_classes, self.off_value, np.float32)
-    target[labels] = self.on_value
+    target = np.zeros(self.num_classes, np.float32)
+    target[labels] = 1.0
     return {**example, "label": target}
 
 
