@@ -53,11 +53,7 @@ def run(
   parse: Callable[[list[str]], list[str]] | None = None,
   renamed: Mapping[str, str] | None = None,
 ) -> None:
-  """Runs a command with its name and the arguments that are no flags; exits with its status.
-
-  `define_flags` defines the command's own flags, unless importing did.
-  `renamed` maps old names of flags, which are refused, to the new ones.
-  """
+  """Runs a command, exits with its status; `renamed` maps refused old flags to the new ones."""
 
   def main_or_one_line(argv: Sequence[str]) -> int:
     with one_line_errors(show_traceback=flags.FLAGS.traceback):

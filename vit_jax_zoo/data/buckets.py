@@ -44,10 +44,7 @@ _SHUFFLE = 2  # separates this use of the seed from those of `data/shuffle.py`
 
 
 class Buckets:
-  """Shapes of batches, by area; the last one holds every image that another one holds.
-
-  ValueError unless the given shapes are pairs (height, width).
-  """
+  """Shapes (height, width) by area, or ValueError; the last one holds what any other one holds."""
 
   def __init__(self, shapes: Iterable[Sequence[int]]) -> None:
     given = set[Shape]()
@@ -90,10 +87,7 @@ def choose_buckets(sizes: Int[np.ndarray, "n 2"], count: int) -> tuple[Shape, ..
 
 @functools.lru_cache(maxsize=8)
 def source_sizes(source: Source) -> Int[np.ndarray, "n 2"]:
-  """Returns height and width of every image of a source, from the headers if necessary.
-
-  Unreadable images have (1, 1); loading them reports the error.
-  """
+  """Returns height and width of all images, from headers if necessary; (1, 1) if unreadable."""
 
   def read(indices: range) -> list[Shape]:
     sizes = []
@@ -152,10 +146,7 @@ class Forecast:
 
 
 def find_buckets(forecast: Forecast, buckets: BucketSpec, seed: int | None) -> Buckets:
-  """Returns the given buckets, or chooses a given number, for a training run or an evaluation.
-
-  ValueError for wrong shapes, or a transform whose output size is not known in advance.
-  """
+  """Returns the buckets, given or chosen; ValueError for wrong shapes or unknown output sizes."""
   if not isinstance(buckets, int):
     return Buckets(buckets)
   if buckets < 1:

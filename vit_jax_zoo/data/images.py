@@ -163,13 +163,9 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
-  """Returns an image file's height and width as stored, and its EXIF orientation.
-
-  Reads the beginning of the file, or all of it if the header is longer. Raises OSError, and
-  CorruptExampleError for other files than images.
-  """
+  """Returns a file's stored height, width and EXIF orientation; OSError, or CorruptExampleError."""
   with open(file, "rb") as stream:
-    begin = stream.read(1 << 16)
+    begin = stream.read(1 << 16)  # long enough for most headers
     try:
       return parse_header(begin)
     except CorruptExampleError:
@@ -204,14 +200,11 @@ overrides the names' "grayscale"; their color variants set BGR, which excludes R
 
 
 def _decode_fast(data: bytes, reduce: int, rows: int | None) -> Pixels | None:
-  """Decodes plain JPEG and PNG files to Pillow's pixels; None for all others.
-
-  Pillow also decides on files with bytes behind their end, which OpenCV would accept truncated.
-  """
+  """Decodes plain JPEG and PNG files, with nothing behind the end, to Pillow's pixels; or None."""
   header = read_jpeg_header(data)
   if header is not None:
     if header.channels not in (1, 3) or not data.endswith(_JPEG_END):
-      return None
+      return None  # OpenCV would accept a truncated file
     to_srgb = None if header.icc is None else _srgb_transform(header.icc, "RGB")
     if header.icc is not None and header.channels == 1 and _srgb_transform(header.icc, "L"):
       return None
@@ -312,11 +305,7 @@ def _from_gray(samples: Shaped[np.ndarray, "h w"]) -> Pixels:
 
 @functools.lru_cache(maxsize=256)
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-  """Returns the transform of images of `mode` to sRGB.
-
-  None where there is nothing to do: the profile is damaged, of another color space, or sRGB, which
-  is one that moves no color by more than two levels.
-  """
+  """Returns the transform to sRGB; None for a damaged or unfit profile, or one like sRGB."""
   try:
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
@@ -330,7 +319,7 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
   grid = levels if mode == "L" else np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
   plain = grid.reshape(1, len(grid), -1).astype(int)
   moved = np.abs(np.array(transform.apply(Image.fromarray(grid[None]))) - plain)
-  return None if moved.max() <= 2 else transform
+  return None if moved.max() <= 2 else transform  # in levels: it is sRGB
 
 
 def resize(

@@ -389,10 +389,7 @@ class TrainBatches:
 
 @dataclasses.dataclass(frozen=True)
 class MaskedBatches:
-  """Evaluation batches by number; pickled to the worker processes.
-
-  Rows without an example are zeros, and False in `mask`.
-  """
+  """Evaluation batches by number; rows without an example are zeros, and False in `mask`."""
 
   loader: Loader
   size: int  # rows of this host

@@ -99,10 +99,7 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Packs class folders, with splits and labels of `folder:`, as ArrayRecord; returns its folder.
-
-  ValueError without images in class folders, or if `name` is not a lower-case identifier.
-  """
+  """Packs class folders as ArrayRecord, returns the folder; ValueError for a bad name, no images."""
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
   sources = {s: open_() for s, open_ in folder.find_splits(root).items() if s != "all"}

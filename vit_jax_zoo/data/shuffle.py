@@ -14,10 +14,7 @@ _ORDER, _NUMBERS = 0, 1
 
 
 def shuffled_index(position: int, num_examples: int, seed: int) -> int:
-  """Returns the example at a position of the endless sequence of epochs, each a permutation.
-
-  Epoch e takes the positions [e * num_examples, (e + 1) * num_examples).
-  """
+  """Returns the example at a position of the endless sequence of epochs, each a permutation."""
   epoch, place = divmod(position, num_examples)
   if num_examples <= _SMALL:
     return int(_permutation(seed, epoch, num_examples)[place])

@@ -20,10 +20,7 @@ COLUMNS = 7  # of the ViT paper's figure 7, which has 28 components
 def principal_filters(
   kernel: Float[np.ndarray, "kh kw c n"], count: int = 28
 ) -> tuple[Float[np.ndarray, "m kh kw c"], Float[np.ndarray, " m"]]:
-  """Returns n filters' first principal components (ViT, figure 7), and fractions of the variance.
-
-  Components are unit vectors whose largest entry is positive.
-  """
+  """Returns filters' principal components (ViT, figure 7) and their fractions of the variance."""
   points = np.asarray(kernel, np.float64).reshape(-1, kernel.shape[-1]).T
   _, singular, directions = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
   kept = directions[:count]
@@ -34,10 +31,7 @@ def principal_filters(
 
 
 def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False) -> Figure:
-  """Draws a first layer's filters, or their `principal` components, scaled to the largest entry.
-
-  Gray is zero; filters of other than 3 channels are averaged over them.
-  """
+  """Draws filters of a layer, or `principal` components, scaled to the largest entry; gray is 0."""
   side = f"{kernel.shape[0]} × {kernel.shape[1]} pixels"
   if principal:
     filters, shares = principal_filters(kernel)
@@ -118,10 +112,7 @@ def draw_heads(
 
 
 def draw_position_similarity(table: Float[np.ndarray, "n d"], grid: tuple[int, int]) -> Figure:
-  """Draws the cosine similarity of each patch's position embedding to all others (ViT, figure 7).
-
-  Of more than 14 patches per side, every n-th has a tile. The table ends with the patches.
-  """
+  """Draws cosine similarities of position embeddings (ViT, figure 7), of at most 14 x 14 patches."""
   similarity = position_similarity(table, grid)
   stride = -(-max(grid) // 14)
   rows, columns = range(0, grid[0], stride), range(0, grid[1], stride)

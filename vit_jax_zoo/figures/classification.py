@@ -42,10 +42,7 @@ def draw_predictions(
   predictions: Mapping[str, Any],
   class_names: Sequence[str] = (),
 ) -> Figure:
-  """Draws images with the most likely class: framed blue if correct, else vermilion.
-
-  Labels are as in `draw_batch`; predictions are those of `Classification.predict`.
-  """
+  """Draws images with the most likely class of `Classification.predict`, framed blue if correct."""
   shown = min(len(images), 24)
   correct = np.asarray(predictions["correct"])[:shown, 0]
   figure, axes, cell = _grid(images, shown)
@@ -91,10 +88,7 @@ def draw_ranking(
 
 
 def draw_confusion(matrix: Integer[np.ndarray, "k k"], class_names: Sequence[str] = ()) -> Figure:
-  """Draws a confusion matrix: row i, column j is the fraction of class i predicted as class j.
-
-  Cells show counts up to 20 classes; axes show class names up to 60.
-  """
+  """Draws fractions of class i (row) predicted as j; counts up to 20 classes, names up to 60."""
   classes = len(matrix)
   shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
   side = float(np.clip(0.42 * classes, 3.2, 9.0))

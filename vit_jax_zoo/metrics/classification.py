@@ -95,10 +95,7 @@ class ClassificationEvaluator(Evaluator):
 def is_correct(
   labels: Shaped[np.ndarray, "b ..."], predictions: Int[np.ndarray, "b r"]
 ) -> Bool[np.ndarray, "b r"]:
-  """Returns which predictions, class indices, are correct.
-
-  Labels are class indices [b], or weights [b k], of which any with the largest of its row counts.
-  """
+  """Returns which predictions are the label [b], or have the largest weight of its row [b k]."""
   if labels.ndim == 1:
     return labels[:, None] == predictions
   weights = np.take_along_axis(labels, predictions, axis=1)

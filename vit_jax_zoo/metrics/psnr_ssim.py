@@ -25,10 +25,7 @@ def psnr_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> 
 
 
 def ssim_y(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h w 3"]) -> float:
-  """Returns the structural similarity of luma (Wang et al., 2004), as TTSR's code computes it.
-
-  Mean over all Gaussian windows (11x11, standard deviation 1.5); ValueError for a smaller side.
-  """
+  """Returns SSIM (Wang et al., 2004) of luma as TTSR's code, over Gaussian 11x11 windows."""
   if min(truth.shape[:2]) < _WINDOW:
     size = f"{truth.shape[0]}x{truth.shape[1]}"
     raise ValueError(f"truth: its size is {size}; SSIM needs at least {_WINDOW}x{_WINDOW} pixels")

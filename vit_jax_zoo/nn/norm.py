@@ -55,10 +55,7 @@ class BatchNorm(nn.Module):
 
 
 class FrozenBatchNorm(nn.Module):
-  """Batch norm with fixed scale, bias, mean and variance.
-
-  All four are in "batch_stats": they are not optimized, and do not count as parameters.
-  """
+  """Batch norm with fixed scale, bias, mean and variance, all in "batch_stats": no parameters."""
 
   epsilon: float = 1e-5
   scale_init: Initializer | None = None  # no effect; for the signature of `BatchNorm`

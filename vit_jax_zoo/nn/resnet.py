@@ -167,10 +167,7 @@ class Stem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-  """1x1, 3x3, 1x1 to four times the width, plus the shortcut; activation after the sum.
-
-  Subclasses may replace the 3x3 convolution, `spatial`.
-  """
+  """1x1, 3x3, 1x1 to four times the width, plus the shortcut; activation after the sum."""
 
   width: int  # channels of the first two convolutions
   norm: Callable[..., nn.Module]
@@ -205,7 +202,7 @@ class Bottleneck(nn.Module):
   def spatial(
     self, x: Float[Array, "b h w c"], stride: int, *, train: bool
   ) -> Float[Array, "b h2 w2 c"]:
-    """Applies the 3x3 convolution."""
+    """Applies the 3x3 convolution, which subclasses may replace."""
     return self._conv(self.width, 3, stride, dilation=self.dilation, name="conv2")(x, train=train)
 
   def _skip(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 f"]:
@@ -225,10 +222,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-  """Four stages of bottleneck blocks; returns the outputs of all.
-
-  Fields without a comment are those of `Bottleneck`.
-  """
+  """Four stages of bottleneck blocks, with the fields of `Bottleneck`; returns all outputs."""
 
   blocks: tuple[int, ...] = RESNET_BLOCKS[50]  # per stage
   widths: tuple[int, ...] = (64, 128, 256, 512)  # bottleneck channels; outputs: four times as many

@@ -50,10 +50,7 @@ def mix_examples(
   rng: jax.Array,
   mixing: Mixing,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
-  """Returns mixed images, and their targets (label weights) mixed by the same fractions.
-
-  `mask` is True for real examples; padding and its successor are not mixed.
-  """
+  """Returns images and targets (label weights), mixed alike; padding and its successor are not."""
   shares, from_self = _draw(rng, images.shape[0], (images.shape[1], images.shape[2]), mixing)
   whole = ~(mask & jnp.roll(mask, 1))
   shares = jnp.where(whole, 1.0, shares)

@@ -140,10 +140,7 @@ def find_topology(name: str | None) -> str:
 
 
 def simulated_slice(name: str | None) -> Machine:
-  """Returns a slice of CPU devices, for checks of a config without libtpu.
-
-  The process must not have used JAX devices before. `name` and errors are those of `find_topology`.
-  """
+  """Returns a slice of CPU devices, to check a config without libtpu; JAX must be unused before."""
   topology = find_topology(name)
   version, _, shape = topology.partition(":")
   if not re.fullmatch(r"\d+(x\d+)*", shape):

@@ -124,11 +124,7 @@ def make_plan(
   overrides: list[str] | None = None,
   compile_step: bool = True,
 ) -> Plan:
-  """Compiles the training step of a complete config for a machine.
-
-  `compile_step=False` skips everything that needs the compiler. Raises ValueError, one line, about
-  an invalid config.
-  """
+  """Compiles a config's training step, unless `compile_step` is False; ValueError if invalid."""
   parts = trainer.build(config, machine.devices, fake_data.load)
   kinds = parts.batch_shapes()
   largest = max((batch for _, batch in kinds), key=_size)

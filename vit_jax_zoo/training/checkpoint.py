@@ -243,10 +243,7 @@ def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def find_checkpoint(path: PathLike) -> epath.Path:
-  """Returns the directory of one complete checkpoint.
-
-  `path` is that, a run (its best checkpoint, else the newest), or its `checkpoints` or `best`.
-  """
+  """Returns the directory of one checkpoint: `path`, or a run's or folder's best, else newest."""
   root = absolute(path)
   if _is_one(root):
     return root

@@ -89,10 +89,7 @@ _RULE_FIELDS = ("learning_rate", "weight_decay", "frozen")
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """Gradient transformation, learning-rate schedule and mask of frozen parameters.
-
-  State trees have the structure of the parameters, without the frozen ones.
-  """
+  """Gradient transformation, schedule, mask of the frozen parameters, which states leave out."""
 
   tx: optax.GradientTransformation
   schedule: Schedule  # by training step, from 0; it is 0 before `begin_step`

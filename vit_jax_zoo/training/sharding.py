@@ -136,10 +136,7 @@ def named_shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def input_shard(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-  """Returns which part of each global batch this process loads: (index, number of parts).
-
-  Processes whose devices differ only along `model` load the same part.
-  """
+  """Returns the part of a batch that this process loads, equal along `model`: (index, number)."""
   rows: dict[int, set[int]] = {}
   for device, (index, *_) in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
     rows.setdefault(device.process_index, set()).add(index.start or 0)

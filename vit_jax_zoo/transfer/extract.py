@@ -46,11 +46,7 @@ class Extractor:
     num_workers: int = 0,
     on_corrupt: str = "error",
   ) -> None:
-    """Puts the model on the devices; `num_workers` processes read images (0: threads).
-
-    The global batch size is rounded up to a multiple of the number of devices; `on_corrupt` is
-    "error", or "skip" of unreadable images.
-    """
+    """Puts the model on the devices; `batch_size` is rounded up to a multiple of their number."""
     if batch_size < 1:
       raise ValueError(f"batch_size is {batch_size}; expected a whole number, at least 1")
     self._trained = trained

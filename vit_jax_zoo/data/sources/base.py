@@ -148,10 +148,7 @@ class SlicedSource(Source):
 
 
 def select_split(splits: Splits, split: str, dataset: str) -> Source:
-  """Returns the examples of a split specification, see above; ValueError for a wrong or empty one.
-
-  Percentages are rounded to the nearest example; negative positions count from the end.
-  """
+  """Returns the examples of a split specification; ValueError for a wrong or empty one."""
   parts = []
   for text in (ALIASES.get(p, p) if p not in splits else p for p in split.split("+")):
     match = _PART.fullmatch(text.strip())
@@ -184,10 +181,7 @@ def join_sources(sources: Sequence[Source]) -> Source:
 
 
 def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> None:
-  """Raises ValueError, with the first difference, if two sources have different class names.
-
-  Sources without names pass; `name` is the other's in the message.
-  """
+  """Raises ValueError, with the first difference, if two sources have different class names."""
   ours, theirs = train.class_names, other.class_names
   if not ours or not theirs or ours == theirs:
     return
@@ -201,6 +195,6 @@ def check_same_classes(train: DatasetInfo, other: DatasetInfo, name: str) -> Non
 
 
 def _position(text: str | None, length: int) -> int | None:
-  if text is not None and text.endswith("%"):
+  if text is not None and text.endswith("%"):  # rounded to the nearest example
     return round(int(text[:-1]) * length / 100)
   return None if text is None else int(text)

@@ -91,10 +91,7 @@ class _Split(NamedTuple):
 
 
 class CocoSource(base.Source):
-  """Images of a checked annotation file; examples as in `transforms/detection.py`.
-
-  `rotated` has the EXIF orientation, by index, of images whose annotations are in the stored frame.
-  """
+  """Images of a checked annotation file; examples as in `transforms/detection.py`."""
 
   def __init__(
     self, info: base.DatasetInfo, content: CocoFile, split: _Split, rotated: Mapping[int, int]

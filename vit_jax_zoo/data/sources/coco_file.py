@@ -68,10 +68,7 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
 
 
 def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """Returns `id`, `file_name`, `height`, `width` of each image, and the categories as in the file.
-
-  Reads a file with or without annotations, such as a test set; raises as `read_coco`.
-  """
+  """Returns the images of a file with or without annotations, and the categories as it has them."""
   data = _load(file, ("images", "categories"))
   check = _Check(file)
   check.each(data["images"], check.image)
@@ -340,17 +337,14 @@ def _run_lengths_problem(outline: Mapping[str, Any], size: list[int]) -> str:
       area = run_lengths.area({"size": size, "counts": counts.encode()})
     except (ValueError, RuntimeError):
       return "run lengths that cannot be read"
-    total = _sum_of_runs(counts.encode())
+    total = _sum_of_runs(counts.encode())  # decoding the mask takes 50 times as long
   if total != math.prod(size):
     return "run lengths that do not add up to the pixels of its image"
   return "" if area else "no area in its image"
 
 
 def _sum_of_runs(counts: bytes) -> int:
-  """Returns the sum of COCO's compressed run lengths: 5 bits a byte; from the 4th on, differences.
-
-  Decoding the mask takes 50 times as long.
-  """
+  """Sums COCO's compressed run lengths: 5 bits a byte; from the 4th on, differences."""
   code = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
   ends = np.flatnonzero(code & 32 == 0)  # the other bytes are continued
   if not len(ends):

@@ -399,10 +399,7 @@ def open_splits(location: str, *, panoptic: bool = False) -> Splits:
 
 
 def _prepare(name: str, folder: pathlib.Path) -> None:
-  """Writes the dataset to a temporary folder and renames it in one step.
-
-  No process sees half a dataset; of several that start together, the first to finish wins.
-  """
+  """Renames a temporary folder: no process sees half a dataset, and of several the first wins."""
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-")

@@ -183,10 +183,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
-  """Returns the split folders, by split; none where `train` and `test` are classes.
-
-  A split folder has class folders inside.
-  """
+  """Returns the folders of splits, which have class folders inside; none if `train` is a class."""
   folders = _folders(root)
   named = [f for f in folders if f.name.lower() in SPLIT_FOLDERS]
   nested = [f for f in named if _folders(f)]

@@ -48,10 +48,7 @@ _URBAN100 = "image_SRF_4"
 
 
 class PairSource(FileSource):
-  """Encoded images and references.
-
-  Examples: `image`, bytes; `reference`, bytes, a tuple of them for "all", None for "self".
-  """
+  """Examples: `image`, bytes; `reference`, bytes, a tuple of them for "all", None for "self"."""
 
   stitched = False
 

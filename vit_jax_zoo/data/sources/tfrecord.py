@@ -17,11 +17,7 @@ _HEADER, _FOOTER = 12, 4
 
 
 class TFRecordFiles:
-  """The records of several files as one sequence.
-
-  Each process indexes a file at its first access, by reading the headers. Only names and counts are
-  pickled.
-  """
+  """Records of several files, each indexed at its first access; pickled as names and counts."""
 
   def __init__(
     self, files: Sequence[str], lengths: Sequence[int], decode: Callable[[bytes], Any]

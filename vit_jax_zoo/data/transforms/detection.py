@@ -210,11 +210,7 @@ def _boxes_of(
 
 
 def _encode_outline(outline: Any, height: int, width: int) -> Any:
-  """Returns COCO's compressed run lengths of an object.
-
-  An outline is a list of polygons x, y, x, y, ... in pixels, or COCO's run lengths, compressed or
-  not: {"counts": ..., "size": [height, width]}.
-  """
+  """Returns COCO's compressed run lengths of polygons x, y, x, y, ... or of COCO's run lengths."""
   try:
     if isinstance(outline, dict):
       if tuple(outline["size"]) != (height, width):
@@ -392,12 +388,9 @@ class ResizeShorter(GeometricTransform):
 
 @dataclasses.dataclass(frozen=True)
 class RandomScaleCrop(GeometricTransform):
-  """DETR's augmentation of `image` and its annotations: a random size, half the time after a crop.
+  """DETR's augmentation of `image` and annotations: a random size, half the time after a crop."""
 
-  One of several sides is drawn uniformly.
-  """
-
-  shorter: Sequence[int] = SHORTER_SIDES  # shorter sides of the result
+  shorter: Sequence[int] = SHORTER_SIDES  # of the result: one is drawn uniformly
   longest: int | None = 1333  # limit of its longer side
   crop_probability: float = 0.5
   crop_from: Sequence[int] = (400, 500, 600)  # shorter sides of the image that is cropped

@@ -220,18 +220,12 @@ class OneHot(TargetTransform):
 
 
 class MultiHot(OneHot):
-  """`label`: any number of ints -> float32 [num_classes], 1 at each of them.
-
-  For datasets of several labels an image (JFT, ImageNet-ReaL) and the sigmoid cross-entropy.
-  """
+  """`label`: ints -> float32 [num_classes], 1 at each (JFT, ImageNet-ReaL; sigmoid losses)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KeepPrefix(Transform):
-  """Adds `prefix_length`, int32: number of pixels in raster order that a completion begins with.
-
-  `image` is decoded and stays whole, for comparison.
-  """
+  """Adds `prefix_length`, int32: the pixels in raster order that a completion begins with."""
 
   share: float = 0.5  # fraction of the image's rows in the prefix, rounded to whole rows
 

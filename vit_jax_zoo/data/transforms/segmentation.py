@@ -170,12 +170,9 @@ class RandomWindow(detection.GeometricTransform):
 
 @dataclasses.dataclass(frozen=True)
 class PadLabelMap(TargetTransform):
-  """Adds `image_size` int32 [2]; pads `image` with 0 and `label_map` with 255. The last transform.
+  """Adds `image_size` int32 [2]; pads `image` with 0, `label_map` with 255. The last transform."""
 
-  None leaves the padding to `data.loader.buckets`.
-  """
-
-  height: int | None = None
+  height: int | None = None  # None leaves the padding to `data.loader.buckets`
   width: int | None = None
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
