@@ -19,7 +19,7 @@ import timing
 
 sys.path.insert(0, os.getcwd())  # for configs/vit.py
 
-from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.config import load
 from vit_jax_zoo.planning.hardware import Machine, find_machine
 from vit_jax_zoo.planning.plan import make_plan
 from vit_jax_zoo.registry import list_models
@@ -38,7 +38,7 @@ def measure(
     "model.representation_size": None, "sharding.mesh.data": 1, "sharding.mesh.fsdp": -1,
   }  # fmt: skip
   batch_size = per_device * len(machine.devices)
-  config = load_with_overrides(
+  config = load(
     f"configs/vit.py:b16_imagenet,image_size={image_size},batch_size={batch_size}",
     [f"--config.{field}={value}" for field, value in fields.items()],
   )

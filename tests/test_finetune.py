@@ -163,7 +163,7 @@ def own_run(own, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("own")
   argument = f"model=vit_ti16,source=folder:{own},init_from={WEIGHTS},image_size=32,batch_size=8"
   overrides = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
-  config = config_lib.load_with_overrides(
+  config = config_lib.load(
     f"{ROOT}/configs/finetune.py:{argument},num_epochs=4,learning_rate=0.03,dtype=float32",
     overrides,
   )

@@ -124,15 +124,8 @@ _MINIMA = {
 }
 
 
-def load_with_overrides(argument: str, overrides: Sequence[str]) -> ConfigDict:
-  """Returns the complete config of `--config=argument` with overrides; see `apply_overrides`."""
-  config = load(argument)
-  apply_overrides(config, overrides)
-  return config
-
-
-def load(argument: str) -> ConfigDict:
-  """Returns the complete config of `configs/<system>.py[:variant][,field=value...]`."""
+def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+  """Returns the complete config of `configs/<system>.py[:variant][,field=value...]`, overridden."""
   name, _, choice = argument.partition(":")
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
@@ -157,7 +150,9 @@ def load(argument: str) -> ConfigDict:
     raise ValueError(f"--config={name}: {type(error).__name__}: {error}") from error
   if not hasattr(module, "get_config"):
     raise ValueError(f"--config={name}: defines no get_config(arg); see configs/vit.py")
-  return complete(module.get_config(choice) if choice else module.get_config())
+  config = complete(module.get_config(choice) if choice else module.get_config())
+  apply_overrides(config, overrides)
+  return config
 
 
 def complete(config: ConfigDict) -> ConfigDict:

@@ -15,7 +15,7 @@ from absl import flags, logging
 from etils import epath
 
 from vit_jax_zoo import cli, trainer
-from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.config import load
 from vit_jax_zoo.training import distributed
 from vit_jax_zoo.training.loop import Outcome, format_scores
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
   """Runs the command with overrides of config fields; returns the exit status."""
   if CONFIG.value is None:
     raise ValueError("--config is missing; try --config=configs/vit.py")
-  config = load_with_overrides(CONFIG.value, argv[1:])
+  config = load(CONFIG.value, argv[1:])
   distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
   if not distributed.is_primary():
     logging.set_verbosity(logging.WARNING)

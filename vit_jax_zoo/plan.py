@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import cli as command_line
-from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.config import load
 from vit_jax_zoo.errors import escape_controls
 from vit_jax_zoo.planning import page
 from vit_jax_zoo.planning.hardware import Machine, find_machine, simulated_slice
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     raise ValueError("--config is missing; try --config=configs/vit.py --platform=cpu")
   if FLAGS.output:  # before a compilation, which may take an hour
     pathlib.Path(FLAGS.output).parent.mkdir(parents=True, exist_ok=True)
-  config = load_with_overrides(FLAGS.config, argv[1:])
+  config = load(FLAGS.config, argv[1:])
   if not FLAGS.compile:
     return _check(config, list(argv[1:]))
   machine = find_machine(FLAGS.platform, FLAGS.topology)

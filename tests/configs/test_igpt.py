@@ -10,7 +10,7 @@ from etils import epath
 
 from configs import igpt
 from vit_jax_zoo import export, trainer
-from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.config import load
 from vit_jax_zoo.systems.igpt.model import ImageGPT
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained, load_pretrained
@@ -137,7 +137,7 @@ def nats_config(folder):
   flags = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
   flags += ["--config.batch_size=8", "--config.data.loader.num_workers=0"]
   choice = f"s_eval_nll,source=demo:digits,split=test[:6],init_from={folder}"
-  return load_with_overrides(f"configs/igpt.py:{choice}", flags)
+  return load(f"configs/igpt.py:{choice}", flags)
 
 
 def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, tmp_path):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from tests.command import TINY
 from vit_jax_zoo import trainer
-from vit_jax_zoo.config import complete, load_with_overrides
+from vit_jax_zoo.config import complete, load
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning.hardware import find_machine, find_topology
 from vit_jax_zoo.planning.plan import (
@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def tiny(*overrides):
-  return load_with_overrides(TINY[0].removeprefix("--config="), [*TINY[1:], *overrides])
+  return load(TINY[0].removeprefix("--config="), [*TINY[1:], *overrides])
 
 
 @pytest.fixture(scope="module")
