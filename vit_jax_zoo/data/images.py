@@ -30,8 +30,7 @@ Method: TypeAlias = Literal["bilinear", "area", "antialias"]
 
 _FIRST_TRANSPOSED = 5  # EXIF orientations from here on exchange height and width
 
-MAX_PIXELS = 178_956_970
-"""Larger images are refused by their header: Pillow's limit against decompression bombs."""
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs; checked in the header
 
 _SUFFIXES = (
   ".avif", ".bmp", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",

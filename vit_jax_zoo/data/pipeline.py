@@ -40,16 +40,13 @@ LOADER_FIELDS = ("num_workers", "num_threads", "on_corrupt", "buckets")  # field
 
 Batch: TypeAlias = dict[str, np.ndarray]
 
-MAX_REPLACEMENTS = 100
-"""Corrupt examples in a row at which a run stops, although `on_corrupt` is "skip"."""
-
+MAX_REPLACEMENTS = 100  # corrupt examples in a row at which a run stops, also with "skip"
 SKIPPED = "_skipped"  # key of a batch's `Failures`
 
 PADDED = {"image": (0, 0), "masks": (1, False), "label_map": (0, 255)}
 """Keys padded with their image: axis of the rows, value of the padding."""
 
-PADDED_ORIGINAL = {"segment_map": (0, -1)}
-"""The same for keys of the image's size before the transforms."""
+PADDED_ORIGINAL = {"segment_map": (0, -1)}  # of the image's size before the transforms
 
 _REMEDIES = {
   "image": "end the transforms with a resize or a crop, or set data.loader.buckets",
@@ -470,8 +467,7 @@ def _put(batch: Batch, key: str, value: np.ndarray, row: int, *, padded: bool) -
   if padded and key in PADDED | PADDED_ORIGINAL and value.ndim == place.ndim:
     place = place[tuple(slice(side) for side in value.shape)]
   if value.shape != place.shape:
-    raise ValueError(
-      f"{key!r} has different shapes in one batch, such as {place.shape} and "
-      f"{value.shape}; {_REMEDIES.get(key, 'bring them to one shape in a transform')}"
-    )
+    remedy = _REMEDIES.get(key, "bring them to one shape in a transform")
+    shapes = f"{place.shape} and {value.shape}"
+    raise ValueError(f"{key!r} has different shapes in one batch, such as {shapes}; {remedy}")
   place[...] = value

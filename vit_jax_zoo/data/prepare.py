@@ -99,7 +99,7 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
 
 
 def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path:
-  """Packs class folders as ArrayRecord, returns the folder; ValueError for a bad name, no images."""
+  """Packs class folders as ArrayRecord, returns the folder; ValueError for a bad name, no image."""
   if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
     raise ValueError(f"--dataset={name!r} cannot name a dataset; use lower case, digits and _")
   sources = {s: open_() for s, open_ in folder.find_splits(root).items() if s != "all"}

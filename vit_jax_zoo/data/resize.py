@@ -18,9 +18,7 @@ Pixels: TypeAlias = Float32[np.ndarray, "h w c"] | UInt8[np.ndarray, "h w c"]
 
 METHODS = ("bilinear", "area", "antialias")
 
-_cached = functools.lru_cache(256)
-"""Keeps the tables of neighbours and weights by (old size, new size)."""
-
+_cached = functools.lru_cache(256)  # of neighbours and weights, by (old size, new size)
 _ONE, _HALF = np.float32(1), np.float32(0.5)
 
 

@@ -9,8 +9,7 @@ import functools
 import grain
 import numpy as np
 
-_ORDER, _NUMBERS = 0, 1
-"""Separate the two uses of one seed."""
+_ORDER, _NUMBERS = 0, 1  # separate the two uses of one seed
 
 
 def shuffled_index(position: int, num_examples: int, seed: int) -> int:

@@ -112,7 +112,7 @@ def draw_heads(
 
 
 def draw_position_similarity(table: Float[np.ndarray, "n d"], grid: tuple[int, int]) -> Figure:
-  """Draws cosine similarities of position embeddings (ViT, figure 7), of at most 14 x 14 patches."""
+  """Draws cosine similarities of position embeddings (ViT, figure 7), at most 14 x 14 patches."""
   similarity = position_similarity(table, grid)
   stride = -(-max(grid) // 14)
   rows, columns = range(0, grid[0], stride), range(0, grid[1], stride)

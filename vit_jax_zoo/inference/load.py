@@ -120,8 +120,7 @@ def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int])
   if isinstance(transform, ResizeSmall):
     return dataclasses.replace(transform, size=round(transform.size * max(ratios)))
   height, width = _height_width(transform.size)
-  scaled = round(height * ratios[0]), round(width * ratios[1])
-  return dataclasses.replace(transform, size=scaled)
+  return dataclasses.replace(transform, size=(round(height * ratios[0]), round(width * ratios[1])))
 
 
 def _prepare_for_run(

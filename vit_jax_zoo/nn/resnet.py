@@ -78,9 +78,7 @@ RESNET_BLOCKS = {
 }
 """Network depth -> blocks in each of the four stages."""
 
-STAGES = ("c2", "c3", "c4", "c5")
-"""Names of the stage outputs; `c<i>` has stride 2^i."""
-
+STAGES = ("c2", "c3", "c4", "c5")  # names of the stage outputs; `c<i>` has stride 2^i
 STEMS = ("conv7", "deep", "deep_strided", "tiered", "conv3")
 SHORTCUTS = ("conv", "avg_pool")
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}

@@ -8,8 +8,7 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-BATCH_AXES = ("data", "fsdp")
-"""The mesh axes over which a batch is split."""
+BATCH_AXES = ("data", "fsdp")  # the mesh axes over which a batch is split
 
 
 def shard_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from vit_jax_zoo.config import load_with_overrides
+from vit_jax_zoo.config import load
 from vit_jax_zoo.planning.report import ASSUMPTIONS, gib, seconds
 from vit_jax_zoo.training import atomic_write
 
@@ -151,7 +151,7 @@ def _is_current(row: Row, results: Mapping[str, Any], level: str | None) -> bool
 
 def digest(row: Row) -> str:
   """Returns a hash of the config fields on which a row's plan depends."""
-  known = json.loads(load_with_overrides(row.config, row.overrides).to_json_best_effort())
+  known = json.loads(load(row.config, row.overrides).to_json_best_effort())
   fields = {field: known[field] for field in DECISIVE}
   fields["optimizer"] = _without_rates(fields["optimizer"])
   fields["data"] = known["data"]["train"], known["data"]["loader"].get("buckets")
@@ -171,8 +171,7 @@ DECISIVE = (
 )  # fmt: skip
 """Config fields on which a plan depends, besides the training data."""
 
-MEMORY = ("peak", "limit", "params", "optimizer", "temporary")
-"""Fields of `Memory` on the page, in bytes per device."""
+MEMORY = ("peak", "limit", "params", "optimizer", "temporary")  # bytes per device, of `Memory`
 
 HEAD = """# Resources of the recipes
 
@@ -209,7 +208,9 @@ def page() -> str:
     of_system = [row for row in planned if row.config.startswith(f"{system}:")]
     lines += [f"## {system}", "", _line(COLUMNS), _line(["---"] * len(COLUMNS))]
     lines += [_line(_cells(row, results.get(row.key))) for row in of_system]
-    lines += ["", *_flags(of_system)]
+    flagged = [row for row in of_system if row.overrides]
+    flags = [f"* {_name(row)} on {row.topology}: `{' '.join(row.overrides)}`" for row in flagged]
+    lines += ["", *(["Flags:", "", *flags, ""] if flags else [])]
   lines += ["## Not planned", ""]
   lines += [f"* `{recipe}`: {reason}" for recipe, reason in without.items()]
   return "\n".join(lines) + "\n"
@@ -226,12 +227,6 @@ def _progress(done: Sequence[Mapping[str, Any]], planned: int) -> str:
 
 def _line(cells: Sequence[str]) -> str:
   return f"| {' | '.join(cells)} |"
-
-
-def _flags(of_system: Sequence[Row]) -> list[str]:
-  flagged = [row for row in of_system if row.overrides]
-  lines = [f"* {_name(row)} on {row.topology}: `{' '.join(row.overrides)}`" for row in flagged]
-  return ["Flags:", "", *lines, ""] if lines else []
 
 
 def _name(row: Row) -> str:

@@ -27,6 +27,5 @@ def keep_freed_memory() -> bool:
     return False
   with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
     if os.confstr("CS_GNU_LIBC_VERSION"):
-      mallopt = ctypes.CDLL(None).mallopt
-      return all([mallopt(name, value) for name, value in _KEEP_FREED_MEMORY])
+      return all([ctypes.CDLL(None).mallopt(name, value) for name, value in _KEEP_FREED_MEMORY])
   return False

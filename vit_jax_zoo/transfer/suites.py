@@ -20,7 +20,6 @@ from vit_jax_zoo.transfer.extract import Extractor
 from vit_jax_zoo.transfer.vtab import ImageNetVariant, ProbeData, VtabTask
 
 SUITES = (*probing.PROBES, "vtab", *benchmarks.IMAGENET)
-"""All names of suites."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,6 @@ Example: TypeAlias = dict[str, Any]
 """`image`: encoded bytes or uint8 [h w 3]; `label`: an int, or several of them for multi-label."""
 
 ALIASES = {"minitrain": "train[:99%]", "minival": "train[99%:]"}
-
 VALIDATION_NAMES = ("val", "valid", "validation")
 
 _PART = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -85,8 +84,7 @@ def local_folder(kind: str, location: str, expected: str) -> pathlib.Path:
   return root
 
 
-Splits: TypeAlias = Mapping[str, Callable[[], Source]]
-"""Splits of a dataset by name, opened on demand."""
+Splits: TypeAlias = Mapping[str, Callable[[], Source]]  # by name, opened on demand
 
 
 def name_validation(splits: Splits) -> Splits:

@@ -24,9 +24,7 @@ import numpy as np
 from absl import logging
 from faster_coco_eval.core import mask as run_lengths
 
-MAX_CATEGORY = 99_999
-"""Category ids are class ids, and a classifier has one output for each up to the largest."""
-
+MAX_CATEGORY = 99_999  # ids are class ids: a classifier has one output for each up to the largest
 _MAX_SEGMENT = 1 << 24  # segment ids are colors of 24 bits
 
 
@@ -386,8 +384,7 @@ def _area(xs: Sequence[float | int], ys: Sequence[float | int]) -> float | int:
   return sum(x * y2 - x2 * y for x, y, (x2, y2) in zip(xs, ys, following, strict=True))
 
 
-_FAR = 10
-"""Vertices are clipped to so many sides of the image: rasterising costs the length of an edge."""
+_FAR = 10  # sides of the image at which vertices are clipped: rasterising costs an edge's length
 
 
 def _bounded(polygon: list[float | int], image: Mapping[str, Any]) -> list[float | int]:

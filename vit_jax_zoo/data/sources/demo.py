@@ -117,8 +117,7 @@ def _tiles(image: np.ndarray, side: int) -> list[np.ndarray]:
 SIZE = 64
 COUNTS = {"train": 4000, "test": 400}
 
-TEXTURES = ("cat", "galaxies", "retina", "rocket", "tissue")
-"""Photographs with distinguishable textures."""
+TEXTURES = ("cat", "galaxies", "retina", "rocket", "tissue")  # distinguishable photographs
 STUFF_FROM = 10
 MAX_DIGITS = 4
 

@@ -26,13 +26,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from vit_jax_zoo.data.images import suffixes
-from vit_jax_zoo.data.sources.base import (
-  DatasetInfo,
-  Example,
-  Splits,
-  local_folder,
-  name_validation,
-)
+from vit_jax_zoo.data.sources import base
 from vit_jax_zoo.data.sources.folder import TEST_FRACTION, FileSource, hash_name
 from vit_jax_zoo.errors import check_names
 
@@ -52,14 +46,14 @@ class PairSource(FileSource):
 
   stitched = False
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index: int) -> base.Example:
     image, references = self._files[index]
     found = tuple(map(self.read, references))
     reference = found if self.stitched else next(iter(found), None)
     return {"image": self.read(image), "reference": reference}
 
 
-def open_splits(location: str, reference: str | int = "1") -> Splits:
+def open_splits(location: str, reference: str | int = "1") -> base.Splits:
   """Opens the splits of a local folder in one of the layouts above, with one of `REFERENCES`.
 
   FileNotFoundError without the folder or a reference; ValueError for an unknown `reference` or
@@ -68,18 +62,18 @@ def open_splits(location: str, reference: str | int = "1") -> Splits:
   reference = str(reference)
   check_names("reference", [reference], REFERENCES)
   inside = "input/ and ref/, or a published dataset (demo:stereo needs no files)"
-  root = local_folder("pairs", location, inside)
+  root = base.local_folder("pairs", location, inside)
   splits = {
     name: functools.partial(_open, f"pairs:{location}", find, reference)
     for name, find in _find_layout(root).items()
   }
-  return name_validation(splits)
+  return base.name_validation(splits)
 
 
 def _open(name: str, find: Callable[[], Pairs], reference: str) -> PairSource:
   chosen = {image: _choose(image, refs, reference) for image, refs in find().items()}
   pairs = [(str(image), tuple(map(str, refs))) for image, refs in chosen.items()]
-  source = PairSource(DatasetInfo(name, len(pairs)), "", pairs)
+  source = PairSource(base.DatasetInfo(name, len(pairs)), "", pairs)
   source.stitched = reference == "all"
   return source
 

@@ -18,13 +18,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vit_jax_zoo.data.sources.base import (
-  DatasetInfo,
-  Example,
-  Splits,
-  local_folder,
-  name_validation,
-)
+from vit_jax_zoo.data.sources import base
 from vit_jax_zoo.data.sources.folder import FileSource, list_images, read_class_names
 
 
@@ -52,7 +46,7 @@ SPLIT_NAMES = {"training": "train", "testing": "test"}
 class SegmentationSource(FileSource):
   """Image files with label maps, both as bytes."""
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index: int) -> base.Example:
     image, label_map = map(self.read, self._files[index])
     return {"image": image, "label_map": label_map, "image_id": index}
 
@@ -63,14 +57,14 @@ def open_splits(
   labels: str | None = None,  # pattern of the label maps; given together with `images`
   lists: str | None = None,  # pattern of files of names, for patterns without `{split}`
   class_names: Sequence[str] | str | None = None,  # in the order of their ids, or a text file
-) -> Splits:
+) -> base.Splits:
   """Finds the images below a local folder and their label maps.
 
   FileNotFoundError without the folder or a label map; ValueError without images, or for a pattern
   without `{name}` or `{split}`.
   """
   inside = "images/<split>/ and annotations/<split>/ (demo:scenes, panoptic=True, needs no files)"
-  root = local_folder("segmentation", location, inside)
+  root = base.local_folder("segmentation", location, inside)
   if (images is None) != (labels is None):
     raise ValueError("segmentation: give both patterns, images and labels, or neither")
   if images is None or labels is None:
@@ -79,7 +73,7 @@ def open_splits(
     layout = Layout(images, labels, lists)
     _check_pattern(layout)
   names = read_class_names(class_names)
-  whole = DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
+  whole = base.DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
   found = _listed(root, layout) if layout.lists else _in_folders(root, layout)
   if not found:
     raise ValueError(f"{root} has no images {layout.images}")
@@ -88,7 +82,7 @@ def open_splits(
     SPLIT_NAMES.get(split, split): functools.partial(SegmentationSource, whole, root, sorted(files))
     for split, files in found.items()
   }
-  return name_validation(splits)
+  return base.name_validation(splits)
 
 
 def _find_layout(root: pathlib.Path) -> Layout:

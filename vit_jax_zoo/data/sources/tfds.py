@@ -33,8 +33,7 @@ Record: TypeAlias = Mapping[str, Any]
 RecordSplits: TypeAlias = Mapping[str, Iterable[Record]]
 Maker: TypeAlias = Callable[[Record, int], Example]  # from a record and its index to an example
 
-OBJECTS = {False: "objects", True: "panoptic_objects"}
-"""The feature, for detection and for panoptic segmentation."""
+OBJECTS = {False: "objects", True: "panoptic_objects"}  # feature, by whether it is panoptic
 
 PAIR = ("image", "reference")
 

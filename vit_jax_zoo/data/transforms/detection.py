@@ -42,9 +42,7 @@ Size: TypeAlias = tuple[int, int]  # height and width in pixels
 VOID = -1  # in a segment map: a pixel of no object
 
 SHORTER_SIDES = tuple(range(480, 801, 32))
-MAX_OBJECTS = 100
-"""Room for objects where the data does not give a number; COCO's fullest image has 93 targets."""
-
+MAX_OBJECTS = 100  # where the data gives no number; COCO's fullest image has 93 targets
 _PER_OBJECT = ("boxes_xyxy", "labels", "is_crowd", "area", "object_ids", "masks")
 _LOGGED = 10  # objects left out that are logged; later ones are not
 
@@ -151,10 +149,9 @@ class LoadObjects(TargetTransform):
 def _check_size(annotated: Sequence[int], stored: Size) -> None:
   if tuple(annotated) != stored:
     hint = "; exif_frame of the source sets the frame of images that are rotated by EXIF"
-    raise CorruptExampleError(
-      f"the image is {stored[0]}x{stored[1]} pixels (height x width), its annotations are for "
-      f"{annotated[0]}x{annotated[1]}{hint if tuple(annotated) == stored[::-1] else ''}"
-    )
+    expected = f"{annotated[0]}x{annotated[1]}{hint if tuple(annotated) == stored[::-1] else ''}"
+    size = f"{stored[0]}x{stored[1]} pixels (height x width)"
+    raise CorruptExampleError(f"the image is {size}, its annotations are for {expected}")
 
 
 def _trainable(example: Example, size: Size) -> Example:

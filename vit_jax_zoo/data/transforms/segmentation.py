@@ -92,10 +92,8 @@ class LoadLabelMap(TargetTransform):
     labels = np.where(self._ignored(values), IGNORE, values + self.offset)
     wrong = (labels < 0) | (labels > IGNORE)
     if wrong.any():
-      raise ValueError(
-        f"label {labels[wrong][0]} (value {values[wrong][0]}, offset {self.offset}) is not in "
-        f"0..254; set load_label_map's offset and ignore for this dataset"
-      )
+      label = f"label {labels[wrong][0]} (value {values[wrong][0]}, offset {self.offset})"
+      raise ValueError(f"{label} is not in 0..254; set load_label_map's offset and ignore")
     return labels.astype(np.uint8)
 
 
@@ -180,10 +178,8 @@ class PadLabelMap(TargetTransform):
     size = image.shape[:2]
     below, right = np.subtract(self.output_size(size, rng), size).tolist()
     if below < 0 or right < 0:
-      raise ValueError(
-        f"an image of {size[0]}x{size[1]} does not fit into pad_label_map's {self.height}x"
-        f"{self.width}; put random_window or resize_shorter in front of it"
-      )
+      problem = f"an image of {size[0]}x{size[1]} does not fit into {self.height}x{self.width}"
+      raise ValueError(f"pad_label_map: {problem}; put random_window or resize_shorter before it")
     border = (0, below, 0, right, cv2.BORDER_CONSTANT)
     return {
       **example,
