@@ -253,7 +253,7 @@ def find_checkpoint(path: PathLike) -> epath.Path:
       return max(found, key=_quality)
     if found:
       return found[-1]
-  raise FileNotFoundError(f"no complete checkpoint in {root}; give a run's workdir, or one of its")
+  raise FileNotFoundError(f"no complete checkpoint in {root}; give a run's workdir or checkpoint")
 
 
 def is_checkpoint(path: PathLike) -> bool:
