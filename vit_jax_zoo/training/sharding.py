@@ -105,9 +105,7 @@ def _spec_of(path: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> Par
   aligned = (None,) * (len(shape) - len(spec)) + spec
   for i, (size, axis) in enumerate(zip(shape, aligned, strict=True)):
     if axis and size % (ways := mesh.shape[axis]):
-      raise ShardingRuleError(
-        f"{problem}dimension {i} has {size} elements, {axis!r} {ways} devices"
-      )
+      raise ShardingRuleError(f"{problem}dimension {i} has {size} elements, {axis!r} has {ways}")
   used = [axis if axis and mesh.shape[axis] > 1 else None for axis in aligned]
   return PartitionSpec(*used) if any(used) else PartitionSpec()
 
