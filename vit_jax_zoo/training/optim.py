@@ -249,13 +249,13 @@ def _plain_rules(rules: Any) -> list[tuple[str, dict[str, Any]]]:
   found = []
   for rule in rules:
     if isinstance(rule, str) or len(rule) != 2 or not isinstance(rule[0], str):
-      raise ValueError(f"optimizer rule {rule!r}; expected as ('.*/bias', dict(frozen=True))")
+      raise ValueError(f"optimizer rule {rule!r}: not a pair, as ('.*/bias', dict(frozen=True))")
     settings = plain(rule[1])
     check_names(f"setting in optimizer rule {rule[0]!r}:", settings, _RULE_FIELDS)
     try:
       re.compile(rule[0])
     except re.error as error:
-      raise ValueError(f"optimizer rule {rule[0]!r}: no regular expression ({error})") from None
+      raise ValueError(f"optimizer rule {rule[0]!r}: not a regular expression ({error})") from None
     found.append((rule[0], settings))
   return found
 

@@ -173,7 +173,7 @@ def _step(
   multipliers = [factor] * len(edges) if factors is None else list(factors)
   if len(multipliers) != len(edges) or edges != sorted(edges):
     problem = f"the step schedule has boundaries {edges} and {len(multipliers)} factors"
-    raise ValueError(f"{problem}; expected ascending boundaries, with one factor each")
+    raise ValueError(f"{problem}; boundaries must ascend, with one factor each")
   scales: dict[int, Number] = {}
   for edge, multiplier in zip(edges, multipliers, strict=True):  # fractions may coincide
     scales[edge] = scales.get(edge, 1.0) * multiplier
