@@ -40,8 +40,6 @@ from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.training import atomic_write, disk_errors
 from vit_jax_zoo.training.distributed import is_primary
 
-FLUSH_SECONDS = 30  # interval at which event files are flushed
-
 
 class EventFile:
   """A TensorBoard event file, which replaces the steps from `purge_step` on of earlier ones.
@@ -52,21 +50,13 @@ class EventFile:
   def __init__(self, workdir: pathlib.Path, *, number: int, purge_step: int):
     name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{number:04d}"
     self._records = RecordWriter((workdir / name).open("wb"))
-    self._flushed = time.monotonic()
-    self.close = self._records.close
+    self.flush, self.close = self._records.flush, self._records.close
     self._write(Event(file_version="brain.Event:2"))
     self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
   def add(self, summary: Summary, step: int = 0) -> None:
     """Writes a summary."""
     self._write(Event(summary=summary, step=step))
-    if time.monotonic() > self._flushed + FLUSH_SECONDS:
-      self.flush()
-
-  def flush(self) -> None:
-    """Writes buffered events to disk."""
-    self._records.flush()
-    self._flushed = time.monotonic()
 
   def _write(self, event: Event) -> None:
     event.wall_time = time.time()
@@ -174,6 +164,7 @@ class MetricWriter:
     self._file.flush()
     for name, value in values.items():
       self._add(step, tag=name, simple_value=value)
+    self._tensorboard.flush()
 
   def _write_image(self, step: int, name: str, pixels: np.ndarray) -> None:
     png = _save_image(_figure_path(self._workdir, step, name), pixels)
