@@ -8,10 +8,9 @@ rows read and write:
   several rows for one path are alternative published names;
 * writing uses the first row of each path.
 
-Tables contain unrolled layers only (`block_0/...`, `block_1/...`); `unroll` and `stack` convert
-from and to scanned layers (`blocks/...`, with a leading axis). Of a ResNet's stage only the units
-after the first are scanned (`stage_0_units/...` for `stage_0_unit_1/...` and so on). The layers of
-an encoder-decoder are `transformer/encoder_0/...`, and scanned `transformer/encoder/...`.
+Tables contain unrolled layers only (`block_0/...`); `unroll` and `stack` convert from and to
+scanned layers (`blocks/...`, with a leading axis): of a ResNet's stage the units after the first
+(`stage_0_units/...`), of an encoder-decoder `transformer/encoder/...`.
 """
 
 import dataclasses
@@ -27,8 +26,7 @@ from flax import traverse_util
 Array = np.ndarray
 Flat = dict[str, Array]
 
-STATISTICS = "batch_stats/"
-"""Path prefix of running statistics."""
+STATISTICS = "batch_stats/"  # path prefix of running statistics
 _MAX_NAMED = 3  # arrays or problems named in an error about many
 
 
@@ -76,11 +74,7 @@ def _translate(name: str, source: str, target: str) -> str | None:
   if match is None:
     return None
   offsets = {slot[1]: int(bool(slot[2])) for slot in _SLOT.finditer(source)}
-
-  def number(slot: re.Match[str]) -> str:
-    return str(int(match[slot[1]]) - offsets[slot[1]] + bool(slot[2]))
-
-  return _SLOT.sub(number, target)
+  return _SLOT.sub(lambda s: str(int(match[s[1]]) - offsets[s[1]] + bool(s[2])), target)
 
 
 @functools.lru_cache(4096)
@@ -92,6 +86,17 @@ def _pattern(form: str) -> re.Pattern[str]:
     pattern += f"(?P={slot[1]})" if seen else f"(?P<{slot[1]}>\\d+)"
     end = slot.end()
   return re.compile(pattern + re.escape(form[end:]))
+
+
+_NUMBERS = re.compile(r"(?:\{\w+(?:\+1)?\}|\d)+")
+
+
+def index(rows: Iterable[Row], side: str) -> Callable[[str], list[Row]]:
+  """Returns a lookup of the rows whose "ours" or "published" (`side`) may match a name."""
+  by_form: dict[str, list[Row]] = {}
+  for row in rows:
+    by_form.setdefault(_NUMBERS.sub("#", getattr(row, side)), []).append(row)
+  return lambda name: by_form.get(_NUMBERS.sub("#", name), [])
 
 
 class WeightsError(ValueError):
@@ -112,9 +117,9 @@ def read(
   errors; `ignore` has regular expressions of keys that may stay unused.
   """
   found: Flat = {}
-  used, problems = set(), []
+  used, problems, rows_of = set(), [], index(table, "ours")
   for path, shape in shapes.items():
-    candidates = [(key, row) for row in table if (key := row.key(path)) is not None]
+    candidates = [(key, row) for row in rows_of(path) if (key := row.key(path)) is not None]
     present = next(((key, row) for key, row in candidates if key in published), None)
     if present is None:
       names = " or ".join(key for key, _ in candidates) or "no published name"
@@ -175,7 +180,8 @@ def _is_finite(array: Array) -> bool:
 
 def write(parameters: Mapping[str, Array], table: Sequence[Row]) -> Flat:
   """Returns the parameters (by path, layers unrolled) by published key."""
-  rows = {path: next((row for row in table if row.key(path)), None) for path in parameters}
+  rows_of = index(table, "ours")
+  rows = {path: next((r for r in rows_of(path) if r.key(path)), None) for path in parameters}
   if nameless := [path for path, row in rows.items() if row is None]:
     raise WeightsError(f"the format has no name for: {', '.join(nameless)}")
   arrays = ((row, path, np.asarray(parameters[path])) for path, row in rows.items() if row)
@@ -187,14 +193,10 @@ _SCANNED = re.compile(rf"(.*/)?(block(?=s)|stage_\d+_unit(?=s)|{_CODER})s?/(.*)"
 _UNROLLED = re.compile(rf"(.*/)?(block|stage_\d+_unit|{_CODER})_(\d+)/(.*)")
 
 
-def _first(name: str) -> int:
-  return 1 if name.startswith("stage_") else 0
-
-
 def _scanned(path: str) -> tuple[str, int] | None:
   """Returns an unrolled layer's path in scanned form, and its number; None: not of a layer."""
   match = _UNROLLED.fullmatch(path)
-  if match is None or int(match[3]) < _first(match[2]):
+  if match is None or int(match[3]) < match[2].startswith("stage_"):
     return None
   plural = "" if match[2].endswith("coder") else "s"
   return f"{match[1] or ''}{match[2]}{plural}/{match[4]}", int(match[3])
@@ -209,7 +211,7 @@ def unroll(parameters: Mapping[str, Array]) -> Flat:
       flat[path] = array
     else:
       head, name, rest = match.groups(default="")
-      layers = enumerate(array, start=_first(name))
+      layers = enumerate(array, start=name.startswith("stage_"))
       flat |= {f"{head}{name}_{i}/{rest}": layer for i, layer in layers}
   return flat
 
