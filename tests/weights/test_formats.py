@@ -51,7 +51,9 @@ def assert_same_arrays(given, expected, ignore=()):
     np.testing.assert_array_equal(given[key], expected[key], strict=True)
 
 
-@pytest.mark.parametrize("name", LAMBDA)
+@pytest.mark.parametrize(
+  "name", [LAMBDA[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LAMBDA[1:])]
+)
 def test_lambda_resnets_by_their_path(name, load_golden, tmp_path):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(lambda_file(name), image_size=config["img"])

@@ -57,8 +57,9 @@ def problem():
   return batch, outputs
 
 
-def dense_loss(batch, outputs, normalizers=None, **fields):
-  task = create_task("detection", Echo(outputs), num_classes=CLASSES, dense_weight=1.0, **fields)
+@jax.jit
+def dense_loss(batch, outputs, normalizers=None):
+  task = create_task("detection", Echo(outputs), num_classes=CLASSES, dense_weight=1.0)
   normalizers = normalizers or task.normalizers(batch)
   context = LossContext(jax.random.key(0), jnp.int32(0), normalizers)
   return task.loss({"params": {}}, batch, context).metrics["dense_loss"]

@@ -15,7 +15,11 @@ from vit_jax_zoo.weights.preprocess import DETECTION
 
 def test_exports_detect_the_same(tmp_path):
   backbone = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 4}
-  model = RCNN(num_classes=4, backbone=backbone)
+  limits = {"pre_nms_top_n": 40, "post_nms_top_n": 12}
+  model = RCNN(
+    num_classes=4, backbone=backbone, width=8, proposals=limits, pool_size=3, mask_pool_size=3,
+    box_head={"width": 16}, mask_head={"width": 8, "num_convs": 1},
+  )  # fmt: skip
   shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
