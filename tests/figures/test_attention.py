@@ -1,4 +1,4 @@
-"""Pictures of attention: what stands in them."""
+"""Figures of attention."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_similarity_is_the_cosine_of_patches():
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (80, 3)])
-def test_attended_places_stay_light_and_others_get_dark(side, channels):
+def test_attended_positions_are_bright(side, channels):
   images = np.full((2, side, side, channels), 200, np.uint8)
   maps = np.zeros((2, 2, 2), np.float32)
   maps[:, 0, 1] = 0.3  # scaled to the maximum: fully lit
@@ -55,12 +55,12 @@ def test_images_begin_below_the_title(count):
   np.testing.assert_allclose(steps, 1.47, atol=0.05)  # whatever the figure's width
 
 
-def test_without_an_image_there_is_one_line():
+def test_without_an_image():
   with pytest.raises(ValueError, match="images: none"):
     draw_attention(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((0, 2, 2), np.float32))
 
 
-def test_tiles_are_in_their_places():
+def test_tile_positions():
   tiles = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2)
   ax = Figure().subplots()
   picture = draw_mosaic(ax, tiles).get_array()
@@ -73,7 +73,7 @@ def test_tiles_are_in_their_places():
   np.testing.assert_allclose(ax.get_yticks(), [11.5, 36.5])
 
 
-def test_heads_are_scaled_each_to_its_own_maximum():
+def test_each_head_is_scaled_to_its_maximum():
   maps = np.random.default_rng(0).random((6, 3, 2, 2)).astype(np.float32)
   figure = draw_heads(np.zeros((8, 8, 1), np.uint8), maps, max_layers=3)
   mosaic = figure.axes[1]

@@ -1,4 +1,4 @@
-"""Pictures with users' words in them, and whether all of it fits."""
+"""Users' text fits into figures."""
 
 import itertools
 

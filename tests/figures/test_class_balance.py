@@ -1,4 +1,4 @@
-"""The picture of the classes' sizes."""
+"""Figure of the class counts."""
 
 import numpy as np
 import pytest

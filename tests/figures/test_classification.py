@@ -1,4 +1,4 @@
-"""Pictures of classification: what stands in them."""
+"""Figures of classification."""
 
 import time
 
@@ -52,7 +52,7 @@ def test_mixed_and_multiple_labels(images):
   ]
 
 
-def test_right_and_wrong_differ_in_colour_mark_and_words(images):
+def test_correct_and_wrong_predictions_differ(images):
   predictions = {
     "labels": np.array([[0, 1], [1, 0], [0, 1], [1, 2], [0, 2]]),
     "probabilities": np.array([[0.9, 0.1]] * 5),
@@ -86,7 +86,7 @@ def test_float_images_are_drawn_as_pixels(images):
   np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), images[0])
 
 
-def test_confusion_has_counts_names_and_shares():
+def test_confusion_matrix_annotations():
   matrix = np.array([[8, 2, 0], [1, 9, 0], [0, 0, 0]])
   figure = draw_confusion(matrix, NAMES)
   ax = figure.axes[0]

@@ -1,4 +1,4 @@
-"""Curves of a run: the right numbers at the right steps."""
+"""Training curves: values and steps."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ ROWS = [
 ]
 
 
-def test_training_and_test_lie_in_one_picture():
+def test_train_and_test_curves_share_a_figure():
   figure = draw_metrics(ROWS, ["loss", "accuracy"])
   losses, accuracies = figure.axes
   lines = {line.get_label(): line.get_xydata() for line in losses.lines}
@@ -21,6 +21,6 @@ def test_training_and_test_lie_in_one_picture():
   figure.canvas.draw()
 
 
-def test_what_no_row_has_is_named():
+def test_keys_missing_in_all_rows_are_named():
   with pytest.raises(ValueError, match="'psnr'"):
     draw_metrics(ROWS, ["psnr"])

@@ -1,4 +1,4 @@
-"""Pictures of detection: every box where it belongs, padding left out."""
+"""Figures of detection: boxes, padding."""
 
 import numpy as np
 import pytest

@@ -5,7 +5,7 @@ import numpy as np
 from vit_jax_zoo.figures.detection import draw_masks
 
 
-def test_truth_and_finds_side_by_side():
+def test_ground_truth_and_detections_side_by_side():
   masks = np.zeros((2, 3, 32, 32), bool)
   masks[:, 0, 4:12, 4:12] = masks[:, 1, 16:28, 8:30] = True
   batch = {

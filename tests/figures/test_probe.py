@@ -3,7 +3,7 @@ import numpy as np
 from vit_jax_zoo.figures.curves import draw_probe
 
 
-def test_accuracy_stands_against_depth():
+def test_accuracy_by_depth():
   figure = draw_probe([0.5, 0.9, 0.7], 1, [("pixels", 0.6)])
   (ax,) = figure.axes
   curve, best, level = ax.lines

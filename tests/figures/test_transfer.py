@@ -1,4 +1,4 @@
-"""Pictures of transfer suites: their numbers, colours and legends."""
+"""Figures of transfer suites: numbers, colors, legends."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 
 
-def test_bars_share_the_colour_of_their_group():
+def test_bars_of_a_group_have_one_color():
   groups = {"pets": "natural", "eurosat": "specialized", "dtd": "natural"}
   figure = draw_accuracies(
     {"pets": 0.9, "eurosat": 0.5, "dtd": 0.7},

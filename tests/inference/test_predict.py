@@ -1,4 +1,4 @@
-"""`python -m vit_jax_zoo.predict` on whatever users have, with runs and published files."""
+"""`python -m vit_jax_zoo.predict` on users' images, with runs and published files."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def records_of(output):
   return json.loads((output / "predictions.json").read_text())
 
 
-def test_pictures_of_equal_or_prefixed_names_are_kept_apart(tmp_path):
+def test_images_with_equal_or_prefixed_names(tmp_path):
   paths = images_in(tmp_path, "a.jpg", "a_attention.jpg", "x/a.png", "a.webp")
   assert predict.predict_all(Painter(), paths, tmp_path / "out") == 0
   named = [record["pictures"] for record in records_of(tmp_path / "out")]
@@ -65,7 +65,7 @@ def test_pictures_of_equal_or_prefixed_names_are_kept_apart(tmp_path):
   assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*own, "model_filters.png"}
 
 
-def test_pictures_of_the_user_in_the_output_folder_are_not_overwritten(tmp_path):
+def test_existing_images_are_not_overwritten(tmp_path):
   paths = images_in(tmp_path, "a.png", "b.jpg", "b_attention.png", "model_filters.png")
   before = {path: path.read_bytes() for path in paths}
   for _ in range(2):  # the second run overwrites what the first has written
@@ -94,7 +94,7 @@ def test_a_broken_file_is_named_and_the_rest_done(vit_run, tmp_path):
   assert predict.predict_all(predictor_of(vit_run), [images / "a.jpg"], output) == 0
 
 
-def test_a_run_says_what_its_evaluation_said(vit_run):
+def test_run_predicts_as_its_evaluation(vit_run):
   """The best, averaged variables; the dataset's own images; the names of its classes."""
   trained = load(str(vit_run))
   assert trained.task.class_names == tuple("0123456789")
@@ -112,7 +112,7 @@ def test_a_run_says_what_its_evaluation_said(vit_run):
     )
 
 
-def test_what_evaluations_do_to_images_can_be_done_to_a_picture_alone():
+def test_evaluation_transforms_apply_to_a_single_image():
   """Of every variant of every config: what needs labels, boxes or label maps is left out."""
   seen = set()
   for system, variant in CASES:
@@ -136,7 +136,7 @@ def predict_pixels(image):
   )
 
 
-def test_a_published_file_sees_its_own_preprocessing():
+def test_published_file_uses_its_own_preprocessing():
   path = str(golden_folder("vit_a") / "weights.npz")
   published, image = load_pretrained(path), photo()
   logits = published.model.apply(published.variables, published.preprocess([image]))["logits"][0]
@@ -147,7 +147,7 @@ def test_a_published_file_sees_its_own_preprocessing():
   np.testing.assert_allclose(top[0]["probability"], shares.max() / shares.sum(), rtol=1e-4)
 
 
-def test_a_transformer_shows_its_attention_and_what_it_has_learned(vit_run):
+def test_transformer_explanations(vit_run):
   for path, viewer in ((golden_folder("vit_a") / "weights.npz", "class token"), (vit_run, "mean")):
     prediction = predictor_of(path, explain=True)(photo())
     assert set(prediction.pictures) == {"", "attention", "heads", "distances"}
@@ -157,7 +157,7 @@ def test_a_transformer_shows_its_attention_and_what_it_has_learned(vit_run):
     assert viewer in titles[1]
 
 
-def test_a_run_draws_what_its_model_shows(vit_run):
+def test_run_draws_explanations(vit_run):
   names = {path.name.removesuffix("_00000003.png") for path in (vit_run / "figures").iterdir()}
   assert names == {
     "train_batch", "test_predictions", "explain_attention", "explain_heads", "explain_distances",
@@ -165,7 +165,7 @@ def test_a_run_draws_what_its_model_shows(vit_run):
   } - {"train_batch"} | {"train_batch_00000000.png"}  # fmt: skip
 
 
-def test_what_does_not_depend_on_the_image_is_written_once(vit_run, tmp_path):
+def test_image_independent_figures_are_written_once(vit_run, tmp_path):
   for name in ("a", "b"):
     Image.fromarray(photo()).save(tmp_path / f"{name}.png")
   output = tmp_path / "out"
@@ -189,7 +189,7 @@ def test_lambdas_are_drawn(tmp_path):
   assert set(prediction.model_pictures) == {"filters"}
 
 
-def test_half_a_picture_is_completed(igpt_run, tmp_path):
+def test_completion_of_half_an_image(igpt_run, tmp_path):
   predictor = predictor_of(igpt_run, samples=2, prefix_fraction=0.5)
   prediction = predictor(photo())
   assert prediction.record["given"] == 32
@@ -209,10 +209,8 @@ def test_the_likeliest_colour_alone_leaves_nothing_to_chance(igpt_run):
   np.testing.assert_array_equal(strip[:, 120:216], strip[:, 240:336])
 
 
-def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
-  with pytest.raises(
-    ValueError, match=r"--samples is not supported by this .*; it supports --explain"
-  ):
+def test_unsupported_options(vit_run, igpt_run, tmp_path):
+  with pytest.raises(ValueError, match=r"--samples .*--explain"):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
   with pytest.raises(ValueError, match="--prefix_fraction lies in"):
     predictor_of(igpt_run, prefix_fraction=2.0)
@@ -231,7 +229,7 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
 @pytest.mark.parametrize(
   ("wrong", "message"),
   [
-    ({"prefix_fraction": 1.5}, r"--prefix_fraction lies in \[0, 1\], .*; got 1.5, 6, 1.0"),
+    ({"prefix_fraction": 1.5}, r"--prefix_fraction .*1.5"),
     ({"prefix_fraction": -0.1}, r"--prefix_fraction lies in \[0, 1\]"),
     ({"samples": 0}, "--samples is positive"),
     ({"temperature": -1.0}, "--temperature not negative"),
@@ -240,7 +238,7 @@ def test_what_a_model_cannot_do_is_one_line(vit_run, igpt_run, tmp_path):
     ({"causal": False}, "causal=False"),
   ],
 )
-def test_what_cannot_be_completed_is_one_line(igpt_run, wrong, message):
+def test_invalid_completion_options(igpt_run, wrong, message):
   trained = load(str(igpt_run))
   if "palette" in wrong:
     kept = {name: tree for name, tree in trained.variables.items() if name != "palette"}
@@ -273,7 +271,7 @@ def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
     ("detection", (), (64, 80)),
   ],
 )
-def test_pictures_keep_their_shape_where_the_model_can_see_it(task, transforms, expected):
+def test_aspect_ratio_is_kept_where_the_model_allows(task, transforms, expected):
   split = {"transforms": [{"name": name} for name in transforms]}
   config = {"task": {"name": task}, "data": {"eval": {"test": split}}, "checkpoint": {}}
   run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {}, None, None, None)
@@ -294,18 +292,18 @@ def test_runs_are_loaded_for_other_images_and_classes(vit_run, igpt_run):
     assert np.any(logits[0] != logits[1]) == ("num_classes" not in options)  # a fresh head is zero
     same = {key: loaded.variables["params"][key] for key in small}
     jax.tree.map(np.testing.assert_array_equal, same, small)
-  with pytest.raises(ValueError, match="is a run of pixel_modelling; image_size and num_classes"):
+  with pytest.raises(ValueError, match="image_size and num_classes"):
     load_pretrained(str(igpt_run), image_size=16)
 
 
-def test_a_run_sees_pictures_of_another_size(vit_run, igpt_run):
+def test_run_on_images_of_another_size(vit_run, igpt_run):
   trained, same = load(str(vit_run), image_size=16), load_pretrained(str(vit_run), image_size=16)
   jax.tree.map(np.testing.assert_array_equal, trained.variables["params"], same.variables["params"])
   image = trained.prepare(photo(20, 30))["image"]
   assert image.shape == (16, 16, 3)
   assert trained.image_size == (16, 16)
   assert trained.task.predict(trained.variables, {"image": image[None]})["labels"].shape == (1, 3)
-  with pytest.raises(ValueError, match="is a run of pixel_modelling; image_size and num_classes"):
+  with pytest.raises(ValueError, match="image_size and num_classes"):
     load(str(igpt_run), image_size=16)
 
 

@@ -1,4 +1,4 @@
-"""Counts of a classifier: exact, mergeable, picklable, and honest about missing labels."""
+"""Classification metrics: exact, mergeable, picklable, with missing labels."""
 
 import pickle
 
@@ -70,7 +70,7 @@ def test_padding_does_not_count(examples):
   assert whole.result()["images"] == mask.sum() < 40
 
 
-def test_any_of_several_labels_is_right_and_rows_without_are_dropped():
+def test_multilabel_accuracy_drops_unlabelled_rows():
   labels = np.array([[1, 0, 1], [0, 0, 0], [0, 1, 0]], np.float32)
   predictions = {"labels": np.array([[2], [0], [2]]), "loss": np.array([1.0, 50.0, 3.0])}
   evaluator = ClassificationEvaluator(3, per_class=True)
@@ -82,7 +82,7 @@ def test_any_of_several_labels_is_right_and_rows_without_are_dropped():
   assert "top1_accuracy" not in scores
 
 
-def test_of_a_mixture_the_larger_part_is_right():
+def test_accuracy_on_mixtures_counts_the_larger_part():
   labels = np.array([[0.3, 0.7, 0.0]], np.float32)
   hits = is_correct(labels, np.array([[1, 0, 2]]))
   np.testing.assert_array_equal(hits, [[True, False, False]])
@@ -99,7 +99,7 @@ def test_a_label_out_of_range_is_named(examples, label, shown):
   ClassificationEvaluator(8).add(masked, predictions)
 
 
-def test_other_problems_are_one_line(examples):
+def test_other_problems(examples):
   predictions = examples[1]
   with pytest.raises(ValueError, match="num_classes=8"):
     ClassificationEvaluator(8).add({"label": np.zeros((40, 3))}, predictions)

@@ -1,4 +1,4 @@
-"""COCO scores: against pycocotools, by hand, and however images are batched."""
+"""COCO scores against pycocotools and by hand, for any batching."""
 
 import contextlib
 import io
@@ -154,7 +154,7 @@ def test_batches_padding_and_hosts_change_nothing():
   assert first.result() == expected
 
 
-def test_images_without_ids_or_sizes_are_taken_as_they_come():
+def test_images_without_ids_or_sizes():
   batch = {
     "image": np.zeros((2, 100, 200, 3), np.uint8),
     "boxes_cxcywh": np.tile(np.float32([0.5, 0.5, 0.4, 0.4]), (2, 1, 1)),
@@ -170,7 +170,7 @@ def test_images_without_ids_or_sizes_are_taken_as_they_come():
   assert scores["box_ap_medium"] == pytest.approx(0.5)
 
 
-def test_nothing_found():
+def test_no_detections():
   split = make_split(images=2)
   empty = {
     "boxes_xyxy": np.zeros((1, 0, 4)), "labels": np.zeros((1, 0), int), "scores": np.zeros((1, 0))
@@ -179,7 +179,7 @@ def test_nothing_found():
   assert scores["box_ap"] == scores["box_ar100"] == 0
 
 
-def test_errors_are_one_clear_line():
+def test_invalid_fields():
   split = make_split(images=1)
   with pytest.raises(ValueError, match="no ground truth in 0 images"):
     DetectionEvaluator(CLASSES).result()

@@ -6,7 +6,7 @@ from sklearn.linear_model import Ridge
 from vit_jax_zoo.metrics.feature_probes import BIAS, FewShot, Rows, choose_shots, ridge_scores
 
 
-def test_the_reference_says_the_same(load_golden):
+def test_equals_the_reference(load_golden):
   config, inputs, outputs = load_golden("fewshot_lsr_a")
   train = Rows(inputs["features_train"], inputs["labels_train"])
   test = Rows(inputs["features_test"], inputs["labels_test"])

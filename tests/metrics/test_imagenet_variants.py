@@ -54,6 +54,6 @@ def test_a_subset_is_the_arg_max_of_its_logits():
   assert scores["top5_accuracy"] == pytest.approx((classes[top5] == truth[:, None]).any(1).mean())
 
 
-def test_nothing_to_score_is_one_line():
+def test_nothing_to_score():
   with pytest.raises(ValueError, match="none of the 2 images has a label"):
     score_rankings(np.zeros((2, 3), int), np.zeros((2, 3), bool))

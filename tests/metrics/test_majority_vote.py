@@ -1,4 +1,4 @@
-"""The vote of several views."""
+"""Majority vote over several views."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""Mask AP: by hand, against pycocotools, and what it refuses."""
+"""Mask AP by hand and against pycocotools; errors."""
 
 import pickle
 
@@ -52,7 +52,7 @@ def scored(scenes, **fields):
   return evaluator
 
 
-def test_right_boxes_with_right_and_with_wrong_masks():
+def test_correct_boxes_with_correct_and_wrong_masks():
   scenes = [scene(seed) for seed in range(5)]
   good = scored(scenes).result()
   assert good["mask_ap"] > 0.85
@@ -65,7 +65,7 @@ def test_right_boxes_with_right_and_with_wrong_masks():
   assert half["box_ap"] == pytest.approx(1)
 
 
-def test_masks_come_as_run_lengths_too_and_an_image_counts_once():
+def test_run_length_masks_and_duplicate_images():
   from vit_jax_zoo.metrics.mask_ap import encode_masks
 
   scenes = [scene(seed) for seed in range(4)]

@@ -56,7 +56,7 @@ def test_padding_is_cut_off():
 
 
 @pytest.mark.parametrize(("width", "found"), [(4, []), (5, [3])])
-def test_nothing_is_left_where_all_segments_are_too_small(width, found):
+def test_all_segments_too_small(width, found):
   """As in the official code; one with five pixels is large enough."""
   sizes = dict.fromkeys(("padded_size", "image_size", "size"), (1, width))
   result = segment(np.zeros((1, 1, 2), np.float32), np.array([3]), 9, **sizes)
@@ -94,7 +94,7 @@ def test_exactly_half_is_no_match():
   assert quality((truth, found))["pq"] == 0
 
 
-def test_the_wrong_class_is_a_miss_and_a_false_alarm():
+def test_wrong_class_is_a_false_negative_and_a_false_positive():
   truth = Segmentation(rows(0, 0, 0), np.array([0]))
   found = Segmentation(rows(0, 0, 0), np.array([1]))
   assert quality((truth, found)) == {

@@ -33,12 +33,12 @@ def test_ssim_agrees_with_scikit_image_on_luma():
   np.testing.assert_allclose(ssim_y(image, truth), theirs, rtol=1e-6)
 
 
-def test_equal_pictures():
+def test_equal_images():
   image = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
   assert psnr_y(image, image) == math.inf
   assert ssim_y(image, image) == pytest.approx(1)
 
 
-def test_small_pictures_have_no_ssim():
+def test_small_images_have_no_ssim():
   with pytest.raises(ValueError, match="truth: its size is 10x20"):
     ssim_y(np.zeros((10, 20, 3)), np.zeros((10, 20, 3)))

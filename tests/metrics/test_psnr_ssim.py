@@ -32,7 +32,7 @@ def evaluated(*batches):
   return evaluator
 
 
-def test_scores_are_means_over_pictures():
+def test_scores_are_means_over_images():
   data = batch()
   result = evaluated(data).result()
   images = predictions(data)["image"]
@@ -49,7 +49,7 @@ def test_scores_are_means_over_pictures():
   assert {f"bicubic_{name}" for name in SCORES} | set(SCORES) < set(result)
 
 
-def test_what_the_right_reference_is_worth():
+def test_wrong_reference_score():
   data = batch()
   both = predictions(data) | {"wrong_reference_image": predictions(data, scale=20)["image"]}
   evaluator = SuperResolutionEvaluator()
@@ -133,7 +133,7 @@ def test_small_images_are_excluded_from_ssim_alone():
   assert np.isfinite(alone["psnr"])
 
 
-def test_equal_pictures_are_infinitely_close():
+def test_psnr_of_equal_images_is_infinite():
   image = batch(1)["image"][0]
   assert score(image, image)["psnr"] == score(image, image)["skimage_psnr"] == np.inf
 

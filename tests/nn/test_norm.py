@@ -36,7 +36,7 @@ def test_uses_the_running_statistics_in_evaluation():
   np.testing.assert_allclose(out, (x - 3) / np.sqrt(4 + 1e-5) * 2 + 1, atol=1e-5)
 
 
-def test_moments_survive_a_mean_far_from_zero_once_it_is_known():
+def test_moments_are_stable_for_a_large_mean():
   x = activations((64, 6), mean=1e4)
   norm = BatchNorm(momentum=0.0)
   _, state = apply_training(norm, x)
@@ -65,7 +65,7 @@ def test_frozen_has_no_parameters_and_never_changes():
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "frozen_batch_norm", "group_norm"])
-def test_all_kinds_answer_the_same_call_in_the_dtype_asked_for(kind):
+def test_all_norms_share_a_signature_and_return_the_dtype(kind):
   make = norm_factory(kind, num_groups=3, dtype="bfloat16")
   norm = make(name="norm", scale_init=jax.nn.initializers.zeros)
   x = activations()

@@ -60,7 +60,7 @@ def images_of(shape):
   return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def test_dilations_keep_what_strides_would_have_kept():
+def test_dilated_outputs_contain_the_strided_ones():
   """Two blocks, the first strided, are a subgrid of an unstrided and a dilated one (DC5)."""
   first = Bottleneck(2, BatchNorm, stride=2, zero_init_last_scale=False)
   second = Bottleneck(2, BatchNorm, zero_init_last_scale=False)
@@ -149,7 +149,7 @@ def test_squeeze_excite_is_its_formula():
   )
 
 
-def test_errors_are_one_clear_line():
+def test_invalid_fields():
   for fields, message in (
     ({"stem": "conv"}, "did you mean 'conv3'|did you mean 'conv7'"),
     ({"shortcut": "avgpool"}, "did you mean 'avg_pool'"),

@@ -50,7 +50,7 @@ def test_every_policy_gives_the_same_values_and_gradients(remat, variables, refe
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
-def test_unrolled_layers_give_what_scanned_ones_do(remat, variables, reference):
+def test_unrolled_equals_scanned(remat, variables, reference):
   module = encoder(scan=False, remat=remat)
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
   layers = table.unroll(paths(variables["params"]))
@@ -73,7 +73,7 @@ def paths_of_shapes(tree):
 
 
 @pytest.mark.parametrize(("remat", "kept"), [("dots", 8), ("attention", 4), ("full", 0)])
-def test_a_policy_saves_what_it_documents(remat, kept):
+def test_policy_saves_the_documented_residuals(remat, kept):
   """Counted in widths a token, for an MLP of four widths; the block's input comes on top."""
   module = Stack(functools.partial(BLOCK, mlp_dim=32), 1, scan=False, remat=remat)
   variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
@@ -88,7 +88,7 @@ def test_a_policy_saves_what_it_documents(remat, kept):
   assert widths == kept + 1
 
 
-def test_an_unknown_policy_is_one_line():
+def test_unknown_policy():
   with pytest.raises(ValueError, match="'ful'"):
     encoder(remat="ful").init(jax.random.key(0), TOKENS, train=False)
 

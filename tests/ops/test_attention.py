@@ -1,4 +1,4 @@
-"""The products and the attention for CPUs against JAX's own."""
+"""Matrix products and attention for CPUs against JAX's own."""
 
 import functools
 
@@ -58,7 +58,7 @@ def test_second_derivatives_are_those_of_jax():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *pairs)
 
 
-def test_forward_mode_is_an_error_and_no_wrong_number():
+def test_forward_mode_raises():
   with pytest.raises(TypeError, match="custom_vjp"):
     jax.jvp(functools.partial(loss, None, None, False, QUERY, KEY), (VALUE,), (VALUE,))
 

@@ -1,4 +1,4 @@
-"""Boxes: formats, overlap, and what happens when there is no area."""
+"""Boxes: formats, overlap, empty boxes."""
 
 import jax
 import jax.numpy as jnp

@@ -49,7 +49,7 @@ def convolution(stride, padding, groups=1):
   return convolve
 
 
-def test_a_patch_embedding_costs_what_its_matrix_product_does():
+def test_flops_of_patch_embedding():
   flops = count_flops(convolution(4, "VALID"), shape(2, 16, 16, 3), shape(4, 4, 3, 8))
   assert flops == 2 * (2 * 4 * 4) * (4 * 4 * 3) * 8
 
@@ -64,7 +64,7 @@ def test_products_with_padding_do_not_count():
   ("stride", "padding"), [(1, "SAME"), (2, "SAME"), (2, "VALID"), (3, "SAME")]
 )
 @pytest.mark.parametrize("groups", [1, 2])
-def test_each_gradient_of_a_convolution_costs_what_it_does(stride, padding, groups):
+def test_flops_of_convolution_gradients(stride, padding, groups):
   convolve = convolution(stride, padding, groups)
   arguments = shape(2, 9, 9, 4), shape(3, 3, 4 // groups, 6)
   forward = count_flops(convolve, *arguments)

@@ -1,4 +1,4 @@
-"""Masks put back into their images."""
+"""Masks pasted into images."""
 
 import cv2
 import numpy as np

@@ -1,4 +1,4 @@
-"""Mixing examples: hand-computed mixtures, expectations, and who is left out."""
+"""Mixup and CutMix: hand-computed mixtures, expectations, padding."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def many(examples, mixing, count=400):
 
 
 @pytest.mark.parametrize("unit", ["batch", "example"])
-def test_mixup_is_the_sum_of_neighbours_in_the_shares_of_their_labels(examples, unit):
+def test_mixup_is_the_label_weighted_sum_of_neighbours(examples, unit):
   images, targets = mix(examples, Mixing(mixup_alpha=0.8, unit=unit))
   shares = np.diag(targets)
   assert (np.ptp(shares) == 0) == (unit == "batch")
@@ -49,7 +49,7 @@ def test_mixup_is_the_sum_of_neighbours_in_the_shares_of_their_labels(examples, 
     np.testing.assert_allclose(images[i], expected, rtol=1e-5)
 
 
-def test_mixups_shares_are_those_of_a_folded_beta(examples):
+def test_mixup_weights_follow_a_folded_beta(examples):
   _, targets = many(examples, Mixing(mixup_alpha=0.2, unit="example"), 2000)
   shares = np.diagonal(targets, axis1=1, axis2=2)
   assert shares.min() >= 0.5
@@ -60,7 +60,7 @@ def test_mixups_shares_are_those_of_a_folded_beta(examples):
 
 
 @pytest.mark.parametrize("unit", ["batch", "example"])
-def test_cutmix_labels_are_the_shares_of_the_pixels(examples, unit):
+def test_cutmix_labels_are_pixel_fractions(examples, unit):
   images, targets = mix(examples, Mixing(cutmix_alpha=1.0, unit=unit), seed=4)
   for i in range(6):
     own = (images[i] == examples[0][i]).all(axis=-1)
@@ -72,7 +72,7 @@ def test_cutmix_labels_are_the_shares_of_the_pixels(examples, unit):
     np.testing.assert_array_equal(other, rows[:, None] & columns)  # a box
 
 
-def test_cutmix_boxes_have_the_drawn_area_where_they_fit(examples):
+def test_cutmix_box_area_distribution(examples):
   _, targets = many(examples, Mixing(cutmix_alpha=1.0, unit="example"))
   shares = np.diagonal(targets, axis1=1, axis2=2)
   # Boxes as published, drawn one by one.
@@ -89,7 +89,7 @@ def test_cutmix_boxes_have_the_drawn_area_where_they_fit(examples):
   assert shares.std() == pytest.approx(np.std(expected), abs=0.025)
 
 
-def test_both_and_neither_are_drawn_as_often_as_asked(examples):
+def test_mixing_frequencies(examples):
   mixing = Mixing(
     mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_share=0.25, unit="example"
   )
@@ -103,7 +103,7 @@ def test_both_and_neither_are_drawn_as_often_as_asked(examples):
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup_alpha=0.8), Mixing(cutmix_alpha=1.0)])
-def test_padding_neither_gives_nor_takes(examples, mixing):
+def test_padding_is_not_mixed(examples, mixing):
   mask = np.array([True, True, True, True, False, False])
   images = np.where(mask[:, None, None, None], examples[0], np.nan).astype(np.float32)
   mixed, targets = mix((images, examples[1]), mixing, seed=4, mask=mask)
@@ -113,7 +113,7 @@ def test_padding_neither_gives_nor_takes(examples, mixing):
   assert (mixed[1:4] != images[1:4]).any(axis=(1, 2, 3)).all()
 
 
-def test_alphas_and_probability_turn_it_on():
+def test_is_on():
   assert not Mixing().is_on
   assert not Mixing(mixup_alpha=0).is_on
   assert not Mixing(mixup_alpha=0.2, probability=0).is_on
@@ -129,6 +129,6 @@ def test_alphas_and_probability_turn_it_on():
     ({"cutmix_share": -1}, "cutmix_share"),
   ],
 )
-def test_wrong_fields_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   with pytest.raises(ValueError, match=message):
     Mixing(**fields)

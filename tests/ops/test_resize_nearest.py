@@ -1,4 +1,4 @@
-"""Nearest-neighbour resizing as PyTorch has it."""
+"""Nearest-neighbour resizing equals PyTorch's."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A detector's backbone from what others publish, and from classifiers of ours."""
+"""A detector's backbone from published files and from our classifiers."""
 
 import pickle
 
@@ -74,7 +74,7 @@ def _norm(kind):
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
-def test_caffes_weights_come_under_two_names(norm, load_golden, tmp_path):
+def test_caffe_weights_under_both_key_styles(norm, load_golden, tmp_path):
   config, inputs, outputs = load_golden("fpt_det_a")
   width, arrays, own = config["caffe_resnet_width"], *official_backbone()
   body = ResNet(
@@ -108,7 +108,7 @@ def _tree(flat):
   return tree
 
 
-def test_a_file_that_says_caffe_sees_bgr(tmp_path):
+def test_caffe_files_expect_bgr(tmp_path):
   shapes = flat_shapes(shapes_of(ResNet(**BODY)))
   arrays = {}
   for path, shape in shapes.items():
@@ -157,7 +157,7 @@ def detector(norm):
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
-def test_a_lambda_resnet_comes_from_timms_file_or_a_run_of_ours(norm, tmp_path):
+def test_lambda_resnet_backbone_from_timm_or_a_run(norm, tmp_path):
   classifier = filled(shapes_of(LambdaResNet(num_classes=5, **LAMBDA)), 1)
   theirs = flatten_variables(classifier)
   save_file(
@@ -195,7 +195,7 @@ def test_a_published_lambda_resnet_fits_a_detector():
   np.testing.assert_array_equal(found["stem/conv1/conv/kernel"], stem)
 
 
-def test_what_fits_no_backbone_is_one_line(tmp_path):
+def test_incompatible_backbones(tmp_path):
   own = filled(shapes_of(detector("batch_norm")))
   other = filled(shapes_of(LambdaResNet(num_classes=5, **{**LAMBDA, "widths": (4, 4, 8, 4)})))
   with pytest.raises(WeightsError, match="backbone_file") as info:
@@ -218,7 +218,7 @@ def test_pickles_are_read_as_arrays_and_nothing_of_them_is_run(tmp_path):
       "a": [0, 1, 2]
     }
   (tmp_path / "trap.pkl").write_bytes(pickle.dumps({"a": Trap()}))
-  with pytest.raises(WeightsError, match=r"with code in it: it requests .*; nothing"):
+  with pytest.raises(WeightsError, match=r"it requests"):
     pickled_arrays.read_pickle(str(tmp_path / "trap.pkl"))
   assert not (tmp_path / "ran").exists()
   (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"a": np.arange(99.0)})[:90])

@@ -1,4 +1,4 @@
-"""From a run's variables to another model's: above all, positions on other grids."""
+"""Initial variables from another model's: position embeddings on other grids."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_equal_grids_are_copied():
 @pytest.mark.parametrize(
   ("old", "new"), [((4, 9), (9, 4)), ((4, 9), (6, 6)), ((6, 6), (4, 9)), ((4, 9), (8, 18))]
 )
-def test_known_grids_are_resized_as_they_are(old, new, cls_token):
+def test_known_grids_are_resized(old, new, cls_token):
   rows = [height * width + cls_token for height, width in (old, new)]
   before, after = adapted(*rows, cls_token, source_grid=old, grid=new)
   np.testing.assert_array_equal(after[:, :cls_token], before[:, :cls_token])
@@ -58,15 +58,15 @@ def test_an_unknown_grid_is_square(grids):
 @pytest.mark.parametrize(
   ("old", "new", "grids", "message"),
   [
-    (13, 37, {}, "the source has 13, which is no square grid"),
-    (37, 13, {}, "the model has 13, which is no square grid"),
-    (13, 37, {"grid": (6, 6)}, "the source has 13, which is no square grid"),
+    (13, 37, {}, "the source has 13"),
+    (37, 13, {}, "the model has 13"),
+    (13, 37, {"grid": (6, 6)}, "the source has 13"),
     (13, 37, {"source_grid": (4, 4), "grid": (6, 6)}, "expected a grid of 4 x 4 tokens"),
     (10, 37, {"source_grid": (3, 3), "grid": (5, 9)}, "expected a grid of 5 x 9 tokens"),
-    (9, 37, {}, "the source has 0 rows for the class token; expected 1"),
+    (9, 37, {}, "0 rows"),
   ],
 )
-def test_what_cannot_be_resized_is_one_line(old, new, grids, message):
+def test_invalid_resize(old, new, grids, message):
   with pytest.raises(ValueError, match="position embeddings: ") as error:
     adapted(old, new, **grids)
   assert message in str(error.value)
@@ -116,11 +116,11 @@ def test_pixel_positions_are_resized_as_a_grid():
 def test_a_run_that_diverged_is_no_start(value):
   source = variables(10)
   source["params"]["cls_token"][0, 0, 1] = value
-  with pytest.raises(ValueError, match=r"a run holds NaN or infinity in params/cls_token: it is"):
+  with pytest.raises(ValueError, match=r"params/cls_token"):
     adapt(source, variables(10, seed=1), "a run")
 
 
 def test_many_arrays_that_are_not_finite_are_counted():
   arrays = {f"layer_{i}": np.full(2, np.nan, np.float16) for i in range(8)}
-  with pytest.raises(ValueError, match="in layer_0, layer_1, layer_2 and 5 more arrays: it is"):
+  with pytest.raises(ValueError, match="layer_0, layer_1, layer_2 and 5 more"):
     check_finite(arrays | {"names": np.array(["a"]), "steps": np.arange(3)}, "a file")

@@ -1,4 +1,4 @@
-"""Whole formats, by path alone: LambdaResNet and iGPT, containers, and what is wrong with files."""
+"""Published formats by path: LambdaResNet and iGPT, containers, invalid files."""
 
 import io
 import json
@@ -71,7 +71,7 @@ def test_lambda_resnets_by_their_path(name, load_golden, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again.variables, loaded.variables)
 
 
-def test_tables_of_offsets_stay_what_they_are_at_another_size(tmp_path):
+def test_offset_tables_are_independent_of_image_size(tmp_path):
   source = lambda_file("lambda_resnet26rpt_a")
   loaded = load_pretrained(source, image_size=64)
   assert loaded.preprocess.image_size == (64, 64)
@@ -128,7 +128,7 @@ def test_tensorflow_checkpoints_without_tensorflow(name, load_golden, tmp_path):
   np.testing.assert_allclose(out["pixel_logits"], outputs["gen_logits"], atol=1e-4)
 
 
-def test_a_checkpoint_without_a_palette_says_so_when_it_is_used():
+def test_missing_palette_raises_when_used():
   loaded = load_pretrained(bundle("igpt_tf_a"))
   assert "palette" not in loaded.variables
   with pytest.raises(ValueError, match="no palette"):
@@ -148,7 +148,7 @@ def test_tensorflow_checkpoints_that_are_not_whole(tmp_path):
   with pytest.raises(WeightsError, match=rf"not whole: {largest.name} is missing"):
     load_pretrained(str(tmp_path / "a"))
   (tmp_path / "b.index").write_bytes(b"x" * 100)
-  with pytest.raises(WeightsError, match=r"b\.index is no TensorFlow checkpoint that can be read"):
+  with pytest.raises(WeightsError, match=r"b\.index"):
     load_pretrained(str(tmp_path / "b"))
 
 
@@ -161,7 +161,7 @@ def test_zero_biases_of_imagegpt_load_into_a_model_with_biases(imagegpt):
   assert not block["mlp"]["hidden"]["bias"].any()
 
 
-def test_imagegpt_folders_both_ways(imagegpt, load_golden, tmp_path):
+def test_imagegpt_folder_round_trip(imagegpt, load_golden, tmp_path):
   _, inputs, outputs = load_golden("imagegpt_a")
   loaded = load_pretrained(str(imagegpt))
   assert loaded.task == "pixel_modelling"
@@ -251,11 +251,11 @@ def test_shards_of_a_folder(imagegpt):
   given = load_pretrained(str(imagegpt))
   jax.tree.map(np.testing.assert_array_equal, given.variables, expected.variables)
   (imagegpt / "b.safetensors").unlink()
-  with pytest.raises(WeightsError, match=r"names files that are not there: b\.safetensors"):
+  with pytest.raises(WeightsError, match=r"b\.safetensors"):
     load_pretrained(str(imagegpt))
 
 
-def test_files_are_known_by_their_content(tmp_path):
+def test_containers_are_detected_by_content(tmp_path):
   original = golden_folder("vit_timm_a") / "weights.safetensors"
   shutil.copy(original, tmp_path / "renamed.pth")
   loaded = load_pretrained(str(tmp_path / "renamed.pth"), num_heads=4)
@@ -276,7 +276,7 @@ def test_objects_in_an_archive_are_not_unpickled(tmp_path):
       return (tmp_path.joinpath("ran").touch, ())
 
   np.savez(tmp_path / "trap.npz", **{"embedding/kernel": np.array([Trap()], dtype=object)})
-  with pytest.raises(WeightsError, match="holds more than arrays of numbers; nothing was executed"):
+  with pytest.raises(WeightsError, match="nothing was executed"):
     load_pretrained(str(tmp_path / "trap.npz"))
   assert not (tmp_path / "ran").exists()
 
@@ -303,7 +303,7 @@ def write_member(path, header, data=b"", compression=zipfile.ZIP_STORED, member_
   ],
   ids=["header", "member", "dtype", "short", "bomb"],
 )  # fmt: skip
-def test_archives_that_claim_more_than_they_have_are_one_line(tmp_path, monkeypatch, claim):
+def test_archives_with_false_headers(tmp_path, monkeypatch, claim):
   monkeypatch.setattr(readers, "_MAX_SMALL", 10**5)
   path = tmp_path / "claim.npz"
   write_member(path, **claim)
@@ -317,7 +317,7 @@ def test_archives_that_claim_more_than_they_have_are_one_line(tmp_path, monkeypa
   assert "\n" not in str(error.value)
 
 
-def test_an_archive_without_arrays_is_one_line(tmp_path):
+def test_archive_without_arrays(tmp_path):
   np.savez(tmp_path / "empty.npz")
   with pytest.raises(WeightsError, match=r"empty\.npz holds no weights of .*begin with none"):
     load_pretrained(str(tmp_path / "empty.npz"))
@@ -330,15 +330,15 @@ def test_compressed_archives_of_zeros_are_read(tmp_path):
   assert arrays["ones"] == 1
 
 
-def test_sizes_that_cannot_be_told_are_one_line(imagegpt):
+def test_sizes_that_cannot_be_inferred(imagegpt):
   arrays = load_file(imagegpt / "model.safetensors")
   del arrays["transformer.wpe.weight"]
   save_file(arrays, imagegpt / "model.safetensors")
-  with pytest.raises(WeightsError, match=r"looks like .* ImageGPT, but its sizes .* no 'trans"):
+  with pytest.raises(WeightsError, match=r"ImageGPT.* no 'trans"):
     load_pretrained(str(imagegpt))
 
 
-def test_each_format_knows_its_own_files_alone():
+def test_formats_detect_only_their_own_files():
   files = {
     ("vit", "npz"): golden_folder("vit_a") / "weights.npz",
     ("vit", "safetensors-timm"): golden_folder("vit_timm_a") / "weights.safetensors",

@@ -1,4 +1,4 @@
-"""Names, URLs and hubs: against a server of this machine, and a hub that is none."""
+"""Names, URLs and hubs, against a local server and an unreachable hub."""
 
 import hashlib
 import http.server
@@ -74,7 +74,7 @@ def test_a_published_name_is_its_url_and_checksum(server, cache, monkeypatch):
   assert pathlib.Path(hub.resolve("vit_right")).read_bytes() == SOURCE.read_bytes()
   wrong = catalog.Entry("vit_b16", (f"{url}/vit_gap_a/weights.npz",), sha256="0" * 8)
   monkeypatch.setitem(hub.entries(), "vit_wrong", wrong)
-  with pytest.raises(WeightsError, match="not the file that was published: its sha256 begins"):
+  with pytest.raises(WeightsError, match="sha256"):
     hub.resolve("vit_wrong")
   several = (f"{url}/vit_a/config.json", f"{url}/vit_a/weights.npz")
   monkeypatch.setitem(hub.entries(), "vit_both", catalog.Entry("vit_b16", several))
@@ -89,7 +89,7 @@ def test_a_download_that_fails_leaves_nothing(server, cache, path):
   assert not [found for found in cache.rglob("*") if found.is_file()]
 
 
-def test_offline_is_one_line(cache):
+def test_offline(cache):
   with pytest.raises(OSError, match=r"cannot download http://127\.0\.0\.1:9/x\.npz") as error:
     load_pretrained("http://127.0.0.1:9/x.npz")
   assert "\n" not in str(error.value)
@@ -117,7 +117,7 @@ def test_names_on_hugging_faces_hub(monkeypatch):
   assert "pytorch_model.bin" not in asked[0][1]  # a pickle only where there is nothing else
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, tmp_path):
+def test_hub_timeout(monkeypatch, tmp_path):
   def fail(*args, **kwargs):
     raise RuntimeError("no route to host\nand much more")
 

@@ -1,4 +1,4 @@
-"""What a file says of the model's sizes: where it is damaged, and where pictures are gray."""
+"""Model sizes inferred from a file: damaged files, grayscale models."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def save(arrays, file):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_arrays_that_tell_sizes_may_be_the_ones_that_are_missing(name, tmp_path, monkeypatch):
+def test_missing_size_arrays_are_named(name, tmp_path, monkeypatch):
   monkeypatch.setattr(key_map, "_MAX_NAMED", 999)
   path, file, arrays = copy_of(name, tmp_path)
   rest = {key: array for key, array in arrays.items() if key not in FIRST[name]}
@@ -73,7 +73,7 @@ def test_arrays_that_tell_sizes_may_be_the_ones_that_are_missing(name, tmp_path,
   assert "unused: nobodys (2,)" in message
 
 
-def test_an_array_that_tells_sizes_may_be_misshapen(tmp_path, monkeypatch):
+def test_misshapen_size_arrays_are_named(tmp_path, monkeypatch):
   monkeypatch.setattr(key_map, "_MAX_NAMED", 999)
   path, file, arrays = copy_of("vit_timm_a", tmp_path)
   save(arrays | {key: np.zeros((1, 2, 3, 4, 5), np.float32) for key in FIRST["vit_timm_a"]}, file)
@@ -105,7 +105,7 @@ def test_a_class_token_that_is_missing_or_misshapen_is_named(tmp_path):
     ("vit_hf_a", "vit.embeddings.patch_embeddings.projection.weight"),
   ],
 )
-def test_models_of_gray_pictures(name, kernel, tmp_path):
+def test_models_of_grayscale_images(name, kernel, tmp_path):
   path, file, arrays = copy_of(name, tmp_path)
   arrays[kernel] = np.ascontiguousarray(arrays[kernel][:, :1])
   save(arrays, file)
@@ -135,7 +135,7 @@ def test_models_of_gray_pictures(name, kernel, tmp_path):
   )
 
 
-def test_sizes_stand_in_several_places():
+def test_size_inference():
   arrays = {"a.0.w": np.zeros(3), "a.1.w": np.zeros((5, 7)), "a.11.w": np.zeros((6, 7))}
   assert side(arrays, (r"a\.\d+\.w", 2, 0)) == 5
   assert side(arrays, (r"b", 2, 0), (r"a\.\d+\.w", 1, 0)) == 3

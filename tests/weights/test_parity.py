@@ -91,7 +91,7 @@ def test_architectures_of_timm_determine_heads_and_activation(architecture, argu
 
 
 @pytest.mark.parametrize("name", ["vit_timm_a", "vit_timm_gap_a"])
-def test_timm_reads_its_own_fixtures_again(name, tmp_path, load_golden):
+def test_timm_reloads_its_fixtures(name, tmp_path, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(
     str(golden_folder(name) / "weights.safetensors"), num_heads=config["num_heads"]
@@ -139,7 +139,7 @@ def test_timm_computes_lambda_resnets_with_layers_of_their_own(name, size, layer
   assert_same(ours(load_pretrained(str(tmp_path)), images), ours(made, images))
 
 
-def test_timm_prepares_pictures_as_we_do(tmp_path):
+def test_preprocessing_equals_timm(tmp_path):
   data = pytest.importorskip("timm.data")
   from PIL import Image
 

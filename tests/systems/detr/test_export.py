@@ -113,7 +113,7 @@ def test_a_run_has_the_preprocessing_of_its_evaluation(tmp_path):
   assert detections(tmp_path / "hf") == detections(tmp_path / "run")
 
 
-def test_a_run_with_its_own_mean_and_fixed_size(tmp_path):
+def test_run_with_mean_and_fixed_size(tmp_path):
   resize = {"name": "resize", "size": [40, 48], "method": "antialias"}
   write_run(tmp_path / "run", [resize], image_mean=[0.5, 0.4, 0.3], image_std=0.25)
   preprocess = load_pretrained(str(tmp_path / "run")).preprocess

@@ -1,4 +1,4 @@
-"""Pictures of where object queries look, and of segments."""
+"""Figures of DETR: attention of object queries, panoptic segments."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def problem():
   return batch, predictions
 
 
-def test_sure_queries_are_drawn_and_lit_where_they_look():
+def test_confident_queries_are_drawn_with_attention():
   batch, predictions = problem()
   figure = draw_query_attention(batch, predictions, ("a", "b"), threshold=0.5, max_queries=3)
   rows = np.array(figure.axes).reshape(2, 3)  # no column for the third query: nowhere is it sure
@@ -56,7 +56,7 @@ def test_segments_have_their_colour_and_their_name():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_images_stand_side_by_side(count):
+def test_images_are_side_by_side(count):
   segments = [Segmentation(np.zeros((4, 4), int), np.array([0]))] * count
   figure = draw_segments(segments, segments, [np.zeros((4, 4, 3), np.uint8)] * count)
   assert sum(bool(ax.images) for ax in figure.axes) == 2 * count

@@ -1,4 +1,4 @@
-"""Matching: as good as scipy's, whatever the padding."""
+"""Matching: as good as scipy's, for any padding."""
 
 import jax
 import jax.numpy as jnp
@@ -86,14 +86,14 @@ def test_order_and_padding_of_targets_change_nothing():
     np.testing.assert_array_equal(solve(filled, is_target).target_of_query, expected)
 
 
-def test_wild_costs_end_in_a_matching():
+def test_non_finite_costs_end_in_a_matching():
   rng = np.random.default_rng(4)
   cost = rng.choice([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0, 1.0], (16, 8, 8))
   query_of_target = np.asarray(solve(cost.astype(np.float32), np.ones((16, 8), bool))[1])
   np.testing.assert_array_equal(np.sort(query_of_target, axis=1), np.tile(np.arange(8), (16, 1)))
 
 
-def test_ties_are_broken_somehow():
+def test_ties_are_broken():
   matching = solve(np.zeros((2, 6, 4), np.float32), np.ones((2, 4), bool))
   assert np.all(np.sum(matching.target_of_query >= 0, axis=1) == 4)
 
@@ -108,7 +108,7 @@ def test_batches_of_batches():
 
 
 @pytest.mark.multidevice
-def test_every_device_matches_its_own_examples():
+def test_each_device_matches_its_own_examples():
   rng = np.random.default_rng(6)
   cost, is_target = random_problem(rng, 8, 9, 5)
   expected = solve(cost, is_target)

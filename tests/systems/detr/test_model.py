@@ -127,7 +127,7 @@ def test_padded_features_are_never_looked_at(golden, apply):
   assert not keep.all()
 
 
-def test_a_masked_backbone_sees_each_image_as_if_it_were_alone(golden):
+def test_masked_backbone_ignores_batch_padding(golden):
   config, variables, images, mask, _ = golden("detr_dc5_a")
   padded = jax.jit(model_of(config, masked_backbone=True).apply)(variables, images, mask)
   alone = jax.jit(model_of(config).apply)
@@ -260,7 +260,7 @@ def test_initial_scales():
     ({"width": 72}, "width.*multiple of 64"),
   ],
 )
-def test_wrong_fields_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     jax.eval_shape(Detr(**(TINY | fields)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   assert "\n" not in str(error.value)

@@ -56,7 +56,7 @@ def test_exported_folders_load_in_transformers(name, tmp_path):
     np.testing.assert_allclose(ours["mask_logits"], masks, atol=1e-4 * np.abs(masks).max())
 
 
-def test_what_transformers_saves_is_read(tmp_path):
+def test_reads_files_saved_by_transformers(tmp_path):
   transformers = pytest.importorskip("transformers")
   loaded = load_pretrained(official_file("detr_panoptic_a"))
   detr_hf.write_checkpoint(str(tmp_path / "ours"), export_of(loaded))
@@ -70,7 +70,7 @@ def test_what_transformers_saves_is_read(tmp_path):
     np.testing.assert_array_equal(given, expected)
 
 
-def test_learned_positions_go_over(tmp_path):
+def test_learned_positions_are_transferred(tmp_path):
   loaded = load_pretrained(official_file("detr_a"), position_embedding="sine")
   rng = np.random.default_rng(0)
   params = dict(loaded.variables["params"])

@@ -1,4 +1,4 @@
-"""Finding objects in users' pictures, with published files and with runs."""
+"""Detection on users' images, with published files and with runs."""
 
 import contextlib
 import dataclasses
@@ -39,14 +39,14 @@ def detr_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_run_draws_what_it_found_and_where_it_looked(detr_run):
+def test_run_draws_detections_and_attention(detr_run):
   names = {path.name for path in (detr_run / "figures").rglob("*.png")}
   for figure in ("train_batch", "test_predictions", "test_attention"):
     assert any(figure in name for name in names), names
 
 
 @pytest.mark.slow
-def test_a_run_finds_boxes_in_pictures_of_any_size(detr_run):
+def test_run_detects_in_images_of_any_size(detr_run):
   trained = load(str(detr_run))
   assert trained.task.class_names == tuple("0123456789")
   predictor = create_predictor(trained, Options(threshold=0.0, explain=True))
@@ -68,7 +68,7 @@ def test_a_run_finds_boxes_in_pictures_of_any_size(detr_run):
   assert set(nothing.pictures) == {""}
 
 
-def test_published_masks_become_segments(tmp_path):
+def test_panoptic_segments_of_a_published_model(tmp_path):
   trained = load(official_file("detr_panoptic_a"))
   assert trained.prepare(picture(96, 128))["image"].shape == (800, 1066, 3)
   small = {"image": picture(96, 128).astype(np.float32)}

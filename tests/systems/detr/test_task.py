@@ -1,4 +1,4 @@
-"""The detection task: the official losses, sums that add up, targets without order or padding."""
+"""The detection task: official losses, order and padding of targets, micro-batches."""
 
 import functools
 
@@ -181,7 +181,7 @@ def test_rows_that_are_padding_change_nothing(task, variables, value_and_grad):
     np.testing.assert_allclose(metric.compute(), got[1][name].compute(), rtol=1e-5)
 
 
-def test_what_lies_in_the_padding_of_an_image_changes_nothing(task, variables, value_and_grad):
+def test_image_padding_is_ignored(task, variables, value_and_grad):
   batch = make_batch()
   expected, _ = value_and_grad(variables["params"], batch, task.normalizers(batch))
   noisy = batch["image"].copy()
@@ -217,7 +217,7 @@ def test_more_objects_than_queries(variables):
   assert np.isfinite(output.loss)
 
 
-def test_a_label_that_is_no_class_makes_the_loss_nan(task, variables, value_and_grad):
+def test_invalid_label_makes_the_loss_nan(task, variables, value_and_grad):
   batch = make_batch()
   batch["labels"][0, 2] = 4
   assert np.isnan(value_and_grad(variables["params"], batch, task.normalizers(batch))[0][0])
@@ -337,7 +337,7 @@ def test_many_devices_compute_the_same_loss(task, variables, value_and_grad):
     ({"num_classes": 1, "class_names": ["a", "b"]}, "class_names: 2"),
   ],
 )
-def test_wrong_fields_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     create_task("detection", TinyDetector(), **fields)
   assert "\n" not in str(error.value)

@@ -22,7 +22,7 @@ def test_the_last_layers_attention_scanned_or_unrolled():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_attention_comes_with_predictions_when_it_is_to_be_drawn():
+def test_predictions_include_attention_when_drawn():
   backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 2}
   model = Detr(3, 5, 8, 1, 2, 2, 8, backbone=backbone)
   batch = {"image": np.zeros((2, 64, 96, 3), np.uint8)}

@@ -133,7 +133,7 @@ def assert_updates(params, tensors, outputs, model_config, tolerance):
   assert compared >= len(names)
 
 
-def test_detection_trains_as_the_official_code_does():
+def test_detection_training_curve():
   outputs, history, tensors, params, model_config = train("train_detr_a")
   losses = np.array([metrics["loss"] for metrics in history])
   np.testing.assert_allclose(losses[:5], outputs["loss"][:5], rtol=2e-5)
@@ -176,7 +176,7 @@ def test_in_float64_the_curves_agree_to_the_last_step():
   np.testing.assert_allclose(norms, outputs["float64/grad_norm"], rtol=2e-6)
 
 
-def test_the_mask_head_trains_as_the_official_code_does():
+def test_mask_head_training_curve():
   outputs, history, tensors, params, model_config = train("train_detr_panoptic_a")
   masks = np.array([metrics["mask_loss"] + metrics["dice_loss"] for metrics in history])
   np.testing.assert_allclose(masks, outputs["loss_mask_plus_dice"], rtol=0, atol=5e-5)

@@ -1,4 +1,4 @@
-"""DETR's published weights: golden parity, export of import, and what users get wrong."""
+"""DETR's published weights: golden parity, round trips, invalid files."""
 
 import functools
 import json
@@ -76,7 +76,7 @@ def test_hugging_faces_weights_give_its_predictions(name, load, load_golden):
   assert len(loaded.class_names) == config["num_labels"]
 
 
-def test_an_official_file_tells_the_model(load):
+def test_model_is_inferred_from_an_official_file(load):
   # test_model.py compares predictions with official weights.
   model = load("detr_panoptic_a").model
   assert (model.num_heads, model.mask_head) == (8, True)
@@ -127,7 +127,7 @@ def test_a_folder_keeps_all_that_is_known_of_a_model(load, tmp_path):
   assert_same_arrays(flatten_variables(reread.variables), flatten_variables(loaded.variables))
 
 
-def test_every_detr_goes_through_both_formats(load, tmp_path):
+def test_every_detr_round_trips_in_both_formats(load, tmp_path):
   detr_hf.write_checkpoint(str(tmp_path), export_of(load("detr_panoptic_a")))
   config = json.loads((tmp_path / "config.json").read_text())
   assert config["architectures"] == ["DetrForSegmentation"]
@@ -151,7 +151,7 @@ def test_dc5_is_written_with_timms_backbone_and_read_back():
     detr_hf.config_of({**fields, "backbone": {"stem": "deep", "norm": "group_norm"}})
 
 
-def test_files_that_say_dc5_are_dilated(tmp_path):
+def test_dc5_files_are_dilated(tmp_path):
   path = tmp_path / "detr-r50-dc5-tiny.safetensors"
   shutil.copy(official_file("detr_dc5_a"), path)
   assert load_pretrained(str(path)).model.backbone["output_stride"] == 16
@@ -173,7 +173,7 @@ def test_masks_may_be_added_to_a_detector_and_left_out():
   assert not {"mask_head", "mask_attention"} & set(alone.variables["params"])
 
 
-def test_weights_are_read_into_a_backbone_that_goes_on_learning(load):
+def test_weights_load_into_a_trainable_backbone(load):
   loaded = load("detr_a")
   model = loaded.model.clone(backbone={**loaded.model.backbone, "norm": "batch_norm"})
   images = np.zeros((1, 32, 32, 3), np.float32)
@@ -196,7 +196,7 @@ def test_weights_are_read_into_a_backbone_that_goes_on_learning(load):
      "wrong shape: transformer.decoder.layers.1.multihead_attn.in_proj_weight["),
   ],
 )  # fmt: skip
-def test_what_is_wrong_with_a_file_is_in_one_line(tmp_path, key, array, message):
+def test_problems_of_a_file(tmp_path, key, array, message):
   arrays = {**load_file(official_file("detr_a")), key: array}
   save_file({k: v for k, v in arrays.items() if v is not None}, tmp_path / "broken.safetensors")
   with pytest.raises(WeightsError) as info:
@@ -309,7 +309,7 @@ def test_a_classifier_of_another_size_is_named(tmp_path):
   assert load_parts({"*/trunk": path}, own) == own
 
 
-def test_layouts_of_a_run_go_over_into_each_other(load):
+def test_layouts_of_a_run_convert(load):
   loaded = load("detr_a")
   unrolled = relayout(loaded.variables, scan_layers=False)
   assert "decoder_2" in unrolled["params"]["transformer"]

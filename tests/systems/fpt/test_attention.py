@@ -57,7 +57,7 @@ def test_blocks_give_the_plain_result_and_its_gradient(kind):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_shares_are_of_the_mean_and_sum_to_one():
+def test_mixture_weights_use_the_mean_and_sum_to_one():
   vectors, weight = arrays_of((2, 9, 4), (3, 4))
   logits = np.asarray(vectors).mean(1) @ np.asarray(weight).T
   shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -73,7 +73,7 @@ def test_permuting_keys_with_their_values_changes_nothing():
   )
 
 
-def test_windows_see_zeros_beyond_the_border_and_nothing_beyond_themselves():
+def test_windows_are_local_and_zero_padded():
   query, key, value = arrays_of((1, 5, 6, 4), (1, 5, 6, 4), (1, 5, 6, 3))
   shares = jnp.asarray([[0.5, 0.5]])
   run = jax.jit(functools.partial(attend_locally, window=3))
@@ -116,7 +116,7 @@ def test_memory_grows_with_positions_and_not_with_their_square():
   assert large < 2 * 4 * 8192**2 / 50
 
 
-def test_errors_are_one_clear_line():
+def test_invalid_fields():
   query, key = arrays_of((1, 5, 4), (1, 8, 4))
   with pytest.raises(ValueError, match="4 channels cannot be split into 3 parts"):
     attention_map(query, key, jnp.ones((1, 3)))

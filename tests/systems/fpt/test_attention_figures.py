@@ -1,4 +1,4 @@
-"""Attention maps of a pyramid's levels: the rows of the right queries."""
+"""Attention maps of the pyramid's levels, by query."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class Sower:
     return None, {"intermediates": {"neck": sown((8, 12), (4, 6), rows=3)}}
 
 
-def test_rows_are_those_of_the_query_at_the_place():
+def test_rows_belong_to_the_query():
   seen = sown((4, 6), (2, 3))
   places = jnp.asarray([[0.5, 0.5], [1.0, 0.0]])  # rows 2 and 3 of 4, columns 3 and 0 of 6
   found = attention_rows(seen, places)
@@ -62,7 +62,7 @@ def test_rows_are_those_of_the_query_at_the_place():
   assert set(attention_rows(in_window, places)) == {"0", "1"}
 
 
-def test_places_are_shares_of_the_padded_image():
+def test_positions_are_relative_to_the_padded_image():
   batch = batch_of(2)
   image_only = {key: batch[key] for key in ("image", "image_size")}
   np.testing.assert_allclose(target_centers(image_only), [[0.5, 0.25]] * 2)
@@ -86,7 +86,7 @@ def test_a_detector_explains_three_images_and_says_what_it_cannot():
     create_task("instance_detection", Sower(object), num_classes=3).explain({}, batch_of(1))
 
 
-def test_padding_moves_no_place():
+def test_padding_does_not_move_positions():
   batch = {**batch_of(1), "query_position": np.array([[0.75, 0.5]], np.float32)}
   framed = pad_batch(batch, 40)
   assert framed["image"].shape == (1, 40, 80, 3)

@@ -1,4 +1,4 @@
-"""Pictures of label maps: every pixel in its class's colour, padding left out, classes named."""
+"""Figures of label maps: class colors, padding, class names."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_truth_alone(batch):
   assert names(figure) == ["sky", "sea", "2"]
 
 
-def test_found_beside_truth(batch):
+def test_predictions_beside_ground_truth(batch):
   """Guards the four columns: wrong pixels are red, and the share of right ones is said."""
   found = batch["label_map"].copy()
   found[:, 20:] = (found[:, 20:] + 1) % 3

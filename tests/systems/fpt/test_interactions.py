@@ -163,7 +163,7 @@ def test_ratios_of_sides():
       side_ratio((25, 38), size)
 
 
-def test_windows_over_a_coarser_map_are_centred_at_the_same_share():
+def test_windows_over_a_coarser_map_are_centered():
   """In a window of one place a query sees the coarse cell that it lies in."""
   module = GroundingTransformer(4, 2, window=1)
   x, coarse = jnp.ones((1, 4, 6, 4)), jnp.arange(24.0).reshape(1, 2, 3, 4)
@@ -195,7 +195,7 @@ def test_dropout_of_attention_keeps_its_mean_and_differs_between_blocks():
   assert np.mean(np.asarray(maps[0]) == 0) == pytest.approx(0.25, abs=0.02)  # both parts dropped
 
 
-def test_drop_block_drops_squares_of_the_asked_share():
+def test_drop_block_drops_squares_at_its_rate():
   x = jnp.ones((4, 40, 40, 8))
   module = DropBlock(0.2, 5)
   out = np.asarray(module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))

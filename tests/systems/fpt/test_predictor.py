@@ -41,7 +41,7 @@ def picture():
   return image
 
 
-def test_shares_names_and_pictures():
+def test_fractions_names_and_figures():
   found = predictor(lambda image: {"image": image})(picture())
   classes = found.record["classes"]
   assert [(entry["label"], entry["name"], entry["share"]) for entry in classes] == [
@@ -60,7 +60,7 @@ def test_shares_names_and_pictures():
   assert (labels[0, 0] != labels[0, 10]).any()
 
 
-def test_padding_is_cut_off_and_the_picture_keeps_its_size():
+def test_padding_is_cropped():
   def halved(image):
     padded = np.full((6, 8, 3), 255, np.uint8)
     padded[:4, :6] = image[::2, ::2]
@@ -72,7 +72,7 @@ def test_padding_is_cut_off_and_the_picture_keeps_its_size():
   assert abs(shares["bright"] - 0.25) < 0.1
 
 
-def test_levels_are_drawn_where_there_are_any():
+def test_pyramid_levels_are_drawn():
   backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 4}
   fields = {"num_classes": 2, "width": 8, "kernel_sizes": (1, 3), "window": 3, "backbone": backbone}
   explained = Options(explain=True)

@@ -89,7 +89,7 @@ def test_gradients_are_finite_and_not_zero(tiny):
       assert np.any(grad != 0), name
 
 
-def test_half_precision_and_what_is_returned(tiny):
+def test_bfloat16_outputs_are_near_float32(tiny):
   model, variables, images = tiny
   exact = jax.jit(model.apply)(variables, images)
   rough = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
@@ -109,7 +109,7 @@ def test_half_precision_and_what_is_returned(tiny):
     ({"kernel_sizes": (1, 4)}, "kernel_sizes: 4"),
   ],
 )
-def test_errors_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   model = create_model("fpt_segmentation_r50", **{**TINY, **fields})
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   with pytest.raises(ValueError, match=message):

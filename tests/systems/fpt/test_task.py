@@ -108,7 +108,7 @@ def test_class_weights_make_a_weighted_mean_that_micro_batches_add_up_to(batch):
   assert sum(shares) == pytest.approx(expected, rel=1e-5)
 
 
-def test_micro_batches_add_up_and_what_does_not_count_does_not_matter(batch):
+def test_micro_batches_add_up_and_padding_is_ignored(batch):
   task = task_of(auxiliary=True)
   variables = task.init(jax.random.key(1), batch)
   whole = loss_of(task, variables, batch)
@@ -132,14 +132,14 @@ def test_auxiliary_loss_is_weighed(batch):
   assert float(out.loss) == pytest.approx(float(plain.loss) + 0.5 * auxiliary, rel=1e-5)
 
 
-def test_a_label_that_is_no_class_stops_the_run(batch):
+def test_invalid_label_makes_the_loss_nan(batch):
   task = task_of()
   variables = task.init(jax.random.key(1), batch)
   batch["label_map"][0, 4, 4] = 3
   assert np.isnan(loss_of(task, variables, batch).loss)
 
 
-def test_scores_and_pictures(batch):
+def test_scores_and_figures(batch):
   task = task_of(class_names=("sky", "sea", "sand"))
   evaluator = task.evaluator()
   perfect = {"label_map": np.where(batch["label_map"] == 255, 0, batch["label_map"])}
@@ -251,7 +251,7 @@ def test_jit_equals_eager(tiny):
     ({"class_weights": (0.0, 0.0, 0.0)}, r"class_weights: .*expected no negative"),
   ],
 )
-def test_errors_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   with pytest.raises(ValueError, match=message):
     task_of(**fields)
   with pytest.raises(ValueError, match="num_classes: 256"):

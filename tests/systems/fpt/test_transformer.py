@@ -248,7 +248,7 @@ def test_levels_of_one_size_are_levels_too():
     ({"lateral": False}, "level 0 has 6 channels"),
   ],
 )
-def test_errors_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   model = FeaturePyramidTransformer(32, **fields)
   pyramid = pyramid_of(SIDES, NARROW, 1)
   with pytest.raises(ValueError, match=message) as caught:

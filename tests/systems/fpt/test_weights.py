@@ -41,11 +41,11 @@ def test_cocos_classes_get_their_ids(tmp_path):
     ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than variant='official'"),
   ],
 )
-def test_what_a_format_has_no_model_for(fields, form, message, tmp_path):
+def test_unsupported_models_are_refused(fields, form, message, tmp_path):
   check_refused(fields, form, message, tmp_path)
 
 
-def test_statistics_of_trained_norms_go_into_what_caffe_has(tmp_path):
+def test_norm_statistics_are_folded_for_caffe(tmp_path):
   variables = random_variables("official")
   path = str(tmp_path / "detector.safetensors")
   export.write(pretrained(RCNN(**MODELS["official"]), variables), "pth", path)
@@ -64,7 +64,7 @@ def test_statistics_of_trained_norms_go_into_what_caffe_has(tmp_path):
 
 
 @pytest.mark.parametrize("name", [pytest.param("fpt_a", marks=pytest.mark.slow), "fpt_gn_a"])
-def test_an_fpt_alone_comes_back_bit_for_bit(name, tmp_path, monkeypatch):
+def test_fpt_round_trip_is_exact(name, tmp_path, monkeypatch):
   path = str(golden_folder(name) / "weights.safetensors")
   published, loaded = load_file(path), load_pretrained(path)
   export.write(loaded, "pth", str(tmp_path / "again.safetensors"))
@@ -77,7 +77,7 @@ def test_an_fpt_alone_comes_back_bit_for_bit(name, tmp_path, monkeypatch):
     load(path)
 
 
-def test_a_detectors_neck_starts_from_an_fpt_and_goes_out_again(tmp_path):
+def test_neck_is_initialized_from_an_fpt_and_exported(tmp_path):
   source, target = (RCNN(**MODELS["official"]) for _ in range(2))
   theirs, ours = (random_variables("official", seed) for seed in (1, 2))
   whole, alone = (str(tmp_path / f"{n}.safetensors") for n in ("whole", "alone"))
@@ -107,7 +107,7 @@ def _task_with(model, file):
     (lambda a: a | {"gt_p2_p4.g.bias": a["gt_p2_p4.g.bias"][1:]}, "wrong shape: gt_p2_p4.g.bias"),
   ],
 )
-def test_problems_of_an_fpt_are_one_line(change, message, tmp_path):
+def test_invalid_fpt_files(change, message, tmp_path):
   published = load_file(golden_folder("fpt_a") / "weights.safetensors")
   save_file(change(dict(published)), tmp_path / "fpt.safetensors")
   with pytest.raises(WeightsError, match=message) as caught:

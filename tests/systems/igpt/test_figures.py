@@ -8,7 +8,7 @@ def shown(ax):
   return ax.images[0].get_array()
 
 
-def test_completions_stand_between_what_was_given_and_the_original():
+def test_completions_figure_columns():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
   completions = rng.integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)

@@ -132,7 +132,7 @@ def test_classifier_equals_hugging_face(load_golden, sos_token):
   assert_close(ours["pixel_logits"], outputs["logits" if sos_token else "logits_no_sos"], 1e-4)
 
 
-def test_hugging_face_weights_come_back_bit_for_bit(load_golden):
+def test_hugging_face_round_trip_is_exact(load_golden):
   config, _, _ = load_golden("imagegpt_a")
   published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   _, variables = load_hf(config)
@@ -143,7 +143,7 @@ def test_hugging_face_weights_come_back_bit_for_bit(load_golden):
     np.testing.assert_array_equal(written[key], array)
 
 
-def test_zero_biases_go_and_come_back(load_golden):
+def test_zero_biases_round_trip(load_golden):
   published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   published = {k: v * 0 if k.endswith("bias") else v for k, v in published.items()}
   flat = igpt_hf.split(published)
@@ -322,7 +322,7 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
   np.testing.assert_array_equal(np.where(drawn, whole.argmax(-1), together), together)
 
 
-def test_what_stands_after_a_prefix_need_be_no_colour():
+def test_tokens_after_the_prefix_are_ignored():
   model, variables = init_tiny()
   tokens, lengths = random_tokens(), jnp.array([0, 5])
   complete = jax.jit(sampler(model, temperature=0.0))
@@ -395,7 +395,7 @@ def test_a_pixel_is_drawn_without_copying_keys_and_values():
     (lambda m, v: init_tiny(remat="ful"), "'full'"),
   ],
 )
-def test_errors_say_what_to_do(call, message):
+def test_errors_name_the_fix(call, message):
   model, variables = init_tiny()
   with pytest.raises(ValueError, match=message) as error:
     call(model, variables)

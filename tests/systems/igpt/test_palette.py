@@ -1,4 +1,4 @@
-"""Colours: OpenAI's tokens and Hugging Face's, the same one by one, and palettes."""
+"""Color quantization: tokens equal OpenAI's and Hugging Face's; palettes."""
 
 import functools
 import json
@@ -82,7 +82,7 @@ def test_a_palette_of_few_colours_is_exactly_these():
   np.testing.assert_array_equal(decode(palette.encode(images, fitted), fitted), images)
 
 
-def test_kmeans_finds_the_clusters_and_depends_on_the_seed_alone():
+def test_kmeans_clusters_and_depends_only_on_the_seed():
   rng = np.random.default_rng(0)
   centers = rng.integers(30, 225, (6, 3))
   pixels = centers[rng.integers(0, 6, 4000)] + rng.integers(-3, 4, (4000, 3))
@@ -94,7 +94,7 @@ def test_kmeans_finds_the_clusters_and_depends_on_the_seed_alone():
   np.testing.assert_array_equal(fitted, again)
 
 
-def test_more_colours_than_the_images_have_is_one_line():
+def test_more_colors_than_the_images_have():
   with pytest.raises(ValueError, match="num_colors: 2"):
     palette.fit_palette(np.zeros((2, 2, 3), np.uint8), 2)
 
@@ -125,13 +125,13 @@ def claim_a_petabyte(path):
     ("a.json", lambda path: path.write_text("{}"), "a.json: .*'clusters'"),
   ],
 )
-def test_what_is_no_palette_is_one_line(tmp_path, name, write, message):
+def test_invalid_palette(tmp_path, name, write, message):
   write(tmp_path / name)
   with pytest.raises(ValueError, match=message) as error:
     palette.read_palette(str(tmp_path / name))
   assert "\n" not in str(error.value)
 
 
-def test_a_missing_palette_is_one_line(tmp_path):
+def test_missing_palette(tmp_path):
   with pytest.raises(FileNotFoundError, match="none"):
     palette.read_palette(str(tmp_path / "none.npy"))

@@ -1,4 +1,4 @@
-"""Drawing tokens: the right frequencies, top-k, greedy, prefixes."""
+"""Sampling of tokens: frequencies, top-k, greedy, prefixes."""
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ def add_up(cache, previous, position):
   return 50.0 * jax.nn.one_hot(following, 10), cache + 1
 
 
-def test_rows_go_on_where_their_prefix_ends():
+def test_each_row_continues_its_prefix():
   tokens = jnp.array([[9, 9, 9, 9, 9], [3, 9, 9, 9, 9], [1, 5, 9, 9, 9], [1, 2, 3, 4, 5]])
   lengths = jnp.array([0, 1, 2, 5])
   drawn = jax.jit(lambda t, n: continue_sequences(add_up, 0, t, n, jax.random.key(0)))
@@ -60,7 +60,7 @@ def test_positions_that_all_rows_are_given_cost_nothing():
   assert sorted(calls) == [5, 6, 7]
 
 
-def test_keys_decide_what_is_drawn():
+def test_samples_depend_on_the_key():
   def step(cache, previous, position):
     return jnp.zeros((previous.shape[0], 10)), cache
 

@@ -1,4 +1,4 @@
-"""Pixel modelling: the references' losses and curve, sums that add up, completions."""
+"""Pixel modelling: losses and training curve of the references, micro-batches, completions."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ class Echo:
     return {ours: jnp.asarray(self.inputs[theirs]) for ours, theirs in outputs.items()}
 
 
-def test_losses_are_openais(load_golden):
+def test_losses_equal_openai(load_golden):
   _, inputs, outputs = load_golden("igpt_losses_a")
   logits, tokens = jnp.asarray(inputs["logits"]), jnp.asarray(inputs["tokens"])
   ours = pixel_nats(logits, tokens, None)
@@ -118,7 +118,7 @@ def curve():
   return dict(np.load(folder / "inputs.npz")), dict(np.load(folder / "outputs.npz"))
 
 
-def test_training_curve_is_hugging_faces(curve):
+def test_training_curve_equals_hugging_face(curve):
   inputs, outputs = curve
   model = ImageGPT(64, 64, 64, 3, 4, use_bias=True)
   published = igpt_hf.split(load_file(golden_folder("imagegpt_a") / "weights.safetensors"))
@@ -178,7 +178,7 @@ def test_micro_batches_add_up_to_the_batch(causal):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), summed, gradient)
 
 
-def test_masks_hide_the_share_they_should_and_follow_the_rng():
+def test_mask_fraction_and_rng():
   task = make_task({"causal": False}, mask_probability=0.3)
   batch = make_batch(rows=64)
   variables = make_variables(task, batch)
@@ -203,7 +203,7 @@ def test_masks_hide_the_share_they_should_and_follow_the_rng():
   np.testing.assert_array_equal(seen[-1], seen[-2])
 
 
-def test_a_masked_model_classifies_by_the_vote_of_its_maskings():
+def test_masked_model_classifies_by_majority_vote():
   task = make_task({"causal": False, "num_classes": 3}, class_weight=1.0, mask_probability=0.5)
   assert task.feature_views == 5
   batch = make_batch(rows=64)
@@ -265,7 +265,7 @@ def test_preparation_takes_only_as_many_images_as_it_needs():
   assert taken == [0, 1, 2]
 
 
-def test_completions_keep_what_was_given_and_scores_leave_out_padding():
+def test_completions_keep_the_prefix_and_scores_exclude_padding():
   task = make_task({"num_classes": 3}, completions=2, class_weight=1.0)
   batch = make_batch() | {"prefix_length": np.array([0, 4, 8, 8, 12, 16], np.int32)}
   variables = make_variables(task, batch)
@@ -299,7 +299,7 @@ def test_completions_keep_what_was_given_and_scores_leave_out_padding():
   assert len(task.batch_figures(batch)["batch"].axes) == 6
 
 
-def test_a_label_that_is_no_class_makes_the_loss_nan_unless_it_is_padding():
+def test_invalid_label_makes_the_loss_nan_unless_padding():
   task = make_task({"num_classes": 3}, class_weight=1.0)
   batch = make_batch()
   variables = make_variables(task, batch)
@@ -337,13 +337,13 @@ def test_best_metrics_are_scores():
     ({"class_weight": 1.0}, "num_classes"),
   ],
 )
-def test_wrong_fields_are_one_line(fields, message):
+def test_invalid_fields(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     make_task(**fields)
   assert "\n" not in str(error.value)
 
 
-def test_a_palette_of_another_size_is_one_line(tmp_path):
+def test_palette_size_mismatch(tmp_path):
   np.save(str(tmp_path / "colors.npy"), np.zeros((5, 3), np.float32))
   task = make_task(palette=str(tmp_path / "colors.npy"))
   with pytest.raises(ValueError, match="num_colors=5"):

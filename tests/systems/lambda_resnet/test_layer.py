@@ -328,6 +328,6 @@ def test_strided_pooling_leaves_the_border_s_padding_out():
     ({"pool_size": 4}, "pool_size 4"),
   ],
 )
-def test_errors_are_one_clear_line(fields, message):
+def test_invalid_fields(fields, message):
   with pytest.raises(ValueError, match=message):
     random_layer((1, 4, 4, 8), **fields)

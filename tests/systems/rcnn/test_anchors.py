@@ -23,7 +23,7 @@ def test_torchvision_rounds_corners_around_zero():
     np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
 
 
-def test_detectron_scales_what_it_has_rounded():
+def test_detectron_scales_rounded_boxes():
   """generate_anchors(16, (128, 256), (0.5, 1)): the ratio's 23 x 12 and 16 x 16, times 8 and 16."""
   for size, expected in (
     (128, [[-84, -40, 99, 55], [-56, -56, 71, 71]]),

@@ -1,4 +1,4 @@
-"""Which boxes belong to which target, and the draw of a few of them."""
+"""Assignment of boxes to ground truth, and sampling."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Box deltas: the official numbers, inverses, limits, and boxes without a side."""
+"""Box deltas: official values, inverses, limits, empty boxes."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_growth_is_limited_and_nothing_overflows():
     assert np.isfinite(coding.encode_boxes(boxes, references)).all()
 
 
-def test_clipping_each_image_by_its_own_size():
+def test_boxes_are_clipped_to_each_image():
   boxes = jnp.broadcast_to(jnp.asarray([[-5.0, 2, 50, 90], [60, 70, 80, 95]]), (2, 2, 4))
   clipped = coding.clip_boxes(boxes, jnp.asarray([[40, 30], [100, 70]]))
   expected = [[[0, 2, 30, 40], [30, 40, 30, 40]], [[0, 2, 50, 90], [60, 70, 70, 95]]]

@@ -1,4 +1,4 @@
-"""The heads of the official code, from its own weights; pyramids by definition."""
+"""The official code's heads with its own weights; feature pyramids by definition."""
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,7 @@ def test_the_official_mask_head_and_loss(load_golden, weights):
     np.testing.assert_allclose(cross[targets >= 0].mean(), outputs["loss_mask"][0], rtol=1e-5)
 
 
-def test_heads_see_one_level_or_all_of_them():
+def test_heads_pool_one_level_or_all():
   rng = np.random.default_rng(0)
   crops = [jnp.asarray(rng.normal(size=(2, 3, 4, 4, 8)), jnp.float32) for _ in range(2)]
   for fields in ({}, {"num_convs": 2, "num_dense": 1}):
@@ -179,7 +179,7 @@ def test_heads_see_one_level_or_all_of_them():
   assert logits.dtype == jnp.float32
 
 
-def test_what_a_pyramid_passes_down():
+def test_pyramid_top_down_path():
   rng = np.random.default_rng(0)
   maps = [jnp.asarray(rng.normal(size=(1, s, s, 5)), jnp.float32) for s in (9, 5, 3)]
   changed = [*maps[:2], maps[2] + 1]

@@ -1,4 +1,4 @@
-"""R-CNN: published sizes, proposals inside images, padding that does not matter, all necks."""
+"""R-CNN: published sizes, proposals, padding, all necks."""
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ def test_images_are_padded_so_that_each_level_is_half_the_finer_one():
   ],
   ids=["bfp", "lambda"],
 )  # fmt: skip
-def test_every_kind_has_finite_outputs_of_the_right_shapes(fields):
+def test_outputs_are_finite_with_expected_shapes(fields):
   check_outputs(tiny(**fields))
 
 
@@ -134,13 +134,13 @@ def check_outputs(model):
     ({"levels": ("c4", "c2", "c3")}, r"levels: .*fine to coarse"),
     ({"anchor_sizes": (16, 32)}, "anchor_sizes: 2 entries; expected 4"),
     ({"convention": "detectron3"}, "did you mean 'detectron'|did you mean 'detectron2'"),
-    ({"anchor_sizes": (16, 32, 0, 128)}, r"anchor_sizes must be positive, not \(16, 32, 0, 128\)"),
-    ({"aspect_ratios": ()}, r"aspect_ratios must be positive, not \(\)"),
-    ({"proposals": {"post_nms_top_n": (8, 0)}}, "post_nms_top_n must be positive, not 0"),
+    ({"anchor_sizes": (16, 32, 0, 128)}, r"anchor_sizes .* \(16, 32, 0, 128\)"),
+    ({"aspect_ratios": ()}, r"aspect_ratios .* \(\)"),
+    ({"proposals": {"post_nms_top_n": (8, 0)}}, "post_nms_top_n .* 0"),
     ({"proposals": {"post_nms_top_n": ()}}, r"proposals\.post_nms_top_n: \(\)"),
-    ({"extra_levels": -1}, "extra_levels must not be negative, but is -1"),
-    ({"box_head": {"num_convs": -1}}, "num_convs must not be negative, but is -1"),
-    ({"mask_head": {"num_convs": -1}}, "num_convs must not be negative, but is -1"),
+    ({"extra_levels": -1}, "extra_levels .* -1"),
+    ({"box_head": {"num_convs": -1}}, "num_convs .* -1"),
+    ({"mask_head": {"num_convs": -1}}, "num_convs .* -1"),
     ({"box_head": {"num_dense": 0}, "adaptive": True}, "box_head: an adaptive head"),
     ({"mask_head": {"num_convs": 0}, "adaptive": True}, "mask_head: an adaptive head"),
     ({"box_head": {"width": 0}}, "width must be positive, not 0"),
@@ -148,7 +148,7 @@ def check_outputs(model):
     ({"backbone_kind": "vgg"}, "unknown backbone_kind 'vgg'"),
   ],
 )
-def test_errors_are_one_line(fields, message):
+def test_invalid_inputs(fields, message):
   with pytest.raises(ValueError, match=message) as info:
     jax.eval_shape(tiny(**fields).init, jax.random.key(0), images())
   assert "\n" not in str(info.value).split("\n---")[0]  # JAX's own note follows

@@ -133,7 +133,7 @@ def test_the_official_proposals_of_one_map(load_golden):
     np.testing.assert_array_equal(best[exists], outputs["prop_probs"][rows, 0])
 
 
-def test_the_best_of_what_may_be_kept():
+def test_best_allowed_checkpoint():
   scores = jnp.asarray([0.1, 0.9, 0.5, 0.9, 0.7])
   keep = jnp.asarray([True, True, False, True, True])
   index, exists = top_k(scores, keep, 3)

@@ -1,4 +1,4 @@
-"""torchvision's R-CNNs on the same weights: each stage, and what is found in the end."""
+"""torchvision's R-CNNs on the same weights: each stage, and the detections."""
 
 import dataclasses
 
@@ -116,7 +116,7 @@ def test_the_heads_are_torchvisions(theirs, path):
   np.testing.assert_allclose(mine[0], expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_what_is_found_is_what_torchvision_finds(theirs, path):
+def test_detections_equal_torchvision(theirs, path):
   """In images of odd sides; the pyramid's last map, 3 places wide for 5, has closer anchors."""
   trained = load(path)
   rng = np.random.default_rng(0)
@@ -179,7 +179,7 @@ def test_predictions_of_images_of_odd_sizes_are_torchvisions(kind, tmp_path):
       assert differ.sum() <= 1e-3 * masks.sum(), size  # values at the threshold
 
 
-def test_what_is_written_torchvision_loads(theirs, path, tmp_path):
+def test_torchvision_loads_exports(theirs, path, tmp_path):
   export.write(load_pretrained(path), "pth-torchvision", str(tmp_path / "again.pth"))
   again = torch.load(tmp_path / "again.pth", weights_only=True)
   theirs.load_state_dict(again)  # strict, but for counters of batches, which no frozen norm has

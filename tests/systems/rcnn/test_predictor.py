@@ -1,4 +1,4 @@
-"""A two-stage detector on a user's picture of any size."""
+"""The R-CNN predictor on an image of any size."""
 
 import jax
 import numpy as np
@@ -39,7 +39,7 @@ def pasted(monkeypatch):
   return seen
 
 
-def test_objects_names_masks_and_pictures(pasted):
+def test_record_and_figures(pasted):
   task = create_task(
     "instance_detection", RCNN(**SMALL, convention="detectron"), num_classes=2,
     class_names=("cup", "saucer"), box_detections_per_img=4, box_score_thresh=0.0,

@@ -1,4 +1,4 @@
-"""What is chosen of anchors and of classified boxes."""
+"""Selection of proposals and of detections."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def test_the_best_of_each_level_then_of_all():
   assert list(np.asarray(scores)[np.asarray(exists)]) == [5, 3]
 
 
-def test_suppression_is_class_by_class_and_few_candidates_change_nothing():
+def test_suppression_is_per_class():
   rng = np.random.default_rng(0)
   corners = rng.uniform(0, 40, (30, 2))
   proposals = jnp.asarray(np.concatenate([corners, corners + 20], axis=1), jnp.float32)
@@ -70,7 +70,7 @@ def test_suppression_is_class_by_class_and_few_candidates_change_nothing():
 
 
 @pytest.mark.parametrize(("convention", "least"), [("torchvision", 0.01), ("detectron2", 0.0)])
-def test_torchvision_drops_what_is_too_small(convention, least):
+def test_torchvision_drops_small_boxes(convention, least):
   """Boxes that lie beside the image have no side left; torchvision's networks do not show them."""
   proposals = jnp.asarray([[0, 0, 8, 8], [70, 0, 78, 8], [20, 20, 20.005, 30]], jnp.float32)
   logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])

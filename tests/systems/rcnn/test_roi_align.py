@@ -1,4 +1,4 @@
-"""RoIAlign against its definition point by point, in both conventions and by both ways."""
+"""RoIAlign against its definition, in both conventions and both implementations."""
 
 import itertools
 
@@ -131,7 +131,7 @@ def test_each_box_is_read_from_its_level(monkeypatch, pyramid, limit):
     np.testing.assert_allclose(every[chosen][image, box], expected, atol=2e-5)
 
 
-def test_both_ways_have_the_same_gradient(monkeypatch, pyramid):
+def test_both_implementations_have_the_same_gradient(monkeypatch, pyramid):
   boxes = jnp.asarray(BOXES[None, :5] / 2)
   target = jnp.asarray(np.random.default_rng(3).normal(size=(1, 5, 7, 7, 4)), jnp.float32)
 

@@ -1,4 +1,4 @@
-"""The two-stage task: what is learned from what, sums that add up, finds in original pixels."""
+"""The R-CNN task: losses, padding, micro-batches, detections."""
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def test_losses_are_finite_add_up_and_reach_every_part(task, variables, gradient
     assert max(sizes) > 0, part
 
 
-def test_what_lies_in_the_padding_does_not_matter(task, variables, gradient):
+def test_padding_is_ignored(task, variables, gradient):
   batch = make_batch()
   noisy = {k: v.copy() for k, v in batch.items()}
   for row, (height, width) in enumerate(batch["image_size"]):
@@ -137,13 +137,13 @@ def test_a_batch_without_objects(task, variables, gradient):
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-def test_a_label_that_is_no_class_stops_the_run(task, variables, gradient):
+def test_invalid_label_makes_the_loss_nan(task, variables, gradient):
   batch = make_batch()
   batch["labels"][0, 0] = 4
   assert np.isnan(run(gradient, task, variables, batch)[0].loss)
 
 
-def test_finds_are_in_original_pixels_and_padded(task, variables):
+def test_detections_are_padded_and_in_original_pixels(task, variables):
   batch, compiled = make_batch(), jax.jit(task.predict)
 
   def predict(variables, batch):
@@ -166,7 +166,7 @@ def test_finds_are_in_original_pixels_and_padded(task, variables):
       assert (overlap - np.eye(len(overlap)) <= task.box_nms_thresh + 1e-5).all()
 
 
-def test_a_model_that_knows_the_truth_scores_full_marks():
+def test_perfect_predictions_have_full_ap():
   batch = make_batch(targets=3)
   row = 3
   size = jnp.asarray(batch["image_size"][row])
@@ -273,7 +273,7 @@ def test_jit_equals_eager(task, variables):
   ("fields", "message"),
   [
     ({"rpn_fg_iou_thresh": 1.5}, "rpn_fg_iou_thresh: 1.5"),
-    ({"box_batch_size_per_image": 0}, "box_batch_size_per_image must be positive"),
+    ({"box_batch_size_per_image": 0}, "box_batch_size_per_image"),
     ({"box_smooth_l1_beta": -1.0}, "box_smooth_l1_beta: -1.0"),
   ],
 )

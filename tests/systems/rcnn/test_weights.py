@@ -198,7 +198,7 @@ def test_older_names_of_torchvisions_are_read(tmp_path):
     (MODELS["official_2mlp"], "pth-torchvision", "stride_in_1x1=True"),
   ],
 )
-def test_what_a_format_has_no_model_for(fields, form, message, tmp_path):
+def test_unsupported_models_are_refused(fields, form, message, tmp_path):
   check_refused(fields, form, message, tmp_path)
 
 

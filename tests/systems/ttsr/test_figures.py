@@ -55,7 +55,7 @@ def test_each_example_has_its_row():
   assert pyplot.get_fignums() == []
 
 
-def test_what_is_not_there_has_no_column():
+def test_missing_suites_have_no_column():
   batch, predictions = example(1)
   del batch["image"], predictions["wrong_reference_image"]
   titles = [ax.get_title() for ax in draw_results(batch, predictions).axes]
@@ -72,7 +72,7 @@ def test_a_training_batch_shows_all_that_is_learned_from():
   assert figure.axes[0].get_xlabel() == "6 × 5"
 
 
-def test_only_what_counts_and_the_first_are_drawn():
+def test_padding_is_not_drawn():
   batch, predictions = example()
   figure = draw_results({**batch, "size": np.full((2, 2), (12, 16))}, predictions, max_images=1)
   assert len(figure.axes) == len(COLUMNS)
@@ -80,7 +80,7 @@ def test_only_what_counts_and_the_first_are_drawn():
   assert figure.axes[0].images[0].get_array().shape == (3, 4, 3)
 
 
-def test_places_have_colours_of_their_own():
+def test_positions_have_distinct_colors():
   colors = position_colors(np.arange(12).reshape(3, 4), (3, 4))
   assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 12
 

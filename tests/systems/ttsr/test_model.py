@@ -47,7 +47,7 @@ def test_golden_parity(load_golden, scan_layers):
   close(out["image"], "sr", 2e-5)  # of [-1, 1]: half as much of [0, 1]
 
 
-def test_half_precision_takes_the_same_patches(load_golden):
+def test_bfloat16_matches_the_same_patches(load_golden):
   _, inputs, expected = load_golden("ttsr_a")
   out, _ = golden_run("bfloat16")
   np.testing.assert_array_equal(out["hard_attention"].reshape(1, -1), expected["R_argmax"])
@@ -112,7 +112,7 @@ def test_published_parameter_counts():
 @pytest.mark.parametrize(
   ("field", "size"), [("width", -1), ("depths", (1, 1, 0, 1)), ("texture_widths", (0, 32, 64))]
 )
-def test_sizes_that_cannot_be(field, size):
+def test_invalid_sizes(field, size):
   images = [jnp.zeros((1, *side, 3)) for side in [(3, 4), (12, 16), (8, 8), (8, 8)]]
   with pytest.raises(ValueError, match=f"{field} must be positive, not "):
     jax.eval_shape(TTSR(**TINY | {field: size}).init, jax.random.key(0), *images)
@@ -126,7 +126,7 @@ def test_sizes_that_cannot_be(field, size):
     ([(3, 4), (12, 16), (8, 8), (8, 12)], "blurred_ref_image: .*8x12.*8x8"),
   ],
 )
-def test_sides_that_do_not_belong_together(sides, message):
+def test_incompatible_image_sizes(sides, message):
   images = [jnp.zeros((1, *side, 3)) for side in sides]
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(TTSR(**TINY).init, jax.random.key(0), *images)

@@ -1,4 +1,4 @@
-"""Enlarging a user's pictures: any sizes, and windows without seams."""
+"""Super-resolution of users' images: any size, and tiles without seams."""
 
 import dataclasses
 import io
@@ -84,7 +84,7 @@ def test_any_size_and_aspect_ratio(trained):
   assert predictor(smooth(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
 
 
-def test_windows_give_what_the_whole_does(trained):
+def test_tiles_equal_the_whole(trained):
   image, reference = smooth(67, 91, seed=2), smooth(64, 80, seed=3)
   options = Options(reference=reference)
   whole = SuperResolutionPredictor(trained, options)(image)
@@ -126,7 +126,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, size):
   assert "100%" in shown.getvalue()
 
 
-def test_reach_is_enough_and_no_whim(trained):
+def test_reach_bounds_the_receptive_field(trained):
   """A change of one pixel is seen at some distance, but not beyond the reach."""
   size = 2 * MODEL.reach + 3
   image = smooth(size, 5, seed=4).astype(np.float32) / 127.5 - 1
@@ -145,7 +145,7 @@ def test_reach_is_enough_and_no_whim(trained):
 
 
 @pytest.mark.parametrize(("size", "window", "reach"), [((70, 33), 20, 4), ((9, 200), 21, 10)])
-def test_middles_cover_the_picture_once(size, window, reach):
+def test_tile_centers_cover_the_image_once(size, window, reach):
   covered = np.zeros((1, *size), int)
   inside = np.ones((1, *size), bool)
   shapes = set()
@@ -170,7 +170,7 @@ def test_a_reference_is_an_option_like_others(trained):
   check_options(create_predictor(trained, options), options)
   more = dataclasses.replace(options, prefix_fraction=0.25)
   predictor = create_predictor(trained, more)
-  with pytest.raises(ValueError, match="--prefix_fraction is not supported by this model's task"):
+  with pytest.raises(ValueError, match="--prefix_fraction"):
     check_options(predictor, more)
 
 
@@ -179,7 +179,7 @@ def test_errors(trained):
     create_predictor(trained, Options())
   with pytest.raises(ValueError, match="the reference: 3x9 pixels"):
     create_predictor(trained, Options(reference=smooth(3, 9, 0)))
-  with pytest.raises(ValueError, match="--tile: 40 pixels; expected at least 59"):
+  with pytest.raises(ValueError, match=r"--tile: 40 .* 59"):
     create_predictor(trained, Options(reference=smooth(8, 8, 0), tile=40))
 
 
@@ -189,7 +189,7 @@ def test_errors(trained):
    ((80, 200), 80, "--tile=66"), ((80, 200), 60, "use a smaller reference"),
    ((5, 9), None, "use a smaller reference")],
 )  # fmt: skip
-def test_too_little_memory_is_one_line(trained, monkeypatch, size, tile, advice):
+def test_out_of_memory_message(trained, monkeypatch, size, tile, advice):
   predictor = create_predictor(trained, Options(reference=smooth(12, 8, 0), tile=tile))
 
   class OutOfMemoryError(jax.errors.JaxRuntimeError):

@@ -1,4 +1,4 @@
-"""Search and transfer against the official algorithm written plainly: all patches, all pairs."""
+"""Search and transfer against the official algorithm on all patches and pairs."""
 
 import functools
 
@@ -86,7 +86,7 @@ find = functools.partial(jax.jit, static_argnames="block_size")(find_matches)
   ("ties", "block_size"),
   [(True, (1, 1)), (False, (3, 5)), (True, (7, 24)), (False, (28, 36)), (True, (1000, 1000))],
 )
-def test_every_block_size_finds_what_the_matrix_has(ties, block_size):
+def test_every_block_size_equals_the_full_matrix(ties, block_size):
   queries, references = tied_maps() if ties else random_maps()
   expected = plain_match(queries, references, divide_last=ties)
   found = find(queries, references, block_size=block_size)
@@ -150,7 +150,7 @@ def test_transfer_is_gather_and_fold(scale):
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
-def test_a_picture_is_rebuilt_from_itself():
+def test_self_reference_reconstructs_the_image():
   maps, _ = random_maps(5)
   match = find(maps, maps)
   np.testing.assert_array_equal(match.index[0], np.arange(20).reshape(4, 5))
@@ -214,14 +214,14 @@ def temporary_bytes(size, **kwargs):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_is_linear_in_the_picture():
+def test_memory_is_linear_in_the_image():
   block = (64, 64)
   small, large = (temporary_bytes(size, block_size=block) for size in (32, 128))
   assert large < 16 * 1.1 * small
   assert large < 128**4 * 4 / 20  # the matrix alone
 
 
-def test_errors_are_one_line():
+def test_invalid_inputs():
   queries, references = random_maps()
   with pytest.raises(ValueError, match="block_size must be positive"):
     find_matches(queries, references, block_size=(0, 3))

@@ -234,7 +234,7 @@ def test_predictions_are_scored():
   assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
 
 
-def test_wrong_references_come_from_half_a_batch_away():
+def test_wrong_references_are_rolled_by_half_a_batch():
   batch = tiny_batch(5)
   batch["mask"] = np.array([True, True, True, True, False])
   exchanged = exchange_references(batch)

@@ -1,4 +1,4 @@
-"""TTSR's two phases and its game, step by step, against the official code's numbers."""
+"""TTSR's two training phases, step by step, against the official code."""
 
 import dataclasses
 import functools
@@ -159,7 +159,7 @@ def moved_alike(start, ours, theirs, tolerance):
   return np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs - start)
 
 
-def test_updates_of_both_players(load_golden):
+def test_updates_of_generator_and_discriminator(load_golden):
   _, _, expected = load_golden("train_ttsr_a")
   _, params, model_state, start = curve()
   before = published(start["params"]["generator"])

@@ -1,4 +1,4 @@
-"""TTSR's published files and torchvision's VGG-19, both ways, and where runs start from them."""
+"""TTSR's and torchvision's VGG-19 files: round trips, and initialization from them."""
 
 import jax
 import numpy as np
@@ -65,7 +65,7 @@ def test_export_of_import_is_the_file(tmp_path, scan_layers):
         np.testing.assert_array_equal(array, original[key], err_msg=key)
 
 
-def test_a_game_starts_from_a_published_generator(loaded):
+def test_adversarial_training_starts_from_a_published_generator(loaded):
   task = SuperResolution(loaded.model, perceptual_weight=1.0, adversarial_weight=1.0, **NARROW)
   before = game_variables(task)
   after = weights.load_into(str(FILE), before)
@@ -115,7 +115,7 @@ def write_vgg(path, params, **more):
   return str(path)
 
 
-def test_vgg_both_ways(tmp_path, vgg):
+def test_vgg_round_trip(tmp_path, vgg):
   path = write_vgg(tmp_path / "vgg.safetensors", vgg)
   published = load_file(path)
   kernels = [f"features.{i}.weight" for i in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)]
@@ -141,7 +141,7 @@ def test_a_run_gives_its_vgg_back(tmp_path, vgg):
     weights.load_pretrained(path)
 
 
-def test_what_has_no_vgg_says_so(tmp_path, loaded):
+def test_missing_vgg(tmp_path, loaded):
   with pytest.raises(WeightsError, match="pth-vgg19: "):
     export.write(loaded, "pth-vgg19", str(tmp_path / "vgg.pth"))
 

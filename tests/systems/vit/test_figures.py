@@ -24,7 +24,7 @@ def test_rollout_multiplies_the_maps_from_the_last_layer_to_the_first():
   np.testing.assert_allclose(rollout.sum(axis=-1), 1, rtol=1e-5)
 
 
-def test_rollout_of_tokens_that_see_themselves_alone_is_the_identity():
+def test_rollout_of_identity_attention_is_the_identity():
   weights = np.broadcast_to(np.eye(4, dtype=np.float32), (2, 1, 3, 4, 4))
   np.testing.assert_array_equal(attention_rollout(weights)[0], np.eye(4))
 

@@ -1,4 +1,4 @@
-"""The hybrids' ResNet: scanned and unrolled units are one model, with and without remat."""
+"""The hybrids' ResNet: scanned equals unrolled, with and without remat."""
 
 import jax
 import jax.numpy as jnp
@@ -46,14 +46,14 @@ def test_scanned_equals_unrolled(remat):
     np.testing.assert_allclose(gradients[key], gradient, atol=1e-5 * np.abs(gradient).max() + 1e-7)
 
 
-def test_fresh_units_differ_from_each_other():
+def test_initial_units_differ():
   model = StandardizedResNet(stage_sizes=(3,), width=32)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   first, second = params["stage_0_units"]["conv_1"]["kernel"]
   assert np.abs(first - second).max() > 0.01
 
 
-def test_kernels_are_standardised():
+def test_kernels_are_standardized():
   """A shift and a scale of the kernel change nothing."""
   images = jax.random.normal(jax.random.key(0), (1, 5, 5, 3))
   conv = StandardizedConv(4, 3)

@@ -134,7 +134,7 @@ def test_without_positions_the_order_of_patches_does_not_matter():
     assert (difference < 1e-4) == same, kind
 
 
-def test_examples_do_not_see_each_other():
+def test_examples_are_independent():
   model = tiny()
   variables = variables_of(model)
   apply = jax.jit(model.apply)
@@ -219,7 +219,7 @@ def test_position_embeddings(kind):
     np.testing.assert_allclose(grid[0, :, 4:], grid[1, :, 4:], atol=1e-6)
 
 
-def test_a_class_token_has_a_row_of_its_own():
+def test_class_token_has_its_own_row():
   module = PositionEmbedding("learned_1d", cls_row=True)
   assert module.init_with_output(jax.random.key(1), (2, 3), 8)[0].shape == (1, 7, 8)
 
@@ -235,7 +235,7 @@ def test_sincos_positions():
     sincos_2d(2, 2, 10)
 
 
-def test_an_unknown_position_embedding_is_one_line():
+def test_unknown_position_embedding():
   with pytest.raises(ValueError, match="position_embedding 'sincos'"):
     PositionEmbedding("sincos").init(jax.random.key(0), (1, 5), 8)
 

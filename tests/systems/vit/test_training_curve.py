@@ -61,7 +61,7 @@ def train(config, inputs):
   return np.array(losses), np.array(norms), vit_timm.state_dict(params)
 
 
-def test_the_curve_is_that_of_the_reference(load_golden):
+def test_training_curve_equals_the_reference(load_golden):
   config, inputs, outputs = load_golden("train_vit_timm_a")
   losses, norms, params = train(config, inputs)
   np.testing.assert_allclose(losses, outputs["loss"], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Google's .npz files: golden parity of the whole model, and the reader's own behaviour."""
+"""Google's .npz files: golden parity and the reader."""
 
 import re
 
@@ -225,7 +225,7 @@ def test_a_file_in_a_bucket(monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, local.variables)
   again = load_into("gs://b/vit_posemb_a/weights.npz", local.variables)
   jax.tree.map(np.testing.assert_array_equal, again, local.variables)
-  with pytest.raises(ValueError, match=r"there is no checkpoint at gs://b/none\.npz"):
+  with pytest.raises(ValueError, match=r"gs://b/none\.npz"):
     load_pretrained("gs://b/none.npz")
 
 
@@ -238,7 +238,7 @@ def test_load_into_a_grid_that_is_not_square():
   again = load_into(source, loaded.variables, position_grid=(2, 3))
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, again)
   assert wider.variables["params"]["position_embedding"]["table"].shape == (1, 13, 48)
-  with pytest.raises(ValueError, match="the model has positions for 13 tokens, which is no"):
+  with pytest.raises(ValueError, match="positions for 13 tokens"):
     load_into(source, wider.variables)
 
 
@@ -257,7 +257,7 @@ def test_features_alone():
   assert out["features"].shape == (2, 64)
 
 
-def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
+def test_all_problems_of_a_file_are_reported(tmp_path):
   arrays = dict(np.load(weights_of("vit_a")))
   del arrays["Transformer/encoder_norm/scale"]
   arrays["extra/kernel"] = np.zeros(3)
@@ -276,7 +276,7 @@ def test_everything_wrong_with_a_file_is_in_one_line(tmp_path):
 def test_a_file_of_another_kind_of_model_is_not_taken_apart():
   published = {f"Transformer/layer_{i}/kernel": np.zeros((2, 2), np.float32) for i in range(99)}
   shapes = {f"stage{i}/conv/kernel": (3, 3, 8, 8) for i in range(99)}
-  with pytest.raises(WeightsError, match="of which it holds nothing: its keys are such as") as info:
+  with pytest.raises(WeightsError, match="its keys") as info:
     table.read(published, (), shapes, source="x.npz")
   assert len(str(info.value)) < 400
 
@@ -309,7 +309,7 @@ def test_errors_a_user_can_cause(tmp_path):
   np.savez(path, a=np.zeros(3))
   with pytest.raises(WeightsError, match=r"other\.npz .* begin with a$"):
     load_pretrained(str(path))
-  with pytest.raises(WeightsError, match="positions for 6 tokens, which is no square"):
+  with pytest.raises(WeightsError, match="positions for 6 tokens"):
     load_pretrained(weights_of("vit_rep_a"))
   with pytest.raises(WeightsError, match="6 tokens, not for 2 x 2"):
     load_pretrained(weights_of("vit_rep_a"), source_image_size=32)
@@ -331,6 +331,6 @@ def test_stack_is_the_inverse_of_unroll():
   }
 
 
-def test_writing_names_what_the_format_cannot_hold():
+def test_export_names_unsupported_fields():
   with pytest.raises(WeightsError, match="no name for: decoder/kernel"):
     table.write({"decoder/kernel": np.zeros(1)}, vit_npz.TABLE)
