@@ -28,7 +28,6 @@ def unfold(maps, scale=1):
   return jnp.stack(patches, axis=1).reshape(maps.shape[0], rows * columns, size**2, -1)
 
 
-@functools.partial(jax.jit, static_argnames="divide_last")
 def plain_match(queries, references, divide_last=False):
   """The official order is to divide patches first; the last keeps products of integers exact."""
   asked, known = (
