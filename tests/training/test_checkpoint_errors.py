@@ -149,6 +149,22 @@ def save_and_wait(workdir, step, state):
     checkpointer.save(step, state)
 
 
+def test_removed_folders_are_one_line_and_saved_again(tmp_path, caplog):
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save_best(1, STATE, 0.5)
+    checkpointer.save(1, STATE)
+    checkpointer.wait()
+    shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "best")
+    checkpointer.save(2, STATE)
+    checkpointer.save_best(2, STATE, 0.4)  # lower, but the better one is gone
+  for folder in ("checkpoints", "best"):
+    said = [r.message for r in caplog.records if f"{tmp_path}/{folder}/1: removed" in r.message]
+    assert len(said) == 1
+    restored = restore_variables(tmp_path / folder / "2")
+    np.testing.assert_array_equal(restored["params"]["x"], STATE["params"]["x"])
+
+
 @pytest.mark.parametrize(
   ("error", "message"),
   [

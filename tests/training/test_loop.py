@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import functools
 import os
+import shutil
 import signal
 
 import jax
@@ -205,6 +206,20 @@ def test_an_interrupted_evaluation_loses_no_state_and_is_repeated(undisturbed, t
   assert rows(tmp_path) == rows(undisturbed[1])
   best = [path.name for path in (undisturbed[1] / "best").iterdir()]
   assert [path.name for path in (tmp_path / "best").iterdir()] == best
+
+
+def test_a_last_checkpoint_that_is_removed_is_written_again(undisturbed, tmp_path):
+  evaluations = iter(range(3))
+
+  def remove():
+    if next(evaluations) == 2:  # the last
+      shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+
+  train(tmp_path, on_evaluation=remove)
+  expected = toy.host(undisturbed[0].state).params
+  jax.tree.map(
+    np.testing.assert_array_equal, restore_variables(tmp_path / "checkpoints")["params"], expected
+  )
 
 
 def test_a_log_that_cannot_be_written_loses_no_state(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ MANIFEST = "files.json"
 _UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax adds the time of the commit to the second
 
 
-class Checkpointer:
+class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
   """Saves and restores the state of one run, and the variables with the best score.
 
   A context manager, which waits for saves in progress at its end. The first save creates the
@@ -66,11 +66,11 @@ class Checkpointer:
       metrics = None if best_step is None else self._best.manager.metrics(best_step)
     self.best_score = None if metrics is None else float(metrics["score"])
 
-  def __enter__(self) -> "Checkpointer":
-    return self
-
   def __exit__(self, *_: object) -> None:
-    self.close()
+    """Waits, and stops the background threads."""
+    self.wait()
+    self._newest.manager.close()
+    self._best.manager.close()
 
   @property
   def latest_step(self) -> int | None:
@@ -78,12 +78,13 @@ class Checkpointer:
     return self._newest.manager.latest_step()
 
   def save(self, step: int, state: Any) -> bool:
-    """Starts to save the state, which may be donated then; returns False if the step is saved."""
+    """Starts to save the state, which may be donated then; returns False if the step is on disk."""
     self._check_writable()
-    if step in self._newest.manager.all_steps():
-      return False
     saved = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
     with writing(self.workdir, self._newest.newest):
+      self._newest.wait()
+      if step in self._newest.manager.all_steps():
+        return False
       return self._newest.save(step, args=saved)
 
   def restore(self, abstract_state: Any) -> Any | None:
@@ -99,7 +100,7 @@ class Checkpointer:
     verify(directory, self._advice)
     with _damage_reported(directory, self._advice):
       saved = _saved_arrays(directory / STATE)
-    what = f"the checkpoint {directory} does not fit this run's state"
+    what = f"the checkpoint {directory} does not fit this run's state (remove it if another run's)"
     _check_fits(_by_path(abstract_state), saved, saved, what, with_dtype=True)
     arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
     with _damage_reported(directory, self._advice):
@@ -116,6 +117,7 @@ class Checkpointer:
   def save_best(self, step: int, variables: Any, score: float | int) -> bool:
     """Saves the variables if the score, equal on all processes, is the best; returns whether."""
     self._check_writable()
+    self.wait()  # in several processes, barriers of two saves at once would mix
     sign = 1 if self._best_mode == "max" else -1
     is_better = self.best_score is None or sign * score > sign * self.best_score
     if not (math.isfinite(score) and is_better):
@@ -124,8 +126,6 @@ class Checkpointer:
     metadata = ocp.args.JsonSave({"score": score, "best_mode": self._best_mode})
     saved = ocp.args.Composite(**{VARIABLES: ocp.args.StandardSave(variables), METADATA: metadata})
     with writing(self.workdir, self._newest.newest):
-      if jax.process_count() > 1:  # barriers of two saves at once would mix
-        self._newest.manager.wait_until_finished()
       return self._best.save(step, args=saved, metrics={"score": score})
 
   def _check_writable(self) -> None:
@@ -135,14 +135,9 @@ class Checkpointer:
   def wait(self) -> None:
     """Waits until all saves are complete on disk; raises their errors."""
     with writing(self.workdir, self._newest.newest):
-      self._newest.manager.wait_until_finished()
-      self._best.manager.wait_until_finished()
-
-  def close(self) -> None:
-    """Waits, and stops the background threads."""
-    self.wait()
-    self._newest.manager.close()
-    self._best.manager.close()
+      self._newest.wait()
+      if self._best.wait():
+        self.best_score = None
 
 
 class _Folder:
@@ -158,11 +153,27 @@ class _Folder:
       self.manager.close()
       self.manager = self._open(cleanup_tmp_directories=True)
       self._writable = True
-    self.manager.wait_until_finished()
     if step in self.manager.all_steps():  # saved before an interruption
       self.manager.delete(step)
     self._step = step
     return self.manager.save(step, force=True, **arguments)
+
+  def wait(self) -> bool:
+    """Waits for a save; returns whether checkpoints were removed by others, which is logged."""
+    try:
+      self.manager.wait_until_finished()
+      known = self.manager.all_steps() if self._writable and jax.process_count() == 1 else ()
+      removed = set(known) - set(steps(self._directory))
+    except Exception as error:
+      missing = isinstance(error, FileNotFoundError) or not any(self._directory.glob("*"))
+      if jax.process_count() > 1 or not missing:
+        raise
+      removed = {self._step}
+    if removed:
+      names = " and ".join(str(self._directory / str(step)) for step in sorted(removed))
+      logging.error("%s: removed during the run, which continues and saves again", names)
+      self.manager.reload()
+    return bool(removed)
 
   def newest(self) -> int | None:
     return max(steps(self._directory), default=None)
@@ -181,7 +192,7 @@ class _Folder:
     )
 
   def _write_manifest(self) -> None:
-    if not is_primary() or _is_remote(self._directory):
+    if not is_primary() or "://" in os.fspath(self._directory):
       return
     for directory in self._directory.glob(f"{self._step}.*"):
       (directory / MANIFEST).write_text(json.dumps({"crc32": _checksums(directory)}, indent=1))
@@ -298,15 +309,14 @@ def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
 
   Those without one are not checked: of version 0.1, and in buckets, which have their checksums.
   """
-  problem = _find_damage(checkpoint) if is_primary() else None
-  problem = all_gather_objects(problem)[0]
+  problem = all_gather_objects(_find_damage(checkpoint) if is_primary() else None)[0]
   if problem:
     raise ValueError(f"{_describe(checkpoint)} is damaged ({problem}); {advice()}")
 
 
 def _find_damage(checkpoint: epath.Path) -> str | None:
   manifest = checkpoint / MANIFEST
-  if _is_remote(checkpoint) or not manifest.exists():
+  if "://" in os.fspath(checkpoint) or not manifest.exists():
     return None
   try:
     expected = json.loads(manifest.read_text())["crc32"]
@@ -337,10 +347,6 @@ def _checksum(path: pathlib.Path) -> list[int]:
     return [0, 0]
   with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
     return [size, zlib.crc32(content)]
-
-
-def _is_remote(path: epath.Path) -> bool:
-  return "://" in os.fspath(path)
 
 
 def _describe(checkpoint: epath.Path) -> str:
@@ -389,9 +395,6 @@ def writing(workdir: epath.Path, newest: Callable[[], int | None]) -> Iterator[N
     yield
 
 
-_MAX_LISTED = 8
-
-
 def _check_fits(
   expected: Mapping[str, Any],
   saved: Mapping[str, Any],
@@ -412,9 +415,9 @@ def _check_fits(
   problems += [f"{key} is only in the checkpoint" for key in read if key not in expected]
   if problems:
     logging.error("%s:\n%s", what, "\n".join(problems))
-    more = len(problems) - _MAX_LISTED
-    listed = "; ".join(problems[:_MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
-    raise ValueError(f"{what}: {listed}")
+    listed, more = problems[:8], len(problems) - 8
+    listed += [f"and {more} more"] if more > 0 else []
+    raise ValueError(f"{what}: {'; '.join(listed)}")
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -154,6 +154,7 @@ class Loop:
           scores = self.evaluate(step, state.variables)
     if settings.eval_best_at_end:
       scores = scores | self._evaluate_best(state.variables, scores)
+    self.checkpointer.save(int(state.step), state)  # again, if its checkpoint was removed
     return Outcome(state, True, scores, workdir)
 
   def _save(self, step: int, state: TrainState) -> None:
@@ -293,7 +294,7 @@ class _TrainingLog:
     with loop.progress.time_as("logging"):
       loop.writer.write_scalars(step, {**means, **rates, **speed, **loop.counters()})
       shown = means | rates
-      names = sorted(shown, key=_losses_first)
+      names = sorted(shown, key=lambda name: "loss" not in name)  # losses first
       loop.progress.log(step, {name.removeprefix("train/"): shown[name] for name in names})
 
   def keep(self, step: int) -> None:
@@ -306,16 +307,12 @@ class _TrainingLog:
   def _fetch(self) -> None:
     pending, self._pending = jax.device_get(self._pending), {}
     for step, metrics in pending.items():
-      for name in sorted(metrics, key=_losses_first):
+      for name in sorted(metrics, key=lambda name: "loss" not in name):
         total, count = float(metrics[name].total), float(metrics[name].count)
         if ("loss" in name or "gradient_norm" in name) and not math.isfinite(total):
           raise _diverged(f"{name} is {total} at step {step}", self._loop.checkpointer)
         self._totals[name] = self._totals.get(name, 0.0) + total
         self._counts[name] = self._counts.get(name, 0.0) + count
-
-
-def _losses_first(name: str) -> bool:
-  return "loss" not in name
 
 
 def _diverged(what: str, checkpointer: Checkpointer) -> FloatingPointError:
