@@ -41,9 +41,9 @@ def check_unchanged(config: ConfigDict, info: DatasetInfo | None, workdir: epath
     index, (old, new) = next((i, pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
     changed.append(f"class {index}: {old} -> {new}")
   if changed:
+    remedy = "use another --workdir, or --allow_config_change to resume with the new values"
     raise ValueError(
-      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); use another --workdir, "
-      "or --allow_config_change to resume with the new values"
+      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); {remedy}"
     )
 
 

@@ -132,10 +132,8 @@ def find_topology(name: str | None) -> str:
     if chips <= _MAX_CHIPS[version] and (chips > 1 or cores == 1)
   }
   if size not in types:
-    raise ValueError(
-      f"--topology: unknown accelerator type {name!r}; expected a size among {', '.join(types)}, "
-      f"or a topology such as {types['8']}"
-    )
+    expected = f"a size among {', '.join(types)}, or a topology such as {types['8']}"
+    raise ValueError(f"--topology: unknown accelerator type {name!r}; expected {expected}")
   return types[size]
 
 
