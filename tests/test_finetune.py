@@ -1,5 +1,6 @@
-"""Fine-tuning: published weights and runs of our own, on a folder of images, at another size."""
+"""Fine-tuning on folders of images, from published weights and from runs, at another image size."""
 
+import functools
 import io
 import logging
 import pathlib
@@ -18,6 +19,7 @@ from configs import vit
 from tests.conftest import golden_folder
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import export, load_pretrained, predict, trainer
+from vit_jax_zoo.builder import build
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.demo import read_photo
 from vit_jax_zoo.inference import create_predictor
@@ -35,9 +37,16 @@ WEIGHTS = golden_folder("vit_posemb_a") / "weights.npz"
 SIZES = {"width": 48, "depth": 2, "num_heads": 4, "mlp_dim": 96, "patch_size": 8}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
+    yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Three classes that differ in colour, in pictures of several shapes."""
+  """Three classes that differ in color, in images of several shapes."""
   rng = np.random.default_rng(0)
   root = tmp_path_factory.mktemp("images")
   for name, colour in {"blue": (220, 60, 40), "green": (50, 200, 60), "red": (40, 50, 230)}.items():
@@ -66,12 +75,21 @@ def finetune(folder, init_from, **fields):
 
 @pytest.fixture(scope="module")
 def finetuned(folder, tmp_path_factory):
+  """A run from the published weights, exported once more before."""
   workdir = tmp_path_factory.mktemp("finetuned")
-  return trainer.run(finetune(folder, WEIGHTS), epath.Path(workdir)), workdir
+  weights = f"{workdir}/exported.npz"
+  export.write(load_pretrained(str(WEIGHTS), representation_size=None), "npz", weights)
+  return trainer.run(finetune(folder, weights), epath.Path(workdir / "run")), workdir / "run"
 
 
-def test_published_weights_learn_the_classes_of_a_folder(finetuned):
+def test_exported_weights_learn_the_classes_of_a_folder(finetuned, folder):
   outcome, workdir = finetuned
+  predictor = create_predictor(load(str(workdir)), Options(top_k=3))
+  files = sorted((folder / "test").rglob("*.jpg"))
+  tops = [predictor(predict.read_image(file)).record["top"] for file in files]
+  correct = [top[0]["name"] == file.parent.name for top, file in zip(tops, files, strict=True)]
+  assert np.mean(correct) == pytest.approx(outcome.scores["test/accuracy"])
+  assert sorted(entry["name"] for entry in tops[0]) == ["blue", "green", "red"]
   assert outcome.scores["test/images"] == 18
   assert outcome.scores["test/accuracy"] > 0.8
   losses = [row["train/loss"] for row in read_metrics(workdir) if "train/loss" in row]
@@ -93,7 +111,7 @@ def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
 
 
 @pytest.mark.slow
-def test_a_run_of_our_own_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
+def test_a_run_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
   _, workdir = finetuned
   config = finetune(folder, workdir, num_steps=1)
   config.optimizer.learning_rate = 0.0
@@ -107,7 +125,7 @@ def test_a_run_of_our_own_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
   assert outcome.state.params["position_embedding"]["table"].shape == (1, 65, 48)
 
 
-def test_weights_that_do_not_fit_are_listed_in_one_line(finetuned, folder, tmp_path):
+def test_weights_that_do_not_fit_are_listed(finetuned, folder, tmp_path):
   _, workdir = finetuned
   for source in (WEIGHTS, workdir):
     config = finetune(folder, source)
@@ -117,27 +135,12 @@ def test_weights_that_do_not_fit_are_listed_in_one_line(finetuned, folder, tmp_p
     assert "\n" not in str(error.value)
 
 
-def test_an_exported_vit_learns_new_classes_and_says_their_names(folder, tmp_path):
-  """The whole way: weights out, weights in, new classes, and a picture of the user's own."""
-  export.write(load_pretrained(str(WEIGHTS), representation_size=None), "npz", f"{tmp_path}/x.npz")
-  config = finetune(folder, f"{tmp_path}/x.npz")
-  outcome = trainer.run(config, epath.Path(tmp_path / "run"))
-  assert outcome.scores["test/accuracy"] > 0.8
-  predictor = create_predictor(load(str(tmp_path / "run")), Options(top_k=3))
-  files = sorted((folder / "test").rglob("*.jpg"))
-  said = [predictor(predict.read_image(file)).record["top"][0]["name"] for file in files]
-  right = [name == file.parent.name for name, file in zip(said, files, strict=True)]
-  assert np.mean(right) == outcome.scores["test/accuracy"]
-  top = predictor(predict.read_image(files[0])).record["top"]
-  assert sorted(entry["name"] for entry in top) == ["blue", "green", "red"]
-
-
 NAMES = ("cat", "galaxies", "retina")
 
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-  """Cut-outs of photographs, as users have images: JPEGs and PNGs, and files that are neither."""
+  """Crops of photographs as JPEG and PNG, truncated images, and files that are no images."""
   rng = np.random.default_rng(0)
   root = tmp_path_factory.mktemp("photos")
   for name in NAMES:
@@ -159,7 +162,7 @@ def own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_run(own, tmp_path_factory):
-  """What the one command does, on a tiny ViT; with what it said."""
+  """The outcome, folder and log of the fine-tuning command, with a tiny ViT."""
   workdir = tmp_path_factory.mktemp("own")
   argument = f"model=vit_ti16,source=folder:{own},init_from={WEIGHTS},image_size=32,batch_size=8"
   overrides = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
@@ -181,7 +184,7 @@ def own_run(own, tmp_path_factory):
   return outcome, workdir, said.getvalue()
 
 
-def test_own_images_are_learned_in_one_command(own_run):
+def test_one_command_learns_the_users_images(own_run):
   outcome, workdir, said = own_run
   assert outcome.scores["best/test/accuracy"] > 0.8
   assert outcome.scores["best/val/loss"] <= outcome.scores["val/loss"]
@@ -190,10 +193,10 @@ def test_own_images_are_learned_in_one_command(own_run):
   assert "class_balance_00000000" in figures
   assert any(name.startswith("test_confusion") for name in figures)
   assert any(name.startswith("train_batch") for name in figures)
-  assert "test/accuracy/retina" not in said  # single classes are written, not said
+  assert "test/accuracy/retina" not in said  # classes are written, not logged
 
 
-def test_what_is_no_image_is_named_counted_and_no_obstacle(own_run, own):
+def test_files_that_are_no_images_are_named_and_counted(own_run, own):
   outcome, workdir, said = own_run
   assert "files that are not images: retina/notes.txt" in said
   broken = {*(f"cat/truncated{i}.jpg" for i in range(3)), "retina/renamed.png"}
@@ -210,13 +213,13 @@ def test_what_is_no_image_is_named_counted_and_no_obstacle(own_run, own):
   assert evaluated == len(broken) - len(met)
 
 
-def test_the_classes_and_the_learning_rate_that_is_due_are_stated(own_run):
+def test_class_counts_and_learning_rate_advice_are_logged(own_run):
   _, _, said = own_run
   assert re.search(r"train: \d+ examples of 3 classes: cat \d+, galaxies \d+, retina \d+", said)
   assert "linear scaling suggests --config.optimizer.learning_rate=0.00046" in said
 
 
-def test_the_best_is_what_is_exported_and_it_knows_the_names(own_run, own, tmp_path):
+def test_the_best_checkpoint_is_exported_with_the_class_names(own_run, own, tmp_path):
   outcome, workdir, _ = own_run
   pretrained = load_pretrained(str(workdir))
   best = restore_variables(workdir / "best")
@@ -241,12 +244,12 @@ def test_the_best_is_what_is_exported_and_it_knows_the_names(own_run, own, tmp_p
     ("data=folder:x", "unknown field of finetune 'data'"),
   ],
 )
-def test_what_cannot_be_fine_tuned_is_one_line(argument, message):
+def test_errors_of_the_config(argument, message):
   with pytest.raises(ValueError, match=message):
     finetune_own.get_config(argument)
 
 
-def test_the_rate_goes_with_the_batch_and_the_weights_with_the_model():
+def test_learning_rate_of_the_batch_and_weights_of_the_model():
   config = finetune_own.get_config("model=vit_b16")
   assert config.optimizer.learning_rate == pytest.approx(0.03 * 32 / 512)
   assert config.init_from == "vit_b16_augreg_imagenet21k"
@@ -261,7 +264,7 @@ def test_the_rate_goes_with_the_batch_and_the_weights_with_the_model():
   assert frozen == {"head": {"kernel": False}, "stem": {"kernel": True}}
 
 
-def test_every_model_starts_from_weights_that_are_published():
+def test_every_model_has_published_weights():
   for family in finetune_own.FAMILIES.values():
     for models in family.weights.values():
       for model in models:
@@ -277,7 +280,7 @@ def test_class_names_of_a_file_determine_the_labels(own, tmp_path):
   assert made.eval_sources["test"].info.class_names == names
 
 
-def test_a_lambda_resnet_takes_images_of_ones_own_too(own):
+def test_a_lambda_resnet_trains_its_head_on_the_users_images(own):
   fields = "model=lambda_resnet26t,image_size=64,batch_size=8,head_only=true,dtype=float32"
   made = trainer.build(finetune_own.get_config(f"{fields},source=folder:{own}"))
   program = made.program(next(made.train_batches()))

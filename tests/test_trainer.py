@@ -1,5 +1,6 @@
-"""From a config to a run: what is filled in, where a run starts, and what may be asked of it."""
+"""Runs of a config: fields taken from the data, outputs, resume, evaluation, errors."""
 
+import functools
 import json
 import pathlib
 import re
@@ -16,6 +17,7 @@ from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo import trainer
+from vit_jax_zoo.builder import build
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
@@ -26,7 +28,8 @@ def tiny(**fields):
   config.model.update(width=16, depth=1, mlp_dim=16, num_heads=2)
   config.data.eval.test.split = "test[:20]"
   config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 4
-  config.task.label_smoothing, config.ema_decay = 0.0, None
+  config.task.label_smoothing, config.ema_decay, config.explain = 0.0, None, False
+  config.optimizer.schedule.warmup_steps = 1
   with config.ignore_type():
     config.update(fields)
   return config
@@ -36,13 +39,24 @@ def run(config, workdir, **options):
   return trainer.run(config, epath.Path(workdir), trainer.RunOptions(**options))
 
 
+def on_devices(count):
+  return functools.partial(build, devices=jax.devices()[:count])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, "build", on_devices(1))
+    yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("finished")
   return run(tiny(), workdir), workdir
 
 
-def test_what_the_data_knows_is_filled_in():
+def test_fields_are_taken_from_the_data():
   made = trainer.build(tiny())
   assert made.model.num_classes == made.task.num_classes == 10
   assert made.task.class_names == tuple("0123456789")
@@ -55,15 +69,50 @@ def test_epochs_become_steps():
   assert trainer.build(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
 
 
-def test_metrics_are_chosen_in_the_config(tmp_path):
-  config = tiny()
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+  """The run of `finished` with one metric and figures of the model, and how often it opens data."""
+  workdir, opened = tmp_path_factory.mktemp("again"), []
+  config = tiny(explain=True)
   config.data.eval.test.metrics = ("accuracy",)
-  run(config, tmp_path)
-  written = {name for row in read_metrics(tmp_path) for name in row if name.startswith("test/")}
+  original = trainer.Experiment.train_batches
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      trainer.Experiment,
+      "train_batches",
+      lambda self, *args: opened.append(args) or original(self, *args),
+    )
+    outcome = run(config, workdir)
+    rows, saved = read_metrics(workdir), sorted((workdir / "checkpoints").iterdir())
+    rescored = run(config, workdir)
+  assert (rows, saved) == (read_metrics(workdir), sorted((workdir / "checkpoints").iterdir()))
+  assert rescored.scores == outcome.scores
+  return outcome, workdir, opened
+
+
+def test_metrics_are_chosen_in_the_config(again):
+  rows = read_metrics(again[1])
+  written = {name for row in rows for name in row if name.startswith("test/")}
   assert written == {"test/accuracy"}
 
 
-def test_a_run_goes_on_where_its_model_has_nothing_to_explain(tmp_path, monkeypatch, caplog):
+def test_figures_of_the_model_are_drawn(again):
+  assert list((again[1] / "figures").glob("explain_*.png"))
+
+
+def test_the_same_seed_gives_the_same_bits(again, finished):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
+    again[0].state.params,
+    finished[0].state.params,
+  )
+
+
+def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them(again):
+  assert again[2] == [(0,)]
+
+
+def test_a_model_without_explanations(tmp_path, monkeypatch, caplog):
   monkeypatch.delattr(VisionTransformer, "explain")
   outcome = run(tiny(explain=True), tmp_path)
   assert outcome.finished
@@ -100,13 +149,13 @@ def test_sources_of_the_same_classes_are_mixed():
     trainer.build(config)
 
 
-def test_every_default_is_there():
+def test_defaults_are_complete():
   config = config_lib.complete(vit.get_config())
   assert config.keys() == config_lib.defaults().keys()
   assert (config.accumulation_steps, config.eval_batch_size, config.init_from) == (1, None, None)
 
 
-def test_a_run_leaves_what_it_says(finished):
+def test_outputs_of_a_run(finished):
   outcome, workdir = finished
   assert outcome.finished
   assert set(outcome.scores) >= {"test/accuracy", "test/loss", "test/images"}
@@ -115,7 +164,7 @@ def test_a_run_leaves_what_it_says(finished):
   assert (workdir / "figures" / "train_batch_00000000.png").exists()
 
 
-def test_evaluating_alone_changes_nothing_and_needs_no_training_data(finished):
+def test_eval_only_changes_no_metrics_and_needs_no_training_data(finished):
   outcome, workdir = finished
   before = (workdir / "metrics.jsonl").read_bytes()
   pictures = sorted((workdir / "figures").iterdir())
@@ -152,7 +201,7 @@ def test_features_are_probed_while_training(tmp_path):
   assert run_config.main_evaluation(kept["data"]["eval"]) == "test"
 
 
-def test_a_probe_that_is_wrong_is_one_line():
+def test_errors_of_probes():
   config = tiny()
   config.data.eval.test.probe = {"name": "knn"}
   with pytest.raises(ValueError, match="'test' is a probe; set the fit_split that it learns from"):
@@ -162,12 +211,13 @@ def test_a_probe_that_is_wrong_is_one_line():
     trainer.build(config)
 
 
-def test_a_run_may_go_on_with_another_mesh_and_other_logging(finished, tmp_path):
+def test_a_run_resumes_with_another_mesh_and_other_logging(finished, monkeypatch):
   _, workdir = finished
   changed = tiny(log_every=1)
   changed.sharding.mesh.update(data=1, fsdp=-1)
+  monkeypatch.setattr(trainer, "build", on_devices(2))
   assert run(changed, workdir).finished
-  with pytest.raises(ValueError, match=r"another config \(seed: 0 -> 1\); .*--workdir"):
+  with pytest.raises(ValueError, match=r"seed: 0 -> 1.*--workdir"):
     run(tiny(seed=1), workdir)
   assert run(tiny(seed=1), workdir, allow_config_change=True).finished
 
@@ -178,23 +228,20 @@ def test_overfitting_one_batch_drives_the_loss_down(tmp_path):
   config.model.update(width=32)
   config.optimizer.schedule.warmup_steps = 5
   outcome = run(config, tmp_path, overfit_one_batch=True)
+  assert outcome.workdir == tmp_path / "overfit_one_batch"
+  assert list(tmp_path.iterdir()) == [outcome.workdir]  # real training does not resume it
   losses = [row["train/loss"] for row in read_metrics(outcome.workdir) if "train/loss" in row]
   assert losses[0] > 1.0
   assert losses[-1] < 0.5 * losses[0]  # 60 different batches would not get below 0.8
 
 
-def test_overfitting_leaves_nothing_that_real_training_could_take_up(tmp_path):
-  assert run(tiny(), tmp_path, overfit_one_batch=True).workdir == tmp_path / "overfit_one_batch"
-  assert [path.name for path in tmp_path.iterdir()] == ["overfit_one_batch"]
-
-
-def test_there_must_be_something_to_evaluate(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"nothing to evaluate: no checkpoint in .*/typo"):
+def test_eval_only_without_a_checkpoint(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*/typo"):
     run(tiny(), tmp_path / "typo", eval_only=True)
   assert not (tmp_path / "typo").exists()
 
 
-def test_a_profile_outside_the_run_is_one_line(tmp_path):
+def test_a_profile_outside_the_run(tmp_path):
   with pytest.raises(ValueError, match=r"--profile=9:12: outside .* 1 to 4"):
     run(tiny(), tmp_path, profile=(9, 12))
 
@@ -206,7 +253,7 @@ def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
   assert run(tiny(), tmp_path).finished
 
 
-def test_a_run_from_before_recipes_were_remembered_may_go_on(tmp_path):
+def test_a_config_saved_without_its_recipe_is_accepted(tmp_path):
   config = trainer.build(tiny()).config
   old = {k: v for k, v in run_config.as_json(config).items() if k != "recipe"}
   (tmp_path / "config.json").write_text(json.dumps(old))
@@ -216,7 +263,7 @@ def test_a_run_from_before_recipes_were_remembered_may_go_on(tmp_path):
     run_config.check_unchanged(config, None, epath.Path(tmp_path))
 
 
-def test_swapped_class_names_are_noticed_on_resume(finished):
+def test_swapped_class_names_are_an_error_on_resume(finished):
   _, workdir = finished
   data = json.loads((workdir / "data.json").read_text())
   names = data["class_names"]
@@ -227,22 +274,6 @@ def test_swapped_class_names_are_noticed_on_resume(finished):
     run(tiny(), workdir)
   (workdir / "data.json").write_text(json.dumps(data))
   assert run(tiny(), workdir).finished
-
-
-def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them(
-  tmp_path, monkeypatch
-):
-  opened, original = [], trainer.Experiment.train_batches
-
-  def train_batches(self, *args):
-    opened.append(args)
-    return original(self, *args)
-
-  monkeypatch.setattr(trainer.Experiment, "train_batches", train_batches)
-  assert run(tiny(), tmp_path).finished
-  assert opened == [(0,)]
-  assert run(tiny(), tmp_path).finished
-  assert opened == [(0,)]
 
 
 def test_a_run_of_version_0_1_resumes(tmp_path):
@@ -264,25 +295,13 @@ def test_a_run_of_version_0_1_resumes(tmp_path):
   assert read_metrics(tmp_path / "run")[0] == read_metrics(GOLDENS / "run_0_1")[0]
 
 
-def test_the_same_seed_gives_the_same_bits(finished, tmp_path):
-  again = run(tiny(), tmp_path)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
-    again.state.params,
-    finished[0].state.params,
-  )
-
-
-def test_averaged_parameters_are_those_that_are_scored(tmp_path):
-  quick = {"optimizer": {"schedule": {"warmup_steps": 1}}}
-  plain = run(tiny(**quick), tmp_path / "plain")
-  averaged = run(tiny(ema_decay=0.9999, **quick), tmp_path / "averaged")
-  # So slow an average is still what the run began with, which knows nothing.
-  chance = np.log(10)
+def test_averaged_parameters_are_evaluated(finished, tmp_path):
+  plain, averaged = finished[0], run(tiny(ema_decay=0.9999), tmp_path)
+  chance = np.log(10)  # so slow an average is still the initial state
   assert abs(averaged.scores["test/loss"] - chance) < 0.1 * abs(plain.scores["test/loss"] - chance)
 
 
-def test_a_run_keeps_what_it_took_from_its_data(finished):
+def test_dataset_metadata_are_saved_with_the_run(finished):
   config, data = run_config.load_run(finished[0].workdir)
   assert config["model"]["num_classes"] is None
   assert run_config.fill_from_data(config["model"], data)["num_classes"] == 10

@@ -46,7 +46,7 @@ def test_what_is_trained(variant, expected):
 
 def test_rates_and_decay_of_the_paper():
   optimizer, params = trained("r50")
-  ones = jax.tree.map(lambda x: jnp.ones(x.shape), params)
+  ones = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim), params)  # the rules are by path
   zeros = jax.tree.map(jnp.zeros_like, ones)
   updates, _ = jax.jit(optimizer.tx.update)(zeros, optimizer.tx.init(ones), ones)
   flat = {

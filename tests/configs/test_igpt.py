@@ -1,5 +1,6 @@
-"""The demo's parts work together: a palette of its own, completions, probes, fine-tuning."""
+"""iGPT's demo and recipes: its own palette, completions, probes, fine-tuning, nats."""
 
+import functools
 import logging
 
 import jax
@@ -10,10 +11,18 @@ from etils import epath
 
 from configs import igpt
 from vit_jax_zoo import export, trainer
+from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
 from vit_jax_zoo.systems.igpt.model import ImageGPT
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained, load_pretrained
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
+    yield
 
 
 def shrink(config, num_steps=2):
@@ -49,7 +58,7 @@ def test_the_demo_scores_completes_and_probes(demo):
   assert drawn == {"train_batch", "completions_completions", "probe_depth"}
 
 
-def test_the_palette_is_fitted_and_stays_with_the_run(demo):
+def test_the_palette_is_fitted_and_saved_with_the_run(demo):
   config, outcome, workdir = demo
   kept = restore_variables(str(workdir))["palette"]["clusters"]
   trained = outcome.state.model_state["palette"]["clusters"]
@@ -59,7 +68,7 @@ def test_the_palette_is_fitted_and_stays_with_the_run(demo):
   np.testing.assert_array_equal(kept, fitted)
 
 
-def test_fine_tuning_takes_weights_and_palette_over(demo, tmp_path):
+def test_fine_tuning_restores_weights_and_palette(demo, tmp_path):
   _, outcome, workdir = demo
   config = shrink(igpt.get_config(), num_steps=1)
   config.model.num_classes = 10
@@ -87,7 +96,7 @@ def test_fine_tuning_takes_weights_and_palette_over(demo, tmp_path):
   ("variant", "message"),
   [("s_finetune,dataset=cifar11", "did you mean 'cifar10'"), ("l_probe,dataset=stl", "'stl10'")],
 )
-def test_unknown_datasets_are_one_line(variant, message):
+def test_unknown_datasets(variant, message):
   with pytest.raises(ValueError, match=message):
     igpt.get_config(variant)
 
@@ -135,7 +144,7 @@ def published(tmp_path):
 def nats_config(folder):
   """That of `--config=configs/igpt.py:s_eval_nll,... --config.model.num_colors=16 ...`."""
   flags = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
-  flags += ["--config.batch_size=8", "--config.data.loader.num_workers=0"]
+  flags += ["--config.batch_size=6", "--config.data.loader.num_workers=0"]
   choice = f"s_eval_nll,source=demo:digits,split=test[:6],init_from={folder}"
   return load(f"configs/igpt.py:{choice}", flags)
 
@@ -155,14 +164,14 @@ def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, t
   assert outcome.scores["test/nats"] == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
-def test_weights_without_a_palette_are_not_taken_in_silence(published, tmp_path, caplog):
+def test_weights_without_a_palette_are_a_warning(published, tmp_path, caplog):
   (published / "preprocessor_config.json").unlink()
   with caplog.at_level(logging.WARNING, logger="absl"):
     run(nats_config(published), tmp_path / "run", eval_only=True)
   assert f"{published}: no palette" in caplog.text
 
 
-def test_the_nats_of_images_that_are_not_there_name_their_preparation(tmp_path):
+def test_missing_images_name_their_preparation(tmp_path):
   config = igpt.get_config(f"s_eval_nll,data_dir={tmp_path}")
   with pytest.raises(FileNotFoundError, match=r"vit_jax_zoo\.data\.prepare") as error:
     trainer.build(config)
