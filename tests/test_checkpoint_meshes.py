@@ -1,7 +1,4 @@
-"""Each of the six systems: a checkpoint of one mesh is the same bits, and the same run, on another.
-
-Nothing is compiled but in the slow test: the state is of random numbers, laid out as the mesh says.
-"""
+"""A checkpoint saved on one mesh is restored on another: the same bits, and the same next step."""
 
 import importlib
 
@@ -18,8 +15,8 @@ pytestmark = pytest.mark.multidevice
 SLOW = pytest.mark.slow  # tracing the larger ones five times takes a while
 SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
 ONE = {"data": 1}
-WAYS = (ONE, {"data": 8}, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
-"""From one device to eight, to two other shapes of eight, and back."""
+WAYS = (ONE, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
+"""From one device to two meshes of eight, and back."""
 
 
 def experiment_on(system, mesh):
@@ -56,11 +53,11 @@ def save(workdir, state):
   "system",
   [system if system == "vit" else pytest.param(system, marks=SLOW) for system in SYSTEMS],
 )
-def test_every_array_comes_back_on_every_mesh(system, tmp_path):
+def test_every_array_is_restored_on_every_mesh(system, tmp_path):
   rng = np.random.default_rng(0)
   expected, split = None, 0
-  for i, mesh in enumerate(WAYS):
-    program = program_of(experiment_on(system, mesh))
+  programs = [program_of(experiment_on(system, mesh)) for mesh in WAYS[:-1]]
+  for i, program in enumerate([*programs, programs[0]]):
     if expected is None:
       expected = jax.tree.map(lambda leaf: random_array(leaf, rng), program.abstract_state)
       places = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
@@ -74,12 +71,12 @@ def test_every_array_comes_back_on_every_mesh(system, tmp_path):
       assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
       split += not leaf.sharding.is_fully_replicated
     save(tmp_path / str(i), state)
-  assert split, "no mesh split any array: nothing was tried"
+  assert split, "no mesh shards any array"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_step_after_a_restore_is_the_step_that_would_have_come(system, tmp_path):
+def test_a_step_after_a_restore_on_another_mesh(system, tmp_path):
   losses = []
   for mesh in (ONE, {"data": 2, "fsdp": 2, "model": 2}):
     made = experiment_on(system, mesh)
