@@ -9,12 +9,17 @@ Host p reads only rows [p * b/hosts, (p + 1) * b/hosts) of each batch.
 """
 
 import collections
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, TypeAlias
 
 import grain
@@ -169,12 +174,14 @@ def eval_batches(  # noqa: PLR0913
 class BatchIterator(Iterator[Batch]):
   """Batches of one host. Close it, or use it in a `with`, to end worker processes."""
 
-  def __init__(self, iterator: grain.DatasetIterator) -> None:
+  def __init__(self, iterator: grain.DatasetIterator, *, has_workers: bool) -> None:
     self.skipped = collections.Counter[str]()  # of each corrupt example so far, by its name
     self._iterator = iterator
+    self._next = functools.partial(_start_workers if has_workers else next, iterator)
 
   def __next__(self) -> Batch:
-    batch = next(self._iterator)
+    batch = self._next()
+    self._next = functools.partial(next, self._iterator)
     for name, reason in batch.pop(SKIPPED):
       if name not in self.skipped:
         logging.warning("skipping a corrupt example, %s: %s", name, reason)
@@ -272,8 +279,38 @@ def _iterate(dataset: grain.MapDataset, num_workers: int, num_threads: int | Non
   batches = dataset.to_iter_dataset(options)
   if num_workers:
     processes = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-    batches = batches.mp_prefetch(processes)
-  return BatchIterator(iter(batches))
+    batches = batches.mp_prefetch(processes, worker_init_fn=_end_with_parent)
+  return BatchIterator(iter(batches), has_workers=num_workers > 0)
+
+
+def _end_with_parent(*_: int) -> None:
+  """Ends this worker process when its parent is killed; it would wait for it forever."""
+
+  def wait() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+      parent.join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def _start_workers(iterator: grain.DatasetIterator) -> Any:
+  """Returns the first batch, at which Grain starts the workers.
+
+  They inherit a signal mask without Ctrl-C. The main thread remains interruptible.
+  """
+  batch: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+  def start() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+      batch.set_result(next(iterator))
+    except BaseException as error:
+      batch.set_exception(error)
+
+  resource_tracker.ensure_running()  # its start unblocks Ctrl-C
+  threading.Thread(target=start, daemon=True).start()
+  return batch.result()
 
 
 @dataclasses.dataclass(frozen=True)
