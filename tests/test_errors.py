@@ -191,6 +191,19 @@ def test_ctrl_c_during_the_imports_is_one_line():
   assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
+def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_repeated():
+  code = """
+import gc, signal, time, vit_jax_zoo.cli
+gc.callbacks.append(lambda *_: gc.callbacks.clear() or signal.raise_signal(signal.SIGINT))
+gc.collect()
+time.sleep(60)
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+  )
+  assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
+
+
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
@@ -341,6 +354,18 @@ def test_escape_sequences_in_names_are_shown_escaped(capsys):
   command_line.log_plainly()
   record = logging.makeLogRecord({"msg": "%s: %s", "args": (name, "größer\tals\nzwei")})
   assert absl_logging.get_absl_handler().format(record).endswith(f"{shown}: größer\tals\nzwei")
+
+
+def test_a_line_break_in_a_name_does_not_end_a_warning():
+  command_line.log_plainly()
+  fields = {
+    "msg": "%s",
+    "args": ("a\nerror: b.jpg",),
+    "pathname": "vit_jax_zoo/x.py",
+    "levelno": 30,
+  }
+  line = absl_logging.get_absl_handler().format(logging.makeLogRecord(fields))
+  assert line.endswith(r" a\nerror: b.jpg")
 
 
 def test_traceback_flag():

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging as python_logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from vit_jax_zoo.errors import escape_controls
+from vit_jax_zoo.errors import escape_controls, one_line
 from vit_jax_zoo.training import disk_errors, libtpu, malloc
 
 USER_ERRORS = (
@@ -28,7 +29,24 @@ def _report_interrupt(kind: type[BaseException], error: BaseException, trace: An
     sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _report_interrupt  # from here on: the imports of the commands take seconds
+def _report_unless_known(report: Any) -> None:
+  """Drops errors of TensorStore's threads: Orbax raises the first of several itself.
+
+  Repeats a Ctrl-C that came in a callback of the garbage collector (JAX has one), which ignores it.
+  """
+  if issubclass(report.exc_type, KeyboardInterrupt):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    return
+  files = [frame.filename for frame in traceback.extract_tb(report.exc_traceback)]
+  if not any("orbax" in file or "asyncio" in file for file in files):
+    sys.__unraisablehook__(report)
+
+
+# From here on: the imports of the commands take seconds.
+sys.excepthook = _report_interrupt
+if sys.unraisablehook is sys.__unraisablehook__:
+  sys.unraisablehook = _report_unless_known
 
 
 @contextlib.contextmanager
@@ -40,7 +58,7 @@ def one_line_errors(*, show_traceback: bool) -> Iterator[None]:
     if show_traceback:
       traceback.print_exc()
     message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = escape_controls(" ".join(str(message).split()))
+    text = one_line(str(message))
     if disk_errors.is_full(error):
       text += "; free disk space and run the same command again"
     print(f"error: {text}", file=sys.stderr)  # noqa: T201
@@ -89,14 +107,14 @@ def log_plainly() -> None:
   handler = logging.get_absl_handler()
   handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
   handler.addFilter(_is_ours_or_serious)
-  if sys.unraisablehook is sys.__unraisablehook__:
-    sys.unraisablehook = _report_unless_known
   libtpu.silence_if_idle()
 
 
 class _Formatter(python_logging.Formatter):
   def format(self, record: python_logging.LogRecord) -> str:
-    return escape_controls(super().format(record))
+    text = escape_controls(super().format(record))
+    is_one_line = "vit_jax_zoo" in record.pathname and record.levelno >= python_logging.WARNING
+    return text.replace("\n", "\\n") if is_one_line and not record.exc_info else text
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
@@ -104,10 +122,3 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
   if record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"):
     return False
   return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname
-
-
-def _report_unless_known(report: Any) -> None:
-  """Drops errors of TensorStore's threads: Orbax raises the first of several itself."""
-  files = [frame.filename for frame in traceback.extract_tb(report.exc_traceback)]
-  if not any("orbax" in file or "asyncio" in file for file in files):
-    sys.__unraisablehook__(report)

@@ -55,6 +55,11 @@ def shorten(name: str, length: int) -> str:
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
+def one_line(text: str) -> str:
+  """Returns text for a terminal in one line."""
+  return escape_controls(" ".join(text.split()))
+
+
 def escape_controls(text: str) -> str:
   r"""Returns text for a terminal: control characters, as in escape sequences, are escaped.
 

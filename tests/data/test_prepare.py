@@ -57,6 +57,11 @@ class TestConvert:
     with pytest.raises(SystemExit, match="is already there"):
       prepare.main([f"--from_tfrecord={source}", f"--data_dir={tmp_path}"])
 
+  def test_errors_of_arguments_are_escaped(self, capsys):
+    with pytest.raises(SystemExit):
+      prepare.main(["--from_tfrecord=a", "--dat\x1b[31ma\nerror: b"])
+    assert capsys.readouterr().err.endswith("unrecognized arguments: --dat\\x1b[31ma error: b\n")
+
   def test_goes_on_after_an_interruption(self, prepared_as_tfrecord, tmp_path, monkeypatch):
     source = prepared_as_tfrecord / "tiny" / "1.2.0"
     converted = []

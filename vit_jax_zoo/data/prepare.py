@@ -20,6 +20,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Sequence
+from typing import NoReturn
 
 import rich.console
 import rich.progress
@@ -28,7 +29,7 @@ from array_record.python import array_record_module
 
 from vit_jax_zoo.data.sources import folder, tfrecord
 from vit_jax_zoo.data.sources import tfds as tfds_source
-from vit_jax_zoo.errors import escape_controls
+from vit_jax_zoo.errors import one_line
 
 _CONSOLE = rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -109,7 +110,7 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
   }
   splits = {}
   for split, source in sources.items():
-    text = f"reading {source.info.name}"
+    text = one_line(f"reading {source.info.name}")
     tracked = rich.progress.track(range(len(source)), text, console=_CONSOLE)
     splits[split] = map(source.__getitem__, tracked)
   # A folder's order is already shuffled.
@@ -140,7 +141,7 @@ def _check_disk(name: str, data_dir: pathlib.Path, size: int) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
   """Runs one of the three commands and prints how to use the result."""
   summary, _, usage = (__doc__ or "").partition("\n\n")
-  parser = argparse.ArgumentParser(
+  parser = _Parser(
     description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("--dataset", help="name in TFDS, or of the new dataset with --from_folder")
@@ -164,12 +165,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
       prepared = prepare_tfds(given.dataset, data_dir, given.manual_dir)
   except (ValueError, OSError, ModuleNotFoundError) as error:
-    raise SystemExit(escape_controls(f"prepare: {error}")) from error
-  _say(f"ready: {prepared}\nuse it as source='tfds:{prepared}'")
+    raise SystemExit(one_line(f"prepare: {error}")) from error
+  _say(f"ready: {prepared}")
+  _say(f"use it as source='tfds:{prepared}'")
+
+
+class _Parser(argparse.ArgumentParser):
+  def error(self, message: str) -> NoReturn:
+    super().error(one_line(message))
 
 
 def _say(text: str) -> None:
-  _CONSOLE.print(escape_controls(text), markup=False)
+  _CONSOLE.print(one_line(text), markup=False)
 
 
 if __name__ == "__main__":
