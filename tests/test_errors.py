@@ -49,6 +49,8 @@ def changed(**fields):
      r"batch_size 12 cannot be split evenly over 8 device"),
     ({"sharding__mesh__data": 3}, r"mesh data=3 x fsdp=1 x model=1 does not fit 8 device"),
     ({"data__loader__num_worker": 1}, r"'num_worker'; did you mean 'num_workers'\?"),
+    ({"data__loader__num_workers": -1}, "data.loader.num_workers is -1"),
+    ({"checkpoint__best": "tset/accuracy"}, "checkpoint.best 'tset'; did you mean 'test'"),
     ({"num_steps": None}, "must set num_steps or num_epochs"),
     ({"model__dtype": "fp16"}, "dtype of vit_.* 'fp16'; .*bfloat16, float16"),
     ({"model__dtype": "float16"}, "config.model.dtype: float16 does not run on CPUs"),

@@ -175,7 +175,9 @@ def best_score_of(config: ConfigDict, task: Task) -> str | None:
 
 
 def _check_metrics(config: ConfigDict, task: Task) -> None:
-  best = best_score_of(config, task)
+  best, given = best_score_of(config, task), config.checkpoint.best
+  if given:
+    check_names("evaluation of checkpoint.best", [given.partition("/")[0]], config.data.eval)
   for name, spec in config.data.eval.items():
     chosen = spec.get("metrics") or ()
     if not chosen:
@@ -196,6 +198,11 @@ def _open_evaluations(
   eval_sources, fit_sources = {}, {}
   for name, spec in sections.items():
     eval_sources[name] = opened(spec)
+    if eval_sources[name].info.num_objects == 0:
+      raise ValueError(
+        f"data.eval.{name}: {eval_sources[name].info.name} has no annotated objects, or only crowds"
+        "; expected some to score. Set another split"
+      )
     if "fit_split" in spec:
       fit_sources[name] = opened(spec, "fit_split")
     trained_on = fit_sources[name].info if name in fit_sources else info

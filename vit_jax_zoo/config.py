@@ -121,6 +121,7 @@ _MINIMA = {
   "eval_every": 0,
   "checkpoint.every": 0,
   "checkpoint.keep": 1,
+  "data.loader.num_workers": 0,
 }
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -8,6 +9,9 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.images import decode_image
 from vit_jax_zoo.data.sources.base import CorruptExampleError
+from vit_jax_zoo.data.transforms.detection import Scale, scaled_size
+from vit_jax_zoo.data.transforms.image import ResizeSmall
+from vit_jax_zoo.weights.preprocess import DETECTION, ROUNDINGS, Preprocess
 
 PHOTO = photo(48, 64)
 
@@ -34,6 +38,27 @@ def test_grey_becomes_three_equal_channels(image_format):
   assert decoded.shape == (48, 64, 3)
   assert np.all(decoded == decoded[..., :1])
   assert np.abs(decoded[..., 0].astype(int) - grey).max() <= 8
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (2, 3000), (1, 1)])
+def test_lines_of_pixels_are_resized_or_named(size):
+  image = np.zeros((*size, 3), np.uint8)
+  for rounding in ROUNDINGS:
+    preprocess = dataclasses.replace(DETECTION, rounding=rounding)
+    assert min(preprocess.resize(image).shape[:2]) >= 1
+  assert min(scaled_size(size, 800, 1333)) >= 1
+  inside = Preprocess((64, 64), fit="inside", interpolation="bilinear")
+  assert max(inside.resize(image).shape) == 64
+  if max(size) == 4000:
+    covering = Preprocess((224, 224), fit="crop", interpolation="bilinear")
+    small, scale = ResizeSmall(256), Scale(*scaled_size(size, 400))
+    for resized in (
+      covering.resize,
+      lambda x: small({"image": x}, None),
+      lambda x: scale({"image": x}),
+    ):
+      with pytest.raises(CorruptExampleError, match="aspect ratio"):
+        resized(image)
 
 
 def test_palette():

@@ -68,6 +68,19 @@ def image_size(data: bytes) -> tuple[int, int]:
   return (width, height) if turn >= _FIRST_TRANSPOSED else (height, width)
 
 
+def bounded_size(height: int, width: int) -> tuple[int, int]:
+  """Returns the size of a resized image with sides of at least 1.
+
+  CorruptExampleError above `MAX_PIXELS`, as of a line of pixels whose shorter side is to grow.
+  """
+  if height * width > MAX_PIXELS:
+    size = f"{height}x{width} (height x width)"
+    raise CorruptExampleError(
+      f"its aspect ratio resizes it to {size}; expected {MAX_PIXELS} pixels"
+    )
+  return max(1, height), max(1, width)
+
+
 def orient(
   array: Shaped[np.ndarray, "..."], turn: int, axes: tuple[int, int] = (0, 1)
 ) -> Shaped[np.ndarray, "..."]:
@@ -179,12 +192,13 @@ def parse_header(data: bytes) -> tuple[int, int, int]:
   try:
     with Image.open(io.BytesIO(data)) as image:
       turn = image.getexif().get(_ORIENTATION, 1)
+      turn = turn if turn in range(1, 9) else 1
       width, height = image.size
   except Exception as error:
     raise CorruptExampleError(_reason(error, data)) from error
   if image.format == "TIFF":  # Pillow turns these itself, and has their upright size
-    return (width, height, turn) if turn in range(5, 9) else (height, width, turn)
-  return height, width, turn if turn in range(1, 9) else 1
+    return (width, height, turn) if turn >= _FIRST_TRANSPOSED else (height, width, turn)
+  return height, width, turn
 
 
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
@@ -330,6 +344,7 @@ def resize(
   covered area; "antialias" is bilinear, after a blur of the axes that shrink to less than 1/1.2,
   and "area" where one shrinks to less than 1/2.2. uint8 results are rounded.
   """
+  height, width = bounded_size(height, width)
   scales = image.shape[0] / height, image.shape[1] / width
   if method == "antialias" and _BLUR_FROM < max(scales) <= _AREA_FROM:
     image = _blur(image, *scales)

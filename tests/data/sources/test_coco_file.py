@@ -11,11 +11,14 @@ from faster_coco_eval.core import mask as run_lengths
 from PIL import Image
 
 from tests.data.conftest import encode, photo
+from vit_jax_zoo.builder import _open_evaluations
 from vit_jax_zoo.data.images import orient
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources.base import DatasetInfo
 from vit_jax_zoo.data.sources.coco_file import _sum_of_runs
 from vit_jax_zoo.data.transforms import build_transforms
+from vit_jax_zoo.data.transforms.detection import decode_segments
 
 SQUARE = [[10, 5, 30, 5, 30, 25, 10, 25]]
 MASKS = build_transforms([dict(name="load_objects", masks=True), dict(name="pad_objects")])
@@ -64,6 +67,7 @@ def first(**fields):
     (lambda d: d["images"][1].pop("height"), "height and width.*image 2, 2.jpg"),
     (lambda d: d["images"][1].update(width=0.5), "height and width.*image 2, 2.jpg"),
     (lambda d: d["images"][1].update(width=True), "height and width.*image 2, 2.jpg"),
+    (lambda d: d["images"][1].update(width=1 << 31), "height and width.*image 2, 2.jpg"),
     (lambda d: d["images"][1].update(file_name="a\0.jpg"), r"file_name.*image 2: 'a\\x00.jpg'"),
     (lambda d: d["images"][1].update(file_name="\ud800.jpg"), "file_name.*image 2"),
     (first(bbox=[]), r"bbox.*4 numbers.*annotation 1 of 1.jpg: \[\]"),
@@ -241,6 +245,18 @@ def test_warned(tmp_path, caplog, change, named):
   assert re.search(named, caplog.text)
 
 
+@pytest.mark.parametrize("annotations", [[], [objects(iscrowd=1)]])
+def test_an_evaluation_without_objects_is_refused_at_the_start(tmp_path, annotations):
+  source = write(tmp_path, dataset() | {"annotations": annotations})
+
+  def opened(spec):
+    return load_source(source, spec["split"])
+
+  sections = {"val": {"split": "train[:50%]"}}
+  with pytest.raises(ValueError, match=r"data\.eval\.val: coco:.* no annotated objects, or only"):
+    _open_evaluations(opened, sections, DatasetInfo("train", 2))
+
+
 @pytest.mark.parametrize("ids", [(2**40, 2**41), ("a", "b"), (2**40, 3), (2**70, "c")])
 def test_image_ids_of_any_kind(tmp_path, ids):
   data = dataset()
@@ -252,6 +268,16 @@ def test_image_ids_of_any_kind(tmp_path, ids):
   assert batch["image_id"].tolist() == [0, 1]
   assert "file_image_id" not in batch
   assert batch["is_target"].sum(axis=1).tolist() == [1, 1]
+
+
+def test_colors_that_are_no_segments_are_void_and_counted(caplog):
+  image = np.zeros((2, 3, 3), np.uint8)
+  image[0, :, 0] = 7, 9, 9
+  example = {"object_ids": np.array([7, 8]), "image_id": 5}
+  with caplog.at_level("WARNING"):
+    segments = decode_segments(encode(image, "PNG"), example)
+  assert segments.tolist() == [[0, -1, -1], [-1, -1, -1]]
+  assert re.search(r"image 5: 1 colors .*2 pixels; ids 9", caplog.text)
 
 
 def test_room_for_objects_follows_the_data(tmp_path):

@@ -29,7 +29,7 @@ class TestScenes:
     assert source.info.class_names == NAMES
     for i in range(len(source)):
       example = source[i]
-      segments = decode_segments(example["segment_image"], example["object_ids"])
+      segments = decode_segments(example["segment_image"], example)
       assert segments.min() == 0  # every pixel belongs to something
       for number, box in enumerate(example["boxes_xyxy"]):
         rows, columns = np.nonzero(segments == number)

@@ -83,7 +83,7 @@ class TestLayouts:
       class_names=("sky", "sea"),
     )
     assert source.info.num_classes == 2
-    assert source.example_name(0).endswith("rgb/mine/a.jpg")
+    assert "rgb/mine/a.jpg with label map gt/mine_a.png" in source.example_name(0)
     assert source[0]["label_map"].startswith(b"\x89PNG")
 
   def test_errors_are_one_line(self, tmp_path):
@@ -184,7 +184,7 @@ def test_labels_that_are_no_class_are_named(tmp_path):
   plain(tmp_path)
   source = load_source(f"segments:{tmp_path}", "train")
   with (
-    pytest.raises(ValueError, match=r"jpg has label 3, expected 0\.\.2"),
+    pytest.raises(ValueError, match=r"png has label 3, expected 0\.\.2"),
     train_batches(source, build_transforms(PADDED), batch_size=2, seed=0, num_classes=3) as batches,
   ):
     next(batches)

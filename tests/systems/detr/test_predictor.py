@@ -122,6 +122,6 @@ def check_files(predictor, folder):
   (folder / "out" / "coco_panoptic.json").rename(folder / "annotations" / "panoptic_val.json")
   source = load_source(f"coco:{folder}", "val", panoptic=True)
   example = source[1]
-  ids = decode_segments(example["segment_image"], example["object_ids"])
+  ids = decode_segments(example["segment_image"], example)
   areas = [int(np.sum(ids == i)) for i in range(len(example["labels"]))]
   assert areas == [segment["area"] for segment in records[1]["segments_info"]]

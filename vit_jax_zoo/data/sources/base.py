@@ -40,6 +40,7 @@ class DatasetInfo:
   num_classes: int | None = None  # None without labels, or if unknown
   class_names: tuple[str, ...] = ()  # one for each class, or empty
   max_objects: int | None = None  # largest number of annotated objects in an image, if known
+  num_objects: int | None = None  # annotated, without crowds, if known; of a slice: at most
   stuff_from: int | None = None  # of panoptic data, the first class id that is stuff, if known
 
 
@@ -101,12 +102,14 @@ class SlicedSource(Source):
   def __init__(self, name: str, parts: list[tuple[Source, range]]) -> None:
     self._parts = parts
     self._ends = list(itertools.accumulate(len(indices) for _, indices in parts))
-    counts = [source.info.max_objects for source, _ in parts]
+    infos = [source.info for source, _ in parts]
+    largest, objects = [i.max_objects for i in infos], [i.num_objects for i in infos]
     self.info = dataclasses.replace(
       parts[0][0].info,
       name=name,
       num_examples=self._ends[-1],
-      max_objects=None if None in counts else max(filter(None, counts), default=0),
+      max_objects=None if None in largest else max(filter(None, largest), default=0),
+      num_objects=None if None in objects else sum(filter(None, objects)),
     )
     assumptions = (source.assumption for source, _ in parts)
     self.assumption = "; ".join(dict.fromkeys(filter(None, assumptions)))

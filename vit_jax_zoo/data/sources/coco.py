@@ -216,6 +216,7 @@ def _open(name: str, split: _Split, *, annotated_only: bool, exif_frame: str) ->
     num_classes=max(content.categories) + 1,
     class_names=names_by_id(content.categories),
     max_objects=max(map(len, content.objects.values()), default=0),
+    num_objects=sum(not found["iscrowd"] for every in content.objects.values() for found in every),
     stuff_from=_stuff_from(split.json, content) if split.segments is not None else None,
   )
   return CocoSource(info, content, split, _rotated(split, content.images, exif_frame))

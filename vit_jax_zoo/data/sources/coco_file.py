@@ -206,7 +206,7 @@ class _Check:
     if not _is_path(file):
       example = f"image {number}" if file is None else f"image {number}: {_short(file)}"
       raise _RefusedError("image without file_name", example)
-    if not all(_is_int(side) and side > 0 for side in size):
+    if not all(_is_int(side) and 0 < side < 1 << 31 for side in size):
       example = f"image {number}, {file}: {_short(size)}"
       raise _RefusedError("image without height and width in pixels", example)
     if number in self.images:

@@ -46,6 +46,9 @@ SPLIT_NAMES = {"training": "train", "testing": "test"}
 class SegmentationSource(FileSource):
   """Image files with label maps, both as bytes."""
 
+  def example_name(self, index: int) -> str:
+    return f"{super().example_name(index)} with label map {self._files[index][1]}"
+
   def __getitem__(self, index: int) -> base.Example:
     image, label_map = map(self.read, self._files[index])
     return {"image": image, "label_map": label_map, "image_id": index}

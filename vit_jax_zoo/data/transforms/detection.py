@@ -34,7 +34,7 @@ from faster_coco_eval.core import mask as run_lengths
 from jaxtyping import Bool, Float, Int, Num
 from PIL import Image
 
-from vit_jax_zoo.data.images import image_size, orient, orient_boxes
+from vit_jax_zoo.data.images import bounded_size, image_size, orient, orient_boxes
 from vit_jax_zoo.data.sources.base import CorruptExampleError, Example, Source
 from vit_jax_zoo.data.transforms import TargetTransform, Transform, pixels
 
@@ -95,7 +95,7 @@ class LoadObjects(TargetTransform):
     if "boxes_xyxy" in example:
       example["boxes_xyxy"] = orient_boxes(example["boxes_xyxy"], turn, *size)
     if png is not None:
-      segments = decode_segments(png, example["object_ids"])
+      segments = decode_segments(png, example)
       if segments.shape != stored:
         raise CorruptExampleError(f"segment image is {segments.shape}, its image {stored}")
       example = self._add_segments(example, np.ascontiguousarray(orient(segments, turn)))
@@ -170,12 +170,14 @@ def _log_left_out(example: Example, which: Bool[np.ndarray, " n"], reason: str) 
     logging.log_first_n(logging.WARNING, text, _LOGGED, image, number, reason)
 
 
-def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.ndarray, "h w"]:
+def decode_segments(png: bytes, example: Example) -> Int[np.ndarray, "h w"]:
   """Returns the index in `object_ids`, all different, of the object at each pixel, or `VOID`.
 
   The image's color is the id, red + 256 green + 65536 blue, or 0 for none; or it has a single
-  channel with the ids. CorruptExampleError if it cannot be decoded.
+  channel with the ids. The first ids of no object are logged. CorruptExampleError if it cannot be
+  decoded.
   """
+  object_ids = example["object_ids"]
   try:
     image_size(png)  # refuses sizes above the limit by the header
     image = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -186,11 +188,20 @@ def decode_segments(png: bytes, object_ids: Int[np.ndarray, " n"]) -> Int[np.nda
   ids = image.astype(np.int64)
   if ids.ndim == 3:
     ids = ids[..., 2] + 256 * ids[..., 1] + 65536 * ids[..., 0]
-  if not len(object_ids):
-    return np.full(ids.shape, VOID, np.int32)
-  order = np.argsort(object_ids)
-  index = order[np.searchsorted(object_ids, ids, sorter=order).clip(max=len(order) - 1)]
-  return np.where(object_ids[index] == ids, index, VOID).astype(np.int32)
+  known = np.append(object_ids, 0)
+  order = np.argsort(known)
+  index = order[np.searchsorted(known, ids, sorter=order).clip(max=len(object_ids))]
+  index[index == len(object_ids)] = VOID
+  is_known = known[index] == ids
+  if not is_known.all():
+    unknown, counts = np.unique(ids[~is_known], return_counts=True)
+    logging.log_first_n(
+      logging.WARNING,
+      "image %s: %d colors of its segment image are no segments of the annotation (%d pixels; ids "
+      "%s), and are void", _LOGGED, example.get("file_image_id", example["image_id"]),
+      len(unknown), counts.sum(), ", ".join(map(str, unknown[:5])),
+    )  # fmt: skip
+  return np.where(is_known, index, VOID).astype(np.int32)
 
 
 def _boxes_of(
@@ -289,6 +300,7 @@ class Scale(NamedTuple):
 
   def __call__(self, example: Example) -> Example:
     before = example["image"].shape[:2]
+    bounded_size(*self)
     if before == tuple(self):
       return example
     image = Image.fromarray(np.ascontiguousarray(example["image"], np.uint8))
@@ -423,7 +435,7 @@ def scaled_size(size: Size, shorter: int, longest: int | None = None) -> Size:
   """
   short, long = min(size), max(size)
   if longest is not None and long / short * shorter > longest:
-    shorter = round(longest * short / long)
+    shorter = max(1, round(longest * short / long))
   if short == shorter:
     return size
   other = int(shorter * long / short)

@@ -195,7 +195,7 @@ class ResizeSmall(Resize):
     # In float32, as TensorFlow: it decides where a side comes to a half.
     scale = np.float32(self.size) / np.float32(min(image.shape[:2]))
     height, width = (round(float(np.float32(side) * scale)) for side in image.shape[:2])
-    return self._resized(image, height, width)
+    return self._resized(image, *images.bounded_size(height, width))
 
 
 def _height_width(size: Size) -> tuple[int, int]:

@@ -120,7 +120,7 @@ def _sample_values(source: Source) -> dict[int, int]:
 def _values(example: Example) -> Int[np.ndarray, "h w"]:
   if "segment_image" not in example:
     return _decode(example["label_map"])
-  segments = detection.decode_segments(example["segment_image"], example["object_ids"])
+  segments = detection.decode_segments(example["segment_image"], example)
   labels = np.append(example["labels"], IGNORE).astype(np.int64)
   return labels[np.where(segments == detection.VOID, len(labels) - 1, segments)]
 
