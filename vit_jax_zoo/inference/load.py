@@ -23,6 +23,7 @@ from vit_jax_zoo.tasks.base import Task, Variables
 from vit_jax_zoo.training.checkpoint import is_checkpoint, restore_variables
 from vit_jax_zoo.weights import Preprocess, Pretrained
 from vit_jax_zoo.weights.checkpoint import Size
+from vit_jax_zoo.weights.preprocess import crop_fraction
 
 
 def load_pretrained(path: str, **options: Any) -> Pretrained:
@@ -229,7 +230,8 @@ class _Run:
       side, limit = (int(np.ravel(shorter.shorter)[0]),) * 2, shorter.longest
       return Preprocess(side, mean, std, "shorter_side", "bilinear", max_side=limit)
     if CentralCrop in transforms and (small := transforms.get(ResizeSmall)) is not None:
-      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=target[0] / int(small.size))
+      share = crop_fraction(target[0], int(small.size))
+      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=share)
     if (resize := transforms.get(Resize)) is not None:
       # Filters other than bilinear are antialiased.
       name = "tf_bilinear" if resize.method == "bilinear" else "bilinear"

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from absl import logging
 
 from vit_jax_zoo.errors import field_names
 from vit_jax_zoo.weights.key_map import Flat, Row, index
@@ -131,6 +132,14 @@ class Export:
   def class_names(self) -> tuple[str, ...]:
     """Class names in order; empty if unknown."""
     return tuple(self.task_fields.get("class_names") or ())
+
+  def warn_not_stored(self, path: str, assumed: Preprocess, *others: str) -> None:
+    """Logs what a format without a config loses: other preprocessing than readers assume, names."""
+    ours, theirs = map(dataclasses.asdict, (self.preprocess, assumed))
+    lost = [f"{k}={v} (read as {theirs[k]})" for k, v in ours.items() if v != theirs[k]]
+    lost += ["class_names"] if self.class_names else []
+    if lost := [*lost, *others]:
+      logging.warning("%s: its format does not store %s", path, ", ".join(lost))
 
   def fields(self) -> dict[str, Any]:
     """Returns the model's fields by name."""

@@ -10,7 +10,7 @@ from etils import epath
 
 from vit_jax_zoo.weights.checkpoint import Size
 from vit_jax_zoo.weights.key_map import Flat, WeightsError
-from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
+from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess, crop_fraction
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_layouts import write_safetensors
 
@@ -44,6 +44,20 @@ def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_c
   return names[code]
 
 
+def mean_and_std(
+  processor: Mapping[str, Any], default: tuple[Sequence[float], Sequence[float]]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns mean and std for pixels in [0, 1]: transformers may skip either of its two steps."""
+  factor = float(processor.get("rescale_factor", 1 / 255)) * 255
+  factor = factor if processor.get("do_rescale", True) else 255.0
+  mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+  if processor.get("do_normalize", True):
+    mean, std = (
+      processor.get(f"image_{k}") or d for k, d in zip(("mean", "std"), default, strict=True)
+    )
+  return tuple(m / factor for m in mean), tuple(s / factor for s in std)
+
+
 def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
   """Returns the preprocessing of an image classifier's `preprocessor_config.json`.
 
@@ -52,14 +66,17 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
   given, crop = processor.get("size"), processor.get("crop_size")
   has_crop = bool(processor.get("do_center_crop")) and crop is not None
   resized, keeps_ratio = _size(given, size)
-  final = _size(crop, size)[0] if has_crop else resized
+  final, do_resize = _size(crop, size)[0] if has_crop else resized, processor.get("do_resize", True)
+  if has_crop and (not do_resize or max(final) > min(resized)):
+    wrong = f"size {given} (do_resize {do_resize}) with crop_size {crop}"
+    raise WeightsError(f"preprocessor_config.json: {wrong}; expected a resize to at least the crop")
+  fit = "crop" if keeps_ratio else "squash"
   return Preprocess(
     final,
-    mean=tuple(map(float, processor.get("image_mean", (0.5, 0.5, 0.5)))),
-    std=tuple(map(float, processor.get("image_std", (0.5, 0.5, 0.5)))),
-    fit="crop" if keeps_ratio else "squash",
+    *mean_and_std(processor, ((0.5, 0.5, 0.5),) * 2),
+    fit=fit if do_resize else "none",
     interpolation=interpolation_of(processor),
-    crop_pct=final[0] / resized[0],
+    crop_pct=crop_fraction(final[0], resized[0]),
   )
 
 
@@ -92,8 +109,15 @@ def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any
 
 
 def label_fields(class_names: Sequence[str], count: int) -> dict[str, Any]:
-  """Returns the names of `count` classes in a `config.json`; classes without one are LABEL_<i>."""
-  names = [*class_names, *(f"LABEL_{i}" for i in range(len(class_names), count))]
+  """Returns the names of `count` classes in a `config.json`; without any they are LABEL_<i>.
+
+  Classes without a name beside others get their id, with a warning.
+  """
+  if 0 < len(class_names) < count:
+    text = "class_names: %d names of %d classes; the others are written as their ids"
+    logging.warning(text, len(class_names), count)
+  other = "" if class_names else "LABEL_"
+  names = [*class_names, *(f"{other}{i}" for i in range(len(class_names), count))]
   ids = {name: i for i, name in enumerate(names)}
   return {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": ids}
 
@@ -108,7 +132,7 @@ def write_folder(path: str, arrays: Flat, **contents: Mapping[str, Any]) -> None
 
 
 def processor_of(
-  preprocess: Preprocess, kind: str, *, fits: Iterable[str] = ("squash",)
+  preprocess: Preprocess, kind: str, *, fits: Iterable[str] = ("none", "squash")
 ) -> dict[str, Any]:
   """Returns the `preprocessor_config.json` of an image processor class with these fits."""
   known = preprocess.interpolation in PILLOW_FILTERS
@@ -120,7 +144,7 @@ def processor_of(
   height, width = preprocess.image_size
   return {
     "image_processor_type": kind,
-    "do_resize": True,
+    "do_resize": preprocess.fit != "none",
     "size": {"height": height, "width": width},
     "resample": int(PILLOW_FILTERS.get(preprocess.interpolation, PILLOW_FILTERS["bilinear"])),
     "do_rescale": True,

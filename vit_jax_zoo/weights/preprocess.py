@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Num, Shaped, UInt8
 from PIL import Image
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
+from vit_jax_zoo.data.images import bounded_size
 from vit_jax_zoo.data.resize import tf_resize
 from vit_jax_zoo.errors import check_names
 
@@ -122,6 +123,9 @@ class Preprocess:
 
   def resized_size(self, height: int, width: int) -> tuple[int, int]:
     """Returns the size to which an image is resized, before a crop or padding."""
+    return bounded_size(*self._resized_size(height, width))
+
+  def _resized_size(self, height: int, width: int) -> tuple[int, int]:
     rows, columns = self.image_size
     if self.fit == "none":
       return height, width
@@ -142,11 +146,17 @@ class Preprocess:
     exact = float(target[0])
     if limit and long / short * exact > limit:
       exact = limit * float(short) / long
-    side = round(exact)
+    side = max(1, round(exact))
     other = int((side if self.rounding == "side" else exact) * long / short)
     if side == short:  # transformers leaves such an image as it is; so does the official code
       other = long
     return (side, other) if height <= width else (other, side)
+
+
+def crop_fraction(side: int, resized: int) -> float:
+  """Returns the `crop_pct` with which a side of `resized` is cropped to `side`."""
+  share = side / resized
+  return share if math.floor(side / share) >= resized else math.nextafter(share, 0)
 
 
 DETECTION = Preprocess(

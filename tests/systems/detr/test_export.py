@@ -47,6 +47,13 @@ def detections(path):
   return predictor(image()).record["detections"]
 
 
+def test_what_the_official_format_does_not_store_is_named(tmp_path, caplog):
+  with caplog.at_level("WARNING"):
+    export.write(detector("max_height"), "pth", str(tmp_path / "x.safetensors"))
+  for lost in ("fit=inside (read as shorter_side)", "class_names", "num_heads=2 (read as 8)"):
+    assert lost in caplog.text
+
+
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
 def test_exports_give_the_same_boxes(name, tmp_path):
   made = detector(name)

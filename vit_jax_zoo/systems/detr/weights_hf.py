@@ -161,7 +161,7 @@ def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
   by_side = fit == "shorter_side"
   return Preprocess(
     (first, first if by_side else second),
-    *_mean_and_std(processor),
+    *hf_config.mean_and_std(processor, (IMAGENET_MEAN, IMAGENET_STD)),
     fit=fit,
     interpolation=hf_config.interpolation_of(processor, source),
     max_side=second if by_side and second < _NO_LIMIT else None,
@@ -176,17 +176,6 @@ _SIZES = {
   ("height", "width"): "squash",
 }
 """`Preprocess.fit` by the keys of `size`, in transformers' order."""
-
-
-def _mean_and_std(processor: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Returns mean and std for pixels in [0, 1]: transformers may skip either of its two steps."""
-  factor = float(processor.get("rescale_factor", 1 / 255)) * 255
-  factor = factor if processor.get("do_rescale", True) else 255.0
-  mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-  if processor.get("do_normalize", True):
-    mean = processor.get("image_mean") or IMAGENET_MEAN
-    std = processor.get("image_std") or IMAGENET_STD
-  return tuple(m / factor for m in mean), tuple(s / factor for s in std)
 
 
 def _pad_size(processor: Mapping[str, Any], source: str) -> tuple[int, int] | None:
@@ -206,7 +195,6 @@ def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
   return {
     **hf_config.processor_of(preprocess, "DetrImageProcessor", fits=("none", *fits)),
     "format": "coco_panoptic" if masks else "coco_detection",
-    "do_resize": preprocess.fit != "none",
     "size": dict(zip(fits.get(preprocess.fit, ("height", "width")), values, strict=True)),
     "do_pad": True,
     **({"pad_size": dict(zip(("height", "width"), padding, strict=True))} if padding else {}),

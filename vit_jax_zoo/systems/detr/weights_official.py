@@ -179,5 +179,9 @@ def state_dict(variables: Mapping[str, np.ndarray]) -> Flat:
 
 def write_checkpoint(path: str, export: Export) -> None:
   """Writes a safetensors file, or `{"model": state_dict}` for the official code (needs torch)."""
-  resnet.check_plain(export.fields(), "the official code")
+  fields = export.fields()
+  resnet.check_plain(fields, "the official code")
+  given = {} if fields["mask_head"] else {"num_heads": (fields["num_heads"], 8)}
+  others = [f"{k}={v} (read as {read})" for k, (v, read) in given.items() if v != read]
+  export.warn_not_stored(path, DETECTION, *others)
   write_state_dict(path, state_dict(export.variables), wrapper="model")

@@ -118,6 +118,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   arrays |= fpt_pt.state_dict(export.variables, "neck/", fpt_pt.BODY)
   arrays = detectron.fold_norms(arrays)
   arrays = detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  export.warn_not_stored(path, PREPROCESS)
   write_state_dict(path, arrays)
 
 

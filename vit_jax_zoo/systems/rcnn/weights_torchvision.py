@@ -117,4 +117,5 @@ def write_checkpoint(path: str, export: Export) -> None:
     )
   arrays = write(export.variables, rows(fields["pool_size"]))
   arrays = detectron.without_ids(arrays, _OUTPUTS, export.class_names, COCO_OUTPUTS)
+  export.warn_not_stored(path, PREPROCESS)
   write_state_dict(path, arrays)

@@ -139,6 +139,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   """Writes a model as Google published it, without its preprocessing."""
   common.check_fixed(export, FIXED, "Google's code")
   model = export.model
+  export.warn_not_stored(path, common.GOOGLE.at_size(export.preprocess.image_size))
   if model.has_cls_token != (model.pool == "cls"):
     raise WeightsError("cls_token: True with pool='mean'; Google's code has no such ViT")
   own_row = model.has_cls_token and model.cls_token_position

@@ -1,0 +1,40 @@
+"""Hugging Face's JSON files: preprocessing of classifiers, and class names."""
+
+import numpy as np
+import pytest
+
+from vit_jax_zoo.weights.hf_config import label_fields, processor_of, read_preprocess
+from vit_jax_zoo.weights.key_map import WeightsError
+
+
+@pytest.mark.parametrize(
+  ("processor", "expected"),
+  [
+    ({}, lambda x: x / 127.5 - 1),
+    ({"do_normalize": False}, lambda x: x / 255),
+    ({"do_rescale": False, "do_normalize": False}, lambda x: x),
+    ({"rescale_factor": 1 / 127.5, "do_normalize": False}, lambda x: x / 127.5),
+    ({"image_mean": None, "image_std": [0.25] * 3}, lambda x: (x / 255 - 0.5) / 0.25),
+  ],
+)
+def test_skipped_steps_of_classifiers(processor, expected):
+  image = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+  preprocess = read_preprocess({**processor, "do_resize": False}, (16, 16))
+  (found,) = preprocess([image])
+  np.testing.assert_allclose(found, expected(image.astype(np.float64)), atol=1e-4)
+  assert read_preprocess(processor_of(preprocess, "X"), (16, 16)).fit == "none"
+
+
+def test_the_shorter_side_before_a_crop_is_exact():
+  processor = {"size": {"shortest_edge": 400}, "crop_size": 224, "do_center_crop": True}
+  preprocess = read_preprocess(processor, (224, 224))
+  assert preprocess.resized_size(400, 600) == (400, 600)  # 224 / (224 / 400) is below 400
+  with pytest.raises(WeightsError, match="crop_size"):
+    read_preprocess({**processor, "crop_size": 448}, (224, 224))
+
+
+def test_classes_without_a_name_are_written_as_their_ids(caplog):
+  with caplog.at_level("WARNING"):
+    assert label_fields(("ant",), 3)["id2label"] == {"0": "ant", "1": "1", "2": "2"}
+  assert "class_names: 1 names of 3 classes" in caplog.text
+  assert label_fields((), 1)["id2label"] == {"0": "LABEL_0"}
