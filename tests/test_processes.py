@@ -52,6 +52,20 @@ def test_a_taken_port_is_one_line(tmp_path):
   assert f"--coordinator=localhost:{port}: port {port} cannot be opened" in error
 
 
+def test_a_taken_port_of_a_detected_coordinator_is_one_line(monkeypatch):
+  slurm = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2, "PROCID": 0, "LOCALID": 0}
+  for name, value in slurm.items():
+    monkeypatch.setenv(f"SLURM_{name}", str(value))
+  with socket.create_server(("", 0)) as other:
+    port = other.getsockname()[1]
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", str(port))
+    with pytest.raises(OSError, match=f"coordinator=localhost:{port}: port {port} cannot be"):
+      distributed.initialize()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"here:{port}")
+    with pytest.raises(OSError, match=f"JAX_COORDINATOR_ADDRESS=here:{port}: port {port} cannot"):
+      distributed.initialize()
+
+
 @pytest.mark.parametrize(
   "address", ["localhost", "localhost:", "localhost:http", "localhost:70000"]
 )

@@ -34,25 +34,28 @@ def initialize(
     )
   # JAX has no public function for this: outside of a cluster, jax.distributed.initialize() raises
   # the ValueError of incomplete settings, or RuntimeError if devices are initialised already.
+  variable = "JAX_COORDINATOR_ADDRESS"
   kinds = (env for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
-  in_cluster = "JAX_COORDINATOR_ADDRESS" in os.environ or any(k.is_env_present() for k in kinds)
-  if coordinator is None and not in_cluster:
+  in_cluster = any(k.is_env_present() for k in kinds)
+  if not (coordinator or os.environ.get(variable) or in_cluster):
     return
-  if coordinator is not None:
-    _check_port(coordinator, is_own=process_id == 0)
+  name = "--coordinator" if coordinator else variable if variable in os.environ else "coordinator"
+  settings = ClusterEnv.auto_detect_unset_distributed_params(
+    coordinator or os.environ.get(variable), num_processes, process_id, None, None, 300
+  )
+  if settings[0] is not None:
+    _check_port(name, settings[0], is_own=settings[2] == 0)
   try:
-    jax.distributed.initialize(
-      coordinator, num_processes, process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
-    )
+    jax.distributed.initialize(*settings[:3], heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
   except ValueError as error:
     raise RuntimeError(f"could not connect to the other processes: {error}") from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
-def _check_port(coordinator: str, *, is_own: bool) -> None:
+def _check_port(name: str, coordinator: str, *, is_own: bool) -> None:
   port = coordinator.rpartition(":")[2]
   if ":" not in coordinator or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise ValueError(f"--coordinator={coordinator}: expected host:port, such as 10.0.0.2:8476")
+    raise ValueError(f"{name}={coordinator}: expected host:port, such as 10.0.0.2:8476")
   if not is_own:
     return
   dual = socket.has_dualstack_ipv6()
@@ -61,7 +64,7 @@ def _check_port(coordinator: str, *, is_own: bool) -> None:
     socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
   except OSError as error:
     problem = f"port {port} cannot be opened ({error.strerror}); give all processes another"
-    raise OSError(f"--coordinator={coordinator}: {problem}") from None
+    raise OSError(f"{name}={coordinator}: {problem}") from None
 
 
 def is_primary() -> bool:
