@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import glob
 import json
+import os
 import pathlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ FLAGS = flags.FLAGS
 
 EXIT_SOME_FAILED = 1
 
+_LONGEST = 200  # bytes of a picture's name without suffixes: names of files have at most 255
 RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
@@ -178,6 +180,8 @@ class PictureFiles:
     return prefix, [*names.values(), *(known[k] for k in pictures)]
 
   def _write(self, stem: str, pictures: Mapping[str, Picture]) -> tuple[str, dict[str, str]]:
+    while len(os.fsencode(stem)) > _LONGEST:
+      stem = stem[:-1]
     prefix, number = stem, 1
     while self._taken & set(_names(prefix, pictures).values()):
       number += 1

@@ -65,6 +65,12 @@ def test_images_with_equal_or_prefixed_names(tmp_path):
   assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*own, "model_filters.png"}
 
 
+def test_long_names_are_cut(tmp_path):
+  paths = images_in(tmp_path, f"{'ä' * 124}.png")
+  assert predict.predict_all(Painter(), paths, tmp_path / "out") == 0
+  assert len(list((tmp_path / "out").glob("ä*.png"))) == 2
+
+
 def test_existing_images_are_not_overwritten(tmp_path):
   paths = images_in(tmp_path, "a.png", "b.jpg", "b_attention.png", "model_filters.png")
   before = {path: path.read_bytes() for path in paths}
