@@ -14,6 +14,7 @@ from vit_jax_zoo.data.transforms.image import ResizeSmall
 from vit_jax_zoo.weights.preprocess import DETECTION, ROUNDINGS, Preprocess
 
 PHOTO = photo(48, 64)
+RNG = np.random.default_rng(0)
 
 
 def as_pillow(data):
@@ -54,7 +55,7 @@ def test_lines_of_pixels_are_resized_or_named(size):
     small, scale = ResizeSmall(256), Scale(*scaled_size(size, 400))
     for resized in (
       covering.resize,
-      lambda x: small({"image": x}, None),
+      lambda x: small({"image": x}, RNG),
       lambda x: scale({"image": x}),
     ):
       with pytest.raises(CorruptExampleError, match="aspect ratio"):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -141,9 +142,7 @@ def test_nothing_is_held_out(split, tmp_path):
   (tmp_path / "train" / "x").mkdir(parents=True)
   (tmp_path / "train" / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
   assert len(load_source(f"folder:{tmp_path}", "train")) == 1
-  with pytest.raises(
-    ValueError, match=r"none in test/ or val/; add one .* or give folder:.*/train"
-  ):
+  with pytest.raises(ValueError, match=r"in test/ or val/; add one, or give folder:.*/train"):
     load_source(f"folder:{tmp_path}", split)
 
 
@@ -187,7 +186,14 @@ def members(root, split):
 
 
 @pytest.mark.parametrize(
-  ("train", "test"), [("Train", "Test"), ("training", "testing"), ("TRAIN", "Validation")]
+  ("train", "test"),
+  [
+    ("Train", "Test"),
+    ("training", "testing"),
+    ("TRAIN", "Validation"),
+    ("training_set", "testset"),
+    ("train", "dev"),
+  ],
 )
 def test_split_folders_in_other_spellings(train, test, tmp_path):
   write(tmp_path, f"{train}/x/1.png", f"{train}/y/2.png", f"{test}/y/3.png")
@@ -214,11 +220,25 @@ def test_a_class_may_be_called_train(tmp_path):
   assert load_source(f"folder:{tmp_path}", "all").info.class_names == ("bus", "car", "train")
 
 
-@pytest.mark.parametrize("inner", ["train/x", "x", "sub"])
+@pytest.mark.parametrize("inner", ["train/x", "x", "sub", "train/x/z"])
 def test_a_folder_around_the_dataset_is_named(inner, tmp_path):
   write(tmp_path, f"dataset/{inner}/1.png", "dataset/y/2.png")
   with pytest.raises(ValueError, match=rf"did you mean folder:{tmp_path}/dataset\?"):
     load_source(f"folder:{tmp_path}", "train")
+
+
+def test_class_folders_are_compared_after_unicode_normalisation(tmp_path):
+  for split, form in (("train", "NFC"), ("test", "NFD")):
+    write(tmp_path, f"{split}/{unicodedata.normalize(form, 'é')}/1.png", f"{split}/x/1.png")
+  assert load_source(f"folder:{tmp_path}", "test").info.class_names == ("x", "é")
+
+
+def test_folders_around_folders_and_beside_splits_are_named(tmp_path, caplog):
+  write(tmp_path, "a/b/train/x/1.png", "a/b/test/x/1.png", "a/b/extra/x/1.png")
+  with pytest.raises(ValueError, match=rf"did you mean folder:{tmp_path}/a/b\?"):
+    load_source(f"folder:{tmp_path}", "train")
+  load_source(f"folder:{tmp_path}/a/b", "train")
+  assert "ignored beside the split folders: extra" in caplog.text
 
 
 def test_what_is_none_of_the_users_data_is_skipped(tmp_path, caplog):

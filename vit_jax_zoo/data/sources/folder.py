@@ -3,9 +3,10 @@
     flowers/daisy/01.jpg  flowers/rose/17.png                    split by a hash of the file name
     flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split by folder
 
-Split folders are `train` or `training`, `test` or `testing`, `val`, `valid` or `validation`, in any
-case. The last three are aliases of the one that is there; with only a test set or only a validation
-set, all four names mean it, so that a config written for either works.
+Split folders are `train` or `training`, `test` or `testing`, `val`, `valid`, `validation`, `dev` or
+`eval`, in any case, also with `set` or `_set` behind. `val`, `valid` and `validation` are aliases
+of the one that is there; with only a test set or only a validation set, all four names mean it, so
+that a config written for either works. Names of classes are normalised (NFC).
 
 Without split folders, 10 % of the images are `test` and the rest `train`, by a hash of each file's
 path below the root: the same on every machine, and stable when files are added. Each class with two
@@ -23,6 +24,7 @@ import hashlib
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -34,6 +36,7 @@ from vit_jax_zoo.data.sources import base
 
 SPLIT_FOLDERS = {
   "train": "train", "training": "train", "test": "test", "testing": "test",
+  "dev": "val", "eval": "val",
   **{name: name for name in base.VALIDATION_NAMES},
 }  # fmt: skip
 """Splits by the names that their folders may have, in lower case."""
@@ -185,20 +188,27 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the folders of splits, which have class folders inside; none if `train` is a class."""
   folders = _folders(root)
-  named = [f for f in folders if f.name.lower() in SPLIT_FOLDERS]
+  named = list(filter(_split_of, folders))
   nested = [f for f in named if _folders(f)]
   splits: dict[str, pathlib.Path] = {}
   for folder in nested:
-    split = SPLIT_FOLDERS[folder.name.lower()]
+    split = _split_of(folder) or ""
     if split in splits:
       raise ValueError(f"{splits[split]} and {folder} are both the split {split!r}; keep one")
     splits[split] = folder
   if "train" in splits or (splits and len(nested) == len(folders)):
+    others = ", ".join(f.name for f in folders if f not in splits.values())
+    if others:
+      _warn_once(f"{root}: ignored beside the split folders: {others}")
     return splits
   if len(named) > 1 and len(named) == len(folders) and not nested:
     expected = f"{named[0]}/<class>/<image>"
     raise ValueError(f"{root} has split folders without class folders; expected {expected}")
   return {}
+
+
+def _split_of(folder: pathlib.Path) -> str | None:
+  return SPLIT_FOLDERS.get(folder.name.lower().removesuffix("set").removesuffix("_"))
 
 
 def _folders(root: pathlib.Path) -> list[pathlib.Path]:
@@ -208,7 +218,10 @@ def _folders(root: pathlib.Path) -> list[pathlib.Path]:
 def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
   """Refuses a folder whose only folder holds the dataset."""
   inside = _folders(inner)
-  splits = [f for f in inside if f.name.lower() in SPLIT_FOLDERS]
+  while len(inside) == 1 and _folders(inside[0]):
+    inner, location = inside[0], f"{location.rstrip('/')}/{inner.name}"
+    inside = _folders(inner)
+  splits = list(filter(_split_of, inside))
   if splits or (len(inside) > 1 and all("/" in path for path in list_images(inner)[0])):
     raise ValueError(
       f"folder:{location} has a single class folder, {inner.name}, with the folders "
@@ -223,14 +236,15 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
   ignored: list[str] = []
   for folder in _folders(root):
     images, others = list_images(folder)
-    found += [(f"{folder.name}/{path}", folder.name) for path in images]
+    name = unicodedata.normalize("NFC", folder.name)  # macOS decomposes accents
+    found += [(f"{folder.name}/{path}", name) for path in images]
     ignored += [f"{folder.name}/{path}" for path in others]
   log_ignored(root, ignored)
   return sorted(found, key=lambda file: (hash_name(file[0]), file[0]))
 
 
 def _labelled(root: pathlib.Path, files: list[tuple[str, str]], names: Sequence[str]) -> Labelled:
-  labels = {name: label for label, name in enumerate(names)}
+  labels = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
   unknown = sorted({name for _, name in files} - set(labels))
   if unknown:
     raise ValueError(f"{root / unknown[0]} is not in class_names; add all {len(unknown)} missing")
@@ -305,6 +319,6 @@ def _name_test(splits: base.Splits, location: str) -> base.Splits:
 
 def _nothing_held_out(location: str) -> base.Source:
   raise ValueError(
-    f"folder:{location} has images in train/, but none in test/ or val/; add one of them, or give "
-    f"folder:{location.rstrip('/')}/train, of which a tenth is then held out"
+    f"folder:{location} has images in train/, but no class folders in test/ or val/; add one, or "
+    f"give folder:{location.rstrip('/')}/train, of which a tenth is then held out"
   )
