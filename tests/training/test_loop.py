@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -220,6 +221,22 @@ def test_a_last_checkpoint_that_is_removed_is_written_again(undisturbed, tmp_pat
   jax.tree.map(
     np.testing.assert_array_equal, restore_variables(tmp_path / "checkpoints")["params"], expected
   )
+
+
+def test_data_that_cannot_be_read_lose_no_state(undisturbed, tmp_path):
+  class Damaged(list):
+    def __getitem__(self, index):
+      return itertools.chain(super().__getitem__(slice(6)), map(self.fail, [0]))
+
+    def fail(self, _):
+      raise ValueError("a.jpg: truncated")
+
+  with pytest.raises(ValueError, match=r"a\.jpg"):
+    train(tmp_path, data=Damaged(toy.batches(12)))
+  assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "5"]
+  resumed = train(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, resumed.state, undisturbed[0].state)
+  assert rows(tmp_path) == rows(undisturbed[1])
 
 
 def test_a_log_that_cannot_be_written_loses_no_state(tmp_path, monkeypatch):

@@ -134,7 +134,7 @@ class Loop:
     with preemption_guard() as stop_requested, self._profile(log) as at_step:
       for step in range(start + 1, settings.num_steps + 1):
         at_step(step)
-        with self.progress.time_as("input_wait"):
+        with self.progress.time_as("input_wait"), self._saved_on_error(step - 1, state, log):
           batch = next(batches)
         with self.progress.exclude("compile") if step == start + 1 else contextlib.nullcontext():
           state, metrics = self.train_step(state, batch)
@@ -156,6 +156,17 @@ class Loop:
       scores = scores | self._evaluate_best(state.variables, scores)
     self.checkpointer.save(int(state.step), state)  # again, if its checkpoint was removed
     return Outcome(state, True, scores, workdir)
+
+  @contextlib.contextmanager
+  def _saved_on_error(self, step: int, state: TrainState, log: "_TrainingLog") -> Iterator[None]:
+    """Saves the state if data cannot be read; of a single process: others cannot take part."""
+    try:
+      yield
+    except Exception:
+      if log.start < step and jax.process_count() == 1:
+        log.keep(step)
+        self._save(step, state)
+      raise
 
   def _save(self, step: int, state: TrainState) -> None:
     if not bool(_all_finite(state.params)):
@@ -258,7 +269,7 @@ class _TrainingLog:
   """Collects each step's metrics on the device, and fetches them when a row is due."""
 
   def __init__(self, loop: Loop, start: int) -> None:
-    self._loop = loop
+    self._loop, self.start = loop, start
     self._pending: dict[int, Metrics] = {}
     self._in_flight: collections.deque[Any] = collections.deque()
     self._totals: dict[str, float] = {}
