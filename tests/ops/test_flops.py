@@ -35,6 +35,14 @@ def test_rematerialised_work_counts_as_often_as_it_is_done():
   assert count_flops(jax.grad(loss), *arguments) == 2 * once + 2 * once + 2 * once
 
 
+@pytest.mark.multidevice
+def test_a_shard_map_counts_all_devices():
+  with jax.set_mesh(jax.make_mesh((2, 2), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)):
+    split = jax.shard_map(jnp.matmul, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"))
+    # Half of the rows on each device: the axis `model` computes everything twice.
+    assert count_flops(split, shape(8, 4), shape(4, 16)) == 2 * (2 * 8 * 4 * 16)
+
+
 def convolution(stride, padding, groups=1):
   def convolve(x, kernel):
     return jax.lax.conv_general_dilated(

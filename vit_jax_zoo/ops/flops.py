@@ -16,9 +16,10 @@ def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
   A multiply-add counts as two. Elementwise operations, reductions and sorting are not counted, nor
   are products with padding or with the zeros of a dilated input, so that each gradient of a
-  convolution costs what the convolution does. Rematerialised work counts each time; of a
-  conditional's branches, the most expensive counts. Arguments are arrays or
-  `jax.ShapeDtypeStruct`s; nothing is computed. ValueError for matrix products in a while loop.
+  convolution costs what the convolution does. Rematerialised work counts each time, and a Pallas
+  kernel for its whole grid; of a conditional's branches, the most expensive counts. Arguments are
+  arrays or `jax.ShapeDtypeStruct`s; nothing is computed. ValueError for matrix products in a while
+  loop.
   """
   return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
@@ -39,7 +40,12 @@ def _equation_flops(equation: Any) -> int:
     return max(inner)
   if name == "while" and sum(inner):
     raise ValueError("while loop: FLOPs unknown; expected jax.lax.scan or fori_loop")
-  return sum(inner) * (equation.params["length"] if name == "scan" else 1)
+  times = {
+    "scan": lambda params: params["length"],
+    "pallas_call": lambda params: math.prod(params["grid_mapping"].grid),
+    "shard_map": lambda params: params["mesh"].size,  # its shapes are those of one device
+  }
+  return sum(inner) * (times[name](equation.params) if name in times else 1)
 
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
