@@ -1,6 +1,7 @@
 """The planner on this machine's CPUs; and, with -m tpu, for slices that are not here."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -8,14 +9,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from tests.command import TINY
 from vit_jax_zoo import trainer
 from vit_jax_zoo.config import complete, load
+from vit_jax_zoo.nn.attention import attend
 from vit_jax_zoo.ops.flops import count_flops
+from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.hardware import find_machine, find_topology
 from vit_jax_zoo.planning.plan import (
   Memory,
@@ -30,7 +35,7 @@ from vit_jax_zoo.planning.plan import (
   search,
 )
 from vit_jax_zoo.planning.report import report, table
-from vit_jax_zoo.training.sharding import ShardingRuleError
+from vit_jax_zoo.training.sharding import ShardingRuleError, create_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -355,3 +360,20 @@ def test_a_search_for_a_tpu_stops_at_the_first_rung_that_fits():
   assert all(plan.fits and plan.remat == "none" for plan in plans)
   assert len(plans) == len({tuple(plan.mesh.values()) for plan in plans}) > 2
   assert best(plans).step_seconds == min(plan.step_seconds for plan in plans)
+
+
+@pytest.mark.tpu
+def test_the_traffic_of_a_fused_attention_is_its_operands_and_results():
+  machine = find_machine("tpu", "v5e:2x2")
+  mesh = create_mesh({"data": 1}, machine.devices[:1])
+  x = jax.ShapeDtypeStruct((4, 1024, 16, 128), jnp.bfloat16)
+  whole = NamedSharding(mesh, PartitionSpec())
+  attend_causally = functools.partial(attend, is_causal=True)
+  with jax.set_mesh(mesh), jax.default_matmul_precision("default"):
+    jitted = jax.jit(attend_causally, in_shardings=whole, out_shardings=whole)
+    _, text = compile_text(jitted.lower(x, x, x))
+  assert text.count('custom_call_target="tpu_custom_call"') == 1
+  operands_and_results = 4 * 2 * 4 * 1024 * 16 * 128
+  moved = hlo.traffic(text).memory_bytes
+  # Transposing each array to the kernel's layout reads and writes it once more.
+  assert operands_and_results < moved < 3.1 * operands_and_results

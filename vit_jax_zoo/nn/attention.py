@@ -11,11 +11,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from vit_jax_zoo.ops.attention import NEGATIVE, attend_on_cpu, matrix_product
+from vit_jax_zoo.ops.fused_attention import attend_fused, is_fused
 from vit_jax_zoo.ops.sharding import is_for_cpu
 
 Implementation: TypeAlias = Literal["xla", "cudnn"] | None
-"""None: on CPUs `ops.attention`, else JAX's choice. "xla" and "cudnn" (the fused kernel of NVIDIA
-GPUs, 16-bit inputs only) are those of `jax.nn.dot_product_attention`."""
+"""None: on CPUs `ops.attention`, of long sequences on TPUs `ops.fused_attention`, else JAX's.
+"xla" and "cudnn" (the fused kernel of NVIDIA GPUs, 16-bit inputs only) are those of
+`jax.nn.dot_product_attention`."""
 
 
 def attend(
@@ -34,6 +36,11 @@ def attend(
   if implementation is None and is_for_cpu():
     mask = _add_causal(mask, query, key) if is_causal else mask
     return attend_on_cpu(*(x.swapaxes(1, 2) for x in (query, key, value)), mask).swapaxes(1, 2)
+  of_keys = mask is None or mask.shape[1:3] == (1, 1)  # as of `key_padding_mask`
+  if implementation is None and of_keys and is_fused(query, query.shape[1], key.shape[1]):
+    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
+    keep = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (len(key), key.shape[2]))
+    return attend_fused(query, key, value, keep, is_causal=is_causal).swapaxes(1, 2)
   return jax.nn.dot_product_attention(
     query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
   )
@@ -93,10 +100,11 @@ def key_padding_mask(keep: Bool[Array, "b m"]) -> Bool[Array, "b 1 1 m"]:
 class MultiHeadAttention(nn.Module):
   """Projects to heads, attends, and projects back to the width of the queries.
 
-  If the collection `intermediates` is mutable, the attention map is sown as `weights` [b h n m];
-  then, and with attention dropout, the fused path is not used. If the collection `cache` is
-  mutable, the projected `key` and `value` are stored in it in the layout of `heads_first`; a call
-  with `past_length` appends to them.
+  If the collection `intermediates` is mutable, the attention map is sown as `weights` [b h n m].
+  Then, and in training with `dropout_rate`, the map is in main memory: dropout is of its elements,
+  as in the paper, which `attend` does not have. If the collection `cache` is mutable, the projected
+  `key` and `value` are stored in it in the layout of `heads_first`; a call with `past_length`
+  appends to them.
   """
 
   num_heads: int  # must divide the width

@@ -18,7 +18,7 @@ def shard_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
   times the memory for a ViT-L step on 16 chips). Does nothing outside a mesh (`jax.set_mesh`), or
   if the first axis is not divisible.
   """
-  axes = _splitting_axes(x.shape[0])
+  axes = splitting_axes(x.shape[0])
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
@@ -28,15 +28,18 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
   For loops over single examples whose length depends on the data, on every round of which the
   devices would synchronise otherwise. All arrays have the example as their first axis.
   """
-  axes = _splitting_axes(args[0].shape[0])
+  axes = splitting_axes(args[0].shape[0])
   if not axes:
     return function(*args)
   split = PartitionSpec(axes)
   return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*args)
 
 
-def _splitting_axes(batch_size: Any) -> tuple[str, ...]:
-  # The size is a number, or the symbol of a program that is exported for any batch size.
+def splitting_axes(batch_size: Any) -> tuple[str, ...]:
+  """Returns the axes of the mesh over which a batch is split; none if it is not divisible.
+
+  The size is a number, or the symbol of a program that is exported for any batch size.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
   ways = math.prod(mesh.shape[axis] for axis in axes)

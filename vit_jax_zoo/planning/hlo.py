@@ -3,7 +3,8 @@
 XLA's cost analysis counts the body of a loop once. Here each computation counts as often as it is
 executed: a scan's body once per step; of a conditional, the branch with the most traffic.
 
-* An instruction reads its operands and writes its result; a fusion is one instruction.
+* An instruction reads its operands and writes its result; a fusion and a Pallas kernel are one
+  instruction each, though a kernel may read an operand again for each of its blocks.
 * Slices, and updates in place, count as the slice.
 * Arrays outside main memory (`S(1)` is a TPU's on-chip memory) do not count.
 """
