@@ -10,6 +10,7 @@ from vit_jax_zoo.systems.fpt.attention import (
   Similarity,
   attend,
   attend_locally,
+  attend_parts,
   attention_map,
   mixture_shares,
 )
@@ -57,6 +58,43 @@ def test_blocks_give_the_plain_result_and_its_gradient(kind):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["dot", "euclidean"])
+def test_the_fused_kernel_gives_the_plain_result_and_its_gradient(kind):
+  query, key, value = arrays_of((2, 23, 6), (2, 7, 6), (2, 7, 5))
+  shares = jnp.asarray([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]])
+
+  def total(attention, *inputs):
+    out = attention(*inputs, Similarity(kind))
+    return jnp.sum(jnp.sin(out)), out
+
+  results = [
+    jax.jit(jax.value_and_grad(functools.partial(total, attention), (0, 1, 2, 3), has_aux=True))(
+      query, key, value, shares
+    )
+    for attention in (functools.partial(attend_parts, interpret=True), attend)
+  ]
+  expected = plain_map(query, key, shares, kind) @ np.asarray(value)
+  np.testing.assert_allclose(results[0][0][1], expected, atol=2e-5)
+  for one, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
+
+
+def test_the_fused_kernel_is_for_many_keys_without_dropout_on_tpus():
+  def count(keys, similarity):
+    sides = ((1, 8192, 16), (1, keys, 16), (1, keys, 8), (1, 2))
+    arrays = [jax.ShapeDtypeStruct(side, jnp.bfloat16) for side in sides]
+    attention = functools.partial(attend, similarity=similarity)
+    return str(jax.make_jaxpr(attention)(*arrays)).count("pallas_call[")
+
+  dropped = Similarity(dropout_rate=0.1, key=jax.random.key(0))
+  device = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision("default"):
+    assert count(8192, Similarity("euclidean")) == 1
+    assert count(4096, Similarity()) == count(8192, dropped) == 0
+  assert count(8192, Similarity()) == 0
+
+
 def test_mixture_weights_use_the_mean_and_sum_to_one():
   vectors, weight = arrays_of((2, 9, 4), (3, 4))
   logits = np.asarray(vectors).mean(1) @ np.asarray(weight).T
@@ -94,6 +132,10 @@ def test_bfloat16_gradients_of_many_blocks_are_near_those_of_float32(kind):
   attention = functools.partial(attend, shares=shares, similarity=Similarity(kind))
   many = functools.partial(attention, block_elements=4 * 16 * 2)  # 1,024 blocks
   assert max(bfloat16_errors(many, *inputs)) < 0.01
+  fused = functools.partial(
+    attend_parts, shares=shares, similarity=Similarity(kind), interpret=True
+  )
+  assert max(bfloat16_errors(fused, *inputs)) < 0.01
   inputs = arrays_of(*[(1, 16, 16, 8)] * 3)
   local = functools.partial(attend_locally, shares=shares, window=15, similarity=Similarity(kind))
   assert max(bfloat16_errors(local, *inputs)) < 0.01

@@ -12,12 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from vit_jax_zoo.errors import check_names
+from vit_jax_zoo.ops.fused_attention import attend_fused, is_fused
 from vit_jax_zoo.ops.resize import resize_nearest
 
 SIMILARITIES = ("dot", "euclidean")  # q.k, or -|q - k|^2 (the grounding transformer)
 
 BLOCK_ELEMENTS = 2**22
 """Default maximum number of attention weights (all parts) in memory, per example."""
+
+FUSED_KEYS = 2**13
+"""Keys from which the fused kernel is faster: in blocks, their gradients, rewritten for each block,
+exceed a TPU's on-chip memory; fused, each part has a product with the values of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,11 +84,16 @@ def attend(
   *,
   block_elements: int = BLOCK_ELEMENTS,
 ) -> Float[Array, "b n c"]:
-  """Returns `attention_map(...) @ value`, computed in blocks of queries.
+  """Returns `attention_map(...) @ value`, computed in blocks of queries, or fused on TPUs.
 
   At most `block_elements` attention weights (all parts) are in memory, per example: the backward
-  pass recomputes them.
+  pass recomputes them. The fused kernel is for many keys without dropout.
   """
+  has_dropout = similarity.key is not None and similarity.dropout_rate > 0
+  large = key.shape[1] >= FUSED_KEYS and is_fused(query, query.shape[1], key.shape[1])
+  if large and not has_dropout:
+    return attend_parts(query, key, value, shares, similarity)
+
   # The gradients of key and value are sums over all blocks, which JAX accumulates in the dtype of
   # the loop's constants; bfloat16 would drop terms smaller than 1/256 of the sum.
   wide_key, wide_value = _float32(key), _float32(value)
@@ -108,6 +118,32 @@ def attend(
   recomputed = jax.checkpoint(of_block)
   outputs = jax.lax.map(lambda pair: recomputed(*pair), (stacked, jnp.arange(blocks)))
   return outputs.swapaxes(0, 1).reshape(batch, blocks * size, -1)[:, :count]
+
+
+def attend_parts(
+  query: Float[Array, "b n d"],
+  key: Float[Array, "b m d"],
+  value: Float[Array, "b m c"],
+  shares: Float[Array, "b p"],
+  similarity: Similarity = DOT_PRODUCT,
+  *,
+  interpret: bool = False,
+) -> Float[Array, "b n c"]:
+  """Returns `attend` without dropout from the fused kernel, with the parts as heads."""
+  parts = shares.shape[-1]
+  query, key = (_split(x, parts).swapaxes(1, 2) for x in (query, key))
+  if similarity.kind == "euclidean":
+    # 2 q.k - |k|^2 as a product: the key has |k|^2, as a sum of three bfloat16s, in more channels.
+    rest, lengths = jnp.sum(jnp.square(_float32(key)), axis=-1, keepdims=True), []
+    for _ in range(3):
+      lengths.append(rest.astype(jnp.bfloat16).astype(key.dtype))
+      rest -= _float32(lengths[-1])
+    key = jnp.concatenate([key, *lengths], axis=-1)
+    ones = jnp.ones((*query.shape[:-1], len(lengths)), query.dtype)
+    query = jnp.concatenate([2 * query, -ones], axis=-1)
+  values = jnp.broadcast_to(value[:, None], (len(value), parts, *value.shape[1:]))
+  each = attend_fused(query * similarity.scale, key, values, interpret=interpret)
+  return jnp.einsum("bpnc,bp->bnc", each, shares.astype(each.dtype))
 
 
 def local_attention_map(
