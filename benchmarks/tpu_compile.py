@@ -4,11 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.planning.hardware import Machine
 from vit_jax_zoo.planning.plan import Roofline, compile_text, roofline
+from vit_jax_zoo.training.sharding import create_mesh
 
 
 class Cost(NamedTuple):
@@ -41,9 +43,11 @@ def compile_for_core(
     machine: devices to compile for, which need not be attached.
     donate: indices of the arguments whose buffers are donated.
   """
-  core = jax.sharding.SingleDeviceSharding(machine.devices[0])
+  mesh = create_mesh({}, machine.devices[:1])
+  core = NamedSharding(mesh, PartitionSpec())
   jitted = jax.jit(function, in_shardings=core, out_shardings=core, donate_argnums=donate)
-  compiled, text = compile_text(jitted.lower(*arguments))
-  flops, moved = count_flops(function, *arguments), hlo.traffic(text).memory_bytes
+  with jax.set_mesh(mesh):  # models choose their attention by it
+    compiled, text = compile_text(jitted.lower(*arguments))
+    flops, moved = count_flops(function, *arguments), hlo.traffic(text).memory_bytes
   bound = roofline(machine.chip, flops=flops, memory_bytes=moved, network_bytes=0.0)
   return Cost(flops, moved, compiled.memory_analysis().temp_size_in_bytes, bound)
