@@ -1,5 +1,7 @@
 """Prepared TFDS datasets: found by name, version, path and in a bucket."""
 
+import json
+import shutil
 import types
 
 import numpy as np
@@ -10,6 +12,7 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import prepare
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.data.sources.base import CorruptExampleError
 
 
 @pytest.fixture
@@ -109,6 +112,19 @@ def test_packed_folders_keep_validation_by_all_of_its_names(tmp_path):
     assert len(load_source("tfds:packed", split, data_dir=str(tmp_path))) == 1
   with pytest.raises(ValueError, match="unknown split 'test'"):
     load_source("tfds:packed", "test", data_dir=str(tmp_path))
+
+
+def test_damaged_files_are_named(prepared, tmp_path):
+  folder = shutil.copytree(prepared / "tiny" / "1.2.0", tmp_path / "tiny")
+  for file in folder.glob("*train.array_record*"):
+    file.write_bytes(file.read_bytes()[:-100])
+  source = load_source(f"tfds:{folder}", "train")
+  with pytest.raises(CorruptExampleError, match="Riegeli"):
+    [source[i] for i in range(len(source))]
+  info = json.loads((folder / "dataset_info.json").read_text())
+  (folder / "dataset_info.json").write_text(json.dumps(info | {"splits": 0}))
+  with pytest.raises(ValueError, match=rf"{folder}: dataset_info.json .* is damaged \(.*splits"):
+    load_source(f"tfds:{folder}", "train")
 
 
 def test_path_that_is_no_dataset(prepared):

@@ -46,7 +46,11 @@ class TfdsSource(Source):
     self._records, self._make = records, make
 
   def __getitem__(self, index: int) -> Example:
-    return self._make(self._records[index], index)
+    try:
+      record = self._records[index]
+    except RuntimeError as error:  # array_record's, of a damaged or missing file
+      raise images.CorruptExampleError(" ".join(str(error).split())) from None
+    return self._make(record, index)
 
 
 def open_splits(
@@ -81,7 +85,11 @@ def open_folder(
   panoptic: bool = False,
 ) -> Splits:
   """Opens the prepared dataset in `folder`."""
-  builder = tfds.builder_from_directory(folder)
+  try:
+    builder = tfds.builder_from_directory(folder)
+  except Exception as error:  # of protobuf and others, without the name of a file
+    said = " ".join(str(error).split())
+    raise ValueError(f"{folder}: dataset_info.json or features.json is damaged ({said})") from None
   features, whole, encoded = builder.info.features, DatasetInfo(name, 0), PAIR
   has_boxes = any(_has_boxes(features, key) for key in OBJECTS.values())
   if label_rule is not None:
