@@ -131,9 +131,12 @@ def _write(content: Any, file: epath.Path) -> None:
 
 def _read(file: epath.Path) -> Any:
   try:
-    return json.loads(file.read_text()) if file.exists() else None
-  except ValueError as error:
+    found = json.loads(file.read_text()) if file.exists() else None
+    if not isinstance(found, dict | None):
+      raise ValueError(f"a {type(found).__name__}; expected an object")
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{file} is not JSON ({error})") from None
+  return found
 
 
 def _read_config(workdir: epath.Path) -> dict[str, Any] | None:

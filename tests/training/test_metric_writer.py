@@ -125,6 +125,11 @@ def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
   assert len(list((bucket / "run").glob("events.out.tfevents.*"))) == 2
 
 
+def test_rows_that_are_not_whole_are_left_out(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1, "a": 2}\n{"step": 2, "a')
+  assert read_metrics(tmp_path) == [{"step": 1, "a": 2.0}]
+
+
 def test_a_line_that_is_not_utf8_is_dropped(tmp_path):
   with MetricWriter(tmp_path) as writer:
     for step in (1, 2, 3):

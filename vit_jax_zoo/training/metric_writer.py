@@ -224,8 +224,12 @@ def save_figures(workdir: str | os.PathLike[str], step: int, figures: Mapping[st
 
 
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats."""
-  rows = [json.loads(line) for line in _read_lines(epath.Path(workdir) / METRICS_FILE)]
+  """Returns the rows of a run's `metrics.jsonl`, oldest first; all values but `step` are floats.
+
+  Rows that are not whole, as of a killed run, are left out.
+  """
+  path = epath.Path(workdir) / METRICS_FILE
+  rows = [json.loads(line) for line in _read_lines(path) if _step_of(line) < math.inf]
   return [{k: v if k == "step" else float(v) for k, v in row.items()} for row in rows]
 
 
@@ -254,7 +258,7 @@ def _truncate(path: pathlib.Path, last_step: int) -> None:
 def _step_of(line: str) -> float:
   try:
     return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return math.inf
 
 
