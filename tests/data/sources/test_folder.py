@@ -11,6 +11,7 @@ from absl import logging
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data.images import suffixes
 from vit_jax_zoo.data.sources import load_source
+from vit_jax_zoo.data.sources.folder import read_class_names
 
 
 def test_split_by_hash(class_folders):
@@ -225,6 +226,13 @@ def test_a_folder_around_the_dataset_is_named(inner, tmp_path):
   write(tmp_path, f"dataset/{inner}/1.png", "dataset/y/2.png")
   with pytest.raises(ValueError, match=rf"did you mean folder:{tmp_path}/dataset\?"):
     load_source(f"folder:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9\n", b'["a", '])
+def test_a_damaged_file_of_class_names_is_named(content, tmp_path):
+  (tmp_path / "names.txt").write_bytes(content)
+  with pytest.raises(ValueError, match=r"class_names: .*names\.txt"):
+    read_class_names(str(tmp_path / "names.txt"))
 
 
 def test_class_folders_are_compared_after_unicode_normalisation(tmp_path):

@@ -118,9 +118,12 @@ def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]
   file = pathlib.Path(class_names).expanduser()
   if not file.is_file():
     raise FileNotFoundError(f"class_names: there is no file {file}; expected one name per line")
-  text = file.read_text(encoding="utf-8-sig")
-  if text.lstrip().startswith("["):
-    return tuple(map(str, json.loads(text)))
+  try:
+    text = file.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+      return tuple(map(str, json.loads(text)))
+  except ValueError as error:
+    raise ValueError(f"class_names: {file}: neither UTF-8 nor a JSON list ({error})") from None
   return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -129,7 +129,8 @@ def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str
   found = {}
   for file in sorted(root.glob(lists.replace("{split}", "*"))):
     split = re.fullmatch(pattern, file.relative_to(root).as_posix())
-    names = [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+    text = file.read_text(encoding="utf-8-sig")
+    names = [line.split()[0] for line in text.splitlines() if line.strip()]
     stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
     missing = [stem for stem in stems if stem not in images]
     if missing:
