@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tests.conftest import golden_folder
@@ -21,7 +22,7 @@ from vit_jax_zoo.tasks.base import Task
 from vit_jax_zoo.transfer import __main__ as command
 from vit_jax_zoo.transfer import vtab as benchmarks
 from vit_jax_zoo.transfer.extract import Extractor
-from vit_jax_zoo.transfer.suites import SUITES, Request, run_suites
+from vit_jax_zoo.transfer.suites import SUITES, Outcome, Request, run_suites
 from vit_jax_zoo.transfer.vtab import VtabTask
 
 FIT, TEST = "train[:300]", "test[:120]"
@@ -124,6 +125,13 @@ def test_vtab_splits(digits, tmp_path, monkeypatch):
   command.run_and_write(request, digits, tmp_path, {})
   means = json.loads((tmp_path / "transfer.json").read_text())["means"]["vtab"]
   assert means["mean"] == pytest.approx((means["natural"] + means["structured"]) / 2)
+
+
+def test_long_names_of_datasets_are_cut_in_file_names(digits, tmp_path, monkeypatch):
+  found = Outcome("knn", "folder:/" + 300 * "ä", {"accuracy": 1.0}, figures={"x": Figure()})
+  monkeypatch.setattr(command, "run_suites", lambda *_: [found])
+  assert command.run_and_write(Request(("knn",)), digits, tmp_path, {}) == 0
+  assert len(list(tmp_path.glob("knn_*_x.png"))) == 1
 
 
 def test_imagenet_variants(digits, tmp_path):

@@ -109,14 +109,14 @@ def run_and_write(
     else:
       scores = "  ".join(f"{name} {value:.4g}" for name, value in outcome.scores.items())
       logging.info("%s: %s", outcome.title, scores)
-    data = "".join(c if c.isalnum() else "_" for c in outcome.data)
+    write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
+    data = "".join(c if c.isalnum() else "_" for c in outcome.data)[-60:]  # names have 255 bytes
     figures = {f"{outcome.suite}_{data}_{name}": drawn for name, drawn in outcome.figures.items()}
     same = [other for other in outcomes if other.suite == outcome.suite and other.scores]
     if same:
       figures[outcome.suite] = draw(outcome.suite, same, str(about.get("model", "")))
     for name, figure in figures.items():
       Image.fromarray(render(figure)).save(output / f"{name}.png")
-    write_json(output / RESULTS_FILE, {**about, **results(outcomes)})
   done = sum(bool(outcome.scores) for outcome in outcomes)
   logging.info("%d of %d evaluations done: %s", done, len(outcomes), output / RESULTS_FILE)
   return 0 if done else EXIT_NOTHING_FOUND
