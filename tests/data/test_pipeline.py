@@ -329,7 +329,7 @@ from vit_jax_zoo.data.pipeline import train_batches
 def look(example, rng):
   bridge = sys.modules.get("jax._src.xla_bridge")
   started = bridge and bridge.backends_are_initialized()
-  blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+  blocked = {signal.SIGINT, signal.SIGTERM} <= signal.pthread_sigmask(signal.SIG_BLOCK, ())
   return {"found": np.array([bool(started), blocked])}
 
 def main():

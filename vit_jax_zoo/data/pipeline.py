@@ -297,18 +297,19 @@ def _end_with_parent(*_: int) -> None:
 def _start_workers(iterator: grain.DatasetIterator) -> Any:
   """Returns the first batch, at which Grain starts the workers.
 
-  They inherit a signal mask without Ctrl-C. The main thread remains interruptible.
+  They inherit a mask of signals that may be sent to all processes of a run and are for the main
+  thread alone.
   """
   batch: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
   def start() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
       batch.set_result(next(iterator))
     except BaseException as error:
       batch.set_exception(error)
 
-  resource_tracker.ensure_running()  # its start unblocks Ctrl-C
+  resource_tracker.ensure_running()  # its start unblocks them
   threading.Thread(target=start, daemon=True).start()
   return batch.result()
 
