@@ -4,7 +4,7 @@ Of bottleneck blocks with PyTorch's padding, pooling and norms, for published we
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,21 @@ STAGES = ("c2", "c3", "c4", "c5")  # names of the stage outputs; `c<i>` has stri
 STEMS = ("conv7", "deep", "deep_strided", "tiered", "conv3")
 SHORTCUTS = ("conv", "avg_pool")
 ACTIVATIONS = {"relu": nn.relu, "silu": nn.silu}
+
+
+def average_pool(
+  x: Float[Array, "b h w c"],
+  window: tuple[int, int],
+  strides: tuple[int, int],
+  padding: str | Sequence[tuple[int, int]],
+) -> Float[Array, "b h2 w2 c"]:
+  """Returns the means of windows without their padding.
+
+  `nn.avg_pool` divides by a float64 count with `jax_enable_x64`.
+  """
+  ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+  total, count = (nn.pool(y, 0.0, jax.lax.add, window, strides, padding) for y in (x, ones))
+  return total / count
 
 
 class ConvNorm(nn.Module):
@@ -209,8 +224,7 @@ class Bottleneck(nn.Module):
       return x
     stride = self.stride
     if self.shortcut == "avg_pool" and stride > 1:
-      pooled = nn.avg_pool(x, (stride,) * 2, (stride,) * 2, "SAME", count_include_pad=False)
-      x, stride = pooled.astype(x.dtype), 1
+      x, stride = average_pool(x, (stride,) * 2, (stride,) * 2, "SAME"), 1
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
   def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:

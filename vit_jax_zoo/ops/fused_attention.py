@@ -21,7 +21,7 @@ MAX_COMPUTE = 512  # keys per matrix product
 MAX_PARTIAL = 4  # gradients of the query in memory, one for each block of keys
 
 
-def is_fused(query: Float[Array, "b ..."], num_queries: int, num_keys: int) -> bool:
+def is_fused(query: Float[Array, "b ..."], queries: int, keys: int) -> bool:
   """Returns whether to use the kernel: long sequences on a mesh (`jax.set_mesh`) of TPUs from v4.
 
   Not without a mesh or for a symbolic batch size: the program may be for several platforms. Nor in
@@ -32,7 +32,7 @@ def is_fused(query: Float[Array, "b ..."], num_queries: int, num_keys: int) -> b
     return False
   precision = jax.config.jax_default_matmul_precision  # pyrefly: ignore[missing-attribute]
   has_precision = query.dtype == jnp.float32 or precision in (None, "default", "bfloat16")
-  long = min(num_queries, num_keys) >= MIN_LENGTH
+  long = min(queries, keys) >= MIN_LENGTH
   return long and has_precision and isinstance(query.shape[0], int)
 
 

@@ -206,7 +206,8 @@ class Classification(base.Task):
       targets = labels.astype(jnp.float32)
     else:
       known = (labels >= 0) & (labels < self.num_classes)
-      targets = jnp.where(known[:, None], jax.nn.one_hot(labels, self.num_classes), jnp.nan)
+      targets = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
+      targets = jnp.where(known[:, None], targets, jnp.nan)
     # Padding is cleared here, not in the loss: the gradient of a masked NaN would be NaN.
     return jnp.where(mask[:, None], targets, 0.0)
 

@@ -49,7 +49,7 @@ from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.drop import DropBlock
 from vit_jax_zoo.nn.init import kaiming_uniform, pytorch_uniform
 from vit_jax_zoo.nn.norm import BatchNorm, conv_norm
-from vit_jax_zoo.nn.resnet import RESNET_BLOCKS
+from vit_jax_zoo.nn.resnet import RESNET_BLOCKS, average_pool
 from vit_jax_zoo.ops.sharding import shard_batch
 from vit_jax_zoo.systems.fpt.attention import (
   BLOCK_ELEMENTS,
@@ -161,8 +161,7 @@ class OfficialSelfTransformer(nn.Module):
     """Returns one level's map plus the attention output."""
     flat = (len(x), -1, self.width)
     query_key = _pointwise(self.width, self.dtype, name="query_key")  # one convolution for both
-    pooled = nn.avg_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)), count_include_pad=False)
-    pooled = pooled.astype(x.dtype)
+    pooled = average_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     query = query_key(x).reshape(flat)
     key = query_key(pooled).reshape(flat)
     value = _pointwise(self.width, self.dtype, name="value")(pooled).reshape(flat)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.norm import BatchNorm
+from vit_jax_zoo.nn.resnet import average_pool
 from vit_jax_zoo.ops.checks import check_positive
 
 Implementation: TypeAlias = Literal["auto", "einsum", "convolution"]
@@ -189,7 +190,7 @@ class LambdaLayer(nn.Module):
     y = result.output.reshape(x.shape)
     if self.stride > 1:
       window, padding = (self.pool_size,) * 2, ((self.pool_size % 2,) * 2,) * 2
-      y = nn.avg_pool(y, window, (self.stride,) * 2, padding, count_include_pad=False)
+      y = average_pool(y, window, (self.stride,) * 2, padding)
     y = y.astype(self.dtype)
     self.sow("intermediates", "output", y)
     return y

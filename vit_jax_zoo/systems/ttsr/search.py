@@ -196,7 +196,8 @@ def _pad(x: Array, value: Any = 0) -> Array:
 
 
 def _offsets() -> Int[Array, "9 2"]:
-  return jnp.stack(jnp.meshgrid(*[jnp.arange(-1, 2)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+  steps = jnp.arange(-1, 2, dtype=jnp.int32)
+  return jnp.stack(jnp.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
 
 
 def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
