@@ -6,6 +6,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -15,6 +16,7 @@ TINY = (
   "--config.model.depth=2",
   "--config.model.mlp_dim=16",
   "--config.model.num_heads=2",
+  "--config.explain=False",
   "--config.log_every=2",
   "--config.eval_every=12",
   "--config.checkpoint.every=3",
@@ -22,11 +24,21 @@ TINY = (
 )
 
 
+# Compiled programs of the commands that run one after another. Processes that run at the same time
+# must not share it (`JAX_ENABLE_COMPILATION_CACHE="0"`): entries are not written atomically.
+_CACHE = tempfile.TemporaryDirectory(prefix="compiled_by_commands_")
+CACHE = {
+  "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+}
+
+
 def environment(num_devices=1, **changes):
-  """The environment of a fresh user: none of this test process's device settings."""
+  """Returns the environment of a command: other devices than this test process's."""
   flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
   flags += f" --xla_force_host_platform_device_count={num_devices}"
-  return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"} | changes
+  return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"} | CACHE | changes
 
 
 def start(workdir, *arguments, num_devices=1, **environment_changes):

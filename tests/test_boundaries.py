@@ -1,4 +1,4 @@
-"""One folder a system: nothing outside it knows of it, and the package works without it."""
+"""One folder per system: nothing outside names it, and the package works without it."""
 
 import ast
 import pathlib
@@ -85,19 +85,19 @@ def test_the_package_works_without_a_system(name, tmp_path):
     shutil.rmtree(copy / "vit_jax_zoo" / "systems" / system)
     shutil.rmtree(copy / "tests" / "systems" / system)
     (copy / "configs" / f"{system}.py").unlink(missing_ok=True)
-  python(copy, "-c", IMPORT_ALL)
-  demo = "lambda_resnet" if name == "vit" else "vit"
-  overrides = ["--config.num_steps=2", "--config.batch_size=8", "--config.eval_every=0"]
-  python(copy, "-m", "vit_jax_zoo.main", f"--config=configs/{demo}.py", *overrides)
+  run = command.TINY if name != "vit" else ("--config=configs/lambda_resnet.py",)
+  short = ("--config.num_steps=2", "--config.batch_size=8", "--config.eval_every=0")
+  python(copy, "-c", IMPORT_ALL_AND_TRAIN, *run, *short)
   python(copy, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *FAST_TESTS)
 
 
-IMPORT_ALL = """
+IMPORT_ALL_AND_TRAIN = """
 import importlib, pkgutil, vit_jax_zoo
 for module in pkgutil.walk_packages(vit_jax_zoo.__path__, "vit_jax_zoo."):
   if not module.name.endswith("__main__"):
     importlib.import_module(module.name)
 assert len(vit_jax_zoo.list_models()) > 10
+vit_jax_zoo.cli.run(vit_jax_zoo.main.main, parse=vit_jax_zoo.cli.parse_flags_and_overrides)
 """
 
 

@@ -1,4 +1,4 @@
-"""Signals become a flag; hosts agree on a step; handlers come back."""
+"""SIGTERM and SIGINT set a flag; all processes stop at the same step; handlers are restored."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ from vit_jax_zoo.training.loop import preemption_guard
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
-def test_a_signal_is_remembered_and_handlers_come_back():
+def test_a_signal_sets_the_flag_and_handlers_are_restored():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   with preemption_guard() as requested:
     assert not requested(0)
@@ -27,7 +27,7 @@ def test_a_signal_is_remembered_and_handlers_come_back():
     assert not requested(0), "a new life"
 
 
-def test_the_second_interrupt_is_one():
+def test_the_second_interrupt_raises():
   with preemption_guard() as requested:
     os.kill(os.getpid(), signal.SIGINT)
     assert requested(1)
@@ -36,7 +36,7 @@ def test_the_second_interrupt_is_one():
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_outside_the_main_thread_signals_are_left_alone():
+def test_handlers_are_not_set_outside_the_main_thread():
   before = signal.getsignal(signal.SIGTERM)
   found = []
 
@@ -56,10 +56,14 @@ import sys, time
 import jax
 import numpy as np
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
+from vit_jax_zoo.training.distributed import check_equal
 from vit_jax_zoo.training.loop import preemption_guard
-index, count, port, workdir = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-if count > 1:
-  jax.distributed.initialize("localhost:" + port, count, index)
+index, count, port, workdir = int(sys.argv[1]), 2, sys.argv[2], sys.argv[3]
+jax.distributed.initialize("localhost:" + port, count, index)
+try:
+  check_equal(lambda: {"seed": index})
+except ValueError as error:
+  print(error, flush=True)
 with preemption_guard() as requested:
   for step in range(100000):
     if step == 3:
@@ -82,36 +86,38 @@ print("stopped at", step, flush=True)
 """
 
 
-def run_and_terminate_the_first(count, workdir):
-  """Starts `count` processes, sends SIGTERM to one, and returns what each printed last."""
+def run_and_terminate_the_first(workdir):
+  """Starts two processes, sends SIGTERM to the first; returns the first and last line of each."""
   with socket.socket() as free:
     free.bind(("localhost", 0))
     port = free.getsockname()[1]
   processes = [
     subprocess.Popen(
-      [sys.executable, "-c", LOOP, str(index), str(count), str(port), str(workdir)],
+      [sys.executable, "-c", LOOP, str(index), str(port), str(workdir)],
       stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
       env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
     )
-    for index in range(count)
+    for index in range(2)
   ]  # fmt: skip
   try:
+    differences = [process.stdout.readline() for process in processes]
     for process in processes:
       assert process.stdout.readline() == "ready\n"
     processes[0].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * count
+    assert [process.returncode for process in processes] == [0, 0]
   finally:
     for process in processes:
       process.kill()
       process.wait()
       process.stdout.close()
-  return [output.splitlines()[-1] for output in outputs]
+  return differences, [output.splitlines()[-1] for output in outputs]
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_sigterm_saves_and_leaves(tmp_path, count):
-  lasts = run_and_terminate_the_first(count, tmp_path)
+def test_two_processes_compare_settings_and_stop_at_the_same_step(tmp_path):
+  differences, lasts = run_and_terminate_the_first(tmp_path)
+  for difference in differences:
+    assert difference.startswith("seed differs: 0 on process 0, 1 on process 1")
   assert len(set(lasts)) == 1, "all processes stop at the same step"
   (checkpoint,) = (tmp_path / "checkpoints").iterdir()
   assert lasts[0] == f"stopped at {checkpoint.name}"
