@@ -1,4 +1,4 @@
-"""predict and export as a user starts them: a process, a shell's arguments, awkward pictures."""
+"""predict and export as processes: arguments, unusual and unreadable images, errors."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def awkward_pictures(folder):
   return good, ["broken.jpg", "empty.png", "text.tif", "un\x1b[31mread.png"]
 
 
-def test_predict_on_awkward_pictures(tmp_path):
+def test_predict_on_unusual_images(tmp_path):
   good, bad = awkward_pictures(tmp_path / "pictures")
   done = command(
     "predict", f"--model={WEIGHTS}", "--images", tmp_path / "pictures",
@@ -79,7 +79,8 @@ def test_predict_on_awkward_pictures(tmp_path):
   assert "Traceback" not in done.stderr
 
 
-def test_predict_enlarges_pictures_with_a_reference(tmp_path):
+@pytest.mark.slow
+def test_predict_enlarges_images_with_a_reference(tmp_path):
   """From a file like TTSR.pt, of a model as small as a file may hold."""
   model = TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 4, 4), scan_layers=False)
   pictures = [jax.ShapeDtypeStruct((1, s, s, 3), np.float32) for s in (2, 8, 8, 8)]

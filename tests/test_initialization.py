@@ -1,4 +1,6 @@
-"""Where a run starts: nothing is read that weights of the whole model make unnecessary."""
+"""Initial variables: files whose values `init_from` would overwrite are not read."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from PIL import Image
 from configs import ttsr
 from tests.systems.ttsr.test_weights import NARROW, TINY, game_variables
 from vit_jax_zoo import trainer, weights
+from vit_jax_zoo.builder import build
 from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import formats
@@ -40,7 +43,7 @@ def fresh_variables(task):
 
 
 def no_data():
-  raise AssertionError("training data were asked for")
+  raise AssertionError("training data were read")
   yield
 
 
@@ -58,7 +61,7 @@ def test_a_file_that_would_be_overwritten_is_not_read(released):
     Initializer(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
 
 
-def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatch, tmp_path):
+def test_a_missing_file_is_an_error_before_compilation(monkeypatch, tmp_path):
   config = ttsr.get_config("demo")
   config.task.vgg_file = f"{tmp_path}/vgg19.pth"
   monkeypatch.setattr(trainer.Experiment, "program", no_data)
@@ -66,7 +69,7 @@ def test_a_file_that_is_missing_is_missed_before_anything_is_compiled(monkeypatc
     trainer.run(config, epath.Path(tmp_path / "run"), trainer.RunOptions())
 
 
-def test_a_game_starts_from_a_run_without_a_discriminator_and_the_reverse(released):
+def test_a_run_with_a_discriminator_starts_from_one_without_and_the_reverse(released):
   _, params = released
   game, alone = fresh_variables(GAME), fresh_variables(REC)
   discriminator = jax.tree.map(np.asarray, game["params"]["discriminator"])
@@ -81,8 +84,11 @@ def test_a_game_starts_from_a_run_without_a_discriminator_and_the_reverse(releas
     weights.adapt(played, alone, "the run")
 
 
-def test_released_weights_are_scored_without_vgg_and_training_pictures(released, tmp_path):
-  """By the recipe that has all losses, with no files but the weights and CUFED5."""
+def test_released_weights_are_evaluated_without_vgg_and_training_data(
+  released, tmp_path, monkeypatch
+):
+  """With the recipe that has all losses, and no files but the weights and CUFED5."""
+  monkeypatch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
   path, _ = released
   rng = np.random.default_rng(1)
   folder = tmp_path / "test" / "CUFED5"
@@ -94,7 +100,7 @@ def test_released_weights_are_scored_without_vgg_and_training_pictures(released,
   config.task.vgg_file = "missing/vgg19.pth"
   config.model.update(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
   config.data.loader.num_workers = 0
-  config.eval_batch_size = 8  # there are eight devices
+  config.eval_batch_size = 1
   del config.data.eval.cufed5_stitched
   options = trainer.RunOptions(eval_only=True)
   outcome = trainer.run(config, epath.Path(tmp_path / "run"), options)

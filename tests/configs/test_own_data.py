@@ -1,4 +1,4 @@
-"""Recipes for users' own images: a few steps on COCO files and label maps of own classes."""
+"""Recipes for the user's images: a few steps on COCO files and label maps with own classes."""
 
 import functools
 import json
@@ -12,6 +12,7 @@ from PIL import Image
 from configs import detr, fpt
 from vit_jax_zoo import trainer
 from vit_jax_zoo.builder import build
+from vit_jax_zoo.training.compiled_steps import abstract_batch_of
 from vit_jax_zoo.training.lr_scaling import advise
 
 BACKBONE = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 8}
@@ -60,8 +61,8 @@ def _one_device(monkeypatch):
   monkeypatch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
 
 
-def trained(config, workdir, **model):
-  """Trains 2 steps of a small model from random weights; returns the scores and the experiment."""
+def small_experiment(config, **model):
+  """Sets 2 steps of a small model from random weights; returns the experiment."""
   config.update(num_steps=2, num_epochs=None, batch_size=2, eval_batch_size=2, init_from=None)
   config.data.loader = LOADER
   config.model.update(model)
@@ -70,7 +71,7 @@ def trained(config, workdir, **model):
   assert [name for name in experiment.task.class_names if name != "N/A"] in (
     ["bolt", "nut"], ["road", "roof"],
   )  # fmt: skip
-  return trainer.run(config, epath.Path(workdir)).scores
+  return experiment
 
 
 def shrunk(transforms):
@@ -82,9 +83,8 @@ def shrunk(transforms):
       transform["crop_probability"] = 0.0
 
 
-@pytest.mark.parametrize("system", ["detr", "fpt"])
-def test_own_objects_with_masks(system, tmp_path):
-  root = write_coco(tmp_path, train=5, val=3)
+def masks_config(system, root):
+  """Returns the config of a system for objects with masks, and the fields of a small model."""
   text = f"source=coco:{root},masks=true"
   if system == "detr":
     config = detr.get_config(f"r50_finetune,{text}")
@@ -99,7 +99,28 @@ def test_own_objects_with_masks(system, tmp_path):
     small["mask_head"] = {"num_convs": 1, "width": 8}
   for split in (config.data.train, config.data.eval.val):
     shrunk(split.transforms)
-  scores = trained(config, tmp_path / "run", backbone=BACKBONE, **small)
+  return config, small | {"backbone": BACKBONE}
+
+
+@pytest.mark.parametrize("system", ["detr", "fpt"])
+def test_steps_on_own_objects_with_masks(system, tmp_path):
+  """Traces the steps of training and evaluation; compiling them takes a minute."""
+  config, small = masks_config(system, write_coco(tmp_path, train=5, val=3))
+  experiment = small_experiment(config, **small)
+  with experiment.train_batches() as batches, jax.set_mesh(experiment.mesh):
+    program = experiment.program(next(batches))
+    _, metrics = jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
+    assert {"loss", "mask_loss"} <= metrics.keys()
+    shapes = abstract_batch_of(next(iter(experiment.eval_batches("val"))), 2)
+    assert jax.eval_shape(experiment.task.predict, program.abstract_variables, shapes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["detr", "fpt"])
+def test_own_objects_with_masks(system, tmp_path):
+  config, small = masks_config(system, write_coco(tmp_path, train=5, val=3))
+  small_experiment(config, **small)
+  scores = trainer.run(config, epath.Path(tmp_path / "run")).scores
   assert {"val/mask_ap", "val/box_ap", "best/val/box_ap"} <= scores.keys()
   assert any("nut" in name for name in scores)
 
@@ -110,9 +131,8 @@ def test_own_label_maps(tmp_path):
   config = fpt.get_config(
     f"segmentation_finetune,source=segmentation:{root},{fields},neck=ufp,crop=32,dtype=float32"
   )
-  scores = trained(
-    config, tmp_path / "run", backbone=BACKBONE, width=8, kernel_sizes=(1, 3), auxiliary_head=False
-  )
+  small_experiment(config, backbone=BACKBONE, width=8, kernel_sizes=(1, 3), auxiliary_head=False)
+  scores = trainer.run(config, epath.Path(tmp_path / "run")).scores
   assert 0 <= scores["val/miou"] <= 1
   assert {"val/iou/road", "val/iou/roof"} <= scores.keys()
 
@@ -121,7 +141,7 @@ def test_own_label_maps(tmp_path):
 @pytest.mark.parametrize(
   ("system", "variant"), [(detr, "r50_finetune"), (fpt, "finetune")], ids=["detr", "fpt"]
 )
-def test_few_images_make_a_sensible_run(system, variant, count, steps, tmp_path):
+def test_schedule_for_few_images(system, variant, count, steps, tmp_path):
   root = write_coco(tmp_path, train=count, val=3)
   config = system.get_config(f"{variant},source=coco:{root}")
   experiment = build(config.copy_and_resolve_references(), devices=jax.devices()[:1])

@@ -1,4 +1,4 @@
-"""The planner on this machine's CPUs; and, with -m tpu, for slices that are not here."""
+"""The planner on CPU devices; with -m tpu, for TPU slices without a TPU."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def plan(machine):
 
 
 @pytest.mark.multidevice
-def test_what_a_plan_says_is_what_the_step_has(plan, machine):
+def test_a_plan_describes_the_compiled_step(plan, machine):
   parts = trainer.build(tiny(), machine.devices)
   with parts.train_batches() as batches:
     batch = next(batches)
@@ -78,7 +78,7 @@ def test_what_a_plan_says_is_what_the_step_has(plan, machine):
 
 
 @pytest.mark.multidevice
-def test_parameters_that_are_split_are_gathered(plan):
+def test_sharded_parameters_are_gathered(plan):
   sent = sum(plan.network_bytes.values())
   assert set(plan.network_bytes) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
   assert sent > plan.memory.params * 7  # gathered at least once
@@ -86,7 +86,7 @@ def test_parameters_that_are_split_are_gathered(plan):
 
 
 @pytest.mark.multidevice
-def test_no_time_is_made_up_for_a_device_without_figures(plan):
+def test_no_time_is_estimated_for_an_unknown_device(plan):
   assert (plan.roofline, plan.days) == (None, None)
   assert "unknown: no peak rates of this device" in report(plan)
 
@@ -108,7 +108,8 @@ def test_a_plan_names_the_level_at_which_it_was_compiled(plan, machine):
   before = jax.config.jax_optimization_level
   try:
     jax.config.update("jax_optimization_level", "O1")
-    quick = make_plan(tiny(), machine, name="tiny")
+    two = dataclasses.replace(machine, devices=machine.devices[:2])
+    quick = make_plan(tiny(), two, name="tiny")
   finally:
     jax.config.update("jax_optimization_level", before)
   assert quick.as_json()["optimization_level"] == "O1"
@@ -150,7 +151,7 @@ def test_bytes_of_a_device_are_those_of_its_part():
     ("RESOURCE_EXHAUSTED: something else", None),
   ],
 )  # fmt: skip
-def test_what_does_not_fit_says_what_it_needs(message, needed):
+def test_needed_memory_of_what_does_not_fit(message, needed):
   given = Memory(
     params=1.0, optimizer=2.0, other_state=4.0, batch=8.0, activations=16.0,
     temporary=None, code=None, peak=None, limit=None,
@@ -158,7 +159,7 @@ def test_what_does_not_fit_says_what_it_needs(message, needed):
   assert needed_memory(message, given) == needed
 
 
-def test_what_is_planned_comes_from_no_cache():
+def test_plans_bypass_the_compilation_cache():
   cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
   lowered = jax.jit(lambda x: x * 3.25 + 7).lower(1.0)  # what no other test has
   before = set(cache.iterdir())
@@ -254,7 +255,7 @@ def command(*arguments, **environment):
     ("gpu", None, "unknown platform 'gpu'"),
   ],
 )
-def test_machines_that_cannot_be(platform, topology, message):
+def test_errors_of_machines(platform, topology, message):
   with pytest.raises(ValueError) as error:  # noqa: PT011 the message is checked below
     find_machine(platform, topology)
   assert str(error.value).startswith(message)
@@ -291,12 +292,9 @@ def test_check_without_compilation():
   run = command(*TINY, "--topology=v5litepod-8", "--nocompile")
   assert run.returncode == 0, run.stderr
   assert "v5e:2x4: 8 devices, mesh data=8, batch 16" in run.stdout
-  run = command(*TINY, "--topology=v5litepod-32", "--nocompile")
-  assert (run.returncode, len(run.stderr.splitlines())) == (2, 1)
-  assert "batch_size 16" in run.stderr
 
 
-def test_without_libtpu_it_says_what_to_install(monkeypatch):
+def test_the_error_without_libtpu_names_the_extra(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
   with pytest.raises(ImportError, match=r"needs libtpu; pip install -e '\.\[plan\]'"):
     find_machine("tpu", "v5e:2x2")
@@ -337,13 +335,13 @@ def test_accelerator_types_have_the_devices_of_their_slice(name, devices):
 
 
 @pytest.mark.tpu
-def test_a_topology_that_is_none_is_one_line():
+def test_unknown_topology():
   with pytest.raises(ValueError, match=r"there is no topology 'v5e:3x3': .* such as v5e:4x4"):
     find_machine("tpu", "v5e:3x3")
 
 
 @pytest.mark.tpu
-def test_what_does_not_fit_is_no_error_but_an_answer():
+def test_a_plan_that_does_not_fit():
   machine = find_machine("tpu", "v5e:1x1")
   config = tiny("--config.batch_size=400000")
   plan = make_plan(config, machine, name="large")
@@ -353,7 +351,7 @@ def test_what_does_not_fit_is_no_error_but_an_answer():
 
 
 @pytest.mark.tpu
-def test_a_search_for_a_tpu_stops_at_the_first_rung_that_fits():
+def test_a_search_stops_at_the_first_policy_that_fits():
   machine = find_machine("tpu", "v5e:2x2")
   config = tiny("--config.model.remat=dots")
   plans = list(search(config, machine, name="tiny"))
