@@ -26,24 +26,17 @@ DEMOS = {
   "fpt:demo": (),
   "fpt:demo_segmentation": (),
 }
-FLAGS = {
-  "JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEBUG_NANS": "1",
-}  # fmt: skip
-RUN_ALWAYS = ("vit:demo", "JAX_ENABLE_X64")
+FLAGS = {"JAX_ENABLE_X64": "1", "JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_DEBUG_NANS": "1"}
 
 
-@pytest.mark.parametrize(
-  ("demo", "flag"),
-  [
-    pytest.param(demo, flag, marks=() if (demo, flag) == RUN_ALWAYS else pytest.mark.slow)
-    for demo in DEMOS
-    for flag in FLAGS
-  ],
-)
-def test_the_first_steps_and_an_evaluation(tmp_path, demo, flag):
+SLOW = [pytest.param(demo, marks=pytest.mark.slow) for demo in DEMOS if demo != "vit:demo"]
+
+
+@pytest.mark.parametrize("demo", ["vit:demo", *SLOW])
+def test_the_first_steps_and_an_evaluation_with_all_flags(tmp_path, demo):
   name, _, variant = demo.partition(":")
   config = f"--config=configs/{name}.py:{variant},num_steps=2,batch_size=8"
-  command.run(tmp_path, config, "--config.explain=False", *DEMOS[demo], **{flag: FLAGS[flag]})
+  command.run(tmp_path, config, "--config.explain=False", *DEMOS[demo], **FLAGS)
   assert any(key.startswith("test/") for row in command.rows(tmp_path) for key in row)
   leaves = jax.tree.leaves(restore_variables(tmp_path))
   assert {leaf.dtype.name for leaf in leaves if leaf.dtype.kind != "i"} == {"float32"}

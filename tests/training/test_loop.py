@@ -7,6 +7,7 @@ import itertools
 import os
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +215,10 @@ def test_a_last_checkpoint_that_is_removed_is_written_again(undisturbed, tmp_pat
 
   def remove():
     if next(evaluations) == 2:  # the last
-      shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+      while not (tmp_path / "checkpoints" / "12").exists():  # it is written in the background
+        time.sleep(0.01)
+      while (tmp_path / "checkpoints").exists():  # Orbax removes older ones at the same time
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
 
   train(tmp_path, on_evaluation=remove)
   expected = toy.host(undisturbed[0].state).params

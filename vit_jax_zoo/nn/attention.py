@@ -85,7 +85,7 @@ def attend_cached(
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   scores = product("snd,smd->snm", heads_first(query), key) * width**-0.5
   own = past_length + jnp.arange(new, dtype=past_length.dtype)
-  before = jnp.arange(key.shape[1], dtype=own.dtype) <= own[None, :, None]
+  before = jnp.arange(key.shape[1], dtype=own.dtype)[None, None] <= own[None, :, None]
   scores = jnp.where(before, scores, NEGATIVE)
   weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
   context = product("snm,smd->snd", weights, value).astype(value.dtype)

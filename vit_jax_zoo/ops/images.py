@@ -25,8 +25,8 @@ def clear_padding(
   images: Float[Array, "b h w c"], image_size: Num[Array, "b 2"]
 ) -> Float[Array, "b h w c"]:
   """Sets the padding right of and below the images to zero; sizes are (height, width)."""
-  rows = jnp.arange(images.shape[1])[None] < image_size[:, :1]
-  columns = jnp.arange(images.shape[2])[None] < image_size[:, 1:]
+  rows = jnp.arange(images.shape[1], dtype=image_size.dtype)[None] < image_size[:, :1]
+  columns = jnp.arange(images.shape[2], dtype=image_size.dtype)[None] < image_size[:, 1:]
   return jnp.where((rows[:, :, None] & columns[:, None])[..., None], images, 0)
 
 

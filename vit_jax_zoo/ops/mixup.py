@@ -102,7 +102,7 @@ def _cut(
 def _covered(rng: jax.Array, side: Float[Array, " n"], length: int) -> Bool[Array, "n length"]:
   """Returns the pixels of `length` in an interval with a random centre."""
   extent = jnp.floor(side * length).astype(jnp.int32)
-  center = jax.random.randint(rng, side.shape, 0, length)
+  center = jax.random.randint(rng, side.shape, 0, length, jnp.int32)
   begin, end = center - extent // 2, center + (extent + 1) // 2
-  at: Int[Array, "1 length"] = jnp.arange(length)[None, :]
+  at: Int[Array, "1 length"] = jnp.arange(length, dtype=jnp.int32)[None, :]
   return (at >= begin[:, None]) & (at < end[:, None])

@@ -18,8 +18,8 @@ def pixel_mask(batch: base.Batch) -> Bool[Array, "b h w"]:
   """Returns True at the pixels of an image, False in its padding."""
   height, width = batch["image"].shape[1:3]
   size = image_size(batch)[:, :, None]
-  rows = jnp.arange(height)[None] < size[:, 0]
-  columns = jnp.arange(width)[None] < size[:, 1]
+  rows = jnp.arange(height, dtype=size.dtype)[None] < size[:, 0]
+  columns = jnp.arange(width, dtype=size.dtype)[None] < size[:, 1]
   return rows[:, :, None] & columns[:, None, :]
 
 

@@ -107,10 +107,10 @@ def test_equal_and_unnamed_classes_pass():
 @pytest.mark.parametrize(
   ("names", "difference"),
   [
-    (("ant", "cow"), "label 1 is 'bee' in a (2 classes) and 'cow' in b (2 classes)"),
-    (("bee", "ant"), "label 0 is 'ant' in a (2 classes) and 'bee' in b (2 classes)"),
-    (("ant",), "label 1 is 'bee' in a (2 classes) and no class in b (1 classes)"),
-    (("ant", "bee", "cow"), "label 2 is no class in a (2 classes) and 'cow' in b (3 classes)"),
+    (("ant", "cow"), "label 1 is 'bee' in a (2 classes) and 'cow' in b (2)"),
+    (("bee", "ant"), "label 0 is 'ant' in a (2 classes) and 'bee' in b (2)"),
+    (("ant",), "label 1 is 'bee' in a (2 classes) and no class in b (1)"),
+    (("ant", "bee", "cow"), "label 2 is no class in a (2 classes) and 'cow' in b (3)"),
   ],
 )
 def test_the_first_different_class_is_named(names, difference):

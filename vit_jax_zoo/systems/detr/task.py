@@ -277,7 +277,7 @@ class Detection(base.Task):
   def _error_metrics(
     self, outputs: Mapping[str, Any], batch: base.Batch, matching: Matching
   ) -> dict[str, base.Mean]:
-    best = jnp.argmax(self._logits(outputs), axis=-1)
+    best = jnp.argmax(self._logits(outputs), axis=-1).astype(jnp.int32)
     matched = matching.target_of_query >= 0
     labels = losses.take_targets(jnp.asarray(batch["labels"]), matching.target_of_query)
     predicted = jnp.sum(best != self.num_classes, axis=1)

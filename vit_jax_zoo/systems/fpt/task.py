@@ -99,7 +99,7 @@ class SemanticSegmentation(base.Task):
 
     logits = self._upsample(outputs["logits"], batch)
     total = losses(logits)
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    correct = (jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels).astype(jnp.float32)
     metrics = {"pixel_accuracy": base.Mean.of(correct, labelled)}
     if "auxiliary_logits" in outputs:
       auxiliary = losses(self._upsample(outputs["auxiliary_logits"], batch))

@@ -39,7 +39,7 @@ def complete(
   variables = {key: variables[key] for key in ("params", "palette") if key in variables}
   # A filler that is no colour would be embedded as NaN, which a weight of zero does not hide.
   positions = jnp.arange(tokens.shape[1], dtype=lengths.dtype)
-  given = jnp.where(positions < lengths[:, None], tokens, 0)
+  given = jnp.where(positions[None] < lengths[:, None], tokens, 0)
   _, state = model.apply(variables, given, method="from_tokens", mutable=["cache"])
   cache = state["cache"]
   if model.scan_layers and model.depth <= UNROLLED_DEPTH:

@@ -202,7 +202,7 @@ class PixelModelling(base.Task):
     known = (labels >= 0) & (labels < logits.shape[-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
     losses = jnp.where(known | ~base.example_mask(batch), losses, jnp.nan)
-    return losses, jnp.argmax(logits, axis=-1) == labels
+    return losses, jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
 
   def _complete(
     self, variables: base.Variables, batch: base.Batch, tokens: Int[Array, "b n"]

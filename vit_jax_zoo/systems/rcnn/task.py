@@ -166,7 +166,7 @@ class InstanceDetection(base.Task):
     unknown = targets.is_target & ((targets.labels < 0) | (targets.labels >= self.num_classes))
     loss = jnp.where(jnp.any(unknown), jnp.nan, sum(terms.values()))
     metrics = {k: base.Mean(x * count, examples) for k, x in ({"loss": loss} | terms).items()}
-    right = (jnp.argmax(logits, axis=-1) == rois.labels).astype(jnp.float32)
+    right = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == rois.labels).astype(jnp.float32)
     metrics["class_accuracy"] = base.Mean.of(right, rois.exists)
     overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
     covered = jnp.any((overlap >= 0.5) & found.exists[:, None], axis=2)
