@@ -1,7 +1,7 @@
 """Index of published checkpoints: name -> URLs, reported score, source.
 
 Scores are the publishers', ImageNet-1k top-1 unless stated otherwise; none was measured here. Each
-system lists its checkpoints in `published.py`.
+system names its own in `System.published`.
 """
 
 import dataclasses

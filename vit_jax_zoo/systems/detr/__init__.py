@@ -10,8 +10,8 @@ SYSTEM = System(
     Format("pth", "detr", "weights_official", "the official code's DETR"),
     Format("hf", "detr", "weights_hf", "Hugging Face's DETR"),
   ),
-  published="published:PUBLISHED",
-  paper_scores="published:PAPER_SCORES",
+  published="weights_official:PUBLISHED",
+  paper_scores="weights_official:PAPER_SCORES",
   renamed_fields=(
     ("task.cell_weight", "dense_weight"),
     ("task.cell_steps", "dense_steps"),

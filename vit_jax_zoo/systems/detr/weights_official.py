@@ -19,6 +19,7 @@ from vit_jax_zoo.weights import backbones as resnet
 from vit_jax_zoo.weights.checkpoint import Checkpoint, Export
 from vit_jax_zoo.weights.fused_qkv import join, split
 from vit_jax_zoo.weights.key_map import Flat, Row, WeightsError, write
+from vit_jax_zoo.weights.model_index import Entry
 from vit_jax_zoo.weights.preprocess import DETECTION
 from vit_jax_zoo.weights.readers import Published
 from vit_jax_zoo.weights.torch_file import write_state_dict
@@ -185,3 +186,27 @@ def write_checkpoint(path: str, export: Export) -> None:
   others = [f"{k}={v} (read as {read})" for k, (v, read) in given.items() if v != read]
   export.warn_not_stored(path, DETECTION, *others)
   write_state_dict(path, state_dict(export.variables), wrapper="model")
+
+
+FACEBOOK = "https://dl.fbaipublicfiles.com/detr"
+_README = "facebookresearch/detr, README"
+
+_DETR = {
+  "detr_r50": ("e632da11", "42.0 box AP"),
+  "detr_r50_dc5": ("f0fb7ef5", "43.3 box AP"),
+  "detr_r101": ("2c7b67e5", "43.5 box AP"),
+  "detr_r101_dc5": ("a2e86def", "44.9 box AP"),
+  "detr_r50_panoptic": ("00ce5173", "43.4 PQ"),
+  "detr_r50_dc5_panoptic": ("da08f1b1", "44.6 PQ"),
+  "detr_r101_panoptic": ("40021d53", "45.1 PQ"),
+}
+"""Start of the SHA-256 of the official file, score on COCO val2017."""
+
+PAPER_SCORES = {model: (f"{score} (COCO)", _README) for model, (_, score) in _DETR.items()}
+
+PUBLISHED: dict[str, Entry] = {}
+for _model, (_sha256, _) in _DETR.items():
+  _name, _score = _model.replace("_", "-"), PAPER_SCORES[_model]
+  _url, _hub = f"{FACEBOOK}/{_name}-{_sha256}.pth", f"facebook/{_name.replace('-r', '-resnet-')}"
+  PUBLISHED[f"{_model}_coco"] = Entry(_model, (_url,), "", _sha256, *_score)
+  PUBLISHED[f"{_model}_coco_hub"] = Entry(_model, (), _hub, "", *_score)

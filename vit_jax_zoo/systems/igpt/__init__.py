@@ -11,6 +11,6 @@ SYSTEM = System(
     Format("hf", "igpt", "weights_hf", "Hugging Face's ImageGPT"),
     Format("tf", "igpt", "weights_openai", "OpenAI's image-gpt"),
   ),
-  published="published:PUBLISHED",
-  paper_scores="published:PAPER_SCORES",
+  published="weights_openai:PUBLISHED",
+  paper_scores="weights_openai:PAPER_SCORES",
 )
