@@ -18,8 +18,7 @@ from etils import epath
 
 from configs import ttsr, vit
 from tests import command
-from vit_jax_zoo import builder, main, trainer
-from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import builder, cli, main, trainer
 from vit_jax_zoo import config as config_lib
 
 
@@ -220,6 +219,8 @@ time.sleep(60)
     ("--workdir", "unexpected argument '--workdir'"),
     ("--config.checkpoint.score_best=True", "is now --config.checkpoint.eval_best_at_end"),
     ("--config.data.train.mixed_with=()", "is now --config.data.train.extra_sources"),
+    ("--config.data.train.label_rule=x", "is now --config.data.train.derived_labels"),
+    ("--config.task.cutmix_share=1", "is now --config.task.cutmix_fraction"),
   ],
 )
 def test_errors_of_an_override(flag, message):
@@ -307,10 +308,10 @@ def test_a_config_file_with_an_old_field_name(tmp_path):
 
 
 def test_the_error_of_an_old_flag_names_the_new_one(monkeypatch, capsys):
-  monkeypatch.setattr(command_line.malloc, "keep_freed_memory", lambda: None)
+  monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
   monkeypatch.setattr(sys, "argv", ["main", "--config=configs/vit.py", "--evaluate_only"])
   with pytest.raises(SystemExit) as ended:
-    command_line.run(main.main, renamed=main.RENAMED_FLAGS)
+    cli.run(main.main, renamed=main.RENAMED_FLAGS)
   assert ended.value.code == 2
   assert "error: --evaluate_only is now --eval_only\n" in capsys.readouterr().err
 
@@ -350,16 +351,16 @@ def test_escape_sequences_in_names_are_shown_escaped(capsys):
   """A file's or class's name must not move the cursor or change the terminal's title."""
   name = "a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
   shown = r"a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
-  with pytest.raises(SystemExit), command_line.one_line_errors(show_traceback=False):
+  with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
     raise ValueError(f"{name}: cannot be read")
   assert capsys.readouterr().err == f"error: {shown}: cannot be read\n"
-  command_line.log_plainly()
+  cli.log_plainly()
   record = logging.makeLogRecord({"msg": "%s: %s", "args": (name, "größer\tals\nzwei")})
   assert absl_logging.get_absl_handler().format(record).endswith(f"{shown}: größer\tals\nzwei")
 
 
 def test_a_line_break_in_a_name_does_not_end_a_warning():
-  command_line.log_plainly()
+  cli.log_plainly()
   fields = {
     "msg": "%s",
     "args": ("a\nerror: b.jpg",),
@@ -375,7 +376,7 @@ def test_traceback_flag():
   with (
     contextlib.redirect_stderr(printed),
     pytest.raises(SystemExit) as ended,
-    command_line.one_line_errors(show_traceback=True),
+    cli.one_line_errors(show_traceback=True),
   ):
     raise KeyError("what was wrong")
   assert ended.value.code == 2
@@ -394,7 +395,7 @@ def test_late_errors_of_an_event_loop_are_dropped(closed, is_printed, capfd, mon
         loop.call_soon(print)  # raises RuntimeError
       raise RuntimeError("something of ours")
 
-  monkeypatch.setattr(sys, "unraisablehook", command_line._report_unless_known)
+  monkeypatch.setattr(sys, "unraisablehook", cli._report_unless_known)
   late = Late()
   del late
   assert ("Error" in capfd.readouterr().err) == is_printed

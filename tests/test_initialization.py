@@ -75,13 +75,13 @@ def test_a_run_with_a_discriminator_starts_from_one_without_and_the_reverse(rele
   discriminator = jax.tree.map(np.asarray, game["params"]["discriminator"])
   played = {"params": {"generator": params, "discriminator": discriminator}}
   for source, target in (({"params": {"generator": params}}, game), (played, alone)):
-    found = weights.adapt(source, target, "the run", optional=GAME.train_only_collections)
+    found = weights.fit_to_model(source, target, "the run", optional=GAME.train_only_collections)
     assert found.keys() == target.keys()
     assert same(found["params"]["generator"], params)
     others = {part: tree for part, tree in target["params"].items() if part != "generator"}
     assert same({part: found["params"][part] for part in others}, others)
   with pytest.raises(ValueError, match=r"discriminator/\S+ has no place"):
-    weights.adapt(played, alone, "the run")
+    weights.fit_to_model(played, alone, "the run")
 
 
 def test_released_weights_are_evaluated_without_vgg_and_training_data(

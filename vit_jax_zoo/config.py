@@ -76,6 +76,8 @@ RENAMED = (
   ("checkpoint.score_best", "eval_best_at_end"),
   ("data.*mixed_with", "extra_sources"),
   ("data.train.repeats", "aug_repeats"),
+  ("data.*label_rule", "derived_labels"),
+  ("task.cutmix_share", "cutmix_fraction"),
   ("model.norm_after_pool", "fc_norm"),
   ("model.*flavor", "variant"),
   ("task.anchor_samples", "rpn_batch_size_per_image"),

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import flags, logging
 from etils import epath
 
-from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import cli
 from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.inference.load import load_pretrained, task_of
 from vit_jax_zoo.ops.images import normalize_images
@@ -236,4 +236,4 @@ def _detector(pretrained: Pretrained) -> Any:
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags, renamed={"workdir": "model"})
+  cli.run(main, define_flags, renamed={"workdir": "model"})

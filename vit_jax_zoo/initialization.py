@@ -42,7 +42,9 @@ class Initializer:
     if not is_checkpoint(path):
       return weights.load_into(path, fresh, position_grid=self.grid)
     optional = self.task.train_only_collections
-    return weights.adapt(restore_variables(path), fresh, path, grid=self.grid, optional=optional)
+    return weights.fit_to_model(
+      restore_variables(path), fresh, path, grid=self.grid, optional=optional
+    )
 
 
 def check_files(task: Task, init_from: str | None) -> None:

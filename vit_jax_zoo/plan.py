@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import cli
 from vit_jax_zoo.config import load
 from vit_jax_zoo.errors import escape_controls
 from vit_jax_zoo.planning import page
@@ -106,4 +106,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags, command_line.parse_flags_and_overrides)
+  cli.run(main, define_flags, cli.parse_flags_and_overrides)

@@ -25,7 +25,7 @@ from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import cli
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
 from vit_jax_zoo.figures.canvas import render
@@ -33,7 +33,7 @@ from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
 from vit_jax_zoo.inference.coco_json import CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.training import atomic_write as whole_file
+from vit_jax_zoo.training import atomic_write
 
 FLAGS = flags.FLAGS
 
@@ -158,7 +158,7 @@ def predict_all(
     left = round((time.monotonic() - begin) / done * (len(paths) - done))
     logging.info("%d/%d images, ETA %s", done, len(paths), datetime.timedelta(seconds=left))
   for file, content in {RESULTS: records, **collected.contents()}.items():
-    whole_file.write_json(output / file, content)
+    atomic_write.write_json(output / file, content)
   logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
   return EXIT_SOME_FAILED if failed else 0
 
@@ -207,4 +207,4 @@ def _written_before(folder: pathlib.Path) -> set[str]:
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags, renamed={"workdir": "model", "keep": "prefix_fraction"})
+  cli.run(main, define_flags, renamed={"workdir": "model", "keep": "prefix_fraction"})

@@ -91,7 +91,7 @@ def test_cutmix_box_area_distribution(examples):
 
 def test_mixing_frequencies(examples):
   mixing = Mixing(
-    mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_share=0.25, unit="example"
+    mixup_alpha=1.0, cutmix_alpha=1.0, probability=0.6, cutmix_fraction=0.25, unit="example"
   )
   images, targets = many(examples, mixing)
   untouched = (images == examples[0]).all(axis=(2, 3, 4))
@@ -126,7 +126,7 @@ def test_is_on():
     ({"unit": "exmple"}, "'example'"),
     ({"mixup_alpha": -0.2}, "mixup_alpha: -0"),
     ({"probability": 2.0}, "mix_probability"),
-    ({"cutmix_share": -1}, "cutmix_share"),
+    ({"cutmix_fraction": -1}, "cutmix_fraction"),
   ],
 )
 def test_invalid_fields(fields, message):

@@ -2,32 +2,32 @@ import json
 
 import pytest
 
-from vit_jax_zoo.training import atomic_write as whole_file
+from vit_jax_zoo.training import atomic_write
 
 
 def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
   path = tmp_path / "notes.txt"
-  whole_file.write(path, "old")
+  atomic_write.write(path, "old")
   with pytest.raises(UnicodeEncodeError):
-    whole_file.write(path, "half \ud800")
+    atomic_write.write(path, "half \ud800")
   with pytest.raises(TypeError):
-    whole_file.write_json(path, {"a": object()})
+    atomic_write.write_json(path, {"a": object()})
   assert path.read_text() == "old"
   assert list(tmp_path.iterdir()) == [path]
 
 
 def test_who_has_it_open_reads_the_old_file_to_its_end(tmp_path):
   path = tmp_path / "notes.txt"
-  whole_file.write(path, b"old " * 1000)
+  atomic_write.write(path, b"old " * 1000)
   with path.open() as reader:
     assert reader.read(4) == "old "
-    whole_file.write(path, "new")
+    atomic_write.write(path, "new")
     assert reader.read() == "old " * 999
   assert path.read_text() == "new"
 
 
 def test_json_keeps_peoples_letters(tmp_path):
-  whole_file.write_json(str(tmp_path / "a.json"), {"names": ["Käfer"]})
+  atomic_write.write_json(str(tmp_path / "a.json"), {"names": ["Käfer"]})
   text = (tmp_path / "a.json").read_text(encoding="utf-8")
   assert "Käfer" in text
   assert json.loads(text) == {"names": ["Käfer"]}

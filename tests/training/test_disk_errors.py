@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from tests.training.disk import small_files
-from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import cli
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo.training.metric_writer import EventFile, MetricWriter, read_metrics, save_figures
 
@@ -52,7 +52,7 @@ def test_what_stands_beside_a_run(tmp_path):
 
 def test_elsewhere_the_commands_add_what_to_do(tmp_path, capsys):
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.json")
-  with pytest.raises(SystemExit), command_line.one_line_errors(show_traceback=False):
+  with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
     raise full
   assert re.search(r"'a\.json'; [^\n]* disk space [^\n]*\n$", capsys.readouterr().err)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.ops.resize import resize_position_grid
-from vit_jax_zoo.weights import adapt, check_finite, relayout
+from vit_jax_zoo.weights import check_finite, fit_to_model, relayout
 
 WIDTH = 3
 
@@ -24,7 +24,9 @@ def table(tree):
 def adapted(old, new, cls_token=True, **grids):
   """The source's table, and what a model with `new` rows makes of it."""
   source = variables(old, cls_token)
-  return table(source), table(adapt(source, variables(new, cls_token, seed=1), "a run", **grids))
+  return table(source), table(
+    fit_to_model(source, variables(new, cls_token, seed=1), "a run", **grids)
+  )
 
 
 def test_equal_grids_are_copied():
@@ -78,7 +80,7 @@ def test_another_width_is_listed_with_all_that_does_not_fit():
   source["params"]["position_embedding"]["table"] = np.zeros((1, 10, 5), np.float32)
   source["params"]["more"] = np.zeros(2, np.float32)
   with pytest.raises(ValueError, match="the weights of a run do not fit") as error:
-    adapt(source, model, "a run")
+    fit_to_model(source, model, "a run")
   for part in ("table has shape (1, 10, 5); expected (1, 37, 3)", "more has no place"):
     assert part in str(error.value)
 
@@ -89,25 +91,27 @@ def test_scanned_layers_become_unrolled_ones_and_the_reverse():
   scanned = {"params": {"encoder": {"blocks": {"kernel": layers}}, "head": {"bias": np.ones(2)}}}
   blocks = {f"block_{i}": {"kernel": np.zeros((2, 2), np.float32)} for i in range(3)}
   unrolled = {"params": {"encoder": blocks, "head": {"bias": np.zeros(2)}}}
-  taken = adapt(scanned, unrolled, "a run")
+  taken = fit_to_model(scanned, unrolled, "a run")
   for i in range(3):
     np.testing.assert_array_equal(taken["params"]["encoder"][f"block_{i}"]["kernel"], layers[i])
   np.testing.assert_array_equal(taken["params"]["head"]["bias"], np.ones(2))
   again = relayout(taken, scan_layers=True)
   np.testing.assert_array_equal(again["params"]["encoder"]["blocks"]["kernel"], layers)
   empty = {"params": {"encoder": {"blocks": {"kernel": np.zeros((3, 2, 2))}}, "head": {}}}
-  back = adapt(taken, {"params": {**empty["params"], "head": {"bias": np.zeros(2)}}}, "a run")
+  back = fit_to_model(
+    taken, {"params": {**empty["params"], "head": {"bias": np.zeros(2)}}}, "a run"
+  )
   np.testing.assert_array_equal(back["params"]["encoder"]["blocks"]["kernel"], layers)
   deeper = {f"block_{i}": {"kernel": np.zeros((2, 2))} for i in range(4)}
   model = {"params": {"encoder": deeper, "head": {"bias": np.zeros(2)}}}
   with pytest.raises(ValueError, match=r"encoder/block_0/kernel is missing.* and 2 more"):
-    adapt(scanned, model, "a run")
+    fit_to_model(scanned, model, "a run")
 
 
 def test_pixel_positions_are_resized_as_a_grid():
   source = np.random.default_rng(0).normal(size=(16, WIDTH)).astype(np.float32)
   model = {"params": {"position_embedding": np.zeros((36, WIDTH), np.float32)}}
-  taken = adapt({"params": {"position_embedding": source}}, model, "a run")
+  taken = fit_to_model({"params": {"position_embedding": source}}, model, "a run")
   expected = resize_position_grid(source, (4, 4), (6, 6))
   np.testing.assert_array_equal(taken["params"]["position_embedding"], expected)
 
@@ -117,7 +121,7 @@ def test_a_run_that_diverged_is_no_start(value):
   source = variables(10)
   source["params"]["cls_token"][0, 0, 1] = value
   with pytest.raises(ValueError, match=r"params/cls_token"):
-    adapt(source, variables(10, seed=1), "a run")
+    fit_to_model(source, variables(10, seed=1), "a run")
 
 
 def test_many_arrays_that_are_not_finite_are_counted():

@@ -26,20 +26,20 @@ def principal_filters(
   kept = directions[:count]
   largest = np.take_along_axis(kept, np.abs(kept).argmax(axis=1)[:, None], axis=1)
   kept = kept * np.where(largest < 0, -1.0, 1.0)
-  shares = singular[:count] ** 2 / max(float((singular**2).sum()), 1e-300)
-  return kept.reshape(-1, *kernel.shape[:3]).astype(np.float32), shares.astype(np.float32)
+  fractions = singular[:count] ** 2 / max(float((singular**2).sum()), 1e-300)
+  return kept.reshape(-1, *kernel.shape[:3]).astype(np.float32), fractions.astype(np.float32)
 
 
 def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = False) -> Figure:
   """Draws filters of a layer, or `principal` components, scaled to the largest entry; gray is 0."""
   side = f"{kernel.shape[0]} × {kernel.shape[1]} pixels"
   if principal:
-    filters, shares = principal_filters(kernel)
+    filters, fractions = principal_filters(kernel)
     title = "Components of the patch embedding"
-    said = f"the first {len(filters)}, {side}, {shares.sum():.0%} of the filters' variance"
+    subtitle = f"the first {len(filters)}, {side}, {fractions.sum():.0%} of the filters' variance"
   else:
     filters = np.moveaxis(np.asarray(kernel, np.float32), -1, 0)[:63]
-    title, said = "Filters of the first layer", f"{len(filters)} of {kernel.shape[-1]}, {side}"
+    title, subtitle = "Filters of the first layer", f"{len(filters)} of {kernel.shape[-1]}, {side}"
   if filters.shape[-1] != 3:
     filters = filters.mean(axis=-1, keepdims=True).repeat(3, axis=-1)
   largest = np.maximum(np.abs(filters).max(axis=(1, 2, 3), keepdims=True), 1e-12)
@@ -50,7 +50,7 @@ def draw_filters(kernel: Float[np.ndarray, "kh kw c n"], *, principal: bool = Fa
   tiles = np.concatenate([tiles, blank]).reshape(rows, columns, *tiles.shape[1:])
   figure = Figure(figsize=(max(0.62 * columns + 0.6, 4.6), 0.62 * rows + 0.95), dpi=110)
   draw_mosaic(add_axes(figure, 0.3, 0.2, 0.62 * columns, 0.62 * rows), tiles)
-  write_title(figure, title, said)
+  write_title(figure, title, subtitle)
   return figure
 
 

@@ -90,14 +90,14 @@ def draw_ranking(
 def draw_confusion(matrix: Integer[np.ndarray, "k k"], class_names: Sequence[str] = ()) -> Figure:
   """Draws fractions of class i (row) predicted as j; counts up to 20 classes, names up to 60."""
   classes = len(matrix)
-  shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+  fractions = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
   side = float(np.clip(0.42 * classes, 3.2, 9.0))
   figure = Figure(figsize=(side + 2.2, side + 1.7), dpi=110, layout="constrained")
   ax = figure.subplots()
-  image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+  image = ax.imshow(fractions, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
   for row, column in zip(*np.nonzero(matrix), strict=True) if classes <= 20 else ():
     style = {"ha": "center", "va": "center", "fontsize": 8}
-    color = "white" if shares[row, column] > 0.5 else "black"
+    color = "white" if fractions[row, column] > 0.5 else "black"
     ax.text(column, row, str(matrix[row, column]), color=color, **style)
   ax.set_xlabel("predicted", fontsize=10)
   ax.set_ylabel("label", fontsize=10)
@@ -111,8 +111,8 @@ def draw_confusion(matrix: Integer[np.ndarray, "k k"], class_names: Sequence[str
   bar.set_label("fraction of the row", fontsize=9)
   bar.ax.tick_params(labelsize=8)
   bar.outline.set_visible(False)  # pyrefly: ignore[not-callable]
-  said = f"Confusion matrix: {int(np.trace(matrix))} of {int(matrix.sum())} correct"
-  ax.set_title(said, loc="left", weight="bold", pad=10)
+  title = f"Confusion matrix: {int(np.trace(matrix))} of {int(matrix.sum())} correct"
+  ax.set_title(title, loc="left", weight="bold", pad=10)
   return figure
 
 
@@ -203,5 +203,5 @@ def _describe(label: Any, class_names: Sequence[str], length: int) -> str:
     return "no label"
   if len(heaviest) == 1 or np.all(weights[weights > 0] == 1):
     return "\n".join(shorten(name_of(i, class_names), length) for i in heaviest)
-  shares, names = weights / weights.sum(), {i: name_of(i, class_names) for i in heaviest}
-  return "\n".join(f"{shares[i]:.0%} {shorten(name, length - 4)}" for i, name in names.items())
+  fractions, names = weights / weights.sum(), {i: name_of(i, class_names) for i in heaviest}
+  return "\n".join(f"{fractions[i]:.0%} {shorten(name, length - 4)}" for i, name in names.items())

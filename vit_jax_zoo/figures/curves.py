@@ -49,9 +49,9 @@ def draw_probe(
   ax.annotate(note, (best, percent[best]), (0, 12), "data", "offset points", ha=side)
   style = {"textcoords": "offset points", "ha": "right", "color": QUIET, "fontsize": 9}
   for name, value in references:
-    at, said = 100 * value, f"{name}: {100 * value:.1f} %"
+    at, label = 100 * value, f"{name}: {100 * value:.1f} %"
     ax.axhline(at, color=QUIET, linewidth=1.2, linestyle="--")
-    ax.annotate(said, (1, at), (-4, 4), ("axes fraction", "data"), **style)
+    ax.annotate(label, (1, at), (-4, 4), ("axes fraction", "data"), **style)
   ax.margins(y=0.25)
   return figure
 

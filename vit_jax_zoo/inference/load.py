@@ -45,7 +45,7 @@ def load_pretrained(path: str, **options: Any) -> Pretrained:
   return Pretrained(
     run.model,
     dict(run.variables),
-    preprocess if run.wanted is None else preprocess.at_size(run.wanted),
+    preprocess if run.requested_size is None else preprocess.at_size(run.requested_size),
     {**config, "image_size": run.size},
     task=run.task_name,
     task_fields=task_fields,
@@ -113,11 +113,11 @@ def _height_width(size: int | Sequence[int]) -> tuple[int, int]:
   return height, width
 
 
-def _at_size(transform: Transform, seen: tuple[int, int], size: tuple[int, int]) -> Transform:
-  """Returns an evaluation's transform with its sizes scaled from images of `seen` to `size`."""
+def _at_size(transform: Transform, old_size: Size, new_size: Size) -> Transform:
+  """Returns an evaluation's transform with its sizes scaled from `old_size` to `new_size`."""
   if not isinstance(transform, Resize | ResizeSmall | CentralCrop):
     return transform
-  ratios = [new / old for new, old in zip(size, seen, strict=True)]
+  ratios = [new / old for new, old in zip(new_size, old_size, strict=True)]
   if isinstance(transform, ResizeSmall):
     return dataclasses.replace(transform, size=round(transform.size * max(ratios)))
   height, width = _height_width(transform.size)
@@ -150,8 +150,8 @@ class _Run:
   data: RunData  # metadata of its datasets
   variables: Variables  # of the best checkpoint, numpy arrays that fit `model`
   model: Any
-  seen: Size | None  # height and width of the images that it was trained on, if known
-  wanted: Size | None  # those that the user requested
+  trained_size: Size | None  # height and width of the images that it was trained on, if known
+  requested_size: Size | None  # those that the user requested
 
   @classmethod
   def read(cls, path: str, options: Mapping[str, Any]) -> "_Run":
@@ -162,19 +162,19 @@ class _Run:
     if data.num_classes is None:
       data = dataclasses.replace(data, num_classes=_count_classes(variables))
     options = dict(options)
-    wanted = options.pop("image_size", None)
+    requested_size = options.pop("image_size", None)
     model = create_model(**{**_frozen(fill_from_data(config["model"], data)), **options})
     shape = data.shapes.get("image")
-    seen = (int(shape[0]), int(shape[1])) if shape else getattr(model, "image_size", None)
-    wanted = None if wanted is None else _height_width(wanted)
-    run = cls(path, config, data, variables, model, seen, wanted)
-    is_other = run.size != seen or options.get("num_classes") is not None
+    trained_size = (int(shape[0]), int(shape[1])) if shape else getattr(model, "image_size", None)
+    requested_size = None if requested_size is None else _height_width(requested_size)
+    run = cls(path, config, data, variables, model, trained_size, requested_size)
+    is_other = run.size != trained_size or options.get("num_classes") is not None
     return dataclasses.replace(run, variables=_refitted(run) if is_other else _adapted(run))
 
   @property
   def size(self) -> Size | None:
     """Height and width of the images for inference, if known."""
-    return self.wanted or self.seen
+    return self.requested_size or self.trained_size
 
   @property
   def task_name(self) -> str:
@@ -208,13 +208,13 @@ class _Run:
 
   def prepare(self) -> Callable[[Image], Mapping[str, Any]]:
     """Returns the function from a user's image to an example of an evaluation."""
-    wanted, transforms = self.wanted, self.transforms()
+    size, transforms = self.requested_size, self.transforms()
     if self.config.get("preprocess"):
       preprocess = self.preprocess()
-      preprocess = preprocess.at_size(wanted) if wanted else preprocess
+      preprocess = preprocess.at_size(size) if size else preprocess
       return functools.partial(_prepare_published, preprocess)
-    if wanted:
-      transforms = tuple(_at_size(each, self.seen or wanted, wanted) for each in transforms)
+    if size:
+      transforms = tuple(_at_size(each, self.trained_size or size, size) for each in transforms)
     return functools.partial(_prepare_for_run, transforms, self.size, self.fit)
 
   def preprocess(self) -> Preprocess:
@@ -224,14 +224,14 @@ class _Run:
     fields, task_class = self.task_fields(), tasks()[self.task_name]
     names = ("image_mean", "image_std")
     mean, std = (_frozen(fields.get(n, getattr(task_class, n, 0.5))) for n in names)
-    target = self.seen or (224, 224)
+    target = self.trained_size or (224, 224)
     transforms: dict[type, Any] = {type(transform): transform for transform in self.transforms()}
     if (shorter := transforms.get(ResizeShorter)) is not None:
       side, limit = (int(np.ravel(shorter.shorter)[0]),) * 2, shorter.longest
       return Preprocess(side, mean, std, "shorter_side", "bilinear", max_side=limit)
     if CentralCrop in transforms and (small := transforms.get(ResizeSmall)) is not None:
-      share = crop_fraction(target[0], int(small.size))
-      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=share)
+      fraction = crop_fraction(target[0], int(small.size))
+      return Preprocess(target, mean, std, "crop", "bilinear", crop_pct=fraction)
     if (resize := transforms.get(Resize)) is not None:
       # Filters other than bilinear are antialiased.
       name = "tf_bilinear" if resize.method == "bilinear" else "bilinear"
@@ -289,5 +289,5 @@ def _refitted(run: _Run) -> Variables:
   images = jax.ShapeDtypeStruct((1, *(run.size or (224, 224)), 3), np.float32)
   shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), images)
   fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  grids = [None if s is None else token_grid(s) for s in (run.seen, run.size)]
-  return weights.adapt(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])
+  grids = [None if s is None else token_grid(s) for s in (run.trained_size, run.size)]
+  return weights.fit_to_model(run.variables, fresh, run.path, source_grid=grids[0], grid=grids[1])

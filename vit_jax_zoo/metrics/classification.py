@@ -84,12 +84,12 @@ class ClassificationEvaluator(Evaluator):
     return matrix
 
   def _class_scores(self) -> dict[str, float]:
-    seen: collections.Counter[int] = collections.Counter()
+    totals: collections.Counter[int] = collections.Counter()
     for (label, _), count in self.pairs.items():
-      seen[label] += count
-    shares = {label: self.pairs[label, label] / seen[label] for label in sorted(seen)}
-    scores = {f"accuracy/{name_of(i, self.class_names)}": share for i, share in shares.items()}
-    return {"mean_class_accuracy": sum(shares.values()) / len(shares)} | scores
+      totals[label] += count
+    accuracies = {label: self.pairs[label, label] / totals[label] for label in sorted(totals)}
+    scores = {f"accuracy/{name_of(i, self.class_names)}": value for i, value in accuracies.items()}
+    return {"mean_class_accuracy": sum(accuracies.values()) / len(accuracies)} | scores
 
 
 def is_correct(

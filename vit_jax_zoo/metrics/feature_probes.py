@@ -59,7 +59,7 @@ class FeatureProbe(abc.ABC):
   """Base of all probes; see `PROBES` for their names."""
 
   title: ClassVar[str]
-  votes: ClassVar[bool] = False  # over several views of a test image
+  majority_vote: ClassVar[bool] = False  # over several views of a test image
 
   # Also evaluate so many consecutive layers around the selected one, as "concatenated"; odd, or 0.
   concatenate: int = 0
@@ -74,16 +74,16 @@ class FeatureProbe(abc.ABC):
     """Scores each kind of feature; `held_out` images of `fit` (default: a tenth) select."""
 
     def score(names: Sequence[str]) -> FeatureScore:
-      known, asked = (
+      train_rows, test_rows = (
         Rows(np.concatenate([data.features[n] for n in names], axis=-1), data.labels)
         for data in (fit, test)
       )
-      if not self.votes and asked.features.ndim == 3:
-        asked = Rows(asked.features[:, 0], asked.labels)
-      if len(fit.features) == 1 and not self.votes:
-        return FeatureScore(self.score(known, asked))
+      if not self.majority_vote and test_rows.features.ndim == 3:
+        test_rows = Rows(test_rows.features[:, 0], test_rows.labels)
+      if len(fit.features) == 1 and not self.majority_vote:
+        return FeatureScore(self.score(train_rows, test_rows))
       held = hold_out(fit.labels) if held_out is None else held_out
-      return self.select_and_score(known, asked, held)
+      return self.select_and_score(train_rows, test_rows, held)
 
     found = {name: score([name]) for name in fit.features}
     if self.concatenate:
@@ -104,7 +104,7 @@ class FeatureProbe(abc.ABC):
 class _LinearProbe(FeatureProbe):
   """A classifier with a hyperparameter, which is selected on held-out images."""
 
-  votes = True
+  majority_vote = True
   candidates: ClassVar[str]  # field with the values to choose from; without "s", the score's name
 
   def select_and_score(self, fit: Rows, test: Rows, held_out: np.ndarray) -> FeatureScore:
@@ -299,9 +299,10 @@ class NearestNeighbours(FeatureProbe):
   temperature: float | None = 0.07  # None: equal weights
 
   def score(self, fit: Rows, test: Rows) -> dict[str, float]:
-    shares = {k: float((found == test.labels).mean()) for k, found in self.classify(fit, test)}
-    headline = 20 if 20 in shares else max(shares)
-    return {"accuracy": shares[headline]} | {f"{k}_nn": share for k, share in shares.items()}
+    accuracies = {k: float((found == test.labels).mean()) for k, found in self.classify(fit, test)}
+    headline = 20 if 20 in accuracies else max(accuracies)
+    by_count = {f"{k}_nn": accuracy for k, accuracy in accuracies.items()}
+    return {"accuracy": accuracies[headline]} | by_count
 
   def classify(self, fit: Rows, test: Rows) -> list[tuple[int, Int[np.ndarray, " m"]]]:
     """Returns the numbers of neighbours, each with the predicted labels of the test images."""

@@ -23,7 +23,7 @@ class Mixing:
   mixup_alpha: float | int | None = None  # of mixup's Beta distribution; None or 0: no mixup
   cutmix_alpha: float | int | None = None  # of CutMix's Beta distribution; None or 0: no CutMix
   probability: float | int = 1.0  # of mixing (timm's `mixup_prob`)
-  cutmix_share: float | int = 0.5  # of CutMix if both are on (timm's `mixup_switch_prob`)
+  cutmix_fraction: float | int = 0.5  # of CutMix if both are on (timm's `mixup_switch_prob`)
   unit: str = "batch"  # of one draw: "batch" (big_vision, timm) or "example" (timm's `elem`)
 
   def __post_init__(self) -> None:
@@ -32,10 +32,10 @@ class Mixing:
     for field, alpha in alphas.items():
       if alpha is not None and alpha < 0:
         raise ValueError(f"{field}: {alpha}; expected a number of at least 0, or None")
-    shares = {"mix_probability": self.probability, "cutmix_share": self.cutmix_share}
-    for field, share in shares.items():
-      if not 0 <= share <= 1:
-        raise ValueError(f"{field}: {share}; expected a number in [0, 1]")
+    fractions = {"mix_probability": self.probability, "cutmix_fraction": self.cutmix_fraction}
+    for field, fraction in fractions.items():
+      if not 0 <= fraction <= 1:
+        raise ValueError(f"{field}: {fraction}; expected a number in [0, 1]")
 
   @property
   def is_on(self) -> bool:
@@ -51,15 +51,15 @@ def mix_examples(
   mixing: Mixing,
 ) -> tuple[Float[Array, "b h w c"], Float[Array, "b k"]]:
   """Returns images and targets (label weights), mixed alike; padding and its successor are not."""
-  shares, from_self = _draw(rng, images.shape[0], (images.shape[1], images.shape[2]), mixing)
+  fractions, from_self = _draw(rng, images.shape[0], (images.shape[1], images.shape[2]), mixing)
   whole = ~(mask & jnp.roll(mask, 1))
-  shares = jnp.where(whole, 1.0, shares)
+  fractions = jnp.where(whole, 1.0, fractions)
   from_self = jnp.where(whole[:, None, None], 1.0, from_self)[..., None]
   # Padding may contain NaN: it is replaced, not multiplied by 0.
   other_images = jnp.where(whole[:, None, None, None], images, jnp.roll(images, 1, axis=0))
   other_targets = jnp.where(whole[:, None], targets, jnp.roll(targets, 1, axis=0))
   mixed = images * from_self + other_images * (1 - from_self)
-  return mixed, targets * shares[:, None] + other_targets * (1 - shares[:, None])
+  return mixed, targets * fractions[:, None] + other_targets * (1 - fractions[:, None])
 
 
 def _draw(
@@ -69,22 +69,22 @@ def _draw(
   draws = 1 if mixing.unit == "batch" else count
   which, whether, how_much, where = jax.random.split(rng, 4)
   ones = jnp.ones((draws, *size), jnp.float32)
-  shares, pixels = jnp.ones(draws, jnp.float32), ones
+  fractions, pixels = jnp.ones(draws, jnp.float32), ones
   if mixing.mixup_alpha:
     drawn = jax.random.beta(how_much, mixing.mixup_alpha, mixing.mixup_alpha, (draws,))
     # The larger fraction is the example's own, so that its label stays the mixture's largest.
-    shares = jnp.maximum(drawn, 1 - drawn)
-    pixels = jnp.broadcast_to(shares[:, None, None], ones.shape)
+    fractions = jnp.maximum(drawn, 1 - drawn)
+    pixels = jnp.broadcast_to(fractions[:, None, None], ones.shape)
   if mixing.cutmix_alpha:
-    cut_shares, cut_pixels = _cut(where, mixing.cutmix_alpha, draws, size)
+    cut_fractions, cut_pixels = _cut(where, mixing.cutmix_alpha, draws, size)
     always = not mixing.mixup_alpha
-    cut = jax.random.uniform(which, (draws,)) < (1.0 if always else mixing.cutmix_share)
-    shares = jnp.where(cut, cut_shares, shares)
+    cut = jax.random.uniform(which, (draws,)) < (1.0 if always else mixing.cutmix_fraction)
+    fractions = jnp.where(cut, cut_fractions, fractions)
     pixels = jnp.where(cut[:, None, None], cut_pixels, pixels)
   mixed = jax.random.uniform(whether, (draws,)) < mixing.probability
-  shares = jnp.where(mixed, shares, 1.0)
+  fractions = jnp.where(mixed, fractions, 1.0)
   pixels = jnp.where(mixed[:, None, None], pixels, 1.0)
-  return jnp.broadcast_to(shares, (count,)), jnp.broadcast_to(pixels, (count, *size))
+  return jnp.broadcast_to(fractions, (count,)), jnp.broadcast_to(pixels, (count, *size))
 
 
 def _cut(

@@ -47,7 +47,7 @@ class Classification(base.Task):
   mixup_alpha: float | int | None = None  # see `ops.mixup`; None: off
   cutmix_alpha: float | int | None = None  # None: off
   mix_probability: float | int = 1.0
-  cutmix_share: float | int = 0.5  # probability of CutMix if both alphas are set
+  cutmix_fraction: float | int = 0.5  # probability of CutMix if both alphas are set
   mix_per: str = "batch"  # one draw per micro-batch, or per "example"
   image_mean: float | tuple[float, ...] = 0.5  # see `normalize_images`; 0.5 and 0.5: [-1, 1]
   image_std: float | tuple[float, ...] = 0.5
@@ -173,7 +173,7 @@ class Classification(base.Task):
 
   @property
   def _mixing(self) -> Mixing:
-    rates = self.mixup_alpha, self.cutmix_alpha, self.mix_probability, self.cutmix_share
+    rates = self.mixup_alpha, self.cutmix_alpha, self.mix_probability, self.cutmix_fraction
     return Mixing(*rates, self.mix_per)
 
   def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

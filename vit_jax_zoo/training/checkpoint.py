@@ -219,23 +219,23 @@ def restore_variables(
   places = _places(saved) if item.name == STATE else {key: key for key in saved}
   found = {path: saved[key] for path, key in places.items()}
   if abstract_variables is None:
-    wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in found.items()}
+    target = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in found.items()}
     arguments = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in found}
   else:
-    wanted = {path: _placed(leaf) for path, leaf in _by_path(abstract_variables).items()}
-    arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+    target = {path: _placed(leaf) for path, leaf in _by_path(abstract_variables).items()}
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
     left = tuple(f"{part}/" for part in left_out)
     read = [path for path in found if not path.startswith(left)]
-    _check_fits(wanted, found, read, f"the checkpoint {directory} does not fit this model")
+    _check_fits(target, found, read, f"the checkpoint {directory} does not fit this model")
   like, restore_args = (
-    traverse_util.unflatten_dict({places[path]: flat[path] for path in wanted}, sep="/")
-    for flat in (wanted, arguments)
+    traverse_util.unflatten_dict({places[path]: flat[path] for path in target}, sep="/")
+    for flat in (target, arguments)
   )
   with _damage_reported(directory, advice):
     partial = ocp.args.PyTreeRestore(like, restore_args=restore_args, partial_restore=True)
     restored = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(item, args=partial)
   restored = traverse_util.flatten_dict(restored, sep="/")
-  return traverse_util.unflatten_dict({path: restored[places[path]] for path in wanted}, sep="/")
+  return traverse_util.unflatten_dict({path: restored[places[path]] for path in target}, sep="/")
 
 
 def _places(saved: Iterable[str]) -> dict[str, str]:

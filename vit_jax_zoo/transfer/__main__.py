@@ -35,7 +35,7 @@ from absl import flags, logging
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vit_jax_zoo import cli as command_line
+from vit_jax_zoo import cli
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 from vit_jax_zoo.inference.load import load
@@ -151,4 +151,4 @@ def _curve(scores: Mapping[str, float]) -> tuple[list[int], list[float], list[fl
 
 
 if __name__ == "__main__":
-  command_line.run(main, define_flags, renamed={"workdir": "model"})
+  cli.run(main, define_flags, renamed={"workdir": "model"})

@@ -59,14 +59,16 @@ VTAB = {
   "eurosat": _task(SPECIALIZED, "eurosat/rgb", _cut(60, 80)),
   "resisc45": _task(SPECIALIZED, "resisc45", _cut(60, 80)),
   "diabetic_retinopathy": _task(SPECIALIZED, _RETINOPATHY, _OWN),
-  "clevr_count": _task(STRUCTURED, "clevr", _CLEVR, label_rule="clevr_count"),
-  "clevr_distance": _task(STRUCTURED, "clevr", _CLEVR, label_rule="clevr_distance"),
+  "clevr_count": _task(STRUCTURED, "clevr", _CLEVR, derived_labels="clevr_count"),
+  "clevr_distance": _task(STRUCTURED, "clevr", _CLEVR, derived_labels="clevr_distance"),
   "dmlab": _task(STRUCTURED, "dmlab", _OWN),
   **{
-    f"dsprites_{rule}": _task(STRUCTURED, "dsprites", _cut(80, 90), label_rule=f"dsprites_{rule}")
+    f"dsprites_{rule}": _task(
+      STRUCTURED, "dsprites", _cut(80, 90), derived_labels=f"dsprites_{rule}"
+    )
     for rule in ("x_position", "orientation")
   },
-  "kitti_distance": _task(STRUCTURED, "kitti", _OWN, label_rule="kitti_distance"),
+  "kitti_distance": _task(STRUCTURED, "kitti", _OWN, derived_labels="kitti_distance"),
   "smallnorb_azimuth": _task(STRUCTURED, "smallnorb", **_NORB, label_key="label_azimuth"),
   "smallnorb_elevation": _task(STRUCTURED, "smallnorb", **_NORB, label_key="label_elevation"),
 }

@@ -3,7 +3,7 @@
 Files that cannot be read or do not fit a model raise `WeightsError`: one line, with all problems.
 """
 
-from vit_jax_zoo.weights.finetune_init import adapt, relayout
+from vit_jax_zoo.weights.finetune_init import fit_to_model, relayout
 from vit_jax_zoo.weights.key_map import WeightsError, check_finite
 from vit_jax_zoo.weights.load import Pretrained, load_into, load_pretrained
 from vit_jax_zoo.weights.preprocess import Preprocess
@@ -13,9 +13,9 @@ __all__ = [
   "Preprocess",
   "Pretrained",
   "WeightsError",
-  "adapt",
   "check_finite",
   "find_files",
+  "fit_to_model",
   "load_into",
   "load_parts",
   "load_pretrained",

@@ -29,7 +29,7 @@ Grids: TypeAlias = tuple[Grid | None, Grid | None]
 """Of the source and the model; None if unknown."""
 
 
-def adapt(
+def fit_to_model(
   source: Mapping[str, Any],
   variables: Mapping[str, Any],
   name: str,

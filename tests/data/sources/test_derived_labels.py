@@ -87,32 +87,36 @@ def folder(tmp_path_factory):
 
 
 def test_a_prepared_dataset_gives_them(folder):
-  source = load_source(f"tfds:{folder}", "train", label_rule="clevr_count", image_key="image")
+  source = load_source(f"tfds:{folder}", "train", derived_labels="clevr_count", image_key="image")
   assert [source[i]["label"] for i in range(3)] == [0, 1, 2]
   assert source.info.num_classes == 8
-  source = load_source(f"tfds:{folder}", "train", label_rule="clevr_distance", image_key="image")
+  source = load_source(
+    f"tfds:{folder}", "train", derived_labels="clevr_distance", image_key="image"
+  )
   assert [source[i]["label"] for i in range(3)] == [2, 2, 2]
   assert pixels(source[1]["image"]).max() == 1
-  source = load_source(f"tfds:{folder}", "train[1:]", label_rule="dsprites_x_position")
+  source = load_source(f"tfds:{folder}", "train[1:]", derived_labels="dsprites_x_position")
   assert [source[i]["label"] for i in range(2)] == [5, 10]
   np.testing.assert_array_equal(np.unique(pixels(source[0]["image"])), [0, 255])
   assert pixels(source[0]["image"]).shape == (4, 4, 3)
 
 
 def test_what_a_dataset_does_not_have_is_one_line(folder):
-  with pytest.raises(ValueError, match="unknown label_rule 'clevr'; did you mean 'clevr_count'"):
-    load_source(f"tfds:{folder}", "train", label_rule="clevr")
-  with pytest.raises(ValueError, match="has no feature 'label_orientation', which the label_rule"):
-    load_source(f"tfds:{folder}", "train", label_rule="dsprites_orientation")
+  with pytest.raises(
+    ValueError, match="unknown derived_labels 'clevr'; did you mean 'clevr_count'"
+  ):
+    load_source(f"tfds:{folder}", "train", derived_labels="clevr")
+  with pytest.raises(ValueError, match="has no feature 'label_orientation'; derived_labels="):
+    load_source(f"tfds:{folder}", "train", derived_labels="dsprites_orientation")
   with pytest.raises(ValueError, match="label_key='objects'"):
-    load_source(f"tfds:{folder}", "train", label_rule="clevr_count", label_key="objects")
+    load_source(f"tfds:{folder}", "train", derived_labels="clevr_count", label_key="objects")
 
 
 def test_vtab_has_its_nineteen_tasks():
   groups = [task.group for task in benchmarks.VTAB.values()]
   assert [groups.count(group) for group in ("natural", "specialized", "structured")] == [7, 4, 8]
-  rules = [task.options["label_rule"] for task in benchmarks.VTAB.values()
-           if "label_rule" in task.options]  # fmt: skip
+  rules = [task.options["derived_labels"] for task in benchmarks.VTAB.values()
+           if "derived_labels" in task.options]  # fmt: skip
   assert sorted(rules) == sorted(RULES)
 
 

@@ -23,7 +23,7 @@ from vit_jax_zoo.systems.detr import weights_hf as detr_hf
 from vit_jax_zoo.systems.detr import weights_official as detr_official
 from vit_jax_zoo.systems.detr.model import Detr
 from vit_jax_zoo.tasks import create_task
-from vit_jax_zoo.weights import WeightsError, adapt, load_into, load_parts, relayout
+from vit_jax_zoo.weights import WeightsError, fit_to_model, load_into, load_parts, relayout
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.key_map import unroll
 from vit_jax_zoo.weights.load import flatten_variables
@@ -321,7 +321,7 @@ def test_a_run_hands_over_all_but_its_classes(load):
   source, model = load("detr_a").variables, load("detr_a").model.clone(num_classes=4)
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   fresh = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
-  taken = flatten_variables(adapt(source, fresh, "the run"))
+  taken = flatten_variables(fit_to_model(source, fresh, "the run"))
   for key, array in flatten_variables(source).items():
     if key.startswith("class_head/"):
       assert (taken[key] == 0.5).all()

@@ -60,7 +60,7 @@ def open_splits(
   label_key: str | None = None,  # default: `label`, else `labels`, else none
   *,
   panoptic: bool = False,  # read segments of things and stuff
-  label_rule: str | None = None,  # derives the labels from other features; a key of `RULES`
+  derived_labels: str | None = None,  # derives the labels from other features; a key of `RULES`
 ) -> Splits:
   """Opens a prepared dataset; its features decide the task.
 
@@ -73,14 +73,14 @@ def open_splits(
   is_path = location.startswith((os.sep, "~", ".")) or os.path.isabs(location)
   folder = at_path(location) if is_path or is_remote(location) else _find(location, data_dir)
   keys = (image_key, label_key)
-  return open_folder(folder, f"tfds:{location}", keys, label_rule, panoptic=panoptic)
+  return open_folder(folder, f"tfds:{location}", keys, derived_labels, panoptic=panoptic)
 
 
 def open_folder(
   folder: epath.PathLike,
   name: str,  # in messages
   keys: tuple[str | None, str | None] = (None, None),  # features of images and labels
-  label_rule: str | None = None,
+  derived_labels: str | None = None,
   *,
   panoptic: bool = False,
 ) -> Splits:
@@ -92,8 +92,8 @@ def open_folder(
     raise ValueError(f"{folder}: dataset_info.json or features.json is damaged ({said})") from None
   features, whole, encoded = builder.info.features, DatasetInfo(name, 0), PAIR
   has_boxes = any(_has_boxes(features, key) for key in OBJECTS.values())
-  if label_rule is not None:
-    whole, encoded, make = _derived(features, name, *keys, label_rule)
+  if derived_labels is not None:
+    whole, encoded, make = _derived(features, name, *keys, derived_labels)
   elif panoptic or (keys == (None, None) and has_boxes):
     whole, encoded, make = _objects(features, name, panoptic=panoptic)
   elif maps := _label_maps(features, *keys):
@@ -202,17 +202,17 @@ RULES = {
 
 
 def _derived(
-  features: Any, name: str, image_key: str | None, label_key: str | None, label_rule: str
+  features: Any, name: str, image_key: str | None, label_key: str | None, derived_labels: str
 ) -> tuple[DatasetInfo, Sequence[str], Maker]:
   """Returns classes, encoded features and examples with labels derived from other features."""
   if label_key is not None:
-    raise ValueError(f"label_rule={label_rule!r} and label_key={label_key!r}: set one of them")
-  check_names("label_rule", [label_rule], RULES)
-  rule = RULES[label_rule]
+    raise ValueError(f"{derived_labels=} and {label_key=}: set one of them")
+  check_names("derived_labels", [derived_labels], RULES)
+  rule = RULES[derived_labels]
   image_key, _ = _keys(features, name, image_key, None)
   for key in rule.keys:
     if key not in features:
-      raise ValueError(f"{name} has no feature {key!r}, which the label_rule {label_rule!r} reads")
+      raise ValueError(f"{name} has no feature {key!r}; {derived_labels=} reads it")
   make = functools.partial(_derived_example, image_key=image_key, rule=rule)
   return DatasetInfo(name, 0, rule.num_classes), _images(features), make
 

@@ -115,19 +115,19 @@ def explain_attention(
 
   `run` returns the transformer's intermediates of a batch; its model pads images to
   `size_multiple`. The position is the batch's `query_position` float [b 2], relative to the images'
-  sides, or `target_centers`. Returns `image`; `places` [b 2]; `sizes` int32 [l 2] and `levels`, see
-  `attention_rows`.
+  sides, or `target_centers`. Returns `image`; `positions` [b 2]; `sizes` int32 [l 2] and `levels`,
+  see `attention_rows`.
   """
   batch = {key: jnp.asarray(value)[:MOST_IMAGES] for key, value in batch.items()}
   batch = pad_batch(batch, size_multiple)
-  places = jnp.asarray(batch.get("query_position", target_centers(batch)), jnp.float32)
+  positions = jnp.asarray(batch.get("query_position", target_centers(batch)), jnp.float32)
   sown = run(batch)
-  levels, sizes = attention_rows(sown, places), jnp.asarray(_level_sizes(sown), jnp.int32)
-  return {"image": batch["image"], "places": places, "sizes": sizes, "levels": levels}
+  levels, sizes = attention_rows(sown, positions), jnp.asarray(_level_sizes(sown), jnp.int32)
+  return {"image": batch["image"], "positions": positions, "sizes": sizes, "levels": levels}
 
 
 def attention_rows(
-  sown: Mapping[str, Any], places: Float[Array, "b 2"]
+  sown: Mapping[str, Any], positions: Float[Array, "b 2"]
 ) -> dict[str, Float[Array, "b _ _"]]:
   """Returns the attention weights of the query at a relative position, as maps over the keys.
 
@@ -142,11 +142,11 @@ def attention_rows(
     )
   found = {}
   for level, size in enumerate(sizes):
-    found[str(level)] = _rows(sown[f"self_{level}"]["weights"][0], size, size, places)
+    found[str(level)] = _rows(sown[f"self_{level}"]["weights"][0], size, size, positions)
   for level in range(1, len(sizes)):
     weights = sown.get(f"ground_0_{level}", {}).get("weights")
     if weights is not None and weights[0].ndim == 3:
-      found[f"0 {level}"] = _rows(weights[0], sizes[0], sizes[level], places)
+      found[f"0 {level}"] = _rows(weights[0], sizes[0], sizes[level], positions)
   return found
 
 
@@ -161,10 +161,10 @@ def _rows(
   weights: Float[Array, "b n m"],
   queries: tuple[int, int],
   keys: tuple[int, int],
-  places: Float[Array, "b 2"],
+  positions: Float[Array, "b 2"],
 ) -> Float[Array, "b _ _"]:
   size = jnp.asarray(queries, jnp.int32)[None]
-  at = jnp.minimum((places * size.astype(jnp.float32)).astype(jnp.int32), size - 1)
+  at = jnp.minimum((positions * size.astype(jnp.float32)).astype(jnp.int32), size - 1)
   index = at[:, 0] * queries[1] + at[:, 1]
   rows = jnp.take_along_axis(weights, index[:, None, None], axis=1)[:, 0]
   if rows.shape[-1] != keys[0] * keys[1]:  # keys pooled with stride 2
@@ -203,7 +203,7 @@ def draw_attention(explanation: Mapping[str, Any], level_names: Sequence[str]) -
   figure, grid = _grid(len(images), ("query: ring", *titles), images.shape[1:3])
   for row, axes in enumerate(grid):
     axes[0].imshow(np.clip(images[row], 0, 255).astype(np.uint8), interpolation="nearest")
-    y, x = explanation["places"][row] * images.shape[1:3] - 0.5
+    y, x = explanation["positions"][row] * images.shape[1:3] - 0.5
     axes[0].plot(x, y, "o", mfc="none", mec="k", mew=3, ms=10)
     axes[0].plot(x, y, "o", mfc="none", mec="w", ms=10)
     for ax, key in zip(axes[1:], keys, strict=True):

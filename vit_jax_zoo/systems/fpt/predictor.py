@@ -46,8 +46,8 @@ class SegmentationPredictor:
     pictures: dict[str, Picture] = {"": overlay, "labels": colors, "ids": labels}
     if self._explain:
       shown = {"image": example["image"][None, :height, :width]}
-      looked = jax.jit(self._task.explain)(self._trained.variables, shown)
-      pictures["levels"] = self._task.draw_explanation(jax.device_get(looked)).images["levels"]
+      explanation = jax.jit(self._task.explain)(self._trained.variables, shown)
+      pictures["levels"] = self._task.draw_explanation(jax.device_get(explanation)).images["levels"]
     return Prediction({"classes": self._classes(labels, confidence)}, pictures)
 
   def _classes(self, labels: np.ndarray, confidence: np.ndarray) -> list[dict[str, Any]]:

@@ -64,8 +64,8 @@ class InstancePredictor:
       box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
       place = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
       batch = {"image": prepared[None], "query_position": place[None].astype(np.float32)}
-      looked = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
-      pictures["levels"] = self._task.draw_explanation(looked).images["levels"]
+      explanation = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
+      pictures["levels"] = self._task.draw_explanation(explanation).images["levels"]
     if "box_masks" in found:
       masks = paste_masks(
         found["box_masks"][0][confident].astype(np.float64),

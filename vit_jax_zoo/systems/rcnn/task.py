@@ -212,8 +212,8 @@ class InstanceDetection(base.Task):
     propose = functools.partial(self.model.apply, method="propose", mutable=["intermediates"])
 
     def run(first: base.Batch) -> Mapping[str, Any]:
-      _, seen = propose(variables, self._images(first), image_size(first))
-      return seen["intermediates"]["neck"]
+      _, sown = propose(variables, self._images(first), image_size(first))
+      return sown["intermediates"]["neck"]
 
     return neck.explain(run, batch, self.model.size_multiple)
 
@@ -265,8 +265,8 @@ class InstanceDetection(base.Task):
       labels = foreground.astype(jnp.float32)
       objectness = optax.sigmoid_binary_cross_entropy(logits[index], labels)
       target = take_rows(target, assigned.target[index])
-      wanted = encode_boxes(target, found.anchors_xyxy[index])
-      distance = smooth_l1(deltas[index] - wanted, self.rpn_smooth_l1_beta)
+      expected = encode_boxes(target, found.anchors_xyxy[index])
+      distance = smooth_l1(deltas[index] - expected, self.rpn_smooth_l1_beta)
       objectness = jnp.where(exists, objectness, 0)
       return jnp.sum(objectness), jnp.sum(jnp.where(foreground, distance, 0))
 
@@ -303,18 +303,18 @@ class InstanceDetection(base.Task):
     deltas: Float[Array, "b r k 4"],
     rois: Rois,
     targets: Targets,
-    share: Float[Array, ""],
+    fraction: Float[Array, ""],
   ) -> dict[str, Array]:
-    """Returns the second stage's losses, times this micro-batch's share of the images."""
+    """Returns the second stage's losses, times this micro-batch's fraction of the images."""
     if logits.shape[-1] != self.num_classes + 1:
       raise ValueError(
         f"num_classes: {logits.shape[-1] - 1} in the model and {self.num_classes} in the task; "
         "expected the highest class id + 1 in both"
       )
     boxes = jax.vmap(take_rows)(targets.boxes_xyxy, rois.target)
-    wanted = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
-    distance = smooth_l1(select_class(deltas, rois.labels) - wanted, self.box_smooth_l1_beta)
-    count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / share
+    expected = encode_boxes(boxes, rois.boxes_xyxy, self.bbox_reg_weights)
+    distance = smooth_l1(select_class(deltas, rois.labels) - expected, self.box_smooth_l1_beta)
+    count = jnp.maximum(jnp.sum(rois.exists.astype(jnp.float32)), 1) / fraction
     return {
       "class_loss": jnp.sum(jnp.where(rois.exists, class_loss(logits, rois.labels), 0)) / count,
       "box_loss": jnp.sum(jnp.where(rois.foreground, distance, 0)) / count,
@@ -332,8 +332,8 @@ class InstanceDetection(base.Task):
     if not masks.shape[1]:
       return jnp.zeros(())
     crop = functools.partial(crop_masks, size=logits.shape[2])
-    wanted = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
-    loss = mask_loss(select_mask(logits, rois.labels), wanted)
+    expected = jax.vmap(crop)(masks, rois.target, rois.boxes_xyxy)
+    loss = mask_loss(select_mask(logits, rois.labels), expected)
     count = jnp.maximum(jnp.sum(rois.foreground.astype(jnp.float32)), 1)
     return jnp.sum(jnp.where(rois.foreground, loss, 0)) / count
 

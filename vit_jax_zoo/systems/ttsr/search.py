@@ -60,9 +60,9 @@ def relevance_of(
   around = _pad(queries)
 
   def add(products: Array, offset: Array) -> tuple[Array, None]:
-    theirs = _windows(references, rows + offset[0], columns + offset[1], 1)[..., 0, 0, :]
+    ref = _windows(references, rows + offset[0], columns + offset[1], 1)[..., 0, 0, :]
     ours = _shifted(around, offset, (queries.shape[1], queries.shape[2]))
-    return products + jnp.sum(ours * theirs, axis=-1), None
+    return products + jnp.sum(ours * ref, axis=-1), None
 
   # Without the checkpoint the backward pass would save all nine gathered maps.
   zeros = jnp.zeros(index.shape, queries.dtype)
@@ -124,11 +124,11 @@ def _search(
   scales = jnp.pad(scales, ((0, 0), (0, -scales.shape[1] % ref_block)))
 
   def best_of(query_start: Array) -> Array:
-    asked = query_columns(query_start)
+    query = query_columns(query_start)
 
     def compare(best: tuple[Array, Array], ref_start: Array) -> tuple[tuple[Array, Array], None]:
-      theirs = ref_columns(ref_start)
-      products = jnp.einsum("bqc,brc->bqr", asked, theirs, precision=lax.Precision.HIGHEST)
+      ref = ref_columns(ref_start)
+      products = jnp.einsum("bqc,brc->bqr", query, ref, precision=lax.Precision.HIGHEST)
       patches = products[:, :-2, :-2] + products[:, 1:-1, 1:-1] + products[:, 2:, 2:]
       scale = lax.dynamic_slice_in_dim(scales, ref_start, ref_block, axis=1)[:, None]
       cosines = jnp.where(scale > 0, patches * scale, -jnp.inf)  # times the query's norm
