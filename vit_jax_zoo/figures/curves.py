@@ -73,7 +73,8 @@ def draw_accuracies(
   percent = [100 * accuracies[name] for name in names]
   bars = ax.barh(range(len(names)), percent, color=colors, height=0.72)
   ax.bar_label(bars, [f"{value:.1f}" for value in percent], padding=4, fontsize=9)
-  ax.set_yticks(range(len(names)), names)
+  labels = [name if len(name) <= 40 else f"…{name[-39:]}" for name in names]  # the end of a path
+  ax.set_yticks(range(len(names)), labels)
   ax.set_ylim(max(len(names), 2) - 0.4, -0.6)  # from the top; a single bar is not thicker
   ax.set_xlim(0, 108)
   if kinds:
