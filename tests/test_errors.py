@@ -320,12 +320,10 @@ def test_saved_runs_are_read_with_the_new_names():
   old = {
     "checkpoint": {"score_best": True},
     "data": {"train": {"repeats": 3}, "eval": {"val": {"mixed_with": []}}},
-    "model": {"norm_after_pool": True, "neck_fields": {"flavor": "official"}},
   }
   assert config_lib.rename_fields(old) == {
     "checkpoint": {"eval_best_at_end": True},
     "data": {"train": {"aug_repeats": 3}, "eval": {"val": {"extra_sources": []}}},
-    "model": {"fc_norm": True, "neck_fields": {"variant": "official"}},
   }
 
 
@@ -411,10 +409,3 @@ def test_default_workdirs():
   assert main.default_workdir("configs/vit.py") == "runs/vit_demo"
   name = main.default_workdir("configs/vit.py:b16_imagenet,image_size=384")
   assert name == "runs/vit_b16_imagenet_image_size_384"
-
-
-def test_removed_fields_of_saved_runs():
-  old = {"model": {"name": "m", "pre_norm": False}, "task": {"adversarial_kind": "wasserstein"}}
-  assert config_lib.rename_fields(old) == {"model": {"name": "m"}, "task": {}}
-  with pytest.raises(ValueError, match=r"config\.model\.pre_norm: True"):
-    config_lib.rename_fields({"model": {"pre_norm": True}})

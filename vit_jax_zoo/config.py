@@ -78,38 +78,9 @@ RENAMED = (
   ("data.train.repeats", "aug_repeats"),
   ("data.*label_rule", "derived_labels"),
   ("task.cutmix_share", "cutmix_fraction"),
-  ("model.norm_after_pool", "fc_norm"),
-  ("model.*flavor", "variant"),
-  ("task.anchor_samples", "rpn_batch_size_per_image"),
-  ("task.anchor_foreground", "rpn_positive_fraction"),
-  ("task.anchor_high", "rpn_fg_iou_thresh"),
-  ("task.anchor_low", "rpn_bg_iou_thresh"),
-  ("task.anchor_beta", "rpn_smooth_l1_beta"),
-  ("task.inside_only", "rpn_inside_only"),
-  ("task.roi_samples", "box_batch_size_per_image"),
-  ("task.roi_foreground", "box_positive_fraction"),
-  ("task.roi_threshold", "box_fg_iou_thresh"),
-  ("task.box_weights", "bbox_reg_weights"),
-  ("task.box_beta", "box_smooth_l1_beta"),
-  ("task.least_score", "box_score_thresh"),
-  ("task.nms_threshold", "box_nms_thresh"),
-  ("task.max_detections", "box_detections_per_img"),
-  ("model.proposals.before_nms", "pre_nms_top_n"),
-  ("model.proposals.after_nms", "post_nms_top_n"),
-  ("model.proposals.nms_threshold", "nms_thresh"),
 )
 """Patterns of the paths of renamed fields, and their new names; systems have more. Saved runs are
 read with the new names; config files and flags with an old one are refused with the new one."""
-
-REMOVED = {
-  "model.pre_norm": False,
-  "model.proposals.least_side": 0.0,
-  "model.residual_scale": 1.0,
-  "task.transferal_kind": "l2",
-  "task.transferal_by_trust": False,
-  "task.adversarial_kind": "wasserstein",
-}
-"""Removed fields of saved runs, and the values that they have to have."""
 
 _FRACTIONS = ("eval_every", "every", "warmup_steps", "cooldown_steps", "timescale")
 """Counts of steps, in any section, that may be fractions of all steps."""
@@ -277,10 +248,11 @@ def _check_not_of_groups(config: ConfigDict, path: str) -> None:
 def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
   """Returns the config of a saved run, as nested dicts, with today's field names."""
   found = {}
+  removed = {k: v for system in systems().values() for k, v in system.removed_fields.items()}
   for key, value in config.items():
     name = f"{path}{key}"
-    if name in REMOVED:
-      if value != REMOVED[name]:
+    if name in removed:
+      if value != removed[name]:
         raise ValueError(f"config.{name}: {value!r} is no longer supported; this field was removed")
       continue
     new = _new_name(name) or key

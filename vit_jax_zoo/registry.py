@@ -75,8 +75,10 @@ class System:
   other_names: tuple[tuple[str, str], ...] = ()  # see `model_name`: pattern, replacement
   several_inputs: tuple[str, ...] = ()  # families of models with inputs besides images
   parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
-  # Patterns of the paths of renamed config fields, and their new names.
+  # Patterns of the paths of renamed config fields, and their new names; see `config.RENAMED`.
   renamed_fields: tuple[tuple[str, str], ...] = ()
+  # Paths of removed fields of saved runs, and the values that they must have.
+  removed_fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import pytest
 
 from tests.half_precision import bfloat16_errors
 from tests.systems.detr.tiny import Echo, TinyDetector
+from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.data.sources.base import DatasetInfo
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
@@ -372,3 +373,10 @@ def test_more_objects_than_queries_are_warned_of():
   assert not task.check_data(DatasetInfo("x", 1, max_objects=count))
   (line,) = task.check_data(DatasetInfo("x", 1, max_objects=count + 1))
   assert "num_queries" in line
+
+
+def test_removed_and_renamed_fields_of_saved_runs():
+  old = {"model": {"name": "m", "pre_norm": False}, "task": {"cell_weight": 1.0}}
+  assert rename_fields(old) == {"model": {"name": "m"}, "task": {"dense_weight": 1.0}}
+  with pytest.raises(ValueError, match=r"config\.model\.pre_norm: True"):
+    rename_fields({"model": {"pre_norm": True}})

@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
+from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.tasks import base, create_task
 
@@ -263,3 +264,9 @@ def test_model_and_task_must_agree(batch):
   variables = task.init(jax.random.key(0), batch)
   with pytest.raises(ValueError, match="num_classes: 4 in the model"):
     task.predict(variables, batch)
+
+
+def test_saved_runs_are_read_with_the_new_names():
+  old = {"model": {"flavor": "paper", "neck_fields": {"flavor": "official"}}}
+  new = {"model": {"variant": "paper", "neck_fields": {"variant": "official"}}}
+  assert rename_fields(old) == new

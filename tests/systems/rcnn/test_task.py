@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.ops.boxes import pairwise_iou
 from vit_jax_zoo.systems.rcnn.boxes import CONVENTIONS, DetectionLimits, choose_detections
@@ -286,3 +287,11 @@ def test_other_classes_than_the_models(variables):
   task = create_task("instance_detection", make_model(), **{**FIELDS, "num_classes": 7})
   with pytest.raises(ValueError, match="num_classes: 4 in the model"):
     jax.eval_shape(lambda: task.loss(variables, make_batch(), context(task, make_batch())))
+
+
+def test_saved_runs_are_read_with_torchvisions_names():
+  old = {"task": {"anchor_high": 0.7}, "model": {"proposals": {"before_nms": 9, "least_side": 0.0}}}
+  new = {"task": {"rpn_fg_iou_thresh": 0.7}, "model": {"proposals": {"pre_nms_top_n": 9}}}
+  assert rename_fields(old) == new
+  with pytest.raises(ValueError, match=r"config\.model\.proposals\.least_side: 2\.0"):
+    rename_fields({"model": {"proposals": {"least_side": 2.0}}})

@@ -19,6 +19,7 @@ from tests.systems.ttsr.goldens import (
   nhwc,
   vgg_params,
 )
+from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.systems.ttsr.losses import transferal_loss, wasserstein_loss
 from vit_jax_zoo.systems.ttsr.model import SHARDING_RULES
 from vit_jax_zoo.systems.ttsr.task import (
@@ -267,3 +268,10 @@ def test_pixels_are_rounded_as_the_official_code_does():
 def test_fields_out_of_range(fields, message):
   with pytest.raises(ValueError, match=message):
     SuperResolution(TINY, **fields)
+
+
+def test_removed_and_renamed_fields_of_saved_runs():
+  old = {"task": {"adversarial_kind": "wasserstein", "critic_updates": 2}}
+  assert rename_fields(old) == {"task": {"discriminator_updates": 2}}
+  with pytest.raises(ValueError, match=r"config\.task\.transferal_kind: 'l1'"):
+    rename_fields({"task": {"transferal_kind": "l1"}})

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from vit_jax_zoo.config import rename_fields
 from vit_jax_zoo.registry import create_model
 from vit_jax_zoo.systems.vit.model import (
   SHARDING_RULES,
@@ -269,3 +270,7 @@ def test_sharded_parameters_give_the_same_logits():
     given = apply(variables, images)["logits"]
   expected = jax.jit(model.apply)(variables, images)["logits"]
   np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
+def test_saved_runs_are_read_with_the_new_names():
+  assert rename_fields({"model": {"norm_after_pool": True}}) == {"model": {"fc_norm": True}}

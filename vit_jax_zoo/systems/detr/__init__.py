@@ -17,4 +17,5 @@ SYSTEM = System(
     ("task.cell_steps", "dense_steps"),
     ("model.cell_predictions", "dense_predictions"),
   ),
+  removed_fields={"model.pre_norm": False},
 )

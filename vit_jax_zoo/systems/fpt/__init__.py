@@ -19,4 +19,5 @@ SYSTEM = System(
   part_readers={"*/neck": "weights_official:read_neck"},
   several_inputs=("fpt_pyramid",),
   parts=("fpt_pyramid",),
+  renamed_fields=(("model.*flavor", "variant"),),
 )

@@ -24,4 +24,10 @@ SYSTEM = System(
     ("optimizer.critic", "discriminator"),
     ("recipe.learning_rates.critic", "discriminator"),
   ),
+  removed_fields={
+    "model.residual_scale": 1.0,
+    "task.transferal_kind": "l2",
+    "task.transferal_by_trust": False,
+    "task.adversarial_kind": "wasserstein",
+  },
 )

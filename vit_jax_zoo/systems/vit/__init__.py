@@ -12,4 +12,5 @@ SYSTEM = System(
   ),
   published="published:PUBLISHED",
   paper_scores="published:PAPER_SCORES",
+  renamed_fields=(("model.norm_after_pool", "fc_norm"),),
 )
