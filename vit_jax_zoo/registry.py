@@ -75,6 +75,7 @@ class System:
   other_names: tuple[tuple[str, str], ...] = ()  # see `model_name`: pattern, replacement
   several_inputs: tuple[str, ...] = ()  # families of models with inputs besides images
   parts: tuple[str, ...] = ()  # families that are parts of other models, without a task
+  heads: tuple[str, ...] = ()  # sub-trees that depend on the task; see `weights.finetune_init`
   # Patterns of the paths of renamed config fields, and their new names; see `config.RENAMED`.
   renamed_fields: tuple[tuple[str, str], ...] = ()
   # Paths of removed fields of saved runs, and the values that they must have.
@@ -137,9 +138,10 @@ _OTHER_NAMES = (
   (r"^[\w-]+/(?=[a-z])|\.\w+$|-in21k$", ""),  # owner, timm's tag
   (r"(?<=\d)[-_](224|256|384|512)$", ""),  # image size
   (r"[-/]", "_"),
-  (r"(?<!lambda_)resnet_?(?=\d)", "r"),
+  (r"resnet_?(?=\d)", "r"),
 )
-"""Substitutions from other libraries' model names; those of `System.other_names` follow."""
+"""Substitutions from other libraries' model names, those of `System.other_names` follow; the first
+result that is a model's name is taken."""
 
 
 def model_name(name: str) -> str:
@@ -148,13 +150,13 @@ def model_name(name: str) -> str:
   >>> model_name("google/vit-base-patch16-224-in21k"), model_name("facebook/detr-resnet-50-dc5")
   ('vit_b16', 'detr_r50_dc5')
   """
-  if name in list_models():
-    return name
-  ours = name.strip().lower()
+  ours, known = name.strip().lower(), list_models()
   of_systems = (pair for system in systems().values() for pair in system.other_names)
   for pattern, replacement in (*_OTHER_NAMES, *of_systems):
+    if ours in known:
+      break
     ours = re.sub(pattern, replacement, ours)
-  return ours if ours in list_models() else name
+  return ours if ours in known else name
 
 
 def family_of(model: Any) -> str:

@@ -8,6 +8,7 @@ from absl import logging
 from flax import traverse_util
 
 from vit_jax_zoo.ops.resize import find_grid, resize_position_grid
+from vit_jax_zoo.registry import systems
 from vit_jax_zoo.weights.key_map import (
   check_finite,
   list_problems,
@@ -17,11 +18,10 @@ from vit_jax_zoo.weights.key_map import (
   unroll_shapes,
 )
 
-HEADS = ("head/", "pre_logits/", "class_head/", "mask_head/", "mask_attention/")
-"""Sub-trees that a new task may drop or newly initialise."""
+HEADS = ("head/", "pre_logits/")
+"""Sub-trees of a classifier that a new task may drop or newly initialise; see `System.heads`."""
 
-POSITIONS = "position_embedding/table"
-PIXEL_POSITIONS = "position_embedding"  # of iGPT: one per pixel, [n d]
+POSITIONS = ("position_embedding/table", "position_embedding")  # [1 n d], [n d]
 
 Grid: TypeAlias = tuple[int, int]
 """Height and width, in tokens."""
@@ -41,9 +41,8 @@ def fit_to_model(
   """Returns `variables` with every array of `source` that fits.
 
   A head of another shape, and one on top of a dropped layer, keeps its value from `variables`. A
-  learned position table is interpolated to the new grid with aligned corners, as in Google's code;
-  so are pixel position embeddings, which no paper does. Layers are scanned or unrolled as in the
-  model.
+  learned position table is interpolated to the new grid with aligned corners, as in Google's code.
+  Layers are scanned or unrolled as in the model.
 
   Args:
     source: variables of a run, numpy arrays.
@@ -105,23 +104,23 @@ def _taken(
 ) -> Iterator[tuple[str, Any]]:
   """Yields the arrays that fit, position tables resized; appends the others to `problems`."""
   has_cls = "cls_token" in have, "cls_token" in want
+  heads = (*HEADS, *(head for system in systems().values() for head in system.heads))
   dropped_below_head = "pre_logits/kernel" in have and "pre_logits/kernel" not in want
   for key, leaf in want.items():
-    array, is_head = have.get(key), key.startswith(HEADS)
+    array, is_head = have.get(key), key.startswith(heads)
     if array is None:
       if not is_head:
         problems.append(f"{key} is missing")
     elif is_head and (dropped_below_head or array.shape != leaf.shape):
       continue
-    elif key == POSITIONS and array.shape[2:] == leaf.shape[2:]:
-      yield key, _refit(array, leaf.shape[1], grids, has_cls)
+    elif key in POSITIONS and (array.ndim, array.shape[-1]) == (leaf.ndim, leaf.shape[-1]):
+      rows, table = leaf.shape[-2], array.reshape(1, *array.shape[-2:])
+      yield key, _refit(table, rows, grids, has_cls).reshape(leaf.shape)
     elif array.shape == leaf.shape:
       yield key, array
-    elif key == PIXEL_POSITIONS and array.shape[1:] == leaf.shape[1:]:
-      yield key, _refit(array[None], leaf.shape[0], (None, None), (False, False))[0]
     else:
       problems.append(f"{key} has shape {array.shape}; expected {leaf.shape}")
-  unused = (key for key in sorted(have.keys() - want.keys()) if not key.startswith(HEADS))
+  unused = (key for key in sorted(have.keys() - want.keys()) if not key.startswith(heads))
   problems += [f"{key} has no place" for key in unused]
 
 

@@ -58,7 +58,7 @@ def load_pretrained(
     **overrides: fields of the model. If `num_classes` differs, the head is zero-initialised;
       `num_classes=None` drops it. A ViT's `representation_size=None` drops `pre_logits` and
       zero-initialises the head, which was trained on its output. timm's files do not state the
-      number of heads: see `vit_timm`; give `num_heads` if it is inferred wrong.
+      number of heads; give `num_heads` if it is inferred wrong.
 
   Raises:
     ValueError: the file is missing, in no known format, or does not fit.

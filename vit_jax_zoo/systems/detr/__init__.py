@@ -12,6 +12,7 @@ SYSTEM = System(
   ),
   published="weights_official:PUBLISHED",
   paper_scores="weights_official:PAPER_SCORES",
+  heads=("class_head/", "mask_head/", "mask_attention/"),
   renamed_fields=(
     ("task.cell_weight", "dense_weight"),
     ("task.cell_steps", "dense_steps"),
