@@ -33,11 +33,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import timing
 
-from configs import igpt, lambda_resnet, vit
 from vit_jax_zoo import builder, trainer
+from vit_jax_zoo.config import load
 from vit_jax_zoo.ops.flops import count_flops
 from vit_jax_zoo.training.metric_writer import read_metrics
 
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 BATCH = 64
 COLORS = {
   "ViT": "#0072B2", "LambdaResNet": "#D55E00", "ResNet": "#E69F00", "iGPT, probed": "#009E73",
@@ -46,24 +47,24 @@ COLORS = {
 
 def vit_config() -> ConfigDict:
   """Returns the config of ViT's demo."""
-  return vit.get_config("demo")
+  return load(f"{CONFIGS}/vit.py:demo")
 
 
 def lambda_config() -> ConfigDict:
   """Returns the config of LambdaResNet's demo."""
-  return lambda_resnet.get_config("demo")
+  return load(f"{CONFIGS}/lambda_resnet.py:demo")
 
 
 def resnet_config() -> ConfigDict:
   """Returns LambdaResNet's demo with convolutions instead of lambda layers."""
-  config = lambda_resnet.get_config("demo")
+  config = load(f"{CONFIGS}/lambda_resnet.py:demo")
   config.model.lambda_blocks = ("none", "none", "none", "none")
   return config
 
 
 def igpt_config() -> ConfigDict:
   """Returns the config of iGPT's demo, evaluated by its linear probe."""
-  config = igpt.get_config("demo")
+  config = load(f"{CONFIGS}/igpt.py:demo")
   config.data.eval = {"probe": config.data.eval.probe.to_dict()}
   config.checkpoint.best = "probe/accuracy"  # the task's default is the likelihood
   return config

@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from vit_jax_zoo.config import complete
 from vit_jax_zoo.errors import unknown_name
 from vit_jax_zoo.registry import model_name as model_name
 from vit_jax_zoo.training.lr_scaling import SINGLE
@@ -31,7 +30,7 @@ Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 def build(
   arg: str | None, variants: Variants, renamed: Mapping[str, str] | None = None
 ) -> ConfigDict:
-  """Returns the complete config of an argument; without one, that of the first variant.
+  """Returns the config of an argument; without one, that of the first variant.
 
   Args:
     arg: `variant,field=value,...`.
@@ -54,7 +53,7 @@ def build(
   config = variants[variant](**fields)
   if "recipe" not in config:
     config.recipe = _recipe(config, variants[variant], fields)
-  return complete(config)
+  return config
 
 
 def _recipe(

@@ -1,12 +1,11 @@
 """A checkpoint saved on one mesh is restored on another: the same bits, and the same next step."""
 
-import importlib
-
 import jax
 import numpy as np
 import pytest
 
 from vit_jax_zoo import trainer
+from vit_jax_zoo.config import load
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer
 
@@ -20,7 +19,7 @@ WAYS = (ONE, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
 
 
 def experiment_on(system, mesh):
-  config = importlib.import_module(f"configs.{system}").get_config("demo,batch_size=8")
+  config = load(f"configs/{system}.py:demo,batch_size=8")
   config.accumulation_steps = 1
   config.sharding.mesh.update({"data": 1, "fsdp": 1, "model": 1, **mesh})
   return trainer.build(config, jax.devices()[: int(np.prod(list(mesh.values())))])

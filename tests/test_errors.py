@@ -16,7 +16,6 @@ import pytest
 from absl import logging as absl_logging
 from etils import epath
 
-from configs import ttsr, vit
 from tests import command
 from vit_jax_zoo import builder, cli, main, trainer
 from vit_jax_zoo import config as config_lib
@@ -24,7 +23,7 @@ from vit_jax_zoo import config as config_lib
 
 def changed(**fields):
   """The demo's config with fields set by their dotted names (`__` for the dot)."""
-  config = vit.get_config("demo,batch_size=16")
+  config = config_lib.load("configs/vit.py:demo,batch_size=16")
   with config.ignore_type(), config.unlocked():
     for name, value in fields.items():
       config.update_from_flattened_dict({name.replace("__", "."): value})
@@ -169,7 +168,7 @@ def test_an_absolute_config_from_another_folder(tmp_path, monkeypatch):
 
 def test_a_field_of_one_of_several_optimizers():
   with pytest.raises(ValueError, match=r"set --config\.optimizer\.generator\.name"):
-    config_lib.apply_overrides(ttsr.get_config(), ["--config.optimizer.name=sgd"])
+    config_lib.apply_overrides(config_lib.load("configs/ttsr.py"), ["--config.optimizer.name=sgd"])
 
 
 @pytest.mark.parametrize("path", ["/nowhere/ViT-B_16.npz", "vit_b17_imagenet"])
@@ -225,12 +224,12 @@ time.sleep(60)
 )
 def test_errors_of_an_override(flag, message):
   with pytest.raises(ValueError, match=re.escape(message)) as error:
-    config_lib.apply_overrides(vit.get_config(), [flag])
+    config_lib.apply_overrides(config_lib.load("configs/vit.py"), [flag])
   assert "\n" not in str(error.value)
 
 
 def test_overrides_set_and_add_fields():
-  config = vit.get_config()
+  config = config_lib.load("configs/vit.py")
   flags = [
     "--config.model.remat=dots",
     "--config.optimizer.clip_norm=None",
@@ -272,7 +271,7 @@ def test_values_out_of_range(fields, message):
 
 
 def test_counts_of_steps_may_be_fractions_and_the_reverse():
-  config = vit.get_config()
+  config = config_lib.load("configs/vit.py")
   assert isinstance(config.optimizer.schedule.warmup_steps, int)
   with config.ignore_type():
     config.eval_every = 0.25
@@ -285,14 +284,14 @@ def test_counts_of_steps_may_be_fractions_and_the_reverse():
 
 
 def test_a_new_optimizer_drops_the_fields_of_the_old_one():
-  config = vit.get_config("b16_finetune")
+  config = config_lib.load("configs/vit.py:b16_finetune")
   assert config.optimizer.momentum == 0.9
   rate = config.optimizer.learning_rate
   config_lib.apply_overrides(config, ["--config.optimizer.name=adamw", "--config.optimizer.b1=0.8"])
   assert (config.optimizer.name, config.optimizer.b1) == ("adamw", 0.8)
   assert config.optimizer.learning_rate == rate
   assert "momentum" not in config.optimizer
-  config = vit.get_config("b16_finetune")
+  config = config_lib.load("configs/vit.py:b16_finetune")
   config_lib.apply_overrides(
     config, ["--config.optimizer.name=adamw", "--config.optimizer.momentum=0.8"]
   )
@@ -300,7 +299,7 @@ def test_a_new_optimizer_drops_the_fields_of_the_old_one():
 
 
 def test_a_config_file_with_an_old_field_name(tmp_path):
-  config = vit.get_config()
+  config = config_lib.load("configs/vit.py")
   with config.unlocked():
     config.data.train.repeats = 3
   with pytest.raises(ValueError, match=r"data\.train\.repeats is now .*aug_repeats"):
@@ -328,7 +327,7 @@ def test_saved_runs_are_read_with_the_new_names():
 
 
 def test_fields_of_the_users_config_are_checked():
-  config = vit.get_config()
+  config = config_lib.load("configs/vit.py")
   with config.unlocked():
     config.data.tarin = {}
   with pytest.raises(

@@ -15,7 +15,6 @@ from etils import epath
 from PIL import Image
 
 from configs import finetune as finetune_own
-from configs import vit
 from tests.conftest import golden_folder
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import export, load_pretrained, predict, trainer
@@ -62,7 +61,7 @@ def folder(tmp_path_factory):
 
 def finetune(folder, init_from, **fields):
   options = f"image_size=48,source=folder:{folder},init_from={init_from},batch_size=8"
-  config = vit.get_config(f"b16_finetune,{options},learning_rate=0.03")
+  config = config_lib.load(f"configs/vit.py:b16_finetune,{options},learning_rate=0.03")
   config.model.update(SIZES, dtype="float32")
   config.data.loader.num_workers = 0
   config.num_steps, config.eval_every, config.log_every = 24, 0, 8
@@ -250,11 +249,11 @@ def test_errors_of_the_config(argument, message):
 
 
 def test_learning_rate_of_the_batch_and_weights_of_the_model():
-  config = finetune_own.get_config("model=vit_b16")
+  config = config_lib.load("configs/finetune.py:model=vit_b16")
   assert config.optimizer.learning_rate == pytest.approx(0.03 * 32 / 512)
   assert config.init_from == "vit_b16_augreg_imagenet21k"
   fields = "model=lambda_resnet50ts,batch_size=256,num_epochs=4,head_only=true"
-  config = finetune_own.get_config(fields)
+  config = load(f"configs/finetune.py:{fields}")
   assert config.optimizer.learning_rate == 0.01
   assert config.init_from == "lambda_resnet50ts_imagenet"
   assert config.data.train.transforms[0]["size"] == 256
@@ -268,21 +267,22 @@ def test_every_model_has_published_weights():
   for family in finetune_own.FAMILIES.values():
     for models in family.weights.values():
       for model in models:
-        assert entries()[finetune_own.get_config(f"model={model}").init_from].model == model
+        config = config_lib.load(f"configs/finetune.py:model={model}")
+        assert entries()[config.init_from].model == model
 
 
 def test_class_names_of_a_file_determine_the_labels(own, tmp_path):
   names = tuple(reversed(NAMES))
   (tmp_path / "names.txt").write_text("\n".join(names))
   fields = f"source=folder:{own},class_names={tmp_path / 'names.txt'}"
-  made = trainer.build(finetune_own.get_config(f"model=vit_ti16,{fields}"))
+  made = trainer.build(config_lib.load(f"configs/finetune.py:model=vit_ti16,{fields}"))
   assert made.task.class_names == names
   assert made.eval_sources["test"].info.class_names == names
 
 
 def test_a_lambda_resnet_trains_its_head_on_the_users_images(own):
   fields = "model=lambda_resnet26t,image_size=64,batch_size=8,head_only=true,dtype=float32"
-  made = trainer.build(finetune_own.get_config(f"{fields},source=folder:{own}"))
+  made = trainer.build(config_lib.load(f"configs/finetune.py:{fields},source=folder:{own}"))
   program = made.program(next(made.train_batches()))
   params = program.abstract_state.params
   assert params["head"]["kernel"].shape[-1] == len(NAMES)

@@ -9,10 +9,10 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from configs import ttsr
 from tests.systems.ttsr.test_weights import NARROW, TINY, game_variables
 from vit_jax_zoo import trainer, weights
 from vit_jax_zoo.builder import build
+from vit_jax_zoo.config import load
 from vit_jax_zoo.initialization import Initializer
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import formats
@@ -62,7 +62,7 @@ def test_a_file_that_would_be_overwritten_is_not_read(released):
 
 
 def test_a_missing_file_is_an_error_before_compilation(monkeypatch, tmp_path):
-  config = ttsr.get_config("demo")
+  config = load("configs/ttsr.py:demo")
   config.task.vgg_file = f"{tmp_path}/vgg19.pth"
   monkeypatch.setattr(trainer.Experiment, "program", no_data)
   with pytest.raises(WeightsError, match=r"no checkpoint at .*vgg19\.pth"):
@@ -96,7 +96,7 @@ def test_released_weights_are_evaluated_without_vgg_and_training_data(
   for i in range(6):
     pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
     Image.fromarray(pixels).save(folder / f"000_{i}.png")
-  config = ttsr.get_config(f"cufed,source=pairs:{tmp_path},init_from={path}")
+  config = load(f"configs/ttsr.py:cufed,source=pairs:{tmp_path},init_from={path}")
   config.task.vgg_file = "missing/vgg19.pth"
   config.model.update(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
   config.data.loader.num_workers = 0

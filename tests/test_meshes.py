@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from configs import vit
 from tests.trees import flatten_paths
 from vit_jax_zoo import create_model, registry, trainer
+from vit_jax_zoo.config import load
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import score_predictions
 
@@ -18,7 +18,7 @@ NUM_STEPS = 4
 
 
 def small_config(**mesh):
-  config = vit.get_config("demo,batch_size=16")
+  config = load("configs/vit.py:demo,batch_size=16")
   config.model.update(width=16, depth=2, mlp_dim=32, num_heads=2)
   config.data.eval.test.split = "test[:20]"  # 16 + 4: the second batch is mostly padding
   config.sharding.mesh.update(mesh)

@@ -12,7 +12,6 @@ import pytest
 from etils import epath
 
 import vit_jax_zoo
-from configs import vit
 from tests.conftest import GOLDENS
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
@@ -24,7 +23,7 @@ from vit_jax_zoo.training.metric_writer import read_metrics
 
 
 def tiny(**fields):
-  config = vit.get_config("demo,num_steps=4,batch_size=16")
+  config = config_lib.load("configs/vit.py:demo,num_steps=4,batch_size=16")
   config.model.update(width=16, depth=1, mlp_dim=16, num_heads=2)
   config.data.eval.test.split = "test[:20]"
   config.log_every, config.eval_every, config.checkpoint.every = 2, 4, 4
@@ -139,7 +138,7 @@ def test_metrics_that_cannot_be_chosen(metrics, best, message):
 
 
 def test_sources_of_the_same_classes_are_mixed():
-  config = vit.get_config("demo,batch_size=16")
+  config = config_lib.load("configs/vit.py:demo,batch_size=16")
   config.data.train.extra_sources = ({"source": "demo:digits", "split": "test[:50]"},)
   made = trainer.build(config)
   assert len(made.train_source) == 1437 + 50
@@ -150,7 +149,7 @@ def test_sources_of_the_same_classes_are_mixed():
 
 
 def test_defaults_are_complete():
-  config = config_lib.complete(vit.get_config())
+  config = config_lib.complete(config_lib.load("configs/vit.py"))
   assert config.keys() == config_lib.defaults().keys()
   assert (config.accumulation_steps, config.eval_batch_size, config.init_from) == (1, None, None)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax_zoo.config import check_values, complete
+from vit_jax_zoo.config import check_values
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.data.sources import SECTION, load_source
 from vit_jax_zoo.data.sources.base import DatasetInfo, Source, check_same_classes, join_sources
@@ -131,12 +131,11 @@ def build(
   *,
   run_data: RunData | None = None,
 ) -> Experiment:
-  """Builds the objects that a config, complete or not, describes, on the devices (all by default).
+  """Builds the objects that a complete config describes, on the devices (all by default).
 
   `open_source` is `data.fake_data.load` to plan a run without its data. With `run_data`, metadata
   saved with a run, the training data is opened only if fields of the config depend on more.
   """
-  config = complete(config)
   check_values(config)
   mesh = sharding.create_mesh(config.sharding.mesh.to_dict(), devices)
   if run_data is None:

@@ -130,11 +130,11 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def complete(config: ConfigDict) -> ConfigDict:
-  """Returns the config with every default filled in; the config itself if it is complete."""
+  """Returns a copy of the config with every default filled in."""
   whole = defaults()
   with whole.ignore_type():
     _fill(whole, config, "")
-  return config if _count_fields(whole) == _count_fields(config) else whole
+  return whole
 
 
 def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
@@ -150,11 +150,6 @@ def _fill(whole: ConfigDict, given: ConfigDict, path: str) -> None:
       whole[key] = given.get_ref(key)  # a typed placeholder, which a flag may set
     else:
       whole[key] = given[key]
-
-
-def _count_fields(config: ConfigDict) -> int:
-  sections = [config[key] for key in config if isinstance(config[key], ConfigDict)]
-  return len(config) + sum(map(_count_fields, sections))
 
 
 def _dotted(path: str) -> str:
@@ -269,6 +264,8 @@ def _optimizers(config: ConfigDict) -> dict[str, ConfigDict]:
 
 def check_values(config: ConfigDict) -> None:
   """Raises ValueError if a field of a complete config is not set, or out of its range."""
+  if missing := sorted(set(defaults()) - set(config)):
+    raise ValueError(f"config.{missing[0]} is missing; complete the config by config.complete")
   for key in ("batch_size", "model", "task", "optimizer"):
     if config[key] is None or (key != "batch_size" and not config[key]):
       raise ValueError(f"the config does not set {key!r}")

@@ -4,7 +4,7 @@ import importlib
 import json
 import pathlib
 
-from vit_jax_zoo.config import defaults
+from vit_jax_zoo.config import defaults, load
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 PARTS = ("common", "common_vit", "fpt_segmentation", "vit_augreg", "vit_finetune")  # of other files
@@ -19,7 +19,7 @@ ABSENT, EMPTY = "(absent)", "()"
 
 
 def resolve(system, variant=""):
-  return importlib.import_module(f"configs.{system}").get_config(variant)
+  return load(str(FOLDER / f"{system}.py") + f":{variant}")
 
 
 def differences(configs):

@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
+from vit_jax_zoo.config import complete
 
 DATA = {"train": {}, "eval": {}}
 
@@ -69,7 +70,7 @@ def test_each_mistake_is_one_line(arg, message):
 
 
 def test_what_a_recipe_leaves_open_can_be_set_by_its_type():
-  config = common.build("demo", VARIANTS).lock()
+  config = complete(common.build("demo", VARIANTS)).lock()
   assert config.init_from is None
   config.init_from, config.ema_decay, config.sharding.mesh.fsdp = "runs/a", 0.999, 4
   with pytest.raises(TypeError):
@@ -85,7 +86,7 @@ def test_what_a_recipe_sets_stays():
     data = {"train": {}, "eval": {}, "loader": {"num_workers": 8}}
     return ConfigDict({"num_epochs": 3, "sharding": sharding, "data": data})
 
-  config = common.build("", {"recipe": recipe})
+  config = complete(common.build("", {"recipe": recipe}))
   assert (config.num_epochs, config.num_steps) == (3, None)
   assert config.sharding.mesh.to_dict() == {"data": 1, "fsdp": -1, "model": 1}
   assert config.data.loader.to_dict() == {"num_workers": 8, "on_corrupt": "error"}

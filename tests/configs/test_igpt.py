@@ -41,7 +41,7 @@ def run(config, workdir, **options):
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("demo")
-  config = shrink(igpt.get_config())
+  config = shrink(load("configs/igpt.py"))
   config.data.eval.probe.fit_split = "train[:12]+train[700:712]"
   return config, run(config, workdir), workdir
 
@@ -70,7 +70,7 @@ def test_the_palette_is_fitted_and_saved_with_the_run(demo):
 
 def test_fine_tuning_restores_weights_and_palette(demo, tmp_path):
   _, outcome, workdir = demo
-  config = shrink(igpt.get_config(), num_steps=1)
+  config = shrink(load("configs/igpt.py"), num_steps=1)
   config.model.num_classes = 10
   config.task.class_weight = 1.0
   config.task.palette_images = 16  # another palette, were it fitted again
@@ -112,7 +112,7 @@ def test_unknown_datasets(variant, message):
 def test_fine_tuning_is_a_tenth_of_the_rate_and_chosen_on_held_out_images(
   fields, source, rate, epochs, train
 ):
-  config = igpt.get_config(f"l_finetune,{fields}")
+  config = load(f"configs/igpt.py:l_finetune,{fields}")
   assert config.optimizer.learning_rate == pytest.approx(rate)
   assert (config.num_epochs, config.data.train.split) == (epochs, train)
   assert {spec.source for spec in (config.data.train, *config.data.eval.values())} == {source}
@@ -172,7 +172,7 @@ def test_weights_without_a_palette_are_a_warning(published, tmp_path, caplog):
 
 
 def test_missing_images_name_their_preparation(tmp_path):
-  config = igpt.get_config(f"s_eval_nll,data_dir={tmp_path}")
+  config = load(f"configs/igpt.py:s_eval_nll,data_dir={tmp_path}")
   with pytest.raises(FileNotFoundError, match=r"vit_jax_zoo\.data\.prepare") as error:
     trainer.build(config)
   assert "\n" not in str(error.value)

@@ -9,9 +9,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from configs import detr, fpt
 from vit_jax_zoo import trainer
 from vit_jax_zoo.builder import build
+from vit_jax_zoo.config import load
 from vit_jax_zoo.training.compiled_steps import abstract_batch_of
 from vit_jax_zoo.training.lr_scaling import advise
 
@@ -87,11 +87,11 @@ def masks_config(system, root):
   """Returns the config of a system for objects with masks, and the fields of a small model."""
   text = f"source=coco:{root},masks=true"
   if system == "detr":
-    config = detr.get_config(f"r50_finetune,{text}")
+    config = load(f"configs/detr.py:r50_finetune,{text}")
     small = dict(width=16, encoder_depth=1, decoder_depth=2, mlp_dim=16, num_queries=5)
     small["remat"] = "none"
   else:
-    config = fpt.get_config(f"finetune,{text},neck=fpn,dtype=float32")
+    config = load(f"configs/fpt.py:finetune,{text},neck=fpn,dtype=float32")
     small = dict(
       width=8, proposals={"pre_nms_top_n": (20, 20), "post_nms_top_n": (10, 10)},
       box_head={"width": 16},
@@ -128,8 +128,9 @@ def test_own_objects_with_masks(system, tmp_path):
 def test_own_label_maps(tmp_path):
   root = write_label_maps(tmp_path, (0, 255), train=5, val=3)
   fields = f"values=0+255,class_names={root}/classes.txt"
-  config = fpt.get_config(
-    f"segmentation_finetune,source=segmentation:{root},{fields},neck=ufp,crop=32,dtype=float32"
+  config = load(
+    f"configs/fpt.py:segmentation_finetune,source=segmentation:{root},{fields},neck=ufp,crop=32,"
+    "dtype=float32"
   )
   small_experiment(config, backbone=BACKBONE, width=8, kernel_sizes=(1, 3), auxiliary_head=False)
   scores = trainer.run(config, epath.Path(tmp_path / "run")).scores
@@ -139,11 +140,11 @@ def test_own_label_maps(tmp_path):
 
 @pytest.mark.parametrize(("count", "steps"), [(20, 250), (46, 575), (500, 6250)])
 @pytest.mark.parametrize(
-  ("system", "variant"), [(detr, "r50_finetune"), (fpt, "finetune")], ids=["detr", "fpt"]
+  ("system", "variant"), [("detr", "r50_finetune"), ("fpt", "finetune")], ids=["detr", "fpt"]
 )
 def test_schedule_for_few_images(system, variant, count, steps, tmp_path):
   root = write_coco(tmp_path, train=count, val=3)
-  config = system.get_config(f"{variant},source=coco:{root}")
+  config = load(f"configs/{system}.py:{variant},source=coco:{root}")
   experiment = build(config.copy_and_resolve_references(), devices=jax.devices()[:1])
   assert experiment.num_steps == steps
   assert round(config.eval_every * steps) >= 10
@@ -154,27 +155,27 @@ def test_schedule_for_few_images(system, variant, count, steps, tmp_path):
 
 
 def test_another_batch_scales_the_learning_rate():
-  for system, variant in ((detr, "r50_finetune"), (fpt, "finetune")):
-    few, many = (system.get_config(f"{variant},batch_size={size}") for size in (4, 16))
+  for system, variant in (("detr", "r50_finetune"), ("fpt", "finetune")):
+    few, many = (load(f"configs/{system}.py:{variant},batch_size={size}") for size in (4, 16))
     assert many.optimizer.learning_rate > few.optimizer.learning_rate
     assert [advice.is_warning for advice in advise(many.to_dict())] == [False]
 
 
 def test_classes_of_label_maps(tmp_path):
   root = write_label_maps(tmp_path, (0, 1), train=8, val=3)
-  config = fpt.get_config(f"segmentation_finetune,source=segmentation:{root}")
+  config = load(f"configs/fpt.py:segmentation_finetune,source=segmentation:{root}")
   assert build(config, devices=jax.devices()[:1]).task.class_names == ("road", "roof")
   (root / "classes.txt").unlink()
   with pytest.raises(FileNotFoundError, match=r"class_names.*classes\.txt"):
     build(config, devices=jax.devices()[:1])
   with pytest.raises(ValueError, match="values='a-3'"):
-    fpt.get_config("segmentation_finetune,source=segmentation:/mine,values=a-3")
-  config = fpt.get_config("segmentation_finetune,source=segmentation:/mine,values=1-3+9")
+    load("configs/fpt.py:segmentation_finetune,source=segmentation:/mine,values=a-3")
+  config = load("configs/fpt.py:segmentation_finetune,source=segmentation:/mine,values=1-3+9")
   assert config.model.num_classes == config.task.num_classes == 4
   assert config.data.eval.val.transforms[0]["classes"] == (1, 2, 3, 9)
 
 
 def test_weights_of_the_masks():
-  assert detr.get_config("r50_finetune").init_from == "detr_r50_coco"
-  assert detr.get_config("r50_finetune,masks=true").init_from == "detr_r50_panoptic_coco"
-  assert detr.get_config("r101_dc5_finetune,masks=true").init_from == "detr_r101_dc5_coco"
+  assert load("configs/detr.py:r50_finetune").init_from == "detr_r50_coco"
+  assert load("configs/detr.py:r50_finetune,masks=true").init_from == "detr_r50_panoptic_coco"
+  assert load("configs/detr.py:r101_dc5_finetune,masks=true").init_from == "detr_r101_dc5_coco"

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import ttsr
 from vit_jax_zoo import trainer
+from vit_jax_zoo.config import load
 from vit_jax_zoo.run_metadata import RunData
 
 PICTURES = {
@@ -39,7 +39,7 @@ def resized(pixels, height, width):
 @pytest.mark.parametrize("test_set", list(PICTURES))
 def test_each_published_test_set_by_its_protocol(test_set, tmp_path):
   truth, *others = lay_out(tmp_path, test_set)
-  config = ttsr.get_config(f"{test_set},source=pairs:{tmp_path},init_from=TTSR-rec.pt")
+  config = load(f"configs/ttsr.py:{test_set},source=pairs:{tmp_path},init_from=TTSR-rec.pt")
   config.data.loader.num_workers = 0
   made = trainer.build(config, jax.devices()[:1], run_data=RunData())
   found = {name: next(iter(made.eval_batches(name))) for name in made.eval_sources}
@@ -66,4 +66,4 @@ def test_each_published_test_set_by_its_protocol(test_set, tmp_path):
 
 def test_the_recipes_score_cufed5_by_the_same_protocols():
   for variant in ("cufed", "cufed_rec"):
-    assert ttsr.get_config(variant).data.eval == ttsr.get_config("cufed5").data.eval
+    assert load(f"configs/ttsr.py:{variant}").data.eval == load("configs/ttsr.py:cufed5").data.eval

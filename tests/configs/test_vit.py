@@ -6,6 +6,7 @@ from PIL import Image
 
 from configs.vit import get_config
 from vit_jax_zoo import trainer
+from vit_jax_zoo.config import load
 from vit_jax_zoo.metrics.feature_probes import create_probe
 
 
@@ -119,7 +120,7 @@ def class_folders(request, tmp_path_factory):
   [("s16_imagenet", "val"), ("b16_imagenet", "val"), ("b16_finetune", "test")],
 )
 def test_folders_of_the_usual_layouts_will_do(variant, held_out, class_folders):
-  config = get_config(f"{variant},source=folder:{class_folders},batch_size=8")
+  config = load(f"configs/vit.py:{variant},source=folder:{class_folders},batch_size=8")
   made = trainer.build(config)
   assert made.train_source.info.class_names == ("ant", "bee")
   sizes = {name: len(source) for name, source in made.eval_sources.items()}

@@ -1,7 +1,6 @@
 """Drill: each size of the demos' models as 0 and as -1; one line before anything is compiled."""
 
 import copy
-import importlib
 
 import jax
 import pytest
@@ -25,7 +24,7 @@ MAY_BE_ZERO = ("extra_levels", "num_convs", "dropout_rate", "lambda_blocks")
 
 
 def demo(system, variant):
-  config = config_lib.complete(importlib.import_module(f"configs.{system}").get_config(variant))
+  config = config_lib.load(f"configs/{system}.py:{variant}")
   config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # fits the eight devices
   config.data.loader.num_workers = 0
   return config

@@ -1,7 +1,6 @@
 """Drill: 200 misspelt fields of the six demos, each answered in one line by the right name."""
 
 import copy
-import importlib
 import random
 import string
 
@@ -24,7 +23,7 @@ FROM_DATA = {"num_classes": 10, "class_names": ()}
 
 
 def demo(system):
-  config = config_lib.complete(importlib.import_module(f"configs.{system}").get_config("demo"))
+  config = config_lib.load(f"configs/{system}.py:demo")
   config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # fits the eight devices
   return config
 

@@ -3,13 +3,13 @@
 import pytest
 from etils import epath
 
-from configs import igpt, vit
 from vit_jax_zoo import trainer
+from vit_jax_zoo.config import load
 
 
 @pytest.fixture(scope="session")
 def vit_run(tmp_path_factory):
-  config = vit.get_config("demo,num_steps=3,batch_size=16")
+  config = load("configs/vit.py:demo,num_steps=3,batch_size=16")
   config.model.update(width=16, depth=2, mlp_dim=16, num_heads=2)
   config.data.eval.test.split = "test[:20]"
   config.log_every = config.eval_every = config.checkpoint.every = 3
@@ -18,7 +18,7 @@ def vit_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def igpt_run(tmp_path_factory):
-  config = igpt.get_config("demo,num_steps=2,batch_size=8,num_colors=4")
+  config = load("configs/igpt.py:demo,num_steps=2,batch_size=8,num_colors=4")
   config.model.update(width=16, depth=2, num_heads=2)
   config.task.palette_images = 64
   config.data.eval = {"test": {**config.data.eval.test.to_dict(), "split": "test[:8]"}}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from configs import common, detr, fpt, igpt, lambda_resnet, ttsr, vit
+from configs import common, vit
+from vit_jax_zoo.config import load
 from vit_jax_zoo.training.lr_scaling import advise, rule_of, scaled_rate
 from vit_jax_zoo.training.optim import OPTIMIZERS
 
@@ -27,15 +28,16 @@ def said(config):
 @pytest.mark.parametrize(
   ("config", "words"),
   [
-    (vit.get_config("b16_finetune,batch_size=32"),
+    (load("configs/vit.py:b16_finetune,batch_size=32"),
      ["batch_size 32 instead of 512: linear scaling suggests "
       "--config.optimizer.learning_rate=0.001875 (now 0.03); or keep the batch: "
       "--config.batch_size=512 --config.accumulation_steps=16"]),
-    (vit.get_config("b16_imagenet21k,batch_size=64"),
+    (load("configs/vit.py:b16_imagenet21k,batch_size=64"),
      ["batch_size 64 instead of 4096: square-root scaling suggests "
       "--config.optimizer.learning_rate=0.000125 (now 0.001)"]),
-    (vit.get_config("b16_imagenet21k,batch_size=40960"), ["batch_size 40960 instead of 4096: "]),
-    (fpt.get_config("segmentation_voc"), []),
+    (load("configs/vit.py:b16_imagenet21k,batch_size=40960"),
+     ["batch_size 40960 instead of 4096: "]),
+    (load("configs/fpt.py:segmentation_voc"), []),
   ],
   ids=("sgd", "adamw", "larger", "the recipe's own"),
 )  # fmt: skip
@@ -52,15 +54,15 @@ def test_a_rate_that_does_not_follow_is_a_warning(config, words):
   ("config", "change"),
   [
     (
-      detr.get_config("r50,batch_size=4"),
+      load("configs/detr.py:r50,batch_size=4"),
       "square-root scaling of the learning rate, 0.0001 -> 2.5e-05",
     ),
     (
-      lambda_resnet.get_config("lambda152_256,batch_size=256"),
+      load("configs/lambda_resnet.py:lambda152_256,batch_size=256"),
       "linear scaling of the learning rate, 1.6 -> 0.1",
     ),
     (
-      fpt.get_config("mask_rcnn_r50_fpt_coco,batch_size=2"),
+      load("configs/fpt.py:mask_rcnn_r50_fpt_coco,batch_size=2"),
       "linear scaling of the learning rate, 0.05 -> 0.00625",
     ),
   ],
@@ -73,19 +75,19 @@ def test_recipes_that_scale_their_rate_say_so(config, change):
 
 
 def test_a_rate_that_was_chosen_for_the_batch_is_left_alone():
-  assert said(vit.get_config("b16_finetune,batch_size=32,learning_rate=0.002")) == []
-  assert said(vit.get_config("b16_finetune,batch_size=256")) == []  # near enough
+  assert said(load("configs/vit.py:b16_finetune,batch_size=32,learning_rate=0.002")) == []
+  assert said(load("configs/vit.py:b16_finetune,batch_size=256")) == []  # near enough
 
 
 def test_a_flag_that_sets_the_batch_is_noticed_for_every_optimizer_group():
-  config = ttsr.get_config("cufed,source=pairs:x")
+  config = load("configs/ttsr.py:cufed,source=pairs:x")
   config.batch_size = 1
   found = said(config)
   assert {a.text.split("--config.")[1].split("=")[0] for a in found} == {
     "optimizer.generator.learning_rate",
     "optimizer.discriminator.learning_rate",
   }
-  config = igpt.get_config("s_imagenet")
+  config = load("configs/igpt.py:s_imagenet")
   config.batch_size = 8
   (advice,) = said(config)
   assert "--config.optimizer.learning_rate=0.00025 (now 0.001)" in advice.text
@@ -94,7 +96,7 @@ def test_a_flag_that_sets_the_batch_is_noticed_for_every_optimizer_group():
 
 def test_the_recipe_is_that_of_the_other_fields():
   """iGPT's rate goes with the size of the images: that is no departure from the recipe."""
-  config = igpt.get_config("l_imagenet,image_size=48,learning_rate=0.5")
+  config = load("configs/igpt.py:l_imagenet,image_size=48,learning_rate=0.5")
   assert config.recipe.to_dict() == {"batch_size": 128, "learning_rates": {"optimizer": 1e-2}}
 
 
@@ -108,6 +110,6 @@ def test_a_config_that_states_its_recipe_is_left_alone():
 
 
 def test_a_config_without_a_recipe_says_nothing():
-  config = vit.get_config("demo,batch_size=1")
+  config = load("configs/vit.py:demo,batch_size=1")
   config.recipe = {"batch_size": None, "learning_rates": {}}
   assert said(config) == []

@@ -20,7 +20,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from vit_jax_zoo import trainer
-from vit_jax_zoo.config import complete
 from vit_jax_zoo.data import fake_data
 from vit_jax_zoo.nn.transformer import REMAT_POLICIES
 from vit_jax_zoo.ops.flops import count_flops
@@ -325,7 +324,7 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
   """
   for sizes in meshes(config, len(machine.devices)):
     for remat in remat_policies(config):
-      candidate = copy.deepcopy(complete(config))
+      candidate = copy.deepcopy(config)
       overrides = [f"--config.sharding.mesh.{axis}={size}" for axis, size in sizes.items()]
       candidate.sharding.mesh = dict(sizes)
       if remat is not None:
@@ -343,17 +342,18 @@ def search(config: ConfigDict, machine: Machine, *, name: str) -> Iterator[Plan]
 def meshes(config: ConfigDict, num_devices: int) -> list[dict[str, int]]:
   """Returns the meshes to try, the config's own first; none twice, none that splits no batch.
 
-  >>> meshes(ConfigDict({"batch_size": 4}), 8)
+  >>> from vit_jax_zoo.config import complete
+  >>> meshes(complete(ConfigDict({"batch_size": 4})), 8)
   [{'data': 4, 'fsdp': 1, 'model': 2}, {'data': 1, 'fsdp': 4, 'model': 2}, \
 {'data': 2, 'fsdp': 1, 'model': 4}, {'data': 1, 'fsdp': 2, 'model': 4}]
   """
-  own = dict(complete(config).sharding.mesh)
+  own = dict(config.sharding.mesh)
   rest = num_devices // math.prod(size for size in own.values() if size != -1)
   tried = [{axis: rest if size == -1 else size for axis, size in own.items()}]
   for model in (1, 2, 4):
     ways = num_devices // model
     tried += [{"data": d, "fsdp": ways // d, "model": model} for d in (ways, 1) if ways]
-  parts = config.get("accumulation_steps") or 1
+  parts = config.accumulation_steps
   found = []
   for sizes in tried:
     ways = sizes["data"] * sizes["fsdp"]

@@ -11,8 +11,8 @@ from etils import epath
 from faster_coco_eval.core import mask as run_lengths
 from PIL import Image
 
-from configs import detr
 from tests.systems.detr.files import official_file
+from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import predict, trainer
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.transforms.detection import decode_segments
@@ -27,7 +27,7 @@ def picture(height=90, width=120, seed=0):
 
 @pytest.fixture(scope="module")
 def detr_run(tmp_path_factory):
-  config = detr.get_config("demo,num_steps=2,batch_size=8")
+  config = config_lib.load("configs/detr.py:demo,num_steps=2,batch_size=8")
   backbone = {**config.model.backbone.to_dict(), "widths": (4, 4, 4, 4), "stem_width": 4}
   config.model.update(width=16, mlp_dim=16, num_heads=2, backbone=backbone)
   config.data.eval.test.split = "test[:16]"
