@@ -17,6 +17,7 @@ from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo import trainer
 from vit_jax_zoo.builder import build
+from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
@@ -163,7 +164,7 @@ def test_outputs_of_a_run(finished):
   assert (workdir / "figures" / "train_batch_00000000.png").exists()
 
 
-def test_eval_only_changes_no_metrics_and_needs_no_training_data(finished):
+def test_eval_only_changes_no_metrics_and_needs_no_training_data(finished, monkeypatch):
   outcome, workdir = finished
   before = (workdir / "metrics.jsonl").read_bytes()
   pictures = sorted((workdir / "figures").iterdir())
@@ -172,7 +173,10 @@ def test_eval_only_changes_no_metrics_and_needs_no_training_data(finished):
     path.unlink()
   moved = tiny()  # the training data are elsewhere by now
   moved.data.train.source = "folder:/moved/away"
+  opened, iterate = [], pipeline._iterate
+  monkeypatch.setattr(pipeline, "_iterate", lambda *args: opened.append(args) or iterate(*args))
   again = run(moved, workdir, eval_only=True, allow_config_change=True)
+  assert len(opened) == 1
   assert again.scores == outcome.scores
   assert (workdir / "metrics.jsonl").read_bytes() == before
   assert drawn

@@ -109,11 +109,11 @@ class Experiment:
     )
 
   def evaluation_program(self) -> compiled_steps.EvaluationProgram:
-    """Returns the compiled steps of an evaluation, for the first batch of the default one."""
+    """Returns the compiled steps of an evaluation, for the shapes of the default one's batches."""
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
       raise ValueError("nothing to evaluate: the config names no evaluation")
-    batch = next(iter(self.eval_batches(name)))
+    batch = self.eval_batches(name).one_example()
     batch_size = self.config.eval_batch_size or self.config.batch_size
     return compiled_steps.build_evaluation(
       self.task,

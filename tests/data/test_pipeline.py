@@ -164,6 +164,12 @@ class TestEval:
     batches = eval_batches(Pictures(9), RANDOM, batch_size=4)
     assert_same(list(batches), list(batches))
 
+  def test_one_example_has_the_shapes_of_the_batches(self):
+    batches = eval_batches(Pictures(9, corrupt=[0]), PLAIN, batch_size=4, on_corrupt="skip")
+    one, *others = ({k: (v.shape[1:], v.dtype) for k, v in b.items()}
+                    for b in (batches.one_example(), *batches))  # fmt: skip
+    assert others == [one] * 3
+
   @pytest.mark.slow
   def test_worker_processes_change_nothing(self):
     one, other = (

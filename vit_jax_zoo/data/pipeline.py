@@ -168,7 +168,7 @@ def eval_batches(  # noqa: PLR0913
     num_batches = len(plan.padded_shapes)
   numbers = grain.MapDataset.range(num_batches * process_count)[process_index::process_count]
   batches = MaskedBatches(loader, local, plan, process_count)
-  return EvalBatches(numbers.map(batches), num_workers, num_threads)
+  return EvalBatches(batches, numbers.map(batches), num_workers, num_threads)
 
 
 class BatchIterator(Iterator[Batch]):
@@ -214,6 +214,7 @@ class BatchIterator(Iterator[Batch]):
 class EvalBatches:
   """Batches of an evaluation: `len()` of them, anew with each `iter()`."""
 
+  _batches: "MaskedBatches"
   _dataset: grain.MapDataset
   _num_workers: int
   _num_threads: int | None
@@ -225,6 +226,11 @@ class EvalBatches:
   def __iter__(self) -> BatchIterator:
     self._last = _iterate(self._dataset, self._num_workers, self._num_threads)
     return self._last
+
+  def one_example(self) -> Batch:
+    """Returns the first example as a batch, for shapes; starts no pipeline."""
+    batch = dataclasses.replace(self._batches, size=1)(0)
+    return {key: batch[key] for key in batch if key != SKIPPED}
 
   @property
   def num_skipped(self) -> int:
