@@ -115,7 +115,7 @@ def read_image(path: pathlib.Path) -> np.ndarray:
   try:
     return images.decode_image(path.read_bytes())
   except (OSError, images.CorruptExampleError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from None
+    raise images.CorruptExampleError(f"{path} cannot be read: {error}") from None
 
 
 def predict_all(
@@ -147,7 +147,8 @@ def predict_all(
       failed += 1
       message = " ".join(str(error).split())
       record = {**known, "error": message}
-      logging.error("%s", message if str(path) in message else f"{path}: {message}")
+      is_named = isinstance(error, images.CorruptExampleError)
+      logging.error("%s", message if is_named else f"{path}: {message}")
     else:
       name, files = pictures.write(path.stem, prediction)
       record = {**known, "pictures": files, **prediction.record}

@@ -238,6 +238,7 @@ def _without_cache() -> Iterator[None]:
 
 def needed_memory(message: str, memory: Memory) -> float | None:
   """Returns the bytes that a step would need: its total or temporaries in XLA's error, or None."""
+  # XLA's error has a code and no attribute for the size.
   total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
   found = total or re.search(r"required for HLO temporaries \(([\d.]+)([KMG])\)", message)
   if found is None:

@@ -13,8 +13,9 @@ _FULL_CODE = re.compile(f"os_error_code='({'|'.join(map(str, _FULL))})'")
 
 def is_full(error: BaseException) -> int | None:
   """Returns the errno if the error is of a full disk; else None."""
-  code = _FULL_CODE.search(str(error))
-  number = int(code[1]) if code else getattr(error, "errno", None)
+  number = getattr(error, "errno", None)
+  if number is None and (code := _FULL_CODE.search(str(error))):
+    return int(code[1])
   return number if number in _FULL else None
 
 

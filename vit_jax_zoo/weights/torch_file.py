@@ -52,6 +52,7 @@ def _load(torch: Any, file: str, path: str) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]):
       return torch.load(file, map_location="cpu", weights_only=True)
   except pickle.UnpicklingError as error:
+    # Only the message names the code in files of PyTorch's legacy format, before version 1.6.
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
     if wanted:
       raise WeightsError(
