@@ -4,9 +4,9 @@
     --config=configs/vit.py:b16_imagenet21k                  a variant
     --config=configs/vit.py:b16_imagenet21k,image_size=384   a variant with another field
 
-A variant is a function; its keyword arguments are the fields that may be set, their defaults give
-the types. Anything else in the config is reached by flags: `--config.optimizer.learning_rate=3e-4`,
-also what a recipe leaves open, such as `--config.init_from` or `--config.sharding.mesh.fsdp`.
+A variant is a function; its keyword arguments are the fields that can be set, and their defaults
+determine the types. All other config fields are set by flags:
+`--config.optimizer.learning_rate=3e-4`, `--config.init_from`, `--config.sharding.mesh.fsdp`.
 
 A variant's own batch size and learning rate are kept in `config.recipe`: a much smaller batch
 triggers a warning with the scaled learning rate (`training/lr_scaling.py`).
@@ -30,15 +30,15 @@ Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 def build(
   arg: str | None, variants: Variants, renamed: Mapping[str, str] | None = None
 ) -> ConfigDict:
-  """Returns the config of an argument; without one, that of the first variant.
+  """Returns the config of an argument.
 
   Args:
-    arg: `variant,field=value,...`.
+    arg: `variant,field=value,...`; by default the first variant.
     variants: by name.
-    renamed: old names of variants, which are refused, and the new ones.
+    renamed: old names of variants -> new names; old ones are errors.
 
   Raises:
-    ValueError: one line, about a misspelt variant, field or value.
+    ValueError: the variant, a field or a value is unknown or invalid.
   """
   old = (arg or "").partition(",")[0].strip()
   if renamed and old in renamed:
@@ -70,7 +70,7 @@ def _recipe(
 
 
 def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:
-  """Splits `variant,field=value,...`; the variant comes first and may be left out.
+  """Splits `variant,field=value,...`; the default is the first variant.
 
   >>> parse_arg("b16,image_size=384,source=folder:a,b", {"demo": ConfigDict, "b16": ConfigDict})
   ('b16', {'image_size': '384', 'source': 'folder:a,b'})
@@ -83,13 +83,13 @@ def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]
   fields: dict[str, str] = {}
   for part in parts:
     name, equals, text = part.strip().partition("=")
-    if not equals and fields:  # a comma inside of a value, such as a path
+    if not equals and fields:  # a comma inside a value, such as a path
       fields[next(reversed(fields))] += f",{part}"
       continue
     if not equals:
-      raise ValueError(f"cannot read {part!r} in {arg!r}; write variant,field=value,field=value")
+      raise ValueError(f"{arg!r}: {part!r} is no field; expected variant,field=value,field=value")
     if name in fields:
-      raise ValueError(f"the field {name!r} is set twice in {arg!r}")
+      raise ValueError(f"{name}: set twice in {arg!r}; expected once")
     fields[name] = text
   return variant, fields
 
@@ -99,18 +99,18 @@ def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
 
   Args:
     config: with `data.train` and `data.eval`.
-    data_dir: local or `gs://bucket/...`; "" leaves the field open: TFDS's own place, unless a flag
-      such as `--config.data.train.data_dir` names another.
+    data_dir: local or `gs://bucket/...`; "" keeps TFDS's default folder, or that of a flag such as
+      `--config.data.train.data_dir`.
 
   Raises:
-    ValueError: a place is given, but no data are of TFDS's.
+    ValueError: `data_dir` is set, but no dataset is TFDS's.
   """
   specs = (config.data.train, *config.data.eval.values())
   prepared = [spec for spec in specs if spec.source.startswith("tfds:")]
   if data_dir and not prepared:
     raise ValueError(
-      f"data_dir={data_dir!r} is where TFDS's data lie, and the source is {specs[0].source!r}; "
-      "leave data_dir out, or take a source that begins with tfds:"
+      f"data_dir={data_dir!r}: the source {specs[0].source!r} has no data_dir; expected a source "
+      "that begins with tfds:. Leave data_dir out"
     )
   for spec in prepared:
     spec.data_dir = data_dir or placeholder(str)
@@ -118,8 +118,8 @@ def with_data_dir(config: ConfigDict, data_dir: str) -> ConfigDict:
 
 
 def for_few_images(config: ConfigDict) -> ConfigDict:
-  """Sets logs, evaluations, checkpoints and loader for runs of hundreds of steps on own images."""
-  with config.ignore_type():  # of a number of steps to a fraction
+  """Sets logs, evaluations, checkpoints and loader for runs of hundreds of steps on few images."""
+  with config.ignore_type():  # from a number of steps to a fraction
     config.log_every, config.eval_every = 10, 0.05
     config.checkpoint = {"every": 0.05, "keep": 1, "eval_best_at_end": True}
     config.data.loader = {"num_workers": 0, "buckets": 3, "on_corrupt": "skip"}

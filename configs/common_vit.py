@@ -1,8 +1,7 @@
 """Shared by ViT's recipes: data, augmentation, optimizers, sharding, remat.
 
-Augmentation is by name, as "How to train your ViT?" (arXiv:2106.10270) has it; RandAugment is
-TensorFlow's variant (`rand_augment`, `data/transforms/augment.py`), as these recipes come from
-Google's code.
+Augmentations have the names of "How to train your ViT?" (arXiv:2106.10270). RandAugment is
+TensorFlow's variant (`rand_augment`, `data/transforms/augment.py`), as in Google's code.
 """
 
 import dataclasses
@@ -15,18 +14,18 @@ WIDTHS = {
   "ti16": 192, "s16": 384, "s32": 384, "b16": 768, "b32": 768, "l16": 1024, "l32": 1024,
   "h14": 1280, "r50_b16": 768, "r50_b32": 768, "r50_l16": 1024, "r50_l32": 1024,
 }  # fmt: skip
-"""Width of each model (table 1), which is also that of its pre-training layer before the head."""
+"""Width of each model (table 1) and of the layer before its head in pre-training."""
 
 KERNELS_DECAY = (
   (".*/kernel", {"weight_decay": 1.0}),
   (".*", {"weight_decay": 0.0}),
 )
-"""Weight decay on kernels alone, as big_vision has it: not on positions, class token and norms."""
+"""Weight decay on kernels only, as in big_vision: not on positions, class token and norms."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """A column of AugReg's table: RandAugment(2, magnitude), and mixup by Beta(alpha, alpha)."""
+  """A column of AugReg's table: RandAugment(2, magnitude) and mixup with Beta(alpha, alpha)."""
 
   magnitude: int | None = None
   mixup_alpha: float | None = None
@@ -34,18 +33,18 @@ class Augmentation:
 
 AUGMENTATIONS = {
   "none": Augmentation(),
-  "light1": Augmentation(0),  # RandAugment(2, 0) is not nothing
+  "light1": Augmentation(0),  # RandAugment(2, 0) is not the identity
   "light2": Augmentation(10, 0.2),
   "medium1": Augmentation(15, 0.2),
   "medium2": Augmentation(15, 0.5),
   "strong1": Augmentation(20, 0.5),
   "strong2": Augmentation(20, 0.8),
 }
-"""arXiv:2106.10270 and big_vision's configs. Magnitudes are EfficientNet's, which go beyond 10."""
+"""arXiv:2106.10270 and big_vision's configs. Magnitudes are EfficientNet's and exceed 10."""
 
 
 def augment(config: ConfigDict, augmentation: Augmentation) -> None:
-  """Adds what an augmentation has beyond crop and flip."""
+  """Adds RandAugment and mixup to crop and flip."""
   if augmentation.magnitude is not None:
     randomly = {"name": "rand_augment", "num_layers": 2, "magnitude": augmentation.magnitude}
     config.data.train.transforms = [*config.data.train.transforms, randomly]
@@ -54,7 +53,7 @@ def augment(config: ConfigDict, augmentation: Augmentation) -> None:
 
 
 def decoupled_adam(weight_decay: float = 1e-4) -> dict[str, Any]:
-  """Adam as big_vision has it since AugReg: weight decay is not multiplied by the peak rate."""
+  """big_vision's Adam since AugReg: weight decay is not multiplied by the peak learning rate."""
   return {
     "name": "adamw",
     "learning_rate": 1e-3,
@@ -68,7 +67,7 @@ def decoupled_adam(weight_decay: float = 1e-4) -> dict[str, Any]:
 
 
 def base(model: str, source: str, image_size: int, batch_size: int) -> ConfigDict:
-  """Common to all recipes: Inception crop, flip, bfloat16, numbers from the data."""
+  """Fields of all recipes: Inception crop, flip, bfloat16, number of classes from the data."""
   return ConfigDict(
     {
       "seed": 0,
@@ -99,7 +98,7 @@ def base(model: str, source: str, image_size: int, batch_size: int) -> ConfigDic
 
 
 def imagenet_evaluations(source: str, image_size: int) -> dict[str, Any]:
-  """A held-out part of the training images, by which to choose, and the official validation set."""
+  """Evaluations `val` (held-out training images) and the official validation set."""
   transforms = resize_and_crop(image_size)
   return {
     name: {"source": source, "split": split, "transforms": transforms}
@@ -108,7 +107,7 @@ def imagenet_evaluations(source: str, image_size: int) -> dict[str, Any]:
 
 
 def resize_and_crop(image_size: int) -> list[dict[str, Any]]:
-  """The middle 7/8 of the shorter side: 256 -> 224."""
+  """Central 7/8 of the shorter side: 256 -> 224."""
   return [
     {"name": "resize_small", "size": image_size * 8 // 7},
     {"name": "central_crop", "size": image_size},
@@ -118,7 +117,7 @@ def resize_and_crop(image_size: int) -> list[dict[str, Any]]:
 def hold_out(
   config: ConfigDict, source: str, image_size: int, labels: list[dict[str, Any]] | None = None
 ) -> None:
-  """Leaves 51,200 training images to the evaluation `val`, where a data set has none of its own.
+  """Holds out 51,200 training images for the evaluation `val`, for datasets without their own.
 
   Args:
     config: of `base`.
@@ -134,11 +133,11 @@ def hold_out(
 
 
 def track_few_shots(config: ConfigDict, source: str, image_size: int) -> None:
-  """Adds the evaluation `few_shot`, by which pre-training is followed in ViT's and big_vision's.
+  """Adds the evaluation `few_shot`, the pre-training metric of ViT and big_vision.
 
   Args:
     config: with its other evaluations.
-    source: ImageNet-1k's, of which the first 65,000 training images are learned from; "" for none.
+    source: ImageNet-1k, whose first 65,000 training images are used for fitting; "" for none.
     image_size: of the evaluation.
   """
   if source:
@@ -152,16 +151,16 @@ def track_few_shots(config: ConfigDict, source: str, image_size: int) -> None:
 
 
 def memory(size: str) -> dict[str, str]:
-  """What the blocks of a model keep for the backward pass: see `nn.transformer`."""
+  """Remat policy by model size: see `nn.transformer`."""
   return {"remat": {"l": "dots", "h": "full"}.get(_letter(size), "none")}
 
 
 def sharding(size: str) -> dict[str, Any]:
-  """Parameters on every device, or split over all of them where they are many."""
+  """Replicates the parameters of small models; shards those of large ones over all devices."""
   split = _letter(size) in "lh"
   return {"mesh": {"data": 1, "fsdp": -1} if split else {"data": -1}}
 
 
 def _letter(size: str) -> str:
-  """Returns the Transformer's size: `l` of `r50_l16`."""
+  """Returns the Transformer's size: `l` for `r50_l16`."""
   return size.split("_")[-1][0]

@@ -20,13 +20,13 @@ r"""DETR: a demo, and the recipes of the paper.
 
 Each function below is one recipe. Batch sizes are global.
 
-Small machines. `accumulation_steps=n` cuts each batch of 64 into n parts that run one after the
-other: the same training in n times the time, as the frozen norms look at no batch. A smaller
-`batch_size` is another training; its learning rate is then scaled by the root of the ratio, as is
-due to Adam (Malladi et al., arXiv:2205.10287), which the paper does not try.
+Memory: `accumulation_steps=n` splits each batch of 64 into n micro-batches: the same training in n
+times the time, since the frozen norms have no batch statistics. A smaller `batch_size` changes the
+training; the learning rate is then scaled with the square root of the ratio (Malladi et al.,
+arXiv:2205.10287, for Adam), which the paper does not test.
 
-`num_classes` is the highest class id + 1, and comes from the data: 91 for COCO, whose ids are used
-as they are. "No object" is one logit more, the last.
+`num_classes` is the highest class id + 1, read from the data: 91 for COCO, whose ids are not
+renumbered. "No object" is one additional, last logit.
 """
 
 import functools
@@ -44,20 +44,20 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> ConfigDict:
-  """A small DETR finds handwritten digits in 64x64 scenes: 4000 to learn from, 400 to be tested on.
+  """A small DETR on scenes of handwritten digits, 64x64 pixels: 4000 for training, 400 for test.
 
-  Paper: the architecture is DETR's, with stride 8. It starts from nothing, where the paper's
-    backbone has seen ImageNet and trains for 300 epochs of 118,000 images; therefore class and box
-    head also learn from every cell of the encoder's map (`dense_weight`). After 400 steps the AP50
-    was 0.19 with that loss and 0.02 without it. It fades until four fifths of the run, so that
-    queries may leave an object to one of them. "No object" weighs 0.3, not 0.1: of twelve queries
-    more find something than of a hundred. Batch norms learn; no dropout; the class counts three
-    times.
+  Paper: the architecture is DETR's, with stride 8. Trained from scratch; the paper's backbone is
+    pretrained on ImageNet, and its DETR trains for 300 epochs of 118,000 images. Therefore an
+    auxiliary loss also applies the class and box heads to the encoder's tokens (`dense_weight`),
+    with a weight that falls to 0 over the first 80 % of the run, so that one query per object
+    remains. AP50 after 400 steps: 0.19 with this loss, 0.02 without. The "no object" weight is 0.3
+    (paper: 0.1), since a larger fraction of 12 queries than of 100 matches an object. Batch norms
+    are trained; no dropout; class loss weight 3.
   Hardware: any. Two CPU cores need about ten minutes: 13 minutes of CPU time.
   Expected: box AP50 0.8.
-  Ours: box AP50 0.86, AP 0.54, one seed. Of 978 digits 829 are found at a threshold of one half, 85
-    of the others under another digit's name; 55 are still found twice. (With two decoder layers,
-    "no object" at 0.1 and cells that do not fade it was AP50 0.82, AP 0.50.)
+  Ours: box AP50 0.86, AP 0.54, one seed. At threshold 0.5, 829 of 978 digits are detected; 85 of
+    the others are detected with the wrong class; 55 duplicates remain. (With two decoder layers,
+    "no object" weight 0.1 and a constant auxiliary weight: AP50 0.82, AP 0.50.)
   """
   config = _demo(num_steps, batch_size, seed)
   config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple))
@@ -77,18 +77,18 @@ def demo_panoptic(
   seed: int = 0,
   init_from: str = "runs/detr_demo",
 ) -> ConfigDict:
-  """The demo's DETR with a mask head gives every pixel to a digit or to one of five textures.
+  """Panoptic segmentation of the demo's scenes: ten digits (things), five textures (stuff).
 
-  Paper: section 4.4; boxes and masks are learned together, as the paper says one may (its numbers
-    come from masks learned afterwards). Masks have a quarter of the image's sides, 16x16, as there;
-    a digit's strokes are not much wider than one of their cells.
-  Weights: `init_from`, by default the demo's run: train that first. Its classes are dropped, as the
-    textures are new ones.
+  Paper: section 4.4; boxes and masks are trained jointly, which the paper allows (its results are
+    from masks trained afterwards). Masks have a quarter of the image's height and width, 16x16, as
+    in the paper; a digit's stroke is little wider than one mask pixel.
+  Weights: `init_from`, by default the demo's run: train that first. Its class head is dropped,
+    since the textures are new classes.
   Hardware: any. Two CPU cores need about five minutes, after the demo.
   Expected: PQ 0.35.
-  Ours: PQ 0.39 (SQ 0.63, RQ 0.60), one seed, from the demo's run: 0.27 for digits (SQ 0.59, RQ
-    0.44), 0.63 for textures; box AP50 0.89 (of all 15 classes), mask AP50 of digits 0.18. Halfway
-    it was PQ 0.13: digits are named and boxed well before their masks are; longer was not tried.
+  Ours: PQ 0.39 (SQ 0.63, RQ 0.60), one seed, from the demo's run: digits 0.27 (SQ 0.59, RQ 0.44),
+    textures 0.63; box AP50 0.89 (15 classes), mask AP50 of digits 0.18. PQ 0.13 at half of the
+    steps: classes and boxes converge before masks. Longer training was not tried.
   """
   config = _demo(num_steps, batch_size, seed)
   config.model.update(num_classes=placeholder(int), mask_head=True)
@@ -171,7 +171,7 @@ JITTER = [
     "crop_sides": (60, 60),
   }
 ]
-"""Scenes a little larger, smaller and elsewhere; 64x64 pixels as before."""
+"""Random scale and translation of scenes; the output is 64x64 pixels."""
 
 PAD_DEMO = [{"name": "pad_objects", "num": 8}]
 
@@ -188,14 +188,14 @@ def coco(
 ) -> ConfigDict:
   """DETR on COCO, or on your own folder in COCO's format, from an ImageNet backbone.
 
-  Paper: arXiv:2005.12872, section 4 and A.4: AdamW, 1e-4, backbone 1e-5, its stem, first stage and
-    all its norms frozen; weight decay 1e-4, gradients clipped to norm 0.1, dropout 0.1; flips,
-    shorter side 480 to 800, crops; rate / 10 after 200 of 300 epochs. For `num_epochs=500` it falls
-    after 400; for other lengths after two thirds. No warm-up, no averages.
-  Weights: `backbone_file`, by default torchvision's first ImageNet weights, as the paper's.
-  Differs from the paper: weights decay on the transformer's and the heads' parameters and on the
-    backbone's alike, as in its code; DC5 sees each image as if it came alone (`masked_backbone`),
-    where the code trains it with one image a GPU.
+  Paper: arXiv:2005.12872, section 4 and A.4: AdamW, learning rate 1e-4, backbone 1e-5; stem, first
+    stage and all norms of the backbone frozen; weight decay 1e-4, gradients clipped to norm 0.1,
+    dropout 0.1; flips, shorter side 480 to 800, crops; learning rate / 10 after 200 of 300 epochs
+    (`num_epochs=500`: after 400; other lengths: after two thirds). No warm-up, no EMA.
+  Weights: `backbone_file`, by default torchvision's IMAGENET1K_V1, as in the paper.
+  Differs from the paper: weight decay applies to the transformer, the heads and the backbone, as in
+    its code; DC5 masks padding in the backbone (`masked_backbone`), where the code trains with one
+    image per GPU.
   Hardware: 16 V100, 4 images each (DC5: 64, 1 each); three days for 300 epochs of R50.
   Expected, AP of boxes on val2017 (github.com/facebookresearch/detr): after 500 epochs R50 42.0,
     R50-DC5 43.3, R101 43.5, R101-DC5 44.9; R50 39.5 after 150.
@@ -223,10 +223,11 @@ def panoptic(
 ) -> ConfigDict:
   """DETR for panoptic segmentation, first stage: boxes of things and stuff.
 
-  Paper: section 4.4: as for detection, with the boxes around each segment's pixels. 250 classes:
-    COCO's ids of things (up to 90) and stuff (up to 200) as they are.
-  Differs from the paper's code: boxes are those of COCO's files, which end behind a segment's last
-    pixel, and not on it; crowds are left out, as in detection.
+  Paper: section 4.4: as for detection, with each segment's bounding box. 250 classes: COCO's ids of
+    things (up to 90) and stuff (up to 200), not renumbered.
+  Differs from the paper's code: boxes are those of COCO's files, whose right and lower edges are
+  one
+    pixel beyond the segment; crowds are dropped, as in detection.
   Hardware: as for detection.
   Expected: AP of things' boxes after the second stage 38.8 (R50), 40.2 (R50-DC5), 40.1 (R101).
   Not yet run here.
@@ -252,11 +253,11 @@ def masks(
   data_dir: str = "",
   init_from: str = "",
 ) -> ConfigDict:
-  """DETR for panoptic segmentation, second stage: the mask head only; all else is frozen.
+  """DETR for panoptic segmentation, second stage: trains the mask head only.
 
-  Paper: section 4.4 and A.4: 25 epochs, rate 1e-4, divided by 10 after 15.
+  Paper: section 4.4 and A.4: 25 epochs, learning rate 1e-4, divided by 10 after 15.
   Weights: `init_from`, by default the first stage's run.
-  Hardware: not stated. Masks of a batch are large: one or two images a GPU; see accumulation above.
+  Hardware: not stated. Mask memory limits a GPU to one or two images; use `accumulation_steps`.
   Expected on val2017 (github.com/facebookresearch/detr): PQ 43.4 with R50, 44.6 with R50-DC5, 45.1
     with R101.
   Not yet run here.
@@ -285,20 +286,20 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   learning_rate: float = 0.0,
   data_dir: str = "",
 ) -> ConfigDict:
-  """A DETR that was trained on COCO learns the classes of your own images, from some 20 on.
+  """Fine-tunes a COCO-pretrained DETR on your own classes, from about 20 images.
 
-  Paper: none. From scratch, DETR learns nothing from a few thousand images: start from published
-    weights, of which all but the class head is kept (facebookresearch/detr, issues 9, 125 and 169).
+  Paper: none. DETR does not converge from scratch on a few thousand images: start from published
+    weights; all but the class head are kept (facebookresearch/detr, issues 9, 125 and 169).
   Data: `source=coco:/path`, with splits `train` and `val`; see `data/sources/coco.py`. Without a
     `val`: --config.data.train.split=train[:80%] --config.data.eval.val.split=train[80%:].
-  Masks: `masks=true` also trains and scores instance masks, from the file's outlines.
+  Masks: `masks=true` also trains and evaluates instance masks, from the file's segmentations.
   Weights: `init_from`, a file, a published name or a run; by default the official ones, which are
     downloaded, with `masks=true` those of the panoptic model.
   Length: 250 steps for 20 images, 575 for 46 and 6,250 for 500, with a warm-up of 5 %. `val` is
-    scored 20 times, and the best checkpoint is kept and scored at the end. For more than 2,000
-    images, 15 epochs are a start.
-  Learning rate: by default 5e-5 for 4 images, by the root of the ratio for other batches.
-  Hardware: one GPU of 16 GB holds about four images of 800 pixels; see accumulation above.
+    evaluated 20 times; the best checkpoint is kept and evaluated at the end. For more than 2,000
+    images, start with 15 epochs.
+  Learning rate: by default 5e-5 for batch 4, scaled with the square root of the batch size.
+  Hardware: a GPU of 16 GB fits about four images of 800 pixels; use `accumulation_steps` for more.
   Expected: depends on the data.
   Not yet run here.
   """
@@ -385,13 +386,13 @@ BACKBONES = {
 """torchvision's IMAGENET1K_V1."""
 
 MODELS = ("r50", "r50_dc5", "r101", "r101_dc5")
-"""Table 1's."""
+"""Of table 1."""
 
 DETECTOR = "backbone|input_projection|query_embedding|transformer|class_head|box_head"
-"""All of DETR's parameters but the mask head's."""
+"""Regular expression of DETR's parameters except the mask head's."""
 
 PANOPTIC = ("r50", "r50_dc5", "r101")
-"""Table 5's."""
+"""Of table 5."""
 
 VARIANTS: dict[str, Any] = {
   "demo": demo,

@@ -11,7 +11,7 @@ r"""Your own images, one folder per class: fine-tunes any classifier.
 |---------|-------------|---------------------------------------------|----------|
 | finetune| your images | the ViT paper; what is usual for ResNets    | depends  |
 
-The function below is the recipe. iGPT's fine-tuning, with its two losses, stands in
+The function below is the recipe. iGPT's fine-tuning, with its two losses, is in
 `configs/igpt.py` (`s_finetune,source=folder:/path`).
 """
 
@@ -45,32 +45,32 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   dtype: str = "bfloat16",
   data_dir: str = "",
 ) -> ConfigDict:
-  """A classifier that others have trained learns the classes of your folders.
+  """Fine-tunes a pretrained classifier on your own classes.
 
   Paper: none. ViTs as in arXiv:2010.11929, appendix B.1.1: SGD with momentum 0.9, gradients clipped
-    to norm 1, cosine to 0, no weight decay, a new head that starts at 0. LambdaResNets the same,
-    with 0.01 for 256 images, which lies in the grid of Kornblith et al. (arXiv:1805.08974). Here a
-    tenth of the run is warm-up. Crops (5 to 100 % of an image) and flips, no RandAugment; whole
-    images, squashed to a square, in evaluations.
-  Data: a folder for each class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth
+    to norm 1, cosine to 0, no weight decay, a zero-initialised head. LambdaResNets the same, with
+    0.01 for batch 256, which is in the grid of Kornblith et al. (arXiv:1805.08974). A tenth of the
+    run is warm-up. Crops (5 to 100 % of an image) and flips, no RandAugment; evaluations resize
+    whole images to a square.
+  Data: one folder per class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth
     of the training images, by a hash of their names, selects the best checkpoint (`val`); `test` is
     the folder `test`, or another tenth. Unreadable images are logged, counted and skipped.
-    `flip=false` where left and right differ, as in text. Names of TFDS do as well: tfds:beans.
+    `flip=false` where left and right differ, as in text. TFDS names are accepted too: tfds:beans.
     The classes are the folders, sorted by name, or the lines of the text file `class_names`.
-  Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default
-    ImageNet-21k's of AugReg for a ViT, timm's for a LambdaResNet, which are then downloaded.
-  Learning rate: by default that of the recipe, scaled to `batch_size` by the linear rule (Goyal et
-    al., arXiv:1706.02677): 0.03 for 512 images makes 0.001875 for 32. If the accuracy on `val` is
-    poor, try a third and three times of it.
-  Few images: the best checkpoint is that of the lowest loss on `val`, since the accuracy on a
-    handful of images is coarse. With many, --config.checkpoint.best=val/accuracy and
-    --config.checkpoint.best_mode=max are what papers do.
+  Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default AugReg's
+    ImageNet-21k weights for a ViT, timm's for a LambdaResNet, which are then downloaded.
+  Learning rate: by default that of the recipe, scaled linearly with `batch_size` (Goyal et al.,
+    arXiv:1706.02677): 0.03 for 512 images is 0.001875 for 32. If the accuracy on `val` is poor, try
+    a third and three times of it.
+  Few images: the best checkpoint has the lowest loss on `val`, since the accuracy on a few images
+    is coarse. With many, use --config.checkpoint.best=val/accuracy and
+    --config.checkpoint.best_mode=max, as papers do.
   Small machines: `batch_size=8`, `--config.accumulation_steps=4`, `--config.model.remat=dots`
     (ViT), `head_only=true` (the rest is frozen), `dtype=float32` on a CPU, which has no fast
     bfloat16.
-  Hardware: any. How large a batch fits which device was not measured.
-  Expected: depends on the images. A confusion matrix and a picture of the class sizes are in
-    `figures/`; `best/test/accuracy` is what to report.
+  Hardware: any. The largest batch that fits was not measured.
+  Expected: depends on the images. `figures/` has a confusion matrix and the class sizes; report
+    `best/test/accuracy`.
   Not yet run here.
   """
   model = common.model_name(model)
@@ -98,11 +98,11 @@ class Family:
 
   Attributes:
     learning_rate: of SGD, for a batch of `batch_size`.
-    batch_size: see `learning_rate`.
-    image_size: side of the images, unless another is given.
-    image_mean: of pixels in [0, 1], as the published weights have it.
+    batch_size: reference batch size of `learning_rate`.
+    image_size: default side of the images, in pixels.
+    image_mean: of pixels in [0, 1], as in the published weights.
     image_std: as `image_mean`.
-    weights: ending of published names -> models that have such weights; the first is taken.
+    weights: suffix of published names -> models that have such weights; the first match is used.
   """
 
   learning_rate: float
@@ -141,16 +141,16 @@ def _published(model: str) -> str:
     if model in models:
       return f"{model}_{ending}"
   unknown = common.unknown_name("model with published weights", model, sum(weights.values(), ()))
-  raise ValueError(f"{unknown}. Or give init_from=<a file, or a run's folder>")
+  raise ValueError(f"{unknown}. Or set init_from=<a file or a run's folder>")
 
 
 def _once_an_epoch(num_epochs: float) -> float | int:
-  """Returns the fraction of the run of an epoch, at least 1/50; 0 for a single epoch."""
+  """Returns one epoch as a fraction of the run, at least 1/50; 0 for a single epoch."""
   return max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
 
 
 def _base(model: str, family: Family, source: str, class_names: str, image_size: int) -> ConfigDict:
-  """What does not depend on the fields."""
+  """Fields that do not depend on the recipe's arguments."""
   squash = [{"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}]
   own_split = source.startswith("folder:")
   splits = {"val": "choose" if own_split else "train[90%:]", "test": "test"}

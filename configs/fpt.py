@@ -16,12 +16,12 @@ r"""FPT: boxes and masks of objects on a feature pyramid with attention across l
 | mask_rcnn_lambda_resnet_101_coco  152            | COCO          | 49.4/43.5, 50.0/43.9 AP      |
 | finetune                                         | your images   | depends                      |
 
-The demos also draw where each level looks from an object, `explain_levels`; others do with
-`--config.explain=true`, where the finest level has at most 64x64 positions.
+The demos also draw the cross-level attention of an object, `explain_levels`; for other variants use
+`--config.explain=true`, which needs a finest level of at most 64x64 positions.
 
-Variants with a field `neck` can be had with the feature pyramid transformer (fpt), a feature
-pyramid network (fpn) or the plain bottom-up pyramid (bfp), which is what the paper compares with.
-The variants of semantic segmentation stand in `configs/fpt_segmentation.py`.
+`neck` is the feature pyramid transformer (fpt), a feature pyramid network (fpn) or the plain
+bottom-up pyramid (bfp), the paper's baseline.
+Semantic segmentation is in `configs/fpt_segmentation.py`.
 Each function below is one recipe. Batch sizes are global.
 """
 
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def demo(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) -> ConfigDict:
   """Faster R-CNN on the demo's scenes: digits in front of textures, 64x64 pixels.
 
-  Paper: none; the parts are the paper's, on maps of strides 4, 8 and 16.
+  Paper: none; the modules are the paper's, on maps of strides 4, 8 and 16.
   Hardware: any. Two CPU cores need a few minutes.
   Expected: box AP50 of 0.9.
   Ours: box AP50 of 0.92 and AP of 0.64 on the 400 test scenes, one seed.
@@ -55,8 +55,9 @@ def demo_mask(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) 
 
   Paper: none; see `demo`.
   Hardware: any. Two CPU cores need a few minutes more than for boxes alone.
-  Expected: masks' AP50 of 0.85, boxes as of `demo`.
-  Ours: masks' AP50 of 0.88 and AP of 0.54, boxes' 0.94 and 0.66 on the 400 test scenes, one seed.
+  Expected: mask AP50 of 0.85, boxes as in `demo`.
+  Ours: mask AP50 of 0.88 and AP of 0.54, box AP50 of 0.94 and AP of 0.66 on the 400 test scenes,
+    one seed.
   """
   config = _demo(neck, num_steps, batch_size)
   config.model.name = f"mask_rcnn_r50_{neck}"
@@ -64,7 +65,7 @@ def demo_mask(*, neck: str = "fpt", num_steps: int = 500, batch_size: int = 16) 
   config.model.mask_pool_size = 14
   for split in (config.data.train, *config.data.eval.values()):
     load, pad = split.transforms
-    # The data knows 15 classes; those of the stuff are left out here, and never learned.
+    # The data have 15 classes; the five of stuff are dropped.
     things = {"name": "keep_classes", "below": 10}
     split.panoptic = True
     split.transforms = [{**load, "masks": True}, things, pad]
@@ -122,7 +123,7 @@ def _demo(neck: str, num_steps: int, batch_size: int) -> ConfigDict:
 
 
 def _demo_model(neck: str) -> dict[str, Any]:
-  """Three levels, and anchors of the digits' sizes, which are 20 to 40 pixels high."""
+  """Three levels, with anchors of the size of the digits: 20 to 40 pixels."""
   return {
     "name": f"faster_rcnn_r50_{neck}",
     "num_classes": placeholder(int),
@@ -156,21 +157,21 @@ def coco(
   source: str = "",
   data_dir: str = "",
 ) -> ConfigDict:
-  """Faster or Mask R-CNN on COCO, with one of the three pyramids, or as the official code has it.
+  """Faster or Mask R-CNN on COCO, with one of the three pyramids, or the official code's variant.
 
   Paper: arXiv:2007.09451; schedule and sizes are those of the official repository's configs: SGD
-    with momentum 0.9, 0.05 for 16 images, 500 steps of warm-up from a third of it, boxes 120,000
-    steps (rate / 10 after 80,000 and 100,000), masks 180,000 (120,000 and 160,000); weight decay
-    1e-4 on kernels, biases at twice the rate; one of six shorter sides up to 1200, the longer one
-    up to 1400, tested at 1000; flips. Norms of the backbone are frozen, its stem and first stage as
-    well. The paper also names DropBlock (`drop_block_rate`, 0.1 in that paper's detectors), which
-    the code has switched off, and norms over all devices: `norm=batch_norm` trains those of the
-    backbone, whose statistics are here those of the whole batch, on however many devices.
-  Padding: images of a batch are padded to one size, and the transformer looks at the padding's
-    positions, too, as in the code: what is found depends, a little, on what an image comes with.
-  Weights: the backbone starts from `--config.task.backbone_file`: Caffe's ResNet-50 in the official
+    with momentum 0.9, learning rate 0.05 for batch 16, 500 steps of warm-up from a third of it;
+    boxes 120,000 steps (/ 10 after 80,000 and 100,000), masks 180,000 (120,000 and 160,000); weight
+    decay 1e-4 on kernels, biases at twice the learning rate; one of six shorter sides up to 1200,
+    longer side up to 1400, test at 1000; flips. Norms, stem and first stage of the backbone are
+    frozen. The paper also lists DropBlock (`drop_block_rate`, 0.1 in that paper's detectors), which
+    is off in the code, and batch norm over all devices: `norm=batch_norm` trains the backbone's
+    norms with statistics of the global batch.
+  Padding: images of a batch are padded to one size, and the transformer attends to padded
+    positions, as in the code: detections depend slightly on the other images of the batch.
+  Weights: `--config.task.backbone_file` initialises the backbone: Caffe's ResNet-50 in the official
     variants (R-50.pkl or resnet50_caffe.pth), torchvision's in the others. `--config.init_from`
-    takes a whole detector: a run, torchvision's files, or a state dict of the official code's.
+    is a whole detector: a run, torchvision's files, or a state dict of the official code.
   Hardware: 8 GPUs, 2 images each.
   Expected: up to 8.5 % more box AP and 6.0 % more mask AP, relative to the plain bottom-up pyramid,
     on test-dev (abstract).
@@ -200,7 +201,7 @@ def coco(
   sides = (1200, 1200, 1000, 800, 600, 400)
   train = [{"name": "random_flip"}, {"name": "resize_shorter", "shorter": sides, "longest": 1400}]
   test = [{"name": "resize_shorter", "shorter": 1000, "longest": 1400}]
-  if model.endswith("official"):  # Caffe's: means alone are taken off, pixels stay in [0, 255]
+  if model.endswith("official"):  # Caffe: pixels in [0, 255], minus the means, not divided
     config.model.backbone.stride_in_1x1 = True
     config.task.image_mean = (122.7717 / 255, 115.9465 / 255, 102.9801 / 255)
     config.task.image_std = (1 / 255, 1 / 255, 1 / 255)
@@ -215,14 +216,15 @@ def lambda_coco(
   source: str = "",
   data_dir: str = "",
 ) -> ConfigDict:
-  """Mask R-CNN with a LambdaResNet as its backbone, on COCO from scratch.
+  """Mask R-CNN with a LambdaResNet backbone, on COCO from scratch.
 
-  Paper: arXiv:2102.08602, its COCO experiment: 1024x1024 pixels, 130,000 steps of 256 images, rate
-    0.32 after 1000 steps of warm-up, / 10 after 90, 95 and 97.5 %; weight decay 4e-5; norms
-    trained, over all devices; large jitter of the scale. Heads and pyramid are the standard ones.
-  Differs from the paper: sizes are drawn from 512 to 2048 for the shorter side, cropped to 1024
-    (there 0.1 to 2.0 times the image, padded where it is smaller).
-  Hardware: 128 TPU v3 cores or so; not stated.
+  Paper: arXiv:2102.08602, its COCO experiment: 1024x1024 pixels, 130,000 steps of batch 256,
+    learning rate 0.32 after 1000 steps of warm-up, / 10 after 90, 95 and 97.5 %; weight decay 4e-5;
+    batch norm trained, over all devices; large-scale jitter. Heads and pyramid are the standard
+    ones.
+  Differs from the paper: the shorter side is drawn from 512 to 2048 and cropped to 1024 (paper: 0.1
+    to 2.0 times the image, padded where smaller).
+  Hardware: about 128 TPU v3 cores; not stated.
   Expected AP of boxes / masks on val2017: 101 49.4 / 43.5, 152 50.0 / 43.9; with a ResNet-101
     48.2 / 42.6.
   Not yet run here.
@@ -268,21 +270,21 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   dtype: str = "bfloat16",
   data_dir: str = "",
 ) -> ConfigDict:
-  """Faster or Mask R-CNN learns the classes of your own images, from some 20 on.
+  """Fine-tunes Faster or Mask R-CNN on your own classes, from about 20 images.
 
-  Paper: none. SGD with 0.005 for 4 images (0.02 for 16 is usual for such detectors), / 10 after two
+  Paper: none. SGD with 0.005 for batch 4 (0.02 for 16 is usual for such detectors), / 10 after two
     thirds and 8 / 9 of the run, 5 % of warm-up; norms, stem and first stage of the backbone are
     frozen.
   Data: `source=coco:/path`, with splits `train` and `val`; see `data/sources/coco.py`. Without a
     `val`: --config.data.train.split=train[:80%] --config.data.eval.val.split=train[80%:].
-  Masks: `masks=true` trains Mask R-CNN, from the file's outlines.
-  Weights: by default torchvision's ResNet-50, which is downloaded. Nobody has published an FPT
-    trained on COCO; `neck=fpn` with `init_from`, torchvision's Faster or Mask R-CNN (R50-FPN),
-    starts from a whole detector, which a few images need more than another neck.
-  Length: 250 steps for 20 images, 575 for 46 and 6,250 for 500. `val` is scored 20 times, and the
-    best checkpoint is kept and scored at the end. For more than 2,000 images, try 15 epochs.
-  Learning rate: of other batches, by the linear rule.
-  Hardware: one device; how large a batch fits was not measured.
+  Masks: `masks=true` trains Mask R-CNN, from the file's segmentations.
+  Weights: by default torchvision's ResNet-50, which is downloaded. No FPT weights for COCO are
+    published; with few images prefer a whole pretrained detector: `neck=fpn` with `init_from`,
+    torchvision's Faster or Mask R-CNN (R50-FPN).
+  Length: 250 steps for 20 images, 575 for 46 and 6,250 for 500. `val` is evaluated 20 times; the
+    best checkpoint is kept and evaluated at the end. For more than 2,000 images, try 15 epochs.
+  Learning rate: scaled linearly with the batch size.
+  Hardware: one device; the largest batch that fits was not measured.
   Expected: depends on the data.
   Not yet run here.
   """
@@ -354,7 +356,7 @@ def _with_coco(
   data_dir: str,
   masks: bool,
 ) -> ConfigDict:
-  """Sets the data: TFDS's COCO for boxes, for masks your own copy, since TFDS has no outlines."""
+  """Sets the data: for boxes TFDS's COCO; for masks your own copy, since TFDS has no masks."""
   source = source or ("coco:/path" if masks else "tfds:coco/2017")
   scored = {"run_lengths": 500_000} if masks else {}
   config.data.train = {

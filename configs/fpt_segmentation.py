@@ -7,7 +7,7 @@ r"""FPT's semantic segmentation: a demo, and recipes for Cityscapes, ADE20K, PAS
     python -m vit_jax_zoo.main \
       --config=configs/fpt.py:segmentation_finetune,source=segmentation:/mine,values=0+255
 
-With `neck=ufp` the pyramid stands alone, without the transformer: the paper's comparison.
+`neck=ufp` is the pyramid without the transformer, the paper's baseline.
 
 | variant                 | trains on           | gain in the paper, mIoU |
 |-------------------------|---------------------|-------------------------|
@@ -18,10 +18,10 @@ With `neck=ufp` the pyramid stands alone, without the transformer: the paper's c
 | segmentation_lip        | LIP, human parts    | 2.0 points (val)        |
 | segmentation_finetune   | your images         | not in the paper        |
 
-The gains over the pyramid alone are those that the paper's abstract and summaries of it name. Its
-recipes could not be checked against its text: crop sizes, rates and lengths below are those usual
-for dilated networks of its time, not claims about the paper. They start from a ResNet trained on
-ImageNet: `--config.task.backbone_file=resnet101.pth`, torchvision's or timm's.
+Gains over the pyramid alone are quoted from the paper's abstract and summaries of it. The recipes
+could not be checked against its text: crop sizes, learning rates and lengths are those usual for
+dilated networks of its time. They start from a ResNet pretrained on ImageNet:
+`--config.task.backbone_file=resnet101.pth`, torchvision's or timm's.
 """
 
 from typing import Any
@@ -40,18 +40,15 @@ def get_config(arg: str = "") -> ConfigDict:
 def demo(
   *, neck: str = "fpt", num_steps: int = 900, batch_size: int = 16, seed: int = 0
 ) -> ConfigDict:
-  """The class of every pixel of the demo's scenes: ten digits in front of five textures.
+  """Semantic segmentation of the demo's scenes: ten digits, five textures.
 
-  Paper: none; the parts are the paper's, on maps of a quarter of the image's sides.
+  Paper: none; the modules are the paper's, on maps of a quarter of the image's height and width.
   Hardware: any. A step of 16 images takes about 0.55 s on two CPU cores.
-  Expected: mIoU 0.7. (A map of a quarter of the sides, enlarged, can reach 0.89: true labels
-    averaged to its size.)
-  Ours: mIoU 0.717, 91 % of the pixels right, one seed: textures 0.86 to 0.93, digits 0.53 to 0.71.
-    Two cores that were shared took ten minutes.
-    Digits are a fifth of the pixels, ten classes of them: each weighs five times as much in the
-    loss as a texture's. Without that the same network found the digits, but called nearly all of
-    them 1 (0.31 after 600 steps); to start from the backbone of `configs/fpt.py:demo_mask` did not
-    help there.
+  Expected: mIoU 0.7. (Upper bound at this output stride 0.89: ground truth, averaged and enlarged.)
+  Ours: mIoU 0.717, pixel accuracy 91 %, one seed: textures 0.86 to 0.93, digits 0.53 to 0.71; ten
+    minutes on two shared cores. Digits are a fifth of the pixels and ten of the classes: their
+    class weight is 5. Without it nearly all digits are classified as 1 (mIoU 0.31 after 600 steps);
+    starting from the backbone of `configs/fpt.py:demo_mask` did not change that.
   """
   load = {"name": "load_label_map"}
   source = {"source": "demo:scenes", "panoptic": True, "transforms": [load]}
@@ -176,7 +173,7 @@ def _augmentation(crop: int) -> list[dict[str, Any]]:
   ]
 
 
-# The values of `*_labelIds.png` that are learned, in the order of their train ids.
+# Values of `*_labelIds.png` that are trained, in the order of their train ids.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
@@ -189,12 +186,12 @@ def cityscapes(
 ) -> ConfigDict:
   """Cityscapes' 2975 finely annotated images, 19 classes, in crops of 769 pixels.
 
-  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Paper: arXiv:2007.09451, section 4.2; lengths, learning rates and crops are usual ones, see above.
   Hardware: 8 devices of 32 GB, one or two images each.
-  Expected: the paper names a gain of 1.6 points of mIoU over the pyramid alone.
-  Data: `leftImg8bit/` and `gtFine/` as they come, or TFDS's:
+  Expected: the paper reports a gain of 1.6 points of mIoU over the pyramid alone.
+  Data: `leftImg8bit/` and `gtFine/` in the published layout, or TFDS's:
     `source=tfds:cityscapes/semantic_segmentation,data_dir=/data`.
-  Statistics of batch norms are those of the whole batch, on however many devices ("synchronised").
+  Batch norm statistics are those of the global batch ("synchronised").
   Not yet run here.
   """
   config = _recipe(
@@ -213,10 +210,10 @@ def ade20k(
 ) -> ConfigDict:
   """ADE20K's 20210 images, 150 classes, in crops of 513 pixels; its label 0 is "other".
 
-  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Paper: arXiv:2007.09451, section 4.2; lengths, learning rates and crops are usual ones, see above.
   Hardware: 8 devices of 16 GB.
-  Expected: the paper names a gain of 1.7 points of mIoU over the pyramid alone.
-  Data: `images/` and `annotations/` as they come. Not yet run here.
+  Expected: the paper reports a gain of 1.7 points of mIoU over the pyramid alone.
+  Data: `images/` and `annotations/` in the published layout. Not yet run here.
   """
   return _recipe(
     source, num_classes=150, crop=513, num_epochs=120, batch_size=16, learning_rate=0.02,
@@ -229,11 +226,11 @@ def voc(
 ) -> ConfigDict:
   """PASCAL VOC 2012, 21 classes with the background, in crops of 513 pixels.
 
-  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Paper: arXiv:2007.09451, section 4.2; lengths, learning rates and crops are usual ones, see above.
   Hardware: 8 devices of 16 GB.
-  Expected: the paper names a gain of 1.2 points of mIoU over the pyramid alone.
-  Data: `JPEGImages/`, `SegmentationClass/` and `ImageSets/` as they come: 1464 images; for
-  the 10582 with the labels of Hariharan et al. put their PNGs and lists there. Not yet run here.
+  Expected: the paper reports a gain of 1.2 points of mIoU over the pyramid alone.
+  Data: `JPEGImages/`, `SegmentationClass/` and `ImageSets/` in the published layout: 1464 images.
+    Add the PNGs and lists of Hariharan et al. for 10582. Not yet run here.
   """
   return _recipe(
     source, num_classes=21, crop=513, num_epochs=50, batch_size=16, learning_rate=0.01,
@@ -246,11 +243,11 @@ def lip(
 ) -> ConfigDict:
   """LIP's 30462 people, 20 classes with the background, in crops of 473 pixels.
 
-  Paper: arXiv:2007.09451, section 4.2; lengths, rates and crops are usual ones, see above.
+  Paper: arXiv:2007.09451, section 4.2; lengths, learning rates and crops are usual ones, see above.
   Hardware: 8 devices of 16 GB.
-  Expected: the paper names a gain of 2.0 points of mIoU over the pyramid alone.
-  Data: `images/<split>/` and `labels/<split>/`. A mirrored person's left arm is a right one, which
-  label maps do not follow: images are not flipped. Not yet run here.
+  Expected: the paper reports a gain of 2.0 points of mIoU over the pyramid alone.
+  Data: `images/<split>/` and `labels/<split>/`. No flips: label maps distinguish left and right
+    limbs. Not yet run here.
   """
   config = _recipe(
     source, num_classes=20, crop=473, num_epochs=150, batch_size=32, learning_rate=0.007,
@@ -276,20 +273,20 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   crop: int = 513,
   dtype: str = "bfloat16",
 ) -> ConfigDict:
-  """Segments your own images into your own classes, from some 20 on.
+  """Fine-tunes semantic segmentation on your own classes, from about 20 images.
 
-  Paper: none. SGD with 0.005 for 4 images, the usual rate above; 5 % of warm-up.
+  Paper: none. SGD with 0.005 for batch 4, the usual learning rate above; 5 % of warm-up.
   Data: `source=segmentation:/path`, images and label PNGs in splits `train` and `val`; see
     `data/sources/segmentation.py`. Without a `val`: --config.data.train.split=train[:80%]
     --config.data.eval.val.split=train[80%:].
-  Classes: `class_names`, a text file with one name a line, by default `classes.txt` in the folder.
-    Class i has the value i in the label PNGs, and 255 is ignored; otherwise `values` has the values
-    in the order of the classes, such as 0+255 or 1-20+30, and all others are ignored.
+  Classes: `class_names`, a text file with one name per line, by default `classes.txt` in the
+    folder. Class i has the value i in the label PNGs, and 255 is ignored; otherwise `values` has
+    the values in the order of the classes, such as 0+255 or 1-20+30, and all others are ignored.
   Weights: torchvision's ResNet, downloaded; or `init_from`, a run.
-  Length: 500 steps for 20 images, 1,150 for 46 and 12,500 for 500. `val` is scored 20 times, and
-    the best checkpoint is kept and scored at the end.
-  Learning rate: of other batches, by the linear rule.
-  Hardware: one device; how large a batch fits was not measured.
+  Length: 500 steps for 20 images, 1,150 for 46 and 12,500 for 500. `val` is evaluated 20 times;
+    the best checkpoint is kept and evaluated at the end.
+  Learning rate: scaled linearly with the batch size.
+  Hardware: one device; the largest batch that fits was not measured.
   Expected: depends on the data.
   Not yet run here.
   """
@@ -339,4 +336,4 @@ VARIANTS = {
   "segmentation_lip": lip,
   "segmentation_finetune": finetune,
 }
-"""A part of those of `configs/fpt.py`."""
+"""Included in the variants of `configs/fpt.py`."""

@@ -13,12 +13,12 @@ r"""Image GPT: a demo, and the recipes of the paper.
 
 | variant                        | trains on       | from               | expected            |
 |--------------------------------|-----------------|--------------------|---------------------|
-| demo                           | digits, 8x8     | -                  | 1.3 nats a pixel    |
-| s_imagenet   m l xl            | ImageNet, 32x32 | sections 3.1, 3.3  | S 2.09 nats a pixel |
+| demo                           | digits, 8x8     | -                  | 1.3 nats per pixel  |
+| s_imagenet   m l xl            | ImageNet, 32x32 | sections 3.1, 3.3  | S 2.09 nats         |
 | l_imagenet48 xl_imagenet64     | 48x48, 64x64    | sections 3.1, 3.3  | -                   |
 | s_finetune   m l               | CIFAR, ImageNet | section 3.4        | L 99.0 %, 88.5 %    |
 | s_probe      m l               | CIFAR-10, ...   | section 3.5        | L 96.3 %            |
-| s_eval_nll       m l               | ImageNet, 32x32 | OpenAI's README    | S 2.0895 nats       |
+| s_eval_nll   m l               | ImageNet, 32x32 | OpenAI's README    | S 2.0895 nats       |
 
 Each function below is one recipe. Batch sizes are global.
 """
@@ -39,19 +39,17 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) -> ConfigDict:
-  """A small iGPT on scikit-learn's handwritten digits, without their labels.
+  """A small iGPT on scikit-learn's handwritten digits, without labels.
 
-  The palette is fitted to the training digits; then each pixel is predicted from those before. At
-  the end the lower halves of test digits, one of each class, are drawn by the model, and linear
-  classifiers say what the features of each layer know of the labels.
+  Fits the palette to the training digits and trains next-pixel prediction. At the end it completes
+  the lower half of one test digit per class, and evaluates linear probes of every layer's features.
 
   Paper: none; the architecture and the optimizer are iGPT's.
   Hardware: any. Two CPU cores need a few minutes: 7.5 minutes of CPU time.
-  Expected: 1.3 nats a pixel on the test digits, where a bigram has 1.83.
-  Ours: 1.27 nats, one seed. Of the layers' probes the one chosen on validation, the last's, reaches
-    89 % (the first block's input 83 %, the middle layers 84 to 88 %); at this size all are below
-    the 96 % of the pixels themselves: what makes features of the middle layers good is scale, and
-    this model has 0.3M parameters and 1437 images.
+  Expected: 1.3 nats per pixel on the test digits; a bigram model has 1.83.
+  Ours: 1.27 nats, one seed. Linear probes: 89 % for the layer selected on validation, the last (83
+    % for the first block's input, 84 to 88 % for the middle layers); all below the 96 % of raw
+    pixels, at 0.3M parameters and 1437 images.
   """
   one_of_each = "+".join(f"test[{i}:{i + 1}]" for i in range(10, 360, 36))
   return ConfigDict(
@@ -109,22 +107,23 @@ def imagenet(
 ) -> ConfigDict:
   """Pre-training on ImageNet without labels, at 32x32, 48x48 or 64x64 pixels.
 
-  Paper: sections 3.1 and 3.3 and appendix: Adam with b2 0.95 (0.999 makes the loss jump), no weight
-    decay, no dropout, batch 128, a million steps; XL 64 and two million. One epoch of warm-up, then
-    cosine to 0. Rates: L 0.001 at 32 pixels and 0.01 at 48, XL 0.0003 at 64; S and M are not in the
-    text and have L's here: the paper searched .01 .003 .001 .0003 ... for the best final loss.
-  Data: 4 % of the training images are held out; the official validation images are the test.
-    Short side 256 to 384, a random 224 crop, then down to `image_size` with antialiasing (the
-    paper names no filter). XL also had 100 million images from the web, which are not public.
+  Paper: sections 3.1 and 3.3 and appendix: Adam with b2 0.95 (0.999 gives loss spikes), no weight
+    decay, no dropout, batch 128, a million steps; XL batch 64 and two million. One epoch of
+    warm-up, then cosine to 0. Learning rates: L 0.001 at 32 pixels and 0.01 at 48, XL 0.0003 at 64;
+    S and M are not stated and use L's: the paper searched .01 .003 .001 .0003 ... for the best
+    final loss.
+  Data: 4 % of the training images are held out; the official validation images are the test set.
+    Short side 256 to 384, a random 224 crop, then resized to `image_size` with antialiasing (the
+    paper states no filter). XL also had 100 million images from the web, which are not public.
   Palette: 512 colours, fitted at the start, or OpenAI's: --config.task.palette=kmeans_centers.npy
-  Masked pixels ("BERT") in place of the next one: --config.model.causal=False
-  Hardware: L took about 2500 V100-days. L and XL split their parameters over all devices, and keep
-    of a block its input alone: so XL at 64 pixels fits, as compiled for slices that were not here
-    (docs/PLANS.md): it needs 6.1 of the 95 GiB of each chip of a TPU v5p:4x4x4, as it stands, and
-    2.7 of 16 GiB of a v5e:16x16. There are more chips than images there, so the layers are split
-    too: --config.sharding.mesh.fsdp=64 --config.sharding.mesh.model=4 for XL, 128 and 2 for L,
+  Masked pixel modelling ("BERT") instead of autoregressive: --config.model.causal=False
+  Hardware: L took about 2500 V100-days. L and XL shard their parameters over all devices and
+    recompute each block (remat "full"). Compiled for, not run on, TPUs (docs/PLANS.md): XL at 64
+    pixels needs 6.1 of 95 GiB per chip of a v5p:4x4x4, and 2.7 of 16 GiB of a v5e:16x16. The latter
+    has more chips than the batch has images, so use tensor parallelism too:
+    --config.sharding.mesh.fsdp=64 --config.sharding.mesh.model=4 for XL, 128 and 2 for L,
     `.data=128` and `.model=2` for S and M.
-  Expected at 32 pixels, in nats a pixel on the test images: S 2.0895, M 2.0614, L 2.0466.
+  Expected at 32 pixels, in nats per pixel on the test images: S 2.0895, M 2.0614, L 2.0466.
   Not yet run here.
   """
   batch_size = 64 if size == "xl" else 128
@@ -160,18 +159,18 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   learning_rate: float = 0.0,
   init_from: str = "",
 ) -> ConfigDict:
-  """Fine-tuning with labels: the generative loss and the classifier's, added up.
+  """Fine-tuning with labels: the sum of the generative and the classification loss.
 
-  Paper: section 3.4 and appendix: batch and Adam of pre-training, a constant rate, searched anew
-    and typically a tenth of pre-training's (0 stands for that tenth), no dropout; the head is on
-    the last layer; stopped where accuracy on a part of the training images, held out, is best: the
-    best checkpoint is kept. CIFAR: a tenth held out; padded by 4 pixels with its mirror image,
-    cropped, flipped. ImageNet: 4 % held out; crops as in pre-training. The paper names no number of
-    epochs (a network from scratch had 18 on ImageNet); by default 20, on ImageNet 18.
+  Paper: section 3.4 and appendix: batch and Adam of pre-training, a constant learning rate,
+    searched again and typically a tenth of pre-training's (the default, 0), no dropout; the head is
+    on the last layer; early stopping on held-out training images: the best checkpoint is kept.
+    CIFAR: a tenth held out; reflection padding of 4 pixels, crop, flip. ImageNet: 4 % held out;
+    crops as in pre-training. The paper states no number of epochs (18 for a network from scratch on
+    ImageNet); by default 20, on ImageNet 18.
   Data: `dataset` is cifar10, cifar100 or imagenet2012; or `source`, such as folder:/path, with
     ImageNet's crops and the splits `train` and `test`.
-  Weights: `init_from`, a run of `imagenet`, or a published name such as igpt_s_imagenet; the
-    palette comes with them.
+  Weights: `init_from`, a run of `imagenet`, or a published name such as igpt_s_imagenet; includes
+    the palette.
   Hardware: not stated.
   Expected with L: 99.0 % on CIFAR-10, 88.5 % on CIFAR-100; on ImageNet 66.3 % at 32 pixels and 72.6
     % at 48.
@@ -210,16 +209,16 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
 def linear_probe(
   size: str, *, dataset: str = "cifar10", data_dir: str = "", init_from: str = ""
 ) -> ConfigDict:
-  """Linear probes of every layer: for `--eval_only`, as there is nothing to train.
+  """Linear probes of every layer, for `--eval_only`: no training.
 
-  Paper: section 3.5: L-BFGS logistic regression on the mean of a layer's normalised input over all
-    positions, without augmentation; a tenth of the training images chooses layer and strength.
-    ImageNet's probe is by SGD: python -m vit_jax_zoo.transfer --workdir=runs/igpt_l_imagenet
-    --suite=linear_sgd --data=imagenet2012; XL's 15360 features are the five layers around the best,
+  Paper: section 3.5: L-BFGS logistic regression on the mean over positions of a layer's normalised
+    input, without augmentation; a tenth of the training images selects layer and strength.
+    ImageNet's probe uses SGD: python -m vit_jax_zoo.transfer --workdir=runs/igpt_l_imagenet
+    --suite=linear_sgd --data=imagenet2012. XL's 15360 features are five layers around the best:
     --concatenate=5 there and --config.data.eval.probe.probe.concatenate=5 here.
   Data: `dataset` is cifar10, cifar100 or stl10.
   Weights: `init_from`, a run of `imagenet`.
-  Hardware: the features of all layers lie in memory: for L and CIFAR 18 GB.
+  Hardware: holds the features of all layers in memory: 18 GB for L on CIFAR.
   Expected with L at 32 pixels: CIFAR-10 96.3 %, CIFAR-100 82.8 %, STL-10 95.5 %.
   Not yet run here.
   """
@@ -246,22 +245,22 @@ def published_nats(
   init_from: str = "",
   data_dir: str = "",
 ) -> ConfigDict:
-  """The acceptance test of a published checkpoint: for `--eval_only`.
+  """Negative log-likelihood of a published checkpoint, for `--eval_only`.
 
-  Paper: none; the figures are of the README of openai/image-gpt, on ImageNet's validation images.
-  Data: short side 224, the middle of it, down to 32x32 with antialiasing. OpenAI does not say by
-    which filter, and smoother images have fewer nats: expect the first two decimals, not all four.
+  Paper: none; the values are from the README of openai/image-gpt, on ImageNet's validation images.
+  Data: short side 224, central crop, resized to 32x32 with antialiasing. OpenAI does not state the
+    filter, and smoother images have lower values: expect two matching decimals.
   Weights: `init_from`: a published name such as igpt_s_imagenet (OpenAI's file, by default) or
-    igpt_s_imagenet_hub, a local file or folder of either kind, or a run of `imagenet`. Their
-    palette comes with them; without one, the figure would mean nothing.
-  Hardware: any, in float32; S is 77M parameters, and 50,000 images of 1024 pixels.
+    igpt_s_imagenet_hub, a local file or folder of either format, or a run of `imagenet`. Their
+    palette is used; values with another palette are not comparable.
+  Hardware: any, in float32; S has 77M parameters, and there are 50,000 images of 1024 pixels.
   Expected test/nats: S 2.0895, M 2.0614, L 2.0466.
-  Not yet run here. Neither the images nor the weights were at hand; the tests have small ones.
+  Not yet run here. Images and weights were not available; the tests use small ones.
   """
   config = _base(size, 32, 128)
   config.num_steps = 1
   config.model.update(dtype="float32", remat="none")
-  config.task.palette_images = 128  # for a palette that the file's takes the place of
+  config.task.palette_images = 128  # for a palette that the file's replaces
   spec = {"source": source, "split": split, "transforms": _imagenet_middle(32)}
   config.data.train, config.data.eval = spec, {"test": spec}
   config.optimizer = {"name": "sgd", "learning_rate": 0.0, "schedule": {"name": "constant"}}
@@ -271,7 +270,7 @@ def published_nats(
 
 @dataclasses.dataclass(frozen=True)
 class Finetuned:
-  """Splits of a data set to fine-tune on, and for how long."""
+  """Splits, number of epochs and evaluation interval of a fine-tuning dataset."""
 
   train: str
   val: str
@@ -285,19 +284,19 @@ FINETUNED = {
   "cifar100": Finetuned("train[:90%]", "train[90%:]", "test", 20.0, 351),
   "imagenet2012": Finetuned("train[:96%]", "train[96%:]", "validation", 18.0, 9_609),
 }
-"""By their TFDS names; evaluated after each epoch."""
+"""By TFDS name; evaluated after each epoch."""
 
 OWN_IMAGES = Finetuned("train[:90%]", "train[90%:]", "test", 20.0, 100)
 
 PROBED = ("cifar10", "cifar100", "stl10")
-"""By their TFDS names."""
+"""TFDS names."""
 
 RATES = {("l", 48): 1e-2, ("xl", 64): 3e-4}
-"""Learning rates by size and resolution, where they are not 0.001."""
+"""Learning rates by size and resolution, if not 0.001."""
 
 
 def _imagenet_crops(image_size: int) -> list[dict[str, Any]]:
-  """Short side 256 to 384, a random 224 crop, and down (appendix)."""
+  """Short side 256 to 384, a random 224 crop, then resized (appendix)."""
   return [
     {"name": "random_resize_small", "smallest": 256, "largest": 384},
     {"name": "random_crop", "size": 224},
@@ -306,7 +305,7 @@ def _imagenet_crops(image_size: int) -> list[dict[str, Any]]:
 
 
 def _imagenet_middle(image_size: int) -> list[dict[str, Any]]:
-  """Short side 224, the middle of it, and down."""
+  """Short side 224, central crop, then resized."""
   return [
     {"name": "resize_small", "size": 224, "method": "antialias"},
     {"name": "central_crop", "size": 224},
@@ -321,11 +320,11 @@ def _down(image_size: int) -> dict[str, Any]:
 CIFAR_SIDE = 32
 
 PAD_CROP_FLIP = [{"name": "random_translate", "pixels": 4, "fill": None}, {"name": "random_flip"}]
-"""CIFAR's: 4 pixels of its mirror image around it, a crop of the old size, a flip."""
+"""CIFAR's: reflection padding of 4 pixels, a crop of the original size, a flip."""
 
 
 def _base(size: str, image_size: int, batch_size: int) -> ConfigDict:
-  """What all recipes have in common; what blocks keep grows scarcer with the size."""
+  """Fields of all recipes; L and XL are recomputed and sharded."""
   large = size in ("l", "xl")
   return ConfigDict(
     {

@@ -16,7 +16,7 @@ r"""LambdaResNets: a demo, the recipe of the paper's ablations, and those of its
 | lambda50_128 ... lambda420_320        | ImageNet, 350       | 77.4 ... 83.8 ... 84.9   |
 | lambda50_128_pseudo ...               | and 130M more       | 82.1 ... 86.7            |
 
-The four letters are the stages of a ResNet-50: C with 3x3 convolutions, L with lambda layers.
+The four letters are the stages of a ResNet-50: C for 3x3 convolutions, L for lambda layers.
 `lambda152_256` is depth 152 at 256 px. Each function below is one recipe. Batch sizes are global;
 the learning rate is scaled with them, as in the paper. Prepare ImageNet: docs/guides/data.md.
 """
@@ -37,7 +37,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(*, num_steps: int = 500, batch_size: int = 128) -> ConfigDict:
-  """A small LambdaResNet on scikit-learn's handwritten digits: 1437 to learn from, 360 for a test.
+  """A small LambdaResNet on scikit-learn's handwritten digits: 1437 for training, 360 for test.
 
   Paper: none; the blocks are the paper's, with lambda layers on the 8x8 and 4x4 maps.
   Hardware: any. Two CPU cores need about two minutes.
@@ -102,12 +102,12 @@ def imagenet(
 ) -> ConfigDict:
   """ResNet-50 with lambda layers in the stages marked l, on ImageNet-1k for 90 epochs.
 
-  Paper: arXiv:2102.08602, tables 3 to 5 (its ablations): SGD with momentum 0.9, batch 4096, rate
-    0.1 for each 256 images, 5 epochs of warm-up, cosine; weight decay 1e-4 on kernels and
-    embeddings; label smoothing 0.1; running averages of batch norm and of the parameters decay by
+  Paper: arXiv:2102.08602, tables 3 to 5 (ablations): SGD with momentum 0.9, batch 4096, learning
+    rate 0.1 per 256 images, 5 epochs of warm-up, cosine; weight decay 1e-4 on kernels and
+    embeddings; label smoothing 0.1; batch norm statistics and the EMA of the parameters decay by
     0.9999; crops and flips, no dropout, no RandAugment; trained and tested at 224 pixels.
-  Hardware: 32 TPU v3 cores in the paper. Training throughput there, in images a second on 8 cores:
-    llll 1160, clll 2200, ccll 4980, cccl 7160, cccc 7240.
+  Hardware: 32 TPU v3 cores in the paper. Training throughput there, in images per second on 8
+    cores: llll 1160, clll 2200, ccll 4980, cccl 7160, cccc 7240.
   Expected top-1: llll 78.4, clll 78.3, ccll 78.3, cccl 77.3, cccc 76.9 %.
   Not yet run here.
   """
@@ -129,11 +129,10 @@ def scaled(
 
   Paper: arXiv:2102.08602, its speed-accuracy curve and appendix: as `imagenet`, but weight decay
     4e-5, RandAugment with 2 layers in TensorFlow's variant, dropout before the classifier and
-    stochastic depth, each of the strength that the appendix has for this depth and size
-    (`NETWORKS`); trained and tested at the same size. The paper has batches of 4096 or 2048, tuned
-    on 2 % of the training images, and stopped early from 350 layers at 288 pixels on: `best/` in
-    the run's folder is what scored highest. Momentum 0.9 and the decay of batch norm's averages are
-    stated for the 90 epochs alone.
+    stochastic depth, with the appendix's values for this depth and size (`NETWORKS`); trained and
+    tested at the same size. The paper uses batch 4096 or 2048, tunes on 2 % of the training images,
+    and stops early from 350 layers at 288 pixels on: `best/` in the run's folder has the highest
+    score. Momentum 0.9 and the decay of batch norm's statistics are stated for 90 epochs only.
   Hardware: 32 or 64 TPU v3 cores. Seconds for a step of 1024 images on 8 cores in bfloat16: 50 at
     128 .058, at 160 .089; 101 at 160 .14, at 192 .20; 152 at 192 .28, at 224 .38, at 256 .49; 270
     at 256 .91; 350 at 256 1.16, at 288 1.48, at 320 1.91; 420 at 320 2.25.
@@ -156,15 +155,15 @@ def pseudo_labelled(
   pseudo_source: str = "tfds:pseudo_labelled",
   data_dir: str = "",
 ) -> ConfigDict:
-  """LambdaResNets on ImageNet-1k and images that another network has labelled.
+  """LambdaResNets on ImageNet-1k and pseudo-labelled images.
 
   Paper: arXiv:2102.08602, its semi-supervised experiment: the recipe of `scaled` with the same
-    strengths, on ImageNet and 130 million images of JFT that were filtered, balanced between the
-    classes and labelled by an EfficientNet-L2 with Noisy Student (88.4 %).
-  Data: these images are not public. `pseudo_source` is a prepared set of your own with the labels
-    of ImageNet, one an image. The text does not say how the two sets are mixed, nor how long: here
-    an image is as likely as any other of both, and `num_epochs` counts epochs of ImageNet alone, so
-    the training costs as much as that of `scaled`.
+    strengths, on ImageNet and 130 million images of JFT, filtered, balanced between the classes
+    and labelled by an EfficientNet-L2 with Noisy Student (88.4 %).
+  Data: these images are not public. `pseudo_source` is your own prepared dataset with ImageNet's
+    labels, one per image. The paper states neither how the datasets are mixed nor the length: here
+    all images are drawn with equal probability, and `num_epochs` counts ImageNet's epochs only, so
+    that the training costs as much as that of `scaled`.
   Hardware: as for `scaled`. 152 at 288 takes .63 seconds for 1024 images on 8 TPU v3 cores.
   Expected top-1: 50 at 128 82.1, at 160 83.4; 101 at 160 84.7, at 192 85.4; 152 at 192 86.1, at 224
     86.5, at 288 86.7 %.
@@ -181,14 +180,14 @@ def pseudo_labelled(
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """A row of the appendix's table: a network, and how strongly it is regularised.
+  """A row of the appendix's table: a network and its regularization.
 
   Attributes:
-    depth: layers.
-    image_size: side of the images, in training and test.
+    depth: number of layers.
+    image_size: side of the images in training and test, in pixels.
     magnitude: of RandAugment.
     dropout_rate: before the classifier.
-    drop_path_rate: stochastic depth.
+    drop_path_rate: of stochastic depth.
   """
 
   depth: int
@@ -221,16 +220,16 @@ PSEUDO_LABELLED = (
   "lambda50_128", "lambda50_160", "lambda101_160", "lambda101_192", "lambda152_192",
   "lambda152_224", "lambda152_288",
 )  # fmt: skip
-"""Those that the paper states with pseudo-labels."""
+"""Networks with pseudo-label results in the paper."""
 
 SUPERVISED = tuple(name for name in NETWORKS if name != "lambda152_288")
 
 IMAGES = 1_281_167
-"""Of ImageNet's training set."""
+"""Number of ImageNet's training images."""
 
 
 def _regularised(network: Network, source: str, batch_size: int) -> ConfigDict:
-  """What the scaled networks have, with and without pseudo-labels."""
+  """Fields of the scaled networks, with and without pseudo-labels."""
   config = _recipe(str(network.depth), source, network.image_size, batch_size)
   config.model.update(dropout_rate=network.dropout_rate, drop_path_rate=network.drop_path_rate)
   randomly = {"name": "rand_augment", "num_layers": 2, "magnitude": network.magnitude}
@@ -283,7 +282,7 @@ def _recipe(model: str, source: str, image_size: int, batch_size: int) -> Config
 
 
 def _sgd(batch_size: int) -> dict[str, Any]:
-  """0.1 for each 256 images; five epochs of warm-up."""
+  """Learning rate 0.1 per 256 images; five epochs of warm-up."""
   return {
     "name": "sgd",
     "learning_rate": common.scaled_rate("sgd", 0.1, batch_size, 256),

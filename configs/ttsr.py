@@ -10,8 +10,8 @@ r"""TTSR: a demo, and the recipes of the paper.
       --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
 
 The last needs the weights and `test/CUFED5`, and neither CUFED's training pictures nor VGG-19's
-file (`vgg_file`): nothing that only training needs is read.
-
+The last needs the weights and `test/CUFED5`, but neither CUFED's training images nor VGG-19's
+weights (`vgg_file`): evaluation reads no file that only training needs.
 | variant    | trains on            | from              | expected PSNR / SSIM, CUFED5 |
 |------------|----------------------|-------------------|------------------------------|
 | demo       | a stereo pair, 48x48 | -                 | 25.3 dB, bicubic 24.0 dB     |
@@ -19,14 +19,14 @@ file (`vgg_file`): nothing that only training needs is read.
 | cufed_rec  | CUFED, 160x160       | sections 3.3, 4.1 | 26.99 / .800, level 1        |
 | finetune   | your own pairs       | as cufed_rec      | -                            |
 
-Published test sets, with whatever weights; nothing is trained (`--eval_only`):
+Published test sets, for `--eval_only` with any weights:
 
 | variant    | evaluations, named after their protocol  | references                       |
 |------------|------------------------------------------|----------------------------------|
 | cufed5     | cufed5_level1, cufed5_stitched           | the most similar; all five       |
 | sun80      | sun80_random                             | one of about twenty              |
-| urban100   | urban100_self                            | none: the small picture itself   |
-| manga109   | manga109_self                            | none: the small picture itself   |
+| urban100   | urban100_self                            | none: the low-resolution image   |
+| manga109   | manga109_self                            | none: the low-resolution image   |
 
     python -m vit_jax_zoo.main --eval_only \
       --config=configs/ttsr.py:sun80,source=pairs:/data/Sun80,init_from=TTSR-rec.pt
@@ -48,18 +48,18 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(*, num_steps: int = 1000, batch_size: int = 8) -> ConfigDict:
-  """A small TTSR enlarges what the left eye sees four times, with the right eye's picture.
+  """A small TTSR: 4x super-resolution of a stereo pair's left image, the right one as reference.
 
-  The scores are those of a strip that neither eye showed in training: with its own reference
-    ("psnr"), with that of another part of it ("wrong_reference_psnr"), and the difference
-    ("reference_gain"). The texture extractor starts from random numbers here, not from VGG-19.
+  Evaluated on a strip of the images that is excluded from training: with the strip's own reference
+    ("psnr"), with the reference of another part ("wrong_reference_psnr"), and the difference
+    ("reference_gain"). The texture extractor is randomly initialised here, not from VGG-19.
 
   Paper: none; the architecture is TTSR's, with TTSR-rec's loss. Layers are not scanned: on a CPU,
-    gradients of convolutions inside of a loop take more than ten times as long.
-  Hardware: any. Two CPU cores need some minutes; with much other work beside it, it took 28.
-  Expected: 25.3 dB, where bicubic enlargement has 23.98 and wrong references 24.3.
+    gradients of convolutions inside a loop take more than ten times as long.
+  Hardware: any. Two CPU cores need some minutes; 28 on a busy machine.
+  Expected: 25.3 dB; bicubic interpolation has 23.98, wrong references 24.3.
   Ours: 25.26 dB with seed 0, and 24.39 with wrong references: a gain of 1.28 dB over bicubic, of
-    which 0.87 are the reference's. When this page was written 25.65, 25.51 and 25.37 dB with seeds
+    which 0.87 dB is due to the reference. An earlier version: 25.65, 25.51 and 25.37 dB with seeds
     0, 1 and 2, and 24.13, 24.29, 24.30 with wrong references.
   """
   pair = {"name": "super_resolution_pair"}
@@ -108,21 +108,21 @@ def cufed(
 ) -> ConfigDict:
   """TTSR on CUFED, with all four losses, in two phases.
 
-  Paper: section 4.1 and the released options: Adam (0.9, 0.999), rate 1e-4, of the texture
-    extractor 1e-5, batch 9, crops of 160 pixels; flips and quarter turns, independent for picture
-    and reference. Two epochs with the reconstruction loss alone, then fifty with perceptual (1e-2),
-    transferal perceptual (1e-2) and adversarial loss (1e-3: Wasserstein with gradient penalty; the
-    discriminator has Adam (0, 0.9), rate 1e-4, and moves twice in a step).
-  Data: CUFED's 11,871 pairs and CUFED5's 126 pictures, laid out as the paper's code wants them:
-    train/input, train/ref, test/CUFED5. Each evaluation is a protocol: `cufed5_level1` has the most
+  Paper: section 4.1 and the released options: Adam (0.9, 0.999), learning rate 1e-4, texture
+    extractor 1e-5, batch 9, crops of 160 pixels; flips and rotations by 90 degrees, independent for
+    image and reference. Two epochs with the reconstruction loss only, then fifty with perceptual
+    (1e-2), transferal perceptual (1e-2) and adversarial loss (1e-3: Wasserstein with gradient
+    penalty; discriminator: Adam (0, 0.9), learning rate 1e-4, two updates per step).
+  Data: CUFED's 11,871 pairs and CUFED5's 126 images, in the layout of the paper's code:
+    train/input, train/ref, test/CUFED5. Evaluations are protocols: `cufed5_level1` uses the most
     similar reference, as the released code; `cufed5_stitched` all five, as the paper's table.
-  Weights: `vgg_file` is torchvision's VGG-19, for the perceptual loss, and what the extractor
-    starts as: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth, or that URL itself.
+  Weights: `vgg_file` is torchvision's VGG-19, used by the perceptual loss and to initialise the
+    extractor: https://download.pytorch.org/models/vgg19-dcbb9e9d.pth, or that URL itself.
     `init_from`, a published TTSR.pt or a run, is optional.
-  Hardware: the paper names none. One device; pictures of different sizes are compiled one by one in
-    the evaluation. For more devices choose a batch size that they divide, and pad (`pad_pair`).
+  Hardware: not stated. One device; evaluation compiles once per image size. For several devices use
+    a batch size that they divide, and pad (`pad_pair`).
   Expected on CUFED5, level 1: 25.40 dB, SSIM 0.7600, with the released weights (issue 3 of the
-    released code). The paper's own figure, with all references, could not be checked here.
+    released code). The paper's own result, with all references, could not be checked here.
   Not yet run here.
   """
   config = _cufed(source, vgg_file, init_from)
@@ -141,14 +141,14 @@ def cufed(
 def cufed_rec(
   *, source: str = "pairs:CUFED", vgg_file: str = "vgg19-dcbb9e9d.pth", init_from: str = ""
 ) -> ConfigDict:
-  """TTSR-rec on CUFED: the reconstruction loss alone, for the best PSNR.
+  """TTSR-rec on CUFED: the reconstruction loss only, for the best PSNR.
 
   Paper: section 4.1 and the released options: as `cufed`, 200 epochs.
   Data: see `cufed`.
   Weights: `vgg_file`, see `cufed`; `init_from`, such as the published TTSR-rec.pt, is optional.
-  Hardware: the paper names none. One device, see `cufed`.
+  Hardware: not stated. One device, see `cufed`.
   Expected on CUFED5, level 1: 26.99 dB, SSIM 0.8003, with the released weights (issue 3 of the
-    released code); the paper has 27.09 dB with all references, where others measured 26.8. For
+    released code); the paper reports 27.09 dB with all references, others measured 26.8. For
     other test sets see `published`.
   Not yet run here.
   """
@@ -166,14 +166,14 @@ def finetune(
   size: int = 160,
   reference_margin: int = 80,
 ) -> ConfigDict:
-  """Your own pictures with references of any size: `input/` and `ref/`, see data/sources/pairs.py.
+  """Fine-tunes on your own image pairs, `input/` and `ref/`: see data/sources/pairs.py.
 
-  Paper: as `cufed_rec`; but crops are taken at random, and of a reference around the same place,
-    by `reference_margin` pixels larger on each side, since photographs are larger than CUFED's. A
-    smaller reference lies on black, as CUFED's do.
-  Weights: `init_from`, the published TTSR-rec.pt by default; "" starts from random numbers.
+  Paper: as `cufed_rec`, with random crops; the reference's crop is at the same position and
+    larger by `reference_margin` pixels on each side, since photographs are larger than CUFED's
+    images. Smaller references are padded with black, as CUFED's are.
+  Weights: `init_from`, the published TTSR-rec.pt by default; "" for random initialization.
   Hardware: one device.
-  Expected: nothing is known of your pictures. "psnr_gain" says how much better than bicubic.
+  Expected: depends on the images. "psnr_gain" is the gain over bicubic interpolation, in dB.
   Not yet run here.
   """
   config = _base(source, batch_size, init_from)
@@ -190,21 +190,20 @@ def finetune(
 def published(
   test_set: str, *, source: str = "pairs:CUFED", init_from: str = "TTSR-rec.pt"
 ) -> ConfigDict:
-  """A published test set, by the protocol that TTSR's authors have for it; for `--eval_only`.
+  """Evaluates a published test set by its authors' protocol, for `--eval_only`.
 
-  Each evaluation is named after the set and the protocol, and so are its scores:
-  `urban100_self/psnr`.
+  Scores are named after the set and the protocol: `urban100_self/psnr`.
 
-  Paper: section 4.1; how references are found is what the authors say in issues of the released
-    code, 3 and 18 and 19.
-  Data: laid out as published, see data/sources/pairs.py. CUFED5: the most similar reference, and
-    all five, stitched. Sun80: one of a picture's references, drawn by its name, so that it is
-    always the same; which ones the authors drew is not known. Urban100 and Manga109: the small
-    picture is its own reference.
+  Paper: section 4.1; the choice of references is that of the authors in issues 3, 18 and 19 of
+    the released code.
+  Data: in the published layout, see data/sources/pairs.py. CUFED5: the most similar reference, and
+    all five, stitched. Sun80: one of an image's references, chosen by a hash of its name; the
+    authors' choice is not published. Urban100 and Manga109: the low-resolution image is its own
+    reference.
   Weights: `init_from`, the published TTSR.pt or TTSR-rec.pt, or a run.
-  Hardware: one device; pictures of different sizes are compiled one by one.
+  Hardware: one device; compiles once per image size.
   Expected: on CUFED5, level 1, 26.99 dB and SSIM 0.8003 with TTSR-rec.pt, 25.40 dB and 0.7600 with
-    TTSR.pt (issue 3 of the released code). The paper's figures for the other sets could not be
+    TTSR.pt (issue 3 of the released code). The paper's results on the other sets could not be
     checked here.
   Not yet run here.
   """
@@ -225,7 +224,7 @@ PROTOCOLS = {
   "urban100": {"self": "self"},
   "manga109": {"self": "self"},
 }
-"""Of each published test set: which reference is taken, by what the protocol is called here."""
+"""Test set -> protocol -> choice of the reference."""
 
 
 def _protocols(test_set: str, source: str) -> dict[str, Any]:

@@ -24,11 +24,10 @@ r"""Vision Transformers: a demo, and the recipes of the papers.
 | b16_augreg21k   ti16 s16 s32 b32 l16 | ImageNet-21k | AugReg              | 85.5 % later   |
 | b16_finetune    b32 l16 l32 h14 ...  | ImageNet ... | ViT, tables 4 and 5 | 84.0 %         |
 
-`augreg` and `finetune` stand in `configs/vit_augreg.py` and `configs/vit_finetune.py`.
-Each function below is one recipe. Batch sizes are global. ImageNet and ImageNet-21k
-have to be prepared first, see docs/guides/data.md; or take `source=folder:/path` with class
-folders in `train/` and `val/`. `data_dir` says where prepared data lie, for training and all
-evaluations.
+`augreg` and `finetune` are in `configs/vit_augreg.py` and `configs/vit_finetune.py`.
+Each function below is one recipe. Batch sizes are global. Prepare ImageNet and ImageNet-21k first,
+see docs/guides/data.md; or use `source=folder:/path` with class folders in `train/` and `val/`.
+`data_dir` is the folder of prepared datasets, for training and all evaluations.
 """
 
 import functools
@@ -45,10 +44,10 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def demo(*, num_steps: int = 1000, batch_size: int = 128) -> ConfigDict:
-  """A small ViT on scikit-learn's handwritten digits: 1437 to learn from, 360 to be tested on.
+  """A small ViT on scikit-learn's handwritten digits: 1437 for training, 360 for test.
 
-  Paper: none; the architecture is ViT's, with patches of 2x2 pixels, so 16 of them. With so few
-    images it takes positions that need not be learned, mean pooling and averaged parameters.
+  Paper: none; the architecture is ViT's, with 16 patches of 2x2 pixels. With so few images it uses
+    sin-cos position embeddings, mean pooling and an EMA of the parameters.
   Hardware: any. Two CPU cores need about two minutes.
   Expected: 98 % of the test digits.
   Ours: 97.2, 97.8 and 98.3 % of the 360 test digits with seeds 0, 1 and 2.
@@ -110,9 +109,9 @@ def s16_imagenet(
 ) -> ConfigDict:
   """ViT-S/16 on ImageNet-1k from scratch, the "better plain ViT".
 
-  Paper: arXiv:2205.01580, section 2: mean pooling, a tanh layer before the head, sin-cos positions,
-    batch 1024, Adam with a fully decoupled weight decay of 1e-4 on kernels, RandAugment(2, 10) in
-    TensorFlow's variant, mixup(0.2) with one share a batch.
+  Paper: arXiv:2205.01580, section 2: mean pooling, a tanh layer before the head, sin-cos position
+    embeddings, batch 1024, Adam with a fully decoupled weight decay of 1e-4 on kernels,
+    RandAugment(2, 10) in TensorFlow's variant, mixup(0.2) with one weight per batch.
   Expected: 76.5 % after 90 epochs, 80 % after 300.
   Hardware: 90 epochs took 6.5 hours on a TPU v3-8.
   Not yet run here.
@@ -139,11 +138,11 @@ def imagenet(
   source: str = "tfds:imagenet2012",
   data_dir: str = "",
 ) -> ConfigDict:
-  """ViT on ImageNet-1k from scratch, as the ViT paper has it.
+  """ViT on ImageNet-1k from scratch, as in the ViT paper.
 
-  Paper: arXiv:2010.11929, table 3: Adam, 300 epochs, rate 3e-3, cosine, weight decay 0.3, dropout
-    0.1, gradients clipped to norm 1, 10k steps of warm-up, batch 4096.
-  Hardware: the paper used TPU v3; it states no time for this row.
+  Paper: arXiv:2010.11929, table 3: Adam, 300 epochs, learning rate 3e-3, cosine, weight decay 0.3,
+    dropout 0.1, gradients clipped to norm 1, 10k steps of warm-up, batch 4096.
+  Hardware: TPU v3; the paper states no time for this row.
   Expected, at 224 pixels (github.com/google-research/vision_transformer/issues/62):
     B/16 74.79 %, B/32 69.19 %, L/16 72.59 %, L/32 66.90 %.
   Not yet run here.
@@ -179,21 +178,21 @@ def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   multi_label: bool = False,
   few_shot: str = "",
 ) -> ConfigDict:
-  """ViT pre-training on ImageNet-21k, or on your own dataset with as many labels an image.
+  """ViT pre-training on ImageNet-21k, or on another large dataset.
 
-  Paper: arXiv:2010.11929, table 3: Adam, rate 1e-3, linear decay, weight decay 0.03, dropout 0.1,
-    10k steps of warm-up, batch 4096; 90 epochs, for L 30 or 90. From the authors' issues 2 and 34:
-    decay to 1e-5, sigmoid cross-entropy summed over 21,843 classes, the head's bias starting at
-    -10, a tanh layer before the head. Ti, S and H are not in the table: Ti and S have B's row
-    without dropout, H has L's.
+  Paper: arXiv:2010.11929, table 3: Adam, learning rate 1e-3, linear decay, weight decay 0.03,
+    dropout 0.1, 10k steps of warm-up, batch 4096; 90 epochs, for L 30 or 90. From the authors'
+    issues 2 and 34: decay to 1e-5, sigmoid cross-entropy summed over 21,843 classes, head bias
+    initialised to -10, a tanh layer before the head. Ti, S and H are not in the table: Ti and S use
+    B's row without dropout, H uses L's.
   Data: TFDS has no builder for ImageNet-21k. `source` is a prepared folder, `tfds:/path`, or one
-    with a folder for each class in `train`, `folder:/path`; `num_classes` is its. JFT-style sets,
-    with any number of labels an image, need `multi_label=true`.
-  Progress: `few_shot=tfds:imagenet2012` logs what the paper follows pre-training by, the accuracy
-    of least squares on five images of each class, where ImageNet-1k is prepared too.
+    with class folders in `train`, `folder:/path`; `num_classes` is its number of classes. Datasets
+    with several labels per image need `multi_label=true`.
+  Progress: `few_shot=tfds:imagenet2012` logs the paper's pre-training metric: the accuracy of ridge
+    regression on five images per class of ImageNet-1k, which must be prepared too.
   Hardware: TPU v3; 0.23k core-days for L/16.
   Expected, top-1 on held-out ImageNet-21k images (vision_transformer issue 62): B/16 47.88 %, B/32
-    44.04 %, L/16 49.90 %, L/32 45.42 %, H/14 49.06 %. What counts is the transfer: `b16_finetune`.
+    44.04 %, L/16 49.90 %, L/32 45.42 %, H/14 49.06 %. For fine-tuned accuracy see `b16_finetune`.
   Not yet run here.
   """
   config = _with_many_labels(
@@ -219,16 +218,16 @@ def jft(  # noqa: PLR0913  (each is a field that a command line may set)
   multi_label: bool = True,
   few_shot: str = "",
 ) -> ConfigDict:
-  """ViT pre-training on a set in the manner of JFT-300M: huge, with several labels an image.
+  """ViT pre-training on a dataset like JFT-300M: very large, with several labels per image.
 
   Paper: arXiv:2010.11929, table 3: Adam, linear decay, weight decay 0.1, no dropout, 10k steps of
-    warm-up, batch 4096. Rates: B 8e-4, L/32 6e-4, L/16 4e-4, H/14 3e-4, R50+B 8e-4, R50+L/32 2e-4,
-    R50+L/16 4e-4. Epochs: 7, H/14 14; L/16 and R50+L/16 7 or 14. As in `imagenet21k`, and not in
-    the table: sigmoid cross-entropy summed over the classes, a head's bias that starts at -10, a
-    tanh layer before the head.
-  Data: JFT is not public. `source=tfds:/path` is a prepared set of your own, whose `label` is a
-    list of classes; `num_classes` is its (JFT has 18,291 in papers about it); `multi_label=false`
-    is for one label an image. Its first 51,200 images are held out.
+    warm-up, batch 4096. Learning rates: B 8e-4, L/32 6e-4, L/16 4e-4, H/14 3e-4, R50+B 8e-4,
+    R50+L/32 2e-4, R50+L/16 4e-4. Epochs: 7, H/14 14; L/16 and R50+L/16 7 or 14. As in
+    `imagenet21k`, not in the table: sigmoid cross-entropy summed over the classes, head bias
+    initialised to -10, a tanh layer before the head.
+  Data: JFT is not public. `source=tfds:/path` is your own prepared dataset, whose `label` is a list
+    of classes; `num_classes` is their number (18,291 for JFT in later papers); `multi_label=false`
+    for one label per image. The first 51,200 images are held out.
   Progress: `few_shot`, as in `imagenet21k`.
   Hardware: TPU v3; 0.68k core-days for L/16, 2.5k for H/14.
   Expected on ImageNet, fine-tuned at 384 pixels (table 5): B/16 84.15 %, B/32 80.73 %, L/16 87.12
@@ -255,7 +254,7 @@ def _with_many_labels(
   num_classes: int,
   multi_label: bool,
 ) -> ConfigDict:
-  """What pre-training on ImageNet-21k and on JFT have in common: a yes or no for each class."""
+  """Fields common to ImageNet-21k and JFT: sigmoid cross-entropy per class."""
   config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
   config.model.update(
     num_classes=num_classes,

@@ -11,7 +11,7 @@ r"""AugReg: ViT with the augmentation and regularisation of "How to train your V
 | b16_augreg    ti16 s16 s32 b32 l16    | ImageNet-1k  | -                         |
 | b16_augreg21k ti16 s16 s32 b32 l16    | ImageNet-21k | 85.5 % after fine-tuning  |
 
-A part of `configs/vit.py`, which has all variants.
+Included in `configs/vit.py`, which has all variants.
 """
 
 import functools
@@ -39,18 +39,18 @@ def augreg(  # noqa: PLR0913  (each is a field that a command line may set)
   source: str = "tfds:imagenet2012",
   data_dir: str = "",
 ) -> ConfigDict:
-  """ViT on ImageNet-1k from scratch, as "How to train your ViT?" has it.
+  """ViT on ImageNet-1k from scratch, as in "How to train your ViT?".
 
-  Paper: arXiv:2106.10270: Adam, 300 epochs, rate 1e-3, cosine, 10k steps of warm-up, batch 4096,
-    gradients clipped to norm 1, a fully decoupled weight decay of 1e-4 on kernels ("wd 0.1" in the
-    names of the published files; for "wd 0.03" `weight_decay=3e-5`), sigmoid cross-entropy, a
-    head's bias that starts at -6.9, class token and no layer before the head. RandAugment is
-    TensorFlow's variant, in which magnitudes go beyond 10 and 0 is not nothing.
+  Paper: arXiv:2106.10270: Adam, 300 epochs, learning rate 1e-3, cosine, 10k steps of warm-up, batch
+    4096, gradients clipped to norm 1, fully decoupled weight decay of 1e-4 on kernels ("wd 0.1" in
+    names of published files; for "wd 0.03" `weight_decay=3e-5`), sigmoid cross-entropy, head
+    bias initialised to -6.9, class token and no layer before the head. RandAugment is TensorFlow's
+    variant: magnitudes exceed 10, and magnitude 0 is not the identity.
   Fields: `augmentation` is none, light1, light2, medium1, medium2, strong1 or strong2, by default
-    what the authors' code has for this size; where the paper regularises, it has 0.1 as
-    `dropout_rate` and `drop_path_rate`.
+    that of the authors' code for this size; the paper's regularization is `dropout_rate` and
+    `drop_path_rate` of 0.1.
   Hardware: TPUs in the paper.
-  Expected: the paper's figures are of models fine-tuned later; none is stated here for these rows.
+  Expected: not stated for these rows; the paper reports fine-tuned models.
   Not yet run here.
   """
   config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
@@ -77,10 +77,10 @@ def augreg21k(  # noqa: PLR0913  (each is a field that a command line may set)
   num_classes: int = 21_843,
   few_shot: str = "",
 ) -> ConfigDict:
-  """ViT pre-training on ImageNet-21k, as "How to train your ViT?" has it.
+  """ViT pre-training on ImageNet-21k, as in "How to train your ViT?".
 
-  Paper: arXiv:2106.10270, for 300 epochs or 30; otherwise like `augreg`, with a head's bias of -10.
-  Data: as for `imagenet21k`, which also says what `few_shot` is.
+  Paper: arXiv:2106.10270, 300 or 30 epochs; otherwise as `augreg`, with a head bias of -10.
+  Data: as for `imagenet21k`, which also describes `few_shot`.
   Hardware: TPUs in the paper.
   Expected: after fine-tuning on ImageNet at 384 pixels, with the recommended upstream of each size
     (github.com/google-research/vision_transformer, its README): Ti/16 78.22 %, S/32 79.58 %, S/16
@@ -106,11 +106,11 @@ IMAGENET21K = {
   "ti16": "none", "s32": "none", "s16": "light1", "b32": "light2", "b16": "light2",
   "l16": "medium2",
 }  # fmt: skip
-"""What big_vision takes for each size by default, whether for 30 or 300 epochs."""
+"""big_vision's default for each size, for 30 and for 300 epochs."""
 
 
 def _as_augreg(config: ConfigDict, size: str, augmentation: str, weight_decay: float) -> None:
-  """Sets what AugReg's recipes have in common on both data sets."""
+  """Sets the fields common to AugReg's recipes on both datasets."""
   if augmentation not in common_vit.AUGMENTATIONS:
     raise ValueError(common.unknown_name("augmentation", augmentation, common_vit.AUGMENTATIONS))
   common_vit.augment(config, common_vit.AUGMENTATIONS[augmentation])
@@ -124,4 +124,4 @@ VARIANTS = {
   **{f"{size}_augreg": functools.partial(augreg, size) for size in IMAGENET},
   **{f"{size}_augreg21k": functools.partial(augreg21k, size) for size in IMAGENET21K},
 }
-"""A part of those of `configs/vit.py`."""
+"""Included in the variants of `configs/vit.py`."""

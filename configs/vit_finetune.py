@@ -12,8 +12,7 @@ r"""ViT's fine-tuning, at a higher resolution than pre-training.
 |                                        | oxford_iiit_pet            | 94.7 % (L/16)             |
 |                                        | oxford_flowers102          | 99.6 % (L/16)             |
 
-A part of `configs/vit.py`, which has all variants. For images of your own there is
-`configs/finetune.py`.
+Included in `configs/vit.py`, which has all variants. For your own images see `configs/finetune.py`.
 """
 
 import dataclasses
@@ -42,23 +41,23 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   learning_rate: float = 0.03,
   batch_size: int = 512,
 ) -> ConfigDict:
-  """Fine-tuning a pre-trained ViT at a higher resolution; positions are resized to the new grid.
+  """Fine-tunes a pretrained ViT at a higher resolution; position embeddings are interpolated.
 
   Paper: arXiv:2010.11929, appendix B.1.1 and table 4: SGD with momentum 0.9, batch 512, cosine
-    to 0, 500 steps of warm-up, gradients clipped to norm 1, no weight decay, a new head that starts
-    at 0 and no layer before it. The paper chooses `learning_rate` on `val`, a held-out part of the
-    training images, from .003 .01 .03 .06 on ImageNet and .001 .003 .01 .03 elsewhere. Crops and
-    flips alone; its headline results (table 2) have 512 pixels (H/14: 518) and averaged parameters:
-    `image_size=512` and `--config.ema_decay=0.9999`.
+    to 0, 500 steps of warm-up, gradients clipped to norm 1, no weight decay, zero-initialised head
+    and no layer before it. The paper selects `learning_rate` on `val`, held-out training images,
+    from .003 .01 .03 .06 on ImageNet and .001 .003 .01 .03 elsewhere. Crops and flips only. The
+    results of table 2 use 512 pixels (H/14: 518) and an EMA of the parameters: `image_size=512` and
+    `--config.ema_decay=0.9999`.
   Data: `dataset` is imagenet2012 (20,000 steps), cifar10 or cifar100 (10,000), oxford_iiit_pet or
-    oxford_flowers102 (500). Or images of your own: `source=folder:/path`, with
-    the steps of the Pets; 10 % of `train` are `val`, and the folder `test` or `val` is `test`.
-    With a smaller batch, divide the rate by the same factor (`configs/finetune.py` does so itself).
+    oxford_flowers102 (500). For your own images, `source=folder:/path`: number of steps as for the
+    Pets; 10 % of `train` are `val`, and the folder `test` or `val` is `test`. Scale the learning
+    rate with the batch size (`configs/finetune.py` does so itself).
   Weights: `init_from`, by default the paper's ImageNet-21k checkpoint in this folder, such as
-    ViT-B_16.npz; get it from https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz.
-    A published name (docs/MODELS.md) or a folder of a run of our own does as well: AugReg's
-    models are fine-tuned in the same way, at 224 or 384 pixels.
-  Evaluation: as in the authors' code, whole images resized to a square, whatever their shape.
+    ViT-B_16.npz, from https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz.
+    A published name (docs/MODELS.md) or a run's folder is accepted too: AugReg's models are
+    fine-tuned in the same way, at 224 or 384 pixels.
+  Evaluation: as in the authors' code, whole images resized to a square, of any aspect ratio.
   Hardware: ImageNet with B/16 took 6.5 hours on the authors' A100 machine, with L/16 16.8.
   Expected on ImageNet at 384 pixels, table 5: B/16 83.97 %, B/32 81.28 %, L/16 85.15 %, L/32
     80.99 %, H/14 85.13 %; R50+B/16 85.08 % (the authors' README). On CIFAR-100: 91.67, 91.97,
@@ -90,7 +89,7 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-  """A data set to fine-tune on: table 4's steps, and the splits of appendix B.1.1."""
+  """A fine-tuning dataset: steps of table 4, splits of appendix B.1.1."""
 
   num_steps: int
   warmup_steps: int
@@ -104,10 +103,10 @@ TRANSFERS = {
   "cifar10": Transfer(10_000, 500, "train[:98%]", "train[98%:]", "test"),
   "cifar100": Transfer(10_000, 500, "train[:98%]", "train[98%:]", "test"),
   "oxford_iiit_pet": Transfer(500, 100, "train[:90%]", "train[90%:]", "test"),
-  # 1020 + 1020 images, all of them training images in the paper; the last 10 % of them are `val`.
+  # 1020 + 1020 images, all used for training in the paper; the last 10 % are `val`.
   "oxford_flowers102": Transfer(500, 100, "train+validation[:80%]", "validation[80%:]", "test"),
 }
-"""By their TFDS names."""
+"""By TFDS name."""
 
 OWN_IMAGES = Transfer(500, 100, "train[:90%]", "train[90%:]", "test")
 
@@ -137,4 +136,4 @@ VARIANTS = {
   # 384 is not a multiple of 14.
   "h14_finetune": functools.partial(finetune, "h14", image_size=392),
 }
-"""A part of those of `configs/vit.py`."""
+"""Included in the variants of `configs/vit.py`."""

@@ -108,7 +108,7 @@ def test_data_dir_is_for_data_of_tfds(system, variant):
   for spec in splits(config):
     assert spec.source == "folder:/images"
     assert "data_dir" not in spec
-  with pytest.raises(ValueError, match="data_dir='/data' is where TFDS's data lie, and the source"):
+  with pytest.raises(ValueError, match="data_dir='/data'"):
     resolve(system, f"{variant},source=folder:/images,data_dir=/data")
 
 
