@@ -18,7 +18,7 @@ from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources.base import DatasetInfo
 from vit_jax_zoo.data.sources.coco_file import _sum_of_runs
 from vit_jax_zoo.data.transforms import build_transforms
-from vit_jax_zoo.data.transforms.detection import decode_segments
+from vit_jax_zoo.data.transforms.detection import decode_segments, objects_example
 
 SQUARE = [[10, 5, 30, 5, 30, 25, 10, 25]]
 MASKS = build_transforms([dict(name="load_objects", masks=True), dict(name="pad_objects")])
@@ -135,9 +135,15 @@ def test_every_unicode_encoding_is_read(tmp_path, encoding):
     ([[float("inf"), 1, 9, 9, 5, 5]], "NaN"),
     ([[10**400, 1, 9, 9, 5, 5]], "NaN"),
     ([["1", 1, 9, 9, 5, 5]], "not numbers"),
-    ([[1, 5, 9, 5, 30, 5]], "no area"),
-    ([[1, 1, 2, 2, 3, 3]], "no area"),
-    ([[100, 100, 200, 100, 200, 200]], "no area"),
+    ([[1, 5, 9, 5, 30, 5]], "no pixel"),
+    ([[1, 1, 2, 2, 3, 3]], "no pixel"),
+    ([[100, 100, 200, 100, 200, 200]], "no pixel"),
+    ([[5.1, 5.1, 5.2, 5.1, 5.2, 5.2, 5.1, 5.2]], "no pixel"),
+    ([[5, 5, 10, 10, 15, 15, 20, 20, 25, 25]], "no pixel"),
+    ([[5, 5, 20, 9, 30, 30, 30, 30, 20, 9, 5, 5]], "no pixel"),
+    ([[5, 5.1, 50, 5.1, 50, 5.3, 5, 5.3]], "no pixel"),
+    ([[-30, 5, 5, -30, -20, -20]], "no pixel"),
+    ([[59.8, 5, 80, 5, 80, 30, 59.8, 30]], "no pixel"),
     ({"counts": [2400], "size": [60, 40]}, "run lengths"),
     ({"size": [40, 60]}, "run lengths"),
     ({"counts": [], "size": [40, 60]}, "run lengths that do not add up"),
@@ -173,6 +179,52 @@ def test_a_usable_part_of_an_outline_stays(tmp_path):
   data = dataset()
   data["annotations"][0]["segmentation"] = [[1, 1], *SQUARE]
   assert batch_of(load_source(write(tmp_path, data), "train"))["masks"][0, 0].sum() == 400
+
+
+def test_outlines_of_a_few_pixels_stay(tmp_path):
+  thin = [5, 5, 50, 5, 50, 6, 5, 6]
+  for outline in ([[5, 5, 6, 5, 6, 6, 5, 6]], [thin], [[-9, -9, 2, -9, 2, 2, -9, 2]]):
+    data = dataset()
+    data["annotations"][0]["segmentation"] = outline
+    assert batch_of(load_source(write(tmp_path, data), "train"))["masks"][0, 0].any()
+
+
+@pytest.mark.parametrize("as_annotated", [False, True])
+def test_masks_without_a_pixel_are_left_out_when_decoded(caplog, as_annotated):
+  fields = dict(is_crowd=[0, 0], area=[9, 9], ids=[7, 8])
+  found = objects_example(encode(photo(40, 60)), 1, [[1, 1, 9, 9]] * 2, [1, 2], **fields)
+  found["outlines"] = [[[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]], SQUARE]
+  load = build_transforms([dict(name="load_objects", masks=True, as_annotated=as_annotated)])[0]
+  with caplog.at_level("WARNING"):
+    example = load(found, np.random.default_rng(0))
+  assert example["labels"].tolist() == [2]
+  assert example["masks"].sum() == 400
+  assert "object 7" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("isthing", "stuff_from", "warned"),
+  [((1, 1), 3, False), ((1, 0), 2, False), ((None, 0), 2, True), ((None, None), None, True)],
+)
+def test_first_stuff_class(tmp_path, caplog, isthing, stuff_from, warned):
+  data = dataset()
+  data["categories"] = [
+    {"id": i, "name": f"{i}"} | ({} if thing is None else {"isthing": thing})
+    for i, thing in enumerate(isthing, start=1)
+  ]
+  segments = [{"id": 5, "category_id": 1}]
+  data["annotations"] = [
+    {"image_id": i, "file_name": f"{i}.png", "segments_info": segments} for i in (1, 2)
+  ]
+  write(tmp_path, data)
+  (tmp_path / "annotations/instances_train.json").rename(
+    tmp_path / "annotations/panoptic_train.json"
+  )
+  (tmp_path / "panoptic_train").mkdir()
+  with caplog.at_level("WARNING"):
+    source = load_source(f"coco:{tmp_path}", "train", panoptic=True)
+  assert source.info.stuff_from == stuff_from
+  assert ("category without isthing" in caplog.text) == warned
 
 
 def test_coordinates_far_outside_cost_nothing(tmp_path):
@@ -229,7 +281,8 @@ def test_text_as_iscrowd(tmp_path, caplog):
       lambda d: [a.update(bbox=[30, 20, 55, 35]) for a in d["annotations"]],
       "left, top, right, bottom.*2 of 2 boxes",
     ),
-    (lambda d: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in d["annotations"]], r"\[0, 1\]"),
+    (lambda d: [a.update(bbox=[0.1, 0.1, 0.5, 0.5]) for a in d["annotations"]], r"2 x .*\[0, 1\]"),
+    (first(bbox=[0.1, 0.1, 0.5, 1.0001]), r"1 x bbox in \[0, 1\].*annotation 1 of 1.jpg"),
     (lambda d: d["categories"].append({"id": 1, "name": "cat"}), "category that is listed twice"),
     (lambda d: d["images"][1].update(file_name="1.jpg"), "image file that is listed twice"),
     (first(area="big"), "area that is not a number"),

@@ -223,11 +223,11 @@ def _open(name: str, split: _Split, *, annotated_only: bool, exif_frame: str) ->
 
 
 def _stuff_from(file: pathlib.Path, content: CocoFile) -> int | None:
-  """Returns the first id of the stuff classes; None where `isthing` names none."""
-  things = content.categories.keys() - content.stuff
-  if not content.stuff:
+  """Returns the first id of the stuff classes; None without `isthing`."""
+  if content.stuff is None:
     return None
-  first = min(content.stuff)
+  things = content.categories.keys() - content.stuff
+  first = min(content.stuff, default=max(content.categories) + 1)
   if things and max(things) > first:
     raise ValueError(f"{file}: category {max(things)} is a thing, {first} stuff; number stuff last")
   return first

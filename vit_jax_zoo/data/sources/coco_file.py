@@ -8,13 +8,14 @@ Every kind of problem is reported once, with its count and its first example:
 * left out where masks are used: objects without a usable outline;
 * left out in training alone: crowds, and boxes without area in their image;
 * logged: no annotations or only crowds, boxes in [0, 1] or given by two corners, text where a
-  number belongs, one file or name twice.
+  number belongs, one file or name twice, categories of panoptic data without `isthing`.
 """
 
 import collections
 import itertools
 import json
 import math
+import operator
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,7 +40,7 @@ class CocoFile(NamedTuple):
   objects: dict[Any, list[dict[str, Any]]]  # by image id
   segments: dict[Any, str]  # file name of the segment image by image id; empty for detection
   categories: dict[int, str]  # names by id
-  stuff: frozenset[int]  # ids of the categories with `isthing` 0
+  stuff: frozenset[int] | None  # ids of the categories with `isthing` 0; None: no `isthing` at all
 
 
 def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
@@ -57,12 +58,15 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
   check.raise_refused()
   images = list(check.images.values())
   if panoptic:
+    for number in check.names.keys() - check.stuff - check.things:
+      check.warn("category without isthing, taken as a thing", f"id {number}")
     for image in images:
       if image["id"] not in check.segments:
         check.warn("image without panoptic annotation, left out", image["file_name"])
     images = [image for image in images if image["id"] in check.segments]
   check.log()
-  return CocoFile(images, dict(check.objects), check.segments, check.names, frozenset(check.stuff))
+  stuff = frozenset(check.stuff) if check.stuff or check.things else None
+  return CocoFile(images, dict(check.objects), check.segments, check.names, stuff)
 
 
 def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -127,7 +131,7 @@ class _Check:
 
   def __init__(self, file: pathlib.Path) -> None:
     self.names: dict[int, str] = {}
-    self.stuff: set[int] = set()
+    self.stuff, self.things = set[int](), set[int]()
     self.images: dict[Any, dict[str, Any]] = {}
     self.objects: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
     self.segments: dict[Any, str] = {}
@@ -135,7 +139,7 @@ class _Check:
     self._refused: dict[str, list[str]] = {}
     self._warned: dict[str, list[str]] = {}
     self._without_outline: list[str] = []
-    self._outlines = self._boxes = self._small = self._corners = self._outside = self._crowds = 0
+    self._outlines = self._boxes = self._corners = self._outside = self._crowds = 0
 
   def each(self, items: Iterable[Any], add: Callable[[Any], None]) -> None:
     """Adds items; those that are refused are collected."""
@@ -159,10 +163,7 @@ class _Check:
 
   def log(self) -> None:
     """Logs the problems, and what only all annotations together show."""
-    if self._boxes and self._small == self._boxes:
-      kind = "dataset whose boxes all lie in [0, 1]; expected pixels: left, top, width, height"
-      self.warn(kind, f"{self._boxes} boxes")
-    elif self._corners == self._boxes and 2 * self._outside > self._boxes:
+    if self._corners == self._boxes and 2 * self._outside > self._boxes:
       kind = "dataset whose boxes look like left, top, right, bottom; expected width and height"
       self.warn(kind, f"{self._outside} of {self._boxes} boxes end outside of their image")
     if self._crowds:
@@ -195,8 +196,8 @@ class _Check:
     thing = category.get("isthing")
     if thing not in (None, 0, 1, "0", "1"):
       raise _RefusedError("isthing that is neither 0 nor 1", f"id {number}: {_short(thing)}")
-    if thing in (0, "0"):
-      self.stuff.add(number)
+    if thing is not None:
+      (self.things if int(thing) else self.stuff).add(number)
 
   def image(self, image: Mapping[str, Any]) -> None:
     number, file = image.get("id"), image.get("file_name")
@@ -231,8 +232,9 @@ class _Check:
       return
     if not found["iscrowd"] and not _has_area(box, image):
       self.warn("bbox without area in its image, left out in training", where)
+    elif max(box) <= 1.01 and image["width"] * image["height"] > 1:  # 1.01: rounded
+      self.warn("bbox in [0, 1]; expected pixels: left, top, width, height", where)
     self._boxes += 1
-    self._small += max(box) <= 1 and min(box) >= 0
     self._corners += box[0] < box[2] <= image["width"] and box[1] < box[3] <= image["height"]
     self._outside += max(box[0] + box[2] - image["width"], box[1] + box[3] - image["height"]) > 1
     self._crowds += found["iscrowd"]
@@ -367,21 +369,25 @@ def _polygon_problem(polygon: Any, image: Mapping[str, Any]) -> str:
     finite = False
   if not finite:
     return "NaN or infinity"
-  xs, ys = polygon[::2], polygon[1::2]
+  return "" if _has_pixels(_bounded(polygon, image), image) else "no pixel in its image"
+
+
+def _has_pixels(polygon: list[float | int], image: Mapping[str, Any]) -> bool:
+  """Returns whether a mask has a pixel; only small, thin and clipped polygons are rasterised."""
+  height, width, xs, ys = image["height"], image["width"], polygon[::2], polygon[1::2]
   left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)
-  if min(right, image["width"]) <= max(left, 0) or min(bottom, image["height"]) <= max(top, 0):
-    return "no area in its image"
-  return "" if len(xs) > 4 or _area(xs, ys) else "no area in its image"
+  if min(right, width) <= max(left, 0) or min(bottom, height) <= max(top, 0):
+    return False
+  products = map(operator.mul, xs, [*ys[1:], ys[0]]), map(operator.mul, [*xs[1:], xs[0]], ys)
+  area, sides = abs(sum(products[0]) - sum(products[1])) / 2, right - left + bottom - top
+  inside = min(left, top) >= 0 and right <= width and bottom <= height
+  if (inside and area > 2 * sides) or sides * len(xs) > 1e6:  # 1e6: rasterising takes memory
+    return True
+  return bool(run_lengths.area(run_lengths.frPyObjects([polygon], height, width))[0])
 
 
 def _has_lists(polygon: Sequence[Any]) -> bool:
   return any(isinstance(point, list | dict) for point in polygon)
-
-
-def _area(xs: Sequence[float | int], ys: Sequence[float | int]) -> float | int:
-  """Returns twice the signed area (the shoelace formula)."""
-  following = zip([*xs[1:], xs[0]], [*ys[1:], ys[0]], strict=True)
-  return sum(x * y2 - x2 * y for x, y, (x2, y2) in zip(xs, ys, following, strict=True))
 
 
 _FAR = 10  # sides of the image at which vertices are clipped: rasterising costs an edge's length

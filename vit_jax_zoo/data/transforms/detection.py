@@ -23,6 +23,7 @@ of the result is known before any image is read (`data/buckets.py`).
 
 import abc
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -70,8 +71,8 @@ class LoadObjects(TargetTransform):
   Annotations of the stored frame are rotated with the image (EXIF).
 
   For training, crowds are left out, boxes are clipped to the image, and boxes without area are left
-  out; the first of these are logged. Objects without an outline are left out where masks are used,
-  and segments without a pixel always.
+  out; the first of these are logged. Objects whose outline is absent or has no pixel are left out
+  where masks are used, and segments without a pixel always.
   """
 
   as_annotated: bool = False  # keep crowds and boxes as annotated, for scoring
@@ -125,6 +126,9 @@ class LoadObjects(TargetTransform):
   def _add_outlines(self, example: Example, outlines: Any, turn: int, stored: Size) -> Example:
     example = keep_objects(example, np.array([o is not None for o in outlines], bool))
     encoded = [_encode_outline(o, *stored) for o in outlines if o is not None]
+    exist = np.array([run_lengths.area(code) > 0 for code in encoded], bool)
+    _log_left_out(example, ~exist, "has an outline without a pixel in the image")
+    example, encoded = keep_objects(example, exist), list(itertools.compress(encoded, exist))
     if self.masks or turn != 1:
       masks = np.zeros((len(encoded), *stored), bool)
       for mask, code in zip(masks, encoded, strict=True):
