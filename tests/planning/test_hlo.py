@@ -158,7 +158,10 @@ def test_a_kernel_with_metadata_of_several_lines_does_not_end_its_computation():
   %x = f32[1000] get-tuple-element(%p), index=1
   %kernel = f32[1000] custom-call(%x), custom_call_target="tpu_custom_call", \
 frontend_attributes={kernel_metadata={
-"xprof_metadata":"{\\"block_q\\": 128}"
+"xprof_metadata":"{\\"block_q\\": 128",
+  "a = b":{
+}
+,"unclosed":"{"
 }}, metadata={op_name="jit(f)/attention"}, backend_config={"flags":[]}
   %after = f32[1000] negate(%kernel)
   ROOT %t = (s32[], f32[1000]) tuple(%i, %after)

@@ -37,6 +37,7 @@ _WHOLE = ("broadcast", "iota", "copy-start", "all-gather-start", "collective-per
 """Instructions of which only the result counts; for the last three it includes the bytes read."""
 
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NAME = re.compile(r"%?([\w.-]+)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|called_computations)=\{?%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=(\S+), false_\w+=(\S+)")
@@ -106,7 +107,9 @@ def parse(text: str) -> Module:
   lines_of: dict[str, list[str]] = {}
   entry, current = None, None
   for line in text.splitlines():
-    if current is None and line.endswith("{") and "->" in line:
+    if current and _is_open(current[-1]):  # the metadata of a kernel spans several lines
+      current[-1] += line
+    elif current is None and line.endswith("{") and "->" in line:
       name = _NAME.match(line.removeprefix("ENTRY ").strip())
       if name is not None:
         current = lines_of[name[1]] = []
@@ -115,8 +118,6 @@ def parse(text: str) -> Module:
       current = None
     elif current is not None and line.startswith("  ") and " = " in line:
       current.append(line)
-    elif current:  # the metadata of a kernel spans several lines, some of which begin with "}"
-      current[-1] += line
   if entry is None:
     raise ValueError("the text has no ENTRY computation; expected an HLO module as XLA prints it")
   partitions = re.search(r"num_partitions=(\d+)", text[:100_000])
@@ -124,6 +125,11 @@ def parse(text: str) -> Module:
   devices = math.prod(int(found[1]) for found in (partitions, replicas) if found)
   computations = {name: [_instruction(line) for line in lines] for name, lines in lines_of.items()}
   return Module(computations, entry, devices)
+
+
+def _is_open(instruction: str) -> bool:
+  bare = _STRING.sub("", instruction)
+  return bare.count("{") > bare.count("}")
 
 
 def _instruction(line: str) -> Instruction:
