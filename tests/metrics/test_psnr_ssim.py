@@ -119,6 +119,19 @@ def test_only_blank_images():
   assert (result["psnr_gain_excluded"], result["ssim"]) == (2, pytest.approx(1))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_pixels_that_are_not_finite_are_not_excluded(value):
+  data, found = batch(2), predictions(batch(2))
+  found["image"] = np.asarray(found["image"], np.float32)
+  found["image"][0, 3, 4, 1] = value
+  evaluator = SuperResolutionEvaluator()
+  evaluator.add(data, found)
+  result = evaluator.result()
+  assert all(np.isnan(result[name]) for name in (*SCORES, "psnr_gain"))
+  assert np.isfinite(result["bicubic_psnr"])
+  assert not [name for name in result if name.endswith("_excluded")]
+
+
 def test_small_images_are_excluded_from_ssim_alone():
   data = batch()
   small = {key: value[:1, :8, :9] for key, value in batch(seed=3).items()}

@@ -38,18 +38,23 @@ SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
 
 
 def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) -> dict[str, float]:
-  """Returns `SCORES`, cropped to shared sides: infinite PSNR if equal, NaN SSIM if too small."""
+  """Returns `SCORES`, cropped to shared sides; all are NaN if a pixel is not finite.
+
+  Infinity stands for an undefined score: PSNR if the images are equal, SSIM if they are too small.
+  """
+  if not np.isfinite(image).all():
+    return dict.fromkeys(SCORES, math.nan)
   height, width = (min(a, b) for a, b in zip(image.shape[:2], truth.shape[:2], strict=True))
   image, truth = image[:height, :width], truth[:height, :width]
   side, equal = min(height, width), np.array_equal(image, truth)
   peak, similarity = metrics.peak_signal_noise_ratio, metrics.structural_similarity
   found = (
     psnr_y(image, truth),
-    ssim_y(image, truth) if side >= _WINDOW else math.nan,
+    ssim_y(image, truth) if side >= _WINDOW else math.inf,
     math.inf if equal else peak(truth, image, data_range=255),
     similarity(truth, image, data_range=255, channel_axis=-1)
     if side >= _SKIMAGE_WINDOW
-    else math.nan,
+    else math.inf,
   )
   return dict(zip(SCORES, map(float, found), strict=True))
 
@@ -59,9 +64,10 @@ class SuperResolutionEvaluator(Evaluator):
 
   An image of infinite PSNR (equal to its ground truth), or undefined SSIM (too small), is left out
   of that score's mean and counted in "<score>_excluded"; a score of which all are excluded is
-  infinite for PSNR, and missing for others. Scores: `SCORES`; "bicubic_psnr", ... of bicubic
-  enlargements; "psnr_gain", the mean difference of the two; "images"; with predictions from wrong
-  references also "wrong_reference_psnr", ... and "reference_gain".
+  infinite for PSNR, and missing for others. Pixels that are not finite make a mean NaN. Scores:
+  `SCORES`; "bicubic_psnr", ... of bicubic enlargements; "psnr_gain", the mean difference of the
+  two; "images"; with predictions from wrong references also "wrong_reference_psnr", ... and
+  "reference_gain".
   """
 
   scores = (
@@ -91,11 +97,11 @@ class SuperResolutionEvaluator(Evaluator):
       scores = {kind + name: value for kind in found for name, value in found[kind].items()}
       for gain, kind in (("psnr_gain", "bicubic_"), ("reference_gain", "wrong_reference_")):
         if kind in found:
-          scores[gain] = scores["psnr"] - scores[f"{kind}psnr"]
+          other = scores[f"{kind}psnr"]
+          scores[gain] = other if math.isinf(other) else scores["psnr"] - other
       self.images += 1
-      finite = {name: math.isfinite(value) for name, value in scores.items()}
-      self.counts.update(finite)
-      self.sums.update({name: scores[name] if finite[name] else 0.0 for name in scores})
+      self.counts.update({name: not math.isinf(value) for name, value in scores.items()})
+      self.sums.update({k: 0.0 if math.isinf(value) else value for k, value in scores.items()})
 
   def _merge(self, other: Any) -> None:
     self.images += other.images
