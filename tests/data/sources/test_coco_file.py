@@ -146,6 +146,7 @@ def test_every_unicode_encoding_is_read(tmp_path, encoding):
     ([[59.8, 5, 80, 5, 80, 30, 59.8, 30]], "no pixel"),
     ({"counts": [2400], "size": [60, 40]}, "run lengths"),
     ({"size": [40, 60]}, "run lengths"),
+    ({"counts": [4, 2396], "size": [40.0, 60.0]}, "run lengths that are not of the image's size"),
     ({"counts": [], "size": [40, 60]}, "run lengths that do not add up"),
     ({"counts": [4], "size": [40, 60]}, "run lengths that do not add up"),
     ({"counts": [-5, 2405], "size": [40, 60]}, "run lengths that are not integers"),

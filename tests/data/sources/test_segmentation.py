@@ -72,6 +72,12 @@ class TestLayouts:
     expected = [labels(1), labels(0)] if layout is plain else [labels(0), labels(0)]
     np.testing.assert_array_equal(batch["label_map"][:, :40, :60], expected)
 
+  def test_a_list_of_splits_in_latin_1(self, tmp_path):
+    voc(tmp_path)
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(FileNotFoundError, match=r"val\.txt"):
+      load_source(f"segments:{tmp_path}", "val")
+
   def test_patterns(self, tmp_path):
     """Guards layouts of one's own, and class names."""
     write(tmp_path, "rgb/mine/a.jpg", "gt/mine_a.png")

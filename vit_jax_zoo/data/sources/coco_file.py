@@ -326,7 +326,7 @@ def _usable_outline(outline: Any, image: Mapping[str, Any]) -> tuple[Any, str]:
 
 def _run_lengths_problem(outline: Mapping[str, Any], size: list[int]) -> str:
   counts = outline.get("counts")
-  if outline.get("size") != size or not isinstance(counts, list | str):
+  if str(outline.get("size")) != str(size) or not isinstance(counts, list | str):
     return f"run lengths that are not of the image's size {size}"
   if isinstance(counts, list):
     if not all(_is_int(count) and count >= 0 for count in counts):

@@ -129,12 +129,12 @@ def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str
   found = {}
   for file in sorted(root.glob(lists.replace("{split}", "*"))):
     split = re.fullmatch(pattern, file.relative_to(root).as_posix())
-    text = file.read_text(encoding="utf-8-sig")
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of files
     names = [line.split()[0] for line in text.splitlines() if line.strip()]
     stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
     missing = [stem for stem in stems if stem not in images]
     if missing:
-      raise FileNotFoundError(f"{file}: image {missing[0]} is missing ({len(missing)} in all)")
+      raise FileNotFoundError(f"{file}: image {missing[0]!r} is missing ({len(missing)} in all)")
     pairs = zip(names, stems, strict=True)
     found[split[1] if split else file.stem] = [
       (images[stem], layout.labels.format(split="", name=name)) for name, stem in pairs
