@@ -8,6 +8,8 @@ import inspect
 import pathlib
 import re
 
+from vit_jax_zoo.config import complete
+
 ROOT = pathlib.Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "RECIPES.md"
 
@@ -187,7 +189,7 @@ def page():
     lines += [f"`configs/{system}.py`", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for variants in pages(system):
-      lines.append(row(variants, {name: module.get_config(name) for name in variants}))
+      lines.append(row(variants, {name: complete(module.get_config(name)) for name in variants}))
     lines.append("")
   return "\n".join(lines)
 
