@@ -14,7 +14,14 @@ import pytest
 from etils import epath
 
 from tests.training.disk import small_files
-from vit_jax_zoo.training.checkpoint import Checkpointer, is_checkpoint, restore_variables, writing
+from vit_jax_zoo.training.checkpoint import (
+  MANIFEST,
+  Checkpointer,
+  is_checkpoint,
+  restore_variables,
+  verify,
+  writing,
+)
 
 STATE = {"params": {"x": jnp.arange(1000.0)}}
 
@@ -178,3 +185,10 @@ def test_what_becomes_a_full_disk(tmp_path, error, message):
   workdir = epath.Path(tmp_path / "run")
   with pytest.raises((OSError, ValueError), match=message), writing(workdir, lambda: None):
     raise error
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"crc32": 5}', "[" * 100_000])
+def test_a_manifest_of_another_type_is_damage(tmp_path, content):
+  (tmp_path / MANIFEST).write_text(content)
+  with pytest.raises(ValueError, match=rf"is damaged \({MANIFEST} is not readable\); advice"):
+    verify(epath.Path(tmp_path), lambda: "advice")

@@ -47,9 +47,17 @@ def test_the_lock_of_an_ended_process_is_taken_over(workdir, fields):
       assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_that_was_cut_short_is_taken_over(workdir):
+@pytest.mark.parametrize(
+  "damage",
+  ['{"host"', "[1]", "[" * 100_000, {"started": "x"}, {"started": 1e400}, {"pid": [1]}],
+  ids=["cut short", "a list", "nested", "time as text", "infinite time", "no process id"],
+)
+def test_a_damaged_lock_is_taken_over(workdir, damage):
+  with workdir_lock.workdir_lock(workdir):
+    held = json.loads((workdir / LOCK_FILE).read_text())
   workdir.mkdir()
-  (workdir / LOCK_FILE).write_text('{"host"')
+  text = damage if isinstance(damage, str) else json.dumps(held | damage).replace("inf", "1e400")
+  (workdir / LOCK_FILE).write_text(text)
   with workdir_lock.workdir_lock(workdir):
     assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == os.getpid()
 

@@ -98,23 +98,19 @@ def _beat(path: epath.Path, stop: threading.Event) -> None:
 
 
 def _write(path: epath.Path, started: float, beats: int) -> None:
-  content = {
-    "host": socket.gethostname(),
-    "pid": os.getpid(),
-    "started": started,
-    "beats": beats,
-    "machine": _machine(),
-    "process_start": _process_start(os.getpid()),
-  }
+  pid = os.getpid()
+  process = {"pid": pid, "machine": _machine(), "process_start": _process_start(pid)}
+  content = {"host": socket.gethostname(), "started": started, "beats": beats, **process}
   atomic_write.write_json(path, content)
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-  """Returns the content of the lock; None if there is none, or one that was cut short."""
+  """Returns the content of the lock; None if there is none, or a damaged one."""
   try:
     content = json.loads(path.read_text())
-    return content if content.keys() >= _FIELDS else None
-  except (FileNotFoundError, ValueError, AttributeError):
+    whole = content.keys() >= _FIELDS and isinstance(content["pid"], int)
+    return content if whole and 0 <= content["started"] < 1 << 36 else None
+  except (FileNotFoundError, ValueError, AttributeError, TypeError, RecursionError):
     return None
 
 
@@ -129,10 +125,8 @@ def _machine() -> str:
 
 def _process_start(pid: int) -> str | None:
   """Returns the start time of a process, which differs for a later one with the same id."""
-  try:
+  with contextlib.suppress(OSError):
     return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-  except OSError:
-    pass
   if pathlib.Path("/proc").is_dir():
     return None
   try:  # macOS: no start time
