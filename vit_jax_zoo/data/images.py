@@ -176,6 +176,8 @@ def _exif_orientation(tiff: bytes) -> int:
 
 def read_header(file: str | os.PathLike) -> tuple[int, int, int]:
   """Returns a file's stored height, width and EXIF orientation; OSError, or CorruptExampleError."""
+  if not os.path.isfile(file):  # opening a FIFO would block
+    raise FileNotFoundError(f"{os.fspath(file)} is not a regular file")
   with open(file, "rb") as stream:
     begin = stream.read(1 << 16)  # long enough for most headers
     try:

@@ -1,6 +1,7 @@
 """COCO folders, detection and panoptic, Roboflow's too; and COCO as TFDS prepares it."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -256,6 +257,19 @@ class TestErrors:
       eval_batches(source, TRAIN, batch_size=3)
     batches = eval_batches(source, TRAIN, batch_size=3, on_corrupt="skip")
     assert next(iter(batches))["mask"].tolist() == [True, False, True]
+
+  def test_only_regular_files_are_images(self, tmp_path):
+    """Guards against opening a FIFO, which blocks, and a folder."""
+    name = self.broken(tmp_path, lambda d: None)
+    for number in (5, 9):
+      (tmp_path / "train2017" / f"{number:03}.jpg").unlink()
+    os.mkfifo(tmp_path / "train2017" / "005.jpg")
+    (tmp_path / "train2017" / "009.jpg").mkdir()
+    source = load_source(name, "train")
+    assert source.missing() == [0, 1]
+    for index in (0, 1):
+      with pytest.raises(ValueError, match=r"00[59]\.jpg .*not a regular file"):
+        source[index]
 
   def test_annotations_for_another_size(self, tmp_path):
     """Guards against boxes for another size of the image."""

@@ -150,7 +150,8 @@ class CocoSource(base.Source):
 
   def missing(self) -> list[int]:
     folders = {os.path.dirname(f) for i in range(len(self)) for f in self._files(i)}
-    there = {os.path.join(d, f) for d in folders if os.path.isdir(d) for f in os.listdir(d)}
+    entries = (entry for folder in filter(os.path.isdir, folders) for entry in os.scandir(folder))
+    there = {entry.path for entry in entries if entry.is_file(follow_symlinks=False)}
     return [
       index
       for index in range(len(self))
@@ -189,7 +190,7 @@ def open_splits(
 
 def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]:
   prefix = "panoptic_" if panoptic else "instances_"
-  for file in sorted((root / "annotations").glob(f"{prefix}*.json")):
+  for file in filter(os.path.isfile, sorted((root / "annotations").glob(f"{prefix}*.json"))):
     name = file.stem.removeprefix(prefix)
     places = (root / name, root / "images" / name, root / "images", root)
     images = next(folder for folder in places if folder.is_dir())
@@ -201,7 +202,7 @@ def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]
         raise FileNotFoundError(f"{folders[0]} is missing: the segment images (*.png) of {file}")
     yield name, _Split(file, images, segments)
   if not panoptic:
-    for file in sorted(root.glob(f"*/{ROBOFLOW}")):
+    for file in filter(os.path.isfile, sorted(root.glob(f"*/{ROBOFLOW}"))):
       yield file.parent.name, _Split(file, file.parent)
 
 
@@ -278,6 +279,8 @@ def _read_headers(
 
 
 def _read(file: str) -> bytes:
+  if not os.path.isfile(file):  # opening a FIFO would block
+    raise base.CorruptExampleError(f"{file} cannot be read (not a regular file)")
   try:
     with open(file, "rb") as stream:
       return stream.read()

@@ -72,17 +72,18 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
   """Returns the image files below a folder, following links, and the ignored ones.
 
   Paths are those below the folder, with "/", sorted. Images are regular files with one of
-  `images.suffixes()`; ignored dangling links and special files have the reason. Hidden files and
-  folders (`.ipynb_checkpoints`, `._a.jpg`) and `__MACOSX` are skipped.
+  `images.suffixes()`; ignored dangling links and special files have the reason. Skipped are hidden
+  entries (`._a.jpg`), `__MACOSX`, links to folders above and, with a warning, unreadable entries.
   """
   images, ignored = [], []
-  for path, reason in _walk(os.fspath(folder)):
+  above = pathlib.Path(os.path.abspath(folder)).parent.resolve()
+  for path, reason in _walk(os.fspath(folder), "", (str(above), *map(str, above.parents))):
     is_image = not reason and os.path.splitext(path)[1].lower() in suffixes()
     (images if is_image else ignored).append(path + reason)
   return sorted(images), sorted(ignored)
 
 
-def _walk(folder: str, below: str = "", parents: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+def _walk(folder: str, below: str, parents: tuple[str, ...]) -> Iterator[tuple[str, str]]:
   """Yields the path of each file and why it cannot be read, or an empty text."""
   real = os.path.realpath(folder)
   if real in parents:  # a link to a folder above it
@@ -92,12 +93,15 @@ def _walk(folder: str, below: str = "", parents: tuple[str, ...] = ()) -> Iterat
       path = f"{below}{entry.name}"
       if _is_hidden(entry.name):
         continue
-      if entry.is_dir():
-        yield from _walk(entry.path, f"{path}/", (*parents, real))
-      elif entry.is_file():
-        yield path, ""
-      else:
-        yield path, " (dangling link)" if entry.is_symlink() else " (not a regular file)"
+      try:
+        if entry.is_dir():
+          yield from _walk(entry.path, f"{path}/", (*parents, real))
+        elif entry.is_file():
+          yield path, ""
+        else:
+          yield path, " (dangling link)" if entry.is_symlink() else " (not a regular file)"
+      except OSError as error:  # a link to itself, a folder that cannot be listed
+        _warn_once(f"{entry.path}: skipped; {error.strerror}")
 
 
 def _is_hidden(name: str) -> bool:
@@ -122,7 +126,7 @@ def read_class_names(class_names: Sequence[str] | str | None) -> tuple[str, ...]
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
       return tuple(map(str, json.loads(text)))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"class_names: {file}: neither UTF-8 nor a JSON list ({error})") from None
   return tuple(line.strip() for line in text.splitlines() if line.strip())
 
@@ -310,12 +314,10 @@ def _name_test(splits: base.Splits, location: str) -> base.Splits:
   validation = {splits[name] for name in base.VALIDATION_NAMES if name in splits}
   if "test" in splits and not validation:
     return {**splits, **dict.fromkeys(base.VALIDATION_NAMES, splits["test"])}
-  if "test" in splits:
+  if "test" in splits or len(validation) > 1:
     return splits
-  if len(validation) == 1:
-    return {**splits, "test": validation.pop()}
   if validation:
-    return splits
+    return {**splits, "test": validation.pop()}
   absent = functools.partial(_nothing_held_out, location)
   return {**splits, **dict.fromkeys(("test", *base.VALIDATION_NAMES), absent)}
 
