@@ -1,4 +1,4 @@
-"""Messages about names: the nearest known one, class names, escaped control characters."""
+"""Messages about names: the nearest known one, class names, escaped characters."""
 
 import dataclasses
 import difflib
@@ -67,3 +67,8 @@ def escape_controls(text: str) -> str:
   '\\x1b[31mred.jpg'
   """
   return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def escape_surrogates(text: str) -> str:
+  """Returns text that UTF-8 can encode; bytes that are not UTF-8 are surrogates in file names."""
+  return text.encode(errors="backslashreplace").decode()

@@ -28,10 +28,11 @@ from PIL import Image
 from vit_jax_zoo import cli
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.folder import list_images, log_ignored, read_class_names
+from vit_jax_zoo.errors import escape_surrogates
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Picture, Prediction, Predictor
-from vit_jax_zoo.inference.coco_json import CocoFiles, GroundTruth
+from vit_jax_zoo.inference.coco_json import FILES, CocoFiles, GroundTruth
 from vit_jax_zoo.inference.load import load
 from vit_jax_zoo.training import atomic_write
 
@@ -41,6 +42,7 @@ EXIT_SOME_FAILED = 1
 
 _LONGEST = 200  # bytes of a picture's name without suffixes: names of files have at most 255
 RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
+MARK = ".predict_files"  # names of what runs wrote to a folder, which later ones may replace
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
 
@@ -50,16 +52,13 @@ def define_flags() -> None:
   flags.DEFINE_multi_string("images", [], "image files, folders or patterns; more may follow")
   flags.DEFINE_string("output", "predictions", "output folder")
   flags.DEFINE_string("class_names", None, "file with one class name per line, in order")
-  flags.DEFINE_string(
-    "coco_ids", None, "COCO file whose image ids and categories coco.json and coco_results.json use"
-  )
+  flags.DEFINE_string("coco_ids", None, "COCO file whose image ids and categories coco*.json have")
   flags.DEFINE_string("reference", None, "reference image for super-resolution")
   flags.DEFINE_integer("tile", None, "tile size in pixels for super-resolution, to use less memory")
   flags.DEFINE_integer("top_k", None, "number of classes to list, or of colours to sample from")
   flags.DEFINE_float("threshold", Options.threshold, "minimum score")
   flags.DEFINE_bool("explain", Options.explain, "also draw attention maps")
-  fraction = Options.prefix_fraction
-  flags.DEFINE_float("prefix_fraction", fraction, "fraction of the rows given as the prompt")
+  flags.DEFINE_float("prefix_fraction", Options.prefix_fraction, "fraction of the rows as prompt")
   flags.DEFINE_integer("samples", Options.samples, "completions per image")
   flags.DEFINE_float("temperature", Options.temperature, "sampling temperature of completions")
   flags.DEFINE_integer("seed", Options.seed, "random seed")
@@ -129,47 +128,51 @@ def predict_all(
   `predictions.json` has an entry for each file, in order, `predictions.jsonl` a line, written at
   once: `image`, `pictures` (names of files) and the predictor's record, or `error`; with `truth`
   also `image_id`, None if the image is not in it. Detections are also written in COCO's formats.
+  ValueError if a file would be replaced that no earlier run wrote.
   """
   output.mkdir(parents=True, exist_ok=True)
+  _check_outputs(output, truth)
+  _mark(output, (RESULTS, RECORDS))
   pictures, collected = PictureFiles(output), CocoFiles(truth)
   records: list[dict[str, Any]] = []
   failed, begin = 0, time.monotonic()
   lines = output / RECORDS
   lines.unlink(missing_ok=True)
   for done, path in enumerate(paths, start=1):
-    known: dict[str, Any] = {"image": str(path)}
+    known: dict[str, Any] = {"image": escape_surrogates(str(path))}
     if truth is not None:
-      known["image_id"] = truth.image_ids.get(str(path))
+      known["image_id"] = truth.image_ids.get(known["image"])
     try:
       image = read_image(path)
       prediction = predictor(image)
     except ValueError as error:
       failed += 1
       message = " ".join(str(error).split())
-      record = {**known, "error": message}
+      record = {**known, "error": escape_surrogates(message)}
       is_named = isinstance(error, images.CorruptExampleError)
       logging.error("%s", message if is_named else f"{path}: {message}")
     else:
-      name, files = pictures.write(path.stem, prediction)
+      name, files = pictures.write(escape_surrogates(path.stem), prediction)
       record = {**known, "pictures": files, **prediction.record}
-      collected.add(str(path), name, image, prediction)
+      collected.add(known["image"], name, image, prediction)
     records.append(record)
     with lines.open("a") as stream:
       stream.write(json.dumps(record) + "\n")
     left = round((time.monotonic() - begin) / done * (len(paths) - done))
     logging.info("%d/%d images, ETA %s", done, len(paths), datetime.timedelta(seconds=left))
   for file, content in {RESULTS: records, **collected.contents()}.items():
+    _mark(output, [file])
     atomic_write.write_json(output / file, content)
   logging.info("%d of %d images done: %s", len(paths) - failed, len(paths), output)
   return EXIT_SOME_FAILED if failed else 0
 
 
 class PictureFiles:
-  """Writes pictures under free names; those of an earlier run's `predictions.jsonl` are free."""
+  """Writes pictures under free names; those of earlier runs are free."""
 
   def __init__(self, folder: pathlib.Path) -> None:
     self._folder = folder
-    self._taken = {path.name for path in folder.iterdir()} - _written_before(folder)
+    self._taken = {path.name for path in folder.iterdir()} - _marked(folder)
     self._model_pictures: dict[str, str] = {}
 
   def write(self, stem: str, prediction: Prediction) -> tuple[str, list[str]]:
@@ -184,10 +187,10 @@ class PictureFiles:
     while len(os.fsencode(stem)) > _LONGEST:
       stem = stem[:-1]
     prefix, number = stem, 1
-    while self._taken & set(_names(prefix, pictures).values()):
+    while self._taken & set((names := _names(prefix, pictures)).values()):
       number += 1
       prefix = f"{stem}_{number}"
-    names = _names(prefix, pictures)
+    _mark(self._folder, names.values())
     for suffix, picture in pictures.items():
       pixels = render(picture) if isinstance(picture, Figure) else picture
       Image.fromarray(pixels).save(self._folder / names[suffix])
@@ -199,12 +202,22 @@ def _names(prefix: str, suffixes: Iterable[str]) -> dict[str, str]:
   return {suffix: f"{prefix}{'_' if suffix else ''}{suffix}.png" for suffix in suffixes}
 
 
-def _written_before(folder: pathlib.Path) -> set[str]:
-  try:
-    records = [json.loads(line) for line in (folder / RECORDS).read_text().splitlines()]
-    return {name for record in records for name in record.get("pictures", ())}
-  except (OSError, ValueError, AttributeError, TypeError):
-    return set()
+def _check_outputs(folder: pathlib.Path, truth: GroundTruth | None) -> None:
+  for file in filter(os.path.lexists, (folder / name for name in (RESULTS, RECORDS, *FILES))):
+    if truth is not None and truth.file.resolve() == file.resolve():
+      raise ValueError(f"--coco_ids={truth.file}: would be replaced; use another --output")
+    if file.name not in _marked(folder):
+      raise ValueError(f"{file}: not written by this command; use another --output")
+
+
+def _mark(folder: pathlib.Path, names: Iterable[str]) -> None:
+  with (folder / MARK).open("a", encoding="utf-8") as stream:
+    stream.writelines(f"{name}\0" for name in names)
+
+
+def _marked(folder: pathlib.Path) -> set[str]:
+  mark = folder / MARK
+  return set(mark.read_text("utf-8", "replace").split("\0")) if mark.is_file() else set()
 
 
 if __name__ == "__main__":

@@ -129,3 +129,14 @@ def test_files_without_annotations_have_ids(tmp_path):
   file.write_text(json.dumps(data))
   with pytest.raises(ValueError, match="images is missing"):
     GroundTruth(file, paths)
+
+
+def test_the_ground_truth_is_no_output(tmp_path):
+  paths, file = dataset(tmp_path, (1, 2, 3))
+  (tmp_path / "out").mkdir()
+  truth = file.rename(tmp_path / "out" / "coco.json")
+  before = truth.read_bytes()
+  (tmp_path / "out" / predict.MARK).write_text("coco.json\0")
+  with pytest.raises(ValueError, match=r"--coco_ids=.*coco\.json"):
+    predict.predict_all(Oracle(), paths, tmp_path / "out", GroundTruth(truth, paths))
+  assert truth.read_bytes() == before

@@ -80,6 +80,31 @@ def test_existing_images_are_not_overwritten(tmp_path):
     assert len(list(tmp_path.glob("*.png"))) == 3 + 5
 
 
+def test_files_of_others_are_not_replaced(tmp_path):
+  paths, output = images_in(tmp_path, "a.png"), tmp_path / "out"
+  for _ in range(2):
+    predict.predict_all(Painter(), paths, output)
+  (output / "coco.json").write_text("{}")
+  with pytest.raises(ValueError, match=r"out/coco\.json"):
+    predict.predict_all(Painter(), paths, output)
+  assert (output / "coco.json").read_text() == "{}"
+  for name in ("predictions.json", "predictions.jsonl"):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=name):
+      predict.predict_all(Painter(), paths, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).unlink()
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path):
+  paths = [*images_in(tmp_path, "b\udce9.png"), tmp_path / "lost\udce9.png"]
+  assert predict.predict_all(Painter(), paths, tmp_path / "out") == predict.EXIT_SOME_FAILED
+  first, second = records_of(tmp_path / "out")
+  assert first["image"].endswith(r"b\udce9.png")
+  assert first["pictures"][0] == r"b\udce9.png"
+  assert r"lost\udce9.png" in second["error"]
+
+
 def test_a_broken_file_is_named_and_the_rest_done(vit_run, tmp_path):
   images, output = tmp_path / "images", tmp_path / "out"
   (images / "more").mkdir(parents=True)

@@ -141,3 +141,11 @@ def test_a_line_that_is_not_utf8_is_dropped(tmp_path):
   with MetricWriter(tmp_path, resume_step=3):
     pass
   assert path.read_bytes() == first + third
+
+
+def test_surrogates_are_escaped_for_tensorboard(tmp_path):
+  with MetricWriter(tmp_path) as writer:
+    writer.write_text(0, {"config": "source: folder:/b\udce9"})
+    writer.write_hparams({"data": {"source": "folder:/b\udce9"}})
+  tensor = tensorboard_of(tmp_path).Tensors("config/text_summary")[0].tensor_proto
+  assert tensor.string_val == [rb"source: folder:/b\udce9"]

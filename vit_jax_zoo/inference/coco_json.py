@@ -17,8 +17,10 @@ from typing import Any
 from absl import logging
 
 from vit_jax_zoo.data.sources.coco_file import read_images
+from vit_jax_zoo.errors import escape_surrogates
 from vit_jax_zoo.inference.base import Image, Prediction
 
+FILES = ("coco.json", "coco_results.json", "coco_panoptic.json")
 _LISTED = 10
 
 
@@ -33,7 +35,7 @@ class GroundTruth:
   def __init__(self, file: pathlib.Path, paths: Sequence[pathlib.Path]) -> None:
     if not file.is_file():
       raise FileNotFoundError(f"--coco_ids={file}: no such file")
-    self._file = file
+    self.file = file
     images, self.categories = read_images(file)
     self._sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     self._names = {category["id"]: category["name"] for category in self.categories}
@@ -53,17 +55,17 @@ class GroundTruth:
       ids = next((by_name[end] for end in ends if end in by_name), by_base_name.get(path.name, ()))
       if len(ids) == 1 and ids[0] not in given:
         given[ids[0]] = path
-        found[str(path)] = ids[0]
+        found[escape_surrogates(str(path))] = ids[0]
         continue
-      why = f"not in {self._file}"
+      why = f"not in {self.file}"
       if len(ids) > 1:
-        why = f"{len(ids)} images of {self._file} have this file_name; expected one"
+        why = f"{len(ids)} images of {self.file} have this file_name; expected one"
       elif ids:
-        why = f"image {ids[0]!r} of {self._file} is already {given[ids[0]]}"
+        why = f"image {ids[0]!r} of {self.file} is already {given[ids[0]]}"
       logging.warning("%s: %s; left out of coco.json", path, why)
     if len(found) < len(images):
       text = "%s: %d of %d images are not given; scores count their objects as missed"
-      logging.warning(text, self._file, len(images) - len(found), len(images))
+      logging.warning(text, self.file, len(images) - len(found), len(images))
     return found
 
   def find(self, path: str, size: tuple[int, int]) -> Any:
@@ -72,7 +74,7 @@ class GroundTruth:
     expected = self._sizes.get(number, size)
     if size != expected:
       text = "%s: %dx%d pixels (height x width); %s has %dx%d"
-      logging.warning(text, path, *size, self._file, *expected)
+      logging.warning(text, path, *size, self.file, *expected)
     return number
 
   def category_id(self, label: int, name: str | None) -> int:
@@ -86,7 +88,7 @@ class GroundTruth:
     self._names[number], self._ids[name] = name, number
     self.categories.append({"id": number, "name": name})
     text = "class %r of the model is not in the categories of %s; its id is %d, and is not scored"
-    logging.log_first_n(logging.WARNING, text, _LISTED, name, self._file, number)
+    logging.log_first_n(logging.WARNING, text, _LISTED, name, self.file, number)
     return number
 
 

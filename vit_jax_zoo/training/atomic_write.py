@@ -7,9 +7,9 @@ from etils import epath
 
 
 def write(path: epath.PathLike, content: str | bytes) -> None:
-  """Writes a file, text as UTF-8, and renames it; by one process only."""
+  """Writes a file, text as UTF-8, surrogates escaped, and renames it; by one process only."""
   path = epath.Path(path)
-  encoded = content if isinstance(content, bytes) else content.encode()
+  encoded = content if isinstance(content, bytes) else content.encode(errors="backslashreplace")
   unfinished = path.with_name(f"{path.name}.tmp")
   unfinished.write_bytes(encoded)
   unfinished.replace(path)

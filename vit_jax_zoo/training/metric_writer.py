@@ -36,6 +36,7 @@ from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from vit_jax_zoo.errors import escape_surrogates
 from vit_jax_zoo.figures.canvas import render
 from vit_jax_zoo.training import atomic_write, disk_errors
 from vit_jax_zoo.training.distributed import is_primary
@@ -174,15 +175,15 @@ class MetricWriter:
 
   def _write_text(self, step: int, name: str, text: str) -> None:
     metadata = create_summary_metadata(display_name=name, description="")
-    tag, tensor = f"{name}/text_summary", make_tensor_proto(text)
+    tag, tensor = f"{name}/text_summary", make_tensor_proto(escape_surrogates(text))
     self._add(step, tag=tag, metadata=metadata, tensor=tensor)
 
   def _add(self, step: int, **value: Any) -> None:
     self._tensorboard.add(Summary(value=[Summary.Value(**value)]), step)
 
-  def _write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    plain = bool | int | float | str
-    values = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
+  def _write_hparams(self, flat: Mapping[str, Any]) -> None:
+    plain = bool | int | float
+    values = {k: v if isinstance(v, plain) else escape_surrogates(str(v)) for k, v in flat.items()}
     self._tensorboard.add(hparams_pb(values))
 
 

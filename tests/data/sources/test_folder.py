@@ -287,3 +287,24 @@ def test_every_suffix_that_pillow_reads_is_an_image(tmp_path):
     write(tmp_path, f"x/{i}{suffix}", f"y/{i}{suffix.upper()}")
   assert len(load_source(f"folder:{tmp_path}", "all")) == 2 * len(suffixes())
   assert suffixes() >= {".jpg", ".jfif", ".png", ".webp", ".avif", ".jp2", ".ppm", ".pgm", ".tiff"}
+
+
+def test_links_to_themselves_and_above_are_skipped(tmp_path, caplog):
+  write(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "test") for name in "xy"))
+  for link, target in (("self.png", "self.png"), ("up", ".."), ("root", "../..")):
+    (tmp_path / "train" / "x" / link).symlink_to(target)
+  assert members(tmp_path, "train") == ["train/x/1.png", "train/y/1.png"]
+  assert f"{tmp_path}/train/x/self.png: skipped" in caplog.text
+
+
+def test_class_names_nested_too_deep_are_named(tmp_path):
+  (tmp_path / "names.json").write_text("[" * 100_000)
+  with pytest.raises(ValueError, match=r"names\.json"):
+    read_class_names(str(tmp_path / "names.json"))
+
+
+def test_class_folders_that_are_not_utf8_have_escaped_names(tmp_path):
+  write(tmp_path, "b\udce9/1.png", "b\udce9/2.png", "x/1.png", "x/2.png")
+  source = load_source(f"folder:{tmp_path}", "all")
+  assert source.info.class_names == (r"b\udce9", "x")
+  assert [source[i]["label"] for i in range(4)] == source.labels().tolist()

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from vit_jax_zoo.errors import unknown_name
+from vit_jax_zoo.errors import escape_surrogates, unknown_name
 
 Example: TypeAlias = dict[str, Any]
 """`image`: encoded bytes or uint8 [h w 3]; `label`: an int, or several of them for multi-label."""
@@ -33,7 +33,7 @@ class CorruptExampleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class DatasetInfo:
-  """Metadata of a source."""
+  """Metadata of a source; surrogates in names are escaped."""
 
   name: str  # as it was loaded, with the split: "demo:digits train[:90%]"
   num_examples: int
@@ -42,6 +42,10 @@ class DatasetInfo:
   max_objects: int | None = None  # largest number of annotated objects in an image, if known
   num_objects: int | None = None  # annotated, without crowds, if known; of a slice: at most
   stuff_from: int | None = None  # of panoptic data, the first class id that is stuff, if known
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "name", escape_surrogates(self.name))
+    object.__setattr__(self, "class_names", tuple(map(escape_surrogates, self.class_names)))
 
 
 class Source(abc.ABC):
