@@ -1,26 +1,34 @@
 """Runs of a config: fields taken from the data, outputs, resume, evaluation, errors."""
 
+import contextlib
+import fnmatch
 import functools
 import json
 import pathlib
 import re
 import shutil
+import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from etils import epath
+from PIL import Image
 
 import vit_jax_zoo
 from tests.conftest import GOLDENS
+from vit_jax_zoo import cli, main, predict, trainer
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
-from vit_jax_zoo import trainer
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.data import pipeline
 from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
+
+PACKAGE = pathlib.Path(vit_jax_zoo.__file__).parent
 
 
 def tiny(**fields):
@@ -51,9 +59,18 @@ def _one_device():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def first_run(tmp_path_factory):
+  """Outcome, folder and calls of a run; the loop is the first to trace the step."""
   workdir = tmp_path_factory.mktemp("finished")
-  return run(tiny(), workdir), workdir
+  with pytest.MonkeyPatch.context() as patch, traced() as calls:
+    patch.setattr(trainer, "count_flops", lambda *_: 1.0)
+    outcome = run(tiny(), workdir)
+  return outcome, workdir, calls
+
+
+@pytest.fixture(scope="module")
+def finished(first_run):
+  return first_run[:2]
 
 
 def test_fields_are_taken_from_the_data():
@@ -312,14 +329,57 @@ def test_dataset_metadata_are_saved_with_the_run(finished):
   assert data.shapes["image"] == (8, 8, 3)
 
 
-def test_the_call_lists_of_contributing_are_true():
-  """Each `file:function` of the lists exists; patterns and protocols have an implementation."""
-  root = pathlib.Path(vit_jax_zoo.__file__).parent
-  page = (root.parent / "CONTRIBUTING.md").read_text()
-  lists = page[page.index("From an example's file to its loss") : page.index("## Add a system")]
-  found = re.findall(r"`([\w/*]+\.py):([\w.]+)`", lists)
-  assert len(found) >= 16
-  for pattern, function in found:
-    *_, name = function.split(".")
-    files = [path.read_text() for path in root.glob(pattern)]
-    assert any(re.search(rf"^ *def {name}\(", text, re.MULTILINE) for text in files), function
+@contextlib.contextmanager
+def traced():
+  """Collects (file, name) of the package's functions as they are called, in all threads."""
+  calls, root = [], f"{PACKAGE}/"
+
+  def note(frame, event, _):
+    code = frame.f_code
+    if event == "call" and code.co_filename.startswith(root):
+      calls.append((code.co_filename.removeprefix(root), code.co_name))
+
+  threading.setprofile(note)
+  sys.setprofile(note)
+  try:
+    yield calls
+  finally:
+    sys.setprofile(None)
+    threading.setprofile(None)
+
+
+def traced_command(monkeypatch, *arguments, command, **options):
+  monkeypatch.setattr(sys, "argv", list(arguments))
+  monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
+  with flagsaver.flagsaver(), traced() as calls, pytest.raises(SystemExit) as ended:
+    cli.run(command, **options)
+  assert ended.value.code == 0
+  return calls
+
+
+def test_the_call_lists_of_contributing_are_true(first_run, tmp_path, monkeypatch):
+  outcome, workdir, calls = first_run
+  page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+  to_loss, to_effect, to_logits = re.split(r"\n(?=From a)", page.partition("## Add a ")[0])[-3:]
+  assert_called_in_order(to_loss, calls, at_most=20)
+
+  monkeypatch.setattr(trainer, "run", lambda *_: outcome)  # the list goes on in `calls`
+  arguments = ("main", "--config=configs/vit.py", "--config.optimizer.learning_rate=1e-3")
+  parse = cli.parse_flags_and_overrides
+  called = traced_command(monkeypatch, *arguments, command=main.main, parse=parse)
+  assert_called_in_order(to_effect, called + calls, at_most=10)
+
+  Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+  arguments = ("predict", f"--model={workdir}", f"--output={tmp_path}", f"{tmp_path}/a.png")
+  defined = predict.define_flags
+  called = traced_command(monkeypatch, *arguments, command=predict.main, define_flags=defined)
+  assert_called_in_order(to_logits, called, at_most=15)
+
+
+def assert_called_in_order(text, calls, at_most):
+  """Checks that the calls have each `file:function` of a numbered list, in its order."""
+  assert 0 < len(re.findall(r"(?m)^\d+\. ", text)) <= at_most
+  left = iter(calls)
+  for pattern, function in re.findall(r"`([\w/*]+\.py):([\w.]+)`", text):
+    name = function.rpartition(".")[2]
+    assert any(fnmatch.fnmatch(file, pattern) and found == name for file, found in left), function
