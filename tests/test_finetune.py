@@ -253,7 +253,7 @@ def test_learning_rate_of_the_batch_and_weights_of_the_model():
   assert config.optimizer.learning_rate == pytest.approx(0.03 * 32 / 512)
   assert config.init_from == "vit_b16_augreg_imagenet21k"
   fields = "model=lambda_resnet50ts,batch_size=256,num_epochs=4,head_only=true"
-  config = load(f"configs/finetune.py:{fields}")
+  config = config_lib.load(f"configs/finetune.py:{fields}")
   assert config.optimizer.learning_rate == 0.01
   assert config.init_from == "lambda_resnet50ts_imagenet"
   assert config.data.train.transforms[0]["size"] == 256
