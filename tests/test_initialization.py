@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.systems.ttsr.test_weights import NARROW, TINY, game_variables
+from tests.systems.ttsr.test_weights import TINY, NarrowTask, game_variables
 from vit_jax_zoo import trainer, weights
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
@@ -21,9 +21,7 @@ from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.preprocess import Preprocess
 
 REC = SuperResolution(TINY, vgg_file="missing/vgg19.pth")
-GAME = SuperResolution(
-  TINY, perceptual_weight=1.0, adversarial_weight=1.0, vgg_file="missing/vgg19.pth", **NARROW
-)
+GAME = NarrowTask(TINY, perceptual_weight=1.0, adversarial_weight=1.0, vgg_file="missing/vgg19.pth")
 
 
 @pytest.fixture(scope="module")

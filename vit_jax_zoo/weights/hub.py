@@ -1,7 +1,7 @@
 """Resolves names to files, and downloads what is missing.
 
 Downloads are stored in `~/.cache/vit_jax_zoo` or `$VIT_JAX_ZOO_CACHE`; those from the Hugging Face
-hub in its own cache.
+hub in its own cache. Not by pooch: it compares whole checksums, and publishers give only prefixes.
 """
 
 import difflib
@@ -112,7 +112,7 @@ def download(url: str, *, sha256: str = "", folder: str = "") -> str:
 def _transfer(url: str, target: epath.Path) -> str:
   """Copies a URL to a file with a progress log; returns the sha256 of the content."""
   digest, done = hashlib.sha256(), 0
-  begin = said = time.monotonic()
+  begin = logged = time.monotonic()
   logging.info("downloading %s", url)
   with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, target.open("wb") as file:
     total = int(answer.headers.get("Content-Length") or 0)
@@ -120,9 +120,9 @@ def _transfer(url: str, target: epath.Path) -> str:
       file.write(chunk)
       digest.update(chunk)
       done += len(chunk)
-      if time.monotonic() - said > _PROGRESS_EVERY:
-        said = time.monotonic()
-        eta = round((said - begin) * (total - done) / done)
+      if time.monotonic() - logged > _PROGRESS_EVERY:
+        logged = time.monotonic()
+        eta = round((logged - begin) * (total - done) / done)
         left = f" of {total / 1e6:.0f} MB, ETA {eta} s" if total else " MB"
         logging.info("%.0f%s", done / 1e6, left)
   if total and done != total:

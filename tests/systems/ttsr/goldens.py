@@ -8,15 +8,19 @@ from flax import traverse_util
 from tests.conftest import golden_folder
 from vit_jax_zoo import weights
 from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
+from vit_jax_zoo.systems.ttsr.losses import VGG19, Discriminator
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import key_map
 
-NARROW = {
-  "discriminator_widths": (2, 4, 8, 16, 32),
-  "discriminator_hidden": 64,
-  "perceptual_widths": (4, 8, 16, 32, 32),
-}
+
+class NarrowTask(SuperResolution):
+  """The task with few channels in the networks that only its losses use."""
+
+  _discriminator = Discriminator((2, 4, 8, 16, 32), 64)
+  _vgg = VGG19(("relu5_1",), (4, 8, 16, 32, 32))
+
+
 WEIGHTS = {"perceptual_weight": 1e-2, "transferal_weight": 1e-2, "adversarial_weight": 1e-3}
 TINY = TTSR(width=8, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8))
 
@@ -58,7 +62,7 @@ def vgg_params(arrays):
     for key, array in arrays.items()
     if key.startswith("vgg19.slice1")
   }
-  task = SuperResolution(TINY, **NARROW)
+  task = NarrowTask(TINY)
   shapes = jax.eval_shape(task._vgg.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   flat = traverse_util.flatten_dict(shapes["params"], sep="/")
   found = key_map.read(

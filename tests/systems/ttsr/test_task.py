@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
 from tests.systems.ttsr.goldens import (
-  NARROW,
   TINY,
   WEIGHTS,
+  NarrowTask,
   discriminator_params,
   nhwc,
   vgg_params,
@@ -48,7 +48,7 @@ def fn_fixture():
 
 def test_perceptual_loss_golden():
   weights, inputs, outputs = fn_fixture()
-  task, vgg = SuperResolution(TINY, **NARROW), vgg_params(weights)
+  task, vgg = NarrowTask(TINY), vgg_params(weights)
   sr, hr = nhwc(inputs["sr"]), nhwc(inputs["hr"])
   features = jax.jit(lambda x: task._vgg.apply({"params": vgg}, x))(sr)["relu5_1"]
   np.testing.assert_allclose(features, nhwc(outputs["vgg_relu5_1_sr"]), atol=1e-5)
@@ -66,7 +66,7 @@ def test_transferal_loss_golden():
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn(SuperResolution):
+class Drawn(NarrowTask):
   """Penalises the gradient at the official code's mixtures."""
 
   epsilon: jax.Array | None = None
@@ -79,7 +79,7 @@ def test_discriminator_and_gradient_penalty_golden():
   weights, inputs, outputs = fn_fixture()
   params, made, real = discriminator_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
   epsilon = jnp.asarray(inputs["gp_epsilon"][0].reshape(-1))
-  task = Drawn(TINY, adversarial_weight=1.0, epsilon=epsilon, **NARROW)
+  task = Drawn(TINY, adversarial_weight=1.0, epsilon=epsilon)
   batch = {"image": (real + 1) * 127.5}
   context = LossContext(jax.random.key(0), jnp.int32(0), {}, "discriminator", made)
 
@@ -178,7 +178,7 @@ def test_all_losses_have_two_optim_groups():
   assert set(shapes["params"]) == {"generator", "discriminator"}
 
 
-class Counting(SuperResolution):
+class Counting(NarrowTask):
   """Records each trace of the generator."""
 
   made: ClassVar[list[bool]] = []
@@ -189,7 +189,7 @@ class Counting(SuperResolution):
 
 
 def test_two_discriminator_updates_share_the_generated_images():
-  task = Counting(TINY, adversarial_weight=1.0, **NARROW)
+  task = Counting(TINY, adversarial_weight=1.0)
   batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch().items()}
   sgd = {"name": "sgd", "learning_rate": 0.1}
   program = build_program(

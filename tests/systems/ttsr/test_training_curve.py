@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.conftest import golden_folder
 from tests.systems.ttsr.goldens import (
-  NARROW,
   WEIGHTS,
+  NarrowTask,
   discriminator_params,
   load_golden_model,
   vgg_params,
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 
 @dataclasses.dataclass(frozen=True)
-class Replay(SuperResolution):
+class Replay(NarrowTask):
   """Draws what the official run drew: it knows which key stands for which draw."""
 
   keys: jax.Array | None = None
@@ -70,7 +70,6 @@ def curve_program(config, inputs, seed):
   task = Replay(
     model,
     **WEIGHTS,
-    **NARROW,
     begin_step=begin,
     keys=replay_keys(rng, range(begin, config["steps"]), 2),
     epsilons=jnp.asarray(inputs["gp_epsilon"].reshape(-1, config["batch"])),

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from tests.conftest import golden_folder
 from vit_jax_zoo import export, weights
 from vit_jax_zoo.systems.ttsr import weights_vgg as vgg_torchvision
-from vit_jax_zoo.systems.ttsr.losses import VGG19
+from vit_jax_zoo.systems.ttsr.losses import VGG19, Discriminator
 from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.systems.ttsr.task import SuperResolution
 from vit_jax_zoo.weights import formats
@@ -18,12 +18,14 @@ from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.load import flatten_variables
 
 FILE = golden_folder("ttsr_a") / "weights.safetensors"
-NARROW = {
-  "discriminator_widths": (2, 4, 8, 16, 32),
-  "discriminator_hidden": 64,
-  "perceptual_widths": (4, 8, 8, 8, 8),
-}
 TINY = TTSR(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
+
+
+class NarrowTask(SuperResolution):
+  """The task with few channels in the networks that only its losses use."""
+
+  _discriminator = Discriminator((2, 4, 8, 16, 32), 64)
+  _vgg = VGG19(("relu5_1",), (4, 8, 8, 8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def test_export_of_import_is_the_file(tmp_path, scan_layers):
 
 
 def test_adversarial_training_starts_from_a_published_generator(loaded):
-  task = SuperResolution(loaded.model, perceptual_weight=1.0, adversarial_weight=1.0, **NARROW)
+  task = NarrowTask(loaded.model, perceptual_weight=1.0, adversarial_weight=1.0)
   before = game_variables(task)
   after = weights.load_into(str(FILE), before)
   for theirs, ours in zip(
@@ -100,7 +102,7 @@ def test_a_file_that_does_not_fit(tmp_path):
 @pytest.fixture(scope="module")
 def vgg():
   """A narrow VGG-19 with random weights, of random numbers."""
-  network = VGG19(widths=NARROW["perceptual_widths"])
+  network = NarrowTask._vgg
   shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes["params"])
@@ -128,7 +130,7 @@ def test_vgg_round_trip(tmp_path, vgg):
 
 def test_a_run_gives_its_vgg_back(tmp_path, vgg):
   given = write_vgg(tmp_path / "vgg19.safetensors", vgg)
-  task = SuperResolution(TINY, perceptual_weight=1.0, vgg_file=given, **NARROW)
+  task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=given)
   variables = weights.load_parts(task.weight_files, game_variables(task))
   run = weights.Pretrained(TINY, variables, weights.Preprocess((8, 8)), {}, "super_resolution")
   path = str(tmp_path / "back.safetensors")
@@ -150,7 +152,7 @@ def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
   unused = {"features.30.weight": np.zeros((8, 8, 3, 3), np.float32),
             "classifier.0.weight": np.zeros((4, 4), np.float32)}  # fmt: skip
   path = write_vgg(tmp_path / "vgg19.safetensors", vgg, **unused)
-  task = SuperResolution(TINY, perceptual_weight=1.0, vgg_file=path, **NARROW)
+  task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=path)
   found = weights.load_parts(task.weight_files, game_variables(task))
   assert jax.tree.all(jax.tree.map(np.array_equal, found["vgg"], vgg))
   extractor = found["params"]["generator"]["extractor"]
@@ -159,9 +161,9 @@ def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
     np.testing.assert_array_equal(layer["kernel"], vgg[name]["kernel"])
   others = {k: v for k, v in found["params"]["generator"].items() if k != "extractor"}
   assert not any(np.any(x) for x in jax.tree.leaves(others))
-  alone = SuperResolution(TINY, vgg_file=path)  # TTSR-rec has no perceptual loss
+  alone = NarrowTask(TINY, vgg_file=path)  # TTSR-rec has no perceptual loss
   assert "vgg" not in weights.load_parts(alone.weight_files, game_variables(alone))
-  assert SuperResolution(TINY).weight_files == {}
+  assert NarrowTask(TINY).weight_files == {}
 
 
 def test_a_vgg_that_is_missing_or_another(tmp_path, vgg):

@@ -77,7 +77,8 @@ class Detr(nn.Module):
   dropout_rate: float = 0.1  # in the Transformer (A.4)
   position_embedding: str = "sine"  # Table 1; or "learned", at most 50 x 50 features (Table 3)
   mask_head: bool = False  # also predicts masks (section 4.4, Table 5)
-  # Also applies class and box head to the encoder's tokens, for `Detection.dense_weight`.
+  # Also applies class and box head to the encoder's tokens, for `Detection.dense_weight`: not in
+  # the paper, but the demo's small model learns from random weights with it.
   dense_predictions: bool = False
   # Fields of `ResNet`, with frozen batch norms by default; "output_stride" 16 is DC5 (Table 1).
   backbone: Mapping[str, Any] | None = None

@@ -120,8 +120,8 @@ class BoxHead(_Head):
   has four convolutions and one dense layer.
   """
 
-  num_convs: int = 0  # number of 3x3 convolutions, with the pyramid's channels
-  num_dense: int = 2  # number of dense layers; they have the norm if there are no convolutions
+  num_convs: int = 0  # 3x3, with the pyramid's channels; 4 in `faster_rcnn_r50_fpt_official`
+  num_dense: int = 2  # with the norm if there are no convolutions; 1 in `*_fpt_official`
   width: int = 1024  # channels of the dense layers
 
   @nn.compact
@@ -173,7 +173,7 @@ class MaskHead(_Head):
   """
 
   num_classes: int = 80  # without the background, which has a mask, the last, in published weights
-  num_convs: int = 4
+  num_convs: int = 4  # figure 4, right, and in all published weights
   width: int = 256
   # adds a class-agnostic mask from a dense layer over the whole box (arXiv:1803.01534, section 3.3;
   # FPT's official `v1up4convs_gn_adp_ff`). Its convolutions, `fused_conv_0` and (half as wide)

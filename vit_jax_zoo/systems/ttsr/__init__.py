@@ -19,8 +19,6 @@ SYSTEM = System(
   several_inputs=("ttsr",),
   renamed_fields=(
     ("task.critic_updates", "discriminator_updates"),
-    ("task.critic_widths", "discriminator_widths"),
-    ("task.critic_hidden", "discriminator_hidden"),
     ("optimizer.critic", "discriminator"),
     ("recipe.learning_rates.critic", "discriminator"),
   ),

@@ -87,8 +87,8 @@ class Discriminator(nn.Module):
   The gradient penalty excludes batch norms (arXiv:1704.00028, section 4).
   """
 
-  widths: Sequence[int] = (32, 64, 128, 256, 512)  # channels of each pair
-  hidden: int = 1024  # units of the dense layer before the last
+  widths: Sequence[int] = (32, 64, 128, 256, 512)  # channels of each pair, in the official code
+  hidden: int = 1024  # units of the dense layer before the last, in the official code
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, " b"]:
@@ -107,14 +107,14 @@ class Discriminator(nn.Module):
 
 
 VGG_DEPTHS = (2, 2, 4, 4, 4)  # convolutions in each stage; max-pools between stages
-VGG_WIDTHS = (64, 128, 256, 512, 512)
 
 
 class VGG19(nn.Module):
   """Features of VGG-19, up to the last one in `outputs`. arXiv:1409.1556, Table 1, column E."""
 
   outputs: tuple[str, ...] = ("relu5_1",)  # "relu<stage>_<convolution>", counted from 1
-  widths: Sequence[int] = VGG_WIDTHS
+  # Of the stages: column E's; the texture extractor of published TTSRs has the first three.
+  widths: Sequence[int] = (64, 128, 256, 512, 512)
   dtype: Dtype = "float32"
 
   @nn.compact

@@ -47,6 +47,8 @@ class SuperResolution(base.Task):
   """
 
   name: ClassVar[str] = "super_resolution"
+  _discriminator: ClassVar[base.Model] = losses.Discriminator()
+  _vgg: ClassVar[base.Model] = losses.VGG19(("relu5_1",))
 
   model: base.Model  # a `TTSR`
   reconstruction_weight: float = 1.0  # of the mean absolute difference
@@ -58,9 +60,6 @@ class SuperResolution(base.Task):
   begin_step: int = 0  # first step of the discriminator, and of losses other than reconstruction
   discriminator_updates: int = 2  # per step
   gradient_penalty: float = 10.0  # weight in the discriminator's loss (arXiv:1704.00028, Eq. 3)
-  discriminator_widths: tuple[int, ...] = (32, 64, 128, 256, 512)  # see `losses.Discriminator`
-  discriminator_hidden: int = 1024
-  perceptual_widths: tuple[int, ...] = losses.VGG_WIDTHS  # of the VGG-19; the tests have fewer
   # Pretrained VGG-19 of torchvision, for the perceptual loss and as the initial texture extractor;
   # None: random, or from `init_from`.
   vgg_file: str | None = None
@@ -171,14 +170,6 @@ class SuperResolution(base.Task):
   def draw_epsilon(self, rng: jax.Array, count: int) -> Float[Array, " b"]:
     """Returns the weight of the true image in each mixture of the gradient penalty, in [0, 1]."""
     return jax.random.uniform(rng, (count,))
-
-  @property
-  def _discriminator(self) -> base.Model:
-    return losses.Discriminator(self.discriminator_widths, self.discriminator_hidden)
-
-  @property
-  def _vgg(self) -> base.Model:
-    return losses.VGG19(("relu5_1",), self.perceptual_widths)
 
   def _inputs(self, batch: base.Batch) -> list[Float[Array, "b h w 3"]]:
     return [_normalised(batch[name]) for name in INPUTS]
