@@ -108,10 +108,32 @@ def test_every_golden_fixture_has_a_readme():
   assert sorted(p.name for p in folders if not (p / "README.md").is_file()) == []
 
 
-def test_no_test_skips_for_a_missing_file():
-  """Only drills that mount a file system may skip; a missing golden is an error."""
-  tests = [p for p in (ROOT / "tests").rglob("*.py") if "drills" not in p.parts]
-  assert [name_of(p) for p in tests if re.search(r"pytest\.skip\(", p.read_text())] == []
+SKIP = re.compile(r"pytest\.skip\(|importorskip|mark\.skip|SkipTest|skipTest|@(unittest\.)?skip")
+MAY_SKIP = {
+  "tests/drills/test_commands_under_stress.py": 2,  # without root, no file system is mounted
+  "tests/systems/rcnn/test_model.py": 1,  # in a tree without lambda_resnet, see test_boundaries
+  "tests/training/test_malloc.py": 1,  # without glibc
+}
+"""Skips in default tests by file; `test_parity.py` needs the extra `parity`."""
+
+
+def test_no_test_skips_for_a_missing_file_or_package():
+  tests = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "test_parity.py"]
+  found = {name_of(p): len(SKIP.findall(p.read_text())) for p in tests if p.name != "test_house.py"}
+  assert {name: count for name, count in found.items() if count > MAY_SKIP.get(name, 0)} == {}
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    "pytest.skip('no file')",
+    "np = pytest.importorskip('numpy')",
+    "@pytest.mark.skipif(True, reason='')",
+    "pytestmark = pytest.mark.skip",
+  ],
+)
+def test_skips_are_found(line):
+  assert SKIP.search(line)
 
 
 def test_changelog_leads_with_what_is_new():

@@ -136,8 +136,6 @@ TINY = {
 @pytest.mark.parity
 @pytest.mark.parametrize("name", TINY)
 def test_both_sides_compute_the_same(name, tmp_path):
-  for package in ("torch", "timm", "transformers"):
-    pytest.importorskip(package)
   model, batch, side = TINY[name]
   command = [
     sys.executable, str(BENCHMARKS / "peers.py"), f"--pairs={name}", f"--model={model}",

@@ -10,8 +10,6 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data import images
 from vit_jax_zoo.data.sources.base import CorruptExampleError
 
-needs_simplejpeg = pytest.mark.skipif(images.simplejpeg is None, reason="simplejpeg not installed")
-
 NOISE = np.random.default_rng(0).integers(256, size=(53, 70, 3), dtype=np.uint8)
 KINDS = {
   "4:2:0": dict(subsampling=2),
@@ -41,7 +39,6 @@ class TestRows:
   def data(self, kind):
     return encode(NOISE[..., 0]) if kind == "grey" else encode(NOISE, **KINDS[kind])
 
-  @needs_simplejpeg
   def test_are_those_of_the_whole_image(self, kind, capfd):
     data = self.data(kind)
     whole = by_opencv(data)
@@ -63,7 +60,6 @@ class TestRows:
     assert frame[:4] == (53, 70, 1 if kind == "grey" else 3, True)
 
 
-@needs_simplejpeg
 @pytest.mark.parametrize("factor", ["411", "420", "422", "440", "444"])
 def test_other_samplings(factor):
   flag = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{factor}")

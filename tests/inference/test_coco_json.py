@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from vit_jax_zoo import predict
 from vit_jax_zoo.inference import base
@@ -59,10 +61,7 @@ def read(folder, name):
 
 
 def average_precision(file, results):
-  coco = pytest.importorskip("pycocotools.coco")
-  from pycocotools.cocoeval import COCOeval
-
-  truth = coco.COCO(str(file))
+  truth = COCO(str(file))
   run = COCOeval(truth, truth.loadRes(str(results)), "bbox")
   run.evaluate()
   run.accumulate()

@@ -142,7 +142,6 @@ def test_length():
   assert len((ROOT / "launch_tpu.sh").read_text().splitlines()) <= 250
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", ["launch_tpu.sh", ".ci/run"])
 def test_shellcheck(script):
   result = subprocess.run(

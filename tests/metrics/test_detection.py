@@ -7,11 +7,12 @@ import pickle
 
 import numpy as np
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 
-pytest.importorskip("faster_coco_eval")
 CLASSES, TARGETS, QUERIES = 5, 7, 12
 
 
@@ -91,15 +92,13 @@ def coco_files(split):
 
 
 def test_the_scores_are_those_of_pycocotools(tmp_path):
-  coco = pytest.importorskip("pycocotools.coco")
-  cocoeval = pytest.importorskip("pycocotools.cocoeval")
   split = make_split()
   truth, found = coco_files(split)
   path = tmp_path / "truth.json"
   path.write_text(json.dumps(truth))
   with contextlib.redirect_stdout(io.StringIO()):
-    reference = coco.COCO(str(path))
-    run = cocoeval.COCOeval(reference, reference.loadRes(found), "bbox")
+    reference = COCO(str(path))
+    run = COCOeval(reference, reference.loadRes(found), "bbox")
     run.evaluate()
     run.accumulate()
     run.summarize()

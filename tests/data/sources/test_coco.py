@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from pycocotools import mask as coco_mask
 
 from tests.data.conftest import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
@@ -105,9 +106,8 @@ class TestInstances:
     assert batch["is_crowd"][0].tolist() == [False, True, False, False]
     np.testing.assert_allclose(batch["boxes_cxcywh"][1, 0], [7.5 / 60, 20 / 40, 25 / 60, 20 / 40])
     assert batch["masks"][0, 1].sum() == 400  # the crowd's run lengths
-    mask = pytest.importorskip("pycocotools.mask")
     lines = batch["run_lengths"][0].tobytes().rstrip(b"\0").splitlines()
-    decoded = [mask.decode({"size": [40, 60], "counts": line}) for line in lines]
+    decoded = [coco_mask.decode({"size": [40, 60], "counts": line}) for line in lines]
     np.testing.assert_array_equal(decoded, batch["masks"][0, :2])
 
   def test_run_lengths_of_objects_that_go_go_too(self, instances):

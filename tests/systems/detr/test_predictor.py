@@ -10,6 +10,7 @@ import pytest
 from etils import epath
 from faster_coco_eval.core import mask as run_lengths
 from PIL import Image
+from pycocotools.coco import COCO
 
 from tests.systems.detr.files import official_file
 from vit_jax_zoo import config as config_lib
@@ -97,7 +98,6 @@ def test_panoptic_segments_of_a_published_model(tmp_path):
 
 def check_files(predictor, folder):
   """COCO's files of two pictures, as pycocotools and our own source of data read them."""
-  coco = pytest.importorskip("pycocotools.coco")
   segments = folder / "annotations" / "panoptic_val"
   segments.mkdir(parents=True)
   paths = [folder / "val" / f"{name}.png" for name in ("a", "b")]
@@ -107,7 +107,7 @@ def check_files(predictor, folder):
   assert predict.predict_all(predictor, paths, folder / "out") == 0
   records = json.loads((folder / "out" / "predictions.json").read_text())
   with contextlib.redirect_stdout(io.StringIO()):
-    truth = coco.COCO(str(folder / "out" / "coco.json"))
+    truth = COCO(str(folder / "out" / "coco.json"))
     again = truth.loadRes(truth.dataset["annotations"])
   for number, (path, record) in enumerate(zip(paths, records, strict=True), start=1):
     image = truth.imgs[number]
