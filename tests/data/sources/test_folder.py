@@ -194,6 +194,11 @@ def members(root, split):
     ("TRAIN", "Validation"),
     ("training_set", "testset"),
     ("train", "dev"),
+    ("train-set", "val-set"),
+    ("train_images", "val_images"),
+    ("train data", "test_data"),
+    ("seg_train", "seg_test"),
+    ("data_train", "data_test"),
   ],
 )
 def test_split_folders_in_other_spellings(train, test, tmp_path):
@@ -214,6 +219,18 @@ def test_split_folders_without_classes_are_refused(tmp_path):
   write(tmp_path, "train/1.png", "test/2.png")
   with pytest.raises(ValueError, match="<class>/<image>"):
     load_source(f"folder:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("paths", ["fold1/x fold1/y fold2/x fold2/y", "x/train x/test y/other"])
+def test_folders_inside_class_folders_that_are_no_classes(paths, tmp_path):
+  write(tmp_path, *(f"{path}/{i}.png" for path in paths.split() for i in range(2)))
+  with pytest.raises(ValueError, match=r"expected <class>/<image> or train"):
+    load_source(f"folder:{tmp_path}", "train")
+
+
+def test_class_folders_may_have_folders(tmp_path):
+  write(tmp_path, "x/images/1.png", "y/images/1.png", "x/2.png", "y/a/2.png", "y/b/3.png")
+  assert load_source(f"folder:{tmp_path}", "all").info.class_names == ("x", "y")
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -253,7 +270,9 @@ def test_what_is_none_of_the_users_data_is_skipped(tmp_path, caplog):
   logging.set_verbosity(logging.INFO)
   write(tmp_path, *(f"{name}/{i}.png" for name in ("x", "y") for i in range(3)))
   write(tmp_path, "__MACOSX/x/._1.png", ".ipynb_checkpoints/1.png", "x/._1.png")
-  write(tmp_path, "x/.ipynb_checkpoints/1-checkpoint.png")
+  write(tmp_path, "x/.ipynb_checkpoints/1-checkpoint.png", "@eaDir/1.png", "$RECYCLE.BIN/1.png")
+  write(tmp_path, "lost+found/1.png", "System Volume Information/1.png", "x/__pycache__/1.png")
+  (tmp_path / "empty").mkdir()
   os.mkfifo(tmp_path / "x" / "pipe.jpg")
   (tmp_path / "x" / "folder.jpg").mkdir()
   (tmp_path / "x" / "lost.png").symlink_to(tmp_path / "nowhere.png")
@@ -263,6 +282,7 @@ def test_what_is_none_of_the_users_data_is_skipped(tmp_path, caplog):
   assert len(source) == 6
   assert "lost.png (dangling link)" in caplog.text
   assert "pipe.jpg (not a regular file)" in caplog.text
+  assert "empty (no images" in caplog.text
 
 
 def test_links_to_folders_are_followed_and_may_form_a_circle(tmp_path):

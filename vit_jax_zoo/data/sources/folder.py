@@ -4,18 +4,17 @@
     flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split by folder
 
 Split folders are `train` or `training`, `test` or `testing`, `val`, `valid`, `validation`, `dev` or
-`eval`, in any case, also with `set` or `_set` behind. `val`, `valid` and `validation` are aliases
-of the one that is there; with only a test set or only a validation set, all four names mean it, so
-that a config written for either works. Names of classes are normalised (NFC).
+`eval`, in any case, also `train_set`, `train-data`, `train images`, `seg_train`, `data_train`.
+`val`, `valid` and `validation` are aliases of the one that is there; with only a test set or only a
+validation set, all four names mean it. Names of classes are normalised (NFC).
 
-Without split folders, 10 % of the images are `test` and the rest `train`, by a hash of each file's
-path below the root: the same on every machine, and stable when files are added. Each class with two
-or more images has at least one in both. `all` is both; `val`, `valid` and `validation` are `test`.
-Examples are in the order of the hash, so that any slice mixes the classes.
+Without split folders, 10 % of the images, and one or more of each class of two or more, are `test`
+and the rest `train`, by a hash of each file's path below the root: the same on every machine, and
+stable when files are added. `all` is both; `val`, `valid` and `validation` are `test`. Examples are
+in the order of the hash, so that any slice mixes the classes.
 
-For the choice of a model or checkpoint, `train` is split further by the same hash: `fit` to train
-on, and `choose`, a tenth. Where there are folders for training, validation and test, these two are
-the training and the validation set.
+To choose a model or checkpoint, `train` is split further by the hash: `fit` to train on, and
+`choose`, a tenth. With folders for training, validation and test they are the first two.
 """
 
 import dataclasses
@@ -24,6 +23,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -47,6 +47,9 @@ CHOOSE_FRACTION = 0.1
 Labelled: TypeAlias = list[tuple[str, int]]  # paths below a folder, and labels
 
 _LISTED = 5  # files and classes that are named in a message
+_SYSTEM_FOLDERS = (
+  "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information",
+)  # fmt: skip
 
 _warn_once = functools.cache(logging.warning)
 _log_once = functools.cache(logging.info)  # each split of a run lists the folder again
@@ -73,7 +76,7 @@ def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:
 
   Paths are those below the folder, with "/", sorted. Images are regular files with one of
   `images.suffixes()`; ignored dangling links and special files have the reason. Skipped are hidden
-  entries (`._a.jpg`), `__MACOSX`, links to folders above and, with a warning, unreadable entries.
+  entries, `_SYSTEM_FOLDERS`, links to folders above and, with a warning, unreadable entries.
   """
   images, ignored = [], []
   above = pathlib.Path(os.path.abspath(folder)).parent.resolve()
@@ -105,7 +108,7 @@ def _walk(folder: str, below: str, parents: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _is_hidden(name: str) -> bool:
-  return name.startswith(".") or name == "__MACOSX"
+  return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
 
 
 def log_ignored(folder: str | os.PathLike, ignored: Sequence[str]) -> None:
@@ -181,6 +184,7 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
     raise ValueError(f"{root} has no images in class folders; expected <class>/<image>, of {known}")
   if "" in found and len(every) == 1:
     _check_not_wrapped(root / every[0], location)
+  _check_inner_folders(root, found.get("", []))
   names = read_class_names(class_names) or tuple(every)
   whole = base.DatasetInfo(f"folder:{location}", 0, len(names), names)
   labelled = {s: _labelled(folders[s], files, names) for s, files in found.items() if files}
@@ -195,11 +199,11 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
 def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
   """Returns the folders of splits, which have class folders inside; none if `train` is a class."""
   folders = _folders(root)
-  named = list(filter(_split_of, folders))
+  named = [f for f in folders if _split_of(f.name)]
   nested = [f for f in named if _folders(f)]
   splits: dict[str, pathlib.Path] = {}
   for folder in nested:
-    split = _split_of(folder) or ""
+    split = _split_of(folder.name) or ""
     if split in splits:
       raise ValueError(f"{splits[split]} and {folder} are both the split {split!r}; keep one")
     splits[split] = folder
@@ -214,8 +218,9 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
   return {}
 
 
-def _split_of(folder: pathlib.Path) -> str | None:
-  return SPLIT_FOLDERS.get(folder.name.lower().removesuffix("set").removesuffix("_"))
+def _split_of(name: str) -> str | None:
+  name = re.sub(r"[-_ ]?(set|data|images)$", "", name.lower())
+  return SPLIT_FOLDERS.get(re.sub(r"^(seg|data|dataset|images?)[-_ ]", "", name))
 
 
 def _folders(root: pathlib.Path) -> list[pathlib.Path]:
@@ -228,13 +233,27 @@ def _check_not_wrapped(inner: pathlib.Path, location: str) -> None:
   while len(inside) == 1 and _folders(inside[0]):
     inner, location = inside[0], f"{location.rstrip('/')}/{inner.name}"
     inside = _folders(inner)
-  splits = list(filter(_split_of, inside))
+  splits = any(_split_of(f.name) for f in inside)
   if splits or (len(inside) > 1 and all("/" in path for path in list_images(inner)[0])):
     raise ValueError(
       f"folder:{location} has a single class folder, {inner.name}, with the folders "
       f"{', '.join(f.name for f in inside[:_LISTED])}; did you mean "
       f"folder:{location.rstrip('/')}/{inner.name}?"
     )
+
+
+def _check_inner_folders(root: pathlib.Path, files: Sequence[tuple[str, str]]) -> None:
+  """Refuses splits or folds that would become classes, and class folders with splits inside."""
+  inside: dict[str, set[str]] = {}
+  for top, *below in (path.split("/") for path, _ in files):
+    inside.setdefault(top, set()).update(below[:-1][:1])
+  first: dict[tuple[str, ...], str] = {}
+  for top, names in ((top, tuple(sorted(names))) for top, names in sorted(inside.items())):
+    if len(names) > 1 and (first.setdefault(names, top) != top or all(map(_split_of, names))):
+      wrong = f"{root}: {first[names]}/ and {top}/ have the folders {', '.join(names[:_LISTED])}"
+      raise ValueError(
+        f"{wrong} inside; expected <class>/<image> or train|val|test/<class>/<image>"
+      )
 
 
 def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
@@ -246,6 +265,7 @@ def _scan(root: pathlib.Path) -> list[tuple[str, str]]:
     name = unicodedata.normalize("NFC", folder.name)  # macOS decomposes accents
     found += [(f"{folder.name}/{path}", name) for path in images]
     ignored += [f"{folder.name}/{path}" for path in others]
+    ignored += [] if images else [f"{folder.name} (no images: not a class)"]
   log_ignored(root, ignored)
   return sorted(found, key=lambda file: (hash_name(file[0]), file[0]))
 
