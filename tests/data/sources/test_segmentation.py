@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from absl import logging
 from PIL import Image
 
 from tests.data.conftest import encode, photo
@@ -273,8 +274,30 @@ def test_masks_of_0_and_255_are_refused_until_they_are_named(tmp_path):
 def test_label_maps_that_are_mostly_ignored_are_warned_of(tmp_path, caplog):
   source = write_masks(tmp_path, [0, 0, 0, 1])
   batches_of(source)
-  assert "are ignored" not in caplog.text
+  assert "ignored values" not in caplog.text
   batches_of(source, offset=-1, ignore=(0,))
-  assert "more than half of the pixels in a sample of label maps are ignored (values 0)" in (
-    caplog.text
-  )
+  assert "ignored values in a sample of label maps: 0 in 75.0% of the pixels" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("values", "fields", "named", "level"),
+  [
+    ([0, 1, 1, 2], dict(offset=-1, ignore=(0,)), "0 in 25.0%", "INFO"),
+    ([0, 0, 0, 0, 0, 7, 255, 255], {}, "255 in 25.0%", "WARNING"),
+    ([0, 1, 1, 255], {}, "255 in 25.0%", "INFO"),
+  ],
+)
+def test_ignored_values_are_logged(tmp_path, caplog, values, fields, named, level):
+  logging.set_verbosity(logging.INFO)
+  with caplog.at_level("INFO"):
+    batches_of(write_masks(tmp_path, values), **fields)
+  assert [r.levelname for r in caplog.records if named in r.getMessage()] == [level]
+
+
+@pytest.mark.parametrize(("one", "other"), [("train", "training"), ("test", "testing")])
+def test_two_folders_of_one_split_are_refused(tmp_path, one, other):
+  write_masks(tmp_path, [0, 1])
+  for split in (one, other):
+    write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png")
+  with pytest.raises(ValueError, match=f"{other} and {one} are both"):
+    load_source(f"segmentation:{tmp_path}", one)

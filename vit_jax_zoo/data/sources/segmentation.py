@@ -80,6 +80,9 @@ def open_splits(
   found = _listed(root, layout) if layout.lists else _in_folders(root, layout)
   if not found:
     raise ValueError(f"{root} has no images {layout.images}")
+  for alias, name in SPLIT_NAMES.items():
+    if alias in found and name in found:
+      raise ValueError(f"{root}: {alias} and {name} are both the split {name!r}; keep one")
   _check_labels(root, found)
   splits = {
     SPLIT_NAMES.get(split, split): functools.partial(SegmentationSource, whole, root, sorted(files))

@@ -56,13 +56,14 @@ class LoadLabelMap(TargetTransform):
         f"{source.info.name}: the label maps have the values 0 and 255 alone, and 255 is ignored; "
         "if 255 is the foreground, set load_label_map's classes=(0, 255)"
       )
-    lost = {value: n for value, n in counts.items() if self._ignored(value)}
-    if 2 * sum(lost.values()) > sum(counts.values()):
-      values = ", ".join(map(str, sorted(lost, key=lambda value: -lost[value])[:10]))
-      _warn_once(
-        f"{source.info.name}: more than half of the pixels in a sample of label maps are ignored "
-        f"(values {values}); check load_label_map's ignore, offset and classes"
-      )
+    lost = {value: n for value, n in counts.most_common() if self._ignored(value)}
+    total, kept = counts.total(), sum(n for v, n in counts.items() if v and v not in lost)
+    if lost:
+      suspect = 2 * sum(lost.values()) > total or lost.get(IGNORE, 0) > kept
+      values = ", ".join(f"{value} in {n / total:.1%}" for value, n in [*lost.items()][:10])
+      text = f"{source.info.name}: ignored values in a sample of label maps: {values} of the pixels"
+      text += "; check load_label_map's ignore, offset and classes"
+      _log_once(logging.WARNING if suspect else logging.INFO, text)
     return self
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
@@ -99,11 +100,11 @@ class LoadLabelMap(TargetTransform):
 
 _SAMPLE = 8  # label maps that are checked when a run starts, evenly spread over the source
 
-_warn_once = functools.cache(logging.warning)
+_log_once = functools.cache(logging.log)
 
 
 @functools.lru_cache(maxsize=32)
-def _sample_values(source: Source) -> dict[int, int]:
+def _sample_values(source: Source) -> collections.Counter[int]:
   """Returns the values in a sample of a source's label maps, with their numbers of pixels."""
   counts: collections.Counter[int] = collections.Counter()
   for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist():
@@ -114,7 +115,7 @@ def _sample_values(source: Source) -> dict[int, int]:
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     except (CorruptExampleError, OSError):
       continue  # reported when its turn comes
-  return dict(counts)
+  return counts
 
 
 def _values(example: Example) -> Int[np.ndarray, "h w"]:
