@@ -92,11 +92,16 @@ def cases():
   yield "one bit", encode(Image.fromarray(GRAY).convert("1"), "PNG"), None
   yield "16 bit", encode(GRAY.astype(np.uint16) * 256 + 9, "PNG"), rgb(GRAY)
   yield "dark 16 bit", encode(GRAY.astype(np.uint16), "PNG"), rgb(GRAY * 0)
+  deep = GRAY.astype(np.uint16) * 256
+  yield "clear 16 bit", encode(deep, "PNG", transparency=int(deep[0, 0])), clear
   yield "16 bit tiff", encode(GRAY.astype(np.uint16) * 256, "TIFF"), rgb(GRAY)
   yield "32 bit tiff", encode(np.full((4, 4), 1 << 20, np.int32), "TIFF"), np.full((4, 4, 3), 255)
   yield "float", encode(GRAY.astype(np.float32) / 255, "TIFF"), rgb(GRAY)
   yield "float 255", encode(GRAY.astype(np.float32), "TIFF"), rgb(GRAY)
   yield "nan", encode(np.where(GRAY > 99, np.nan, 0).astype(np.float32), "TIFF"), rgb(GRAY * 0)
+  bright = np.array([[np.inf, -np.inf], [np.nan, 1]], np.float32)
+  bright = np.tile(bright, (4, 4))
+  yield "infinity", encode(bright, "TIFF"), rgb(np.tile([[255, 0], [0, 255]], (4, 4)))
   yield "cmyk", encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG"), None
   yield "cmyk tiff", encode(Image.fromarray(PHOTO).convert("CMYK"), "TIFF"), PHOTO
   yield "srgb", encode(PHOTO, "PNG", icc_profile=SRGB), PHOTO

@@ -152,7 +152,7 @@ class LoadObjects(TargetTransform):
 
 def _check_size(annotated: Sequence[int], stored: Size) -> None:
   if tuple(annotated) != stored:
-    hint = "; exif_frame of the source sets the frame of images that are rotated by EXIF"
+    hint = "; swap them in the file or, if EXIF rotates the image, set exif_frame of the source"
     expected = f"{annotated[0]}x{annotated[1]}{hint if tuple(annotated) == stored[::-1] else ''}"
     size = f"{stored[0]}x{stored[1]} pixels (height x width)"
     raise CorruptExampleError(f"the image is {size}, its annotations are for {expected}")
