@@ -108,10 +108,10 @@ def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> di
 
 
 def fingerprint(source: Source) -> str:
-  """Returns name, size, and hashes of the classes and of up to 1,000 example names of a source."""
-  names = [source.example_name(i) for i in range(0, len(source), max(1, len(source) // 1000))]
+  """Returns name and size of a source, and hashes of example names, annotations and classes."""
+  files = _hash(source.info.annotations, *map(source.example_name, range(len(source))))
   classes = _hash(*source.info.class_names)
-  return f"{source.info.name}, {len(source)} examples, files {_hash(*names)}, classes {classes}"
+  return f"{source.info.name}, {len(source)} examples, files {files}, classes {classes}"
 
 
 def code_version() -> str:
@@ -120,7 +120,7 @@ def code_version() -> str:
 
 
 def _hash(*texts: str) -> str:
-  return hashlib.blake2b("\0".join(texts).encode(errors="replace"), digest_size=6).hexdigest()
+  return hashlib.blake2b("\0".join(texts).encode(errors="surrogatepass"), digest_size=6).hexdigest()
 
 
 def _write(content: Any, file: epath.Path) -> None:

@@ -41,6 +41,7 @@ class DatasetInfo:
   class_names: tuple[str, ...] = ()  # one for each class, or empty
   max_objects: int | None = None  # largest number of annotated objects in an image, if known
   num_objects: int | None = None  # annotated, without crowds, if known; of a slice: at most
+  annotations: str = ""  # hash of the annotation file, if there is one
   stuff_from: int | None = None  # of panoptic data, the first class id that is stuff, if known
 
   def __post_init__(self) -> None:
@@ -114,6 +115,7 @@ class SlicedSource(Source):
       num_examples=self._ends[-1],
       max_objects=None if None in largest else max(filter(None, largest), default=0),
       num_objects=None if None in objects else sum(filter(None, objects)),
+      annotations=" ".join(dict.fromkeys(i.annotations for i in infos)),
     )
     assumptions = (source.assumption for source, _ in parts)
     self.assumption = "; ".join(dict.fromkeys(filter(None, assumptions)))

@@ -14,6 +14,7 @@ Nothing is renumbered; ids in the gaps are never learned. Files may count from 0
 
 import concurrent.futures
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -219,6 +220,7 @@ def _open(name: str, split: _Split, *, annotated_only: bool, exif_frame: str) ->
     max_objects=max(map(len, content.objects.values()), default=0),
     num_objects=sum(not found["iscrowd"] for every in content.objects.values() for found in every),
     stuff_from=_stuff_from(split.json, content) if split.segments is not None else None,
+    annotations=hashlib.blake2b(split.json.read_bytes(), digest_size=6).hexdigest(),
   )
   return CocoSource(info, content, split, _rotated(split, content.images, exif_frame))
 

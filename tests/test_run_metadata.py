@@ -1,0 +1,29 @@
+"""The fingerprint of a dataset, by which processes compare their data."""
+
+import dataclasses
+import re
+
+from vit_jax_zoo.data.sources.base import DatasetInfo, Source
+from vit_jax_zoo.run_metadata import fingerprint
+
+
+@dataclasses.dataclass
+class Named(Source):
+  info: DatasetInfo
+  odd: str
+
+  def __getitem__(self, index):
+    return {}
+
+  def example_name(self, index):
+    return self.odd if index == 49_998 else str(index)
+
+
+def files_of(odd, annotations=""):
+  info = DatasetInfo("a", 50_000, annotations=annotations)
+  return re.search(r"files (\w+)", fingerprint(Named(info, odd)))[1]
+
+
+def test_one_other_file_or_other_annotations_change_the_fingerprint():
+  assert len({files_of("x"), files_of("y"), files_of("x", "1"), files_of("\udce9")}) == 4
+  assert files_of("x") == files_of("x")
