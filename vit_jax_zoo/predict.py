@@ -147,10 +147,10 @@ def predict_all(
       prediction = predictor(image)
     except ValueError as error:
       failed += 1
-      message = " ".join(str(error).split())
-      record = {**known, "error": escape_surrogates(message)}
+      message = escape_surrogates(" ".join(str(error).split()))
+      record = {**known, "error": message}
       is_named = isinstance(error, images.CorruptExampleError)
-      logging.error("%s", message if is_named else f"{path}: {message}")
+      logging.error("%s", message if is_named else f"{known['image']}: {message}")
     else:
       name, files = pictures.write(escape_surrogates(path.stem), prediction)
       record = {**known, "pictures": files, **prediction.record}
