@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.weights.hf_config import label_fields, processor_of, read_preprocess
+from vit_jax_zoo.weights.hf_config import (
+  label_fields,
+  processor_of,
+  read_class_names,
+  read_preprocess,
+)
 from vit_jax_zoo.weights.key_map import WeightsError
 
 
@@ -38,3 +43,44 @@ def test_classes_without_a_name_are_written_as_their_ids(caplog):
     assert label_fields(("ant",), 3)["id2label"] == {"0": "ant", "1": "1", "2": "2"}
   assert "class_names: 1 names of 3 classes" in caplog.text
   assert label_fields((), 1)["id2label"] == {"0": "LABEL_0"}
+
+
+@pytest.mark.parametrize(
+  ("size", "expected"),
+  [([384, 300], (384, 300)), (384, (384, 384)), ({"height": 9, "width": 8}, (9, 8))],
+)
+def test_sizes_are_read_as_transformers_does(size, expected):
+  assert read_preprocess({"size": size}, (224, 224)).resized_size(40, 70) == expected
+
+
+@pytest.mark.parametrize(
+  "processor",
+  [
+    *({"size": size} for size in ("384", 384.0, [384], True, {"width": 384}, {"height": 384})),
+    {"size": {"longest_edge": 224}},
+    {"size": {"shortest_edge": 224, "longest_edge": 500}},
+    {"crop_size": "224", "do_center_crop": True},
+    {"rescale_factor": 0},
+    {"image_mean": ["a"]},
+    {"image_std": [0.5, 0.5]},
+  ],
+)
+def test_unknown_values_are_named(processor):
+  field = next(iter(processor))
+  with pytest.raises(WeightsError, match=rf"preprocessor_config\.json: {field}"):
+    read_preprocess(processor, (224, 224))
+
+
+def test_a_mean_of_all_channels():
+  found = read_preprocess({"image_mean": 0.25, "image_std": [0.5]}, (224, 224))
+  assert (found.mean, found.std) == ((0.25,) * 3, (0.5,) * 3)
+
+
+def test_class_ids_that_the_head_lacks(caplog):
+  labels = {"1000000000": "x", "-1": "y", "1": "cat"}
+  with caplog.at_level("WARNING"):
+    assert read_class_names({"id2label": labels}, 2) == {"class_names": ("0", "cat")}
+  assert "2 ids that are none of the 2 classes (-1" in caplog.text
+  for wrong in ({"a": "b"}, ["a"]):
+    with pytest.raises(WeightsError, match=r"config\.json: id2label"):
+      read_class_names({"id2label": wrong}, 2)

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from etils import epath
 
@@ -34,7 +35,10 @@ def check_config(
       raise WeightsError(f"{path}/config.json: {name} is {given!r}; expected {value!r}")
 
 
-def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_config.json") -> str:
+_PROCESSOR = "preprocessor_config.json"
+
+
+def interpolation_of(processor: Mapping[str, Any], source: str = _PROCESSOR) -> str:
   """Returns the filter for `resample`, Pillow's number of it; bilinear by default."""
   names = {None: "bilinear", **{int(code): name for name, code in PILLOW_FILTERS.items()}}
   code = processor.get("resample")
@@ -45,17 +49,44 @@ def interpolation_of(processor: Mapping[str, Any], source: str = "preprocessor_c
 
 
 def mean_and_std(
-  processor: Mapping[str, Any], default: tuple[Sequence[float], Sequence[float]]
+  processor: Mapping[str, Any],
+  default: tuple[Sequence[float], Sequence[float]],
+  source: str = _PROCESSOR,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Returns mean and std for pixels in [0, 1]: transformers may skip either of its two steps."""
-  factor = float(processor.get("rescale_factor", 1 / 255)) * 255
-  factor = factor if processor.get("do_rescale", True) else 255.0
-  mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-  if processor.get("do_normalize", True):
-    mean, std = (
-      processor.get(f"image_{k}") or d for k, d in zip(("mean", "std"), default, strict=True)
-    )
-  return tuple(m / factor for m in mean), tuple(s / factor for s in std)
+  mean, std = default
+  given: dict[str, Any] = {"rescale_factor": 1 / 255, "image_mean": mean, "image_std": std}
+  given |= {key: processor[key] for key in given if processor.get(key) is not None}
+  given |= {} if processor.get("do_rescale", True) else {"rescale_factor": 1}
+  given |= {} if processor.get("do_normalize", True) else {"image_mean": 0, "image_std": 1}
+  found = {}
+  for field, value in given.items():
+    try:
+      found[field] = np.broadcast_to(np.asarray(value, np.float64), 3)
+    except (TypeError, ValueError):
+      found[field] = np.full(1, np.nan)
+    if not np.isfinite(found[field]).all() or (field != "image_mean" and found[field].min() <= 0):
+      raise WeightsError(f"{source}: {field} is {value!r}; expected a positive number, or three")
+  factor, mean, std = found.values()
+  return tuple((mean / (255 * factor)).tolist()), tuple((std / (255 * factor)).tolist())
+
+
+def size_of(
+  given: Any, field: str, known: Iterable[Sequence[str]], source: str = _PROCESSOR
+) -> dict[str, int]:
+  """Returns the sides by name, one of the `known` sets of names in its order, as transformers.
+
+  A number is the side of a square, two are height and width.
+  """
+  sides: Any = [given, given] if isinstance(given, int) else given
+  if isinstance(sides, list) and len(sides) == 2:
+    sides = dict(zip(("height", "width"), sides, strict=True))
+  sides = {k: v for k, v in sides.items() if v is not None} if isinstance(sides, dict) else {}
+  names = next((names for names in known if sides.keys() == set(names)), ())
+  if not names or not all(type(side) is int and side > 0 for side in sides.values()):
+    expected = ", or ".join(map(" and ".join, known))
+    raise WeightsError(f"{source}: {field} is {given!r}; expected {expected}, positive integers")
+  return {name: sides[name] for name in names}
 
 
 def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
@@ -65,12 +96,18 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
   """
   given, crop = processor.get("size"), processor.get("crop_size")
   has_crop = bool(processor.get("do_center_crop")) and crop is not None
-  resized, keeps_ratio = _size(given, size)
-  final, do_resize = _size(crop, size)[0] if has_crop else resized, processor.get("do_resize", True)
+  # A limit of the longer side would give images of several sizes.
+  known = (("height", "width"), ("shortest_edge",))
+  sides = list(size_of(list(size) if given is None else given, "size", known).values())
+  final = resized = sides[0], sides[-1]
+  if has_crop:
+    height, width = size_of(crop, "crop_size", known[:1]).values()
+    final = height, width
+  do_resize = processor.get("do_resize", True)
   if has_crop and (not do_resize or max(final) > min(resized)):
     wrong = f"size {given} (do_resize {do_resize}) with crop_size {crop}"
     raise WeightsError(f"preprocessor_config.json: {wrong}; expected a resize to at least the crop")
-  fit = "crop" if keeps_ratio else "squash"
+  fit = "crop" if len(sides) == 1 else "squash"
   return Preprocess(
     final,
     *mean_and_std(processor, ((0.5, 0.5, 0.5),) * 2),
@@ -80,25 +117,21 @@ def read_preprocess(processor: Mapping[str, Any], size: Size) -> Preprocess:
   )
 
 
-def _size(given: Any, default: Size) -> tuple[Size, bool]:
-  if isinstance(given, int):
-    return (given, given), False
-  if isinstance(given, Mapping) and "height" in given:
-    return (int(given["height"]), int(given["width"])), False
-  if isinstance(given, Mapping) and "shortest_edge" in given:
-    return (int(given["shortest_edge"]),) * 2, True
-  return default, False
-
-
-def read_class_names(config: Mapping[str, Any], count: int = 0) -> dict[str, Any]:
+def read_class_names(config: Mapping[str, Any], count: int) -> dict[str, Any]:
   """Returns the names of a model's `count` classes in a `config.json`, as a field of the task.
 
   {} if there are none; classes without a name get their id as their name, with a warning.
   """
-  labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
+  try:
+    stated = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
+  except (AttributeError, ValueError) as error:
+    raise WeightsError(f"config.json: id2label: {error}; expected names by class id") from None
+  labels = {key: name for key, name in stated.items() if 0 <= key < count}
+  if count and (other := sorted(stated.keys() - labels.keys())):
+    text = "config.json: id2label has %d ids that are none of the %d classes (%d, ...); ignored"
+    logging.warning(text, len(other), count, other[0])
   if all(re.fullmatch(r"LABEL_\d+", name) for name in labels.values()):
     return {}
-  count = max(count, max(labels) + 1)
   missing = sorted(set(range(count)) - set(labels))
   if missing:
     logging.warning(

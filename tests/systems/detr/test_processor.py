@@ -107,6 +107,7 @@ def test_max_height_and_pad_size():
   ("processor", "field"),
   [
     ({"size": {"width": 3}}, "size"),
+    ({"size": 640.0}, "size"),
     ({"resample": 9}, "resample"),
     ({"pad_size": {"shortest_edge": 3}}, "pad_size"),
   ],
@@ -114,6 +115,12 @@ def test_max_height_and_pad_size():
 def test_unknown_forms_are_refused(processor, field):
   with pytest.raises(WeightsError, match=rf"folder/preprocessor_config\.json: {field}"):
     read_preprocess(processor, "folder/preprocessor_config.json")
+
+
+def test_sizes_as_lists_and_numbers():
+  preprocess = read_preprocess({"size": [480, 640], "pad_size": 700}, "file")
+  assert preprocess.resized_size(100, 100) == (480, 640)
+  assert preprocess.pad_size == (700, 700)
 
 
 def test_sizes_are_those_of_transformers(load_golden):

@@ -148,43 +148,36 @@ def read_checkpoint(published: Published) -> Checkpoint:
 
 def read_preprocess(processor: Mapping[str, Any], source: str) -> Preprocess:
   """Returns the preprocessing of a `DetrImageProcessor`, from the file's content ({}: defaults)."""
-  size = processor.get("size") or {"shortest_edge": 800}
-  size = {"shortest_edge": size} if isinstance(size, int) else dict(size)
-  if "shortest_edge" in size:  # of transformers before 4.27, with the limit beside it
-    size.setdefault("longest_edge", processor.get("max_size", 1333))
-  keys = next((keys for keys in _SIZES if all(size.get(key) for key in keys)), None)
-  if keys is None:
-    known = ", or ".join(map(" and ".join, _SIZES))
-    raise WeightsError(f"{source}: size is {size}; expected {known}")
-  fit = _SIZES[keys] if processor.get("do_resize", True) else "none"
-  first, second = (int(size[key]) for key in keys)
+  padding = processor.get("do_pad", True) and processor.get("pad_size")
+  size = processor.get("size") or 800
+  size = {"shortest_edge": size} if isinstance(size, int) else size
+  if isinstance(size, dict) and "shortest_edge" in size:
+    # Before transformers 4.27 the limit was beside it.
+    size = {"longest_edge": processor.get("max_size", 1333), **size}
+  size = hf_config.size_of(size, "size", _SIZES, source)
+  if padding:
+    height, width = hf_config.size_of(padding, "pad_size", [("height", "width")], source).values()
+    padding = height, width
+  fit = _SIZES[tuple(size)] if processor.get("do_resize", True) else "none"
+  first, second = size.values()
   by_side = fit == "shorter_side"
   return Preprocess(
     (first, first if by_side else second),
-    *hf_config.mean_and_std(processor, (IMAGENET_MEAN, IMAGENET_STD)),
+    *hf_config.mean_and_std(processor, (IMAGENET_MEAN, IMAGENET_STD), source),
     fit=fit,
     interpolation=hf_config.interpolation_of(processor, source),
     max_side=second if by_side and second < _NO_LIMIT else None,
     rounding="ratio",
-    pad_size=_pad_size(processor, source),
+    pad_size=padding or None,
   )
 
 
-_SIZES = {
+_SIZES: Mapping[tuple[str, ...], str] = {
   ("shortest_edge", "longest_edge"): "shorter_side",
   ("max_height", "max_width"): "inside",
   ("height", "width"): "squash",
 }
 """`Preprocess.fit` by the keys of `size`, in transformers' order."""
-
-
-def _pad_size(processor: Mapping[str, Any], source: str) -> tuple[int, int] | None:
-  size = processor.get("pad_size")
-  if not size or not processor.get("do_pad", True):
-    return None
-  if not {"height", "width"} <= set(size):
-    raise WeightsError(f"{source}: pad_size is {dict(size)}; expected height and width")
-  return int(size["height"]), int(size["width"])
 
 
 def _processor_of(preprocess: Preprocess, *, masks: bool) -> dict[str, Any]:
