@@ -11,7 +11,7 @@ from absl import logging
 
 from vit_jax_zoo.weights.checkpoint import Export, Size
 from vit_jax_zoo.weights.hf_config import write_folder
-from vit_jax_zoo.weights.key_map import Flat
+from vit_jax_zoo.weights.key_map import Flat, WeightsError
 from vit_jax_zoo.weights.preprocess import PILLOW_FILTERS, Preprocess
 from vit_jax_zoo.weights.readers import Published
 
@@ -36,7 +36,10 @@ def read(
 ) -> Settings:
   """Returns the content of the file beside the weights; the other arguments are defaults."""
   config = published.config
-  given = config.get("pretrained_cfg", {})
+  for key in ("pretrained_cfg", "model_args"):
+    if not isinstance(config.get(key) or {}, Mapping):
+      raise WeightsError(f"{published.path}: config.json: {key} is not an object")
+  given = config.get("pretrained_cfg") or config  # older files have its fields at the top
   stated = given.get("input_size")
   interpolation, mode = given.get("interpolation", "bicubic"), given.get("crop_mode", "center")
   if interpolation not in PILLOW_FILTERS or mode not in _FITS:
@@ -50,9 +53,9 @@ def read(
     std=tuple(map(float, given["std"])) if given.get("std") else std,
     fit=_FITS.get(mode, "crop"),
     interpolation=interpolation if interpolation in PILLOW_FILTERS else "bicubic",
-    crop_pct=float(given.get("crop_pct", crop_pct)),
+    crop_pct=float(given.get("crop_pct") or crop_pct),
   )
-  names = config.get("label_names") or given.get("label_names") or ()
+  names = config.get("label_names") or given.get("label_names") or config.get("labels") or ()
   return Settings(
     preprocess,
     stated_size=None if stated is None else preprocess.image_size,

@@ -217,6 +217,24 @@ def test_other_architectures_with_a_vits_keys_are_refused(added, architecture, n
     load_pretrained(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+  ("config", "named"),
+  [
+    ({"model_args": {"num_heads": 3}}, "num_heads"),
+    ({"model_args": {"num_heads": "4"}}, "num_heads"),
+    ({"model_args": {"block_fn": "ParallelScalingBlock"}}, "block_fn"),
+    ({"model_args": [1]}, "model_args"),
+    ({"pretrained_cfg": [1]}, "pretrained_cfg"),
+  ],
+)
+def test_wrong_fields_of_timm_are_named(config, named, tmp_path):
+  _, variables = tiny_variables(depth=1)
+  write_timm(str(tmp_path / "model.safetensors"), flat(variables))
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(WeightsError, match=named):
+    load_pretrained(str(tmp_path))
+
+
 def test_architecture_fields_complete_the_inferred_sizes(tmp_path, caplog):
   _, variables = tiny_variables(depth=1)
   write_timm(str(tmp_path / "model.safetensors"), flat(variables))
@@ -308,6 +326,11 @@ def test_preprocessing_travels_with_the_weights(tmp_path):
   preprocess = load_pretrained(path, num_heads=4).preprocess
   assert preprocess.mean == (0.1, 0.2, 0.3)
   assert preprocess.image_size == (32, 32)
+  flat_config = {"architecture": "vit_small", **settings, "crop_pct": None, "labels": ["a"] * 10}
+  content = b"\xef\xbb\xbf" + json.dumps(flat_config).encode()  # a byte order mark
+  (tmp_path / "timm" / "config.json").write_bytes(content)
+  found = load_pretrained(path, num_heads=4)
+  assert (found.preprocess, found.class_names) == (preprocess, ("a",) * 10)
 
 
 def test_all_problems_of_a_file_are_reported(tmp_path, monkeypatch):

@@ -85,8 +85,9 @@ _REFUSED = (
   (r"dist_token|head_dist\..*", "a distilled DeiT"),
   ("reg_token", "a ViT with register tokens"),
   (r".*_rpn_.*", "with residual post-norm blocks"),
+  ("block_fn|((embed_)?norm|embed|attn|mlp)_layer", "layers other than timm's default"),
 )
-"""Keys, and timm's architectures, of models with a plain ViT's keys that are something else."""
+"""Keys, timm's architectures and arguments, of other models than a plain ViT with its keys."""
 
 _ARCHITECTURE_ARGS: tuple[tuple[str, dict[str, Any]], ...] = (
   (r"test_vit", {"num_heads": 2}),
@@ -143,15 +144,18 @@ def _infer_fields(published: Mapping[str, np.ndarray], source: str) -> dict[str,
 
 def read_checkpoint(published: Published) -> common.VitCheckpoint:
   """Reads a file, and the `config.json` beside it, if there is one."""
+  settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
   path, architecture = published.path, str(published.config.get("architecture", ""))
-  for name, (pattern, what) in itertools.product((architecture, *published.arrays), _REFUSED):
+  stated = published.config.get("model_args") or {}
+  names = (architecture, *(k for k, x in stated.items() if x is not None), *published.arrays)
+  for name, (pattern, what) in itertools.product(names, _REFUSED):
     if re.fullmatch(pattern, name):
       raise WeightsError(f"{path}: {name}, {what}; expected a plain ViT or hybrid")
   fields = _infer_fields(published.arrays, path)
   arguments: dict[str, Any] = {}
   for pattern, known in _ARCHITECTURE_ARGS:
     arguments |= known if re.fullmatch(pattern, architecture) else {}
-  arguments |= published.config.get("model_args", {})
+  arguments |= stated
   fields |= _stated_fields(arguments, fields, path)
   activation = arguments.get("act_layer", "gelu")
   if activation not in ACTIVATIONS:
@@ -161,7 +165,6 @@ def read_checkpoint(published: Published) -> common.VitCheckpoint:
       "%s: no config.json with an architecture; assumes %d heads, activation %s, pool %s",
       path, fields["num_heads"], activation, fields["pool"],
     )  # fmt: skip
-  settings = timm_config.read(published, size=(224, 224), mean=HALF, std=HALF, crop_pct=0.9)
   return common.VitCheckpoint(
     source=path,
     arrays=split(published.arrays, _JOINT),
@@ -183,8 +186,12 @@ def _stated_fields(
   if pool not in _POOLS.values() or of_all_tokens:
     what = "pool_include_prefix" if of_all_tokens else f"global_pool {pool!r}"
     raise WeightsError(f"{source} has {what}; known are the class token and the patches' mean")
+  heads, width = arguments.get("num_heads", fields["num_heads"]), fields["width"]
+  is_usable = type(heads) is int and heads > 0 and width % heads == 0
+  if "num_heads" in arguments and not is_usable:
+    raise WeightsError(f"{source}: num_heads is {heads!r}; expected a divisor of the width {width}")
   stated: dict[str, Any] = {
-    "num_heads": arguments.get("num_heads", fields["num_heads"]),
+    "num_heads": heads,
     "pool": next(ours for ours, theirs in _POOLS.items() if theirs == pool),
   }
   if fields["cls_token"] and "no_embed_class" in arguments:
