@@ -262,6 +262,15 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
   assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("layout", ["sparse", "meta"])
+def test_tensors_that_are_not_dense_arrays_are_named(layout, tmp_path):
+  torch = pytest.importorskip("torch")
+  tensor = torch.eye(3).to_sparse() if layout == "sparse" else torch.ones(3, device="meta")
+  torch.save({"some.weight": tensor}, tmp_path / "x.pth")
+  with pytest.raises(WeightsError, match=r"x\.pth: some\.weight"):
+    load_pretrained(str(tmp_path / "x.pth"))
+
+
 def test_torch_files_that_are_not_whole(tmp_path):
   torch = pytest.importorskip("torch")
   torch.save({"a": torch.ones(1000)}, tmp_path / "x.pth")

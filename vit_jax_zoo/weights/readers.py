@@ -105,7 +105,7 @@ def read_json(file: epath.Path) -> dict[str, Any]:
   if not file.exists():
     return {}
   try:
-    found = json.loads(file.read_text())
+    found = json.loads(file.read_bytes())  # with a byte order mark or without
   except (ValueError, RecursionError) as error:
     raise WeightsError(f"{file} is not JSON ({error})") from None
   if not isinstance(found, dict):
@@ -134,10 +134,11 @@ def _read(location: epath.Path, path: str) -> tuple[epath.Path, Flat]:
 
 
 def _read_shards(index: epath.Path) -> Flat:
-  names = sorted(set(read_json(index).get("weight_map", {}).values()))
+  files = read_json(index).get("weight_map")
+  names = sorted({str(x) for x in files.values()}) if isinstance(files, dict) else []
   missing = [name for name in names if not (index.parent / name).exists()]
   if missing or not names:
-    raise WeightsError(f"{index} names files that are not there: {', '.join(missing) or 'none'}")
+    raise WeightsError(f"{index}: weight_map: missing {', '.join(missing) or 'names of files'}")
   arrays: Flat = {}
   for name in names:
     arrays |= _read_file(index.parent / name, str(index.parent / name))

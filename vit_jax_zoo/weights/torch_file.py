@@ -30,9 +30,13 @@ def read_torch(path: str) -> Flat:
   torch = _import_torch(path, "convert the file to safetensors")
   with local_copy(path) as file:
     found = _load(torch, file, path)
-  arrays = {key: tensor.detach() for key, tensor in _state_dict(torch, found, path).items()}
-  half = (torch.float16, torch.bfloat16)
-  return {k: (x.float() if x.dtype in half else x).numpy() for k, x in arrays.items()}
+  half, arrays = (torch.float16, torch.bfloat16), {}
+  for key, tensor in _state_dict(torch, found, path).items():
+    try:
+      arrays[key] = (tensor.float() if tensor.dtype in half else tensor).detach().numpy()
+    except (TypeError, RuntimeError) as error:  # sparse, quantized, 8 bits, without data
+      raise WeightsError(f"{path}: {key} is not a dense array of numbers ({error})") from None
+  return arrays
 
 
 def _import_torch(path: str, otherwise: str) -> Any:

@@ -118,7 +118,7 @@ def read_safetensors(path: str) -> Flat:
     # safetensors opens local files only, and cannot read bfloat16 from bytes.
     with local_copy(path) as local, safe_open(local, framework="numpy") as file:
       arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-  except (SafetensorError, OSError) as error:
+  except (SafetensorError, OSError, AttributeError) as error:  # numpy has no float8_e4m3fn
     raise WeightsError(f"{path} cannot be read as safetensors: {error}") from error
   return {k: x.astype(np.float32) if x.dtype.name in half else x for k, x in arrays.items()}
 
