@@ -56,7 +56,8 @@ def test_list_models_takes_a_pattern():
     ("maskrcnn_resnet50_fpn", "mask_rcnn_r50_fpn"),
     ("timm/lambda_resnet26rpt_256.c1_in1k", "lambda_resnet26rpt_256"),
     ("vit_large_patch14_clip_224", "vit_large_patch14_clip_224"),
-    ("deit_base_patch16_224", "deit_base_patch16_224"),
+    ("deit_base_patch16_224", "vit_b16"),
+    ("deit_base_distilled_patch16_224", "deit_base_distilled_patch16_224"),
   ],
 )
 def test_names_of_other_libraries(name, here):

@@ -4,7 +4,7 @@ from vit_jax_zoo.registry import Format, System
 
 SYSTEM = System(
   models={"vit": "model:VisionTransformer"},
-  other_names=((r"vit_(ti|s|b|l|h)(?:ny|mall|ase|arge|uge)?_(?:patch)?(\d+)$", r"vit_\1\2"),),
+  other_names=((r"(?:vi|dei)t_(ti|s|b|l|h)(ny|mall|ase|arge|uge)?_(patch)?(\d+)$", r"vit_\1\4"),),
   formats=(
     Format("npz", "vit", "weights_google", "Google's .npz of ViT"),
     Format("hf", "vit", "weights_hf", "Hugging Face's ViT"),
