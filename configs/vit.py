@@ -35,7 +35,7 @@ import functools
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import common, common_vit, vit_augreg, vit_finetune
+from configs import common, vit_augreg, vit_common, vit_finetune
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -116,16 +116,16 @@ def s16_imagenet(
   Hardware: 90 epochs took 6.5 hours on a TPU v3-8.
   Not yet run here.
   """
-  config = common_vit.base("vit_s16", source, image_size, batch_size)
+  config = vit_common.base("vit_s16", source, image_size, batch_size)
   config.num_epochs = num_epochs
   config.model.update(
     pool="mean",
     position_embedding="sincos_2d",
     representation_size=384,
   )
-  common_vit.augment(config, common_vit.AUGMENTATIONS["light2"])
-  config.data.eval = common_vit.imagenet_evaluations(source, image_size)
-  config.optimizer = common_vit.decoupled_adam()
+  vit_common.augment(config, vit_common.AUGMENTATIONS["light2"])
+  config.data.eval = vit_common.imagenet_evaluations(source, image_size)
+  config.optimizer = vit_common.decoupled_adam()
   return common.with_data_dir(config, data_dir)
 
 
@@ -147,15 +147,15 @@ def imagenet(
     B/16 74.79 %, B/32 69.19 %, L/16 72.59 %, L/32 66.90 %.
   Not yet run here.
   """
-  config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
+  config = vit_common.base(f"vit_{size}", source, image_size, batch_size)
   config.num_epochs = num_epochs
   config.model.update(
     dropout_rate=0.1,
-    representation_size=common_vit.WIDTHS[size],
-    **common_vit.memory(size),
+    representation_size=vit_common.WIDTHS[size],
+    **vit_common.memory(size),
   )
-  config.sharding = common_vit.sharding(size)
-  config.data.eval = common_vit.imagenet_evaluations(source, image_size)
+  config.sharding = vit_common.sharding(size)
+  config.data.eval = vit_common.imagenet_evaluations(source, image_size)
   config.optimizer = {
     "name": "adamw",
     "learning_rate": 3e-3,
@@ -202,7 +202,7 @@ def imagenet21k(  # noqa: PLR0913  (each is a field that a command line may set)
   config.model.dropout_rate = 0.0 if size in ("ti16", "s16") else 0.1
   config.optimizer.update(learning_rate=1e-3, weight_decay=0.03)
   config.optimizer.schedule.end_value = 1e-5
-  common_vit.track_few_shots(config, few_shot, image_size)
+  vit_common.track_few_shots(config, few_shot, image_size)
   return common.with_data_dir(config, data_dir)
 
 
@@ -241,7 +241,7 @@ def jft(  # noqa: PLR0913  (each is a field that a command line may set)
   )
   config.num_epochs = num_epochs or usual_epochs
   config.optimizer.update(learning_rate=rate, weight_decay=0.1)
-  common_vit.track_few_shots(config, few_shot, image_size)
+  vit_common.track_few_shots(config, few_shot, image_size)
   return common.with_data_dir(config, data_dir)
 
 
@@ -255,17 +255,17 @@ def _with_many_labels(
   multi_label: bool,
 ) -> ConfigDict:
   """Fields common to ImageNet-21k and JFT: sigmoid cross-entropy per class."""
-  config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
+  config = vit_common.base(f"vit_{size}", source, image_size, batch_size)
   config.model.update(
     num_classes=num_classes,
-    representation_size=common_vit.WIDTHS[size],
+    representation_size=vit_common.WIDTHS[size],
     head_bias_init=-10.0,
-    **common_vit.memory(size),
+    **vit_common.memory(size),
   )
   config.task.update(num_classes=num_classes, objective="sigmoid")
-  config.sharding = common_vit.sharding(size)
+  config.sharding = vit_common.sharding(size)
   labels = [{"name": "multi_hot", "num_classes": num_classes}] if multi_label else []
-  common_vit.hold_out(config, source, image_size, labels)
+  vit_common.hold_out(config, source, image_size, labels)
   config.optimizer = {"name": "adamw", "schedule": {"name": "linear", "warmup_steps": 10_000}}
   return config
 

@@ -18,7 +18,7 @@ import functools
 
 from ml_collections import ConfigDict
 
-from configs import common, common_vit
+from configs import common, vit_common
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -53,8 +53,8 @@ def augreg(  # noqa: PLR0913  (each is a field that a command line may set)
   Expected: not stated for these rows; the paper reports fine-tuned models.
   Not yet run here.
   """
-  config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
-  config.data.eval = common_vit.imagenet_evaluations(source, image_size)
+  config = vit_common.base(f"vit_{size}", source, image_size, batch_size)
+  config.data.eval = vit_common.imagenet_evaluations(source, image_size)
   config.model.head_bias_init = -6.9
   _as_augreg(config, size, augmentation or IMAGENET[size], weight_decay)
   config.num_epochs = num_epochs
@@ -87,14 +87,14 @@ def augreg21k(  # noqa: PLR0913  (each is a field that a command line may set)
     83.73 %, B/32 83.59 %, B/16 85.49 %, L/16 85.59 %.
   Not yet run here.
   """
-  config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
-  common_vit.hold_out(config, source, image_size)
+  config = vit_common.base(f"vit_{size}", source, image_size, batch_size)
+  vit_common.hold_out(config, source, image_size)
   config.model.update(num_classes=num_classes, head_bias_init=-10.0)
   config.task.num_classes = num_classes
   _as_augreg(config, size, augmentation or IMAGENET21K[size], weight_decay)
   config.num_epochs = num_epochs
   config.model.update(dropout_rate=dropout_rate, drop_path_rate=drop_path_rate)
-  common_vit.track_few_shots(config, few_shot, image_size)
+  vit_common.track_few_shots(config, few_shot, image_size)
   return common.with_data_dir(config, data_dir)
 
 
@@ -111,13 +111,13 @@ IMAGENET21K = {
 
 def _as_augreg(config: ConfigDict, size: str, augmentation: str, weight_decay: float) -> None:
   """Sets the fields common to AugReg's recipes on both datasets."""
-  if augmentation not in common_vit.AUGMENTATIONS:
-    raise ValueError(common.unknown_name("augmentation", augmentation, common_vit.AUGMENTATIONS))
-  common_vit.augment(config, common_vit.AUGMENTATIONS[augmentation])
+  if augmentation not in vit_common.AUGMENTATIONS:
+    raise ValueError(common.unknown_name("augmentation", augmentation, vit_common.AUGMENTATIONS))
+  vit_common.augment(config, vit_common.AUGMENTATIONS[augmentation])
   config.task.objective = "sigmoid"
-  config.model.update(common_vit.memory(size))
-  config.sharding = common_vit.sharding(size)
-  config.optimizer = common_vit.decoupled_adam(weight_decay)
+  config.model.update(vit_common.memory(size))
+  config.sharding = vit_common.sharding(size)
+  config.optimizer = vit_common.decoupled_adam(weight_decay)
 
 
 VARIANTS = {

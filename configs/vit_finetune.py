@@ -21,7 +21,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs import common, common_vit
+from configs import common, vit_common
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -68,10 +68,10 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
     raise ValueError(common.unknown_name("dataset", dataset, TRANSFERS))
   transfer = OWN_IMAGES if source else TRANSFERS[dataset]
   source = source or f"tfds:{dataset}"
-  config = common_vit.base(f"vit_{size}", source, image_size, batch_size)
+  config = vit_common.base(f"vit_{size}", source, image_size, batch_size)
   config.num_steps = num_steps or transfer.num_steps
-  config.model.update(common_vit.memory(size))
-  config.sharding = common_vit.sharding(size)
+  config.model.update(vit_common.memory(size))
+  config.sharding = vit_common.sharding(size)
   config.data.train.split = transfer.train
   squash = [
     {"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"},

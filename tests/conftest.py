@@ -3,6 +3,7 @@
 import ctypes
 import difflib
 import gc
+import importlib
 import json
 import os
 import pathlib
@@ -72,6 +73,13 @@ def golden_folder(name):
   if not folder.is_dir():
     raise FileNotFoundError(f"{folder}: no such fixture")
   return folder
+
+
+def system_module(system, module=""):
+  """Returns a module of a system's folder; skips the caller in a tree without the system."""
+  if not (GOLDENS.parents[1] / "vit_jax_zoo" / "systems" / system).is_dir():
+    pytest.skip(f"no {system}", allow_module_level=True)
+  return importlib.import_module(f"vit_jax_zoo.systems.{system}.{module}".rstrip("."))
 
 
 def pytest_addoption(parser):

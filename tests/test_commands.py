@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from tests.command import ROOT
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, system_module
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.systems.ttsr.model import TTSR
 from vit_jax_zoo.weights import Preprocess, Pretrained
 
 WEIGHTS = golden_folder("vit_a") / "weights.npz"
@@ -82,7 +81,8 @@ def test_predict_on_unusual_images(tmp_path):
 @pytest.mark.slow
 def test_predict_enlarges_images_with_a_reference(tmp_path):
   """From a file like TTSR.pt, of a model as small as a file may hold."""
-  model = TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 4, 4), scan_layers=False)
+  ttsr = system_module("ttsr", "model")
+  model = ttsr.TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 4, 4), scan_layers=False)
   pictures = [jax.ShapeDtypeStruct((1, s, s, 3), np.float32) for s in (2, 8, 8, 8)]
   shapes = jax.eval_shape(model.init, jax.random.key(0), *pictures)
   rng = np.random.default_rng(0)

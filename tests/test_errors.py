@@ -17,8 +17,11 @@ from absl import logging as absl_logging
 from etils import epath
 
 from tests import command
+from tests.conftest import system_module
 from vit_jax_zoo import builder, cli, main, trainer
 from vit_jax_zoo import config as config_lib
+
+system_module("vit")
 
 
 def changed(**fields):
@@ -167,8 +170,10 @@ def test_an_absolute_config_from_another_folder(tmp_path, monkeypatch):
 
 
 def test_a_field_of_one_of_several_optimizers():
+  system_module("ttsr")
+  config = config_lib.load("configs/ttsr.py")
   with pytest.raises(ValueError, match=r"set --config\.optimizer\.generator\.name"):
-    config_lib.apply_overrides(config_lib.load("configs/ttsr.py"), ["--config.optimizer.name=sgd"])
+    config_lib.apply_overrides(config, ["--config.optimizer.name=sgd"])
 
 
 @pytest.mark.parametrize("path", ["/nowhere/ViT-B_16.npz", "vit_b17_imagenet"])

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
-from vit_jax_zoo.systems.vit.figures import attention_rollout
-from vit_jax_zoo.systems.vit.model import VisionTransformer, sincos_2d
+from tests.conftest import system_module
+
+vit = system_module("vit", "model")
+figures = system_module("vit", "figures")
+
 
 SMALL = {"num_classes": 3, "patch_size": 4, "width": 16, "depth": 2, "num_heads": 2, "mlp_dim": 8}
 
@@ -34,7 +36,7 @@ def images(height=8, width=12, count=2):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_attention_of_the_class_token(scan_layers):
-  model = VisionTransformer(**SMALL, scan_layers=scan_layers)
+  model = vit.VisionTransformer(**SMALL, scan_layers=scan_layers)
   params, sown, seen = explain(model, images())
   encoder = sown["encoder"]
   blocks = [encoder[f"block_{i}"] for i in range(2)] if not scan_layers else [encoder["blocks"]]
@@ -45,7 +47,7 @@ def test_attention_of_the_class_token(scan_layers):
   np.testing.assert_allclose(
     seen["heads"][1, 0, 1].ravel(), weights[0, 1, 1, 0, 1:], rtol=1e-5, atol=1e-7
   )
-  rollout = np.asarray(attention_rollout(weights))[:, 0, 1:]
+  rollout = np.asarray(figures.attention_rollout(weights))[:, 0, 1:]
   np.testing.assert_allclose(seen["rollout"].reshape(2, 6), rollout, rtol=1e-5, atol=1e-7)
   assert seen["distances"].shape == (2, 2)
   table = params["position_embedding"]["table"][0]
@@ -58,25 +60,25 @@ def test_attention_of_the_class_token(scan_layers):
 
 
 def test_attention_of_mean_pooling_is_averaged_over_the_patches():
-  model = VisionTransformer(**SMALL, pool="mean", position_embedding="sincos_2d")
+  model = vit.VisionTransformer(**SMALL, pool="mean", position_embedding="sincos_2d")
   _, sown, seen = explain(model, images())
   weights = np.asarray(sown["encoder"]["blocks"]["attention"]["weights"][0])
   np.testing.assert_allclose(
     seen["heads"][1, 1, 0].ravel(), weights[1, 1, 0].mean(axis=0), rtol=1e-5, atol=1e-7
   )
   np.testing.assert_allclose(np.asarray(seen["rollout"]).sum(axis=(1, 2)), 1, rtol=1e-5)
-  np.testing.assert_allclose(seen["positions"], sincos_2d(2, 3, 16), atol=1e-6)
+  np.testing.assert_allclose(seen["positions"], vit.sincos_2d(2, 3, 16), atol=1e-6)
 
 
 def test_no_position_embedding():
   _, _, seen = explain(
-    VisionTransformer(**SMALL | {"depth": 1}, position_embedding="none"), images()
+    vit.VisionTransformer(**SMALL | {"depth": 1}, position_embedding="none"), images()
   )
   assert "positions" not in seen
 
 
 def test_positions_of_rows_and_columns():
-  model = VisionTransformer(**SMALL | {"depth": 1}, position_embedding="learned_2d")
+  model = vit.VisionTransformer(**SMALL | {"depth": 1}, position_embedding="learned_2d")
   params, _, seen = explain(model, images())
   rows, columns = (params["position_embedding"][name] for name in ("rows", "columns"))
   expected = np.concatenate([rows[1], columns[2]])  # of the last patch of 2 x 3
@@ -84,7 +86,8 @@ def test_positions_of_rows_and_columns():
 
 
 def test_a_lambda_resnet_shows_norms_of_its_lambdas_and_its_stem():
-  model = LambdaResNet(
+  lambda_resnet = system_module("lambda_resnet", "model")
+  model = lambda_resnet.LambdaResNet(
     num_classes=3, stem="conv3", stem_width=8, blocks=(1, 1, 1, 1), widths=(4, 4, 4, 4),
     lambda_blocks=("all", "none", "none", "all"), lambda_layer={"dim_k": 4, "receptive_field": 3},
   )  # fmt: skip

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, system_module
 from vit_jax_zoo import export, load_pretrained
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.systems.ttsr.model import TTSR
-from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
+
+vit = system_module("vit", "model")
 
 NPZ = ["vit_a", "vit_rep_a", "vit_gap_a", "vit_hybrid_a", "vit_rstem_a", "vit_posemb_a"]
 
@@ -59,7 +59,7 @@ def test_hugging_face_is_the_file_bit_for_bit(name, tmp_path):
 
 def tiny(size=(16, 24), **fields):
   sizes = {"num_classes": 3, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
-  model = VisionTransformer(**{**sizes, "mlp_dim": 32, **fields})
+  model = vit.VisionTransformer(**{**sizes, "mlp_dim": 32, **fields})
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, *size, 3))))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
@@ -135,7 +135,8 @@ def test_stablehlo_runs_without_this_package(tmp_path):
 def test_a_model_of_several_pictures_is_not_offered_as_a_program_of_one():
   """TTSR is called with four: a program of `images` failed with the names of the others."""
   assert export.formats_of("ttsr") == ("pt", "pth-vgg19", "orbax")
-  made = Pretrained(TTSR(), {}, Preprocess((160, 160)), {}, "super_resolution")
+  ttsr = system_module("ttsr", "model")
+  made = Pretrained(ttsr.TTSR(), {}, Preprocess((160, 160)), {}, "super_resolution")
   with pytest.raises(ValueError, match="unknown format of ttsr 'stablehlo'; known: orbax, pt"):
     export.write(made, "stablehlo", "unused")
 

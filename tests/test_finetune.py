@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from configs import finetune as finetune_own
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, system_module
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import export, load_pretrained, predict, trainer
 from vit_jax_zoo.builder import build
@@ -29,6 +29,8 @@ from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 from vit_jax_zoo.training.optim import create_optimizer
 from vit_jax_zoo.weights.model_index import entries
+
+system_module("vit")
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 4 x 4 patches of 8, 20 classes, pre_logits.

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from tests.conftest import system_module
 from tests.trees import flatten_paths
 from vit_jax_zoo import create_model, registry, trainer
 from vit_jax_zoo.config import load
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.evaluate import score_predictions
+
+system_module("vit")
 
 pytestmark = pytest.mark.multidevice
 

@@ -19,13 +19,15 @@ import numpy as np
 import pytest
 from skimage import data as pictures
 
+from tests.conftest import system_module
 from tests.test_readme import blocks, commands, module_of
 from vit_jax_zoo import create_model
-from vit_jax_zoo.systems.vit import weights_google as vit_npz
-from vit_jax_zoo.systems.vit import weights_hf as vit_hf
 from vit_jax_zoo.weights import Preprocess
 from vit_jax_zoo.weights.checkpoint import Export
 from vit_jax_zoo.weights.load import flatten_variables
+
+vit_npz = system_module("vit", "weights_google")
+vit_hf = system_module("vit", "weights_hf")
 
 pytestmark = pytest.mark.slow
 

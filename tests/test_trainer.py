@@ -18,16 +18,16 @@ from etils import epath
 from PIL import Image
 
 import vit_jax_zoo
-from tests.conftest import GOLDENS
+from tests.conftest import GOLDENS, system_module
 from vit_jax_zoo import cli, main, predict, trainer
 from vit_jax_zoo import config as config_lib
 from vit_jax_zoo import run_metadata as run_config
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.data import pipeline
-from vit_jax_zoo.systems.vit.model import VisionTransformer
 from vit_jax_zoo.training.checkpoint import restore_variables
 from vit_jax_zoo.training.metric_writer import read_metrics
 
+system_module("vit")
 PACKAGE = pathlib.Path(vit_jax_zoo.__file__).parent
 
 
@@ -130,7 +130,7 @@ def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them
 
 
 def test_a_model_without_explanations(tmp_path, monkeypatch, caplog):
-  monkeypatch.delattr(VisionTransformer, "explain")
+  monkeypatch.delattr("vit_jax_zoo.systems.vit.model.VisionTransformer.explain")
   outcome = run(tiny(explain=True), tmp_path)
   assert outcome.finished
   assert "test/accuracy" in outcome.scores

@@ -9,11 +9,15 @@ import pytest
 from etils import epath
 from PIL import Image
 
+from tests.conftest import system_module
 from vit_jax_zoo import trainer
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
 from vit_jax_zoo.training.compiled_steps import abstract_batch_of
 from vit_jax_zoo.training.lr_scaling import advise
+
+system_module("detr")
+system_module("fpt")
 
 BACKBONE = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 8}
 LOADER = {"num_workers": 0, "buckets": 1, "on_corrupt": "skip"}

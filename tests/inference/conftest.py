@@ -3,12 +3,14 @@
 import pytest
 from etils import epath
 
+from tests.conftest import system_module
 from vit_jax_zoo import trainer
 from vit_jax_zoo.config import load
 
 
 @pytest.fixture(scope="session")
 def vit_run(tmp_path_factory):
+  system_module("vit")
   config = load("configs/vit.py:demo,num_steps=3,batch_size=16")
   config.model.update(width=16, depth=2, mlp_dim=16, num_heads=2)
   config.data.eval.test.split = "test[:20]"
@@ -18,6 +20,7 @@ def vit_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def igpt_run(tmp_path_factory):
+  system_module("igpt")
   config = load("configs/igpt.py:demo,num_steps=2,batch_size=8,num_colors=4")
   config.model.update(width=16, depth=2, num_heads=2)
   config.task.palette_images = 64

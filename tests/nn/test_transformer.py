@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.conftest import system_module
 from vit_jax_zoo.nn.drop import DropPath, drop_path_rates
 from vit_jax_zoo.nn.transformer import REMAT_POLICIES, Stack
-from vit_jax_zoo.systems.vit.model import EncoderBlock
 from vit_jax_zoo.weights import key_map as table
 
-BLOCK = functools.partial(EncoderBlock, num_heads=2, mlp_dim=16)
+vit = system_module("vit", "model")
+BLOCK = functools.partial(vit.EncoderBlock, num_heads=2, mlp_dim=16)
 DEPTH = 3
 TOKENS = jax.random.normal(jax.random.key(7), (2, 5, 8))
 

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, system_module
 from vit_jax_zoo.nn.resnet import ResNet
-from vit_jax_zoo.systems.lambda_resnet import weights_timm as lambda_resnet_timm
-from vit_jax_zoo.systems.lambda_resnet.model import LambdaResNet
-from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 from vit_jax_zoo.weights import WeightsError, load_parts
 from vit_jax_zoo.weights import readers as pickled_arrays
 from vit_jax_zoo.weights.backbones import read_backbone
 from vit_jax_zoo.weights.key_map import write
 from vit_jax_zoo.weights.load import flatten_variables, load_pretrained
+
+lambda_resnet_timm = system_module("lambda_resnet", "weights_timm")
+LambdaResNet = system_module("lambda_resnet", "model").LambdaResNet
+RCNN = system_module("rcnn", "model").RCNN
 
 BODY = {"blocks": (1, 2, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 8}
 

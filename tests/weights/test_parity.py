@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, system_module
 from tests.test_export import tiny
 from vit_jax_zoo import export, load_pretrained
-from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
 from vit_jax_zoo.weights import Preprocess, Pretrained, WeightsError
 from vit_jax_zoo.weights.readers import read_published
+
+lambda_resnet = system_module("lambda_resnet", "model")
 
 pytestmark = [
   pytest.mark.parity,
@@ -124,9 +125,12 @@ def test_timm_computes_our_lambda_resnets(name, tmp_path):
   ids=["odd", "biased", "table"],
 )
 def test_timm_computes_lambda_resnets_with_layers_of_their_own(name, size, layer, tmp_path):
-  fields = {**VARIANTS[name], "lambda_layer": {**VARIANTS[name]["lambda_layer"], **layer}}
+  fields = {
+    **lambda_resnet.VARIANTS[name],
+    "lambda_layer": {**lambda_resnet.VARIANTS[name]["lambda_layer"], **layer},
+  }
   widths = {"widths": (16, 32, 64, 128), "stem_width": 16, "num_classes": 5}
-  model = LambdaResNet(**{**fields, **widths})
+  model = lambda_resnet.LambdaResNet(**{**fields, **widths})
   variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *size, 1), np.float32))
   rng = np.random.default_rng(0)
   variables = jax.tree.map(  # kernels stay: lambdas square what is wrong with the scale

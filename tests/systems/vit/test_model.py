@@ -274,3 +274,8 @@ def test_sharded_parameters_give_the_same_logits():
 
 def test_saved_runs_are_read_with_the_new_names():
   assert rename_fields({"model": {"norm_after_pool": True}}) == {"model": {"fc_norm": True}}
+
+
+def test_overrides_go_over_the_variant():
+  model = create_model("vit_b16", num_classes=10, dtype="bfloat16", depth=2)
+  assert (model.num_classes, model.dtype, model.depth, model.width) == (10, "bfloat16", 2, 768)
