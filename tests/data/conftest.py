@@ -1,4 +1,4 @@
-"""Real files, small and made on the spot: photographs, class folders, prepared datasets."""
+"""Fixtures of the data tests: small photographs, class folders, prepared datasets."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from vit_jax_zoo.data.sources import tfds as tfds_source
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-  """Demos are prepared once for these tests, away from the user's own cache."""
+  """Prepares demos once per session, in a temporary cache."""
   with pytest.MonkeyPatch.context() as patch:
     folder = tmp_path_factory.mktemp("cache")
     patch.setenv("VIT_JAX_ZOO_CACHE", str(folder))
@@ -23,7 +23,7 @@ def cache(tmp_path_factory):
 
 
 def photo(height=40, width=60, seed=0):
-  """Returns a smooth colourful image, which survives JPEG well."""
+  """Returns a smooth colour image that JPEG compresses with little loss."""
   phase = np.random.default_rng(seed).uniform(0, 6, 3)
   y, x = np.mgrid[:height, :width]
   waves = np.sin(x[..., None] / 9 + phase) + np.cos(y[..., None] / 7 + phase)
@@ -40,7 +40,7 @@ def encode(image, image_format="JPEG", **options):
 
 @pytest.fixture
 def class_folders(tmp_path):
-  """60 images in three classes; a text file and a file beside the classes that do not count."""
+  """60 images in three classes, plus a text file in a class folder and one beside them."""
   for i in range(60):
     folder = tmp_path / "images" / ("ant", "bee", "cow")[i % 3]
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-  """The data_dir that holds Tiny as ArrayRecord."""
+  """data_dir with Tiny as ArrayRecord."""
   root = tmp_path_factory.mktemp("tfds")
   with tfds_source.quiet_progress():
     Tiny(data_dir=root, file_format="array_record").download_and_prepare()
@@ -92,7 +92,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def prepared_as_tfrecord(prepared, tmp_path_factory):
-  """The same records as a TFDS of old would have written them, framed by hand."""
+  """The same records in TFRecord framing, as older TFDS versions wrote them."""
   source = prepared / "tiny" / "1.2.0"
   root = tmp_path_factory.mktemp("tfrecord")
   target = root / "tiny" / "1.2.0"

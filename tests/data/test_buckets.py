@@ -1,4 +1,4 @@
-"""Batches of images of different sizes: complete, alike on all hosts, and with little padding."""
+"""Bucketed batches: complete epochs, independent of hosts, little padding."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ EVAL = build_transforms(
 
 
 class Objects(Source):
-  """Pictures of four sizes, with one object, a quarter of the picture, whose area is its number."""
+  """Images of four sizes with one object, a quarter of the image; its area is its index."""
 
   def __init__(self, count=40, corrupt=()):
     self.info = DatasetInfo("objects", count, 5)
@@ -46,7 +46,7 @@ class Objects(Source):
 
 
 def train(steps=8, start=0, batch_size=8, hosts=1, source=None, **options):
-  """The global batches of a run."""
+  """Returns the global batches of a run."""
   batches = []
   for host in range(hosts):
     with train_batches(
@@ -79,8 +79,8 @@ def same(one, other):
 
 
 class TestTrain:
-  def test_images_lie_in_the_upper_left_and_boxes_on_their_objects(self, reference):
-    """Guards the padding: zeros beyond `image_size`, masks where the boxes say."""
+  def test_padding_and_boxes(self, reference):
+    """Zeros beyond `image_size`; masks agree with boxes."""
     for batch in reference:
       assert batch["image"].shape[1:3] in ((40, 64), (64, 40), (64, 64))
       for row, (height, width) in enumerate(batch["image_size"]):
@@ -91,21 +91,19 @@ class TestTrain:
         box = [columns.mean() / width, rows.mean() / height]
         np.testing.assert_allclose(box, batch["boxes_cxcywh"][row, 0, :2], atol=0.05)
 
-  def test_hosts_and_resumption_change_nothing(self, reference):
-    """Guards that a batch is a function of (seed, step): any hosts, any start, any threads."""
+  def test_batches_independent_of_hosts_and_resume(self, reference):
     for one, other in zip(reference, train(hosts=2, num_threads=1), strict=True):
       same(one, other)
     for one, other in zip(reference[5:], train(steps=3, start=5), strict=True):
       same(one, other)
 
-  def test_every_example_comes_once_in_a_window_of_epochs(self):
-    """Guards the epoch: sorting by size neither loses nor doubles an example."""
+  def test_window_has_every_example_once_per_epoch(self):
     window = train(steps=buckets.WINDOW, batch_size=5)  # 640 positions: 16 epochs of 40
     ids = np.concatenate([batch["image_id"] for batch in window])
     np.testing.assert_array_equal(np.bincount(ids), np.full(40, 16))
 
-  def test_batches_are_sorted_by_size_but_not_in_time(self):
-    """Guards what it is for: less padding than in batches as they come, and no order left."""
+  def test_less_padding_and_random_order(self):
+    """Less padding than without sorting; batch areas are not correlated with time."""
     shapes = ((24, 32), (32, 24), (30, 40), (40, 30), (36, 60), (60, 36))
     window = train(steps=buckets.WINDOW, buckets=shapes)
     padded = sum(batch["image"][..., 0].size for batch in window)
@@ -115,8 +113,7 @@ class TestTrain:
     assert np.abs(np.corrcoef(areas, np.arange(len(areas)))[0, 1]) < 0.6
     assert len({batch["image"].shape for batch in window}) <= 7
 
-  def test_a_corrupt_image_is_replaced_by_one_that_fits(self):
-    """Guards on_corrupt="skip": a neighbour of the same batch takes the place."""
+  def test_corrupt_image_replaced_within_batch(self):
     source = Objects(corrupt=(7, 22))
     batches = train(steps=20, source=source, on_corrupt="skip")
     ids = np.concatenate([batch["image_id"] for batch in batches])
@@ -126,7 +123,7 @@ class TestTrain:
 
 class TestEval:
   def score(self, batch_size, hosts=1):
-    """Every example's padded shape and pixels, by its number."""
+    """Returns each example's padded image by its id."""
     found = {}
     counts = []
     for host in range(hosts):
@@ -144,11 +141,10 @@ class TestEval:
           number = int(batch["image_id"][row])
           assert number not in found
           found[number] = batch["image"][row]
-    assert len(set(counts)) == 1  # the hosts stay in step
+    assert len(set(counts)) == 1  # the hosts run the same number of steps
     return found
 
-  def test_the_padding_of_an_image_is_its_own_affair(self):
-    """Guards AP: no image's padding depends on batch size, hosts, or what else is in its batch."""
+  def test_padding_independent_of_batch_and_hosts(self):
     reference = self.score(4)
     assert sorted(reference) == list(range(42))
     assert {image.shape[:2] for image in reference.values()} == {(24, 40), (32, 28)}
@@ -156,16 +152,16 @@ class TestEval:
       for number, image in self.score(batch_size, hosts).items():
         np.testing.assert_array_equal(image, reference[number])
 
-  def test_rows_without_an_example_are_zeros(self):
-    """Guards the rows that fill up the last batch of a bucket."""
+  def test_fill_rows_are_zero(self):
+    """Rows that complete the last batch of a bucket."""
     for batch in eval_batches(Objects(5), EVAL, batch_size=4, buckets=SHAPES):
       assert not batch["image"][~batch["mask"]].any()
       assert not batch["is_target"][~batch["mask"]].any()
 
 
 class TestChoice:
-  def test_it_is_the_best_of_few(self):
-    """Guards the choice against a search of all pairs of shapes that hold the images."""
+  def test_choose_buckets_holds_all_images(self):
+    """Four buckets need less padding than one."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 7, (60, 2)) * 32
     chosen = buckets.Buckets(buckets.choose_buckets(sizes, 3))
@@ -178,8 +174,7 @@ class TestChoice:
     few = sum(int(np.prod(chosen.shapes[chosen.find(*size)])) for size in sizes.tolist())
     assert few < 0.85 * one
 
-  def test_two_kinds_of_images_get_two_shapes(self):
-    """Guards the merging: wide and high images are never put together while there is a choice."""
+  def test_choose_buckets_keeps_orientations_apart(self):
     sizes = np.array([[480, 640]] * 50 + [[640, 480]] * 20 + [[470, 630]] * 5)
     assert set(buckets.choose_buckets(sizes, 2)) == {(480, 640), (640, 480)}
     assert buckets.choose_buckets(sizes, 1) == ((640, 640),)
@@ -196,13 +191,11 @@ class TestErrors:
       (((32, 32),), "in none of the buckets"),
     ],
   )
-  def test_are_one_line(self, given, message):
-    """Guards the words for buckets that cannot be."""
+  def test_invalid_buckets_raise(self, given, message):
     with pytest.raises(ValueError, match=message) as error:
       train(steps=1, buckets=given)
     assert "\n" not in str(error.value)
 
-  def test_different_sizes_without_buckets(self):
-    """Guards the hint at the remedy."""
+  def test_sizes_without_buckets_raise(self):
     with pytest.raises(ValueError, match=r"or set data\.loader\.buckets"):
       train(steps=1, buckets=None)

@@ -1,4 +1,4 @@
-"""COCO folders, detection and panoptic, Roboflow's too; and COCO as TFDS prepares it."""
+"""COCO folders (detection, panoptic), Roboflow folders, and COCO prepared by TFDS."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def annotation(number, image, category, bbox, **more):
 
 
 def run_lengths(mask):
-  """COCO's uncompressed run lengths: down the columns, zeros first."""
+  """COCO's uncompressed run lengths: column-major, zeros first."""
   flat = np.asarray(mask, int).ravel(order="F")
   edges = np.flatnonzero(np.diff(flat)) + 1
   counts = np.diff([0, *edges, flat.size]).tolist()
@@ -72,8 +72,8 @@ def first_batch(source, transforms=TRAIN):
 
 
 class TestInstances:
-  def test_ids_are_cocos_and_gaps_have_no_name(self, instances):
-    """Guards the class ids: raw, with num_classes the highest + 1, as published weights have it."""
+  def test_class_ids_are_coco_ids_with_unnamed_gaps(self, instances):
+    """Class ids stay raw; num_classes is the highest id + 1, as in published weights."""
     source = load_source(f"coco:{instances}", "train")
     assert source.info.num_classes == 8
     assert source.info.class_names[1:4] == ("person", "N/A", "car")
@@ -81,8 +81,8 @@ class TestInstances:
     for name in ("train2017", "val", "validation", "val2017"):
       assert len(load_source(f"coco:{instances}", name)) == 3
 
-  def test_training_leaves_out_crowds_and_boxes_without_area(self, instances):
-    """Guards the official rule: no crowds; boxes clipped, and those without area gone."""
+  def test_training_targets_drop_crowds_and_empty_boxes(self, instances):
+    """The official rule: crowds dropped, boxes clipped, boxes without area dropped."""
     batch = first_batch(load_source(f"coco:{instances}", "train"))
     assert batch["is_target"].sum(axis=1).tolist() == [1, 1, 0]
     assert batch["labels"][:2, 0].tolist() == [7, 3]
@@ -93,8 +93,7 @@ class TestInstances:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (5, 24, 10, 29)
 
   @pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools and numpy 2
-  def test_scoring_sees_everything_as_annotated(self, instances):
-    """Guards the truth of an evaluation: crowds are there and marked, boxes are not clipped."""
+  def test_as_annotated_keeps_crowds_and_unclipped_boxes(self, instances):
     transforms = build_transforms(
       [
         dict(name="load_objects", as_annotated=True, masks=True, run_lengths=1000),
@@ -110,8 +109,7 @@ class TestInstances:
     decoded = [coco_mask.decode({"size": [40, 60], "counts": line}) for line in lines]
     np.testing.assert_array_equal(decoded, batch["masks"][0, :2])
 
-  def test_run_lengths_of_objects_that_go_go_too(self, instances):
-    """Guards the truth of mask scores when classes are left out behind `load_objects`."""
+  def test_keep_classes_drops_run_lengths(self, instances):
     specs = [
       dict(name="load_objects", as_annotated=True, run_lengths=1000),
       dict(name="pad_objects", num=4),
@@ -125,32 +123,29 @@ class TestInstances:
     assert len(kept) == len(whole)
     assert kept.rstrip(b"\0").splitlines() == whole.rstrip(b"\0").splitlines()[1:]
 
-  def test_what_is_left_out_is_counted_and_named(self, instances, caplog):
-    """Guards the log: how many boxes are flat, and the annotation and file of the first."""
+  def test_dropped_objects_counts_logged(self, instances, caplog):
     caplog.set_level("INFO", logger="absl")
     load_source(f"coco:{instances}", "train")
     assert "2 x bbox without area" in caplog.text
     assert "annotation 4 of 009.jpg, annotation 6 of 009.jpg" in caplog.text
     assert "1 crowds" in caplog.text
 
-  def test_images_without_annotations_can_be_left_out(self, instances):
-    """Guards `annotated_only`."""
+  def test_annotated_only_drops_unannotated_images(self, instances):
     assert len(load_source(f"coco:{instances}", "train", annotated_only=True)) == 2
 
-  def test_it_travels_to_workers_and_through_batches(self, instances):
-    """Guards pickling, which worker processes need, and the way through the pipeline."""
+  def test_pickled_source_batches(self, instances):
+    """Worker processes need sources that can be pickled."""
     source = pickle.loads(pickle.dumps(load_source(f"coco:{instances}", "train")))
     with train_batches(source, TRAIN, batch_size=3, seed=0, buckets=((64, 64),)) as batches:
       assert next(batches)["image"].shape == (3, 64, 64, 3)
 
-  def test_images_may_lie_below_images(self, tmp_path):
-    """Guards the other common layout."""
+  def test_images_subfolder_found(self, tmp_path):
     _, data = write_instances(tmp_path, images=tmp_path / "images" / "train2017")
     (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(data))
     assert first_batch(load_source(f"coco:{tmp_path}", "train"))["image"].shape[0] == 3
 
-  def test_roboflow(self, tmp_path):
-    """Guards the layout in which each split has its annotations beside its images."""
+  def test_roboflow_layout_found(self, tmp_path):
+    """Each split has its annotations beside its images."""
     for split in ("train", "valid"):
       folder, data = write_instances(tmp_path, images=tmp_path / split)
       (folder / "_annotations.coco.json").write_text(json.dumps(data))
@@ -180,8 +175,8 @@ class TestPanoptic:
     (tmp_path / "annotations" / "panoptic_train2017.json").write_text(json.dumps(data))
     return tmp_path, ids
 
-  def test_segments(self, panoptic):
-    """Guards ids that take more than one channel, and pixels of no segment."""
+  def test_segment_map_multi_channel_ids(self, panoptic):
+    """Ids span more than one colour channel; some pixels belong to no segment."""
     root, ids = panoptic
     source = load_source(f"coco:{root}", "train", panoptic=True)
     assert source.info.num_classes == 94
@@ -195,8 +190,7 @@ class TestPanoptic:
     np.testing.assert_array_equal(batch["masks"][0, 1], ids == 300)
     assert batch["labels"][0, :2].tolist() == [93, 7]
 
-  def test_label_maps(self, panoptic):
-    """Guards semantic segmentation on panoptic data."""
+  def test_panoptic_label_map(self, panoptic):
     root, ids = panoptic
     specs = [dict(name="load_label_map"), dict(name="pad_label_map", height=40, width=64)]
     batch = first_batch(
@@ -206,8 +200,7 @@ class TestPanoptic:
     np.testing.assert_array_equal(batch["label_map"][0, :, :60], expected)
     assert (batch["label_map"][0, :, 60:] == 255).all()
 
-  def test_missing_segment_images(self, panoptic):
-    """Guards the error for the folder that one forgets to unpack."""
+  def test_segment_folder_missing_raises(self, panoptic):
     root, _ = panoptic
     (root / "annotations" / "panoptic_train2017").rename(root / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"panoptic_train2017 is missing"):
@@ -234,21 +227,19 @@ class TestErrors:
       (lambda d: d.update(categories=[], annotations=[]), "categories is empty"),
     ],
   )
-  def test_broken_files(self, tmp_path, change, message):
-    """Guards the words about annotations that cannot be."""
+  def test_invalid_annotations_raise(self, tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
       load_source(self.broken(tmp_path, change), "train")
     assert "\n" not in str(error.value)
 
-  def test_missing_files(self, tmp_path):
-    """Guards the words about folders and images that are not there."""
+  def test_missing_folder_raises(self, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"coco:.* is no folder"):
       load_source(f"coco:{tmp_path}/nowhere", "train")
     with pytest.raises(ValueError, match=r"has no annotations/instances_\*\.json"):
       load_source(f"coco:{tmp_path}", "train")
 
-  def test_missing_images_are_found_when_batches_begin(self, tmp_path):
-    """Guards the check of all file names at the start, and what `skip` makes of it."""
+  def test_missing_image_raises_or_skipped(self, tmp_path):
+    """All file names are checked before the first batch."""
     source = load_source(self.broken(tmp_path, lambda d: None), "train")
     (tmp_path / "train2017" / "009.jpg").unlink()
     assert source.missing() == [1]
@@ -258,8 +249,8 @@ class TestErrors:
     batches = eval_batches(source, TRAIN, batch_size=3, on_corrupt="skip")
     assert next(iter(batches))["mask"].tolist() == [True, False, True]
 
-  def test_only_regular_files_are_images(self, tmp_path):
-    """Guards against opening a FIFO, which blocks, and a folder."""
+  def test_irregular_files_missing(self, tmp_path):
+    """Opening a FIFO would block."""
     name = self.broken(tmp_path, lambda d: None)
     for number in (5, 9):
       (tmp_path / "train2017" / f"{number:03}.jpg").unlink()
@@ -271,17 +262,15 @@ class TestErrors:
       with pytest.raises(ValueError, match=r"00[59]\.jpg .*not a regular file"):
         source[index]
 
-  def test_annotations_for_another_size(self, tmp_path):
-    """Guards against boxes for another size of the image."""
+  def test_image_size_mismatch_raises(self, tmp_path):
     name = self.broken(tmp_path, lambda d: d["images"][0].update(height=60, width=40))
     with pytest.raises(ValueError, match=r"005\.jpg.*for 60x40.*exif_frame") as error:
       first_batch(load_source(name, "train"))
     assert "\n" not in str(error.value)
 
-  def test_too_many_objects(self, instances):
-    """Guards the words about an image with more objects than targets."""
+  def test_pad_objects_num_exceeded_raises(self, instances):
     specs = [dict(name="load_objects", as_annotated=True), dict(name="pad_objects", num=2)]
-    with pytest.raises(ValueError, match=r"009\.jpg: 3 objects do not fit into pad_objects' num=2"):
+    with pytest.raises(ValueError, match=r"009\.jpg: .*pad_objects' num=2"):
       first_batch(load_source(f"coco:{instances}", "train"), build_transforms(specs))
 
 
@@ -320,8 +309,8 @@ class Coco(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       )
 
 
-def test_tfds_coco_gets_cocos_ids_back(tmp_path):
-  """Guards the classes that TFDS counts from 0 to 79: a toothbrush is 90, in 91 classes."""
+def test_tfds_coco_labels_mapped_to_coco_ids(tmp_path):
+  """TFDS numbers the classes from 0 to 79; COCO's id of toothbrush is 90."""
   with tfds_source.quiet_progress():
     Coco(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   source = load_source("tfds:coco", "train", data_dir=str(tmp_path))
@@ -336,8 +325,7 @@ def test_tfds_coco_gets_cocos_ids_back(tmp_path):
     load_source("tfds:coco", "train", data_dir=str(tmp_path), panoptic=True)
 
 
-def test_cocos_classes():
-  """Guards the table of names against what is known of it."""
+def test_class_table_counts():
   assert (len(coco_names.THINGS), max(coco_names.THINGS)) == (80, 90)
   assert (len(coco_names.STUFF), max(coco_names.STUFF)) == (53, 200)
   gaps = set(range(1, 91)) - set(coco_names.THINGS)

@@ -1,4 +1,4 @@
-"""Demos of single pictures: prepared from what scikit-learn and scikit-image carry."""
+"""Single-image demos, prepared from images of scikit-learn and scikit-image."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from vit_jax_zoo.data.sources import demo as demos
 from vit_jax_zoo.data.sources import load_source
 
 
-def test_digits():
+def test_digits_split_sizes():
   train, test = (load_source("demo:digits", split) for split in ("train", "test"))
   assert (len(train), len(test)) == (1437, 360)
   assert train.info.class_names == tuple("0123456789")
@@ -21,7 +21,7 @@ def test_digits():
   assert counts.max() <= 37
 
 
-def test_digits_are_scikit_learns():
+def test_digits_equal_scikit_learn():
   from sklearn.datasets import load_digits
 
   sources = [load_source("demo:digits", split) for split in ("train", "test")]
@@ -32,7 +32,7 @@ def test_digits_are_scikit_learns():
   assert ours == sorted((int(t), p.tobytes()) for p, t in zip(pixels, targets, strict=True))
 
 
-def test_photos():
+def test_photos_split_sizes():
   train, test = (load_source("demo:photos", split) for split in ("train", "test"))
   assert train.info.num_classes == len(demos.PHOTOS) == 10
   assert {test[i]["label"] for i in range(len(test))} == set(range(10))
@@ -42,7 +42,7 @@ def test_photos():
     assert demos.read_photo(name).std() > 20, name
 
 
-def test_many_processes_prepare_at_once(tmp_path):
+def test_concurrent_prepare(tmp_path):
   program = (
     "from vit_jax_zoo.data.sources import load_source; s = load_source('demo:digits', 'test'); "
     "print(sum(s[i]['label'] for i in range(len(s))))"
@@ -50,13 +50,13 @@ def test_many_processes_prepare_at_once(tmp_path):
   env = {**os.environ, "VIT_JAX_ZOO_CACHE": str(tmp_path)}
   command = [sys.executable, "-W", "error", "-c", program]
   runs = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE) for _ in range(2)]
-  said = {run.communicate()[0] for run in runs}
+  outputs = {run.communicate()[0] for run in runs}
   assert [run.returncode for run in runs] == [0, 0]
-  assert len(said) == 1
+  assert len(outputs) == 1
   assert os.listdir(tmp_path / "demos" / "digits") == ["1.0.0"]
 
 
-def test_unwritable_cache(tmp_path, monkeypatch):
+def test_unwritable_cache_raises(tmp_path, monkeypatch):
   (tmp_path / "file").write_text("")
   monkeypatch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path / "file"))
   with pytest.raises(OSError, match="set VIT_JAX_ZOO_CACHE"):

@@ -1,4 +1,4 @@
-"""The demo scenes: what is said of a scene can be seen in it, and the test is a fair one."""
+"""The demo scenes: annotations match the pixels; the splits are disjoint."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ NAMES = (*"0123456789", *demo_scenes.TEXTURES)
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-  """Prepares a hundredth of the scenes, which takes no time, in a cache of their own."""
+def small_scenes(tmp_path_factory):
+  """Prepares a hundredth of the scenes in a cache of their own."""
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path_factory.mktemp("scenes")))
     patch.setattr(demo_scenes, "COUNTS", {"train": 40, "test": 20})
@@ -21,24 +21,24 @@ def small(tmp_path_factory):
     yield
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small_scenes")
 class TestScenes:
-  def test_boxes_areas_and_segments_agree(self):
-    """Guards the annotations: each box is the tight one of its segment, each area its pixels."""
+  def test_annotations_match_segments(self):
+    """Each box is its segment's bounding box; each area is its number of pixels."""
     source = load_source("demo:scenes", "train", panoptic=True)
     assert source.info.class_names == NAMES
     for i in range(len(source)):
       example = source[i]
       segments = decode_segments(example["segment_image"], example)
-      assert segments.min() == 0  # every pixel belongs to something
+      assert segments.min() == 0  # every pixel belongs to a segment
       for number, box in enumerate(example["boxes_xyxy"]):
         rows, columns = np.nonzero(segments == number)
         edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
         np.testing.assert_allclose(box, edges, atol=1e-4)
         assert example["area"][number] == len(rows)
 
-  def test_detection_has_the_digits_alone(self):
-    """Guards the two views of a scene: things are the same in both, stuff is in one only."""
+  def test_detection_only_digits(self):
+    """Things are equal in both views of a scene; only the panoptic view has stuff."""
     things = load_source("demo:scenes", "test")
     everything = load_source("demo:scenes", "test", panoptic=True)
     assert things.info.num_classes == 10
@@ -50,15 +50,14 @@ class TestScenes:
       np.testing.assert_array_equal(one["boxes_xyxy"], both["boxes_xyxy"][digits])
       assert 1 <= len(one["labels"]) <= demo_scenes.MAX_DIGITS
 
-  def test_ids_are_different(self):
-    """Guards evaluation, which counts an id once."""
+  def test_image_ids_unique(self):
     sources = [load_source("demo:scenes", split) for split in ("train", "test")]
     ids = [source[i]["image_id"] for source in sources for i in range(len(source))]
     assert len(set(ids)) == len(ids) == 60
 
 
-def test_splits_share_nothing():
-  """Guards the test set: no digit and no place of a photograph is in both splits."""
+def test_splits_disjoint():
+  """No digit and no patch of a photograph is in both splits."""
   train, test = demo_scenes.Material.of("train"), demo_scenes.Material.of("test")
   assert len(train.digits) + len(test.digits) == 1797
   assert 0.19 < len(test.digits) / 1797 < 0.21
@@ -71,20 +70,19 @@ def test_splits_share_nothing():
     assert not any(place.tobytes() in places for place in there)
 
 
-def test_a_scene_is_the_same_everywhere_and_readable():
-  """Guards reproducibility and the picture: digits are brighter than the seam around them."""
+def test_draw_scene_deterministic():
+  """Also: digits are brighter than their surroundings."""
   material = demo_scenes.Material.of("test")
   scene, again = (demo_scenes.draw_scene(material, np.random.default_rng(5)) for _ in range(2))
   np.testing.assert_array_equal(scene.image, again.image)
   assert scene.labels == again.labels
   assert scene.image.shape == (demo_scenes.SIZE, demo_scenes.SIZE, 3)
-  digit = len(scene.labels) - 1  # in front of all
+  digit = len(scene.labels) - 1  # the front object
   assert scene.labels[digit] < 10 <= min(scene.labels[:2])
   assert scene.image[scene.segment_map == digit].max(axis=1).mean() > 180
 
 
-def test_the_picture_survives_its_file():
-  """Guards the stored image: JPEG, and close to what was drawn."""
+def test_record_jpeg_close_to_scene():
   scene = demo_scenes.draw_scene(demo_scenes.Material.of("test"), np.random.default_rng(3))
   record = demo_scenes._record(scene, 0)
   assert np.abs(decode_image(record["image"]).astype(int) - scene.image).mean() < 6

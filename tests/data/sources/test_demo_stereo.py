@@ -1,4 +1,4 @@
-"""The stereo demo: what is in it, and that the held-out strip is held out."""
+"""The stereo demo: its contents, and a test strip that is not in the training set."""
 
 import io
 
@@ -25,7 +25,7 @@ def decode(data):
   return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
-def test_sizes(splits):
+def test_image_sizes(splits):
   assert [e["image"].shape for e in splits["test"]] == [(96, 112, 3)] * 6
   assert [e["reference"].shape for e in splits["test"]] == [(96, 168, 3)] * 6
   for example in splits["train"]:
@@ -33,7 +33,7 @@ def test_sizes(splits):
   assert len(splits["train"]) > 40
 
 
-def test_the_strip_is_what_the_eyes_see_there(splits):
+def test_test_strip_equals_stereo_pair(splits):
   left, right = demo_stereo.read_eyes()
   strip = np.concatenate([e["image"] for e in splits["test"]], axis=1)
   start = (left.shape[1] % 112) // 2
@@ -43,8 +43,8 @@ def test_the_strip_is_what_the_eyes_see_there(splits):
   )
 
 
-def test_references_show_the_same(splits):
-  """Each held-out picture is more like its own reference, somewhere, than like another's."""
+def test_reference_matches_image(splits):
+  """The centre of a test image matches its own reference better than another's."""
 
   def nearest(image, reference):
     middle = image[40:56, 48:64]
@@ -58,8 +58,7 @@ def test_references_show_the_same(splits):
   assert np.mean(own) < 0.6 * np.mean(other)
 
 
-def test_nothing_of_the_strip_is_trained_on(splits):
-  """No row of the strip, of either eye, occurs in any window."""
+def test_test_strip_not_in_training_windows(splits):
   held_out = set()
   for eye in demo_stereo.read_eyes():
     for row in range(232, 328):

@@ -1,4 +1,4 @@
-"""Images with label maps: the usual layouts, and the transforms of semantic segmentation."""
+"""Semantic segmentation: dataset layouts, label maps and transforms."""
 
 import numpy as np
 import pytest
@@ -61,8 +61,8 @@ def voc(root):
 
 class TestLayouts:
   @pytest.mark.parametrize("layout", [plain, ade20k, cityscapes, voc])
-  def test_each_image_gets_its_own_labels(self, tmp_path, layout):
-    """Guards the usual layouts: two images to train on, one to validate, each with its map."""
+  def test_layouts(self, tmp_path, layout):
+    """Each layout has two training images and one validation image with their label maps."""
     layout(tmp_path)
     train = load_source(f"segments:{tmp_path}", "train")
     assert len(train) == 2
@@ -73,14 +73,13 @@ class TestLayouts:
     expected = [labels(1), labels(0)] if layout is plain else [labels(0), labels(0)]
     np.testing.assert_array_equal(batch["label_map"][:, :40, :60], expected)
 
-  def test_a_list_of_splits_in_latin_1(self, tmp_path):
+  def test_split_list_not_utf8_raises(self, tmp_path):
     voc(tmp_path)
     (tmp_path / "ImageSets/Segmentation/val.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(FileNotFoundError, match=r"val\.txt"):
       load_source(f"segments:{tmp_path}", "val")
 
-  def test_patterns(self, tmp_path):
-    """Guards layouts of one's own, and class names."""
+  def test_custom_patterns(self, tmp_path):
     write(tmp_path, "rgb/mine/a.jpg", "gt/mine_a.png")
     source = load_source(
       f"segments:{tmp_path}",
@@ -93,19 +92,18 @@ class TestLayouts:
     assert "rgb/mine/a.jpg with label map gt/mine_a.png" in source.example_name(0)
     assert source[0]["label_map"].startswith(b"\x89PNG")
 
-  def test_errors_are_one_line(self, tmp_path):
-    """Guards the words about folders, patterns and label maps that are not there."""
-    with pytest.raises(FileNotFoundError, match="is no folder on a local disk"):
+  def test_missing_files_raise(self, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere"):
       load_source(f"segments:{tmp_path}/nowhere", "train")
-    with pytest.raises(ValueError, match="has none of the usual layouts"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
       load_source(f"segments:{tmp_path}", "train")
     with pytest.raises(ValueError, match="give both patterns"):
       load_source(f"segments:{tmp_path}", "train", images="{split}/{name}.*")
-    with pytest.raises(ValueError, match=r"'\{name\}\.png' lacks \{split\}"):
+    with pytest.raises(ValueError, match=r"'\{name\}\.png'.*\{split\}"):
       load_source(f"segments:{tmp_path}", "train", images="{split}/{name}.*", labels="{name}.png")
     plain(tmp_path)
     (tmp_path / "annotations/train/2.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"2\.jpg has no label map .*1 of 2 of the split"):
+    with pytest.raises(FileNotFoundError, match=r"2\.jpg .*1 of 2"):
       load_source(f"segments:{tmp_path}", "train")
 
 
@@ -120,19 +118,19 @@ class TestTransforms:
     values = labels(seed) if values is None else values
     return {"image": encode(photo(), "PNG"), "label_map": encode(values, "PNG"), "image_id": 3}
 
-  def test_offset_and_values_that_do_not_count(self):
-    """Guards ADE20K's count from 1, and 255, which never counts."""
+  def test_offset_and_ignore(self):
+    """ADE20K numbers its classes from 1; 255 is always ignored."""
     values = labels()
     values[0, 0] = 255
     result = self.run([LOAD | dict(offset=-1, ignore=(0,))], self.example(values=values))
     expected = np.where((values == 0) | (values == 255), 255, values.astype(int) - 1)
     np.testing.assert_array_equal(result["label_map"], expected)
     assert result["original_size"].tolist() == [40, 60]
-    with pytest.raises(ValueError, match=r"label -1 \(value 0, offset -1\) is not in 0\.\.254"):
+    with pytest.raises(ValueError, match=r"label -1 .*offset -1"):
       self.run([LOAD | dict(offset=-1)], self.example())
 
-  def test_values_that_are_classes(self):
-    """Guards Cityscapes' files as they come: 34 values, few of them learned, in another order."""
+  def test_classes_maps_values(self):
+    """Cityscapes' raw files: 34 values, of which some are classes, in another order."""
     values = np.array([[7, 0, 33, 255], [8, 34, 1, 7]], np.uint8)
     example = {"image": encode(photo(2, 4), "PNG"), "label_map": encode(values, "PNG")}
     result = self.run([LOAD | dict(classes=(8, 7, 33))], example)
@@ -141,15 +139,15 @@ class TestTransforms:
       with pytest.raises(ValueError, match=r"load_label_map:.* classes"):
         build_transforms([LOAD | fields])
 
-  def test_palettes_give_numbers_not_colours(self):
-    """Guards VOC, whose label PNGs are coloured."""
+  def test_palette_images_give_indices(self):
+    """VOC's label PNGs have a palette."""
     picture = Image.fromarray(labels()).convert("P")
     picture.putdata(labels().ravel().tolist())
     result = self.run([LOAD], self.example() | {"label_map": encode(picture, "PNG")})
     np.testing.assert_array_equal(result["label_map"], labels())
 
-  def test_training(self):
-    """Guards the augmentation: labels stay on their pixels, padding does not count."""
+  def test_augmentation_keeps_labels_aligned(self):
+    """Padding is ignored."""
     values = labels()
     image = np.repeat(values[..., None] * np.uint8(60), 3, axis=2)
     example = {"image": encode(image, "PNG"), "label_map": encode(values, "PNG")}
@@ -174,20 +172,18 @@ class TestTransforms:
       assert near.mean() > 0.85
     assert len(sizes) > 5
 
-  def test_errors(self):
-    """Guards the words about maps of other sizes, colours, and images that are too large."""
+  def test_invalid_label_maps_raise(self):
     with pytest.raises(ValueError, match="label map is"):
       self.run([LOAD], self.example(values=labels(height=30)))
-    with pytest.raises(ValueError, match="has 3 channels; expected one"):
+    with pytest.raises(ValueError, match="3 channels"):
       self.run([LOAD], self.example() | {"label_map": encode(photo(), "PNG")})
-    with pytest.raises(ValueError, match=r"pad_label_map: .* does not fit into 20x20"):
+    with pytest.raises(ValueError, match=r"pad_label_map: .*20x20"):
       self.run([LOAD, dict(name="pad_label_map", height=20, width=20)], self.example())
     with pytest.raises(ValueError, match=r"random_scale: smallest is .*largest"):
       build_transforms([dict(name="random_scale", smallest=2.0, largest=1.0)])
 
 
-def test_labels_that_are_no_class_are_named(tmp_path):
-  """Guards num_classes: a label beyond it stops the run with the file's name."""
+def test_label_out_of_range_raises(tmp_path):
   plain(tmp_path)
   source = load_source(f"segments:{tmp_path}", "train")
   with (
@@ -197,8 +193,7 @@ def test_labels_that_are_no_class_are_named(tmp_path):
     next(batches)
 
 
-def test_images_of_different_sizes_share_a_batch(tmp_path):
-  """Guards buckets: whole images to evaluate, labels padded with what does not count."""
+def test_bucketed_evaluation_pads_with_ignore(tmp_path):
   plain(tmp_path)
   specs = [LOAD, dict(name="resize_shorter", shorter=30, longest=None), dict(name="pad_label_map")]
   source = load_source(f"segments:{tmp_path}", "train")
@@ -233,8 +228,8 @@ class Streets(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       yield i, {"image_id": str(i)} | {key: encode(x, "PNG") for key, x in maps.items()}
 
 
-def test_label_maps_that_tfds_has_prepared(tmp_path):
-  """Guards Cityscapes out of TFDS, and label maps of any name; boxes and classes have neither."""
+def test_tfds_label_maps(tmp_path):
+  """Cityscapes in TFDS, and label maps under any feature name."""
   with tfds_source.quiet_progress():
     Streets(data_dir=tmp_path, file_format="array_record").download_and_prepare()
   for options, seed in (({}, 0), ({"label_key": "mask", "image_key": "image_left"}, 5)):
@@ -263,7 +258,7 @@ def batches_of(source, **fields):
   return eval_batches(source, build_transforms(specs), batch_size=3)
 
 
-def test_masks_of_0_and_255_are_refused_until_they_are_named(tmp_path):
+def test_binary_masks_0_255_require_classes(tmp_path):
   source = write_masks(tmp_path, [0, 255])
   with pytest.raises(ValueError, match=r"0 and 255.*classes=\(0, 255\)"):
     batches_of(source)
@@ -271,7 +266,7 @@ def test_masks_of_0_and_255_are_refused_until_they_are_named(tmp_path):
   assert np.unique(batch["label_map"]).tolist() == [0, 1]
 
 
-def test_label_maps_that_are_mostly_ignored_are_warned_of(tmp_path, caplog):
+def test_mostly_ignored_label_map_warns(tmp_path, caplog):
   source = write_masks(tmp_path, [0, 0, 0, 1])
   batches_of(source)
   assert "ignored values" not in caplog.text
@@ -287,7 +282,7 @@ def test_label_maps_that_are_mostly_ignored_are_warned_of(tmp_path, caplog):
     ([0, 1, 1, 255], {}, "255 in 25.0%", "INFO"),
   ],
 )
-def test_ignored_values_are_logged(tmp_path, caplog, values, fields, named, level):
+def test_ignored_values_logged(tmp_path, caplog, values, fields, named, level):
   logging.set_verbosity(logging.INFO)
   with caplog.at_level("INFO"):
     batches_of(write_masks(tmp_path, values), **fields)
@@ -295,7 +290,7 @@ def test_ignored_values_are_logged(tmp_path, caplog, values, fields, named, leve
 
 
 @pytest.mark.parametrize(("one", "other"), [("train", "training"), ("test", "testing")])
-def test_two_folders_of_one_split_are_refused(tmp_path, one, other):
+def test_two_folders_of_one_split_raise(tmp_path, one, other):
   write_masks(tmp_path, [0, 1])
   for split in (one, other):
     write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png")
