@@ -1,4 +1,4 @@
-"""Fake data have the metadata, keys, types and shapes of the dataset that they replace."""
+"""Fake data: the metadata, keys, dtypes and shapes of the datasets that they replace."""
 
 import importlib
 
@@ -23,18 +23,18 @@ from vit_jax_zoo.data.transforms import build_transforms
     ("pairs:/data/CUFED", "test", 126, None),
   ],
 )
-def test_facts_of_known_datasets(name, split, count, classes):
+def test_known_dataset_metadata(name, split, count, classes):
   source = stand_in.load(name, split, data_dir=None)
   assert (len(source), source.info.num_classes, source.assumption) == (count, classes, "")
 
 
-def test_missing_data_of_the_user_are_assumed_to_be_like_a_common_dataset():
+def test_missing_dataset_like_common_dataset():
   source = stand_in.load("coco:/nowhere", "val")
   assert source.assumption == "coco:/nowhere not found: assumed to be like coco/2017"
   assert len(source) == 5_000
 
 
-def test_existing_data_of_the_user_are_opened(tmp_path):
+def test_existing_dataset_opened(tmp_path):
   for name in ("cat", "dog", "owl"):
     (tmp_path / "train" / name).mkdir(parents=True)
     image = stand_in.make_example("label", 0, (20, 30))["image"]
@@ -51,8 +51,8 @@ def test_existing_data_of_the_user_are_opened(tmp_path):
     ("demo:stereo", "pairs:CUFED", {}),
   ],
 )
-def test_examples_are_like_those_of_a_real_source(demo, name, options, monkeypatch, tmp_path):
-  """Same keys, and arrays of the same types and ranks."""
+def test_examples_like_real_source(demo, name, options, monkeypatch, tmp_path):
+  """Same keys, dtypes and ranks."""
   if demo == "demo:scenes":  # drawing all 4,400 takes 20 s
     monkeypatch.setenv("VIT_JAX_ZOO_CACHE", str(tmp_path))
     monkeypatch.setattr(demo_source, "COUNTS", {"train": 20, "test": 10})
@@ -74,7 +74,7 @@ def test_examples_are_like_those_of_a_real_source(demo, name, options, monkeypat
     ("fpt", "segmentation_cityscapes", {"image": (769, 769, 3), "label_map": (769, 769)}),
   ],
 )
-def test_shapes_of_a_recipes_batch_without_its_data(system, variant, shapes):
+def test_training_shapes_fixed_size(system, variant, shapes):
   config = importlib.import_module(f"configs.{system}").get_config(variant)
   train = config.data.train
   source = stand_in.load(train.source, train.split)
@@ -85,7 +85,7 @@ def test_shapes_of_a_recipes_batch_without_its_data(system, variant, shapes):
   assert shapes.items() <= found.items()
 
 
-def test_images_of_several_sizes_make_batches_of_several_shapes():
+def test_training_shapes_several_sizes():
   config = importlib.import_module("configs.detr").get_config("r50_panoptic")
   train = config.data.train
   source = stand_in.load(train.source, train.split, panoptic=True)

@@ -1,4 +1,4 @@
-"""The rules of docs/IMAGES.md: every odd file gives the same pixels on all paths."""
+"""The rules of docs/IMAGES.md: unusual files give the same pixels on all input paths."""
 
 import contextlib
 import json
@@ -43,7 +43,7 @@ def on_white(image, alpha):
 
 
 def swapped_profile():
-  """An RGB profile whose red and blue primaries are exchanged."""
+  """Returns an RGB profile with red and blue primaries exchanged."""
   data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
   count = struct.unpack_from(">I", data, 128)[0]
   tags = {bytes(data[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i for i in range(count)}
@@ -126,11 +126,11 @@ def batch_image(source, specs):
   return evaluated
 
 
-def through_folder(root, path):
+def read_by_folder(root, path):
   return batch_image(load_source(f"folder:{root / 'images'}", "all"), [dict(name="decode")])
 
 
-def through_coco(root, path):
+def read_by_coco(root, path):
   height, width = predict.read_image(path).shape[:2]
   image = {"id": 1, "file_name": path.name, "height": height, "width": width}
   box = {"id": 1, "image_id": 1, "category_id": 0, "bbox": [0, 0, 9, 9], "area": 81, "iscrowd": 0}
@@ -143,7 +143,7 @@ def through_coco(root, path):
   return batch_image(source, [dict(name="load_objects"), dict(name="pad_objects", num=2)])
 
 
-def through_label_maps(root, path):
+def read_by_segmentation(root, path):
   labels = np.zeros(predict.read_image(path).shape[:2], np.uint8)
   (root / "labels").mkdir()
   Image.fromarray(labels).save(root / "labels" / f"{path.stem}.png")
@@ -155,7 +155,7 @@ def through_label_maps(root, path):
   return batch_image(source, [dict(name="load_label_map"), dict(name="pad_label_map")])
 
 
-def through_pairs(root, path):
+def read_by_pairs(root, path):
   (root / "train").mkdir()
   for name in ("input", "ref"):
     (root / "train" / name).symlink_to(path.parent)
@@ -163,9 +163,9 @@ def through_pairs(root, path):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_paths_read_the_same(name, tmp_path):
+def test_all_paths_decode_equally(name, tmp_path):
   data, expected = CASES[name]
-  path = tmp_path / "images" / "x" / "a.jpg"  # the suffix does not matter
+  path = tmp_path / "images" / "x" / "a.jpg"  # the suffix is not used
   path.parent.mkdir(parents=True)
   path.write_bytes(data)
   pixels = images.decode_image(data)
@@ -175,17 +175,17 @@ def test_all_paths_read_the_same(name, tmp_path):
     assert np.abs(pixels.astype(int) - expected).max() <= 2
   np.testing.assert_array_equal(predict.read_image(path), pixels)
   for number, through in enumerate(
-    (through_folder, through_coco, through_label_maps, through_pairs)
+    (read_by_folder, read_by_coco, read_by_segmentation, read_by_pairs)
   ):
-    root = tmp_path if through is through_folder else tmp_path / str(number)
+    root = tmp_path if through is read_by_folder else tmp_path / str(number)
     root.mkdir(exist_ok=True)
-    if through is through_label_maps:
+    if through is read_by_segmentation:
       (root / "images").mkdir()
     np.testing.assert_array_equal(through(root, path), pixels, err_msg=through.__name__)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name][0][:2] == b"\xff\xd8"])
-def test_jpeg_files_are_read_as_pillow_reads_them(name):
+def test_jpeg_equals_pillow(name):
   data = CASES[name][0]
   fast = images._decode_fast(data, 1, None)
   if fast is None:
@@ -195,7 +195,7 @@ def test_jpeg_files_are_read_as_pillow_reads_them(name):
     assert fast.flags.c_contiguous
 
 
-def test_an_orientation_and_its_inverse():
+def test_orient_and_orient_boxes():
   for turn in range(1, 9):
     np.testing.assert_array_equal(images.orient(PHOTO, turn), upright(turn))
     masks = images.orient(np.moveaxis(PHOTO, 2, 0), turn, (1, 2))
@@ -209,7 +209,7 @@ def test_an_orientation_and_its_inverse():
 
 
 def huge(kind):
-  """A file whose header promises 60,000 x 60,000 pixels."""
+  """Returns a file with 60,000 x 60,000 pixels in its header."""
   data = bytearray(encode(PHOTO, kind))
   if kind == "PNG":
     struct.pack_into(">II", data, 16, 60_000, 60_000)
@@ -225,20 +225,20 @@ def huge(kind):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "PPM"])
-def test_huge_images_are_refused_by_their_header(kind):
+def test_huge_header_raises(kind):
   with pytest.raises(CorruptExampleError, match=r"exceeds limit|pixels|not an image") as error:
     images.decode_image(huge(kind))
   assert "\n" not in str(error.value)
 
 
-def test_a_format_without_a_limit_of_its_own_is_limited_too(monkeypatch):
+def test_max_pixels_all_formats(monkeypatch):
   monkeypatch.setattr(images, "MAX_PIXELS", PHOTO.shape[0] * PHOTO.shape[1] - 1)
   for kind in ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "GIF"):
     with pytest.raises(CorruptExampleError, match="24x32 pixels"):
       images.decode_image(encode(PHOTO, kind))
 
 
-def test_damaged_files_of_every_kind_are_corrupt_or_read():
+def test_damaged_files_decoded_or_corrupt():
   rng = np.random.default_rng(0)
   for name in ("rgba", "16 bit tiff", "webp alpha", "gif", "profile", "avif", "jpeg2000", "ppm"):
     data = CASES[name][0]
@@ -250,7 +250,7 @@ def test_damaged_files_of_every_kind_are_corrupt_or_read():
         assert images.decode_image(bytes(damaged)).ndim == 3
 
 
-def test_label_maps_follow_the_orientation(tmp_path):
+def test_label_map_follows_exif_orientation(tmp_path):
   labels = (np.arange(GRAY.size).reshape(GRAY.shape) % 200).astype(np.uint8)
   (load,) = build_transforms([dict(name="load_label_map")])
   image = encode(PHOTO, "JPEG", exif=with_exif(6))

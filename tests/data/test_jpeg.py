@@ -17,8 +17,8 @@ KINDS = {
   "4:4:4": dict(subsampling=0),
   "rgb": dict(keep_rgb=True, subsampling=0),
   "rough": dict(quality=10),
-  "restarts by rows": dict(restart_marker_rows=1),
-  "restarts by blocks": dict(restart_marker_blocks=3),
+  "restart markers by rows": dict(restart_marker_rows=1),
+  "restart markers by blocks": dict(restart_marker_blocks=3),
   "own huffman tables": dict(optimize=True),
   "thumbnail": dict(exif=b"Exif\0\0" + encode(photo(20, 20))),
 }
@@ -39,7 +39,7 @@ class TestRows:
   def data(self, kind):
     return encode(NOISE[..., 0]) if kind == "grey" else encode(NOISE, **KINDS[kind])
 
-  def test_are_those_of_the_whole_image(self, kind, capfd):
+  def test_equal_to_full_decode(self, kind, capfd):
     data = self.data(kind)
     whole = by_opencv(data)
     for rows in range(1, 54):
@@ -49,19 +49,19 @@ class TestRows:
     np.testing.assert_array_equal(images.decode_rows(data), whole)
     assert not capfd.readouterr().err
 
-  def test_do_not_depend_on_the_decoder(self, kind, monkeypatch):
+  def test_independent_of_decoder(self, kind, monkeypatch):
     data = self.data(kind)
     decoded = images.decode_image(data, rows=30)[:30]
     monkeypatch.setattr(images, "simplejpeg", None)
     np.testing.assert_array_equal(images.decode_image(data, rows=30)[:30], decoded)
 
-  def test_header(self, kind):
+  def test_header_fields(self, kind):
     frame = images.read_jpeg_header(self.data(kind))
     assert frame[:4] == (53, 70, 1 if kind == "grey" else 3, True)
 
 
 @pytest.mark.parametrize("factor", ["411", "420", "422", "440", "444"])
-def test_other_samplings(factor):
+def test_chroma_subsamplings(factor):
   flag = getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{factor}")
   data = cv2.imencode(".jpg", NOISE, [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, flag])[1].tobytes()
   for rows in (1, 15, 16, 17, 31, 32, 50):
@@ -69,34 +69,34 @@ def test_other_samplings(factor):
 
 
 @pytest.mark.parametrize("kind", UNUSUAL)
-def test_unusual_files_are_left_to_others(kind):
+def test_unsupported_files_use_fallback(kind):
   data = UNUSUAL[kind]
   assert images.decode_rows(data, 8) is None
   with contextlib.nullcontext() if data else pytest.raises(CorruptExampleError):
     assert images.decode_image(data, rows=8).shape == (53, 70, 3)
 
 
-def test_header_of_a_progressive_file():
+def test_progressive_header():
   assert images.read_jpeg_header(UNUSUAL["progressive"])[:4] == (53, 70, 3, False)
   assert images.image_size(UNUSUAL["progressive"]) == (53, 70)
 
 
 @pytest.mark.parametrize("height", [0, 0xFFFF])
-def test_unbelievable_headers(height):
+def test_implausible_header_rejected(height):
   data = bytearray(encode(NOISE))
   struct.pack_into(">HH", data, images.read_jpeg_header(bytes(data)).offset, height, 0xFFFF)
   assert images.read_jpeg_header(bytes(data)) is None
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.6, 0.95])
-def test_truncated_files_are_corrupt_even_below_the_rows(share):
+def test_truncated_below_rows_corrupt(share):
   data = encode(photo(200, 200))
   with pytest.raises(CorruptExampleError):
     images.decode_image(data[: int(len(data) * share)], rows=8)
 
 
-def test_damaged_headers_never_crash():
-  """Whatever bytes stand in the header: pixels, or the error that names the trouble."""
+def test_damaged_header_decoded_or_corrupt():
+  """Random bytes in the file give pixels or CorruptExampleError, never a crash."""
   data, rng = encode(photo(24, 24)), np.random.default_rng(0)
   for _ in range(300):
     damaged = bytearray(data)

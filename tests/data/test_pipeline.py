@@ -19,7 +19,7 @@ PLAIN = build_transforms([dict(name="resize", size=8)])
 
 
 class Pictures(Source):
-  """`count` PNGs whose label is their index; those in `corrupt` are cut short."""
+  """`count` PNGs whose label is their index; those in `corrupt` are truncated."""
 
   def __init__(self, count, corrupt=(), num_classes=1000, labels=None):
     self.info = DatasetInfo("pictures", count, num_classes)
@@ -42,7 +42,7 @@ def take(count, *args, **options):
 
 
 def joined(hosts):
-  """Returns the global batches from each host's, by rows."""
+  """Concatenates the hosts' batches to global batches."""
   for parts in zip(*hosts, strict=True):
     yield {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
@@ -60,42 +60,42 @@ def reference():
 
 
 class TestTrain:
-  def test_batches_are_what_the_contract_says(self, reference):
+  def test_batch_keys_shapes_dtypes(self, reference):
     for batch in reference:
       assert set(batch) == {"image", "label"}
       assert (batch["image"].shape, batch["image"].dtype) == ((8, 16, 16, 3), np.uint8)
       assert (batch["label"].shape, batch["label"].dtype) == ((8,), np.int32)
 
   @pytest.mark.parametrize("hosts", [1, 2, 4])
-  def test_hosts_share_one_global_batch(self, reference, hosts):
+  def test_hosts_split_global_batch(self, reference, hosts):
     parts = [
       take(12, Pictures(30), RANDOM, batch_size=8, seed=3, process_index=p, process_count=hosts)
       for p in range(hosts)
     ]
     assert_same(joined(parts), reference)
 
-  def test_threads_change_nothing(self, reference):
+  def test_batches_independent_of_threads(self, reference):
     assert_same(take(12, Pictures(30), RANDOM, batch_size=8, seed=3, num_threads=3), reference)
 
-  def test_worker_processes_change_nothing(self, reference):
+  def test_batches_independent_of_worker_processes(self, reference):
     options = dict(batch_size=8, seed=3, start_step=5, num_workers=2)
     assert_same(take(7, Pictures(30), RANDOM, **options), reference[5:])
 
   @pytest.mark.parametrize("step", [1, 5, 11])
-  def test_resume(self, reference, step):
+  def test_resume_same_batches(self, reference, step):
     options = dict(batch_size=8, seed=3, start_step=step)
     assert_same(take(12 - step, Pictures(30), RANDOM, **options), reference[step:])
 
-  def test_resume_on_another_number_of_hosts(self, reference):
+  def test_resume_with_other_host_count(self, reference):
     options = dict(batch_size=8, seed=3, start_step=9, process_count=2)
     parts = [take(3, Pictures(30), RANDOM, **options, process_index=p) for p in range(2)]
     assert_same(joined(parts), reference[9:])
 
-  def test_resuming_far_away_is_instant(self):
+  def test_resume_at_large_step(self):
     batch = take(1, Pictures(30), PLAIN, batch_size=8, seed=3, start_step=10**9)[0]
     assert batch["label"].max() < 30
 
-  def test_epochs_cover_every_example_once_in_another_order(self):
+  def test_epochs_are_permutations(self):
     labels = np.concatenate(
       [b["label"] for b in take(12, Pictures(24), PLAIN, batch_size=8, seed=0)]
     ).reshape(4, 24)
@@ -103,27 +103,27 @@ class TestTrain:
       assert sorted(epoch) == list(range(24))
     assert len({tuple(epoch) for epoch in labels}) == 4
 
-  def test_epochs_that_do_not_divide_into_batches(self):
+  def test_epoch_not_multiple_of_batch_size(self):
     batches = take(7, Pictures(10), PLAIN, batch_size=4, seed=0)
     labels = np.concatenate([b["label"] for b in batches])
     assert sorted(labels[:10]) == sorted(labels[10:20]) == list(range(10))
 
   @pytest.mark.parametrize("count", [1, 3])
-  def test_fewer_examples_than_a_batch(self, count):
+  def test_fewer_examples_than_batch(self, count):
     batch = take(1, Pictures(count), PLAIN, batch_size=6, seed=0)[0]
     assert np.bincount(batch["label"]).tolist() == [6 // count] * count
 
-  def test_seed_matters(self, reference):
+  def test_seed_changes_order(self, reference):
     other = take(1, Pictures(30), RANDOM, batch_size=8, seed=4)[0]
     assert not np.array_equal(other["label"], reference[0]["label"])
 
-  def test_augmentation_differs_between_epochs_and_rows(self):
+  def test_augmentation_differs_by_epoch_and_row(self):
     batches = take(4, Pictures(1), RANDOM, batch_size=4, seed=0)
     images = {image.tobytes() for batch in batches for image in batch["image"]}
     assert len(images) > 12
 
   @pytest.mark.parametrize("hosts", [1, 2])
-  def test_an_example_is_repeated_and_augmented_anew(self, hosts):
+  def test_aug_repeats(self, hosts):
     options = dict(batch_size=12, seed=3, repeats=3, process_count=hosts)
     parts = [take(4, Pictures(16), RANDOM, **options, process_index=p) for p in range(hosts)]
     batches = list(joined(parts))
@@ -135,7 +135,7 @@ class TestTrain:
       assert all(batch["label"] != np.roll(batch["label"], 1))  # mixup's neighbours
     assert sorted(np.concatenate([b["label"][:4] for b in batches])) == list(range(16))
 
-  def test_bytes_that_nothing_decoded_are_decoded(self):
+  def test_encoded_images_decoded(self):
     flips = build_transforms([dict(name="one_hot", num_classes=50)])
     batch = take(1, Pictures(9), flips, batch_size=3, seed=0)[0]
     assert batch["image"].shape == (3, 20, 24, 3)
@@ -145,7 +145,7 @@ class TestTrain:
 class TestEval:
   @pytest.mark.parametrize("hosts", [1, 2, 4])
   @pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 21])
-  def test_every_example_counts_once(self, hosts, count):
+  def test_every_example_evaluated_once(self, hosts, count):
     source = Pictures(count)
     parts = [
       eval_batches(source, PLAIN, batch_size=8, process_index=p, process_count=hosts)
@@ -160,18 +160,18 @@ class TestEval:
       assert not batch["image"][~batch["mask"]].any()
     assert seen == list(range(count))
 
-  def test_again_from_the_beginning(self):
+  def test_second_iteration_equal(self):
     batches = eval_batches(Pictures(9), RANDOM, batch_size=4)
     assert_same(list(batches), list(batches))
 
-  def test_one_example_has_the_shapes_of_the_batches(self):
+  def test_one_example_shapes(self):
     batches = eval_batches(Pictures(9, corrupt=[0]), PLAIN, batch_size=4, on_corrupt="skip")
     one, *others = ({k: (v.shape[1:], v.dtype) for k, v in b.items()}
                     for b in (batches.one_example(), *batches))  # fmt: skip
     assert others == [one] * 3
 
   @pytest.mark.slow
-  def test_worker_processes_change_nothing(self):
+  def test_eval_batches_independent_of_worker_processes(self):
     one, other = (
       list(eval_batches(Pictures(9), RANDOM, batch_size=4, num_workers=w)) for w in (0, 2)
     )
@@ -179,31 +179,33 @@ class TestEval:
 
 
 class TestCorrupt:
-  def test_stops_and_names_the_example(self):
+  def test_error_names_example(self):
     with pytest.raises(CorruptExampleError) as error:
       take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0)
     assert "pictures/7.png" in str(error.value)
     assert "on_corrupt='skip'" in str(error.value)
     assert "\n" not in str(error.value)
 
-  def test_stops_from_a_worker_process(self):
+  def test_error_from_worker_process(self):
     with pytest.raises(CorruptExampleError, match=r"pictures/7.png"):
       take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0, num_workers=1)
 
   @pytest.mark.parametrize("workers", [0, 1])
-  def test_skips_names_once_and_counts(self, workers, caplog):
+  def test_skip_logs_once_and_counts(self, workers, caplog):
     source = Pictures(10, corrupt=[7, 2])
     options = dict(batch_size=5, seed=0, on_corrupt="skip", num_workers=workers)
     with train_batches(source, PLAIN, **options) as batches:
       labels = np.stack([next(batches)["label"] for _ in range(6)]).reshape(3, 10)
     assert not np.isin(labels, [2, 7]).any()
     assert set(batches.skipped) == {"pictures/2.png", "pictures/7.png"}
-    assert min(batches.skipped.values()) >= 3  # once an epoch, or more where one replaced the other
+    assert (
+      min(batches.skipped.values()) >= 3
+    )  # once per epoch, or more if it was drawn as a replacement
     assert batches.num_skipped == sum(batches.skipped.values())
     named = [r.getMessage() for r in caplog.records if "corrupt" in r.getMessage()]
     assert len(named) == 2
 
-  def test_replacements_do_not_depend_on_hosts_or_the_start(self):
+  def test_replacements_independent_of_hosts_and_start(self):
     source = Pictures(10, corrupt=[7, 2])
     options = dict(batch_size=4, seed=0, on_corrupt="skip")
     whole = take(6, source, RANDOM, **options)
@@ -211,7 +213,7 @@ class TestCorrupt:
     hosts = [take(6, source, RANDOM, **options, process_index=p, process_count=2) for p in range(2)]
     assert_same(joined(hosts), whole)
 
-  def test_an_evaluation_counts_its_last_iteration(self):
+  def test_eval_num_skipped_of_last_iteration(self):
     batches = eval_batches(Pictures(10, corrupt=[7, 2]), PLAIN, batch_size=4, on_corrupt="skip")
     assert batches.num_skipped == 0
     for _ in range(2):
@@ -220,7 +222,7 @@ class TestCorrupt:
       assert seen == [(3, 1), (3, 2), (2, 2)]
       assert iterator.num_skipped == 2
 
-  def test_nothing_but_corrupt_examples(self):
+  def test_all_examples_corrupt_raises(self):
     with pytest.raises(CorruptExampleError, match="in a row are corrupt"):
       take(1, Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, seed=0, on_corrupt="skip")
     batches = eval_batches(Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, on_corrupt="skip")
@@ -228,7 +230,7 @@ class TestCorrupt:
       list(batches)
 
   @pytest.mark.parametrize("hosts", [1, 2])
-  def test_evaluation_masks_them(self, hosts):
+  def test_eval_skip_masks_examples(self, hosts):
     source = Pictures(9, corrupt=[0, 1, 4])
     options = dict(batch_size=4, process_count=hosts, on_corrupt="skip")
     iterators = [
@@ -239,14 +241,14 @@ class TestCorrupt:
     assert seen == [2, 3, 5, 6, 7, 8]
     assert sum(it.num_skipped for it in iterators) == 3
 
-  def test_evaluation_stops_by_default(self):
+  def test_eval_raises_by_default(self):
     with pytest.raises(CorruptExampleError, match=r"pictures/4\.png"):
       list(eval_batches(Pictures(9, corrupt=[4]), PLAIN, batch_size=4))
 
 
 class TestErrors:
   @pytest.mark.parametrize("labels", [[0, 1, 5], [0, -1, 1]])
-  def test_label_out_of_range(self, labels):
+  def test_label_out_of_range_raises(self, labels):
     source = Pictures(3, num_classes=5, labels=labels)
     bad = next(label for label in labels if not 0 <= label < 5)
     for batches in (
@@ -265,29 +267,29 @@ class TestErrors:
       ({"repeats": 2, "buckets": 2}, "data.train.aug_repeats"),
     ],
   )
-  def test_repeats_that_cannot_be(self, options, message):
+  def test_invalid_aug_repeats_raises(self, options, message):
     with pytest.raises(ValueError, match=message):
       train_batches(Pictures(3), PLAIN, batch_size=8, seed=0, **options)
 
-  def test_num_classes_of_the_model_counts(self):
+  def test_num_classes_of_model_checked(self):
     with pytest.raises(ValueError, match=r"expected 0\.\.1 \(num_classes=2\)"):
       take(1, Pictures(9), PLAIN, batch_size=9, seed=0, num_classes=2)
 
-  def test_examples_of_different_shapes(self, class_folders):
+  def test_different_shapes_raise(self, class_folders):
     source = load_source(f"folder:{class_folders}", "train")
-    with pytest.raises(ValueError, match=r"'image' has different shapes.*resize"):
+    with pytest.raises(ValueError, match=r"'image' .*resize"):
       take(1, source, (), batch_size=8, seed=0)
 
-  def test_several_labels_need_multi_hot(self, prepared):
+  def test_multilabel_needs_multi_hot(self, prepared):
     source = load_source("tfds:tiny", "train", data_dir=str(prepared), label_key="labels")
-    with pytest.raises(ValueError, match=r"'label' has different shapes.*multi_hot"):
+    with pytest.raises(ValueError, match=r"'label' .*multi_hot"):
       take(1, source, PLAIN, batch_size=8, seed=0)
     many = (*PLAIN, *build_transforms([dict(name="multi_hot", num_classes=5)]))
     batch = take(1, source, many, batch_size=20, seed=0)[0]
     assert batch["label"].dtype == np.float32
     assert batch["label"].sum() == 4 * (0 + 1 + 2 + 3 + 4)
 
-  def test_error_in_a_transform_names_the_example(self):
+  def test_transform_error_names_example(self):
     crop = build_transforms([dict(name="central_crop", size=99)])
     with pytest.raises(ValueError, match=r"pictures/\d\.png: crop of 99x99"):
       take(1, Pictures(8), crop, batch_size=4, seed=0)
@@ -301,17 +303,17 @@ class TestErrors:
       (dict(batch_size=4, on_corrupt="skpi"), "did you mean 'skip'"),
     ],
   )
-  def test_arguments(self, options, message):
+  def test_invalid_arguments_raise(self, options, message):
     with pytest.raises((ValueError, TypeError)) as error:
       train_batches(Pictures(4), PLAIN, seed=0, **options)
     assert message in str(error.value)
 
-  def test_empty_source(self):
+  def test_empty_source_raises(self):
     with pytest.raises(ValueError, match="pictures has no example"):
       train_batches(Pictures(0), PLAIN, batch_size=4, seed=0)
 
 
-def test_demo_goes_through_the_same_pipeline():
+def test_demo_source_batches():
   source = load_source("demo:photos", "train")
   transforms = build_transforms(
     [dict(name="random_resized_crop", size=32), dict(name="random_flip")]
@@ -322,8 +324,8 @@ def test_demo_goes_through_the_same_pipeline():
   assert np.std(images) > 20
 
 
-def test_worker_processes_start_no_accelerator_and_end_with_their_parent(tmp_path):
-  """Grain imports jax where it can, but no backend comes up; Ctrl-C is left to the parent."""
+def test_worker_processes_no_backend_exit_with_parent(tmp_path):
+  """Grain imports jax but initialises no backend; workers block SIGINT and SIGTERM."""
   script = tmp_path / "script.py"
   script.write_text(
     """
@@ -351,7 +353,7 @@ if __name__ == "__main__":
   )
   env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
   command = [sys.executable, str(script)]
-  done = subprocess.run(  # until the worker, too, has closed its pipes
+  done = subprocess.run(  # until the worker's pipes are closed, too
     command, capture_output=True, text=True, check=False, env=env, timeout=60
   )
   assert done.stdout == "[False, True]\nset()\n"

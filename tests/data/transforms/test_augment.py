@@ -1,4 +1,4 @@
-"""RandAugment in both flavours: what is drawn how often, and what a magnitude means."""
+"""RandAugment, TensorFlow and timm variants: sampling of operations and meaning of magnitudes."""
 
 import collections
 
@@ -22,7 +22,7 @@ def one(policy, image, operation, seed=0):
 
 
 def outcomes(policy, image, operation, seeds=range(12)):
-  """The different results of an operation, as bytes."""
+  """Returns the distinct results of an operation, as bytes."""
   return {one(policy, image, operation, seed).tobytes() for seed in seeds}
 
 
@@ -31,7 +31,7 @@ def either_way(function, amount):
 
 
 @pytest.mark.parametrize("name", ["rand_augment", "timm_rand_augment"])
-def test_only_the_generator_is_random(photo, name):
+def test_deterministic_given_rng(photo, name):
   (transform,) = build_transforms([{"name": name}])
   before = photo.copy()
   results = [transform({"image": photo}, np.random.default_rng(s))["image"] for s in (3, 3, 4, 5)]
@@ -42,14 +42,14 @@ def test_only_the_generator_is_random(photo, name):
 
 
 @pytest.mark.parametrize(("policy", "count"), [(RandAugment(), 16), (TimmRandAugment(), 15)])
-def test_all_operations_are_drawn_alike_and_again(policy, count, photo, monkeypatch):
+def test_operations_drawn_uniformly_with_replacement(policy, count, photo, monkeypatch):
   drawn = []
 
-  def note(self, image, operation, rng):
+  def record(self, image, operation, rng):
     drawn.append(operation)
     return image
 
-  monkeypatch.setattr(type(policy), "apply_layer", note)
+  monkeypatch.setattr(type(policy), "apply_layer", record)
   rng = np.random.default_rng(0)
   for _ in range(4000):
     policy.apply(photo, rng)
@@ -61,14 +61,14 @@ def test_all_operations_are_drawn_alike_and_again(policy, count, photo, monkeypa
   assert np.mean(pairs[:, 0] == pairs[:, 1]) == pytest.approx(1 / count, abs=0.02)
 
 
-class TestTensorFlowFlavour:
-  def test_enhancements_are_from_a_tenth_upwards(self, photo):
+class TestTensorFlowVariant:
+  def test_enhance_factor_from_magnitude(self, photo):
     for magnitude, factor in ((0, 0.1), (10, 1.9), (20, 3.7)):
       policy = RandAugment(magnitude=magnitude)
       bright = ImageEnhance.Brightness(Image.fromarray(photo)).enhance(factor)
       np.testing.assert_array_equal(one(policy, photo, "brightness"), bright)
 
-  def test_contrast_blends_from_the_number_of_pixels(self, photo):
+  def test_contrast_blends_with_pixel_count(self, photo):
     expected = np.clip(36 + np.float32(1.9) * (photo.astype(np.float32) - 36), 0, 255)
     result = one(RandAugment(magnitude=10), photo, "contrast")  # 96 * 96 / 256 = 36
     np.testing.assert_array_equal(result, expected.astype(np.uint8))
@@ -76,18 +76,18 @@ class TestTensorFlowFlavour:
   @pytest.mark.parametrize(
     ("magnitude", "bits"), [(0, 1), (5, 2), (10, 4), (15, 6), (20, 8), (25, 1)]
   )
-  def test_posterize_keeps_more_bits_at_larger_magnitudes(self, photo, magnitude, bits):
+  def test_posterize_bits_from_magnitude(self, photo, magnitude, bits):
     result = one(RandAugment(magnitude=magnitude), photo, "posterize")
     np.testing.assert_array_equal(result, ImageOps.posterize(Image.fromarray(photo), bits))
 
   @pytest.mark.parametrize(
     ("magnitude", "threshold"), [(0, 0), (5, 128), (9, 230), (10, 0), (15, 128), (20, 0)]
   )
-  def test_the_threshold_of_solarize_overflows(self, photo, magnitude, threshold):
+  def test_solarize_threshold_overflows(self, photo, magnitude, threshold):
     result = one(RandAugment(magnitude=magnitude), photo, "solarize")
     np.testing.assert_array_equal(result, ImageOps.solarize(Image.fromarray(photo), threshold))
 
-  def test_moves_take_the_nearest_pixel_and_leave_grey(self, photo):
+  def test_translate_fills_grey(self, photo):
     policy = RandAugment(magnitude=3)  # 30 pixels
     shifted = one(policy, photo, "translate_x")
     grey = (shifted == 128).all(axis=(0, 2))
@@ -97,7 +97,7 @@ class TestTensorFlowFlavour:
     assert len(outcomes(policy, photo, "translate_x")) == 2
 
   @pytest.mark.parametrize("operation", ["shear_x", "shear_y"])
-  def test_shear_is_that_of_pixel_indices(self, photo, operation):
+  def test_shear_by_pixel_index(self, photo, operation):
     y, x = np.mgrid[:96, :96]
     expected = set()
     for shear in (-0.219, 0.219):
@@ -114,22 +114,22 @@ class TestTensorFlowFlavour:
     assert len(got) == 2
     assert max(close) < 0.01  # float rounding at half a pixel
 
-  def test_cutout_is_a_square_of_eight_m(self, photo):
+  def test_cutout_side_from_magnitude(self, photo):
     policy = RandAugment(magnitude=5)
     largest = 0
     for seed in range(20):
       cut = np.argwhere((one(policy, photo, "cutout", seed) == 128).all(axis=2))
       largest = max(largest, len(cut))
-    assert 1300 < largest <= 1600 + 60  # 40 x 40, and what is grey in the photo anyway
+    assert 1300 < largest <= 1600 + 60  # 40 x 40, plus grey pixels of the photo
 
 
-class TestTimmFlavour:
-  def test_operations_are_left_out_half_of_the_time(self, photo):
+class TestTimmVariant:
+  def test_probability_per_operation(self, photo):
     policy = TimmRandAugment()
     kept = [(one(policy, photo, "invert", seed) == photo).all() for seed in range(400)]
     assert np.mean(kept) == pytest.approx(0.5, abs=0.1)
 
-  def test_enhancements_grow_in_both_directions(self, photo):
+  def test_increasing_enhance_both_directions(self, photo):
     policy = TimmRandAugment(magnitude=5, magnitude_std=0, probability=1.0)
     image = Image.fromarray(photo)
     expected = {np.asarray(ImageEnhance.Color(image).enhance(f)).tobytes() for f in (0.55, 1.45)}
@@ -139,7 +139,7 @@ class TestTimmFlavour:
     np.testing.assert_array_equal(one(plain, photo, "contrast"), mean)
 
   @pytest.mark.parametrize(("increasing", "bits", "threshold"), [(True, 2, 77), (False, 2, 179)])
-  def test_posterize_and_solarize(self, photo, increasing, bits, threshold):
+  def test_posterize_and_solarize_levels(self, photo, increasing, bits, threshold):
     fields = dict(magnitude=7, magnitude_std=0, probability=1.0, increasing=increasing)
     policy, image = TimmRandAugment(**fields), Image.fromarray(photo)
     np.testing.assert_array_equal(one(policy, photo, "posterize"), ImageOps.posterize(image, bits))
@@ -147,7 +147,7 @@ class TestTimmFlavour:
       one(policy, photo, "solarize"), ImageOps.solarize(image, threshold)
     )
 
-  def test_moves_are_relative_to_the_side(self, photo):
+  def test_geometric_operations_like_pillow(self, photo):
     policy = TimmRandAugment(
       magnitude=10, magnitude_std=0, probability=1.0, interpolation="bicubic", fill=(1, 2, 3)
     )
@@ -177,7 +177,7 @@ class TestTimmFlavour:
     references = [np.frombuffer(e, np.uint8) for e in expected("rotate")]
     assert min(np.mean(turned != r) for r in references) < 2e-3
 
-  def test_interpolation_is_drawn(self, photo):
+  def test_interpolation_random_by_default(self, photo):
     fields = dict(magnitude=9, magnitude_std=0, probability=1.0)
     both = outcomes(TimmRandAugment(**fields), photo, "rotate", range(40))
     kinds = [
@@ -187,7 +187,7 @@ class TestTimmFlavour:
     assert both == kinds[0] | kinds[1]
     assert len(both) == 4
 
-  def test_magnitudes_scatter_and_stop_at_ten(self, photo):
+  def test_magnitude_std_clipped_at_ten(self, photo):
     black = np.zeros_like(photo)
     fields = dict(probability=1.0, magnitude=9, magnitude_std=0.5)
     values = [
@@ -198,7 +198,7 @@ class TestTimmFlavour:
     assert np.std(values) == pytest.approx(5.5, abs=1)
 
 
-def test_every_operation_keeps_shape_and_type(photo):
+def test_all_operations_keep_shape_and_dtype(photo):
   for policy in (RandAugment(), TimmRandAugment(probability=1.0)):
     for operation in policy.operations:
       result = one(policy, photo, operation)
@@ -211,18 +211,18 @@ def test_every_operation_keeps_shape_and_type(photo):
   [
     (
       {"name": "rand_augment", "num_layers": 0},
-      "rand_augment: num_layers is 0; expected at least 1",
+      "rand_augment: num_layers is 0",
     ),
-    ({"name": "rand_augment", "magnitude": -1}, r"magnitude is -1; expected \[0, 30\]"),
+    ({"name": "rand_augment", "magnitude": -1}, r"magnitude is -1"),
     ({"name": "timm_rand_augment", "interpolation": "cubic"}, "did you mean 'bicubic'"),
-    ({"name": "timm_rand_augment", "probability": 2.0}, r"probability is 2.0; expected \[0, 1\]"),
+    ({"name": "timm_rand_augment", "probability": 2.0}, r"probability is 2.0"),
   ],
 )
-def test_wrong_fields_are_one_clear_line(spec, message):
+def test_invalid_fields_raise(spec, message):
   with pytest.raises(ValueError, match=message):
     build_transforms([spec])
 
 
-def test_floats_are_refused(photo):
-  with pytest.raises(ValueError, match="expected uint8 images, got float32"):
+def test_float_image_raises(photo):
+  with pytest.raises(ValueError, match=r"uint8 .*float32"):
     RandAugment().apply(photo.astype(np.float32), np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""Operations on pixels, against Pillow's and against their definitions written out."""
+"""Pixel operations, against Pillow's and against their formulas."""
 
 import numpy as np
 import pytest
@@ -35,32 +35,32 @@ def enhanced(kind, image, factor):
   return np.asarray(kind(Image.fromarray(image)).enhance(factor))
 
 
-def test_auto_contrast(image):
+def test_auto_contrast_equals_pillow(image):
   expected = pillow(ImageOps.autocontrast, image)
   np.testing.assert_array_equal(ops.auto_contrast(image), expected)
 
 
-def test_invert(image):
+def test_invert_formula(image):
   np.testing.assert_array_equal(ops.invert(image), 255 - image)
 
 
 @pytest.mark.parametrize("bits", [1, 4, 7, 8])
-def test_posterize(image, bits):
+def test_posterize_equals_pillow(image, bits):
   np.testing.assert_array_equal(ops.posterize(image, bits), pillow(ImageOps.posterize, image, bits))
 
 
-def test_posterize_to_nothing_is_black(image):
+def test_posterize_zero_bits_black(image):
   assert not ops.posterize(image, 0).any()
 
 
 @pytest.mark.parametrize("threshold", [0, 77, 128, 256])
-def test_solarize(image, threshold):
+def test_solarize_equals_pillow(image, threshold):
   expected = pillow(ImageOps.solarize, image, threshold)
   np.testing.assert_array_equal(ops.solarize(image, threshold), expected)
 
 
 @pytest.mark.parametrize("addition", [0, 30, 220])
-def test_solarize_add(image, addition):
+def test_solarize_add_formula(image, addition):
   added = np.minimum(image.astype(int) + addition, 255)
   expected = np.where(image < 128, added, image)
   np.testing.assert_array_equal(ops.solarize_add(image, addition), expected)
@@ -77,13 +77,13 @@ def test_solarize_add(image, addition):
   ],
   ids=["brightness", "color", "contrast", "sharpness"],
 )
-def test_enhancements(image, function, kind, factor):
+def test_enhancements_equal_pillow(image, function, kind, factor):
   np.testing.assert_array_equal(function(image, factor), enhanced(kind, image, factor))
 
 
-def test_contrast_from_a_given_grey():
+def test_contrast_with_given_grey():
   image = np.array([[[0, 100, 255]]], np.uint8)
-  # 196 + 1.9 * (value - 196), without its fraction.
+  # 196 + 1.9 * (value - 196), truncated.
   np.testing.assert_array_equal(ops.contrast(image, 1.9, grey=196), [[[0, 13, 255]]])
 
 
@@ -91,14 +91,14 @@ def test_contrast_from_a_given_grey():
   "resample", [ops.Resampling.NEAREST, ops.Resampling.BILINEAR, ops.Resampling.BICUBIC]
 )
 @pytest.mark.parametrize("degrees", [-30.0, 12.5, 27.0])
-def test_rotate(image, degrees, resample):
+def test_rotate_close_to_pillow(image, degrees, resample):
   expected = Image.fromarray(image).rotate(degrees, resample, fillcolor=FILL)
   turned = ops.rotate(image, degrees, FILL, resample)
   # Pillow rounds its matrix to 15 digits.
   assert np.mean(turned != np.asarray(expected)) < 2e-3
 
 
-def test_affine_takes_pixels_from_where_the_matrix_says():
+def test_affine_integer_shift():
   image = CASES["noise"]
   moved = ops.affine(image, (1, 0, 3, 0, 1, -2), FILL, ops.Resampling.NEAREST)
   expected = np.empty_like(image)
@@ -107,7 +107,7 @@ def test_affine_takes_pixels_from_where_the_matrix_says():
   np.testing.assert_array_equal(moved, expected)
 
 
-def test_cutout_is_clipped_at_the_edge():
+def test_cutout_clipped_at_border():
   image = CASES["noise"]
   cut = ops.cutout(image, (1, 18), 4, FILL)
   inside = np.zeros(image.shape[:2], bool)

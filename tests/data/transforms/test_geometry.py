@@ -1,4 +1,4 @@
-"""Moving boxes, masks and labels with their image: against DETR's own transforms, and by hand."""
+"""Joint transforms of images, boxes, masks and labels: against DETR's own, and by hand."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SCALING[0]["crop_sides"] = (30, 50)
 
 @pytest.fixture
 def official(load_golden):
-  """The image and annotations that the official transforms were run on, and their results."""
+  """The image, annotations and results of the official transforms."""
   config, inputs, outputs = load_golden("detr_transforms_a")
   example = {
     "image": inputs["tf_image"],
@@ -33,15 +33,15 @@ def check(example, outputs, name):
 
 
 class TestOfficial:
-  def test_sizes(self, load_golden):
-    """Guards the size rule, with its rounding where the longer side is bounded."""
+  def test_scaled_size_equals_official(self, load_golden):
+    """Includes the rounding when the longer side is bounded."""
     _, inputs, outputs = load_golden("detr_transforms_a")
     ours = [scaling.scaled_size((h, w), 800, 1333) for w, h in inputs["size_wh"].tolist()]
     np.testing.assert_array_equal(ours, outputs["size_hw_800_1333"])
 
   @pytest.mark.parametrize("name", ["resize", "resize_max", "resize_up"])
-  def test_resize(self, official, name):
-    """Guards Pillow's filter on the image, the scale of boxes, and torch's nearest on masks."""
+  def test_resize_equals_official(self, official, name):
+    """Pillow's filter for the image, torch's nearest for masks."""
     config, example, outputs = official
     shorter, longest = config["resize"][name]
     transform = scaling.ResizeShorter(shorter, longest)
@@ -49,21 +49,20 @@ class TestOfficial:
     np.testing.assert_array_equal(result["image"], outputs[f"tf_{name}_image"])
     check(result, outputs, name)
 
-  def test_flip(self, official):
-    """Guards the mirrored boxes and masks."""
+  def test_mirror_equals_official(self, official):
     _, example, outputs = official
     result = scaling.Mirror()(example)
     check(result, outputs, "hflip")
     np.testing.assert_array_equal(result["image"], example["image"][:, ::-1])
 
-  def test_crop(self, official):
-    """Guards clipping, and that objects outside are gone with their masks and labels."""
+  def test_window_equals_official(self, official):
+    """Boxes are clipped; objects outside are dropped with their masks and labels."""
     config, example, outputs = official
     top, left, height, width = config["crop_region_i_j_h_w"]
     check(scaling.Window(top, left, height, width)(example), outputs, "crop")
 
-  def test_normalized_boxes(self, official):
-    """Guards the targets: centre, width and height as shares of the image."""
+  def test_pad_objects_equals_official(self, official):
+    """Boxes are (center_x, center_y, width, height) as fractions of the image."""
     _, example, outputs = official
     (pad,) = build_transforms([dict(name="pad_objects", num=7)])
     zeros = np.zeros(5, np.float32)
@@ -77,7 +76,7 @@ class TestOfficial:
 
 
 def marked(height=60, width=80):
-  """An image whose colours, masks and labels all say the same: which quarter a pixel lies in."""
+  """Returns an example whose colours, masks and label map all encode a pixel's quadrant."""
   quarter = 2 * (np.arange(height) >= height // 2)[:, None] + (np.arange(width) >= width // 2)
   boxes = [[0, 0, 40, 30], [40, 0, 80, 30], [0, 30, 40, 60], [40, 30, 80, 60]]
   return {
@@ -89,8 +88,7 @@ def marked(height=60, width=80):
   }
 
 
-def test_everything_moves_together():
-  """Guards all keys at once: wherever a mask is, image and label map say so, in its box."""
+def test_image_boxes_masks_labels_aligned():
   rng = np.random.default_rng(0)
   transforms = build_transforms(SCALING)
   seen = set()
@@ -115,8 +113,8 @@ def test_everything_moves_together():
   assert len(seen) > 10
 
 
-def test_sizes_are_known_beforehand():
-  """Guards padding, which trusts in it: the forecast draws what the transform will draw."""
+def test_output_size_equals_transformed_size():
+  """Buckets rely on it: output_size draws the same random numbers as the transform."""
   transforms = build_transforms([*SCALING, dict(name="resize_shorter", shorter=(20, 30, 40))])
   for seed in range(20):
     example, rng, ahead = marked(), np.random.default_rng(seed), np.random.default_rng(seed)
@@ -126,8 +124,8 @@ def test_sizes_are_known_beforehand():
     assert size == example["image"].shape[:2]
 
 
-def test_scales_and_crops_are_drawn_as_the_paper_has_them():
-  """Guards the augmentation: every scale occurs, half of the images are cropped, sides bounded."""
+def test_random_scale_crop_distribution():
+  """All scales occur, half of the images are cropped, sides are bounded."""
   transform, rng = scaling.RandomScaleCrop(), np.random.default_rng(0)
   plans = [transform.plan((480, 640), rng) for _ in range(2000)]
   cropped = [plan for plan in plans if len(plan) == 3]
@@ -139,8 +137,8 @@ def test_scales_and_crops_are_drawn_as_the_paper_has_them():
   assert max(side for plan in plans for side in plan[-1]) <= 1333
 
 
-def test_a_transform_without_forecast_says_so():
-  """Guards the error for transforms that move pixels but not the boxes."""
+def test_output_size_not_implemented_raises():
+  """For transforms that move pixels but not boxes."""
   (crop,) = build_transforms([dict(name="random_crop", size=8)])
   with pytest.raises(ValueError, match=r"random_crop.*data\.loader\.buckets"):
     crop.output_size((20, 20), np.random.default_rng(0))

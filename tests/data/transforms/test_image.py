@@ -20,9 +20,9 @@ def run(specs, image, seed=0, **others):
 
 
 class TestReferencePipelines:
-  """Against TensorFlow itself, bit for bit: what published accuracies were measured with."""
+  """Bit-exact against TensorFlow, with which the published accuracies were measured."""
 
-  def test_vision_transformer(self, load_golden):
+  def test_vision_transformer_eval(self, load_golden):
     config, inputs, outputs = load_golden("vit_preproc_a")
     spec = [dict(name="resize", size=config["size"], dtype="float32")]
     image = run(spec, inputs["image"])["image"]
@@ -30,7 +30,7 @@ class TestReferencePipelines:
     expected = outputs["vit_jax_eval"]
     np.testing.assert_array_equal((image - np.float32(127.5)) / np.float32(127.5), expected)
 
-  def test_big_vision(self, load_golden):
+  def test_big_vision_eval(self, load_golden):
     config, inputs, outputs = load_golden("vit_preproc_a")
     spec = [
       dict(name="resize_small", size=config["small"]),
@@ -41,7 +41,7 @@ class TestReferencePipelines:
     expected = outputs["bv_resize_small_central_crop"]
     np.testing.assert_allclose(image / 127.5 - 1, expected, atol=1e-6)
 
-  def test_few_shot(self, load_golden):
+  def test_few_shot_eval(self, load_golden):
     config, inputs, outputs = load_golden("vit_preproc_a")
     spec = [
       dict(name="resize", size=config["small"]),
@@ -51,7 +51,7 @@ class TestReferencePipelines:
     assert image.dtype == np.uint8
     np.testing.assert_allclose(image / 127.5 - 1, outputs["bv_resize_central_crop"], atol=1e-6)
 
-  def test_antialias(self, load_golden):
+  def test_antialias_equals_tensorflow(self, load_golden):
     config, inputs, outputs = load_golden("vit_preproc_a")
     spec = [dict(name="resize", size=config["size"], method="antialias")]
     image = run(spec, inputs["image"])["image"]
@@ -61,7 +61,7 @@ class TestReferencePipelines:
     ("size", "small", "expected"),
     [((272, 425), 40, (40, 63)), ((355, 160), 48, (107, 48)), ((53, 71), 40, (40, 54))],
   )
-  def test_a_side_of_a_half_is_rounded_as_tensorflow_does(self, size, small, expected):
+  def test_resize_small_rounds_half_like_tensorflow(self, size, small, expected):
     blank = np.zeros((*size, 3), np.uint8)
     assert run([dict(name="resize_small", size=small)], blank)["image"].shape[:2] == expected
 
@@ -69,7 +69,7 @@ class TestReferencePipelines:
 class TestTfResize:
   @pytest.mark.parametrize("method", tf_resize.METHODS)
   @pytest.mark.parametrize("size", [(7, 9), (31, 20), (50, 80), (13, 70)])
-  def test_means_what_it_says(self, method, size):
+  def test_shape_dtype_and_content(self, method, size):
     image = photo(31, 40).astype(np.float32)
     resized = tf_resize.tf_resize(image, *size, method)
     assert resized.shape == (*size, 3)
@@ -78,23 +78,23 @@ class TestTfResize:
     assert np.abs(resized - smooth).mean() < 12
 
   @pytest.mark.parametrize("method", tf_resize.METHODS)
-  def test_same_size_is_the_identity(self, method):
+  def test_same_size_identity(self, method):
     image = photo(20, 30)
     np.testing.assert_allclose(tf_resize.tf_resize(image, 20, 30, method), image, atol=1e-4)
 
-  def test_antialias_agrees_with_pillow(self):
+  def test_antialias_close_to_pillow(self):
     image = photo(90, 120)
     ours = tf_resize.tf_resize(image, 20, 30, "antialias")
     pillow = np.asarray(Image.fromarray(image).resize((30, 20), Image.Resampling.BILINEAR))
     assert np.abs(ours - pillow).max() < 1.1
 
-  def test_unknown_method(self):
+  def test_unknown_method_raises(self):
     with pytest.raises(ValueError, match="did you mean 'bilinear'"):
       build_transforms([dict(name="resize", size=3, method="bilinaer")])
 
 
 class TestRandomResizedCrop:
-  def test_boxes_keep_to_the_limits(self):
+  def test_sampled_boxes_within_limits(self):
     rng = np.random.default_rng(0)
     areas, ratios = [], []
     for _ in range(2000):
@@ -108,7 +108,7 @@ class TestRandomResizedCrop:
     assert 0.65 < min(ratios) < 0.75
     assert 1.3 < max(ratios) < 1.5
 
-  def test_boxes_lie_everywhere(self):
+  def test_sampled_boxes_cover_image(self):
     rng = np.random.default_rng(0)
     cover = np.zeros((60, 60))
     for _ in range(1000):
@@ -116,12 +116,12 @@ class TestRandomResizedCrop:
       cover[top : top + height, left : left + width] += 1
     assert (cover > 0).mean() > 0.98
 
-  def test_impossible_box_gives_the_whole_image(self):
+  def test_impossible_box_gives_whole_image(self):
     rng = np.random.default_rng(0)
     assert sample_distorted_box((4, 400), (0.9, 1.0), (0.75, 1.33), rng) == (0, 0, 4, 400)
 
   @pytest.mark.parametrize("size", [(1, 1), (1, 50), (2, 3)])
-  def test_tiny_images(self, size):
+  def test_tiny_images_resized(self, size):
     spec = [dict(name="random_resized_crop", size=8)]
     for seed in range(20):
       assert run(spec, photo(*size), seed)["image"].shape == (8, 8, 3)
@@ -137,7 +137,7 @@ class TestRandomResizedCrop:
       ((5, 7, 60, 60), 1),
     ],
   )
-  def test_decoding_at_a_smaller_scale_shows_the_same_crop(self, box, reduce):
+  def test_reduced_decode_same_crop(self, box, reduce):
     data = encode(photo(420, 560), quality=95)
     image, (top, left, height, width) = _decode_for(data, (420, 560), box, (30, 40))
     assert image.shape[1] == -(-560 // reduce)
@@ -151,7 +151,7 @@ class TestRandomResizedCrop:
     assert np.abs(seen.astype(int) - np.asarray(wanted)).mean() < 3.5
 
   @pytest.mark.parametrize("seed", range(6))
-  def test_encoded_and_decoded_images_give_about_the_same(self, seed):
+  def test_encoded_close_to_decoded(self, seed):
     data = encode(photo(420, 560), quality=95)
     spec = [dict(name="random_resized_crop", size=[60, 80])]
     encoded = run(spec, data, seed)["image"]
@@ -159,7 +159,7 @@ class TestRandomResizedCrop:
     assert encoded.shape == decoded.shape == (60, 80, 3)
     assert np.corrcoef(encoded.ravel(), decoded.ravel())[0, 1] > 0.97
 
-  def test_antialias_can_be_turned_off(self):
+  def test_antialias_false(self):
     noise = np.random.default_rng(0).integers(256, size=(300, 300, 3), dtype=np.uint8)
     spec = dict(name="random_resized_crop", size=16, area=(0.9, 1.0))
     smooth = run([spec], noise)["image"].std()
@@ -168,13 +168,13 @@ class TestRandomResizedCrop:
     assert rough > 25
 
   @pytest.mark.parametrize("field", [dict(area=(0.5, 0.1)), dict(area=(0, 1)), dict(area=(0.5, 2))])
-  def test_wrong_area(self, field):
-    with pytest.raises(ValueError, match=r"area is .*; expected \(smallest, largest\)"):
+  def test_invalid_area_raises(self, field):
+    with pytest.raises(ValueError, match=r"area is "):
       build_transforms([dict(name="random_resized_crop", size=8, **field)])
 
 
-class TestSmallOnes:
-  def test_flip(self):
+class TestSimpleTransforms:
+  def test_random_flip(self):
     image = photo(5, 7)
     flipped = [run([dict(name="random_flip")], image, seed)["image"] for seed in range(40)]
     mirrored = [np.array_equal(f, image[:, ::-1]) for f in flipped]
@@ -182,40 +182,40 @@ class TestSmallOnes:
     assert sum(mirrored) + sum(same) == 40
     assert 8 < sum(mirrored) < 32
 
-  def test_translate_reaches_every_shift(self):
+  def test_random_translate_all_shifts(self):
     image = np.zeros((5, 5, 3), np.uint8)
     image[2, 2] = 255
     spec = [dict(name="random_translate", pixels=1)]
     places = {tuple(np.argwhere(run(spec, image, s)["image"][..., 0])[0]) for s in range(100)}
     assert places == {(y, x) for y in (1, 2, 3) for x in (1, 2, 3)}
 
-  def test_translate_fills(self):
+  def test_random_translate_fill(self):
     image = np.zeros((4, 4, 3), np.uint8)
     spec = [dict(name="random_translate", pixels=4, fill=9)]
     values = {v for s in range(20) for v in np.unique(run(spec, image, s)["image"])}
     assert values == {0, 9}
 
-  def test_random_crop(self):
+  def test_random_crop_all_windows(self):
     image = photo(9, 12)
     spec = [dict(name="random_crop", size=[8, 10])]
     windows = {run(spec, image, s)["image"].tobytes() for s in range(60)}
     expected = {image[y : y + 8, x : x + 10].tobytes() for y in range(2) for x in range(3)}
     assert windows == expected
 
-  def test_central_crop(self):
+  def test_central_crop_window(self):
     image = photo(9, 12)
     cropped = run([dict(name="central_crop", size=(4, 6))], image)["image"]
     assert np.array_equal(cropped, image[2:6, 3:9])
 
-  def test_crop_larger_than_the_image(self):
-    with pytest.raises(ValueError, match="crop of 10x10 exceeds the image of 9x12"):
+  def test_crop_larger_than_image_raises(self):
+    with pytest.raises(ValueError, match=r"10x10 .*9x12"):
       run([dict(name="central_crop", size=10)], photo(9, 12))
 
-  def test_resize_small_keeps_the_aspect_ratio(self):
+  def test_resize_small_keeps_aspect_ratio(self):
     image = run([dict(name="resize_small", size=20)], photo(33, 71))["image"]
     assert image.shape == (20, 43, 3)
 
-  def test_one_hot_and_multi_hot(self):
+  def test_one_hot_multi_hot(self):
     one = run([dict(name="one_hot", num_classes=4)], b"", label=2)
     assert one["label"].tolist() == [0, 0, 1, 0]
     many = [dict(name="multi_hot", num_classes=4)]
@@ -224,13 +224,13 @@ class TestSmallOnes:
     with pytest.raises(ValueError, match=r"label: 4; expected 0 to 3"):
       run(many, b"", label=[1, 4])
 
-  def test_encoded_and_grey_images_are_accepted_everywhere(self):
+  def test_encoded_and_grey_images_decoded(self):
     image = photo(20, 20)[..., 0]
     for given in (image, image[..., None], encode(image, "PNG")):
       decoded = run([dict(name="decode")], given)["image"]
       assert np.array_equal(decoded, np.repeat(image[..., None], 3, axis=2))
 
-  def test_examples_are_not_changed_in_place(self):
+  def test_input_image_not_modified(self):
     image = photo(20, 24)
     before = image.copy()
     specs = [
@@ -253,22 +253,22 @@ class TestBuild:
       (dict(name="resize", size=3, dtype="float23"), "did you mean 'float32'"),
     ],
   )
-  def test_errors_are_one_line(self, spec, message):
+  def test_invalid_specs_raise(self, spec, message):
     with pytest.raises(ValueError, match=r"known|needs") as error:
       build_transforms([spec])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
-  def test_every_transform_is_documented_frozen_and_known_by_its_name(self):
+  def test_registered_transforms_documented_and_frozen(self):
     for name, transform in transforms.TRANSFORMS.items():
       assert name == transform.name
       assert transform.__doc__
-      assert "`" in transform.__doc__  # it names the keys that it reads or writes
+      assert "`" in transform.__doc__  # names the keys that it reads or writes
       assert transform.__dataclass_params__.frozen
       assert all(f.type for f in dataclasses.fields(transform))
 
-  def test_transforms_of_targets(self):
-    """Inference leaves these out: a user's image has no labels, boxes or label maps."""
+  def test_target_transforms(self):
+    """Inference drops these: a user's image has no labels, boxes or label maps."""
     assert {n for n, transform in transforms.TRANSFORMS.items() if transform.is_target} == {
       "one_hot", "multi_hot", "load_objects", "keep_classes", "pad_objects", "load_label_map",
       "pad_label_map",

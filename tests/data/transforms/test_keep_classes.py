@@ -1,11 +1,11 @@
-"""Objects left out by their class."""
+"""keep_classes: drops objects by class."""
 
 import numpy as np
 
 from vit_jax_zoo.data.transforms import build_transforms
 
 
-def test_things_stay_with_all_that_belongs_to_them():
+def test_below_filters_all_object_fields():
   example = {
     "image": np.zeros((4, 4, 3), np.uint8),
     "labels": np.array([12, 3, 9, 10]),

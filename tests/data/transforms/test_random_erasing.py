@@ -1,4 +1,4 @@
-"""Random erasing: how often, how much, with what."""
+"""Random erasing: probability, area and fill modes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ def erased(transform, seed, image=BLACK):
   return transform.apply(image, np.random.default_rng(seed))
 
 
-def test_a_share_of_the_images_loses_one_rectangle():
+def test_probability_area_and_aspect_ratio():
   transform = RandomErasing(probability=0.3)
   changed, ratios = 0, []
   for seed in range(500):
@@ -30,13 +30,13 @@ def test_a_share_of_the_images_loses_one_rectangle():
   assert not BLACK.any()
 
 
-def test_the_generator_alone_is_random():
+def test_deterministic_given_rng():
   transform = RandomErasing(probability=1.0, mode="pixel")
   np.testing.assert_array_equal(erased(transform, 1), erased(transform, 1))
   assert (erased(transform, 1) != erased(transform, 2)).any()
 
 
-def test_modes():
+def test_fill_modes():
   fields = dict(probability=1.0, area=(0.3, 0.3), aspect_ratio=(1.0, 1.0))
   mean, std = (0.25, 0.5, 0.75), (0.02, 0.04, 0.02)
   const, rand, pixel = (
@@ -54,19 +54,19 @@ def test_modes():
   np.testing.assert_allclose(noise.std(axis=0), np.multiply(std, 255), rtol=0.1)
 
 
-def test_several_rectangles_share_the_area():
+def test_max_count_splits_area():
   transform = RandomErasing(probability=1.0, area=(0.2, 0.2), max_count=3)
   shares = np.array([(erased(transform, seed) > 0).mean() for seed in range(60)])
   assert shares.max() < 0.21
-  assert shares.min() < 0.18  # where they overlap
+  assert shares.min() < 0.18  # where rectangles overlap
 
 
-def test_a_box_that_cannot_fit_erases_nothing():
+def test_rectangle_too_large_not_erased():
   transform = RandomErasing(probability=1.0, area=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
   np.testing.assert_array_equal(erased(transform, 0), BLACK)
 
 
-def test_floats_stay_floats():
+def test_float_image_stays_float():
   transform = RandomErasing(probability=1.0, image_mean=0.3)
   result = erased(transform, 0, np.zeros((20, 20, 3), np.float32))
   assert result.dtype == np.float32
@@ -77,11 +77,11 @@ def test_floats_stay_floats():
   ("fields", "message"),
   [
     ({"mode": "pixels"}, "did you mean 'pixel'"),
-    ({"probability": 1.1}, r"probability is 1.1; expected \[0, 1\]"),
-    ({"area": (0.5, 0.2)}, r"area is \(0.5, 0.2\); expected \(smallest, largest\)"),
-    ({"max_count": 0}, "max_count is 0; expected at least 1"),
+    ({"probability": 1.1}, r"probability is 1.1"),
+    ({"area": (0.5, 0.2)}, r"area is \(0.5, 0.2\)"),
+    ({"max_count": 0}, "max_count is 0"),
   ],
 )
-def test_wrong_fields_are_one_clear_line(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
     build_transforms([{"name": "random_erasing", **fields}])
