@@ -1,4 +1,4 @@
-"""Drill: published checkpoints broken in many ways; each is one line, none loads."""
+"""Drill: damaged published checkpoints; each raises a one-line error."""
 
 import io
 import json
@@ -25,7 +25,7 @@ FILES = {
 
 @pytest.fixture
 def published(request, tmp_path):
-  """A whole checkpoint's file, in a folder with the JSON files that belong to it."""
+  """A complete checkpoint file, with its JSON files."""
   name = request.getfixturevalue("name")
   source = GOLDENS / FILES[name]
   suffix = source.suffix
@@ -64,24 +64,24 @@ NOISE = random.Random(0).randbytes(4096)
 BYTES = {
   "empty": lambda data: b"",
   "seven_bytes": lambda data: data[:7],
-  "a_tenth": cut(0.1),
-  "half": cut(0.5),
-  "all_but_a_byte": lambda data: data[:-1],
+  "first_tenth": cut(0.1),
+  "first_half": cut(0.5),
+  "last_byte_missing": lambda data: data[:-1],
   "zeros": lambda data: bytes(len(data)),
   "noise": lambda data: NOISE,
-  "first_bytes_gone": lambda data: data[16:],
-  "noise_at_the_start": overwrite(0, NOISE[:64]),
-  "a_web_page": lambda data: b"<!DOCTYPE html><html>Not found</html>",
-  "a_git_lfs_pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+  "first_bytes_missing": lambda data: data[16:],
+  "noise_at_start": overwrite(0, NOISE[:64]),
+  "html_page": lambda data: b"<!DOCTYPE html><html>Not found</html>",
+  "git_lfs_pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
   "twice": lambda data: data + data[: len(data) // 2],
 }
 
 
-# --- .npz and .safetensors: what their headers say ------------------------------------------------
+# --- .npz and .safetensors: headers --------------------------------------------------------------
 
 
 def change_header(change):
-  """Rewrites a safetensors file's JSON header, and leaves its numbers alone."""
+  """Rewrites a safetensors file's JSON header; the data is unchanged."""
 
   def broken(data):
     size = int.from_bytes(data[:8], "little")
@@ -95,25 +95,25 @@ def change_header(change):
 
 
 HEADERS = {
-  "header_longer_than_the_file": overwrite(0, (2**40).to_bytes(8, "little")),
-  "header_of_nothing": overwrite(0, bytes(8)),
-  "header_is_no_json": overwrite(8, b"}"),
-  "unknown_type": change_header(lambda entry: entry.update(dtype="Q7")),
-  "offsets_behind_the_end": change_header(lambda entry: entry.update(data_offsets=[0, 2**40])),
-  "offsets_the_wrong_way": change_header(lambda entry: entry["data_offsets"].reverse()),
-  "shape_of_another_size": change_header(lambda entry: entry.update(shape=[3, 5, 7])),
+  "header_longer_than_file": overwrite(0, (2**40).to_bytes(8, "little")),
+  "empty_header": overwrite(0, bytes(8)),
+  "header_not_json": overwrite(8, b"}"),
+  "unknown_dtype": change_header(lambda entry: entry.update(dtype="Q7")),
+  "offsets_beyond_end": change_header(lambda entry: entry.update(data_offsets=[0, 2**40])),
+  "offsets_reversed": change_header(lambda entry: entry["data_offsets"].reverse()),
+  "shape_of_other_size": change_header(lambda entry: entry.update(shape=[3, 5, 7])),
 }
 
 
-def flip_in_a_member(data):
-  """Changes one number inside the largest array; the zip's checksum then does not hold."""
+def flip_byte_in_member(data):
+  """Flips a byte inside the largest array, which makes the zip's checksum wrong."""
   with zipfile.ZipFile(io.BytesIO(data)) as archive:
     largest = max(archive.infolist(), key=lambda member: member.compress_size)
   at = largest.header_offset + largest.compress_size // 2
   return data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
 
 
-def replace_a_member(content):
+def replace_member(content):
   def broken(data):
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w") as new:
@@ -131,15 +131,15 @@ def pickled_objects():
 
 
 ARCHIVES = {
-  "a_changed_number": flip_in_a_member,
-  "no_directory": lambda data: data[: data.rindex(b"PK\x01\x02")],
-  "a_member_of_nothing": replace_a_member(b""),
-  "a_member_of_noise": replace_a_member(NOISE),
-  "a_member_of_objects": replace_a_member(pickled_objects()),
+  "flipped_byte": flip_byte_in_member,
+  "missing_directory": lambda data: data[: data.rindex(b"PK\x01\x02")],
+  "empty_member": replace_member(b""),
+  "noise_member": replace_member(NOISE),
+  "pickled_member": replace_member(pickled_objects()),
 }
 
 
-# --- arrays: a whole file of the wrong things ----------------------------------------------------
+# --- arrays ---------------------------------------------------------------------------------------
 
 
 def largest(arrays):
@@ -155,17 +155,17 @@ def with_largest(change):
 
 
 ARRAYS = {
-  "the_largest_missing": without(largest),
-  "the_first_missing": without(min),
-  "the_last_missing": without(max),
-  "one_too_many": lambda arrays: arrays | {f"{min(arrays)}_of_another": np.ones(3, np.float32)},
-  "a_row_short": with_largest(lambda array: array[:-1]),
-  "an_axis_short": with_largest(lambda array: array[..., 0].copy()),
-  "an_axis_more": with_largest(lambda array: array[None].copy()),
-  "nothing_in_it": with_largest(lambda array: array[:0].copy()),
+  "largest_missing": without(largest),
+  "first_missing": without(min),
+  "last_missing": without(max),
+  "extra_array": lambda arrays: arrays | {f"{min(arrays)}_of_another": np.ones(3, np.float32)},
+  "row_missing": with_largest(lambda array: array[:-1]),
+  "axis_missing": with_largest(lambda array: array[..., 0].copy()),
+  "extra_axis": with_largest(lambda array: array[None].copy()),
+  "empty_array": with_largest(lambda array: array[:0].copy()),
   "no_arrays": lambda arrays: {},
-  "names_of_nobody": lambda arrays: {f"x{i}": a for i, a in enumerate(arrays.values())},
-  "half_of_the_arrays": lambda arrays: dict(sorted(arrays.items())[::2]),
+  "unknown_names": lambda arrays: {f"x{i}": a for i, a in enumerate(arrays.values())},
+  "half_of_arrays": lambda arrays: dict(sorted(arrays.items())[::2]),
 }
 
 
@@ -177,38 +177,38 @@ def write_arrays(file, change):
 
 
 CASES = [
-  (name, kind, way)
+  (name, kind, damage)
   for name, file in FILES.items()
-  for kind, ways in {
+  for kind, damages in {
     "bytes": BYTES,
     "archive": ARCHIVES if file.endswith("npz") else {},
     "header": {} if file.endswith("npz") else HEADERS,
     "arrays": ARRAYS,
   }.items()
-  for way in ways
-  # Hugging Face's ImageGPT without what is first, a head, is an encoder, and whole.
-  if (name, way) != ("imagegpt", "the_first_missing")
+  for damage in damages
+  # Hugging Face's ImageGPT without its first array, the head, is a complete encoder.
+  if (name, damage) != ("imagegpt", "first_missing")
 ]
 
 
-def test_there_are_fifty_and_more():
+def test_at_least_fifty_cases():
   assert len(CASES) >= 50
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_whole_ones_load(name, published):
+def test_intact_checkpoint_loads(name, published):
   assert load_pretrained(to_load(published)).variables["params"]
 
 
-@pytest.mark.parametrize(("name", "kind", "way"), CASES)
-def test_a_broken_one_is_one_line(name, kind, way, published):
+@pytest.mark.parametrize(("name", "kind", "damage"), CASES)
+def test_damaged_checkpoint_raises(name, kind, damage, published):
   if kind == "arrays":
-    write_arrays(published, ARRAYS[way])
+    write_arrays(published, ARRAYS[damage])
   else:
-    ways = {"bytes": BYTES, "archive": ARCHIVES, "header": HEADERS}[kind]
-    published.write_bytes(ways[way](published.read_bytes()))
+    damages = {"bytes": BYTES, "archive": ARCHIVES, "header": HEADERS}[kind]
+    published.write_bytes(damages[damage](published.read_bytes()))
   with pytest.raises(ValueError, match=r"\S") as error:
     load_pretrained(to_load(published))
   message = str(error.value)
   assert "\n" not in message
-  assert "model" in message or str(published.parent) in message, "it does not say which file"
+  assert "model" in message or str(published.parent) in message, "the error does not name the file"

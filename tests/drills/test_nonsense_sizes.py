@@ -1,4 +1,4 @@
-"""Drill: each size of the demos' models as 0 and as -1; one line before anything is compiled."""
+"""Drill: each size of the demos' models as 0 and -1; a one-line error before compilation."""
 
 import copy
 
@@ -25,13 +25,13 @@ MAY_BE_ZERO = ("extra_levels", "num_convs", "dropout_rate", "lambda_blocks")
 
 def demo(system, variant):
   config = config_lib.load(f"configs/{system}.py:{variant}")
-  config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # fits the eight devices
+  config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # for eight devices
   config.data.loader.num_workers = 0
   return config
 
 
 def sizes(tree, path=()):
-  """Yields the path of every number, and of each in a tuple."""
+  """Yields the path of every number, including those in tuples."""
   items = tree.items() if isinstance(tree, dict) else enumerate(tree)
   for key, value in items:
     if isinstance(value, dict | tuple | list):
@@ -50,7 +50,7 @@ def with_size(tree, path, size):
 
 
 def trace(config, batch):
-  """Goes as far as a run goes before it compiles anything."""
+  """Traces the training step, as a run does before compilation."""
   made = trainer.build(config)
   program = made.program(batch)
   with jax.set_mesh(made.mesh):
@@ -58,7 +58,7 @@ def trace(config, batch):
 
 
 @pytest.mark.parametrize(("system", "variant"), DEMOS)
-def test_sizes_that_cannot_be(system, variant):
+def test_invalid_size_raises(system, variant):
   whole = demo(system, variant)
   made = trainer.build(whole)
   batch = next(made.train_batches())

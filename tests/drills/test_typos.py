@@ -1,4 +1,4 @@
-"""Drill: 200 misspelt fields of the six demos, each answered in one line by the right name."""
+"""Drill: 200 misspelt fields of the six demos; each error suggests the right name."""
 
 import copy
 import random
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 NAMES = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
 SYSTEMS = [name for name in NAMES if name in systems()]
 COUNT = 200
-SHORTEST = 4  # of fewer letters a slip may be nearer to another field than to its own
+SHORTEST = 4  # shorter names are too close to others
 FROM_DATA = {"num_classes": 10, "class_names": ()}
 
 
 def demo(system):
   config = config_lib.load(f"configs/{system}.py:demo")
-  config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # fits the eight devices
+  config.update(batch_size=8, eval_batch_size=8, accumulation_steps=1)  # for eight devices
   return config
 
 
@@ -36,8 +36,8 @@ def fields_of(section, path=()):
       yield from fields_of(value, (*path, key))
 
 
-def misspelt(word, rng):
-  """One slip of the fingers: two letters swapped, one lost, one doubled, or one that is another."""
+def misspell(word, rng):
+  """Returns the word with two letters swapped, one dropped, one doubled or one replaced."""
   at = rng.randrange(1, len(word) - 1)
   other = rng.choice(string.ascii_lowercase)
   return rng.choice(
@@ -50,9 +50,9 @@ def misspelt(word, rng):
   )
 
 
-def slips():
+def misspellings():
   rng = random.Random(0)
-  # What stands below a name of the user's own choice, or takes any name, has no right answer.
+  # Sections with user-chosen keys, or with keys of any name, have no correct suggestion.
   free = {("data", "eval"), ("recipe", "learning_rates"), ("sharding", "rules")}
   places = [
     (system, path)
@@ -63,29 +63,29 @@ def slips():
   found, known = [], {path[-1] for _, path in places}
   while len(found) < COUNT:
     system, path = rng.choice(places)
-    wrong = misspelt(path[-1], rng)
+    wrong = misspell(path[-1], rng)
     if wrong not in known:
       found.append((system, path, wrong))
   return found
 
 
-def use(config):
-  """Hands each section to the part that it configures, as a run does, without compiling."""
+def build_parts(config):
+  """Passes each section to the part that it configures, like a run, without compiling."""
   config = config_lib.complete(config)
   made = trainer.build(config)
   made.train_batches()
   with jax.set_mesh(made.mesh):
-    made.program(next(made.train_batches()))  # a model makes its inner parts when it is traced
+    made.program(next(made.train_batches()))  # inner modules are created when the model is traced
   for name in config.data.eval:
     made.eval_batches(name)
 
 
 @pytest.mark.parametrize(
   ("system", "path", "wrong"),
-  slips(),
+  misspellings(),
   ids=lambda value: ".".join(value) if isinstance(value, tuple) else value,
 )
-def test_a_misspelt_field(system, path, wrong):
+def test_misspelt_field_suggests_name(system, path, wrong):
   config = demo(system)
   place = config
   for key in path[:-1]:
@@ -93,12 +93,12 @@ def test_a_misspelt_field(system, path, wrong):
   with config.unlocked(), config.ignore_type():
     place[wrong] = copy.deepcopy(place[path[-1]])  # as --config.<path>.<wrong>=... does
   with pytest.raises(ValueError, match=f"'{wrong}'.*did you mean '{path[-1]}'") as error:
-    use(config)
+    build_parts(config)
   assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_misspelt_names_of_parts(system):
+def test_misspelt_name_of_part_suggests_name(system):
   config, rng = demo(system), random.Random(system)
   part = {
     section: {k: FROM_DATA.get(k) if v is None else v for k, v in config[section].to_dict().items()}
@@ -112,7 +112,7 @@ def test_misspelt_names_of_parts(system):
     *((dict(step), lambda fields: build_transforms([fields])) for step in steps),
   ]
   for fields, make in tries:
-    wrong = misspelt(fields["name"], rng)
+    wrong = misspell(fields["name"], rng)
     if wrong == fields["name"]:
       continue
     with pytest.raises(ValueError, match=f"unknown .*'{wrong}'.*'{fields['name']}'") as error:

@@ -1,4 +1,4 @@
-"""A disk that is full, for tests."""
+"""Simulates a full disk."""
 
 import contextlib
 import resource
@@ -6,7 +6,7 @@ import resource
 
 @contextlib.contextmanager
 def small_files(size):
-  """Lets no file of this process grow beyond `size` bytes: what is left of a disk is not enough."""
+  """Limits every file that this process writes to `size` bytes."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:

@@ -1,4 +1,4 @@
-"""Adam against a float64 Adam, and against optax's where that is exact enough."""
+"""Adam against a float64 implementation, and against optax's."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from vit_jax_zoo.training.optim import scale_by_adam
 
 
 def adam_in_float64(gradients, b1, b2, eps):
-  """Directions of all steps."""
+  """Returns the update directions of all steps."""
   mu, nu, directions = 0.0, 0.0, []
   for step, g in enumerate(gradients.astype(np.float64), start=1):
     mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
@@ -20,7 +20,7 @@ def adam_in_float64(gradients, b1, b2, eps):
 
 @pytest.mark.parametrize("b1", [0.9, 0.0])
 @pytest.mark.parametrize("b2", [0.999, 0.95])
-def test_every_step_is_exact(b1, b2):
+def test_directions_equal_float64_adam(b1, b2):
   gradients = np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)
   adam = scale_by_adam(b1, b2, 1e-8)
   state, update = adam.init(jnp.zeros(5)), jax.jit(adam.update)
@@ -31,7 +31,7 @@ def test_every_step_is_exact(b1, b2):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
-def test_the_rest_is_as_optax_has_it(nesterov, mu_dtype):
+def test_options_equal_optax(nesterov, mu_dtype):
   arguments = {"b1": 0.9, "b2": 0.99, "eps": 1e-3, "mu_dtype": mu_dtype, "nesterov": nesterov}
   ours, theirs = scale_by_adam(**arguments), optax.scale_by_adam(**arguments)
   params = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}

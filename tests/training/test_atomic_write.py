@@ -5,7 +5,7 @@ import pytest
 from vit_jax_zoo.training import atomic_write
 
 
-def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_old_file(tmp_path):
   path = tmp_path / "notes.txt"
   atomic_write.write(path, "old")
   with pytest.raises(TypeError):
@@ -14,7 +14,7 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path):
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_who_has_it_open_reads_the_old_file_to_its_end(tmp_path):
+def test_open_reader_keeps_old_file(tmp_path):
   path = tmp_path / "notes.txt"
   atomic_write.write(path, b"old " * 1000)
   with path.open() as reader:
@@ -24,13 +24,13 @@ def test_who_has_it_open_reads_the_old_file_to_its_end(tmp_path):
   assert path.read_text() == "new"
 
 
-def test_json_keeps_peoples_letters(tmp_path):
+def test_json_not_ascii_escaped(tmp_path):
   atomic_write.write_json(str(tmp_path / "a.json"), {"names": ["Käfer"]})
   text = (tmp_path / "a.json").read_text(encoding="utf-8")
   assert "Käfer" in text
   assert json.loads(text) == {"names": ["Käfer"]}
 
 
-def test_json_with_surrogates_is_utf8_and_read_back(tmp_path):
+def test_json_surrogates_round_trip(tmp_path):
   atomic_write.write_json(tmp_path / "a.json", ["b\udce9.png"])
   assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == ["b\udce9.png"]

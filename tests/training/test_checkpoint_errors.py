@@ -28,7 +28,7 @@ STATE = {"params": {"x": jnp.arange(1000.0)}}
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """A run with the steps 1 and 2, and the best of step 1."""
+  """A run with checkpoints of steps 1 and 2, and the best of step 1."""
   workdir = tmp_path_factory.mktemp("whole")
   with Checkpointer(workdir, keep=2) as checkpointer:
     checkpointer.save_best(1, STATE, 0.5)
@@ -38,7 +38,7 @@ def whole(tmp_path_factory):
 
 
 def damaged(whole, folder, pattern, how, manifest=True):
-  """Returns a copy of a run of which all files that match are cut, changed or missing."""
+  """Returns a copy of a run in which all matching files are truncated, changed or removed."""
   shutil.copytree(whole, folder)
   files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
   assert files, "there is nothing to damage"
@@ -51,7 +51,7 @@ def damaged(whole, folder, pattern, how, manifest=True):
     else:
       middle = len(content) // 2
       file.write_bytes(content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :])
-  if not manifest:  # a run from before
+  if not manifest:  # a run of a version without manifests
     for file in folder.rglob("files.json"):
       file.unlink()
   return folder
@@ -70,16 +70,16 @@ def damaged(whole, folder, pattern, how, manifest=True):
     ("checkpoints/2/state/**/*", "missing"),
   ],
 )
-def test_a_damaged_checkpoint_is_one_line(whole, tmp_path, pattern, how, manifest):
+def test_damaged_checkpoint_raises(whole, tmp_path, pattern, how, manifest):
   workdir = damaged(whole, tmp_path / "run", pattern, how, manifest)
   assert is_checkpoint(workdir)
-  said = rf"the checkpoint of step 2 in {workdir}/checkpoints/2 is damaged \(.*\); "
+  expected = rf"the checkpoint of step 2 in {workdir}/checkpoints/2 is damaged \(.*\); "
   with (
     Checkpointer(workdir) as checkpointer,
-    pytest.raises(ValueError, match=rf"{said}remove this folder; .* step 1$") as resumed,
+    pytest.raises(ValueError, match=rf"{expected}remove this folder; .* step 1$") as resumed,
   ):
     checkpointer.restore(STATE)
-  with pytest.raises(ValueError, match=rf"{said}use another: .*points/1, .*/best/1$") as read:
+  with pytest.raises(ValueError, match=rf"{expected}use another: .*points/1, .*/best/1$") as read:
     restore_variables(workdir / "checkpoints")
   for error in (resumed, read):
     assert "\n" not in str(error.value)
@@ -92,23 +92,23 @@ def test_a_damaged_checkpoint_is_one_line(whole, tmp_path, pattern, how, manifes
 @pytest.mark.parametrize(
   "pattern", ["checkpoints/2/state/d/*", "checkpoints/2/state/ocdbt.process_0/d/*"]
 )
-def test_a_flipped_bit_is_found_and_the_file_named(whole, tmp_path, pattern):
+def test_flipped_bit_names_file(whole, tmp_path, pattern):
   workdir = damaged(whole, tmp_path / "run", pattern, "flipped")
-  said = r"step 2 .* is damaged \(state/\S+ has another checksum"
-  with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=said):
+  expected = r"step 2 .* is damaged \(state/\S+ has another checksum"
+  with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=expected):
     checkpointer.restore(STATE)
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(ValueError, match=expected):
     restore_variables(workdir / "checkpoints")
 
 
-def test_a_checkpoint_without_manifest_is_restored(whole, tmp_path):
+def test_checkpoint_without_manifest_restored(whole, tmp_path):
   workdir = damaged(whole, tmp_path / "run", "best/1/metrics/metrics", "missing", manifest=False)
   np.testing.assert_array_equal(
     restore_variables(workdir / "checkpoints")["params"]["x"], STATE["params"]["x"]
   )
 
 
-def test_the_only_checkpoint_may_be_damaged(whole, tmp_path):
+def test_only_checkpoint_damaged_suggests_init_from(whole, tmp_path):
   workdir = damaged(whole, tmp_path / "run", "checkpoints/2/state/_METADATA", "cut")
   shutil.rmtree(workdir / "checkpoints" / "1")
   advice = r"remove this folder; .*--config.init_from=.*/best/1\)$"
@@ -123,14 +123,14 @@ def test_the_only_checkpoint_may_be_damaged(whole, tmp_path):
     ("best/1/variables/_METADATA", restore_variables, "use another: .*points/2, .*points/1$"),
   ],
 )
-def test_damaged_best_variables_are_one_line(whole, tmp_path, pattern, use, advice):
+def test_damaged_best_raises(whole, tmp_path, pattern, use, advice):
   workdir = damaged(whole, tmp_path / "run", pattern, "cut")
-  said = rf"the checkpoint of step 1 in {workdir}/best/1 is damaged \(.*\); {advice}"
-  with pytest.raises(ValueError, match=said):
+  expected = rf"the checkpoint of step 1 in {workdir}/best/1 is damaged \(.*\); {advice}"
+  with pytest.raises(ValueError, match=expected):
     use(workdir)
 
 
-def test_what_is_no_damage_is_said_as_it_is(whole, monkeypatch):
+def test_other_errors_unchanged(whole, monkeypatch):
   def refuse(*_, **__):
     raise PermissionError("you may not read this")
 
@@ -139,7 +139,7 @@ def test_what_is_no_damage_is_said_as_it_is(whole, monkeypatch):
     restore_variables(whole)
 
 
-def test_a_full_disk_is_one_line_that_says_how_to_go_on(tmp_path):
+def test_full_disk_raises_and_save_again(tmp_path):
   noise = {"params": {"x": jax.random.normal(jax.random.key(0), (100_000,))}}
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, noise)
@@ -156,7 +156,7 @@ def save_and_wait(workdir, step, state):
     checkpointer.save(step, state)
 
 
-def test_removed_folders_are_one_line_and_saved_again(tmp_path, caplog):
+def test_removed_folders_logged_and_saved_again(tmp_path, caplog):
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save_best(1, STATE, 0.5)
     checkpointer.save(1, STATE)
@@ -164,10 +164,10 @@ def test_removed_folders_are_one_line_and_saved_again(tmp_path, caplog):
     shutil.rmtree(tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "best")
     checkpointer.save(2, STATE)
-    checkpointer.save_best(2, STATE, 0.4)  # lower, but the better one is gone
+    checkpointer.save_best(2, STATE, 0.4)  # lower, but the better checkpoint was removed
   for folder in ("checkpoints", "best"):
-    said = [r.message for r in caplog.records if f"{tmp_path}/{folder}/1: removed" in r.message]
-    assert len(said) == 1
+    removed = [r.message for r in caplog.records if f"{tmp_path}/{folder}/1: removed" in r.message]
+    assert len(removed) == 1
     restored = restore_variables(tmp_path / folder / "2")
     np.testing.assert_array_equal(restored["params"]["x"], STATE["params"]["x"])
 
@@ -181,14 +181,14 @@ def test_removed_folders_are_one_line_and_saved_again(tmp_path, caplog):
     (ValueError("something else"), "something else"),
   ],
 )
-def test_what_becomes_a_full_disk(tmp_path, error, message):
+def test_disk_errors_converted(tmp_path, error, message):
   workdir = epath.Path(tmp_path / "run")
   with pytest.raises((OSError, ValueError), match=message), writing(workdir, lambda: None):
     raise error
 
 
 @pytest.mark.parametrize("content", ["[1]", "null", '{"crc32": 5}', "[" * 100_000])
-def test_a_manifest_of_another_type_is_damage(tmp_path, content):
+def test_invalid_manifest_raises(tmp_path, content):
   (tmp_path / MANIFEST).write_text(content)
-  with pytest.raises(ValueError, match=rf"is damaged \({MANIFEST} is not readable\); advice"):
+  with pytest.raises(ValueError, match=rf"is damaged \({MANIFEST}"):
     verify(epath.Path(tmp_path), lambda: "advice")

@@ -1,4 +1,4 @@
-"""A full disk is one line, whatever was to be written, and nothing waits for it forever."""
+"""Disk-full errors: one line for every kind of output, no deadlock."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ def one_line(message):
   )
 
 
-def test_a_log_that_does_not_fit_ends_the_run_and_is_gone_on_with(tmp_path):
+def test_log_disk_full_raises_and_resumes(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write_scalars(1, {"loss": 1.0})
   message = f"the log cannot be written to {tmp_path}"
@@ -35,7 +35,7 @@ def test_a_log_that_does_not_fit_ends_the_run_and_is_gone_on_with(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 4096])
-def test_pictures_and_texts_that_do_not_fit(tmp_path, size):
+def test_figures_and_texts_disk_full_raises(tmp_path, size):
   message = f"the log cannot be written to {tmp_path}"
   with small_files(size), one_line(message), MetricWriter(tmp_path) as writer:
     for step in range(20):
@@ -43,25 +43,25 @@ def test_pictures_and_texts_that_do_not_fit(tmp_path, size):
       writer.write_text(step, {"config": "seed: 0\n" * 1000})
 
 
-def test_what_stands_beside_a_run(tmp_path):
+def test_run_files_disk_full_raises(tmp_path):
   with small_files(1), one_line(f"{tmp_path}/figures/a_00000003.png cannot be written"):
     save_figures(tmp_path, 3, {"a": Figure()})
   with small_files(1), one_line(f"{tmp_path}/data.json cannot be written"):
     run_config.save_data(run_config.RunData().info("digits"), {}, epath.Path(tmp_path))
 
 
-def test_elsewhere_the_commands_add_what_to_do(tmp_path, capsys):
+def test_cli_error_suggests_free_space(tmp_path, capsys):
   full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.json")
   with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
     raise full
   assert re.search(r"'a\.json'; [^\n]* disk space [^\n]*\n$", capsys.readouterr().err)
 
 
-def test_a_flush_leaves_nothing_out(tmp_path):
+def test_flush_writes_all_events(tmp_path):
   file = EventFile(tmp_path, number=0, purge_step=0)
   for step in range(100):
     file.add(Summary(value=[Summary.Value(tag="loss", simple_value=step / 4)]), step)
-  file.flush()  # what a kill after it would leave
+  file.flush()  # no close: simulates an interruption
   events = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
   assert [(event.step, event.value) for event in events] == [(i, i / 4) for i in range(100)]
   file.close()

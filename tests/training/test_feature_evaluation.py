@@ -1,4 +1,4 @@
-"""The probe evaluation: it takes every real row once, names its layers, and chooses honestly."""
+"""Feature evaluation: uses each valid row once, reports layers, selects the best layer."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ ROWS, BATCH = 90, 40
 
 
 class Batches:
-  """Batches of random images whose label is the brightest of three pixels, the last one padded."""
+  """Random images whose label is the brightest of three pixels; the last batch is padded."""
 
   def __init__(self, seed):
     self.images = np.random.default_rng(seed).normal(0, 1, (ROWS, 3)).astype(np.float32)
@@ -47,7 +47,7 @@ def evaluate(features_step, mesh, probe="linear", views=1, **fields):
   )
 
 
-def test_layers_are_probed_on_all_real_rows():
+def test_layers_probed_without_padding():
   mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
   report = evaluate(features, mesh)
   assert set(report.scores) == {
@@ -59,7 +59,7 @@ def test_layers_are_probed_on_all_real_rows():
   assert len(report.figures["depth"].axes) == 1
 
 
-def test_features_of_one_kind_are_asked_as_the_probe_says():
+def test_single_feature_without_layers():
   mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
   features_step = lambda _, batch: {"features": batch["image"]}  # noqa: E731
   report = evaluate(features_step, mesh, "few_shot", shots=(1, 5), seeds=(0,))
@@ -70,7 +70,7 @@ def test_features_of_one_kind_are_asked_as_the_probe_says():
   assert not report.figures
 
 
-def test_images_need_one_label_each():
+def test_missing_labels_raise():
   class Unlabelled(Batches):
     def __iter__(self):
       return ({"image": batch["image"], "mask": batch["mask"]} for batch in super().__iter__())
@@ -81,18 +81,18 @@ def test_images_need_one_label_each():
     collect_features(step, {}, Unlabelled(0), mesh, "photos")
 
 
-def test_images_to_score_are_seen_in_several_views_and_those_to_fit_in_one():
-  asked = []
+def test_views_only_for_test_images():
+  has_view = []
 
   def features(variables, batch):
-    asked.append("view" in batch)
+    has_view.append("view" in batch)
     x = batch["image"]
     view = batch["view"][:, None] if "view" in batch else 0
-    return {"features": jax.numpy.where(view == 1, -x, x)}  # the second view says the opposite
+    return {"features": jax.numpy.where(view == 1, -x, x)}  # the second view has the opposite label
 
   mesh = create_mesh({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
-  assert evaluate(features, mesh, views=3).scores["accuracy"] > 0.9  # two against one
-  assert asked == [False, True]  # traced once each
+  assert evaluate(features, mesh, views=3).scores["accuracy"] > 0.9  # majority of 2 to 1
+  assert has_view == [False, True]  # traced once each
   step = jax.jit(features)
   found = collect_features(step, {}, Batches(1), mesh, "views", views=2)
   assert found.features["features"].shape == (ROWS, 2, 3)
@@ -101,10 +101,10 @@ def test_images_to_score_are_seen_in_several_views_and_those_to_fit_in_one():
   assert len(found.labels) == ROWS
 
 
-def test_layers_around_the_best_are_reported_and_drawn():
+def test_concatenated_layers_reported():
   mesh = create_mesh({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
   report = evaluate(features, mesh, concatenate=3)
   assert report.scores["concatenated"] > 0.9
-  assert report.scores["accuracy"] == report.scores["layer_1"]  # the headline stays one layer's
+  assert report.scores["accuracy"] == report.scores["layer_1"]  # still the best single layer's
   labels = [text.get_text() for text in report.figures["depth"].axes[0].texts]
   assert any(label.startswith("concatenated: ") for label in labels)

@@ -1,4 +1,4 @@
-"""Batches that are not the recipe's: what is due, and what is said."""
+"""Learning-rate scaling with batch size: rules, warnings and suggestions."""
 
 import importlib
 
@@ -11,15 +11,15 @@ from vit_jax_zoo.training.lr_scaling import advise, rule_of, scaled_rate
 from vit_jax_zoo.training.optim import OPTIMIZERS
 
 
-def test_every_optimizer_has_a_rule():
+def test_rule_of_every_optimizer():
   assert {name: rule_of(name) for name in OPTIMIZERS} == {
     "adafactor": "root", "adam": "root", "adamw": "root", "lamb": "root", "lion": "root",
     "sgd": "linear",
   }  # fmt: skip
 
 
-def test_the_rules_are_those_of_the_papers():
-  # Goyal et al.: 0.1 for 256 images is 3.2 for 8192. Malladi et al.: a quarter of the batch, half.
+def test_scaled_rate_values_of_papers():
+  # Goyal et al.: 0.1 at batch 256 is 3.2 at 8192. Malladi et al.: a quarter of the batch, half.
   assert scaled_rate("sgd", 0.1, 8192, 256) == pytest.approx(3.2)
   assert scaled_rate("adamw", 1e-3, 1024, 4096) == pytest.approx(5e-4)
 
@@ -29,7 +29,7 @@ def recipe(system, variant):
   return load(f"configs/{system}.py:{variant}")
 
 
-def said(config):
+def advice_for(config):
   return advise(config.to_dict())
 
 
@@ -48,8 +48,8 @@ def said(config):
   ],
   ids=("sgd", "adamw", "larger", "the recipe's own"),
 )  # fmt: skip
-def test_a_rate_that_does_not_follow_is_a_warning(named, words):
-  found = said(recipe(*named))
+def test_unscaled_rate_warns(named, words):
+  found = advice_for(recipe(*named))
   assert len(found) == len(words)
   for advice, start in zip(found, words, strict=True):
     assert start in advice.text
@@ -75,48 +75,48 @@ def test_a_rate_that_does_not_follow_is_a_warning(named, words):
   ],
   ids=("detr", "lambda_resnet", "fpt"),
 )
-def test_recipes_that_scale_their_rate_say_so(named, change):
-  (advice,) = said(recipe(*named))
+def test_scaling_recipes_log_change(named, change):
+  (advice,) = advice_for(recipe(*named))
   assert not advice.is_warning
   assert change in advice.text
 
 
-def test_a_rate_that_was_chosen_for_the_batch_is_left_alone():
-  assert said(recipe("vit", "b16_finetune,batch_size=32,learning_rate=0.002")) == []
-  assert said(recipe("vit", "b16_finetune,batch_size=256")) == []  # near enough
+def test_explicit_rate_no_warning():
+  assert advice_for(recipe("vit", "b16_finetune,batch_size=32,learning_rate=0.002")) == []
+  assert advice_for(recipe("vit", "b16_finetune,batch_size=256")) == []  # within the tolerance
 
 
-def test_a_flag_that_sets_the_batch_is_noticed_for_every_optimizer_group():
+def test_batch_size_flag_warns_for_every_optimizer_group():
   config = recipe("ttsr", "cufed,source=pairs:x")
   config.batch_size = 1
-  found = said(config)
+  found = advice_for(config)
   assert {a.text.split("--config.")[1].split("=")[0] for a in found} == {
     "optimizer.generator.learning_rate",
     "optimizer.discriminator.learning_rate",
   }
   config = recipe("igpt", "s_imagenet")
   config.batch_size = 8
-  (advice,) = said(config)
+  (advice,) = advice_for(config)
   assert "--config.optimizer.learning_rate=0.00025 (now 0.001)" in advice.text
   assert "--config.batch_size=128 --config.accumulation_steps=16" in advice.text
 
 
-def test_the_recipe_is_that_of_the_other_fields():
-  """iGPT's rate goes with the size of the images: that is no departure from the recipe."""
+def test_recipe_rate_of_config_arguments():
+  """iGPT's rate depends on the image size: not a deviation from the recipe."""
   config = recipe("igpt", "l_imagenet,image_size=48,learning_rate=0.5")
   assert config.recipe.to_dict() == {"batch_size": 128, "learning_rates": {"optimizer": 1e-2}}
 
 
-def test_a_config_that_states_its_recipe_is_left_alone():
-  def make(*, batch_size: int = 8):
+def test_recipe_in_config_kept():
+  def build_config(*, batch_size: int = 8):
     config = importlib.import_module("configs.vit").demo(batch_size=batch_size)
     config.recipe = {"batch_size": 512, "learning_rates": {"optimizer": 0.03}}
     return config
 
-  assert common.build("", {"make": make}).recipe.batch_size == 512
+  assert common.build("", {"build_config": build_config}).recipe.batch_size == 512
 
 
-def test_a_config_without_a_recipe_says_nothing():
+def test_config_without_recipe_no_advice():
   config = recipe("vit", "demo,batch_size=1")
   config.recipe = {"batch_size": None, "learning_rates": {}}
-  assert said(config) == []
+  assert advice_for(config) == []

@@ -25,7 +25,7 @@ HAS_GLIBC = sys.platform == "linux" and "glibc" in (os.confstr("CS_GNU_LIBC_VERS
 
 
 @pytest.mark.skipif(not HAS_GLIBC, reason="settings of glibc")
-def test_memory_that_xla_freed_is_used_again_without_page_faults():
+def test_freed_memory_reused_without_page_faults():
   def faults_of(call):
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", COUNT_FAULTS.format(call=call)]
@@ -34,7 +34,7 @@ def test_memory_that_xla_freed_is_used_again_without_page_faults():
   assert 4 * faults_of("assert keep_freed_memory()") < faults_of("")
 
 
-def test_nothing_is_set_for_accelerators(monkeypatch):
+def test_accelerators_not_configured(monkeypatch):
   monkeypatch.setattr(malloc.ctypes, "CDLL", lambda _: pytest.fail("mallopt is called"))
   monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
   assert not malloc.keep_freed_memory()

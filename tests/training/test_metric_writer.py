@@ -1,4 +1,4 @@
-"""What is written can be read back, and a resumed run's log is that of an undisturbed one."""
+"""MetricWriter: round trip, and the log of a resumed run."""
 
 import json
 
@@ -24,7 +24,7 @@ def scalars_of(workdir, name):
   return [(event.step, event.value) for event in tensorboard_of(workdir).Scalars(name)]
 
 
-def test_all_kinds_reach_disk(tmp_path):
+def test_all_kinds_written(tmp_path):
   figure, axes = plt.subplots(figsize=(2, 1), dpi=50)
   axes.plot([0, 1])
   with MetricWriter(tmp_path / "new") as writer:
@@ -47,7 +47,7 @@ def test_all_kinds_reach_disk(tmp_path):
   assert not plt.get_fignums(), "figures are closed"
 
 
-def test_numbers_that_json_does_not_have(tmp_path):
+def test_nonfinite_numbers_round_trip(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write_scalars(1, {"a": np.nan, "b": np.inf, "c": -np.inf})
   row = json.loads((tmp_path / METRICS_FILE).read_text(), parse_constant=pytest.fail)
@@ -64,25 +64,25 @@ def write_steps(workdir, steps, resume_step=None):
 
 
 @pytest.mark.parametrize("torn", ["", '{"step": 4, "lo', '{"step": 3, "loss": 0.3}'])
-def test_a_resumed_log_is_that_of_an_undisturbed_run(tmp_path, torn):
+def test_resumed_log_equals_uninterrupted(tmp_path, torn):
   write_steps(tmp_path / "whole", range(1, 7))
   write_steps(tmp_path / "killed", range(1, 6))
   with (tmp_path / "killed" / METRICS_FILE).open("a") as file:
-    file.write(torn)  # what a kill in the middle of a line leaves
+    file.write(torn)  # a partial line, as after SIGKILL
   write_steps(tmp_path / "killed", range(4, 7), resume_step=3)
   contents = [(tmp_path / run / METRICS_FILE).read_text() for run in ("whole", "killed")]
   assert contents[0] == contents[1]
   assert scalars_of(tmp_path / "killed", "loss") == scalars_of(tmp_path / "whole", "loss")
 
 
-def test_a_new_run_in_an_old_place_begins_a_new_log(tmp_path):
+def test_new_run_truncates_old_log(tmp_path):
   write_steps(tmp_path, range(0, 6))
   write_steps(tmp_path, range(0, 2))
   assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
   assert [step for step, _ in scalars_of(tmp_path, "loss")] == [0, 1]
 
 
-def test_other_processes_write_nothing(tmp_path, monkeypatch):
+def test_secondary_processes_write_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(metric_writer, "is_primary", lambda: False)
   figure = plt.figure()
   with MetricWriter(tmp_path / "other") as writer:
@@ -95,18 +95,18 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   assert not plt.get_fignums()
 
 
-def test_what_goes_wrong_in_the_background_is_raised(tmp_path):
+def test_background_error_raised_on_flush(tmp_path):
   writer = MetricWriter(tmp_path)
   writer.write_scalars(1, {"loss": np.zeros(3)})
   with pytest.raises(ValueError, match=r"metric 'loss' has shape \(3,\)"):
     writer.flush()
   writer.write_scalars(2, {"loss": 1.0})
   writer.close()
-  writer.close()  # a second time does no harm
+  writer.close()  # a second close is a no-op
   assert [row["step"] for row in read_metrics(tmp_path)] == [2]
 
 
-def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
+def test_remote_workdir_gets_copies(tmp_path, monkeypatch):
   bucket, real = tmp_path / "bucket", metric_writer.epath.Path
   monkeypatch.setattr(
     metric_writer.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(bucket)))
@@ -125,12 +125,12 @@ def test_a_bucket_gets_copies_of_what_has_changed(tmp_path, monkeypatch):
   assert len(list((bucket / "run").glob("events.out.tfevents.*"))) == 2
 
 
-def test_rows_that_are_not_whole_are_left_out(tmp_path):
+def test_partial_rows_skipped(tmp_path):
   (tmp_path / "metrics.jsonl").write_text('[1]\n{"step": 1, "a": 2}\n{"step": 2, "a')
   assert read_metrics(tmp_path) == [{"step": 1, "a": 2.0}]
 
 
-def test_a_line_that_is_not_utf8_is_dropped(tmp_path):
+def test_non_utf8_line_dropped(tmp_path):
   with MetricWriter(tmp_path) as writer:
     for step in (1, 2, 3):
       writer.write_scalars(step, {"train/loss": float(step)})
@@ -143,7 +143,7 @@ def test_a_line_that_is_not_utf8_is_dropped(tmp_path):
   assert path.read_bytes() == first + third
 
 
-def test_surrogates_are_escaped_for_tensorboard(tmp_path):
+def test_surrogates_escaped_for_tensorboard(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write_text(0, {"config": "source: folder:/b\udce9"})
     writer.write_hparams({"data": {"source": "folder:/b\udce9"}})

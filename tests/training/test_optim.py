@@ -1,4 +1,4 @@
-"""Optimizers against their formulas, rules, and what they keep in memory."""
+"""Optimizers: update formulas, per-parameter rules, state size."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from vit_jax_zoo.training.optim import OPTIMIZERS, create_optimizer
 
 
 def make_params():
-  """Scanned blocks, a head, and values whose bits an addition of zero could change."""
+  """Scanned blocks, a head, and values that adding zero could change bitwise."""
   rng = np.random.default_rng(0)
 
   def normal(*shape):
@@ -36,14 +36,14 @@ FREEZE_BIAS = ("head/bias", {"frozen": True})
 
 
 def gradients(params, step):
-  """Deterministic gradients of about unit size."""
+  """Returns deterministic gradients of about unit size."""
   leaves, structure = jax.tree.flatten(params)
   rng = np.random.default_rng(step)
   return structure.unflatten([jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in leaves])
 
 
 def run(optimizer, params, steps, grads=gradients):
-  """Updates as the training step does: compiled."""
+  """Applies jitted updates, as in the training step."""
 
   @jax.jit
   def update(params, state, grads):
@@ -61,7 +61,7 @@ def create(params, *, num_steps=10, **config):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_learns_and_leaves_frozen_parameters_alone(name):
+def test_optimizers_reduce_loss_frozen_unchanged(name):
   params = make_params()
   optimizer = create(params, name=name, rules=[FREEZE_BIAS], learning_rate=0.1, num_steps=100)
   target = gradients(params, 99)
@@ -80,7 +80,7 @@ def test_every_optimizer_learns_and_leaves_frozen_parameters_alone(name):
   assert optimizer.frozen["head"] == {"kernel": False, "bias": True}
 
 
-def test_gradients_of_frozen_parameters_are_stopped():
+def test_stop_frozen_gradients_zero():
   params = {"head": make_params()["head"]}
   optimizer = create(params, name="sgd", rules=[FREEZE_BIAS])
 
@@ -92,11 +92,11 @@ def test_gradients_of_frozen_parameters_are_stopped():
   assert np.all(grads["head"]["kernel"] == 1)
 
 
-# What the training curve of a timm ViT was made with: torch's AdamW after torch's clipping.
+# The settings of a timm ViT's reference training curve: torch's AdamW after torch's clipping.
 ADAMW = {"name": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05, "clip_norm": 1.0}
 
 
-def test_adamw_is_torchs_formula():
+def test_adamw_equals_torch_formula():
   params = {"kernel": gradients({"x": jnp.ones((4, 3))}, 7)["x"], "bias": jnp.ones(3)}
   found, _ = run(create(params, **ADAMW), params, 6)
   p = {key: np.asarray(value, np.float64) for key, value in params.items()}
@@ -117,7 +117,7 @@ def test_adamw_is_torchs_formula():
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_is_torchs_formula(nesterov):
+def test_sgd_equals_torch_formula(nesterov):
   params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
   config = {"name": "sgd", "momentum": 0.9, "nesterov": nesterov, "weight_decay": 0.1}
   found, _ = run(create(params, **config), params, 5)
@@ -144,22 +144,22 @@ def test_bfloat16_accumulators():
     assert jnp.bfloat16 in dtypes
 
 
-def test_fully_decoupled_decay_follows_the_schedule_but_not_the_base_rate():
+def test_fully_decoupled_decay_independent_of_base_rate():
   params = {"kernel": jnp.full((2, 2), 8.0), "bias": jnp.full(2, 8.0)}
-  still = jax.tree.map(jnp.zeros_like, params)
+  zero_gradients = jax.tree.map(jnp.zeros_like, params)
   for rate in (0.1, 1e-4):
     optimizer = create(
       params, name="adam", learning_rate=rate, weight_decay=0.5,
       weight_decay_mode="fully_decoupled", schedule={"name": "linear"}, num_steps=4,
       rules=[("kernel", {"learning_rate": 0.1})],
     )  # fmt: skip
-    found, _ = run(optimizer, params, 4, grads=lambda *_: still)
+    found, _ = run(optimizer, params, 4, grads=lambda *_: zero_gradients)
     shape = np.array([1.0, 0.75, 0.5, 0.25])
     np.testing.assert_allclose(found["kernel"], 8.0 * np.prod(1 - 0.5 * shape), rtol=1e-5)
     np.testing.assert_array_equal(found["bias"], 8.0)
 
 
-def test_decoupled_decay_is_scaled_by_rate_and_multiplier():
+def test_decoupled_decay_scaled_by_rate_and_multiplier():
   params = {"kernel": jnp.full((2, 2), 8.0)}
   optimizer = create(
     params, name="adamw", learning_rate=0.1, weight_decay=0.5,
@@ -169,7 +169,7 @@ def test_decoupled_decay_is_scaled_by_rate_and_multiplier():
   np.testing.assert_allclose(found["kernel"], 8.0 * (1 - 0.1 * 0.2 * 0.5), rtol=1e-6)
 
 
-def test_adafactor_can_be_optaxs():
+def test_adafactor_equals_optax():
   params = {"kernel": gradients({"x": jnp.ones((130, 140))}, 1)["x"]}
   ours = create(
     params, name="adafactor", learning_rate=0.1, beta2_cap=1.0, min_dim_size_to_factor=128,
@@ -187,20 +187,20 @@ def test_adafactor_can_be_optaxs():
 
 
 def decayed(params, **config):
-  """The paths that weight decay alone makes smaller."""
+  """Returns the paths of parameters that weight decay reduces."""
   optimizer = create(params, name="adamw", weight_decay=0.5, **config)
   ones = jax.tree.map(np.ones_like, params)
   found, _ = run(optimizer, ones, 1, grads=lambda p, _: jax.tree.map(np.zeros_like, p))
   return {path for path, leaf in flatten_paths(found).items() if np.max(leaf) < 1.0}
 
 
-def test_what_decays_by_default():
+def test_default_decay_matrices_only():
   assert decayed(make_params()) == {
     "encoder/blocks/query/kernel", "encoder/position_embedding", "head/kernel",
   }  # fmt: skip
 
 
-def test_scanned_and_unrolled_layers_decay_alike():
+def test_scanned_and_unrolled_layers_decay_equally():
   block = {"query": {"kernel": np.ones((8, 2, 4)), "bias": np.ones((2, 4))},
            "norm": {"scale": np.ones(8), "gamma": np.ones(8)}}  # fmt: skip
   stacked = jax.tree.map(lambda x: np.stack([x, x]), block)
@@ -209,14 +209,14 @@ def test_scanned_and_unrolled_layers_decay_alike():
   assert decayed({"blocks": {"0": block}}) == {"blocks/0/query/kernel"}
 
 
-def test_rules_override_what_decays():
+def test_rules_override_decay():
   kernels = [(".*/kernel", {"weight_decay": 1.0}), (".*", {"weight_decay": 0.0})]
   assert decayed(make_params(), rules=kernels) == {"encoder/blocks/query/kernel", "head/kernel"}
   everything = decayed(make_params(), rules=[(".*", {"weight_decay": 1.0})])
   assert len(everything) == 7
 
 
-def test_for_each_setting_the_first_rule_that_sets_it_wins():
+def test_first_matching_rule_wins_per_setting():
   params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
   rules = [
     ("a/.*", {"learning_rate": 0.5}),
@@ -231,18 +231,18 @@ def test_for_each_setting_the_first_rule_that_sets_it_wins():
   np.testing.assert_allclose(found["b"]["kernel"], 0.9, rtol=1e-6)
 
 
-def test_frozen_gradients_do_not_count_in_the_clipped_norm():
+def test_frozen_gradients_excluded_from_clip_norm():
   params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
   grads = {"a": jnp.asarray([3.0, 4.0]), "b": jnp.asarray([1e6, 1e6])}
   optimizer = create(
     params, name="sgd", learning_rate=1.0, clip_norm=1.0, rules=[("b", {"frozen": True})]
   )
-  updates, _ = optimizer.tx.update(grads, optimizer.tx.init(params), params)  # not frozen before
+  updates, _ = optimizer.tx.update(grads, optimizer.tx.init(params), params)  # before freezing
   np.testing.assert_allclose(updates["a"], [-0.6, -0.8], rtol=1e-6)
   np.testing.assert_array_equal(updates["b"], 0.0)
 
 
-def test_a_late_group_warms_up_when_it_begins():
+def test_begin_step_delays_warmup():
   config = {"name": "sgd", "learning_rate": 1.0,
             "schedule": {"name": "linear", "warmup_steps": 2}}  # fmt: skip
   params = {"x": jnp.zeros(1)}
@@ -255,17 +255,17 @@ def test_a_late_group_warms_up_when_it_begins():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "sgd", "lamb", "lion"])
-def test_states_are_laid_out_like_their_parameters(name):
+def test_state_sharded_like_parameters(name):
   params = make_params()
   momentum = {"momentum": 0.9} if name == "sgd" else {}
   optimizer = create(params, name=name, clip_norm=1.0, rules=[FREEZE_BIAS], **momentum)
   specs = jax.tree.map(lambda p: P(*([None] * (p.ndim - 1)), "fsdp"), params)
   state = jax.eval_shape(optimizer.tx.init, params)
-  laid_out = flatten_paths(sharding.specs_like_parameters(state, params, specs))
-  split = [path for path, spec in laid_out.items() if spec != P()]
+  found_specs = flatten_paths(sharding.specs_like_parameters(state, params, specs))
+  split = [path for path, spec in found_specs.items() if spec != P()]
   moments = {"adamw": 2, "lamb": 2, "adafactor": 2, "sgd": 1, "lion": 1}[name]
   assert len(split) == 6 * moments
-  assert all(laid_out[path] == P() for path in laid_out if path.endswith("count"))
+  assert all(found_specs[path] == P() for path in found_specs if path.endswith("count"))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_states_are_laid_out_like_their_parameters(name):
       "learning_rate": 0.0}, "needs a learning_rate above 0"),
   ],
 )  # fmt: skip
-def test_mistakes_are_one_line(config, message):
+def test_invalid_config_raises(config, message):
   with pytest.raises(ValueError, match=message) as error:
     create(make_params(), **config)
   assert "\n" not in str(error.value)

@@ -15,19 +15,19 @@ from vit_jax_zoo.training.loop import preemption_guard
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 
-def test_a_signal_sets_the_flag_and_handlers_are_restored():
+def test_signal_sets_flag_handlers_restored():
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   with preemption_guard() as requested:
     assert not requested(0)
     os.kill(os.getpid(), signal.SIGTERM)
     assert requested(1)
-    assert requested(2), "and stays so"
+    assert requested(2), "the flag is kept"
   assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
   with preemption_guard() as requested:
-    assert not requested(0), "a new life"
+    assert not requested(0), "the flag is reset"
 
 
-def test_the_second_interrupt_raises():
+def test_second_interrupt_raises():
   with preemption_guard() as requested:
     os.kill(os.getpid(), signal.SIGINT)
     assert requested(1)
@@ -36,7 +36,7 @@ def test_the_second_interrupt_raises():
   assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_handlers_are_not_set_outside_the_main_thread():
+def test_no_handlers_outside_main_thread():
   before = signal.getsignal(signal.SIGTERM)
   found = []
 
@@ -100,7 +100,7 @@ def run_and_terminate_the_first(workdir):
     for index in range(2)
   ]  # fmt: skip
   try:
-    # Gloo writes a line of its own first.
+    # Gloo's log line comes first.
     lines = [list(iter(process.stdout.readline, "ready\n")) for process in processes]
     differences = [line for (*_, line) in lines]
     processes[0].send_signal(signal.SIGTERM)
@@ -114,7 +114,7 @@ def run_and_terminate_the_first(workdir):
   return differences, [output.splitlines()[-1] for output in outputs]
 
 
-def test_two_processes_compare_settings_and_stop_at_the_same_step(tmp_path):
+def test_two_processes_compare_settings_and_stop_at_same_step(tmp_path):
   differences, lasts = run_and_terminate_the_first(tmp_path)
   for difference in differences:
     assert difference.startswith("seed differs: 0 on process 0, 1 on process 1")

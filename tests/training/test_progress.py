@@ -1,4 +1,4 @@
-"""Rates and shares by a clock that the tests turn."""
+"""Rates and fractions with a simulated clock."""
 
 import logging
 import types
@@ -25,7 +25,7 @@ def h100s(count):
   return [types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3")] * count
 
 
-def test_rates_leave_out_what_is_not_training(clock):
+def test_rates_exclude_other_phases(clock):
   progress = Progress(100, 64, flops_per_step=989e12, devices=h100s(4), bar=False, clock=clock)
   with progress.exclude("compile"):
     clock.now += 30.0
@@ -38,7 +38,7 @@ def test_rates_leave_out_what_is_not_training(clock):
   with progress.exclude("evaluate"):
     clock.now += 20.0
     with progress.time_as("input_wait"):
-      clock.now += 5.0  # evaluation's input is not training's
+      clock.now += 5.0  # evaluation's input wait is not counted
   rates = progress.report(10)
   assert rates == pytest.approx(
     {"step_time": 0.5, "images_per_second": 128, "input_wait": 0.2, "logging": 0.0, "mfu": 0.5}
@@ -51,7 +51,7 @@ def test_rates_leave_out_what_is_not_training(clock):
   )
 
 
-def test_a_resumed_run_counts_its_own_steps(clock):
+def test_resumed_run_counts_own_steps(clock):
   progress = Progress(100, 8, start_step=90, bar=False, clock=clock)
   assert progress.eta_seconds() is None
   clock.now += 4.0
@@ -60,7 +60,7 @@ def test_a_resumed_run_counts_its_own_steps(clock):
   assert "mfu" not in progress.report(93)
 
 
-def test_the_line(clock, caplog):
+def test_log_line(clock, caplog):
   progress = Progress(1200, 64, bar=False, clock=clock)
   clock.now += 300 * 64 / 1840
   progress.report(300)
@@ -75,7 +75,7 @@ def test_the_line(clock, caplog):
   assert [record.getMessage() for record in caplog.records] == [line]
 
 
-def test_the_bar_shows_the_line_too(capsys, clock):
+def test_progress_bar_shows_line(capsys, clock):
   progress = Progress(10, 64, bar=True, clock=clock)
   progress.log(5, {"loss": 0.5})
   progress.close()
@@ -83,7 +83,7 @@ def test_the_bar_shows_the_line_too(capsys, clock):
   assert "step 5/10 (50 %) loss 0.5" in capsys.readouterr().err
 
 
-def test_nested_pauses_are_a_mistake(clock):
+def test_nested_exclude_raises(clock):
   progress = Progress(10, 64, bar=False, clock=clock)
   with (
     progress.exclude("evaluate"),
@@ -108,5 +108,5 @@ def test_nested_pauses_are_a_mistake(clock):
     ("TPU v6", None),
   ],
 )  # fmt: skip
-def test_peaks(kind, peak):
+def test_peak_flops(kind, peak):
   assert peak_flops(kind) == peak

@@ -1,4 +1,4 @@
-"""Schedules against the reference's numbers, and their corners."""
+"""Learning-rate schedules: reference values and edge cases."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ def values(num_steps, steps, *, learning_rate=1.0, **schedule):
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
-def test_agrees_with_the_code_of_the_vit_paper(load_golden, case):
+def test_equals_vit_reference(load_golden, case):
   config, _, outputs = load_golden("vit_schedule_a")
   fields = config[case]
   schedule = {"name": fields["decay_type"], "warmup_steps": fields["warmup_steps"]}
@@ -28,7 +28,7 @@ def test_agrees_with_the_code_of_the_vit_paper(load_golden, case):
     np.testing.assert_allclose(rate(int(step)), expected, rtol=3e-7, atol=1e-12)
 
 
-def test_traced_steps_give_the_same():
+def test_traced_step_equals_concrete():
   config = ConfigDict({"learning_rate": 0.1, "schedule": {"name": "cosine", "warmup_steps": 3}})
   rate = create_schedule(config, 10)
   jitted = jax.jit(rate)
@@ -36,13 +36,13 @@ def test_traced_steps_give_the_same():
     np.testing.assert_allclose(jitted(step), rate(step), rtol=1e-5, atol=1e-8)
 
 
-def test_warmup_begins_at_zero_and_constant_is_the_default():
+def test_warmup_from_zero_default_constant():
   assert values(10, [0, 1, 2, 4, 9], warmup_steps=4) == [0.0, 0.25, 0.5, 1.0, 1.0]
   assert float(create_schedule({"learning_rate": 0.5}, 10)(0)) == 0.5
 
 
-def test_a_warmup_may_start_at_a_share_of_the_rate():
-  """Detectron's, from a third: f (1 - t / w) + t / w, times the rate."""
+def test_warmup_start_fraction():
+  """Detectron's warmup from a third: f (1 - t / w) + t / w, times the rate."""
   found = values(
     10, [0, 1, 3, 4, 8], learning_rate=0.6, name="step", boundaries=(8,),
     warmup_steps=4, warmup_start=1 / 3,
@@ -59,7 +59,7 @@ def test_end_values():
   )
 
 
-def test_rsqrt_decays_from_the_end_of_the_warmup_and_cools_down():
+def test_rsqrt_warmup_and_cooldown():
   found = values(
     100, [0, 5, 10, 40, 90, 95, 100, 120],
     name="rsqrt", timescale=10, warmup_steps=10, cooldown_steps=10, end_value=0.01,
@@ -70,7 +70,7 @@ def test_rsqrt_decays_from_the_end_of_the_warmup_and_cools_down():
   )
 
 
-def test_step_by_boundaries_factors_and_period():
+def test_step_boundaries_factors_period():
   steps = [0, 9, 10, 19, 20, 99]
   assert values(100, steps, name="step", boundaries=[10, 20]) == pytest.approx(
     [1, 1, 0.1, 0.1, 0.01, 0.01]
@@ -83,7 +83,7 @@ def test_step_by_boundaries_factors_and_period():
   )
 
 
-def test_shares_of_the_run():
+def test_warmup_fraction_of_run():
   assert values(200, [5, 10], warmup_steps=0.05) == [0.5, 1.0]
 
 
@@ -106,29 +106,29 @@ def test_shares_of_the_run():
     ({"name": "rsqrt", "end_value": 0.1}, "no effect without cooldown_steps"),
   ],
 )
-def test_mistakes_are_one_line(schedule, message):
+def test_invalid_schedule_raises(schedule, message):
   with pytest.raises(ValueError, match=message) as error:
     create_schedule({"learning_rate": 1.0, "schedule": schedule}, 100)
   assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), "fast"])
-def test_bad_learning_rate(rate):
-  with pytest.raises(ValueError, match=r"learning_rate is .*; expected a finite number"):
+def test_invalid_learning_rate_raises(rate):
+  with pytest.raises(ValueError, match=r"learning_rate is "):
     create_schedule({"learning_rate": rate}, 100)
 
 
 @pytest.mark.parametrize(("warmup_steps", "warns"), [(99, False), (100, True)])
-def test_a_warm_up_that_never_ends_is_said(caplog, warmup_steps, warns):
+def test_warmup_longer_than_run_warns(caplog, warmup_steps, warns):
   schedule = {"name": "cosine", "warmup_steps": warmup_steps}
   with caplog.at_level("WARNING", logger="absl"):
     create_schedule({"learning_rate": 0.5, "schedule": schedule}, 100)
   assert ("in a run of 100: the learning rate does not reach 0.5" in caplog.text) == warns
 
 
-def test_poly_falls_by_a_power_of_what_is_left():
+def test_poly_decay():
   found = values(12, [0, 1, 2, 7, 12, 20], name="poly", warmup_steps=2, end_value=0.1)
   expected = [0.0, 0.5, 1.0, 0.1 + 0.9 * 0.5**0.9, 0.1, 0.1]
   np.testing.assert_allclose(found, expected, rtol=1e-6)
-  with pytest.raises(ValueError, match="the poly schedule has power 0"):
+  with pytest.raises(ValueError, match=r"poly .*power 0"):
     values(12, [0], name="poly", power=0)

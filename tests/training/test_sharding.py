@@ -1,4 +1,4 @@
-"""Meshes, rules, and batches between host and devices."""
+"""Meshes, sharding rules, host-to-device batches."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def shapes(**leaves):
     ({"fsdp": -1, "model": 8}, (1, 1, 8)),
   ],
 )
-def test_mesh_shapes(sizes, expected):
+def test_mesh_sizes(sizes, expected):
   mesh = sharding.create_mesh(sizes)
   assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "model")) == expected
 
@@ -42,22 +42,22 @@ def test_mesh_shapes(sizes, expected):
     ({"dta": -1}, "unknown mesh axis 'dta'; did you mean 'data'?"),
   ],
 )
-def test_impossible_meshes_are_one_line(sizes, message):
+def test_invalid_mesh_raises(sizes, message):
   with pytest.raises(ValueError, match=message) as error:
     sharding.create_mesh(sizes)
   assert "\n" not in str(error.value)
 
 
-def test_batch_size_must_fit_the_mesh():
+def test_check_batch_size():
   mesh = sharding.create_mesh({"data": 4, "fsdp": 2})
   sharding.check_batch_size(32, mesh, accumulation_steps=4)
-  with pytest.raises(ValueError, match=r"batch_size 20 cannot .* multiple of 8, such as 16"):
+  with pytest.raises(ValueError, match=r"batch_size 20 .* such as 16"):
     sharding.check_batch_size(20, mesh)
-  with pytest.raises(ValueError, match="multiple of 32, such as 32"):
+  with pytest.raises(ValueError, match="32, such as 32"):
     sharding.check_batch_size(8, mesh, accumulation_steps=4)
 
 
-def test_rules_align_on_the_right_and_the_first_match_wins():
+def test_parameter_specs_right_aligned_first_match():
   mesh = sharding.create_mesh({"data": 1, "fsdp": 4, "model": 2})
   params = {
     "blocks": shapes(kernel=(12, 64, 128)),
@@ -70,7 +70,7 @@ def test_rules_align_on_the_right_and_the_first_match_wins():
   assert specs["blocks"]["kernel"] == P(None, "fsdp", "model")
   assert specs["block_0"] == {"kernel": P("fsdp", "model"), "bias": P()}
   assert specs["odd"]["kernel"] == P(None, "fsdp")
-  assert specs["tiny"]["kernel"] == P()  # too small to be worth a gather
+  assert specs["tiny"]["kernel"] == P()  # too small to be sharded
 
 
 @pytest.mark.parametrize(
@@ -80,20 +80,20 @@ def test_rules_align_on_the_right_and_the_first_match_wins():
     ((128,), ("fsdp", None), "it names 2 dimensions"),
   ],
 )
-def test_rules_that_cannot_apply_say_so(shape, spec, message):
+def test_inapplicable_rule_raises(shape, spec, message):
   mesh = sharding.create_mesh({"fsdp": 4, "data": 2})
   with pytest.raises(ValueError, match=message):
     sharding.parameter_specs(shapes(w=shape), ((".*", spec),), mesh)
 
 
-def test_a_parameter_without_a_rule_is_named():
+def test_parameter_without_rule_raises():
   mesh = sharding.create_mesh({"data": 8})
-  with pytest.raises(ValueError, match="no sharding rule matches parameter 'w'"):
+  with pytest.raises(ValueError, match="parameter 'w'"):
     sharding.parameter_specs(shapes(w=(2,)), (("v", ()),), mesh)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_optimizer_state_lies_as_its_parameters_do(name):
+def test_optimizer_state_sharded_like_parameters(name):
   mesh = sharding.create_mesh({"fsdp": 8})
   params = {"a": shapes(kernel=(256, 128)), "kernel": jax.ShapeDtypeStruct((64, 256), jnp.float32)}
   specs = sharding.parameter_specs(
@@ -110,7 +110,7 @@ def test_optimizer_state_lies_as_its_parameters_do(name):
     assert where == {expected}, shape
 
 
-def test_batches_go_to_the_devices_and_come_back_in_order():
+def test_to_global_to_local_round_trip():
   mesh = sharding.create_mesh({"data": 2, "fsdp": 2, "model": 2})
   batch = {"x": np.arange(24).reshape(8, 3), "label": np.arange(8, dtype=np.int32)}
   there = sharding.to_global(batch, mesh)
@@ -122,10 +122,10 @@ def test_batches_go_to_the_devices_and_come_back_in_order():
   assert sharding.input_shard(mesh, 8) == (0, 1)
 
 
-def test_shard_batch_constrains_only_where_it_can():
+def test_shard_batch_constrains_if_divisible():
   mesh = sharding.create_mesh({"data": 4, "fsdp": 2})
   assert shard_batch(jnp.ones((3, 2))).shape == (3, 2)  # no mesh
   with jax.set_mesh(mesh):
     put = jax.jit(lambda x: shard_batch(x * 2))
     assert put(jnp.ones((16, 2))).sharding.spec == P(("data", "fsdp"))
-    assert put(jnp.ones((6, 2))).sharding.is_fully_replicated  # 6 rows do not split over 8
+    assert put(jnp.ones((6, 2))).sharding.is_fully_replicated  # 6 rows are not divisible by 8

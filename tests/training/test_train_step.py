@@ -1,4 +1,4 @@
-"""The training step: the same numbers on any mesh and in any number of micro-batches."""
+"""The training step: equal on any mesh and with any number of micro-batches."""
 
 import dataclasses
 import functools
@@ -54,11 +54,11 @@ def one_device_losses():
   ],
   ids=str,
 )
-def test_every_mesh_computes_the_same(mesh):
+def test_losses_equal_on_every_mesh(mesh):
   expected, state = one_device_losses()
   found, sharded = losses(toy.Regression(), 6, ema_decay=0.9, mesh=mesh)
   np.testing.assert_allclose(found, expected, rtol=1e-5)
-  # Includes BatchNorm's statistics: they are those of the whole batch on every mesh.
+  # Includes BatchNorm's statistics, which are those of the whole batch on every mesh.
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5),
     (sharded.model_state, sharded.ema),
@@ -68,7 +68,7 @@ def test_every_mesh_computes_the_same(mesh):
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize("mesh", [None, {"data": -1}], ids=str)
-def test_accumulation_equals_the_large_batch(mesh):
+def test_accumulation_equals_large_batch(mesh):
   task = toy.Regression(toy.ToyNet(batch_norm=False))
   expected, state = losses(task, 4)
   found, accumulated = losses(task, 4, mesh=mesh, accumulation_steps=2)
@@ -80,7 +80,7 @@ def test_accumulation_equals_the_large_batch(mesh):
   )
 
 
-def test_training_learns_and_the_average_lags_behind():
+def test_loss_decreases_ema_lags():
   found, state = losses(toy.Regression(), 40, ema_decay=0.99)
   assert found[-5:].mean() < 0.5 * found[:5].mean()
   for latest, averaged in (
@@ -92,7 +92,7 @@ def test_training_learns_and_the_average_lags_behind():
   assert state.latest_variables.keys() == state.ema.keys() == {"params", "batch_stats"}
 
 
-def test_the_average_takes_in_parameters_and_statistics_alike():
+def test_ema_of_parameters_and_batch_stats():
   decay, data = 0.75, toy.batches(3)
   made = program(toy.Regression(), data[0], ema_decay=decay)
   with jax.set_mesh(made.mesh):
@@ -111,11 +111,11 @@ def test_the_average_takes_in_parameters_and_statistics_alike():
 
 
 ODD = np.array([0.1, -0.0, np.inf, -np.inf, 1e-40, 3e38, np.nan], np.float32)
-"""What rounding, or a difference to itself, would change."""
+"""Values that rounding, or the difference from themselves, would change."""
 
 
 class WithConstants(toy.Regression):
-  """Carries collections that no step changes, and a counter."""
+  """Adds constant collections and a step counter."""
 
   def init(self, rng, batch):
     constants = {"odd": jnp.asarray(ODD), "small": jnp.asarray([0.3], jnp.bfloat16)}
@@ -128,7 +128,7 @@ class WithConstants(toy.Regression):
     return dataclasses.replace(output, model_state={**output.model_state, **kept})
 
 
-def test_what_never_changes_keeps_its_bits_in_the_average_and_counters_are_the_latest():
+def test_ema_keeps_constants_bitwise_counters_latest():
   _, state = losses(WithConstants(), 5, ema_decay=0.9)
   assert state.ema["constants"]["odd"].tobytes() == ODD.tobytes()
   small = state.ema["constants"]["small"]
@@ -138,7 +138,7 @@ def test_what_never_changes_keeps_its_bits_in_the_average_and_counters_are_the_l
 
 @pytest.mark.multidevice
 @pytest.mark.parametrize("with_ema", [True, False])
-def test_a_start_from_other_variables_puts_each_where_it_belongs(with_ema):
+def test_pretrained_variables_cast_and_sharded(with_ema):
   batch = toy.batches(1)[0]
   made = program(
     toy.Regression(),
@@ -161,8 +161,8 @@ def test_a_start_from_other_variables_puts_each_where_it_belongs(with_ema):
   with jax.set_mesh(made.mesh):
     state = made.initial_state(seed=0, pretrain=pretrain)
     jax.tree.map(
-      lambda leaf, wanted: np.testing.assert_equal(
-        (leaf.dtype, leaf.sharding), (wanted.dtype, wanted.sharding)
+      lambda leaf, expected: np.testing.assert_equal(
+        (leaf.dtype, leaf.sharding), (expected.dtype, expected.sharding)
       ),
       state,
       made.abstract_state,
@@ -176,7 +176,7 @@ def test_a_start_from_other_variables_puts_each_where_it_belongs(with_ema):
   np.testing.assert_array_equal(head, np.full((32, 1), 0.5))
 
 
-def test_a_start_from_variables_of_another_shape_is_one_line():
+def test_pretrained_shape_mismatch_raises():
   made = program(toy.Regression(), toy.batches(1)[0])
   wrong = {"kernel": np.zeros((8, 31))}
   with (
@@ -186,13 +186,13 @@ def test_a_start_from_variables_of_another_shape_is_one_line():
     made.initial_state(0, lambda fresh: {**fresh, "params": {**fresh["params"], "wide": wrong}})
 
 
-def test_each_step_draws_new_randomness_that_the_seed_decides():
+def test_dropout_random_per_step_reproducible_by_seed():
   task = toy.Regression(toy.ToyNet(dropout_rate=0.5, batch_norm=False))
   frozen = {"name": "sgd", "learning_rate": 0.0}
   batch = toy.batches(1)[0]
   made = program(task, batch, optimizer=frozen)
 
-  def draw(seed):
+  def losses_of_seed(seed):
     with jax.set_mesh(made.mesh):
       state, found = made.initial_state(seed=0), []
       state = state.replace(rng=jax.random.key_data(jax.random.key(seed)))
@@ -201,13 +201,13 @@ def test_each_step_draws_new_randomness_that_the_seed_decides():
         found.append(float(metrics["loss"].compute()))
       return found
 
-  first = draw(1)
+  first = losses_of_seed(1)
   assert len(set(first)) == 3
-  assert draw(1) == first
-  assert draw(2) != first
+  assert losses_of_seed(1) == first
+  assert losses_of_seed(2) != first
 
 
-def test_frozen_parameters_stay_bit_identical():
+def test_frozen_parameters_bit_identical():
   rules = [("wide/.*", {"frozen": True})]
   _, state = losses(toy.Regression(), 3, optimizer=ADAMW | {"rules": rules})
   data = toy.batches(1)[0]
@@ -218,8 +218,8 @@ def test_frozen_parameters_stay_bit_identical():
   assert np.any(state.params["head"]["kernel"] != fresh.params["head"]["kernel"])
 
 
-def test_a_batch_that_does_not_fit_is_one_line():
-  with pytest.raises(ValueError, match="batch_size 16 cannot be split evenly"):
+def test_accumulation_not_divisible_raises():
+  with pytest.raises(ValueError, match="batch_size 16"):
     program(toy.Regression(), toy.batches(1)[0], accumulation_steps=3)
 
 
@@ -231,7 +231,7 @@ class DenseNet(nn.Module):
     return nn.Dense(1, dtype=self.dtype, name="head")(x)[:, 0].astype(jnp.float32)
 
 
-def test_gradients_of_bfloat16_models_are_accumulated_in_float32():
+def test_bfloat16_gradients_accumulated_in_float32():
   batch = {"x": np.ones((256, 8), np.float32), "y": np.full(256, 3.0, np.float32)}
   updates = []
   for dtype, steps in (("float32", 1), ("bfloat16", 256)):

@@ -15,12 +15,12 @@ def workdir(tmp_path):
   return epath.Path(tmp_path) / "run"
 
 
-def change(workdir, **fields):
+def change_lock(workdir, **fields):
   path = workdir / LOCK_FILE
   path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_a_second_run_is_refused_in_one_line_that_names_the_process(workdir):
+def test_second_run_raises_with_pid(workdir):
   with workdir_lock.workdir_lock(workdir):
     with (
       pytest.raises(LockedError, match=rf"{workdir}: .* {os.getpid()} .*--workdir") as error,
@@ -40,9 +40,9 @@ def test_a_second_run_is_refused_in_one_line_that_names_the_process(workdir):
   [{"pid": 2**22 + 1}, {"process_start": "1"}],
   ids=["ended", "another process with the same id"],
 )
-def test_the_lock_of_an_ended_process_is_taken_over(workdir, fields):
+def test_ended_process_lock_replaced(workdir, fields):
   with workdir_lock.workdir_lock(workdir):
-    change(workdir, **fields)
+    change_lock(workdir, **fields)
     with workdir_lock.workdir_lock(workdir):
       assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == os.getpid()
 
@@ -52,7 +52,7 @@ def test_the_lock_of_an_ended_process_is_taken_over(workdir, fields):
   ['{"host"', "[1]", "[" * 100_000, {"started": "x"}, {"started": 1e400}, {"pid": [1]}],
   ids=["cut short", "a list", "nested", "time as text", "infinite time", "no process id"],
 )
-def test_a_damaged_lock_is_taken_over(workdir, damage):
+def test_damaged_lock_replaced(workdir, damage):
   with workdir_lock.workdir_lock(workdir):
     held = json.loads((workdir / LOCK_FILE).read_text())
   workdir.mkdir()
@@ -63,7 +63,7 @@ def test_a_damaged_lock_is_taken_over(workdir, damage):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_another_host_is_alive_while_it_writes_heartbeats(workdir, monkeypatch, alive):
+def test_remote_lock_valid_while_heartbeats(workdir, monkeypatch, alive):
   monkeypatch.setattr(workdir_lock, "HEARTBEAT", 0.1)
   with workdir_lock.workdir_lock(workdir):
     held = json.loads((workdir / LOCK_FILE).read_text())

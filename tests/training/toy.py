@@ -1,4 +1,4 @@
-"""A small task and its model, for tests of the loop that must not depend on the zoo's."""
+"""A small regression task and its model, for tests of the loop."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ class ToyNet(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train=False):
-    # No bias before BatchNorm: its gradient is rounding noise, and Adam would blow that up.
+    # No bias before BatchNorm: its gradient is rounding noise, which Adam would scale up.
     x = nn.Dense(32, use_bias=not self.batch_norm, name="wide")(shard_batch(x))
     if self.batch_norm:
       x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
@@ -79,7 +79,7 @@ class Regression(Task):
 
 
 def batches(num, batch_size=16, seed=0):
-  """Returns `num` regression batches of which a small network can learn."""
+  """Returns `num` regression batches that a small network can learn."""
   rng = np.random.default_rng(seed)
   weights = rng.normal(size=8).astype(np.float32)
   found = []
