@@ -1,4 +1,4 @@
-"""Classification metrics: exact, mergeable, picklable, with missing labels."""
+"""Classification metrics: exact, mergeable, picklable, missing labels."""
 
 import pickle
 
@@ -44,7 +44,7 @@ def test_scores_by_hand():
 
 
 @pytest.mark.parametrize("per_class", [False, True])
-def test_merged_parts_are_the_whole(examples, per_class):
+def test_merged_parts_equal_whole(examples, per_class):
   batch, predictions = examples
   whole = ClassificationEvaluator(8, per_class=per_class)
   whole.add(batch, predictions)
@@ -60,7 +60,7 @@ def test_merged_parts_are_the_whole(examples, per_class):
   np.testing.assert_array_equal(whole.confusion(), merged.confusion())
 
 
-def test_padding_does_not_count(examples):
+def test_padding_not_counted(examples):
   batch, predictions = examples
   whole, kept = ClassificationEvaluator(8), ClassificationEvaluator(8)
   whole.add(batch, predictions)
@@ -82,14 +82,14 @@ def test_multilabel_accuracy_drops_unlabelled_rows():
   assert "top1_accuracy" not in scores
 
 
-def test_accuracy_on_mixtures_counts_the_larger_part():
+def test_is_correct_mixed_labels_argmax():
   labels = np.array([[0.3, 0.7, 0.0]], np.float32)
   hits = is_correct(labels, np.array([[1, 0, 2]]))
   np.testing.assert_array_equal(hits, [[True, False, False]])
 
 
 @pytest.mark.parametrize(("label", "shown"), [(8, "8"), (-1, "-1")])
-def test_a_label_out_of_range_is_named(examples, label, shown):
+def test_label_out_of_range_raises(examples, label, shown):
   batch, predictions = examples
   batch = {"label": batch["label"].copy()}
   batch["label"][5] = label
@@ -99,7 +99,7 @@ def test_a_label_out_of_range_is_named(examples, label, shown):
   ClassificationEvaluator(8).add(masked, predictions)
 
 
-def test_other_problems(examples):
+def test_invalid_label_shape_and_no_labels_raise(examples):
   predictions = examples[1]
   with pytest.raises(ValueError, match="num_classes=8"):
     ClassificationEvaluator(8).add({"label": np.zeros((40, 3))}, predictions)

@@ -1,4 +1,4 @@
-"""COCO scores against pycocotools and by hand, for any batching."""
+"""COCO detection scores against pycocotools and by hand, for any batching."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ CLASSES, TARGETS, QUERIES = 5, 7, 12
 
 
 def make_split(seed=0, images=24):
-  """Batches of one image each: truth, some crowds, and detections near it, far from it, doubled."""
+  """One-image batches: ground truth, some crowds; close, distant and duplicate detections."""
   rng = np.random.default_rng(seed)
   split = []
   for index in range(images):
@@ -61,7 +61,7 @@ def score(split, **fields):
 
 
 def coco_files(split):
-  """Truth and detections as COCO's JSON, written by other hands than the evaluator's."""
+  """Returns ground truth and detections in COCO's JSON form, independent of the evaluator."""
   truth = {"images": [], "annotations": [], "categories": [{"id": i} for i in range(CLASSES)]}
   found = []
   for batch, predictions in split:
@@ -91,7 +91,7 @@ def coco_files(split):
   return truth, found
 
 
-def test_the_scores_are_those_of_pycocotools(tmp_path):
+def test_scores_equal_pycocotools(tmp_path):
   split = make_split()
   truth, found = coco_files(split)
   path = tmp_path / "truth.json"
@@ -117,7 +117,7 @@ def test_the_scores_are_those_of_pycocotools(tmp_path):
 
 
 def perfect(split):
-  """Detections that are the truth."""
+  """Returns detections equal to the ground truth."""
   result = []
   for batch, _ in split:
     batch = {k: v for k, v in batch.items() if k not in ("is_crowd", "area")}
@@ -130,14 +130,14 @@ def perfect(split):
   return result
 
 
-def test_the_truth_itself_scores_one():
+def test_ground_truth_scores_one():
   scores = score(perfect(make_split()))
   assert scores["box_ap"] == pytest.approx(1, abs=1e-6)
   assert scores["box_ar100"] == pytest.approx(1)
   assert scores["images"] == 24
 
 
-def test_batches_padding_and_hosts_change_nothing():
+def test_independent_of_batches_padding_hosts():
   split = make_split()
   expected = score(split)
   blank = {k: np.zeros_like(v) for k, v in split[0][0].items()} | {"labels": np.full((1, 7), 99)}
@@ -148,7 +148,7 @@ def test_batches_padding_and_hosts_change_nothing():
   first, second = DetectionEvaluator(CLASSES), DetectionEvaluator(CLASSES)
   for index, (batch, predictions) in enumerate(reversed(split)):
     (first if index % 2 else second).add(batch, predictions)
-  second.add(*split[3])  # the last batch of a host may repeat an image
+  second.add(*split[3])  # a host's last batch may repeat an image
   first.merge(pickle.loads(pickle.dumps(second)))
   assert first.result() == expected
 
@@ -163,13 +163,13 @@ def test_images_without_ids_or_sizes():
   found = np.tile(np.float32([60, 30, 140, 70]), (2, 1, 1))
   predictions = {"boxes_xyxy": found, "labels": np.array([[1], [1]]), "scores": np.ones((2, 1))}
   scores = score([(batch, predictions)])
-  # Class 1: right, and a false alarm of the same score that is ranked behind it. Class 2: nothing.
+  # Class 1: a true positive, then a false positive with the same score. Class 2: no detection.
   assert scores["box_ap"] == pytest.approx(0.5)
   assert "box_ap_small" not in scores
   assert scores["box_ap_medium"] == pytest.approx(0.5)
 
 
-def test_no_detections():
+def test_no_detections_score_zero():
   split = make_split(images=2)
   empty = {
     "boxes_xyxy": np.zeros((1, 0, 4)), "labels": np.zeros((1, 0), int), "scores": np.zeros((1, 0))
@@ -178,15 +178,15 @@ def test_no_detections():
   assert scores["box_ap"] == scores["box_ar100"] == 0
 
 
-def test_invalid_fields():
+def test_invalid_inputs_raise():
   split = make_split(images=1)
-  with pytest.raises(ValueError, match="no ground truth in 0 images"):
+  with pytest.raises(ValueError, match="ground truth in 0"):
     DetectionEvaluator(CLASSES).result()
-  crowds = {"is_crowd": np.ones((1, TARGETS), bool)}  # crowds alone are no ground truth
-  with pytest.raises(ValueError, match="no ground truth in 1 images"):
+  crowds = {"is_crowd": np.ones((1, TARGETS), bool)}  # crowds alone do not count as ground truth
+  with pytest.raises(ValueError, match="ground truth in 1"):
     score([(split[0][0] | crowds, split[0][1])])
   batch = split[0][0] | {"labels": np.full((1, TARGETS), 5), "is_target": np.ones((1, 7), bool)}
   with pytest.raises(ValueError, match="labels: 5"):
     DetectionEvaluator(CLASSES).add(batch, split[0][1])
-  with pytest.raises(TypeError, match="cannot merge a ClassificationEvaluator"):
+  with pytest.raises(TypeError, match="ClassificationEvaluator"):
     DetectionEvaluator(CLASSES).merge(ClassificationEvaluator(CLASSES))

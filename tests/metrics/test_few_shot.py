@@ -1,4 +1,4 @@
-"""Few-shot least squares against big_vision's own results and against scikit-learn."""
+"""Few-shot least squares against big_vision's results and scikit-learn."""
 
 import numpy as np
 from sklearn.linear_model import Ridge
@@ -6,7 +6,7 @@ from sklearn.linear_model import Ridge
 from vit_jax_zoo.metrics.feature_probes import BIAS, FewShot, Rows, choose_shots, ridge_scores
 
 
-def test_equals_the_reference(load_golden):
+def test_equals_big_vision(load_golden):
   config, inputs, outputs = load_golden("fewshot_lsr_a")
   train = Rows(inputs["features_train"], inputs["labels_train"])
   test = Rows(inputs["features_test"], inputs["labels_test"])
@@ -27,7 +27,7 @@ def test_equals_the_reference(load_golden):
       np.testing.assert_allclose(accuracies[f"{shots}_shot"], theirs, atol=1e-6)
 
 
-def test_the_bias_is_a_feature_like_any_other():
+def test_bias_regularised_like_features():
   rng = np.random.default_rng(0)
   features, labels = rng.normal(size=(30, 4)), rng.integers(0, 3, 30)
   white = (features - features.mean(0)) / (features.std(0) + 1e-5)
@@ -38,10 +38,10 @@ def test_the_bias_is_a_feature_like_any_other():
   np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
-def test_fewer_shots_are_part_of_more():
+def test_fewer_shots_subset_of_more():
   labels = np.array([0, 1, 2, 0, 1, 0, 0, 2, 0, 1])
   few, many = choose_shots(labels, 1, seed=3), choose_shots(labels, 3, seed=3)
   assert sorted(labels[few]) == [0, 1, 2]
-  assert sorted(labels[many]) == [0, 0, 0, 1, 1, 1, 2, 2]  # there are but two of the last
+  assert sorted(labels[many]) == [0, 0, 0, 1, 1, 1, 2, 2]  # the last class has only two examples
   assert set(few) <= set(many)
   assert set(choose_shots(labels, 1, seed=4)) != set(few)

@@ -1,4 +1,4 @@
-"""ReaL's rule and subsets of classes, by hand."""
+"""ImageNet-ReaL scores and class subsets, by hand."""
 
 import numpy as np
 import pytest
@@ -10,12 +10,12 @@ def multi_hot(rows, num_classes):
   return np.array([[label in row for label in range(num_classes)] for row in rows])
 
 
-def test_real_takes_any_label_and_skips_images_without():
+def test_real_any_label_unlabelled_skipped():
   labels = multi_hot([{0, 3}, set(), {2}, {1, 2, 4}], 5)
   ranked = np.array([[3, 1, 0, 2, 4], [0, 1, 2, 3, 4], [1, 2, 0, 3, 4], [4, 0, 1, 2, 3]])
   scores = score_rankings(ranked, labels)
   assert scores == {"accuracy": pytest.approx(2 / 3), "images": 3, "classes": 5}
-  evaluator = ClassificationEvaluator(5)  # the rule of evaluations while training is the same
+  evaluator = ClassificationEvaluator(5)  # the training evaluator uses the same rule
   evaluator.add(
     {"label": labels.astype(np.float32)}, {"labels": ranked[:, :1], "loss": np.zeros(4)}
   )
@@ -23,7 +23,7 @@ def test_real_takes_any_label_and_skips_images_without():
   assert (result["accuracy"], result["images"]) == (pytest.approx(2 / 3), 3)
 
 
-def test_five_of_more_classes():
+def test_top5_accuracy():
   labels = multi_hot([{5}, {6}, {0}], 7)
   ranked = np.array([[0, 1, 2, 3, 5, 4, 6], [0, 1, 2, 3, 5, 6, 4], [0, 1, 2, 3, 5, 4, 6]])
   scores = score_rankings(ranked, labels)
@@ -31,7 +31,7 @@ def test_five_of_more_classes():
   assert scores["top5_accuracy"] == pytest.approx(2 / 3)
 
 
-def test_classes_that_never_occur_are_no_answer():
+def test_only_its_classes_drops_absent_classes():
   labels = multi_hot([{1}, {3}, {3}], 4)
   ranked = np.array([[0, 2, 1, 3], [2, 3, 0, 1], [0, 1, 3, 2]])
   assert score_rankings(ranked, labels)["accuracy"] == 0
@@ -39,7 +39,7 @@ def test_classes_that_never_occur_are_no_answer():
   assert scores == {"accuracy": pytest.approx(2 / 3), "images": 3, "classes": 2}
 
 
-def test_a_subset_is_the_arg_max_of_its_logits():
+def test_subset_equals_argmax_of_its_logits():
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(200, 30))
   classes = rng.permutation(30)[:8]
@@ -54,6 +54,6 @@ def test_a_subset_is_the_arg_max_of_its_logits():
   assert scores["top5_accuracy"] == pytest.approx((classes[top5] == truth[:, None]).any(1).mean())
 
 
-def test_nothing_to_score():
-  with pytest.raises(ValueError, match="none of the 2 images has a label"):
+def test_no_labels_raise():
+  with pytest.raises(ValueError, match="none of the 2 images"):
     score_rankings(np.zeros((2, 3), int), np.zeros((2, 3), bool))

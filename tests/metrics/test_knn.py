@@ -1,4 +1,4 @@
-"""Nearest neighbours against scikit-learn."""
+"""k-NN against scikit-learn."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def clouds(rows, seed):
 
 
 @pytest.mark.parametrize("temperature", [None, 0.07, 1.0])
-def test_votes_as_scikit_learn_counts_them(temperature):
+def test_votes_equal_scikit_learn(temperature):
   (features, labels), (test, _) = clouds(150, 0), clouds(40, 1)
   probe = NearestNeighbours(neighbours=(1, 4, 15), temperature=temperature)
   with sklearn.config_context(working_memory=0.01):  # several chunks, the last one smaller
@@ -26,11 +26,11 @@ def test_votes_as_scikit_learn_counts_them(temperature):
     np.testing.assert_array_equal(predicted, peer.fit(features, labels).predict(test))
 
 
-def test_length_does_not_matter_and_few_images_all_vote():
+def test_cosine_distance_and_few_neighbours():
   fit = Rows(np.array([[1, 0], [0, 1], [0, 2]], np.float32), np.array([1, 0, 0]))
-  near = Rows(np.array([[5, 1], [1, 9]], np.float32), np.zeros(2, int))
-  found = dict(NearestNeighbours(neighbours=(1, 20)).classify(fit, near))
+  test = Rows(np.array([[5, 1], [1, 9]], np.float32), np.zeros(2, int))
+  found = dict(NearestNeighbours(neighbours=(1, 20)).classify(fit, test))
   np.testing.assert_array_equal(found[1], [1, 0])
   np.testing.assert_array_equal(found[20], [1, 0])
-  plain = dict(NearestNeighbours(neighbours=(20,), temperature=None).classify(fit, near))
+  plain = dict(NearestNeighbours(neighbours=(20,), temperature=None).classify(fit, test))
   np.testing.assert_array_equal(plain[20], [0, 0])

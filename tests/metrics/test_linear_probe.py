@@ -5,7 +5,7 @@ from vit_jax_zoo.metrics.feature_probes import Labelled, Linear
 
 
 def clouds(rows, distance, seed):
-  """Three classes whose means are `distance` standard deviations apart, in two of five features."""
+  """Three classes with means `distance` standard deviations apart in two of five features."""
   rng = np.random.default_rng(seed)
   labels = rng.integers(0, 3, rows)
   means = distance * np.array([[0, 0], [1, 0], [0, 1]])
@@ -20,7 +20,7 @@ def labelled(rows, seed):
   return Labelled({"good": good, "noise": noise, "scaled": 1000 * good + 5}, labels)
 
 
-def test_separable_classes_are_separated():
+def test_separable_classes_classified():
   found = Linear()(labelled(400, 0), labelled(300, 1))
   scores = {name: score.scores["accuracy"] for name, score in found.items()}
   assert scores["good"] > 0.97
@@ -29,7 +29,7 @@ def test_separable_classes_are_separated():
   assert scores["scaled"] == pytest.approx(scores["good"], abs=0.005)
 
 
-def test_the_strength_is_chosen_without_the_test_images():
+def test_strength_independent_of_test_labels():
   fit, test = labelled(200, 0), labelled(100, 1)
   shuffled = Labelled(test.features, np.random.default_rng(0).permutation(test.labels))
   one, other = Linear()(fit, test), Linear()(fit, shuffled)
@@ -38,7 +38,7 @@ def test_the_strength_is_chosen_without_the_test_images():
     assert score.validation == other[name].validation
 
 
-def test_too_few_examples():
+def test_too_few_examples_raise():
   few = Labelled({"x": np.zeros((4, 2), np.float32)}, np.zeros(4, int))
   with pytest.raises(ValueError, match="4 images of 1 classes"):
     Linear()(few, few)

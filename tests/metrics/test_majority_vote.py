@@ -1,4 +1,4 @@
-"""Majority vote over several views."""
+"""Majority vote over views."""
 
 import collections
 
@@ -9,13 +9,13 @@ import numpy as np
 from vit_jax_zoo.metrics.feature_probes import majority_vote
 
 
-def test_the_majority_names_the_label():
+def test_majority_label():
   labels = jnp.array([[3, 1, 0], [1, 1, 2], [3, 1, 2], [2, 0, 2], [3, 1, 5]])
   np.testing.assert_array_equal(majority_vote(labels, jax.random.key(0)), [3, 1, 2])
   np.testing.assert_array_equal(majority_vote(labels[:1], jax.random.key(0)), labels[0])
 
 
-def test_ties_are_broken_evenly_among_those_that_tie():
+def test_ties_broken_uniformly():
   column = jnp.array([4, 4, 7, 7, 2])  # in 2000 images
   found = majority_vote(jnp.tile(column[:, None], (1, 2000)), jax.random.key(1))
   counts = collections.Counter(np.asarray(found).tolist())

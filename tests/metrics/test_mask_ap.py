@@ -11,7 +11,7 @@ SIDE = 40
 
 
 def scene(seed, count=3):
-  """Objects that are discs in boxes, and finds that are nearly the same."""
+  """Discs in boxes, with detections that are nearly equal."""
   rng = np.random.default_rng(seed)
   low = rng.uniform(0, 18, (count, 2))
   boxes = np.concatenate([low, low + rng.uniform(10, 20, (count, 2))], axis=1)
@@ -59,7 +59,7 @@ def test_correct_boxes_with_correct_and_wrong_masks():
   assert good["mask_ap50"] == pytest.approx(1)
   assert good["box_ap"] == pytest.approx(1)
   for _, predictions in scenes:
-    predictions["box_masks"][:, :, 14:] = 0  # half of each disc: an IoU of one half at best
+    predictions["box_masks"][:, :, 14:] = 0  # half of each disc: IoU at most 0.5
   half = scored(scenes).result()
   assert half["mask_ap75"] == pytest.approx(0)
   assert half["box_ap"] == pytest.approx(1)
@@ -79,7 +79,7 @@ def test_run_length_masks_and_duplicate_images():
   assert parts[0].result() == expected
 
 
-def test_it_agrees_with_pycocotools():
+def test_scores_equal_pycocotools():
   import contextlib
   import io
 
@@ -106,10 +106,10 @@ def test_it_agrees_with_pycocotools():
   np.testing.assert_allclose(scores["mask_ap75"], run.stats[2], atol=1e-9)
 
 
-def test_masks_of_another_size_are_refused():
+def test_mask_size_mismatch_raises():
   batch, predictions = scene(0)
   batch["original_size"] = np.array([[80, 80]])
-  with pytest.raises(ValueError, match="masks: 40x40 for an image of 80x80"):
+  with pytest.raises(ValueError, match=r"40x40 .*80x80"):
     scored([(batch, predictions)])
   del batch["masks"]
   with pytest.raises(ValueError, match="masks: missing"):
@@ -117,8 +117,8 @@ def test_masks_of_another_size_are_refused():
 
 
 @pytest.mark.parametrize("row", [0, 1])
-def test_masks_of_queries_are_the_official_ones(load_golden, row):
-  """Guards the way from a query's logits to pixels of the original image."""
+def test_query_masks_golden(load_golden, row):
+  """From a query's mask logits to pixels of the original image."""
   config, _, outputs = load_golden("detr_panoptic_a")
   size = tuple(config["orig_target_sizes"][row])
   batch = {"image": np.zeros((2, 96, 128, 3), np.uint8), "image_size": np.array(config["sizes"])}
@@ -127,8 +127,8 @@ def test_masks_of_queries_are_the_official_ones(load_golden, row):
   np.testing.assert_array_equal(np.stack(list(found)), expected.astype(bool))
 
 
-def of_queries(scenes):
-  """The same finds as masks of the whole image: logits, as DETR gives them."""
+def as_query_masks(scenes):
+  """Returns the same detections as mask logits of the whole image, like DETR's."""
   result = []
   for batch, predictions in scenes:
     masks = np.concatenate([batch["masks"][0], np.zeros((1, SIDE, SIDE), bool)])
@@ -137,29 +137,31 @@ def of_queries(scenes):
   return result
 
 
-def test_queries_with_the_true_masks_score_one():
-  """Guards masks of whole images, and a true map of segments in the place of masks."""
-  scenes = of_queries([scene(seed, count=1) for seed in range(4)])
+def test_true_query_masks_score_one():
+  """Ground truth as masks, or as a segment map."""
+  scenes = as_query_masks([scene(seed, count=1) for seed in range(4)])
   assert scored(scenes).result()["mask_ap"] == pytest.approx(1)
   for batch, _ in scenes:
     batch["segment_map"] = np.where(batch.pop("masks")[:, 0], 0, -1)
   assert scored(scenes).result()["mask_ap"] == pytest.approx(1)
 
 
-def test_masks_of_things_alone():
-  """Guards `masks_below`: wrong masks of stuff do not touch the score of things."""
-  scenes = of_queries([scene(seed) for seed in range(6)])
+def test_masks_below_excludes_stuff():
+  """Wrong masks of stuff classes do not change the score of things."""
+  scenes = as_query_masks([scene(seed) for seed in range(6)])
   for batch, predictions in scenes:
     predictions["mask_logits"][0, :-1][batch["labels"][0] == 1] = -4.0
   assert scored(scenes).result()["mask_ap"] == pytest.approx(0.5)
   assert scored(scenes, masks_below=1).result()["mask_ap"] == pytest.approx(1)
 
 
-def test_hosts_and_batches_change_nothing():
-  """Guards merging over hosts: images are told by their ids, wherever and with whom they came."""
+def test_independent_of_batches_and_hosts():
+  """Images are identified by their ids."""
   scenes = [scene(seed) for seed in range(6)]
   for _, predictions in scenes:
-    predictions["scores"] = np.round(predictions["scores"], 1)  # ties, which the order decides
+    predictions["scores"] = np.round(
+      predictions["scores"], 1
+    )  # ties, which are ordered by position
   expected = scored(scenes).result()
   one, other = scored(scenes[4:] + scenes[:1]), scored(scenes[3:0:-1])
   one.merge(pickle.loads(pickle.dumps(other)))

@@ -1,4 +1,4 @@
-"""Segments from masks as the official code makes them; panoptic quality by hand."""
+"""Segments from masks like the official code; panoptic quality by hand."""
 
 import pickle
 
@@ -23,7 +23,7 @@ def softmax(logits):
 
 @pytest.mark.parametrize("case", ["pan", "pan_same"])
 @pytest.mark.parametrize("row", range(4))
-def test_the_official_segments(load_golden, case, row):
+def test_segments_golden(load_golden, case, row):
   config, inputs, outputs = load_golden("detr_fn_a")
   p = softmax(inputs["pan_logits"][row].astype(np.float64))
   scores, labels = p.max(axis=-1), p.argmax(axis=-1)
@@ -47,7 +47,7 @@ def test_the_official_segments(load_golden, case, row):
   assert [np.sum(found.segment_map == s["id"]) for s in segments] == [s["area"] for s in segments]
 
 
-def test_padding_is_cut_off():
+def test_padding_removed():
   rng = np.random.default_rng(0)
   logits, labels = rng.normal(size=(3, 10, 12)).astype(np.float32), np.array([0, 1, 2])
   whole = segment(logits, labels, 9, padded_size=(40, 48), image_size=(40, 48), size=(40, 48))
@@ -56,8 +56,8 @@ def test_padding_is_cut_off():
 
 
 @pytest.mark.parametrize(("width", "found"), [(4, []), (5, [3])])
-def test_all_segments_too_small(width, found):
-  """As in the official code; one with five pixels is large enough."""
+def test_small_segments_removed(width, found):
+  """As in the official code: five pixels are enough, four are not."""
   sizes = dict.fromkeys(("padded_size", "image_size", "size"), (1, width))
   result = segment(np.zeros((1, 1, 2), np.float32), np.array([3]), 9, **sizes)
   assert result.labels.tolist() == found
@@ -65,7 +65,7 @@ def test_all_segments_too_small(width, found):
 
 
 def rows(*values):
-  """A segmentation of one line: its segments' numbers, and labels 0, 1, 2 ..., by default."""
+  """Returns a segment map of one row."""
   return np.array([values])
 
 
@@ -77,7 +77,8 @@ def quality(*pairs, num_classes=4, stuff_from=2):
 
 
 def test_quality_by_hand():
-  # Class 0: IoU 3/4. Class 1: 1 of 3 pixels found, so missed, and a false alarm. Class 2: exact.
+  # Class 0: IoU 3/4. Class 1: 1 of 3 pixels, so a false negative and a false positive. Class 2:
+  # exact.
   truth = Segmentation(rows(0, 0, 0, 1, 1, 1, 2, 2, VOID), np.array([0, 1, 2]))
   found = Segmentation(rows(0, 0, 0, 0, 1, VOID, 2, 2, 2), np.array([0, 1, 2]))
   scores = quality((truth, found))
@@ -88,13 +89,13 @@ def test_quality_by_hand():
   assert scores["pq"] == pytest.approx((0.75 + 0 + 1) / 3)
 
 
-def test_exactly_half_is_no_match():
+def test_iou_of_half_not_matched():
   truth = Segmentation(rows(0, 0, VOID), np.array([0]))
   found = Segmentation(rows(0, VOID, VOID), np.array([0]))
   assert quality((truth, found))["pq"] == 0
 
 
-def test_wrong_class_is_a_false_negative_and_a_false_positive():
+def test_wrong_class_false_negative_and_false_positive():
   truth = Segmentation(rows(0, 0, 0), np.array([0]))
   found = Segmentation(rows(0, 0, 0), np.array([1]))
   assert quality((truth, found)) == {
@@ -102,10 +103,10 @@ def test_wrong_class_is_a_false_negative_and_a_false_positive():
   }  # fmt: skip
 
 
-def test_crowds_and_void_excuse():
+def test_crowds_and_void_not_penalised():
   right = Segmentation(rows(0, 0, 0, 0, 0, 0), np.array([0]))
   crowd = Segmentation(rows(1, 1, 1, 0, 0, VOID), np.array([0, 1]), np.array([False, True]))
-  # Segment 0: most of it lies in a crowd of its class; segment 1 finds the object.
+  # Segment 0: most of it is in a crowd of its class; segment 1 matches the object.
   found = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([1, 0]))
   assert quality((right, right), (crowd, found))["pq"] == 1
   other = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([0, 0]))  # a crowd of another class
@@ -116,7 +117,7 @@ def test_crowds_and_void_excuse():
 
 
 def make_images(count=6, classes=4):
-  """Batches of one image each, with 10 x 12 pixels and masks that are half right."""
+  """One-image batches of 10 x 12 pixels with partly correct masks."""
   rng = np.random.default_rng(1)
   images = []
   for number in range(count):
@@ -151,7 +152,7 @@ def evaluate(images, **fields):
   return evaluator
 
 
-def test_the_evaluator_sees_batches_hosts_and_thresholds():
+def test_evaluator_batches_hosts_threshold():
   images = make_images()
   expected = evaluate(images).result()
   assert 0 < expected["pq"] < 1

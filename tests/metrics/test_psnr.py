@@ -8,7 +8,7 @@ from vit_jax_zoo.metrics.psnr_ssim import psnr_y, ssim_y
 
 
 def pixels(images):
-  """The official code's rounding; both cropped to what they share."""
+  """Rounds like the official code; crops both to their common size."""
   whole = [np.round((image[0].transpose(1, 2, 0) + 1) * 127.5) for image in images]
   height, width = (min(image.shape[axis] for image in whole) for axis in (0, 1))
   return [image[:height, :width] for image in whole]
@@ -22,7 +22,7 @@ def test_official_metrics_golden(load_golden, index):
   np.testing.assert_allclose(ssim_y(image, truth), outputs[f"metric_ssim_{index}"][0], rtol=1e-7)
 
 
-def test_ssim_agrees_with_scikit_image_on_luma():
+def test_ssim_equals_scikit_image_on_luma():
   rng = np.random.default_rng(0)
   truth = rng.integers(0, 256, (24, 30, 3)).astype(np.float64)
   image = np.clip(truth + rng.normal(scale=20, size=truth.shape), 0, 255)
@@ -39,6 +39,6 @@ def test_equal_images():
   assert ssim_y(image, image) == pytest.approx(1)
 
 
-def test_small_images_have_no_ssim():
-  with pytest.raises(ValueError, match="truth: its size is 10x20"):
+def test_small_image_ssim_raises():
+  with pytest.raises(ValueError, match=r"truth: .*10x20"):
     ssim_y(np.zeros((10, 20, 3)), np.zeros((10, 20, 3)))

@@ -63,7 +63,7 @@ def test_wrong_reference_score():
   assert "reference_gain" not in other.result()
 
 
-def test_padding_does_not_count():
+def test_padding_not_counted():
   data = batch()
   expected = evaluated({key: value[:2] for key, value in data.items()}).result()
   padded = {key: np.pad(value, ((0, 0), (0, 5), (0, 3), (0, 0))) for key, value in data.items()}
@@ -71,12 +71,12 @@ def test_padding_does_not_count():
   evaluator = SuperResolutionEvaluator()
   images = np.pad(predictions(data)["image"], ((0, 0), (0, 5), (0, 3), (0, 0)))
   evaluator.add(padded, {"image": images})
-  # The noise of `predictions` depends on the count of pictures: compare the rival's scores.
+  # The noise of `predictions` depends on the number of images: compares bicubic's scores.
   assert evaluator.result()["bicubic_ssim"] == pytest.approx(expected["bicubic_ssim"])
   assert evaluator.result()["images"] == 2
 
 
-def test_merging_equals_one_evaluator():
+def test_merged_equals_single_evaluator():
   first, second = batch(2), batch(1, seed=4)
   together = evaluated(first, second).result()
   merged = evaluated(first)
@@ -87,7 +87,7 @@ def test_merging_equals_one_evaluator():
   assert merged.result() == before
 
 
-def test_a_blank_image_is_excluded_from_psnr_alone():
+def test_blank_image_excluded_from_psnr_only():
   data = batch()
   blank = {key: np.full_like(value[:1], 7) for key, value in data.items()}
   evaluator = SuperResolutionEvaluator()
@@ -102,7 +102,7 @@ def test_a_blank_image_is_excluded_from_psnr_alone():
     1,
     1,
   )
-  assert "psnr_excluded" not in result  # ours is not perfect there
+  assert "psnr_excluded" not in result  # the model's output is not exact there
   own = psnr_y(found["image"][0], blank["image"][0])
   assert result["psnr"] == pytest.approx((3 * expected["psnr"] + own) / 4)
   assert result["psnr_gain"] == pytest.approx(expected["psnr_gain"])
@@ -120,7 +120,7 @@ def test_only_blank_images():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_pixels_that_are_not_finite_are_not_excluded(value):
+def test_nonfinite_pixels_give_nan(value):
   data, found = batch(2), predictions(batch(2))
   found["image"] = np.asarray(found["image"], np.float32)
   found["image"][0, 3, 4, 1] = value
@@ -132,7 +132,7 @@ def test_pixels_that_are_not_finite_are_not_excluded(value):
   assert not [name for name in result if name.endswith("_excluded")]
 
 
-def test_small_images_are_excluded_from_ssim_alone():
+def test_small_images_excluded_from_ssim_only():
   data = batch()
   small = {key: value[:1, :8, :9] for key, value in batch(seed=3).items()}
   tiny = {key: value[:1, :4, :4] for key, value in batch(seed=4).items()}
@@ -146,12 +146,12 @@ def test_small_images_are_excluded_from_ssim_alone():
   assert np.isfinite(alone["psnr"])
 
 
-def test_psnr_of_equal_images_is_infinite():
+def test_psnr_of_equal_images_infinite():
   image = batch(1)["image"][0]
   assert score(image, image)["psnr"] == score(image, image)["skimage_psnr"] == np.inf
 
 
-def test_nothing_to_score():
+def test_no_images_and_wrong_merge_raise():
   with pytest.raises(ValueError, match="no image was evaluated"):
     SuperResolutionEvaluator().result()
   with pytest.raises(TypeError, match="cannot merge"):

@@ -1,4 +1,4 @@
-"""Mean intersection over union by hand, for any batching."""
+"""Mean IoU by hand, for any batching."""
 
 import pickle
 
@@ -20,8 +20,8 @@ def score(pairs, num_classes=4, **fields):
   return evaluator.result()
 
 
-def test_by_hand():
-  """Guards the formula: intersection over union of each class, over all pixels of all images."""
+def test_scores_by_hand():
+  """The IoU of each class is over the pixels of all images."""
   # Class 0: 2 right, 1 missed, 1 too many: 2/4. Class 1: 1 right, 1 missed, 1 too many: 1/3.
   truth, found = batch([0, 0, 0, 1, 1, 255]), batch([0, 0, 1, 1, 0, 3])
   scores = score([(truth, found)], per_class=True, class_names=("sky", "sea"))
@@ -30,19 +30,18 @@ def test_by_hand():
   assert scores["miou"] == pytest.approx((2 / 4 + 1 / 3) / 2)
   assert scores["pixel_accuracy"] == pytest.approx(3 / 5)
   assert scores["mean_accuracy"] == pytest.approx((2 / 3 + 1 / 2) / 2)
-  assert "iou/2" not in scores  # neither there nor found
+  assert "iou/2" not in scores  # neither in the ground truth nor predicted
   assert scores["images"] == 1
 
 
 def test_class_without_ground_truth_scores_zero():
-  """Guards the mean: a false class counts with 0, in "miou" and not in "mean_accuracy"."""
+  """A predicted class without ground truth counts as 0 in "miou", not in "mean_accuracy"."""
   scores = score([(batch([0, 0, 0, 0]), batch([0, 0, 0, 2]))])
   assert scores["miou"] == pytest.approx((3 / 4 + 0) / 2)
   assert scores["mean_accuracy"] == pytest.approx(3 / 4)
 
 
-def test_it_is_sklearns_jaccard_score():
-  """Guards against a second implementation, on random maps."""
+def test_equals_sklearn_jaccard_score():
   from sklearn.metrics import jaccard_score
 
   rng = np.random.default_rng(0)
@@ -52,8 +51,7 @@ def test_it_is_sklearns_jaccard_score():
   assert scores["miou"] == pytest.approx(expected)
 
 
-def test_batches_padding_and_hosts_change_nothing():
-  """Guards the sums: rows and borders that are padding do not count, hosts add up."""
+def test_independent_of_batches_padding_hosts():
   rng = np.random.default_rng(1)
   truth, found = rng.integers(0, 4, (2, 6, 5, 7))
   expected = score([({"label_map": truth}, {"label_map": found})])
@@ -70,14 +68,13 @@ def test_batches_padding_and_hosts_change_nothing():
   assert one.result() == pytest.approx(expected)
 
 
-def test_another_label_may_be_the_one_that_does_not_count():
-  """Guards `ignore_label`."""
+def test_ignore_label():
   scores = score([(batch([0, 0, 7]), batch([0, 0, 1]))], ignore_label=7)
   assert scores["miou"] == 1
 
 
-def test_invalid_fields():
-  """Guards the words: labels that are no class, sizes that differ, nothing to score."""
+def test_invalid_inputs_raise():
+  """Labels out of range, different sizes, no pixel to score."""
   for truth, found, what in (
     ([0, 9], [0, 0], "true label 9"),
     ([0, 0], [0, 5], "predicted label 5"),

@@ -26,7 +26,7 @@ def softmax_by_hand(query, key, value, mask):
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_attend_is_the_formula(is_causal):
+def test_attend_equals_formula(is_causal):
   query, key, value = normal(0, 2, 5, 3, 4), normal(1, 2, 5, 3, 4), normal(2, 2, 5, 3, 4)
   keep = jnp.asarray([[True, True, True, False, False], [True] * 5])
   mask = np.broadcast_to(key_padding_mask(keep), (2, 1, 5, 5))
@@ -38,14 +38,16 @@ def test_attend_is_the_formula(is_causal):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_open_path_equals_the_fused_one(is_causal, padded):
+def test_intermediates_path_equals_fused(is_causal, padded):
   module = MultiHeadAttention(num_heads=2)
   x = normal(0, 2, 5, 8)
   mask = key_padding_mask(jnp.arange(5)[None] < jnp.asarray([[3], [5]])) if padded else None
   variables = variables_of(module, x)
   fused = run(module, variables, x, mask=mask, is_causal=is_causal)
-  opened, state = run(module, variables, x, mask=mask, is_causal=is_causal, mutable="intermediates")
-  np.testing.assert_allclose(fused, opened, atol=1e-6)
+  unfused, state = run(
+    module, variables, x, mask=mask, is_causal=is_causal, mutable="intermediates"
+  )
+  np.testing.assert_allclose(fused, unfused, atol=1e-6)
   weights = state["intermediates"]["weights"][0]
   np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
   if is_causal:
@@ -54,8 +56,8 @@ def test_the_open_path_equals_the_fused_one(is_causal, padded):
     assert not weights[0, :, :, 3:].any()
 
 
-def test_queries_keys_and_values_may_differ():
-  """As DETR's decoder: positions are added to queries and keys, and the memory is longer."""
+def test_cross_attention():
+  """As in DETR's decoder: positions are added to queries and keys; the memory is longer."""
   module = MultiHeadAttention(num_heads=2)
   queries, memory, positions = normal(0, 2, 3, 8), normal(1, 2, 7, 8), normal(2, 2, 7, 8)
   variables = variables_of(module, queries, memory + positions, memory)
@@ -67,7 +69,7 @@ def test_queries_keys_and_values_may_differ():
   assert np.abs(out - run(module, variables, queries, memory, memory)).max() > 1e-3
 
 
-def test_a_row_without_any_key_gives_no_nan():
+def test_fully_masked_row_finite():
   module = MultiHeadAttention(num_heads=2)
   x = normal(0, 2, 4, 8)
   mask = key_padding_mask(jnp.asarray([[False] * 4, [True] * 4]))
@@ -77,7 +79,7 @@ def test_a_row_without_any_key_gives_no_nan():
     assert np.isfinite(jax.tree.leaves(out)[0]).all()
 
 
-def test_dropout_of_the_map_is_on_while_training_only():
+def test_dropout_only_in_training():
   module = MultiHeadAttention(num_heads=2, dropout_rate=0.5)
   x = normal(0, 1, 4, 8)
   variables = variables_of(module, x)
@@ -88,13 +90,13 @@ def test_dropout_of_the_map_is_on_while_training_only():
   np.testing.assert_array_equal(run(module, variables, x), run(module, variables, x))
 
 
-def test_bfloat16_computes_the_softmax_in_float32():
+def test_bfloat16_softmax_in_float32():
   query = key = value = normal(0, 1, 6, 2, 8).astype(jnp.bfloat16)
   jaxpr = str(jax.make_jaxpr(attend)(query, key, value))
   assert any("exp" in line and "f32" in line for line in jaxpr.splitlines())
   assert attend(query, key, value).dtype == jnp.bfloat16
 
 
-def test_heads_must_divide_the_width():
+def test_heads_not_dividing_width_raise():
   with pytest.raises(ValueError, match="num_heads: 3"):
     MultiHeadAttention(num_heads=3).init(jax.random.key(0), normal(0, 1, 2, 8))

@@ -15,7 +15,7 @@ def apply_training(norm, x, variables=None):
   return norm.apply(variables, x, train=True, mutable=["batch_stats"])
 
 
-def test_follows_pytorch_in_training():
+def test_batch_norm_training_equals_pytorch():
   x = activations()
   out, state = apply_training(BatchNorm(momentum=0.9, epsilon=1e-3), x)
   flat = np.asarray(x, np.float64).reshape(-1, 6)
@@ -26,7 +26,7 @@ def test_follows_pytorch_in_training():
   np.testing.assert_allclose(state["batch_stats"]["var"], 0.9 + 0.1 * unbiased, rtol=1e-5)
 
 
-def test_uses_the_running_statistics_in_evaluation():
+def test_batch_norm_evaluation_uses_running_statistics():
   x, norm = activations(), BatchNorm()
   variables = {
     "params": {"scale": jnp.full(6, 2.0), "bias": jnp.full(6, 1.0)},
@@ -36,7 +36,7 @@ def test_uses_the_running_statistics_in_evaluation():
   np.testing.assert_allclose(out, (x - 3) / np.sqrt(4 + 1e-5) * 2 + 1, atol=1e-5)
 
 
-def test_moments_are_stable_for_a_large_mean():
+def test_batch_norm_stable_for_large_mean():
   x = activations((64, 6), mean=1e4)
   norm = BatchNorm(momentum=0.0)
   _, state = apply_training(norm, x)
@@ -46,13 +46,13 @@ def test_moments_are_stable_for_a_large_mean():
   np.testing.assert_allclose(state["batch_stats"]["var"], expected, rtol=1e-3)
 
 
-def test_initialisation_leaves_the_statistics_alone():
+def test_init_does_not_update_statistics():
   variables = BatchNorm().init(jax.random.key(0), activations(), train=True)
   np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)
   np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
 
 
-def test_frozen_has_no_parameters_and_never_changes():
+def test_frozen_batch_norm_constant():
   x, norm = activations(), FrozenBatchNorm()
   variables = norm.init(jax.random.key(0), x)
   assert "params" not in variables
@@ -65,7 +65,7 @@ def test_frozen_has_no_parameters_and_never_changes():
 
 
 @pytest.mark.parametrize("kind", ["batch_norm", "frozen_batch_norm", "group_norm"])
-def test_all_norms_share_a_signature_and_return_the_dtype(kind):
+def test_norm_factory_signature_and_dtype(kind):
   make = norm_factory(kind, num_groups=3, dtype="bfloat16")
   norm = make(name="norm", scale_init=jax.nn.initializers.zeros)
   x = activations()
@@ -73,10 +73,10 @@ def test_all_norms_share_a_signature_and_return_the_dtype(kind):
   out, _ = apply_training(norm, x, variables)
   assert out.dtype == jnp.bfloat16
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
-  # Zero scales silence a learned norm; a frozen one takes its scale from a checkpoint.
+  # Zero scales zero a learned norm's output; a frozen norm's scale comes from a checkpoint.
   assert bool(np.any(np.asarray(out, np.float32))) == (kind == "frozen_batch_norm")
 
 
-def test_unknown_kind():
+def test_unknown_kind_raises():
   with pytest.raises(ValueError, match="did you mean 'batch_norm'"):
     norm_factory("batchnorm")

@@ -1,4 +1,4 @@
-"""1x1 convolutions: the numbers and gradients of `nn.Conv`, and how the kernel's is computed."""
+"""1x1 convolutions: values and gradients of `nn.Conv`; the kernel gradient's computation."""
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +19,19 @@ def gradients(module, variables, x):
 
 
 @pytest.mark.parametrize(("stride", "side"), [(1, 5), (2, 5), (2, 6)])
-def test_values_and_gradients_are_those_of_the_plain_convolution(stride, side):
+def test_values_and_gradients_equal_conv(stride, side):
   ours, plain = convs(stride)
   x = jax.random.normal(jax.random.key(1), (2, side, side + 1, 3))
   variables = plain.init(jax.random.key(0), x)
   np.testing.assert_array_equal(ours.apply(variables, x), plain.apply(variables, x))
-  (given, of_x), (expected, of_plain_x) = (gradients(m, variables, x) for m in (ours, plain))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), given, expected)
-  np.testing.assert_array_equal(of_x, of_plain_x)
+  (found, input_gradient), (expected, plain_input_gradient) = (
+    gradients(m, variables, x) for m in (ours, plain)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+  np.testing.assert_array_equal(input_gradient, plain_input_gradient)
 
 
-def test_the_gradient_of_the_kernel_is_a_matrix_product():
+def test_kernel_gradient_is_matrix_product():
   x = jnp.ones((1, 4, 4, 3))
   ours, plain = convs(1)
   variables = plain.init(jax.random.key(0), x)
@@ -38,7 +40,7 @@ def test_the_gradient_of_the_kernel_is_a_matrix_product():
   assert [text.count("= conv_general_dilated[") for text in counts] == [2, 3]
 
 
-def test_half_precision():
+def test_bfloat16():
   ours, _ = convs(2, dtype="bfloat16")
   x = jnp.ones((1, 4, 4, 3))
   variables = ours.init(jax.random.key(0), x)

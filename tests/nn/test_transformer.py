@@ -1,4 +1,4 @@
-"""The layer stack, scanned or not, under every remat policy; stochastic depth."""
+"""The layer stack: scanned and unrolled, remat policies, stochastic depth."""
 
 import functools
 
@@ -45,7 +45,7 @@ def paths(tree):
 
 
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
-def test_every_policy_gives_the_same_values_and_gradients(remat, variables, reference):
+def test_remat_policies_equal(remat, variables, reference):
   given = value_and_gradient(encoder(remat=remat), variables)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), given, reference)
 
@@ -74,8 +74,8 @@ def paths_of_shapes(tree):
 
 
 @pytest.mark.parametrize(("remat", "kept"), [("dots", 8), ("attention", 4), ("full", 0)])
-def test_policy_saves_the_documented_residuals(remat, kept):
-  """Counted in widths a token, for an MLP of four widths; the block's input comes on top."""
+def test_remat_policy_residuals(remat, kept):
+  """In multiples of the width per token, for an MLP of four widths, plus the block's input."""
   module = Stack(functools.partial(BLOCK, mlp_dim=32), 1, scan=False, remat=remat)
   variables = jax.eval_shape(lambda: module.init(jax.random.key(0), TOKENS, train=False))
 
@@ -89,7 +89,7 @@ def test_policy_saves_the_documented_residuals(remat, kept):
   assert widths == kept + 1
 
 
-def test_unknown_policy():
+def test_unknown_remat_policy_raises():
   with pytest.raises(ValueError, match="'ful'"):
     encoder(remat="ful").init(jax.random.key(0), TOKENS, train=False)
 
@@ -102,17 +102,17 @@ def test_intermediates_of_every_block(variables):
   assert blocks["attention"]["weights"][0].shape == (DEPTH, 2, 2, 5, 5)
 
 
-def test_drop_path_drops_at_its_rate_and_keeps_the_mean():
+def test_drop_path_rate_and_mean():
   branch = jnp.ones((4000, 2, 3))
   dropped = DropPath().apply({}, branch, 0.25, train=True, rngs={"dropout": jax.random.key(0)})
   by_example = np.asarray(dropped).reshape(4000, -1)
   assert set(np.unique(by_example)) == {np.float32(0), np.float32(1 / 0.75)}
-  assert (by_example == by_example[:, :1]).all()  # an example's branch goes as a whole
+  assert (by_example == by_example[:, :1]).all()  # the whole branch of an example
   assert abs((by_example[:, 0] == 0).mean() - 0.25) < 0.03
   assert DropPath().apply({}, branch, 0.25, train=False) is branch
 
 
-def test_drop_path_grows_linearly_and_is_on_in_scanned_blocks(variables):
+def test_drop_path_linear_rates_in_scanned_blocks(variables):
   assert drop_path_rates(0.2, 3) == pytest.approx((0, 0.1, 0.2))
   assert drop_path_rates(0.2, 1) == (0,)
   with pytest.raises(ValueError, match="drop_path_rate"):

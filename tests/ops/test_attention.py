@@ -1,4 +1,4 @@
-"""Matrix products and attention for CPUs against JAX's own."""
+"""CPU matrix products and attention against JAX's own."""
 
 import functools
 
@@ -30,7 +30,7 @@ def loss(implementation, mask, is_causal, *arrays):
 
 
 def ours_and_theirs(function, mask, *arrays, is_causal=False):
-  """`implementation` None is this package's on a CPU, "xla" is JAX's."""
+  """`implementation` None selects this package's on CPU; "xla" is JAX's."""
   return (
     jax.jit(function(functools.partial(loss, name, mask, is_causal)))(*arrays)
     for name in (None, "xla")
@@ -39,7 +39,7 @@ def ours_and_theirs(function, mask, *arrays, is_causal=False):
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("mask", MASKS)
-def test_values_and_gradients_are_those_of_jax(mask, is_causal):
+def test_values_and_gradients_equal_jax(mask, is_causal):
   def value_and_grad(function):
     return jax.value_and_grad(function, argnums=(0, 1, 2))
 
@@ -47,7 +47,7 @@ def test_values_and_gradients_are_those_of_jax(mask, is_causal):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), *pairs)
 
 
-def test_second_derivatives_are_those_of_jax():
+def test_second_derivatives_equal_jax():
   def gradient_norm(function):
     def norm(*arrays):
       return sum(jnp.sum(x * x) for x in jax.grad(function, argnums=(0, 1, 2))(*arrays))
@@ -63,7 +63,7 @@ def test_forward_mode_raises():
     jax.jvp(functools.partial(loss, None, None, False, QUERY, KEY), (VALUE,), (VALUE,))
 
 
-def test_gradients_in_bfloat16():
+def test_bfloat16_gradients():
   arrays = [x.astype(jnp.bfloat16) for x in (QUERY, KEY, VALUE)]
   ours, theirs = ours_and_theirs(lambda f: jax.grad(f, argnums=(0, 1, 2)), None, *arrays)
   for a, b in zip(ours, theirs, strict=True):
@@ -75,7 +75,7 @@ def test_gradients_in_bfloat16():
   ("features", "axis", "shape"),
   [(6, -1, (2, 5, 8)), ((2, 3), -1, (2, 5, 8)), (6, (-2, -1), (2, 5, 4, 2)), (6, -1, (8,))],
 )
-def test_dense_layers_have_the_same_parameters_and_results(features, axis, shape):
+def test_dense_layers_equal_flax(features, axis, shape):
   x = jax.random.normal(jax.random.key(0), shape)
   theirs = nn.DenseGeneral(features, axis=axis, bias_init=nn.initializers.normal(1))
   ours = theirs.clone(dot_general=matrix_product)
@@ -90,7 +90,7 @@ def test_dense_layers_have_the_same_parameters_and_results(features, axis, shape
   )
 
 
-def test_the_platform_is_that_of_the_mesh():
+def test_is_for_cpu_from_mesh():
   assert is_for_cpu()
   tpu = jax.sharding.AbstractDevice("TPU v5 lite", 1, "tpu")
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=tpu)

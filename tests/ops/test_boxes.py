@@ -1,4 +1,4 @@
-"""Boxes: formats, overlap, empty boxes."""
+"""Box formats and overlaps, degenerate boxes."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from vit_jax_zoo.ops import boxes
 
 
-def test_the_official_functions(load_golden):
+def test_official_functions_golden(load_golden):
   _, inputs, outputs = load_golden("detr_fn_a")
   corners = boxes.cxcywh_to_xyxy(jnp.asarray(inputs["box_cxcywh"]))
   np.testing.assert_allclose(corners, outputs["box_xyxy"], atol=1e-6)
@@ -22,16 +22,16 @@ def test_the_official_functions(load_golden):
   ("a", "b", "iou", "giou"),
   [
     ([0, 0, 2, 2], [0, 0, 2, 2], 1, 1),
-    ([0, 0, 1, 1], [2, 0, 3, 1], 0, -1 / 3),  # a gap as wide as each of them
+    ([0, 0, 1, 1], [2, 0, 3, 1], 0, -1 / 3),  # the gap is as wide as each box
     ([0, 0, 2, 1], [1, 0, 3, 1], 1 / 3, 1 / 3),
-    ([0, 0, 0, 0], [0, 0, 0, 0], 0, 0),  # two points in one place: no area anywhere
+    ([0, 0, 0, 0], [0, 0, 0, 0], 0, 0),  # the same point: zero area
     ([0, 0, 0, 0], [1, 1, 1, 1], 0, -1),
     ([0, 0, 1, 0], [0, 0, 2, 0], 0, 0),  # two lines
     ([0.5, 0.5, 0.5, 0.5], [0, 0, 1, 1], 0, 0),
-    ([1, 1, 0, 0], [0, 0, 1, 1], 0, 0),  # sides the wrong way round
+    ([1, 1, 0, 0], [0, 0, 1, 1], 0, 0),  # reversed corners
   ],
 )
-def test_by_hand_and_with_finite_gradients(a, b, iou, giou):
+def test_iou_giou_values_and_finite_gradients(a, b, iou, giou):
   a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
   for function, expected in ((boxes.iou, iou), (boxes.generalized_iou, giou)):
     value, gradients = jax.value_and_grad(function, argnums=(0, 1))(a, b)
@@ -39,7 +39,7 @@ def test_by_hand_and_with_finite_gradients(a, b, iou, giou):
     assert np.isfinite(gradients).all()
 
 
-def test_giou_is_symmetric_bounded_and_unchanged_by_scale():
+def test_giou_symmetric_bounded_scale_invariant():
   rng = np.random.default_rng(0)
   corners = np.sort(rng.uniform(0, 1, (2, 50, 2, 2)), axis=2).reshape(2, 50, 4)
   a, b = jnp.asarray(corners.astype(np.float32))

@@ -1,4 +1,4 @@
-"""The fused kernel, interpreted on the CPU, against the formula; when it is chosen."""
+"""The fused kernel, interpreted on CPU, against the formula; conditions for its use."""
 
 import functools
 
@@ -17,7 +17,7 @@ interpreted = functools.partial(fused_attention.attend_fused, interpret=True)
 
 
 def arrays_of(shape, queries, dtype="float32"):
-  """Query (scaled), key, value of half as many channels, and weights of the output."""
+  """Returns scaled queries, keys, values with half as many channels, and output weights."""
   batch, heads, keys, width = shape
   sides = ((queries, width), (keys, width), (keys, width // 2), (queries, width // 2))
   rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def value_and_gradients(function, arrays, **kwargs):
     (200, 100, 128, False, False, "bfloat16"),
   ],
 )
-def test_values_and_gradients_are_those_of_the_formula(
+def test_values_and_gradients_equal_formula(
   queries, keys, block, is_causal, padded, dtype, monkeypatch
 ):
   monkeypatch.setattr(fused_attention, "MAX_BLOCK", block)
@@ -66,7 +66,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 
 @pytest.mark.multidevice
-def test_devices_compute_their_own_examples_and_heads():
+def test_sharded_over_examples_and_heads():
   mesh = create_mesh({"data": 2, "fsdp": 2, "model": 2})
   *arrays, _ = arrays_of((4, 2, 128, 16), 128)
   keep = jnp.asarray(np.arange(128) < [[9], [50], [128], [1]])
@@ -77,20 +77,20 @@ def test_devices_compute_their_own_examples_and_heads():
 
 
 def kernels(function, *arrays, device=TPU, precision="default"):
-  """Number of Pallas kernels in a program for a device."""
+  """Returns the number of Pallas kernels in a program for a device."""
   mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh), jax.default_matmul_precision(precision):
     return str(jax.make_jaxpr(function)(*arrays)).count("pallas_call[")
 
 
-def test_the_kernel_is_for_long_sequences_and_masks_of_keys_on_tpus():
+def test_kernel_used_for_long_sequences_on_tpu():
   x = jax.ShapeDtypeStruct((2, 512, 2, 16), jnp.bfloat16)
   mask = key_padding_mask(jnp.ones((2, 512), bool))
   assert kernels(attend, x, x, x) == 1
   assert kernels(functools.partial(attend, mask=mask, is_causal=True), x, x, x) == 1
   assert kernels(functools.partial(attend, implementation="xla"), x, x, x) == 0
   assert kernels(functools.partial(attend, mask=jnp.ones((1, 1, 512, 512), bool)), x, x, x) == 0
-  for kind, platform in (("cpu", "cpu"), ("TPU v3", "tpu")):  # v3 has no kernel in bfloat16
+  for kind, platform in (("cpu", "cpu"), ("TPU v3", "tpu")):  # v3 has no bfloat16 kernel
     device = jax.sharding.AbstractDevice(kind, 1, platform)
     assert kernels(attend, x, x, x, device=device) == 0
   assert kernels(attend, x, x, x, precision="highest") == 0
@@ -99,7 +99,7 @@ def test_the_kernel_is_for_long_sequences_and_masks_of_keys_on_tpus():
   assert str(jax.make_jaxpr(attend)(x, x, x)).count("pallas_call[") == 0  # outside a mesh
 
 
-def test_attention_with_dropout_uses_the_map():
+def test_dropout_uses_unfused_attention():
   module, x = MultiHeadAttention(2, dropout_rate=0.1), jax.ShapeDtypeStruct((1, 512, 32), "float32")
   variables = jax.eval_shape(module.init, jax.random.key(0), x)
 
@@ -110,10 +110,12 @@ def test_attention_with_dropout_uses_the_map():
   assert kernels(functools.partial(run, train=True), variables, x) == 0
 
 
-def test_flops_of_a_kernel_are_those_of_its_products():
+def test_kernel_flops():
   x = jax.ShapeDtypeStruct((3, 2, 2048, 64), jnp.bfloat16)  # two blocks of queries and of keys
   product = 3 * 2 * 2 * 2048 * 2048 * 64
   assert count_flops(fused_attention.attend_fused, x, x, x) == 2 * product
   gradients = jax.grad(lambda *x: jnp.sum(fused_attention.attend_fused(*x)), (0, 1, 2))
   di = 3 * 2 * 2 * 2048 * 64  # the output times its gradient, summed over channels
-  assert count_flops(gradients, x, x, x) == (2 + 5) * product + di  # the map is computed again
+  assert (
+    count_flops(gradients, x, x, x) == (2 + 5) * product + di
+  )  # the attention map is recomputed

@@ -1,4 +1,4 @@
-"""Masks pasted into images."""
+"""Pasting box masks into images."""
 
 import cv2
 import numpy as np
@@ -12,8 +12,8 @@ def smooth_masks(count, side, seed=0):
   return np.stack([cv2.resize(0.2 + 0.8 * m, (side, side)) for m in noise])
 
 
-def looked_up(mask, box, size):
-  """Pixel by pixel: its middle in the mask, bilinearly, zero outside."""
+def paste_by_hand(mask, box, size):
+  """Bilinear interpolation of the mask at each pixel's centre, zero outside."""
   side = len(mask)
   result = np.zeros(size)
   for y in range(size[0]):
@@ -38,11 +38,11 @@ BOXES = np.array(
 )
 
 
-def test_each_pixel_is_looked_up():
+def test_exact_equals_bilinear():
   masks = smooth_masks(len(BOXES), 7)
   pasted = paste_masks(masks, BOXES, (30, 40))
   for mask, box, got in zip(masks, BOXES, pasted, strict=True):
-    soft = looked_up(mask, box, (30, 40))
+    soft = paste_by_hand(mask, box, (30, 40))
     clear = np.abs(soft - 0.5) > 1e-9
     np.testing.assert_array_equal(got[clear], (soft >= 0.5)[clear])
   assert pasted.any(axis=(1, 2)).sum() >= 3
@@ -50,7 +50,7 @@ def test_each_pixel_is_looked_up():
 
 
 def detectron(mask, box, size):
-  """As Detectron's segm_results: pads, grows, truncates, resizes with OpenCV."""
+  """Detectron's segm_results: pads, enlarges, truncates, resizes with OpenCV."""
   side = len(mask) + 2
   left, top, right, bottom = box
   half_w, half_h = (right - left) * 0.5 * side / len(mask), (bottom - top) * 0.5 * side / len(mask)
@@ -66,18 +66,18 @@ def detectron(mask, box, size):
 
 
 @pytest.mark.parametrize(("convention", "beyond"), [("detectron", 1), ("torchvision", 0)])
-def test_detectron_and_torchvision_round_to_pixels(convention, beyond):
+def test_detectron_and_torchvision_rounding(convention, beyond):
   masks = smooth_masks(len(BOXES), 14, seed=1)
   boxes = BOXES + np.array([0, 0, beyond, beyond])
   pasted = paste_masks(masks, boxes, (30, 40), convention=convention)
   for mask, box, got in zip(masks, BOXES, pasted, strict=True):
     expected = detectron(mask, box, (30, 40))
-    assert (got != expected).mean() < 0.002  # OpenCV's own rounding at the threshold
+    assert (got != expected).mean() < 0.002  # OpenCV's rounding at the threshold
   assert pasted.any(axis=(1, 2)).sum() >= 3
 
 
 @pytest.mark.parametrize("convention", ["exact", "detectron"])
-def test_what_has_no_place(convention):
+def test_boxes_outside_or_nonfinite_empty(convention):
   boxes = np.array(
     [[100, 100, 120, 120], [-50, -50, -20, -20], [np.nan, 0, 5, 5], [0, np.inf, 5, 5]]
   )
@@ -86,12 +86,12 @@ def test_what_has_no_place(convention):
   assert paste_masks(np.ones((0, 5, 5)), np.zeros((0, 4)), (3, 4)).shape == (0, 3, 4)
 
 
-def test_a_box_without_area_has_no_mask():
+def test_box_without_area_empty():
   boxes = np.array([[5.0, 5, 5, 9], [9, 9, 4, 4]])
   assert not paste_masks(np.ones((2, 5, 5)), boxes, (30, 40)).any()
 
 
-def test_a_full_mask_fills_its_box():
+def test_full_mask_fills_box():
   box = np.array([[4.0, 6, 24, 26]])
   pasted = paste_masks(np.ones((1, 28, 28)), box, (30, 40))[0]
   expected = np.zeros((30, 40), bool)

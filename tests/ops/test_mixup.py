@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax_zoo.ops.mixup import Mixing, mix_examples
 
-EVERYONE = np.ones(6, bool)
+ALL_ROWS = np.ones(6, bool)
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +19,18 @@ def examples():
 jitted = jax.jit(mix_examples, static_argnames="mixing")
 
 
-def mix(examples, mixing, seed=0, mask=EVERYONE):
+def mix(examples, mixing, seed=0, mask=ALL_ROWS):
   images, targets = (jnp.asarray(x) for x in examples)
   mixed = jitted(images, targets, jnp.asarray(mask), jax.random.key(seed), mixing)
   return [np.asarray(x) for x in mixed]
 
 
 def many(examples, mixing, count=400):
-  """Mixes the same examples many times; returns images [n b h w c] and targets [n b k]."""
+  """Mixes the same examples `count` times; returns images [n b h w c] and targets [n b k]."""
   images, targets = (jnp.asarray(x) for x in examples)
 
   def once(rng):
-    return mix_examples(images, targets, jnp.asarray(EVERYONE), rng, mixing)
+    return mix_examples(images, targets, jnp.asarray(ALL_ROWS), rng, mixing)
 
   return [
     np.asarray(x) for x in jax.jit(jax.vmap(once))(jax.random.split(jax.random.key(1), count))
@@ -38,7 +38,7 @@ def many(examples, mixing, count=400):
 
 
 @pytest.mark.parametrize("unit", ["batch", "example"])
-def test_mixup_is_the_label_weighted_sum_of_neighbours(examples, unit):
+def test_mixup_label_weighted_sum_of_neighbours(examples, unit):
   images, targets = mix(examples, Mixing(mixup_alpha=0.8, unit=unit))
   shares = np.diag(targets)
   assert (np.ptp(shares) == 0) == (unit == "batch")
@@ -49,7 +49,7 @@ def test_mixup_is_the_label_weighted_sum_of_neighbours(examples, unit):
     np.testing.assert_allclose(images[i], expected, rtol=1e-5)
 
 
-def test_mixup_weights_follow_a_folded_beta(examples):
+def test_mixup_weights_folded_beta(examples):
   _, targets = many(examples, Mixing(mixup_alpha=0.2, unit="example"), 2000)
   shares = np.diagonal(targets, axis1=1, axis2=2)
   assert shares.min() >= 0.5
@@ -75,7 +75,7 @@ def test_cutmix_labels_are_pixel_fractions(examples, unit):
 def test_cutmix_box_area_distribution(examples):
   _, targets = many(examples, Mixing(cutmix_alpha=1.0, unit="example"))
   shares = np.diagonal(targets, axis1=1, axis2=2)
-  # Boxes as published, drawn one by one.
+  # Boxes of the published algorithm, drawn one by one.
   rng, expected = np.random.default_rng(0), []
   for _ in range(4000):
     side = np.sqrt(1 - rng.beta(1, 1))
@@ -96,14 +96,14 @@ def test_mixing_frequencies(examples):
   images, targets = many(examples, mixing)
   untouched = (images == examples[0]).all(axis=(2, 3, 4))
   pure = ((images == examples[0]) | (images == np.roll(examples[0], 1, axis=0))).all(axis=(2, 3, 4))
-  assert untouched.mean() == pytest.approx(0.4, abs=0.05)  # and a few boxes of no pixel
+  assert untouched.mean() == pytest.approx(0.4, abs=0.05)  # plus a few empty boxes
   assert (pure & ~untouched).mean() == pytest.approx(0.15, abs=0.04)
-  labels = targets.mean(axis=0)  # nobody's label is lost: columns weigh what rows do
+  labels = targets.mean(axis=0)  # every example has weight 1 in total
   np.testing.assert_allclose(labels.sum(axis=0), 1, atol=0.05)
 
 
 @pytest.mark.parametrize("mixing", [Mixing(mixup_alpha=0.8), Mixing(cutmix_alpha=1.0)])
-def test_padding_is_not_mixed(examples, mixing):
+def test_padding_not_mixed(examples, mixing):
   mask = np.array([True, True, True, True, False, False])
   images = np.where(mask[:, None, None, None], examples[0], np.nan).astype(np.float32)
   mixed, targets = mix((images, examples[1]), mixing, seed=4, mask=mask)
@@ -129,6 +129,6 @@ def test_is_on():
     ({"cutmix_fraction": -1}, "cutmix_fraction"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
     Mixing(**fields)

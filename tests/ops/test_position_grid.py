@@ -11,8 +11,8 @@ def table(height, width, dim=3, seed=0):
 
 
 @pytest.mark.parametrize(("old", "new"), [((4, 4), (6, 6)), ((7, 5), (5, 9)), ((3, 3), (1, 8))])
-def test_corner_aligned_is_the_reference(old, new):
-  """vision_transformer: scipy.ndimage.zoom(order=1)."""
+def test_linear_equals_scipy_zoom(old, new):
+  """vision_transformer uses scipy.ndimage.zoom(order=1)."""
   positions = table(*old)
   zoom = (new[0] / old[0], new[1] / old[1], 1)
   expected = ndimage.zoom(positions.reshape(*old, -1), zoom, order=1).reshape(-1, 3)
@@ -20,19 +20,19 @@ def test_corner_aligned_is_the_reference(old, new):
 
 
 @pytest.mark.parametrize(("old", "new"), [(28, 14), (24, 42), (48, 24)])
-def test_the_border_that_scipy_zeroes_keeps_its_values(old, new):
+def test_border_not_zeroed_as_in_scipy(old, new):
   positions = table(old, old) + 10
   resized = resize_position_grid(positions, (old, old), (new, new)).reshape(new, new, 3)
   source = positions.reshape(old, old, 3)
   np.testing.assert_allclose(resized[-1, -1], source[-1, -1], rtol=1e-6)
   zoomed = ndimage.zoom(source, (new / old, new / old, 1), order=1)
-  if (zoomed[-1] == 0).all():  # the bug of this scipy: elsewhere the two agree
+  if (zoomed[-1] == 0).all():  # the scipy bug; otherwise both agree
     zoomed, resized = zoomed[:-1, :-1], resized[:-1, :-1]
   np.testing.assert_allclose(resized, zoomed, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_constants_stay_and_axes_are_independent(method):
+def test_constant_kept_axes_separable(method):
   ones = np.ones((12, 2), np.float32)
   np.testing.assert_allclose(resize_position_grid(ones, (3, 4), (7, 2), method), 1, rtol=1e-6)
   positions = table(3, 5)
@@ -47,12 +47,12 @@ def test_constants_stay_and_axes_are_independent(method):
   )
 
 
-def test_the_same_grid_changes_nothing():
+def test_same_grid_unchanged():
   positions = table(3, 4)
   assert resize_position_grid(positions, (3, 4), (3, 4)) is positions
 
 
-def test_errors():
+def test_invalid_arguments_raise():
   with pytest.raises(ValueError, match="did you mean 'bicubic'"):
     resize_position_grid(table(2, 2), (2, 2), (3, 3), "bicubicc")
   with pytest.raises(ValueError, match="position table: 4 rows"):
@@ -63,8 +63,8 @@ def test_errors():
   ("method", "source"),
   [("linear", "timm"), ("bicubic_antialias", "timm"), ("bicubic", "hugging_face")],
 )
-def test_golden_parity_with_timm_and_hugging_face(method, source):
-  """Tables of 4 x 4 tokens that timm 1.0.31 and transformers 5.23 made into 6 x 6."""
+def test_equals_timm_and_hugging_face(method, source):
+  """4 x 4 tables that timm 1.0.31 and transformers 5.23 resized to 6 x 6."""
   tables = np.load(golden_folder("position_grid") / "tables.npz")
   given = resize_position_grid(tables[source], (4, 4), (6, 6), method)
   np.testing.assert_allclose(given, tables[method], atol=1e-6)

@@ -1,4 +1,4 @@
-"""What a program moves, on programs of which it is known: written by hand, and compiled here."""
+"""Memory traffic and collectives of HLO programs: handwritten and compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vit_jax_zoo.planning import hlo
 from vit_jax_zoo.training.sharding import create_mesh
 
-# Two loops of 12 and 3 steps; 8 devices, in groups of 8, 4 and 2.
+# Two loops of 12 and 3 steps; 8 devices in groups of 8, 4 and 2.
 BY_HAND = """
 HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -81,7 +81,7 @@ backend_config={"known_trip_count":{"n":"3"}}
 """
 
 
-def test_collectives_count_as_often_as_their_loop_runs():
+def test_collectives_multiplied_by_loop_length():
   found = hlo.traffic(BY_HAND)
   # 12 x 2 x 3/4 of 4000 bytes; 3 + 1 times 1 x 200 bytes, and once 7 x 400; 4 x 1/2 of 400 bytes.
   assert found.collective_bytes == {
@@ -93,13 +93,13 @@ def test_collectives_count_as_often_as_their_loop_runs():
   assert found.loops_of_unknown_length == 1
 
 
-def test_memory_counts_parts_as_parts_and_on_chip_memory_not_at_all():
+def test_memory_bytes_of_slices_and_on_chip_copies():
   found = hlo.traffic(BY_HAND)
   reduced = 12 * 2 * 4000
   gathered = 4 * (200 + 400)
   scattered = 4 * (400 + 200)
   row, back = 4000 + 4000 + 4, 4000 + 4000 + 4  # the row and the index
-  near = 4000  # read from main memory, written to the chip's own
+  near = 4000  # read from main memory, written to on-chip memory
   started = 400 + 3200
   assert found.memory_bytes == reduced + gathered + scattered + row + back + near + started
 
@@ -116,7 +116,7 @@ def test_memory_counts_parts_as_parts_and_on_chip_memory_not_at_all():
     ("replica_groups=mesh['data'=4,'fsdp'=16] {'fsdp':(2)8}", 8),
   ],
 )
-def test_all_ways_to_write_groups(attributes, size):
+def test_replica_group_formats(attributes, size):
   assert hlo.group_size(attributes, 8) == size
 
 
@@ -130,11 +130,11 @@ def test_all_ways_to_write_groups(attributes, size):
     ("()", 0),
   ],
 )
-def test_bytes_of_shapes(shape, size):
+def test_shape_bytes(shape, size):
   assert hlo.shape_bytes(shape) == size
 
 
-def test_only_the_busiest_branch_counts():
+def test_conditional_counts_busiest_branch():
   branch = "%{0} (p: f32[{1}]) -> f32[{1}] {{\n  ROOT %{0}.c = f32[{1}] all-to-all(%p)\n}}\n"
   text = (
     "HloModule m, num_partitions=4\n"
@@ -148,8 +148,8 @@ def test_only_the_busiest_branch_counts():
   assert hlo.traffic(text).collective_bytes == {"all-to-all": 3 / 4 * 400}
 
 
-def test_a_kernel_with_metadata_of_several_lines_does_not_end_its_computation():
-  """As libtpu prints a splash attention kernel: here inside a loop of five steps."""
+def test_multiline_kernel_metadata():
+  """A splash attention kernel as printed by libtpu, in a loop of five steps."""
   text = """HloModule m
 
 %body (p: (s32[], f32[1000])) -> (s32[], f32[1000]) {
@@ -186,14 +186,14 @@ ENTRY %main (x: f32[1000]) -> f32[1000] {
   assert hlo.traffic(text).memory_bytes == 5 * (in_kernel + in_negation)
 
 
-def test_a_text_that_is_none():
+def test_invalid_text_raises():
   with pytest.raises(ValueError, match="no ENTRY computation"):
     hlo.traffic("nothing")
 
 
 @pytest.mark.multidevice
-def test_a_scanned_layer_that_is_really_compiled():
-  """Seven layers with parameters over eight devices: each is gathered once, seven times over."""
+def test_compiled_scan_gathers_each_layer():
+  """Seven layers sharded over eight devices: each is gathered once, which makes seven gathers."""
   mesh = create_mesh({"fsdp": 8})
   weights = jax.ShapeDtypeStruct(
     (7, 64, 64), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "fsdp"))

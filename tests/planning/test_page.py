@@ -1,4 +1,4 @@
-"""docs/PLANS.md matches docs/plans.json and the recipes; nothing is compiled here."""
+"""docs/PLANS.md matches docs/plans.json and the recipes; compiles nothing."""
 
 import concurrent.futures
 import json
@@ -17,17 +17,15 @@ def _in_the_checkout(monkeypatch):
   monkeypatch.chdir(ROOT)
 
 
-def test_the_page_is_current():
-  """To update it without compiling: python -m vit_jax_zoo.plan --all --only=nothing.
-
-  The note that a recipe has changed since it was compiled is added when the page is next written.
-  """
+def test_page_up_to_date():
+  """Updated without compilation by: python -m vit_jax_zoo.plan --all --only=nothing. The note
+  about recipes changed since compilation is added at the next update."""
   written, now = page.PAGE.read_text(encoding="utf-8"), page.page()
   changed = "; the recipe has changed since"
   assert written.replace(changed, "") == now.replace(changed, "")
 
 
-def test_no_recipe_is_missing():
+def test_all_recipes_on_page():
   rows, without = page.rows()
   planned = {row.config for row in rows} | without.keys()
   assert planned == set(page.recipes())
@@ -39,7 +37,7 @@ def test_no_recipe_is_missing():
   assert not any("fpt_segmentation.py" in recipe for recipe in page.recipes())
 
 
-def test_each_recipe_that_was_compiled_fits_one_of_its_slices():
+def test_compiled_recipes_fit_a_slice():
   plans, fits = page._stored(), {}
   for row in page.rows()[0]:
     if "fits" in plans.get(row.key, {}):
@@ -50,7 +48,7 @@ def test_each_recipe_that_was_compiled_fits_one_of_its_slices():
 
 @pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
 @pytest.mark.parametrize("topology", ["v5e:16x16", "v5p:4x4x4"])
-def test_igpt_is_planned_for_both_slices(size, topology):
+def test_igpt_has_both_slices(size, topology):
   found = [
     row
     for row in page.rows()[0]
@@ -59,13 +57,13 @@ def test_igpt_is_planned_for_both_slices(size, topology):
   assert found
 
 
-def test_what_is_not_compiled_says_so():
+def test_cells_of_uncompiled_recipe():
   row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
   assert "not compiled yet" in page._cells(row, None)
   assert "not compiled: stopped after 9 s" in page._cells(row, {"error": "stopped after 9 s"})
 
 
-def test_the_page_says_what_is_not_known_and_what_it_costs():
+def test_progress_line():
   done = [{"compile_cpu_seconds": 17.2}, {"compile_cpu_seconds": 775.9}, {}]
   text = page._progress(done, 112)
   assert "3 of 112" in text
@@ -74,7 +72,7 @@ def test_the_page_says_what_is_not_known_and_what_it_costs():
   assert "unknown" not in page._progress(done, 3)
 
 
-def test_a_recipe_that_has_changed_has_another_digest():
+def test_digest_depends_on_compiled_program():
   row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
   other = row._replace(overrides=("--config.sharding.mesh.fsdp=4",))
   logs = row._replace(overrides=("--config.log_every=7",))
@@ -84,11 +82,11 @@ def test_a_recipe_that_has_changed_has_another_digest():
   clipped = row._replace(overrides=("--config.optimizer.clip_norm=7",))
   assert page.digest(row) != page.digest(other)
   assert page.digest(row) != page.digest(clipped)
-  assert page.digest(row) == page.digest(logs)  # what only changes what is written
-  assert page.digest(row) == page.digest(rates)  # or how far a step goes
+  assert page.digest(row) == page.digest(logs)  # changes only what is logged
+  assert page.digest(row) == page.digest(rates)  # changes only the step size
 
 
-def test_a_recipe_without_a_slice_is_named(tmp_path, monkeypatch):
+def test_recipe_without_slice_raises(tmp_path, monkeypatch):
   slices = tmp_path / "slices.toml"
   slices.write_text('[[slice]]\nrecipes = "vit.py:*"\ntopology = "v5e:2x2"\n')
   monkeypatch.setattr(page, "SLICES", slices)
@@ -96,8 +94,8 @@ def test_a_recipe_without_a_slice_is_named(tmp_path, monkeypatch):
     page.rows()
 
 
-def test_plans_of_processes_at_work_together_are_all_kept(tmp_path, monkeypatch):
-  """Threads stand for the processes: a lock of a file that each opens keeps them apart as well."""
+def test_concurrent_writes_all_kept(tmp_path, monkeypatch):
+  """Threads in place of processes: a lock of a file that each opens excludes threads, too."""
   rows, stored = [page.Row(f"vit.py:{n}", "v5e:2x2") for n in range(4)], page._stored
 
   def slow_stored():
@@ -116,7 +114,7 @@ def test_plans_of_processes_at_work_together_are_all_kept(tmp_path, monkeypatch)
   assert page.PAGE.read_text() == " ".join(row.key for row in rows)
 
 
-def test_a_quick_plan_stands_until_a_better_one_is_asked_for():
+def test_o1_plan_not_current_for_full_optimization():
   row = page.Row("configs/vit.py:b16_imagenet", "v5e:2x2")
   quick = {row.key: {"digest": page.digest(row), "optimization_level": "O1"}}
   best = {row.key: {"digest": page.digest(row), "optimization_level": None}}
@@ -126,7 +124,7 @@ def test_a_quick_plan_stands_until_a_better_one_is_asked_for():
   assert page._is_current(row, best, None)
 
 
-def test_a_row_keeps_what_the_page_shows_of_a_plan():
+def test_compact_plan_fills_all_cells():
   memory = {"params": 1.0, "optimizer": 2.0, "temporary": 3.4, "peak": 2.0**30, "limit": 2.0**34}
   plan = {
     "fits": True,
@@ -178,7 +176,7 @@ def test_a_row_keeps_what_the_page_shows_of_a_plan():
   assert cells[-1].endswith("the recipe has changed since")
 
 
-def test_a_quick_plan_bounds_no_run():
+def test_o1_plan_has_no_time_bound():
   row = page.rows()[0][0]
   plan = page._stored()[row.key]
   cells = dict(zip(page.COLUMNS, page._cells(row, plan), strict=True))

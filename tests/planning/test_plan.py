@@ -56,7 +56,7 @@ def plan(machine):
 
 
 @pytest.mark.multidevice
-def test_a_plan_describes_the_compiled_step(plan, machine):
+def test_plan_of_compiled_step(plan, machine):
   parts = trainer.build(tiny(), machine.devices)
   with parts.train_batches() as batches:
     batch = next(batches)
@@ -68,8 +68,8 @@ def test_a_plan_describes_the_compiled_step(plan, machine):
   assert (plan.num_steps, plan.num_examples, plan.batch_size) == (24, 1437, 16)
   assert plan.batch_shapes == [(1.0, (8, 8, 3))]
   whole = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
-  assert whole / 8 < plan.memory.params < whole  # the large ones are split
-  # Adam's two moments lie as the parameters do; the steps' counters are small.
+  assert whole / 8 < plan.memory.params < whole  # large parameters are sharded
+  # Adam's two moments are sharded like the parameters; the step counters are small.
   assert 2 * plan.memory.params <= plan.memory.optimizer < 2 * plan.memory.params + 64
   assert plan.memory.batch == 2 * (8 * 8 * 3 + 4)
   assert plan.fits
@@ -78,7 +78,7 @@ def test_a_plan_describes_the_compiled_step(plan, machine):
 
 
 @pytest.mark.multidevice
-def test_sharded_parameters_are_gathered(plan):
+def test_sharded_parameters_gathered(plan):
   sent = sum(plan.network_bytes.values())
   assert set(plan.network_bytes) <= {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
   assert sent > plan.memory.params * 7  # gathered at least once
@@ -86,13 +86,13 @@ def test_sharded_parameters_are_gathered(plan):
 
 
 @pytest.mark.multidevice
-def test_no_time_is_estimated_for_an_unknown_device(plan):
+def test_unknown_device_no_time_estimate(plan):
   assert (plan.roofline, plan.days) == (None, None)
   assert "unknown: no peak rates of this device" in report(plan)
 
 
 @pytest.mark.multidevice
-def test_a_plan_as_text_and_as_json(plan):
+def test_report_and_json(plan):
   text = report(plan)
   for word in ("fits", "parameters", "optimizer state", "activations", "temporaries", "all-"):
     assert word in text
@@ -102,7 +102,7 @@ def test_a_plan_as_text_and_as_json(plan):
 
 
 @pytest.mark.multidevice
-def test_a_plan_names_the_level_at_which_it_was_compiled(plan, machine):
+def test_optimization_level_reported(plan, machine):
   assert plan.optimization_level is None
   assert "JAX_OPTIMIZATION_LEVEL" not in report(plan)
   before = jax.config.jax_optimization_level
@@ -116,7 +116,7 @@ def test_a_plan_names_the_level_at_which_it_was_compiled(plan, machine):
   assert "JAX_OPTIMIZATION_LEVEL=O1" in report(quick)
 
 
-def test_activations_grow_with_depth_and_shrink_with_remat(machine):
+def test_activations_scale_with_depth_and_remat(machine):
   def kept(**fields):
     config = tiny()
     config.model.update(scan_layers=True, **fields)
@@ -124,13 +124,13 @@ def test_activations_grow_with_depth_and_shrink_with_remat(machine):
     return activation_bytes(parts.program(parts.batch_shapes()[0][1]))
 
   shallow, deep = kept(depth=2, remat="full"), kept(depth=6, remat="full")
-  tokens, width = 17, 16  # 16 patches of a digit, and the class token or none
-  block = 16 * (deep - shallow) / 16 / 4  # what four more blocks keep, each
+  tokens, width = 17, 16  # 16 patches of a digit, with or without the class token
+  block = 16 * (deep - shallow) / 16 / 4  # bytes kept per block
   assert 16 * (tokens - 1) * width * 4 <= block <= 2 * 16 * tokens * width * 4
   assert kept(depth=6, remat="none") > 3 * deep
 
 
-def test_bytes_of_a_device_are_those_of_its_part():
+def test_device_bytes_of_sharded_array():
   mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
   split = jax.sharding.NamedSharding(mesh, jax.P(None, "x"))
   whole = jax.sharding.NamedSharding(mesh, jax.P())
@@ -151,7 +151,7 @@ def test_bytes_of_a_device_are_those_of_its_part():
     ("RESOURCE_EXHAUSTED: something else", None),
   ],
 )  # fmt: skip
-def test_needed_memory_of_what_does_not_fit(message, needed):
+def test_needed_memory_from_error(message, needed):
   given = Memory(
     params=1.0, optimizer=2.0, other_state=4.0, batch=8.0, activations=16.0,
     temporary=None, code=None, peak=None, limit=None,
@@ -159,30 +159,31 @@ def test_needed_memory_of_what_does_not_fit(message, needed):
   assert needed_memory(message, given) == needed
 
 
-def test_plans_bypass_the_compilation_cache():
+def test_plans_bypass_compilation_cache():
   cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
-  lowered = jax.jit(lambda x: x * 3.25 + 7).lower(1.0)  # what no other test has
+  lowered = jax.jit(lambda x: x * 3.25 + 7).lower(1.0)  # not compiled by another test
   before = set(cache.iterdir())
   compile_text(lowered)
   assert set(cache.iterdir()) == before
   lowered.compile()
-  assert set(cache.iterdir()) > before, "the cache is as it was"
+  assert set(cache.iterdir()) > before, "the cache is in use again"
 
 
 # --- search ------------------------------------------------------------------------------------
 
 
-def test_meshes_begin_with_the_configs_own_and_split_the_batch():
+def test_meshes_config_first_and_divide_batch():
   config = complete(ConfigDict({"batch_size": 8, "sharding": {"mesh": {"data": 2, "fsdp": -1}}}))
   found = meshes(config, 16)
-  assert found[0] == {"data": 8, "fsdp": 1, "model": 2}  # the config's own splits no 8 over 16
+  # The config's own mesh would split the batch of 8 over 16 devices.
+  assert found[0] == {"data": 8, "fsdp": 1, "model": 2}
   assert all(size["data"] * size["fsdp"] * size["model"] == 16 for size in found)
   assert all(8 % (size["data"] * size["fsdp"]) == 0 for size in found)
   assert len({tuple(size.values()) for size in found}) == len(found)
   assert meshes(config, 8)[0] == {"data": 2, "fsdp": 4, "model": 1}
 
 
-def test_remat_policies_are_for_models_with_the_field():
+def test_remat_policies_only_for_models_with_remat():
   assert remat_policies(ConfigDict({"model": {"remat": "full"}})) == [
     "none",
     "dots",
@@ -193,7 +194,7 @@ def test_remat_policies_are_for_models_with_the_field():
 
 
 @pytest.mark.multidevice
-def test_the_best_fits_and_is_fast(plan):
+def test_best_fits_and_is_fastest(plan):
   def variant(fits, seconds, peak):
     memory = dataclasses.replace(plan.memory, peak=peak)
     return dataclasses.replace(plan, fits=fits, step_seconds=seconds, memory=memory)
@@ -208,9 +209,7 @@ def test_the_best_fits_and_is_fast(plan):
 
 
 @pytest.mark.multidevice
-def test_a_search_takes_the_first_rung_that_fits_and_leaves_out_what_cannot_be(
-  plan, machine, monkeypatch
-):
+def test_search_stops_at_first_policy_and_skips_invalid_meshes(plan, machine, monkeypatch):
   tried = []
 
   def fake(config, machine, *, name, overrides):
@@ -225,7 +224,7 @@ def test_a_search_takes_the_first_rung_that_fits_and_leaves_out_what_cannot_be(
   assert [remat for _, remat in tried] == ["none", "dots"] * (len(tried) // 2)
   assert {mesh["model"] for mesh, _ in tried} == {1, 4}
   assert plans[1].overrides[-1] == "--config.model.remat=dots"
-  assert config.model.remat == "full"  # the caller's config is its own
+  assert config.model.remat == "full"  # the caller's config is not modified
 
   def broken(*args, **kwargs):
     raise ValueError("unknown field of vit_ti16 'widht'")
@@ -250,12 +249,12 @@ def command(*arguments, **environment):
   ("platform", "topology", "message"),
   [
     ("tpu", "v5q:2x2", "unknown TPU 'v5q'; did you mean 'v5p'?"),
-    ("tpu", None, "--topology is missing; name a TPU slice"),
-    ("cpu", "v5e:2x2", "--topology=v5e:2x2 --platform=cpu: leave one"),
+    ("tpu", None, "--topology is missing"),
+    ("cpu", "v5e:2x2", "--topology=v5e:2x2"),
     ("gpu", None, "unknown platform 'gpu'"),
   ],
 )
-def test_errors_of_machines(platform, topology, message):
+def test_find_machine_errors(platform, topology, message):
   with pytest.raises(ValueError) as error:  # noqa: PT011 the message is checked below
     find_machine(platform, topology)
   assert str(error.value).startswith(message)
@@ -276,32 +275,32 @@ def test_errors_of_machines(platform, topology, message):
     ("v2-8", "v2:2x2"),
   ],
 )
-def test_accelerator_types_have_a_topology(name, topology):
+def test_accelerator_type_topology(name, topology):
   assert find_topology(name) == topology
 
 
 @pytest.mark.parametrize(
   "name", ["v5litepod-17", "v5e-512", "v3-2", "v5p-4", "v9-8", "v5e-", "-v5e"]
 )
-def test_unknown_accelerator_type(name):
+def test_unknown_accelerator_type_raises(name):
   with pytest.raises(ValueError, match=r"--topology|unknown TPU"):
     find_topology(name)
 
 
-def test_check_without_compilation():
+def test_command_nocompile():
   run = command(*TINY, "--topology=v5litepod-8", "--nocompile")
   assert run.returncode == 0, run.stderr
   assert "v5e:2x4: 8 devices, mesh data=8, batch 16" in run.stdout
 
 
-def test_the_error_without_libtpu_names_the_extra(monkeypatch):
+def test_missing_libtpu_names_extra(monkeypatch):
   monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-  with pytest.raises(ImportError, match=r"needs libtpu; pip install -e '\.\[plan\]'"):
+  with pytest.raises(ImportError, match=r"pip install -e '\.\[plan\]'"):
     find_machine("tpu", "v5e:2x2")
 
 
 @pytest.mark.slow
-def test_the_command_on_a_cpu(tmp_path):
+def test_command_cpu(tmp_path):
   output = tmp_path / "new" / "plan.json"
   run = command(*TINY, "--platform=cpu", f"--output={output}")
   assert run.returncode == 0, run.stderr
@@ -313,7 +312,7 @@ def test_the_command_on_a_cpu(tmp_path):
 
 
 @pytest.mark.tpu
-def test_a_small_step_is_compiled_for_a_tpu_that_is_not_here():
+def test_tpu_plan_without_tpu():
   machine = find_machine("tpu", "v5e:2x2")
   fsdp = ("--config.sharding.mesh.data=1", "--config.sharding.mesh.fsdp=4")
   plan = make_plan(tiny(*fsdp), machine, name="tiny")
@@ -330,18 +329,18 @@ def test_a_small_step_is_compiled_for_a_tpu_that_is_not_here():
 @pytest.mark.parametrize(
   ("name", "devices"), [("v5litepod-8", 8), ("v6e-256", 256), ("v5p-128", 64), ("v3-32", 32)]
 )
-def test_accelerator_types_have_the_devices_of_their_slice(name, devices):
+def test_accelerator_type_device_count(name, devices):
   assert len(find_machine("tpu", name).devices) == devices
 
 
 @pytest.mark.tpu
-def test_unknown_topology():
-  with pytest.raises(ValueError, match=r"there is no topology 'v5e:3x3': .* such as v5e:4x4"):
+def test_unknown_topology_raises():
+  with pytest.raises(ValueError, match=r"'v5e:3x3': .*v5e:4x4"):
     find_machine("tpu", "v5e:3x3")
 
 
 @pytest.mark.tpu
-def test_a_plan_that_does_not_fit():
+def test_plan_too_large_does_not_fit():
   machine = find_machine("tpu", "v5e:1x1")
   config = tiny("--config.batch_size=400000")
   plan = make_plan(config, machine, name="large")
@@ -351,7 +350,7 @@ def test_a_plan_that_does_not_fit():
 
 
 @pytest.mark.tpu
-def test_a_search_stops_at_the_first_policy_that_fits():
+def test_tpu_search_stops_at_first_policy():
   machine = find_machine("tpu", "v5e:2x2")
   config = tiny("--config.model.remat=dots")
   plans = list(search(config, machine, name="tiny"))
@@ -361,7 +360,7 @@ def test_a_search_stops_at_the_first_policy_that_fits():
 
 
 @pytest.mark.tpu
-def test_the_traffic_of_a_fused_attention_is_its_operands_and_results():
+def test_fused_attention_memory_bytes():
   machine = find_machine("tpu", "v5e:2x2")
   mesh = create_mesh({"data": 1}, machine.devices[:1])
   x = jax.ShapeDtypeStruct((4, 1024, 16, 128), jnp.bfloat16)

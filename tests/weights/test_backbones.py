@@ -1,4 +1,4 @@
-"""A detector's backbone from published files and from our classifiers."""
+"""Detector backbones from published files and from this package's classifiers."""
 
 import pickle
 
@@ -38,21 +38,21 @@ def flat_shapes(variables):
   return {k: tuple(x.shape) for k, x in flatten_variables({"params": {}, **variables}).items()}
 
 
-def test_a_task_names_its_files_for_backbone_and_neck():
+def test_backbone_file_fills_backbone_only():
   fields = {"num_classes": 3, "backbone_file": "a.pth"}
   task = create_task("instance_detection", RCNN(), **fields)
   assert task.weight_files == {"*/backbone": "a.pth"}
 
 
 def official_backbone():
-  """The official code's own arrays, and a network that has them as its backbone."""
+  """Returns all arrays of the official code's file, and those of its backbone."""
   arrays = load_file(golden_folder("fpt_det_a") / "weights.safetensors")
   own = {k.split("conv_body.")[1]: a for k, a in arrays.items() if "Conv_Body.conv_body." in k}
   return arrays, own
 
 
 def as_blobs(own):
-  """Detectron.pytorch's names back to Caffe2's, by the rules of its converter."""
+  """Renames Detectron.pytorch's keys to Caffe2's, by the rules of its converter."""
   blobs = {"conv1_b": np.zeros(8, np.float32), "fc1000_w": np.zeros((10, 64), np.float32)}
   branches = {"1": "branch2a", "2": "branch2b", "3": "branch2c"}
   for key, array in own.items():
@@ -75,7 +75,7 @@ def _norm(kind):
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
-def test_caffe_weights_under_both_key_styles(norm, load_golden, tmp_path):
+def test_caffe_weights_both_key_styles(norm, load_golden, tmp_path):
   config, inputs, outputs = load_golden("fpt_det_a")
   width, arrays, own = config["caffe_resnet_width"], *official_backbone()
   body = ResNet(
@@ -109,7 +109,7 @@ def _tree(flat):
   return tree
 
 
-def test_caffe_files_expect_bgr(tmp_path):
+def test_caffe_file_swaps_bgr_to_rgb(tmp_path):
   shapes = flat_shapes(shapes_of(ResNet(**BODY)))
   arrays = {}
   for path, shape in shapes.items():
@@ -158,7 +158,7 @@ def detector(norm):
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
-def test_lambda_resnet_backbone_from_timm_or_a_run(norm, tmp_path):
+def test_lambda_resnet_backbone_from_timm_or_run(norm, tmp_path):
   classifier = filled(shapes_of(LambdaResNet(num_classes=5, **LAMBDA)), 1)
   theirs = flatten_variables(classifier)
   save_file(
@@ -185,8 +185,8 @@ def _inside(classifier):
   }
 
 
-def test_a_published_lambda_resnet_fits_a_detector():
-  """timm's keys as timm itself has written them."""
+def test_timm_lambda_resnet_backbone():
+  """Keys as written by timm itself."""
   path = str(golden_folder("lambda_resnet26t_a") / "weights.safetensors")
   fields = load_pretrained(path).config
   fields = {k: v for k, v in fields.items() if k not in ("num_classes", "image_size")}
@@ -196,7 +196,7 @@ def test_a_published_lambda_resnet_fits_a_detector():
   np.testing.assert_array_equal(found["stem/conv1/conv/kernel"], stem)
 
 
-def test_incompatible_backbones(tmp_path):
+def test_incompatible_backbone_raises(tmp_path):
   own = filled(shapes_of(detector("batch_norm")))
   other = filled(shapes_of(LambdaResNet(num_classes=5, **{**LAMBDA, "widths": (4, 4, 8, 4)})))
   with pytest.raises(WeightsError, match="backbone_file") as info:
@@ -207,7 +207,7 @@ def test_incompatible_backbones(tmp_path):
     load_parts({"*/backbone": str(tmp_path / "x.safetensors")}, own)
 
 
-def test_pickles_are_read_as_arrays_and_nothing_of_them_is_run(tmp_path):
+def test_pickle_read_without_code_execution(tmp_path):
   class Trap:
     def __reduce__(self):
       return (tmp_path.joinpath("ran").touch, ())
@@ -223,8 +223,8 @@ def test_pickles_are_read_as_arrays_and_nothing_of_them_is_run(tmp_path):
     pickled_arrays.read_pickle(str(tmp_path / "trap.pkl"))
   assert not (tmp_path / "ran").exists()
   (tmp_path / "cut.pkl").write_bytes(pickle.dumps({"a": np.arange(99.0)})[:90])
-  with pytest.raises(WeightsError, match="it is truncated, or no pickle"):
+  with pytest.raises(WeightsError, match="truncated"):
     pickled_arrays.read_pickle(str(tmp_path / "cut.pkl"))
   (tmp_path / "none.pkl").write_bytes(pickle.dumps([1, 2]))
-  with pytest.raises(WeightsError, match="a pickle without arrays by name"):
+  with pytest.raises(WeightsError, match="without arrays"):
     pickled_arrays.read_pickle(str(tmp_path / "none.pkl"))

@@ -1,4 +1,4 @@
-"""Hugging Face's JSON files: preprocessing of classifiers, and class names."""
+"""Hugging Face's JSON files: preprocessing and class names of classifiers."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from vit_jax_zoo.weights.key_map import WeightsError
     ({"image_mean": None, "image_std": [0.25] * 3}, lambda x: (x / 255 - 0.5) / 0.25),
   ],
 )
-def test_skipped_steps_of_classifiers(processor, expected):
+def test_classifier_preprocessing_steps(processor, expected):
   image = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
   preprocess = read_preprocess({**processor, "do_resize": False}, (16, 16))
   (found,) = preprocess([image])
@@ -30,7 +30,7 @@ def test_skipped_steps_of_classifiers(processor, expected):
   assert read_preprocess(processor_of(preprocess, "X"), (16, 16)).fit == "none"
 
 
-def test_the_shorter_side_before_a_crop_is_exact():
+def test_crop_shorter_side_exact():
   processor = {"size": {"shortest_edge": 400}, "crop_size": 224, "do_center_crop": True}
   preprocess = read_preprocess(processor, (224, 224))
   assert preprocess.resized_size(400, 600) == (400, 600)  # 224 / (224 / 400) is below 400
@@ -38,7 +38,7 @@ def test_the_shorter_side_before_a_crop_is_exact():
     read_preprocess({**processor, "crop_size": 448}, (224, 224))
 
 
-def test_classes_without_a_name_are_written_as_their_ids(caplog):
+def test_unnamed_classes_written_as_ids(caplog):
   with caplog.at_level("WARNING"):
     assert label_fields(("ant",), 3)["id2label"] == {"0": "ant", "1": "1", "2": "2"}
   assert "class_names: 1 names of 3 classes" in caplog.text

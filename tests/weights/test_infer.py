@@ -15,7 +15,7 @@ from vit_jax_zoo.weights import WeightsError, key_map
 from vit_jax_zoo.weights.infer import count, outputs_of, side
 
 BLOCK = "Transformer/encoderblock_0"
-FIRST = {  # of each file, what tells sizes
+FIRST = {  # the arrays that determine sizes, per file
   "vit_timm_a": (
     "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight", "head.bias",
     "blocks.0.attn.qkv.bias",
@@ -37,7 +37,7 @@ FIRST = {  # of each file, what tells sizes
 
 
 def copy_of(name, folder):
-  """Returns the path of a copy that may be changed, the file with its arrays, and those."""
+  """Returns the path of a copy, the file with its arrays, and the arrays."""
   if name == "vit_a":
     file = folder / "x.npz"
     shutil.copy(golden_folder(name) / "weights.npz", file)
@@ -59,21 +59,21 @@ def save(arrays, file):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_missing_size_arrays_are_named(name, tmp_path, monkeypatch):
+def test_missing_size_arrays_named(name, tmp_path, monkeypatch):
   monkeypatch.setattr(key_map, "_MAX_NAMED", 999)
   path, file, arrays = copy_of(name, tmp_path)
   rest = {key: array for key, array in arrays.items() if key not in FIRST[name]}
-  save({**rest, "nobodys": np.zeros(2, np.float32)}, file)
+  save({**rest, "unknown_key": np.zeros(2, np.float32)}, file)
   with pytest.raises(WeightsError) as info:
     load_pretrained(path)
   message = str(info.value)
   for key in FIRST[name]:
     assert f"({key}" in message, message
   assert message.count("missing: ") >= len(FIRST[name])
-  assert "unused: nobodys (2,)" in message
+  assert "unused: unknown_key (2,)" in message
 
 
-def test_misshapen_size_arrays_are_named(tmp_path, monkeypatch):
+def test_misshapen_size_arrays_named(tmp_path, monkeypatch):
   monkeypatch.setattr(key_map, "_MAX_NAMED", 999)
   path, file, arrays = copy_of("vit_timm_a", tmp_path)
   save(arrays | {key: np.zeros((1, 2, 3, 4, 5), np.float32) for key in FIRST["vit_timm_a"]}, file)
@@ -83,17 +83,17 @@ def test_misshapen_size_arrays_are_named(tmp_path, monkeypatch):
     assert re.search(rf"{key} (is )?\(1, 2, 3, 4, 5\)", str(info.value))
 
 
-def test_a_class_token_that_is_missing_or_misshapen_is_named(tmp_path):
+def test_invalid_class_token_named(tmp_path):
   for name, token in {"vit_timm_a": "cls_token", "vit_hf_a": "vit.embeddings.cls_token"}.items():
     path, file, arrays = copy_of(name, tmp_path)
     del arrays[token]
     save(arrays, file)
-    with pytest.raises(WeightsError, match=rf"17 tokens, .* \(is {token} missing, the class token"):
+    with pytest.raises(WeightsError, match=rf"17 tokens, .*{token} missing"):
       load_pretrained(path)
   arrays |= {token: np.zeros((1, 1, 48), np.float32)}
   arrays["vit.embeddings.position_embeddings"] = np.zeros((17, 48), np.float32)
   save(arrays, file)
-  with pytest.raises(WeightsError, match=r"wrong shape: \S+position_embeddings is \(17, 48\)"):
+  with pytest.raises(WeightsError, match=r"position_embeddings is \(17, 48\)"):
     load_pretrained(path)
 
 
@@ -105,22 +105,24 @@ def test_a_class_token_that_is_missing_or_misshapen_is_named(tmp_path):
     ("vit_hf_a", "vit.embeddings.patch_embeddings.projection.weight"),
   ],
 )
-def test_models_of_grayscale_images(name, kernel, tmp_path):
+def test_grayscale_models(name, kernel, tmp_path):
   path, file, arrays = copy_of(name, tmp_path)
   arrays[kernel] = np.ascontiguousarray(arrays[kernel][:, :1])
   save(arrays, file)
   loaded = load_pretrained(path, image_size=32)
   assert np.ndim(loaded.preprocess.mean) == 0
-  pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 1), np.uint8)
-  images = loaded.preprocess(list(pictures))
+  inputs = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 1), np.uint8)
+  images = loaded.preprocess(list(inputs))
   assert images.shape == (2, 32, 32, 1)
   for shape in ((9, 9, 3), (9, 9)):
     given = re.escape(str(list(shape)))
     with pytest.raises(ValueError, match=rf"{given}.*\[height, width, 1\]"):
       loaded.preprocess([np.zeros(shape, np.uint8)])
   for gray, rgb in ((76, (255, 0, 0)), (150, (0, 255, 0)), (29, (0, 0, 255)), (9, (9, 9, 9))):
-    seen = load(path, image_size=32, needs_head=False).prepare(np.full((40, 50, 3), rgb, np.uint8))
-    np.testing.assert_array_equal(seen["image"], np.full((32, 32, 1), gray))
+    prepared = load(path, image_size=32, needs_head=False).prepare(
+      np.full((40, 50, 3), rgb, np.uint8)
+    )
+    np.testing.assert_array_equal(prepared["image"], np.full((32, 32, 1), gray))
   form = "hf" if name == "vit_hf_a" else "safetensors-timm"
   export.write(loaded, form, str(tmp_path / "again"))
   config = json.loads((tmp_path / "again" / "config.json").read_text())
@@ -135,7 +137,7 @@ def test_models_of_grayscale_images(name, kernel, tmp_path):
   )
 
 
-def test_size_inference():
+def test_side_count_outputs_of():
   arrays = {"a.0.w": np.zeros(3), "a.1.w": np.zeros((5, 7)), "a.11.w": np.zeros((6, 7))}
   assert side(arrays, (r"a\.\d+\.w", 2, 0)) == 5
   assert side(arrays, (r"b", 2, 0), (r"a\.\d+\.w", 1, 0)) == 3

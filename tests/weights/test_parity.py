@@ -1,4 +1,4 @@
-"""Exported files, read by the live libraries: the same logits. `pytest -m parity`."""
+"""Exported files give the same logits in timm and transformers. `pytest -m parity`."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ lambda_resnet = system_module("lambda_resnet", "model")
 
 pytestmark = [
   pytest.mark.parity,
-  pytest.mark.filterwarnings("ignore"),  # of these libraries, which are not ours to mend
+  pytest.mark.filterwarnings("ignore"),  # warnings of these libraries
 ]
 
 
@@ -58,7 +58,7 @@ def timm_logits(folder, images):
   ],
   ids=["plain", "better", "fc_norm", "no_embed_class", "learned_2d", "hybrid"],
 )
-def test_timm_computes_our_vits(fields, tmp_path):
+def test_timm_equals_exported_vit(fields, tmp_path):
   made = tiny(size=(32, 32), **fields)
   export.write(made, "safetensors-timm", str(tmp_path))
   images = images_of((32, 32))
@@ -72,7 +72,7 @@ def test_timm_computes_our_vits(fields, tmp_path):
     ("vit_large_patch16_siglip_gap_512", {"img_size": 32, "embed_dim": 64, "depth": 2}),
   ],
 )
-def test_architectures_of_timm_determine_heads_and_activation(architecture, arguments, tmp_path):
+def test_timm_architecture_sets_heads_and_activation(architecture, arguments, tmp_path):
   timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
   torch.manual_seed(0)
   model = timm.create_model(architecture, num_classes=3, **arguments).eval()
@@ -92,7 +92,7 @@ def test_architectures_of_timm_determine_heads_and_activation(architecture, argu
 
 
 @pytest.mark.parametrize("name", ["vit_timm_a", "vit_timm_gap_a"])
-def test_timm_reloads_its_fixtures(name, tmp_path, load_golden):
+def test_timm_reloads_fixture(name, tmp_path, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(
     str(golden_folder(name) / "weights.safetensors"), num_heads=config["num_heads"]
@@ -105,7 +105,7 @@ def test_timm_reloads_its_fixtures(name, tmp_path, load_golden):
 @pytest.mark.parametrize(
   "name", ["lambda_resnet26t_a", "lambda_resnet50ts_a", "lambda_resnet26rpt_a"]
 )
-def test_timm_computes_our_lambda_resnets(name, tmp_path):
+def test_timm_equals_exported_lambda_resnet(name, tmp_path):
   source = golden_folder(name)
   size = json.loads((source / "config.json").read_text())["img"]
   loaded = load_pretrained(str(source / "weights.safetensors"), image_size=size)
@@ -124,7 +124,7 @@ def test_timm_computes_our_lambda_resnets(name, tmp_path):
   ],
   ids=["odd", "biased", "table"],
 )
-def test_timm_computes_lambda_resnets_with_layers_of_their_own(name, size, layer, tmp_path):
+def test_timm_equals_exported_custom_lambda_resnet(name, size, layer, tmp_path):
   fields = {
     **lambda_resnet.VARIANTS[name],
     "lambda_layer": {**lambda_resnet.VARIANTS[name]["lambda_layer"], **layer},
@@ -133,7 +133,7 @@ def test_timm_computes_lambda_resnets_with_layers_of_their_own(name, size, layer
   model = lambda_resnet.LambdaResNet(**{**fields, **widths})
   variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, *size, 1), np.float32))
   rng = np.random.default_rng(0)
-  variables = jax.tree.map(  # kernels stay: lambdas square what is wrong with the scale
+  variables = jax.tree.map(  # kernels are unchanged: lambdas square a wrong scale
     lambda x: np.asarray(x + 0.2 * rng.uniform(size=x.shape) if x.ndim == 1 else x), variables
   )
   made = Pretrained(model, variables, Preprocess(size, channels=1), {"image_size": size})
@@ -167,7 +167,7 @@ def test_preprocessing_equals_timm(tmp_path):
   ],
   ids=["plain", "tanh", "sincos"],
 )
-def test_transformers_computes_our_vits(fields, tmp_path):
+def test_transformers_equals_exported_vit(fields, tmp_path):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   made = tiny(size=(32, 32), **fields)
   export.write(made, "hf", str(tmp_path))
@@ -179,7 +179,7 @@ def test_transformers_computes_our_vits(fields, tmp_path):
   assert model.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
 
 
-def test_transformers_computes_openais_igpt(tmp_path, load_golden):
+def test_transformers_equals_exported_igpt(tmp_path, load_golden):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
   folder = golden_folder("igpt_tf_a") / "tf1_ckpt"
   _, inputs, outputs = load_golden("igpt_tf_a")
@@ -192,8 +192,8 @@ def test_transformers_computes_openais_igpt(tmp_path, load_golden):
   assert_same(theirs, outputs["gen_logits"])
 
 
-def test_the_published_pickle_of_imagegpt(tmp_path):
-  """`pytorch_model.bin`, as openai/imagegpt-small was published: with the causal masks."""
+def test_imagegpt_pytorch_bin(tmp_path):
+  """`pytorch_model.bin` with the causal masks, as openai/imagegpt-small was published."""
   torch = pytest.importorskip("torch")
   fixture = golden_folder("imagegpt_a")
   arrays = load_file(fixture / "weights.safetensors")
@@ -218,7 +218,7 @@ def test_the_published_pickle_of_imagegpt(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, given.variables, expected.variables)
 
 
-def test_state_dicts_of_pytorch(tmp_path):
+def test_pytorch_state_dicts(tmp_path):
   torch = pytest.importorskip("torch")
   state = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
   for name, content in {
@@ -239,7 +239,7 @@ def test_state_dicts_of_pytorch(tmp_path):
       assert read["b"].dtype == np.float32
 
 
-def test_a_lambda_resnet_as_pth(tmp_path):
+def test_lambda_resnet_pth(tmp_path):
   torch = pytest.importorskip("torch")
   from safetensors.numpy import load_file
 
@@ -251,7 +251,7 @@ def test_a_lambda_resnet_as_pth(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, loaded.variables, expected.variables)
 
 
-def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
+def test_pickled_code_raises_and_is_not_executed(tmp_path):
   torch = pytest.importorskip("torch")
 
   class Trap:
@@ -260,7 +260,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path):
 
   for legacy in (False, True):
     torch.save({"a": Trap()}, tmp_path / "t.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(WeightsError, match=r"t\.pth is a pickle with code in it: .*eval") as error:
+    with pytest.raises(WeightsError, match=r"t\.pth .*eval") as error:
       load_pretrained(str(tmp_path / "t.pth"))
     assert "\n" not in str(error.value)
   assert not (tmp_path / "ran").exists()
@@ -275,14 +275,14 @@ def test_tensors_that_are_not_dense_arrays_are_named(layout, tmp_path):
     load_pretrained(str(tmp_path / "x.pth"))
 
 
-def test_torch_files_that_are_not_whole(tmp_path):
+def test_incomplete_torch_file_raises(tmp_path):
   torch = pytest.importorskip("torch")
   torch.save({"a": torch.ones(1000)}, tmp_path / "x.pth")
   content = (tmp_path / "x.pth").read_bytes()
   (tmp_path / "x.pth").write_bytes(content[: len(content) // 2])
-  with pytest.raises(WeightsError, match="truncated, or no PyTorch file") as error:
+  with pytest.raises(WeightsError, match="truncated") as error:
     load_pretrained(str(tmp_path / "x.pth"))
   assert "\n" not in str(error.value)
   torch.save({"epoch": 3}, tmp_path / "y.pth")
-  with pytest.raises(WeightsError, match="holds no state dict; in it there is: epoch"):
+  with pytest.raises(WeightsError, match=r"no state dict.*: epoch"):
     load_pretrained(str(tmp_path / "y.pth"))
