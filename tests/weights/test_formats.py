@@ -256,14 +256,14 @@ def test_sharded_safetensors_folder(imagegpt):
 
 
 @pytest.mark.parametrize("weight_map", [None, [1], {"a": 5}])
-def test_an_index_without_names_of_files(weight_map, tmp_path):
+def test_invalid_weight_map_raises(weight_map, tmp_path):
   index = tmp_path / "model.safetensors.index.json"
   index.write_text(json.dumps({"weight_map": weight_map}))
   with pytest.raises(WeightsError, match=r"index\.json: weight_map"):
     load_pretrained(str(tmp_path))
 
 
-def test_eight_bit_floats_are_refused(tmp_path):
+def test_float8_raises(tmp_path):
   header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
   path = tmp_path / "model.safetensors"
   path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))

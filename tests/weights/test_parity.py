@@ -267,7 +267,7 @@ def test_pickled_code_raises_and_is_not_executed(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["sparse", "meta"])
-def test_tensors_that_are_not_dense_arrays_are_named(layout, tmp_path):
+def test_non_dense_tensors_raise(layout, tmp_path):
   torch = pytest.importorskip("torch")
   tensor = torch.eye(3).to_sparse() if layout == "sparse" else torch.ones(3, device="meta")
   torch.save({"some.weight": tensor}, tmp_path / "x.pth")
