@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
@@ -67,6 +68,16 @@ def palette_with_transparency():
   )
 
 
+def clear_deep_rgb():
+  """A PNG of 16 bits a channel with a transparent colour, which Pillow cannot write."""
+  samples = PHOTO.astype(np.uint16) * 256 + 9
+  data = cv2.imencode(".png", samples[..., ::-1])[1].tobytes()
+  chunk = b"tRNS" + struct.pack(">HHH", *samples[0, 0])
+  chunk = struct.pack(">I", 6) + chunk + struct.pack(">I", zlib.crc32(chunk))
+  blank = (PHOTO[0, 0] == PHOTO).all(2, keepdims=True)
+  return data[:33] + chunk + data[33:], np.where(blank, 255, PHOTO)  # 33: behind the header
+
+
 def cases():
   yield "jpeg", encode(PHOTO, "JPEG"), None
   for turn in range(1, 9):
@@ -94,6 +105,7 @@ def cases():
   yield "dark 16 bit", encode(GRAY.astype(np.uint16), "PNG"), rgb(GRAY * 0)
   deep = GRAY.astype(np.uint16) * 256
   yield "clear 16 bit", encode(deep, "PNG", transparency=int(deep[0, 0])), clear
+  yield "clear 16 bit rgb", *clear_deep_rgb()
   yield "16 bit tiff", encode(GRAY.astype(np.uint16) * 256, "TIFF"), rgb(GRAY)
   yield "32 bit tiff", encode(np.full((4, 4), 1 << 20, np.int32), "TIFF"), np.full((4, 4, 3), 255)
   yield "float", encode(GRAY.astype(np.float32) / 255, "TIFF"), rgb(GRAY)

@@ -281,6 +281,9 @@ def _decode_with_pillow(data: bytes) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
       if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.height}x{image.width} pixels")
+      clear = image.info.get("transparency")
+      if isinstance(clear, tuple) and data[24] == 16:  # bits; Pillow keeps the upper bytes
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
       image.load()
       return _to_rgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
   except Exception as error:  # whatever a decoder raises on such bytes
