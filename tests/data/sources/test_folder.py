@@ -199,6 +199,7 @@ def members(root, split):
     ("train data", "test_data"),
     ("seg_train", "seg_test"),
     ("data_train", "data_test"),
+    ("seg_train/seg_train", "seg_test/seg_test"),
   ],
 )
 def test_split_folder_spellings(train, test, tmp_path):

@@ -206,9 +206,11 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
     split = _split_of(folder.name) or ""
     if split in splits:
       raise ValueError(f"{splits[split]} and {folder} are both the split {split!r}; keep one")
-    splits[split] = folder
+    inner = _folders(folder)  # archives of Kaggle repeat the name: train/train/<class>
+    repeated = [f.name for f in inner] == [folder.name] and _folders(inner[0])
+    splits[split] = inner[0] if repeated else folder
   if "train" in splits or (splits and len(nested) == len(folders)):
-    others = ", ".join(f.name for f in folders if f not in splits.values())
+    others = ", ".join(f.name for f in folders if f not in nested)
     if others:
       _warn_once(f"{root}: ignored beside the split folders: {others}")
     return splits
