@@ -296,3 +296,17 @@ def test_two_folders_of_one_split_raise(tmp_path, one, other):
     write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png")
   with pytest.raises(ValueError, match=f"{other} and {one} are both"):
     load_source(f"segmentation:{tmp_path}", one)
+
+
+@pytest.mark.parametrize("split", ["train", ""])
+def test_two_images_with_one_label_map_are_refused(tmp_path, split):
+  write_masks(tmp_path, [0, 1])
+  if not split:  # names in a list, as Pascal VOC has them
+    (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("0\n1\n")
+    (tmp_path / "images" / "train").rename(tmp_path / "JPEGImages")
+    (tmp_path / "annotations" / "train").rename(tmp_path / "SegmentationClass")
+  images = tmp_path / "images" / "train" if split else tmp_path / "JPEGImages"
+  (images / "0.png").write_bytes((images / "1.jpg").read_bytes())
+  with pytest.raises(ValueError, match=r"0\.jpg and .*0\.png have one label map"):
+    load_source(f"segmentation:{tmp_path}", "train")

@@ -13,6 +13,8 @@ aliases.
 """
 
 import functools
+import itertools
+import os
 import pathlib
 import re
 from collections.abc import Sequence
@@ -149,7 +151,11 @@ def _images_below(root: pathlib.Path, pattern: str) -> list[str]:
   folder = root / pattern.split("{")[0].rpartition("/")[0]
   if not folder.is_dir():
     return []
-  return [(folder / path).relative_to(root).as_posix() for path in list_images(folder)[0]]
+  files = [(folder / path).relative_to(root).as_posix() for path in list_images(folder)[0]]
+  for file, after in itertools.pairwise(sorted(files)) if pattern.endswith(".*") else ():
+    if os.path.splitext(file)[0] == os.path.splitext(after)[0]:
+      raise ValueError(f"{root}: {file} and {after} have one label map; keep one")
+  return files
 
 
 def _check_labels(root: pathlib.Path, found: dict[str, list[tuple[str, str]]]) -> None:
