@@ -342,6 +342,14 @@ def test_max_objects_from_data(tmp_path):
   assert batch_of(source)["is_target"].shape == (2, 151)
 
 
+@pytest.mark.parametrize("frame", ["auto", "upright", "stored"])
+def test_images_of_another_size_are_named_first(tmp_path, caplog, frame):
+  data = dataset()
+  data["images"][1].update(height=20, width=30)
+  load_source(write(tmp_path, data), "train", exif_frame=frame)
+  assert re.search(r"1 images .*2\.jpg: \(40, 60\) for \(20, 30\)", caplog.text)
+
+
 class TestRotatedImages:
   """Images with an EXIF rotation, annotated in either frame."""
 
@@ -368,6 +376,7 @@ class TestRotatedImages:
     assert f"2 images are rotated by EXIF; annotations are taken to be in the {frame}" in (
       caplog.text
     )
+    assert "cannot be used" not in caplog.text
     specs = [
       dict(name="load_objects", masks=True, run_lengths=100, as_annotated=True),
       dict(name="pad_objects"),

@@ -16,6 +16,7 @@ import concurrent.futures
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -236,24 +237,23 @@ def _stuff_from(file: pathlib.Path, content: CocoFile) -> int | None:
   return first
 
 
-_SAMPLE = 256  # images whose headers tell whether any has an EXIF rotation
+_SAMPLE = 256  # images whose headers tell whether any is rotated or of another size
 
 
 def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str) -> dict[int, int]:
-  """Returns the EXIF orientations of the images whose annotations are in the stored frame."""
-  if exif_frame == "upright" or not images:
-    return {}
-  sample = np.unique(np.linspace(0, len(images) - 1, _SAMPLE).astype(int)).tolist()
+  """Returns EXIF orientations where annotations are in the stored frame; logs wrong sizes."""
+  sizes = [(image["height"], image["width"]) for image in images]
+  sample = range(0, len(images), math.ceil(len(images) / _SAMPLE) or 1)
   headers = _read_headers(split, images, sample)
-  if len(sample) < len(images) and any(turn != 1 for _, _, turn in headers.values()):
+  if len(sample) < len(images) and any(h != (*sizes[i], 1) for i, h in headers.items()):
     headers = _read_headers(split, images, range(len(images)))
   turns = {i: turn for i, (_, _, turn) in headers.items() if turn != 1}
   stored = upright = 0
-  for i, turn in turns.items():
-    annotated, size = (images[i]["height"], images[i]["width"]), headers[i][:2]
-    if turn >= 5 and size[0] != size[1]:
-      stored += annotated == size
-      upright += annotated == size[::-1]
+  for i in turns:
+    height, width, turn = headers[i]
+    if turn >= 5 and height != width:
+      stored += sizes[i] == (height, width)
+      upright += sizes[i] == (width, height)
   frame = exif_frame if exif_frame != "auto" else ("stored" if stored > upright else "upright")
   if turns:
     logging.info(
@@ -261,6 +261,14 @@ def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str
       "stored, %d upright); exif_frame='upright' or 'stored' sets it",
       split.json, len(turns), frame, stored, upright,
     )  # fmt: skip
+  wrong = []
+  for i, (height, width, turn) in headers.items():
+    size = (width, height) if frame == "upright" and turn >= 5 else (height, width)
+    if size != sizes[i]:
+      wrong.append(f"{images[i]['file_name']}: {size} for {sizes[i]}")
+  if wrong:
+    text = "%s: %d images are not of their annotated (height, width), and cannot be used: %s"
+    logging.warning(text, split.json, len(wrong), ", ".join(wrong[:3]))
   return turns if frame == "stored" else {}
 
 
