@@ -34,8 +34,8 @@ from vit_jax_zoo.figures.detection import COLORS
 from vit_jax_zoo.inference import create_predictor
 from vit_jax_zoo.inference.base import Options, Trained
 from vit_jax_zoo.inference.load import load
-from vit_jax_zoo.metrics.psnr_ssim import psnr_y
 from vit_jax_zoo.ops.mask_paste import paste_masks
+from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 COLUMNS = 6
 TILE, GAP = 0.92, 0.07  # inches

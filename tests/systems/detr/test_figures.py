@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.panoptic import Segmentation
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments, paint_segments
+from vit_jax_zoo.systems.detr.panoptic import Segmentation
 
 
 def problem():

@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from vit_jax_zoo.metrics.psnr_ssim import psnr_y
 from vit_jax_zoo.systems.ttsr.figures import (
   BATCH_COLUMNS,
   COLUMNS,
@@ -10,6 +9,7 @@ from vit_jax_zoo.systems.ttsr.figures import (
   draw_results,
   position_colors,
 )
+from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 
 def example(count=2):

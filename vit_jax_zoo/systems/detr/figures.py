@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.errors import name_of
 from vit_jax_zoo.figures import detection as draw
-from vit_jax_zoo.metrics.panoptic import Segmentation
+from vit_jax_zoo.systems.detr.panoptic import Segmentation
 
 _OPACITY = 0.55
 

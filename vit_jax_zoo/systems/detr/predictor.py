@@ -12,8 +12,8 @@ from vit_jax_zoo.figures import detection as draw
 from vit_jax_zoo.inference.base import Image, Options, Picture, Prediction, Trained
 from vit_jax_zoo.inference.coco_json import box_annotation
 from vit_jax_zoo.metrics.mask_ap import encode_masks, original_masks
-from vit_jax_zoo.metrics.panoptic import Segmentation, found_segments
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, paint_segments
+from vit_jax_zoo.systems.detr.panoptic import Segmentation, found_segments
 
 
 class DetectionPredictor:

@@ -13,13 +13,12 @@ from matplotlib.figure import Figure
 
 from vit_jax_zoo.constants import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax_zoo.figures import detection as draw
-from vit_jax_zoo.metrics import panoptic
 from vit_jax_zoo.metrics.detection import DetectionEvaluator
 from vit_jax_zoo.metrics.mask_ap import InstanceEvaluator
 from vit_jax_zoo.ops.boxes import cxcywh_to_xyxy
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
-from vit_jax_zoo.systems.detr import losses
+from vit_jax_zoo.systems.detr import losses, panoptic
 from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
 from vit_jax_zoo.systems.detr.matching import Matching, match
 from vit_jax_zoo.tasks import base

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vit_jax_zoo.figures.canvas import QUIET, hide_frame, show_image
-from vit_jax_zoo.metrics.psnr_ssim import psnr_y
+from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 
 CELL = 2.1  # inches
 COLUMNS = (  # "wrong reference" and "truth" are optional

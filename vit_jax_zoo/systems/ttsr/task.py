@@ -12,11 +12,11 @@ import optax
 from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-from vit_jax_zoo.metrics.psnr_ssim import SuperResolutionEvaluator
 from vit_jax_zoo.ops.checks import check_not_negative, check_positive
 from vit_jax_zoo.ops.images import normalize_images
 from vit_jax_zoo.systems.ttsr import figures as draw
 from vit_jax_zoo.systems.ttsr import losses
+from vit_jax_zoo.systems.ttsr.psnr_ssim import SuperResolutionEvaluator
 from vit_jax_zoo.tasks import base
 from vit_jax_zoo.training.optim import Optimizer
 from vit_jax_zoo.training.train_step import (

@@ -8,7 +8,7 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio
 
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
-from vit_jax_zoo.metrics.psnr_ssim import SCORES, SuperResolutionEvaluator, psnr_y, score
+from vit_jax_zoo.systems.ttsr.psnr_ssim import SCORES, SuperResolutionEvaluator, psnr_y, score
 
 
 def batch(count=3, seed=0):

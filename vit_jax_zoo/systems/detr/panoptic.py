@@ -104,19 +104,20 @@ def found_segments(
 class PanopticQuality:
   """True positives, false negatives and false positives of every class, at an IoU above 0.5.
 
-  PQ = sum of matched IoU / (matches + half the misses and false alarms) = SQ x RQ.
+  PQ = sum of IoU of true positives / (TP + FP / 2 + FN / 2) = SQ x RQ.
   """
 
   def __init__(self, num_classes: int, stuff_from: int) -> None:
     self.stuff_from = stuff_from
     self.iou = np.zeros(num_classes)
-    self.matches, self.misses, self.false_alarms = np.zeros((3, num_classes), np.int64)
+    self.true_positives = np.zeros(num_classes, np.int64)
+    self.false_negatives, self.false_positives = np.zeros((2, num_classes), np.int64)
 
   def add(self, truth: Segmentation, found: Segmentation) -> None:
     """Counts one image.
 
     Unlabelled pixels do not count in a predicted segment's area. A segment mostly on unlabelled
-    pixels, or in a crowd of its class, is no false alarm. Crowds cannot be missed.
+    pixels, or in a crowd of its class, is no false positive; a crowd is no false negative.
     """
     # Shared pixels of each pair of segments; the last row and column are pixels without a segment.
     shape = len(truth.labels) + 1, len(found.labels) + 1
@@ -131,31 +132,32 @@ class PanopticQuality:
     iou = shared[:-1, :-1] / np.maximum(union, 1)
     alike = (truth.labels[:, None] == found.labels[None]) & ~crowds[:, None]
     rows, columns = np.nonzero(alike & (iou > 0.5))
-    np.add.at(self.matches, truth.labels[rows], 1)
+    np.add.at(self.true_positives, truth.labels[rows], 1)
     np.add.at(self.iou, truth.labels[rows], iou[rows, columns])
 
     missed = ~crowds & (truth_area[:-1] > 0)
     missed[rows] = False
-    np.add.at(self.misses, truth.labels[missed], 1)
+    np.add.at(self.false_negatives, truth.labels[missed], 1)
     crowd = crowds[:, None] & (truth.labels[:, None] == found.labels[None])
     excused = void[:-1] + (shared[:-1, :-1] * crowd).sum(axis=0)
     false = (found_area[:-1] > 0) & (excused <= 0.5 * found_area[:-1])
     false[columns] = False
-    np.add.at(self.false_alarms, found.labels[false], 1)
+    np.add.at(self.false_positives, found.labels[false], 1)
 
   def merge(self, other: "PanopticQuality") -> None:
     """Adds another's counts."""
-    for name in ("iou", "matches", "misses", "false_alarms"):
+    for name in ("iou", "true_positives", "false_negatives", "false_positives"):
       setattr(self, name, getattr(self, name) + getattr(other, name))
 
   def result(self) -> dict[str, float]:
     """Returns "pq", "sq", "rq", means over classes that occur: all, "_things" and "_stuff"."""
     stuff = np.arange(len(self.iou)) >= self.stuff_from
-    weight, found = self.matches + 0.5 * (self.misses + self.false_alarms), {}
+    errors, found = self.false_negatives + self.false_positives, {}
+    weight = self.true_positives + 0.5 * errors
     for suffix, classes in (("", stuff | True), ("_things", ~stuff), ("_stuff", stuff)):
       occurs = classes & (weight > 0)
       if occurs.any():
-        iou, matches, total = self.iou[occurs], self.matches[occurs], weight[occurs]
+        iou, matches, total = self.iou[occurs], self.true_positives[occurs], weight[occurs]
         scores = {"pq": iou / total, "sq": iou / np.maximum(matches, 1), "rq": matches / total}
         found |= {name + suffix: float(values.mean()) for name, values in scores.items()}
     return found
@@ -172,7 +174,7 @@ class PanopticEvaluator(InstanceEvaluator):
 
   stuff_from: int = 91  # first class id of stuff; 91 in COCO
   score_threshold: float = SCORE_THRESHOLD  # minimum score of the queries that become segments
-  seen: set[int] = dataclasses.field(default_factory=set, init=False)
+  image_ids: set[int] = dataclasses.field(default_factory=set, init=False)
 
   def __post_init__(self) -> None:
     self.masks_below = self.stuff_from
@@ -188,9 +190,9 @@ class PanopticEvaluator(InstanceEvaluator):
     for row in real_rows(batch, len(batch["image"])).tolist():
       if "image_id" in batch:
         number = int(batch["image_id"][row])
-        if number in self.seen:
+        if number in self.image_ids:
           continue
-        self.seen.add(number)
+        self.image_ids.add(number)
       found = found_segments(batch, predictions, row, stuff_from, threshold=threshold)
       self.quality.add(true_segments(batch, row), found)
 

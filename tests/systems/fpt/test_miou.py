@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vit_jax_zoo.metrics.classification import ClassificationEvaluator
-from vit_jax_zoo.metrics.segmentation import SegmentationEvaluator
+from vit_jax_zoo.systems.fpt.task import SegmentationEvaluator
 
 
 def batch(*rows, **more):
@@ -66,11 +66,6 @@ def test_independent_of_batches_padding_hosts():
     other.add({"label_map": truth[row : row + 1]}, {"label_map": found[row : row + 1]})
   one.merge(pickle.loads(pickle.dumps(other)))
   assert one.result() == pytest.approx(expected)
-
-
-def test_ignore_label():
-  scores = score([(batch([0, 0, 7]), batch([0, 0, 1]))], ignore_label=7)
-  assert scores["miou"] == 1
 
 
 def test_invalid_inputs_raise():

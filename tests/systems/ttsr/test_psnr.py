@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from vit_jax_zoo.metrics.psnr_ssim import psnr_y, ssim_y
+from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y, ssim_y
 
 
 def pixels(images):

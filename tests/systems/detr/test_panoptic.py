@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from vit_jax_zoo.metrics.panoptic import (
+from vit_jax_zoo.systems.detr.panoptic import (
   VOID,
   PanopticEvaluator,
   PanopticQuality,
