@@ -1,4 +1,4 @@
-"""`benchmarks/learning_curves.py`: the common budget, the table and the figure."""
+"""`benchmarks/learning_curves.py`: common budget, table and figure."""
 
 import pathlib
 import sys
@@ -21,7 +21,7 @@ def found():
 
 
 @pytest.mark.parametrize("system", learning_curves.SYSTEMS)
-def test_all_see_the_same_examples_in_the_same_batches(system):
+def test_all_systems_same_examples_and_batches(system):
   make, score = learning_curves.SYSTEMS[system]
   config = learning_curves.prepare(make(), examples=6400, evaluations=4, seed=3)
   assert (config.num_steps, config.batch_size, config.seed) == (100, 64, 3)
@@ -30,10 +30,11 @@ def test_all_see_the_same_examples_in_the_same_batches(system):
   assert [t["name"] for t in config.data.train.transforms] == ["random_translate"]
   assert score.partition("/")[0] in config.data.eval
   assert [spec.split for spec in config.data.eval.values()] == ["test"]
-  assert config.checkpoint.get("best") in (None, score)  # None: accuracy, as classification has it
+  # None: accuracy, the default of classification.
+  assert config.checkpoint.get("best") in (None, score)
 
 
-def test_the_plain_network_differs_by_its_lambda_layers_alone():
+def test_resnet_differs_only_by_lambda_layers():
   plain, lambdas = learning_curves.resnet_config(), learning_curves.lambda_config()
   assert set(plain.model.lambda_blocks) == {"none"}
   with plain.ignore_type():
@@ -41,7 +42,7 @@ def test_the_plain_network_differs_by_its_lambda_layers_alone():
   assert plain.to_dict() == lambdas.to_dict()
 
 
-def test_the_table_has_the_median_and_the_range(found):
+def test_table_median_and_range(found):
   (row,) = learning_curves.summarize(found)
   assert row == {
     "system": "ViT", "parameters": "12,345", "MFLOP per example": "2.5",
@@ -50,7 +51,7 @@ def test_the_table_has_the_median_and_the_range(found):
   }  # fmt: skip
 
 
-def test_the_picture_names_each_curve_at_its_end(found):
+def test_figure_labels_curves(found):
   figure = learning_curves.draw(found, seeds=3)
   ax = figure.axes[0]
   assert list(ax.lines[0].get_xdata()) == [64, 128, 192, 256]

@@ -1,4 +1,4 @@
-"""`benchmarks/peers.py`: arithmetic and processes; with `-m parity`, every pair."""
+"""`benchmarks/peers.py`: arithmetic and processes; with `-m parity`, all pairs."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def create(setting):
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory):
-  """The benchmark, with two implementations that only sleep."""
+  """The benchmark with two implementations that only sleep."""
   folder = tmp_path_factory.mktemp("sleepers")
   (folder / "sleepers.py").write_text(SLEEPERS)
   sys.path[:0] = [str(BENCHMARKS), str(folder)]
@@ -51,7 +51,7 @@ def peers(tmp_path_factory):
     sys.path.remove(str(folder))
 
 
-def test_ratios_are_of_the_same_round(peers):
+def test_ratios_within_round(peers):
   seconds = {
     "ours: train": [(1.0, 2.0), (2.0, 2.0)],
     "peer: train, eager": [(3.0, 8.0), (4.0, 8.0)],
@@ -65,7 +65,7 @@ def test_ratios_are_of_the_same_round(peers):
   assert compiled["ratio"] == [1.0, 0.5]
 
 
-def test_differences_are_relative_and_shapes_must_agree(peers):
+def test_differences_relative_shapes_checked(peers):
   ours = {"logits": np.array([1.0, 4.0]), "index": np.array([0, 1, 2, 3])}
   theirs = {"logits": np.array([1.0, 5.0]), "index": np.array([0, 1, 2, 9])}
   assert peers.differences(ours, theirs) == {"logits": 0.2, "index": 0.25}
@@ -76,15 +76,15 @@ def test_differences_are_relative_and_shapes_must_agree(peers):
 def sleeping(peers, monkeypatch, tmp_path, model):
   pair = peers.Pair("ours", "peer", peers.Size(model, 4, 8), peers.Size(model, 4, 8))
   monkeypatch.setitem(peers.PAIRS, "sleep", pair)
-  kept = peers.start
+  start = peers.start
   monkeypatch.setattr(
-    peers, "start", lambda function, *rest: kept(("sleepers", function[1]), *rest)
+    peers, "start", lambda function, *rest: start(("sleepers", function[1]), *rest)
   )
   setting = peers.Setting(str(tmp_path), model, 4, 8)
   return peers.compare("sleep", setting, argparse.Namespace(threads=1, rounds=3, seconds=0.02))
 
 
-def test_two_processes_take_turns(peers, monkeypatch, tmp_path):
+def test_two_processes_alternate(peers, monkeypatch, tmp_path):
   result = sleeping(peers, monkeypatch, tmp_path, "any")
   (row,) = peers.ratios(result["seconds"])
   assert len(row["ratio"]) == 3
@@ -99,12 +99,12 @@ def test_two_processes_take_turns(peers, monkeypatch, tmp_path):
   assert "not measured: train, compiled: no compiler" in page
 
 
-def test_the_results_page_matches_its_json(peers):
+def test_results_page_matches_json(peers):
   for file in (BENCHMARKS / "results").glob("*.json"):
     assert file.with_suffix(".md").read_text() == peers.page(json.loads(file.read_text()))
 
 
-def test_an_implementation_that_fails_is_one_line(peers, monkeypatch, tmp_path, capfd):
+def test_failed_implementation_one_line_error(peers, monkeypatch, tmp_path, capfd):
   with pytest.raises(RuntimeError, match=r"^ValueError: no such model$"):
     sleeping(peers, monkeypatch, tmp_path, "broken")
   assert "second line" in capfd.readouterr().err  # the traceback
@@ -114,7 +114,7 @@ def test_an_implementation_that_fails_is_one_line(peers, monkeypatch, tmp_path, 
 @pytest.mark.parametrize(
   ("name", "published"), [("efficientnet_b0", 5_288_548), ("efficientnet_b6", 43_040_704)]
 )
-def test_efficientnets_have_their_published_parameters(name, published):
+def test_efficientnet_parameter_counts(name, published):
   from implementations import efficientnet
 
   model = efficientnet.create(name)
@@ -135,7 +135,7 @@ TINY = {
 
 @pytest.mark.parity
 @pytest.mark.parametrize("name", TINY)
-def test_both_sides_compute_the_same(name, tmp_path):
+def test_pairs_compute_equal_results(name, tmp_path):
   model, batch, side = TINY[name]
   command = [
     sys.executable, str(BENCHMARKS / "peers.py"), f"--pairs={name}", f"--model={model}",

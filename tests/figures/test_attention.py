@@ -14,25 +14,25 @@ from vit_jax_zoo.figures.attention import (
 )
 
 
-def test_a_grid_that_is_too_large_is_named():
+def test_grid_size_mismatch_raises():
   with pytest.raises(ValueError, match="position table: 4 rows"):
     position_similarity(np.ones((4, 8), np.float32), (3, 3))
 
 
-def test_similarity_is_the_cosine_of_patches():
+def test_similarity_is_cosine_of_patches():
   table = np.random.default_rng(1).normal(size=(7, 5)).astype(np.float32)
   similarity = position_similarity(table, (2, 3))
-  a, b = table[1 + 4], table[1 + 2]  # patches (1, 1) and (0, 2), behind the class token
+  a, b = table[1 + 4], table[1 + 2]  # patches (1, 1) and (0, 2), after the class token
   cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
   assert similarity[1, 1, 0, 2] == pytest.approx(cosine, rel=1e-5)
   np.testing.assert_allclose(similarity.reshape(6, 6).diagonal(), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (80, 3)])
-def test_attended_positions_are_bright(side, channels):
+def test_attended_positions_bright(side, channels):
   images = np.full((2, side, side, channels), 200, np.uint8)
   maps = np.zeros((2, 2, 2), np.float32)
-  maps[:, 0, 1] = 0.3  # scaled to the maximum: fully lit
+  maps[:, 0, 1] = 0.3  # scaled to the maximum: full brightness
   figure = draw_attention(images, maps, ["7", "1"], subtitle="class token")
   assert isinstance(figure, Figure)
   assert [text.get_text() for text in figure.texts] == ["Attention", "class token"]
@@ -44,7 +44,7 @@ def test_attended_positions_are_bright(side, channels):
 
 
 @pytest.mark.parametrize("count", [1, 2, 8])
-def test_images_begin_below_the_title(count):
+def test_images_aligned_with_title(count):
   figure = draw_attention(np.zeros((count, 8, 8, 3), np.uint8), np.ones((count, 2, 2), np.float32))
   figure.draw_without_rendering()
   inches = [ax.get_position().x0 * figure.get_figwidth() for ax in figure.axes]
@@ -52,28 +52,28 @@ def test_images_begin_below_the_title(count):
   assert inches[0] == pytest.approx(title, abs=0.02)
   assert figure.axes[-1].get_position().x1 <= 1
   steps = np.diff(inches[:count])
-  np.testing.assert_allclose(steps, 1.47, atol=0.05)  # whatever the figure's width
+  np.testing.assert_allclose(steps, 1.47, atol=0.05)  # independent of the figure's width
 
 
-def test_without_an_image():
+def test_no_image_raises():
   with pytest.raises(ValueError, match="images: none"):
     draw_attention(np.zeros((0, 8, 8, 3), np.uint8), np.zeros((0, 2, 2), np.float32))
 
 
-def test_tile_positions():
+def test_mosaic_tile_positions():
   tiles = np.arange(2 * 3 * 2 * 2, dtype=np.float32).reshape(2, 3, 2, 2)
   ax = Figure().subplots()
-  picture = draw_mosaic(ax, tiles).get_array()
-  # A pixel is drawn as 12, and a column of one pixel is between tiles.
-  assert picture.shape == (2 * 24 + 1, 3 * 24 + 2)
-  middle = np.asarray(picture)[6::25, 6::25]
+  image = draw_mosaic(ax, tiles).get_array()
+  # A pixel is drawn as 12 x 12; tiles are separated by one column or row.
+  assert image.shape == (2 * 24 + 1, 3 * 24 + 2)
+  middle = np.asarray(image)[6::25, 6::25]
   np.testing.assert_array_equal(middle, tiles[:, :, 0, 0])
-  assert np.asarray(picture)[24 + 1 + 18, 2 * 25 + 6] == tiles[1, 2, 1, 0]
-  assert np.isnan(picture.filled(np.nan)[24]).all()
+  assert np.asarray(image)[24 + 1 + 18, 2 * 25 + 6] == tiles[1, 2, 1, 0]
+  assert np.isnan(image.filled(np.nan)[24]).all()
   np.testing.assert_allclose(ax.get_yticks(), [11.5, 36.5])
 
 
-def test_each_head_is_scaled_to_its_maximum():
+def test_heads_scaled_to_own_maximum():
   maps = np.random.default_rng(0).random((6, 3, 2, 2)).astype(np.float32)
   figure = draw_heads(np.zeros((8, 8, 1), np.uint8), maps, max_layers=3)
   mosaic = figure.axes[1]
@@ -84,12 +84,12 @@ def test_each_head_is_scaled_to_its_maximum():
   figure.canvas.draw()
 
 
-def test_positions_have_a_tile_each_and_of_many_every_second():
+def test_position_tiles_every_second_if_many():
   table = np.random.default_rng(0).normal(size=(1 + 12, 4)).astype(np.float32)
   figure = draw_position_similarity(table, (3, 4))
   mosaic = figure.axes[0]
   assert (len(mosaic.get_yticks()), len(mosaic.get_xticks())) == (3, 4)
-  step = 4 * 6 + 1  # of a tile of 3 x 4 positions, each 6 pixels wide, and the gap
+  step = 4 * 6 + 1  # a tile of 3 x 4 positions, each 6 pixels wide, plus the gap
   shown = np.asarray(mosaic.images[0].get_array())[2 * 19 :, 1 * step :][3:18:6, 3:24:6]
   np.testing.assert_allclose(shown, position_similarity(table, (3, 4))[2, 1], rtol=1e-6)
   assert shown[2, 1] == pytest.approx(1)
@@ -98,7 +98,7 @@ def test_positions_have_a_tile_each_and_of_many_every_second():
   figure.canvas.draw()
 
 
-def test_distances_have_a_point_for_each_head():
+def test_distances_one_point_per_head():
   figure = draw_attention_distances(np.array([[1, 2], [3, 4], [5, 6]], np.float32))
   points = figure.axes[0].collections[0].get_offsets()
   np.testing.assert_array_equal(points, [[1, 1], [1, 2], [2, 3], [2, 4], [3, 5], [3, 6]])

@@ -10,7 +10,7 @@ def bars(figure):
   return [[bar.get_width() for bar in group] for group in figure.axes[0].containers]
 
 
-def test_a_bar_for_each_class_and_a_part_for_each_split():
+def test_bar_per_class_part_per_split():
   counts = {"train": np.array([3, 8]), "test": np.array([1, 2])}
   figure = draw_class_balance(counts, ("ant", "bee"))
   assert bars(figure) == [[3, 8], [1, 2]]
@@ -21,7 +21,7 @@ def test_a_bar_for_each_class_and_a_part_for_each_split():
   assert "train: 11 in 2 classes, 3 to 8 each" in figure.axes[0].get_title(loc="left")
 
 
-def test_many_classes_are_sorted_by_size():
+def test_many_classes_sorted_by_size():
   values = np.arange(MAX_NAMED + 1)
   figure = draw_class_balance({"train": values})
   (area,) = figure.axes[0].collections
@@ -34,6 +34,6 @@ def test_many_classes_are_sorted_by_size():
   assert "820 in 41 classes, 0 to 40 each" in figure.axes[0].get_title(loc="left")
 
 
-def test_nothing_cannot_be_drawn():
+def test_no_split_raises():
   with pytest.raises(ValueError, match="no split to draw"):
     draw_class_balance({})

@@ -31,7 +31,7 @@ def subtitle(figure):
   return figure.texts[1].get_text()
 
 
-def test_a_batch_has_its_labels(images):
+def test_batch_captions_are_labels(images):
   figure = draw_batch(images, np.array([0, 1, 2, 1, 0]), NAMES)
   assert isinstance(figure, Figure)
   assert figure.texts[0].get_text() == "Training batch"
@@ -70,7 +70,7 @@ def test_correct_and_wrong_predictions_differ(images):
   assert not right.texts
 
 
-def test_only_the_first_images_are_drawn_and_quickly():
+def test_max_images_and_drawing_time():
   images = np.zeros((64, 224, 224, 1), np.uint8)
   start = time.perf_counter()
   figure = draw_batch(images, np.zeros(64, int), max_images=10)
@@ -81,7 +81,7 @@ def test_only_the_first_images_are_drawn_and_quickly():
   assert figure.axes[0].images[0].get_interpolation() != "nearest"
 
 
-def test_float_images_are_drawn_as_pixels(images):
+def test_float_images_drawn_as_pixels(images):
   figure = draw_batch(images.astype(np.float32) + 0.2, np.zeros(5, int))
   np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), images[0])
 
@@ -96,17 +96,17 @@ def test_confusion_matrix_annotations():
   np.testing.assert_allclose(ax.images[0].get_array()[:2], [[0.8, 0.2, 0], [0.1, 0.9, 0]])
 
 
-def test_many_classes_have_neither_counts_nor_names():
+def test_many_classes_without_annotations():
   figure = draw_confusion(np.eye(100, dtype=int))
   assert not figure.axes[0].texts
   assert len(figure.axes[0].get_yticks()) < 100
 
 
-def test_nothing_is_left_in_pyplot(images):
+def test_no_open_pyplot_figures(images):
   draw_batch(images, np.zeros(5, int))
   assert pyplot.get_fignums() == []
 
 
-def test_no_image_is_an_error():
+def test_no_image_raises():
   with pytest.raises(ValueError, match="images: none"):
     draw_batch(np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int))

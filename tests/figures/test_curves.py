@@ -11,7 +11,7 @@ ROWS = [
 ]
 
 
-def test_train_and_test_curves_share_a_figure():
+def test_train_and_test_curves_share_axes():
   figure = draw_metrics(ROWS, ["loss", "accuracy"])
   losses, accuracies = figure.axes
   lines = {line.get_label(): line.get_xydata() for line in losses.lines}
@@ -21,6 +21,6 @@ def test_train_and_test_curves_share_a_figure():
   figure.canvas.draw()
 
 
-def test_keys_missing_in_all_rows_are_named():
+def test_unknown_key_raises():
   with pytest.raises(ValueError, match="'psnr'"):
     draw_metrics(ROWS, ["psnr"])

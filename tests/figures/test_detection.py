@@ -44,22 +44,22 @@ def texts(ax):
   return [text.get_text() for text in ax.texts]
 
 
-def test_targets(batch):
+def test_targets_drawn_without_padding(batch):
   figure = draw_targets(batch, NAMES)
   first, second, third, *_ = figure.axes
   np.testing.assert_allclose(rectangles(first), [(24, 12, 12, 16), (0, 0, 30, 40)], rtol=1e-6)
   assert texts(first) == ["cat", "dog"]
   assert to_hex(first.patches[0].get_edgecolor()) == COLORS[0].lower()
-  assert second.images[0].get_array().shape == (20, 50, 3)  # without its padding
+  assert second.images[0].get_array().shape == (20, 50, 3)  # without padding
   np.testing.assert_allclose(rectangles(second), [(20, 6, 10, 8)], rtol=1e-6)
   assert rectangles(third) == []
 
 
-def test_predictions(batch, predictions):
+def test_predictions_above_threshold(batch, predictions):
   figure = draw_predictions(batch, predictions, NAMES, threshold=0.7)
   truth, found, _, other, _, nothing, *_ = figure.axes
   assert len(rectangles(truth)) == 2
-  # Pixels of the original image, drawn on one of half its size; the highest score last, on top.
+  # Boxes in pixels of the original image, drawn at half its size; the highest score on top.
   np.testing.assert_allclose(rectangles(found), [(0, 0, 5, 5), (6, 4, 12, 8)])
   assert texts(found) == ["dog 80%", "cat 90%"]
   assert texts(other) == ["bird 75%"]

@@ -1,12 +1,12 @@
-"""Filters of a first layer, and their principal components, by hand."""
+"""Filters of a first layer and their principal components, by hand."""
 
 import numpy as np
 
 from vit_jax_zoo.figures.attention import draw_filters, principal_filters
 
 
-def test_components_are_the_directions_in_which_filters_spread():
-  # Filters of 1 x 2 pixels and one channel: points at (+-3, 0) and (0, +-1), around (5, 5).
+def test_components_are_principal_directions():
+  # Filters of 1 x 2 pixels and one channel: points at (+-3, 0) and (0, +-1) around (5, 5).
   points = np.array([[3, 0], [-3, 0], [0, 1], [0, -1]], np.float32) + 5
   kernel = points.T.reshape(1, 2, 1, 4)
   components, shares = principal_filters(kernel)
@@ -14,7 +14,7 @@ def test_components_are_the_directions_in_which_filters_spread():
   np.testing.assert_allclose(shares, [18 / 20, 2 / 20], rtol=1e-6)
 
 
-def test_components_are_the_eigenvectors_of_the_covariance():
+def test_components_equal_covariance_eigenvectors():
   kernel = np.random.default_rng(0).normal(size=(2, 2, 3, 40)).astype(np.float32)
   components, shares = principal_filters(kernel, count=5)
   values, vectors = np.linalg.eigh(np.cov(kernel.reshape(12, 40).astype(np.float64)))
@@ -26,13 +26,13 @@ def test_components_are_the_eigenvectors_of_the_covariance():
   assert (components.reshape(5, 12)[np.arange(5), largest] > 0).all()
 
 
-def test_filters_are_shown_in_their_colours_around_gray():
+def test_filters_drawn_around_gray():
   kernel = np.zeros((1, 1, 3, 2), np.float32)
   kernel[0, 0, :, 0], kernel[0, 0, :, 1] = [2, -2, 0], [0, 0, 1]
   figure = draw_filters(kernel)
-  picture = np.asarray(figure.axes[0].images[0].get_array())
-  np.testing.assert_allclose(picture[5, 5], [1, 0, 0.5])
-  np.testing.assert_allclose(picture[5, 30], [0.5, 0.5, 1])
+  image = np.asarray(figure.axes[0].images[0].get_array())
+  np.testing.assert_allclose(image[5, 5], [1, 0, 0.5])
+  np.testing.assert_allclose(image[5, 30], [0.5, 0.5, 1])
   assert figure.texts[1].get_text() == "2 of 2, 1 × 1 pixels"
   wide = np.random.default_rng(0).normal(size=(4, 4, 64, 5)).astype(np.float32)
   draw_filters(wide, principal=True).canvas.draw()

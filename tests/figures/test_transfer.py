@@ -1,4 +1,4 @@
-"""Figures of transfer suites: numbers, colors, legends."""
+"""Figures of transfer suites: values, colors, legends."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from vit_jax_zoo.figures.curves import draw_accuracies, draw_shots
 
 
-def test_bars_of_a_group_have_one_color():
+def test_bars_of_group_share_color():
   groups = {"pets": "natural", "eurosat": "specialized", "dtd": "natural"}
   figure = draw_accuracies(
     {"pets": 0.9, "eurosat": 0.5, "dtd": 0.7},
@@ -23,7 +23,7 @@ def test_bars_of_a_group_have_one_color():
   assert ax.yaxis_inverted()
 
 
-def test_shots_are_drawn_with_their_deviation():
+def test_shots_with_standard_deviation():
   figure = draw_shots({"pets": ((1, 5), (0.4, 0.8), (0.1, 0.05))}, title="Few shots")
   (ax,) = figure.axes
   np.testing.assert_allclose(ax.lines[0].get_xydata(), [[1, 40], [5, 80]])

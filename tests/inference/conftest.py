@@ -1,4 +1,4 @@
-"""Runs of seconds that the tests of `predict` and `export` share."""
+"""Short runs, shared by the tests of `predict` and `export`."""
 
 import pytest
 from etils import epath

@@ -14,7 +14,7 @@ from vit_jax_zoo.inference.coco_json import GroundTruth, box_annotation
 
 CLASSES = {7: "cat", 3: "dog"}
 BOXES = {1: [(7, [5, 4, 20, 10]), (3, [30, 8, 12, 25])], 2: [(3, [2, 2, 40, 30])], 3: []}
-"""Category id and left, top, width, height of the objects by the gray value of the image."""
+"""Category id and (left, top, width, height) of the objects, by the image's gray value."""
 
 
 class Oracle:
@@ -42,8 +42,8 @@ def dataset(folder, ids, names=("a.png", "val/b.png", "c.png")):
   for gray, (path, number) in enumerate(zip(paths, ids, strict=True), start=1):
     Image.fromarray(np.full((40, 60, 3), gray, np.uint8)).save(path)
     for category, box in BOXES[gray]:
-      known = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
-      annotations.append({**known, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+      annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": category}
+      annotations.append({**annotation, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
   images = [
     {"id": number, "file_name": name, "height": 40, "width": 60}
     for number, name in zip(ids, names, strict=True)
@@ -71,7 +71,7 @@ def average_precision(file, results):
 
 @pytest.mark.parametrize("ids", [(9, 4, 5), (2**40, 2**41, 3), (2**70, 2**71, 2**72), tuple("xyz")])
 @pytest.mark.parametrize("names", [None, {0: "cat", 7: "dog"}])
-def test_predicted_ground_truth_has_an_ap_of_one(tmp_path, ids, names):
+def test_ground_truth_predictions_have_ap_one(tmp_path, ids, names):
   """Classes are matched by name: the second model's id 7 is the file's 3."""
   paths, file = dataset(tmp_path, ids)
   truth = GroundTruth(file, paths)
@@ -84,7 +84,7 @@ def test_predicted_ground_truth_has_an_ap_of_one(tmp_path, ids, names):
   assert [r["image_id"] for r in read(tmp_path, "predictions.json")] == list(ids)
 
 
-def test_images_that_cannot_be_matched_are_named_and_left_out(tmp_path, caplog):
+def test_unmatched_images_logged_and_skipped(tmp_path, caplog):
   paths, file = dataset(tmp_path, (1, 2, 3), ("x/a.png", "y/a.png", "other.png"))
   truth = GroundTruth(file, paths)
   assert predict.predict_all(Oracle(), paths, tmp_path / "out", truth) == 0
@@ -95,14 +95,14 @@ def test_images_that_cannot_be_matched_are_named_and_left_out(tmp_path, caplog):
   assert [r["image_id"] for r in read(tmp_path, "predictions.json")] == [None] * 3
 
 
-def test_an_image_of_the_same_name_counts_once(tmp_path, caplog):
+def test_duplicate_file_name_counted_once(tmp_path, caplog):
   paths, file = dataset(tmp_path, (1, 2, 3))
   found = GroundTruth(file, [*paths, tmp_path / "more" / "a.png"]).image_ids
   assert list(found) == [str(path) for path in paths]
   assert "more/a.png: image 1" in caplog.text
 
 
-def test_classes_that_are_not_in_the_file_never_take_its_ids(tmp_path, caplog):
+def test_unknown_classes_get_unused_ids(tmp_path, caplog):
   paths, file = dataset(tmp_path, (1, 2, 3))
   truth = GroundTruth(file, paths)
   classes = ((7, "cow"), (5, "pig"), (3, None), (6, None))
@@ -111,14 +111,14 @@ def test_classes_that_are_not_in_the_file_never_take_its_ids(tmp_path, caplog):
   assert "'cow'" in caplog.text
 
 
-def test_images_of_another_size_are_named(tmp_path, caplog):
+def test_image_size_mismatch_logged(tmp_path, caplog):
   paths, file = dataset(tmp_path, (1, 2, 3))
   Image.fromarray(np.full((60, 40, 3), 3, np.uint8)).save(paths[2])
   predict.predict_all(Oracle(), paths, tmp_path / "out", GroundTruth(file, paths))
   assert f"{paths[2]}: 60x40" in caplog.text
 
 
-def test_files_without_annotations_have_ids(tmp_path):
+def test_file_without_annotations(tmp_path):
   paths, file = dataset(tmp_path, (1, 2, 3))
   data = json.loads(file.read_text())
   del data["annotations"]
@@ -130,7 +130,7 @@ def test_files_without_annotations_have_ids(tmp_path):
     GroundTruth(file, paths)
 
 
-def test_the_ground_truth_is_no_output(tmp_path):
+def test_ground_truth_not_overwritten(tmp_path):
   paths, file = dataset(tmp_path, (1, 2, 3))
   (tmp_path / "out").mkdir()
   truth = file.rename(tmp_path / "out" / "coco.json")

@@ -1,4 +1,4 @@
-"""`python -m vit_jax_zoo.predict` on users' images, with runs and published files."""
+"""`python -m vit_jax_zoo.predict` on user images, with runs and published files."""
 
 import dataclasses
 import json
@@ -31,8 +31,8 @@ def predictor_of(path, **options):
   return create_predictor(load(str(path)), Options(**options))
 
 
-class Painter:
-  """A predictor with two pictures an image and one of the model."""
+class TwoImagePredictor:
+  """A predictor with two output images per input and one of the model."""
 
   reads = frozenset()
 
@@ -55,9 +55,9 @@ def records_of(output):
   return json.loads((output / "predictions.json").read_text())
 
 
-def test_images_with_equal_or_prefixed_names(tmp_path):
+def test_equal_or_prefixed_names_distinct_outputs(tmp_path):
   paths = images_in(tmp_path, "a.jpg", "a_attention.jpg", "x/a.png", "a.webp")
-  assert predict.predict_all(Painter(), paths, tmp_path / "out") == 0
+  assert predict.predict_all(TwoImagePredictor(), paths, tmp_path / "out") == 0
   named = [record["pictures"] for record in records_of(tmp_path / "out")]
   assert named[0] == ["a.png", "a_attention.png", "model_filters.png"]
   own = [name for names in named for name in names if not name.startswith("model")]
@@ -65,47 +65,49 @@ def test_images_with_equal_or_prefixed_names(tmp_path):
   assert {path.name for path in (tmp_path / "out").glob("*.png")} == {*own, "model_filters.png"}
 
 
-def test_long_names_are_cut(tmp_path):
+def test_long_names_truncated(tmp_path):
   paths = images_in(tmp_path, f"{'ä' * 124}.png")
-  assert predict.predict_all(Painter(), paths, tmp_path / "out") == 0
+  assert predict.predict_all(TwoImagePredictor(), paths, tmp_path / "out") == 0
   assert len(list((tmp_path / "out").glob("ä*.png"))) == 2
 
 
-def test_existing_images_are_not_overwritten(tmp_path):
+def test_input_images_not_overwritten(tmp_path):
   paths = images_in(tmp_path, "a.png", "b.jpg", "b_attention.png", "model_filters.png")
   before = {path: path.read_bytes() for path in paths}
-  for _ in range(2):  # the second run overwrites what the first has written
-    assert predict.predict_all(Painter(), paths[:2], tmp_path) == 0
+  for _ in range(2):  # the second run overwrites the first one's output
+    assert predict.predict_all(TwoImagePredictor(), paths[:2], tmp_path) == 0
     assert {path: path.read_bytes() for path in paths} == before
     assert len(list(tmp_path.glob("*.png"))) == 3 + 5
 
 
-def test_files_of_others_are_not_replaced(tmp_path):
+def test_foreign_files_not_replaced(tmp_path):
   paths, output = images_in(tmp_path, "a.png"), tmp_path / "out"
   for _ in range(2):
-    predict.predict_all(Painter(), paths, output)
+    predict.predict_all(TwoImagePredictor(), paths, output)
   (output / "coco.json").write_text("{}")
   with pytest.raises(ValueError, match=r"out/coco\.json"):
-    predict.predict_all(Painter(), paths, output)
+    predict.predict_all(TwoImagePredictor(), paths, output)
   assert (output / "coco.json").read_text() == "{}"
   for name in ("predictions.json", "predictions.jsonl"):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=name):
-      predict.predict_all(Painter(), paths, tmp_path)
+      predict.predict_all(TwoImagePredictor(), paths, tmp_path)
     assert (tmp_path / name).read_text() == "mine"
     (tmp_path / name).unlink()
 
 
-def test_names_that_are_not_utf8_are_escaped(tmp_path):
+def test_non_utf8_names_escaped(tmp_path):
   paths = [*images_in(tmp_path, "b\udce9.png"), tmp_path / "lost\udce9.png"]
-  assert predict.predict_all(Painter(), paths, tmp_path / "out") == predict.EXIT_SOME_FAILED
+  assert (
+    predict.predict_all(TwoImagePredictor(), paths, tmp_path / "out") == predict.EXIT_SOME_FAILED
+  )
   first, second = records_of(tmp_path / "out")
   assert first["image"].endswith(r"b\udce9.png")
   assert first["pictures"][0] == r"b\udce9.png"
   assert r"lost\udce9.png" in second["error"]
 
 
-def test_a_broken_file_is_named_and_the_rest_done(vit_run, tmp_path):
+def test_broken_file_reported_others_predicted(vit_run, tmp_path):
   images, output = tmp_path / "images", tmp_path / "out"
   (images / "more").mkdir(parents=True)
   Image.fromarray(photo()).save(images / "a.jpg")
@@ -125,8 +127,8 @@ def test_a_broken_file_is_named_and_the_rest_done(vit_run, tmp_path):
   assert predict.predict_all(predictor_of(vit_run), [images / "a.jpg"], output) == 0
 
 
-def test_run_predicts_as_its_evaluation(vit_run):
-  """The best, averaged variables; the dataset's own images; the names of its classes."""
+def test_run_prediction_equals_evaluation(vit_run):
+  """EMA variables of the best checkpoint, the run's transforms, its class names."""
   trained = load(str(vit_run))
   assert trained.task.class_names == tuple("0123456789")
   source = load_source("demo:digits", "test[:20]")
@@ -143,14 +145,14 @@ def test_run_predicts_as_its_evaluation(vit_run):
     )
 
 
-def test_evaluation_transforms_apply_to_a_single_image():
-  """Of every variant of every config: what needs labels, boxes or label maps is left out."""
+def test_evaluation_transforms_of_single_image():
+  """For all variants of all configs: transforms of targets are dropped."""
   seen = set()
   for system, variant in CASES:
     name = f"{system}:{variant}"
     config = json.loads(json.dumps(resolve(system, variant).to_dict()))
     if not config["data"]["eval"] or "pair" in str(config["data"]["eval"]):
-      continue  # a picture and its reference go another way: `inference.super_resolution`
+      continue  # image pairs are handled by the system's predictor
     transforms = _Run(name, config, RunData(), {}, None, None, None).transforms()
     rng = np.random.default_rng(0)
     example = {"image": photo()}
@@ -167,7 +169,7 @@ def predict_pixels(image):
   )
 
 
-def test_published_file_uses_its_own_preprocessing():
+def test_published_file_uses_own_preprocessing():
   path = str(golden_folder("vit_a") / "weights.npz")
   published, image = load_pretrained(path), photo()
   logits = published.model.apply(published.variables, published.preprocess([image]))["logits"][0]
@@ -188,7 +190,7 @@ def test_transformer_explanations(vit_run):
     assert viewer in titles[1]
 
 
-def test_run_draws_explanations(vit_run):
+def test_run_writes_explanation_figures(vit_run):
   names = {path.name.removesuffix("_00000003.png") for path in (vit_run / "figures").iterdir()}
   assert names == {
     "train_batch", "test_predictions", "explain_attention", "explain_heads", "explain_distances",
@@ -196,7 +198,7 @@ def test_run_draws_explanations(vit_run):
   } - {"train_batch"} | {"train_batch_00000000.png"}  # fmt: skip
 
 
-def test_image_independent_figures_are_written_once(vit_run, tmp_path):
+def test_model_figures_written_once(vit_run, tmp_path):
   for name in ("a", "b"):
     Image.fromarray(photo()).save(tmp_path / f"{name}.png")
   output = tmp_path / "out"
@@ -209,7 +211,7 @@ def test_image_independent_figures_are_written_once(vit_run, tmp_path):
   assert written == each | {"model_positions.png", "model_filters.png"}
 
 
-def test_lambdas_are_drawn(tmp_path):
+def test_lambda_maps_drawn(tmp_path):
   source = golden_folder("lambda_resnet26t_a") / "weights.safetensors"
   trained = load(str(source), image_size=64)
   prediction = create_predictor(trained, Options(explain=True))(photo())
@@ -220,7 +222,7 @@ def test_lambdas_are_drawn(tmp_path):
   assert set(prediction.model_pictures) == {"filters"}
 
 
-def test_completion_of_half_an_image(igpt_run, tmp_path):
+def test_completion_of_half_image(igpt_run, tmp_path):
   predictor = predictor_of(igpt_run, samples=2, prefix_fraction=0.5)
   prediction = predictor(photo())
   assert prediction.record["given"] == 32
@@ -235,12 +237,12 @@ def test_completion_of_half_an_image(igpt_run, tmp_path):
   np.testing.assert_array_equal(again.pictures["samples"], strip)
 
 
-def test_the_likeliest_colour_alone_leaves_nothing_to_chance(igpt_run):
+def test_top_k_one_deterministic(igpt_run):
   strip = predictor_of(igpt_run, samples=2, top_k=1)(photo()).pictures["samples"]
   np.testing.assert_array_equal(strip[:, 120:216], strip[:, 240:336])
 
 
-def test_unsupported_options(vit_run, igpt_run, tmp_path):
+def test_unsupported_options_raise(vit_run, igpt_run, tmp_path):
   with pytest.raises(ValueError, match=r"--samples .*--explain"):
     predict.check_options(predictor_of(vit_run), Options(samples=3))
   with pytest.raises(ValueError, match="--prefix_fraction lies in"):
@@ -261,7 +263,7 @@ def test_unsupported_options(vit_run, igpt_run, tmp_path):
   ("wrong", "message"),
   [
     ({"prefix_fraction": 1.5}, r"--prefix_fraction .*1.5"),
-    ({"prefix_fraction": -0.1}, r"--prefix_fraction lies in \[0, 1\]"),
+    ({"prefix_fraction": -0.1}, "--prefix_fraction"),
     ({"samples": 0}, "--samples is positive"),
     ({"temperature": -1.0}, "--temperature not negative"),
     ({"top_k": 0}, "--top_k is positive; got 0"),
@@ -269,7 +271,7 @@ def test_unsupported_options(vit_run, igpt_run, tmp_path):
     ({"causal": False}, "causal=False"),
   ],
 )
-def test_invalid_completion_options(igpt_run, wrong, message):
+def test_invalid_completion_options_raise(igpt_run, wrong, message):
   trained = load(str(igpt_run))
   if "palette" in wrong:
     kept = {name: tree for name, tree in trained.variables.items() if name != "palette"}
@@ -283,13 +285,13 @@ def test_invalid_completion_options(igpt_run, wrong, message):
   assert "\n" not in str(error.value)
 
 
-def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
+def test_run_without_data_json_loads(vit_run, tmp_path):
   shutil.copytree(vit_run, tmp_path / "run")
   (tmp_path / "run" / "data.json").unlink()
   trained = load(str(tmp_path / "run"))
   assert trained.task.num_classes == 10
   (tmp_path / "run" / "config.json").unlink()
-  with pytest.raises(FileNotFoundError, match=r"there is no config\.json"):
+  with pytest.raises(FileNotFoundError, match=r"config\.json"):
     load(str(tmp_path / "run"))
 
 
@@ -302,7 +304,7 @@ def test_a_run_whose_data_are_forgotten_is_still_used(vit_run, tmp_path):
     ("detection", (), (64, 80)),
   ],
 )
-def test_aspect_ratio_is_kept_where_the_model_allows(task, transforms, expected):
+def test_aspect_ratio_kept_if_model_allows(task, transforms, expected):
   split = {"transforms": [{"name": name} for name in transforms]}
   config = {"task": {"name": task}, "data": {"eval": {"test": split}}, "checkpoint": {}}
   run = _Run("run", config, RunData(2, (), {"image": (64, 80, 3)}), {}, None, None, None)
@@ -310,7 +312,7 @@ def test_aspect_ratio_is_kept_where_the_model_allows(task, transforms, expected)
   assert example["image"].shape == (*expected, 3)
 
 
-def test_runs_are_loaded_for_other_images_and_classes(vit_run, igpt_run):
+def test_load_pretrained_run_new_size_or_classes(vit_run, igpt_run):
   run = load_pretrained(str(vit_run))
   small = {key: run.variables["params"][key] for key in ("encoder", "embedding")}
   for options in ({"image_size": 16}, {"num_classes": 3}, {"image_size": (8, 16)}):
@@ -320,14 +322,14 @@ def test_runs_are_loaded_for_other_images_and_classes(vit_run, igpt_run):
     assert logits.shape == (2, options.get("num_classes", 10))
     assert loaded.preprocess.image_size == loaded.config["image_size"]
     assert loaded.class_names == (() if "num_classes" in options else run.class_names)
-    assert np.any(logits[0] != logits[1]) == ("num_classes" not in options)  # a fresh head is zero
+    assert np.any(logits[0] != logits[1]) == ("num_classes" not in options)  # a new head is zero
     same = {key: loaded.variables["params"][key] for key in small}
     jax.tree.map(np.testing.assert_array_equal, same, small)
   with pytest.raises(ValueError, match="image_size and num_classes"):
     load_pretrained(str(igpt_run), image_size=16)
 
 
-def test_run_on_images_of_another_size(vit_run, igpt_run):
+def test_run_at_other_image_size(vit_run, igpt_run):
   trained, same = load(str(vit_run), image_size=16), load_pretrained(str(vit_run), image_size=16)
   jax.tree.map(np.testing.assert_array_equal, trained.variables["params"], same.variables["params"])
   image = trained.prepare(photo(20, 30))["image"]
@@ -345,7 +347,7 @@ def test_run_on_images_of_another_size(vit_run, igpt_run):
     [{"name": "resize_small", "size": 10}, {"name": "central_crop", "size": 8}],
   ],
 )
-def test_another_size_keeps_the_proportions_of_an_evaluation(vit_run, tmp_path, specs):
+def test_image_size_keeps_crop_ratio(vit_run, tmp_path, specs):
   shutil.copytree(vit_run, tmp_path / "run")
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   config["data"]["eval"]["test"]["transforms"] = specs
@@ -358,7 +360,7 @@ def test_another_size_keeps_the_proportions_of_an_evaluation(vit_run, tmp_path, 
   np.testing.assert_array_equal(found["image"], expected["image"])
 
 
-def test_runs_are_loaded_by_load_pretrained(vit_run, igpt_run):
+def test_load_pretrained_run(vit_run, igpt_run):
   loaded = load_pretrained(str(vit_run))
   assert loaded.class_names == tuple("0123456789")
   assert loaded.config["image_size"] == (8, 8)

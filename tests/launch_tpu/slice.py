@@ -1,4 +1,4 @@
-"""A fake slice for launch_tpu.sh: stand-ins for gcloud, uv, the planner and the training run.
+"""Fake TPU slice for launch_tpu.sh: stand-ins for gcloud, uv, the planner and the training run.
 
 The fake gcloud keeps the state of the slice in files. It runs each `--command` in a real shell with
 the worker's folder as home, so quoting, detaching, log and exit status are those of a worker.
@@ -27,12 +27,12 @@ TRICKY = [
 
 
 def remote_call(call):
-  """The function that a call of gcloud runs on workers and its arguments: the last line sent."""
+  """Returns the function and its arguments that a gcloud call runs on workers: the last line."""
   return call[-1].splitlines()[-1].split(" ") if "ssh" in call else []
 
 
 class Slice:
-  """A checkout, a PATH with the stand-ins, and the records that these write."""
+  """A checkout, a PATH with the stand-ins, and the files in which these record their calls."""
 
   def __init__(self, folder):
     self.state = folder / "state"
@@ -86,11 +86,11 @@ class Slice:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
   def calls(self, verb=None):
-    """All calls of gcloud as lists of arguments, or those of one verb."""
+    """Returns all gcloud calls as argument lists, or those with one verb."""
     return [c for c in self.lines("calls.jsonl") if verb is None or verb in c]
 
   def changes(self):
-    """The calls of gcloud that change something or print the log: all but the checks."""
+    """Returns the gcloud calls that change something or print the log."""
     return [c for c in self.calls() if "list" not in c and remote_call(c)[:1] != ["worker_status"]]
 
   def runs(self):

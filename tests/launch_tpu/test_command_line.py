@@ -12,20 +12,20 @@ BASH = shutil.which("bash")
 
 
 def printed(result):
-  """The commands that a dry run prints, as lists of words."""
+  """Returns the commands that a dry run prints, as lists of words."""
   assert result.returncode == 0, result.stderr
   return [shlex.split(line) for line in result.stdout.splitlines()]
 
 
 def as_printed(call):
-  """A recorded call of gcloud in the form of a dry run: of ssh, worker and function alone."""
+  """Formats a recorded gcloud call like a dry run: for ssh, only worker and function."""
   if "ssh" not in call:
     return ["gcloud", *call]
   worker = next(argument for argument in call if argument.startswith("--worker="))
   return ["ssh", worker, *shlex.split(" ".join(remote_call(call)))]
 
 
-def test_dry_run_prints_every_command_and_runs_none(tpu):
+def test_dry_run_prints_all_commands_runs_none(tpu):
   flags = ["--config=configs/vit.py:b16", "--workdir=gs://bucket/a run", "--config.name=it's $HOME"]
   dry = printed(tpu.launch("all", *SLICE, "--spot", "--project=p", "--dry-run", "--", *flags))
   assert not tpu.calls()
@@ -34,9 +34,7 @@ def test_dry_run_prints_every_command_and_runs_none(tpu):
   assert tpu.launch("all", *SLICE, "--spot", "--project=p", "--", *flags).returncode == 0
   ran = [as_printed(call) for call in tpu.changes()]
   for words in (dry[2], ran[1]):
-    assert words.pop(words.index("scp") + 1).endswith(
-      ".tar.gz"
-    )  # the name has the process's number
+    assert words.pop(words.index("scp") + 1).endswith(".tar.gz")  # the name contains the process id
   assert [words for words in dry if words[0] != "tar"] == ran
 
 
@@ -52,7 +50,7 @@ def test_dry_run_checks_config_and_slice(tpu):
   assert (result.returncode, result.stdout) == (2, "")
 
 
-def test_dry_run_without_the_package(tpu):
+def test_dry_run_without_package_raises(tpu):
   tpu.set(no_jax="")
   result = tpu.launch("all", *SLICE, "--dry-run", "--", *MAIN)
   assert (result.returncode, result.stdout) == (2, "")
@@ -60,7 +58,7 @@ def test_dry_run_without_the_package(tpu):
   assert "pip install" in result.stderr
 
 
-def test_dry_run_of_one_step(tpu):
+def test_dry_run_of_single_step(tpu):
   assert [words[2:5] for words in printed(tpu.launch("delete", *PLACE, "--dry-run"))] == [
     ["tpus", "queued-resources", "delete"]
   ]
@@ -102,7 +100,7 @@ def test_copied_files_exist(tpu):
     (["all", *SLICE, "--retries=many", "--", *MAIN], "--retries='many'"),
   ],
 )
-def test_errors_are_one_line(tpu, args, named):
+def test_invalid_arguments_one_line_error(tpu, args, named):
   result = tpu.launch(*args)
   assert result.returncode == 2
   assert result.stdout == ""
@@ -111,7 +109,7 @@ def test_errors_are_one_line(tpu, args, named):
   assert not tpu.calls()
 
 
-def test_no_gcloud(tpu, tmp_path):
+def test_missing_gcloud_one_line_error(tpu, tmp_path):
   only = tmp_path / "only"
   only.mkdir()
   result = subprocess.run(
@@ -126,7 +124,7 @@ def test_no_gcloud(tpu, tmp_path):
   assert "gcloud not found" in result.stderr
 
 
-def test_usage(tpu):
+def test_usage_lists_all_options(tpu):
   result = tpu.launch("--help")
   assert result.returncode == 0
   assert result.stderr == ""
@@ -138,7 +136,7 @@ def test_usage(tpu):
   assert parsed <= options
 
 
-def test_length():
+def test_script_length():
   assert len((ROOT / "launch_tpu.sh").read_text().splitlines()) <= 250
 
 

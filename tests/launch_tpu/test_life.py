@@ -1,4 +1,4 @@
-"""The whole life of a slice: created, set up, run on, followed, preempted, deleted."""
+"""Life cycle of a slice: create, set up, run, follow, preempt, delete."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 from tests.launch_tpu.slice import MAIN, PLACE, SLICE, TRICKY
 
 
-def test_whole_life(tpu):
+def test_all_calls_in_order(tpu):
   result = tpu.launch("all", *SLICE, "--spot", "--project=p", "--", *TRICKY)
   assert result.returncode == 0, result.stderr
   assert [" ".join(c[2:4]) for c in tpu.changes()] == [
@@ -29,15 +29,15 @@ def test_whole_life(tpu):
   assert not list(tpu.state.glob("*.tar.gz"))
 
 
-def test_main_gets_its_arguments_unchanged_on_every_worker(tpu):
+def test_arguments_unchanged_on_every_worker(tpu):
   result = tpu.launch("all", *SLICE, "--", *TRICKY)
   assert sorted(r["worker"] for r in tpu.runs()) == ["worker0", "worker1"]
   assert [r["args"] for r in tpu.runs()] == [["-m", "vit_jax_zoo.main", *TRICKY]] * 2
   assert "worker0, run 1: step 1\nworker0: done\n" in result.stdout
-  assert "worker1" not in result.stdout  # only one log is printed
+  assert "worker1" not in result.stdout  # only one worker's log is printed
 
 
-def test_steps_one_by_one(tpu):
+def test_single_steps(tpu):
   for step in (["create", *SLICE], ["setup", *PLACE], ["run", *PLACE, "--", *MAIN]):
     result = tpu.launch(*step)
     assert result.returncode == 0, (step, result.stderr)
@@ -62,23 +62,23 @@ def test_steps_one_by_one(tpu):
     ("v5e-8", "v2-alpha-tpuv5-lite"),
   ],
 )
-def test_software_image(tpu, kind, image):
+def test_runtime_version_by_type(tpu, kind, image):
   assert tpu.launch("create", *PLACE, f"--type={kind}").returncode == 0
   assert f"--runtime-version={image}" in tpu.calls("create")[0]
 
 
-def test_software_image_of_choice(tpu):
+def test_runtime_version_flag(tpu):
   assert tpu.launch("create", *SLICE, "--version=v3-beta").returncode == 0
   assert "--runtime-version=v3-beta" in tpu.calls("create")[0]
 
 
-def test_existing_slice_is_used(tpu):
+def test_existing_slice_not_created(tpu):
   tpu.set(request="ACTIVE")
   assert tpu.launch("create", *SLICE).returncode == 0
   assert not tpu.changes()
 
 
-def test_create_waits_in_the_queue(tpu):
+def test_create_waits_in_queue(tpu):
   tpu.set(next_states="WAITING_FOR_RESOURCES WAITING_FOR_RESOURCES PROVISIONING ACTIVE")
   result = tpu.launch("create", *SLICE)
   assert result.returncode == 0
@@ -93,14 +93,14 @@ def test_create_waits_for_ssh(tpu):
   assert len(tpu.calls("ssh")) == 4
 
 
-def test_create_replaces_what_a_preemption_left(tpu):
+def test_create_replaces_preempted_slice(tpu):
   tpu.set(request="SUSPENDED")
   assert tpu.launch("create", *SLICE).returncode == 0
   assert len(tpu.calls("delete")) == len(tpu.calls("create")) == 1
 
 
 @pytest.mark.parametrize("how", ["suspended", "preempted"])
-def test_preempted_run_resumes_on_a_new_slice(tpu, how):
+def test_preempted_run_resumes_on_new_slice(tpu, how):
   tpu.set(behaviours=f"{how} ok")
   result = tpu.launch("all", *SLICE, "--spot", "--", *MAIN)
   assert result.returncode == 0, result.stderr
@@ -110,7 +110,7 @@ def test_preempted_run_resumes_on_a_new_slice(tpu, how):
   assert not tpu.exists
 
 
-def test_run_that_was_told_to_stop_resumes_on_its_slice(tpu):
+def test_terminated_run_resumes_on_same_slice(tpu):
   tpu.set(behaviours="terminated ok")
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 0, result.stderr
@@ -118,7 +118,7 @@ def test_run_that_was_told_to_stop_resumes_on_its_slice(tpu):
   assert len(tpu.runs()) == 4
 
 
-def test_preemptions_without_end(tpu):
+def test_retries_exceeded(tpu):
   tpu.set(behaviours="suspended")
   result = tpu.launch("all", *SLICE, "--retries=2", "--", *MAIN)
   assert result.returncode == 1
@@ -126,14 +126,14 @@ def test_preemptions_without_end(tpu):
   assert not tpu.exists
 
 
-def test_follow_reports_a_preemption(tpu):
+def test_follow_reports_preemption(tpu):
   tpu.set(request="SUSPENDED")
   result = tpu.launch("follow", *PLACE)
   assert result.returncode != 0
   assert "PREEMPTED" in result.stderr
 
 
-def test_failed_run_shows_the_logs_and_deletes(tpu):
+def test_failed_run_prints_logs_and_deletes(tpu):
   tpu.set(behaviours="fail")
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1
@@ -143,7 +143,7 @@ def test_failed_run_shows_the_logs_and_deletes(tpu):
   assert len(tpu.calls("create")) == 1
 
 
-def test_keep(tpu):
+def test_keep_flag_keeps_slice(tpu):
   tpu.set(behaviours="fail")
   result = tpu.launch("all", *SLICE, "--keep", "--", *MAIN)
   assert result.returncode == 1
@@ -151,7 +151,7 @@ def test_keep(tpu):
   assert "delete --name=vit --zone=us-central2-b" in result.stderr
 
 
-def test_slice_that_cannot_be_had(tpu):
+def test_failed_request_deleted(tpu):
   tpu.set(next_states="FAILED")
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1
@@ -160,7 +160,7 @@ def test_slice_that_cannot_be_had(tpu):
   assert not tpu.exists
 
 
-def test_gcloud_that_is_not_logged_in(tpu):
+def test_gcloud_not_logged_in(tpu):
   tpu.set(broken_lists=99)
   result = tpu.launch("create", *SLICE)
   assert result.returncode == 1
@@ -168,7 +168,7 @@ def test_gcloud_that_is_not_logged_in(tpu):
   assert not tpu.calls("create")
 
 
-def test_broken_connections_do_not_end_the_run(tpu):
+def test_dropped_connections_do_not_stop_run(tpu):
   tpu.set(behaviours="hold", dropped_connections=3)
   process = tpu.start("all", *SLICE, "--", *MAIN)
   tpu.wait_until(lambda: tpu.followers() > 3)
@@ -179,12 +179,12 @@ def test_broken_connections_do_not_end_the_run(tpu):
   assert len(tpu.runs()) == 2
 
 
-def test_deleting_nothing_is_no_error(tpu):
+def test_delete_missing_slice_is_no_error(tpu):
   assert tpu.launch("delete", *PLACE).returncode == 0
   assert not tpu.changes()
 
 
-def test_two_setups_at_once_both_succeed(tpu):
+def test_concurrent_setups_succeed(tpu):
   tpu.set(request="ACTIVE")
   setups = [tpu.start("setup", *PLACE) for _ in range(2)]
   errors = [setup.communicate(timeout=60)[1] for setup in setups]
@@ -197,7 +197,7 @@ def test_two_setups_at_once_both_succeed(tpu):
   ("number", "code", "exists"),
   [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, False), (signal.SIGHUP, 129, True)],
 )
-def test_interrupt_deletes_and_hang_up_does_not(tpu, number, code, exists):
+def test_interrupt_deletes_hangup_does_not(tpu, number, code, exists):
   tpu.set(behaviours="hold")
   process = tpu.start("all", *SLICE, "--", *MAIN)
   tpu.wait_for_run()
@@ -208,7 +208,7 @@ def test_interrupt_deletes_and_hang_up_does_not(tpu, number, code, exists):
   assert tpu.exists == exists
 
 
-def test_termination_of_the_script_alone_deletes_at_once(tpu):
+def test_terminated_script_deletes(tpu):
   tpu.set(behaviours="hold")
   process = tpu.start("all", *SLICE, "--", *MAIN)
   tpu.wait_for_run()

@@ -1,4 +1,4 @@
-"""A run that is under way and a slice that existed before are used and not disturbed."""
+"""Running jobs and existing slices are reused and not disturbed."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 from tests.launch_tpu.slice import MAIN, PLACE, SLICE, TRICKY
 
 
-def test_run_that_is_running_is_left_alone(tpu):
+def test_running_job_not_restarted(tpu):
   tpu.set(request="ACTIVE", behaviours="hold")
   assert tpu.launch("setup", *PLACE).returncode == 0
   assert tpu.launch("run", *PLACE, "--", *MAIN).returncode == 0
@@ -20,13 +20,13 @@ def test_run_that_is_running_is_left_alone(tpu):
   other = tpu.launch("run", *PLACE, "--", *MAIN, "--config.seed=1")
   assert other.returncode != 0
   assert "--config.seed=1" not in other.stdout
-  assert other.stdout.count(MAIN[0]) == 2, "the flags of the run that is under way"
+  assert other.stdout.count(MAIN[0]) == 2, "the flags of the running job"
   assert len(tpu.runs()) == 2
 
 
 @pytest.fixture
-def left_alone(tpu):
-  """A run on a slice that `all` created, after its terminal was closed."""
+def hung_up(tpu):
+  """A run on a slice created by `all`, after SIGHUP."""
   tpu.set(behaviours="hold")
   process = tpu.start("all", *SLICE, "--", *TRICKY)
   tpu.wait_for_run()
@@ -36,8 +36,8 @@ def left_alone(tpu):
   return tpu
 
 
-def test_all_again_follows_what_is_under_way(left_alone):
-  tpu, before = left_alone, left_alone.followers()
+def test_all_again_follows_running_job(hung_up):
+  tpu, before = hung_up, hung_up.followers()
   process = tpu.start("all", *SLICE, "--", *TRICKY)
   tpu.wait_until(lambda: tpu.followers() > before)
   tpu.set(release="")
@@ -45,13 +45,13 @@ def test_all_again_follows_what_is_under_way(left_alone):
   assert process.returncode == 0, stderr
   assert "worker0: done" in stdout
   assert len(tpu.runs()) == 2
-  assert len(tpu.calls("scp")) == len(tpu.calls("create")) == 1, "nothing is installed over a run"
+  assert len(tpu.calls("scp")) == len(tpu.calls("create")) == 1, "no installation during a run"
   assert tpu.exists, "only the process that created the slice deletes it"
   assert "delete --name=vit --zone=us-central2-b" in stderr
 
 
-def test_interrupt_of_a_follower_ends_nothing(left_alone):
-  tpu, before = left_alone, left_alone.followers()
+def test_interrupted_follower_does_not_stop_run(hung_up):
+  tpu, before = hung_up, hung_up.followers()
   process = tpu.start("all", *SLICE, "--", *TRICKY)
   tpu.wait_until(lambda: tpu.followers() > before)
   os.killpg(process.pid, signal.SIGINT)
@@ -60,8 +60,8 @@ def test_interrupt_of_a_follower_ends_nothing(left_alone):
   assert tpu.launch("status", *PLACE).stdout.count("status=running") == 2
 
 
-def test_another_run_that_is_under_way_is_left_alone(left_alone):
-  tpu = left_alone
+def test_other_running_job_raises(hung_up):
+  tpu = hung_up
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1
   assert "other flags" in result.stderr
@@ -70,7 +70,7 @@ def test_another_run_that_is_under_way_is_left_alone(left_alone):
   assert tpu.exists
 
 
-def test_slice_that_existed_before_is_used_and_not_deleted(tpu):
+def test_existing_slice_not_deleted(tpu):
   tpu.set(request="ACTIVE", refused=2)
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 0, result.stderr
@@ -78,11 +78,11 @@ def test_slice_that_existed_before_is_used_and_not_deleted(tpu):
   assert tpu.exists
   assert "delete --name=vit --zone=us-central2-b" in result.stderr
   assert tpu.launch("all", *SLICE, "--", *MAIN).returncode == 0
-  assert len(tpu.runs()) == 4, "a run that has ended does not block the next one"
+  assert len(tpu.runs()) == 4, "a finished run does not block the next"
   assert tpu.exists
 
 
-def test_slice_without_ssh_is_not_changed(tpu):
+def test_slice_without_ssh_unchanged(tpu):
   tpu.set(request="ACTIVE", refused=99)
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1
@@ -90,8 +90,8 @@ def test_slice_without_ssh_is_not_changed(tpu):
   assert tpu.exists
 
 
-def test_slice_whose_node_is_not_listed_is_not_deleted(tpu):
-  """A list without the node may be incomplete; only the state of the request is proof."""
+def test_unlisted_node_not_deleted(tpu):
+  """A list without the node may be incomplete; only the state of the request is reliable."""
   tpu.set(request="ACTIVE", node="missing")
   process = tpu.start("create", *SLICE)
   tpu.wait_until(lambda: len(tpu.calls("list")) > 6)
@@ -101,7 +101,7 @@ def test_slice_whose_node_is_not_listed_is_not_deleted(tpu):
   assert not tpu.changes()
 
 
-def test_replacement_of_a_preempted_slice_is_deleted(tpu):
+def test_replacement_of_preempted_slice_deleted(tpu):
   tpu.set(request="SUSPENDED")
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 0, result.stderr
@@ -109,7 +109,7 @@ def test_replacement_of_a_preempted_slice_is_deleted(tpu):
   assert not tpu.exists
 
 
-def test_slice_created_by_another_process_is_not_deleted(tpu):
+def test_slice_of_other_process_not_deleted(tpu):
   tpu.set(faster_others=1)
   result = tpu.launch("all", *SLICE, "--", *MAIN)
   assert result.returncode == 1

@@ -1,4 +1,4 @@
-"""A classifier small enough to compile in a blink, and a batch for it."""
+"""A classifier that compiles fast, and a batch for it."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ NUM_CLASSES = 7
 
 
 class TinyClassifier(nn.Module):
-  """A two-layer classifier, optionally with what makes training differ from inference."""
+  """A two-layer classifier, optionally with BatchNorm and dropout."""
 
   num_classes: int = NUM_CLASSES
   batch_norm: bool = False

@@ -1,4 +1,4 @@
-"""The classification task: the reference's losses, sums that add up, padding without effect."""
+"""The classification task: reference losses, exact sums over micro-batches, padding."""
 
 import dataclasses
 
@@ -18,8 +18,8 @@ def make_context(task, batch, seed=1):
   )
 
 
-class Echo:
-  """A 'model' whose logits are given, to test the loss alone."""
+class ConstantLogits:
+  """A model with given logits, to test the loss alone."""
 
   def __init__(self, logits):
     self.logits = jnp.asarray(logits)
@@ -42,10 +42,13 @@ def numpy_batch(batch, predictions):
 
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
-def test_losses_match_the_reference(load_golden, objective):
+def test_losses_equal_reference(load_golden, objective):
   config, inputs, outputs = load_golden("vit_losses_a")
   task = create_task(
-    "classification", Echo(inputs["logits"]), num_classes=config["classes"], objective=objective
+    "classification",
+    ConstantLogits(inputs["logits"]),
+    num_classes=config["classes"],
+    objective=objective,
   )
   batch = {"image": blank_images(config["batch"]), "label": inputs["onehot"]}
   predictions = task.predict({}, batch)
@@ -60,10 +63,13 @@ def test_losses_match_the_reference(load_golden, objective):
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("kind", ["onehot", "real"])
-def test_scores_match_the_reference(load_golden, objective, kind):
+def test_scores_equal_reference(load_golden, objective, kind):
   config, inputs, outputs = load_golden("vit_losses_a")
   task = create_task(
-    "classification", Echo(inputs["logits"]), num_classes=config["classes"], objective=objective
+    "classification",
+    ConstantLogits(inputs["logits"]),
+    num_classes=config["classes"],
+    objective=objective,
   )
   labels = inputs["onehot"] if kind == "onehot" else inputs["real_labels"]
   batch = {
@@ -80,7 +86,7 @@ def test_scores_match_the_reference(load_golden, objective, kind):
   assert scores["loss"] * scores["images"] == pytest.approx(expected, rel=2e-6)
 
 
-def test_integer_labels_are_one_hot_labels(tiny_classifier, batch):
+def test_integer_labels_equal_one_hot(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   one_hot = batch | {"label": np.eye(7, dtype=np.float32)[batch["label"]]}
@@ -90,9 +96,9 @@ def test_integer_labels_are_one_hot_labels(tiny_classifier, batch):
   assert left.metrics["accuracy"].compute() == right.metrics["accuracy"].compute()
 
 
-def test_label_smoothing_of_a_softmax():
+def test_softmax_label_smoothing():
   logits = np.array([[2.0, -1.0, 0.5, 0.0]], np.float32)
-  task = create_task("classification", Echo(logits), num_classes=4, label_smoothing=0.1)
+  task = create_task("classification", ConstantLogits(logits), num_classes=4, label_smoothing=0.1)
   batch = {"image": blank_images(1), "label": np.array([2], np.int32)}
   log_p = logits[0] - np.log(np.exp(logits[0]).sum())
   smoothed = np.full(4, 0.025) + np.array([0, 0, 0.9, 0])
@@ -101,9 +107,9 @@ def test_label_smoothing_of_a_softmax():
   np.testing.assert_allclose(task.predict({}, batch)["loss"], [-log_p[2]], rtol=1e-6)
 
 
-def test_sigmoid_loss_is_summed_over_classes():
+def test_sigmoid_loss_summed_over_classes():
   logits = np.zeros((1, 4), np.float32)
-  task = create_task("classification", Echo(logits), num_classes=4, objective="sigmoid")
+  task = create_task("classification", ConstantLogits(logits), num_classes=4, objective="sigmoid")
   batch = {"image": blank_images(1), "label": np.array([[1, 0, 1, 0]], np.float32)}
   predictions = task.predict({}, batch)
   np.testing.assert_allclose(predictions["loss"], [4 * np.log(2)], rtol=1e-6)
@@ -111,7 +117,7 @@ def test_sigmoid_loss_is_summed_over_classes():
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_micro_batches_add_up_to_the_batch(tiny_classifier, batch, parts):
+def test_micro_batches_sum_to_batch(tiny_classifier, batch, parts):
   batch = batch | {"mask": np.array([True] * 10 + [False] * 2)}
   task = create_task("classification", tiny_classifier(), num_classes=7, label_smoothing=0.1)
   variables = task.init(jax.random.key(0), batch)
@@ -123,8 +129,8 @@ def test_micro_batches_add_up_to_the_batch(tiny_classifier, batch, parts):
   np.testing.assert_allclose(sum(losses), loss, rtol=1e-6)
   summed = jax.tree.map(lambda *leaves: sum(leaves), *gradients)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), summed, gradient)
-  measure = jax.jit(lambda b: task.loss(variables, b, context).metrics)
-  metrics, whole = [measure(piece) for piece in pieces], measure(batch)
+  metrics_of = jax.jit(lambda b: task.loss(variables, b, context).metrics)
+  metrics, whole = [metrics_of(piece) for piece in pieces], metrics_of(batch)
   for name, value in whole.items():
     merged = metrics[0][name]
     for other in metrics[1:]:
@@ -133,7 +139,7 @@ def test_micro_batches_add_up_to_the_batch(tiny_classifier, batch, parts):
 
 
 @pytest.mark.parametrize("label", [-1, 3])
-def test_padding_changes_nothing(tiny_classifier, batch, label):
+def test_padding_has_no_effect(tiny_classifier, batch, label):
   task = create_task("classification", tiny_classifier(), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   padded = {
@@ -158,7 +164,7 @@ def test_padding_changes_nothing(tiny_classifier, batch, label):
   assert scores[0]["images"] == 12
 
 
-def test_a_label_that_is_no_class_makes_the_loss_nan(tiny_classifier, batch):
+def test_label_out_of_range_gives_nan_loss(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   wrong = batch | {"label": np.where(np.arange(12) == 3, 7, batch["label"]).astype(np.int32)}
@@ -166,7 +172,7 @@ def test_a_label_that_is_no_class_makes_the_loss_nan(tiny_classifier, batch):
   assert np.isfinite(task.loss(variables, batch, make_context(task, batch)).loss)
 
 
-def test_batch_statistics_move_and_come_back_whole(tiny_classifier, batch):
+def test_batch_stats_updated_other_state_kept(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(batch_norm=True), num_classes=7)
   variables = dict(task.init(jax.random.key(0), batch)) | {"constants": {"table": jnp.arange(3)}}
   output = jax.jit(task.loss)(variables, batch, make_context(task, batch))
@@ -179,13 +185,13 @@ def test_batch_statistics_move_and_come_back_whole(tiny_classifier, batch):
   assert not np.allclose(left["loss"], right["loss"])
 
 
-def test_a_model_without_state_has_none(tiny_classifier, batch):
+def test_model_without_state(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   assert task.loss(variables, batch, make_context(task, batch)).model_state == {}
 
 
-def test_dropout_follows_the_rng_and_prediction_has_none(tiny_classifier, batch):
+def test_dropout_by_rng_not_in_prediction(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(dropout_rate=0.5), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   losses = [
@@ -196,7 +202,7 @@ def test_dropout_follows_the_rng_and_prediction_has_none(tiny_classifier, batch)
   np.testing.assert_array_equal(left["loss"], right["loss"])
 
 
-def test_a_bfloat16_model_is_judged_in_float32(tiny_classifier, batch):
+def test_bfloat16_model_loss_in_float32(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(dtype="bfloat16"), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   output = task.loss(variables, batch, make_context(task, batch))
@@ -208,7 +214,7 @@ def test_a_bfloat16_model_is_judged_in_float32(tiny_classifier, batch):
   )
 
 
-def test_predictions_are_ranked(tiny_classifier, batch):
+def test_predictions_sorted_by_probability(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(), num_classes=7, top_k=3)
   variables = task.init(jax.random.key(0), batch)
   predictions = jax.jit(task.predict)(variables, batch)
@@ -222,7 +228,7 @@ def test_predictions_are_ranked(tiny_classifier, batch):
   np.testing.assert_array_equal(unlabelled["labels"], predictions["labels"])
 
 
-def test_float_images_are_uint8_images(tiny_classifier, batch):
+def test_float_images_equal_uint8(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   floats = batch | {"image": batch["image"].astype(np.float32)}
@@ -230,7 +236,7 @@ def test_float_images_are_uint8_images(tiny_classifier, batch):
   np.testing.assert_array_equal(left["loss"], right["loss"])
 
 
-def test_figures(tiny_classifier, batch):
+def test_figures_exclude_padding(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   padded = batch | {"mask": np.array([True] * 9 + [False] * 3)}
@@ -252,23 +258,23 @@ def test_figures(tiny_classifier, batch):
     ({}, "task 'classification' needs the field 'num_classes'"),
     ({"num_classes": None}, "num_classes"),
     ({"num_classes": 7, "objective": "sigmoids"}, "did you mean 'sigmoid'"),
-    ({"num_classes": 7, "label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\)"),
+    ({"num_classes": 7, "label_smoothing": 1.5}, "label_smoothing"),
     ({"num_classes": 7, "class_names": ["a"]}, "class_names: 1"),
     ({"num_classes": 0}, "must be positive"),
   ],
 )
-def test_wrong_fields_are_one_clear_line(tiny_classifier, fields, message):
+def test_invalid_fields_raise(tiny_classifier, fields, message):
   with pytest.raises(ValueError, match=message) as error:
     create_task("classification", tiny_classifier(), **fields)
   assert "\n" not in str(error.value)
 
 
-def test_unknown_tasks_name_the_nearest(tiny_classifier):
+def test_unknown_task_suggests_nearest(tiny_classifier):
   with pytest.raises(ValueError, match="did you mean 'classification'"):
     create_task("clasification", tiny_classifier())
 
 
-def test_a_model_with_other_classes_is_refused(tiny_classifier, batch):
+def test_num_classes_mismatch_raises(tiny_classifier, batch):
   task = create_task("classification", tiny_classifier(num_classes=5), num_classes=7)
   variables = task.init(jax.random.key(0), batch)
   with pytest.raises(ValueError, match="num_classes: 5"):
@@ -279,7 +285,7 @@ def test_a_model_with_other_classes_is_refused(tiny_classifier, batch):
     task.loss(task.init(jax.random.key(0), soft), soft, make_context(task, soft))
 
 
-def test_lists_of_a_config_become_tuples(tiny_classifier):
+def test_config_lists_become_tuples(tiny_classifier):
   task = create_task("classification", tiny_classifier(), num_classes=2, class_names=["cat", "dog"])
   assert task.class_names == ("cat", "dog")
   assert task.best_metric in {"accuracy"}
@@ -287,9 +293,11 @@ def test_lists_of_a_config_become_tuples(tiny_classifier):
     task.num_classes = 3
 
 
-def test_classes_that_are_scored_are_drawn_as_a_confusion_matrix():
+def test_per_class_draws_confusion_matrix():
   names = ("a", "b", "c")
-  task = create_task("classification", Echo(np.eye(3)), num_classes=3, class_names=names, top_k=1)
+  task = create_task(
+    "classification", ConstantLogits(np.eye(3)), num_classes=3, class_names=names, top_k=1
+  )
   batch = {"label": np.array([0, 0, 2])}
   predictions = {"labels": np.array([[0], [1], [2]]), "loss": np.zeros(3)}
   evaluator = task.evaluator()
@@ -302,8 +310,8 @@ def test_classes_that_are_scored_are_drawn_as_a_confusion_matrix():
   assert figure.axes[0].get_title(loc="left").endswith("2 of 3 correct")
 
 
-def test_features_are_what_the_head_sees(batch):
-  class Headless(Echo):
+def test_features_before_head(batch):
+  class Headless(ConstantLogits):
     def apply(self, variables, images, **options):
       return {"features": jnp.mean(images, axis=(1, 2)).astype(jnp.bfloat16)}
 
@@ -313,6 +321,6 @@ def test_features_are_what_the_head_sees(batch):
   assert found.dtype == jnp.float32
   expected = (np.asarray(batch["image"], np.float32) / 127.5 - 1).mean((1, 2))
   np.testing.assert_allclose(found, expected, atol=1e-2)
-  task = create_task("classification", Echo(np.zeros((rows, 3))), num_classes=3)
-  with pytest.raises(ValueError, match="Echo"):
+  task = create_task("classification", ConstantLogits(np.zeros((rows, 3))), num_classes=3)
+  with pytest.raises(ValueError, match="ConstantLogits"):
     task.features({}, batch)

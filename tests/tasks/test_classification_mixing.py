@@ -1,4 +1,4 @@
-"""The classification task with mixup and CutMix: exact sums, soft labels, any mesh, pictures."""
+"""The classification task with mixup and CutMix: exact sums, soft labels, meshes, figures."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def batch():
 
 
 class Linear:
-  """A 'model' that shows what it was given: logits are the first pixels."""
+  """A model whose logits are the first pixels."""
 
   def init(self, rng, images, *, train=False):
     return {"params": {}}
@@ -36,8 +36,8 @@ def log_softmax(x):
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_the_loss_is_that_of_the_mixture_by_hand(batch, soft):
-  """For some share; on a grid of shares the loss is met once."""
+def test_loss_of_mixture_by_hand(batch, soft):
+  """The mixing weight is random: the loss occurs on a grid of weights."""
   task = create_task(
     "classification", Linear(), num_classes=7, mixup_alpha=1.0, label_smoothing=0.1
   )
@@ -55,10 +55,10 @@ def test_the_loss_is_that_of_the_mixture_by_hand(batch, soft):
     logits = mixed.reshape(16, -1)[:, :7]
     candidates.append(-(labels * log_softmax(logits)).sum() / 16)
   assert min(abs(np.array(candidates) - loss)) < 1e-4
-  assert abs(candidates[-1] - loss) > 1e-3  # it is a mixture
+  assert abs(candidates[-1] - loss) > 1e-3  # the examples are mixed
 
 
-def test_without_alphas_nothing_is_drawn(batch, tiny_classifier):
+def test_no_alphas_no_random_numbers(batch, tiny_classifier):
   def operations(**fields):
     task = create_task("classification", tiny_classifier(), num_classes=7, **fields)
     variables = task.init(jax.random.key(0), batch)
@@ -73,8 +73,8 @@ def test_without_alphas_nothing_is_drawn(batch, tiny_classifier):
   assert "random_bits" in operations(mixup_alpha=0.2)
 
 
-def test_every_example_weighs_one(batch):
-  """A model that knows nothing loses log 7 on each, mixed or not, padded or not."""
+def test_every_example_has_weight_one(batch):
+  """A constant prediction has loss log 7 per example, mixed or not, padded or not."""
   task = create_task("classification", Linear(), num_classes=7, cutmix_alpha=1.0)
   blank = batch | {
     "image": np.full_like(batch["image"], 99),
@@ -85,7 +85,7 @@ def test_every_example_weighs_one(batch):
   assert float(output.metrics["loss"].count) == 11
 
 
-def test_prediction_is_not_mixed(batch, tiny_classifier):
+def test_prediction_not_mixed(batch, tiny_classifier):
   plain = create_task("classification", tiny_classifier(), num_classes=7)
   mixing = create_task("classification", tiny_classifier(), num_classes=7, mixup_alpha=0.5)
   variables = plain.init(jax.random.key(0), batch)
@@ -116,7 +116,7 @@ def train(task, batch, mesh, devices):
 
 @pytest.mark.multidevice
 @pytest.mark.slow
-def test_every_mesh_mixes_its_micro_batches_alike(batch, tiny_classifier):
+def test_mixing_independent_of_mesh(batch, tiny_classifier):
   task = create_task(
     "classification", tiny_classifier(), num_classes=7, mixup_alpha=0.8, cutmix_alpha=1.0,
     mix_per="example",
@@ -126,8 +126,8 @@ def test_every_mesh_mixes_its_micro_batches_alike(batch, tiny_classifier):
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
-def test_micro_batches_are_mixed_within_themselves(batch):
-  """Two micro-batches of one class each stay pure, and count for a half each."""
+def test_micro_batches_mixed_internally(batch):
+  """Two micro-batches of one class each are unmixed; each has half of the loss."""
   task = create_task("classification", Linear(), num_classes=7, mixup_alpha=1.0)
   pure = batch | {
     "image": np.where(np.arange(16)[:, None, None, None] % 2, 40, 200).astype(np.uint8)
@@ -142,7 +142,7 @@ def test_micro_batches_are_mixed_within_themselves(batch):
   assert all(float(o.loss) == pytest.approx(np.log(7) / 2, rel=1e-6) for o in outputs)
 
 
-def test_the_picture_of_a_batch_shows_mixtures(batch, tiny_classifier):
+def test_batch_figure_shows_mixtures(batch, tiny_classifier):
   fields = dict(num_classes=7, class_names=tuple("abcdefg"))
   plain = create_task("classification", tiny_classifier(), **fields)
   mixing = create_task("classification", tiny_classifier(), **fields, mixup_alpha=1.0)
@@ -153,12 +153,12 @@ def test_the_picture_of_a_batch_shows_mixtures(batch, tiny_classifier):
   assert sum("%" in label for label in right) > 8
 
 
-def test_wrong_fields_name_themselves(tiny_classifier):
+def test_invalid_alpha_raises(tiny_classifier):
   with pytest.raises(ValueError, match="cutmix_alpha"):
     create_task("classification", tiny_classifier(), num_classes=7, cutmix_alpha=-1.0)
 
 
-def test_an_unknown_label_still_stops_the_run(batch, tiny_classifier):
+def test_label_out_of_range_gives_nan_loss(batch, tiny_classifier):
   task = create_task("classification", tiny_classifier(), num_classes=7, mixup_alpha=0.2)
   variables = task.init(jax.random.key(0), batch)
   wrong = batch | {"label": jnp.where(jnp.arange(16) == 3, 7, batch["label"])}

@@ -1,4 +1,4 @@
-"""`python -m vit_jax_zoo.transfer`: every suite on embedded data."""
+"""`python -m vit_jax_zoo.transfer`: all suites on embedded data."""
 
 import json
 
@@ -29,7 +29,7 @@ FIT, TEST = "train[:300]", "test[:120]"
 
 
 class Pixels:
-  """A 'model' whose features are the pixels, and whose classes are given by their means."""
+  """A nearest-mean classifier whose features are the pixels."""
 
   def init(self, *args, **options):
     return {"params": {}}
@@ -51,7 +51,7 @@ def normalised(source):
 
 @pytest.fixture(scope="module")
 def digits():
-  """The training digits, and the model that knows their means."""
+  """The training digits' means as a nearest-mean model."""
   features, labels = normalised(load_source("demo:digits", FIT))
   means = np.stack([features[labels == label].mean(0) for label in range(10)]).astype(np.float32)
   task = create_task("classification", Pixels(), num_classes=10)
@@ -59,14 +59,14 @@ def digits():
   return Extractor(trained, batch_size=50)
 
 
-def ask(suites, **fields):
+def request_of(suites, **fields):
   return Request(suites, fit_split=FIT, test_split=TEST, **fields)
 
 
 def test_several_probes_in_one_run(digits, tmp_path):
   sgd = {"linear_sgd": {"num_epochs": 40}, "few_shot": {"shots": (1, 5, 25)}}
   suites = ("few_shot", "linear", "linear_sgd", "knn")
-  request = ask(suites, data=("demo:digits",), probes=sgd)
+  request = request_of(suites, data=("demo:digits",), probes=sgd)
   assert command.run_and_write(request, digits, tmp_path, {"model": "pixels"}) == 0
   kept = json.loads((tmp_path / "transfer.json").read_text())
   found = {suite: kept["suites"][suite]["demo:digits"] for suite in suites}
@@ -78,23 +78,23 @@ def test_several_probes_in_one_run(digits, tmp_path):
   assert {path.name for path in tmp_path.glob("*.png")} == {f"{suite}.png" for suite in suites}
 
 
-def test_missing_data_are_reported_and_skipped(digits, tmp_path):
-  request = ask(("knn",), data=("cifar10", "demo:digits"), data_dir=str(tmp_path / "none"))
+def test_missing_data_reported_and_skipped(digits, tmp_path):
+  request = request_of(("knn",), data=("cifar10", "demo:digits"), data_dir=str(tmp_path / "none"))
   assert command.run_and_write(request, digits, tmp_path, {}) == 0
   kept = json.loads((tmp_path / "transfer.json").read_text())
   assert set(kept["suites"]["knn"]) == {"demo:digits"}
   assert (
     "run python -m vit_jax_zoo.data.prepare --dataset=cifar10" in kept["missing"]["knn on cifar10"]
   )
-  request = ask(("vtab",), data_dir=str(tmp_path / "none"))
+  request = request_of(("vtab",), data_dir=str(tmp_path / "none"))
   assert command.run_and_write(request, digits, tmp_path, {}) == command.EXIT_NOTHING_FOUND
   kept = json.loads((tmp_path / "transfer.json").read_text())
   assert len(kept["missing"]) == 19
   assert kept["means"]["vtab"] == {}
 
 
-def test_vtab_splits(digits, tmp_path, monkeypatch):
-  """Its protocol on embedded data: sizes, held-out images, means by group."""
+def test_vtab_protocol(digits, tmp_path, monkeypatch):
+  """On embedded data: sizes, held-out images, means by group."""
   monkeypatch.setattr(benchmarks, "VTAB_TRAIN", 300)
   monkeypatch.setattr(benchmarks, "VTAB_VALIDATION", 80)
   task = VtabTask("natural", "demo:digits", FIT, TEST, TEST)
@@ -127,7 +127,7 @@ def test_vtab_splits(digits, tmp_path, monkeypatch):
   assert means["mean"] == pytest.approx((means["natural"] + means["structured"]) / 2)
 
 
-def test_long_names_of_datasets_are_cut_in_file_names(digits, tmp_path, monkeypatch):
+def test_long_dataset_names_truncated_in_file_names(digits, tmp_path, monkeypatch):
   found = Outcome("knn", "folder:/" + 300 * "ä", {"accuracy": 1.0}, figures={"x": Figure()})
   monkeypatch.setattr(command, "run_suites", lambda *_: [found])
   assert command.run_and_write(Request(("knn",)), digits, tmp_path, {}) == 0
@@ -172,53 +172,53 @@ def test_image_folders(digits, tmp_path):
 
 
 def knn_of(trained, folder):
-  """Returns the scores of nearest neighbours among digits, and the names of the pictures."""
-  request = ask(("knn",), data=("demo:digits",))
+  """Returns the k-NN scores on digits, and the names of the figures."""
+  request = request_of(("knn",), data=("demo:digits",))
   extractor = Extractor(trained, batch_size=64)
   assert command.run_and_write(request, extractor, folder, {"model": trained.model_name}) == 0
   kept = json.loads((folder / "transfer.json").read_text())["suites"]["knn"]["demo:digits"]
   return kept, {path.name for path in folder.glob("*.png")}
 
 
-def test_features_of_a_published_file_without_head(tmp_path):
+def test_published_file_without_head(tmp_path):
   path = str(golden_folder("vit_hf_base_a"))
   with pytest.raises(ValueError, match="has no classifier"):
     load(path)
-  scores, pictures = knn_of(load(path, needs_head=False), tmp_path)
-  assert scores["accuracy"] > 0.2  # chance is 0.1, and the weights are random
-  assert (scores["features"], pictures) == ("features", {"knn.png"})
+  scores, figures = knn_of(load(path, needs_head=False), tmp_path)
+  assert scores["accuracy"] > 0.2  # chance is 0.1; the weights are random
+  assert (scores["features"], figures) == ("features", {"knn.png"})
 
 
-def test_igpt_layer_is_selected_on_held_out_images(tmp_path):
+def test_igpt_layer_selected_on_held_out_images(tmp_path):
   sizes = {"num_colors": 4, "num_positions": 64, "width": 8, "depth": 2, "num_heads": 2}
   task = create_task("pixel_modelling", create_model("igpt_s", **sizes), palette_images=20)
   source = load_source("demo:digits", FIT)
   images = np.stack([prepare(pixels(source[i]["image"]))["image"] for i in range(0, 300, 15)])
   batch = {"image": images}
   variables = {**task.init(jax.random.key(0), batch), **task.init_from_data([batch])}
-  scores, pictures = knn_of(Trained("igpt", task, variables, prepare, (8, 8), "igpt"), tmp_path)
+  scores, figures = knn_of(Trained("igpt", task, variables, prepare, (8, 8), "igpt"), tmp_path)
   assert scores["features"] == f"layer_{scores['best_layer']:.0f}"
   assert scores["accuracy"] == scores[scores["features"]] > 0.2
   assert {"layer_0", "layer_1", "layer_2", "pixels"} < scores.keys()
-  assert pictures == {"knn.png", "knn_demo_digits_depth.png"}
+  assert figures == {"knn.png", "knn_demo_digits_depth.png"}
 
 
-def test_invalid_requests(digits, tmp_path):
-  with pytest.raises(ValueError, match="unknown suite 'fewshot'; did you mean 'few_shot'"):
+def test_invalid_requests_raise(digits, tmp_path):
+  with pytest.raises(ValueError, match="suite 'fewshot'"):
     Request(("fewshot",))
-  with pytest.raises(ValueError, match="choose from linear, linear_sgd"):
+  with pytest.raises(ValueError, match="linear, linear_sgd"):
     Request(())
-  with pytest.raises(ValueError, match="unknown data for few_shot 'cifar'; did you mean"):
+  with pytest.raises(ValueError, match="few_shot 'cifar'"):
     list(run_suites(Request(("few_shot",), ("cifar",)), digits))
-  with pytest.raises(ValueError, match="demo:digits: not one of vtab's 19 tasks"):
+  with pytest.raises(ValueError, match=r"demo:digits: .*vtab"):
     list(run_suites(Request(("vtab",), ("demo:digits",)), digits))
   with pytest.raises(ValueError, match="batch_size is 0"):
     Extractor(digits._trained, batch_size=0)
   assert len(set(SUITES)) == len(SUITES)
 
 
-class Silent(Task):
-  """A task without features, as detection is."""
+class TaskWithoutFeatures(Task):
+  """A task without features, like detection."""
 
   best_metric = "score"
 
@@ -235,15 +235,15 @@ class Silent(Task):
     raise NotImplementedError
 
 
-def test_task_without_features():
-  extractor = Extractor(Trained("boxes", Silent(), {}, prepare, None, "boxes"))
-  with pytest.raises(ValueError, match="its task is Silent"):
-    list(run_suites(ask(("knn",), data=("demo:digits",)), extractor))
+def test_task_without_features_raises():
+  extractor = Extractor(Trained("boxes", TaskWithoutFeatures(), {}, prepare, None, "boxes"))
+  with pytest.raises(ValueError, match="TaskWithoutFeatures"):
+    list(run_suites(request_of(("knn",), data=("demo:digits",)), extractor))
   with pytest.raises(ValueError, match="boxes is no classifier"):
-    list(run_suites(ask(("real",), data=("demo:digits",)), extractor))
+    list(run_suites(request_of(("real",), data=("demo:digits",)), extractor))
 
 
-def test_the_command_reads_its_flags(tmp_path, monkeypatch):
+def test_command_flags(tmp_path, monkeypatch):
   values = flags.FlagValues()
   monkeypatch.setattr(command, "FLAGS", values)
   monkeypatch.setattr(command.flags, "DEFINE_string", _define(values, flags.DEFINE_string))

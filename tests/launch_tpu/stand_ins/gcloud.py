@@ -1,4 +1,4 @@
-"""Fake gcloud: the slice is a set of files in a folder, and each worker is a folder in it."""
+"""Fake gcloud: the slice is a set of files in a folder, each worker a folder in it."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ def read(name):
 
 
 def write(name, text):
-  """Atomic, as workers write the state of the slice while the script reads it."""
+  """Atomic: workers write the slice's state while the script reads it."""
   new = STATE / f"{name}.{os.getpid()}"
   new.write_text(text)
   new.replace(STATE / name)
@@ -32,7 +32,7 @@ def fail(message):
   sys.exit(f"ERROR: (gcloud.compute.tpus) {message}")
 
 
-def use_up(name):
+def decrement(name):
   """Decrements the number in the file; returns whether it was positive."""
   left = int(read(name) or 0)
   if left:
@@ -41,7 +41,7 @@ def use_up(name):
 
 
 def create():
-  if use_up("faster_others"):
+  if decrement("faster_others"):
     write("request", "ACTIVE")
   if read("request"):
     fail("ALREADY_EXISTS")
@@ -50,7 +50,7 @@ def create():
 
 def show():
   states = read("request").split()
-  if use_up("broken_lists"):
+  if decrement("broken_lists"):
     fail("Reauthentication failed.\nPlease run: gcloud auth login")
   if not states or (kind == "tpu-vm" and (states[0] != "ACTIVE" or read("node") == "missing")):
     print("Listed 0 items.", file=sys.stderr)
@@ -76,16 +76,16 @@ def delete():
 def homes():
   if read("request") != "ACTIVE" or read("node") not in ("", "READY"):
     fail("the node is not READY")
-  wanted = options.get("worker", "0")
+  selected = options.get("worker", "0")
   for worker in (0, 1):
     home = STATE / f"worker{worker}"
     home.mkdir(exist_ok=True)
-    if wanted in ("all", str(worker)):
+    if selected in ("all", str(worker)):
       yield home
 
 
 def ssh():
-  if use_up("dropped_connections" if "worker_follow" in options["command"] else "refused"):
+  if decrement("dropped_connections" if "worker_follow" in options["command"] else "refused"):
     sys.exit(255)
   codes = []
   for home in homes():

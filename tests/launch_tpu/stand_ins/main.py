@@ -1,4 +1,4 @@
-"""Fake training run: finishes, waits, fails or is preempted, as the file `behaviours` lists."""
+"""Fake training run: finishes, waits, fails or is preempted, according to the file `behaviours`."""
 
 import json
 import os
