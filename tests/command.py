@@ -1,4 +1,4 @@
-"""Runs `python -m vit_jax_zoo.main` as a user does, on a demo shrunk to seconds."""
+"""Runs `python -m vit_jax_zoo.main` as a subprocess, on a small demo."""
 
 import json
 import os
@@ -24,8 +24,8 @@ TINY = (
 )
 
 
-# Compiled programs of the commands that run one after another. Processes that run at the same time
-# must not share it (`JAX_ENABLE_COMPILATION_CACHE="0"`): entries are not written atomically.
+# Compiled programs of commands that run one after another. Concurrent processes must not share it
+# (`JAX_ENABLE_COMPILATION_CACHE="0"`): entries are not written atomically.
 _CACHE = tempfile.TemporaryDirectory(prefix="compiled_by_commands_")
 CACHE = {
   "JAX_COMPILATION_CACHE_DIR": _CACHE.name,
@@ -35,7 +35,7 @@ CACHE = {
 
 
 def environment(num_devices=1, **changes):
-  """Returns the environment of a command: other devices than this test process's."""
+  """Returns the environment of a command, with its own number of devices."""
   flags = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
   flags += f" --xla_force_host_platform_device_count={num_devices}"
   return os.environ | {"XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu"} | CACHE | changes
@@ -54,7 +54,7 @@ def start(workdir, *arguments, num_devices=1, **environment_changes):
 
 
 def run(workdir, *arguments, expect=0, timeout=600, **kwargs):
-  """Runs the command to its end; returns what it printed."""
+  """Runs the command to its end; returns its output."""
   process = start(workdir, *arguments, **kwargs)
   output, _ = process.communicate(timeout=timeout)
   assert process.returncode == expect, output
@@ -62,7 +62,7 @@ def run(workdir, *arguments, expect=0, timeout=600, **kwargs):
 
 
 def rows(workdir):
-  """The run's metrics without those that depend on the clock, oldest first."""
+  """Returns the run's metrics without timings, oldest first."""
   lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
   return [
     {key: value for key, value in json.loads(line).items() if not key.startswith("speed/")}

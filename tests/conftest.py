@@ -1,4 +1,4 @@
-"""Settings of every test: eight CPU devices, float32 matrix products, no silent rank promotion."""
+"""Test settings: eight CPU devices, float32 matrix products, no implicit rank promotion."""
 
 import ctypes
 import difflib
@@ -13,9 +13,9 @@ import tempfile
 from importlib import metadata
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile much and compute little: one LLVM module a program, loops in place of the fusion
-# emitters, and no LLVM optimization (see `optimized`) are the fastest in all. XLA ends the process
-# at an unknown flag; jaxlib 0.10 is the last with the flag about emitters.
+# Tests compile much and compute little: fastest are one LLVM module per program, loops instead of
+# fusion emitters, and no LLVM optimization (see `optimized`). XLA aborts at an unknown flag; jaxlib
+# 0.10 is the last version with the flag for emitters.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "")
@@ -31,15 +31,15 @@ import pytest
 from absl import flags
 
 mpl.use("Agg")
-# A shell's background jobs ignore SIGINT, and nohup's SIGHUP; subprocesses would inherit that.
+# Background jobs of a shell ignore SIGINT, and nohup ignores SIGHUP; subprocesses would inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_default_matmul_precision", "float32")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 flags.FLAGS.mark_as_parsed()  # Grain's worker processes read absl flags
 
-# What one test compiled, another need not. The folder is this process's own: files of the cache are
-# not written at once, so that a second process could read half of one.
+# Tests share compiled programs. The folder belongs to this process: cache files are not written
+# atomically, so a second process could read a partial file.
 _CACHE = tempfile.TemporaryDirectory(prefix="compiled_")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -91,7 +91,7 @@ def pytest_addoption(parser):
 
 
 def flat(tree, prefix=""):
-  """Returns the leaves of what JSON holds, by their path; empty containers are leaves."""
+  """Returns the leaves of a JSON value by path; empty containers are leaves."""
   if not isinstance(tree, dict | list) or not tree:
     return {prefix: tree}
   items = tree.items() if isinstance(tree, dict) else enumerate(tree)
@@ -110,7 +110,7 @@ def golden_json(request):
     found, expected = flat(json.loads(json.dumps(value))), flat(json.loads(path.read_text()))
     keys = found.keys() | expected.keys()
     differ = sorted(k for k in keys if found.get(k, "absent") != expected.get(k, "absent"))
-    if differ:  # not an assertion, whose report would show both files whole
+    if differ:  # an assertion would report both files in full
       lines = [f"{k}: {expected.get(k, 'absent')} -> {found.get(k, 'absent')}" for k in differ[:20]]
       pytest.fail(
         f"{path.name} differs in {len(differ)} places; if that is meant, run pytest "

@@ -1,4 +1,4 @@
-"""Errors of bfloat16 results and gradients, beside float32 on the same inputs."""
+"""Errors of bfloat16 results and gradients relative to float32."""
 
 import jax
 import jax.numpy as jnp

@@ -15,12 +15,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "vit_jax_zoo"
 
 SYSTEM_NAMES = re.compile(r"(?<![a-z])(vit|igpt|lambda_resnet|detr|ttsr|rcnn|fpt)(?![a-z])", re.I)
-OF_ONE_SYSTEM = re.compile(
+SYSTEM_ATTRIBUTES = re.compile(
   r"patch_side|token_stride|num_positions|num_queries|generator_|critic|discriminator|palette|"
   r"clusters|num_colors|vgg|anchor_|roi_|rpn_|transferal|adversarial|residual_scale|lambda_|"
   r"pre_norm|fc_norm|proposals|mask_attention"
 )
-NEITHER = re.compile(r"vit_jax_zoo|VIT_JAX_ZOO|configs/vit\.py|jax\._src\.clusters")
+EXCEPTIONS = re.compile(r"vit_jax_zoo|VIT_JAX_ZOO|configs/vit\.py|jax\._src\.clusters")
 
 
 def core_modules():
@@ -28,7 +28,7 @@ def core_modules():
 
 
 def code_words(path):
-  """Yields identifiers, imports and strings of a module with their line, docstrings left out."""
+  """Yields identifiers, imports and strings of a module with their line, without docstrings."""
   tree = ast.parse(path.read_text())
   docstrings = {
     id(node.value)
@@ -53,11 +53,12 @@ def code_words(path):
 
 
 @pytest.mark.parametrize("path", core_modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_the_core_names_no_system(path):
+def test_core_names_no_system(path):
   found = [
     f"{path.relative_to(ROOT)}:{line}: {word}"
     for line, word in code_words(path)
-    if SYSTEM_NAMES.search(NEITHER.sub("", word)) or OF_ONE_SYSTEM.search(NEITHER.sub("", word))
+    if SYSTEM_NAMES.search(EXCEPTIONS.sub("", word))
+    or SYSTEM_ATTRIBUTES.search(EXCEPTIONS.sub("", word))
   ]
   assert not found, "\n".join(found)
 
@@ -80,7 +81,7 @@ FAST_TESTS = (
   "name",
   [pytest.param(name, marks=() if name == "ttsr" else pytest.mark.slow) for name in DELETIONS],
 )
-def test_the_package_works_without_a_system(name, tmp_path):
+def test_package_works_without_system(name, tmp_path):
   copy = tmp_path / "copy"
   ignore = shutil.ignore_patterns("__pycache__", ".git", "goldens", "runs")
   for folder in ("vit_jax_zoo", "configs", "tests"):

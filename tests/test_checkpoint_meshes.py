@@ -1,4 +1,4 @@
-"""A checkpoint saved on one mesh is restored on another: the same bits, and the same next step."""
+"""Checkpoints saved on one mesh and restored on another: bit-exact, same next step."""
 
 import jax
 import numpy as np
@@ -11,10 +11,10 @@ from vit_jax_zoo.training.checkpoint import Checkpointer
 
 pytestmark = pytest.mark.multidevice
 
-SLOW = pytest.mark.slow  # tracing the larger ones five times takes a while
+SLOW = pytest.mark.slow  # tracing the larger ones five times is slow
 SYSTEMS = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt")
 ONE = {"data": 1}
-WAYS = (ONE, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
+MESHES = (ONE, {"data": 2, "fsdp": 2, "model": 2}, {"data": 1, "fsdp": 8}, ONE)
 """From one device to two meshes of eight, and back."""
 
 
@@ -52,10 +52,10 @@ def save(workdir, state):
   "system",
   [system if system == "vit" else pytest.param(system, marks=SLOW) for system in SYSTEMS],
 )
-def test_every_array_is_restored_on_every_mesh(system, tmp_path):
+def test_arrays_restored_on_every_mesh(system, tmp_path):
   rng = np.random.default_rng(0)
   expected, split = None, 0
-  programs = [program_of(experiment_on(system, mesh)) for mesh in WAYS[:-1]]
+  programs = [program_of(experiment_on(system, mesh)) for mesh in MESHES[:-1]]
   for i, program in enumerate([*programs, programs[0]]):
     if expected is None:
       expected = jax.tree.map(lambda leaf: random_array(leaf, rng), program.abstract_state)
@@ -64,10 +64,10 @@ def test_every_array_is_restored_on_every_mesh(system, tmp_path):
     else:
       state = restore(tmp_path / str(i - 1), program)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    for leaf, wanted in zip(
+    for leaf, expected_leaf in zip(
       jax.tree.leaves(state), jax.tree.leaves(program.abstract_state), strict=True
     ):
-      assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
+      assert leaf.sharding.is_equivalent_to(expected_leaf.sharding, leaf.ndim)
       split += not leaf.sharding.is_fully_replicated
     save(tmp_path / str(i), state)
   assert split, "no mesh shards any array"
@@ -75,7 +75,7 @@ def test_every_array_is_restored_on_every_mesh(system, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_step_after_a_restore_on_another_mesh(system, tmp_path):
+def test_step_after_restore_on_other_mesh(system, tmp_path):
   losses = []
   for mesh in (ONE, {"data": 2, "fsdp": 2, "model": 2}):
     made = experiment_on(system, mesh)

@@ -1,4 +1,4 @@
-"""predict and export as processes: arguments, unusual and unreadable images, errors."""
+"""predict and export as subprocesses: arguments, unusual and unreadable images, errors."""
 
 import json
 import subprocess
@@ -24,8 +24,8 @@ def command(module, *arguments, timeout=300):
   )  # fmt: skip
 
 
-def awkward_pictures(folder):
-  """Writes what users have; returns the names of those that are pictures, and of those not."""
+def write_unusual_images(folder):
+  """Writes images of many modes and broken files; returns the names of both."""
   folder.mkdir()
   pixels = np.random.default_rng(0).integers(0, 255, (5, 7, 3), np.uint8)
   image = Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC)
@@ -46,18 +46,18 @@ def awkward_pictures(folder):
   jpeg = (folder / "cmyk.jpg").read_bytes()
   (folder / "broken.jpg").write_bytes(jpeg[: len(jpeg) // 2])
   (folder / "empty.png").write_bytes(b"")
-  (folder / "text.tif").write_text("no picture")
+  (folder / "text.tif").write_text("no image")
   (folder / "un\x1b[31mread.png").write_text("nor this")
   return good, ["broken.jpg", "empty.png", "text.tif", "un\x1b[31mread.png"]
 
 
-def test_predict_on_unusual_images(tmp_path):
-  good, bad = awkward_pictures(tmp_path / "pictures")
+def test_predict_unusual_images(tmp_path):
+  good, bad = write_unusual_images(tmp_path / "images")
   done = command(
-    "predict", f"--model={WEIGHTS}", "--images", tmp_path / "pictures",
+    "predict", f"--model={WEIGHTS}", "--images", tmp_path / "images",
     f"--output={tmp_path / 'out'}", "--top_k=2",
   )  # fmt: skip
-  assert done.returncode == 1, done.stderr  # some could not be read
+  assert done.returncode == 1, done.stderr  # some files cannot be read
   records = json.loads((tmp_path / "out" / "predictions.json").read_text())
   found = {record["image"].rpartition("/")[2]: record for record in records}
   assert sorted(found) == sorted([*good, *bad])
@@ -68,8 +68,8 @@ def test_predict_on_unusual_images(tmp_path):
   written = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
   assert len(written) == len(good)
   for name in written:
-    with Image.open(tmp_path / "out" / name) as picture:
-      assert picture.size[0] > 100
+    with Image.open(tmp_path / "out" / name) as image:
+      assert image.size[0] > 100
   for name in bad:
     shown = name.replace("\x1b", r"\x1b")
     assert f"{shown} cannot be read" in done.stderr
@@ -79,32 +79,32 @@ def test_predict_on_unusual_images(tmp_path):
 
 
 @pytest.mark.slow
-def test_predict_enlarges_images_with_a_reference(tmp_path):
-  """From a file like TTSR.pt, of a model as small as a file may hold."""
+def test_predict_super_resolution_with_reference(tmp_path):
+  """From a file like TTSR.pt, of a model of minimal size."""
   ttsr = system_module("ttsr", "model")
   model = ttsr.TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 4, 4), scan_layers=False)
-  pictures = [jax.ShapeDtypeStruct((1, s, s, 3), np.float32) for s in (2, 8, 8, 8)]
-  shapes = jax.eval_shape(model.init, jax.random.key(0), *pictures)
+  images = [jax.ShapeDtypeStruct((1, s, s, 3), np.float32) for s in (2, 8, 8, 8)]
+  shapes = jax.eval_shape(model.init, jax.random.key(0), *images)
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
   weights = Pretrained(model, variables, Preprocess((8, 8)), {}, task="super_resolution")
   export.write(weights, "pt", str(tmp_path / "TTSR.safetensors"))
-  (tmp_path / "pictures").mkdir()
-  for name, (height, width) in {"pictures/a": (5, 7), "reference": (9, 14)}.items():
+  (tmp_path / "images").mkdir()
+  for name, (height, width) in {"images/a": (5, 7), "reference": (9, 14)}.items():
     pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-  (tmp_path / "pictures" / "b.png").write_bytes(b"no picture")
+  (tmp_path / "images" / "b.png").write_bytes(b"no image")
   done = command(
-    "predict", f"--model={tmp_path / 'TTSR.safetensors'}", f"--images={tmp_path / 'pictures'}",
+    "predict", f"--model={tmp_path / 'TTSR.safetensors'}", f"--images={tmp_path / 'images'}",
     f"--reference={tmp_path / 'reference.png'}", f"--output={tmp_path / 'out'}", "--tile=100",
   )  # fmt: skip
-  assert done.returncode == 1, done.stderr  # one is no picture
+  assert done.returncode == 1, done.stderr  # one file is not an image
   assert "Traceback" not in done.stderr
   a, b = json.loads((tmp_path / "out" / "predictions.json").read_text())
   assert (a["size"], a["reference_size"]) == ([20, 28], [8, 12])
   assert "b.png cannot be read" in b["error"]
-  with Image.open(tmp_path / "out" / "a.png") as picture:
-    assert picture.size == (28, 20)
+  with Image.open(tmp_path / "out" / "a.png") as image:
+    assert image.size == (28, 20)
   assert (tmp_path / "out" / "a_search.png").exists()
 
 
@@ -123,7 +123,7 @@ def test_predict_enlarges_images_with_a_reference(tmp_path):
     ("export", ["--model=nowhere.npz", "--format=hf", "--output=o"], "nowhere.npz"),
   ],
 )
-def test_errors_are_one_line(module, arguments, message):
+def test_invalid_arguments_one_line_error(module, arguments, message):
   done = command(module, *arguments)
   assert done.returncode not in (0, None)
   assert "Traceback" not in done.stderr
@@ -151,7 +151,7 @@ np.save(sys.argv[3], outputs["logits"])
     ("lambda_resnet26t_a", 64, ("safetensors-timm", "orbax", "stablehlo")),
   ],
 )
-def test_export_in_every_form_gives_the_same_logits(source, size, forms, tmp_path):
+def test_export_formats_equal_logits(source, size, forms, tmp_path):
   folder = golden_folder(source)
   files = [folder / name for name in ("weights.npz", "weights.safetensors")]
   path = next((file for file in files if file.exists()), folder)

@@ -1,4 +1,4 @@
-"""Errors of users are one line that names the field or file and the fix."""
+"""User errors: one line with the field or file and the fix."""
 
 import asyncio
 import contextlib
@@ -24,8 +24,8 @@ from vit_jax_zoo import config as config_lib
 system_module("vit")
 
 
-def changed(**fields):
-  """The demo's config with fields set by their dotted names (`__` for the dot)."""
+def demo_with(**fields):
+  """Returns the demo's config with fields set by their dotted names (`__` for the dot)."""
   config = config_lib.load("configs/vit.py:demo,batch_size=16")
   with config.ignore_type(), config.unlocked():
     for name, value in fields.items():
@@ -61,14 +61,14 @@ def changed(**fields):
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_errors_of_a_config(fields, message):
+def test_invalid_config_raises(fields, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-    trainer.build(changed(**fields))
+    trainer.build(demo_with(**fields))
   assert "\n" not in str(error.value)
 
 
-def trace_a_step(config):
-  """Does what a run does before it compiles."""
+def trace_step(config):
+  """Traces the training step, as a run does before compilation."""
   made = trainer.build(config)
   program = made.program(next(made.train_batches()))
   with jax.set_mesh(made.mesh):
@@ -89,14 +89,14 @@ def trace_a_step(config):
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
-def test_errors_of_a_run(fields, message):
+def test_invalid_run_raises(fields, message):
   with pytest.raises(ValueError, match=message) as error:
-    trace_a_step(changed(**fields))
+    trace_step(demo_with(**fields))
   assert "\n" not in str(error.value)
 
 
 @pytest.fixture
-def folder_with_a_broken_image(tmp_path):
+def folder_with_broken_image(tmp_path):
   rng = np.random.default_rng(0)
   for name in ("cat", "dog"):
     (tmp_path / "images" / name).mkdir(parents=True)
@@ -111,18 +111,18 @@ def folder_with_a_broken_image(tmp_path):
 def from_folder(folder, **fields):
   data = {"source": f"folder:{folder}", "split": "train[:100%]+test", "transforms": []}
   fields = {"data__train": data, "data__eval": {}, **fields}
-  return changed(**fields)
+  return demo_with(**fields)
 
 
-def test_a_corrupt_image_is_named_and_ends_the_run(folder_with_a_broken_image):
-  made = trainer.build(from_folder(folder_with_a_broken_image))
+def test_corrupt_image_raises(folder_with_broken_image):
+  made = trainer.build(from_folder(folder_with_broken_image))
   with pytest.raises(ValueError, match=r"dog/3\.png.* data\.loader\.on_corrupt"):
     for _, _batch in zip(range(3), made.train_batches(), strict=False):
       pass
 
 
-def test_a_corrupt_image_may_be_skipped_and_is_counted(folder_with_a_broken_image):
-  config = from_folder(folder_with_a_broken_image, data__loader__on_corrupt="skip")
+def test_corrupt_image_skipped_and_counted(folder_with_broken_image):
+  config = from_folder(folder_with_broken_image, data__loader__on_corrupt="skip")
   made = trainer.build(config)
   assert made.train_source.info.class_names == ("cat", "dog")
   assert made.model.num_classes == 2  # taken from the data
@@ -142,34 +142,33 @@ def test_a_corrupt_image_may_be_skipped_and_is_counted(folder_with_a_broken_imag
     ("configs/vit.py:demo,num_steps=x", r"demo,num_steps='x': expected a whole number"),
   ],
 )
-def test_a_misspelt_config(argument, message):
+def test_misspelt_config_raises(argument, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
     config_lib.load(argument)
   assert "\n" not in str(error.value)
 
 
-def test_a_config_from_another_folder(tmp_path, monkeypatch):
+def test_config_from_other_folder_raises(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  message = rf"no config file configs/vit\.py in .*{tmp_path.name}; change to the folder that holds"
-  with pytest.raises(FileNotFoundError, match=message):
+  with pytest.raises(FileNotFoundError, match=rf"configs/vit\.py in .*{tmp_path.name}"):
     config_lib.load("configs/vit.py")
 
 
 @pytest.mark.parametrize("text", ["def get_config(:", "def get_config():\n  x\nnosuch"])
-def test_an_error_in_the_config_file_names_the_file(tmp_path, text):
+def test_config_file_error_names_file(tmp_path, text):
   (tmp_path / "own.py").write_text(text)
   with pytest.raises(ValueError, match=r"own\.py: (SyntaxError|NameError): ") as error:
     config_lib.load(str(tmp_path / "own.py"))
   assert "\n" not in str(error.value)
 
 
-def test_an_absolute_config_from_another_folder(tmp_path, monkeypatch):
+def test_absolute_config_path_from_other_folder(tmp_path, monkeypatch):
   path = str(command.ROOT / "configs" / "vit.py")
   monkeypatch.chdir(tmp_path)
   assert config_lib.load(f"{path}:demo,num_steps=3").num_steps == 3
 
 
-def test_a_field_of_one_of_several_optimizers():
+def test_field_of_several_optimizers_raises():
   system_module("ttsr")
   config = config_lib.load("configs/ttsr.py")
   with pytest.raises(ValueError, match=r"set --config\.optimizer\.generator\.name"):
@@ -177,26 +176,26 @@ def test_a_field_of_one_of_several_optimizers():
 
 
 @pytest.mark.parametrize("path", ["/nowhere/ViT-B_16.npz", "vit_b17_imagenet"])
-def test_a_missing_init_from_is_found_before_data_are_read(tmp_path, path, monkeypatch):
+def test_missing_init_from_raises_before_data(tmp_path, path, monkeypatch):
   monkeypatch.setattr(builder.pipeline, "train_batches", None)
-  with pytest.raises(ValueError, match=rf"init_from: there is no checkpoint at {path}"):
-    trainer.run(changed(init_from=path), epath.Path(tmp_path / "run"))
+  with pytest.raises(ValueError, match=rf"init_from: .*{path}"):
+    trainer.run(demo_with(init_from=path), epath.Path(tmp_path / "run"))
 
 
-def test_a_workdir_that_is_a_file(tmp_path):
+def test_workdir_is_file_raises(tmp_path):
   (tmp_path / "file").write_text("")
   for workdir in (tmp_path / "file", tmp_path / "file" / "run"):
     with pytest.raises(ValueError, match=f"--workdir={workdir}: not a folder"):
-      trainer.run(changed(), epath.Path(workdir))
+      trainer.run(demo_with(), epath.Path(workdir))
 
 
-def test_ctrl_c_during_the_imports_is_one_line():
+def test_sigint_during_import_one_line():
   code = "import signal, vit_jax_zoo.cli; signal.raise_signal(signal.SIGINT)"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
   assert (done.returncode, done.stderr) == (-signal.SIGINT, "interrupted\n")
 
 
-def test_ctrl_c_in_a_callback_of_the_garbage_collector_is_repeated():
+def test_sigint_in_gc_callback_repeated():
   code = """
 import gc, signal, time, vit_jax_zoo.cli
 gc.callbacks.append(lambda *_: gc.callbacks.clear() or signal.raise_signal(signal.SIGINT))
@@ -227,7 +226,7 @@ time.sleep(60)
     ("--config.task.cutmix_share=1", "is now --config.task.cutmix_fraction"),
   ],
 )
-def test_errors_of_an_override(flag, message):
+def test_invalid_override_raises(flag, message):
   with pytest.raises(ValueError, match=re.escape(message)) as error:
     config_lib.apply_overrides(config_lib.load("configs/vit.py"), [flag])
   assert "\n" not in str(error.value)
@@ -251,7 +250,7 @@ def test_overrides_set_and_add_fields():
   assert config.data.train.data_dir == "gs://bucket/data"
   assert config.data.train.transforms == [{"name": "x"}]
   assert isinstance(config.ema_decay, float)
-  assert config.model.scan_layers is False  # new to the section, and no text, which would be true
+  assert config.model.scan_layers is False  # new to the section, converted from text
 
 
 @pytest.mark.parametrize(
@@ -270,12 +269,12 @@ def test_overrides_set_and_add_fields():
     ({"model": {}}, "the config does not set 'model'"),
   ],
 )
-def test_values_out_of_range(fields, message):
+def test_values_out_of_range_raise(fields, message):
   with pytest.raises(ValueError, match=message):
-    trainer.build(changed(**fields))
+    trainer.build(demo_with(**fields))
 
 
-def test_counts_of_steps_may_be_fractions_and_the_reverse():
+def test_step_counts_or_fractions():
   config = config_lib.load("configs/vit.py")
   assert isinstance(config.optimizer.schedule.warmup_steps, int)
   with config.ignore_type():
@@ -288,7 +287,7 @@ def test_counts_of_steps_may_be_fractions_and_the_reverse():
     config_lib.apply_overrides(config, ["--config.log_every=0.1"])
 
 
-def test_a_new_optimizer_drops_the_fields_of_the_old_one():
+def test_new_optimizer_drops_old_fields():
   config = config_lib.load("configs/vit.py:b16_finetune")
   assert config.optimizer.momentum == 0.9
   rate = config.optimizer.learning_rate
@@ -300,10 +299,10 @@ def test_a_new_optimizer_drops_the_fields_of_the_old_one():
   config_lib.apply_overrides(
     config, ["--config.optimizer.name=adamw", "--config.optimizer.momentum=0.8"]
   )
-  assert config.optimizer.momentum == 0.8  # as given; the optimizer then refuses it
+  assert config.optimizer.momentum == 0.8  # as given; the optimizer then raises
 
 
-def test_a_config_file_with_an_old_field_name(tmp_path):
+def test_config_with_old_field_name_raises(tmp_path):
   config = config_lib.load("configs/vit.py")
   with config.unlocked():
     config.data.train.repeats = 3
@@ -311,7 +310,7 @@ def test_a_config_file_with_an_old_field_name(tmp_path):
     config_lib.complete(config)
 
 
-def test_the_error_of_an_old_flag_names_the_new_one(monkeypatch, capsys):
+def test_old_flag_error_names_new_flag(monkeypatch, capsys):
   monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
   monkeypatch.setattr(sys, "argv", ["main", "--config=configs/vit.py", "--evaluate_only"])
   with pytest.raises(SystemExit) as ended:
@@ -320,7 +319,7 @@ def test_the_error_of_an_old_flag_names_the_new_one(monkeypatch, capsys):
   assert "error: --evaluate_only is now --eval_only\n" in capsys.readouterr().err
 
 
-def test_saved_runs_are_read_with_the_new_names():
+def test_saved_config_fields_renamed():
   old = {
     "checkpoint": {"score_best": True},
     "data": {"train": {"repeats": 3}, "eval": {"val": {"mixed_with": []}}},
@@ -331,26 +330,24 @@ def test_saved_runs_are_read_with_the_new_names():
   }
 
 
-def test_fields_of_the_users_config_are_checked():
+def test_unknown_config_field_raises():
   config = config_lib.load("configs/vit.py")
   with config.unlocked():
     config.data.tarin = {}
-  with pytest.raises(
-    ValueError, match=r"unknown field of config.data 'tarin'; did you mean 'train'"
-  ):
+  with pytest.raises(ValueError, match=r"config.data 'tarin'.*'train'"):
     config_lib.complete(config)
 
 
-def test_the_command_prints_one_line_and_no_traceback(tmp_path):
+def test_command_error_one_line_without_traceback(tmp_path):
   output = command.run(tmp_path, "--config=configs/vit.py", "--config.model.patch_size=3", expect=2)
   errors = [line for line in output.splitlines() if line.startswith("error:")]
   assert len(errors) == 1
   assert "Traceback" not in output
-  assert not (tmp_path / "config.json").exists()  # nothing stands in the way of the next try
+  assert not (tmp_path / "config.json").exists()  # a corrected command can use the same workdir
 
 
-def test_escape_sequences_in_names_are_shown_escaped(capsys):
-  """A file's or class's name must not move the cursor or change the terminal's title."""
+def test_control_characters_escaped(capsys):
+  """File and class names must not move the cursor or change the terminal's title."""
   name = "a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
   shown = r"a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
   with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
@@ -361,7 +358,7 @@ def test_escape_sequences_in_names_are_shown_escaped(capsys):
   assert absl_logging.get_absl_handler().format(record).endswith(f"{shown}: größer\tals\nzwei")
 
 
-def test_a_line_break_in_a_name_does_not_end_a_warning():
+def test_line_break_in_name_escaped():
   cli.log_plainly()
   fields = {
     "msg": "%s",
@@ -387,7 +384,7 @@ def test_traceback_flag():
 
 
 @pytest.mark.parametrize(("closed", "is_printed"), [(True, False), (False, True)])
-def test_late_errors_of_an_event_loop_are_dropped(closed, is_printed, capfd, monkeypatch):
+def test_late_event_loop_errors_suppressed(closed, is_printed, capfd, monkeypatch):
   loop = asyncio.new_event_loop()
   loop.close()
 
@@ -404,12 +401,12 @@ def test_late_errors_of_an_event_loop_are_dropped(closed, is_printed, capfd, mon
 
 
 @pytest.mark.parametrize("text", ["3", "5:3", "a:b", "0:4"])
-def test_a_profile_window_is_checked(text):
+def test_invalid_profile_window_raises(text):
   with pytest.raises(ValueError, match=r"--profile=.*first:last"):
     main.parse_window(text)
 
 
-def test_default_workdirs():
+def test_default_workdir():
   assert main.default_workdir("configs/vit.py") == "runs/vit_demo"
   name = main.default_workdir("configs/vit.py:b16_imagenet,image_size=384")
   assert name == "runs/vit_b16_imagenet_image_size_384"

@@ -1,4 +1,4 @@
-"""`python -m vit_jax_zoo.export`: every form, read again by whoever reads it."""
+"""`python -m vit_jax_zoo.export`: all formats, read again."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ def assert_same_file(given, expected):
 
 
 @pytest.mark.parametrize("name", NPZ)
-def test_npz_is_the_file_bit_for_bit(name, tmp_path):
+def test_npz_round_trip_bit_exact(name, tmp_path):
   source = golden_folder(name) / "weights.npz"
   config = json.loads((source.parent / "config.json").read_text())
   size = tuple(config.get("img_size", (32, 32)))
@@ -39,18 +39,18 @@ def test_npz_is_the_file_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "heads"), [("vit_timm_a", 4), ("vit_timm_gap_a", 2)])
-def test_timm_is_the_file_bit_for_bit_and_says_the_rest(name, heads, tmp_path):
+def test_timm_round_trip_bit_exact(name, heads, tmp_path):
   source = golden_folder(name) / "weights.safetensors"
   loaded = load_pretrained(str(source), num_heads=heads)
   export.write(loaded, "safetensors-timm", str(tmp_path))
   assert_same_file(load_file(tmp_path / "model.safetensors"), load_file(source))
-  again = load_pretrained(str(tmp_path))  # the file beside it says how many heads there are
+  again = load_pretrained(str(tmp_path))  # config.json has the number of heads
   assert again.model == loaded.model
   assert again.preprocess == loaded.preprocess
 
 
 @pytest.mark.parametrize("name", ["vit_hf_a", "vit_hf_base_a"])
-def test_hugging_face_is_the_file_bit_for_bit(name, tmp_path):
+def test_hugging_face_round_trip_bit_exact(name, tmp_path):
   loaded = load_pretrained(str(golden_folder(name)))
   export.write(loaded, "hf", str(tmp_path))
   source = golden_folder(name) / "model.safetensors"
@@ -79,7 +79,7 @@ def tiny(size=(16, 24), **fields):
     ("hf", {"cls_token_position": False}),
   ],
 )
-def test_positions_that_are_not_a_table_become_one(kind, form, fields, tmp_path):
+def test_computed_positions_exported_as_table(kind, form, fields, tmp_path):
   made = tiny(position_embedding=kind, **fields)
   export.write(made, form, str(tmp_path / "out"))
   loaded = load_pretrained(str(tmp_path / "out"), source_image_size=(16, 24))
@@ -91,16 +91,16 @@ def test_positions_that_are_not_a_table_become_one(kind, form, fields, tmp_path)
   assert loaded.class_names == (() if form == "npz" else ("ant", "bee", "cat"))
 
 
-def test_what_a_format_cannot_say_is_named_at_once(tmp_path):
-  with pytest.raises(WeightsError, match=r"activation='gelu' .*, layer_norm_epsilon=1e-12"):
+def test_unsupported_fields_raise(tmp_path):
+  with pytest.raises(WeightsError, match=r"activation='gelu' .*layer_norm_epsilon"):
     export.write(tiny(activation="gelu", layer_norm_epsilon=1e-12), "npz", str(tmp_path / "x"))
-  with pytest.raises(WeightsError, match="timm has no ViT with representation_size=5"):
+  with pytest.raises(WeightsError, match="representation_size=5"):
     export.write(tiny(representation_size=5), "safetensors-timm", str(tmp_path))
-  with pytest.raises(WeightsError, match="Hugging Face has no ViT with pool='mean'"):
+  with pytest.raises(WeightsError, match="pool='mean'"):
     export.write(tiny(pool="mean"), "hf", str(tmp_path))
   with pytest.raises(WeightsError, match="cls_token"):
     export.write(tiny(pool="mean", cls_token=True), "npz", str(tmp_path / "x"))
-  with pytest.raises(ValueError, match="unknown format of vit 'onnx'; known: hf, npz, orbax"):
+  with pytest.raises(ValueError, match="format of vit 'onnx'"):
     export.write(tiny(), "onnx", str(tmp_path))
 
 
@@ -117,7 +117,7 @@ np.save(sys.argv[3], whole["logits"])
 """
 
 
-def test_stablehlo_runs_without_this_package(tmp_path):
+def test_stablehlo_without_package(tmp_path):
   made = tiny()
   export.write(made, "stablehlo", str(tmp_path))
   images = np.random.default_rng(1).uniform(0, 255, (3, 16, 24, 3)).astype(np.float32)
@@ -132,16 +132,16 @@ def test_stablehlo_runs_without_this_package(tmp_path):
   assert notes["class_names"] == ["ant", "bee", "cat"]
 
 
-def test_a_model_of_several_pictures_is_not_offered_as_a_program_of_one():
-  """TTSR is called with four: a program of `images` failed with the names of the others."""
+def test_stablehlo_not_offered_for_ttsr():
+  """TTSR's model takes four images; the program would take one."""
   assert export.formats_of("ttsr") == ("pt", "pth-vgg19", "orbax")
   ttsr = system_module("ttsr", "model")
   made = Pretrained(ttsr.TTSR(), {}, Preprocess((160, 160)), {}, "super_resolution")
-  with pytest.raises(ValueError, match="unknown format of ttsr 'stablehlo'; known: orbax, pt"):
+  with pytest.raises(ValueError, match="format of ttsr 'stablehlo'"):
     export.write(made, "stablehlo", "unused")
 
 
-def test_a_run_changes_its_size_as_googles_file_does(tmp_path):
+def test_orbax_resized_like_npz(tmp_path):
   made = tiny(position_embedding="learned_1d", pool="cls")
   export.write(made, "npz", str(tmp_path / "x.npz"))
   export.write(made, "orbax", str(tmp_path / "run"))
@@ -155,7 +155,7 @@ def test_a_run_changes_its_size_as_googles_file_does(tmp_path):
   jax.tree.map(close, of_run.variables, of_file.variables)
 
 
-def test_an_orbax_export_is_used_like_a_run(tmp_path):
+def test_orbax_export_loads_like_run(tmp_path):
   made = tiny(pool="mean", position_embedding="sincos_2d")
   export.write(made, "orbax", str(tmp_path / "run"))
   again = load_pretrained(str(tmp_path / "run"))
@@ -168,10 +168,10 @@ def test_an_orbax_export_is_used_like_a_run(tmp_path):
   assert abs(top[0]["probability"] - float(jax.nn.softmax(logits).max())) < 1e-5
 
 
-def test_a_run_with_numbers_that_are_not_finite_is_not_used(tmp_path):
+def test_nonfinite_run_raises(tmp_path):
   made = tiny(pool="mean", position_embedding="sincos_2d")
   made.variables["params"]["head"]["bias"] = np.full(3, np.inf, np.float32)
   export.write(made, "orbax", str(tmp_path / "run"))
   for use in (load, load_pretrained):
-    with pytest.raises(ValueError, match=r"run holds NaN or infinity in params/head/bias: it is"):
+    with pytest.raises(ValueError, match=r"params/head/bias"):
       use(str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""Fine-tuning on folders of images, from published weights and from runs, at another image size."""
+"""Fine-tuning on image folders, from published weights and from runs, at another image size."""
 
 import functools
 import io
@@ -47,7 +47,7 @@ def _one_device():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """Three classes that differ in color, in images of several shapes."""
+  """Three classes that differ in color, in images of several sizes."""
   rng = np.random.default_rng(0)
   root = tmp_path_factory.mktemp("images")
   for name, colour in {"blue": (220, 60, 40), "green": (50, 200, 60), "red": (40, 50, 230)}.items():
@@ -76,14 +76,14 @@ def finetune(folder, init_from, **fields):
 
 @pytest.fixture(scope="module")
 def finetuned(folder, tmp_path_factory):
-  """A run from the published weights, exported once more before."""
+  """A run from the published weights, exported once before."""
   workdir = tmp_path_factory.mktemp("finetuned")
   weights = f"{workdir}/exported.npz"
   export.write(load_pretrained(str(WEIGHTS), representation_size=None), "npz", weights)
   return trainer.run(finetune(folder, weights), epath.Path(workdir / "run")), workdir / "run"
 
 
-def test_exported_weights_learn_the_classes_of_a_folder(finetuned, folder):
+def test_finetuned_run_classifies_folder(finetuned, folder):
   outcome, workdir = finetuned
   predictor = create_predictor(load(str(workdir)), Options(top_k=3))
   files = sorted((folder / "test").rglob("*.jpg"))
@@ -97,7 +97,7 @@ def test_exported_weights_learn_the_classes_of_a_folder(finetuned, folder):
   assert losses[0] > losses[-1]
 
 
-def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
+def test_initial_state_published_encoder_new_head(folder):
   made = trainer.build(finetune(folder, WEIGHTS))
   with jax.set_mesh(made.mesh):
     program = made.program(next(made.train_batches()))
@@ -105,14 +105,14 @@ def test_the_run_starts_from_the_published_encoder_with_a_fresh_head(folder):
   published = np.load(WEIGHTS)
   params = jax.tree.map(np.asarray, state.params)
   np.testing.assert_array_equal(params["embedding"]["kernel"], published["embedding/kernel"])
-  assert params["position_embedding"]["table"].shape == (1, 37, 48)  # 6 x 6 patches now
+  assert params["position_embedding"]["table"].shape == (1, 37, 48)  # now 6 x 6 patches
   assert params["head"]["kernel"].shape == (48, 3)
   assert not params["head"]["kernel"].any()
   assert "pre_logits" not in params
 
 
 @pytest.mark.slow
-def test_a_run_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
+def test_finetune_from_run(finetuned, folder, tmp_path):
   _, workdir = finetuned
   config = finetune(folder, workdir, num_steps=1)
   config.optimizer.learning_rate = 0.0
@@ -126,7 +126,7 @@ def test_a_run_is_fine_tuned_in_turn(finetuned, folder, tmp_path):
   assert outcome.state.params["position_embedding"]["table"].shape == (1, 65, 48)
 
 
-def test_weights_that_do_not_fit_are_listed(finetuned, folder, tmp_path):
+def test_mismatched_weights_listed(finetuned, folder, tmp_path):
   _, workdir = finetuned
   for source in (WEIGHTS, workdir):
     config = finetune(folder, source)
@@ -140,8 +140,8 @@ NAMES = ("cat", "galaxies", "retina")
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-  """Crops of photographs as JPEG and PNG, truncated images, and files that are no images."""
+def photo_folder(tmp_path_factory):
+  """Crops of photographs as JPEG and PNG, truncated images, and files that are not images."""
   rng = np.random.default_rng(0)
   root = tmp_path_factory.mktemp("photos")
   for name in NAMES:
@@ -150,9 +150,9 @@ def own(tmp_path_factory):
     for i in range(26):
       height, width = rng.integers(36, 60, 2)
       top, left = (int(rng.integers(side - 60)) for side in photo.shape[:2])
-      picture = Image.fromarray(photo[top : top + height, left : left + width])
-      picture.save(root / name / f"{i}.{'jpg' if i % 2 else 'png'}")
-    picture.convert("L").save(root / name / "grey.png")
+      crop = Image.fromarray(photo[top : top + height, left : left + width])
+      crop.save(root / name / f"{i}.{'jpg' if i % 2 else 'png'}")
+    crop.convert("L").save(root / name / "grey.png")
   whole = (root / "cat" / "1.jpg").read_bytes()
   for i in range(3):
     (root / "cat" / f"truncated{i}.jpg").write_bytes(whole[: len(whole) // 2])
@@ -162,17 +162,19 @@ def own(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def own_run(own, tmp_path_factory):
-  """The outcome, folder and log of the fine-tuning command, with a tiny ViT."""
-  workdir = tmp_path_factory.mktemp("own")
-  argument = f"model=vit_ti16,source=folder:{own},init_from={WEIGHTS},image_size=32,batch_size=8"
+def photo_run(photo_folder, tmp_path_factory):
+  """Outcome, folder and log of the fine-tuning config with a small ViT."""
+  workdir = tmp_path_factory.mktemp("photo_folder")
+  argument = (
+    f"model=vit_ti16,source=folder:{photo_folder},init_from={WEIGHTS},image_size=32,batch_size=8"
+  )
   overrides = [f"--config.model.{name}={value}" for name, value in SIZES.items()]
   config = config_lib.load(
     f"{ROOT}/configs/finetune.py:{argument},num_epochs=4,learning_rate=0.03,dtype=float32",
     overrides,
   )
-  said = io.StringIO()
-  handler = logging.StreamHandler(said)
+  logged = io.StringIO()
+  handler = logging.StreamHandler(logged)
   absl_logger = logging.getLogger("absl")
   absl_logger.addHandler(handler)
   verbosity = absl_logging.get_verbosity()
@@ -182,11 +184,11 @@ def own_run(own, tmp_path_factory):
   finally:
     absl_logger.removeHandler(handler)
     absl_logging.set_verbosity(verbosity)
-  return outcome, workdir, said.getvalue()
+  return outcome, workdir, logged.getvalue()
 
 
-def test_one_command_learns_the_users_images(own_run):
-  outcome, workdir, said = own_run
+def test_finetune_config_learns_photos(photo_run):
+  outcome, workdir, logged = photo_run
   assert outcome.scores["best/test/accuracy"] > 0.8
   assert outcome.scores["best/val/loss"] <= outcome.scores["val/loss"]
   assert sum(f"test/accuracy/{name}" in outcome.scores for name in NAMES) >= 2  # of 8 images
@@ -194,46 +196,46 @@ def test_one_command_learns_the_users_images(own_run):
   assert "class_balance_00000000" in figures
   assert any(name.startswith("test_confusion") for name in figures)
   assert any(name.startswith("train_batch") for name in figures)
-  assert "test/accuracy/retina" not in said  # classes are written, not logged
+  assert "test/accuracy/retina" not in logged  # per-class scores are written, not logged
 
 
-def test_files_that_are_no_images_are_named_and_counted(own_run, own):
-  outcome, workdir, said = own_run
-  assert "files that are not images: retina/notes.txt" in said
+def test_unreadable_files_logged_and_counted(photo_run, photo_folder):
+  outcome, workdir, logged = photo_run
+  assert "files that are not images: retina/notes.txt" in logged
   broken = {*(f"cat/truncated{i}.jpg" for i in range(3)), "retina/renamed.png"}
-  learned = load_source(f"folder:{own}", "fit")
-  paths = {learned.example_name(i) for i in range(len(learned))}
-  met = {name for name in broken if f"{own}/{name}" in paths}
-  assert met
-  (listed,) = re.findall(r"^(\d+) examples could not be read and were skipped: (.*)$", said, re.M)
-  assert int(listed[0]) == len(met)
-  assert {name for name in broken if name in listed[1]} == met
+  training = load_source(f"folder:{photo_folder}", "fit")
+  paths = {training.example_name(i) for i in range(len(training))}
+  skipped = {name for name in broken if f"{photo_folder}/{name}" in paths}
+  assert skipped
+  (listed,) = re.findall(r"^(\d+) examples could not be read and were skipped: (.*)$", logged, re.M)
+  assert int(listed[0]) == len(skipped)
+  assert {name for name in broken if name in listed[1]} == skipped
   counted = [row["data/skipped_images"] for row in read_metrics(workdir) if "train/loss" in row]
-  assert counted[-1] >= 3 * len(met)  # in four epochs
+  assert counted[-1] >= 3 * len(skipped)  # in four epochs
   evaluated = sum(outcome.scores.get(f"{split}/skipped_images", 0) for split in ("val", "test"))
-  assert evaluated == len(broken) - len(met)
+  assert evaluated == len(broken) - len(skipped)
 
 
-def test_class_counts_and_learning_rate_advice_are_logged(own_run):
-  _, _, said = own_run
-  assert re.search(r"train: \d+ examples of 3 classes: cat \d+, galaxies \d+, retina \d+", said)
-  assert "linear scaling suggests --config.optimizer.learning_rate=0.00046" in said
+def test_class_counts_and_learning_rate_advice_logged(photo_run):
+  _, _, logged = photo_run
+  assert re.search(r"train: \d+ examples of 3 classes: cat \d+, galaxies \d+, retina \d+", logged)
+  assert "linear scaling suggests --config.optimizer.learning_rate=0.00046" in logged
 
 
-def test_the_best_checkpoint_is_exported_with_the_class_names(own_run, own, tmp_path):
-  outcome, workdir, _ = own_run
+def test_best_checkpoint_exported_with_class_names(photo_run, photo_folder, tmp_path):
+  outcome, workdir, _ = photo_run
   pretrained = load_pretrained(str(workdir))
   best = restore_variables(workdir / "best")
   jax.tree.map(np.testing.assert_array_equal, pretrained.variables, best)
   for form in ("safetensors-timm", "orbax"):
     export.write(pretrained, form, f"{tmp_path}/{form}")
     predictor = create_predictor(load(f"{tmp_path}/{form}"), Options(top_k=1))
-    test = load_source(f"folder:{own}", "test")
+    test = load_source(f"folder:{photo_folder}", "test")
     files = [pathlib.Path(test.example_name(i)) for i in range(len(test))]
-    sound = [file for file in files if "truncated" not in file.name and file.stem != "renamed"]
-    said = [predictor(predict.read_image(file)).record["top"][0]["name"] for file in sound]
-    right = [name == file.parent.name for name, file in zip(said, sound, strict=True)]
-    assert np.mean(right) == pytest.approx(outcome.scores["best/test/accuracy"], abs=0.1)
+    readable = [file for file in files if "truncated" not in file.name and file.stem != "renamed"]
+    predicted = [predictor(predict.read_image(file)).record["top"][0]["name"] for file in readable]
+    correct = [name == file.parent.name for name, file in zip(predicted, readable, strict=True)]
+    assert np.mean(correct) == pytest.approx(outcome.scores["best/test/accuracy"], abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +247,12 @@ def test_the_best_checkpoint_is_exported_with_the_class_names(own_run, own, tmp_
     ("data=folder:x", "unknown field of finetune 'data'"),
   ],
 )
-def test_errors_of_the_config(argument, message):
+def test_invalid_config_arguments_raise(argument, message):
   with pytest.raises(ValueError, match=message):
     finetune_own.get_config(argument)
 
 
-def test_learning_rate_of_the_batch_and_weights_of_the_model():
+def test_default_learning_rate_and_weights():
   config = config_lib.load("configs/finetune.py:model=vit_b16")
   assert config.optimizer.learning_rate == pytest.approx(0.03 * 32 / 512)
   assert config.init_from == "vit_b16_augreg_imagenet21k"
@@ -273,18 +275,20 @@ def test_every_model_has_published_weights():
         assert entries()[config.init_from].model == model
 
 
-def test_class_names_of_a_file_determine_the_labels(own, tmp_path):
+def test_class_names_file_sets_labels(photo_folder, tmp_path):
   names = tuple(reversed(NAMES))
   (tmp_path / "names.txt").write_text("\n".join(names))
-  fields = f"source=folder:{own},class_names={tmp_path / 'names.txt'}"
+  fields = f"source=folder:{photo_folder},class_names={tmp_path / 'names.txt'}"
   made = trainer.build(config_lib.load(f"configs/finetune.py:model=vit_ti16,{fields}"))
   assert made.task.class_names == names
   assert made.eval_sources["test"].info.class_names == names
 
 
-def test_a_lambda_resnet_trains_its_head_on_the_users_images(own):
+def test_lambda_resnet_head_only(photo_folder):
   fields = "model=lambda_resnet26t,image_size=64,batch_size=8,head_only=true,dtype=float32"
-  made = trainer.build(config_lib.load(f"configs/finetune.py:{fields},source=folder:{own}"))
+  made = trainer.build(
+    config_lib.load(f"configs/finetune.py:{fields},source=folder:{photo_folder}")
+  )
   program = made.program(next(made.train_batches()))
   params = program.abstract_state.params
   assert params["head"]["kernel"].shape[-1] == len(NAMES)

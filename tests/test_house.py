@@ -1,4 +1,4 @@
-"""The house's own rules: sizes, docstrings, declared dependencies, nothing from one machine."""
+"""Repository rules: sizes, docstrings, declared dependencies, no machine-specific paths."""
 
 import ast
 import configparser
@@ -18,7 +18,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 650
-# `path` or `path:function`. Empty: split the function or the file.
+# `path` or `path:function`. Keep it empty: split the function or the file.
 TOO_LONG = frozenset()
 
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -29,7 +29,7 @@ def name_of(path):
 
 
 def length(node):
-  """Lines of a function from its first decorator to its end."""
+  """Returns the lines of a function, decorators included."""
   first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
   return node.end_lineno - first + 1
 
@@ -39,7 +39,7 @@ def long_functions(source):
   return [(n.name, length(n)) for n in nodes if length(n) > MAX_FUNCTION_LINES]
 
 
-def test_functions_can_be_read_at_once():
+def test_function_length():
   found = {
     f"{name_of(path)}:{name}": lines
     for path in PACKAGE + CONFIGS + BENCHMARKS
@@ -48,38 +48,39 @@ def test_functions_can_be_read_at_once():
   assert {k: v for k, v in found.items() if k not in TOO_LONG} == {}
 
 
-def test_long_functions_are_found():
+def test_long_functions_found():
   body = "\n".join("  x = 1" for _ in range(MAX_FUNCTION_LINES))
   assert long_functions(f"@decorator\ndef f():\n{body}") == [("f", MAX_FUNCTION_LINES + 2)]
   assert long_functions("def f():\n  x = 1") == []
 
 
-def test_files_can_be_read_in_one_sitting():
+def test_file_length():
   files = PACKAGE + CONFIGS + BENCHMARKS
   lengths = {name_of(p): len(p.read_text().splitlines()) for p in files}
   too_long = {k: v for k, v in lengths.items() if v > MAX_FILE_LINES and k not in TOO_LONG}
   assert too_long == {}
 
 
-def test_every_module_says_what_it_is():
+def test_every_module_has_docstring():
   modules = PACKAGE + CONFIGS + BENCHMARKS
-  silent = [name_of(p) for p in modules if not ast.get_docstring(ast.parse(p.read_text()))]
-  assert silent == []
+  undocumented = [name_of(p) for p in modules if not ast.get_docstring(ast.parse(p.read_text()))]
+  assert undocumented == []
 
 
 def text_files():
   folders = ["vit_jax_zoo", "configs", "tests", "benchmarks", "colabs", ".ci", ".github", "docs"]
-  files = [p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"]  # a worktree's
+  # In a worktree .git is a file.
+  files = [p for p in ROOT.iterdir() if p.is_file() and p.name != ".git"]
   files += [p for f in folders for p in (ROOT / f).rglob("*") if p.is_file()]
   suffixes = {"", ".py", ".md", ".cfg", ".toml", ".sh", ".yml", ".json", ".ipynb", ".txt"}
   return [p for p in files if p.suffix in suffixes and "__pycache__" not in p.parts]
 
 
-# A path of somebody's machine, or of a package index that others do not have.
+# Paths of one machine, or a private package index.
 FOREIGN = re.compile(r"(?<![\w.~/])/(?:work|opt|root|home)/\w|(?:index-url|find-links)[ =]")
 
 
-def test_nothing_from_one_machine():
+def test_no_machine_specific_paths():
   assert FOREIGN.search("see " + "/".join(["", "work", "x"]))
   found = [
     f"{name_of(path)}:{number}: {line.strip()[:80]}"
@@ -90,19 +91,19 @@ def test_nothing_from_one_machine():
   assert found == []
 
 
-def test_nothing_is_left_to_do():
+def test_no_todo_markers():
   marker = re.compile(r"\b(?:TODO|FIXME|XXX)\b")
   left = [name_of(p) for p in PACKAGE + CONFIGS if marker.search(p.read_text())]
   assert left == []
 
 
-def test_the_goldens_stay_small():
+def test_goldens_size():
   files = [p for p in (ROOT / "tests" / "goldens").rglob("*") if p.is_file()]
   size = sum(p.stat().st_size for p in files)
   assert size < 60e6
 
 
-def test_every_golden_fixture_has_a_readme():
+def test_every_golden_has_readme():
   folders = {p.parent for p in (ROOT / "tests" / "goldens").rglob("*.npz")}
   assert folders
   assert sorted(p.name for p in folders if not (p / "README.md").is_file()) == []
@@ -118,7 +119,7 @@ MAY_SKIP = {
 """Skips in default tests by file; `test_parity.py` needs the extra `parity`."""
 
 
-def test_no_test_skips_for_a_missing_file_or_package():
+def test_no_skips_for_missing_files_or_packages():
   tests = [p for p in (ROOT / "tests").rglob("*.py") if p.name != "test_parity.py"]
   found = {name_of(p): len(SKIP.findall(p.read_text())) for p in tests if p.name != "test_house.py"}
   assert {name: count for name, count in found.items() if count > MAY_SKIP.get(name, 0)} == {}
@@ -133,11 +134,11 @@ def test_no_test_skips_for_a_missing_file_or_package():
     "pytestmark = pytest.mark.skip",
   ],
 )
-def test_skips_are_found(line):
+def test_skip_pattern_finds_skips(line):
   assert SKIP.search(line)
 
 
-def test_changelog_leads_with_what_is_new():
+def test_changelog_headings():
   headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
   version = r"\[\d+\.\d+\.\d+\] - \d{4}-\d{2}-\d{2}"
   assert headings[0] == "[Unreleased]" or re.fullmatch(version, headings[0])
@@ -161,7 +162,7 @@ def test_config_loads(path):
 
 
 def imported_packages(tree):
-  """Names imported when a module is: also below `if` and `try`, not inside functions."""
+  """Yields top-level imports, also those in `if` and `try`, but not inside functions."""
   for node in tree.body if hasattr(tree, "body") else []:
     if isinstance(node, ast.Import):
       yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -185,12 +186,12 @@ def declared(section="options", option="install_requires"):
   return {canonical(n.group()) for n in names if n}
 
 
-def offered():
-  """What the package imports where it is there, and does without elsewhere."""
+def optional():
+  """Returns optional packages: used if installed."""
   return declared("options.extras_require", "fast")
 
 
-def test_imports_are_read_wherever_they_run():
+def test_imported_packages_in_all_blocks():
   source = """
 import os.path
 from a.b import c
@@ -211,7 +212,7 @@ def function():
   assert sorted(imported_packages(ast.parse(source))) == ["a", "d", "e", "f", "g", "h", "os"]
 
 
-def test_every_import_is_declared():
+def test_every_import_declared():
   distributions = importlib.metadata.packages_distributions()
   undeclared = {}
   for path in PACKAGE:
@@ -219,6 +220,6 @@ def test_every_import_is_declared():
       if name in sys.stdlib_module_names or name == "vit_jax_zoo":
         continue
       owners = {canonical(d) for d in distributions.get(name, [f"no distribution has {name}"])}
-      if not owners & (declared() | offered()):
+      if not owners & (declared() | optional()):
         undeclared.setdefault(name, []).append(name_of(path))
   assert undeclared == {}

@@ -1,4 +1,4 @@
-"""The demos train and evaluate under JAX's flags; parameters stay float32."""
+"""Demos under JAX's x64, strict promotion and NaN flags; parameters stay float32."""
 
 import jax
 import pytest
@@ -33,7 +33,7 @@ SLOW = [pytest.param(demo, marks=pytest.mark.slow) for demo in DEMOS if demo != 
 
 
 @pytest.mark.parametrize("demo", ["vit:demo", *SLOW])
-def test_the_first_steps_and_an_evaluation_with_all_flags(tmp_path, demo):
+def test_demo_with_all_flags(tmp_path, demo):
   name, _, variant = demo.partition(":")
   config = f"--config=configs/{name}.py:{variant},num_steps=2,batch_size=8"
   command.run(tmp_path, config, "--config.explain=False", *DEMOS[demo], **FLAGS)

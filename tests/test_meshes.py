@@ -1,4 +1,4 @@
-"""A ViT trains and scores alike on every mesh; shardings of the published models."""
+"""A ViT trains and scores equally on every mesh; shardings of the published models."""
 
 import functools
 
@@ -30,7 +30,7 @@ def small_config(**mesh):
 
 
 def train(config, num_devices):
-  """Trains a few steps on some of the devices; returns losses, scores and parameters."""
+  """Trains a few steps on `num_devices` devices; returns losses, scores and parameters."""
   made = trainer.build(config, jax.devices()[:num_devices])
   batches, losses = made.train_batches(), []
   with jax.set_mesh(made.mesh):
@@ -67,7 +67,7 @@ def on_one_device():
   ],
   ids=str,
 )
-def test_every_mesh_trains_and_scores_alike(num_devices, mesh):
+def test_training_and_scores_equal_on_every_mesh(num_devices, mesh):
   losses, scores, params = train(small_config(**mesh), num_devices)
   expected_losses, expected_scores, expected_params = on_one_device()
   np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
@@ -80,7 +80,7 @@ def test_every_mesh_trains_and_scores_alike(num_devices, mesh):
 
 
 def layout(name):
-  """Returns the spec of every parameter of a model on a mesh of 2 x 2 x 2, by path."""
+  """Returns each parameter's spec on a mesh of 2 x 2 x 2, by path."""
   mesh = sharding.create_mesh({"data": 2, "fsdp": 2, "model": 2})
   model = create_model(name)
   images = jax.ShapeDtypeStruct((8, 224, 224, 3), np.float32)
@@ -90,12 +90,12 @@ def layout(name):
 
 
 @pytest.mark.parametrize("name", ["vit_b16", "vit_r50_b16", "lambda_resnet_50"])
-def test_shardings(name, golden_json):
+def test_shardings_golden(name, golden_json):
   golden_json(f"shardings/{name}", layout(name))
 
 
-def test_a_large_model_is_split_nearly_evenly():
-  """With fsdp over 8 devices, no device keeps more than a seventh of ViT-L."""
+def test_large_model_sharded_evenly():
+  """With fsdp over 8 devices, no device has more than a seventh of ViT-L."""
   mesh = sharding.create_mesh({"data": 1, "fsdp": 8})
   params = jax.eval_shape(
     create_model("vit_l16").init,

@@ -29,7 +29,7 @@ prints `test/nats`.
 """
 
 COUNTS = ("param_counts", "lambda_resnet_parameters_all", "rcnn_parameters")
-TTSR = {"ttsr": 6_729_603}  # tests/models/test_ttsr.py
+TTSR = {"ttsr": 6_729_603}  # tests/systems/ttsr/test_model.py
 
 
 def counts():
@@ -64,11 +64,11 @@ def page():
   return "\n".join(lines) + "\n"
 
 
-def test_the_page_is_current(golden_text):
+def test_page_up_to_date(golden_text):
   golden_text(PAGE, page())
 
 
-def test_every_published_variant_is_counted():
+def test_published_variants_have_counts():
   known = counts()
   missing = {entry.model for entry in entries().values() if entry.model} - known.keys()
   assert not missing

@@ -1,7 +1,7 @@
-"""README.md and docs/ are true: commands, flags, configs, extras, files and code in them.
+"""README.md and docs/ match the code: commands, flags, configs, extras, files and Python.
 
-What takes no longer than reading is checked always; `-m slow` runs every command as a newcomer
-would, in a fresh clone and a fresh virtual environment.
+Static checks run by default; test_readme_commands.py (`-m slow`) runs every command in a fresh
+clone and virtual environment.
 """
 
 import ast
@@ -19,7 +19,7 @@ from vit_jax_zoo import config as config_lib
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-GUIDES = {  # with commands and code that a reader pastes
+GUIDES = {  # pages with commands and code to paste
   page.stem: page.read_text()
   for folder in ("guides", "systems", ".")
   for page in sorted((ROOT / "docs" / folder).glob("*.md"))
@@ -34,25 +34,25 @@ def blocks(language, page=README):
 
 
 def commands(page=README):
-  """Every command of a page's shell blocks as a list of words, continued lines joined."""
+  """Returns the commands of a page's shell blocks as lists of words, continued lines joined."""
   lines = "\n".join(blocks("sh", page)).replace("\\\n", " ").splitlines()
   parts = [part for line in lines for part in line.split("&&")]
   return [words for words in (shlex.split(part, comments=True) for part in parts) if words]
 
 
 def spans(page):
-  """The text of every `code span` of a page outside its blocks, line breaks taken out."""
+  """Returns the text of every `code span` of a page outside its blocks, without line breaks."""
   prose = BLOCK.sub("", page)
   return [span for line in prose.split("\n\n") for span in INLINE.findall(line.replace("\n", " "))]
 
 
 def module_of(words):
-  """The module that a command runs, or None."""
+  """Returns the module that a command runs, or None."""
   return words[words.index("-m") + 1] if "-m" in words else None
 
 
 def flags_of(module):
-  """The names of the flags that a module defines, by reading its source."""
+  """Returns the names of the flags that a module's source defines."""
   path = ROOT / (module.replace(".", "/") + ".py")
   path = path if path.exists() else path.with_suffix("") / "__main__.py"
   calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
@@ -62,8 +62,8 @@ def flags_of(module):
   return {c.args[0].value.lstrip("-").replace("-", "_") for c in defined}
 
 
-def of_the_package():
-  """Every different command of the package in a page's blocks and spans."""
+def package_commands():
+  """Returns the distinct commands of the package in all blocks and spans."""
   pages = GUIDES.values()
   found = [words for page in pages for words in commands(page)]
   found += [shlex.split(s) for page in pages for s in spans(page) if s.startswith("python -m")]
@@ -71,15 +71,15 @@ def of_the_package():
   return [pytest.param(words, id=" ".join(words[2:])[:70]) for words in run.values()]
 
 
-@pytest.mark.parametrize("words", of_the_package())
-def test_flags_of_the_commands_exist(words):
+@pytest.mark.parametrize("words", package_commands())
+def test_command_flags_exist(words):
   given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
   given = {flag for flag in given if not flag.startswith("config.")}
   assert given <= flags_of(module_of(words)), f"flags of {module_of(words)}"
 
 
 def config_arguments():
-  """What stands behind --config= anywhere in the pages, and the configs that their tables name."""
+  """Returns the config arguments in all commands and spans."""
   words = [word for page in GUIDES.values() for command in commands(page) for word in command]
   words += [word for page in GUIDES.values() for span in spans(page) for word in span.split()]
   given = [word.removeprefix("--config=") for word in words]
@@ -87,19 +87,19 @@ def config_arguments():
 
 
 @pytest.mark.parametrize("argument", config_arguments())
-def test_configs_resolve(argument, monkeypatch):
+def test_config_arguments_resolve(argument, monkeypatch):
   monkeypatch.chdir(ROOT)
   config_lib.load(argument)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_local_links_exist(page):
   targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
   local = [target for target in targets if not target.startswith("http")]
   assert [target for target in local if not (page.parent / target).exists()] == []
 
 
-def test_systems_pages_name_functions_that_exist():
+def test_named_functions_exist():
   named = {m for page in GUIDES.values() for m in re.findall(r"`(\w+/[\w/]+\.py):(\w+)`", page)}
   named = {(file, name) for file, name in named if not file.startswith("configs/")}
   assert len(named) > 50
@@ -111,7 +111,7 @@ def test_systems_pages_name_functions_that_exist():
   assert missing == []
 
 
-def test_extras_exist():
+def test_named_extras_exist():
   setup = configparser.ConfigParser()
   setup.read(ROOT / "setup.cfg")
   known, pages = set(setup["options.extras_require"]), "".join(GUIDES.values())
@@ -120,7 +120,7 @@ def test_extras_exist():
   assert named <= known
 
 
-def test_launch_script_takes_its_arguments():
+def test_launch_commands_dry_run():
   launches = [words for words in commands() if words[0] == "./launch_tpu.sh" and "..." not in words]
   assert launches
   for words in launches:
@@ -130,7 +130,7 @@ def test_launch_script_takes_its_arguments():
     assert result.returncode == 0, result.stderr
 
 
-def test_python_uses_what_the_package_has():
+def test_python_attributes_exist():
   trees = [ast.parse(text) for page in GUIDES.values() for text in blocks("python", page)]
   assert trees
   attributes = [n for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)]

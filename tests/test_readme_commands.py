@@ -1,8 +1,8 @@
-"""Every command of README.md, run as a newcomer would: a fresh clone, a fresh environment.
+"""Runs every command of README.md in a fresh clone and virtual environment.
 
-`-m slow`, and needs a package index. Files that the README names (`ViT-B_16.npz`, `/path`, `a.jpg`)
-are made here; trainings other than the demo are cut to two steps of two images, and the README's
-`pytest` to the house's own rules.
+`-m slow`; needs a package index. Files that the README names (`ViT-B_16.npz`, `/path`, `a.jpg`)
+are created here; trainings except the demo are shortened to two steps of two images, and `pytest`
+to tests/test_house.py.
 """
 
 import os
@@ -33,12 +33,12 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHORT = ["--config.num_steps=2", "--config.batch_size=2", "--config.eval_every=0"]
-MADE_ELSEWHERE = ("/data", "/archives")
-"""Paths of commands that prepare datasets: tests/data/test_prepare.py runs those."""
+PREPARE_PATHS = ("/data", "/archives")
+"""Paths in commands that prepare datasets, which tests/data/test_prepare.py runs."""
 
 
 def write_images(folder, count=4):
-  """Class folders in `train` and `test`, each with a few crops of one photograph."""
+  """Writes class folders in `train` and `test` with crops of one photograph each."""
   rng = np.random.default_rng(0)
   for split in ("train", "test"):
     for name, picture in {"cat": pictures.chelsea(), "cup": pictures.coffee()}.items():
@@ -50,7 +50,7 @@ def write_images(folder, count=4):
 
 
 def write_weights(clone):
-  """A ViT-B/16 as Google and as Hugging Face publish it, at random weights."""
+  """Writes a ViT-B/16 in Google's and Hugging Face's formats, with random weights."""
   model = create_model("vit_b16", num_classes=3, scan_layers=False)
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
   flat = {path: np.asarray(array) for path, array in flatten_variables(variables).items()}
@@ -61,8 +61,8 @@ def write_weights(clone):
   vit_hf.write_checkpoint(str(folder), export)
 
 
-class Newcomer:
-  """Somebody who has just cloned the repository."""
+class FreshClone:
+  """A fresh clone with a fresh virtual environment."""
 
   def __init__(self, folder):
     self.clone, self.venv, self.images = folder / "clone", folder / "venv", folder / "images"
@@ -90,44 +90,44 @@ class Newcomer:
 
 
 @pytest.fixture(scope="module")
-def newcomer(tmp_path_factory):
-  return Newcomer(tmp_path_factory.mktemp("newcomer"))
+def fresh_clone(tmp_path_factory):
+  return FreshClone(tmp_path_factory.mktemp("fresh_clone"))
 
 
-def test_the_two_commands(newcomer):
+def test_install_demo_and_tests(fresh_clone):
   install, demo, install_tests, test = commands()[:4]
-  newcomer.run(install)
-  output = newcomer.run(demo)
+  fresh_clone.run(install)
+  output = fresh_clone.run(demo)
   accuracy = float(re.search(r"done after 1000 steps: test/accuracy ([\d.]+)", output)[1])
   assert accuracy >= 0.96
-  newcomer.run(install_tests)
+  fresh_clone.run(install_tests)
   assert test == ["pytest"]
-  newcomer.run(["pytest", "-n", "0", "-q", "tests/test_house.py"])
+  fresh_clone.run(["pytest", "-n", "0", "-q", "tests/test_house.py"])
 
 
-def shortened(words, newcomer):
-  """The command with the newcomer's paths, and two steps of whatever it would train."""
-  words = [word.replace("/path", str(newcomer.images)) for word in words]
+def shortened(words, fresh_clone):
+  """Returns the command with existing paths, and two steps of training."""
+  words = [word.replace("/path", str(fresh_clone.images)) for word in words]
   short = module_of(words) == "vit_jax_zoo.main" and "--config=configs/vit.py" not in words
   return [*words, *(SHORT if short else [])]
 
 
-def test_all_other_commands(newcomer):
-  newcomer.make_files()
+def test_all_other_commands(fresh_clone):
+  fresh_clone.make_files()
   done = []
   for words in commands()[4:]:
     text = " ".join(words)
-    if words[0] == "./launch_tpu.sh" or any(path in text for path in MADE_ELSEWHERE):
-      continue  # tests/test_readme.py runs the former with --dry-run
+    if words[0] == "./launch_tpu.sh" or any(path in text for path in PREPARE_PATHS):
+      continue  # test_readme.py runs the launch commands with --dry-run
     if "--topology" in text:
-      newcomer.run(["pip", "install", "--quiet", "-e", ".[plan]"])
-    newcomer.run(shortened(words, newcomer))
+      fresh_clone.run(["pip", "install", "--quiet", "-e", ".[plan]"])
+    fresh_clone.run(shortened(words, fresh_clone))
     done.append(words)
   assert len(done) >= 4
 
 
-def test_the_python_of_the_readme(newcomer):
-  given = "import numpy as np\nimages = np.zeros((1, 224, 224, 3), np.float32)\n"
-  given += "pictures = [np.zeros((300, 200, 3), np.uint8)]\n"
+def test_python_blocks(fresh_clone):
+  preamble = "import numpy as np\nimages = np.zeros((1, 224, 224, 3), np.float32)\n"
+  preamble += "pictures = [np.zeros((300, 200, 3), np.uint8)]\n"
   for text in blocks("python"):
-    newcomer.run(["python", "-c", given + text])
+    fresh_clone.run(["python", "-c", preamble + text])

@@ -1,4 +1,4 @@
-"""A run that is interrupted or killed, and resumed, ends with the bits of an undisturbed run."""
+"""A run that is interrupted or killed, then resumed, is bit-exact."""
 
 import random
 import signal
@@ -11,7 +11,7 @@ import pytest
 from tests import command
 from vit_jax_zoo.training.checkpoint import find_checkpoint, restore_variables
 
-NUM_STEPS = 100  # so many that a signal at the second step lands before the last, on any machine
+NUM_STEPS = 100  # a signal at the second step arrives before the last step, on any machine
 RUN = (
   *command.TINY,
   f"--config.num_steps={NUM_STEPS}",
@@ -21,13 +21,13 @@ RUN = (
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
   return workdir, command.run(workdir, *RUN)
 
 
 def signal_once_it_trains(workdir, number, delay=0.0):
-  """Starts the run, signals it `delay` seconds after its first new step; returns the exit code."""
+  """Signals a run `delay` seconds after its first new step; returns its exit code."""
   log = workdir / "metrics.jsonl"
   before = log.stat().st_size if log.exists() else 0
   process = command.start(workdir, *RUN)
@@ -53,32 +53,32 @@ def assert_same_run(workdir, other):
   assert command.rows(workdir) == command.rows(other)
 
 
-def test_interrupted_then_killed_then_resumed(undisturbed, tmp_path):
+def test_interrupted_killed_resumed(uninterrupted, tmp_path):
   workdir = tmp_path / "run"
   assert signal_once_it_trains(workdir, signal.SIGTERM) == 143
   saved = int(find_checkpoint(workdir / "checkpoints").name)
   assert 2 <= saved < NUM_STEPS
   logged = command.rows(workdir)[-1]["step"]
-  assert saved - 2 < logged <= saved  # rows of the schedule only
+  assert saved - 2 < logged <= saved  # schedule rows only
   assert kill_at_random(workdir, seed=1) == -signal.SIGKILL
   last = find_checkpoint(workdir / "checkpoints").name
   output = command.run(workdir, *RUN)
   assert f"resumed at step {last} " in output
   assert f"done after {NUM_STEPS} steps: test/accuracy" in output
-  assert_same_run(workdir, undisturbed[0])
+  assert_same_run(workdir, uninterrupted[0])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, 20, 4))
-def test_killed_many_times(undisturbed, tmp_path, first):
+def test_killed_many_times(uninterrupted, tmp_path, first):
   codes = [kill_at_random(tmp_path / "run", seed) for seed in range(first, first + 4)]
-  assert -signal.SIGKILL in codes, "every kill came after the last step"
+  assert -signal.SIGKILL in codes, "every signal arrived after the last step"
   command.run(tmp_path / "run", *RUN)
-  assert_same_run(tmp_path / "run", undisturbed[0])
+  assert_same_run(tmp_path / "run", uninterrupted[0])
 
 
-def test_the_last_lines_name_the_scores_and_the_outputs(undisturbed):
-  workdir, output = undisturbed
+def test_last_lines_list_scores_and_outputs(uninterrupted):
+  workdir, output = uninterrupted
   assert "test/accuracy" in output
   assert "ETA" in output
   for place in ("checkpoints", "metrics.jsonl", "figures"):

@@ -1,4 +1,4 @@
-"""The fingerprint of a dataset, by which processes compare their data."""
+"""Dataset fingerprints, which processes compare."""
 
 import dataclasses
 import re
@@ -24,6 +24,6 @@ def files_of(odd, annotations=""):
   return re.search(r"files (\w+)", fingerprint(Named(info, odd)))[1]
 
 
-def test_one_other_file_or_other_annotations_change_the_fingerprint():
+def test_fingerprint_depends_on_files_and_annotations():
   assert len({files_of("x"), files_of("y"), files_of("x", "1"), files_of("\udce9")}) == 4
   assert files_of("x") == files_of("x")

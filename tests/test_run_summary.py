@@ -1,4 +1,4 @@
-"""The summary of the classes that a new run logs."""
+"""The class summary that a new run logs."""
 
 import numpy as np
 
@@ -12,14 +12,14 @@ def counts(*train, **others):
   return {name: np.array(values) for name, values in {"train": train, **others}.items()}
 
 
-def test_every_split_is_described():
+def test_describe_balance_every_split():
   assert describe_balance(counts(3, 0, 5, test=(1, 1, 0)), NAMES) == [
     "train: 8 examples of 3 classes: ant 3, bee 0, cow 5",
     "test: 2 examples of 3 classes: ant 1, bee 1, cow 0",
   ]
 
 
-def test_of_many_classes_the_ends_are_named():
+def test_describe_balance_many_classes_shortened():
   (line,) = describe_balance({"train": np.arange(40)[::-1]}, ())
   assert line == (
     "train: 780 examples of 40 classes: class 39 0, class 38 1, class 37 2, ..., class 2 37, "
@@ -27,7 +27,7 @@ def test_of_many_classes_the_ends_are_named():
   )
 
 
-def test_what_cannot_be_learned_and_what_is_uneven_is_said():
+def test_find_imbalance():
   (empty,) = find_imbalance(counts(3, 0, 5), NAMES)
   assert empty == "classes without training images (1): bee"
   (empty,) = find_imbalance(counts(0, 0, 5), NAMES)
@@ -40,7 +40,7 @@ def test_what_cannot_be_learned_and_what_is_uneven_is_said():
   assert find_imbalance({}, NAMES) == []
 
 
-def test_classes_are_counted_where_that_takes_no_reading(tmp_path):
+def test_count_classes_without_reading_images(tmp_path):
   for path in ("ant/1.png", "ant/2.png", "bee/3.png"):
     (tmp_path / path).parent.mkdir(exist_ok=True)
     (tmp_path / path).write_bytes(b"never read")

@@ -1,4 +1,4 @@
-"""Runs of a config: fields taken from the data, outputs, resume, evaluation, errors."""
+"""Runs of a config: fields from the data, outputs, resume, evaluation, errors."""
 
 import contextlib
 import fnmatch
@@ -60,7 +60,7 @@ def _one_device():
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-  """Outcome, folder and calls of a run; the loop is the first to trace the step."""
+  """Outcome, folder and calls of a run; its loop is the first to trace the step."""
   workdir = tmp_path_factory.mktemp("finished")
   with pytest.MonkeyPatch.context() as patch, traced() as calls:
     patch.setattr(trainer, "count_flops", lambda *_: 1.0)
@@ -73,14 +73,14 @@ def finished(first_run):
   return first_run[:2]
 
 
-def test_fields_are_taken_from_the_data():
+def test_fields_from_data():
   made = trainer.build(tiny())
   assert made.model.num_classes == made.task.num_classes == 10
   assert made.task.class_names == tuple("0123456789")
   assert made.num_steps == 4
 
 
-def test_epochs_become_steps():
+def test_num_epochs_to_num_steps():
   made = trainer.build(tiny(num_steps=None, num_epochs=2.0))
   assert made.num_steps == round(2 * 1437 / 16)
   assert trainer.build(tiny(num_steps=7, num_epochs=2.0)).num_steps == 7
@@ -88,7 +88,7 @@ def test_epochs_become_steps():
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory):
-  """The run of `finished` with one metric and figures of the model, and how often it opens data."""
+  """A run like `finished` with one metric and explanations, and its calls that open data."""
   workdir, opened = tmp_path_factory.mktemp("again"), []
   config = tiny(explain=True)
   config.data.eval.test.metrics = ("accuracy",)
@@ -107,17 +107,17 @@ def again(tmp_path_factory):
   return outcome, workdir, opened
 
 
-def test_metrics_are_chosen_in_the_config(again):
+def test_metrics_selected_in_config(again):
   rows = read_metrics(again[1])
   written = {name for row in rows for name in row if name.startswith("test/")}
   assert written == {"test/accuracy"}
 
 
-def test_figures_of_the_model_are_drawn(again):
+def test_explanation_figures_written(again):
   assert list((again[1] / "figures").glob("explain_*.png"))
 
 
-def test_the_same_seed_gives_the_same_bits(again, finished):
+def test_same_seed_bit_exact(again, finished):
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)),
     again[0].state.params,
@@ -125,11 +125,11 @@ def test_the_same_seed_gives_the_same_bits(again, finished):
   )
 
 
-def test_the_training_data_are_opened_once_and_a_finished_run_does_not_open_them(again):
+def test_training_data_opened_once(again):
   assert again[2] == [(0,)]
 
 
-def test_a_model_without_explanations(tmp_path, monkeypatch, caplog):
+def test_model_without_explanations(tmp_path, monkeypatch, caplog):
   monkeypatch.delattr("vit_jax_zoo.systems.vit.model.VisionTransformer.explain")
   outcome = run(tiny(explain=True), tmp_path)
   assert outcome.finished
@@ -146,7 +146,7 @@ def test_a_model_without_explanations(tmp_path, monkeypatch, caplog):
     (("accuracy",), "test/loss", r"data\.eval\.test\.metrics lacks 'loss'"),
   ],
 )
-def test_metrics_that_cannot_be_chosen(metrics, best, message):
+def test_invalid_metrics_raise(metrics, best, message):
   config = tiny()
   config.data.eval.test.metrics = metrics
   with config.ignore_type():
@@ -155,24 +155,24 @@ def test_metrics_that_cannot_be_chosen(metrics, best, message):
     trainer.build(config)
 
 
-def test_sources_of_the_same_classes_are_mixed():
+def test_extra_sources_joined():
   config = config_lib.load("configs/vit.py:demo,batch_size=16")
   config.data.train.extra_sources = ({"source": "demo:digits", "split": "test[:50]"},)
   made = trainer.build(config)
   assert len(made.train_source) == 1437 + 50
   assert next(made.train_batches())["image"].shape[0] == 16
   config.data.train.extra_sources = ({"source": "demo:photos", "split": "train"},)
-  with pytest.raises(ValueError, match=r"demo:photos train, mixed in, has other classes"):
+  with pytest.raises(ValueError, match="demo:photos train"):
     trainer.build(config)
 
 
-def test_defaults_are_complete():
+def test_defaults_complete():
   config = config_lib.complete(config_lib.load("configs/vit.py"))
   assert config.keys() == config_lib.defaults().keys()
   assert (config.accumulation_steps, config.eval_batch_size, config.init_from) == (1, None, None)
 
 
-def test_outputs_of_a_run(finished):
+def test_run_outputs(finished):
   outcome, workdir = finished
   assert outcome.finished
   assert set(outcome.scores) >= {"test/accuracy", "test/loss", "test/images"}
@@ -181,14 +181,14 @@ def test_outputs_of_a_run(finished):
   assert (workdir / "figures" / "train_batch_00000000.png").exists()
 
 
-def test_eval_only_changes_no_metrics_and_needs_no_training_data(finished, monkeypatch):
+def test_eval_only_needs_no_training_data(finished, monkeypatch):
   outcome, workdir = finished
   before = (workdir / "metrics.jsonl").read_bytes()
-  pictures = sorted((workdir / "figures").iterdir())
-  drawn = [path for path in pictures if path.name.startswith("test_")]
+  figures = sorted((workdir / "figures").iterdir())
+  drawn = [path for path in figures if path.name.startswith("test_")]
   for path in drawn:
     path.unlink()
-  moved = tiny()  # the training data are elsewhere by now
+  moved = tiny()  # the training data were moved
   moved.data.train.source = "folder:/moved/away"
   opened, iterate = [], pipeline._iterate
   monkeypatch.setattr(pipeline, "_iterate", lambda *args: opened.append(args) or iterate(*args))
@@ -197,11 +197,11 @@ def test_eval_only_changes_no_metrics_and_needs_no_training_data(finished, monke
   assert again.scores == outcome.scores
   assert (workdir / "metrics.jsonl").read_bytes() == before
   assert drawn
-  assert drawn[-1].exists()  # the pictures of the last step are drawn once more
+  assert drawn[-1].exists()  # the figures of the last step are drawn again
 
 
-def test_features_are_probed_while_training(tmp_path):
-  """Also on images of other classes; the best checkpoint is chosen by what is trained for."""
+def test_probes_during_training(tmp_path):
+  """Also with other classes; the best checkpoint depends on the main evaluation only."""
   config = tiny(num_steps=2)
   probed = {
     "source": "demo:photos",
@@ -221,17 +221,17 @@ def test_features_are_probed_while_training(tmp_path):
   assert run_config.main_evaluation(kept["data"]["eval"]) == "test"
 
 
-def test_errors_of_probes():
+def test_invalid_probes_raise():
   config = tiny()
   config.data.eval.test.probe = {"name": "knn"}
-  with pytest.raises(ValueError, match="'test' is a probe; set the fit_split that it learns from"):
+  with pytest.raises(ValueError, match="'test' is a probe"):
     trainer.build(config)
   config.data.eval.test.update(fit_split="train", probe={"name": "few_shots"})
-  with pytest.raises(ValueError, match="unknown probe 'few_shots'; did you mean 'few_shot'"):
+  with pytest.raises(ValueError, match="probe 'few_shots'"):
     trainer.build(config)
 
 
-def test_a_run_resumes_with_another_mesh_and_other_logging(finished, monkeypatch):
+def test_resume_with_other_mesh_and_logging(finished, monkeypatch):
   _, workdir = finished
   changed = tiny(log_every=1)
   changed.sharding.mesh.update(data=1, fsdp=-1)
@@ -242,38 +242,38 @@ def test_a_run_resumes_with_another_mesh_and_other_logging(finished, monkeypatch
   assert run(tiny(seed=1), workdir, allow_config_change=True).finished
 
 
-def test_overfitting_one_batch_drives_the_loss_down(tmp_path):
+def test_overfit_one_batch_reduces_loss(tmp_path):
   config = tiny(num_steps=60, log_every=10, eval_every=0)
   config.checkpoint.every = 60
   config.model.update(width=32)
   config.optimizer.schedule.warmup_steps = 5
   outcome = run(config, tmp_path, overfit_one_batch=True)
   assert outcome.workdir == tmp_path / "overfit_one_batch"
-  assert list(tmp_path.iterdir()) == [outcome.workdir]  # real training does not resume it
+  assert list(tmp_path.iterdir()) == [outcome.workdir]  # the actual training does not resume it
   losses = [row["train/loss"] for row in read_metrics(outcome.workdir) if "train/loss" in row]
   assert losses[0] > 1.0
-  assert losses[-1] < 0.5 * losses[0]  # 60 different batches would not get below 0.8
+  assert losses[-1] < 0.5 * losses[0]  # with 60 different batches it stays above 0.8
 
 
-def test_eval_only_without_a_checkpoint(tmp_path):
+def test_eval_only_without_checkpoint_raises(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*/typo"):
     run(tiny(), tmp_path / "typo", eval_only=True)
   assert not (tmp_path / "typo").exists()
 
 
-def test_a_profile_outside_the_run(tmp_path):
+def test_profile_outside_run_raises(tmp_path):
   with pytest.raises(ValueError, match=r"--profile=9:12: outside .* 1 to 4"):
     run(tiny(), tmp_path, profile=(9, 12))
 
 
 @pytest.mark.slow
-def test_a_config_cut_short_by_a_kill_does_not_stop_the_run(tmp_path):
+def test_truncated_config_json_ignored(tmp_path):
   run(tiny(), tmp_path)
   (tmp_path / "config.json").write_text("{")
   assert run(tiny(), tmp_path).finished
 
 
-def test_a_config_saved_without_its_recipe_is_accepted(tmp_path):
+def test_config_json_without_recipe_accepted(tmp_path):
   config = trainer.build(tiny()).config
   old = {k: v for k, v in run_config.as_json(config).items() if k != "recipe"}
   (tmp_path / "config.json").write_text(json.dumps(old))
@@ -283,7 +283,7 @@ def test_a_config_saved_without_its_recipe_is_accepted(tmp_path):
     run_config.check_unchanged(config, None, epath.Path(tmp_path))
 
 
-def test_swapped_class_names_are_an_error_on_resume(finished):
+def test_swapped_class_names_raise_on_resume(finished):
   _, workdir = finished
   data = json.loads((workdir / "data.json").read_text())
   names = data["class_names"]
@@ -296,7 +296,7 @@ def test_swapped_class_names_are_an_error_on_resume(finished):
   assert run(tiny(), workdir).finished
 
 
-def test_a_run_of_version_0_1_resumes(tmp_path):
+def test_run_of_version_0_1_resumes(tmp_path):
   """Its config has old field names, its checkpoints no manifest; see tests/goldens/README.md."""
   shutil.copytree(GOLDENS / "run_0_1", tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
@@ -315,13 +315,13 @@ def test_a_run_of_version_0_1_resumes(tmp_path):
   assert read_metrics(tmp_path / "run")[0] == read_metrics(GOLDENS / "run_0_1")[0]
 
 
-def test_averaged_parameters_are_evaluated(finished, tmp_path):
+def test_ema_parameters_evaluated(finished, tmp_path):
   plain, averaged = finished[0], run(tiny(ema_decay=0.9999), tmp_path)
-  chance = np.log(10)  # so slow an average is still the initial state
+  chance = np.log(10)  # with this decay the average is still close to the initial state
   assert abs(averaged.scores["test/loss"] - chance) < 0.1 * abs(plain.scores["test/loss"] - chance)
 
 
-def test_dataset_metadata_are_saved_with_the_run(finished):
+def test_dataset_metadata_saved(finished):
   config, data = run_config.load_run(finished[0].workdir)
   assert config["model"]["num_classes"] is None
   assert run_config.fill_from_data(config["model"], data)["num_classes"] == 10
@@ -331,16 +331,16 @@ def test_dataset_metadata_are_saved_with_the_run(finished):
 
 @contextlib.contextmanager
 def traced():
-  """Collects (file, name) of the package's functions as they are called, in all threads."""
+  """Collects (file, name) of the package's function calls, in all threads."""
   calls, root = [], f"{PACKAGE}/"
 
-  def note(frame, event, _):
+  def record(frame, event, _):
     code = frame.f_code
     if event == "call" and code.co_filename.startswith(root):
       calls.append((code.co_filename.removeprefix(root), code.co_name))
 
-  threading.setprofile(note)
-  sys.setprofile(note)
+  threading.setprofile(record)
+  sys.setprofile(record)
   try:
     yield calls
   finally:
@@ -357,14 +357,14 @@ def traced_command(monkeypatch, *arguments, command, **options):
   return calls
 
 
-@pytest.mark.slow  # it fails after some other files of the same worker: flags are of the process
-def test_the_call_lists_of_contributing_are_true(first_run, tmp_path, monkeypatch):
+@pytest.mark.slow  # fails after some files in the same worker: flags are global
+def test_call_lists_of_contributing(first_run, tmp_path, monkeypatch):
   outcome, workdir, calls = first_run
   page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
   to_loss, to_effect, to_logits = re.split(r"\n(?=From a)", page.partition("## Add a ")[0])[-3:]
   assert_called_in_order(to_loss, calls, at_most=20)
 
-  monkeypatch.setattr(trainer, "run", lambda *_: outcome)  # the list goes on in `calls`
+  monkeypatch.setattr(trainer, "run", lambda *_: outcome)  # the rest of the list is in `calls`
   arguments = ("main", "--config=configs/vit.py", "--config.optimizer.learning_rate=1e-3")
   parse = cli.parse_flags_and_overrides
   called = traced_command(monkeypatch, *arguments, command=main.main, parse=parse)
@@ -378,7 +378,7 @@ def test_the_call_lists_of_contributing_are_true(first_run, tmp_path, monkeypatc
 
 
 def assert_called_in_order(text, calls, at_most):
-  """Checks that the calls have each `file:function` of a numbered list, in its order."""
+  """Checks that the calls include each `file:function` of a numbered list, in its order."""
   assert 0 < len(re.findall(r"(?m)^\d+\. ", text)) <= at_most
   left = iter(calls)
   for pattern, function in re.findall(r"`([\w/*]+\.py):([\w.]+)`", text):

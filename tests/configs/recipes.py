@@ -7,7 +7,8 @@ import pathlib
 from vit_jax_zoo.config import defaults, load
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-PARTS = ("common", "vit_common", "fpt_segmentation", "vit_augreg", "vit_finetune")  # of other files
+# Included in other files.
+PARTS = ("common", "vit_common", "fpt_segmentation", "vit_augreg", "vit_finetune")
 SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 CASES = [
   (system, variant)

@@ -1,4 +1,4 @@
-"""The text behind `--config=configs/x.py:`: what it may say, and one line for what it may not."""
+"""The text after `--config=configs/x.py:`: its syntax and errors."""
 
 import pytest
 from ml_collections import ConfigDict
@@ -25,26 +25,26 @@ def picked(config):
 VARIANTS = {"demo": demo, "b16_other": other}
 
 
-def test_nothing_is_the_first_variant():
+def test_empty_text_first_variant():
   assert common.build("", VARIANTS) == common.build(None, VARIANTS)
   assert picked(common.build("", VARIANTS)) == picked(demo())
 
 
 @pytest.mark.parametrize("arg", ["demo,num_steps=20,rate=1,flip=true,name=gs://a/b=c", None])
-def test_fields_have_the_types_of_their_defaults(arg):
+def test_fields_converted_to_default_type(arg):
   arg = arg or "num_steps=20, rate=1e0, flip=True, name=gs://a/b=c"
   config = common.build(arg, VARIANTS)
   assert picked(config) == (20, 1.0, True, "gs://a/b=c")
   assert isinstance(config.model.rate, float)
 
 
-def test_a_value_may_contain_commas():
+def test_value_with_commas():
   arg = "demo,source=folder:/a, b,c.d,num_steps=3"
   fields = {"source": "folder:/a, b,c.d", "num_steps": "3"}
   assert common.parse_arg(arg, VARIANTS) == ("demo", fields)
 
 
-def test_a_variant_of_another_shape():
+def test_other_variant():
   assert common.build("b16_other,image_size=384", VARIANTS).model.image_size == 384
 
 
@@ -62,14 +62,14 @@ def test_a_variant_of_another_shape():
     ("demo,rate=1,rate=2", "rate: set twice in"),
   ],
 )
-def test_each_mistake_is_one_line(arg, message):
+def test_invalid_text_raises(arg, message):
   with pytest.raises(ValueError) as error:  # noqa: PT011 the message is checked below
     common.build(arg, VARIANTS)
   assert str(error.value).startswith(message)
   assert "\n" not in str(error.value)
 
 
-def test_what_a_recipe_leaves_open_can_be_set_by_its_type():
+def test_unset_fields_settable_by_type():
   config = complete(common.build("demo", VARIANTS)).lock()
   assert config.init_from is None
   config.init_from, config.ema_decay, config.sharding.mesh.fsdp = "runs/a", 0.999, 4
@@ -80,7 +80,7 @@ def test_what_a_recipe_leaves_open_can_be_set_by_its_type():
   assert config.sharding.mesh.to_dict() == {"data": -1, "fsdp": 4, "model": 1}
 
 
-def test_what_a_recipe_sets_stays():
+def test_recipe_values_kept():
   def recipe():
     sharding = {"mesh": {"data": 1, "fsdp": -1}}
     data = {"train": {}, "eval": {}, "loader": {"num_workers": 8}}

@@ -1,4 +1,4 @@
-"""All configs: what they resolve to, and that all they name exists."""
+"""All configs: resolved values, and the existence of everything that they name."""
 
 import ast
 import functools
@@ -26,12 +26,12 @@ def splits(config):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_resolved_configs_match_the_golden(system, golden_text):
+def test_resolved_configs_golden(system, golden_text):
   configs = {variant: resolve(system, variant).to_dict() for s, variant in CASES if s == system}
   golden_text(golden_folder("configs") / f"{system}.txt", differences(configs))
 
 
-def test_the_golden_text_shows_every_change_of_a_field():
+def test_golden_text_shows_every_field_change():
   config = resolve(SYSTEMS[0], "demo").to_dict()
   before = differences({"demo": config})
   for path in fields(config):
@@ -48,14 +48,14 @@ def test_the_golden_text_shows_every_change_of_a_field():
 
 
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if (s, "demo") in CASES])
-def test_the_default_is_a_demo_on_embedded_data(system):
+def test_default_is_demo_on_embedded_data(system):
   config = resolve(system)
   assert config == resolve(system, "demo")
   assert config.data.train.source.startswith("demo:")
 
 
 @pytest.mark.parametrize(("system", "variant"), CASES)
-def test_all_that_a_config_names_exists(system, variant):
+def test_named_parts_exist(system, variant):
   config = resolve(system, variant)
   num_classes = len(config.task.get("class_weights", ())) or 10
   known = {"num_classes": num_classes, "class_names": ()}
@@ -69,24 +69,25 @@ def test_all_that_a_config_names_exists(system, variant):
   params = {"head": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}
   for section in optimizers(config.optimizer.to_dict()):
     known = [r for r in section.get("rules") or () if any(re.fullmatch(r[0], k) for k in KERNELS)]
-    rules = [] if "generator" in config.optimizer else known  # the others are of other parameters
+    # Rules of several optimizers match other parameters.
+    rules = [] if "generator" in config.optimizer else known
     optimizer = create_optimizer({**section, "rules": rules}, params, num_steps=100_000)
     assert float(optimizer.schedule(20_000)) >= 0
   assert (config.num_steps is None) != (config.num_epochs is None)
 
 
 def optimizers(section):
-  """One, or one for each player."""
+  """Returns one optimizer section, or one per network."""
   return [section] if "name" in section else list(section.values())
 
 
-OF_TFDS = [
+TFDS_CASES = [
   case for case in CASES if resolve(*case).data.train.source.startswith("tfds:")
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("system", "variant"), OF_TFDS)
-def test_one_argument_moves_all_data(system, variant):
+@pytest.mark.parametrize(("system", "variant"), TFDS_CASES)
+def test_data_dir_of_all_splits(system, variant):
   specs = splits(resolve(system, f"{variant},data_dir=gs://bucket/data"))
   assert len(specs) > 1
   assert {spec.data_dir for spec in specs} == {"gs://bucket/data"}
@@ -94,7 +95,7 @@ def test_one_argument_moves_all_data(system, variant):
   assert all(spec.data_dir is None for spec in splits(config))
   config.lock().data.train.data_dir = "elsewhere"
   for spec in config.data.eval.values():
-    spec.data_dir = "elsewhere"  # what a flag may set
+    spec.data_dir = "elsewhere"  # as a flag may set it
     with pytest.raises(TypeError):
       spec.data_dir = 3
 
@@ -103,7 +104,7 @@ def test_one_argument_moves_all_data(system, variant):
   ("system", "variant"),
   [("vit", "s16_imagenet"), ("vit", "b16_finetune"), ("lambda_resnet", "r50_cccl")],
 )
-def test_data_dir_is_for_data_of_tfds(system, variant):
+def test_data_dir_only_for_tfds(system, variant):
   config = resolve(system, f"{variant},source=folder:/images")
   for spec in splits(config):
     assert spec.source == "folder:/images"
@@ -113,7 +114,7 @@ def test_data_dir_is_for_data_of_tfds(system, variant):
 
 
 @pytest.mark.parametrize(("system", "variant"), CASES)
-def test_each_variant_is_a_page_of_the_lab_book(system, variant):
+def test_docstring_entries(system, variant):
   page = importlib.import_module(f"configs.{system}").VARIANTS[variant]
   text = getattr(page, "func", page).__doc__
   for entry in ("Paper:", "Hardware:", "Expected"):
@@ -124,7 +125,7 @@ def test_each_variant_is_a_page_of_the_lab_book(system, variant):
 @pytest.mark.parametrize(
   "name", sorted(p.stem for p in CONFIGS.glob("[!_]*.py") if p.stem != "common")
 )
-def test_a_config_imports_nothing_of_the_package(name):
+def test_config_imports(name):
   tree = ast.parse((CONFIGS / f"{name}.py").read_text())
   modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
   modules += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]

@@ -1,4 +1,4 @@
-"""Recipes for the user's images: a few steps on COCO files and label maps with own classes."""
+"""Fine-tuning recipes: a few steps on COCO files and label maps with custom classes."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ def photo(rng):
 
 
 def write_coco(root, **sizes):
-  """Writes images with a rectangle each, of the classes "bolt" (2) and "nut" (5)."""
+  """Writes images with one rectangle each, of the classes "bolt" (2) and "nut" (5)."""
   rng = np.random.default_rng(0)
   (root / "annotations").mkdir()
   for split, size in sizes.items():
@@ -66,7 +66,7 @@ def _one_device(monkeypatch):
 
 
 def small_experiment(config, **model):
-  """Sets 2 steps of a small model from random weights; returns the experiment."""
+  """Sets 2 steps of a small model with random weights; returns the experiment."""
   config.update(num_steps=2, num_epochs=None, batch_size=2, eval_batch_size=2, init_from=None)
   config.data.loader = LOADER
   config.model.update(model)
@@ -78,7 +78,7 @@ def small_experiment(config, **model):
   return experiment
 
 
-def shrunk(transforms):
+def shrink(transforms):
   """Sets the images' shorter side to 64 pixels."""
   for transform in transforms:
     if transform["name"] in ("random_scale_crop", "resize_shorter"):
@@ -102,13 +102,13 @@ def masks_config(system, root):
     )  # fmt: skip
     small["mask_head"] = {"num_convs": 1, "width": 8}
   for split in (config.data.train, config.data.eval.val):
-    shrunk(split.transforms)
+    shrink(split.transforms)
   return config, small | {"backbone": BACKBONE}
 
 
 @pytest.mark.parametrize("system", ["detr", "fpt"])
-def test_steps_on_own_objects_with_masks(system, tmp_path):
-  """Traces the steps of training and evaluation; compiling them takes a minute."""
+def test_trace_steps_with_masks(system, tmp_path):
+  """Traces the training and evaluation steps; compiling them takes a minute."""
   config, small = masks_config(system, write_coco(tmp_path, train=5, val=3))
   experiment = small_experiment(config, **small)
   with experiment.train_batches() as batches, jax.set_mesh(experiment.mesh):
@@ -121,7 +121,7 @@ def test_steps_on_own_objects_with_masks(system, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", ["detr", "fpt"])
-def test_own_objects_with_masks(system, tmp_path):
+def test_train_with_masks(system, tmp_path):
   config, small = masks_config(system, write_coco(tmp_path, train=5, val=3))
   small_experiment(config, **small)
   scores = trainer.run(config, epath.Path(tmp_path / "run")).scores
@@ -129,7 +129,7 @@ def test_own_objects_with_masks(system, tmp_path):
   assert any("nut" in name for name in scores)
 
 
-def test_own_label_maps(tmp_path):
+def test_train_on_label_maps(tmp_path):
   root = write_label_maps(tmp_path, (0, 255), train=5, val=3)
   fields = f"values=0+255,class_names={root}/classes.txt"
   config = load(
@@ -146,7 +146,7 @@ def test_own_label_maps(tmp_path):
 @pytest.mark.parametrize(
   ("system", "variant"), [("detr", "r50_finetune"), ("fpt", "finetune")], ids=["detr", "fpt"]
 )
-def test_schedule_for_few_images(system, variant, count, steps, tmp_path):
+def test_schedule_of_small_dataset(system, variant, count, steps, tmp_path):
   root = write_coco(tmp_path, train=count, val=3)
   config = load(f"configs/{system}.py:{variant},source=coco:{root}")
   experiment = build(config.copy_and_resolve_references(), devices=jax.devices()[:1])
@@ -158,14 +158,14 @@ def test_schedule_for_few_images(system, variant, count, steps, tmp_path):
   assert advise(config.to_dict()) == []
 
 
-def test_another_batch_scales_the_learning_rate():
+def test_learning_rate_scaled_with_batch_size():
   for system, variant in (("detr", "r50_finetune"), ("fpt", "finetune")):
     few, many = (load(f"configs/{system}.py:{variant},batch_size={size}") for size in (4, 16))
     assert many.optimizer.learning_rate > few.optimizer.learning_rate
     assert [advice.is_warning for advice in advise(many.to_dict())] == [False]
 
 
-def test_classes_of_label_maps(tmp_path):
+def test_label_map_classes(tmp_path):
   root = write_label_maps(tmp_path, (0, 1), train=8, val=3)
   config = load(f"configs/fpt.py:segmentation_finetune,source=segmentation:{root}")
   assert build(config, devices=jax.devices()[:1]).task.class_names == ("road", "roof")
@@ -179,7 +179,7 @@ def test_classes_of_label_maps(tmp_path):
   assert config.data.eval.val.transforms[0]["classes"] == (1, 2, 3, 9)
 
 
-def test_weights_of_the_masks():
+def test_init_from_of_mask_recipes():
   assert load("configs/detr.py:r50_finetune").init_from == "detr_r50_coco"
   assert load("configs/detr.py:r50_finetune,masks=true").init_from == "detr_r50_panoptic_coco"
   assert load("configs/detr.py:r101_dc5_finetune,masks=true").init_from == "detr_r101_dc5_coco"

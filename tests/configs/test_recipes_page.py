@@ -52,7 +52,7 @@ NOT_RUN = "Not yet run here."
 def entries(function):
   """Returns the entries of a docstring by name; indented lines continue an entry."""
   found, name = {}, None
-  # The compiler strips what all lines of a docstring are indented by since Python 3.13 only.
+  # Since Python 3.13 the compiler removes a docstring's common indentation.
   for line in inspect.cleandoc(getattr(function, "func", function).__doc__).split("\n"):
     match = ENTRY.match(line)
     if match:
@@ -147,7 +147,10 @@ def row(variants, configs):
   ours = "not run" if NOT_RUN in text else found.get("Ours", "see reported result")
   cells = [
     ", ".join(f"`{name}`" for name in variants),
-    *(grouped({n: say(c) for n, c in by_variant.items()}) for say in (data, length, augmentation)),
+    *(
+      grouped({n: column(c) for n, c in by_variant.items()})
+      for column in (data, length, augmentation)
+    ),
     _first_words(found["Paper"]),
     found["Hardware"].rstrip("."),
     found["Expected"].rstrip("."),
@@ -194,11 +197,11 @@ def page():
   return "\n".join(lines)
 
 
-def test_the_page_is_current(golden_text):
+def test_page_up_to_date(golden_text):
   golden_text(PAGE, page())
 
 
-def test_every_config_is_on_the_page():
+def test_every_config_on_page():
   text = PAGE.read_text(encoding="utf-8")
   missing = [
     f"{path.stem}:{name}"
@@ -209,7 +212,7 @@ def test_every_config_is_on_the_page():
   assert missing == []
 
 
-def test_entries_end_where_the_next_begins():
+def test_entries_parsed():
   def function():
     """A page.
 
