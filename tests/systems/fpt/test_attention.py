@@ -12,7 +12,7 @@ from vit_jax_zoo.systems.fpt.attention import (
   attend_locally,
   attend_parts,
   attention_map,
-  mixture_shares,
+  mixture_weights,
 )
 
 
@@ -21,30 +21,30 @@ def arrays_of(*shapes):
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def plain_map(query, key, shares, kind):
+def plain_map(query, key, mixture, kind):
   """The formula, one part after the other, in float64."""
-  query, key, shares = (np.asarray(x, np.float64) for x in (query, key, shares))
+  query, key, mixture = (np.asarray(x, np.float64) for x in (query, key, mixture))
   total = 0
   for part, (q, k) in enumerate(
-    zip(np.split(query, shares.shape[1], -1), np.split(key, shares.shape[1], -1), strict=True)
+    zip(np.split(query, mixture.shape[1], -1), np.split(key, mixture.shape[1], -1), strict=True)
   ):
     pairs = q[:, :, None] - k[:, None]
     scores = -np.square(pairs).sum(-1) if kind == "euclidean" else np.einsum("bnd,bmd->bnm", q, k)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    total = total + shares[:, part, None, None] * weights / weights.sum(-1, keepdims=True)
+    total = total + mixture[:, part, None, None] * weights / weights.sum(-1, keepdims=True)
   return total
 
 
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
 def test_blocks_give_the_plain_result_and_its_gradient(kind):
   query, key, value = arrays_of((2, 23, 6), (2, 7, 6), (2, 7, 5))
-  shares = mixture_shares(key, arrays_of((3, 6))[0])
+  mixture = mixture_weights(key, arrays_of((3, 6))[0])
   similarity = Similarity(kind)
-  expected = plain_map(query, key, shares, kind)
-  np.testing.assert_allclose(attention_map(query, key, shares, similarity), expected, atol=1e-5)
+  expected = plain_map(query, key, mixture, kind)
+  np.testing.assert_allclose(attention_map(query, key, mixture, similarity), expected, atol=1e-5)
 
   def total(block_elements, query, key, value):
-    out = attend(query, key, value, shares, similarity, block_elements=block_elements)
+    out = attend(query, key, value, mixture, similarity, block_elements=block_elements)
     return jnp.sum(jnp.sin(out)), out
 
   results = [
@@ -61,7 +61,7 @@ def test_blocks_give_the_plain_result_and_its_gradient(kind):
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
 def test_the_fused_kernel_gives_the_plain_result_and_its_gradient(kind):
   query, key, value = arrays_of((2, 23, 6), (2, 7, 6), (2, 7, 5))
-  shares = jnp.asarray([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]])
+  mixture = jnp.asarray([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]])
 
   def total(attention, *inputs):
     out = attention(*inputs, Similarity(kind))
@@ -69,11 +69,11 @@ def test_the_fused_kernel_gives_the_plain_result_and_its_gradient(kind):
 
   results = [
     jax.jit(jax.value_and_grad(functools.partial(total, attention), (0, 1, 2, 3), has_aux=True))(
-      query, key, value, shares
+      query, key, value, mixture
     )
     for attention in (functools.partial(attend_parts, interpret=True), attend)
   ]
-  expected = plain_map(query, key, shares, kind) @ np.asarray(value)
+  expected = plain_map(query, key, mixture, kind) @ np.asarray(value)
   np.testing.assert_allclose(results[0][0][1], expected, atol=2e-5)
   for one, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
@@ -98,46 +98,46 @@ def test_the_fused_kernel_is_for_many_keys_without_dropout_on_tpus():
 def test_mixture_weights_use_the_mean_and_sum_to_one():
   vectors, weight = arrays_of((2, 9, 4), (3, 4))
   logits = np.asarray(vectors).mean(1) @ np.asarray(weight).T
-  shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  np.testing.assert_allclose(mixture_shares(vectors, weight), shares, atol=1e-6)
+  mixture = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(mixture_weights(vectors, weight), mixture, atol=1e-6)
 
 
 def test_permuting_keys_with_their_values_changes_nothing():
   query, key, value = arrays_of((1, 5, 4), (1, 8, 4), (1, 8, 3))
-  shares, order = jnp.asarray([[0.3, 0.7]]), np.random.default_rng(1).permutation(8)
+  mixture, order = jnp.asarray([[0.3, 0.7]]), np.random.default_rng(1).permutation(8)
   run = jax.jit(attend)
   np.testing.assert_allclose(
-    run(query, key, value, shares), run(query, key[:, order], value[:, order], shares), atol=1e-5
+    run(query, key, value, mixture), run(query, key[:, order], value[:, order], mixture), atol=1e-5
   )
 
 
 def test_windows_are_local_and_zero_padded():
   query, key, value = arrays_of((1, 5, 6, 4), (1, 5, 6, 4), (1, 5, 6, 3))
-  shares = jnp.asarray([[0.5, 0.5]])
+  mixture = jnp.asarray([[0.5, 0.5]])
   run = jax.jit(functools.partial(attend_locally, window=3))
-  out = np.asarray(run(query, key, value, shares))
-  changed = np.asarray(run(query, key.at[0, 0, 0].add(1), value.at[0, 0, 0].add(1), shares))
+  out = np.asarray(run(query, key, value, mixture))
+  changed = np.asarray(run(query, key.at[0, 0, 0].add(1), value.at[0, 0, 0].add(1), mixture))
   assert (np.abs(out - changed).max(-1)[0] > 0).nonzero()[0].max() == 1
   padded = [np.pad(np.asarray(x)[0], ((1, 1), (1, 1), (0, 0))) for x in (key, value)]
   for i, j in ((0, 0), (2, 3), (4, 5)):
     keys, values = (x[i : i + 3, j : j + 3].reshape(1, 9, -1) for x in padded)
-    weights = plain_map(query[:, i : i + 1, j], keys, shares, "dot")
+    weights = plain_map(query[:, i : i + 1, j], keys, mixture, "dot")
     np.testing.assert_allclose(out[0, i, j], (weights @ values)[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
 def test_bfloat16_gradients_of_many_blocks_are_near_those_of_float32(kind):
-  shares = jnp.asarray([[0.3, 0.7]])
+  mixture = jnp.asarray([[0.3, 0.7]])
   inputs = arrays_of((1, 4096, 8), (1, 16, 8), (1, 16, 8))
-  attention = functools.partial(attend, shares=shares, similarity=Similarity(kind))
+  attention = functools.partial(attend, mixture=mixture, similarity=Similarity(kind))
   many = functools.partial(attention, block_elements=4 * 16 * 2)  # 1,024 blocks
   assert max(bfloat16_errors(many, *inputs)) < 0.01
   fused = functools.partial(
-    attend_parts, shares=shares, similarity=Similarity(kind), interpret=True
+    attend_parts, mixture=mixture, similarity=Similarity(kind), interpret=True
   )
   assert max(bfloat16_errors(fused, *inputs)) < 0.01
   inputs = arrays_of(*[(1, 16, 16, 8)] * 3)
-  local = functools.partial(attend_locally, shares=shares, window=15, similarity=Similarity(kind))
+  local = functools.partial(attend_locally, mixture=mixture, window=15, similarity=Similarity(kind))
   assert max(bfloat16_errors(local, *inputs)) < 0.01
 
 

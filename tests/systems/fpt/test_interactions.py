@@ -49,9 +49,9 @@ def test_golden_of_the_papers_formulas(load_golden, kind):
   maps = [nhwc(inputs[name]) for name in maps[kind]]
   apply = jax.jit(functools.partial(module.apply, mutable=["intermediates"]))
   out, state = apply(paper_variables(kind), *maps)
-  seen = state["intermediates"]
-  np.testing.assert_allclose(seen["shares"][0], outputs[f"{kind}/pi"], atol=1e-5)
-  np.testing.assert_allclose(seen["weights"][0], outputs[f"{kind}/weights"], atol=1e-5)
+  sown = state["intermediates"]
+  np.testing.assert_allclose(sown["mixture"][0], outputs[f"{kind}/pi"], atol=1e-5)
+  np.testing.assert_allclose(sown["weights"][0], outputs[f"{kind}/weights"], atol=1e-5)
   np.testing.assert_allclose(nchw(out), outputs[kind], atol=1e-5)
   blocks = module.clone(block_elements=400)  # 2 or 9 queries, of 48, at once
   alone = jax.jit(blocks.apply)(paper_variables(kind), *maps)
@@ -66,11 +66,10 @@ def official_module(name, config):
     )
   if name.startswith("gt_"):
     return official.OfficialGroundingTransformer(32), fpt_pt.module_rows("gt", name, "m")
-  rendering = "november_2020" if "nov" in name else "head"
   rows = fpt_pt.module_rows("rt", name, "m")
   if config.get("upsample"):  # the strided convolution under another norm's name
     rows += batch_norm_rows(f"{name}.bn_upsample", "m/added_norm")
-  return official.OfficialRenderingTransformer(32, rendering), rows
+  return official.OfficialRenderingTransformer(32), rows
 
 
 def module_variables(module, rows, published, maps):
@@ -100,7 +99,6 @@ MODULES = (
   "gt_dot",
   "rt",
   "rt_up",
-  "rt_nov2020",
   "rt_ratio4_repeat",
 )
 

@@ -44,7 +44,7 @@ def picture():
 def test_fractions_names_and_figures():
   found = predictor(lambda image: {"image": image})(picture())
   classes = found.record["classes"]
-  assert [(entry["label"], entry["name"], entry["share"]) for entry in classes] == [
+  assert [(entry["label"], entry["name"], entry["fraction"]) for entry in classes] == [
     (0, "dark", 0.75),
     (1, "bright", 0.25),
   ]
@@ -68,8 +68,8 @@ def test_padding_is_cropped():
 
   found = predictor(halved)(picture())
   assert found.pictures[""].shape == (8, 12, 3)
-  shares = {entry["name"]: entry["share"] for entry in found.record["classes"]}
-  assert abs(shares["bright"] - 0.25) < 0.1
+  fractions = {entry["name"]: entry["fraction"] for entry in found.record["classes"]}
+  assert abs(fractions["bright"] - 0.25) < 0.1
 
 
 def test_pyramid_levels_are_drawn():

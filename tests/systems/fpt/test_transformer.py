@@ -70,26 +70,17 @@ def test_parameter_counts_of_the_paper():
 
 
 @functools.cache
-def golden_model(name, rendering="head"):
+def golden_model(name):
   """The fixture's model and variables, by the public function."""
   path = golden_folder(name) / "weights.safetensors"
-  loaded = load_pretrained(str(path), rendering=rendering)
+  loaded = load_pretrained(str(path))
   return loaded.model, loaded.variables
 
 
-@pytest.mark.parametrize(
-  ("name", "variant"),
-  [
-    ("fpt_a", "head"),
-    ("fpt_gn_a", "head"),
-    pytest.param("fpt_a", "nov2020", marks=pytest.mark.slow),
-    pytest.param("fpt_gn_a", "nov2020", marks=pytest.mark.slow),
-  ],
-)
-def test_golden_of_the_code(load_golden, name, variant):
+@pytest.mark.parametrize("name", ["fpt_a", "fpt_gn_a"])
+def test_golden_of_the_code(load_golden, name):
   _, inputs, outputs = load_golden(name)
-  rendering = "november_2020" if variant == "nov2020" else "head"
-  model, variables = golden_model(name, rendering)
+  model, variables = golden_model(name)
   pyramid = [nhwc(inputs[f"res{i}"]) for i in range(2, 6)]
   out, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
     variables, pyramid
@@ -98,8 +89,6 @@ def test_golden_of_the_code(load_golden, name, variant):
   parts = {"st": "self", "gt": "ground", "rt": "render"}
   checked = 0
   for key, expected in outputs.items():
-    if not key.startswith(f"{variant}/"):
-      continue
     kind, *levels = key.split("/")[1].split("_")
     numbers = [int(level[1:]) - 2 for level in levels if level.startswith("p")]
     if kind in parts:
@@ -243,7 +232,6 @@ def test_levels_of_one_size_are_levels_too():
     ({"variant": "papper"}, "did you mean 'paper'"),
     ({"norm": "layer_norm"}, "unknown norm 'layer_norm'"),
     ({"variant": "official", "window": 3}, "window: variant"),
-    ({"variant": "official", "rendering": "tail"}, "unknown rendering 'tail'"),
     ({"self_parts": 3}, "32 channels cannot be split into 3 parts"),
     ({"lateral": False}, "level 0 has 6 channels"),
   ],

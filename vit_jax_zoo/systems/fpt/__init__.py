@@ -20,4 +20,9 @@ SYSTEM = System(
   several_inputs=("fpt_pyramid",),
   parts=("fpt_pyramid",),
   renamed_fields=(("model.*flavor", "variant"),),
+  removed_fields={
+    "model.neck_fields.rendering": "head",
+    "model.neck_fields.drop_block_size": 3,
+    "model.transformer.drop_block_size": 3,
+  },
 )

@@ -21,8 +21,8 @@ BLOCK_ELEMENTS = 2**22
 """Default maximum number of attention weights (all parts) in memory, per example."""
 
 FUSED_KEYS = 2**13
-"""Keys from which the fused kernel is faster: in blocks, their gradients, rewritten for each block,
-exceed a TPU's on-chip memory; fused, each part has a product with the values of its own."""
+"""Minimum number of keys for the fused kernel, which multiplies the values once per part. With more
+keys, the gradients of the blocked form, rewritten for each block, exceed a TPU's on-chip memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Similarity:
 DOT_PRODUCT = Similarity()
 
 
-def mixture_shares(x: Float[Array, "b m d"], weight: Float[Array, "p d"]) -> Float[Array, "b p"]:
-  """Returns the mixture coefficients of the parts: softmax over parts of weight . mean(x).
+def mixture_weights(x: Float[Array, "b m d"], weight: Float[Array, "p d"]) -> Float[Array, "b p"]:
+  """Returns the mixture weights of the parts: softmax over parts of weight . mean(x).
 
   `x` are the keys in the paper, the queries in the official code.
   """
@@ -53,14 +53,14 @@ def mixture_shares(x: Float[Array, "b m d"], weight: Float[Array, "p d"]) -> Flo
 def attention_map(
   query: Float[Array, "b n d"],
   key: Float[Array, "b m d"],
-  shares: Float[Array, "b p"],
+  mixture: Float[Array, "b p"],
   similarity: Similarity = DOT_PRODUCT,
 ) -> Float[Array, "b n m"]:
-  """Returns the whole float32 attention map, which `attend` never holds.
+  """Returns the full float32 attention map, which `attend` does not materialize.
 
-  `shares` are the mixture coefficients of the p parts, into which the d channels are split.
+  `mixture` has the weights of the p parts into which the d channels are split.
   """
-  parts = shares.shape[-1]
+  parts = mixture.shape[-1]
   query, key = _split(query, parts), _split(key, parts)
   wide = jnp.promote_types(query.dtype, jnp.float32)
   scores = jnp.einsum("bnpe,bmpe->bpnm", query, key, preferred_element_type=wide)
@@ -72,14 +72,14 @@ def attention_map(
   if similarity.key is not None and similarity.dropout_rate:
     keep = 1 - similarity.dropout_rate
     weights *= jax.random.bernoulli(similarity.key, keep, weights.shape) / keep
-  return jnp.einsum("bpnm,bp->bnm", weights, shares.astype(wide))
+  return jnp.einsum("bpnm,bp->bnm", weights, mixture.astype(wide))
 
 
 def attend(
   query: Float[Array, "b n d"],
   key: Float[Array, "b m d"],
   value: Float[Array, "b m c"],
-  shares: Float[Array, "b p"],
+  mixture: Float[Array, "b p"],
   similarity: Similarity = DOT_PRODUCT,
   *,
   block_elements: int = BLOCK_ELEMENTS,
@@ -92,7 +92,7 @@ def attend(
   has_dropout = similarity.key is not None and similarity.dropout_rate > 0
   large = key.shape[1] >= FUSED_KEYS and is_fused(query, query.shape[1], key.shape[1])
   if large and not has_dropout:
-    return attend_parts(query, key, value, shares, similarity)
+    return attend_parts(query, key, value, mixture, similarity)
 
   # The gradients of key and value are sums over all blocks, which JAX accumulates in the dtype of
   # the loop's constants; bfloat16 would drop terms smaller than 1/256 of the sum.
@@ -102,13 +102,13 @@ def attend(
     own = similarity
     if own.key is not None:
       own = dataclasses.replace(own, key=jax.random.fold_in(own.key, index))
-    weights = attention_map(block, wide_key.astype(key.dtype), shares, own)
+    weights = attention_map(block, wide_key.astype(key.dtype), mixture, own)
     weights, values = weights.astype(value.dtype), wide_value.astype(value.dtype)
     total = jnp.einsum("bnm,bmc->bnc", weights, values, preferred_element_type=wide_value.dtype)
     return total.astype(value.dtype)
 
   batch, count, width = query.shape
-  weights_per_query = key.shape[1] * shares.shape[-1]
+  weights_per_query = key.shape[1] * mixture.shape[-1]
   blocks = math.ceil(count / max(1, block_elements // weights_per_query))
   if blocks <= 1:
     return of_block(query, jnp.zeros((), jnp.int32))
@@ -124,13 +124,13 @@ def attend_parts(
   query: Float[Array, "b n d"],
   key: Float[Array, "b m d"],
   value: Float[Array, "b m c"],
-  shares: Float[Array, "b p"],
+  mixture: Float[Array, "b p"],
   similarity: Similarity = DOT_PRODUCT,
   *,
   interpret: bool = False,
 ) -> Float[Array, "b n c"]:
   """Returns `attend` without dropout from the fused kernel, with the parts as heads."""
-  parts = shares.shape[-1]
+  parts = mixture.shape[-1]
   query, key = (_split(x, parts).swapaxes(1, 2) for x in (query, key))
   if similarity.kind == "euclidean":
     # 2 q.k - |k|^2 as a product: the key has |k|^2, as a sum of three bfloat16s, in more channels.
@@ -143,13 +143,13 @@ def attend_parts(
     query = jnp.concatenate([2 * query, -ones], axis=-1)
   values = jnp.broadcast_to(value[:, None], (len(value), parts, *value.shape[1:]))
   each = attend_fused(query * similarity.scale, key, values, interpret=interpret)
-  return jnp.einsum("bpnc,bp->bnc", each, shares.astype(each.dtype))
+  return jnp.einsum("bpnc,bp->bnc", each, mixture.astype(each.dtype))
 
 
 def local_attention_map(
   query: Float[Array, "b h w d"],
   key: Float[Array, "b y x d"],
-  shares: Float[Array, "b p"],
+  mixture: Float[Array, "b p"],
   window: int,
   similarity: Similarity = DOT_PRODUCT,
 ) -> Float[Array, "b h w k"]:
@@ -158,7 +158,7 @@ def local_attention_map(
   Keys outside the map are zeros, and take part. If the maps' sizes differ, the window is centred on
   the key at the same relative position, rounded down. There is no dropout.
   """
-  queries = _split(_float32(query), shares.shape[-1])
+  queries = _split(_float32(query), mixture.shape[-1])
   padded = _float32(_pad_window(key, window))
 
   @jax.checkpoint
@@ -171,19 +171,19 @@ def local_attention_map(
 
   # One offset of all windows at a time: no array holds a window of channels per position.
   weights = jax.nn.softmax(jax.lax.map(scores, jnp.arange(window**2)), axis=0)
-  return jnp.einsum("kbhwp,bp->bhwk", weights, shares.astype(weights.dtype))
+  return jnp.einsum("kbhwp,bp->bhwk", weights, mixture.astype(weights.dtype))
 
 
 def attend_locally(
   query: Float[Array, "b h w d"],
   key: Float[Array, "b y x d"],
   value: Float[Array, "b y x c"],
-  shares: Float[Array, "b p"],
+  mixture: Float[Array, "b p"],
   window: int,
   similarity: Similarity = DOT_PRODUCT,
 ) -> Float[Array, "b h w c"]:
   """Returns the values in each query's window, weighted by `local_attention_map`."""
-  weights = local_attention_map(query, key, shares, window, similarity)
+  weights = local_attention_map(query, key, mixture, window, similarity)
   by_offset = jnp.moveaxis(weights, -1, 0)[..., None]
   padded = _float32(_pad_window(value, window))
 

@@ -19,10 +19,10 @@ from vit_jax_zoo.tasks import base
 from vit_jax_zoo.tasks.detection_utils import image_size
 
 IGNORE = 255  # label of ignored pixels
-MOST_ROWS = 4  # maximum number of images with label maps
-MOST_NAMES = 24  # maximum number of classes in the legend, those with the most pixels first
-MOST_IMAGES = 3  # maximum number of images with attention maps
-MOST_POSITIONS = 64**2  # of the finest level: whole attention maps are computed
+MAX_ROWS = 4  # maximum number of images with label maps
+MAX_NAMES = 24  # maximum number of classes in the legend, those with the most pixels first
+MAX_IMAGES = 3  # maximum number of images with attention maps
+MAX_POSITIONS = 64**2  # of the finest level, whose full attention map is computed
 _CELL = 2.6  # inches
 
 
@@ -35,12 +35,12 @@ def draw_label_maps(
 
   Batches are those of `SemanticSegmentation`. Labels without class name are shown as numbers.
   """
-  rows = real_rows(batch)[:MOST_ROWS]
+  rows = real_rows(batch)[:MAX_ROWS]
   heads = ("image", "truth") if predicted is None else ("image", "truth", "predicted", "errors")
   figure, axes = _grid(max(len(rows), 1), heads, batch["image"].shape[1:3])
   title = "Training batch" if predicted is None else "Truth and predictions"
   figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
-  seen = [np.zeros(0, np.int64)]
+  labels = [np.zeros(0, np.int64)]
   for line, row in zip(axes, rows, strict=False):
     image = image_of(batch, row)
     part = (row, slice(image.shape[0]), slice(image.shape[1]))
@@ -48,17 +48,17 @@ def draw_label_maps(
     labelled = truth != IGNORE
     show(line[0], image)
     show(line[1], color_labels(truth))
-    seen.append(truth[labelled])
+    labels.append(truth[labelled])
     if predicted is not None:
-      guess = np.asarray(predicted)[part].astype(np.int64)
-      wrong = (truth != guess) & labelled
+      prediction = np.asarray(predicted)[part].astype(np.int64)
+      wrong = (truth != prediction) & labelled
       gray = (0.6 * image.mean(axis=-1, keepdims=True) + 90).clip(0, 255)
-      show(line[2], color_labels(guess))
+      show(line[2], color_labels(prediction))
       show(line[3], np.where(wrong[..., None], (220, 30, 30), gray).astype(np.uint8))
       correct = 1 - wrong.sum() / max(int(labelled.sum()), 1)
       line[3].set_xlabel(f"{correct:.1%} correct", fontsize=9, color=QUIET)
-      seen.append(guess.ravel())
-  _legend(figure, np.concatenate(seen), class_names)
+      labels.append(prediction.ravel())
+  _legend(figure, np.concatenate(labels), class_names)
   return figure
 
 
@@ -77,7 +77,7 @@ def label_color(label: int) -> tuple[int, int, int]:
   if label < len(COLORS):
     red, green, blue = bytes.fromhex(COLORS[label][1:])
     return red, green, blue
-  hue = (label * 0.61803398875) % 1.0  # golden ratio: new hues lie between old ones
+  hue = (label * 0.61803398875) % 1.0  # golden ratio: new hues are between old ones
   # Darker and lighter than the palette, so that neither is confused with it.
   lightness, saturation = (0.26, 0.82)[label % 2], (0.9, 0.6)[label // 2 % 2]
   red, green, blue = (round(255 * c) for c in colorsys.hls_to_rgb(hue, lightness, saturation))
@@ -85,8 +85,8 @@ def label_color(label: int) -> tuple[int, int, int]:
 
 
 def _legend(figure: Figure, labels: Int[np.ndarray, " n"], class_names: Sequence[str]) -> None:
-  found, counts = np.unique(labels, return_counts=True)
-  shown = np.sort(found[np.argsort(-counts, kind="stable")[:MOST_NAMES]]).tolist()
+  present, counts = np.unique(labels, return_counts=True)
+  shown = np.sort(present[np.argsort(-counts, kind="stable")[:MAX_NAMES]]).tolist()
   colors = {label: "#{:02x}{:02x}{:02x}".format(*label_color(label)) for label in shown}
   patches = [Patch(color=colors[label], label=name_of(label, class_names)) for label in shown]
   if patches:
@@ -111,14 +111,14 @@ def _grid(
 def explain_attention(
   run: Callable[[base.Batch], Mapping[str, Any]], batch: base.Batch, size_multiple: int = 1
 ) -> dict[str, Any]:
-  """Returns the attention maps of one query position, for the first images of a batch; traced.
+  """Returns the attention maps of one query position, for the first images of a batch.
 
   `run` returns the transformer's intermediates of a batch; its model pads images to
   `size_multiple`. The position is the batch's `query_position` float [b 2], relative to the images'
   sides, or `target_centers`. Returns `image`; `positions` [b 2]; `sizes` int32 [l 2] and `levels`,
   see `attention_rows`.
   """
-  batch = {key: jnp.asarray(value)[:MOST_IMAGES] for key, value in batch.items()}
+  batch = {key: jnp.asarray(value)[:MAX_IMAGES] for key, value in batch.items()}
   batch = pad_batch(batch, size_multiple)
   positions = jnp.asarray(batch.get("query_position", target_centers(batch)), jnp.float32)
   sown = run(batch)
@@ -136,7 +136,7 @@ def attention_rows(
   """
   sizes = _level_sizes(sown)
   height, width = max(sizes)
-  if height * width > MOST_POSITIONS:
+  if height * width > MAX_POSITIONS:
     raise base.NoExplanation(
       f"attention maps of {height}x{width} positions are too large; use smaller images"
     )
@@ -175,12 +175,12 @@ def _rows(
 def pad_batch(batch: base.Batch, multiple: int) -> base.Batch:
   """Pads images to multiples of a number, as the model does: its maps then cover the image."""
   images = jnp.asarray(batch["image"])
-  framed = pad_images(images, multiple)
-  after = {**batch, "image": framed, "image_size": image_size(batch)}
+  larger = pad_images(images, multiple)
+  padded = {**batch, "image": larger, "image_size": image_size(batch)}
   if "query_position" in batch:
-    before, sides = (jnp.asarray([x.shape[1:3]], jnp.float32) for x in (images, framed))
-    after["query_position"] = jnp.asarray(batch["query_position"]) * (before / sides)
-  return after
+    before, after = (jnp.asarray([x.shape[1:3]], jnp.float32) for x in (images, larger))
+    padded["query_position"] = jnp.asarray(batch["query_position"]) * (before / after)
+  return padded
 
 
 def target_centers(batch: base.Batch) -> Float[Array, "b 2"]:

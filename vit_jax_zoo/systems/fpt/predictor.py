@@ -18,7 +18,6 @@ class SegmentationPredictor:
   reads: ClassVar[frozenset[str]] = frozenset({"explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Compiles the prediction."""
     if options.explain and getattr(trained.model, "neck", None) != "fpt":
       raise ValueError("--explain: a model without transformer has no attention maps")
     self._trained, self._explain = trained, options.explain
@@ -28,9 +27,9 @@ class SegmentationPredictor:
   def __call__(self, image: Image) -> Prediction:
     """Returns `classes`, largest first, and images in the input's size.
 
-    Each class has `label`, `name` if known, `share` (fraction of the pixels) and `confidence` (mean
-    probability over them). Images: "" the overlay, "labels" the colored label map, "ids" the label
-    map as class ids; with `explain` "levels", the attention maps.
+    Each class has `label`, `name` if known, `fraction` of the pixels, and their mean `confidence`.
+    Images: "" the overlay, "labels" the colored label map, "ids" the label map as class ids; with
+    `explain` "levels", the attention maps.
     """
     prepared = self._trained.prepare(image)
     example = {key: np.asarray(prepared[key]) for key in {"image", "image_size"} & prepared.keys()}
@@ -58,7 +57,7 @@ class SegmentationPredictor:
       {
         "label": int(label),
         **({"name": names[label]} if label < len(names) else {}),
-        "share": float(count / labels.size),
+        "fraction": float(count / labels.size),
         "confidence": float(confidence[labels == label].mean()),
       }
       for label, count in zip(found[order], counts[order], strict=True)

@@ -1,6 +1,6 @@
 """FPT for semantic segmentation, arXiv:2007.09451: dilated ResNet, pyramid, FPT, pixel classifier.
 
-No code of these networks was released. Choices where the paper is silent, as usual: a 3x3
+No code of these networks was released. Not stated in the paper, and chosen as usual: a 3x3
 convolution joins the levels before the classifier; an optional auxiliary classifier on c4
 (arXiv:1612.01105, section 3.2).
 """
@@ -31,7 +31,6 @@ class GlobalConvolution(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
-    """Returns a map of the same size."""
     if self.kernel_size < 1 or self.kernel_size % 2 == 0:
       raise ValueError(f"kernel_sizes: {self.kernel_size}; expected odd numbers")
     if self.kernel_size == 1:
@@ -91,8 +90,7 @@ class PyramidSegmenter(nn.Module):
 
   num_classes: int = 19
   width: int = 256  # channels of the pyramid's levels
-  # kernel sizes of the pyramid, from the finest to the coarsest level
-  kernel_sizes: Sequence[int] = (1, 7, 15, 31)
+  kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # of the pyramid, see `UnscathedPyramid`
   neck: str = "fpt"  # "fpt", or "ufp": the pyramid without transformer, the paper's baseline
   # window of the grounding transformers; None: all positions. The paper does not state it.
   window: int | None = 5
@@ -137,7 +135,6 @@ class PyramidSegmenter(nn.Module):
 
   @property
   def level_names(self) -> tuple[str, ...]:
-    """Names of the pyramid's levels."""
     return tuple(f"kernel {size}" for size in self.kernel_sizes)
 
   def _classify(

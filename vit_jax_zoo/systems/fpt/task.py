@@ -44,8 +44,8 @@ class SemanticSegmentation(base.Task):
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
   per_class: bool = False  # also evaluates each class
-  # pretrained ImageNet classifier for the backbone, used without `init_from`: a file with a ResNet,
-  # see `weights.backbones`, or a workdir
+  # pretrained ImageNet classifier for the backbone, used without `init_from`: a workdir, or a file
+  # with a ResNet, see `weights.backbones`
   backbone_file: str | None = None
 
   def __post_init__(self) -> None:

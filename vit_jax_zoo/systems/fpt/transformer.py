@@ -1,8 +1,8 @@
 """Feature pyramid transformer (FPT): attention within and across the levels of a feature pyramid.
 
 Zhang et al., "Feature Pyramid Transformer", ECCV 2020, arXiv:2007.09451, section 3. The authors'
-code (ZHANGDONG-NJUST/FPT at c7c76f9) computes something else than the paper, and does not run as
-published; no trained weights of it were released. `variant` selects one of the two:
+code (ZHANGDONG-NJUST/FPT at c7c76f9) differs from the paper and does not run as published; no
+trained weights were released. `variant` selects one of the two:
 
 | topic                 | "paper"                              | "official"                        |
 |-----------------------|--------------------------------------|-----------------------------------|
@@ -19,16 +19,14 @@ published; no trained weights of it were released. `variant` selects one of the 
 | grounding in a window | for segmentation: `window`           | another module, used nowhere      |
 | rendering: gate       | mean key                             | 1x1 of the mean, norm, ReLU       |
 | rendering: gate acts  | before the 3x3 convolution           | after it and its batch norm       |
-| rendering: fine map   | one convolution strided by the ratio | stride 2, repeated; before        |
-|                       |                                      | November 2020: left out           |
+| rendering: fine map   | one convolution strided by the ratio | stride 2, repeated                |
 | rendering: output     | as it is                             | batch norms, sum, ReLU            |
 | unused parameters     | none                                 | two kernels of each rendering     |
 | DropBlock             | on each output in training           | created, never applied            |
 | joining               | concatenation, 3x3 convolution to `width` channels, in both           |
 
-Not stated in the paper: whether the projections `query`, `key`, `value` have a bias (none here),
-and the norms after the lateral and joining convolutions (`norm`). It is not known which of the two
-variants the published results were obtained with.
+The paper does not state whether the projections `query`, `key` and `value` have a bias (none here),
+the norms after the lateral and joining convolutions (`norm`), and the variant of its results.
 
 "official" has two fixes, without which that code does not run: the last reshape of the grounding
 transformer, and rendering transformers of non-adjacent levels, which downsample the fine map
@@ -58,23 +56,22 @@ from vit_jax_zoo.systems.fpt.attention import (
   attend_locally,
   attention_map,
   local_attention_map,
-  mixture_shares,
+  mixture_weights,
 )
 from vit_jax_zoo.systems.fpt.figures import draw_attention, explain_attention
 
 TRANSFORMER_VARIANTS = ("paper", "official")
-RENDERINGS = ("head", "november_2020")
 
 
 class MixtureTransformer(nn.Module):
   """Attention from one map to another by a mixture of softmaxes; mixture from the mean key.
 
-  Sows the attention map as `weights` [b h*w y*x], or [b h w window^2], if "intermediates" is
-  mutable. It is the whole map: use small images.
+  Sows `mixture` [b p], and the full attention map as `weights` [b h*w y*x], or [b h w window^2], if
+  "intermediates" is mutable: use small images.
   """
 
   width: int  # output channels, a multiple of `num_parts`
-  num_parts: int  # softmaxes, each over its part of the channels; N in the paper
+  num_parts: int  # softmaxes, each of its part of the channels; N in the paper
   similarity: str  # "dot" or "euclidean"
   window: int | None = None  # odd side of the window of keys around each query; None: all keys
   block_elements: int = BLOCK_ELEMENTS  # see `attend`
@@ -91,9 +88,9 @@ class MixtureTransformer(nn.Module):
       for name, source in (("query", x), ("key", context), ("value", context))
     )
     shape, flat = (self.num_parts, self.width), (len(x), -1, self.width)
-    mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
-    shares = mixture_shares(key.reshape(flat), mixture)
-    self.sow("intermediates", "shares", shares)
+    projection = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
+    mixture = mixture_weights(key.reshape(flat), projection)
+    self.sow("intermediates", "mixture", mixture)
     if self.window is None:
       query, key, value = (y.reshape(flat) for y in (query, key, value))
       weigh = attention_map
@@ -103,8 +100,8 @@ class MixtureTransformer(nn.Module):
       attention = functools.partial(attend_locally, window=self.window)
     similarity = Similarity(self.similarity)
     if self.is_mutable_collection("intermediates"):
-      self.sow("intermediates", "weights", weigh(query, key, shares, similarity=similarity))
-    attended = attention(query, key, value, shares, similarity=similarity)
+      self.sow("intermediates", "weights", weigh(query, key, mixture, similarity=similarity))
+    attended = attention(query, key, value, mixture, similarity=similarity)
     return attended.reshape(*x.shape[:3], self.width)
 
 
@@ -165,16 +162,16 @@ class OfficialSelfTransformer(nn.Module):
     query = query_key(x).reshape(flat)
     key = query_key(pooled).reshape(flat)
     value = _pointwise(self.width, self.dtype, name="value")(pooled).reshape(flat)
-    shares = jnp.ones((len(x), 1), jnp.float32)
+    mixture = jnp.ones((len(x), 1), jnp.float32)
     if self.num_parts > 1:
       shape = (self.num_parts, self.width)
-      mixture = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
-      shares = mixture_shares(query, mixture)
+      projection = self.param("mixture", pytorch_uniform(self.num_parts), shape, jnp.float32)
+      mixture = mixture_weights(query, projection)
     key_of_dropout = self.make_rng("dropout") if train and self.dropout_rate > 0 else None
     similarity = Similarity("dot", self.width**-0.5, self.dropout_rate, key_of_dropout)
     if self.is_mutable_collection("intermediates"):
-      self.sow("intermediates", "weights", attention_map(query, key, shares, similarity))
-    attended = attend(query, key, value, shares, similarity, block_elements=self.block_elements)
+      self.sow("intermediates", "weights", attention_map(query, key, mixture, similarity))
+    attended = attend(query, key, value, mixture, similarity, block_elements=self.block_elements)
     attended = attended.reshape(*x.shape[:3], self.width)
     out = _pointwise(self.width, self.dtype, use_bias=False, name="out")(attended)
     return BatchNorm(dtype=self.dtype, name="norm")(out, train=train) + x
@@ -209,14 +206,9 @@ class OfficialGroundingTransformer(nn.Module):
 
 
 class OfficialRenderingTransformer(nn.Module):
-  """A coarse map gated by the mean of a fine one, plus the downsampled fine one.
-
-  With rendering "november_2020" the sum has the coarse map instead of the fine one, which then only
-  contributes the gate.
-  """
+  """A coarse map gated by the mean of a fine one, plus the downsampled fine one."""
 
   width: int  # channels of both maps and of the output
-  rendering: str = "head"
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -224,21 +216,17 @@ class OfficialRenderingTransformer(nn.Module):
     self, x: Float[Array, "b h w c"], fine: Float[Array, "b y x c"], *, train: bool
   ) -> Float[Array, "b h w d"]:
     """Returns the new coarse map. The sides of `fine` are a power of two times those of `x`."""
-    check_names("rendering", [self.rendering], RENDERINGS)
     ratio = side_ratio((fine.shape[1], fine.shape[2]), (x.shape[1], x.shape[2]))
     mean = jnp.mean(fine, (1, 2), keepdims=True, dtype=jnp.promote_types(fine.dtype, jnp.float32))
     gate = _pointwise(self.width, self.dtype, use_bias=False, name="gate")(mean.astype(fine.dtype))
     gate = nn.relu(BatchNorm(dtype=self.dtype, name="gate_norm")(gate, train=train))
     gated = _conv3x3(self.width, self.dtype, name="refine")(x)
     gated = BatchNorm(dtype=self.dtype, name="refine_norm")(gated, train=train) * gate
-    if self.rendering == "november_2020":
-      added = _pointwise(self.width, self.dtype, use_bias=False, name="reduce")(x)
-    else:
-      halve = _conv3x3(self.width, self.dtype, stride=1 if ratio == 1 else 2, name="halve")
-      added = fine
-      for _ in range(max(1, int(math.log2(ratio)))):
-        added = halve(added)
-      _Unused((fine.shape[-1], self.width), name="reduce")()
+    halve = _conv3x3(self.width, self.dtype, stride=1 if ratio == 1 else 2, name="halve")
+    added = fine
+    for _ in range(max(1, int(math.log2(ratio)))):
+      added = halve(added)
+    _Unused((fine.shape[-1], self.width), name="reduce")()
     _Unused((2 * self.width, self.width), name="concat")()
     return nn.relu(BatchNorm(dtype=self.dtype, name="added_norm")(added, train=train) + gated)
 
@@ -256,8 +244,8 @@ class _Unused(nn.Module):
 class FeaturePyramidTransformer(nn.Module):
   """Maps a feature pyramid to one of the same sizes (figure 2).
 
-  Levels are numbered from the finest, 0: `ground_0_1`: level 0 attends to level 1; `render_1_0`:
-  level 0 is rendered into level 1.
+  Levels are numbered from the finest, 0: in `ground_0_1`, level 0 attends to level 1; in
+  `render_1_0`, level 0 is rendered into level 1.
   """
 
   width: int = 256  # channels of all levels inside and of the output
@@ -265,16 +253,14 @@ class FeaturePyramidTransformer(nn.Module):
   # norm after lateral and joining convolutions, see `conv_norm`; group norm has 32 groups.
   # "official" always has batch norm inside.
   norm: str = "none"
-  rendering: str = "head"  # of the official variant, "head" or "november_2020"
-  self_parts: int = 2  # softmaxes in the self-transformers' mixtures
-  ground_parts: int = 4  # softmaxes in the paper's grounding transformers' mixtures
-  # window of the paper's locality-constrained grounding transformer; None: all positions
+  self_parts: int = 2  # softmaxes in the self-transformers' mixtures; N of section 3.2
+  ground_parts: int = 4  # softmaxes in the paper's grounding transformers' mixtures (section 3.3)
+  # window of the locality-constrained grounding transformer (section 3.3); None: all positions
   window: int | None = None
-  # a 1x1 convolution maps each level to `width` channels; without it levels need as many
+  # a 1x1 convolution maps each level to `width` channels; False for the segmentation's pyramid
   lateral: bool = True
-  drop_block_rate: float = 0.0  # DropBlock rate on the outputs in training
-  drop_block_size: int = 3  # side of DropBlock's squares
-  dropout_rate: float = 0.1  # dropout on the official self-transformers' attention maps
+  drop_block_rate: float = 0.0  # of the outputs in training; the paper lists DropBlock
+  dropout_rate: float = 0.1  # of the official self-transformers' attention maps
   block_elements: int = BLOCK_ELEMENTS  # see `attention.attend`
   dtype: Dtype = "float32"  # of the computation; parameters, softmaxes, statistics are float32
 
@@ -306,8 +292,7 @@ class FeaturePyramidTransformer(nn.Module):
         self.sow("intermediates", f"{name}_output", part)
       joined = jnp.concatenate([*map(shard_batch, parts.values()), x], axis=-1)
       output = self._conv(f"join_{i}", shard_batch(joined), 3, train=train)
-      drop = DropBlock(self.drop_block_rate, self.drop_block_size, name=f"drop_block_{i}")
-      outputs.append(drop(output, train=train))
+      outputs.append(DropBlock(self.drop_block_rate, name=f"drop_block_{i}")(output, train=train))
     return tuple(outputs)
 
   def _self(self, name: str, x: Float[Array, "b h w d"], *, train: bool) -> Array:
@@ -330,8 +315,7 @@ class FeaturePyramidTransformer(nn.Module):
   ) -> Float[Array, "b h w d"]:
     if self.variant == "paper":
       return RenderingTransformer(self.width, self.dtype, name=name)(x, fine)
-    official = OfficialRenderingTransformer(self.width, self.rendering, self.dtype, name=name)
-    return official(x, fine, train=train)
+    return OfficialRenderingTransformer(self.width, self.dtype, name=name)(x, fine, train=train)
 
   def _conv(
     self, name: str, x: Float[Array, "b h w c"], size: int, *, train: bool

@@ -39,9 +39,8 @@ from vit_jax_zoo.weights.torch_layouts import (
 FINEST, LEVELS = 2, 4  # the file's levels are p2 to p5
 BODY = "Conv_Body."  # prefix of the keys in a detector
 
-IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*", r".*\.str_conv3x3\.weight")
-"""Keys that may remain unread: counters, second names of shared convolutions (compared separately),
-and kernels that rendering="november_2020" does not have."""
+IGNORE = (rf".*\.{COUNTER}", r".*\.conv_ks\..*")
+"""Unread keys: counters, and second names of shared convolutions (compared separately)."""
 
 
 # Layers of the modules: 1x1 convolutions, 3x3 convolutions, batch norms.
@@ -106,12 +105,10 @@ def infer_fields(published: Mapping[str, Array], source: str, prefix: str = "") 
   if f"{prefix}fpt_p2.1.weight" in published:
     averaged = f"{prefix}fpt_p2.1.running_mean" in published
     norm = "batch_norm" if averaged else "group_norm"
-  halves = f"{prefix}rt_p5_p4.str_conv3x3.weight" in published
   return {
     "width": published[f"{prefix}st_p5.conv_qs.weight"].shape[0],
     "variant": "official",
     "norm": norm,
-    "rendering": "head" if halves else "november_2020",
     "self_parts": 1 if mixture is None else mixture.shape[0],
   }
 

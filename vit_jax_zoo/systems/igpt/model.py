@@ -50,7 +50,7 @@ class ImageGPT(nn.Module):
   scan_layers: bool = True  # scans the blocks
   attention_implementation: Implementation = None  # see `nn.attention.Implementation`
 
-  def setup(self) -> None:  # noqa: D102 Linen's
+  def setup(self) -> None:
     check_positive(self, "num_colors", "num_positions", "width", "depth", "num_heads")
     check_num_classes(self)
     colors, positions = (self.num_colors, self.width), (self.num_positions, self.width)

@@ -27,7 +27,6 @@ class FeaturePyramid(nn.Module):
   top_down: bool = True  # adds the upsampled coarser level to each level
   norm: str = "none"  # norm of all convolutions, see `conv_norm`
   drop_block_rate: float = 0.0  # of the outputs in training; arXiv:1810.12890
-  drop_block_size: int = 3  # side of DropBlock's squares
   dtype: Dtype = "float32"
 
   @nn.compact
@@ -44,7 +43,7 @@ class FeaturePyramid(nn.Module):
     results = []
     for level, x in enumerate(inner):
       x = conv_norm(self, f"output_{level}", x, self.width, 3, train=train)
-      drop = DropBlock(self.drop_block_rate, self.drop_block_size, name=f"drop_block_{level}")
+      drop = DropBlock(self.drop_block_rate, name=f"drop_block_{level}")
       results.append(shard_batch(drop(x, train=train)))
     return tuple(results)
 
