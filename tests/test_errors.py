@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import io
 import logging
-import re
 import signal
 import subprocess
 import sys
@@ -36,28 +35,28 @@ def demo_with(**fields):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"model__name": "vit_tii16"}, r"unknown model 'vit_tii16'; did you mean 'vit_ti16'\?"),
-    ({"model__widht": 8}, r"'widht'; did you mean 'width'\?"),
-    ({"task__name": "clasification"}, r"unknown task .* did you mean 'classification'\?"),
-    ({"task__label_smothing": 0.1}, r"did you mean 'label_smoothing'\?"),
-    ({"data__train__source": "demo:digit"}, r"unknown demo 'digit'; did you mean 'digits'\?"),
-    ({"data__train__source": "dmo:digits"}, r"unknown kind of source 'dmo'; did you mean 'demo'\?"),
-    ({"data__train__split": "trian"}, r"unknown split 'trian'; did you mean 'train'\?"),
+    ({"model__name": "vit_tii16"}, "'vit_tii16'.*'vit_ti16'"),
+    ({"model__widht": 8}, "'widht'.*'width'"),
+    ({"task__name": "clasification"}, "'clasification'.*'classification'"),
+    ({"task__label_smothing": 0.1}, "'label_smothing'.*'label_smoothing'"),
+    ({"data__train__source": "demo:digit"}, "demo 'digit'.*'digits'"),
+    ({"data__train__source": "dmo:digits"}, "source 'dmo'.*'demo'"),
+    ({"data__train__split": "trian"}, "split 'trian'.*'train'"),
     ({"data__train__source": "tfds:imagenet2012", "data__train__data_dir": "/nowhere"},
-     r"imagenet2012 is not prepared .* vit_jax_zoo.data.prepare --dataset=imagenet2012 .*demo:"),
+     "data.prepare --dataset=imagenet2012 .*demo:"),
     ({"data__train__source": "folder:/nowhere/at/all"}, r"/nowhere/at/all"),
     ({"batch_size": 12, "sharding__mesh__data": 8},
-     r"batch_size 12 cannot be split evenly over 8 device"),
-    ({"sharding__mesh__data": 3}, r"mesh data=3 x fsdp=1 x model=1 does not fit 8 device"),
-    ({"data__loader__num_worker": 1}, r"'num_worker'; did you mean 'num_workers'\?"),
+     "batch_size 12 .*8 device"),
+    ({"sharding__mesh__data": 3}, "mesh data=3 .*8 device"),
+    ({"data__loader__num_worker": 1}, "'num_worker'.*'num_workers'"),
     ({"data__loader__num_workers": -1}, "data.loader.num_workers is -1"),
-    ({"checkpoint__best": "tset/accuracy"}, "checkpoint.best 'tset'; did you mean 'test'"),
-    ({"num_steps": None}, "must set num_steps or num_epochs"),
-    ({"model__dtype": "fp16"}, "dtype of vit_.* 'fp16'; .*bfloat16, float16"),
-    ({"model__dtype": "float16"}, "config.model.dtype: float16 does not run on CPUs"),
-    ({"data__train__source": "../photos"}, r"did you mean folder:\.\./photos\?"),
+    ({"checkpoint__best": "tset/accuracy"}, "checkpoint.best 'tset'.*'test'"),
+    ({"num_steps": None}, "num_steps or num_epochs"),
+    ({"model__dtype": "fp16"}, "dtype of vit_.* 'fp16'.*bfloat16"),
+    ({"model__dtype": "float16"}, "config.model.dtype: float16"),
+    ({"data__train__source": "../photos"}, r"folder:\.\./photos\?"),
     ({"data__train__source": "Folder:/nowhere"}, "did you mean 'folder'"),
-    ({"data__train__source": "tfds:/nowhere/1.0.0"}, "tfds:/nowhere/1.0.0 does not exist"),
+    ({"data__train__source": "tfds:/nowhere/1.0.0"}, "tfds:/nowhere/1.0.0"),
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -78,14 +77,14 @@ def trace_step(config):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"optimizer__name": "adamv"}, r"unknown optimizer 'adamv'; did you mean 'adam'\?"),
-    ({"optimizer__learning_rat": 1.0}, r"'learning_rat'.* did you mean 'learning_rate'\?"),
-    ({"optimizer__schedule__name": "cosin"}, r"did you mean 'cosine'\?"),
-    ({"model__patch_size": 3}, "image height: 8 pixels; .*token stride 3"),
-    ({"model__num_classes": 7}, "num_classes: 7 in the model; expected 10"),
-    ({"data__train__transforms": [{"name": "random_flp"}]}, r"did you mean 'random_flip'\?"),
+    ({"optimizer__name": "adamv"}, "'adamv'.*'adam'"),
+    ({"optimizer__learning_rat": 1.0}, "'learning_rat'.*'learning_rate'"),
+    ({"optimizer__schedule__name": "cosin"}, "'cosin'.*'cosine'"),
+    ({"model__patch_size": 3}, "image height: 8 .*stride 3"),
+    ({"model__num_classes": 7}, "num_classes: 7 .*10"),
+    ({"data__train__transforms": [{"name": "random_flp"}]}, "'random_flp'.*'random_flip'"),
     ({"task__num_classes": 4, "task__class_names": (), "model__num_classes": 4},
-     r"has label \d, expected 0..3 \(num_classes=4\)"),
+     r"label \d.*num_classes=4"),
   ],
   ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -135,11 +134,11 @@ def test_corrupt_image_skipped_and_counted(folder_with_broken_image):
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("configs/vti.py", r"there is no config file configs/vti.py; did you mean configs/vit.py\?"),
-    ("vti", r"did you mean configs/vit.py\?"),
-    ("configs/vit.py:dmo", r"unknown variant 'dmo'; did you mean 'demo'\?"),
-    ("configs/vit.py:demo,num_step=3", r"'num_step'; did you mean 'num_steps'\?"),
-    ("configs/vit.py:demo,num_steps=x", r"demo,num_steps='x': expected a whole number"),
+    ("configs/vti.py", r"configs/vti.py.*configs/vit.py\?"),
+    ("vti", r"configs/vit.py\?"),
+    ("configs/vit.py:dmo", "variant 'dmo'.*'demo'"),
+    ("configs/vit.py:demo,num_step=3", "'num_step'.*'num_steps'"),
+    ("configs/vit.py:demo,num_steps=x", "demo,num_steps='x': "),
   ],
 )
 def test_misspelt_config_raises(argument, message):
@@ -211,23 +210,23 @@ time.sleep(60)
 @pytest.mark.parametrize(
   ("flag", "message"),
   [
-    ("--config.ema_deca=1", "unknown field of config 'ema_deca'; did you mean 'ema_decay'"),
-    ("--config.chekpoint.every=1", "unknown section of config 'chekpoint'; did you mean 'checkp"),
-    ("--config.data.eval.tset.split=x", "unknown section of config.data.eval 'tset'; did you mean"),
-    ("--config.sharding=x", "--config.sharding is a section; set its fields: --config.sharding."),
+    ("--config.ema_deca=1", "config 'ema_deca'.*'ema_decay'"),
+    ("--config.chekpoint.every=1", "config 'chekpoint'.*'checkpoint'"),
+    ("--config.data.eval.tset.split=x", "config.data.eval 'tset'.*'test'"),
+    ("--config.sharding=x", "--config.sharding is a section"),
     ("--config.batch_size=abc", "--config.batch_size=abc: "),
     ("--config.ema_decay=abc", "--config.ema_decay=abc: "),
-    ("--config.data.train.transforms=abc", "transforms=abc: expected a list"),
-    ("--config.seed", "--config.seed has no value; write --config.seed=value"),
-    ("--workdir", "unexpected argument '--workdir'"),
-    ("--config.checkpoint.score_best=True", "is now --config.checkpoint.eval_best_at_end"),
-    ("--config.data.train.mixed_with=()", "is now --config.data.train.extra_sources"),
-    ("--config.data.train.label_rule=x", "is now --config.data.train.derived_labels"),
-    ("--config.task.cutmix_share=1", "is now --config.task.cutmix_fraction"),
+    ("--config.data.train.transforms=abc", "transforms=abc: "),
+    ("--config.seed", "--config.seed .*--config.seed="),
+    ("--workdir", "argument '--workdir'"),
+    ("--config.checkpoint.score_best=True", "now --config.checkpoint.eval_best_at_end"),
+    ("--config.data.train.mixed_with=()", "now --config.data.train.extra_sources"),
+    ("--config.data.train.label_rule=x", "now --config.data.train.derived_labels"),
+    ("--config.task.cutmix_share=1", "now --config.task.cutmix_fraction"),
   ],
 )
 def test_invalid_override_raises(flag, message):
-  with pytest.raises(ValueError, match=re.escape(message)) as error:
+  with pytest.raises(ValueError, match=message) as error:
     config_lib.apply_overrides(config_lib.load("configs/vit.py"), [flag])
   assert "\n" not in str(error.value)
 
@@ -256,17 +255,17 @@ def test_overrides_set_and_add_fields():
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"num_steps": 0}, "num_steps is 0; expected an integer, at least 1"),
+    ({"num_steps": 0}, "num_steps is 0"),
     ({"num_steps": -3}, "num_steps is -3"),
-    ({"seed": -1}, "seed is -1; expected an integer, at least 0"),
-    ({"seed": 1 << 64}, "seed is .*; expected .* below"),
-    ({"batch_size": 0}, "batch_size is 0; expected an integer, at least 1"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 1 << 64}, "seed is 1844"),
+    ({"batch_size": 0}, "batch_size is 0"),
     ({"accumulation_steps": 0}, "accumulation_steps is 0"),
-    ({"ema_decay": 1.5}, r"ema_decay is 1.5; expected a number in \[0, 1\)"),
-    ({"eval_every": 1.5}, "eval_every is 1.5; expected an integer, at least 0, or a fraction of"),
-    ({"log_every": -5}, "log_every is -5; expected an integer, at least 0"),
+    ({"ema_decay": 1.5}, "ema_decay is 1.5"),
+    ({"eval_every": 1.5}, "eval_every is 1.5"),
+    ({"log_every": -5}, "log_every is -5"),
     ({"checkpoint__best_mode": "mx"}, "did you mean 'max'"),
-    ({"model": {}}, "the config does not set 'model'"),
+    ({"model": {}}, "not set 'model'"),
   ],
 )
 def test_values_out_of_range_raise(fields, message):

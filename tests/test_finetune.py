@@ -241,10 +241,10 @@ def test_best_checkpoint_exported_with_class_names(photo_run, photo_folder, tmp_
 @pytest.mark.parametrize(
   ("argument", "message"),
   [
-    ("model=vit_b61", "published weights 'vit_b61'; did you mean 'vit_b16'"),
-    ("model=detr_r50", "unknown classifier 'detr_r50'"),
-    ("model=lambda_resnet_152", "published weights 'lambda_resnet_152'.* init_from="),
-    ("data=folder:x", "unknown field of finetune 'data'"),
+    ("model=vit_b61", "'vit_b61'.*'vit_b16'"),
+    ("model=detr_r50", "classifier 'detr_r50'"),
+    ("model=lambda_resnet_152", "'lambda_resnet_152'.* init_from="),
+    ("data=folder:x", "finetune 'data'"),
   ],
 )
 def test_invalid_config_arguments_raise(argument, message):

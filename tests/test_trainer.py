@@ -141,7 +141,7 @@ def test_model_without_explanations(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
   ("metrics", "best", "message"),
   [
-    (("acuracy",), None, r"data\.eval\.test\.metrics.*'acuracy'; did you mean 'accuracy'"),
+    (("acuracy",), None, r"data\.eval\.test\.metrics.*'acuracy'.*'accuracy'"),
     (("loss",), None, r"data\.eval\.test\.metrics lacks 'accuracy'"),
     (("accuracy",), "test/loss", r"data\.eval\.test\.metrics lacks 'loss'"),
   ],
@@ -262,7 +262,7 @@ def test_eval_only_without_checkpoint_raises(tmp_path):
 
 
 def test_profile_outside_run_raises(tmp_path):
-  with pytest.raises(ValueError, match=r"--profile=9:12: outside .* 1 to 4"):
+  with pytest.raises(ValueError, match=r"--profile=9:12: .*1 to 4"):
     run(tiny(), tmp_path, profile=(9, 12))
 
 

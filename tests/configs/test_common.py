@@ -51,21 +51,20 @@ def test_other_variant():
 @pytest.mark.parametrize(
   ("arg", "message"),
   [
-    ("dmo", "unknown variant 'dmo'; did you mean 'demo'? Known: b16_other, demo"),
-    ("demo,num_step=3", "unknown field of demo 'num_step'; did you mean 'num_steps'? Known: "),
-    ("b16_other,flip=true", "unknown field of b16_other 'flip'; known: image_size"),
-    ("demo,flip=yes", "demo,flip='yes': expected true or false"),
-    ("demo,flip=1", "demo,flip='1': expected true or false"),
-    ("demo,num_steps=1.5", "demo,num_steps='1.5': expected a whole number, such as 10"),
-    ("demo,rate=fast", "demo,rate='fast': expected a number, such as 0.1"),
-    ("demo,flip", "'demo,flip': 'flip' is no field; expected"),
+    ("dmo", "variant 'dmo'.*'demo'.*b16_other, demo"),
+    ("demo,num_step=3", "field of demo 'num_step'.*'num_steps'"),
+    ("b16_other,flip=true", "field of b16_other 'flip'.*image_size"),
+    ("demo,flip=yes", "demo,flip='yes': "),
+    ("demo,flip=1", "demo,flip='1': "),
+    ("demo,num_steps=1.5", "demo,num_steps='1.5': .* 10"),
+    ("demo,rate=fast", "demo,rate='fast': .* 0.1"),
+    ("demo,flip", "'demo,flip': 'flip'"),
     ("demo,rate=1,rate=2", "rate: set twice in"),
   ],
 )
 def test_invalid_text_raises(arg, message):
-  with pytest.raises(ValueError) as error:  # noqa: PT011 the message is checked below
+  with pytest.raises(ValueError, match=message) as error:
     common.build(arg, VARIANTS)
-  assert str(error.value).startswith(message)
   assert "\n" not in str(error.value)
 
 

@@ -272,7 +272,7 @@ class TestErrors:
       train_batches(Pictures(3), PLAIN, batch_size=8, seed=0, **options)
 
   def test_num_classes_of_model_checked(self):
-    with pytest.raises(ValueError, match=r"expected 0\.\.1 \(num_classes=2\)"):
+    with pytest.raises(ValueError, match=r"0\.\.1 \(num_classes=2\)"):
       take(1, Pictures(9), PLAIN, batch_size=9, seed=0, num_classes=2)
 
   def test_different_shapes_raise(self, class_folders):
@@ -291,7 +291,7 @@ class TestErrors:
 
   def test_transform_error_names_example(self):
     crop = build_transforms([dict(name="central_crop", size=99)])
-    with pytest.raises(ValueError, match=r"pictures/\d\.png: crop of 99x99"):
+    with pytest.raises(ValueError, match=r"pictures/\d\.png: .*99x99"):
       take(1, Pictures(8), crop, batch_size=4, seed=0)
 
   @pytest.mark.parametrize(

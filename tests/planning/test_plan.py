@@ -248,16 +248,15 @@ def command(*arguments, **environment):
 @pytest.mark.parametrize(
   ("platform", "topology", "message"),
   [
-    ("tpu", "v5q:2x2", "unknown TPU 'v5q'; did you mean 'v5p'?"),
+    ("tpu", "v5q:2x2", "TPU 'v5q'.*'v5p'"),
     ("tpu", None, "--topology is missing"),
     ("cpu", "v5e:2x2", "--topology=v5e:2x2"),
-    ("gpu", None, "unknown platform 'gpu'"),
+    ("gpu", None, "platform 'gpu'"),
   ],
 )
 def test_find_machine_errors(platform, topology, message):
-  with pytest.raises(ValueError) as error:  # noqa: PT011 the message is checked below
+  with pytest.raises(ValueError, match=message) as error:
     find_machine(platform, topology)
-  assert str(error.value).startswith(message)
   assert "\n" not in str(error.value)
 
 

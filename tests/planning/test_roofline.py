@@ -1,4 +1,4 @@
-"""The least time of a step, and what is known of chips."""
+"""Lower bound on step time; the table of chips."""
 
 import pytest
 
@@ -16,7 +16,7 @@ CHIP = Chip(memory=16e9, memory_bandwidth=1e12, network_bandwidth=1e11, peak_flo
     (1e13, 1e11, 3e11, 3.0, "network"),
   ],
 )
-def test_the_slowest_decides(flops, memory, network, seconds, bound):
+def test_step_time_of_slowest_resource(flops, memory, network, seconds, bound):
   least = roofline(CHIP, flops=flops, memory_bytes=memory, network_bytes=network)
   assert least.step == pytest.approx(seconds)
   assert least.bound == bound
@@ -34,11 +34,11 @@ def test_the_slowest_decides(flops, memory, network, seconds, bound):
     ("NVIDIA H100 80GB HBM3", 80e9, 989e12),
   ],
 )
-def test_chips_by_the_name_that_jax_has_for_them(kind, memory, peak):
+def test_find_chip_by_jax_device_kind(kind, memory, peak):
   chip = find_chip(kind)
   assert (chip.memory, chip.peak_flops) == (memory, peak)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "TPU v99", "NVIDIA GeForce"])
-def test_nothing_is_made_up(kind):
+def test_unknown_chip_is_none(kind):
   assert find_chip(kind) is None

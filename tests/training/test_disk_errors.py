@@ -25,7 +25,7 @@ def one_line(message):
 def test_log_disk_full_raises_and_resumes(tmp_path):
   with MetricWriter(tmp_path) as writer:
     writer.write_scalars(1, {"loss": 1.0})
-  message = f"the log cannot be written to {tmp_path}"
+  message = f"the log .*{tmp_path}"
   with small_files(1000), one_line(message), MetricWriter(tmp_path, resume_step=1) as writer:
     for step in range(2, 100):
       writer.write_scalars(step, {"loss": 1.0})
@@ -36,7 +36,7 @@ def test_log_disk_full_raises_and_resumes(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 4096])
 def test_figures_and_texts_disk_full_raises(tmp_path, size):
-  message = f"the log cannot be written to {tmp_path}"
+  message = f"the log .*{tmp_path}"
   with small_files(size), one_line(message), MetricWriter(tmp_path) as writer:
     for step in range(20):
       writer.write_figures(step, {"batch": Figure()})

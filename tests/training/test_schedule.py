@@ -90,20 +90,20 @@ def test_warmup_fraction_of_run():
 @pytest.mark.parametrize(
   ("schedule", "message"),
   [
-    ({"name": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
-    ({"name": "cosine", "warm_steps": 1}, "cosine schedule 'warm_steps'; .*'warmup_steps'"),
+    ({"name": "cosin"}, "'cosin'.*'cosine'"),
+    ({"name": "cosine", "warm_steps": 1}, "'warm_steps'.*'warmup_steps'"),
     ({"name": "linear", "warmup_steps": -1}, "warmup_steps is -1"),
     ({"name": "linear", "warmup_steps": 2.5}, "warmup_steps is 2.5"),
     (
       {"name": "linear", "warmup_start": 1.5},
-      "warmup_start is 1.5; expected a fraction of the rate",
+      "warmup_start is 1.5",
     ),
-    ({"name": "step"}, "either `boundaries` or `every`"),
+    ({"name": "step"}, "`boundaries` or `every`"),
     ({"name": "step", "every": 0}, "every >= 1"),
     ({"name": "step", "boundaries": [5, 3]}, "must ascend"),
     ({"name": "step", "boundaries": [5], "factors": [1, 2]}, "one factor each"),
     ({"name": "rsqrt", "timescale": 0}, "timescale is 0"),
-    ({"name": "rsqrt", "end_value": 0.1}, "no effect without cooldown_steps"),
+    ({"name": "rsqrt", "end_value": 0.1}, "cooldown_steps"),
   ],
 )
 def test_invalid_schedule_raises(schedule, message):

@@ -35,11 +35,11 @@ def test_mesh_sizes(sizes, expected):
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [
-    ({"data": 3}, "data=3 x fsdp=1 x model=1 does not fit 8 device"),
-    ({"data": -1, "model": 3}, "does not fit 8 device"),
-    ({"data": -1, "fsdp": -1}, "does not fit 8 device"),
-    ({"data": 0, "fsdp": -1}, "does not fit 8 device"),
-    ({"dta": -1}, "unknown mesh axis 'dta'; did you mean 'data'?"),
+    ({"data": 3}, "data=3 .*8 device"),
+    ({"data": -1, "model": 3}, "8 device"),
+    ({"data": -1, "fsdp": -1}, "8 device"),
+    ({"data": 0, "fsdp": -1}, "8 device"),
+    ({"dta": -1}, "'dta'.*'data'"),
   ],
 )
 def test_invalid_mesh_raises(sizes, message):
@@ -76,8 +76,8 @@ def test_parameter_specs_right_aligned_first_match():
 @pytest.mark.parametrize(
   ("shape", "spec", "message"),
   [
-    ((6, 128), ("fsdp", None), r"'w' \(6, 128\): dimension 0 has 6 elements, .*'fsdp' has 4"),
-    ((128,), ("fsdp", None), "it names 2 dimensions"),
+    ((6, 128), ("fsdp", None), r"'w' \(6, 128\): dimension 0 .*'fsdp' has 4"),
+    ((128,), ("fsdp", None), "2 dimensions"),
   ],
 )
 def test_inapplicable_rule_raises(shape, spec, message):

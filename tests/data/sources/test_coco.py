@@ -235,7 +235,7 @@ class TestErrors:
   def test_missing_folder_raises(self, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"coco:.* is no folder"):
       load_source(f"coco:{tmp_path}/nowhere", "train")
-    with pytest.raises(ValueError, match=r"has no annotations/instances_\*\.json"):
+    with pytest.raises(ValueError, match=r"annotations/instances_\*\.json"):
       load_source(f"coco:{tmp_path}", "train")
 
   def test_missing_image_raises_or_skipped(self, tmp_path):
@@ -244,7 +244,7 @@ class TestErrors:
     (tmp_path / "train2017" / "009.jpg").unlink()
     assert source.missing() == [1]
     assert load_source(f"coco:{tmp_path}", "train[1:]+train[:2]").missing() == [0, 3]
-    with pytest.raises(FileNotFoundError, match=r"1 files are missing: .*009\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"1 files .*009\.jpg"):
       eval_batches(source, TRAIN, batch_size=3)
     batches = eval_batches(source, TRAIN, batch_size=3, on_corrupt="skip")
     assert next(iter(batches))["mask"].tolist() == [True, False, True]
@@ -259,7 +259,7 @@ class TestErrors:
     source = load_source(name, "train")
     assert source.missing() == [0, 1]
     for index in (0, 1):
-      with pytest.raises(ValueError, match=r"00[59]\.jpg .*not a regular file"):
+      with pytest.raises(ValueError, match=r"00[59]\.jpg .*regular file"):
         source[index]
 
   def test_image_size_mismatch_raises(self, tmp_path):

@@ -134,7 +134,7 @@ def test_ambiguous_held_out_split_raises(folders, split, known, tmp_path):
   for name in folders:
     (tmp_path / name / "x").mkdir(parents=True)
     (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
-  with pytest.raises(ValueError, match=f"unknown split '{split}'.*[Kk]nown: choose, fit, {known}$"):
+  with pytest.raises(ValueError, match=f"split '{split}'.* choose, fit, {known}$"):
     load_source(f"folder:{tmp_path}", split)
 
 
@@ -169,7 +169,7 @@ def test_class_names_order(class_folders, tmp_path):
 def test_invalid_folder_raises(tmp_path):
   with pytest.raises(FileNotFoundError, match=r"is no folder"):
     load_source(f"folder:{tmp_path}/none", "train")
-  with pytest.raises(ValueError, match="has no images in class folders"):
+  with pytest.raises(ValueError, match="no images"):
     load_source(f"folder:{tmp_path}", "train")
   with pytest.raises(ValueError, match="folder:gs://bucket/x"):
     load_source("folder:gs://bucket/x", "train")
@@ -225,7 +225,7 @@ def test_split_folder_without_classes_raises(tmp_path):
 @pytest.mark.parametrize("paths", ["fold1/x fold1/y fold2/x fold2/y", "x/train x/test y/other"])
 def test_nested_folders_raise(paths, tmp_path):
   write(tmp_path, *(f"{path}/{i}.png" for path in paths.split() for i in range(2)))
-  with pytest.raises(ValueError, match=r"expected <class>/<image> or train"):
+  with pytest.raises(ValueError, match="<class>/<image> or train"):
     load_source(f"folder:{tmp_path}", "train")
 
 
@@ -242,7 +242,7 @@ def test_class_named_train(tmp_path):
 @pytest.mark.parametrize("inner", ["train/x", "x", "sub", "train/x/z"])
 def test_enclosing_folder_suggested(inner, tmp_path):
   write(tmp_path, f"dataset/{inner}/1.png", "dataset/y/2.png")
-  with pytest.raises(ValueError, match=rf"did you mean folder:{tmp_path}/dataset\?"):
+  with pytest.raises(ValueError, match=rf"folder:{tmp_path}/dataset\?"):
     load_source(f"folder:{tmp_path}", "train")
 
 
@@ -261,7 +261,7 @@ def test_class_folders_unicode_normalised(tmp_path):
 
 def test_nested_dataset_suggested_extra_folder_logged(tmp_path, caplog):
   write(tmp_path, "a/b/train/x/1.png", "a/b/test/x/1.png", "a/b/extra/x/1.png")
-  with pytest.raises(ValueError, match=rf"did you mean folder:{tmp_path}/a/b\?"):
+  with pytest.raises(ValueError, match=rf"folder:{tmp_path}/a/b\?"):
     load_source(f"folder:{tmp_path}", "train")
   load_source(f"folder:{tmp_path}/a/b", "train")
   assert "ignored beside the split folders: extra" in caplog.text

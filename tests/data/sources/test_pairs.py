@@ -54,7 +54,7 @@ def test_cufed5_missing_reference_raises(tmp_path):
   folder = tmp_path / "test/CUFED5"
   assert len(load_source(f"pairs:{folder}", "test")) == 2
   (folder / "001_3.png").unlink()
-  with pytest.raises(FileNotFoundError, match=r"001_0\.png: no reference 001_3\.png"):
+  with pytest.raises(FileNotFoundError, match=r"001_0\.png: .*001_3\.png"):
     load_source(f"pairs:{folder}", "test")
 
 
@@ -116,7 +116,7 @@ def test_multiple_references(tmp_path):
   assert [level(data) for data in example["reference"]] == [1, 2, 10]
   with pytest.raises(FileNotFoundError, match=r"a\.jpg: no reference number 4"):
     load_source(name, "train", reference="4")
-  with pytest.raises(FileNotFoundError, match=r"b\.jpg: no reference of its name"):
+  with pytest.raises(FileNotFoundError, match=r"b\.jpg: no reference"):
     load_source(name, "validation")
 
 

@@ -179,7 +179,7 @@ class TestTransforms:
       self.run([LOAD], self.example() | {"label_map": encode(photo(), "PNG")})
     with pytest.raises(ValueError, match=r"pad_label_map: .*20x20"):
       self.run([LOAD, dict(name="pad_label_map", height=20, width=20)], self.example())
-    with pytest.raises(ValueError, match=r"random_scale: smallest is .*largest"):
+    with pytest.raises(ValueError, match="random_scale: smallest"):
       build_transforms([dict(name="random_scale", smallest=2.0, largest=1.0)])
 
 
@@ -187,7 +187,7 @@ def test_label_out_of_range_raises(tmp_path):
   plain(tmp_path)
   source = load_source(f"segments:{tmp_path}", "train")
   with (
-    pytest.raises(ValueError, match=r"png has label 3, expected 0\.\.2"),
+    pytest.raises(ValueError, match=r"png .*label 3, .*0\.\.2"),
     train_batches(source, build_transforms(PADDED), batch_size=2, seed=0, num_classes=3) as batches,
   ):
     next(batches)

@@ -61,15 +61,15 @@ def test_percentages_partition_split():
 @pytest.mark.parametrize(
   ("split", "message"),
   [
-    ("trian", "unknown split 'trian'; did you mean 'train'"),
+    ("trian", "split 'trian'.*'train'"),
     ("train[:5", "malformed split"),
     ("train[5:5]", "has no example"),
   ],
 )
 def test_invalid_split_raises(split, message):
-  with pytest.raises(ValueError, match="numbers") as error:
+  with pytest.raises(ValueError, match=message) as error:
     labels(split, {"train": 10})
-  assert message in str(error.value)
+  assert "numbers" in str(error.value)
   assert "\n" not in str(error.value)
 
 
@@ -83,17 +83,16 @@ def test_index_out_of_range_raises():
 @pytest.mark.parametrize(
   ("name", "options", "message"),
   [
-    ("dmeo:digits", {}, "did you mean 'demo'"),
-    ("demo:digit", {}, "unknown demo 'digit'; did you mean 'digits'"),
+    ("dmeo:digits", {}, "'dmeo'.*'demo'"),
+    ("demo:digit", {}, "demo 'digit'.*'digits'"),
     ("demo", {}, "has no location"),
-    ("../photos", {}, "did you mean folder:../photos"),
-    ("tfds:x", {"datadir": "/"}, "did you mean 'data_dir'"),
+    ("../photos", {}, r"folder:\.\./photos\?"),
+    ("tfds:x", {"datadir": "/"}, "'datadir'.*'data_dir'"),
   ],
 )
 def test_invalid_name_raises(name, options, message):
-  with pytest.raises(ValueError, match=r"did you mean|no location") as error:
+  with pytest.raises(ValueError, match=message) as error:
     load_source(name, "train", **options)
-  assert message in str(error.value)
   assert "\n" not in str(error.value)
 
 
@@ -107,17 +106,16 @@ def test_equal_or_unnamed_classes_accepted():
 @pytest.mark.parametrize(
   ("names", "difference"),
   [
-    (("ant", "cow"), "label 1 is 'bee' in a (2 classes) and 'cow' in b (2)"),
-    (("bee", "ant"), "label 0 is 'ant' in a (2 classes) and 'bee' in b (2)"),
-    (("ant",), "label 1 is 'bee' in a (2 classes) and no class in b (1)"),
-    (("ant", "bee", "cow"), "label 2 is no class in a (2 classes) and 'cow' in b (3)"),
+    (("ant", "cow"), "label 1 .*'bee'.*'cow'"),
+    (("bee", "ant"), "label 0 .*'ant'.*'bee'"),
+    (("ant",), "label 1 .*'bee'.*no class"),
+    (("ant", "bee", "cow"), "label 2 .*no class.*'cow'"),
   ],
 )
 def test_different_class_named_in_error(names, difference):
   train, other = DatasetInfo("a", 1, 2, ("ant", "bee")), DatasetInfo("b", 1, len(names), names)
-  with pytest.raises(ValueError, match="the evaluation 'test'") as error:
+  with pytest.raises(ValueError, match=f"the evaluation 'test'.*{difference}") as error:
     check_same_classes(train, other, "the evaluation 'test'")
-  assert difference in str(error.value)
   assert "\n" not in str(error.value)
 
 

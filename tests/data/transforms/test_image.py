@@ -246,17 +246,16 @@ class TestBuild:
   @pytest.mark.parametrize(
     ("spec", "message"),
     [
-      (dict(name="random_flop"), "unknown transform 'random_flop'; did you mean 'random_flip'"),
-      (dict(name="resize", sise=3), "field of transform 'resize' 'sise'; did you mean 'size'"),
-      (dict(name="resize"), "transform 'resize' needs the field 'size'"),
-      (dict(size=3), "unknown transform 'None'"),
+      (dict(name="random_flop"), "transform 'random_flop'.*'random_flip'"),
+      (dict(name="resize", sise=3), "transform 'resize' 'sise'.*'size'"),
+      (dict(name="resize"), "transform 'resize' .*'size'"),
+      (dict(size=3), "transform 'None'"),
       (dict(name="resize", size=3, dtype="float23"), "did you mean 'float32'"),
     ],
   )
   def test_invalid_specs_raise(self, spec, message):
-    with pytest.raises(ValueError, match=r"known|needs") as error:
+    with pytest.raises(ValueError, match=message) as error:
       build_transforms([spec])
-    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
   def test_registered_transforms_documented_and_frozen(self):
