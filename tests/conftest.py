@@ -113,7 +113,7 @@ def golden_json(request):
     if differ:  # an assertion would report both files in full
       lines = [f"{k}: {expected.get(k, 'absent')} -> {found.get(k, 'absent')}" for k in differ[:20]]
       pytest.fail(
-        f"{path.name} differs in {len(differ)} places; if that is meant, run pytest "
+        f"{path.name} differs in {len(differ)} places; if intended, run pytest "
         "--update-goldens and review the diff\n" + "\n".join(lines),
         pytrace=False,
       )

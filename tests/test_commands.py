@@ -71,8 +71,8 @@ def test_predict_unusual_images(tmp_path):
     with Image.open(tmp_path / "out" / name) as image:
       assert image.size[0] > 100
   for name in bad:
-    shown = name.replace("\x1b", r"\x1b")
-    assert f"{shown} cannot be read" in done.stderr
+    escaped = name.replace("\x1b", r"\x1b")
+    assert f"{escaped} cannot be read" in done.stderr
   assert "\x1b" not in done.stderr
   assert f"{len(good)} of {len(records)} images done" in done.stderr
   assert "Traceback" not in done.stderr

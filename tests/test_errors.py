@@ -348,13 +348,13 @@ def test_command_error_one_line_without_traceback(tmp_path):
 def test_control_characters_escaped(capsys):
   """File and class names must not move the cursor or change the terminal's title."""
   name = "a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
-  shown = r"a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
+  escaped = r"a\x1b]0;title\x07\x9b2J\u202ecat.jpg"
   with pytest.raises(SystemExit), cli.one_line_errors(show_traceback=False):
     raise ValueError(f"{name}: cannot be read")
-  assert capsys.readouterr().err == f"error: {shown}: cannot be read\n"
+  assert capsys.readouterr().err == f"error: {escaped}: cannot be read\n"
   cli.log_plainly()
   record = logging.makeLogRecord({"msg": "%s: %s", "args": (name, "größer\tals\nzwei")})
-  assert absl_logging.get_absl_handler().format(record).endswith(f"{shown}: größer\tals\nzwei")
+  assert absl_logging.get_absl_handler().format(record).endswith(f"{escaped}: größer\tals\nzwei")
 
 
 def test_line_break_in_name_escaped():

@@ -80,7 +80,7 @@ def test_training_shapes_fixed_size(system, variant, shapes):
   source = stand_in.load(train.source, train.split)
   transforms = build_transforms(train.transforms)
   kinds = pipeline.training_shapes(source, transforms, batch_size=64, seed=0)
-  assert [share for share, _ in kinds] == [1.0]
+  assert [fraction for fraction, _ in kinds] == [1.0]
   found = {key: value.shape[1:] for key, value in kinds[0][1].items()}
   assert shapes.items() <= found.items()
 
@@ -93,7 +93,7 @@ def test_training_shapes_several_sizes():
     source, build_transforms(train.transforms), batch_size=8, seed=0, buckets=6
   )
   assert 2 <= len(kinds) <= 7
-  assert sum(share for share, _ in kinds) == pytest.approx(1)
+  assert sum(fraction for fraction, _ in kinds) == pytest.approx(1)
   for _, batch in kinds:
     height, width = batch["image"].shape[1:3]
     assert max(height, width) <= 1344  # 1333, to the next multiple of 32

@@ -39,8 +39,8 @@ def rgb(gray):
 
 
 def on_white(image, alpha):
-  share = np.asarray(alpha, float)[..., None] / 255
-  return np.round(image * share + 255 * (1 - share)).astype(np.uint8)
+  weight = np.asarray(alpha, float)[..., None] / 255
+  return np.round(image * weight + 255 * (1 - weight)).astype(np.uint8)
 
 
 def swapped_profile():

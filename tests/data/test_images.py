@@ -90,11 +90,11 @@ def test_reduced_decode_averages(reduce, image_format):
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "GIF", "WEBP"])
-@pytest.mark.parametrize("share", [0.1, 0.6, 0.95])
-def test_truncated_file_corrupt(image_format, share):
+@pytest.mark.parametrize("fraction", [0.1, 0.6, 0.95])
+def test_truncated_file_corrupt(image_format, fraction):
   data = encode(PHOTO, image_format)
   with pytest.raises(CorruptExampleError, match=r"bytes\)"):
-    decode_image(data[: int(len(data) * share)])
+    decode_image(data[: int(len(data) * fraction)])
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\xff\xd8\xff\xd9", b"GIF8"])
@@ -138,9 +138,9 @@ class TestResize:
     """On noise, the hardest case; bilinear has at least 1.35 times the error."""
     noise = np.random.default_rng(0).integers(256, size=(90, 120, 3), dtype=np.uint8)
     height, width = round(90 / scale), round(120 / (1 + (scale - 1) / 2))
-    wanted = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
+    expected = Image.fromarray(noise).resize((width, height), Image.Resampling.BILINEAR)
     errors = {
-      method: np.abs(images.resize(noise, height, width, method).astype(int) - wanted).mean()
+      method: np.abs(images.resize(noise, height, width, method).astype(int) - expected).mean()
       for method in ("bilinear", "area", "antialias")
     }
     assert errors["antialias"] < errors["bilinear"] / 1.35

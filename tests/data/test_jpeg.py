@@ -19,7 +19,7 @@ KINDS = {
   "rough": dict(quality=10),
   "restart markers by rows": dict(restart_marker_rows=1),
   "restart markers by blocks": dict(restart_marker_blocks=3),
-  "own huffman tables": dict(optimize=True),
+  "custom huffman tables": dict(optimize=True),
   "thumbnail": dict(exif=b"Exif\0\0" + encode(photo(20, 20))),
 }
 UNUSUAL = {
@@ -88,11 +88,11 @@ def test_implausible_header_rejected(height):
   assert images.read_jpeg_header(bytes(data)) is None
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.6, 0.95])
-def test_truncated_below_rows_corrupt(share):
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 0.6, 0.95])
+def test_truncated_below_rows_corrupt(fraction):
   data = encode(photo(200, 200))
   with pytest.raises(CorruptExampleError):
-    images.decode_image(data[: int(len(data) * share)], rows=8)
+    images.decode_image(data[: int(len(data) * fraction)], rows=8)
 
 
 def test_damaged_header_decoded_or_corrupt():

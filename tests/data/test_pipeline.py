@@ -18,11 +18,11 @@ RANDOM = build_transforms(
 PLAIN = build_transforms([dict(name="resize", size=8)])
 
 
-class Pictures(Source):
+class Images(Source):
   """`count` PNGs whose label is their index; those in `corrupt` are truncated."""
 
   def __init__(self, count, corrupt=(), num_classes=1000, labels=None):
-    self.info = DatasetInfo("pictures", count, num_classes)
+    self.info = DatasetInfo("images", count, num_classes)
     self._data = [encode(photo(20, 24, seed=i), "PNG") for i in range(min(count, 8))]
     self._corrupt = frozenset(corrupt)
     self._labels = labels
@@ -33,7 +33,7 @@ class Pictures(Source):
     return {"image": image, "label": self._labels[index] if self._labels else index}
 
   def example_name(self, index):
-    return f"pictures/{index}.png"
+    return f"images/{index}.png"
 
 
 def take(count, *args, **options):
@@ -56,7 +56,7 @@ def assert_same(batches, others):
 
 @pytest.fixture(scope="module")
 def reference():
-  return take(12, Pictures(30), RANDOM, batch_size=8, seed=3)
+  return take(12, Images(30), RANDOM, batch_size=8, seed=3)
 
 
 class TestTrain:
@@ -69,65 +69,65 @@ class TestTrain:
   @pytest.mark.parametrize("hosts", [1, 2, 4])
   def test_hosts_split_global_batch(self, reference, hosts):
     parts = [
-      take(12, Pictures(30), RANDOM, batch_size=8, seed=3, process_index=p, process_count=hosts)
+      take(12, Images(30), RANDOM, batch_size=8, seed=3, process_index=p, process_count=hosts)
       for p in range(hosts)
     ]
     assert_same(joined(parts), reference)
 
   def test_batches_independent_of_threads(self, reference):
-    assert_same(take(12, Pictures(30), RANDOM, batch_size=8, seed=3, num_threads=3), reference)
+    assert_same(take(12, Images(30), RANDOM, batch_size=8, seed=3, num_threads=3), reference)
 
   def test_batches_independent_of_worker_processes(self, reference):
     options = dict(batch_size=8, seed=3, start_step=5, num_workers=2)
-    assert_same(take(7, Pictures(30), RANDOM, **options), reference[5:])
+    assert_same(take(7, Images(30), RANDOM, **options), reference[5:])
 
   @pytest.mark.parametrize("step", [1, 5, 11])
   def test_resume_same_batches(self, reference, step):
     options = dict(batch_size=8, seed=3, start_step=step)
-    assert_same(take(12 - step, Pictures(30), RANDOM, **options), reference[step:])
+    assert_same(take(12 - step, Images(30), RANDOM, **options), reference[step:])
 
   def test_resume_with_other_host_count(self, reference):
     options = dict(batch_size=8, seed=3, start_step=9, process_count=2)
-    parts = [take(3, Pictures(30), RANDOM, **options, process_index=p) for p in range(2)]
+    parts = [take(3, Images(30), RANDOM, **options, process_index=p) for p in range(2)]
     assert_same(joined(parts), reference[9:])
 
   def test_resume_at_large_step(self):
-    batch = take(1, Pictures(30), PLAIN, batch_size=8, seed=3, start_step=10**9)[0]
+    batch = take(1, Images(30), PLAIN, batch_size=8, seed=3, start_step=10**9)[0]
     assert batch["label"].max() < 30
 
   def test_epochs_are_permutations(self):
     labels = np.concatenate(
-      [b["label"] for b in take(12, Pictures(24), PLAIN, batch_size=8, seed=0)]
+      [b["label"] for b in take(12, Images(24), PLAIN, batch_size=8, seed=0)]
     ).reshape(4, 24)
     for epoch in labels:
       assert sorted(epoch) == list(range(24))
     assert len({tuple(epoch) for epoch in labels}) == 4
 
   def test_epoch_not_multiple_of_batch_size(self):
-    batches = take(7, Pictures(10), PLAIN, batch_size=4, seed=0)
+    batches = take(7, Images(10), PLAIN, batch_size=4, seed=0)
     labels = np.concatenate([b["label"] for b in batches])
     assert sorted(labels[:10]) == sorted(labels[10:20]) == list(range(10))
 
   @pytest.mark.parametrize("count", [1, 3])
   def test_fewer_examples_than_batch(self, count):
-    batch = take(1, Pictures(count), PLAIN, batch_size=6, seed=0)[0]
+    batch = take(1, Images(count), PLAIN, batch_size=6, seed=0)[0]
     assert np.bincount(batch["label"]).tolist() == [6 // count] * count
 
   def test_seed_changes_order(self, reference):
-    other = take(1, Pictures(30), RANDOM, batch_size=8, seed=4)[0]
+    other = take(1, Images(30), RANDOM, batch_size=8, seed=4)[0]
     assert not np.array_equal(other["label"], reference[0]["label"])
 
   def test_augmentation_differs_by_epoch_and_row(self):
-    batches = take(4, Pictures(1), RANDOM, batch_size=4, seed=0)
+    batches = take(4, Images(1), RANDOM, batch_size=4, seed=0)
     images = {image.tobytes() for batch in batches for image in batch["image"]}
     assert len(images) > 12
 
   @pytest.mark.parametrize("hosts", [1, 2])
   def test_aug_repeats(self, hosts):
     options = dict(batch_size=12, seed=3, repeats=3, process_count=hosts)
-    parts = [take(4, Pictures(16), RANDOM, **options, process_index=p) for p in range(hosts)]
+    parts = [take(4, Images(16), RANDOM, **options, process_index=p) for p in range(hosts)]
     batches = list(joined(parts))
-    once = take(4, Pictures(16), RANDOM, batch_size=4, seed=3)
+    once = take(4, Images(16), RANDOM, batch_size=4, seed=3)
     for batch, few in zip(batches, once, strict=True):
       np.testing.assert_array_equal(batch["label"], np.tile(few["label"], 3))
       images = {image.tobytes() for image in batch["image"]}
@@ -137,7 +137,7 @@ class TestTrain:
 
   def test_encoded_images_decoded(self):
     flips = build_transforms([dict(name="one_hot", num_classes=50)])
-    batch = take(1, Pictures(9), flips, batch_size=3, seed=0)[0]
+    batch = take(1, Images(9), flips, batch_size=3, seed=0)[0]
     assert batch["image"].shape == (3, 20, 24, 3)
     assert batch["label"].shape == (3, 50)
 
@@ -146,7 +146,7 @@ class TestEval:
   @pytest.mark.parametrize("hosts", [1, 2, 4])
   @pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 21])
   def test_every_example_evaluated_once(self, hosts, count):
-    source = Pictures(count)
+    source = Images(count)
     parts = [
       eval_batches(source, PLAIN, batch_size=8, process_index=p, process_count=hosts)
       for p in range(hosts)
@@ -161,11 +161,11 @@ class TestEval:
     assert seen == list(range(count))
 
   def test_second_iteration_equal(self):
-    batches = eval_batches(Pictures(9), RANDOM, batch_size=4)
+    batches = eval_batches(Images(9), RANDOM, batch_size=4)
     assert_same(list(batches), list(batches))
 
   def test_one_example_shapes(self):
-    batches = eval_batches(Pictures(9, corrupt=[0]), PLAIN, batch_size=4, on_corrupt="skip")
+    batches = eval_batches(Images(9, corrupt=[0]), PLAIN, batch_size=4, on_corrupt="skip")
     one, *others = ({k: (v.shape[1:], v.dtype) for k, v in b.items()}
                     for b in (batches.one_example(), *batches))  # fmt: skip
     assert others == [one] * 3
@@ -173,7 +173,7 @@ class TestEval:
   @pytest.mark.slow
   def test_eval_batches_independent_of_worker_processes(self):
     one, other = (
-      list(eval_batches(Pictures(9), RANDOM, batch_size=4, num_workers=w)) for w in (0, 2)
+      list(eval_batches(Images(9), RANDOM, batch_size=4, num_workers=w)) for w in (0, 2)
     )
     assert_same(one, other)
 
@@ -181,23 +181,23 @@ class TestEval:
 class TestCorrupt:
   def test_error_names_example(self):
     with pytest.raises(CorruptExampleError) as error:
-      take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0)
-    assert "pictures/7.png" in str(error.value)
+      take(4, Images(10, corrupt=[7]), PLAIN, batch_size=4, seed=0)
+    assert "images/7.png" in str(error.value)
     assert "on_corrupt='skip'" in str(error.value)
     assert "\n" not in str(error.value)
 
   def test_error_from_worker_process(self):
-    with pytest.raises(CorruptExampleError, match=r"pictures/7.png"):
-      take(4, Pictures(10, corrupt=[7]), PLAIN, batch_size=4, seed=0, num_workers=1)
+    with pytest.raises(CorruptExampleError, match=r"images/7.png"):
+      take(4, Images(10, corrupt=[7]), PLAIN, batch_size=4, seed=0, num_workers=1)
 
   @pytest.mark.parametrize("workers", [0, 1])
   def test_skip_logs_once_and_counts(self, workers, caplog):
-    source = Pictures(10, corrupt=[7, 2])
+    source = Images(10, corrupt=[7, 2])
     options = dict(batch_size=5, seed=0, on_corrupt="skip", num_workers=workers)
     with train_batches(source, PLAIN, **options) as batches:
       labels = np.stack([next(batches)["label"] for _ in range(6)]).reshape(3, 10)
     assert not np.isin(labels, [2, 7]).any()
-    assert set(batches.skipped) == {"pictures/2.png", "pictures/7.png"}
+    assert set(batches.skipped) == {"images/2.png", "images/7.png"}
     assert (
       min(batches.skipped.values()) >= 3
     )  # once per epoch, or more if it was drawn as a replacement
@@ -206,7 +206,7 @@ class TestCorrupt:
     assert len(named) == 2
 
   def test_replacements_independent_of_hosts_and_start(self):
-    source = Pictures(10, corrupt=[7, 2])
+    source = Images(10, corrupt=[7, 2])
     options = dict(batch_size=4, seed=0, on_corrupt="skip")
     whole = take(6, source, RANDOM, **options)
     assert_same(take(2, source, RANDOM, **options, start_step=4), whole[4:])
@@ -214,7 +214,7 @@ class TestCorrupt:
     assert_same(joined(hosts), whole)
 
   def test_eval_num_skipped_of_last_iteration(self):
-    batches = eval_batches(Pictures(10, corrupt=[7, 2]), PLAIN, batch_size=4, on_corrupt="skip")
+    batches = eval_batches(Images(10, corrupt=[7, 2]), PLAIN, batch_size=4, on_corrupt="skip")
     assert batches.num_skipped == 0
     for _ in range(2):
       iterator = iter(batches)
@@ -224,14 +224,14 @@ class TestCorrupt:
 
   def test_all_examples_corrupt_raises(self):
     with pytest.raises(CorruptExampleError, match="in a row are corrupt"):
-      take(1, Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, seed=0, on_corrupt="skip")
-    batches = eval_batches(Pictures(3, corrupt=range(3)), PLAIN, batch_size=2, on_corrupt="skip")
+      take(1, Images(3, corrupt=range(3)), PLAIN, batch_size=2, seed=0, on_corrupt="skip")
+    batches = eval_batches(Images(3, corrupt=range(3)), PLAIN, batch_size=2, on_corrupt="skip")
     with pytest.raises(CorruptExampleError, match="the first 3 examples"):
       list(batches)
 
   @pytest.mark.parametrize("hosts", [1, 2])
   def test_eval_skip_masks_examples(self, hosts):
-    source = Pictures(9, corrupt=[0, 1, 4])
+    source = Images(9, corrupt=[0, 1, 4])
     options = dict(batch_size=4, process_count=hosts, on_corrupt="skip")
     iterators = [
       iter(eval_batches(source, PLAIN, **options, process_index=p)) for p in range(hosts)
@@ -242,20 +242,20 @@ class TestCorrupt:
     assert sum(it.num_skipped for it in iterators) == 3
 
   def test_eval_raises_by_default(self):
-    with pytest.raises(CorruptExampleError, match=r"pictures/4\.png"):
-      list(eval_batches(Pictures(9, corrupt=[4]), PLAIN, batch_size=4))
+    with pytest.raises(CorruptExampleError, match=r"images/4\.png"):
+      list(eval_batches(Images(9, corrupt=[4]), PLAIN, batch_size=4))
 
 
 class TestErrors:
   @pytest.mark.parametrize("labels", [[0, 1, 5], [0, -1, 1]])
   def test_label_out_of_range_raises(self, labels):
-    source = Pictures(3, num_classes=5, labels=labels)
+    source = Images(3, num_classes=5, labels=labels)
     bad = next(label for label in labels if not 0 <= label < 5)
     for batches in (
       train_batches(source, PLAIN, batch_size=3, seed=0),
       iter(eval_batches(source, PLAIN, batch_size=3)),
     ):
-      with pytest.raises(ValueError, match=r"pictures/[12]\.png has label") as error:
+      with pytest.raises(ValueError, match=r"images/[12]\.png has label") as error:
         next(batches)
       assert f"has label {bad}, expected 0..4 (num_classes=5)" in str(error.value)
 
@@ -269,11 +269,11 @@ class TestErrors:
   )
   def test_invalid_aug_repeats_raises(self, options, message):
     with pytest.raises(ValueError, match=message):
-      train_batches(Pictures(3), PLAIN, batch_size=8, seed=0, **options)
+      train_batches(Images(3), PLAIN, batch_size=8, seed=0, **options)
 
   def test_num_classes_of_model_checked(self):
     with pytest.raises(ValueError, match=r"0\.\.1 \(num_classes=2\)"):
-      take(1, Pictures(9), PLAIN, batch_size=9, seed=0, num_classes=2)
+      take(1, Images(9), PLAIN, batch_size=9, seed=0, num_classes=2)
 
   def test_different_shapes_raise(self, class_folders):
     source = load_source(f"folder:{class_folders}", "train")
@@ -291,8 +291,8 @@ class TestErrors:
 
   def test_transform_error_names_example(self):
     crop = build_transforms([dict(name="central_crop", size=99)])
-    with pytest.raises(ValueError, match=r"pictures/\d\.png: .*99x99"):
-      take(1, Pictures(8), crop, batch_size=4, seed=0)
+    with pytest.raises(ValueError, match=r"images/\d\.png: .*99x99"):
+      take(1, Images(8), crop, batch_size=4, seed=0)
 
   @pytest.mark.parametrize(
     ("options", "message"),
@@ -305,12 +305,12 @@ class TestErrors:
   )
   def test_invalid_arguments_raise(self, options, message):
     with pytest.raises((ValueError, TypeError)) as error:
-      train_batches(Pictures(4), PLAIN, seed=0, **options)
+      train_batches(Images(4), PLAIN, seed=0, **options)
     assert message in str(error.value)
 
   def test_empty_source_raises(self):
-    with pytest.raises(ValueError, match="pictures has no example"):
-      train_batches(Pictures(0), PLAIN, batch_size=4, seed=0)
+    with pytest.raises(ValueError, match="images has no example"):
+      train_batches(Images(0), PLAIN, batch_size=4, seed=0)
 
 
 def test_demo_source_batches():

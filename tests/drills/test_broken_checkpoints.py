@@ -52,8 +52,8 @@ def to_load(file):
 # --- any container: bytes ------------------------------------------------------------------------
 
 
-def cut(share):
-  return lambda data: data[: int(len(data) * share)]
+def cut(fraction):
+  return lambda data: data[: int(len(data) * fraction)]
 
 
 def overwrite(at, new):

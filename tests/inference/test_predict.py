@@ -113,7 +113,7 @@ def test_broken_file_reported_others_predicted(vit_run, tmp_path):
   Image.fromarray(photo()).save(images / "a.jpg")
   Image.fromarray(photo(seed=1)).save(images / "more" / "a.png")
   (images / "broken.jpg").write_bytes((images / "a.jpg").read_bytes()[:400])
-  (images / "text.png").write_text("not a picture")
+  (images / "text.png").write_text("not an image")
   (images / "notes.txt").write_text("of no interest")
   status = predict.predict_all(predictor_of(vit_run), predict.find_images([str(images)]), output)
   assert status == predict.EXIT_SOME_FAILED
@@ -147,7 +147,7 @@ def test_run_prediction_equals_evaluation(vit_run):
 
 def test_evaluation_transforms_of_single_image():
   """For all variants of all configs: transforms of targets are dropped."""
-  seen = set()
+  task_names = set()
   for system, variant in CASES:
     name = f"{system}:{variant}"
     config = json.loads(json.dumps(resolve(system, variant).to_dict()))
@@ -159,8 +159,13 @@ def test_evaluation_transforms_of_single_image():
     for transform in transforms:
       example = transform(example, rng)
     assert example["image"].shape[2] == 3, name
-    seen.add(config["task"]["name"])
-  assert {"classification", "detection", "instance_detection", "semantic_segmentation"} <= seen
+    task_names.add(config["task"]["name"])
+  assert {
+    "classification",
+    "detection",
+    "instance_detection",
+    "semantic_segmentation",
+  } <= task_names
 
 
 def predict_pixels(image):
@@ -176,8 +181,10 @@ def test_published_file_uses_own_preprocessing():
   top = predictor_of(path).__call__(image).record["top"]
   order = np.argsort(-np.asarray(logits))[:5]
   assert [entry["label"] for entry in top] == list(order)
-  shares = np.exp(logits - logits.max())
-  np.testing.assert_allclose(top[0]["probability"], shares.max() / shares.sum(), rtol=1e-4)
+  unnormalised = np.exp(logits - logits.max())
+  np.testing.assert_allclose(
+    top[0]["probability"], unnormalised.max() / unnormalised.sum(), rtol=1e-4
+  )
 
 
 def test_transformer_explanations(vit_run):

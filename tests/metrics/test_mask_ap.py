@@ -26,10 +26,12 @@ def scene(seed, count=3):
   )
   v, u = (np.mgrid[:28, :28] + 0.5) / 28 - 0.5
   disc = np.clip(0.5 + 20 * (0.25 - u**2 - v**2), 0, 1)
-  shares = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
+  boxes_cxcywh = np.concatenate(
+    [(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1
+  )
   batch = {
     "image": np.zeros((1, SIDE, SIDE, 3), np.uint8),
-    "boxes_cxcywh": shares[None] / SIDE,
+    "boxes_cxcywh": boxes_cxcywh[None] / SIDE,
     "labels": rng.integers(0, 2, (1, count)),
     "is_target": np.ones((1, count), bool),
     "masks": masks[None],

@@ -40,23 +40,23 @@ def many(examples, mixing, count=400):
 @pytest.mark.parametrize("unit", ["batch", "example"])
 def test_mixup_label_weighted_sum_of_neighbours(examples, unit):
   images, targets = mix(examples, Mixing(mixup_alpha=0.8, unit=unit))
-  shares = np.diag(targets)
-  assert (np.ptp(shares) == 0) == (unit == "batch")
+  weights = np.diag(targets)
+  assert (np.ptp(weights) == 0) == (unit == "batch")
   np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
   for i in range(6):
-    assert targets[i, i - 1] == pytest.approx(1 - shares[i], abs=1e-6)
-    expected = shares[i] * examples[0][i] + (1 - shares[i]) * examples[0][i - 1]
+    assert targets[i, i - 1] == pytest.approx(1 - weights[i], abs=1e-6)
+    expected = weights[i] * examples[0][i] + (1 - weights[i]) * examples[0][i - 1]
     np.testing.assert_allclose(images[i], expected, rtol=1e-5)
 
 
 def test_mixup_weights_folded_beta(examples):
   _, targets = many(examples, Mixing(mixup_alpha=0.2, unit="example"), 2000)
-  shares = np.diagonal(targets, axis1=1, axis2=2)
-  assert shares.min() >= 0.5
+  weights = np.diagonal(targets, axis1=1, axis2=2)
+  assert weights.min() >= 0.5
   # E[max(a, 1 - a)] of Beta(0.2, 0.2), by an independent sample.
   beta = np.random.default_rng(0).beta(0.2, 0.2, 400_000)
-  assert shares.mean() == pytest.approx(np.maximum(beta, 1 - beta).mean(), abs=0.005)
-  assert (shares > 0.99).mean() == pytest.approx((np.abs(beta - 0.5) > 0.49).mean(), abs=0.02)
+  assert weights.mean() == pytest.approx(np.maximum(beta, 1 - beta).mean(), abs=0.005)
+  assert (weights > 0.99).mean() == pytest.approx((np.abs(beta - 0.5) > 0.49).mean(), abs=0.02)
 
 
 @pytest.mark.parametrize("unit", ["batch", "example"])
@@ -74,7 +74,7 @@ def test_cutmix_labels_are_pixel_fractions(examples, unit):
 
 def test_cutmix_box_area_distribution(examples):
   _, targets = many(examples, Mixing(cutmix_alpha=1.0, unit="example"))
-  shares = np.diagonal(targets, axis1=1, axis2=2)
+  weights = np.diagonal(targets, axis1=1, axis2=2)
   # Boxes of the published algorithm, drawn one by one.
   rng, expected = np.random.default_rng(0), []
   for _ in range(4000):
@@ -85,8 +85,8 @@ def test_cutmix_box_area_distribution(examples):
       begin, end = np.clip([center - extent // 2, center + (extent + 1) // 2], 0, length)
       area *= end - begin
     expected.append(1 - area / 120)
-  assert shares.mean() == pytest.approx(np.mean(expected), abs=0.025)
-  assert shares.std() == pytest.approx(np.std(expected), abs=0.025)
+  assert weights.mean() == pytest.approx(np.mean(expected), abs=0.025)
+  assert weights.std() == pytest.approx(np.std(expected), abs=0.025)
 
 
 def test_mixing_frequencies(examples):

@@ -49,9 +49,9 @@ def test_loss_of_mixture_by_hand(batch, soft):
   targets = np.asarray(given["label"] if soft else one_hot)
   targets = 0.9 * targets + 0.1 / 7
   candidates = []
-  for share in np.linspace(0.5, 1, 2001):
-    mixed = share * images + (1 - share) * np.roll(images, 1, axis=0)
-    labels = share * targets + (1 - share) * np.roll(targets, 1, axis=0)
+  for weight in np.linspace(0.5, 1, 2001):
+    mixed = weight * images + (1 - weight) * np.roll(images, 1, axis=0)
+    labels = weight * targets + (1 - weight) * np.roll(targets, 1, axis=0)
     logits = mixed.reshape(16, -1)[:, :7]
     candidates.append(-(labels * log_softmax(logits)).sum() / 16)
   assert min(abs(np.array(candidates) - loss)) < 1e-4

@@ -41,9 +41,9 @@ def test_all_kinds_written(tmp_path):
   assert events.Tensors("config/text_summary")[0].tensor_proto.string_val == [b"# seed: 0"]
   hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
   assert b"optimizer.learning_rate" in hparams
-  picture = np.asarray(Image.open(workdir / "figures" / "train" / "batch_00000003.png"))
-  assert picture.shape == (50, 100, 3)
-  assert picture.min() < 128 < picture.max(), "something is drawn"
+  image = np.asarray(Image.open(workdir / "figures" / "train" / "batch_00000003.png"))
+  assert image.shape == (50, 100, 3)
+  assert image.min() < 128 < picture.max(), "something is drawn"
   assert not plt.get_fignums(), "figures are closed"
 
 

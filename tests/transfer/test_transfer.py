@@ -104,18 +104,18 @@ def test_vtab_protocol(digits, tmp_path, monkeypatch):
   missing = VtabTask("specialized", "tfds:eurosat/rgb", "train", "train")
   table = {"digits": task, "photos": photos, "eurosat": missing}
   monkeypatch.setattr(benchmarks, "VTAB", table)
-  seen = []
+  source_sizes = []
   inner = Extractor.features
 
   def spy(self, source, **options):
-    seen.append(len(source))
+    source_sizes.append(len(source))
     return inner(self, source, **options)
 
   monkeypatch.setattr(Extractor, "features", spy)
   request = Request(("vtab",), data_dir=str(tmp_path / "none"))
   assert command.run_and_write(request, digits, tmp_path, {}) == 0
   kept = json.loads((tmp_path / "transfer.json").read_text())
-  assert seen == [380, 120, 240, 80]
+  assert source_sizes == [380, 120, 240, 80]
   assert kept["suites"]["vtab"]["digits"]["accuracy"] > 0.85
   assert kept["means"]["vtab"] == {
     group: kept["suites"]["vtab"][name]["accuracy"]

@@ -174,8 +174,8 @@ def test_lambda_resnet_backbone_from_timm_or_run(norm, tmp_path):
         np.testing.assert_array_equal(loaded[path], array)
         continue
       name = bare.removeprefix("backbone/")
-      wanted = theirs.get(name, theirs.get(f"batch_stats/{name}"))
-      np.testing.assert_array_equal(loaded[path], wanted, err_msg=path)
+      expected = theirs.get(name, theirs.get(f"batch_stats/{name}"))
+      np.testing.assert_array_equal(loaded[path], expected, err_msg=path)
 
 
 def _inside(classifier):

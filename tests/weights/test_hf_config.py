@@ -49,7 +49,7 @@ def test_unnamed_classes_written_as_ids(caplog):
   ("size", "expected"),
   [([384, 300], (384, 300)), (384, (384, 384)), ({"height": 9, "width": 8}, (9, 8))],
 )
-def test_sizes_are_read_as_transformers_does(size, expected):
+def test_size_formats_equal_transformers(size, expected):
   assert read_preprocess({"size": size}, (224, 224)).resized_size(40, 70) == expected
 
 
@@ -65,18 +65,18 @@ def test_sizes_are_read_as_transformers_does(size, expected):
     {"image_std": [0.5, 0.5]},
   ],
 )
-def test_unknown_values_are_named(processor):
+def test_invalid_values_raise(processor):
   field = next(iter(processor))
   with pytest.raises(WeightsError, match=rf"preprocessor_config\.json: {field}"):
     read_preprocess(processor, (224, 224))
 
 
-def test_a_mean_of_all_channels():
+def test_scalar_mean_and_std():
   found = read_preprocess({"image_mean": 0.25, "image_std": [0.5]}, (224, 224))
   assert (found.mean, found.std) == ((0.25,) * 3, (0.5,) * 3)
 
 
-def test_class_ids_that_the_head_lacks(caplog):
+def test_class_ids_out_of_range_logged(caplog):
   labels = {"1000000000": "x", "-1": "y", "1": "cat"}
   with caplog.at_level("WARNING"):
     assert read_class_names({"id2label": labels}, 2) == {"class_names": ("0", "cat")}

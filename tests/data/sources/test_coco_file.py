@@ -343,7 +343,7 @@ def test_max_objects_from_data(tmp_path):
 
 
 @pytest.mark.parametrize("frame", ["auto", "upright", "stored"])
-def test_images_of_another_size_are_named_first(tmp_path, caplog, frame):
+def test_image_size_mismatch_logged(tmp_path, caplog, frame):
   data = dataset()
   data["images"][1].update(height=20, width=30)
   load_source(write(tmp_path, data), "train", exif_frame=frame)

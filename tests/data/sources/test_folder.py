@@ -96,7 +96,7 @@ def test_split_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("folders", "meant"),
+  ("folders", "expected"),
   [
     (("train", "val"), dict.fromkeys(("test", "val", "valid", "validation"), "val")),
     (("train", "validation"), dict.fromkeys(("test", "valid", "validation"), "validation")),
@@ -105,11 +105,11 @@ def test_split_folders(tmp_path):
     (("train", "valid", "test"), {"test": "test", "val": "valid", "validation": "valid"}),
   ],
 )
-def test_held_out_split_aliases(folders, meant, tmp_path):
+def test_held_out_split_aliases(folders, expected, tmp_path):
   for name in folders:
     (tmp_path / name / "x").mkdir(parents=True)
     (tmp_path / name / "x" / "1.png").write_bytes(encode(photo(8, 8), "PNG"))
-  for split, folder in meant.items():
+  for split, folder in expected.items():
     source = load_source(f"folder:{tmp_path}", split)
     assert source.example_name(0) == str(tmp_path / folder / "x" / "1.png")
 

@@ -141,9 +141,9 @@ class TestTransforms:
 
   def test_palette_images_give_indices(self):
     """VOC's label PNGs have a palette."""
-    picture = Image.fromarray(labels()).convert("P")
-    picture.putdata(labels().ravel().tolist())
-    result = self.run([LOAD], self.example() | {"label_map": encode(picture, "PNG")})
+    palette_image = Image.fromarray(labels()).convert("P")
+    palette_image.putdata(labels().ravel().tolist())
+    result = self.run([LOAD], self.example() | {"label_map": encode(palette_image, "PNG")})
     np.testing.assert_array_equal(result["label_map"], labels())
 
   def test_augmentation_keeps_labels_aligned(self):
@@ -299,14 +299,14 @@ def test_two_folders_of_one_split_raise(tmp_path, one, other):
 
 
 @pytest.mark.parametrize("split", ["train", ""])
-def test_two_images_with_one_label_map_are_refused(tmp_path, split):
+def test_two_images_with_one_label_map_raise(tmp_path, split):
   write_masks(tmp_path, [0, 1])
-  if not split:  # names in a list, as Pascal VOC has them
+  if not split:  # names in a list file, like Pascal VOC
     (tmp_path / "ImageSets" / "Segmentation").mkdir(parents=True)
     (tmp_path / "ImageSets" / "Segmentation" / "train.txt").write_text("0\n1\n")
     (tmp_path / "images" / "train").rename(tmp_path / "JPEGImages")
     (tmp_path / "annotations" / "train").rename(tmp_path / "SegmentationClass")
   images = tmp_path / "images" / "train" if split else tmp_path / "JPEGImages"
   (images / "0.png").write_bytes((images / "1.jpg").read_bytes())
-  with pytest.raises(ValueError, match=r"0\.jpg and .*0\.png have one label map"):
+  with pytest.raises(ValueError, match=r"0\.jpg and .*0\.png"):
     load_source(f"segmentation:{tmp_path}", "train")

@@ -54,9 +54,9 @@ def test_operations_drawn_uniformly_with_replacement(policy, count, photo, monke
   for _ in range(4000):
     policy.apply(photo, rng)
   assert len(drawn) == 8000
-  shares = np.array([*collections.Counter(drawn).values()]) / 8000
-  assert len(shares) == count
-  np.testing.assert_allclose(shares, 1 / count, atol=0.013)  # five standard deviations
+  fractions = np.array([*collections.Counter(drawn).values()]) / 8000
+  assert len(fractions) == count
+  np.testing.assert_allclose(fractions, 1 / count, atol=0.013)  # five standard deviations
   pairs = np.reshape(drawn, (-1, 2))
   assert np.mean(pairs[:, 0] == pairs[:, 1]) == pytest.approx(1 / count, abs=0.02)
 

@@ -143,12 +143,12 @@ class TestRandomResizedCrop:
     assert image.shape[1] == -(-560 // reduce)
     assert top + height <= image.shape[0] <= -(-420 // reduce)
     edges = np.array([top, left, top + height, left + width]) * reduce
-    wanted = np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]])
-    assert np.abs(edges - wanted).max() <= reduce / 2
-    seen = images.resize(image[top : top + height, left : left + width], 30, 40)
+    expected = np.array([box[0], box[1], box[0] + box[2], box[1] + box[3]])
+    assert np.abs(edges - expected).max() <= reduce / 2
+    resized = images.resize(image[top : top + height, left : left + width], 30, 40)
     crop = images.decode_image(data)[edges[0] : edges[2], edges[1] : edges[3]]
-    wanted = Image.fromarray(crop).resize((40, 30), Image.Resampling.BILINEAR)
-    assert np.abs(seen.astype(int) - np.asarray(wanted)).mean() < 3.5
+    expected = Image.fromarray(crop).resize((40, 30), Image.Resampling.BILINEAR)
+    assert np.abs(resized.astype(int) - np.asarray(expected)).mean() < 3.5
 
   @pytest.mark.parametrize("seed", range(6))
   def test_encoded_close_to_decoded(self, seed):

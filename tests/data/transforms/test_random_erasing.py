@@ -56,9 +56,9 @@ def test_fill_modes():
 
 def test_max_count_splits_area():
   transform = RandomErasing(probability=1.0, area=(0.2, 0.2), max_count=3)
-  shares = np.array([(erased(transform, seed) > 0).mean() for seed in range(60)])
-  assert shares.max() < 0.21
-  assert shares.min() < 0.18  # where rectangles overlap
+  fractions = np.array([(erased(transform, seed) > 0).mean() for seed in range(60)])
+  assert fractions.max() < 0.21
+  assert fractions.min() < 0.18  # where rectangles overlap
 
 
 def test_rectangle_too_large_not_erased():
