@@ -309,9 +309,10 @@ def test_config_with_old_field_name_raises(tmp_path):
     config_lib.complete(config)
 
 
-def test_old_flag_error_names_new_flag(monkeypatch, capsys):
+@pytest.mark.parametrize("program", ["main", "other"])  # two commands of one process
+def test_old_flag_error_names_new_flag(program, monkeypatch, capsys):
   monkeypatch.setattr(cli.malloc, "keep_freed_memory", lambda: None)
-  monkeypatch.setattr(sys, "argv", ["main", "--config=configs/vit.py", "--evaluate_only"])
+  monkeypatch.setattr(sys, "argv", [program, "--config=configs/vit.py", "--evaluate_only"])
   with pytest.raises(SystemExit) as ended:
     cli.run(main.main, renamed=main.RENAMED_FLAGS)
   assert ended.value.code == 2

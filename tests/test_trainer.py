@@ -357,7 +357,6 @@ def traced_command(monkeypatch, *arguments, command, **options):
   return calls
 
 
-@pytest.mark.slow  # fails after some files in the same worker: flags are global
 def test_call_lists_of_contributing(first_run, tmp_path, monkeypatch):
   outcome, workdir, calls = first_run
   page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()

@@ -87,8 +87,9 @@ def run(
 
   malloc.keep_freed_memory()  # before log_plainly, whose settings for libtpu look like a TPU's
   log_plainly()
-  help_text = "show the traceback of an error"
-  flags.DEFINE_bool("traceback", False, help_text, module_name=sys.argv[0])  # so that --help has it
+  if "traceback" not in flags.FLAGS:  # a process may run several commands
+    text = "show the traceback of an error"
+    flags.DEFINE_bool("traceback", False, text, module_name=sys.argv[0])  # --help lists it
   if define_flags is not None:
     define_flags()
   app.run(main_or_one_line, flags_parser=parse_new)
