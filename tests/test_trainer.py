@@ -188,7 +188,7 @@ def test_eval_only_needs_no_training_data(finished, monkeypatch):
   drawn = [path for path in figures if path.name.startswith("test_")]
   for path in drawn:
     path.unlink()
-  moved = tiny()  # the training data were moved
+  moved = tiny(explain=True)  # the training data were moved
   moved.data.train.source = "folder:/moved/away"
   opened, iterate = [], pipeline._iterate
   monkeypatch.setattr(pipeline, "_iterate", lambda *args: opened.append(args) or iterate(*args))

@@ -213,9 +213,13 @@ def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str
         **common,
       )
   if experiment.config.explain and found:
-    batches = functools.partial(experiment.eval_batches, next(iter(found)))
+    batches = experiment.eval_batches(next(iter(found)))
     found["explain"] = functools.partial(
-      explain, task=experiment.task, explain_step=program.explain_step, batches=batches, **common
+      explain,
+      task=experiment.task,
+      explain_step=program.explain_step,
+      load_batch=batches.first_batch,
+      **common,
     )
   return found
 

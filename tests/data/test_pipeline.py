@@ -164,6 +164,11 @@ class TestEval:
     batches = eval_batches(Images(9), RANDOM, batch_size=4)
     assert_same(list(batches), list(batches))
 
+  def test_first_batch(self):
+    options = dict(batch_size=4, process_index=1, process_count=2)
+    batches = eval_batches(Pictures(9), RANDOM, **options)
+    assert_same([batches.first_batch()], [next(iter(batches))])
+
   def test_one_example_shapes(self):
     batches = eval_batches(Images(9, corrupt=[0]), PLAIN, batch_size=4, on_corrupt="skip")
     one, *others = ({k: (v.shape[1:], v.dtype) for k, v in b.items()}

@@ -227,6 +227,11 @@ class EvalBatches:
     self._last = _iterate(self._dataset, self._num_workers, self._num_threads)
     return self._last
 
+  def first_batch(self) -> Batch:
+    """Returns the first batch of `iter()`; starts no pipeline."""
+    batch = self._dataset[0]
+    return {key: batch[key] for key in batch if key != SKIPPED}
+
   def one_example(self) -> Batch:
     """Returns the first example as a batch, for shapes; starts no pipeline."""
     batch = dataclasses.replace(self._batches, size=1)(0)

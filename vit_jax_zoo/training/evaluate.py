@@ -72,11 +72,11 @@ def explain(
   *,
   task: Task,
   explain_step: PredictStep,
-  batches: Callable[[], SizedBatches],
+  load_batch: Callable[[], dict[str, np.ndarray]],
   mesh: Mesh,
 ) -> Report:
-  """Returns figures of the first batch's attention maps and other intermediates, on process 0."""
-  batch = next(iter(batches()))
+  """Returns figures of a batch's attention maps and other intermediates, on process 0."""
+  batch = load_batch()
   real = real_rows(batch, len(next(iter(batch.values()))))
   if len(real):  # padding is replaced by repeated examples
     batch = {key: value[np.resize(real, len(value))] for key, value in batch.items()}
