@@ -1,4 +1,4 @@
-"""The DETR fixtures as official files and as folders of the Hugging Face hub."""
+"""DETR fixtures as official files and as Hugging Face folders."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def overrides_of(name):
 
 
 def hugging_face_folder(name, path):
-  """Writes the fixture as a folder of the hub."""
+  """Writes the fixture as a Hugging Face model folder."""
   source = golden_folder(name)
   golden = json.loads((source / "config.json").read_text())
   path.mkdir(parents=True, exist_ok=True)

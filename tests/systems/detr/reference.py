@@ -1,4 +1,4 @@
-"""The models of the official DETR fixtures, with their weights."""
+"""Models and weights of the official DETR fixtures."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from vit_jax_zoo.weights.readers import Published
 
 
 def model_of(config, **overrides):
-  """The model that a fixture's config.json describes."""
+  """Returns the model that a fixture's config.json describes."""
   fields = {
     "num_classes": config["num_classes"],
     "num_queries": config["num_queries"],
@@ -39,12 +39,12 @@ def model_of(config, **overrides):
 
 
 def read_variables(path, config):
-  """Variables of `model_of(config)` from a file with the official names."""
+  """Returns the variables of `model_of(config)` from a file with the official names."""
   return variables_of(load_file(path), config)
 
 
 def variables_of(tensors, config):
-  """The same from tensors by name, with or without the prefix that DETR has beside a mask head."""
+  """Returns the variables from tensors by official name, with or without the `detr.` prefix."""
   if config["masks"] and "class_embed.weight" in tensors:
     own = ("bbox_attention.", "mask_head.")
     tensors = {k if k.startswith(own) else f"detr.{k}": array for k, array in tensors.items()}

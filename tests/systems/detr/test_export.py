@@ -1,4 +1,4 @@
-"""Exports of DETR as orbax, hf and StableHLO: the same preprocessing and the same boxes."""
+"""Exports of DETR as orbax, hf and StableHLO: preprocessing and detections."""
 
 import json
 
@@ -38,16 +38,16 @@ def detector(name="shortest_edge"):
   return Pretrained(model, variables, preprocess, config, "detection", {"class_names": NAMES})
 
 
-def image(height=100, width=50):
+def random_image(height=100, width=50):
   return np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def detections(path):
   predictor = create_predictor(load(str(path)), Options(threshold=0.0))
-  return predictor(image()).record["detections"]
+  return predictor(random_image()).record["detections"]
 
 
-def test_what_the_official_format_does_not_store_is_named(tmp_path, caplog):
+def test_export_pth_warns_of_unstored_fields(tmp_path, caplog):
   with caplog.at_level("WARNING"):
     export.write(detector("max_height"), "pth", str(tmp_path / "x.safetensors"))
   for lost in ("fit=inside (read as shorter_side)", "class_names", "num_heads=2 (read as 8)"):
@@ -55,7 +55,7 @@ def test_what_the_official_format_does_not_store_is_named(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
-def test_exports_give_the_same_boxes(name, tmp_path):
+def test_exports_detect_same_boxes(name, tmp_path):
   made = detector(name)
   for form in ("orbax", "hf", "stablehlo"):
     export.write(made, form, str(tmp_path / form))
@@ -70,7 +70,7 @@ def test_exports_give_the_same_boxes(name, tmp_path):
   notes = json.loads((tmp_path / "stablehlo/model.json").read_text())
   assert notes["preprocess"]["mean"] == list(made.preprocess.mean)
   height, width = map(int, notes["images"][1:3])
-  resized = made.preprocess.resize(image())
+  resized = made.preprocess.resize(random_image())
   images = np.full((3, height, width, 3), 7, np.float32)
   images[:, : resized.shape[0], : resized.shape[1]] = resized
   program = (tmp_path / "stablehlo/model.stablehlo").read_bytes()
@@ -80,7 +80,7 @@ def test_exports_give_the_same_boxes(name, tmp_path):
   order = np.argsort(-np.asarray(found["scores"][1]), kind="stable")
   scores = np.asarray(found["scores"][1])[order]
   np.testing.assert_allclose(scores, [d["score"] for d in expected], atol=1e-4)
-  scale = np.array(image().shape[1::-1]) / resized.shape[1::-1]
+  scale = np.array(random_image().shape[1::-1]) / resized.shape[1::-1]
   left, top, right, bottom = (np.asarray(found["boxes_xyxy"][1])[order] * np.tile(scale, 2)).T
   boxes = np.array([d["bbox"] for d in expected])
   clipped = np.clip(np.stack([left, top, right, bottom]), 0, np.array([[50], [100], [50], [100]]))
@@ -89,7 +89,7 @@ def test_exports_give_the_same_boxes(name, tmp_path):
 
 
 def write_run(path, transforms, **task):
-  """A run's folder: its checkpoint, a config as `main` saves it, and the shape of its images."""
+  """Writes a run's folder: checkpoint, config.json, and data.json with image shapes."""
   export.write(detector(), "orbax", str(path))
   config = json.loads((path / "config.json").read_text())
   del config["preprocess"]
@@ -101,7 +101,7 @@ def write_run(path, transforms, **task):
   (path / "data.json").write_text(json.dumps(data))
 
 
-def test_a_run_has_the_preprocessing_of_its_evaluation(tmp_path):
+def test_run_uses_preprocessing_of_evaluation(tmp_path):
   load_objects = {"name": "load_objects", "as_annotated": True}
   resize = {"name": "resize_shorter", "shorter": 64, "longest": 96}
   write_run(tmp_path / "run", [load_objects, resize, {"name": "pad_objects"}])
@@ -120,7 +120,7 @@ def test_a_run_has_the_preprocessing_of_its_evaluation(tmp_path):
   assert detections(tmp_path / "hf") == detections(tmp_path / "run")
 
 
-def test_run_with_mean_and_fixed_size(tmp_path):
+def test_run_with_mean_and_fixed_size_is_read(tmp_path):
   resize = {"name": "resize", "size": [40, 48], "method": "antialias"}
   write_run(tmp_path / "run", [resize], image_mean=[0.5, 0.4, 0.3], image_std=0.25)
   preprocess = load_pretrained(str(tmp_path / "run")).preprocess

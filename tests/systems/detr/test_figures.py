@@ -7,7 +7,7 @@ from vit_jax_zoo.systems.detr.figures import draw_query_attention, draw_segments
 from vit_jax_zoo.systems.detr.panoptic import Segmentation
 
 
-def problem():
+def example():
   batch = {
     "image": np.full((2, 8, 8, 3), 200, np.uint8),
     "image_size": np.array([[8, 8], [4, 8]]),
@@ -24,10 +24,10 @@ def problem():
   return batch, predictions
 
 
-def test_confident_queries_are_drawn_with_attention():
-  batch, predictions = problem()
+def test_query_attention_draws_confident_queries_and_the_best():
+  batch, predictions = example()
   figure = draw_query_attention(batch, predictions, ("a", "b"), threshold=0.5, max_queries=3)
-  rows = np.array(figure.axes).reshape(2, 3)  # no column for the third query: nowhere is it sure
+  rows = np.array(figure.axes).reshape(2, 3)  # query 0 is never drawn
   assert [ax.get_title(loc="left") for ax in rows[0]] == ["", "query 1: 90%", "query 2: 60%"]
   assert [ax.get_title(loc="left") for ax in rows[1]] == ["", "query 1: 30%", ""]
   lit = rows[0, 1].images[0].get_array()
@@ -38,7 +38,7 @@ def test_confident_queries_are_drawn_with_attention():
   assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (2, 2, 4, 2)
 
 
-def test_segments_have_their_colour_and_their_name():
+def test_segments_have_color_and_class_name():
   image = np.zeros((4, 4, 3), np.uint8)
   segment_map = np.array([[0, 0, 1, 1]] * 2 + [[-1, -1, 1, 1]] * 2)
   painted = paint_segments(image, segment_map)
@@ -56,7 +56,7 @@ def test_segments_have_their_colour_and_their_name():
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_images_are_side_by_side(count):
+def test_panoptic_figure_has_two_panels_per_image(count):
   segments = [Segmentation(np.zeros((4, 4), int), np.array([0]))] * count
   figure = draw_segments(segments, segments, [np.zeros((4, 4, 3), np.uint8)] * count)
   assert sum(bool(ax.images) for ax in figure.axes) == 2 * count

@@ -18,7 +18,7 @@ from vit_jax_zoo.tasks.base import LossContext
 CLASSES = 3
 
 
-def test_the_smallest_target_around_a_point():
+def test_covering_target_is_smallest_box_around_point():
   boxes = jnp.array([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.3, 0.3], [0.25, 0.25, 0.1, 0.1]]])
   is_target = jnp.array([[True, True, False]])
   points = jnp.array([[[0.25, 0.25], [0.6, 0.25], [1.2, 0.25]]])
@@ -26,7 +26,7 @@ def test_the_smallest_target_around_a_point():
   assert covering_target(points, boxes[:, :0], is_target[:, :0]).tolist() == [[-1, -1, -1]]
 
 
-def test_centers_are_relative_to_the_unpadded_image():
+def test_cell_centers_are_relative_to_unpadded_image():
   batch = {"image": np.zeros((2, 8, 16, 3), np.uint8), "image_size": np.array([[8, 16], [4, 8]])}
   centers = np.asarray(token_centers(batch, (2, 4)))
   np.testing.assert_allclose(centers[0, :5, 0], [0.125, 0.375, 0.625, 0.875, 0.125])
@@ -35,8 +35,8 @@ def test_centers_are_relative_to_the_unpadded_image():
   np.testing.assert_allclose(centers[1, :, 1], 2 * centers[0, :, 1])
 
 
-def problem():
-  """Two images of 2 x 2 cells, the first with one target in its first cell; perfect answers."""
+def perfect_example():
+  """Two images of 2x2 cells, one target in the first cell; perfect predictions."""
   batch = {
     "image": np.zeros((2, 8, 8, 3), np.uint8),
     "boxes_cxcywh": np.full((2, 1, 4), 0.25, np.float32),
@@ -65,26 +65,26 @@ def dense_loss(batch, outputs, normalizers=None):
   return task.loss({"params": {}}, batch, context).metrics["dense_loss"]
 
 
-def test_perfect_predictions_have_no_loss():
-  batch, outputs = problem()
+def test_dense_loss_of_perfect_predictions_is_zero():
+  batch, outputs = perfect_example()
   assert dense_loss(batch, outputs).compute() == pytest.approx(0, abs=1e-6)
 
 
-def test_errors_weigh_as_those_of_queries():
-  batch, outputs = problem()
-  outputs["dense_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU (.15 / .35), and no gap in the hull
+def test_dense_loss_weights_equal_query_loss_weights():
+  batch, outputs = perfect_example()
+  outputs["dense_boxes_cxcywh"][0, 0, 0, 0] = 0.35  # IoU .15 / .35; the enclosing box adds nothing
   expected = 5 * 0.1 + 2 * (1 - 0.15 / 0.35)
   assert dense_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
-  outputs["dense_boxes_cxcywh"][0, 1, 1] = 0.9  # where nothing is, boxes do not matter
+  outputs["dense_boxes_cxcywh"][0, 1, 1] = 0.9  # boxes of background cells do not count
   assert dense_loss(batch, outputs).compute() == pytest.approx(expected / 2, rel=1e-5)
   outputs["dense_boxes_cxcywh"][:] = 0.25
   outputs["dense_logits"][1] = 0.0
-  chance = np.log(CLASSES + 1) / 2  # a weighted mean over an image's cells, then over images
+  chance = np.log(CLASSES + 1) / 2  # weighted mean over cells, then mean over images
   assert dense_loss(batch, outputs).compute() == pytest.approx(chance, rel=1e-5)
 
 
-def test_rows_of_padding_do_not_count_and_micro_batches_add_up():
-  batch, outputs = problem()
+def test_dense_loss_ignores_padded_rows_and_sums_over_micro_batches():
+  batch, outputs = perfect_example()
   outputs["dense_logits"][:] = np.random.default_rng(0).normal(size=outputs["dense_logits"].shape)
   whole = dense_loss(batch, outputs)
   normalizers = create_task("detection", Echo(outputs), num_classes=CLASSES).normalizers(batch)
@@ -99,13 +99,13 @@ def test_rows_of_padding_do_not_count_and_micro_batches_add_up():
   assert first.compute() == pytest.approx(float(parts[0].total), rel=1e-5)  # divided by 2, times 2
 
 
-def test_a_model_without_dense_predictions_is_refused():
+def test_dense_weight_without_dense_predictions_raises():
   with pytest.raises(ValueError, match=r"dense_weight.*dense_predictions"):
-    dense_auxiliary_loss({}, problem()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
+    dense_auxiliary_loss({}, perfect_example()[0], weights=(1.0, 5.0, 2.0), no_object_weight=0.1)
 
 
-def test_the_weight_decays_linearly():
-  batch, outputs = problem()
+def test_dense_weight_decays_linearly():
+  batch, outputs = perfect_example()
   outputs["dense_logits"][:] = 0.0
   task = create_task(
     "detection", Echo(outputs), num_classes=CLASSES, dense_weight=2.0, dense_steps=8
@@ -113,15 +113,15 @@ def test_the_weight_decays_linearly():
   plain = create_task("detection", Echo(outputs), num_classes=CLASSES)
 
   @jax.jit
-  def cells_share(step):
+  def dense_weight(step):
     context = LossContext(jax.random.key(0), step, task.normalizers(batch))
     output = task.loss({"params": {}}, batch, context)
     rest = plain.loss({"params": {}}, batch, context).loss
     return (output.loss - rest) / output.metrics["dense_loss"].compute()
 
-  shares = [float(cells_share(jnp.int32(step))) for step in (0, 2, 6, 8, 100)]
-  np.testing.assert_allclose(shares, [2.0, 1.5, 0.5, 0.0, 0.0], atol=1e-5)
-  with pytest.raises(ValueError, match="dense_steps must be positive"):
+  weights = [float(dense_weight(jnp.int32(step))) for step in (0, 2, 6, 8, 100)]
+  np.testing.assert_allclose(weights, [2.0, 1.5, 0.5, 0.0, 0.0], atol=1e-5)
+  with pytest.raises(ValueError, match="dense_steps"):
     create_task("detection", Echo(outputs), num_classes=CLASSES, dense_steps=0)
 
 

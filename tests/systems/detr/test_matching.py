@@ -1,4 +1,4 @@
-"""Matching: as good as scipy's, for any padding."""
+"""Hungarian matching against scipy and the official code."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ solve = jax.jit(match)
 
 
 def random_problem(rng, batch, queries, targets, scale=5.0):
-  """Costs, and targets that are there: none in the first problem, all in the second."""
+  """Returns costs and target masks: no target in the first problem, all in the second."""
   cost = (scale * rng.normal(size=(batch, queries, targets))).astype(np.float32)
   is_target = rng.uniform(size=(batch, targets)) < 0.5
   is_target[:2] = False
@@ -40,7 +40,7 @@ def assert_optimal(cost, is_target, matching):
 @pytest.mark.parametrize(
   ("queries", "targets"), [(1, 1), (1, 5), (7, 1), (9, 7), (7, 9), (30, 30), (100, 20)]
 )
-def test_as_good_as_scipy(queries, targets):
+def test_matching_cost_equals_scipy(queries, targets):
   rng = np.random.default_rng(queries + targets)
   for scale in (5.0, 1e-3, 1e3):
     cost, is_target = random_problem(rng, 12, queries, targets, scale)
@@ -48,7 +48,7 @@ def test_as_good_as_scipy(queries, targets):
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 0), (2, 0, 5)])
-def test_nothing_to_match(shape):
+def test_matching_without_queries_or_targets_is_empty(shape):
   matching = match(jnp.zeros(shape), jnp.ones((shape[0], shape[2]), bool))
   assert matching.target_of_query.shape == shape[:2]
   assert np.all(matching.target_of_query == -1)
@@ -56,7 +56,7 @@ def test_nothing_to_match(shape):
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_the_official_matcher(load_golden, layer):
+def test_matching_equals_official_code(load_golden, layer):
   config, inputs, outputs = load_golden("detr_fn_a")
   weights = tuple(config["matcher"][k] for k in ("cost_class", "cost_bbox", "cost_giou"))
   cost = matching_cost(
@@ -74,7 +74,7 @@ def test_the_official_matcher(load_golden, layer):
   np.testing.assert_array_equal(matching.target_of_query, expected)
 
 
-def test_order_and_padding_of_targets_change_nothing():
+def test_matching_ignores_order_and_padding_of_targets():
   rng = np.random.default_rng(3)
   cost, is_target = random_problem(rng, 8, 9, 12)
   expected = np.asarray(solve(cost, is_target).target_of_query)
@@ -86,19 +86,19 @@ def test_order_and_padding_of_targets_change_nothing():
     np.testing.assert_array_equal(solve(filled, is_target).target_of_query, expected)
 
 
-def test_non_finite_costs_end_in_a_matching():
+def test_matching_with_non_finite_costs_is_complete():
   rng = np.random.default_rng(4)
   cost = rng.choice([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0, 1.0], (16, 8, 8))
   query_of_target = np.asarray(solve(cost.astype(np.float32), np.ones((16, 8), bool))[1])
   np.testing.assert_array_equal(np.sort(query_of_target, axis=1), np.tile(np.arange(8), (16, 1)))
 
 
-def test_ties_are_broken():
+def test_matching_of_ties_is_complete():
   matching = solve(np.zeros((2, 6, 4), np.float32), np.ones((2, 4), bool))
   assert np.all(np.sum(matching.target_of_query >= 0, axis=1) == 4)
 
 
-def test_batches_of_batches():
+def test_matching_accepts_several_batch_axes():
   rng = np.random.default_rng(5)
   cost, is_target = random_problem(rng, 6, 5, 4)
   nested = solve(cost.reshape(2, 3, 5, 4), is_target.reshape(2, 3, 4))
@@ -108,7 +108,7 @@ def test_batches_of_batches():
 
 
 @pytest.mark.multidevice
-def test_each_device_matches_its_own_examples():
+def test_matching_on_devices_needs_no_communication():
   rng = np.random.default_rng(6)
   cost, is_target = random_problem(rng, 8, 9, 5)
   expected = solve(cost, is_target)

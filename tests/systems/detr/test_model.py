@@ -1,4 +1,4 @@
-"""DETR against the official code, and the properties of its paper."""
+"""DETR against the official code; properties stated in its paper."""
 
 import functools
 import json
@@ -15,7 +15,7 @@ from tests.systems.detr.reference import model_of, read_variables
 from vit_jax_zoo.registry import create_model, list_models, sharding_rules
 from vit_jax_zoo.systems.detr.model import MAX_LEARNED_POSITIONS, VARIANTS, Detr, sine_positions
 
-# Elements of parameters, without those of the frozen batch norms: spec of the official code.
+# Parameter counts without frozen batch norms, from the official code.
 PARAMETERS = {
   "detr_r50": 41_524_768,
   "detr_r50_dc5": 41_524_768,
@@ -59,7 +59,7 @@ def apply(golden):
 
 
 @pytest.mark.parametrize("name", ["detr_a", "detr_dc5_a", "detr_panoptic_a"])
-def test_predictions_are_the_official_ones(golden, apply, name):
+def test_predictions_equal_official_code(golden, apply, name):
   config, variables, *_, expected = golden(name)
   got, sown = apply(name)
   assert sum(x.size for x in jax.tree.leaves(variables)) == config["num_params"]
@@ -78,16 +78,16 @@ def test_predictions_are_the_official_ones(golden, apply, name):
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS))
-def test_parameter_counts(name):
+def test_parameter_count(name):
   variables = jax.eval_shape(create_model(name).init, jax.random.key(0), jnp.zeros((1, 64, 96, 3)))
   assert sum(x.size for x in jax.tree.leaves(variables["params"])) == PARAMETERS[name]
 
 
-def test_every_variant_is_counted():
+def test_parameter_counts_cover_all_variants():
   assert set(PARAMETERS) == set(list_models("detr_*")) == set(VARIANTS)
 
 
-def test_unrolled_layers_are_scanned_layers(golden, apply):
+def test_unrolled_layers_equal_scanned_layers(golden, apply):
   config, variables, images, mask, _ = golden("detr_a")
   flat = traverse_util.flatten_dict(variables["params"], sep="/")
   unrolled = {}
@@ -105,7 +105,7 @@ def test_unrolled_layers_are_scanned_layers(golden, apply):
     np.testing.assert_allclose(got[name], value, atol=1e-5)
 
 
-def test_the_padding_may_hold_anything(golden, apply):
+def test_predictions_ignore_padded_pixels(golden, apply):
   config, variables, images, mask, _ = golden("detr_a")
   noisy = np.where(mask[..., None], images, 1e3).astype(np.float32)
   got = jax.jit(model_of(config).apply)(variables, noisy, mask)
@@ -113,7 +113,7 @@ def test_the_padding_may_hold_anything(golden, apply):
     np.testing.assert_allclose(got[name], value, atol=1e-5)
 
 
-def test_padded_features_are_never_looked_at(golden, apply):
+def test_attention_weights_of_padding_are_zero(golden, apply):
   *_, expected = golden("detr_a")
   sown = apply("detr_a")[1]["intermediates"]["transformer"]
   keep = ~expected["mask_0"].reshape(2, -1)
@@ -137,7 +137,7 @@ def test_masked_backbone_ignores_batch_padding(golden):
       np.testing.assert_allclose(padded[key][i], single[key][0], atol=2e-5)
 
 
-def test_without_a_mask_there_is_no_padding(golden, apply):
+def test_predictions_without_mask_treat_all_pixels_as_valid(golden, apply):
   config, variables, images, mask, _ = golden("detr_a")
   assert mask[0].all()
   alone = jax.jit(model_of(config).apply)(variables, images[:1])
@@ -145,7 +145,7 @@ def test_without_a_mask_there_is_no_padding(golden, apply):
     np.testing.assert_allclose(alone[key][0], apply("detr_a")[0][key][0], atol=1e-5)
 
 
-def test_sine_positions_match_the_reference(load_golden):
+def test_sine_positions_equal_official_code(load_golden):
   config, inputs, outputs = load_golden("detr_fn_a")
   keep = jnp.asarray(~inputs["pos_mask"])
   width = 2 * config["pos"]["num_pos_feats"]
@@ -171,14 +171,14 @@ def tiny():
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(2, 48, 64, 3)).astype(np.float32))
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-  # Numbers of any kind, in place of an initialisation that takes a minute to compile.
+  # Random numbers: compiling an initialisation takes a minute.
   variables = jax.tree.map(
     lambda x: jnp.asarray(rng.normal(x.ndim == 1, 0.1, x.shape).astype(np.float32)), shapes
   )
   return model, variables, images
 
 
-def test_every_parameter_has_a_finite_gradient(tiny):
+def test_gradients_are_finite_and_nonzero(tiny):
   model, variables, images = tiny
 
   @jax.jit
@@ -193,7 +193,7 @@ def test_every_parameter_has_a_finite_gradient(tiny):
 
   for name, value in traverse_util.flatten_dict(gradient(variables["params"]), sep="/").items():
     assert np.isfinite(value).all(), name
-    if not name.endswith("key/bias"):  # a constant added to all scores changes no softmax
+    if not name.endswith("key/bias"):  # softmax is invariant to a key bias
       assert np.abs(value).max() > 0, name
 
 
@@ -206,19 +206,19 @@ def test_jit_equals_eager(tiny):
     np.testing.assert_allclose(jitted[name], value, atol=1e-4)
 
 
-def test_bfloat16(golden, apply):
+def test_bfloat16_predictions_are_near_float32(golden, apply):
   config, variables, images, mask, _ = golden("detr_panoptic_a")
-  rough = jax.jit(model_of(config, dtype="bfloat16").apply)(variables, images, mask)
+  half = jax.jit(model_of(config, dtype="bfloat16").apply)(variables, images, mask)
   exact = apply("detr_panoptic_a")[0]
-  for name, value in rough.items():
+  for name, value in half.items():
     assert value.dtype == jnp.float32, name
     assert value.shape == exact[name].shape
-  for name in ("boxes_cxcywh", "logits"):  # relative: these weights make large numbers
-    miss = np.linalg.norm(rough[name] - exact[name]) / np.linalg.norm(exact[name])
-    assert miss < 0.15, name
+  for name in ("boxes_cxcywh", "logits"):  # relative: these weights give large values
+    error = np.linalg.norm(half[name] - exact[name]) / np.linalg.norm(exact[name])
+    assert error < 0.15, name
 
 
-def test_initial_scales():
+def test_initial_scales_equal_official_code():
   model = Detr(**TINY | {"mask_head": False})
 
   @jax.jit
@@ -260,13 +260,13 @@ def test_initial_scales():
     ({"width": 72}, "width.*multiple of 64"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     jax.eval_shape(Detr(**(TINY | fields)).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   assert "\n" not in str(error.value)
 
 
-def test_a_decoder_may_differ_from_the_encoder():
+def test_decoder_sizes_differ_from_encoder():
   model = Detr(width=8, num_heads=2, mlp_dim=16, decoder={"mlp_dim": 24, "num_heads": 4})
   shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
   encoder, decoder = shapes["transformer"]["encoder"], shapes["transformer"]["decoder"]
@@ -276,14 +276,14 @@ def test_a_decoder_may_differ_from_the_encoder():
   assert decoder["cross_attention"]["query"]["kernel"].shape == (6, 8, 4, 2)
 
 
-def test_learned_positions_end():
+def test_learned_positions_of_large_image_raise():
   model = Detr(**TINY, position_embedding="learned")
   side = 32 * MAX_LEARNED_POSITIONS + 1
-  with pytest.raises(ValueError, match=r"position_embedding=.learned.*at most 50 x 50"):
+  with pytest.raises(ValueError, match=r"position_embedding.*50 x 50"):
     jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, side, 3)))
 
 
-def test_sharding_rules_name_real_parameters():
+def test_sharding_rules_match_parameters():
   model = create_model("detr_r50_panoptic")
   params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
   paths = list(traverse_util.flatten_dict(params, sep="/"))

@@ -1,4 +1,4 @@
-"""Exported DETRs in live transformers: the same boxes and masks."""
+"""Exported DETRs loaded by transformers: boxes and masks."""
 
 import dataclasses
 
@@ -20,11 +20,11 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
 
 def outputs_of(folder, kind, images, mask):
-  """What transformers makes of a folder."""
+  """Returns the outputs of the folder's model in transformers."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
   found, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
   assert not report["missing_keys"]
-  # Counters that the files on the hub have, too.
+  # Batch counters, which the published files hold too.
   assert all(key.endswith(".num_batches_tracked") for key in report["unexpected_keys"])
   assert not report["mismatched_keys"]
   with torch.no_grad():
@@ -32,7 +32,7 @@ def outputs_of(folder, kind, images, mask):
     return found.eval()(pixels, pixel_mask=torch.from_numpy(mask.astype(np.int64)))
 
 
-def problem(height=96, width=128):
+def random_inputs(height=96, width=128):
   rng = np.random.default_rng(0)
   images = rng.normal(size=(2, height, width, 3)).astype(np.float32)
   mask = np.ones((2, height, width), bool)
@@ -41,11 +41,11 @@ def problem(height=96, width=128):
 
 
 @pytest.mark.parametrize("name", ["detr_a", "detr_panoptic_a", "detr_hf_a", "detr_hf_panoptic_a"])
-def test_exported_folders_load_in_transformers(name, tmp_path):
+def test_export_predicts_same_in_transformers(name, tmp_path):
   source = hugging_face_folder(name, tmp_path / "in") if "_hf_" in name else official_file(name)
   loaded = load_pretrained(source)
   detr_hf.write_checkpoint(str(tmp_path / "out"), export_of(loaded))
-  images, mask = problem()
+  images, mask = random_inputs()
   ours = jax.jit(loaded.model.apply)(loaded.variables, images, mask)
   kind = "DetrForSegmentation" if loaded.model.mask_head else "DetrForObjectDetection"
   theirs = outputs_of(str(tmp_path / "out"), kind, images, mask)
@@ -56,7 +56,7 @@ def test_exported_folders_load_in_transformers(name, tmp_path):
     np.testing.assert_allclose(ours["mask_logits"], masks, atol=1e-4 * np.abs(masks).max())
 
 
-def test_reads_files_saved_by_transformers(tmp_path):
+def test_load_of_file_saved_by_transformers_is_exact(tmp_path):
   transformers = pytest.importorskip("transformers")
   loaded = load_pretrained(official_file("detr_panoptic_a"))
   detr_hf.write_checkpoint(str(tmp_path / "ours"), export_of(loaded))
@@ -70,7 +70,7 @@ def test_reads_files_saved_by_transformers(tmp_path):
     np.testing.assert_array_equal(given, expected)
 
 
-def test_learned_positions_are_transferred(tmp_path):
+def test_export_with_learned_positions_predicts_same_in_transformers(tmp_path):
   loaded = load_pretrained(official_file("detr_a"), position_embedding="sine")
   rng = np.random.default_rng(0)
   params = dict(loaded.variables["params"])
@@ -80,18 +80,18 @@ def test_learned_positions_are_transferred(tmp_path):
   variables = {**loaded.variables, "params": params}
   learned = dataclasses.replace(loaded, model=model, variables=variables)
   detr_hf.write_checkpoint(str(tmp_path), export_of(learned))
-  images, mask = problem()
+  images, mask = random_inputs()
   ours = jax.jit(model.apply)(variables, images, mask)
   theirs = outputs_of(str(tmp_path), "DetrForObjectDetection", images, mask)
   np.testing.assert_allclose(ours["logits"], theirs.logits.numpy(), atol=1e-4)
 
 
-def test_dilated_backbones_load_with_timm(tmp_path):
-  """DC5 in its real size: transformers has dilation with timm's backbones alone."""
+def test_export_of_dilated_backbone_predicts_same_with_timm(tmp_path):
+  """DC5 at its real size: transformers supports dilation only with timm's backbones."""
   pytest.importorskip("timm")
   backbone = {"blocks": (3, 4, 6, 3), "output_stride": 16}
   model = Detr(5, 4, 64, 1, 1, 8, 64, backbone=backbone)
-  images, mask = problem()
+  images, mask = random_inputs()
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)
   rng = np.random.default_rng(0)
   variables = jax.tree.map(
@@ -106,7 +106,7 @@ def test_dilated_backbones_load_with_timm(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["detr_dc5_a", "detr_panoptic_a"])
-def test_pth_files_are_written_as_the_official_code_has_them(name, tmp_path):
+def test_pth_round_trip_is_exact(name, tmp_path):
   torch = pytest.importorskip("torch")
   loaded = load_pretrained(official_file(name), **overrides_of(name))
   path = str(tmp_path / "detr.pth")

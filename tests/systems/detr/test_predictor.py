@@ -1,4 +1,4 @@
-"""Detection on users' images, with published files and with runs."""
+"""Detection on single images, with published files and with runs."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from vit_jax_zoo.inference.base import Options
 from vit_jax_zoo.inference.load import load
 
 
-def picture(height=90, width=120, seed=0):
+def random_image(height=90, width=120, seed=0):
   return np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
 
 
@@ -40,18 +40,18 @@ def detr_run(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_run_draws_detections_and_attention(detr_run):
+def test_run_writes_detection_and_attention_figures(detr_run):
   names = {path.name for path in (detr_run / "figures").rglob("*.png")}
   for figure in ("train_batch", "test_predictions", "test_attention"):
     assert any(figure in name for name in names), names
 
 
 @pytest.mark.slow
-def test_run_detects_in_images_of_any_size(detr_run):
+def test_run_predicts_image_of_any_size(detr_run):
   trained = load(str(detr_run))
   assert trained.task.class_names == tuple("0123456789")
   predictor = create_predictor(trained, Options(threshold=0.0, explain=True))
-  found = predictor(picture(100, 300))
+  found = predictor(random_image(100, 300))
   assert len(found.record["detections"]) == 12
   scores = [one["score"] for one in found.record["detections"]]
   assert scores == sorted(scores, reverse=True)
@@ -64,18 +64,18 @@ def test_run_detects_in_images_of_any_size(detr_run):
   assert max(one["bbox"][0] + one["bbox"][2] for one in found.record["detections"]) > 100
   assert set(found.pictures) == {"", "attention"}
   assert json.loads(json.dumps(found.record)) == found.record
-  nothing = create_predictor(trained, Options(threshold=1.0))(picture())
+  nothing = create_predictor(trained, Options(threshold=1.0))(random_image())
   assert nothing.record["detections"] == []
   assert set(nothing.pictures) == {""}
 
 
-def test_panoptic_segments_of_a_published_model(tmp_path):
+def test_published_panoptic_model_predicts_segments(tmp_path):
   trained = load(official_file("detr_panoptic_a"))
-  assert trained.prepare(picture(96, 128))["image"].shape == (800, 1066, 3)
-  small = {"image": picture(96, 128).astype(np.float32)}
+  assert trained.prepare(random_image(96, 128))["image"].shape == (800, 1066, 3)
+  small = {"image": random_image(96, 128).astype(np.float32)}
   trained = dataclasses.replace(trained, prepare=lambda image: small)
   predictor = create_predictor(trained, Options(threshold=0.01))
-  found = predictor(picture(48, 64))
+  found = predictor(random_image(48, 64))
   info = found.record["segments_info"]
   assert info
   panoptic = found.pictures["panoptic"].astype(int)
@@ -93,17 +93,17 @@ def test_panoptic_segments_of_a_published_model(tmp_path):
     mask = run_lengths.decode(entry["segmentation"])
     assert mask.shape == (48, 64)
     assert entry["area"] == mask.sum()
-  check_files(predictor, tmp_path)
+  check_coco_files(predictor, tmp_path)
 
 
-def check_files(predictor, folder):
-  """COCO's files of two pictures, as pycocotools and our own source of data read them."""
+def check_coco_files(predictor, folder):
+  """Compares the COCO files of two images, read by pycocotools and by our COCO source."""
   segments = folder / "annotations" / "panoptic_val"
   segments.mkdir(parents=True)
   paths = [folder / "val" / f"{name}.png" for name in ("a", "b")]
   paths[0].parent.mkdir()
   for seed, path in enumerate(paths):
-    Image.fromarray(picture(48, 64, seed)).save(path)
+    Image.fromarray(random_image(48, 64, seed)).save(path)
   assert predict.predict_all(predictor, paths, folder / "out") == 0
   records = json.loads((folder / "out" / "predictions.json").read_text())
   with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Preprocessing of Hugging Face's DETR folders, and detections, against transformers."""
+"""Preprocessing of Hugging Face's DETR folders and detections, against transformers."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ PROCESSORS = {
   "no_rescale": {"size": {"height": 40, "width": 40}, "do_rescale": False},
   "no_normalize": {"size": {"height": 40, "width": 40}, "do_normalize": False, "resample": 1},
   "raw": {"size": {"height": 9, "width": 8}, "do_normalize": False, "do_rescale": False},
-  "own_numbers": {
+  "custom_statistics": {
     "size": {"shortest_edge": 30, "longest_edge": 50},
     "image_mean": [0.1, 0.2, 0.3],
     "image_std": [0.5, 0.6, 0.7],
@@ -42,7 +42,7 @@ PROCESSORS = {
 }
 
 
-def images():
+def random_images():
   rng = np.random.default_rng(0)
   return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in SIZES]
 
@@ -50,12 +50,12 @@ def images():
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
-def test_results_are_those_of_transformers(name):
-  """Exactly those of its Pillow backend; its torchvision backend rounds some pixels differently."""
+def test_preprocess_equals_transformers(name):
+  """Compares with the Pillow backend; the torchvision backend rounds some pixels differently."""
   from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 
   ours, theirs = read_preprocess(PROCESSORS[name], name), DetrImageProcessorPil(**PROCESSORS[name])
-  for image in images():
+  for image in random_images():
     expected = theirs(image, input_data_format="channels_last", return_tensors="np")
     np.testing.assert_array_equal(ours.pixel_mask([image]), expected["pixel_mask"].astype(bool))
     got = np.moveaxis(ours([image]), -1, 1)
@@ -66,12 +66,12 @@ def test_results_are_those_of_transformers(name):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
-def test_torchvision_backend_gives_the_same_sizes(name):
+def test_preprocess_sizes_equal_torchvision_backend(name):
   import transformers
 
   ours = read_preprocess(PROCESSORS[name], name)
   theirs = transformers.DetrImageProcessor(**PROCESSORS[name])
-  for image in images():
+  for image in random_images():
     expected = theirs(image, input_data_format="channels_last", return_tensors="pt")[
       "pixel_mask"
     ].numpy()
@@ -79,7 +79,7 @@ def test_torchvision_backend_gives_the_same_sizes(name):
 
 
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
-def test_a_written_processor_is_read_back(name):
+def test_processor_round_trip_is_exact(name):
   preprocess = read_preprocess(PROCESSORS[name], name)
   written = json.loads(json.dumps(weights_hf._processor_of(preprocess, masks=False)))
   again = read_preprocess(written, name)
@@ -93,7 +93,7 @@ def test_a_written_processor_is_read_back(name):
       assert got == expected, field.name
 
 
-def test_max_height_and_pad_size():
+def test_max_height_and_pad_size_are_applied():
   preprocess = read_preprocess(PROCESSORS["max_height"], "file")
   image = np.full((200, 100, 3), 255, np.uint8)
   assert preprocess.resize(image).shape == (96, 48, 3)
@@ -112,18 +112,18 @@ def test_max_height_and_pad_size():
     ({"pad_size": {"shortest_edge": 3}}, "pad_size"),
   ],
 )
-def test_unknown_forms_are_refused(processor, field):
+def test_unknown_processor_field_raises(processor, field):
   with pytest.raises(WeightsError, match=rf"folder/preprocessor_config\.json: {field}"):
     read_preprocess(processor, "folder/preprocessor_config.json")
 
 
-def test_sizes_as_lists_and_numbers():
+def test_size_as_list_and_pad_size_as_number():
   preprocess = read_preprocess({"size": [480, 640], "pad_size": 700}, "file")
   assert preprocess.resized_size(100, 100) == (480, 640)
   assert preprocess.pad_size == (700, 700)
 
 
-def test_sizes_are_those_of_transformers(load_golden):
+def test_resized_size_equals_transformers_golden(load_golden):
   _, inputs, outputs = load_golden("detr_hf_fn_a")
   preprocess = read_preprocess({}, "file")
   for size, expected in zip(inputs["size_hw_in"], outputs["size_hw_800_1333"], strict=True):
@@ -133,7 +133,7 @@ def test_sizes_are_those_of_transformers(load_golden):
   assert preprocess.resized_size(400, 50) == (1333, 167)
 
 
-def test_values_are_those_of_transformers(load_golden):
+def test_pixel_values_equal_transformers_golden(load_golden):
   config, inputs, outputs = load_golden("detr_hf_fn_a")
   preprocess = read_preprocess({"size": config["size"]}, "file")
   for row, mask in enumerate(outputs["pixel_mask"].astype(bool)):
@@ -144,7 +144,7 @@ def test_values_are_those_of_transformers(load_golden):
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
-def test_detections_are_those_of_transformers(load_golden):
+def test_detections_equal_transformers_golden(load_golden):
   config, inputs, outputs = load_golden("detr_hf_fn_a")
   predictions = {"logits": inputs["logits"], "boxes_cxcywh": inputs["pred_boxes"]}
   task = create_task("detection", Echo(predictions), num_classes=config["num_labels"])

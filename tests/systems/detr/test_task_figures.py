@@ -10,7 +10,7 @@ from vit_jax_zoo.systems.detr.task import last_attention
 from vit_jax_zoo.tasks import create_task
 
 
-def test_the_last_layers_attention_scanned_or_unrolled():
+def test_last_layer_attention_is_returned_scanned_or_unrolled():
   rng = np.random.default_rng(0)
   maps = rng.uniform(size=(3, 2, 4, 5, 6)).astype(np.float32)  # layers, images, heads, queries, n
   memory = (np.zeros((2, 2, 3, 8)),)
@@ -22,7 +22,7 @@ def test_the_last_layers_attention_scanned_or_unrolled():
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_predictions_include_attention_when_drawn():
+def test_predictions_include_attention_only_for_figures():
   backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 2}
   model = Detr(3, 5, 8, 1, 2, 2, 8, backbone=backbone)
   batch = {"image": np.zeros((2, 64, 96, 3), np.uint8)}
@@ -35,7 +35,7 @@ def test_predictions_include_attention_when_drawn():
       assert predictions["attention"].shape == (2, 5, 2, 3)
 
 
-def test_segments_are_drawn_and_scored_above_the_threshold():
+def test_segments_above_threshold_are_drawn_and_scored():
   task = create_task(
     "detection", TinyDetector(mask_head=True), num_classes=4, stuff_from=2, segment_threshold=0.6
   )

@@ -1,4 +1,4 @@
-"""DETR's training, step by step, against the official code's: loss terms, matchings, parameters."""
+"""DETR's training curve against the official code: loss terms, matchings, parameters."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ TERMS = {
 
 
 def read_batches(inputs, count, with_masks):
-  """The fixture's batches, targets padded to one number."""
+  """Returns the fixture's batches, targets padded to one count."""
   most = max(len(v) for k, v in inputs.items() if k.startswith("labels_"))
   batches = []
   for b in range(count):
@@ -73,7 +73,7 @@ def train(name, dtype=jnp.float32):
     model_of(model_config, dtype=dtype),
     num_classes=model_config["num_classes"],
     image_mean=0.0,
-    image_std=1 / 255,  # the fixture's images are normalised already
+    image_std=1 / 255,  # the fixture's images are already normalised
   )
   given = config["optimizer"]
   rules = [
@@ -112,7 +112,7 @@ def assert_terms(history, outputs, rtol, atol=0.0):
 
 
 def assert_updates(params, tensors, outputs, model_config, tolerance):
-  """Compares how far parameters moved, relative to the way."""
+  """Compares parameter updates; the error is relative to the update's norm."""
   names = [key.removeprefix("param/") for key in outputs if key.startswith("param/")]
   plain = {key.removeprefix("detr."): value for key, value in tensors.items()}
   finals = variables_of(plain | {n: outputs[f"param/{n}"] for n in names}, model_config)
@@ -122,18 +122,18 @@ def assert_updates(params, tensors, outputs, model_config, tolerance):
   start = traverse_util.flatten_dict(starts["params"], sep="/")
   compared = 0
   for path in final:
-    # Of stacked layers, the fixture may hold one alone: compare where the reference moved.
+    # The fixture may hold one of the stacked layers: compare only where the reference moved.
     moved = final[path] != start[path]
     if not moved.any() or path.endswith("key/bias"):
       continue
-    way = (final[path] - start[path])[moved]
-    miss = (np.asarray(got[path]) - final[path])[moved]
-    assert np.linalg.norm(miss) <= tolerance * np.linalg.norm(way), path
+    update = (final[path] - start[path])[moved]
+    error = (np.asarray(got[path]) - final[path])[moved]
+    assert np.linalg.norm(error) <= tolerance * np.linalg.norm(update), path
     compared += 1
   assert compared >= len(names)
 
 
-def test_detection_training_curve():
+def test_training_curve_of_detection_equals_official_code():
   outputs, history, tensors, params, model_config = train("train_detr_a")
   losses = np.array([metrics["loss"] for metrics in history])
   np.testing.assert_allclose(losses[:5], outputs["loss"][:5], rtol=2e-5)
@@ -160,8 +160,8 @@ print(json.dumps([[metrics[name] for metrics in history] for name in ("loss", "g
 
 
 @pytest.mark.slow
-def test_in_float64_the_curves_agree_to_the_last_step():
-  """No rounding of float32 that grows over the steps, and no tie that it decides."""
+def test_training_curve_in_float64_equals_official_code():
+  """Float64 excludes accumulated rounding, and ties that rounding decides."""
   done = subprocess.run(
     [sys.executable, "-c", IN_FLOAT64],
     cwd=command.ROOT,
@@ -176,7 +176,7 @@ def test_in_float64_the_curves_agree_to_the_last_step():
   np.testing.assert_allclose(norms, outputs["float64/grad_norm"], rtol=2e-6)
 
 
-def test_mask_head_training_curve():
+def test_training_curve_of_mask_head_equals_official_code():
   outputs, history, tensors, params, model_config = train("train_detr_panoptic_a")
   masks = np.array([metrics["mask_loss"] + metrics["dice_loss"] for metrics in history])
   np.testing.assert_allclose(masks, outputs["loss_mask_plus_dice"], rtol=0, atol=5e-5)

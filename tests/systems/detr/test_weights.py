@@ -1,4 +1,4 @@
-"""DETR's published weights: golden parity, round trips, invalid files."""
+"""DETR's published weights: predictions against goldens, round trips, invalid files."""
 
 import functools
 import json
@@ -49,7 +49,7 @@ def run(loaded, images, mask):
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
-  """`load(name)`: the fixture's model and weights, read once."""
+  """`load(name)`: the fixture's model and weights, cached."""
 
   @functools.cache
   def read(name):
@@ -61,7 +61,7 @@ def load(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_faces_weights_give_its_predictions(name, load, load_golden):
+def test_hugging_face_weights_predict_golden_outputs(name, load, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load(name)
   got = run(loaded, inputs["pixel_values"], inputs["pixel_mask"])
@@ -69,14 +69,14 @@ def test_hugging_faces_weights_give_its_predictions(name, load, load_golden):
   close(got["boxes_cxcywh"], outputs["pred_boxes"], atol=2e-5)
   if "pred_masks" in outputs:
     close(got["mask_logits"], outputs["pred_masks"])
-  # Without a mask transformers takes the padding for a part of the image, and so do we.
+  # Without a mask, transformers treats the padding as part of the image.
   unmasked = run(loaded, inputs["pixel_values"], np.ones_like(inputs["pixel_mask"]))
   close(unmasked["logits"], outputs["nomask/logits"])
   close(unmasked["boxes_cxcywh"], outputs["nomask/pred_boxes"], atol=2e-5)
   assert len(loaded.class_names) == config["num_labels"]
 
 
-def test_model_is_inferred_from_an_official_file(load):
+def test_model_fields_are_inferred_from_official_file(load):
   # test_model.py compares predictions with official weights.
   model = load("detr_panoptic_a").model
   assert (model.num_heads, model.mask_head) == (8, True)
@@ -85,7 +85,7 @@ def test_model_is_inferred_from_an_official_file(load):
   assert (model.encoder_depth, model.decoder_depth, model.num_queries) == (2, 3, 9)
 
 
-def test_learned_positions_are_inferred_and_written(tmp_path):
+def test_learned_positions_round_trip_is_exact(tmp_path):
   arrays = load_file(official_file("detr_a"))
   rng = np.random.default_rng(0)
   for side in ("row", "col"):
@@ -97,13 +97,13 @@ def test_learned_positions_are_inferred_and_written(tmp_path):
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_official_export_of_import_is_the_file(name, load, tmp_path):
+def test_official_round_trip_is_exact(name, load, tmp_path):
   again = str(tmp_path / "again.safetensors")
   detr_official.write_checkpoint(again, export_of(load(name)))
   assert_same_arrays(load_file(again), load_file(official_file(name)))
 
 
-def test_unrolled_layers_are_the_same_file():
+def test_official_export_of_unrolled_layers_is_exact():
   loaded = load_pretrained(official_file("detr_a"), scan_layers=False)
   assert "decoder_2" in loaded.variables["params"]["transformer"]
   given = detr_official.state_dict(export_of(loaded).variables)
@@ -111,13 +111,13 @@ def test_unrolled_layers_are_the_same_file():
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_face_export_of_import_is_the_file(name, load, tmp_path):
+def test_hugging_face_round_trip_is_exact(name, load, tmp_path):
   timm = name != "detr_hf_a"
   given = detr_hf.state_dict(export_of(load(name)).variables, timm=timm)
   assert_same_arrays(given, arrays_of(hugging_face_folder(name, tmp_path)))
 
 
-def test_a_folder_keeps_all_that_is_known_of_a_model(load, tmp_path):
+def test_hugging_face_folder_round_trip_keeps_config_preprocess_and_classes(load, tmp_path):
   loaded = load("detr_hf_panoptic_a")
   detr_hf.write_checkpoint(str(tmp_path), export_of(loaded))
   reread = load_pretrained(str(tmp_path))
@@ -127,7 +127,7 @@ def test_a_folder_keeps_all_that_is_known_of_a_model(load, tmp_path):
   assert_same_arrays(flatten_variables(reread.variables), flatten_variables(loaded.variables))
 
 
-def test_every_detr_round_trips_in_both_formats(load, tmp_path):
+def test_official_file_round_trips_through_hugging_face_folder(load, tmp_path):
   detr_hf.write_checkpoint(str(tmp_path), export_of(load("detr_panoptic_a")))
   config = json.loads((tmp_path / "config.json").read_text())
   assert config["architectures"] == ["DetrForSegmentation"]
@@ -136,7 +136,7 @@ def test_every_detr_round_trips_in_both_formats(load, tmp_path):
   assert_same_arrays(back, load_file(official_file("detr_panoptic_a")))
 
 
-def test_dc5_is_written_with_timms_backbone_and_read_back():
+def test_hugging_face_config_of_dc5_uses_timm_backbone():
   fields = {
     **{"width": 256, "num_queries": 100, "num_classes": 91, "num_heads": 8, "mlp_dim": 2048},
     **{"encoder_depth": 6, "decoder_depth": 6, "decoder": None, "dropout_rate": 0.1},
@@ -145,19 +145,19 @@ def test_dc5_is_written_with_timms_backbone_and_read_back():
   }
   config = detr_hf.config_of(fields)
   assert (config["backbone"], config["dilation"]) == ("resnet101", True)
-  with pytest.raises(WeightsError, match="backbone: transformers has no dilated ResNet"):
+  with pytest.raises(WeightsError, match=r"backbone: .*dilated"):
     detr_hf.config_of({**fields, "backbone": {"blocks": (1, 1, 1, 1), "output_stride": 16}})
   with pytest.raises(WeightsError, match=r"backbone: .*stem='deep', norm='group_norm'"):
     detr_hf.config_of({**fields, "backbone": {"stem": "deep", "norm": "group_norm"}})
 
 
-def test_dc5_files_are_dilated(tmp_path):
+def test_file_named_dc5_has_dilated_backbone(tmp_path):
   path = tmp_path / "detr-r50-dc5-tiny.safetensors"
   shutil.copy(official_file("detr_dc5_a"), path)
   assert load_pretrained(str(path)).model.backbone["output_stride"] == 16
 
 
-def test_another_number_of_classes_starts_the_class_head_afresh():
+def test_class_head_of_other_num_classes_is_zero():
   path = official_file("detr_a")
   loaded = load_pretrained(path, num_classes=3)
   params = loaded.variables["params"]
@@ -166,14 +166,14 @@ def test_another_number_of_classes_starts_the_class_head_afresh():
   np.testing.assert_array_equal(params["query_embedding"], load_file(path)["query_embed.weight"])
 
 
-def test_masks_may_be_added_to_a_detector_and_left_out():
+def test_mask_head_is_added_or_dropped_on_load():
   detector = load_pretrained(official_file("detr_a"), mask_head=True)
   assert {"mask_head", "mask_attention"} <= set(detector.variables["params"])
   alone = load_pretrained(official_file("detr_panoptic_a"), mask_head=False)
   assert not {"mask_head", "mask_attention"} & set(alone.variables["params"])
 
 
-def test_weights_load_into_a_trainable_backbone(load):
+def test_frozen_batch_norms_load_into_trainable_batch_norms(load):
   loaded = load("detr_a")
   model = loaded.model.clone(backbone={**loaded.model.backbone, "norm": "batch_norm"})
   images = np.zeros((1, 32, 32, 3), np.float32)
@@ -196,7 +196,7 @@ def test_weights_load_into_a_trainable_backbone(load):
      "wrong shape: transformer.decoder.layers.1.multihead_attn.in_proj_weight["),
   ],
 )  # fmt: skip
-def test_problems_of_a_file(tmp_path, key, array, message):
+def test_invalid_file_reports_key_and_shape(tmp_path, key, array, message):
   arrays = {**load_file(official_file("detr_a")), key: array}
   save_file({k: v for k, v in arrays.items() if v is not None}, tmp_path / "broken.safetensors")
   with pytest.raises(WeightsError) as info:
@@ -216,7 +216,7 @@ def test_problems_of_a_file(tmp_path, key, array, message):
     ("model_type is 'table-transformer'", {"model_type": "table-transformer"}),
   ],
 )  # fmt: skip
-def test_other_architectures_of_transformers_are_refused(field, change, tmp_path):
+def test_other_hugging_face_architecture_raises(field, change, tmp_path):
   folder = hugging_face_folder("detr_hf_a", tmp_path)
   config = json.loads((tmp_path / "config.json").read_text())
   (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
@@ -232,14 +232,14 @@ def test_other_architectures_of_transformers_are_refused(field, change, tmp_path
     ("transformer.encoder.norm.weight", "Table Transformer"),
   ],
 )
-def test_official_files_of_other_architectures_are_refused(key, name, tmp_path):
+def test_official_file_of_other_architecture_raises(key, name, tmp_path):
   arrays = load_file(official_file("detr_a")) | {key: np.zeros(64, np.float32)}
   save_file(arrays, tmp_path / "other.safetensors")
   with pytest.raises(WeightsError, match=name):
     load_pretrained(str(tmp_path / "other.safetensors"))
 
 
-def test_an_incomplete_id2label_keeps_its_names(tmp_path, caplog):
+def test_incomplete_id2label_warns_and_keeps_names(tmp_path, caplog):
   folder = hugging_face_folder("detr_hf_a", tmp_path)
   config = json.loads((tmp_path / "config.json").read_text())
   config["id2label"] = {"0": "N/A", "1": "cat", "3": "dog"}
@@ -250,7 +250,7 @@ def test_an_incomplete_id2label_keeps_its_names(tmp_path, caplog):
   assert "id2label lacks 8 of 11 classes (2, 4, 5, 6, 7, ...)" in caplog.text
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path):
+def test_missing_config_or_key_raises(tmp_path):
   folder = hugging_face_folder("detr_hf_a", tmp_path)
   (tmp_path / "config.json").unlink()
   with pytest.raises(WeightsError, match=r"no config\.json"):
@@ -258,12 +258,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
   arrays = load_file(official_file("detr_a"))
   del arrays["query_embed.weight"]
   save_file(arrays, tmp_path / "cut.safetensors")
-  with pytest.raises(WeightsError, match=r"there is no 'query_embed\.weight'"):
+  with pytest.raises(WeightsError, match=r"query_embed\.weight"):
     load_pretrained(str(tmp_path / "cut.safetensors"))
 
 
 def resnet_file(path, names=lambda key: key):
-  """The backbone of a fixture as torchvision would save it, with a classifier."""
+  """Writes the fixture's backbone as torchvision would save it, with a classifier."""
   prefix = "backbone.0.body."
   arrays = load_file(official_file("detr_a"))
   arrays = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
@@ -274,9 +274,9 @@ def resnet_file(path, names=lambda key: key):
 
 
 @pytest.mark.parametrize("norm", ["frozen_batch_norm", "batch_norm"])
-def test_a_backbone_starts_from_a_classifier(norm, load, tmp_path):
+def test_backbone_file_initializes_backbone(norm, load, tmp_path):
   path = resnet_file(tmp_path / "resnet.safetensors")
-  model = model_of_fixture(norm)
+  model = fixture_model(norm)
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   variables = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
   task = create_task("detection", model, num_classes=11, backbone_file=path)
@@ -291,16 +291,16 @@ def test_a_backbone_starts_from_a_classifier(norm, load, tmp_path):
       assert (array == 0.5).all()
 
 
-def model_of_fixture(norm):
+def fixture_model(norm):
   backbone = {"blocks": (2, 1, 2, 1), "widths": (8, 16, 32, 64), "stem_width": 8, "norm": norm}
   return Detr(11, 9, 64, 2, 3, mlp_dim=128, backbone=backbone)
 
 
-def test_a_classifier_of_another_size_is_named(tmp_path):
+def test_backbone_file_that_does_not_fit_raises(tmp_path):
   path = resnet_file(tmp_path / "resnet.safetensors", lambda key: key.replace("layer3", "layer9"))
-  model = model_of_fixture("frozen_batch_norm")
+  model = fixture_model("frozen_batch_norm")
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
-  with pytest.raises(WeightsError, match=r"missing: .*c4_block0/conv1/.*more problems"):
+  with pytest.raises(WeightsError, match=r"missing: .*c4_block0/conv1/"):
     load_parts({"*/backbone": path}, abstract)
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
   with pytest.raises(WeightsError, match=r"other\.safetensors.* conv\.weight"):
@@ -309,7 +309,7 @@ def test_a_classifier_of_another_size_is_named(tmp_path):
   assert load_parts({"*/trunk": path}, own) == own
 
 
-def test_layouts_of_a_run_convert(load):
+def test_relayout_round_trip_is_exact(load):
   loaded = load("detr_a")
   unrolled = relayout(loaded.variables, scan_layers=False)
   assert "decoder_2" in unrolled["params"]["transformer"]
@@ -317,7 +317,7 @@ def test_layouts_of_a_run_convert(load):
   assert_same_arrays(flatten_variables(again), flatten_variables(loaded.variables))
 
 
-def test_a_run_hands_over_all_but_its_classes(load):
+def test_fit_to_model_keeps_all_but_class_head(load):
   source, model = load("detr_a").variables, load("detr_a").model.clone(num_classes=4)
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   fresh = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)

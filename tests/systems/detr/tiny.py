@@ -1,11 +1,11 @@
-"""Stand-ins for detection models: fixed outputs, and a cheap one with parameters."""
+"""Small detection models for tests: one with fixed outputs, one with parameters."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 
 class Echo:
-  """A 'model' whose outputs are given, to test the loss alone."""
+  """A model with fixed outputs, to test the loss alone."""
 
   def __init__(self, outputs):
     self.outputs = {name: jnp.asarray(value) for name, value in outputs.items()}
@@ -20,12 +20,12 @@ class Echo:
 
 
 class TinyDetector(nn.Module):
-  """Names objects by what an image's corners hold; sees no padding."""
+  """Linear predictions from the flattened image; padding is zeroed."""
 
   num_classes: int = 4
   num_queries: int = 6
   layers: int = 2
-  mask_head: bool = False  # said, for the task to know; it predicts none
+  mask_head: bool = False  # read by the task; the model predicts no masks
 
   @nn.compact
   def __call__(self, images, mask, *, train=False):
