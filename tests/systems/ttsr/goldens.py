@@ -1,4 +1,4 @@
-"""Narrow discriminator and VGG-19 of the official TTSR's goldens, their weights in our layout."""
+"""Narrow discriminator and VGG-19 of the official TTSR goldens, with their weights."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from vit_jax_zoo.weights import key_map
 
 
 class NarrowTask(SuperResolution):
-  """The task with few channels in the networks that only its losses use."""
+  """The task with a narrow discriminator and VGG-19."""
 
   _discriminator = Discriminator((2, 4, 8, 16, 32), 64)
   _vgg = VGG19(("relu5_1",), (4, 8, 16, 32, 32))
@@ -29,7 +29,7 @@ FILE = golden_folder("ttsr_a") / "weights.safetensors"
 
 
 def load_golden_model(**fields):
-  """Returns the model of the official weights, and its variables."""
+  """Returns the model with the official weights, and its variables."""
   loaded = weights.load_pretrained(str(FILE), **fields)
   return loaded.model, loaded.variables
 
@@ -39,7 +39,7 @@ def nhwc(array):
 
 
 def discriminator_params(arrays, side):
-  """The official discriminator's; it flattens channels first, ours last."""
+  """Returns the discriminator's parameters; the official code flattens channels first."""
   params = {}
   for i in range(1, 11):
     name = f"conv{(i + 1) // 2}_{2 - i % 2}"
@@ -56,7 +56,7 @@ def discriminator_params(arrays, side):
 
 
 def vgg_params(arrays):
-  """The official VGG-19's, by torchvision's names."""
+  """Returns VGG-19's parameters from torchvision's names."""
   published = {
     key.replace("vgg19.slice1", "features"): array
     for key, array in arrays.items()

@@ -15,32 +15,32 @@ from vit_jax_zoo.systems.ttsr.psnr_ssim import psnr_y
 def example(count=2):
   rng = np.random.default_rng(0)
 
-  def pictures(height, width):
+  def random_images(height, width):
     return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
   batch = {
-    "low_res_image": pictures(5, 6),
-    "upsampled_image": pictures(20, 24),
-    "image": pictures(20, 24),
-    "ref_image": pictures(16, 32),
-    "blurred_ref_image": pictures(16, 32),
+    "low_res_image": random_images(5, 6),
+    "upsampled_image": random_images(20, 24),
+    "image": random_images(20, 24),
+    "ref_image": random_images(16, 32),
+    "blurred_ref_image": random_images(16, 32),
   }
   predictions = {
-    "image": pictures(20, 24),
-    "wrong_reference_image": pictures(20, 24),
+    "image": random_images(20, 24),
+    "wrong_reference_image": random_images(20, 24),
     "hard_attention": rng.integers(0, 32, (count, 5, 6)),
     "soft_attention": rng.uniform(size=(count, 5, 6)),
   }
   return batch, predictions
 
 
-def test_each_example_has_its_row():
+def test_results_figure_has_one_row_per_example():
   batch, predictions = example()
   figure = draw_results(batch, predictions)
   assert len(figure.axes) == 2 * len(COLUMNS)
   assert [ax.get_title() for ax in figure.axes[: len(COLUMNS)]] == list(COLUMNS)
-  small, _, ours, wrong, truth, reference, taken, trust = figure.axes[: len(COLUMNS)]
-  np.testing.assert_array_equal(small.images[0].get_array(), batch["low_res_image"][0])
+  low_res, _, ours, wrong, truth, reference, position_map, confidence = figure.axes[: len(COLUMNS)]
+  np.testing.assert_array_equal(low_res.images[0].get_array(), batch["low_res_image"][0])
   np.testing.assert_array_equal(ours.images[0].get_array(), predictions["image"][0])
   np.testing.assert_array_equal(truth.images[0].get_array(), batch["image"][0])
   np.testing.assert_array_equal(
@@ -50,19 +50,19 @@ def test_each_example_has_its_row():
     assert ax.get_xlabel() == f"{psnr_y(predictions[name][0], batch['image'][0]):.2f} dB"
   assert reference.images[0].get_array().shape == (16, 32, 3)
   expected = position_colors(predictions["hard_attention"][0], (4, 8))
-  np.testing.assert_array_equal(taken.images[0].get_array(), expected)
-  np.testing.assert_array_equal(trust.images[0].get_array(), predictions["soft_attention"][0])
+  np.testing.assert_array_equal(position_map.images[0].get_array(), expected)
+  np.testing.assert_array_equal(confidence.images[0].get_array(), predictions["soft_attention"][0])
   assert pyplot.get_fignums() == []
 
 
-def test_missing_suites_have_no_column():
+def test_results_figure_omits_missing_columns():
   batch, predictions = example(1)
   del batch["image"], predictions["wrong_reference_image"]
   titles = [ax.get_title() for ax in draw_results(batch, predictions).axes]
   assert titles == [name for name in COLUMNS if name not in ("truth", "wrong reference")]
 
 
-def test_a_training_batch_shows_all_that_is_learned_from():
+def test_batch_figure_shows_all_images():
   batch, _ = example(5)
   figure = draw_batch(batch)
   assert len(figure.axes) == 4 * len(BATCH_COLUMNS)
@@ -72,7 +72,7 @@ def test_a_training_batch_shows_all_that_is_learned_from():
   assert figure.axes[0].get_xlabel() == "6 × 5"
 
 
-def test_padding_is_not_drawn():
+def test_results_figure_crops_padding():
   batch, predictions = example()
   figure = draw_results({**batch, "size": np.full((2, 2), (12, 16))}, predictions, max_images=1)
   assert len(figure.axes) == len(COLUMNS)
@@ -80,14 +80,14 @@ def test_padding_is_not_drawn():
   assert figure.axes[0].images[0].get_array().shape == (3, 4, 3)
 
 
-def test_positions_have_distinct_colors():
+def test_position_colors_are_distinct():
   colors = position_colors(np.arange(12).reshape(3, 4), (3, 4))
   assert len(np.unique(colors.reshape(-1, 3), axis=0)) == 12
 
 
-def test_no_image_is_an_error():
+def test_figures_without_image_raise():
   batch, predictions = example()
-  with pytest.raises(ValueError, match="there is no image to draw"):
+  with pytest.raises(ValueError, match="no image"):
     draw_results({key: value[:0] for key, value in batch.items()}, predictions)
-  with pytest.raises(ValueError, match="there is no image to draw"):
+  with pytest.raises(ValueError, match="no image"):
     draw_batch({key: value[:0] for key, value in batch.items()})

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from tests.systems.ttsr.test_weights import TINY, NarrowTask, game_variables
+from tests.systems.ttsr.test_weights import TINY, NarrowTask, zero_variables
 from vit_jax_zoo import trainer, weights
 from vit_jax_zoo.builder import build
 from vit_jax_zoo.config import load
@@ -27,7 +27,7 @@ GAME = NarrowTask(TINY, perceptual_weight=1.0, adversarial_weight=1.0, vgg_file=
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
   """A file like TTSR-rec.pt, of a small model, and the model's parameters."""
-  fresh = game_variables(REC)["params"]["generator"]
+  fresh = zero_variables(REC)["params"]["generator"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.1, x.shape)), fresh)
   path = str(tmp_path_factory.mktemp("released") / "TTSR-rec.safetensors")
@@ -37,7 +37,7 @@ def released(tmp_path_factory):
 
 
 def fresh_variables(task):
-  return jax.tree.map(jnp.asarray, game_variables(task))
+  return jax.tree.map(jnp.asarray, zero_variables(task))
 
 
 def no_data():

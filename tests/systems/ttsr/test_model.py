@@ -26,7 +26,7 @@ def golden_run(dtype="float32", scan_layers=False):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
-def test_golden_parity(load_golden, scan_layers):
+def test_outputs_equal_official_code(load_golden, scan_layers):
   _, _, expected = load_golden("ttsr_a")
   out, state = golden_run(scan_layers=scan_layers)
   seen = {k: v[0] for k, v in state["intermediates"].items() if k.startswith(("after", "un"))}
@@ -44,10 +44,10 @@ def test_golden_parity(load_golden, scan_layers):
   close(seen["after_exchange3"][0], "mainnet/ex123_0")
   close(seen["after_exchange3"][2], "mainnet/ex123_2")
   close(seen["unclipped"], "mainnet/sr_unclamped", 2e-5)
-  close(out["image"], "sr", 2e-5)  # of [-1, 1]: half as much of [0, 1]
+  close(out["image"], "sr", 2e-5)  # in [-1, 1]; half of it in [0, 1]
 
 
-def test_bfloat16_matches_the_same_patches(load_golden):
+def test_bfloat16_model_selects_same_patches(load_golden):
   _, inputs, expected = load_golden("ttsr_a")
   out, _ = golden_run("bfloat16")
   np.testing.assert_array_equal(out["hard_attention"].reshape(1, -1), expected["R_argmax"])
@@ -55,16 +55,16 @@ def test_bfloat16_matches_the_same_patches(load_golden):
   assert out["textures"][0].dtype == jnp.bfloat16
   assert out["image"].dtype == jnp.float32
   np.testing.assert_allclose(np.moveaxis(out["image"], -1, 1), expected["sr"], atol=0.05)
-  # With features of half precision, too, other patches would be taken.
+  # With bfloat16 features, other patches would be selected.
   model, variables = load_golden_model(dtype="bfloat16")
   queries, references = (
     model.apply(variables, nhwc(inputs[name]), method="textures")[2] for name in ("lrsr", "refsr")
   )
-  rough = find_matches(queries, references).index
-  assert np.mean(np.asarray(rough).reshape(1, -1) != expected["R_argmax"]) > 0.01
+  half = find_matches(queries, references).index
+  assert np.mean(np.asarray(half).reshape(1, -1) != expected["R_argmax"]) > 0.01
 
 
-def pictures(seed=0, batch=2):
+def random_images(seed=0, batch=2):
   keys = jax.random.split(jax.random.key(seed), 4)
   sides = ((3, 4), (12, 16), (8, 20), (8, 20))
   return [
@@ -73,12 +73,12 @@ def pictures(seed=0, batch=2):
   ]
 
 
-def test_shapes_and_gradients():
+def test_gradients_are_finite_and_nonzero():
   model = TTSR(**TINY)
-  images = pictures()
+  images = random_images()
   shapes = jax.eval_shape(model.init, jax.random.key(0), *images)
   assert {x.dtype for x in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-  rng = np.random.default_rng(0)  # compiling one program for each parameter takes long
+  rng = np.random.default_rng(0)  # faster than compiling an initialisation
   variables = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes)
 
   def loss(params):
@@ -93,7 +93,7 @@ def test_shapes_and_gradients():
   assert jnp.abs(out["image"]).max() <= 1
   for leaf in jax.tree.leaves(gradients):
     assert np.isfinite(leaf).all()
-    assert np.abs(leaf).max() > 0  # the extractor's, too: through textures and relevance
+    assert np.abs(leaf).max() > 0  # also for the extractor, through textures and relevance
 
 
 def count_parameters(model):
@@ -102,8 +102,8 @@ def count_parameters(model):
   return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
 
 
-def test_published_parameter_counts():
-  constants = 12  # the normalisation, which the released file holds beside the parameters
+def test_parameter_counts_equal_published():
+  constants = 12  # normalisation constants, which the released file stores as parameters
   assert count_parameters(create_model("ttsr")) == 6_729_615 - constants
   assert count_parameters(create_model("ttsr", scan_layers=True)) == 6_729_615 - constants
   assert count_parameters(create_model("ttsr_tiny")) == 755_199 - constants
@@ -112,9 +112,9 @@ def test_published_parameter_counts():
 @pytest.mark.parametrize(
   ("field", "size"), [("width", -1), ("depths", (1, 1, 0, 1)), ("texture_widths", (0, 32, 64))]
 )
-def test_invalid_sizes(field, size):
+def test_invalid_sizes_raise(field, size):
   images = [jnp.zeros((1, *side, 3)) for side in [(3, 4), (12, 16), (8, 8), (8, 8)]]
-  with pytest.raises(ValueError, match=f"{field} must be positive, not "):
+  with pytest.raises(ValueError, match=rf"{field} .*positive"):
     jax.eval_shape(TTSR(**TINY | {field: size}).init, jax.random.key(0), *images)
 
 
@@ -126,7 +126,7 @@ def test_invalid_sizes(field, size):
     ([(3, 4), (12, 16), (8, 8), (8, 12)], "blurred_ref_image: .*8x12.*8x8"),
   ],
 )
-def test_incompatible_image_sizes(sides, message):
+def test_incompatible_image_sizes_raise(sides, message):
   images = [jnp.zeros((1, *side, 3)) for side in sides]
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(TTSR(**TINY).init, jax.random.key(0), *images)

@@ -1,4 +1,4 @@
-"""Super-resolution of users' images: any size, and tiles without seams."""
+"""Super-resolution of images of any size, and tiled prediction without seams."""
 
 import dataclasses
 import io
@@ -23,8 +23,8 @@ from vit_jax_zoo.systems.ttsr.task import SuperResolution
 MODEL = TTSR(width=4, depths=(1, 1, 1, 1), texture_widths=(4, 6, 8), scan_layers=False)
 
 
-def smooth(height, width, seed):
-  """A picture with something to find in it."""
+def smooth_image(height, width, seed):
+  """Returns a smooth random image."""
   rng = np.random.default_rng(seed)
   small = rng.integers(0, 256, (height // 3 + 1, width // 3 + 1, 3), np.uint8)
   return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -35,7 +35,7 @@ def trained():
   pictures = [np.zeros((1, s, s, 3), np.float32) for s in (4, 16, 16, 16)]
   shapes = jax.eval_shape(MODEL.init, jax.random.key(0), *pictures)["params"]
   rng = np.random.default_rng(0)
-  # So large that the picture depends on everything that it can.
+  # Large weights, so that each output pixel depends on its whole receptive field.
   params = jax.tree.map(
     lambda x: (rng.normal(size=x.shape) * 1.2 / np.prod(x.shape[:-1]) ** 0.5).astype(np.float32),
     shapes,
@@ -51,7 +51,7 @@ def trained():
 
 
 def expected(trained, image, reference):
-  """What the task predicts for the same pictures."""
+  """Returns the task's prediction for the same images."""
   height, width = image.shape[:2]
   reference = reference[: len(reference) // 4 * 4, : reference.shape[1] // 4 * 4]
 
@@ -70,8 +70,8 @@ def expected(trained, image, reference):
   return np.asarray(found["image"][0]).astype(int)
 
 
-def test_any_size_and_aspect_ratio(trained):
-  image, reference = smooth(7, 21, seed=0), smooth(30, 43, seed=1)
+def test_predictor_accepts_any_size_and_aspect_ratio(trained):
+  image, reference = smooth_image(7, 21, seed=0), smooth_image(30, 43, seed=1)
   predictor = create_predictor(trained, Options(reference=reference))
   prediction = predictor(image)
   result = prediction.pictures[""]
@@ -81,11 +81,11 @@ def test_any_size_and_aspect_ratio(trained):
   assert prediction.record["reference_size"] == [28, 40]
   assert json.loads(json.dumps(prediction.record)) == prediction.record
   assert len(prediction.pictures["search"].axes) == 6
-  assert predictor(smooth(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
+  assert predictor(smooth_image(1, 5, seed=2)).pictures[""].shape == (4, 20, 3)
 
 
-def test_tiles_equal_the_whole(trained):
-  image, reference = smooth(67, 91, seed=2), smooth(64, 80, seed=3)
+def test_tiled_prediction_equals_untiled(trained):
+  image, reference = smooth_image(67, 91, seed=2), smooth_image(64, 80, seed=3)
   options = Options(reference=reference)
   whole = SuperResolutionPredictor(trained, options)(image)
   tile = dataclasses.replace(options, tile=2 * MODEL.reach + 4)
@@ -100,11 +100,11 @@ def test_tiles_equal_the_whole(trained):
 
 
 @pytest.mark.parametrize("size", [(70, 33), (7, 9)])
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, size):
-  windows, said = list(cut(size, 20, 4)), []
+def test_progress_is_logged_or_shown_as_bar_on_terminal(monkeypatch, size):
+  windows, logged = list(cut(size, 20, 4)), []
   monkeypatch.setattr(super_resolution, "_LOG_SECONDS", 0.01)
   monkeypatch.setattr(
-    super_resolution.logging, "info", lambda form, *args: said.append(form % args)
+    super_resolution.logging, "info", lambda form, *args: logged.append(form % args)
   )
   for number, (part, window) in enumerate(
     zip(super_resolution._progress(windows, "searching"), windows, strict=True)
@@ -112,12 +112,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, size):
     assert part is window
     expected = f"searching: {number}/{len(windows)} windows, 0 s so far"
     deadline = time.monotonic() + 10
-    while expected not in said and time.monotonic() < deadline:
+    while expected not in logged and time.monotonic() < deadline:
       time.sleep(0.005)
-    assert expected in said
-  count = len(said)
+    assert expected in logged
+  count = len(logged)
   time.sleep(0.05)
-  assert len(said) == count
+  assert len(logged) == count
   shown = io.StringIO()
   terminal = rich.console.Console(file=shown, force_terminal=True)
   monkeypatch.setattr(super_resolution.rich.console, "Console", lambda **_: terminal)
@@ -126,15 +126,15 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, size):
   assert "100%" in shown.getvalue()
 
 
-def test_reach_bounds_the_receptive_field(trained):
-  """A change of one pixel is seen at some distance, but not beyond the reach."""
+def test_reach_bounds_receptive_field(trained):
+  """A changed row affects outputs at a distance, but none beyond `reach`."""
   size = 2 * MODEL.reach + 3
-  image = smooth(size, 5, seed=4).astype(np.float32) / 127.5 - 1
+  image = smooth_image(size, 5, seed=4).astype(np.float32) / 127.5 - 1
   params = {"params": trained.variables["params"]["generator"]}
   textures = [np.zeros((1, s * size, s * 5, c), np.float32) for s, c in ((1, 8), (2, 6), (4, 4))]
-  trust = np.ones((1, size, 5), np.float32)
-  trust, textures = jax.tree.map(jnp.asarray, (trust, textures))
-  restore = jax.jit(lambda x: MODEL.apply(params, x, trust, textures, method="restore"))
+  confidence = np.ones((1, size, 5), np.float32)
+  confidence, textures = jax.tree.map(jnp.asarray, (confidence, textures))
+  restore = jax.jit(lambda x: MODEL.apply(params, x, confidence, textures, method="restore"))
   other = image.copy()
   middle = size // 2
   other[middle] = -other[middle]
@@ -145,28 +145,28 @@ def test_reach_bounds_the_receptive_field(trained):
 
 
 @pytest.mark.parametrize(("size", "window", "reach"), [((70, 33), 20, 4), ((9, 200), 21, 10)])
-def test_tile_centers_cover_the_image_once(size, window, reach):
+def test_tile_centers_cover_image_once(size, window, reach):
   covered = np.zeros((1, *size), int)
   inside = np.ones((1, *size), bool)
   shapes = set()
   for part in cut(size, window, reach):
     covered[part.kept()] += 1
     rows, columns = part.outer()
-    view = inside[:, rows, columns]
-    shapes.add(view.shape)
+    crop = inside[:, rows, columns]
+    shapes.add(crop.shape)
     for axis, (kept, (first, end)) in enumerate(
       ((part.kept_rows, part.rows), (part.kept_columns, part.columns))
     ):
       assert kept[0] - first >= reach or first == 0
       assert end - kept[1] >= reach or end == size[axis]
-    assert view[part.middle()].shape == covered[part.kept()].shape
+    assert crop[part.middle()].shape == covered[part.kept()].shape
   assert (covered == 1).all()
-  assert len(shapes) == 1  # so that there is one program
+  assert len(shapes) == 1  # one compiled program
   assert len(list(cut((10, 10), 10, 4))) == 1
 
 
-def test_a_reference_is_an_option_like_others(trained):
-  options = Options(reference=smooth(8, 8, 0))
+def test_reference_option_is_checked(trained):
+  options = Options(reference=smooth_image(8, 8, 0))
   check_options(create_predictor(trained, options), options)
   more = dataclasses.replace(options, prefix_fraction=0.25)
   predictor = create_predictor(trained, more)
@@ -174,13 +174,13 @@ def test_a_reference_is_an_option_like_others(trained):
     check_options(predictor, more)
 
 
-def test_errors(trained):
+def test_invalid_reference_or_tile_raises(trained):
   with pytest.raises(ValueError, match="--reference: missing"):
     create_predictor(trained, Options())
   with pytest.raises(ValueError, match="the reference: 3x9 pixels"):
-    create_predictor(trained, Options(reference=smooth(3, 9, 0)))
+    create_predictor(trained, Options(reference=smooth_image(3, 9, 0)))
   with pytest.raises(ValueError, match=r"--tile: 40 .* 59"):
-    create_predictor(trained, Options(reference=smooth(8, 8, 0), tile=40))
+    create_predictor(trained, Options(reference=smooth_image(8, 8, 0), tile=40))
 
 
 @pytest.mark.parametrize(
@@ -189,24 +189,24 @@ def test_errors(trained):
    ((80, 200), 80, "--tile=66"), ((80, 200), 60, "use a smaller reference"),
    ((5, 9), None, "use a smaller reference")],
 )  # fmt: skip
-def test_out_of_memory_message(trained, monkeypatch, size, tile, advice):
-  predictor = create_predictor(trained, Options(reference=smooth(12, 8, 0), tile=tile))
+def test_out_of_memory_error_suggests_tile(trained, monkeypatch, size, tile, advice):
+  predictor = create_predictor(trained, Options(reference=smooth_image(12, 8, 0), tile=tile))
 
   class OutOfMemoryError(jax.errors.JaxRuntimeError):
-    error_code_string = "RESOURCE_EXHAUSTED"  # which only XLA can set
+    error_code_string = "RESOURCE_EXHAUSTED"  # only XLA can set it
 
-  def fail(*_):
+  def raise_out_of_memory(*_):
     raise OutOfMemoryError
 
-  monkeypatch.setattr(predictor, "_match", fail)
+  monkeypatch.setattr(predictor, "_match", raise_out_of_memory)
   with pytest.raises(ValueError, match="out of memory") as error:
-    predictor(smooth(*size, 1))
+    predictor(smooth_image(*size, 1))
   assert f"{size[1]}x{size[0]} and 8x12 pixels" in str(error.value)
   assert advice in str(error.value)
 
-  def break_down(*_):
+  def raise_other_error(*_):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
-  monkeypatch.setattr(predictor, "_match", break_down)
+  monkeypatch.setattr(predictor, "_match", raise_other_error)
   with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-    predictor(smooth(*size, 1))
+    predictor(smooth_image(*size, 1))

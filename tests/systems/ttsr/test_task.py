@@ -1,4 +1,4 @@
-"""TTSR's losses against the official code, and the super-resolution task."""
+"""TTSR's losses against the official code; the super-resolution task."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from vit_jax_zoo.tasks.base import LossContext
 from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 
-# --- single losses -----------------------------------------------------------------------------
+# --- losses ------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def fn_fixture():
   )
 
 
-def test_perceptual_loss_golden():
+def test_perceptual_loss_equals_official_code():
   weights, inputs, outputs = fn_fixture()
   task, vgg = NarrowTask(TINY), vgg_params(weights)
   sr, hr = nhwc(inputs["sr"]), nhwc(inputs["hr"])
@@ -57,7 +57,7 @@ def test_perceptual_loss_golden():
   np.testing.assert_allclose(np.mean(np.abs(sr - hr)), outputs["rec_l1"][0], rtol=1e-5)
 
 
-def test_transferal_loss_golden():
+def test_transferal_loss_equals_official_code():
   _, inputs, outputs = fn_fixture()
   features = tuple(nhwc(inputs[f"map_lv{i}"]) for i in (3, 2, 1))
   textures = tuple(nhwc(inputs[f"T_lv{i}"]) for i in (3, 2, 1))
@@ -66,8 +66,8 @@ def test_transferal_loss_golden():
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn(NarrowTask):
-  """Penalises the gradient at the official code's mixtures."""
+class FixedEpsilon(NarrowTask):
+  """The task with the official code's interpolation factors for the gradient penalty."""
 
   epsilon: jax.Array | None = None
 
@@ -75,20 +75,20 @@ class Drawn(NarrowTask):
     return self.epsilon
 
 
-def test_discriminator_and_gradient_penalty_golden():
+def test_discriminator_loss_and_gradient_penalty_equal_official_code():
   weights, inputs, outputs = fn_fixture()
-  params, made, real = discriminator_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
+  params, fake, real = discriminator_params(weights, 2), nhwc(inputs["sr"]), nhwc(inputs["hr"])
   epsilon = jnp.asarray(inputs["gp_epsilon"][0].reshape(-1))
-  task = Drawn(TINY, adversarial_weight=1.0, epsilon=epsilon)
+  task = FixedEpsilon(TINY, adversarial_weight=1.0, epsilon=epsilon)
   batch = {"image": (real + 1) * 127.5}
-  context = LossContext(jax.random.key(0), jnp.int32(0), {}, "discriminator", made)
+  context = LossContext(jax.random.key(0), jnp.int32(0), {}, "discriminator", fake)
 
   def terms(params):
     losses, metrics = task._discriminator_terms(
       {"params": {"discriminator": params}}, batch, context
     )
     difference, penalty = metrics["score_difference"][0], metrics["gradient_penalty"][0]
-    scores = task._discriminator.apply({"params": params}, made)
+    scores = task._discriminator.apply({"params": params}, fake)
     return jnp.mean(losses), (difference, penalty, scores)
 
   gradients, (difference, penalty, scores) = jax.jit(jax.grad(terms, has_aux=True))(params)
@@ -105,33 +105,33 @@ def test_discriminator_and_gradient_penalty_golden():
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
-def test_a_constant_discriminator_has_finite_gradients():
-  pictures = jnp.ones((2, 4, 4, 3))
+def test_gradient_penalty_of_constant_discriminator_is_finite():
+  images = jnp.ones((2, 4, 4, 3))
 
   def loss(weight):
     score = functools.partial(lambda w, x: jnp.sum(w * x, axis=(1, 2, 3)), weight)
-    return jnp.sum(wasserstein_loss(score, pictures, 0.5 * pictures, jnp.ones(2))[1])
+    return jnp.sum(wasserstein_loss(score, images, 0.5 * images, jnp.ones(2))[1])
 
   value, gradient = jax.value_and_grad(loss)(0.0)
   assert np.isclose(value, 2)
   assert np.isfinite(gradient)
 
 
-# --- the task by itself -------------------------------------------------------------------------
+# --- the task -----------------------------------------------------------------------------------
 
 
 def tiny_batch(count=2, seed=0):
   rng = np.random.default_rng(seed)
 
-  def pictures(height, width):
+  def random_images(height, width):
     return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
   return {
-    "low_res_image": pictures(3, 4),
-    "upsampled_image": pictures(12, 16),
-    "image": pictures(12, 16),
-    "ref_image": pictures(8, 12),
-    "blurred_ref_image": pictures(8, 12),
+    "low_res_image": random_images(3, 4),
+    "upsampled_image": random_images(12, 16),
+    "image": random_images(12, 16),
+    "ref_image": random_images(8, 12),
+    "blurred_ref_image": random_images(8, 12),
   }
 
 
@@ -148,22 +148,22 @@ def tiny_loss(batch):
   return jax.jit(task.loss)(tiny_variables(), batch, context)
 
 
-def test_reconstruction_alone_has_one_optim_group_and_no_vgg():
+def test_reconstruction_loss_needs_one_optim_group_and_no_vgg():
   task = create_task("super_resolution", TINY)
   assert [group.name for group in task.optim_groups] == ["generator"]
   assert set(tiny_variables()) == {"params"}
   assert set(tiny_variables()["params"]) == {"generator"}
   batch = tiny_batch()
   output = tiny_loss(batch)
-  pictures = [batch[name] / np.float32(127.5) - 1 for name in INPUTS]
+  images = [batch[name] / np.float32(127.5) - 1 for name in INPUTS]
   params = tiny_variables()["params"]["generator"]
-  image = jax.jit(lambda *x: TINY.apply({"params": params}, *x)["image"])(*pictures)
+  image = jax.jit(lambda *x: TINY.apply({"params": params}, *x)["image"])(*images)
   expected = np.abs(image - (batch["image"] / 127.5 - 1)).mean()
   np.testing.assert_allclose(output.loss, expected, rtol=1e-5)
   assert set(output.metrics) == {"loss", "reconstruction_loss"}
 
 
-def test_all_losses_have_two_optim_groups():
+def test_adversarial_loss_needs_two_optim_groups():
   task = create_task("super_resolution", TINY, **WEIGHTS, begin_step=7)
   discriminator, generator = task.optim_groups
   assert (discriminator.name, discriminator.updates, discriminator.begin_step) == (
@@ -178,18 +178,18 @@ def test_all_losses_have_two_optim_groups():
   assert set(shapes["params"]) == {"generator", "discriminator"}
 
 
-class Counting(NarrowTask):
+class CountingTask(NarrowTask):
   """Records each trace of the generator."""
 
-  made: ClassVar[list[bool]] = []
+  generator_traces: ClassVar[list[bool]] = []
 
   def _generate(self, params, batch):
-    self.made.append(True)
+    self.generator_traces.append(True)
     return super()._generate(params, batch)
 
 
-def test_two_discriminator_updates_share_the_generated_images():
-  task = Counting(TINY, adversarial_weight=1.0)
+def test_discriminator_updates_share_generated_images():
+  task = CountingTask(TINY, adversarial_weight=1.0)
   batch = {key: np.tile(x, (1, 8, 8, 1)) for key, x in tiny_batch().items()}
   sgd = {"name": "sgd", "learning_rate": 0.1}
   program = build_program(
@@ -202,18 +202,19 @@ def test_two_discriminator_updates_share_the_generated_images():
   with jax.set_mesh(program.mesh):
     jax.eval_shape(program.train_step, program.abstract_state, program.abstract_batch)
   assert task.discriminator_updates == 2
-  assert Counting.made == [True, True]  # for the discriminator, and for the generator's own loss
+  # Once for the discriminator's updates, once for the generator's.
+  assert CountingTask.generator_traces == [True, True]
 
 
-def test_published_sizes_of_discriminator_and_vgg():
+def test_parameter_counts_of_discriminator_and_vgg_equal_published():
   task = SuperResolution(TINY)
-  picture = jnp.zeros((1, 160, 160, 3))
+  image = jnp.zeros((1, 160, 160, 3))
   for network, count in ((task._discriminator, 17_821_473), (task._vgg, 12_944_972 - 12)):
-    shapes = jax.eval_shape(network.init, jax.random.key(0), picture)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), image)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
 
 
-def test_masked_rows_count_nowhere():
+def test_loss_ignores_padded_rows():
   batch, longer = tiny_batch(), tiny_batch(3, seed=9)
   longer = {key: np.concatenate([batch[key], value[:1]]) for key, value in longer.items()}
   longer["mask"] = np.array([True, True, False])
@@ -222,7 +223,7 @@ def test_masked_rows_count_nowhere():
   assert float(b.metrics["reconstruction_loss"].count) == 2
 
 
-def test_predictions_are_scored():
+def test_predictions_are_evaluated_and_drawn():
   task, batch = SuperResolution(TINY), tiny_batch()
   predictions = jax.tree.map(np.asarray, jax.jit(task.predict)(tiny_variables(), batch))
   assert predictions["image"].shape == (2, 12, 16, 3)
@@ -235,7 +236,7 @@ def test_predictions_are_scored():
   assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
 
 
-def test_wrong_references_are_rolled_by_half_a_batch():
+def test_wrong_references_are_rolled_by_half_batch():
   batch = tiny_batch(5)
   batch["mask"] = np.array([True, True, True, True, False])
   exchanged = exchange_references(batch)
@@ -252,7 +253,7 @@ def test_wrong_references_are_rolled_by_half_a_batch():
   assert np.any(found["image"] != expected)
 
 
-def test_pixels_are_rounded_as_the_official_code_does():
+def test_to_pixels_rounds_like_official_code():
   values = jnp.array([-1.2, -1.0, 0.0, 0.999, 1.0, 1.5]).reshape(1, 1, 6, 1)
   np.testing.assert_array_equal(to_pixels(values).reshape(-1), [0, 0, 128, 255, 255, 255])
 
@@ -265,12 +266,12 @@ def test_pixels_are_rounded_as_the_official_code_does():
     ({"discriminator_updates": 0}, "discriminator_updates"),
   ],
 )
-def test_fields_out_of_range(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
     SuperResolution(TINY, **fields)
 
 
-def test_removed_and_renamed_fields_of_saved_runs():
+def test_old_config_fields_are_renamed_or_raise():
   old = {"task": {"adversarial_kind": "wasserstein", "critic_updates": 2}}
   assert rename_fields(old) == {"task": {"discriminator_updates": 2}}
   with pytest.raises(ValueError, match=r"config\.task\.transferal_kind: 'l1'"):

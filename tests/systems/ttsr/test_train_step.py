@@ -1,4 +1,4 @@
-"""The alternating step on two numbers: order of the updates, precomputed outputs, `begin_step`."""
+"""The alternating train step on two scalars: update order, precomputed outputs, `begin_step`."""
 
 import dataclasses
 from typing import ClassVar
@@ -16,8 +16,8 @@ from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_
 
 
 @dataclasses.dataclass(frozen=True)
-class TwoNumbers(Task):
-  """The critic approaches 3, the actor the critic after the critic's updates."""
+class TwoScalars(Task):
+  """The critic moves towards 3, then the actor towards the critic."""
 
   critic_updates: int = 2
   actor_begins: int = 0
@@ -45,9 +45,9 @@ class TwoNumbers(Task):
     params = variables["params"]
     goals = {"critic": variables["constants"]["goal"], "actor": params["critic"]["at"]}
     distance = (params[context.optim_group]["at"] - goals[context.optim_group]) ** 2
-    share = base.example_mask(batch).sum() / context.normalizers["examples"]
+    fraction = base.example_mask(batch).sum() / context.normalizers["examples"]
     metrics = {f"{context.optim_group}_loss": Mean.of(distance)}
-    return LossOutput(distance * share, metrics, {"constants": variables["constants"]})
+    return LossOutput(distance * fraction, metrics, {"constants": variables["constants"]})
 
   def predict(self, variables, batch):
     return {}
@@ -56,7 +56,7 @@ class TwoNumbers(Task):
     return toy.SquaredError()
 
 
-def train(num_steps, kind=TwoNumbers, **kwargs):
+def train(num_steps, kind=TwoScalars, **kwargs):
   task, batch = kind(**kwargs), toy.batches(1)[0]
   sgd = {"name": "sgd", "learning_rate": 0.25}
   program = build_program(
@@ -75,7 +75,7 @@ def train(num_steps, kind=TwoNumbers, **kwargs):
   return history
 
 
-def test_groups_are_updated_in_order_each_in_its_own_parameters():
+def test_optim_groups_are_updated_in_order():
   # The critic halves its distance to 3 twice in each step; then the actor moves half-way to it.
   (first, counts), (second, _) = train(2)
   assert first == {"critic": 2.25, "actor": 1.125}
@@ -84,8 +84,8 @@ def test_groups_are_updated_in_order_each_in_its_own_parameters():
   assert {"critic_gradient_norm", "actor_gradient_norm"} <= counts.keys()
 
 
-class Precomputing(TwoNumbers):
-  """Precomputes goals and examples: equal to those of the loss if both have one micro-batch."""
+class Precomputing(TwoScalars):
+  """Precomputes goals and examples, which equal those in the loss if there is one micro-batch."""
 
   traced: ClassVar[list[str]] = []
 
@@ -100,20 +100,20 @@ class Precomputing(TwoNumbers):
     shift = jnp.sum(context.precomputed["x"] - 1 - batch["x"])
     goal = context.precomputed["goal"][0] + shift
     distance = (variables["params"][context.optim_group]["at"] - goal) ** 2
-    share = base.example_mask(batch).sum() / context.normalizers["examples"]
-    return dataclasses.replace(output, loss=distance * share)
+    fraction = base.example_mask(batch).sum() / context.normalizers["examples"]
+    return dataclasses.replace(output, loss=distance * fraction)
 
 
-def test_outputs_of_other_networks_are_computed_once_for_all_updates():
+def test_precomputed_outputs_are_shared_by_updates():
   found = [at for at, _ in train(2, Precomputing)]
   for at, (expected, _) in zip(found, train(2), strict=True):
     assert at == pytest.approx(expected, abs=1e-5)
-  traces = Precomputing.traced.count("actor")  # it has one update in a step
+  traces = Precomputing.traced.count("actor")  # one update per step
   assert traces
   assert Precomputing.traced.count("critic") == traces
 
 
-def test_a_group_is_constant_before_its_begin_step():
+def test_optim_group_is_constant_before_begin_step():
   history = train(3, actor_begins=2)
   assert [at["actor"] for at, _ in history[:2]] == [0.0, 0.0]
   assert history[2][0]["actor"] > 0

@@ -1,4 +1,4 @@
-"""TTSR's two training phases, step by step, against the official code."""
+"""TTSR's two training phases against the official code, step by step."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 
 @dataclasses.dataclass(frozen=True)
 class Replay(NarrowTask):
-  """Draws what the official run drew: it knows which key stands for which draw."""
+  """The task with the official run's random draws, looked up by key."""
 
   keys: jax.Array | None = None
   epsilons: jax.Array | None = None
@@ -43,7 +43,7 @@ class Replay(NarrowTask):
 
 
 def replay_keys(rng, steps, updates):
-  """The keys that the train step gives to the discriminator, player 0."""
+  """Returns the keys that the train step gives to the discriminator, group 0."""
   keys = []
   for step in steps:
     player = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(rng), step), 0)
@@ -90,12 +90,12 @@ def curve_program(config, inputs, seed):
     "params": {"generator": variables["params"], "discriminator": discriminator_params(extra, 1)},
     "vgg": vgg_params(extra),
   }
-  return program, jax.tree.map(np.array, start)  # on the host: the step takes its state's memory
+  return program, jax.tree.map(np.array, start)  # copied: the step donates its state
 
 
 @functools.cache
 def curve():
-  """Trains through the package's own step; returns metrics by step, and states on the way."""
+  """Trains with the package's train step; returns metrics by step, and intermediate states."""
   folder = golden_folder("train_ttsr_a")
   inputs = dict(np.load(folder / "inputs.npz"))
   config = {"steps": 15, "batch": 3, "phases": {"all_losses_steps": [10, 14]}}
@@ -104,7 +104,7 @@ def curve():
   with jax.set_mesh(program.mesh):
     shapes = jax.tree.map(lambda x: x.shape, program.abstract_state.params)
     assert shapes == jax.tree.map(lambda x: x.shape, start["params"])
-    rng = jax.random.split(jax.random.key(5))[1]  # as `initial_state` has it
+    rng = jax.random.split(jax.random.key(5))[1]  # as in `initial_state`
     shardings = jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state)
     state = create_state(program.task, program.optimizers, start, rng, with_ema=False)
     state = jax.device_put(state, shardings)
@@ -116,7 +116,7 @@ def curve():
   return found, params, jax.tree.map(np.asarray, state.model_state), start
 
 
-def test_training_curve(load_golden):
+def test_training_curve_equals_official_code(load_golden):
   _, _, expected = load_golden("train_ttsr_a")
   found, *_ = curve()
   losses = np.array([m["loss"] for m in found])
@@ -134,14 +134,14 @@ def test_training_curve(load_golden):
     np.testing.assert_allclose(
       weight * values[10:], expected[f"term/{theirs}_loss"], atol=2e-5, rtol=5e-3, err_msg=name
     )
-  # The slope whose length the discriminator's loss punishes jumps where a leaky ReLU bends, and
-  # Adam moves each number by about its learning rate, however small the gradient. So
-  # weights that differ by 1e-7 of themselves, as do two orders of summation, move these norms by up
-  # to 9, 9, 2, 20 and 1 % (jax 0.10, 27 draws); XLA's next release comes out as one of those draws
-  # did. Of one state, `test_discriminator_and_gradient_penalty_golden` asks 1e-4.
+  # The gradient in the gradient penalty is discontinuous where a leaky ReLU bends, and Adam moves
+  # each parameter by about its learning rate, however small the gradient. Relative differences of
+  # 1e-7 in the weights (another order of summation) change these norms by up to 9, 9, 2, 20 and 1 %
+  # (jax 0.10, 27 draws; the next XLA release is within that). For a single state,
+  # `test_discriminator_loss_and_gradient_penalty_equal_official_code` holds to 1e-4.
   discriminator_norms = np.array([m["discriminator_gradient_norm"] for m in found[10:]])
-  miss = np.abs(discriminator_norms / expected["critic_grad_norm"][:, 1] - 1)
-  np.testing.assert_array_less(miss, [0.15, 0.15, 0.05, 0.35, 0.05])
+  errors = np.abs(discriminator_norms / expected["critic_grad_norm"][:, 1] - 1)
+  np.testing.assert_array_less(errors, [0.15, 0.15, 0.05, 0.35, 0.05])
 
 
 def flat(params):
@@ -149,16 +149,16 @@ def flat(params):
 
 
 def published(params):
-  """The arrays under the official code's keys."""
+  """Returns the arrays by the official code's names."""
   return key_map.write(key_map.unroll({k: np.asarray(x) for k, x in flat(params).items()}), TABLE)
 
 
-def moved_alike(start, ours, theirs, tolerance):
-  """The update differs from the reference's by this share of its length."""
+def updates_agree(start, ours, theirs, tolerance):
+  """Whether the update differs from the reference's by at most `tolerance` of its norm."""
   return np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs - start)
 
 
-def test_updates_of_generator_and_discriminator(load_golden):
+def test_parameter_updates_equal_official_code(load_golden):
   _, _, expected = load_golden("train_ttsr_a")
   _, params, model_state, start = curve()
   before = published(start["params"]["generator"])
@@ -168,8 +168,8 @@ def test_updates_of_generator_and_discriminator(load_golden):
     assert len(keys) == 5
     for key in keys:
       name = key.removeprefix(prefix)
-      assert moved_alike(before[name], after[name], expected[key], 5e-2), key
-  # The discriminator and VGG-19 stand still in the first phase; VGG-19 does for ever.
+      assert updates_agree(before[name], after[name], expected[key], 5e-2), key
+  # The discriminator is constant in the first phase, VGG-19 in both.
   jax.tree.map(
     np.testing.assert_array_equal, params[9]["discriminator"], start["params"]["discriminator"]
   )
@@ -182,17 +182,17 @@ def test_updates_of_generator_and_discriminator(load_golden):
     ("score/kernel", "fc2.weight", (1, 0)),
   ):
     before, after = (np.asarray(tree[path]).transpose(axes) for tree in (old, ours))
-    # Thirteen of those draws moved it by up to 0.25 of its way; the official code with oneDNN off,
-    # or in float64, by up to 0.2.
-    assert moved_alike(before, after, expected[f"critic_param/{key}"], 0.35), key
+    # Thirteen of those draws differ by up to 0.25 of the update; the official code itself, with
+    # oneDNN off or in float64, by up to 0.2.
+    assert updates_agree(before, after, expected[f"critic_param/{key}"], 0.35), key
 
 
-def test_hard_attention_along_the_curve(load_golden):
-  """What the trained network looks up is what the official one looks up."""
+def test_hard_attention_during_training_equals_official_code(load_golden):
+  """Compares the selected patches of the trained networks."""
   _, inputs, expected = load_golden("train_ttsr_a")
   _, params, *_ = curve()
   model, _ = load_golden_model()
   predict = jax.jit(SuperResolution(model).predict)
-  for step in (9, 13):  # the state after a step is the one that the next step looks up with
+  for step in (9, 13):  # the state after a step is that of the next step's search
     found = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]
     np.testing.assert_array_equal(found.reshape(3, -1), expected["R_argmax"][step + 1])

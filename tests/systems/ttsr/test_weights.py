@@ -1,4 +1,4 @@
-"""TTSR's and torchvision's VGG-19 files: round trips, and initialization from them."""
+"""TTSR's and torchvision's VGG-19 files: round trips and initialisation from them."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ TINY = TTSR(width=8, depths=(2, 1, 1, 1), texture_widths=(4, 8, 8))
 
 
 class NarrowTask(SuperResolution):
-  """The task with few channels in the networks that only its losses use."""
+  """The task with a narrow discriminator and VGG-19."""
 
   _discriminator = Discriminator((2, 4, 8, 16, 32), 64)
   _vgg = VGG19(("relu5_1",), (4, 8, 8, 8, 8))
@@ -33,24 +33,24 @@ def loaded():
   return weights.load_pretrained(str(FILE))
 
 
-def picture(batch, side):
+def zero_images(batch, side):
   return np.zeros((batch, side, side, 3), np.uint8)
 
 
-def game_variables(task):
-  batch = {key: picture(2, 32) for key in ("upsampled_image", "image")}
-  batch |= {key: picture(2, 32) for key in ("ref_image", "blurred_ref_image")}
-  batch["low_res_image"] = picture(2, 8)
+def zero_variables(task):
+  batch = {key: zero_images(2, 32) for key in ("upsampled_image", "image")}
+  batch |= {key: zero_images(2, 32) for key in ("ref_image", "blurred_ref_image")}
+  batch["low_res_image"] = zero_images(2, 8)
   shapes = jax.eval_shape(task.init, jax.random.key(0), batch)
   return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_export_of_import_is_the_file(tmp_path, scan_layers):
+def test_round_trip_is_exact(tmp_path, scan_layers):
   pretrained = weights.load_pretrained(str(FILE), scan_layers=scan_layers)
   assert pretrained.task == "super_resolution"
   flat = {k: np.asarray(x) for k, x in flatten_variables(pretrained.variables).items()}
-  for prefix in ("", "generator/"):  # alone, and as a run of ours has it
+  for prefix in ("", "generator/"):  # a published model, and a run
     variables = {prefix + k: x for k, x in unroll(flat).items()}
     if prefix:
       variables["discriminator/score/kernel"] = np.zeros((2, 1), np.float32)
@@ -67,9 +67,9 @@ def test_export_of_import_is_the_file(tmp_path, scan_layers):
         np.testing.assert_array_equal(array, original[key], err_msg=key)
 
 
-def test_adversarial_training_starts_from_a_published_generator(loaded):
+def test_load_into_adversarial_task_fills_generator(loaded):
   task = NarrowTask(loaded.model, perceptual_weight=1.0, adversarial_weight=1.0)
-  before = game_variables(task)
+  before = zero_variables(task)
   after = weights.load_into(str(FILE), before)
   for theirs, ours in zip(
     jax.tree.leaves(loaded.variables["params"]),
@@ -82,7 +82,7 @@ def test_adversarial_training_starts_from_a_published_generator(loaded):
   )
 
 
-def test_a_file_that_does_not_fit(tmp_path):
+def test_file_with_missing_or_unused_keys_raises(tmp_path):
   arrays = load_file(FILE)
   del arrays["MainNet.conv12.bias"]
   arrays["surprise"] = np.zeros(3, np.float32)
@@ -101,7 +101,7 @@ def test_a_file_that_does_not_fit(tmp_path):
 
 @pytest.fixture(scope="module")
 def vgg():
-  """A narrow VGG-19 with random weights, of random numbers."""
+  """Returns the parameters of a narrow random VGG-19."""
   network = NarrowTask._vgg
   shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
   rng = np.random.default_rng(0)
@@ -117,7 +117,7 @@ def write_vgg(path, params, **more):
   return str(path)
 
 
-def test_vgg_round_trip(tmp_path, vgg):
+def test_vgg_round_trip_is_exact(tmp_path, vgg):
   path = write_vgg(tmp_path / "vgg.safetensors", vgg)
   published = load_file(path)
   kernels = [f"features.{i}.weight" for i in (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28)]
@@ -128,10 +128,10 @@ def test_vgg_round_trip(tmp_path, vgg):
   assert jax.tree.all(jax.tree.map(np.array_equal, again, vgg))
 
 
-def test_a_run_gives_its_vgg_back(tmp_path, vgg):
+def test_export_of_vgg_from_run_is_exact(tmp_path, vgg):
   given = write_vgg(tmp_path / "vgg19.safetensors", vgg)
   task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=given)
-  variables = weights.load_parts(task.weight_files, game_variables(task))
+  variables = weights.load_parts(task.weight_files, zero_variables(task))
   run = weights.Pretrained(TINY, variables, weights.Preprocess((8, 8)), {}, "super_resolution")
   path = str(tmp_path / "back.safetensors")
   export.write(run, "pth-vgg19", path)
@@ -143,17 +143,17 @@ def test_a_run_gives_its_vgg_back(tmp_path, vgg):
     weights.load_pretrained(path)
 
 
-def test_missing_vgg(tmp_path, loaded):
+def test_export_without_vgg_raises(tmp_path, loaded):
   with pytest.raises(WeightsError, match="pth-vgg19: "):
     export.write(loaded, "pth-vgg19", str(tmp_path / "vgg.pth"))
 
 
-def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
+def test_vgg_file_initializes_loss_and_extractor(tmp_path, vgg):
   unused = {"features.30.weight": np.zeros((8, 8, 3, 3), np.float32),
             "classifier.0.weight": np.zeros((4, 4), np.float32)}  # fmt: skip
   path = write_vgg(tmp_path / "vgg19.safetensors", vgg, **unused)
   task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=path)
-  found = weights.load_parts(task.weight_files, game_variables(task))
+  found = weights.load_parts(task.weight_files, zero_variables(task))
   assert jax.tree.all(jax.tree.map(np.array_equal, found["vgg"], vgg))
   extractor = found["params"]["generator"]["extractor"]
   assert set(extractor) == {"conv1_1", "conv2_1", "conv1_2", "conv2_2", "conv3_1"}
@@ -162,14 +162,12 @@ def test_loss_and_extractor_start_as_vgg(tmp_path, vgg):
   others = {k: v for k, v in found["params"]["generator"].items() if k != "extractor"}
   assert not any(np.any(x) for x in jax.tree.leaves(others))
   alone = NarrowTask(TINY, vgg_file=path)  # TTSR-rec has no perceptual loss
-  assert "vgg" not in weights.load_parts(alone.weight_files, game_variables(alone))
+  assert "vgg" not in weights.load_parts(alone.weight_files, zero_variables(alone))
   assert NarrowTask(TINY).weight_files == {}
 
 
-def test_a_vgg_that_is_missing_or_another(tmp_path, vgg):
-  with pytest.raises(
-    WeightsError, match=r"no checkpoint at .*vgg19-dcbb9e9d\.pth.* vgg19_imagenet"
-  ):
+def test_missing_or_other_vgg_file_raises(tmp_path, vgg):
+  with pytest.raises(WeightsError, match=r"vgg19-dcbb9e9d\.pth.* vgg19_imagenet"):
     weights.load_parts({"vgg": str(tmp_path / "vgg19-dcbb9e9d.pth")}, {"vgg": vgg})
   norm = {"features.1.running_mean": np.zeros(4, np.float32)}
   path = write_vgg(tmp_path / "vgg19_bn.safetensors", vgg, **norm)
