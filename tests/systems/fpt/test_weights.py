@@ -10,8 +10,8 @@ from tests.systems.rcnn.test_weights import (
   SMALL,
   assert_same,
   check_class_ids,
-  check_refused,
   check_round_trip,
+  check_unsupported,
   pretrained,
   random_variables,
 )
@@ -42,7 +42,7 @@ def test_cocos_classes_get_their_ids(tmp_path):
   ],
 )
 def test_unsupported_models_are_refused(fields, form, message, tmp_path):
-  check_refused(fields, form, message, tmp_path)
+  check_unsupported(fields, form, message, tmp_path)
 
 
 def test_norm_statistics_are_folded_for_caffe(tmp_path):

@@ -1,4 +1,4 @@
-"""Anchors of the official code, and by hand."""
+"""Anchors against the official code, and against hand-computed values."""
 
 import numpy as np
 import pytest
@@ -6,14 +6,14 @@ import pytest
 from vit_jax_zoo.systems.rcnn.boxes import cell_anchors, grid_anchors, pyramid_anchors
 
 
-def test_the_official_anchors(load_golden):
+def test_anchors_equal_official_code(load_golden):
   _, _, outputs = load_golden("fpt_det_a")
   for level in range(2, 7):
     cell = cell_anchors(2**level, 32 * 2 ** (level - 2), (0.5, 1, 2), convention="detectron")
     np.testing.assert_array_equal(cell - [0, 0, 1, 1], outputs[f"anchors_lvl{level}"])
 
 
-def test_torchvision_rounds_corners_around_zero():
+def test_torchvision_anchors_round_corners():
   for size, expected in (  # AnchorGenerator(((32, 64),), ...)
     (32, [[23, 11], [16, 16], [11, 23]]),
     (64, [[45, 23], [32, 32], [23, 45]]),
@@ -23,8 +23,8 @@ def test_torchvision_rounds_corners_around_zero():
     np.testing.assert_array_equal(cell[:, :2], -cell[:, 2:])
 
 
-def test_detectron_scales_rounded_boxes():
-  """generate_anchors(16, (128, 256), (0.5, 1)): the ratio's 23 x 12 and 16 x 16, times 8 and 16."""
+def test_detectron_anchors_scale_rounded_boxes():
+  """generate_anchors(16, (128, 256), (0.5, 1)): 23 x 12 and 16 x 16, times 8 and 16."""
   for size, expected in (
     (128, [[-84, -40, 99, 55], [-56, -56, 71, 71]]),
     (256, [[-176, -88, 191, 103], [-120, -120, 135, 135]]),
@@ -33,7 +33,7 @@ def test_detectron_scales_rounded_boxes():
     np.testing.assert_array_equal(cell - [0, 0, 1, 1], expected)
 
 
-def test_detectron2_keeps_areas():
+def test_detectron2_anchors_keep_area():
   cell = cell_anchors(16, 32, (0.5, 1.0, 2.0), convention="detectron2")
   areas = np.prod(cell[:, 2:] - cell[:, :2], axis=1)
   np.testing.assert_allclose(areas, [32**2] * 3)
@@ -42,7 +42,7 @@ def test_detectron2_keeps_areas():
 
 
 @pytest.mark.parametrize("convention", ["torchvision", "detectron"])
-def test_a_grid_moves_the_cell_row_by_row(convention):
+def test_grid_anchors_are_row_major(convention):
   cell = cell_anchors(8, 12, (0.5, 1), convention=convention)
   grid = np.asarray(grid_anchors(cell, (2, 3), (8, 8)))
   expected = [
@@ -54,8 +54,8 @@ def test_a_grid_moves_the_cell_row_by_row(convention):
   np.testing.assert_array_equal(grid, expected)
 
 
-def test_torchvision_divides_the_images_sides_beyond_the_backbone():
-  """AnchorGenerator: 128 // 2 rows and 160 // 3 columns, as a map of 5 columns is halved to 3."""
+def test_torchvision_extra_level_stride_is_image_size_over_map_size():
+  """AnchorGenerator: strides 128 // 2 and 160 // 3, as a map of 5 columns is halved to 3."""
   sizes, cells = [(8, 10), (4, 5), (2, 3)], [np.zeros((1, 4))] * 3
 
   def corners(convention):

@@ -20,8 +20,8 @@ def overlap(a, b):
   return common / union if union > 0 else 0
 
 
-def defined(anchors, targets, is_target, valid, high, low):
-  """Anchor by anchor."""
+def assign_in_loop(anchors, targets, is_target, valid, high, low):
+  """Assigns each anchor by definition, in a loop."""
   table = np.array([[overlap(a, t) for t in targets] for a in anchors], np.float32)
   table[:, ~is_target] = 0
   table[~valid] = 0
@@ -34,7 +34,7 @@ def defined(anchors, targets, is_target, valid, high, low):
   return foreground, background, table.argmax(axis=1)
 
 
-def test_anchors_by_definition_with_ties():
+def test_anchor_assignment_with_ties_equals_definition():
   rng = np.random.default_rng(0)
   grid = np.stack(np.meshgrid(np.arange(0, 24, 4), np.arange(0, 24, 4)), -1).reshape(-1, 2)
   anchors = np.concatenate([np.concatenate([grid, grid + s], 1) for s in (4, 8)]).astype(np.float32)
@@ -46,7 +46,7 @@ def test_anchors_by_definition_with_ties():
     targets = np.concatenate([low, low + rng.integers(0, 6, (5, 2)) * 2], 1).astype(np.float32)
     is_target = rng.random(5) < 0.7
     got = assign(anchors, targets, is_target, valid)
-    foreground, background, target = defined(anchors, targets, is_target, valid, 0.7, 0.3)
+    foreground, background, target = assign_in_loop(anchors, targets, is_target, valid, 0.7, 0.3)
     np.testing.assert_array_equal(got.foreground, foreground)
     np.testing.assert_array_equal(got.background, background)
     np.testing.assert_array_equal(got.target[foreground], target[foreground])
@@ -55,7 +55,7 @@ def test_anchors_by_definition_with_ties():
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_without_targets_all_is_background(count):
+def test_assignment_without_targets_is_background(count):
   anchors = jnp.asarray([[0.0, 0, 4, 4], [4, 4, 8, 8]])
   targets, none = jnp.broadcast_to(anchors[:1], (count, 4)), jnp.zeros(count, bool)
   got = jax.jit(assign_anchors)(anchors, targets, none, jnp.ones(2, bool))
@@ -66,7 +66,7 @@ def test_without_targets_all_is_background(count):
   assert list(got.background) == [True, False]
 
 
-def test_proposals_and_crowds():
+def test_proposals_inside_crowds_are_ignored():
   proposals = jnp.asarray(
     [
       [0, 0, 10, 10],
@@ -91,7 +91,7 @@ def test_proposals_and_crowds():
 draw_compiled = jax.jit(sample_boxes, static_argnums=(2, 3))
 
 
-def draw(seed, foreground, background, count=8, share=0.25):
+def draw_sample(seed, foreground, background, count=8, share=0.25):
   assignment = Assignment(
     jnp.asarray(foreground), jnp.asarray(background), jnp.zeros(len(foreground), jnp.int32)
   )
@@ -99,12 +99,12 @@ def draw(seed, foreground, background, count=8, share=0.25):
   return jax.tree.map(np.asarray, sample)
 
 
-def test_a_draw_is_random_foreground_first_and_each_box_at_most_once():
+def test_sample_is_uniform_without_repeats_and_foreground_first():
   foreground = np.arange(30) < 10
   background = np.arange(30) >= 14
   counts = np.zeros(30, int)
   for seed in range(200):
-    sample = draw(seed, foreground, background)
+    sample = draw_sample(seed, foreground, background)
     assert sample.exists.all()
     assert list(sample.foreground) == [True] * 2 + [False] * 6
     assert foreground[sample.index[:2]].all()
@@ -112,7 +112,7 @@ def test_a_draw_is_random_foreground_first_and_each_box_at_most_once():
     assert len(set(sample.index)) == 8
     counts[sample.index] += 1
   assert counts[10:14].sum() == 0
-  # 200 x 2 of 10 and 200 x 6 of 16: 40 and 75 each, give or take six standard deviations.
+  # Expected 200 x 2 / 10 and 200 x 6 / 16, 40 and 75 each; the bounds are six standard deviations.
   assert abs(counts[:10] - 40).max() < 36
   assert abs(counts[14:] - 75).max() < 42
 
@@ -121,15 +121,17 @@ def test_a_draw_is_random_foreground_first_and_each_box_at_most_once():
   ("foreground", "background", "expected"),
   [(1, 20, (1, 7)), (20, 3, (2, 3)), (0, 0, (0, 0)), (5, 0, (2, 0)), (0, 30, (0, 8))],
 )
-def test_a_draw_from_few(foreground, background, expected):
+def test_sample_with_few_candidates_is_padded(foreground, background, expected):
   rank = np.arange(30)
-  sample = draw(0, rank < foreground, (rank >= foreground) & (rank < foreground + background))
+  sample = draw_sample(
+    0, rank < foreground, (rank >= foreground) & (rank < foreground + background)
+  )
   assert (sample.foreground.sum(), (sample.exists & ~sample.foreground).sum()) == expected
   assert list(sample.exists) == sorted(sample.exists, reverse=True)
   assert list(sample.foreground) == sorted(sample.foreground, reverse=True)
 
 
-def test_fewer_boxes_than_are_drawn():
-  sample = draw(3, np.array([True, False, False]), np.array([False, True, True]))
+def test_sample_of_fewer_boxes_than_count_takes_all():
+  sample = draw_sample(3, np.array([True, False, False]), np.array([False, True, True]))
   assert sample.index.shape == (8,)
   assert sorted(sample.index[sample.exists]) == [0, 1, 2]

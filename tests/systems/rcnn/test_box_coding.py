@@ -1,4 +1,4 @@
-"""Box deltas: official values, inverses, limits, empty boxes."""
+"""Box deltas: official values, inverse, limits, empty boxes."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,11 @@ from vit_jax_zoo.systems.rcnn import boxes as coding
 
 
 def exclusive(inclusive_xyxy):
-  """Returns Detectron's boxes with exclusive right and bottom."""
+  """Returns Detectron's boxes with exclusive right and bottom edges."""
   return inclusive_xyxy + jnp.float32([[0, 0, 1, 1]])
 
 
-def test_the_official_coding(load_golden):
+def test_box_coding_equals_official_code(load_golden):
   _, inputs, outputs = load_golden("fpt_det_a")
 
   @jax.jit
@@ -35,7 +35,7 @@ def test_the_official_coding(load_golden):
   np.testing.assert_allclose(overlap, outputs["overlaps"], atol=1e-6)
 
 
-def test_the_official_clipping(load_golden):
+def test_clipping_equals_official_code(load_golden):
   _, _, outputs = load_golden("fpt_det_a")
   boxes = exclusive(jnp.asarray(outputs["bbox_transform_w1"].reshape(-1, 4)))
   clipped = coding.clip_boxes(boxes, jnp.asarray([150, 200]), min_size=1)
@@ -62,7 +62,7 @@ def test_decoding_inverts_encoding():
   np.testing.assert_allclose(moved, [[10, 10, 50, 50]], atol=1e-4)
 
 
-def test_growth_is_limited_and_nothing_overflows():
+def test_decoded_size_is_limited_and_finite():
   unit = jnp.asarray([[0.0, 0, 16, 16]])
   huge = coding.decode_boxes(jnp.full((1, 4), 1e4), unit)
   np.testing.assert_allclose(huge[:, 2:] - huge[:, :2], [[1000, 1000]], rtol=1e-3)
@@ -73,7 +73,7 @@ def test_growth_is_limited_and_nothing_overflows():
     assert np.isfinite(coding.encode_boxes(boxes, references)).all()
 
 
-def test_boxes_are_clipped_to_each_image():
+def test_boxes_are_clipped_to_own_image_size():
   boxes = jnp.broadcast_to(jnp.asarray([[-5.0, 2, 50, 90], [60, 70, 80, 95]]), (2, 2, 4))
   clipped = coding.clip_boxes(boxes, jnp.asarray([[40, 30], [100, 70]]))
   expected = [[[0, 2, 30, 40], [30, 40, 30, 40]], [[0, 2, 50, 90], [60, 70, 70, 95]]]

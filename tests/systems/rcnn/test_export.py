@@ -13,7 +13,7 @@ from vit_jax_zoo.weights import Pretrained
 from vit_jax_zoo.weights.preprocess import DETECTION
 
 
-def test_exports_detect_the_same(tmp_path):
+def test_exports_detect_same_objects(tmp_path):
   backbone = {"blocks": (1, 1, 1, 1), "widths": (4, 4, 8, 8), "stem_width": 4}
   limits = {"pre_nms_top_n": 40, "post_nms_top_n": 12}
   model = RCNN(

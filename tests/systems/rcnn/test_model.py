@@ -35,13 +35,13 @@ def tiny(**fields):
   return RCNN(**{**TINY, **fields})
 
 
-def images(seed=0, side=64):
+def random_images(seed=0, side=64):
   return jnp.asarray(np.random.default_rng(seed).normal(size=(2, side, side, 3)), jnp.float32)
 
 
-def count(name):
-  picture = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), picture)
+def count_parameters(name):
+  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  shapes = jax.eval_shape(create_model(name).init, jax.random.key(0), image)
   return sum(x.size for x in jax.tree.leaves(shapes["params"]))
 
 
@@ -54,25 +54,25 @@ def count(name):
     ("faster_rcnn_r50_bfp", 41_755_286),
   ],
 )
-def test_published_parameter_counts(name, expected):
-  assert count(name) == expected
+def test_parameter_counts_equal_published(name, expected):
+  assert count_parameters(name) == expected
 
 
 @pytest.mark.slow
-def test_parameter_counts_of_every_name(golden_json):
+def test_parameter_counts_of_all_variants(golden_json):
   names = [*variants("faster_rcnn"), *variants("mask_rcnn")]
-  golden_json("rcnn_parameters", {name: count(name) for name in names})
+  golden_json("rcnn_parameters", {name: count_parameters(name) for name in names})
 
 
-def test_proposals_lie_in_their_images_and_padding_does_not_matter():
+def test_proposals_lie_in_image_and_ignore_padding():
   check_proposals(tiny(neck="fpn"))
 
 
 def check_proposals(model):
   size = jnp.asarray([[64, 64], [50, 40]])
-  variables = jax.jit(model.init)(jax.random.key(0), images(), size)
+  variables = jax.jit(model.init)(jax.random.key(0), random_images(), size)
   propose = jax.jit(lambda x: model.apply(variables, x, size, method="propose"))
-  found = propose(images())
+  found = propose(random_images())
   assert found.boxes_xyxy.shape == (2, 12, 4)
   assert found.exists[:, 0].all()
   for box, exists, (height, width) in zip(found.boxes_xyxy, found.exists, size, strict=True):
@@ -82,16 +82,16 @@ def check_proposals(model):
     assert (real <= [width, height, width, height]).all()
     assert not box[~exists].any()
   assert (jnp.diff(found.scores) <= 0)[found.exists[:, 1:]].all()
-  noisy = images().at[1, 50:].set(9.0).at[1, :, 40:].set(-9.0)
+  noisy = random_images().at[1, 50:].set(9.0).at[1, :, 40:].set(-9.0)
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(propose(noisy)), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
 
-def test_images_are_padded_so_that_each_level_is_half_the_finer_one():
+def test_image_is_padded_to_stride_of_coarsest_level():
   model = tiny()
-  variables = jax.eval_shape(model.init, jax.random.key(0), images())
-  picture = jax.ShapeDtypeStruct((1, 50, 33, 3), jnp.float32)
-  found = jax.eval_shape(lambda v, x: model.apply(v, x, method="propose"), variables, picture)
+  variables = jax.eval_shape(model.init, jax.random.key(0), random_images())
+  image = jax.ShapeDtypeStruct((1, 50, 33, 3), jnp.float32)
+  found = jax.eval_shape(lambda v, x: model.apply(v, x, method="propose"), variables, image)
   assert [x.shape[1:3] for x in found.pyramid] == [(16, 12), (8, 6), (4, 3)]
   assert len(found.anchors_xyxy) == 3 * (16 * 12 + 8 * 6 + 4 * 3 + 2 * 2)
 
@@ -110,13 +110,13 @@ def test_images_are_padded_so_that_each_level_is_half_the_finer_one():
   ],
   ids=["bfp", "lambda"],
 )  # fmt: skip
-def test_outputs_are_finite_with_expected_shapes(fields):
+def test_outputs_have_expected_shapes_and_are_finite(fields):
   check_outputs(tiny(**fields))
 
 
 def check_outputs(model):
-  variables = jax.jit(model.init)(jax.random.key(0), images())
-  out = jax.jit(model.apply)(variables, images())
+  variables = jax.jit(model.init)(jax.random.key(0), random_images())
+  out = jax.jit(model.apply)(variables, random_images())
   assert out["logits"].shape == (2, 12, 5)
   assert out["deltas"].shape == (2, 12, 5, 4)
   assert all(x.dtype == jnp.float32 for k, x in out.items() if k != "exists")
@@ -130,10 +130,10 @@ def check_outputs(model):
 @pytest.mark.parametrize(
   ("fields", "message"),
   [
-    ({"neck": "fpnn"}, "unknown neck 'fpnn'; did you mean 'fpn'"),
+    ({"neck": "fpnn"}, "neck 'fpnn'.*'fpn'"),
     ({"levels": ("c4", "c2", "c3")}, r"levels: .*fine to coarse"),
-    ({"anchor_sizes": (16, 32)}, "anchor_sizes: 2 entries; expected 4"),
-    ({"convention": "detectron3"}, "did you mean 'detectron'|did you mean 'detectron2'"),
+    ({"anchor_sizes": (16, 32)}, "anchor_sizes: 2 entries"),
+    ({"convention": "detectron3"}, "'detectron2?'"),
     ({"anchor_sizes": (16, 32, 0, 128)}, r"anchor_sizes .* \(16, 32, 0, 128\)"),
     ({"aspect_ratios": ()}, r"aspect_ratios .* \(\)"),
     ({"proposals": {"post_nms_top_n": (8, 0)}}, "post_nms_top_n .* 0"),
@@ -148,7 +148,7 @@ def check_outputs(model):
     ({"backbone_kind": "vgg"}, "unknown backbone_kind 'vgg'"),
   ],
 )
-def test_invalid_inputs(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message) as info:
-    jax.eval_shape(tiny(**fields).init, jax.random.key(0), images())
-  assert "\n" not in str(info.value).split("\n---")[0]  # JAX's own note follows
+    jax.eval_shape(tiny(**fields).init, jax.random.key(0), random_images())
+  assert "\n" not in str(info.value).split("\n---")[0]  # JAX appends a note

@@ -1,4 +1,4 @@
-"""torchvision's R-CNNs on the same weights: each stage, and the detections."""
+"""torchvision's R-CNNs with the same weights: each stage, and the detections."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ SIDE = 128
 
 
 def random_network(kind):
-  """torchvision's network of random weights that say something: norms moved, outputs spread."""
+  """torchvision's network with random weights, norm statistics and output layers."""
   torch.manual_seed(0)
   model = getattr(torchvision.models.detection, f"{kind}_resnet50_fpn")(
     weights=None, weights_backbone=None, num_classes=7, min_size=SIDE, max_size=SIDE
@@ -54,14 +54,14 @@ def path(theirs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def picture():
+def random_image():
   return np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def test_every_stage_is_torchvisions(theirs, path, picture):
+def test_every_stage_equals_torchvision(theirs, path, random_image):
   loaded = load_pretrained(path)
   assert (loaded.model.num_classes, loaded.model.mask_head["num_convs"]) == (6, 4)
-  images = loaded.preprocess.at_size((SIDE, SIDE))([picture])
+  images = loaded.preprocess.at_size((SIDE, SIDE))([random_image])
   with torch.no_grad():
     features = theirs.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))
     logits, deltas = theirs.rpn.head(list(features.values()))
@@ -84,7 +84,7 @@ def test_every_stage_is_torchvisions(theirs, path, picture):
   np.testing.assert_array_equal(found.anchors_xyxy, anchors.numpy())
 
 
-def test_the_heads_are_torchvisions(theirs, path):
+def test_heads_equal_torchvision(theirs, path):
   loaded = load_pretrained(path)
   rng = np.random.default_rng(1)
   pyramid = [
@@ -117,7 +117,7 @@ def test_the_heads_are_torchvisions(theirs, path):
 
 
 def test_detections_equal_torchvision(theirs, path):
-  """In images of odd sides; the pyramid's last map, 3 places wide for 5, has closer anchors."""
+  """Images of odd sides: the pyramid's last map has 3 columns instead of 5, and closer anchors."""
   trained = load(path)
   rng = np.random.default_rng(0)
   pictures = [rng.integers(0, 256, size, dtype=np.uint8) for size in ((97, 143, 3), (97, 120, 3))]
@@ -126,8 +126,8 @@ def test_detections_equal_torchvision(theirs, path):
     expected = theirs([torch.from_numpy(x).permute(2, 0, 1) / 255 for x in pictures])
   sizes = np.array([x.shape[:2] for x in pictures], np.int32)
   batch = {"image": np.zeros((2, 97, 143, 3), np.uint8), "image_size": sizes}
-  for image, picture in zip(batch["image"], pictures, strict=True):
-    image[:, : picture.shape[1]] = picture
+  for image, pixels in zip(batch["image"], pictures, strict=True):
+    image[:, : pixels.shape[1]] = pixels
   found = jax.device_get(jax.jit(trained.task.predict)(trained.variables, batch))
   for index, known in enumerate(expected):
     count = len(known["scores"])
@@ -147,8 +147,8 @@ SIZES = [(333, 500), (97, 641), (801, 333), (500, 334), (67, 131), (641, 480)]
 
 
 @pytest.mark.parametrize("kind", ["fasterrcnn", "maskrcnn"])
-def test_predictions_of_images_of_odd_sizes_are_torchvisions(kind, tmp_path):
-  """From the image to boxes and masks in its pixels; 334 is scaled to 95 of 96 pixels."""
+def test_predictions_of_odd_image_sizes_equal_torchvision(kind, tmp_path):
+  """Compares boxes and masks in the image's pixels; 334 is scaled to 95 of 96 pixels."""
   network = random_network(kind)
   network.transform.min_size, network.transform.max_size = (96,), 160
   torch.save(network.state_dict(), tmp_path / "rcnn.pth")
@@ -179,10 +179,10 @@ def test_predictions_of_images_of_odd_sizes_are_torchvisions(kind, tmp_path):
       assert differ.sum() <= 1e-3 * masks.sum(), size  # values at the threshold
 
 
-def test_torchvision_loads_exports(theirs, path, tmp_path):
+def test_export_loads_in_torchvision(theirs, path, tmp_path):
   export.write(load_pretrained(path), "pth-torchvision", str(tmp_path / "again.pth"))
   again = torch.load(tmp_path / "again.pth", weights_only=True)
-  theirs.load_state_dict(again)  # strict, but for counters of batches, which no frozen norm has
+  theirs.load_state_dict(again)  # strict, except for batch counters, which frozen norms lack
   original = torch.load(path, weights_only=True)
   assert again.keys() == {key for key in original if not key.endswith("num_batches_tracked")}
   for key, array in again.items():

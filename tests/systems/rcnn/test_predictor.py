@@ -1,4 +1,4 @@
-"""The R-CNN predictor on an image of any size."""
+"""The R-CNN predictor on images of any size."""
 
 import jax
 import numpy as np
@@ -27,19 +27,19 @@ SMALL = {
 
 
 @pytest.fixture
-def pasted(monkeypatch):
-  """By which convention masks were pasted."""
-  seen = []
+def paste_conventions(monkeypatch):
+  """Records the convention of each call of `paste_masks`."""
+  conventions = []
 
   def paste(*args, **fields):
-    seen.append(fields["convention"])
+    conventions.append(fields["convention"])
     return paste_masks(*args, **fields)
 
   monkeypatch.setattr("vit_jax_zoo.systems.rcnn.predictor.paste_masks", paste)
-  return seen
+  return conventions
 
 
-def test_record_and_figures(pasted):
+def test_prediction_has_objects_and_figures(paste_conventions):
   task = create_task(
     "instance_detection", RCNN(**SMALL, convention="detectron"), num_classes=2,
     class_names=("cup", "saucer"), box_detections_per_img=4, box_score_thresh=0.0,
@@ -65,14 +65,14 @@ def test_record_and_figures(pasted):
     assert entry["area"] == run_lengths.decode(entry["segmentation"]).sum()
   scores = [entry["score"] for entry in objects]
   assert scores == sorted(scores, reverse=True)
-  assert max(entry["box"][2] for entry in objects) > 32  # of the picture, not of what was seen
+  assert max(entry["box"][2] for entry in objects) > 32  # in the pixels of the original image
   assert set(found.pictures) == {"", "masks"}
-  assert pasted == [task.evaluator().paste_convention] == ["detectron"]
+  assert paste_conventions == [task.evaluator().paste_convention] == ["detectron"]
   certain = create_predictor(trained, Options(threshold=1.0))(image)
   assert certain.record["objects"] == []
 
 
-def test_explain_needs_a_neck_with_attention():
+def test_explain_without_attention_neck_raises():
   task = create_task("instance_detection", RCNN(**SMALL), num_classes=2)
   trained = Trained("test", task, {}, lambda image: {"image": image}, None, "faster_rcnn")
   with pytest.raises(ValueError, match="--explain: the model's neck"):

@@ -17,7 +17,7 @@ from vit_jax_zoo.systems.rcnn.boxes import (
 TORCHVISION = CONVENTIONS["torchvision"]
 
 
-def test_the_best_of_each_level_then_of_all():
+def test_proposals_are_best_of_each_level_then_of_all():
   anchors = jnp.asarray(
     [
       [0, 0, 10, 10],
@@ -37,8 +37,8 @@ def test_the_best_of_each_level_then_of_all():
     )
   )  # fmt: skip
   boxes, scores, exists = choose(logits, jnp.zeros((6, 4)))
-  # Of level 0 the second is suppressed, the third came too late; of level 1 the last and the fourth
-  # are left, cut off at the border. Levels do not suppress each other.
+  # Level 0: the second is suppressed, the third is beyond pre_nms_top_n. Level 1: the last and the
+  # fourth remain, clipped to the image. Levels do not suppress each other.
   assert list(np.asarray(scores)[np.asarray(exists)]) == [6, 5, 3]
   np.testing.assert_allclose(boxes[1], [40, 40, 50, 50])
   np.testing.assert_allclose(boxes[3], 0)
@@ -46,7 +46,7 @@ def test_the_best_of_each_level_then_of_all():
   assert list(np.asarray(scores)[np.asarray(exists)]) == [5, 3]
 
 
-def test_suppression_is_per_class():
+def test_detections_are_suppressed_per_class():
   rng = np.random.default_rng(0)
   corners = rng.uniform(0, 40, (30, 2))
   proposals = jnp.asarray(np.concatenate([corners, corners + 20], axis=1), jnp.float32)
@@ -69,19 +69,19 @@ def test_suppression_is_per_class():
   assert not choose(score_thresh=0.999999).exists.any()
 
 
-@pytest.mark.parametrize(("convention", "least"), [("torchvision", 0.01), ("detectron2", 0.0)])
-def test_torchvision_drops_small_boxes(convention, least):
-  """Boxes that lie beside the image have no side left; torchvision's networks do not show them."""
+@pytest.mark.parametrize(("convention", "min_size"), [("torchvision", 0.01), ("detectron2", 0.0)])
+def test_torchvision_detections_drop_small_boxes(convention, min_size):
+  """Boxes beside the image are empty after clipping; torchvision drops them."""
   proposals = jnp.asarray([[0, 0, 8, 8], [70, 0, 78, 8], [20, 20, 20.005, 30]], jnp.float32)
   logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
   found = choose_detections(
     logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
     limits=DetectionLimits(detections_per_img=3), convention=CONVENTIONS[convention],
   )  # fmt: skip
-  assert int(found.exists.sum()) == (1 if least else 3)
+  assert int(found.exists.sum()) == (1 if min_size else 3)
 
 
-def test_limits_are_for_training_and_for_use():
+def test_limits_differ_for_training_and_evaluation():
   fields = {"pre_nms_top_n": (20, 10), "post_nms_top_n": 5}
   assert pick_limits(fields, train=True) == ProposalLimits(20, 5)
   assert pick_limits(fields, train=False) == ProposalLimits(10, 5)

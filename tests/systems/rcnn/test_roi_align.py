@@ -12,7 +12,7 @@ from vit_jax_zoo.systems.rcnn import roi_align as ops
 
 
 def bilinear(features, y, x):
-  """The value of a map at a point: its border's up to one step outside, then nothing."""
+  """Interpolates a map at a point: the border extends one step outside, then zero."""
   height, width = features.shape[:2]
   if not (-1 <= y <= height and -1 <= x <= width):
     return np.zeros(features.shape[2])
@@ -41,7 +41,7 @@ def definition(features, box, stride, size, aligned):
 
 
 def align(features, boxes, stride, **fields):
-  """Compiled anew each time: which way is taken is decided while tracing."""
+  """Compiles anew each time: the implementation is selected while tracing."""
   level = jnp.zeros((1, len(boxes)), jnp.int32)
   function = jax.jit(lambda x, y: ops.roi_align([x], y, level, strides=[stride], **fields)[0])
   return np.asarray(function(jnp.asarray(features)[None], jnp.asarray(boxes)[None]))
@@ -55,17 +55,17 @@ BOXES = np.array(
     [80, 60, 140, 100],
     [200, 200, 220, 230],  # far outside
     [50, 40, 50, 40],  # a point
-    [60, 50, 55, 45],  # sides the wrong way round
+    [60, 50, 55, 45],  # inverted sides
     [3, 3, 3.5, 60],  # a line
   ],
   np.float32,
 )
 
 
-@pytest.mark.parametrize("way", ["matrices", "gathering"])
+@pytest.mark.parametrize("implementation", ["matrices", "gathering"])
 @pytest.mark.parametrize("aligned", [False, True])
-def test_the_definition(monkeypatch, aligned, way):
-  monkeypatch.setattr(ops, "USE_MATRICES", 1024 if way == "matrices" else 0)
+def test_roi_align_equals_definition(monkeypatch, aligned, implementation):
+  monkeypatch.setattr(ops, "USE_MATRICES", 1024 if implementation == "matrices" else 0)
   features = np.random.default_rng(0).normal(size=(9, 12, 3)).astype(np.float32)
   got = align(features, BOXES, 8, size=7, aligned=aligned)
   for box, crop in zip(BOXES, got, strict=True):
@@ -73,7 +73,7 @@ def test_the_definition(monkeypatch, aligned, way):
     np.testing.assert_allclose(crop, expected, atol=2e-5, err_msg=f"{box}")
 
 
-def test_the_official_operator(load_golden):
+def test_roi_align_equals_official_code(load_golden):
   config, inputs, outputs = load_golden("fpt_det_a")
   features = inputs["roi_feat"].transpose(0, 2, 3, 1)
   for size in (7, 14):
@@ -86,14 +86,14 @@ def test_the_official_operator(load_golden):
       np.testing.assert_allclose(got, expected[rows], atol=1e-5)
 
 
-def test_the_official_levels(load_golden):
+def test_box_levels_equal_official_code(load_golden):
   _, inputs, outputs = load_golden("fpt_det_a")
   boxes = jnp.asarray(inputs["level_rois"]) + jnp.float32([[0, 0, 1, 1]])  # exclusive
   levels = ops.box_levels(boxes, (2, 5))
   np.testing.assert_array_equal(levels, outputs["level_of_roi"])
 
 
-def test_levels_by_hand_and_without_area():
+def test_box_levels_of_known_and_empty_boxes():
   sides = np.array([0, 10, 111.9, 112, 223.9, 224, 448, 1e5])
   boxes = jnp.asarray(np.stack([0 * sides, 0 * sides, sides, sides], axis=1), jnp.float32)
   assert list(ops.box_levels(boxes, (2, 5))) == [2, 2, 2, 3, 3, 4, 5, 5]
@@ -108,7 +108,7 @@ def pyramid():
 
 
 @pytest.mark.parametrize("limit", [0, 500, 10_000])  # all gathered, the finest alone, none
-def test_each_box_is_read_from_its_level(monkeypatch, pyramid, limit):
+def test_roi_align_reads_each_box_from_its_level(monkeypatch, pyramid, limit):
   monkeypatch.setattr(ops, "USE_MATRICES", limit)
   rng = np.random.default_rng(2)
   boxes = np.sort(rng.uniform(-10, 110, (2, 6, 2, 2)), axis=2).reshape(2, 6, 4).astype(np.float32)
@@ -131,7 +131,7 @@ def test_each_box_is_read_from_its_level(monkeypatch, pyramid, limit):
     np.testing.assert_allclose(every[chosen][image, box], expected, atol=2e-5)
 
 
-def test_both_implementations_have_the_same_gradient(monkeypatch, pyramid):
+def test_roi_align_implementations_have_equal_gradients(monkeypatch, pyramid):
   boxes = jnp.asarray(BOXES[None, :5] / 2)
   target = jnp.asarray(np.random.default_rng(3).normal(size=(1, 5, 7, 7, 4)), jnp.float32)
 
@@ -151,7 +151,7 @@ def test_both_implementations_have_the_same_gradient(monkeypatch, pyramid):
 
 
 @pytest.mark.parametrize("limit", [0, 10_000])
-def test_parts_of_masks(monkeypatch, limit):
+def test_crop_masks_equals_definition(monkeypatch, limit):
   monkeypatch.setattr(ops, "USE_MATRICES_FOR_MASKS", limit)
   masks = np.zeros((2, 20, 30), bool)
   masks[0, 5:15, 10:20] = True
@@ -170,7 +170,7 @@ def test_parts_of_masks(monkeypatch, limit):
     np.testing.assert_array_equal(got[i], soft >= 0.5 - 1e-6)
 
 
-def test_bfloat16_gradients_of_many_boxes_are_near_those_of_float32():
+def test_bfloat16_gradients_of_many_boxes_are_near_float32():
   maps = [
     jax.random.normal(jax.random.key(i), (1, side, side, 4)) for i, side in ((0, 40), (1, 20))
   ]

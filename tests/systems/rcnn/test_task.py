@@ -81,19 +81,20 @@ def gradient(task):
 
 
 def run(gradient, task, variables, batch):
-  batch = {"mask": np.ones(len(batch["image"]), bool), **batch}  # one program for all tests
+  # With a mask in every batch, all tests share one compiled program.
+  batch = {"mask": np.ones(len(batch["image"]), bool), **batch}
   given = context(task, batch)
   (_, output), grads = gradient(variables["params"], variables, batch, given)
   return output, grads
 
 
-def test_losses_are_finite_add_up_and_reach_every_part(task, variables, gradient):
+def test_losses_sum_to_total_and_reach_every_module(task, variables, gradient):
   output, grads = run(gradient, task, variables, make_batch())
   values = {name: float(mean.compute()) for name, mean in output.metrics.items()}
   parts = ("objectness_loss", "anchor_box_loss", "class_loss", "box_loss", "mask_loss")
   np.testing.assert_allclose(values["loss"], sum(values[p] for p in parts), rtol=1e-5)
   assert all(values[p] > 0 for p in parts)
-  # Nothing learned yet: chance.
+  # Untrained: chance level.
   np.testing.assert_allclose(values["objectness_loss"], np.log(2), atol=0.05)
   np.testing.assert_allclose(values["class_loss"], np.log(5), atol=0.3)
   assert 0 <= values["proposal_recall"] <= 1
@@ -103,7 +104,7 @@ def test_losses_are_finite_add_up_and_reach_every_part(task, variables, gradient
     assert max(sizes) > 0, part
 
 
-def test_padding_is_ignored(task, variables, gradient):
+def test_loss_ignores_padding(task, variables, gradient):
   batch = make_batch()
   noisy = {k: v.copy() for k, v in batch.items()}
   for row, (height, width) in enumerate(batch["image_size"]):
@@ -118,7 +119,7 @@ def test_padding_is_ignored(task, variables, gradient):
   np.testing.assert_array_equal(one.loss, other.loss)
 
 
-def test_rows_that_are_padding_count_nothing(task, variables, gradient):
+def test_loss_ignores_padded_rows(task, variables, gradient):
   batch = {**make_batch(), "mask": np.array([True, True, False, False])}
   other = {k: v.copy() for k, v in batch.items()}
   other["image"][2:] = 0
@@ -129,7 +130,7 @@ def test_rows_that_are_padding_count_nothing(task, variables, gradient):
   assert float(one.metrics["loss"].count) == 2
 
 
-def test_a_batch_without_objects(task, variables, gradient):
+def test_losses_without_objects_are_finite(task, variables, gradient):
   batch = {**make_batch(), "is_target": np.zeros((4, 3), bool)}
   output, grads = run(gradient, task, variables, batch)
   values = {name: float(mean.total) for name, mean in output.metrics.items()}
@@ -138,7 +139,7 @@ def test_a_batch_without_objects(task, variables, gradient):
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-def test_invalid_label_makes_the_loss_nan(task, variables, gradient):
+def test_loss_of_invalid_label_is_nan(task, variables, gradient):
   batch = make_batch()
   batch["labels"][0, 0] = 4
   assert np.isnan(run(gradient, task, variables, batch)[0].loss)
@@ -167,7 +168,7 @@ def test_detections_are_padded_and_in_original_pixels(task, variables):
       assert (overlap - np.eye(len(overlap)) <= task.box_nms_thresh + 1e-5).all()
 
 
-def test_perfect_predictions_have_full_ap():
+def test_perfect_predictions_have_ap_of_one():
   batch = make_batch(targets=3)
   row = 3
   size = jnp.asarray(batch["image_size"][row])
@@ -189,8 +190,8 @@ def test_perfect_predictions_have_full_ap():
 
 
 @pytest.mark.multidevice
-def test_loss_and_predictions_are_traced_on_a_mesh(task, variables):
-  """Guards the loops that each device runs for its own examples, without compiling them."""
+def test_loss_and_predictions_trace_on_mesh(task, variables):
+  """Traces the per-device loops without compiling them."""
   batch = make_batch()
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
   with jax.set_mesh(mesh):
@@ -201,7 +202,7 @@ def test_loss_and_predictions_are_traced_on_a_mesh(task, variables):
 
 @pytest.mark.multidevice
 @pytest.mark.slow
-def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gradient):
+def test_losses_and_gradients_on_devices_equal_single_device(task, variables, gradient):
   batch = make_batch()
   output, grads = run(gradient, task, variables, batch)
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -217,8 +218,8 @@ def test_many_devices_compute_the_same_losses_and_gradients(task, variables, gra
 
 
 @pytest.mark.slow
-def test_micro_batches_add_up():
-  """Where every candidate takes part, nothing is drawn, and images have equally many of them."""
+def test_micro_batch_losses_sum_to_batch_loss():
+  """With every candidate sampled, nothing is random, and all images have equally many."""
   everything = {
     "rpn_batch_size_per_image": 10_000,
     "rpn_positive_fraction": 1.0,
@@ -248,15 +249,15 @@ def test_micro_batches_add_up():
 
 
 @pytest.mark.slow
-def test_half_precision_is_near(task, variables, gradient):
-  """Losses are float32, and near those of the exact computation, though other boxes are drawn."""
+def test_bfloat16_losses_are_near_float32(task, variables, gradient):
+  """Losses are float32, and near those in float32, though other boxes are sampled."""
   batch = make_batch()
   exact, _ = run(gradient, task, variables, batch)
   rough_task = create_task("instance_detection", make_model(dtype="bfloat16"), **FIELDS)
-  rough = jax.jit(rough_task.loss)(variables, batch, context(rough_task, batch))
-  assert rough.loss.dtype == jnp.float32
+  half = jax.jit(rough_task.loss)(variables, batch, context(rough_task, batch))
+  assert half.loss.dtype == jnp.float32
   for name in ("objectness_loss", "anchor_box_loss", "class_loss", "loss"):
-    one, other = exact.metrics[name].compute(), rough.metrics[name].compute()
+    one, other = exact.metrics[name].compute(), half.metrics[name].compute()
     np.testing.assert_allclose(other, one, rtol=0.1, err_msg=name)
 
 
@@ -278,18 +279,18 @@ def test_jit_equals_eager(task, variables):
     ({"box_smooth_l1_beta": -1.0}, "box_smooth_l1_beta: -1.0"),
   ],
 )
-def test_fields_are_checked(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
     create_task("instance_detection", make_model(), **{**FIELDS, **fields})
 
 
-def test_other_classes_than_the_models(variables):
+def test_num_classes_unlike_model_raises(variables):
   task = create_task("instance_detection", make_model(), **{**FIELDS, "num_classes": 7})
   with pytest.raises(ValueError, match="num_classes: 4 in the model"):
     jax.eval_shape(lambda: task.loss(variables, make_batch(), context(task, make_batch())))
 
 
-def test_saved_runs_are_read_with_torchvisions_names():
+def test_old_config_fields_are_renamed_or_raise():
   old = {"task": {"anchor_high": 0.7}, "model": {"proposals": {"before_nms": 9, "least_side": 0.0}}}
   new = {"task": {"rpn_fg_iou_thresh": 0.7}, "model": {"proposals": {"pre_nms_top_n": 9}}}
   assert rename_fields(old) == new

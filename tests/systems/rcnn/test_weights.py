@@ -1,4 +1,4 @@
-"""Published R-CNNs: torchvision's; COCO's class ids."""
+"""Published R-CNNs: torchvision's files, and COCO's class ids."""
 
 import functools
 
@@ -81,8 +81,8 @@ def assert_same(given, expected, rtol=0.0):
     np.testing.assert_allclose(given[key], array, rtol=rtol, err_msg=key)
 
 
-def folded(variables):
-  """As Caffe has it: norms of the backbone whose mean is 0 and whose variance is 1."""
+def fold_norms(variables):
+  """Folds the backbone's norms as Caffe files have them: mean 0, variance 1."""
   flat = jax.tree_util.tree_map_with_path(_fold, variables["batch_stats"])
   return {**variables, "batch_stats": flat}
 
@@ -93,7 +93,7 @@ def _fold(path, leaf):
   return np.full_like(leaf, 0 if path[-1].key == "mean" else np.float32(1 - 1e-5))
 
 
-def test_a_detector_is_written_and_read_by_its_path_alone(tmp_path):
+def test_round_trip_by_path_is_exact(tmp_path):
   check_round_trip("torchvision", tmp_path)
 
 
@@ -101,7 +101,7 @@ def check_round_trip(kind, tmp_path):
   model = RCNN(**MODELS[kind])
   variables = random_variables(kind)
   if kind != "torchvision":
-    variables = folded(variables)
+    variables = fold_norms(variables)
   path = str(tmp_path / "detector.safetensors")
   export.write(pretrained(model, variables), NAMES[kind], path)
   arrays = load_file(path)
@@ -120,13 +120,13 @@ def check_round_trip(kind, tmp_path):
   assert_same(load_into(path, start), variables)
 
 
-def test_sizes_after_resizing_are_torchvisions():
+def test_resized_sizes_equal_torchvision():
   """floor(side * min(800 / shorter, 1333 / longer)); 334 / 800 * 334 is below 800 in floats."""
   size = PREPROCESS.resized_size
   assert [size(480, 640), size(334, 500), size(400, 50)] == [(800, 1066), (799, 1197), (1333, 166)]
 
 
-def test_another_number_of_classes_starts_a_new_head(tmp_path):
+def test_head_of_other_num_classes_is_zero(tmp_path):
   path = str(tmp_path / "detector.safetensors")
   variables = random_variables("torchvision")
   export.write(pretrained(RCNN(**MODELS["torchvision"]), variables), "pth-torchvision", path)
@@ -136,15 +136,15 @@ def test_another_number_of_classes_starts_a_new_head(tmp_path):
   assert_same({"params": changed["box_head"]}, {"params": variables["params"]["box_head"]})
 
 
-def test_cocos_classes_get_their_ids(tmp_path):
+def test_contiguous_classes_become_coco_ids(tmp_path):
   check_class_ids("torchvision", 91, tmp_path)
 
 
 def check_class_ids(kind, outputs, tmp_path):
-  """The file's classes in a row, the background first; ours by COCO's ids, the background last."""
+  """The file's classes are contiguous, background first; ours are COCO's ids, background last."""
   fields = {**MODELS[kind], "num_classes": outputs - 1}
   model = RCNN(**fields)
-  variables = folded(random_variables(kind, num_classes=outputs - 1))
+  variables = fold_norms(random_variables(kind, num_classes=outputs - 1))
   path = str(tmp_path / "detector.safetensors")
   export.write(pretrained(model, variables), NAMES[kind], path)
   loaded = load_pretrained(path)
@@ -172,7 +172,7 @@ def check_class_ids(kind, outputs, tmp_path):
     np.testing.assert_array_equal(written[key], array, err_msg=key)
 
 
-def test_older_names_of_torchvisions_are_read(tmp_path):
+def test_older_torchvision_names_are_read(tmp_path):
   model, variables = RCNN(**MODELS["torchvision"]), random_variables("torchvision")
   path = str(tmp_path / "new.safetensors")
   export.write(pretrained(model, variables), "pth-torchvision", path)
@@ -198,22 +198,22 @@ def test_older_names_of_torchvisions_are_read(tmp_path):
     (MODELS["official_2mlp"], "pth-torchvision", "stride_in_1x1=True"),
   ],
 )
-def test_unsupported_models_are_refused(fields, form, message, tmp_path):
-  check_refused(fields, form, message, tmp_path)
+def test_export_of_unsupported_model_raises(fields, form, message, tmp_path):
+  check_unsupported(fields, form, message, tmp_path)
 
 
-def check_refused(fields, form, message, tmp_path):
+def check_unsupported(fields, form, message, tmp_path):
   model, nothing = RCNN(**fields), {"params": {}}
   with pytest.raises(WeightsError, match=message) as caught:
     export.write(pretrained(model, nothing), form, str(tmp_path / "x.safetensors"))
   assert "\n" not in str(caught.value)
 
 
-def test_detectrons_classes_in_a_row_get_their_ids():
+def test_detectron_classes_become_coco_ids_and_back():
   arrays = {"c.weight": np.arange(81.0)[:, None], "c.bias": np.arange(81.0)}
   wide, is_coco = rcnn_classes.with_ids(arrays, {"c": 1})
   assert is_coco
-  # Rows 1 + id: a person is 1, a stop sign, the twelfth, has the id 13.
+  # Rows are 1 + id: person has id 1; stop sign, the twelfth class, has id 13.
   assert (wide["c.bias"][[0, 2, 14, 91]] == [0, 1, 12, 80]).all()
   assert (wide["c.bias"][[1, 13]] == rcnn_classes.UNUSED).all()
   again = rcnn_classes.without_ids(wide, {"c": 1}, rcnn_classes.NAMES, 81)
