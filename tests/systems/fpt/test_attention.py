@@ -16,13 +16,13 @@ from vit_jax_zoo.systems.fpt.attention import (
 )
 
 
-def arrays_of(*shapes):
+def random_arrays(*shapes):
   rng = np.random.default_rng(0)
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def plain_map(query, key, mixture, kind):
-  """The formula, one part after the other, in float64."""
+def reference_attention_map(query, key, mixture, kind):
+  """The mixture of softmax attention maps by its formula, part by part, in float64."""
   query, key, mixture = (np.asarray(x, np.float64) for x in (query, key, mixture))
   total = 0
   for part, (q, k) in enumerate(
@@ -36,11 +36,11 @@ def plain_map(query, key, mixture, kind):
 
 
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
-def test_blocks_give_the_plain_result_and_its_gradient(kind):
-  query, key, value = arrays_of((2, 23, 6), (2, 7, 6), (2, 7, 5))
-  mixture = mixture_weights(key, arrays_of((3, 6))[0])
+def test_blockwise_attention_equals_reference(kind):
+  query, key, value = random_arrays((2, 23, 6), (2, 7, 6), (2, 7, 5))
+  mixture = mixture_weights(key, random_arrays((3, 6))[0])
   similarity = Similarity(kind)
-  expected = plain_map(query, key, mixture, kind)
+  expected = reference_attention_map(query, key, mixture, kind)
   np.testing.assert_allclose(attention_map(query, key, mixture, similarity), expected, atol=1e-5)
 
   def total(block_elements, query, key, value):
@@ -51,7 +51,7 @@ def test_blocks_give_the_plain_result_and_its_gradient(kind):
     jax.jit(jax.value_and_grad(functools.partial(total, size), (0, 1, 2), has_aux=True))(
       query, key, value
     )
-    for size in (10**6, 4 * 3 * 7)  # all at once; four queries at a time, the last of them alone
+    for size in (10**6, 4 * 3 * 7)  # one block; blocks of four queries, the last of them smaller
   ]
   np.testing.assert_allclose(results[0][0][1], expected @ np.asarray(value), atol=1e-5)
   for one, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
@@ -59,8 +59,8 @@ def test_blocks_give_the_plain_result_and_its_gradient(kind):
 
 
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
-def test_the_fused_kernel_gives_the_plain_result_and_its_gradient(kind):
-  query, key, value = arrays_of((2, 23, 6), (2, 7, 6), (2, 7, 5))
+def test_fused_kernel_equals_reference(kind):
+  query, key, value = random_arrays((2, 23, 6), (2, 7, 6), (2, 7, 5))
   mixture = jnp.asarray([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]])
 
   def total(attention, *inputs):
@@ -73,13 +73,13 @@ def test_the_fused_kernel_gives_the_plain_result_and_its_gradient(kind):
     )
     for attention in (functools.partial(attend_parts, interpret=True), attend)
   ]
-  expected = plain_map(query, key, mixture, kind) @ np.asarray(value)
+  expected = reference_attention_map(query, key, mixture, kind) @ np.asarray(value)
   np.testing.assert_allclose(results[0][0][1], expected, atol=2e-5)
   for one, other in zip(jax.tree.leaves(results[0]), jax.tree.leaves(results[1]), strict=True):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=2e-5)
 
 
-def test_the_fused_kernel_is_for_many_keys_without_dropout_on_tpus():
+def test_fused_kernel_runs_only_on_tpu_for_many_keys_without_dropout():
   def count(keys, similarity):
     sides = ((1, 8192, 16), (1, keys, 16), (1, keys, 8), (1, 2))
     arrays = [jax.ShapeDtypeStruct(side, jnp.bfloat16) for side in sides]
@@ -95,15 +95,15 @@ def test_the_fused_kernel_is_for_many_keys_without_dropout_on_tpus():
   assert count(8192, Similarity()) == 0
 
 
-def test_mixture_weights_use_the_mean_and_sum_to_one():
-  vectors, weight = arrays_of((2, 9, 4), (3, 4))
+def test_mixture_weights_are_softmax_of_mean_vector():
+  vectors, weight = random_arrays((2, 9, 4), (3, 4))
   logits = np.asarray(vectors).mean(1) @ np.asarray(weight).T
   mixture = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(mixture_weights(vectors, weight), mixture, atol=1e-6)
 
 
-def test_permuting_keys_with_their_values_changes_nothing():
-  query, key, value = arrays_of((1, 5, 4), (1, 8, 4), (1, 8, 3))
+def test_attention_ignores_order_of_keys():
+  query, key, value = random_arrays((1, 5, 4), (1, 8, 4), (1, 8, 3))
   mixture, order = jnp.asarray([[0.3, 0.7]]), np.random.default_rng(1).permutation(8)
   run = jax.jit(attend)
   np.testing.assert_allclose(
@@ -111,8 +111,8 @@ def test_permuting_keys_with_their_values_changes_nothing():
   )
 
 
-def test_windows_are_local_and_zero_padded():
-  query, key, value = arrays_of((1, 5, 6, 4), (1, 5, 6, 4), (1, 5, 6, 3))
+def test_window_attention_is_local_and_zero_padded():
+  query, key, value = random_arrays((1, 5, 6, 4), (1, 5, 6, 4), (1, 5, 6, 3))
   mixture = jnp.asarray([[0.5, 0.5]])
   run = jax.jit(functools.partial(attend_locally, window=3))
   out = np.asarray(run(query, key, value, mixture))
@@ -121,14 +121,14 @@ def test_windows_are_local_and_zero_padded():
   padded = [np.pad(np.asarray(x)[0], ((1, 1), (1, 1), (0, 0))) for x in (key, value)]
   for i, j in ((0, 0), (2, 3), (4, 5)):
     keys, values = (x[i : i + 3, j : j + 3].reshape(1, 9, -1) for x in padded)
-    weights = plain_map(query[:, i : i + 1, j], keys, mixture, "dot")
+    weights = reference_attention_map(query[:, i : i + 1, j], keys, mixture, "dot")
     np.testing.assert_allclose(out[0, i, j], (weights @ values)[0, 0], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["dot", "euclidean"])
-def test_bfloat16_gradients_of_many_blocks_are_near_those_of_float32(kind):
+def test_bfloat16_gradients_of_many_blocks_are_near_float32(kind):
   mixture = jnp.asarray([[0.3, 0.7]])
-  inputs = arrays_of((1, 4096, 8), (1, 16, 8), (1, 16, 8))
+  inputs = random_arrays((1, 4096, 8), (1, 16, 8), (1, 16, 8))
   attention = functools.partial(attend, mixture=mixture, similarity=Similarity(kind))
   many = functools.partial(attention, block_elements=4 * 16 * 2)  # 1,024 blocks
   assert max(bfloat16_errors(many, *inputs)) < 0.01
@@ -136,13 +136,13 @@ def test_bfloat16_gradients_of_many_blocks_are_near_those_of_float32(kind):
     attend_parts, mixture=mixture, similarity=Similarity(kind), interpret=True
   )
   assert max(bfloat16_errors(fused, *inputs)) < 0.01
-  inputs = arrays_of(*[(1, 16, 16, 8)] * 3)
+  inputs = random_arrays(*[(1, 16, 16, 8)] * 3)
   local = functools.partial(attend_locally, mixture=mixture, window=15, similarity=Similarity(kind))
   assert max(bfloat16_errors(local, *inputs)) < 0.01
 
 
 def gradient_bytes(count):
-  """What the compiler sets aside for a gradient, beside arguments and results."""
+  """Returns the compiled temporary memory of a gradient."""
   maps = [jax.ShapeDtypeStruct((1, count, 8), jnp.float32)] * 3
 
   def total(*maps):
@@ -152,15 +152,15 @@ def gradient_bytes(count):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-def test_memory_grows_with_positions_and_not_with_their_square():
+def test_memory_is_linear_in_positions():
   small, large = gradient_bytes(1024), gradient_bytes(8192)
   assert large < 10 * small
   assert large < 2 * 4 * 8192**2 / 50
 
 
-def test_invalid_fields():
-  query, key = arrays_of((1, 5, 4), (1, 8, 4))
-  with pytest.raises(ValueError, match="4 channels cannot be split into 3 parts"):
+def test_invalid_fields_raise():
+  query, key = random_arrays((1, 5, 4), (1, 8, 4))
+  with pytest.raises(ValueError, match=r"4 channels .* 3 parts"):
     attention_map(query, key, jnp.ones((1, 3)))
   with pytest.raises(ValueError, match="unknown similarity 'cosine'"):
     Similarity("cosine")

@@ -10,7 +10,7 @@ from vit_jax_zoo.systems.fpt.transformer import FeaturePyramidTransformer
 from vit_jax_zoo.tasks import create_task
 
 
-def batch_of(rows):
+def random_batch(rows):
   rng = np.random.default_rng(0)
   return {
     "image": rng.integers(0, 256, (rows, 32, 48, 3), dtype=np.uint8),
@@ -21,8 +21,8 @@ def batch_of(rows):
   }
 
 
-def sown(fine, coarse, rows=2):
-  """What a transformer may sow: maps of two levels, and of the finer one's look at the coarser."""
+def attention_intermediates(fine, coarse, rows=2):
+  """Returns intermediates of a transformer: attention maps of two levels, and between them."""
   rng = np.random.default_rng(0)
 
   def entry(queries, keys):
@@ -35,8 +35,8 @@ def sown(fine, coarse, rows=2):
   }  # fmt: skip
 
 
-class Sower:
-  """Stands in for a detector, of which one thing alone is asked."""
+class FakeDetector:
+  """A detector whose `propose` returns only attention maps."""
 
   level_names, size_multiple = ("p2", "p3"), 1
 
@@ -45,34 +45,34 @@ class Sower:
 
   def apply(self, variables, images, size, *, method, mutable):
     assert (len(images), len(size), method, mutable) == (3, 3, "propose", ["intermediates"])
-    return None, {"intermediates": {"neck": sown((8, 12), (4, 6), rows=3)}}
+    return None, {"intermediates": {"neck": attention_intermediates((8, 12), (4, 6), rows=3)}}
 
 
-def test_rows_belong_to_the_query():
-  seen = sown((4, 6), (2, 3))
-  places = jnp.asarray([[0.5, 0.5], [1.0, 0.0]])  # rows 2 and 3 of 4, columns 3 and 0 of 6
-  found = attention_rows(seen, places)
+def test_attention_rows_are_those_of_query_position():
+  intermediates = attention_intermediates((4, 6), (2, 3))
+  positions = jnp.asarray([[0.5, 0.5], [1.0, 0.0]])  # rows 2 and 3 of 4, columns 3 and 0 of 6
+  found = attention_rows(intermediates, positions)
   for name, weights in (("0", "self_0"), ("0 1", "ground_0_1")):
-    rows = np.asarray(seen[weights]["weights"][0])
+    rows = np.asarray(intermediates[weights]["weights"][0])
     shape = found[name].shape[1:]
     np.testing.assert_allclose(found[name][0], rows[0, 2 * 6 + 3].reshape(shape), rtol=1e-6)
     np.testing.assert_allclose(found[name][1], rows[1, 3 * 6].reshape(shape), rtol=1e-6)
   assert found["0 1"].shape == found["1"].shape == (2, 2, 3)
-  in_window = {**seen, "ground_0_1": {"weights": (jnp.zeros((2, 4, 6, 9)),)}}
-  assert set(attention_rows(in_window, places)) == {"0", "1"}
+  in_window = {**intermediates, "ground_0_1": {"weights": (jnp.zeros((2, 4, 6, 9)),)}}
+  assert set(attention_rows(in_window, positions)) == {"0", "1"}
 
 
-def test_positions_are_relative_to_the_padded_image():
-  batch = batch_of(2)
+def test_target_centers_are_relative_to_padded_image():
+  batch = random_batch(2)
   image_only = {key: batch[key] for key in ("image", "image_size")}
   np.testing.assert_allclose(target_centers(image_only), [[0.5, 0.25]] * 2)
   np.testing.assert_allclose(target_centers(batch), [[0.25, 0.25], [0.5, 0.25]])
   np.testing.assert_allclose(target_centers({"image": batch["image"]}), [[0.5, 0.5]] * 2)
 
 
-def test_a_detector_explains_three_images_and_says_what_it_cannot():
-  task = create_task("instance_detection", Sower(FeaturePyramidTransformer), num_classes=3)
-  found = jax.device_get(jax.jit(task.explain)({}, batch_of(4)))
+def test_explain_draws_three_images_or_raises():
+  task = create_task("instance_detection", FakeDetector(FeaturePyramidTransformer), num_classes=3)
+  found = jax.device_get(jax.jit(task.explain)({}, random_batch(4)))
   assert len(found["image"]) == 3
   shapes = {"0": (3, 8, 12), "1": (3, 4, 6), "0 1": (3, 4, 6)}
   assert {name: x.shape for name, x in found["levels"].items()} == shapes
@@ -83,14 +83,16 @@ def test_a_detector_explains_three_images_and_says_what_it_cannot():
   with pytest.raises(ValueError, match="attention maps of 65x64"):
     attention_rows({"self_0_output": (jnp.zeros((1, 65, 64, 1)),)}, jnp.zeros((1, 2)))
   with pytest.raises(ValueError, match="the model's neck"):
-    create_task("instance_detection", Sower(object), num_classes=3).explain({}, batch_of(1))
+    create_task("instance_detection", FakeDetector(object), num_classes=3).explain(
+      {}, random_batch(1)
+    )
 
 
-def test_padding_does_not_move_positions():
-  batch = {**batch_of(1), "query_position": np.array([[0.75, 0.5]], np.float32)}
-  framed = pad_batch(batch, 40)
-  assert framed["image"].shape == (1, 40, 80, 3)
-  np.testing.assert_allclose(np.asarray(framed["query_position"]) * [40, 80], [[24, 24]])
-  np.testing.assert_allclose(np.asarray(target_centers(framed)) * [40, 80], [[8, 12]])
+def test_pad_batch_rescales_positions():
+  batch = {**random_batch(1), "query_position": np.array([[0.75, 0.5]], np.float32)}
+  padded = pad_batch(batch, 40)
+  assert padded["image"].shape == (1, 40, 80, 3)
+  np.testing.assert_allclose(np.asarray(padded["query_position"]) * [40, 80], [[24, 24]])
+  np.testing.assert_allclose(np.asarray(target_centers(padded)) * [40, 80], [[8, 12]])
   alone = pad_batch({"image": batch["image"]}, 40)
   np.testing.assert_array_equal(alone["image_size"], [[32, 48]])

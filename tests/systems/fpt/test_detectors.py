@@ -12,12 +12,12 @@ from vit_jax_zoo.systems.rcnn.model import RCNN
 from vit_jax_zoo.tasks import create_task
 
 
-def test_proposals_lie_in_their_images_and_padding_does_not_matter():
+def test_proposals_lie_in_image_and_ignore_padding():
   check_proposals(tiny(neck="fpt"))
 
 
 @pytest.mark.slow
-def test_the_official_detector_has_finite_outputs_of_the_right_shapes():
+def test_official_detector_outputs_have_expected_shapes_and_are_finite():
   model = tiny(
     neck="fpt",
     neck_fields={"variant": "official", "norm": "group_norm"},
@@ -31,8 +31,8 @@ def test_the_official_detector_has_finite_outputs_of_the_right_shapes():
 
 
 @pytest.mark.parametrize("variant", ["paper", "official"])
-def test_explain_draws_the_attention_maps_of_the_levels(variant):
-  """By hand: rows of the attention maps of the levels, of the query in the image's centre."""
+def test_explain_draws_attention_of_levels(variant):
+  """Each panel is a row of a level's attention map, for the query at the image's centre."""
   fields = {"levels": ("c2", "c3"), "anchor_sizes": (16, 16), "mask_head": None, "width": 32}
   neck = {"variant": variant}
   model = RCNN(**{**SMALL, **fields, "neck": "fpt", "neck_fields": neck})
@@ -56,8 +56,8 @@ def test_explain_draws_the_attention_maps_of_the_levels(variant):
   pooled = variant == "official"
   sizes = [(3, 4), (2, 2)] if pooled else [(6, 8), (3, 4), (3, 4)]
   assert [x.shape for x in maps] == sizes
-  for looked in maps:
-    assert looked.sum() == pytest.approx(1, abs=1e-5)
-    assert looked.min() >= 0
+  for attention in maps:
+    assert attention.sum() == pytest.approx(1, abs=1e-5)
+    assert attention.min() >= 0
   titles = [ax.get_title() for ax in figure.axes]
   assert titles[:3] == ["query: ring", "p2: 6x8", "p3: 3x4"]

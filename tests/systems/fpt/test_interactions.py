@@ -37,7 +37,7 @@ def paper_variables(kind):
 
 
 @pytest.mark.parametrize("kind", ["st", "gt", "lgt"])
-def test_golden_of_the_papers_formulas(load_golden, kind):
+def test_interactions_equal_paper_golden(load_golden, kind):
   config, inputs, outputs = load_golden("fpt_paper_a")
   fields = {"width": config["d"], "num_parts": config["N"]}
   module = {
@@ -53,13 +53,13 @@ def test_golden_of_the_papers_formulas(load_golden, kind):
   np.testing.assert_allclose(sown["mixture"][0], outputs[f"{kind}/pi"], atol=1e-5)
   np.testing.assert_allclose(sown["weights"][0], outputs[f"{kind}/weights"], atol=1e-5)
   np.testing.assert_allclose(nchw(out), outputs[kind], atol=1e-5)
-  blocks = module.clone(block_elements=400)  # 2 or 9 queries, of 48, at once
+  blocks = module.clone(block_elements=400)  # 2 or 9 of 48 queries per block
   alone = jax.jit(blocks.apply)(paper_variables(kind), *maps)
   np.testing.assert_allclose(alone, out, atol=1e-6)
 
 
 def official_module(name, config):
-  """The module of a golden's entry, and the rows that name its parameters."""
+  """Returns the module of a golden's entry, and the rows of its parameter names."""
   if name.startswith("st_"):
     return official.OfficialSelfTransformer(32, config["n_mix"]), fpt_pt.module_rows(
       "st", name, "m"
@@ -67,7 +67,7 @@ def official_module(name, config):
   if name.startswith("gt_"):
     return official.OfficialGroundingTransformer(32), fpt_pt.module_rows("gt", name, "m")
   rows = fpt_pt.module_rows("rt", name, "m")
-  if config.get("upsample"):  # the strided convolution under another norm's name
+  if config.get("upsample"):  # the strided convolution has another norm's name
     rows += batch_norm_rows(f"{name}.bn_upsample", "m/added_norm")
   return official.OfficialRenderingTransformer(32), rows
 
@@ -79,7 +79,7 @@ def module_variables(module, rows, published, maps):
     for collection, tree in shapes.items()
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
   }
-  if any("conv_upsample" in key for key in published):  # then `conv_reduction` is not made
+  if any("conv_upsample" in key for key in published):  # then there is no `conv_reduction`
     published[f"{next(iter(published)).split('.')[0]}.conv_reduction.weight"] = np.zeros(
       (32,) * 2 + (1, 1)
     )
@@ -104,7 +104,7 @@ MODULES = (
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_golden_of_the_codes_modules(load_golden, name):
+def test_interactions_equal_official_code(load_golden, name):
   config, inputs, outputs = load_golden("fpt_modules_a")
   module, rows = official_module(name, config["modules"][name])
   weights = load_file(golden_folder("fpt_modules_a") / "weights.safetensors")
@@ -128,7 +128,7 @@ def test_golden_of_the_codes_modules(load_golden, name):
     np.testing.assert_allclose(again, out, atol=1e-5)
 
 
-def test_a_rendering_transformer_is_its_formula():
+def test_rendering_transformer_equals_definition():
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)
   fine = jnp.asarray(rng.normal(size=(2, 7, 9, 4)), jnp.float32)  # 7 -> 4 -> 2, 9 -> 5 -> 3
@@ -148,7 +148,7 @@ def test_a_rendering_transformer_is_its_formula():
       np.testing.assert_allclose(out[:, i, j], refined + made, atol=1e-5)
 
 
-def test_ratios_of_sides():
+def test_side_ratio_is_power_of_two_or_raises():
   assert [side_ratio((25, 38), size) for size in ((25, 38), (13, 19), (7, 10), (4, 5))] == [
     1,
     2,
@@ -157,12 +157,12 @@ def test_ratios_of_sides():
   ]
   assert side_ratio((1, 8), (1, 1)) == 8
   for size in ((12, 19), (26, 38), (5, 13)):
-    with pytest.raises(ValueError, match="25x38 does not halve"):
+    with pytest.raises(ValueError, match="25x38"):
       side_ratio((25, 38), size)
 
 
-def test_windows_over_a_coarser_map_are_centered():
-  """In a window of one place a query sees the coarse cell that it lies in."""
+def test_grounding_window_is_centered_on_coarse_cell():
+  """With a window of one position, a query attends to the coarse cell that contains it."""
   module = GroundingTransformer(4, 2, window=1)
   x, coarse = jnp.ones((1, 4, 6, 4)), jnp.arange(24.0).reshape(1, 2, 3, 4)
   params = jax.jit(module.init)(jax.random.key(0), x, coarse)["params"]
@@ -173,7 +173,7 @@ def test_windows_over_a_coarser_map_are_centered():
     jax.eval_shape(GroundingTransformer(4, 2, window=4).init, jax.random.key(0), x, coarse)
 
 
-def test_dropout_of_attention_keeps_its_mean_and_differs_between_blocks():
+def test_attention_dropout_keeps_mean_and_is_random():
   x = jnp.asarray(np.random.default_rng(1).normal(size=(1, 20, 20, 4)), jnp.float32)
   module = official.OfficialSelfTransformer(4, dropout_rate=0.5, block_elements=2 * 100 * 40)
   variables = jax.jit(functools.partial(module.init, train=False))(jax.random.key(0), x)
@@ -193,7 +193,7 @@ def test_dropout_of_attention_keeps_its_mean_and_differs_between_blocks():
   assert np.mean(np.asarray(maps[0]) == 0) == pytest.approx(0.25, abs=0.02)  # both parts dropped
 
 
-def test_drop_block_drops_squares_at_its_rate():
+def test_drop_block_drops_squares_at_given_rate():
   x = jnp.ones((4, 40, 40, 8))
   module = DropBlock(0.2, 5)
   out = np.asarray(module.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))

@@ -13,7 +13,7 @@ from vit_jax_zoo.tasks import create_task
 
 
 class Brightness(nn.Module):
-  """Class 1 where a picture is bright, class 0 elsewhere."""
+  """Predicts class 1 where the image is bright, class 0 elsewhere."""
 
   @nn.compact
   def __call__(self, images, *, train=False):
@@ -35,14 +35,14 @@ def predictor(prepare):
   return found
 
 
-def picture():
+def bright_image():
   image = np.zeros((8, 12, 3), np.uint8)
   image[:, 9:] = 255
   return image
 
 
-def test_fractions_names_and_figures():
-  found = predictor(lambda image: {"image": image})(picture())
+def test_prediction_has_class_fractions_and_figures():
+  found = predictor(lambda image: {"image": image})(bright_image())
   classes = found.record["classes"]
   assert [(entry["label"], entry["name"], entry["fraction"]) for entry in classes] == [
     (0, "dark", 0.75),
@@ -60,19 +60,19 @@ def test_fractions_names_and_figures():
   assert (labels[0, 0] != labels[0, 10]).any()
 
 
-def test_padding_is_cropped():
+def test_prediction_crops_padding():
   def halved(image):
     padded = np.full((6, 8, 3), 255, np.uint8)
     padded[:4, :6] = image[::2, ::2]
     return {"image": padded, "image_size": np.array([4, 6], np.int32)}
 
-  found = predictor(halved)(picture())
+  found = predictor(halved)(bright_image())
   assert found.pictures[""].shape == (8, 12, 3)
   fractions = {entry["name"]: entry["fraction"] for entry in found.record["classes"]}
   assert abs(fractions["bright"] - 0.25) < 0.1
 
 
-def test_pyramid_levels_are_drawn():
+def test_explain_draws_pyramid_levels():
   backbone = {"blocks": (1, 1, 1, 1), "widths": (2, 2, 2, 2), "stem_width": 4}
   fields = {"num_classes": 2, "width": 8, "kernel_sizes": (1, 3), "window": 3, "backbone": backbone}
   explained = Options(explain=True)

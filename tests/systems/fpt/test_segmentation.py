@@ -23,15 +23,15 @@ TINY = {
 }
 
 
-def parameters(name, **fields):
+def count_parameters(name, **fields):
   images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
   shapes = jax.eval_shape(create_model(name, **fields).init, jax.random.key(0), images)["params"]
   return {key: sum(x.size for x in jax.tree.leaves(part)) for key, part in shapes.items()}
 
 
-def test_parameter_counts_follow_from_the_layers():
-  counts = parameters("fpt_segmentation_r50")
-  plain = parameters("fpt_segmentation_r50_ufp")
+def test_parameter_counts_equal_sums_of_layers():
+  counts = count_parameters("fpt_segmentation_r50")
+  plain = count_parameters("fpt_segmentation_r50_ufp")
   assert counts["backbone"] == 23_508_032  # torchvision's resnet50 without its classifier
   c, d = 2048, 256
   branches = (c * d + d) + sum(2 * (k * c * d + d + k * d * d + d) for k in (7, 15, 31))
@@ -43,8 +43,8 @@ def test_parameter_counts_follow_from_the_layers():
   assert {k: v for k, v in counts.items() if k != "transformer"} == plain
 
 
-def test_a_global_convolution_is_a_sum_of_two_separable_ones():
-  """Without biases both ways are outer products: together a full kernel of rank two."""
+def test_global_convolution_is_sum_of_two_separable_kernels():
+  """Without biases each branch is an outer product; the sum is a full kernel of rank two."""
   module = GlobalConvolution(1, 3)
   x = jnp.zeros((1, 5, 5, 1)).at[0, 2, 2, 0].set(1)
   params = jax.jit(module.init)(jax.random.key(0), x)["params"]
@@ -65,7 +65,7 @@ def tiny():
   return model, {**variables, "params": params}, images
 
 
-def test_gradients_are_finite_and_not_zero(tiny):
+def test_gradients_are_finite_and_nonzero(tiny):
   model, variables, images = tiny
 
   def loss(params):
@@ -85,7 +85,7 @@ def test_gradients_are_finite_and_not_zero(tiny):
   for path, grad in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables["params"])):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     assert np.isfinite(grad).all(), name
-    if "pyramid/branch" not in name or "bias" not in name:  # a batch norm takes that bias out
+    if "pyramid/branch" not in name or "bias" not in name:  # batch norm removes that bias
       assert np.any(grad != 0), name
 
 
@@ -109,7 +109,7 @@ def test_bfloat16_outputs_are_near_float32(tiny):
     ({"kernel_sizes": (1, 4)}, "kernel_sizes: 4"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   model = create_model("fpt_segmentation_r50", **{**TINY, **fields})
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   with pytest.raises(ValueError, match=message):

@@ -14,7 +14,7 @@ from vit_jax_zoo.tasks import base, create_task
 
 
 class Pixelwise(nn.Module):
-  """Logits of every second pixel, from its colours alone."""
+  """Logits of every second pixel from its color alone."""
 
   num_classes: int = 3
   auxiliary: bool = False
@@ -26,7 +26,7 @@ class Pixelwise(nn.Module):
     return {"logits": logits, **({"auxiliary_logits": 2 * logits} if self.auxiliary else {})}
 
 
-def task_of(**fields):
+def make_task(**fields):
   auxiliary = fields.pop("auxiliary", False)
   return create_task(
     "semantic_segmentation", Pixelwise(auxiliary=auxiliary), num_classes=3, **fields
@@ -53,8 +53,8 @@ def loss_of(task, variables, batch, normalizers=None):
   return jax.jit(task.loss)(variables, batch, context)
 
 
-def enlarge(logits, size):
-  """Bilinear, pixels' middles aligned, edges repeated: one axis after the other, by hand."""
+def upsample(logits, size):
+  """Bilinear upsampling in numpy: pixel centers aligned, edges repeated, one axis at a time."""
   for axis, new in zip((1, 2), size, strict=True):
     old = logits.shape[axis]
     place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
@@ -65,12 +65,12 @@ def enlarge(logits, size):
   return logits
 
 
-def reference(task, variables, batch):
-  """Cross-entropy of each labelled pixel of the real rows, in numpy."""
+def reference_losses(task, variables, batch):
+  """Cross-entropy in numpy of each labelled pixel in the rows that are not padding."""
   pixels = (batch["image"] / 255 - task.image_mean) / task.image_std
   pixels[1, :, 5:] = 0  # the padding
   head = variables["params"]["head"]
-  logits = enlarge(
+  logits = upsample(
     pixels[:, ::2, ::2] @ np.asarray(head["kernel"]) + np.asarray(head["bias"]), (6, 8)
   )
   labelled = (batch["label_map"] != 255) & batch["mask"][:, None, None]
@@ -79,10 +79,10 @@ def reference(task, variables, batch):
   return losses[labelled], (logits.argmax(-1) == batch["label_map"])[labelled], logits
 
 
-def test_loss_is_the_mean_over_labelled_pixels(batch):
-  task = task_of()
+def test_loss_is_mean_over_labelled_pixels(batch):
+  task = make_task()
   variables = task.init(jax.random.key(1), batch)
-  losses, right, logits = reference(task, variables, batch)
+  losses, right, logits = reference_losses(task, variables, batch)
   out = loss_of(task, variables, batch)
   assert float(out.loss) == pytest.approx(losses.mean(), rel=1e-5)
   assert float(out.metrics["loss"].compute()) == pytest.approx(losses.mean(), rel=1e-5)
@@ -94,10 +94,10 @@ def test_loss_is_the_mean_over_labelled_pixels(batch):
   np.testing.assert_allclose(predictions["confidence"], probabilities.max(-1), atol=1e-5)
 
 
-def test_class_weights_make_a_weighted_mean_that_micro_batches_add_up_to(batch):
-  task = task_of(class_weights=(1.0, 0.5, 4.0))
+def test_class_weighted_loss_is_weighted_mean_and_sums_over_micro_batches(batch):
+  task = make_task(class_weights=(1.0, 0.5, 4.0))
   variables = task.init(jax.random.key(1), batch)
-  losses, _, _ = reference(task, variables, batch)
+  losses, _, _ = reference_losses(task, variables, batch)
   labelled = (batch["label_map"] != 255) & batch["mask"][:, None, None]
   weights = np.array([1.0, 0.5, 4.0])[batch["label_map"][labelled]]
   expected = np.sum(weights * losses) / weights.sum()  # as torch's CrossEntropyLoss(weight=...)
@@ -109,8 +109,8 @@ def test_class_weights_make_a_weighted_mean_that_micro_batches_add_up_to(batch):
   assert sum(shares) == pytest.approx(expected, rel=1e-5)
 
 
-def test_micro_batches_add_up_and_padding_is_ignored(batch):
-  task = task_of(auxiliary=True)
+def test_loss_sums_over_micro_batches_and_ignores_padding(batch):
+  task = make_task(auxiliary=True)
   variables = task.init(jax.random.key(1), batch)
   whole = loss_of(task, variables, batch)
   normalizers = task.normalizers(batch)
@@ -124,24 +124,24 @@ def test_micro_batches_add_up_and_padding_is_ignored(batch):
   assert float(loss_of(task, variables, changed).loss) == pytest.approx(float(whole.loss), rel=1e-6)
 
 
-def test_auxiliary_loss_is_weighed(batch):
-  task = task_of(auxiliary=True, auxiliary_weight=0.5)
+def test_auxiliary_loss_is_weighted(batch):
+  task = make_task(auxiliary=True, auxiliary_weight=0.5)
   variables = task.init(jax.random.key(1), batch)
   out = loss_of(task, variables, batch)
-  plain = loss_of(task_of(), variables, batch)
+  plain = loss_of(make_task(), variables, batch)
   auxiliary = float(out.metrics["auxiliary_loss"].compute())
   assert float(out.loss) == pytest.approx(float(plain.loss) + 0.5 * auxiliary, rel=1e-5)
 
 
-def test_invalid_label_makes_the_loss_nan(batch):
-  task = task_of()
+def test_loss_of_invalid_label_is_nan(batch):
+  task = make_task()
   variables = task.init(jax.random.key(1), batch)
   batch["label_map"][0, 4, 4] = 3
   assert np.isnan(loss_of(task, variables, batch).loss)
 
 
-def test_scores_and_figures(batch):
-  task = task_of(class_names=("sky", "sea", "sand"))
+def test_perfect_predictions_are_scored_and_drawn(batch):
+  task = make_task(class_names=("sky", "sea", "sand"))
   evaluator = task.evaluator()
   perfect = {"label_map": np.where(batch["label_map"] == 255, 0, batch["label_map"])}
   evaluator.add(batch, perfect)
@@ -152,12 +152,12 @@ def test_scores_and_figures(batch):
     assert all(isinstance(figure, Figure) for figure in figures.values())
     assert figures
   assert not task.weight_files
-  assert task_of(backbone_file="a.pth").weight_files == {"*/backbone": "a.pth"}
+  assert make_task(backbone_file="a.pth").weight_files == {"*/backbone": "a.pth"}
   assert task.figures({**batch, "mask": np.zeros(3, bool)}, perfect) == {}
 
 
-class EveryFourth(nn.Module):
-  """What stands at every fourth row and column, as strided convolutions round."""
+class StrideFour(nn.Module):
+  """Returns every fourth row and column, rounded up as by strided convolutions."""
 
   @nn.compact
   def __call__(self, images, *, train=False):
@@ -165,9 +165,9 @@ class EveryFourth(nn.Module):
     return {"logits": weight * images[:, ::4, ::4]}
 
 
-def test_odd_sides_move_nothing():
-  """An image whose last rows and columns are missing: elsewhere all stays where it was."""
-  task = create_task("semantic_segmentation", EveryFourth(), num_classes=3)
+def test_predictions_of_odd_size_are_not_shifted():
+  """Cropping the last rows and columns does not shift the other predictions."""
+  task = create_task("semantic_segmentation", StrideFour(), num_classes=3)
   image = np.random.default_rng(0).integers(256, size=(1, 32, 40, 3)).astype(np.uint8)
   variables = {"params": {"weight": jnp.ones(())}}
   whole = task.predict(variables, {"image": image})["label_map"]
@@ -177,7 +177,7 @@ def test_odd_sides_move_nothing():
 
 @pytest.fixture(scope="module")
 def tiny():
-  """The task with the paper's network, small; variables; loss with gradients."""
+  """The task with a small network of the paper, its variables, and its loss with gradients."""
   model = create_model(
     "fpt_segmentation_r50", num_classes=3, width=8, kernel_sizes=(1, 3), window=3,
     transformer={"ground_parts": 2}, dropout_rate=0.0,
@@ -207,8 +207,8 @@ def tiny():
 
 @pytest.mark.multidevice
 @pytest.mark.slow
-def test_many_devices_compute_the_same(tiny):
-  """Norms take the statistics of the whole batch, over all devices: they are synchronised."""
+def test_loss_and_gradients_on_devices_equal_single_device(tiny):
+  """Batch-norm statistics are those of the whole batch, over all devices."""
   _, variables, batch, step = tiny
   (value, state), grads = step(variables, batch)
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -222,7 +222,7 @@ def test_many_devices_compute_the_same(tiny):
       np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
 
 
-def test_half_precision_is_near(tiny):
+def test_bfloat16_loss_is_near_float32(tiny):
   task, variables, batch, _ = tiny
   exact = loss_of(task, variables, batch).loss
   rough = dataclasses.replace(task, model=task.model.clone(dtype="bfloat16"))
@@ -252,21 +252,21 @@ def test_jit_equals_eager(tiny):
     ({"class_weights": (0.0, 0.0, 0.0)}, r"class_weights: .*expected no negative"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
-    task_of(**fields)
+    make_task(**fields)
   with pytest.raises(ValueError, match="num_classes: 256"):
     create_task("semantic_segmentation", Pixelwise(), num_classes=256)
 
 
-def test_model_and_task_must_agree(batch):
+def test_num_classes_unlike_model_raises(batch):
   task = create_task("semantic_segmentation", Pixelwise(num_classes=4), num_classes=3)
   variables = task.init(jax.random.key(0), batch)
   with pytest.raises(ValueError, match="num_classes: 4 in the model"):
     task.predict(variables, batch)
 
 
-def test_saved_runs_are_read_with_the_new_names():
+def test_old_config_fields_are_renamed():
   old = {"model": {"flavor": "paper", "neck_fields": {"flavor": "official"}}}
   new = {"model": {"variant": "paper", "neck_fields": {"variant": "official"}}}
   assert rename_fields(old) == new

@@ -31,13 +31,13 @@ def weights(name):
   return load_file(golden_folder(name) / "weights.safetensors")
 
 
-def pyramid_of(sides, channels, batch=2, seed=0):
+def random_pyramid(sides, channels, batch=2, seed=0):
   rng = np.random.default_rng(seed)
   shapes = [(batch, *side, c) for side, c in zip(sides, channels, strict=True)]
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def count(model, sides=((8, 8), (4, 4), (2, 2), (1, 1))):
+def count_parameters(model, sides=((8, 8), (4, 4), (2, 2), (1, 1))):
   pyramid = [
     jax.ShapeDtypeStruct((1, *side, c), jnp.float32)
     for side, c in zip(sides, CHANNELS, strict=True)
@@ -47,8 +47,8 @@ def count(model, sides=((8, 8), (4, 4), (2, 2), (1, 1))):
   return sum(counts.values()), counts
 
 
-def test_parameter_counts_of_the_code():
-  total, of = count(create_model("fpt_pyramid_official"))
+def test_parameter_counts_equal_official_code():
+  total, of = count_parameters(create_model("fpt_pyramid_official"))
   assert total == 23_027_456
   assert [of[f"self_{i}"] for i in range(4)] == [198_144] * 4
   grounds = [v for k, v in of.items() if k.startswith("ground")]
@@ -56,29 +56,29 @@ def test_parameter_counts_of_the_code():
   assert (grounds, renders) == ([132_224] * 6, [1_443_328] * 6)
   assert [of[f"lateral_{i}"] for i in range(4)] == [65_792, 131_328, 262_400, 524_544]
   assert [of[f"join_{i}"] for i in range(4)] == [2_949_376] * 4
-  assert count(create_model("fpt_pyramid_official_gn"))[0] == 23_029_504
-  assert count(create_model("fpt_pyramid_official", norm="batch_norm"))[0] == 23_029_504
+  assert count_parameters(create_model("fpt_pyramid_official_gn"))[0] == 23_029_504
+  assert count_parameters(create_model("fpt_pyramid_official", norm="batch_norm"))[0] == 23_029_504
 
 
-def test_parameter_counts_of_the_paper():
-  """Three projections and a mixture for each attention, three and two convolutions to render."""
+def test_parameter_counts_equal_paper():
+  """Per attention three projections and a mixture; per rendering three or two convolutions."""
   d, attention = 256, lambda parts: 3 * 256**2 + parts * 256
   expected = 4 * attention(2) + 6 * attention(4) + 6 * (2 * d**2 + 2 * 9 * d**2)
   expected += sum(CHANNELS) * d + 4 * d + 4 * (9 * 5 * d * d + d)
-  assert count(FeaturePyramidTransformer())[0] == expected
-  assert count(FeaturePyramidTransformer(window=5))[0] == expected
+  assert count_parameters(FeaturePyramidTransformer())[0] == expected
+  assert count_parameters(FeaturePyramidTransformer(window=5))[0] == expected
 
 
 @functools.cache
 def golden_model(name):
-  """The fixture's model and variables, by the public function."""
+  """Returns the fixture's model and variables through the public function."""
   path = golden_folder(name) / "weights.safetensors"
   loaded = load_pretrained(str(path))
   return loaded.model, loaded.variables
 
 
 @pytest.mark.parametrize("name", ["fpt_a", "fpt_gn_a"])
-def test_golden_of_the_code(load_golden, name):
+def test_outputs_equal_official_code(load_golden, name):
   _, inputs, outputs = load_golden(name)
   model, variables = golden_model(name)
   pyramid = [nhwc(inputs[f"res{i}"]) for i in range(2, 6)]
@@ -105,7 +105,7 @@ def test_golden_of_the_code(load_golden, name):
 
 
 @pytest.mark.slow
-def test_training_curve_golden(load_golden):
+def test_training_curve_equals_official_code(load_golden):
   config, inputs, outputs = load_golden("train_fpt_a")
   model, variables = golden_model("fpt_gn_a")
   model = model.clone(dropout_rate=0.0)
@@ -153,9 +153,9 @@ VARIANTS = {
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def trained(request):
-  """A small model of a variant, its variables with nothing left at zero, and its gradients."""
+  """A small model of a variant, its variables without zeros, and its gradients."""
   model = FeaturePyramidTransformer(32, **VARIANTS[request.param])
-  pyramid = pyramid_of(SIDES, NARROW)
+  pyramid = random_pyramid(SIDES, NARROW)
   variables = jax.jit(model.init)(jax.random.key(0), pyramid)
   grown = jax.tree.map(lambda x: x + 0.3 * (jnp.abs(x).max() == 0), variables["params"])
   variables = {**variables, "params": grown}
@@ -175,7 +175,7 @@ def trained(request):
   return model, variables, pyramid, step, step(grown, variables, pyramid)
 
 
-def test_gradients_are_finite_and_reach_all_that_is_used(trained):
+def test_gradients_are_finite_and_nonzero_where_used(trained):
   _, _, _, _, (_, grads) = trained
   for path, grad in jax.tree.leaves_with_path(grads):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -184,7 +184,7 @@ def test_gradients_are_finite_and_reach_all_that_is_used(trained):
     assert np.any(grad != 0) != unused, name
 
 
-def test_sizes_stay_and_half_precision_is_near(trained):
+def test_outputs_keep_sizes_and_bfloat16_is_near_float32(trained):
   model, variables, pyramid, _, _ = trained
   exact = jax.jit(model.apply)(variables, pyramid)
   assert [x.shape for x in exact] == [(2, *side, 32) for side in SIDES]
@@ -196,7 +196,7 @@ def test_sizes_stay_and_half_precision_is_near(trained):
 
 
 def test_jit_equals_eager():
-  model, pyramid = FeaturePyramidTransformer(32), pyramid_of(((4, 2), (2, 1)), (3, 5), 1)
+  model, pyramid = FeaturePyramidTransformer(32), random_pyramid(((4, 2), (2, 1)), (3, 5), 1)
   variables = jax.jit(model.init)(jax.random.key(0), pyramid)
   for eager, jitted in zip(
     model.apply(variables, pyramid), jax.jit(model.apply)(variables, pyramid), strict=True
@@ -205,7 +205,7 @@ def test_jit_equals_eager():
 
 
 @pytest.mark.multidevice
-def test_statistics_and_gradients_on_many_devices_are_those_of_one(trained):
+def test_statistics_and_gradients_on_devices_equal_single_device(trained):
   _, variables, pyramid, step, ((value, stats), grads) = trained
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
   split = jax.device_put(pyramid, NamedSharding(mesh, PartitionSpec("data")))
@@ -218,10 +218,10 @@ def test_statistics_and_gradients_on_many_devices_are_those_of_one(trained):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_levels_of_one_size_are_levels_too():
-  """The unscathed pyramid of segmentation: nothing is made smaller."""
+def test_levels_may_have_equal_sizes():
+  """The pyramid of segmentation models has levels of equal size."""
   model = FeaturePyramidTransformer(32, lateral=False, window=3, norm="none")
-  pyramid = pyramid_of(((4, 5),) * 3, (32,) * 3, 1)
+  pyramid = random_pyramid(((4, 5),) * 3, (32,) * 3, 1)
   shapes = jax.eval_shape(model.init_with_output, jax.random.key(0), pyramid)[0]
   assert [x.shape for x in shapes] == [(1, 4, 5, 32)] * 3
 
@@ -232,13 +232,13 @@ def test_levels_of_one_size_are_levels_too():
     ({"variant": "papper"}, "did you mean 'paper'"),
     ({"norm": "layer_norm"}, "unknown norm 'layer_norm'"),
     ({"variant": "official", "window": 3}, "window: variant"),
-    ({"self_parts": 3}, "32 channels cannot be split into 3 parts"),
+    ({"self_parts": 3}, "32 channels .* 3 parts"),
     ({"lateral": False}, "level 0 has 6 channels"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   model = FeaturePyramidTransformer(32, **fields)
-  pyramid = pyramid_of(SIDES, NARROW, 1)
+  pyramid = random_pyramid(SIDES, NARROW, 1)
   with pytest.raises(ValueError, match=message) as caught:
     jax.eval_shape(model.init, jax.random.key(0), pyramid)
   assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Published detectors with FPT, and FPTs alone, of the official code."""
+"""Published detectors with FPT, and FPTs alone, from the official code."""
 
 import numpy as np
 import pytest
@@ -25,12 +25,12 @@ from vit_jax_zoo.weights import WeightsError, load_parts
 @pytest.mark.parametrize(
   "kind", ["official", pytest.param("official_2mlp", marks=pytest.mark.slow)]
 )
-def test_a_detector_is_written_and_read_by_its_path_alone(kind, tmp_path):
+def test_detector_round_trip_by_path_is_exact(kind, tmp_path):
   check_round_trip(kind, tmp_path)
 
 
 @pytest.mark.slow
-def test_cocos_classes_get_their_ids(tmp_path):
+def test_contiguous_classes_become_coco_ids(tmp_path):
   check_class_ids("official", 81, tmp_path)
 
 
@@ -41,11 +41,11 @@ def test_cocos_classes_get_their_ids(tmp_path):
     ({**SMALL, "neck": "fpt"}, "pth-fpt", "no FPT other than variant='official'"),
   ],
 )
-def test_unsupported_models_are_refused(fields, form, message, tmp_path):
+def test_export_of_unsupported_model_raises(fields, form, message, tmp_path):
   check_unsupported(fields, form, message, tmp_path)
 
 
-def test_norm_statistics_are_folded_for_caffe(tmp_path):
+def test_norm_statistics_are_folded_for_caffe_export(tmp_path):
   variables = random_variables("official")
   path = str(tmp_path / "detector.safetensors")
   export.write(pretrained(RCNN(**MODELS["official"]), variables), "pth", path)
@@ -73,11 +73,11 @@ def test_fpt_round_trip_is_exact(name, tmp_path, monkeypatch):
   for key, array in published.items():
     np.testing.assert_array_equal(written[key], array, err_msg=key, strict=True)
   monkeypatch.setattr("vit_jax_zoo.weights.load_pretrained", lambda path: loaded)
-  with pytest.raises(ValueError, match=r"a part of a network.*--config\.task\.neck_file"):
+  with pytest.raises(ValueError, match=r"--config\.task\.neck_file"):
     load(path)
 
 
-def test_neck_is_initialized_from_an_fpt_and_exported(tmp_path):
+def test_fpt_file_initializes_neck_and_is_exported(tmp_path):
   source, target = (RCNN(**MODELS["official"]) for _ in range(2))
   theirs, ours = (random_variables("official", seed) for seed in (1, 2))
   whole, alone = (str(tmp_path / f"{n}.safetensors") for n in ("whole", "alone"))
@@ -107,7 +107,7 @@ def _task_with(model, file):
     (lambda a: a | {"gt_p2_p4.g.bias": a["gt_p2_p4.g.bias"][1:]}, "wrong shape: gt_p2_p4.g.bias"),
   ],
 )
-def test_invalid_fpt_files(change, message, tmp_path):
+def test_invalid_fpt_file_raises(change, message, tmp_path):
   published = load_file(golden_folder("fpt_a") / "weights.safetensors")
   save_file(change(dict(published)), tmp_path / "fpt.safetensors")
   with pytest.raises(WeightsError, match=message) as caught:
