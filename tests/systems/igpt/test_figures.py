@@ -4,11 +4,11 @@ import pytest
 from vit_jax_zoo.systems.igpt import figures as samples
 
 
-def shown(ax):
+def image_data(ax):
   return ax.images[0].get_array()
 
 
-def test_completions_figure_columns():
+def test_completions_figure_has_prefix_completions_and_original():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
   completions = rng.integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)
@@ -16,11 +16,11 @@ def test_completions_figure_columns():
   figure = samples.draw_completions(images, given, completions, max_images=2)
   axes = np.array(figure.axes).reshape(2, 4)
   for row in range(2):
-    np.testing.assert_array_equal(shown(axes[row, 1]), completions[row, 0])
-    np.testing.assert_array_equal(shown(axes[row, 2]), completions[row, 1])
-    np.testing.assert_array_equal(shown(axes[row, 3]), images[row])
-  np.testing.assert_array_equal(shown(axes[0, 0])[:2], images[0, :2])
-  np.testing.assert_array_equal(shown(axes[0, 0])[2:], np.full((2, 4, 3), samples.MISSING))
+    np.testing.assert_array_equal(image_data(axes[row, 1]), completions[row, 0])
+    np.testing.assert_array_equal(image_data(axes[row, 2]), completions[row, 1])
+    np.testing.assert_array_equal(image_data(axes[row, 3]), images[row])
+  np.testing.assert_array_equal(image_data(axes[0, 0])[:2], images[0, :2])
+  np.testing.assert_array_equal(image_data(axes[0, 0])[2:], np.full((2, 4, 3), samples.MISSING))
   texts = [text.get_text() for ax in axes[0] for text in ax.texts]
   assert texts == ["given", "completed by the model", "original"]
   assert "2 images, 2 draws of each" in [text.get_text() for text in figure.texts]
@@ -30,18 +30,18 @@ def test_completions_figure_columns():
   assert all(0 <= b.x0 < b.x1 <= 1 and 0 <= b.y0 < b.y1 <= 1 for b in boxes)
 
 
-def test_a_prefix_may_end_within_a_row():
+def test_keep_pixels_ends_within_row():
   image = np.full((2, 3, 3), 7, np.uint8)
   kept = samples.keep_pixels(image, 4)
   np.testing.assert_array_equal((kept == 7).all(-1), [[True] * 3, [True, False, False]])
   assert (image == 7).all()
 
 
-def test_a_grid_of_images():
+def test_draw_images_fills_grid():
   images = np.random.default_rng(0).integers(0, 256, (7, 5, 5, 3)).astype(np.float32)
   figure = samples.draw_images(images, max_images=6)
   assert len(figure.axes) == 6
-  np.testing.assert_array_equal(shown(figure.axes[4]), images[4])
+  np.testing.assert_array_equal(image_data(figure.axes[4]), images[4])
   bottoms = [ax.get_position().y0 for ax in samples.draw_images(images[:6], columns=3).axes]
   assert bottoms[0] == bottoms[2] > bottoms[3] == bottoms[5]
   with pytest.raises(ValueError, match="images: none"):

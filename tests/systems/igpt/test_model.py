@@ -1,4 +1,4 @@
-"""Image GPT: equal to OpenAI's and Hugging Face's, causal, and the paper's sizes."""
+"""Image GPT: against OpenAI's and Hugging Face's code; causality; the paper's sizes."""
 
 import functools
 
@@ -51,7 +51,7 @@ def load_hf(config, with_score=False, **fields):
 
 @functools.cache
 def init_tiny(**fields):
-  """A small model with random parameters, none of them zero, made without compiling anything."""
+  """Returns a small model with random nonzero parameters, without compiling."""
   model = igpt.ImageGPT(**{**TINY, **fields})
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
   rng = np.random.default_rng(0)
@@ -62,7 +62,7 @@ def init_tiny(**fields):
   return model, traverse_util.unflatten_dict(flat, sep="/")
 
 
-def sampler(model, **options):
+def make_sampler(model, **options):
   return functools.partial(sampling.complete, model, **options)
 
 
@@ -79,7 +79,7 @@ def assert_close(ours, theirs, atol):
 
 
 @pytest.mark.parametrize("name", ["igpt_tf_a", "igpt_tf_bert_a"])
-def test_every_block_equals_openai(load_golden, name):
+def test_block_outputs_equal_openai(load_golden, name):
   _, inputs, outputs = load_golden(name)
   tokens = jnp.asarray(inputs["tokens"])
   model, variables = load_tf(name)
@@ -105,7 +105,7 @@ def test_every_block_equals_openai(load_golden, name):
   assert_close(quick["pixel_logits"], outputs["gen_logits"], 1e-4)
 
 
-def test_every_layer_equals_hugging_face(load_golden):
+def test_layer_outputs_equal_hugging_face(load_golden):
   config, inputs, outputs = load_golden("imagegpt_a")
   model, variables = load_hf(config)
   assert model.use_bias
@@ -143,7 +143,7 @@ def test_hugging_face_round_trip_is_exact(load_golden):
     np.testing.assert_array_equal(written[key], array)
 
 
-def test_zero_biases_round_trip(load_golden):
+def test_round_trip_of_zero_biases_is_exact(load_golden):
   published = load_file(golden_folder("imagegpt_a") / "weights.safetensors")
   published = {k: v * 0 if k.endswith("bias") else v for k, v in published.items()}
   flat = igpt_hf.split(published)
@@ -165,7 +165,7 @@ def test_greedy_completions_equal_hugging_face(load_golden, kind):
   prefix = jnp.where(jnp.arange(64) < given, expected, 0)
   if kind == "half":
     np.testing.assert_array_equal(inputs["prefix"][:, 1:], prefix[:, :given])
-  complete = jax.jit(sampler(model, temperature=0.0))
+  complete = jax.jit(make_sampler(model, temperature=0.0))
   lengths = jnp.full(2, given)
   np.testing.assert_array_equal(complete(variables, prefix, lengths, jax.random.key(0)), expected)
 
@@ -179,7 +179,7 @@ def test_greedy_completions_equal_hugging_face(load_golden, kind):
     ("igpt_xl", 6_801_438_720),
   ],
 )
-def test_parameter_counts_are_the_papers(name, count):
+def test_parameter_counts_equal_paper(name, count):
   model = create_model(name)
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
@@ -189,13 +189,13 @@ def test_parameter_counts_are_the_papers(name, count):
   assert sum(leaf.size for leaf in leaves) == count - model.width
 
 
-def test_biases_of_hugging_face_are_nine_widths_a_layer():
+def test_parameter_count_with_bias_equals_hugging_face():
   model = create_model("igpt_s", use_bias=True)
   variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == 76_682_240
 
 
-def test_initialisation_is_the_papers():
+def test_initialisation_equals_paper():
   model = igpt.ImageGPT(num_positions=64, width=128, depth=4, num_heads=2)
   params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   block = params["decoder"]["blocks"]
@@ -214,7 +214,7 @@ def test_initialisation_is_the_papers():
   np.testing.assert_array_equal(block["mlp_norm"]["scale"], np.ones((4, 128)))
 
 
-def test_logits_ignore_the_pixel_itself_and_those_after():
+def test_logits_depend_only_on_previous_pixels():
   model, variables = init_tiny()
   forward = jax.jit(lambda t: model.apply(variables, t, method="from_tokens")["pixel_logits"])
   tokens = random_tokens()
@@ -226,7 +226,7 @@ def test_logits_ignore_the_pixel_itself_and_those_after():
       assert np.all(np.any(before[:, position + 1 :] != after[:, position + 1 :], axis=-1))
 
 
-def test_masked_pixels_are_predicted_from_visible_ones_alone():
+def test_masked_logits_depend_only_on_visible_pixels():
   model, variables = init_tiny(causal=False)
   visible = np.arange(16) % 3 != 0
   forward = jax.jit(
@@ -241,7 +241,7 @@ def test_masked_pixels_are_predicted_from_visible_ones_alone():
   assert np.all(np.any(forward(tokens) != forward(seen_changed), axis=-1))
 
 
-def test_scanned_unrolled_and_rematerialised_are_one_model():
+def test_gradients_are_equal_scanned_unrolled_and_with_remat():
   model, variables = init_tiny()
   flat = table.unroll(flat_numpy(variables["params"]))
   unrolled = {"params": traverse_util.unflatten_dict(flat, sep="/")}
@@ -267,7 +267,7 @@ def test_scanned_unrolled_and_rematerialised_are_one_model():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_shapes_and_types(dtype):
+def test_outputs_have_expected_shapes_and_dtypes(dtype):
   model, variables = init_tiny(dtype=dtype, num_classes=5)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
   images = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 3)), jnp.float32)
@@ -290,7 +290,7 @@ def test_shapes_and_types(dtype):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_cached_decoding_equals_the_whole_forward_pass(scan_layers):
+def test_cached_decoding_equals_full_forward_pass(scan_layers):
   model, variables = init_tiny(scan_layers=scan_layers)
   tokens = random_tokens()
   whole = model.apply(variables, tokens, method="from_tokens")["pixel_logits"]
@@ -306,11 +306,11 @@ def test_cached_decoding_equals_the_whole_forward_pass(scan_layers):
     np.testing.assert_allclose(logits, whole[:, position], atol=2e-6)
 
 
-def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
+def test_complete_keeps_prefixes_and_rows_are_independent():
   model, variables = init_tiny()
   tokens = random_tokens(rows=5)
   lengths = jnp.array([0, 3, 8, 15, 16])
-  complete = jax.jit(sampler(model, temperature=0.0))
+  complete = jax.jit(make_sampler(model, temperature=0.0))
   together = complete(variables, tokens, lengths, jax.random.key(0))
   for row, length in enumerate(lengths):
     np.testing.assert_array_equal(together[row, :length], tokens[row, :length])
@@ -322,35 +322,35 @@ def test_prefixes_of_any_length_stay_and_rows_do_not_matter_to_each_other():
   np.testing.assert_array_equal(np.where(drawn, whole.argmax(-1), together), together)
 
 
-def test_tokens_after_the_prefix_are_ignored():
+def test_complete_ignores_tokens_after_prefix():
   model, variables = init_tiny()
   tokens, lengths = random_tokens(), jnp.array([0, 5])
-  complete = jax.jit(sampler(model, temperature=0.0))
+  complete = jax.jit(make_sampler(model, temperature=0.0))
   expected = complete(variables, tokens, lengths, jax.random.key(0))
   filled = jnp.where(jnp.arange(16)[None] < lengths[:, None], tokens, 600)
   np.testing.assert_array_equal(complete(variables, filled, lengths, jax.random.key(0)), expected)
 
 
-def test_deep_models_draw_with_layers_scanned(monkeypatch):
-  """The program to compile does not grow with the depth, and draws what the unrolled one does."""
+def test_sampling_of_deep_models_scans_layers(monkeypatch):
+  """The program's size does not depend on the depth; samples equal those of unrolled layers."""
   model, variables = init_tiny()
   arguments = (random_tokens(), jnp.array([0, 5]), jax.random.key(0))
-  unrolled = jax.jit(sampler(model))(variables, *arguments)
+  unrolled = jax.jit(make_sampler(model))(variables, *arguments)
   for module in (sampling, transformer):
     monkeypatch.setattr(module, "UNROLLED_DEPTH", 2)
-  np.testing.assert_array_equal(jax.jit(sampler(model))(variables, *arguments), unrolled)
+  np.testing.assert_array_equal(jax.jit(make_sampler(model))(variables, *arguments), unrolled)
   deeper, more = init_tiny(depth=6)
   programs = [
-    jax.jit(sampler(m)).lower(v, *arguments) for m, v in [(model, variables), (deeper, more)]
+    jax.jit(make_sampler(m)).lower(v, *arguments) for m, v in [(model, variables), (deeper, more)]
   ]
   assert len({len(program.as_text().splitlines()) for program in programs}) == 1
 
 
-def test_a_pixel_is_drawn_without_copying_keys_and_values():
-  """Of arrays of a buffer's size a step writes two a layer, and those in place."""
+def test_sampling_step_updates_cache_in_place():
+  """Per step and layer, two arrays of a cache's size are written, both in place."""
   model, variables = init_tiny()
   arguments = (random_tokens(rows=3), jnp.zeros(3, jnp.int32), jax.random.key(0))
-  text = jax.jit(sampler(model)).lower(variables, *arguments).compile().as_text()
+  text = jax.jit(make_sampler(model)).lower(variables, *arguments).compile().as_text()
   module = hlo.parse(text)
   loops = (i for lines in module.computations.values() for i in lines if i.opcode == "while")
   step = max((module.computations[loop.called[0]] for loop in loops), key=len)
@@ -384,7 +384,7 @@ def test_a_pixel_is_drawn_without_copying_keys_and_values():
       "no palette",
     ),
     (
-      lambda m, v: sampler(igpt.ImageGPT(**TINY, causal=False))(
+      lambda m, v: make_sampler(igpt.ImageGPT(**TINY, causal=False))(
         v, random_tokens(), jnp.zeros(2, jnp.int32), jax.random.key(0)
       ),
       "causal, sos_token",
@@ -395,7 +395,7 @@ def test_a_pixel_is_drawn_without_copying_keys_and_values():
     (lambda m, v: init_tiny(remat="ful"), "'full'"),
   ],
 )
-def test_errors_name_the_fix(call, message):
+def test_invalid_inputs_raise(call, message):
   model, variables = init_tiny()
   with pytest.raises(ValueError, match=message) as error:
     call(model, variables)

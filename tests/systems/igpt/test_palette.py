@@ -22,7 +22,7 @@ def decode(tokens, clusters):
 
 
 @pytest.mark.parametrize("name", ["igpt_losses_a", "imagegpt_a"])
-def test_tokens_and_colours_are_the_references(load_golden, name):
+def test_tokens_and_colors_equal_reference(load_golden, name):
   _, inputs, outputs = load_golden(name)
   image, clusters = np.atleast_3d(inputs["image"]), inputs["clusters"]
   images = image if image.ndim == 4 else image[None]
@@ -36,7 +36,7 @@ def test_tokens_and_colours_are_the_references(load_golden, name):
   np.testing.assert_array_equal(decode(host, clusters), colors)
 
 
-def test_the_nearest_is_the_nearest_and_the_first_of_several():
+def test_encode_returns_first_nearest_cluster():
   rng = np.random.default_rng(0)
   clusters = rng.uniform(-1, 1, (64, 3)).astype(np.float32)
   clusters[40] = clusters[7]
@@ -51,7 +51,7 @@ def test_the_nearest_is_the_nearest_and_the_first_of_several():
   np.testing.assert_array_equal(ours, expected)
 
 
-def test_no_array_over_pixels_colours_and_channels():
+def test_nearest_cluster_makes_no_pixels_by_colors_by_channels_array():
   shapes = (
     jax.ShapeDtypeStruct((4, 32, 32, 3), np.float32),
     jax.ShapeDtypeStruct((512, 3), np.float32),
@@ -62,7 +62,7 @@ def test_no_array_over_pixels_colours_and_channels():
   assert not any(eqn.primitive.name == "dot_general" for eqn in jaxpr.eqns)
 
 
-def test_default_colours_are_spread_over_the_cube():
+def test_spread_clusters_cover_color_cube():
   colors = spread_clusters(512)
   assert colors.shape == (512, 3)
   assert np.abs(colors).max() <= 1
@@ -74,7 +74,7 @@ def test_default_colours_are_spread_over_the_cube():
   assert counts.min() > 48
 
 
-def test_a_palette_of_few_colours_is_exactly_these():
+def test_fit_palette_of_few_colors_is_exact():
   colors = np.array([[255, 255, 255], [0, 0, 0], [200, 10, 10]], np.uint8)
   images = colors[np.random.default_rng(0).integers(0, 3, (4, 6, 6))]
   fitted = palette.fit_palette(images, 3)
@@ -82,7 +82,7 @@ def test_a_palette_of_few_colours_is_exactly_these():
   np.testing.assert_array_equal(decode(palette.encode(images, fitted), fitted), images)
 
 
-def test_kmeans_clusters_and_depends_only_on_the_seed():
+def test_fit_palette_finds_clusters_and_is_deterministic():
   rng = np.random.default_rng(0)
   centers = rng.integers(30, 225, (6, 3))
   pixels = centers[rng.integers(0, 6, 4000)] + rng.integers(-3, 4, (4000, 3))
@@ -94,12 +94,12 @@ def test_kmeans_clusters_and_depends_only_on_the_seed():
   np.testing.assert_array_equal(fitted, again)
 
 
-def test_more_colors_than_the_images_have():
+def test_fit_palette_with_too_few_colors_raises():
   with pytest.raises(ValueError, match="num_colors: 2"):
     palette.fit_palette(np.zeros((2, 2, 3), np.uint8), 2)
 
 
-def test_palettes_are_read_and_written(tmp_path, load_golden):
+def test_read_palette_accepts_npy_and_processor_config(tmp_path, load_golden):
   clusters = load_golden("imagegpt_a")[1]["clusters"]
   npy = str(tmp_path / "kmeans_centers.npy")
   np.save(npy, clusters)
@@ -109,7 +109,7 @@ def test_palettes_are_read_and_written(tmp_path, load_golden):
   np.testing.assert_array_equal(palette.read_palette(str(processor)), clusters)
 
 
-def claim_a_petabyte(path):
+def write_petabyte_header(path):
   header = {"descr": "<f4", "fortran_order": False, "shape": (10**14, 3)}
   with path.open("wb") as stream:
     np.lib.format.write_array_header_1_0(stream, header)
@@ -121,17 +121,17 @@ def claim_a_petabyte(path):
     ("a.npy", functools.partial(np.save, arr=np.zeros((4, 4))), "a.npy: shape"),
     ("a.npy", functools.partial(np.save, arr=np.full((4, 3), 200.0)), "a.npy: values"),
     ("a.npy", lambda path: path.write_text("colours"), "a.npy: not"),
-    ("a.npy", claim_a_petabyte, "a.npy: not .* claims"),
+    ("a.npy", write_petabyte_header, "a.npy: not .* claims"),
     ("a.json", lambda path: path.write_text("{}"), "a.json: .*'clusters'"),
   ],
 )
-def test_invalid_palette(tmp_path, name, write, message):
+def test_invalid_palette_raises(tmp_path, name, write, message):
   write(tmp_path / name)
   with pytest.raises(ValueError, match=message) as error:
     palette.read_palette(str(tmp_path / name))
   assert "\n" not in str(error.value)
 
 
-def test_missing_palette(tmp_path):
+def test_missing_palette_raises(tmp_path):
   with pytest.raises(FileNotFoundError, match="none"):
     palette.read_palette(str(tmp_path / "none.npy"))

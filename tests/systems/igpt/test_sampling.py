@@ -11,7 +11,7 @@ from vit_jax_zoo.systems.igpt.task import count_bigrams, log_bigrams, score_bigr
 LOGITS = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
 
 
-def frequencies(**options):
+def sample_frequencies(**options):
   logits = jnp.broadcast_to(LOGITS, (4000, 4))
   draw = jax.jit(lambda key: sample_token(key, logits, **options))
   return np.bincount(draw(jax.random.key(0)), minlength=4) / 4000
@@ -28,31 +28,31 @@ def frequencies(**options):
     ({"top_k": 1}, [0, 0, 0, 1]),
   ],
 )
-def test_tokens_are_drawn_as_often_as_they_should(options, expected):
-  np.testing.assert_allclose(frequencies(**options), expected, atol=0.03)
-  np.testing.assert_array_equal(frequencies(**options) > 0, np.array(expected) > 0)
+def test_sample_frequencies_equal_probabilities(options, expected):
+  np.testing.assert_allclose(sample_frequencies(**options), expected, atol=0.03)
+  np.testing.assert_array_equal(sample_frequencies(**options) > 0, np.array(expected) > 0)
 
 
-def add_up(cache, previous, position):
-  """The next token is the last one plus one; the cache counts the calls."""
+def predict_successor(cache, previous, position):
+  """Predicts the last token plus one; the cache counts the calls."""
   following = jnp.where(position == 0, 0, previous + 1) % 10
   return 50.0 * jax.nn.one_hot(following, 10), cache + 1
 
 
-def test_each_row_continues_its_prefix():
+def test_continue_sequences_continues_each_prefix():
   tokens = jnp.array([[9, 9, 9, 9, 9], [3, 9, 9, 9, 9], [1, 5, 9, 9, 9], [1, 2, 3, 4, 5]])
   lengths = jnp.array([0, 1, 2, 5])
-  drawn = jax.jit(lambda t, n: continue_sequences(add_up, 0, t, n, jax.random.key(0)))
+  drawn = jax.jit(lambda t, n: continue_sequences(predict_successor, 0, t, n, jax.random.key(0)))
   expected = [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [1, 5, 6, 7, 8], [1, 2, 3, 4, 5]]
   np.testing.assert_array_equal(drawn(tokens, lengths), expected)
 
 
-def test_positions_that_all_rows_are_given_cost_nothing():
+def test_continue_sequences_skips_common_prefix():
   calls = []
 
   def step(cache, previous, position):
     jax.debug.callback(lambda p: calls.append(int(p)), position)
-    return add_up(cache, previous, position)
+    return predict_successor(cache, previous, position)
 
   tokens = jnp.zeros((2, 8), jnp.int32)
   jax.block_until_ready(continue_sequences(step, 0, tokens, jnp.array([5, 6]), jax.random.key(0)))
@@ -60,7 +60,7 @@ def test_positions_that_all_rows_are_given_cost_nothing():
   assert sorted(calls) == [5, 6, 7]
 
 
-def test_samples_depend_on_the_key():
+def test_samples_depend_on_key_and_row():
   def step(cache, previous, position):
     return jnp.zeros((previous.shape[0], 10)), cache
 
@@ -73,7 +73,7 @@ def test_samples_depend_on_the_key():
   assert len(np.unique(one)) > 5
 
 
-def test_bigrams():
+def test_bigram_counts_and_scores():
   tokens = np.array([[0, 1, 1, 2], [0, 1, 2, 2]])
   counts = count_bigrams(tokens, 3)
   np.testing.assert_array_equal(counts, [[0, 2, 0], [0, 1, 2], [0, 0, 1], [2, 0, 0]])

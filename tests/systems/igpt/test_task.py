@@ -37,7 +37,7 @@ def make_batch(rows=6, seed=0):
 
 
 def make_variables(task, batch):
-  """Random parameters, none of them zero."""
+  """Returns random nonzero parameters."""
   abstract = jax.eval_shape(task.init, jax.random.key(0), batch)
   rng = np.random.default_rng(0)
   return {
@@ -48,14 +48,14 @@ def make_variables(task, batch):
   }
 
 
-def make_context(task, batch, seed=1):
+def loss_context(task, batch, seed=1):
   return LossContext(
     rng=jax.random.key(seed), step=jnp.int32(0), normalizers=task.normalizers(batch)
   )
 
 
 class Echo:
-  """A 'model' whose outputs are given, to test the loss alone."""
+  """A model with fixed outputs, to test the loss alone."""
 
   num_colors, num_positions, num_classes = 32, 36, 10
 
@@ -84,7 +84,7 @@ def test_losses_equal_openai(load_golden):
   task = create_task("pixel_modelling", Echo(inputs, causal=True), class_weight=1.0)
   batch = {"image": np.zeros((3, 6, 6, 3), np.uint8), "label": inputs["labels"]}
   variables = task.init(jax.random.key(0), batch)
-  output = task.loss(variables, batch, make_context(task, batch))
+  output = task.loss(variables, batch, loss_context(task, batch))
   np.testing.assert_allclose(output.loss, outputs["joint_ar"], rtol=1e-6)
   metrics = {name: float(metric.compute()) for name, metric in output.metrics.items()}
   assert metrics["nats"] == pytest.approx(outputs["ar_loss"].item(), rel=1e-6)
@@ -97,7 +97,7 @@ def test_losses_equal_openai(load_golden):
 
 
 @pytest.mark.parametrize("name", ["igpt_tf_a", "igpt_tf_bert_a"])
-def test_losses_of_the_reference_graph(load_golden, name):
+def test_losses_equal_openai_graph(load_golden, name):
   _, inputs, outputs = load_golden(name)
   visible = jnp.asarray(inputs["keep_mask"] > 0) if "keep_mask" in inputs else None
   logits, tokens = jnp.asarray(outputs["gen_logits"]), jnp.asarray(inputs["tokens"])
@@ -105,7 +105,7 @@ def test_losses_of_the_reference_graph(load_golden, name):
   np.testing.assert_allclose(loss, outputs["gen_loss"], rtol=2e-6)
 
 
-def test_an_image_without_a_masked_pixel_costs_nothing():
+def test_masked_loss_of_fully_visible_image_is_zero():
   nats = pixel_nats(
     jnp.zeros((2, 3, 4)), jnp.zeros((2, 3), int), jnp.array([[True] * 3, [False] * 3])
   )
@@ -160,50 +160,50 @@ def test_training_curve_equals_hugging_face(curve):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_micro_batches_add_up_to_the_batch(causal):
+def test_micro_batch_losses_sum_to_batch_loss(causal):
   task = make_task({"causal": causal, "num_classes": 3}, class_weight=1.0)
   batch = make_batch() | {"mask": np.array([True] * 5 + [False])}
   variables = make_variables(task, batch)
-  context = make_context(task, batch)
+  context = loss_context(task, batch)
   step = jax.jit(
     jax.value_and_grad(lambda p, b: task.loss({**variables, "params": p}, b, context).loss)
   )
   pieces = [{k: v[i : i + 3] for k, v in batch.items()} for i in (0, 3)]
   losses, grads = zip(*(step(variables["params"], piece) for piece in pieces), strict=True)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-  if causal:  # masks are drawn anew for each micro-batch
+  if causal:  # other masks are drawn for each micro-batch
     whole, gradient = step(variables["params"], batch)
     np.testing.assert_allclose(sum(losses), whole, rtol=1e-6)
     summed = jax.tree.map(jnp.add, *grads)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), summed, gradient)
 
 
-def test_mask_fraction_and_rng():
+def test_masks_have_given_probability_and_depend_on_rng():
   task = make_task({"causal": False}, mask_probability=0.3)
   batch = make_batch(rows=64)
   variables = make_variables(task, batch)
-  seen = []
+  masks = []
   forward = jax.jit(lambda v, x, visible: task.model.apply(v, x, visible=visible))
 
-  class Spy:
+  class MaskRecorder:
     num_colors, num_positions, num_classes, causal = 8, 16, None, False
 
     def apply(self, variables, images, *, visible, train):
-      seen.append(np.asarray(visible))
+      masks.append(np.asarray(visible))
       return forward(variables, images, visible)
 
     init = complete = apply
 
-  spied = create_task("pixel_modelling", Spy(), mask_probability=0.3)
-  losses = [spied.loss(variables, batch, make_context(task, batch, s)).loss for s in (1, 1, 2)]
+  recorded = create_task("pixel_modelling", MaskRecorder(), mask_probability=0.3)
+  losses = [recorded.loss(variables, batch, loss_context(task, batch, s)).loss for s in (1, 1, 2)]
   assert losses[0] == losses[1] != losses[2]
-  assert np.mean(~seen[0]) == pytest.approx(0.3, abs=0.05)
-  spied.predict(variables, batch)
-  spied.predict(variables, batch)
-  np.testing.assert_array_equal(seen[-1], seen[-2])
+  assert np.mean(~masks[0]) == pytest.approx(0.3, abs=0.05)
+  recorded.predict(variables, batch)
+  recorded.predict(variables, batch)
+  np.testing.assert_array_equal(masks[-1], masks[-2])
 
 
-def test_masked_model_classifies_by_majority_vote():
+def test_masked_model_labels_are_majority_vote():
   task = make_task({"causal": False, "num_classes": 3}, class_weight=1.0, mask_probability=0.5)
   assert task.feature_views == 5
   batch = make_batch(rows=64)
@@ -218,7 +218,7 @@ def test_masked_model_classifies_by_majority_vote():
   assert (views[0] != views[1]).any()
   logits = np.stack([view[:, -1] @ variables["params"]["head"]["kernel"] for view in views])
   votes = logits.argmax(-1)
-  assert (votes != votes[0]).any()  # else there is nothing to see here
+  assert (votes != votes[0]).any()  # otherwise the test has no effect
   counts = np.stack([(votes == k).sum(0) for k in range(3)], axis=1)
   labels = np.asarray(predictions["labels"])
   assert (counts[np.arange(64), labels] == counts.max(1)).all()
@@ -228,10 +228,10 @@ def test_masked_model_classifies_by_majority_vote():
   once = predict(maskings=1)
   np.testing.assert_array_equal(once["labels"], votes[0])
   assert (once["nats"] != predictions["nats"]).any()
-  assert make_task({"num_classes": 3}).feature_views == 1  # a causal model sees all pixels
+  assert make_task({"num_classes": 3}).feature_views == 1  # a causal model has no random masks
 
 
-def test_preparation_fits_a_palette_and_a_baseline_or_reads_one(tmp_path):
+def test_init_from_data_fits_or_reads_palette_and_fits_bigrams(tmp_path):
   task = make_task()
   batch = make_batch(rows=40)
   found = task.init_from_data(iter([batch]))
@@ -252,20 +252,20 @@ def test_preparation_fits_a_palette_and_a_baseline_or_reads_one(tmp_path):
   assert predictions["bigram_nats"].mean() < np.log(8)
 
 
-def test_preparation_takes_only_as_many_images_as_it_needs():
+def test_init_from_data_reads_only_palette_images():
   task = make_task(palette_images=50)
-  taken = []
+  batches_read = []
 
   def batches():
     for seed in range(100):
-      taken.append(seed)
+      batches_read.append(seed)
       yield make_batch(rows=20, seed=seed)
 
   task.init_from_data(batches())
-  assert taken == [0, 1, 2]
+  assert batches_read == [0, 1, 2]
 
 
-def test_completions_keep_the_prefix_and_scores_exclude_padding():
+def test_completions_keep_prefix_and_scores_ignore_padding():
   task = make_task({"num_classes": 3}, completions=2, class_weight=1.0)
   batch = make_batch() | {"prefix_length": np.array([0, 4, 8, 8, 12, 16], np.int32)}
   variables = make_variables(task, batch)
@@ -299,7 +299,7 @@ def test_completions_keep_the_prefix_and_scores_exclude_padding():
   assert len(task.batch_figures(batch)["batch"].axes) == 6
 
 
-def test_invalid_label_makes_the_loss_nan_unless_padding():
+def test_loss_of_invalid_label_is_nan_unless_padding():
   task = make_task({"num_classes": 3}, class_weight=1.0)
   batch = make_batch()
   variables = make_variables(task, batch)
@@ -308,7 +308,7 @@ def test_invalid_label_makes_the_loss_nan_unless_padding():
 
   @jax.jit
   def loss_and_gradient(batch):
-    context = make_context(task, batch)
+    context = loss_context(task, batch)
     return jax.value_and_grad(lambda p: task.loss({**variables, "params": p}, batch, context).loss)(
       variables["params"]
     )
@@ -318,12 +318,12 @@ def test_invalid_label_makes_the_loss_nan_unless_padding():
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loss_and_gradient(padded)))
 
 
-def test_best_metrics_are_scores():
+def test_best_metric_depends_on_class_weight():
   assert make_task().best_metric == "log_likelihood"
   assert make_task({"num_classes": 3}, class_weight=0.5).best_metric == "accuracy"
   with pytest.raises(ValueError, match="no image was evaluated"):
     PixelEvaluator().result()
-  with pytest.raises(TypeError, match="cannot merge a ClassificationEvaluator"):
+  with pytest.raises(TypeError, match="ClassificationEvaluator"):
     PixelEvaluator().merge(ClassificationEvaluator(3))
 
 
@@ -337,13 +337,13 @@ def test_best_metrics_are_scores():
     ({"class_weight": 1.0}, "num_classes"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message) as error:
     make_task(**fields)
   assert "\n" not in str(error.value)
 
 
-def test_palette_size_mismatch(tmp_path):
+def test_palette_of_wrong_size_raises(tmp_path):
   np.save(str(tmp_path / "colors.npy"), np.zeros((5, 3), np.float32))
   task = make_task(palette=str(tmp_path / "colors.npy"))
   with pytest.raises(ValueError, match="num_colors=5"):
