@@ -5,7 +5,7 @@ import numpy as np
 from vit_jax_zoo.systems.lambda_resnet.figures import draw_lambdas
 
 
-def test_lambdas_are_drawn_in_the_order_of_the_blocks_each_from_its_least_to_its_most():
+def test_lambdas_are_drawn_in_block_order_scaled_to_their_range():
   norms = np.array([[1, 2], [3, 5]], np.float32)
   layers = {"c4_block10": norms, "c4_block9": 7 * norms, "c3_block1": np.ones((4, 4), np.float32)}
   figure = draw_lambdas(np.full((8, 8, 1), 200, np.uint8), layers, max_layers=2)

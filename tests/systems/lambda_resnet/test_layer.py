@@ -57,13 +57,13 @@ def dense_reference(queries, keys, values, window):
   ("size", "u", "window"),
   [((5, 7), 1, (9, 13)), ((4, 3), 2, (3, 3)), ((3, 6), 2, (7, 5)), ((2, 2), 1, (9, 9))],
 )
-def test_equals_its_definition(implementation, size, u, window):
+def test_apply_lambdas_equals_definition(implementation, size, u, window):
   inputs = example(size=size, u=u, window=window)
   output = apply_lambdas(*inputs, implementation=implementation).output
   np.testing.assert_allclose(output, dense_reference(*inputs), atol=2e-5)
 
 
-def test_einsum_and_convolution_have_the_same_gradients():
+def test_einsum_and_convolution_have_equal_gradients():
   inputs = example(u=2, window=(3, 5))
 
   def loss(implementation, *inputs):
@@ -76,7 +76,7 @@ def test_einsum_and_convolution_have_the_same_gradients():
     assert np.abs(one).max() > 0
 
 
-def test_paper_golden(load_golden):
+def test_lambdas_equal_paper_pseudocode(load_golden):
   _, inputs, outputs = load_golden("lambda_paper_a")
   result = apply_lambdas(
     jnp.einsum("bhnk->bnhk", inputs["queries_bhnk"])[:, None],
@@ -109,7 +109,7 @@ def test_position_lambdas_are_translation_equivariant(implementation):
 
 
 def intermediate_shapes(function, *inputs):
-  """Shapes of every value that a function computes, those of nested functions included."""
+  """Returns the shapes of all intermediate values of a function, including nested functions."""
 
   def walk(jaxpr):
     for equation in jaxpr.eqns:
@@ -120,16 +120,16 @@ def intermediate_shapes(function, *inputs):
   return list(walk(jax.make_jaxpr(function)(*inputs).jaxpr))
 
 
-def test_no_value_has_batch_query_and_context_axes():
+def test_no_intermediate_has_batch_query_and_context_axes():
   batch, positions = 11, 5 * 7
   apply = functools.partial(lambdas.apply_lambdas, implementation="einsum")
   shapes = intermediate_shapes(apply, *example(batch=batch, v=3))
   sizes = [int(np.prod(shape)) for shape in shapes]
-  assert positions**2 * 4 in sizes  # the embeddings of all pairs, k = 4, once for all images
+  assert positions**2 * 4 in sizes  # the embeddings of all pairs (k = 4), shared by all images
   assert max(size for size in sizes if size % batch == 0) < batch * positions**2
 
 
-def test_memory_of_position_embeddings_does_not_grow_with_the_batch():
+def test_memory_of_position_embeddings_is_independent_of_batch_size():
   def temporaries(batch):
     inputs = example(batch=batch, size=(16, 16), heads=1, k=8, v=2, window=(31, 31))
     apply = jax.jit(lambda *x: apply_lambdas(*x, implementation="einsum").output)
@@ -138,22 +138,22 @@ def test_memory_of_position_embeddings_does_not_grow_with_the_batch():
   embeddings = 256**2 * 8 * 4
   one, many = temporaries(1), temporaries(17)
   assert one > embeddings
-  assert many - one < 16 * 256**2 * 4 / 8  # far below one attention map of one head for each image
+  assert many - one < 16 * 256**2 * 4 / 8  # far below one attention map per image
 
 
-def test_chooses_by_cost():
+def test_choose_implementation_minimizes_cost():
   choose = lambdas.choose_implementation
   assert choose((16, 16), (31, 31, 1, 16)) == "einsum"  # global
   assert choose((16, 16), (9, 9, 1, 16)) == "einsum"
   assert choose((56, 56), (23, 23, 1, 16)) == "einsum"
   assert choose((56, 56), (7, 7, 1, 16)) == "convolution"
-  assert choose((85, 85), (169, 169, 1, 16)) == "einsum"  # where the paper draws the line
+  assert choose((85, 85), (169, 169, 1, 16)) == "einsum"  # the paper's limit
   assert choose((86, 86), (171, 171, 1, 16)) == "convolution"
   assert choose((56, 56), (111, 111, 8, 16)) == "convolution"
 
 
 @pytest.mark.parametrize("implementation", ["einsum", "convolution"])
-def test_bfloat16_results_and_gradients_are_near_those_of_float32(implementation):
+def test_bfloat16_outputs_and_gradients_are_near_float32(implementation):
   apply = functools.partial(apply_lambdas, implementation=implementation)
   inputs = example(size=(16, 16), window=(3, 3))
   assert max(bfloat16_errors(lambda *x: apply(*x).output, *inputs)) < 0.02
@@ -162,7 +162,7 @@ def test_bfloat16_results_and_gradients_are_near_those_of_float32(implementation
   assert result.content_lambda.dtype == result.position_lambda.dtype == jnp.float32
 
 
-def test_embeddings_of_an_even_side_are_refused():
+def test_position_embedding_of_even_side_raises():
   queries, keys, values, window = example()
   with pytest.raises(ValueError, match=r"position_embedding: sides \(4, 13\)"):
     apply_lambdas(queries, keys, values, window[:4])
@@ -207,7 +207,7 @@ def lucid_variables(weights):
 
 
 def assert_close(actual, expected):
-  """1e-5 of the largest value: lambdas multiply activations, sums of large terms may cancel."""
+  """1e-5 of the largest value: lambdas multiply activations, and sums of large terms may cancel."""
   np.testing.assert_allclose(actual, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -227,7 +227,7 @@ def check_against(golden, layer, variables):
 
 @pytest.mark.parametrize("name", ["lambda_timm_local_a", "lambda_timm_global_a"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_timm_golden(load_golden, name, stride):
+def test_layer_equals_timm(load_golden, name, stride):
   golden = load_golden(name)
   config, _, outputs = golden
   layer = LambdaLayer(
@@ -246,7 +246,7 @@ def test_timm_golden(load_golden, name, stride):
 
 @pytest.mark.parametrize("name", ["lambda_lucid_local_a", "lambda_lucid_global_a"])
 @pytest.mark.parametrize("implementation", ["einsum", "convolution"])
-def test_lucidrains_golden(load_golden, name, implementation):
+def test_layer_equals_lucidrains(load_golden, name, implementation):
   golden = load_golden(name)
   config, _, outputs = golden
   layer = LambdaLayer(
@@ -263,14 +263,14 @@ def test_lucidrains_golden(load_golden, name, implementation):
 
 
 def random_layer(shape, **fields):
-  """A jitted layer, its variables, and a map of this shape."""
+  """Returns a jitted layer, its variables, and a random map of this shape."""
   x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
   layer = LambdaLayer(**{"dim_k": 4, "receptive_field": 3, **fields})
   variables = jax.jit(lambda x: layer.init(jax.random.key(0), x, train=False))(x)
   return jax.jit(lambda v, x: layer.apply(v, x, train=False)), variables, x
 
 
-def test_scope_is_translation_equivariant_through_the_module():
+def test_local_layer_is_translation_equivariant():
   layer, variables, x = random_layer((2, 12, 12, 8), receptive_field=3)
   x = x.at[:, :3].set(0).at[:, 8:].set(0).at[:, :, :3].set(0).at[:, :, 8:].set(0)
   moved = jnp.roll(x, (2, 1), axis=(1, 2))
@@ -278,7 +278,7 @@ def test_scope_is_translation_equivariant_through_the_module():
   np.testing.assert_allclose(jnp.roll(out, (2, 1), axis=(1, 2)), layer(variables, moved), atol=1e-4)
 
 
-def test_global_table_serves_maps_of_other_sizes():
+def test_global_table_is_cropped_or_extended_for_other_map_sizes():
   layer, variables, x = random_layer((1, 6, 5, 8), receptive_field=None)
   assert variables["params"]["position_embedding"].shape == (11, 9, 1, 4)
   small = layer(variables, x[:, :4, :3])
@@ -288,7 +288,7 @@ def test_global_table_serves_maps_of_other_sizes():
   assert layer(variables, np.ones((1, 8, 7, 8))).shape == (1, 8, 7, 8)
 
 
-def test_paper_initialisation_has_the_stated_deviations():
+def test_paper_initialisation_has_stated_standard_deviations():
   _, variables, _ = random_layer((1, 4, 4, 256), num_heads=8, dim_k=16, receptive_field=23)
   params = variables["params"]
   kernel = np.asarray(params["qkv"]["kernel"])
@@ -298,7 +298,7 @@ def test_paper_initialisation_has_the_stated_deviations():
   np.testing.assert_allclose(np.std(params["position_embedding"]), 1, rtol=0.05)
 
 
-def test_options_shapes_and_dtypes():
+def test_outputs_have_expected_shapes_and_dtypes():
   layer, variables, x = random_layer(
     (2, 5, 7, 12), num_heads=3, dim_u=2, qkv_bias=True, stride=2, dtype="bfloat16"
   )
@@ -309,7 +309,7 @@ def test_options_shapes_and_dtypes():
   assert out.dtype == jnp.bfloat16
 
 
-def test_strided_pooling_leaves_the_border_s_padding_out():
+def test_strided_pooling_excludes_padding():
   fields = {"num_heads": 1}
   layer, variables, x = random_layer((1, 4, 4, 2), **fields)
   full = layer(variables, x)
@@ -328,6 +328,6 @@ def test_strided_pooling_leaves_the_border_s_padding_out():
     ({"pool_size": 4}, "pool_size 4"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
     random_layer((1, 4, 4, 8), **fields)

@@ -14,7 +14,7 @@ from tests.conftest import golden_folder
 from tests.systems.lambda_resnet.timm_file import read_variables, write_variables
 from vit_jax_zoo.systems.lambda_resnet.model import VARIANTS, LambdaResNet
 
-# The published counts in millions (timm's exactly); of 50, 200 to 420 none are printed.
+# Published counts in millions (timm's exactly); none are published for 50 and for 200 to 420.
 PARAMETERS = {
   "lambda_resnet_101": 36.9,
   "lambda_resnet_152": 51.4,
@@ -40,7 +40,7 @@ def small(name="lambda_resnet_50", **overrides):
   return LambdaResNet(**fields)
 
 
-def images_of(shape, seed=0):
+def random_images(shape, seed=0):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
@@ -63,7 +63,7 @@ def check_published(counts):
       assert ours == published, name
 
 
-def test_parameter_counts(golden_json):
+def test_parameter_counts_equal_published(golden_json):
   names = ("_50", "_101", "_50_llll", "26t", "26rpt_256", "50ts")
   names = [f"lambda_resnet{name}" for name in names]
   counts = {name: count_parameters(name, 224 if "50_" in name else 256) for name in names}
@@ -72,7 +72,7 @@ def test_parameter_counts(golden_json):
 
 
 @pytest.mark.slow
-def test_parameter_counts_of_all_variants(golden_json):
+def test_parameter_counts_of_all_variants_equal_published(golden_json):
   counts = {name: count_parameters(name, 224 if "50_" in name else 256) for name in VARIANTS}
   check_published(counts)
   assert counts.keys() >= PARAMETERS.keys()
@@ -81,7 +81,7 @@ def test_parameter_counts_of_all_variants(golden_json):
 
 
 def timm_model(config):
-  """The model of a fixture that timm made with `width_factor`."""
+  """Returns the model of a fixture that timm made with `width_factor`."""
   stages = config["block_types"]
   blocks = [tuple(i for i, kind in enumerate(s) if kind == "self_attn") for s in stages]
   fields = dict(VARIANTS[config["arch"]])
@@ -109,7 +109,7 @@ def timm_variables(model, images, name):
 @pytest.mark.parametrize(
   "name", ["lambda_resnet26t_a", "lambda_resnet26rpt_a", "lambda_resnet50ts_a"]
 )
-def test_timm_golden(load_golden, name):
+def test_outputs_equal_timm(load_golden, name):
   config, inputs, outputs = load_golden(name)
   model, images = timm_model(config), jnp.asarray(np.moveaxis(inputs["x"], 1, -1))
   variables = timm_variables(model, images, name)
@@ -132,7 +132,7 @@ def test_timm_golden(load_golden, name):
 
 
 def training_images(config):
-  """Draws the images of a curve from its seed: in a file they would take 2.2 MB."""
+  """Draws the images of a curve from its seed; as a file they would take 2.2 MB."""
   drawn = np.random.default_rng(config["seed"]).normal(size=config["images"]["shape"])
   images = drawn.astype(np.float32)
   assert hashlib.sha256(images.tobytes()).hexdigest() == config["images"]["sha256"]
@@ -140,7 +140,7 @@ def training_images(config):
 
 
 def training_curve(name, dtype, learning_rate, steps, load_golden):
-  """Repeats the reference's training; returns losses, gradient norms and the last variables."""
+  """Repeats the reference's training; returns losses, gradient norms and the final variables."""
   config, inputs, _ = load_golden(name)
   start = config["start_weights"].split("/")[0]
   model = timm_model(load_golden(start)[0]).clone(dtype=dtype)
@@ -178,7 +178,7 @@ def training_curve(name, dtype, learning_rate, steps, load_golden):
 
 
 def check_final(outputs, prefix, variables, start, tolerance, leave_out=()):
-  """The distance of the last values, over the length of the whole update."""
+  """Bounds the error of the final values, relative to the norm of the whole update."""
   final = write_variables(variables)
   for key, expected in outputs.items():
     match = re.fullmatch(re.escape(prefix) + r"(param|bn)/(.*)", key)
@@ -190,7 +190,7 @@ def check_final(outputs, prefix, variables, start, tolerance, leave_out=()):
 
 
 @pytest.mark.slow
-def test_training_curve_golden_in_float32(load_golden):
+def test_training_curve_in_float32_equals_timm(load_golden):
   name = "train_lambda_resnet26t_a"
   config, _, outputs = load_golden(name)
   learning_rate = config["optimizer"]["lr"]
@@ -204,14 +204,14 @@ def test_training_curve_golden_in_float32(load_golden):
 
 
 @pytest.mark.slow
-def test_training_curve_golden_in_float64(load_golden):
+def test_training_curve_in_float64_equals_timm(load_golden):
   name = "train_lambda_resnet26t_a"
   _, _, outputs = load_golden(name)
   with jax.enable_x64(True):
     losses, norms, variables = training_curve(name, "float64", 1e-4, 20, load_golden)
   np.testing.assert_allclose(losses, outputs["f64_lr1e-4/loss"], rtol=1e-7)
   np.testing.assert_allclose(norms, outputs["f64_lr1e-4/grad_norm"], rtol=1e-5)
-  # The reference's last values are rounded to float32, which bounds how near one can come.
+  # The reference's final values are rounded to float32, which bounds the achievable error.
   start = timm_weights("lambda_resnet26t_a")
   check_final(outputs, "f64_lr1e-4/", variables, start, 1e-3)
 
@@ -220,7 +220,7 @@ def test_training_curve_golden_in_float64(load_golden):
 def trained():
   """A small model, its variables, a batch, and the jitted gradient of a loss."""
   model = small()
-  images, labels = images_of((8, 32, 32, 3)), jnp.arange(8) % 5
+  images, labels = random_images((8, 32, 32, 3)), jnp.arange(8) % 5
   variables = initialise(model, images)
 
   def loss(params, stats, images, model=model):
@@ -234,12 +234,12 @@ def trained():
   return model, variables, images, loss
 
 
-def grown(variables):
-  """Gives the zero-initialised scales a value, so that every branch passes gradients."""
+def with_nonzero_scales(variables):
+  """Sets zero-initialised scales to 0.5, so that every branch passes gradients."""
   return jax.tree.map(lambda x: x + 0.5 * (jnp.abs(x).max() == 0), variables)
 
 
-def test_last_scales_start_at_zero(trained):
+def test_last_scales_are_initialized_to_zero(trained):
   _, variables, _, _ = trained
   zeros = {k for k, v in jax.tree.leaves_with_path(variables["params"]) if not np.any(v)}
   names = {jax.tree_util.keystr(k) for k in zeros if "scale" in jax.tree_util.keystr(k)}
@@ -249,26 +249,26 @@ def test_last_scales_start_at_zero(trained):
 
 @pytest.fixture(scope="module")
 def one_step(trained):
-  """Parameters, statistics, and what one device makes of them: loss, new statistics, gradients."""
+  """Returns parameters, statistics, and on one device the loss, new statistics and gradients."""
   _, variables, images, loss = trained
-  params, stats = grown(variables["params"]), variables["batch_stats"]
+  params, stats = with_nonzero_scales(variables["params"]), variables["batch_stats"]
   (value, new_stats), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, stats, images)
   return params, stats, value, new_stats, grads
 
 
-def test_gradients_are_finite_and_not_zero(one_step):
+def test_gradients_are_finite_and_nonzero(one_step):
   for path, grad in jax.tree.leaves_with_path(one_step[-1]):
     assert np.isfinite(grad).all(), path
     assert np.any(grad != 0), path
 
 
 @pytest.mark.slow
-def test_remat_changes_nothing(trained, one_step):
+def test_remat_has_equal_loss_and_gradients(trained, one_step):
   model, _, images, loss = trained
   params, stats, value, _, grads = one_step
-  frugal = functools.partial(loss, model=model.clone(remat_stages=("c2", "c4", "c5")))
-  step = jax.jit(jax.value_and_grad(frugal, has_aux=True))
-  assert "remat" in str(jax.make_jaxpr(frugal)(params, stats, images))
+  rematerialised = functools.partial(loss, model=model.clone(remat_stages=("c2", "c4", "c5")))
+  step = jax.jit(jax.value_and_grad(rematerialised, has_aux=True))
+  assert "remat" in str(jax.make_jaxpr(rematerialised)(params, stats, images))
   (again, _), other_grads = step(params, stats, images)
   np.testing.assert_allclose(value, again, rtol=1e-5)
   for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads), strict=True):
@@ -283,8 +283,8 @@ def test_jit_equals_eager(trained, one_step):
   np.testing.assert_allclose(jitted, eager, atol=1e-4)
 
 
-def test_shapes_and_dtypes_in_bfloat16(trained, one_step):
-  model, images = trained[0].clone(dtype="bfloat16"), images_of((2, 48, 36, 3))
+def test_bfloat16_outputs_have_expected_shapes_and_dtypes(trained, one_step):
+  model, images = trained[0].clone(dtype="bfloat16"), random_images((2, 48, 36, 3))
   variables = {"params": one_step[0], "batch_stats": one_step[1]}
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
   out = jax.jit(model.apply)(variables, images)
@@ -299,7 +299,7 @@ def test_shapes_and_dtypes_in_bfloat16(trained, one_step):
 
 
 @pytest.mark.multidevice
-def test_batch_statistics_on_eight_devices_are_those_of_one(trained, one_step):
+def test_batch_statistics_on_devices_equal_single_device(trained, one_step):
   _, _, images, loss = trained
   params, stats, value, new_stats, grads = one_step
   mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -319,7 +319,7 @@ def test_batch_statistics_on_eight_devices_are_those_of_one(trained, one_step):
     np.testing.assert_allclose(one, many, rtol=1e-2, atol=1e-3)
 
 
-def test_stochastic_depth_and_dropout_act_only_in_training(trained, one_step):
+def test_stochastic_depth_and_dropout_apply_only_in_training(trained, one_step):
   model, _, images, loss = trained
   params, stats, value, _, _ = one_step
   dropping = model.clone(drop_path_rate=0.9, dropout_rate=0.5)
@@ -349,13 +349,13 @@ def test_stochastic_depth_and_dropout_act_only_in_training(trained, one_step):
     ({"norm": "batchnorm"}, "did you mean 'batch_norm'"),
   ],
 )
-def test_invalid_fields(fields, message):
+def test_invalid_fields_raise(fields, message):
   model = LambdaResNet(**{**VARIANTS["lambda_resnet_50"], **fields})
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3))))
 
 
-def test_timm_variants_reject_other_image_sizes():
+def test_image_size_unlike_timm_variant_raises():
   model = LambdaResNet(**VARIANTS["lambda_resnet26t"])
   with pytest.raises(ValueError, match="multiples of 32"):
     jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 80, 80, 3))))

@@ -1,4 +1,4 @@
-"""Variables of a LambdaResNet from timm's state dict, and back."""
+"""LambdaResNet variables from timm's state dict, and back."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Attention rollout and distances, against hand-computed values."""
+"""Attention rollout and attention distances against hand-computed values."""
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ def random_maps(*shape):
   return weights / weights.sum(axis=-1, keepdims=True)
 
 
-def test_rollout_multiplies_the_maps_from_the_last_layer_to_the_first():
+def test_rollout_is_product_of_layers():
   weights = random_maps(3, 2, 4, 5, 5)
   rollout = attention_rollout(weights)
   one, two, three = (0.5 * w.mean(axis=1) + 0.5 * np.eye(5) for w in weights)
@@ -24,23 +24,23 @@ def test_rollout_multiplies_the_maps_from_the_last_layer_to_the_first():
   np.testing.assert_allclose(rollout.sum(axis=-1), 1, rtol=1e-5)
 
 
-def test_rollout_of_identity_attention_is_the_identity():
+def test_rollout_of_identity_is_identity():
   weights = np.broadcast_to(np.eye(4, dtype=np.float32), (2, 1, 3, 4, 4))
   np.testing.assert_array_equal(attention_rollout(weights)[0], np.eye(4))
 
 
-def test_rollout_follows_a_chain():
-  # Without residual: layer 2 looks from 0 to 1, layer 1 from 1 to 2, so 0 comes from 2.
+def test_rollout_of_chained_attention():
+  # Without residual: layer 2 attends from 0 to 1 and layer 1 from 1 to 2, so 0 comes from 2.
   first, second = np.eye(3, dtype=np.float32)[[0, 2, 1]], np.eye(3, dtype=np.float32)[[1, 1, 2]]
   weights = np.stack([first, second])[:, None, None]
   np.testing.assert_array_equal(attention_rollout(weights, residual=0.0)[0, 0], [0, 0, 1])
 
 
-def test_distance_of_local_and_of_uniform_heads():
+def test_attention_distance_of_local_and_uniform_heads():
   grid, count = (2, 3), 6
   local = np.eye(count)
   even = np.full((count, count), 1 / count)
-  right = np.eye(count)[[1, 2, 2, 4, 5, 5]]  # the neighbour on the right; the last stay
+  right = np.eye(count)[[1, 2, 2, 4, 5, 5]]  # attends to the right neighbour, at the edge to itself
   weights = np.stack([local, even, right]).astype(np.float32)[None, None]
   distances = attention_distances(weights, grid, patch_size=16.0)
   y, x = np.divmod(np.arange(count), 3)
@@ -48,7 +48,7 @@ def test_distance_of_local_and_of_uniform_heads():
   np.testing.assert_allclose(distances, [[0, 16 * mean, 16 * 4 / 6]], rtol=1e-5)
 
 
-def test_distance_leaves_the_class_token_out():
+def test_attention_distance_ignores_class_token():
   patches = random_maps(2, 1, 3, 4, 4)
   weights = np.full((2, 1, 3, 5, 5), 0.3, np.float32)
   weights[..., 1:, 1:] = 0.7 * patches
@@ -57,18 +57,18 @@ def test_distance_leaves_the_class_token_out():
   )
 
 
-def test_a_grid_that_is_too_large_is_named():
+def test_attention_distance_with_wrong_grid_raises():
   with pytest.raises(ValueError, match="attention maps: 4 tokens"):
     attention_distances(random_maps(1, 1, 1, 4, 4), (3, 3))
 
 
-def test_patches_are_the_last_tokens_along_any_axis():
+def test_patch_tokens_are_last_along_axis():
   tokens = np.arange(2 * 5).reshape(2, 5).astype(np.float32)
   np.testing.assert_array_equal(patch_tokens(tokens, (2, 2), axis=1), tokens[:, 1:])
   np.testing.assert_array_equal(patch_tokens(tokens.T, (1, 3), axis=0), tokens.T[2:])
 
 
-def test_it_is_traced():
+def test_rollout_jit_equals_eager():
   weights = random_maps(2, 1, 3, 5, 5)
   np.testing.assert_allclose(
     jax.jit(attention_rollout)(weights), attention_rollout(weights), rtol=1e-6

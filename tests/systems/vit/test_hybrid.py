@@ -1,4 +1,4 @@
-"""The hybrids' ResNet: scanned equals unrolled, with and without remat."""
+"""ResNet of the hybrids: scanned equals unrolled, with and without remat."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def loss_and_gradients(model, params, images):
 
 
 @pytest.mark.parametrize("remat", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_scanned_equals_unrolled(remat):
+def test_scanned_units_equal_unrolled(remat):
   images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
   scanned = StandardizedResNet(**SIZES, remat=remat)
   unrolled = StandardizedResNet(**SIZES, scan_layers=False)
@@ -46,15 +46,15 @@ def test_scanned_equals_unrolled(remat):
     np.testing.assert_allclose(gradients[key], gradient, atol=1e-5 * np.abs(gradient).max() + 1e-7)
 
 
-def test_initial_units_differ():
+def test_units_are_initialized_differently():
   model = StandardizedResNet(stage_sizes=(3,), width=32)
   params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
   first, second = params["stage_0_units"]["conv_1"]["kernel"]
   assert np.abs(first - second).max() > 0.01
 
 
-def test_kernels_are_standardized():
-  """A shift and a scale of the kernel change nothing."""
+def test_kernel_is_standardized():
+  """The output is invariant to shift and scale of the kernel."""
   images = jax.random.normal(jax.random.key(0), (1, 5, 5, 3))
   conv = StandardizedConv(4, 3)
   kernel = np.random.default_rng(1).normal(size=(3, 3, 3, 4)).astype(np.float32)

@@ -22,18 +22,18 @@ def tiny(**fields):
   return VisionTransformer(**{**TINY, **fields})
 
 
-def shapes_of(model, images):
+def abstract_variables(model, images):
   return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
-def variables_of(model, images=IMAGES, seed=0):
-  """Random everywhere: a head of zeros would hide what comes before it."""
-  shapes = shapes_of(model, images)
+def random_variables(model, images=IMAGES, seed=0):
+  """Returns random variables; a zero head would hide the other parameters."""
+  shapes = abstract_variables(model, images)
   rng = np.random.default_rng(seed)
   return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), shapes)
 
 
-# The test table of google-research/vision_transformer, at 224 pixels and 1000 classes.
+# From the tests of google-research/vision_transformer, at 224 pixels and 1000 classes.
 PUBLISHED = {
   "vit_ti16": 5_717_416,
   "vit_s16": 22_050_664,
@@ -65,20 +65,20 @@ def parameter_count(model, size=224):
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
-def test_published_parameter_counts(name, count):
+def test_parameter_counts_equal_published(name, count):
   assert parameter_count(create_model(name)) == count
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED_MEAN_POOL.items())
-def test_published_parameter_counts_with_mean_pooling(name, count):
+def test_parameter_counts_with_mean_pooling_equal_published(name, count):
   assert parameter_count(create_model(name, pool="mean")) == count
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("resnet", [None, {"stage_sizes": (1,), "width": 32}])
-def test_shapes_dtypes_and_gradients(dtype, resnet):
+def test_outputs_have_expected_dtypes_and_gradients_are_nonzero(dtype, resnet):
   model = tiny(dtype=dtype, resnet=resnet, patch_size=4 if resnet is None else 1)
-  variables = variables_of(model)
+  variables = random_variables(model)
   assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
   def loss(variables):
@@ -90,7 +90,7 @@ def test_shapes_dtypes_and_gradients(dtype, resnet):
   assert out["logits"].dtype == out["features"].dtype == jnp.float32
   assert out["tokens"].shape == (2, 7, 16)
   assert out["tokens"].dtype == dtype
-  # A key's bias shifts all scores of a query alike, so its gradient is 0.
+  # The softmax is invariant to the key's bias, so its gradient is 0.
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     assert leaf.dtype == jnp.float32, name
@@ -100,13 +100,13 @@ def test_shapes_dtypes_and_gradients(dtype, resnet):
 
 def test_jit_equals_eager():
   model = tiny()
-  variables = variables_of(model)
+  variables = random_variables(model)
   eager = model.apply(variables, IMAGES)
   compiled = jax.jit(model.apply)(variables, IMAGES)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), eager, compiled)
 
 
-def test_reference_initialisation():
+def test_initialisation_equals_reference():
   model = tiny(head_bias_init=-10.0, width=64, mlp_dim=256, representation_size=8, num_classes=3)
   params = jax.jit(model.init)(jax.random.key(0), IMAGES)["params"]
   block = params["encoder"]["blocks"]
@@ -114,38 +114,38 @@ def test_reference_initialisation():
   np.testing.assert_array_equal(params["head"]["bias"], -10)
   assert not params["cls_token"].any()
   assert np.std(params["position_embedding"]["table"]) == pytest.approx(0.02, rel=0.2)
-  limit = np.sqrt(6 / (64 + 64))  # Xavier of the whole 64 x 64 matrix, not of one head
+  limit = np.sqrt(6 / (64 + 64))  # Xavier for the whole 64x64 matrix, not for one head
   assert 0.9 * limit < np.abs(block["attention"]["query"]["kernel"]).max() <= limit
   assert 0.9 * limit < np.abs(block["attention"]["out"]["kernel"]).max() <= limit
   assert 0 < np.abs(block["mlp"]["hidden"]["bias"]).max() < 1e-5
   layers = np.asarray(block["mlp"]["hidden"]["kernel"])
-  assert np.abs(layers[0] - layers[1]).max() > 0.01  # scanned layers start differently
+  assert np.abs(layers[0] - layers[1]).max() > 0.01  # scanned layers are initialized differently
 
 
-def test_without_positions_the_order_of_patches_does_not_matter():
-  """A ViT without position embedding sees a bag of patches; with it, it does not."""
+def test_logits_without_position_embedding_ignore_patch_order():
+  """Logits are invariant to the order of patches only without a position embedding."""
   left, right = jnp.split(IMAGES, 2, axis=2)[0], jnp.split(IMAGES, [4], axis=2)[1]
   swapped = jnp.concatenate([right[:, :, 4:], right[:, :, :4], left[:, :, :4]], axis=2)
   images = jnp.concatenate([IMAGES[:, :, :4], right[:, :, :4], right[:, :, 4:]], axis=2)
-  for kind, same in (("none", True), ("learned_1d", False), ("sincos_2d", False)):
+  for kind, invariant in (("none", True), ("learned_1d", False), ("sincos_2d", False)):
     model = tiny(position_embedding=kind)
     run = jax.jit(lambda v, x, model=model: model.apply(v, x)["logits"])
-    variables = variables_of(model)
+    variables = random_variables(model)
     difference = np.abs(run(variables, images) - run(variables, swapped)).max()
-    assert (difference < 1e-4) == same, kind
+    assert (difference < 1e-4) == invariant, kind
 
 
 def test_examples_are_independent():
   model = tiny()
-  variables = variables_of(model)
+  variables = random_variables(model)
   apply = jax.jit(model.apply)
   alone = apply(variables, IMAGES.at[1].set(0.0))["logits"][0]
   np.testing.assert_allclose(alone, apply(variables, IMAGES)["logits"][0], atol=1e-5)
 
 
-def test_dropout_and_stochastic_depth_are_on_while_training_only():
+def test_dropout_and_stochastic_depth_apply_only_in_training():
   model = tiny(dropout_rate=0.3, drop_path_rate=0.3)
-  variables = variables_of(model)
+  variables = random_variables(model)
   train = jax.jit(
     lambda key: model.apply(variables, IMAGES, train=True, rngs={"dropout": key})["logits"]
   )
@@ -155,9 +155,9 @@ def test_dropout_and_stochastic_depth_are_on_while_training_only():
   np.testing.assert_allclose(out, jax.jit(tiny().apply)(variables, IMAGES)["logits"], atol=1e-6)
 
 
-def test_pooling_with_a_class_token_averages_the_patches_alone():
+def test_mean_pooling_excludes_class_token():
   model = tiny(pool="mean", cls_token=True, fc_norm=True, num_classes=None)
-  variables = variables_of(model)
+  variables = random_variables(model)
   out, state = jax.jit(lambda v: model.apply(v, IMAGES, mutable="intermediates"))(variables)
   patches = np.asarray(state["intermediates"]["encoded"][0])[:, 1:]
   pooled = patches.mean(axis=1)
@@ -175,17 +175,17 @@ def test_pooling_with_a_class_token_averages_the_patches_alone():
     ((1, 8, 3, 3), "image width: 3 .* to 4"),
   ],
 )
-def test_an_image_that_patches_do_not_fill(shape, message):
+def test_image_size_not_multiple_of_patch_size_raises(shape, message):
   with pytest.raises(ValueError, match=message):
-    shapes_of(tiny(), jnp.zeros(shape))
+    abstract_variables(tiny(), jnp.zeros(shape))
 
 
-def test_a_hybrid_counts_its_stride():
+def test_token_stride_of_hybrid_includes_resnet():
   model = tiny(resnet={"stage_sizes": (1, 1, 1)}, patch_size=1)
   assert model.token_stride == 16
   assert model.token_grid((32, 48)) == (2, 3)
   with pytest.raises(ValueError, match="image height: 24"):
-    shapes_of(model, jnp.zeros((1, 24, 32, 3)))
+    abstract_variables(model, jnp.zeros((1, 24, 32, 3)))
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_a_hybrid_counts_its_stride():
     ({"num_heads": 3}, "num_heads"),
   ],
 )
-def test_fields_that_cannot_be(fields, message):
+def test_invalid_fields_raise(fields, message):
   with pytest.raises(ValueError, match=message):
-    shapes_of(tiny(**fields), IMAGES)
+    abstract_variables(tiny(**fields), IMAGES)
 
 
 @pytest.mark.parametrize("kind", ["learned_1d", "learned_2d", "sincos_2d", "none"])
-def test_position_embeddings(kind):
+def test_position_embedding_kinds_have_expected_tables(kind):
   module = PositionEmbedding(kind)
   variables = module.init(jax.random.key(1), (2, 3), 8)
   shapes = {key: x.shape for key, x in variables.get("params", {}).items()}
@@ -220,12 +220,12 @@ def test_position_embeddings(kind):
     np.testing.assert_allclose(grid[0, :, 4:], grid[1, :, 4:], atol=1e-6)
 
 
-def test_class_token_has_its_own_row():
+def test_position_embedding_has_row_for_class_token():
   module = PositionEmbedding("learned_1d", cls_row=True)
   assert module.init_with_output(jax.random.key(1), (2, 3), 8)[0].shape == (1, 7, 8)
 
 
-def test_sincos_positions():
+def test_sincos_position_embedding_values():
   grid = sincos_2d(3, 4, 8).reshape(3, 4, 8)
   frequencies = [1, 1e-4]
   np.testing.assert_allclose(grid[2, 3, :2], np.sin(3 * np.asarray(frequencies)), atol=1e-6)
@@ -236,15 +236,15 @@ def test_sincos_positions():
     sincos_2d(2, 2, 10)
 
 
-def test_unknown_position_embedding():
+def test_unknown_position_embedding_raises():
   with pytest.raises(ValueError, match="position_embedding 'sincos'"):
     PositionEmbedding("sincos").init(jax.random.key(0), (1, 5), 8)
 
 
-def test_sharding_rules_split_heads_and_hidden_units():
+def test_sharding_rules_shard_heads_and_hidden_units():
   mesh = sharding.create_mesh({"data": 1, "fsdp": 4, "model": 2})
   for scan_layers in (True, False):
-    params = shapes_of(tiny(scan_layers=scan_layers), IMAGES)["params"]
+    params = abstract_variables(tiny(scan_layers=scan_layers), IMAGES)["params"]
     specs = sharding.parameter_specs(params, SHARDING_RULES, mesh)
     block = specs["encoder"]["blocks" if scan_layers else "block_1"]
     depth = (None,) * scan_layers
@@ -256,11 +256,11 @@ def test_sharding_rules_split_heads_and_hidden_units():
 
 
 @pytest.mark.multidevice
-def test_sharded_parameters_give_the_same_logits():
+def test_logits_with_sharded_parameters_equal_single_device():
   mesh = sharding.create_mesh({"data": 2, "fsdp": 2, "model": 2})
   model = tiny(remat="dots")
   images = jnp.concatenate([IMAGES, -IMAGES])
-  variables = variables_of(model, images)
+  variables = random_variables(model, images)
   specs = {"params": sharding.parameter_specs(variables["params"], SHARDING_RULES, mesh)}
   with jax.set_mesh(mesh):
     apply = jax.jit(
@@ -272,7 +272,7 @@ def test_sharded_parameters_give_the_same_logits():
   np.testing.assert_allclose(given, expected, atol=1e-5)
 
 
-def test_saved_runs_are_read_with_the_new_names():
+def test_old_config_fields_are_renamed():
   assert rename_fields({"model": {"norm_after_pool": True}}) == {"model": {"fc_norm": True}}
 
 

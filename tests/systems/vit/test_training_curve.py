@@ -1,6 +1,6 @@
-"""Twenty steps of ViT through the package's own training step, beside the same steps in PyTorch.
+"""Twenty training steps of ViT against the same steps in PyTorch.
 
-The tolerances follow from how far the reference's own curve moves with the order of summation.
+The tolerances are derived from the change of the reference's curve with the summation order.
 """
 
 import jax
@@ -20,7 +20,7 @@ WEIGHTS = golden_folder("vit_timm_a") / "weights.safetensors"
 
 
 def train(config, inputs):
-  """Returns losses and gradient norms of all steps, and the last parameters by timm's names."""
+  """Returns losses and gradient norms of all steps, and the final parameters by timm's names."""
   loaded = load_pretrained(str(WEIGHTS), num_heads=4)
   images = inputs["images"].transpose(0, 1, 3, 4, 2)
   batches = [
@@ -31,7 +31,7 @@ def train(config, inputs):
   )
   optimizer = config["optimizer"]
   b1, b2 = optimizer["betas"]
-  made = build_program(
+  program = build_program(
     task,
     abstract_batch_of(batches[0], config["batch"]),
     TrainingOptions(
@@ -50,18 +50,18 @@ def train(config, inputs):
     rules=sharding_rules("vit_b16"),
   )
   losses, norms = [], []
-  with jax.set_mesh(made.mesh):
-    state = made.initial_state(0, pretrain=lambda fresh: {**fresh, **loaded.variables})
+  with jax.set_mesh(program.mesh):
+    state = program.initial_state(0, pretrain=lambda fresh: {**fresh, **loaded.variables})
     for step in range(config["steps"]):
-      batch = sharding.to_global(batches[step % len(batches)], made.mesh)
-      state, metrics = made.train_step(state, batch)
+      batch = sharding.to_global(batches[step % len(batches)], program.mesh)
+      state, metrics = program.train_step(state, batch)
       losses.append(float(metrics["loss"].compute()))
       norms.append(float(metrics["gradient_norm"].compute()))
   params = traverse_util.flatten_dict(jax.device_get(state.params), sep="/")
   return np.array(losses), np.array(norms), vit_timm.state_dict(params)
 
 
-def test_training_curve_equals_the_reference(load_golden):
+def test_training_curve_equals_pytorch(load_golden):
   config, inputs, outputs = load_golden("train_vit_timm_a")
   losses, norms, params = train(config, inputs)
   np.testing.assert_allclose(losses, outputs["loss"], rtol=1e-4)
@@ -70,6 +70,6 @@ def test_training_curve_equals_the_reference(load_golden):
   compared = [key.removeprefix("param/") for key in outputs if key.startswith("param/")]
   assert len(compared) == 5
   for key in compared:
-    moved, expected = params[key] - start[key], outputs[f"param/{key}"] - start[key]
-    difference = np.linalg.norm(moved - expected) / np.linalg.norm(expected)
-    assert difference < 1e-3, f"{key} moved otherwise by {difference:.1e} of its way"
+    update, expected = params[key] - start[key], outputs[f"param/{key}"] - start[key]
+    difference = np.linalg.norm(update - expected) / np.linalg.norm(expected)
+    assert difference < 1e-3, f"{key}: update differs by {difference:.1e}"

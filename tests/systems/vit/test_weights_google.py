@@ -1,4 +1,4 @@
-"""Google's .npz files: golden parity and the reader."""
+"""Google's .npz files: predictions against goldens, and the reader."""
 
 import re
 
@@ -24,7 +24,7 @@ def weights_of(name):
 
 
 def run(loaded, images, **kwargs):
-  """Compiled, since the many small programs of an eager model take longer than one."""
+  """Applies the model jitted: the small programs of an eager model take longer to compile."""
   return jax.jit(lambda v, x: loaded.model.apply(v, x, **kwargs))(loaded.variables, images)
 
 
@@ -37,7 +37,7 @@ def image_size(config):
 
 
 def close(given, expected):
-  """1e-5; relative to the largest value where that is above 1, as in the ResNets' outputs."""
+  """1e-5; relative to the largest value where that exceeds 1, as in the ResNets' outputs."""
   np.testing.assert_allclose(given, expected, atol=1e-5 * max(1, np.abs(expected).max()))
 
 
@@ -52,7 +52,7 @@ def block_outputs(intermediates, name):
 @pytest.mark.parametrize(
   ("name", "scan_layers"), [("vit_a", False), *((name, True) for name in PLAIN)]
 )
-def test_golden_parity(name, scan_layers, load_golden):
+def test_predictions_equal_golden(name, scan_layers, load_golden):
   config, inputs, outputs = load_golden(name)
   size = image_size(config)
   loaded = load_pretrained(
@@ -81,7 +81,7 @@ def test_golden_parity(name, scan_layers, load_golden):
 
 
 @pytest.mark.parametrize("name", ["vit_posemb_a", "vit_posemb_gap_a"])
-def test_golden_parity_at_another_resolution(name, load_golden):
+def test_predictions_at_other_resolution_equal_golden(name, load_golden):
   config, inputs, outputs = load_golden(name)
   at_source = load_pretrained(weights_of(name))
   logits = run(at_source, inputs["image_src"])["logits"]
@@ -109,7 +109,7 @@ def test_golden_parity_at_another_resolution(name, load_golden):
 
 @pytest.mark.parametrize("name", [*PLAIN, "vit_posemb_a"])
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_export_of_import_is_the_file_bit_for_bit(name, scan_layers, load_golden, tmp_path):
+def test_round_trip_is_exact(name, scan_layers, load_golden, tmp_path):
   config, _, _ = load_golden(name)
   size = tuple(config.get("img_size", (32, 32)))
   loaded = load_pretrained(
@@ -124,8 +124,8 @@ def test_export_of_import_is_the_file_bit_for_bit(name, scan_layers, load_golden
     np.testing.assert_array_equal(array, again[key], strict=True)
 
 
-def respell(arrays, *, linen=False, prefix="", stacked=False, flat_norms=False):
-  """Rewrites a published file as its later spellings have it."""
+def rename_keys(arrays, *, linen=False, prefix="", stacked=False, flat_norms=False):
+  """Rewrites a published file with the key names of later versions."""
   names = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
     "LayerNorm_2": "LayerNorm_1",
@@ -145,7 +145,7 @@ def respell(arrays, *, linen=False, prefix="", stacked=False, flat_norms=False):
 
 
 @pytest.mark.parametrize(
-  ("name", "spelling"),
+  ("name", "key_names"),
   [
     ("vit_a", {"linen": True}),
     ("vit_a", {"linen": True, "prefix": "params/", "stacked": True}),
@@ -153,8 +153,8 @@ def respell(arrays, *, linen=False, prefix="", stacked=False, flat_norms=False):
     ("vit_hybrid_a", {"flat_norms": True}),
   ],
 )
-def test_every_spelling_gives_the_same_variables(name, spelling, tmp_path):
-  arrays = respell(dict(np.load(weights_of(name))), **spelling)
+def test_all_key_names_give_equal_variables(name, key_names, tmp_path):
+  arrays = rename_keys(dict(np.load(weights_of(name))), **key_names)
   path = tmp_path / "respelt.npz"
   np.savez(path, **arrays)
   expected, given = load_pretrained(weights_of(name)), load_pretrained(str(path))
@@ -162,7 +162,7 @@ def test_every_spelling_gives_the_same_variables(name, spelling, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, expected.variables, given.variables)
 
 
-def test_optimizer_state_and_bfloat16_are_read(tmp_path):
+def test_file_with_optimizer_state_and_bfloat16_is_read(tmp_path):
   arrays = dict(np.load(weights_of("vit_a")))
   file = {f"opt/target/{k}": np.asarray(v, jnp.bfloat16) for k, v in arrays.items()}
   file["opt/state/step"] = np.int32(7)
@@ -173,8 +173,8 @@ def test_optimizer_state_and_bfloat16_are_read(tmp_path):
   np.testing.assert_allclose(params["embedding/kernel"], arrays["embedding/kernel"], rtol=4e-3)
 
 
-def test_big_vision_positions_have_no_row_for_the_class_token(tmp_path, load_golden):
-  """Moving the class token's row into the token itself is what big_vision does with old files."""
+def test_big_vision_file_has_no_class_token_position(tmp_path, load_golden):
+  """As big_vision does with old files, adds the class token's position to the token."""
   _, inputs, outputs = load_golden("vit_a")
   arrays = dict(np.load(weights_of("vit_a")))
   table_ = arrays.pop("Transformer/posembed_input/pos_embedding")
@@ -192,14 +192,14 @@ def test_big_vision_positions_have_no_row_for_the_class_token(tmp_path, load_gol
   for key, array in np.load(again).items():
     np.testing.assert_array_equal(array, arrays[key])
 
-  # The published file, read into such a model, and the other way round.
+  # The published file read into such a model, and the reverse.
   for source, field in ((weights_of("vit_a"), False), (str(path), True)):
     loaded = load_pretrained(source, cls_token_position=field)
     logits = run(loaded, inputs["image"])["logits"]
     np.testing.assert_allclose(logits, outputs["logits"], atol=1e-4)
 
 
-def test_load_into_fills_a_given_model_and_keeps_a_head_that_does_not_fit(load_golden):
+def test_load_into_keeps_head_of_other_shape(load_golden):
   _, inputs, outputs = load_golden("vit_posemb_a")
   fields = load_pretrained(weights_of("vit_posemb_a")).config
   fields.update(num_classes=10, representation_size=None, head_bias_init=-3.0)
@@ -217,7 +217,7 @@ def test_load_into_fills_a_given_model_and_keeps_a_head_that_does_not_fit(load_g
   assert not again["params"]["head"]["bias"].any()
 
 
-def test_a_file_in_a_bucket(monkeypatch):
+def test_load_from_bucket(monkeypatch):
   real = epath.Path
   monkeypatch.setattr(epath, "Path", lambda path: real(str(path).replace("gs://b", str(GOLDENS))))
   loaded = load_pretrained("gs://b/vit_posemb_a/weights.npz")
@@ -229,7 +229,7 @@ def test_a_file_in_a_bucket(monkeypatch):
     load_pretrained("gs://b/none.npz")
 
 
-def test_load_into_a_grid_that_is_not_square():
+def test_load_into_non_square_grid():
   source = weights_of("vit_rep_a")
   loaded = load_pretrained(source, image_size=(32, 48))
   again = load_into(source, loaded.variables)
@@ -242,12 +242,12 @@ def test_load_into_a_grid_that_is_not_square():
     load_into(source, wider.variables)
 
 
-def test_a_head_without_its_representation_layer_starts_from_zeros():
+def test_head_without_representation_layer_is_zero():
   loaded = load_pretrained(weights_of("vit_posemb_a"), representation_size=None)
   assert not loaded.variables["params"]["head"]["kernel"].any()
 
 
-def test_features_alone():
+def test_load_without_head_returns_features():
   loaded = load_pretrained(weights_of("vit_a"), num_classes=None)
   images = loaded.preprocess([np.zeros((40, 50, 3), np.uint8), np.full((9, 9, 3), 255, np.uint8)])
   assert images.shape == (2, 32, 32, 3)
@@ -257,7 +257,7 @@ def test_features_alone():
   assert out["features"].shape == (2, 64)
 
 
-def test_all_problems_of_a_file_are_reported(tmp_path):
+def test_invalid_file_reports_all_errors(tmp_path):
   arrays = dict(np.load(weights_of("vit_a")))
   del arrays["Transformer/encoder_norm/scale"]
   arrays["extra/kernel"] = np.zeros(3)
@@ -273,7 +273,7 @@ def test_all_problems_of_a_file_are_reported(tmp_path):
   assert "\n" not in message
 
 
-def test_a_file_of_another_kind_of_model_is_not_taken_apart():
+def test_file_of_other_model_raises_short_error():
   published = {f"Transformer/layer_{i}/kernel": np.zeros((2, 2), np.float32) for i in range(99)}
   shapes = {f"stage{i}/conv/kernel": (3, 3, 8, 8) for i in range(99)}
   with pytest.raises(WeightsError, match="its keys") as info:
@@ -281,9 +281,9 @@ def test_a_file_of_another_kind_of_model_is_not_taken_apart():
   assert len(str(info.value)) < 400
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
+def test_non_finite_weights_raise(tmp_path):
   arrays = dict(np.load(weights_of("vit_a")))
-  arrays["head/bias"] = np.full_like(arrays["head/bias"], 3e38)  # a sum that overflows is no fault
+  arrays["head/bias"] = np.full_like(arrays["head/bias"], 3e38)  # finite; only the sum overflows
   path = str(tmp_path / "broken.npz")
   np.savez(path, **arrays)
   variables = load_pretrained(path).variables
@@ -291,19 +291,19 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
   arrays["embedding/kernel"][0, 0, 0, 0] = -np.inf
   np.savez(path, **arrays)
   for load in (load_pretrained, lambda p: load_into(p, variables)):
-    with pytest.raises(WeightsError, match=r"broken\.npz holds NaN or infinity in ") as info:
+    with pytest.raises(WeightsError, match=r"broken\.npz .*NaN") as info:
       load(path)
     named = str(info.value).partition(" in ")[2].partition(":")[0].split(", ")
     assert sorted(named) == ["Transformer/encoder_norm/scale", "embedding/kernel"]
     assert "\n" not in str(info.value)
 
 
-def test_errors_a_user_can_cause(tmp_path):
-  with pytest.raises(ValueError, match="there is no checkpoint at nowhere"):
+def test_invalid_files_and_options_raise(tmp_path):
+  with pytest.raises(ValueError, match=r"nowhere"):
     load_pretrained("nowhere.npz")
   other = tmp_path / "weights.bin"
   other.write_bytes(b"")
-  with pytest.raises(ValueError, match="no format that can be read"):
+  with pytest.raises(ValueError, match=r"weights\.bin"):
     load_pretrained(str(other))
   path = tmp_path / "other.npz"
   np.savez(path, a=np.zeros(3))
@@ -313,13 +313,13 @@ def test_errors_a_user_can_cause(tmp_path):
     load_pretrained(weights_of("vit_rep_a"))
   with pytest.raises(WeightsError, match="6 tokens, not for 2 x 2"):
     load_pretrained(weights_of("vit_rep_a"), source_image_size=32)
-  with pytest.raises(ValueError, match="field of VisionTransformer 'widht'; did you mean 'width'"):
+  with pytest.raises(ValueError, match=r"'widht'.*'width'"):
     load_pretrained(weights_of("vit_a"), widht=3)
   with pytest.raises(ValueError, match=r"image height: 33 .*8"):
     load_pretrained(weights_of("vit_a"), image_size=33)
 
 
-def test_stack_is_the_inverse_of_unroll():
+def test_stack_inverts_unroll():
   rng = np.random.default_rng(0)
   tree = {"encoder/blocks/norm/scale": rng.normal(size=(3, 4)), "head/bias": rng.normal(size=2)}
   layers = table.unroll(tree)
@@ -331,6 +331,6 @@ def test_stack_is_the_inverse_of_unroll():
   }
 
 
-def test_export_names_unsupported_fields():
+def test_export_of_unknown_key_raises():
   with pytest.raises(WeightsError, match="no name for: decoder/kernel"):
     table.write({"decoder/kernel": np.zeros(1)}, vit_npz.TABLE)

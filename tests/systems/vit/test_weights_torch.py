@@ -1,4 +1,4 @@
-"""timm's and Hugging Face's ViTs: golden parity, round trips, invalid files."""
+"""timm's and Hugging Face's ViTs: predictions against goldens, round trips, invalid files."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def assert_same_arrays(given, expected):
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_golden_parity(name, load_golden):
+def test_timm_predictions_equal_golden(name, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(timm_file(name), **TIMM[name])
   assert loaded.preprocess.image_size == tuple(config["img_size"])
@@ -77,7 +77,7 @@ def test_timm_golden_parity(name, load_golden):
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_timm_positions_resize_as_in_timm(name, load_golden):
+def test_timm_predictions_at_other_resolution_equal_golden(name, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(timm_file(name), image_size=tuple(config["new_img"]), **TIMM[name])
   if "pos_embed_resized_bicubic_antialias" in outputs:
@@ -88,7 +88,7 @@ def test_timm_positions_resize_as_in_timm(name, load_golden):
 
 
 @pytest.mark.parametrize("name", HF)
-def test_hf_golden_parity(name, load_golden):
+def test_hugging_face_predictions_equal_golden(name, load_golden):
   config, inputs, outputs = load_golden(name)
   loaded = load_pretrained(hf_folder(name))
   assert loaded.model.layer_norm_epsilon == config["layer_norm_eps"]
@@ -114,7 +114,7 @@ def _result(is_base):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_export_of_import_is_the_file_bit_for_bit(scan_layers, tmp_path):
+def test_round_trip_is_exact(scan_layers, tmp_path):
   for name, fields in TIMM.items():
     loaded = load_pretrained(timm_file(name), scan_layers=scan_layers, **fields)
     write_timm(str(tmp_path / "again.safetensors"), flat(loaded.variables))
@@ -131,7 +131,7 @@ def test_export_of_import_is_the_file_bit_for_bit(scan_layers, tmp_path):
 
 
 def tiny_variables(size=32, **fields):
-  """Random parameters of a tiny model: what a file of another variant would hold."""
+  """Returns a tiny model and random variables."""
   sizes = {"num_classes": 3, "patch_size": 8, "width": 64, "depth": 2, "num_heads": 1}
   model = VisionTransformer(**{**sizes, "mlp_dim": 32, "activation": "gelu", **fields})
   height, width = (size, size) if isinstance(size, int) else size
@@ -155,7 +155,7 @@ RESNET = {"width": 32, "group_norm_epsilon": 1e-5, "std_epsilon": 0.0, "variance
   ],
   ids=["fc_norm", "fc_norm_cls", "no_embed_class", "pre_logits", "hybrid", "stem_only"],
 )
-def test_timm_variants_are_inferred(fields, tmp_path):
+def test_timm_fields_are_inferred(fields, tmp_path):
   path = str(tmp_path / "model.safetensors")
   model, variables = tiny_variables(**fields)
   after_pool = fields.get("fc_norm", False)
@@ -168,26 +168,26 @@ def test_timm_variants_are_inferred(fields, tmp_path):
   assert_same_arrays(flat(again), flat(variables))
 
 
-@pytest.mark.parametrize("own_row", [True, False])
+@pytest.mark.parametrize("cls_row", [True, False])
 @pytest.mark.parametrize("size", [(32, 48), (24, 56)])
-def test_rows_of_grids_that_are_not_square(own_row, size, tmp_path):
-  """4 x 6 and a class token's row are 25, which is 5 x 5 as well; what is stated decides."""
+def test_position_rows_of_non_square_grid(cls_row, size, tmp_path):
+  """25 rows are 4x6 patches and a class token, or 5x5 patches; the stated size decides."""
   path = str(tmp_path / "model.safetensors")
-  model, variables = tiny_variables(size, depth=1, cls_token_position=own_row)
+  model, variables = tiny_variables(size, depth=1, cls_token_position=cls_row)
   write_timm(path, flat(variables))
   images = np.random.default_rng(1).normal(size=(1, *size, 3)).astype(np.float32)
   expected = jax.jit(model.apply)(variables, images)["logits"]
   config = {"pretrained_cfg": {"input_size": [3, *size]}}
-  for stated in ({}, config, {**config, "model_args": {"no_embed_class": not own_row}}):
+  for stated in ({}, config, {**config, "model_args": {"no_embed_class": not cls_row}}):
     if stated:
       (tmp_path / "config.json").write_text(json.dumps(stated))
     given = {} if stated else {"source_image_size": size}
     loaded = load_pretrained(path, **given)
     close(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"], expected, 1e-4)
-  assert loaded.model.cls_token_position == own_row
+  assert loaded.model.cls_token_position == cls_row
 
 
-def test_pooling_from_timm_arguments(tmp_path):
+def test_pool_is_read_from_timm_arguments(tmp_path):
   path = str(tmp_path / "model.safetensors")
   _, variables = tiny_variables(depth=1, cls_token=True, fc_norm=True)
   write_timm(path, flat(variables), fc_norm=True)
@@ -201,24 +201,24 @@ def test_pooling_from_timm_arguments(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("added", "architecture", "named"),
+  ("added", "architecture", "message"),
   [
     ({}, "vit_base_patch16_rpn_224", "vit_base_patch16_rpn_224"),
     ({"dist_token": np.zeros((1, 1, 64), np.float32)}, "", "dist_token"),
     ({"reg_token": np.zeros((1, 4, 64), np.float32)}, "", "reg_token"),
   ],
 )
-def test_other_architectures_with_a_vits_keys_are_refused(added, architecture, named, tmp_path):
+def test_other_architecture_with_vit_keys_raises(added, architecture, message, tmp_path):
   _, variables = tiny_variables(depth=1)
   arrays = {**vit_timm.state_dict(flat(variables)), **added}
   write_safetensors(str(tmp_path / "model.safetensors"), arrays)
   (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}))
-  with pytest.raises(WeightsError, match=named):
+  with pytest.raises(WeightsError, match=message):
     load_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(
-  ("config", "named"),
+  ("config", "message"),
   [
     ({"model_args": {"num_heads": 3}}, "num_heads"),
     ({"model_args": {"num_heads": "4"}}, "num_heads"),
@@ -227,15 +227,15 @@ def test_other_architectures_with_a_vits_keys_are_refused(added, architecture, n
     ({"pretrained_cfg": [1]}, "pretrained_cfg"),
   ],
 )
-def test_wrong_fields_of_timm_are_named(config, named, tmp_path):
+def test_invalid_timm_config_raises(config, message, tmp_path):
   _, variables = tiny_variables(depth=1)
   write_timm(str(tmp_path / "model.safetensors"), flat(variables))
   (tmp_path / "config.json").write_text(json.dumps(config))
-  with pytest.raises(WeightsError, match=named):
+  with pytest.raises(WeightsError, match=message):
     load_pretrained(str(tmp_path))
 
 
-def test_architecture_fields_complete_the_inferred_sizes(tmp_path, caplog):
+def test_fields_are_completed_by_architecture(tmp_path, caplog):
   _, variables = tiny_variables(depth=1)
   write_timm(str(tmp_path / "model.safetensors"), flat(variables))
   with caplog.at_level("INFO"):
@@ -248,7 +248,7 @@ def test_architecture_fields_complete_the_inferred_sizes(tmp_path, caplog):
   assert load_pretrained(str(tmp_path)).model.activation == "gelu_tanh"
 
 
-def test_prefixes_of_wrappers_are_removed(tmp_path):
+def test_wrapper_prefixes_are_removed(tmp_path):
   _, variables = tiny_variables(depth=1)
   arrays = vit_timm.state_dict(flat(variables))
   for prefix in ("_orig_mod.", "module.", "model.", "_orig_mod.module."):
@@ -258,8 +258,8 @@ def test_prefixes_of_wrappers_are_removed(tmp_path):
     assert_same_arrays(flat(loaded.variables), flat(variables))
 
 
-def test_the_image_size_decides_what_a_square_table_is(tmp_path):
-  """16 rows are 4 x 4 patches, or 3 x 5 and the class token's."""
+def test_image_size_resolves_ambiguous_position_table(tmp_path):
+  """16 rows are 4x4 patches, or 3x5 patches and a class token."""
   path = str(tmp_path / "model.safetensors")
   _, variables = tiny_variables((24, 40), depth=1)
   write_timm(path, flat(variables))
@@ -274,7 +274,7 @@ def test_the_image_size_decides_what_a_square_table_is(tmp_path):
   assert not load_pretrained(path).model.cls_token_position
 
 
-def test_half_precision_is_widened(tmp_path):
+def test_bfloat16_file_is_read_as_float32(tmp_path):
   arrays = {
     key: array.astype(jnp.bfloat16) for key, array in load_file(timm_file("vit_timm_a")).items()
   }
@@ -287,7 +287,7 @@ def test_half_precision_is_widened(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_safetensors_in_a_bucket(dtype, tmp_path, monkeypatch):
+def test_read_safetensors_from_bucket(dtype, tmp_path, monkeypatch):
   real = epath.Path
   arrays = {"a": np.arange(6).reshape(2, 3).astype(dtype)}
   save_file(arrays, tmp_path / "x.safetensors")
@@ -297,11 +297,11 @@ def test_safetensors_in_a_bucket(dtype, tmp_path, monkeypatch):
   assert loaded["a"].dtype == np.float32
   np.testing.assert_array_equal(loaded["a"], arrays["a"].astype(np.float32))
   for missing in ("y", "z"):
-    with pytest.raises(WeightsError, match=f"gs://b/{missing}.safetensors cannot be read"):
+    with pytest.raises(WeightsError, match=f"gs://b/{missing}.safetensors"):
       read_safetensors(f"gs://b/{missing}.safetensors")
 
 
-def test_a_new_head_starts_from_zeros_and_a_base_model_gets_one():
+def test_head_of_other_num_classes_is_zero():
   loaded = load_pretrained(timm_file("vit_timm_a"), num_heads=4, num_classes=7)
   assert loaded.variables["params"]["head"]["kernel"].shape == (48, 7)
   assert not loaded.variables["params"]["head"]["kernel"].any()
@@ -310,7 +310,7 @@ def test_a_new_head_starts_from_zeros_and_a_base_model_gets_one():
   assert "pre_logits" not in base.variables["params"]
 
 
-def test_preprocessing_travels_with_the_weights(tmp_path):
+def test_preprocessing_is_read_from_config(tmp_path):
   shutil.copytree(hf_folder("vit_hf_a"), tmp_path / "hf")
   settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3]}
   (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -333,7 +333,7 @@ def test_preprocessing_travels_with_the_weights(tmp_path):
   assert (found.preprocess, found.class_names) == (preprocess, ("a",) * 10)
 
 
-def test_all_problems_of_a_file_are_reported(tmp_path, monkeypatch):
+def test_invalid_file_reports_all_errors(tmp_path, monkeypatch):
   monkeypatch.setattr(table, "_MAX_NAMED", 9)
   arrays = load_file(timm_file("vit_timm_a"))
   del arrays["norm.weight"]
@@ -351,12 +351,12 @@ def test_all_problems_of_a_file_are_reported(tmp_path, monkeypatch):
   assert "\n" not in message
 
 
-def test_errors_a_user_can_cause(tmp_path):
-  with pytest.raises(ValueError, match=r"there is no model\.safetensors or .* nor a TensorFlow"):
+def test_invalid_files_and_options_raise(tmp_path):
+  with pytest.raises(ValueError, match=r"model\.safetensors"):
     load_pretrained(str(tmp_path))
   cut = tmp_path / "cut.safetensors"
   cut.write_bytes((golden_folder("vit_timm_a") / "weights.safetensors").read_bytes()[:9000])
-  with pytest.raises(WeightsError, match=r"cut\.safetensors cannot be read as safetensors"):
+  with pytest.raises(WeightsError, match=r"cut\.safetensors"):
     load_pretrained(str(cut))
   shutil.copy(golden_folder("vit_hf_a") / "model.safetensors", tmp_path)
   with pytest.raises(WeightsError, match=r"no config\.json beside"):
@@ -369,16 +369,16 @@ def test_errors_a_user_can_cause(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps({**config, "image_size": 32}))
   assert load_pretrained(str(tmp_path)).model.patch_size == 8
   (tmp_path / "config.json").write_text(json.dumps({**config, "patch_size": [8, 4]}))
-  with pytest.raises(WeightsError, match=r"has patches of \[8, 4\]; ours are square"):
+  with pytest.raises(WeightsError, match=r"patches of \[8, 4\]"):
     load_pretrained(str(tmp_path))
   (tmp_path / "config.json").write_text("{}")
   with pytest.raises(WeightsError, match="num_attention_heads, patch_size"):
     load_pretrained(str(tmp_path))
   save_file({"conv.weight": np.zeros(1)}, tmp_path / "other.safetensors")
-  with pytest.raises(WeightsError, match=r"holds no weights of .* begin with conv\.weight"):
+  with pytest.raises(WeightsError, match=r"conv\.weight"):
     load_pretrained(str(tmp_path / "other.safetensors"))
   mean = load_pretrained(timm_file("vit_timm_gap_a"), num_heads=2)
-  with pytest.raises(WeightsError, match=r"Hugging Face has no ViT with pool='mean'"):
+  with pytest.raises(WeightsError, match=r"pool='mean'"):
     vit_hf.write_checkpoint(str(tmp_path), Export("vit", mean.model, {}, mean.preprocess))
   with pytest.raises(WeightsError, match="both pre_logits and head"):
     vit_hf.state_dict({"pre_logits/kernel": np.zeros((1, 1)), "head/kernel": np.zeros((1, 1))})
