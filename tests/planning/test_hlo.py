@@ -59,6 +59,11 @@ HloModule jit_step, is_scheduled=true, num_partitions=8
   ROOT %done = f32[50,1000] dynamic-update-slice(%whole, %row, %i, %i)
 }
 
+%prefetch (whole: f32[50,1000]) -> f32[10,1000] {
+  %whole = f32[50,1000] parameter(0)
+  ROOT %rows = f32[10,1000]{1,0:S(1)} slice(%whole), slice={[0:10], [0:1000]}
+}
+
 ENTRY %main (a: f32[1000], b: bf16[100], c: f32[50,1000], d: f32[100]) -> f32[1000] {
   %a = f32[1000]{0:T(1024)} parameter(0)
   %b = bf16[100] parameter(1)
@@ -74,6 +79,10 @@ backend_config={"known_trip_count":{"n":"3"}}
   %row = f32[1,1000] fusion(%c, %zero), kind=kLoop, calls=%cut
   %back = f32[50,1000] fusion(%c, %row, %zero), kind=kLoop, calls=%put
   %near = f32[1000]{0:T(1024)S(1)} copy(%a)
+  %fetch = ((f32[50,1000]), f32[10,1000]{1,0:S(1)}, s32[]{:S(2)}) async-start(%c), calls=%prefetch
+  %fetched = f32[10,1000]{1,0:S(1)} async-done(%fetch)
+  %again = f32[1,1000]{1,0:S(1)} slice(%fetched), slice={[0:1], [0:1000]}
+  %stored = f32[50,1000] dynamic-update-slice(%c, %again, %zero, %zero)
   %start = (f32[100]{0}, f32[800]{0}) all-gather-start(%d), replica_groups={}, dimensions={0}
   %end = f32[800]{0} all-gather-done(%start)
   ROOT %out = f32[1000]{0:T(1024)} get-tuple-element(%loop), index=1
@@ -100,8 +109,10 @@ def test_memory_bytes_of_slices_and_on_chip_copies():
   scattered = 4 * (400 + 200)
   row, back = 4000 + 4000 + 4, 4000 + 4000 + 4  # the row and the index
   near = 4000  # read from main memory, written to on-chip memory
+  prefetched, stored = 10 * 4000, 4000  # read from main memory; written to it
   started = 400 + 3200
-  assert found.memory_bytes == reduced + gathered + scattered + row + back + near + started
+  slices = row + back + prefetched + stored
+  assert found.memory_bytes == reduced + gathered + scattered + slices + near + started
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ executed: a scan's body once per step; of a conditional, the branch with the mos
 
 * An instruction reads its operands and writes its result; a fusion and a Pallas kernel are one
   instruction each, though a kernel may read an operand again for each of its blocks.
-* Slices, and updates in place, count as the slice.
+* Slices, and updates in place, count as the slice, as do prefetches of a slice to on-chip memory.
 * Arrays outside main memory (`S(1)` is a TPU's on-chip memory) do not count.
 """
 
@@ -260,10 +260,12 @@ def _moved(module: Module, instruction: Instruction, shapes: Mapping[str, Instru
     return sum(_moved_by_fusion(module, instruction, shapes))
   written = shape_bytes(instruction.shape, main_memory=True)
   if opcode in ("dynamic-slice", "slice", "gather"):
-    return 2 * written
+    in_main_memory = _read(instruction.operands[0], shapes) > 0
+    return written + (shape_bytes(instruction.shape) if in_main_memory else 0.0)
   if opcode == "dynamic-update-slice":
-    update = shapes.get(instruction.operands[1])
-    return 2 * shape_bytes(update.shape, main_memory=True) if update else 0.0
+    update = instruction.operands[1]
+    in_main_memory = written > 0 and update in shapes
+    return _read(update, shapes) + (shape_bytes(shapes[update].shape) if in_main_memory else 0.0)
   if opcode in _WHOLE:
     return written
   return written + sum(_read(o, shapes) for o in instruction.operands)
