@@ -71,14 +71,14 @@ class Detr(nn.Module):
   decoder_depth: int = 6  # figure 4
   num_heads: int = 8  # of every attention (A.4)
   mlp_dim: int = 2048  # hidden width of the feed-forward networks (A.4)
-  # Fields of `DecoderLayer` that differ from the encoder's, such as {"mlp_dim": 1024}, as the files
-  # of transformers may have them.
+  # Fields of `DecoderLayer` that differ from the encoder's, such as {"mlp_dim": 1024}; the
+  # config.json of transformers has them.
   decoder: Mapping[str, Any] | None = None
   dropout_rate: float = 0.1  # in the Transformer (A.4)
   position_embedding: str = "sine"  # Table 1; or "learned", at most 50 x 50 features (Table 3)
   mask_head: bool = False  # also predicts masks (section 4.4, Table 5)
   # Also applies class and box head to the encoder's tokens, for `Detection.dense_weight`: not in
-  # the paper, but the demo's small model learns from random weights with it.
+  # the paper; the demo needs it to train a small model from random weights.
   dense_predictions: bool = False
   # Fields of `ResNet`, with frozen batch norms by default; "output_stride" 16 is DC5 (Table 1).
   backbone: Mapping[str, Any] | None = None
@@ -87,7 +87,7 @@ class Detr(nn.Module):
   masked_backbone: bool = False
   dtype: Dtype = "float32"  # of the computation; parameters, norms, logits and boxes are float32
   remat: str = "none"  # of Transformer layers, a key of `REMAT_POLICIES`
-  scan_layers: bool = True  # compiles one encoder and one decoder layer, in place of all
+  scan_layers: bool = True  # compiles one encoder and one decoder layer instead of all
   attention_implementation: Implementation = None
 
   @nn.compact
@@ -291,7 +291,6 @@ class EncoderLayer(_Layer):
     *,
     train: bool,
   ) -> tuple[Float[Array, "b n d"], None]:
-    """Returns the next tokens."""
     x = shard_batch(x)
     x = self._attend("attention", x, positions, x + positions, x, mask, train=train)
     return self._feed_forward(x, train=train), None
@@ -311,7 +310,6 @@ class DecoderLayer(_Layer):
     *,
     train: bool,
   ) -> tuple[Float[Array, "b q d"], Float[Array, "b q d"]]:
-    """Returns the next slots, twice."""
     x = shard_batch(x)
     x = self._attend("self_attention", x, queries, x + queries, x, train=train)
     key = memory + positions
@@ -425,7 +423,7 @@ class MaskHead(nn.Module):
 
 
 class _MaskedResNet(ResNet):
-  """A ResNet whose features are zero in the padding after every norm, as outside of an image."""
+  """A ResNet whose features are zero in the padding after every norm, as outside of the image."""
 
   keep: Mapping[tuple[int, ...], Any] | None = None  # by size of the map
 

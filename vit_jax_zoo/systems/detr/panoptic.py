@@ -89,11 +89,11 @@ def found_segments(
   """Returns an image's predicted segments, of queries above the threshold, in original pixels."""
   padded = batch["image"].shape[1:3]
   shown = np.asarray(batch["image_size"][row]) if "image_size" in batch else padded
-  kept = np.asarray(predictions["is_object"][row], bool)
-  kept = kept & (np.asarray(predictions["scores"][row]) > threshold)
+  selected = np.asarray(predictions["is_object"][row], bool)
+  selected = selected & (np.asarray(predictions["scores"][row]) > threshold)
   return segment(
-    np.asarray(predictions["mask_logits"][row], np.float32)[kept],
-    np.asarray(predictions["labels"][row])[kept].astype(np.int64),
+    np.asarray(predictions["mask_logits"][row], np.float32)[selected],
+    np.asarray(predictions["labels"][row])[selected].astype(np.int64),
     stuff_from,
     padded_size=(int(padded[0]), int(padded[1])),
     image_size=(int(shown[0]), int(shown[1])),
@@ -130,8 +130,8 @@ class PanopticQuality:
     void = shared[-1]
     union = truth_area[:-1, None] + (found_area - void)[None, :-1] - shared[:-1, :-1]
     iou = shared[:-1, :-1] / np.maximum(union, 1)
-    alike = (truth.labels[:, None] == found.labels[None]) & ~crowds[:, None]
-    rows, columns = np.nonzero(alike & (iou > 0.5))
+    same_class = (truth.labels[:, None] == found.labels[None]) & ~crowds[:, None]
+    rows, columns = np.nonzero(same_class & (iou > 0.5))
     np.add.at(self.true_positives, truth.labels[rows], 1)
     np.add.at(self.iou, truth.labels[rows], iou[rows, columns])
 

@@ -45,10 +45,10 @@ class DetectionPredictor:
     batch = {key: np.asarray(example[key])[None] for key in keys & example.keys()}
     batch["original_size"] = np.array([image.shape[:2]], np.int32)
     found = jax.device_get(self._predict(self._trained.variables, batch))
-    kept = np.flatnonzero(found["scores"][0] >= self._options.threshold)
-    kept = kept[np.argsort(-found["scores"][0][kept], kind="stable")]
-    record: dict[str, Any] = {"detections": self._detections(batch, found, kept, image)}
-    pictures: dict[str, Picture] = {"": self._draw(image, found, kept)}
+    selected = np.flatnonzero(found["scores"][0] >= self._options.threshold)
+    selected = selected[np.argsort(-found["scores"][0][selected], kind="stable")]
+    record: dict[str, Any] = {"detections": self._detections(batch, found, selected, image)}
+    pictures: dict[str, Picture] = {"": self._draw(image, found, selected)}
     if self._options.explain:
       shown = {**batch, "image": image[None]}  # at full size: the model's may be tiny
       pictures["attention"] = draw_query_attention(
@@ -64,15 +64,15 @@ class DetectionPredictor:
     return Prediction(record, pictures, record["detections"], record.get("segments_info"))
 
   def _detections(
-    self, batch: dict[str, Any], found: dict[str, Any], kept: np.ndarray, image: Image
+    self, batch: dict[str, Any], found: dict[str, Any], selected: np.ndarray, image: Image
   ) -> list[dict[str, Any]]:
     boxes = _inside(found["boxes_xyxy"][0], image)
-    outlines: list[dict[str, Any]] = [{}] * len(kept)
+    outlines: list[dict[str, Any]] = [{}] * len(selected)
     if "mask_logits" in found:
-      of_kept = {"mask_logits": found["mask_logits"][:, kept]}
+      of_selected = {"mask_logits": found["mask_logits"][:, selected]}
       outlines = [
         {"area": int(mask.sum()), "segmentation": encode_masks(mask[None])[0]}
-        for mask in original_masks(batch, of_kept, 0, (image.shape[0], image.shape[1]))
+        for mask in original_masks(batch, of_selected, 0, (image.shape[0], image.shape[1]))
       ]
     return [
       box_annotation(
@@ -81,25 +81,25 @@ class DetectionPredictor:
         float(found["scores"][0][query]),
         **outline,
       )
-      for query, outline in zip(kept, outlines, strict=True)
+      for query, outline in zip(selected, outlines, strict=True)
     ]
 
   def _category(self, label: int) -> dict[str, Any]:
     names = self._task.class_names
     return {"category_id": label, **({"name": names[label]} if label < len(names) else {})}
 
-  def _draw(self, image: Image, found: dict[str, np.ndarray], kept: np.ndarray) -> Figure:
-    labels = found["labels"][0][kept]
+  def _draw(self, image: Image, found: dict[str, np.ndarray], selected: np.ndarray) -> Figure:
+    labels = found["labels"][0][selected]
     names = [
       f"{name_of(label, self._task.class_names)} {score:.0%}"
-      for label, score in zip(labels, found["scores"][0][kept], strict=True)
+      for label, score in zip(labels, found["scores"][0][selected], strict=True)
     ]
-    title = f"{len(kept)} detections, score {self._options.threshold:.0%} or more"
+    title = f"{len(selected)} detections, score {self._options.threshold:.0%} or more"
     figure, axes = draw.grid(1, 1, title)
     figure.set_size_inches(7, 0.5 + 7 * image.shape[0] / image.shape[1])
     draw.show(axes[0, 0], image)
-    boxes = _inside(found["boxes_xyxy"][0][kept], image)  # drawn last, and on top: highest score
-    draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])
+    boxes = _inside(found["boxes_xyxy"][0][selected], image)
+    draw.draw_boxes(axes[0, 0], boxes[::-1], names[::-1], labels[::-1])  # highest score on top
     return figure
 
   def _segments_info(self, segments: Segmentation) -> list[dict[str, Any]]:

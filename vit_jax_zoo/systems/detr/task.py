@@ -33,7 +33,7 @@ class Detection(base.Task):
   `image_size` int [b 2], height and width without the padding (no padding without this key);
   `boxes_cxcywh` float [b t 4], relative to the image without its padding; `labels` int [b t], class
   ids; `is_target` bool [b t], False in padding; for a model with a mask head `masks` bool
-  [b t h w]; `mask` bool [b], False for rows that are padding altogether. Evaluation also reads
+  [b t h w]; `mask` bool [b], False for padding rows. Evaluation also reads
   `original_size` int [b 2], height and width before the image was resized, `image_id` int [b],
   `is_crowd` bool [b t] and `area` float [b t], in pixels of the original image; see
   `DetectionEvaluator`.
@@ -42,7 +42,7 @@ class Detection(base.Task):
   name: ClassVar[str] = "detection"
   predicts_boxes: ClassVar[bool] = True
 
-  model: Any  # a `Detr`, or another with `num_queries` and `mask_head` that is called alike
+  model: Any  # a `Detr`, or a module with its call, `num_queries` and `mask_head`
   num_classes: int  # highest class id + 1, without "no object"; COCO's ids are unchanged: 91
   class_weight: float = 1.0  # of the class loss, and of the probability in the matching cost
   box_weight: float = 5.0  # of the L1 distance in loss and matching cost (A.4)
@@ -50,11 +50,11 @@ class Detection(base.Task):
   mask_weight: float = 1.0  # of the masks' focal loss
   dice_weight: float = 1.0  # of the masks' dice loss
   no_object_weight: float = 0.1  # of queries without a target in the class loss (3.1)
-  auxiliary_losses: bool = True  # trains every decoder layer, not the last alone (3.2)
+  auxiliary_losses: bool = True  # trains every decoder layer, not only the last (3.2)
   # Of `losses.dense_auxiliary_loss`, which needs the model's `dense_predictions`. Not in the paper;
-  # with it the demo's small model learns from random weights.
+  # the demo needs it to train a small model from random weights.
   dense_weight: float = 0.0
-  # Steps in which it decays linearly to 0, so that neighbouring queries stop to predict the same
+  # Steps of its linear decay to 0, after which neighbouring queries no longer predict the same
   # object; None: constant.
   dense_steps: int | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
@@ -104,7 +104,7 @@ class Detection(base.Task):
     """Returns the counts of examples and of boxes (at least 1), and the class loss's weight."""
     mask, queries = base.example_mask(batch), self.model.num_queries
     count = jnp.sum(is_target(batch), axis=1)
-    matched = jnp.minimum(count, queries).astype(jnp.float32)  # whatever the matching
+    matched = jnp.minimum(count, queries).astype(jnp.float32)  # for any matching
     weight = matched + self.no_object_weight * (queries - matched)
     return {
       "examples": jnp.sum(mask.astype(jnp.float32)),
@@ -203,9 +203,11 @@ class Detection(base.Task):
       figures["attention"] = draw_query_attention(*drawn, threshold=threshold)
     if self.stuff_from is not None:
       rows, given = draw.real_rows(batch)[:4], (batch, predictions)
-      least = {"threshold": self.segment_threshold}
       truths = [panoptic.true_segments(batch, row) for row in rows]
-      found = [panoptic.found_segments(*given, row, self.stuff_from, **least) for row in rows]
+      found = [
+        panoptic.found_segments(*given, row, self.stuff_from, threshold=self.segment_threshold)
+        for row in rows
+      ]
       images = [draw.image_of(batch, row) for row in rows]
       figures["segments"] = draw_segments(truths, found, images, self.class_names)
     return figures

@@ -33,8 +33,8 @@ def draw_completions(
     show_image(ax, picture)
   names = ("given", "completed by the model", "original")
   for column, name in zip((0, 1, count + 1), names, strict=True):
-    place = ((0, 1), (0, 5), "axes fraction", "offset points")
-    axes[0, column].annotate(name, *place, fontsize=8.5, annotation_clip=False)
+    position = ((0, 1), (0, 5), "axes fraction", "offset points")
+    axes[0, column].annotate(name, *position, fontsize=8.5, annotation_clip=False)
   return figure
 
 

@@ -22,13 +22,13 @@ class CompletionPredictor:
       raise ValueError(f"{trained.source}: causal=False; expected a causal model for completions")
     if "palette" not in trained.variables:
       wrong = f"{trained.source}: no palette"
-      raise ValueError(f"{wrong}; expected OpenAI's kmeans_centers.npy beside the weights")
+      raise ValueError(f"{wrong}; expected OpenAI's kmeans_centers.npy in the weights' folder")
     if not 0 <= options.prefix_fraction <= 1 or options.samples < 1 or options.temperature < 0:
       given = f"{options.prefix_fraction}, {options.samples}, {options.temperature}"
-      known = "--prefix_fraction lies in [0, 1], --samples is positive, --temperature not negative"
-      raise ValueError(f"{known}; got {given}")
+      limits = "--prefix_fraction in [0, 1], --samples of at least 1, --temperature of at least 0"
+      raise ValueError(f"expected {limits}; got {given}")
     if options.top_k is not None and options.top_k < 1:
-      raise ValueError(f"--top_k is positive; got {options.top_k}")
+      raise ValueError(f"--top_k: {options.top_k}; expected at least 1")
     self._trained, self._fraction = trained, options.prefix_fraction
     sampling = {name: getattr(options, name) for name in ("temperature", "top_k", "seed")}
     task: Any = trained.task
@@ -36,7 +36,7 @@ class CompletionPredictor:
     self._predict = jax.jit(task.predict)
 
   def __call__(self, image: Image) -> Prediction:
-    """Returns `given`, the number of kept pixels, and `nats`, the mean loss of the pixels.
+    """Returns `given`, the number of pixels of the prefix, and `nats`, the mean loss of all pixels.
 
     Pictures: "" the figure, "samples" the prefix, the completions and the original side by side.
     """

@@ -37,7 +37,7 @@ def complete(
   if not model.shifts:
     raise ValueError("causal, sos_token: False; expected a causal model with a start token")
   variables = {key: variables[key] for key in ("params", "palette") if key in variables}
-  # A filler that is no colour would be embedded as NaN, which a weight of zero does not hide.
+  # Unknown tokens are 0: an index out of range would be embedded as NaN, also with weight zero.
   positions = jnp.arange(tokens.shape[1], dtype=lengths.dtype)
   given = jnp.where(positions[None] < lengths[:, None], tokens, 0)
   _, state = model.apply(variables, given, method="from_tokens", mutable=["cache"])
@@ -73,7 +73,7 @@ def continue_sequences(
   """Samples each row of `tokens` from its length on, and keeps what comes before.
 
   The loop begins at the shortest length, up to which the cache is filled. A scan over all positions
-  that skips the given ones would copy the whole cache in and out of the branch that skips.
+  with a branch for the given ones would copy the cache in and out of that branch.
   """
 
   def draw(position: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:

@@ -126,11 +126,12 @@ class PixelModelling(base.Task):
 
     def predict_view(view: int | Array) -> dict[str, Array]:
       outputs, nats = self._model(variables, batch, self._view(view), train=False)
-      seen = {"nats": nats, "tokens": outputs["tokens"]}
+      predictions = {"nats": nats, "tokens": outputs["tokens"]}
       if self.model.num_classes is not None:
-        seen["labels"] = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)
-        seen |= {"class_loss": self._classify(outputs, batch)[0]} if "label" in batch else {}
-      return seen
+        predictions["labels"] = jnp.argmax(outputs["logits"], axis=-1).astype(jnp.int32)
+        if "label" in batch:
+          predictions["class_loss"] = self._classify(outputs, batch)[0]
+      return predictions
 
     if self.model.causal or self.model.num_classes is None:
       predictions = predict_view(0)
@@ -198,7 +199,7 @@ class PixelModelling(base.Task):
     self, outputs: Mapping[str, Array], batch: base.Batch
   ) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
     labels, logits = jnp.asarray(batch["label"]), outputs["logits"]
-    # A label that is no class gives NaN, which stops a run, except in rows of padding.
+    # An unknown label makes the loss NaN, which stops a run, except in padding rows.
     known = (labels >= 0) & (labels < logits.shape[-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(known, labels, 0))
     losses = jnp.where(known | ~base.example_mask(batch), losses, jnp.nan)

@@ -26,8 +26,8 @@ Implementation: TypeAlias = Literal["auto", "einsum", "convolution"]
 
 INITIALIZATIONS = ("paper", "timm")
 
-# Measured: a dense matrix product is this many times faster per multiply-add than a convolution
-# with `u` input channels (16x16 and 32x32 maps, 9x9 scope, forward and backward).
+# Measured speed of a dense matrix product per multiply-add, relative to a convolution with `u`
+# input channels (16x16 and 32x32 maps, 9x9 scope, forward and backward).
 EINSUM_ADVANTAGE = 6.0
 # The paper uses the einsum up to 85^2 positions (k = 16, u = 1); its table of embeddings of all
 # pairs grows with the square of the positions.
@@ -56,7 +56,7 @@ def apply_lambdas(
   Queries are unscaled (the paper has `1/sqrt(k)` in the initialization), keys before the softmax.
   `embeddings` are relative (context minus query), zero beyond their odd sides: `[2h-1 2w-1]`
   reaches every position, `[r r]` is the lambda convolution's local scope. `bias` is added to the
-  position lambdas (in both public codes, not in the paper).
+  position lambdas (in timm and lucidrains' code, not in the paper).
   """
   map_size = values.shape[1:3]
   embeddings = _crop(embeddings, map_size).astype(values.dtype)
@@ -82,7 +82,7 @@ def apply_lambdas(
 def choose_implementation(
   map_size: tuple[int, ...], embeddings_shape: tuple[int, ...]
 ) -> Literal["einsum", "convolution"]:
-  """Returns the cheaper implementation of position lambdas, from shapes alone.
+  """Returns the cheaper implementation of position lambdas for these shapes.
 
   Per query and channel, the einsum has one multiply-add per map position, the convolution one per
   scope position, which is slower. The einsum also needs the embeddings of all pairs in memory.

@@ -2,8 +2,8 @@
 
 The paper's code was not released. Choices where its text is ambiguous:
 
-* squeeze-and-excitation in c2 and c3 only: this reproduces the published parameter counts (the text
-  says that lambda blocks have none);
+* squeeze-and-excitation in c2 and c3 only: this reproduces the published parameter counts
+  (according to the text, lambda blocks have none);
 * a lambda layer is followed by batch norm and ReLU, like the convolution that it replaces; the 3x3
   average pooling of strided ones comes before these;
 * the indices of c4's blocks with a lambda layer count from zero;
@@ -29,7 +29,7 @@ from vit_jax_zoo.ops.checks import check_num_classes, check_rates
 from vit_jax_zoo.systems.lambda_resnet.figures import draw_lambdas
 from vit_jax_zoo.systems.lambda_resnet.layer import LambdaLayer
 
-# Blocks of c4 with a lambda layer by network depth (appendix, architectures): every n-th, how many.
+# Blocks of c4 with a lambda layer by network depth (appendix, architectures): step, number.
 _C4 = {50: (3, 1), 101: (6, 3), 152: (5, 6), 200: (5, 6), 270: (8, 6), 350: (10, 6), 420: (10, 8)}
 _C4_BLOCKS = {n: tuple(range(step, step * last + 1, step)) for n, (step, last) in _C4.items()}
 
@@ -90,7 +90,7 @@ DETECTORS: dict[str, dict[str, Any]] = {
 """Detectors of the paper's COCO experiment: fields of Mask R-CNN by model name."""
 
 SHARDING_RULES = ((r".*/(bias|scale|position_bias|position_embedding)", ()), (r".*", "fsdp"))
-"""Kernels split over `fsdp`; everything small is kept whole."""
+"""Kernels are sharded over `fsdp`, small arrays replicated."""
 
 
 class LambdaBottleneck(Bottleneck):
@@ -152,13 +152,13 @@ class LambdaResNet(ResNet):
     return {"lambdas": lambdas, "filters": variables["params"]["stem"]["conv1"]["conv"]["kernel"]}
 
   def draw_explanation(
-    self, images: np.ndarray, captions: Sequence[str], seen: Mapping[str, Any]
+    self, images: np.ndarray, captions: Sequence[str], explanation: Mapping[str, Any]
   ) -> tuple[dict[str, Figure], dict[str, Figure]]:
     """Draws the lambdas of the first image, if there are any; and the filters."""
     del captions
-    first = {name: norms[0] for name, norms in seen["lambdas"].items()}
+    first = {name: norms[0] for name, norms in explanation["lambdas"].items()}
     drawn = {"lambdas": draw_lambdas(images[0], first)} if first else {}
-    return drawn, {"filters": draw_filters(seen["filters"])}
+    return drawn, {"filters": draw_filters(explanation["filters"])}
 
   def block(self, stage: str, index: int, **fields: Any) -> nn.Module:
     """Returns a lambda block where `lambda_blocks` has one, else a bottleneck."""

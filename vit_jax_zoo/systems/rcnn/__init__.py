@@ -29,5 +29,5 @@ SYSTEM = System(
     ("model.proposals.after_nms", "post_nms_top_n"),
     ("model.proposals.nms_threshold", "nms_thresh"),
   ),
-  removed_fields={"model.proposals.least_side": 0.0},
+  removed_fields={"model.proposals.least_side": 0.0, "task.max_candidates": 2000},
 )

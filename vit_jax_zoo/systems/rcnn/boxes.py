@@ -196,11 +196,11 @@ def assign_anchors(
   anchor (all ties), so that every target has one. Background: below `bg_iou_thresh` with all.
   """
   overlap = jnp.where(is_target[None] & valid[:, None], pairwise_iou(anchors_xyxy, targets_xyxy), 0)
-  most, target = _best(overlap)
+  iou, target = _best(overlap)
   best_of_target = jnp.max(overlap, axis=0, initial=0)[None]
   is_best = jnp.any((overlap == best_of_target) & (overlap > 0), axis=1)
-  foreground = (most >= fg_iou_thresh) | is_best
-  return Assignment(foreground & valid, (most < bg_iou_thresh) & ~foreground & valid, target)
+  foreground = (iou >= fg_iou_thresh) | is_best
+  return Assignment(foreground & valid, (iou < bg_iou_thresh) & ~foreground & valid, target)
 
 
 def assign_proposals(
@@ -216,8 +216,8 @@ def assign_proposals(
   Proposals with more than 0.7 of their area in a crowd, which is no target, are not background.
   """
   overlap = pairwise_iou(proposals_xyxy, targets_xyxy)
-  most, target = _best(jnp.where(is_target[None], overlap, 0))
-  foreground = most >= fg_iou_thresh
+  iou, target = _best(jnp.where(is_target[None], overlap, 0))
+  foreground = iou >= fg_iou_thresh
   low = jnp.maximum(proposals_xyxy[:, None, :2], targets_xyxy[None, :, :2])
   high = jnp.minimum(proposals_xyxy[:, None, 2:], targets_xyxy[None, :, 2:])
   common, area = box_area(jnp.concatenate([low, high], axis=-1)), box_area(proposals_xyxy)[:, None]
@@ -237,8 +237,8 @@ def sample_boxes(
 ) -> Sample:
   """Samples `count` boxes without replacement, at most `positive_fraction` of them foreground."""
   keys = jax.random.uniform(rng, (2, len(assignment.target)))
-  most = round(count * positive_fraction)
-  foreground, is_foreground = top_k(keys[0], assignment.foreground, most)
+  max_foreground = round(count * positive_fraction)
+  foreground, is_foreground = top_k(keys[0], assignment.foreground, max_foreground)
   background, is_background = top_k(keys[1], assignment.background, count)
   is_background &= jnp.arange(count) < count - jnp.sum(is_foreground)
   index = jnp.concatenate([foreground, background])
@@ -278,21 +278,21 @@ def non_max_suppression(
   order = jnp.argsort(jnp.where(valid, -scores, jnp.inf), stable=True)
   boxes = boxes_xyxy[order]
   overlap = pairwise_iou(boxes, boxes)
-  hits = overlap >= threshold if inclusive else overlap > threshold
+  suppresses = overlap >= threshold if inclusive else overlap > threshold
   if groups is not None:
-    hits &= groups[order][:, None] == groups[order][None]
-  place = jnp.arange(len(scores))
-  hits &= place[:, None] < place[None]
+    suppresses &= groups[order][:, None] == groups[order][None]
+  rank = jnp.arange(len(scores))
+  suppresses &= rank[:, None] < rank[None]
   exists = valid[order]
 
-  def decide(keep: Bool[Array, " n"]) -> Bool[Array, " n"]:
-    return exists & ~jnp.any(hits & keep[:, None], axis=0)
+  def suppress(keep: Bool[Array, " n"]) -> Bool[Array, " n"]:
+    return exists & ~jnp.any(suppresses & keep[:, None], axis=0)
 
-  # From the highest score on, each round settles at least one more box.
+  # Each iteration makes the result of at least one more box final, from the highest score on.
   _, keep = jax.lax.while_loop(
     lambda state: jnp.any(state[0] != state[1]),
-    lambda state: (state[1], decide(state[1])),
-    (exists, decide(exists)),
+    lambda state: (state[1], suppress(state[1])),
+    (exists, suppress(exists)),
   )
   return jnp.zeros_like(keep).at[order].set(keep, unique_indices=True)
 
@@ -335,7 +335,7 @@ def choose_proposals(
 
   Anchors, logits and deltas are those of all levels, which have `lengths`.
   """
-  kept, start = [], 0
+  levels, start = [], 0
   for length in lengths:
     level = objectness[start : start + length]
     scores, index = jax.lax.top_k(level, min(limits.pre_nms_top_n, length))
@@ -343,14 +343,14 @@ def choose_proposals(
     boxes = decode_boxes(deltas[index], anchors_xyxy[index])
     boxes = clip_boxes(boxes, image_size, convention.min_clipped_size)
     sides = boxes[:, 2:] - boxes[:, :2]
-    # False for NaN
+    # False for NaN.
     valid = jnp.all((sides > 0) & (sides >= convention.min_proposal_size), axis=1)
     keep = non_max_suppression(
       boxes, scores, limits.nms_thresh, valid=valid, inclusive=convention.inclusive_threshold
     )
-    kept.append((boxes, scores, keep))
+    levels.append((boxes, scores, keep))
     start += length
-  boxes, scores, keep = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
+  boxes, scores, keep = (jnp.concatenate(parts) for parts in zip(*levels, strict=True))
   index, exists = top_k(scores, keep, limits.post_nms_top_n)
   boxes = jnp.where(exists[:, None], boxes[index], 0)
   return boxes, jnp.where(exists, scores[index], -jnp.inf), exists
@@ -363,9 +363,9 @@ class DetectionLimits:
   score_thresh: float = 0.05  # detections with a lower score are dropped
   nms_thresh: float = 0.5  # IoU threshold of suppression, per class
   detections_per_img: int = 100  # maximum number of detections
+  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # weights of the deltas, see `encode_boxes`
   # (box, class) pairs before suppression; no effect while `detections_per_img` of them remain
   max_candidates: int = 2000
-  reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # weights of the deltas, see `boxes.encode_boxes`
 
 
 class Detections(NamedTuple):

@@ -1,8 +1,9 @@
 """Neck and heads of R-CNN: feature pyramid, region proposals, boxes and masks.
 
-Box and mask heads get a sequence of [b r s s c]: crops of one level of the pyramid, or, adaptive,
-of all levels, finest first: each has its own first layer, `first_<level>`, and their elementwise
-maximum goes on (Liu et al., arXiv:1803.01534, section 3.2; the official code of FPT).
+Inputs of box and mask heads are sequences of [b r s s c]: crops of one level of the pyramid, or
+(adaptive) of all levels, finest first. Each of several levels has its own first layer,
+`first_<level>`, and the second layer's input is their elementwise maximum (Liu et al.,
+arXiv:1803.01534, section 3.2; the official code of FPT).
 """
 
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ class BottomUpPyramid(FeaturePyramid):
 
 
 class RegionProposalHead(nn.Module):
-  """Objectness and box deltas of every anchor; for all levels (arXiv:1506.01497, 3.1)."""
+  """Objectness and box deltas of every anchor, with one set of weights (arXiv:1506.01497, 3.1)."""
 
   num_anchors: int  # anchors per position
   dtype: Dtype = "float32"  # dtype of the convolutions; outputs are float32
@@ -127,7 +128,6 @@ class BoxHead(_Head):
   def __call__(
     self, crops: Sequence[Float[Array, "b r s s c"]], *, train: bool = False
   ) -> Float[Array, "b r f"]:
-    """Returns the feature vectors."""
     check_positive(self, "width")
     check_not_negative(self, "num_convs", "num_dense")
     layers = [(self._conv, f"conv_{i}") for i in range(self.num_convs)]
@@ -191,30 +191,29 @@ class MaskHead(_Head):
     x = last = self._apply(crops, layers[:shared], train=train)
     for layer, name in layers[shared:]:
       last = layer(name, last, train=train)
-    upsampled = nn.relu(Doubling(self.width, self.dtype, name="upsample")(last))
+    upsampled = nn.relu(TransposedConv(self.width, self.dtype, name="upsample")(last))
     self.sow("intermediates", "upsampled", upsampled)
     init = kaiming_normal
     head = nn.Conv(self.num_classes + 1, (1, 1), kernel_init=init, dtype=self.dtype, name="logits")
     logits = head(upsampled).astype(jnp.float32)
     if self.fused:
-      logits = logits + self._whole(x, train=train).astype(jnp.float32)
+      logits = logits + self._fused_mask(x, train=train).astype(jnp.float32)
     return logits.reshape(*crops[0].shape[:2], *logits.shape[1:])
 
   def _conv(self, name: str, x: Float[Array, "n s s c"], *, train: bool) -> Array:
     return self._convolve(name, x, self.width, train=train)
 
-  def _whole(self, x: Float[Array, "n s s c"], *, train: bool) -> Float[Array, "n m m 1"]:
-    # Non-negative, as in the official code.
+  def _fused_mask(self, x: Float[Array, "n s s c"], *, train: bool) -> Float[Array, "n m m 1"]:
     side = 2 * x.shape[1]
     x = self._convolve("fused_conv_0", x, self.width, train=train)
     x = self._convolve("fused_conv_1", x, self.width // 2, train=train)
     dense = nn.Dense(side * side, kernel_init=kaiming_uniform, dtype=self.dtype, name="fused_dense")
-    x = nn.relu(dense(x.reshape(len(x), -1)))
+    x = nn.relu(dense(x.reshape(len(x), -1)))  # as in the official code
     self.sow("intermediates", "fused", x)
     return x.reshape(len(x), side, side, 1)
 
 
-class Doubling(nn.Module):
+class TransposedConv(nn.Module):
   """A 2x2 transposed convolution with stride 2."""
 
   features: int
@@ -222,7 +221,6 @@ class Doubling(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n i j f"]:
-    """Returns a map of twice the size."""
     batch, height, width, channels = x.shape
     kernel = self.param("kernel", kaiming_normal, (2, 2, channels, self.features), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)

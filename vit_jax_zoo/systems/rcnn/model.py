@@ -83,7 +83,7 @@ class RCNN(nn.Module):
   levels: tuple[str, ...] = STAGES  # maps of the backbone to use, from fine to coarse
   extra_levels: int = 1  # further coarse maps for large anchors, each the subsampled previous one
   neck: str = "fpn"  # name of the neck, "fpn", "bfp" (bottom-up) or one registered by a system
-  neck_fields: Mapping[str, Any] | None = None  # fields of the neck beside `width`
+  neck_fields: Mapping[str, Any] | None = None  # fields of the neck except `width`
   width: int = 256  # channels of the pyramid
   # square root of the anchors' area in pixels, per level (extra levels included)
   anchor_sizes: tuple[float | int, ...] = (32, 64, 128, 256, 512)
@@ -92,11 +92,11 @@ class RCNN(nn.Module):
   proposals: Mapping[str, Any] | None = None
   # "torchvision", "detectron" or "detectron2"; see `boxes.Convention`
   convention: str = "torchvision"
-  # side in pixels of boxes that are pooled from the level of `canonical_stride`
+  # boxes of this side, in pixels, are pooled from the level of `canonical_stride`, boxes of twice
+  # that side from the next one (arXiv:1612.03144, Eq. 1)
   canonical_size: float | int = 224
-  # stride of that level; twice as large boxes are pooled from the next one
   canonical_stride: int = 16
-  adaptive: bool = False  # pool boxes from all levels (adaptive feature pooling)
+  adaptive: bool = False  # pools boxes from all levels (arXiv:1803.01534; FPT's official configs)
   pool_size: int = 7  # side of the box head's input
   mask_pool_size: int = 14  # side of the mask head's input; masks have twice this side
   box_head: Mapping[str, Any] | None = None  # fields of `BoxHead`
@@ -104,7 +104,6 @@ class RCNN(nn.Module):
   dtype: Dtype = "float32"  # of the computation; parameters, statistics, logits, boxes are float32
 
   def setup(self) -> None:
-    """Creates backbone, neck and heads."""
     self._check()
     kinds = registry_of("backbone_kind", "backbones", {"resnet": "vit_jax_zoo.nn.resnet:ResNet"})
     kind = kinds[self.backbone_kind]
@@ -171,7 +170,7 @@ class RCNN(nn.Module):
     def choose(*each: Array) -> tuple[Array, ...]:
       choose_one = functools.partial(
         choose_proposals,
-        anchors_xyxy=jnp.concatenate(anchors),  # here, since arrays from outside have another mesh
+        anchors_xyxy=jnp.concatenate(anchors),  # here: arrays from outside have another mesh
         lengths=tuple(len(x) for x in anchors),
         limits=pick_limits(self.proposals, train=train),
         convention=self.convention_details,
@@ -198,7 +197,6 @@ class RCNN(nn.Module):
 
   @property
   def has_masks(self) -> bool:
-    """Whether the model has a mask head."""
     return self.mask_head is not None
 
   @property
@@ -208,17 +206,14 @@ class RCNN(nn.Module):
 
   @property
   def level_names(self) -> tuple[str, ...]:
-    """Names of the pyramid's levels, from fine to coarse."""
     return tuple(f"p{level[1:]}" for level in self.levels)
 
   @property
   def neck_class(self) -> type[nn.Module]:
-    """Class of the neck."""
     return registry_of("neck", "necks")[self.neck]
 
   @property
   def convention_details(self) -> Convention:
-    """Details of the convention."""
     return CONVENTIONS[self.convention]
 
   @property
@@ -230,7 +225,6 @@ class RCNN(nn.Module):
 
   @property
   def cell_anchors(self) -> list[Float[np.ndarray, "a 4"]]:
-    """Anchors of each level's first position."""
     kind = self.convention_details.anchors
     return [
       cell_anchors(stride, size, self.aspect_ratios, convention=kind)

@@ -23,7 +23,6 @@ class InstancePredictor:
   reads: ClassVar[frozenset[str]] = frozenset({"threshold", "explain"})
 
   def __init__(self, trained: Trained, options: Options) -> None:
-    """Compiles the prediction."""
     self._trained, self._options = trained, options
     self._task: Any = trained.task
     if options.explain and not hasattr(getattr(trained.model, "neck_class", None), "explain"):
@@ -62,8 +61,8 @@ class InstancePredictor:
     pictures: dict[str, Picture] = {"": figure}
     if self._options.explain:
       box = boxes[0] if len(boxes) else np.array([0, 0, image.shape[1], image.shape[0]])
-      place = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
-      batch = {"image": prepared[None], "query_position": place[None].astype(np.float32)}
+      center = (box[[1, 0]] + box[[3, 2]]) / 2 / image.shape[:2]
+      batch = {"image": prepared[None], "query_position": center[None].astype(np.float32)}
       explanation = jax.device_get(jax.jit(self._task.explain)(self._trained.variables, batch))
       pictures["levels"] = self._task.draw_explanation(explanation).images["levels"]
     if "box_masks" in found:

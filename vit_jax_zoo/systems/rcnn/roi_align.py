@@ -7,8 +7,8 @@ interpolation. The two conventions differ in the position of a pixel's value:
 * not `aligned`, the original: at i * stride; boxes have at least one map step per side, and in
   Detectron inclusive right and bottom (pass those as they are).
 
-Points up to one step outside the map have the border's values, those further away are 0. Large maps
-are gathered from; small ones are multiplied by interpolation matrices, which is faster.
+Points up to one step outside the map have the border's values, those further away are 0. Points of
+large maps are gathered; small maps are multiplied by interpolation matrices, which is faster.
 """
 
 import functools
@@ -45,8 +45,8 @@ def box_levels(
   coarsest of `levels`; level l has stride 2^l, and boxes are in pixels.
   """
   sides = jnp.maximum(boxes_xyxy[..., 2:] - boxes_xyxy[..., :2], 0)
-  share = jnp.sqrt(sides[..., 0] * sides[..., 1]) / canonical_size
-  level = jnp.floor(canonical_level + jnp.log2(share + 1e-6))
+  ratio = jnp.sqrt(sides[..., 0] * sides[..., 1]) / canonical_size
+  level = jnp.floor(canonical_level + jnp.log2(ratio + 1e-6))
   return jnp.clip(level, *levels).astype(jnp.int32)
 
 
@@ -73,8 +73,8 @@ def roi_align(
       result = result + jnp.where((level_index == index)[..., None, None, None], crops, 0)
   if any(large):
     gathered = [(x, s) for x, s, is_large in zip(pyramid, strides, large, strict=True) if is_large]
-    place = jnp.cumsum(jnp.asarray(large, jnp.int32)) - 1
-    crops = _gathered(gathered, boxes_xyxy, place[level_index], size, aligned=aligned)
+    number = jnp.cumsum(jnp.asarray(large, jnp.int32)) - 1  # among the large maps
+    crops = _gathered(gathered, boxes_xyxy, number[level_index], size, aligned=aligned)
     result = result + jnp.where(jnp.asarray(large)[level_index][..., None, None, None], crops, 0)
   return jnp.asarray(result)
 
@@ -141,7 +141,7 @@ def _gathered(
   *,
   aligned: bool,
 ) -> Float[Array, "b r size size c"]:
-  """Gathers each box's points from its level (index clipped), out of one table of all levels."""
+  """Gathers each box's points from its level (index clipped) in one table of all levels."""
   batch, channels = levels[0][0].shape[0], levels[0][0].shape[-1]
   table = jnp.concatenate([x.reshape(batch, -1, channels) for x, _ in levels], axis=1)
   shapes = [(x.shape[1], x.shape[2]) for x, _ in levels]
@@ -170,14 +170,14 @@ def _interpolate(
   rows: _Points,
   columns: _Points,
 ) -> Float[Array, "r size size c"]:
-  """Gathers four neighbours per point; `table` has each box's map, row by row, from `offset` on."""
+  """Interpolates between four neighbours; `table` has each box's map, row by row, from `offset`."""
   boxes, size, samples = rows.at.shape
   y, y_weight, x, x_weight = (leaf.reshape(boxes, -1) for leaf in (*rows, *columns))
   result = 0.0
-  for y_index, y_share in _neighbours(y, map_size[:, 0]):
-    for x_index, x_share in _neighbours(x, map_size[:, 1]):
+  for y_index, y_fraction in _neighbours(y, map_size[:, 0]):
+    for x_index, x_fraction in _neighbours(x, map_size[:, 1]):
       index = y_index[:, :, None] * map_size[:, 1, None, None] + x_index[:, None]
-      weight = (y_weight * y_share)[:, :, None] * (x_weight * x_share)[:, None]
+      weight = (y_weight * y_fraction)[:, :, None] * (x_weight * x_fraction)[:, None]
       values = table[index + offset[:, None, None]]
       result = result + values * weight.astype(table.dtype)[..., None]
   bins = jnp.asarray(result).reshape(boxes, size, samples, size, samples, -1)
@@ -188,6 +188,6 @@ def _neighbours(
   at: Float[Array, "r p"], side: Int[Array, " r"]
 ) -> list[tuple[Int[Array, "r p"], Float[Array, "r p"]]]:
   low = jnp.floor(at)
-  share = at - low
+  fraction = at - low
   index = low.astype(jnp.int32)
-  return [(index, 1 - share), (jnp.minimum(index + 1, side[:, None] - 1), share)]
+  return [(index, 1 - fraction), (jnp.minimum(index + 1, side[:, None] - 1), fraction)]

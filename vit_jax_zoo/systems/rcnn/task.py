@@ -84,8 +84,8 @@ class InstanceDetection(base.Task):
   box_score_thresh: float = 0.05  # detections with a lower score are dropped
   box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class
   box_detections_per_img: int = 100  # maximum number of detections
-  max_candidates: int = 2000  # see `boxes.DetectionLimits`
-  mask_paste: str | None = None  # see `ops.mask_paste`; None: that of the model's convention
+  # see `ops.mask_paste`; None: the convention's. torchvision's published weights have another.
+  mask_paste: str | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores
@@ -102,8 +102,8 @@ class InstanceDetection(base.Task):
         raise ValueError(f"{field.name}: {value}; expected a number in [0, 1]")
       if field.name.endswith("_beta") and value < 0:
         raise ValueError(f"{field.name}: {value}; expected 0 or more")
-    check_positive(self, "num_classes", "rpn_batch_size_per_image", "box_batch_size_per_image")
-    check_positive(self, "box_detections_per_img", "max_candidates")
+    counts = ("rpn_batch_size_per_image", "box_batch_size_per_image", "box_detections_per_img")
+    check_positive(self, "num_classes", *counts)
 
   @property
   def best_metric(self) -> str:
@@ -159,15 +159,15 @@ class InstanceDetection(base.Task):
     terms = self._anchor_losses(found, targets, batch, anchor_rng, count)
     terms |= self._box_losses(logits, deltas, rois, targets, examples / count)
     if self.model.has_masks:
-      most = max(round(self.box_batch_size_per_image * self.box_positive_fraction), 1)
-      first = Rois(*(x[:, :most] for x in rois))
-      masks = run("segment", found.pyramid, first.boxes_xyxy)
-      terms["mask_loss"] = examples / count * self._mask_loss(masks, first, batch)
+      max_foreground = max(round(self.box_batch_size_per_image * self.box_positive_fraction), 1)
+      foreground = Rois(*(x[:, :max_foreground] for x in rois))
+      masks = run("segment", found.pyramid, foreground.boxes_xyxy)
+      terms["mask_loss"] = examples / count * self._mask_loss(masks, foreground, batch)
     unknown = targets.is_target & ((targets.labels < 0) | (targets.labels >= self.num_classes))
     loss = jnp.where(jnp.any(unknown), jnp.nan, sum(terms.values()))
     metrics = {k: base.Mean(x * count, examples) for k, x in ({"loss": loss} | terms).items()}
-    right = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == rois.labels).astype(jnp.float32)
-    metrics["class_accuracy"] = base.Mean.of(right, rois.exists)
+    correct = (jnp.argmax(logits, axis=-1).astype(jnp.int32) == rois.labels).astype(jnp.float32)
+    metrics["class_accuracy"] = base.Mean.of(correct, rois.exists)
     overlap = pairwise_iou(targets.boxes_xyxy, found.boxes_xyxy)
     covered = jnp.any((overlap >= 0.5) & found.exists[:, None], axis=2)
     metrics["proposal_recall"] = base.Mean.of(covered.astype(jnp.float32), targets.is_target)
@@ -185,8 +185,7 @@ class InstanceDetection(base.Task):
     found = self.model.apply(variables, self._images(batch), size, method="propose")
     logits, deltas = self.model.apply(variables, found.pyramid, found.boxes_xyxy, method="classify")
     thresholds = self.box_score_thresh, self.box_nms_thresh
-    counts = self.box_detections_per_img, self.max_candidates
-    limits = DetectionLimits(*thresholds, *counts, self.bbox_reg_weights)
+    limits = DetectionLimits(*thresholds, self.box_detections_per_img, self.bbox_reg_weights)
     convention = self.model.convention_details
     detect = functools.partial(choose_detections, limits=limits, convention=convention)
     boxes, scores, labels, exists = on_own_examples(

@@ -28,12 +28,12 @@ def wasserstein_loss(
   """Returns score(image) - score(truth) and (|gradient| - 1)^2: WGAN-GP, arXiv:1704.00028, Eq. 3.
 
   The gradient is that of `score` at `images` and `truths` mixed, with the weight `epsilon` of the
-  truth; each score depends on its own image alone.
+  truth; each score depends on its own image only.
   """
-  share = epsilon.reshape(-1, 1, 1, 1)
-  mixed = images * (1 - share) + truths * share
+  weight = epsilon.reshape(-1, 1, 1, 1)
+  mixed = images * (1 - weight) + truths * weight
   gradients = jax.grad(lambda x: jnp.sum(score(x)))(mixed)
-  # Kept off zero, where the root has no gradient.
+  # The root has no gradient at zero.
   norms = jnp.sqrt(jnp.maximum(jnp.sum(gradients**2, axis=(1, 2, 3)), 1e-24))
   return score(images) - score(truths), (norms - 1) ** 2
 
@@ -71,7 +71,6 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-    """Convolves `x`."""
     init, side = pytorch_uniform(self.kernel_size**2 * x.shape[-1]), self.kernel_size
     conv = nn.Conv(
       self.features, (side, side), self.stride, side // 2,

@@ -1,7 +1,7 @@
 """TTSR. Yang et al., "Learning Texture Transformer Network for Image Super-Resolution", CVPR 2020.
 
 arXiv:2006.04139: 4x super-resolution with textures of a reference image. TTSR and TTSR-rec differ
-in their losses alone. Numbers 1, 2 and 3 in names: maps with 1, 2 and 4 times the sides of the
+only in their losses. Numbers 1, 2 and 3 in names: maps with 1, 2 and 4 times the sides of the
 low-resolution image.
 """
 
@@ -45,16 +45,15 @@ class TTSR(nn.Module):
   width: int = 64  # channels of the maps
   depths: tuple[int, int, int, int] = (16, 16, 8, 4)  # residual blocks before and in the stages
   texture_widths: tuple[int, int, int] = (64, 128, 256)  # of the extractor's levels: VGG-19's
-  # Of the computation. Parameters, the output, and the features that are searched are float32: in
-  # bfloat16 other patches would match.
+  # Of the computation. Parameters, the output and the searched features are float32: in bfloat16
+  # other patches would match.
   dtype: Dtype = "float32"
   scan_layers: bool = True  # of residual blocks
   block_size: tuple[int, int] = BLOCK_SIZE  # see `search.find_matches`
 
   def setup(self) -> None:
-    """Creates the texture extractor, initialised as VGG-19 and trained with the rest."""
     check_positive(self, "width", "depths", "texture_widths")
-    self.extractor = VGG19(LEVELS, self.texture_widths, self.dtype)
+    self.extractor = VGG19(LEVELS, self.texture_widths, self.dtype)  # trained with the rest
 
   def __call__(
     self,
@@ -135,7 +134,7 @@ class TTSR(nn.Module):
     return conv(x, texture) * soft.astype(x.dtype)
 
   def _integrate(self, stage: int, maps: list[Array]) -> list[Array]:
-    """Returns the maps plus residual blocks on what they exchange (CSFI)."""
+    """Returns the maps plus residual blocks on their merged maps (CSFI)."""
     exchanged = Exchange(self.width, self.dtype, name=f"exchange{stage}")(maps)
     self.sow("intermediates", f"after_exchange{stage}", exchanged)
     return [
@@ -190,7 +189,6 @@ class MergeTail(nn.Module):
   def __call__(
     self, x1: Float[Array, "b h w c"], x2: Float[Array, "b ..."], x3: Float[Array, "b ..."]
   ) -> Float[Array, "b h4 w4 3"]:
-    """Returns an image, not yet clipped."""
     x1 = Conv(self.width, 1, dtype=self.dtype, name="from1")(x1)
     x2 = Conv(self.width, 1, dtype=self.dtype, name="from2")(x2)
     merge = ConcatConv(self.width, dtype=self.dtype, name="merge")
@@ -200,7 +198,7 @@ class MergeTail(nn.Module):
 
 
 class ResidualStage(nn.Module):
-  """Residual blocks and a convolution, without the outer sum."""
+  """Residual blocks and a convolution; the caller adds the input."""
 
   depth: int
   width: int
@@ -209,7 +207,6 @@ class ResidualStage(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Returns the residual, which the caller adds."""
     make = functools.partial(ResidualBlock, self.width, self.dtype)
     blocks = Stack(make, self.depth, self.scan_layers)
     nn.share_scope(self, blocks)
@@ -224,7 +221,6 @@ class ResidualBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h w c"], None]:
-    """Returns the map, and None for `Stack`."""
     out = nn.relu(Conv(self.width, dtype=self.dtype, name="conv1")(shard_batch(x)))
     return x + Conv(self.width, dtype=self.dtype, name="conv2")(out), None
 
@@ -232,8 +228,8 @@ class ResidualBlock(nn.Module):
 class ConcatConv(nn.Module):
   """`Conv` of concatenated maps, computed as the sum of a convolution of each.
 
-  The concatenation would be the largest array at full size, and so maps are enlarged one after the
-  other, when their convolution is due.
+  The concatenation would be the largest array at full size; so each map is enlarged just before its
+  convolution.
   """
 
   features: int
@@ -269,7 +265,7 @@ def upsample_bicubic(x: Float[Array, "b h w c"], factor: int) -> Float[Array, "b
   a = -0.75 (Pillow's and JAX's filters have -0.5), half-pixel centres, edges repeated.
   """
   for axis in (1, 2):
-    # All pixels are alike: each has `factor` outputs, which depend on it and two on either side.
+    # Every pixel has `factor` outputs, with the same weights of it and two on either side.
     weights = METHODS["bicubic"](5, 5 * factor)[2 * factor : 3 * factor]
     size, edges = x.shape[axis], [(0, 0)] * 4
     edges[axis] = (2, 2)

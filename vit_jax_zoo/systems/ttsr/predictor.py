@@ -27,8 +27,8 @@ from vit_jax_zoo.systems.ttsr.figures import draw_results
 from vit_jax_zoo.systems.ttsr.search import Match, find_matches, transfer
 from vit_jax_zoo.systems.ttsr.task import to_pixels
 
-# Default of `--tile`: side of a window, in pixels of the input (as many as 480x270 has). Images
-# with no more pixels are processed at once.
+# Default of `--tile`: side of a window, in pixels of the input (about 480x270 pixels). Images with
+# no more pixels are processed at once.
 WINDOW = 360
 SEARCH_REACH = 8  # bounds the radius of the features' receptive field, 5, in pixels of the input
 _LOG_SECONDS = 10
@@ -46,9 +46,9 @@ class SuperResolutionPredictor:
     params = trained.variables["params"]
     self._variables = {"params": params.get("generator", params)}
     self._window = WINDOW if options.tile is None else options.tile
-    self._least_window = 2 * max(self._model.reach, SEARCH_REACH) + 1
-    if self._window < self._least_window:
-      expected = f"at least {self._least_window} for this model"
+    self._min_window = 2 * max(self._model.reach, SEARCH_REACH) + 1
+    if self._window < self._min_window:
+      expected = f"at least {self._min_window} for this model"
       raise ValueError(f"--tile: {self._window} pixels; expected {expected}")
     self._reference = crop_to_multiple(options.reference, "the reference")
     frugal = functools.partial(jax.jit, compiler_options=compiler_options())
@@ -64,12 +64,12 @@ class SuperResolutionPredictor:
       if getattr(error, "error_code_string", "RESOURCE_EXHAUSTED") != "RESOURCE_EXHAUSTED":
         raise
       side = min(self._window, math.isqrt(image.shape[0] * image.shape[1]))
-      least = self._least_window * 9 // 8  # a smaller tile would be mostly overlap
-      smaller = f"a smaller tile (slower), --tile={max(side * 3 // 4, least)}, or "
+      smallest = self._min_window * 9 // 8  # a smaller tile would be mostly overlap
+      smaller = f"a smaller tile (slower), --tile={max(side * 3 // 4, smallest)}, or "
       sizes = " and ".join(f"{x.shape[1]}x{x.shape[0]}" for x in (image, self._reference))
       raise ValueError(
         f"out of memory: image and reference have {sizes} pixels; use "
-        f"{smaller if side > least else ''}a smaller reference"
+        f"{smaller if side > smallest else ''}a smaller reference"
       ) from error
 
   def _enlarge(self, image: Image) -> Prediction:
@@ -103,7 +103,7 @@ class SuperResolutionPredictor:
     for part in _progress(list(cut(size, self._window, SEARCH_REACH)), "searching"):
       found = self._jitted_search(_batch(upsampled[part.outer(SCALE)]), self._reference_features[0])
       for whole, own in zip(match, found, strict=True):
-        whole[part.kept()] = np.asarray(own)[part.middle()]
+        whole[part.core()] = np.asarray(own)[part.middle()]
     return Match(*map(jnp.asarray, match))
 
   def _assemble(self, image: Image, match: Match) -> tuple[UInt8[np.ndarray, "H W 3"], int]:
@@ -114,7 +114,7 @@ class SuperResolutionPredictor:
       around = Match(*(x[:, rows, columns] for x in match))
       textures = self._reference_features[1]
       restored = self._jitted_restore(_batch(image[rows, columns]), around, textures)
-      result[part.kept(SCALE)] = np.asarray(restored)[part.middle(SCALE)]
+      result[part.core(SCALE)] = np.asarray(restored)[part.middle(SCALE)]
     return result[0], len(windows)
 
   def _features(self, images: Num[Array, "b h w 3"], *, precise: bool) -> tuple[Array, ...]:
@@ -136,7 +136,7 @@ class SuperResolutionPredictor:
 
 @functools.cache
 def compiler_options() -> dict[str, bool | str] | None:
-  """Returns XLA's options to schedule for low memory on CPUs (3.4 in place of 4.2 GB), if any."""
+  """Returns XLA's options to schedule for low memory on CPUs (3.4 instead of 4.2 GB), if any."""
   options: dict[str, bool | str] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
   if jax.default_backend() != "cpu":
     return None
@@ -153,21 +153,21 @@ class Window:
 
   rows: tuple[int, int]
   columns: tuple[int, int]
-  kept_rows: tuple[int, int]  # of the image, whose results are kept
-  kept_columns: tuple[int, int]
+  core_rows: tuple[int, int]  # those whose results are used
+  core_columns: tuple[int, int]
 
   def outer(self, scale: int = 1) -> tuple[slice, slice]:
     """Returns the window's slices in an image of `scale` times the sides."""
     return _scaled(self.rows, scale), _scaled(self.columns, scale)
 
-  def kept(self, scale: int = 1) -> tuple[slice, slice, slice]:
-    """Returns the slices of the kept centre in the whole result [1 h w ...]."""
-    return slice(None), _scaled(self.kept_rows, scale), _scaled(self.kept_columns, scale)
+  def core(self, scale: int = 1) -> tuple[slice, slice, slice]:
+    """Returns the slices of the core in the image's result [1 h w ...]."""
+    return slice(None), _scaled(self.core_rows, scale), _scaled(self.core_columns, scale)
 
   def middle(self, scale: int = 1) -> tuple[slice, slice, slice]:
-    """Returns the slices of the kept centre in the window's result [1 h w ...]."""
-    rows = _scaled(self.kept_rows, scale, self.rows[0])
-    return slice(None), rows, _scaled(self.kept_columns, scale, self.columns[0])
+    """Returns the slices of the core in the window's result [1 h w ...]."""
+    rows = _scaled(self.core_rows, scale, self.rows[0])
+    return slice(None), rows, _scaled(self.core_columns, scale, self.columns[0])
 
 
 def _scaled(side: tuple[int, int], scale: int, origin: int = 0) -> slice:
@@ -175,30 +175,30 @@ def _scaled(side: tuple[int, int], scale: int, origin: int = 0) -> slice:
 
 
 def cut(size: tuple[int, ...], window: int, reach: int) -> Iterator[Window]:
-  """Yields windows of one size, of at most `window` a side, whose kept centres partition an image.
+  """Yields windows of one size, of at most `window` a side, whose cores partition an image.
 
-  The centres are `reach` or more from the windows' edges inside of the image. An image with at most
+  Cores are `reach` or more from the windows' edges inside of the image. An image with at most
   `window`^2 pixels is one window.
   """
   if math.prod(size) <= window**2:
     window = max(size)
-  for rows, kept_rows in _cut_side(size[0], window, reach):
-    for columns, kept_columns in _cut_side(size[1], window, reach):
-      yield Window(rows, columns, kept_rows, kept_columns)
+  for rows, core_rows in _cut_side(size[0], window, reach):
+    for columns, core_columns in _cut_side(size[1], window, reach):
+      yield Window(rows, columns, core_rows, core_columns)
 
 
 def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[tuple[int, int], ...]]:
-  window, kept = min(window, length), 0
-  while kept < length:
-    first = min(max(kept - reach, 0), length - window)
+  window, start = min(window, length), 0
+  while start < length:
+    first = min(max(start - reach, 0), length - window)
     end = first + window
-    last = length if end == length else max(kept + window - 2 * reach, end - reach)
-    yield (first, end), (kept, last)
-    kept = last
+    stop = length if end == length else max(start + window - 2 * reach, end - reach)
+    yield (first, end), (start, stop)
+    start = stop
 
 
 def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows with a progress bar on a terminal, else with a log line from time to time."""
+  """Yields windows with a progress bar on a terminal, else with a log line every 10 s."""
   console = rich.console.Console(stderr=True)
   if console.is_terminal:
     yield from rich.progress.track(windows, what, console=console, transient=True)

@@ -11,7 +11,7 @@ from skimage import metrics
 
 from vit_jax_zoo.metrics.base import Evaluator, real_rows
 
-# BT.601 luma of 8-bit RGB, as MATLAB's rgb2ycbcr has it; without its offset of 16.
+# BT.601 luma of 8-bit RGB, as in MATLAB's rgb2ycbcr, without its offset of 16.
 _LUMA = np.array([65.738, 129.057, 25.064]) / 256.0
 
 _WINDOW, _SKIMAGE_WINDOW = 11, 7
@@ -40,7 +40,7 @@ SCORES = ("psnr", "ssim", "skimage_psnr", "skimage_ssim")
 def score(image: Num[np.ndarray, "h w 3"], truth: Num[np.ndarray, "h2 w2 3"]) -> dict[str, float]:
   """Returns `SCORES`, cropped to shared sides; all are NaN if a pixel is not finite.
 
-  Infinity stands for an undefined score: PSNR if the images are equal, SSIM if they are too small.
+  An undefined score is infinite: PSNR if the images are equal, SSIM if they are too small.
   """
   if not np.isfinite(image).all():
     return dict.fromkeys(SCORES, math.nan)

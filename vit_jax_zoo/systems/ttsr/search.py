@@ -1,8 +1,8 @@
 """TTSR's relevance search: hard and soft attention in blocks, without the full similarity matrix.
 
 arXiv:2006.04139, section 3.1. The search runs over blocks of queries and of reference positions
-with a running maximum; the relevance of the matches alone is recomputed, with a gradient. The
-product of two patches is a sum of pixel products that neighbouring pairs share: with columns of
+with a running maximum; only the relevance of the matches is recomputed, with a gradient. The
+product of two patches is a sum of pixel products common to neighbouring pairs: with columns of
 three pixels, `P(q, r) = C(q-1, r-1) + C(q, r) + C(q+1, r+1)`, a third of the multiplications. Axes:
 `h w` of the query map, `i j` of the reference, `c` channels.
 """
@@ -40,10 +40,10 @@ def find_matches(
 
   Maps are padded with zeros; every position is the centre of a patch. Products are float32 at the
   highest precision, whatever the dtype of the maps: with less, matches change. The relevance has
-  gradients, the index has none. `block_size` affects memory and speed alone.
+  gradients, the index has none. `block_size` affects only memory and speed.
   """
   if min(block_size) < 1:
-    raise ValueError(f"block_size must be positive, but is {block_size}")
+    raise ValueError(f"block_size: {block_size}; expected positive numbers")
   queries, references = _wide(queries), _wide(references)
   index = _search(lax.stop_gradient(queries), lax.stop_gradient(references), block_size)
   return Match(index, relevance_of(queries, references, index))
@@ -94,7 +94,7 @@ def transfer(
   wide = _wide(reference)  # so that the gradient, a sum over many patches, is float32
 
   def add(total: Array, offset: Array) -> tuple[Array, None]:
-    # Cell (y, x) is at `offset` in the patch that matches its neighbour at -offset.
+    # Cell (y, x) has `offset` in the patch that matches its neighbour at -offset.
     neighbours = (_shifted(x, -offset, (height, width)) for x in (rows, columns))
     row, column = (x + o for x, o in zip(neighbours, offset, strict=True))
     return total + _windows(wide, row, column, scale), None
@@ -132,10 +132,10 @@ def _search(
       patches = products[:, :-2, :-2] + products[:, 1:-1, 1:-1] + products[:, 2:, 2:]
       scale = lax.dynamic_slice_in_dim(scales, ref_start, ref_block, axis=1)[:, None]
       cosines = jnp.where(scale > 0, patches * scale, -jnp.inf)  # times the query's norm
-      value, place = jnp.max(cosines, axis=-1), jnp.argmax(cosines, axis=-1)
-      better = value > best[0]  # not >=: keeps the first of equal ones
-      place = place.astype(jnp.int32) + ref_start
-      return (jnp.where(better, value, best[0]), jnp.where(better, place, best[1])), None
+      value, position = jnp.max(cosines, axis=-1), jnp.argmax(cosines, axis=-1)
+      better = value > best[0]  # not >=: the first of equal ones
+      position = position.astype(jnp.int32) + ref_start
+      return (jnp.where(better, value, best[0]), jnp.where(better, position, best[1])), None
 
     nothing = jnp.full((batch, query_block), -jnp.inf, queries.dtype)
     first = jnp.ones((batch, query_block), jnp.int32)  # the result where features are NaN
@@ -143,9 +143,9 @@ def _search(
     return lax.scan(compare, (nothing, first), starts)[0][1]
 
   starts = jnp.arange(0, height * (width + 2), query_block, dtype=jnp.int32)
-  places = jnp.moveaxis(lax.map(best_of, starts), 0, 1).reshape(batch, -1)
-  places = places[:, : height * (width + 2)].reshape(batch, height, -1)[:, :, 1:-1]
-  return places // (columns + 2) * columns + places % (columns + 2) - 1
+  positions = jnp.moveaxis(lax.map(best_of, starts), 0, 1).reshape(batch, -1)
+  positions = positions[:, : height * (width + 2)].reshape(batch, height, -1)[:, :, 1:-1]
+  return positions // (columns + 2) * columns + positions % (columns + 2) - 1
 
 
 def _column_reader(maps: Float[Array, "b h w c"], block: int) -> Callable[[Array], Array]:

@@ -112,8 +112,8 @@ class SuperResolution(base.Task):
   ) -> Float[Array, "b h w 3"] | None:
     """Returns the generated images of all updates of the discriminator.
 
-    The generator's loss computes them again: to reuse them, its activations would have to be kept
-    for every micro-batch.
+    The generator's loss recomputes them: reusing them would save its activations for every
+    micro-batch.
     """
     if context.optim_group != "discriminator":
       return None
@@ -164,8 +164,8 @@ class SuperResolution(base.Task):
     real = np.asarray(base.example_mask(batch))
     if not real.any():
       return {}
-    kept, found = ({k: np.asarray(v)[real] for k, v in x.items()} for x in (batch, predictions))
-    return {"super_resolution": draw.draw_results(kept, found)}
+    rows = ({k: np.asarray(v)[real] for k, v in x.items()} for x in (batch, predictions))
+    return {"super_resolution": draw.draw_results(*rows)}
 
   def draw_epsilon(self, rng: jax.Array, count: int) -> Float[Array, " b"]:
     """Returns the weight of the true image in each mixture of the gradient penalty, in [0, 1]."""
@@ -258,9 +258,9 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the alternating step `train_step(state, batch) -> (state, metrics)`, not yet compiled.
 
-  Each `OptimGroup` has its loss and optimizer. Within a step a network is trained against the
-  others as they are after their own updates. `task.precompute(variables, batch, context)` returns
-  arrays `[b ...]` that are constant in the losses of a group.
+  Each `OptimGroup` has its loss and optimizer; the loss of a group reads the parameters of the
+  groups before it after their updates. `task.precompute(variables, batch, context)` returns arrays
+  `[b ...]` that are constant in the losses of a group.
   """
 
   def train_step(state: TrainState, batch: base.Batch) -> tuple[TrainState, Metrics]:

@@ -15,7 +15,7 @@ from vit_jax_zoo.figures import attention as draw
 def explain(
   model: Any, variables: Mapping[str, Any], intermediates: Any, image_size: tuple[int, int]
 ) -> dict[str, Array]:
-  """Returns what `draw_explanation` draws, for what a `VisionTransformer` has sown.
+  """Returns the arrays for `draw_explanation`, from a `VisionTransformer`'s intermediates.
 
   `rollout` [b gh gw] and `heads` [b l heads gh gw]: attention of the head's input to each patch;
   `distances` [l heads], in pixels; `positions` [gh*gw d], if any; `filters` [kh kw c n].
@@ -30,41 +30,41 @@ def explain(
 
   params = variables["params"]
   first = params["embedding"] if model.resnet is None else params["resnet"]["root_conv"]
-  seen = {
+  explanation = {
     "rollout": of_the_head(attention_rollout(weights)),
     "heads": of_the_head(weights.swapaxes(0, 1)),
     "distances": attention_distances(weights, grid, patch_size=float(model.token_stride)),
     "filters": first["kernel"],
   }
   if model.position_embedding != "none":
-    seen["positions"] = patch_tokens(intermediates["positions"][0][0], grid, axis=0)
-  return seen
+    explanation["positions"] = patch_tokens(intermediates["positions"][0][0], grid, axis=0)
+  return explanation
 
 
 def draw_explanation(
   model: Any,
   images: Num[np.ndarray, "b h w c"],
   captions: Sequence[str],
-  seen: Mapping[str, np.ndarray],
+  explanation: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, Figure], dict[str, Figure]]:
-  """Draws the arrays of `explain`: what depends on the images (in [0, 255]), what does not."""
-  viewer = "the class token" if model.pool == "cls" else "the patches' mean"
-  rolled = f"rolled out from {viewer} to the patches"
-  scaled = f"of {viewer}; each map scaled to its own maximum"
+  """Draws the arrays of `explain`: figures of the images (in [0, 255]), and of the model alone."""
+  query = "the class token" if model.pool == "cls" else "the patches' mean"
+  rolled = f"rolled out from {query} to the patches"
+  scaled = f"of {query}; each map scaled to its own maximum"
   of_images = {
-    "attention": draw.draw_attention(images, seen["rollout"], captions, subtitle=rolled),
-    "heads": draw.draw_heads(images[0], seen["heads"][0], subtitle=scaled),
-    "distances": draw.draw_attention_distances(seen["distances"]),
+    "attention": draw.draw_attention(images, explanation["rollout"], captions, subtitle=rolled),
+    "heads": draw.draw_heads(images[0], explanation["heads"][0], subtitle=scaled),
+    "distances": draw.draw_attention_distances(explanation["distances"]),
   }
-  of_model = {"filters": draw.draw_filters(seen["filters"], principal=model.resnet is None)}
-  if "positions" in seen:
+  of_model = {"filters": draw.draw_filters(explanation["filters"], principal=model.resnet is None)}
+  if "positions" in explanation:
     grid = model.token_grid(images.shape[1:3])
-    of_model["positions"] = draw.draw_position_similarity(seen["positions"], grid)
+    of_model["positions"] = draw.draw_position_similarity(explanation["positions"], grid)
   return of_images, of_model
 
 
 def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads n n"]:
-  """Returns the attention maps that the encoder has sown, scanned or unrolled."""
+  """Returns the attention maps among the encoder's intermediates, scanned or unrolled."""
   if "blocks" in intermediates:
     return intermediates["blocks"]["attention"]["weights"][0]
   blocks = [intermediates[f"block_{i}"] for i in range(len(intermediates))]
@@ -74,11 +74,11 @@ def attention_maps(intermediates: Mapping[str, Any]) -> Float[Array, "l b heads 
 def attention_rollout(
   weights: Float[Array | np.ndarray, "l b heads n n"], *, residual: float = 0.5
 ) -> Float[Array, "b n n"]:
-  """Returns the share of each input token (column) in each output token (row); rows sum to 1.
+  """Returns the weight of each input token (column) in each output token (row); rows sum to 1.
 
   Abnar and Zuidema, arXiv:2005.00928, section 3, as in figure 6 of the ViT paper (appendix D.8):
-  the product of the maps, averaged over heads and mixed with `residual` times the identity, which
-  stands for the residual connection.
+  the product of the maps, averaged over heads and mixed with `residual` times the identity, for the
+  residual connection.
   """
   maps = jnp.asarray(weights, jnp.float32)
   mixed = (1 - residual) * maps.mean(axis=2) + residual * jnp.eye(maps.shape[-1])[None, None]

@@ -44,7 +44,7 @@ class StandardizedConv(nn.Module):
 
 
 class BottleneckUnit(nn.Module):
-  """1x1, 3x3 with the stride, 1x1 to four times the width; ReLU after the sum."""
+  """1x1, 3x3 with the stride, 1x1 to four times the width; ReLU after the sum with the shortcut."""
 
   width: int
   stride: int
@@ -53,7 +53,6 @@ class BottleneckUnit(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 f"], None]:
-    """Returns the unit's output; the shortcut is projected if the shape changes."""
     x = shortcut = shard_batch(x)
     if x.shape[-1] != 4 * self.width or self.stride != 1:
       shortcut = self.conv(4 * self.width, 1, self.stride, name="shortcut_conv")(x)
@@ -91,7 +90,6 @@ class StandardizedResNet(nn.Module):
 
   @nn.compact
   def __call__(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 f"]:
-    """Returns the last stage's activations."""
     epsilons = {"std_epsilon": self.std_epsilon, "variance_epsilon": self.variance_epsilon}
     conv = functools.partial(StandardizedConv, **epsilons, dtype=self.dtype)
     epsilon = self.group_norm_epsilon

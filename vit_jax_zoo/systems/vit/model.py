@@ -38,7 +38,7 @@ class VisionTransformer(nn.Module):
   # whether there is a class token; None: if the pool needs one. MAE's fine-tuned weights
   # (arXiv:2111.06377) have one and pool the patches.
   cls_token: bool | None = None
-  fc_norm: bool = False  # norm after the pool, in place of before: MAE, timm
+  fc_norm: bool = False  # norm after the pool instead of before it: MAE, timm
   # "learned_1d", "learned_2d", "none" (Table 8), or "sincos_2d" (arXiv:2205.01580)
   position_embedding: str = "learned_1d"
   # whether "learned_1d" has a row for the class token, as in the paper's code; big_vision's and
@@ -144,7 +144,6 @@ class VisionTransformer(nn.Module):
 
   @property
   def has_cls_token(self) -> bool:
-    """Whether the encoder's input begins with a class token."""
     return self.pool == "cls" if self.cls_token is None else self.cls_token
 
   explain = figures.explain
@@ -220,15 +219,15 @@ class PositionEmbedding(nn.Module):
     return jnp.zeros((1, h * w, width))
 
 
-def sincos_2d(height: int, width: int, dim: int, temperature: float = 10_000.0) -> np.ndarray:
+def sincos_2d(height: int, width: int, dim: int) -> np.ndarray:
   """Returns the fixed table [height * width, dim] of MoCo v3 (arXiv:2104.02057), row by row.
 
   A quarter of the channels each for sin x, cos x, sin y, cos y, at `dim / 4` frequencies in
-  geometric progression from 1 to 1 / temperature.
+  geometric progression from 1 to 1 / 10,000.
   """
   if dim % 4 or dim < 8:
     raise ValueError(f"width: {dim} with sincos_2d; expected a multiple of 4 of at least 8")
-  frequencies = temperature ** -np.linspace(0, 1, dim // 4)
+  frequencies = 10_000.0 ** -np.linspace(0, 1, dim // 4)
   y, x = np.mgrid[:height, :width].reshape(2, -1, 1) * frequencies
   return np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1).astype(np.float32)
 
