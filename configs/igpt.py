@@ -74,7 +74,7 @@ def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) ->
           "completions": {
             "source": "demo:digits",
             "split": one_of_each,
-            "transforms": [{"name": "keep_prefix", "share": 0.5}],
+            "transforms": [{"name": "keep_prefix", "fraction": 0.5}],
           },
           "probe": {
             "source": "demo:digits",

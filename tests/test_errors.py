@@ -322,11 +322,19 @@ def test_old_flag_error_names_new_flag(program, monkeypatch, capsys):
 def test_saved_config_fields_renamed():
   old = {
     "checkpoint": {"score_best": True},
-    "data": {"train": {"repeats": 3}, "eval": {"val": {"mixed_with": []}}},
+    "data": {
+      "train": {"repeats": 3},
+      "eval": {"val": {"mixed_with": [], "transforms": [{"name": "keep_prefix", "share": 1.0}]}},
+    },
   }
   assert config_lib.rename_fields(old) == {
     "checkpoint": {"eval_best_at_end": True},
-    "data": {"train": {"aug_repeats": 3}, "eval": {"val": {"extra_sources": []}}},
+    "data": {
+      "train": {"aug_repeats": 3},
+      "eval": {
+        "val": {"extra_sources": [], "transforms": [{"name": "keep_prefix", "fraction": 1.0}]}
+      },
+    },
   }
 
 

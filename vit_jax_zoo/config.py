@@ -77,6 +77,7 @@ RENAMED = (
   ("data.*mixed_with", "extra_sources"),
   ("data.train.repeats", "aug_repeats"),
   ("data.*label_rule", "derived_labels"),
+  ("data.*transforms.share", "fraction"),
   ("task.cutmix_share", "cutmix_fraction"),
 )
 """Patterns of the paths of renamed fields, and their new names; systems have more. Saved runs are
@@ -251,7 +252,9 @@ def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
         raise ValueError(f"config.{name}: {value!r} is no longer supported; this field was removed")
       continue
     new = _new_name(name) or key
-    found[new] = rename_fields(value, f"{name}.") if isinstance(value, dict) else value
+    items = value if isinstance(value, list) else [value]
+    items = [rename_fields(x, f"{name}.") if isinstance(x, dict) else x for x in items]
+    found[new] = items if isinstance(value, list) else items[0]
   return found
 
 

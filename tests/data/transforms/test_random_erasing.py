@@ -54,13 +54,6 @@ def test_fill_modes():
   np.testing.assert_allclose(noise.std(axis=0), np.multiply(std, 255), rtol=0.1)
 
 
-def test_max_count_splits_area():
-  transform = RandomErasing(probability=1.0, area=(0.2, 0.2), max_count=3)
-  fractions = np.array([(erased(transform, seed) > 0).mean() for seed in range(60)])
-  assert fractions.max() < 0.21
-  assert fractions.min() < 0.18  # where rectangles overlap
-
-
 def test_rectangle_too_large_not_erased():
   transform = RandomErasing(probability=1.0, area=(1.0, 1.0), aspect_ratio=(1.0, 1.0))
   np.testing.assert_array_equal(erased(transform, 0), BLACK)
@@ -79,7 +72,6 @@ def test_float_image_stays_float():
     ({"mode": "pixels"}, "did you mean 'pixel'"),
     ({"probability": 1.1}, r"probability is 1.1"),
     ({"area": (0.5, 0.2)}, r"area is \(0.5, 0.2\)"),
-    ({"max_count": 0}, "max_count is 0"),
   ],
 )
 def test_invalid_fields_raise(fields, message):

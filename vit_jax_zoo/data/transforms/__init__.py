@@ -1,9 +1,9 @@
 """Transforms of one example, between the source and the batch.
 
 A transform is a frozen dataclass, called as `transform(example, rng)`; it returns a new example and
-leaves the old one unchanged. `image` may still be encoded when it arrives: the first transform that
-needs pixels decodes it, so that a crop can decode at the scale it needs. Pixels are RGB in [0, 255]
-and stay uint8 unless a transform is configured for float32; the task normalises on the device.
+leaves the old one unchanged. `image` may still be encoded: the first transform that needs pixels
+decodes it, so that a crop can decode at its own scale. Pixels are RGB in [0, 255] and stay uint8
+unless a transform is configured for float32; the task normalises on the device.
 
 Mixup and CutMix, which mix examples, are part of the jitted step: a host has only its own rows of
 the batch.
@@ -72,10 +72,9 @@ class TargetTransform(Transform):
 
 
 class ImageTransform(Transform):
-  """A transform that changes `image` alone."""
+  """A transform that changes only `image`."""
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example with another `image`."""
     return {**example, "image": self.apply(pixels(example["image"]), rng)}
 
   @abc.abstractmethod
@@ -126,7 +125,7 @@ def _build(spec: dict[str, Any]) -> Transform:
   name = str(spec.pop("name", None))
   kind = TRANSFORMS[name]
   for field in _RETIRED & spec.keys():
-    logging.info("transform %r: the field %r is gone: images are always upright", name, field)
+    logging.info("transform %r: removed field %r ignored: images are always upright", name, field)
     del spec[field]
   fields = dataclasses.fields(kind)
   check_names(f"field of transform {name!r}", spec, [field.name for field in fields])

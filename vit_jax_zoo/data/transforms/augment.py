@@ -8,13 +8,13 @@ are drawn with replacement. The rest differs between the implementations:
 
 |                 | `rand_augment`                       | `timm_rand_augment`               |
 |-----------------|--------------------------------------|-----------------------------------|
-| comes from      | EfficientNet's TPU code; big_vision  | timm: `rand-m9-mstd0.5-inc1`      |
+| source          | EfficientNet's TPU code; big_vision  | timm: `rand-m9-mstd0.5-inc1`      |
 | operations      | 16                                   | 15: no cutout                     |
 | a layer acts    | always                               | with probability 0.5              |
 | magnitude       | M, also above 10 (AugReg has 20)     | normal about M, cut to [0, 10]    |
-| enhancements    | 0.1 + 0.18 M                         | 1 +- 0.09 M, at least 0.1 (*)     |
-| posterize       | keeps 0.4 M bits; 1 for 0, 9 or more | keeps 4 - 0.4 M bits (*)          |
-| solarize        | from (25.6 M modulo 256) on          | from 256 - 25.6 M on (*)          |
+| enhancements    | 0.1 + 0.18 M                         | 1 +- 0.09 M, at least 0.1         |
+| posterize       | keeps 0.4 M bits; 1 for 0, 9 or more | keeps 4 - 0.4 M bits              |
+| solarize        | from (25.6 M modulo 256) on          | from 256 - 25.6 M on              |
 | solarize_add    | 11 M                                 | 11 M                              |
 | shear, rotate   | 0.03 M, 3 M degrees, either way      | the same                          |
 | translate       | 10 M pixels, either way              | 4.5 M % of the side, either way   |
@@ -23,8 +23,7 @@ are drawn with replacement. The rest differs between the implementations:
 | new pixels      | grey 128                             | `fill`: the data's mean colour    |
 | interpolation   | nearest                              | bilinear or bicubic, drawn        |
 
-Enhancements are brightness, color, contrast, sharpness. (*) With `increasing`; without it as on the
-left, but thresholds do not overflow, and posterize may keep no bit.
+Enhancements are brightness, color, contrast, sharpness.
 
 The left column is what the code computes, not what its authors intended. TensorFlow stores the
 threshold of solarize in eight bits, so that M = 10 and 20 invert the image, as M = 0 does; and it
@@ -54,24 +53,22 @@ Color: TypeAlias = tuple[int, int, int]  # red, green, blue in [0, 255]
 
 @dataclasses.dataclass(frozen=True)
 class RandomErasing(ImageTransform):
-  """Erases random rectangles of `image`, with timm's fields, defaults and distribution.
+  """Erases a random rectangle of `image`, with timm's fields, defaults and distribution.
 
   timm erases after normalisation, with zeros or normal noise; here, in [0, 255], that is the data's
   mean, or its mean plus noise of its standard deviation, clipped (and rounded for uint8).
   """
 
   probability: float | int = 0.5  # of erasing
-  area: Sequence[float | int] = (0.02, 1 / 3)  # limits of all rectangles' fraction of the image
+  area: Sequence[float | int] = (0.02, 1 / 3)  # limits of the rectangle's fraction of the image
   aspect_ratio: Sequence[float | int] = (0.3, 1 / 0.3)  # limits of height/width, drawn in logs
-  mode: str = "const"  # the mean; "rand": a random color a rectangle; "pixel": one for each pixel
-  max_count: int = 1  # largest number of rectangles
+  mode: str = "const"  # the mean; "rand": one random color; "pixel": one for each pixel
   image_mean: float | int | Sequence[float | int] = 0.5  # the task's, in [0, 1]; or by channel
   image_std: float | int | Sequence[float | int] = 0.5  # the task's; one number or one a channel
 
   def __post_init__(self) -> None:
     check_names("random_erasing mode", [self.mode], ("const", "rand", "pixel"))
     self.check("probability", 0 <= self.probability <= 1, "[0, 1]")
-    self.check("max_count", self.max_count >= 1, "at least 1")
     self.check_limits("area", 1.0)
     self.check_limits("aspect_ratio", math.inf)
 
@@ -79,19 +76,17 @@ class RandomErasing(ImageTransform):
     if rng.random() >= self.probability:
       return image
     image = image.copy()
-    count = int(rng.integers(1, self.max_count, endpoint=True))
     low, high = (math.log(limit) for limit in self.aspect_ratio)
-    for _ in range(count):
-      for _ in range(10):  # attempts to fit
-        area = rng.uniform(self.area[0], self.area[1]) * image.shape[0] * image.shape[1] / count
-        ratio = math.exp(rng.uniform(low, high))
-        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if height < image.shape[0] and width < image.shape[1]:
-          top = int(rng.integers(image.shape[0] - height, endpoint=True))
-          left = int(rng.integers(image.shape[1] - width, endpoint=True))
-          part = image[top : top + height, left : left + width]
-          part[:] = self._fill(part.shape, image.dtype, rng)
-          break
+    for _ in range(10):  # attempts to fit
+      area = rng.uniform(self.area[0], self.area[1]) * image.shape[0] * image.shape[1]
+      ratio = math.exp(rng.uniform(low, high))
+      height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+      if height < image.shape[0] and width < image.shape[1]:
+        top = int(rng.integers(image.shape[0] - height, endpoint=True))
+        left = int(rng.integers(image.shape[1] - width, endpoint=True))
+        part = image[top : top + height, left : left + width]
+        part[:] = self._fill(part.shape, image.dtype, rng)
+        break
     return image
 
   def _fill(self, shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
@@ -166,7 +161,7 @@ def sharpness(image: Pixels, factor: float) -> Pixels:
 def affine(
   image: Pixels, matrix: Sequence[float | int], fill: Color, resample: Resampling
 ) -> Pixels:
-  """Takes pixel (x, y) from (a x + b y + c, d x + e y + f), `fill` outside; centers at halves."""
+  """Reads pixel (x, y) at (a x + b y + c, d x + e y + f), `fill` outside; centers are at halves."""
   original, method = Image.fromarray(image), Image.Transform.AFFINE
   moved = original.transform(original.size, method, tuple(matrix), resample, fillcolor=fill)
   return np.asarray(moved)
@@ -233,12 +228,12 @@ def _signed(value: float, rng: np.random.Generator) -> float:
 
 
 def _move(
-  image: Pixels, kind: str, share: float, reach: float, fill: Color, resample: Resampling
+  image: Pixels, kind: str, strength: float, reach: float, fill: Color, resample: Resampling
 ) -> Pixels:
-  """Moves pixels by a fraction of the range: 30 degrees, a shear of 0.3, or `reach` pixels."""
+  """Moves pixels by `strength` times 30 degrees, a shear of 0.3, or `reach` pixels."""
   if kind == "rotate":
-    return rotate(image, 30 * share, fill, resample)
-  shear, shift = 0.3 * share, reach * share
+    return rotate(image, 30 * strength, fill, resample)
+  shear, shift = 0.3 * strength, reach * strength
   # TensorFlow (nearest) shears about the center of the first pixel, Pillow about its corner.
   start = -0.5 * shear if resample == Resampling.NEAREST else 0.0
   matrix = {
@@ -289,19 +284,19 @@ class RandAugment(_Policy):
   operations = (*COMMON, "cutout")
 
   def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
-    share = self.magnitude / 10
+    strength = self.magnitude / 10
     if operation in _MOVES:
-      return _move(image, operation, _signed(share, rng), 100.0, GREY, Resampling.NEAREST)
+      return _move(image, operation, _signed(strength, rng), 100.0, GREY, Resampling.NEAREST)
     if operation == "cutout":
       center = (int(rng.integers(image.shape[0])), int(rng.integers(image.shape[1])))
-      return cutout(image, center, int(share * 40), GREY)
-    factor, bits = 0.1 + 1.8 * share, int(share * 4)
+      return cutout(image, center, int(strength * 40), GREY)
+    factor, bits = 0.1 + 1.8 * strength, int(strength * 4)
     arguments = {
       **dict.fromkeys(_ENHANCEMENTS, (factor,)),
       "contrast": (factor, min(255, image.shape[0] * image.shape[1] // 256)),
       "posterize": (bits if 0 < bits <= 8 else 1,),
-      "solarize": (int(share * 256) % 256,),
-      "solarize_add": (int(share * 110),),
+      "solarize": (int(strength * 256) % 256,),
+      "solarize_add": (int(strength * 110),),
     }
     return _OPERATIONS[operation](image, *arguments.get(operation, ()))
 
@@ -313,7 +308,6 @@ class TimmRandAugment(_Policy):
   magnitude: float | int = 9
   magnitude_std: float | int = 0.5  # of each operation's magnitude
   probability: float | int = 0.5  # of applying a drawn operation
-  increasing: bool = True  # all operations grow stronger with M
   interpolation: str = "random"  # "bilinear" or "bicubic", drawn each time; one of INTERPOLATIONS
   fill: Sequence[int] = GREY  # color of pixels from outside, in [0, 255]; timm's: the data's mean
 
@@ -327,20 +321,18 @@ class TimmRandAugment(_Policy):
   def apply_layer(self, image: Pixels, operation: str, rng: np.random.Generator) -> Pixels:
     if rng.random() >= self.probability:
       return image
-    share = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10)) / 10
+    strength = float(np.clip(rng.normal(self.magnitude, self.magnitude_std), 0, 10)) / 10
     if operation in _MOVES:
       choices = INTERPOLATIONS[self.interpolation]
       resample = choices[rng.integers(len(choices))]
       reach = 0.45 * (image.shape[1] if operation == "translate_x" else image.shape[0])
       red, green, blue = self.fill
-      return _move(image, operation, _signed(share, rng), reach, (red, green, blue), resample)
+      return _move(image, operation, _signed(strength, rng), reach, (red, green, blue), resample)
     if operation in _ENHANCEMENTS:  # the mean brightness is contrast's own default
-      factor = max(0.1, 1 + _signed(0.9 * share, rng)) if self.increasing else 0.1 + 1.8 * share
-      return _OPERATIONS[operation](image, factor)
-    bits, threshold = int(share * 4), min(256, int(share * 256))
+      return _OPERATIONS[operation](image, max(0.1, 1 + _signed(0.9 * strength, rng)))
     arguments = {
-      "posterize": (4 - bits if self.increasing else bits,),
-      "solarize": (256 - threshold if self.increasing else threshold,),
-      "solarize_add": (min(128, int(share * 110)),),
+      "posterize": (4 - int(strength * 4),),
+      "solarize": (256 - min(256, int(strength * 256)),),
+      "solarize_add": (min(128, int(strength * 110)),),
     }
     return _OPERATIONS[operation](image, *arguments.get(operation, ()))

@@ -17,7 +17,7 @@ Sources give, for n objects, `image`, `image_id`, and
 
 Geometric transforms move `boxes_xyxy`, `masks` bool [n h w] and `label_map` [h w] with the image. A
 crop drops objects without area in it. `area` remains as annotated, and `segment_map` that of the
-original image, for scoring. Their steps are planned from the image's size alone, so that the size
+original image, for scoring. Their steps are planned from the image's size only, so that the size
 of the result is known before any image is read (`data/buckets.py`).
 """
 
@@ -45,7 +45,7 @@ VOID = -1  # in a segment map: a pixel of no object
 SHORTER_SIDES = tuple(range(480, 801, 32))
 MAX_OBJECTS = 100  # where the data gives no number; COCO's fullest image has 93 targets
 _PER_OBJECT = ("boxes_xyxy", "labels", "is_crowd", "area", "object_ids", "masks")
-_LOGGED = 10  # objects left out that are logged; later ones are not
+_LOGGED = 10  # maximum number of log lines about objects left out
 
 
 def objects_example(
@@ -143,7 +143,7 @@ class LoadObjects(TargetTransform):
   def _check_fields(self, outlines: Any, png: bytes | None) -> None:
     if (self.masks or self.run_lengths is not None) and outlines is None and png is None:
       remedy = "set masks=False, or use data with segmentation, such as panoptic=True"
-      raise ValueError(f"load_objects: no object has an outline to make masks of; {remedy}")
+      raise ValueError(f"load_objects: no outlines or segments in the data; {remedy}")
     if self.segment_map and png is None:
       raise ValueError("load_objects: segment_map needs panoptic data; set panoptic=True")
     if self.segment_map and not self.as_annotated:
@@ -159,7 +159,7 @@ def _check_size(annotated: Sequence[int], stored: Size) -> None:
 
 
 def _trainable(example: Example, size: Size) -> Example:
-  """Returns the example with the objects that a detector can learn."""
+  """Returns the example with the objects for training."""
   example["boxes_xyxy"] = _clip(example["boxes_xyxy"], *size)
   good = _has_area(example["boxes_xyxy"])
   _log_left_out(example, ~good & ~example["is_crowd"], "has a box without area in the image")
@@ -201,8 +201,8 @@ def decode_segments(png: bytes, example: Example) -> Int[np.ndarray, "h w"]:
     unknown, counts = np.unique(ids[~is_known], return_counts=True)
     logging.log_first_n(
       logging.WARNING,
-      "image %s: %d colors of its segment image are no segments of the annotation (%d pixels; ids "
-      "%s), and are void", _LOGGED, example.get("file_image_id", example["image_id"]),
+      "image %s: %d colors of its segment image have no annotation (%d pixels; ids %s), and are "
+      "void", _LOGGED, example.get("file_image_id", example["image_id"]),
       len(unknown), counts.sum(), ", ".join(map(str, unknown[:5])),
     )  # fmt: skip
   return np.where(is_known, index, VOID).astype(np.int32)
@@ -262,12 +262,14 @@ def keep_objects(example: Example, keep: Bool[np.ndarray, " n"]) -> Example:
   """Returns the example with the objects where `keep` is True."""
   if keep.all():
     return example
-  kept = {key: example[key][keep] for key in _PER_OBJECT if key in example}
+  selected = {key: example[key][keep] for key in _PER_OBJECT if key in example}
   if "run_lengths" in example:
     lines = example["run_lengths"].tobytes().rstrip(b"\0").splitlines(keepends=True)
-    data = b"".join(line for line, stays in zip(lines, keep, strict=True) if stays)
-    kept["run_lengths"] = np.frombuffer(data.ljust(len(example["run_lengths"]), b"\0"), np.uint8)
-  return example | kept
+    data = b"".join(itertools.compress(lines, keep))
+    selected["run_lengths"] = np.frombuffer(
+      data.ljust(len(example["run_lengths"]), b"\0"), np.uint8
+    )
+  return example | selected
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,7 +363,6 @@ class GeometricTransform(Transform):
   """A transform that moves pixels, and the annotations with them."""
 
   def __call__(self, example: Example, rng: np.random.Generator) -> Example:
-    """Returns the example after the planned steps."""
     example = {**example, "image": pixels(example["image"])}
     for step in self.plan(example["image"].shape[:2], rng):
       example = step(example)

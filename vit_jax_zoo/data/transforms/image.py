@@ -66,7 +66,7 @@ def sample_distorted_box(
   total = size[0] * size[1]
   for _ in range(100):
     ratio = rng.uniform(aspect_ratio[0], aspect_ratio[1])
-    low, high = (round(math.sqrt(share * total / ratio)) for share in area)
+    low, high = (round(math.sqrt(fraction * total / ratio)) for fraction in area)
     # The tallest box of this ratio that is no wider and no taller than the image.
     high = min(high, size[0], math.floor((size[1] + 0.5 - 1e-7) / ratio))
     height = int(rng.integers(min(low, high), high, endpoint=True))
@@ -100,8 +100,8 @@ def _decode_for(
 class RandomResizeSmall(ImageTransform):
   """Resizes `image`, with antialiasing, so that its shorter side is drawn from a range.
 
-  The longer side is rounded. With a random crop behind it, the augmentation of AlexNet, VGG and
-  iGPT (section 3.1).
+  The longer side is rounded. Followed by a random crop, the augmentation of AlexNet, VGG and iGPT
+  (section 3.1).
   """
 
   smallest: int  # of the shorter sides, in pixels
@@ -192,7 +192,7 @@ class ResizeSmall(Resize):
   method: str = "area"  # big_vision's; "bilinear" or "antialias"
 
   def apply(self, image: np.ndarray, _: np.random.Generator) -> np.ndarray:
-    # In float32, as TensorFlow: it decides where a side comes to a half.
+    # In float32, as TensorFlow: the rounding of a side that ends in one half depends on it.
     scale = np.float32(self.size) / np.float32(min(image.shape[:2]))
     height, width = (round(float(np.float32(side) * scale)) for side in image.shape[:2])
     return self._resized(image, *images.bounded_size(height, width))
@@ -227,12 +227,12 @@ class MultiHot(OneHot):
 class KeepPrefix(Transform):
   """Adds `prefix_length`, int32: the pixels in raster order that a completion begins with."""
 
-  share: float = 0.5  # fraction of the image's rows in the prefix, rounded to whole rows
+  fraction: float = 0.5  # of the image's rows in the prefix, rounded to whole rows
 
   def __post_init__(self) -> None:
-    self.check("share", 0 <= self.share <= 1, "[0, 1]")
+    self.check("fraction", 0 <= self.fraction <= 1, "[0, 1]")
 
   def __call__(self, example: Example, _: np.random.Generator) -> Example:
     image = pixels(example["image"])
     height, width = image.shape[:2]
-    return {**example, "image": image, "prefix_length": round(self.share * height) * width}
+    return {**example, "image": image, "prefix_length": round(self.fraction * height) * width}

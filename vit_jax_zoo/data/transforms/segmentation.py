@@ -53,13 +53,13 @@ class LoadLabelMap(TargetTransform):
     counts = _sample_values(source)
     if set(counts) == {0, IGNORE} and not self.classes:
       raise ValueError(
-        f"{source.info.name}: the label maps have the values 0 and 255 alone, and 255 is ignored; "
+        f"{source.info.name}: the label maps have only the values 0 and 255, and 255 is ignored; "
         "if 255 is the foreground, set load_label_map's classes=(0, 255)"
       )
     lost = {value: n for value, n in counts.most_common() if self._ignored(value)}
-    total, kept = counts.total(), sum(n for v, n in counts.items() if v and v not in lost)
+    total, valid = counts.total(), sum(n for v, n in counts.items() if v and v not in lost)
     if lost:
-      suspect = 2 * sum(lost.values()) > total or lost.get(IGNORE, 0) > kept
+      suspect = 2 * sum(lost.values()) > total or lost.get(IGNORE, 0) > valid
       values = ", ".join(f"{value} in {n / total:.1%}" for value, n in [*lost.items()][:10])
       text = f"{source.info.name}: ignored values in a sample of label maps: {values} of the pixels"
       text += "; check load_label_map's ignore, offset and classes"
@@ -114,7 +114,7 @@ def _sample_values(source: Source) -> collections.Counter[int]:
         values, numbers = np.unique(_decode(example["label_map"]), return_counts=True)
         counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
     except (CorruptExampleError, OSError):
-      continue  # reported when its turn comes
+      continue  # reported when it is loaded
   return counts
 
 
@@ -131,7 +131,7 @@ def _decode(data: bytes) -> Int[np.ndarray, "h w"]:
   try:
     with Image.open(io.BytesIO(data)) as image:
       values = np.array(image)  # Pillow keeps palettes' indices, OpenCV does not
-  except Exception as error:  # whatever a decoder raises on such bytes
+  except Exception as error:  # decoders raise many types
     raise CorruptExampleError(f"label map cannot be decoded ({len(data)} bytes)") from error
   if values.ndim != 2:
     channels = values.shape[2]

@@ -83,7 +83,7 @@ class SuperResolutionPair(Transform):
 class RandomPairCrop(Transform):
   """Crops `image` at random, and `reference` around the same relative position.
 
-  The reference's crop is larger by a margin and shifted to lie inside. A smaller reference is
+  The reference's crop is larger by a margin and shifted into the image. A smaller reference is
   padded with black at the right and bottom, so that all crops have the same size.
   """
 
@@ -101,17 +101,17 @@ class RandomPairCrop(Transform):
     if image.shape[0] < size[0] or image.shape[1] < size[1]:
       found = f"{size[0]}x{size[1]} is larger than an image of {_sides(image)}"
       raise ValueError(f"size: {found}; set a smaller one")
-    wanted = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
+    window = (size[0] + 2 * margin[0], size[1] + 2 * margin[1])
     corner = [int(rng.integers(image.shape[i] - size[i], endpoint=True)) for i in (0, 1)]
     other = []
     for axis in (0, 1):
       middle = (corner[axis] + size[axis] / 2) * reference.shape[axis] / image.shape[axis]
-      room = max(reference.shape[axis] - wanted[axis], 0)
-      other.append(min(max(round(middle - wanted[axis] / 2), 0), room))
+      room = max(reference.shape[axis] - window[axis], 0)
+      other.append(min(max(round(middle - window[axis] / 2), 0), room))
     return {
       **example,
       "image": _crop(image, corner, size),
-      "reference": _pad(_crop(reference, other, wanted), wanted, "margin"),
+      "reference": _pad(_crop(reference, other, window), window, "margin"),
     }
 
 
@@ -160,8 +160,8 @@ class PadPair(Transform):
     sizes = dict.fromkeys(("image", "upsampled_image"), large)
     sizes["low_res_image"] = (large[0] // SCALE, large[1] // SCALE)
     sizes |= dict.fromkeys(REFERENCES, reference)
-    counted = np.array(example["image"].shape[:2], np.int32)
-    return {**example, **{k: _pad(example[k], sizes[k], k) for k in sizes}, "size": counted}
+    unpadded = np.array(example["image"].shape[:2], np.int32)
+    return {**example, **{k: _pad(example[k], sizes[k], k) for k in sizes}, "size": unpadded}
 
 
 def shrink(image: Pixels) -> Resized:
