@@ -54,7 +54,7 @@ class TestConvert:
     for split in ("train", "test"):
       new, old = (load_source("tfds:tiny", split, data_dir=str(d)) for d in (tmp_path, prepared))
       assert contents(new) == contents(old)
-    with pytest.raises(SystemExit, match="is already there"):
+    with pytest.raises(SystemExit, match=r"1\.2\.0: exists"):
       prepare.main([f"--from_tfrecord={source}", f"--data_dir={tmp_path}"])
 
   def test_argument_errors_escaped(self, capsys):

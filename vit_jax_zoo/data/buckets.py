@@ -1,17 +1,17 @@
 """Bucketed batching of images of different sizes.
 
 XLA compiles a step for each shape, so batches have one of a few shapes, the buckets, and images are
-padded at the right and bottom to the bucket of their batch. To compute little padding, images of
-similar size share a batch. Two plans follow from the images' sizes alone, so that all hosts compute
-the same plan without reading an image:
+padded at the right and bottom to the bucket of their batch. To limit padding, the images of a batch
+are of similar size. Batches are planned from the images' sizes only, so that all hosts compute the
+same plan without reading an image:
 
 * Training takes the positions of a run (`data/shuffle.py`) in windows of `WINDOW` batches. The
   example and the random numbers of a position do not change; within a window positions are sorted
   by size and cut into batches, and the batches are shuffled. The batch of step t is still a
   function of (seed, t), and an epoch has every example once, up to a window.
-* Evaluation puts an image in the smallest bucket that holds it, with images of that bucket alone.
-  Its padding, on which some models' results depend, and so the scores are independent of the batch
-  size and of the other images.
+* Evaluation pads an image to the smallest bucket that holds it, with a batch for each bucket. Its
+  padding, on which some models' results depend, is independent of the batch size and of the other
+  images, and so are the scores.
 """
 
 import concurrent.futures
@@ -76,7 +76,7 @@ def choose_buckets(sizes: Int[np.ndarray, "n 2"], count: int) -> tuple[Shape, ..
   while len(shapes) > count:
     both = np.maximum(shapes[:, None], shapes[None])
     areas = shapes.prod(axis=1)
-    added = (both.prod(axis=2) - areas) * weights[None]  # what each costs the second of a pair
+    added = (both.prod(axis=2) - areas) * weights[None]  # padding of the second of a pair
     cost = (added + added.T).astype(np.float64)
     np.fill_diagonal(cost, np.inf)
     one, other = np.unravel_index(np.argmin(cost), cost.shape)
@@ -174,10 +174,10 @@ class TrainPlan:
 
   def __call__(self, step: int) -> tuple[Int[np.ndarray, " b"], PaddedShape]:
     """Returns the positions of the batch, row by row, and its shape."""
-    number, place = divmod(step, self._window)
+    number, index = divmod(step, self._window)
     with _LOCK:  # threads that build neighboring batches need the same window
       batches, shapes = _planned(self, number)
-    return batches[place], PaddedShape(shapes[place], self._forecast.original)
+    return batches[index], PaddedShape(shapes[index], self._forecast.original)
 
   def plan_window(self, number: int) -> tuple[Int[np.ndarray, "w b"], list[Shape]]:
     """Returns the positions of each batch of a window, and the batches' shapes."""
@@ -185,10 +185,10 @@ class TrainPlan:
     first = number * count
     sizes = self._forecast.run(self._seed, range(first, first + count))
     found = [all_shapes[self._buckets.find(*size)] for size in sizes]
-    # From large wide shapes over small ones to large high ones: batches at the boundary of two
-    # buckets then have small or similar images.
-    along = [h * w if h > w else -h * w for h, w in found]
-    order = sorted(range(count), key=lambda i: (along[i], i))
+    # From large landscape shapes over small ones to large portrait ones: batches at the boundary of
+    # two buckets then have small or similar images.
+    rank = [h * w if h > w else -h * w for h, w in found]
+    order = sorted(range(count), key=lambda i: (rank[i], i))
     batches = np.array(order).reshape(self._window, self._batch_size)
     largest = np.array(sizes)[batches].max(axis=1).tolist()
     shapes = [all_shapes[self._buckets.find(*size)] for size in largest]

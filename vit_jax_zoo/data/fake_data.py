@@ -1,7 +1,7 @@
-"""Fake data for planning: black images with the metadata and shapes of a dataset that is not here.
+"""Fake data for planning: black images with the metadata and shapes of a missing dataset.
 
 `DATASETS` has the numbers of examples and classes, image sizes and keys of the papers' datasets.
-Other missing data are assumed to be like a common dataset of their kind; `assumption` says so.
+Other missing data are assumed to be like a common dataset of their kind, stated in `assumption`.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ DATASETS: Mapping[str, Facts] = {
 }
 """By name in TFDS or of the published folder. From the datasets' pages."""
 
-_USUAL = {
+_COMMON = {
   "tfds": "imagenet2012",
   "folder": "imagenet2012",
   "coco": "coco/2017",
@@ -72,8 +72,8 @@ _OWN_PAIRS = Facts("pair", {"train": 10_000, "test": 100}, [(768, 1024)])
 def load(name: str, split: str, **options: Any) -> base.Source:
   """Returns the source of `load_source`, whose arguments it takes, or a fake one.
 
-  Known datasets are always fake, so that a plan is the same on every machine; demos never are. Of
-  the options, fake data read `panoptic` alone. ValueError for an unknown kind, demo or split.
+  `DATASETS` are always fake, so that a plan is the same on every machine; demos never are. Fake
+  data have the option `panoptic` and ignore others. ValueError for an unknown kind, demo or split.
   """
   kind, location = split_name(name)
   folder = location.partition(":")[0]  # or TFDS's name, with or without version
@@ -83,9 +83,9 @@ def load(name: str, split: str, **options: Any) -> base.Source:
     try:
       return load_source(name, split, **options)
     except FileNotFoundError:
-      usual = _USUAL.get(kind)
-      assumption = f"{name} not found: assumed to be like {usual or 'photographs of 1024x768'}"
-      facts = _OWN_PAIRS if usual is None else DATASETS[usual]
+      common = _COMMON.get(kind)
+      assumption = f"{name} not found: assumed to be like {common or 'photographs of 1024x768'}"
+      facts = _OWN_PAIRS if common is None else DATASETS[common]
   make = functools.partial(make_example, facts.kind, panoptic=bool(options.get("panoptic")))
   opened: dict[str, Callable[[], base.Source]] = {
     part: functools.partial(FakeSource, f"{name} {part}", facts, count, make, assumption)

@@ -71,7 +71,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 def bounded_size(height: int, width: int) -> tuple[int, int]:
   """Returns the size of a resized image with sides of at least 1.
 
-  CorruptExampleError above `MAX_PIXELS`, as of a line of pixels whose shorter side is to grow.
+  CorruptExampleError above `MAX_PIXELS`, such as a line of pixels whose shorter side is enlarged.
   """
   if height * width > MAX_PIXELS:
     size = f"{height}x{width} (height x width)"
@@ -127,11 +127,11 @@ _NO_SEGMENT = frozenset((0x00, 0x01, *range(0xD0, 0xDB), 0xFF))
 _APP1, _APP2 = 0xE1, 0xE2
 _ORIENTATION = 0x0112
 _EXIF, _XMP, _ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
-_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")  # as Pillow has it
+_XMP_ORIENTATION = re.compile(rb"""tiff:Orientation(?:="|>)([1-8])""")  # Pillow's
 
 
 def read_jpeg_header(data: bytes) -> JpegHeader | None:
-  """Reads a JPEG file's header; None if it is none, too large, or of an unusual kind."""
+  """Reads a JPEG file's header; None for other formats, unusual kinds, and above `MAX_PIXELS`."""
   if not data.startswith(_JPEG_START):
     return None
   position, exif, xmp, icc = 2, 0, 0, b""
@@ -153,7 +153,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader | None:
       found = _XMP_ORIENTATION.search(data, start, end)
       xmp = int(found[1]) if found else xmp
     elif marker == _APP2 and data.startswith(_ICC, start):
-      icc += data[start + len(_ICC) + 2 : end]  # behind the number of the part and of all parts
+      icc += data[start + len(_ICC) + 2 : end]  # after the part's number and the count
     position = end
   return None
 
@@ -198,7 +198,7 @@ def parse_header(data: bytes) -> tuple[int, int, int]:
       width, height = image.size
   except Exception as error:
     raise CorruptExampleError(_reason(error, data)) from error
-  if image.format == "TIFF":  # Pillow turns these itself, and has their upright size
+  if image.format == "TIFF":  # Pillow rotates these and returns their upright size
     return (width, height, turn) if turn >= _FIRST_TRANSPOSED else (height, width, turn)
   return height, width, turn
 
@@ -215,7 +215,7 @@ overrides the names' "grayscale"; their color variants set BGR, which excludes R
 
 
 def _decode_fast(data: bytes, reduce: int, rows: int | None) -> Pixels | None:
-  """Decodes plain JPEG and PNG files, with nothing behind the end, to Pillow's pixels; or None."""
+  """Decodes plain JPEG and PNG files that end with their end marker, as Pillow does; else None."""
   header = read_jpeg_header(data)
   if header is not None:
     if header.channels not in (1, 3) or not data.endswith(_JPEG_END):
@@ -257,8 +257,8 @@ def decode_rows(data: bytes, rows: int | None = None) -> Pixels | None:
   """Decodes the topmost `rows` of a complete JPEG file (default: all), as stored.
 
   Returns exactly the pixels of OpenCV and Pillow, maybe with rows below; None for files that need
-  another decoder (progressive, CMYK or damaged), or where simplejpeg is not installed. A missing
-  end would not be noticed.
+  another decoder (progressive, CMYK or damaged), or without simplejpeg. Accepts a file without its
+  end.
   """
   header = read_jpeg_header(data)
   if simplejpeg is None or header is None or not header.sequential:
@@ -286,7 +286,7 @@ def _decode_with_pillow(data: bytes) -> Pixels:
         image.info["transparency"] = tuple(sample >> 8 for sample in clear)
       image.load()
       return _to_rgb(ImageOps.exif_transpose(image), image.info.get("icc_profile"))
-  except Exception as error:  # whatever a decoder raises on such bytes
+  except Exception as error:  # decoders raise many types
     raise CorruptExampleError(_reason(error, data)) from error
 
 

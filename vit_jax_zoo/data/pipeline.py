@@ -74,7 +74,7 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   process_index: int = 0,  # this host
   process_count: int = 1,  # number of hosts
   num_workers: int = 0,  # processes; 0: threads of this one, faster up to a few cores
-  num_threads: int | None = None,  # of each process; default: its share of the cores, at most 16
+  num_threads: int | None = None,  # of each process; default: cores / processes, at most 16
   num_classes: int | None = None,  # bound of the labels; default: the source's
   on_corrupt: str = "error",  # stops at an image that cannot be decoded; or "skip"
   buckets: BucketSpec | None = None,  # for images of different sizes
@@ -86,8 +86,8 @@ def train_batches(  # noqa: PLR0913  (each is a plain field of a config or of th
   host in memory. "skip" replaces a corrupt image by an example drawn from (seed, position) and
   counts it in the iterator's `skipped`. Buckets are the shapes (height, width) to which batches are
   padded, or a number of shapes to choose; see `data/buckets.py`. With repeated augmentation (Hoffer
-  et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509; timm's `--aug-repeats`) an epoch, by
-  its number of steps, sees only a part of the data.
+  et al., arXiv:1901.09335; Berman et al., arXiv:1902.05509; timm's `--aug-repeats`) the steps of an
+  epoch cover only a part of the data.
 
   ValueError for a wrong batch size, an empty source, a wrong label or examples of different shapes;
   without "skip" also for a corrupt image, and FileNotFoundError for missing files.
@@ -156,8 +156,8 @@ def eval_batches(  # noqa: PLR0913
   Every host has the same number of batches, all of the same size; `mask` (bool [b]) is False for
   the zeros that pad the last batch, and with `on_corrupt="skip"` for corrupt images.
 
-  The result has a length, and each `iter()` of it begins anew. Arguments and errors are those of
-  `train_batches`; random transforms draw the same numbers in every evaluation.
+  The result has a length; each `iter()` starts at the first batch. Arguments and errors are those
+  of `train_batches`; random transforms draw the same numbers in every evaluation.
   """
   transforms = _for_source(transforms, source)
   loader = Loader(source, transforms, num_classes, on_corrupt, replace=False)
@@ -194,13 +194,11 @@ class BatchIterator(Iterator[Batch]):
     return self.skipped.total()
 
   def log_skipped(self) -> None:
-    """Logs the examples that were skipped."""
     if names := sorted(self.skipped):
-      count, listed = len(names), _listed(names)
+      count, listed = len(names), _first_names(names)
       logging.warning("%d examples could not be read and were skipped: %s", count, listed)
 
   def close(self) -> None:
-    """Stops threads and worker processes."""
     self._iterator.close()
 
   def __enter__(self) -> "BatchIterator":
@@ -212,7 +210,7 @@ class BatchIterator(Iterator[Batch]):
 
 @dataclasses.dataclass
 class EvalBatches:
-  """Batches of an evaluation: `len()` of them, anew with each `iter()`."""
+  """Batches of an evaluation; each `iter()` starts at the first."""
 
   _batches: "MaskedBatches"
   _dataset: grain.MapDataset
@@ -243,7 +241,7 @@ class EvalBatches:
     return 0 if self._last is None else self._last.num_skipped
 
 
-def _listed(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
   return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
 
 
@@ -252,7 +250,7 @@ def _check_files(source: Source, on_corrupt: str) -> None:
   missing = source.missing()
   if not missing:
     return
-  named = _listed([source.example_name(i) for i in missing])
+  named = _first_names([source.example_name(i) for i in missing])
   text = f"{source.info.name}: {len(missing)} files are missing: {named}"
   if on_corrupt == "error":
     raise FileNotFoundError(f"{text}; add them, or set data.loader.on_corrupt='skip'")
@@ -295,7 +293,7 @@ def _iterate(dataset: grain.MapDataset, num_workers: int, num_threads: int | Non
 
 
 def _end_with_parent(*_: int) -> None:
-  """Ends this worker process when its parent is killed; it would wait for it forever."""
+  """Ends this worker process when its parent is killed; else it would wait forever."""
 
   def wait() -> None:
     if (parent := multiprocessing.parent_process()) is not None:
@@ -308,8 +306,7 @@ def _end_with_parent(*_: int) -> None:
 def _start_workers(iterator: grain.DatasetIterator) -> Any:
   """Returns the first batch, at which Grain starts the workers.
 
-  They inherit a mask of signals that may be sent to all processes of a run and are for the main
-  thread alone.
+  They inherit a mask of the signals that only the run's main thread handles.
   """
   batch: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
@@ -336,7 +333,7 @@ class Loader:
   replace: bool  # "skip" draws another example at random instead of returning none
 
   def __call__(self, index: int, rng: np.random.Generator) -> Loaded:
-    """Loads example `index`; nothing outside of the source."""
+    """Returns example `index`, None outside of the source, and the failures before it."""
     if not 0 <= index < len(self.source):
       return None, []
     failures: Failures = []
@@ -358,7 +355,7 @@ class Loader:
     """Returns the example as arrays, checked and transformed."""
     example, num_classes = self.source[index], self.num_classes or self.source.info.num_classes
     label = example.get("label", example.get("labels"))  # of an image, or those of its objects
-    # The usual case goes without numpy's 10 microseconds.
+    # numpy would take 10 microseconds for an int.
     if not isinstance(label, int | None) or not 0 <= (label or 0) < (num_classes or math.inf):
       self._check(index, np.asarray(label), num_classes)
     try:
@@ -512,11 +509,11 @@ def _allocate(example: Example, size: int, padded: PaddedShape | None) -> Batch:
 def _put(batch: Batch, key: str, value: np.ndarray, row: int, *, padded: bool) -> None:
   if batch[key].dtype != value.dtype:
     batch[key] = batch[key].astype(np.promote_types(batch[key].dtype, value.dtype))
-  place = batch[key][row, ...]
-  if padded and key in PADDED | PADDED_ORIGINAL and value.ndim == place.ndim:
-    place = place[tuple(slice(side) for side in value.shape)]
-  if value.shape != place.shape:
+  target = batch[key][row, ...]
+  if padded and key in PADDED | PADDED_ORIGINAL and value.ndim == target.ndim:
+    target = target[tuple(slice(side) for side in value.shape)]
+  if value.shape != target.shape:
     remedy = _REMEDIES.get(key, "bring them to one shape in a transform")
-    shapes = f"{place.shape} and {value.shape}"
+    shapes = f"{target.shape} and {value.shape}"
     raise ValueError(f"{key!r} has different shapes in one batch, such as {shapes}; {remedy}")
-  place[...] = value
+  target[...] = value

@@ -40,7 +40,7 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
   ValueError for an unknown dataset or missing archives; ModuleNotFoundError without TensorFlow,
   with which TFDS writes.
   """
-  known = tfds.list_builders(with_community_datasets=False)  # those need the network
+  known = tfds.list_builders(with_community_datasets=False)  # community datasets need the network
   if re.split("[/:]", name)[0] not in known:
     nearest = ", ".join(difflib.get_close_matches(name, known)) or "none"
     raise ValueError(f"--dataset={name} is not a TFDS dataset; closest matches: {nearest}")
@@ -53,8 +53,8 @@ def prepare_tfds(name: str, data_dir: pathlib.Path, manual_dir: str | None = Non
     config = tfds.download.DownloadConfig(manual_dir=manual_dir)
     builder.download_and_prepare(download_config=config)
   except (AssertionError, FileNotFoundError) as error:
-    said = " ".join(str(error).split())
-    raise ValueError(f"TFDS could not prepare {name}: {said[:400]}") from error
+    reason = " ".join(str(error).split())
+    raise ValueError(f"TFDS could not prepare {name}: {reason[:400]}") from error
   return pathlib.Path(builder.data_dir)
 
 
@@ -70,13 +70,13 @@ def convert_tfrecord(prepared: str, data_dir: pathlib.Path) -> pathlib.Path:
     raise ValueError(f"{source} has {info['fileFormat']} files, expected tfrecord")
   target = data_dir / info["name"] / info.get("configName", "") / info["version"]
   if target.exists():
-    raise ValueError(f"{target} is already there; remove it to convert {source} again")
+    raise ValueError(f"{target}: exists; remove it to convert {source} again")
   shards = sorted(f for f in source.iterdir() if ".tfrecord" in f.name)
   _check_disk(info["name"], data_dir, sum(f.stat().st_size for f in shards))
 
   scratch = target.with_name(target.name + ".incomplete")
   scratch.mkdir(parents=True, exist_ok=True)
-  records = 0  # with those of earlier runs
+  records = 0  # of all files, also those converted by an interrupted run
   for shard in rich.progress.track(shards, "converting", console=_CONSOLE):
     new = scratch / shard.name.replace(".tfrecord", ".array_record")
     if not new.exists():
@@ -130,9 +130,9 @@ def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
 def _check_disk(name: str, data_dir: pathlib.Path, size: int) -> None:
   data_dir.mkdir(parents=True, exist_ok=True)
   free = shutil.disk_usage(data_dir).free
-  _say(
-    f"{name}: about {size / 2**30:.1f} GiB in {data_dir} when done, {free / 2**30:.1f} GiB free "
-    "there; downloads and shuffling may need as much again for a while"
+  _print(
+    f"{name}: about {size / 2**30:.1f} GiB in {data_dir}, where {free / 2**30:.1f} GiB are free; "
+    "downloads and shuffling may temporarily need as much again"
   )
   if size > free:
     raise ValueError(f"--data_dir={data_dir}: not enough space for {name}; choose another")
@@ -166,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
       prepared = prepare_tfds(given.dataset, data_dir, given.manual_dir)
   except (ValueError, OSError, ModuleNotFoundError) as error:
     raise SystemExit(one_line(f"prepare: {error}")) from error
-  _say(f"ready: {prepared}")
-  _say(f"use it as source='tfds:{prepared}'")
+  _print(f"ready: {prepared}")
+  _print(f"use it as source='tfds:{prepared}'")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -175,7 +175,7 @@ class _Parser(argparse.ArgumentParser):
     super().error(one_line(message))
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
   _CONSOLE.print(one_line(text), markup=False)
 
 

@@ -1,9 +1,9 @@
-"""`tf.image.resize` to the last bit, in numpy: what published accuracies were measured with.
+"""Bit-exact `tf.image.resize` in numpy, with which published accuracies were measured.
 
-The pipelines of the published models cast the result to uint8 by dropping the fraction, so a
-difference of one rounding error becomes one grey level: on a white background, half of the pixels.
-Hence the order of the float32 operations here is TensorFlow's (core/kernels/image:
-resize_bilinear_op, resize_area_op and scale_and_translate_op); OpenCV's is another.
+The pipelines of the published models cast the result to uint8 by dropping the fraction, so a single
+rounding error becomes one grey level: on a white background, in half of the pixels. Hence the
+float32 operations are in TensorFlow's order (core/kernels/image: resize_bilinear_op, resize_area_op
+and scale_and_translate_op), unlike OpenCV's.
 """
 
 import functools
@@ -70,7 +70,7 @@ def _bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @_cached
 def _neighbours(old: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the lower and the upper neighbour of each new pixel's centre, and how far between."""
+  """Returns the lower and the upper neighbour of each new centre, and the upper one's weight."""
   centres = (np.arange(new, dtype=np.float32) + _HALF) * _scale(old, new) - _HALF
   floor, ceiling = np.floor(centres), np.ceil(centres)
   lower, upper = (np.clip(i, 0, old - 1).astype(np.int64) for i in (floor, ceiling))
@@ -83,7 +83,7 @@ def _weighted_sum(
   weights: Float32[np.ndarray, "new taps"],
   axis: int,
 ) -> np.ndarray:
-  """Adds up, tap after tap, `weights[i, k]` times the pixel `starts[i] + k` of an axis."""
+  """Sums, tap by tap, `weights[i, k]` times the pixel `starts[i] + k` of an axis."""
   shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
   total = np.zeros((), np.float32)
   for tap in range(weights.shape[1]):
@@ -94,7 +94,7 @@ def _weighted_sum(
 
 @_cached
 def _cover(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the pixels that the stretch [i, i + 1) * old/new covers, and how much of each."""
+  """Returns the first pixel of the interval [i, i + 1) * old/new, and the covered fractions."""
   scale = _scale(old, new)
   begin = np.arange(new, dtype=np.float32) * scale
   end = np.arange(1, new + 1, dtype=np.float32) * scale
@@ -110,7 +110,7 @@ def _cover(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
 
 @_cached
 def _triangle(old: int, new: int) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the pixels below a triangle around each new pixel's centre, and their weights."""
+  """Returns the first pixel below a triangle around each new centre, and the pixels' weights."""
   inverse_scale = _ONE / (np.float32(new) / np.float32(old))
   radius = max(inverse_scale, _ONE)
   centres = (np.arange(new, dtype=np.float32) + _HALF) * inverse_scale

@@ -14,10 +14,10 @@ _ORDER, _NUMBERS = 0, 1  # separate the two uses of one seed
 
 def shuffled_index(position: int, num_examples: int, seed: int) -> int:
   """Returns the example at a position of the endless sequence of epochs, each a permutation."""
-  epoch, place = divmod(position, num_examples)
+  epoch, index = divmod(position, num_examples)
   if num_examples <= _SMALL:
-    return int(_permutation(seed, epoch, num_examples)[place])
-  return _enciphered(place, num_examples, _epoch_seed(seed, epoch))
+    return int(_permutation(seed, epoch, num_examples)[index])
+  return _permuted(index, num_examples, _epoch_seed(seed, epoch))
 
 
 _SMALL = 1 << 16
@@ -25,16 +25,16 @@ _SMALL = 1 << 16
 memory, has a block of at least 16 bits and cycle-walks until it hits one of the examples."""
 
 
-def _enciphered(place: int, num_examples: int, key: int) -> int:
-  """Returns the image of `place` in a permutation of range(num_examples), by Grain's cipher."""
+def _permuted(index: int, num_examples: int, key: int) -> int:
+  """Returns the image of `index` in a permutation of range(num_examples), by Grain's cipher."""
   # At powers of two Grain 0.2 takes a block one bit too short: permute one number more there, and
   # apply the cipher again when that number results (cycle walking keeps this a permutation).
   last = num_examples - 1 if (num_examples - 1).bit_count() > 1 else num_examples
   while True:
     # With Grain's default of 4 rounds, neighbors are measurably spread.
-    place = grain.experimental.index_shuffle(place, max_index=last, seed=key, rounds=8)
-    if place < num_examples:
-      return place
+    index = grain.experimental.index_shuffle(index, max_index=last, seed=key, rounds=8)
+    if index < num_examples:
+      return index
 
 
 @functools.lru_cache(maxsize=64)

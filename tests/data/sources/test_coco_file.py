@@ -373,7 +373,7 @@ class TestRotatedImages:
       chosen = {"exif_frame": "stored"}  # the size is ambiguous
     caplog.set_level("INFO", logger="absl")
     source = load_source(write(tmp_path, data, turn), "train", **chosen)
-    assert f"2 images are rotated by EXIF; annotations are taken to be in the {frame}" in (
+    assert f"2 images are rotated by EXIF; assuming annotations in the {frame} frame" in (
       caplog.text
     )
     assert "cannot be used" not in caplog.text

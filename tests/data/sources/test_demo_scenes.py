@@ -64,7 +64,7 @@ def test_splits_disjoint():
   assert set(np.bincount(test.labels) // 10) == {3}  # stratified
   ours = {digit.tobytes() for digit in train.digits}
   assert sum(digit.tobytes() in ours for digit in test.digits) == 0
-  for here, there in zip(train.places, test.places, strict=True):
+  for here, there in zip(train.squares, test.squares, strict=True):
     assert len(here) >= 3 * len(there) >= 6
     places = {place.tobytes() for place in here}
     assert not any(place.tobytes() in places for place in there)

@@ -34,7 +34,7 @@ def test_image_sizes(splits):
 
 
 def test_test_strip_equals_stereo_pair(splits):
-  left, right = demo_stereo.read_eyes()
+  left, right = demo_stereo.read_stereo()
   strip = np.concatenate([e["image"] for e in splits["test"]], axis=1)
   start = (left.shape[1] % 112) // 2
   np.testing.assert_array_equal(strip, left[232:328, start : start + 672])
@@ -60,7 +60,7 @@ def test_reference_matches_image(splits):
 
 def test_test_strip_not_in_training_windows(splits):
   held_out = set()
-  for eye in demo_stereo.read_eyes():
+  for eye in demo_stereo.read_stereo():
     for row in range(232, 328):
       held_out |= {eye[row, x : x + 16].astype(int).tobytes() for x in range(0, 690, 1)}
   for example in splits["train"]:

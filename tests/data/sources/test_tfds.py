@@ -128,5 +128,5 @@ def test_damaged_files_raise(prepared, tmp_path):
 
 
 def test_path_without_dataset_raises(prepared):
-  with pytest.raises(FileNotFoundError, match="expected the inmost folder"):
+  with pytest.raises(FileNotFoundError, match="expected the innermost folder"):
     load_source(f"tfds:{prepared}/tiny", "train")

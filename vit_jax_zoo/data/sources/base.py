@@ -1,8 +1,8 @@
 """Base class of sources of examples, their description and their splits.
 
-Splits are written as in TFDS: `train`, `train[:99%]`, `train[1000:2000]`, `train+test`. Where there
-is no validation split, `minitrain` is `train[:99%]` and `minival` is `train[99%:]`. `val`, `valid`
-and `validation` are aliases of the one that a dataset has.
+Splits are written as in TFDS: `train`, `train[:99%]`, `train[1000:2000]`, `train+test`. `minitrain`
+is `train[:99%]` and `minival` is `train[99%:]`. `val`, `valid` and `validation` are aliases of the
+one that a dataset has.
 """
 
 import abc
@@ -71,7 +71,7 @@ class Source(abc.ABC):
     return None
 
   def missing(self) -> Sequence[int]:
-    """Returns the examples whose files are not there, where names alone show it."""
+    """Returns the examples whose files are missing, if known without reading them."""
     return ()
 
   def image_size(self, index: int) -> tuple[int, int]:
@@ -176,11 +176,11 @@ def join_sources(sources: Sequence[Source]) -> Source:
   """Returns the concatenation of sources of the same classes; ValueError for other classes."""
   first, *others = sources
   for other in others:
-    check_same_classes(first.info, other.info, f"{other.info.name}, mixed in,")
+    check_same_classes(first.info, other.info, f"extra_sources: {other.info.name}")
     ours, theirs = first.info.num_classes, other.info.num_classes
     if None not in (ours, theirs) and ours != theirs:
       expected = f"the {ours} of {first.info.name}, in the same order"
-      raise ValueError(f"{other.info.name}, mixed in: {theirs} classes; expected {expected}")
+      raise ValueError(f"extra_sources: {other.info.name}: {theirs} classes; expected {expected}")
   if not others:
     return first
   name = " + ".join(source.info.name for source in sources)

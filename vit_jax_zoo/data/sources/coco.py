@@ -9,7 +9,7 @@ The splits are called `train` and `val`, without the year, and by their whole na
 
 Class ids are the file's, as in the official DETR: COCO's 80 classes have ids from 1 to 90, so
 `num_classes` is 91, the highest id + 1, and a detector's "no object" is the class `num_classes`.
-Nothing is renumbered; ids in the gaps are never learned. Files may count from 0 or from 1.
+Ids are not renumbered; those in the gaps have no examples. Files may count from 0 or from 1.
 """
 
 import concurrent.futures
@@ -103,8 +103,8 @@ class CocoSource(base.Source):
     # As text: COCO's outlines take a fifth of the memory, in this and in every worker process.
     self._objects = {key: json.dumps(value).encode() for key, value in content.objects.items()}
     self._folder, self._segments = str(split.images), split.segments and str(split.segments)
-    every = [found for objects in content.objects.values() for found in objects]
-    self._has_outlines = not every or any("segmentation" in found for found in every)
+    objects = [item for items in content.objects.values() for item in items]
+    self._has_outlines = not objects or any("segmentation" in item for item in objects)
     ids = [image["id"] for image in self._images]
     self._own_ids = all(isinstance(i, int) and abs(i) < 1 << 31 for i in ids)  # batches are int32
 
@@ -153,11 +153,11 @@ class CocoSource(base.Source):
   def missing(self) -> list[int]:
     folders = {os.path.dirname(f) for i in range(len(self)) for f in self._files(i)}
     entries = (entry for folder in filter(os.path.isdir, folders) for entry in os.scandir(folder))
-    there = {entry.path for entry in entries if entry.is_file(follow_symlinks=False)}
+    existing = {entry.path for entry in entries if entry.is_file(follow_symlinks=False)}
     return [
       index
       for index in range(len(self))
-      if not all(file in there or os.path.isfile(file) for file in self._files(index))
+      if not all(file in existing or os.path.isfile(file) for file in self._files(index))
     ]
 
 
@@ -175,12 +175,12 @@ def open_splits(
   without annotations, or if the annotation file is refused.
   """
   check_names("exif_frame", [exif_frame], ("auto", "upright", "stored"))
-  inside = "annotations/instances_*.json, and the images beside (demo:scenes needs no files)"
-  root = base.local_folder("coco", location, inside)
+  expected = "annotations/instances_*.json and folders of images (demo:scenes needs no files)"
+  root = base.local_folder("coco", location, expected)
   found = dict(_find(root, panoptic=panoptic))
   if not found:
-    wanted = "panoptic_*.json" if panoptic else f"instances_*.json, nor a folder with {ROBOFLOW}"
-    raise ValueError(f"{root} has no annotations/{wanted}")
+    expected = "panoptic_*.json" if panoptic else f"instances_*.json, or a folder with {ROBOFLOW}"
+    raise ValueError(f"{root}: no annotation files; expected annotations/{expected}")
   options = dict(annotated_only=annotated_only, exif_frame=exif_frame)
   opened = {
     name: functools.cache(functools.partial(_open, f"coco:{location} {name}", split, **options))
@@ -194,8 +194,8 @@ def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]
   prefix = "panoptic_" if panoptic else "instances_"
   for file in filter(os.path.isfile, sorted((root / "annotations").glob(f"{prefix}*.json"))):
     name = file.stem.removeprefix(prefix)
-    places = (root / name, root / "images" / name, root / "images", root)
-    images = next(folder for folder in places if folder.is_dir())
+    candidates = (root / name, root / "images" / name, root / "images", root)
+    images = next(folder for folder in candidates if folder.is_dir())
     segments = None
     if panoptic:
       folders = (file.parent / f"panoptic_{name}", root / f"panoptic_{name}")
@@ -211,15 +211,15 @@ def _find(root: pathlib.Path, *, panoptic: bool) -> Iterator[tuple[str, _Split]]
 def _open(name: str, split: _Split, *, annotated_only: bool, exif_frame: str) -> base.Source:
   content = read_coco(split.json, panoptic=split.segments is not None)
   if annotated_only:
-    kept = [image for image in content.images if content.objects.get(image["id"])]
-    content = content._replace(images=kept)
+    annotated = [image for image in content.images if content.objects.get(image["id"])]
+    content = content._replace(images=annotated)
   info = base.DatasetInfo(
     name=name,
     num_examples=len(content.images),
     num_classes=max(content.categories) + 1,
     class_names=names_by_id(content.categories),
     max_objects=max(map(len, content.objects.values()), default=0),
-    num_objects=sum(not found["iscrowd"] for every in content.objects.values() for found in every),
+    num_objects=sum(not o["iscrowd"] for items in content.objects.values() for o in items),
     stuff_from=_stuff_from(split.json, content) if split.segments is not None else None,
     annotations=hashlib.blake2b(split.json.read_bytes(), digest_size=6).hexdigest(),
   )
@@ -257,8 +257,8 @@ def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str
   frame = exif_frame if exif_frame != "auto" else ("stored" if stored > upright else "upright")
   if turns:
     logging.info(
-      "%s: %d images are rotated by EXIF; annotations are taken to be in the %s frame (sizes: %d "
-      "stored, %d upright); exif_frame='upright' or 'stored' sets it",
+      "%s: %d images are rotated by EXIF; assuming annotations in the %s frame (sizes: %d "
+      "stored, %d upright); set exif_frame='upright' or 'stored' to change it",
       split.json, len(turns), frame, stored, upright,
     )  # fmt: skip
   wrong = []
@@ -267,7 +267,7 @@ def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str
     if size != sizes[i]:
       wrong.append(f"{images[i]['file_name']}: {size} for {sizes[i]}")
   if wrong:
-    text = "%s: %d images are not of their annotated (height, width), and cannot be used: %s"
+    text = "%s: %d images are not of their annotated (height, width) and cannot be used: %s"
     logging.warning(text, split.json, len(wrong), ", ".join(wrong[:3]))
   return turns if frame == "stored" else {}
 

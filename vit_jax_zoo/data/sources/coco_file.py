@@ -59,7 +59,7 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
   images = list(check.images.values())
   if panoptic:
     for number in check.names.keys() - check.stuff - check.things:
-      check.warn("category without isthing, taken as a thing", f"id {number}")
+      check.warn("category without isthing, counted as a thing", f"id {number}")
     for image in images:
       if image["id"] not in check.segments:
         check.warn("image without panoptic annotation, left out", image["file_name"])
@@ -70,7 +70,7 @@ def read_coco(file: pathlib.Path, *, panoptic: bool) -> CocoFile:
 
 
 def read_images(file: pathlib.Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """Returns the images of a file with or without annotations, and the categories as it has them."""
+  """Returns the images of a file with or without annotations, and its categories unchanged."""
   data = _load(file, ("images", "categories"))
   check = _Check(file)
   check.each(data["images"], check.image)
@@ -127,7 +127,7 @@ class _RefusedError(Exception):
 
 
 class _Check:
-  """Collects the content of a file as it is checked, and its problems by kind with examples."""
+  """Checks a file, and collects its content, and its problems by kind with examples."""
 
   def __init__(self, file: pathlib.Path) -> None:
     self.names: dict[int, str] = {}
@@ -142,7 +142,7 @@ class _Check:
     self._outlines = self._boxes = self._corners = self._outside = self._crowds = 0
 
   def each(self, items: Iterable[Any], add: Callable[[Any], None]) -> None:
-    """Adds items; those that are refused are collected."""
+    """Adds items, and collects those that are refused."""
     for item in items:
       try:
         add(item)
@@ -162,12 +162,12 @@ class _Check:
       logging.warning("%s: %s", self._file, _line(problem))
 
   def log(self) -> None:
-    """Logs the problems, and what only all annotations together show."""
+    """Logs the problems of single items, and of the annotations as a whole."""
     if self._corners == self._boxes and 2 * self._outside > self._boxes:
-      kind = "dataset whose boxes look like left, top, right, bottom; expected width and height"
+      kind = "dataset whose boxes seem to be left, top, right, bottom; expected width and height"
       self.warn(kind, f"{self._outside} of {self._boxes} boxes end outside of their image")
     if self._crowds:
-      logging.info("%d crowds, left out in training and known in scoring", self._crowds)
+      logging.info("%d crowds: left out in training, ignored regions in scoring", self._crowds)
     if not self._outlines:  # none is usable
       for found in itertools.chain(*self.objects.values()):
         found.pop("segmentation", None)
@@ -177,7 +177,7 @@ class _Check:
     self.log_warned()
     if all(found["iscrowd"] for found in itertools.chain(*self.objects.values())):
       what = "annotations has crowds only" if self._crowds else "annotations is empty"
-      logging.warning("%s: %s: nothing can be learned from these images", self._file, what)
+      logging.warning("%s: %s; a detector cannot be trained on it", self._file, what)
 
   def category(self, category: Mapping[str, Any]) -> None:
     number, name = category.get("id"), category.get("name")
@@ -258,14 +258,14 @@ class _Check:
     if image["id"] in self.segments:
       raise _RefusedError("image with two panoptic annotations", file)
     self.segments[image["id"]] = png
-    known = set()
+    ids = set()
 
     def add(segment: Any) -> None:
       number = segment.get("id") if isinstance(segment, dict) else None
       where = f"segment {_short(number)} of {file}"
-      if not _is_int(number) or not 0 < number < _MAX_SEGMENT or number in known:
+      if not _is_int(number) or not 0 < number < _MAX_SEGMENT or number in ids:
         raise _RefusedError("segment without an id of its own (1 to 16777215)", where)
-      known.add(number)
+      ids.add(number)
       found = self._shared_fields(segment, where)
       self._crowds += found["iscrowd"]
       self.objects[image["id"]].append({"area": 0.0, **found})

@@ -43,7 +43,7 @@ DIGITS = tuple("0123456789")
 
 Record = dict[str, Any]
 
-_RIGHT_EYE = "skimage/data/motorcycle_right.png"
+_RIGHT_VIEW = "skimage/data/motorcycle_right.png"
 
 
 def read_photo(name: str) -> np.ndarray:
@@ -96,7 +96,7 @@ def photos(split: str) -> Iterator[Record]:
   """Yields tiles of ten color photographs; the class is the photograph.
 
   Each photograph is resized to a shorter side of 512 and cut into 64x64 tiles without overlap;
-  every fifth tile is in the test split, so that test tiles are not seen in training.
+  every fifth tile is in the test split.
   """
   cut = [_tiles(_short_side(read_photo(name), 512), 64) for name in PHOTOS]
   tiles = [(tile, label) for label, photo in enumerate(cut) for tile in photo]
@@ -128,7 +128,7 @@ def scenes(split: str) -> Iterator[Record]:
   A scene, 64x64, has two regions of texture (stuff) with a curved boundary, and one to four digits
   (things) of different sizes and colors that may overlap, with exact segments, boxes of the visible
   parts and classes. The features are those of TFDS's `coco/2017` and `coco/2017_panoptic`. 4000
-  training and 400 test scenes share no digit and no texture region.
+  training and 400 test scenes have no digit and no texture region in common.
   """
   material, seed = Material.of(split), {"train": 1, "test": 2}[split]
   first = 0 if split == "train" else COUNTS["train"]
@@ -141,16 +141,16 @@ class Material:
   """Digits and textures of a split."""
 
   digits: tuple[np.ndarray, ...]  # strength in [0, 1], float32 [h w], each cut to its stroke
-  labels: Int[np.ndarray, " n"]  # which digit each of them is
-  places: tuple[np.ndarray, ...]  # of each of `TEXTURES`, squares to cut from, uint8 [p s s 3]
+  labels: Int[np.ndarray, " n"]  # of the digits
+  squares: tuple[np.ndarray, ...]  # of each of `TEXTURES`, to cut from, uint8 [p s s 3]
 
   @classmethod
   def of(cls, split: str) -> "Material":
-    """Returns a split's material; one in five digits and places belongs to the test split."""
+    """Returns a split's material; one in five digits and squares is in the test split."""
     images, labels = _digit_images()
-    mine = _belongs(len(labels), split)
-    digits = tuple(_cut(image, 48).astype(np.float32) / 255 for image in images[mine])
-    return cls(digits, labels[mine], tuple(_places(name, split) for name in TEXTURES))
+    chosen = _belongs(len(labels), split)
+    digits = tuple(_cut(image, 48).astype(np.float32) / 255 for image in images[chosen])
+    return cls(digits, labels[chosen], tuple(_squares(name, split) for name in TEXTURES))
 
 
 def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
@@ -159,13 +159,13 @@ def _cut(digit: np.ndarray, above: float | int) -> np.ndarray:
   return digit[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def _places(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
+def _squares(name: str, split: str) -> UInt8[np.ndarray, "p _ _ 3"]:
   """Cuts the central 70 % of a photograph into squares of 1.5 times a scene's side."""
   photo, side = read_photo(name), SIZE * 3 // 2
   height, width = photo.shape[:2]
   top, left = round(height * (1 - 0.7) / 2), round(width * (1 - 0.7) / 2)
-  places = _tiles(_short_side(photo[top : height - top, left : width - left], 4 * side), side)
-  return np.stack(places)[_belongs(len(places), split)]
+  squares = _tiles(_short_side(photo[top : height - top, left : width - left], 4 * side), side)
+  return np.stack(squares)[_belongs(len(squares), split)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,21 +181,21 @@ def draw_scene(material: Material, rng: np.random.Generator) -> Scene:
   """Draws a scene: two textures, then digits from back to front, each at least 75 % visible."""
   textures = rng.choice(len(TEXTURES), 2, replace=False)
   segment_map = _regions(rng)
-  backgrounds = [_texture(material.places[t], rng) for t in textures]
+  backgrounds = [_texture(material.squares[t], rng) for t in textures]
   image = np.where(segment_map[..., None] == 0, *backgrounds).astype(np.float32)
   labels = [STUFF_FROM + int(t) for t in textures]
   areas = [0, 0]
   for _ in range(int(rng.integers(1, MAX_DIGITS, endpoint=True))):
-    for _ in range(8):  # attempts to find it a place
+    for _ in range(8):  # attempts to place it
       digit = int(rng.integers(len(material.digits)))
       stroke = _placed(material.digits[digit], rng)
       after = np.where(stroke > 0.5, len(labels), segment_map)
-      seen = np.bincount(after.ravel(), minlength=len(labels) + 1)
-      if all(seen[i] >= 0.75 * areas[i] for i in range(2, len(labels))):
+      visible = np.bincount(after.ravel(), minlength=len(labels) + 1)
+      if all(visible[i] >= 0.75 * areas[i] for i in range(2, len(labels))):
         segment_map = after
         image = _painted(image, stroke, rng)
         labels.append(int(material.labels[digit]))
-        areas.append(int(seen[-1]))
+        areas.append(int(visible[-1]))
         break
   return Scene(np.round(image).astype(np.uint8), segment_map, tuple(labels))
 
@@ -210,10 +210,10 @@ def _regions(rng: np.random.Generator) -> Int[np.ndarray, "h w"]:
   return (across > offset + wave).astype(np.int64)
 
 
-def _texture(places: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
-  place = places[rng.integers(len(places))]
-  top, left = rng.integers(place.shape[0] - SIZE, size=2, endpoint=True)
-  texture = place[top : top + SIZE, left : left + SIZE]
+def _texture(squares: UInt8[np.ndarray, "p _ _ 3"], rng: np.random.Generator) -> np.ndarray:
+  square = squares[rng.integers(len(squares))]
+  top, left = rng.integers(square.shape[0] - SIZE, size=2, endpoint=True)
+  texture = square[top : top + SIZE, left : left + SIZE]
   return texture[:, ::-1] if rng.random() < 0.5 else texture
 
 
@@ -230,9 +230,9 @@ def _placed(
   stroke = _cut(np.clip((large - 0.3) / 0.2, 0, 1), 0.5)[:SIZE, :SIZE]
   top = int(rng.integers(SIZE - stroke.shape[0], endpoint=True))
   left = int(rng.integers(SIZE - stroke.shape[1], endpoint=True))
-  whole = np.zeros((SIZE, SIZE), np.float32)
-  whole[top : top + stroke.shape[0], left : left + stroke.shape[1]] = stroke
-  return whole
+  opacity = np.zeros((SIZE, SIZE), np.float32)
+  opacity[top : top + stroke.shape[0], left : left + stroke.shape[1]] = stroke
+  return opacity
 
 
 def _painted(
@@ -295,14 +295,14 @@ def stereo(split: str) -> Iterator[Record]:
     yield {"image": _encode(image, "png"), "reference": _encode(reference, "png")}
 
 
-def read_eyes() -> Pair:
+def read_stereo() -> Pair:
   """Returns the left and the right image, [500 707 3], shifted by `SHIFT`."""
-  left, right = read_photo("motorcycle"), read_photo(_RIGHT_EYE)
+  left, right = read_photo("motorcycle"), read_photo(_RIGHT_VIEW)
   return left[:, SHIFT:], right[:, :-SHIFT]
 
 
 def _test_pairs() -> Iterator[Pair]:
-  left, right = read_eyes()
+  left, right = read_stereo()
   width, whole = left.shape[1], TEST_WIDTH + 2 * MARGIN
   for start in range((width % TEST_WIDTH) // 2, width - TEST_WIDTH + 1, TEST_WIDTH):
     other = min(max(start - MARGIN, 0), width - whole)
@@ -310,8 +310,8 @@ def _test_pairs() -> Iterator[Pair]:
 
 
 def _train_pairs() -> Iterator[Pair]:
-  """Yields overlapping windows beside the strip, and photographs with a simulated second view."""
-  left, right = read_eyes()
+  """Yields overlapping windows outside the strip, and photographs with a simulated second view."""
+  left, right = read_stereo()
   for rows in (slice(None, STRIP.start), slice(STRIP.stop, None)):
     for window in _windows(left[rows], (72, 64)):
       yield left[rows][window], right[rows][window]
@@ -319,10 +319,10 @@ def _train_pairs() -> Iterator[Pair]:
   for name in ("astronaut", "cat", "coffee", "flower", "rocket", "temple"):
     image = _short_side(read_photo(name), 320)
     for window in _windows(image, WINDOW):
-      yield image[window], _second_eye(image, rng)[window]
+      yield image[window], _second_view(image, rng)[window]
 
 
-def _second_eye(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _second_view(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """Returns the image with a random horizontal shift, as large as the pair's, and scale."""
   size = (image.shape[1], image.shape[0])
   middle = (size[0] / 2, size[1] / 2)
@@ -398,7 +398,7 @@ def open_splits(location: str, *, panoptic: bool = False) -> Splits:
 
 
 def _prepare(name: str, folder: pathlib.Path) -> None:
-  """Renames a temporary folder: no process sees half a dataset, and of several the first wins."""
+  """Writes to a temporary folder and renames it; of several processes, the first is used."""
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = tempfile.mkdtemp(dir=folder.parent, prefix=".preparing-")

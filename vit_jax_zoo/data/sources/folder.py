@@ -1,12 +1,12 @@
-"""Your own images: a folder for each class.
+"""Image classification from your own images: a folder for each class.
 
     flowers/daisy/01.jpg  flowers/rose/17.png                    split by a hash of the file name
     flowers/train/daisy/01.jpg  flowers/test/rose/17.png         split by folder
 
 Split folders are `train` or `training`, `test` or `testing`, `val`, `valid`, `validation`, `dev` or
 `eval`, in any case, also `train_set`, `train-data`, `train images`, `seg_train`, `data_train`.
-`val`, `valid` and `validation` are aliases of the one that is there; with only a test set or only a
-validation set, all four names mean it. Names of classes are normalised (NFC).
+`val`, `valid` and `validation` are aliases of the one that exists; with only a test set or only a
+validation set, all four names are aliases of it. Class names are normalised (NFC).
 
 Without split folders, 10 % of the images, and one or more of each class of two or more, are `test`
 and the rest `train`, by a hash of each file's path below the root: the same on every machine, and
@@ -46,7 +46,7 @@ CHOOSE_FRACTION = 0.1
 
 Labelled: TypeAlias = list[tuple[str, int]]  # paths below a folder, and labels
 
-_LISTED = 5  # files and classes that are named in a message
+_LISTED = 5  # maximum number of files or classes in a message
 _SYSTEM_FOLDERS = (
   "__macosx", "__pycache__", "@eadir", "$recycle.bin", "lost+found", "system volume information",
 )  # fmt: skip
@@ -174,8 +174,8 @@ def find_splits(location: str, class_names: Sequence[str] | str | None = None) -
       f"folder:{location} is not on a local disk; copy it there, or pack it with python -m "
       "vit_jax_zoo.data.prepare --from_folder and read it as tfds:gs://bucket/name/1.0.0"
     )
-  inside = "one folder for each class, with images inside (demo:photos needs no files)"
-  root = base.local_folder("folder", location, inside)
+  expected = "one folder for each class, with images inside (demo:photos needs no files)"
+  root = base.local_folder("folder", location, expected)
   folders = _split_folders(root) or {"": root}
   found = {name: _scan(folder) for name, folder in folders.items()}
   every = sorted({name for files in found.values() for _, name in files})
@@ -294,10 +294,10 @@ def _hashed_splits(
 def _hold_out(
   files: Labelled, fraction: float, *, highest: bool = False
 ) -> tuple[Labelled, Labelled]:
-  """Splits files, ordered by hash, in (kept, held out): a fraction of the range of hashes.
+  """Splits files, ordered by hash, in (rest, held out): a fraction of the range of hashes.
 
-  Of each class with two or more files, at least one is kept and one held out. Those with the lowest
-  hashes are held out, or with the highest.
+  Each class of two or more files has at least one in either part. Those with the lowest hashes are
+  held out, or with the highest.
   """
   by_class: dict[int, Labelled] = {}
   for file in reversed(files) if highest else files:
@@ -331,7 +331,7 @@ def _name_choices(splits: FolderSplits) -> base.Splits:
 def _name_test(splits: base.Splits, location: str) -> base.Splits:
   """Makes `test` an alias of the validation set where there is none, and the reverse.
 
-  TFDS datasets have no such aliases: what a published number was measured on must be named.
+  TFDS datasets have no such aliases: published scores are of one split.
   """
   validation = {splits[name] for name in base.VALIDATION_NAMES if name in splits}
   if "test" in splits and not validation:

@@ -10,7 +10,7 @@
 The reference of an image is the file, or the folder of files, of its full name, else of its name
 without suffix. Two of them are refused as ambiguous. Names are compared after Unicode
 normalisation (NFC). Own images without `train/` are split by a hash of their names, as `folder:`;
-the published test sets have the split `test` alone. The option `reference` chooses:
+the published test sets have only the split `test`. The option `reference` chooses:
 
     "1" ... "5"   the reference of this number, in the order of names; in CUFED5 "1" is most similar
     "random"      one of them, fixed for a file name; the authors' protocol for Sun80
@@ -61,8 +61,8 @@ def open_splits(location: str, reference: str | int = "1") -> base.Splits:
   """
   reference = str(reference)
   check_names("reference", [reference], REFERENCES)
-  inside = "input/ and ref/, or a published dataset (demo:stereo needs no files)"
-  root = base.local_folder("pairs", location, inside)
+  expected = "input/ and ref/, or a published dataset (demo:stereo needs no files)"
+  root = base.local_folder("pairs", location, expected)
   splits = {
     name: functools.partial(_open, f"pairs:{location}", find, reference)
     for name, find in _find_layout(root).items()
@@ -113,9 +113,9 @@ def _find_layout(root: pathlib.Path) -> dict[str, Callable[[], Pairs]]:
   if (root / _SUN80).is_dir():
     return {"test": functools.partial(_named_alike, root / _SUN80, root / _SUN80_REFERENCES)}
   if (root / _URBAN100).is_dir():
-    return {"test": functools.partial(_alone, root / _URBAN100, "*_HR.png")}
+    return {"test": functools.partial(_without_references, root / _URBAN100, "*_HR.png")}
   if _images(root):
-    return {"test": functools.partial(_alone, root, "*")}
+    return {"test": functools.partial(_without_references, root, "*")}
   raise ValueError(
     f"pairs:{root}: unknown layout; expected input/ and ref/, train/input and train/ref, "
     f"{_CUFED5}, {_SUN80}, {_URBAN100}, or images"
@@ -172,7 +172,7 @@ def _cufed5(folder: pathlib.Path) -> Pairs:
   return pairs
 
 
-def _alone(folder: pathlib.Path, pattern: str) -> Pairs:
+def _without_references(folder: pathlib.Path, pattern: str) -> Pairs:
   return {path: () for path in _images(folder) if path.match(pattern)}
 
 

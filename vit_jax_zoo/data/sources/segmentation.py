@@ -1,7 +1,7 @@
-"""Your own images with a class for every pixel: a label PNG beside each image.
+"""Semantic segmentation from your own images: a label map, a PNG file of class ids, for each.
 
     images/train/a.jpg  annotations/train/a.png  images/val/b.jpg  annotations/val/b.png
-    images/training/a.jpg  annotations/training/a.png                      ADE20K as it comes
+    images/training/a.jpg  annotations/training/a.png                                  ADE20K
     leftImg8bit/train/x/a_leftImg8bit.png  gtFine/train/x/a_gtFine_labelTrainIds.png   Cityscapes
     JPEGImages/a.jpg  SegmentationClass/a.png  ImageSets/Segmentation/train.txt        Pascal VOC
 
@@ -68,8 +68,8 @@ def open_splits(
   FileNotFoundError without the folder or a label map; ValueError without images, or for a pattern
   without `{name}` or `{split}`.
   """
-  inside = "images/<split>/ and annotations/<split>/ (demo:scenes, panoptic=True, needs no files)"
-  root = base.local_folder("segmentation", location, inside)
+  expected = "images/<split>/, annotations/<split>/ (demo:scenes, panoptic=True, needs no files)"
+  root = base.local_folder("segmentation", location, expected)
   if (images is None) != (labels is None):
     raise ValueError("segmentation: give both patterns, images and labels, or neither")
   if images is None or labels is None:
@@ -79,9 +79,9 @@ def open_splits(
     _check_pattern(layout)
   names = read_class_names(class_names)
   whole = base.DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
-  found = _listed(root, layout) if layout.lists else _in_folders(root, layout)
+  found = _find_by_lists(root, layout) if layout.lists else _find_in_folders(root, layout)
   if not found:
-    raise ValueError(f"{root} has no images {layout.images}")
+    raise ValueError(f"{root}: no images; expected {layout.images}")
   for alias, name in SPLIT_NAMES.items():
     if alias in found and name in found:
       raise ValueError(f"{root}: {alias} and {name} are both the split {name!r}; keep one")
@@ -100,7 +100,7 @@ def _find_layout(root: pathlib.Path) -> Layout:
       return layout
   known = " or ".join(sorted({layout.images for layout in LAYOUTS}))
   raise ValueError(
-    f"{root} has none of the usual layouts ({known}); set the options images, labels"
+    f"{root}: unknown layout; expected {known}, or set the options images and labels"
   )
 
 
@@ -112,8 +112,8 @@ def _check_pattern(layout: Layout) -> None:
         raise ValueError(f"segmentation: the pattern {pattern!r} lacks {part}")
 
 
-def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
-  """Returns image and label file of each example by split, of layouts with split folders."""
+def _find_in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
+  """Returns the image and the label map of each example by split, from split folders."""
   pattern = re.escape(layout.images).replace(r"\{split\}", r"(?P<split>[^/]+)", 1)
   pattern = pattern.replace(r"\{split\}", r"(?P=split)").replace(r"\{name\}", r"(?P<name>.+)", 1)
   pattern = pattern.replace(r"\{name\}", r"(?P=name)").replace(r"\.\*", r"\.\w+")
@@ -126,15 +126,15 @@ def _in_folders(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str,
   return found
 
 
-def _listed(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
-  """Returns the same for layouts with a text file of names for each split."""
+def _find_by_lists(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[str, str]]]:
+  """Returns the image and the label map of each example by split, from a text file per split."""
   lists = str(layout.lists)
   pattern = re.escape(lists).replace(r"\{split\}", "(.+)")
   images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}
   found = {}
   for file in sorted(root.glob(lists.replace("{split}", "*"))):
     split = re.fullmatch(pattern, file.relative_to(root).as_posix())
-    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as names of files
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as in file names
     names = [line.split()[0] for line in text.splitlines() if line.strip()]
     stems = [layout.images.removesuffix(".*").format(split="", name=name) for name in names]
     missing = [stem for stem in stems if stem not in images]

@@ -1,8 +1,8 @@
 """Datasets prepared by TFDS, read without TensorFlow.
 
-ArrayRecord folders are read with TFDS's data source; TFRecord files, which TFDS reads with
-TensorFlow and in order alone, with `data/sources/tfrecord.py`. Images stay encoded: the pipeline
-decodes the part that it needs.
+ArrayRecord folders are read with TFDS's data source; TFRecord files, which TFDS reads only in order
+and with TensorFlow, with `data/sources/tfrecord.py`. Images stay encoded: the pipeline decodes the
+part that it needs.
 
 Folders are local or `gs://bucket/...`: listing them needs the package gcsfs, and array_record opens
 `gs://` natively. Tested with a local replacement, not with a bucket. TFRecord files must be local.
@@ -62,7 +62,7 @@ def open_splits(
   panoptic: bool = False,  # read segments of things and stuff
   derived_labels: str | None = None,  # derives the labels from other features; a key of `RULES`
 ) -> Splits:
-  """Opens a prepared dataset; its features decide the task.
+  """Opens a prepared dataset; its features determine the kind of its examples.
 
   Boxes: detection; label maps, for which `label_key` is an image feature: segmentation; references:
   super-resolution; else classification. The location is `name`, `name/config`, either with
@@ -88,8 +88,8 @@ def open_folder(
   try:
     builder = tfds.builder_from_directory(folder)
   except Exception as error:  # of protobuf and others, without the name of a file
-    said = " ".join(str(error).split())
-    raise ValueError(f"{folder}: dataset_info.json or features.json is damaged ({said})") from None
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{folder}: dataset_info.json or features.json: damaged ({reason})") from None
   features, whole, encoded = builder.info.features, DatasetInfo(name, 0), PAIR
   has_boxes = any(_has_boxes(features, key) for key in OBJECTS.values())
   if derived_labels is not None:
@@ -122,8 +122,8 @@ def _open_split(
     files = [str(path) for path in info.filepaths]
     if is_remote(files[0]):
       raise ValueError(
-        f"{whole.name} lies in TFRecord files, which can be read by index from a local disk only; "
-        "copy it there and convert it with python -m vit_jax_zoo.data.prepare --from_tfrecord"
+        f"{whole.name}: TFRecord files can be read by index only from a local disk; copy them "
+        "there and convert them with python -m vit_jax_zoo.data.prepare --from_tfrecord"
       )
     decode = functools.partial(builder.info.features.deserialize_example_np, decoders=decoders)
     records = tfrecord.TFRecordFiles(files, info.shard_lengths, decode)
@@ -227,8 +227,8 @@ def _derived_example(record: Record, _: int, *, image_key: str, rule: LabelRule)
 def _label_maps(features: Any, image: str | None, label: str | None) -> tuple[str, str] | None:
   """Returns the features of images and of label maps; None for a dataset without label maps."""
   pictures, labels = _images(features), label or "segmentation_label"
-  wanted = ("image", "image_left", *pictures) if image is None else (image,)
-  found = next((key for key in wanted if key in pictures and key != labels), None)
+  candidates = ("image", "image_left", *pictures) if image is None else (image,)
+  found = next((key for key in candidates if key in pictures and key != labels), None)
   return None if found is None or labels not in pictures else (found, labels)
 
 
@@ -288,7 +288,7 @@ def _inner(features: Any, key: str) -> Any:
 
 def _keys(features: Any, name: str, image: str | None, label: str | None) -> tuple[str, str | None]:
   found = _images(features)
-  if image is None and "image" in found:  # Pets have a mask beside it, smallNORB another view
+  if image is None and "image" in found:  # Pets also have a mask, smallNORB a second view
     image = "image"
   for given in (image, label):
     if given is not None and given not in features:
@@ -369,7 +369,7 @@ def at_path(location: str) -> epath.Path:
   folder = epath.Path(location).expanduser()
   if not (folder / "dataset_info.json").exists():
     problem = "has no dataset_info.json" if folder.exists() else "does not exist"
-    expected = "the inmost folder of a prepared dataset, such as .../imagenet2012/5.1.0"
+    expected = "the innermost folder of a prepared dataset, such as .../imagenet2012/5.1.0"
     raise FileNotFoundError(f"tfds:{location} {problem}; expected {expected}")
   return folder
 
@@ -383,11 +383,11 @@ def _find(location: str, data_dir: str | None) -> epath.Path:
   for folder in versions:
     if folder.name == version:
       return folder
-  there = f" (there: {', '.join(f.name for f in versions)})" if versions else ""
-  where = "... locally and copy the result" if is_remote(str(root)) else root
+  available = f" (available: {', '.join(f.name for f in versions)})" if versions else ""
+  target = "... locally and copy the result" if is_remote(str(root)) else root
   raise FileNotFoundError(
-    f"tfds:{location} is not prepared in {root}{there}; run python -m vit_jax_zoo.data.prepare "
-    f"--dataset={location} --data_dir={where}, or use demo:digits, which needs no data"
+    f"tfds:{location} is not prepared in {root}{available}; run python -m vit_jax_zoo.data.prepare "
+    f"--dataset={location} --data_dir={target}, or use demo:digits, which needs no data"
   )
 
 
