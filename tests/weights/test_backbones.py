@@ -145,7 +145,6 @@ LAMBDA = {
   "shortcut": "conv", "se_ratio": 0.0, "lambda_blocks": ("none", "none", (1,), "all"),
   "lambda_layer": {
     "dim_k": 4, "receptive_field": 3, "position_bias": True, "pool_size": 2,
-    "initialization": "timm",
   },
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ except ImportError:  # pip install -e '.[fast]'; without it OpenCV decodes whole
 
 Pixels: TypeAlias = UInt8[np.ndarray, "h w 3"]
 FloatPixels: TypeAlias = Float32[np.ndarray, "h w 3"]
-Method: TypeAlias = Literal["bilinear", "area", "antialias"]
+Method: TypeAlias = Literal["bilinear", "antialias"]
 
 _FIRST_TRANSPOSED = 5  # EXIF orientations from here on exchange height and width
 
@@ -347,16 +347,16 @@ def resize(
 ) -> UInt8[np.ndarray, "H W 3"] | Float32[np.ndarray, "H W 3"]:
   """Resizes an image for training; `data/resize.py` has TensorFlow's exact resizes for evaluation.
 
-  "bilinear" interpolates the four nearest pixels, at half-pixel centres; "area" averages the
-  covered area; "antialias" is bilinear, after a blur of the axes that shrink to less than 1/1.2,
-  and "area" where one shrinks to less than 1/2.2. uint8 results are rounded.
+  "bilinear" interpolates the four nearest pixels, at half-pixel centres; "antialias" is bilinear,
+  after a blur of the axes that shrink to less than 1/1.2; if one shrinks to less than 1/2.2, the
+  mean of the covered area. uint8 results are rounded.
   """
   height, width = bounded_size(height, width)
   scales = image.shape[0] / height, image.shape[1] / width
-  if method == "antialias" and _BLUR_FROM < max(scales) <= _AREA_FROM:
-    image = _blur(image, *scales)
-  elif method != "bilinear" and max(scales) > 1 and (method == "area" or max(scales) > _AREA_FROM):
+  if method == "antialias" and max(scales) > _AREA_FROM:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+  if method == "antialias" and max(scales) > _BLUR_FROM:
+    image = _blur(image, *scales)
   return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 

@@ -190,7 +190,6 @@ class BatchIterator(Iterator[Batch]):
 
   @property
   def num_skipped(self) -> int:
-    """Number of skipped examples so far."""
     return self.skipped.total()
 
   def log_skipped(self) -> None:

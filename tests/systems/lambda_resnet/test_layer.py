@@ -323,7 +323,6 @@ def test_strided_pooling_excludes_padding():
   [
     ({"num_heads": 3}, "num_heads: 3 does not divide 8"),
     ({"receptive_field": 4}, "receptive_field: 4"),
-    ({"initialization": "papr"}, "did you mean 'paper'"),
     ({"stride": 3}, "stride: 3"),
     ({"pool_size": 4}, "pool_size 4"),
   ],

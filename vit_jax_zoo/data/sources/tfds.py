@@ -260,7 +260,7 @@ def _objects(
 def _objects_example(
   record: Record, index: int, *, panoptic: bool, class_ids: tuple[int, ...] | None
 ) -> Example:
-  """The example of a record with boxes; `class_ids` of its labels, None where they are ids."""
+  """`class_ids` are those of the record's labels; None where labels are ids."""
   found, image = record[OBJECTS[panoptic]], record["image"]
   height, width = images.image_size(image)
   relative_yxyx = np.asarray(found["bbox"], np.float64).reshape(-1, 4)

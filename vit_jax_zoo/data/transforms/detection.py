@@ -159,7 +159,6 @@ def _check_size(annotated: Sequence[int], stored: Size) -> None:
 
 
 def _trainable(example: Example, size: Size) -> Example:
-  """Returns the example with the objects for training."""
   example["boxes_xyxy"] = _clip(example["boxes_xyxy"], *size)
   good = _has_area(example["boxes_xyxy"])
   _log_left_out(example, ~good & ~example["is_crowd"], "has a box without area in the image")
@@ -369,7 +368,6 @@ class GeometricTransform(Transform):
     return example
 
   def output_size(self, size: Size, rng: np.random.Generator) -> Size:
-    """Returns the size of the result; draws the same random numbers as a call."""
     for step in self.plan(size, rng):
       size = size if isinstance(step, Mirror) else (step.height, step.width)
     return size

@@ -145,7 +145,6 @@ class PanopticQuality:
     np.add.at(self.false_positives, found.labels[false], 1)
 
   def merge(self, other: "PanopticQuality") -> None:
-    """Adds another's counts."""
     for name in ("iou", "true_positives", "false_negatives", "false_positives"):
       setattr(self, name, getattr(self, name) + getattr(other, name))
 

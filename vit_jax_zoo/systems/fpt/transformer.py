@@ -155,7 +155,6 @@ class OfficialSelfTransformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w d"]:
-    """Returns one level's map plus the attention output."""
     flat = (len(x), -1, self.width)
     query_key = _pointwise(self.width, self.dtype, name="query_key")  # one convolution for both
     pooled = average_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
@@ -190,7 +189,6 @@ class OfficialGroundingTransformer(nn.Module):
   def __call__(
     self, x: Float[Array, "b h w c"], coarse: Float[Array, "b y x c"], *, train: bool
   ) -> Float[Array, "b h w d"]:
-    """Returns the features that each position of `x` gathers from `coarse`."""
     inner = self.width // 2
     value, query, key = (
       _pointwise(inner, self.dtype, name=name)(source).reshape(len(x), -1, inner)

@@ -160,7 +160,6 @@ class ImageGPT(nn.Module):
 
   @property
   def image_size(self) -> tuple[int, int]:
-    """Height and width of the images in pixels."""
     side = math.isqrt(self.num_positions)
     return side, side
 

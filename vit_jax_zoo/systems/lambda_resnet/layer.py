@@ -17,14 +17,11 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from vit_jax_zoo.errors import check_names
 from vit_jax_zoo.nn.norm import BatchNorm
 from vit_jax_zoo.nn.resnet import average_pool
 from vit_jax_zoo.ops.checks import check_positive
 
 Implementation: TypeAlias = Literal["auto", "einsum", "convolution"]
-
-INITIALIZATIONS = ("paper", "timm")
 
 # Measured speed of a dense matrix product per multiply-add, relative to a convolution with `u`
 # input channels (16x16 and 32x32 maps, 9x9 scope, forward and backward).
@@ -145,7 +142,9 @@ class LambdaLayer(nn.Module):
   """Lambda layer with as many output as input channels; replaces a 3x3 convolution.
 
   The columns of the projection `qkv` are queries (i k), keys (u k), values (u v). A global table
-  belongs to the map size at initialization; on other maps, the offsets beyond it are zero.
+  belongs to the map size at initialization; on other maps, the offsets beyond it are zero. Initial
+  standard deviations are the paper's: (k d)^-0.5 of queries, d^-0.5 of keys and values, 1 of the
+  embeddings.
   """
 
   num_heads: int = 4  # query heads; divides the number of channels
@@ -156,21 +155,17 @@ class LambdaLayer(nn.Module):
   qkv_bias: bool = False  # bias of the projections (timm)
   stride: int = 1  # 2 halves the map by average pooling after the lambdas
   pool_size: int = 3  # pooling window: 3 (paper; padded by one, padding not counted) or 2 (timm)
-  # standard deviations: "paper": queries (k d)^-0.5, keys and values d^-0.5, embeddings 1; "timm":
-  # projections d^-0.5, embeddings k^-0.5 (scope) or 0.02 (global table)
-  initialization: str = "paper"
   implementation: Implementation = "auto"  # see `apply_lambdas`
   norm: Callable[..., nn.Module] | None = None  # creates a norm by `name`; None: batch
   dtype: Dtype = "float32"  # of projections and output. Softmax and lambdas are float32.
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w d"], *, train: bool) -> Float[Array, "b h2 w2 d"]:
-    """Returns the layer's output; with `train`, batch norms use batch statistics."""
     self._check(x)
     grid, dim_v = x.shape[:3], x.shape[-1] // self.num_heads
     sizes = (self.num_heads * self.dim_k, self.dim_u * self.dim_k, self.dim_u * dim_v)
     std = x.shape[-1] ** -0.5
-    init = _qkv_init(sizes, (std * (1 if self._is_timm else self.dim_k**-0.5), std, std))
+    init = _qkv_init(sizes, (std * self.dim_k**-0.5, std, std))
     fields = {"use_bias": self.qkv_bias, "kernel_init": init, "dtype": self.dtype}
     projected = nn.Dense(sum(sizes), **fields, name="qkv")(x)
     queries, keys, values = jnp.split(projected, (sizes[0], sizes[0] + sizes[1]), axis=-1)
@@ -199,15 +194,10 @@ class LambdaLayer(nn.Module):
     name = "position_embedding"
     if self.has_variable("params", name):  # of any map size
       return self.get_variable("params", name)
-    sides, std = tuple(2 * side - 1 for side in map_size), 0.02
-    if self.receptive_field is not None:
-      sides, std = (self.receptive_field, self.receptive_field), self.dim_k**-0.5
-    init = nn.initializers.normal(std if self._is_timm else 1.0)
-    return self.param(name, init, (*sides, self.dim_u, self.dim_k), jnp.float32)
-
-  @property
-  def _is_timm(self) -> bool:
-    return self.initialization == "timm"
+    scope = self.receptive_field
+    sides = [2 * side - 1 for side in map_size] if scope is None else [scope, scope]
+    shape = (*sides, self.dim_u, self.dim_k)
+    return self.param(name, nn.initializers.normal(1.0), shape, jnp.float32)
 
   def _check(self, x: Float[Array, "b h w d"]) -> None:
     check_positive(self, "dim_k", "dim_u", "num_heads", "receptive_field")
@@ -215,7 +205,6 @@ class LambdaLayer(nn.Module):
       raise ValueError(f"num_heads: {self.num_heads} does not divide {x.shape[-1]} channels")
     if self.receptive_field is not None and self.receptive_field % 2 == 0:
       raise ValueError(f"receptive_field: {self.receptive_field} is even; expected an odd number")
-    check_names("initialization", [self.initialization], INITIALIZATIONS)
     if self.stride not in (1, 2) or self.pool_size not in (2, 3):
       pool = f"pool_size {self.pool_size}"
       raise ValueError(f"stride: {self.stride} with {pool}; expected 1 or 2 with pool_size 2 or 3")

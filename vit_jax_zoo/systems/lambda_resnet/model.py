@@ -52,7 +52,7 @@ def _timm(
 ) -> dict[str, Any]:
   plain = {"stem": "tiered", "shortcut": "conv", "se_ratio": 0.0, "activation": activation}
   scope = {"receptive_field": receptive_field, "position_bias": receptive_field is not None}
-  layer = {**scope, "pool_size": 2, "initialization": "timm"}
+  layer = {**scope, "pool_size": 2}
   return {"blocks": blocks, "lambda_blocks": lambda_blocks, **plain, "lambda_layer": layer}
 
 
@@ -168,7 +168,6 @@ class LambdaResNet(ResNet):
     return Bottleneck(**fields)
 
   def check(self) -> None:
-    """Raises ValueError for fields that are unknown or do not fit together."""
     super().check()
     check_num_classes(self)
     check_rates(self, "dropout_rate")

@@ -111,7 +111,6 @@ class InstanceDetection(base.Task):
 
   @property
   def paste_convention(self) -> str:
-    """Convention of `ops.mask_paste` in evaluation and prediction."""
     return self.mask_paste or self.model.convention_details.mask_paste
 
   @property
