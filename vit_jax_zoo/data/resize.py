@@ -46,11 +46,6 @@ def tf_resize(
   raise ValueError(unknown_name("resize method", method, METHODS))
 
 
-def truncate(image: Pixels) -> UInt8[np.ndarray, "h w c"]:
-  """Drops the fraction, as `tf.cast` to uint8 does; big_vision's resizes end with it."""
-  return np.clip(image, 0, 255).astype(np.uint8)
-
-
 def _scale(old: int, new: int) -> np.float32:
   return np.float32(old) / np.float32(new)
 

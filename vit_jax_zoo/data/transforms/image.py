@@ -170,7 +170,7 @@ class Resize(ImageTransform):
 
   size: Size
   method: str = "bilinear"  # TensorFlow's default, does not antialias; "area" or "antialias"
-  dtype: str = "uint8"  # drops the fraction, as big_vision after each resize; "float32" keeps it
+  dtype: str = "uint8"  # drops the fraction, as big_vision's tf.cast; "float32" keeps it
 
   def __post_init__(self) -> None:
     check_names("resize method", [self.method], tf_resize.METHODS)
@@ -181,7 +181,7 @@ class Resize(ImageTransform):
 
   def _resized(self, image: np.ndarray, height: int, width: int) -> np.ndarray:
     resized = tf_resize.tf_resize(image, height, width, self.method)
-    return tf_resize.truncate(resized) if self.dtype == "uint8" else resized
+    return np.clip(resized, 0, 255).astype(np.uint8) if self.dtype == "uint8" else resized
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,15 +71,11 @@ class Detr(nn.Module):
   decoder_depth: int = 6  # figure 4
   num_heads: int = 8  # of every attention (A.4)
   mlp_dim: int = 2048  # hidden width of the feed-forward networks (A.4)
-  # Fields of `DecoderLayer` that differ from the encoder's, such as {"mlp_dim": 1024}; the
-  # config.json of transformers has them.
-  decoder: Mapping[str, Any] | None = None
+  decoder: Mapping[str, Any] | None = None  # fields of its layers, if other than the encoder's
   dropout_rate: float = 0.1  # in the Transformer (A.4)
   position_embedding: str = "sine"  # Table 1; or "learned", at most 50 x 50 features (Table 3)
   mask_head: bool = False  # also predicts masks (section 4.4, Table 5)
-  # Also applies class and box head to the encoder's tokens, for `Detection.dense_weight`: not in
-  # the paper; the demo needs it to train a small model from random weights.
-  dense_predictions: bool = False
+  dense_predictions: bool = False  # of the encoder's tokens, see `Detection.dense_weight`
   # Fields of `ResNet`, with frozen batch norms by default; "output_stride" 16 is DC5 (Table 1).
   backbone: Mapping[str, Any] | None = None
   # See the module's docstring. For DC5, whose published weights (Table 1) were trained with one

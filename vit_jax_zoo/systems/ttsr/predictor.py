@@ -7,7 +7,6 @@ rounding: the search, and the rest of the network. Windows overlap by the recept
 import dataclasses
 import functools
 import math
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -198,26 +197,17 @@ def _cut_side(length: int, window: int, reach: int) -> Iterator[tuple[tuple[int,
 
 
 def _progress(windows: list[Window], what: str) -> Iterator[Window]:
-  """Yields windows with a progress bar on a terminal, else with a log line every 10 s."""
+  """Yields windows with a progress bar on a terminal, else with a log line at most every 10 s."""
   console = rich.console.Console(stderr=True)
   if console.is_terminal:
     yield from rich.progress.track(windows, what, console=console, transient=True)
     return
-  done, finished, begin = 0, threading.Event(), time.monotonic()
-
-  def log() -> None:
-    while not finished.wait(_LOG_SECONDS):
-      seconds = time.monotonic() - begin
-      logging.info("%s: %d/%d windows, %.0f s so far", what, done, len(windows), seconds)
-
-  thread = threading.Thread(target=log, daemon=True)
-  thread.start()
-  try:
-    for done, window in enumerate(windows):  # noqa: B007 (logged)
-      yield window
-  finally:
-    finished.set()
-    thread.join()
+  start = logged = time.monotonic()
+  for done, window in enumerate(windows, 1):
+    yield window
+    if (now := time.monotonic()) - logged > _LOG_SECONDS:
+      logged = now
+      logging.info("%s: %d/%d windows, %.0f s so far", what, done, len(windows), now - start)
 
 
 def _batch(image: UInt8[np.ndarray, "h w 3"]) -> Array:

@@ -35,8 +35,7 @@ class VisionTransformer(nn.Module):
   mlp_dim: int = 3072  # hidden width of each block's MLP
   resnet: Mapping[str, Any] | None = None  # fields of a hybrid's `StandardizedResNet` (section 3.1)
   pool: str = "cls"  # head's input: "cls" token, or "mean" over patch tokens (appendix D.3)
-  # whether there is a class token; None: if the pool needs one. MAE's fine-tuned weights
-  # (arXiv:2111.06377) have one and pool the patches.
+  # None: if the pool needs one. MAE's fine-tuned weights have one and pool patches.
   cls_token: bool | None = None
   fc_norm: bool = False  # norm after the pool instead of before it: MAE, timm
   # "learned_1d", "learned_2d", "none" (Table 8), or "sincos_2d" (arXiv:2205.01580)
