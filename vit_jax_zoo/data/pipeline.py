@@ -226,7 +226,7 @@ class EvalBatches:
 
   def first_batch(self) -> Batch:
     """Returns the first batch of `iter()`; starts no pipeline."""
-    batch = self._dataset[0]
+    batch: Any = self._dataset[0]
     return {key: batch[key] for key in batch if key != SKIPPED}
 
   def one_example(self) -> Batch:
