@@ -8,10 +8,11 @@ A variant is a function; its keyword arguments are the fields that can be set, a
 determine the types. All other config fields are set by flags:
 `--config.optimizer.learning_rate=3e-4`, `--config.init_from`, `--config.sharding.mesh.fsdp`.
 
-A variant's own batch size and learning rate are kept in `config.recipe`: a much smaller batch
-triggers a warning with the scaled learning rate (`training/lr_scaling.py`).
+The recipe's batch size and learning rate are in `config.recipe`: a much smaller batch triggers a
+warning with the scaled learning rate (`training/lr_scaling.py`).
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ Variants: TypeAlias = Mapping[str, Callable[..., ConfigDict]]
 def build(
   arg: str | None, variants: Variants, renamed: Mapping[str, str] | None = None
 ) -> ConfigDict:
-  """Returns the config of an argument.
+  """Returns the config of an argument, with `recipe` filled in from the variant's defaults.
 
   Args:
     arg: `variant,field=value,...`; by default the first variant.
@@ -52,21 +53,53 @@ def build(
     fields[name] = _parse_value(f"{variant},{name}", text, defaults[name])
   config = variants[variant](**fields)
   if "recipe" not in config:
-    config.recipe = _recipe(config, variants[variant], fields)
+    optimizer = config.get("optimizer") or {}
+    groups = {SINGLE: optimizer} if "name" in optimizer else optimizer
+    config.recipe = {
+      "batch_size": defaults.get("batch_size", config.get("batch_size")),
+      "learning_rates": {group: section["learning_rate"] for group, section in groups.items()},
+    }
   return config
 
 
-def _recipe(
-  config: ConfigDict, make: Callable[..., ConfigDict], fields: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Returns the batch size and the learning rates of the unchanged variant."""
-  kept = {k: v for k, v in fields.items() if k not in ("batch_size", "learning_rate",
-                                                       "accumulation_steps")}  # fmt: skip
-  usual = config if kept == fields else make(**kept)
-  optimizer = usual.get("optimizer") or {}
-  optimizers = {SINGLE: optimizer} if "name" in optimizer else optimizer
-  rates = {group: section["learning_rate"] for group, section in optimizers.items()}
-  return {"batch_size": usual.get("batch_size"), "learning_rates": rates}
+def variant_of(base: Callable[..., ConfigDict], **changes: Any) -> Callable[..., ConfigDict]:
+  """Returns a recipe that differs from another one in some values.
+
+    variant_of(jft, size="l16", num_epochs=14, optimizer={"learning_rate": 4e-4})
+
+  Args:
+    base: the other recipe.
+    **changes: arguments of `base`, such as `size` and `num_epochs`, and fields of its config, which
+      are merged by section. Arguments without a default (`size`) cannot be set behind `--config=`.
+  """
+  parameters = inspect.signature(base).parameters
+  arguments = {name: value for name, value in changes.items() if name in parameters}
+  fields = {name: value for name, value in changes.items() if name not in parameters}
+
+  @functools.wraps(base)
+  def variant(**given: Any) -> ConfigDict:
+    config = base(**(arguments | given))
+    config.update(fields)
+    return config
+
+  kept = [p for p in parameters.values() if p.default is not p.empty]
+  kept = [p.replace(default=arguments.get(p.name, p.default)) for p in kept]
+  variant.__dict__["__signature__"] = inspect.Signature(kept)
+  return variant
+
+
+def task(name: str, **fields: Any) -> dict[str, Any]:
+  """Returns a task whose number of classes and class names are read from the data."""
+  classes = {"num_classes": placeholder(int), "class_names": placeholder(tuple)}
+  return {"name": name, **classes, **fields}
+
+
+def recipe(batch_size: int, learning_rate: float) -> dict[str, Any]:
+  """Returns the section `recipe`: the published learning rate and its global batch size.
+
+  Needed only where the learning rate is an argument or depends on the batch size; see `build`.
+  """
+  return {"batch_size": batch_size, "learning_rates": {SINGLE: learning_rate}}
 
 
 def parse_arg(arg: str | None, variants: Variants) -> tuple[str, dict[str, str]]:

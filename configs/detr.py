@@ -29,13 +29,11 @@ arXiv:2205.10287, for Adam), which the paper does not test.
 renumbered. "No object" is one additional, last logit.
 """
 
-import functools
-from typing import Any
-
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
+from configs.common import variant_of
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -59,14 +57,31 @@ def demo(*, num_steps: int = 2500, batch_size: int = 32, seed: int = 0) -> Confi
     the others are detected with the wrong class; 55 duplicates remain. (With two decoder layers,
     "no object" weight 0.1 and a constant auxiliary weight: AP50 0.82, AP 0.50.)
   """
-  config = _demo(num_steps, batch_size, seed)
-  config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple))
-  config.model.num_classes = placeholder(int)
-  scenes = {"source": "demo:scenes", "split": "train"}
-  config.data.train = {**scenes, "transforms": [{"name": "load_objects"}, *JITTER, *PAD_DEMO]}
-  load = {"name": "load_objects", "as_annotated": True}
-  scenes["split"] = "test"
-  config.data.eval = {"test": {**scenes, "transforms": [load, *PAD_DEMO]}}
+  config = ConfigDict({"seed": seed, "num_steps": num_steps, "batch_size": batch_size})
+  config.eval_batch_size = 40
+  config.model = {"name": "detr_r50", "num_classes": placeholder(int), "num_queries": 12}
+  config.model.update(width=64, encoder_depth=1, decoder_depth=3, num_heads=8, mlp_dim=128)
+  config.model.update(dropout_rate=0.0, dense_predictions=True)
+  size = {"blocks": (1, 1, 1, 1), "widths": (16, 32, 64, 64), "stem_width": 32}
+  config.model.backbone = {**size, "norm": "batch_norm", "output_stride": 8}
+  config.task = common.task("detection", class_weight=3.0, no_object_weight=0.3)
+  config.task.update(dense_weight=1.0, dense_steps=max(1, round(0.8 * num_steps)))
+  config.task.update(score_threshold=0.5, draw_attention=True)
+
+  scale = {"name": "random_scale_crop", "shorter": (64,), "longest": None, "crop_probability": 1.0}
+  jitter = {**scale, "crop_from": (60, 64, 68, 72), "crop_sides": (60, 60)}  # to 64x64 pixels
+  pad = {"name": "pad_objects", "num": 8}
+  train = [{"name": "load_objects"}, jitter, pad]
+  test = [{"name": "load_objects", "as_annotated": True}, pad]
+  config.data = {
+    "train": {"source": "demo:scenes", "split": "train", "transforms": train},
+    "eval": {"test": {"source": "demo:scenes", "split": "test", "transforms": test}},
+  }
+
+  config.optimizer = {"name": "adamw", "learning_rate": 2e-3, "weight_decay": 1e-4}
+  config.optimizer.update(clip_norm=5.0, schedule={"name": "cosine", "warmup_steps": 100})
+  config.log_every, config.eval_every = 50, 500
+  config.checkpoint = {"every": 500, "keep": 1}
   return config
 
 
@@ -90,94 +105,20 @@ def demo_panoptic(
     textures 0.63; box AP50 0.89 (15 classes), mask AP50 of digits 0.18. PQ 0.13 at half of the
     steps: classes and boxes converge before masks. Longer training was not tried.
   """
-  config = _demo(num_steps, batch_size, seed)
-  config.model.update(num_classes=placeholder(int), mask_head=True)
-  config.task.update(
-    num_classes=placeholder(int),
-    class_names=placeholder(tuple),
-    stuff_from=10,
-    segment_threshold=0.5,
-    mask_weight=20.0,
-    dice_weight=2.0,
-  )
+  config = demo(num_steps=num_steps, batch_size=batch_size, seed=seed)
+  config.model.mask_head = True
+  config.task.update(stuff_from=10, segment_threshold=0.5, mask_weight=20.0, dice_weight=2.0)
   config.optimizer.learning_rate = 1e-3
   config.init_from = init_from
-  scenes = {"source": "demo:scenes", "panoptic": True, "split": "train"}
-  load: dict[str, Any] = {"name": "load_objects", "masks": True}
-  config.data.train = {**scenes, "transforms": [load, *JITTER, *PAD_DEMO]}
-  load = {"name": "load_objects", "as_annotated": True, "segment_map": True}
-  scenes["split"] = "test"
-  config.data.eval = {"test": {**scenes, "transforms": [load, *PAD_DEMO]}}
+  train, test = config.data.train, config.data.eval.test
+  train.panoptic = test.panoptic = True
+  train.transforms[0]["masks"] = True
+  test.transforms[0]["segment_map"] = True
   return config
 
 
-def _demo(num_steps: int, batch_size: int, seed: int) -> ConfigDict:
-  """Common to both demos."""
-  return ConfigDict(
-    {
-      "seed": seed,
-      "num_steps": num_steps,
-      "batch_size": batch_size,
-      "eval_batch_size": 40,
-      "model": {
-        "name": "detr_r50",
-        "num_queries": 12,
-        "width": 64,
-        "encoder_depth": 1,
-        "decoder_depth": 3,
-        "num_heads": 8,
-        "mlp_dim": 128,
-        "dropout_rate": 0.0,
-        "dense_predictions": True,
-        "backbone": {
-          "blocks": (1, 1, 1, 1),
-          "widths": (16, 32, 64, 64),
-          "stem_width": 32,
-          "norm": "batch_norm",
-          "output_stride": 8,
-        },
-      },
-      "task": {
-        "name": "detection",
-        "class_weight": 3.0,
-        "no_object_weight": 0.3,
-        "dense_weight": 1.0,
-        "dense_steps": max(1, round(0.8 * num_steps)),
-        "score_threshold": 0.5,
-        "draw_attention": True,
-      },
-      "data": {"train": {}, "eval": {}},
-      "optimizer": {
-        "name": "adamw",
-        "learning_rate": 2e-3,
-        "schedule": {"name": "cosine", "warmup_steps": 100},
-        "weight_decay": 1e-4,
-        "clip_norm": 5.0,
-      },
-      "log_every": 50,
-      "eval_every": 500,
-      "checkpoint": {"every": 500, "keep": 1},
-    }
-  )
-
-
-JITTER = [
-  {
-    "name": "random_scale_crop",
-    "shorter": (64,),
-    "longest": None,
-    "crop_probability": 1.0,
-    "crop_from": (60, 64, 68, 72),
-    "crop_sides": (60, 60),
-  }
-]
-"""Random scale and translation of scenes; the output is 64x64 pixels."""
-
-PAD_DEMO = [{"name": "pad_objects", "num": 8}]
-
-
 def coco(
-  model: str,
+  backbone: str,
   *,
   num_epochs: int = 300,
   batch_size: int = 64,
@@ -201,18 +142,42 @@ def coco(
     R50-DC5 43.3, R101 43.5, R101-DC5 44.9; R50 39.5 after 150.
   Not yet run here.
   """
-  config = _recipe(model, num_epochs, batch_size, accumulation_steps)
-  config.model.num_classes = placeholder(int)
-  config.task.update(
-    num_classes=placeholder(int), class_names=placeholder(tuple), backbone_file=backbone_file
-    or BACKBONES[model.split("_")[0]],
-  )  # fmt: skip
-  _set_data(config, source)
+  config = ConfigDict({"seed": 0, "num_epochs": float(num_epochs), "batch_size": batch_size})
+  config.accumulation_steps, config.eval_batch_size = accumulation_steps, 8
+  config.model = {"name": f"detr_{backbone}", "num_classes": placeholder(int), "remat": "dots"}
+  config.model.masked_backbone = backbone.endswith("dc5")
+  config.task = common.task(
+    "detection", backbone_file=backbone_file or _torchvision_weights(backbone)
+  )
+
+  train = [{"name": "load_objects", "masks": False}, {"name": "random_flip"}]
+  train += [{"name": "random_scale_crop"}, {"name": "pad_objects"}]
+  val = [{"name": "load_objects", "as_annotated": True, "segment_map": False}]
+  val += [{"name": "resize_shorter"}, {"name": "pad_objects"}]
+  val_split = "val" if source.startswith("coco:") else "validation"
+  config.data = {
+    "train": {"source": source, "split": "train", "transforms": train},
+    "eval": {"val": {"source": source, "split": val_split, "transforms": val}},
+    "loader": {"num_workers": 8, "buckets": 6},
+  }
+
+  rate = common.scaled_rate("adamw", 1e-4, batch_size, 64)
+  config.optimizer = {"name": "adamw", "learning_rate": rate, "weight_decay": 1e-4}
+  config.optimizer.clip_norm = 0.1
+  config.optimizer.schedule = {"name": "step", "boundaries": (0.8 if num_epochs == 500 else 2 / 3,)}
+  config.optimizer.rules = (
+    ("backbone/(stem|c2_block).*", {"frozen": True}),
+    ("backbone/.*", {"learning_rate": 0.1}),
+    (".*", {"weight_decay": 1.0}),
+  )
+  config.recipe = common.recipe(batch_size=64, learning_rate=1e-4)
+  config.log_every, config.eval_every = 50, 10_000
+  config.checkpoint = {"every": 2_000, "keep": 1}
   return common.with_data_dir(config, data_dir)
 
 
 def panoptic(
-  model: str,
+  backbone: str,
   *,
   num_epochs: int = 300,
   batch_size: int = 64,
@@ -226,25 +191,22 @@ def panoptic(
   Paper: section 4.4: as for detection, with each segment's bounding box. 250 classes: COCO's ids of
     things (up to 90) and stuff (up to 200), not renumbered.
   Differs from the paper's code: boxes are those of COCO's files, whose right and lower edges are
-  one
-    pixel beyond the segment; crowds are dropped, as in detection.
+    one pixel beyond the segment; crowds are dropped, as in detection.
   Hardware: as for detection.
   Expected: AP of things' boxes after the second stage 38.8 (R50), 40.2 (R50-DC5), 40.1 (R101).
   Not yet run here.
   """
-  config = _recipe(model, num_epochs, batch_size, accumulation_steps)
-  config.model.num_classes = 250
-  config.task.update(
-    num_classes=250,
-    class_names=placeholder(tuple),
-    backbone_file=backbone_file or BACKBONES[model.split("_")[0]],
-  )
-  _set_data(config, source, panoptic=True)
-  return common.with_data_dir(config, data_dir)
+  config = coco(
+    backbone, num_epochs=num_epochs, batch_size=batch_size, accumulation_steps=accumulation_steps,
+    source=source, data_dir=data_dir, backbone_file=backbone_file,
+  )  # fmt: skip
+  config.model.num_classes = config.task.num_classes = 250
+  config.data.train.panoptic = config.data.eval.val.panoptic = True
+  return config
 
 
 def masks(
-  model: str,
+  backbone: str,
   *,
   num_epochs: int = 25,
   batch_size: int = 64,
@@ -262,20 +224,26 @@ def masks(
     with R101.
   Not yet run here.
   """
-  config = _recipe(model, num_epochs, batch_size, accumulation_steps)
-  config.model.update(name=f"detr_{model}_panoptic", dropout_rate=0.0)
-  config.task.update(num_classes=250, class_names=placeholder(tuple), stuff_from=91)
-  config.optimizer.update(
-    schedule={"name": "step", "boundaries": (0.6,)},
-    rules=((f"({DETECTOR}).*", {"frozen": True}), ("mask_.*", {"weight_decay": 1.0})),
+  config = panoptic(
+    backbone, num_epochs=num_epochs, batch_size=batch_size, accumulation_steps=accumulation_steps,
+    source=source, data_dir=data_dir,
+  )  # fmt: skip
+  config.model = {"name": f"detr_{backbone}_panoptic", "dropout_rate": 0.0, "remat": "dots"}
+  config.model.masked_backbone = backbone.endswith("dc5")
+  config.task = common.task("detection", num_classes=250, stuff_from=91)
+  config.optimizer.schedule.boundaries = (0.6,)
+  config.optimizer.rules = (
+    (f"({DETECTOR}).*", {"frozen": True}),
+    ("mask_.*", {"weight_decay": 1.0}),
   )
-  _set_data(config, source, panoptic=True, masks=True)
-  config.init_from = init_from or f"runs/detr_{model}_panoptic"
-  return common.with_data_dir(config, data_dir)
+  config.data.train.transforms[0]["masks"] = True
+  config.data.eval.val.transforms[0]["segment_map"] = True
+  config.init_from = init_from or f"runs/detr_{backbone}_panoptic"
+  return config
 
 
 def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
-  model: str,
+  backbone: str,
   *,
   source: str = "coco:/path",
   masks: bool = False,
@@ -303,102 +271,43 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   Expected: depends on the data.
   Not yet run here.
   """
-  config = _recipe(model, num_epochs, batch_size, accumulation_steps)
+  config = coco(
+    backbone, num_epochs=num_epochs, batch_size=batch_size, accumulation_steps=accumulation_steps,
+    source=source, data_dir=data_dir,
+  )  # fmt: skip
   config.optimizer.learning_rate = learning_rate or common.scaled_rate("adamw", 5e-5, batch_size, 4)
   config.optimizer.schedule.warmup_steps = 0.05
-  config.model.update(num_classes=placeholder(int), mask_head=masks)
-  config.task.update(num_classes=placeholder(int), class_names=placeholder(tuple), per_class=True)
-  _set_data(config, source)
+  config.recipe = common.recipe(batch_size=4, learning_rate=5e-5)
+  config.model.mask_head = masks
+  config.task = common.task("detection", per_class=True)
   if masks:
     config.data.train.transforms[0]["masks"] = True
     config.data.eval.val.transforms[0]["run_lengths"] = 500_000
-  is_panoptic = masks and model in PANOPTIC
-  config.init_from = init_from or f"detr_{model}{'_panoptic' if is_panoptic else ''}_coco"
-  return common.with_data_dir(common.for_few_images(config), data_dir)
+  is_panoptic = masks and backbone in PANOPTIC
+  config.init_from = init_from or f"detr_{backbone}{'_panoptic' if is_panoptic else ''}_coco"
+  return common.for_few_images(config)
 
 
-def _recipe(
-  model: str, num_epochs: int, batch_size: int, accumulation_steps: int = 1
-) -> ConfigDict:
-  """Common to all recipes on large images."""
-  is_dc5 = "dc5" in model
-  return ConfigDict(
-    {
-      "seed": 0,
-      "num_epochs": float(num_epochs),
-      "batch_size": batch_size,
-      "eval_batch_size": 8,
-      "accumulation_steps": accumulation_steps,
-      "model": {"name": f"detr_{model}", "masked_backbone": is_dc5, "remat": "dots"},
-      "task": {"name": "detection"},
-      "data": {"train": {}, "eval": {}, "loader": {"num_workers": 8, "buckets": 6}},
-      "optimizer": {
-        "name": "adamw",
-        "learning_rate": common.scaled_rate("adamw", 1e-4, batch_size, 64),
-        "schedule": {"name": "step", "boundaries": (0.8 if num_epochs == 500 else 2 / 3,)},
-        "weight_decay": 1e-4,
-        "clip_norm": 0.1,
-        "rules": (
-          ("backbone/(stem|c2_block).*", {"frozen": True}),
-          ("backbone/.*", {"learning_rate": 0.1}),
-          (".*", {"weight_decay": 1.0}),
-        ),
-      },
-      "log_every": 50,
-      "eval_every": 10_000,
-      "checkpoint": {"every": 2_000, "keep": 1},
-    }
-  )
+def _torchvision_weights(backbone: str) -> str:
+  """Returns torchvision's IMAGENET1K_V1 weights of a backbone, such as `r50_dc5`."""
+  name = "resnet101-63fe2227" if backbone.startswith("r101") else "resnet50-0676ba61"
+  return f"https://download.pytorch.org/models/{name}.pth"
 
-
-def _set_data(
-  config: ConfigDict, source: str, *, panoptic: bool = False, masks: bool = False
-) -> None:
-  """Sets training and evaluation data, with the paper's augmentation."""
-  options: dict[str, Any] = {"panoptic": True} if panoptic else {}
-  pad = {"name": "pad_objects"}
-  config.data.train = {
-    "source": source,
-    "split": "train",
-    **options,
-    "transforms": [
-      {"name": "load_objects", "masks": masks},
-      {"name": "random_flip"},
-      {"name": "random_scale_crop"},
-      pad,
-    ],
-  }
-  load = {"name": "load_objects", "as_annotated": True, "segment_map": masks}
-  config.data.eval = {
-    "val": {
-      "source": source,
-      "split": "val" if source.startswith("coco:") else "validation",
-      **options,
-      "transforms": [load, {"name": "resize_shorter"}, pad],
-    }
-  }
-
-
-BACKBONES = {
-  "r50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-  "r101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-}
-"""torchvision's IMAGENET1K_V1."""
-
-MODELS = ("r50", "r50_dc5", "r101", "r101_dc5")
-"""Of table 1."""
 
 DETECTOR = "backbone|input_projection|query_embedding|transformer|class_head|box_head"
 """Regular expression of DETR's parameters except the mask head's."""
 
+BACKBONES = ("r50", "r50_dc5", "r101", "r101_dc5")
+"""Of table 1."""
+
 PANOPTIC = ("r50", "r50_dc5", "r101")
 """Of table 5."""
 
-VARIANTS: dict[str, Any] = {
+VARIANTS = {
   "demo": demo,
   "demo_panoptic": demo_panoptic,
-  **{model: functools.partial(coco, model) for model in MODELS},
-  **{f"{model}_panoptic": functools.partial(panoptic, model) for model in PANOPTIC},
-  **{f"{model}_masks": functools.partial(masks, model) for model in PANOPTIC},
-  **{f"{model}_finetune": functools.partial(finetune, model) for model in MODELS},
+  **{name: variant_of(coco, backbone=name) for name in BACKBONES},
+  **{f"{name}_panoptic": variant_of(panoptic, backbone=name) for name in PANOPTIC},
+  **{f"{name}_masks": variant_of(masks, backbone=name) for name in PANOPTIC},
+  **{f"{name}_finetune": variant_of(finetune, backbone=name) for name in BACKBONES},
 }

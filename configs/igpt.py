@@ -23,14 +23,13 @@ r"""Image GPT: a demo, and the recipes of the paper.
 Each function below is one recipe. Batch sizes are global.
 """
 
-import dataclasses
-import functools
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
+from configs.common import variant_of
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -51,50 +50,29 @@ def demo(*, num_steps: int = 700, batch_size: int = 64, num_colors: int = 16) ->
     % for the first block's input, 84 to 88 % for the middle layers); all below the 96 % of raw
     pixels, at 0.3M parameters and 1437 images.
   """
-  one_of_each = "+".join(f"test[{i}:{i + 1}]" for i in range(10, 360, 36))
-  return ConfigDict(
-    {
-      "seed": 0,
-      "num_steps": num_steps,
-      "batch_size": batch_size,
-      "eval_batch_size": 64,
-      "model": {
-        "name": "igpt_s",
-        "num_colors": num_colors,
-        "num_positions": 64,
-        "width": 64,
-        "depth": 6,
-        "num_heads": 4,
-      },
-      "task": {"name": "pixel_modelling", "completions": 6},
-      "data": {
-        "train": {"source": "demo:digits", "split": "train", "transforms": [{"name": "decode"}]},
-        "eval": {
-          "test": {"source": "demo:digits", "split": "test", "transforms": [{"name": "decode"}]},
-          "completions": {
-            "source": "demo:digits",
-            "split": one_of_each,
-            "transforms": [{"name": "keep_prefix", "fraction": 0.5}],
-          },
-          "probe": {
-            "source": "demo:digits",
-            "split": "test",
-            "fit_split": "train",
-            "transforms": [{"name": "decode"}],
-          },
-        },
-      },
-      "optimizer": {
-        "name": "adam",
-        "b2": 0.95,
-        "learning_rate": 3e-3,
-        "schedule": {"name": "cosine", "warmup_steps": 100},
-      },
-      "log_every": 50,
-      "eval_every": 0,
-      "checkpoint": {"every": 350, "keep": 1},
-    }
-  )
+  config = ConfigDict({"seed": 0, "num_steps": num_steps, "batch_size": batch_size})
+  config.eval_batch_size = 64
+  config.model = {"name": "igpt_s", "num_colors": num_colors, "num_positions": 64}
+  config.model.update(width=64, depth=6, num_heads=4)
+  config.task = {"name": "pixel_modelling", "completions": 6}
+
+  whole = {"source": "demo:digits", "transforms": [{"name": "decode"}]}
+  half = {"source": "demo:digits", "transforms": [{"name": "keep_prefix", "fraction": 0.5}]}
+  one_per_class = "+".join(f"test[{i}:{i + 1}]" for i in range(10, 360, 36))
+  config.data = {
+    "train": {**whole, "split": "train"},
+    "eval": {
+      "test": {**whole, "split": "test"},
+      "completions": {**half, "split": one_per_class},
+      "probe": {**whole, "fit_split": "train", "split": "test"},
+    },
+  }
+
+  config.optimizer = {"name": "adam", "learning_rate": 3e-3, "b2": 0.95}
+  config.optimizer.schedule = {"name": "cosine", "warmup_steps": 100}
+  config.log_every, config.eval_every = 50, 0
+  config.checkpoint = {"every": 350, "keep": 1}
+  return config
 
 
 def imagenet(
@@ -126,25 +104,29 @@ def imagenet(
   Expected at 32 pixels, in nats per pixel on the test images: S 2.0895, M 2.0614, L 2.0466.
   Not yet run here.
   """
-  batch_size = 64 if size == "xl" else 128
-  config = _base(size, image_size, batch_size)
-  config.num_steps = 2_000_000 if size == "xl" else 1_000_000
-  config.data.train = {
-    "source": source, "split": "train[:96%]", "transforms": _imagenet_crops(image_size),
-  }  # fmt: skip
-  config.data.eval = {
-    name: {"source": source, "split": split, "transforms": _imagenet_middle(image_size)}
-    for name, split in (("val", "train[96%:]"), ("test", "validation"))
+  batch_size, num_steps = (64, 2_000_000) if size == "xl" else (128, 1_000_000)
+  rate = RATES.get((size, image_size), 1e-3)
+  config = ConfigDict({"seed": 0, "num_steps": num_steps, "batch_size": batch_size})
+  config.model = {"name": f"igpt_{size}", "num_positions": image_size**2, "dtype": "bfloat16"}
+  config.model.remat = "attention"
+  config.task = {"name": "pixel_modelling", "palette": placeholder(str), "palette_images": 20_000}
+
+  train, test = _crops(image_size), _center(image_size)
+  config.data = {
+    "train": {"source": source, "split": "train[:96%]", "transforms": train},
+    "eval": {
+      "val": {"source": source, "split": "train[96%:]", "transforms": test},
+      "test": {"source": source, "split": "validation", "transforms": test},
+    },
+    "loader": {"num_workers": 8},
   }
-  config.optimizer = {
-    "name": "adam",
-    "b2": 0.95,
-    "learning_rate": learning_rate or RATES.get((size, image_size), 1e-3),
-    "schedule": {"name": "cosine", "warmup_steps": 1_229_920 // batch_size},
-  }
-  config.task.palette_images = 20_000
-  config.checkpoint.best = "val/log_likelihood"
-  config.eval_every = config.checkpoint.every = 10_000
+
+  config.optimizer = {"name": "adam", "learning_rate": learning_rate or rate, "b2": 0.95}
+  config.optimizer.schedule = {"name": "cosine", "warmup_steps": 1_229_920 // batch_size}
+  config.recipe = common.recipe(batch_size=batch_size, learning_rate=rate)
+  config.sharding = {"mesh": {"data": -1}}
+  config.log_every, config.eval_every = 50, 10_000
+  config.checkpoint = {"every": 10_000, "keep": 1, "best": "val/log_likelihood"}
   return common.with_data_dir(config, data_dir)
 
 
@@ -172,37 +154,41 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   Weights: `init_from`, a run of `imagenet`, or a published name such as igpt_s_imagenet; includes
     the palette.
   Hardware: not stated.
-  Expected with L: 99.0 % on CIFAR-10, 88.5 % on CIFAR-100; on ImageNet 66.3 % at 32 pixels and 72.6
-    % at 48.
+  Expected with L: CIFAR-10 99.0 %, CIFAR-100 88.5 %; ImageNet 66.3 % at 32 pixels, 72.6 % at 48.
   Not yet run here.
   """
   if dataset not in FINETUNED:
     raise ValueError(common.unknown_name("dataset", dataset, FINETUNED))
-  splits = OWN_IMAGES if source else FINETUNED[dataset]
+  train_split, val_split, test_split, epochs, epoch = OWN_IMAGES if source else FINETUNED[dataset]
+  is_cifar = dataset.startswith("cifar") and not source
   source = source or f"tfds:{dataset}"
-  config = _base(size, image_size, 128)
-  config.num_epochs = num_epochs or splits.num_epochs
-  config.model.num_classes = placeholder(int)
-  config.task.class_weight = 1.0
-  if splits is not OWN_IMAGES and dataset.startswith("cifar"):
-    down = [_down(image_size)] if image_size != CIFAR_SIDE else []
-    train, test = [*down, *PAD_CROP_FLIP], down or [{"name": "decode"}]
-  else:
-    train, test = _imagenet_crops(image_size), _imagenet_middle(image_size)
-  config.data.train = {"source": source, "split": splits.train, "transforms": train}
-  config.data.eval = {
-    name: {"source": source, "split": split, "transforms": test}
-    for name, split in (("val", splits.val), ("test", splits.test))
+  rate = RATES.get((size, image_size), 1e-3) / 10
+  config = ConfigDict({"seed": 0, "num_epochs": num_epochs or epochs, "batch_size": 128})
+  config.model = {"name": f"igpt_{size}", "num_positions": image_size**2, "dtype": "bfloat16"}
+  config.model.update(num_classes=placeholder(int), remat="attention")
+  config.task = {"name": "pixel_modelling", "palette": placeholder(str), "class_weight": 1.0}
+
+  train, test = _crops(image_size), _center(image_size)
+  if is_cifar:
+    shift = {"name": "random_translate", "pixels": 4, "fill": None}  # reflection padding
+    down = [] if image_size == 32 else [_resize(image_size)]
+    train, test = [*down, shift, {"name": "random_flip"}], down or [{"name": "decode"}]
+  config.data = {
+    "train": {"source": source, "split": train_split, "transforms": train},
+    "eval": {
+      "val": {"source": source, "split": val_split, "transforms": test},
+      "test": {"source": source, "split": test_split, "transforms": test},
+    },
+    "loader": {"num_workers": 8},
   }
-  config.optimizer = {
-    "name": "adam",
-    "b2": 0.95,
-    "learning_rate": learning_rate or RATES.get((size, image_size), 1e-3) / 10,
-    "schedule": {"name": "constant"},
-  }
+
+  config.optimizer = {"name": "adam", "learning_rate": learning_rate or rate, "b2": 0.95}
+  config.optimizer.schedule = {"name": "constant"}
+  config.recipe = common.recipe(batch_size=128, learning_rate=rate)
   config.init_from = init_from or f"runs/igpt_{size}_imagenet"
-  config.checkpoint.best = "val/accuracy"
-  config.eval_every = config.checkpoint.every = splits.eval_every
+  config.sharding = {"mesh": {"data": -1}}
+  config.log_every, config.eval_every = 50, epoch
+  config.checkpoint = {"every": epoch, "keep": 1, "best": "val/accuracy"}
   return common.with_data_dir(config, data_dir)
 
 
@@ -224,16 +210,21 @@ def linear_probe(
   """
   if dataset not in PROBED:
     raise ValueError(common.unknown_name("dataset", dataset, PROBED))
-  config = _base(size, 32, 128)
-  config.num_steps = 1
-  split = {
-    "source": f"tfds:{dataset}",
-    "transforms": [{"name": "resize", "size": 32, "method": "antialias"}],
+  config = ConfigDict({"seed": 0, "num_steps": 1, "batch_size": 128})
+  config.model = {"name": f"igpt_{size}", "num_positions": 32 * 32, "dtype": "bfloat16"}
+  config.model.remat = "attention"
+  config.task = {"name": "pixel_modelling", "palette": placeholder(str)}
+  data = {"source": f"tfds:{dataset}", "transforms": [_resize(32)]}
+  config.data = {
+    "train": {**data, "split": "train"},
+    "eval": {"probe": {**data, "fit_split": "train", "split": "test"}},
+    "loader": {"num_workers": 8},
   }
-  config.data.train = {**split, "split": "train"}
-  config.data.eval = {"probe": {**split, "split": "test", "fit_split": "train"}}
   config.optimizer = {"name": "adam", "learning_rate": 0.0, "schedule": {"name": "constant"}}
   config.init_from = init_from or f"runs/igpt_{size}_imagenet"
+  config.sharding = {"mesh": {"data": -1}}
+  config.log_every = 50
+  config.checkpoint = {"every": 1_000, "keep": 1}
   return common.with_data_dir(config, data_dir)
 
 
@@ -257,103 +248,75 @@ def published_nats(
   Expected test/nats: S 2.0895, M 2.0614, L 2.0466.
   Not yet run here. Images and weights were not available; the tests use small ones.
   """
-  config = _base(size, 32, 128)
-  config.num_steps = 1
-  config.model.update(dtype="float32", remat="none")
-  config.task.palette_images = 128  # for a palette that the file's replaces
-  spec = {"source": source, "split": split, "transforms": _imagenet_middle(32)}
-  config.data.train, config.data.eval = spec, {"test": spec}
+  config = ConfigDict({"seed": 0, "num_steps": 1, "batch_size": 128})
+  config.model = {"name": f"igpt_{size}", "num_positions": 32 * 32, "dtype": "float32"}
+  config.model.remat = "none"
+  config.task = {"name": "pixel_modelling", "palette": placeholder(str)}
+  config.task.palette_images = 128  # for a palette that the checkpoint's replaces
+  test = {"source": source, "split": split, "transforms": _center(32)}
+  config.data = {"train": {**test}, "eval": {"test": test}, "loader": {"num_workers": 8}}
   config.optimizer = {"name": "sgd", "learning_rate": 0.0, "schedule": {"name": "constant"}}
   config.init_from = init_from or f"igpt_{size}_imagenet"
+  config.sharding = {"mesh": {"data": -1}}
+  config.log_every = 50
+  config.checkpoint = {"every": 1_000, "keep": 1}
   return common.with_data_dir(config, data_dir)
 
-
-@dataclasses.dataclass(frozen=True)
-class Finetuned:
-  """Splits, number of epochs and evaluation interval of a fine-tuning dataset."""
-
-  train: str
-  val: str
-  test: str
-  num_epochs: float
-  eval_every: int
-
-
-FINETUNED = {
-  "cifar10": Finetuned("train[:90%]", "train[90%:]", "test", 20.0, 351),
-  "cifar100": Finetuned("train[:90%]", "train[90%:]", "test", 20.0, 351),
-  "imagenet2012": Finetuned("train[:96%]", "train[96%:]", "validation", 18.0, 9_609),
-}
-"""By TFDS name; evaluated after each epoch."""
-
-OWN_IMAGES = Finetuned("train[:90%]", "train[90%:]", "test", 20.0, 100)
-
-PROBED = ("cifar10", "cifar100", "stl10")
-"""TFDS names."""
 
 RATES = {("l", 48): 1e-2, ("xl", 64): 3e-4}
 """Learning rates by size and resolution, if not 0.001."""
 
+FINETUNED = {
+  "cifar10": ("train[:90%]", "train[90%:]", "test", 20.0, 351),
+  "cifar100": ("train[:90%]", "train[90%:]", "test", 20.0, 351),
+  "imagenet2012": ("train[:96%]", "train[96%:]", "validation", 18.0, 9_609),
+}
+"""By TFDS name: training, validation and test split; number of epochs; steps of an epoch."""
 
-def _imagenet_crops(image_size: int) -> list[dict[str, Any]]:
+OWN_IMAGES = ("train[:90%]", "train[90%:]", "test", 20.0, 100)
+"""As `FINETUNED`; evaluated every 100 steps."""
+
+PROBED = ("cifar10", "cifar100", "stl10")
+"""TFDS names."""
+
+
+def _crops(image_size: int) -> list[dict[str, Any]]:
   """Short side 256 to 384, a random 224 crop, then resized (appendix)."""
-  return [
-    {"name": "random_resize_small", "smallest": 256, "largest": 384},
-    {"name": "random_crop", "size": 224},
-    _down(image_size),
-  ]
+  scale = {"name": "random_resize_small", "smallest": 256, "largest": 384}
+  return [scale, {"name": "random_crop", "size": 224}, _resize(image_size)]
 
 
-def _imagenet_middle(image_size: int) -> list[dict[str, Any]]:
+def _center(image_size: int) -> list[dict[str, Any]]:
   """Short side 224, central crop, then resized."""
-  return [
-    {"name": "resize_small", "size": 224, "method": "antialias"},
-    {"name": "central_crop", "size": 224},
-    _down(image_size),
-  ]
+  scale = {"name": "resize_small", "size": 224, "method": "antialias"}
+  return [scale, {"name": "central_crop", "size": 224}, _resize(image_size)]
 
 
-def _down(image_size: int) -> dict[str, Any]:
+def _resize(image_size: int) -> dict[str, Any]:
   return {"name": "resize", "size": image_size, "method": "antialias"}
 
 
-CIFAR_SIDE = 32
+FSDP = {"mesh": {"data": 1, "fsdp": -1}}
+LARGE: dict[str, Any] = {"model": {"remat": "full"}, "sharding": FSDP}
+"""Blocks are recomputed; parameters are sharded over all devices."""
 
-PAD_CROP_FLIP = [{"name": "random_translate", "pixels": 4, "fill": None}, {"name": "random_flip"}]
-"""CIFAR's: reflection padding of 4 pixels, a crop of the original size, a flip."""
-
-
-def _base(size: str, image_size: int, batch_size: int) -> ConfigDict:
-  """Fields of all recipes; L and XL are recomputed and sharded."""
-  large = size in ("l", "xl")
-  return ConfigDict(
-    {
-      "seed": 0,
-      "batch_size": batch_size,
-      "model": {
-        "name": f"igpt_{size}",
-        "num_positions": image_size**2,
-        "dtype": "bfloat16",
-        "remat": "full" if large else "attention",
-      },
-      "task": {"name": "pixel_modelling", "palette": placeholder(str)},
-      "data": {"train": {}, "eval": {}, "loader": {"num_workers": 8}},
-      "optimizer": {},
-      "sharding": {"mesh": {"data": 1, "fsdp": -1} if large else {"data": -1}},
-      "log_every": 50,
-      "checkpoint": {"every": 1_000, "keep": 1},
-    }
-  )
-
-
-VARIANTS: dict[str, Any] = {
+VARIANTS = {
   "demo": demo,
-  **{f"{s}_imagenet": functools.partial(imagenet, s) for s in ("s", "m", "l", "xl")},
-  "l_imagenet48": functools.partial(imagenet, "l", image_size=48),
-  "xl_imagenet64": functools.partial(imagenet, "xl", image_size=64),
-  **{f"{s}_finetune": functools.partial(finetune, s) for s in ("s", "m", "l")},
-  **{f"{s}_probe": functools.partial(linear_probe, s) for s in ("s", "m", "l")},
-  **{f"{s}_eval_nll": functools.partial(published_nats, s) for s in ("s", "m", "l")},
+  "s_imagenet": variant_of(imagenet, size="s"),
+  "m_imagenet": variant_of(imagenet, size="m"),
+  "l_imagenet": variant_of(imagenet, size="l", **LARGE),
+  "xl_imagenet": variant_of(imagenet, size="xl", **LARGE),
+  "l_imagenet48": variant_of(imagenet, size="l", image_size=48, **LARGE),
+  "xl_imagenet64": variant_of(imagenet, size="xl", image_size=64, **LARGE),
+  "s_finetune": variant_of(finetune, size="s"),
+  "m_finetune": variant_of(finetune, size="m"),
+  "l_finetune": variant_of(finetune, size="l", **LARGE),
+  "s_probe": variant_of(linear_probe, size="s"),
+  "m_probe": variant_of(linear_probe, size="m"),
+  "l_probe": variant_of(linear_probe, size="l", **LARGE),
+  "s_eval_nll": variant_of(published_nats, size="s"),
+  "m_eval_nll": variant_of(published_nats, size="m"),
+  "l_eval_nll": variant_of(published_nats, size="l", sharding=FSDP),
 }
 
 RENAMED = {f"{size}_nats": f"{size}_eval_nll" for size in ("s", "m", "l")}

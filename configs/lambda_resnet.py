@@ -21,14 +21,13 @@ The four letters are the stages of a ResNet-50: C for 3x3 convolutions, L for la
 the learning rate is scaled with them, as in the paper. Prepare ImageNet: docs/guides/data.md.
 """
 
-import dataclasses
-import functools
-from typing import Any
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
+from configs.common import variant_of
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -44,55 +43,29 @@ def demo(*, num_steps: int = 500, batch_size: int = 128) -> ConfigDict:
   Expected: 97 % of the test digits.
   Ours: 98.6 % of 360 test digits, one seed.
   """
-  return ConfigDict(
-    {
-      "seed": 0,
-      "num_steps": num_steps,
-      "batch_size": batch_size,
-      "model": {
-        "name": "lambda_resnet_50",
-        "num_classes": placeholder(int),
-        "stem": "conv3",
-        "stem_width": 32,
-        "blocks": (2, 2, 1, 1),
-        "widths": (16, 24, 32, 32),
-        "lambda_blocks": ((1,), "all", "none", "none"),
-        "lambda_layer": {"dim_k": 8, "receptive_field": 7},
-      },
-      "task": {
-        "name": "classification",
-        "num_classes": placeholder(int),
-        "class_names": placeholder(tuple),
-        "top_k": 3,
-      },
-      "data": {
-        "train": {
-          "source": "demo:digits",
-          "split": "train",
-          "transforms": [{"name": "random_translate", "pixels": 1}],
-        },
-        "eval": {
-          "test": {"source": "demo:digits", "split": "test", "transforms": [{"name": "decode"}]}
-        },
-      },
-      "optimizer": {
-        "name": "sgd",
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "nesterov": True,
-        "schedule": {"name": "cosine", "warmup_steps": 50},
-        "weight_decay": 1e-4,
-      },
-      "log_every": 50,
-      "eval_every": 250,
-      "explain": True,
-      "checkpoint": {"every": 250, "keep": 1},
-    }
-  )
+  config = ConfigDict({"seed": 0, "num_steps": num_steps, "batch_size": batch_size})
+  config.model = {"name": "lambda_resnet_50", "num_classes": placeholder(int)}
+  config.model.update(stem="conv3", stem_width=32, blocks=(2, 2, 1, 1), widths=(16, 24, 32, 32))
+  config.model.lambda_blocks = ((1,), "all", "none", "none")
+  config.model.lambda_layer = {"dim_k": 8, "receptive_field": 7}
+  config.task = common.task("classification", top_k=3)
+  shift = {"name": "random_translate", "pixels": 1}
+  config.data = {
+    "train": {"source": "demo:digits", "split": "train", "transforms": [shift]},
+    "eval": {
+      "test": {"source": "demo:digits", "split": "test", "transforms": [{"name": "decode"}]}
+    },
+  }
+  config.optimizer = {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "nesterov": True}
+  config.optimizer.update(weight_decay=1e-4, schedule={"name": "cosine", "warmup_steps": 50})
+  config.log_every, config.eval_every = 50, 250
+  config.explain = True
+  config.checkpoint = {"every": 250, "keep": 1}
+  return config
 
 
 def imagenet(
-  placement: str,
+  name: str,
   *,
   num_epochs: int = 90,
   batch_size: int = 4096,
@@ -111,14 +84,60 @@ def imagenet(
   Expected top-1: llll 78.4, clll 78.3, ccll 78.3, cccl 77.3, cccc 76.9 %.
   Not yet run here.
   """
-  config = _recipe(f"50_{placement}", source, image_size, batch_size)
-  config.num_epochs = num_epochs
-  config.optimizer.weight_decay = 1e-4
+  config = ConfigDict({"seed": 0, "num_epochs": num_epochs, "batch_size": batch_size})
+  config.model = {"name": f"lambda_resnet_{name}", "num_classes": placeholder(int)}
+  config.model.update(norm_momentum=0.9999, dtype="bfloat16")
+  config.task = common.task("classification", label_smoothing=0.1)
+  config.task.update(image_mean=(0.485, 0.456, 0.406), image_std=(0.229, 0.224, 0.225))
+
+  crop = {"name": "random_resized_crop", "size": image_size, "area": (0.08, 1.0)}
+  resize = {"name": "resize_small", "size": image_size * 8 // 7}  # 256 for 224
+  val = [resize, {"name": "central_crop", "size": image_size}]
+  config.data = {
+    "train": {"source": source, "split": "train", "transforms": [crop, {"name": "random_flip"}]},
+    "eval": {"val": {"source": source, "split": "validation", "transforms": val}},
+    "loader": {"num_workers": 8},
+  }
+
+  rate = common.scaled_rate("sgd", 0.1, batch_size, 256)
+  config.optimizer = {"name": "sgd", "learning_rate": rate, "momentum": 0.9, "weight_decay": 1e-4}
+  config.optimizer.schedule = {"name": "cosine", "warmup_steps": round(5 * IMAGES / batch_size)}
+  config.recipe = common.recipe(batch_size=4096, learning_rate=1.6)
+  config.ema_decay = 0.9999
+  config.log_every, config.eval_every = 50, 2_500
+  config.checkpoint = {"every": 2_500, "keep": 1}
   return common.with_data_dir(config, data_dir)
 
 
+class Network(NamedTuple):
+  """A row of the appendix's table: a network and its regularization."""
+
+  depth: int
+  image_size: int  # in pixels, in training and test
+  magnitude: int  # of RandAugment
+  dropout_rate: float  # before the classifier
+  drop_path_rate: float  # stochastic depth
+
+
+NETWORKS = {
+  "lambda50_128": Network(50, 128, 10, 0.2, 0.0),
+  "lambda50_160": Network(50, 160, 10, 0.2, 0.0),
+  "lambda101_160": Network(101, 160, 10, 0.3, 0.0),
+  "lambda101_192": Network(101, 192, 15, 0.2, 0.0),
+  "lambda152_192": Network(152, 192, 15, 0.3, 0.0),
+  "lambda152_224": Network(152, 224, 15, 0.3, 0.1),
+  "lambda152_256": Network(152, 256, 15, 0.3, 0.1),
+  "lambda152_288": Network(152, 288, 15, 0.3, 0.1),
+  "lambda270_256": Network(270, 256, 15, 0.3, 0.1),
+  "lambda350_256": Network(350, 256, 15, 0.3, 0.2),
+  "lambda350_288": Network(350, 288, 15, 0.3, 0.2),
+  "lambda350_320": Network(350, 320, 15, 0.3, 0.2),
+  "lambda420_320": Network(420, 320, 15, 0.3, 0.2),
+}
+
+
 def scaled(
-  name: str,
+  network: Network,
   *,
   num_epochs: int = 350,
   batch_size: int = 4096,
@@ -141,13 +160,19 @@ def scaled(
     %.
   Not yet run here.
   """
-  config = _regularised(NETWORKS[name], source, batch_size)
-  config.num_epochs = num_epochs
-  return common.with_data_dir(config, data_dir)
+  config = imagenet(
+    str(network.depth), num_epochs=num_epochs, batch_size=batch_size, image_size=network.image_size,
+    source=source, data_dir=data_dir,
+  )  # fmt: skip
+  config.model.update(dropout_rate=network.dropout_rate, drop_path_rate=network.drop_path_rate)
+  randaugment = {"name": "rand_augment", "num_layers": 2, "magnitude": network.magnitude}
+  config.data.train.transforms.append(randaugment)
+  config.optimizer.weight_decay = 4e-5
+  return config
 
 
 def pseudo_labelled(
-  name: str,
+  network: Network,
   *,
   num_epochs: int = 350,
   batch_size: int = 4096,
@@ -169,52 +194,14 @@ def pseudo_labelled(
     86.5, at 288 86.7 %.
   Not yet run here.
   """
-  config = _regularised(NETWORKS[name], source, batch_size)
-  config.num_steps = round(num_epochs * IMAGES / batch_size)
+  config = scaled(network, batch_size=batch_size, source=source, data_dir=data_dir)
+  config.update(num_epochs=None, num_steps=round(num_epochs * IMAGES / batch_size))
   more = {"source": pseudo_source, "split": "train"}
   if data_dir and pseudo_source.startswith("tfds:"):
     more["data_dir"] = data_dir
   config.data.train.extra_sources = (more,)
-  return common.with_data_dir(config, data_dir)
+  return config
 
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-  """A row of the appendix's table: a network and its regularization.
-
-  Attributes:
-    depth: number of layers.
-    image_size: side of the images in training and test, in pixels.
-    magnitude: of RandAugment.
-    dropout_rate: before the classifier.
-    drop_path_rate: of stochastic depth.
-  """
-
-  depth: int
-  image_size: int
-  magnitude: int
-  dropout_rate: float
-  drop_path_rate: float
-
-
-NETWORKS = {
-  f"lambda{network.depth}_{network.image_size}": network
-  for network in (
-    Network(50, 128, 10, 0.2, 0.0),
-    Network(50, 160, 10, 0.2, 0.0),
-    Network(101, 160, 10, 0.3, 0.0),
-    Network(101, 192, 15, 0.2, 0.0),
-    Network(152, 192, 15, 0.3, 0.0),
-    Network(152, 224, 15, 0.3, 0.1),
-    Network(152, 256, 15, 0.3, 0.1),
-    Network(152, 288, 15, 0.3, 0.1),
-    Network(270, 256, 15, 0.3, 0.1),
-    Network(350, 256, 15, 0.3, 0.2),
-    Network(350, 288, 15, 0.3, 0.2),
-    Network(350, 320, 15, 0.3, 0.2),
-    Network(420, 320, 15, 0.3, 0.2),
-  )
-}
 
 PSEUDO_LABELLED = (
   "lambda50_128", "lambda50_160", "lambda101_160", "lambda101_192", "lambda152_192",
@@ -222,87 +209,25 @@ PSEUDO_LABELLED = (
 )  # fmt: skip
 """Networks with pseudo-label results in the paper."""
 
-SUPERVISED = tuple(name for name in NETWORKS if name != "lambda152_288")
-
 IMAGES = 1_281_167
 """Number of ImageNet's training images."""
 
-
-def _regularised(network: Network, source: str, batch_size: int) -> ConfigDict:
-  """Fields of the scaled networks, with and without pseudo-labels."""
-  config = _recipe(str(network.depth), source, network.image_size, batch_size)
-  config.model.update(dropout_rate=network.dropout_rate, drop_path_rate=network.drop_path_rate)
-  randomly = {"name": "rand_augment", "num_layers": 2, "magnitude": network.magnitude}
-  config.data.train.transforms = [*config.data.train.transforms, randomly]
-  config.optimizer.weight_decay = 4e-5
-  return config
-
-
-def _recipe(model: str, source: str, image_size: int, batch_size: int) -> ConfigDict:
-  """Common to all ImageNet recipes."""
-  crop = {"name": "random_resized_crop", "size": image_size, "area": (0.08, 1.0)}
-  middle = [
-    {"name": "resize_small", "size": image_size * 8 // 7},
-    {"name": "central_crop", "size": image_size},
-  ]
-  return ConfigDict(
-    {
-      "seed": 0,
-      "batch_size": batch_size,
-      "model": {
-        "name": f"lambda_resnet_{model}",
-        "num_classes": placeholder(int),
-        "norm_momentum": 0.9999,
-        "dtype": "bfloat16",
-      },
-      "task": {
-        "name": "classification",
-        "num_classes": placeholder(int),
-        "class_names": placeholder(tuple),
-        "label_smoothing": 0.1,
-        "image_mean": (0.485, 0.456, 0.406),
-        "image_std": (0.229, 0.224, 0.225),
-      },
-      "data": {
-        "train": {
-          "source": source,
-          "split": "train",
-          "transforms": [crop, {"name": "random_flip"}],
-        },
-        "eval": {"val": {"source": source, "split": "validation", "transforms": middle}},
-        "loader": {"num_workers": 8},
-      },
-      "optimizer": _sgd(batch_size),
-      "ema_decay": 0.9999,
-      "log_every": 50,
-      "eval_every": 2_500,
-      "checkpoint": {"every": 2_500, "keep": 1},
-    }
-  )
-
-
-def _sgd(batch_size: int) -> dict[str, Any]:
-  """Learning rate 0.1 per 256 images; five epochs of warm-up."""
-  return {
-    "name": "sgd",
-    "learning_rate": common.scaled_rate("sgd", 0.1, batch_size, 256),
-    "momentum": 0.9,
-    "schedule": {"name": "cosine", "warmup_steps": round(5 * IMAGES / batch_size)},
-  }
-
-
 VARIANTS = {
   "demo": demo,
+  "r50_llll": variant_of(imagenet, name="50_llll"),
+  "r50_clll": variant_of(imagenet, name="50_clll"),
+  "r50_ccll": variant_of(imagenet, name="50_ccll"),
+  "r50_cccl": variant_of(imagenet, name="50_cccl"),
+  "r50_cccc": variant_of(imagenet, name="50_cccc"),
   **{
-    f"r50_{placement}": functools.partial(imagenet, placement)
-    for placement in ("llll", "clll", "ccll", "cccl", "cccc")
+    name: variant_of(scaled, network=network)
+    for name, network in NETWORKS.items()
+    if name != "lambda152_288"  # with pseudo-labels only
   },
-  **{name: functools.partial(scaled, name) for name in SUPERVISED},
-  **{f"{name}_pseudo": functools.partial(pseudo_labelled, name) for name in PSEUDO_LABELLED},
+  **{f"{n}_pseudo": variant_of(pseudo_labelled, network=NETWORKS[n]) for n in PSEUDO_LABELLED},
 }
 
 RENAMED = {
-  **{f"{placement}_imagenet": f"r50_{placement}" for placement in ("llll", "clll", "ccll", "cccl")},
-  "cccc_imagenet": "r50_cccc",
+  **{f"{s}_imagenet": f"r50_{s}" for s in ("llll", "clll", "ccll", "cccl", "cccc")},
   **{name.replace("lambda", "r"): name for name in VARIANTS if name.startswith("lambda")},
 }

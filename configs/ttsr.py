@@ -9,9 +9,9 @@ r"""TTSR: a demo, and the recipes of the paper.
     python -m vit_jax_zoo.main --eval_only \
       --config=configs/ttsr.py:cufed_rec,source=pairs:/data/CUFED,init_from=TTSR-rec.pt
 
-The last needs the weights and `test/CUFED5`, and neither CUFED's training pictures nor VGG-19's
 The last needs the weights and `test/CUFED5`, but neither CUFED's training images nor VGG-19's
 weights (`vgg_file`): evaluation reads no file that only training needs.
+
 | variant    | trains on            | from              | expected PSNR / SSIM, CUFED5 |
 |------------|----------------------|-------------------|------------------------------|
 | demo       | a stereo pair, 48x48 | -                 | 25.3 dB, bicubic 24.0 dB     |
@@ -34,12 +34,12 @@ Published test sets, for `--eval_only` with any weights:
 Each function below is one recipe. Batch sizes are global.
 """
 
-import functools
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from configs import common
+from configs.common import variant_of
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -62,45 +62,25 @@ def demo(*, num_steps: int = 1000, batch_size: int = 8) -> ConfigDict:
     which 0.87 dB is due to the reference. An earlier version: 25.65, 25.51 and 25.37 dB with seeds
     0, 1 and 2, and 24.13, 24.29, 24.30 with wrong references.
   """
-  pair = {"name": "super_resolution_pair"}
-  return ConfigDict(
-    {
-      "seed": 0,
-      "num_steps": num_steps,
-      "batch_size": batch_size,
-      "eval_batch_size": 6,
-      "model": {
-        "name": "ttsr_tiny",
-        "texture_widths": (16, 32, 64),
-        "scan_layers": False,
-      },
-      "task": {"name": "super_resolution", "wrong_references": True},
-      "data": {
-        "train": {
-          "source": "demo:stereo",
-          "split": "train",
-          "transforms": [
-            {"name": "random_pair_crop", "size": 48, "margin": (0, 28)},
-            pair,
-            {"name": "random_pair_turn", "rotate": False, "together": True},
-          ],
-        },
-        "eval": {"test": {"source": "demo:stereo", "split": "test", "transforms": [pair]}},
-      },
-      "optimizer": {
-        "generator": {
-          "name": "adam",
-          "learning_rate": 3e-3,
-          "schedule": {"name": "cosine", "warmup_steps": 30},
-          "clip_norm": 1.0,
-        }
-      },
-      "ema_decay": 0.99,
-      "log_every": 50,
-      "eval_every": 250,
-      "checkpoint": {"every": 250, "keep": 1},
-    }
-  )
+  config = ConfigDict({"seed": 0, "num_steps": num_steps, "batch_size": batch_size})
+  config.eval_batch_size = 6
+  config.model = {"name": "ttsr_tiny", "texture_widths": (16, 32, 64), "scan_layers": False}
+  config.task = {"name": "super_resolution", "wrong_references": True}
+
+  crop = {"name": "random_pair_crop", "size": 48, "margin": (0, 28)}
+  turn = {"name": "random_pair_turn", "rotate": False, "together": True}
+  config.data = {
+    "train": {"source": "demo:stereo", "split": "train", "transforms": [crop, PAIR, turn]},
+    "eval": {"test": {"source": "demo:stereo", "split": "test", "transforms": [PAIR]}},
+  }
+
+  cosine = {"name": "cosine", "warmup_steps": 30}
+  adam = {"name": "adam", "learning_rate": 3e-3, "schedule": cosine, "clip_norm": 1.0}
+  config.optimizer = {"generator": adam}
+  config.ema_decay = 0.99
+  config.log_every, config.eval_every = 50, 250
+  config.checkpoint = {"every": 250, "keep": 1}
+  return config
 
 
 def cufed(
@@ -125,15 +105,10 @@ def cufed(
     released code). The paper's own result, with all references, could not be checked here.
   Not yet run here.
   """
-  config = _cufed(source, vgg_file, init_from)
+  config = cufed_rec(source=source, vgg_file=vgg_file, init_from=init_from)
   config.num_epochs = 52.0
-  config.task.update(
-    perceptual_weight=1e-2,
-    transferal_weight=1e-2,
-    adversarial_weight=1e-3,
-    begin_step=2 * STEPS_PER_EPOCH,
-    discriminator_updates=2,
-  )
+  config.task.update(perceptual_weight=1e-2, transferal_weight=1e-2, adversarial_weight=1e-3)
+  config.task.update(begin_step=2 * STEPS_PER_EPOCH, discriminator_updates=2)
   config.optimizer.discriminator = {**ADAM, "b1": 0.0, "b2": 0.9}
   return config
 
@@ -152,8 +127,22 @@ def cufed_rec(
     other test sets see `published`.
   Not yet run here.
   """
-  config = _cufed(source, vgg_file, init_from)
-  config.num_epochs = 200.0
+  config = ConfigDict({"seed": 0, "num_epochs": 200.0, "batch_size": 9, "eval_batch_size": 1})
+  config.model = {"name": "ttsr"}
+  config.task = {"name": "super_resolution", "vgg_file": vgg_file}
+  train = [{**PAIR, "reference_side": 160}, {"name": "random_pair_turn"}]
+  config.data = {
+    "train": {"source": source, "split": "train", "transforms": train},
+    "eval": {
+      "cufed5_level1": evaluation(source, reference="1"),
+      "cufed5_stitched": evaluation(source, reference="all"),
+    },
+    "loader": {"num_workers": 4},
+  }
+  config.optimizer = {"generator": {**ADAM, "rules": SLOW_EXTRACTOR}}
+  config.init_from = init_from or None
+  config.log_every, config.eval_every = 100, 10 * STEPS_PER_EPOCH
+  config.checkpoint = {"every": STEPS_PER_EPOCH, "keep": 1}
   return config
 
 
@@ -176,19 +165,25 @@ def finetune(
   Expected: depends on the images. "psnr_gain" is the gain over bicubic interpolation, in dB.
   Not yet run here.
   """
-  config = _base(source, batch_size, init_from)
-  config.num_steps = num_steps
-  config.data.train.transforms = [
-    {"name": "random_pair_crop", "size": size, "margin": reference_margin},
-    PAIR,
-    {"name": "random_pair_turn"},
-  ]
-  config.data.eval = {"test": {"source": source, "split": "test", "transforms": [PAIR]}}
+  config = ConfigDict({"seed": 0, "num_steps": num_steps, "batch_size": batch_size})
+  config.eval_batch_size = 1
+  config.model, config.task = {"name": "ttsr"}, {"name": "super_resolution"}
+  crop = {"name": "random_pair_crop", "size": size, "margin": reference_margin}
+  train = [crop, PAIR, {"name": "random_pair_turn"}]
+  config.data = {
+    "train": {"source": source, "split": "train", "transforms": train},
+    "eval": {"test": {"source": source, "split": "test", "transforms": [PAIR]}},
+    "loader": {"num_workers": 4},
+  }
+  config.optimizer = {"generator": {**ADAM, "rules": SLOW_EXTRACTOR}}
+  config.init_from = init_from or None
+  config.log_every, config.eval_every = 100, 10 * STEPS_PER_EPOCH
+  config.checkpoint = {"every": STEPS_PER_EPOCH, "keep": 1}
   return config
 
 
 def published(
-  test_set: str, *, source: str = "pairs:CUFED", init_from: str = "TTSR-rec.pt"
+  evaluations: dict[str, str], *, source: str = "pairs:CUFED", init_from: str = "TTSR-rec.pt"
 ) -> ConfigDict:
   """Evaluates a published test set by its authors' protocol, for `--eval_only`.
 
@@ -207,81 +202,39 @@ def published(
     checked here.
   Not yet run here.
   """
-  config = _base(source, 1, init_from)
-  config.num_steps = 1
-  config.data.train = {"source": source, "split": "test", "transforms": [PAIR]}
-  config.data.eval = _protocols(test_set, source)
+  config = ConfigDict({"seed": 0, "num_steps": 1, "batch_size": 1, "eval_batch_size": 1})
+  config.model, config.task = {"name": "ttsr"}, {"name": "super_resolution"}
+  config.data = {
+    "train": {"source": source, "split": "test", "transforms": [PAIR]},
+    "eval": {name: evaluation(source, reference) for name, reference in evaluations.items()},
+    "loader": {"num_workers": 4},
+  }
+  config.optimizer = {"generator": {**ADAM, "rules": SLOW_EXTRACTOR}}
+  config.init_from = init_from or None
+  config.log_every, config.eval_every = 100, 10 * STEPS_PER_EPOCH
+  config.checkpoint = {"every": STEPS_PER_EPOCH, "keep": 1}
   return config
+
+
+def evaluation(source: str, reference: str) -> dict[str, Any]:
+  """Returns an evaluation with the given choice of the reference: see data/sources/pairs.py."""
+  return {"source": source, "split": "test", "reference": reference, "transforms": [PAIR]}
 
 
 PAIR = {"name": "super_resolution_pair"}
 ADAM = {"name": "adam", "learning_rate": 1e-4, "schedule": {"name": "constant"}}
-STEPS_PER_EPOCH = 11_871 // 9
+SLOW_EXTRACTOR = (("extractor/.*", {"learning_rate": 0.1}),)
+STEPS_PER_EPOCH = 11_871 // 9  # of CUFED
 
-PROTOCOLS = {
-  "cufed5": {"level1": "1", "stitched": "all"},
-  "sun80": {"random": "random"},
-  "urban100": {"self": "self"},
-  "manga109": {"self": "self"},
-}
-"""Test set -> protocol -> choice of the reference."""
-
-
-def _protocols(test_set: str, source: str) -> dict[str, Any]:
-  """Returns an evaluation for each protocol of a test set."""
-  return {
-    f"{test_set}_{name}": {
-      "source": source, "split": "test", "reference": reference, "transforms": [PAIR],
-    }
-    for name, reference in PROTOCOLS[test_set].items()
-  }  # fmt: skip
-
-
-def _cufed(source: str, vgg_file: str, init_from: str) -> ConfigDict:
-  """Common to both recipes."""
-  config = _base(source, 9, init_from)
-  config.task.vgg_file = vgg_file
-  config.data.train.transforms = [
-    {"name": "super_resolution_pair", "reference_side": 160},
-    {"name": "random_pair_turn"},
-  ]
-  config.data.eval = _protocols("cufed5", source)
-  return config
-
-
-def _base(source: str, batch_size: int, init_from: str) -> ConfigDict:
-  config = ConfigDict(
-    {
-      "seed": 0,
-      "batch_size": batch_size,
-      "eval_batch_size": 1,
-      "model": {"name": "ttsr"},
-      "task": {"name": "super_resolution"},
-      "data": {
-        "train": {"source": source, "split": "train"},
-        "eval": {},
-        "loader": {"num_workers": 4},
-      },
-      "optimizer": {"generator": {**ADAM, "rules": (("extractor/.*", {"learning_rate": 0.1}),)}},
-      "log_every": 100,
-      "eval_every": 10 * STEPS_PER_EPOCH,
-      "checkpoint": {"every": STEPS_PER_EPOCH, "keep": 1},
-    }
-  )
-  if init_from:
-    config.init_from = init_from
-  return config
-
-
-VARIANTS: dict[str, Any] = {
+VARIANTS = {
   "demo": demo,
   "cufed": cufed,
   "cufed_rec": cufed_rec,
   "finetune": finetune,
-  "cufed5": functools.partial(published, "cufed5"),
-  "sun80": functools.partial(published, "sun80", source="pairs:Sun80"),
-  "urban100": functools.partial(published, "urban100", source="pairs:Urban100"),
-  "manga109": functools.partial(published, "manga109", source="pairs:Manga109"),
+  "cufed5": variant_of(published, evaluations={"cufed5_level1": "1", "cufed5_stitched": "all"}),
+  "sun80": variant_of(published, evaluations={"sun80_random": "random"}, source="pairs:Sun80"),
+  "urban100": variant_of(published, evaluations={"urban100_self": "self"}, source="pairs:Urban100"),
+  "manga109": variant_of(published, evaluations={"manga109_self": "self"}, source="pairs:Manga109"),
 }
 
 RENAMED = {"own": "finetune"}

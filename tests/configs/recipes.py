@@ -7,9 +7,7 @@ import pathlib
 from vit_jax_zoo.config import defaults, load
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-# Included in other files.
-PARTS = ("common", "vit_common", "fpt_segmentation", "vit_augreg", "vit_finetune")
-SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in PARTS)
+SYSTEMS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 CASES = [
   (system, variant)
   for system in SYSTEMS

@@ -68,6 +68,48 @@ def test_invalid_text_raises(arg, message):
   assert "\n" not in str(error.value)
 
 
+def base(size: str, *, num_epochs: int = 7, image_size: int = 224):
+  """Base recipe."""
+  optimizer = {
+    "name": "adamw",
+    "learning_rate": 8e-4,
+    "schedule": {"name": "linear", "end_value": 0.0},
+  }
+  model = {"name": size, "image_size": image_size}
+  return ConfigDict({"num_epochs": num_epochs, "model": model, "optimizer": optimizer})
+
+
+def test_variant_of_changes_arguments_and_fields():
+  schedule = {"name": "cosine"}
+  changes = {"optimizer": {"learning_rate": 4e-4, "schedule": schedule}, "sharding": {"mesh": {}}}
+  variants = {"l16": common.variant_of(base, size="l16", num_epochs=14, **changes)}
+  assert common.build("", variants).to_dict() == {
+    "num_epochs": 14,
+    "model": {"name": "l16", "image_size": 224},
+    "optimizer": {
+      "name": "adamw",
+      "learning_rate": 4e-4,
+      "schedule": {"name": "cosine", "end_value": 0.0},
+    },
+    "sharding": {"mesh": {}},
+    "recipe": {"batch_size": None, "learning_rates": {"optimizer": 4e-4}},
+  }
+  assert variants["l16"].__doc__ == "Base recipe."
+  changed = common.build("l16,num_epochs=30,image_size=384", variants)
+  assert (changed.num_epochs, changed.model.image_size) == (30, 384)
+  with pytest.raises(ValueError, match="field of l16 'size'"):
+    common.build("l16,size=b16", variants)
+  assert base("b16").optimizer.learning_rate == 8e-4
+
+
+def test_variant_of_a_variant():
+  middle = common.variant_of(base, size="b16", num_epochs=14)
+  last = common.variant_of(middle, image_size=384)
+  assert last().model.to_dict() == {"name": "b16", "image_size": 384}
+  assert last(num_epochs=1).num_epochs == 1
+  assert last().num_epochs == 14
+
+
 def test_unset_fields_settable_by_type():
   config = complete(common.build("demo", VARIANTS)).lock()
   assert config.init_from is None

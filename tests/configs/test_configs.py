@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import inspect
 import pathlib
 import re
 import sys
@@ -116,10 +117,19 @@ def test_data_dir_only_for_tfds(system, variant):
 @pytest.mark.parametrize(("system", "variant"), CASES)
 def test_docstring_entries(system, variant):
   page = importlib.import_module(f"configs.{system}").VARIANTS[variant]
-  text = getattr(page, "func", page).__doc__
   for entry in ("Paper:", "Hardware:", "Expected"):
-    assert entry in text
-  assert ("Not yet run here." in text) == (not variant.startswith("demo"))
+    assert entry in page.__doc__
+  assert ("Not yet run here." in page.__doc__) == (not variant.startswith("demo"))
+
+
+@pytest.mark.parametrize(("system", "variant"), CASES)
+def test_recipe_section_ignores_batch_size_and_learning_rate(system, variant):
+  settable = inspect.signature(
+    importlib.import_module(f"configs.{system}").VARIANTS[variant]
+  ).parameters
+  changed = {"batch_size": 7, "learning_rate": 7.0}
+  fields = ",".join(f"{name}={value}" for name, value in changed.items() if name in settable)
+  assert resolve(system, f"{variant},{fields}").recipe == resolve(system, variant).recipe
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import inspect
 import pathlib
 import re
 
+from tests.configs.recipes import SYSTEMS
 from vit_jax_zoo.config import complete
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -17,12 +18,8 @@ FIRST = ("vit", "igpt", "lambda_resnet", "detr", "ttsr", "fpt", "finetune")
 
 
 def systems():
-  """Returns the config files that are not part of another one, in the page's order."""
-  texts = {path.stem: path.read_text() for path in sorted((ROOT / "configs").glob("*.py"))}
-  whole = [
-    name for name, text in texts.items() if "\nVARIANTS" in text and '"""Included in' not in text
-  ]
-  return *FIRST, *(name for name in whole if name not in FIRST)
+  """Returns the config files in the page's order."""
+  return *FIRST, *(name for name in SYSTEMS if name not in FIRST)
 
 
 HEAD = """# Recipes
@@ -53,7 +50,7 @@ def entries(function):
   """Returns the entries of a docstring by name; indented lines continue an entry."""
   found, name = {}, None
   # Since Python 3.13 the compiler removes a docstring's common indentation.
-  for line in inspect.cleandoc(getattr(function, "func", function).__doc__).split("\n"):
+  for line in inspect.cleandoc(function.__doc__).split("\n"):
     match = ENTRY.match(line)
     if match:
       name, more = match["name"], match["more"].strip(" ,")
@@ -141,10 +138,9 @@ def row(variants, configs):
   """
   function = next(iter(variants.values()))
   found = entries(function)
-  text = getattr(function, "func", function).__doc__
   short = _shortened(list(variants))
   by_variant = {short[name]: configs[name] for name in variants}
-  ours = "not run" if NOT_RUN in text else found.get("Ours", "see reported result")
+  ours = "not run" if NOT_RUN in function.__doc__ else found.get("Ours", "see reported result")
   cells = [
     ", ".join(f"`{name}`" for name in variants),
     *(
@@ -179,8 +175,7 @@ def pages(system):
   """Returns the variants of each function, in order."""
   found = {}
   for name, variant in importlib.import_module(f"configs.{system}").VARIANTS.items():
-    function = getattr(variant, "func", variant)
-    found.setdefault(function, {})[name] = variant
+    found.setdefault(inspect.unwrap(variant), {})[name] = variant
   return list(found.values())
 
 

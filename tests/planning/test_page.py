@@ -34,7 +34,6 @@ def test_all_recipes_on_page():
   assert missing == []
   assert not any(":demo" in recipe for recipe in page.recipes())
   assert "configs/fpt.py:segmentation_voc" in page.recipes()
-  assert not any("fpt_segmentation.py" in recipe for recipe in page.recipes())
 
 
 def test_compiled_recipes_fit_a_slice():

@@ -42,13 +42,11 @@ class Row(NamedTuple):
 
 
 def recipes() -> list[str]:
-  """Returns the variants of configs/, each once, without demos: `configs/vit.py:b16_imagenet`."""
+  """Returns the variants of configs/ without demos: `configs/vit.py:b16_imagenet`."""
   files = sorted(pathlib.Path("configs").glob("*.py"))
   modules = {path: importlib.import_module(f"configs.{path.stem}") for path in files}
-  variants = {p: dict(m.VARIANTS) for p, m in modules.items() if hasattr(m, "VARIANTS")}
-  ids = {path: {id(variant) for variant in own.values()} for path, own in variants.items()}
-  whole = [p for p in variants if not any(ids[p] <= ids[q] for q in variants if q != p)]
-  return [f"{p}:{name}" for p in whole for name in variants[p] if not name.startswith("demo")]
+  variants = [f"{p}:{name}" for p, m in modules.items() for name in getattr(m, "VARIANTS", ())]
+  return [variant for variant in variants if ":demo" not in variant]
 
 
 def rows() -> tuple[list[Row], dict[str, str]]:
