@@ -260,7 +260,7 @@ def test_figures_exclude_padding(tiny_classifier, batch):
     ({"num_classes": 7, "objective": "sigmoids"}, "did you mean 'sigmoid'"),
     ({"num_classes": 7, "label_smoothing": 1.5}, "label_smoothing"),
     ({"num_classes": 7, "class_names": ["a"]}, "class_names: 1"),
-    ({"num_classes": 0}, "must be positive"),
+    ({"num_classes": 0}, "num_classes: 0"),
   ],
 )
 def test_invalid_fields_raise(tiny_classifier, fields, message):

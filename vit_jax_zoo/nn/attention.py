@@ -36,8 +36,8 @@ def attend(
   if implementation is None and is_for_cpu():
     mask = _add_causal(mask, query, key) if is_causal else mask
     return attend_on_cpu(*(x.swapaxes(1, 2) for x in (query, key, value)), mask).swapaxes(1, 2)
-  of_keys = mask is None or mask.shape[1:3] == (1, 1)  # as of `key_padding_mask`
-  if implementation is None and of_keys and is_fused(query, query.shape[1], key.shape[1]):
+  masks_keys = mask is None or mask.shape[1:3] == (1, 1)  # as of `key_padding_mask`
+  if implementation is None and masks_keys and is_fused(query, query.shape[1], key.shape[1]):
     query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
     keep = None if mask is None else jnp.broadcast_to(mask[:, 0, 0], (len(key), key.shape[2]))
     return attend_fused(query, key, value, keep, is_causal=is_causal).swapaxes(1, 2)
@@ -101,10 +101,9 @@ class MultiHeadAttention(nn.Module):
   """Projects to heads, attends, and projects back to the width of the queries.
 
   If the collection `intermediates` is mutable, the attention map is sown as `weights` [b h n m].
-  Then, and in training with `dropout_rate`, the map is in main memory: dropout is of its elements,
-  as in the paper, which `attend` does not have. If the collection `cache` is mutable, the projected
-  `key` and `value` are stored in it in the layout of `heads_first`; a call with `past_length`
-  appends to them.
+  Then, and with dropout of its elements in training, the map is in main memory. If the collection
+  `cache` is mutable, the projected `key` and `value` are stored in it in the layout of
+  `heads_first`; a call with `past_length` appends to them.
   """
 
   num_heads: int  # must divide the width
@@ -138,7 +137,7 @@ class MultiHeadAttention(nn.Module):
     query = checkpoint_name(self._heads("query", queries.shape[-1])(queries), "query")
     key = checkpoint_name(self._heads("key", queries.shape[-1])(keys), "key")
     value = checkpoint_name(self._heads("value", queries.shape[-1])(values), "value")
-    cached = self._keep(past_length, key=key, value=value)
+    cached = self._cache(past_length, key=key, value=value)
     masked: dict[str, Any] = {"mask": mask, "is_causal": is_causal}
     if past_length is not None:
       context = attend_cached(query, **cached, past_length=past_length)
@@ -153,16 +152,16 @@ class MultiHeadAttention(nn.Module):
     out = self._dense("out", queries.shape[-1], self.out_bias, init, axis=(-2, -1))(context)
     return checkpoint_name(out, "attention_out")
 
-  def _keep(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
+  def _cache(self, past_length: Int[Array, ""] | None, **new: Array) -> dict[str, Array]:
     """Writes keys and values to the cache before they are read; otherwise XLA copies the cache."""
-    kept = {name: heads_first(x) for name, x in new.items()}
+    arrays = {name: heads_first(x) for name, x in new.items()}
     if past_length is not None:
-      place = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-      kept = {k: place(self.get_variable("cache", k), x, past_length) for k, x in kept.items()}
+      update = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+      arrays = {k: update(self.get_variable("cache", k), x, past_length) for k, x in arrays.items()}
     if self.is_mutable_collection("cache") and not self.is_initializing():
-      for name, array in kept.items():
+      for name, array in arrays.items():
         self.put_variable("cache", name, array)
-    return kept
+    return arrays
 
   def _heads(self, name: str, width: int) -> nn.Module:
     if width % self.num_heads:

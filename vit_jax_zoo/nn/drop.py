@@ -23,10 +23,10 @@ class DropBlock(nn.Module):
       return x
     batch, height, width, channels = x.shape
     size = min(self.block_size, height, width)
-    places = (height - size + 1, width - size + 1)  # of the squares' first corners
-    share = self.rate * height * width / (size**2 * places[0] * places[1])  # Eq. 1
-    rng, shape = self.make_rng("dropout"), (batch, *places, channels)
-    corners = jax.random.bernoulli(rng, min(share, 1.0), shape).astype(jnp.float32)
+    rows, columns = height - size + 1, width - size + 1  # of valid first corners of squares
+    gamma = self.rate * height * width / (size**2 * rows * columns)  # Eq. 1
+    rng, shape = self.make_rng("dropout"), (batch, rows, columns, channels)
+    corners = jax.random.bernoulli(rng, min(gamma, 1.0), shape).astype(jnp.float32)
     keep = 1.0 - nn.max_pool(corners, (size, size), padding=((size - 1, size - 1),) * 2)
     scale = keep.size / jnp.maximum(jnp.sum(keep), 1.0)  # Algorithm 1, line 7
     return x * (keep * scale).astype(x.dtype)
@@ -51,5 +51,5 @@ class DropPath(nn.Module):
 def drop_path_rates(rate: float, depth: int) -> tuple[float, ...]:
   """Returns each layer's rate, linear from 0 in the first to `rate` in the last."""
   if not 0 <= rate < 1:
-    raise ValueError(f"drop_path_rate must lie in [0, 1), not {rate}")
+    raise ValueError(f"drop_path_rate: {rate}; expected a number in [0, 1)")
   return tuple(rate * layer / max(depth - 1, 1) for layer in range(depth))

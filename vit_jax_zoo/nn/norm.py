@@ -77,7 +77,7 @@ class FrozenBatchNorm(nn.Module):
 class GroupNorm(nn.GroupNorm):
   """Linen's group norm with the call signature of the batch norms."""
 
-  # E[x^2] - E[x]^2 loses too much where a group is a pair of numbers that are nearly equal.
+  # E[x^2] - E[x]^2 cancels where a group is two nearly equal numbers.
   use_fast_variance: bool = False
 
   def __call__(self, x: Float[Array, "b *n c"], *, train: bool = False) -> Float[Array, "b *n c"]:

@@ -1,6 +1,6 @@
 """ResNet (arXiv:1512.03385), ResNet-D (arXiv:1812.01187) and ResNet-RS (arXiv:2103.07579).
 
-Of bottleneck blocks with PyTorch's padding, pooling and norms, for published weights.
+Bottleneck blocks with PyTorch's padding, pooling and norms, for published weights.
 """
 
 import functools
@@ -54,12 +54,12 @@ def _backward(strides: tuple[int, int], precision: Any, kept: Any, gradient: jax
   x, kernel = kept
   convolve = functools.partial(_convolve.fun, strides=strides, precision=precision)
   (of_x,) = jax.linear_transpose(lambda x: convolve(x, kernel), x)(gradient)
-  seen = x[:, :: strides[0], :: strides[1]]
+  used = x[:, :: strides[0], :: strides[1]]
   # XLA on CPUs transposes the left factor, slowly; make it the narrower one.
-  if seen.shape[-1] > gradient.shape[-1]:
-    of_kernel = jnp.einsum("bhwf,bhwc->fc", gradient, seen, precision=precision).T
+  if used.shape[-1] > gradient.shape[-1]:
+    of_kernel = jnp.einsum("bhwf,bhwc->fc", gradient, used, precision=precision).T
   else:
-    of_kernel = jnp.einsum("bhwc,bhwf->cf", seen, gradient, precision=precision)
+    of_kernel = jnp.einsum("bhwc,bhwf->cf", used, gradient, precision=precision)
   return of_x, of_kernel[None, None]
 
 
@@ -90,10 +90,7 @@ def average_pool(
   strides: tuple[int, int],
   padding: str | Sequence[tuple[int, int]],
 ) -> Float[Array, "b h2 w2 c"]:
-  """Returns the means of windows without their padding.
-
-  `nn.avg_pool` divides by a float64 count with `jax_enable_x64`.
-  """
+  """Returns the means of windows without padding; `nn.avg_pool` breaks with `jax_enable_x64`."""
   ones = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
   total, count = (nn.pool(y, 0.0, jax.lax.add, window, strides, padding) for y in (x, ones))
   return total / count
@@ -228,8 +225,8 @@ class Bottleneck(nn.Module):
     return self._conv(features, 1, stride, activation=None, name="shortcut")(x, train=train)
 
   def _conv(self, features: int, size: int, stride: int = 1, **fields: Any) -> ConvNorm:
-    ours = ("activation", "pointwise_products", "dtype")
-    fields = {name: getattr(self, name) for name in ours} | fields
+    own = ("activation", "pointwise_products", "dtype")
+    fields = {name: getattr(self, name) for name in own} | fields
     return ConvNorm(features, size, self.norm, stride, **fields)
 
 
@@ -322,9 +319,9 @@ class ResNet(nn.Module):
         raise ValueError(f"{field}: {count} entries; expected four, for c2 to c5")
     check_positive(self, "blocks", "widths", "stem_width")
     if self.output_stride not in (4, 8, 16, 32):
-      raise ValueError(f"output_stride must be 4, 8, 16 or 32, not {self.output_stride}")
+      raise ValueError(f"output_stride: {self.output_stride}; expected 4, 8, 16 or 32")
 
 
 def _call_block(block: nn.Module, x: jax.Array, train: bool) -> jax.Array:  # noqa: FBT001
-  """Has a positional `train`: `nn.remat` identifies static arguments by position."""
+  # `train` is positional: `nn.remat` identifies static arguments by position.
   return block(x, train=train)

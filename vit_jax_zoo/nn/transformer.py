@@ -58,15 +58,13 @@ REMAT_POLICIES: dict[str, tuple[str, ...] | None] = {
   "attention": _ATTENTION,
   "full": (),
 }
-"""Activations that a layer saves for its backward pass besides its input, by policy.
+"""Activations (by `checkpoint_name`) that a layer saves for its backward pass besides its input.
 
 * "none": all; nothing is recomputed.
-* "dots": 8 widths a token, the products with weights except the MLP's last; norms, activations and
-  the attention map are recomputed, a few per cent of the step's FLOPs.
-* "attention": 4 widths a token; the MLP's first product is recomputed too.
+* "dots": 8 widths per token, the products with weights except the MLP's last; norms, activations
+  and the attention map are recomputed, a few per cent of the step's FLOPs.
+* "attention": 4 widths per token; the MLP's first product is recomputed too.
 * "full": none; the layer runs forward twice, about a third more FLOPs.
-
-`checkpoint_name` in the layers names the arrays.
 """
 
 

@@ -19,7 +19,7 @@ def matrix_product(
 ) -> Float[Array, "..."]:
   """A `dot_general` for `nn.Dense` and `nn.DenseGeneral` as a product of two matrices.
 
-  XLA on CPUs copies and transposes operands and gradients of products of more dimensions.
+  For products of more dimensions, XLA on CPUs copies and transposes operands and gradients.
   """
   count = len(dimension_numbers[0][0])  # Linen contracts the last axes of x with the kernel's first
   inner = math.prod(kernel.shape[:count])
@@ -65,7 +65,7 @@ attend_on_cpu.defvjp(_forward, _backward)
 
 
 def _product(formula: str, a: Float[Array, "b h _ _"], b: Float[Array, "b h _ _"]) -> jax.Array:
-  """Returns a product for each batch and head, which are one axis in it; float32."""
+  """Returns the products of all batches and heads, flattened to one axis, in float32."""
   flat = (x.reshape(-1, *x.shape[2:]) for x in (a, b))
   out = jnp.einsum(formula, *flat, preferred_element_type=jnp.float32)
   return out.reshape(*a.shape[:2], *out.shape[1:])

@@ -59,7 +59,6 @@ def pairwise_generalized_iou(
 def _overlap(
   a_xyxy: Float[Array, "*#n 4"], b_xyxy: Float[Array, "*#n 4"]
 ) -> tuple[Float[Array, "*#n"], Float[Array, "*#n"]]:
-  """Returns IoU and the area of the union."""
   low = jnp.maximum(a_xyxy[..., :2], b_xyxy[..., :2])
   high = jnp.minimum(a_xyxy[..., 2:], b_xyxy[..., 2:])
   intersection = box_area(jnp.concatenate([low, high], axis=-1))

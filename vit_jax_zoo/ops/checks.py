@@ -4,11 +4,11 @@ from typing import Any
 
 
 def check_positive(owner: Any, *fields: str, hint: str = "") -> None:
-  """Raises ValueError for the first number, or tuple of numbers, not positive; None passes."""
+  """Raises ValueError for the first number, or tuple of numbers, not positive; None is valid."""
   for field in fields:
     value = getattr(owner, field)
     if not _is_positive(value):
-      raise ValueError(f"{field} must be positive, not {value}{hint and f'; {hint}'}")
+      raise ValueError(f"{field}: {value}; expected a positive number{hint}")
 
 
 def _is_positive(value: Any) -> bool:
@@ -20,17 +20,17 @@ def _is_positive(value: Any) -> bool:
 def check_not_negative(owner: Any, *fields: str) -> None:
   """Raises ValueError for the first field that is negative."""
   for field in fields:
-    if getattr(owner, field) < 0:
-      raise ValueError(f"{field} must not be negative, but is {getattr(owner, field)}")
+    if (value := getattr(owner, field)) < 0:
+      raise ValueError(f"{field}: {value}; expected a number of at least 0")
 
 
 def check_rates(owner: Any, *fields: str) -> None:
   """Raises ValueError for the first field that is not in [0, 1)."""
   for field in fields:
-    if not 0 <= getattr(owner, field) < 1:
-      raise ValueError(f"{field} must lie in [0, 1), not {getattr(owner, field)}")
+    if not 0 <= (value := getattr(owner, field)) < 1:
+      raise ValueError(f"{field}: {value}; expected a number in [0, 1)")
 
 
 def check_num_classes(model: Any) -> None:
   """Raises ValueError if `num_classes` is neither positive nor None."""
-  check_positive(model, "num_classes", hint="None leaves out the head")
+  check_positive(model, "num_classes", hint=", or None for no head")

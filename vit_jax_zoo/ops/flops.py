@@ -14,12 +14,11 @@ import numpy as np
 def count_flops(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
   """Returns the floating-point operations of the function's matrix products and convolutions.
 
-  A multiply-add counts as two. Elementwise operations, reductions and sorting are not counted, nor
-  are products with padding or with the zeros of a dilated input, so that each gradient of a
-  convolution costs what the convolution does. Rematerialised work counts each time, and a Pallas
-  kernel for its whole grid; of a conditional's branches, the most expensive counts. Arguments are
-  arrays or `jax.ShapeDtypeStruct`s; nothing is computed. ValueError for matrix products in a while
-  loop.
+  A multiply-add counts as two. Elementwise operations, reductions, sorting and products with
+  padding or the zeros of a dilated input do not count, so that each gradient of a convolution costs
+  as much as the convolution. Recomputation counts each time, a Pallas kernel for its whole grid, a
+  conditional as its most expensive branch. Arguments are arrays or `jax.ShapeDtypeStruct`s.
+  ValueError for matrix products in a while loop.
   """
   return jaxpr_flops(jax.make_jaxpr(function)(*args, **kwargs).jaxpr)
 
@@ -67,7 +66,7 @@ def _convolution_flops(equation: Any) -> int:
   numbers = params["dimension_numbers"]
   inputs, kernel = (v.aval.shape for v in equation.invars[:2])
   output = equation.outvars[0].aval.shape
-  # The kernel's input-feature axis is already one group's share, and the output's batch axis too.
+  # The kernel's input-feature axis is that of one group, and so is the output's batch axis.
   products = output[numbers.out_spec[0]] * output[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
   for axis, stride in enumerate(params["window_strides"]):
     # The number of (output, kernel) pairs along the axis that read an element of the input.

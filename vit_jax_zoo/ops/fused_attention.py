@@ -24,8 +24,8 @@ MAX_PARTIAL = 4  # gradients of the query in memory, one for each block of keys
 def is_fused(query: Float[Array, "b ..."], queries: int, keys: int) -> bool:
   """Returns whether to use the kernel: long sequences on a mesh (`jax.set_mesh`) of TPUs from v4.
 
-  Not without a mesh or for a symbolic batch size: the program may be for several platforms. Nor in
-  16 bits with a higher `jax_default_matmul_precision`, which the kernel's products do not have.
+  False without a mesh or for a symbolic batch size, as the program may be for several platforms,
+  and in 16 bits with a higher `jax_default_matmul_precision`, which the kernel does not support.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   if device is None or device.platform != "tpu" or device.device_kind in ("TPU v2", "TPU v3"):
@@ -54,7 +54,7 @@ def attend_fused(
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return attend(query, key, value, keep)
-  # XLA cannot split a kernel: each device runs its examples, and its heads on the axis `model`.
+  # XLA cannot partition a kernel: each device runs its examples, and its heads on the axis `model`.
   batch = PartitionSpec(splitting_axes(query.shape[0]) or None)
   ways = mesh.shape.get("model", 1)
   split = PartitionSpec(*batch, None if query.shape[1] % ways else "model" if ways > 1 else None)
@@ -74,8 +74,7 @@ def _attend(
   query, key, value = (
     _pad(x, 2, block) for x, block in ((query, block_q), (key, block_k), (value, block_k))
   )
-  # One backward kernel writes a gradient of the query for each block of keys, two compute the map
-  # twice.
+  # One backward kernel writes a query gradient per block of keys; two compute the map twice.
   one_kernel = key.shape[2] <= MAX_PARTIAL * block_k
   sizes = splash.BlockSizes(
     block_q=block_q,
@@ -104,13 +103,12 @@ def _attend(
 
 
 def _block(length: int, limit: int) -> int:
-  """Returns the multiple of 128 in which a sequence is cut into the fewest blocks."""
+  """Returns the block size, a multiple of 128, with the fewest blocks of at most `limit`."""
   blocks = -(-length // limit)
   return -(-length // (128 * blocks)) * 128
 
 
 def _pad(x: Array, axis: int, multiple: int) -> Array:
-  """Appends zeros along an axis."""
   widths = [(0, 0)] * x.ndim
   widths[axis] = (0, -x.shape[axis] % multiple)
   return jnp.pad(x, widths)

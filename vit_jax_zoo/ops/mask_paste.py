@@ -14,8 +14,8 @@ def paste_masks(
   """Returns each box's mask: pixels with a probability above one half ("exact": or of one half).
 
   A mask covers its box, in pixels, interpolated between pixel centres. Conventions: "exact" samples
-  the mask at each pixel's centre (Detectron2). "detectron" expands boxes by one mask pixel of
-  zeros, then to whole pixels; so does "torchvision", which takes right and bottom as inclusive.
+  the mask at pixel centres (Detectron2). "detectron" expands boxes by one mask pixel of zeros, then
+  to whole pixels; "torchvision" does the same with inclusive right and bottom.
   """
   pasted = np.zeros((len(masks), *image_size), bool)
   for mask, box, canvas in zip(masks, boxes_xyxy.astype(np.float64), pasted, strict=True):

@@ -65,23 +65,23 @@ def mix_examples(
 def _draw(
   rng: jax.Array, count: int, size: tuple[int, int], mixing: Mixing
 ) -> tuple[Float[Array, " b"], Float[Array, "b h w"]]:
-  """Samples the fraction of each example in its label and in each of its pixels."""
+  """Samples the weight of each example in its label and in each of its pixels."""
   draws = 1 if mixing.unit == "batch" else count
-  which, whether, how_much, where = jax.random.split(rng, 4)
+  kind_rng, mix_rng, mixup_rng, cutmix_rng = jax.random.split(rng, 4)
   ones = jnp.ones((draws, *size), jnp.float32)
   fractions, pixels = jnp.ones(draws, jnp.float32), ones
   if mixing.mixup_alpha:
-    drawn = jax.random.beta(how_much, mixing.mixup_alpha, mixing.mixup_alpha, (draws,))
+    drawn = jax.random.beta(mixup_rng, mixing.mixup_alpha, mixing.mixup_alpha, (draws,))
     # The larger fraction is the example's own, so that its label stays the mixture's largest.
     fractions = jnp.maximum(drawn, 1 - drawn)
     pixels = jnp.broadcast_to(fractions[:, None, None], ones.shape)
   if mixing.cutmix_alpha:
-    cut_fractions, cut_pixels = _cut(where, mixing.cutmix_alpha, draws, size)
+    cut_fractions, cut_pixels = _cut(cutmix_rng, mixing.cutmix_alpha, draws, size)
     always = not mixing.mixup_alpha
-    cut = jax.random.uniform(which, (draws,)) < (1.0 if always else mixing.cutmix_fraction)
+    cut = jax.random.uniform(kind_rng, (draws,)) < (1.0 if always else mixing.cutmix_fraction)
     fractions = jnp.where(cut, cut_fractions, fractions)
     pixels = jnp.where(cut[:, None, None], cut_pixels, pixels)
-  mixed = jax.random.uniform(whether, (draws,)) < mixing.probability
+  mixed = jax.random.uniform(mix_rng, (draws,)) < mixing.probability
   fractions = jnp.where(mixed, fractions, 1.0)
   pixels = jnp.where(mixed[:, None, None], pixels, 1.0)
   return jnp.broadcast_to(fractions, (count,)), jnp.broadcast_to(pixels, (count, *size))
@@ -91,8 +91,8 @@ def _cut(
   rng: jax.Array, alpha: float | int, draws: int, size: tuple[int, int]
 ) -> tuple[Float[Array, " n"], Float[Array, "n h w"]]:
   """Samples boxes for the neighbour: the fraction outside each, and a mask of the outside."""
-  share_rng, row_rng, column_rng = jax.random.split(rng, 3)
-  side = jnp.sqrt(1 - jax.random.beta(share_rng, alpha, alpha, (draws,)))
+  area_rng, row_rng, column_rng = jax.random.split(rng, 3)
+  side = jnp.sqrt(1 - jax.random.beta(area_rng, alpha, alpha, (draws,)))
   rows, columns = _covered(row_rng, side, size[0]), _covered(column_rng, side, size[1])
   outside = 1.0 - (rows[:, :, None] & columns[:, None, :])
   # A box is cut off at the edge: the labels follow the pixels.

@@ -1,8 +1,7 @@
 """Resizing: nearest neighbour on the device, position embeddings on the host.
 
-Each published code base resizes position embeddings by a method of its own. They differ by 15 to
-50 % of a table's root mean square, so that a checkpoint should be resized as it was evaluated. All
-are separable: two small matrices, applied with numpy.
+The published code bases resize position embeddings by different methods, whose results differ by 15
+to 50 % of a table's root mean square: resize a checkpoint as its publisher did. All are separable.
 """
 
 import itertools
@@ -31,7 +30,7 @@ def resize_nearest(
     old_size = x.shape[axis]
     if new_size == old_size:
       continue
-    if new_size % old_size == 0:  # repetition has a sum as its gradient, in place of a scatter
+    if new_size % old_size == 0:  # the gradient of repetition is a sum instead of a scatter
       x = jnp.repeat(x, new_size // old_size, axis=axis, total_repeat_length=new_size)
     else:
       indices = nearest_indices(old_size, new_size)

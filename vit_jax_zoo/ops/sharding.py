@@ -12,11 +12,10 @@ BATCH_AXES = ("data", "fsdp")  # the mesh axes over which a batch is split
 
 
 def shard_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
-  """Constrains the first axis of `x` to be split over the mesh's batch axes.
+  """Shards the first axis over the mesh's batch axes, if there is a mesh and it is divisible.
 
-  Every block of a model calls it: otherwise XLA may gather activations instead of parameters (five
-  times the memory for a ViT-L step on 16 chips). Does nothing outside a mesh (`jax.set_mesh`), or
-  if the first axis is not divisible.
+  Called in every block of a model: otherwise XLA may gather activations instead of parameters (five
+  times the memory for a ViT-L step on 16 chips).
   """
   axes = splitting_axes(x.shape[0])
   return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
@@ -25,8 +24,8 @@ def shard_batch(x: Shaped[Array, "b ..."]) -> Shaped[Array, "b ..."]:
 def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."]) -> Any:
   """Returns `function(*args)`, computed by each device for its own part of the batch.
 
-  For loops over single examples whose length depends on the data, on every round of which the
-  devices would synchronise otherwise. All arrays have the example as their first axis.
+  For loops whose length depends on the example: the devices would synchronise in each iteration.
+  The first axis of all arrays is the example's.
   """
   axes = splitting_axes(args[0].shape[0])
   if not axes:
@@ -36,10 +35,7 @@ def on_own_examples(function: Callable[..., Any], *args: Shaped[Array, "b ..."])
 
 
 def splitting_axes(batch_size: Any) -> tuple[str, ...]:
-  """Returns the axes of the mesh over which a batch is split; none if it is not divisible.
-
-  The size is a number, or the symbol of a program that is exported for any batch size.
-  """
+  """Returns the mesh axes that split a batch of this (maybe symbolic) size; () if not divisible."""
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
   ways = math.prod(mesh.shape[axis] for axis in axes)

@@ -23,7 +23,7 @@ def create_task(name: str, model: "Model", **fields: Any) -> "Task":
   for field in dataclasses.fields(task_class):
     required = field.default is field.default_factory is dataclasses.MISSING
     if required and field.name != "model" and fields.get(field.name) is None:
-      raise ValueError(f"task {name!r} needs the field {field.name!r}, which the dataset lacks")
+      raise ValueError(f"task {name!r}: the field {field.name!r} is required; the dataset has none")
   plain = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
   return task_class(model=model, **plain)
 

@@ -103,10 +103,10 @@ class Task(abc.ABC):
 
   @property
   def weight_files(self) -> Mapping[str, str]:
-    """Pretrained files or runs of sub-trees, by path, for variables that `init_from` does not have.
+    """Pretrained files or runs, by sub-tree, for variables that `init_from` does not have.
 
-    "vgg" is a collection, "params/generator/extractor" a part of the parameters, "*/backbone" a
-    part of every collection.
+    "vgg" is a collection, "params/generator/extractor" a sub-tree of the parameters, "*/backbone" a
+    sub-tree of every collection.
     """
     return {}
 
@@ -118,7 +118,7 @@ class Task(abc.ABC):
   def init_from_data(self, batches: Iterable[Mapping[str, np.ndarray]]) -> Variables:
     """Returns variables computed from the training data, such as a palette, to replace `init`'s.
 
-    `batches` are this process's, without end; the results of process 0 count.
+    `batches` are this process's, endless; the results of process 0 are used.
     """
     return {}
 
@@ -142,7 +142,7 @@ class Task(abc.ABC):
 
   @property
   def feature_views(self) -> int:
-    """Number of views of an image; probes are fitted to one, and vote over all."""
+    """Number of views of an image; probes are fitted to one, and take a majority vote over all."""
     return 1
 
   def features(self, variables: Variables, batch: Batch) -> Predictions:
@@ -150,7 +150,7 @@ class Task(abc.ABC):
 
     With several `feature_views`, `view` int32 [b] in the batch is the number of the view.
     """
-    raise ValueError(f"the task {type(self).__name__} has no features to probe")
+    raise ValueError(f"task {self.name}: no features; probes need a task with `features`")
 
   def padding_invariant(self) -> "Task":
     """Returns a task whose predictions do not depend on padding, for exported programs."""
@@ -183,7 +183,7 @@ class Task(abc.ABC):
 
   def explain(self, variables: Variables, batch: Batch) -> Any:
     """Returns small intermediates of the batch's first images; raises NoExplanation without."""
-    raise NoExplanation(f"the task {type(self).__name__} has no attention maps or the like to draw")
+    raise NoExplanation(f"task {self.name}: no attention maps or other intermediates to draw")
 
   def draw_explanation(self, explanation: Any) -> "Explained":
     """Draws what `explain` returned, as numpy arrays."""
@@ -191,7 +191,7 @@ class Task(abc.ABC):
 
 
 class NoExplanation(ValueError):  # noqa: N818
-  """A model has nothing to show of its inside; a run with `explain` warns and goes on."""
+  """A model has no intermediates to draw; a run with `explain` logs a warning and continues."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ OBJECTIVES = ("softmax", "sigmoid")
 
 _MIXING = 0x6D6978  # folded into a step's key for mixup and CutMix: independent of dropout
 _DRAWN = 24  # number of mixed examples in the figure of a training batch
-_EXPLAINED, _MOST_BYTES = 8, 2**30  # maximum examples to explain, and bytes that the model sows
+_EXPLAINED, _MAX_BYTES = 8, 2**30  # maximum examples to explain, and bytes of intermediates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Classification(base.Task):
   def loss(
     self, variables: base.Variables, batch: base.Batch, context: base.LossContext
   ) -> base.LossOutput:
-    """Returns the sum of the examples' losses over the number of examples of the whole step.
+    """Returns the sum of the examples' losses / the number of examples of the whole step.
 
-    "accuracy" and "top5_accuracy" (with `top_k`) count the largest label of a mixed example. A
-    label that is not one of the classes makes the loss NaN, which stops a run.
+    "accuracy" and "top5_accuracy" (with `top_k`) use the largest label of a mixed example. A label
+    out of range makes the loss NaN, which stops a run.
     """
     mask = base.example_mask(batch)
     targets = self._targets(jnp.asarray(batch["label"]), mask)
@@ -118,8 +118,8 @@ class Classification(base.Task):
     """Returns `image`, the most likely `label`, and the model's `explanation` of first examples.
 
     A model may have `explain(variables, intermediates, image_size)`, which is traced and reduces
-    the arrays that it sows to small ones, and `draw_explanation(images, captions, explanation)`,
-    which returns figures of these images and of the model, by name. NoExplanation without.
+    the sown arrays to small ones, and `draw_explanation(images, captions, explanation)`, which
+    returns figures of these images and of the model, by name. NoExplanation without them.
     """
     if not hasattr(self.model, "explain"):
       raise base.NoExplanation(f"{type(self.model).__name__} has no method explain")
@@ -127,7 +127,7 @@ class Classification(base.Task):
     apply = functools.partial(self.model.apply, variables, train=False, mutable=["intermediates"])
     sown = jax.eval_shape(apply, images[:1])[1]
     each = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sown))
-    images = images[: max(1, min(_EXPLAINED, _MOST_BYTES // each))]
+    images = images[: max(1, min(_EXPLAINED, _MAX_BYTES // each))]
     outputs, state = apply(images)
     return {
       "image": batch["image"][: len(images)],
@@ -179,10 +179,10 @@ class Classification(base.Task):
   def _mixed_pixels(self, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the first examples mixed, each with a draw of its own, for the figure."""
     images, labels = images[:_DRAWN], labels[:_DRAWN]
-    everyone, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
-    targets = self._targets(jnp.asarray(labels), everyone)
+    mask, pixels = jnp.ones(len(images), bool), jnp.asarray(images, jnp.float32)
+    targets = self._targets(jnp.asarray(labels), mask)
     mixing = dataclasses.replace(self._mixing, unit="example")
-    mixed, targets = mix_examples(pixels, targets, everyone, jax.random.key(0), mixing)
+    mixed, targets = mix_examples(pixels, targets, mask, jax.random.key(0), mixing)
     return np.asarray(mixed), np.asarray(targets)
 
   @property
@@ -205,9 +205,9 @@ class Classification(base.Task):
         raise ValueError(f"label: {k} columns; expected num_classes={self.num_classes}")
       targets = labels.astype(jnp.float32)
     else:
-      known = (labels >= 0) & (labels < self.num_classes)
+      is_class = (labels >= 0) & (labels < self.num_classes)
       targets = jax.nn.one_hot(labels, self.num_classes, dtype=jnp.float32)
-      targets = jnp.where(known[:, None], targets, jnp.nan)
+      targets = jnp.where(is_class[:, None], targets, jnp.nan)
     # Padding is cleared here, not in the loss: the gradient of a masked NaN would be NaN.
     return jnp.where(mask[:, None], targets, 0.0)
 

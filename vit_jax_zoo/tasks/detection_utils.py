@@ -1,4 +1,4 @@
-"""Sizes, padding masks and targets of detection batches, whose keys `Detection` documents."""
+"""Sizes, padding masks and targets of detection batches; the keys are those of `Detection`."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -24,11 +24,11 @@ def pixel_mask(batch: base.Batch) -> Bool[Array, "b h w"]:
 
 
 def is_target(batch: base.Batch) -> Bool[Array, "b t"]:
-  """Returns True for targets, False for padding, also in rows that are padding altogether."""
+  """Returns True for targets, False for padding, also in padding rows."""
   return jnp.asarray(batch["is_target"]).astype(bool) & base.example_mask(batch)[:, None]
 
 
 def target_boxes(batch: base.Batch) -> Float[Array, "b t 4"]:
-  """Returns the targets' boxes, and 0.5 in padding, which may hold anything."""
+  """Returns the targets' boxes, and 0.5 in padding, whose values are undefined."""
   boxes = jnp.asarray(batch["boxes_cxcywh"], jnp.float32)
   return jnp.where(is_target(batch)[..., None], boxes, 0.5)

@@ -143,8 +143,8 @@ def check_outputs(model):
     ({"mask_head": {"num_convs": -1}}, "num_convs .* -1"),
     ({"box_head": {"num_dense": 0}, "adaptive": True}, "box_head: an adaptive head"),
     ({"mask_head": {"num_convs": 0}, "adaptive": True}, "mask_head: an adaptive head"),
-    ({"box_head": {"width": 0}}, "width must be positive, not 0"),
-    ({"pool_size": 0}, "pool_size must be positive, not 0"),
+    ({"box_head": {"width": 0}}, "width: 0"),
+    ({"pool_size": 0}, "pool_size: 0"),
     ({"backbone_kind": "vgg"}, "unknown backbone_kind 'vgg'"),
   ],
 )
