@@ -111,9 +111,10 @@ def find_images(given: Sequence[str]) -> list[pathlib.Path]:
 
 def read_image(path: pathlib.Path) -> np.ndarray:
   """Decodes an image file as training does: uint8 [h w 3]; see docs/IMAGES.md."""
+  data = images.read_file(path)
   try:
-    return images.decode_image(path.read_bytes())
-  except (OSError, images.CorruptExampleError) as error:
+    return images.decode_image(data)
+  except images.CorruptExampleError as error:
     raise images.CorruptExampleError(f"{path} cannot be read: {error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import cv2
@@ -125,6 +126,14 @@ def test_broken_file_reported_others_predicted(vit_run, tmp_path):
   assert "text.png cannot be read: not an image" in records[3]["error"]
   assert sorted(path.name for path in output.glob("*.png")) == ["a.png", "a_2.png"]
   assert predict.predict_all(predictor_of(vit_run), [images / "a.jpg"], output) == 0
+
+
+def test_only_regular_files_are_read(tmp_path):
+  """Guards against opening a FIFO given as --reference, which blocks."""
+  os.mkfifo(tmp_path / "a.jpg")
+  for path, reason in ((tmp_path / "a.jpg", "not a regular file"), (tmp_path / "b.jpg", "No such")):
+    with pytest.raises(ValueError, match=rf"{path} cannot be read \({reason}"):
+      predict.read_image(path)
 
 
 def test_run_prediction_equals_evaluation(vit_run):

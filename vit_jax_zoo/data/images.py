@@ -47,6 +47,17 @@ def suffixes() -> frozenset[str]:
   return frozenset(suffix for suffix in _SUFFIXES if suffix in Image.EXTENSION)
 
 
+def read_file(file: str | os.PathLike) -> bytes:
+  """Returns the content of a regular file, or CorruptExampleError; opening a FIFO would block."""
+  if not os.path.isfile(file) and os.path.exists(file):
+    raise CorruptExampleError(f"{os.fspath(file)} cannot be read (not a regular file)")
+  try:
+    with open(file, "rb") as stream:
+      return stream.read()
+  except OSError as error:
+    raise CorruptExampleError(f"{os.fspath(file)} cannot be read ({error.strerror})") from None
+
+
 def decode_image(data: bytes, reduce: int = 1, rows: int | None = None) -> Pixels:
   """Decodes an image file to upright sRGB by the rules of docs/IMAGES.md.
 

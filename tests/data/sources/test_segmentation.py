@@ -1,5 +1,7 @@
 """Semantic segmentation: dataset layouts, label maps and transforms."""
 
+import os
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -10,6 +12,7 @@ from tests.data.conftest import encode, photo
 from vit_jax_zoo.data.pipeline import eval_batches, train_batches
 from vit_jax_zoo.data.sources import load_source
 from vit_jax_zoo.data.sources import tfds as tfds_source
+from vit_jax_zoo.data.sources.base import CorruptExampleError
 from vit_jax_zoo.data.transforms import build_transforms
 
 LOAD = dict(name="load_label_map")
@@ -296,6 +299,24 @@ def test_two_folders_of_one_split_raise(tmp_path, one, other):
     write(tmp_path, f"images/{split}/a.jpg", f"annotations/{split}/a.png")
   with pytest.raises(ValueError, match=f"{other} and {one} are both"):
     load_source(f"segmentation:{tmp_path}", one)
+
+
+def test_lists_and_label_maps_that_are_no_regular_files(tmp_path):
+  """Guards against opening a FIFO, which blocks."""
+  voc(tmp_path)
+  lists = tmp_path / "ImageSets" / "Segmentation"
+  (lists / "val.txt").unlink()
+  os.mkfifo(lists / "val.txt")
+  (lists / "train.txt").rename(lists / "test.txt")
+  name = (lists / "test.txt").read_text().split()[0]
+  (tmp_path / "SegmentationClass" / f"{name}.png").unlink()
+  os.mkfifo(tmp_path / "SegmentationClass" / f"{name}.png")
+  source = load_source(f"segmentation:{tmp_path}", "test")
+  with pytest.raises(CorruptExampleError, match=rf"{name}\.png .*not a regular file"):
+    source[0]
+  (lists / "test.txt").unlink()
+  with pytest.raises(ValueError, match=r"no images listed in ImageSets"):
+    load_source(f"segmentation:{tmp_path}", "test")
 
 
 @pytest.mark.parametrize("split", ["train", ""])

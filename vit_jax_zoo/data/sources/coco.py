@@ -114,7 +114,7 @@ class CocoSource(base.Source):
     boxes = np.array([o.get("bbox", (0, 0, 0, 0)) for o in objects], np.float64).reshape(-1, 4)
     file, *png = self._files(index)
     example = objects_example(
-      _read(file),
+      image_files.read_file(file),
       image["id"] if self._own_ids else index,
       np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1),
       [o["category_id"] for o in objects],
@@ -129,7 +129,7 @@ class CocoSource(base.Source):
       example["annotation_orientation"] = self._rotated[index]
     if png:
       del example["boxes_xyxy"]  # they follow from the segments, as in the official DETR
-      example["segment_image"] = _read(png[0])
+      example["segment_image"] = image_files.read_file(png[0])
     elif self._has_outlines:
       example["outlines"] = [o.get("segmentation") for o in objects]
     return example
@@ -286,13 +286,3 @@ def _read_headers(
   with concurrent.futures.ThreadPoolExecutor() as threads:
     found = zip(indices, threads.map(read, indices), strict=True)
     return {index: header for index, header in found if header is not None}
-
-
-def _read(file: str) -> bytes:
-  if not os.path.isfile(file):  # opening a FIFO would block
-    raise base.CorruptExampleError(f"{file} cannot be read (not a regular file)")
-  try:
-    with open(file, "rb") as stream:
-      return stream.read()
-  except OSError as error:
-    raise base.CorruptExampleError(f"{file} cannot be read ({error.strerror})") from None

@@ -31,7 +31,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from absl import logging
 
-from vit_jax_zoo.data.images import suffixes
+from vit_jax_zoo.data.images import read_file, suffixes
 from vit_jax_zoo.data.sources import base
 
 SPLIT_FOLDERS = {
@@ -67,8 +67,7 @@ class FileSource(base.Source):
 
   def read(self, file: str) -> bytes:
     """Returns the content of a file, given by its path below the folder."""
-    with open(os.path.join(self._root, file), "rb") as stream:
-      return stream.read()
+    return read_file(os.path.join(self._root, file))
 
 
 def list_images(folder: str | os.PathLike) -> tuple[list[str], list[str]]:

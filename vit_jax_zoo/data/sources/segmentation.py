@@ -81,7 +81,8 @@ def open_splits(
   whole = base.DatasetInfo(f"segmentation:{location}", 0, len(names) or None, names)
   found = _find_by_lists(root, layout) if layout.lists else _find_in_folders(root, layout)
   if not found:
-    raise ValueError(f"{root}: no images; expected {layout.images}")
+    listed = f" listed in {layout.lists}" if layout.lists else ""
+    raise ValueError(f"{root}: no images{listed}; expected {layout.images}")
   for alias, name in SPLIT_NAMES.items():
     if alias in found and name in found:
       raise ValueError(f"{root}: {alias} and {name} are both the split {name!r}; keep one")
@@ -132,7 +133,7 @@ def _find_by_lists(root: pathlib.Path, layout: Layout) -> dict[str, list[tuple[s
   pattern = re.escape(lists).replace(r"\{split\}", "(.+)")
   images = {str(pathlib.PurePath(f).with_suffix("")): f for f in _images_below(root, layout.images)}
   found = {}
-  for file in sorted(root.glob(lists.replace("{split}", "*"))):
+  for file in filter(os.path.isfile, sorted(root.glob(lists.replace("{split}", "*")))):
     split = re.fullmatch(pattern, file.relative_to(root).as_posix())
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # as in file names
     names = [line.split()[0] for line in text.splitlines() if line.strip()]
