@@ -111,6 +111,16 @@ def test_unknown_classes_get_unused_ids(tmp_path, caplog):
   assert "'cow'" in caplog.text
 
 
+def test_class_names_with_half_a_surrogate_pair(tmp_path):
+  """JSON may have them; a model's class names are escaped."""
+  paths, file = dataset(tmp_path, (1, 2, 3))
+  text = file.read_text().replace('"dog"', r'"dog\ud83d"')
+  file.write_text(text)
+  truth = GroundTruth(file, paths)
+  assert [truth.category_id(0, "cat"), truth.category_id(1, r"dog\ud83d")] == [7, 3]
+  assert truth.categories == json.loads(text)["categories"]
+
+
 def test_image_size_mismatch_logged(tmp_path, caplog):
   paths, file = dataset(tmp_path, (1, 2, 3))
   Image.fromarray(np.full((60, 40, 3), 3, np.uint8)).save(paths[2])

@@ -41,6 +41,13 @@ def numpy_batch(batch, predictions):
   return batch, {name: np.asarray(value) for name, value in predictions.items()}
 
 
+def test_class_names_can_be_drawn():
+  """matplotlib raises a TypeError for what UTF-8 cannot encode, as JSON and folders may name it."""
+  names = ("caf\udce9", "\ud83d")
+  task = create_task("classification", Echo([[0.0, 1.0]]), num_classes=2, class_names=names)
+  assert task.class_names == (r"caf\udce9", r"\ud83d")
+
+
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 def test_losses_equal_reference(load_golden, objective):
   config, inputs, outputs = load_golden("vit_losses_a")

@@ -38,7 +38,7 @@ class GroundTruth:
     self.file = file
     images, self.categories = read_images(file)
     self._sizes = {image["id"]: (image["height"], image["width"]) for image in images}
-    self._names = {category["id"]: category["name"] for category in self.categories}
+    self._names = {c["id"]: escape_surrogates(c["name"]) for c in self.categories}  # as models'
     self._ids = {name: number for number, name in reversed(self._names.items())}
     self.image_ids = self._match(images, paths)
 
