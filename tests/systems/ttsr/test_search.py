@@ -256,3 +256,6 @@ def test_bfloat16_gradients_of_repeated_patches_are_near_float32():
   index = jax.random.randint(jax.random.key(1), (1, 48, 48), 0, 4)  # only four patches
   laid_out = functools.partial(transfer, index=index, grid_width=8)
   assert max(bfloat16_errors(laid_out, reference)) < 0.01
+  queries = jax.random.uniform(jax.random.key(2), (1, 48, 48, 4))
+  relevance = functools.partial(relevance_of, index=index)
+  assert max(bfloat16_errors(relevance, queries, reference)) < 0.01
