@@ -1,4 +1,4 @@
-"""DETR's recipes: which parameters they train, at which rates."""
+"""DETR's recipes: trained parameters, learning rates and data."""
 
 import functools
 
@@ -14,8 +14,8 @@ from vit_jax_zoo.training.optim import create_optimizer
 
 
 @functools.cache
-def trained(variant):
-  """The recipe's optimizer, and its model's parameters by path."""
+def optimizer_and_params(variant):
+  """Returns the recipe's optimizer, and its model's parameters by path."""
   config = detr.get_config(variant)
   fields = {k: 91 if v is None else v for k, v in config.model.to_dict().items()}
   model = create_model(**fields)
@@ -25,12 +25,12 @@ def trained(variant):
   return optimizer, params
 
 
-def count(optimizer, params):
+def count_trained(optimizer, params):
   sizes = jax.tree.map(lambda x, frozen: 0 if frozen else x.size, params, optimizer.frozen)
   return sum(jax.tree.leaves(sizes))
 
 
-# Trainable parameters of the official code; its mask head alone; with another number of classes.
+# Parameters trained by the official code: all, mask head only, and with other num_classes.
 @pytest.mark.parametrize(
   ("variant", "expected"),
   [
@@ -40,12 +40,12 @@ def count(optimizer, params):
     ("r50_finetune", 41_302_368),
   ],
 )
-def test_what_is_trained(variant, expected):
-  assert count(*trained(variant)) == expected
+def test_trained_parameter_counts_equal_official_code(variant, expected):
+  assert count_trained(*optimizer_and_params(variant)) == expected
 
 
-def test_rates_and_decay_of_the_paper():
-  optimizer, params = trained("r50")
+def test_learning_rates_and_weight_decay_equal_paper():
+  optimizer, params = optimizer_and_params("r50")
   ones = jax.tree.map(lambda x: jnp.ones((1,) * x.ndim), params)  # the rules are by path
   zeros = jax.tree.map(jnp.zeros_like, ones)
   updates, _ = jax.jit(optimizer.tx.update)(zeros, optimizer.tx.init(ones), ones)
@@ -60,7 +60,7 @@ def test_rates_and_decay_of_the_paper():
   assert flat["backbone/stem/conv1/conv/kernel"] == 0
 
 
-def test_data_of_ones_own():
+def test_own_data_sets_source_splits_and_init_from():
   config = detr.get_config("r50_finetune,source=coco:/mine,init_from=runs/mine")
   assert (config.data.train.split, config.data.eval.val.split) == ("train", "val")
   assert config.init_from == "runs/mine"
@@ -70,8 +70,8 @@ def test_data_of_ones_own():
   assert panoptic.data.train.transforms[0]["masks"]
 
 
-def test_the_rate_falls_when_it_should():
-  rates = [float(trained("r50")[0].schedule(step)) for step in (0, 199, 200, 299)]
+def test_learning_rate_schedule_equals_paper():
+  rates = [float(optimizer_and_params("r50")[0].schedule(step)) for step in (0, 199, 200, 299)]
   assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
   boundaries = detr.get_config("r50,num_epochs=500").optimizer.schedule.boundaries
   assert boundaries == (0.8,)

@@ -56,32 +56,32 @@ def test_export_pth_warns_of_unstored_fields(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", sorted(PROCESSORS))
 def test_exports_detect_same_boxes(name, tmp_path):
-  made = detector(name)
+  pretrained = detector(name)
   for form in ("orbax", "hf", "stablehlo"):
-    export.write(made, form, str(tmp_path / form))
+    export.write(pretrained, form, str(tmp_path / form))
   ours, theirs = (load_pretrained(str(tmp_path / form)) for form in ("orbax", "hf"))
-  assert ours.preprocess == theirs.preprocess == made.preprocess
+  assert ours.preprocess == theirs.preprocess == pretrained.preprocess
   for loaded in (ours, theirs):
-    assert (loaded.model.num_heads, loaded.class_names) == (made.model.num_heads, NAMES)
-    jax.tree.map(np.testing.assert_array_equal, loaded.variables, made.variables)
+    assert (loaded.model.num_heads, loaded.class_names) == (pretrained.model.num_heads, NAMES)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, pretrained.variables)
   expected = detections(tmp_path / "hf")
   assert len(expected) == 6
 
   notes = json.loads((tmp_path / "stablehlo/model.json").read_text())
-  assert notes["preprocess"]["mean"] == list(made.preprocess.mean)
+  assert notes["preprocess"]["mean"] == list(pretrained.preprocess.mean)
   height, width = map(int, notes["images"][1:3])
-  resized = made.preprocess.resize(random_image())
+  resized = pretrained.preprocess.resize(random_image())
   images = np.full((3, height, width, 3), 7, np.float32)
   images[:, : resized.shape[0], : resized.shape[1]] = resized
   program = (tmp_path / "stablehlo/model.stablehlo").read_bytes()
   sizes = np.array([resized.shape[:2]] * 3, np.int32)
-  found = jax.export.deserialize(bytearray(program)).call(images, sizes)
-  assert found["boxes_xyxy"].shape == (3, 6, 4)
-  order = np.argsort(-np.asarray(found["scores"][1]), kind="stable")
-  scores = np.asarray(found["scores"][1])[order]
+  outputs = jax.export.deserialize(bytearray(program)).call(images, sizes)
+  assert outputs["boxes_xyxy"].shape == (3, 6, 4)
+  order = np.argsort(-np.asarray(outputs["scores"][1]), kind="stable")
+  scores = np.asarray(outputs["scores"][1])[order]
   np.testing.assert_allclose(scores, [d["score"] for d in expected], atol=1e-4)
   scale = np.array(random_image().shape[1::-1]) / resized.shape[1::-1]
-  left, top, right, bottom = (np.asarray(found["boxes_xyxy"][1])[order] * np.tile(scale, 2)).T
+  left, top, right, bottom = (np.asarray(outputs["boxes_xyxy"][1])[order] * np.tile(scale, 2)).T
   boxes = np.array([d["bbox"] for d in expected])
   clipped = np.clip(np.stack([left, top, right, bottom]), 0, np.array([[50], [100], [50], [100]]))
   corners = np.stack([clipped[0], clipped[1], clipped[2] - clipped[0], clipped[3] - clipped[1]])

@@ -30,9 +30,9 @@ def test_query_attention_draws_confident_queries_and_the_best():
   rows = np.array(figure.axes).reshape(2, 3)  # query 0 is never drawn
   assert [ax.get_title(loc="left") for ax in rows[0]] == ["", "query 1: 90%", "query 2: 60%"]
   assert [ax.get_title(loc="left") for ax in rows[1]] == ["", "query 1: 30%", ""]
-  lit = rows[0, 1].images[0].get_array()
-  assert lit[1, 6].max() > 190
-  assert lit[6, 1].max() < 40
+  shaded = rows[0, 1].images[0].get_array()
+  assert shaded[1, 6].max() > 190
+  assert shaded[6, 1].max() < 40
   assert rows[1, 1].images[0].get_array().shape == (4, 8, 3)  # without the padding
   box = rows[0, 1].patches[0]
   assert (box.get_x(), box.get_y(), box.get_width(), box.get_height()) == (2, 2, 4, 2)

@@ -61,7 +61,7 @@ def apply(golden):
 @pytest.mark.parametrize("name", ["detr_a", "detr_dc5_a", "detr_panoptic_a"])
 def test_predictions_equal_official_code(golden, apply, name):
   config, variables, *_, expected = golden(name)
-  got, sown = apply(name)
+  got, intermediates = apply(name)
   assert sum(x.size for x in jax.tree.leaves(variables)) == config["num_params"]
   close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
   close(got["logits"], expected["pred_logits"])
@@ -69,10 +69,10 @@ def test_predictions_equal_official_code(golden, apply, name):
   close(got["auxiliary_logits"], expected["aux_logits"])
   close(got["auxiliary_boxes_cxcywh"], expected["aux_boxes"], atol=1e-5)
   if "memory" in expected:
-    memory = np.moveaxis(sown["intermediates"]["memory"][0], -1, 1)
+    memory = np.moveaxis(intermediates["intermediates"]["memory"][0], -1, 1)
     close(memory, expected["memory"], atol=5e-5)
   if config["masks"]:
-    maps = np.moveaxis(sown["intermediates"]["mask_maps"][0], -1, 2)
+    maps = np.moveaxis(intermediates["intermediates"]["mask_maps"][0], -1, 2)
     close(maps, expected["bbox_mask"], atol=1e-5)
     close(got["mask_logits"], expected["pred_masks"])
 
@@ -115,11 +115,11 @@ def test_predictions_ignore_padded_pixels(golden, apply):
 
 def test_attention_weights_of_padding_are_zero(golden, apply):
   *_, expected = golden("detr_a")
-  sown = apply("detr_a")[1]["intermediates"]["transformer"]
+  intermediates = apply("detr_a")[1]["intermediates"]["transformer"]
   keep = ~expected["mask_0"].reshape(2, -1)
   for weights in (
-    sown["encoder"]["attention"]["weights"][0],
-    sown["decoder"]["cross_attention"]["weights"][0],
+    intermediates["encoder"]["attention"]["weights"][0],
+    intermediates["decoder"]["cross_attention"]["weights"][0],
   ):
     hidden = np.where(keep[None, :, None, None], 0, weights)
     assert hidden.max() == 0

@@ -30,7 +30,7 @@ def test_segments_golden(load_golden, case, row):
   sure = (labels != config["panoptic"]["num_classes"]) & (scores > 0.85)
   expected = outputs[f"{case}_ids_{row}"]
   processed = tuple(int(x) for x in inputs["pan_processed_sizes"][row])
-  found = segment(
+  result = segment(
     inputs["pan_masks"][row][sure],
     labels[sure],
     STUFF_FROM,
@@ -40,11 +40,11 @@ def test_segments_golden(load_golden, case, row):
   )
   segments = config["panoptic"]["segments"][case][row]
   if not segments:
-    assert np.all(found.segment_map == VOID)
+    assert np.all(result.segment_map == VOID)
     return
-  np.testing.assert_array_equal(found.segment_map, expected)
-  assert found.labels.tolist() == [s["category_id"] for s in segments]
-  assert [np.sum(found.segment_map == s["id"]) for s in segments] == [s["area"] for s in segments]
+  np.testing.assert_array_equal(result.segment_map, expected)
+  assert result.labels.tolist() == [s["category_id"] for s in segments]
+  assert [np.sum(result.segment_map == s["id"]) for s in segments] == [s["area"] for s in segments]
 
 
 def test_padding_removed():
@@ -71,8 +71,8 @@ def rows(*values):
 
 def quality(*pairs, num_classes=4, stuff_from=2):
   result = PanopticQuality(num_classes, stuff_from)
-  for truth, found in pairs:
-    result.add(truth, found)
+  for truth, predicted in pairs:
+    result.add(truth, predicted)
   return result.result()
 
 
@@ -80,8 +80,8 @@ def test_quality_by_hand():
   # Class 0: IoU 3/4. Class 1: 1 of 3 pixels, so a false negative and a false positive. Class 2:
   # exact.
   truth = Segmentation(rows(0, 0, 0, 1, 1, 1, 2, 2, VOID), np.array([0, 1, 2]))
-  found = Segmentation(rows(0, 0, 0, 0, 1, VOID, 2, 2, 2), np.array([0, 1, 2]))
-  scores = quality((truth, found))
+  predicted = Segmentation(rows(0, 0, 0, 0, 1, VOID, 2, 2, 2), np.array([0, 1, 2]))
+  scores = quality((truth, predicted))
   assert scores["pq_things"] == pytest.approx((0.75 + 0) / 2)
   assert scores["sq_things"] == pytest.approx((0.75 + 0) / 2)
   assert scores["rq_things"] == pytest.approx(0.5)
@@ -91,14 +91,14 @@ def test_quality_by_hand():
 
 def test_iou_of_half_not_matched():
   truth = Segmentation(rows(0, 0, VOID), np.array([0]))
-  found = Segmentation(rows(0, VOID, VOID), np.array([0]))
-  assert quality((truth, found))["pq"] == 0
+  predicted = Segmentation(rows(0, VOID, VOID), np.array([0]))
+  assert quality((truth, predicted))["pq"] == 0
 
 
 def test_wrong_class_false_negative_and_false_positive():
   truth = Segmentation(rows(0, 0, 0), np.array([0]))
-  found = Segmentation(rows(0, 0, 0), np.array([1]))
-  assert quality((truth, found)) == {
+  predicted = Segmentation(rows(0, 0, 0), np.array([1]))
+  assert quality((truth, predicted)) == {
     "pq": 0, "sq": 0, "rq": 0, "pq_things": 0, "sq_things": 0, "rq_things": 0
   }  # fmt: skip
 
@@ -107,8 +107,8 @@ def test_crowds_and_void_not_penalised():
   right = Segmentation(rows(0, 0, 0, 0, 0, 0), np.array([0]))
   crowd = Segmentation(rows(1, 1, 1, 0, 0, VOID), np.array([0, 1]), np.array([False, True]))
   # Segment 0: most of it is in a crowd of its class; segment 1 matches the object.
-  found = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([1, 0]))
-  assert quality((right, right), (crowd, found))["pq"] == 1
+  predicted = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([1, 0]))
+  assert quality((right, right), (crowd, predicted))["pq"] == 1
   other = Segmentation(rows(0, 0, 0, 1, 1, 1), np.array([0, 0]))  # a crowd of another class
   assert quality((right, right), (crowd, other))["pq"] == pytest.approx(2 / 2.5)
   in_void = Segmentation(rows(VOID, VOID, 1, 1, 1, 0), np.array([0, 1]))

@@ -22,14 +22,14 @@ pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 def outputs_of(folder, kind, images, mask):
   """Returns the outputs of the folder's model in transformers."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-  found, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
+  model, report = getattr(transformers, kind).from_pretrained(folder, output_loading_info=True)
   assert not report["missing_keys"]
   # Batch counters, which the published files hold too.
   assert all(key.endswith(".num_batches_tracked") for key in report["unexpected_keys"])
   assert not report["mismatched_keys"]
   with torch.no_grad():
     pixels = torch.from_numpy(np.moveaxis(images, -1, 1).copy())
-    return found.eval()(pixels, pixel_mask=torch.from_numpy(mask.astype(np.int64)))
+    return model.eval()(pixels, pixel_mask=torch.from_numpy(mask.astype(np.int64)))
 
 
 def random_inputs(height=96, width=128):
@@ -64,10 +64,10 @@ def test_load_of_file_saved_by_transformers_is_exact(tmp_path):
   theirs.save_pretrained(str(tmp_path / "theirs"))
   again = load_pretrained(str(tmp_path / "theirs"))
   assert again.model.clone(dropout_rate=0.1) == loaded.model.clone(dropout_rate=0.1)
-  for given, expected in zip(
+  for array, expected in zip(
     jax.tree.leaves(again.variables), jax.tree.leaves(loaded.variables), strict=True
   ):
-    np.testing.assert_array_equal(given, expected)
+    np.testing.assert_array_equal(array, expected)
 
 
 def test_export_with_learned_positions_predicts_same_in_transformers(tmp_path):
@@ -113,8 +113,8 @@ def test_pth_round_trip_is_exact(name, tmp_path):
   detr_official.write_checkpoint(path, export_of(loaded))
   assert list(torch.load(path, weights_only=True)) == ["model"]
   again = load_pretrained(path, **overrides_of(name))
-  for given, expected in zip(
+  for array, expected in zip(
     jax.tree.leaves(again.variables), jax.tree.leaves(loaded.variables), strict=True
   ):
-    np.testing.assert_array_equal(given, expected)
+    np.testing.assert_array_equal(array, expected)
   assert all(isinstance(value, np.ndarray) for value in read_torch(path).values())

@@ -51,19 +51,19 @@ def test_run_predicts_image_of_any_size(detr_run):
   trained = load(str(detr_run))
   assert trained.task.class_names == tuple("0123456789")
   predictor = create_predictor(trained, Options(threshold=0.0, explain=True))
-  found = predictor(random_image(100, 300))
-  assert len(found.record["detections"]) == 12
-  scores = [one["score"] for one in found.record["detections"]]
+  prediction = predictor(random_image(100, 300))
+  assert len(prediction.record["detections"]) == 12
+  scores = [one["score"] for one in prediction.record["detections"]]
   assert scores == sorted(scores, reverse=True)
-  for one in found.record["detections"]:
+  for one in prediction.record["detections"]:
     left, top, width, height = one["bbox"]
     assert min(left, top, width, height) >= 0
     assert left + width <= 300 + 1e-3
     assert top + height <= 100 + 1e-3
     assert one["name"] == str(one["category_id"])
-  assert max(one["bbox"][0] + one["bbox"][2] for one in found.record["detections"]) > 100
-  assert set(found.pictures) == {"", "attention"}
-  assert json.loads(json.dumps(found.record)) == found.record
+  assert max(one["bbox"][0] + one["bbox"][2] for one in prediction.record["detections"]) > 100
+  assert set(prediction.pictures) == {"", "attention"}
+  assert json.loads(json.dumps(prediction.record)) == prediction.record
   nothing = create_predictor(trained, Options(threshold=1.0))(random_image())
   assert nothing.record["detections"] == []
   assert set(nothing.pictures) == {""}
@@ -75,10 +75,10 @@ def test_published_panoptic_model_predicts_segments(tmp_path):
   small = {"image": random_image(96, 128).astype(np.float32)}
   trained = dataclasses.replace(trained, prepare=lambda image: small)
   predictor = create_predictor(trained, Options(threshold=0.01))
-  found = predictor(random_image(48, 64))
-  info = found.record["segments_info"]
+  prediction = predictor(random_image(48, 64))
+  info = prediction.record["segments_info"]
   assert info
-  panoptic = found.pictures["panoptic"].astype(int)
+  panoptic = prediction.pictures["panoptic"].astype(int)
   assert panoptic.shape == (48, 64, 3)
   ids = panoptic[..., 0] + 256 * panoptic[..., 1] + 65536 * panoptic[..., 2]
   assert sorted(entry["id"] for entry in info) == sorted(set(np.unique(ids)) - {0})
@@ -88,8 +88,8 @@ def test_published_panoptic_model_predicts_segments(tmp_path):
     left, top, width, height = entry["bbox"]
     assert (left, top) == (columns.min(), rows.min())
     assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
-  assert found.pictures["segments"].shape == (48, 64, 3)
-  for entry in found.record["detections"]:
+  assert prediction.pictures["segments"].shape == (48, 64, 3)
+  for entry in prediction.record["detections"]:
     mask = run_lengths.decode(entry["segmentation"])
     assert mask.shape == (48, 64)
     assert entry["area"] == mask.sum()
@@ -112,9 +112,9 @@ def check_coco_files(predictor, folder):
   for number, (path, record) in enumerate(zip(paths, records, strict=True), start=1):
     image = truth.imgs[number]
     assert (image["file_name"], image["height"], image["width"]) == (str(path), 48, 64)
-    found = [again.anns[i] for i in again.getAnnIds(number)]
-    assert [a["score"] for a in found] == [d["score"] for d in record["detections"]]
-    assert [truth.cats[a["category_id"]]["name"] for a in found] == [
+    annotations = [again.anns[i] for i in again.getAnnIds(number)]
+    assert [a["score"] for a in annotations] == [d["score"] for d in record["detections"]]
+    assert [truth.cats[a["category_id"]]["name"] for a in annotations] == [
       d.get("name", str(d["category_id"])) for d in record["detections"]
     ]
   for path in (folder / "out").glob("*_panoptic.png"):

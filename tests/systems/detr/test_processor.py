@@ -152,11 +152,13 @@ def test_detections_equal_transformers_golden(load_golden):
     "image": np.zeros((2, 8, 8, 3), np.uint8),
     "original_size": np.array(config["target_sizes"], np.int32),
   }
-  found = jax.device_get(jax.jit(task.predict)({}, batch))
+  detections = jax.device_get(jax.jit(task.predict)({}, batch))
   for row in range(2):
-    keep = found["scores"][row] > config["thresholds"]["det"]
-    np.testing.assert_allclose(found["scores"][row][keep], outputs[f"det_{row}/scores"], atol=1e-6)
-    np.testing.assert_array_equal(found["labels"][row][keep], outputs[f"det_{row}/labels"])
+    keep = detections["scores"][row] > config["thresholds"]["det"]
     np.testing.assert_allclose(
-      found["boxes_xyxy"][row][keep], outputs[f"det_{row}/boxes"], rtol=1e-5, atol=1e-4
+      detections["scores"][row][keep], outputs[f"det_{row}/scores"], atol=1e-6
+    )
+    np.testing.assert_array_equal(detections["labels"][row][keep], outputs[f"det_{row}/labels"])
+    np.testing.assert_allclose(
+      detections["boxes_xyxy"][row][keep], outputs[f"det_{row}/boxes"], rtol=1e-5, atol=1e-4
     )

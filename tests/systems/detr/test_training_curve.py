@@ -75,7 +75,7 @@ def train(name, dtype=jnp.float32):
     image_mean=0.0,
     image_std=1 / 255,  # the fixture's images are already normalised
   )
-  given = config["optimizer"]
+  fields = config["optimizer"]
   rules = [
     *FREEZE[name],
     ("backbone/.*", {"learning_rate": 0.1}),
@@ -84,9 +84,9 @@ def train(name, dtype=jnp.float32):
   optimizer = create_optimizer(
     {
       "name": "adamw",
-      "learning_rate": given["lr"],
+      "learning_rate": fields["lr"],
       "schedule": {"name": "constant"},
-      "weight_decay": given["weight_decay"],
+      "weight_decay": fields["weight_decay"],
       "clip_norm": config["clip"]["global_norm"],
       "rules": rules,
     },

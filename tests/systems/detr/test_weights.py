@@ -106,15 +106,15 @@ def test_official_round_trip_is_exact(name, load, tmp_path):
 def test_official_export_of_unrolled_layers_is_exact():
   loaded = load_pretrained(official_file("detr_a"), scan_layers=False)
   assert "decoder_2" in loaded.variables["params"]["transformer"]
-  given = detr_official.state_dict(export_of(loaded).variables)
-  assert_same_arrays(given, load_file(official_file("detr_a")))
+  written = detr_official.state_dict(export_of(loaded).variables)
+  assert_same_arrays(written, load_file(official_file("detr_a")))
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_hugging_face_round_trip_is_exact(name, load, tmp_path):
   timm = name != "detr_hf_a"
-  given = detr_hf.state_dict(export_of(load(name)).variables, timm=timm)
-  assert_same_arrays(given, arrays_of(hugging_face_folder(name, tmp_path)))
+  written = detr_hf.state_dict(export_of(load(name)).variables, timm=timm)
+  assert_same_arrays(written, arrays_of(hugging_face_folder(name, tmp_path)))
 
 
 def test_hugging_face_folder_round_trip_keeps_config_preprocess_and_classes(load, tmp_path):
@@ -285,8 +285,8 @@ def test_backbone_file_initializes_backbone(norm, load, tmp_path):
   for key, array in flatten_variables(loaded).items():
     bare = key.removeprefix("batch_stats/")
     if bare.startswith("backbone/"):
-      wanted = expected.get(bare, expected.get(f"batch_stats/{bare}"))
-      np.testing.assert_array_equal(array, wanted)
+      expected_array = expected.get(bare, expected.get(f"batch_stats/{bare}"))
+      np.testing.assert_array_equal(array, expected_array)
     else:
       assert (array == 0.5).all()
 
@@ -321,9 +321,9 @@ def test_fit_to_model_keeps_all_but_class_head(load):
   source, model = load("detr_a").variables, load("detr_a").model.clone(num_classes=4)
   abstract = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   fresh = jax.tree.map(lambda x: np.full(x.shape, 0.5, x.dtype), abstract)
-  taken = flatten_variables(fit_to_model(source, fresh, "the run"))
+  result = flatten_variables(fit_to_model(source, fresh, "the run"))
   for key, array in flatten_variables(source).items():
     if key.startswith("class_head/"):
-      assert (taken[key] == 0.5).all()
+      assert (result[key] == 0.5).all()
     else:
-      np.testing.assert_array_equal(taken[key], array)
+      np.testing.assert_array_equal(result[key], array)

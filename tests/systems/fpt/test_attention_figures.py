@@ -51,13 +51,13 @@ class FakeDetector:
 def test_attention_rows_are_those_of_query_position():
   intermediates = attention_intermediates((4, 6), (2, 3))
   positions = jnp.asarray([[0.5, 0.5], [1.0, 0.0]])  # rows 2 and 3 of 4, columns 3 and 0 of 6
-  found = attention_rows(intermediates, positions)
+  result = attention_rows(intermediates, positions)
   for name, weights in (("0", "self_0"), ("0 1", "ground_0_1")):
     rows = np.asarray(intermediates[weights]["weights"][0])
-    shape = found[name].shape[1:]
-    np.testing.assert_allclose(found[name][0], rows[0, 2 * 6 + 3].reshape(shape), rtol=1e-6)
-    np.testing.assert_allclose(found[name][1], rows[1, 3 * 6].reshape(shape), rtol=1e-6)
-  assert found["0 1"].shape == found["1"].shape == (2, 2, 3)
+    shape = result[name].shape[1:]
+    np.testing.assert_allclose(result[name][0], rows[0, 2 * 6 + 3].reshape(shape), rtol=1e-6)
+    np.testing.assert_allclose(result[name][1], rows[1, 3 * 6].reshape(shape), rtol=1e-6)
+  assert result["0 1"].shape == result["1"].shape == (2, 2, 3)
   in_window = {**intermediates, "ground_0_1": {"weights": (jnp.zeros((2, 4, 6, 9)),)}}
   assert set(attention_rows(in_window, positions)) == {"0", "1"}
 
@@ -72,11 +72,11 @@ def test_target_centers_are_relative_to_padded_image():
 
 def test_explain_draws_three_images_or_raises():
   task = create_task("instance_detection", FakeDetector(FeaturePyramidTransformer), num_classes=3)
-  found = jax.device_get(jax.jit(task.explain)({}, random_batch(4)))
-  assert len(found["image"]) == 3
+  explanation = jax.device_get(jax.jit(task.explain)({}, random_batch(4)))
+  assert len(explanation["image"]) == 3
   shapes = {"0": (3, 8, 12), "1": (3, 4, 6), "0 1": (3, 4, 6)}
-  assert {name: x.shape for name, x in found["levels"].items()} == shapes
-  figure = task.draw_explanation(found).images["levels"]
+  assert {name: x.shape for name, x in explanation["levels"].items()} == shapes
+  figure = task.draw_explanation(explanation).images["levels"]
   titles = [ax.get_title() for ax in figure.axes[:4]]
   assert titles == ["query: ring", "p2: 8x12", "p3: 4x6", "p2: 8x12 at p3: 4x6"]
   assert len(figure.axes) == 3 * 4

@@ -49,9 +49,9 @@ def test_explain_draws_attention_of_levels(variant):
 
   variables = jax.tree_util.tree_map_with_path(leaf, shapes)
   trained = Trained("test", task, variables, lambda image: {"image": image}, None, "faster_rcnn")
-  found = create_predictor(trained, Options(threshold=1.0, explain=True))(image)
-  assert found.record["objects"] == []
-  figure = found.pictures["levels"]
+  prediction = create_predictor(trained, Options(threshold=1.0, explain=True))(image)
+  assert prediction.record["objects"] == []
+  figure = prediction.pictures["levels"]
   maps = [np.asarray(ax.images[0].get_array()) for ax in figure.axes[1:]]
   pooled = variant == "official"
   sizes = [(3, 4), (2, 2)] if pooled else [(6, 8), (3, 4), (3, 4)]

@@ -30,20 +30,20 @@ def legend_names(figure):
 def test_label_figure_without_predictions(batch):
   """Covers padded rows, padded borders and the legend."""
   figure = draw_label_maps(batch, ("sky", "sea"))
-  shown = images_of(figure)
-  assert [image.shape for image in shown] == [(40, 60, 3)] * 2 + [(20, 50, 3)] * 2
-  np.testing.assert_array_equal(shown[1][5, 5], label_color(int(batch["label_map"][0, 5, 5])))
+  images = images_of(figure)
+  assert [image.shape for image in images] == [(40, 60, 3)] * 2 + [(20, 50, 3)] * 2
+  np.testing.assert_array_equal(images[1][5, 5], label_color(int(batch["label_map"][0, 5, 5])))
   assert legend_names(figure) == ["sky", "sea", "2"]
 
 
 def test_label_figure_with_predictions_marks_errors(batch):
   """Covers the four columns: wrong pixels are red, the fraction of correct ones is the label."""
-  found = batch["label_map"].copy()
-  found[:, 20:] = (found[:, 20:] + 1) % 3
-  figure = draw_label_maps(batch, predicted=found)
+  predicted_labels = batch["label_map"].copy()
+  predicted_labels[:, 20:] = (predicted_labels[:, 20:] + 1) % 3
+  figure = draw_label_maps(batch, predicted=predicted_labels)
   image, _, predicted, wrong = images_of(figure)[:4]
   np.testing.assert_array_equal(image, batch["image"][0])
-  np.testing.assert_array_equal(predicted[30, 30], label_color(int(found[0, 30, 30])))
+  np.testing.assert_array_equal(predicted[30, 30], label_color(int(predicted_labels[0, 30, 30])))
   assert wrong[30, 30].tolist() == [220, 30, 30]
   assert wrong[0, 0].tolist() != [220, 30, 30]  # ignored
   assert figure.axes[3].get_xlabel() == f"{17 / 37:.1%} correct"

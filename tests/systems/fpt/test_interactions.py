@@ -49,9 +49,9 @@ def test_interactions_equal_paper_golden(load_golden, kind):
   maps = [nhwc(inputs[name]) for name in maps[kind]]
   apply = jax.jit(functools.partial(module.apply, mutable=["intermediates"]))
   out, state = apply(paper_variables(kind), *maps)
-  sown = state["intermediates"]
-  np.testing.assert_allclose(sown["mixture"][0], outputs[f"{kind}/pi"], atol=1e-5)
-  np.testing.assert_allclose(sown["weights"][0], outputs[f"{kind}/weights"], atol=1e-5)
+  intermediates = state["intermediates"]
+  np.testing.assert_allclose(intermediates["mixture"][0], outputs[f"{kind}/pi"], atol=1e-5)
+  np.testing.assert_allclose(intermediates["weights"][0], outputs[f"{kind}/weights"], atol=1e-5)
   np.testing.assert_allclose(nchw(out), outputs[kind], atol=1e-5)
   blocks = module.clone(block_elements=400)  # 2 or 9 of 48 queries per block
   alone = jax.jit(blocks.apply)(paper_variables(kind), *maps)
@@ -74,7 +74,7 @@ def official_module(name, config):
 
 def module_variables(module, rows, published, maps):
   shapes = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), *maps)
-  wanted = {
+  expected_shapes = {
     ("m/" if collection == "params" else "batch_stats/m/") + path: leaf.shape
     for collection, tree in shapes.items()
     for path, leaf in traverse_util.flatten_dict(tree, sep="/").items()
@@ -84,7 +84,7 @@ def module_variables(module, rows, published, maps):
       (32,) * 2 + (1, 1)
     )
   ignore = [r".*(num_batches|conv_ks|conv_upsample).*"]
-  flat = read(published, rows, wanted, source="golden", ignore=ignore)
+  flat = read(published, rows, expected_shapes, source="golden", ignore=ignore)
   tree = {"params": {}, "batch_stats": {}}
   for path, array in flat.items():
     collection, _, rest = path.rpartition("m/") if path.count("m/") == 1 else path.partition("m/")
@@ -143,9 +143,9 @@ def test_rendering_transformer_equals_definition():
   for i in range(2):
     for j in range(3):
       refined = np.einsum("bijc,ijcd->bd", gated[:, i : i + 3, j : j + 3], kernels["refine"])
-      made = padded[:, 4 * i : 4 * i + 3, 4 * j : 4 * j + 3]
-      made = np.einsum("bijc,ijcd->bd", made, kernels["value"])
-      np.testing.assert_allclose(out[:, i, j], refined + made, atol=1e-5)
+      pooled = padded[:, 4 * i : 4 * i + 3, 4 * j : 4 * j + 3]
+      pooled = np.einsum("bijc,ijcd->bd", pooled, kernels["value"])
+      np.testing.assert_allclose(out[:, i, j], refined + pooled, atol=1e-5)
 
 
 def test_side_ratio_is_power_of_two_or_raises():
@@ -181,9 +181,9 @@ def test_attention_dropout_keeps_mean_and_is_random():
 
   @jax.jit
   def weights(key):
-    made = {"dropout": key}
+    rngs = {"dropout": key}
     state = module.apply(
-      variables, x, train=True, rngs=made, mutable=["batch_stats", "intermediates"]
+      variables, x, train=True, rngs=rngs, mutable=["batch_stats", "intermediates"]
     )
     return state[0], state[1]["intermediates"]["weights"][0]
 

@@ -15,16 +15,16 @@ def batch(*rows, **more):
 
 def score(pairs, num_classes=4, **fields):
   evaluator = SegmentationEvaluator(num_classes, **fields)
-  for truth, found in pairs:
-    evaluator.add(truth, found)
+  for truth, predicted in pairs:
+    evaluator.add(truth, predicted)
   return evaluator.result()
 
 
 def test_scores_by_hand():
   """The IoU of each class is over the pixels of all images."""
   # Class 0: 2 right, 1 missed, 1 too many: 2/4. Class 1: 1 right, 1 missed, 1 too many: 1/3.
-  truth, found = batch([0, 0, 0, 1, 1, 255]), batch([0, 0, 1, 1, 0, 3])
-  scores = score([(truth, found)], per_class=True, class_names=("sky", "sea"))
+  truth, predicted = batch([0, 0, 0, 1, 1, 255]), batch([0, 0, 1, 1, 0, 3])
+  scores = score([(truth, predicted)], per_class=True, class_names=("sky", "sea"))
   assert scores["iou/sky"] == pytest.approx(2 / 4)
   assert scores["iou/sea"] == pytest.approx(1 / 3)
   assert scores["miou"] == pytest.approx((2 / 4 + 1 / 3) / 2)
@@ -45,37 +45,37 @@ def test_equals_sklearn_jaccard_score():
   from sklearn.metrics import jaccard_score
 
   rng = np.random.default_rng(0)
-  truth, found = rng.integers(0, 4, (2, 5, 8, 9))
-  scores = score([({"label_map": truth}, {"label_map": found})])
-  expected = jaccard_score(truth.ravel(), found.ravel(), average="macro")
+  truth, predicted = rng.integers(0, 4, (2, 5, 8, 9))
+  scores = score([({"label_map": truth}, {"label_map": predicted})])
+  expected = jaccard_score(truth.ravel(), predicted.ravel(), average="macro")
   assert scores["miou"] == pytest.approx(expected)
 
 
 def test_independent_of_batches_padding_hosts():
   rng = np.random.default_rng(1)
-  truth, found = rng.integers(0, 4, (2, 6, 5, 7))
-  expected = score([({"label_map": truth}, {"label_map": found})])
+  truth, predicted = rng.integers(0, 4, (2, 6, 5, 7))
+  expected = score([({"label_map": truth}, {"label_map": predicted})])
   one, other = SegmentationEvaluator(4), SegmentationEvaluator(4)
   wide = rng.integers(0, 4, (4, 8, 9))
   wide[:3, :5, :7] = truth[:3]
   guess = rng.integers(0, 4, (4, 8, 9))
-  guess[:3, :5, :7] = found[:3]
+  guess[:3, :5, :7] = predicted[:3]
   sizes, mask = np.tile([5, 7], (4, 1)), np.array([True, True, True, False])
   one.add({"label_map": wide, "image_size": sizes, "mask": mask}, {"label_map": guess})
   for row in range(3, 6):
-    other.add({"label_map": truth[row : row + 1]}, {"label_map": found[row : row + 1]})
+    other.add({"label_map": truth[row : row + 1]}, {"label_map": predicted[row : row + 1]})
   one.merge(pickle.loads(pickle.dumps(other)))
   assert one.result() == pytest.approx(expected)
 
 
 def test_invalid_inputs_raise():
   """Labels out of range, different sizes, no pixel to score."""
-  for truth, found, what in (
+  for truth, predicted, what in (
     ([0, 9], [0, 0], "true label 9"),
     ([0, 0], [0, 5], "predicted label 5"),
   ):
     with pytest.raises(ValueError, match=f"label_map: {what}") as error:
-      score([(batch(truth), batch(found))])
+      score([(batch(truth), batch(predicted))])
     assert "\n" not in str(error.value)
   with pytest.raises(ValueError, match=r"label_map: .*predicted"):
     score([(batch([0, 0]), batch([0, 0, 0]))])

@@ -42,20 +42,20 @@ def bright_image():
 
 
 def test_prediction_has_class_fractions_and_figures():
-  found = predictor(lambda image: {"image": image})(bright_image())
-  classes = found.record["classes"]
+  prediction = predictor(lambda image: {"image": image})(bright_image())
+  classes = prediction.record["classes"]
   assert [(entry["label"], entry["name"], entry["fraction"]) for entry in classes] == [
     (0, "dark", 0.75),
     (1, "bright", 0.25),
   ]
   assert all(entry["confidence"] > 0.99 for entry in classes)
-  assert set(found.pictures) == {"", "labels", "ids"}
-  ids = found.pictures["ids"]
+  assert set(prediction.pictures) == {"", "labels", "ids"}
+  ids = prediction.pictures["ids"]
   assert (ids.dtype, ids.tolist()) == (np.uint8, [[0] * 9 + [1] * 3] * 8)
-  for drawn in (found.pictures[""], found.pictures["labels"]):
-    assert drawn.shape == (8, 12, 3)
-    assert drawn.dtype == np.uint8
-  labels = found.pictures["labels"]
+  for overlay in (prediction.pictures[""], prediction.pictures["labels"]):
+    assert overlay.shape == (8, 12, 3)
+    assert overlay.dtype == np.uint8
+  labels = prediction.pictures["labels"]
   assert len({tuple(pixel) for pixel in labels[:, :9].reshape(-1, 3)}) == 1
   assert (labels[0, 0] != labels[0, 10]).any()
 
@@ -66,9 +66,9 @@ def test_prediction_crops_padding():
     padded[:4, :6] = image[::2, ::2]
     return {"image": padded, "image_size": np.array([4, 6], np.int32)}
 
-  found = predictor(halved)(bright_image())
-  assert found.pictures[""].shape == (8, 12, 3)
-  fractions = {entry["name"]: entry["fraction"] for entry in found.record["classes"]}
+  prediction = predictor(halved)(bright_image())
+  assert prediction.pictures[""].shape == (8, 12, 3)
+  fractions = {entry["name"]: entry["fraction"] for entry in prediction.record["classes"]}
   assert abs(fractions["bright"] - 0.25) < 0.1
 
 
@@ -84,12 +84,12 @@ def test_explain_draws_pyramid_levels():
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     return Trained("test", task, variables, lambda image: {"image": image}, None, name)
 
-  found = create_predictor(trained("fpt_segmentation_r50"), explained)(
+  prediction = create_predictor(trained("fpt_segmentation_r50"), explained)(
     np.zeros((32, 40, 3), np.uint8)
   )
-  assert isinstance(found.pictures["levels"], Figure)
-  assert len(found.pictures["levels"].axes) == 3
-  titles = [ax.get_title() for ax in found.pictures["levels"].axes]
+  assert isinstance(prediction.pictures["levels"], Figure)
+  assert len(prediction.pictures["levels"].axes) == 3
+  titles = [ax.get_title() for ax in prediction.pictures["levels"].axes]
   assert titles == ["query: ring", "kernel 1: 4x5", "kernel 3: 4x5"]
   with pytest.raises(ValueError, match="--explain"):
     create_predictor(trained("fpt_segmentation_r50_ufp"), explained)

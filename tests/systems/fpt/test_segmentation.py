@@ -92,10 +92,10 @@ def test_gradients_are_finite_and_nonzero(tiny):
 def test_bfloat16_outputs_are_near_float32(tiny):
   model, variables, images = tiny
   exact = jax.jit(model.apply)(variables, images)
-  rough = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
-  assert set(exact) == set(rough) == {"logits"}
-  assert exact["logits"].dtype == rough["logits"].dtype == jnp.float32
-  correlation = np.corrcoef(np.ravel(exact["logits"]), np.ravel(rough["logits"]))[0, 1]
+  half = jax.jit(model.clone(dtype="bfloat16").apply)(variables, images)
+  assert set(exact) == set(half) == {"logits"}
+  assert exact["logits"].dtype == half["logits"].dtype == jnp.float32
+  correlation = np.corrcoef(np.ravel(exact["logits"]), np.ravel(half["logits"]))[0, 1]
   assert correlation > 0.99
 
 

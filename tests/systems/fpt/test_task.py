@@ -57,11 +57,11 @@ def upsample(logits, size):
   """Bilinear upsampling in numpy: pixel centers aligned, edges repeated, one axis at a time."""
   for axis, new in zip((1, 2), size, strict=True):
     old = logits.shape[axis]
-    place = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
-    low = np.floor(place).astype(int)
-    share = (place - low).reshape([-1 if i == axis else 1 for i in range(4)])
+    position = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
+    low = np.floor(position).astype(int)
+    fraction = (position - low).reshape([-1 if i == axis else 1 for i in range(4)])
     high = np.minimum(low + 1, old - 1)
-    logits = np.take(logits, low, axis) * (1 - share) + np.take(logits, high, axis) * share
+    logits = np.take(logits, low, axis) * (1 - fraction) + np.take(logits, high, axis) * fraction
   return logits
 
 
@@ -105,8 +105,8 @@ def test_class_weighted_loss_is_weighted_mean_and_sums_over_micro_batches(batch)
   assert float(out.loss) == pytest.approx(expected, rel=1e-5)
   assert float(out.metrics["loss"].compute()) == pytest.approx(expected, rel=1e-5)
   parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-  shares = [float(loss_of(task, variables, x, task.normalizers(batch)).loss) for x in parts]
-  assert sum(shares) == pytest.approx(expected, rel=1e-5)
+  part_losses = [float(loss_of(task, variables, x, task.normalizers(batch)).loss) for x in parts]
+  assert sum(part_losses) == pytest.approx(expected, rel=1e-5)
 
 
 def test_loss_sums_over_micro_batches_and_ignores_padding(batch):
@@ -115,9 +115,9 @@ def test_loss_sums_over_micro_batches_and_ignores_padding(batch):
   whole = loss_of(task, variables, batch)
   normalizers = task.normalizers(batch)
   parts = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(3)]
-  shares = [float(loss_of(task, variables, part, normalizers).loss) for part in parts]
-  assert sum(shares) == pytest.approx(float(whole.loss), rel=1e-5)
-  assert shares[2] == 0
+  losses = [float(loss_of(task, variables, part, normalizers).loss) for part in parts]
+  assert sum(losses) == pytest.approx(float(whole.loss), rel=1e-5)
+  assert losses[2] == 0
   changed = {**batch, "image": batch["image"].copy(), "label_map": batch["label_map"].copy()}
   changed["image"][1, :, 5:] = 7
   changed["image"][2], changed["label_map"][2] = 9, 1
@@ -225,8 +225,8 @@ def test_loss_and_gradients_on_devices_equal_single_device(tiny):
 def test_bfloat16_loss_is_near_float32(tiny):
   task, variables, batch, _ = tiny
   exact = loss_of(task, variables, batch).loss
-  rough = dataclasses.replace(task, model=task.model.clone(dtype="bfloat16"))
-  out = loss_of(rough, variables, batch)
+  half_task = dataclasses.replace(task, model=task.model.clone(dtype="bfloat16"))
+  out = loss_of(half_task, variables, batch)
   assert out.loss.dtype == jnp.float32
   assert float(out.loss) == pytest.approx(float(exact), rel=0.02)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(out.model_state))

@@ -85,16 +85,16 @@ def test_outputs_equal_official_code(load_golden, name):
   out, state = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))(
     variables, pyramid
   )
-  seen = state["intermediates"]
+  intermediates = state["intermediates"]
   parts = {"st": "self", "gt": "ground", "rt": "render"}
   checked = 0
   for key, expected in outputs.items():
     kind, *levels = key.split("/")[1].split("_")
     numbers = [int(level[1:]) - 2 for level in levels if level.startswith("p")]
     if kind in parts:
-      ours = seen["_".join([parts[kind], *map(str, numbers), "output"])][0]
+      ours = intermediates["_".join([parts[kind], *map(str, numbers), "output"])][0]
     elif kind == "fpn":
-      ours = seen[f"lateral_{numbers[0]}_output"][0]
+      ours = intermediates[f"lateral_{numbers[0]}_output"][0]
     else:
       ours = out[numbers[0]]
     is_block = kind in parts or kind == "fpn"
@@ -188,8 +188,8 @@ def test_outputs_keep_sizes_and_bfloat16_is_near_float32(trained):
   model, variables, pyramid, _, _ = trained
   exact = jax.jit(model.apply)(variables, pyramid)
   assert [x.shape for x in exact] == [(2, *side, 32) for side in SIDES]
-  rough = jax.jit(model.clone(dtype="bfloat16").apply)(variables, pyramid)
-  for one, other in zip(exact, rough, strict=True):
+  half = jax.jit(model.clone(dtype="bfloat16").apply)(variables, pyramid)
+  for one, other in zip(exact, half, strict=True):
     assert other.dtype == jnp.bfloat16
     correlation = np.corrcoef(np.ravel(one), np.ravel(other.astype(jnp.float32)))[0, 1]
     assert correlation > 0.99

@@ -1,4 +1,4 @@
-"""iGPT's demo and recipes: its own palette, completions, probes, fine-tuning, nats."""
+"""iGPT's demo and recipes: palette, completions, probes, fine-tuning, evaluation in nats."""
 
 import functools
 import logging
@@ -46,7 +46,7 @@ def demo(tmp_path_factory):
   return config, run(config, workdir), workdir
 
 
-def test_the_demo_scores_completes_and_probes(demo):
+def test_demo_writes_scores_completions_and_probes(demo):
   _, outcome, workdir = demo
   assert outcome.finished
   scores = outcome.scores
@@ -54,26 +54,26 @@ def test_the_demo_scores_completes_and_probes(demo):
   assert scores["test/nats"] < 2 * np.log(4)
   assert 0 < scores["test/bigram_nats"] < np.log(4)
   assert {"probe/layer_0", "probe/layer_1", "probe/pixels", "probe/best_layer"} <= scores.keys()
-  drawn = {path.name.rsplit("_", 1)[0] for path in (workdir / "figures").iterdir()}
-  assert drawn == {"train_batch", "completions_completions", "probe_depth"}
+  figures = {path.name.rsplit("_", 1)[0] for path in (workdir / "figures").iterdir()}
+  assert figures == {"train_batch", "completions_completions", "probe_depth"}
 
 
-def test_the_palette_is_fitted_and_saved_with_the_run(demo):
+def test_palette_is_fitted_and_saved(demo):
   config, outcome, workdir = demo
-  kept = restore_variables(str(workdir))["palette"]["clusters"]
+  restored = restore_variables(str(workdir))["palette"]["clusters"]
   trained = outcome.state.model_state["palette"]["clusters"]
-  np.testing.assert_array_equal(kept, trained)
-  made = trainer.build(config)
-  fitted = made.task.init_from_data(made.train_batches())["palette"]["clusters"]
-  np.testing.assert_array_equal(kept, fitted)
+  np.testing.assert_array_equal(restored, trained)
+  experiment = trainer.build(config)
+  fitted = experiment.task.init_from_data(experiment.train_batches())["palette"]["clusters"]
+  np.testing.assert_array_equal(restored, fitted)
 
 
-def test_fine_tuning_restores_weights_and_palette(demo, tmp_path):
+def test_finetune_restores_weights_and_palette(demo, tmp_path):
   _, outcome, workdir = demo
   config = shrink(load("configs/igpt.py"), num_steps=1)
   config.model.num_classes = 10
   config.task.class_weight = 1.0
-  config.task.palette_images = 16  # another palette, were it fitted again
+  config.task.palette_images = 16  # refitting would change the palette
   config.data.train.split = "train[:90]"
   del config.data.eval["probe"], config.data.eval["completions"]
   config.optimizer.learning_rate = 0.0
@@ -96,7 +96,7 @@ def test_fine_tuning_restores_weights_and_palette(demo, tmp_path):
   ("variant", "message"),
   [("s_finetune,dataset=cifar11", "did you mean 'cifar10'"), ("l_probe,dataset=stl", "'stl10'")],
 )
-def test_unknown_datasets(variant, message):
+def test_unknown_dataset_raises(variant, message):
   with pytest.raises(ValueError, match=message):
     igpt.get_config(variant)
 
@@ -109,7 +109,7 @@ def test_unknown_datasets(variant, message):
     ("source=folder:/mine", "folder:/mine", 1e-4, 20, "train[:90%]"),
   ],
 )
-def test_fine_tuning_is_a_tenth_of_the_rate_and_chosen_on_held_out_images(
+def test_finetune_recipe_has_lower_rate_and_held_out_validation(
   fields, source, rate, epochs, train
 ):
   config = load(f"configs/igpt.py:l_finetune,{fields}")
@@ -129,7 +129,7 @@ SMALL = {"num_colors": 16, "num_positions": 1024, "width": 8, "depth": 1, "num_h
 
 @pytest.fixture
 def published(tmp_path):
-  """A folder as Hugging Face publishes them, of a small model with a palette of its own."""
+  """Writes a folder in Hugging Face's layout with a small model and its palette."""
   model = ImageGPT(**SMALL)
   fresh = model.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   rng = np.random.default_rng(0)
@@ -142,14 +142,14 @@ def published(tmp_path):
 
 
 def nats_config(folder):
-  """That of `--config=configs/igpt.py:s_eval_nll,... --config.model.num_colors=16 ...`."""
+  """Returns the config of `configs/igpt.py:s_eval_nll` for the small model."""
   flags = [f"--config.model.{k}={v}" for k, v in SMALL.items()]
   flags += ["--config.batch_size=6", "--config.data.loader.num_workers=0"]
   choice = f"s_eval_nll,source=demo:digits,split=test[:6],init_from={folder}"
   return load(f"configs/igpt.py:{choice}", flags)
 
 
-def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, tmp_path):
+def test_eval_nll_of_published_checkpoint_equals_logits(published, tmp_path):
   config = nats_config(published)
   outcome = run(config, tmp_path / "run", eval_only=True)
   loaded = load_pretrained(str(published))
@@ -164,14 +164,14 @@ def test_the_nats_of_a_published_checkpoint_are_those_of_its_logits(published, t
   assert outcome.scores["test/nats"] == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
-def test_weights_without_a_palette_are_a_warning(published, tmp_path, caplog):
+def test_published_checkpoint_without_palette_warns(published, tmp_path, caplog):
   (published / "preprocessor_config.json").unlink()
   with caplog.at_level(logging.WARNING, logger="absl"):
     run(nats_config(published), tmp_path / "run", eval_only=True)
   assert f"{published}: no palette" in caplog.text
 
 
-def test_missing_images_name_their_preparation(tmp_path):
+def test_missing_dataset_error_names_prepare_command(tmp_path):
   config = load(f"configs/igpt.py:s_eval_nll,data_dir={tmp_path}")
   with pytest.raises(FileNotFoundError, match=r"vit_jax_zoo\.data\.prepare") as error:
     trainer.build(config)

@@ -12,8 +12,8 @@ def test_completions_figure_has_prefix_completions_and_original():
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, 4, 4, 3), dtype=np.uint8)
   completions = rng.integers(0, 256, (3, 2, 4, 4, 3), dtype=np.uint8)
-  given = np.array([8, 0, 6])
-  figure = samples.draw_completions(images, given, completions, max_images=2)
+  prefix_lengths = np.array([8, 0, 6])
+  figure = samples.draw_completions(images, prefix_lengths, completions, max_images=2)
   axes = np.array(figure.axes).reshape(2, 4)
   for row in range(2):
     np.testing.assert_array_equal(image_data(axes[row, 1]), completions[row, 0])
@@ -24,7 +24,7 @@ def test_completions_figure_has_prefix_completions_and_original():
   texts = [text.get_text() for ax in axes[0] for text in ax.texts]
   assert texts == ["given", "completed by the model", "original"]
   assert "2 images, 2 draws of each" in [text.get_text() for text in figure.texts]
-  one = samples.draw_completions(images[:1], given[:1], completions[:1, :1])
+  one = samples.draw_completions(images[:1], prefix_lengths[:1], completions[:1, :1])
   assert "one image, one draw" in [text.get_text() for text in one.texts]
   boxes = [ax.get_position() for ax in figure.axes]
   assert all(0 <= b.x0 < b.x1 <= 1 and 0 <= b.y0 < b.y1 <= 1 for b in boxes)
@@ -32,8 +32,8 @@ def test_completions_figure_has_prefix_completions_and_original():
 
 def test_keep_pixels_ends_within_row():
   image = np.full((2, 3, 3), 7, np.uint8)
-  kept = samples.keep_pixels(image, 4)
-  np.testing.assert_array_equal((kept == 7).all(-1), [[True] * 3, [True, False, False]])
+  prefix = samples.keep_pixels(image, 4)
+  np.testing.assert_array_equal((prefix == 7).all(-1), [[True] * 3, [True, False, False]])
   assert (image == 7).all()
 
 

@@ -159,14 +159,14 @@ def test_round_trip_of_zero_biases_is_exact(load_golden):
 def test_greedy_completions_equal_hugging_face(load_golden, kind):
   config, inputs, outputs = load_golden("imagegpt_a")
   model, variables = load_hf(config)
-  given = config["half"] if kind == "half" else 0
+  prefix_length = config["half"] if kind == "half" else 0
   key = "greedy_half_completion" if kind == "half" else "greedy_unconditional"
   expected = outputs[key][:, 1:]
-  prefix = jnp.where(jnp.arange(64) < given, expected, 0)
+  prefix = jnp.where(jnp.arange(64) < prefix_length, expected, 0)
   if kind == "half":
-    np.testing.assert_array_equal(inputs["prefix"][:, 1:], prefix[:, :given])
+    np.testing.assert_array_equal(inputs["prefix"][:, 1:], prefix[:, :prefix_length])
   complete = jax.jit(make_sampler(model, temperature=0.0))
-  lengths = jnp.full(2, given)
+  lengths = jnp.full(2, prefix_length)
   np.testing.assert_array_equal(complete(variables, prefix, lengths, jax.random.key(0)), expected)
 
 
@@ -318,8 +318,8 @@ def test_complete_keeps_prefixes_and_rows_are_independent():
     alone = complete(variables, tokens[one], lengths[one], jax.random.key(0))
     np.testing.assert_array_equal(together[row], alone[0])
   whole = model.apply(variables, together, method="from_tokens")["pixel_logits"]
-  drawn = np.arange(16) >= np.asarray(lengths)[:, None]
-  np.testing.assert_array_equal(np.where(drawn, whole.argmax(-1), together), together)
+  sampled = np.arange(16) >= np.asarray(lengths)[:, None]
+  np.testing.assert_array_equal(np.where(sampled, whole.argmax(-1), together), together)
 
 
 def test_complete_ignores_tokens_after_prefix():

@@ -87,8 +87,8 @@ def test_fit_palette_finds_clusters_and_is_deterministic():
   centers = rng.integers(30, 225, (6, 3))
   pixels = centers[rng.integers(0, 6, 4000)] + rng.integers(-3, 4, (4000, 3))
   fitted = palette.fit_palette(pixels.astype(np.uint8), 6, seed=1)
-  found = 127.5 * (fitted + 1)
-  nearest = np.abs(found[None] - centers[:, None]).max(-1).min(axis=1)
+  colors = 127.5 * (fitted + 1)
+  nearest = np.abs(colors[None] - centers[:, None]).max(-1).min(axis=1)
   assert nearest.max() < 1.5
   again = palette.fit_palette(pixels.astype(np.uint8), 6, seed=1)
   np.testing.assert_array_equal(fitted, again)

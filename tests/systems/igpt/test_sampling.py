@@ -42,9 +42,9 @@ def predict_successor(cache, previous, position):
 def test_continue_sequences_continues_each_prefix():
   tokens = jnp.array([[9, 9, 9, 9, 9], [3, 9, 9, 9, 9], [1, 5, 9, 9, 9], [1, 2, 3, 4, 5]])
   lengths = jnp.array([0, 1, 2, 5])
-  drawn = jax.jit(lambda t, n: continue_sequences(predict_successor, 0, t, n, jax.random.key(0)))
+  complete = jax.jit(lambda t, n: continue_sequences(predict_successor, 0, t, n, jax.random.key(0)))
   expected = [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [1, 5, 6, 7, 8], [1, 2, 3, 4, 5]]
-  np.testing.assert_array_equal(drawn(tokens, lengths), expected)
+  np.testing.assert_array_equal(complete(tokens, lengths), expected)
 
 
 def test_continue_sequences_skips_common_prefix():
@@ -79,8 +79,8 @@ def test_bigram_counts_and_scores():
   np.testing.assert_array_equal(counts, [[0, 2, 0], [0, 1, 2], [0, 0, 1], [2, 0, 0]])
   table = log_bigrams(counts)
   np.testing.assert_allclose(np.exp(table).sum(axis=1), 1, rtol=1e-6)
-  share = (np.array([2, 3, 3]) + 1) / 11
-  np.testing.assert_allclose(np.exp(table[1]), (counts[1] + share) / 4, rtol=1e-6)
+  unigrams = (np.array([2, 3, 3]) + 1) / 11
+  np.testing.assert_allclose(np.exp(table[1]), (counts[1] + unigrams) / 4, rtol=1e-6)
   expected = -(table[3, 0] + table[0, 1] + table[1, 1] + table[1, 2]) / 4
   scores = score_bigrams(jnp.asarray(tokens), jnp.asarray(table))
   np.testing.assert_allclose(scores[0], expected, rtol=1e-6)

@@ -234,19 +234,19 @@ def test_masked_model_labels_are_majority_vote():
 def test_init_from_data_fits_or_reads_palette_and_fits_bigrams(tmp_path):
   task = make_task()
   batch = make_batch(rows=40)
-  found = task.init_from_data(iter([batch]))
-  clusters = found["palette"]["clusters"]
+  fitted = task.init_from_data(iter([batch]))
+  clusters = fitted["palette"]["clusters"]
   assert clusters.shape == (8, 3)
   np.testing.assert_array_equal(clusters, palette.fit_palette(batch["image"], 8))
   np.save(str(tmp_path / "colors.npy"), clusters[::-1])
   read = make_task(palette=str(tmp_path / "colors.npy")).init_from_data([batch])
   np.testing.assert_array_equal(read["palette"]["clusters"], clusters[::-1])
   init = jax.eval_shape(task.init, jax.random.key(0), batch)
-  for name, tree in found.items():
+  for name, tree in fitted.items():
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), init[name])
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) == shapes
   untrained = jax.jit(task.init)(jax.random.key(0), batch)
-  variables = {**untrained, **jax.tree.map(jnp.asarray, found)}
+  variables = {**untrained, **jax.tree.map(jnp.asarray, fitted)}
   predictions = jax.jit(task.predict)(variables, batch)
   np.testing.assert_allclose(predictions["nats"], np.log(8), rtol=1e-5)
   assert predictions["bigram_nats"].mean() < np.log(8)
@@ -277,8 +277,8 @@ def test_completions_keep_prefix_and_scores_ignore_padding():
   np.testing.assert_array_equal(predictions["quantized"], quantized)
   pixels = predictions["completions"].reshape(6, 2, 16, 3)
   for row, length in enumerate(batch["prefix_length"]):
-    given = quantized[row].reshape(16, 3)[:length]
-    np.testing.assert_array_equal(pixels[row, :, :length], np.stack([given, given]))
+    expected = quantized[row].reshape(16, 3)[:length]
+    np.testing.assert_array_equal(pixels[row, :, :length], np.stack([expected, expected]))
   assert (pixels[0, 0] != pixels[0, 1]).any()
   padded = batch | {"mask": np.array([True] * 4 + [False] * 2)}
   first, second, whole = task.evaluator(), task.evaluator(), task.evaluator()

@@ -1,4 +1,4 @@
-"""LambdaResNet's recipes: the numbers of the appendix, and data of two sources."""
+"""LambdaResNet's recipes: values of the paper's appendix, and pseudo-labelled data."""
 
 import pytest
 
@@ -17,7 +17,7 @@ from vit_jax_zoo.registry import list_models
     ("lambda152_288_pseudo", 15, 0.3, 0.1),
   ],
 )
-def test_scaled_networks_are_regularised_as_the_appendix_has_it(
+def test_scaled_recipes_have_regularization_of_appendix(
   variant, magnitude, dropout_rate, drop_path_rate
 ):
   config = get_config(variant)
@@ -31,21 +31,21 @@ def test_scaled_networks_are_regularised_as_the_appendix_has_it(
   assert config.optimizer.weight_decay == 4e-5
 
 
-def test_the_ablations_are_not_regularised():
+def test_ablation_recipes_are_not_regularized():
   config = get_config("r50_ccll")
   assert [t["name"] for t in config.data.train.transforms] == ["random_resized_crop", "random_flip"]
   assert "dropout_rate" not in config.model
   assert (config.optimizer.weight_decay, config.num_epochs) == (1e-4, 90)
 
 
-def test_every_network_of_the_appendix_is_there():
+def test_recipes_cover_networks_of_appendix():
   assert {f"lambda_resnet_{network.depth}" for network in NETWORKS.values()} < set(list_models())
   names = [name for name in VARIANTS if name.startswith("lambda")]
   assert len([name for name in names if name.endswith("_pseudo")]) == 7
   assert len([name for name in names if not name.endswith("_pseudo")]) == 12
 
 
-def test_pseudo_labels_are_mixed_in_for_as_many_steps_as_without_them():
+def test_pseudo_label_recipe_keeps_number_of_steps():
   argument = "batch_size=4096,pseudo_source=tfds:mine,data_dir=gs://bucket"
   config = get_config(f"lambda152_288_pseudo,{argument}")
   more = {"source": "tfds:mine", "split": "train", "data_dir": "gs://bucket"}

@@ -133,8 +133,8 @@ def test_outputs_equal_timm(load_golden, name):
 
 def training_images(config):
   """Draws the images of a curve from its seed; as a file they would take 2.2 MB."""
-  drawn = np.random.default_rng(config["seed"]).normal(size=config["images"]["shape"])
-  images = drawn.astype(np.float32)
+  values = np.random.default_rng(config["seed"]).normal(size=config["images"]["shape"])
+  images = values.astype(np.float32)
   assert hashlib.sha256(images.tobytes()).hexdigest() == config["images"]["sha256"]
   return images
 

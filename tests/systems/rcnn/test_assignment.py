@@ -40,7 +40,7 @@ def test_anchor_assignment_with_ties_equals_definition():
   anchors = np.concatenate([np.concatenate([grid, grid + s], 1) for s in (4, 8)]).astype(np.float32)
   valid = np.all(anchors <= 24, axis=1)
   assign = jax.jit(assign_anchors)
-  seen = np.zeros(2, int)
+  counts = np.zeros(2, int)
   for _ in range(20):
     low = rng.integers(0, 12, (5, 2)) * 2
     targets = np.concatenate([low, low + rng.integers(0, 6, (5, 2)) * 2], 1).astype(np.float32)
@@ -50,8 +50,8 @@ def test_anchor_assignment_with_ties_equals_definition():
     np.testing.assert_array_equal(got.foreground, foreground)
     np.testing.assert_array_equal(got.background, background)
     np.testing.assert_array_equal(got.target[foreground], target[foreground])
-    seen += [foreground.sum(), background.sum()]
-  assert seen.min() > 20
+    counts += [foreground.sum(), background.sum()]
+  assert counts.min() > 20
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -27,9 +27,9 @@ def test_exports_detect_same_objects(tmp_path):
   )
   preprocess = dataclasses.replace(DETECTION, image_size=(64, 96), fit="squash", max_side=None)
   config = {"num_classes": 4, "image_size": (64, 96)}
-  made = Pretrained(model, variables, preprocess, config, "instance_detection", {})
+  pretrained = Pretrained(model, variables, preprocess, config, "instance_detection", {})
   for form in ("orbax", "stablehlo"):
-    export.write(made, form, str(tmp_path / form))
+    export.write(pretrained, form, str(tmp_path / form))
   assert load_pretrained(str(tmp_path / "orbax")).preprocess == preprocess
 
   task = task_of(load_pretrained(str(tmp_path / "orbax")))
@@ -41,7 +41,7 @@ def test_exports_detect_same_objects(tmp_path):
     "image_size": np.array([[64, 96], [40, 50]], np.int32),
   }
   program = jax.export.deserialize(bytearray((tmp_path / "stablehlo/model.stablehlo").read_bytes()))
-  found = program.call(batch["image"], batch["image_size"])
+  outputs = program.call(batch["image"], batch["image_size"])
   expected = jax.jit(task.predict)(variables, batch)
   for key, value in expected.items():
-    np.testing.assert_allclose(found[key], value, atol=1e-3, err_msg=key)
+    np.testing.assert_allclose(outputs[key], value, atol=1e-3, err_msg=key)

@@ -35,8 +35,10 @@ def load_variables(module, name, inputs, rows, weights, keys, **fields):
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), inputs, **fields))
   tree = {kind: {name: leaves} for kind, leaves in shapes.items()}
   own = {k: v for k, v in weights.items() if k.startswith(keys)}
-  wanted = {path: leaf.shape for path, leaf in flatten_variables({"params": {}, **tree}).items()}
-  flat = table.read(detectron.unfold_norms(own), rows, wanted, source="the fixture")
+  expected_shapes = {
+    path: leaf.shape for path, leaf in flatten_variables({"params": {}, **tree}).items()
+  }
+  flat = table.read(detectron.unfold_norms(own), rows, expected_shapes, source="the fixture")
   again = detectron.fold_norms(table.write(flat, rows))
   assert set(again) == set(own)
   for key, array in own.items():
@@ -127,8 +129,8 @@ def official_reduction(errors, weights, beta):
 def test_smooth_l1_equals_official_code(load_golden):
   _, inputs, outputs = load_golden("fpt_det_a")
   for beta, name in ((1.0, "1.000"), (1 / 3, "0.333"), (1 / 9, "0.111")):
-    predicted, wanted, inside, outside = (inputs[f"sl1_{name}_{i}"] for i in range(4))
-    loss = official_reduction(inside * (predicted - wanted), outside, beta)
+    predicted, targets, inside, outside = (inputs[f"sl1_{name}_{i}"] for i in range(4))
+    loss = official_reduction(inside * (predicted - targets), outside, beta)
     np.testing.assert_allclose(loss, outputs[f"smooth_l1_{name}"][0], rtol=1e-5)
   absolute = losses.smooth_l1(jnp.asarray([[-2.0, 0.5]]), 0.0)
   np.testing.assert_allclose(absolute, [2.5])
@@ -143,9 +145,9 @@ def test_mask_head_and_loss_equal_official_code(load_golden, weights):
   rows = detectron.mask_rows(config["mask_xform_resolution"])
   variables = load_variables(head, "mask_head", crops, rows, weights, ("Mask_Head.", "Mask_Outs."))
   logits, state = jax.jit(lambda v, x: head.apply(v, x, mutable="intermediates"))(variables, crops)
-  seen = state["intermediates"]
-  np.testing.assert_allclose(seen["upsampled"][0], to_nhwc(outputs["mask_fcn"]), atol=2e-5)
-  np.testing.assert_allclose(seen["fused"][0], outputs["mask_ff"], atol=2e-5)
+  intermediates = state["intermediates"]
+  np.testing.assert_allclose(intermediates["upsampled"][0], to_nhwc(outputs["mask_fcn"]), atol=2e-5)
+  np.testing.assert_allclose(intermediates["fused"][0], outputs["mask_ff"], atol=2e-5)
   expected = np.roll(to_nhwc(outputs["mask_logits"]), -1, axis=-1)
   np.testing.assert_allclose(logits[0], expected, atol=2e-5)
   targets = inputs["mask_targets"].reshape(3, config["num_classes"], *expected.shape[1:3])

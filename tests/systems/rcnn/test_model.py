@@ -72,18 +72,20 @@ def check_proposals(model):
   size = jnp.asarray([[64, 64], [50, 40]])
   variables = jax.jit(model.init)(jax.random.key(0), random_images(), size)
   propose = jax.jit(lambda x: model.apply(variables, x, size, method="propose"))
-  found = propose(random_images())
-  assert found.boxes_xyxy.shape == (2, 12, 4)
-  assert found.exists[:, 0].all()
-  for box, exists, (height, width) in zip(found.boxes_xyxy, found.exists, size, strict=True):
+  proposals = propose(random_images())
+  assert proposals.boxes_xyxy.shape == (2, 12, 4)
+  assert proposals.exists[:, 0].all()
+  for box, exists, (height, width) in zip(
+    proposals.boxes_xyxy, proposals.exists, size, strict=True
+  ):
     real = np.asarray(box[exists])
     assert (real >= 0).all()
     assert (real[:, 2:] > real[:, :2]).all()
     assert (real <= [width, height, width, height]).all()
     assert not box[~exists].any()
-  assert (jnp.diff(found.scores) <= 0)[found.exists[:, 1:]].all()
+  assert (jnp.diff(proposals.scores) <= 0)[proposals.exists[:, 1:]].all()
   noisy = random_images().at[1, 50:].set(9.0).at[1, :, 40:].set(-9.0)
-  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(propose(noisy)), strict=True):
+  for ours, theirs in zip(jax.tree.leaves(proposals), jax.tree.leaves(propose(noisy)), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
 
@@ -91,9 +93,9 @@ def test_image_is_padded_to_stride_of_coarsest_level():
   model = tiny()
   variables = jax.eval_shape(model.init, jax.random.key(0), random_images())
   image = jax.ShapeDtypeStruct((1, 50, 33, 3), jnp.float32)
-  found = jax.eval_shape(lambda v, x: model.apply(v, x, method="propose"), variables, image)
-  assert [x.shape[1:3] for x in found.pyramid] == [(16, 12), (8, 6), (4, 3)]
-  assert len(found.anchors_xyxy) == 3 * (16 * 12 + 8 * 6 + 4 * 3 + 2 * 2)
+  proposals = jax.eval_shape(lambda v, x: model.apply(v, x, method="propose"), variables, image)
+  assert [x.shape[1:3] for x in proposals.pyramid] == [(16, 12), (8, 6), (4, 3)]
+  assert len(proposals.anchors_xyxy) == 3 * (16 * 12 + 8 * 6 + 4 * 3 + 2 * 2)
 
 
 @pytest.mark.parametrize(

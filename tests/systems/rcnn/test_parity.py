@@ -65,15 +65,17 @@ def test_every_stage_equals_torchvision(theirs, path, random_image):
   with torch.no_grad():
     features = theirs.backbone(torch.from_numpy(images).permute(0, 3, 1, 2))
     logits, deltas = theirs.rpn.head(list(features.values()))
-  found = jax.jit(lambda v, x: loaded.model.apply(v, x, method="propose"))(loaded.variables, images)
-  for ours, expected in zip(found.pyramid, features.values(), strict=False):
+  proposals = jax.jit(lambda v, x: loaded.model.apply(v, x, method="propose"))(
+    loaded.variables, images
+  )
+  for ours, expected in zip(proposals.pyramid, features.values(), strict=False):
     expected = expected.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
   flat = [np.concatenate([x.permute(0, 2, 3, 1).reshape(-1).numpy() for x in part])
           for part in (logits, deltas)]  # fmt: skip
-  np.testing.assert_allclose(found.objectness[0], flat[0], atol=1e-4 * np.abs(flat[0]).max())
+  np.testing.assert_allclose(proposals.objectness[0], flat[0], atol=1e-4 * np.abs(flat[0]).max())
   np.testing.assert_allclose(
-    found.deltas[0].reshape(-1), flat[1], atol=1e-4 * np.abs(flat[1]).max()
+    proposals.deltas[0].reshape(-1), flat[1], atol=1e-4 * np.abs(flat[1]).max()
   )
   anchors = theirs.rpn.anchor_generator(
     torchvision.models.detection.image_list.ImageList(
@@ -81,7 +83,7 @@ def test_every_stage_equals_torchvision(theirs, path, random_image):
     ),
     list(features.values()),
   )[0]
-  np.testing.assert_array_equal(found.anchors_xyxy, anchors.numpy())
+  np.testing.assert_array_equal(proposals.anchors_xyxy, anchors.numpy())
 
 
 def test_heads_equal_torchvision(theirs, path):
@@ -103,15 +105,15 @@ def test_heads_equal_torchvision(theirs, path):
     logits, deltas = heads.box_predictor(heads.box_head(crops))
     crops = heads.mask_roi_pool(features, rois, [(SIDE, SIDE)])
     masks = heads.mask_predictor(heads.mask_head(crops))
-  given = (loaded.variables, [jnp.asarray(x) for x in pyramid], jnp.asarray(boxes)[None])
-  ours, boxes_of = jax.jit(lambda v, p, b: loaded.model.apply(v, p, b, method="classify"))(*given)
+  inputs = (loaded.variables, [jnp.asarray(x) for x in pyramid], jnp.asarray(boxes)[None])
+  ours, boxes_of = jax.jit(lambda v, p, b: loaded.model.apply(v, p, b, method="classify"))(*inputs)
   order = [1, 2, 3, 4, 5, 6, 0]  # ours has the background last
   for one, other in (
     (ours[0], logits.numpy()[:, order]),
     (boxes_of[0], deltas.reshape(9, 7, 4).numpy()[:, order]),
   ):
     np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(other).max())
-  mine = jax.jit(lambda v, p, b: loaded.model.apply(v, p, b, method="segment"))(*given)
+  mine = jax.jit(lambda v, p, b: loaded.model.apply(v, p, b, method="segment"))(*inputs)
   expected = masks.permute(0, 2, 3, 1).numpy()[..., order]
   np.testing.assert_allclose(mine[0], expected, atol=1e-4 * np.abs(expected).max())
 
@@ -128,12 +130,12 @@ def test_detections_equal_torchvision(theirs, path):
   batch = {"image": np.zeros((2, 97, 143, 3), np.uint8), "image_size": sizes}
   for image, pixels in zip(batch["image"], pictures, strict=True):
     image[:, : pixels.shape[1]] = pixels
-  found = jax.device_get(jax.jit(trained.task.predict)(trained.variables, batch))
+  detections = jax.device_get(jax.jit(trained.task.predict)(trained.variables, batch))
   for index, known in enumerate(expected):
     count = len(known["scores"])
     assert count > 5
-    ours = {key: value[index][:count] for key, value in found.items()}
-    assert int(found["is_object"][index].sum()) == count
+    ours = {key: value[index][:count] for key, value in detections.items()}
+    assert int(detections["is_object"][index].sum()) == count
     np.testing.assert_allclose(ours["scores"], known["scores"], atol=1e-4)
     np.testing.assert_array_equal(ours["labels"] + 1, known["labels"])
     np.testing.assert_allclose(ours["boxes_xyxy"], known["boxes"], atol=0.02)

@@ -50,15 +50,15 @@ def test_prediction_has_objects_and_figures(paste_conventions):
     "test", task, variables, lambda image: {"image": image[::2, ::2]}, None, "mask_rcnn"
   )
   image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-  found = create_predictor(trained, Options(threshold=0.0))(image)
-  objects = found.record["objects"]
+  prediction = create_predictor(trained, Options(threshold=0.0))(image)
+  objects = prediction.record["objects"]
   assert 1 <= len(objects) <= 4
   for entry in objects:
     assert entry["name"] == ("cup", "saucer")[entry["label"]]
     left, top, right, bottom = entry["box"]
     assert 0 <= left < right <= 64 >= bottom > top >= 0
     assert run_lengths.decode(entry["mask"]).shape == (64, 64)
-  for entry, known in zip(found.objects, objects, strict=True):
+  for entry, known in zip(prediction.objects, objects, strict=True):
     assert (entry["category_id"], entry["name"]) == (known["label"], known["name"])
     left, top, width, height = entry["bbox"]
     assert [left, top, left + width, top + height] == pytest.approx(known["box"])
@@ -66,7 +66,7 @@ def test_prediction_has_objects_and_figures(paste_conventions):
   scores = [entry["score"] for entry in objects]
   assert scores == sorted(scores, reverse=True)
   assert max(entry["box"][2] for entry in objects) > 32  # in the pixels of the original image
-  assert set(found.pictures) == {"", "masks"}
+  assert set(prediction.pictures) == {"", "masks"}
   assert paste_conventions == [task.evaluator().paste_convention] == ["detectron"]
   certain = create_predictor(trained, Options(threshold=1.0))(image)
   assert certain.record["objects"] == []

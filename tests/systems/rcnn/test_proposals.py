@@ -74,11 +74,11 @@ def test_torchvision_detections_drop_small_boxes(convention, min_size):
   """Boxes beside the image are empty after clipping; torchvision drops them."""
   proposals = jnp.asarray([[0, 0, 8, 8], [70, 0, 78, 8], [20, 20, 20.005, 30]], jnp.float32)
   logits = jnp.asarray([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0]])
-  found = choose_detections(
+  detections = choose_detections(
     logits, jnp.zeros((3, 2, 4)), proposals, jnp.ones(3, bool), jnp.asarray([64, 64]),
     limits=DetectionLimits(detections_per_img=3), convention=CONVENTIONS[convention],
   )  # fmt: skip
-  assert int(found.exists.sum()) == (1 if min_size else 3)
+  assert int(detections.exists.sum()) == (1 if min_size else 3)
 
 
 def test_limits_differ_for_training_and_evaluation():

@@ -55,7 +55,7 @@ def make_batch(seed=0, rows=4, side=48, targets=3):
   }
 
 
-def context(task, batch, seed=0):
+def loss_context(task, batch, seed=0):
   return LossContext(
     rng=jax.random.key(seed), step=jnp.int32(0), normalizers=task.normalizers(batch)
   )
@@ -83,8 +83,8 @@ def gradient(task):
 def run(gradient, task, variables, batch):
   # With a mask in every batch, all tests share one compiled program.
   batch = {"mask": np.ones(len(batch["image"]), bool), **batch}
-  given = context(task, batch)
-  (_, output), grads = gradient(variables["params"], variables, batch, given)
+  context = loss_context(task, batch)
+  (_, output), grads = gradient(variables["params"], variables, batch, context)
   return output, grads
 
 
@@ -151,19 +151,19 @@ def test_detections_are_padded_and_in_original_pixels(task, variables):
   def predict(variables, batch):
     return jax.tree.map(np.asarray, compiled(variables, batch))
 
-  given = predict(variables, batch)
-  assert given["boxes_xyxy"].shape == (4, 6, 4)
-  assert given["box_masks"].shape == (4, 6, 6, 6)
-  assert given["labels"].dtype == jnp.int32
+  detections = predict(variables, batch)
+  assert detections["boxes_xyxy"].shape == (4, 6, 4)
+  assert detections["box_masks"].shape == (4, 6, 6, 6)
+  assert detections["labels"].dtype == jnp.int32
   scaled = predict(variables, {**batch, "original_size": 2 * batch["image_size"]})
-  np.testing.assert_allclose(scaled["boxes_xyxy"], 2 * given["boxes_xyxy"], rtol=1e-6)
-  assert (np.diff(given["scores"]) <= 0).all()
+  np.testing.assert_allclose(scaled["boxes_xyxy"], 2 * detections["boxes_xyxy"], rtol=1e-6)
+  assert (np.diff(detections["scores"]) <= 0).all()
   for row, (height, width) in enumerate(batch["image_size"]):
-    assert (np.asarray(given["boxes_xyxy"][row]) <= np.tile([width, height], 2) + 1e-4).all()
-    assert not given["scores"][row][~given["is_object"][row]].any()
+    assert (np.asarray(detections["boxes_xyxy"][row]) <= np.tile([width, height], 2) + 1e-4).all()
+    assert not detections["scores"][row][~detections["is_object"][row]].any()
     for label in range(4):
-      own = given["is_object"][row] & (given["labels"][row] == label)
-      mine = jnp.asarray(given["boxes_xyxy"][row][own])
+      own = detections["is_object"][row] & (detections["labels"][row] == label)
+      mine = jnp.asarray(detections["boxes_xyxy"][row][own])
       overlap = np.asarray(pairwise_iou(mine, mine))
       assert (overlap - np.eye(len(overlap)) <= task.box_nms_thresh + 1e-5).all()
 
@@ -179,13 +179,13 @@ def test_perfect_predictions_have_ap_of_one():
   proposals = jnp.asarray(np.concatenate([boxes, boxes + 1]), jnp.float32)
   labels = np.tile(batch["labels"][row], 2)
   logits = jnp.where(jax.nn.one_hot(labels, 5) > 0, jnp.r_[[9.0] * 3, [6.0] * 3][:, None], 0.0)
-  found = choose_detections(
+  detections = choose_detections(
     logits, jnp.zeros((6, 5, 4)), proposals, jnp.ones(6, bool), size,
     limits=DetectionLimits(detections_per_img=5), convention=CONVENTIONS["torchvision"],
   )  # fmt: skip
   evaluator = DetectionEvaluator(4)
   one = {k: v[row : row + 1] for k, v in batch.items()}
-  evaluator.add(one, {k: np.asarray(v)[None] for k, v in found._asdict().items()})
+  evaluator.add(one, {k: np.asarray(v)[None] for k, v in detections._asdict().items()})
   assert evaluator.result()["box_ap50"] > 0.99
 
 
@@ -195,7 +195,7 @@ def test_loss_and_predictions_trace_on_mesh(task, variables):
   batch = make_batch()
   mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
   with jax.set_mesh(mesh):
-    loss = jax.jit(lambda v, b: task.loss(v, b, context(task, b)).loss)
+    loss = jax.jit(lambda v, b: task.loss(v, b, loss_context(task, b)).loss)
     assert jax.eval_shape(loss, variables, batch).shape == ()
     assert jax.eval_shape(jax.jit(task.predict), variables, batch)["scores"].shape == (4, 6)
 
@@ -235,8 +235,8 @@ def test_micro_batch_losses_sum_to_batch_loss():
   normalizers = task.normalizers(batch)
 
   def losses(batch):
-    given = LossContext(rng=jax.random.key(0), step=jnp.int32(0), normalizers=normalizers)
-    output = task.loss(variables, batch, given)
+    context = LossContext(rng=jax.random.key(0), step=jnp.int32(0), normalizers=normalizers)
+    output = task.loss(variables, batch, context)
     return {name: mean.total for name, mean in output.metrics.items()}, output.loss
 
   whole, loss = jax.jit(losses)(batch)
@@ -254,7 +254,7 @@ def test_bfloat16_losses_are_near_float32(task, variables, gradient):
   batch = make_batch()
   exact, _ = run(gradient, task, variables, batch)
   rough_task = create_task("instance_detection", make_model(dtype="bfloat16"), **FIELDS)
-  half = jax.jit(rough_task.loss)(variables, batch, context(rough_task, batch))
+  half = jax.jit(rough_task.loss)(variables, batch, loss_context(rough_task, batch))
   assert half.loss.dtype == jnp.float32
   for name in ("objectness_loss", "anchor_box_loss", "class_loss", "loss"):
     one, other = exact.metrics[name].compute(), half.metrics[name].compute()
@@ -264,9 +264,9 @@ def test_bfloat16_losses_are_near_float32(task, variables, gradient):
 @pytest.mark.slow
 def test_jit_equals_eager(task, variables):
   batch = {k: v[:1] for k, v in make_batch().items()}
-  given = context(task, batch)
-  eager = task.loss(variables, batch, given)
-  jitted = jax.jit(task.loss)(variables, batch, given)
+  context = loss_context(task, batch)
+  eager = task.loss(variables, batch, context)
+  jitted = jax.jit(task.loss)(variables, batch, context)
   for name, mean in eager.metrics.items():
     np.testing.assert_allclose(jitted.metrics[name].total, mean.total, rtol=1e-4, err_msg=name)
 
@@ -287,7 +287,7 @@ def test_invalid_fields_raise(fields, message):
 def test_num_classes_unlike_model_raises(variables):
   task = create_task("instance_detection", make_model(), **{**FIELDS, "num_classes": 7})
   with pytest.raises(ValueError, match="num_classes: 4 in the model"):
-    jax.eval_shape(lambda: task.loss(variables, make_batch(), context(task, make_batch())))
+    jax.eval_shape(lambda: task.loss(variables, make_batch(), loss_context(task, make_batch())))
 
 
 def test_old_config_fields_are_renamed_or_raise():

@@ -65,11 +65,11 @@ def vgg_params(arrays):
   task = NarrowTask(TINY)
   shapes = jax.eval_shape(task._vgg.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
   flat = traverse_util.flatten_dict(shapes["params"], sep="/")
-  found = key_map.read(
+  layers = key_map.read(
     published,
     vgg_torchvision.TABLE,
     {path: leaf.shape for path, leaf in flat.items()},
     source="the fixture",
     ignore=vgg_torchvision.IGNORE,
   )
-  return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(found, sep="/"))
+  return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(layers, sep="/"))

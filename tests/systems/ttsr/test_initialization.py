@@ -1,4 +1,4 @@
-"""Initial variables: files whose values `init_from` would overwrite are not read."""
+"""Initial variables of TTSR: `init_from` and `vgg_file`."""
 
 import functools
 
@@ -21,12 +21,12 @@ from vit_jax_zoo.weights.key_map import WeightsError, unroll
 from vit_jax_zoo.weights.preprocess import Preprocess
 
 REC = SuperResolution(TINY, vgg_file="missing/vgg19.pth")
-GAME = NarrowTask(TINY, perceptual_weight=1.0, adversarial_weight=1.0, vgg_file="missing/vgg19.pth")
+GAN = NarrowTask(TINY, perceptual_weight=1.0, adversarial_weight=1.0, vgg_file="missing/vgg19.pth")
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-  """A file like TTSR-rec.pt, of a small model, and the model's parameters."""
+  """Returns a file like TTSR-rec.pt of a small model, and the model's parameters."""
   fresh = zero_variables(REC)["params"]["generator"]
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.1, x.shape)), fresh)
@@ -40,52 +40,50 @@ def fresh_variables(task):
   return jax.tree.map(jnp.asarray, zero_variables(task))
 
 
-def no_data():
+def fail_on_data():
   raise AssertionError("training data were read")
   yield
 
 
-def same(a, b):
+def trees_equal(a, b):
   return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-def test_a_file_that_would_be_overwritten_is_not_read(released):
+def test_vgg_file_is_not_read_if_init_from_overwrites_it(released):
   path, params = released
-  found = Initializer(REC, path, no_data())(fresh_variables(REC))
-  assert same(found["params"]["generator"], params)
-  with pytest.raises(WeightsError, match=r"no checkpoint at missing/vgg19\.pth"):
-    Initializer(REC, None, no_data())(fresh_variables(REC))
-  with pytest.raises(WeightsError, match=r"no checkpoint at missing/vgg19\.pth"):
-    Initializer(GAME, path, no_data())(fresh_variables(GAME))  # the perceptual loss needs it
+  variables = Initializer(REC, path, fail_on_data())(fresh_variables(REC))
+  assert trees_equal(variables["params"]["generator"], params)
+  with pytest.raises(WeightsError, match=r"missing/vgg19\.pth"):
+    Initializer(REC, None, fail_on_data())(fresh_variables(REC))
+  with pytest.raises(WeightsError, match=r"missing/vgg19\.pth"):
+    Initializer(GAN, path, fail_on_data())(fresh_variables(GAN))  # for the perceptual loss
 
 
-def test_a_missing_file_is_an_error_before_compilation(monkeypatch, tmp_path):
+def test_missing_vgg_file_raises_before_compilation(monkeypatch, tmp_path):
   config = load("configs/ttsr.py:demo")
   config.task.vgg_file = f"{tmp_path}/vgg19.pth"
-  monkeypatch.setattr(trainer.Experiment, "program", no_data)
-  with pytest.raises(WeightsError, match=r"no checkpoint at .*vgg19\.pth"):
+  monkeypatch.setattr(trainer.Experiment, "program", fail_on_data)
+  with pytest.raises(WeightsError, match=r"vgg19\.pth"):
     trainer.run(config, epath.Path(tmp_path / "run"), trainer.RunOptions())
 
 
-def test_a_run_with_a_discriminator_starts_from_one_without_and_the_reverse(released):
+def test_fit_to_model_with_or_without_discriminator(released):
   _, params = released
-  game, alone = fresh_variables(GAME), fresh_variables(REC)
-  discriminator = jax.tree.map(np.asarray, game["params"]["discriminator"])
-  played = {"params": {"generator": params, "discriminator": discriminator}}
-  for source, target in (({"params": {"generator": params}}, game), (played, alone)):
-    found = weights.fit_to_model(source, target, "the run", optional=GAME.train_only_collections)
-    assert found.keys() == target.keys()
-    assert same(found["params"]["generator"], params)
+  gan, rec = fresh_variables(GAN), fresh_variables(REC)
+  discriminator = jax.tree.map(np.asarray, gan["params"]["discriminator"])
+  gan_run = {"params": {"generator": params, "discriminator": discriminator}}
+  for source, target in (({"params": {"generator": params}}, gan), (gan_run, rec)):
+    result = weights.fit_to_model(source, target, "the run", optional=GAN.train_only_collections)
+    assert result.keys() == target.keys()
+    assert trees_equal(result["params"]["generator"], params)
     others = {part: tree for part, tree in target["params"].items() if part != "generator"}
-    assert same({part: found["params"][part] for part in others}, others)
-  with pytest.raises(ValueError, match=r"discriminator/\S+ has no place"):
-    weights.fit_to_model(played, alone, "the run")
+    assert trees_equal({part: result["params"][part] for part in others}, others)
+  with pytest.raises(ValueError, match=r"discriminator/\S+ "):
+    weights.fit_to_model(gan_run, rec, "the run")
 
 
-def test_released_weights_are_evaluated_without_vgg_and_training_data(
-  released, tmp_path, monkeypatch
-):
-  """With the recipe that has all losses, and no files but the weights and CUFED5."""
+def test_released_weights_evaluate_without_vgg_and_training_data(released, tmp_path, monkeypatch):
+  """Uses the recipe with all losses; the only files are the weights and CUFED5."""
   monkeypatch.setattr(trainer, "build", functools.partial(build, devices=jax.devices()[:1]))
   path, _ = released
   rng = np.random.default_rng(1)

@@ -52,8 +52,8 @@ def test_concat_conv_initializes_like_conv():
 def test_upsample_bicubic_equals_torch(load_golden, factor):
   _, inputs, outputs = load_golden("ttsr_fn_a")
   x = jnp.asarray(np.moveaxis(inputs["bicubic_in"], 1, -1))
-  found = np.moveaxis(upsample_bicubic(x, factor), -1, 1)
-  np.testing.assert_allclose(found, outputs[f"torch_bicubic_x{factor}"], atol=1e-6)
+  upsampled = np.moveaxis(upsample_bicubic(x, factor), -1, 1)
+  np.testing.assert_allclose(upsampled, outputs[f"torch_bicubic_x{factor}"], atol=1e-6)
 
 
 def test_upsample_bicubic_keeps_constants():

@@ -29,7 +29,7 @@ def golden_run(dtype="float32", scan_layers=False):
 def test_outputs_equal_official_code(load_golden, scan_layers):
   _, _, expected = load_golden("ttsr_a")
   out, state = golden_run(scan_layers=scan_layers)
-  seen = {k: v[0] for k, v in state["intermediates"].items() if k.startswith(("after", "un"))}
+  maps = {k: v[0] for k, v in state["intermediates"].items() if k.startswith(("after", "un"))}
 
   def close(found, name, tolerance=1e-5):
     found = np.moveaxis(found, -1, 1)
@@ -40,10 +40,10 @@ def test_outputs_equal_official_code(load_golden, scan_layers):
   close(out["soft_attention"][..., None], "S")
   for level, texture in zip((3, 2, 1), out["textures"], strict=True):
     close(texture, f"T_lv{level}")
-  close(seen["after_shallow"], "mainnet/SFE")
-  close(seen["after_exchange3"][0], "mainnet/ex123_0")
-  close(seen["after_exchange3"][2], "mainnet/ex123_2")
-  close(seen["unclipped"], "mainnet/sr_unclamped", 2e-5)
+  close(maps["after_shallow"], "mainnet/SFE")
+  close(maps["after_exchange3"][0], "mainnet/ex123_0")
+  close(maps["after_exchange3"][2], "mainnet/ex123_2")
+  close(maps["unclipped"], "mainnet/sr_unclamped", 2e-5)
   close(out["image"], "sr", 2e-5)  # in [-1, 1]; half of it in [0, 1]
 
 

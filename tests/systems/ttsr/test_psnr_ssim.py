@@ -93,8 +93,8 @@ def test_blank_image_excluded_from_psnr_only():
   evaluator = SuperResolutionEvaluator()
   evaluator.add(data, predictions(data))
   expected = evaluator.result()
-  found = predictions(blank)
-  evaluator.add(blank, found)
+  outputs = predictions(blank)
+  evaluator.add(blank, outputs)
   result = evaluator.result()
   assert all(np.isfinite(value) for value in result.values())
   assert (result["images"], result["bicubic_psnr_excluded"], result["psnr_gain_excluded"]) == (
@@ -103,7 +103,7 @@ def test_blank_image_excluded_from_psnr_only():
     1,
   )
   assert "psnr_excluded" not in result  # the model's output is not exact there
-  own = psnr_y(found["image"][0], blank["image"][0])
+  own = psnr_y(outputs["image"][0], blank["image"][0])
   assert result["psnr"] == pytest.approx((3 * expected["psnr"] + own) / 4)
   assert result["psnr_gain"] == pytest.approx(expected["psnr_gain"])
   assert result["bicubic_ssim"] == pytest.approx((3 * expected["bicubic_ssim"] + 1) / 4)
@@ -121,11 +121,11 @@ def test_only_blank_images():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nonfinite_pixels_give_nan(value):
-  data, found = batch(2), predictions(batch(2))
-  found["image"] = np.asarray(found["image"], np.float32)
-  found["image"][0, 3, 4, 1] = value
+  data, outputs = batch(2), predictions(batch(2))
+  outputs["image"] = np.asarray(outputs["image"], np.float32)
+  outputs["image"][0, 3, 4, 1] = value
   evaluator = SuperResolutionEvaluator()
-  evaluator.add(data, found)
+  evaluator.add(data, outputs)
   result = evaluator.result()
   assert all(np.isnan(result[name]) for name in (*SCORES, "psnr_gain"))
   assert np.isfinite(result["bicubic_psnr"])

@@ -88,18 +88,18 @@ find = functools.partial(jax.jit, static_argnames="block_size")(find_matches)
 def test_search_equals_full_matrix_for_every_block_size(ties, block_size):
   queries, references = tied_maps() if ties else random_maps()
   expected = full_matrix_match(queries, references, divide_last=ties)
-  found = find(queries, references, block_size=block_size)
-  np.testing.assert_array_equal(found.index, expected.index)
-  np.testing.assert_allclose(found.relevance, expected.relevance, atol=1e-6)
-  assert found.relevance.dtype == jnp.float32
+  match = find(queries, references, block_size=block_size)
+  np.testing.assert_array_equal(match.index, expected.index)
+  np.testing.assert_allclose(match.relevance, expected.relevance, atol=1e-6)
+  assert match.relevance.dtype == jnp.float32
 
 
 def test_search_of_ties_returns_first_match():
   queries, references = tied_maps()
   best = find(queries, references, block_size=(3, 4))
-  twice = find(queries, jnp.concatenate([references, 0 * references[:, :1], references], axis=1))
+  repeated = find(queries, jnp.concatenate([references, 0 * references[:, :1], references], axis=1))
   inner = best.index[0] // 6 < 7  # the neighbours of the last row of patches have changed
-  np.testing.assert_array_equal(twice.index[0][inner], best.index[0][inner])
+  np.testing.assert_array_equal(repeated.index[0][inner], best.index[0][inner])
   empty = find(queries, jnp.zeros_like(references), block_size=(3, 4))
   np.testing.assert_array_equal(empty.index, 0)
   np.testing.assert_array_equal(empty.relevance, 0)
@@ -141,11 +141,11 @@ def test_transfer_equals_gather_and_fold(scale):
     return transfer(reference, index, grid_width=4, scale=scale)
 
   plain = functools.partial(gather_and_fold, index=index, scale=scale)
-  (found, gradient), (expected, expected_gradient) = (
+  (result, gradient), (expected, expected_gradient) = (
     jax.jit(lambda r, f=f: jax.vjp(f, r)[0:1] + jax.vjp(f, r)[1](weights))(reference)
     for f in (ours, plain)
   )
-  np.testing.assert_allclose(found, expected, atol=1e-6)
+  np.testing.assert_allclose(result, expected, atol=1e-6)
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
 
 
@@ -162,9 +162,9 @@ def test_transfer_from_self_reconstructs_image():
 def test_search_of_bfloat16_maps_computes_in_float32():
   queries, references = (x.astype(jnp.bfloat16) for x in random_maps(6))
   expected = full_matrix_match(queries.astype(jnp.float32), references.astype(jnp.float32))
-  found = find(queries, references)
-  np.testing.assert_array_equal(found.index, expected.index)
-  np.testing.assert_allclose(found.relevance, expected.relevance, atol=1e-6)
+  match = find(queries, references)
+  np.testing.assert_array_equal(match.index, expected.index)
+  np.testing.assert_allclose(match.relevance, expected.relevance, atol=1e-6)
 
 
 def precisions(function, *inputs):
@@ -183,13 +183,13 @@ def precisions(function, *inputs):
 
 
 def test_search_uses_highest_matmul_precision():
-  found = precisions(find_matches, *random_maps(6))
+  specified = precisions(find_matches, *random_maps(6))
   images = jnp.zeros((1, 8, 8, 3))
   extractor = VGG19(outputs=("relu2_1",), widths=(4, 4), dtype="bfloat16")
   variables = extractor.init(jax.random.key(0), images)
-  found += precisions(functools.partial(extractor.apply, precise=True), variables, images)
-  assert len(found) >= 4
-  assert all(precision == (HIGHEST, HIGHEST) for precision in found)
+  specified += precisions(functools.partial(extractor.apply, precise=True), variables, images)
+  assert len(specified) >= 4
+  assert all(precision == (HIGHEST, HIGHEST) for precision in specified)
   unspecified = precisions(extractor.apply, variables, images)
   assert not any(precision == (HIGHEST, HIGHEST) for precision in unspecified)
 

@@ -52,8 +52,8 @@ def test_perceptual_loss_equals_official_code():
   sr, hr = nhwc(inputs["sr"]), nhwc(inputs["hr"])
   features = jax.jit(lambda x: task._vgg.apply({"params": vgg}, x))(sr)["relu5_1"]
   np.testing.assert_allclose(features, nhwc(outputs["vgg_relu5_1_sr"]), atol=1e-5)
-  found = jax.jit(task.perceptual_loss)(vgg, sr, hr)
-  np.testing.assert_allclose(np.mean(found), outputs["per_loss"][0], rtol=1e-5)
+  losses = jax.jit(task.perceptual_loss)(vgg, sr, hr)
+  np.testing.assert_allclose(np.mean(losses), outputs["per_loss"][0], rtol=1e-5)
   np.testing.assert_allclose(np.mean(np.abs(sr - hr)), outputs["rec_l1"][0], rtol=1e-5)
 
 
@@ -61,8 +61,8 @@ def test_transferal_loss_equals_official_code():
   _, inputs, outputs = fn_fixture()
   features = tuple(nhwc(inputs[f"map_lv{i}"]) for i in (3, 2, 1))
   textures = tuple(nhwc(inputs[f"T_lv{i}"]) for i in (3, 2, 1))
-  found = np.mean(transferal_loss(features, textures))
-  np.testing.assert_allclose(found, outputs["tpl_l2_noS"][0], rtol=1e-5)
+  loss = np.mean(transferal_loss(features, textures))
+  np.testing.assert_allclose(loss, outputs["tpl_l2_noS"][0], rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +246,11 @@ def test_wrong_references_are_rolled_by_half_batch():
   one = {key: value[:1] for key, value in batch.items()}
   np.testing.assert_array_equal(exchange_references(one)["ref_image"], one["ref_image"])
   task, pair = SuperResolution(TINY, wrong_references=True), tiny_batch()
-  found = jax.jit(task.predict)(tiny_variables(), pair)
+  outputs = jax.jit(task.predict)(tiny_variables(), pair)
   swapped = pair | {key: pair[key][::-1] for key in ("ref_image", "blurred_ref_image")}
   expected = jax.jit(task.predict)(tiny_variables(), swapped)["image"]
-  np.testing.assert_array_equal(found["wrong_reference_image"], expected)
-  assert np.any(found["image"] != expected)
+  np.testing.assert_array_equal(outputs["wrong_reference_image"], expected)
+  assert np.any(outputs["image"] != expected)
 
 
 def test_to_pixels_rounds_like_official_code():

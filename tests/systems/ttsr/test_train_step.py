@@ -105,8 +105,8 @@ class Precomputing(TwoScalars):
 
 
 def test_precomputed_outputs_are_shared_by_updates():
-  found = [at for at, _ in train(2, Precomputing)]
-  for at, (expected, _) in zip(found, train(2), strict=True):
+  history = [at for at, _ in train(2, Precomputing)]
+  for at, (expected, _) in zip(history, train(2), strict=True):
     assert at == pytest.approx(expected, abs=1e-5)
   traces = Precomputing.traced.count("actor")  # one update per step
   assert traces

@@ -100,7 +100,7 @@ def curve():
   inputs = dict(np.load(folder / "inputs.npz"))
   config = {"steps": 15, "batch": 3, "phases": {"all_losses_steps": [10, 14]}}
   program, start = curve_program(config, inputs, seed=5)
-  found, params = [], {}
+  history, params = [], {}
   with jax.set_mesh(program.mesh):
     shapes = jax.tree.map(lambda x: x.shape, program.abstract_state.params)
     assert shapes == jax.tree.map(lambda x: x.shape, start["params"])
@@ -111,25 +111,25 @@ def curve():
     for step in range(config["steps"]):
       batch = sharding.to_global(curve_batch(inputs, step), program.mesh)
       state, metrics = program.train_step(state, batch)
-      found.append({k: float(m.total) / max(float(m.count), 1) for k, m in metrics.items()})
+      history.append({k: float(m.total) / max(float(m.count), 1) for k, m in metrics.items()})
       params[step] = jax.tree.map(np.asarray, state.params)
-  return found, params, jax.tree.map(np.asarray, state.model_state), start
+  return history, params, jax.tree.map(np.asarray, state.model_state), start
 
 
 def test_training_curve_equals_official_code(load_golden):
   _, _, expected = load_golden("train_ttsr_a")
-  found, *_ = curve()
-  losses = np.array([m["loss"] for m in found])
+  history, *_ = curve()
+  losses = np.array([m["loss"] for m in history])
   np.testing.assert_allclose(losses[:5], expected["loss"][:5], rtol=5e-5)
   np.testing.assert_allclose(losses, expected["loss"], rtol=1e-3)
-  norms = [m["generator_gradient_norm"] for m in found]
+  norms = [m["generator_gradient_norm"] for m in history]
   np.testing.assert_allclose(norms, expected["grad_norm"], rtol=5e-2)
   np.testing.assert_allclose(
-    [m["reconstruction_loss"] for m in found], expected["term/rec_loss"], rtol=1e-3
+    [m["reconstruction_loss"] for m in history], expected["term/rec_loss"], rtol=1e-3
   )
   later = {"perceptual": ("per", 1e-2), "transferal": ("tpl", 1e-2), "adversarial": ("adv", 1e-3)}
   for name, (theirs, weight) in later.items():
-    values = np.array([m[f"{name}_loss"] for m in found])
+    values = np.array([m[f"{name}_loss"] for m in history])
     assert not values[:10].any()
     np.testing.assert_allclose(
       weight * values[10:], expected[f"term/{theirs}_loss"], atol=2e-5, rtol=5e-3, err_msg=name
@@ -139,7 +139,7 @@ def test_training_curve_equals_official_code(load_golden):
   # 1e-7 in the weights (another order of summation) change these norms by up to 9, 9, 2, 20 and 1 %
   # (jax 0.10, 27 draws; the next XLA release is within that). For a single state,
   # `test_discriminator_loss_and_gradient_penalty_equal_official_code` holds to 1e-4.
-  discriminator_norms = np.array([m["discriminator_gradient_norm"] for m in found[10:]])
+  discriminator_norms = np.array([m["discriminator_gradient_norm"] for m in history[10:]])
   errors = np.abs(discriminator_norms / expected["critic_grad_norm"][:, 1] - 1)
   np.testing.assert_array_less(errors, [0.15, 0.15, 0.05, 0.35, 0.05])
 
@@ -194,5 +194,5 @@ def test_hard_attention_during_training_equals_official_code(load_golden):
   model, _ = load_golden_model()
   predict = jax.jit(SuperResolution(model).predict)
   for step in (9, 13):  # the state after a step is that of the next step's search
-    found = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]
-    np.testing.assert_array_equal(found.reshape(3, -1), expected["R_argmax"][step + 1])
+    predicted = predict({"params": params[step]}, curve_batch(inputs, step + 1))["hard_attention"]
+    np.testing.assert_array_equal(predicted.reshape(3, -1), expected["R_argmax"][step + 1])

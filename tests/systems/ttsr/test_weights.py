@@ -129,13 +129,13 @@ def test_vgg_round_trip_is_exact(tmp_path, vgg):
 
 
 def test_export_of_vgg_from_run_is_exact(tmp_path, vgg):
-  given = write_vgg(tmp_path / "vgg19.safetensors", vgg)
-  task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=given)
+  vgg_file = write_vgg(tmp_path / "vgg19.safetensors", vgg)
+  task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=vgg_file)
   variables = weights.load_parts(task.weight_files, zero_variables(task))
   run = weights.Pretrained(TINY, variables, weights.Preprocess((8, 8)), {}, "super_resolution")
   path = str(tmp_path / "back.safetensors")
   export.write(run, "pth-vgg19", path)
-  written, original = load_file(path), load_file(given)
+  written, original = load_file(path), load_file(vgg_file)
   assert written.keys() == original.keys()
   for key, array in written.items():
     np.testing.assert_array_equal(array, original[key])
@@ -153,13 +153,13 @@ def test_vgg_file_initializes_loss_and_extractor(tmp_path, vgg):
             "classifier.0.weight": np.zeros((4, 4), np.float32)}  # fmt: skip
   path = write_vgg(tmp_path / "vgg19.safetensors", vgg, **unused)
   task = NarrowTask(TINY, perceptual_weight=1.0, vgg_file=path)
-  found = weights.load_parts(task.weight_files, zero_variables(task))
-  assert jax.tree.all(jax.tree.map(np.array_equal, found["vgg"], vgg))
-  extractor = found["params"]["generator"]["extractor"]
+  variables = weights.load_parts(task.weight_files, zero_variables(task))
+  assert jax.tree.all(jax.tree.map(np.array_equal, variables["vgg"], vgg))
+  extractor = variables["params"]["generator"]["extractor"]
   assert set(extractor) == {"conv1_1", "conv2_1", "conv1_2", "conv2_2", "conv3_1"}
   for name, layer in extractor.items():
     np.testing.assert_array_equal(layer["kernel"], vgg[name]["kernel"])
-  others = {k: v for k, v in found["params"]["generator"].items() if k != "extractor"}
+  others = {k: v for k, v in variables["params"]["generator"].items() if k != "extractor"}
   assert not any(np.any(x) for x in jax.tree.leaves(others))
   alone = NarrowTask(TINY, vgg_file=path)  # TTSR-rec has no perceptual loss
   assert "vgg" not in weights.load_parts(alone.weight_files, zero_variables(alone))

@@ -267,15 +267,15 @@ def test_logits_with_sharded_parameters_equal_single_device():
       model.apply,
       in_shardings=(sharding.named_shardings(specs, mesh), sharding.batch_sharding(mesh)),
     )
-    given = apply(variables, images)["logits"]
+    sharded = apply(variables, images)["logits"]
   expected = jax.jit(model.apply)(variables, images)["logits"]
-  np.testing.assert_allclose(given, expected, atol=1e-5)
+  np.testing.assert_allclose(sharded, expected, atol=1e-5)
 
 
 def test_old_config_fields_are_renamed():
   assert rename_fields({"model": {"norm_after_pool": True}}) == {"model": {"fc_norm": True}}
 
 
-def test_overrides_go_over_the_variant():
+def test_create_model_overrides_variant_fields():
   model = create_model("vit_b16", num_classes=10, dtype="bfloat16", depth=2)
   assert (model.num_classes, model.dtype, model.depth, model.width) == (10, "bfloat16", 2, 768)

@@ -59,21 +59,21 @@ def test_predictions_equal_golden(name, scan_layers, load_golden):
     weights_of(name), source_image_size=size, image_size=size, scan_layers=scan_layers
   )
   out, state = run(loaded, inputs["image"], mutable="intermediates")
-  seen = state["intermediates"]
-  close(seen["patches"][0], outputs["embedding"])
-  close(seen["embedded"][0], outputs["posembed_out"])
-  for i, output in enumerate(block_outputs(seen, "output")):
+  intermediates = state["intermediates"]
+  close(intermediates["patches"][0], outputs["embedding"])
+  close(intermediates["embedded"][0], outputs["posembed_out"])
+  for i, output in enumerate(block_outputs(intermediates, "output")):
     close(output, outputs[f"block_{i}"])
-  attention = block_outputs(seen, "attention_output")[0]
+  attention = block_outputs(intermediates, "attention_output")[0]
   close(attention, outputs["block_0.MultiHeadDotProductAttention_1"])
-  close(block_outputs(seen, "mlp_output")[0], outputs["block_0.MlpBlock_3"])
-  close(seen["encoded"][0], outputs["encoded"])
-  close(seen["pooled"][0], outputs["pooled"])
+  close(block_outputs(intermediates, "mlp_output")[0], outputs["block_0.MlpBlock_3"])
+  close(intermediates["encoded"][0], outputs["encoded"])
+  close(intermediates["pooled"][0], outputs["pooled"])
   np.testing.assert_allclose(out["logits"], outputs["logits"], atol=1e-4)
   for key, array in outputs.items():
     if unit_name := re.fullmatch(r"block(\d)\.unit(\d)", key):
       stage, unit = (int(number) - 1 for number in unit_name.groups())
-      output = seen["resnet"][f"stage_{stage}_unit_{unit}"]["output"][0]
+      output = intermediates["resnet"][f"stage_{stage}_unit_{unit}"]["output"][0]
       close(output, array)
   if config["resnet"]:
     assert loaded.config["resnet"]["stage_sizes"] == tuple(config["resnet"]["num_layers"])
@@ -157,9 +157,9 @@ def test_all_key_names_give_equal_variables(name, key_names, tmp_path):
   arrays = rename_keys(dict(np.load(weights_of(name))), **key_names)
   path = tmp_path / "respelt.npz"
   np.savez(path, **arrays)
-  expected, given = load_pretrained(weights_of(name)), load_pretrained(str(path))
-  assert expected.model == given.model
-  jax.tree.map(np.testing.assert_array_equal, expected.variables, given.variables)
+  expected, renamed = load_pretrained(weights_of(name)), load_pretrained(str(path))
+  assert expected.model == renamed.model
+  jax.tree.map(np.testing.assert_array_equal, expected.variables, renamed.variables)
 
 
 def test_file_with_optimizer_state_and_bfloat16_is_read(tmp_path):

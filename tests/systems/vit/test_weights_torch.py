@@ -63,9 +63,9 @@ def test_timm_predictions_equal_golden(name, load_golden):
   assert loaded.preprocess.image_size == tuple(config["img_size"])
   assert loaded.model.pool == ("mean" if config.get("global_pool") == "avg" else "cls")
   out, state = run(loaded, inputs["image"], mutable="intermediates")
-  seen = state["intermediates"]
-  close(seen["embedded"][0], outputs["embed"])
-  blocks = seen["encoder"]["blocks"]
+  intermediates = state["intermediates"]
+  close(intermediates["embedded"][0], outputs["embed"])
+  blocks = intermediates["encoder"]["blocks"]
   for i, output in enumerate(blocks["output"][0]):
     close(output, outputs[f"block_{i}"])
   if "block_0.attn" in outputs:
@@ -181,8 +181,8 @@ def test_position_rows_of_non_square_grid(cls_row, size, tmp_path):
   for stated in ({}, config, {**config, "model_args": {"no_embed_class": not cls_row}}):
     if stated:
       (tmp_path / "config.json").write_text(json.dumps(stated))
-    given = {} if stated else {"source_image_size": size}
-    loaded = load_pretrained(path, **given)
+    fields = {} if stated else {"source_image_size": size}
+    loaded = load_pretrained(path, **fields)
     close(jax.jit(loaded.model.apply)(loaded.variables, images)["logits"], expected, 1e-4)
   assert loaded.model.cls_token_position == cls_row
 
@@ -263,8 +263,8 @@ def test_image_size_resolves_ambiguous_position_table(tmp_path):
   path = str(tmp_path / "model.safetensors")
   _, variables = tiny_variables((24, 40), depth=1)
   write_timm(path, flat(variables))
-  for given in ({"image_size": (24, 40)}, {"source_image_size": (24, 40)}):
-    loaded = load_pretrained(path, **given)
+  for fields in ({"image_size": (24, 40)}, {"source_image_size": (24, 40)}):
+    loaded = load_pretrained(path, **fields)
     assert loaded.model.cls_token_position
     assert_same_arrays(flat(loaded.variables), flat(variables))
   export.write(loaded, "safetensors-timm", str(tmp_path / "again"))
@@ -329,8 +329,8 @@ def test_preprocessing_is_read_from_config(tmp_path):
   flat_config = {"architecture": "vit_small", **settings, "crop_pct": None, "labels": ["a"] * 10}
   content = b"\xef\xbb\xbf" + json.dumps(flat_config).encode()  # a byte order mark
   (tmp_path / "timm" / "config.json").write_bytes(content)
-  found = load_pretrained(path, num_heads=4)
-  assert (found.preprocess, found.class_names) == (preprocess, ("a",) * 10)
+  loaded = load_pretrained(path, num_heads=4)
+  assert (loaded.preprocess, loaded.class_names) == (preprocess, ("a",) * 10)
 
 
 def test_invalid_file_reports_all_errors(tmp_path, monkeypatch):
