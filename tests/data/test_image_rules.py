@@ -75,7 +75,7 @@ def clear_deep_rgb():
   chunk = b"tRNS" + struct.pack(">HHH", *samples[0, 0])
   chunk = struct.pack(">I", 6) + chunk + struct.pack(">I", zlib.crc32(chunk))
   blank = (PHOTO[0, 0] == PHOTO).all(2, keepdims=True)
-  return data[:33] + chunk + data[33:], np.where(blank, 255, PHOTO)  # 33: behind the header
+  return data[:33] + chunk + data[33:], np.where(blank, 255, PHOTO)  # 33: after the header
 
 
 def cases():

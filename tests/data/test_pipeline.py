@@ -166,7 +166,7 @@ class TestEval:
 
   def test_first_batch(self):
     options = dict(batch_size=4, process_index=1, process_count=2)
-    batches = eval_batches(Pictures(9), RANDOM, **options)
+    batches = eval_batches(Images(9), RANDOM, **options)
     assert_same([batches.first_batch()], [next(iter(batches))])
 
   def test_one_example_shapes(self):

@@ -111,8 +111,8 @@ def test_unknown_classes_get_unused_ids(tmp_path, caplog):
   assert "'cow'" in caplog.text
 
 
-def test_class_names_with_half_a_surrogate_pair(tmp_path):
-  """JSON may have them; a model's class names are escaped."""
+def test_class_names_lone_surrogates_escaped(tmp_path):
+  """JSON can contain lone surrogates; the model's class names are escaped."""
   paths, file = dataset(tmp_path, (1, 2, 3))
   text = file.read_text().replace('"dog"', r'"dog\ud83d"')
   file.write_text(text)

@@ -128,11 +128,11 @@ def test_broken_file_reported_others_predicted(vit_run, tmp_path):
   assert predict.predict_all(predictor_of(vit_run), [images / "a.jpg"], output) == 0
 
 
-def test_only_regular_files_are_read(tmp_path):
-  """Guards against opening a FIFO given as --reference, which blocks."""
+def test_irregular_files_raise(tmp_path):
+  """Opening a FIFO given as --reference would block."""
   os.mkfifo(tmp_path / "a.jpg")
   for path, reason in ((tmp_path / "a.jpg", "not a regular file"), (tmp_path / "b.jpg", "No such")):
-    with pytest.raises(ValueError, match=rf"{path} cannot be read \({reason}"):
+    with pytest.raises(ValueError, match=rf"{path} .*\({reason}"):
       predict.read_image(path)
 
 

@@ -41,10 +41,12 @@ def numpy_batch(batch, predictions):
   return batch, {name: np.asarray(value) for name, value in predictions.items()}
 
 
-def test_class_names_can_be_drawn():
-  """matplotlib raises a TypeError for what UTF-8 cannot encode, as JSON and folders may name it."""
+def test_class_names_not_utf8_drawn():
+  """Names from JSON or folders may not be encodable as UTF-8, which matplotlib requires."""
   names = ("caf\udce9", "\ud83d")
-  task = create_task("classification", Echo([[0.0, 1.0]]), num_classes=2, class_names=names)
+  task = create_task(
+    "classification", ConstantLogits([[0.0, 1.0]]), num_classes=2, class_names=names
+  )
   assert task.class_names == (r"caf\udce9", r"\ud83d")
 
 

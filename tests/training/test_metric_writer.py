@@ -43,7 +43,7 @@ def test_all_kinds_written(tmp_path):
   assert b"optimizer.learning_rate" in hparams
   image = np.asarray(Image.open(workdir / "figures" / "train" / "batch_00000003.png"))
   assert image.shape == (50, 100, 3)
-  assert image.min() < 128 < picture.max(), "something is drawn"
+  assert image.min() < 128 < image.max(), "something is drawn"
   assert not plt.get_fignums(), "figures are closed"
 
 

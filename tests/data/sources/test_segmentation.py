@@ -301,8 +301,8 @@ def test_two_folders_of_one_split_raise(tmp_path, one, other):
     load_source(f"segmentation:{tmp_path}", one)
 
 
-def test_lists_and_label_maps_that_are_no_regular_files(tmp_path):
-  """Guards against opening a FIFO, which blocks."""
+def test_irregular_files_raise(tmp_path):
+  """Opening a FIFO would block."""
   voc(tmp_path)
   lists = tmp_path / "ImageSets" / "Segmentation"
   (lists / "val.txt").unlink()
@@ -312,10 +312,10 @@ def test_lists_and_label_maps_that_are_no_regular_files(tmp_path):
   (tmp_path / "SegmentationClass" / f"{name}.png").unlink()
   os.mkfifo(tmp_path / "SegmentationClass" / f"{name}.png")
   source = load_source(f"segmentation:{tmp_path}", "test")
-  with pytest.raises(CorruptExampleError, match=rf"{name}\.png .*not a regular file"):
+  with pytest.raises(CorruptExampleError, match=rf"{name}\.png .*regular file"):
     source[0]
   (lists / "test.txt").unlink()
-  with pytest.raises(ValueError, match=r"no images listed in ImageSets"):
+  with pytest.raises(ValueError, match="ImageSets"):
     load_source(f"segmentation:{tmp_path}", "test")
 
 
