@@ -235,7 +235,6 @@ def test_layer_equals_timm(load_golden, name, stride):
     dim_k=config["dim_qk"],
     receptive_field=config["r"],
     position_bias=config["r"] is not None,
-    qkv_bias=config["qkv_bias"],
     stride=stride,
     pool_size=2,
   )
@@ -300,9 +299,8 @@ def test_paper_initialisation_has_stated_standard_deviations():
 
 def test_outputs_have_expected_shapes_and_dtypes():
   layer, variables, x = random_layer(
-    (2, 5, 7, 12), num_heads=3, dim_u=2, qkv_bias=True, stride=2, dtype="bfloat16"
+    (2, 5, 7, 12), num_heads=3, dim_u=2, stride=2, dtype="bfloat16"
   )
-  assert variables["params"]["qkv"]["bias"].shape == (3 * 4 + 2 * 4 + 2 * 4,)
   assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(variables))
   out = layer(variables, x)
   assert out.shape == (2, 3, 4, 12)

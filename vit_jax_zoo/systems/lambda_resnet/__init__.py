@@ -10,4 +10,5 @@ SYSTEM = System(
   backbone_readers=("weights_timm:recognize_backbone",),
   published="published:PUBLISHED",
   paper_scores="published:PAPER_SCORES",
+  removed_fields={"model.lambda_layer.qkv_bias": False},
 )

@@ -152,7 +152,6 @@ class LambdaLayer(nn.Module):
   dim_u: int = 1  # intra-depth (paper, ablation of u)
   receptive_field: int | None = 23  # odd side of the position lambdas' scope; None: the whole map
   position_bias: bool = False  # of each query channel in position lambdas (timm, lucidrains)
-  qkv_bias: bool = False  # bias of the projections (timm)
   stride: int = 1  # 2 halves the map by average pooling after the lambdas
   pool_size: int = 3  # pooling window: 3 (paper; padded by one, padding not counted) or 2 (timm)
   implementation: Implementation = "auto"  # see `apply_lambdas`
@@ -166,7 +165,7 @@ class LambdaLayer(nn.Module):
     sizes = (self.num_heads * self.dim_k, self.dim_u * self.dim_k, self.dim_u * dim_v)
     std = x.shape[-1] ** -0.5
     init = _qkv_init(sizes, (std * self.dim_k**-0.5, std, std))
-    fields = {"use_bias": self.qkv_bias, "kernel_init": init, "dtype": self.dtype}
+    fields = {"use_bias": False, "kernel_init": init, "dtype": self.dtype}
     projected = nn.Dense(sum(sizes), **fields, name="qkv")(x)
     queries, keys, values = jnp.split(projected, (sizes[0], sizes[0] + sizes[1]), axis=-1)
     norm = self.norm or functools.partial(BatchNorm, dtype=self.dtype)

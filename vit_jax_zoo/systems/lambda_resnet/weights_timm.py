@@ -133,9 +133,7 @@ def write_checkpoint(path: str, export: Export) -> None:
   timm_config.write(path, arrays, export, name, arguments)
 
 
-_ARGUMENTS = {
-  "receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head", "qkv_bias": "qkv_bias"
-}  # fmt: skip
+_ARGUMENTS = {"receptive_field": "r", "num_heads": "num_heads", "dim_k": "dim_head"}
 """Field of `LambdaLayer` -> argument of timm's layer."""
 
 
@@ -213,5 +211,4 @@ def _infer_lambda_layer(published: Mapping[str, Array]) -> dict[str, Any]:
     "dim_k": dim_k,
     "num_heads": queries // dim_k or LambdaLayer.num_heads,
     "receptive_field": side(published, (*scope, 2)),
-    "qkv_bias": any(key.endswith(".self_attn.qkv.bias") for key in published),
   }
