@@ -54,8 +54,7 @@ class Detection(base.Task):
   # Of `losses.dense_auxiliary_loss`, which needs the model's `dense_predictions`. Not in the paper;
   # the demo needs it to train a small model from random weights.
   dense_weight: float = 0.0
-  # Steps of its linear decay to 0, after which neighbouring queries no longer predict the same
-  # object; None: constant.
+  # Steps of its linear decay to 0: it leads to duplicate detections. None: constant.
   dense_steps: int | None = None
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD

@@ -92,8 +92,7 @@ class PyramidSegmenter(nn.Module):
   width: int = 256  # channels of the pyramid's levels
   kernel_sizes: Sequence[int] = (1, 7, 15, 31)  # of the pyramid, see `UnscathedPyramid`
   neck: str = "fpt"  # "fpt", or "ufp": the pyramid without transformer, the paper's baseline
-  # window of the grounding transformers; None: all positions. The paper does not state it.
-  window: int | None = 5
+  window: int | None = 5  # of grounding, not stated in the paper; None: all positions
   transformer: Mapping[str, Any] | None = None  # further fields of `FeaturePyramidTransformer`
   norm: str = "batch_norm"  # norm of everything after the backbone; see `norm_factory`
   dropout_rate: float = 0.1  # dropout rate before the classifier

@@ -38,8 +38,7 @@ class SemanticSegmentation(base.Task):
   model: base.Model  # called as `model(images, train=...)`, see `segmentation.PyramidSegmenter`
   num_classes: int
   auxiliary_weight: float = 0.4  # weight of the auxiliary classifier's loss
-  # weight of each class's pixels in the loss, a weighted mean; empty: equal
-  class_weights: tuple[float, ...] = ()
+  class_weights: tuple[float, ...] = ()  # of each class's pixels in the mean loss; empty: equal
   image_mean: float | tuple[float, ...] = IMAGENET_MEAN  # see `normalize_images`
   image_std: float | tuple[float, ...] = IMAGENET_STD
   class_names: tuple[str, ...] = ()  # names by class id, for figures and per-class scores

@@ -253,10 +253,8 @@ class FeaturePyramidTransformer(nn.Module):
   norm: str = "none"
   self_parts: int = 2  # softmaxes in the self-transformers' mixtures; N of section 3.2
   ground_parts: int = 4  # softmaxes in the paper's grounding transformers' mixtures (section 3.3)
-  # window of the locality-constrained grounding transformer (section 3.3); None: all positions
-  window: int | None = None
-  # a 1x1 convolution maps each level to `width` channels; False for the segmentation's pyramid
-  lateral: bool = True
+  window: int | None = None  # of locality-constrained grounding (section 3.3); None: all positions
+  lateral: bool = True  # 1x1 convolutions of the levels to `width` channels; not in segmentation
   drop_block_rate: float = 0.0  # of the outputs in training; the paper lists DropBlock
   dropout_rate: float = 0.1  # of the official self-transformers' attention maps
   block_elements: int = BLOCK_ELEMENTS  # see `attention.attend`

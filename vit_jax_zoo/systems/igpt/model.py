@@ -37,11 +37,8 @@ class ImageGPT(nn.Module):
   depth: int = 24  # number of blocks, L
   num_heads: int = 8  # attention heads of each block
   mlp_dim: int | None = None  # hidden width of each MLP; None: 4 * width. HF's `n_inner`
-  # True: autoregressive, position i predicts pixel i from those before. False: "BERT" (section
-  # 2.2), pixels that are not visible are predicted.
-  causal: bool = True
-  # whether a causal model shifts its input by a start token; Hugging Face's
-  # `ImageGPTForImageClassification` does not
+  causal: bool = True  # autoregressive; False: "BERT" (section 2.2), predicts masked pixels
+  # Of a causal model's shifted input; Hugging Face's `ImageGPTForImageClassification` has none.
   sos_token: bool = True
   num_classes: int | None = None  # of the classification head (section 2.3); None: no head
   use_bias: bool = False  # whether dense layers except the two heads have biases (Hugging Face)

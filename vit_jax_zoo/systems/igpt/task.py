@@ -45,9 +45,7 @@ class PixelModelling(base.Task):
   model: Any  # an `ImageGPT`
   class_weight: float = 0.0  # of the label's loss; 0 for pre-training, 1 for fine-tuning (3.4)
   mask_probability: float = 0.15  # of a pixel, with `causal=False` (section 2.2: 0.15)
-  # number of random masks per image for classification with `causal=False`, in predictions and by
-  # probes; the majority is the label (section 4, BERT)
-  maskings: int = 5
+  maskings: int = 5  # with `causal=False`: masks per image, whose majority is the label (section 4)
   palette: str | None = None  # file, see `palette.read_palette`; None: fitted to training images
   palette_images: int = 2048  # number of training images for that, and for the bigram baseline
   temperature: float = 1.0  # of completions

@@ -75,9 +75,7 @@ class Proposals(NamedTuple):
 class RCNN(nn.Module):
   """A two-stage detector; tasks call its stages one by one."""
 
-  # number of classes, or the highest class id + 1 if ids are used as they are; the last logit is
-  # the background (in Detectron and torchvision the first)
-  num_classes: int = 90
+  num_classes: int = 90  # highest class id + 1; the last logit is the background
   backbone_kind: str = "resnet"  # name of the backbone, "resnet" or one registered by a system
   backbone: Mapping[str, Any] | None = None  # fields of the backbone; norms are frozen by default
   levels: tuple[str, ...] = STAGES  # maps of the backbone to use, from fine to coarse
@@ -85,13 +83,11 @@ class RCNN(nn.Module):
   neck: str = "fpn"  # name of the neck, "fpn", "bfp" (bottom-up) or one registered by a system
   neck_fields: Mapping[str, Any] | None = None  # fields of the neck except `width`
   width: int = 256  # channels of the pyramid
-  # square root of the anchors' area in pixels, per level (extra levels included)
-  anchor_sizes: tuple[float | int, ...] = (32, 64, 128, 256, 512)
+  anchor_sizes: tuple[float | int, ...] = (32, 64, 128, 256, 512)  # sqrt(area) of each level
   aspect_ratios: tuple[float | int, ...] = (0.5, 1, 2)  # height / width of the anchors
   # fields of `ProposalLimits`; a pair of values is (training, inference)
   proposals: Mapping[str, Any] | None = None
-  # "torchvision", "detectron" or "detectron2"; see `boxes.Convention`
-  convention: str = "torchvision"
+  convention: str = "torchvision"  # a key of `boxes.CONVENTIONS`
   # boxes of this side, in pixels, are pooled from the level of `canonical_stride`, boxes of twice
   # that side from the next one (arXiv:1612.03144, Eq. 1)
   canonical_size: float | int = 224

@@ -78,8 +78,7 @@ class InstanceDetection(base.Task):
   box_batch_size_per_image: int = 512  # proposals per image in the second stage's loss
   box_positive_fraction: float = 0.25  # maximum fraction of foreground among them
   box_fg_iou_thresh: float = 0.5  # minimum IoU of foreground proposals
-  # weights of the second stage's deltas, see `boxes.encode_boxes`
-  bbox_reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)
+  bbox_reg_weights: Weights = (10.0, 10.0, 5.0, 5.0)  # of the second stage, see `encode_boxes`
   box_smooth_l1_beta: float = 1 / 3  # beta of the second stage's smooth L1 loss
   box_score_thresh: float = 0.05  # detections with a lower score are dropped
   box_nms_thresh: float = 0.5  # IoU threshold of suppression among detections of a class

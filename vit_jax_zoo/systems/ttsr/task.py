@@ -53,9 +53,7 @@ class SuperResolution(base.Task):
   model: base.Model  # a `TTSR`
   reconstruction_weight: float = 1.0  # of the mean absolute difference
   perceptual_weight: float = 0.0  # of the mean squared difference of VGG-19's relu5_1
-  # Of the mean squared difference between the texture extractor's features of the output and the
-  # transferred textures.
-  transferal_weight: float = 0.0
+  transferal_weight: float = 0.0  # of `losses.transferal_loss` (section 3.3)
   adversarial_weight: float = 0.0  # of the discriminator's score
   begin_step: int = 0  # first step of the discriminator, and of losses other than reconstruction
   discriminator_updates: int = 2  # per step
@@ -63,9 +61,7 @@ class SuperResolution(base.Task):
   # Pretrained VGG-19 of torchvision, for the perceptual loss and as the initial texture extractor;
   # None: random, or from `init_from`.
   vgg_file: str | None = None
-  # Also predicts with the reference of another image, half a batch away, so that the scores show
-  # the effect of the reference.
-  wrong_references: bool = False
+  wrong_references: bool = False  # also scores images with the references of other images
 
   def __post_init__(self) -> None:
     weights = [f.name for f in dataclasses.fields(self) if f.name.endswith("_weight")]

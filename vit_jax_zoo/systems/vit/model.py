@@ -40,8 +40,7 @@ class VisionTransformer(nn.Module):
   fc_norm: bool = False  # norm after the pool instead of before it: MAE, timm
   # "learned_1d", "learned_2d", "none" (Table 8), or "sincos_2d" (arXiv:2205.01580)
   position_embedding: str = "learned_1d"
-  # whether "learned_1d" has a row for the class token, as in the paper's code; big_vision's and
-  # DeiT-3's weights have none
+  # "learned_1d" has a row for the class token; big_vision's and DeiT-3's weights have none
   cls_token_position: bool = True
   representation_size: int | None = None  # tanh layer before the head (section 3.1); None: none
   dropout_rate: float = 0.0  # after positions and dense layers except query, key, value (Table 3)
