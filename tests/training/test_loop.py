@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from matplotlib.figure import Figure
 
 from tests.training import toy
 from vit_jax_zoo.training import sharding
@@ -346,6 +347,17 @@ def test_evaluation_merges_batches_without_padding():
   errors = np.concatenate([(p - b["y"]) ** 2 for p, b in zip(predicted, data, strict=True)])[:37]
   assert report.scores["error"] == pytest.approx(errors.mean(), rel=1e-5)
   assert "skipped_images" not in report.scores
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_figures_of_first_batch_with_real_rows(monkeypatch, real):
+  made = make_program()
+  monkeypatch.setattr(type(made.task), "figures", lambda *_: {"first": Figure()})
+  data = toy.batches(2)
+  data[0]["mask"] = np.full(16, real)
+  with jax.set_mesh(made.mesh):
+    report = evaluate(data, made.initial_state(seed=0).variables)
+  assert set(report.figures) == ({"first"} if real else set())
 
 
 def test_evaluation_reports_skipped_images():

@@ -174,7 +174,7 @@ class Task(abc.ABC):
     return {}
 
   def figures(self, batch: Batch, predictions: Predictions) -> dict[str, Figure]:
-    """Draws predictions beside the ground truth, by figure name. Optional."""
+    """Draws predictions of at least one real row beside the truth, by figure name. Optional."""
     return {}
 
   def score_figures(self, evaluator: Evaluator) -> dict[str, Figure]:

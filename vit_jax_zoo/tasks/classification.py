@@ -160,8 +160,6 @@ class Classification(base.Task):
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     real = real_rows(batch, len(batch["image"]))
-    if not len(real):
-      return {}
     images, labels = np.asarray(batch["image"])[real], np.asarray(batch["label"])[real]
     found = {name: np.asarray(value)[real] for name, value in predictions.items()}
     return {"predictions": draw.draw_predictions(images, labels, found, self.class_names)}

@@ -52,7 +52,7 @@ def score_predictions(
   pairs = predict_batches(predict_step, variables, data, mesh, name, len(data))
   for index, (batch, predictions) in enumerate(pairs):
     evaluator.add(batch, predictions)
-    if index == 0 and is_primary():
+    if index == 0 and is_primary() and np.any(batch.get("mask", True)):
       figures = task.figures(batch, predictions)
   skipped = getattr(data, "num_skipped", 0)
   (first, *others), losses = zip(*gather_parts((evaluator, skipped), mesh), strict=True)

@@ -233,7 +233,6 @@ def test_predictions_are_evaluated_and_drawn():
   assert task.best_metric in evaluator.result()
   assert set(task.figures(batch, predictions)) == {"super_resolution"}
   assert set(task.batch_figures(batch)) == {"batch"}
-  assert task.figures({**batch, "mask": np.zeros(2, bool)}, predictions) == {}
 
 
 def test_wrong_references_are_rolled_by_half_batch():

@@ -194,8 +194,6 @@ class Detection(base.Task):
     return {"batch": draw.draw_targets(batch, self.class_names)}
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
-    if not np.asarray(batch.get("mask", True)).any():
-      return {}
     drawn, threshold = (batch, predictions, self.class_names), self.score_threshold
     figures = {"predictions": draw.draw_predictions(*drawn, threshold=threshold)}
     if self.draw_attention:

@@ -141,8 +141,6 @@ class SemanticSegmentation(base.Task):
     return {"batch": draw.draw_label_maps(batch, self.class_names)}
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
-    if not np.asarray(batch.get("mask", True)).any():
-      return {}
     found = predictions["label_map"]
     return {"predictions": draw.draw_label_maps(batch, self.class_names, found)}
 

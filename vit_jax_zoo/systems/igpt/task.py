@@ -169,9 +169,9 @@ class PixelModelling(base.Task):
     return {"batch": draw.draw_images(batch["image"], title="Training batch")}
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
-    real = real_rows(batch, len(batch["image"]))
-    if "completions" not in predictions or not len(real):
+    if "completions" not in predictions:
       return {}
+    real = real_rows(batch, len(batch["image"]))
     arrays = (predictions["quantized"], batch["prefix_length"], predictions["completions"])
     return {"completions": draw.draw_completions(*(np.asarray(array)[real] for array in arrays))}
 

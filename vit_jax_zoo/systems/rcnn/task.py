@@ -228,8 +228,6 @@ class InstanceDetection(base.Task):
     return {"batch": draw.draw_targets(batch, self.class_names)}
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
-    if not np.asarray(batch.get("mask", True)).any():
-      return {}
     fields = {"class_names": self.class_names, "threshold": self.score_threshold}
     figures = {"predictions": draw.draw_predictions(batch, predictions, **fields)}
     if "box_masks" in predictions and "masks" in batch:

@@ -158,8 +158,6 @@ class SuperResolution(base.Task):
 
   def figures(self, batch: base.Batch, predictions: base.Predictions) -> dict[str, Figure]:
     real = np.asarray(base.example_mask(batch))
-    if not real.any():
-      return {}
     rows = ({k: np.asarray(v)[real] for k, v in x.items()} for x in (batch, predictions))
     return {"super_resolution": draw.draw_results(*rows)}
 
