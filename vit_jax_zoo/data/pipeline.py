@@ -460,8 +460,8 @@ class MaskedBatches:
 
 def _first_readable(loaded: Iterable[Loaded], what: str) -> tuple[Example, Failures]:
   failures: Failures = []
-  for example, lost in loaded:
-    failures += lost
+  for example, new in loaded:
+    failures += new
     if example is not None:
       return example, failures
   raise _all_corrupt(what, failures)
@@ -483,8 +483,8 @@ def _collect(
   batch: Batch = {}
   mask = np.zeros(size, bool)
   failures: Failures = []
-  for row, (example, lost) in enumerate(rows):
-    failures += lost
+  for row, (example, new) in enumerate(rows):
+    failures += new
     if example is not None:
       mask[row] = True
       batch = batch or _allocate(example, size, padded)

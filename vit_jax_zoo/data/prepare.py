@@ -119,7 +119,7 @@ def prepare_folder(root: str, name: str, data_dir: pathlib.Path) -> pathlib.Path
 
 def _convert_shard(shard: pathlib.Path, new: pathlib.Path) -> None:
   unfinished = new.with_name(new.name + ".part")
-  # group_size:1, as TFDS: every record can be read alone.
+  # group_size:1, as TFDS: records are compressed one by one.
   writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
   for record in tfrecord.read_records(str(shard)):
     writer.write(record)

@@ -1,6 +1,6 @@
 """Shuffling: the example and the random numbers at each position of a training run.
 
-Both are functions of (seed, position) alone: independent of hosts and workers, and resumed at any
+Both are functions of (seed, position) only: independent of hosts and workers, and resumed at any
 position at no cost.
 """
 

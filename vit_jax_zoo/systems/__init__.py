@@ -1,1 +1,1 @@
-"""One folder a paper. The rest of the package finds them through `vit_jax_zoo.registry` alone."""
+"""One folder per paper, which the rest of the package reads only through `vit_jax_zoo.registry`."""

@@ -264,7 +264,7 @@ def test_nested_dataset_suggested_extra_folder_logged(tmp_path, caplog):
   with pytest.raises(ValueError, match=rf"folder:{tmp_path}/a/b\?"):
     load_source(f"folder:{tmp_path}", "train")
   load_source(f"folder:{tmp_path}/a/b", "train")
-  assert "ignored beside the split folders: extra" in caplog.text
+  assert "split folders: extra" in caplog.text
 
 
 def test_system_files_skipped(tmp_path, caplog):

@@ -71,7 +71,7 @@ def test_missing_dataset_names_prepare_command(prepared):
 
 
 def test_missing_version_lists_versions(prepared):
-  with pytest.raises(FileNotFoundError, match=r"there: 1\.2\.0"):
+  with pytest.raises(FileNotFoundError, match=r"available: 1\.2\.0"):
     load_source("tfds:tiny:9.9.9", "train", data_dir=str(prepared))
 
 

@@ -237,7 +237,7 @@ def _stuff_from(file: pathlib.Path, content: CocoFile) -> int | None:
   return first
 
 
-_SAMPLE = 256  # images whose headers tell whether any is rotated or of another size
+_SAMPLE = 256  # images whose headers are read; all are, if one is rotated or of another size
 
 
 def _rotated(split: _Split, images: Sequence[Mapping[str, Any]], exif_frame: str) -> dict[int, int]:

@@ -6,7 +6,7 @@ Every kind of problem is reported once, with its count and its first example:
   categories, category ids above `MAX_CATEGORY`;
 * left out of the data: annotations with NaN in their box, and images without panoptic annotation;
 * left out where masks are used: objects without a usable outline;
-* left out in training alone: crowds, and boxes without area in their image;
+* left out only in training: crowds, and boxes without area in their image;
 * logged: no annotations or only crowds, boxes in [0, 1] or given by two corners, text where a
   number belongs, one file or name twice, categories of panoptic data without `isthing`.
 """

@@ -211,7 +211,7 @@ def _split_folders(root: pathlib.Path) -> dict[str, pathlib.Path]:
   if "train" in splits or (splits and len(nested) == len(folders)):
     others = ", ".join(f.name for f in folders if f not in nested)
     if others:
-      _warn_once(f"{root}: ignored beside the split folders: {others}")
+      _warn_once(f"{root}: ignored folders next to the split folders: {others}")
     return splits
   if len(named) > 1 and len(named) == len(folders) and not nested:
     expected = f"{named[0]}/<class>/<image>"
@@ -312,7 +312,7 @@ def _hold_out(
 
 
 def hash_name(path: str) -> int:
-  """Returns a number in [0, 2**64) that depends on the path alone."""
+  """Returns a number in [0, 2**64) that depends only on the path."""
   return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")
 
 

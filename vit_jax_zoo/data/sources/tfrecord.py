@@ -48,9 +48,9 @@ class TFRecordFiles:
         problem = f"{path} has {len(offsets)} whole records, expected {expected}"
         raise ValueError(f"{problem} by dataset_info.json; copy the file of this version again")
       # Two threads may both open the file; setdefault keeps one, the other is closed.
-      mine = (os.open(path, os.O_RDONLY), offsets)
-      if self._opened.setdefault(shard, mine) is not mine:
-        os.close(mine[0])
+      opened = (os.open(path, os.O_RDONLY), offsets)
+      if self._opened.setdefault(shard, opened) is not opened:
+        os.close(opened[0])
     return self._opened[shard]
 
   def __del__(self) -> None:

@@ -56,11 +56,11 @@ class LoadLabelMap(TargetTransform):
         f"{source.info.name}: the label maps have only the values 0 and 255, and 255 is ignored; "
         "if 255 is the foreground, set load_label_map's classes=(0, 255)"
       )
-    lost = {value: n for value, n in counts.most_common() if self._ignored(value)}
-    total, valid = counts.total(), sum(n for v, n in counts.items() if v and v not in lost)
-    if lost:
-      suspect = 2 * sum(lost.values()) > total or lost.get(IGNORE, 0) > valid
-      values = ", ".join(f"{value} in {n / total:.1%}" for value, n in [*lost.items()][:10])
+    ignored = {value: n for value, n in counts.most_common() if self._ignored(value)}
+    total, valid = counts.total(), sum(n for v, n in counts.items() if v and v not in ignored)
+    if ignored:
+      suspect = 2 * sum(ignored.values()) > total or ignored.get(IGNORE, 0) > valid
+      values = ", ".join(f"{value} in {n / total:.1%}" for value, n in [*ignored.items()][:10])
       text = f"{source.info.name}: ignored values in a sample of label maps: {values} of the pixels"
       text += "; check load_label_map's ignore, offset and classes"
       _log_once(logging.WARNING if suspect else logging.INFO, text)

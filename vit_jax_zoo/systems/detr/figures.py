@@ -69,7 +69,7 @@ def draw_query_attention(
   """Draws images with the boxes of highest score, and the attention map of each box's query.
 
   Predictions are those of `draw_predictions`, and `attention` [b q i j] over the padded image. The
-  query of highest score is drawn whatever the `threshold`.
+  query of highest score is always drawn.
   """
   rows = draw.real_rows(batch)[:max_images]
   drawn = [_best(np.asarray(predictions["scores"][row]), threshold, max_queries) for row in rows]

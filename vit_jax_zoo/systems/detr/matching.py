@@ -46,7 +46,7 @@ def match(cost: Float[Array, "*b q t"], is_target: Bool[Array, "*b t"]) -> Match
   """Returns the min(queries, targets) pairs of minimum total cost. Not differentiable.
 
   Non-finite costs are replaced by very large (or small) ones. Padding and the order of targets
-  affect ties alone.
+  affect only ties.
 
   >>> cost = jnp.array([[3.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
   >>> match(cost, jnp.array([True, False])).target_of_query

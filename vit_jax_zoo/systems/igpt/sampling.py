@@ -70,7 +70,7 @@ def continue_sequences(
   rng: jax.Array,
   sample: Callable[[Array, Array], Array] | None = None,
 ) -> Int[Array, "b n"]:
-  """Samples each row of `tokens` from its length on, and keeps what comes before.
+  """Samples each row of `tokens` from its length on; the tokens before are unchanged.
 
   The loop begins at the shortest length, up to which the cache is filled. A scan over all positions
   with a branch for the given ones would copy the cache in and out of that branch.

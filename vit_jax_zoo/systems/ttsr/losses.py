@@ -122,7 +122,7 @@ class VGG19(nn.Module):
   ) -> dict[str, Float[Array, "b ..."]]:
     """Returns features by the names of `outputs`, of images in [-1, 1].
 
-    `precise` computes in float32 at the highest precision, whatever `dtype`.
+    `precise` computes in float32 at the highest precision instead of in `dtype`.
     """
     dtype = jnp.promote_types(images.dtype, jnp.float32) if precise else self.dtype
     precision = "highest" if precise else None

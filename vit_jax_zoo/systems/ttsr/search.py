@@ -39,7 +39,7 @@ def find_matches(
   """Returns the most similar 3x3 patch of a reference map for each 3x3 patch of a map (Eq. 4).
 
   Maps are padded with zeros; every position is the centre of a patch. Products are float32 at the
-  highest precision, whatever the dtype of the maps: with less, matches change. The relevance has
+  highest precision for maps of any dtype: with less, matches change. The relevance has
   gradients, the index has none. `block_size` affects only memory and speed.
   """
   if min(block_size) < 1:
