@@ -146,9 +146,8 @@ def coco(
   config.accumulation_steps, config.eval_batch_size = accumulation_steps, 8
   config.model = {"name": f"detr_{backbone}", "num_classes": placeholder(int), "remat": "dots"}
   config.model.masked_backbone = backbone.endswith("dc5")
-  config.task = common.task(
-    "detection", backbone_file=backbone_file or _torchvision_weights(backbone)
-  )
+  config.task = common.task("detection")
+  config.task.backbone_file = backbone_file or _torchvision_weights(backbone)
 
   train = [{"name": "load_objects", "masks": False}, {"name": "random_flip"}]
   train += [{"name": "random_scale_crop"}, {"name": "pad_objects"}]

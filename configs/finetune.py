@@ -11,13 +11,25 @@ r"""Your own images, one folder per class: fine-tunes any classifier.
 |---------|-------------|---------------------------------------------|----------|
 | finetune| your images | the ViT paper; what is usual for ResNets    | depends  |
 
+Data: one folder per class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth of
+  the training images, by a hash of their names, selects the best checkpoint (`val`); `test` is the
+  folder `test`, or another tenth. Unreadable images are logged, counted and skipped. TFDS names are
+  accepted too: tfds:beans. The classes are the folders, sorted by name, or the lines of the text
+  file `class_names`. `flip=false` where left and right differ, as in text.
+Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default AugReg's
+  ImageNet-21k weights for a ViT, timm's for a LambdaResNet, which are then downloaded.
+Few images: the best checkpoint has the lowest loss on `val`, since the accuracy on a few images is
+  coarse. With many, use --config.checkpoint.best=val/accuracy and
+  --config.checkpoint.best_mode=max, as papers do.
+Small machines: `batch_size=8`, `--config.accumulation_steps=4`, `--config.model.remat=dots` (ViT),
+  `head_only=true` (the rest is frozen), `dtype=float32` on a CPU, which has no fast bfloat16.
+
 The function below is the recipe. iGPT's fine-tuning, with its two losses, is in
 `configs/igpt.py` (`s_finetune,source=folder:/path`).
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -48,69 +60,59 @@ def finetune(  # noqa: PLR0913  (each is a field that a command line may set)
   """Fine-tunes a pretrained classifier on your own classes.
 
   Paper: none. ViTs as in arXiv:2010.11929, appendix B.1.1: SGD with momentum 0.9, gradients clipped
-    to norm 1, cosine to 0, no weight decay, a zero-initialised head. LambdaResNets the same, with
-    0.01 for batch 256, which is in the grid of Kornblith et al. (arXiv:1805.08974). A tenth of the
-    run is warm-up. Crops (5 to 100 % of an image) and flips, no RandAugment; evaluations resize
-    whole images to a square.
-  Data: one folder per class, `source=folder:/path`; see `data/sources/folder.py`. About a tenth
-    of the training images, by a hash of their names, selects the best checkpoint (`val`); `test` is
-    the folder `test`, or another tenth. Unreadable images are logged, counted and skipped.
-    `flip=false` where left and right differ, as in text. TFDS names are accepted too: tfds:beans.
-    The classes are the folders, sorted by name, or the lines of the text file `class_names`.
-  Weights: `init_from`, a file, a published name (docs/MODELS.md) or a run; by default AugReg's
-    ImageNet-21k weights for a ViT, timm's for a LambdaResNet, which are then downloaded.
-  Learning rate: by default that of the recipe, scaled linearly with `batch_size` (Goyal et al.,
-    arXiv:1706.02677): 0.03 for 512 images is 0.001875 for 32. If the accuracy on `val` is poor, try
-    a third and three times of it.
-  Few images: the best checkpoint has the lowest loss on `val`, since the accuracy on a few images
-    is coarse. With many, use --config.checkpoint.best=val/accuracy and
-    --config.checkpoint.best_mode=max, as papers do.
-  Small machines: `batch_size=8`, `--config.accumulation_steps=4`, `--config.model.remat=dots`
-    (ViT), `head_only=true` (the rest is frozen), `dtype=float32` on a CPU, which has no fast
-    bfloat16.
+    to norm 1, cosine to 0, no weight decay, a zero-initialised head; evaluations resize whole
+    images to a square. A tenth is warm-up. LambdaResNets: 0.01 for batch 256 (arXiv:1805.08974).
+  Learning rate: scaled linearly with `batch_size` (arXiv:1706.02677): 0.03 for 512 is 0.001875 for
+    32. If the accuracy on `val` is poor, try a third and three times of it.
   Hardware: any. The largest batch that fits was not measured.
-  Expected: depends on the images. `figures/` has a confusion matrix and the class sizes; report
-    `best/test/accuracy`.
-  Not yet run here.
+  Expected: depends on the images; report `best/test/accuracy`. Not yet run here.
   """
   model = common.model_name(model)
   family = _family(model)
   image_size = image_size or family.image_size
-  config = _base(model, family, source, class_names, image_size)
-  config.batch_size, config.num_epochs = batch_size, num_epochs
-  config.model.dtype = dtype
-  config.data.train.transforms = [
-    {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)},
-    *([{"name": "random_flip"}] if flip else []),
-  ]
+  config = ConfigDict({"seed": 0, "num_epochs": num_epochs, "batch_size": batch_size})
+  config.model = {"name": model, "num_classes": placeholder(int), "dtype": dtype}
+  config.task = common.task("classification", per_class=True)
+  config.task.update(image_mean=family.image_mean, image_std=family.image_std)
+
+  crop = {"name": "random_resized_crop", "size": image_size, "area": (0.05, 1.0)}
+  train = [crop, {"name": "random_flip"}] if flip else [crop]
+  squash = {"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}
+  is_folder = source.startswith("folder:")
+  fit, choose = ("fit", "choose") if is_folder else ("train[:90%]", "train[90%:]")
+  images = {"source": source} | ({"class_names": class_names} if class_names else {})
+  config.data = {
+    "train": {**images, "split": fit, "transforms": train},
+    "eval": {
+      "val": {**images, "split": choose, "transforms": [squash]},
+      "test": {**images, "split": "test", "transforms": [squash]},
+    },
+    "loader": {"num_workers": 0, "on_corrupt": "skip"},
+  }
+
   rate = common.scaled_rate("sgd", family.learning_rate, batch_size, family.batch_size)
-  config.optimizer.learning_rate = learning_rate or rate
+  config.optimizer = {"name": "sgd", "learning_rate": learning_rate or rate, "momentum": 0.9}
+  config.optimizer.update(clip_norm=1.0, schedule={"name": "cosine", "warmup_steps": 0.1})
   if head_only:
     config.optimizer.rules = (("head/.*", {"frozen": False}), (".*", {"frozen": True}))
+  config.recipe = common.recipe(family.batch_size, family.learning_rate)
   config.init_from = init_from or _published(model)
-  config.eval_every = config.checkpoint.every = _once_an_epoch(num_epochs)
+  once_an_epoch = max(1 / num_epochs, 0.02) if num_epochs > 1 else 0  # fraction of the run
+  config.log_every, config.eval_every = 20, once_an_epoch
+  best = {"best": "val/loss", "best_mode": "min", "eval_best_at_end": True}
+  config.checkpoint = {"every": once_an_epoch, "keep": 1, **best}
   return common.with_data_dir(config, data_dir)
 
 
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """Recipe of a family of models.
+class Family(NamedTuple):
+  """Recipe of a family of models."""
 
-  Attributes:
-    learning_rate: of SGD, for a batch of `batch_size`.
-    batch_size: reference batch size of `learning_rate`.
-    image_size: default side of the images, in pixels.
-    image_mean: of pixels in [0, 1], as in the published weights.
-    image_std: as `image_mean`.
-    weights: suffix of published names -> models that have such weights; the first match is used.
-  """
-
-  learning_rate: float
+  learning_rate: float  # of SGD, for a batch of `batch_size`
   batch_size: int
-  image_size: int
-  image_mean: float | tuple[float, ...]
+  image_size: int  # default side of the images, in pixels
+  image_mean: float | tuple[float, ...]  # of pixels in [0, 1], as in the published weights
   image_std: float | tuple[float, ...]
-  weights: Mapping[str, tuple[str, ...]]
+  weights: Mapping[str, tuple[str, ...]]  # suffix of published names -> models; first match wins
 
 
 AUGREG = ("ti16", "s32", "s16", "b16", "l16", "r_ti16", "r26_s32", "r50_l32")
@@ -142,53 +144,6 @@ def _published(model: str) -> str:
       return f"{model}_{ending}"
   unknown = common.unknown_name("model with published weights", model, sum(weights.values(), ()))
   raise ValueError(f"{unknown}. Or set init_from=<a file or a run's folder>")
-
-
-def _once_an_epoch(num_epochs: float) -> float | int:
-  """Returns one epoch as a fraction of the run, at least 1/50; 0 for a single epoch."""
-  return max(1 / num_epochs, 0.02) if num_epochs > 1 else 0
-
-
-def _base(model: str, family: Family, source: str, class_names: str, image_size: int) -> ConfigDict:
-  """Fields that do not depend on the recipe's arguments."""
-  squash = [{"name": "resize", "size": image_size, "method": "bilinear", "dtype": "float32"}]
-  own_split = source.startswith("folder:")
-  splits = {"val": "choose" if own_split else "train[90%:]", "test": "test"}
-  images = {"source": source, **({"class_names": class_names} if class_names else {})}
-  evaluations: dict[str, Any] = {
-    name: {**images, "split": split, "transforms": squash} for name, split in splits.items()
-  }
-  return ConfigDict(
-    {
-      "seed": 0,
-      "model": {"name": model, "num_classes": placeholder(int)},
-      "task": {
-        "name": "classification",
-        "num_classes": placeholder(int),
-        "class_names": placeholder(tuple),
-        "image_mean": family.image_mean,
-        "image_std": family.image_std,
-        "per_class": True,
-      },
-      "data": {
-        "train": {**images, "split": "fit" if own_split else "train[:90%]"},
-        "eval": evaluations,
-        "loader": {"num_workers": 0, "on_corrupt": "skip"},
-      },
-      "optimizer": {
-        "name": "sgd",
-        "momentum": 0.9,
-        "schedule": {"name": "cosine", "warmup_steps": 0.1},
-        "clip_norm": 1.0,
-      },
-      "recipe": {
-        "batch_size": family.batch_size,
-        "learning_rates": {common.SINGLE: family.learning_rate},
-      },
-      "log_every": 20,
-      "checkpoint": {"keep": 1, "best": "val/loss", "best_mode": "min", "eval_best_at_end": True},
-    }
-  )
 
 
 VARIANTS = {"finetune": finetune}

@@ -422,9 +422,8 @@ def segmentation_finetune(  # noqa: PLR0913  (each is a field that a command lin
 
 def _ground_truth(*, masks: bool) -> dict[str, Any]:
   """Returns the transform that loads an evaluation's objects; masks as run lengths."""
-  return {"name": "load_objects", "as_annotated": True} | (
-    {"run_lengths": 500_000} if masks else {}
-  )
+  run_lengths = {"run_lengths": 500_000} if masks else {}
+  return {"name": "load_objects", "as_annotated": True, **run_lengths}
 
 
 def _segmenter(depth: int, neck: str) -> str:
@@ -463,8 +462,8 @@ OFFICIAL: dict[str, Any] = {
   },
 }
 
-MASKS = "coco:/path"
-"""Your own copy of COCO: TFDS's has no masks."""
+COPY = "coco:/path"
+"""Your own copy of COCO, since TFDS's has no masks."""
 
 VARIANTS = {
   "demo": demo,
@@ -473,17 +472,17 @@ VARIANTS = {
   "faster_rcnn_r50_fpn_coco": variant_of(coco, detector="faster_rcnn_r50_fpn"),
   "faster_rcnn_r50_bfp_coco": variant_of(coco, detector="faster_rcnn_r50_bfp"),
   "faster_rcnn_r101_fpt_coco": variant_of(coco, detector="faster_rcnn_r101_fpt", **R101),
-  "mask_rcnn_r50_fpt_coco": variant_of(coco, detector="mask_rcnn_r50_fpt", source=MASKS),
-  "mask_rcnn_r50_fpn_coco": variant_of(coco, detector="mask_rcnn_r50_fpn", source=MASKS),
-  "mask_rcnn_r50_bfp_coco": variant_of(coco, detector="mask_rcnn_r50_bfp", source=MASKS),
+  "mask_rcnn_r50_fpt_coco": variant_of(coco, detector="mask_rcnn_r50_fpt", source=COPY),
+  "mask_rcnn_r50_fpn_coco": variant_of(coco, detector="mask_rcnn_r50_fpn", source=COPY),
+  "mask_rcnn_r50_bfp_coco": variant_of(coco, detector="mask_rcnn_r50_bfp", source=COPY),
   "mask_rcnn_r101_fpt_coco": variant_of(
-    coco, detector="mask_rcnn_r101_fpt", source=MASKS, **R101
+    coco, detector="mask_rcnn_r101_fpt", source=COPY, **R101
   ),
   "faster_rcnn_r50_fpt_official_coco": variant_of(
     coco, detector="faster_rcnn_r50_fpt_official", **OFFICIAL
   ),
   "mask_rcnn_r50_fpt_official_coco": variant_of(
-    coco, detector="mask_rcnn_r50_fpt_official", source=MASKS, **OFFICIAL
+    coco, detector="mask_rcnn_r50_fpt_official", source=COPY, **OFFICIAL
   ),
   "mask_rcnn_lambda_resnet_101_coco": variant_of(lambda_coco, depth=101),
   "mask_rcnn_lambda_resnet_152_coco": variant_of(lambda_coco, depth=152),
