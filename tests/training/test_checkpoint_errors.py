@@ -17,10 +17,10 @@ from tests.training.disk import small_files
 from vit_jax_zoo.training.checkpoint import (
   MANIFEST,
   Checkpointer,
+  _checksums,
   is_checkpoint,
   restore_variables,
   verify,
-  writing,
 )
 
 STATE = {"params": {"x": jnp.arange(1000.0)}}
@@ -182,13 +182,32 @@ def test_removed_folders_logged_and_saved_again(tmp_path, caplog):
   ],
 )
 def test_disk_errors_converted(tmp_path, error, message):
-  workdir = epath.Path(tmp_path / "run")
-  with pytest.raises((OSError, ValueError), match=message), writing(workdir, lambda: None):
+  with (
+    Checkpointer(tmp_path / "run") as checkpointer,
+    pytest.raises((OSError, ValueError), match=message),
+    checkpointer._disk_errors(),
+  ):
     raise error
 
 
-@pytest.mark.parametrize("content", ["[1]", "null", '{"crc32": 5}', "[" * 100_000])
-def test_invalid_manifest_raises(tmp_path, content):
+@pytest.mark.parametrize(
+  "content", ["[1]", "null", "{}", '{"checksums": 5}', '{"checksums": {}}', "[" * 100_000]
+)
+def test_invalid_or_empty_manifest_raises(tmp_path, content):
   (tmp_path / MANIFEST).write_text(content)
   with pytest.raises(ValueError, match=rf"is damaged \({MANIFEST}"):
     verify(epath.Path(tmp_path), lambda: "advice")
+
+
+@pytest.mark.parametrize("at", [0, 4095, 2**18 - 1, 2**18, 2**19 + 8, 2**19 + 100])
+def test_one_changed_byte_changes_its_block_checksum(tmp_path, monkeypatch, at):
+  monkeypatch.setattr("vit_jax_zoo.training.checkpoint._BLOCK", 2**18)
+  content = bytearray(np.random.default_rng(0).bytes(2**19 + 101))  # the last block is no page
+  file = tmp_path / "a"
+  file.write_bytes(content)
+  size, *before = _checksums(epath.Path(tmp_path))["a"]
+  content[at] ^= 1
+  file.write_bytes(content)
+  _, *after = _checksums(epath.Path(tmp_path))["a"]
+  assert size == len(content)
+  assert [b == a for b, a in zip(before, after, strict=True)] == [i != at >> 18 for i in range(3)]

@@ -3,7 +3,7 @@
     <workdir>/checkpoints/<step>/   state: the train state
     <workdir>/best/<step>/          variables: those with the best score;  metadata: the score
 
-A background thread writes the arrays, and a manifest with size and CRC-32 of every file, which
+A background thread writes the arrays, and a manifest with size and checksum of every file, which
 every restore verifies, into a temporary directory, which is then renamed. Older checkpoints are
 deleted only after a newer one is complete. All processes of a run call each function.
 """
@@ -13,7 +13,6 @@ import contextlib
 import functools
 import json
 import math
-import mmap
 import operator
 import os
 import pathlib
@@ -37,6 +36,8 @@ CHECKPOINTS, BEST = "checkpoints", "best"
 STATE, VARIABLES, METADATA = "state", "variables", "metadata"
 MANIFEST = "files.json"
 _UNCHECKED = (MANIFEST, "_CHECKPOINT_METADATA")  # Orbax adds the time of the commit to the second
+
+_BLOCK = 1 << 26  # bytes
 
 
 class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
@@ -81,7 +82,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     """Starts to save the state, which may be donated then; returns False if the step is on disk."""
     self._check_writable()
     saved = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
-    with writing(self.workdir, self._newest.newest):
+    with self._disk_errors():
       self._newest.wait()
       if step in self._newest.manager.all_steps():
         return False
@@ -125,8 +126,16 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
     self.best_score = score = float(score)
     metadata = ocp.args.JsonSave({"score": score, "best_mode": self._best_mode})
     saved = ocp.args.Composite(**{VARIABLES: ocp.args.StandardSave(variables), METADATA: metadata})
-    with writing(self.workdir, self._newest.newest):
+    with self._disk_errors():
       return self._best.save(step, args=saved, metrics={"score": score})
+
+  def _disk_errors(self) -> contextlib.AbstractContextManager[None]:
+    def advice() -> str:
+      step = max(steps(self.workdir / CHECKPOINTS), default=None)
+      last = "none is complete yet" if step is None else f"that of step {step} is complete"
+      return f"{last}: free disk space and run the same command again"
+
+    return disk_errors.explained(f"a checkpoint cannot be written to {self.workdir}", advice)
 
   def _check_writable(self) -> None:
     if self.read_only:
@@ -134,7 +143,7 @@ class Checkpointer(contextlib.AbstractContextManager["Checkpointer"]):
 
   def wait(self) -> None:
     """Waits until all saves are complete on disk; raises their errors."""
-    with writing(self.workdir, self._newest.newest):
+    with self._disk_errors():
       self._newest.wait()
       if self._best.wait():
         self.best_score = None
@@ -175,9 +184,6 @@ class _Folder:
       self.manager.reload()
     return bool(removed)
 
-  def newest(self) -> int | None:
-    return max(steps(self._directory), default=None)
-
   def _open(self, **options: Any) -> ocp.CheckpointManager:
     # Orbax calls it in its thread when all files are written, before the directory is renamed.
     commit = ocp.AsyncOptions(post_finalization_callback=self._write_manifest)
@@ -195,7 +201,7 @@ class _Folder:
     if not is_primary() or "://" in os.fspath(self._directory):
       return
     for directory in self._directory.glob(f"{self._step}.*"):
-      (directory / MANIFEST).write_text(json.dumps({"crc32": _checksums(directory)}, indent=1))
+      (directory / MANIFEST).write_text(json.dumps({"checksums": _checksums(directory)}))
 
 
 def restore_variables(
@@ -311,7 +317,7 @@ def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
   """
   problem = all_gather_objects(_find_damage(checkpoint) if is_primary() else None)[0]
   if problem:
-    raise ValueError(f"{_describe(checkpoint)} is damaged ({problem}); {advice()}")
+    raise _damaged(checkpoint, problem, advice())
 
 
 def _find_damage(checkpoint: epath.Path) -> str | None:
@@ -319,37 +325,49 @@ def _find_damage(checkpoint: epath.Path) -> str | None:
   if "://" in os.fspath(checkpoint) or not manifest.exists():
     return None
   try:
-    expected = {**json.loads(manifest.read_text())["crc32"]}
+    expected = {**json.loads(manifest.read_text())["checksums"]}
   except (ValueError, KeyError, TypeError, RecursionError):
     return f"{MANIFEST} is not readable"
+  if not expected:
+    return f"{MANIFEST} lists no files"
   found = _checksums(checkpoint)
-  for name, pair in expected.items():
-    if name not in found:
-      return f"{name} is missing"
-    if found[name] != pair:
-      return f"{name} has another checksum than when it was written"
+  for name, checksums in expected.items():
+    if found.get(name) != checksums:
+      return f"{name} {'has another checksum' if name in found else 'is missing'}"
   return None
 
 
 def _checksums(directory: epath.Path) -> dict[str, list[int]]:
+  """Returns the size, and the checksum of each block, of every file by path."""
   root = pathlib.Path(os.fspath(directory))
   files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name not in _UNCHECKED]
+  found: dict[str, list[int]] = {}
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    names = [str(path.relative_to(root)) for path in files]
-    return dict(zip(names, pool.map(_checksum, files), strict=True))
+    for path in files:
+      size = path.stat().st_size
+      blocks = pool.map(functools.partial(_checksum, path), range(0, size, _BLOCK))
+      found[str(path.relative_to(root))] = [size, *blocks]
+  return found
 
 
-def _checksum(path: pathlib.Path) -> list[int]:
-  size = path.stat().st_size
-  if not size:
-    return [0, 0]
-  with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-    return [size, zlib.crc32(content)]
+def _checksum(path: pathlib.Path, start: int) -> int:
+  """Returns the CRC-32 of the sums of 64-bit words in each 4 KiB, at a third of a CRC-32's time."""
+  crc, buffer = 0, bytearray(1 << 18)
+  words = np.frombuffer(buffer, "<u8").reshape(-1, 512)
+  with path.open("rb") as file:
+    file.seek(start)
+    for _ in range(0, _BLOCK, len(buffer)):
+      count = file.readinto(buffer)
+      buffer[count:] = bytes(len(buffer) - count)
+      crc = zlib.crc32(words.sum(axis=1), crc)
+      if count < len(buffer):
+        break
+  return crc
 
 
-def _describe(checkpoint: epath.Path) -> str:
+def _damaged(checkpoint: epath.Path, reason: str, advice: str) -> ValueError:
   step = f" of step {checkpoint.name}" if checkpoint.name.isdigit() else ""
-  return f"the checkpoint{step} in {checkpoint}"
+  return ValueError(f"the checkpoint{step} in {checkpoint} is damaged ({reason}); {advice}")
 
 
 _LONGEST_REASON = 160
@@ -366,8 +384,7 @@ def _damage_reported(checkpoint: epath.Path, advice: Callable[[], str]) -> Itera
     cause = error.__cause__ if type(error) is Exception and error.__cause__ else error
     if type(cause) is not Exception and not isinstance(cause, _DAMAGE):
       raise
-    reason = _end_of(cause, checkpoint)
-    raise ValueError(f"{_describe(checkpoint)} is damaged ({reason}); {advice()}") from None
+    raise _damaged(checkpoint, _end_of(cause, checkpoint), advice()) from None
 
 
 def _end_of(error: BaseException, checkpoint: epath.Path) -> str:
@@ -378,19 +395,6 @@ def _end_of(error: BaseException, checkpoint: epath.Path) -> str:
   while len(parts) > 1 and len(": ".join(parts)) > _LONGEST_REASON:
     del parts[0]
   return ": ".join(parts)[:_LONGEST_REASON].rstrip(".")
-
-
-@contextlib.contextmanager
-def writing(workdir: epath.Path, newest: Callable[[], int | None]) -> Iterator[None]:
-  """Raises OSError of one line, with the result of `newest`, if the disk is full."""
-
-  def advice() -> str:
-    step = newest()
-    last = "none is complete yet" if step is None else f"that of step {step} is complete"
-    return f"{last}: free disk space and run the same command again"
-
-  with disk_errors.explained(f"a checkpoint cannot be written to {workdir}", advice):
-    yield
 
 
 def _check_fits(
