@@ -18,6 +18,8 @@ from vit_jax_zoo.training.checkpoint import (
   MANIFEST,
   Checkpointer,
   _checksums,
+  _Folder,
+  find_checkpoint,
   is_checkpoint,
   restore_variables,
   verify,
@@ -211,3 +213,27 @@ def test_one_changed_byte_changes_its_block_checksum(tmp_path, monkeypatch, at):
   _, *after = _checksums(epath.Path(tmp_path))["a"]
   assert size == len(content)
   assert [b == a for b, a in zip(before, after, strict=True)] == [i != at >> 18 for i in range(3)]
+
+
+@pytest.mark.parametrize(
+  "files", ["", "/state", "/state/_METADATA", "/state/d/*", "/state/ocdbt.process_0/d/*"]
+)
+def test_files_removed_during_save_keep_the_previous_checkpoint(tmp_path, monkeypatch, files):
+  saves = iter(range(3))
+
+  def remove_files(folder):
+    if next(saves) == 1:
+      for path in tmp_path.glob(f"checkpoints/2.*{files}"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_manifest(folder)
+
+  write_manifest = _Folder._write_manifest
+  monkeypatch.setattr(_Folder, "_write_manifest", remove_files)
+  with Checkpointer(tmp_path) as checkpointer:
+    checkpointer.save(1, STATE)
+    checkpointer.save(2, STATE)
+    checkpointer.wait()
+    assert checkpointer.latest_step == 1
+    checkpointer.save(2, STATE)
+  assert find_checkpoint(tmp_path).name == "2"
+  np.testing.assert_array_equal(restore_variables(tmp_path)["params"]["x"], STATE["params"]["x"])

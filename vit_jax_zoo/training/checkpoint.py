@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from etils import epath
 from flax import traverse_util
@@ -174,8 +175,8 @@ class _Folder:
       known = self.manager.all_steps() if self._writable and jax.process_count() == 1 else ()
       removed = set(known) - set(steps(self._directory))
     except Exception as error:
-      missing = isinstance(error, FileNotFoundError) or not any(self._directory.glob("*"))
-      if jax.process_count() > 1 or not missing:
+      missing = isinstance(error, FileNotFoundError) or str(error).startswith("NOT_FOUND")
+      if jax.process_count() > 1 or (any(self._directory.glob("*")) and not missing):
         raise
       removed = {self._step}
     if removed:
@@ -201,6 +202,7 @@ class _Folder:
     if not is_primary() or "://" in os.fspath(self._directory):
       return
     for directory in self._directory.glob(f"{self._step}.*"):
+      _check_complete(_item(directory))
       (directory / MANIFEST).write_text(json.dumps({"checksums": _checksums(directory)}))
 
 
@@ -219,7 +221,7 @@ def restore_variables(
   directory = find_checkpoint(path)
   advice = functools.partial(_others, directory)
   verify(directory, advice)
-  item = directory / (STATE if (directory / STATE).exists() else VARIABLES)
+  item = _item(directory)
   with _damage_reported(directory, advice):
     saved = _saved_arrays(item)
   places = _places(saved) if item.name == STATE else {key: key for key in saved}
@@ -318,6 +320,21 @@ def verify(checkpoint: epath.Path, advice: Callable[[], str]) -> None:
   problem = all_gather_objects(_find_damage(checkpoint) if is_primary() else None)[0]
   if problem:
     raise _damaged(checkpoint, problem, advice())
+
+
+def _item(checkpoint: epath.Path) -> epath.Path:
+  return checkpoint / (STATE if (checkpoint / STATE).exists() else VARIABLES)
+
+
+def _check_complete(item: epath.Path) -> None:
+  """Raises FileNotFoundError if files of arrays were removed; reads one byte of each chunk."""
+  base = {"driver": "file", "path": f"{item}/"}
+  store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+  keys = store.list().result()
+  reads = [store.read(key, byte_range=slice(-1, None)) for key in keys]
+  if not reads or not all(read.result().value for read in reads):
+    raise FileNotFoundError(f"{item}: files were removed while it was written")
+  _saved_arrays(item)
 
 
 def _find_damage(checkpoint: epath.Path) -> str | None:
