@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
+from etils import epath
 from matplotlib.figure import Figure
 
 from tests.training import toy
@@ -21,7 +22,14 @@ from vit_jax_zoo.training import sharding
 from vit_jax_zoo.training.checkpoint import Checkpointer, restore_variables
 from vit_jax_zoo.training.compiled_steps import TrainingOptions, abstract_batch_of, build_program
 from vit_jax_zoo.training.evaluate import score_predictions
-from vit_jax_zoo.training.loop import EvaluationError, Loop, LoopSettings, format_scores, prefetch
+from vit_jax_zoo.training.loop import (
+  EvaluationError,
+  Loop,
+  LoopSettings,
+  format_scores,
+  prefetch,
+  read_pending,
+)
 from vit_jax_zoo.training.metric_writer import MetricWriter, read_metrics
 from vit_jax_zoo.training.progress import Progress
 
@@ -186,6 +194,18 @@ def test_stopped_run_resumes_bit_exact(uninterrupted, tmp_path, stop_at):
   assert resumed.finished
   jax.tree.map(np.testing.assert_array_equal, resumed.state, uninterrupted[0].state)
   assert rows(tmp_path) == rows(uninterrupted[1])
+
+
+@pytest.mark.parametrize(
+  "content",
+  [b"\xff", b"[1]", b'{"step": 7, "sums": {"loss": [1]}}', b"[" * 100_000],
+  ids=["not text", "a list", "no count", "nested"],
+)
+def test_damaged_pending_metrics_are_ignored_with_warning(tmp_path, caplog, content):
+  file = epath.Path(tmp_path / "pending.json")
+  file.write_bytes(content)
+  assert read_pending(file, 7) == {}
+  assert f"{file} is damaged" in caplog.text
 
 
 class Interrupted(BaseException):

@@ -52,8 +52,7 @@ def preemption_guard() -> Iterator[Callable[[int], bool]]:
       stop.set()
     return stop.is_set()
 
-  def on_signal(number: int, frame: FrameType | None) -> None:
-    del frame
+  def on_signal(number: int, _: FrameType | None) -> None:
     stop.set()
     if number == signal.SIGINT:  # the next Ctrl-C interrupts at once
       signal.signal(number, old_handlers[number])
@@ -272,13 +271,8 @@ class _TrainingLog:
     self._loop, self.start = loop, start
     self._pending: dict[int, Metrics] = {}
     self._in_flight: collections.deque[Any] = collections.deque()
-    self._totals: dict[str, float] = {}
-    self._counts: dict[str, float] = {}
     self._file = epath.Path(loop.workdir) / PENDING_FILE
-    if start and is_primary() and self._file.exists():
-      kept = json.loads(self._file.read_text())
-      if kept["step"] == start:
-        self._totals, self._counts = kept["totals"], kept["counts"]
+    self._sums = read_pending(self._file, start) if start and is_primary() else {}
 
   def add(self, step: int, metrics: Metrics) -> None:
     """Adds the metrics of a step; waits for the step `STEPS_IN_FLIGHT` before it."""
@@ -296,9 +290,9 @@ class _TrainingLog:
     if not self._pending:
       return
     self._fetch()
-    loop, counts = self._loop, self._counts
-    means = {f"train/{k}": self._totals[k] / n for k, n in counts.items() if n > 0}
-    self._totals, self._counts = {}, {}
+    loop, sums = self._loop, self._sums
+    means = {f"train/{name}": total / n for name, (total, n) in sums.items() if n > 0}
+    self._sums = {}
     # The update numbered t from 0 uses the schedule at t, and the last one was number step - 1.
     rates = {f"train/{name}": float(rate(step - 1)) for name, rate in loop.schedules.items()}
     speed = {f"speed/{name}": value for name, value in loop.progress.report(step).items()}
@@ -312,8 +306,8 @@ class _TrainingLog:
     """Saves the sums since the last row, so that the row after a resume covers these steps too."""
     self._fetch()
     if is_primary():
-      content = {"step": step, "totals": self._totals, "counts": self._counts}
-      atomic_write.write_json(self._file, content)
+      with contextlib.suppress(OSError):  # a full disk: the save, which follows, reports it
+        atomic_write.write_json(self._file, {"step": step, "sums": self._sums})
 
   def _fetch(self) -> None:
     pending, self._pending = jax.device_get(self._pending), {}
@@ -322,8 +316,21 @@ class _TrainingLog:
         total, count = float(metrics[name].total), float(metrics[name].count)
         if ("loss" in name or "gradient_norm" in name) and not math.isfinite(total):
           raise _diverged(f"{name} is {total} at step {step}", self._loop.checkpointer)
-        self._totals[name] = self._totals.get(name, 0.0) + total
-        self._counts[name] = self._counts.get(name, 0.0) + count
+        before = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (before[0] + total, before[1] + count)
+
+
+def read_pending(file: epath.Path, step: int) -> dict[str, tuple[float, float]]:
+  """Returns total and count of each metric, saved at `step`; empty, with a warning, if damaged."""
+  try:
+    kept = json.loads(file.read_text())
+    if kept["step"] == step:
+      return {name: (float(total), float(count)) for name, (total, count) in kept["sums"].items()}
+  except FileNotFoundError:
+    pass
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    logging.warning("%s is damaged; the next training metrics cover fewer steps", file)
+  return {}
 
 
 def _diverged(what: str, checkpointer: Checkpointer) -> FloatingPointError:
