@@ -74,7 +74,7 @@ def test_full_disk_keeps_last_checkpoint(small_disk):
   filler.unlink()
   filler = fill(small_disk, leave=0)
   output = command.run(workdir, *LONGER, expect=2)
-  assert "data.json cannot be written: No space left on device" in error_line(output)
+  assert "lock.json cannot be written: No space left on device" in error_line(output)
   assert "Traceback" not in output
   filler.unlink()
   output = command.run(workdir, *LONGER)

@@ -6,6 +6,7 @@ import os
 import pytest
 from etils import epath
 
+from tests.training.disk import small_files
 from vit_jax_zoo.training import workdir_lock
 from vit_jax_zoo.training.workdir_lock import LOCK_FILE, LockedError
 
@@ -45,6 +46,14 @@ def test_ended_process_lock_replaced(workdir, fields):
     change_lock(workdir, **fields)
     with workdir_lock.workdir_lock(workdir):
       assert json.loads((workdir / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_full_disk_error_names_lock(workdir):
+  refused = pytest.raises(
+    OSError, match=rf"{workdir}/{LOCK_FILE} cannot be written: File too large"
+  )
+  with small_files(10), refused, workdir_lock.workdir_lock(workdir):
+    pass
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from vit_jax_zoo.training import atomic_write
+from vit_jax_zoo.training import atomic_write, disk_errors
 from vit_jax_zoo.training.distributed import all_gather_objects, is_primary
 
 LOCK_FILE = "lock.json"
@@ -33,7 +33,8 @@ def workdir_lock(workdir: epath.Path) -> Iterator[None]:
   """Holds the lock of a directory; called by all processes, which all raise LockedError."""
   path = workdir / LOCK_FILE
   try:
-    problem = _acquire(path) if is_primary() else None
+    with disk_errors.explained(f"{path} cannot be written"):
+      problem = _acquire(path) if is_primary() else None
   except (NotADirectoryError, FileExistsError):
     problem = f"--workdir={workdir}: not a folder; expected a run's folder, or a new one"
   problem = all_gather_objects(problem)[0]
