@@ -144,6 +144,8 @@ def test_model_without_explanations(tmp_path, monkeypatch, caplog):
     (("acuracy",), None, r"data\.eval\.test\.metrics.*'acuracy'.*'accuracy'"),
     (("loss",), None, r"data\.eval\.test\.metrics lacks 'accuracy'"),
     (("accuracy",), "test/loss", r"data\.eval\.test\.metrics lacks 'loss'"),
+    ((), "test/acuracy", r"checkpoint\.best 'acuracy'; did you mean 'accuracy'"),
+    ((), "test/acuracy/cat", r"checkpoint\.best 'acuracy'; did you mean 'accuracy'"),
   ],
 )
 def test_invalid_metrics_raise(metrics, best, message):

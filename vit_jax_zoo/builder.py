@@ -174,20 +174,21 @@ def best_score_of(config: ConfigDict, task: Task) -> str | None:
 
 
 def _check_metrics(config: ConfigDict, task: Task) -> None:
-  best, given = best_score_of(config, task), config.checkpoint.best
-  if given:
-    check_names("evaluation of checkpoint.best", [given.partition("/")[0]], config.data.eval)
+  evaluation, _, best = (best_score_of(config, task) or "").partition("/")
+  if config.checkpoint.best:
+    check_names("evaluation of checkpoint.best", [evaluation], config.data.eval)
+  best = best.partition("/")[0]  # without the class
   for name, spec in config.data.eval.items():
-    chosen = spec.get("metrics") or ()
-    if not chosen:
-      continue
-    field = f"data.eval.{name}.metrics"
+    chosen, field = spec.get("metrics") or (), f"data.eval.{name}.metrics"
     if "fit_split" in spec:
-      raise ValueError(f"{field}: a probe has no metrics to choose from; leave it out")
+      if chosen:
+        raise ValueError(f"{field}: a probe has no metrics to choose from; leave it out")
+      continue
     check_names(f"metric in {field}", chosen, task.metrics)
-    score = (best or "").removeprefix(f"{name}/")
-    if best != score and score.partition("/")[0] not in chosen:
-      raise ValueError(f"{field} lacks {score!r}, which chooses the best checkpoint; add it")
+    if name == evaluation and task.metrics:
+      check_names("score of checkpoint.best", [best], task.metrics)
+    if name == evaluation and chosen and best not in chosen:
+      raise ValueError(f"{field} lacks {best!r}, which chooses the best checkpoint; add it")
 
 
 def _open_evaluations(
