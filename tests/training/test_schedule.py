@@ -70,16 +70,13 @@ def test_rsqrt_warmup_and_cooldown():
   )
 
 
-def test_step_boundaries_factors_period():
+def test_step_boundaries_and_factors():
   steps = [0, 9, 10, 19, 20, 99]
   assert values(100, steps, name="step", boundaries=[10, 20]) == pytest.approx(
     [1, 1, 0.1, 0.1, 0.01, 0.01]
   )
   assert values(100, steps, name="step", boundaries=[0.1, 0.2], factors=[0.5, 0.1]) == (
     pytest.approx([1, 1, 0.5, 0.5, 0.05, 0.05])
-  )
-  assert values(100, steps, name="step", every=10, factor=0.5) == pytest.approx(
-    [1, 1, 0.5, 0.5, 0.25, 0.5**9]
   )
 
 
@@ -98,8 +95,7 @@ def test_warmup_fraction_of_run():
       {"name": "linear", "warmup_start": 1.5},
       "warmup_start is 1.5",
     ),
-    ({"name": "step"}, "`boundaries` or `every`"),
-    ({"name": "step", "every": 0}, "every >= 1"),
+    ({"name": "step"}, "no `boundaries`"),
     ({"name": "step", "boundaries": [5, 3]}, "must ascend"),
     ({"name": "step", "boundaries": [5], "factors": [1, 2]}, "one factor each"),
     ({"name": "rsqrt", "timescale": 0}, "timescale is 0"),

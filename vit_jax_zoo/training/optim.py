@@ -191,41 +191,29 @@ def _lamb(*, b1: Number = 0.9, b2: Number = 0.999, eps: Number = 1e-6) -> Any:
   return scale_by_adam(b1, b2, eps)
 
 
-def _adafactor(  # noqa: PLR0913 (a config sets each of them by name)
+def _adafactor(
   *,
   decay_rate: Number = 0.8,
   beta2_cap: Number = 0.999,
   min_dim_size_to_factor: int = 32,
-  clipping_threshold: Number | None = None,
-  multiply_by_parameter_scale: bool = False,
   momentum: Number | None = 0.9,
   momentum_dtype: Any = jnp.bfloat16,
   eps: Number = 1e-30,
 ) -> optax.GradientTransformation:
-  """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4).
-
-  The original's (arXiv:1804.04235) are beta2_cap=1, min_dim_size_to_factor=128,
-  clipping_threshold=1, multiply_by_parameter_scale=True, momentum=None.
-  """
+  """Adafactor of Scaling Vision Transformers (arXiv:2106.04560, section 3.4)."""
 
   def second_moment_decay(step: Any, exponent: Any) -> Any:
     return jnp.minimum(beta2_cap, 1.0 - (jnp.asarray(step, jnp.float32) + 1.0) ** -exponent)
 
-  steps = [
-    optax.scale_by_factored_rms(
-      decay_rate=decay_rate,
-      min_dim_size_to_factor=min_dim_size_to_factor,
-      epsilon=eps,
-      decay_rate_fn=second_moment_decay,
-    )
-  ]
-  if clipping_threshold is not None:
-    steps.append(optax.clip_by_block_rms(clipping_threshold))
-  if multiply_by_parameter_scale:
-    steps.append(optax.scale_by_param_block_rms())
-  if momentum is not None:
-    steps.append(optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype))
-  return optax.chain(*steps)
+  scale = optax.scale_by_factored_rms(
+    decay_rate=decay_rate,
+    min_dim_size_to_factor=min_dim_size_to_factor,
+    epsilon=eps,
+    decay_rate_fn=second_moment_decay,
+  )
+  if momentum is None:
+    return scale
+  return optax.chain(scale, optax.ema(momentum, debias=False, accumulator_dtype=momentum_dtype))
 
 
 OPTIMIZERS = {

@@ -12,7 +12,7 @@ value E:
 | cosine   | E + (B - E) (1 + cos(pi p)) / 2                                      |
 | poly     | E + (B - E) (1 - p)^power, power 0.9 by default                      |
 | rsqrt    | B sqrt(s / (s + max(t - w, 0))), s = timescale (arXiv:2106.04560)    |
-| step     | B times the factors of all boundaries <= t; or B factor^floor(t / every) |
+| step     | B times the factors of all boundaries <= t, 0.1 by default            |
 
 times the warm-up min(1, f + (1 - f) t / w), of whose first steps `optax.linear_schedule` loses most
 digits. `constant` and `rsqrt` may end with a cool-down: linear to E over the last c steps. Linear
@@ -157,20 +157,13 @@ def _step(
   num_steps: int,
   _: int,
   *,
-  boundaries: Sequence[Steps] | None = None,
-  every: Steps | None = None,
-  factor: Number = 0.1,
+  boundaries: Sequence[Steps] = (),
   factors: Sequence[Number] | None = None,
 ) -> Schedule:
-  if (boundaries is None) == (every is None):
-    raise ValueError("the step schedule needs either `boundaries` or `every`, and not both")
-  if boundaries is None:
-    period = count_steps("every", every or 0, num_steps)
-    if period < 1 or factors is not None:
-      raise ValueError(f"the step schedule has every={every}, factors={factors}; every >= 1, alone")
-    return optax.exponential_decay(base, period, factor, staircase=True)
+  if not boundaries:
+    raise ValueError("the step schedule has no `boundaries`; expected steps, or fractions of all")
   edges = [count_steps("boundaries", edge, num_steps) for edge in boundaries]
-  multipliers = [factor] * len(edges) if factors is None else list(factors)
+  multipliers = [0.1] * len(edges) if factors is None else list(factors)
   if len(multipliers) != len(edges) or edges != sorted(edges):
     problem = f"the step schedule has boundaries {edges} and {len(multipliers)} factors"
     raise ValueError(f"{problem}; boundaries must ascend, with one factor each")
