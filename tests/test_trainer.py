@@ -142,8 +142,8 @@ def test_model_without_explanations(tmp_path, monkeypatch, caplog):
   ("metrics", "best", "message"),
   [
     (("acuracy",), None, r"data\.eval\.test\.metrics.*'acuracy'.*'accuracy'"),
-    (("loss",), None, r"data\.eval\.test\.metrics lacks 'accuracy'"),
-    (("accuracy",), "test/loss", r"data\.eval\.test\.metrics lacks 'loss'"),
+    (("loss",), None, r"data\.eval\.test\.metrics: no 'accuracy'"),
+    (("accuracy",), "test/loss", r"data\.eval\.test\.metrics: no 'loss'"),
     ((), "test/acuracy", r"checkpoint\.best 'acuracy'; did you mean 'accuracy'"),
     ((), "test/acuracy/cat", r"checkpoint\.best 'acuracy'; did you mean 'accuracy'"),
   ],

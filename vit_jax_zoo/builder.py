@@ -31,14 +31,14 @@ class Experiment:
   config: ConfigDict  # complete
   mesh: Mesh
   open_train_source: Callable[[], Source]
-  eval_sources: Mapping[str, Source]  # of each evaluation, by name
-  fit_sources: Mapping[str, Source]  # that feature probes are fitted to, by name of the evaluation
-  probes: Mapping[str, FeatureProbe]  # by name of the evaluation
+  eval_sources: Mapping[str, Source]  # by name of the evaluation, as are the next two
+  fit_sources: Mapping[str, Source]  # training data of feature probes
+  probes: Mapping[str, FeatureProbe]
   model: Any  # a Linen module
   task: Task
   num_steps: int  # of the whole run
 
-  @functools.cached_property
+  @property
   def train_source(self) -> Source:
     """The training data, opened at the first use."""
     return self.open_train_source()
@@ -50,7 +50,7 @@ class Experiment:
 
   @property
   def sources(self) -> dict[str, Source]:
-    """All data, by name: "train", and the evaluations."""
+    """All data: "train", and the evaluations by name."""
     return {"train": self.train_source, **self.eval_sources}
 
   def _loader_options(self, batch_size: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class Experiment:
     return getattr(self.task, "num_classes", None)
 
   def train_batches(self, start_step: int = 0) -> pipeline.BatchIterator:
-    """Yields this process's part of the training batches from a step on, without end."""
+    """Returns an endless iterator over this process's part of the training batches."""
     return pipeline.train_batches(
       self.train_source,
       build_transforms(self.config.data.train.transforms),
@@ -112,7 +112,7 @@ class Experiment:
     """Returns the compiled steps of an evaluation, for the shapes of the default one's batches."""
     name = main_evaluation(self.config.data.eval.to_dict())
     if name is None:
-      raise ValueError("nothing to evaluate: the config names no evaluation")
+      raise ValueError("data.eval: empty; expected an evaluation")
     batch = self.eval_batches(name).one_example()
     batch_size = self.config.eval_batch_size or self.config.batch_size
     return compiled_steps.build_evaluation(
@@ -182,26 +182,26 @@ def _check_metrics(config: ConfigDict, task: Task) -> None:
     chosen, field = spec.get("metrics") or (), f"data.eval.{name}.metrics"
     if "fit_split" in spec:
       if chosen:
-        raise ValueError(f"{field}: a probe has no metrics to choose from; leave it out")
+        raise ValueError(f"{field}: not supported by feature probes; remove it")
       continue
     check_names(f"metric in {field}", chosen, task.metrics)
     if name == evaluation and task.metrics:
       check_names("score of checkpoint.best", [best], task.metrics)
     if name == evaluation and chosen and best not in chosen:
-      raise ValueError(f"{field} lacks {best!r}, which chooses the best checkpoint; add it")
+      raise ValueError(f"{field}: no {best!r}, which selects the best checkpoint; add it")
 
 
 def _open_evaluations(
   opened: Callable[..., Source], sections: Mapping[str, Any] | ConfigDict, info: DatasetInfo
 ) -> tuple[dict[str, Source], dict[str, Source]]:
-  """Opens the evaluations' data, and what probes are fitted to; checks classes against `info`."""
+  """Opens the data of evaluations and probes; checks their classes against `info`."""
   eval_sources, fit_sources = {}, {}
   for name, spec in sections.items():
     eval_sources[name] = opened(spec)
     if eval_sources[name].info.num_objects == 0:
       raise ValueError(
         f"data.eval.{name}: {eval_sources[name].info.name} has no annotated objects, or only crowds"
-        "; expected some to score. Set another split"
+        "; expected at least one. Set another split"
       )
     if "fit_split" in spec:
       fit_sources[name] = opened(spec, "fit_split")

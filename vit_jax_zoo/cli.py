@@ -1,4 +1,4 @@
-"""Shared by all commands: flag parsing, log format, and one-line errors."""
+"""Command lines of all commands: flag parsing, log format, one-line errors."""
 
 import contextlib
 import logging as python_logging
@@ -29,10 +29,10 @@ def _report_interrupt(kind: type[BaseException], error: BaseException, trace: An
     sys.__excepthook__(kind, error, trace)
 
 
-def _report_unless_known(report: Any) -> None:
-  """Drops errors of TensorStore's threads: Orbax raises the first of several itself.
+def _report_unraisable(report: Any) -> None:
+  """Drops errors of TensorStore's threads, the first of which Orbax raises.
 
-  Repeats a Ctrl-C that came in a callback of the garbage collector (JAX has one), which ignores it.
+  Repeats a Ctrl-C that was lost in a callback of the garbage collector (JAX registers one).
   """
   if issubclass(report.exc_type, KeyboardInterrupt):
     signal.signal(signal.SIGALRM, signal.default_int_handler)
@@ -43,10 +43,10 @@ def _report_unless_known(report: Any) -> None:
     sys.__unraisablehook__(report)
 
 
-# From here on: the imports of the commands take seconds.
+# Set on import: the later imports of the commands take seconds.
 sys.excepthook = _report_interrupt
 if sys.unraisablehook is sys.__unraisablehook__:
-  sys.unraisablehook = _report_unless_known
+  sys.unraisablehook = _report_unraisable
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def log_plainly() -> None:
   logging.set_verbosity(logging.INFO)
   handler = logging.get_absl_handler()
   handler.setFormatter(_Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-  handler.addFilter(_is_ours_or_serious)
+  handler.addFilter(_is_logged)
   libtpu.silence_if_idle()
 
 
@@ -118,8 +118,8 @@ class _Formatter(python_logging.Formatter):
     return text.replace("\n", "\\n") if is_one_line and not record.exc_info else text
 
 
-def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-  """Drops what Orbax logs of its work, and tracebacks of errors that it also raises."""
+def _is_logged(record: python_logging.LogRecord) -> bool:
+  """Drops other libraries' info lines, and Orbax's tracebacks of errors that it also raises."""
   if record.exc_info and ("orbax" in record.pathname or record.name == "asyncio"):
     return False
   return record.levelno >= python_logging.WARNING or "vit_jax_zoo" in record.pathname

@@ -105,13 +105,13 @@ def load(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
   path = pathlib.Path(name).expanduser()
   if not path.is_file():
     folders = dict.fromkeys((path.parent, pathlib.Path("configs")))
-    known = {str(p): str(p) for folder in folders for p in folder.glob("[!_]*.py")}
-    known |= {pathlib.Path(p).stem: p for p in known}
-    nearest = difflib.get_close_matches(str(path), known, n=1)
-    hint = f"; did you mean {known[nearest[0]]}?" if nearest else ""
-    if not (known or path.is_absolute()):
-      hint = f" in {pathlib.Path.cwd()}; change to the folder that holds {path.parts[0]}"
-    raise FileNotFoundError(f"there is no config file {name}{hint}")
+    files = {str(p): str(p) for folder in folders for p in folder.glob("[!_]*.py")}
+    files |= {pathlib.Path(p).stem: p for p in files}
+    nearest = difflib.get_close_matches(str(path), files, n=1)
+    hint = f"; did you mean {files[nearest[0]]}?" if nearest else ""
+    if not (files or path.is_absolute()):
+      hint = f" in {pathlib.Path.cwd()}; change to the folder of {path.parts[0]}"
+    raise FileNotFoundError(f"--config={name}: no such file{hint}")
   root = str(path.resolve().parent.parent)
   if root not in sys.path:  # for `from configs import common`
     sys.path.insert(0, root)
@@ -161,8 +161,8 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
   """Sets fields of a complete config, in place, by `ml_collections.config_flags`.
 
   Overrides are `--config.section.field=value`: None, a value of the field's type, or, for lists and
-  new fields (in `OPEN_SECTIONS`), a Python literal (`3e-4`, `True`, `[1, 2]`) or a string. A new
-  optimizer name drops the fields of the old one.
+  new fields (in `OPEN_SECTIONS`), a Python literal or a string. A new optimizer name drops the
+  fields of the old one.
   """
   optimizers = {path: section.name for path, section in _optimizers(config).items()}
   given = set()
@@ -171,7 +171,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     if not (flag.startswith("-") and name.startswith("config.")):
       raise ValueError(f"unexpected argument {flag!r}; options begin with --")
     if not equals:
-      raise ValueError(f"{flag} has no value; write {flag}=value")
+      raise ValueError(f"{flag}: no value; write {flag}=value")
     path = name.removeprefix("config.")
     _prepare(config, path, text)
     given.add(path)
@@ -184,8 +184,8 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
     except (flags.Error, TypeError) as error:
       raise ValueError(str(error)) from None
     for path, section in _optimizers(config).items():
-      known = optimizer_fields(section.name)
-      dropped = [key for key in section if key not in known and f"{path}.{key}" not in given]
+      fields = optimizer_fields(section.name)
+      dropped = [key for key in section if key not in fields and f"{path}.{key}" not in given]
       if dropped and optimizers.get(path) != section.name:
         for key in dropped:
           del section[key]
@@ -193,7 +193,7 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> None:
 
 
 def _prepare(config: ConfigDict, path: str, text: str) -> None:
-  """Checks the name of a field, and lets config_flags parse any literal where needed."""
+  """Checks a field's name; replaces it by a placeholder if the flag may change its type."""
   *parents, key = path.split(".")
   section, above = config, ""
   for parent in parents:
@@ -203,7 +203,7 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
     section, above = section[parent], f"{above}{parent}."
   if isinstance(section.get(key), ConfigDict):
     fields = ", ".join(f"--config.{path}.{name}" for name in section[key])
-    raise ValueError(f"--config.{path} is a section; set its fields: {fields}")
+    raise ValueError(f"--config.{path}: a section; set its fields: {fields}")
   if key not in section:
     _check_not_renamed(path, f"--config.{path}")
     _check_not_of_groups(config, path)
@@ -224,7 +224,7 @@ def _prepare(config: ConfigDict, path: str, text: str) -> None:
 
 
 def _new_name(path: str) -> str | None:
-  """Returns the new name of the field that had this path, None if it was not renamed."""
+  """Returns the new name of a renamed field, else None."""
   of_systems = (pair for system in systems().values() for pair in system.renamed_fields)
   return next((new for old, new in (*RENAMED, *of_systems) if fnmatch.fnmatch(path, old)), None)
 
@@ -242,20 +242,22 @@ def _check_not_of_groups(config: ConfigDict, path: str) -> None:
 
 
 def rename_fields(config: dict[str, Any], path: str = "") -> dict[str, Any]:
-  """Returns the config of a saved run, as nested dicts, with today's field names."""
-  found = {}
+  """Returns the config of a saved run, as nested dicts, with the current field names."""
+  current = {}
   removed = {k: v for system in systems().values() for k, v in system.removed_fields.items()}
   for key, value in config.items():
     name = f"{path}{key}"
     if name in removed:
       if value != removed[name]:
-        raise ValueError(f"config.{name}: {value!r} is no longer supported; this field was removed")
+        raise ValueError(
+          f"config.{name}: {value!r} is not supported any more; the field was removed"
+        )
       continue
     new = _new_name(name) or key
     items = value if isinstance(value, list) else [value]
     items = [rename_fields(x, f"{name}.") if isinstance(x, dict) else x for x in items]
-    found[new] = items if isinstance(value, list) else items[0]
-  return found
+    current[new] = items if isinstance(value, list) else items[0]
+  return current
 
 
 def _optimizers(config: ConfigDict) -> dict[str, ConfigDict]:
@@ -268,21 +270,21 @@ def _optimizers(config: ConfigDict) -> dict[str, ConfigDict]:
 def check_values(config: ConfigDict) -> None:
   """Raises ValueError if a field of a complete config is not set, or out of its range."""
   if missing := sorted(set(defaults()) - set(config)):
-    raise ValueError(f"config.{missing[0]} is missing; complete the config by config.complete")
+    raise ValueError(f"config.{missing[0]}: missing; call config.complete first")
   for key in ("batch_size", "model", "task", "optimizer"):
     if config[key] is None or (key != "batch_size" and not config[key]):
-      raise ValueError(f"the config does not set {key!r}")
+      raise ValueError(f"config.{key}: not set; expected a value")
   check_names("field of config.data.loader", config.data.loader, LOADER_FIELDS)
   if config.num_steps is None and config.num_epochs is None:
-    raise ValueError("the config must set num_steps or num_epochs")
+    raise ValueError("config.num_steps: not set; expected num_steps or num_epochs")
   _check_minima(config)
   seed = config.seed
   if isinstance(seed, bool) or not (isinstance(seed, int) and 0 <= seed < 1 << 63):
-    raise ValueError(f"seed is {seed}; expected an integer, at least 0 and below 2**63")
+    raise ValueError(f"config.seed: {seed}; expected an integer, at least 0 and below 2**63")
   if config.num_epochs is not None and not config.num_epochs > 0:
-    raise ValueError(f"num_epochs is {config.num_epochs}; expected a number above 0")
+    raise ValueError(f"config.num_epochs: {config.num_epochs}; expected a number above 0")
   if config.ema_decay is not None and not 0 <= config.ema_decay < 1:
-    raise ValueError(f"ema_decay is {config.ema_decay}; expected a number in [0, 1), or None")
+    raise ValueError(f"config.ema_decay: {config.ema_decay}; expected a number in [0, 1), or None")
   check_names("checkpoint.best_mode", [config.checkpoint.best_mode], ("max", "min"))
 
 
@@ -295,4 +297,4 @@ def _check_minima(config: ConfigDict) -> None:
       is_valid = 0 < value < 1 or (value.is_integer() and value >= minimum)
     if value is not None and not is_valid:
       fraction = ", or a fraction of the run, such as 0.05" if may_be_fraction else ""
-      raise ValueError(f"{name} is {value}; expected an integer, at least {minimum}{fraction}")
+      raise ValueError(f"config.{name}: {value}; expected an integer, at least {minimum}{fraction}")

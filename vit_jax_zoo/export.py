@@ -11,8 +11,8 @@
 | orbax            | folder: a checkpoint of this package       | `--model`, Orbax         |
 | stablehlo        | folder: model.stablehlo, the whole program | any program with JAX     |
 
-Systems register further formats (`registry.Format`). If a format has no such model, the error names
-the field that prevents it. Models with several inputs (TTSR) cannot be written as StableHLO.
+Systems register further formats (`registry.Format`). If a format does not support a model, the
+error names the field. Models with several inputs (TTSR) cannot be written as StableHLO.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def formats_of(family: str) -> tuple[str, ...]:
 
 
 def write(pretrained: Pretrained, form: str, path: str) -> None:
-  """Writes a model in one of `formats_of` its family; ValueError if the format lacks it."""
+  """Writes a model in one of `formats_of` its family; ValueError if the format is another."""
   family = family_of(pretrained.model)
   check_names(f"format of {family}", [form], formats_of(family))
   if form == "orbax":
@@ -105,13 +105,13 @@ def write_orbax(pretrained: Pretrained, family: str, path: str) -> None:
   checkpointer.wait_until_finished()
   checkpointer.close()
   size, preprocess = pretrained.config.get("image_size"), pretrained.preprocess
-  fields, known = export_of(pretrained).fields(), task_fields(pretrained.task)
+  fields, names = export_of(pretrained).fields(), task_fields(pretrained.task)
   from_data = {"num_classes": None, "class_names": None}
   numbers = {"image_mean": preprocess.mean, "image_std": preprocess.std}
   task = {**pretrained.task_fields, **numbers, **from_data}
   config = {
     "model": {"name": next(iter(variants(family))), **fields},
-    "task": {"name": pretrained.task, **{k: v for k, v in task.items() if k in known}},
+    "task": {"name": pretrained.task, **{k: v for k, v in task.items() if k in names}},
     "data": {"eval": {"test": {"transforms": []}}},
     "preprocess": dataclasses.asdict(preprocess),
     "checkpoint": {},

@@ -26,16 +26,16 @@ class Initializer:
 
   def __call__(self, fresh: Variables) -> Variables:
     """Returns the initial variables, given randomly initialised ones."""
-    taken = self._init_from(self.init_from, fresh) if self.init_from else fresh
+    loaded = self._init_from(self.init_from, fresh) if self.init_from else fresh
     before = _flatten(fresh)
-    missing = [path for path, leaf in _flatten(taken).items() if leaf is before[path]]
+    missing = [path for path, leaf in _flatten(loaded).items() if leaf is before[path]]
     if not missing:
-      return taken
-    learned = all_gather_objects(self.task.init_from_data(self.preview))[0]
+      return loaded
+    from_data = all_gather_objects(self.task.init_from_data(self.preview))[0]
     files = weights.still_needed(self.task.weight_files, missing)
     sources = {k: restore_variables(f) if is_checkpoint(f) else f for k, f in files.items()}
-    others = weights.load_parts(sources, {**fresh, **learned})
-    return jax.tree.map(lambda a, b, other: other if a is b else a, taken, fresh, others)
+    others = weights.load_parts(sources, {**fresh, **from_data})
+    return jax.tree.map(lambda a, b, other: other if a is b else a, loaded, fresh, others)
 
   def _init_from(self, path: str, fresh: Variables) -> Variables:
     logging.info("initialising from %s", path)

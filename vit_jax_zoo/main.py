@@ -36,7 +36,7 @@ NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "number of processes
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "index of this process, from 0")
 RENAMED_FLAGS = {"evaluate_only": "eval_only"}
 
-_LONGEST = 120  # maximum length of the config's argument in the name of a run's directory
+_MAX_LENGTH = 120  # of the config's argument in the name of a run's directory
 
 EXIT_STOPPED = 143  # 128 + SIGTERM: the run was interrupted, and its state is saved
 
@@ -71,10 +71,10 @@ def default_workdir(config_argument: str) -> str:
   'runs/vit_demo'
   """
   path, _, argument = config_argument.partition(":")
-  words = "".join(c if c.isalnum() or c in "._-" else "_" for c in argument or "demo")
-  if len(words) > _LONGEST:  # file names are limited, and fields may be paths
-    words = f"{words[:_LONGEST]}_{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}"
-  return f"runs/{pathlib.Path(path).stem}_{words}"
+  name = "".join(c if c.isalnum() or c in "._-" else "_" for c in argument or "demo")
+  if len(name) > _MAX_LENGTH:  # file names are limited, and fields may be paths
+    name = f"{name[:_MAX_LENGTH]}_{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+  return f"runs/{pathlib.Path(path).stem}_{name}"
 
 
 def parse_window(text: str | None) -> tuple[int, int] | None:

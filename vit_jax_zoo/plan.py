@@ -35,12 +35,12 @@ def define_flags() -> None:
   """Defines the command's flags: not on import, as other commands have flags of the same names."""
   flags.DEFINE_string("config", None, "as of main; --config.section.field=value sets any field")
   flags.DEFINE_string("topology", None, "a TPU slice, such as v5e:4x4, v5p:4x4x4 or v5litepod-16")
-  flags.DEFINE_string("platform", "tpu", "tpu, or cpu or cuda: what this machine has")
+  flags.DEFINE_string("platform", "tpu", "tpu, or this machine's cpu or cuda devices")
   flags.DEFINE_bool("compile", True, "false: only check config, slice, mesh and batch size")
-  flags.DEFINE_bool("search", False, "try several meshes, and choose one")
+  flags.DEFINE_bool("search", False, "compare several meshes, and select one")
   flags.DEFINE_string("output", None, "a JSON file to write the plan to")
   flags.DEFINE_bool("all", False, "every recipe of configs/, into docs/PLANS.md")
-  flags.DEFINE_string("only", "", "of --all, the rows that have this pattern in their name")
+  flags.DEFINE_string("only", "", "of --all, only the rows whose name contains this pattern")
   flags.DEFINE_enum(
     "optimization_level", None, ("O0", "O1", "O2", "O3"),
     "of XLA; O1 compiles convolutions in a third of the time, but the program moves more bytes "
@@ -68,18 +68,18 @@ def main(argv: Sequence[str]) -> int:
   else:
     tried = [make_plan(config, machine, name=FLAGS.config, overrides=list(argv[1:]))]
   chosen = best(tried) or tried[-1]
-  _say(report(chosen))
+  _print(report(chosen))
   if FLAGS.output:
     others = {"tried": [plan.as_json() for plan in tried]} if FLAGS.search else {}
-    found = chosen.as_json() | others
-    pathlib.Path(FLAGS.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(chosen.as_json() | others, indent=1) + "\n"
+    pathlib.Path(FLAGS.output).write_text(text, encoding="utf-8")
   return 0 if chosen.fits else 1
 
 
 def _check(config: ConfigDict, overrides: list[str]) -> int:
   machine = simulated_slice(FLAGS.topology)
   plan = make_plan(config, machine, name=FLAGS.config, overrides=overrides, compile_step=False)
-  _say(
+  _print(
     f"{FLAGS.config} on {machine.name}: {plan.num_devices} devices, mesh {mesh(plan)}, "
     f"batch {plan.batch_size}, {plan.num_steps} steps; memory not checked (leave out --nocompile)"
   )
@@ -91,18 +91,18 @@ def _search(config: ConfigDict, machine: Machine) -> list[Plan]:
   plans: list[Plan] = []
   for plan in search(config, machine, name=FLAGS.config):
     plans.append(plan)
-    _say(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
+    _print(table(plans) if len(plans) == 1 else table([plan]).splitlines()[-1])
   if not plans:
     problem = f"batch_size {config.batch_size}: no mesh of {len(machine.devices)} devices splits it"
-    raise ValueError(f"{problem}; take a smaller slice than {machine.name}, or another batch")
+    raise ValueError(f"{problem}; use a smaller slice than {machine.name}, or another batch size")
   chosen = best(plans)
-  words = "none fits" if chosen is None else f"chosen: {' '.join(chosen.overrides)}"
-  _say(f"\nof {len(plans)} tried, {words}\n")
+  result = "none fits" if chosen is None else f"selected: {' '.join(chosen.overrides)}"
+  _print(f"\n{len(plans)} compared, {result}\n")
   return plans
 
 
-def _say(text: str) -> None:
-  print(escape_controls(text), flush=True)  # noqa: T201 what the command is for
+def _print(text: str) -> None:
+  print(escape_controls(text), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

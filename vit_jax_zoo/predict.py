@@ -40,9 +40,9 @@ FLAGS = flags.FLAGS
 
 EXIT_SOME_FAILED = 1
 
-_LONGEST = 200  # bytes of a picture's name without suffixes: names of files have at most 255
+_MAX_BYTES = 200  # of a picture's name without suffixes: file names have at most 255
 RESULTS, RECORDS = "predictions.json", "predictions.jsonl"
-MARK = ".predict_files"  # names of what runs wrote to a folder, which later ones may replace
+MARK = ".predict_files"  # lists the files that this command wrote to a folder and may replace
 OPTIONS = [field.name for field in dataclasses.fields(Options)]
 
 
@@ -85,8 +85,8 @@ def check_options(predictor: Predictor, options: Options) -> None:
   given = (n for n in OPTIONS if not np.array_equal(getattr(options, n), getattr(Options, n)))
   unread = [name for name in given if name not in predictor.reads]
   if unread:
-    known = ", ".join(f"--{option}" for option in sorted(predictor.reads))
-    raise ValueError(f"--{unread[0]} is not supported by this model's task; it supports {known}")
+    supported = ", ".join(f"--{option}" for option in sorted(predictor.reads))
+    raise ValueError(f"--{unread[0]}: not supported by this model's task; expected {supported}")
 
 
 def find_images(given: Sequence[str]) -> list[pathlib.Path]:
@@ -126,10 +126,10 @@ def predict_all(
 ) -> int:
   """Predicts for each file and writes the results; returns the exit status.
 
-  `predictions.json` has an entry for each file, in order, `predictions.jsonl` a line, written at
-  once: `image`, `pictures` (names of files) and the predictor's record, or `error`; with `truth`
+  `predictions.json` has an entry for each file, in order, `predictions.jsonl` a line, written
+  immediately: `image`, `pictures` (file names) and the predictor's record, or `error`; with `truth`
   also `image_id`, None if the image is not in it. Detections are also written in COCO's formats.
-  ValueError if a file would be replaced that no earlier run wrote.
+  ValueError if an existing file would be replaced that this command did not write.
   """
   output.mkdir(parents=True, exist_ok=True)
   _check_outputs(output, truth)
@@ -140,22 +140,23 @@ def predict_all(
   lines = output / RECORDS
   lines.unlink(missing_ok=True)
   for done, path in enumerate(paths, start=1):
-    known: dict[str, Any] = {"image": escape_surrogates(str(path))}
+    name = escape_surrogates(str(path))
+    base: dict[str, Any] = {"image": name}
     if truth is not None:
-      known["image_id"] = truth.image_ids.get(known["image"])
+      base["image_id"] = truth.image_ids.get(name)
     try:
       image = read_image(path)
       prediction = predictor(image)
     except ValueError as error:
       failed += 1
       message = escape_surrogates(" ".join(str(error).split()))
-      record = {**known, "error": message}
-      is_named = isinstance(error, images.CorruptExampleError)
-      logging.error("%s", message if is_named else f"{known['image']}: {message}")
+      record = {**base, "error": message}
+      has_path = isinstance(error, images.CorruptExampleError)
+      logging.error("%s", message if has_path else f"{name}: {message}")
     else:
-      name, files = pictures.write(escape_surrogates(path.stem), prediction)
-      record = {**known, "pictures": files, **prediction.record}
-      collected.add(known["image"], name, image, prediction)
+      prefix, files = pictures.write(escape_surrogates(path.stem), prediction)
+      record = {**base, "pictures": files, **prediction.record}
+      collected.add(name, prefix, image, prediction)
     records.append(record)
     with lines.open("a") as stream:
       stream.write(json.dumps(record) + "\n")
@@ -178,14 +179,14 @@ class PictureFiles:
 
   def write(self, stem: str, prediction: Prediction) -> tuple[str, list[str]]:
     """Writes an image's pictures; returns the prefix of their names (`stem_2`), and the names."""
-    known, pictures = self._model_pictures, prediction.model_pictures
-    if new := {k: picture for k, picture in pictures.items() if k not in known}:
-      known |= self._write("model", new)[1]
+    written, pictures = self._model_pictures, prediction.model_pictures
+    if new := {k: picture for k, picture in pictures.items() if k not in written}:
+      written |= self._write("model", new)[1]
     prefix, names = self._write(stem, prediction.pictures)
-    return prefix, [*names.values(), *(known[k] for k in pictures)]
+    return prefix, [*names.values(), *(written[k] for k in pictures)]
 
   def _write(self, stem: str, pictures: Mapping[str, Picture]) -> tuple[str, dict[str, str]]:
-    while len(os.fsencode(stem)) > _LONGEST:
+    while len(os.fsencode(stem)) > _MAX_BYTES:
       stem = stem[:-1]
     prefix, number = stem, 1
     while self._taken & set((names := _names(prefix, pictures)).values()):

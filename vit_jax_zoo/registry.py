@@ -1,4 +1,4 @@
-"""Names to objects: `Registry`, and the `System` of each folder of `systems`; all are found."""
+"""Registries by name, and the `System` that each folder of `systems` registers."""
 
 import dataclasses
 import fnmatch
@@ -20,7 +20,7 @@ class Registry(Mapping[str, Any]):
     self._kind, self._entries = kind, dict(entries)
 
   def __getitem__(self, name: str) -> Any:
-    """Returns the object of this name; ValueError with the nearest known one if there is none."""
+    """Returns the object of this name; ValueError, with the closest name, if there is none."""
     return getattr(self.module(name), self._entries[name].partition(":")[2])
 
   def module(self, name: str) -> ModuleType:
@@ -51,7 +51,7 @@ class Format:
 
 @dataclasses.dataclass(frozen=True)
 class System:
-  """What one paper's folder registers. References are "module:attribute" in the folder.
+  """Registration of one paper's folder. References are "module:attribute" in the folder.
 
   Names of models begin with their family's. The module of a model's class has `VARIANTS` (model
   name -> fields) and `SHARDING_RULES`. A neck maps a feature pyramid to another one, and may have
@@ -91,7 +91,7 @@ def systems() -> Mapping[str, System]:
 
 
 def load_reference(system: str, reference: str) -> Any:
-  """Returns what "module:attribute", or "module" alone, names in a system's folder."""
+  """Returns the object of "module:attribute", or the module of "module", in a system's folder."""
   module, _, attribute = reference.partition(":")
   loaded = import_module(f"vit_jax_zoo.systems.{system}.{module}")
   return getattr(loaded, attribute) if attribute else loaded
@@ -107,7 +107,7 @@ def registry_of(kind: str, field: str, core: Mapping[str, str] | None = None) ->
 
 
 def load_from_each(field: str) -> list[Any]:
-  """Returns what one field names in each system that has it: a reference, or several."""
+  """Returns the objects of a field of references, one or several, of all systems."""
   fields = {name: getattr(system, field) for name, system in systems().items()}
   several = {name: [value] if isinstance(value, str) else value for name, value in fields.items()}
   return [load_reference(name, ref) for name, refs in several.items() for ref in refs if ref]
@@ -140,23 +140,23 @@ _OTHER_NAMES = (
   (r"[-/]", "_"),
   (r"resnet_?(?=\d)", "r"),
 )
-"""Substitutions from other libraries' model names, those of `System.other_names` follow; the first
-result that is a model's name is taken."""
+"""Substitutions in other libraries' model names, before those of `System.other_names`, applied
+until the result is a model's name."""
 
 
 def model_name(name: str) -> str:
-  """Returns the name here of a model, which may be another library's: "vit_base_patch16_224".
+  """Returns a model's name in this package, given another library's: "vit_base_patch16_224".
 
   >>> model_name("google/vit-base-patch16-224-in21k"), model_name("facebook/detr-resnet-50-dc5")
   ('vit_b16', 'detr_r50_dc5')
   """
-  ours, known = name.strip().lower(), list_models()
+  result, models = name.strip().lower(), list_models()
   of_systems = (pair for system in systems().values() for pair in system.other_names)
   for pattern, replacement in (*_OTHER_NAMES, *of_systems):
-    if ours in known:
+    if result in models:
       break
-    ours = re.sub(pattern, replacement, ours)
-  return ours if ours in known else name
+    result = re.sub(pattern, replacement, result)
+  return result if result in models else name
 
 
 def family_of(model: Any) -> str:
@@ -164,7 +164,7 @@ def family_of(model: Any) -> str:
   for family, kind in model_classes().items():
     if kind is type(model):
       return family
-  raise ValueError(f"{type(model).__name__} is not the class of any model in this package")
+  raise ValueError(f"{type(model).__name__}: not a model class of this package")
 
 
 def list_models(pattern: str = "*") -> list[str]:

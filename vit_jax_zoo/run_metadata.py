@@ -42,9 +42,7 @@ def check_unchanged(config: ConfigDict, info: DatasetInfo | None, workdir: epath
     changed.append(f"class {index}: {old} -> {new}")
   if changed:
     remedy = "use another --workdir, or --allow_config_change to resume with the new values"
-    raise ValueError(
-      f"{workdir} holds a run of another config ({'; '.join(changed[:5])}); {remedy}"
-    )
+    raise ValueError(f"{workdir}: the run has another config ({'; '.join(changed[:5])}); {remedy}")
 
 
 def save_config(config: ConfigDict, workdir: epath.Path) -> None:
@@ -76,10 +74,10 @@ class RunData:
 
 
 def load_run(workdir: epath.Path) -> tuple[dict[str, Any], RunData]:
-  """Returns the config of a run, with today's field names, and the metadata of its data."""
+  """Returns the config of a run, with the current field names, and the metadata of its data."""
   config = _read(workdir / CONFIG_FILE)
   if config is None:
-    raise FileNotFoundError(f"{workdir}: there is no {CONFIG_FILE}; expected the folder of a run")
+    raise FileNotFoundError(f"{workdir}: no {CONFIG_FILE}; expected the folder of a run")
   return rename_fields(config), load_data(workdir)
 
 
@@ -98,8 +96,8 @@ def main_evaluation(evaluations: Mapping[str, Any]) -> str | None:
 
 def needs_data(*sections: Mapping[str, Any] | ConfigDict) -> bool:
   """Returns whether any section has a field that `fill_from_data` would fill."""
-  open_fields = [key for section in sections for key, value in section.items() if value is None]
-  return any(hasattr(RunData(), key) for key in open_fields)
+  unset = [key for section in sections for key, value in section.items() if value is None]
+  return any(hasattr(RunData(), key) for key in unset)
 
 
 def fill_from_data(fields: Mapping[str, Any], data: DatasetInfo | RunData) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from vit_jax_zoo.training.lr_scaling import advise
 from vit_jax_zoo.training.metric_writer import MetricWriter
 
 Counts: TypeAlias = Mapping[str, Integer[np.ndarray, " k"]]  # examples of each class, by split
-MAX_LISTED = 12  # of more classes, only the counts of the smallest and largest are listed
-
-IMBALANCED = 10  # warns from this ratio of the sizes of the largest and smallest class
+MAX_LISTED = 12  # of more classes, only the counts of the smallest and largest are logged
+IMBALANCED = 10  # ratio of the sizes of the largest and smallest class from which to warn
 
 
 def log_summary(

@@ -63,12 +63,12 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
   run_data = run_metadata.load_data(workdir) if options.eval_only else None
   with contextlib.nullcontext() if options.eval_only else workdir_lock(workdir):
     experiment = build(config, run_data=run_data)
-    check_equal(lambda: _facts(experiment, train=not options.eval_only))
+    check_equal(lambda: _settings(experiment, train=not options.eval_only))
     config = experiment.config
-    kept = {"keep": config.checkpoint.keep, "best_mode": config.checkpoint.best_mode}
+    policy = {"keep": config.checkpoint.keep, "best_mode": config.checkpoint.best_mode}
     with (
       jax.set_mesh(experiment.mesh),
-      Checkpointer(workdir, **kept, read_only=options.eval_only) as checkpointer,
+      Checkpointer(workdir, **policy, read_only=options.eval_only) as checkpointer,
     ):
       if checkpointer.latest_step is not None and not options.allow_config_change:
         info = None if options.eval_only else experiment.train_source.info
@@ -76,12 +76,12 @@ def run(config: ConfigDict, workdir: epath.Path, options: RunOptions = RunOption
       if not options.eval_only:
         return _train(experiment, options, checkpointer)
       if checkpointer.latest_step is None and not config.init_from:
-        raise FileNotFoundError(f"nothing to evaluate: no checkpoint in {workdir}, no init_from")
+        raise FileNotFoundError(f"--eval_only: no checkpoint in {workdir}, and no config.init_from")
       return _evaluate_only(experiment, checkpointer)
 
 
-def _facts(experiment: Experiment, *, train: bool) -> dict[str, Any]:
-  """Returns what must be equal on all processes: config, datasets, code."""
+def _settings(experiment: Experiment, *, train: bool) -> dict[str, Any]:
+  """Returns the settings that must be equal on all processes: config, datasets, code."""
   flat = traverse_util.flatten_dict({"config": run_metadata.as_json(experiment.config)}, sep=".")
   sources = experiment.sources if train else experiment.eval_sources
   data = {f"data of {name!r}": run_metadata.fingerprint(source) for name, source in sources.items()}
@@ -90,7 +90,6 @@ def _facts(experiment: Experiment, *, train: bool) -> dict[str, Any]:
 
 
 def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpointer) -> Outcome:
-  """Trains from the last checkpoint, or from the start; only evaluates a finished run."""
   config, workdir, start = experiment.config, checkpointer.workdir, checkpointer.latest_step or 0
   names = experiment.eval_sources
   if start >= experiment.num_steps and names and is_evaluated(workdir, names, start):
@@ -101,7 +100,7 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
   with experiment.train_batches(0 if options.overfit_one_batch else start) as iterator:
     first = next(iterator)  # for shapes and figures; then it is trained on
     program = experiment.program(first)
-    state, taken = _initial_state(experiment, program, checkpointer, first, iterator)
+    state, used = _initial_state(experiment, program, checkpointer, first, iterator)
     if is_primary():
       run_metadata.save_config(config, workdir)
       run_metadata.save_data(experiment.train_source.info, first, workdir)
@@ -122,8 +121,8 @@ def _train(experiment: Experiment, options: RunOptions, checkpointer: Checkpoint
         workdir=workdir,
         counters=lambda: {"data/skipped_images": float(iterator.num_skipped)},
       )
-      batches = itertools.chain(taken, iterator)
-      del taken  # chain frees each batch after its use
+      batches = itertools.chain(used, iterator)
+      del used  # chain frees each batch after its use
       if options.overfit_one_batch:
         batches = itertools.repeat(first)
       put = functools.partial(sharding.to_global, mesh=experiment.mesh)
@@ -139,20 +138,20 @@ def _initial_state(
   first: Any,
   iterator: Iterator[Any],
 ) -> tuple[TrainState, list[Any]]:
-  """Returns the restored or initial state, and the batches read for it, which are trained on."""
-  state, taken = checkpointer.restore(program.abstract_state), [first]
+  """Returns the restored or initial state, and the batches used for it, which are trained on."""
+  state, used = checkpointer.restore(program.abstract_state), [first]
   if state is not None:
     logging.info("resumed at step %d from %s", int(state.step), checkpointer.workdir)
-    return state, taken
+    return state, used
 
   def preview() -> Iterator[Any]:
     yield first
     for batch in iterator:
-      taken.append(batch)
+      used.append(batch)
       yield batch
 
   initializer = _initializer(experiment, program, preview())
-  return program.initial_state(experiment.config.seed, pretrain=initializer), taken
+  return program.initial_state(experiment.config.seed, pretrain=initializer), used
 
 
 def _initializer(experiment: Experiment, program: EvaluationProgram, preview: Any) -> Initializer:
@@ -176,7 +175,7 @@ def _evaluate_only(experiment: Experiment, checkpointer: Checkpointer) -> Outcom
   others = {name: tree for name, tree in variables.items() if name != "params"}
   state = TrainState(step or 0, params, others, opt_state=(), ema=None, rng=None)
   report = run_evaluations(_evaluations(experiment, program), state.variables)
-  if is_primary():  # the log is unchanged
+  if is_primary():  # not written to the log
     save_figures(checkpointer.workdir, step or 0, report.figures)
   return Outcome(state, True, report.scores, checkpointer.workdir)
 
@@ -187,12 +186,11 @@ def _preview(experiment: Experiment) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str, Evaluation]:
-  found: dict[str, Evaluation] = {}
-  common: dict[str, Any] = {"mesh": experiment.mesh}
+  evaluations: dict[str, Evaluation] = {}
   for name in experiment.eval_sources:
     batches = functools.partial(experiment.eval_batches, name)
     if name in experiment.fit_sources:
-      found[name] = functools.partial(
+      evaluations[name] = functools.partial(
         probe_features,
         features_step=program.features_step,
         fit_batches=functools.partial(batches, to_fit=True),
@@ -200,35 +198,35 @@ def _evaluations(experiment: Experiment, program: EvaluationProgram) -> dict[str
         name=name,
         probe=experiment.probes[name],
         views=experiment.task.feature_views,
-        **common,
+        mesh=experiment.mesh,
       )
     else:
-      found[name] = functools.partial(
+      evaluations[name] = functools.partial(
         score_predictions,
         task=experiment.task,
         predict_step=program.predict_step,
         batches=batches,
         name=name,
         metrics=experiment.config.data.eval[name].get("metrics", ()),
-        **common,
+        mesh=experiment.mesh,
       )
-  if experiment.config.explain and found:
-    batches = experiment.eval_batches(next(iter(found)))
-    found["explain"] = functools.partial(
+  if experiment.config.explain and evaluations:
+    batches = experiment.eval_batches(next(iter(evaluations)))
+    evaluations["explain"] = functools.partial(
       explain,
       task=experiment.task,
       explain_step=program.explain_step,
       load_batch=batches.first_batch,
-      **common,
+      mesh=experiment.mesh,
     )
-  return found
+  return evaluations
 
 
 def _loop_settings(experiment: Experiment, options: RunOptions, step: int) -> LoopSettings:
   config, profile, last = experiment.config, options.profile, experiment.num_steps
   if profile is not None and not step < profile[0] <= last:
-    steps = f"{step + 1} to {last}"
-    raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of this run's steps, {steps}")
+    expected = f"expected steps of this run, {step + 1} to {last}"
+    raise ValueError(f"--profile={profile[0]}:{profile[1]}: outside of the run; {expected}")
   return LoopSettings(
     num_steps=last,
     log_every=config.log_every,
