@@ -3,7 +3,7 @@ r"""Scores of all demos with several seeds: median and range, for README and doc
     python benchmarks/demos.py
     python benchmarks/demos.py --demos=vit.py,ttsr.py --seeds=0,1,2 --output=benchmarks/results
 
-A finished pair of demo and seed is not run again: the same command continues after an interruption.
+Finished pairs of demo and seed are not run again: the same command resumes after an interruption.
 All nine demos with three seeds take about two hours on two idle CPU cores. Rounding depends on the
 number of cores and the versions, and a run of a few hundred steps amplifies it: compare medians.
 """
@@ -38,25 +38,17 @@ DEMOS = {
 
 
 def last_scores(metrics: pathlib.Path, names: Sequence[str]) -> dict[str, float]:
-  """Returns the last value of each metric of a run.
-
-  Raises:
-    SystemExit: a metric is not in the file.
-  """
+  """Returns the last value of each metric of a run; SystemExit if one is missing."""
   rows = [json.loads(line) for line in metrics.read_text().splitlines()]
   merged = {name: value for row in rows for name, value in row.items()}
   if missing := [name for name in names if name not in merged]:
-    known = ", ".join(sorted(name for name in merged if "/" in name))
-    sys.exit(f"{metrics}: no {', '.join(missing)}; it has {known}")
+    found = ", ".join(sorted(name for name in merged if "/" in name))
+    sys.exit(f"{metrics}: no {', '.join(missing)}; found {found}")
   return {name: merged[name] for name in names}
 
 
 def run(demo: str, seed: int, folder: pathlib.Path, options: Sequence[str]) -> dict[str, Any]:
-  """Trains a demo in a new process and returns its scores and minutes; its log is `<workdir>.log`.
-
-  Raises:
-    SystemExit: the run failed.
-  """
+  """Trains a demo in a new process and returns its scores and minutes; SystemExit if it fails."""
   workdir = folder / f"{demo.replace('.py', '').replace(':', '_')}_{seed}"
   command = [sys.executable, "-m", "vit_jax_zoo.main", f"--config=configs/{demo}"]
   command += [f"--config.seed={seed}", f"--workdir={workdir}", *options]
@@ -100,7 +92,7 @@ def main() -> None:
   parser.add_argument("--output", default="benchmarks/results", help="folder of the results")
   flags, options = parser.parse_known_args()
   if unknown := set(flags.demos.split(",")) - set(DEMOS):
-    sys.exit(f"--demos: no {', '.join(sorted(unknown))}; known are {', '.join(DEMOS)}")
+    sys.exit(f"--demos: unknown {', '.join(sorted(unknown))}; expected {', '.join(DEMOS)}")
   if wrong := [option for option in options if not option.startswith("--config.")]:
     sys.exit(f"{' '.join(wrong)}: unknown; only --config.field=value is passed on to the runs")
   folder, output = pathlib.Path(flags.workdir).absolute(), pathlib.Path(flags.output)
@@ -109,8 +101,8 @@ def main() -> None:
   file = output / "demos.json"
   runs = json.loads(file.read_text())["runs"] if file.exists() else []
   done = {(r["demo"], r["seed"]) for r in runs}
-  wanted = [(demo, int(seed)) for demo in flags.demos.split(",") for seed in flags.seeds.split(",")]
-  missing = [pair for pair in wanted if pair not in done]
+  pairs = [(demo, int(seed)) for demo in flags.demos.split(",") for seed in flags.seeds.split(",")]
+  missing = [pair for pair in pairs if pair not in done]
   start = time.time()
   for i, (demo, seed) in enumerate(missing):
     eta = f", ETA {(time.time() - start) / i / 60 * (len(missing) - i):.0f} min" if i else ""
@@ -124,7 +116,7 @@ def main() -> None:
 
 
 def page(runs: Sequence[dict[str, Any]]) -> str:
-  """Returns the results page: the table and where and when the runs were made."""
+  """Returns the results page: the table, and date and machine of the runs."""
   made = sorted({f"* {r['date']}: {r['machine'].partition(', load')[0]}" for r in runs})
   head = "# Scores of the demos\n\n`python benchmarks/demos.py`: the last evaluation of each run."
   return "\n\n".join([head, table(runs), "\n".join(made)]) + "\n"

@@ -81,25 +81,15 @@ def make_config(name: str, flags: argparse.Namespace) -> ConfigDict:
 
 @dataclasses.dataclass
 class Workload:
-  """An experiment after its first step, and the loops around its step.
-
-  Attributes:
-    parts: datasets, mesh, model and task of the config.
-    program: compiled steps.
-    batch: a global batch.
-    batches: batches of the input pipeline.
-    folder: folder of the loop's files.
-    state: current train state, updated by every loop.
-    metrics: metrics of the last bare step.
-  """
+  """An experiment after its first step, and the loops around its step."""
 
   parts: builder.Experiment
   program: Program
-  batch: Mapping[str, jax.Array]
-  batches: Iterator[Any]
-  folder: pathlib.Path
-  state: TrainState
-  metrics: Any = None
+  batch: Mapping[str, jax.Array]  # global
+  batches: Iterator[Any]  # of the input pipeline
+  folder: pathlib.Path  # of the loop's files
+  state: TrainState  # updated by every loop
+  metrics: Any = None  # of the last bare step
 
   @classmethod
   def create(cls, name: str, flags: argparse.Namespace, folder: pathlib.Path) -> "Workload":
@@ -204,8 +194,8 @@ def column(times: dict[str, list[timing.Seconds]], logged: list[dict[str, Any]])
     "empty step, µs": timing.spread([1e6 * t for t in host], ".0f"),
     "empty step, CPU time, µs": timing.spread([1e6 * t for t in cpu["empty"]], ".0f"),
     "empty step / bare step": timing.spread([100 * t / step for t in host], ".2f") + " %",
-    "input wait, share of the run": timing.spread(waits, ".2f") + " %",
-    "logging, share of the run": timing.spread(logs, ".2f") + " %",
+    "input wait, fraction of the run": timing.spread(waits, ".2f") + " %",
+    "logging, fraction of the run": timing.spread(logs, ".2f") + " %",
   }
 
 

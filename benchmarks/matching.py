@@ -10,8 +10,8 @@ Costs come from random predictions and targets, for a batch of images and six de
 * scipy: `linear_sum_assignment` per problem, with costs fetched from the device and indices sent
   back, as a matcher on the host needs within a step.
 
-With `--step`, the loss and gradients of that model are measured too, and the share of matching in
-them, in wall and CPU time (the latter only where the step runs on the CPU).
+With `--step`, the loss and gradients of that model are measured too, and the fraction of matching
+in their wall and CPU time (the latter only where the step runs on the CPU).
 """
 
 import argparse
@@ -125,7 +125,7 @@ def main() -> None:
     wall = {name: [1e3 * t.wall for t in rounds] for name, rounds in times.items()}
     row = [str(padded), *(timing.spread(wall[name]) for name in runs)]
     if flags.step:
-      row += [f"{_share(times, 'wall'):.2%}", f"{_share(times, 'cpu'):.2%}"]
+      row += [f"{_fraction(times, 'wall'):.2%}", f"{_fraction(times, 'cpu'):.2%}"]
     rows.append(row)
   header = ["targets padded to", "ours, ms", "optax, ms", "scipy, ms"]
   header += [f"step of {flags.step}, ms", "ours / step", "CPU time"] if flags.step else []
@@ -136,7 +136,7 @@ def main() -> None:
   )
 
 
-def _share(times: dict[str, list[timing.Seconds]], field: str) -> float:
+def _fraction(times: dict[str, list[timing.Seconds]], field: str) -> float:
   ours, step = ([getattr(t, field) for t in times[name]] for name in ("ours", "step"))
   return statistics.median(ours) / statistics.median(step)
 

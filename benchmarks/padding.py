@@ -58,9 +58,9 @@ def main() -> None:
 
 def make_forecast(images: int, seed: int) -> buckets.Forecast:
   """Returns the size forecast of a dataset of `images` images with COCO's sizes."""
-  shares = np.array(list(SIZES.values()), np.float64)
+  weights = np.array(list(SIZES.values()), np.float64)
   rng = np.random.default_rng(seed)
-  chosen = rng.choice(len(SIZES), images, p=shares / shares.sum())
+  chosen = rng.choice(len(SIZES), images, p=weights / weights.sum())
   return buckets.Forecast(np.array(list(SIZES))[chosen], build_transforms(AUGMENTATION))
 
 

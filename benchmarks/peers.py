@@ -112,11 +112,7 @@ class Worker:
   pipe: Connection
 
   def request(self, *command: Any) -> Any:
-    """Sends a command and returns the result.
-
-    Raises:
-      RuntimeError: the worker failed; it prints its traceback to stderr.
-    """
+    """Returns a command's result; RuntimeError if it fails, with the traceback on stderr."""
     self.pipe.send(command)
     try:
       succeeded, result = self.pipe.recv()
@@ -134,12 +130,9 @@ class Worker:
 
 
 def start(function: tuple[str, str], setting: Setting, cores: Sequence[int]) -> Worker:
-  """Starts a worker.
+  """Starts a worker on some CPU cores (empty: all).
 
-  Args:
-    function: module and name of the function that creates the implementation.
-    setting: its argument.
-    cores: CPU cores of the process; empty for all.
+  `function` is module and name of the function from the setting to the implementation.
   """
   context = multiprocessing.get_context("spawn")
   here, there = context.Pipe()
@@ -179,7 +172,7 @@ def serve(
 
 
 def differences(ours: dict[str, np.ndarray], peer: dict[str, np.ndarray]) -> dict[str, float]:
-  """Returns the largest differences relative to the largest output; for "index", the share."""
+  """Returns the largest differences relative to the largest output; for "index", the fraction."""
   result = {}
   for name, x in ours.items():
     y = peer[name]
@@ -233,8 +226,7 @@ def compare(name: str, setting: Setting, flags: argparse.Namespace) -> dict[str,
 def ratios(seconds: Mapping[str, Sequence[Sequence[float]]]) -> list[dict[str, Any]]:
   """Returns the peer's time divided by ours for every mode of the peer, round by round.
 
-  Args:
-    seconds: wall and CPU time per step in each round, by "ours: job" and "peer: job, mode".
+  `seconds` are wall and CPU time per step in each round, by "ours: job" and "peer: job, mode".
   """
   rows = []
   for name, peer in seconds.items():
@@ -322,10 +314,10 @@ def settings(flags: argparse.Namespace, folder: str) -> dict[str, Setting]:
     if name not in PAIRS:
       sys.exit(f"--pairs: unknown pair {name!r}; expected {', '.join(PAIRS)}")
     size = PAIRS[name].gpu if flags.gpu else PAIRS[name].cpu
-    place = pathlib.Path(folder) / name
-    place.mkdir()
+    own = pathlib.Path(folder) / name
+    own.mkdir()
     result[name] = Setting(
-      str(place),
+      str(own),
       flags.model or size.model,
       flags.batch_size or size.batch_size,
       flags.image_size or size.image_size,

@@ -57,11 +57,11 @@ def unfold(maps: jax.Array, scale: int = 1) -> jax.Array:
 
 def plain_matches(queries: jax.Array, references: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Official search: the matrix of all normalized patches and its maximum over the references."""
-  asked, known = (
+  left, right = (
     x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
     for x in (unfold(queries), unfold(references))
   )
-  matrix = jnp.einsum("bqk,brk->bqr", asked, known, precision=jax.lax.Precision.HIGHEST)
+  matrix = jnp.einsum("bqk,brk->bqr", left, right, precision=jax.lax.Precision.HIGHEST)
   shape = queries.shape[:3]
   return jnp.argmax(matrix, -1).reshape(shape), jnp.max(matrix, -1).reshape(shape)
 
@@ -111,14 +111,14 @@ def products(
     flat = jnp.pad(flat, ((0, 0), (0, -flat.shape[1] % size), (0, 0)))
     return flat.reshape(-1, size, flat.shape[-1])
 
-  known = blocks(references, block_size[1])
+  reference_blocks = blocks(references, block_size[1])
 
-  def best_of(asked: jax.Array) -> jax.Array:
+  def best_of(query_block: jax.Array) -> jax.Array:
     def compare(best: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
-      scores = jnp.einsum("qc,rc->qr", asked, block, precision=jax.lax.Precision.HIGHEST)
+      scores = jnp.einsum("qc,rc->qr", query_block, block, precision=jax.lax.Precision.HIGHEST)
       return jnp.maximum(best, jnp.max(scores, axis=-1)), None
 
-    return jax.lax.scan(compare, jnp.full(len(asked), -jnp.inf), known)[0]
+    return jax.lax.scan(compare, jnp.full(len(query_block), -jnp.inf), reference_blocks)[0]
 
   return (jax.lax.map(best_of, blocks(queries, block_size[0])),)
 
@@ -143,9 +143,9 @@ def make_inputs(size: str, *, textures: bool) -> list[np.ndarray]:
 
 
 def plain_gb(queries: np.ndarray, references: np.ndarray) -> float:
-  """Returns the least memory of the official algorithm: the matrix and both lists of patches."""
-  asked, known = (np.prod(x.shape[1:3]) for x in (queries, references))
-  return float(4e-9 * (asked * known + (asked + known) * 9 * CHANNELS[2]))
+  """Returns the minimum memory of the official algorithm: the matrix and both lists of patches."""
+  rows, columns = (np.prod(x.shape[1:3]) for x in (queries, references))
+  return float(4e-9 * (rows * columns + (rows + columns) * 9 * CHANNELS[2]))
 
 
 def measure(

@@ -58,16 +58,9 @@ def steps_for(run: Run, seconds: float) -> int:
 def alternate(
   runs: Mapping[str, Run], *, rounds: int, seconds: float, multiple: int = 1
 ) -> dict[str, list[Seconds]]:
-  """Times alternatives alternately.
+  """Returns the time per step of each alternative in each round, measured alternately.
 
-  Args:
-    runs: alternatives by name.
-    rounds: number of turns of each.
-    seconds: approximate length of a turn.
-    multiple: the number of steps in a turn is a multiple of this.
-
-  Returns:
-    The time per step of each alternative in each round.
+  A turn takes about `seconds`; its number of steps is a multiple of `multiple`.
   """
   counts = {
     name: multiple * math.ceil(steps_for(run, seconds) / multiple) for name, run in runs.items()

@@ -14,19 +14,12 @@ from vit_jax_zoo.training.sharding import create_mesh
 
 
 class Cost(NamedTuple):
-  """Cost of one call on one core.
+  """Cost of one call on one core."""
 
-  Attributes:
-    flops: floating-point operations, from the jaxpr.
-    memory_bytes: traffic to and from main memory, from the compiled program.
-    temporary_bytes: temporary memory.
-    bound: lower bound on the time, from the chip's peaks.
-  """
-
-  flops: float
-  memory_bytes: float
+  flops: float  # from the jaxpr
+  memory_bytes: float  # traffic to and from main memory, from the compiled program
   temporary_bytes: int
-  bound: Roofline
+  bound: Roofline  # lower bound on the time, from the chip's peaks
 
 
 def compile_for_core(
@@ -35,13 +28,9 @@ def compile_for_core(
   machine: Machine,
   donate: tuple[int, ...] = (),
 ) -> Cost:
-  """Compiles a function for the first core of a machine.
+  """Compiles a function of arrays for the first core of a machine, which need not be attached.
 
-  Args:
-    function: a function of arrays.
-    arguments: shapes and dtypes of its arguments.
-    machine: devices to compile for, which need not be attached.
-    donate: indices of the arguments whose buffers are donated.
+  `arguments` are shapes and dtypes; `donate` are indices of those whose buffers are donated.
   """
   mesh = create_mesh({}, machine.devices[:1])
   core = NamedSharding(mesh, PartitionSpec())

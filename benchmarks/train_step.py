@@ -48,25 +48,15 @@ HEADER = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A row of the table.
-
-  Attributes:
-    name: name of the row.
-    run: runs a number of steps and waits for the last.
-    flops: FLOPs of a step, with recomputation.
-    model_flops: FLOPs of a step, without recomputation.
-    compile_seconds: compile time.
-    temporary_bytes: temporaries of one device; None if unknown.
-    images: images per step.
-  """
+  """A row of the table."""
 
   name: str
   run: timing.Run
-  flops: float
-  model_flops: float
+  flops: float  # of a step, with recomputation
+  model_flops: float  # without recomputation
   compile_seconds: float | None = None
-  temporary_bytes: int | None = None
-  images: int = 0
+  temporary_bytes: int | None = None  # of one device
+  images: int = 0  # per step
 
 
 def make_batch(flags: argparse.Namespace) -> dict[str, np.ndarray]:

@@ -16,27 +16,16 @@ INPUTS, WEIGHTS = "inputs.npz", "weights"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Settings of a comparison.
+  """Settings of a comparison."""
 
-  Attributes:
-    folder: folder of the weights and inputs.
-    model: model name in this package.
-    batch_size: images per step.
-    image_size: side of the images in pixels; for `ttsr`, of the feature maps.
-    dtype: "float32", or "bfloat16" (the peer uses autocast).
-    pixels: number of pixels to sample, for generative models.
-    modes: modes of the peer, "eager" and "compiled".
-    unroll: unroll this package's layers, as the peer does, instead of scanning them.
-  """
-
-  folder: str
-  model: str
+  folder: str  # of the weights and inputs
+  model: str  # model name in this package
   batch_size: int
-  image_size: int
-  dtype: str = "float32"
-  pixels: int = 32
-  modes: tuple[str, ...] = ("eager", "compiled")
-  unroll: bool = False
+  image_size: int  # side of the images in pixels; for `ttsr`, of the feature maps
+  dtype: str = "float32"  # or "bfloat16" (the peer uses autocast)
+  pixels: int = 32  # number of pixels to sample, for generative models
+  modes: tuple[str, ...] = ("eager", "compiled")  # of the peer
+  unroll: bool = False  # unroll this package's layers, as the peer does, instead of scanning them
 
   @property
   def weights(self) -> str:
@@ -56,18 +45,14 @@ class Setting:
 class Implementation:
   """One side of a comparison.
 
-  Attributes:
-    runs: functions by name; each runs a number of steps and waits for the last. A peer has several
-      modes of a job: "train, eager" and "train, compiled" are compared with this package's "train".
-    outputs: arrays that must agree, computed before training.
-    device: description of the device.
-    skipped: reasons for missing modes, by name.
+  A peer has several modes of a job: its "train, eager" and "train, compiled" are compared with this
+  package's "train".
   """
 
-  runs: Mapping[str, Callable[[int], object]]
-  outputs: Mapping[str, np.ndarray]
-  device: str
-  skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  runs: Mapping[str, Callable[[int], object]]  # by name; runs n steps and waits for the last
+  outputs: Mapping[str, np.ndarray]  # must agree; computed before training
+  device: str  # description
+  skipped: Mapping[str, str] = dataclasses.field(default_factory=dict)  # missing mode -> reason
 
 
 def job_of(run: str) -> str:

@@ -39,19 +39,12 @@ def scale_channels(channels: int, width: float) -> int:
 
 
 class EfficientNet(nn.Module):
-  """Images [b h w 3] to logits [b num_classes].
+  """Images [b h w 3] to logits [b num_classes]."""
 
-  Attributes:
-    width: channel multiplier.
-    depth: multiplier of the blocks per stage.
-    num_classes: number of logits.
-    dtype: dtype of the computation; parameters and logits are float32.
-  """
-
-  width: float
-  depth: float
+  width: float  # channel multiplier
+  depth: float  # multiplier of the blocks per stage
   num_classes: int = 1000
-  dtype: Any = jnp.float32
+  dtype: Any = jnp.float32  # of the computation; parameters and logits are float32
 
   @nn.compact
   def __call__(

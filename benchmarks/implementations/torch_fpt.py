@@ -37,11 +37,11 @@ class SelfTransformer(nn.Module):
     pooled = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
     query = self.conv_qs(x).flatten(2)
     key, value = self.conv_qs(pooled).flatten(2), self.conv_vs(pooled).flatten(2)
-    shares = torch.softmax(self.attention(query.mean(2)), dim=-1)
+    mixture = torch.softmax(self.attention(query.mean(2)), dim=-1)
     heads = (batch * PARTS, width // PARTS, -1)
     scores = torch.bmm(query.reshape(heads).transpose(1, 2), key.reshape(heads)) / width**0.5
     weights = scores.softmax(-1).view(batch, PARTS, *scores.shape[1:])
-    weights = (weights * shares[..., None, None]).sum(1)
+    weights = (weights * mixture[..., None, None]).sum(1)
     gathered = torch.bmm(weights, value.transpose(1, 2)).transpose(1, 2)
     return self.norm_layer(self.conv(gathered.reshape(batch, width, height, breadth))) + x
 

@@ -14,27 +14,18 @@ SCALES = (1, 2, 4)
 
 
 def search(queries: torch.Tensor, references: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-  """Searches with the full similarity matrix of all patches.
+  """Returns the maximal similarities [b h*w] of queries [b c h w], and their reference positions.
 
-  Args:
-    queries: [b c h w].
-    references: [b c i j].
-
-  Returns:
-    The maximal similarities [b h*w] and their reference positions.
+  Uses the full similarity matrix of all patches; `references` are [b c i j].
   """
-  asked, known = (F.normalize(F.unfold(x, 3, padding=1), dim=1) for x in (queries, references))
-  return torch.bmm(known.transpose(1, 2), asked).max(dim=1)
+  left, right = (F.normalize(F.unfold(x, 3, padding=1), dim=1) for x in (references, queries))
+  return torch.bmm(left.transpose(1, 2), right).max(dim=1)
 
 
 def transfer(reference: torch.Tensor, index: torch.Tensor, scale: int, size: list) -> torch.Tensor:
-  """Gathers the best patches of a reference and folds them.
+  """Gathers the best patches of a reference [b c i*scale j*scale] and folds them.
 
-  Args:
-    reference: [b c i*scale j*scale].
-    index: reference positions from `search`.
-    scale: scale of the level.
-    size: height and width of the query map.
+  `index` are the positions from `search`, `size` height and width of the query map.
   """
   patches = F.unfold(reference, 3 * scale, padding=scale, stride=scale)
   chosen = patches.gather(2, index[:, None].expand(-1, patches.shape[1], -1))

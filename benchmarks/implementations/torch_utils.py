@@ -82,15 +82,9 @@ def prepare_modes(
   make: Callable[[str], Mapping[str, Callable[[int], None]]],
   modes: tuple[str, ...] = (),
 ) -> tuple[dict[str, Callable[[int], None]], dict[str, str]]:
-  """Prepares the peer in every mode and runs each once; modes that fail are skipped.
+  """Runs each job once in every mode; returns runs by "job, mode", and errors of those that fail.
 
-  Args:
-    setting: default modes.
-    make: returns runs by job for a mode.
-    modes: replaces the setting's modes.
-
-  Returns:
-    Runs by "job, mode", and the errors of the skipped ones.
+  `make` returns runs by job for a mode; `modes` replaces the setting's.
   """
   runs, skipped = {}, {}
   for mode in modes or setting.modes:
